@@ -1,0 +1,39 @@
+# Two commands do all the set-up: `make demo` and `make test`. Both can be repeated.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint format clean
+
+demo: $(READY)
+	$(BIN)/compiledllm generate --chat --temperature 0 --max-tokens 160 \
+		"Explain in a few sentences why the sky is blue."
+
+test: $(READY)
+	$(BIN)/pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@mkdir -p $(VENV)/mypy-root/compiledllm
+	@ln -sfn $(CURDIR)/compiledllm/* $(CURDIR)/graphs $(CURDIR)/kernels $(CURDIR)/models \
+		$(CURDIR)/benchmarks $(VENV)/mypy-root/compiledllm/
+	cd $(VENV)/mypy-root && ../bin/mypy --config-file ../../pyproject.toml -p compiledllm
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The environment is made again when what goes into it changes.
+$(READY): pyproject.toml .ci/constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; \
+		sys.exit(None if v >= (3, 11) else f"Python 3.11 or newer is needed, {sys.executable} is {v[0]}.{v[1]}; set PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (torch and triton are large; later runs skip this)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint .ci/constraints.txt --editable '.[gguf,dev]'
+	@touch $(READY)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

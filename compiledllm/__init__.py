@@ -1,0 +1,41 @@
+"""compiledllm: a compiler-driven LLM inference and serving engine.
+
+The public names load on first use, so that `import compiledllm` and `compiledllm --help` stay fast.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from compiledllm.config import ConfigError, EngineConfig
+    from compiledllm.engine.engine import LLM, Engine
+    from compiledllm.types import CompletionOutput, RequestOutput, SamplingParams
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Engine": "compiledllm.engine.engine",
+    "LLM": "compiledllm.engine.engine",
+    "EngineConfig": "compiledllm.config",
+    "ConfigError": "compiledllm.config",
+    "SamplingParams": "compiledllm.types",
+    "RequestOutput": "compiledllm.types",
+    "CompletionOutput": "compiledllm.types",
+}
+
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "ConfigError",
+    "Engine",
+    "EngineConfig",
+    "RequestOutput",
+    "SamplingParams",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'compiledllm' has no attribute '{name}'")
+    return getattr(import_module(_HOMES[name]), name)

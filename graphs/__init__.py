@@ -1,0 +1,7 @@
+"""Compile and capture: buckets, the compiled decoder block, recompile counters."""
+
+if __name__ != "compiledllm.graphs":
+    raise ImportError(
+        f"this folder is installed as compiledllm.graphs; importing it as '{__name__}' would "
+        "make a second copy. Use 'import compiledllm.graphs' (after 'pip install -e .')."
+    )
