@@ -1,0 +1,192 @@
+"""User options: composed frozen dataclasses, validated once, then resolved for a model and machine.
+
+The field names are the option names of `Engine(...)` and of the command line. Unknown names are
+errors. Knows no torch: what it needs of the machine and the model comes in as plain numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from compiledllm.types import reject_unknown
+
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+LOAD_FORMATS = ("auto", "safetensors", "dummy")
+POLICIES = ("fcfs", "priority")
+BACKENDS = ("auto", "torch")
+
+
+class ConfigError(ValueError):
+    """What the user asked for cannot be had; the message says what, the value and the way out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A value that was given or chosen automatically, and why."""
+
+    value: object
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.value} ({self.reason})"
+
+
+def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A config field that is also a command-line option."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Which model, from where, in which dtype."""
+
+    model: str | None = option(
+        None, "local directory, .gguf file or Hugging Face id; default: SmolLM2-135M-Instruct"
+    )
+    tokenizer: str | None = option(None, "tokenizer directory or id; default: the model's")
+    revision: str | None = option(None, "branch, tag or commit on the hub")
+    dtype: str = option("auto", "dtype of weights and activations", DTYPES)
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    max_model_len: int | None = option(None, "longest prompt + output, in tokens")
+    load_format: str = option("auto", "dummy: random weights from config.json alone", LOAD_FORMATS)
+    skip_tokenizer_init: bool = option(False, "token ids in, token ids out")
+    seed: int = option(0, "seed of the engine: dummy weights and requests without a seed")
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    """The paged KV cache."""
+
+    block_size: int = option(16, "tokens in a KV block, a multiple of 16")
+    gpu_memory_utilization: float = option(0.9, "share of the GPU's memory for the engine, (0, 1]")
+    kv_cache_memory_bytes: int | None = option(None, "size of the KV cache in bytes")
+    num_kv_blocks: int | None = option(None, "size of the KV cache in blocks; wins over bytes")
+    enable_prefix_caching: bool = option(True, "reuse the KV of shared prompt prefixes")
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """How much work goes into a step, and in which order."""
+
+    max_num_seqs: int | None = option(None, "most requests running at once")
+    max_num_batched_tokens: int | None = option(None, "most tokens computed in a step")
+    scheduling_policy: str = option("fcfs", "which request goes first", POLICIES)
+
+
+@dataclass(frozen=True, slots=True)
+class CompileConfig:
+    """What is compiled, and when."""
+
+    enforce_eager: bool = option(False, "do not compile")
+    compile_in_background: bool | None = option(
+        None, "serve eagerly until compiled; default: on a CPU"
+    )
+    attention_backend: str = option("auto", "implementation of paged attention", BACKENDS)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """All options of an engine.
+
+    `EngineConfig.from_options(model=..., block_size=32)` takes them flat; `resolve` fills in what
+    was left open and says why.
+    """
+
+    model: ModelConfig = ModelConfig()
+    cache: CacheConfig = CacheConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    compile: CompileConfig = CompileConfig()
+
+    @classmethod
+    def from_options(cls, **options: Any) -> EngineConfig:
+        """Sort flat options into groups. Raises ConfigError for an unknown name or a bad value."""
+        groups = option_groups()
+        owners = {f.name: group for group, kind in groups.items() for f in fields(kind)}
+        try:
+            reject_unknown(options, list(owners), "engine option")
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        chosen: dict[str, dict[str, Any]] = {group: {} for group in groups}
+        for name, value in options.items():
+            chosen[owners[name]][name] = value
+        config = cls(**{group: kind(**chosen[group]) for group, kind in groups.items()})
+        config.check()
+        return config
+
+    def check(self) -> None:
+        """Raise ConfigError for a value that is wrong whatever the model and machine."""
+        for group in option_groups():
+            _check_choices(getattr(self, group))
+        model, cache, scheduler = self.model, self.cache, self.scheduler
+        if cache.block_size < 16 or cache.block_size % 16:
+            raise ConfigError(
+                f"block_size must be a multiple of 16, got {cache.block_size}; try 16 or 32"
+            )
+        if not 0 < cache.gpu_memory_utilization <= 1:
+            raise ConfigError(
+                f"gpu_memory_utilization must be in (0, 1], got {cache.gpu_memory_utilization}"
+            )
+        positive = {
+            "max_model_len": model.max_model_len,
+            "kv_cache_memory_bytes": cache.kv_cache_memory_bytes,
+            "num_kv_blocks": cache.num_kv_blocks,
+            "max_num_seqs": scheduler.max_num_seqs,
+            "max_num_batched_tokens": scheduler.max_num_batched_tokens,
+        }
+        for name, value in positive.items():
+            is_int = isinstance(value, int) and not isinstance(value, bool)
+            if value is not None and (not is_int or value < 1):
+                raise ConfigError(f"{name} must be an integer >= 1, got {value!r}")
+
+    def resolve(self, on_gpu: bool, max_position: int) -> tuple[EngineConfig, dict[str, Choice]]:
+        """A copy with every open value filled in, and the reason for each.
+
+        max_position: the longest context the model was made for.
+        """
+        asked = self.model.max_model_len
+        if asked is not None and asked > max_position:
+            raise ConfigError(
+                f"max_model_len={asked} is more than the {max_position} positions of the model"
+            )
+        where = "the default on a GPU" if on_gpu else "the default on a CPU"
+        open_values = {
+            "max_model_len": Choice(max_position, "the model's context"),
+            "max_num_seqs": Choice(256 if on_gpu else 64, where),
+            "max_num_batched_tokens": Choice(8192 if on_gpu else 512, where),
+            "compile_in_background": Choice(not on_gpu, where),
+        }
+        groups = {f.name: group for group, f in all_options()}
+        reasons = {}
+        for name, choice in open_values.items():
+            given = getattr(getattr(self, groups[name]), name)
+            reasons[name] = choice if given is None else Choice(given, "as asked")
+        return self.replace(**{name: c.value for name, c in reasons.items()}), reasons
+
+    def replace(self, **options: Any) -> EngineConfig:
+        """A copy with some flat options changed, checked again."""
+        flat = {f.name: getattr(getattr(self, g), f.name) for g, f in all_options()}
+        return EngineConfig.from_options(**(flat | options))
+
+
+def option_groups() -> dict[str, type]:
+    """Group name -> the dataclass that holds its options, in the order they are shown."""
+    return {
+        "model": ModelConfig,
+        "cache": CacheConfig,
+        "scheduler": SchedulerConfig,
+        "compile": CompileConfig,
+    }
+
+
+def all_options() -> list[tuple[str, dataclasses.Field[Any]]]:
+    """(group name, field) of every option."""
+    return [(group, f) for group, kind in option_groups().items() for f in fields(kind)]
+
+
+def _check_choices(group: object) -> None:
+    for f in fields(group):  # type: ignore[arg-type]
+        choices, value = f.metadata.get("choices"), getattr(group, f.name)
+        if choices and value not in choices:
+            raise ConfigError(f"{f.name} must be one of {', '.join(choices)}, got {value!r}")
