@@ -1,0 +1,1 @@
+"""What runs next: requests, blocks and the token budget. Imports no torch."""

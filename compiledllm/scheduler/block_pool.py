@@ -1,0 +1,124 @@
+"""Owner of the KV blocks: who holds them, which are free, and which hold a known prefix.
+
+Blocks 1..num_blocks are usable; block 0 is the null block, where padding rows write. A block whose
+content is known (a full block of tokens) is found again by its chained hash, also after it was
+freed, until it is evicted: least recently used first. Knows ids and hashes only, no tensors.
+
+    free list   [uncached, uncached, ..., cached (old) ..., cached (recent)]  taken from the left
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+NULL_BLOCK = 0
+
+
+def hash_block(parent: bytes, token_ids: Sequence[int]) -> bytes:
+    """The identity of a full block: all tokens up to its end, through its parent's hash."""
+    return hashlib.sha256(parent + array("q", token_ids).tobytes()).digest()
+
+
+class BlockPool:
+    """Reference-counted blocks with a prefix index and LRU eviction.
+
+    `num_blocks`: usable blocks, without the null block.
+    """
+
+    def __init__(self, num_blocks: int, enable_prefix_caching: bool = True) -> None:
+        self.num_blocks = num_blocks
+        self.enable_prefix_caching = enable_prefix_caching
+        self._ref_counts = [0] * (num_blocks + 1)
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks + 1))
+        self._block_of_hash: dict[bytes, int] = {}
+        self._hash_of_block: dict[int, bytes] = {}
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks nobody holds, cached or not: all of them can be allocated."""
+        return len(self._free)
+
+    @property
+    def num_cached_blocks(self) -> int:
+        return len(self._hash_of_block)
+
+    @property
+    def usage(self) -> float:
+        """Share of the blocks in use, 0 to 1."""
+        return 1 - self.num_free_blocks / self.num_blocks
+
+    def allocate(self, count: int) -> list[int]:
+        """Take `count` blocks, evicting least recently used cached ones. The caller has checked."""
+        assert count <= len(self._free), f"asked for {count} blocks, {len(self._free)} are free"
+        taken = [self._free.popitem(last=False)[0] for _ in range(count)]
+        for block_id in taken:
+            self._forget(block_id)
+            self._ref_counts[block_id] = 1
+        return taken
+
+    def lookup(self, hashes: Iterable[bytes]) -> list[int]:
+        """The blocks that hold the longest known prefix. Takes no reference."""
+        found: list[int] = []
+        for block_hash in hashes:
+            block_id = self._block_of_hash.get(block_hash)
+            if block_id is None:
+                break
+            found.append(block_id)
+        return found
+
+    def num_free_among(self, block_ids: Iterable[int]) -> int:
+        """How many of these nobody holds (sharing one takes it off the free list)."""
+        return sum(self._ref_counts[block_id] == 0 for block_id in block_ids)
+
+    def share(self, block_ids: Iterable[int]) -> None:
+        """Take one more reference to each of these cached blocks."""
+        for block_id in block_ids:
+            if self._ref_counts[block_id] == 0:
+                del self._free[block_id]
+            self._ref_counts[block_id] += 1
+
+    def free(self, block_ids: Sequence[int]) -> None:
+        """Give up one reference to each. The end of a sequence is evicted before its beginning."""
+        for block_id in reversed(block_ids):
+            self._ref_counts[block_id] -= 1
+            assert self._ref_counts[block_id] >= 0, f"block {block_id} was freed twice"
+            if self._ref_counts[block_id] == 0:
+                self._free[block_id] = None
+                if block_id not in self._hash_of_block:
+                    self._free.move_to_end(block_id, last=False)
+
+    def register(self, block_id: int, block_hash: bytes) -> None:
+        """Make a full block findable. A second block with the same content stays unlisted."""
+        if self.enable_prefix_caching and block_hash not in self._block_of_hash:
+            self._block_of_hash[block_hash] = block_id
+            self._hash_of_block[block_id] = block_hash
+
+    def forget(self, block_ids: Iterable[int]) -> None:
+        """Drop what is known of these blocks' content (a step failed while writing them)."""
+        for block_id in block_ids:
+            self._forget(block_id)
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached content. Blocks in use stay valid for their holders."""
+        self.forget(list(self._hash_of_block))
+
+    def _forget(self, block_id: int) -> None:
+        block_hash = self._hash_of_block.pop(block_id, None)
+        if block_hash is not None:
+            del self._block_of_hash[block_hash]
+
+    def check_invariants(self, held: Iterable[Sequence[int]] = ()) -> None:
+        """Raise AssertionError unless the books balance; `held`: each live request's block ids."""
+        expected = [0] * (self.num_blocks + 1)
+        for block_ids in held:
+            for block_id in block_ids:
+                expected[block_id] += 1
+        assert expected == self._ref_counts, "reference counts differ from the requests' blocks"
+        assert self._ref_counts[NULL_BLOCK] == 0, "the null block was handed out"
+        free = {b for b in range(1, self.num_blocks + 1) if self._ref_counts[b] == 0}
+        assert free == set(self._free), "the free list is not the set of unreferenced blocks"
+        mirrored = {block_id: h for h, block_id in self._block_of_hash.items()}
+        assert mirrored == self._hash_of_block, "the prefix index and its inverse differ"

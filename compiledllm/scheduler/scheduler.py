@@ -1,0 +1,292 @@
+"""Deals out each step's token budget, without phases.
+
+Every request has `num_computed_tokens` catching up with its tokens. A step gives tokens to running
+requests first, then to waiting ones. That one idea is chunked prefill, prefix caching, preemption
+by recompute and, later, speculation. Knows nothing of tensors, models or text.
+
+    scheduler.add(request)
+    step = scheduler.schedule()                 # -> SchedulerOutput
+    finished = scheduler.update(step, sampled)  # after the runner executed it
+"""
+
+from __future__ import annotations
+
+from compiledllm.scheduler.block_pool import BlockPool, hash_block
+from compiledllm.scheduler.policy import POLICIES, WaitingQueue
+from compiledllm.types import (
+    FinishReason,
+    NewRequest,
+    Request,
+    RequestStatus,
+    ScheduledRequest,
+    SchedulerOutput,
+    StepOutput,
+)
+
+
+class Scheduler:
+    """Continuous batching over a block pool.
+
+    max_num_seqs: most requests in a step; max_num_batched_tokens: most tokens in a step.
+    """
+
+    def __init__(
+        self,
+        block_pool: BlockPool,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        policy: str = "fcfs",
+    ) -> None:
+        self.block_pool = block_pool
+        self.block_size = block_size
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.requests: dict[str, Request] = {}
+        self.running: list[Request] = []
+        self.waiting = WaitingQueue(POLICIES[policy])
+        self.num_preemptions = 0
+        self._freed_request_ids: list[str] = []
+
+    # -- requests in and out -------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises ValueError if it could never fit, naming what would."""
+        if request.request_id in self.requests:
+            raise ValueError(f"request_id '{request.request_id}' is already in use")
+        self._check_fits(request)
+        self.requests[request.request_id] = request
+        self.waiting.push(request)
+
+    def _check_fits(self, request: Request) -> None:
+        # The last sampled token's KV is never needed, hence the -1.
+        num_slots = request.num_prompt_tokens + request.max_tokens - 1
+        capacity = self.block_pool.num_blocks * self.block_size
+        if num_slots > capacity:
+            room = capacity - request.num_prompt_tokens + 1
+            way_out = f"max_tokens <= {room} would fit" if room > 0 else "shorten the prompt"
+            raise ValueError(
+                f"a prompt of {request.num_prompt_tokens} tokens with max_tokens="
+                f"{request.max_tokens} needs {-(-num_slots // self.block_size)} KV blocks of "
+                f"{self.block_size} tokens and the cache has {self.block_pool.num_blocks}; "
+                f"{way_out}, or give the cache more room (num_kv_blocks, kv_cache_memory_bytes)"
+            )
+
+    def finish(
+        self, request_id: str, reason: FinishReason, stop_reason: int | str | None = None
+    ) -> Request | None:
+        """End a request from outside (abort, stop string). None if it is not alive any more."""
+        request = self.requests.get(request_id)
+        if request is None:
+            return None
+        if request.status is RequestStatus.RUNNING:
+            self.running.remove(request)
+        else:
+            self.waiting.remove(request)
+        self._end(request, reason, stop_reason)
+        return request
+
+    def has_unfinished(self) -> bool:
+        return bool(self.requests)
+
+    # -- a step --------------------------------------------------------------------------------
+
+    def schedule(self) -> SchedulerOutput:
+        """Choose this step's work, allocate its blocks, say what changed since the last step."""
+        budget = self.max_num_batched_tokens
+        scheduled, preempted = self._schedule_running(budget)
+        budget -= sum(s.num_scheduled_tokens for s in scheduled)
+        new_requests: list[NewRequest] = []
+        # A step that had to preempt admits nobody: the blocks it freed would be taken right back.
+        while not preempted and budget > 0 and self.waiting:
+            admitted = self._admit(self.waiting.peek(), budget)
+            if admitted is None:
+                break
+            new_requests.append(admitted[0])
+            scheduled.append(admitted[1])
+            budget -= admitted[1].num_scheduled_tokens
+        freed, self._freed_request_ids = self._freed_request_ids, []
+        return SchedulerOutput(new_requests, scheduled, freed)
+
+    def _schedule_running(self, budget: int) -> tuple[list[ScheduledRequest], bool]:
+        """Give every running request tokens, best-ranked first, preempting from the other end."""
+        scheduled: list[ScheduledRequest] = []
+        preempted = False
+        self.running.sort(key=self.waiting.rank)
+        index = 0
+        while index < len(self.running) and budget > 0:
+            request = self.running[index]
+            count = min(request.num_tokens - request.num_computed_tokens, budget)
+            missing = self._num_missing_blocks(request, request.num_computed_tokens + count)
+            while missing > self.block_pool.num_free_blocks and self.running[-1] is not request:
+                self._preempt(self.running.pop())
+                preempted = True
+            if missing > self.block_pool.num_free_blocks:
+                # Only blocks of requests that rank higher are left: this one yields itself.
+                self._preempt(self.running.pop())
+                preempted = True
+                break
+            scheduled.append(self._grant(request, count, missing))
+            budget -= count
+            index += 1
+        return scheduled, preempted
+
+    def _admit(self, request: Request, budget: int) -> tuple[NewRequest, ScheduledRequest] | None:
+        """Start (or resume) a waiting request, reusing cached blocks; None if it must wait."""
+        if len(self.running) >= self.max_num_seqs:
+            return None
+        cached = self._lookup_prefix(request)
+        num_cached = len(cached) * self.block_size
+        count = min(request.num_tokens - num_cached, budget)
+        missing = self._num_missing_blocks(request, num_cached + count) - len(cached)
+        pool = self.block_pool
+        if missing + pool.num_free_among(cached) > pool.num_free_blocks:
+            return None
+        self.waiting.pop()
+        pool.share(cached)
+        request.block_ids = list(cached)
+        request.num_registered_blocks = len(cached)
+        request.num_computed_tokens = num_cached
+        if request.num_cached_tokens < 0:
+            request.num_cached_tokens = num_cached
+        request.status = RequestStatus.RUNNING
+        self.running.append(request)
+        new = NewRequest(
+            request.request_id,
+            list(request.token_ids),
+            request.num_prompt_tokens,
+            request.sampling_params,
+            request.stop_token_ids,
+            request.seed,
+        )
+        return new, self._grant(request, count, missing, cached)
+
+    def _grant(
+        self, request: Request, count: int, missing: int, shared: list[int] | None = None
+    ) -> ScheduledRequest:
+        """Allocate what is missing for `count` more tokens; write the request's line of the step.
+
+        Blocks that this step fills are registered now: within a step all KV of a layer is stored
+        before any of it is read, so a later request of the same step may already share them.
+        """
+        new_block_ids = self.block_pool.allocate(missing)
+        request.block_ids += new_block_ids
+        num_computed = request.num_computed_tokens
+        self._register_full_blocks(request, num_computed + count)
+        return ScheduledRequest(
+            request_id=request.request_id,
+            num_computed_tokens=num_computed,
+            num_scheduled_tokens=count,
+            new_block_ids=(shared or []) + new_block_ids,
+            samples=num_computed + count == request.num_tokens,
+        )
+
+    def update(self, step: SchedulerOutput, output: StepOutput) -> list[Request]:
+        """Book a step's results; returns the requests that got a token (finished ones included)."""
+        advanced: list[Request] = []
+        for line in step.scheduled:
+            request = self.requests.get(line.request_id)
+            if request is None:  # aborted while the step ran
+                continue
+            request.num_computed_tokens += line.num_scheduled_tokens
+            if line.samples:
+                self._append(request, output.token_ids[line.request_id])
+                advanced.append(request)
+        if any(request.is_finished for request in advanced):
+            self.running = [r for r in self.running if not r.is_finished]
+        return advanced
+
+    def _append(self, request: Request, token_id: int) -> None:
+        request.token_ids.append(token_id)
+        num_output = request.num_output_tokens
+        min_reached = num_output >= request.sampling_params.min_tokens
+        if token_id in request.stop_token_ids and min_reached:
+            # As in vLLM, only an explicit stop token is reported; end of sequence is None.
+            explicit = token_id in (request.sampling_params.stop_token_ids or ())
+            self._end(request, "stop", token_id if explicit else None)
+        elif num_output >= request.max_tokens:
+            self._end(request, "length")
+
+    def abandon_step(self, step: SchedulerOutput, failed: bool) -> None:
+        """The step was not executed, or only in part; the runner's rows are gone too.
+
+        Every running request starts over from its tokens. With `failed`, those of the step end with
+        "error" instead. What the step may have written is distrusted.
+        """
+        self.block_pool.reset_prefix_cache()
+        self.running = [request for request in self.running if not request.is_finished]
+        while self.running:
+            self._preempt(self.running.pop())
+        for line in step.scheduled if failed else ():
+            self.finish(line.request_id, "error")
+        self._freed_request_ids = []
+
+    # -- blocks --------------------------------------------------------------------------------
+
+    def _num_missing_blocks(self, request: Request, num_tokens: int) -> int:
+        return max(0, -(-num_tokens // self.block_size) - len(request.block_ids))
+
+    def _lookup_prefix(self, request: Request) -> list[int]:
+        """Cached blocks of the request's beginning; at least one token is left to compute."""
+        if not self.block_pool.enable_prefix_caching:
+            return []
+        self._extend_hashes(request, request.num_tokens)
+        usable = (request.num_tokens - 1) // self.block_size
+        return self.block_pool.lookup(request.block_hashes[:usable])
+
+    def _extend_hashes(self, request: Request, num_tokens: int) -> None:
+        hashes, size = request.block_hashes, self.block_size
+        for start in range(len(hashes) * size, num_tokens // size * size, size):
+            parent = hashes[-1] if hashes else b""
+            hashes.append(hash_block(parent, request.token_ids[start : start + size]))
+
+    def _register_full_blocks(self, request: Request, num_computed: int) -> None:
+        if not self.block_pool.enable_prefix_caching:
+            return
+        num_full = min(num_computed, request.num_tokens) // self.block_size
+        if num_full > request.num_registered_blocks:
+            self._extend_hashes(request, num_full * self.block_size)
+            for index in range(request.num_registered_blocks, num_full):
+                self.block_pool.register(request.block_ids[index], request.block_hashes[index])
+            request.num_registered_blocks = num_full
+
+    def _preempt(self, request: Request) -> None:
+        """Take a running request's blocks; it is computed again (often from the prefix cache)."""
+        self._release_blocks(request)
+        request.num_computed_tokens = 0
+        request.num_preemptions += 1
+        request.status = RequestStatus.PREEMPTED
+        self.num_preemptions += 1
+        self.waiting.push(request)
+        self._freed_request_ids.append(request.request_id)
+
+    def _end(
+        self, request: Request, reason: FinishReason, stop_reason: int | str | None = None
+    ) -> None:
+        was_running = request.status is RequestStatus.RUNNING
+        self._release_blocks(request)
+        request.status = RequestStatus.FINISHED
+        request.finish_reason = reason
+        request.stop_reason = stop_reason
+        self.waiting.forget(request)
+        del self.requests[request.request_id]
+        if was_running:
+            self._freed_request_ids.append(request.request_id)
+
+    def _release_blocks(self, request: Request) -> None:
+        self.block_pool.free(request.block_ids)
+        request.block_ids = []
+        request.num_registered_blocks = 0
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError if blocks, queues and requests contradict each other."""
+        alive = list(self.requests.values())
+        self.block_pool.check_invariants(request.block_ids for request in alive)
+        running = {r.request_id for r in alive if r.status is RequestStatus.RUNNING}
+        assert running == {r.request_id for r in self.running}, "running list and statuses differ"
+        waiting = {r.request_id for r in alive if r.status is not RequestStatus.RUNNING}
+        assert waiting == {r.request_id for r in self.waiting}, "waiting queue and statuses differ"
+        assert len(self.running) <= self.max_num_seqs, "more requests run than max_num_seqs"
+        for request in self.running:
+            held = len(request.block_ids) * self.block_size
+            assert held >= request.num_computed_tokens, f"{request.request_id} lacks KV blocks"
