@@ -1,0 +1,130 @@
+"""The two attention ops the compiled model is built around, and the metadata they read.
+
+`compiledllm::store_kv` writes new keys and values into a layer's paged cache, `compiledllm::
+paged_attention` reads it. Both are opaque to torch.compile (fake implementations give the shapes),
+take the whole per-layer cache, and are dispatched to a backend by name. Which backend is used is
+decided by `compiledllm.platform`; this file only knows the list.
+
+    kv_cache   [2, num_blocks, block_size, num_kv_heads, head_dim]   0: keys, 1: values
+    slot       block_id * block_size + offset;  -1 (padding) lands in the null block 0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from compiledllm.kernels import paged_attention_torch
+
+STORE_KV: dict[str, Callable[..., None]] = {"torch": paged_attention_torch.store_kv}
+PAGED_ATTENTION: dict[str, Callable[..., Tensor]] = {"torch": paged_attention_torch.paged_attention}
+
+
+class AttentionMetadata(NamedTuple):
+    """What the attention ops need to know of a step: tensors only, all on the model's device.
+
+    A row is one request's tokens, contiguous in the flat token dimension. Padding rows have no
+    tokens and `seq_lens` 0.
+    """
+
+    slot_mapping: Tensor  # int64 [tokens]
+    block_tables: Tensor  # int32 [rows, max_blocks], 0-padded
+    seq_lens: Tensor  # int32 [rows], context length including this step
+    query_start_loc: Tensor  # int32 [rows + 1], prefix sums of tokens per row
+
+
+def kv_cache_shape(
+    num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int
+) -> tuple[int, ...]:
+    """Shape of one layer's cache; `num_blocks` counts the null block."""
+    return (2, num_blocks, block_size, num_kv_heads, head_dim)
+
+
+_LIBRARY: Any = torch.library.Library("compiledllm", "DEF")  # type: ignore[no-untyped-call]
+_LIBRARY.define(
+    "store_kv(Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slot_mapping, "
+    "str backend) -> ()"
+)
+_LIBRARY.define(
+    "paged_attention(Tensor query, Tensor kv_cache, Tensor block_tables, Tensor seq_lens, "
+    "Tensor query_start_loc, float scale, int sliding_window, float soft_cap, "
+    "str backend) -> Tensor"
+)
+
+
+def _store_kv(
+    key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor, backend: str
+) -> None:
+    STORE_KV[backend](key, value, kv_cache, slot_mapping)
+
+
+def _paged_attention(
+    query: Tensor,
+    kv_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    scale: float,
+    sliding_window: int,
+    soft_cap: float,
+    backend: str,
+) -> Tensor:
+    return PAGED_ATTENTION[backend](
+        query, kv_cache, block_tables, seq_lens, query_start_loc, scale, sliding_window, soft_cap
+    )
+
+
+def _store_kv_fake(
+    key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor, backend: str
+) -> None:
+    return None
+
+
+def _paged_attention_fake(query: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
+
+
+_LIBRARY.impl("store_kv", _store_kv, "CompositeExplicitAutograd")
+_LIBRARY.impl("paged_attention", _paged_attention, "CompositeExplicitAutograd")
+torch.library.register_fake("compiledllm::store_kv", _store_kv_fake, lib=_LIBRARY)
+torch.library.register_fake("compiledllm::paged_attention", _paged_attention_fake, lib=_LIBRARY)
+
+
+def store_kv(
+    key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor, backend: str
+) -> None:
+    """Write `key`, `value` [tokens, num_kv_heads, head_dim] into slots. Mutates `kv_cache`."""
+    torch.ops.compiledllm.store_kv(key, value, kv_cache, slot_mapping, backend)
+
+
+def paged_attention(
+    query: Tensor,
+    kv_cache: Tensor,
+    attn: AttentionMetadata,
+    scale: float,
+    backend: str,
+    sliding_window: int = 0,
+    soft_cap: float = 0.0,
+) -> Tensor:
+    """Causal attention of each row's new tokens over its whole context.
+
+    query: [tokens, num_heads, head_dim]; the keys and values of these tokens are stored already.
+    sliding_window: how many of the latest positions a token sees, itself included; 0: all.
+    soft_cap: logits become soft_cap * tanh(logits / soft_cap); 0: off.
+    Returns [tokens, num_heads, head_dim], same dtype; tokens outside every row are undefined.
+    """
+    out: Tensor = torch.ops.compiledllm.paged_attention(
+        query,
+        kv_cache,
+        attn.block_tables,
+        attn.seq_lens,
+        attn.query_start_loc,
+        scale,
+        sliding_window,
+        soft_cap,
+        backend,
+    )
+    return out

@@ -1,0 +1,145 @@
+"""Paged attention in plain torch: the CPU path, and the oracle every other backend is held to.
+
+Rows with one new token (decode) are computed together over their padded contexts; rows with more
+(prefill chunks) one row at a time, each as one dense causal attention. No loop over tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def store_kv(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
+    """See `attention.store_kv`. Slot -1 is sent to slot 0, which belongs to the null block."""
+    num_kv_heads, head_dim = kv_cache.shape[-2:]
+    slots = slot_mapping.clamp(min=0)
+    for part, new in ((kv_cache[0], key), (kv_cache[1], value)):
+        part.view(-1, num_kv_heads, head_dim).index_copy_(0, slots, new)
+
+
+def paged_attention(
+    query: Tensor,
+    kv_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    scale: float,
+    sliding_window: int,
+    soft_cap: float,
+) -> Tensor:
+    """See `attention.paged_attention`."""
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
+    decode_rows: list[int] = []
+    for row, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+        if end - start == 1:
+            decode_rows.append(row)
+        elif end > start:
+            k, v = _gather(kv_cache, block_tables[row : row + 1], lengths[row])
+            out[start:end] = _prefill_row(query[start:end], k, v, scale, sliding_window, soft_cap)
+    if decode_rows:
+        tokens = [starts[row] for row in decode_rows]
+        row_lengths = [lengths[row] for row in decode_rows]
+        decoded = _decode_rows(
+            _pick(query, tokens),
+            *_gather(kv_cache, _pick(block_tables, decode_rows), max(row_lengths)),
+            row_lengths,
+            scale,
+            sliding_window,
+            soft_cap,
+        )
+        if len(tokens) == len(query):
+            return decoded
+        out[tokens] = decoded
+    return out
+
+
+def _pick(tensor: Tensor, rows: list[int]) -> Tensor:
+    """tensor[rows], without a copy when the rows are contiguous."""
+    if rows[-1] - rows[0] == len(rows) - 1:
+        return tensor[rows[0] : rows[-1] + 1]
+    return tensor[rows]
+
+
+def _gather(kv_cache: Tensor, block_tables: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of some rows, each [rows, num_kv_heads, length, head_dim]."""
+    _, _, block_size, num_kv_heads, head_dim = kv_cache.shape
+    num_rows, num_blocks = len(block_tables), -(-length // block_size)
+    ids = block_tables[:, :num_blocks].reshape(-1)
+
+    def rows_of(part: Tensor) -> Tensor:
+        flat = part.index_select(0, ids).view(num_rows, -1, num_kv_heads, head_dim)
+        return flat[:, :length].transpose(1, 2)
+
+    return rows_of(kv_cache[0]), rows_of(kv_cache[1])
+
+
+def _decode_rows(
+    query: Tensor,  # [rows, num_heads, head_dim], one token a row
+    k: Tensor,
+    v: Tensor,
+    lengths: list[int],
+    scale: float,
+    sliding_window: int,
+    soft_cap: float,
+) -> Tensor:
+    num_rows, num_heads, head_dim = query.shape
+    num_kv_heads, max_length = k.shape[1], k.shape[2]
+    # The query heads of a KV head see the same context: they stand where query positions would.
+    q = query.view(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    mask = None
+    if sliding_window or min(lengths) < max_length:
+        end = torch.tensor(lengths, device=query.device).view(-1, 1, 1, 1)
+        position = torch.arange(max_length, device=query.device)
+        mask = position < end  # [rows, 1, 1, max_length]
+        if sliding_window:
+            mask &= position >= end - sliding_window
+    return _attend(q, k, v, mask, False, scale, soft_cap).reshape(query.shape)
+
+
+def _prefill_row(
+    query: Tensor,  # [tokens, num_heads, head_dim] of one row
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    sliding_window: int,
+    soft_cap: float,
+) -> Tensor:
+    num_tokens, num_heads, _ = query.shape
+    num_kv_heads, length = k.shape[1], k.shape[2]
+    q = query.transpose(0, 1).unsqueeze(0)  # [1, num_heads, tokens, head_dim]
+    if num_heads != num_kv_heads:
+        k = k.repeat_interleave(num_heads // num_kv_heads, dim=1)
+        v = v.repeat_interleave(num_heads // num_kv_heads, dim=1)
+    mask = None
+    is_causal = num_tokens == length and not sliding_window and not soft_cap
+    if not is_causal:
+        position = torch.arange(length, device=query.device)
+        last = torch.arange(length - num_tokens, length, device=query.device)[:, None]
+        mask = position <= last  # [tokens, length]
+        if sliding_window:
+            mask &= position > last - sliding_window
+    return _attend(q, k, v, mask, is_causal, scale, soft_cap).squeeze(0).transpose(0, 1)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    soft_cap: float,
+) -> Tensor:
+    """softmax(q k^T * scale) v over [rows, heads, queries, head_dim]."""
+    if not soft_cap:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale
+        )
+    scores = (q.float() @ k.float().transpose(-1, -2)) * scale
+    scores = soft_cap * torch.tanh(scores / soft_cap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return (scores.softmax(-1) @ v.float()).to(q.dtype)
