@@ -1,0 +1,1 @@
+"""Parts the decoder is built from."""

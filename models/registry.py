@@ -1,0 +1,70 @@
+"""Which family implements an architecture, and the spec of a checkpoint directory."""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from compiledllm.config import ConfigError
+from compiledllm.models.spec import ModelSpec
+
+# Architecture name in config.json -> module in compiledllm.models.families.
+FAMILIES = {
+    "LlamaForCausalLM": "llama",
+}
+
+
+def family_of(architecture: str) -> ModuleType:
+    """The family module: `spec_from_hf`, `NAMES`, `IGNORED`."""
+    if architecture not in FAMILIES:
+        raise ConfigError(
+            f"architecture '{architecture}' is not supported; supported: {', '.join(FAMILIES)}"
+        )
+    return import_module(f"compiledllm.models.families.{FAMILIES[architecture]}")
+
+
+def load_spec(checkpoint: Path) -> ModelSpec:
+    """ModelSpec of a checkpoint directory, from its config.json alone."""
+    raw = _read_json(checkpoint / "config.json")
+    architectures = raw.get("architectures") or [f"(none; model_type={raw.get('model_type')!r})"]
+    family = family_of(architectures[0])
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method", "unknown")
+        raise ConfigError(
+            f"{checkpoint}: quantised checkpoints ({method}) are not supported yet; "
+            "use the unquantised model or a .gguf file"
+        )
+    from transformers import AutoConfig  # a second of imports: only when a model is really loaded
+
+    try:
+        hf = AutoConfig.from_pretrained(checkpoint)
+        spec: ModelSpec = family.spec_from_hf(hf)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{checkpoint}/config.json is not a valid config: {error}") from error
+    return spec
+
+
+def generation_eos_token_ids(checkpoint: Path) -> tuple[int, ...]:
+    """End-of-sequence ids of generation_config.json, the ones `generate` of transformers uses."""
+    path = checkpoint / "generation_config.json"
+    eos = _read_json(path).get("eos_token_id") if path.exists() else None
+    if eos is None:
+        return ()
+    return tuple(eos) if isinstance(eos, list) else (eos,)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist: not a model directory") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content

@@ -1,0 +1,58 @@
+"""Shared by all tests: tiny random models, the real default model, offline by default."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+TINY_LLAMA: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """tiny_llama(**config changes) -> directory of a random float32 Llama, made once each."""
+    made: dict[str, Path] = {}
+
+    def make(**changes: Any) -> Path:
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        key = repr(sorted(changes.items()))
+        if key not in made:
+            torch.manual_seed(len(made))
+            model = LlamaForCausalLM(LlamaConfig(**(TINY_LLAMA | changes))).float()
+            with torch.no_grad():  # larger than the default 0.02, so that tokens differ clearly
+                for name, parameter in model.named_parameters():
+                    spread = 0.3 if name.endswith("bias") else 0.15
+                    parameter.normal_(1.0 if "norm" in name else 0.0, spread)
+            made[key] = tmp_path_factory.mktemp("tiny_llama")
+            model.save_pretrained(made[key])
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def default_model() -> Path:
+    """The embedded default model, real weights: from the cache, or fetched once."""
+    from compiledllm.models.source import resolve_checkpoint
+
+    return resolve_checkpoint(None)
