@@ -1,0 +1,1 @@
+"""Executes a step: device-resident request rows, inputs, forward, sampling."""

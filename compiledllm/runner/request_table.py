@@ -1,0 +1,78 @@
+"""Device-resident state of live requests: one stable row each, until finish or preemption.
+
+A step gathers its inputs from rows. Only small diffs go to the device: a new request's parameters,
+new block ids. The last sampled token stays where the sampler wrote it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from compiledllm.types import NewRequest, SchedulerOutput
+
+
+class RequestTable:
+    """Rows of request state.
+
+    On the device: block_tables int32 [max_num_seqs, max_blocks], last_token_ids int64
+    [max_num_seqs]. On the host: the tokens known at admission and the sampling parameters.
+    """
+
+    def __init__(self, max_num_seqs: int, max_blocks: int, device: torch.device) -> None:
+        self.device = device
+        self.block_tables = torch.zeros(max_num_seqs, max_blocks, dtype=torch.int32, device=device)
+        self.last_token_ids = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self.requests: list[NewRequest | None] = [None] * max_num_seqs
+        self.token_ids: list[np.ndarray] = [np.empty(0, np.int64)] * max_num_seqs
+        self.temperature = np.zeros(max_num_seqs, np.float32)  # 0: greedy
+        self.top_k = np.zeros(max_num_seqs, np.int64)  # 0: all
+        self.top_p = np.ones(max_num_seqs, np.float32)
+        self.seed = np.zeros(max_num_seqs, np.int64)
+        self._num_blocks = [0] * max_num_seqs
+        self._row_of: dict[str, int] = {}
+        self._free_rows = list(range(max_num_seqs - 1, -1, -1))
+
+    def row_of(self, request_id: str) -> int:
+        return self._row_of[request_id]
+
+    def apply(self, step: SchedulerOutput) -> None:
+        """Release, fill and extend rows as the scheduler says."""
+        for request_id in step.freed_request_ids:
+            self._release(request_id)
+        for request in step.new_requests:
+            self._fill(request)
+        self._append_blocks(step)
+
+    def _release(self, request_id: str) -> None:
+        row = self._row_of.pop(request_id)
+        self.requests[row] = None
+        self._free_rows.append(row)
+
+    def _fill(self, request: NewRequest) -> None:
+        row = self._free_rows.pop()
+        self._row_of[request.request_id] = row
+        self.requests[row] = request
+        self.token_ids[row] = np.asarray(request.token_ids, np.int64)
+        params = request.sampling_params
+        self.temperature[row] = 0.0 if params.is_greedy else params.temperature
+        self.top_k[row] = max(params.top_k, 0)
+        self.top_p[row] = params.top_p
+        self.seed[row] = request.seed
+        self._num_blocks[row] = 0
+
+    def _append_blocks(self, step: SchedulerOutput) -> None:
+        rows: list[int] = []
+        columns: list[int] = []
+        block_ids: list[int] = []
+        for line in step.scheduled:
+            if line.new_block_ids:
+                row, count = self._row_of[line.request_id], len(line.new_block_ids)
+                rows += [row] * count
+                columns += range(self._num_blocks[row], self._num_blocks[row] + count)
+                block_ids += line.new_block_ids
+                self._num_blocks[row] += count
+        if rows:
+            index = torch.tensor([rows, columns], device=self.device)
+            values = torch.tensor(block_ids, dtype=torch.int32, device=self.device)
+            self.block_tables[index[0], index[1]] = values
