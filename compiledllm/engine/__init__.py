@@ -1,0 +1,1 @@
+"""The engine: from prompts to outputs, step by step."""

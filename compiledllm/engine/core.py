@@ -1,0 +1,186 @@
+"""The engine's centre: schedule, execute, update. Knows token ids, no text.
+
+core = EngineCore(config)
+core.add(request)
+while core.has_unfinished():
+    advanced = core.step()
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from compiledllm.config import Choice, EngineConfig
+from compiledllm.log import log
+from compiledllm.models.decoder import Decoder
+from compiledllm.models.registry import load_spec
+from compiledllm.models.source import resolve_checkpoint
+from compiledllm.models.spec import ModelSpec
+from compiledllm.models.weights import fill_with_random_weights, load_weights
+from compiledllm.platform import Platform
+from compiledllm.runner.kv_cache import allocate_kv_caches, block_bytes, plan_num_blocks
+from compiledllm.runner.model_runner import ModelRunner
+from compiledllm.scheduler.block_pool import BlockPool
+from compiledllm.scheduler.scheduler import Scheduler
+from compiledllm.types import FinishReason, Request
+
+IDLE_CHECK_INTERVAL_S = 10.0
+
+
+class EngineCore:
+    """One model on one device, and the requests on it. Single-threaded.
+
+    Attributes: `config` (resolved), `choices` (option -> value and reason), `model_path`, `spec`,
+    `scheduler`, `runner`, `startup_s` (phase -> seconds).
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.startup_s: dict[str, float] = {}
+        self._last_idle_check = 0.0
+        started = time.perf_counter()
+        self.model_path: Path = resolve_checkpoint(config.model.model, config.model.revision)
+        self.spec: ModelSpec = load_spec(self.model_path)
+        self.platform = Platform.detect(config.model.device)
+        self.config, self.choices = config.resolve(self.platform.is_cuda, self.spec.max_position)
+        asked = config.model.dtype
+        self.choices["dtype"] = self.platform.choose_dtype(asked, self.spec.dtype)
+        self.choices["attention_backend"] = self.platform.choose_attention_backend(
+            config.compile.attention_backend
+        )
+        model = self._build_model()
+        self.startup_s["weights"] = time.perf_counter() - started
+        self.runner, self.scheduler = self._build_runner(model)
+        self._start_compiler()
+        self.startup_s["total"] = time.perf_counter() - started
+        self._report()
+
+    # -- requests ------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises ValueError if it can never fit."""
+        self.scheduler.add(request)
+
+    def finish(
+        self, request_id: str, reason: FinishReason, stop_reason: int | str | None = None
+    ) -> Request | None:
+        """End a request from outside; its blocks are free at once. None if it is over already."""
+        return self.scheduler.finish(request_id, reason, stop_reason)
+
+    def has_unfinished(self) -> bool:
+        return self.scheduler.has_unfinished()
+
+    def step(self) -> list[Request]:
+        """One step of the whole batch. Returns the requests that got a token."""
+        step = self.scheduler.schedule()
+        try:
+            output = self.runner.execute(step)
+            return self.scheduler.update(step, output)
+        except BaseException as error:
+            # Ctrl-C is not the requests' fault: they are computed again. Anything else is theirs.
+            self.scheduler.abandon_step(step, failed=isinstance(error, Exception))
+            self.runner.reset()
+            raise
+
+    def check_when_idle(self) -> None:
+        """With nothing to do, verify that no block leaked (at most every few seconds)."""
+        now = time.monotonic()
+        if not self.has_unfinished() and now - self._last_idle_check > IDLE_CHECK_INTERVAL_S:
+            self._last_idle_check = now
+            self.scheduler.check_invariants()
+
+    # -- start-up ------------------------------------------------------------------------------
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, str(self.choices["dtype"].value))
+        return dtype
+
+    def _build_model(self) -> Decoder:
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(self.dtype)
+        try:
+            with torch.device(self.platform.device), torch.inference_mode():
+                model = Decoder(self.spec, str(self.choices["attention_backend"].value))
+                if self.config.model.load_format == "dummy":
+                    fill_with_random_weights(model, self.config.model.seed)
+                else:
+                    load_weights(model, self.model_path)
+        finally:
+            torch.set_default_dtype(default)
+        return model.eval()
+
+    def _build_runner(self, model: Decoder) -> tuple[ModelRunner, Scheduler]:
+        config, device = self.config, self.platform.device
+        max_len, max_seqs = config.model.max_model_len, config.scheduler.max_num_seqs
+        max_tokens = config.scheduler.max_num_batched_tokens
+        assert max_len is not None and max_seqs is not None and max_tokens is not None
+        block_size = config.cache.block_size
+        num_blocks, self.choices["num_kv_blocks"] = plan_num_blocks(
+            config.cache,
+            self.spec,
+            self.dtype,
+            self.platform,
+            bytes_in_use=self._bytes_in_use(max_tokens),
+            most_useful_tokens=max_seqs * max_len,
+        )
+        kv_caches = allocate_kv_caches(self.spec, num_blocks, block_size, self.dtype, device)
+        pool = BlockPool(num_blocks, config.cache.enable_prefix_caching)
+        max_blocks = min(-(-max_len // block_size), num_blocks)
+        runner = ModelRunner(model, kv_caches, block_size, max_seqs, max_blocks)
+        policy = config.scheduler.scheduling_policy
+        return runner, Scheduler(pool, block_size, max_seqs, max_tokens, policy)
+
+    def _bytes_in_use(self, max_num_batched_tokens: int) -> int:
+        """CUDA: what the weights take, and an upper estimate of a full step's activations."""
+        if not self.platform.is_cuda:
+            return 0
+        layer = self.spec.layers[0]
+        widest = max(layer.mlp.intermediate_size * 3, self.spec.hidden_size * 8)
+        logits = 4 * self.spec.vocab_size * int(self.config.scheduler.max_num_seqs or 1)
+        activations = max_num_batched_tokens * widest * self.dtype.itemsize + 3 * logits
+        return torch.cuda.memory_allocated(self.platform.device) + activations + 2**30
+
+    def _start_compiler(self) -> None:
+        started = time.perf_counter()
+        compiler, options = self.runner.compiler, self.config.compile
+        obstacle = self.platform.why_not_compile()
+        if options.enforce_eager:
+            self.choices["compile"] = Choice("eager", "enforce_eager")
+        elif obstacle:
+            self.choices["compile"] = Choice("eager", obstacle)
+        elif options.compile_in_background:
+            compiler.compile_in_background()
+            self.choices["compile"] = Choice(
+                "decoder block", "in the background: eager until it is ready"
+            )
+        elif compiler.compile():
+            self.choices["compile"] = Choice("decoder block", "before the first request")
+        else:
+            self.choices["compile"] = Choice("eager", compiler.error or "")
+        self.startup_s["compile"] = time.perf_counter() - started
+
+    def _report(self) -> None:
+        spec, size = self.spec, self.config.cache.block_size
+        blocks = self.scheduler.block_pool.num_blocks
+        kv_mib = blocks * block_bytes(spec, size, self.dtype) / 2**20
+        distinct = len(spec.distinct_layers)
+        lines = {
+            "model": f"{self.model_path} ({spec.architecture}, {len(spec.layers)} layers, "
+            f"{spec.num_parameters / 1e6:.1f} M parameters)",
+            "device": f"{self.platform.device} ({self.platform.name})",
+            "dtype": self.choices["dtype"],
+            "attention": self.choices["attention_backend"],
+            "KV cache": f"{blocks} blocks of {size} tokens = {blocks * size} tokens, "
+            f"{kv_mib:.0f} MiB ({self.choices['num_kv_blocks'].reason})",
+            "context": self.choices["max_model_len"],
+            "batch": f"at most {self.choices['max_num_seqs']} requests and "
+            f"{self.choices['max_num_batched_tokens']} tokens a step",
+            "compile": f"{self.choices['compile']}, {distinct} distinct of {len(spec.layers)}",
+            "ready in": f"{self.startup_s['total']:.1f} s "
+            f"(weights {self.startup_s['weights']:.1f} s)",
+        }
+        for name, value in lines.items():
+            log.info("%-10s %s", name, value)

@@ -1,0 +1,60 @@
+"""A request's text as its tokens arrive: streaming decode, stop strings, what may be shown yet."""
+
+from __future__ import annotations
+
+from compiledllm.engine.tokenizer import TokenStream
+from compiledllm.types import SamplingParams
+
+
+class Detokenizer:
+    """Accumulates text and finds stop strings, also across token borders.
+
+    Text that may turn out to be the beginning of a stop string is held back while the request runs.
+    """
+
+    def __init__(self, stream: TokenStream | None, params: SamplingParams) -> None:
+        self._stream = stream
+        self._stops = params.stop_strings
+        self._keep_stop = params.include_stop_str_in_output
+        self._min_tokens = params.min_tokens
+        self._num_tokens = 0
+        self._searched = 0  # no stop string begins before this index
+        self.text = ""
+
+    def push(self, token_id: int, hidden: bool = False) -> str | None:
+        """Add one token; `hidden` ones (a stop token) leave no text. Returns a stop string hit."""
+        self._num_tokens += 1
+        if self._stream is None or hidden:
+            return None
+        self.text += self._stream.push(token_id)
+        if self._num_tokens < self._min_tokens:
+            self._searched = len(self.text)
+            return None
+        return self._find_stop()
+
+    def visible_text(self, finished: bool) -> str:
+        """The text that is certain to stay."""
+        if finished or not self._stops:
+            return self.text
+        return self.text[: len(self.text) - self._held_back()]
+
+    def _find_stop(self) -> str | None:
+        hits = [(self.text.find(stop, self._searched), stop) for stop in self._stops]
+        hits = [(index, stop) for index, stop in hits if index >= 0]
+        if not hits:
+            longest = max(map(len, self._stops), default=1)
+            self._searched = max(self._searched, len(self.text) - longest + 1)
+            return None
+        index, stop = min(hits)
+        self.text = self.text[: index + len(stop) if self._keep_stop else index]
+        return stop
+
+    def _held_back(self) -> int:
+        """Length of the longest end of the text that begins a stop string."""
+        tail = self.text[self._searched :]
+        return max((_overlap(tail, stop) for stop in self._stops), default=0)
+
+
+def _overlap(text: str, stop: str) -> int:
+    longest = min(len(stop) - 1, len(text))
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,140 @@
+"""Greedy output of the real default model equals transformers', however the engine gets there.
+
+float32, 20 prompts of 1 to 600 tokens, 64 new tokens each. Where the two differ, the first differing
+token must be a tie: transformers' own logits of the two tokens within TIE of each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compiledllm import Engine, SamplingParams
+from compiledllm.types import RequestOutput
+
+pytestmark = pytest.mark.real_model
+
+NUM_NEW = 64
+TIE = 2e-3
+LENGTHS = (1, 2, 3, 5, 8, 13, 15, 16, 17, 31, 32, 33, 48, 64, 100, 160, 255, 320, 450, 600)
+TEXTS = (
+    "The tower was built in 1889 and stands 330 metres tall. It was meant to last twenty years. ",
+    "def quicksort(items):\n    if len(items) <= 1:\n        return items\n    pivot = items[0]\n",
+    "Q: What is the boiling point of water?\nA: 100 degrees Celsius, at sea level.\nQ: ",
+    "Es war einmal ein König, der hatte zwölf Töchter. Il était une fois une forêt très ancienne. ",
+    "| name | age | city |\n|---|---|---|\n| Ann | 34 | Oslo |\n| Bo | 29 | 東京 |\n",
+)
+GREEDY = SamplingParams(temperature=0, max_tokens=NUM_NEW)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """transformers on the same checkpoint: the prompts, its greedy tokens, and its logits."""
+
+    model: Any
+    prompts: list[list[int]]
+    tokens: list[list[int]]
+
+    def assert_equal(self, outputs: list[RequestOutput]) -> None:
+        for prompt, expected, output in zip(self.prompts, self.tokens, outputs, strict=True):
+            actual = output.outputs[0].token_ids
+            if actual != expected:
+                self._assert_tie(prompt, expected, actual)
+
+    @torch.inference_mode()
+    def _assert_tie(self, prompt: list[int], expected: list[int], actual: list[int]) -> None:
+        pairs = enumerate(zip(expected, actual, strict=False))
+        index = next(i for i, (want, got) in pairs if want != got)
+        logits = self.model(torch.tensor([prompt + expected[:index]])).logits[0, -1]
+        gap = (logits[expected[index]] - logits[actual[index]]).item()
+        where = f"prompt of {len(prompt)} tokens, new token {index}"
+        assert gap < TIE, f"{where}: {expected[index]} beats {actual[index]} by {gap}: not a tie"
+        print(f"tie at {where}: {expected[index]} and {actual[index]} differ by {gap:.6f}")
+
+
+@pytest.fixture(scope="module")
+def reference(default_model: Path) -> Reference:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(default_model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(default_model)
+    prompts = []
+    for index, length in enumerate(LENGTHS):
+        ids: list[int] = tokenizer.encode(TEXTS[index % len(TEXTS)] * 60)
+        prompts.append(ids[index : index + length])
+    tokens = []
+    with torch.inference_mode():
+        for prompt in prompts:
+            ids_t = torch.tensor([prompt])
+            mask = torch.ones_like(ids_t)
+            out = model.generate(
+                ids_t, attention_mask=mask, max_new_tokens=NUM_NEW, do_sample=False, pad_token_id=0
+            )
+            tokens.append(out[0, len(prompt) :].tolist())
+    assert [len(prompt) for prompt in prompts] == list(LENGTHS)
+    return Reference(model, prompts, tokens)
+
+
+@pytest.fixture(scope="module")
+def eager(default_model: Path) -> Iterator[Engine]:
+    yield Engine(default_model, dtype="float32", enforce_eager=True, enable_prefix_caching=False)
+
+
+def make(default_model: Path, **options: Any) -> Engine:
+    return Engine(default_model, dtype="float32", **options)
+
+
+def test_alone(eager: Engine, reference: Reference) -> None:
+    reference.assert_equal(
+        [output for prompt in reference.prompts for output in eager.generate(prompt, GREEDY)]
+    )
+
+
+def test_all_at_once(eager: Engine, reference: Reference) -> None:
+    reference.assert_equal(eager.generate(reference.prompts, GREEDY))
+
+
+def test_chunked_prefill(default_model: Path, reference: Reference) -> None:
+    engine = make(default_model, enforce_eager=True, max_num_batched_tokens=32)
+    reference.assert_equal(engine.generate(reference.prompts, GREEDY))
+    engine.core.scheduler.check_invariants()
+
+
+def test_preemption(default_model: Path, reference: Reference) -> None:
+    engine = make(default_model, enforce_eager=True, num_kv_blocks=50)
+    reference.assert_equal(engine.generate(reference.prompts, GREEDY))
+    assert engine.core.scheduler.num_preemptions > 0
+    engine.core.scheduler.check_invariants()
+
+
+def test_shared_prefixes(default_model: Path, reference: Reference) -> None:
+    """The second round finds every full block of its prompts, and of what was generated."""
+    engine = make(default_model, enforce_eager=True)
+    reference.assert_equal(engine.generate(reference.prompts, GREEDY))
+    again = engine.generate(reference.prompts, GREEDY)
+    reference.assert_equal(again)
+    assert [output.num_cached_tokens for output in again] == [
+        (length - 1) // 16 * 16 for length in LENGTHS
+    ]
+    prompt, answer = reference.prompts[-1], reference.tokens[-1]
+    (longer,) = engine.generate(prompt + answer[:60], SamplingParams(temperature=0, max_tokens=4))
+    assert longer.outputs[0].token_ids == answer[60:64]
+    assert longer.num_cached_tokens > len(prompt)
+
+
+def test_compiled(default_model: Path, reference: Reference) -> None:
+    """Prefill, one-row decode and crowded decode through the compiled block, without recompiling."""
+    engine = make(default_model, compile_in_background=False, max_num_batched_tokens=256)
+    compiler = engine.core.runner.compiler
+    assert compiler.is_ready and compiler.error is None
+    reference.assert_equal(engine.generate(reference.prompts, GREEDY))
+    alone = [engine.generate(reference.prompts[i], GREEDY)[0] for i in (0, 7, 19)]
+    assert [output.outputs[0].token_ids for output in alone] == [
+        reference.tokens[i] for i in (0, 7, 19)
+    ]
+    assert compiler.num_recompiles == 0
