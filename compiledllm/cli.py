@@ -1,0 +1,314 @@
+"""The `compiledllm` command. Engine options come from the fields of `compiledllm.config`.
+
+Imports nothing heavy before a sub-command really runs, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import secrets
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compiledllm import __version__
+from compiledllm.config import CacheConfig, Choice, all_options
+from compiledllm.types import RequestOutput, SamplingParams
+
+if TYPE_CHECKING:
+    from compiledllm.engine.engine import Engine
+    from compiledllm.models.spec import ModelSpec
+    from compiledllm.platform import Platform
+
+DEFAULT_MAX_TOKENS = 256
+CHAT_HELP = "/exit leaves, /clear forgets the conversation, /system TEXT sets the system prompt"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status: 0, 2 for a bad argument, 130 for Ctrl-C."""
+    arguments = _parser().parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+        return status
+    except ValueError as error:  # ConfigError is one
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+
+
+# -- generate --------------------------------------------------------------------------------------
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    params = _sampling_params(arguments, max_tokens=DEFAULT_MAX_TOKENS)
+    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    engine = _make_engine(arguments)
+    if arguments.chat:
+        outputs = engine.stream_chat([{"role": "user", "content": prompt}], params)
+    else:
+        outputs = engine.stream(prompt, params)
+        if not arguments.json:
+            print(prompt, end="", flush=True)
+    if arguments.json:
+        last = list(outputs)[-1]
+        print(json.dumps(_as_json(last), ensure_ascii=False))
+        return 0
+    last = _print_stream(outputs)
+    print(_speed(last), file=sys.stderr)
+    return 0
+
+
+def _print_stream(outputs: Iterable[RequestOutput]) -> RequestOutput:
+    """Print text as it becomes final; returns the last output."""
+    shown = 0
+    last: RequestOutput | None = None
+    for last in outputs:
+        text = last.outputs[0].text
+        print(text[shown:], end="", flush=True)
+        shown = len(text)
+    print(flush=True)
+    assert last is not None
+    return last
+
+
+def _speed(output: RequestOutput) -> str:
+    """One line: tokens, tokens per second after the first, time to first token."""
+    metrics, count = output.metrics, len(output.outputs[0].token_ids)
+    assert metrics is not None and metrics.first_token_time is not None
+    ttft = metrics.first_token_time - metrics.arrival_time
+    rest = metrics.last_token_time - metrics.first_token_time
+    rate = f"{(count - 1) / rest:.1f} tokens/s" if count > 1 else "one token"
+    prompt = len(output.prompt_token_ids)
+    reason = output.outputs[0].finish_reason
+    return (
+        f"[{prompt} prompt tokens, {count} generated ({reason}); "
+        f"{rate}, first after {ttft * 1e3:.0f} ms]"
+    )
+
+
+def _as_json(output: RequestOutput) -> dict[str, Any]:
+    completion = output.outputs[0]
+    return {
+        "prompt": output.prompt,
+        "text": completion.text,
+        "prompt_tokens": len(output.prompt_token_ids),
+        "token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
+        "stop_reason": completion.stop_reason,
+    }
+
+
+# -- chat ------------------------------------------------------------------------------------------
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    params = _sampling_params(arguments, max_tokens=None)
+    engine = _make_engine(arguments)
+    print(
+        f"compiledllm {__version__}, {engine.model_path.name}. {CHAT_HELP}; Ctrl-C stops an answer"
+    )
+    system: list[dict[str, str]] = []
+    history: list[dict[str, str]] = []
+    for line in _lines():
+        command, _, rest = line.partition(" ")
+        if command in ("/exit", "/quit"):
+            break
+        if command == "/clear":
+            history = []
+        elif command == "/system":
+            system = [{"role": "system", "content": rest}] if rest else []
+        elif line.startswith("/"):
+            print(CHAT_HELP)
+        elif line:
+            history.append({"role": "user", "content": line})
+            answer = _answer(engine, system + history, params)
+            if answer is None:
+                history.pop()
+            else:
+                history.append({"role": "assistant", "content": answer})
+    return 0
+
+
+def _lines() -> Iterator[str]:
+    """What the user types, until the end of input. Ctrl-C at the prompt starts a new line."""
+    while True:
+        try:
+            yield input("> ").strip()
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print("\n(/exit or Ctrl-D leaves)")
+
+
+def _answer(engine: Engine, messages: list[dict[str, str]], params: SamplingParams) -> str | None:
+    """Stream one answer. Ctrl-C keeps what came; an error (too long a history) gives None."""
+    text = ""
+    output: RequestOutput | None = None
+    try:
+        for output in engine.stream_chat(messages, params):
+            new = output.outputs[0].text
+            print(new[len(text) :], end="", flush=True)
+            text = new
+        print()
+    except KeyboardInterrupt:
+        print("\n(stopped)")
+        return text
+    except ValueError as error:
+        print(f"error: {error}; /clear starts a new conversation", file=sys.stderr)
+        return None
+    if output is not None:
+        print(_speed(output), file=sys.stderr)
+    return text
+
+
+# -- info ------------------------------------------------------------------------------------------
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from compiledllm.models.registry import load_spec
+    from compiledllm.models.source import resolve_checkpoint
+    from compiledllm.platform import Platform
+
+    path = resolve_checkpoint(arguments.model, arguments.revision)
+    spec = load_spec(path)
+    platform = Platform.detect(arguments.device)
+    dtype = platform.choose_dtype(arguments.dtype, spec.dtype)
+    facts = _facts(path, spec, platform, dtype)
+    if arguments.json:
+        print(json.dumps(facts))
+        return 0
+    for name, value in facts.items():
+        shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
+        print(f"{name:26} {shown}")
+    return 0
+
+
+def _facts(path: Path, spec: ModelSpec, platform: Platform, dtype: Choice) -> dict[str, Any]:
+    """What there is to know about a model on this machine, without loading its weights."""
+    from compiledllm.runner.kv_cache import CPU_MEMORY_SHARE
+
+    itemsize = 4 if dtype.value == "float32" else 2
+    layer = spec.layers[0]
+    weights = spec.num_parameters * itemsize
+    per_token = spec.kv_bytes_per_token(itemsize)
+    share = CacheConfig().gpu_memory_utilization if platform.is_cuda else CPU_MEMORY_SHARE
+    room = max(int(platform.memory_bytes * share) - (weights if platform.is_cuda else 0), 0)
+    return {
+        "model": str(path),
+        "architecture": spec.architecture,
+        "layers": len(spec.layers),
+        "distinct_layers": len(spec.distinct_layers),
+        "hidden_size": spec.hidden_size,
+        "attention_heads": layer.attn.num_heads,
+        "kv_heads": layer.attn.num_kv_heads,
+        "head_dim": layer.attn.head_dim,
+        "intermediate_size": layer.mlp.intermediate_size,
+        "vocab_size": spec.vocab_size,
+        "tied_embeddings": spec.tie_word_embeddings,
+        "context": spec.max_position,
+        "parameters": spec.num_parameters,
+        "checkpoint_dtype": spec.dtype,
+        "dtype": str(dtype),
+        "weight_bytes": weights,
+        "kv_bytes_per_token": per_token,
+        "device": f"{platform.device} ({platform.name})",
+        "memory_bytes": platform.memory_bytes,
+        "kv_tokens_that_fit": room // per_token,
+        "full_contexts_that_fit": room // (per_token * spec.max_position),
+    }
+
+
+# -- options ---------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="compiledllm", description="A compiler-driven LLM inference engine."
+    )
+    parser.add_argument("--version", action="version", version=f"compiledllm {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    generate = commands.add_parser("generate", help="complete a prompt, streaming")
+    generate.add_argument("prompt", help="the prompt; '-' reads it from standard input")
+    generate.add_argument("--chat", action="store_true", help="put it through the chat template")
+    generate.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    generate.set_defaults(run=_generate)
+
+    chat = commands.add_parser("chat", help="talk to a model in the terminal")
+    chat.set_defaults(run=_chat)
+
+    for command in (generate, chat):
+        _add_sampling_options(command.add_argument_group("sampling"))
+        _add_engine_options(command.add_argument_group("engine"))
+
+    info = commands.add_parser("info", help="what a model is and what fits on this machine")
+    info.add_argument("model", nargs="?", help="local directory, .gguf file or Hugging Face id")
+    info.add_argument("--revision", help="branch, tag or commit on the hub")
+    info.add_argument("--dtype", default="auto", help="dtype to count bytes for")
+    info.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    info.add_argument("--json", action="store_true", help="print one JSON object")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _add_sampling_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default 0.7)")
+    group.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling, (0, 1]")
+    group.add_argument("--top-k", type=int, default=0, help="0: all tokens")
+    group.add_argument("--max-tokens", type=_count, default=None, help="most tokens to generate")
+    group.add_argument("--min-tokens", type=_count, default=0, help="fewest tokens to generate")
+    group.add_argument("--stop", action="append", help="stop at this text (repeatable)")
+    group.add_argument("--ignore-eos", action="store_true", help="go on past end of sequence")
+
+
+def _sampling_params(arguments: argparse.Namespace, max_tokens: int | None) -> SamplingParams:
+    return SamplingParams(
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        top_k=arguments.top_k,
+        seed=getattr(arguments, "seed", None) or secrets.randbits(62),
+        max_tokens=arguments.max_tokens or max_tokens,
+        min_tokens=arguments.min_tokens,
+        stop=arguments.stop,
+        ignore_eos=arguments.ignore_eos,
+    )
+
+
+def _add_engine_options(group: argparse._ArgumentGroup) -> None:
+    """One option per config field: --block-size for block_size, --no-... for switches."""
+    for _, field in all_options():
+        flag, kind = "--" + field.name.replace("_", "-"), str(field.type)
+        keywords: dict[str, Any] = {"default": argparse.SUPPRESS, "help": field.metadata["help"]}
+        if kind.startswith("bool"):
+            keywords["action"] = argparse.BooleanOptionalAction
+        else:
+            keywords["type"] = (
+                _count if kind.startswith("int") else float if kind == "float" else str
+            )
+            keywords["choices"] = field.metadata["choices"]
+        group.add_argument(flag, **keywords)
+
+
+def _make_engine(arguments: argparse.Namespace) -> Engine:
+    from compiledllm.engine.engine import Engine
+
+    names = [field.name for _, field in all_options()]
+    return Engine(**{name: getattr(arguments, name) for name in names if name in arguments})
+
+
+def _count(text: str) -> int:
+    """An integer, also as 8k (8000) or 8K (8192)."""
+    match = re.fullmatch(r"(-?\d+)([kK]?)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"must be an integer such as 4096, 4k or 4K, got '{text}'")
+    return int(match[1]) * {"": 1, "k": 1000, "K": 1024}[match[2]]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
