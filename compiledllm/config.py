@@ -15,6 +15,7 @@ from compiledllm.types import reject_unknown
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 POLICIES = ("fcfs", "priority")
+COMPILE_WHEN = ("auto", "start", "background", "busy")
 BACKENDS = ("auto", "torch")
 
 
@@ -80,8 +81,11 @@ class CompileConfig:
     """What is compiled, and when."""
 
     enforce_eager: bool = option(False, "do not compile")
-    compile_in_background: bool | None = option(
-        None, "serve eagerly until compiled; default: on a CPU"
+    compile_when: str = option(
+        "auto",
+        "start: before the first request; background: at once, serving eagerly meanwhile; busy: "
+        "likewise, after some time of work; auto: start on a GPU, busy on a CPU",
+        COMPILE_WHEN,
     )
     attention_backend: str = option("auto", "implementation of paged attention", BACKENDS)
 
@@ -155,13 +159,13 @@ class EngineConfig:
             "max_model_len": Choice(max_position, "the model's context"),
             "max_num_seqs": Choice(256 if on_gpu else 64, where),
             "max_num_batched_tokens": Choice(8192 if on_gpu else 512, where),
-            "compile_in_background": Choice(not on_gpu, where),
+            "compile_when": Choice("start" if on_gpu else "busy", where),
         }
         groups = {f.name: group for group, f in all_options()}
         reasons = {}
         for name, choice in open_values.items():
             given = getattr(getattr(self, groups[name]), name)
-            reasons[name] = choice if given is None else Choice(given, "as asked")
+            reasons[name] = choice if given in (None, "auto") else Choice(given, "as asked")
         return self.replace(**{name: c.value for name, c in reasons.items()}), reasons
 
     def replace(self, **options: Any) -> EngineConfig:

@@ -8,6 +8,7 @@ and tests hold it to zero. Knows "a module with blocks and a `block_forward`", n
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -32,16 +33,20 @@ class Decoder(Protocol):
 class BlockCompiler:
     """Replaces a decoder's `block_forward` by its compiled form.
 
-    decoder: the model. run_dummy: runs it on that many padding tokens. Both are used once, in
-    `compile`, which blocks, or in `compile_in_background`, which serves eagerly meanwhile.
+    decoder: the model. run_dummy: runs it on that many padding tokens. Compilation is started by
+    `compile`, which blocks, by `compile_in_background`, or by `compile_after` so much work; in the
+    last two the model serves eagerly meanwhile.
     """
 
     def __init__(self, decoder: Decoder, run_dummy: Callable[[int], None]) -> None:
         self._decoder = decoder
         self._run_dummy = run_dummy
-        self._eager = decoder.block_forward
+        self.eager = decoder.block_forward
         self._warmed_up_at: int | None = None
+        self._compiled: BlockForward | None = None
         self._thread: threading.Thread | None = None
+        self._threads_to_restore = 1
+        self._busy_seconds_left = math.inf
         self.num_compiles = 0
         self.seconds = 0.0
         self.error: str | None = None
@@ -58,20 +63,56 @@ class BlockCompiler:
     def compile(self) -> bool:
         """Compile and switch over. False, after one warning, if that fails: eager goes on."""
         self._compile_examples(self._record_examples())
+        self._switch_over()
         return self.is_ready
 
     def compile_in_background(self) -> None:
-        """Start compiling in a thread; the decoder switches over by itself when that is done."""
-        examples = self._record_examples()
-        self._thread = threading.Thread(
-            target=self._compile_examples, args=(examples,), name="compile", daemon=True
-        )
+        """Start compiling in a thread; the decoder switches over at the end of a later step.
+
+        Meanwhile the model leaves one core to the compiler: two threads that wait for each other
+        at every operator lose far more to a third than the core is worth.
+        """
+        examples, num_threads = self._record_examples(), torch.get_num_threads()
+
+        def run() -> None:
+            # The count is per thread and guarded by the compiled code. Asked for first, because
+            # torch sets a thread's count from the process's when it is first asked for.
+            torch.get_num_threads()
+            torch.set_num_threads(num_threads)
+            with torch._inductor.config.patch(compile_threads=1):
+                self._compile_examples(examples)
+
+        self._thread = threading.Thread(target=run, name="compile", daemon=True)
         self._thread.start()
+        self._threads_to_restore = num_threads
+        torch.set_num_threads(max(1, num_threads - 1))
+
+    def compile_after(self, busy_seconds: float) -> None:
+        """Start in the background once `count_work` has seen this much work."""
+        self._busy_seconds_left = busy_seconds
+
+    def count_work(self, seconds: float) -> None:
+        """The model has worked this long; to be called between steps, by the thread that runs it."""
+        if self._thread is not None and not self._thread.is_alive():
+            self._thread = None
+            torch.set_num_threads(self._threads_to_restore)
+            self._switch_over()
+        self._busy_seconds_left -= seconds
+        if self._busy_seconds_left <= 0:
+            self._busy_seconds_left = math.inf
+            self.compile_in_background()
 
     def wait(self) -> None:
-        """Return once a background compilation is over."""
+        """Return once a background compilation is over and the decoder has switched over."""
         if self._thread is not None:
             self._thread.join()
+            self.count_work(0.0)
+
+    def _switch_over(self) -> None:
+        if self._compiled is not None:
+            self._warmed_up_at = self.num_compiles
+            self._decoder.block_forward = self._compiled
+            log.info("compiled the decoder block in %.1f s", self.seconds)
 
     def _record_examples(self) -> list[tuple[Block, BlockArgs]]:
         """Arguments of the first call of each distinct block, for two tokens and for one."""
@@ -83,20 +124,20 @@ class BlockCompiler:
                 if layer.spec not in seen:
                     seen.add(layer.spec)
                     examples.append((layer, args))
-                return self._eager(layer, *args)
+                return self.eager(layer, *args)
 
             self._decoder.block_forward = record
             try:
                 self._run_dummy(num_tokens)
             finally:
-                self._decoder.block_forward = self._eager
+                self._decoder.block_forward = self.eager
         return examples
 
     @torch.inference_mode()
     def _compile_examples(self, examples: list[tuple[Block, BlockArgs]]) -> None:
         start = time.perf_counter()
         compiled: BlockForward = torch.compile(
-            self._eager, fullgraph=True, backend=self._counting_inductor
+            self.eager, fullgraph=True, backend=self._counting_inductor
         )
         try:
             for layer, args in examples:
@@ -107,9 +148,7 @@ class BlockCompiler:
             log.warning("compilation failed, running eagerly (%s)", self.error)
             return
         self.seconds = time.perf_counter() - start
-        self._warmed_up_at = self.num_compiles
-        self._decoder.block_forward = compiled
-        log.info("compiled the decoder block in %.1f s", self.seconds)
+        self._compiled = compiled
 
     def _counting_inductor(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
         from torch._inductor.compile_fx import compile_fx

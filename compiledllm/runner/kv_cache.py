@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,4 +69,13 @@ def allocate_kv_caches(
         kv_cache_shape(num_blocks + 1, block_size, layer.attn.num_kv_heads, layer.attn.head_dim)
         for layer in spec.layers
     ]
-    return [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+    return [_zeros(shape, dtype, device) for shape in shapes]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # numpy leaves zeroing to the operating system, page by page on first use; torch.zeros would
+    # touch all of it now, seconds for gigabytes that may never be used.
+    flat = torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8))
+    return flat.view(dtype).view(shape)

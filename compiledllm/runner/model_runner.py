@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -38,9 +39,15 @@ class ModelRunner:
         self.sampler = Sampler()
         self.compiler = BlockCompiler(model, self.run_dummy)
 
-    @torch.inference_mode()
     def execute(self, step: SchedulerOutput) -> StepOutput:
         """Run one step. The row of every request that samples ends up with its new token."""
+        started = time.perf_counter()
+        output = self._execute(step)
+        self.compiler.count_work(time.perf_counter() - started)
+        return output
+
+    @torch.inference_mode()
+    def _execute(self, step: SchedulerOutput) -> StepOutput:
         self.table.apply(step)
         if not step.scheduled:
             return StepOutput({})

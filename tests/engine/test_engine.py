@@ -18,7 +18,7 @@ PROMPTS = [[5, 6, 7], [9], list(range(10, 60)), [3] * 20]
 @pytest.fixture(scope="module")
 def make(tiny_llama: Callable[..., Path]) -> Callable[..., Engine]:
     def make(**options: Any) -> Engine:
-        defaults = {"skip_tokenizer_init": True, "enforce_eager": True}
+        defaults = {"device": "cpu", "skip_tokenizer_init": True, "enforce_eager": True}
         return Engine(tiny_llama(), **(defaults | options))
 
     return make
@@ -106,7 +106,10 @@ def test_scheduling_does_not_change_tokens(
     other = make(**options)
     assert tokens(other.generate(PROMPTS, GREEDY)) == tokens(engine.generate(PROMPTS, GREEDY))
     other.core.scheduler.check_invariants()
-    assert other.core.scheduler.block_pool.num_free_blocks == other.core.scheduler.block_pool.num_blocks
+    assert (
+        other.core.scheduler.block_pool.num_free_blocks
+        == other.core.scheduler.block_pool.num_blocks
+    )
 
 
 def test_seeded_tokens_are_the_same_alone_in_a_crowd_and_after_preemption(
@@ -139,7 +142,7 @@ def test_requests_without_a_seed_differ_and_engines_with_one_repeat(
 def test_compiled_in_the_background_switches_over_with_the_same_tokens(
     make: Callable[..., Engine], engine: Engine
 ) -> None:
-    other = make(enforce_eager=False, compile_in_background=True)
+    other = make(enforce_eager=False, compile_when="background")
     expected = tokens(engine.generate(PROMPTS, GREEDY))
     assert tokens(other.generate(PROMPTS, GREEDY)) == expected
     compiler = other.core.runner.compiler

@@ -82,11 +82,11 @@ def reference(default_model: Path) -> Reference:
 
 @pytest.fixture(scope="module")
 def eager(default_model: Path) -> Iterator[Engine]:
-    yield Engine(default_model, dtype="float32", enforce_eager=True, enable_prefix_caching=False)
+    yield make(default_model, enforce_eager=True, enable_prefix_caching=False)
 
 
 def make(default_model: Path, **options: Any) -> Engine:
-    return Engine(default_model, dtype="float32", **options)
+    return Engine(default_model, device="cpu", dtype="float32", **options)
 
 
 def test_alone(eager: Engine, reference: Reference) -> None:
@@ -129,7 +129,7 @@ def test_shared_prefixes(default_model: Path, reference: Reference) -> None:
 
 def test_compiled(default_model: Path, reference: Reference) -> None:
     """Prefill, one-row decode and crowded decode through the compiled block, without recompiling."""
-    engine = make(default_model, compile_in_background=False, max_num_batched_tokens=256)
+    engine = make(default_model, compile_when="start", max_num_batched_tokens=256)
     compiler = engine.core.runner.compiler
     assert compiler.is_ready and compiler.error is None
     reference.assert_equal(engine.generate(reference.prompts, GREEDY))

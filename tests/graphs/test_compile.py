@@ -1,0 +1,108 @@
+"""The compiled block: equal to eager, one graph for all layers, no copy of the cache, no recompile."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch._inductor.utils import run_and_get_code
+
+from compiledllm import Engine, SamplingParams
+from compiledllm.runner.input_batch import InputBatch
+from compiledllm.types import NewRequest, ScheduledRequest, SchedulerOutput
+
+PARAMS = SamplingParams(temperature=0, max_tokens=4)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_llama: Callable[..., Path]) -> Engine:
+    engine = Engine(
+        tiny_llama(), device="cpu", skip_tokenizer_init=True, compile_when="start", num_kv_blocks=4096
+    )
+    assert engine.core.runner.compiler.is_ready
+    return engine
+
+
+def step_of(lengths: list[int], prefix: str) -> SchedulerOutput:
+    """A step that prefills new requests of these lengths, each in blocks of its own."""
+    new, lines, block = [], [], 1
+    for index, length in enumerate(lengths):
+        name, count = f"{prefix}{index}", -(-length // 16)
+        ids = [(7 * index + i) % 120 + 3 for i in range(length)]
+        new.append(NewRequest(name, ids, length, PARAMS, frozenset(), 0))
+        lines.append(ScheduledRequest(name, 0, length, list(range(block, block + count)), True))
+        block += count
+    return SchedulerOutput(new, lines, [])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("lengths", [[1], [2], [1, 1], [37], [5, 1, 64], [1] * 17])
+def test_compiled_equals_eager_at_every_shape(engine: Engine, lengths: list[int]) -> None:
+    runner, compiler = engine.core.runner, engine.core.runner.compiler
+    runner.reset()
+    step = step_of(lengths, "r")
+    runner.table.apply(step)
+    batch = InputBatch.gather(step, runner.table, runner.block_size)
+    compiled_forward = runner.model.block_forward
+    hidden = {}
+    for name, forward in (("compiled", compiled_forward), ("eager", compiler.eager)):
+        runner.model.block_forward = forward
+        for cache in runner.kv_caches:
+            cache.zero_()
+        hidden[name] = runner.model(batch.input_ids, batch.positions, runner.kv_caches, batch.attn)
+    runner.model.block_forward = compiled_forward
+    runner.reset()
+    torch.testing.assert_close(hidden["compiled"], hidden["eager"], atol=1e-5, rtol=1e-5)
+    assert compiler.num_recompiles == 0
+
+
+def test_all_layers_share_one_graph_of_each_kind(engine: Engine) -> None:
+    """Three layers, one LayerSpec: one static graph for a single token, one dynamic for the rest."""
+    assert len(engine.core.spec.layers) == 3
+    assert engine.core.runner.compiler.num_compiles == 2
+
+
+@torch.inference_mode()
+def test_no_copy_of_the_cache_in_the_generated_code(engine: Engine) -> None:
+    """Mutating ops are functionalised by the compiler; a clone of the cache must not survive."""
+    runner = engine.core.runner
+    recorded: list[tuple[object, ...]] = []
+
+    def record(*args: object) -> tuple[torch.Tensor, torch.Tensor]:
+        recorded.append(args)
+        return runner.compiler.eager(*args)
+
+    forward, runner.model.block_forward = runner.model.block_forward, record
+    runner.run_dummy(4)
+    runner.model.block_forward = forward
+    torch._dynamo.reset()
+    fresh = torch.compile(runner.compiler.eager, fullgraph=True)
+    _, sources = run_and_get_code(fresh, *recorded[0])
+    code = "\n".join(sources)
+    num_elements = runner.kv_caches[0].numel()
+    shape = ", ".join(map(str, runner.kv_caches[0].shape))
+    assert "store_kv" in code and "paged_attention" in code
+    assert not re.search(rf"empty_strided\w*\(\({shape}\)", code)
+    assert str(num_elements) not in re.sub(r"assert_size_stride.*", "", code)
+
+
+def test_failing_compiler_leaves_an_eager_engine_after_one_line(
+    tiny_llama: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no space left on device")
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", fail)
+    monkeypatch.setattr("compiledllm.log.log.propagate", True)
+    torch._dynamo.reset()
+    with caplog.at_level("WARNING", logger="compiledllm"):
+        engine = Engine(tiny_llama(), device="cpu", skip_tokenizer_init=True, compile_when="start")
+    warnings = [record.message for record in caplog.records]
+    assert len(warnings) == 1 and "running eagerly" in warnings[0]
+    (output,) = engine.generate([[5, 6, 7]], PARAMS)
+    assert output.finished
