@@ -13,6 +13,8 @@ from typing import Any
 from compiledllm.types import reject_unknown
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
+_DTYPE_ALIASES = {"half": "float16", "float": "float32"}
+_DTYPE_NAMES = (*DTYPES, *_DTYPE_ALIASES)
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 POLICIES = ("fcfs", "priority")
 COMPILE_WHEN = ("auto", "start", "background", "busy")
@@ -114,6 +116,9 @@ class EngineConfig:
             raise ConfigError(str(error)) from None
         chosen: dict[str, dict[str, Any]] = {group: {} for group in groups}
         for name, value in options.items():
+            if name == "dtype":  # torch.bfloat16 and vLLM's short names are as good
+                text = str(value).removeprefix("torch.")
+                value = _DTYPE_ALIASES.get(text, text) if text in _DTYPE_NAMES else value
             chosen[owners[name]][name] = value
         config = cls(**{group: kind(**chosen[group]) for group, kind in groups.items()})
         config.check()
@@ -121,17 +126,7 @@ class EngineConfig:
 
     def check(self) -> None:
         """Raise ConfigError for a value that is wrong whatever the model and machine."""
-        for group in option_groups():
-            _check_choices(getattr(self, group))
         model, cache, scheduler = self.model, self.cache, self.scheduler
-        if cache.block_size < 16 or cache.block_size % 16:
-            raise ConfigError(
-                f"block_size must be a multiple of 16, got {cache.block_size}; try 16 or 32"
-            )
-        if not 0 < cache.gpu_memory_utilization <= 1:
-            raise ConfigError(
-                f"gpu_memory_utilization must be in (0, 1], got {cache.gpu_memory_utilization}"
-            )
         positive = {
             "max_model_len": model.max_model_len,
             "kv_cache_memory_bytes": cache.kv_cache_memory_bytes,
@@ -143,6 +138,16 @@ class EngineConfig:
             is_int = isinstance(value, int) and not isinstance(value, bool)
             if value is not None and (not is_int or value < 1):
                 raise ConfigError(f"{name} must be an integer >= 1, got {value!r}")
+        for group in option_groups():
+            _check_types_and_choices(getattr(self, group))
+        if cache.block_size < 16 or cache.block_size % 16:
+            raise ConfigError(
+                f"block_size must be a multiple of 16, got {cache.block_size}; try 16 or 32"
+            )
+        if not 0 < cache.gpu_memory_utilization <= 1:
+            raise ConfigError(
+                f"gpu_memory_utilization must be in (0, 1], got {cache.gpu_memory_utilization}"
+            )
 
     def resolve(self, on_gpu: bool, max_position: int) -> tuple[EngineConfig, dict[str, Choice]]:
         """A copy with every open value filled in, and the reason for each.
@@ -189,8 +194,23 @@ def all_options() -> list[tuple[str, dataclasses.Field[Any]]]:
     return [(group, f) for group, kind in option_groups().items() for f in fields(kind)]
 
 
-def _check_choices(group: object) -> None:
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "str": ((str,), "a string"),
+    "int": ((int,), "an integer"),
+    "float": ((int, float), "a number"),
+    "bool": ((bool,), "True or False"),
+}
+
+
+def _check_types_and_choices(group: object) -> None:
     for f in fields(group):  # type: ignore[arg-type]
         choices, value = f.metadata.get("choices"), getattr(group, f.name)
         if choices and value not in choices:
             raise ConfigError(f"{f.name} must be one of {', '.join(choices)}, got {value!r}")
+        kind, _, optional = str(f.type).partition(" | ")
+        types, words = _KINDS[kind]
+        is_kind = isinstance(value, types) and (kind == "bool" or not isinstance(value, bool))
+        if not is_kind and not (optional and value is None):
+            raise ConfigError(
+                f"{f.name} must be {words}{' or None' * bool(optional)}, got {value!r}"
+            )

@@ -7,7 +7,6 @@ the thing.
 from __future__ import annotations
 
 import difflib
-import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
@@ -15,6 +14,8 @@ from enum import Enum
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
+
+_SWITCHES = ("ignore_eos", "include_stop_str_in_output", "detokenize", "skip_special_tokens")
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -47,6 +48,11 @@ def _strict_fields(what: str) -> Callable[[type[T]], type[T]]:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value: object) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and abs(value) <= 1e38  # type: ignore[arg-type]  # a float32; false for NaN
 
 
 def _require(ok: bool, name: str, value: object, must: str) -> None:
@@ -95,6 +101,10 @@ class SamplingParams:
     def __post_init__(self) -> None:
         self.stop = self._checked_stop()
         self.stop_token_ids = list(self.stop_token_ids or [])
+        for name in _SWITCHES:
+            _require(
+                isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False"
+            )
         self._check_sampling()
         self._check_lengths()
         if self.stop and not self.detokenize:
@@ -104,11 +114,10 @@ class SamplingParams:
         _require(self.n == 1 and _is_int(self.n), "n", self.n, "1 (more are not supported yet)")
         for name in ("temperature", "top_p"):
             value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            _require(number and math.isfinite(value), name, value, "a finite number")
+            _require(_is_finite(value), name, value, "a finite number")
         _require(self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or above")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
-        top_k_ok = _is_int(self.top_k) and self.top_k >= -1
+        top_k_ok = _is_int(self.top_k) and -1 <= self.top_k < 2**63
         _require(top_k_ok, "top_k", self.top_k, "an integer >= 1, or 0 or -1 for all tokens")
         seed_ok = self.seed is None or (_is_int(self.seed) and -(2**63) <= self.seed < 2**63)
         _require(seed_ok, "seed", self.seed, "None or a 64-bit integer")
@@ -124,10 +133,10 @@ class SamplingParams:
             )
 
     def _checked_stop(self) -> list[str]:
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        stop = [self.stop] if isinstance(self.stop, str) else [] if self.stop is None else self.stop
         is_list = isinstance(stop, (list, tuple)) and all(isinstance(s, str) and s for s in stop)
         _require(is_list, "stop", self.stop, "a non-empty string or a list of non-empty strings")
-        ids = self.stop_token_ids or []
+        ids = [] if self.stop_token_ids is None else self.stop_token_ids
         ids_ok = isinstance(ids, (list, tuple)) and all(_is_int(i) and i >= 0 for i in ids)
         _require(ids_ok, "stop_token_ids", ids, "a list of token ids (integers >= 0)")
         return list(stop)

@@ -62,13 +62,13 @@ class TokenStream:
     space in front of a word comes out as in a whole decode.
     """
 
-    CONTEXT = 5  # prompt tokens that are looked at
+    CONTEXT = 6  # prompt tokens that are looked at, at most
 
     def __init__(self, hf: Any, prompt_token_ids: Sequence[int], skip_special_tokens: bool) -> None:
         self._hf = hf
         self._skip_special_tokens = skip_special_tokens
         self._backend = getattr(hf, "backend_tokenizer", None)
-        self._restart(prompt_token_ids[-self.CONTEXT :])
+        self._restart(self._context(prompt_token_ids))
 
     def push(self, token_id: int) -> str:
         """The text that became final with this token; "" inside a character."""
@@ -80,27 +80,33 @@ class TokenStream:
             if "Invalid prefix" not in str(error):
                 raise
             # tokenizers gives up on some invalid UTF-8 sequences: start afresh after them.
-            self._restart(())
+            self._restart([])
             return self._stream.step(self._backend, token_id) or ""
 
-    def _restart(self, context: Sequence[int]) -> None:
+    def _context(self, prompt_token_ids: Sequence[int]) -> list[int]:
+        """The longest end of the prompt that is whole characters; empty if it ends inside one."""
+        for count in range(min(self.CONTEXT, len(prompt_token_ids)), 0, -1):
+            tail = list(prompt_token_ids[-count:])
+            if "\ufffd" not in self._decode(tail):
+                return tail
+        return []
+
+    def _restart(self, context: list[int]) -> None:
         from tokenizers.decoders import DecodeStream
 
-        self._stream = DecodeStream(list(context), self._skip_special_tokens)
-        self._ids = list(context)
-        self._shown = 0  # of _ids, how many are in the text already (slow path)
-        if self._backend is None:
-            self._shown = len(self._ids)
+        self._stream = DecodeStream(context, self._skip_special_tokens)
+        self._pending = list(context)  # slow path: tokens since the text before last was final
+        self._num_final = len(context)  # of these, how many are in the text already
 
     def _push_slow(self, token_id: int) -> str:
         """For tokenizers without a Rust backend: the difference between two decodes."""
-        self._ids.append(token_id)
-        before = self._decode(self._ids[: self._shown])
-        text = self._decode(self._ids)
+        self._pending.append(token_id)
+        before = self._decode(self._pending[: self._num_final])
+        text = self._decode(self._pending)
         if text.endswith("\ufffd") or len(text) <= len(before):
             return ""
-        start = max(0, self._shown - self.CONTEXT)
-        self._ids, self._shown = self._ids[start:], len(self._ids) - start
+        self._pending = self._pending[self._num_final :]
+        self._num_final = len(self._pending)
         return text[len(before) :]
 
     def _decode(self, token_ids: Sequence[int]) -> str:

@@ -20,7 +20,11 @@ PARAMS = SamplingParams(temperature=0, max_tokens=4)
 @pytest.fixture(scope="module")
 def engine(tiny_llama: Callable[..., Path]) -> Engine:
     engine = Engine(
-        tiny_llama(), device="cpu", skip_tokenizer_init=True, compile_when="start", num_kv_blocks=4096
+        tiny_llama(),
+        device="cpu",
+        skip_tokenizer_init=True,
+        compile_when="start",
+        num_kv_blocks=4096,
     )
     assert engine.core.runner.compiler.is_ready
     return engine

@@ -1,0 +1,66 @@
+"""Buckets: every batch fits one, and few padded rows are computed."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compiledllm.graphs.buckets import bucket_for, ladder
+
+RUNS = settings(max_examples=200, deadline=None, derandomize=True)
+max_sizes = st.integers(1, 2000)
+
+
+@RUNS
+@given(max_sizes)
+def test_ladder_ascends_from_one_to_the_largest_size(max_size: int) -> None:
+    sizes = ladder(max_size)
+    assert sizes[0] == 1
+    assert sizes[-1] == max_size
+    assert sizes == sorted(set(sizes))
+
+
+@RUNS
+@given(max_sizes, max_sizes)
+def test_batch_gets_the_smallest_bucket_that_holds_it(max_size: int, size: int) -> None:
+    sizes = ladder(max_size)
+    holding = [bucket for bucket in sizes if bucket >= size]
+    assert bucket_for(size, sizes) == (holding[0] if holding else None)
+
+
+@RUNS
+@given(max_sizes.flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))))
+def test_every_batch_fits_with_a_quarter_of_padding_at_most(case: tuple[int, int]) -> None:
+    max_size, size = case
+    bucket = bucket_for(size, ladder(max_size))
+    assert bucket is not None
+    assert 0 <= bucket - size <= size // 4
+    assert bucket <= max_size
+
+
+def test_small_batches_are_never_padded() -> None:
+    assert ladder(8) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [bucket_for(size, ladder(64)) for size in range(1, 9)] == list(range(1, 9))
+
+
+def test_largest_size_is_a_bucket_also_between_two_steps() -> None:
+    assert ladder(13) == [*range(1, 9), 10, 12, 13]
+    assert ladder(1) == [1]
+    assert ladder(600)[-3:] == [512, 576, 600]
+
+
+def test_ladder_stays_short() -> None:
+    assert len(ladder(256)) <= 36
+    assert len(ladder(1024)) <= 52
+
+
+def test_batch_above_the_largest_bucket_has_none() -> None:
+    assert bucket_for(9, ladder(8)) is None
+    assert bucket_for(1, []) is None
+
+
+@pytest.mark.parametrize("max_size", [0, -3])
+def test_ladder_without_a_size_is_refused(max_size: int) -> None:
+    with pytest.raises(ValueError, match=f"must be at least 1, got {max_size}"):
+        ladder(max_size)

@@ -1,0 +1,241 @@
+"""Engine options: flat in, grouped and checked once, resolved with a reason for each value."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+
+from compiledllm.config import (
+    CacheConfig,
+    Choice,
+    ConfigError,
+    EngineConfig,
+    ModelConfig,
+    SchedulerConfig,
+    all_options,
+    option_groups,
+)
+
+OPTIONS = [f for _, f in all_options()]
+CHOSEN_FROM = {f.name: f.metadata["choices"] for f in OPTIONS if f.metadata["choices"]}
+COUNTS = (
+    "max_model_len",
+    "kv_cache_memory_bytes",
+    "num_kv_blocks",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+)
+SWITCHES = (
+    "skip_tokenizer_init",
+    "enable_prefix_caching",
+    "enforce_eager",
+)
+
+
+def refusal(**options: Any) -> str:
+    with pytest.raises(ConfigError) as refused:
+        EngineConfig.from_options(**options)
+    return str(refused.value)
+
+
+# -- wrong values ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block_size", [0, 8, 24, -16])
+def test_block_size_that_is_no_multiple_of_16_is_refused(block_size: int) -> None:
+    assert refusal(block_size=block_size) == (
+        f"block_size must be a multiple of 16, got {block_size}; try 16 or 32"
+    )
+
+
+@pytest.mark.parametrize("share", [0, -0.5, 1.01, math.nan, math.inf])
+def test_memory_share_out_of_range_is_refused(share: float) -> None:
+    assert refusal(gpu_memory_utilization=share) == (
+        f"gpu_memory_utilization must be in (0, 1], got {share}"
+    )
+
+
+@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("value", [0, -1])
+def test_count_below_one_is_refused(name: str, value: int) -> None:
+    assert refusal(**{name: value}) == f"{name} must be an integer >= 1, got {value}"
+
+
+@pytest.mark.parametrize("name", CHOSEN_FROM)
+@pytest.mark.parametrize("value", ["bogus", None, 1])
+def test_value_outside_the_choices_is_refused_with_the_choices(name: str, value: Any) -> None:
+    choices = ", ".join(CHOSEN_FROM[name])
+    assert refusal(**{name: value}) == f"{name} must be one of {choices}, got {value!r}"
+
+
+@pytest.mark.parametrize(
+    ("names", "values"),
+    [
+        (COUNTS, [16.0, "16", True]),
+        (("block_size",), [16.0, "16", True, None]),
+        (("gpu_memory_utilization",), ["0.9", True, None]),
+        (("seed",), ["7", 1.5, True, None]),
+        (SWITCHES, ["yes", 1, [True], None]),
+        (("model", "tokenizer", "revision", "device"), [1, True, b"name"]),
+        (tuple(f.name for f in OPTIONS), [[3.5], {}]),
+    ],
+    ids=lambda case: case[0] if isinstance(case, tuple) else "",
+)
+def test_value_of_another_type_is_refused(names: tuple[str, ...], values: list[Any]) -> None:
+    for name in names:
+        for value in values:
+            message = refusal(**{name: value})
+            assert message.startswith(f"{name} must be ")
+            assert f"got {value!r}" in message
+
+
+# -- unknown names --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrong", "nearest"),
+    [
+        ("blok_size", "block_size"),
+        ("max_seqs", "max_num_seqs"),
+        ("enable_prefix_cache", "enable_prefix_caching"),
+        ("kv_blocks", "num_kv_blocks"),
+    ],
+)
+def test_unknown_option_is_refused_with_the_nearest_name(wrong: str, nearest: str) -> None:
+    message = refusal(**{wrong: 1})
+    assert f"unknown engine option '{wrong}'; did you mean '{nearest}'?" in message
+
+
+def test_option_like_no_other_is_refused_with_the_known_names() -> None:
+    message = refusal(zzz=1)
+    assert "did you mean" not in message
+    for f in OPTIONS:
+        assert f.name in message
+
+
+def test_group_name_is_no_option() -> None:
+    assert "unknown engine option 'scheduler'" in refusal(scheduler=SchedulerConfig())
+
+
+# -- from options ---------------------------------------------------------------------------------
+
+
+def test_no_options_is_the_default_config() -> None:
+    assert EngineConfig.from_options() == EngineConfig()
+
+
+def test_flat_options_land_in_their_groups() -> None:
+    config = EngineConfig.from_options(model="m", block_size=32, max_num_seqs=3, enforce_eager=True)
+    assert config.model == ModelConfig(model="m")
+    assert config.cache == CacheConfig(block_size=32)
+    assert config.scheduler == SchedulerConfig(max_num_seqs=3)
+    assert config.compile.enforce_eager
+
+
+def test_option_names_are_unique_over_all_groups() -> None:
+    names = [f.name for f in OPTIONS]
+    assert len(set(names)) == len(names)
+
+
+def test_every_option_has_a_help_text_and_a_default_that_passes() -> None:
+    for f in OPTIONS:
+        assert f.metadata["help"]
+        EngineConfig.from_options(**{f.name: f.default})
+
+
+def test_every_choice_passes() -> None:
+    for name, choices in CHOSEN_FROM.items():
+        for value in choices:
+            EngineConfig.from_options(**{name: value})
+
+
+def test_groups_are_the_fields_of_the_config() -> None:
+    assert list(option_groups()) == [f.name for f in dataclasses.fields(EngineConfig)]
+
+
+def test_config_cannot_be_changed() -> None:
+    config = EngineConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.cache.block_size = 32  # type: ignore[misc]
+
+
+# -- replace --------------------------------------------------------------------------------------
+
+
+def test_replace_changes_what_is_named_and_keeps_the_rest() -> None:
+    config = EngineConfig.from_options(model="m", block_size=32, seed=7)
+    changed = config.replace(block_size=48, max_num_seqs=2)
+    assert changed == EngineConfig.from_options(model="m", block_size=48, seed=7, max_num_seqs=2)
+    assert config.cache.block_size == 32
+
+
+def test_replace_checks_again() -> None:
+    with pytest.raises(ConfigError, match="block_size must be a multiple of 16, got 17"):
+        EngineConfig().replace(block_size=17)
+    with pytest.raises(ConfigError, match="unknown engine option 'blocksize'"):
+        EngineConfig().replace(blocksize=16)
+
+
+# -- resolve --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "seqs", "batched", "when"), [(False, 64, 512, "busy"), (True, 256, 8192, "start")]
+)
+def test_open_values_are_filled_in_for_the_machine(
+    on_gpu: bool, seqs: int, batched: int, when: str
+) -> None:
+    config, reasons = EngineConfig().resolve(on_gpu, max_position=2048)
+    assert config.model.max_model_len == 2048
+    assert config.scheduler.max_num_seqs == seqs
+    assert config.scheduler.max_num_batched_tokens == batched
+    assert config.compile.compile_when == when
+    assert reasons["max_model_len"] == Choice(2048, "the model's context")
+    where = "the default on a GPU" if on_gpu else "the default on a CPU"
+    assert reasons["max_num_seqs"] == Choice(seqs, where)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_model_len", 100),
+        ("max_num_seqs", 3),
+        ("max_num_batched_tokens", 33),
+        ("compile_when", "background"),
+    ],
+)
+def test_given_values_are_kept_as_asked(name: str, value: Any) -> None:
+    asked = EngineConfig.from_options(**{name: value})
+    config, reasons = asked.resolve(on_gpu=False, max_position=2048)
+    assert reasons[name] == Choice(value, "as asked")
+    groups = {f.name: group for group, f in all_options()}
+    assert getattr(getattr(config, groups[name]), name) == value
+
+
+def test_resolved_config_leaves_nothing_open_but_what_the_memory_decides() -> None:
+    config, reasons = EngineConfig().resolve(on_gpu=False, max_position=2048)
+    for name in reasons:
+        assert reasons[name].value not in (None, "auto")
+    assert config.resolve(on_gpu=True, max_position=2048)[0] == config
+
+
+def test_resolving_keeps_the_other_options() -> None:
+    asked = EngineConfig.from_options(model="m", block_size=32, seed=5, dtype="float32")
+    config, _ = asked.resolve(on_gpu=False, max_position=64)
+    assert (config.model.model, config.cache.block_size, config.model.seed) == ("m", 32, 5)
+    assert config.model.dtype == "float32"
+
+
+def test_context_beyond_the_models_positions_is_refused_with_both_numbers() -> None:
+    asked = EngineConfig.from_options(max_model_len=4096)
+    with pytest.raises(ConfigError, match="max_model_len=4096 is more than the 2048 positions"):
+        asked.resolve(on_gpu=False, max_position=2048)
+    config, _ = asked.resolve(on_gpu=False, max_position=4096)
+    assert config.model.max_model_len == 4096
+
+
+def test_choice_prints_its_value_and_reason() -> None:
+    assert str(Choice(64, "the default on a CPU")) == "64 (the default on a CPU)"

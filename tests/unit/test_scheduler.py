@@ -1,0 +1,896 @@
+"""The scheduler against a fake device that knows what every KV slot must hold.
+
+The fake runner keeps its own rows, as the real one does. Its "KV" of a token stands for the token
+and all tokens before it, its model is a pure function of the tokens so far. So a wrong block table,
+a stale prefix hit or a lost token is seen in the step where it happens.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compiledllm.scheduler.block_pool import NULL_BLOCK, BlockPool
+from compiledllm.scheduler.policy import POLICIES, WaitingQueue
+from compiledllm.scheduler.scheduler import Scheduler
+from compiledllm.types import (
+    Request,
+    RequestStatus,
+    SamplingParams,
+    ScheduledRequest,
+    SchedulerOutput,
+    StepOutput,
+)
+
+VOCAB_SIZE = 11
+ROOT_KEY = 0
+
+
+def next_token(token_ids: list[int]) -> int:
+    """The fake model."""
+    return zlib.crc32(bytes(token_ids)) % VOCAB_SIZE
+
+
+def extend_key(key: int, token_id: int) -> int:
+    """What a slot holds: a token, given what the slot before it holds."""
+    return hash((key, token_id))
+
+
+def expected_output(request: Request) -> list[int]:
+    """The tokens a request must end with, whatever happened to it on the way."""
+    token_ids = list(request.prompt_token_ids)
+    for count in range(1, request.max_tokens + 1):
+        token_ids.append(next_token(token_ids))
+        min_reached = count >= request.sampling_params.min_tokens
+        if min_reached and token_ids[-1] in request.stop_token_ids:
+            break
+    return token_ids[request.num_prompt_tokens :]
+
+
+@dataclass
+class Row:
+    token_ids: list[int]
+    num_computed_tokens: int = -1  # unknown until first scheduled: the prefix hit says
+    block_ids: list[int] = field(default_factory=list)
+
+
+class FakeRunner:
+    """Rows and a KV cache. All of a step's writes come before its reads, as on the device."""
+
+    def __init__(self, block_size: int, max_num_seqs: int) -> None:
+        self.block_size = block_size
+        self.max_num_seqs = max_num_seqs
+        self.rows: dict[str, Row] = {}
+        self.kv: dict[tuple[int, int], int] = {}  # (block id, offset) -> key
+
+    def execute(self, step: SchedulerOutput) -> StepOutput:
+        self.apply(step)
+        self.write(step.scheduled)
+        return StepOutput({line.request_id: self.sample(line) for line in self.read(step)})
+
+    def apply(self, step: SchedulerOutput) -> None:
+        for request_id in step.freed_request_ids:
+            del self.rows[request_id]
+        for request in step.new_requests:
+            assert request.request_id not in self.rows, "a live row was filled a second time"
+            self.rows[request.request_id] = Row(list(request.token_ids))
+        assert len(self.rows) <= self.max_num_seqs, "more rows than the device has"
+        for line in step.scheduled:
+            row = self.rows[line.request_id]
+            row.block_ids += line.new_block_ids
+            assert row.num_computed_tokens in (-1, line.num_computed_tokens)
+            row.num_computed_tokens = line.num_computed_tokens + line.num_scheduled_tokens
+
+    def write(self, lines: Iterable[ScheduledRequest]) -> None:
+        written: set[tuple[int, int]] = set()
+        for line in lines:
+            row, first = self.rows[line.request_id], line.num_computed_tokens
+            keys = self.keys(row)
+            for position in range(first, first + line.num_scheduled_tokens):
+                slot = self.slot(row, position)
+                assert slot[0] != NULL_BLOCK, "a token was sent to the null block"
+                assert slot not in written, "two tokens of a step share a slot"
+                written.add(slot)
+                self.kv[slot] = keys[position]
+
+    def read(self, step: SchedulerOutput) -> list[ScheduledRequest]:
+        """Check every context; the lines that sample."""
+        for line in step.scheduled:
+            row = self.rows[line.request_id]
+            for position, key in enumerate(self.keys(row)[: row.num_computed_tokens]):
+                held = self.kv.get(self.slot(row, position))
+                assert held == key, f"{line.request_id}: wrong KV at position {position}"
+            assert line.samples == (row.num_computed_tokens == len(row.token_ids))
+        return [line for line in step.scheduled if line.samples]
+
+    def sample(self, line: ScheduledRequest) -> int:
+        row = self.rows[line.request_id]
+        row.token_ids.append(next_token(row.token_ids))
+        return row.token_ids[-1]
+
+    def slot(self, row: Row, position: int) -> tuple[int, int]:
+        return row.block_ids[position // self.block_size], position % self.block_size
+
+    def keys(self, row: Row) -> list[int]:
+        keys = [ROOT_KEY]
+        for token_id in row.token_ids:
+            keys.append(extend_key(keys[-1], token_id))
+        return keys[1:]
+
+    def reset(self) -> None:
+        self.rows = {}
+
+
+class Bench:
+    """A scheduler and its fake runner; every step is checked from all sides."""
+
+    def __init__(
+        self,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        max_num_seqs: int = 8,
+        budget: int = 64,
+        policy: str = "fcfs",
+        enable_prefix_caching: bool = True,
+    ) -> None:
+        self.pool = BlockPool(num_blocks, enable_prefix_caching)
+        self.scheduler = Scheduler(self.pool, block_size, max_num_seqs, budget, policy)
+        self.runner = FakeRunner(block_size, max_num_seqs)
+        self.policy = policy
+        self.requests: dict[str, Request] = {}
+
+    def add(
+        self,
+        prompt: list[int],
+        max_tokens: int = 4,
+        name: str | None = None,
+        priority: int = 0,
+        arrival_time: float | None = None,
+        stop_token_ids: Iterable[int] = (),
+        eos_token_ids: Iterable[int] = (),
+        min_tokens: int = 0,
+    ) -> Request:
+        index = len(self.requests)
+        stops = list(stop_token_ids)
+        request = Request(
+            request_id=name or f"r{index}",
+            prompt_token_ids=prompt,
+            sampling_params=SamplingParams(stop_token_ids=stops, min_tokens=min_tokens),
+            max_tokens=max_tokens,
+            stop_token_ids=frozenset(stops) | frozenset(eos_token_ids),
+            priority=priority,
+            arrival_time=float(index) if arrival_time is None else arrival_time,
+        )
+        self.scheduler.add(request)
+        self.requests[request.request_id] = request
+        return request
+
+    def schedule(self) -> SchedulerOutput:
+        leaders = self.leaders()
+        preemptions_before = [request.num_preemptions for request in leaders]
+        step = self.scheduler.schedule()
+        self.scheduler.check_invariants()
+        preemptions = [request.num_preemptions for request in leaders]
+        assert preemptions == preemptions_before, "a top-ranked request was preempted"
+        names = [line.request_id for line in step.scheduled]
+        assert len(set(names)) == len(names)
+        assert all(line.num_scheduled_tokens >= 1 for line in step.scheduled)
+        assert step.num_scheduled_tokens <= self.scheduler.max_num_batched_tokens
+        assert step.scheduled or not self.scheduler.has_unfinished(), "a step without progress"
+        return step
+
+    def leaders(self) -> list[Request]:
+        """The best-ranked of all live requests, and the best-ranked of the running ones."""
+        names = list(self.requests)
+
+        def rank(request: Request) -> tuple[float, ...]:
+            key = (request.arrival_time, names.index(request.request_id))
+            return (request.priority, *key) if self.policy == "priority" else key
+
+        live = self.scheduler.requests.values()
+        running = [request for request in live if request.status is RequestStatus.RUNNING]
+        return [min(group, key=rank) for group in (live, running) if group]
+
+    def step(self) -> SchedulerOutput:
+        step = self.schedule()
+        self.scheduler.update(step, self.runner.execute(step))
+        self.scheduler.check_invariants()
+        return step
+
+    def run(self, max_steps: int = 1000) -> list[SchedulerOutput]:
+        """To the end of all requests; the steps it took."""
+        steps: list[SchedulerOutput] = []
+        while self.scheduler.has_unfinished():
+            assert len(steps) < max_steps, "the requests do not come to an end"
+            steps.append(self.step())
+        self.check_all_finished()
+        return steps
+
+    def check_all_finished(self) -> None:
+        """Nothing is held any more, and every request that was not ended from outside is whole."""
+        self.runner.execute(self.scheduler.schedule())  # delivers the last freed rows
+        assert not self.runner.rows
+        assert self.pool.num_free_blocks == self.pool.num_blocks
+        for request in self.requests.values():
+            from_outside = isinstance(request.stop_reason, str)
+            if request.finish_reason in ("stop", "length") and not from_outside:
+                assert request.output_token_ids == expected_output(request)
+
+
+def counts(step: SchedulerOutput) -> dict[str, int]:
+    return {line.request_id: line.num_scheduled_tokens for line in step.scheduled}
+
+
+def tokens(count: int, start: int = 0) -> list[int]:
+    return [(start + n) % 251 for n in range(count)]
+
+
+# -- the token budget ---------------------------------------------------------------------------
+
+
+def test_one_request_is_computed_and_finishes() -> None:
+    bench = Bench()
+    request = bench.add(tokens(6), max_tokens=3)
+    steps = bench.run()
+    assert [counts(step) for step in steps] == [{"r0": 6}, {"r0": 1}, {"r0": 1}]
+    assert request.finish_reason == "length"
+    assert request.num_output_tokens == 3
+
+
+def test_long_prompt_is_computed_in_chunks_under_the_budget() -> None:
+    bench = Bench(budget=5)
+    bench.add(tokens(13), max_tokens=2)
+    steps = bench.run()
+    assert [step.scheduled[0].num_scheduled_tokens for step in steps] == [5, 5, 3, 1]
+    assert [step.scheduled[0].samples for step in steps] == [False, False, True, True]
+
+
+def test_running_requests_get_tokens_before_waiting_ones() -> None:
+    bench = Bench(budget=6)
+    bench.add(tokens(4), name="runs")
+    bench.step()
+    bench.add(tokens(10, start=50), name="waits")
+    assert counts(bench.step()) == {"runs": 1, "waits": 5}
+
+
+def test_request_that_gets_no_tokens_in_a_step_goes_on_later() -> None:
+    bench = Bench(budget=2)
+    for n in range(4):
+        bench.add(tokens(1, start=10 * n), max_tokens=3)
+    steps = bench.run()
+    assert counts(steps[1]) == {"r0": 1, "r1": 1}
+    assert all(request.num_preemptions == 0 for request in bench.requests.values())
+
+
+def test_no_more_than_max_num_seqs_requests_run() -> None:
+    bench = Bench(max_num_seqs=2)
+    for n in range(5):
+        bench.add(tokens(3, start=20 * n), max_tokens=2)
+    steps = bench.run()
+    assert max(len(step.scheduled) for step in steps) == 2
+    assert counts(steps[0]) == {"r0": 3, "r1": 3}
+
+
+# -- order --------------------------------------------------------------------------------------
+
+
+def test_first_come_is_first_served() -> None:
+    bench = Bench(max_num_seqs=1)
+    for name, arrival in (("late", 2.0), ("early", 1.0), ("last", 3.0)):
+        bench.add(tokens(3), max_tokens=1, name=name, arrival_time=arrival, priority=-arrival)
+    assert [list(counts(step)) for step in bench.run()] == [["early"], ["late"], ["last"]]
+
+
+def test_equal_arrival_times_are_served_in_order_of_adding() -> None:
+    bench = Bench(max_num_seqs=1)
+    for name in "cab":
+        bench.add(tokens(3), max_tokens=1, name=name, arrival_time=0.0)
+    assert [list(counts(step)) for step in bench.run()] == [["c"], ["a"], ["b"]]
+
+
+def test_lower_priority_number_goes_first_then_arrival() -> None:
+    bench = Bench(max_num_seqs=1, policy="priority")
+    for name, priority, arrival in (("b2", 5, 9), ("a2", -1, 8), ("b1", 5, 7), ("a1", -1, 6)):
+        bench.add(tokens(3), max_tokens=1, name=name, priority=priority, arrival_time=arrival)
+    assert [list(counts(step)) for step in bench.run()] == [["a1"], ["a2"], ["b1"], ["b2"]]
+
+
+def test_request_id_used_again_queues_behind_those_who_wait() -> None:
+    bench = Bench(max_num_seqs=1)
+    for name in ("again", "b"):
+        bench.add(tokens(3), max_tokens=1, name=name, arrival_time=0.0)
+    bench.step()
+    bench.add(tokens(3), max_tokens=1, name="again", arrival_time=0.0)
+    assert [list(counts(step)) for step in bench.run()] == [["b"], ["again"]]
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 5), max_size=12), st.data())
+def test_waiting_queue_stays_in_order_when_requests_leave_it(
+    arrival_times: list[int], data: st.DataObject
+) -> None:
+    queue = WaitingQueue(POLICIES["fcfs"])
+    requests = [
+        Request(f"r{n}", [1], SamplingParams(), 1, arrival_time=time)
+        for n, time in enumerate(arrival_times)
+    ]
+    for request in requests:
+        queue.push(request)
+    if requests:
+        for request in data.draw(st.lists(st.sampled_from(requests), unique=True)):
+            queue.remove(request)
+            requests.remove(request)
+    expected = sorted(requests, key=lambda request: request.arrival_time)
+    assert list(queue) == expected
+    assert len(queue) == len(expected)
+    assert [queue.pop() for _ in expected] == expected
+
+
+def test_request_that_does_not_fit_holds_up_those_behind_it() -> None:
+    bench = Bench(num_blocks=4, block_size=4, enable_prefix_caching=False)
+    bench.add(tokens(8), name="runs", max_tokens=4)
+    bench.step()
+    bench.add(tokens(12), name="large", max_tokens=1)
+    bench.add(tokens(2), name="small", max_tokens=1)
+    assert list(counts(bench.step())) == ["runs"]
+    bench.run()
+
+
+def test_more_important_arrival_takes_blocks_from_a_less_important_running_request() -> None:
+    bench = Bench(num_blocks=4, block_size=2, policy="priority")
+    bench.add(tokens(3), max_tokens=4, name="minor", priority=1)
+    bench.step()
+    bench.add(tokens(3, start=50), max_tokens=4, name="major", priority=0)
+    bench.run()
+    assert bench.requests["minor"].num_preemptions == 1
+    assert bench.requests["major"].num_preemptions == 0
+
+
+# -- admission ----------------------------------------------------------------------------------
+
+
+def test_request_that_can_never_fit_is_refused_with_the_number_that_would() -> None:
+    bench = Bench(num_blocks=3, block_size=4)
+    with pytest.raises(ValueError, match=r"max_tokens=9 needs 4 KV blocks.*max_tokens <= 8 would"):
+        bench.add(tokens(5), max_tokens=9)
+    assert not bench.scheduler.has_unfinished()
+    bench.add(tokens(5), max_tokens=8)
+    bench.run()
+
+
+def test_prompt_that_can_never_fit_is_refused() -> None:
+    bench = Bench(num_blocks=3, block_size=4)
+    with pytest.raises(ValueError, match="shorten the prompt.*num_kv_blocks"):
+        bench.add(tokens(13), max_tokens=1)
+
+
+def test_prompt_that_fills_the_whole_cache_has_room_for_one_token() -> None:
+    bench = Bench(num_blocks=3, block_size=4)
+    request = bench.add(tokens(12), max_tokens=1)
+    bench.run()
+    assert request.num_output_tokens == 1
+
+
+def test_request_id_in_use_is_refused_and_free_again_after_the_end() -> None:
+    bench = Bench()
+    bench.add(tokens(3), name="a")
+    with pytest.raises(ValueError, match="request_id 'a' is already in use"):
+        bench.add(tokens(3), name="a")
+    bench.run()
+    bench.add(tokens(5), name="a")
+    bench.run()
+
+
+# -- preemption ---------------------------------------------------------------------------------
+
+
+def test_preempted_request_resumes_with_same_tokens() -> None:
+    bench = Bench(num_blocks=6, block_size=2)
+    first = bench.add(tokens(3), max_tokens=8)
+    second = bench.add(tokens(3, start=50), max_tokens=8)
+    bench.run()
+    assert second.num_preemptions > 0
+    assert first.num_preemptions == 0
+    assert bench.scheduler.num_preemptions == second.num_preemptions
+    assert second.output_token_ids == expected_output(second)
+
+
+def test_latest_request_is_preempted_first() -> None:
+    bench = Bench(num_blocks=6, block_size=2, enable_prefix_caching=False)
+    for n in range(3):
+        bench.add(tokens(3, start=50 * n), max_tokens=6)
+    bench.step()
+    bench.step()
+    bench.step()
+    statuses = [bench.requests[f"r{n}"].status for n in range(3)]
+    assert statuses == [RequestStatus.RUNNING, RequestStatus.RUNNING, RequestStatus.PREEMPTED]
+    bench.run()
+
+
+def test_preempted_row_is_released_in_the_same_step() -> None:
+    bench = Bench(num_blocks=4, block_size=2)
+    bench.add(tokens(3), max_tokens=4)
+    bench.add(tokens(3, start=50), max_tokens=4)
+    while not bench.scheduler.num_preemptions:
+        step = bench.step()
+    assert step.freed_request_ids == ["r1"]
+    assert step.new_requests == []
+    bench.run()
+
+
+def test_step_that_preempts_admits_nobody() -> None:
+    bench = Bench(num_blocks=6, block_size=2, max_num_seqs=2, policy="priority")
+    bench.add(tokens(4), max_tokens=4)
+    yields = bench.add(tokens(6, start=50), max_tokens=4, priority=1)
+    bench.step()
+    bench.add([200], max_tokens=1, name="waits")
+    step = bench.step()
+    assert yields.status is RequestStatus.PREEMPTED
+    assert yields.num_computed_tokens == 0
+    assert step.new_requests == []
+    assert "waits" in counts(bench.step())
+    bench.run()
+
+
+def test_resumed_request_is_sent_with_its_outputs_so_far() -> None:
+    bench = Bench(num_blocks=6, block_size=2)
+    bench.add(tokens(3), max_tokens=8)
+    second = bench.add(tokens(3, start=50), max_tokens=8)
+    resumed = [new for step in bench.run() for new in step.new_requests][2:]
+    assert resumed
+    for new in resumed:
+        assert new.request_id == "r1"
+        assert new.num_prompt_tokens == 3
+        assert new.token_ids == second.token_ids[: len(new.token_ids)]
+        assert len(new.token_ids) > 3
+
+
+def test_resumption_reuses_what_is_left_in_the_prefix_cache() -> None:
+    bench = Bench(num_blocks=8, block_size=2)
+    first = bench.add(tokens(3), max_tokens=9)
+    bench.add(tokens(8, start=50), max_tokens=4)
+    while not bench.scheduler.num_preemptions:
+        bench.step()
+    bench.scheduler.finish(first.request_id, "abort")
+    line = bench.step().scheduled[0]
+    assert line.request_id == "r1"
+    assert line.num_computed_tokens >= 6
+    bench.run()
+
+
+# -- prefix caching -----------------------------------------------------------------------------
+
+
+def test_prefix_hit_is_counted_and_not_computed_again() -> None:
+    bench = Bench(block_size=4)
+    first = bench.add(tokens(10), max_tokens=1)
+    bench.run()
+    second = bench.add(tokens(10), max_tokens=1)
+    steps = bench.run()
+    assert first.num_cached_tokens == 0
+    assert second.num_cached_tokens == 8
+    assert counts(steps[0]) == {"r1": 2}
+
+
+def test_hit_ends_where_the_tokens_differ() -> None:
+    bench = Bench(block_size=4)
+    bench.add(tokens(12), max_tokens=1)
+    bench.run()
+    other = bench.add([*tokens(6), 200, *tokens(5, start=7)], max_tokens=1)
+    bench.run()
+    assert other.num_cached_tokens == 4
+
+
+def test_prefix_is_shared_within_the_step_that_computes_it() -> None:
+    bench = Bench(block_size=4)
+    bench.add(tokens(10), max_tokens=2)
+    twin = bench.add(tokens(10), max_tokens=2)
+    step = bench.step()
+    assert counts(step) == {"r0": 10, "r1": 2}
+    assert twin.num_cached_tokens == 8
+    assert bench.pool.num_blocks - bench.pool.num_free_blocks == 2 + 1 + 1
+    bench.run()
+
+
+def test_at_least_one_token_is_always_computed() -> None:
+    bench = Bench(block_size=4)
+    bench.add(tokens(8), max_tokens=1)
+    bench.run()
+    again = bench.add(tokens(8), max_tokens=1)
+    steps = bench.run()
+    assert again.num_cached_tokens == 4
+    assert counts(steps[0]) == {"r1": 4}
+
+
+def test_generated_tokens_are_a_prefix_for_later_prompts() -> None:
+    bench = Bench(block_size=4)
+    first = bench.add(tokens(6), max_tokens=7)
+    bench.run()
+    follow_up = bench.add([*first.token_ids, 200], max_tokens=1)
+    bench.run()
+    assert follow_up.num_cached_tokens == 12  # 13 tokens, the last one's KV was never computed
+
+
+def test_first_hit_is_what_is_reported_also_after_a_preemption() -> None:
+    bench = Bench(num_blocks=6, block_size=2)
+    bench.add(tokens(3), max_tokens=8)
+    second = bench.add(tokens(3, start=50), max_tokens=8)
+    bench.run()
+    assert second.num_preemptions > 0
+    assert second.num_cached_tokens == 0
+
+
+def test_without_prefix_caching_everything_is_computed() -> None:
+    bench = Bench(enable_prefix_caching=False)
+    bench.add(tokens(10), max_tokens=1)
+    bench.run()
+    again = bench.add(tokens(10), max_tokens=1)
+    assert counts(bench.run()[0]) == {"r1": 10}
+    assert again.num_cached_tokens == 0
+
+
+def test_evicted_prefix_is_computed_again() -> None:
+    bench = Bench(num_blocks=3, block_size=4)
+    bench.add(tokens(9), max_tokens=1)
+    bench.run()
+    bench.add(tokens(12, start=100), max_tokens=1)
+    bench.run()
+    again = bench.add(tokens(9), max_tokens=1)
+    bench.run()
+    assert again.num_cached_tokens == 0
+
+
+# -- ends ---------------------------------------------------------------------------------------
+
+
+def test_explicit_stop_token_ends_the_request_and_is_reported() -> None:
+    bench = Bench()
+    whole = expected_output(bench.add(tokens(5), max_tokens=6))
+    request = bench.add(tokens(5), max_tokens=6, stop_token_ids=[whole[2]])
+    bench.run()
+    assert request.output_token_ids == whole[: whole.index(whole[2]) + 1]
+    assert (request.finish_reason, request.stop_reason) == ("stop", whole[2])
+
+
+def test_end_of_sequence_ends_the_request_without_a_stop_reason() -> None:
+    bench = Bench()
+    whole = expected_output(bench.add(tokens(5), max_tokens=6))
+    request = bench.add(tokens(5), max_tokens=6, eos_token_ids=[whole[0]])
+    bench.run()
+    assert request.output_token_ids == whole[:1]
+    assert (request.finish_reason, request.stop_reason) == ("stop", None)
+
+
+def test_stop_token_as_the_last_allowed_token_is_a_stop() -> None:
+    bench = Bench()
+    whole = expected_output(bench.add(tokens(5), max_tokens=1))
+    request = bench.add(tokens(5), max_tokens=1, stop_token_ids=whole)
+    bench.run()
+    assert request.finish_reason == "stop"
+
+
+def test_stop_tokens_before_min_tokens_do_not_end_the_request() -> None:
+    bench = Bench()
+    request = bench.add(tokens(5), 6, stop_token_ids=range(VOCAB_SIZE), min_tokens=3)
+    bench.run()
+    assert request.num_output_tokens == 3
+    assert request.finish_reason == "stop"
+
+
+def test_max_tokens_ends_the_request() -> None:
+    bench = Bench()
+    request = bench.add(tokens(5), max_tokens=1)
+    assert len(bench.run()) == 1
+    assert (request.finish_reason, request.stop_reason) == ("length", None)
+
+
+def test_finished_request_gives_its_blocks_and_its_row_back() -> None:
+    bench = Bench()
+    bench.add(tokens(9), max_tokens=1)
+    bench.step()
+    assert bench.pool.num_free_blocks == bench.pool.num_blocks
+    assert bench.schedule().freed_request_ids == ["r0"]
+    assert bench.schedule().freed_request_ids == []
+
+
+def test_update_returns_the_requests_that_got_a_token() -> None:
+    bench = Bench(budget=8)
+    ends = bench.add(tokens(3), max_tokens=1, name="ends")
+    goes_on = bench.add(tokens(3), name="goes on")
+    bench.add(tokens(20, start=90), name="prefilling")
+    step = bench.schedule()
+    advanced = bench.scheduler.update(step, bench.runner.execute(step))
+    assert advanced == [ends, goes_on]
+    assert ends.is_finished
+
+
+# -- ends from outside --------------------------------------------------------------------------
+
+
+def test_waiting_request_is_aborted() -> None:
+    bench = Bench(max_num_seqs=1)
+    bench.add(tokens(3))
+    waiting = bench.add(tokens(3, start=50))
+    bench.step()
+    assert bench.scheduler.finish("r1", "abort") is waiting
+    assert waiting.finish_reason == "abort"
+    steps = bench.run()
+    assert all("r1" not in step.freed_request_ids for step in steps)  # it never had a row
+
+
+def test_running_request_is_aborted_and_its_blocks_are_free_at_once() -> None:
+    bench = Bench()
+    running = bench.add(tokens(9))
+    bench.step()
+    bench.scheduler.finish("r0", "stop", stop_reason="END")
+    bench.scheduler.check_invariants()
+    assert (running.finish_reason, running.stop_reason) == ("stop", "END")
+    assert bench.pool.num_free_blocks == bench.pool.num_blocks
+    bench.check_all_finished()
+
+
+def test_preempted_request_is_aborted_and_its_row_is_released_once() -> None:
+    bench = Bench(num_blocks=4, block_size=2)
+    bench.add(tokens(3), max_tokens=4)
+    preempted = bench.add(tokens(3, start=50), max_tokens=4)
+    while preempted.status is not RequestStatus.PREEMPTED:
+        bench.step()
+    bench.scheduler.finish("r1", "abort")
+    bench.scheduler.check_invariants()
+    bench.run()
+    assert preempted.finish_reason == "abort"
+
+
+def test_request_aborted_while_the_step_runs_gets_no_token() -> None:
+    bench = Bench()
+    aborted = bench.add(tokens(3))
+    bench.add(tokens(3, start=50))
+    step = bench.schedule()
+    output = bench.runner.execute(step)
+    bench.scheduler.finish("r0", "abort")
+    assert bench.scheduler.update(step, output) == [bench.requests["r1"]]
+    assert aborted.num_output_tokens == 0
+    bench.run()
+
+
+def test_request_id_may_be_used_again_before_its_old_row_is_released() -> None:
+    bench = Bench()
+    bench.add(tokens(3), name="a")
+    bench.step()
+    bench.scheduler.finish("a", "abort")
+    bench.add(tokens(7, start=50), name="a")
+    step = bench.step()
+    assert step.freed_request_ids == ["a"]
+    assert [new.request_id for new in step.new_requests] == ["a"]
+    bench.run()
+
+
+def test_ending_a_request_that_is_over_or_unknown_does_nothing() -> None:
+    bench = Bench()
+    request = bench.add(tokens(3), max_tokens=1)
+    bench.run()
+    assert bench.scheduler.finish("r0", "abort") is None
+    assert bench.scheduler.finish("never seen", "abort") is None
+    assert request.finish_reason == "length"
+
+
+# -- steps that fail ----------------------------------------------------------------------------
+
+
+def test_interrupted_step_costs_no_request_a_token() -> None:
+    bench = Bench()
+    requests = [bench.add(tokens(6, start=10 * n), max_tokens=5) for n in range(3)]
+    bench.step()
+    bench.step()
+    step = bench.schedule()
+    bench.runner.apply(step)
+    bench.scheduler.abandon_step(step, failed=False)
+    bench.runner.reset()
+    bench.scheduler.check_invariants()
+    bench.run()
+    assert all(request.finish_reason == "length" for request in requests)
+
+
+def test_failed_step_ends_its_requests_and_only_those() -> None:
+    bench = Bench(max_num_seqs=4, budget=2)
+    in_step = [bench.add(tokens(1, start=10 * n), max_tokens=5) for n in range(2)]
+    bench.step()
+    outside = bench.add(tokens(2, start=50), max_tokens=5)
+    step = bench.schedule()
+    bench.scheduler.abandon_step(step, failed=True)
+    bench.runner.reset()
+    bench.scheduler.check_invariants()
+    assert [request.finish_reason for request in in_step] == ["error", "error"]
+    bench.run()
+    assert outside.finish_reason == "length"
+
+
+def test_what_an_abandoned_step_may_have_written_is_not_shared() -> None:
+    bench = Bench(block_size=4)
+    bench.add(tokens(9), max_tokens=1)
+    step = bench.schedule()  # registers two blocks; nothing is written
+    bench.scheduler.abandon_step(step, failed=True)
+    bench.runner.reset()
+    again = bench.add(tokens(9), max_tokens=1)
+    bench.run()
+    assert again.num_cached_tokens == 0
+
+
+# -- any mix ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A request of a random scenario, and when it comes and goes."""
+
+    step: int
+    prefix: int  # which shared beginning
+    prefix_length: int
+    own_length: int
+    max_tokens: int
+    priority: int
+    stop_token_ids: tuple[int, ...]
+    min_tokens: int
+    abort_after: int | None  # steps
+    abort_in_flight: bool  # while the step runs, or between two steps
+
+    def prompt(self, index: int) -> list[int]:
+        shared = [VOCAB_SIZE + self.prefix] * self.prefix_length
+        return shared + [100 + index] * self.own_length
+
+
+arrivals = st.builds(
+    Arrival,
+    step=st.integers(0, 6),
+    prefix=st.integers(0, 1),
+    prefix_length=st.sampled_from([0, 3, 4, 6, 8]),
+    own_length=st.integers(0, 4),
+    max_tokens=st.integers(1, 9),
+    priority=st.integers(-1, 1),
+    stop_token_ids=st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=1).map(tuple),
+    min_tokens=st.integers(0, 3),
+    abort_after=st.sampled_from([None] * 6 + [0, 1, 4, 8]),
+    abort_in_flight=st.booleans(),
+).filter(lambda arrival: arrival.prefix_length + arrival.own_length > 0)
+
+
+class Scenario:
+    """Random arrivals and aborts on one bench, step by step."""
+
+    def __init__(self, bench: Bench, arrivals: list[Arrival]) -> None:
+        self.bench = bench
+        self.arrivals = arrivals
+        self.capacity = bench.pool.num_blocks * bench.scheduler.block_size
+        self.fits = [
+            len(a.prompt(index)) + a.max_tokens - 1 <= self.capacity
+            for index, a in enumerate(arrivals)
+        ]
+
+    def max_steps(self) -> int:
+        """A top-ranked request gets a token each step, once those running let it in."""
+        work = sum(a.prefix_length + a.own_length + a.max_tokens for a in self.arrivals)
+        return 20 + work * (len(self.arrivals) + 1)
+
+    def run(self, interrupted_steps: frozenset[int] = frozenset()) -> None:
+        bench, now = self.bench, 0
+        last_arrival = max(arrival.step for arrival in self.arrivals)
+        while now <= last_arrival or bench.scheduler.has_unfinished():
+            assert now <= self.max_steps() + len(interrupted_steps), "livelock"
+            self.add_those_arriving(now)
+            self.abort_those_due(now, in_flight=False)
+            step = bench.schedule()
+            if now in interrupted_steps:
+                bench.runner.apply(step)
+                bench.runner.write(step.scheduled[: len(step.scheduled) // 2])
+                bench.scheduler.abandon_step(step, failed=False)
+                bench.runner.reset()
+            else:
+                output = bench.runner.execute(step)
+                self.abort_those_due(now, in_flight=True)
+                bench.scheduler.update(step, output)
+            bench.scheduler.check_invariants()
+            now += 1
+        bench.check_all_finished()
+        self.check_reasons()
+
+    def add_those_arriving(self, now: int) -> None:
+        for index, arrival in enumerate(self.arrivals):
+            if arrival.step == now:
+                self.add(index, arrival)
+
+    def add(self, index: int, arrival: Arrival) -> None:
+        try:
+            self.bench.add(
+                arrival.prompt(index),
+                arrival.max_tokens,
+                name=f"r{index}",
+                priority=arrival.priority,
+                arrival_time=float(arrival.step),
+                stop_token_ids=arrival.stop_token_ids,
+                min_tokens=arrival.min_tokens,
+            )
+        except ValueError:
+            assert not self.fits[index]
+        else:
+            assert self.fits[index]
+
+    def abort_those_due(self, now: int, in_flight: bool) -> None:
+        for index, arrival in enumerate(self.arrivals):
+            due = arrival.abort_after is not None and arrival.step + arrival.abort_after == now
+            if due and arrival.abort_in_flight == in_flight:
+                self.bench.scheduler.finish(f"r{index}", "abort")
+
+    def check_reasons(self) -> None:
+        for index, arrival in enumerate(self.arrivals):
+            if self.fits[index]:
+                request = self.bench.requests[f"r{index}"]
+                may_abort = arrival.abort_after is not None
+                assert request.finish_reason in ("stop", "length", "abort")[: 2 + may_abort]
+
+
+scheduler_options = st.fixed_dictionaries(
+    {
+        "num_blocks": st.integers(5, 10),
+        "block_size": st.integers(1, 3),
+        "max_num_seqs": st.integers(1, 5),
+        "budget": st.integers(1, 12),
+        "policy": st.sampled_from(["fcfs", "priority"]),
+        "enable_prefix_caching": st.sampled_from([True, True, False]),
+    }
+)
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(scheduler_options, st.lists(arrivals, min_size=3, max_size=9))
+def test_any_mix_of_requests_finishes_with_its_own_tokens(
+    options: dict[str, int | str | bool], arrivals: list[Arrival]
+) -> None:
+    Scenario(Bench(**options), arrivals).run()  # type: ignore[arg-type]
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    scheduler_options,
+    st.lists(arrivals, min_size=3, max_size=7),
+    st.frozensets(st.integers(0, 20), min_size=1, max_size=4),
+)
+def test_any_mix_survives_interrupted_steps(
+    options: dict[str, int | str | bool],
+    arrivals: list[Arrival],
+    interrupted_steps: frozenset[int],
+) -> None:
+    Scenario(Bench(**options), arrivals).run(interrupted_steps)  # type: ignore[arg-type]
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(2, 6))
+def test_crowd_in_the_smallest_possible_pool_finishes(
+    block_size: int, budget: int, num_requests: int
+) -> None:
+    """Each request alone fills the pool; all run at once as far as blocks allow."""
+    bench = Bench(4, block_size, max_num_seqs=num_requests, budget=budget)
+    for n in range(num_requests):
+        bench.add(tokens(4 * block_size - 3, start=40 * n), max_tokens=4)
+    bench.run(max_steps=num_requests * 16 * num_requests)
+    assert all(r.finish_reason == "length" for r in bench.requests.values())
+
+
+# -- what it must not know ----------------------------------------------------------------------
+
+
+def test_scheduler_types_and_config_load_no_torch() -> None:
+    program = (
+        "import sys, compiledllm.scheduler.scheduler, compiledllm.types, compiledllm.config\n"
+        "print(*sorted({'torch', 'numpy', 'transformers'} & set(sys.modules)))"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert loaded.stdout.strip() == ""
