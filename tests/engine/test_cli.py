@@ -1,0 +1,103 @@
+"""The command line: answers, exit codes, and errors without tracebacks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from compiledllm import cli
+from compiledllm.config import all_options
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from compiledllm import cli\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), 'heavy import'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_every_engine_option_is_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "--help"])
+    shown = capsys.readouterr().out
+    assert all("--" + field.name.replace("_", "-") in shown for _, field in all_options())
+
+
+def test_info_prints_what_fits_without_weights(
+    tiny_llama: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_bytes((tiny_llama() / "config.json").read_bytes())
+    assert cli.main(["info", str(tmp_path), "--json", "--dtype", "float32"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["architecture"] == "LlamaForCausalLM" and facts["layers"] == 3
+    assert facts["kv_bytes_per_token"] == 3 * 2 * 2 * 16 * 4
+    assert facts["weight_bytes"] == facts["parameters"] * 4
+    assert facts["kv_tokens_that_fit"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "x", "--model", "/no/such/dir"], "model path does not exist"),
+        (["generate", "x", "--temperature", "nan"], "temperature must be a finite number, got nan"),
+        (["generate", "x", "--top-p", "1.5"], "top_p must be in (0, 1], got 1.5"),
+        (["generate", "x", "--block-size", "24"], "multiple of 16, got 24"),
+        (["info", "/no/such/dir"], "model path does not exist"),
+    ],
+)
+def test_bad_argument_is_one_line_and_exit_code_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 2
+    shown = capsys.readouterr().err
+    assert message in shown and "Traceback" not in shown
+
+
+def test_counts_may_be_written_short() -> None:
+    assert [cli._count(text) for text in ("12", "8k", "8K")] == [12, 8000, 8192]
+
+
+@pytest.mark.real_model
+def test_generate_streams_real_text(
+    default_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["generate", "The capital of France is", "--temperature", "0", "--max-tokens", "8"]
+    assert cli.main([*arguments, "--enforce-eager"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith("The capital of France is Paris")
+    assert "8 generated (length)" in shown.err
+
+
+@pytest.mark.real_model
+def test_chat_keeps_history_and_ctrl_c_stops_only_the_answer(
+    default_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C comes in the middle of the second answer; the third still knows the first question."""
+    from compiledllm.engine.engine import Engine
+
+    seen: list[list[dict[str, str]]] = []
+    stream_chat = Engine.stream_chat
+
+    def recording(self: Engine, messages: list[dict[str, str]], params: object) -> object:
+        seen.append([dict(message) for message in messages])
+        outputs = stream_chat(self, messages, params)  # type: ignore[arg-type]
+        for index, output in enumerate(outputs):
+            yield output
+            if len(seen) == 2 and index == 3:
+                raise KeyboardInterrupt
+
+    lines = iter(["My name is Ann.", "Count to twenty.", "What is my name?", "/nonsense", "/exit"])
+    monkeypatch.setattr(Engine, "stream_chat", recording)
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    assert cli.main(["chat", "--temperature", "0", "--max-tokens", "24", "--enforce-eager"]) == 0
+    assert "(stopped)" in capsys.readouterr().out
+    assert [message["role"] for message in seen[2]] == ["user", "assistant"] * 2 + ["user"]
+    assert seen[2][0]["content"] == "My name is Ann." and seen[2][3]["content"]

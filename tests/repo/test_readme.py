@@ -1,0 +1,64 @@
+"""The README is true: its code runs, its commands run, its table of options is the real one."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from compiledllm.config import all_options
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[str]:
+    return [line for block in blocks("bash") for line in block.splitlines() if line]
+
+
+def options_table() -> str:
+    lines = ["| option | default | |", "|---|---|---|"]
+    for _, field in all_options():
+        choices = field.metadata["choices"]
+        values = f" ({', '.join(choices)})" if choices else ""
+        lines.append(f"| `{field.name}` | {field.default} | {field.metadata['help']}{values} |")
+    return "\n".join(lines)
+
+
+def test_table_of_options_is_the_real_one() -> None:
+    assert options_table() in README, f"put this into README.md:\n{options_table()}"
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = [line.split()[1] for line in commands() if line.startswith("make ")]
+    assert targets and all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_example_runs(code: str, default_model: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "The capital of France is Paris" in done.stdout
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("compiledllm ")])
+def test_command_runs(command: str, default_model: Path) -> None:
+    words = [sys.executable, "-m", "compiledllm.cli", *shlex.split(command)[1:]]
+    done = subprocess.run(words, input="Say hi.\n/exit\n", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout) > 20
+
+
+def test_readme_stays_readable() -> None:
+    assert README.count("\n") <= 300
