@@ -157,7 +157,8 @@ class EngineConfig:
         asked = self.model.max_model_len
         if asked is not None and asked > max_position:
             raise ConfigError(
-                f"max_model_len={asked} is more than the {max_position} positions of the model"
+                f"max_model_len={asked} is more than the {max_position} positions of the model; "
+                f"use at most {max_position}"
             )
         where = "the default on a GPU" if on_gpu else "the default on a CPU"
         open_values = {

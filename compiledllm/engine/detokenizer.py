@@ -18,7 +18,7 @@ class Detokenizer:
         self._keep_stop = params.include_stop_str_in_output
         self._min_tokens = params.min_tokens
         self._num_tokens = 0
-        self._searched = 0  # no stop string begins before this index
+        self._checked = 0  # stop strings that end before this index do not count
         self.text = ""
 
     def push(self, token_id: int, hidden: bool = False) -> str | None:
@@ -28,7 +28,7 @@ class Detokenizer:
             return None
         self.text += self._stream.push(token_id)
         if self._num_tokens < self._min_tokens:
-            self._searched = len(self.text)
+            self._checked = len(self.text)
             return None
         return self._find_stop()
 
@@ -39,11 +39,11 @@ class Detokenizer:
         return self.text[: len(self.text) - self._held_back()]
 
     def _find_stop(self) -> str | None:
-        hits = [(self.text.find(stop, self._searched), stop) for stop in self._stops]
-        hits = [(index, stop) for index, stop in hits if index >= 0]
+        starts = [max(0, self._checked - len(stop) + 1) for stop in self._stops]
+        found = zip(map(self.text.find, self._stops, starts), self._stops, strict=True)
+        hits = [(index, stop) for index, stop in found if index >= 0]
         if not hits:
-            longest = max(map(len, self._stops), default=1)
-            self._searched = max(self._searched, len(self.text) - longest + 1)
+            self._checked = len(self.text)
             return None
         index, stop = min(hits)
         self.text = self.text[: index + len(stop) if self._keep_stop else index]
@@ -51,8 +51,7 @@ class Detokenizer:
 
     def _held_back(self) -> int:
         """Length of the longest end of the text that begins a stop string."""
-        tail = self.text[self._searched :]
-        return max((_overlap(tail, stop) for stop in self._stops), default=0)
+        return max((_overlap(self.text, stop) for stop in self._stops), default=0)
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -52,8 +52,9 @@ class Engine:
 
     def __init__(self, model: str | Path | None = None, **options: Any) -> None:
         show_logs()
-        model = str(model) if model is not None else None
-        self.core = EngineCore(EngineConfig.from_options(model=model, **options))
+        named = {"model": model, "tokenizer": options.pop("tokenizer", None)}
+        paths = {name: str(path) for name, path in named.items() if path is not None}
+        self.core = EngineCore(EngineConfig.from_options(**paths, **options))
         self.config = self.core.config
         self.tokenizer: Tokenizer | None = None
         if not self.config.model.skip_tokenizer_init:
@@ -307,7 +308,8 @@ class Engine:
         """As transformers' generate: generation_config, else config; and the tokenizer's own."""
         ids = generation_eos_token_ids(self.core.model_path) or self.core.spec.eos_token_ids
         own = self.tokenizer.eos_token_id if self.tokenizer else None
-        return frozenset(ids) | (frozenset() if own is None else frozenset((own,)))
+        known = frozenset(ids) | (frozenset() if own is None else frozenset((own,)))
+        return frozenset(i for i in known if i < self.core.spec.vocab_size)
 
     def _require_tokenizer(self, what: str) -> Tokenizer:
         if self.tokenizer is None:

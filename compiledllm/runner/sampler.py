@@ -81,7 +81,7 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
     keys = _mix(seeds ^ _mix(positions + 1))
     counters = torch.arange(1, vocab + 1, device=seeds.device)
     bits = _mix(keys[:, None] + counters * -7046029254386353131)  # odd: 2^64 / golden ratio
-    uniform = ((bits >> 11) & ((1 << 53) - 1)).double().add_(0.5).mul_(2.0**-53)
+    uniform = ((bits >> 12) & ((1 << 52) - 1)).double().add_(0.5).mul_(2.0**-52)  # never 0 or 1
     return uniform.log_().neg_().log_().neg_().float()
 
 

@@ -96,14 +96,10 @@ class BlockPool:
             self._block_of_hash[block_hash] = block_id
             self._hash_of_block[block_id] = block_hash
 
-    def forget(self, block_ids: Iterable[int]) -> None:
-        """Drop what is known of these blocks' content (a step failed while writing them)."""
-        for block_id in block_ids:
-            self._forget(block_id)
-
     def reset_prefix_cache(self) -> None:
         """Forget all cached content. Blocks in use stay valid for their holders."""
-        self.forget(list(self._hash_of_block))
+        self._block_of_hash.clear()
+        self._hash_of_block.clear()
 
     def _forget(self, block_id: int) -> None:
         block_hash = self._hash_of_block.pop(block_id, None)

@@ -182,15 +182,6 @@ def test_registering_a_block_twice_changes_nothing() -> None:
     assert pool.lookup(hashes) == block_ids
 
 
-def test_forgotten_content_is_not_found_and_its_block_stays_with_its_holder() -> None:
-    pool = BlockPool(2)
-    hashes = chain([1], [2])
-    block_ids = hold_cached(pool, *hashes)
-    pool.forget(block_ids[1:])
-    assert pool.lookup(hashes) == block_ids[:1]
-    pool.check_invariants([block_ids])
-
-
 def test_reset_prefix_cache_forgets_all_content_and_frees_nothing() -> None:
     pool = BlockPool(3)
     hashes = chain([1], [2])
@@ -343,14 +334,6 @@ class PoolMachine(RuleBasedStateMachine):
             self.pool.register(block_id, content)
             if self.block_with(content) is None:
                 self.content[block_id] = content
-
-    @precondition(lambda self: any(self.held))
-    @rule(data=st.data())
-    def forget(self, data: st.DataObject) -> None:
-        block_ids = data.draw(st.sampled_from([h for h in self.held if h]))
-        self.pool.forget(block_ids)
-        for block_id in block_ids:
-            self.content.pop(block_id, None)
 
     @rule()
     def reset(self) -> None:

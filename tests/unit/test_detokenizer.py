@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -66,8 +65,7 @@ def sentencepiece_like_backend() -> Backend:
         vocab_size=360, special_tokens=["<unk>", *SPECIAL, *byte_tokens], show_progress=False
     )
     backend.train_from_iterator(CORPUS[:2], trainer)
-    vocab: dict[str, Any] = {"model": backend.model}
-    plain = Backend(vocab["model"])  # byte tokens stay ordinary tokens, the other two special
+    plain = Backend(backend.model)  # here byte tokens are ordinary tokens, as in Llama 2
     plain.normalizer, plain.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
     plain.decoder = backend.decoder
     return plain
@@ -288,14 +286,14 @@ def reference(tokenizer: Tokenizer, ids: Sequence[int], params: SamplingParams) 
         if not decoded.endswith("\ufffd"):  # inside a character nothing is added
             text = decoded
         if count < params.min_tokens:
-            first = len(text)  # stop strings that begin before here do not count
-        hits = [(text.index(s, first), s) for s in params.stop_strings if s in text[first:]]
+            first = len(text)  # stop strings that end before here do not count
+        found = [(text.find(s, max(0, first - len(s) + 1)), s) for s in params.stop_strings]
+        hits = [(index, s) for index, s in found if index >= 0]
         if hits:
             index, stop = min(hits)
             end = index + len(stop) if params.include_stop_str_in_output else index
             return Outcome(visible, text[:end], stop)
-        tail = text[first:]
-        held = (n for s in params.stop_strings for n in range(len(s)) if tail.endswith(s[:n]))
+        held = (n for s in params.stop_strings for n in range(len(s)) if text.endswith(s[:n]))
         visible.append(text[: len(text) - max(held, default=0)])
     return Outcome(visible, text, None)
 
