@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import secrets
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compiledllm import __version__
-from compiledllm.config import CacheConfig, Choice, all_options
+from compiledllm.config import DTYPES, CacheConfig, Choice, all_options
 from compiledllm.types import RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
@@ -39,6 +40,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 # -- generate --------------------------------------------------------------------------------------
@@ -175,7 +179,7 @@ def _info(arguments: argparse.Namespace) -> int:
     from compiledllm.models.source import resolve_checkpoint
     from compiledllm.platform import Platform
 
-    path = resolve_checkpoint(arguments.model, arguments.revision)
+    path = resolve_checkpoint(arguments.model, arguments.revision, weights=False)
     spec = load_spec(path)
     platform = Platform.detect(arguments.device)
     dtype = platform.choose_dtype(arguments.dtype, spec.dtype)
@@ -250,7 +254,7 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="what a model is and what fits on this machine")
     info.add_argument("model", nargs="?", help="local directory, .gguf file or Hugging Face id")
     info.add_argument("--revision", help="branch, tag or commit on the hub")
-    info.add_argument("--dtype", default="auto", help="dtype to count bytes for")
+    info.add_argument("--dtype", default="auto", choices=DTYPES, help="dtype to count bytes for")
     info.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     info.add_argument("--json", action="store_true", help="print one JSON object")
     info.set_defaults(run=_info)
@@ -272,8 +276,8 @@ def _sampling_params(arguments: argparse.Namespace, max_tokens: int | None) -> S
         temperature=arguments.temperature,
         top_p=arguments.top_p,
         top_k=arguments.top_k,
-        seed=getattr(arguments, "seed", None) or secrets.randbits(62),
-        max_tokens=arguments.max_tokens or max_tokens,
+        seed=arguments.seed if "seed" in arguments else secrets.randbits(62),
+        max_tokens=max_tokens if arguments.max_tokens is None else arguments.max_tokens,
         min_tokens=arguments.min_tokens,
         stop=arguments.stop,
         ignore_eos=arguments.ignore_eos,

@@ -12,6 +12,7 @@ from typing import Any
 
 from compiledllm.types import reject_unknown
 
+MAX_NUM_SEQS = 65536
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 _DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 _DTYPE_NAMES = (*DTYPES, *_DTYPE_ALIASES)
@@ -56,6 +57,8 @@ class ModelConfig:
     load_format: str = option("auto", "dummy: random weights from config.json alone", LOAD_FORMATS)
     skip_tokenizer_init: bool = option(False, "token ids in, token ids out")
     seed: int = option(0, "seed of the engine: dummy weights and requests without a seed")
+    trust_remote_code: bool = option(False, "code from a checkpoint is never run: must be False")
+    tensor_parallel_size: int = option(1, "GPUs to split the model over: must be 1 so far")
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +143,7 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be an integer >= 1, got {value!r}")
         for group in option_groups():
             _check_types_and_choices(getattr(self, group))
+        self._check_unsupported()
         if cache.block_size < 16 or cache.block_size % 16:
             raise ConfigError(
                 f"block_size must be a multiple of 16, got {cache.block_size}; try 16 or 32"
@@ -148,6 +152,24 @@ class EngineConfig:
             raise ConfigError(
                 f"gpu_memory_utilization must be in (0, 1], got {cache.gpu_memory_utilization}"
             )
+
+    def _check_unsupported(self) -> None:
+        model, max_num_seqs = self.model, self.scheduler.max_num_seqs
+        if model.trust_remote_code:
+            raise ConfigError("trust_remote_code=True is not supported: leave it out")
+        if model.tensor_parallel_size != 1:
+            raise ConfigError(
+                f"tensor_parallel_size must be 1, got {model.tensor_parallel_size}: models are not "
+                "split over GPUs yet"
+            )
+        if not -(2**63) <= model.seed < 2**63:
+            raise ConfigError(f"seed must be a 64-bit integer, got {model.seed}")
+        if model.max_model_len == 1:
+            raise ConfigError(
+                "max_model_len must be at least 2 (a prompt token and one more), got 1"
+            )
+        if max_num_seqs is not None and max_num_seqs > MAX_NUM_SEQS:
+            raise ConfigError(f"max_num_seqs must be at most {MAX_NUM_SEQS}, got {max_num_seqs}")
 
     def resolve(self, on_gpu: bool, max_position: int) -> tuple[EngineConfig, dict[str, Choice]]:
         """A copy with every open value filled in, and the reason for each.

@@ -50,6 +50,13 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _plain_number(value: Any) -> Any:
+    """A number of numpy's or torch's as Python's own; anything else as it is."""
+    if isinstance(value, (int, float)) or not hasattr(value, "item"):
+        return value
+    return value.item() if getattr(value, "shape", None) == () else value
+
+
 def _is_finite(value: object) -> bool:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return is_number and abs(value) <= 1e38  # type: ignore[arg-type]  # a float32; false for NaN
@@ -99,6 +106,8 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
+        for name in ("n", "top_k", "seed", "max_tokens", "min_tokens", "temperature", "top_p"):
+            setattr(self, name, _plain_number(getattr(self, name)))
         self.stop = self._checked_stop()
         self.stop_token_ids = list(self.stop_token_ids or [])
         for name in _SWITCHES:
@@ -268,7 +277,6 @@ class CompletionOutput:
     cumulative_logprob: float | None = None
     logprobs: None = None
 
-    @property
     def finished(self) -> bool:
         return self.finish_reason is not None
 

@@ -11,6 +11,7 @@ import logging
 import math
 import threading
 import time
+import types
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -92,7 +93,7 @@ class BlockCompiler:
         self._busy_seconds_left = busy_seconds
 
     def count_work(self, seconds: float) -> None:
-        """The model has worked this long; to be called between steps, by the thread that runs it."""
+        """The model worked this long. To be called between steps, by the thread that runs them."""
         if self._thread is not None and not self._thread.is_alive():
             self._thread = None
             torch.set_num_threads(self._threads_to_restore)
@@ -136,19 +137,21 @@ class BlockCompiler:
     @torch.inference_mode()
     def _compile_examples(self, examples: list[tuple[Block, BlockArgs]]) -> None:
         start = time.perf_counter()
-        compiled: BlockForward = torch.compile(
-            self.eager, fullgraph=True, backend=self._counting_inductor
-        )
+        compiled: dict[Any, BlockForward] = {}
         try:
             for layer, args in examples:
+                if layer.spec not in compiled:
+                    compiled[layer.spec] = torch.compile(
+                        _own_copy(self.eager), fullgraph=True, backend=self._counting_inductor
+                    )
                 _mark_token_and_row_counts_dynamic(args)
-                compiled(layer, *args)
+                compiled[layer.spec](layer, *args)
         except Exception as error:  # whatever the compiler raises, the eager model still serves
             self.error = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
             log.warning("compilation failed, running eagerly (%s)", self.error)
             return
         self.seconds = time.perf_counter() - start
-        self._compiled = compiled
+        self._compiled = lambda layer, *args: compiled[layer.spec](layer, *args)
 
     def _counting_inductor(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
         from torch._inductor.compile_fx import compile_fx
@@ -157,6 +160,20 @@ class BlockCompiler:
         if self.is_ready:
             log.warning("the decoder block was compiled again after warm-up: this is a bug")
         return compile_fx(graph, inputs)
+
+
+def _own_copy(forward: BlockForward) -> BlockForward:
+    """The same function with a code object of its own.
+
+    The compiler keeps what it compiled by code object, and at most eight of them: shared by all
+    engines of a process and all layer specs, the fifth would fail.
+    """
+    assert isinstance(forward, types.FunctionType)
+    copy = types.FunctionType(
+        forward.__code__.replace(), forward.__globals__, forward.__name__, forward.__defaults__
+    )
+    copy.__kwdefaults__ = forward.__kwdefaults__
+    return copy
 
 
 def _mark_token_and_row_counts_dynamic(args: BlockArgs) -> None:

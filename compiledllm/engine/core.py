@@ -44,7 +44,11 @@ class EngineCore:
         self.startup_s: dict[str, float] = {}
         self._last_idle_check = 0.0
         started = time.perf_counter()
-        self.model_path: Path = resolve_checkpoint(config.model.model, config.model.revision)
+        self.model_path: Path = resolve_checkpoint(
+            config.model.model,
+            config.model.revision,
+            weights=config.model.load_format != "dummy",
+        )
         self.spec: ModelSpec = load_spec(self.model_path)
         self.platform = Platform.detect(config.model.device)
         self.config, self.choices = config.resolve(self.platform.is_cuda, self.spec.max_position)

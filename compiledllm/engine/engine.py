@@ -11,33 +11,34 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import operator
 import random
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from tqdm import tqdm
 
 from compiledllm.config import EngineConfig
 from compiledllm.engine.core import EngineCore
-from compiledllm.engine.detokenizer import Detokenizer
+from compiledllm.engine.interrupts import deferred_interrupt
+from compiledllm.engine.prompts import (
+    Prompt,
+    as_conversations,
+    as_prompts,
+    as_token_ids,
+    one_per_prompt,
+)
+from compiledllm.engine.request_state import OutputStream, RequestState
 from compiledllm.engine.tokenizer import Message, Tokenizer
 from compiledllm.log import show_logs
 from compiledllm.models.registry import generation_eos_token_ids
+from compiledllm.models.source import resolve_checkpoint
 from compiledllm.types import (
-    CompletionOutput,
     Request,
-    RequestMetrics,
     RequestOutput,
     SamplingParams,
 )
-
-# A prompt: text, token ids, {"prompt": text} or {"prompt_token_ids": ids}.
-Prompt = str | Sequence[int] | Mapping[str, Any]
-T = TypeVar("T")
 
 
 class Engine:
@@ -58,10 +59,13 @@ class Engine:
         self.config = self.core.config
         self.tokenizer: Tokenizer | None = None
         if not self.config.model.skip_tokenizer_init:
-            source = self.config.model.tokenizer or self.core.model_path
-            self.tokenizer = Tokenizer(source, self.config.model.revision)
+            other = self.config.model.tokenizer
+            self.tokenizer = Tokenizer(
+                resolve_checkpoint(other, weights=False) if other else self.core.model_path
+            )
         self._eos_token_ids = self._find_eos_token_ids()
-        self._states: dict[str, _RequestState] = {}
+        self._states: dict[str, RequestState] = {}
+        self._unseen: dict[str, RequestState] = {}  # grew for `step`, in somebody else's step
         self._request_ids = itertools.count()
         self._random = random.Random(self.config.model.seed)
 
@@ -89,11 +93,11 @@ class Engine:
         scheduling_policy="priority". All prompts are checked before any is run: a bad one raises
         ValueError and starts nothing.
         """
-        states = self._add_all(_as_prompts(prompts), sampling_params, priority)
+        states = self._add_all(as_prompts(prompts), sampling_params, priority)
         with self._aborting_on_exit(states), _progress_bar(len(states), use_tqdm) as progress:
             unfinished = states
             while unfinished:
-                self.step()
+                self._advance()
                 still = [state for state in unfinished if not state.request.is_finished]
                 progress.update(len(unfinished) - len(still))
                 unfinished = still
@@ -110,18 +114,18 @@ class Engine:
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation or many, each a list of {"role": ..., "content": ...}."""
-        conversations = _as_conversations(messages)
+        conversations = as_conversations(messages)
         tokenizer = self._require_tokenizer("chat()")
-        prompts = [
-            tokenizer.encode_chat(
+        prompts = []
+        for conversation in conversations:
+            text, token_ids = tokenizer.encode_chat(
                 conversation,
                 chat_template,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 **(chat_template_kwargs or {}),
             )
-            for conversation in conversations
-        ]
+            prompts.append({"prompt": text, "prompt_token_ids": token_ids})
         return self.generate(prompts, sampling_params, use_tqdm)
 
     # -- token by token ------------------------------------------------------------------------
@@ -131,29 +135,29 @@ class Engine:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         priority: Sequence[int] | None = None,
-    ) -> Iterator[RequestOutput]:
-        """Yield each request's cumulative output whenever it grows, the finished one last.
+    ) -> OutputStream:
+        """Iterate over each request's cumulative output whenever it grows, the finished one last.
 
         Bad prompts raise at once, before the first item is asked for. Closing the iterator aborts
         what is not finished.
         """
-        states = self._add_all(_as_prompts(prompts), sampling_params, priority)
-        return self._stream(states)
+        states = self._add_all(as_prompts(prompts), sampling_params, priority)
+        return OutputStream(self._stream(states), lambda: self._abort(states))
 
     def stream_chat(
         self, messages: Sequence[Message], sampling_params: SamplingParams | None = None
-    ) -> Iterator[RequestOutput]:
+    ) -> OutputStream:
         """`stream` for one conversation."""
         tokenizer = self._require_tokenizer("stream_chat()")
-        return self.stream(
-            tokenizer.encode_chat(messages, add_generation_prompt=True), sampling_params
-        )
+        (conversation,) = as_conversations(messages)
+        text, token_ids = tokenizer.encode_chat(conversation, add_generation_prompt=True)
+        return self.stream({"prompt": text, "prompt_token_ids": token_ids}, sampling_params)
 
-    def _stream(self, states: list[_RequestState]) -> Iterator[RequestOutput]:
+    def _stream(self, states: list[RequestState]) -> Generator[RequestOutput]:
         with self._aborting_on_exit(states):
             shown = [0] * len(states)  # output tokens the caller has seen
             while any(count >= 0 for count in shown):
-                self.step()
+                self._advance()
                 for index, state in enumerate(states):
                     count = state.request.num_output_tokens
                     if shown[index] < 0 or (
@@ -173,35 +177,60 @@ class Engine:
         priority: int = 0,
     ) -> str:
         """Queue one request for `step`; returns its id. Raises ValueError for a bad one."""
-        state = self._make_state(prompt, sampling_params or SamplingParams(), priority, request_id)
+        params = SamplingParams() if sampling_params is None else sampling_params
+        state = self._make_state(prompt, params, priority, request_id)
+        state.is_for_step = True
         self._add(state)
         return state.request.request_id
 
     def abort_request(self, request_id: str) -> None:
-        """End a request; its output so far gets finish_reason "abort". Unknown ids are ignored."""
-        self.core.finish(request_id, "abort")
-        self._states.pop(request_id, None)
+        """End a request added by `add_request`. Unknown ids are ignored."""
+        with deferred_interrupt():
+            self.core.finish(request_id, "abort")
+            self._states.pop(request_id, None)
+            self._unseen.pop(request_id, None)
 
     def has_unfinished_requests(self) -> bool:
-        return self.core.has_unfinished()
+        """Whether `step` has more to return."""
+        return self.core.has_unfinished() or bool(self._unseen)
 
     def step(self) -> list[RequestOutput]:
-        """One engine step. Returns the outputs of requests that grew."""
-        if not self.core.has_unfinished():
-            return []
-        advanced = []
-        for request in self.core.step():
-            state = self._states[request.request_id]
-            stop = state.push_last_token()
-            if stop is not None:
-                self._stop_at_string(request, stop)
-            advanced.append(state)
-            if request.is_finished:
-                del self._states[request.request_id]
-        self.core.check_when_idle()
-        return [state.output() for state in advanced]
+        """One engine step. Returns the outputs of `add_request`'s requests that grew."""
+        if self.core.has_unfinished():
+            self._advance()
+        unseen, self._unseen = self._unseen, {}
+        return [state.output() for state in unseen.values()]
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The parameters of a request that names none."""
+        return SamplingParams()
 
     # -- inside --------------------------------------------------------------------------------
+
+    def _advance(self) -> None:
+        """One engine step, its texts included."""
+        with deferred_interrupt():
+            try:
+                advanced = self.core.step()
+            except Exception:
+                self._book([s for s in self._states.values() if s.request.is_finished])
+                raise
+            states = [self._states[request.request_id] for request in advanced]
+            for state in states:
+                stop = state.push_last_token()
+                if stop is not None:
+                    self._stop_at_string(state.request, stop)
+            self._book(states)
+            self.core.check_when_idle()
+
+    def _book(self, states: list[RequestState]) -> None:
+        """Remember what `step` has to show, and forget who is finished."""
+        for state in states:
+            request_id = state.request.request_id
+            if state.is_for_step:
+                self._unseen[request_id] = state
+            if state.request.is_finished:
+                del self._states[request_id]
 
     def _stop_at_string(self, request: Request, stop: str) -> None:
         if request.is_finished:  # by this very token; the string came first in the text
@@ -214,26 +243,27 @@ class Engine:
         prompts: list[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         priority: Sequence[int] | None,
-    ) -> list[_RequestState]:
-        params = _one_per_prompt(sampling_params or SamplingParams(), len(prompts), "params")
-        priorities = _one_per_prompt(priority or 0, len(prompts), "priority")
+    ) -> list[RequestState]:
+        if sampling_params is None:
+            sampling_params = SamplingParams()
+        params = one_per_prompt(sampling_params, len(prompts), "sampling_params")
+        priorities = one_per_prompt(0 if priority is None else priority, len(prompts), "priority")
         states = [
             self._make_state(*arguments)
             for arguments in zip(prompts, params, priorities, strict=True)
         ]
-        added: list[_RequestState] = []
         try:
             for state in states:
                 self._add(state)
-                added.append(state)
-        except ValueError:
-            self._abort(added)
+        except BaseException:
+            self._abort(states)
             raise
         return states
 
-    def _add(self, state: _RequestState) -> None:
-        self.core.add(state.request)
-        self._states[state.request.request_id] = state
+    def _add(self, state: RequestState) -> None:
+        with deferred_interrupt():
+            self.core.add(state.request)
+            self._states[state.request.request_id] = state
 
     def _make_state(
         self,
@@ -241,9 +271,10 @@ class Engine:
         params: SamplingParams,
         priority: int = 0,
         request_id: str | None = None,
-    ) -> _RequestState:
+    ) -> RequestState:
         if not isinstance(params, SamplingParams):
             raise ValueError(f"sampling_params must be SamplingParams, got {params!r}")
+        self._check_priority(priority)
         params = dataclasses.replace(params)  # checked again, and no longer the caller's to change
         text, token_ids = self._tokenize(prompt)
         self._check_prompt(token_ids)
@@ -253,7 +284,7 @@ class Engine:
         slots = self.core.scheduler.block_pool.num_blocks * self.config.cache.block_size
         fits = max(slots - len(token_ids) + 1, 1)
         request = Request(
-            request_id=str(next(self._request_ids)) if request_id is None else request_id,
+            request_id=self._next_request_id() if request_id is None else request_id,
             prompt_token_ids=token_ids,
             sampling_params=params,
             max_tokens=min(room, params.max_tokens if params.max_tokens is not None else fits),
@@ -263,21 +294,34 @@ class Engine:
             priority=priority,
             prompt=text,
         )
-        return _RequestState(request, self.tokenizer)
+        return RequestState(request, self.tokenizer)
+
+    def _next_request_id(self) -> str:
+        ids = map(str, self._request_ids)
+        return next(request_id for request_id in ids if request_id not in self._states)
+
+    def _check_priority(self, priority: int) -> None:
+        if not isinstance(priority, int) or isinstance(priority, bool):
+            raise ValueError(f"priority must be an integer, got {priority!r}")
+        if priority and self.config.scheduler.scheduling_policy != "priority":
+            raise ValueError(
+                f"priority={priority} has no effect with scheduling_policy="
+                f"'{self.config.scheduler.scheduling_policy}'; use scheduling_policy='priority'"
+            )
 
     def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, Mapping):
-            if "prompt_token_ids" in prompt:
-                return prompt.get("prompt"), _as_token_ids(prompt["prompt_token_ids"])
-            if "prompt" not in prompt:
+            if not prompt or set(prompt) - {"prompt", "prompt_token_ids"}:
                 raise ValueError(
-                    "a prompt dict needs 'prompt' (text) or 'prompt_token_ids', "
+                    "a prompt dict takes 'prompt' (text) or 'prompt_token_ids', "
                     f"got keys {sorted(map(str, prompt))}"
                 )
+            if "prompt_token_ids" in prompt:
+                return prompt.get("prompt"), as_token_ids(prompt["prompt_token_ids"])
             prompt = prompt["prompt"]
         if isinstance(prompt, str):
             return prompt, self._require_tokenizer("a text prompt").encode(prompt)
-        return None, _as_token_ids(prompt)
+        return None, as_token_ids(prompt)
 
     def _check_prompt(self, token_ids: list[int]) -> None:
         if not token_ids:
@@ -320,109 +364,20 @@ class Engine:
         return self.tokenizer
 
     @contextlib.contextmanager
-    def _aborting_on_exit(self, states: list[_RequestState]) -> Iterator[None]:
+    def _aborting_on_exit(self, states: list[RequestState]) -> Iterator[None]:
         """Whatever ends the block early (an error, Ctrl-C, a closed iterator) ends its requests."""
         try:
             yield
         finally:
             self._abort(states)
 
-    def _abort(self, states: list[_RequestState]) -> None:
+    def _abort(self, states: list[RequestState]) -> None:
         for state in states:
-            if not state.request.is_finished:
+            if self._states.get(state.request.request_id) is state:
                 self.abort_request(state.request.request_id)
-            self._states.pop(state.request.request_id, None)
 
 
 LLM = Engine  # vLLM's name for it
-
-
-class _RequestState:
-    """A live request as its caller sees it: the request and its text."""
-
-    def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
-        self.request = request
-        params = request.sampling_params
-        stream = None
-        if tokenizer is not None and params.detokenize:
-            stream = tokenizer.stream(request.prompt_token_ids, params.skip_special_tokens)
-        elif params.stop_strings:
-            raise ValueError("stop strings need a tokenizer; use stop_token_ids instead")
-        self._detokenizer = Detokenizer(stream, params)
-        self._last_token_time = request.arrival_time
-
-    def push_last_token(self) -> str | None:
-        """Take over the newest token; returns the stop string it completed, if any."""
-        request = self.request
-        self._last_token_time = time.monotonic()
-        if request.first_token_time is None:
-            request.first_token_time = self._last_token_time
-        token_id = request.token_ids[-1]
-        ended_by_token = request.finish_reason == "stop" and token_id in request.stop_token_ids
-        hidden = ended_by_token and not request.sampling_params.include_stop_str_in_output
-        return self._detokenizer.push(token_id, hidden)
-
-    def output(self) -> RequestOutput:
-        """The state now."""
-        request = self.request
-        completion = CompletionOutput(
-            index=0,
-            text=self._detokenizer.visible_text(request.is_finished),
-            token_ids=request.output_token_ids,
-            finish_reason=request.finish_reason,
-            stop_reason=request.stop_reason,
-        )
-        return RequestOutput(
-            request_id=request.request_id,
-            prompt=request.prompt,
-            prompt_token_ids=request.prompt_token_ids,
-            outputs=[completion],
-            finished=request.is_finished,
-            num_cached_tokens=max(request.num_cached_tokens, 0),
-            metrics=RequestMetrics(
-                request.arrival_time, request.first_token_time, self._last_token_time
-            ),
-        )
-
-
-def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or many, as a list; a flat list of integers is one prompt."""
-    if isinstance(prompts, (str, Mapping)):
-        return [prompts]
-    items = list(prompts)
-    if items and all(hasattr(item, "__index__") for item in items):
-        return [items]  # type: ignore[list-item]
-    return items  # type: ignore[return-value]
-
-
-def _as_token_ids(ids: Any) -> list[int]:
-    try:
-        return [operator.index(token_id) for token_id in ids]
-    except TypeError:
-        raise ValueError(
-            f"a prompt must be text, token ids or a dict of them, got {ids!r:.80}"
-        ) from None
-
-
-def _as_conversations(messages: Sequence[Any]) -> list[Sequence[Message]]:
-    conversations = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
-    for conversation in conversations:
-        if not conversation or not all(
-            isinstance(message, Mapping) and "role" in message for message in conversation
-        ):
-            raise ValueError(
-                "a conversation must be a non-empty list of {'role': ..., 'content': ...}, got "
-                f"{conversation!r:.120}"
-            )
-    return conversations
-
-
-def _one_per_prompt(value: T | Sequence[T], count: int, what: str) -> list[T]:
-    if not isinstance(value, Sequence):
-        return [value] * count
-    if len(value) != count:
-        raise ValueError(f"{what} has {len(value)} entries for {count} prompts; give one for each")
-    return list(value)
 
 
 def _progress_bar(total: int, enabled: bool) -> tqdm[Any]:

@@ -12,17 +12,18 @@ Message = dict[str, Any]
 
 
 class Tokenizer:
-    """A Hugging Face tokenizer, loaded from a directory or hub id."""
+    """A Hugging Face tokenizer, loaded from a directory."""
 
-    def __init__(self, source: str | Path, revision: str | None = None) -> None:
+    def __init__(self, directory: Path) -> None:
         from transformers import AutoTokenizer
 
         try:
-            self.hf = AutoTokenizer.from_pretrained(source, revision=revision)
+            self.hf = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         except Exception as error:  # transformers raises many kinds for "no tokenizer here"
+            cause = str(error).strip().partition("\n")[0]
             raise ConfigError(
-                f"no tokenizer could be loaded from '{source}' ({type(error).__name__}); name one "
-                "with tokenizer=..., or use skip_tokenizer_init=True and token ids"
+                f"no tokenizer could be loaded from '{directory}' ({cause}); name one with "
+                "tokenizer=..., or use skip_tokenizer_init=True and token ids"
             ) from error
 
     @property
@@ -32,26 +33,55 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, with the special tokens the tokenizer adds by itself."""
+        _check_unicode(text)
         ids: list[int] = self.hf.encode(text)
         return ids
 
     def encode_chat(
         self, messages: Sequence[Message], chat_template: str | None = None, **options: Any
-    ) -> list[int]:
-        """Token ids of a conversation through the chat template."""
+    ) -> tuple[str, list[int]]:
+        """A conversation through the chat template: the prompt as text and as token ids."""
         if chat_template is None and not self.hf.chat_template:
             raise ValueError(
                 "the tokenizer has no chat template; pass chat_template=... or use generate()"
             )
-        text = self.hf.apply_chat_template(
-            list(messages), chat_template=chat_template, tokenize=False, **options
-        )
+        plain = [_plain_message(message) for message in messages]
+        try:
+            text: str = self.hf.apply_chat_template(
+                plain, chat_template=chat_template, tokenize=False, **options
+            )
+        except Exception as error:  # jinja's own kinds, and whatever a template does
+            raise ValueError(f"the chat template failed: {error}") from error
+        _check_unicode(text)
         ids: list[int] = self.hf.encode(text, add_special_tokens=False)
-        return ids
+        return text, ids
 
     def stream(self, prompt_token_ids: Sequence[int], skip_special_tokens: bool) -> TokenStream:
         """A streaming decoder that continues after a prompt."""
         return TokenStream(self.hf, prompt_token_ids, skip_special_tokens)
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the prompt is not valid Unicode text: {error}") from None
+
+
+def _plain_message(message: Message) -> Message:
+    """The message with its content as one string; OpenAI's list of text parts is joined."""
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str):
+        raise ValueError(f"a message's role must be a string, got {role!r}")
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
+    ):
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise ValueError(
+            f"a message's content must be a string or a list of text parts, got {content!r}"
+        )
+    return {**message, "content": content}
 
 
 class TokenStream:

@@ -36,8 +36,8 @@ def plan_num_blocks(
     """
     per_block = block_bytes(spec, cache.block_size, dtype)
     if cache.num_kv_blocks is not None:
-        return cache.num_kv_blocks, Choice(str(cache.num_kv_blocks), "num_kv_blocks")
-    if cache.kv_cache_memory_bytes is not None:
+        room, reason = (cache.num_kv_blocks + 1) * per_block, "num_kv_blocks"
+    elif cache.kv_cache_memory_bytes is not None:
         room, reason = cache.kv_cache_memory_bytes, "kv_cache_memory_bytes"
     elif platform.is_cuda:
         share = cache.gpu_memory_utilization
@@ -55,7 +55,13 @@ def plan_num_blocks(
             f"no room for a KV cache: {room / 2**20:.1f} MiB ({reason}) holds no two blocks of "
             f"{per_block / 2**20:.2f} MiB; raise kv_cache_memory_bytes or gpu_memory_utilization"
         )
-    return num_blocks, Choice(str(num_blocks), reason)
+    if room > platform.memory_bytes:
+        raise ConfigError(
+            f"{reason} asks for a KV cache of {room / 2**30:.1f} GiB and there are "
+            f"{platform.memory_bytes / 2**30:.1f} GiB; at most "
+            f"{platform.memory_bytes // per_block - 1} blocks fit"
+        )
+    return num_blocks, Choice(num_blocks, reason)
 
 
 def allocate_kv_caches(

@@ -23,12 +23,13 @@ class RequestTable:
         self.device = device
         self.block_tables = torch.zeros(max_num_seqs, max_blocks, dtype=torch.int32, device=device)
         self.last_token_ids = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
-        self.requests: list[NewRequest | None] = [None] * max_num_seqs
         self.token_ids: list[np.ndarray] = [np.empty(0, np.int64)] * max_num_seqs
         self.temperature = np.zeros(max_num_seqs, np.float32)  # 0: greedy
         self.top_k = np.zeros(max_num_seqs, np.int64)  # 0: all
         self.top_p = np.ones(max_num_seqs, np.float32)
         self.seed = np.zeros(max_num_seqs, np.int64)
+        self.first_stop_position = np.zeros(max_num_seqs, np.int64)  # from min_tokens
+        self.stop_token_ids: list[list[int]] = [[]] * max_num_seqs
         self._num_blocks = [0] * max_num_seqs
         self._row_of: dict[str, int] = {}
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
@@ -45,20 +46,19 @@ class RequestTable:
         self._append_blocks(step)
 
     def _release(self, request_id: str) -> None:
-        row = self._row_of.pop(request_id)
-        self.requests[row] = None
-        self._free_rows.append(row)
+        self._free_rows.append(self._row_of.pop(request_id))
 
     def _fill(self, request: NewRequest) -> None:
         row = self._free_rows.pop()
         self._row_of[request.request_id] = row
-        self.requests[row] = request
         self.token_ids[row] = np.asarray(request.token_ids, np.int64)
         params = request.sampling_params
         self.temperature[row] = 0.0 if params.is_greedy else params.temperature
         self.top_k[row] = max(params.top_k, 0)
         self.top_p[row] = params.top_p
         self.seed[row] = request.seed
+        self.first_stop_position[row] = request.num_prompt_tokens + params.min_tokens
+        self.stop_token_ids[row] = list(request.stop_token_ids)
         self._num_blocks[row] = 0
 
     def _append_blocks(self, step: SchedulerOutput) -> None:

@@ -49,12 +49,8 @@ class Sampler:
         self, logits: Tensor, table: RequestTable, rows: np.ndarray, positions: np.ndarray
     ) -> None:
         """No stop token before `min_tokens` tokens are out."""
-        for index, (row, position) in enumerate(zip(rows, positions, strict=True)):
-            request = table.requests[row]
-            assert request is not None
-            num_output = position - request.num_prompt_tokens
-            if num_output < request.sampling_params.min_tokens and request.stop_token_ids:
-                logits[index, list(request.stop_token_ids)] = float("-inf")
+        for index in np.flatnonzero(positions < table.first_stop_position[rows]):
+            logits[index, table.stop_token_ids[rows[index]]] = float("-inf")
 
 
 def filter_top_k_top_p(scores: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import random
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -200,7 +203,7 @@ def test_step_api_and_abort(engine: Engine) -> None:
 def test_a_step_that_breaks_off_leaves_a_working_engine(
     error: type[BaseException], make: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C or a failure in the middle of a step: no row, block or cached prefix survives wrongly."""
+    """Ctrl-C or a failure inside a step: no row, block or cached prefix survives wrongly."""
     engine = make()
     expected = tokens(engine.generate(PROMPTS, GREEDY))
     execute, calls = engine.core.runner.execute, 0
@@ -242,6 +245,101 @@ def _interrupt(step: SchedulerOutput) -> StepOutput:
     raise KeyboardInterrupt
 
 
+def test_real_interrupts_at_any_moment_leave_books_that_balance(
+    make: Callable[..., Engine],
+) -> None:
+    """A timer presses Ctrl-C again and again, wherever the engine happens to be."""
+    engine = make(num_kv_blocks=8)
+    expected = tokens(engine.generate(PROMPTS, GREEDY))
+    rng, interrupted = random.Random(0), 0
+    try:
+        for _ in range(60):
+            try:
+                signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.0003, 0.02))
+                engine.generate(PROMPTS, GREEDY)
+            except KeyboardInterrupt:
+                interrupted += 1
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            assert not engine.has_unfinished_requests()
+            engine.core.scheduler.check_invariants()
+    finally:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    assert interrupted > 10
+    assert tokens(engine.generate(PROMPTS, GREEDY)) == expected
+
+
+def test_stream_that_is_never_started_can_be_closed_or_dropped(engine: Engine) -> None:
+    engine.stream(PROMPTS[0], GREEDY).close()
+    assert not engine.has_unfinished_requests()
+    stream = engine.stream(PROMPTS[0], GREEDY)
+    del stream
+    gc.collect()
+    assert not engine.has_unfinished_requests()
+
+
+def test_generate_keeps_the_outputs_of_added_requests_for_step(engine: Engine) -> None:
+    added = engine.add_request(PROMPTS[0], GREEDY)
+    expected = tokens(engine.generate(PROMPTS[:2], GREEDY))
+    assert engine.has_unfinished_requests()
+    (output,) = engine.step()
+    assert (output.request_id, output.finished) == (added, True)
+    assert output.outputs[0].token_ids == expected[0]
+    assert not engine.has_unfinished_requests() and engine.step() == []
+
+
+def test_failed_step_tells_added_requests(
+    make: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make()
+    engine.add_request(PROMPTS[0], GREEDY)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.core.runner, "execute", _fail)
+        with pytest.raises(RuntimeError):
+            engine.step()
+    (output,) = engine.step()
+    assert output.outputs[0].finish_reason == "error" and not engine.has_unfinished_requests()
+
+
+def _fail(step: SchedulerOutput) -> StepOutput:
+    raise RuntimeError("out of memory")
+
+
+def test_automatic_request_ids_avoid_those_in_use(make: Callable[..., Engine]) -> None:
+    engine = make()
+    engine.add_request(PROMPTS[0], GREEDY, request_id="0")
+    assert engine.add_request(PROMPTS[0], GREEDY) != "0"
+    with pytest.raises(ValueError, match="request_id '0' is already in use"):
+        engine.add_request(PROMPTS[0], GREEDY, request_id="0")
+
+
+def test_priority_decides_who_goes_first(make: Callable[..., Engine]) -> None:
+    engine = make(scheduling_policy="priority", max_num_seqs=1)
+    order = [
+        output.request_id
+        for output in engine.stream(PROMPTS, GREEDY, priority=[3, 1, 2, 0])
+        if output.finished
+    ]
+    assert order == ["3", "1", "2", "0"]
+
+
+@pytest.mark.parametrize("priority", [["a", 1], [1.5, 0], [True, 0], [1]])
+def test_bad_priority_is_refused_and_leaves_nothing_behind(
+    priority: Any, make: Callable[..., Engine]
+) -> None:
+    engine = make(scheduling_policy="priority")
+    with pytest.raises(ValueError, match="priority"):
+        engine.generate(PROMPTS[:2], GREEDY, priority=priority)
+    assert not engine.has_unfinished_requests()
+    engine.generate(PROMPTS[:2], GREEDY, priority=[1, 0])
+
+
+def test_priority_without_its_policy_is_refused(engine: Engine) -> None:
+    with pytest.raises(ValueError, match="use scheduling_policy='priority'"):
+        engine.generate(PROMPTS[:2], GREEDY, priority=[1, 0])
+
+
 # -- bad input -------------------------------------------------------------------------------------
 
 
@@ -257,6 +355,11 @@ def _interrupt(step: SchedulerOutput) -> StepOutput:
         ([{"promt": "x"}], "'prompt' .* or 'prompt_token_ids'"),
         ([["a", "b"]], "text, token ids or a dict"),
         ([3.5], "text, token ids or a dict"),
+        (None, "prompts must be"),
+        (5, "prompts must be"),
+        (b"bytes", "prompts must be"),
+        ([{1, 2}], "text, token ids or a dict"),
+        ([{"prompt_token_ids": [1], "multi_modal_data": {}}], "multi_modal_data"),
     ],
 )
 def test_bad_prompt_is_refused_by_name(engine: Engine, prompt: Any, message: str) -> None:
@@ -298,6 +401,12 @@ def test_request_that_can_never_fit_is_refused_with_what_would(make: Callable[..
         ({"kv_cache_memory_bytes": 1000}, "no room for a KV cache"),
         ({"device": "tpu"}, "device must be"),
         ({"num_kv_blocks": 0}, "num_kv_blocks must be"),
+        ({"num_kv_blocks": 10**10}, r"GiB and there are .* at most \d+ blocks fit"),
+        ({"kv_cache_memory_bytes": 10**16}, "GiB and there are"),
+        ({"max_num_seqs": 10**9}, "max_num_seqs must be at most 65536"),
+        ({"max_model_len": 1}, "max_model_len must be at least 2"),
+        ({"trust_remote_code": True}, "trust_remote_code=True is not supported"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size must be 1, got 2"),
     ],
 )
 def test_bad_option_is_refused_by_name(

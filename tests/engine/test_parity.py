@@ -1,7 +1,7 @@
 """Greedy output of the real default model equals transformers', however the engine gets there.
 
-float32, 20 prompts of 1 to 600 tokens, 64 new tokens each. Where the two differ, the first differing
-token must be a tie: transformers' own logits of the two tokens within TIE of each other.
+float32, 20 prompts of 1 to 600 tokens, 64 new tokens each. Where the two differ, the first
+differing token must be a tie: transformers' own logits of the two tokens within TIE of each other.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def test_shared_prefixes(default_model: Path, reference: Reference) -> None:
 
 
 def test_compiled(default_model: Path, reference: Reference) -> None:
-    """Prefill, one-row decode and crowded decode through the compiled block, without recompiling."""
+    """Prefill, one-row and crowded decode through the compiled block, without recompiling."""
     engine = make(default_model, compile_when="start", max_num_batched_tokens=256)
     compiler = engine.core.runner.compiler
     assert compiler.is_ready and compiler.error is None

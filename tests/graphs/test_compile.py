@@ -1,4 +1,4 @@
-"""The compiled block: equal to eager, one graph for all layers, no copy of the cache, no recompile."""
+"""The compiled block: equal to eager, one graph for all layers, no cache copy, no recompile."""
 
 from __future__ import annotations
 
@@ -64,9 +64,18 @@ def test_compiled_equals_eager_at_every_shape(engine: Engine, lengths: list[int]
 
 
 def test_all_layers_share_one_graph_of_each_kind(engine: Engine) -> None:
-    """Three layers, one LayerSpec: one static graph for a single token, one dynamic for the rest."""
+    """Three layers, one LayerSpec: a static graph for a single token, a dynamic one for more."""
     assert len(engine.core.spec.layers) == 3
     assert engine.core.runner.compiler.num_compiles == 2
+
+
+def test_every_engine_of_a_process_compiles(tiny_llama: Callable[..., Path]) -> None:
+    """The compiler keeps at most eight graphs for a function: each engine has one of its own."""
+    engines = [
+        Engine(tiny_llama(), device="cpu", skip_tokenizer_init=True, compile_when="start")
+        for _ in range(6)
+    ]
+    assert all(engine.core.runner.compiler.is_ready for engine in engines)
 
 
 @torch.inference_mode()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import random
 import struct
 import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -598,3 +600,28 @@ def test_the_default_model_knows_the_capital_of_france(monkeypatch: pytest.Monke
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
     assert chat.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
     assert model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_config_of_a_hub_model_needs_no_weights_and_no_network(tmp_path: Path) -> None:
+    """What the hub's cache holds is enough for `info` and dummy weights, at once."""
+    folder = tmp_path / "hub" / "models--me--tiny"
+    (folder / "snapshots" / ("a" * 40)).mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("a" * 40)
+    (folder / "snapshots" / ("a" * 40) / "config.json").write_text("{}")
+    code = (
+        "from compiledllm.models.source import resolve_checkpoint\n"
+        "print(resolve_checkpoint('me/tiny', weights=False))\n"
+        "try: resolve_checkpoint('me/tiny')\n"
+        "except ValueError as error: print(error)\n"
+    )
+    settings = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | settings,
+    )
+    path, error = done.stdout.splitlines()
+    assert path.endswith("a" * 40) and "has no safetensors" in error

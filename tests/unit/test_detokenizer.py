@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -432,8 +433,33 @@ def test_chat_without_a_template_is_refused(byte_level: Tokenizer) -> None:
 
 def test_chat_goes_through_the_given_template(byte_level: Tokenizer) -> None:
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    ids = byte_level.encode_chat([{"role": "user", "content": "hello"}], template)
-    assert byte_level.hf.decode(ids) == "user: hello\n"
+    text, ids = byte_level.encode_chat([{"role": "user", "content": "hello"}], template)
+    assert byte_level.hf.decode(ids) == text == "user: hello\n"
+    parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
+    assert byte_level.encode_chat([{"role": "user", "content": parts}], template)[0] == text
+
+
+@pytest.mark.parametrize(
+    ("message", "template", "error"),
+    [
+        ({"role": 5, "content": "x"}, "x", "role must be a string, got 5"),
+        ({"role": "user"}, "x", "content must be a string or a list of text parts, got None"),
+        ({"role": "user", "content": [{"type": "image"}]}, "x", "content must be a string"),
+        ({"role": "user", "content": "x"}, "{{ raise_exception('no') }}", "template failed: no"),
+        ({"role": "user", "content": "x"}, "{% for %}", "the chat template failed"),
+        ({"role": "user", "content": "\ud800"}, "{{ messages[0].content }}", "not valid Unicode"),
+    ],
+)
+def test_bad_conversation_is_a_value_error(
+    byte_level: Tokenizer, message: dict[str, Any], template: str, error: str
+) -> None:
+    with pytest.raises(ValueError, match=error):
+        byte_level.encode_chat([message], template)
+
+
+def test_text_that_is_not_unicode_is_a_value_error(byte_level: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="not valid Unicode"):
+        byte_level.encode("a\ud800b")
 
 
 def test_end_of_sequence_id_is_the_tokenizers(byte_level: Tokenizer) -> None:
