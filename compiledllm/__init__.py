@@ -16,8 +16,8 @@ __version__ = "0.1.0"
 
 # OpenMP's threads wait for each other hundreds of times a step. By default they spin so long that
 # one other busy process makes a step take seconds (measured on 2 cores, one of them taken: 1.6
-# tokens/s, with a short spin 15). Takes effect if torch is not loaded yet; a set value stays.
-os.environ.setdefault("GOMP_SPINCOUNT", "4000")
+# tokens/s, with a short spin 12). Takes effect if torch is not loaded yet; a set value stays.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 _HOMES = {
     "Engine": "compiledllm.engine.engine",
