@@ -249,7 +249,7 @@ def _converted(gguf: Path, target: Path) -> Path:
     if _is_complete(target):
         return target
     _require_gguf_package()
-    from compiledllm.models.gguf import convert_gguf
+    from compiledllm.models.gguf.convert import convert_gguf
 
     log.info("converting %s, once, into %s", gguf.name, target)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ from compiledllm.models import source
 from compiledllm.models.source import resolve_checkpoint
 
 gguf = pytest.importorskip("gguf")
-convert = pytest.importorskip("compiledllm.models.gguf")
+convert = pytest.importorskip("compiledllm.models.gguf.convert")
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = ["h e", "Ġ t", "Ġ Ġ", "Ġt he"]

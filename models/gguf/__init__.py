@@ -1,0 +1,1 @@
+"""GGUF files (llama.cpp's format), turned into ordinary checkpoint directories."""

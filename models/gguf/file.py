@@ -1,0 +1,218 @@
+"""The container: metadata and tensors of a GGUF file, every step checked against the file's size.
+
+The header is read here and not by gguf.GGUFReader, which loops without end on some damaged files
+and takes 3 s for a vocabulary; dequantisation is the gguf package's. Knows no architecture.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
+
+FloatArray: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"
+
+_STRING, _ARRAY = 8, 9  # metadata value types; the rest are scalars
+_SCALARS = dict(enumerate(("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?"))) | dict(
+    enumerate(("<u8", "<i8", "<f8"), start=10)
+)
+_MAX_COUNT = 2**24  # of keys, tensors, items of an array or bytes of text; real ones are far below
+
+
+@dataclass(frozen=True, slots=True)
+class GgufTensor:
+    """Where a tensor lies in the file; `shape` is in numpy's order, the reverse of the file's."""
+
+    shape: tuple[int, ...]
+    kind: GGMLQuantizationType
+    offset: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class GgufFile:
+    """A checked header over the mapped file."""
+
+    metadata: dict[str, Any]
+    tensors: dict[str, GgufTensor]
+    data: mmap.mmap
+
+    @property
+    def num_embeddings(self) -> int:
+        """Rows of the embedding: the vocabulary of the weights, padding included."""
+        if "token_embd.weight" not in self.tensors:
+            raise ValueError("tensor 'token_embd.weight' is missing")
+        return self.tensors["token_embd.weight"].shape[0]
+
+    def load(self, name: str) -> FloatArray:
+        """One tensor, dequantised, as a fresh float32 array."""
+        tensor = self.tensors[name]
+        raw = np.frombuffer(self.data, np.uint8, tensor.num_bytes, tensor.offset)
+        try:
+            values = dequantize(raw.reshape(*tensor.shape[:-1], -1), tensor.kind)
+        except NotImplementedError:
+            raise ValueError(
+                f"tensor '{name}' is stored as {tensor.kind.name}, which the gguf package cannot "
+                "dequantise; use another quantisation of the model, such as Q8_0"
+            ) from None
+        return np.array(values, dtype=np.float32)
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A positive number of the metadata."""
+        value = self.metadata.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"metadata key '{key}' must be a number, got {brief(value)}")
+        if not 0 < value < 2**31:
+            raise ValueError(f"metadata key '{key}' must be in (0, 2^31), got {value}")
+        return value
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        """A positive integer of the metadata."""
+        value = self.number(key, default)
+        if not isinstance(value, int):
+            raise ValueError(f"metadata key '{key}' must be an integer, got {value}")
+        return value
+
+    def strings(self, key: str) -> list[str]:
+        """A list of strings of the metadata."""
+        value = self.metadata.get(key)
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise ValueError(f"metadata key '{key}' must be a list of strings, got {brief(value)}")
+        return value
+
+    def token_id(self, role: str) -> int | None:
+        """The id of a special token, such as `eos` or `padding`, if the metadata names one."""
+        value = self.metadata.get(f"tokenizer.ggml.{role}_token_id")
+        num_tokens = len(self.strings("tokenizer.ggml.tokens"))
+        if value is not None and (not isinstance(value, int) or not 0 <= value < num_tokens):
+            raise ValueError(f"the {role} token must be in [0, {num_tokens}), got {brief(value)}")
+        return value
+
+    def token(self, role: str) -> str | None:
+        """The text of a special token."""
+        index = self.token_id(role)
+        return None if index is None else self.strings("tokenizer.ggml.tokens")[index]
+
+
+def brief(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+class _Header:
+    """Reads the header front to back; every step is checked against the end of the file."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data = data
+        self.position = 0
+
+    def take(self, num_bytes: int) -> bytes:
+        start, self.position = self.position, self.position + num_bytes
+        if self.position > len(self.data):
+            raise ValueError(
+                f"the file is truncated or damaged: its header reaches byte {self.position}, the "
+                f"file has {len(self.data)}; download it again"
+            )
+        return self.data[start : self.position]
+
+    def numbers(self, dtype: str, count: int) -> list[Any]:
+        raw = self.take(count * np.dtype(dtype).itemsize)
+        values: list[Any] = np.frombuffer(raw, dtype).tolist() if count else []
+        return values
+
+    def u32(self) -> int:
+        return int.from_bytes(self.take(4), "little")
+
+    def u64(self) -> int:
+        return int.from_bytes(self.take(8), "little")
+
+    def count(self) -> int:
+        value = self.u64()
+        if value > _MAX_COUNT:
+            raise ValueError(
+                f"the header is damaged: it announces {value} items; download it again"
+            )
+        return value
+
+    def string(self) -> str:
+        try:
+            return self.take(self.count()).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"the header is damaged: {error}; download it again") from error
+
+    def value(self) -> Any:
+        kind = self.u32()
+        if kind == _STRING:
+            return self.string()
+        is_array = kind == _ARRAY
+        kind, count = (self.u32(), self.count()) if is_array else (kind, 1)
+        if is_array and kind == _STRING:
+            return [self.string() for _ in range(count)]
+        if kind not in _SCALARS:
+            raise ValueError(f"the header is damaged: a metadata value is of unknown type {kind}")
+        values = self.numbers(_SCALARS[kind], count)
+        return values if is_array else values[0]
+
+    def tensor_info(self) -> tuple[str, _TensorInfo]:
+        name, num_dims = self.string(), self.u32()
+        if not 1 <= num_dims <= 4:
+            raise ValueError(f"tensor '{name}' has {num_dims} dimensions (1 to 4 are possible)")
+        dims = self.numbers("<u8", num_dims)
+        return name, _TensorInfo(dims, kind=self.u32(), offset=self.u64())
+
+
+@dataclass(frozen=True, slots=True)
+class _TensorInfo:
+    """A tensor as the header gives it: dims fastest first, offset from the start of the data."""
+
+    dims: list[int]
+    kind: int
+    offset: int
+
+
+def read_gguf(path: Path) -> GgufFile:
+    """Map a GGUF file (version 2 or 3, little endian). Raises ValueError saying what is damaged."""
+    with path.open("rb") as opened:
+        if opened.read(4) != b"GGUF":
+            raise ValueError("it is not a GGUF file (those begin with the letters GGUF)")
+        data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+    header = _Header(data)
+    header.take(4)
+    if (version := header.u32()) not in (2, 3):
+        raise ValueError(f"GGUF version {version:#x} is not supported (2 and 3 are, little endian)")
+    num_tensors, num_keys = header.count(), header.count()
+    metadata = {header.string(): header.value() for _ in range(num_keys)}
+    infos = dict(header.tensor_info() for _ in range(num_tensors))
+    if len(metadata) != num_keys or len(infos) != num_tensors:
+        raise ValueError("the header is damaged: a metadata key or tensor name occurs twice")
+    alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise ValueError(f"general.alignment must be a positive integer, got {brief(alignment)}")
+    start = -(-header.position // alignment) * alignment
+    tensors = {name: _place(name, info, start, len(data)) for name, info in infos.items()}
+    return GgufFile(metadata, tensors, data)
+
+
+def _place(name: str, info: _TensorInfo, start: int, file_size: int) -> GgufTensor:
+    """The tensor's place in the file, checked to be inside it."""
+    shape = tuple(reversed(info.dims))
+    try:
+        kind = GGMLQuantizationType(info.kind)
+    except ValueError:
+        raise ValueError(f"tensor '{name}' is of unknown type {info.kind}") from None
+    block_size, block_bytes = GGML_QUANT_SIZES[kind]
+    if min(shape) < 1 or shape[-1] % block_size:
+        raise ValueError(f"tensor '{name}' has shape {shape}, which is impossible in {kind.name}")
+    num_bytes = math.prod(shape) // block_size * block_bytes
+    end = start + info.offset + num_bytes
+    if end > file_size:
+        raise ValueError(
+            f"the file is truncated or damaged: tensor '{name}' ends at byte {end}, the file has "
+            f"{file_size}; download it again"
+        )
+    return GgufTensor(shape, kind, start + info.offset, num_bytes)
