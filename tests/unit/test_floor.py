@@ -1,0 +1,64 @@
+"""The floor formulas against numbers worked out by hand from the models' published shapes."""
+
+from __future__ import annotations
+
+import pytest
+
+from compiledllm.benchmarks.floor import Ceilings, decode_cost, prefill_cost, weights_read
+from compiledllm.models.spec import (
+    AttentionSpec,
+    LayerSpec,
+    MlpSpec,
+    ModelSpec,
+    NormSpec,
+    RopeSpec,
+)
+
+
+def llama(
+    hidden: int, layers: int, heads: int, kv_heads: int, head_dim: int, mlp: int, vocab: int
+) -> ModelSpec:
+    attn = AttentionSpec(heads, kv_heads, head_dim, head_dim**-0.5, RopeSpec(1e4, head_dim))
+    layer = LayerSpec(hidden, attn, MlpSpec(mlp), NormSpec(1e-5))
+    return ModelSpec(
+        "LlamaForCausalLM", vocab, hidden, (layer,) * layers, NormSpec(1e-5), True, 8192,
+        "bfloat16", (2,),
+    )  # fmt: skip
+
+
+# model, parameters read in a step, KV bytes of a token in bfloat16
+MODELS = {
+    # a layer: 576*576*2 + 576*192*2 + 3*576*1536 + 2*576 = 3,540,096; 30 of them, norm, head
+    "SmolLM2-135M": (llama(576, 30, 9, 3, 64, 1536, 49152), 134_515_008, 23_040),
+    # a layer: 2048*2048*2 + 2048*512*2 + 3*2048*8192 + 2*2048 = 60,821,504
+    "Llama-3.2-1B": (llama(2048, 16, 32, 8, 64, 8192, 128256), 1_235_814_400, 32_768),
+    # a layer: 4096*4096*2 + 4096*1024*2 + 3*4096*14336 + 2*4096 = 218,112,000
+    "Llama-3.1-8B": (llama(4096, 32, 32, 8, 128, 14336, 128256), 7_504_924_672, 131_072),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_decode_reads_weights_once_and_every_context(name: str) -> None:
+    spec, parameters, kv_bytes = MODELS[name]
+    assert weights_read(spec) == parameters
+    cost = decode_cost(spec, batch=8, context=1024, itemsize=2)
+    assert cost.weight_bytes == 2 * parameters
+    assert cost.kv_bytes == 8 * 1024 * kv_bytes
+    attention = 4 * 1024 * spec.layers[0].attn.q_size * len(spec.layers)
+    assert cost.flops == 8 * (2 * parameters + attention)
+
+
+def test_published_floors_at_3_tb_per_s() -> None:
+    """8B at batch 1 and 64, context 1024, on 3.0 TB/s and 790 TFLOP/s: 5.05 and 7.87 ms."""
+    spec, h100 = MODELS["Llama-3.1-8B"][0], Ceilings(3.0e12, 790e12)
+    assert decode_cost(spec, 1, 1024, 2).seconds(h100) * 1e3 == pytest.approx(5.048, abs=0.001)
+    assert decode_cost(spec, 64, 1024, 2).seconds(h100) * 1e3 == pytest.approx(7.866, abs=0.001)
+    assert prefill_cost(spec, 1, 128, 2).seconds(h100) * 1e3 == pytest.approx(5.0, abs=0.05)
+    assert prefill_cost(spec, 1, 1024, 2).seconds(h100) * 1e3 == pytest.approx(18.4, abs=0.1)
+
+
+def test_the_longer_of_moving_and_computing_is_the_floor() -> None:
+    spec = MODELS["SmolLM2-135M"][0]
+    cost = decode_cost(spec, 1, 100, 2)
+    assert cost.seconds(Ceilings(1.0, 1e30)) == cost.num_bytes
+    assert cost.seconds(Ceilings(1e30, 1.0)) == cost.flops
