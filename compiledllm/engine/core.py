@@ -185,7 +185,7 @@ class EngineCore:
             "KV cache": f"{blocks} blocks of {size} tokens = {blocks * size} tokens, "
             f"{kv_mib:.0f} MiB ({self.choices['num_kv_blocks'].reason})",
             "context": self.choices["max_model_len"],
-            "batch": f"at most {self.choices['max_num_seqs']} requests and "
+            "batch": f"at most {self.choices['max_num_seqs'].value} requests, "
             f"{self.choices['max_num_batched_tokens']} tokens a step",
             "compile": f"{self.choices['compile']}, {distinct} distinct of {len(spec.layers)}",
             "ready in": f"{self.startup_s['total']:.1f} s "
