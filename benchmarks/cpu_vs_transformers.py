@@ -71,7 +71,7 @@ def parse_arguments() -> argparse.Namespace:
 def measure(dtype: str, arguments: argparse.Namespace) -> list[Row]:
     """Eager and compiled, alone and in a crowd, each interleaved with transformers."""
     engine = Engine(
-        arguments.model, device="cpu", dtype=dtype, compile_when="busy", skip_tokenizer_init=True
+        arguments.model, device="cpu", dtype=dtype, enforce_eager=True, skip_tokenizer_init=True
     )
     peer = load_transformers(engine.model_path, dtype)
     ours = generate_with(engine)

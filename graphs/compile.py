@@ -63,8 +63,9 @@ class BlockCompiler:
 
     def compile(self) -> bool:
         """Compile and switch over. False, after one warning, if that fails: eager goes on."""
-        self._compile_examples(self._record_examples())
-        self._switch_over()
+        if not self.is_ready:
+            self._compile_examples(self._record_examples())
+            self._switch_over()
         return self.is_ready
 
     def compile_in_background(self) -> None:
