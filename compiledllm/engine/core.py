@@ -28,8 +28,8 @@ from compiledllm.scheduler.scheduler import Scheduler
 from compiledllm.types import FinishReason, Request
 
 IDLE_CHECK_INTERVAL_S = 10.0
-# On two CPU cores compiling takes 10 to 30 s, in which the model has one core fewer, and makes a step
-# up to 14 % faster (16 requests; alone nothing): work that ends sooner would never get it back.
+# On two CPU cores compiling takes 10 to 30 s, in which the model has one core fewer, and makes a
+# step up to 14 % faster (16 requests; alone nothing): work that ends sooner never gets it back.
 BUSY_SECONDS = 60.0
 
 
