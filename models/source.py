@@ -101,17 +101,21 @@ def _from_hub(repo_id: str, revision: str | None, weights: bool = True) -> Path:
     Out of the hub's reach, what its cache holds is used at once.
     """
     from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
+    is_reachable = _is_reachable(constants.ENDPOINT)
     try:
         found = snapshot_download(
             repo_id,
             revision=revision,
             allow_patterns=_WANTED_FILES,
             ignore_patterns=_UNWANTED_FILES if weights else [*_UNWANTED_FILES, "*.safetensors"],
-            local_files_only=not _is_reachable(constants.ENDPOINT),
+            local_files_only=not is_reachable,
         )
     except Exception as error:  # its own, HTTP and OS errors: all mean that there is no model
         cause = str(error).strip().partition("\n")[0] or type(error).__name__
+        if isinstance(error, LocalEntryNotFoundError) and not is_reachable:
+            cause = "the hub is out of reach (or HF_HUB_OFFLINE is set) and its cache has no copy"
         at = f" at revision {revision!r}" if revision else ""
         raise ConfigError(
             f"cannot get model '{repo_id}'{at} from the Hugging Face hub: {cause}; check the id, "
