@@ -2,7 +2,7 @@
 
 `convert_gguf` undoes what llama.cpp changed (the row order of q and k, RoPE scaling stored as a
 tensor) and writes config, tokenizer and safetensors. What cannot be converted exactly is refused by
-name: no model rather than a wrong one. Knows nothing of the cache.
+name: no model rather than a wrong one. Knows neither how the file is laid out nor the cache.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,39 @@ from typing import Any
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from compiledllm.config import ConfigError
 from compiledllm.models.gguf.file import FloatArray, GgufFile, brief, read_gguf
-from compiledllm.models.gguf.tokenizer import build_tokenizer, is_added
+from compiledllm.models.gguf.tokenizer import build_tokenizer, tokenizer_config
 
-_FLOAT_KINDS = {GGMLQuantizationType.F32, GGMLQuantizationType.F16}
+_LLAMA_KEYS = frozenset(
+    f"llama.{key}"
+    for key in (
+        "attention.head_count",
+        "attention.head_count_kv",
+        "attention.key_length",
+        "attention.layer_norm_rms_epsilon",
+        "attention.value_length",
+        "block_count",
+        "context_length",
+        "embedding_length",
+        "feed_forward_length",
+        "rope.dimension_count",
+        "rope.freq_base",
+        "rope.scaling.factor",
+        "rope.scaling.finetuned",
+        "rope.scaling.original_context_length",
+        "rope.scaling.type",
+        "tensor_data_layout",
+        "vocab_size",
+    )
+)
+_LLAMA3_ROPE = {  # of all Llama 3.1 to 3.3 releases; a GGUF keeps only the divisors they lead to
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 _SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -38,55 +62,44 @@ def convert_gguf(gguf_path: Path, target_dir: Path) -> None:
     """
     try:
         file = read_gguf(gguf_path)
-        architecture = _architecture(file)
-        config = architecture.config(file)
-        rules = _match_tensors(file, architecture, config)
+        _check_kind(file)
+        config = _llama_config(file)
+        rules = _llama_rules(config)
+        _check_tensors(file, rules)
         tokenizer = build_tokenizer(file)
         target_dir.mkdir(parents=True, exist_ok=True)
         _write_json(target_dir / "config.json", config)
         _write_json(target_dir / "generation_config.json", _generation_config(file, config))
-        _write_tokenizer(file, tokenizer, config, target_dir)
-        _write_weights(file, rules, config, target_dir / "model.safetensors")
+        _write_json(
+            target_dir / "tokenizer_config.json",
+            tokenizer_config(file, config["max_position_embeddings"]),
+        )
+        tokenizer.save(str(target_dir / "tokenizer.json"))
+        if isinstance(template := file.metadata.get("tokenizer.chat_template"), str):
+            (target_dir / "chat_template.jinja").write_text(template, encoding="utf-8")
+        _write_weights(file, rules, config["dtype"], target_dir / "model.safetensors")
     except ValueError as error:
         raise ConfigError(f"cannot convert {gguf_path}: {error}") from error
 
 
-@dataclass(frozen=True, slots=True)
-class _Rule:
-    """What a tensor is called in the checkpoint, and the names of its sizes (see `_sizes`).
-
-    heads: the config entry with the number of heads whose rows are interleaved, if they are.
-    """
-
-    name: str
-    shape: tuple[str, ...]
-    heads: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Architecture:
-    """How one architecture is converted. In names, `{}` is the layer."""
-
-    config: Callable[[GgufFile], dict[str, Any]]
-    rules: dict[str, _Rule]
-    layer_rules: dict[str, _Rule]
-
-
-def _architecture(file: GgufFile) -> _Architecture:
-    name = str(file.metadata.get("general.architecture"))
-    if name not in _ARCHITECTURES:
-        supported = ", ".join(_ARCHITECTURES)
-        raise ValueError(f"architecture {name[:40]!r} is not supported; supported: {supported}")
+def _check_kind(file: GgufFile) -> None:
+    """A whole Llama, with nothing in its metadata that changes what it computes unnoticed."""
+    if (architecture := file.metadata.get("general.architecture")) != "llama":
+        raise ValueError(f"architecture {brief(architecture)} is not supported; supported: llama")
     if file.metadata.get("split.count", 1) not in (0, 1):
         raise ValueError(
             "it is one part of a split model; join the parts with 'llama-gguf-split --merge'"
         )
-    return _ARCHITECTURES[name]
+    for key, value in file.metadata.items():  # such as experts or a logit scale; 0 is none
+        if key.startswith("llama.") and key not in _LLAMA_KEYS and value:
+            raise ValueError(f"metadata key '{key}' = {brief(value)} is not supported")
+
+
+# config.json and generation_config.json
 
 
 def _llama_config(file: GgufFile) -> dict[str, Any]:
     """config.json of a LlamaForCausalLM, in the names that checkpoints on the hub use."""
-    _refuse_unknown_keys(file, "llama.", _LLAMA_KEYS)
     hidden = file.integer("llama.embedding_length")
     heads = file.integer("llama.attention.head_count")
     kv_heads = file.integer("llama.attention.head_count_kv", heads)
@@ -94,16 +107,20 @@ def _llama_config(file: GgufFile) -> dict[str, Any]:
     for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
         if file.integer(key, head_dim) != head_dim:
             raise ValueError(f"{key} must be the head size {head_dim}, got {file.metadata[key]}")
+    num_layers = file.integer("llama.block_count")
+    if num_layers > len(file.tensors):
+        raise ValueError(f"{num_layers} layers cannot be in {len(file.tensors)} tensors")
     if head_dim % 2 or heads % kv_heads:
         raise ValueError(f"{heads} heads of {head_dim} with {kv_heads} KV heads are impossible")
     theta = _shortest(file.number("llama.rope.freq_base", 10000.0))
+    dtype = _stored_dtype(file)
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": file.num_embeddings,
         "hidden_size": hidden,
         "intermediate_size": file.integer("llama.feed_forward_length"),
-        "num_hidden_layers": file.integer("llama.block_count"),
+        "num_hidden_layers": num_layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
@@ -118,16 +135,9 @@ def _llama_config(file: GgufFile) -> dict[str, Any]:
         "bos_token_id": file.token_id("bos"),
         "eos_token_id": file.token_id("eos"),
         "pad_token_id": file.token_id("padding"),
-        "dtype": _stored_dtype(file),
-        "torch_dtype": _stored_dtype(file),  # its name before transformers 5
+        "dtype": dtype,
+        "torch_dtype": dtype,  # its name before transformers 5
     }
-
-
-def _refuse_unknown_keys(file: GgufFile, prefix: str, known: frozenset[str]) -> None:
-    """A key nobody reads may change the model (experts, logit scale): refuse it unless it is 0."""
-    for key, value in file.metadata.items():
-        if key.startswith(prefix) and key.removeprefix(prefix) not in known and value:
-            raise ValueError(f"metadata key '{key}' = {brief(value)} is not supported")
 
 
 def _shortest(value: float) -> float:
@@ -167,59 +177,8 @@ def _stored_dtype(file: GgufFile) -> str:
     kinds = {tensor.kind for tensor in file.tensors.values()}
     if kinds == {GGMLQuantizationType.F32}:
         return "float32"
-    return "float16" if kinds <= _FLOAT_KINDS else "bfloat16"
-
-
-_LLAMA3_ROPE = {  # of all Llama 3.1 to 3.3 releases; a GGUF keeps only the divisors they lead to
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-_LLAMA_KEYS = frozenset(
-    (
-        "attention.head_count",
-        "attention.head_count_kv",
-        "attention.key_length",
-        "attention.layer_norm_rms_epsilon",
-        "attention.value_length",
-        "block_count",
-        "context_length",
-        "embedding_length",
-        "feed_forward_length",
-        "rope.dimension_count",
-        "rope.freq_base",
-        "rope.scaling.factor",
-        "rope.scaling.finetuned",
-        "rope.scaling.original_context_length",
-        "rope.scaling.type",
-        "tensor_data_layout",
-        "vocab_size",
-    )
-)
-_ARCHITECTURES = {
-    "llama": _Architecture(
-        config=_llama_config,
-        rules={
-            "token_embd.weight": _Rule("model.embed_tokens.weight", ("vocab", "hidden")),
-            "output_norm.weight": _Rule("model.norm.weight", ("hidden",)),
-            "output.weight": _Rule("lm_head.weight", ("vocab", "hidden")),
-        },
-        layer_rules={
-            f"blk.{{}}.{theirs}.weight": _Rule(f"model.layers.{{}}.{ours}.weight", shape, heads)
-            for theirs, ours, shape, heads in (
-                ("attn_norm", "input_layernorm", ("hidden",), None),
-                ("attn_q", "self_attn.q_proj", ("q", "hidden"), "num_attention_heads"),
-                ("attn_k", "self_attn.k_proj", ("kv", "hidden"), "num_key_value_heads"),
-                ("attn_v", "self_attn.v_proj", ("kv", "hidden"), None),
-                ("attn_output", "self_attn.o_proj", ("hidden", "q"), None),
-                ("ffn_norm", "post_attention_layernorm", ("hidden",), None),
-                ("ffn_gate", "mlp.gate_proj", ("ffn", "hidden"), None),
-                ("ffn_up", "mlp.up_proj", ("ffn", "hidden"), None),
-                ("ffn_down", "mlp.down_proj", ("hidden", "ffn"), None),
-            )
-        },
-    ),
-}
+    is_half = kinds <= {GGMLQuantizationType.F32, GGMLQuantizationType.F16}
+    return "float16" if is_half else "bfloat16"
 
 
 def _generation_config(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
@@ -233,61 +192,81 @@ def _generation_config(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]
     }
 
 
-def _match_tensors(
-    file: GgufFile, architecture: _Architecture, config: dict[str, Any]
-) -> dict[str, _Rule]:
-    """Tensor name in the file -> its rule; ValueError for one missing, unknown or misshapen."""
-    num_layers = config["num_hidden_layers"]
-    if num_layers > len(file.tensors):
-        raise ValueError(f"{num_layers} layers cannot be in {len(file.tensors)} tensors")
-    rules = dict(architecture.rules)
-    if config["tie_word_embeddings"]:
-        del rules["output.weight"]
-    for layer in range(num_layers):
-        for name, rule in architecture.layer_rules.items():
-            rules[name.format(layer)] = _Rule(rule.name.format(layer), rule.shape, rule.heads)
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# The weights
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """What a tensor is called in the checkpoint, and its shape.
+
+    num_heads: of how many heads the rows are interleaved; 0 if they are not.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    num_heads: int = 0
+
+
+def _llama_rules(config: dict[str, Any]) -> dict[str, _Rule]:
+    """Tensor name in the file -> its rule, in the order they are written."""
+    hidden, ffn, vocab = (config[f"{key}_size"] for key in ("hidden", "intermediate", "vocab"))
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    q, kv = heads * config["head_dim"], kv_heads * config["head_dim"]
+    rules = {
+        "token_embd.weight": _Rule("model.embed_tokens.weight", (vocab, hidden)),
+        "output_norm.weight": _Rule("model.norm.weight", (hidden,)),
+    }
+    if not config["tie_word_embeddings"]:
+        rules["output.weight"] = _Rule("lm_head.weight", (vocab, hidden))
+    for layer in range(config["num_hidden_layers"]):
+        for theirs, ours, shape, num_heads in (
+            ("attn_norm", "input_layernorm", (hidden,), 0),
+            ("attn_q", "self_attn.q_proj", (q, hidden), heads),
+            ("attn_k", "self_attn.k_proj", (kv, hidden), kv_heads),
+            ("attn_v", "self_attn.v_proj", (kv, hidden), 0),
+            ("attn_output", "self_attn.o_proj", (hidden, q), 0),
+            ("ffn_norm", "post_attention_layernorm", (hidden,), 0),
+            ("ffn_gate", "mlp.gate_proj", (ffn, hidden), 0),
+            ("ffn_up", "mlp.up_proj", (ffn, hidden), 0),
+            ("ffn_down", "mlp.down_proj", (hidden, ffn), 0),
+        ):
+            name = f"model.layers.{layer}.{ours}.weight"
+            rules[f"blk.{layer}.{theirs}.weight"] = _Rule(name, shape, num_heads)
+    return rules
+
+
+def _check_tensors(file: GgufFile, rules: dict[str, _Rule]) -> None:
+    """ValueError for a tensor that is missing, unknown or misshapen."""
     present = file.tensors.keys() - {"rope_freqs.weight"}  # that one went into the config
     for what, names in (("missing", rules.keys() - present), ("unknown", present - rules.keys())):
         if names:
             raise ValueError(f"{len(names)} {what} tensors: {brief(sorted(names))}")
-    sizes = _sizes(config)
     for name, rule in rules.items():
-        shape, expected = file.tensors[name].shape, tuple(sizes[size] for size in rule.shape)
-        if shape != expected:
-            raise ValueError(f"tensor '{name}' has shape {shape}, the metadata says {expected}")
-    return rules
+        if (shape := file.tensors[name].shape) != rule.shape:
+            raise ValueError(f"tensor '{name}' has shape {shape}, the metadata says {rule.shape}")
 
 
-def _sizes(config: dict[str, Any]) -> dict[str, int]:
-    return {
-        "vocab": config["vocab_size"],
-        "hidden": config["hidden_size"],
-        "ffn": config["intermediate_size"],
-        "q": config["num_attention_heads"] * config["head_dim"],
-        "kv": config["num_key_value_heads"] * config["head_dim"],
-    }
-
-
-def _write_weights(
-    file: GgufFile, rules: dict[str, _Rule], config: dict[str, Any], path: Path
-) -> None:
+def _write_weights(file: GgufFile, rules: dict[str, _Rule], dtype_name: str, path: Path) -> None:
     """A safetensors file, tensor by tensor (safetensors' own save_file wants all in memory)."""
-    dtype: torch.dtype = getattr(torch, config["torch_dtype"])
+    dtype: torch.dtype = getattr(torch, dtype_name)
+    code = _SAFETENSORS_DTYPES[dtype_name]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, rule in rules.items():
-        shape = file.tensors[name].shape
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        code = _SAFETENSORS_DTYPES[config["torch_dtype"]]
-        header[rule.name] = {"dtype": code, "shape": shape, "data_offsets": [start, end]}
+    for rule in rules.values():
+        start, end = end, end + math.prod(rule.shape) * dtype.itemsize
+        header[rule.name] = {"dtype": code, "shape": rule.shape, "data_offsets": [start, end]}
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
     with path.open("wb") as out:
         out.write(struct.pack("<Q", len(encoded)) + encoded)
         for name, rule in tqdm(rules.items(), desc="Converting GGUF", unit="tensor", disable=None):
             values = file.load(name)
-            if rule.heads:
-                values = _uninterleave(values, config[rule.heads])
+            if rule.num_heads:
+                values = _uninterleave(values, rule.num_heads)
             out.write(torch.from_numpy(values).to(dtype).view(torch.uint8).numpy().data)
         out.flush()
         os.fsync(out.fileno())
@@ -297,26 +276,3 @@ def _uninterleave(rows: FloatArray, num_heads: int) -> FloatArray:
     """Put the rows of each head, which llama.cpp stores as 0 32 1 33 …, in order again."""
     pairs = rows.reshape(num_heads, -1, 2, *rows.shape[1:])  # [heads, head_dim / 2, 2, in]
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
-
-
-def _write_tokenizer(
-    file: GgufFile, tokenizer: Tokenizer, config: dict[str, Any], target_dir: Path
-) -> None:
-    roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    special = {f"{ours}_token": file.token(theirs) for ours, theirs in roles.items()}
-    tokenizer.save(str(target_dir / "tokenizer.json"))
-    tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        **{name: token for name, token in special.items() if token is not None},
-        **{f"add_{role}_token": is_added(file, role) for role in ("bos", "eos")},
-        "model_max_length": config["max_position_embeddings"],
-        "clean_up_tokenization_spaces": False,
-    }
-    _write_json(target_dir / "tokenizer_config.json", tokenizer_config)
-    template = file.metadata.get("tokenizer.chat_template")
-    if isinstance(template, str):
-        (target_dir / "chat_template.jinja").write_text(template, encoding="utf-8")
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,13 +1,15 @@
 """The container: metadata and tensors of a GGUF file, every step checked against the file's size.
 
 The header is read here and not by gguf.GGUFReader, which loops without end on some damaged files
-and takes 3 s for a vocabulary; dequantisation is the gguf package's. Knows no architecture.
+and takes 3 s for a vocabulary; dequantisation is the gguf package's. Knows no architecture, and
+not what becomes of the tensors.
 """
 
 from __future__ import annotations
 
 import math
 import mmap
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,16 +19,14 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
 FloatArray: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"
 
-_STRING, _ARRAY = 8, 9  # metadata value types; the rest are scalars
-_SCALARS = dict(enumerate(("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?"))) | dict(
-    enumerate(("<u8", "<i8", "<f8"), start=10)
-)
+_STRING, _ARRAY, _UINT64 = 8, 9, 10  # metadata value types
+_SCALARS = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True))  # in struct's letters
 _MAX_COUNT = 2**24  # of keys, tensors, items of an array or bytes of text; real ones are far below
 
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """Where a tensor lies in the file; `shape` is in numpy's order, the reverse of the file's."""
+    """Where a tensor lies in the data; `shape` is in numpy's order, the reverse of the file's."""
 
     shape: tuple[int, ...]
     kind: GGMLQuantizationType
@@ -36,11 +36,11 @@ class GgufTensor:
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
-    """A checked header over the mapped file."""
+    """A checked header, and the mapped file from where the header ends."""
 
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
-    data: mmap.mmap
+    data: memoryview
 
     @property
     def num_embeddings(self) -> int:
@@ -107,9 +107,9 @@ def brief(value: object) -> str:
 class _Header:
     """Reads the header front to back; every step is checked against the end of the file."""
 
-    def __init__(self, data: mmap.mmap) -> None:
+    def __init__(self, data: mmap.mmap, position: int) -> None:
         self.data = data
-        self.position = 0
+        self.position = position
 
     def take(self, num_bytes: int) -> bytes:
         start, self.position = self.position, self.position + num_bytes
@@ -119,11 +119,6 @@ class _Header:
                 f"file has {len(self.data)}; download it again"
             )
         return self.data[start : self.position]
-
-    def numbers(self, dtype: str, count: int) -> list[Any]:
-        raw = self.take(count * np.dtype(dtype).itemsize)
-        values: list[Any] = np.frombuffer(raw, dtype).tolist() if count else []
-        return values
 
     def u32(self) -> int:
         return int.from_bytes(self.take(4), "little")
@@ -147,72 +142,56 @@ class _Header:
 
     def value(self) -> Any:
         kind = self.u32()
+        if kind == _ARRAY:
+            return self.items(self.u32(), self.count())
+        return self.items(kind, 1)[0]
+
+    def items(self, kind: int, count: int) -> list[Any]:
         if kind == _STRING:
-            return self.string()
-        is_array = kind == _ARRAY
-        kind, count = (self.u32(), self.count()) if is_array else (kind, 1)
-        if is_array and kind == _STRING:
             return [self.string() for _ in range(count)]
         if kind not in _SCALARS:
             raise ValueError(f"the header is damaged: a metadata value is of unknown type {kind}")
-        values = self.numbers(_SCALARS[kind], count)
-        return values if is_array else values[0]
+        layout = struct.Struct(f"<{count}{_SCALARS[kind]}")
+        return list(layout.unpack(self.take(layout.size)))
 
-    def tensor_info(self) -> tuple[str, _TensorInfo]:
+    def tensor(self) -> tuple[str, GgufTensor]:
         name, num_dims = self.string(), self.u32()
         if not 1 <= num_dims <= 4:
             raise ValueError(f"tensor '{name}' has {num_dims} dimensions (1 to 4 are possible)")
-        dims = self.numbers("<u8", num_dims)
-        return name, _TensorInfo(dims, kind=self.u32(), offset=self.u64())
-
-
-@dataclass(frozen=True, slots=True)
-class _TensorInfo:
-    """A tensor as the header gives it: dims fastest first, offset from the start of the data."""
-
-    dims: list[int]
-    kind: int
-    offset: int
+        shape = tuple(reversed(self.items(_UINT64, num_dims)))
+        number, offset = self.u32(), self.u64()
+        if number not in GGML_QUANT_SIZES:
+            raise ValueError(f"tensor '{name}' is of unknown type {number}")
+        kind = GGMLQuantizationType(number)
+        block_size, block_bytes = GGML_QUANT_SIZES[kind]
+        if min(shape) < 1 or shape[-1] % block_size:
+            raise ValueError(f"tensor '{name}' has shape {shape}, impossible in {kind.name}")
+        num_bytes = math.prod(shape) // block_size * block_bytes
+        return name, GgufTensor(shape, kind, offset, num_bytes)
 
 
 def read_gguf(path: Path) -> GgufFile:
     """Map a GGUF file (version 2 or 3, little endian). Raises ValueError saying what is damaged."""
     with path.open("rb") as opened:
-        if opened.read(4) != b"GGUF":
+        if (magic := opened.read(4)) != b"GGUF":
             raise ValueError("it is not a GGUF file (those begin with the letters GGUF)")
         data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-    header = _Header(data)
-    header.take(4)
+    header = _Header(data, position=len(magic))
     if (version := header.u32()) not in (2, 3):
         raise ValueError(f"GGUF version {version:#x} is not supported (2 and 3 are, little endian)")
     num_tensors, num_keys = header.count(), header.count()
     metadata = {header.string(): header.value() for _ in range(num_keys)}
-    infos = dict(header.tensor_info() for _ in range(num_tensors))
-    if len(metadata) != num_keys or len(infos) != num_tensors:
+    tensors = dict(header.tensor() for _ in range(num_tensors))
+    if len(metadata) != num_keys or len(tensors) != num_tensors:
         raise ValueError("the header is damaged: a metadata key or tensor name occurs twice")
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1:
         raise ValueError(f"general.alignment must be a positive integer, got {brief(alignment)}")
     start = -(-header.position // alignment) * alignment
-    tensors = {name: _place(name, info, start, len(data)) for name, info in infos.items()}
-    return GgufFile(metadata, tensors, data)
-
-
-def _place(name: str, info: _TensorInfo, start: int, file_size: int) -> GgufTensor:
-    """The tensor's place in the file, checked to be inside it."""
-    shape = tuple(reversed(info.dims))
-    try:
-        kind = GGMLQuantizationType(info.kind)
-    except ValueError:
-        raise ValueError(f"tensor '{name}' is of unknown type {info.kind}") from None
-    block_size, block_bytes = GGML_QUANT_SIZES[kind]
-    if min(shape) < 1 or shape[-1] % block_size:
-        raise ValueError(f"tensor '{name}' has shape {shape}, which is impossible in {kind.name}")
-    num_bytes = math.prod(shape) // block_size * block_bytes
-    end = start + info.offset + num_bytes
-    if end > file_size:
-        raise ValueError(
-            f"the file is truncated or damaged: tensor '{name}' ends at byte {end}, the file has "
-            f"{file_size}; download it again"
-        )
-    return GgufTensor(shape, kind, start + info.offset, num_bytes)
+    for name, tensor in tensors.items():
+        if (end := start + tensor.offset + tensor.num_bytes) > len(data):
+            raise ValueError(
+                f"the file is truncated or damaged: tensor '{name}' ends at byte {end}, the file "
+                f"has {len(data)}; download it again"
+            )
+    return GgufFile(metadata, tensors, memoryview(data)[start:])

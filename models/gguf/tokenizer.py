@@ -1,10 +1,13 @@
 """The byte-level BPE tokenizer that a GGUF file's metadata describes.
 
 Built here and not by transformers, which ignores how the text is split before merging
-(`tokenizer.ggml.pre`) and gives other ids for digits and spaces.
+(`tokenizer.ggml.pre`) and gives other ids for digits and spaces. Knows no architecture, and nothing
+of the weights but how many embeddings there are.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, processors
 from tokenizers import pre_tokenizers as pre
@@ -41,7 +44,8 @@ def build_tokenizer(file: GgufFile) -> Tokenizer:
         )
     scheme = file.metadata.get("tokenizer.ggml.pre")
     vocab = _vocabulary(file)
-    merges = [_pair(merge) for merge in file.strings("tokenizer.ggml.merges")]
+    parts = (merge.partition(" ") for merge in file.strings("tokenizer.ggml.merges"))
+    merges = [(left, right) for left, _, right in parts]
     try:  # Llama 3 takes a piece that is a token whole, without asking the merges
         bpe = models.BPE(vocab, merges, ignore_merges=scheme in _LLAMA3_NAMES)
     except Exception as error:  # tokenizers raises bare Exception
@@ -52,17 +56,28 @@ def build_tokenizer(file: GgufFile) -> Tokenizer:
     types = file.metadata.get("tokenizer.ggml.token_type")
     if not isinstance(types, list) or len(types) != len(vocab):
         raise ValueError("metadata key 'tokenizer.ggml.token_type' must have a number per token")
-    for token, kind in zip(vocab, types, strict=True):
-        if kind in (_CONTROL, _USER_DEFINED):
-            added = AddedToken(token, special=kind == _CONTROL, normalized=False)
-            tokenizer.add_tokens([added])
+    tokenizer.add_tokens(
+        [
+            AddedToken(token, special=kind == _CONTROL, normalized=False)
+            for token, kind in zip(vocab, types, strict=True)
+            if kind in (_CONTROL, _USER_DEFINED)
+        ]
+    )
     tokenizer.post_processor = _post_processor(file, vocab)
     return tokenizer
 
 
-def _pair(merge: str) -> tuple[str, str]:
-    left, _, right = merge.partition(" ")
-    return left, right
+def tokenizer_config(file: GgufFile, max_length: int) -> dict[str, Any]:
+    """tokenizer_config.json: what transformers adds to `build_tokenizer`'s tokenizer.json."""
+    roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    special = {f"{ours}_token": file.token(theirs) for ours, theirs in roles.items()}
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{name: token for name, token in special.items() if token is not None},
+        **{f"add_{role}_token": _is_added(file, role) for role in ("bos", "eos")},
+        "model_max_length": max_length,
+        "clean_up_tokenization_spaces": False,
+    }
 
 
 def _vocabulary(file: GgufFile) -> dict[str, int]:
@@ -77,7 +92,7 @@ def _vocabulary(file: GgufFile) -> dict[str, int]:
     return vocab
 
 
-def is_added(file: GgufFile, role: str) -> bool:
+def _is_added(file: GgufFile, role: str) -> bool:
     """Whether encoding adds the bos or eos token; where the file is silent, as llama.cpp does."""
     default = role == "bos" and file.metadata.get("tokenizer.ggml.pre") in _LLAMA3_NAMES
     is_wanted = file.metadata.get(f"tokenizer.ggml.add_{role}_token", default)
@@ -85,7 +100,7 @@ def is_added(file: GgufFile, role: str) -> bool:
 
 
 def _post_processor(file: GgufFile, vocab: dict[str, int]) -> processors.TemplateProcessing:
-    bos, eos = ([str(file.token(r))] if is_added(file, r) else [] for r in ("bos", "eos"))
+    bos, eos = ([str(file.token(r))] if _is_added(file, r) else [] for r in ("bos", "eos"))
     return processors.TemplateProcessing(
         single=[*bos, "$A", *eos],
         pair=[*bos, "$A", *eos, *(f"{token}:1" for token in bos), "$B:1", *eos],
