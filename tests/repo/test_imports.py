@@ -49,7 +49,6 @@ DOORS: dict[str, tuple[str, ...]] = {
     "transformers": (
         "compiledllm.models.families",
         "compiledllm.models.registry",
-        "compiledllm.models.gguf",
         "compiledllm.models.source",
         "compiledllm.engine.tokenizer",
         "compiledllm.benchmarks",
