@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import secrets
 import sys
 from collections.abc import Iterable, Iterator
@@ -16,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compiledllm import __version__
-from compiledllm.config import DTYPES, CacheConfig, Choice, all_options
+from compiledllm.arguments import add_engine_options, count, engine_options
+from compiledllm.config import DTYPES, CacheConfig, Choice
 from compiledllm.types import RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
@@ -249,7 +249,7 @@ def _parser() -> argparse.ArgumentParser:
 
     for command in (generate, chat):
         _add_sampling_options(command.add_argument_group("sampling"))
-        _add_engine_options(command.add_argument_group("engine"))
+        add_engine_options(command.add_argument_group("engine"))
 
     info = commands.add_parser("info", help="what a model is and what fits on this machine")
     info.add_argument("model", nargs="?", help="local directory, .gguf file or Hugging Face id")
@@ -265,8 +265,8 @@ def _add_sampling_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default 0.7)")
     group.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling, (0, 1]")
     group.add_argument("--top-k", type=int, default=0, help="0: all tokens")
-    group.add_argument("--max-tokens", type=_count, default=None, help="most tokens to generate")
-    group.add_argument("--min-tokens", type=_count, default=0, help="fewest tokens to generate")
+    group.add_argument("--max-tokens", type=count, default=None, help="most tokens to generate")
+    group.add_argument("--min-tokens", type=count, default=0, help="fewest tokens to generate")
     group.add_argument("--stop", action="append", help="stop at this text (repeatable)")
     group.add_argument("--ignore-eos", action="store_true", help="go on past end of sequence")
 
@@ -284,34 +284,10 @@ def _sampling_params(arguments: argparse.Namespace, max_tokens: int | None) -> S
     )
 
 
-def _add_engine_options(group: argparse._ArgumentGroup) -> None:
-    """One option per config field: --block-size for block_size, --no-... for switches."""
-    for _, field in all_options():
-        flag, kind = "--" + field.name.replace("_", "-"), str(field.type)
-        keywords: dict[str, Any] = {"default": argparse.SUPPRESS, "help": field.metadata["help"]}
-        if kind.startswith("bool"):
-            keywords["action"] = argparse.BooleanOptionalAction
-        else:
-            keywords["type"] = (
-                _count if kind.startswith("int") else float if kind == "float" else str
-            )
-            keywords["choices"] = field.metadata["choices"]
-        group.add_argument(flag, **keywords)
-
-
 def _make_engine(arguments: argparse.Namespace) -> Engine:
     from compiledllm.engine.engine import Engine
 
-    names = [field.name for _, field in all_options()]
-    return Engine(**{name: getattr(arguments, name) for name in names if name in arguments})
-
-
-def _count(text: str) -> int:
-    """An integer, also as 8k (8000) or 8K (8192)."""
-    match = re.fullmatch(r"(-?\d+)([kK]?)", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"must be an integer such as 4096, 4k or 4K, got '{text}'")
-    return int(match[1]) * {"": 1, "k": 1000, "K": 1024}[match[2]]
+    return Engine(**engine_options(arguments))
 
 
 if __name__ == "__main__":

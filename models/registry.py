@@ -14,6 +14,7 @@ from compiledllm.models.spec import ModelSpec
 # Architecture name in config.json -> module in compiledllm.models.families.
 FAMILIES = {
     "LlamaForCausalLM": "llama",
+    "Qwen3ForCausalLM": "qwen3",
 }
 
 

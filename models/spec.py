@@ -31,8 +31,18 @@ class RopeSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class NormSpec:
+    """RMSNorm."""
+
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionSpec:
-    """Grouped-query attention. `scale` multiplies the logits."""
+    """Grouped-query attention. `scale` multiplies the logits.
+
+    qk_norm: RMSNorm of each head of the queries and keys, before they are rotated.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -41,6 +51,7 @@ class AttentionSpec:
     rope: RopeSpec
     qkv_bias: bool = False
     output_bias: bool = False
+    qk_norm: NormSpec | None = None
 
     @property
     def q_size(self) -> int:
@@ -60,13 +71,6 @@ class MlpSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class NormSpec:
-    """RMSNorm."""
-
-    eps: float
-
-
-@dataclass(frozen=True, slots=True)
 class LayerSpec:
     """One decoder block, pre-norm residual: x += attn(norm(x)); x += mlp(norm(x))."""
 
@@ -80,9 +84,10 @@ class LayerSpec:
         h, a, m = self.hidden_size, self.attn, self.mlp
         qkv = (a.q_size + 2 * a.kv_size) * (h + a.qkv_bias)
         out = h * (a.q_size + a.output_bias)
+        norms = 2 * h + (2 * a.head_dim if a.qk_norm else 0)
         gate_up = 2 * m.intermediate_size * (h + m.bias)
         down = h * (m.intermediate_size + m.bias)
-        return qkv + out + gate_up + down + 2 * h
+        return qkv + out + gate_up + down + norms
 
 
 @dataclass(frozen=True, slots=True)

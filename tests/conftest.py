@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-TINY_LLAMA: dict[str, Any] = {
+TINY: dict[str, Any] = {
     "vocab_size": 128,
     "hidden_size": 64,
     "intermediate_size": 112,
@@ -27,27 +28,34 @@ TINY_LLAMA: dict[str, Any] = {
 
 
 @pytest.fixture(scope="session")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """tiny_llama(**config changes) -> directory of a random float32 Llama, made once each."""
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """tiny_model(model_type, **config) -> directory of a random float32 model, made once each."""
     made: dict[str, Path] = {}
 
-    def make(**changes: Any) -> Path:
+    def make(model_type: str, **changes: Any) -> Path:
         import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
 
-        key = repr(sorted(changes.items()))
+        key = repr((model_type, sorted(changes.items())))
         if key not in made:
             torch.manual_seed(len(made))
-            model = LlamaForCausalLM(LlamaConfig(**(TINY_LLAMA | changes))).float()
+            config = AutoConfig.for_model(model_type, **(TINY | changes))
+            model = AutoModelForCausalLM.from_config(config).float()
             with torch.no_grad():  # larger than the default 0.02, so that tokens differ clearly
                 for name, parameter in model.named_parameters():
                     spread = 0.3 if name.endswith("bias") else 0.15
                     parameter.normal_(1.0 if "norm" in name else 0.0, spread)
-            made[key] = tmp_path_factory.mktemp("tiny_llama")
+            made[key] = tmp_path_factory.mktemp(f"tiny_{model_type}")
             model.save_pretrained(made[key])
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tiny_model: Callable[..., Path]) -> Callable[..., Path]:
+    """tiny_llama(**config) -> directory of a random float32 Llama."""
+    return functools.partial(tiny_model, "llama")
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ IGNORED = ("model.layers.*.self_attn.rotary_emb.inv_freq",)  # old checkpoints; 
 
 
 def spec_from_hf(hf: Any) -> ModelSpec:
-    """ModelSpec of a transformers LlamaConfig. Raises ConfigError for a variant we lack."""
+    """ModelSpec of a transformers LlamaConfig or one like it. Raises ConfigError for a variant we lack."""
     expect(hf, "hidden_act", "silu")
     num_heads = hf.num_attention_heads
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // num_heads
@@ -41,7 +41,7 @@ def spec_from_hf(hf: Any) -> ModelSpec:
             qkv_bias=hf.attention_bias,
             output_bias=hf.attention_bias,
         ),
-        mlp=MlpSpec(hf.intermediate_size, bias=hf.mlp_bias),
+        mlp=MlpSpec(hf.intermediate_size, bias=getattr(hf, "mlp_bias", False)),
         norm=norm,
     )
     return ModelSpec(

@@ -1,4 +1,4 @@
-"""Every Llama variant against transformers: logits in float32, however the tokens are fed."""
+"""Every family and variant against transformers: float32 logits, however the tokens are fed."""
 
 from __future__ import annotations
 
@@ -25,17 +25,21 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-VARIANTS: dict[str, dict[str, Any]] = {
-    "gqa": {},
-    "mha": {"num_key_value_heads": 4},
-    "mqa": {"num_key_value_heads": 1},
-    "bias": {"attention_bias": True, "mlp_bias": True},
-    "tied": {"tie_word_embeddings": True},
-    "head_dim": {"head_dim": 32},
-    "llama3_rope": {"rope_parameters": LLAMA3_ROPE},
-    "linear_rope": {
+# Family and variant -> config changes.
+VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
+    ("llama", "gqa"): {},
+    ("llama", "mha"): {"num_key_value_heads": 4},
+    ("llama", "mqa"): {"num_key_value_heads": 1},
+    ("llama", "bias"): {"attention_bias": True, "mlp_bias": True},
+    ("llama", "tied"): {"tie_word_embeddings": True},
+    ("llama", "head_dim"): {"head_dim": 32},
+    ("llama", "llama3_rope"): {"rope_parameters": LLAMA3_ROPE},
+    ("llama", "linear_rope"): {
         "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
     },
+    ("qwen3", "gqa"): {"head_dim": 16},
+    ("qwen3", "bias"): {"head_dim": 32, "attention_bias": True},
+    ("qwen3", "tied"): {"head_dim": 16, "tie_word_embeddings": True},
 }
 BLOCK_SIZE = 16
 NUM_TOKENS = 150
@@ -71,9 +75,11 @@ def logits_in_chunks(model: Decoder, token_ids: list[int], chunks: list[int]) ->
     return torch.cat(outputs)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_equal_transformers(variant: str, tiny_llama: Callable[..., Path]) -> None:
-    checkpoint = tiny_llama(**VARIANTS[variant])
+@pytest.mark.parametrize(("family", "variant"), VARIANTS)
+def test_logits_equal_transformers(
+    family: str, variant: str, tiny_model: Callable[..., Path]
+) -> None:
+    checkpoint = tiny_model(family, **VARIANTS[family, variant])
     reference = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     token_ids = torch.randint(0, 128, (NUM_TOKENS,)).tolist()
     with torch.inference_mode():
@@ -84,17 +90,19 @@ def test_logits_equal_transformers(variant: str, tiny_llama: Callable[..., Path]
         torch.testing.assert_close(actual, expected, atol=2e-4, rtol=1e-4)
 
 
-def test_parameter_count_follows_from_the_spec(tiny_llama: Callable[..., Path]) -> None:
-    for changes in VARIANTS.values():
-        model = load(tiny_llama(**changes))
+def test_parameter_count_follows_from_the_spec(tiny_model: Callable[..., Path]) -> None:
+    for (family, _), changes in VARIANTS.items():
+        model = load(tiny_model(family, **changes))
         assert model.spec.num_parameters == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"),
+    ("family", "changes", "named"),
     [
-        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ("qwen3", {"use_sliding_window": True}, "use_sliding_window=True"),
         (
+            "llama",
             {
                 "rope_parameters": {
                     "rope_type": "dynamic",
@@ -108,7 +116,7 @@ def test_parameter_count_follows_from_the_spec(tiny_llama: Callable[..., Path]) 
     ],
 )
 def test_unknown_variant_refuses_to_load_and_names_the_field(
-    changes: dict[str, Any], named: str, tiny_llama: Callable[..., Path]
+    family: str, changes: dict[str, Any], named: str, tiny_model: Callable[..., Path]
 ) -> None:
     with pytest.raises(ConfigError, match=named):
-        load_spec(tiny_llama(**changes))
+        load_spec(tiny_model(family, **changes))
