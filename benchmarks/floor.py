@@ -7,17 +7,30 @@ the measurement is broken. Knows specs and ceilings, no engine.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 
 from compiledllm.models.spec import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """What the hardware gives, measured: bytes per second read, operations per second."""
+    """What the hardware gives, measured: bytes and floating-point operations per second.
+
+    A copy counts its reads and its writes.
+    """
 
     read_bytes_per_s: float
+    copy_bytes_per_s: float
     flops_per_s: float
+
+    @property
+    def bytes_per_s(self) -> float:
+        return max(self.read_bytes_per_s, self.copy_bytes_per_s)
+
+    def at_least(self, other: Ceilings) -> Ceilings:
+        """The higher of two measurements in each: what was reached once can be reached."""
+        return Ceilings(*map(max, astuple(self), astuple(other)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +47,7 @@ class StepCost:
 
     def seconds(self, ceilings: Ceilings) -> float:
         """The floor: the longer of moving the bytes and doing the operations."""
-        moving = self.num_bytes / ceilings.read_bytes_per_s
+        moving = self.num_bytes / ceilings.bytes_per_s
         return max(moving, self.flops / ceilings.flops_per_s)
 
 
@@ -68,3 +81,45 @@ def prefill_cost(spec: ModelSpec, batch: int, length: int, itemsize: int) -> Ste
         kv_bytes=batch * length * spec.kv_bytes_per_token(itemsize),
         flops=batch * (2 * body * length + attention + 2 * head),
     )
+
+
+def time_to_first_token_floor(
+    spec: ModelSpec, ceilings: Ceilings, batch: int, input_len: int, itemsize: int
+) -> float:
+    """Seconds from `batch` prompts to the first token of each."""
+    return prefill_cost(spec, batch, input_len, itemsize).seconds(ceilings)
+
+
+def time_per_output_token_floor(
+    spec: ModelSpec,
+    ceilings: Ceilings,
+    batch: int,
+    input_len: int,
+    output_len: int,
+    itemsize: int,
+) -> float:
+    """Seconds a step, averaged over the tokens after the first, as their contexts grow."""
+    contexts = range(input_len + 1, input_len + output_len)
+    steps = (decode_cost(spec, batch, context, itemsize) for context in contexts)
+    return sum(step.seconds(ceilings) for step in steps) / len(contexts)
+
+
+def offline_floor(
+    spec: ModelSpec, ceilings: Ceilings, lengths: Sequence[tuple[int, int]], itemsize: int
+) -> float:
+    """Seconds for a set of requests, (input, output) tokens each, all there at the start.
+
+    However they are batched, the weights are read at least once for each token of the longest
+    output, and each output token after the first reads the KV of its context. Moving bytes and
+    computing may overlap entirely; that all requests fit at once is assumed.
+    """
+    longest = max(output for _, output in lengths)
+    num_bytes = longest * weights_read(spec) * itemsize
+    flops = 0
+    for input_len, output_len in lengths:
+        flops += prefill_cost(spec, 1, input_len, itemsize).flops
+        context = sum(range(input_len + 1, input_len + output_len))
+        num_bytes += context * spec.kv_bytes_per_token(itemsize)
+        flops += decode_cost(spec, output_len - 1, 0, itemsize).flops
+        flops += context * sum(4 * layer.attn.q_size for layer in spec.layers)
+    return max(num_bytes / ceilings.bytes_per_s, flops / ceilings.flops_per_s)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from compiledllm import __version__
 from compiledllm.arguments import add_engine_options, count, engine_options
+from compiledllm.benchmarks.cli import add_bench_command
 from compiledllm.config import DTYPES, CacheConfig, Choice
 from compiledllm.types import RequestOutput, SamplingParams
 
@@ -258,6 +259,8 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     info.add_argument("--json", action="store_true", help="print one JSON object")
     info.set_defaults(run=_info)
+
+    add_bench_command(commands)
     return parser
 
 

@@ -34,7 +34,7 @@ class Platform:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cpu":
-            return cls(torch.device("cpu"), _cpu_name(), _available_cpu_memory())
+            return cls(torch.device("cpu"), cpu_name(), _available_cpu_memory())
         if not device.startswith("cuda"):
             raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got '{device}'")
         if not torch.cuda.is_available():
@@ -85,7 +85,8 @@ def single_row_products() -> Iterator[None]:
         torch._C._set_mkldnn_enabled(was_enabled)
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Model of the CPU and the threads torch uses on it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             names = [line.split(":", 1)[1].strip() for line in file if "model name" in line]

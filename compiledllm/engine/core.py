@@ -57,8 +57,9 @@ class EngineCore:
         self.choices["attention_backend"] = self.platform.choose_attention_backend(
             config.compile.attention_backend
         )
+        self.startup_s["config"] = time.perf_counter() - started
         model = self._build_model()
-        self.startup_s["weights"] = time.perf_counter() - started
+        self.startup_s["weights"] = time.perf_counter() - started - self.startup_s["config"]
         self.runner, self.scheduler = self._build_runner(model)
         self._start_compiler()
         self.startup_s["total"] = time.perf_counter() - started

@@ -25,7 +25,10 @@ IGNORED = ("model.layers.*.self_attn.rotary_emb.inv_freq",)  # old checkpoints; 
 
 
 def spec_from_hf(hf: Any) -> ModelSpec:
-    """ModelSpec of a transformers LlamaConfig or one like it. Raises ConfigError for a variant we lack."""
+    """ModelSpec of a transformers LlamaConfig, or one like it.
+
+    Raises ConfigError for a variant we lack.
+    """
     expect(hf, "hidden_act", "silu")
     num_heads = hf.num_attention_heads
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // num_heads

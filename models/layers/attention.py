@@ -12,7 +12,7 @@ from compiledllm.models.spec import AttentionSpec
 
 
 class PagedAttention(nn.Module):
-    """Grouped-query attention: project, normalise, rotate, store the new keys and values, attend, project."""
+    """Grouped-query attention: project, normalise, rotate, store keys and values, attend."""
 
     def __init__(self, hidden_size: int, spec: AttentionSpec, backend: str) -> None:
         super().__init__()

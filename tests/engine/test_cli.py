@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from compiledllm import cli
+from compiledllm.arguments import count
 from compiledllm.config import all_options
 
 
@@ -62,7 +63,7 @@ def test_bad_argument_is_one_line_and_exit_code_2(
 
 
 def test_counts_may_be_written_short() -> None:
-    assert [cli._count(text) for text in ("12", "8k", "8K")] == [12, 8000, 8192]
+    assert [count(text) for text in ("12", "8k", "8K")] == [12, 8000, 8192]
 
 
 @pytest.mark.real_model

@@ -1,0 +1,84 @@
+"""What this machine reaches: memory read and copied, and matrices multiplied, measured on the spot.
+
+Each figure is the best of several runs, over buffers several times the last-level cache.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from compiledllm.benchmarks.floor import Ceilings
+from compiledllm.platform import Platform
+
+_REPEATS = 5
+_CUDA_BUFFER_BYTES = 4 * 2**30
+_CUDA_MATRIX_SIZE, _CPU_MATRIX_SIZE = 8192, 2048
+
+
+@torch.inference_mode()
+def measure_ceilings(platform: Platform, dtype: torch.dtype) -> Ceilings:
+    """Bytes per second of a read-only sum and of a copy, operations per second of a product.
+
+    dtype: of the matrices, the model's. Takes about a second.
+    """
+    device = platform.device
+    source = torch.ones(_buffer_bytes(platform) // 4, dtype=torch.float32, device=device)
+    read = _best_seconds(lambda: source.sum(), device)
+    target = torch.empty_like(source)
+    copied = _best_seconds(functools.partial(target.copy_, source), device)
+    del target  # room for the matrices
+    size = _CUDA_MATRIX_SIZE if platform.is_cuda else _CPU_MATRIX_SIZE
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    multiplied = _best_seconds(lambda: left @ right, device)
+    return Ceilings(source.nbytes / read, 2 * source.nbytes / copied, 2 * size**3 / multiplied)
+
+
+@torch.inference_mode()
+def measure_upload(platform: Platform) -> float:
+    """Bytes per second from host memory (pinned, for a GPU) to the device's."""
+    num_bytes = 2**30 if platform.is_cuda else _buffer_bytes(platform)
+    source = torch.ones(num_bytes // 4, dtype=torch.float32, pin_memory=platform.is_cuda)
+    target = torch.empty_like(source, device=platform.device, pin_memory=False)
+    return num_bytes / _best_seconds(lambda: target.copy_(source), platform.device)
+
+
+def _best_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """The fastest run; on a GPU of ten in a row, so that starting them does not count."""
+    in_a_row = 10 if device.type == "cuda" else 1
+    best = float("inf")
+    for _ in range(_REPEATS + 1):  # the first warms up, and seldom wins
+        _synchronize(device)
+        start = time.perf_counter()
+        for _ in range(in_a_row):
+            work()
+        _synchronize(device)
+        best = min(best, (time.perf_counter() - start) / in_a_row)
+    return best
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _buffer_bytes(platform: Platform) -> int:
+    """Several times the last-level cache, and an eighth of the free memory at most."""
+    if platform.is_cuda:
+        free, _ = torch.cuda.mem_get_info(platform.device)
+        return min(_CUDA_BUFFER_BYTES, free // 8)
+    return min(max(2**29, 8 * last_level_cache_bytes()), platform.memory_bytes // 8)
+
+
+def last_level_cache_bytes() -> int:
+    """Of this machine's CPU, 0 if it does not say."""
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    found = [0]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text(encoding="utf-8").strip()
+        found.append(int(text.rstrip("KMG")) * units.get(text[-1], 1))
+    return max(found)

@@ -1,0 +1,183 @@
+"""Options of `compiledllm bench`. Names are those of `vllm bench` where they mean the same.
+
+Imports nothing heavy: the work is in `compiledllm.benchmarks.run`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from compiledllm.arguments import add_engine_options, count
+
+ENGINES = ("compiledllm", "vllm", "transformers")
+DATASETS = ("random", "sharegpt-like", "file")
+GOODPUT = ("ttft", "tpot", "e2el")
+
+
+def add_bench_command(commands: Any) -> None:
+    """Add `bench` and its sub-commands to the parser's."""
+    bench = commands.add_parser("bench", help="measure, beside what the hardware allows")
+    kinds = bench.add_subparsers(required=True, metavar="BENCHMARK")
+    _add_latency(kinds)
+    _add_throughput(kinds)
+    _add_serve(kinds)
+    _add_startup(kinds)
+    _add_compare(kinds)
+
+
+def _add_latency(kinds: Any) -> None:
+    parser = kinds.add_parser("latency", help="a batch that starts together: TTFT, TPOT, ITL")
+    parser.set_defaults(run=_runner("latency"))
+    parser.add_argument("--batch-size", type=_positive, nargs="+", default=[1, 8], metavar="N")
+    parser.add_argument("--input-len", type=_positive, nargs="+", default=[128], metavar="N")
+    parser.add_argument("--output-len", type=_positive, default=129, metavar="N")
+    _add_repeats(parser)
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a picture (SVG)")
+    _add_engines(parser)
+
+
+def _add_throughput(kinds: Any) -> None:
+    parser = kinds.add_parser("throughput", help="offline: all requests are there at the start")
+    parser.set_defaults(run=_runner("throughput"))
+    _add_dataset(parser, "sharegpt-like")
+    _add_repeats(parser, warmups=False)
+    _add_engines(parser)
+
+
+def _add_serve(kinds: Any) -> None:
+    parser = kinds.add_parser("serve", help="a client for any OpenAI-compatible server")
+    parser.set_defaults(run=_runner("serve"))
+    parser.add_argument("--base-url", default="http://127.0.0.1:8000", help="of the server")
+    parser.add_argument(
+        "--endpoint", default="/v1/completions", help="completions or chat/completions"
+    )
+    parser.add_argument("--model", help="the name to ask for; default: the server's first")
+    parser.add_argument(
+        "--local-model",
+        help="the server's model, if it runs on this machine: token ids of its vocabulary are "
+        "sent, and floors are printed",
+    )
+    parser.add_argument(
+        "--request-rate", type=_rate, nargs="+", default=[float("inf")], metavar="RATE",
+        help="Poisson arrivals a second; inf: all at once",
+    )  # fmt: skip
+    parser.add_argument(
+        "--burstiness", type=_rate, default=1.0, help="below 1: burstier than Poisson"
+    )
+    parser.add_argument("--max-concurrency", type=_positive, help="most requests in flight")
+    parser.add_argument(
+        "--goodput", nargs="+", type=_limit, default=[], metavar="METRIC:MS",
+        help=f"what a good request stays within; metrics: {', '.join(GOODPUT)}",
+    )  # fmt: skip
+    parser.add_argument("--timeout", type=_rate, default=600.0, help="seconds for one request")
+    parser.add_argument("--seed", type=count, help="of the requests")
+    _add_dataset(parser, "random")
+    _add_report(parser)
+
+
+def _add_startup(kinds: Any) -> None:
+    parser = kinds.add_parser("startup", help="process start to first token, phase by phase")
+    parser.set_defaults(run=_runner("startup"))
+    parser.add_argument("--input-len", type=_positive, default=32, metavar="N")
+    parser.add_argument(
+        "--num-iters-cold", type=_non_negative, default=1, help="starts with empty caches"
+    )
+    parser.add_argument("--num-iters-warm", type=_non_negative, default=3, help="starts after that")
+    _add_engines(parser)
+
+
+def _add_compare(kinds: Any) -> None:
+    parser = kinds.add_parser("compare", help="ratios between two reports, row by row")
+    parser.set_defaults(run=_runner("compare"))
+    parser.add_argument("a", type=Path, metavar="A.json")
+    parser.add_argument("b", type=Path, metavar="B.json")
+    parser.add_argument("--force", action="store_true", help="even if hardware or work differ")
+
+
+def _runner(name: str) -> Callable[[argparse.Namespace], int]:
+    def run(arguments: argparse.Namespace) -> int:
+        from compiledllm.benchmarks import run as runs
+
+        function: Callable[[argparse.Namespace], int] = getattr(runs, name)
+        return function(arguments)
+
+    return run
+
+
+# -- groups of options -----------------------------------------------------------------------------
+
+
+def _add_engines(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--engine", nargs="+", choices=ENGINES, default=["compiledllm"],
+        help="several take turns on the same work; ratios are the first one's to the others'",
+    )  # fmt: skip
+    _add_report(parser)
+    add_engine_options(parser.add_argument_group("engine"))
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output-json", type=Path, metavar="FILE", help="default: standard output")
+
+
+def _add_repeats(parser: argparse.ArgumentParser, warmups: bool = True) -> None:
+    parser.add_argument("--num-iters", type=_positive, default=3, help="measurements of each row")
+    if warmups:
+        parser.add_argument("--num-iters-warmup", type=_non_negative, default=1)
+
+
+def _add_dataset(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--dataset-name", choices=DATASETS, default=default,
+        help=f"random: fixed lengths; sharegpt-like: long-tailed lengths (default: {default})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dataset-path", type=Path, metavar="FILE",
+        help='JSON lines with "prompt" or "prompt_token_ids", or a ShareGPT array',
+    )  # fmt: skip
+    parser.add_argument(
+        "--num-prompts", type=_positive, help="default: 512, or the whole file", metavar="N"
+    )
+    parser.add_argument("--input-len", type=_positive, default=1024, metavar="N")
+    parser.add_argument("--output-len", type=_positive, default=128, metavar="N")
+
+
+# -- values ----------------------------------------------------------------------------------------
+
+
+def _positive(text: str) -> int:
+    return _at_least(1, text)
+
+
+def _non_negative(text: str) -> int:
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    value = count(text)
+    if value < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+    return value
+
+
+def _rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got '{text}'")
+    return value
+
+
+def _limit(text: str) -> tuple[str, float]:
+    """METRIC:MILLISECONDS."""
+    metric, _, value = text.partition(":")
+    if metric not in GOODPUT:
+        raise argparse.ArgumentTypeError(
+            f"must be METRIC:MS with METRIC one of {', '.join(GOODPUT)}, got '{text}'"
+        )
+    return metric, _rate(value)

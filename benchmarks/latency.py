@@ -1,0 +1,130 @@
+"""Latency of a batch that starts together: a grid of batch sizes and prompt lengths.
+
+TTFT is the time of one token for the whole batch, TPOT what each further token adds, as a caller of
+the offline API sees them; the same for every engine.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+from compiledllm.benchmarks.floor import (
+    Ceilings,
+    time_per_output_token_floor,
+    time_to_first_token_floor,
+)
+from compiledllm.benchmarks.model import Model
+from compiledllm.benchmarks.peers import Peer
+from compiledllm.benchmarks.report import Row, against_floor, percentiles, spread
+from compiledllm.benchmarks.workload import SampleRequest, random_requests
+
+_WARMUP_TOKENS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One point of the grid: `batch` prompts of `input_len` tokens, `output_len` out of each."""
+
+    batch: int
+    input_len: int
+    output_len: int
+
+    def requests(self, vocab_size: int, seed: int, output_len: int) -> list[SampleRequest]:
+        return random_requests(self.batch, self.input_len, output_len, vocab_size, seed)
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyGrid:
+    """Which cells, how often, and from which seed."""
+
+    batch_sizes: Sequence[int]
+    input_lens: Sequence[int]
+    output_len: int
+    repeats: int
+    warmups: int
+    seed: int
+    vocab_size: int
+
+    def cells(self) -> list[Cell]:
+        pairs = itertools.product(self.batch_sizes, self.input_lens)
+        return [Cell(batch, length, self.output_len) for batch, length in pairs]
+
+    def num_measurements(self, num_peers: int) -> int:
+        """How often `advance` will be called."""
+        return len(self.cells()) * num_peers * (self.warmups + self.repeats + 1)
+
+
+def measure_grid(
+    peers: Sequence[Peer], grid: LatencyGrid, advance: Callable[[str], None]
+) -> Iterator[Row]:
+    """A row for each cell and engine, without floors. In a cell the engines take turns.
+
+    advance: called with what was done after each measurement.
+    """
+    for cell in grid.cells():
+        yield from _measure_cell(peers, cell, grid, advance)
+
+
+def _measure_cell(
+    peers: Sequence[Peer], cell: Cell, grid: LatencyGrid, advance: Callable[[str], None]
+) -> Iterator[Row]:
+    first: dict[str, list[float]] = {peer.name: [] for peer in peers}
+    whole: dict[str, list[float]] = {peer.name: [] for peer in peers}
+    for turn in range(-grid.warmups, grid.repeats):
+        for peer in peers:
+            tokens = cell.output_len if turn >= 0 else min(cell.output_len, _WARMUP_TOKENS)
+            seed = grid.seed + 2 * turn
+            one = _seconds(peer, cell.requests(grid.vocab_size, seed, 1))
+            all_ = one
+            if tokens > 1:
+                all_ = _seconds(peer, cell.requests(grid.vocab_size, seed + 1, tokens))
+            if turn >= 0:
+                first[peer.name].append(one)
+                whole[peer.name].append(all_)
+            advance(f"{peer.name}, batch {cell.batch}, input {cell.input_len}")
+    for peer in peers:
+        yield _row(peer, cell, grid, first[peer.name], whole[peer.name])
+        advance(f"{peer.name}, batch {cell.batch}, input {cell.input_len}, single tokens")
+
+
+def _seconds(peer: Peer, requests: Sequence[SampleRequest]) -> float:
+    start = time.perf_counter()
+    peer.generate(requests)
+    return time.perf_counter() - start
+
+
+def _row(
+    peer: Peer, cell: Cell, grid: LatencyGrid, first: Sequence[float], whole: Sequence[float]
+) -> Row:
+    row: Row = {"engine": peer.name, **asdict(cell)}
+    row["ttft_ms"] = spread([seconds * 1e3 for seconds in first])
+    row["tpot_ms"] = row["itl_ms"] = row["step_ms"] = None
+    tokens = cell.batch * cell.output_len
+    row["output_tokens_per_s"] = spread([tokens / seconds for seconds in whole])
+    if cell.output_len == 1:
+        return row
+    steps = cell.output_len - 1
+    pairs = zip(first, whole, strict=True)
+    row["tpot_ms"] = spread([(all_ - one) / steps * 1e3 for one, all_ in pairs])
+    requests = cell.requests(grid.vocab_size, grid.seed + 2 * grid.repeats, cell.output_len)
+    gaps = peer.inter_token_times(requests)
+    row["itl_ms"] = gaps and percentiles([gap * 1e3 for gap in gaps])
+    step = peer.step_times(requests)
+    if step is not None:
+        row["step_ms"] = {"host": step.host_s * 1e3, "device": step.device_s * 1e3}
+    return row
+
+
+def add_floors(row: Row, model: Model, ceilings: Ceilings) -> None:
+    """Add "ttft_floor_ms" and "tpot_floor_ms" to the row."""
+    spec, batch, input_len, itemsize = model.spec, row["batch"], row["input_len"], model.itemsize
+    ttft = spec and 1e3 * time_to_first_token_floor(spec, ceilings, batch, input_len, itemsize)
+    row["ttft_floor_ms"] = against_floor(ttft, row["ttft_ms"]["median"])
+    row["tpot_floor_ms"] = None
+    if row["tpot_ms"] is not None:
+        lengths = (batch, input_len, row["output_len"])
+        tpot = spec and 1e3 * time_per_output_token_floor(spec, ceilings, *lengths, itemsize)
+        row["tpot_floor_ms"] = against_floor(tpot, row["tpot_ms"]["median"])

@@ -1,0 +1,100 @@
+"""The model under measurement, and the machine it runs on: the same for every engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compiledllm.config import ConfigError, EngineConfig
+from compiledllm.models.registry import load_spec
+from compiledllm.models.source import resolve_checkpoint
+from compiledllm.models.spec import ModelSpec
+from compiledllm.platform import Platform
+
+# Engine options that are fields of their own here.
+_FIELDS = ("model", "revision", "tokenizer", "device", "dtype")
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What all engines load. spec: None for an architecture only the peers know (no floors then).
+
+    options: the other engine options, as the user gave them.
+    """
+
+    path: Path
+    spec: ModelSpec | None
+    vocab_size: int
+    platform: Platform
+    dtype: str
+    options: Mapping[str, Any]
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any], engines: tuple[str, ...]) -> Model:
+        """From engine options, checked. Raises ConfigError."""
+        EngineConfig.from_options(**options)
+        dummy = options.get("load_format") == "dummy"
+        path = resolve_checkpoint(options.get("model"), options.get("revision"), weights=not dummy)
+        spec = None
+        try:
+            spec = load_spec(path)
+        except ConfigError:
+            if "compiledllm" in engines:
+                raise
+        platform = Platform.detect(options.get("device", "auto"))
+        stored = spec.dtype if spec else "bfloat16"
+        return cls(
+            path=path,
+            spec=spec,
+            vocab_size=spec.vocab_size if spec else _vocab_size(path),
+            platform=platform,
+            dtype=str(platform.choose_dtype(options.get("dtype", "auto"), stored).value),
+            options={name: value for name, value in options.items() if name not in _FIELDS},
+        )
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a weight and of a KV element."""
+        return self.torch_dtype.itemsize
+
+    @property
+    def has_random_weights(self) -> bool:
+        return self.options.get("load_format") == "dummy"
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this model from another in a report."""
+        known = {"parameters": self.spec.num_parameters} if self.spec else {}
+        return {"model": self.path.name, "dtype": self.dtype, **known}
+
+    def check_length(self, num_tokens: int) -> None:
+        """Raise ConfigError if a request of so many tokens, output included, cannot be run."""
+        limit = self.options.get("max_model_len") or (self.spec and self.spec.max_position)
+        if limit and num_tokens > limit:
+            raise ConfigError(
+                f"a request of {num_tokens} tokens, output included, is longer than the context of "
+                f"{limit}; ask for shorter inputs or outputs"
+            )
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text by the model's tokenizer."""
+        from compiledllm.engine.tokenizer import Tokenizer
+
+        return Tokenizer(self.path).encode(text)
+
+
+def _vocab_size(path: Path) -> int:
+    try:
+        size = json.loads((path / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ConfigError(f"{path}/config.json gives no vocab_size: {error!r}") from None
+    return int(size)

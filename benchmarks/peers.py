@@ -1,0 +1,252 @@
+"""The engines that can be measured, behind one interface: token ids in, a fixed number out.
+
+Every engine runs greedily, past end of sequence, without a prefix cache and without text, on the
+same checkpoint (or random weights of its shapes) in the same dtype.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+
+from compiledllm import SamplingParams, __version__
+from compiledllm.benchmarks.model import Model
+from compiledllm.benchmarks.profile import StepTimes, measure_step
+from compiledllm.benchmarks.workload import SampleRequest
+from compiledllm.config import ConfigError
+
+# Engine options that vLLM has too, with the same meaning.
+_VLLM_OPTIONS = (
+    "max_model_len",
+    "gpu_memory_utilization",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "enforce_eager",
+    "seed",
+)
+_TRANSFORMERS_BATCH = 16
+_SHARED_MEMORY = 0.94  # of a GPU, for all engines of a run together
+
+
+class Peer(Protocol):
+    """An engine under measurement."""
+
+    name: str
+    version: str
+    startup_s: Mapping[str, float]  # phase -> seconds, where the engine tells
+
+    def generate(self, requests: Sequence[SampleRequest]) -> None:
+        """Run all requests to their last token."""
+
+    def inter_token_times(self, requests: Sequence[SampleRequest]) -> list[float] | None:
+        """Seconds between each token and the one before it; None if the engine does not show."""
+
+    def step_times(self, requests: Sequence[SampleRequest]) -> StepTimes | None:
+        """Host and device seconds of a decode step; None if the engine cannot be looked into."""
+
+
+def make_peer(name: str, model: Model, shared_by: int = 1) -> Peer:
+    """Load `name`. shared_by: how many engines hold the GPU's memory in this run."""
+    if shared_by > 1 and model.platform.is_cuda:
+        share = {"gpu_memory_utilization": round(_SHARED_MEMORY / shared_by, 3)}
+        model = replace(model, options=share | dict(model.options))
+    makers: dict[str, Callable[[Model], Peer]] = {
+        "compiledllm": CompiledLLM,
+        "vllm": VLLM,
+        "transformers": Transformers,
+    }
+    return makers[name](model)
+
+
+class CompiledLLM:
+    """This engine."""
+
+    name, version = "compiledllm", __version__
+
+    def __init__(self, model: Model) -> None:
+        started = time.perf_counter()
+        from compiledllm import Engine  # here, so that other engines start without it
+
+        imported = time.perf_counter() - started
+        defaults = {"skip_tokenizer_init": True, "enable_prefix_caching": False}
+        options = defaults | dict(model.options)
+        device = str(model.platform.device)
+        self.engine = Engine(model.path, device=device, dtype=model.dtype, **options)
+        self.startup_s = self.engine.core.startup_s | {"import": imported}
+        self._device = model.platform.device
+
+    def generate(self, requests: Sequence[SampleRequest]) -> None:
+        params = [_greedy(request.output_len) for request in requests]
+        outputs = self.engine.generate([_ids(r) for r in requests], params, use_tqdm=False)
+        _check_lengths(requests, [len(output.outputs[0].token_ids) for output in outputs])
+
+    def inter_token_times(self, requests: Sequence[SampleRequest]) -> list[float] | None:
+        params = [_greedy(request.output_len) for request in requests]
+        last: dict[str, float] = {}
+        gaps = []
+        for output in self.engine.stream([_ids(r) for r in requests], params):
+            now = time.perf_counter()
+            if output.request_id in last:
+                gaps.append(now - last[output.request_id])
+            last[output.request_id] = now
+        return gaps
+
+    def step_times(self, requests: Sequence[SampleRequest]) -> StepTimes:
+        """Host and device seconds of a decode step in which every request takes part."""
+        engine, limit = self.engine, self.engine.config.model.max_model_len
+        assert limit is not None
+        ids = [engine.add_request(_ids(r), _greedy(max(limit - len(_ids(r)), 1))) for r in requests]
+        try:
+            prompts_left = set(ids)
+            while prompts_left:
+                prompts_left -= {output.request_id for output in engine.step()}
+            return measure_step(engine.step, self._device)
+        finally:
+            for request_id in ids:
+                engine.abort_request(request_id)
+
+
+class VLLM:
+    """vLLM's offline `LLM`, at its defaults."""
+
+    name = "vllm"
+
+    def __init__(self, model: Model) -> None:
+        started = time.perf_counter()
+        try:
+            import vllm
+        except ImportError as error:
+            raise ConfigError(
+                f"engine 'vllm' cannot be imported ({error}); install it: pip install vllm"
+            ) from None
+        self.version = vllm.__version__
+        self.startup_s = {"import": time.perf_counter() - started}
+        shared = {name: model.options[name] for name in _VLLM_OPTIONS if name in model.options}
+        if model.has_random_weights:
+            shared["load_format"] = "dummy"
+        self._vllm = vllm
+        self._llm = vllm.LLM(
+            model=str(model.path),
+            dtype=model.dtype,
+            skip_tokenizer_init=True,
+            enable_prefix_caching=False,
+            disable_log_stats=True,
+            **shared,
+        )
+
+    def generate(self, requests: Sequence[SampleRequest]) -> None:
+        params = [
+            self._vllm.SamplingParams(
+                temperature=0.0, max_tokens=r.output_len, ignore_eos=True, detokenize=False
+            )
+            for r in requests
+        ]
+        prompts = [{"prompt_token_ids": _ids(r)} for r in requests]
+        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        _check_lengths(requests, [len(output.outputs[0].token_ids) for output in outputs])
+
+    def inter_token_times(self, requests: Sequence[SampleRequest]) -> list[float] | None:
+        return None  # the offline API shows whole answers only
+
+    def step_times(self, requests: Sequence[SampleRequest]) -> StepTimes | None:
+        return None  # its steps run in another process
+
+
+class Transformers:
+    """transformers' `generate`, static cache, in batches of at most 16, padded on the left."""
+
+    name = "transformers"
+
+    def __init__(self, model: Model) -> None:
+        started = time.perf_counter()
+        import transformers
+
+        self._transformers = transformers
+        self.version = transformers.__version__
+        self.startup_s = {"import": time.perf_counter() - started}
+        self._device = model.platform.device
+        auto = transformers.AutoModelForCausalLM
+        arguments = {"dtype": model.torch_dtype, "attn_implementation": "sdpa"}
+        with self._device:
+            if model.has_random_weights:
+                config = transformers.AutoConfig.from_pretrained(model.path)
+                self._model = auto.from_config(config, **arguments)
+            else:
+                self._model = auto.from_pretrained(model.path, **arguments)
+        self._model.to(self._device).eval()
+
+    def generate(self, requests: Sequence[SampleRequest]) -> None:
+        for start in range(0, len(requests), _TRANSFORMERS_BATCH):
+            self._generate_batch(requests[start : start + _TRANSFORMERS_BATCH])
+
+    def inter_token_times(self, requests: Sequence[SampleRequest]) -> list[float] | None:
+        gaps = []
+        for start in range(0, len(requests), _TRANSFORMERS_BATCH):
+            batch = requests[start : start + _TRANSFORMERS_BATCH]
+            stamps: list[float] = []
+            self._generate_batch(batch, stamps)
+            for before, after in zip(stamps, stamps[1:], strict=False):
+                gaps += [after - before] * len(batch)
+        return gaps
+
+    def step_times(self, requests: Sequence[SampleRequest]) -> StepTimes | None:
+        return None  # `generate` cannot be stopped between two steps
+
+    @torch.inference_mode()
+    def _generate_batch(
+        self, batch: Sequence[SampleRequest], stamps: list[float] | None = None
+    ) -> None:
+        """Generate the longest output for all; with `stamps`, note when each step ended."""
+        prompts, count = [_ids(r) for r in batch], max(r.output_len for r in batch)
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=self._device)
+        lengths = torch.tensor([[len(p)] for p in prompts], device=self._device)
+        mask = torch.arange(width, device=self._device) >= width - lengths
+        config = self._transformers.GenerationConfig(
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=False,
+            cache_implementation="static",
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        watch = None if stamps is None else [self._stamper(stamps)]
+        output = self._model.generate(
+            ids, attention_mask=mask.long(), generation_config=config, stopping_criteria=watch
+        )
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        _check_lengths(batch, [output.shape[1] - width - count + r.output_len for r in batch])
+
+    def _stamper(self, stamps: list[float]) -> Callable[..., torch.Tensor]:
+        def stamp(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            if input_ids.is_cuda:
+                torch.cuda.synchronize(input_ids.device)
+            stamps.append(time.perf_counter())
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+        return stamp
+
+
+def _ids(request: SampleRequest) -> list[int]:
+    assert not isinstance(request.prompt, str), "the prompt is text; see with_token_ids"
+    return request.prompt
+
+
+def _greedy(output_len: int) -> SamplingParams:
+    return SamplingParams(
+        temperature=0, max_tokens=output_len, ignore_eos=True, detokenize=False, seed=0
+    )
+
+
+def _check_lengths(requests: Sequence[SampleRequest], lengths: Sequence[int]) -> None:
+    for request, length in zip(requests, lengths, strict=True):
+        if length != request.output_len:
+            raise RuntimeError(
+                f"the engine generated {length} tokens instead of {request.output_len}: "
+                "this is not the work that was asked for"
+            )

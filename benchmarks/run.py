@@ -1,0 +1,256 @@
+"""Runs a benchmark from its options: loads what is measured, collects rows, prints the report."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from compiledllm.arguments import engine_options
+from compiledllm.benchmarks import latency as grid
+from compiledllm.benchmarks import serve as serving
+from compiledllm.benchmarks import startup as starts
+from compiledllm.benchmarks import throughput as offline
+from compiledllm.benchmarks.ceilings import measure_ceilings, measure_upload
+from compiledllm.benchmarks.compare import compare_reports, ratios_between_engines
+from compiledllm.benchmarks.floor import Ceilings, time_per_output_token_floor
+from compiledllm.benchmarks.model import Model
+from compiledllm.benchmarks.peers import Peer, make_peer
+from compiledllm.benchmarks.plot import check_plot, plot_report
+from compiledllm.benchmarks.report import (
+    Report,
+    Row,
+    against_floor,
+    hardware_facts,
+    load_report,
+    new_report,
+)
+from compiledllm.benchmarks.tables import print_ratios, print_report, progress
+from compiledllm.benchmarks.workload import (
+    Encode,
+    SampleRequest,
+    fingerprint,
+    random_requests,
+    requests_from_file,
+    sharegpt_like_requests,
+    with_token_ids,
+)
+from compiledllm.config import ConfigError
+from compiledllm.platform import Platform
+
+DEFAULT_SEED = 4242
+DEFAULT_NUM_PROMPTS = 512
+UNKNOWN_VOCAB_SIZE = 32000  # ids become words then
+
+AddFloors = Callable[[Row, Model, Ceilings], None]
+
+
+def latency(arguments: Namespace) -> int:
+    """`compiledllm bench latency`."""
+    check_output(arguments.output_json, "--output-json")
+    check_plot(arguments.plot, arguments.output_len)
+    model = _model(arguments)
+    model.check_length(max(arguments.input_len) + arguments.output_len)
+    work = grid.LatencyGrid(
+        batch_sizes=arguments.batch_size,
+        input_lens=arguments.input_len,
+        output_len=arguments.output_len,
+        repeats=arguments.num_iters,
+        warmups=arguments.num_iters_warmup,
+        seed=_seed(arguments),
+        vocab_size=model.vocab_size,
+    )
+    report = _report("latency", model, arguments, output_len=work.output_len, seed=work.seed)
+    peers = _load(arguments.engine, model)
+    with progress(work.num_measurements(len(peers))) as advance:
+        rows = grid.measure_grid(peers, work, advance)
+        _collect(report, rows, model, grid.add_floors, arguments.output_json)
+    _emit(report, arguments.output_json)
+    if arguments.plot is not None:
+        plot_report(report, arguments.plot)
+    return 0
+
+
+def throughput(arguments: Namespace) -> int:
+    """`compiledllm bench throughput`."""
+    check_output(arguments.output_json, "--output-json")
+    model = _model(arguments)
+    requests = _requests(arguments, model.vocab_size, model.encode)
+    requests = with_token_ids(requests, model.encode)
+    model.check_length(max(len(r.prompt) + r.output_len for r in requests))
+    report = _report("throughput", model, arguments, requests=fingerprint(requests))
+    peers = _load(arguments.engine, model)
+
+    def add_floor(row: Row, model: Model, ceilings: Ceilings) -> None:
+        offline.add_floor(row, requests, model, ceilings)
+
+    with progress(len(peers) * (arguments.num_iters + 1)) as advance:
+        rows = offline.measure_throughput(peers, requests, arguments.num_iters, advance)
+        _collect(report, rows, model, add_floor, arguments.output_json)
+    _emit(report, arguments.output_json)
+    return 0
+
+
+def startup(arguments: Namespace) -> int:
+    """`compiledllm bench startup`."""
+    check_output(arguments.output_json, "--output-json")
+    cold, warm, input_len = arguments.num_iters_cold, arguments.num_iters_warm, arguments.input_len
+    if cold + warm == 0:
+        raise ConfigError("nothing to measure: --num-iters-cold and --num-iters-warm are both 0")
+    model = _model(arguments)
+    model.check_length(input_len + 1)
+    report = _report("startup", model, arguments, input_len=input_len)
+    upload, engines = measure_upload(model.platform), list(dict.fromkeys(arguments.engine))
+    num_bytes = model.spec and model.spec.num_parameters * model.itemsize
+    with progress(len(engines) * (max(cold, 1) + warm)) as advance:
+        for row in starts.measure_startup(engines, model, input_len, cold, warm, advance):
+            starts.add_floor(row, num_bytes, upload)
+            report.rows.append(row)
+    _emit(report, arguments.output_json)
+    return 0
+
+
+def serve(arguments: Namespace) -> int:
+    """`compiledllm bench serve`."""
+    check_output(arguments.output_json, "--output-json")
+    target = serving.Target(
+        serving.checked_url(arguments.base_url),
+        arguments.endpoint,
+        arguments.model,
+        arguments.timeout,
+    )
+    local = arguments.local_model and Model.from_options(
+        {"model": arguments.local_model, "load_format": "dummy"}, ("compiledllm",)
+    )
+    requests = _requests(arguments, local.vocab_size if local else UNKNOWN_VOCAB_SIZE, None)
+    if arguments.dataset_path is None and (local is None or target.is_chat):
+        requests = serving.as_text(requests)
+    target.check(requests)
+    ceilings = local and measure_ceilings(local.platform, local.torch_dtype)
+    loads = [
+        serving.Load(
+            request_rate=rate,
+            max_concurrency=arguments.max_concurrency,
+            burstiness=arguments.burstiness,
+            goodput=dict(arguments.goodput),
+            seed=_seed(arguments),
+        )
+        for rate in arguments.request_rate
+    ]
+    with progress(len(loads) * len(requests)) as advance:
+        name, rows = serving.measure_serving(target, requests, loads, advance)
+    work = {"model": name, "endpoint": target.endpoint, "requests": fingerprint(requests)}
+    platform = local.platform if local else Platform.detect("cpu")
+    report = new_report("serve", work, hardware_facts(platform), _flags(arguments))
+    report.rows, report.ceilings = rows, ceilings and asdict(ceilings)
+    for row in rows:
+        _add_serving_floor(row, local, ceilings)
+    _emit(report, arguments.output_json)
+    return 0
+
+
+def compare(arguments: Namespace) -> int:
+    """`compiledllm bench compare`."""
+    a, b = load_report(arguments.a), load_report(arguments.b)
+    print_ratios(compare_reports(a, b, arguments.force))
+    return 0
+
+
+# -- the model and its work ------------------------------------------------------------------------
+
+
+def _model(arguments: Namespace) -> Model:
+    return Model.from_options(engine_options(arguments), tuple(arguments.engine))
+
+
+def _seed(arguments: Namespace) -> int:
+    """--seed is the work's and the engine's; without it each has its own default."""
+    seed = getattr(arguments, "seed", None)
+    return DEFAULT_SEED if seed is None else seed
+
+
+def _load(names: Iterable[str], model: Model) -> list[Peer]:
+    names = list(dict.fromkeys(names))
+    return [make_peer(name, model, shared_by=len(names)) for name in names]
+
+
+def _requests(arguments: Namespace, vocab_size: int, encode: Encode | None) -> list[SampleRequest]:
+    """The dataset that was asked for."""
+    path, output_len = arguments.dataset_path, arguments.output_len
+    if (arguments.dataset_name == "file") != (path is not None):
+        raise ConfigError("--dataset-name file and --dataset-path FILE go together")
+    if path is not None:
+        return requests_from_file(path, arguments.num_prompts, output_len, encode)
+    num_prompts = arguments.num_prompts or DEFAULT_NUM_PROMPTS
+    if arguments.dataset_name == "sharegpt-like":
+        return sharegpt_like_requests(num_prompts, vocab_size, _seed(arguments))
+    input_len = arguments.input_len
+    return random_requests(num_prompts, input_len, output_len, vocab_size, _seed(arguments))
+
+
+def _add_serving_floor(row: Row, local: Model | None, ceilings: Ceilings | None) -> None:
+    """TPOT's floor for a request that has the server to itself, at the mean lengths."""
+    floor, tpot = None, row["tpot_ms"]
+    if local and local.spec and ceilings:
+        input_len, output_len = (
+            row[name] // row["completed"] for name in ("input_tokens", "output_tokens")
+        )
+        floor = 1e3 * time_per_output_token_floor(
+            local.spec, ceilings, 1, input_len, max(output_len, 2), local.itemsize
+        )
+    row["tpot_floor_ms"] = tpot and against_floor(floor, tpot["p50"])
+
+
+# -- the report ------------------------------------------------------------------------------------
+
+
+def check_output(path: Path | None, option: str) -> None:
+    """Raise ConfigError for a file that cannot be written, before hours of measuring."""
+    if path is not None and not path.parent.is_dir():
+        raise ConfigError(f"{option} {path}: the folder {path.parent} does not exist")
+
+
+def _report(kind: str, model: Model, arguments: Namespace, **work: Any) -> Report:
+    identity = model.identity() | work
+    return new_report(kind, identity, hardware_facts(model.platform), _flags(arguments))
+
+
+def _flags(arguments: Namespace) -> dict[str, Any]:
+    """The options as they were understood, in JSON's types."""
+    given = vars(arguments).items()
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in given}
+    return {name: value for name, value in plain.items() if not callable(value)}
+
+
+def _collect(
+    report: Report, rows: Iterable[Row], model: Model, add_floors: AddFloors, path: Path | None
+) -> None:
+    """Take rows as they come, saving each time; floors wait for the ceilings' second measurement.
+
+    Ceilings are measured before and after, and the higher counts: a machine that others use too
+    may have been slow once.
+    """
+    before = measure_ceilings(model.platform, model.torch_dtype)
+    for row in rows:
+        report.rows.append(row)
+        if path is not None:
+            report.save(path)
+    ceilings = before.at_least(measure_ceilings(model.platform, model.torch_dtype))
+    report.ceilings = asdict(ceilings)
+    for row in report.rows:
+        add_floors(row, model, ceilings)
+
+
+def _emit(report: Report, path: Path | None) -> None:
+    """Print the table; the JSON goes to the file, or ends the output."""
+    if len({row["engine"] for row in report.rows}) > 1:
+        report.ratios = ratios_between_engines(report.benchmark, report.rows)
+    report.complete = True
+    print_report(report)
+    if path is None:
+        print(report.to_json())
+    else:
+        report.save(path)
+        print(f"JSON: {path}")

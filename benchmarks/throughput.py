@@ -1,0 +1,63 @@
+"""Offline throughput: all requests are there at the start, and the clock stops after the last."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from compiledllm.benchmarks.floor import Ceilings, offline_floor
+from compiledllm.benchmarks.model import Model
+from compiledllm.benchmarks.peers import Peer
+from compiledllm.benchmarks.report import Row, against_floor, spread
+from compiledllm.benchmarks.workload import SampleRequest
+
+_WARMUP_REQUESTS, _WARMUP_TOKENS = 64, 16
+
+
+def measure_throughput(
+    peers: Sequence[Peer],
+    requests: Sequence[SampleRequest],
+    repeats: int,
+    advance: Callable[[str], None],
+) -> Iterator[Row]:
+    """A row for each engine, without floors. The engines take turns."""
+    warmup = [
+        SampleRequest(request.prompt, min(request.output_len, _WARMUP_TOKENS))
+        for request in requests[:_WARMUP_REQUESTS]
+    ]
+    for peer in peers:
+        peer.generate(warmup)
+        advance(f"{peer.name}, warm-up")
+    seconds: dict[str, list[float]] = {peer.name: [] for peer in peers}
+    for _ in range(repeats):
+        for peer in peers:
+            start = time.perf_counter()
+            peer.generate(requests)
+            seconds[peer.name].append(time.perf_counter() - start)
+            advance(peer.name)
+    for peer in peers:
+        yield _row(peer.name, requests, seconds[peer.name])
+
+
+def _row(name: str, requests: Sequence[SampleRequest], seconds: Sequence[float]) -> Row:
+    tokens_in = sum(len(request.prompt) for request in requests)
+    tokens_out = sum(request.output_len for request in requests)
+    return {
+        "engine": name,
+        "requests": len(requests),
+        "input_tokens": tokens_in,
+        "output_tokens": tokens_out,
+        "seconds": spread(seconds),
+        "requests_per_s": spread([len(requests) / s for s in seconds]),
+        "output_tokens_per_s": spread([tokens_out / s for s in seconds]),
+        "total_tokens_per_s": spread([(tokens_in + tokens_out) / s for s in seconds]),
+    }
+
+
+def add_floor(
+    row: Row, requests: Sequence[SampleRequest], model: Model, ceilings: Ceilings
+) -> None:
+    """Add "floor_s" to the row."""
+    lengths = [(len(request.prompt), request.output_len) for request in requests]
+    floor = model.spec and offline_floor(model.spec, ceilings, lengths, model.itemsize)
+    row["floor_s"] = against_floor(floor, row["seconds"]["median"])

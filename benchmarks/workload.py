@@ -1,0 +1,152 @@
+"""The requests a benchmark runs: generated token ids, or a file of prompts.
+
+The same seed gives the same requests on every machine and for every engine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_LONGEST = 1024  # tokens of a sharegpt-like prompt or output
+
+Encode = Callable[[str], list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRequest:
+    """One request: its prompt, as text or token ids, and how many tokens to generate."""
+
+    prompt: str | list[int]
+    output_len: int
+
+
+def random_requests(
+    count: int, input_len: int, output_len: int, vocab_size: int, seed: int
+) -> list[SampleRequest]:
+    """Prompts of random token ids, all of the same length."""
+    rng = random.Random(seed)
+    return [
+        SampleRequest(_random_ids(rng, input_len, vocab_size), output_len) for _ in range(count)
+    ]
+
+
+def sharegpt_like_requests(count: int, vocab_size: int, seed: int) -> list[SampleRequest]:
+    """Random token ids with the long-tailed lengths of chat traffic.
+
+    Lognormal: median 160 tokens in (sigma 1.1), 140 out (sigma 0.9), each between 4 and 1024.
+    """
+    rng = random.Random(seed)
+
+    def length(median: float, sigma: float) -> int:
+        return max(4, min(_LONGEST, int(rng.lognormvariate(0, sigma) * median)))
+
+    return [
+        SampleRequest(_random_ids(rng, length(160, 1.1), vocab_size), length(140, 0.9))
+        for _ in range(count)
+    ]
+
+
+def _random_ids(rng: random.Random, length: int, vocab_size: int) -> list[int]:
+    """Ids without the first and last ten, which tend to be special."""
+    return [rng.randrange(10, vocab_size - 10) for _ in range(length)]
+
+
+def requests_from_file(
+    path: Path, count: int | None, output_len: int, encode: Encode | None = None
+) -> list[SampleRequest]:
+    """The first `count` requests of a file (None: all).
+
+    JSON lines: {"prompt": text} or {"prompt_token_ids": [...]}, and how many tokens to generate as
+    "output_len" (or "output_tokens", "max_tokens"), else `output_len`. Or a ShareGPT array: the
+    first two turns of each conversation are prompt and answer; the answer's length counts if
+    `encode` can tell it.
+
+    Raises ValueError with the file, the line and what is wrong with it.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"the dataset {path} cannot be read: {error}") from error
+    parse = _sharegpt_requests if text.lstrip().startswith("[") else _json_line_requests
+    found = []
+    for request in parse(path, text, output_len, encode):
+        if count is not None and len(found) == count:
+            break
+        found.append(request)
+    if not found:
+        raise ValueError(f"the dataset {path} has no requests")
+    return found
+
+
+def _json_line_requests(
+    path: Path, text: str, output_len: int, encode: Encode | None
+) -> Iterator[SampleRequest]:
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield _request_of(json.loads(line), output_len)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+
+
+def _request_of(entry: Any, output_len: int) -> SampleRequest:
+    if not isinstance(entry, dict):
+        raise ValueError(f"a request is a JSON object, got {type(entry).__name__}")
+    prompt = entry.get("prompt_token_ids", entry.get("prompt"))
+    if isinstance(prompt, list):
+        if not all(type(token_id) is int and token_id >= 0 for token_id in prompt):
+            raise ValueError("prompt_token_ids must be a list of token ids")
+    elif not isinstance(prompt, str):
+        raise ValueError(
+            "a request needs 'prompt' (text) or 'prompt_token_ids' (a list), "
+            f"got keys {sorted(entry)}"
+        )
+    if not prompt:
+        raise ValueError("the prompt is empty")
+    names = ("output_len", "output_tokens", "max_tokens")
+    length = next((entry[name] for name in names if name in entry), output_len)
+    if type(length) is not int or length < 1:
+        raise ValueError(f"output_len must be an integer >= 1, got {length!r}")
+    return SampleRequest(prompt, length)
+
+
+def _sharegpt_requests(
+    path: Path, text: str, output_len: int, encode: Encode | None
+) -> Iterator[SampleRequest]:
+    try:
+        entries = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    for index, entry in enumerate(entries):
+        turns = entry.get("conversations") if isinstance(entry, dict) else None
+        values = [turn.get("value") for turn in turns or () if isinstance(turn, dict)][:2]
+        if not all(isinstance(value, str) for value in values):
+            raise ValueError(f"{path}, entry {index}: a turn has no text under 'value'")
+        if turns is None:
+            raise ValueError(f"{path}, entry {index}: no 'conversations' (a ShareGPT entry)")
+        if len(values) == 2 and values[0]:
+            answer = len(encode(values[1])) if encode else output_len
+            yield SampleRequest(values[0], max(answer, 1))
+
+
+def with_token_ids(requests: Sequence[SampleRequest], encode: Encode) -> list[SampleRequest]:
+    """The same requests with every text prompt encoded."""
+    return [
+        SampleRequest(encode(r.prompt), r.output_len) if isinstance(r.prompt, str) else r
+        for r in requests
+    ]
+
+
+def fingerprint(requests: Sequence[SampleRequest]) -> str:
+    """Equal for equal requests: what tells a report of other work apart."""
+    digest = hashlib.sha256()
+    for request in requests:
+        digest.update(f"{request.prompt}|{request.output_len}\n".encode())
+    return digest.hexdigest()[:16]
