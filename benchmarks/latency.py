@@ -121,10 +121,13 @@ def _row(
 def add_floors(row: Row, model: Model, ceilings: Ceilings) -> None:
     """Add "ttft_floor_ms" and "tpot_floor_ms" to the row."""
     spec, batch, input_len, itemsize = model.spec, row["batch"], row["input_len"], model.itemsize
-    ttft = spec and 1e3 * time_to_first_token_floor(spec, ceilings, batch, input_len, itemsize)
+    ttft = tpot = None
+    if spec is not None:
+        ttft = 1e3 * time_to_first_token_floor(spec, ceilings, batch, input_len, itemsize)
     row["ttft_floor_ms"] = against_floor(ttft, row["ttft_ms"]["median"])
     row["tpot_floor_ms"] = None
     if row["tpot_ms"] is not None:
-        lengths = (batch, input_len, row["output_len"])
-        tpot = spec and 1e3 * time_per_output_token_floor(spec, ceilings, *lengths, itemsize)
+        if spec is not None:
+            lengths = (batch, input_len, row["output_len"])
+            tpot = 1e3 * time_per_output_token_floor(spec, ceilings, *lengths, itemsize)
         row["tpot_floor_ms"] = against_floor(tpot, row["tpot_ms"]["median"])

@@ -7,13 +7,13 @@ same checkpoint (or random weights of its shapes) in the same dtype.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 
-from compiledllm import SamplingParams, __version__
+from compiledllm import SamplingParams
 from compiledllm.benchmarks.model import Model
 from compiledllm.benchmarks.profile import StepTimes, measure_step
 from compiledllm.benchmarks.workload import SampleRequest
@@ -36,8 +36,7 @@ class Peer(Protocol):
     """An engine under measurement."""
 
     name: str
-    version: str
-    startup_s: Mapping[str, float]  # phase -> seconds, where the engine tells
+    startup_s: dict[str, float]  # phase -> seconds, where the engine tells
 
     def generate(self, requests: Sequence[SampleRequest]) -> None:
         """Run all requests to their last token."""
@@ -54,18 +53,15 @@ def make_peer(name: str, model: Model, shared_by: int = 1) -> Peer:
     if shared_by > 1 and model.platform.is_cuda:
         share = {"gpu_memory_utilization": round(_SHARED_MEMORY / shared_by, 3)}
         model = replace(model, options=share | dict(model.options))
-    makers: dict[str, Callable[[Model], Peer]] = {
-        "compiledllm": CompiledLLM,
-        "vllm": VLLM,
-        "transformers": Transformers,
-    }
-    return makers[name](model)
+    if name == "vllm":
+        return VLLM(model)
+    return Transformers(model) if name == "transformers" else CompiledLLM(model)
 
 
 class CompiledLLM:
     """This engine."""
 
-    name, version = "compiledllm", __version__
+    name = "compiledllm"
 
     def __init__(self, model: Model) -> None:
         started = time.perf_counter()
@@ -123,7 +119,6 @@ class VLLM:
             raise ConfigError(
                 f"engine 'vllm' cannot be imported ({error}); install it: pip install vllm"
             ) from None
-        self.version = vllm.__version__
         self.startup_s = {"import": time.perf_counter() - started}
         shared = {name: model.options[name] for name in _VLLM_OPTIONS if name in model.options}
         if model.has_random_weights:
@@ -166,7 +161,6 @@ class Transformers:
         import transformers
 
         self._transformers = transformers
-        self.version = transformers.__version__
         self.startup_s = {"import": time.perf_counter() - started}
         self._device = model.platform.device
         auto = transformers.AutoModelForCausalLM

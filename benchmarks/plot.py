@@ -64,7 +64,8 @@ def _series(rows: list[Row]) -> dict[str, list[Row]]:
 
 def _floors(rows: list[Row]) -> dict[int, list[Row]]:
     """Input length -> the first engine's rows, whose floors are everyone's."""
-    first, floors = rows[0]["engine"], {}
+    floors: dict[int, list[Row]] = {}
+    first = rows[0]["engine"]
     for row in sorted(rows, key=lambda row: (row["input_len"], row["batch"])):
         if row["engine"] == first and row["tpot_floor_ms"]["floor"] is not None:
             floors.setdefault(row["input_len"], []).append(row)

@@ -103,7 +103,7 @@ def startup(arguments: Namespace) -> int:
     model.check_length(input_len + 1)
     report = _report("startup", model, arguments, input_len=input_len)
     upload, engines = measure_upload(model.platform), list(dict.fromkeys(arguments.engine))
-    num_bytes = model.spec and model.spec.num_parameters * model.itemsize
+    num_bytes = model.spec.num_parameters * model.itemsize if model.spec else None
     with progress(len(engines) * (max(cold, 1) + warm)) as advance:
         for row in starts.measure_startup(engines, model, input_len, cold, warm, advance):
             starts.add_floor(row, num_bytes, upload)
@@ -121,14 +121,12 @@ def serve(arguments: Namespace) -> int:
         arguments.model,
         arguments.timeout,
     )
-    local = arguments.local_model and Model.from_options(
-        {"model": arguments.local_model, "load_format": "dummy"}, ("compiledllm",)
-    )
+    local = _local_model(arguments.local_model)
     requests = _requests(arguments, local.vocab_size if local else UNKNOWN_VOCAB_SIZE, None)
     if arguments.dataset_path is None and (local is None or target.is_chat):
         requests = serving.as_text(requests)
     target.check(requests)
-    ceilings = local and measure_ceilings(local.platform, local.torch_dtype)
+    ceilings = measure_ceilings(local.platform, local.torch_dtype) if local else None
     loads = [
         serving.Load(
             request_rate=rate,
@@ -144,7 +142,7 @@ def serve(arguments: Namespace) -> int:
     work = {"model": name, "endpoint": target.endpoint, "requests": fingerprint(requests)}
     platform = local.platform if local else Platform.detect("cpu")
     report = new_report("serve", work, hardware_facts(platform), _flags(arguments))
-    report.rows, report.ceilings = rows, ceilings and asdict(ceilings)
+    report.rows, report.ceilings = rows, asdict(ceilings) if ceilings else None
     for row in rows:
         _add_serving_floor(row, local, ceilings)
     _emit(report, arguments.output_json)
@@ -163,6 +161,13 @@ def compare(arguments: Namespace) -> int:
 
 def _model(arguments: Namespace) -> Model:
     return Model.from_options(engine_options(arguments), tuple(arguments.engine))
+
+
+def _local_model(name: str | None) -> Model | None:
+    """The model of a server on this machine; its weights stay where they are."""
+    if name is None:
+        return None
+    return Model.from_options({"model": name, "load_format": "dummy"}, ("compiledllm",))
 
 
 def _seed(arguments: Namespace) -> int:

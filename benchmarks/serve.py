@@ -258,7 +258,7 @@ def summarise(outcomes: Sequence[Outcome], load: Load, seconds: float) -> Row:
         cause, count = errors.most_common(1)[0]
         raise ConfigError(f"all {len(outcomes)} requests failed, {count} of them with: {cause}")
     seen = [outcome.milliseconds() for outcome in good]
-    columns = {name: [s[name] for s in seen if s[name] is not None] for name in seen[0]}
+    columns = {name: [v for s in seen if (v := s[name]) is not None] for name in seen[0]}
     pairs = [pair for o in good for pair in zip(o.stamps, o.stamps[1:], strict=False)]
     columns["itl"] = [(after - before) * 1e3 for before, after in pairs]
     tokens = sum(outcome.tokens for outcome in good)

@@ -59,5 +59,7 @@ def add_floor(
 ) -> None:
     """Add "floor_s" to the row."""
     lengths = [(len(request.prompt), request.output_len) for request in requests]
-    floor = model.spec and offline_floor(model.spec, ceilings, lengths, model.itemsize)
+    floor = None
+    if model.spec is not None:
+        floor = offline_floor(model.spec, ceilings, lengths, model.itemsize)
     row["floor_s"] = against_floor(floor, row["seconds"]["median"])

@@ -74,7 +74,7 @@ def requests_from_file(
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"the dataset {path} cannot be read: {error}") from error
     parse = _sharegpt_requests if text.lstrip().startswith("[") else _json_line_requests
-    found = []
+    found: list[SampleRequest] = []
     for request in parse(path, text, output_len, encode):
         if count is not None and len(found) == count:
             break
@@ -126,14 +126,14 @@ def _sharegpt_requests(
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     for index, entry in enumerate(entries):
         turns = entry.get("conversations") if isinstance(entry, dict) else None
-        values = [turn.get("value") for turn in turns or () if isinstance(turn, dict)][:2]
-        if not all(isinstance(value, str) for value in values):
-            raise ValueError(f"{path}, entry {index}: a turn has no text under 'value'")
-        if turns is None:
+        if not isinstance(turns, list):
             raise ValueError(f"{path}, entry {index}: no 'conversations' (a ShareGPT entry)")
-        if len(values) == 2 and values[0]:
-            answer = len(encode(values[1])) if encode else output_len
-            yield SampleRequest(values[0], max(answer, 1))
+        texts: list[Any] = [t.get("value") if isinstance(t, dict) else None for t in turns[:2]]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{path}, entry {index}: a turn has no text under 'value'")
+        if len(texts) == 2 and texts[0]:
+            answer = len(encode(texts[1])) if encode else output_len
+            yield SampleRequest(texts[0], max(answer, 1))
 
 
 def with_token_ids(requests: Sequence[SampleRequest], encode: Encode) -> list[SampleRequest]:

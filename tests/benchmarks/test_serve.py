@@ -36,7 +36,8 @@ class StubServer:
         body = await request.json()
         self.bodies.append(body)
         self.headers.append(dict(request.headers))
-        prompt = body.get("prompt") or body["messages"][0]["content"].split()
+        prompt = body.get("prompt") or body["messages"][0]["content"]
+        prompt = prompt.split() if isinstance(prompt, str) else prompt
         if len(prompt) == 3:
             return web.Response(status=400, text="prompts of three are bad luck")
         self.in_flight += 1

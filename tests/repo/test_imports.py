@@ -26,7 +26,8 @@ BELOW_ENGINE = {"scheduler", "runner", "graphs", "models", "kernels", *LEAVES}
 # that module only. "benchmarks" is where `compiledllm bench` ends up.
 MAY_IMPORT: dict[str, set[str]] = {
     "root": {"engine.engine", "engine.async_engine", "config", "types"},
-    "cli": {"root", "server", "benchmarks", "engine", *BELOW_ENGINE},
+    "cli": {"root", "arguments", "server", "benchmarks", "engine", *BELOW_ENGINE},
+    "arguments": {"config"},
     "server": {"root", "engine", *BELOW_ENGINE},
     "engine": BELOW_ENGINE,
     "scheduler": {"types", "config", "log"},
@@ -34,7 +35,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "graphs": LEAVES,
     "models": {"kernels", "distributed", *LEAVES},
     "kernels": {"platform"},
-    "benchmarks": {"root", "engine", "models.spec", "kernels", *LEAVES},
+    "benchmarks": {
+        "root",
+        "arguments",
+        "engine",
+        "models.spec",
+        "models.registry",
+        "models.source",
+        "kernels",
+        *LEAVES,
+    },
     "distributed": LEAVES,
     "platform": {"config", "types", "log"},
     "config": {"types"},
@@ -57,6 +67,10 @@ DOORS: dict[str, tuple[str, ...]] = {
     "safetensors": ("compiledllm.models",),
     "gguf": ("compiledllm.models",),
     "huggingface_hub": ("compiledllm.models",),
+    "aiohttp": ("compiledllm.benchmarks",),
+    "rich": ("compiledllm.benchmarks",),
+    "matplotlib": ("compiledllm.benchmarks",),
+    "vllm": ("compiledllm.benchmarks",),
     "fastapi": ("compiledllm.server",),
     "starlette": ("compiledllm.server",),
     "uvicorn": ("compiledllm.server",),
@@ -67,6 +81,8 @@ WITHOUT_TORCH = (
     "compiledllm.config",
     "compiledllm.log",
     "compiledllm.cli",
+    "compiledllm.arguments",
+    "compiledllm.benchmarks.cli",
     "compiledllm.scheduler",
 )
 UNREADABLE = "?"  # an `import_module` whose argument is computed
