@@ -19,7 +19,7 @@ _DTYPE_NAMES = (*DTYPES, *_DTYPE_ALIASES)
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 POLICIES = ("fcfs", "priority")
 COMPILE_WHEN = ("auto", "start", "background", "busy")
-BACKENDS = ("auto", "torch")
+BACKENDS = ("auto", "triton", "torch")
 
 
 class ConfigError(ValueError):

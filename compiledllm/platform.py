@@ -58,10 +58,12 @@ class Platform:
         return Choice("float32", "this CPU has no bfloat16 dot products")
 
     def choose_attention_backend(self, requested: str) -> Choice:
-        """The implementation of the attention ops."""
+        """The implementation of the attention ops. Raises ConfigError for one that cannot run."""
+        if requested == "triton" and not self.is_cuda:
+            raise ConfigError("attention_backend='triton' needs a GPU; use 'auto' or 'torch'")
         if requested != "auto":
             return Choice(requested, "as asked")
-        return Choice("torch", "the only one so far" if self.is_cuda else "the CPU path")
+        return Choice("triton", "the GPU path") if self.is_cuda else Choice("torch", "the CPU path")
 
     def why_not_compile(self) -> str | None:
         """What the compiler lacks here, or None if it has all it needs."""

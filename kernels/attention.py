@@ -11,7 +11,8 @@ decided by `compiledllm.platform`; this file only knows the list.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -19,15 +20,23 @@ from torch import Tensor
 
 from compiledllm.kernels import paged_attention_torch
 
-STORE_KV: dict[str, Callable[..., None]] = {"torch": paged_attention_torch.store_kv}
-PAGED_ATTENTION: dict[str, Callable[..., Tensor]] = {"torch": paged_attention_torch.paged_attention}
+
+@functools.cache
+def load_backend(name: str) -> ModuleType:
+    """The module with `store_kv` and `paged_attention`; Triton is loaded when first asked for."""
+    if name == "triton":
+        from compiledllm.kernels import paged_attention_triton
+
+        return paged_attention_triton
+    assert name == "torch", name
+    return paged_attention_torch
 
 
 class AttentionMetadata(NamedTuple):
     """What the attention ops need to know of a step: tensors only, all on the model's device.
 
     A row is one request's tokens, contiguous in the flat token dimension. Padding rows have no
-    tokens and `seq_lens` 0.
+    tokens and `seq_lens` 0. Fewer tokens than rows mean that no row has more than one.
     """
 
     slot_mapping: Tensor  # int64 [tokens]
@@ -58,7 +67,7 @@ _LIBRARY.define(
 def _store_kv(
     key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor, backend: str
 ) -> None:
-    STORE_KV[backend](key, value, kv_cache, slot_mapping)
+    load_backend(backend).store_kv(key, value, kv_cache, slot_mapping)
 
 
 def _paged_attention(
@@ -72,9 +81,10 @@ def _paged_attention(
     soft_cap: float,
     backend: str,
 ) -> Tensor:
-    return PAGED_ATTENTION[backend](
+    out: Tensor = load_backend(backend).paged_attention(
         query, kv_cache, block_tables, seq_lens, query_start_loc, scale, sliding_window, soft_cap
     )
+    return out
 
 
 def _store_kv_fake(

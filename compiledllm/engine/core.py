@@ -62,6 +62,7 @@ class EngineCore:
         self.startup_s["weights"] = time.perf_counter() - started - self.startup_s["config"]
         self.runner, self.scheduler = self._build_runner(model)
         self._start_compiler()
+        self._capture()
         self.startup_s["total"] = time.perf_counter() - started
         self._report()
 
@@ -172,6 +173,21 @@ class EngineCore:
             self.choices["compile"] = Choice("nothing, running eagerly", str(compiler.error))
         self.startup_s["compile"] = time.perf_counter() - started
 
+    def _capture(self) -> None:
+        """Capture decode steps, where there is a GPU and the attention allows it."""
+        if not self.platform.is_cuda:
+            self.choices["capture"] = Choice("nothing", "CUDA graphs need a GPU")
+        elif self.config.compile.enforce_eager:
+            self.choices["capture"] = Choice("nothing", "enforce_eager")
+        elif self.choices["attention_backend"].value == "torch":
+            self.choices["capture"] = Choice("nothing", "attention_backend='torch' asks the host")
+        else:
+            graphs = self.runner.capture()
+            self.startup_s["capture"] = graphs.seconds
+            self.choices["capture"] = Choice(
+                f"{len(graphs.buckets)} batch sizes", f"whole greedy step, {graphs.seconds:.1f} s"
+            )
+
     def _report(self) -> None:
         spec, size = self.spec, self.config.cache.block_size
         blocks = self.scheduler.block_pool.num_blocks
@@ -189,6 +205,7 @@ class EngineCore:
             "batch": f"at most {self.choices['max_num_seqs'].value} requests, "
             f"{self.choices['max_num_batched_tokens']} tokens a step",
             "compile": f"{self.choices['compile']}, {distinct} distinct of {len(spec.layers)}",
+            "capture": self.choices["capture"],
             "ready in": f"{self.startup_s['total']:.1f} s "
             f"(weights {self.startup_s['weights']:.1f} s)",
         }

@@ -6,23 +6,27 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from compiledllm.kernels.attention import AttentionMetadata
 from compiledllm.runner.request_table import RequestTable
 from compiledllm.types import SchedulerOutput
 
-# One row would make torch.compile specialise on it; an empty second row costs nothing.
-MIN_ROWS = 2
-
 
 @dataclass(frozen=True, slots=True)
 class InputBatch:
-    """A step's inputs. Tokens of all requests lie flat, one request after the other."""
+    """A step's inputs. Tokens of all requests lie flat, one request after the other.
+
+    The metadata has one empty row more than there are requests: then a step has fewer tokens than
+    rows exactly if every request has one, which is how the kernels know a decode step, and there
+    are never fewer than two rows, on which torch.compile would specialise.
+    """
 
     input_ids: Tensor  # int64 [tokens]
     positions: Tensor  # int64 [tokens]
     attn: AttentionMetadata
+    rows: Tensor  # int64 [rows], without padding
     logits_indices: Tensor  # int64 [samples], the tokens whose next token is drawn
     sample_rows: np.ndarray  # int64 [samples], their request rows
     sample_positions: np.ndarray  # int64 [samples], where the drawn tokens will stand
@@ -42,22 +46,22 @@ class InputBatch:
         known = _known_tokens(table, rows, computed, counts)
 
         device = table.device
+        rows_t = _to_device(rows, device)
         row_of_token_t = _to_device(row_of_token, device)
         positions_t = _to_device(positions, device)
         known_t = _to_device(known, device)
         blocks = table.block_tables[row_of_token_t, positions_t // block_size]
         attn = AttentionMetadata(
             slot_mapping=blocks.long() * block_size + positions_t % block_size,
-            block_tables=_padded_block_tables(table, rows),
-            seq_lens=_to_device(_pad(computed + counts, 0), device, torch.int32),
-            query_start_loc=_to_device(
-                np.concatenate(([0], _pad(ends, ends[-1]))), device, torch.int32
-            ),
+            block_tables=_with_empty_row(table.block_tables[rows_t]),
+            seq_lens=_to_device(np.append(computed + counts, 0), device, torch.int32),
+            query_start_loc=_to_device(np.concatenate(([0], ends, ends[-1:])), device, torch.int32),
         )
         return cls(
             input_ids=torch.where(known_t < 0, table.last_token_ids[row_of_token_t], known_t),
             positions=positions_t,
             attn=attn,
+            rows=rows_t,
             logits_indices=_to_device(ends[samples] - 1, device),
             sample_rows=rows[samples],
             sample_positions=(computed + counts)[samples],
@@ -65,15 +69,31 @@ class InputBatch:
         )
 
     @classmethod
+    def decode(cls, rows: Tensor, table: RequestTable, block_size: int) -> InputBatch:
+        """A decode step of `rows` (int64 [rows]) from device state alone, so it can be captured."""
+        positions = table.num_computed_tokens[rows]
+        block_tables = _with_empty_row(table.block_tables[rows])
+        blocks = block_tables[:-1].gather(1, positions[:, None] // block_size).squeeze(1)
+        starts = torch.arange(len(rows) + 1, dtype=torch.int32, device=rows.device)
+        attn = AttentionMetadata(
+            slot_mapping=blocks.long() * block_size + positions % block_size,
+            block_tables=block_tables,
+            seq_lens=F.pad(positions + 1, (0, 1)).int(),
+            query_start_loc=torch.cat((starts, starts[-1:])),
+        )
+        none = np.empty(0, np.int64)
+        return cls(table.last_token_ids[rows], positions, attn, rows, rows, none, none, [])
+
+    @classmethod
     def dummy(cls, num_tokens: int, max_blocks: int, device: torch.device) -> InputBatch:
         """Padding only: `num_tokens` tokens that belong to a row of the null block."""
         zeros = torch.zeros(num_tokens, dtype=torch.int64, device=device)
-        tables = torch.zeros(MIN_ROWS, max_blocks, dtype=torch.int32, device=device)
+        tables = torch.zeros(2, max_blocks, dtype=torch.int32, device=device)
         lengths = torch.tensor([1, 0], dtype=torch.int32, device=device)
         starts = torch.tensor([0, 1, 1], dtype=torch.int32, device=device)
         attn = AttentionMetadata(zeros - 1, tables, lengths, starts)
         none = np.empty(0, np.int64)
-        return cls(zeros, zeros, attn, zeros[:1], none, none, [])
+        return cls(zeros, zeros, attn, zeros[:0], zeros[:1], none, none, [])
 
 
 def _known_tokens(
@@ -91,17 +111,8 @@ def _known_tokens(
     return np.concatenate(pieces)
 
 
-def _padded_block_tables(table: RequestTable, rows: np.ndarray) -> Tensor:
-    picked = table.block_tables[_to_device(rows, table.device)]
-    missing = MIN_ROWS - len(rows)
-    if missing <= 0:
-        return picked
-    return torch.cat((picked, picked.new_zeros(missing, picked.shape[1])))
-
-
-def _pad(values: np.ndarray, fill: int) -> np.ndarray:
-    missing = max(MIN_ROWS - len(values), 0)
-    return np.concatenate((values, np.full(missing, fill)))
+def _with_empty_row(block_tables: Tensor) -> Tensor:
+    return F.pad(block_tables, (0, 0, 0, 1))
 
 
 def _to_device(

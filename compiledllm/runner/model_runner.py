@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from contextlib import AbstractContextManager, nullcontext
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from compiledllm.graphs.compile import BlockCompiler
+from compiledllm.graphs.cuda_graphs import DecodeGraphs
 from compiledllm.models.decoder import Decoder
 from compiledllm.platform import single_row_products
 from compiledllm.runner.input_batch import InputBatch
@@ -38,6 +40,7 @@ class ModelRunner:
         self.table = RequestTable(max_num_seqs, max_blocks, self.device)
         self.sampler = Sampler()
         self.compiler = BlockCompiler(model, self.run_dummy)
+        self.graphs: DecodeGraphs | None = None
 
     def execute(self, step: SchedulerOutput) -> StepOutput:
         """Run one step. The row of every request that samples ends up with its new token."""
@@ -51,7 +54,12 @@ class ModelRunner:
         self.table.apply(step)
         if not step.scheduled:
             return StepOutput({})
+        sampled = self._replay(step)
+        if sampled is not None:
+            ids = [line.request_id for line in step.scheduled]
+            return StepOutput(dict(zip(ids, sampled.tolist(), strict=True)))
         batch = InputBatch.gather(step, self.table, self.block_size)
+        self.table.num_computed_tokens[batch.rows] = batch.attn.seq_lens[:-1].long()
         with self._products_of(len(batch.input_ids)):
             hidden = self.model(batch.input_ids, batch.positions, self.kv_caches, batch.attn)
         if not batch.sample_request_ids:
@@ -62,14 +70,51 @@ class ModelRunner:
         self.table.last_token_ids[torch.from_numpy(batch.sample_rows).to(self.device)] = sampled
         return StepOutput(dict(zip(batch.sample_request_ids, sampled.tolist(), strict=True)))
 
+    # -- captured decode steps -----------------------------------------------------------------
+
+    @torch.inference_mode()
+    def capture(self) -> DecodeGraphs:
+        """Capture greedy decode steps for every batch size. CUDA only."""
+        table = self.table
+        graphs = DecodeGraphs(self._decode, table.padding_row, table.padding_row, self.device)
+        graphs.capture()
+        self.graphs = graphs
+        return graphs
+
+    def _replay(self, step: SchedulerOutput) -> Tensor | None:
+        """Token ids of a step in which every request decodes greedily; None if there is no graph.
+
+        int64 [scheduled], on the device.
+        """
+        lines, table = step.scheduled, self.table
+        if self.graphs is None or not all(
+            line.num_scheduled_tokens == 1 and line.samples for line in lines
+        ):
+            return None
+        rows = np.array([table.row_of(line.request_id) for line in lines])
+        positions = np.array([line.num_computed_tokens + 1 for line in lines])
+        if table.temperature[rows].any() or (positions < table.first_stop_position[rows]).any():
+            return None
+        return self.graphs.replay(rows)
+
+    def _decode(self, rows: Tensor) -> Tensor:
+        """The captured step: from the rows' last tokens to their next ones, greedily."""
+        table = self.table
+        batch = InputBatch.decode(rows, table, self.block_size)
+        hidden = self.model(batch.input_ids, batch.positions, self.kv_caches, batch.attn)
+        sampled = self.model.compute_logits(hidden).argmax(dim=-1)
+        table.last_token_ids[rows] = sampled
+        table.num_computed_tokens[rows] = batch.positions + 1
+        table.num_computed_tokens[table.padding_row :].zero_()  # it would outgrow its block table
+        return sampled
+
     def _products_of(self, num_rows: int) -> AbstractContextManager[None]:
         on_cpu = self.device.type == "cpu"
         return single_row_products() if on_cpu and num_rows == 1 else nullcontext()
 
     def reset(self) -> None:
         """Forget all requests (a step failed half-way); the scheduler sends them again as new."""
-        max_num_seqs, max_blocks = self.table.block_tables.shape
-        self.table = RequestTable(max_num_seqs, max_blocks, self.device)
+        self.table.clear()
 
     @torch.inference_mode()
     def run_dummy(self, num_tokens: int) -> None:

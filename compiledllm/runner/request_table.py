@@ -13,16 +13,20 @@ from compiledllm.types import NewRequest, SchedulerOutput
 
 
 class RequestTable:
-    """Rows of request state.
+    """Rows of request state, at addresses that never change.
 
-    On the device: block_tables int32 [max_num_seqs, max_blocks], last_token_ids int64
-    [max_num_seqs]. On the host: the tokens known at admission and the sampling parameters.
+    On the device, one row more than `max_num_seqs` (the last is for padding): block_tables int32
+    [rows, max_blocks], last_token_ids int64 [rows], num_computed_tokens int64 [rows]. On the host:
+    the tokens known at admission and the sampling parameters.
     """
 
     def __init__(self, max_num_seqs: int, max_blocks: int, device: torch.device) -> None:
         self.device = device
-        self.block_tables = torch.zeros(max_num_seqs, max_blocks, dtype=torch.int32, device=device)
-        self.last_token_ids = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self.padding_row = max_num_seqs
+        num_rows = max_num_seqs + 1
+        self.block_tables = torch.zeros(num_rows, max_blocks, dtype=torch.int32, device=device)
+        self.last_token_ids = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self.num_computed_tokens = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self.token_ids: list[np.ndarray] = [np.empty(0, np.int64)] * max_num_seqs
         self.temperature = np.zeros(max_num_seqs, np.float32)  # 0: greedy
         self.top_k = np.zeros(max_num_seqs, np.int64)  # 0: all
@@ -41,14 +45,28 @@ class RequestTable:
         """Release, fill and extend rows as the scheduler says."""
         for request_id in step.freed_request_ids:
             self._release(request_id)
-        for request in step.new_requests:
-            self._fill(request)
+        if step.new_requests:
+            self._fill_all(step)
         self._append_blocks(step)
+
+    def clear(self) -> None:
+        """Release every row."""
+        for request_id in list(self._row_of):
+            self._release(request_id)
 
     def _release(self, request_id: str) -> None:
         self._free_rows.append(self._row_of.pop(request_id))
 
-    def _fill(self, request: NewRequest) -> None:
+    def _fill_all(self, step: SchedulerOutput) -> None:
+        computed = {line.request_id: line.num_computed_tokens for line in step.scheduled}
+        rows = [self._fill(request) for request in step.new_requests]
+        last = [request.token_ids[-1] for request in step.new_requests]
+        counts = [computed[request.request_id] for request in step.new_requests]
+        packed = torch.tensor([rows, last, counts], device=self.device)
+        self.last_token_ids[packed[0]] = packed[1]
+        self.num_computed_tokens[packed[0]] = packed[2]
+
+    def _fill(self, request: NewRequest) -> int:
         row = self._free_rows.pop()
         self._row_of[request.request_id] = row
         self.token_ids[row] = np.asarray(request.token_ids, np.int64)
@@ -60,6 +78,7 @@ class RequestTable:
         self.first_stop_position[row] = request.num_prompt_tokens + params.min_tokens
         self.stop_token_ids[row] = list(request.stop_token_ids)
         self._num_blocks[row] = 0
+        return row
 
     def _append_blocks(self, step: SchedulerOutput) -> None:
         rows: list[int] = []

@@ -13,7 +13,7 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from compiledllm.runner.request_table import RequestTable
 from compiledllm.runner.sampler import Sampler, filter_top_k_top_p, gumbel_noise
-from compiledllm.types import NewRequest, SamplingParams, SchedulerOutput
+from compiledllm.types import NewRequest, SamplingParams, ScheduledRequest, SchedulerOutput
 
 VOCAB_SIZE = 97
 
@@ -37,7 +37,8 @@ def make_table(
         )
         for index, each in enumerate(params)
     ]
-    table.apply(SchedulerOutput(requests, [], []))
+    scheduled = [ScheduledRequest(r.request_id, 0, num_prompt_tokens, [], True) for r in requests]
+    table.apply(SchedulerOutput(requests, scheduled, []))
     assert [table.row_of(f"r{n}") for n in range(len(params))] == list(range(len(params)))
     return table
 

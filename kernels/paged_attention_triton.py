@@ -1,0 +1,317 @@
+"""Paged attention in Triton: the GPU path.
+
+Two kernels read the cache. `_decode_kernel` takes the rows with one new token: all query heads of a
+KV head together, the context split over programs. `_prefill_kernel` takes the others, a block of
+query tokens at a time. Grids follow from shapes alone and nothing is read back, so a captured call
+serves every length. The order of reductions is fixed: equal inputs give equal bits.
+"""
+
+# Triton functions are typed by what they are called with.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, attr-defined, no-untyped-call"
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_LOG2_E = 1.4426950408889634
+_MAX_SPLITS = 64
+_PROGRAMS_PER_SM = 2  # enough to hide each other's latency
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """Shape of a program's work. rows: query tokens times heads; keys: KV tokens per iteration."""
+
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+def decode_tiling(head_dim: int, group: int, itemsize: int) -> Tiling:
+    """group: query heads of a KV head."""
+    rows = max(16, triton.next_power_of_2(group))
+    if itemsize == 4 or head_dim > 128:
+        return Tiling(rows, 32, 4, 2)
+    return Tiling(rows, 64, 4, 3)
+
+
+def prefill_tiling(head_dim: int, group: int, itemsize: int) -> Tiling:
+    """rows is a multiple of the padded group."""
+    least = triton.next_power_of_2(group)
+    if itemsize == 4:
+        return Tiling(max(32, least), 32, 4, 2)
+    if head_dim > 128:
+        return Tiling(max(64, least), 32, 4, 2)
+    return Tiling(max(128, least), 64, 4 if head_dim <= 64 else 8, 3)
+
+
+# -- store -----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _store_kernel(
+    key, value, kv_cache, slot_mapping, key_stride, value_stride, value_offset,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0)
+    slot = tl.maximum(tl.load(slot_mapping + token), 0).to(tl.int64)
+    column = tl.arange(0, PADDED)
+    inside = column < WIDTH
+    target = kv_cache + slot * WIDTH + column
+    tl.store(target, tl.load(key + token * key_stride + column, inside), inside)
+    value = tl.load(value + token * value_stride + column, inside)
+    tl.store(target + value_offset, value, inside)
+
+
+def store_kv(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
+    """See `attention.store_kv`. Slot -1 is sent to slot 0, which belongs to the null block."""
+    num_tokens, num_kv_heads, head_dim = key.shape
+    if num_tokens == 0:
+        return
+    width = num_kv_heads * head_dim
+    key, value = (x if _is_packed(x) else x.contiguous() for x in (key, value))
+    _store_kernel[(num_tokens,)](
+        key, value, kv_cache, slot_mapping, key.stride(0), value.stride(0), kv_cache.stride(0),
+        WIDTH=width, PADDED=triton.next_power_of_2(width),
+    )  # fmt: skip
+
+
+def _is_packed(x: Tensor) -> bool:
+    """Whether a token's heads lie one after the other; tokens may be strided."""
+    return x.stride(-1) == 1 and x.stride(-2) == x.shape[-1]
+
+
+# -- attend ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _attend_keys(
+    q, best, total, acc, kv_cache, table, tokens, in_context, seen, head_offset, scale, soft_cap,
+    value_offset,
+    TOKEN_STRIDE: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    HAS_SOFT_CAP: tl.constexpr, PADDED_DIM: tl.constexpr,
+):  # fmt: skip
+    """One step of online softmax, in base 2, over the keys at `tokens`.
+
+    best, total, acc: highest logit, sum of weights and weighted values so far. in_context [keys]:
+    which tokens exist. seen: which of them each query sees, broadcast to [queries, keys].
+    """
+    dim = tl.arange(0, PADDED_DIM)
+    block = tl.load(table + tokens // BLOCK_SIZE, in_context, other=0).to(tl.int64)
+    offset = (block * BLOCK_SIZE + tokens % BLOCK_SIZE) * TOKEN_STRIDE + head_offset
+    k_mask = in_context[None, :] & (dim < HEAD_DIM)[:, None]
+    k = tl.load(kv_cache + offset[None, :] + dim[:, None], k_mask, other=0.0)
+    logits = tl.dot(q, k, input_precision="ieee") * scale
+    if HAS_SOFT_CAP:
+        logits = soft_cap * (1 - 2 / (1 + tl.exp2(logits * (2 * 1.4426950408889634) / soft_cap)))
+    logits = tl.where(seen, logits * 1.4426950408889634, float("-inf"))
+    higher = tl.maximum(best, tl.max(logits, 1))
+    shift = tl.where(higher == float("-inf"), 0.0, higher)  # a query that sees none of these keys
+    weights = tl.exp2(logits - shift[:, None])
+    decay = tl.exp2(best - shift)
+    v_mask = in_context[:, None] & (dim < HEAD_DIM)[None, :]
+    v = tl.load(kv_cache + value_offset + offset[:, None] + dim[None, :], v_mask, other=0.0)
+    acc = acc * decay[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+    return higher, total * decay + tl.sum(weights, 1), acc
+
+
+@triton.jit
+def _decode_kernel(
+    query, kv_cache, block_tables, seq_lens, query_start_loc, out, partial_out, partial_stats,
+    scale, window, soft_cap, query_stride, table_stride, value_offset,
+    GROUP: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    TOKEN_STRIDE: tl.constexpr, NUM_SPLITS: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_SOFT_CAP: tl.constexpr, PADDED_DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    start = tl.load(query_start_loc + row)
+    if tl.load(query_start_loc + row + 1) - start != 1:
+        return
+    length = tl.load(seq_lens + row)
+    first = tl.maximum(length - window, 0) if HAS_WINDOW else 0
+    first_tile, end_tile = first // KEYS, tl.cdiv(length, KEYS)
+    share = tl.cdiv(end_tile - first_tile, NUM_SPLITS)
+    low = first_tile + split * share
+    high = tl.minimum(low + share, end_tile)
+
+    head = tl.arange(0, ROWS)
+    dim = tl.arange(0, PADDED_DIM)
+    inside = (head < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
+    head_dims = (kv_head * GROUP + head)[:, None] * HEAD_DIM + dim[None, :]
+    q = tl.load(query + start.to(tl.int64) * query_stride + head_dims, inside, other=0.0)
+    best = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, PADDED_DIM], tl.float32)
+    for tile in range(low, high):
+        tokens = tile * KEYS + tl.arange(0, KEYS)
+        in_context = (tokens < length) & (tokens >= first)
+        best, total, acc = _attend_keys(
+            q, best, total, acc, kv_cache, block_tables + row.to(tl.int64) * table_stride, tokens,
+            in_context, in_context[None, :], kv_head * HEAD_DIM, scale, soft_cap, value_offset,
+            TOKEN_STRIDE, BLOCK_SIZE, HEAD_DIM, HAS_SOFT_CAP, PADDED_DIM,
+        )  # fmt: skip
+    if NUM_SPLITS == 1:
+        result = (acc / total[:, None]).to(out.dtype.element_ty)
+        tl.store(out + start.to(tl.int64) * NUM_HEADS * HEAD_DIM + head_dims, result, inside)
+    else:
+        part = (row.to(tl.int64) * NUM_HEADS + kv_head * GROUP + head) * NUM_SPLITS + split
+        tl.store(partial_stats + part * 2, best, head < GROUP)
+        tl.store(partial_stats + part * 2 + 1, total, head < GROUP)
+        if low < high:
+            tl.store(partial_out + part[:, None] * HEAD_DIM + dim[None, :], acc, inside)
+
+
+@triton.jit
+def _reduce_kernel(
+    query_start_loc, out, partial_out, partial_stats,
+    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, NUM_SPLITS: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+):  # fmt: skip
+    row, head = tl.program_id(0), tl.program_id(1)
+    start = tl.load(query_start_loc + row).to(tl.int64)
+    if tl.load(query_start_loc + row + 1) - start != 1:
+        return
+    dim = tl.arange(0, PADDED_DIM)
+    part = (row.to(tl.int64) * NUM_HEADS + head) * NUM_SPLITS + tl.arange(0, NUM_SPLITS)
+    best = tl.load(partial_stats + part * 2)
+    total = tl.load(partial_stats + part * 2 + 1)
+    share = tl.exp2(best - tl.max(best, 0))  # 0 for an empty split
+    mask = (best > float("-inf"))[:, None] & (dim < HEAD_DIM)[None, :]
+    acc = tl.load(partial_out + part[:, None] * HEAD_DIM + dim[None, :], mask, other=0.0)
+    result = tl.sum(acc * share[:, None], 0) / tl.sum(total * share, 0)
+    target = out + (start * NUM_HEADS + head) * HEAD_DIM + dim
+    tl.store(target, result.to(out.dtype.element_ty), dim < HEAD_DIM)
+
+
+@triton.jit
+def _prefill_kernel(
+    query, kv_cache, block_tables, seq_lens, query_start_loc, out,
+    scale, window, soft_cap, query_stride, table_stride, value_offset, num_rows,
+    GROUP: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    TOKEN_STRIDE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr,
+    PADDED_DIM: tl.constexpr, PADDED_GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    TOKENS: tl.constexpr = ROWS // PADDED_GROUP  # query tokens of a program
+    index, kv_head = tl.program_id(0), tl.program_id(1)
+    # Row r owns the programs from query_start_loc[r] // TOKENS + r on: enough for all its tokens.
+    low, high = 0, num_rows
+    while low < high:
+        middle = (low + high) // 2
+        if tl.load(query_start_loc + middle) // TOKENS + middle <= index:
+            low = middle + 1
+        else:
+            high = middle
+    row = low - 1
+    start = tl.load(query_start_loc + row)
+    count = tl.load(query_start_loc + row + 1) - start
+    first_query = (index - (start // TOKENS + row)) * TOKENS
+    if (first_query >= count) | (count == 1):
+        return
+    length = tl.load(seq_lens + row)
+    context = length - count
+
+    lane = tl.arange(0, ROWS)
+    dim = tl.arange(0, PADDED_DIM)
+    token, head = first_query + lane // PADDED_GROUP, lane % PADDED_GROUP
+    inside = ((token < count) & (head < GROUP))[:, None] & (dim < HEAD_DIM)[None, :]
+    head_dims = (kv_head * GROUP + head)[:, None] * HEAD_DIM + dim[None, :]
+    token_index = (start + token).to(tl.int64)[:, None]
+    q = tl.load(query + token_index * query_stride + head_dims, inside, other=0.0)
+    position = (context + token)[:, None]
+    best = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, PADDED_DIM], tl.float32)
+    table = block_tables + row.to(tl.int64) * table_stride
+    first = tl.maximum(context + first_query - window + 1, 0) if HAS_WINDOW else 0
+    end = tl.minimum(context + first_query + TOKENS, length)
+    for tile in range(first // KEYS, tl.cdiv(end, KEYS)):
+        tokens = tile * KEYS + tl.arange(0, KEYS)
+        seen = tokens[None, :] <= position
+        if HAS_WINDOW:
+            seen = seen & (tokens[None, :] > position - window)
+        best, total, acc = _attend_keys(
+            q, best, total, acc, kv_cache, table, tokens, tokens < end, seen, kv_head * HEAD_DIM,
+            scale, soft_cap, value_offset,
+            TOKEN_STRIDE, BLOCK_SIZE, HEAD_DIM, HAS_SOFT_CAP, PADDED_DIM,
+        )  # fmt: skip
+    result = (acc / total[:, None]).to(out.dtype.element_ty)
+    tl.store(out + token_index * NUM_HEADS * HEAD_DIM + head_dims, result, inside)
+
+
+def paged_attention(
+    query: Tensor,
+    kv_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    scale: float,
+    sliding_window: int,
+    soft_cap: float,
+    num_splits: int | None = None,
+) -> Tensor:
+    """See `attention.paged_attention`. num_splits: of a decode row's context; None: by shapes."""
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    num_tokens, num_heads, head_dim = query.shape
+    if num_tokens == 0:
+        return out
+    query = query if _is_packed(query) else query.contiguous()
+    _, _, block_size, num_kv_heads, _ = kv_cache.shape
+    num_rows, max_blocks = block_tables.shape
+    group = num_heads // num_kv_heads
+    tiling = decode_tiling(head_dim, group, query.element_size())
+    if num_splits is None:
+        longest = max_blocks * block_size
+        num_splits = choose_num_splits(num_rows * num_kv_heads, -(-longest // tiling.keys))
+    shape = (num_rows, num_heads, num_splits) if num_splits > 1 else (0,)
+    partial_out = query.new_empty((*shape, head_dim), dtype=torch.float32)
+    partial_stats = query.new_empty((*shape, 2), dtype=torch.float32)
+    tensors = query, kv_cache, block_tables, seq_lens, query_start_loc, out
+    scalars = scale, sliding_window, soft_cap
+    strides = query.stride(0), block_tables.stride(0), kv_cache.stride(0)
+    constants = {
+        "GROUP": group, "NUM_HEADS": num_heads, "HEAD_DIM": head_dim, "BLOCK_SIZE": block_size,
+        "TOKEN_STRIDE": num_kv_heads * head_dim, "HAS_WINDOW": sliding_window > 0,
+        "HAS_SOFT_CAP": soft_cap > 0, "PADDED_DIM": max(16, triton.next_power_of_2(head_dim)),
+    }  # fmt: skip
+    _decode_kernel[(num_rows, num_kv_heads, num_splits)](
+        *tensors, partial_out, partial_stats, *scalars, *strides,
+        NUM_SPLITS=num_splits, ROWS=tiling.rows, KEYS=tiling.keys,
+        num_warps=tiling.num_warps, num_stages=tiling.num_stages, **constants,
+    )  # fmt: skip
+    if num_splits > 1:
+        _reduce_kernel[(num_rows, num_heads)](
+            query_start_loc, out, partial_out, partial_stats,
+            NUM_HEADS=num_heads, HEAD_DIM=head_dim, NUM_SPLITS=num_splits,
+            PADDED_DIM=triton.next_power_of_2(head_dim),
+        )  # fmt: skip
+    if num_tokens >= num_rows:  # else every row has one token at most
+        tiling = prefill_tiling(head_dim, group, query.element_size())
+        padded_group = triton.next_power_of_2(group)
+        num_programs = num_tokens // (tiling.rows // padded_group) + num_rows
+        _prefill_kernel[(num_programs, num_kv_heads)](
+            *tensors, *scalars, *strides, num_rows,
+            PADDED_GROUP=padded_group, ROWS=tiling.rows, KEYS=tiling.keys,
+            num_warps=tiling.num_warps, num_stages=tiling.num_stages, **constants,
+        )  # fmt: skip
+    return out
+
+
+def choose_num_splits(num_programs: int, max_tiles: int) -> int:
+    """Programs per row and KV head: a power of two that fills the GPU, one tile each at least."""
+    wanted = -(-_PROGRAMS_PER_SM * _num_sms() // num_programs)
+    splits = min(wanted, max_tiles, _MAX_SPLITS)
+    return 1 << (splits.bit_length() - 1)
+
+
+@functools.cache
+def _num_sms() -> int:
+    if not torch.cuda.is_available():  # the interpreter: enough to split
+        return 8
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count

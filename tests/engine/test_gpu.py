@@ -1,0 +1,79 @@
+"""The engine on a GPU: captured, with Triton attention, against the eager torch path."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from compiledllm import Engine, SamplingParams
+
+pytestmark = pytest.mark.gpu
+
+GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    rng = random.Random(7)
+    lengths = [1, 2, 15, 16, 17, 100, 300, *(rng.randrange(1, 200) for _ in range(60))]
+    return [[rng.randrange(3, 128) for _ in range(length)] for length in lengths]
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_llama: Callable[..., Path], prompts: list[list[int]]) -> list[list[int]]:
+    engine = make(tiny_llama, attention_backend="torch", enforce_eager=True)
+    return tokens(engine, prompts)
+
+
+def make(tiny_llama: Callable[..., Path], **options: object) -> Engine:
+    shape = {"hidden_size": 256, "head_dim": 64}
+    fixed = {"dtype": "float32", "skip_tokenizer_init": True, "kv_cache_memory_bytes": 2**28}
+    return Engine(tiny_llama(**shape), **(fixed | {"max_num_seqs": 72} | options))
+
+
+def tokens(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
+    outputs = engine.generate(prompts, GREEDY, use_tqdm=False)
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_num_batched_tokens": 32},
+        {"num_kv_blocks": 60},
+        {"max_num_seqs": 5},
+        {"enforce_eager": True},
+        {"block_size": 32},
+    ],
+    ids=str,
+)
+def test_captured_steps_give_the_eager_tokens(
+    options: dict[str, object],
+    tiny_llama: Callable[..., Path],
+    prompts: list[list[int]],
+    expected: list[list[int]],
+) -> None:
+    engine = make(tiny_llama, **options)
+    assert (engine.core.runner.graphs is None) == bool(options.get("enforce_eager"))
+    assert tokens(engine, prompts) == expected
+    assert [tokens(engine, [prompt])[0] for prompt in prompts[:8]] == expected[:8]
+    assert engine.core.runner.compiler.num_recompiles == 0
+    engine.core.scheduler.check_invariants()
+
+
+def test_sampled_and_greedy_requests_share_a_batch(
+    tiny_llama: Callable[..., Path], prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    engine = make(tiny_llama)
+    sampled = SamplingParams(temperature=0.8, top_p=0.9, seed=5, max_tokens=25, ignore_eos=True)
+    params = [GREEDY if index % 2 else sampled for index in range(len(prompts))]
+    outputs = engine.generate(prompts, params, use_tqdm=False)
+    for index, output in enumerate(outputs):
+        if index % 2:
+            assert output.outputs[0].token_ids == expected[index]
+    alone = engine.generate([prompts[0]], [sampled], use_tqdm=False)[0]
+    assert alone.outputs[0].token_ids == outputs[0].outputs[0].token_ids

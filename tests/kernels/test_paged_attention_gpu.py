@@ -1,0 +1,109 @@
+"""The Triton kernels on a GPU against the torch backend: the whole grid, and captured calls."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from compiledllm.kernels import paged_attention_torch as oracle
+from compiledllm.kernels.attention import load_backend
+
+pytestmark = pytest.mark.gpu
+
+HEADS = {"mha": (4, 4), "gqa": (8, 2), "gqa7": (14, 2), "mqa": (8, 1)}
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+Step = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # as paged_attention takes it
+
+
+def lengths(size: int) -> list[int]:
+    return [1, size - 1, size, size + 1, 333, 2049]
+
+
+ROWS = {
+    "decode": [(1, n) for n in lengths(16)] + [(0, 0)],
+    "prefill": [(n, n) for n in lengths(16)] + [(2, 17), (130, 700), (0, 0)],
+    "mixed": [(70, 70), (1, 900), (1, 1), (300, 1000), (0, 0), (1, 47), (0, 0)],
+}
+
+
+def make_step(
+    rows: list[tuple[int, int]], head_dim: int, heads: str, block_size: int, dtype: torch.dtype
+) -> Step:
+    """Random queries over a cache whose unused slots hold NaN."""
+    num_heads, num_kv_heads = HEADS[heads]
+    widths = [-(-context // block_size) for _, context in rows]
+    total = sum(widths) + 3
+    shape = (2, total, block_size, num_kv_heads, head_dim)
+    kv_cache = torch.full(shape, float("nan"), dtype=dtype, device="cuda")
+    free = (torch.randperm(total - 1) + 1).tolist()
+    tables = torch.zeros(len(rows), max(widths) + 2, dtype=torch.int32)
+    for row, (_, context) in enumerate(rows):
+        ids = [free.pop() for _ in range(widths[row])]
+        tables[row, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
+        at = torch.arange(context)
+        slots = tables[row].long()[at // block_size] * block_size + at % block_size
+        flat = kv_cache.view(2, -1, num_kv_heads, head_dim)
+        flat[:, slots.cuda()] = torch.randn(
+            2, context, num_kv_heads, head_dim, dtype=dtype, device="cuda"
+        )
+    counts = torch.tensor([count for count, _ in rows])
+    query = torch.randn(int(counts.sum()), num_heads, head_dim, dtype=dtype, device="cuda")
+    starts = torch.cat((torch.zeros(1), counts.cumsum(0))).int().cuda()
+    seq_lens = torch.tensor([context for _, context in rows], dtype=torch.int32).cuda()
+    return query, kv_cache, tables.cuda(), seq_lens, starts
+
+
+def assert_equals_oracle(step: Step, scale: float, window: int = 0, soft_cap: float = 0.0) -> None:
+    query, kv_cache, *rest = step
+    out = load_backend("triton").paged_attention(*step, scale, window, soft_cap)
+    wide = kv_cache.float().nan_to_num(0.0)  # the oracle multiplies masked slots by zero
+    expected = oracle.paged_attention(query.float(), wide, *rest, scale, window, soft_cap)
+    tolerance = TOLERANCE[query.dtype]
+    torch.testing.assert_close(out.float(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_the_grid(head_dim: int, heads: str, rows: str, dtype: torch.dtype) -> None:
+    for block_size in (16, 32, 64):
+        step = make_step(ROWS[rows], head_dim, heads, block_size, dtype)
+        assert_equals_oracle(step, head_dim**-0.5)
+    assert_equals_oracle(step, 0.3, window=33)
+    assert_equals_oracle(step, 0.3, soft_cap=5.0)
+    assert_equals_oracle(step, 0.3, window=500, soft_cap=5.0)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_equal_inputs_give_equal_bits(dtype: torch.dtype) -> None:
+    attention = load_backend("triton").paged_attention
+    for rows in ROWS.values():
+        step = make_step(rows, 128, "gqa", 16, dtype)
+        first = attention(*step, 0.1, 0, 0.0)
+        for _ in range(20):
+            assert torch.equal(attention(*step, 0.1, 0, 0.0), first)
+
+
+@pytest.mark.parametrize(("batch", "heads"), itertools.product((1, 7, 64), ("gqa", "mha")))
+def test_a_captured_decode_serves_every_length(batch: int, heads: str) -> None:
+    attention = load_backend("triton").paged_attention
+    longest = [(1, 2000)] * batch + [(0, 0)]
+    step = make_step(longest, 128, heads, 16, torch.bfloat16)
+    query, kv_cache, tables, seq_lens, starts = step
+    kv_cache.nan_to_num_(0.0)
+    attention(*step, 0.1, 0, 0.0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attention(*step, 0.1, 0, 0.0)
+    for _ in range(10):
+        seq_lens[:batch] = torch.randint(1, 2001, (batch,), dtype=torch.int32, device="cuda")
+        query.normal_()
+        graph.replay()
+        replayed = out.clone()
+        out.fill_(float("nan"))
+        assert torch.equal(replayed, attention(*step, 0.1, 0, 0.0))
+        assert_equals_oracle(step, 0.1)
