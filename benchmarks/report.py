@@ -15,6 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from compiledllm.platform import Platform, cpu_name
 
 SCHEMA = 1
@@ -135,23 +137,20 @@ def versions() -> dict[str, str]:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return found | {"torch": torch.__version__}  # with the CUDA it was built for
 
 
 def commit() -> str | None:
-    """Of the checkout this module lies in, "+" behind it if changed; else $GIT_COMMIT."""
-    root = str(Path(__file__).resolve().parent)
-    git = ["git", "-C", root]
+    """$GIT_COMMIT if set, else of the checkout this module lies in, "+" behind it if changed."""
+    if given := os.environ.get("GIT_COMMIT"):
+        return given
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
     try:
-        head = subprocess.run(
-            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        )
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True)
         changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True)
-    except OSError:
-        return os.environ.get("GIT_COMMIT")
-    if head.returncode:
-        return os.environ.get("GIT_COMMIT")
-    return head.stdout.strip() + ("+" if changed.stdout else "")
+    except OSError:  # no git here
+        return None
+    return head.stdout.decode().strip() + "+" * bool(changed.stdout) or None
 
 
 def command_line() -> str:

@@ -78,6 +78,9 @@ class SchedulerConfig:
 
     max_num_seqs: int | None = option(None, "most requests running at once")
     max_num_batched_tokens: int | None = option(None, "most tokens computed in a step")
+    async_scheduling: bool | None = option(
+        None, "launch a step before the last one's tokens are known; default: on a GPU"
+    )
     scheduling_policy: str = option("fcfs", "which request goes first", POLICIES)
 
 
@@ -188,6 +191,7 @@ class EngineConfig:
             "max_num_seqs": Choice(256 if on_gpu else 64, where),
             "max_num_batched_tokens": Choice(8192 if on_gpu else 512, where),
             "compile_when": Choice("start" if on_gpu else "busy", where),
+            "async_scheduling": Choice(on_gpu, where),
         }
         groups = {f.name: group for group, f in all_options()}
         reasons = {}

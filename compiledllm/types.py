@@ -173,7 +173,9 @@ class Request:
     """One user's generation: its tokens, how far they are computed, and the blocks that hold them.
 
     The scheduler owns every field but the identity ones. `token_ids` is prompt + output; a token's
-    KV is in the cache when its index is below `num_computed_tokens`.
+    KV is in the cache, or will be once the steps that were scheduled are done, when its index is
+    below `num_computed_tokens`. `num_tokens_in_flight` tokens more have been drawn, or are being
+    drawn, and are known to the device only.
     """
 
     request_id: str
@@ -189,6 +191,7 @@ class Request:
     status: RequestStatus = RequestStatus.WAITING
     token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
+    num_tokens_in_flight: int = 0
     block_ids: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     num_registered_blocks: int = 0

@@ -35,7 +35,6 @@ class DecodeGraphs:
         self._step = step
         self._padding_row = padding_row
         self._rows = torch.full((max_rows,), padding_row, dtype=torch.int64, device=device)
-        self._staged = torch.empty(max_rows, dtype=torch.int64, pin_memory=True)
         self._on_device: tuple[int, bytes] | None = None  # bucket and rows of the last replay
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.buckets: list[int] = []
@@ -88,10 +87,8 @@ class DecodeGraphs:
             return None
         key = bucket, rows.tobytes()
         if key != self._on_device:
-            staged = self._staged[:bucket]
-            staged[: len(rows)] = torch.from_numpy(rows)
-            staged[len(rows) :] = self._padding_row
-            self._rows[:bucket].copy_(staged, non_blocking=True)
+            padded = np.pad(rows, (0, bucket - len(rows)), constant_values=self._padding_row)
+            self._rows[:bucket].copy_(torch.from_numpy(padded).pin_memory(), non_blocking=True)
             self._on_device = key
         graph, sampled = self._graphs[bucket]
         graph.replay()

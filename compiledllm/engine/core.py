@@ -9,6 +9,7 @@ while core.has_unfinished():
 from __future__ import annotations
 
 import time
+from collections import deque
 from pathlib import Path
 
 import torch
@@ -22,10 +23,10 @@ from compiledllm.models.spec import ModelSpec
 from compiledllm.models.weights import fill_with_random_weights, load_weights
 from compiledllm.platform import Platform
 from compiledllm.runner.kv_cache import allocate_kv_caches, block_bytes, plan_num_blocks
-from compiledllm.runner.model_runner import ModelRunner
+from compiledllm.runner.model_runner import ModelRunner, PendingOutput
 from compiledllm.scheduler.block_pool import BlockPool
 from compiledllm.scheduler.scheduler import Scheduler
-from compiledllm.types import FinishReason, Request
+from compiledllm.types import FinishReason, Request, SchedulerOutput
 
 IDLE_CHECK_INTERVAL_S = 10.0
 # On two CPU cores compiling takes 10 to 30 s, in which the model has one core fewer, and makes a
@@ -43,6 +44,7 @@ class EngineCore:
     def __init__(self, config: EngineConfig) -> None:
         self.startup_s: dict[str, float] = {}
         self._last_idle_check = 0.0
+        self._in_flight: deque[tuple[SchedulerOutput, PendingOutput]] = deque()
         started = time.perf_counter()
         self.model_path: Path = resolve_checkpoint(
             config.model.model,
@@ -82,14 +84,22 @@ class EngineCore:
         return self.scheduler.has_unfinished()
 
     def step(self) -> list[Request]:
-        """One step of the whole batch. Returns the requests that got a token."""
+        """Launch one step of the whole batch. Returns the requests that got a token.
+
+        With `async_scheduling` these are the tokens of the step before: the device works on one
+        step while the host books the last one and prepares the next.
+        """
         step = self.scheduler.schedule()
         try:
-            output = self.runner.execute(step)
-            return self.scheduler.update(step, output)
+            self._in_flight.append((step, self.runner.launch(step)))
+            if len(self._in_flight) <= bool(self.config.scheduler.async_scheduling):
+                return []
+            step, output = self._in_flight.popleft()
+            return self.scheduler.update(step, output.collect())
         except BaseException as error:
             # Ctrl-C is not the requests' fault: they are computed again. Anything else is theirs.
             self.scheduler.abandon_step(step, failed=isinstance(error, Exception))
+            self._in_flight.clear()
             self.runner.reset()
             raise
 

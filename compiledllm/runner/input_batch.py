@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compiledllm.kernels.attention import AttentionMetadata
-from compiledllm.runner.request_table import RequestTable
+from compiledllm.runner.request_table import RequestTable, to_device
 from compiledllm.types import SchedulerOutput
 
 
@@ -46,23 +46,23 @@ class InputBatch:
         known = _known_tokens(table, rows, computed, counts)
 
         device = table.device
-        rows_t = _to_device(rows, device)
-        row_of_token_t = _to_device(row_of_token, device)
-        positions_t = _to_device(positions, device)
-        known_t = _to_device(known, device)
+        rows_t = to_device(rows, device)
+        row_of_token_t = to_device(row_of_token, device)
+        positions_t = to_device(positions, device)
+        known_t = to_device(known, device)
         blocks = table.block_tables[row_of_token_t, positions_t // block_size]
         attn = AttentionMetadata(
             slot_mapping=blocks.long() * block_size + positions_t % block_size,
             block_tables=_with_empty_row(table.block_tables[rows_t]),
-            seq_lens=_to_device(np.append(computed + counts, 0), device, torch.int32),
-            query_start_loc=_to_device(np.concatenate(([0], ends, ends[-1:])), device, torch.int32),
+            seq_lens=to_device(np.append(computed + counts, 0), device, torch.int32),
+            query_start_loc=to_device(np.concatenate(([0], ends, ends[-1:])), device, torch.int32),
         )
         return cls(
             input_ids=torch.where(known_t < 0, table.last_token_ids[row_of_token_t], known_t),
             positions=positions_t,
             attn=attn,
             rows=rows_t,
-            logits_indices=_to_device(ends[samples] - 1, device),
+            logits_indices=to_device(ends[samples] - 1, device),
             sample_rows=rows[samples],
             sample_positions=(computed + counts)[samples],
             sample_request_ids=[line.request_id for line in lines if line.samples],
@@ -113,9 +113,3 @@ def _known_tokens(
 
 def _with_empty_row(block_tables: Tensor) -> Tensor:
     return F.pad(block_tables, (0, 0, 0, 1))
-
-
-def _to_device(
-    values: np.ndarray, device: torch.device, dtype: torch.dtype = torch.int64
-) -> Tensor:
-    return torch.from_numpy(values).to(device, dtype)

@@ -14,9 +14,31 @@ from compiledllm.graphs.cuda_graphs import DecodeGraphs
 from compiledllm.models.decoder import Decoder
 from compiledllm.platform import single_row_products
 from compiledllm.runner.input_batch import InputBatch
-from compiledllm.runner.request_table import RequestTable
+from compiledllm.runner.request_table import RequestTable, to_device
 from compiledllm.runner.sampler import Sampler
 from compiledllm.types import SchedulerOutput, StepOutput
+
+
+class PendingOutput:
+    """A launched step's tokens on their way to the host."""
+
+    def __init__(self, request_ids: list[str], sampled: Tensor | None) -> None:
+        """sampled: token ids [request_ids] on the device, read at once: it may be overwritten."""
+        self._request_ids = request_ids
+        self._arrived: torch.cuda.Event | None = None
+        self._token_ids = sampled
+        if sampled is not None and sampled.is_cuda:
+            self._token_ids = torch.empty(sampled.shape, dtype=sampled.dtype, pin_memory=True)
+            self._token_ids.copy_(sampled, non_blocking=True)
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record()
+
+    def collect(self) -> StepOutput:
+        """Wait for the step and give its tokens."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        tokens = [] if self._token_ids is None else self._token_ids.tolist()
+        return StepOutput(dict(zip(self._request_ids, tokens, strict=True)))
 
 
 class ModelRunner:
@@ -42,33 +64,36 @@ class ModelRunner:
         self.compiler = BlockCompiler(model, self.run_dummy)
         self.graphs: DecodeGraphs | None = None
 
-    def execute(self, step: SchedulerOutput) -> StepOutput:
-        """Run one step. The row of every request that samples ends up with its new token."""
+    def launch(self, step: SchedulerOutput) -> PendingOutput:
+        """Start one step; on a GPU it may still run when this returns.
+
+        The row of every request that samples ends up with its new token, so the next step can be
+        launched before this one's output is collected.
+        """
         started = time.perf_counter()
-        output = self._execute(step)
+        output = self._launch(step)
         self.compiler.count_work(time.perf_counter() - started)
         return output
 
     @torch.inference_mode()
-    def _execute(self, step: SchedulerOutput) -> StepOutput:
+    def _launch(self, step: SchedulerOutput) -> PendingOutput:
         self.table.apply(step)
         if not step.scheduled:
-            return StepOutput({})
+            return PendingOutput([], None)
         sampled = self._replay(step)
         if sampled is not None:
-            ids = [line.request_id for line in step.scheduled]
-            return StepOutput(dict(zip(ids, sampled.tolist(), strict=True)))
+            return PendingOutput([line.request_id for line in step.scheduled], sampled)
         batch = InputBatch.gather(step, self.table, self.block_size)
         self.table.num_computed_tokens[batch.rows] = batch.attn.seq_lens[:-1].long()
         with self._products_of(len(batch.input_ids)):
             hidden = self.model(batch.input_ids, batch.positions, self.kv_caches, batch.attn)
         if not batch.sample_request_ids:
-            return StepOutput({})
+            return PendingOutput([], None)
         with self._products_of(len(batch.logits_indices)):
             logits = self.model.compute_logits(hidden[batch.logits_indices])
         sampled = self.sampler.sample(logits, self.table, batch.sample_rows, batch.sample_positions)
-        self.table.last_token_ids[torch.from_numpy(batch.sample_rows).to(self.device)] = sampled
-        return StepOutput(dict(zip(batch.sample_request_ids, sampled.tolist(), strict=True)))
+        self.table.last_token_ids[to_device(batch.sample_rows, self.device)] = sampled
+        return PendingOutput(batch.sample_request_ids, sampled)
 
     # -- captured decode steps -----------------------------------------------------------------
 

@@ -62,7 +62,7 @@ class RequestTable:
         rows = [self._fill(request) for request in step.new_requests]
         last = [request.token_ids[-1] for request in step.new_requests]
         counts = [computed[request.request_id] for request in step.new_requests]
-        packed = torch.tensor([rows, last, counts], device=self.device)
+        packed = to_device(np.array([rows, last, counts]), self.device)
         self.last_token_ids[packed[0]] = packed[1]
         self.num_computed_tokens[packed[0]] = packed[2]
 
@@ -92,6 +92,18 @@ class RequestTable:
                 block_ids += line.new_block_ids
                 self._num_blocks[row] += count
         if rows:
-            index = torch.tensor([rows, columns], device=self.device)
-            values = torch.tensor(block_ids, dtype=torch.int32, device=self.device)
-            self.block_tables[index[0], index[1]] = values
+            packed = to_device(np.array([rows, columns, block_ids]), self.device)
+            self.block_tables[packed[0], packed[1]] = packed[2].int()
+
+
+def to_device(
+    values: np.ndarray, device: torch.device, dtype: torch.dtype = torch.int64
+) -> torch.Tensor:
+    """A copy on the device that does not wait for the work queued there.
+
+    Pageable memory would: its copy starts only once the device has caught up.
+    """
+    tensor = torch.from_numpy(values).to(dtype)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compiledllm.runner.request_table import RequestTable
+from compiledllm.runner.request_table import RequestTable, to_device
 
 
 class Sampler:
@@ -29,20 +29,20 @@ class Sampler:
         if not temperature.any():
             return logits.argmax(dim=-1)
         device = logits.device
-        scale = torch.from_numpy(np.where(temperature > 0, temperature, 1.0)).to(device)
-        scores = logits.float() / scale[:, None].float()
+        scale = to_device(np.where(temperature > 0, temperature, 1.0), device, torch.float32)
+        scores = logits.float() / scale[:, None]
         filtered = (temperature > 0) & ((table.top_k[rows] > 0) | (table.top_p[rows] < 1))
         if filtered.any():
             chosen = np.flatnonzero(filtered)
-            index = torch.from_numpy(chosen).to(device)
+            index = to_device(chosen, device)
             scores[index] = filter_top_k_top_p(
                 scores[index],
-                torch.from_numpy(table.top_k[rows[chosen]]).to(device),
-                torch.from_numpy(table.top_p[rows[chosen]]).to(device),
+                to_device(table.top_k[rows[chosen]], device),
+                to_device(table.top_p[rows[chosen]], device, torch.float32),
             )
-        seeds = torch.from_numpy(table.seed[rows]).to(device)
-        noise = gumbel_noise(seeds, torch.from_numpy(positions).to(device), scores.shape[-1])
-        greedy = torch.from_numpy(temperature == 0).to(device)
+        seeds = to_device(table.seed[rows], device)
+        noise = gumbel_noise(seeds, to_device(positions, device), scores.shape[-1])
+        greedy = to_device(temperature == 0, device, torch.bool)
         return torch.where(greedy[:, None], scores, scores + noise).argmax(dim=-1)
 
     def _ban_early_stops(

@@ -6,10 +6,15 @@ by recompute and, later, speculation. Knows nothing of tensors, models or text.
 
     scheduler.add(request)
     step = scheduler.schedule()                 # -> SchedulerOutput
-    finished = scheduler.update(step, sampled)  # after the runner executed it
+    advanced = scheduler.update(step, sampled)  # after the runner executed it
+
+The next step may be scheduled before the last one's tokens are known: a request's tokens in flight
+count as tokens, and what a request did not need in the end is dropped by `update`.
 """
 
 from __future__ import annotations
+
+from collections import deque
 
 from compiledllm.scheduler.block_pool import BlockPool, hash_block
 from compiledllm.scheduler.policy import POLICIES, WaitingQueue
@@ -47,6 +52,7 @@ class Scheduler:
         self.waiting = WaitingQueue(POLICIES[policy])
         self.num_preemptions = 0
         self._freed_request_ids: list[str] = []
+        self._in_flight: deque[list[Request]] = deque()  # of each step that `update` has not seen
 
     # -- requests in and out -------------------------------------------------------------------
 
@@ -81,8 +87,6 @@ class Scheduler:
             return None
         if request.status is RequestStatus.RUNNING:
             self.running.remove(request)
-        else:
-            self.waiting.remove(request)
         self._end(request, reason, stop_reason)
         return request
 
@@ -106,6 +110,7 @@ class Scheduler:
             scheduled.append(admitted[1])
             budget -= admitted[1].num_scheduled_tokens
         freed, self._freed_request_ids = self._freed_request_ids, []
+        self._in_flight.append([self.requests[line.request_id] for line in scheduled])
         return SchedulerOutput(new_requests, scheduled, freed)
 
     def _schedule_running(self, budget: int) -> tuple[list[ScheduledRequest], bool]:
@@ -116,7 +121,10 @@ class Scheduler:
         index = 0
         while index < len(self.running) and budget > 0:
             request = self.running[index]
-            count = min(request.num_tokens - request.num_computed_tokens, budget)
+            count = min(self._num_tokens_to_compute(request), budget)
+            if count == 0:  # its last token is in flight
+                index += 1
+                continue
             missing = self._num_missing_blocks(request, request.num_computed_tokens + count)
             while missing > self.block_pool.num_free_blocks and self.running[-1] is not request:
                 self._preempt(self.running.pop())
@@ -133,7 +141,7 @@ class Scheduler:
 
     def _admit(self, request: Request, budget: int) -> tuple[NewRequest, ScheduledRequest] | None:
         """Start (or resume) a waiting request, reusing cached blocks; None if it must wait."""
-        if len(self.running) >= self.max_num_seqs:
+        if len(self.running) >= self.max_num_seqs or request.num_tokens_in_flight:
             return None
         cached = self._lookup_prefix(request)
         num_cached = len(cached) * self.block_size
@@ -172,24 +180,34 @@ class Scheduler:
         new_block_ids = self.block_pool.allocate(missing)
         request.block_ids += new_block_ids
         num_computed = request.num_computed_tokens
-        self._register_full_blocks(request, num_computed + count)
+        samples = count == self._num_tokens_to_compute(request)
+        request.num_computed_tokens += count
+        request.num_tokens_in_flight += samples
+        self._register_full_blocks(request)
         return ScheduledRequest(
             request_id=request.request_id,
             num_computed_tokens=num_computed,
             num_scheduled_tokens=count,
             new_block_ids=(shared or []) + new_block_ids,
-            samples=num_computed + count == request.num_tokens,
+            samples=samples,
         )
 
+    def _num_tokens_to_compute(self, request: Request) -> int:
+        """Tokens whose KV is still missing; 0 also if the token in flight will be the last."""
+        if request.num_output_tokens + request.num_tokens_in_flight >= request.max_tokens:
+            return 0
+        return request.num_tokens + request.num_tokens_in_flight - request.num_computed_tokens
+
     def update(self, step: SchedulerOutput, output: StepOutput) -> list[Request]:
-        """Book a step's results; returns the requests that got a token (finished ones included)."""
+        """Book a step's results, in the order of the steps.
+
+        Returns the requests that got a token, finished ones included. Those that ended while the
+        step ran (an earlier token, an abort) get none.
+        """
         advanced: list[Request] = []
-        for line in step.scheduled:
-            request = self.requests.get(line.request_id)
-            if request is None:  # aborted while the step ran
-                continue
-            request.num_computed_tokens += line.num_scheduled_tokens
-            if line.samples:
+        for line, request in zip(step.scheduled, self._in_flight.popleft(), strict=True):
+            if line.samples and not request.is_finished:
+                request.num_tokens_in_flight -= 1
                 self._append(request, output.token_ids[line.request_id])
                 advanced.append(request)
         if any(request.is_finished for request in advanced):
@@ -210,10 +228,13 @@ class Scheduler:
     def abandon_step(self, step: SchedulerOutput, failed: bool) -> None:
         """The step was not executed, or only in part; the runner's rows are gone too.
 
-        Every running request starts over from its tokens. With `failed`, those of the step end with
-        "error" instead. What the step may have written is distrusted.
+        So are tokens in flight. Every running request starts over from the tokens it has. With
+        `failed`, those of the step end with "error" instead. What was written is distrusted.
         """
         self.block_pool.reset_prefix_cache()
+        self._in_flight.clear()
+        for request in self.requests.values():
+            request.num_tokens_in_flight = 0
         self.running = [request for request in self.running if not request.is_finished]
         while self.running:
             self._preempt(self.running.pop())
@@ -240,10 +261,11 @@ class Scheduler:
             parent = hashes[-1] if hashes else b""
             hashes.append(hash_block(parent, request.token_ids[start : start + size]))
 
-    def _register_full_blocks(self, request: Request, num_computed: int) -> None:
+    def _register_full_blocks(self, request: Request) -> None:
+        """Tokens in flight are not known here, so their blocks are registered a step later."""
         if not self.block_pool.enable_prefix_caching:
             return
-        num_full = min(num_computed, request.num_tokens) // self.block_size
+        num_full = min(request.num_computed_tokens, request.num_tokens) // self.block_size
         if num_full > request.num_registered_blocks:
             self._extend_hashes(request, num_full * self.block_size)
             for index in range(request.num_registered_blocks, num_full):
@@ -264,6 +286,8 @@ class Scheduler:
         self, request: Request, reason: FinishReason, stop_reason: int | str | None = None
     ) -> None:
         was_running = request.status is RequestStatus.RUNNING
+        if not was_running:
+            self.waiting.remove(request)
         self._release_blocks(request)
         request.status = RequestStatus.FINISHED
         request.finish_reason = reason

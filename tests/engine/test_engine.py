@@ -12,16 +12,20 @@ from typing import Any
 import pytest
 
 from compiledllm import LLM, ConfigError, Engine, RequestOutput, SamplingParams
-from compiledllm.types import SchedulerOutput, StepOutput
+from compiledllm.runner.model_runner import PendingOutput
+from compiledllm.types import SchedulerOutput
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 PROMPTS = [[5, 6, 7], [9], list(range(10, 60)), [3] * 20]
 
 
-@pytest.fixture(scope="module")
-def make(tiny_llama: Callable[..., Path]) -> Callable[..., Engine]:
+@pytest.fixture(scope="module", params=[False, True], ids=["in_step", "run_ahead"])
+def make(request: pytest.FixtureRequest, tiny_llama: Callable[..., Path]) -> Callable[..., Engine]:
+    """Engines that wait for each step, and engines that launch the next one first."""
+
     def make(**options: Any) -> Engine:
         defaults = {"device": "cpu", "skip_tokenizer_init": True, "enforce_eager": True}
+        defaults["async_scheduling"] = request.param
         return Engine(tiny_llama(), **(defaults | options))
 
     return make
@@ -206,17 +210,17 @@ def test_a_step_that_breaks_off_leaves_a_working_engine(
     """Ctrl-C or a failure inside a step: no row, block or cached prefix survives wrongly."""
     engine = make()
     expected = tokens(engine.generate(PROMPTS, GREEDY))
-    execute, calls = engine.core.runner.execute, 0
+    launch, calls = engine.core.runner.launch, 0
 
-    def breaking(step: SchedulerOutput) -> StepOutput:
+    def breaking(step: SchedulerOutput) -> PendingOutput:
         nonlocal calls
         calls += 1
-        output = execute(step)
+        output = launch(step)
         if calls == 4:
             raise error("in the middle")
         return output
 
-    monkeypatch.setattr(engine.core.runner, "execute", breaking)
+    monkeypatch.setattr(engine.core.runner, "launch", breaking)
     with pytest.raises(error):
         engine.generate(PROMPTS, GREEDY)
     assert not engine.has_unfinished_requests()
@@ -232,7 +236,7 @@ def test_ctrl_c_in_a_step_costs_other_requests_nothing(
     engine.add_request(PROMPTS[0], GREEDY)
     engine.step()
     with monkeypatch.context() as patch:
-        patch.setattr(engine.core.runner, "execute", _interrupt)
+        patch.setattr(engine.core.runner, "launch", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             engine.step()
     outputs: list[RequestOutput] = []
@@ -241,7 +245,7 @@ def test_ctrl_c_in_a_step_costs_other_requests_nothing(
     assert tokens(outputs) == expected
 
 
-def _interrupt(step: SchedulerOutput) -> StepOutput:
+def _interrupt(step: SchedulerOutput) -> PendingOutput:
     raise KeyboardInterrupt
 
 
@@ -295,14 +299,14 @@ def test_failed_step_tells_added_requests(
     engine = make()
     engine.add_request(PROMPTS[0], GREEDY)
     with monkeypatch.context() as patch:
-        patch.setattr(engine.core.runner, "execute", _fail)
+        patch.setattr(engine.core.runner, "launch", _fail)
         with pytest.raises(RuntimeError):
             engine.step()
     (output,) = engine.step()
     assert output.outputs[0].finish_reason == "error" and not engine.has_unfinished_requests()
 
 
-def _fail(step: SchedulerOutput) -> StepOutput:
+def _fail(step: SchedulerOutput) -> PendingOutput:
     raise RuntimeError("out of memory")
 
 
