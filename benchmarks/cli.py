@@ -115,6 +115,9 @@ def _add_engines(parser: argparse.ArgumentParser) -> None:
         "--engine", nargs="+", choices=ENGINES, default=["compiledllm"],
         help="several take turns on the same work; ratios are the first one's to the others'",
     )  # fmt: skip
+    parser.add_argument(
+        "--hf-max-batch-size", type=_positive, default=16, help="of transformers' generate"
+    )
     _add_report(parser)
     add_engine_options(parser.add_argument_group("engine"))
 

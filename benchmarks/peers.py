@@ -28,7 +28,6 @@ _VLLM_OPTIONS = (
     "enforce_eager",
     "seed",
 )
-_TRANSFORMERS_BATCH = 16
 _SHARED_MEMORY = 0.94  # of a GPU, for all engines of a run together
 
 
@@ -48,14 +47,14 @@ class Peer(Protocol):
         """Host and device seconds of a decode step; None if the engine cannot be looked into."""
 
 
-def make_peer(name: str, model: Model, shared_by: int = 1) -> Peer:
+def make_peer(name: str, model: Model, shared_by: int = 1, hf_max_batch_size: int = 16) -> Peer:
     """Load `name`. shared_by: how many engines hold the GPU's memory in this run."""
     if shared_by > 1 and model.platform.is_cuda:
         share = {"gpu_memory_utilization": round(_SHARED_MEMORY / shared_by, 3)}
         model = replace(model, options=share | dict(model.options))
     if name == "vllm":
         return VLLM(model)
-    return Transformers(model) if name == "transformers" else CompiledLLM(model)
+    return Transformers(model, hf_max_batch_size) if name == "transformers" else CompiledLLM(model)
 
 
 class CompiledLLM:
@@ -152,11 +151,12 @@ class VLLM:
 
 
 class Transformers:
-    """transformers' `generate`, static cache, in batches of at most 16, padded on the left."""
+    """transformers' `generate`, static cache, in batches padded on the left."""
 
     name = "transformers"
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, max_batch_size: int) -> None:
+        self._max_batch_size = max_batch_size
         started = time.perf_counter()
         import transformers
 
@@ -174,13 +174,12 @@ class Transformers:
         self._model.to(self._device).eval()
 
     def generate(self, requests: Sequence[SampleRequest]) -> None:
-        for start in range(0, len(requests), _TRANSFORMERS_BATCH):
-            self._generate_batch(requests[start : start + _TRANSFORMERS_BATCH])
+        for batch in self._batches(requests):
+            self._generate_batch(batch)
 
     def inter_token_times(self, requests: Sequence[SampleRequest]) -> list[float] | None:
         gaps = []
-        for start in range(0, len(requests), _TRANSFORMERS_BATCH):
-            batch = requests[start : start + _TRANSFORMERS_BATCH]
+        for batch in self._batches(requests):
             stamps: list[float] = []
             self._generate_batch(batch, stamps)
             for before, after in zip(stamps, stamps[1:], strict=False):
@@ -189,6 +188,10 @@ class Transformers:
 
     def step_times(self, requests: Sequence[SampleRequest]) -> StepTimes | None:
         return None  # `generate` cannot be stopped between two steps
+
+    def _batches(self, requests: Sequence[SampleRequest]) -> list[Sequence[SampleRequest]]:
+        size = self._max_batch_size
+        return [requests[start : start + size] for start in range(0, len(requests), size)]
 
     @torch.inference_mode()
     def _generate_batch(

@@ -153,8 +153,16 @@ def commit() -> str | None:
     return head.stdout.decode().strip() + "+" * bool(changed.stdout) or None
 
 
-def command_line() -> str:
-    return shlex.join(["compiledllm", *sys.argv[1:]])
+def command_line(arguments: Sequence[str]) -> str:
+    """The command, to be run again anywhere: without this machine's folders."""
+    return shlex.join(["compiledllm", *map(without_folder, arguments)])
+
+
+def without_folder(value: str) -> str:
+    """The last part of a path on this machine; anything else (a hub id, a URL, a number) as is."""
+    path = Path(value)
+    is_here = path.is_absolute() or (os.sep in value and (path.exists() or path.parent.is_dir()))
+    return path.name if is_here else value
 
 
 def new_report(
@@ -167,6 +175,10 @@ def new_report(
         hardware=dict(hardware),
         versions=versions(),
         commit=commit(),
-        command=command_line(),
-        flags={name: value for name, value in flags.items() if value is not None},
+        command=command_line(sys.argv[1:]),
+        flags={
+            name: without_folder(value) if isinstance(value, str) else value
+            for name, value in flags.items()
+            if value is not None
+        },
     )

@@ -63,7 +63,7 @@ def latency(arguments: Namespace) -> int:
         vocab_size=model.vocab_size,
     )
     report = _report("latency", model, arguments, output_len=work.output_len, seed=work.seed)
-    peers = _load(arguments.engine, model)
+    peers = _load(arguments, model)
     with progress(work.num_measurements(len(peers))) as advance:
         rows = grid.measure_grid(peers, work, advance)
         _collect(report, rows, model, grid.add_floors, arguments.output_json)
@@ -81,7 +81,7 @@ def throughput(arguments: Namespace) -> int:
     requests = with_token_ids(requests, model.encode)
     model.check_length(max(len(r.prompt) + r.output_len for r in requests))
     report = _report("throughput", model, arguments, requests=fingerprint(requests))
-    peers = _load(arguments.engine, model)
+    peers = _load(arguments, model)
 
     def add_floor(row: Row, model: Model, ceilings: Ceilings) -> None:
         offline.add_floor(row, requests, model, ceilings)
@@ -176,9 +176,9 @@ def _seed(arguments: Namespace) -> int:
     return DEFAULT_SEED if seed is None else seed
 
 
-def _load(names: Iterable[str], model: Model) -> list[Peer]:
-    names = list(dict.fromkeys(names))
-    return [make_peer(name, model, shared_by=len(names)) for name in names]
+def _load(arguments: Namespace, model: Model) -> list[Peer]:
+    names = list(dict.fromkeys(arguments.engine))
+    return [make_peer(name, model, len(names), arguments.hf_max_batch_size) for name in names]
 
 
 def _requests(arguments: Namespace, vocab_size: int, encode: Encode | None) -> list[SampleRequest]:

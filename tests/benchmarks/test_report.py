@@ -15,9 +15,12 @@ from compiledllm.benchmarks.report import (
     KINDS,
     Report,
     against_floor,
+    command_line,
     load_report,
+    new_report,
     percentiles,
     spread,
+    without_folder,
 )
 from compiledllm.benchmarks.tables import print_report
 
@@ -71,6 +74,18 @@ def test_faster_than_the_floor_is_broken() -> None:
 def test_overlapping_intervals_count_once() -> None:
     assert covered([(5, 7), (0, 2), (1, 3), (1.5, 2.5), (9, 9)]) == 5
     assert covered([]) == 0
+
+
+def test_no_folder_of_this_machine_gets_into_a_report(tmp_path: Path) -> None:
+    out = tmp_path / "a.json"
+    arguments = ["bench", "latency", "--model", str(tmp_path), "--output-json", str(out)]
+    assert command_line(arguments) == (
+        f"compiledllm bench latency --model {tmp_path.name} --output-json a.json"
+    )
+    assert without_folder("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
+    assert without_folder("http://127.0.0.1:8000") == "http://127.0.0.1:8000"
+    report = new_report("latency", {}, {}, {"model": str(tmp_path), "output_len": 5, "plot": None})
+    assert report.flags == {"model": tmp_path.name, "output_len": 5}
 
 
 def test_a_report_survives_its_file(tmp_path: Path) -> None:
