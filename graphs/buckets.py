@@ -1,8 +1,9 @@
-"""Batch-size buckets for captured decode steps: pure functions of the largest batch."""
+"""Which step sizes are captured: pure functions of the largest batch and step."""
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from collections.abc import Iterable
+from typing import NamedTuple
 
 # (up to this size, in steps of): dense where a padded row costs most, sparse where it costs little.
 _STEPS = ((8, 1), (16, 2), (32, 4), (128, 8), (256, 16), (512, 32))
@@ -20,7 +21,39 @@ def ladder(max_size: int) -> list[int]:
     return [size for size in sizes if size < max_size] + [max_size]
 
 
-def bucket_for(size: int, buckets: list[int]) -> int | None:
-    """The smallest bucket that holds `size` rows, or None if none does."""
-    index = bisect_left(buckets, size)
-    return buckets[index] if index < len(buckets) else None
+class StepShape(NamedTuple):
+    """Padded size of a captured step. is_decode: every request has one token, so tokens = rows."""
+
+    num_tokens: int
+    num_rows: int
+    is_decode: bool
+
+
+# Tokens of steps with prompts in them: beyond the last, the device works longer than the host.
+_MIXED_TOKENS = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+_FEW_ROWS = 8
+
+
+def step_shapes(max_rows: int, max_tokens: int) -> list[StepShape]:
+    """All shapes worth capturing: decode steps of every bucket, steps with prompts up to a size.
+
+    The latter for a few rows and for as many as there can be, and always with more tokens than
+    rows: fewer would mean a decode step.
+    """
+    decode = [StepShape(size, size, True) for size in ladder(max_rows)]
+    row_counts = sorted({min(_FEW_ROWS, max_rows), max_rows})
+    token_counts = [count for count in _MIXED_TOKENS if count <= max_tokens]
+    mixed = [StepShape(t, rows, False) for t in token_counts for rows in row_counts if rows < t]
+    return decode + mixed
+
+
+def shape_for(shape: StepShape, shapes: Iterable[StepShape]) -> StepShape | None:
+    """The smallest of `shapes` that holds a step of this kind and size, or None."""
+    fitting = (
+        s
+        for s in shapes
+        if s.is_decode == shape.is_decode
+        and s.num_tokens >= shape.num_tokens
+        and s.num_rows >= shape.num_rows
+    )
+    return min(fitting, default=None)

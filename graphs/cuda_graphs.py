@@ -1,6 +1,6 @@
-"""Decode steps as captured CUDA graphs: one graph of the whole step for each batch-size bucket.
+"""Whole steps as captured CUDA graphs, one for each shape that is worth it.
 
-Knows a step function over request rows and its static buffers; no model, no requests.
+Knows a step function, shapes and a static input buffer; no model, no requests.
 """
 
 from __future__ import annotations
@@ -8,88 +8,98 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from compiledllm.graphs.buckets import bucket_for, ladder
+from compiledllm.graphs.buckets import StepShape, shape_for
 
 log = logging.getLogger("compiledllm")
 
-# Request rows int64 [bucket] -> sampled token ids int64 [bucket]. Reads and writes tensors whose
-# addresses never change; every step's differences are in them, none in Python values.
-DecodeStep = Callable[[Tensor], Tensor]
+# Shape, inputs int64 [as its shape asks] -> drawn token ids int64 [rows]. Reads and writes tensors
+# whose addresses never change; what differs from step to step is in them, not in Python values.
+Step = Callable[[StepShape, Tensor], Tensor]
 
 
-class DecodeGraphs:
-    """Captures `step` for buckets up to `max_rows` and replays it for any number of rows up to it.
+class StepGraphs:
+    """Captures `step` for a set of shapes and replays it.
 
-    padding_row: the row that fills a bucket up; what the step does to it must be harmless.
+    inputs: an array of padding for each shape, as `replay` will get it.
     """
 
     def __init__(
-        self, step: DecodeStep, max_rows: int, padding_row: int, device: torch.device
+        self, step: Step, inputs: Mapping[StepShape, np.ndarray], device: torch.device
     ) -> None:
         self._step = step
-        self._padding_row = padding_row
-        self._rows = torch.full((max_rows,), padding_row, dtype=torch.int64, device=device)
-        self._on_device: tuple[int, bytes] | None = None  # bucket and rows of the last replay
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self.buckets: list[int] = []
+        self._padding = inputs
+        largest = max(map(len, inputs.values()))
+        self._inputs = torch.zeros(largest, dtype=torch.int64, device=device)
+        self._on_device: tuple[StepShape, bytes] | None = None  # inputs of the last replay
+        self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._served_by: dict[StepShape, StepShape | None] = {}
         self.seconds = 0.0
 
-    def capture(self) -> None:
-        """Record all buckets, the largest first, in one memory pool.
+    @property
+    def shapes(self) -> list[StepShape]:
+        return list(self._graphs)
 
-        If memory runs out, the buckets captured so far are dropped and those of half the size
-        tried; larger batches then run without a graph, and a log line says so.
+    def capture(self) -> None:
+        """Record all shapes, the largest first, in one memory pool.
+
+        If memory runs out, those of half the rows and tokens are tried; larger steps then run
+        without a graph, and a log line says so.
         """
         started = time.perf_counter()
-        sizes = ladder(len(self._rows))
-        while sizes:
+        shapes = sorted(self._padding)
+        while shapes:
             try:
-                self._capture_all(sizes)
+                self._capture_all(shapes)
                 break
             except torch.OutOfMemoryError:
                 self._graphs.clear()
                 torch.cuda.empty_cache()
-                dropped, sizes = sizes[-1], [size for size in sizes if size <= sizes[-1] // 2]
+                limit = shapes[-1].num_tokens // 2
+                shapes = [shape for shape in shapes if shape.num_tokens <= limit]
                 log.warning(
-                    "no memory to capture decode steps of %d requests; steps of more than %d run "
-                    "uncaptured. Lower gpu_memory_utilization or max_num_seqs",
-                    dropped,
-                    sizes[-1] if sizes else 0,
+                    "no memory to capture steps of more than %d tokens: they run uncaptured. "
+                    "Lower gpu_memory_utilization or max_num_seqs",
+                    limit,
                 )
-        self.buckets = sizes
         self.seconds = time.perf_counter() - started
 
-    def _capture_all(self, sizes: list[int]) -> None:
+    def _capture_all(self, shapes: list[StepShape]) -> None:
         pool = torch.cuda.graph_pool_handle()
         gc.collect()
-        for size in reversed(sizes):
-            rows = self._rows[:size]
-            self._step(rows)  # whatever is set up on first use must not be captured
+        for shape in reversed(shapes):
+            inputs = self._write(shape, self._padding[shape])
+            self._step(shape, inputs)  # whatever is set up on first use must not be captured
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                sampled = self._step(rows)
-            self._graphs[size] = graph, sampled
+                drawn = self._step(shape, inputs)
+            self._graphs[shape] = graph, drawn
 
-    def replay(self, rows: np.ndarray) -> Tensor | None:
-        """Run the step for `rows`; sampled token ids [rows], valid until the next replay.
+    def shape_for(self, shape: StepShape) -> StepShape | None:
+        """The captured shape that serves a step of this size, or None."""
+        if shape not in self._served_by:
+            self._served_by[shape] = shape_for(shape, self._graphs)
+        return self._served_by[shape]
 
-        None if no bucket holds so many rows. With the rows of the last call nothing is copied.
+    def replay(self, shape: StepShape, inputs: np.ndarray) -> Tensor:
+        """Run a step; its token ids [shape.num_rows], valid until the next replay.
+
+        With the shape and inputs of the last call nothing is copied to the device.
         """
-        bucket = bucket_for(len(rows), self.buckets)
-        if bucket is None:
-            return None
-        key = bucket, rows.tobytes()
+        key = shape, inputs.tobytes()
         if key != self._on_device:
-            padded = np.pad(rows, (0, bucket - len(rows)), constant_values=self._padding_row)
-            self._rows[:bucket].copy_(torch.from_numpy(padded).pin_memory(), non_blocking=True)
+            self._write(shape, inputs)
             self._on_device = key
-        graph, sampled = self._graphs[bucket]
+        graph, drawn = self._graphs[shape]
         graph.replay()
-        return sampled[: len(rows)]
+        return drawn
+
+    def _write(self, shape: StepShape, values: np.ndarray) -> Tensor:
+        inputs = self._inputs[: len(values)]
+        return inputs.copy_(torch.from_numpy(values).pin_memory(), non_blocking=True)

@@ -192,10 +192,10 @@ class EngineCore:
         elif self.choices["attention_backend"].value == "torch":
             self.choices["capture"] = Choice("nothing", "attention_backend='torch' asks the host")
         else:
-            graphs = self.runner.capture()
+            graphs = self.runner.capture(int(self.config.scheduler.max_num_batched_tokens or 1))
             self.startup_s["capture"] = graphs.seconds
             self.choices["capture"] = Choice(
-                f"{len(graphs.buckets)} batch sizes", f"whole greedy step, {graphs.seconds:.1f} s"
+                f"{len(graphs.shapes)} step sizes", f"whole steps, {graphs.seconds:.1f} s"
             )
 
     def _report(self) -> None:

@@ -1,4 +1,8 @@
-"""The tensors of one step, gathered from the scheduler's lines and the request rows."""
+"""The tensors of one step, gathered from the scheduler's lines and the request rows.
+
+`StepLayout` is the host's side: which tokens of which rows, as numpy arrays, packed into one array
+that goes to the device in one copy. `InputBatch` is the device's side.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,97 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from compiledllm.graphs.buckets import StepShape
 from compiledllm.kernels.attention import AttentionMetadata
-from compiledllm.runner.request_table import RequestTable, to_device
+from compiledllm.runner.request_table import RequestTable
 from compiledllm.types import SchedulerOutput
+
+
+@dataclass(frozen=True, slots=True)
+class StepLayout:
+    """A step's lines as arrays, one element per request."""
+
+    request_ids: list[str]
+    rows: np.ndarray  # int64, request rows
+    computed: np.ndarray  # int64, tokens whose KV is in the cache
+    counts: np.ndarray  # int64, tokens of this step
+    samples: np.ndarray  # bool, whether its next token is drawn
+
+    @classmethod
+    def of(cls, step: SchedulerOutput, table: RequestTable) -> StepLayout:
+        lines = step.scheduled
+        return cls(
+            request_ids=[line.request_id for line in lines],
+            rows=np.array([table.row_of(line.request_id) for line in lines]),
+            computed=np.array([line.num_computed_tokens for line in lines]),
+            counts=np.array([line.num_scheduled_tokens for line in lines]),
+            samples=np.array([line.samples for line in lines]),
+        )
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether every request has one token, the one that was drawn last."""
+        return bool(self.samples.all()) and int(self.counts.max()) == 1
+
+    @property
+    def shape(self) -> StepShape:
+        return StepShape(int(self.counts.sum()), len(self.rows), is_decode=False)
+
+    @property
+    def sample_rows(self) -> np.ndarray:
+        rows: np.ndarray = self.rows[self.samples]
+        return rows
+
+    @property
+    def sample_positions(self) -> np.ndarray:
+        """Where the drawn tokens will stand in their sequences."""
+        positions: np.ndarray = (self.computed + self.counts)[self.samples]
+        return positions
+
+    @property
+    def sample_request_ids(self) -> list[str]:
+        return [
+            name for name, samples in zip(self.request_ids, self.samples, strict=True) if samples
+        ]
+
+    def pack(self, table: RequestTable, shape: StepShape) -> np.ndarray:
+        """int64 [packed_size(shape)], what `InputBatch.unpack` reads; padded with harmless values.
+
+        Padding tokens belong to the padding row and to no request; padding samples draw a token
+        for the padding row.
+        """
+        ends, total = np.cumsum(self.counts), int(self.counts.sum())
+        positions = np.arange(total) + np.repeat(self.computed - ends + self.counts, self.counts)
+        packed = np.zeros(packed_size(shape), np.int64)
+        tokens = packed[: 3 * shape.num_tokens].reshape(3, -1)
+        tokens[0] = table.padding_row
+        tokens[:, :total] = (
+            np.repeat(self.rows, self.counts),
+            positions,
+            _known_tokens(table, self.rows, self.computed, self.counts),
+        )
+        per_row = packed[3 * shape.num_tokens :].reshape(6, -1)
+        per_row[0], per_row[2], per_row[4] = table.padding_row, total, table.padding_row
+        per_row[:3, : len(self.rows)] = self.rows, self.computed + self.counts, ends
+        sample_rows = self.sample_rows
+        per_row[3:, : len(sample_rows)] = (
+            ends[self.samples] - 1,
+            sample_rows,
+            self.sample_positions,
+        )
+        return packed
+
+
+def packed_size(shape: StepShape) -> int:
+    return 3 * shape.num_tokens + 6 * shape.num_rows
+
+
+def padding_inputs(shape: StepShape, table: RequestTable) -> np.ndarray:
+    """The inputs of a captured step, for padding alone: what a capture runs on."""
+    if shape.is_decode:
+        return np.full(shape.num_rows, table.padding_row, np.int64)
+    none = np.empty(0, np.int64)
+    return StepLayout([], none, none, none, np.empty(0, bool)).pack(table, shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,51 +118,46 @@ class InputBatch:
     input_ids: Tensor  # int64 [tokens]
     positions: Tensor  # int64 [tokens]
     attn: AttentionMetadata
-    rows: Tensor  # int64 [rows], without padding
+    rows: Tensor  # int64 [rows], request rows
+    num_computed_tokens: Tensor  # int64 [rows], after this step
     logits_indices: Tensor  # int64 [samples], the tokens whose next token is drawn
-    sample_rows: np.ndarray  # int64 [samples], their request rows
-    sample_positions: np.ndarray  # int64 [samples], where the drawn tokens will stand
-    sample_request_ids: list[str]
+    sample_rows: Tensor  # int64 [samples], their request rows
+    sample_positions: Tensor  # int64 [samples], where the drawn tokens will stand
 
     @classmethod
-    def gather(cls, step: SchedulerOutput, table: RequestTable, block_size: int) -> InputBatch:
-        lines = step.scheduled
-        rows = np.array([table.row_of(line.request_id) for line in lines])
-        computed = np.array([line.num_computed_tokens for line in lines])
-        counts = np.array([line.num_scheduled_tokens for line in lines])
-        samples = np.array([line.samples for line in lines])
-        ends = np.cumsum(counts)
-
-        row_of_token = np.repeat(rows, counts)
-        positions = np.arange(ends[-1]) + np.repeat(computed - ends + counts, counts)
-        known = _known_tokens(table, rows, computed, counts)
-
-        device = table.device
-        rows_t = to_device(rows, device)
-        row_of_token_t = to_device(row_of_token, device)
-        positions_t = to_device(positions, device)
-        known_t = to_device(known, device)
-        blocks = table.block_tables[row_of_token_t, positions_t // block_size]
+    def unpack(
+        cls,
+        packed: Tensor,
+        shape: StepShape,
+        num_samples: int,
+        table: RequestTable,
+        block_size: int,
+    ) -> InputBatch:
+        """From `StepLayout.pack`'s array, on the device. Depends on no value in it."""
+        split = 3 * shape.num_tokens
+        row_of_token, positions, known = packed[:split].view(3, -1)
+        rows, lengths, ends, indices, sample_rows, sample_positions = packed[split:].view(6, -1)
+        blocks = table.block_tables[row_of_token, positions // block_size]
         attn = AttentionMetadata(
-            slot_mapping=blocks.long() * block_size + positions_t % block_size,
-            block_tables=_with_empty_row(table.block_tables[rows_t]),
-            seq_lens=to_device(np.append(computed + counts, 0), device, torch.int32),
-            query_start_loc=to_device(np.concatenate(([0], ends, ends[-1:])), device, torch.int32),
+            slot_mapping=blocks.long() * block_size + positions % block_size,
+            block_tables=_with_empty_row(table.block_tables[rows]),
+            seq_lens=F.pad(lengths, (0, 1)).int(),
+            query_start_loc=torch.cat((F.pad(ends, (1, 0)), ends[-1:])).int(),
         )
         return cls(
-            input_ids=torch.where(known_t < 0, table.last_token_ids[row_of_token_t], known_t),
-            positions=positions_t,
+            input_ids=torch.where(known < 0, table.last_token_ids[row_of_token], known),
+            positions=positions,
             attn=attn,
-            rows=rows_t,
-            logits_indices=to_device(ends[samples] - 1, device),
-            sample_rows=rows[samples],
-            sample_positions=(computed + counts)[samples],
-            sample_request_ids=[line.request_id for line in lines if line.samples],
+            rows=rows,
+            num_computed_tokens=lengths,
+            logits_indices=indices[:num_samples],
+            sample_rows=sample_rows[:num_samples],
+            sample_positions=sample_positions[:num_samples],
         )
 
     @classmethod
     def decode(cls, rows: Tensor, table: RequestTable, block_size: int) -> InputBatch:
-        """A decode step of `rows` (int64 [rows]) from device state alone, so it can be captured."""
+        """A decode step of `rows` (int64 [rows]) from device state alone."""
         positions = table.num_computed_tokens[rows]
         block_tables = _with_empty_row(table.block_tables[rows])
         blocks = block_tables[:-1].gather(1, positions[:, None] // block_size).squeeze(1)
@@ -81,25 +168,38 @@ class InputBatch:
             seq_lens=F.pad(positions + 1, (0, 1)).int(),
             query_start_loc=torch.cat((starts, starts[-1:])),
         )
-        none = np.empty(0, np.int64)
-        return cls(table.last_token_ids[rows], positions, attn, rows, rows, none, none, [])
+        return cls(
+            input_ids=table.last_token_ids[rows],
+            positions=positions,
+            attn=attn,
+            rows=rows,
+            num_computed_tokens=positions + 1,
+            logits_indices=starts[:-1].long(),
+            sample_rows=rows,
+            sample_positions=positions + 1,
+        )
 
     @classmethod
-    def dummy(cls, num_tokens: int, max_blocks: int, device: torch.device) -> InputBatch:
-        """Padding only: `num_tokens` tokens that belong to a row of the null block."""
-        zeros = torch.zeros(num_tokens, dtype=torch.int64, device=device)
-        tables = torch.zeros(2, max_blocks, dtype=torch.int32, device=device)
-        lengths = torch.tensor([1, 0], dtype=torch.int32, device=device)
-        starts = torch.tensor([0, 1, 1], dtype=torch.int32, device=device)
-        attn = AttentionMetadata(zeros - 1, tables, lengths, starts)
-        none = np.empty(0, np.int64)
-        return cls(zeros, zeros, attn, zeros[:0], zeros[:1], none, none, [])
+    def dummy(cls, num_tokens: int, table: RequestTable) -> InputBatch:
+        """Padding only: `num_tokens` tokens that touch nothing but the null block."""
+        zeros = torch.zeros(num_tokens, dtype=torch.int64, device=table.device)
+        row = zeros[:1] + table.padding_row
+        attn = AttentionMetadata(
+            slot_mapping=zeros - 1,
+            block_tables=_with_empty_row(table.block_tables[row]),
+            seq_lens=torch.tensor([1, 0], dtype=torch.int32, device=table.device),
+            query_start_loc=torch.tensor([0, 1, 1], dtype=torch.int32, device=table.device),
+        )
+        one = zeros[:1] + 1
+        return cls(zeros, zeros, attn, row, one, zeros[:1], row, one)
 
 
 def _known_tokens(
     table: RequestTable, rows: np.ndarray, computed: np.ndarray, counts: np.ndarray
 ) -> np.ndarray:
     """Token ids the host has; -1 where the token was sampled and lives in the row on the device."""
+    if len(rows) == 0:
+        return rows
     if np.all(counts == 1) and all(
         computed[i] >= len(table.token_ids[row]) for i, row in enumerate(rows)
     ):

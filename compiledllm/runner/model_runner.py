@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compiledllm.graphs.buckets import StepShape, step_shapes
 from compiledllm.graphs.compile import BlockCompiler
-from compiledllm.graphs.cuda_graphs import DecodeGraphs
+from compiledllm.graphs.cuda_graphs import StepGraphs
+from compiledllm.kernels.sampling import draw_tokens
 from compiledllm.models.decoder import Decoder
 from compiledllm.platform import single_row_products
-from compiledllm.runner.input_batch import InputBatch
+from compiledllm.runner.input_batch import InputBatch, StepLayout, padding_inputs
 from compiledllm.runner.request_table import RequestTable, to_device
 from compiledllm.runner.sampler import Sampler
 from compiledllm.types import SchedulerOutput, StepOutput
@@ -62,7 +64,7 @@ class ModelRunner:
         self.table = RequestTable(max_num_seqs, max_blocks, self.device)
         self.sampler = Sampler()
         self.compiler = BlockCompiler(model, self.run_dummy)
-        self.graphs: DecodeGraphs | None = None
+        self.graphs: StepGraphs | None = None
 
     def launch(self, step: SchedulerOutput) -> PendingOutput:
         """Start one step; on a GPU it may still run when this returns.
@@ -77,61 +79,81 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _launch(self, step: SchedulerOutput) -> PendingOutput:
-        self.table.apply(step)
+        table = self.table
+        table.apply(step)
         if not step.scheduled:
             return PendingOutput([], None)
-        sampled = self._replay(step)
-        if sampled is not None:
-            return PendingOutput([line.request_id for line in step.scheduled], sampled)
-        batch = InputBatch.gather(step, self.table, self.block_size)
-        self.table.num_computed_tokens[batch.rows] = batch.attn.seq_lens[:-1].long()
-        with self._products_of(len(batch.input_ids)):
-            hidden = self.model(batch.input_ids, batch.positions, self.kv_caches, batch.attn)
-        if not batch.sample_request_ids:
-            return PendingOutput([], None)
-        with self._products_of(len(batch.logits_indices)):
-            logits = self.model.compute_logits(hidden[batch.logits_indices])
-        sampled = self.sampler.sample(logits, self.table, batch.sample_rows, batch.sample_positions)
-        self.table.last_token_ids[to_device(batch.sample_rows, self.device)] = sampled
-        return PendingOutput(batch.sample_request_ids, sampled)
+        layout = StepLayout.of(step, table)
+        drawn = self._replay(layout)
+        if drawn is None:
+            drawn = self._run(layout)
+        return PendingOutput(layout.sample_request_ids, drawn)
 
-    # -- captured decode steps -----------------------------------------------------------------
+    def _run(self, layout: StepLayout) -> Tensor:
+        """A step without a graph: any size, any sampling. Token ids int64 [samples]."""
+        shape, rows = layout.shape, layout.sample_rows
+        packed = to_device(layout.pack(self.table, shape), self.device)
+        batch = InputBatch.unpack(packed, shape, len(rows), self.table, self.block_size)
+        self.table.num_computed_tokens[batch.rows] = batch.num_computed_tokens
+        with self._products_of(shape.num_tokens):
+            hidden = self.model(batch.input_ids, batch.positions, self.kv_caches, batch.attn)
+        if len(rows) == 0:
+            return batch.sample_rows
+        with self._products_of(len(rows)):
+            logits = self.model.compute_logits(hidden[batch.logits_indices])
+        drawn = self.sampler.sample(logits, self.table, rows, layout.sample_positions)
+        self.table.last_token_ids[batch.sample_rows] = drawn
+        return drawn
+
+    # -- captured steps ------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def capture(self) -> DecodeGraphs:
-        """Capture greedy decode steps for every batch size. CUDA only."""
+    def capture(self, max_num_batched_tokens: int) -> StepGraphs:
+        """Capture the steps of all worthwhile shapes. CUDA only."""
         table = self.table
-        graphs = DecodeGraphs(self._decode, table.padding_row, table.padding_row, self.device)
+        shapes = step_shapes(table.padding_row, max_num_batched_tokens)
+        inputs = {shape: padding_inputs(shape, table) for shape in shapes}
+        graphs = StepGraphs(self._captured_step, inputs, self.device)
         graphs.capture()
         self.graphs = graphs
         return graphs
 
-    def _replay(self, step: SchedulerOutput) -> Tensor | None:
-        """Token ids of a step in which every request decodes greedily; None if there is no graph.
-
-        int64 [scheduled], on the device.
-        """
-        lines, table = step.scheduled, self.table
-        if self.graphs is None or not all(
-            line.num_scheduled_tokens == 1 and line.samples for line in lines
-        ):
+    def _replay(self, layout: StepLayout) -> Tensor | None:
+        """Token ids int64 [samples] of a step that a graph serves; None if none does."""
+        table, rows = self.table, layout.sample_rows
+        if self.graphs is None or self.sampler.is_needed(table, rows, layout.sample_positions):
             return None
-        rows = np.array([table.row_of(line.request_id) for line in lines])
-        positions = np.array([line.num_computed_tokens + 1 for line in lines])
-        if table.temperature[rows].any() or (positions < table.first_stop_position[rows]).any():
+        is_decode = layout.is_decode
+        shape = self.graphs.shape_for(layout.shape._replace(is_decode=is_decode))
+        if shape is None:
             return None
-        return self.graphs.replay(rows)
+        if is_decode:
+            padding = shape.num_rows - len(rows)
+            inputs = np.pad(rows, (0, padding), constant_values=table.padding_row)
+        else:
+            inputs = layout.pack(table, shape)
+        return self.graphs.replay(shape, inputs)[: len(rows)]
 
-    def _decode(self, rows: Tensor) -> Tensor:
-        """The captured step: from the rows' last tokens to their next ones, greedily."""
+    def _captured_step(self, shape: StepShape, inputs: Tensor) -> Tensor:
+        """The whole step, from the rows' state before to their state after it."""
         table = self.table
-        batch = InputBatch.decode(rows, table, self.block_size)
+        if shape.is_decode:
+            batch = InputBatch.decode(inputs, table, self.block_size)
+        else:
+            batch = InputBatch.unpack(inputs, shape, shape.num_rows, table, self.block_size)
         hidden = self.model(batch.input_ids, batch.positions, self.kv_caches, batch.attn)
-        sampled = self.model.compute_logits(hidden).argmax(dim=-1)
-        table.last_token_ids[rows] = sampled
-        table.num_computed_tokens[rows] = batch.positions + 1
+        if not shape.is_decode:
+            hidden = hidden[batch.logits_indices]
+        drawn = draw_tokens(
+            self.model.compute_logits(hidden),
+            table.temperatures[batch.sample_rows],
+            table.seeds[batch.sample_rows],
+            batch.sample_positions,
+        )
+        table.last_token_ids[batch.sample_rows] = drawn
+        table.num_computed_tokens[batch.rows] = batch.num_computed_tokens
         table.num_computed_tokens[table.padding_row :].zero_()  # it would outgrow its block table
-        return sampled
+        return drawn
 
     def _products_of(self, num_rows: int) -> AbstractContextManager[None]:
         on_cpu = self.device.type == "cpu"
@@ -144,6 +166,6 @@ class ModelRunner:
     @torch.inference_mode()
     def run_dummy(self, num_tokens: int) -> None:
         """A forward pass over padding: touches the null block only."""
-        batch = InputBatch.dummy(num_tokens, self.table.block_tables.shape[1], self.device)
+        batch = InputBatch.dummy(num_tokens, self.table)
         hidden = self.model(batch.input_ids, batch.positions, self.kv_caches, batch.attn)
         self.model.compute_logits(hidden[batch.logits_indices])

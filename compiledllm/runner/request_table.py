@@ -16,8 +16,8 @@ class RequestTable:
     """Rows of request state, at addresses that never change.
 
     On the device, one row more than `max_num_seqs` (the last is for padding): block_tables int32
-    [rows, max_blocks], last_token_ids int64 [rows], num_computed_tokens int64 [rows]. On the host:
-    the tokens known at admission and the sampling parameters.
+    [rows, max_blocks]; last_token_ids, num_computed_tokens and seeds int64 [rows]; temperatures
+    float32 [rows]. On the host: the tokens known at admission and the sampling parameters.
     """
 
     def __init__(self, max_num_seqs: int, max_blocks: int, device: torch.device) -> None:
@@ -27,10 +27,13 @@ class RequestTable:
         self.block_tables = torch.zeros(num_rows, max_blocks, dtype=torch.int32, device=device)
         self.last_token_ids = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self.num_computed_tokens = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self.seeds = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self.temperatures = torch.zeros(num_rows, dtype=torch.float32, device=device)
         self.token_ids: list[np.ndarray] = [np.empty(0, np.int64)] * max_num_seqs
         self.temperature = np.zeros(max_num_seqs, np.float32)  # 0: greedy
         self.top_k = np.zeros(max_num_seqs, np.int64)  # 0: all
         self.top_p = np.ones(max_num_seqs, np.float32)
+        self.filters = np.zeros(max_num_seqs, bool)  # samples, and not from all tokens
         self.seed = np.zeros(max_num_seqs, np.int64)
         self.first_stop_position = np.zeros(max_num_seqs, np.int64)  # from min_tokens
         self.stop_token_ids: list[list[int]] = [[]] * max_num_seqs
@@ -62,9 +65,13 @@ class RequestTable:
         rows = [self._fill(request) for request in step.new_requests]
         last = [request.token_ids[-1] for request in step.new_requests]
         counts = [computed[request.request_id] for request in step.new_requests]
-        packed = to_device(np.array([rows, last, counts]), self.device)
+        # Temperatures travel as the bits of a float64: all of a request in one copy.
+        heat = self.temperature[rows].astype(np.float64).view(np.int64)
+        packed = to_device(np.array([rows, last, counts, self.seed[rows], heat]), self.device)
         self.last_token_ids[packed[0]] = packed[1]
         self.num_computed_tokens[packed[0]] = packed[2]
+        self.seeds[packed[0]] = packed[3]
+        self.temperatures[packed[0]] = packed[4].view(torch.float64).float()
 
     def _fill(self, request: NewRequest) -> int:
         row = self._free_rows.pop()
@@ -74,6 +81,8 @@ class RequestTable:
         self.temperature[row] = 0.0 if params.is_greedy else params.temperature
         self.top_k[row] = max(params.top_k, 0)
         self.top_p[row] = params.top_p
+        restricted = self.top_k[row] > 0 or params.top_p < 1
+        self.filters[row] = restricted and not params.is_greedy
         self.seed[row] = request.seed
         self.first_stop_position[row] = request.num_prompt_tokens + params.min_tokens
         self.stop_token_ids[row] = list(request.stop_token_ids)

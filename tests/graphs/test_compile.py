@@ -11,7 +11,7 @@ import torch
 from torch._inductor.utils import run_and_get_code
 
 from compiledllm import Engine, SamplingParams
-from compiledllm.runner.input_batch import InputBatch
+from compiledllm.runner.input_batch import InputBatch, StepLayout
 from compiledllm.types import NewRequest, ScheduledRequest, SchedulerOutput
 
 PARAMS = SamplingParams(temperature=0, max_tokens=4)
@@ -49,7 +49,10 @@ def test_compiled_equals_eager_at_every_shape(engine: Engine, lengths: list[int]
     runner.reset()
     step = step_of(lengths, "r")
     runner.table.apply(step)
-    batch = InputBatch.gather(step, runner.table, runner.block_size)
+    layout = StepLayout.of(step, runner.table)
+    packed = torch.from_numpy(layout.pack(runner.table, layout.shape))
+    size = runner.block_size
+    batch = InputBatch.unpack(packed, layout.shape, len(lengths), runner.table, size)
     compiled_forward = runner.model.block_forward
     hidden = {}
     for name, forward in (("compiled", compiled_forward), ("eager", compiler.eager)):

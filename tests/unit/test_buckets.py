@@ -6,10 +6,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compiledllm.graphs.buckets import bucket_for, ladder
+from compiledllm.graphs.buckets import StepShape, ladder, shape_for, step_shapes
 
 RUNS = settings(max_examples=200, deadline=None, derandomize=True)
 max_sizes = st.integers(1, 2000)
+
+
+def bucket_for(size: int, sizes: list[int]) -> int | None:
+    """The batch size of the captured decode step for `size` requests."""
+    shape = shape_for(StepShape(size, size, True), [StepShape(s, s, True) for s in sizes])
+    return shape and shape.num_rows
 
 
 @RUNS
@@ -64,3 +70,35 @@ def test_batch_above_the_largest_bucket_has_none() -> None:
 def test_ladder_without_a_size_is_refused(max_size: int) -> None:
     with pytest.raises(ValueError, match=f"must be at least 1, got {max_size}"):
         ladder(max_size)
+
+
+# -- steps with prompts in them --------------------------------------------------------------------
+
+
+@RUNS
+@given(st.integers(1, 600), st.integers(1, 9000))
+def test_shapes_have_more_tokens_than_rows_unless_they_decode(rows: int, tokens: int) -> None:
+    """The kernels take a step with fewer tokens than rows, an empty one included, for a decode."""
+    shapes = step_shapes(rows, tokens)
+    assert len(set(shapes)) == len(shapes)
+    assert [s.num_rows for s in shapes if s.is_decode] == ladder(rows)
+    for shape in shapes:
+        assert shape.num_rows <= rows
+        if not shape.is_decode:
+            assert shape.num_rows < shape.num_tokens <= tokens
+
+
+@RUNS
+@given(st.integers(1, 300), st.integers(1, 4000), st.booleans())
+def test_a_step_gets_the_smallest_shape_of_its_kind(
+    rows: int, tokens: int, is_decode: bool
+) -> None:
+    shapes = step_shapes(256, 8192)
+    wanted = StepShape(rows if is_decode else tokens, rows, is_decode)
+    found = shape_for(wanted, shapes)
+    fits = [
+        s
+        for s in shapes
+        if s.is_decode == is_decode and s.num_rows >= rows and s.num_tokens >= wanted.num_tokens
+    ]
+    assert found == (min(fits) if fits else None)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
+from compiledllm.kernels.sampling import gumbel_noise
 from compiledllm.runner.request_table import RequestTable
-from compiledllm.runner.sampler import Sampler, filter_top_k_top_p, gumbel_noise
+from compiledllm.runner.sampler import Sampler, filter_top_k_top_p
 from compiledllm.types import NewRequest, SamplingParams, ScheduledRequest, SchedulerOutput
 
 VOCAB_SIZE = 97
