@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +177,8 @@ def _seed(arguments: Namespace) -> int:
 
 
 def _load(arguments: Namespace, model: Model) -> list[Peer]:
+    """The engines. Ours compiles first, also where it would otherwise do so while it serves."""
+    model = replace(model, options={"compile_when": "start"} | dict(model.options))
     names = list(dict.fromkeys(arguments.engine))
     return [make_peer(name, model, len(names), arguments.hf_max_batch_size) for name in names]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from contextlib import AbstractContextManager, nullcontext
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,27 +19,49 @@ from compiledllm.runner.request_table import RequestTable, to_device
 from compiledllm.runner.sampler import Sampler
 from compiledllm.types import SchedulerOutput, StepOutput
 
+MAX_IN_FLIGHT = 2  # steps that are launched and not collected
+
 
 class PendingOutput:
-    """A launched step's tokens on their way to the host."""
+    """A launched step's tokens, perhaps still on their way to the host."""
 
-    def __init__(self, request_ids: list[str], sampled: Tensor | None) -> None:
-        """sampled: token ids [request_ids] on the device, read at once: it may be overwritten."""
+    def __init__(
+        self, request_ids: list[str], token_ids: Tensor, arrived: torch.cuda.Event | None
+    ) -> None:
         self._request_ids = request_ids
-        self._arrived: torch.cuda.Event | None = None
-        self._token_ids = sampled
-        if sampled is not None and sampled.is_cuda:
-            self._token_ids = torch.empty(sampled.shape, dtype=sampled.dtype, pin_memory=True)
-            self._token_ids.copy_(sampled, non_blocking=True)
-            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._arrived.record()
+        self._token_ids = token_ids
+        self._arrived = arrived
 
     def collect(self) -> StepOutput:
         """Wait for the step and give its tokens."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        tokens = [] if self._token_ids is None else self._token_ids.tolist()
-        return StepOutput(dict(zip(self._request_ids, tokens, strict=True)))
+        return StepOutput(dict(zip(self._request_ids, self._token_ids.tolist(), strict=True)))
+
+
+class OutputRing:
+    """Brings drawn tokens to the host: pinned buffers, used in turn, so that nothing waits.
+
+    num_slots: more than the steps that can be launched and not collected.
+    """
+
+    def __init__(self, num_slots: int, max_num_seqs: int, device: torch.device) -> None:
+        self._is_cuda = device.type == "cuda"
+        if self._is_cuda:
+            shape = num_slots, max_num_seqs
+            self._buffers = torch.empty(shape, dtype=torch.int64, pin_memory=True)
+            self._events = [torch.cuda.Event() for _ in range(num_slots)]  # type: ignore[no-untyped-call]
+            self._next = 0
+
+    def send(self, request_ids: list[str], drawn: Tensor) -> PendingOutput:
+        """drawn: token ids [request_ids] on the device; they may be overwritten after this."""
+        if not self._is_cuda:
+            return PendingOutput(request_ids, drawn, None)
+        buffer, arrived = self._buffers[self._next, : len(drawn)], self._events[self._next]
+        self._next = (self._next + 1) % len(self._events)
+        buffer.copy_(drawn, non_blocking=True)
+        arrived.record()
+        return PendingOutput(request_ids, buffer, arrived)
 
 
 class ModelRunner:
@@ -63,6 +84,7 @@ class ModelRunner:
         self.device = kv_caches[0].device
         self.table = RequestTable(max_num_seqs, max_blocks, self.device)
         self.sampler = Sampler()
+        self.outputs = OutputRing(MAX_IN_FLIGHT + 1, max_num_seqs, self.device)
         self.compiler = BlockCompiler(model, self.run_dummy)
         self.graphs: StepGraphs | None = None
 
@@ -82,12 +104,12 @@ class ModelRunner:
         table = self.table
         table.apply(step)
         if not step.scheduled:
-            return PendingOutput([], None)
+            return self.outputs.send([], table.last_token_ids[:0])
         layout = StepLayout.of(step, table)
         drawn = self._replay(layout)
         if drawn is None:
             drawn = self._run(layout)
-        return PendingOutput(layout.sample_request_ids, drawn)
+        return self.outputs.send(layout.sample_request_ids, drawn)
 
     def _run(self, layout: StepLayout) -> Tensor:
         """A step without a graph: any size, any sampling. Token ids int64 [samples]."""
@@ -128,8 +150,8 @@ class ModelRunner:
         if shape is None:
             return None
         if is_decode:
-            padding = shape.num_rows - len(rows)
-            inputs = np.pad(rows, (0, padding), constant_values=table.padding_row)
+            inputs = padding_inputs(shape, table)
+            inputs[: len(rows)] = rows
         else:
             inputs = layout.pack(table, shape)
         return self.graphs.replay(shape, inputs)[: len(rows)]

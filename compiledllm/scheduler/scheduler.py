@@ -121,7 +121,8 @@ class Scheduler:
         index = 0
         while index < len(self.running) and budget > 0:
             request = self.running[index]
-            count = min(self._num_tokens_to_compute(request), budget)
+            wanted = self._num_tokens_to_compute(request)
+            count = min(wanted, budget)
             if count == 0:  # its last token is in flight
                 index += 1
                 continue
@@ -134,7 +135,7 @@ class Scheduler:
                 self._preempt(self.running.pop())
                 preempted = True
                 break
-            scheduled.append(self._grant(request, count, missing))
+            scheduled.append(self._grant(request, count, count == wanted, missing))
             budget -= count
             index += 1
         return scheduled, preempted
@@ -145,7 +146,8 @@ class Scheduler:
             return None
         cached = self._lookup_prefix(request)
         num_cached = len(cached) * self.block_size
-        count = min(request.num_tokens - num_cached, budget)
+        wanted = request.num_tokens - num_cached
+        count = min(wanted, budget)
         missing = self._num_missing_blocks(request, num_cached + count) - len(cached)
         pool = self.block_pool
         if missing + pool.num_free_among(cached) > pool.num_free_blocks:
@@ -167,20 +169,24 @@ class Scheduler:
             request.stop_token_ids,
             request.seed,
         )
-        return new, self._grant(request, count, missing, cached)
+        return new, self._grant(request, count, count == wanted, missing, cached)
 
     def _grant(
-        self, request: Request, count: int, missing: int, shared: list[int] | None = None
+        self,
+        request: Request,
+        count: int,
+        samples: bool,
+        missing: int,
+        shared: list[int] | None = None,
     ) -> ScheduledRequest:
         """Allocate what is missing for `count` more tokens; write the request's line of the step.
 
         Blocks that this step fills are registered now: within a step all KV of a layer is stored
         before any of it is read, so a later request of the same step may already share them.
         """
-        new_block_ids = self.block_pool.allocate(missing)
+        new_block_ids = self.block_pool.allocate(missing) if missing else []
         request.block_ids += new_block_ids
         num_computed = request.num_computed_tokens
-        samples = count == self._num_tokens_to_compute(request)
         request.num_computed_tokens += count
         request.num_tokens_in_flight += samples
         self._register_full_blocks(request)
@@ -194,9 +200,10 @@ class Scheduler:
 
     def _num_tokens_to_compute(self, request: Request) -> int:
         """Tokens whose KV is still missing; 0 also if the token in flight will be the last."""
-        if request.num_output_tokens + request.num_tokens_in_flight >= request.max_tokens:
+        num_tokens = request.num_tokens + request.num_tokens_in_flight
+        if num_tokens - request.num_prompt_tokens >= request.max_tokens:
             return 0
-        return request.num_tokens + request.num_tokens_in_flight - request.num_computed_tokens
+        return num_tokens - request.num_computed_tokens
 
     def update(self, step: SchedulerOutput, output: StepOutput) -> list[Request]:
         """Book a step's results, in the order of the steps.

@@ -21,8 +21,16 @@ def bench(*arguments: str) -> int:
 
 @pytest.fixture
 def tiny(tiny_llama: Callable[..., Path]) -> list[str]:
-    """Options of a tiny model on a CPU, for two engines."""
-    return ["--model", str(tiny_llama()), "--device", "cpu", "--engine", *ENGINES]
+    """Options of a tiny model on a CPU, uncompiled, for two engines."""
+    return [
+        "--model",
+        str(tiny_llama()),
+        "--enforce-eager",
+        "--device",
+        "cpu",
+        "--engine",
+        *ENGINES,
+    ]
 
 
 def test_latency(tiny: list[str], tmp_path: Path) -> None:
@@ -59,6 +67,7 @@ def test_random_weights_need_only_a_config(
 ) -> None:
     (tmp_path / "config.json").write_bytes((tiny_llama() / "config.json").read_bytes())
     options = ["--model", str(tmp_path), "--load-format", "dummy", "--device", "cpu"]
+    options += ["--enforce-eager"]
     size = ["--batch-size", "2", "--input-len", "5", "--output-len", "3", "--num-iters", "1"]
     assert bench("latency", *options, *size, "--engine", *ENGINES) == 0
     assert len(json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]) == 2
@@ -81,7 +90,7 @@ def test_throughput_of_a_mix(tiny: list[str], tmp_path: Path) -> None:
 def test_startup_parts_sum_to_the_wall(tiny: list[str], tmp_path: Path) -> None:
     out = tmp_path / "c.json"
     options = [
-        *tiny[:4],
+        *tiny[:5],
         "--num-iters-cold",
         "1",
         "--num-iters-warm",
@@ -103,7 +112,7 @@ def test_compare(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[
     files = [str(tmp_path / name) for name in ("a.json", "b.json")]
     for path, output_len in zip(files, ("3", "4"), strict=True):
         output = ["--output-len", output_len, "--output-json", path]
-        assert bench("latency", *tiny[:4], *size, *output) == 0
+        assert bench("latency", *tiny[:5], *size, *output) == 0
     capsys.readouterr()
     assert bench("compare", files[0], files[0]) == 0
     assert "1.000" in capsys.readouterr().out
@@ -145,7 +154,7 @@ def test_bad_input_is_one_line(
 def test_what_cannot_be_run_is_refused_early(
     arguments: list[str], message: str, tiny: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert bench("latency", *tiny[:4], *arguments) == 2
+    assert bench("latency", *tiny[:5], *arguments) == 2
     assert message in capsys.readouterr().err
 
 
