@@ -55,7 +55,7 @@ def prefill_tiling(head_dim: int, group: int, itemsize: int) -> Tiling:
     least = triton.next_power_of_2(group)
     if itemsize == 4:
         return Tiling(max(32, least), 32, 4, 2)
-    return Tiling(max(64, least), 32 if head_dim > 128 else 64, 4, 2)
+    return Tiling(max(64, least), 64, 4, 2) if head_dim <= 128 else Tiling(max(64, least), 32, 4, 1)
 
 
 # -- store -----------------------------------------------------------------------------------------
@@ -102,28 +102,43 @@ def _attend_keys(
     q, best, total, acc, kv_cache, table, tokens, in_context, seen, head_offset, scale, soft_cap,
     value_offset,
     TOKEN_STRIDE: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
-    HAS_SOFT_CAP: tl.constexpr, PADDED_DIM: tl.constexpr,
+    HAS_SOFT_CAP: tl.constexpr, PADDED_DIM: tl.constexpr, ALL_SEEN: tl.constexpr,
 ):  # fmt: skip
     """One step of online softmax, in base 2, over the keys at `tokens`.
 
     best, total, acc: highest logit, sum of weights and weighted values so far. in_context [keys]:
-    which tokens exist. seen: which of them each query sees, broadcast to [queries, keys].
+    which tokens exist. seen: which of them each query sees, broadcast to [queries, keys]. With
+    ALL_SEEN every query sees every key, and neither is looked at.
     """
     dim = tl.arange(0, PADDED_DIM)
-    block = tl.load(table + tokens // BLOCK_SIZE, in_context, other=0).to(tl.int64)
+    if ALL_SEEN:
+        block = tl.load(table + tokens // BLOCK_SIZE).to(tl.int64)
+    else:
+        block = tl.load(table + tokens // BLOCK_SIZE, in_context, other=0).to(tl.int64)
     offset = (block * BLOCK_SIZE + tokens % BLOCK_SIZE) * TOKEN_STRIDE + head_offset
-    k_mask = in_context[None, :] & (dim < HEAD_DIM)[:, None]
-    k = tl.load(kv_cache + offset[None, :] + dim[:, None], k_mask, other=0.0)
+    k_address = kv_cache + offset[None, :] + dim[:, None]
+    v_address = kv_cache + value_offset + offset[:, None] + dim[None, :]
+    if ALL_SEEN and HEAD_DIM == PADDED_DIM:
+        k, v = tl.load(k_address), tl.load(v_address)
+    elif ALL_SEEN:
+        k = tl.load(k_address, (dim < HEAD_DIM)[:, None], other=0.0)
+        v = tl.load(v_address, (dim < HEAD_DIM)[None, :], other=0.0)
+    else:
+        k = tl.load(k_address, in_context[None, :] & (dim < HEAD_DIM)[:, None], other=0.0)
+        v = tl.load(v_address, in_context[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
     logits = tl.dot(q, k, input_precision="ieee") * scale
     if HAS_SOFT_CAP:
         logits = soft_cap * (1 - 2 / (1 + tl.exp2(logits * (2 * 1.4426950408889634) / soft_cap)))
-    logits = tl.where(seen, logits * 1.4426950408889634, float("-inf"))
-    higher = tl.maximum(best, tl.max(logits, 1))
-    shift = tl.where(higher == float("-inf"), 0.0, higher)  # a query that sees none of these keys
+    logits = logits * 1.4426950408889634
+    if ALL_SEEN:
+        higher = tl.maximum(best, tl.max(logits, 1))
+        shift = higher
+    else:
+        logits = tl.where(seen, logits, float("-inf"))
+        higher = tl.maximum(best, tl.max(logits, 1))
+        shift = tl.where(higher == float("-inf"), 0.0, higher)  # a query that sees none of them
     weights = tl.exp2(logits - shift[:, None])
     decay = tl.exp2(best - shift)
-    v_mask = in_context[:, None] & (dim < HEAD_DIM)[None, :]
-    v = tl.load(kv_cache + value_offset + offset[:, None] + dim[None, :], v_mask, other=0.0)
     acc = acc * decay[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
     return higher, total * decay + tl.sum(weights, 1), acc
 
@@ -161,7 +176,7 @@ def _decode_kernel(
         best, total, acc = _attend_keys(
             q, best, total, acc, kv_cache, block_tables + row.to(tl.int64) * table_stride, tokens,
             in_context, in_context[None, :], kv_head * HEAD_DIM, scale, soft_cap, value_offset,
-            TOKEN_STRIDE, BLOCK_SIZE, HEAD_DIM, HAS_SOFT_CAP, PADDED_DIM,
+            TOKEN_STRIDE, BLOCK_SIZE, HEAD_DIM, HAS_SOFT_CAP, PADDED_DIM, ALL_SEEN=False,
         )  # fmt: skip
     if NUM_SPLITS == 1:
         result = (acc / total[:, None]).to(out.dtype.element_ty)
@@ -237,7 +252,16 @@ def _prefill_kernel(
     table = block_tables + row.to(tl.int64) * table_stride
     first = tl.maximum(context + first_query - window + 1, 0) if HAS_WINDOW else 0
     end = tl.minimum(context + first_query + TOKENS, length)
-    for tile in range(first // KEYS, tl.cdiv(end, KEYS)):
+    # Keys up to the first query are seen by all; the diagonal, and a window's edge, need masks.
+    diagonal = first // KEYS if HAS_WINDOW else (context + first_query + 1) // KEYS
+    for tile in range(0, 0 if HAS_WINDOW else diagonal):
+        tokens = tile * KEYS + tl.arange(0, KEYS)
+        best, total, acc = _attend_keys(
+            q, best, total, acc, kv_cache, table, tokens, tokens, tokens, kv_head * HEAD_DIM,
+            scale, soft_cap, value_offset,
+            TOKEN_STRIDE, BLOCK_SIZE, HEAD_DIM, HAS_SOFT_CAP, PADDED_DIM, ALL_SEEN=True,
+        )  # fmt: skip
+    for tile in range(diagonal, tl.cdiv(end, KEYS)):
         tokens = tile * KEYS + tl.arange(0, KEYS)
         seen = tokens[None, :] <= position
         if HAS_WINDOW:
@@ -245,7 +269,7 @@ def _prefill_kernel(
         best, total, acc = _attend_keys(
             q, best, total, acc, kv_cache, table, tokens, tokens < end, seen, kv_head * HEAD_DIM,
             scale, soft_cap, value_offset,
-            TOKEN_STRIDE, BLOCK_SIZE, HEAD_DIM, HAS_SOFT_CAP, PADDED_DIM,
+            TOKEN_STRIDE, BLOCK_SIZE, HEAD_DIM, HAS_SOFT_CAP, PADDED_DIM, ALL_SEEN=False,
         )  # fmt: skip
     result = (acc / total[:, None]).to(out.dtype.element_ty)
     tl.store(out + token_index * NUM_HEADS * HEAD_DIM + head_dims, result, inside)

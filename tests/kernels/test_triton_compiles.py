@@ -1,0 +1,79 @@
+"""Every Triton kernel compiles for Ampere and Hopper, also where there is no GPU.
+
+In a process of its own: the interpreter, which the other tests use, replaces the compiler.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import sys
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from compiledllm.kernels import paged_attention_triton as attention
+from compiledllm.kernels import sampling_triton as sampling
+
+TYPES = {
+    "block_tables": "*i32", "seq_lens": "*i32", "query_start_loc": "*i32", "slot_mapping": "*i64",
+    "partial_out": "*fp32", "partial_stats": "*fp32", "scale": "fp32", "window": "i32",
+    "soft_cap": "fp32", "query_stride": "i32", "table_stride": "i32", "value_offset": "i64",
+    "num_rows": "i32", "key_stride": "i32", "value_stride": "i32", "temperature": "*fp32",
+    "seeds": "*i64", "positions": "*i64", "best_scores": "*fp32", "best_ids": "*i32",
+    "vocab": "i32", "row_stride": "i32", "num_chunks": "i32",
+}
+FLOATS = {"query", "key", "value", "kv_cache", "out", "logits"}
+
+
+def check(kernel, dtype, tiling=None, **constants):
+    if tiling is not None:
+        constants |= {"ROWS": tiling.rows, "KEYS": tiling.keys}
+    names = kernel.arg_names
+    constants = {name: value for name, value in constants.items() if name in names}
+    types = TYPES | {name: "*" + dtype for name in FLOATS}
+    if kernel is sampling._row_kernel:
+        types["out"] = "*i64"
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    options = {}
+    if tiling is not None:
+        options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=values)
+    target = GPUTarget("cuda", int(sys.argv[1]), 32)
+    compiled = triton.compile(source, target=target, options=options)
+    assert compiled.metadata.shared <= 99 * 1024, (kernel.__name__, compiled.metadata.shared)
+
+
+SHAPES = {"bf16": ((128, False), (80, True), (256, False)), "fp32": ((128, False),)}
+for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
+    check(attention._store_kernel, dtype, WIDTH=1024, PADDED=1024)
+    check(sampling._chunk_kernel, dtype, CHUNK=4096)
+    check(sampling._row_kernel, dtype, PADDED=64)
+    for head_dim, window in SHAPES[dtype]:
+        shape = {
+            "GROUP": 4, "NUM_HEADS": 32, "HEAD_DIM": head_dim, "BLOCK_SIZE": 16,
+            "TOKEN_STRIDE": 8 * head_dim, "HAS_WINDOW": window, "HAS_SOFT_CAP": window,
+            "PADDED_DIM": triton.next_power_of_2(head_dim), "PADDED_GROUP": 4,
+        }
+        for programs, splits in ((8, 16), (1024, 1)):
+            tiling = attention.decode_tiling(head_dim, 4, itemsize, programs)
+            check(attention._decode_kernel, dtype, tiling, NUM_SPLITS=splits, **shape)
+        check(attention._reduce_kernel, dtype, NUM_SPLITS=16, **shape)
+        tiling = attention.prefill_tiling(head_dim, 4, itemsize)
+        check(attention._prefill_kernel, dtype, tiling, **shape)
+"""
+
+
+@pytest.mark.parametrize("compute_capability", [80, 90])
+def test_every_kernel_compiles(compute_capability: int) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", PROGRAM, str(compute_capability)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
