@@ -6,14 +6,19 @@ Every choice comes with its reason, which is printed once at start.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 
 from compiledllm.config import Choice, ConfigError
+
+_OLDEST_TORCH = (2, 11)
+_OLDEST_COMPUTE_CAPABILITY = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +36,7 @@ class Platform:
     @classmethod
     def detect(cls, device: str = "auto") -> Platform:
         """Platform for "auto", "cpu", "cuda" or "cuda:N". Raises ConfigError if it is not there."""
+        _check_torch()
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cpu":
@@ -38,12 +44,28 @@ class Platform:
         if not device.startswith("cuda"):
             raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got '{device}'")
         if not torch.cuda.is_available():
-            raise ConfigError(f"device='{device}' but torch sees no CUDA device; use device='cpu'")
+            raise ConfigError(
+                f"device='{device}' but torch {torch.__version__} sees no CUDA device "
+                f"({_why_no_cuda()}); use device='cpu'"
+            )
         try:
             properties = torch.cuda.get_device_properties(device)
         except (RuntimeError, AssertionError) as error:
             raise ConfigError(f"device='{device}' cannot be used: {error}") from error
+        if properties.major < _OLDEST_COMPUTE_CAPABILITY:
+            raise ConfigError(
+                f"{properties.name} has compute capability {properties.major}.{properties.minor}; "
+                f"{_OLDEST_COMPUTE_CAPABILITY}.0 (Ampere) or newer is needed; use device='cpu'"
+            )
         return cls(torch.device(device), properties.name, properties.total_memory)
+
+    def versions(self) -> str:
+        """What the device is driven with, for the report at start."""
+        parts = [f"torch {torch.__version__}"]
+        if self.is_cuda:
+            major, minor = torch.cuda.get_device_capability(self.device)
+            parts += [f"CUDA {torch.version.cuda}", f"compute capability {major}.{minor}"]
+        return ", ".join(parts)
 
     def choose_dtype(self, requested: str, checkpoint_dtype: str) -> Choice:
         """The dtype of weights and activations."""
@@ -63,7 +85,11 @@ class Platform:
             raise ConfigError("attention_backend='triton' needs a GPU; use 'auto' or 'torch'")
         if requested != "auto":
             return Choice(requested, "as asked")
-        return Choice("triton", "the GPU path") if self.is_cuda else Choice("torch", "the CPU path")
+        if not self.is_cuda:
+            return Choice("torch", "the CPU path")
+        if find_spec("triton") is None:
+            return Choice("torch", "slow: triton is not installed (pip install triton)")
+        return Choice("triton", "the GPU path")
 
     def why_not_compile(self) -> str | None:
         """What the compiler lacks here, or None if it has all it needs."""
@@ -107,6 +133,19 @@ def _available_cpu_memory() -> int:
     except OSError:
         pass
     return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def _check_torch() -> None:
+    numbers = re.findall(r"\d+", torch.__version__)[:2]
+    if tuple(map(int, numbers)) < _OLDEST_TORCH:
+        oldest = ".".join(map(str, _OLDEST_TORCH))
+        raise ConfigError(f"torch {torch.__version__} is too old; install torch>={oldest}")
+
+
+def _why_no_cuda() -> str:
+    if torch.version.cuda is None:
+        return "it was built without CUDA"
+    return f"it was built for CUDA {torch.version.cuda}; is the driver there and new enough?"
 
 
 def _cpu_multiplies_bfloat16() -> bool:

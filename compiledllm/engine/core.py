@@ -209,7 +209,7 @@ class EngineCore:
         lines = {
             "model": f"{self.model_path} ({spec.architecture}, {len(spec.layers)} layers, "
             f"{spec.num_parameters / 1e6:.1f} M parameters)",
-            "device": f"{self.platform.device} ({self.platform.name})",
+            "device": f"{self.platform.device} ({self.platform.name}; {self.platform.versions()})",
             "dtype": self.choices["dtype"],
             "attention": self.choices["attention_backend"],
             "KV cache": f"{blocks} blocks of {size} tokens = {blocks * size} tokens, "
