@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from compiledllm.benchmarks.floor import Ceilings, decode_cost, prefill_cost, weights_read
+from compiledllm.benchmarks.floor import (
+    Ceilings,
+    decode_cost,
+    offline_floor,
+    prefill_cost,
+    time_per_output_token_floor,
+    time_to_first_token_floor,
+    weights_read,
+)
 from compiledllm.models.spec import (
     AttentionSpec,
     LayerSpec,
@@ -62,3 +70,43 @@ def test_the_longer_of_moving_and_computing_is_the_floor() -> None:
     cost = decode_cost(spec, 1, 100, 2)
     assert cost.seconds(Ceilings(1.0, 1.0, 1e30)) == cost.num_bytes
     assert cost.seconds(Ceilings(1e30, 1e30, 1.0)) == cost.flops
+
+
+SLOW_MEMORY, SLOW_ARITHMETIC = Ceilings(1.0, 1.0, 1e30), Ceilings(1e30, 1e30, 1.0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_time_per_output_token_follows_the_growing_context(name: str) -> None:
+    """3 tokens in, 4 out: the steps after the first token see 4, 5 and 6 tokens, 5 on average."""
+    spec, parameters, kv_bytes = MODELS[name]
+    floor = time_per_output_token_floor(spec, SLOW_MEMORY, 2, 3, 4, itemsize=2)
+    assert floor == pytest.approx(2 * parameters + 2 * 5 * kv_bytes)
+    attention = sum(4 * 5 * layer.attn.q_size for layer in spec.layers)
+    floor = time_per_output_token_floor(spec, SLOW_ARITHMETIC, 2, 3, 4, itemsize=2)
+    assert floor == pytest.approx(2 * (2 * parameters + attention))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_offline_floor_reads_weights_for_the_longest_output_only(name: str) -> None:
+    """3 in, 3 out and 5 in, 1 out: three steps; the KV of 4 and 5 tokens is read again."""
+    spec, parameters, kv_bytes = MODELS[name]
+    floor = offline_floor(spec, SLOW_MEMORY, [(3, 3), (5, 1)], itemsize=2)
+    assert floor == 3 * 2 * parameters + (4 + 5) * kv_bytes
+    width = sum(layer.attn.q_size for layer in spec.layers)
+    prompts = prefill_cost(spec, 1, 3, 2).flops + prefill_cost(spec, 1, 5, 2).flops
+    floor = offline_floor(spec, SLOW_ARITHMETIC, [(3, 3), (5, 1)], itemsize=2)
+    assert floor == prompts + 2 * 2 * parameters + 4 * (4 + 5) * width
+
+
+def test_published_floors_of_a_whole_grid_cell() -> None:
+    """Llama-3.1-8B, 128 prompts of 1024 tokens, 129 out, at 3.0 TB/s and 790 TFLOP/s."""
+    spec, h100 = MODELS["Llama-3.1-8B"][0], Ceilings(3.0e12, 3.0e12, 790e12)
+    tpot = time_per_output_token_floor(spec, h100, 128, 1024, 129, 2)
+    assert tpot * 1e3 == pytest.approx((15.0098 + 128 * 1088 * 131_072e-9) / 3.0, abs=0.005)
+    ttft = time_to_first_token_floor(spec, h100, 128, 1024, 2)
+    assert ttft == pytest.approx(128 * (2 * 6.98e9 * 1024 + 2 * 1024**2 * 4096 * 32) / 790e12, 0.01)
+
+
+def test_the_better_of_two_measurements_is_the_ceiling() -> None:
+    assert Ceilings(1.0, 5.0, 3.0).at_least(Ceilings(2.0, 4.0, 3.0)) == Ceilings(2.0, 5.0, 3.0)
+    assert Ceilings(1.0, 5.0, 3.0).bytes_per_s == 5.0
