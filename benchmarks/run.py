@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,10 @@ def compare(arguments: Namespace) -> int:
 
 
 def _model(arguments: Namespace) -> Model:
+    """What to measure. Raises ConfigError, also for an engine that is not there."""
+    for engine in arguments.engine:
+        if find_spec(engine) is None:
+            raise ConfigError(f"engine '{engine}' is not installed here: pip install {engine}")
     return Model.from_options(engine_options(arguments), tuple(arguments.engine))
 
 

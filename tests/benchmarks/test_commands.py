@@ -148,7 +148,7 @@ def test_bad_input_is_one_line(
     ("arguments", "message"),
     [
         (["--input-len", "5", "--output-len", "600"], "longer than the context of 512"),
-        (["--engine", "vllm"], "engine 'vllm' cannot be imported"),
+        (["--engine", "compiledllm", "vllm"], "engine 'vllm' is not installed here"),
     ],
 )
 def test_what_cannot_be_run_is_refused_early(
