@@ -31,9 +31,10 @@ def add_bench_command(commands: Any) -> None:
 def _add_latency(kinds: Any) -> None:
     parser = kinds.add_parser("latency", help="a batch that starts together: TTFT, TPOT, ITL")
     parser.set_defaults(run=_runner("latency"))
-    parser.add_argument("--batch-size", type=_positive, nargs="+", default=[1, 8], metavar="N")
-    parser.add_argument("--input-len", type=_positive, nargs="+", default=[128], metavar="N")
-    parser.add_argument("--output-len", type=_positive, default=129, metavar="N")
+    add = parser.add_argument
+    add("--batch-size", type=_positive, nargs="+", default=[1, 8], metavar="N", help="(1 8)")
+    add("--input-len", type=_positive, nargs="+", default=[128], metavar="N", help="tokens (128)")
+    add("--output-len", type=_positive, default=129, metavar="N", help="tokens (129)")
     _add_repeats(parser)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a picture (SVG)")
     _add_engines(parser)
@@ -81,7 +82,7 @@ def _add_serve(kinds: Any) -> None:
 def _add_startup(kinds: Any) -> None:
     parser = kinds.add_parser("startup", help="process start to first token, phase by phase")
     parser.set_defaults(run=_runner("startup"))
-    parser.add_argument("--input-len", type=_positive, default=32, metavar="N")
+    parser.add_argument("--input-len", type=_positive, default=32, metavar="N", help="tokens (32)")
     parser.add_argument(
         "--num-iters-cold", type=_non_negative, default=1, help="starts with empty caches"
     )
@@ -129,7 +130,9 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 def _add_repeats(parser: argparse.ArgumentParser, warmups: bool = True) -> None:
     parser.add_argument("--num-iters", type=_positive, default=3, help="measurements of each row")
     if warmups:
-        parser.add_argument("--num-iters-warmup", type=_non_negative, default=1)
+        parser.add_argument(
+            "--num-iters-warmup", type=_non_negative, default=1, help="rounds before them"
+        )
 
 
 def _add_dataset(parser: argparse.ArgumentParser, default: str) -> None:
@@ -144,8 +147,13 @@ def _add_dataset(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument(
         "--num-prompts", type=_positive, help="default: 512, or the whole file", metavar="N"
     )
-    parser.add_argument("--input-len", type=_positive, default=1024, metavar="N")
-    parser.add_argument("--output-len", type=_positive, default=128, metavar="N")
+    parser.add_argument(
+        "--input-len", type=_positive, default=1024, metavar="N", help="tokens of random prompts"
+    )
+    parser.add_argument(
+        "--output-len", type=_positive, default=128, metavar="N",
+        help="tokens out, where the dataset does not say",
+    )  # fmt: skip
 
 
 # -- values ----------------------------------------------------------------------------------------

@@ -144,18 +144,25 @@ def test_bad_input_is_one_line(
     assert message in shown and shown.startswith("error: ") and shown.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--input-len", "5", "--output-len", "600"], "longer than the context of 512"),
-        (["--engine", "compiledllm", "vllm"], "engine 'vllm' is not installed here"),
-    ],
-)
-def test_what_cannot_be_run_is_refused_early(
-    arguments: list[str], message: str, tiny: list[str], capsys: pytest.CaptureFixture[str]
+def test_a_request_longer_than_the_context_is_refused(
+    tiny: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert bench("latency", *tiny[:5], *arguments) == 2
-    assert message in capsys.readouterr().err
+    assert bench("latency", *tiny, "--input-len", "5", "--output-len", "600") == 2
+    assert "longer than the context of 512" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("benchmark", ["latency", "throughput", "startup"])
+def test_an_engine_that_is_not_installed_is_refused_before_another_is_loaded(
+    benchmark: str,
+    tiny: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("compiledllm.benchmarks.run.find_spec", lambda name: name != "vllm" or None)
+    assert bench(benchmark, *tiny[:5], "--engine", "compiledllm", "vllm") == 2
+    assert (
+        capsys.readouterr().err == "error: engine 'vllm' is not installed here: pip install vllm\n"
+    )
 
 
 def test_a_broken_line_of_a_dataset_is_named(
