@@ -29,9 +29,12 @@ class StepShape(NamedTuple):
     is_decode: bool
 
 
-# Tokens of steps with prompts in them: beyond the last, the device works longer than the host.
-_MIXED_TOKENS = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+# Tokens of steps with prompts in them. The large ones serve batches of long prompts, which fill a
+# step to its limit; a step that would be padded by much more is better off uncaptured.
+_MIXED_TOKENS = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 _FEW_ROWS = 8
+_MOST_PADDING = 1.4  # of tokens, from this many tokens on:
+_MANY_TOKENS = 1024
 
 
 def step_shapes(max_rows: int, max_tokens: int) -> list[StepShape]:
@@ -48,7 +51,10 @@ def step_shapes(max_rows: int, max_tokens: int) -> list[StepShape]:
 
 
 def shape_for(shape: StepShape, shapes: Iterable[StepShape]) -> StepShape | None:
-    """The smallest of `shapes` that holds a step of this kind and size, or None."""
+    """The smallest of `shapes` that holds a step of this kind and size, or None.
+
+    None also if its padding would cost the device more than a graph saves the host.
+    """
     fitting = (
         s
         for s in shapes
@@ -56,4 +62,7 @@ def shape_for(shape: StepShape, shapes: Iterable[StepShape]) -> StepShape | None
         and s.num_tokens >= shape.num_tokens
         and s.num_rows >= shape.num_rows
     )
-    return min(fitting, default=None)
+    best = min(fitting, default=None)
+    if best and best.num_tokens > max(_MANY_TOKENS, _MOST_PADDING * shape.num_tokens):
+        return None
+    return best

@@ -1,8 +1,8 @@
 """Compiles the decoder block: once per distinct layer spec, shared by all layers that have it.
 
-Two variants of each: one token (a static shape, for single-row decode) and a dynamic number of
-tokens. Any later compilation is a recompile, which never happens in a healthy engine: it is counted
-and tests hold it to zero. Knows "a module with blocks and a `block_forward`", no model by name.
+Variants of each: one token (a static shape, for single-row decode) and dynamic numbers of tokens.
+Any later compilation is a recompile, which never happens in a healthy engine: it is counted and
+tests hold it to zero. Knows "a module with blocks and a `block_forward`", no model by name.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import math
 import threading
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +24,22 @@ log = logging.getLogger("compiledllm")
 Block = nn.Module
 BlockForward = Callable[..., tuple[Tensor, Tensor]]
 BlockArgs = tuple[Any, ...]
+Example = tuple["Variant", Block, BlockArgs]
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A compilation for steps of up to `up_to` tokens, made with `example` tokens.
+
+    The compiler sizes its kernels by the example: what suits two tokens is slow for thousands.
+    """
+
+    example: int
+    up_to: float
+
+
+CPU_VARIANTS = (Variant(1, 1), Variant(2, math.inf))
+GPU_VARIANTS = (Variant(1, 1), Variant(16, 256), Variant(2048, math.inf))
 
 
 class Decoder(Protocol):
@@ -34,13 +51,20 @@ class Decoder(Protocol):
 class BlockCompiler:
     """Replaces a decoder's `block_forward` by its compiled form.
 
-    decoder: the model. run_dummy: runs it on that many padding tokens. Compilation is started by
-    `compile`, which blocks, by `compile_in_background`, or by `compile_after` so much work; in the
-    last two the model serves eagerly meanwhile.
+    decoder: the model. run_dummy: runs it on that many padding tokens. variants: by ascending
+    size, the first for one token, the last for any number. Compilation is started by `compile`,
+    which blocks, by `compile_in_background`, or by `compile_after` so much work; in the last two
+    the model serves eagerly meanwhile.
     """
 
-    def __init__(self, decoder: Decoder, run_dummy: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        run_dummy: Callable[[int], None],
+        variants: Sequence[Variant] = CPU_VARIANTS,
+    ) -> None:
         self._decoder = decoder
+        self._variants = variants
         self._run_dummy = run_dummy
         self.eager = decoder.block_forward
         self._warmed_up_at: int | None = None
@@ -116,43 +140,50 @@ class BlockCompiler:
             self._decoder.block_forward = self._compiled
             log.info("compiled the decoder block in %.1f s", self.seconds)
 
-    def _record_examples(self) -> list[tuple[Block, BlockArgs]]:
-        """Arguments of the first call of each distinct block, for two tokens and for one."""
-        examples: list[tuple[Block, BlockArgs]] = []
-        for num_tokens in (2, 1):
+    def _record_examples(self) -> list[Example]:
+        """Arguments of the first call of each distinct block, for each variant, largest first."""
+        examples: list[Example] = []
+        for variant in reversed(self._variants):
             seen: set[Any] = set()
 
-            def record(layer: Block, *args: Any, seen: set[Any] = seen) -> tuple[Tensor, Tensor]:
+            def record(
+                layer: Block, *args: Any, variant: Variant = variant, seen: set[Any] = seen
+            ) -> tuple[Tensor, Tensor]:
                 if layer.spec not in seen:
                     seen.add(layer.spec)
-                    examples.append((layer, args))
+                    examples.append((variant, layer, args))
                 return self.eager(layer, *args)
 
             self._decoder.block_forward = record
             try:
-                self._run_dummy(num_tokens)
+                self._run_dummy(variant.example)
             finally:
                 self._decoder.block_forward = self.eager
         return examples
 
     @torch.inference_mode()
-    def _compile_examples(self, examples: list[tuple[Block, BlockArgs]]) -> None:
+    def _compile_examples(self, examples: list[Example]) -> None:
         start = time.perf_counter()
-        compiled: dict[Any, BlockForward] = {}
+        compiled: dict[Any, list[tuple[float, BlockForward]]] = {}
         try:
-            for layer, args in examples:
-                if layer.spec not in compiled:
-                    compiled[layer.spec] = torch.compile(
-                        _own_copy(self.eager), fullgraph=True, backend=self._counting_inductor
-                    )
+            for variant, layer, args in examples:
+                forward = torch.compile(
+                    _own_copy(self.eager), fullgraph=True, backend=self._counting_inductor
+                )
                 _mark_token_and_row_counts_dynamic(args)
-                compiled[layer.spec](layer, *args)
+                forward(layer, *args)
+                compiled.setdefault(layer.spec, []).insert(0, (variant.up_to, forward))
         except Exception as error:  # whatever the compiler raises, the eager model still serves
             self.error = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
             log.warning("compilation failed, running eagerly (%s)", self.error)
             return
         self.seconds = time.perf_counter() - start
-        self._compiled = lambda layer, *args: compiled[layer.spec](layer, *args)
+
+        def run(layer: Block, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+            forward = next(f for up_to, f in compiled[layer.spec] if len(x) <= up_to)
+            return forward(layer, x, *args)
+
+        self._compiled = run
 
     def _counting_inductor(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
         from torch._inductor.compile_fx import compile_fx

@@ -62,6 +62,10 @@ _LIBRARY.define(
     "Tensor query_start_loc, float scale, int sliding_window, float soft_cap, "
     "str backend) -> Tensor"
 )
+_LIBRARY.define(
+    "rotate_and_store(Tensor qkv, Tensor? q_weight, Tensor? k_weight, float eps, Tensor cos, "
+    "Tensor sin, Tensor(a!) kv_cache, Tensor slot_mapping, int num_heads) -> Tensor"
+)
 
 
 def _store_kv(
@@ -97,6 +101,28 @@ def _paged_attention_fake(query: Tensor, *_: object) -> Tensor:
     return torch.empty_like(query, memory_format=torch.contiguous_format)
 
 
+def _rotate_and_store(*arguments: Any) -> Tensor:
+    from compiledllm.kernels.rotate_store_triton import rotate_and_store
+
+    return rotate_and_store(*arguments)
+
+
+def _rotate_and_store_fake(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+    num_heads: int,
+) -> Tensor:
+    return qkv.new_empty((qkv.shape[0], num_heads, kv_cache.shape[-1]))
+
+
+_LIBRARY.impl("rotate_and_store", _rotate_and_store, "CompositeExplicitAutograd")
+torch.library.register_fake("compiledllm::rotate_and_store", _rotate_and_store_fake, lib=_LIBRARY)
 _LIBRARY.impl("store_kv", _store_kv, "CompositeExplicitAutograd")
 _LIBRARY.impl("paged_attention", _paged_attention, "CompositeExplicitAutograd")
 torch.library.register_fake("compiledllm::store_kv", _store_kv_fake, lib=_LIBRARY)
@@ -138,3 +164,26 @@ def paged_attention(
         backend,
     )
     return out
+
+
+def rotate_and_store(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+    num_heads: int,
+) -> Tensor:
+    """Split `qkv`, normalise and rotate queries and keys, store keys and values. Triton only.
+
+    qkv: [tokens, (num_heads + 2 * num_kv_heads) * head_dim]. q_weight, k_weight: [head_dim] of the
+    heads' RMSNorm, None without one. cos, sin: [tokens, 1, rotary_dim]. Mutates `kv_cache`.
+    Returns the queries, [tokens, num_heads, head_dim].
+    """
+    queries: Tensor = torch.ops.compiledllm.rotate_and_store(
+        qkv, q_weight, k_weight, eps, cos, sin, kv_cache, slot_mapping, num_heads
+    )
+    return queries

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compiledllm.kernels.attention import AttentionMetadata
+from compiledllm.kernels.linear import linear
 from compiledllm.models.layers.attention import PagedAttention
 from compiledllm.models.layers.linear import empty_parameter
 from compiledllm.models.layers.mlp import GatedMlp
@@ -84,4 +85,4 @@ class Decoder(nn.Module):
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """[tokens, hidden] -> [tokens, vocab], in the model's dtype."""
-        return F.linear(hidden, self.embedding if self.lm_head is None else self.lm_head)
+        return linear(hidden, self.embedding if self.lm_head is None else self.lm_head)

@@ -153,14 +153,17 @@ class EngineCore:
         return runner, Scheduler(pool, block_size, max_seqs, max_tokens, policy)
 
     def _bytes_in_use(self, max_num_batched_tokens: int) -> int:
-        """CUDA: what the weights take, and an upper estimate of a full step's activations."""
+        """CUDA: what the weights take, and an upper estimate of a full step's activations.
+
+        Twice: captured steps have memory of their own.
+        """
         if not self.platform.is_cuda:
             return 0
         layer = self.spec.layers[0]
         widest = max(layer.mlp.intermediate_size * 3, self.spec.hidden_size * 8)
         logits = 4 * self.spec.vocab_size * int(self.config.scheduler.max_num_seqs or 1)
         activations = max_num_batched_tokens * widest * self.dtype.itemsize + 3 * logits
-        return torch.cuda.memory_allocated(self.platform.device) + activations + 2**30
+        return torch.cuda.memory_allocated(self.platform.device) + 2 * activations + 2**30
 
     def _start_compiler(self) -> None:
         started = time.perf_counter()

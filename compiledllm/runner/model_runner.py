@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compiledllm.graphs.buckets import StepShape, step_shapes
-from compiledllm.graphs.compile import BlockCompiler
+from compiledllm.graphs.compile import CPU_VARIANTS, GPU_VARIANTS, BlockCompiler
 from compiledllm.graphs.cuda_graphs import StepGraphs
 from compiledllm.kernels.sampling import draw_tokens
 from compiledllm.models.decoder import Decoder
@@ -85,7 +85,8 @@ class ModelRunner:
         self.table = RequestTable(max_num_seqs, max_blocks, self.device)
         self.sampler = Sampler()
         self.outputs = OutputRing(MAX_IN_FLIGHT + 1, max_num_seqs, self.device)
-        self.compiler = BlockCompiler(model, self.run_dummy)
+        variants = GPU_VARIANTS if self.device.type == "cuda" else CPU_VARIANTS
+        self.compiler = BlockCompiler(model, self.run_dummy, variants)
         self.graphs: StepGraphs | None = None
 
     def launch(self, step: SchedulerOutput) -> PendingOutput:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from compiledllm.kernels.linear import linear
 
 
 def empty_parameter(*shape: int) -> nn.Parameter:
@@ -27,7 +28,7 @@ class Linear(nn.Module):
         self.bias = empty_parameter(out_features) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
     def rows_of(self, part: str) -> slice:
         """The output rows that hold `part`."""

@@ -18,7 +18,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from compiledllm.kernels import gemv_triton as gemv
 from compiledllm.kernels import paged_attention_triton as attention
+from compiledllm.kernels import rotate_store_triton as rotation
 from compiledllm.kernels import sampling_triton as sampling
 
 TYPES = {
@@ -27,9 +29,13 @@ TYPES = {
     "soft_cap": "fp32", "query_stride": "i32", "table_stride": "i32", "value_offset": "i64",
     "num_rows": "i32", "key_stride": "i32", "value_stride": "i32", "temperature": "*fp32",
     "seeds": "*i64", "positions": "*i64", "best_scores": "*fp32", "best_ids": "*i32",
+    "eps": "fp32", "token_stride": "i32", "num_outputs": "i32",
     "vocab": "i32", "row_stride": "i32", "num_chunks": "i32",
 }
-FLOATS = {"query", "key", "value", "kv_cache", "out", "logits"}
+FLOATS = {
+    "query", "key", "value", "kv_cache", "out", "logits", "qkv", "q_weight", "k_weight", "cos",
+    "sin", "x", "weight", "bias",
+}
 
 
 def check(kernel, dtype, tiling=None, **constants):
@@ -56,6 +62,11 @@ for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
     check(attention._store_kernel, dtype, WIDTH=1024, PADDED=1024)
     check(sampling._chunk_kernel, dtype, CHUNK=4096)
     check(sampling._row_kernel, dtype, PADDED=64)
+    check(gemv._gemv_kernel, dtype, NUM_INPUTS=3072, HAS_BIAS=True, ROWS=4, COLUMNS=1024)
+    check(
+        rotation._rotate_store_kernel, dtype, NUM_HEADS=16, NUM_KV_HEADS=8, HEAD_DIM=128,
+        ROTARY_DIM=128, HAS_NORM=True, HEADS=8, PADDED_DIM=128,
+    )
     for head_dim, window in SHAPES[dtype]:
         shape = {
             "GROUP": 4, "NUM_HEADS": 32, "HEAD_DIM": head_dim, "BLOCK_SIZE": 16,

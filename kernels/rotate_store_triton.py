@@ -1,0 +1,95 @@
+"""What lies between the qkv product and attention, as one Triton kernel instead of four.
+
+Normalise each head of queries and keys (where the model does), rotate them, write the queries out
+and keys and values into their slots of the paged cache.
+"""
+
+# Triton functions are typed by what they are called with.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, attr-defined, no-untyped-call"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_HEADS = 8  # of one program
+
+
+@triton.jit
+def _rotate_store_kernel(
+    qkv, q_weight, k_weight, cos, sin, slot_mapping, kv_cache, out, eps, token_stride, value_offset,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr, HAS_NORM: tl.constexpr, HEADS: tl.constexpr, PADDED_DIM: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    dim = tl.arange(0, PADDED_DIM)[None, :]
+    inside = (head < NUM_HEADS + 2 * NUM_KV_HEADS) & (dim < HEAD_DIM)
+    is_query = head < NUM_HEADS
+    is_value = head >= NUM_HEADS + NUM_KV_HEADS
+    half = ROTARY_DIM // 2
+    is_rotated = dim < ROTARY_DIM
+    # The dimension each one is rotated with; itself past the rotated ones.
+    partner = tl.where(dim < half, dim + half, tl.where(is_rotated, dim - half, dim))
+
+    row = qkv + token * token_stride + head * HEAD_DIM
+    x = tl.load(row + dim, inside, other=0.0)
+    y = tl.load(row + partner, inside, other=0.0)
+    dtype = x.dtype
+    raw, x, y = x, x.to(tl.float32), y.to(tl.float32)
+    if HAS_NORM:
+        scale = tl.rsqrt(tl.sum(x * x, 1)[:, None] / HEAD_DIM + eps)
+        in_dim = dim < HEAD_DIM
+        x_weight = tl.where(
+            is_query,
+            tl.load(q_weight + dim, in_dim, other=0.0),
+            tl.load(k_weight + dim, in_dim, other=0.0),
+        )
+        y_weight = tl.where(
+            is_query,
+            tl.load(q_weight + partner, in_dim, other=0.0),
+            tl.load(k_weight + partner, in_dim, other=0.0),
+        )
+        x = (x * scale).to(dtype).to(tl.float32) * x_weight
+        y = (y * scale).to(dtype).to(tl.float32) * y_weight
+    angle = token * ROTARY_DIM + dim
+    c = tl.load(cos + angle, is_rotated, other=1.0).to(tl.float32)
+    s = tl.load(sin + angle, is_rotated, other=0.0).to(tl.float32)
+    turned = (x * c + tl.where(dim < half, -y, y) * s).to(dtype)
+    result = tl.where(is_value, raw, turned)
+
+    tl.store(out + (token * NUM_HEADS + head) * HEAD_DIM + dim, result, inside & is_query)
+    slot = tl.maximum(tl.load(slot_mapping + token), 0).to(tl.int64)
+    kv_head = tl.where(is_value, head - NUM_KV_HEADS, head) - NUM_HEADS
+    target = kv_cache + (slot * NUM_KV_HEADS + kv_head) * HEAD_DIM + dim
+    target = target + tl.where(is_value, value_offset, 0)
+    tl.store(target, result, inside & (head >= NUM_HEADS))
+
+
+def rotate_and_store(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+    num_heads: int,
+) -> Tensor:
+    """See `attention.rotate_and_store`."""
+    num_tokens, rotary_dim = len(qkv), cos.shape[-1]
+    num_kv_heads, head_dim = kv_cache.shape[-2:]
+    out = torch.empty(num_tokens, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
+    if num_tokens == 0:
+        return out
+    grid = num_tokens, triton.cdiv(num_heads + 2 * num_kv_heads, _HEADS)
+    _rotate_store_kernel[grid](
+        qkv, qkv if q_weight is None else q_weight, qkv if k_weight is None else k_weight, cos, sin,
+        slot_mapping, kv_cache, out, eps, qkv.stride(0), kv_cache.stride(0),
+        NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, ROTARY_DIM=rotary_dim,
+        HAS_NORM=q_weight is not None, HEADS=_HEADS, PADDED_DIM=triton.next_power_of_2(head_dim),
+    )  # fmt: skip
+    return out

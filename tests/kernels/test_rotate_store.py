@@ -1,0 +1,55 @@
+"""One fused kernel against the layers it replaces: norm, rope and store in plain torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from compiledllm.kernels.attention import AttentionMetadata, kv_cache_shape
+from compiledllm.models.layers.attention import PagedAttention
+from compiledllm.models.layers.rope import RotaryTable
+from compiledllm.models.spec import AttentionSpec, NormSpec, RopeSpec
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there in Triton's interpreter
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("with_norm", [False, True])
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim", "rotary_dim"),
+    [(4, 2, 64, 64), (3, 3, 80, 80), (8, 1, 128, 32), (7, 1, 16, 16)],
+)
+def test_fused_equals_layer_by_layer(
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    rotary_dim: int,
+    with_norm: bool,
+    dtype: torch.dtype,
+) -> None:
+    torch.manual_seed(0)
+    norm = NormSpec(1e-6) if with_norm else None
+    rope = RopeSpec(1e4, rotary_dim)
+    spec = AttentionSpec(num_heads, num_kv_heads, head_dim, 1.0, rope, qk_norm=norm)
+    layer = PagedAttention(8, spec, "triton").to(DEVICE, dtype)
+    for parameter in layer.parameters():
+        parameter.normal_(1.0, 0.3)
+    num_tokens = 5
+    positions = torch.tensor([0, 7, 31, 500, 3], device=DEVICE)
+    cos, sin = RotaryTable(rope).to(DEVICE)(positions, dtype)
+    slots = torch.tensor([17, 40, -1, 63, 16], device=DEVICE)
+    none = torch.empty(0, device=DEVICE)
+    attn = AttentionMetadata(slots, none, none, none)
+    width = (num_heads + 2 * num_kv_heads) * head_dim
+    qkv = torch.randn(num_tokens, width + 3, device=DEVICE).to(dtype)[:, :width]
+    shape = kv_cache_shape(4, 16, num_kv_heads, head_dim)
+    caches = [torch.zeros(shape, dtype=dtype, device=DEVICE) for _ in range(2)]
+    fused = layer._rotate_and_store(qkv, cos, sin, caches[0], attn)
+    layer.backend = "torch"
+    expected = layer._rotate_then_store(qkv, cos, sin, caches[1], attn)
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(fused, expected, atol=tolerance, rtol=tolerance)
+    caches = [cache[:, 1:] for cache in caches]  # without the null block
+    torch.testing.assert_close(caches[0], caches[1], atol=tolerance, rtol=tolerance)
