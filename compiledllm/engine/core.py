@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from compiledllm.config import Choice, EngineConfig
+from compiledllm.graphs.buckets import step_shapes
 from compiledllm.log import log
 from compiledllm.models.decoder import Decoder
 from compiledllm.models.registry import load_spec
@@ -23,6 +24,7 @@ from compiledllm.models.spec import ModelSpec
 from compiledllm.models.weights import fill_with_random_weights, load_weights
 from compiledllm.platform import Platform
 from compiledllm.runner.kv_cache import allocate_kv_caches, block_bytes, plan_num_blocks
+from compiledllm.runner.memory import check_gpu_is_free, measure_activations, plan_memory
 from compiledllm.runner.model_runner import ModelRunner, PendingOutput
 from compiledllm.scheduler.block_pool import BlockPool
 from compiledllm.scheduler.scheduler import Scheduler
@@ -59,6 +61,9 @@ class EngineCore:
         self.choices["attention_backend"] = self.platform.choose_attention_backend(
             config.compile.attention_backend
         )
+        sized = config.cache.num_kv_blocks or config.cache.kv_cache_memory_bytes
+        if self.platform.is_cuda and not sized:
+            check_gpu_is_free(self.platform, config.cache.gpu_memory_utilization)
         self.startup_s["config"] = time.perf_counter() - started
         model = self._build_model()
         self.startup_s["weights"] = time.perf_counter() - started - self.startup_s["config"]
@@ -142,7 +147,7 @@ class EngineCore:
             self.spec,
             self.dtype,
             self.platform,
-            bytes_in_use=self._bytes_in_use(max_tokens),
+            bytes_in_use=self._plan_memory(model, max_seqs, max_tokens),
             most_useful_tokens=max_seqs * max_len,
         )
         kv_caches = allocate_kv_caches(self.spec, num_blocks, block_size, self.dtype, device)
@@ -152,18 +157,29 @@ class EngineCore:
         policy = config.scheduler.scheduling_policy
         return runner, Scheduler(pool, block_size, max_seqs, max_tokens, policy)
 
-    def _bytes_in_use(self, max_num_batched_tokens: int) -> int:
-        """CUDA: what the weights take, and an upper estimate of a full step's activations.
-
-        Twice: captured steps have memory of their own.
-        """
+    def _plan_memory(self, model: Decoder, max_num_seqs: int, max_tokens: int) -> int:
+        """CUDA: bytes of the engine's share that are not for the KV cache. 0 on a CPU."""
+        config = self.config
         if not self.platform.is_cuda:
             return 0
-        layer = self.spec.layers[0]
-        widest = max(layer.mlp.intermediate_size * 3, self.spec.hidden_size * 8)
-        logits = 4 * self.spec.vocab_size * int(self.config.scheduler.max_num_seqs or 1)
-        activations = max_num_batched_tokens * widest * self.dtype.itemsize + 3 * logits
-        return torch.cuda.memory_allocated(self.platform.device) + 2 * activations + 2**30
+        activations = measure_activations(
+            model, config.cache.block_size, self.dtype, self.platform, max_num_seqs, max_tokens
+        )
+        captured = [] if self._why_not_capture() else step_shapes(max_num_seqs, max_tokens)
+        share = config.cache.gpu_memory_utilization
+        budget = plan_memory(self.platform, share, activations, len(captured))
+        self.choices["memory"] = Choice(budget, "activations measured")
+        return budget.in_use
+
+    def _why_not_capture(self) -> str | None:
+        """What speaks against capturing steps, or None."""
+        if not self.platform.is_cuda:
+            return "CUDA graphs need a GPU"
+        if self.config.compile.enforce_eager:
+            return "enforce_eager"
+        if self.choices["attention_backend"].value == "torch":
+            return "attention_backend='torch' asks the host"
+        return None
 
     def _start_compiler(self) -> None:
         started = time.perf_counter()
@@ -187,13 +203,10 @@ class EngineCore:
         self.startup_s["compile"] = time.perf_counter() - started
 
     def _capture(self) -> None:
-        """Capture decode steps, where there is a GPU and the attention allows it."""
-        if not self.platform.is_cuda:
-            self.choices["capture"] = Choice("nothing", "CUDA graphs need a GPU")
-        elif self.config.compile.enforce_eager:
-            self.choices["capture"] = Choice("nothing", "enforce_eager")
-        elif self.choices["attention_backend"].value == "torch":
-            self.choices["capture"] = Choice("nothing", "attention_backend='torch' asks the host")
+        """Capture steps, where there is a GPU and the attention allows it."""
+        obstacle = self._why_not_capture()
+        if obstacle:
+            self.choices["capture"] = Choice("nothing", obstacle)
         else:
             graphs = self.runner.capture(int(self.config.scheduler.max_num_batched_tokens or 1))
             self.startup_s["capture"] = graphs.seconds
@@ -212,6 +225,7 @@ class EngineCore:
             "device": f"{self.platform.device} ({self.platform.name}; {self.platform.versions()})",
             "dtype": self.choices["dtype"],
             "attention": self.choices["attention_backend"],
+            "memory": self.choices.get("memory"),
             "KV cache": f"{blocks} blocks of {size} tokens = {blocks * size} tokens, "
             f"{kv_mib:.0f} MiB ({self.choices['num_kv_blocks'].reason})",
             "context": self.choices["max_model_len"],
@@ -223,4 +237,5 @@ class EngineCore:
             f"(weights {self.startup_s['weights']:.1f} s)",
         }
         for name, value in lines.items():
-            log.info("%-10s %s", name, value)
+            if value is not None:
+                log.info("%-10s %s", name, value)

@@ -16,7 +16,7 @@ from compiledllm.models.decoder import Decoder
 from compiledllm.platform import single_row_products
 from compiledllm.runner.input_batch import InputBatch, StepLayout, padding_inputs
 from compiledllm.runner.request_table import RequestTable, to_device
-from compiledllm.runner.sampler import Sampler
+from compiledllm.runner.sampler import Sampler, filter_top_k_top_p
 from compiledllm.types import SchedulerOutput, StepOutput
 
 MAX_IN_FLIGHT = 2  # steps that are launched and not collected
@@ -187,8 +187,14 @@ class ModelRunner:
         self.table.clear()
 
     @torch.inference_mode()
-    def run_dummy(self, num_tokens: int) -> None:
-        """A forward pass over padding: touches the null block only."""
+    def run_dummy(self, num_tokens: int, num_samples: int = 1) -> None:
+        """A step over padding, which touches the null block only; `num_samples` tokens are drawn.
+
+        With several, from all that can be asked for: this is the most memory a step can take.
+        """
         batch = InputBatch.dummy(num_tokens, self.table)
         hidden = self.model(batch.input_ids, batch.positions, self.kv_caches, batch.attn)
-        self.model.compute_logits(hidden[batch.logits_indices])
+        logits = self.model.compute_logits(hidden[:1].repeat(num_samples, 1))
+        if num_samples > 1:
+            ones = torch.ones(num_samples, device=self.device)
+            filter_top_k_top_p(logits.float(), ones.long(), ones)

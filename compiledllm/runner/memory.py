@@ -1,0 +1,96 @@
+"""Who gets the GPU's memory: measured needs first, the KV cache the rest of the engine's share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from compiledllm.config import ConfigError
+from compiledllm.models.decoder import Decoder
+from compiledllm.platform import Platform
+from compiledllm.runner.kv_cache import allocate_kv_caches
+from compiledllm.runner.model_runner import ModelRunner
+
+# What a captured graph takes of the driver's memory, which torch does not count: about this much
+# for the few hundred kernels of a step.
+_BYTES_PER_GRAPH = 4 * 2**20
+_GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryBudget:
+    """Bytes on the GPU. limit: the engine's share; held: weights, and what else this process has.
+
+    activations: of a full step, measured. captures: the captured steps' own, and their graphs.
+    """
+
+    limit: int
+    held: int
+    activations: int
+    captures: int
+
+    @property
+    def in_use(self) -> int:
+        return self.held + self.activations + self.captures
+
+    def __str__(self) -> str:
+        parts = {
+            "weights": self.held,
+            "activations": self.activations,
+            "captured steps": self.captures,
+            "KV cache": max(self.limit - self.in_use, 0),
+        }
+        shares = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in parts.items())
+        return f"{self.limit / _GIB:.2f} GiB: {shares}"
+
+
+def check_gpu_is_free(platform: Platform, share: float) -> None:
+    """Raise ConfigError if other processes hold what `share` of the GPU's memory asks for."""
+    free, total = torch.cuda.mem_get_info(platform.device)
+    ours = torch.cuda.memory_reserved(platform.device)
+    if total * share > free + ours:
+        fits = int((free + ours) / total * 100) / 100
+        raise ConfigError(
+            f"gpu_memory_utilization={share} asks for {total * share / _GIB:.1f} of "
+            f"{total / _GIB:.1f} GiB, but others hold {(total - free - ours) / _GIB:.1f} GiB "
+            f"(nvidia-smi shows who); use gpu_memory_utilization={fits}, or num_kv_blocks"
+        )
+
+
+@torch.inference_mode()
+def measure_activations(
+    model: Decoder,
+    block_size: int,
+    dtype: torch.dtype,
+    platform: Platform,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+) -> int:
+    """Peak bytes of the largest step, uncompiled, beside weights and KV: seen on a one-block cache.
+
+    Counts this process's own allocations.
+    """
+    device = platform.device
+    kv_caches = allocate_kv_caches(model.spec, 1, block_size, dtype, device)
+    probe = ModelRunner(model, kv_caches, block_size, max_num_seqs, max_blocks=1)
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    probe.run_dummy(max_num_batched_tokens, num_samples=max_num_seqs)
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.empty_cache()
+    return peak - before
+
+
+def plan_memory(
+    platform: Platform, share: float, activations: int, num_captures: int
+) -> MemoryBudget:
+    """Captured steps have memory of their own: as much as the largest, which all of them share."""
+    return MemoryBudget(
+        limit=int(platform.memory_bytes * share),
+        held=torch.cuda.memory_allocated(platform.device),
+        activations=activations,
+        captures=(activations + num_captures * _BYTES_PER_GRAPH) if num_captures else 0,
+    )
