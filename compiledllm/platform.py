@@ -5,6 +5,7 @@ Every choice comes with its reason, which is printed once at start.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -81,8 +82,8 @@ class Platform:
 
     def choose_attention_backend(self, requested: str) -> Choice:
         """The implementation of the attention ops. Raises ConfigError for one that cannot run."""
-        if requested == "triton" and not self.is_cuda:
-            raise ConfigError("attention_backend='triton' needs a GPU; use 'auto' or 'torch'")
+        if requested in ("triton", "flashinfer") and not self.is_cuda:
+            raise ConfigError(f"attention_backend='{requested}' needs a GPU; use 'auto' or 'torch'")
         if requested != "auto":
             return Choice(requested, "as asked")
         if not self.is_cuda:
@@ -96,6 +97,15 @@ class Platform:
         if self.is_cuda or _cpp_compiler() is not None:
             return None
         return "no C++ compiler was found (looked for $CXX, g++, clang++); install g++ to compile"
+
+
+@functools.cache
+def can_overlap_kernels() -> bool:
+    """Whether the GPU starts a kernel before the one ahead has ended, where both allow it.
+
+    Programmatic dependent launch: Hopper and newer.
+    """
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
 
 
 @contextmanager

@@ -19,6 +19,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from compiledllm.platform import can_overlap_kernels
+
 log = logging.getLogger("compiledllm")
 
 Block = nn.Module
@@ -29,17 +31,25 @@ Example = tuple["Variant", Block, BlockArgs]
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A compilation for steps of up to `up_to` tokens, made with `example` tokens.
+    """A compilation for steps of `least` to `most` tokens, made with `example` tokens.
 
     The compiler sizes its kernels by the example: what suits two tokens is slow for thousands.
     """
 
+    least: int
+    most: int
     example: int
-    up_to: float
 
 
-CPU_VARIANTS = (Variant(1, 1), Variant(2, math.inf))
-GPU_VARIANTS = (Variant(1, 1), Variant(16, 256), Variant(2048, math.inf))
+_ANY = 2**30
+CPU_VARIANTS = (Variant(1, 1, 1), Variant(2, _ANY, 2))
+# Up to 16 tokens have matrix products of their own (kernels.linear).
+GPU_VARIANTS = (
+    Variant(1, 1, 1),
+    Variant(2, 16, 8),
+    Variant(17, 256, 64),
+    Variant(257, _ANY, 2048),
+)
 
 
 class Decoder(Protocol):
@@ -66,6 +76,7 @@ class BlockCompiler:
         self._decoder = decoder
         self._variants = variants
         self._run_dummy = run_dummy
+        self._inductor_options = {"triton.enable_pdl": can_overlap_kernels()}
         self.eager = decoder.block_forward
         self._warmed_up_at: int | None = None
         self._compiled: BlockForward | None = None
@@ -170,9 +181,9 @@ class BlockCompiler:
                 forward = torch.compile(
                     _own_copy(self.eager), fullgraph=True, backend=self._counting_inductor
                 )
-                _mark_token_and_row_counts_dynamic(args)
+                _mark_token_and_row_counts_dynamic(args, variant)
                 forward(layer, *args)
-                compiled.setdefault(layer.spec, []).insert(0, (variant.up_to, forward))
+                compiled.setdefault(layer.spec, []).insert(0, (variant.most, forward))
         except Exception as error:  # whatever the compiler raises, the eager model still serves
             self.error = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
             log.warning("compilation failed, running eagerly (%s)", self.error)
@@ -180,7 +191,7 @@ class BlockCompiler:
         self.seconds = time.perf_counter() - start
 
         def run(layer: Block, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-            forward = next(f for up_to, f in compiled[layer.spec] if len(x) <= up_to)
+            forward = next(f for most, f in compiled[layer.spec] if len(x) <= most)
             return forward(layer, x, *args)
 
         self._compiled = run
@@ -191,7 +202,7 @@ class BlockCompiler:
         self.num_compiles += 1
         if self.is_ready:
             log.warning("the decoder block was compiled again after warm-up: this is a bug")
-        return compile_fx(graph, inputs)
+        return compile_fx(graph, inputs, config_patches=self._inductor_options)
 
 
 def _own_copy(forward: BlockForward) -> BlockForward:
@@ -208,9 +219,12 @@ def _own_copy(forward: BlockForward) -> BlockForward:
     return copy
 
 
-def _mark_token_and_row_counts_dynamic(args: BlockArgs) -> None:
+def _mark_token_and_row_counts_dynamic(args: BlockArgs, variant: Variant) -> None:
     """First dimension of everything but the cache: the number of tokens, or of rows."""
+    if variant.most == 1:
+        return  # static
     x, due, cos, sin, _, attn = args
-    for tensor in (x, due, cos, sin, *attn):
-        if tensor.shape[0] > 1:  # one token is the static variant
-            torch._dynamo.mark_dynamic(tensor, 0)
+    for tensor in (x, due, cos, sin, attn.slot_mapping):
+        torch._dynamo.mark_dynamic(tensor, 0, min=variant.least, max=variant.most)
+    for tensor in (attn.block_tables, attn.seq_lens, attn.query_start_loc):
+        torch._dynamo.mark_dynamic(tensor, 0)

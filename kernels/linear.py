@@ -1,6 +1,6 @@
 """x @ weight.T + bias, by whatever is fastest for the number of rows.
 
-One row of a 16-bit type on a GPU goes to a matrix-vector kernel; everything else to the library.
+Up to 16 rows of a 16-bit type on a GPU go to our own kernels; everything else to the library.
 """
 
 from __future__ import annotations
@@ -11,27 +11,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+MAX_SKINNY_ROWS = 16
+
 _LIBRARY: Any = torch.library.Library("compiledllm", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define("gemv(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_LIBRARY.define("skinny_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 
-def _gemv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    from compiledllm.kernels.gemv_triton import gemv
+def _skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    from compiledllm.kernels.skinny_triton import skinny_linear
 
-    return gemv(x, weight, bias)
-
-
-def _gemv_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty((1, weight.shape[0]))
+    return skinny_linear(x, weight, bias)
 
 
-_LIBRARY.impl("gemv", _gemv, "CompositeExplicitAutograd")
-torch.library.register_fake("compiledllm::gemv", _gemv_fake, lib=_LIBRARY)
+def _skinny_linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+_LIBRARY.impl("skinny_linear", _skinny_linear, "CompositeExplicitAutograd")
+torch.library.register_fake("compiledllm::skinny_linear", _skinny_linear_fake, lib=_LIBRARY)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [rows, inputs], weight [outputs, inputs], bias [outputs] -> [rows, outputs]."""
-    if x.is_cuda and x.shape[0] == 1 and x.dtype.itemsize == 2:
-        out: Tensor = torch.ops.compiledllm.gemv(x, weight, bias)
+    if _is_skinny(x):
+        out: Tensor = torch.ops.compiledllm.skinny_linear(x, weight, bias)
         return out
     return F.linear(x, weight, bias)
+
+
+def linear_into(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """`linear` without bias into `out` [rows, outputs], which it returns. Not for compiled code."""
+    if _is_skinny(x):
+        from compiledllm.kernels.skinny_triton import skinny_linear
+
+        return skinny_linear(x, weight, None, out=out)
+    return torch.mm(x, weight.t(), out=out)
+
+
+def _is_skinny(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype.itemsize == 2 and x.shape[0] <= MAX_SKINNY_ROWS

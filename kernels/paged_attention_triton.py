@@ -11,13 +11,15 @@ serves every length. The order of reductions is fixed: equal inputs give equal b
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from compiledllm.kernels.launch import launch_options, num_multiprocessors
 
 _LOG2_E = 1.4426950408889634
 _MAX_SPLITS = 64
@@ -150,7 +152,11 @@ def _decode_kernel(
     GROUP: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     TOKEN_STRIDE: tl.constexpr, NUM_SPLITS: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr, PADDED_DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start = tl.load(query_start_loc + row)
     if tl.load(query_start_loc + row + 1) - start != 1:
@@ -193,8 +199,11 @@ def _decode_kernel(
 def _reduce_kernel(
     query_start_loc, out, partial_out, partial_stats,
     NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, NUM_SPLITS: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     row, head = tl.program_id(0), tl.program_id(1)
     start = tl.load(query_start_loc + row).to(tl.int64)
     if tl.load(query_start_loc + row + 1) - start != 1:
@@ -312,14 +321,14 @@ def paged_attention(
     }  # fmt: skip
     _decode_kernel[(num_rows, num_kv_heads, num_splits)](
         *tensors, partial_out, partial_stats, *scalars, *strides,
-        NUM_SPLITS=num_splits, ROWS=tiling.rows, KEYS=tiling.keys,
+        NUM_SPLITS=num_splits, ROWS=tiling.rows, KEYS=tiling.keys, **launch_options(),
         num_warps=tiling.num_warps, num_stages=tiling.num_stages, **constants,
     )  # fmt: skip
     if num_splits > 1:
         _reduce_kernel[(num_rows, num_heads)](
             query_start_loc, out, partial_out, partial_stats,
             NUM_HEADS=num_heads, HEAD_DIM=head_dim, NUM_SPLITS=num_splits,
-            PADDED_DIM=triton.next_power_of_2(head_dim),
+            PADDED_DIM=triton.next_power_of_2(head_dim), **launch_options(),
         )  # fmt: skip
     if num_tokens >= num_rows:  # else every row has one token at most
         tiling = prefill_tiling(head_dim, group, query.element_size())
@@ -335,13 +344,6 @@ def paged_attention(
 
 def choose_num_splits(num_programs: int, max_tiles: int) -> int:
     """Programs per row and KV head: a power of two that fills the GPU, one tile each at least."""
-    wanted = -(-_PROGRAMS_PER_SM * _num_sms() // num_programs)
+    wanted = -(-_PROGRAMS_PER_SM * num_multiprocessors() // num_programs)
     splits = min(wanted, max_tiles, _MAX_SPLITS)
     return 1 << (splits.bit_length() - 1)
-
-
-@functools.cache
-def _num_sms() -> int:
-    if not torch.cuda.is_available():  # the interpreter: enough to split
-        return 8
-    return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count

@@ -13,6 +13,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from compiledllm.kernels.launch import launch_options
 
 _HEADS = 8  # of one program
 
@@ -22,7 +25,11 @@ def _rotate_store_kernel(
     qkv, q_weight, k_weight, cos, sin, slot_mapping, kv_cache, out, eps, token_stride, value_offset,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     ROTARY_DIM: tl.constexpr, HAS_NORM: tl.constexpr, HEADS: tl.constexpr, PADDED_DIM: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     dim = tl.arange(0, PADDED_DIM)[None, :]
@@ -91,5 +98,6 @@ def rotate_and_store(
         slot_mapping, kv_cache, out, eps, qkv.stride(0), kv_cache.stride(0),
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, ROTARY_DIM=rotary_dim,
         HAS_NORM=q_weight is not None, HEADS=_HEADS, PADDED_DIM=triton.next_power_of_2(head_dim),
+        **launch_options(),
     )  # fmt: skip
     return out

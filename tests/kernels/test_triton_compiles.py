@@ -18,10 +18,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from compiledllm.kernels import gemv_triton as gemv
 from compiledllm.kernels import paged_attention_triton as attention
 from compiledllm.kernels import rotate_store_triton as rotation
 from compiledllm.kernels import sampling_triton as sampling
+from compiledllm.kernels import skinny_triton as skinny
 
 TYPES = {
     "block_tables": "*i32", "seq_lens": "*i32", "query_start_loc": "*i32", "slot_mapping": "*i64",
@@ -29,7 +29,7 @@ TYPES = {
     "soft_cap": "fp32", "query_stride": "i32", "table_stride": "i32", "value_offset": "i64",
     "num_rows": "i32", "key_stride": "i32", "value_stride": "i32", "temperature": "*fp32",
     "seeds": "*i64", "positions": "*i64", "best_scores": "*fp32", "best_ids": "*i32",
-    "eps": "fp32", "token_stride": "i32", "num_outputs": "i32",
+    "eps": "fp32", "token_stride": "i32", "num_outputs": "i32", "x_stride": "i32",
     "vocab": "i32", "row_stride": "i32", "num_chunks": "i32",
 }
 FLOATS = {
@@ -39,6 +39,7 @@ FLOATS = {
 
 
 def check(kernel, dtype, tiling=None, **constants):
+    constants["OVERLAP"] = int(sys.argv[1]) >= 90
     if tiling is not None:
         constants |= {"ROWS": tiling.rows, "KEYS": tiling.keys}
     names = kernel.arg_names
@@ -62,7 +63,11 @@ for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
     check(attention._store_kernel, dtype, WIDTH=1024, PADDED=1024)
     check(sampling._chunk_kernel, dtype, CHUNK=4096)
     check(sampling._row_kernel, dtype, PADDED=64)
-    check(gemv._gemv_kernel, dtype, NUM_INPUTS=3072, HAS_BIAS=True, ROWS=4, COLUMNS=1024)
+    for kernel in (skinny._one_row_kernel, skinny._few_rows_kernel):
+        check(
+            kernel, dtype, NUM_INPUTS=3072, HAS_BIAS=True, OUTPUTS=8, PADDED_OUTPUTS=16,
+            COLUMNS=256, ROWS=16,
+        )
     check(
         rotation._rotate_store_kernel, dtype, NUM_HEADS=16, NUM_KV_HEADS=8, HEAD_DIM=128,
         ROTARY_DIM=128, HAS_NORM=True, HEADS=8, PADDED_DIM=128,
