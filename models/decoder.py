@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compiledllm.kernels.attention import AttentionMetadata
-from compiledllm.kernels.linear import linear
+from compiledllm.kernels.linear import linear, linear_into
 from compiledllm.models.layers.attention import PagedAttention
 from compiledllm.models.layers.linear import empty_parameter
 from compiledllm.models.layers.mlp import GatedMlp
@@ -83,6 +83,7 @@ class Decoder(nn.Module):
         hidden: Tensor = self.final_norm(x + due)
         return hidden
 
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        """[tokens, hidden] -> [tokens, vocab], in the model's dtype."""
-        return linear(hidden, self.embedding if self.lm_head is None else self.lm_head)
+    def compute_logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """[tokens, hidden] -> [tokens, vocab], in the model's dtype; into `out` if it is given."""
+        head = self.embedding if self.lm_head is None else self.lm_head
+        return linear(hidden, head) if out is None else linear_into(out, hidden, head)

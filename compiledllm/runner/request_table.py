@@ -41,8 +41,9 @@ class RequestTable:
         self._row_of: dict[str, int] = {}
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
 
-    def row_of(self, request_id: str) -> int:
-        return self._row_of[request_id]
+    def rows_of(self, request_ids: list[str]) -> np.ndarray:
+        """int64 [request_ids]."""
+        return np.array([self._row_of[request_id] for request_id in request_ids], np.int64)
 
     def apply(self, step: SchedulerOutput) -> None:
         """Release, fill and extend rows as the scheduler says."""

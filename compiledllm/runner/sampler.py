@@ -46,10 +46,10 @@ class Sampler:
             to_device(positions, device),
         )
 
-    def is_needed(self, table: RequestTable, rows: np.ndarray, positions: np.ndarray) -> bool:
-        """Whether any row asks for more than a temperature."""
-        early = positions < table.first_stop_position[rows]
-        return bool(table.filters[rows].any() or early.any())
+    def asks(self, table: RequestTable, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """bool [rows]: which of them ask for more than a temperature."""
+        asking: np.ndarray = table.filters[rows] | (positions < table.first_stop_position[rows])
+        return asking
 
     def _ban_early_stops(
         self, logits: Tensor, table: RequestTable, rows: np.ndarray, positions: np.ndarray

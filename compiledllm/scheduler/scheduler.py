@@ -51,6 +51,7 @@ class Scheduler:
         self.running: list[Request] = []
         self.waiting = WaitingQueue(POLICIES[policy])
         self.num_preemptions = 0
+        self._is_sorted = True  # the running list, by rank
         self._freed_request_ids: list[str] = []
         self._in_flight: deque[list[Request]] = deque()  # of each step that `update` has not seen
 
@@ -117,24 +118,27 @@ class Scheduler:
         """Give every running request tokens, best-ranked first, preempting from the other end."""
         scheduled: list[ScheduledRequest] = []
         preempted = False
-        self.running.sort(key=self.waiting.rank)
+        if not self._is_sorted:
+            self.running.sort(key=self.waiting.rank)
+            self._is_sorted = True
         index = 0
         while index < len(self.running) and budget > 0:
             request = self.running[index]
-            wanted = self._num_tokens_to_compute(request)
+            wanted = request.num_tokens_to_compute
             count = min(wanted, budget)
             if count == 0:  # its last token is in flight
                 index += 1
                 continue
             missing = self._num_missing_blocks(request, request.num_computed_tokens + count)
-            while missing > self.block_pool.num_free_blocks and self.running[-1] is not request:
-                self._preempt(self.running.pop())
-                preempted = True
-            if missing > self.block_pool.num_free_blocks:
-                # Only blocks of requests that rank higher are left: this one yields itself.
-                self._preempt(self.running.pop())
-                preempted = True
-                break
+            if missing:
+                while missing > self.block_pool.num_free_blocks and self.running[-1] is not request:
+                    self._preempt(self.running.pop())
+                    preempted = True
+                if missing > self.block_pool.num_free_blocks:
+                    # Only blocks of requests that rank higher are left: this one yields itself.
+                    self._preempt(self.running.pop())
+                    preempted = True
+                    break
             scheduled.append(self._grant(request, count, count == wanted, missing))
             budget -= count
             index += 1
@@ -161,6 +165,7 @@ class Scheduler:
             request.num_cached_tokens = num_cached
         request.status = RequestStatus.RUNNING
         self.running.append(request)
+        self._is_sorted = False
         new = NewRequest(
             request.request_id,
             list(request.token_ids),
@@ -184,26 +189,17 @@ class Scheduler:
         Blocks that this step fills are registered now: within a step all KV of a layer is stored
         before any of it is read, so a later request of the same step may already share them.
         """
-        new_block_ids = self.block_pool.allocate(missing) if missing else []
-        request.block_ids += new_block_ids
+        new_block_ids = shared or []
+        if missing:
+            allocated = self.block_pool.allocate(missing)
+            request.block_ids += allocated
+            new_block_ids = new_block_ids + allocated
         num_computed = request.num_computed_tokens
         request.num_computed_tokens += count
         request.num_tokens_in_flight += samples
-        self._register_full_blocks(request)
-        return ScheduledRequest(
-            request_id=request.request_id,
-            num_computed_tokens=num_computed,
-            num_scheduled_tokens=count,
-            new_block_ids=(shared or []) + new_block_ids,
-            samples=samples,
-        )
-
-    def _num_tokens_to_compute(self, request: Request) -> int:
-        """Tokens whose KV is still missing; 0 also if the token in flight will be the last."""
-        num_tokens = request.num_tokens + request.num_tokens_in_flight
-        if num_tokens - request.num_prompt_tokens >= request.max_tokens:
-            return 0
-        return num_tokens - request.num_computed_tokens
+        if self.block_pool.enable_prefix_caching:
+            self._register_full_blocks(request)
+        return ScheduledRequest(request.request_id, num_computed, count, new_block_ids, samples)
 
     def update(self, step: SchedulerOutput, output: StepOutput) -> list[Request]:
         """Book a step's results, in the order of the steps.
@@ -212,25 +208,29 @@ class Scheduler:
         step ran (an earlier token, an abort) get none.
         """
         advanced: list[Request] = []
+        some_ended = False
         for line, request in zip(step.scheduled, self._in_flight.popleft(), strict=True):
-            if line.samples and not request.is_finished:
+            if line.samples and request.status is not RequestStatus.FINISHED:
                 request.num_tokens_in_flight -= 1
-                self._append(request, output.token_ids[line.request_id])
+                some_ended |= self._append(request, output.token_ids[line.request_id])
                 advanced.append(request)
-        if any(request.is_finished for request in advanced):
+        if some_ended:
             self.running = [r for r in self.running if not r.is_finished]
         return advanced
 
-    def _append(self, request: Request, token_id: int) -> None:
+    def _append(self, request: Request, token_id: int) -> bool:
+        """Whether this was the request's last token."""
         request.token_ids.append(token_id)
-        num_output = request.num_output_tokens
-        min_reached = num_output >= request.sampling_params.min_tokens
-        if token_id in request.stop_token_ids and min_reached:
+        params = request.sampling_params
+        if token_id in request.stop_token_ids and request.num_output_tokens >= params.min_tokens:
             # As in vLLM, only an explicit stop token is reported; end of sequence is None.
-            explicit = token_id in (request.sampling_params.stop_token_ids or ())
+            explicit = token_id in (params.stop_token_ids or ())
             self._end(request, "stop", token_id if explicit else None)
-        elif num_output >= request.max_tokens:
+        elif len(request.token_ids) >= request.most_tokens:
             self._end(request, "length")
+        else:
+            return False
+        return True
 
     def abandon_step(self, step: SchedulerOutput, failed: bool) -> None:
         """The step was not executed, or only in part; the runner's rows are gone too.
@@ -252,7 +252,8 @@ class Scheduler:
     # -- blocks --------------------------------------------------------------------------------
 
     def _num_missing_blocks(self, request: Request, num_tokens: int) -> int:
-        return max(0, -(-num_tokens // self.block_size) - len(request.block_ids))
+        missing = num_tokens - len(request.block_ids) * self.block_size
+        return -(-missing // self.block_size) if missing > 0 else 0
 
     def _lookup_prefix(self, request: Request) -> list[int]:
         """Cached blocks of the request's beginning; at least one token is left to compute."""
@@ -270,9 +271,7 @@ class Scheduler:
 
     def _register_full_blocks(self, request: Request) -> None:
         """Tokens in flight are not known here, so their blocks are registered a step later."""
-        if not self.block_pool.enable_prefix_caching:
-            return
-        num_full = min(request.num_computed_tokens, request.num_tokens) // self.block_size
+        num_full = min(request.num_computed_tokens, len(request.token_ids)) // self.block_size
         if num_full > request.num_registered_blocks:
             self._extend_hashes(request, num_full * self.block_size)
             for index in range(request.num_registered_blocks, num_full):

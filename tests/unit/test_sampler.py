@@ -40,7 +40,7 @@ def make_table(
     ]
     scheduled = [ScheduledRequest(r.request_id, 0, num_prompt_tokens, [], True) for r in requests]
     table.apply(SchedulerOutput(requests, scheduled, []))
-    assert [table.row_of(f"r{n}") for n in range(len(params))] == list(range(len(params)))
+    assert table.rows_of([f"r{n}" for n in range(len(params))]).tolist() == list(range(len(params)))
     return table
 
 

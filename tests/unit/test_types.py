@@ -229,7 +229,7 @@ def test_messages_of_a_step_cannot_be_changed() -> None:
     new = NewRequest("r", [1], 1, SamplingParams(), frozenset(), 0)
     step = SchedulerOutput([new], [line], [])
     for message, name in ((line, "samples"), (new, "seed"), (step, "scheduled")):
-        with pytest.raises(dataclasses.FrozenInstanceError):
+        with pytest.raises(AttributeError):
             setattr(message, name, None)
 
 
