@@ -19,7 +19,7 @@ _DTYPE_NAMES = (*DTYPES, *_DTYPE_ALIASES)
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 POLICIES = ("fcfs", "priority")
 COMPILE_WHEN = ("auto", "start", "background", "busy")
-BACKENDS = ("auto", "triton", "torch")
+BACKENDS = ("auto", "triton", "flashinfer", "torch")
 
 
 class ConfigError(ValueError):
@@ -95,6 +95,9 @@ class CompileConfig:
         "likewise, after some time of work; auto: start on a GPU, busy on a CPU",
         COMPILE_WHEN,
     )
+    max_cudagraph_capture_size: int | None = option(
+        None, "largest decode batch that is captured as a CUDA graph; default: max_num_seqs"
+    )
     attention_backend: str = option("auto", "implementation of paged attention", BACKENDS)
 
 
@@ -139,6 +142,7 @@ class EngineConfig:
             "num_kv_blocks": cache.num_kv_blocks,
             "max_num_seqs": scheduler.max_num_seqs,
             "max_num_batched_tokens": scheduler.max_num_batched_tokens,
+            "max_cudagraph_capture_size": self.compile.max_cudagraph_capture_size,
         }
         for name, value in positive.items():
             is_int = isinstance(value, int) and not isinstance(value, bool)
@@ -186,12 +190,20 @@ class EngineConfig:
                 f"use at most {max_position}"
             )
         where = "the default on a GPU" if on_gpu else "the default on a CPU"
+        max_num_seqs = self.scheduler.max_num_seqs or (256 if on_gpu else 64)
+        largest = self.compile.max_cudagraph_capture_size
+        if largest is not None and largest > max_num_seqs:
+            raise ConfigError(
+                f"max_cudagraph_capture_size={largest} is more than max_num_seqs={max_num_seqs}: "
+                "such a batch never runs; lower the one or raise the other"
+            )
         open_values = {
             "max_model_len": Choice(max_position, "the model's context"),
-            "max_num_seqs": Choice(256 if on_gpu else 64, where),
+            "max_num_seqs": Choice(max_num_seqs, where),
             "max_num_batched_tokens": Choice(8192 if on_gpu else 512, where),
             "compile_when": Choice("start" if on_gpu else "busy", where),
             "async_scheduling": Choice(on_gpu, where),
+            "max_cudagraph_capture_size": Choice(max_num_seqs, "max_num_seqs"),
         }
         groups = {f.name: group for group, f in all_options()}
         reasons = {}

@@ -37,13 +37,13 @@ _MOST_PADDING = 1.4  # of tokens, from this many tokens on:
 _MANY_TOKENS = 1024
 
 
-def step_shapes(max_rows: int, max_tokens: int) -> list[StepShape]:
+def step_shapes(max_rows: int, max_tokens: int, max_decode_rows: int) -> list[StepShape]:
     """All shapes worth capturing: decode steps of every bucket, steps with prompts up to a size.
 
     The latter for a few rows and for as many as there can be, and always with more tokens than
     rows: fewer would mean a decode step.
     """
-    decode = [StepShape(size, size, True) for size in ladder(max_rows)]
+    decode = [StepShape(size, size, True) for size in ladder(max_decode_rows)]
     row_counts = sorted({min(_FEW_ROWS, max_rows), max_rows})
     token_counts = [count for count in _MIXED_TOKENS if count <= max_tokens]
     mixed = [StepShape(t, rows, False) for t in token_counts for rows in row_counts if rows < t]

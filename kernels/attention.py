@@ -23,11 +23,15 @@ from compiledllm.kernels import paged_attention_torch
 
 @functools.cache
 def load_backend(name: str) -> ModuleType:
-    """The module with `store_kv` and `paged_attention`; Triton is loaded when first asked for."""
+    """The module with `store_kv` and `paged_attention`, loaded when first asked for."""
     if name == "triton":
         from compiledllm.kernels import paged_attention_triton
 
         return paged_attention_triton
+    if name == "flashinfer":
+        from compiledllm.kernels import paged_attention_flashinfer
+
+        return paged_attention_flashinfer
     assert name == "torch", name
     return paged_attention_torch
 

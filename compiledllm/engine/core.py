@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from compiledllm.config import Choice, EngineConfig
-from compiledllm.graphs.buckets import step_shapes
+from compiledllm.graphs.buckets import StepShape, step_shapes
 from compiledllm.log import log
 from compiledllm.models.decoder import Decoder
 from compiledllm.models.registry import load_spec
@@ -23,6 +23,7 @@ from compiledllm.models.source import resolve_checkpoint
 from compiledllm.models.spec import ModelSpec
 from compiledllm.models.weights import fill_with_random_weights, load_weights
 from compiledllm.platform import Platform
+from compiledllm.runner.attention import settle_backend
 from compiledllm.runner.kv_cache import allocate_kv_caches, block_bytes, plan_num_blocks
 from compiledllm.runner.memory import check_gpu_is_free, measure_activations, plan_memory
 from compiledllm.runner.model_runner import ModelRunner, PendingOutput
@@ -58,9 +59,7 @@ class EngineCore:
         self.config, self.choices = config.resolve(self.platform.is_cuda, self.spec.max_position)
         asked = config.model.dtype
         self.choices["dtype"] = self.platform.choose_dtype(asked, self.spec.dtype)
-        self.choices["attention_backend"] = self.platform.choose_attention_backend(
-            config.compile.attention_backend
-        )
+        self._choose_attention()
         sized = config.cache.num_kv_blocks or config.cache.kv_cache_memory_bytes
         if self.platform.is_cuda and not sized:
             check_gpu_is_free(self.platform, config.cache.gpu_memory_utilization)
@@ -117,6 +116,23 @@ class EngineCore:
 
     # -- start-up ------------------------------------------------------------------------------
 
+    def _choose_attention(self) -> None:
+        config = self.config
+        max_len, max_seqs = config.model.max_model_len, config.scheduler.max_num_seqs
+        assert max_len is not None and max_seqs is not None
+        block_size = config.cache.block_size
+        self.choices["attention_backend"], self._planner = settle_backend(
+            self.platform.choose_attention_backend(config.compile.attention_backend),
+            self.spec,
+            self.dtype,
+            block_size,
+            max_pages=(max_seqs + 1) * -(-max_len // block_size),
+            device=self.platform.device,
+        )
+        if self._planner is not None:  # its buffers on the host hold one step's plan
+            self.choices["async_scheduling"] = Choice(False, "flashinfer plans step by step")
+            self.config = config.replace(async_scheduling=False)
+
     @property
     def dtype(self) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, str(self.choices["dtype"].value))
@@ -153,7 +169,7 @@ class EngineCore:
         kv_caches = allocate_kv_caches(self.spec, num_blocks, block_size, self.dtype, device)
         pool = BlockPool(num_blocks, config.cache.enable_prefix_caching)
         max_blocks = min(-(-max_len // block_size), num_blocks)
-        runner = ModelRunner(model, kv_caches, block_size, max_seqs, max_blocks)
+        runner = ModelRunner(model, kv_caches, block_size, max_seqs, max_blocks, self._planner)
         policy = config.scheduler.scheduling_policy
         return runner, Scheduler(pool, block_size, max_seqs, max_tokens, policy)
 
@@ -163,11 +179,16 @@ class EngineCore:
         if not self.platform.is_cuda:
             return 0
         activations = measure_activations(
-            model, config.cache.block_size, self.dtype, self.platform, max_num_seqs, max_tokens
+            model,
+            config.cache.block_size,
+            self.dtype,
+            self.platform,
+            max_num_seqs,
+            max_tokens,
+            self._planner,
         )
-        captured = [] if self._why_not_capture() else step_shapes(max_num_seqs, max_tokens)
         share = config.cache.gpu_memory_utilization
-        budget = plan_memory(self.platform, share, activations, len(captured))
+        budget = plan_memory(self.platform, share, activations, len(self._shapes_to_capture()))
         self.choices["memory"] = Choice(budget, "activations measured")
         return budget.in_use
 
@@ -180,6 +201,16 @@ class EngineCore:
         if self.choices["attention_backend"].value == "torch":
             return "attention_backend='torch' asks the host"
         return None
+
+    def _shapes_to_capture(self) -> list[StepShape]:
+        if self._why_not_capture():
+            return []
+        options = self.config.scheduler
+        largest = self.config.compile.max_cudagraph_capture_size
+        assert options.max_num_seqs and options.max_num_batched_tokens and largest
+        shapes = step_shapes(options.max_num_seqs, options.max_num_batched_tokens, largest)
+        # FlashInfer's wrappers have to be made for a fixed number of tokens: too many to keep.
+        return [shape for shape in shapes if shape.is_decode or self._planner is None]
 
     def _start_compiler(self) -> None:
         started = time.perf_counter()
@@ -208,7 +239,7 @@ class EngineCore:
         if obstacle:
             self.choices["capture"] = Choice("nothing", obstacle)
         else:
-            graphs = self.runner.capture(int(self.config.scheduler.max_num_batched_tokens or 1))
+            graphs = self.runner.capture(self._shapes_to_capture())
             self.startup_s["capture"] = graphs.seconds
             self.choices["capture"] = Choice(
                 f"{len(graphs.shapes)} step sizes", f"whole steps, {graphs.seconds:.1f} s"

@@ -6,6 +6,7 @@ that goes to the device in one copy. `InputBatch` is the device's side.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,13 +33,19 @@ class StepLayout:
     @classmethod
     def of(cls, step: SchedulerOutput, table: RequestTable) -> StepLayout:
         lines = step.scheduled
+        request_ids = [line.request_id for line in lines]
         return cls(
-            request_ids=[line.request_id for line in lines],
-            rows=np.array([table.row_of(line.request_id) for line in lines]),
+            request_ids=request_ids,
+            rows=table.rows_of(request_ids),
             computed=np.array([line.num_computed_tokens for line in lines]),
             counts=np.array([line.num_scheduled_tokens for line in lines]),
             samples=np.array([line.samples for line in lines]),
         )
+
+    @classmethod
+    def empty(cls) -> StepLayout:
+        none = np.empty(0, np.int64)
+        return cls([], none, none, none, np.empty(0, bool))
 
     @property
     def is_decode(self) -> bool:
@@ -62,9 +69,7 @@ class StepLayout:
 
     @property
     def sample_request_ids(self) -> list[str]:
-        return [
-            name for name, samples in zip(self.request_ids, self.samples, strict=True) if samples
-        ]
+        return list(itertools.compress(self.request_ids, self.samples))
 
     def pack(self, table: RequestTable, shape: StepShape) -> np.ndarray:
         """int64 [packed_size(shape)], what `InputBatch.unpack` reads; padded with harmless values.
@@ -102,8 +107,7 @@ def padding_inputs(shape: StepShape, table: RequestTable) -> np.ndarray:
     """The inputs of a captured step, for padding alone: what a capture runs on."""
     if shape.is_decode:
         return np.full(shape.num_rows, table.padding_row, np.int64)
-    none = np.empty(0, np.int64)
-    return StepLayout([], none, none, none, np.empty(0, bool)).pack(table, shape)
+    return StepLayout.empty().pack(table, shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from compiledllm.config import ConfigError
+from compiledllm.kernels.paged_attention_flashinfer import Planner
 from compiledllm.models.decoder import Decoder
 from compiledllm.platform import Platform
 from compiledllm.runner.kv_cache import allocate_kv_caches
@@ -66,6 +67,7 @@ def measure_activations(
     platform: Platform,
     max_num_seqs: int,
     max_num_batched_tokens: int,
+    planner: Planner | None,
 ) -> int:
     """Peak bytes of the largest step, uncompiled, beside weights and KV: seen on a one-block cache.
 
@@ -73,7 +75,7 @@ def measure_activations(
     """
     device = platform.device
     kv_caches = allocate_kv_caches(model.spec, 1, block_size, dtype, device)
-    probe = ModelRunner(model, kv_caches, block_size, max_num_seqs, max_blocks=1)
+    probe = ModelRunner(model, kv_caches, block_size, max_num_seqs, max_blocks=1, planner=planner)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

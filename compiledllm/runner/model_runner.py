@@ -5,15 +5,18 @@ from __future__ import annotations
 import time
 from contextlib import AbstractContextManager, nullcontext
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from compiledllm.graphs.buckets import StepShape, step_shapes
+from compiledllm.graphs.buckets import StepShape
 from compiledllm.graphs.compile import CPU_VARIANTS, GPU_VARIANTS, BlockCompiler
 from compiledllm.graphs.cuda_graphs import StepGraphs
+from compiledllm.kernels.paged_attention_flashinfer import Planner
 from compiledllm.kernels.sampling import draw_tokens
 from compiledllm.models.decoder import Decoder
 from compiledllm.platform import single_row_products
+from compiledllm.runner.attention import pages_of
 from compiledllm.runner.input_batch import InputBatch, StepLayout, padding_inputs
 from compiledllm.runner.request_table import RequestTable, to_device
 from compiledllm.runner.sampler import Sampler, filter_top_k_top_p
@@ -67,7 +70,7 @@ class OutputRing:
 class ModelRunner:
     """Owns the device: the model, its KV caches and the request rows.
 
-    max_blocks: width of the block tables, in blocks.
+    max_blocks: width of the block tables, in blocks. planner: told of each step before it runs.
     """
 
     def __init__(
@@ -77,8 +80,10 @@ class ModelRunner:
         block_size: int,
         max_num_seqs: int,
         max_blocks: int,
+        planner: Planner | None = None,
     ) -> None:
         self.model = model
+        self.planner = planner
         self.kv_caches = kv_caches
         self.block_size = block_size
         self.device = kv_caches[0].device
@@ -88,6 +93,7 @@ class ModelRunner:
         variants = GPU_VARIANTS if self.device.type == "cuda" else CPU_VARIANTS
         self.compiler = BlockCompiler(model, self.run_dummy, variants)
         self.graphs: StepGraphs | None = None
+        self.logits: Tensor  # [max_num_seqs, vocab], of the last captured step
 
     def launch(self, step: SchedulerOutput) -> PendingOutput:
         """Start one step; on a GPU it may still run when this returns.
@@ -118,6 +124,7 @@ class ModelRunner:
         packed = to_device(layout.pack(self.table, shape), self.device)
         batch = InputBatch.unpack(packed, shape, len(rows), self.table, self.block_size)
         self.table.num_computed_tokens[batch.rows] = batch.num_computed_tokens
+        self._plan(layout, layout.rows)
         with self._products_of(shape.num_tokens):
             hidden = self.model(batch.input_ids, batch.positions, self.kv_caches, batch.attn)
         if len(rows) == 0:
@@ -128,14 +135,29 @@ class ModelRunner:
         self.table.last_token_ids[batch.sample_rows] = drawn
         return drawn
 
+    def _plan(self, layout: StepLayout, rows: np.ndarray, graph: StepShape | None = None) -> None:
+        """Tell the attention of a step, where it wants to know.
+
+        rows: request rows of the layout, and then of padding: one token each.
+        """
+        if self.planner is not None:
+            padding = np.ones(len(rows) - len(layout.rows), np.int64)
+            counts = np.append(layout.counts, padding)
+            lengths = np.append(layout.computed, padding * 0) + counts
+            pages = pages_of(self.table, rows, lengths, self.block_size)
+            self.planner.plan(counts, lengths, pages, graph)
+
     # -- captured steps ------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def capture(self, max_num_batched_tokens: int) -> StepGraphs:
-        """Capture the steps of all worthwhile shapes. CUDA only."""
+    def capture(self, shapes: list[StepShape]) -> StepGraphs:
+        """Capture the steps of these shapes. CUDA only."""
         table = self.table
-        shapes = step_shapes(table.padding_row, max_num_batched_tokens)
+        vocab_size, dtype = self.model.spec.vocab_size, self.kv_caches[0].dtype
+        self.logits = torch.empty(table.padding_row, vocab_size, dtype=dtype, device=self.device)
         inputs = {shape: padding_inputs(shape, table) for shape in shapes}
+        for shape in shapes:
+            self._plan(StepLayout.empty(), inputs[shape], shape)
         graphs = StepGraphs(self._captured_step, inputs, self.device)
         graphs.capture()
         self.graphs = graphs
@@ -144,7 +166,7 @@ class ModelRunner:
     def _replay(self, layout: StepLayout) -> Tensor | None:
         """Token ids int64 [samples] of a step that a graph serves; None if none does."""
         table, rows = self.table, layout.sample_rows
-        if self.graphs is None or self.sampler.is_needed(table, rows, layout.sample_positions):
+        if self.graphs is None:
             return None
         is_decode = layout.is_decode
         shape = self.graphs.shape_for(layout.shape._replace(is_decode=is_decode))
@@ -153,13 +175,31 @@ class ModelRunner:
         if is_decode:
             inputs = padding_inputs(shape, table)
             inputs[: len(rows)] = rows
+            self._plan(layout, inputs, shape)
         else:
             inputs = layout.pack(table, shape)
-        return self.graphs.replay(shape, inputs)[: len(rows)]
+        drawn = self.graphs.replay(shape, inputs)[: len(rows)]
+        self._draw_again(drawn, rows, layout.sample_positions)
+        return drawn
+
+    def _draw_again(self, drawn: Tensor, rows: np.ndarray, positions: np.ndarray) -> None:
+        """Replace tokens of rows that ask for more than a captured step does; it left its logits.
+
+        The others keep what they have, and so does the step keep its graph.
+        """
+        asking = np.flatnonzero(self.sampler.asks(self.table, rows, positions))
+        if len(asking):
+            index = to_device(asking, self.device)
+            rows, positions = rows[asking], positions[asking]
+            again = self.sampler.sample(self.logits[index], self.table, rows, positions)
+            drawn[index] = again
+            self.table.last_token_ids[to_device(rows, self.device)] = again
 
     def _captured_step(self, shape: StepShape, inputs: Tensor) -> Tensor:
         """The whole step, from the rows' state before to their state after it."""
         table = self.table
+        if self.planner is not None:
+            self.planner.select(shape)
         if shape.is_decode:
             batch = InputBatch.decode(inputs, table, self.block_size)
         else:
@@ -168,7 +208,7 @@ class ModelRunner:
         if not shape.is_decode:
             hidden = hidden[batch.logits_indices]
         drawn = draw_tokens(
-            self.model.compute_logits(hidden),
+            self.model.compute_logits(hidden, self.logits[: len(hidden)]),
             table.temperatures[batch.sample_rows],
             table.seeds[batch.sample_rows],
             batch.sample_positions,
@@ -193,6 +233,7 @@ class ModelRunner:
         With several, from all that can be asked for: this is the most memory a step can take.
         """
         batch = InputBatch.dummy(num_tokens, self.table)
+        self._plan(StepLayout.empty(), np.array([self.table.padding_row]))
         hidden = self.model(batch.input_ids, batch.positions, self.kv_caches, batch.attn)
         logits = self.model.compute_logits(hidden[:1].repeat(num_samples, 1))
         if num_samples > 1:

@@ -34,7 +34,7 @@ class PagedAttention(nn.Module):
         self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: Tensor, attn: AttentionMetadata
     ) -> Tensor:
         qkv: Tensor = self.qkv(x)
-        if self.backend == "triton":
+        if self.backend != "torch":
             q = self._rotate_and_store(qkv, cos, sin, kv_cache, attn)
         else:
             q = self._rotate_then_store(qkv, cos, sin, kv_cache, attn)

@@ -239,3 +239,17 @@ def test_context_beyond_the_models_positions_is_refused_with_both_numbers() -> N
 
 def test_choice_prints_its_value_and_reason() -> None:
     assert str(Choice(64, "the default on a CPU")) == "64 (the default on a CPU)"
+
+
+def test_no_larger_batch_is_captured_than_can_run() -> None:
+    asked = EngineConfig.from_options(max_num_seqs=8, max_cudagraph_capture_size=4)
+    assert asked.resolve(True, 64)[0].compile.max_cudagraph_capture_size == 4
+    config, reasons = EngineConfig.from_options(max_num_seqs=8).resolve(True, 64)
+    assert config.compile.max_cudagraph_capture_size == 8
+    assert str(reasons["max_cudagraph_capture_size"]) == "8 (max_num_seqs)"
+    for too_much in (
+        EngineConfig.from_options(max_num_seqs=8, max_cudagraph_capture_size=9),
+        EngineConfig.from_options(max_cudagraph_capture_size=257),
+    ):
+        with pytest.raises(ConfigError, match=r"max_cudagraph_capture_size=\d+ .* max_num_seqs="):
+            too_much.resolve(True, 64)
