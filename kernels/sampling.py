@@ -1,46 +1,131 @@
 """Drawing a token from each row of logits: the most likely one, or Gumbel-max at a temperature.
 
 The noise is a hash of (seed, position, token id), so a draw depends on nothing else: not on the
-other rows, the batch's size, or whether a graph was replayed. On a GPU one Triton kernel reads the
-logits once; rows that are greedy pay for no noise. Elsewhere plain torch does the same arithmetic.
+other rows, the batch's size, or whether a graph was replayed. top_k, top_p and min_p each keep the
+tokens above some logit, so together they are one threshold; tokens that tie with it all stay.
+
+On a GPU two Triton kernels read the logits once, and rows that are greedy or unfiltered pay for no
+more than they ask. Elsewhere plain torch does the same arithmetic.
 """
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+INVALID = -1  # instead of a token, for a row of logits that no token can be drawn from
+_CANDIDATES = 1024  # tokens that a top_p is looked for among, before all are sorted
 
-def draw_tokens(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
-    """Token ids int64 [rows].
 
-    logits: [rows, vocab], any float dtype, -inf for a token that must not be drawn. temperature:
-    float32 [rows], 0 for greedy. seeds, positions: int64 [rows]; where the token will stand.
+class SamplingRows(NamedTuple):
+    """What the requests ask of their draws: one element per request row."""
+
+    temperature: Tensor  # float32, 0: greedy
+    seeds: Tensor  # int64
+    top_k: Tensor  # int32, 0: all
+    top_p: Tensor  # float32, 1: all
+    min_p: Tensor  # float32, 0: all
+
+    @classmethod
+    def zeros(cls, num_rows: int, device: torch.device | str) -> SamplingRows:
+        """Greedy rows."""
+        dtypes = (torch.float32, torch.int64, torch.int32, torch.float32, torch.float32)
+        return cls(*(torch.zeros(num_rows, dtype=dtype, device=device) for dtype in dtypes))
+
+    def take(self, rows: Tensor) -> SamplingRows:
+        return SamplingRows(*(values[rows] for values in self))
+
+
+def draw_tokens(logits: Tensor, rows: Tensor, positions: Tensor, asked: SamplingRows) -> Tensor:
+    """Token ids int64 [draws]; INVALID where logits are NaN, +inf or all -inf.
+
+    logits: [draws, vocab], any float dtype, -inf for a token that must not be drawn. rows: int64
+    [draws], whose draw it is, an index into `asked`. positions: int64 [draws], where the token will
+    stand.
     """
     if logits.is_cuda:
         from compiledllm.kernels.sampling_triton import draw_tokens as draw
 
-        drawn: Tensor = draw(logits, temperature, seeds, positions)
+        drawn: Tensor = draw(logits, rows, positions, asked)
         return drawn
-    greedy = temperature == 0
-    if bool(greedy.all()):
-        return logits.argmax(dim=-1)
-    scores = logits.float() / torch.where(greedy, 1.0, temperature)[:, None]
-    noise = gumbel_noise(seeds, positions, scores.shape[-1])
-    return torch.where(greedy[:, None], scores, scores + noise).argmax(dim=-1)
+    asked = asked.take(rows)
+    best, token_ids = logits.max(dim=-1)  # of NaN and others it is NaN
+    sampling = (asked.temperature > 0).nonzero().flatten()
+    if len(sampling):
+        chosen = asked.take(sampling)
+        scores = logits[sampling].float()
+        scores = scores.masked_fill(scores < threshold(scores, chosen)[:, None], -math.inf)
+        noise = gumbel_noise(chosen.seeds, positions[sampling], scores.shape[-1])
+        token_ids[sampling] = noise.add_(scores / chosen.temperature[:, None]).argmax(dim=-1)
+    return token_ids.masked_fill_(~best.isfinite(), INVALID)
+
+
+def threshold(logits: Tensor, asked: SamplingRows) -> Tensor:
+    """float32 [rows]: the least logit that top_k, then top_p, then min_p leave; -inf for all.
+
+    logits: float32 [rows, vocab]. asked: of the same rows, temperatures above 0.
+    """
+    least = torch.full_like(asked.temperature, -math.inf)
+    top_k = asked.top_k.long()
+    if bool(top_k.any()):
+        k = torch.where(top_k > 0, top_k, logits.shape[-1]).clamp(max=logits.shape[-1])
+        best = logits.topk(int(torch.where(top_k > 0, k, 1).max()), dim=-1).values
+        kth = best.gather(-1, (k - 1).clamp(max=best.shape[-1] - 1)[:, None]).squeeze(-1)
+        least = torch.where(top_k > 0, kth, least)
+    if bool((asked.top_p < 1).any()):
+        border = _top_p_border(logits, least, asked)
+        least = torch.where(asked.top_p < 1, torch.maximum(least, border), least)
+    if bool((asked.min_p > 0).any()):
+        least = torch.maximum(least, logits.amax(-1) + asked.temperature * asked.min_p.log())
+    return least
+
+
+def _top_p_border(logits: Tensor, least: Tensor, asked: SamplingRows) -> Tensor:
+    """float32 [rows]: logit of the last token of the smallest set whose mass reaches top_p.
+
+    Of the tokens with logits of at least `least`.
+    """
+    heat = asked.temperature[:, None]
+    kept = logits.masked_fill(logits < least[:, None], -math.inf)
+    total = (kept / heat).logsumexp(-1, keepdim=True)
+    for count in (min(_CANDIDATES, logits.shape[-1]), logits.shape[-1]):
+        best = kept.topk(count, dim=-1).values
+        mass = (best / heat - total).exp().cumsum(-1)
+        short = mass < asked.top_p[:, None]  # more tokens are needed than up to this one
+        if not bool(short.all(dim=-1).any()):
+            break
+    last = short.sum(-1).clamp(max=best.shape[-1] - 1)
+    return best.gather(-1, last[:, None]).squeeze(-1)
 
 
 def gumbel_noise(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
-    """Standard Gumbel noise, float32 [rows, vocab]: a function of (seed, position, token id)."""
-    keys = _mix(seeds ^ _mix(positions + 1))
-    counters = torch.arange(1, vocab + 1, device=seeds.device)
-    bits = _mix(keys[:, None] + counters * -7046029254386353131)  # odd: 2^64 / golden ratio
-    uniform = ((bits >> 12) & ((1 << 52) - 1)).double().add_(0.5).mul_(2.0**-52)  # never 0 or 1
-    return uniform.log_().neg_().log_().neg_().float()
+    """Standard Gumbel noise, float32 [rows, vocab]: a function of (seed, position, token id).
+
+    -log of an exponential variable that is precise where it is small: there the noise is large,
+    and decides.
+    """
+    keys = _mix64(seeds ^ _mix64(positions + 1))[:, None]
+    token_ids = torch.arange(vocab, device=seeds.device)
+    bits = _mix32(_mix32(token_ids ^ (keys & _LOW)) ^ ((keys >> 32) & _LOW))
+    uniform = ((bits.float() + 0.5) * 2.0**-32).clamp_(max=1 - 2.0**-24)  # never 0 or 1
+    return uniform.neg_().log1p_().neg_().log_().neg_()
 
 
-def _mix(x: Tensor) -> Tensor:
+_LOW = 0xFFFFFFFF
+
+
+def _mix64(x: Tensor) -> Tensor:
     """splitmix64's finaliser on wrapping int64: every output bit depends on every input bit."""
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+def _mix32(x: Tensor) -> Tensor:
+    """The same for 32 bits, held in int64 (Wellons's "lowbias32")."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _LOW
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _LOW
+    return x ^ (x >> 16)

@@ -2,29 +2,81 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from compiledllm.kernels import sampling, sampling_triton
+from compiledllm.kernels.sampling import INVALID, SamplingRows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there in Triton's interpreter
 
 
-def both(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> None:
-    arguments = [x.to(DEVICE) for x in (logits, temperature, seeds, positions)]
-    expected = sampling.draw_tokens(logits, temperature, seeds, positions)
-    assert sampling_triton.draw_tokens(*arguments).tolist() == expected.tolist()
+def asking(count: int, **values: Tensor | float) -> SamplingRows:
+    rows = SamplingRows.zeros(count, "cpu")
+    rows.temperature[:] = 1
+    rows.top_p[:] = 1
+    rows.seeds[:] = torch.arange(count) * 7 - 3
+    for name, value in values.items():
+        getattr(rows, name)[:] = value
+    return rows
+
+
+def draw(logits: Tensor, rows: Tensor, positions: Tensor, asked: SamplingRows) -> list[int]:
+    arguments = (x.to(DEVICE) for x in (logits, rows, positions))
+    there = SamplingRows(*(values.to(DEVICE) for values in asked))
+    drawn: list[int] = sampling_triton.draw_tokens(*arguments, there).tolist()
+    return drawn
+
+
+def both(logits: Tensor, asked: SamplingRows, rows: Tensor | None = None) -> None:
+    rows = torch.arange(len(logits)) if rows is None else rows
+    positions = torch.arange(len(logits)) * 1001 % 131
+    expected = sampling.draw_tokens(logits, rows, positions, asked)
+    assert draw(logits, rows, positions, asked) == expected.tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("vocab", [5, 4096, 4097, 9000])
 def test_draws_are_those_of_torch(vocab: int, dtype: torch.dtype) -> None:
     torch.manual_seed(vocab)
-    temperature = torch.tensor([0.0, 1.0, 0.3, 0.0, 7.0, 1.5])
-    seeds = torch.tensor([0, 1, -5, 2**62, -(2**63), 77])
-    positions = torch.tensor([0, 3, 100_000, 5, 1, 3])
-    both(torch.randn(6, vocab).to(dtype), temperature, seeds, positions)
+    asked = asking(
+        6,
+        temperature=torch.tensor([0.0, 1.0, 0.3, 0.0, 7.0, 1.5]),
+        seeds=torch.tensor([0, 1, -5, 2**62, -(2**63), 77]),
+    )
+    both(torch.randn(6, vocab).to(dtype), asked)
+    both(torch.randn(4, vocab).to(dtype), asked, rows=torch.tensor([5, 1, 1, 0]))
+
+
+FILTERS = {
+    "top_k": {"top_k": torch.tensor([1, 2, 7, 50, 400, 10**6])},
+    "top_p": {"top_p": torch.tensor([1e-9, 0.1, 0.5, 0.9, 0.99, 1.0])},
+    "min_p": {"min_p": torch.tensor([0.0, 0.01, 0.1, 0.3, 0.9, 1.0])},
+    "top_k, top_p": {
+        "top_k": torch.tensor([3, 50, 0, 50, 400, 20]),
+        "top_p": torch.tensor([0.9, 0.5, 0.7, 0.2, 0.95, 0.8]),
+    },
+    "all, by temperature": {
+        "top_k": torch.tensor([0, 50, 20, 5, 400, 20]),
+        "top_p": torch.tensor([0.9, 0.5, 0.7, 0.2, 0.95, 1.0]),
+        "min_p": torch.tensor([0.01, 0.1, 0.05, 0.3, 0.001, 0.1]),
+        "temperature": torch.tensor([0.5, 2.0, 1.0, 0.7, 1.3, 0.0]),
+    },
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocab", [700, 5000])
+@pytest.mark.parametrize("filters", FILTERS)
+def test_filtered_draws_are_those_of_torch(filters: str, vocab: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(vocab)
+    for spread in (0.1, 2.0):  # flat, where a token is seldom accepted, and peaked
+        logits = (torch.randn(6, vocab) * spread - 1).to(dtype)
+        for seed in range(3):
+            both(logits, asking(6, seeds=torch.arange(6) + 100 * seed, **FILTERS[filters]))
 
 
 def test_of_equal_logits_the_first_is_the_greedy_one() -> None:
@@ -32,18 +84,32 @@ def test_of_equal_logits_the_first_is_the_greedy_one() -> None:
     logits[1, [4100, 8200]] = 2.0
     logits[2, 8999] = 1.0
     zeros = torch.zeros(3, dtype=torch.int64)
-    drawn = sampling_triton.draw_tokens(
-        logits.to(DEVICE), torch.zeros(3).to(DEVICE), zeros.to(DEVICE), zeros.to(DEVICE)
-    )
-    assert drawn.tolist() == [0, 4100, 8999]
+    assert draw(logits, zeros, zeros, asking(1, temperature=0.0)) == [0, 4100, 8999]
 
 
-def test_banned_tokens_are_never_drawn_and_rows_may_be_strided() -> None:
+def test_banned_tokens_are_never_drawn_and_logits_may_be_strided() -> None:
     torch.manual_seed(0)
     wide = torch.randn(40, 2, 300)
-    wide[:, 1, 3:] = float("-inf")
-    temperature = torch.linspace(0, 3, 40)
-    seeds, positions = torch.arange(40), torch.arange(40) * 7
-    both(wide[:, 1], temperature, seeds, positions)
-    arguments = (x.to(DEVICE) for x in (wide[:, 1], temperature, seeds, positions))
-    assert set(sampling_triton.draw_tokens(*arguments).tolist()) == {0, 1, 2}
+    wide[:, 1, 3:] = -math.inf
+    asked = asking(40, temperature=torch.linspace(0, 3, 40), top_k=5)
+    both(wide[:, 1], asked)
+    rows = torch.arange(40)
+    assert set(draw(wide[:, 1], rows, rows * 7, asked)) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3, "top_p": 0.5, "min_p": 0.1}], ids=str)
+def test_a_row_that_no_token_can_be_drawn_from_says_so(
+    filters: dict[str, float], temperature: float
+) -> None:
+    logits = torch.randn(6, 5000)
+    logits[0, 4500] = math.nan
+    logits[1, 17] = math.inf
+    logits[2] = -math.inf
+    logits[3] = math.nan
+    logits[4, 17] = -math.inf
+    asked = asking(6, temperature=temperature, **filters)
+    both(logits, asked)
+    rows = torch.arange(6)
+    drawn = draw(logits, rows, rows, asked)
+    assert drawn[:4] == [INVALID] * 4 and min(drawn[4:]) >= 0

@@ -18,6 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from compiledllm.kernels import logprobs_triton as logprobs
 from compiledllm.kernels import paged_attention_triton as attention
 from compiledllm.kernels import rotate_store_triton as rotation
 from compiledllm.kernels import sampling_triton as sampling
@@ -30,7 +31,10 @@ TYPES = {
     "num_rows": "i32", "key_stride": "i32", "value_stride": "i32", "temperature": "*fp32",
     "seeds": "*i64", "positions": "*i64", "best_scores": "*fp32", "best_ids": "*i32",
     "eps": "fp32", "token_stride": "i32", "num_outputs": "i32", "x_stride": "i32",
-    "vocab": "i32", "row_stride": "i32", "num_chunks": "i32",
+    "vocab": "i32", "row_stride": "i32", "num_chunks": "i32", "rows": "*i64", "top_k": "*i32",
+    "top_p": "*fp32", "min_p": "*fp32", "peaks": "*fp32", "masses": "*fp32",
+    "chosen": "*i64", "best": "*fp32", "counts": "*i32", "row_best": "*fp32",
+    "row_best_ids": "*i64", "totals": "*fp32", "ranks": "*i64",
 }
 FLOATS = {
     "query", "key", "value", "kv_cache", "out", "logits", "qkv", "q_weight", "k_weight", "cos",
@@ -62,7 +66,9 @@ SHAPES = {"bf16": ((128, False), (80, True), (256, False)), "fp32": ((128, False
 for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
     check(attention._store_kernel, dtype, WIDTH=1024, PADDED=1024)
     check(sampling._chunk_kernel, dtype, CHUNK=4096)
-    check(sampling._row_kernel, dtype, PADDED=64)
+    check(logprobs._chunk_kernel, dtype, CHUNK=4096, NUM_BEST=20)
+    check(logprobs._row_kernel, dtype, CHUNKS=64, NUM_BEST=20, CANDIDATES=1024)
+    check(sampling._row_kernel, dtype, PADDED=64, TILE=4096, KEY_BITS=8 * itemsize)
     for kernel in (skinny._one_row_kernel, skinny._few_rows_kernel):
         check(
             kernel, dtype, NUM_INPUTS=3072, HAS_BIAS=True, OUTPUTS=8, PADDED_OUTPUTS=16,
