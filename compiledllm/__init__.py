@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from compiledllm.config import ConfigError, EngineConfig
     from compiledllm.engine.engine import LLM, Engine
-    from compiledllm.types import CompletionOutput, RequestOutput, SamplingParams
+    from compiledllm.outputs import (
+        BeamSearchOutput,
+        BeamSearchSequence,
+        CompletionOutput,
+        Logprob,
+        RequestOutput,
+    )
+    from compiledllm.sampling_params import (
+        BeamSearchParams,
+        RepetitionDetectionParams,
+        RequestOutputKind,
+        SamplingParams,
+    )
 
 __version__ = "0.1.0"
 
@@ -24,18 +36,30 @@ _HOMES = {
     "LLM": "compiledllm.engine.engine",
     "EngineConfig": "compiledllm.config",
     "ConfigError": "compiledllm.config",
-    "SamplingParams": "compiledllm.types",
-    "RequestOutput": "compiledllm.types",
-    "CompletionOutput": "compiledllm.types",
+    "SamplingParams": "compiledllm.sampling_params",
+    "RequestOutputKind": "compiledllm.sampling_params",
+    "RepetitionDetectionParams": "compiledllm.sampling_params",
+    "BeamSearchParams": "compiledllm.sampling_params",
+    "RequestOutput": "compiledllm.outputs",
+    "CompletionOutput": "compiledllm.outputs",
+    "Logprob": "compiledllm.outputs",
+    "BeamSearchOutput": "compiledllm.outputs",
+    "BeamSearchSequence": "compiledllm.outputs",
 }
 
 __all__ = [
     "LLM",
+    "BeamSearchOutput",
+    "BeamSearchParams",
+    "BeamSearchSequence",
     "CompletionOutput",
     "ConfigError",
     "Engine",
     "EngineConfig",
+    "Logprob",
+    "RepetitionDetectionParams",
     "RequestOutput",
+    "RequestOutputKind",
     "SamplingParams",
     "__version__",
 ]

@@ -18,7 +18,8 @@ from compiledllm import __version__
 from compiledllm.arguments import add_engine_options, count, engine_options
 from compiledllm.benchmarks.cli import add_bench_command
 from compiledllm.config import DTYPES, CacheConfig, Choice
-from compiledllm.types import RequestOutput, SamplingParams
+from compiledllm.outputs import RequestOutput
+from compiledllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from compiledllm.engine.engine import Engine

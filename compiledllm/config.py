@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from compiledllm.types import reject_unknown
+from compiledllm.checks import reject_unknown
 
 MAX_NUM_SEQS = 65536
 DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -18,6 +18,7 @@ _DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 _DTYPE_NAMES = (*DTYPES, *_DTYPE_ALIASES)
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 POLICIES = ("fcfs", "priority")
+GENERATION = ("auto", "off")
 COMPILE_WHEN = ("auto", "start", "background", "busy")
 BACKENDS = ("auto", "triton", "flashinfer", "torch")
 
@@ -57,6 +58,10 @@ class ModelConfig:
     load_format: str = option("auto", "dummy: random weights from config.json alone", LOAD_FORMATS)
     skip_tokenizer_init: bool = option(False, "token ids in, token ids out")
     seed: int = option(0, "seed of the engine: dummy weights and requests without a seed")
+    max_logprobs: int = option(20, "most logprobs a request may ask for; -1: the vocabulary")
+    generation_config: str = option(
+        "off", "auto: requests without sampling parameters get generation_config.json's", GENERATION
+    )
     trust_remote_code: bool = option(False, "code from a checkpoint is never run: must be False")
     tensor_parallel_size: int = option(1, "GPUs to split the model over: must be 1 so far")
 
@@ -171,6 +176,10 @@ class EngineConfig:
             )
         if not -(2**63) <= model.seed < 2**63:
             raise ConfigError(f"seed must be a 64-bit integer, got {model.seed}")
+        if model.max_logprobs < -1:
+            raise ConfigError(
+                f"max_logprobs must be at least 0, or -1 for no limit, got {model.max_logprobs}"
+            )
         if model.max_model_len == 1:
             raise ConfigError(
                 "max_model_len must be at least 2 (a prompt token and one more), got 1"

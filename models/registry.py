@@ -50,14 +50,37 @@ def load_spec(checkpoint: Path) -> ModelSpec:
     return spec
 
 
+# Name in generation_config.json -> sampling parameter.
+_GENERATION_DEFAULTS = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+}
+
+
+def generation_defaults(checkpoint: Path) -> dict[str, Any]:
+    """Sampling parameters that generation_config.json sets; empty without that file."""
+    found = _generation_config(checkpoint)
+    defaults = {ours: found.get(theirs) for theirs, ours in _GENERATION_DEFAULTS.items()}
+    return {name: value for name, value in defaults.items() if value is not None}
+
+
 def generation_eos_token_ids(checkpoint: Path) -> tuple[int, ...]:
     """End-of-sequence ids of generation_config.json, the ones `generate` of transformers uses."""
     path = checkpoint / "generation_config.json"
-    eos = _read_json(path).get("eos_token_id") if path.exists() else None
+    eos = _generation_config(checkpoint).get("eos_token_id")
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(isinstance(token_id, int) for token_id in ids):
         raise ConfigError(f"{path}: eos_token_id must be a token id or a list of them, got {eos!r}")
     return tuple(ids)
+
+
+def _generation_config(checkpoint: Path) -> dict[str, Any]:
+    path = checkpoint / "generation_config.json"
+    return _read_json(path) if path.exists() else {}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -22,14 +22,21 @@ from compiledllm.models.registry import load_spec
 from compiledllm.models.source import resolve_checkpoint
 from compiledllm.models.spec import ModelSpec
 from compiledllm.models.weights import fill_with_random_weights, load_weights
+from compiledllm.outputs import FinishReason
 from compiledllm.platform import Platform
 from compiledllm.runner.attention import settle_backend
 from compiledllm.runner.kv_cache import allocate_kv_caches, block_bytes, plan_num_blocks
-from compiledllm.runner.memory import check_gpu_is_free, measure_activations, plan_memory
-from compiledllm.runner.model_runner import ModelRunner, PendingOutput
+from compiledllm.runner.memory import (
+    check_gpu_is_free,
+    measure_activations,
+    most_sampling_bytes,
+    plan_memory,
+)
+from compiledllm.runner.model_runner import ModelRunner
+from compiledllm.runner.pending import PendingOutput
 from compiledllm.scheduler.block_pool import BlockPool
 from compiledllm.scheduler.scheduler import Scheduler
-from compiledllm.types import FinishReason, Request, SchedulerOutput
+from compiledllm.types import Request, SchedulerOutput
 
 IDLE_CHECK_INTERVAL_S = 10.0
 # On two CPU cores compiling takes 10 to 30 s, in which the model has one core fewer, and makes a
@@ -99,7 +106,7 @@ class EngineCore:
             if len(self._in_flight) <= bool(self.config.scheduler.async_scheduling):
                 return []
             step, output = self._in_flight.popleft()
-            return self.scheduler.update(step, output.collect())
+            return self.scheduler.update(step, self.runner.collect(output))
         except BaseException as error:
             # Ctrl-C is not the requests' fault: they are computed again. Anything else is theirs.
             self.scheduler.abandon_step(step, failed=isinstance(error, Exception))
@@ -188,7 +195,13 @@ class EngineCore:
             self._planner,
         )
         share = config.cache.gpu_memory_utilization
-        budget = plan_memory(self.platform, share, activations, len(self._shapes_to_capture()))
+        budget = plan_memory(
+            self.platform,
+            share,
+            activations,
+            num_captures=len(self._shapes_to_capture()),
+            sampling=most_sampling_bytes(max_num_seqs, self.spec.vocab_size),
+        )
         self.choices["memory"] = Choice(budget, "activations measured")
         return budget.in_use
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from compiledllm.engine.tokenizer import TokenStream
-from compiledllm.types import SamplingParams
+from compiledllm.sampling_params import SamplingParams
 
 
 class Detokenizer:

@@ -11,34 +11,30 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import random
 import sys
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from compiledllm.config import EngineConfig
+from compiledllm.engine.beam_search import beam_search
 from compiledllm.engine.core import EngineCore
 from compiledllm.engine.interrupts import deferred_interrupt
 from compiledllm.engine.prompts import (
     Prompt,
     as_conversations,
     as_prompts,
-    as_token_ids,
     one_per_prompt,
 )
-from compiledllm.engine.request_state import OutputStream, RequestState
+from compiledllm.engine.request_state import Completion, OutputStream, RequestState
+from compiledllm.engine.requests import RequestFactory
 from compiledllm.engine.tokenizer import Message, Tokenizer
 from compiledllm.log import show_logs
-from compiledllm.models.registry import generation_eos_token_ids
 from compiledllm.models.source import resolve_checkpoint
-from compiledllm.types import (
-    Request,
-    RequestOutput,
-    SamplingParams,
-)
+from compiledllm.outputs import BeamSearchOutput, PositionLogprobs, RequestOutput
+from compiledllm.sampling_params import ALL_TOKENS, BeamSearchParams, SamplingParams
 
 
 class Engine:
@@ -63,11 +59,11 @@ class Engine:
             self.tokenizer = Tokenizer(
                 resolve_checkpoint(other, weights=False) if other else self.core.model_path
             )
-        self._eos_token_ids = self._find_eos_token_ids()
+        self._requests = RequestFactory(self.core, self.tokenizer)
         self._states: dict[str, RequestState] = {}
+        self._completions: dict[str, tuple[RequestState, Completion]] = {}  # by the core's ids
         self._unseen: dict[str, RequestState] = {}  # grew for `step`, in somebody else's step
         self._request_ids = itertools.count()
-        self._random = random.Random(self.config.model.seed)
 
     @property
     def model_path(self) -> Path:
@@ -76,7 +72,7 @@ class Engine:
 
     def get_tokenizer(self) -> Any:
         """The transformers tokenizer."""
-        return self._require_tokenizer("get_tokenizer()").hf
+        return self._requests.require_tokenizer("get_tokenizer()").hf
 
     # -- whole answers -------------------------------------------------------------------------
 
@@ -93,15 +89,9 @@ class Engine:
         scheduling_policy="priority". All prompts are checked before any is run: a bad one raises
         ValueError and starts nothing.
         """
-        states = self._add_all(as_prompts(prompts), sampling_params, priority)
-        with self._aborting_on_exit(states), _progress_bar(len(states), use_tqdm) as progress:
-            unfinished = states
-            while unfinished:
-                self._advance()
-                still = [state for state in unfinished if not state.request.is_finished]
-                progress.update(len(unfinished) - len(still))
-                unfinished = still
-            return [state.output() for state in states]
+        states = self._make_states(as_prompts(prompts), sampling_params, priority)
+        self._add_all(states)
+        return self._finish(states, use_tqdm)
 
     def chat(
         self,
@@ -115,7 +105,7 @@ class Engine:
     ) -> list[RequestOutput]:
         """Answer one conversation or many, each a list of {"role": ..., "content": ...}."""
         conversations = as_conversations(messages)
-        tokenizer = self._require_tokenizer("chat()")
+        tokenizer = self._requests.require_tokenizer("chat()")
         prompts = []
         for conversation in conversations:
             text, token_ids = tokenizer.encode_chat(
@@ -136,36 +126,35 @@ class Engine:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         priority: Sequence[int] | None = None,
     ) -> OutputStream:
-        """Iterate over each request's cumulative output whenever it grows, the finished one last.
+        """Iterate over each request's output whenever it grows, the finished one last.
 
-        Bad prompts raise at once, before the first item is asked for. Closing the iterator aborts
-        what is not finished.
+        What an output holds is `SamplingParams.output_kind`'s to say: by default all so far. Bad
+        prompts raise at once, before the first item is asked for. Closing the iterator aborts what
+        is not finished.
         """
-        states = self._add_all(as_prompts(prompts), sampling_params, priority)
+        states = self._make_states(as_prompts(prompts), sampling_params, priority)
+        self._add_all(states)
         return OutputStream(self._stream(states), lambda: self._abort(states))
 
     def stream_chat(
         self, messages: Sequence[Message], sampling_params: SamplingParams | None = None
     ) -> OutputStream:
         """`stream` for one conversation."""
-        tokenizer = self._require_tokenizer("stream_chat()")
+        tokenizer = self._requests.require_tokenizer("stream_chat()")
         (conversation,) = as_conversations(messages)
         text, token_ids = tokenizer.encode_chat(conversation, add_generation_prompt=True)
         return self.stream({"prompt": text, "prompt_token_ids": token_ids}, sampling_params)
 
     def _stream(self, states: list[RequestState]) -> Generator[RequestOutput]:
         with self._aborting_on_exit(states):
-            shown = [0] * len(states)  # output tokens the caller has seen
-            while any(count >= 0 for count in shown):
+            unfinished = states
+            while unfinished:
                 self._advance()
-                for index, state in enumerate(states):
-                    count = state.request.num_output_tokens
-                    if shown[index] < 0 or (
-                        count == shown[index] and not state.request.is_finished
-                    ):
-                        continue
-                    shown[index] = -1 if state.request.is_finished else count
-                    yield state.output()
+                for state in unfinished:
+                    output = state.next_output()
+                    if output is not None:
+                        yield output
+                unfinished = [state for state in unfinished if not state.is_over]
 
     # -- one step at a time --------------------------------------------------------------------
 
@@ -177,18 +166,21 @@ class Engine:
         priority: int = 0,
     ) -> str:
         """Queue one request for `step`; returns its id. Raises ValueError for a bad one."""
-        params = SamplingParams() if sampling_params is None else sampling_params
-        state = self._make_state(prompt, params, priority, request_id)
+        params = self._requests.defaults if sampling_params is None else sampling_params
+        request_id = self._next_request_id() if request_id is None else request_id
+        state = self._requests.make(request_id, prompt, params, priority)
         state.is_for_step = True
         self._add(state)
-        return state.request.request_id
+        return state.request_id
 
     def abort_request(self, request_id: str) -> None:
         """End a request added by `add_request`. Unknown ids are ignored."""
         with deferred_interrupt():
-            self.core.finish(request_id, "abort")
-            self._states.pop(request_id, None)
+            state = self._states.pop(request_id, None)
             self._unseen.pop(request_id, None)
+            for completion in () if state is None else state.completions:
+                self.core.finish(completion.request.request_id, "abort")
+                self._completions.pop(completion.request.request_id, None)
 
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has more to return."""
@@ -199,11 +191,32 @@ class Engine:
         if self.core.has_unfinished():
             self._advance()
         unseen, self._unseen = self._unseen, {}
-        return [state.output() for state in unseen.values()]
+        outputs = [state.next_output() for state in unseen.values()]
+        return [output for output in outputs if output is not None]
 
     def get_default_sampling_params(self) -> SamplingParams:
         """The parameters of a request that names none."""
-        return SamplingParams()
+        return dataclasses.replace(self._requests.defaults)
+
+    # -- searching -----------------------------------------------------------------------------
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams
+    ) -> list[BeamSearchOutput]:
+        """The likeliest continuations of each prompt, best first."""
+        return beam_search(self._requests, self.next_token_logprobs, as_prompts(prompts), params)
+
+    def next_token_logprobs(
+        self, prompts: list[list[int]], params: SamplingParams
+    ) -> list[PositionLogprobs]:
+        """Of the first token behind each prompt; `max_logprobs` does not limit them."""
+        states = [
+            self._requests.make(self._next_request_id(), prompt, params, max_logprobs=ALL_TOKENS)
+            for prompt in prompts
+        ]
+        self._add_all(states)
+        outputs = [output.outputs[0] for output in self._finish(states, use_tqdm=False)]
+        return [output.logprobs[0] if output.logprobs else {} for output in outputs]
 
     # -- inside --------------------------------------------------------------------------------
 
@@ -213,155 +226,86 @@ class Engine:
             try:
                 advanced = self.core.step()
             except Exception:
-                self._book([s for s in self._states.values() if s.request.is_finished])
+                ended = [pair for pair in self._completions.values() if pair[1].request.is_finished]
+                self._book(ended)
                 raise
-            states = [self._states[request.request_id] for request in advanced]
-            for state in states:
-                stop = state.push_last_token()
-                if stop is not None:
-                    self._stop_at_string(state.request, stop)
-            self._book(states)
+            pairs = [self._completions[request.request_id] for request in advanced]
+            for _, completion in pairs:
+                self._push(completion)
+            self._book(pairs)
             self.core.check_when_idle()
 
-    def _book(self, states: list[RequestState]) -> None:
-        """Remember what `step` has to show, and forget who is finished."""
-        for state in states:
-            request_id = state.request.request_id
-            if state.is_for_step:
-                self._unseen[request_id] = state
-            if state.request.is_finished:
-                del self._states[request_id]
-
-    def _stop_at_string(self, request: Request, stop: str) -> None:
-        if request.is_finished:  # by this very token; the string came first in the text
+    def _push(self, completion: Completion) -> None:
+        """Take over a request's newest token; one that failed has none."""
+        request = completion.request
+        if request.finish_reason == "error":
+            return
+        stop = completion.push_last_token()
+        if stop is not None and request.is_finished:  # by this very token; the string came first
             request.finish_reason, request.stop_reason = "stop", stop
-        else:
+        elif stop is not None:
             self.core.finish(request.request_id, "stop", stop)
 
-    def _add_all(
+    def _book(self, pairs: Iterable[tuple[RequestState, Completion]]) -> None:
+        """Remember what `step` has to show, and forget who is finished."""
+        for state, completion in pairs:
+            if state.is_for_step:
+                self._unseen[state.request_id] = state
+            if completion.request.is_finished:
+                del self._completions[completion.request.request_id]
+                if state.is_finished:
+                    self._states.pop(state.request_id, None)
+
+    def _finish(self, states: list[RequestState], use_tqdm: bool) -> list[RequestOutput]:
+        """Step until these are finished."""
+        with self._aborting_on_exit(states), _progress_bar(len(states), use_tqdm) as progress:
+            unfinished = states
+            while unfinished:
+                self._advance()
+                still = [state for state in unfinished if not state.is_finished]
+                progress.update(len(unfinished) - len(still))
+                unfinished = still
+            return [state.output() for state in states]
+
+    def _make_states(
         self,
         prompts: list[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         priority: Sequence[int] | None,
     ) -> list[RequestState]:
         if sampling_params is None:
-            sampling_params = SamplingParams()
+            sampling_params = self._requests.defaults
         params = one_per_prompt(sampling_params, len(prompts), "sampling_params")
         priorities = one_per_prompt(0 if priority is None else priority, len(prompts), "priority")
-        states = [
-            self._make_state(*arguments)
+        return [
+            self._requests.make(self._next_request_id(), *arguments)
             for arguments in zip(prompts, params, priorities, strict=True)
         ]
+
+    def _next_request_id(self) -> str:
+        ids = map(str, self._request_ids)
+        return next(request_id for request_id in ids if request_id not in self._states)
+
+    def _add_all(self, states: list[RequestState]) -> None:
         try:
             for state in states:
                 self._add(state)
         except BaseException:
             self._abort(states)
             raise
-        return states
 
     def _add(self, state: RequestState) -> None:
         with deferred_interrupt():
-            self.core.add(state.request)
-            self._states[state.request.request_id] = state
-
-    def _make_state(
-        self,
-        prompt: Prompt,
-        params: SamplingParams,
-        priority: int = 0,
-        request_id: str | None = None,
-    ) -> RequestState:
-        if not isinstance(params, SamplingParams):
-            raise ValueError(f"sampling_params must be SamplingParams, got {params!r}")
-        self._check_priority(priority)
-        params = dataclasses.replace(params)  # checked again, and no longer the caller's to change
-        text, token_ids = self._tokenize(prompt)
-        self._check_prompt(token_ids)
-        self._check_stop_token_ids(params)
-        assert self.config.model.max_model_len is not None
-        room = self.config.model.max_model_len - len(token_ids)
-        slots = self.core.scheduler.block_pool.num_blocks * self.config.cache.block_size
-        fits = max(slots - len(token_ids) + 1, 1)
-        request = Request(
-            request_id=self._next_request_id() if request_id is None else request_id,
-            prompt_token_ids=token_ids,
-            sampling_params=params,
-            max_tokens=min(room, params.max_tokens if params.max_tokens is not None else fits),
-            stop_token_ids=frozenset(params.stop_token_ids or ())
-            | (frozenset() if params.ignore_eos else self._eos_token_ids),
-            seed=self._random.getrandbits(63) if params.seed is None else params.seed,
-            priority=priority,
-            prompt=text,
-        )
-        return RequestState(request, self.tokenizer)
-
-    def _next_request_id(self) -> str:
-        ids = map(str, self._request_ids)
-        return next(request_id for request_id in ids if request_id not in self._states)
-
-    def _check_priority(self, priority: int) -> None:
-        if not isinstance(priority, int) or isinstance(priority, bool):
-            raise ValueError(f"priority must be an integer, got {priority!r}")
-        if priority and self.config.scheduler.scheduling_policy != "priority":
-            raise ValueError(
-                f"priority={priority} has no effect with scheduling_policy="
-                f"'{self.config.scheduler.scheduling_policy}'; use scheduling_policy='priority'"
-            )
-
-    def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        if isinstance(prompt, Mapping):
-            if not prompt or set(prompt) - {"prompt", "prompt_token_ids"}:
-                raise ValueError(
-                    "a prompt dict takes 'prompt' (text) or 'prompt_token_ids', "
-                    f"got keys {sorted(map(str, prompt))}"
-                )
-            if "prompt_token_ids" in prompt:
-                return prompt.get("prompt"), as_token_ids(prompt["prompt_token_ids"])
-            prompt = prompt["prompt"]
-        if isinstance(prompt, str):
-            return prompt, self._require_tokenizer("a text prompt").encode(prompt)
-        return None, as_token_ids(prompt)
-
-    def _check_prompt(self, token_ids: list[int]) -> None:
-        if not token_ids:
-            raise ValueError("the prompt is empty; give at least one token")
-        vocab_size, max_len = self.core.spec.vocab_size, self.config.model.max_model_len
-        for index, token_id in enumerate(token_ids):
-            if not 0 <= token_id < vocab_size:
-                raise ValueError(
-                    f"token id {token_id} at position {index} of the prompt is out of range; "
-                    f"the vocabulary has ids 0 to {vocab_size - 1}"
-                )
-        assert max_len is not None
-        if len(token_ids) >= max_len:
-            raise ValueError(
-                f"the prompt has {len(token_ids)} tokens and max_model_len={max_len} leaves room "
-                f"for {max_len - 1} (and one to generate); shorten it or raise max_model_len"
-            )
-
-    def _check_stop_token_ids(self, params: SamplingParams) -> None:
-        vocab_size = self.core.spec.vocab_size
-        for token_id in params.stop_token_ids or ():
-            if token_id >= vocab_size:
-                raise ValueError(
-                    f"stop_token_ids has {token_id}; the vocabulary has ids 0 to {vocab_size - 1}"
-                )
-
-    def _find_eos_token_ids(self) -> frozenset[int]:
-        """As transformers' generate: generation_config, else config; and the tokenizer's own."""
-        ids = generation_eos_token_ids(self.core.model_path) or self.core.spec.eos_token_ids
-        own = self.tokenizer.eos_token_id if self.tokenizer else None
-        known = frozenset(ids) | (frozenset() if own is None else frozenset((own,)))
-        return frozenset(i for i in known if i < self.core.spec.vocab_size)
-
-    def _require_tokenizer(self, what: str) -> Tokenizer:
-        if self.tokenizer is None:
-            raise ValueError(
-                f"{what} needs a tokenizer, but skip_tokenizer_init=True; pass "
-                '{"prompt_token_ids": [...]} instead'
-            )
-        return self.tokenizer
+            if state.request_id in self._states:
+                raise ValueError(f"request_id '{state.request_id}' is already in use")
+            self._states[state.request_id] = state
+            try:
+                for completion in state.completions:
+                    self.core.add(completion.request)
+                    self._completions[completion.request.request_id] = state, completion
+            except ValueError:
+                self.abort_request(state.request_id)
+                raise
 
     @contextlib.contextmanager
     def _aborting_on_exit(self, states: list[RequestState]) -> Iterator[None]:
@@ -373,8 +317,8 @@ class Engine:
 
     def _abort(self, states: list[RequestState]) -> None:
         for state in states:
-            if self._states.get(state.request.request_id) is state:
-                self.abort_request(state.request.request_id)
+            if self._states.get(state.request_id) is state:
+                self.abort_request(state.request_id)
 
 
 LLM = Engine  # vLLM's name for it

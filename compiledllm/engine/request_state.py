@@ -1,4 +1,4 @@
-"""A request as its caller sees it: its text so far, its outputs, and the stream of them."""
+"""A request as its caller sees it: its completions so far, and what a stream shows of them."""
 
 from __future__ import annotations
 
@@ -7,56 +7,174 @@ from collections.abc import Callable, Generator, Iterator
 
 from compiledllm.engine.detokenizer import Detokenizer
 from compiledllm.engine.tokenizer import Tokenizer
-from compiledllm.types import CompletionOutput, Request, RequestMetrics, RequestOutput
+from compiledllm.outputs import (
+    CompletionOutput,
+    Logprob,
+    PositionLogprobs,
+    RequestMetrics,
+    RequestOutput,
+)
+from compiledllm.sampling_params import RequestOutputKind, SamplingParams
+from compiledllm.types import Request, TokenLogprobs
 
 
-class RequestState:
-    """A live request as its caller sees it: the request and its text."""
+class Completion:
+    """One of a request's outputs: the engine's request for it, its text and log probabilities."""
 
-    def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, index: int, request: Request, tokenizer: Tokenizer | None) -> None:
+        self.index = index
         self.request = request
-        self.is_for_step = False  # added by `add_request`, shown by `step`
+        self.last_token_time = request.arrival_time
         params = request.sampling_params
         stream = None
         if tokenizer is not None and params.detokenize:
             stream = tokenizer.stream(request.prompt_token_ids, params.skip_special_tokens)
         elif params.stop_strings:
             raise ValueError("stop strings need a tokenizer; use stop_token_ids instead")
+        self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(stream, params)
-        self._last_token_time = request.arrival_time
+        self._logprobs: list[PositionLogprobs] = []  # as far as somebody has asked for them
+        self._num_shown = self._text_shown = 0  # tokens and characters, by deltas
+        self._end_shown = False
 
     def push_last_token(self) -> str | None:
         """Take over the newest token; returns the stop string it completed, if any."""
         request = self.request
-        self._last_token_time = time.monotonic()
+        self.last_token_time = time.monotonic()
         if request.first_token_time is None:
-            request.first_token_time = self._last_token_time
+            request.first_token_time = self.last_token_time
         token_id = request.token_ids[-1]
         ended_by_token = request.finish_reason == "stop" and token_id in request.stop_token_ids
         hidden = ended_by_token and not request.sampling_params.include_stop_str_in_output
         return self._detokenizer.push(token_id, hidden)
 
-    def output(self) -> RequestOutput:
-        """The state now."""
+    @property
+    def cumulative_logprob(self) -> float | None:
+        if not self.request.sampling_params.wants_logprobs:
+            return None
+        return sum(position.logprobs[0] for position in self.request.logprobs)
+
+    @property
+    def has_news(self) -> bool:
+        """Whether a delta would show anything."""
         request = self.request
-        completion = CompletionOutput(
-            index=0,
-            text=self._detokenizer.visible_text(request.is_finished),
-            token_ids=request.output_token_ids,
+        return request.num_output_tokens > self._num_shown or (
+            request.is_finished and not self._end_shown
+        )
+
+    def output(self, index: int, shows_logprobs: bool, delta: bool = False) -> CompletionOutput:
+        """The state now; with `delta` only what came since the last call with it."""
+        request = self.request
+        text = self._detokenizer.visible_text(request.is_finished)
+        token_ids = request.output_token_ids
+        logprobs = self._all_logprobs() if shows_logprobs else None
+        if delta:
+            self._end_shown = request.is_finished
+            first, self._num_shown = self._num_shown, len(token_ids)
+            text, self._text_shown = text[self._text_shown :], len(text)
+            token_ids = token_ids[first:]
+            logprobs = None if logprobs is None else logprobs[first:]
+        return CompletionOutput(
+            index=index,
+            text=text,
+            token_ids=token_ids,
+            cumulative_logprob=self.cumulative_logprob,
+            logprobs=None if logprobs is None else list(logprobs),
             finish_reason=request.finish_reason,
             stop_reason=request.stop_reason,
         )
+
+    def _all_logprobs(self) -> list[PositionLogprobs]:
+        new = self.request.logprobs[len(self._logprobs) :]
+        self._logprobs += [position_logprobs(position, self._tokenizer) for position in new]
+        return self._logprobs
+
+
+class RequestState:
+    """A live request as its caller sees it: `params.num_candidates` completions of one prompt."""
+
+    def __init__(
+        self, request_id: str, params: SamplingParams, completions: list[Completion]
+    ) -> None:
+        self.request_id = request_id
+        self.completions = completions
+        self.is_for_step = False  # added by `add_request`, shown by `step`
+        self._params = params
+        self._tokenizer = completions[0]._tokenizer
+        self._tokens_shown = 0
+        self.is_over = False  # its last output was shown by `next_output`
+
+    @property
+    def is_finished(self) -> bool:
+        return all(completion.request.is_finished for completion in self.completions)
+
+    def next_output(self) -> RequestOutput | None:
+        """What a stream shows now, by `output_kind` and `stream_interval`; None: nothing new."""
+        if self.is_over:
+            return None
+        kind, interval = self._params.output_kind, self._params.stream_interval or 1
+        count = sum(c.request.num_output_tokens for c in self.completions)
+        self.is_over = self.is_finished
+        if not self.is_over:
+            is_final_only = kind is RequestOutputKind.FINAL_ONLY or self._is_choosing
+            is_due = self._tokens_shown == 0 or count - self._tokens_shown >= interval
+            if is_final_only or count == self._tokens_shown or not is_due:
+                return None
+        self._tokens_shown = count
+        return self.output(kind is RequestOutputKind.DELTA and not self._is_choosing)
+
+    def output(self, delta: bool = False) -> RequestOutput:
+        """The state now; with `delta` only what came since the last call with it."""
+        first = self.completions[0].request
+        chosen = self._best() if self._is_choosing else self.completions
+        if delta:
+            chosen = [c for c in chosen if c.has_news] or chosen
+        shows = self._params.wants_logprobs
+        outputs = [
+            c.output(place if self._is_choosing else c.index, shows, delta)
+            for place, c in enumerate(chosen)
+        ]
         return RequestOutput(
-            request_id=request.request_id,
-            prompt=request.prompt,
-            prompt_token_ids=request.prompt_token_ids,
-            outputs=[completion],
-            finished=request.is_finished,
-            num_cached_tokens=max(request.num_cached_tokens, 0),
+            request_id=self.request_id,
+            prompt=first.prompt,
+            prompt_token_ids=first.prompt_token_ids,
+            outputs=outputs,
+            finished=self.is_finished,
+            num_cached_tokens=max(first.num_cached_tokens, 0),
             metrics=RequestMetrics(
-                request.arrival_time, request.first_token_time, self._last_token_time
+                first.arrival_time,
+                first.first_token_time,
+                max(c.last_token_time for c in self.completions),
             ),
+            prompt_logprobs=self._prompt_logprobs(),
         )
+
+    @property
+    def _is_choosing(self) -> bool:
+        return len(self.completions) > self._params.n
+
+    def _best(self) -> list[Completion]:
+        ordered = sorted(self.completions, key=lambda c: c.cumulative_logprob or 0.0, reverse=True)
+        return ordered[: self._params.n]
+
+    def _prompt_logprobs(self) -> list[PositionLogprobs | None] | None:
+        if self._params.prompt_logprobs is None:
+            return None
+        found = self.completions[0].request.prompt_logprobs
+        return [None, *(position_logprobs(position, self._tokenizer) for position in found)]
+
+
+def position_logprobs(position: TokenLogprobs, tokenizer: Tokenizer | None) -> PositionLogprobs:
+    """As callers get it; a token's own entry comes first."""
+    own, best = position.token_ids[0], 1 + position.num_best
+    ranks = [position.rank, *range(1, best), *[None] * (len(position.token_ids) - best)]
+    result: PositionLogprobs = {}
+    for token_id, logprob, rank in zip(position.token_ids, position.logprobs, ranks, strict=True):
+        if token_id not in result or (result[token_id].rank is None and rank is not None):
+            text = None if tokenizer is None else tokenizer.token_text(token_id)
+            result[token_id] = Logprob(logprob, rank, text)
+    assert own in result
+    return result
 
 
 class OutputStream(Iterator[RequestOutput]):

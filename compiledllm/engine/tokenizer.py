@@ -17,6 +17,7 @@ class Tokenizer:
     def __init__(self, directory: Path) -> None:
         from transformers import AutoTokenizer
 
+        self._token_texts: dict[int, str] = {}
         try:
             self.hf = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         except Exception as error:  # transformers raises many kinds for "no tokenizer here"
@@ -31,11 +32,22 @@ class Tokenizer:
         eos: int | None = self.hf.eos_token_id
         return eos
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt, with the special tokens the tokenizer adds by itself."""
         _check_unicode(text)
-        ids: list[int] = self.hf.encode(text)
+        ids: list[int] = self.hf.encode(text, add_special_tokens=add_special_tokens)
         return ids
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        text: str = self.hf.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token_text(self, token_id: int) -> str:
+        """A single token as text; part of a character comes out as U+FFFD."""
+        text = self._token_texts.get(token_id)
+        if text is None:
+            text = self._token_texts[token_id] = self.decode([token_id], False)
+        return text
 
     def encode_chat(
         self, messages: Sequence[Message], chat_template: str | None = None, **options: Any

@@ -14,7 +14,8 @@ from compiledllm.config import Choice
 from compiledllm.kernels.paged_attention_flashinfer import HEAD_DIMS, AttentionKind, Planner
 from compiledllm.log import log
 from compiledllm.models.spec import ModelSpec
-from compiledllm.runner.request_table import RequestTable, to_device
+from compiledllm.runner.device import to_device
+from compiledllm.runner.request_table import RequestTable
 
 LARGEST_TRITON_HEAD_DIM = 256
 

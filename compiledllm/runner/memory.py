@@ -11,7 +11,9 @@ from compiledllm.kernels.paged_attention_flashinfer import Planner
 from compiledllm.models.decoder import Decoder
 from compiledllm.platform import Platform
 from compiledllm.runner.kv_cache import allocate_kv_caches
+from compiledllm.runner.logits_rules import LogitsRules
 from compiledllm.runner.model_runner import ModelRunner
+from compiledllm.runner.sampler import WORKSPACE_BYTES
 
 # What a captured graph takes of the driver's memory, which torch does not count: about this much
 # for the few hundred kernels of a step.
@@ -24,22 +26,25 @@ class MemoryBudget:
     """Bytes on the GPU. limit: the engine's share; held: weights, and what else this process has.
 
     activations: of a full step, measured. captures: the captured steps' own, and their graphs.
+    sampling: what penalties and log probabilities take at most.
     """
 
     limit: int
     held: int
     activations: int
     captures: int
+    sampling: int
 
     @property
     def in_use(self) -> int:
-        return self.held + self.activations + self.captures
+        return self.held + self.activations + self.captures + self.sampling
 
     def __str__(self) -> str:
         parts = {
             "weights": self.held,
             "activations": self.activations,
             "captured steps": self.captures,
+            "sampling": self.sampling,
             "KV cache": max(self.limit - self.in_use, 0),
         }
         shares = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in parts.items())
@@ -86,8 +91,13 @@ def measure_activations(
     return peak - before
 
 
+def most_sampling_bytes(max_num_seqs: int, vocab_size: int) -> int:
+    """If every request has penalties and wants log probabilities."""
+    return WORKSPACE_BYTES + LogitsRules.most_bytes(max_num_seqs, vocab_size)
+
+
 def plan_memory(
-    platform: Platform, share: float, activations: int, num_captures: int
+    platform: Platform, share: float, activations: int, num_captures: int, sampling: int
 ) -> MemoryBudget:
     """Captured steps have memory of their own: as much as the largest, which all of them share."""
     return MemoryBudget(
@@ -95,4 +105,5 @@ def plan_memory(
         held=torch.cuda.memory_allocated(platform.device),
         activations=activations,
         captures=(activations + num_captures * _BYTES_PER_GRAPH) if num_captures else 0,
+        sampling=sampling,
     )

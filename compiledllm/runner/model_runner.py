@@ -17,54 +17,18 @@ from compiledllm.kernels.sampling import draw_tokens
 from compiledllm.models.decoder import Decoder
 from compiledllm.platform import single_row_products
 from compiledllm.runner.attention import pages_of
+from compiledllm.runner.device import to_device
 from compiledllm.runner.input_batch import InputBatch, StepLayout, padding_inputs
-from compiledllm.runner.request_table import RequestTable, to_device
-from compiledllm.runner.sampler import Sampler, filter_top_k_top_p
+from compiledllm.runner.pending import (
+    MAX_IN_FLIGHT,
+    Extras,
+    LogprobsOf,
+    OutputRing,
+    PendingOutput,
+)
+from compiledllm.runner.request_table import RequestTable
+from compiledllm.runner.sampler import Sampler
 from compiledllm.types import SchedulerOutput, StepOutput
-
-MAX_IN_FLIGHT = 2  # steps that are launched and not collected
-
-
-class PendingOutput:
-    """A launched step's tokens, perhaps still on their way to the host."""
-
-    def __init__(
-        self, request_ids: list[str], token_ids: Tensor, arrived: torch.cuda.Event | None
-    ) -> None:
-        self._request_ids = request_ids
-        self._token_ids = token_ids
-        self._arrived = arrived
-
-    def collect(self) -> StepOutput:
-        """Wait for the step and give its tokens."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return StepOutput(dict(zip(self._request_ids, self._token_ids.tolist(), strict=True)))
-
-
-class OutputRing:
-    """Brings drawn tokens to the host: pinned buffers, used in turn, so that nothing waits.
-
-    num_slots: more than the steps that can be launched and not collected.
-    """
-
-    def __init__(self, num_slots: int, max_num_seqs: int, device: torch.device) -> None:
-        self._is_cuda = device.type == "cuda"
-        if self._is_cuda:
-            shape = num_slots, max_num_seqs
-            self._buffers = torch.empty(shape, dtype=torch.int64, pin_memory=True)
-            self._events = [torch.cuda.Event() for _ in range(num_slots)]  # type: ignore[no-untyped-call]
-            self._next = 0
-
-    def send(self, request_ids: list[str], drawn: Tensor) -> PendingOutput:
-        """drawn: token ids [request_ids] on the device; they may be overwritten after this."""
-        if not self._is_cuda:
-            return PendingOutput(request_ids, drawn, None)
-        buffer, arrived = self._buffers[self._next, : len(drawn)], self._events[self._next]
-        self._next = (self._next + 1) % len(self._events)
-        buffer.copy_(drawn, non_blocking=True)
-        arrived.record()
-        return PendingOutput(request_ids, buffer, arrived)
 
 
 class ModelRunner:
@@ -87,8 +51,9 @@ class ModelRunner:
         self.kv_caches = kv_caches
         self.block_size = block_size
         self.device = kv_caches[0].device
-        self.table = RequestTable(max_num_seqs, max_blocks, self.device)
-        self.sampler = Sampler()
+        vocab_size = model.spec.vocab_size
+        self.table = RequestTable(max_num_seqs, max_blocks, vocab_size, self.device)
+        self.sampler = Sampler(self.table, vocab_size)
         self.outputs = OutputRing(MAX_IN_FLIGHT + 1, max_num_seqs, self.device)
         variants = GPU_VARIANTS if self.device.type == "cuda" else CPU_VARIANTS
         self.compiler = BlockCompiler(model, self.run_dummy, variants)
@@ -110,16 +75,22 @@ class ModelRunner:
     def _launch(self, step: SchedulerOutput) -> PendingOutput:
         table = self.table
         table.apply(step)
+        if step.spoilt_block_ids:
+            self._zero_blocks(step.spoilt_block_ids)
         if not step.scheduled:
             return self.outputs.send([], table.last_token_ids[:0])
         layout = StepLayout.of(step, table)
-        drawn = self._replay(layout)
-        if drawn is None:
-            drawn = self._run(layout)
-        return self.outputs.send(layout.sample_request_ids, drawn)
+        return self._replay(layout) or self._run(layout)
 
-    def _run(self, layout: StepLayout) -> Tensor:
-        """A step without a graph: any size, any sampling. Token ids int64 [samples]."""
+    def collect(self, pending: PendingOutput) -> StepOutput:
+        """Wait for a launched step's results; in the order of the launches."""
+        output = pending.collect()
+        for request_id, token_id in output.token_ids.items():
+            self.table.record(request_id, token_id)
+        return output
+
+    def _run(self, layout: StepLayout) -> PendingOutput:
+        """A step without a graph: of any size."""
         shape, rows = layout.shape, layout.sample_rows
         packed = to_device(layout.pack(self.table, shape), self.device)
         batch = InputBatch.unpack(packed, shape, len(rows), self.table, self.block_size)
@@ -127,13 +98,66 @@ class ModelRunner:
         self._plan(layout, layout.rows)
         with self._products_of(shape.num_tokens):
             hidden = self.model(batch.input_ids, batch.positions, self.kv_caches, batch.attn)
+        prompt_logprobs = self._prompt_logprobs(layout, hidden)
         if len(rows) == 0:
-            return batch.sample_rows
+            return self._send(layout, batch.sample_rows, None, prompt_logprobs)
         with self._products_of(len(rows)):
             logits = self.model.compute_logits(hidden[batch.logits_indices])
-        drawn = self.sampler.sample(logits, self.table, rows, layout.sample_positions)
-        self.table.last_token_ids[batch.sample_rows] = drawn
-        return drawn
+        drawn = self.sampler.draw(logits, rows, layout.sample_positions)
+        extras = self._finish(drawn, logits, layout, self._last_tokens(layout))
+        self.table.last_token_ids[batch.sample_rows] = drawn.clamp(min=0)
+        return self._send(layout, drawn, extras, prompt_logprobs)
+
+    def _last_tokens(self, layout: StepLayout) -> Tensor | None:
+        """int64 [samples], before the step writes new ones; None if nobody will look."""
+        rows, table = layout.sample_rows, self.table
+        if not table.rules.asks(rows, layout.sample_positions).any():
+            return None
+        return table.last_token_ids[to_device(rows, self.device)]
+
+    def _finish(
+        self, drawn: Tensor, logits: Tensor, layout: StepLayout, last_tokens: Tensor | None
+    ) -> Extras | None:
+        rows, positions = layout.sample_rows, layout.sample_positions
+        request_ids = layout.sample_request_ids
+        return self.sampler.finish(drawn, logits, rows, positions, last_tokens, request_ids)
+
+    def _prompt_logprobs(
+        self, layout: StepLayout, hidden: Tensor
+    ) -> list[tuple[str, int, LogprobsOf]]:
+        """Of the requests that want them and have prompt tokens in this step."""
+        found: list[tuple[str, int, LogprobsOf]] = []
+        ends = np.cumsum(layout.counts)
+        for index in np.flatnonzero(self.table.wants_prompt_logprobs[layout.rows]):
+            tokens = hidden[ends[index] - layout.counts[index] : ends[index]]
+            found += [
+                (layout.request_ids[index], position, logprobs)
+                for position, logprobs in self.sampler.prompt_logprobs(
+                    int(layout.rows[index]),
+                    tokens,
+                    int(layout.computed[index]) + 1,
+                    self.model.compute_logits,
+                )
+            ]
+        return found
+
+    def _send(
+        self,
+        layout: StepLayout,
+        drawn: Tensor,
+        extras: Extras | None,
+        prompt_logprobs: list[tuple[str, int, LogprobsOf]],
+    ) -> PendingOutput:
+        if prompt_logprobs:
+            extras = extras or Extras()
+            extras.prompt_logprobs = prompt_logprobs
+        return self.outputs.send(layout.sample_request_ids, drawn, extras)
+
+    def _zero_blocks(self, block_ids: list[int]) -> None:
+        """Masked positions are multiplied by zero, which leaves NaN what it is."""
+        index = to_device(np.array(block_ids), self.device)
+        for kv_cache in self.kv_caches:
+            kv_cache[:, index] = 0
 
     def _plan(self, layout: StepLayout, rows: np.ndarray, graph: StepShape | None = None) -> None:
         """Tell the attention of a step, where it wants to know.
@@ -163,10 +187,10 @@ class ModelRunner:
         self.graphs = graphs
         return graphs
 
-    def _replay(self, layout: StepLayout) -> Tensor | None:
-        """Token ids int64 [samples] of a step that a graph serves; None if none does."""
+    def _replay(self, layout: StepLayout) -> PendingOutput | None:
+        """A step that a graph serves; None if none does."""
         table, rows = self.table, layout.sample_rows
-        if self.graphs is None:
+        if self.graphs is None or table.wants_prompt_logprobs[layout.rows].any():
             return None
         is_decode = layout.is_decode
         shape = self.graphs.shape_for(layout.shape._replace(is_decode=is_decode))
@@ -178,22 +202,12 @@ class ModelRunner:
             self._plan(layout, inputs, shape)
         else:
             inputs = layout.pack(table, shape)
+        last_tokens = self._last_tokens(layout)
         drawn = self.graphs.replay(shape, inputs)[: len(rows)]
-        self._draw_again(drawn, rows, layout.sample_positions)
-        return drawn
-
-    def _draw_again(self, drawn: Tensor, rows: np.ndarray, positions: np.ndarray) -> None:
-        """Replace tokens of rows that ask for more than a captured step does; it left its logits.
-
-        The others keep what they have, and so does the step keep its graph.
-        """
-        asking = np.flatnonzero(self.sampler.asks(self.table, rows, positions))
-        if len(asking):
-            index = to_device(asking, self.device)
-            rows, positions = rows[asking], positions[asking]
-            again = self.sampler.sample(self.logits[index], self.table, rows, positions)
-            drawn[index] = again
-            self.table.last_token_ids[to_device(rows, self.device)] = again
+        extras = self._finish(drawn, self.logits, layout, last_tokens)
+        if extras is not None:
+            table.last_token_ids[to_device(rows, self.device)] = drawn.clamp(min=0)
+        return self.outputs.send(layout.sample_request_ids, drawn, extras)
 
     def _captured_step(self, shape: StepShape, inputs: Tensor) -> Tensor:
         """The whole step, from the rows' state before to their state after it."""
@@ -209,11 +223,11 @@ class ModelRunner:
             hidden = hidden[batch.logits_indices]
         drawn = draw_tokens(
             self.model.compute_logits(hidden, self.logits[: len(hidden)]),
-            table.temperatures[batch.sample_rows],
-            table.seeds[batch.sample_rows],
+            batch.sample_rows,
             batch.sample_positions,
+            table.asked,
         )
-        table.last_token_ids[batch.sample_rows] = drawn
+        table.last_token_ids[batch.sample_rows] = drawn.clamp(min=0)
         table.num_computed_tokens[batch.rows] = batch.num_computed_tokens
         table.num_computed_tokens[table.padding_row :].zero_()  # it would outgrow its block table
         return drawn
@@ -228,14 +242,10 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run_dummy(self, num_tokens: int, num_samples: int = 1) -> None:
-        """A step over padding, which touches the null block only; `num_samples` tokens are drawn.
-
-        With several, from all that can be asked for: this is the most memory a step can take.
-        """
+        """A step over padding, which touches the null block only, with so many draws."""
         batch = InputBatch.dummy(num_tokens, self.table)
         self._plan(StepLayout.empty(), np.array([self.table.padding_row]))
         hidden = self.model(batch.input_ids, batch.positions, self.kv_caches, batch.attn)
         logits = self.model.compute_logits(hidden[:1].repeat(num_samples, 1))
-        if num_samples > 1:
-            ones = torch.ones(num_samples, device=self.device)
-            filter_top_k_top_p(logits.float(), ones.long(), ones)
+        index = torch.zeros(num_samples, dtype=torch.int64, device=self.device)
+        draw_tokens(logits, index + self.table.padding_row, index, self.table.asked)

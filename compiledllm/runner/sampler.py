@@ -1,78 +1,166 @@
-"""Draws the next token of each row: what a request asks for beyond a temperature happens here.
+"""From a step's logits to its tokens: plain draws for all rows, and more for those that ask.
 
-Temperature and noise are `kernels.sampling`'s; this restricts the logits first (min_tokens, top-k,
-top-p), for the rows that ask for it.
+What a captured step has drawn is overwritten for the rows whose requests have rules for their
+logits; the others keep what they have. Log probabilities are the model's own, of logits that no
+rule has touched.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from compiledllm.kernels.sampling import draw_tokens
-from compiledllm.runner.request_table import RequestTable, to_device
+from compiledllm.kernels.logprobs import MOST_IN_TRITON, token_logprobs
+from compiledllm.kernels.sampling import INVALID, draw_tokens
+from compiledllm.runner.device import to_device
+from compiledllm.runner.pending import Extras, LogprobsOf
+from compiledllm.runner.request_table import RequestTable
+from compiledllm.sampling_params import ALL_TOKENS
+
+WORKSPACE_BYTES = 256 * 2**20  # for edited copies of logits, or for a prompt's
 
 
 class Sampler:
-    """Vectorised over rows; rows that ask for nothing special cost nothing special."""
+    """Draws the next tokens of request rows."""
 
-    def sample(
-        self, logits: Tensor, table: RequestTable, rows: np.ndarray, positions: np.ndarray
-    ) -> Tensor:
-        """Token ids int64 [rows].
+    def __init__(self, table: RequestTable, vocab_size: int) -> None:
+        self._table = table
+        self._vocab_size = vocab_size
+        self._rows_at_once = max(1, WORKSPACE_BYTES // (32 * vocab_size))
 
-        logits: [rows, vocab], overwritten. rows: request rows. positions: where the drawn tokens
-        will stand in their sequences.
+    def draw(self, logits: Tensor, rows: np.ndarray, positions: np.ndarray) -> Tensor:
+        """Token ids int64 [rows], of rows without rules; those with rules are left undefined.
+
+        logits: [rows, vocab]. positions: where the drawn tokens will stand.
         """
+        plain = np.flatnonzero(~self._table.rules.asks(rows, positions))
         device = logits.device
-        self._ban_early_stops(logits, table, rows, positions)
-        chosen = np.flatnonzero(table.filters[rows])
-        temperature = table.temperature[rows]
-        if len(chosen):
-            index = to_device(chosen, device)
-            logits = logits.float()
-            heat = to_device(temperature[chosen], device, torch.float32)
-            logits[index] = filter_top_k_top_p(
-                logits[index] / heat[:, None],
-                to_device(table.top_k[rows[chosen]], device),
-                to_device(table.top_p[rows[chosen]], device, torch.float32),
+        if len(plain) == len(rows):
+            index = to_device(rows, device), to_device(positions, device)
+            return draw_tokens(logits, *index, self._table.asked)
+        drawn = torch.zeros(len(rows), dtype=torch.int64, device=device)
+        if len(plain):
+            chosen = to_device(plain, device)
+            index = to_device(rows[plain], device), to_device(positions[plain], device)
+            drawn[chosen] = draw_tokens(logits[chosen], *index, self._table.asked)
+        return drawn
+
+    def finish(
+        self,
+        drawn: Tensor,
+        logits: Tensor,
+        rows: np.ndarray,
+        positions: np.ndarray,
+        last_tokens: Tensor | None,
+        request_ids: list[str],
+    ) -> Extras | None:
+        """Draw for rows that have rules, into `drawn`; and what is to be told of the tokens.
+
+        last_tokens: int64 [rows], of the sequences so far; None if no row has rules.
+        """
+        extras = Extras()
+        asking = np.flatnonzero(self._table.rules.asks(rows, positions))
+        for start in range(0, len(asking), self._rows_at_once):
+            some = asking[start : start + self._rows_at_once]
+            assert last_tokens is not None
+            errors = self._draw_by_rules(
+                drawn, logits, last_tokens, some, rows[some], positions[some]
             )
-            temperature[chosen] = 1.0  # applied already
-        return draw_tokens(
-            logits,
-            to_device(temperature, device, torch.float32),
-            to_device(table.seed[rows], device),
-            to_device(positions, device),
-        )
+            extras.errors |= {request_ids[some[i]]: error for i, error in errors.items()}
+        telling = np.flatnonzero(self._table.wants_logprobs[rows])
+        if len(telling):
+            extras.logprobs = self._logprobs(drawn, logits, rows, telling, request_ids)
+        return extras if len(asking) or len(telling) else None
 
-    def asks(self, table: RequestTable, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """bool [rows]: which of them ask for more than a temperature."""
-        asking: np.ndarray = table.filters[rows] | (positions < table.first_stop_position[rows])
-        return asking
+    def _draw_by_rules(
+        self,
+        drawn: Tensor,
+        logits: Tensor,
+        last_tokens: Tensor,
+        index: np.ndarray,
+        rows: np.ndarray,
+        positions: np.ndarray,
+    ) -> dict[int, str]:
+        table, device = self._table, logits.device
+        at = to_device(index, device)
+        edited = logits[at].float()
+        errors = table.rules.apply(edited, rows, positions, last_tokens[at])
+        where = to_device(rows, device), to_device(positions, device)
+        tokens = draw_tokens(edited, *where, table.asked)
+        if errors:
+            tokens[list(errors)] = INVALID
+        table.rules.count(rows, positions, tokens)
+        drawn[at] = tokens
+        return errors
 
-    def _ban_early_stops(
-        self, logits: Tensor, table: RequestTable, rows: np.ndarray, positions: np.ndarray
-    ) -> None:
-        """No stop token before `min_tokens` tokens are out."""
-        for index in np.flatnonzero(positions < table.first_stop_position[rows]):
-            logits[index, table.stop_token_ids[rows[index]]] = float("-inf")
+    def _logprobs(
+        self,
+        drawn: Tensor,
+        logits: Tensor,
+        rows: np.ndarray,
+        telling: np.ndarray,
+        request_ids: list[str],
+    ) -> list[tuple[list[str], LogprobsOf]]:
+        """Of the drawn tokens; those that want very many apart from the rest."""
+        params = {index: self._table.params[rows[index]] for index in telling.tolist()}
+        num_best = {i: self._count(p.logprobs or 0) for i, p in params.items() if p is not None}
+        found = []
+        for is_many in (False, True):
+            group = [i for i in params if (num_best[i] > MOST_IN_TRITON) == is_many]
+            if group:
+                named = [(p and p.logprob_token_ids) or [] for p in map(params.get, group)]
+                at = to_device(np.array(group), logits.device)
+                counts = [num_best[i] for i in group]
+                result = self._logprobs_of(logits, at, drawn[at].clamp(min=0), counts, named)
+                found.append(([request_ids[i] for i in group], result))
+        return found
 
+    def prompt_logprobs(
+        self,
+        row: int,
+        hidden: Tensor,
+        first: int,
+        compute_logits: Callable[[Tensor], Tensor],
+    ) -> list[tuple[int, LogprobsOf]]:
+        """Of a request's prompt tokens `first`, `first` + 1, ..., which `hidden` predicts.
 
-def filter_top_k_top_p(scores: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Set all but the top-k, then all but the smallest set reaching top_p, to -inf.
+        hidden: [tokens, hidden]. Returns (position, log probabilities from it on) for each chunk.
+        """
+        params = self._table.params[row]
+        assert params is not None
+        tokens = self._table.token_ids[row][first : self._table.num_prompt_tokens[row]]
+        hidden = hidden[: len(tokens)]
+        chosen = to_device(tokens[: len(hidden)], hidden.device)
+        num_best = self._count(params.prompt_logprobs or 0)
+        chunks = []
+        for start in range(0, len(hidden), self._rows_at_once):
+            some = hidden[start : start + self._rows_at_once]
+            logits = compute_logits(some)
+            rows = torch.arange(len(some), device=hidden.device)
+            found = self._logprobs_of(
+                logits, rows, chosen[start : start + len(some)], [num_best] * len(some), []
+            )
+            chunks.append((first + start, found))
+        return chunks
 
-    scores: float32 [rows, vocab]; top_k: [rows], 0 for all; top_p: [rows] in (0, 1]. The most
-    likely token always stays. Ties at the k-th place all stay, as in transformers.
-    """
-    vocab = scores.shape[-1]
-    ordered, order = scores.sort(dim=-1, descending=True)
-    k = torch.where(top_k > 0, top_k, vocab).clamp(max=vocab)
-    kth = ordered.gather(-1, (k - 1)[:, None])
-    ordered = ordered.masked_fill(ordered < kth, float("-inf"))
-    probabilities = ordered.softmax(dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities  # mass of the more likely tokens
-    drop = (before >= top_p[:, None]) & (top_p < 1)[:, None]
-    drop[:, 0] = False
-    ordered = ordered.masked_fill(drop, float("-inf"))
-    return torch.empty_like(scores).scatter_(-1, order, ordered)
+    def _count(self, asked: int) -> int:
+        return self._vocab_size if asked == ALL_TOKENS else min(asked, self._vocab_size)
+
+    def _logprobs_of(
+        self,
+        logits: Tensor,
+        rows: Tensor,
+        chosen: Tensor,
+        num_best: list[int],
+        named: list[list[int]],
+    ) -> LogprobsOf:
+        named = named or [[]] * len(num_best)
+        width = max(map(len, named))
+        padded = np.array([ids + [0] * (width - len(ids)) for ids in named], np.int64)
+        asked_for = to_device(padded.reshape(len(named), width), logits.device)
+        found = token_logprobs(logits, rows, chosen, max(num_best), asked_for)
+        shares = [(best, len(ids)) for best, ids in zip(num_best, named, strict=True)]
+        return LogprobsOf(found, max(num_best), shares)

@@ -96,6 +96,12 @@ class BlockPool:
             self._block_of_hash[block_hash] = block_id
             self._hash_of_block[block_id] = block_hash
 
+    def forget(self, block_ids: Sequence[int]) -> list[int]:
+        """Nobody finds these blocks any more. Returns those with a single holder."""
+        for block_id in block_ids:
+            self._forget(block_id)
+        return [block_id for block_id in block_ids if self._ref_counts[block_id] == 1]
+
     def reset_prefix_cache(self) -> None:
         """Forget all cached content. Blocks in use stay valid for their holders."""
         self._block_of_hash.clear()

@@ -16,10 +16,12 @@ from __future__ import annotations
 
 from collections import deque
 
+from compiledllm.log import log
+from compiledllm.outputs import FinishReason
 from compiledllm.scheduler.block_pool import BlockPool, hash_block
 from compiledllm.scheduler.policy import POLICIES, WaitingQueue
+from compiledllm.scheduler.repetition import goes_in_circles
 from compiledllm.types import (
-    FinishReason,
     NewRequest,
     Request,
     RequestStatus,
@@ -27,6 +29,8 @@ from compiledllm.types import (
     SchedulerOutput,
     StepOutput,
 )
+
+NO_TOKEN = "no token could be drawn: the logits are NaN or infinite, or every token is banned"
 
 
 class Scheduler:
@@ -52,7 +56,9 @@ class Scheduler:
         self.waiting = WaitingQueue(POLICIES[policy])
         self.num_preemptions = 0
         self._is_sorted = True  # the running list, by rank
+        self.num_failed_rows = 0  # of logits that no token could be drawn from
         self._freed_request_ids: list[str] = []
+        self._spoilt_block_ids: list[int] = []  # written by a request whose logits were NaN
         self._in_flight: deque[list[Request]] = deque()  # of each step that `update` has not seen
 
     # -- requests in and out -------------------------------------------------------------------
@@ -111,8 +117,9 @@ class Scheduler:
             scheduled.append(admitted[1])
             budget -= admitted[1].num_scheduled_tokens
         freed, self._freed_request_ids = self._freed_request_ids, []
+        spoilt, self._spoilt_block_ids = self._spoilt_block_ids, []
         self._in_flight.append([self.requests[line.request_id] for line in scheduled])
-        return SchedulerOutput(new_requests, scheduled, freed)
+        return SchedulerOutput(new_requests, scheduled, freed, spoilt)
 
     def _schedule_running(self, budget: int) -> tuple[list[ScheduledRequest], bool]:
         """Give every running request tokens, best-ranked first, preempting from the other end."""
@@ -126,7 +133,7 @@ class Scheduler:
             request = self.running[index]
             wanted = request.num_tokens_to_compute
             count = min(wanted, budget)
-            if count == 0:  # its last token is in flight
+            if count == 0:  # its last token is in flight, or has to be known first
                 index += 1
                 continue
             missing = self._num_missing_blocks(request, request.num_computed_tokens + count)
@@ -173,6 +180,7 @@ class Scheduler:
             request.sampling_params,
             request.stop_token_ids,
             request.seed,
+            request.bad_words,
         )
         return new, self._grant(request, count, count == wanted, missing, cached)
 
@@ -208,29 +216,72 @@ class Scheduler:
         step ran (an earlier token, an abort) get none.
         """
         advanced: list[Request] = []
-        some_ended = False
+        some_left = False
         for line, request in zip(step.scheduled, self._in_flight.popleft(), strict=True):
-            if line.samples and request.status is not RequestStatus.FINISHED:
-                request.num_tokens_in_flight -= 1
-                some_ended |= self._append(request, output.token_ids[line.request_id])
+            if request.status is RequestStatus.FINISHED:
+                continue
+            if output.prompt_logprobs:
+                self._keep_prompt_logprobs(request, output)
+            if not line.samples:
+                continue
+            request.num_tokens_in_flight -= 1
+            if request.num_tokens_to_drop:
+                request.num_tokens_to_drop -= 1
+            elif self._take(request, output):
                 advanced.append(request)
-        if some_ended:
-            self.running = [r for r in self.running if not r.is_finished]
+            some_left |= request.status is not RequestStatus.RUNNING
+        if some_left:
+            self.running = [r for r in self.running if r.status is RequestStatus.RUNNING]
         return advanced
 
-    def _append(self, request: Request, token_id: int) -> bool:
-        """Whether this was the request's last token."""
+    def _keep_prompt_logprobs(self, request: Request, output: StepOutput) -> None:
+        """Positions that were computed again, after a preemption, are there already."""
+        position, found = output.prompt_logprobs.get(request.request_id, (0, []))
+        request.prompt_logprobs += found[len(request.prompt_logprobs) - (position - 1) :]
+
+    def _take(self, request: Request, output: StepOutput) -> bool:
+        """Give a request its next token, or its end; False if it has to try again."""
+        request_id = request.request_id
+        token_id = output.token_ids[request_id]
+        if token_id >= 0:
+            if output.logprobs and request_id in output.logprobs:
+                request.logprobs.append(output.logprobs[request_id])
+            self._append(request, token_id)
+            return True
+        error = output.errors.get(request_id)
+        self._spoilt_block_ids += self.block_pool.forget(request.block_ids)
+        if error is None and not request.is_second_try:
+            self._try_again(request)
+            return False
+        self.num_failed_rows += 1
+        log.warning("request '%s' failed: %s", request_id, error or NO_TOKEN)
+        self._end(request, "error", error or NO_TOKEN)
+        return True
+
+    def _try_again(self, request: Request) -> None:
+        """Compute a request from scratch, without anybody else's blocks: one of theirs may be NaN.
+
+        What comes of steps in flight is dropped.
+        """
+        request.is_second_try = True
+        request.num_tokens_to_drop = request.num_tokens_in_flight
+        request.prompt_logprobs = []
+        if request.status is RequestStatus.RUNNING:
+            self._preempt(request)
+
+    def _append(self, request: Request, token_id: int) -> None:
+        """Take over a token; end the request if it was its last one."""
         request.token_ids.append(token_id)
         params = request.sampling_params
-        if token_id in request.stop_token_ids and request.num_output_tokens >= params.min_tokens:
+        is_long_enough = request.num_output_tokens >= params.min_tokens
+        if token_id in request.stop_token_ids and is_long_enough:
             # As in vLLM, only an explicit stop token is reported; end of sequence is None.
             explicit = token_id in (params.stop_token_ids or ())
             self._end(request, "stop", token_id if explicit else None)
         elif len(request.token_ids) >= request.most_tokens:
             self._end(request, "length")
-        else:
-            return False
-        return True
+        elif params.repetition_detection and is_long_enough and goes_in_circles(request):
+            self._end(request, "repetition")
 
     def abandon_step(self, step: SchedulerOutput, failed: bool) -> None:
         """The step was not executed, or only in part; the runner's rows are gone too.
@@ -241,7 +292,7 @@ class Scheduler:
         self.block_pool.reset_prefix_cache()
         self._in_flight.clear()
         for request in self.requests.values():
-            request.num_tokens_in_flight = 0
+            request.num_tokens_in_flight = request.num_tokens_to_drop = 0
         self.running = [request for request in self.running if not request.is_finished]
         while self.running:
             self._preempt(self.running.pop())
@@ -257,11 +308,21 @@ class Scheduler:
 
     def _lookup_prefix(self, request: Request) -> list[int]:
         """Cached blocks of the request's beginning; at least one token is left to compute."""
-        if not self.block_pool.enable_prefix_caching:
+        if request.is_second_try or not request.sampling_params.reads_prefix_cache:
             return []
+        if not self.block_pool.enable_prefix_caching:
+            return self._blocks_of_sibling(request)
         self._extend_hashes(request, request.num_tokens)
         usable = (request.num_tokens - 1) // self.block_size
         return self.block_pool.lookup(request.block_hashes[:usable])
+
+    def _blocks_of_sibling(self, request: Request) -> list[int]:
+        """Full blocks of the prompt that a request with the same prompt has got."""
+        sibling = request.sibling
+        if sibling is None or sibling.status is not RequestStatus.RUNNING:
+            return []
+        most = min(request.num_prompt_tokens - 1, sibling.num_computed_tokens)
+        return sibling.block_ids[: most // self.block_size]
 
     def _extend_hashes(self, request: Request, num_tokens: int) -> None:
         hashes, size = request.block_hashes, self.block_size

@@ -48,7 +48,7 @@ def test_info_prints_what_fits_without_weights(
     ("arguments", "message"),
     [
         (["generate", "x", "--model", "/no/such/dir"], "model path does not exist"),
-        (["generate", "x", "--temperature", "nan"], "temperature must be a finite number, got nan"),
+        (["generate", "x", "--temperature", "nan"], "temperature must be in [0, 2], got nan"),
         (["generate", "x", "--top-p", "1.5"], "top_p must be in (0, 1], got 1.5"),
         (["generate", "x", "--block-size", "24"], "multiple of 16, got 24"),
         (["info", "/no/such/dir"], "model path does not exist"),

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from compiledllm import Engine, SamplingParams
-from compiledllm.types import RequestOutput
+from compiledllm.outputs import RequestOutput
 
 pytestmark = pytest.mark.real_model
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from compiledllm import Engine, SamplingParams
+from compiledllm import Engine, RequestOutput, SamplingParams
 
 VOCAB_SIZE = 128
 
@@ -22,7 +22,7 @@ class Traffic:
         self.engine = engine
         self.rng = random.Random(seed)
         self.prompts: dict[str, tuple[list[int], SamplingParams]] = {}
-        self.outputs: dict[str, list[int]] = {}
+        self.outputs: dict[str, list[list[int]]] = {}
         self.aborted: set[str] = set()
 
     def run(self, num_requests: int, max_steps: int) -> None:
@@ -35,7 +35,7 @@ class Traffic:
                 self.abort_one()
             for output in self.engine.step():
                 if output.finished:
-                    self.outputs[output.request_id] = output.outputs[0].token_ids
+                    self.outputs[output.request_id] = tokens_of(output)
             steps += 1
             assert steps < max_steps, "the requests do not come to an end"
         assert set(self.prompts) == set(self.outputs) | self.aborted
@@ -49,11 +49,33 @@ class Traffic:
         params = SamplingParams(
             temperature=rng.choice([0.0, 0.0, 0.8]),
             top_k=rng.choice([0, 0, 5]),
+            top_p=rng.choice([1.0, 1.0, 0.9]),
+            min_p=rng.choice([0.0, 0.0, 0.05]),
             seed=rng.randrange(1000),
             max_tokens=rng.randrange(1, 60),
             stop_token_ids=[rng.randrange(3, VOCAB_SIZE)],
+            **self.rules(),
         )
         self.prompts[self.engine.add_request(prompt, params)] = prompt, params
+
+    def rules(self) -> dict[str, Any]:
+        """Nothing for most requests; one or two of what there is for the others."""
+        rng = self.rng
+        if rng.random() < 0.6:
+            return {}
+        everything = {
+            "n": rng.randrange(1, 4),
+            "frequency_penalty": 0.7,
+            "repetition_penalty": 1.2,
+            "logit_bias": {rng.randrange(VOCAB_SIZE): 4.0},
+            "min_tokens": 1,
+            "allowed_token_ids": rng.sample(range(3, VOCAB_SIZE), 40),
+            "logits_processors": [lambda output, logits: logits * (1 + len(output) % 2)],
+            "logprobs": rng.randrange(4),
+            "prompt_logprobs": rng.randrange(4),
+            "repetition_detection": {"max_pattern_size": 4, "min_count": 3},
+        }
+        return {name: everything[name] for name in rng.sample(sorted(everything), 2)}
 
     def abort_one(self) -> None:
         alive = [name for name in self.prompts if name not in self.outputs]
@@ -64,9 +86,13 @@ class Traffic:
                 self.aborted.add(name)
 
 
+def tokens_of(output: RequestOutput) -> list[list[int]]:
+    return [completion.token_ids for completion in output.outputs]
+
+
 def make(tiny_llama: Callable[..., Path], **options: Any) -> Engine:
     """Few blocks, so that requests are preempted; a small budget, so that prompts are chunked."""
-    small = {"num_kv_blocks": 60, "max_num_seqs": 9, "max_num_batched_tokens": 48}
+    small = {"num_kv_blocks": 40, "max_num_seqs": 9, "max_num_batched_tokens": 48}
     fixed = {"skip_tokenizer_init": True, "dtype": "float32", **small}
     return Engine(tiny_llama(), **(fixed | options))
 
@@ -99,7 +125,7 @@ def check_books(engine: Engine) -> None:
     scheduler.check_invariants()
     assert scheduler.block_pool.num_free_blocks == scheduler.block_pool.num_blocks
     assert engine.core.runner.compiler.num_recompiles == 0
-    assert not engine._states and not engine._unseen
+    assert not engine._states and not engine._unseen and not engine._completions
 
 
 def check_against_lone_runs(engine: Engine, traffic: Traffic, sample: int) -> None:
@@ -107,4 +133,4 @@ def check_against_lone_runs(engine: Engine, traffic: Traffic, sample: int) -> No
     for name in random.Random(0).sample(sorted(traffic.outputs), sample):
         prompt, params = traffic.prompts[name]
         (output,) = engine.generate([prompt], [params], use_tqdm=False)
-        assert output.outputs[0].token_ids == traffic.outputs[name]
+        assert tokens_of(output) == traffic.outputs[name], params

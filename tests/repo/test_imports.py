@@ -20,17 +20,17 @@ import compiledllm
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("compiledllm", "graphs", "kernels", "models", "benchmarks")
 
-LEAVES = {"types", "config", "platform", "log"}
+LEAVES = {"checks", "sampling_params", "outputs", "types", "config", "platform", "log"}
 BELOW_ENGINE = {"scheduler", "runner", "graphs", "models", "kernels", *LEAVES}
 # Layer -> layers it may import, itself aside. "root" is compiledllm/__init__; a name with a dot is
 # that module only. "benchmarks" is where `compiledllm bench` ends up.
 MAY_IMPORT: dict[str, set[str]] = {
-    "root": {"engine.engine", "engine.async_engine", "config", "types"},
+    "root": {"engine.engine", "engine.async_engine", "config", "sampling_params", "outputs"},
     "cli": {"root", "arguments", "server", "benchmarks", "engine", *BELOW_ENGINE},
     "arguments": {"config"},
     "server": {"root", "engine", *BELOW_ENGINE},
     "engine": BELOW_ENGINE,
-    "scheduler": {"types", "config", "log"},
+    "scheduler": {"types", "sampling_params", "outputs", "config", "log"},
     "runner": {"graphs", "models", "kernels", "distributed", *LEAVES},
     "graphs": LEAVES,
     "models": {"kernels", "distributed", *LEAVES},
@@ -47,8 +47,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "distributed": LEAVES,
     "platform": {"config", "types", "log"},
-    "config": {"types"},
-    "types": set(),
+    "config": {"checks"},
+    "types": {"sampling_params", "outputs"},
+    "sampling_params": {"checks"},
+    "outputs": set(),
+    "checks": set(),
     "log": set(),
 }
 
@@ -78,6 +81,8 @@ DOORS: dict[str, tuple[str, ...]] = {
 }
 WITHOUT_TORCH = (
     "compiledllm.types",
+    "compiledllm.sampling_params",
+    "compiledllm.outputs",
     "compiledllm.config",
     "compiledllm.log",
     "compiledllm.cli",

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from compiledllm.config import ConfigError
 from compiledllm.engine.detokenizer import Detokenizer
 from compiledllm.engine.tokenizer import Tokenizer, TokenStream
-from compiledllm.types import SamplingParams
+from compiledllm.sampling_params import SamplingParams
 
 CORPUS = [
     "the cat sat on the mat and the dog said hello to the world",

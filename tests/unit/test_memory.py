@@ -34,10 +34,12 @@ def test_a_free_gpu_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_cache_gets_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, free=60, allocated=16)
-    budget = plan_memory(GPU, 0.5, activations=2 * GIB, num_captures=0)
+    budget = plan_memory(GPU, 0.5, activations=2 * GIB, num_captures=0, sampling=0)
     assert (budget.limit, budget.in_use) == (40 * GIB, 18 * GIB)
     assert str(budget) == (
-        "40.00 GiB: weights 16.00, activations 2.00, captured steps 0.00, KV cache 22.00"
+        "40.00 GiB: weights 16.00, activations 2.00, captured steps 0.00, sampling 0.00, "
+        "KV cache 22.00"
     )
-    captured = plan_memory(GPU, 0.5, activations=2 * GIB, num_captures=64)
+    captured = plan_memory(GPU, 0.5, activations=2 * GIB, num_captures=64, sampling=GIB)
     assert captured.captures == 2 * GIB + 64 * 4 * 2**20
+    assert captured.in_use == 21 * GIB + 64 * 4 * 2**20

@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import TopKLogitsWarper, TopPLogitsWarper
+from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from compiledllm.kernels.sampling import gumbel_noise
+from compiledllm.kernels.sampling import SamplingRows, draw_tokens, gumbel_noise, threshold
 from compiledllm.runner.request_table import RequestTable
-from compiledllm.runner.sampler import Sampler, filter_top_k_top_p
-from compiledllm.types import NewRequest, SamplingParams, ScheduledRequest, SchedulerOutput
+from compiledllm.runner.sampler import Sampler
+from compiledllm.sampling_params import SamplingParams
+from compiledllm.types import NewRequest, ScheduledRequest, SchedulerOutput
 
 VOCAB_SIZE = 97
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def make_table(
@@ -26,7 +28,7 @@ def make_table(
     num_prompt_tokens: int = 3,
 ) -> RequestTable:
     """A table whose rows 0, 1, ... hold requests with these parameters."""
-    table = RequestTable(len(params), 4, torch.device("cpu"))
+    table = RequestTable(len(params), 4, VOCAB_SIZE, torch.device("cpu"))
     requests = [
         NewRequest(
             request_id=f"r{index}",
@@ -45,109 +47,133 @@ def make_table(
 
 
 def sample(table: RequestTable, logits: Tensor, rows: list[int], positions: list[int]) -> list[int]:
-    drawn: list[int] = (
-        Sampler().sample(logits.clone(), table, np.array(rows), np.array(positions)).tolist()
-    )
-    return drawn
+    sampler, at = Sampler(table, VOCAB_SIZE), (np.array(rows), np.array(positions))
+    drawn = sampler.draw(logits, *at)
+    last = table.last_token_ids[torch.tensor(rows)]
+    sampler.finish(drawn, logits, *at, last, [f"r{row}" for row in rows])
+    tokens: list[int] = drawn.tolist()
+    return tokens
 
 
 def random_logits(rows: int, vocab: int = VOCAB_SIZE, seed: int = 0) -> Tensor:
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-# -- top-k and top-p ------------------------------------------------------------------------------
+# -- top-k, top-p and min-p ------------------------------------------------------------------------
 
 
-def reference_filter(scores: Tensor, top_k: int, top_p: float) -> set[int]:
+def reference_filter(scores: Tensor, top_k: int, top_p: float, min_p: float) -> set[int]:
     """Ids that stay, one token at a time in float64."""
     values = scores.double()
     order = values.argsort(descending=True).tolist()
     if top_k:
         kth = values[order[min(top_k, len(order)) - 1]]
         order = [token_id for token_id in order if values[token_id] >= kth]
-    if top_p >= 1:
-        return set(order)
     weights = [math.exp(values[token_id] - values[order[0]]) for token_id in order]
     kept, mass = set(), 0.0
     for token_id, weight in zip(order, weights, strict=True):
-        if kept and mass >= top_p:
+        if top_p < 1 and kept and mass >= top_p:
             break
-        kept.add(token_id)
+        if weight >= min_p:
+            kept.add(token_id)
         mass += weight / sum(weights)
     return kept
+
+
+def asked_of(count: int, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> SamplingRows:
+    asked = SamplingRows.zeros(count, "cpu")
+    for values, value in zip(asked, (1.0, 7, top_k, top_p, min_p), strict=True):
+        values[:] = value
+    return asked
+
+
+def run_filter(scores: Tensor, *filters: float) -> Tensor:
+    least = threshold(scores, asked_of(len(scores), *filters))  # type: ignore[arg-type]
+    return scores.masked_fill(scores < least[:, None], -math.inf)
 
 
 def kept_ids(filtered: Tensor) -> list[set[int]]:
     return [set(row.isfinite().nonzero().flatten().tolist()) for row in filtered]
 
 
-def run_filter(scores: Tensor, top_k: int, top_p: float) -> Tensor:
-    rows = len(scores)
-    filtered = filter_top_k_top_p(
-        scores.clone(), torch.full((rows,), top_k), torch.full((rows,), top_p)
-    )
-    kept = filtered.isfinite()
-    assert torch.equal(filtered[kept], scores[kept])  # what stays is not changed
-    assert (filtered[~kept] == -math.inf).all()
-    return filtered
-
-
 FILTERS = [
-    (0, 1.0),
-    (1, 1.0),
-    (5, 1.0),
-    (VOCAB_SIZE, 1.0),
-    (VOCAB_SIZE + 50, 1.0),
-    (0, 0.01),
-    (0, 0.5),
-    (0, 0.9),
-    (0, 0.999),
-    (7, 0.6),
-    (40, 0.9),
-    (2, 0.99),
+    (0, 1.0, 0.0),
+    (1, 1.0, 0.0),
+    (5, 1.0, 0.0),
+    (VOCAB_SIZE, 1.0, 0.0),
+    (VOCAB_SIZE + 50, 1.0, 0.0),
+    (0, 0.01, 0.0),
+    (0, 0.5, 0.0),
+    (0, 0.9, 0.0),
+    (0, 0.999, 0.0),
+    (7, 0.6, 0.0),
+    (40, 0.9, 0.0),
+    (2, 0.99, 0.0),
+    (0, 1.0, 0.05),
+    (0, 1.0, 1.0),
+    (0, 0.9, 0.02),
+    (30, 0.95, 0.01),
 ]
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), FILTERS)
-def test_filter_keeps_what_a_slow_search_keeps(top_k: int, top_p: float) -> None:
+@pytest.mark.parametrize("filters", FILTERS)
+def test_filter_keeps_what_a_slow_search_keeps(filters: tuple[int, float, float]) -> None:
     scores = random_logits(64)
-    filtered = run_filter(scores, top_k, top_p)
-    assert kept_ids(filtered) == [reference_filter(row, top_k, top_p) for row in scores]
+    filtered = run_filter(scores, *filters)
+    assert kept_ids(filtered) == [reference_filter(row, *filters) for row in scores]
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), FILTERS)
-def test_filter_masks_what_transformers_masks(top_k: int, top_p: float) -> None:
+@pytest.mark.parametrize("filters", FILTERS)
+def test_filter_masks_what_transformers_masks(filters: tuple[int, float, float]) -> None:
+    top_k, top_p, min_p = filters
     scores = random_logits(64, seed=1)
     expected, no_ids = scores.clone(), torch.empty(64, 0, dtype=torch.int64)
     if top_k:
         expected = TopKLogitsWarper(top_k)(no_ids, expected)
     if top_p < 1:
         expected = TopPLogitsWarper(top_p)(no_ids, expected)
-    assert torch.equal(run_filter(scores, top_k, top_p), expected)
+    if min_p:
+        expected = MinPLogitsWarper(min_p)(no_ids, expected)
+    assert torch.equal(run_filter(scores, *filters), expected)
+
+
+def test_a_large_vocabulary_is_sorted_only_where_it_must_be() -> None:
+    """The border is looked for among the likeliest tokens first; flat rows need them all."""
+    scores = torch.cat((random_logits(3, 5000) * 2, random_logits(3, 5000) / 100))
+    for top_p in (0.3, 0.9, 0.999):
+        expected = [reference_filter(row, 0, top_p, 0.0) for row in scores]
+        found = kept_ids(run_filter(scores, 0, top_p))
+        for kept, reference in zip(found, expected, strict=True):
+            assert len(kept ^ reference) <= 2  # rounding at the border
+        assert kept_ids(run_filter(scores[:3], 0, top_p)) == found[:3]
 
 
 def test_every_row_has_its_own_filter() -> None:
     scores = random_logits(4, seed=2)
-    top_k, top_p = torch.tensor([0, 3, 0, 5]), torch.tensor([1.0, 1.0, 0.4, 0.7])
-    together = filter_top_k_top_p(scores.clone(), top_k, top_p)
+    asked = asked_of(4)
+    asked.top_k[:] = torch.tensor([0, 3, 0, 5])
+    asked.top_p[:] = torch.tensor([1.0, 1.0, 0.4, 0.7])
+    asked.min_p[:] = torch.tensor([0.1, 0.0, 0.0, 0.0])
+    together = threshold(scores, asked)
     for row in range(4):
-        alone = filter_top_k_top_p(scores[[row]].clone(), top_k[[row]], top_p[[row]])
-        assert torch.equal(together[row], alone[0])
+        alone = threshold(scores[[row]], asked.take(torch.tensor([row])))
+        assert together[row] == alone[0]
 
 
-def test_ties_at_the_kth_place_all_stay() -> None:
+def test_ties_with_the_last_token_kept_all_stay() -> None:
     scores = torch.tensor([[1.0, 3.0, 2.0, 2.0, 2.0, 0.0]])
-    assert kept_ids(run_filter(scores, 2, 1.0)) == [{1, 2, 3, 4}]
+    assert kept_ids(run_filter(scores, 2)) == [{1, 2, 3, 4}]
     assert torch.equal(
-        run_filter(scores, 2, 1.0), TopKLogitsWarper(2)(torch.empty(1, 0), scores.clone())
+        run_filter(scores, 2), TopKLogitsWarper(2)(torch.empty(1, 0), scores.clone())
     )
+    assert kept_ids(run_filter(scores, 0, 0.5)) == [{1, 2, 3, 4}]
 
 
 def test_top_p_keeps_the_token_that_reaches_it() -> None:
     scores = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
     assert kept_ids(run_filter(scores, 0, 0.4)) == [{0}]
     assert kept_ids(run_filter(scores, 0, 0.6)) == [{0, 1}]
-    assert kept_ids(run_filter(scores, 0, 0.8)) == [{0, 1, 2}]
+    assert kept_ids(run_filter(scores, 0, 0.8)) == [{0, 1, 2, 3}]  # the last two tie
 
 
 @pytest.mark.parametrize("top_p", [1e-9, 0.0])  # 0: what a tiny top_p becomes in float32
@@ -160,8 +186,8 @@ def test_most_likely_token_always_stays(top_p: float) -> None:
 def test_banned_tokens_stay_banned_through_the_filter() -> None:
     scores = random_logits(1)
     scores[0, 10:] = -math.inf
-    for top_k, top_p in FILTERS:
-        assert kept_ids(run_filter(scores, top_k, top_p))[0] <= set(range(10))
+    for filters in FILTERS:
+        assert kept_ids(run_filter(scores, *filters))[0] <= set(range(10))
 
 
 # -- the drawn distribution -----------------------------------------------------------------------
@@ -173,7 +199,7 @@ def chi_square_limit(degrees: int) -> float:
     return degrees * (1 - spread + 4.753 * math.sqrt(spread)) ** 3
 
 
-NUM_DRAWS = 60_000
+NUM_DRAWS = 100_000
 
 
 @dataclass(frozen=True)
@@ -181,33 +207,42 @@ class Shape:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "shape",
     [
         Shape(),
         Shape(temperature=0.5),
-        Shape(temperature=2.5),
+        Shape(temperature=2.0),
         Shape(top_k=4),
         Shape(top_p=0.8),
+        Shape(min_p=0.1),
         Shape(temperature=1.7, top_k=6, top_p=0.9),
+        Shape(temperature=0.8, top_p=0.9, min_p=0.05),
+        Shape(temperature=1.5, top_k=8, top_p=0.95, min_p=0.1),
     ],
     ids=str,
 )
-def test_draws_follow_the_exact_distribution(shape: Shape) -> None:
+def test_draws_follow_the_exact_distribution(shape: Shape, device: str) -> None:
     logits = random_logits(1, vocab=12, seed=3) / 2
-    table = make_table(SamplingParams(**vars(shape)), seeds=[12345])
-    positions = list(range(3, 3 + NUM_DRAWS))
-    drawn = sample(table, logits.expand(NUM_DRAWS, -1), [0] * NUM_DRAWS, positions)
+    asked = asked_of(1, shape.top_k, shape.top_p, shape.min_p)
+    asked.temperature[:] = shape.temperature
+    there = SamplingRows(*(values.to(device) for values in asked))
+    rows = torch.zeros(NUM_DRAWS, dtype=torch.int64, device=device)
+    positions = torch.arange(3, 3 + NUM_DRAWS, device=device)
+    wide = logits.expand(NUM_DRAWS, -1).contiguous().to(device)
+    drawn = draw_tokens(wide, rows, positions, there).cpu()
 
     scores = logits[0] / shape.temperature
-    kept = sorted(reference_filter(scores, shape.top_k, shape.top_p))
+    kept = sorted(reference_filter(scores, shape.top_k, shape.top_p, shape.min_p))
     expected = scores[kept].double().softmax(-1).numpy() * NUM_DRAWS
     counts = np.bincount(drawn, minlength=12)
     assert counts.sum() == counts[kept].sum(), "a filtered token was drawn"
     statistic = float(((counts[kept] - expected) ** 2 / expected).sum())
-    assert statistic < chi_square_limit(len(kept) - 1)
+    assert statistic < chi_square_limit(max(len(kept) - 1, 1))
 
 
 def test_draws_over_seeds_follow_the_exact_distribution() -> None:
@@ -271,6 +306,8 @@ MIXED = [
     SamplingParams(temperature=1.3, top_p=0.8),
     SamplingParams(temperature=0, top_k=3, top_p=0.5),
     SamplingParams(temperature=1.0, top_k=20, top_p=0.6),
+    SamplingParams(temperature=0.9, min_p=0.05),
+    SamplingParams(temperature=0.9, logit_bias={3: 5.0}, min_tokens=3),
 ]
 
 
@@ -333,7 +370,7 @@ def test_low_temperature_and_top_k_one_come_close_to_greedy() -> None:
 
 def test_extreme_parameters_draw_tokens_of_the_vocabulary() -> None:
     for params in (
-        SamplingParams(temperature=1e29),
+        SamplingParams(temperature=2),
         SamplingParams(temperature=2e-5, top_p=1e-30),
         SamplingParams(top_k=2**40, top_p=0.999999999999),
         SamplingParams(seed=-(2**63)),

@@ -17,13 +17,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compiledllm.sampling_params import RepetitionDetectionParams, SamplingParams
 from compiledllm.scheduler.block_pool import NULL_BLOCK, BlockPool
 from compiledllm.scheduler.policy import POLICIES, WaitingQueue
+from compiledllm.scheduler.repetition import goes_in_circles
 from compiledllm.scheduler.scheduler import Scheduler
 from compiledllm.types import (
     Request,
     RequestStatus,
-    SamplingParams,
     ScheduledRequest,
     SchedulerOutput,
     StepOutput,
@@ -601,6 +602,141 @@ def test_finished_request_gives_its_blocks_and_its_row_back() -> None:
     assert bench.pool.num_free_blocks == bench.pool.num_blocks
     assert bench.schedule().freed_request_ids == ["r0"]
     assert bench.schedule().freed_request_ids == []
+
+
+# -- rows of logits that no token can be drawn from ------------------------------------------------
+
+
+def fail_row(bench: Bench, name: str, error: str | None = None) -> SchedulerOutput:
+    """A step in which one request gets no token."""
+    step = bench.schedule()
+    output = bench.runner.execute(step)
+    bench.runner.rows[name].token_ids.pop()
+    output.token_ids[name] = -1
+    if error is not None:
+        output.errors[name] = error
+    bench.scheduler.update(step, output)
+    bench.scheduler.check_invariants()
+    return step
+
+
+def test_a_row_without_a_token_is_computed_again_by_itself() -> None:
+    bench = Bench()
+    request, other = bench.add(tokens(9)), bench.add(tokens(9))
+    bench.step()
+    fail_row(bench, "r0")
+    assert not request.is_finished and request.is_second_try
+    steps = bench.run()
+    assert counts(steps[0])["r0"] == 10  # nothing of it was found in the prefix index
+    assert request.finish_reason == other.finish_reason == "length"
+    assert bench.scheduler.num_failed_rows == 0
+
+
+def test_the_second_time_it_ends_and_its_blocks_are_zeroed() -> None:
+    bench = Bench()
+    request = bench.add(tokens(9))
+    bench.step()
+    fail_row(bench, "r0")
+    first = bench.schedule()
+    assert len(first.spoilt_block_ids) == 3
+    bench.scheduler.update(first, bench.runner.execute(first))
+    held = list(request.block_ids)
+    fail_row(bench, "r0")
+    assert (request.finish_reason, request.num_output_tokens) == ("error", 2)
+    assert "NaN" in str(request.stop_reason) and bench.scheduler.num_failed_rows == 1
+    last = bench.scheduler.schedule()
+    assert sorted(last.spoilt_block_ids) == sorted(held)
+    assert bench.pool.num_cached_blocks == 0
+    assert bench.pool.num_free_blocks == bench.pool.num_blocks
+
+
+def test_blocks_of_others_are_not_zeroed() -> None:
+    bench = Bench()
+    bench.add(tokens(9))
+    sharer = bench.add([*tokens(8), 77])
+    step = bench.step()
+    shared = step.scheduled[1].new_block_ids[:2]
+    fail_row(bench, "r0")
+    assert set(bench.scheduler._spoilt_block_ids).isdisjoint(sharer.block_ids)
+    assert sharer.block_ids[:2] == shared
+    bench.run()
+
+
+def test_a_callers_own_error_is_not_tried_again() -> None:
+    bench = Bench()
+    request = bench.add(tokens(9))
+    fail_row(bench, "r0", "logits processor: it broke")
+    assert (request.finish_reason, request.stop_reason) == ("error", "logits processor: it broke")
+
+
+def test_tokens_in_flight_of_a_failed_row_are_dropped() -> None:
+    bench = Bench()
+    request = bench.add(tokens(5), max_tokens=4)
+    first = bench.schedule()
+    first_output = bench.runner.execute(first)
+    second = bench.schedule()
+    second_output = bench.runner.execute(second)
+    bench.scheduler.update(first, StepOutput({"r0": -1}))
+    assert request.num_tokens_to_drop == request.num_tokens_in_flight == 1
+    third = bench.schedule(may_be_empty=True)
+    assert not third.scheduled  # it waits for what is in flight
+    bench.runner.apply(third)
+    assert bench.scheduler.update(second, second_output) == []
+    bench.scheduler.update(third, StepOutput({}))
+    assert (request.num_tokens_in_flight, request.num_output_tokens) == (0, 0)
+    bench.run()
+    assert first_output.token_ids["r0"] == request.output_token_ids[0]
+
+
+def test_a_request_that_needs_its_last_token_is_held_back_until_it_is_known() -> None:
+    bench = Bench()
+    request, other = bench.add(tokens(5)), bench.add(tokens(5, start=50))
+    request.needs_last_token = True
+    first = bench.schedule()
+    second = bench.schedule()
+    assert counts(second) == {"r1": 1}
+    bench.scheduler.update(first, bench.runner.execute(first))
+    third = bench.schedule()
+    assert counts(third) == {"r0": 1, "r1": 1}
+    for step in (second, third):
+        bench.scheduler.update(step, bench.runner.execute(step))
+    bench.run()
+    assert request.num_output_tokens == other.num_output_tokens == 4
+
+
+def test_siblings_share_full_blocks_without_a_prefix_cache() -> None:
+    bench = Bench(enable_prefix_caching=False)
+    first = bench.add(tokens(11))
+    second = Request("s", tokens(11), SamplingParams(), 4, sibling=first, arrival_time=9.0)
+    bench.scheduler.add(second)
+    bench.requests["s"] = second
+    step = bench.step()
+    assert counts(step) == {"r0": 11, "s": 3}
+    assert first.block_ids[:2] == second.block_ids[:2]
+    assert first.block_ids[2] != second.block_ids[2]
+    bench.run()
+
+
+@pytest.mark.parametrize(
+    ("output", "rule", "ends"),
+    [
+        ([5, 5, 5], {"max_pattern_size": 1, "min_count": 3}, True),
+        ([5, 5], {"max_pattern_size": 1, "min_count": 3}, False),
+        ([1, 2, 1, 2], {"max_pattern_size": 2, "min_count": 2}, True),
+        ([1, 2, 1, 2], {"max_pattern_size": 1, "min_count": 2}, False),
+        ([2, 2, 2, 2], {"max_pattern_size": 3, "min_pattern_size": 2, "min_count": 2}, True),
+        ([2, 2, 2], {"max_pattern_size": 3, "min_pattern_size": 2, "min_count": 2}, False),
+        ([1, 2, 3, 1, 2], {"max_pattern_size": 3, "min_count": 2}, False),
+        ([5, 5, 5], {"max_pattern_size": 0, "min_count": 0}, False),
+    ],
+)
+def test_circles_are_seen_in_the_output_alone(
+    output: list[int], rule: dict[str, int], ends: bool
+) -> None:
+    params = SamplingParams(repetition_detection=RepetitionDetectionParams(**rule))
+    request = Request("r", [1, 2, 2, 5, 5, 5], params, max_tokens=9)
+    request.token_ids += output
+    assert goes_in_circles(request) is ends
 
 
 def test_update_returns_the_requests_that_got_a_token() -> None:

@@ -1,0 +1,243 @@
+"""From what a caller asks for to the core's requests: tokenised, checked, fanned out."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Mapping
+
+from compiledllm.config import ConfigError
+from compiledllm.engine.core import EngineCore
+from compiledllm.engine.prompts import Prompt, as_token_ids
+from compiledllm.engine.request_state import Completion, RequestState
+from compiledllm.engine.tokenizer import Tokenizer
+from compiledllm.log import log
+from compiledllm.models.registry import generation_defaults, generation_eos_token_ids
+from compiledllm.sampling_params import ALL_TOKENS, MAX_BAD_WORDS, SamplingParams
+from compiledllm.types import Request
+
+
+class RequestFactory:
+    """Makes requests for one model.
+
+    Attributes: `defaults` (sampling parameters of a request without any), `eos_token_ids`,
+    `max_model_len`, `vocab_size`, `tokenizer`.
+    """
+
+    def __init__(self, core: EngineCore, tokenizer: Tokenizer | None) -> None:
+        self._config = core.config
+        self._model_path = core.model_path
+        self._num_slots = core.scheduler.block_pool.num_blocks * core.config.cache.block_size
+        self._random = random.Random(core.config.model.seed)
+        assert core.config.model.max_model_len is not None
+        self.max_model_len = core.config.model.max_model_len
+        self.vocab_size = core.spec.vocab_size
+        self.tokenizer = tokenizer
+        self.eos_token_ids = self._find_eos_token_ids(core.spec.eos_token_ids)
+        self.defaults = self._default_sampling_params()
+
+    def make(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams,
+        priority: int = 0,
+        max_logprobs: int | None = None,
+    ) -> RequestState:
+        """A request with all its completions. Raises ValueError for what cannot be had."""
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"sampling_params must be SamplingParams, got {params!r}")
+        self._check_priority(priority)
+        params = dataclasses.replace(params)  # checked again, and no longer the caller's to change
+        text, token_ids = self._tokenize(prompt)
+        token_ids = self._truncate(token_ids, params)
+        self._check_prompt(token_ids)
+        most = self._config.model.max_logprobs if max_logprobs is None else max_logprobs
+        check_params(params, self.vocab_size, most)
+        first = self._make_request(request_id, params, text, token_ids, priority)
+        requests = [first, *(sibling_of(first, i) for i in range(1, params.num_candidates))]
+        if len(requests) > 1:
+            first.request_id = f"0_{request_id}"
+        completions = [Completion(i, r, self.tokenizer) for i, r in enumerate(requests)]
+        return RequestState(request_id, params, completions)
+
+    def tokenize(self, prompt: Prompt) -> list[int]:
+        """A prompt's token ids, checked."""
+        _, token_ids = self._tokenize(prompt)
+        self._check_prompt(token_ids)
+        return token_ids
+
+    def require_tokenizer(self, what: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ValueError(
+                f"{what} needs a tokenizer, but skip_tokenizer_init=True; pass "
+                '{"prompt_token_ids": [...]} instead'
+            )
+        return self.tokenizer
+
+    def _make_request(
+        self,
+        request_id: str,
+        params: SamplingParams,
+        text: str | None,
+        token_ids: list[int],
+        priority: int,
+    ) -> Request:
+        room = self.max_model_len - len(token_ids)
+        fits = max(self._num_slots - len(token_ids) + 1, 1)
+        if params.num_candidates > params.n and not params.wants_logprobs:
+            params = dataclasses.replace(params, logprobs=0)  # by which the best are chosen
+        return Request(
+            request_id=request_id,
+            prompt_token_ids=token_ids,
+            sampling_params=params,
+            max_tokens=min(room, params.max_tokens if params.max_tokens is not None else fits),
+            stop_token_ids=frozenset(params.stop_token_ids or ())
+            | (frozenset() if params.ignore_eos else self.eos_token_ids),
+            seed=self._random.getrandbits(63) if params.seed is None else params.seed,
+            priority=priority,
+            prompt=text,
+            bad_words=self._bad_words(params),
+        )
+
+    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        if not params.bad_words:
+            return ()
+        tokenizer = self.require_tokenizer("bad_words")
+        return tokenize_bad_words(params.bad_words, tokenizer, self.vocab_size)
+
+    def _truncate(self, token_ids: list[int], params: SamplingParams) -> list[int]:
+        keep = params.truncate_prompt_tokens
+        if keep is None:
+            return token_ids
+        if keep == -1:
+            keep = max(self.max_model_len - (params.max_tokens or 1), 1)
+        return token_ids[-keep:]
+
+    def _check_priority(self, priority: int) -> None:
+        if not isinstance(priority, int) or isinstance(priority, bool):
+            raise ValueError(f"priority must be an integer, got {priority!r}")
+        if priority and self._config.scheduler.scheduling_policy != "priority":
+            raise ValueError(
+                f"priority={priority} has no effect with scheduling_policy="
+                f"'{self._config.scheduler.scheduling_policy}'; use scheduling_policy='priority'"
+            )
+
+    def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, Mapping):
+            if not prompt or set(prompt) - {"prompt", "prompt_token_ids"}:
+                raise ValueError(
+                    "a prompt dict takes 'prompt' (text) or 'prompt_token_ids', "
+                    f"got keys {sorted(map(str, prompt))}"
+                )
+            if "prompt_token_ids" in prompt:
+                return prompt.get("prompt"), as_token_ids(prompt["prompt_token_ids"])
+            prompt = prompt["prompt"]
+        if isinstance(prompt, str):
+            return prompt, self.require_tokenizer("a text prompt").encode(prompt)
+        return None, as_token_ids(prompt)
+
+    def _check_prompt(self, token_ids: list[int]) -> None:
+        if not token_ids:
+            raise ValueError("the prompt is empty; give at least one token")
+        vocab_size, max_len = self.vocab_size, self.max_model_len
+        for index, token_id in enumerate(token_ids):
+            if not 0 <= token_id < vocab_size:
+                raise ValueError(
+                    f"token id {token_id} at position {index} of the prompt is out of range; "
+                    f"the vocabulary has ids 0 to {vocab_size - 1}"
+                )
+        if len(token_ids) >= max_len:
+            raise ValueError(
+                f"the prompt has {len(token_ids)} tokens and max_model_len={max_len} leaves room "
+                f"for {max_len - 1} (and one to generate); shorten it or raise max_model_len"
+            )
+
+    def _default_sampling_params(self) -> SamplingParams:
+        """vLLM's defaults; with generation_config="auto" the checkpoint's, and a line says so."""
+        if self._config.model.generation_config == "off":
+            return SamplingParams()
+        found = generation_defaults(self._model_path)
+        try:
+            params = SamplingParams(**found)
+        except ValueError as error:
+            raise ConfigError(
+                f"{self._model_path}/generation_config.json: {error}; use generation_config='off'"
+            ) from None
+        shown = ", ".join(f"{name}={value}" for name, value in found.items()) or "no defaults"
+        log.info("%-10s %s (generation_config.json)", "sampling", shown)
+        return params
+
+    def _find_eos_token_ids(self, config_ids: tuple[int, ...]) -> frozenset[int]:
+        """As transformers' generate: generation_config, else config; and the tokenizer's own."""
+        ids = generation_eos_token_ids(self._model_path) or config_ids
+        own = self.tokenizer.eos_token_id if self.tokenizer else None
+        known = frozenset(ids) | (frozenset() if own is None else frozenset((own,)))
+        return frozenset(i for i in known if i < self.vocab_size)
+
+
+def check_params(params: SamplingParams, vocab_size: int, max_logprobs: int) -> None:
+    """Raise ValueError for what this model cannot give."""
+    ids = {
+        "stop_token_ids": params.stop_token_ids,
+        "allowed_token_ids": params.allowed_token_ids,
+        "logprob_token_ids": params.logprob_token_ids,
+        "logit_bias": params.logit_bias,
+    }
+    for name, values in ids.items():
+        for token_id in values or ():
+            if token_id >= vocab_size:
+                raise ValueError(
+                    f"{name} has {token_id}; the vocabulary has ids 0 to {vocab_size - 1}"
+                )
+    most = vocab_size if max_logprobs == ALL_TOKENS else max_logprobs
+    for name in ("logprobs", "prompt_logprobs"):
+        asked = getattr(params, name)
+        if asked is not None and (vocab_size if asked == ALL_TOKENS else asked) > most:
+            raise ValueError(
+                f"{name} must be at most {max_logprobs}, got {asked}; the engine option "
+                "max_logprobs is the limit (-1: none)"
+            )
+
+
+def sibling_of(first: Request, index: int) -> Request:
+    """Another request for the same prompt, with a random stream of its own; it shares the blocks.
+
+    The prompt's log probabilities are left to the first.
+    """
+    params = dataclasses.replace(first.sampling_params, prompt_logprobs=None)
+    seed = (first.seed + index + 2**63) % 2**64 - 2**63  # wraps like an int64
+    return Request(
+        request_id=f"{index}_{first.request_id}",
+        prompt_token_ids=first.prompt_token_ids,
+        sampling_params=params,
+        max_tokens=first.max_tokens,
+        stop_token_ids=first.stop_token_ids,
+        seed=seed,
+        priority=first.priority,
+        prompt=first.prompt,
+        bad_words=first.bad_words,
+        sibling=first,
+        arrival_time=first.arrival_time,
+    )
+
+
+def tokenize_bad_words(
+    words: list[str], tokenizer: Tokenizer, vocab_size: int
+) -> tuple[tuple[int, ...], ...]:
+    """Each word as it stands at the beginning of a text, and behind a space.
+
+    The second only where the space becomes part of the word's first token. As in vLLM.
+    """
+    found: dict[tuple[int, ...], None] = {}
+    for word in words:
+        bare = tuple(tokenizer.encode(word.lstrip(), add_special_tokens=False))
+        spaced = tuple(tokenizer.encode(" " + word.lstrip(), add_special_tokens=False))
+        if not bare:
+            raise ValueError(f"bad_words has {word!r}, which is no token")
+        found[bare] = None
+        if spaced and spaced[0] != bare[0] and len(spaced) == len(bare):
+            found[spaced] = None
+    if len(found) > 2 * MAX_BAD_WORDS or any(i >= vocab_size for ids in found for i in ids):
+        raise ValueError("bad_words has tokens that the model does not know")
+    return tuple(found)

@@ -1,0 +1,87 @@
+"""What a caller gets. Field names are vLLM's. Pure Python, importable from everywhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "abort", "error", "repetition"]
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """A token's log probability, its place among all tokens (1: the most likely) and its text.
+
+    rank is None for a token that was asked for by id.
+    """
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+PositionLogprobs = dict[int, Logprob]  # token id -> of it; the position's own token comes first
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One generated completion.
+
+    stop_reason: the stop string or token id that ended it; with finish_reason "error", what went
+    wrong. logprobs: one for each of token_ids, if they were asked for.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[PositionLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """Times of one request, in seconds on `time.monotonic`'s clock."""
+
+    arrival_time: float
+    first_token_time: float | None
+    last_token_time: float
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """The state of one request as its caller sees it.
+
+    prompt_logprobs: None for the first token, which nothing predicts, then one for each.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    num_cached_tokens: int = 0
+    metrics: RequestMetrics | None = None
+    prompt_logprobs: list[PositionLogprobs | None] | None = None
+
+
+@dataclass(slots=True)
+class BeamSearchSequence:
+    """One of the likeliest continuations: token ids with the prompt's, and its text."""
+
+    tokens: list[int]
+    logprobs: list[PositionLogprobs] = field(default_factory=list)
+    cum_logprob: float = 0.0
+    text: str | None = None
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(slots=True)
+class BeamSearchOutput:
+    """The `beam_width` best sequences of one prompt, best first."""
+
+    sequences: list[BeamSearchSequence]

@@ -1,0 +1,126 @@
+"""A launched step's results, perhaps still on their way to the host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from compiledllm.kernels.logprobs import Logprobs
+from compiledllm.types import StepOutput, TokenLogprobs
+
+MAX_IN_FLIGHT = 2  # steps that are launched and not collected
+
+
+@dataclass(frozen=True, slots=True)
+class LogprobsOf:
+    """Log probabilities at several positions, of one request or of one each of several.
+
+    num_best: columns of the most likely tokens. shares: of each position, how many of those and of
+    the columns after them were asked for.
+    """
+
+    logprobs: Logprobs
+    num_best: int
+    shares: list[tuple[int, int]]
+
+    def to_host(self) -> LogprobsOf:
+        return replace(self, logprobs=Logprobs(*map(_to_host, self.logprobs)))
+
+    def positions(self) -> list[TokenLogprobs]:
+        """Waits for nothing: the copies have arrived."""
+        first = 1 + self.num_best
+        columns = [(0, *range(1, 1 + k), *range(first, first + m)) for k, m in set(self.shares)]
+        chosen = dict(zip(set(self.shares), columns, strict=True))
+        lines = zip(*(tensor.tolist() for tensor in self.logprobs), self.shares, strict=True)
+        return [
+            TokenLogprobs(
+                [ids[c] for c in chosen[share]], [values[c] for c in chosen[share]], rank, share[0]
+            )
+            for ids, values, rank, share in lines
+        ]
+
+
+@dataclass(slots=True)
+class Extras:
+    """What a step has to say besides tokens."""
+
+    logprobs: list[tuple[list[str], LogprobsOf]] = field(default_factory=list)
+    prompt_logprobs: list[tuple[str, int, LogprobsOf]] = field(default_factory=list)
+    errors: dict[str, str] = field(default_factory=dict)
+
+    def to_host(self) -> None:
+        self.logprobs = [(ids, found.to_host()) for ids, found in self.logprobs]
+        self.prompt_logprobs = [
+            (request_id, position, found.to_host())
+            for request_id, position, found in self.prompt_logprobs
+        ]
+
+
+class PendingOutput:
+    """A launched step's tokens, and what else it has to say."""
+
+    def __init__(
+        self,
+        request_ids: list[str],
+        token_ids: Tensor,
+        arrived: torch.cuda.Event | None,
+        extras: Extras | None,
+    ) -> None:
+        self._request_ids = request_ids
+        self._token_ids = token_ids
+        self._arrived = arrived
+        self._extras = extras
+
+    def collect(self) -> StepOutput:
+        """Wait for the step and give its results."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        tokens = dict(zip(self._request_ids, self._token_ids.tolist(), strict=True))
+        extras = self._extras
+        if extras is None:
+            return StepOutput(tokens)
+        logprobs = {
+            request_id: position
+            for request_ids, found in extras.logprobs
+            for request_id, position in zip(request_ids, found.positions(), strict=True)
+        }
+        prompt_logprobs: dict[str, tuple[int, list[TokenLogprobs]]] = {}
+        for request_id, first, found in extras.prompt_logprobs:
+            prompt_logprobs.setdefault(request_id, (first, []))[1].extend(found.positions())
+        return StepOutput(tokens, logprobs, prompt_logprobs, extras.errors)
+
+
+class OutputRing:
+    """Brings drawn tokens to the host: pinned buffers, used in turn, so that nothing waits.
+
+    num_slots: more than the steps that can be launched and not collected.
+    """
+
+    def __init__(self, num_slots: int, max_num_seqs: int, device: torch.device) -> None:
+        self._is_cuda = device.type == "cuda"
+        if self._is_cuda:
+            shape = num_slots, max_num_seqs
+            self._buffers = torch.empty(shape, dtype=torch.int64, pin_memory=True)
+            self._events = [torch.cuda.Event() for _ in range(num_slots)]  # type: ignore[no-untyped-call]
+            self._next = 0
+
+    def send(
+        self, request_ids: list[str], drawn: Tensor, extras: Extras | None = None
+    ) -> PendingOutput:
+        """drawn: token ids [request_ids] on the device; they may be overwritten after this."""
+        if not self._is_cuda:
+            return PendingOutput(request_ids, drawn, None, extras)
+        buffer, arrived = self._buffers[self._next, : len(drawn)], self._events[self._next]
+        self._next = (self._next + 1) % len(self._events)
+        buffer.copy_(drawn, non_blocking=True)
+        if extras is not None:
+            extras.to_host()
+        arrived.record()
+        return PendingOutput(request_ids, buffer, arrived, extras)
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)

@@ -1,0 +1,380 @@
+"""What a caller can ask of a request's tokens. Field names, ranges and meanings are vLLM's.
+
+Pure Python (no torch), importable from everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from compiledllm.checks import strict_fields
+
+LogitsProcessor = Callable[..., Any]
+
+GREEDY_BELOW = 1e-5  # temperatures
+ALL_TOKENS = -1  # as a number of log probabilities
+MAX_N = 128
+MAX_STOP_STRINGS = 128
+MAX_STOP_LENGTH = 1000
+MAX_STOP_TOKEN_IDS = 128
+MAX_ALLOWED_TOKEN_IDS = 1024
+MAX_LOGIT_BIAS = 1024
+MAX_BAD_WORDS = 128
+MAX_LOGPROB_TOKEN_IDS = 128
+
+
+class RequestOutputKind(Enum):
+    """What each output of a stream holds. Of all that came before, only what is new, or nothing
+    until the request is finished."""
+
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2
+
+
+@strict_fields("repetition detection field")
+@dataclass(frozen=True, slots=True)
+class RepetitionDetectionParams:
+    """Ends a request whose output goes in circles, with finish_reason "repetition".
+
+    The output ends in a run of `min_count` equal patterns of `min_pattern_size` to
+    `max_pattern_size` tokens. max_pattern_size 0: off; min_pattern_size 0 means 1.
+    """
+
+    max_pattern_size: int = 0
+    min_pattern_size: int = 0
+    min_count: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_pattern_size", "min_pattern_size", "min_count"):
+            _require_int(self, name, 0, 2**31)
+        sizes = self.min_pattern_size, self.max_pattern_size
+        _require(
+            sizes[0] <= sizes[1], "min_pattern_size", sizes[0], f"at most {sizes[1]}, the largest"
+        )
+        ok = self.max_pattern_size == 0 or self.min_count >= 2
+        _require(ok, "min_count", self.min_count, "at least 2")
+
+
+@strict_fields("sampling field")
+@dataclass(slots=True)
+class SamplingParams:
+    """How the next token is chosen, when a request ends, and what is told about it.
+
+    Unlike vLLM's 16, `max_tokens` defaults to None: generate to the end of the context.
+
+    n: outputs per prompt, 1 to 128; they share the prompt's KV blocks.
+    best_of: generate so many, at least n, and return the n with the highest cumulative logprob.
+    temperature: 0 to 2; 0 (below 1e-5) is greedy, and then top_p, top_k and min_p have no effect.
+    top_p: (0, 1]; keep the smallest set of tokens whose probability reaches it.
+    top_k: keep the k most likely tokens; 0 or -1 keeps all.
+    min_p: 0 to 1; keep tokens at least this likely, relative to the most likely one. Filters apply
+        in the order top_k, top_p, min_p; tokens that tie with the last one kept stay too.
+    seed: fixes the request's own random stream; None or -1 draws one from the engine's seed.
+    presence_penalty, frequency_penalty: -2 to 2; subtracted from the logit of a token in the
+        output, once, and for each time it is there.
+    repetition_penalty: above 0; divides positive logits and multiplies negative ones of tokens in
+        the prompt or the output.
+    max_tokens: most tokens to generate, >= 1; None: up to `max_model_len`.
+    min_tokens: end-of-sequence and stop rules are off before this many tokens.
+    stop: string or up to 128 strings that end the text (matched on detokenised text, not included
+        in the output unless `include_stop_str_in_output`).
+    stop_token_ids: up to 128 token ids that end the request.
+    ignore_eos: go on past the end-of-sequence token.
+    logprobs: log probabilities to return with each token: its own and those of the so many most
+        likely ones; -1: of the whole vocabulary. They are the model's, before penalties,
+        temperature and filters. None: none.
+    prompt_logprobs: the same for each token of the prompt; the prefix cache is then not read.
+    logprob_token_ids: up to 128 ids whose log probabilities are returned with each token, too.
+    logit_bias: token id -> what is added to its logit, clamped to -100 to 100; up to 1024.
+    allowed_token_ids: up to 1024 ids; no other token is generated.
+    bad_words: up to 128 strings whose last token is not generated after their others.
+    logits_processors: callables (logits), (output_token_ids, logits) or (prompt_token_ids,
+        output_token_ids, logits) -> logits, all float32 [vocab]. Slow: the request waits for its
+        own last token every step; others do not.
+    repetition_detection: ends output that goes in circles; a RepetitionDetectionParams or a dict.
+    truncate_prompt_tokens: keep only the last so many tokens of the prompt; -1: what fits.
+    skip_reading_prefix_cache: compute the whole prompt; None: only if prompt_logprobs needs it.
+    detokenize: False leaves `text` empty.
+    skip_special_tokens: leave special tokens out of `text`.
+    spaces_between_special_tokens: accepted as True only; the tokenizer decides.
+    output_kind: what each output of a stream holds.
+    stream_interval: tokens between two outputs of a stream, >= 1; the first comes at once.
+
+    Raises ValueError naming the field, the value and the range.
+    """
+
+    n: int = 1
+    best_of: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logprob_token_ids: list[int] | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    stream_interval: int | None = None
+    logit_bias: Mapping[int, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    logits_processors: list[LogitsProcessor] | None = None
+    repetition_detection: RepetitionDetectionParams | None = None
+    truncate_prompt_tokens: int | None = None
+    skip_reading_prefix_cache: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name in _NUMBERS:
+            setattr(self, name, _plain_number(getattr(self, name)))
+        for name in _SWITCHES:
+            value = getattr(self, name)
+            _require(isinstance(value, bool), name, value, "True or False")
+        self._check_numbers()
+        self._check_lengths()
+        self._check_logprobs()
+        self._check_strings()
+        self._check_token_ids()
+        self._check_kinds()
+        if self.seed == -1:
+            self.seed = None
+
+    def _check_numbers(self) -> None:
+        for name, least, most in _RANGES:
+            value = getattr(self, name)
+            ok = _is_finite(value) and least <= value <= most
+            _require(ok, name, value, f"in [{least:g}, {most:g}]")
+        top_p, repetition = self.top_p, self.repetition_penalty
+        _require(_is_finite(top_p) and 0 < top_p <= 1, "top_p", top_p, "in (0, 1]")
+        ok = _is_finite(repetition) and repetition > 0
+        _require(ok, "repetition_penalty", repetition, "a finite number above 0")
+        top_k_ok = _is_int(self.top_k) and -1 <= self.top_k < 2**63
+        _require(top_k_ok, "top_k", self.top_k, "an integer >= 1, or 0 or -1 for all tokens")
+        seed_ok = self.seed is None or (_is_int(self.seed) and -(2**63) <= self.seed < 2**63)
+        _require(seed_ok, "seed", self.seed, "None or a 64-bit integer")
+        _require_int(self, "n", 1, MAX_N)
+        if self.best_of is not None:
+            _require_int(self, "best_of", self.n, MAX_N)
+
+    def _check_lengths(self) -> None:
+        for name in ("max_tokens", "stream_interval"):
+            value = getattr(self, name)
+            ok = value is None or (_is_int(value) and value >= 1)
+            _require(ok, name, value, "an integer >= 1 or None")
+        min_ok = _is_int(self.min_tokens) and self.min_tokens >= 0
+        _require(min_ok, "min_tokens", self.min_tokens, "an integer >= 0")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens must be at most max_tokens={self.max_tokens}, got {self.min_tokens}"
+            )
+        keep = self.truncate_prompt_tokens
+        ok = keep is None or (_is_int(keep) and (keep == -1 or keep >= 1))
+        _require(ok, "truncate_prompt_tokens", keep, "an integer >= 1, -1 or None")
+
+    def _check_logprobs(self) -> None:
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if isinstance(value, bool):  # OpenAI's chat API says it so
+                setattr(self, name, value := int(value) or None)
+            ok = value is None or (_is_int(value) and value >= ALL_TOKENS)
+            _require(ok, name, value, "an integer >= 0, or -1 for the whole vocabulary")
+
+    def _check_strings(self) -> None:
+        self.stop = _strings(self.stop, "stop", MAX_STOP_STRINGS)
+        long = [text for text in self.stop if len(text) > MAX_STOP_LENGTH]
+        _require(not long, "stop", long and len(long[0]), f"at most {MAX_STOP_LENGTH} characters")
+        self.bad_words = _strings(self.bad_words, "bad_words", MAX_BAD_WORDS)
+        if self.stop and not self.detokenize:
+            raise ValueError("stop strings need detokenize=True; use stop_token_ids instead")
+
+    def _check_token_ids(self) -> None:
+        self.stop_token_ids = _token_ids(self.stop_token_ids, "stop_token_ids", MAX_STOP_TOKEN_IDS)
+        if self.allowed_token_ids is not None:
+            ids = _token_ids(self.allowed_token_ids, "allowed_token_ids", MAX_ALLOWED_TOKEN_IDS)
+            _require(bool(ids), "allowed_token_ids", ids, "None or at least one token id")
+            self.allowed_token_ids = ids
+        if self.logprob_token_ids is not None:
+            self.logprob_token_ids = _token_ids(
+                self.logprob_token_ids, "logprob_token_ids", MAX_LOGPROB_TOKEN_IDS
+            )
+        if self.logit_bias is not None:
+            self.logit_bias = _checked_bias(self.logit_bias)
+
+    def _check_kinds(self) -> None:
+        processors = self.logits_processors
+        if processors is not None:
+            ok = isinstance(processors, (list, tuple)) and all(map(callable, processors))
+            _require(ok, "logits_processors", processors, "a list of callables")
+            self.logits_processors = list(processors) or None
+        if isinstance(self.repetition_detection, Mapping):
+            self.repetition_detection = RepetitionDetectionParams(**self.repetition_detection)
+        rule = self.repetition_detection
+        ok = rule is None or isinstance(rule, RepetitionDetectionParams)
+        _require(ok, "repetition_detection", rule, "a RepetitionDetectionParams or None")
+        kind = self.output_kind
+        _require(isinstance(kind, RequestOutputKind), "output_kind", kind, "a RequestOutputKind")
+        _require(
+            self.spaces_between_special_tokens,
+            "spaces_between_special_tokens",
+            False,
+            "True (the tokenizer decides about spaces)",
+        )
+        skip = self.skip_reading_prefix_cache
+        _require(skip in (None, True, False), "skip_reading_prefix_cache", skip, "True or False")
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < GREEDY_BELOW
+
+    @property
+    def num_candidates(self) -> int:
+        """Outputs to generate, of which `n` are returned."""
+        return self.n if self.best_of is None else self.best_of
+
+    @property
+    def stop_strings(self) -> list[str]:
+        """`stop` as the list it is after construction."""
+        assert isinstance(self.stop, list)
+        return self.stop
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return self.logprobs is not None or bool(self.logprob_token_ids)
+
+    @property
+    def has_penalties(self) -> bool:
+        return (
+            self.presence_penalty != 0
+            or self.frequency_penalty != 0
+            or self.repetition_penalty != 1
+        )
+
+    @property
+    def reads_prefix_cache(self) -> bool:
+        if self.skip_reading_prefix_cache is None:
+            return self.prompt_logprobs is None
+        return not self.skip_reading_prefix_cache and self.prompt_logprobs is None
+
+
+@strict_fields("beam search field")
+@dataclass(slots=True)
+class BeamSearchParams:
+    """A search for the likeliest continuations. Names are vLLM's.
+
+    beam_width: 1 to 64 sequences that are followed. max_tokens: most tokens to generate, >= 1.
+    ignore_eos: go on past the end-of-sequence token. temperature: 0 to 2; 0 ranks by the model's
+    own probabilities. length_penalty: a sequence's score is its cumulative logprob over its length
+    (without the end-of-sequence token) to this power. include_stop_str_in_output: keep the
+    end-of-sequence token in the text.
+    """
+
+    beam_width: int
+    max_tokens: int
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    length_penalty: float = 1.0
+    include_stop_str_in_output: bool = False
+
+    def __post_init__(self) -> None:
+        _require_int(self, "beam_width", 1, 64)
+        _require_int(self, "max_tokens", 1, 2**31)
+        for name, least, most in (("temperature", 0.0, 2.0), ("length_penalty", -100.0, 100.0)):
+            value = getattr(self, name)
+            ok = _is_finite(value) and least <= value <= most
+            _require(ok, name, value, f"in [{least:g}, {most:g}]")
+
+
+_SWITCHES = (
+    "ignore_eos",
+    "include_stop_str_in_output",
+    "detokenize",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+)
+_RANGES = (
+    ("temperature", 0.0, 2.0),
+    ("min_p", 0.0, 1.0),
+    ("presence_penalty", -2.0, 2.0),
+    ("frequency_penalty", -2.0, 2.0),
+)
+_NUMBERS = (
+    *(name for name, _, _ in _RANGES),
+    *("n", "best_of", "top_k", "top_p", "seed", "max_tokens", "min_tokens", "repetition_penalty"),
+    *("logprobs", "prompt_logprobs", "stream_interval", "truncate_prompt_tokens"),
+)
+
+
+def _require(ok: bool, name: str, value: object, must: str) -> None:
+    if not ok:
+        raise ValueError(f"{name} must be {must}, got {value!r}")
+
+
+def _require_int(params: object, name: str, least: int, most: int) -> None:
+    value = getattr(params, name)
+    ok = _is_int(value) and least <= value <= most
+    _require(ok, name, value, f"an integer from {least} to {most}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value: object) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and abs(value) <= 1e38  # type: ignore[arg-type]  # a float32; false for NaN
+
+
+def _plain_number(value: Any) -> Any:
+    """A number of numpy's or torch's as Python's own; anything else as it is."""
+    if isinstance(value, (int, float)) or not hasattr(value, "item"):
+        return value
+    return value.item() if getattr(value, "shape", None) == () else value
+
+
+def _strings(value: Any, name: str, most: int) -> list[str]:
+    texts = [value] if isinstance(value, str) else [] if value is None else value
+    ok = isinstance(texts, (list, tuple)) and all(isinstance(s, str) and s for s in texts)
+    _require(ok, name, value, "a non-empty string or a list of non-empty strings")
+    _require(len(texts) <= most, name, f"{len(texts)} strings", f"at most {most} strings")
+    return list(dict.fromkeys(texts))
+
+
+def _token_ids(value: Any, name: str, most: int) -> list[int]:
+    ids = [] if value is None else value
+    ok = isinstance(ids, (list, tuple)) and all(_is_int(i) and i >= 0 for i in ids)
+    _require(ok, name, value, "a list of token ids (integers >= 0)")
+    _require(len(ids) <= most, name, f"{len(ids)} token ids", f"at most {most} token ids")
+    return list(dict.fromkeys(ids))
+
+
+def _checked_bias(bias: Any) -> dict[int, float]:
+    """Keys may be JSON's strings; values are clamped to what OpenAI allows."""
+    _require(isinstance(bias, Mapping), "logit_bias", bias, "a mapping of token ids to numbers")
+    _require(
+        len(bias) <= MAX_LOGIT_BIAS,
+        "logit_bias",
+        f"{len(bias)} entries",
+        f"at most {MAX_LOGIT_BIAS}",
+    )
+    checked: dict[int, float] = {}
+    for key, value in bias.items():
+        text = str(key)
+        _require(text.isdecimal(), "logit_bias", key, "keyed by token ids (integers >= 0)")
+        _require(_is_finite(value), "logit_bias", value, "of finite numbers")
+        checked[int(text)] = min(max(float(value), -100.0), 100.0)
+    return checked
