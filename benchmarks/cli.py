@@ -14,6 +14,7 @@ from compiledllm.arguments import add_engine_options, count
 
 ENGINES = ("compiledllm", "vllm", "transformers")
 DATASETS = ("random", "sharegpt-like", "file")
+SAMPLING = ("greedy", "temperature", "filtered", "one-penalised", "logprobs")
 GOODPUT = ("ttft", "tpot", "e2el")
 
 
@@ -35,6 +36,10 @@ def _add_latency(kinds: Any) -> None:
     add("--batch-size", type=_positive, nargs="+", default=[1, 8], metavar="N", help="(1 8)")
     add("--input-len", type=_positive, nargs="+", default=[128], metavar="N", help="tokens (128)")
     add("--output-len", type=_positive, default=129, metavar="N", help="tokens (129)")
+    add(
+        "--sampling", nargs="+", choices=SAMPLING, default=["greedy"],
+        help="what requests ask of their tokens: several take turns in one engine (greedy)",
+    )  # fmt: skip
     _add_repeats(parser)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a picture (SVG)")
     _add_engines(parser)

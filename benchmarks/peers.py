@@ -6,8 +6,9 @@ same checkpoint (or random weights of its shapes) in the same dtype.
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -28,6 +29,14 @@ _VLLM_OPTIONS = (
     "enforce_eager",
     "seed",
 )
+# What requests may ask of their tokens, by the name of `bench latency --sampling`.
+SAMPLING: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0},
+    "temperature": {"temperature": 0.8},
+    "filtered": {"temperature": 0.8, "top_k": 50, "top_p": 0.95},
+    "one-penalised": {"temperature": 0, "frequency_penalty": 0.5, "repetition_penalty": 1.1},
+    "logprobs": {"temperature": 0, "logprobs": 5},
+}
 _SHARED_MEMORY = 0.94  # of a GPU, for all engines of a run together
 
 
@@ -61,6 +70,7 @@ class CompiledLLM:
     """This engine."""
 
     name = "compiledllm"
+    sampling = "greedy"
 
     def __init__(self, model: Model) -> None:
         started = time.perf_counter()
@@ -74,13 +84,25 @@ class CompiledLLM:
         self.startup_s = self.engine.core.startup_s | {"import": imported}
         self._device = model.platform.device
 
+    def sampling_as(self, sampling: str) -> CompiledLLM:
+        """The same engine with other sampling parameters, as a peer of its own."""
+        other = copy.copy(self)
+        other.sampling, other.name = sampling, f"{self.name}, {sampling}"
+        return other
+
+    def _params(self, output_lens: Iterable[int]) -> list[SamplingParams]:
+        """One for each request; "one-penalised" is the first one only."""
+        plain = [_greedy(length) for length in output_lens]
+        asking = [replace(params, **SAMPLING[self.sampling]) for params in plain]
+        return asking[:1] + plain[1:] if self.sampling == "one-penalised" else asking
+
     def generate(self, requests: Sequence[SampleRequest]) -> None:
-        params = [_greedy(request.output_len) for request in requests]
+        params = self._params(request.output_len for request in requests)
         outputs = self.engine.generate([_ids(r) for r in requests], params, use_tqdm=False)
         _check_lengths(requests, [len(output.outputs[0].token_ids) for output in outputs])
 
     def inter_token_times(self, requests: Sequence[SampleRequest]) -> list[float] | None:
-        params = [_greedy(request.output_len) for request in requests]
+        params = self._params(request.output_len for request in requests)
         last: dict[str, float] = {}
         gaps = []
         for output in self.engine.stream([_ids(r) for r in requests], params):
@@ -94,7 +116,8 @@ class CompiledLLM:
         """Host and device seconds of a decode step in which every request takes part."""
         engine, limit = self.engine, self.engine.config.model.max_model_len
         assert limit is not None
-        ids = [engine.add_request(_ids(r), _greedy(max(limit - len(_ids(r)), 1))) for r in requests]
+        params = self._params(max(limit - len(_ids(r)), 1) for r in requests)
+        ids = [engine.add_request(_ids(r), p) for r, p in zip(requests, params, strict=True)]
         try:
             prompts_left = set(ids)
             while prompts_left:

@@ -18,7 +18,7 @@ from compiledllm.benchmarks.ceilings import measure_ceilings, measure_upload
 from compiledllm.benchmarks.compare import compare_reports, ratios_between_engines
 from compiledllm.benchmarks.floor import Ceilings, time_per_output_token_floor
 from compiledllm.benchmarks.model import Model
-from compiledllm.benchmarks.peers import Peer, make_peer
+from compiledllm.benchmarks.peers import CompiledLLM, Peer, make_peer
 from compiledllm.benchmarks.plot import check_plot, plot_report
 from compiledllm.benchmarks.report import (
     Report,
@@ -64,7 +64,7 @@ def latency(arguments: Namespace) -> int:
         vocab_size=model.vocab_size,
     )
     report = _report("latency", model, arguments, output_len=work.output_len, seed=work.seed)
-    peers = _load(arguments, model)
+    peers = _by_sampling(_load(arguments, model), arguments.sampling)
     with progress(work.num_measurements(len(peers))) as advance:
         rows = grid.measure_grid(peers, work, advance)
         _collect(report, rows, model, grid.add_floors, arguments.output_json)
@@ -186,6 +186,16 @@ def _load(arguments: Namespace, model: Model) -> list[Peer]:
     model = replace(model, options={"compile_when": "start"} | dict(model.options))
     names = list(dict.fromkeys(arguments.engine))
     return [make_peer(name, model, len(names), arguments.hf_max_batch_size) for name in names]
+
+
+def _by_sampling(peers: list[Peer], sampling: list[str]) -> list[Peer]:
+    """Each of ours once for every kind of sampling; others know the plain kind only."""
+    if sampling == ["greedy"]:
+        return peers
+    ours = [peer for peer in peers if isinstance(peer, CompiledLLM)]
+    others = [peer for peer in peers if not isinstance(peer, CompiledLLM)]
+    kinds = dict.fromkeys(sampling)
+    return [peer.sampling_as(kind) for peer in ours for kind in kinds] + others
 
 
 def _requests(arguments: Namespace, vocab_size: int, encode: Encode | None) -> list[SampleRequest]:

@@ -53,6 +53,17 @@ def test_latency(tiny: list[str], tmp_path: Path) -> None:
     assert plot.read_text().lstrip().startswith("<?xml")
 
 
+def test_kinds_of_sampling_take_turns_in_one_engine(tiny: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "a.json"
+    grid = ["--batch-size", "3", "--input-len", "5", "--output-len", "3", "--num-iters", "1"]
+    kinds = ["greedy", "temperature", "filtered", "one-penalised", "logprobs"]
+    ours = [*tiny[: tiny.index("--engine")], "--engine", "compiledllm"]
+    assert bench("latency", *ours, *grid, "--sampling", *kinds, "--output-json", str(out)) == 0
+    report = load_report(out)
+    assert [row["engine"] for row in report.rows] == [f"compiledllm, {kind}" for kind in kinds]
+    assert len(report.ratios) == 4
+
+
 def test_latency_of_one_token_has_no_time_per_token(
     tiny: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
