@@ -83,6 +83,11 @@ class SchedulerConfig:
 
     max_num_seqs: int | None = option(None, "most requests running at once")
     max_num_batched_tokens: int | None = option(None, "most tokens computed in a step")
+    mixed_prompt_tokens: int | None = option(
+        None,
+        "most prompt tokens in a step in which requests decode: a longer step is a longer gap "
+        "between their tokens; default: max_num_batched_tokens on a GPU, 128 on a CPU",
+    )
     async_scheduling: bool | None = option(
         None, "launch a step before the last one's tokens are known; default: on a GPU"
     )
@@ -147,6 +152,7 @@ class EngineConfig:
             "num_kv_blocks": cache.num_kv_blocks,
             "max_num_seqs": scheduler.max_num_seqs,
             "max_num_batched_tokens": scheduler.max_num_batched_tokens,
+            "mixed_prompt_tokens": scheduler.mixed_prompt_tokens,
             "max_cudagraph_capture_size": self.compile.max_cudagraph_capture_size,
         }
         for name, value in positive.items():
@@ -200,6 +206,7 @@ class EngineConfig:
             )
         where = "the default on a GPU" if on_gpu else "the default on a CPU"
         max_num_seqs = self.scheduler.max_num_seqs or (256 if on_gpu else 64)
+        tokens = self.scheduler.max_num_batched_tokens or (8192 if on_gpu else 512)
         largest = self.compile.max_cudagraph_capture_size
         if largest is not None and largest > max_num_seqs:
             raise ConfigError(
@@ -209,7 +216,8 @@ class EngineConfig:
         open_values = {
             "max_model_len": Choice(max_position, "the model's context"),
             "max_num_seqs": Choice(max_num_seqs, where),
-            "max_num_batched_tokens": Choice(8192 if on_gpu else 512, where),
+            "max_num_batched_tokens": Choice(tokens, where),
+            "mixed_prompt_tokens": Choice(tokens if on_gpu else min(128, tokens), where),
             "compile_when": Choice("start" if on_gpu else "busy", where),
             "async_scheduling": Choice(on_gpu, where),
             "max_cudagraph_capture_size": Choice(max_num_seqs, "max_num_seqs"),

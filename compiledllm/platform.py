@@ -108,6 +108,14 @@ def can_overlap_kernels() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
 
 
+def is_fatal(error: BaseException) -> bool:
+    """Whether the process cannot go on: after a CUDA error nothing on the device works any more."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    accelerator = getattr(torch, "AcceleratorError", ())
+    return isinstance(error, accelerator) or "CUDA error" in str(error)
+
+
 @contextmanager
 def single_row_products() -> Iterator[None]:
     """Inside, a bfloat16 product of one row on a CPU goes to ATen's own kernel, not to oneDNN's.

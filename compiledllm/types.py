@@ -40,6 +40,7 @@ class Request:
     priority: int = 0
     prompt: str | None = None
     bad_words: tuple[tuple[int, ...], ...] = ()  # as token ids
+    cache_salt: str = ""  # the prefix cache is shared only between requests with the same
     sibling: Request | None = None  # the first of those that share its prompt; None for itself
     arrival_time: float = field(default_factory=time.monotonic)
 

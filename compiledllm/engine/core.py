@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 
 from compiledllm.config import Choice, EngineConfig
+from compiledllm.engine.isolation import Isolation
+from compiledllm.engine.served_model import ServedModel
 from compiledllm.graphs.buckets import StepShape, step_shapes
 from compiledllm.log import log
 from compiledllm.models.decoder import Decoder
@@ -23,7 +25,7 @@ from compiledllm.models.source import resolve_checkpoint
 from compiledllm.models.spec import ModelSpec
 from compiledllm.models.weights import fill_with_random_weights, load_weights
 from compiledllm.outputs import FinishReason
-from compiledllm.platform import Platform
+from compiledllm.platform import Platform, is_fatal
 from compiledllm.runner.attention import settle_backend
 from compiledllm.runner.kv_cache import allocate_kv_caches, block_bytes, plan_num_blocks
 from compiledllm.runner.memory import (
@@ -53,6 +55,8 @@ class EngineCore:
 
     def __init__(self, config: EngineConfig) -> None:
         self.startup_s: dict[str, float] = {}
+        self.isolation: Isolation | None = None
+        self.num_step_tokens = 0  # of the step last scheduled
         self._last_idle_check = 0.0
         self._in_flight: deque[tuple[SchedulerOutput, PendingOutput]] = deque()
         started = time.perf_counter()
@@ -101,18 +105,36 @@ class EngineCore:
         step while the host books the last one and prepares the next.
         """
         step = self.scheduler.schedule()
+        self.num_step_tokens = step.num_scheduled_tokens
         try:
             self._in_flight.append((step, self.runner.launch(step)))
             if len(self._in_flight) <= bool(self.config.scheduler.async_scheduling):
                 return []
             step, output = self._in_flight.popleft()
-            return self.scheduler.update(step, self.runner.collect(output))
-        except BaseException as error:
-            # Ctrl-C is not the requests' fault: they are computed again. Anything else is theirs.
-            self.scheduler.abandon_step(step, failed=isinstance(error, Exception))
-            self._in_flight.clear()
-            self.runner.reset()
+            advanced = self.scheduler.update(step, self.runner.collect(output))
+        except Exception as error:
+            isolation = None if is_fatal(error) else self.isolation
+            # Without isolation those of the step end with an error.
+            self._abandon(step, failed=isolation is None)
+            if isolation is None:
+                raise
+            log.error("a step failed (%s: %s)", type(error).__name__, error)
+            return isolation.after_failure(_ids_of(step), error)
+        except BaseException:  # Ctrl-C is not the requests' fault: they are computed again
+            self._abandon(step, failed=False)
             raise
+        if self.isolation is not None:
+            self.isolation.after_success(advanced)
+        return advanced
+
+    def isolate_failures(self) -> None:
+        """From now on a step that fails costs the one request that is to blame, and raises not."""
+        self.isolation = Isolation(self.scheduler)
+
+    def _abandon(self, step: SchedulerOutput, failed: bool) -> None:
+        self.scheduler.abandon_step(step, failed)
+        self._in_flight.clear()
+        self.runner.reset()
 
     def check_when_idle(self) -> None:
         """With nothing to do, verify that no block leaked (at most every few seconds)."""
@@ -120,6 +142,13 @@ class EngineCore:
         if not self.has_unfinished() and now - self._last_idle_check > IDLE_CHECK_INTERVAL_S:
             self._last_idle_check = now
             self.scheduler.check_invariants()
+
+    def served_model(self) -> ServedModel:
+        """What whoever makes requests needs to know."""
+        slots = self.scheduler.block_pool.num_blocks * self.config.cache.block_size
+        return ServedModel(
+            self.config, self.model_path, self.spec.vocab_size, self.spec.eos_token_ids, slots
+        )
 
     # -- start-up ------------------------------------------------------------------------------
 
@@ -178,7 +207,8 @@ class EngineCore:
         max_blocks = min(-(-max_len // block_size), num_blocks)
         runner = ModelRunner(model, kv_caches, block_size, max_seqs, max_blocks, self._planner)
         policy = config.scheduler.scheduling_policy
-        return runner, Scheduler(pool, block_size, max_seqs, max_tokens, policy)
+        mixed = config.scheduler.mixed_prompt_tokens
+        return runner, Scheduler(pool, block_size, max_seqs, max_tokens, policy, mixed)
 
     def _plan_memory(self, model: Decoder, max_num_seqs: int, max_tokens: int) -> int:
         """CUDA: bytes of the engine's share that are not for the KV cache. 0 on a CPU."""
@@ -283,3 +313,7 @@ class EngineCore:
         for name, value in lines.items():
             if value is not None:
                 log.info("%-10s %s", name, value)
+
+
+def _ids_of(step: SchedulerOutput) -> list[str]:
+    return [line.request_id for line in step.scheduled]

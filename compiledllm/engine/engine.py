@@ -59,7 +59,7 @@ class Engine:
             self.tokenizer = Tokenizer(
                 resolve_checkpoint(other, weights=False) if other else self.core.model_path
             )
-        self._requests = RequestFactory(self.core, self.tokenizer)
+        self._requests = RequestFactory(self.core.served_model(), self.tokenizer)
         self._states: dict[str, RequestState] = {}
         self._completions: dict[str, tuple[RequestState, Completion]] = {}  # by the core's ids
         self._unseen: dict[str, RequestState] = {}  # grew for `step`, in somebody else's step

@@ -7,9 +7,9 @@ import random
 from collections.abc import Mapping
 
 from compiledllm.config import ConfigError
-from compiledllm.engine.core import EngineCore
 from compiledllm.engine.prompts import Prompt, as_token_ids
 from compiledllm.engine.request_state import Completion, RequestState
+from compiledllm.engine.served_model import ServedModel
 from compiledllm.engine.tokenizer import Tokenizer
 from compiledllm.log import log
 from compiledllm.models.registry import generation_defaults, generation_eos_token_ids
@@ -24,16 +24,16 @@ class RequestFactory:
     `max_model_len`, `vocab_size`, `tokenizer`.
     """
 
-    def __init__(self, core: EngineCore, tokenizer: Tokenizer | None) -> None:
-        self._config = core.config
-        self._model_path = core.model_path
-        self._num_slots = core.scheduler.block_pool.num_blocks * core.config.cache.block_size
-        self._random = random.Random(core.config.model.seed)
-        assert core.config.model.max_model_len is not None
-        self.max_model_len = core.config.model.max_model_len
-        self.vocab_size = core.spec.vocab_size
+    def __init__(self, model: ServedModel, tokenizer: Tokenizer | None) -> None:
+        self._config = model.config
+        self._model_path = model.model_path
+        self._num_slots = model.num_slots
+        self._random = random.Random(model.config.model.seed)
+        assert model.config.model.max_model_len is not None
+        self.max_model_len = model.config.model.max_model_len
+        self.vocab_size = model.vocab_size
         self.tokenizer = tokenizer
-        self.eos_token_ids = self._find_eos_token_ids(core.spec.eos_token_ids)
+        self.eos_token_ids = self._find_eos_token_ids(model.eos_token_ids)
         self.defaults = self._default_sampling_params()
 
     def make(
@@ -43,6 +43,7 @@ class RequestFactory:
         params: SamplingParams,
         priority: int = 0,
         max_logprobs: int | None = None,
+        cache_salt: str = "",
     ) -> RequestState:
         """A request with all its completions. Raises ValueError for what cannot be had."""
         if not isinstance(params, SamplingParams):
@@ -55,7 +56,9 @@ class RequestFactory:
         most = self._config.model.max_logprobs if max_logprobs is None else max_logprobs
         check_params(params, self.vocab_size, most)
         first = self._make_request(request_id, params, text, token_ids, priority)
+        first.cache_salt = cache_salt
         requests = [first, *(sibling_of(first, i) for i in range(1, params.num_candidates))]
+        _check_something_is_allowed(first)
         if len(requests) > 1:
             first.request_id = f"0_{request_id}"
         completions = [Completion(i, r, self.tokenizer) for i, r in enumerate(requests)]
@@ -200,6 +203,18 @@ def check_params(params: SamplingParams, vocab_size: int, max_logprobs: int) -> 
             )
 
 
+def _check_something_is_allowed(request: Request) -> None:
+    """Raise ValueError if the first token is allowed and banned at once, whatever it is."""
+    params = request.sampling_params
+    if params.allowed_token_ids is not None:
+        banned = {word[0] for word in request.bad_words if len(word) == 1}
+        banned |= request.stop_token_ids if params.min_tokens else set()
+        if banned.issuperset(params.allowed_token_ids):
+            raise ValueError(
+                "allowed_token_ids has only tokens that bad_words or min_tokens ban; allow another"
+            )
+
+
 def sibling_of(first: Request, index: int) -> Request:
     """Another request for the same prompt, with a random stream of its own; it shares the blocks.
 
@@ -217,6 +232,7 @@ def sibling_of(first: Request, index: int) -> Request:
         priority=first.priority,
         prompt=first.prompt,
         bad_words=first.bad_words,
+        cache_salt=first.cache_salt,
         sibling=first,
         arrival_time=first.arrival_time,
     )

@@ -11,6 +11,11 @@ from compiledllm.config import ConfigError
 Message = dict[str, Any]
 
 
+def warm_up() -> None:
+    """Import what the first tokenizer needs, some seconds of work."""
+    from transformers import AutoTokenizer  # noqa: F401
+
+
 class Tokenizer:
     """A Hugging Face tokenizer, loaded from a directory."""
 

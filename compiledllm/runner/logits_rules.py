@@ -255,7 +255,7 @@ class LogitsRules:
             return None
         params = [rules.params for _, rules in lines]
         amounts = [
-            [p.repetition_penalty for p in params],
+            [max(p.repetition_penalty, 1e-6) for p in params],  # so that nothing overflows
             [p.frequency_penalty for p in params],
             [p.presence_penalty for p in params],
         ]

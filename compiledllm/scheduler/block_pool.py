@@ -18,8 +18,12 @@ NULL_BLOCK = 0
 
 
 def hash_block(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    """The identity of a full block: all tokens up to its end, through its parent's hash."""
-    return hashlib.sha256(parent + array("q", token_ids).tobytes()).digest()
+    """The identity of a full block: all tokens up to its end, through its parent's hash.
+
+    parent: of the first block a salt, or nothing.
+    """
+    own = array("q", token_ids).tobytes()
+    return hashlib.sha256(len(parent).to_bytes(4, "big") + parent + own).digest()
 
 
 class BlockPool:

@@ -15,6 +15,7 @@ count as tokens, and what a request did not need in the end is dropped by `updat
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 
 from compiledllm.log import log
 from compiledllm.outputs import FinishReason
@@ -36,7 +37,8 @@ NO_TOKEN = "no token could be drawn: the logits are NaN or infinite, or every to
 class Scheduler:
     """Continuous batching over a block pool.
 
-    max_num_seqs: most requests in a step; max_num_batched_tokens: most tokens in a step.
+    max_num_seqs: most requests in a step; max_num_batched_tokens: most tokens in a step;
+    mixed_prompt_tokens: most tokens of prompts in a step in which somebody decodes.
     """
 
     def __init__(
@@ -46,7 +48,9 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         policy: str = "fcfs",
+        mixed_prompt_tokens: int | None = None,
     ) -> None:
+        self.mixed_prompt_tokens = mixed_prompt_tokens or max_num_batched_tokens
         self.block_pool = block_pool
         self.block_size = block_size
         self.max_num_seqs = max_num_seqs
@@ -55,7 +59,10 @@ class Scheduler:
         self.running: list[Request] = []
         self.waiting = WaitingQueue(POLICIES[policy])
         self.num_preemptions = 0
+        self._held: dict[str, Request] = {}  # waiting, and not to be scheduled
+        self._prompt_budget = 0  # what is left of a step's
         self._is_sorted = True  # the running list, by rank
+        self.num_prefix_queries = self.num_prefix_hits = 0  # tokens looked up, and found
         self.num_failed_rows = 0  # of logits that no token could be drawn from
         self._freed_request_ids: list[str] = []
         self._spoilt_block_ids: list[int] = []  # written by a request whose logits were NaN
@@ -97,6 +104,20 @@ class Scheduler:
         self._end(request, reason, stop_reason)
         return request
 
+    def hold(self, request_ids: Iterable[str]) -> None:
+        """Keep waiting requests from being scheduled until `release`."""
+        for request_id in request_ids:
+            request = self.requests[request_id]
+            self.waiting.remove(request)
+            self._held[request_id] = request
+
+    def release(self, request_ids: Iterable[str]) -> None:
+        """Let requests wait again that were held; those that are over are passed by."""
+        for request_id in request_ids:
+            request = self._held.pop(request_id, None)
+            if request is not None and not request.is_finished:
+                self.waiting.push(request)
+
     def has_unfinished(self) -> bool:
         return bool(self.requests)
 
@@ -105,8 +126,10 @@ class Scheduler:
     def schedule(self) -> SchedulerOutput:
         """Choose this step's work, allocate its blocks, say what changed since the last step."""
         budget = self.max_num_batched_tokens
+        self._prompt_budget = self._most_prompt_tokens()
         scheduled, preempted = self._schedule_running(budget)
         budget -= sum(s.num_scheduled_tokens for s in scheduled)
+        budget = min(budget, self._prompt_budget)
         new_requests: list[NewRequest] = []
         # A step that had to preempt admits nobody: the blocks it freed would be taken right back.
         while not preempted and budget > 0 and self.waiting:
@@ -121,6 +144,15 @@ class Scheduler:
         self._in_flight.append([self.requests[line.request_id] for line in scheduled])
         return SchedulerOutput(new_requests, scheduled, freed, spoilt)
 
+    def _most_prompt_tokens(self) -> int:
+        """In this step. A long prompt makes those that decode wait for as long as it takes."""
+        most = self.mixed_prompt_tokens
+        if most < self.max_num_batched_tokens and not any(
+            request.num_output_tokens for request in self.running
+        ):
+            return self.max_num_batched_tokens
+        return most
+
     def _schedule_running(self, budget: int) -> tuple[list[ScheduledRequest], bool]:
         """Give every running request tokens, best-ranked first, preempting from the other end."""
         scheduled: list[ScheduledRequest] = []
@@ -133,7 +165,10 @@ class Scheduler:
             request = self.running[index]
             wanted = request.num_tokens_to_compute
             count = min(wanted, budget)
-            if count == 0:  # its last token is in flight, or has to be known first
+            if wanted > 1:
+                count = min(count, self._prompt_budget)
+                self._prompt_budget -= count
+            if count == 0:  # its last token is in flight or not known yet, or prompts are full
                 index += 1
                 continue
             missing = self._num_missing_blocks(request, request.num_computed_tokens + count)
@@ -170,6 +205,8 @@ class Scheduler:
         request.num_computed_tokens = num_cached
         if request.num_cached_tokens < 0:
             request.num_cached_tokens = num_cached
+            self.num_prefix_queries += request.num_tokens
+            self.num_prefix_hits += num_cached
         request.status = RequestStatus.RUNNING
         self.running.append(request)
         self._is_sorted = False
@@ -327,7 +364,7 @@ class Scheduler:
     def _extend_hashes(self, request: Request, num_tokens: int) -> None:
         hashes, size = request.block_hashes, self.block_size
         for start in range(len(hashes) * size, num_tokens // size * size, size):
-            parent = hashes[-1] if hashes else b""
+            parent = hashes[-1] if hashes else request.cache_salt.encode()
             hashes.append(hash_block(parent, request.token_ids[start : start + size]))
 
     def _register_full_blocks(self, request: Request) -> None:
@@ -376,7 +413,8 @@ class Scheduler:
         running = {r.request_id for r in alive if r.status is RequestStatus.RUNNING}
         assert running == {r.request_id for r in self.running}, "running list and statuses differ"
         waiting = {r.request_id for r in alive if r.status is not RequestStatus.RUNNING}
-        assert waiting == {r.request_id for r in self.waiting}, "waiting queue and statuses differ"
+        queued = {r.request_id for r in self.waiting} | {i for i in self._held if i in waiting}
+        assert waiting == queued, "waiting queue and statuses differ"
         assert len(self.running) <= self.max_num_seqs, "more requests run than max_num_seqs"
         for request in self.running:
             held = len(request.block_ids) * self.block_size

@@ -275,6 +275,14 @@ def test_a_stream_may_show_several_tokens_at_once(engine: Engine) -> None:
 # -- prompts and defaults -------------------------------------------------------------------------
 
 
+def test_a_request_that_bans_all_it_allows_is_refused(engine: Engine) -> None:
+    params = greedy(allowed_token_ids=[7, 8], stop_token_ids=[7, 8, 9], min_tokens=1)
+    with pytest.raises(ValueError, match="only tokens that bad_words or min_tokens ban"):
+        run(engine, [PROMPT], params)
+    params = greedy(repetition_penalty=1e-30)
+    assert run(engine, [PROMPT], params)[0].outputs[0].finish_reason == "length"
+
+
 def test_prompts_are_cut_from_the_left(engine: Engine) -> None:
     (cut,) = run(engine, [LONG], greedy(truncate_prompt_tokens=10))
     (short,) = run(engine, [LONG[-10:]], greedy())

@@ -140,9 +140,10 @@ class Bench:
         budget: int = 64,
         policy: str = "fcfs",
         enable_prefix_caching: bool = True,
+        mixed: int | None = None,
     ) -> None:
         self.pool = BlockPool(num_blocks, enable_prefix_caching)
-        self.scheduler = Scheduler(self.pool, block_size, max_num_seqs, budget, policy)
+        self.scheduler = Scheduler(self.pool, block_size, max_num_seqs, budget, policy, mixed)
         self.runner = FakeRunner(block_size, max_num_seqs)
         self.policy = policy
         self.requests: dict[str, Request] = {}
@@ -246,6 +247,20 @@ def test_one_request_is_computed_and_finishes() -> None:
     assert [counts(step) for step in steps] == [{"r0": 6}, {"r0": 1}, {"r0": 1}]
     assert request.finish_reason == "length"
     assert request.num_output_tokens == 3
+
+
+def test_prompts_take_smaller_steps_beside_those_that_decode() -> None:
+    bench = Bench(num_blocks=200, budget=64, mixed=10)
+    bench.add(tokens(80), max_tokens=30, name="first")
+    assert counts(bench.step()) == {"first": 64}  # nobody decodes yet
+    assert counts(bench.step()) == {"first": 16}
+    bench.add(tokens(25, start=90), name="second")
+    bench.add(tokens(7, start=130), name="third")
+    assert counts(bench.step()) == {"first": 1, "second": 10}
+    assert counts(bench.step()) == {"first": 1, "second": 10}
+    assert counts(bench.step()) == {"first": 1, "second": 5, "third": 5}
+    assert counts(bench.step()) == {"first": 1, "second": 1, "third": 2}
+    bench.run()
 
 
 def test_long_prompt_is_computed_in_chunks_under_the_budget() -> None:
@@ -986,6 +1001,7 @@ scheduler_options = st.fixed_dictionaries(
         "block_size": st.integers(1, 3),
         "max_num_seqs": st.integers(1, 5),
         "budget": st.integers(1, 12),
+        "mixed": st.sampled_from([None, None, 1, 3]),
         "policy": st.sampled_from(["fcfs", "priority"]),
         "enable_prefix_caching": st.sampled_from([True, True, False]),
     }

@@ -1,0 +1,56 @@
+"""Finds the request that makes steps fail: half of a failed step's wait until the rest has run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from compiledllm.log import log
+from compiledllm.scheduler.scheduler import Scheduler
+from compiledllm.types import Request
+
+
+class Isolation:
+    """Suspects are computed again in ever smaller groups, until one fails alone.
+
+    A group is cleared once each of it got `TOKENS` tokens: the first follows from its prompt, which
+    need not be what fails.
+    """
+
+    TOKENS = 3
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._suspects: dict[str, int] = {}  # tokens they have got since
+        self._held: list[list[str]] = []
+
+    def after_failure(self, scheduled: list[str], error: Exception) -> list[Request]:
+        """The step was abandoned. Returns the request that was to blame, once it is known."""
+        alive = self._scheduler.requests
+        suspects = [i for i in scheduled if i in self._suspects] or scheduled
+        suspects = [request_id for request_id in suspects if request_id in alive]
+        if len(suspects) <= 1:
+            text = f"{type(error).__name__}: {error}"
+            log.error("request %s makes its steps fail (%s)", suspects, text)
+            ended = [self._scheduler.finish(request_id, "error", text) for request_id in suspects]
+            self._next_group()
+            return [request for request in ended if request is not None]
+        half = (len(suspects) + 1) // 2
+        self._suspects, rest = dict.fromkeys(suspects[:half], 0), suspects[half:]
+        self._scheduler.hold(rest)
+        self._held.append(rest)
+        return []
+
+    def after_success(self, advanced: Iterable[Request]) -> None:
+        """These got a token. Once all suspects are cleared, the next group is let in."""
+        if not self._suspects:
+            return
+        for request in advanced:
+            if request.request_id in self._suspects:
+                self._suspects[request.request_id] += 1
+        alive = self._scheduler.requests
+        if all(n >= self.TOKENS or i not in alive for i, n in self._suspects.items()):
+            self._next_group()
+
+    def _next_group(self) -> None:
+        self._suspects = dict.fromkeys(self._held.pop() if self._held else [], 0)
+        self._scheduler.release(self._suspects)
