@@ -32,7 +32,7 @@ $(READY): pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (torch and triton are large; later runs skip this)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--constraint .ci/constraints.txt --editable '.[bench,gguf,dev]'
+		--constraint .ci/constraints.txt --editable '.[server,bench,gguf,dev]'
 	@touch $(READY)
 
 clean:

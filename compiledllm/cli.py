@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 from compiledllm import __version__
 from compiledllm.arguments import add_engine_options, count, engine_options
 from compiledllm.benchmarks.cli import add_bench_command
-from compiledllm.config import DTYPES, CacheConfig, Choice
+from compiledllm.config import DTYPES, CacheConfig, Choice, ConfigError
 from compiledllm.outputs import RequestOutput
 from compiledllm.sampling_params import SamplingParams
+from compiledllm.server.options import add_server_options
 
 if TYPE_CHECKING:
     from compiledllm.engine.engine import Engine
@@ -173,6 +174,21 @@ def _answer(engine: Engine, messages: list[dict[str, str]], params: SamplingPara
     return text
 
 
+# -- serve -----------------------------------------------------------------------------------------
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    try:
+        from compiledllm.server.launch import serve
+    except ImportError as error:
+        raise ConfigError(
+            f"the server needs more packages ({error}): pip install 'compiledllm[server]'"
+        ) from None
+    if arguments.model_name is not None:
+        arguments.model = arguments.model_name
+    return serve(arguments)
+
+
 # -- info ------------------------------------------------------------------------------------------
 
 
@@ -252,6 +268,12 @@ def _parser() -> argparse.ArgumentParser:
     for command in (generate, chat):
         _add_sampling_options(command.add_argument_group("sampling"))
         add_engine_options(command.add_argument_group("engine"))
+
+    serve = commands.add_parser("serve", help="an OpenAI-compatible server")
+    serve.add_argument("model_name", nargs="?", metavar="MODEL", help="the same as --model")
+    add_server_options(serve.add_argument_group("server"))
+    add_engine_options(serve.add_argument_group("engine"))
+    serve.set_defaults(run=_serve)
 
     info = commands.add_parser("info", help="what a model is and what fits on this machine")
     info.add_argument("model", nargs="?", help="local directory, .gguf file or Hugging Face id")

@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "root": {"engine.engine", "engine.async_engine", "config", "sampling_params", "outputs"},
     "cli": {"root", "arguments", "server", "benchmarks", "engine", *BELOW_ENGINE},
     "arguments": {"config"},
-    "server": {"root", "engine", *BELOW_ENGINE},
+    "server": {"root", "cli", "arguments", "engine", *BELOW_ENGINE},
     "engine": BELOW_ENGINE,
     "scheduler": {"types", "sampling_params", "outputs", "config", "log"},
     "runner": {"graphs", "models", "kernels", "distributed", *LEAVES},
@@ -78,6 +78,8 @@ DOORS: dict[str, tuple[str, ...]] = {
     "starlette": ("compiledllm.server",),
     "uvicorn": ("compiledllm.server",),
     "pydantic": ("compiledllm.server",),
+    "msgspec": ("compiledllm.server",),
+    "prometheus_client": ("compiledllm.server",),
 }
 WITHOUT_TORCH = (
     "compiledllm.types",

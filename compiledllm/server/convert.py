@@ -1,0 +1,213 @@
+"""Between OpenAI's bodies and the engine's requests and outputs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from compiledllm.engine.prompts import Prompt
+from compiledllm.engine.requests import RequestFactory
+from compiledllm.engine.tokenizer import Tokenizer
+from compiledllm.outputs import CompletionOutput, PositionLogprobs, RequestOutput
+from compiledllm.sampling_params import RequestOutputKind, SamplingParams
+from compiledllm.server.errors import ApiError
+from compiledllm.server.protocol import ChatRequest, CompletionRequest, Generation, Message
+
+# Template arguments that decide about more than the template.
+_RESERVED = {"tokenize", "chat_template", "add_generation_prompt", "continue_final_message"}
+_RESERVED |= {"conversation", "messages", "return_tensors", "return_dict", "padding", "truncation"}
+_RESERVED |= {"max_length", "tokenizer_kwargs", "return_assistant_tokens_mask"}
+
+# Fields of a body that are sampling parameters of the same name; None leaves the default.
+_SAME = (
+    *("n", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids"),
+    *("frequency_penalty", "presence_penalty", "repetition_penalty", "logit_bias", "ignore_eos"),
+    *("min_tokens", "skip_special_tokens", "spaces_between_special_tokens", "prompt_logprobs"),
+    *("allowed_token_ids", "bad_words", "logprob_token_ids", "truncate_prompt_tokens"),
+    "include_stop_str_in_output",
+)
+
+
+def sampling_params(body: Generation, defaults: SamplingParams, **more: Any) -> SamplingParams:
+    """The body's own over the server's defaults. Raises ApiError naming the field."""
+    given = {name: getattr(body, name) for name in _SAME if getattr(body, name) is not None}
+    if body.repetition_detection is not None:
+        given["repetition_detection"] = body.repetition_detection.model_dump(
+            exclude=set(body.repetition_detection.unknown_fields)
+        )
+    base = {
+        name: getattr(defaults, name)
+        for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    }
+    kind = RequestOutputKind.DELTA if body.stream else RequestOutputKind.FINAL_ONLY
+    try:
+        return SamplingParams(**(base | given | more | {"output_kind": kind}))
+    except ValueError as error:
+        raise ApiError(400, str(error), str(error).partition(" ")[0]) from None
+
+
+def completion_params(body: CompletionRequest, defaults: SamplingParams) -> SamplingParams:
+    if body.suffix:
+        raise ApiError(400, "suffix is not supported: leave it out", "suffix")
+    if body.stream and body.best_of is not None and body.best_of > (body.n or 1):
+        raise ApiError(400, "best_of cannot be streamed: leave out stream or best_of", "best_of")
+    more: dict[str, Any] = {"best_of": body.best_of, "logprobs": body.logprobs}
+    # One token is the least the engine makes; nobody sees it.
+    more["max_tokens"] = 1 if body.max_tokens == 0 else body.max_tokens
+    if body.echo and body.logprobs is not None and body.prompt_logprobs is None:
+        more["prompt_logprobs"] = body.logprobs
+    if body.max_tokens == 0:
+        more["min_tokens"] = 0
+    return sampling_params(body, defaults, **more)
+
+
+def chat_params(body: ChatRequest, defaults: SamplingParams) -> SamplingParams:
+    if body.tools and body.tool_choice != "none":
+        raise ApiError(400, "tools are not supported: leave them out", "tools")
+    if body.response_format is not None and body.response_format.type != "text":
+        kind = body.response_format.type
+        raise ApiError(
+            400, f"response_format of type '{kind}' is not supported; use 'text'", "response_format"
+        )
+    if body.chat_template is not None:
+        raise ApiError(400, "chat_template in a request is not allowed", "chat_template")
+    if body.top_logprobs is not None and not body.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs=true", "top_logprobs")
+    limit = body.max_completion_tokens or body.max_tokens or defaults.max_tokens
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    return sampling_params(body, defaults, max_tokens=limit, logprobs=logprobs)
+
+
+def completion_prompts(body: CompletionRequest, requests: RequestFactory) -> list[Prompt]:
+    """One or many, as token ids where the text's own special tokens are not wanted."""
+    prompt: Any = body.prompt
+    many = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+    if body.add_special_tokens or not isinstance(many[0], str):
+        return list(many)
+    tokenizer = requests.require_tokenizer("a text prompt")
+    return [
+        {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
+        for text in many
+    ]
+
+
+def chat_prompt(
+    messages: list[Message],
+    add_generation_prompt: bool,
+    continue_final_message: bool,
+    template_kwargs: dict[str, Any] | None,
+    requests: RequestFactory,
+) -> Prompt:
+    """A conversation through the model's chat template."""
+    reserved = _RESERVED & set(template_kwargs or {})
+    if reserved:
+        raise ApiError(
+            400, f"chat_template_kwargs must not have {sorted(reserved)}", "chat_template_kwargs"
+        )
+    if add_generation_prompt and continue_final_message:
+        add_generation_prompt = False
+    tokenizer = requests.require_tokenizer("a conversation")
+    plain = [
+        message.model_dump(exclude_none=True) | {"content": message.content or ""}
+        for message in messages
+    ]
+    text, token_ids = tokenizer.encode_chat(
+        plain,
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=continue_final_message,
+        **(template_kwargs or {}),
+    )
+    return {"prompt": text, "prompt_token_ids": token_ids}
+
+
+# -- responses -------------------------------------------------------------------------------------
+
+
+def usage(outputs: Iterable[RequestOutput], num_output_tokens: int) -> dict[str, Any]:
+    prompt_tokens = cached = 0
+    for output in outputs:
+        prompt_tokens += len(output.prompt_token_ids)
+        cached += output.num_cached_tokens
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": num_output_tokens,
+        "total_tokens": prompt_tokens + num_output_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+def envelope(kind: str, request_id: str, model: str) -> dict[str, Any]:
+    return {"id": request_id, "object": kind, "created": int(time.time()), "model": model}
+
+
+def finish_fields(completion: CompletionOutput) -> dict[str, Any]:
+    """OpenAI knows "stop" and "length"; "repetition" stops, too. stop_reason is vLLM's."""
+    reason = completion.finish_reason
+    known = "stop" if reason == "repetition" else reason
+    return {"finish_reason": known, "stop_reason": completion.stop_reason}
+
+
+def chat_logprobs(
+    completion: CompletionOutput, top: int, tokenizer: Tokenizer | None
+) -> dict[str, Any] | None:
+    if completion.logprobs is None:
+        return None
+    content = []
+    for token_id, found in zip(completion.token_ids, completion.logprobs, strict=True):
+        entries = _entries(found, token_id, top, tokenizer)
+        content.append(entries[0] | {"top_logprobs": entries[1:]})
+    return {"content": content, "refusal": None}
+
+
+def _entries(
+    found: PositionLogprobs, token_id: int, top: int, tokenizer: Tokenizer | None
+) -> list[dict[str, Any]]:
+    """The token's own entry, then those of the most likely and of those asked for."""
+    best = sorted(
+        (i for i, entry in found.items() if entry.rank is not None and entry.rank <= top),
+        key=lambda i: found[i].rank or 0,
+    )
+    named = [i for i, entry in found.items() if entry.rank is None]
+    return [_entry(i, found, tokenizer) for i in (token_id, *best, *named)]
+
+
+def _entry(token_id: int, found: PositionLogprobs, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    text = _token_text(token_id, tokenizer)
+    value = max(found[token_id].logprob, -9999.0)  # JSON has no infinity
+    return {"token": text, "logprob": value, "bytes": list(text.encode())}
+
+
+def _token_text(token_id: int, tokenizer: Tokenizer | None) -> str:
+    return f"token_id:{token_id}" if tokenizer is None else tokenizer.token_text(token_id)
+
+
+def text_logprobs(
+    token_ids: list[int],
+    found: list[PositionLogprobs | None],
+    top: int,
+    tokenizer: Tokenizer | None,
+    offset: int = 0,
+) -> dict[str, Any]:
+    """Of a text completion; the first token of a prompt has none. offset: where the text begins."""
+    tokens = [_token_text(token_id, tokenizer) for token_id in token_ids]
+    offsets: list[int] = []
+    values: list[float | None] = []
+    tops: list[dict[str, float] | None] = []
+    for token_id, text, entries in zip(token_ids, tokens, found, strict=True):
+        offsets.append(offset)
+        offset += len(text)
+        if entries is None:
+            values.append(None)
+            tops.append(None)
+            continue
+        shown = _entries(entries, token_id, top, tokenizer)
+        values.append(shown[0]["logprob"])
+        ranked = shown[1:] + ([shown[0]] if top else [])
+        tops.append({entry["token"]: entry["logprob"] for entry in ranked} if top else None)
+    return {
+        "tokens": tokens,
+        "token_logprobs": values,
+        "top_logprobs": tops if top else None,
+        "text_offset": offsets,
+    }

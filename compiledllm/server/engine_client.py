@@ -1,0 +1,440 @@
+"""The engine as the server sees it: a process that is started, watched and started again.
+
+Requests are `RequestState`s whose core requests are mirrors: tokens arrive here, text and stop
+strings are made here, so that the engine's process does nothing but steps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import math
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from compiledllm.config import EngineConfig
+from compiledllm.engine.request_state import Completion, RequestState
+from compiledllm.engine.requests import RequestFactory
+from compiledllm.engine.served_model import ServedModel
+from compiledllm.engine.tokenizer import Tokenizer, warm_up
+from compiledllm.log import log
+from compiledllm.models.source import resolve_checkpoint
+from compiledllm.outputs import FinishReason, RequestOutput
+from compiledllm.server.engine_process import write_crash_record
+from compiledllm.server.wire import (
+    Failed,
+    Finish,
+    FromEngine,
+    Grown,
+    Ready,
+    Start,
+    Stats,
+    Stepped,
+    ToEngine,
+    add_of,
+    frame,
+    receive_async,
+)
+from compiledllm.types import RequestStatus
+
+State = Literal["loading", "ready", "draining", "dead"]
+MOST_RESTARTS = 5  # in RESTART_WINDOW_S; then something is wrong that a restart does not mend
+RESTART_WINDOW_S = 600.0
+
+
+class Unavailable(Exception):
+    """The engine takes no requests: it is loading, draining or dead. retry_after: seconds."""
+
+    def __init__(self, reason: str, retry_after: int) -> None:
+        super().__init__(reason)
+        self.retry_after = retry_after
+
+
+class Overloaded(Exception):
+    """As many requests or tokens wait as may. retry_after: seconds."""
+
+    def __init__(self, reason: str, retry_after: int) -> None:
+        super().__init__(reason)
+        self.retry_after = retry_after
+
+
+class EngineError(Exception):
+    """A request could not be finished, through no fault of its own."""
+
+
+class DeadlineExceeded(Exception):
+    """A request took longer than it may."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What is accepted at most. Queued: waiting or running, beyond what runs at once."""
+
+    queued_requests: int
+    queued_tokens: int
+    request_seconds: float
+    stuck_seconds: float
+
+
+@dataclass(eq=False, slots=True)
+class _Live:
+    """A request with somebody waiting for it."""
+
+    state: RequestState
+    outputs: asyncio.Queue[RequestOutput | Exception] = field(default_factory=asyncio.Queue)
+    has_grown: bool = False
+    was_replayed: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(c.request.num_prompt_tokens for c in self.state.completions)
+
+
+class EngineClient:
+    """Starts the engine's process and talks to it.
+
+    Attributes: `state`, `requests` (the factory, once it is ready), `ready` (the engine's last
+    report), `stats` (after its last step), `observe` (called with each message).
+    """
+
+    def __init__(self, options: dict[str, Any], limits: Limits, crash_folder: Path) -> None:
+        self._options = options
+        self._limits = limits
+        self._crash_folder = crash_folder
+        self.state: State = "loading"
+        self.requests: RequestFactory | None = None
+        self.ready: Ready | None = None
+        self.stats: Stats | None = None
+        self.observe: Callable[[FromEngine], None] = lambda message: None
+        self.failure: Failed | None = None
+        self.num_restarts = 0
+        self.process: asyncio.subprocess.Process | None = None
+        self._live: dict[str, _Live] = {}  # by the caller's id
+        self._completions: dict[str, tuple[_Live, Completion]] = {}  # by the engine's id
+        self._writer: asyncio.StreamWriter | None = None
+        self._last_sign = time.monotonic()  # of life, or of work to do
+        self._crashes: list[float] = []
+        self._changed = asyncio.Event()
+        self._ids = itertools.count()
+        self._supervisor: asyncio.Task[None] | None = None
+
+    # -- life and death ------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin; `state` tells how far it is."""
+        self._supervisor = asyncio.create_task(self._supervise())
+        asyncio.get_running_loop().run_in_executor(None, warm_up)  # while the engine loads
+
+    async def wait_until_settled(self) -> None:
+        """Return when the engine is ready, or will never be."""
+        while self.state == "loading":
+            self._changed.clear()
+            await self._changed.wait()
+
+    async def drain(self, seconds: float) -> None:
+        """Take nothing new; return when all is finished, or after so long."""
+        self._set("draining")
+        deadline = time.monotonic() + seconds
+        while self._live and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        for live in list(self._live.values()):
+            self._end(live, EngineError("the server is shutting down"))
+
+    async def stop(self) -> None:
+        """End the process."""
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._supervisor
+        if self._writer is not None:
+            self._writer.close()
+        if self.process is not None and self.process.returncode is None:
+            self.process.kill()
+            await self.process.wait()
+
+    def seconds_without_step(self) -> float:
+        """While there is work: since the last step was finished. 0 otherwise."""
+        return time.monotonic() - self._last_sign if self._live else 0.0
+
+    def why_unhealthy(self) -> str | None:
+        if self.state == "dead":
+            return self.failure.error if self.failure else "the engine has ended"
+        silence = self.seconds_without_step()
+        if self.state != "loading" and silence > self._limits.stuck_seconds:
+            return f"no step was finished for {silence:.0f} s, with {len(self._live)} requests live"
+        return None
+
+    async def _supervise(self) -> None:
+        while self.state != "dead":
+            connection = await self._spawn()
+            reader, self._writer = await asyncio.open_connection(sock=connection)
+            self.failure = None
+            while (message := await receive_async(reader)) is not None:
+                self._last_sign = time.monotonic()
+                self.observe(message)
+                if isinstance(message, Ready):
+                    await self._become_ready(message)
+                else:
+                    self._handle(message)
+            self._writer.close()
+            assert self.process is not None
+            await self._mourn(await self.process.wait())
+
+    async def _spawn(self) -> socket.socket:
+        ours, theirs = socket.socketpair()
+        self.process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "compiledllm.server.engine_process",
+            str(theirs.fileno()),
+            pass_fds=[theirs.fileno()],
+            stdin=asyncio.subprocess.DEVNULL,
+        )
+        theirs.close()
+        ours.setblocking(True)
+        ours.sendall(frame(Start(self._options, str(self._crash_folder))))
+        return ours
+
+    async def _mourn(self, status: int) -> None:
+        """The process has ended: say why, end or keep its requests, and decide what comes next."""
+        failure = self.failure or Failed(_cause_of(status))
+        was_ready, self.failure = self.ready is not None, failure
+        now = time.monotonic()
+        self._crashes = [t for t in self._crashes if now - t < RESTART_WINDOW_S] + [now]
+        if not was_ready or len(self._crashes) > MOST_RESTARTS:
+            self._set("dead")
+            for live in list(self._live.values()):
+                self._end(live, EngineError(failure.error))
+            return
+        if not failure.blamed:  # else it has written one itself
+            batch = [{"request_id": request_id} for request_id in self._completions]
+            record: dict[str, object] = {
+                "error": failure.error,
+                "batch": batch,
+                "last_stats": str(self.stats),
+            }
+            write_crash_record(self._crash_folder, record)
+        self._sort_out(failure)
+        log.error("the engine ended (%s); starting it again", failure.error)
+        self.num_restarts += 1
+        if self.state != "draining":
+            self._set("loading")
+
+    def _sort_out(self, failure: Failed) -> None:
+        """Requests that showed nothing yet are kept, once; the rest end with the cause."""
+        for live in list(self._live.values()):
+            if live.has_grown or live.was_replayed:
+                self._end(live, EngineError(f"the engine ended: {failure.error}"))
+            else:
+                live.was_replayed = True
+
+    def _set(self, state: State) -> None:
+        self.state = state
+        self._changed.set()
+
+    # -- messages ------------------------------------------------------------------------------
+
+    def _handle(self, message: Stepped | Failed) -> None:
+        if isinstance(message, Stepped):
+            self.stats = message.stats
+            self._take(message.grown)
+        else:
+            self.failure = message
+
+    async def _become_ready(self, message: Ready) -> None:
+        if self.requests is None:
+            tokenizer = await asyncio.to_thread(_tokenizer_of, message)
+            self.requests = RequestFactory(served_model_of(message), tokenizer)
+        self.ready = message
+        for live in self._live.values():
+            self._send_request(live)
+        if self.state == "loading":
+            self._set("ready")
+
+    def _take(self, grown: list[Grown]) -> None:
+        touched: dict[int, _Live] = {}
+        for news in grown:
+            pair = self._completions.get(news.request_id)
+            if pair is not None:
+                live, completion = pair
+                self._grow(completion, news)
+                live.has_grown |= bool(news.token_ids)
+                touched[id(live)] = live
+        for live in touched.values():
+            output = live.state.next_output()
+            if output is not None:
+                live.outputs.put_nowait(output)
+            if live.state.is_finished:
+                self._forget(live)
+
+    def _grow(self, completion: Completion, news: Grown) -> None:
+        """Book what came; a stop string ends the completion, and the engine is told."""
+        request = completion.request
+        request.num_cached_tokens = news.num_cached_tokens
+        request.logprobs += news.logprobs
+        request.prompt_logprobs += news.prompt_logprobs
+        for index, token_id in enumerate(news.token_ids):
+            request.token_ids.append(token_id)
+            if news.finish_reason and index == len(news.token_ids) - 1:
+                _finish_mirror(completion, news.finish_reason, news.stop_reason)
+            stop = completion.push_last_token()
+            if stop is not None:
+                del request.logprobs[request.num_output_tokens :]
+                if not request.is_finished:
+                    self._send(Finish([request.request_id], "stop"))
+                _finish_mirror(completion, "stop", stop)
+                break
+        if news.finish_reason and not request.is_finished:
+            _finish_mirror(completion, news.finish_reason, news.stop_reason)
+        if request.is_finished:
+            self._completions.pop(request.request_id, None)
+
+    def _send(self, message: ToEngine) -> None:
+        if self._writer is not None and not self._writer.is_closing():
+            self._writer.write(frame(message))
+
+    def _send_request(self, live: _Live) -> None:
+        for completion in live.state.completions:
+            self._send(add_of(completion.request))
+
+    # -- requests ------------------------------------------------------------------------------
+
+    @property
+    def num_live(self) -> int:
+        return len(self._live)
+
+    def new_id(self, prefix: str) -> str:
+        return f"{prefix}-{time.time_ns():x}{next(self._ids):04x}"
+
+    def admit(self, states: list[RequestState]) -> None:
+        """Let requests in, all or none; each then has to be generated, or released.
+
+        Raises Unavailable or Overloaded if no more may come in now.
+        """
+        num_requests = sum(len(state.completions) for state in states)
+        num_tokens = sum(c.request.num_prompt_tokens for s in states for c in s.completions)
+        self._check_admission(num_requests, num_tokens)
+        for state in states:
+            self._register(state)
+
+    def release(self, states: list[RequestState]) -> None:
+        """End those that are not over; nobody waits for them any more."""
+        for state in states:
+            live = self._live.get(state.request_id)
+            if live is not None and live.state is state:
+                self._abort(live)
+
+    def _check_admission(self, num_requests: int, num_tokens: int) -> None:
+        if self.state != "ready" or self.requests is None:
+            raise Unavailable(f"the engine is {self.state}", 1 if self.state == "draining" else 5)
+        assert self.ready is not None
+        at_once = int(self.ready.options["max_num_seqs"] or 1)
+        requests = len(self._completions) + num_requests
+        if requests > at_once + self._limits.queued_requests:
+            raise Overloaded(
+                f"{len(self._completions)} requests are running or waiting, and "
+                f"{at_once + self._limits.queued_requests} may",
+                self._retry_after(),
+            )
+        tokens = sum(live.num_tokens for live in self._live.values())
+        if tokens and tokens + num_tokens > self._limits.queued_tokens:
+            raise Overloaded(
+                f"prompts of {tokens} tokens are running or waiting, and "
+                f"{self._limits.queued_tokens} may",
+                self._retry_after(),
+            )
+
+    def _retry_after(self) -> int:
+        waiting = self.stats.num_waiting if self.stats else 0
+        return min(1 + math.ceil(waiting / 32), 30)
+
+    async def generate(self, state: RequestState) -> AsyncGenerator[RequestOutput]:
+        """An admitted request's outputs, as its `output_kind` says. Leaving early ends it.
+
+        Raises EngineError if it cannot be finished, DeadlineExceeded if it takes too long.
+        """
+        live = self._live[state.request_id]
+        deadline = asyncio.get_running_loop().time() + self._limits.request_seconds
+        try:
+            while True:
+                async with asyncio.timeout_at(deadline):
+                    output = await live.outputs.get()
+                if isinstance(output, Exception):
+                    raise output
+                yield output
+                if output.finished:
+                    return
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"the request took longer than {self._limits.request_seconds:.0f} s"
+            ) from None
+        finally:
+            self._abort(live)
+
+    def _register(self, state: RequestState) -> None:
+        live = _Live(state)
+        if not self._live:
+            self._last_sign = time.monotonic()
+        self._live[state.request_id] = live
+        for completion in state.completions:
+            self._completions[completion.request.request_id] = live, completion
+        self._send_request(live)
+
+    def _abort(self, live: _Live) -> None:
+        """If it is not over: free what it holds."""
+        ids = [c.request.request_id for c in live.state.completions if not c.request.is_finished]
+        if ids and self._live.get(live.state.request_id) is live:
+            self._send(Finish(ids, "abort"))
+        self._forget(live)
+
+    def _end(self, live: _Live, error: Exception) -> None:
+        live.outputs.put_nowait(error)
+        self._forget(live)
+
+    def _forget(self, live: _Live) -> None:
+        if self._live.get(live.state.request_id) is live:
+            del self._live[live.state.request_id]
+        for completion in live.state.completions:
+            pair = self._completions.get(completion.request.request_id)
+            if pair is not None and pair[0] is live:
+                del self._completions[completion.request.request_id]
+
+
+def served_model_of(message: Ready) -> ServedModel:
+    return ServedModel(
+        config=EngineConfig.from_options(**message.options),
+        model_path=Path(message.model_path),
+        vocab_size=message.vocab_size,
+        eos_token_ids=tuple(message.eos_token_ids),
+        num_slots=message.num_slots,
+    )
+
+
+def _tokenizer_of(message: Ready) -> Tokenizer | None:
+    if message.options["skip_tokenizer_init"]:
+        return None
+    other = message.options["tokenizer"]
+    return Tokenizer(
+        resolve_checkpoint(other, weights=False) if other else Path(message.model_path)
+    )
+
+
+def _finish_mirror(
+    completion: Completion, reason: FinishReason, stop_reason: int | str | None
+) -> None:
+    request = completion.request
+    request.status = RequestStatus.FINISHED
+    request.finish_reason, request.stop_reason = reason, stop_reason
+
+
+def _cause_of(status: int) -> str:
+    if status < 0:
+        return f"its process was ended by {signal.Signals(-status).name}"
+    return f"its process ended with status {status}"

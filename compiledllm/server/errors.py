@@ -1,0 +1,66 @@
+"""Errors in OpenAI's shape."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi.responses import JSONResponse
+
+from compiledllm.server.engine_client import (
+    DeadlineExceeded,
+    EngineError,
+    Overloaded,
+    Unavailable,
+)
+
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+    503: "service_unavailable_error",
+    504: "timeout_error",
+}
+
+
+class ApiError(Exception):
+    """A request that is answered with an error. param: the field that is wrong."""
+
+    def __init__(
+        self, status: int, message: str, param: str | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+
+
+def error_body(error: ApiError) -> dict[str, Any]:
+    kind = _TYPES.get(error.status, "server_error")
+    detail = {"message": error.message, "type": kind, "param": error.param}
+    return {"error": detail | {"code": error.code}}
+
+
+def error_response(error: ApiError, headers: dict[str, str] | None = None) -> JSONResponse:
+    return JSONResponse(error_body(error), error.status, headers)
+
+
+def response_to(error: Exception) -> JSONResponse:
+    """To whatever a handler raised; 500 for what nobody expected."""
+    if isinstance(error, Overloaded | Unavailable):
+        status = 429 if isinstance(error, Overloaded) else 503
+        after = {"retry-after": str(error.retry_after)}
+        return error_response(ApiError(status, str(error)), after)
+    return error_response(as_api_error(error))
+
+
+def as_api_error(error: Exception) -> ApiError:
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, DeadlineExceeded):
+        return ApiError(504, str(error), code="deadline_exceeded")
+    if isinstance(error, EngineError):
+        return ApiError(500, str(error), code="engine_error")
+    if isinstance(error, ValueError):
+        return ApiError(400, str(error))
+    return ApiError(500, f"{type(error).__name__}: {error}")

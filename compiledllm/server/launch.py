@@ -1,0 +1,174 @@
+"""`compiledllm serve`: options, the socket, signals, the order of starting and ending."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from compiledllm.arguments import engine_options
+from compiledllm.config import ConfigError, EngineConfig
+from compiledllm.log import log, show_logs
+from compiledllm.models.source import cache_dir
+from compiledllm.server.app import AppOptions, create_app
+from compiledllm.server.engine_client import EngineClient, Limits
+
+LOG_LINE_INTERVAL_S = 10.0
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    """Serve until told to stop; the exit status. A failure's cause is the last line printed."""
+    show_logs()
+    options = engine_options(arguments)
+    EngineConfig.from_options(**options)  # wrong options are said before anything is started
+    app_options = _app_options(arguments)
+    listener = _bind(arguments.host, arguments.port)
+    engine = EngineClient(options, _limits(arguments), cache_dir() / "crashes")
+    try:
+        return asyncio.run(_run(engine, app_options, listener, arguments))
+    finally:
+        listener.close()
+
+
+async def _run(
+    engine: EngineClient, options: AppOptions, listener: socket.socket, arguments: Any
+) -> int:
+    app = create_app(engine, options)
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        timeout_keep_alive=5,
+        h11_max_incomplete_event_size=64 * 1024,
+        http="h11",
+        ws="none",
+        lifespan="off",
+        server_header=False,
+    )
+    server = _Server(config)
+    loop = asyncio.get_running_loop()
+    ending = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, _on_signal, ending, server)
+    engine.start()
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    lines = asyncio.create_task(_log_lines(app.state.metrics))
+    watch = asyncio.create_task(_announce(engine, listener))
+    status = await _until_end(engine, ending, serving)
+    if status == 0:
+        log.info("draining: %d requests live", engine.num_live)
+        await engine.drain(arguments.shutdown_timeout)
+    server.should_exit = True
+    for task in (lines, watch):
+        task.cancel()
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(serving, 5)
+    await engine.stop()
+    if status and engine.failure is not None:
+        print(f"error: {engine.failure.error}", file=sys.stderr, flush=True)
+    return status
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to us: a first one drains, a second one ends at once."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _on_signal(ending: asyncio.Event, server: uvicorn.Server) -> None:
+    if ending.is_set():
+        log.warning("stopping at once")
+        os._exit(130)
+    ending.set()
+
+
+async def _until_end(engine: EngineClient, ending: asyncio.Event, serving: Any) -> int:
+    """0 when told to stop; 2 when the engine could not start, 1 when it is lost or HTTP ended."""
+    told = asyncio.create_task(ending.wait())
+    dead = asyncio.create_task(_death(engine))
+    done, pending = await asyncio.wait({told, dead, serving}, return_when=asyncio.FIRST_COMPLETED)
+    for task in pending - {serving}:
+        task.cancel()
+    if told in done:
+        return 0
+    is_config = engine.failure is not None and engine.failure.is_config
+    return 2 if is_config else 1
+
+
+async def _death(engine: EngineClient) -> None:
+    while engine.state != "dead":
+        await asyncio.sleep(0.1)
+
+
+async def _announce(engine: EngineClient, listener: socket.socket) -> None:
+    await engine.wait_until_settled()
+    if engine.state == "ready":
+        host, port = listener.getsockname()[:2]
+        url = f"http://{host}:{port}"
+        log.info("ready at %s  (try: curl %s/v1/models)", url, url)
+
+
+async def _log_lines(metrics: Any) -> None:
+    while True:
+        await asyncio.sleep(LOG_LINE_INTERVAL_S)
+        metrics.log_line()
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """Listen at once, so that a port in use is known before a model is loaded."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host}:{port} ({error.strerror}); choose another --port or --host"
+        ) from None
+    listener.set_inheritable(False)
+    return listener
+
+
+def _app_options(arguments: argparse.Namespace) -> AppOptions:
+    options = engine_options(arguments)
+    names = arguments.served_model_name or [str(options.get("model") or "SmolLM2-135M-Instruct")]
+    return AppOptions(
+        model_names=names,
+        api_keys=_api_keys(arguments),
+        allowed_origins=arguments.allowed_origins,
+        strict_fields=arguments.strict_fields,
+        metrics_prefix=arguments.metrics_prefix,
+    )
+
+
+def _api_keys(arguments: argparse.Namespace) -> list[str]:
+    """From the flag, the file (one a line) and the environment (commas between them)."""
+    keys = list(arguments.api_key or [])
+    if arguments.api_key_file is not None:
+        try:
+            keys += Path(arguments.api_key_file).read_text(encoding="utf-8").split()
+        except OSError as error:
+            raise ConfigError(f"--api-key-file {arguments.api_key_file}: {error}") from None
+    keys += [key for key in os.environ.get("COMPILEDLLM_API_KEY", "").split(",") if key.strip()]
+    return [key.strip() for key in keys]
+
+
+def _limits(arguments: argparse.Namespace) -> Limits:
+    return Limits(
+        queued_requests=arguments.max_queued_requests,
+        queued_tokens=arguments.max_queued_tokens,
+        request_seconds=arguments.request_timeout,
+        stuck_seconds=arguments.stuck_timeout,
+    )

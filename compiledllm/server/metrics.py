@@ -1,0 +1,191 @@
+"""Prometheus metrics, with vLLM's names behind a prefix of one's choice."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from compiledllm.log import log
+from compiledllm.outputs import RequestOutput
+from compiledllm.server.engine_client import EngineClient
+from compiledllm.server.wire import FromEngine, Stats, Stepped
+
+_SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5)
+_LONG = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 240.0)
+_BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 1.0, 2.5)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
+
+
+@dataclass(slots=True)
+class _Timing:
+    """A request on its way."""
+
+    arrival: float
+    last: float | None = None
+    first: float | None = None
+    num_tokens: int = 0
+
+
+class Metrics:
+    """Counts what the engine reports and what requests experience."""
+
+    def __init__(self, prefix: str, model: str, engine: EngineClient) -> None:
+        self.registry = CollectorRegistry()
+        self._engine = engine
+        self._model = model
+        self._prefix = prefix
+        gauge, counter, histogram = self._gauge, self._counter, self._histogram
+        self.running = gauge("num_requests_running", "Requests in the batch")
+        self.waiting = gauge("num_requests_waiting", "Requests that wait for room")
+        self.kv_usage = gauge("kv_cache_usage_perc", "Share of the KV blocks in use, 0 to 1")
+        self.is_ready = gauge("engine_ready", "1 if requests are taken")
+        self.silence = gauge("engine_seconds_without_step", "While there is work")
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of finished requests")
+        self.cached_tokens = counter("prompt_tokens_cached", "Of those, found in the prefix cache")
+        self.generation_tokens = counter("generation_tokens", "Tokens generated")
+        self.prefix_queries = counter("prefix_cache_queries", "Prompt tokens looked up")
+        self.prefix_hits = counter("prefix_cache_hits", "Prompt tokens found")
+        self.preemptions = counter("num_preemptions", "Requests that had to be computed again")
+        self.corrupted = counter("corrupted_requests", "Requests whose logits were NaN or infinite")
+        self.rejections = counter("admission_rejections", "Requests refused: too many waited")
+        self.restarts = counter("engine_restarts", "Starts of the engine after a crash")
+        self.recompiles = counter("recompiles", "Compilations after warm-up: always 0")
+        self.steps = histogram("engine_step_seconds", "Time of a step", _SECONDS)
+        self.step_tokens = histogram("iteration_tokens_total", "Tokens computed in a step", _TOKENS)
+        self.ttft = histogram("time_to_first_token_seconds", "Until the first token", _SECONDS)
+        self.itl = histogram("inter_token_latency_seconds", "Between tokens", _BETWEEN)
+        self.tpot = histogram(
+            "request_time_per_output_token_seconds",
+            "Mean time between a request's tokens",
+            _BETWEEN,
+        )
+        self.e2e = histogram("e2e_request_latency_seconds", "Of whole requests", _LONG)
+        self.prompt_lengths = histogram("request_prompt_tokens", "Length of prompts", _TOKENS)
+        self.output_lengths = histogram("request_generation_tokens", "Length of outputs", _TOKENS)
+        self.success = Counter(
+            f"{prefix}request_success",
+            "Finished requests",
+            ["model_name", "finished_reason"],
+            registry=self.registry,
+        )
+        self._seen: dict[str, float] = {}
+        self._line = _Line()
+        engine.observe = self._observe
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        made = Gauge(self._prefix + name, text, ["model_name"], registry=self.registry)
+        return made.labels(self._model)
+
+    def _counter(self, name: str, text: str) -> Counter:
+        made = Counter(self._prefix + name, text, ["model_name"], registry=self.registry)
+        return made.labels(self._model)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        made = Histogram(
+            self._prefix + name, text, ["model_name"], registry=self.registry, buckets=buckets
+        )
+        return made.labels(self._model)
+
+    def text(self) -> bytes:
+        """In Prometheus's format."""
+        self.is_ready.set(self._engine.state == "ready")
+        self.silence.set(self._engine.seconds_without_step())
+        self._advance("restarts", self.restarts, self._engine.num_restarts)
+        return generate_latest(self.registry)
+
+    # -- the engine ----------------------------------------------------------------------------
+
+    def _observe(self, message: FromEngine) -> None:
+        if not isinstance(message, Stepped):
+            self._seen.clear()  # a new engine counts from zero
+            return
+        stats = message.stats
+        self.running.set(stats.num_running)
+        self.waiting.set(stats.num_waiting)
+        self.kv_usage.set(stats.kv_usage)
+        count = sum(len(grown.token_ids) for grown in message.grown)
+        self.generation_tokens.inc(count)
+        self._advance("preemptions", self.preemptions, stats.num_preemptions)
+        self._advance("corrupted", self.corrupted, stats.num_failed_rows)
+        self._advance("recompiles", self.recompiles, stats.num_recompiles)
+        self._advance("queries", self.prefix_queries, stats.prefix_queries)
+        self._advance("hits", self.prefix_hits, stats.prefix_hits)
+        if stats.num_tokens:
+            self.steps.observe(stats.step_seconds)
+            self.step_tokens.observe(stats.num_tokens)
+        self._line.add(stats, count)
+
+    def _advance(self, name: str, counter: Counter, value: float) -> None:
+        """Bring a counter up to what the engine counts since its start."""
+        counter.inc(max(value - self._seen.get(name, 0), 0))
+        self._seen[name] = value
+
+    def log_line(self) -> None:
+        """What went on since the last time; nothing if nothing did."""
+        self._line.show(self._engine)
+
+    # -- requests ------------------------------------------------------------------------------
+
+    def begin(self) -> _Timing:
+        return _Timing(time.monotonic())
+
+    def grow(self, timing: _Timing, output: RequestOutput) -> None:
+        """An output of a request has come."""
+        now = time.monotonic()
+        count = sum(len(completion.token_ids) for completion in output.outputs)
+        if timing.first is None:
+            timing.first = now
+            self.ttft.observe(now - timing.arrival)
+        elif timing.last is not None and count:
+            self.itl.observe(now - timing.last)
+        timing.last = now
+        timing.num_tokens += count
+
+    def end(self, timing: _Timing, output: RequestOutput) -> None:
+        """A request is finished."""
+        now, count = time.monotonic(), timing.num_tokens
+        self.e2e.observe(now - timing.arrival)
+        self.prompt_tokens.inc(len(output.prompt_token_ids))
+        self.cached_tokens.inc(output.num_cached_tokens)
+        self.prompt_lengths.observe(len(output.prompt_token_ids))
+        self.output_lengths.observe(count)
+        if timing.first is not None and count > 1:
+            self.tpot.observe((now - timing.first) / (count - 1))
+        for completion in output.outputs:
+            self.success.labels(self._model, str(completion.finish_reason)).inc()
+
+
+class _Line:
+    """The log line of every ten seconds."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+        self._generated = self._computed = 0
+        self._stats: Stats | None = None
+        self._hits = (0, 0)
+
+    def add(self, stats: Stats, num_generated: int) -> None:
+        self._stats = stats
+        self._generated += num_generated
+        self._computed += stats.num_tokens
+
+    def show(self, engine: EngineClient) -> None:
+        stats, seconds = self._stats, time.monotonic() - self._since
+        self._since = time.monotonic()
+        generated, computed, self._generated, self._computed = self._generated, self._computed, 0, 0
+        if stats is None or not computed:
+            return
+        queries, hits = stats.prefix_queries - self._hits[0], stats.prefix_hits - self._hits[1]
+        self._hits = (stats.prefix_queries, stats.prefix_hits)
+        log.info(
+            "%.1f tokens/s generated, %.1f computed, %d running, %d waiting, KV %.1f%%, "
+            "prefix hits %.1f%%",
+            generated / seconds,
+            computed / seconds,
+            stats.num_running,
+            stats.num_waiting,
+            100 * stats.kv_usage,
+            100 * hits / queries if queries else 0.0,
+        )

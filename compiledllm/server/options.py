@@ -1,0 +1,25 @@
+"""The server's own command-line options. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+
+from compiledllm.arguments import count
+
+
+def add_server_options(group: argparse._ArgumentGroup) -> None:
+    """Options of `serve` that are not the engine's."""
+    add = group.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
+    add("--port", type=int, default=8000, help="port to listen on (8000)")
+    add("--served-model-name", nargs="+", help="names in the API; default: the model as given")
+    add("--api-key", action="append", help="a key that requests must have (repeatable)")
+    add("--api-key-file", help="a file with keys, one a line; also $COMPILEDLLM_API_KEY")
+    add("--allowed-origins", nargs="+", default=[], help="CORS: none unless given")
+    add("--strict-fields", action="store_true", help="refuse unknown fields instead of naming them")
+    add("--metrics-prefix", default="compiledllm:", help="vllm: suits vLLM's dashboards")
+    add("--max-queued-requests", type=count, default=1024, help="beyond those that run (1024)")
+    add("--max-queued-tokens", type=count, default=4_000_000, help="of prompts (4000k)")
+    add("--request-timeout", type=float, default=1800.0, help="seconds a request may take (1800)")
+    add("--stuck-timeout", type=float, default=60.0, help="seconds without a step: unhealthy (60)")
+    add("--shutdown-timeout", type=float, default=30.0, help="seconds to drain for (30)")

@@ -1,0 +1,329 @@
+"""Answers to `/v1/chat/completions` and `/v1/completions`, whole or as a stream of events."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from compiledllm.engine.prompts import Prompt
+from compiledllm.engine.request_state import RequestState
+from compiledllm.engine.requests import RequestFactory
+from compiledllm.log import log
+from compiledllm.outputs import CompletionOutput, RequestOutput
+from compiledllm.sampling_params import SamplingParams
+from compiledllm.server import convert
+from compiledllm.server.engine_client import EngineClient, EngineError, Unavailable
+from compiledllm.server.errors import ApiError, as_api_error, error_body
+from compiledllm.server.metrics import Metrics
+from compiledllm.server.protocol import ChatRequest, CompletionRequest, Generation
+
+_ENCODE = msgspec.json.Encoder().encode
+DONE = b"data: [DONE]\n\n"
+
+
+def event(body: Any) -> bytes:
+    return b"data: " + _ENCODE(body) + b"\n\n"
+
+
+@dataclass(slots=True)
+class Job:
+    """One HTTP request: its engine requests, one for each prompt, and how to show them."""
+
+    body: Generation
+    request_id: str
+    model: str
+    params: SamplingParams
+    states: list[RequestState]
+    requests: RequestFactory
+    shown: dict[int, int] = field(default_factory=dict)  # characters, by choice
+
+    @property
+    def num_choices(self) -> int:
+        return self.params.n
+
+    @property
+    def is_chat(self) -> bool:
+        return isinstance(self.body, ChatRequest)
+
+
+class Serving:
+    """Makes jobs from bodies and answers from jobs."""
+
+    def __init__(self, engine: EngineClient, model_names: list[str], metrics: Metrics) -> None:
+        self.engine = engine
+        self.model_names = model_names
+        self.metrics = metrics
+
+    # -- jobs ----------------------------------------------------------------------------------
+
+    def factory(self) -> RequestFactory:
+        if self.engine.requests is None or self.engine.state != "ready":
+            raise Unavailable(f"the engine is {self.engine.state}", 5)
+        return self.engine.requests
+
+    def check_model(self, name: str | None) -> str:
+        if name is not None and name not in self.model_names:
+            raise ApiError(
+                404,
+                f"model '{name}' does not exist; there is {', '.join(self.model_names)}",
+                "model",
+                "model_not_found",
+            )
+        return name or self.model_names[0]
+
+    async def job(self, body: ChatRequest | CompletionRequest, request_id: str | None) -> Job:
+        """Templates, tokens and checks, in a thread: a long prompt holds nobody up."""
+        requests, model = self.factory(), self.check_model(body.model)
+        is_chat = isinstance(body, ChatRequest)
+        chosen = body.request_id or request_id
+        name = self.engine.new_id("chatcmpl" if is_chat else "cmpl")
+
+        def make() -> tuple[SamplingParams, list[RequestState]]:
+            prompts: list[Prompt]
+            if isinstance(body, ChatRequest):
+                params = convert.chat_params(body, requests.defaults)
+                prompts = [
+                    convert.chat_prompt(
+                        body.messages,
+                        body.add_generation_prompt,
+                        body.continue_final_message,
+                        body.chat_template_kwargs,
+                        requests,
+                    )
+                ]
+            else:
+                params = convert.completion_params(body, requests.defaults)
+                prompts = convert.completion_prompts(body, requests)
+            states = [
+                requests.make(
+                    f"{name}-{i}",
+                    prompt,
+                    params,
+                    body.priority,
+                    cache_salt=body.cache_salt or "",
+                )
+                for i, prompt in enumerate(prompts)
+            ]
+            return params, states
+
+        params, states = await asyncio.to_thread(make)
+        self.engine.admit(states)
+        log.debug("request %s: %d prompts", chosen or name, len(states))
+        return Job(body, chosen or name, model, params, states, requests)
+
+    def release(self, job: Job) -> None:
+        """Nobody waits for its answer any more."""
+        self.engine.release(job.states)
+
+    async def _generate(self, state: RequestState) -> AsyncIterator[RequestOutput]:
+        timing = self.metrics.begin()
+        async with contextlib.aclosing(self.engine.generate(state)) as outputs:
+            async for output in outputs:
+                self.metrics.grow(timing, output)
+                if output.finished:
+                    self.metrics.end(timing, output)
+                yield output
+
+    # -- whole answers -------------------------------------------------------------------------
+
+    async def answer(self, job: Job) -> dict[str, Any]:
+        tasks = [asyncio.create_task(self._last(state)) for state in job.states]
+        try:
+            outputs = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+        choices = [
+            self._choice(job, output, completion, place * job.num_choices + completion.index)
+            for place, output in enumerate(outputs)
+            for completion in output.outputs
+        ]
+        total = sum(c.request.num_output_tokens for state in job.states for c in state.completions)
+        if _hides_output(job):
+            total = 0
+        kind = "chat.completion" if job.is_chat else "text_completion"
+        return convert.envelope(kind, job.request_id, job.model) | {
+            "choices": choices,
+            "usage": convert.usage(outputs, total),
+        }
+
+    async def _last(self, state: RequestState) -> RequestOutput:
+        outputs = [output async for output in self._generate(state)]
+        for completion in outputs[-1].outputs:
+            if completion.finish_reason == "error":
+                raise EngineError(str(completion.stop_reason))
+        return outputs[-1]
+
+    def _choice(
+        self, job: Job, output: RequestOutput, completion: CompletionOutput, index: int
+    ) -> dict[str, Any]:
+        tokenizer = job.requests.tokenizer
+        base: dict[str, Any] = {"index": index} | convert.finish_fields(completion)
+        if job.body.return_token_ids:
+            base["token_ids"] = completion.token_ids
+            base["prompt_token_ids"] = output.prompt_token_ids
+        if job.body.prompt_logprobs is not None:
+            base["prompt_logprobs"] = _plain_prompt_logprobs(output)
+        if isinstance(job.body, ChatRequest):
+            message = {"role": "assistant", "content": completion.text, "refusal": None}
+            found = convert.chat_logprobs(completion, job.body.top_logprobs or 0, tokenizer)
+            return base | {"message": message, "logprobs": found}
+        body = job.body
+        assert isinstance(body, CompletionRequest)
+        text, tokens = completion.text, list(completion.token_ids)
+        found_all: list[Any] = list(completion.logprobs or [])
+        if _hides_output(job):
+            text, tokens, found_all = "", [], []
+            base |= {"finish_reason": "length", "stop_reason": None}
+        if body.echo:
+            text = _prompt_text(output, job.requests) + text
+            tokens = output.prompt_token_ids + tokens
+            found_all = list(output.prompt_logprobs or []) + found_all
+        logprobs = None
+        if body.logprobs is not None:
+            logprobs = convert.text_logprobs(tokens, found_all, body.logprobs, tokenizer)
+        return base | {"text": text, "logprobs": logprobs}
+
+    # -- streams -------------------------------------------------------------------------------
+
+    async def stream(self, job: Job) -> AsyncIterator[bytes]:
+        """Server-sent events. What goes wrong on the way is an event of its own."""
+        try:
+            async for piece in self._events(job):
+                yield piece
+        except Exception as error:
+            yield event(error_body(as_api_error(error)))
+        yield DONE
+
+    async def _events(self, job: Job) -> AsyncIterator[bytes]:
+        options = job.body.stream_options
+        counts = [0] * len(job.states)
+        last: list[RequestOutput | None] = [None] * len(job.states)
+        async for place, output in self._merged(job):
+            last[place] = output
+            for completion in output.outputs:
+                if completion.finish_reason == "error":
+                    raise EngineError(str(completion.stop_reason))
+                counts[place] += len(completion.token_ids)
+                index = place * job.num_choices + completion.index
+                if job.is_chat and index not in job.shown:
+                    job.shown[index] = 0
+                    role = {"role": "assistant", "content": ""}
+                    yield event(self._chunk(job, _chat_delta(index, role)))
+                chunk = self._chunk(job, self._delta(job, output, completion, index))
+                if options is not None and options.include_usage:
+                    if job.is_chat:
+                        chunk["usage"] = None
+                    if options.continuous_usage_stats:
+                        chunk["usage"] = convert.usage([output], counts[place])
+                yield event(chunk)
+        if options is not None and options.include_usage:
+            outputs = [output for output in last if output is not None]
+            total = 0 if _hides_output(job) else sum(counts)
+            final = self._chunk(job, None) | {"usage": convert.usage(outputs, total)}
+            yield event(final)
+
+    async def _merged(self, job: Job) -> AsyncIterator[tuple[int, RequestOutput]]:
+        """The outputs of all prompts as they come."""
+        if len(job.states) == 1:
+            async for output in self._generate(job.states[0]):
+                yield 0, output
+            return
+        queue: asyncio.Queue[tuple[int, RequestOutput | Exception | None]] = asyncio.Queue()
+
+        async def feed(place: int, state: RequestState) -> None:
+            try:
+                async for output in self._generate(state):
+                    queue.put_nowait((place, output))
+                queue.put_nowait((place, None))
+            except Exception as error:
+                queue.put_nowait((place, error))
+
+        tasks = [asyncio.create_task(feed(i, state)) for i, state in enumerate(job.states)]
+        try:
+            unfinished = len(tasks)
+            while unfinished:
+                place, item = await queue.get()
+                if isinstance(item, Exception):
+                    raise item
+                if item is None:
+                    unfinished -= 1
+                else:
+                    yield place, item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _chunk(self, job: Job, choice: dict[str, Any] | None) -> dict[str, Any]:
+        kind = "chat.completion.chunk" if job.is_chat else "text_completion"
+        choices = [] if choice is None else [choice]
+        return convert.envelope(kind, job.request_id, job.model) | {"choices": choices}
+
+    def _delta(
+        self,
+        job: Job,
+        output: RequestOutput,
+        completion: CompletionOutput,
+        index: int,
+    ) -> dict[str, Any]:
+        tokenizer = job.requests.tokenizer
+        if isinstance(job.body, ChatRequest):
+            delta = {"content": completion.text} if completion.text else {}
+            found = convert.chat_logprobs(completion, job.body.top_logprobs or 0, tokenizer)
+            more = _chat_delta(index, delta) | {"logprobs": found}
+            more |= convert.finish_fields(completion)
+            return more | ({"token_ids": completion.token_ids} if job.body.return_token_ids else {})
+        is_first = index not in job.shown
+        choice = self._choice(job if is_first else _without_echo(job), output, completion, index)
+        offset = job.shown.get(index, 0)
+        if choice["logprobs"] is not None:
+            starts = choice["logprobs"]["text_offset"]
+            choice["logprobs"]["text_offset"] = [offset + start for start in starts]
+        job.shown[index] = offset + len(choice["text"])
+        return choice
+
+
+def _chat_delta(index: int, delta: dict[str, Any]) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+
+def _without_echo(job: Job) -> Job:
+    body = job.body.model_copy(update={"echo": False, "prompt_logprobs": None})
+    return Job(body, job.request_id, job.model, job.params, job.states, job.requests)
+
+
+def _hides_output(job: Job) -> bool:
+    """max_tokens=0: only the prompt was asked about."""
+    return isinstance(job.body, CompletionRequest) and job.body.max_tokens == 0
+
+
+def _prompt_text(output: RequestOutput, requests: RequestFactory) -> str:
+    if output.prompt is not None:
+        return output.prompt
+    if requests.tokenizer is None:
+        return ""
+    return requests.tokenizer.decode(output.prompt_token_ids, skip_special_tokens=False)
+
+
+def _plain_prompt_logprobs(output: RequestOutput) -> list[Any] | None:
+    """As vLLM shows them: for each token of the prompt, token id -> its entry."""
+    if output.prompt_logprobs is None:
+        return None
+    return [
+        found
+        and {
+            str(token_id): {
+                "logprob": max(entry.logprob, -9999.0),
+                "rank": entry.rank,
+                "decoded_token": entry.decoded_token,
+            }
+            for token_id, entry in found.items()
+        }
+        for found in output.prompt_logprobs
+    ]

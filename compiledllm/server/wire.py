@@ -1,0 +1,202 @@
+"""What the server's two processes say to each other: msgpack frames over a socket pair.
+
+One frame for each step's outputs of the whole batch. Never pickle: a frame is data.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from dataclasses import fields
+from typing import Any
+
+import msgspec
+
+from compiledllm.outputs import FinishReason
+from compiledllm.sampling_params import RequestOutputKind, SamplingParams
+from compiledllm.types import Request, TokenLogprobs
+
+_LENGTH_BYTES = 4
+_LARGEST_FRAME = 2**31
+
+
+class Start(msgspec.Struct, tag=True):
+    """The first frame: engine options by name, and where a crash is recorded."""
+
+    options: dict[str, Any]
+    crash_folder: str
+
+
+class Add(msgspec.Struct, tag=True, omit_defaults=True):
+    """Queue a request. params: the fields that differ from the defaults and concern the engine."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: dict[str, Any]
+    max_tokens: int
+    stop_token_ids: list[int]
+    seed: int
+    priority: int = 0
+    bad_words: list[list[int]] = []
+    sibling: str | None = None
+    cache_salt: str = ""
+
+
+class Finish(msgspec.Struct, tag=True):
+    """End requests: the client left ("abort"), or their text is complete ("stop")."""
+
+    request_ids: list[str]
+    reason: FinishReason
+
+
+class Ready(msgspec.Struct, tag=True):
+    """The engine is warm. options: resolved, by name; choices: what was chosen, and why."""
+
+    options: dict[str, Any]
+    choices: dict[str, str]
+    model_path: str
+    vocab_size: int
+    eos_token_ids: list[int]
+    num_slots: int
+    startup_s: dict[str, float]
+
+
+class Grown(msgspec.Struct, array_like=True, omit_defaults=True):
+    """What a request got in a step."""
+
+    request_id: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    num_cached_tokens: int = 0
+    logprobs: list[TokenLogprobs] = []
+    prompt_logprobs: list[TokenLogprobs] = []
+
+
+class Stats(msgspec.Struct, array_like=True):
+    """The engine's books after a step."""
+
+    num_running: int
+    num_waiting: int
+    kv_usage: float
+    num_preemptions: int
+    num_failed_rows: int
+    num_recompiles: int
+    step_seconds: float
+    num_tokens: int  # computed in this step
+    prefix_queries: int  # prompt tokens looked up, and found, since the start
+    prefix_hits: int
+
+
+class Stepped(msgspec.Struct, tag=True):
+    """A step is done."""
+
+    grown: list[Grown]
+    stats: Stats
+
+
+class Failed(msgspec.Struct, tag=True):
+    """The engine cannot start, or cannot go on; the process ends. is_config: the options are wrong.
+
+    blamed: the requests of the step that failed.
+    """
+
+    error: str
+    is_config: bool = False
+    blamed: list[str] = []
+
+
+ToEngine = Start | Add | Finish
+FromEngine = Ready | Stepped | Failed
+
+_ENCODER = msgspec.msgpack.Encoder()
+_TO_ENGINE: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(ToEngine)
+_FROM_ENGINE: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(FromEngine)
+
+
+def frame(message: ToEngine | FromEngine) -> bytes:
+    body = _ENCODER.encode(message)
+    return len(body).to_bytes(_LENGTH_BYTES, "big") + body
+
+
+def receive(connection: socket.socket) -> ToEngine | None:
+    """The engine's side: wait for a frame; None at the end."""
+    head = _read(connection, _LENGTH_BYTES)
+    body = head and _read(connection, int.from_bytes(head, "big"))
+    message: ToEngine | None = _TO_ENGINE.decode(body) if body else None
+    return message
+
+
+async def receive_async(reader: asyncio.StreamReader) -> FromEngine | None:
+    """The server's side: wait for a frame; None at the end, also in the middle of one."""
+    try:
+        head = await reader.readexactly(_LENGTH_BYTES)
+        body = await reader.readexactly(int.from_bytes(head, "big"))
+    except (asyncio.IncompleteReadError, ConnectionError):
+        return None
+    message: FromEngine = _FROM_ENGINE.decode(body)
+    return message
+
+
+def _read(connection: socket.socket, count: int) -> bytes | None:
+    buffer = bytearray()
+    while len(buffer) < count:
+        try:
+            piece = connection.recv(min(count - len(buffer), 2**20))
+        except ConnectionError:
+            return None
+        if not piece:
+            return None
+        buffer += piece
+    return bytes(buffer)
+
+
+# -- requests --------------------------------------------------------------------------------------
+
+_TEXT_ONLY = {"stop", "detokenize", "bad_words", "output_kind", "stream_interval", "n", "best_of"}
+_DEFAULTS = SamplingParams()
+
+
+def add_of(request: Request) -> Add:
+    """A request as a message; without what only text needs."""
+    given = {
+        f.name: getattr(request.sampling_params, f.name)
+        for f in fields(SamplingParams)
+        if f.name not in _TEXT_ONLY
+        and getattr(request.sampling_params, f.name) != getattr(_DEFAULTS, f.name)
+    }
+    assert "logits_processors" not in given, "functions do not leave their process"
+    rule = given.get("repetition_detection")
+    if rule is not None:
+        given["repetition_detection"] = {f.name: getattr(rule, f.name) for f in fields(rule)}
+    return Add(
+        request_id=request.request_id,
+        prompt_token_ids=request.prompt_token_ids,
+        params=given,
+        max_tokens=request.max_tokens,
+        stop_token_ids=list(request.stop_token_ids),
+        seed=request.seed,
+        priority=request.priority,
+        bad_words=[list(word) for word in request.bad_words],
+        sibling=None if request.sibling is None else request.sibling.request_id,
+        cache_salt=request.cache_salt,
+    )
+
+
+def request_of(message: Add, alive: dict[str, Request]) -> Request:
+    """The request of a message. alive: by id, among which its sibling may be."""
+    params = message.params
+    if message.bad_words:  # rules for logits look at whether there are any
+        params = params | {"bad_words": ["tokenised"]}
+    return Request(
+        request_id=message.request_id,
+        prompt_token_ids=message.prompt_token_ids,
+        sampling_params=SamplingParams(output_kind=RequestOutputKind.DELTA, **params),
+        max_tokens=message.max_tokens,
+        stop_token_ids=frozenset(message.stop_token_ids),
+        seed=message.seed,
+        priority=message.priority,
+        bad_words=tuple(tuple(word) for word in message.bad_words),
+        sibling=alive.get(message.sibling or ""),
+        cache_salt=message.cache_salt,
+    )

@@ -1,0 +1,209 @@
+"""Processes killed, stopped and told to end, clients that leave: nothing hangs, nothing is lost."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.real_model  # its tokenizer
+
+JSON = {"content-type": "application/json"}
+POST = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+LONG = {"prompt": "Once upon a time", "max_tokens": 1500, "ignore_eos": True, "seed": 1}
+
+
+class Stream:
+    """A streamed completion, read event by event."""
+
+    def __init__(self, port: int, body: dict[str, Any]) -> None:
+        self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        raw = json.dumps(body | {"stream": True})
+        self.connection.request("POST", "/v1/completions", raw, JSON)
+        self.response = self.connection.getresponse()
+
+    def events(self) -> Iterator[Any]:
+        for line in self.response:
+            if line.startswith(b"data: "):
+                data = line[6:].strip()
+                yield data.decode() if data == b"[DONE]" else json.loads(data)
+
+    def close(self) -> None:
+        self.connection.sock.close() if self.connection.sock else None
+        self.response.close()
+
+
+def metric(server: Any, name: str) -> float:
+    lines = str(server.get("/metrics")[1]).splitlines()
+    return float(
+        next(line for line in lines if line.startswith(f"compiledllm:{name}{{")).split()[-1]
+    )
+
+
+@pytest.fixture
+def own(start_server: Callable[..., Any]) -> Any:
+    """A server for one test."""
+    made = start_server("--stuck-timeout", "2").wait_until_ready()
+    yield made
+    made.stop()
+
+
+def test_a_client_that_leaves_frees_its_blocks(own: Any, helpers: Any) -> None:
+    for _ in range(3):
+        stream = Stream(own.port, LONG)
+        next(stream.events())
+        stream.close()
+    whole = threading.Thread(target=own.post, args=("/v1/completions", LONG), daemon=True)
+    whole.start()
+    socket_ = socket.create_connection(("127.0.0.1", own.port))
+    raw = json.dumps(LONG).encode()
+    head = f"{POST}content-length: {len(raw)}\r\n\r\n"
+    socket_.sendall(head.encode() + raw)
+    time.sleep(0.5)
+    socket_.close()  # a client that waits for a whole answer may leave, too
+    whole.join()
+    helpers.wait_for(lambda: metric(own, "kv_cache_usage_perc") == 0)
+    assert metric(own, "num_requests_running") == metric(own, "num_requests_waiting") == 0
+
+
+def test_a_killed_engine_is_started_again_and_told_of(own: Any, helpers: Any) -> None:
+    old = own.engine_pid()
+    stream = Stream(own.port, LONG)
+    events = stream.events()
+    next(events)
+    os.kill(old, signal.SIGKILL)
+    rest = list(events)
+    assert rest[-1] == "[DONE]"
+    error = rest[-2]["error"]
+    assert "ended by SIGKILL" in error["message"] and error["code"] == "engine_error"
+    helpers.wait_for(lambda: own.get("/ready")[0] == 200, 90)
+    assert own.engine_pid() != old and not helpers.is_alive(old)
+    status, answer = own.post("/v1/completions", LONG | {"max_tokens": 3})
+    assert status == 200 and answer["usage"]["completion_tokens"] == 3
+    assert metric(own, "engine_restarts_total") == 1
+    assert "starting it again" in own.log and "crash record" in own.log
+
+
+def test_requests_that_showed_nothing_are_replayed(own: Any, helpers: Any) -> None:
+    expected = own.post("/v1/completions", LONG | {"max_tokens": 5})[1]["choices"][0]["text"]
+    pid = own.engine_pid()
+    os.kill(pid, signal.SIGSTOP)  # so that it gets no further than the queue
+    found: list[Any] = []
+    body = LONG | {"max_tokens": 5}
+    thread = threading.Thread(target=lambda: found.append(own.post("/v1/completions", body)))
+    thread.start()
+    time.sleep(0.5)
+    os.kill(pid, signal.SIGKILL)
+    thread.join(90)
+    assert found and found[0][0] == 200
+    assert found[0][1]["choices"][0]["text"] == expected
+
+
+def test_a_stopped_engine_is_unhealthy_until_it_goes_on(own: Any, helpers: Any) -> None:
+    stream = Stream(own.port, LONG)
+    events = stream.events()
+    next(events)
+    os.kill(own.engine_pid(), signal.SIGSTOP)
+    helpers.wait_for(lambda: own.get("/health")[0] == 503, 20)
+    status, body = own.get("/health")
+    assert "no step was finished for" in body["reason"] and "1 requests live" in body["reason"]
+    assert own.get("/ready")[0] == 503
+    os.kill(own.engine_pid(), signal.SIGCONT)
+    helpers.wait_for(lambda: own.get("/health")[0] == 200, 20)
+    next(events)
+    stream.close()
+    helpers.wait_for(lambda: metric(own, "num_requests_running") == 0)
+
+
+def test_no_engine_outlives_its_server(own: Any, helpers: Any) -> None:
+    pid = own.engine_pid()
+    own.process.kill()
+    own.process.wait()
+    helpers.wait_for(lambda: not helpers.is_alive(pid), 20)
+
+
+def test_told_to_end_it_finishes_what_it_has(own: Any, helpers: Any) -> None:
+    stream = Stream(own.port, LONG | {"max_tokens": 150})
+    events = stream.events()
+    next(events)
+    own.process.send_signal(signal.SIGTERM)
+    helpers.wait_for(lambda: own.get("/ready")[0] == 503 or own.process.poll() is not None)
+    status, body = own.post("/v1/completions", LONG)
+    assert status in (503, None)
+    assert status is None or body["error"]["type"] == "service_unavailable_error"
+    rest = list(events)
+    assert rest[-1] == "[DONE]" and rest[-2]["choices"][0]["finish_reason"] == "length"
+    assert own.process.wait(20) == 0
+
+
+def test_told_twice_it_ends_at_once(own: Any, helpers: Any) -> None:
+    stream = Stream(own.port, LONG)
+    next(stream.events())
+    pid = own.engine_pid()
+    own.process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    own.process.send_signal(signal.SIGTERM)
+    assert own.process.wait(5) == 130
+    helpers.wait_for(lambda: not helpers.is_alive(pid), 20)
+
+
+def test_a_full_disk_costs_the_record_and_nothing_else(
+    start_server: Callable[..., Any], tmp_path: Path, helpers: Any
+) -> None:
+    blocked = tmp_path / "a file"
+    blocked.write_text("")
+    server = start_server(COMPILEDLLM_CACHE_DIR=str(blocked)).wait_until_ready()
+    os.kill(server.engine_pid(), signal.SIGKILL)
+    helpers.wait_for(lambda: "starting it again" in server.log)
+    assert "the crash record cannot be written" in server.log
+    helpers.wait_for(lambda: server.get("/ready")[0] == 200, 90)
+    server.stop()
+
+
+def test_a_reader_of_one_byte_a_second_holds_nobody_up(own: Any) -> None:
+    slow = socket.create_connection(("127.0.0.1", own.port))
+    slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+    raw = json.dumps(LONG | {"stream": True}).encode()
+    head = f"{POST}content-length: {len(raw)}\r\n\r\n"
+    slow.sendall(head.encode() + raw)
+    for _ in range(3):
+        assert slow.recv(1)
+        assert own.post("/v1/completions", LONG | {"max_tokens": 3})[0] == 200
+        time.sleep(1)
+    slow.close()
+
+
+# -- starting -------------------------------------------------------------------------------------
+
+
+def serve(*options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "compiledllm.cli", "serve", *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_a_port_in_use_is_one_line(helpers: Any) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = serve("--port", str(taken.getsockname()[1]))
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "choose another --port" in done.stderr
+
+
+def test_a_model_that_cannot_be_loaded_is_the_last_line(helpers: Any, tmp_path: Path) -> None:
+    done = serve("--port", str(helpers.free_port()), "--model", str(tmp_path / "none"))
+    assert done.returncode == 2
+    assert "model path does not exist" in done.stderr.splitlines()[-1]
+    done = serve("--block-size", "5")
+    assert done.returncode == 2 and "block_size must be a multiple of 16" in done.stderr

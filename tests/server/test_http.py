@@ -1,0 +1,228 @@
+"""What the server says to bad input, to those without a key, and to those who only look."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.real_model  # its tokenizer
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+
+
+def error_of(answer: tuple[int | None, Any], status: int) -> dict[str, Any]:
+    assert answer[0] == status, answer
+    error: dict[str, Any] = answer[1]["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["message"]
+    return error
+
+
+# -- bodies ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/tokenize"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"null",
+        b"[]",
+        b'"text"',
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"messages": ' + b'{"a":' * 5000 + b"1" + b"}" * 5001,
+        b'{"messages": [{"role": "user", "content": "\\ud800"}], "prompt": "\\ud800"}',
+        b'{"temperature": NaN, "prompt": "x", "messages": [{"role": "user", "content": "x"}]}',
+    ],
+    ids=lambda body: repr(body[:20]),
+)
+def test_broken_bodies_are_a_400(path: str, body: bytes, server: Any) -> None:
+    error_of(server.post(path, body), 400)
+
+
+def test_a_body_of_more_than_32_mib_is_a_413(server: Any) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    connection.putrequest("POST", "/v1/completions")
+    connection.putheader("content-length", str(33 * 2**20))
+    connection.endheaders()
+    response = connection.getresponse()
+    assert response.status == 413 and "at most 33554432 bytes" in response.read().decode()
+
+
+def test_a_body_that_lies_about_its_length_is_cut_off(server: Any) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+
+    def pieces() -> Any:
+        for _ in range(34):
+            yield b"x" * 2**20
+
+    try:
+        connection.request("POST", "/v1/completions", pieces(), encode_chunked=True)
+        assert connection.getresponse().status in (400, 413)
+    except (BrokenPipeError, ConnectionResetError):
+        pass  # it was not read to its end
+    assert server.get("/health")[0] == 200
+
+
+def test_unknown_paths_and_methods_are_said_in_openais_shape(server: Any) -> None:
+    error_of(server.get("/v1/nothing"), 404)
+    error_of(server.get("/v1/completions"), 405)
+    error_of(server.get("/v1/models/none"), 404)
+
+
+def test_unknown_fields_are_accepted_and_named(server: Any) -> None:
+    body = CHAT | {"continuous": True, "metadata": {"a": 1}}
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    for _ in range(2):
+        kind = {"content-type": "application/json"}
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), kind)
+        response = connection.getresponse()
+        response.read()
+        assert response.status == 200
+        assert response.getheader("x-ignored-fields") == "continuous,metadata"
+    assert server.log.count("a field that is ignored: 'continuous'") == 1
+
+
+def test_every_answer_has_its_requests_id(server: Any) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    for given in ("my-id-17", "bad\tid", None):
+        headers = {} if given is None else {"x-request-id": given}
+        connection.request("GET", "/v1/models", headers=headers)
+        response = connection.getresponse()
+        response.read()
+        found = response.getheader("x-request-id")
+        assert found and (found == given) == (given == "my-id-17")
+
+
+# -- tokens and text ------------------------------------------------------------------------------
+
+
+def test_tokens_there_and_back(server: Any) -> None:
+    status, answer = server.post("/tokenize", {"prompt": "Hello wörld", "return_token_strs": True})
+    assert status == 200 and answer["count"] == len(answer["tokens"]) == len(answer["token_strs"])
+    assert answer["max_model_len"] == 2048
+    assert server.post("/detokenize", {"tokens": answer["tokens"]})[1] == {"prompt": "Hello wörld"}
+    status, chat = server.post("/tokenize", {"messages": CHAT["messages"]})
+    assert status == 200 and chat["count"] > 5
+    error_of(server.post("/tokenize", {}), 400)
+    error_of(server.post("/detokenize", {"tokens": [49152]}), 400)
+
+
+# -- the state ------------------------------------------------------------------------------------
+
+
+def test_the_state_is_told(server: Any) -> None:
+    server.post("/v1/chat/completions", CHAT)
+    assert server.get("/health") == (200, {"status": "ok", "engine": "ready"})
+    assert server.get("/ready")[1]["ready"] is True
+    assert set(server.get("/version")[1]) == {"version"}
+    config = server.get("/config")[1]
+    assert config["options"]["max_num_seqs"] == 64
+    assert config["choices"]["max_num_seqs"] == "64 (the default on a CPU)"
+    paths = server.get("/openapi.json")[1]["paths"]
+    assert {"/v1/chat/completions", "/v1/completions", "/metrics", "/health"} <= set(paths)
+
+
+def test_metrics_count(server: Any) -> None:
+    def value(name: str) -> float:
+        text = server.get("/metrics")[1]
+        found = re.search(rf"^compiledllm:{name}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)
+        assert found, name
+        return float(found[1])
+
+    before = value("generation_tokens_total"), value("prompt_tokens_total")
+    _, answer = server.post("/v1/chat/completions", CHAT | {"ignore_eos": True})
+    assert value("generation_tokens_total") == before[0] + 2
+    assert value("prompt_tokens_total") == before[1] + answer["usage"]["prompt_tokens"]
+    assert value("num_requests_running") == value("num_requests_waiting") == 0
+    assert value("recompiles_total") == value("corrupted_requests_total") == 0
+    assert value("engine_ready") == 1 and value("kv_cache_usage_perc") == 0
+    assert value("time_to_first_token_seconds_count") > 0
+    assert 'finished_reason="length"' in server.get("/metrics")[1]
+
+
+def test_the_page_asks_nobody_else(server: Any) -> None:
+    status, page = server.get("/")
+    assert status == 200 and "<title>compiledllm</title>" in page
+    assert not re.findall(r"""(?:src|href|fetch)\s*[=(]\s*["'](?:https?:)?//""", page)
+
+
+# -- keys, strictness, salts ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def locked(start_server: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A server with keys from everywhere, strict, with a small queue and vLLM's metric names."""
+    keys = tmp_path_factory.mktemp("keys") / "keys"
+    keys.write_text("from-file\nanother\n")
+    return start_server(
+        *("--api-key", "from-flag", "--api-key-file", str(keys), "--strict-fields"),
+        *("--metrics-prefix", "vllm:", "--max-num-seqs", "1", "--max-queued-requests", "1"),
+        COMPILEDLLM_API_KEY="from-env,more",
+    )
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
+
+
+def test_every_route_but_two_needs_a_key(locked: Any) -> None:
+    locked.wait_until_ready()
+    for path in ("/v1/models", "/metrics", "/config", "/version", "/", "/openapi.json", "/nope"):
+        assert error_of(locked.get(path), 401)["code"] == "invalid_api_key"
+        assert locked.get(path, authorization="from-flag")[0] == 401
+        assert locked.get(path, **bearer("wrong"))[0] == 401
+    assert locked.get("/health")[0] == locked.get("/ready")[0] == 200
+    error_of(locked.post("/tokenize", {"prompt": "x"}), 401)
+    error_of(locked.get("/health/../v1/models"), 401)
+    for key in ("from-flag", "from-file", "another", "from-env", "more"):
+        assert locked.get("/v1/models", **bearer(key))[0] == 200
+    assert locked.get("/v1/models", host="evil/health", **bearer("wrong"))[0] == 401
+    assert "from-flag" not in locked.log
+
+
+def test_strict_servers_refuse_unknown_fields(locked: Any) -> None:
+    locked.wait_until_ready()
+    answer = locked.post("/v1/chat/completions", CHAT | {"foo": 1}, **bearer("more"))
+    assert "unknown fields: foo" in error_of(answer, 400)["message"]
+    assert "vllm:num_requests_running" in locked.get("/metrics", **bearer("more"))[1]
+
+
+def test_too_many_requests_are_told_to_come_back(locked: Any) -> None:
+    locked.wait_until_ready()
+    body = CHAT | {"max_tokens": 400, "ignore_eos": True}
+    found: list[tuple[int | None, Any]] = []
+
+    def ask() -> None:
+        found.append(locked.post("/v1/chat/completions", body, **bearer("more")))
+
+    threads = [threading.Thread(target=ask) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    statuses = sorted(status or 0 for status, _ in found)
+    assert set(statuses) == {200, 429} and statuses.count(200) >= 2
+    refused = next(body for status, body in found if status == 429)
+    assert "running or waiting" in refused["error"]["message"]
+
+
+def test_salts_keep_prefixes_apart(server: Any) -> None:
+    def cached(**fields: Any) -> int:
+        text = "A long enough beginning to fill some blocks of the cache, I think. " * 4
+        body = {"prompt": text, "max_tokens": 1} | fields
+        answer = server.post("/v1/completions", body)[1]
+        found: int = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+        return found
+
+    assert cached(cache_salt="tenant a") == 0
+    assert cached(cache_salt="tenant a") > 16
+    assert cached(cache_salt="tenant b") == 0
+    assert cached() == 0
