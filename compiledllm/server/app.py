@@ -52,6 +52,7 @@ class AppOptions:
     api_keys: list[str]
     allowed_origins: list[str]
     strict_fields: bool = False
+    logs_requests: bool = False
     metrics_prefix: str = "compiledllm:"
 
 
@@ -62,7 +63,7 @@ def create_app(engine: EngineClient, options: AppOptions) -> FastAPI:
     )
     metrics = Metrics(options.metrics_prefix, options.model_names[0], engine)
     app.state.metrics = metrics
-    serving = Serving(engine, options.model_names, metrics)
+    serving = Serving(engine, options.model_names, metrics, options.logs_requests)
     _add_generation(app, serving, _Fields(options.strict_fields))
     _add_text_tools(app, serving)
     _add_models(app, serving)
@@ -104,7 +105,7 @@ class _Fields:
 def _add_generation(app: FastAPI, serving: Serving, fields: _Fields) -> None:
     async def respond(body: ChatRequest | CompletionRequest, request: Request) -> Response:
         headers = fields.headers(body)
-        job = await serving.job(body, None)
+        job = await serving.job(body, request.scope["state"]["request_id"])
         if body.stream:
             return _EventStream(serving, job, headers | {"cache-control": "no-cache"})
         try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import math
 import signal
 import socket
@@ -122,7 +121,6 @@ class EngineClient:
         self._last_sign = time.monotonic()  # of life, or of work to do
         self._crashes: list[float] = []
         self._changed = asyncio.Event()
-        self._ids = itertools.count()
         self._supervisor: asyncio.Task[None] | None = None
 
     # -- life and death ------------------------------------------------------------------------
@@ -172,6 +170,16 @@ class EngineClient:
         return None
 
     async def _supervise(self) -> None:
+        try:
+            await self._keep_running()
+        except Exception as error:
+            log.exception("the engine is lost")
+            self.failure = Failed(f"{type(error).__name__}: {error}")
+            self._set("dead")
+            for live in list(self._live.values()):
+                self._end(live, EngineError(self.failure.error))
+
+    async def _keep_running(self) -> None:
         while self.state != "dead":
             connection = await self._spawn()
             reader, self._writer = await asyncio.open_connection(sock=connection)
@@ -309,9 +317,6 @@ class EngineClient:
     @property
     def num_live(self) -> int:
         return len(self._live)
-
-    def new_id(self, prefix: str) -> str:
-        return f"{prefix}-{time.time_ns():x}{next(self._ids):04x}"
 
     def admit(self, states: list[RequestState]) -> None:
         """Let requests in, all or none; each then has to be generated, or released.

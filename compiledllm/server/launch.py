@@ -149,6 +149,7 @@ def _app_options(arguments: argparse.Namespace) -> AppOptions:
         api_keys=_api_keys(arguments),
         allowed_origins=arguments.allowed_origins,
         strict_fields=arguments.strict_fields,
+        logs_requests=arguments.enable_log_requests,
         metrics_prefix=arguments.metrics_prefix,
     )
 

@@ -17,6 +17,7 @@ def add_server_options(group: argparse._ArgumentGroup) -> None:
     add("--api-key-file", help="a file with keys, one a line; also $COMPILEDLLM_API_KEY")
     add("--allowed-origins", nargs="+", default=[], help="CORS: none unless given")
     add("--strict-fields", action="store_true", help="refuse unknown fields instead of naming them")
+    add("--enable-log-requests", action="store_true", help="ids and sizes, never prompts")
     add("--metrics-prefix", default="compiledllm:", help="vllm: suits vLLM's dashboards")
     add("--max-queued-requests", type=count, default=1024, help="beyond those that run (1024)")
     add("--max-queued-tokens", type=count, default=4_000_000, help="of prompts (4000k)")

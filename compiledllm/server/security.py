@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import re
 import secrets
@@ -44,7 +45,9 @@ class Guard:
 
         problem = self._problem(scope, headers)
         if problem is not None:
-            extra = {"www-authenticate": "Bearer"} if problem.status == 401 else None
+            # A browser asks its user for the key: any name, and the key as the password.
+            kind = 'Basic realm="compiledllm"' if scope["path"] == "/" else "Bearer"
+            extra = {"www-authenticate": kind} if problem.status == 401 else None
             await error_response(problem, extra)(scope, receive, send_with_id)  # type: ignore[arg-type]
             return
         await self._app(scope, _limited(receive), send_with_id)
@@ -59,9 +62,18 @@ class Guard:
 
     def _has_key(self, headers: dict[bytes, bytes]) -> bool:
         kind, _, key = headers.get(b"authorization", b"").partition(b" ")
+        if kind.lower() == b"basic":
+            key = _password(key)
         given = hashlib.sha256(key.strip()).digest()
         matches = [secrets.compare_digest(given, known) for known in self._keys]
-        return kind.lower() == b"bearer" and any(matches)
+        return kind.lower() in (b"bearer", b"basic") and any(matches)
+
+
+def _password(credentials: bytes) -> bytes:
+    try:
+        return base64.b64decode(credentials, validate=True).partition(b":")[2]
+    except ValueError:
+        return b""
 
 
 def _limited(receive: Receive) -> Receive:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
+import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,8 +56,16 @@ class Job:
 class Serving:
     """Makes jobs from bodies and answers from jobs."""
 
-    def __init__(self, engine: EngineClient, model_names: list[str], metrics: Metrics) -> None:
+    def __init__(
+        self,
+        engine: EngineClient,
+        model_names: list[str],
+        metrics: Metrics,
+        logs_requests: bool = False,
+    ) -> None:
         self.engine = engine
+        self.logs_requests = logs_requests  # ids and sizes, never prompts
+        self._numbers = itertools.count()
         self.model_names = model_names
         self.metrics = metrics
 
@@ -76,12 +86,15 @@ class Serving:
             )
         return name or self.model_names[0]
 
-    async def job(self, body: ChatRequest | CompletionRequest, request_id: str | None) -> Job:
-        """Templates, tokens and checks, in a thread: a long prompt holds nobody up."""
+    async def job(self, body: ChatRequest | CompletionRequest, http_id: str) -> Job:
+        """Templates, tokens and checks, in a thread: a long prompt holds nobody up.
+
+        http_id: of the HTTP request, the client's own or one made for it.
+        """
         requests, model = self.factory(), self.check_model(body.model)
-        is_chat = isinstance(body, ChatRequest)
-        chosen = body.request_id or request_id
-        name = self.engine.new_id("chatcmpl" if is_chat else "cmpl")
+        prefix = "chatcmpl" if isinstance(body, ChatRequest) else "cmpl"
+        name = f"{prefix}-{body.request_id or http_id}"
+        number = next(self._numbers)  # clients may use an id twice
 
         def make() -> tuple[SamplingParams, list[RequestState]]:
             prompts: list[Prompt]
@@ -101,7 +114,7 @@ class Serving:
                 prompts = convert.completion_prompts(body, requests)
             states = [
                 requests.make(
-                    f"{name}-{i}",
+                    f"{name}-{number}-{i}",
                     prompt,
                     params,
                     body.priority,
@@ -113,8 +126,10 @@ class Serving:
 
         params, states = await asyncio.to_thread(make)
         self.engine.admit(states)
-        log.debug("request %s: %d prompts", chosen or name, len(states))
-        return Job(body, chosen or name, model, params, states, requests)
+        level = logging.INFO if self.logs_requests else logging.DEBUG
+        tokens = sum(len(state.completions[0].request.prompt_token_ids) for state in states)
+        log.log(level, "request %s: %d prompts, %d tokens", name, len(states), tokens)
+        return Job(body, name, model, params, states, requests)
 
     def release(self, job: Job) -> None:
         """Nobody waits for its answer any more."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import json
 import re
@@ -99,6 +100,10 @@ def test_every_answer_has_its_requests_id(server: Any) -> None:
         response.read()
         found = response.getheader("x-request-id")
         assert found and (found == given) == (given == "my-id-17")
+    headers = {"x-request-id": "mine", "content-type": "application/json"}
+    for _ in range(2):  # an id may be used again
+        connection.request("POST", "/v1/chat/completions", json.dumps(CHAT), headers)
+        assert json.loads(connection.getresponse().read())["id"] == "chatcmpl-mine"
 
 
 # -- tokens and text ------------------------------------------------------------------------------
@@ -186,6 +191,19 @@ def test_every_route_but_two_needs_a_key(locked: Any) -> None:
         assert locked.get("/v1/models", **bearer(key))[0] == 200
     assert locked.get("/v1/models", host="evil/health", **bearer("wrong"))[0] == 401
     assert "from-flag" not in locked.log
+
+
+def test_a_browser_may_give_the_key_as_a_password(locked: Any) -> None:
+    locked.wait_until_ready()
+    connection = http.client.HTTPConnection("127.0.0.1", locked.port, timeout=20)
+    connection.request("GET", "/")
+    refused = connection.getresponse()
+    refused.read()
+    assert refused.getheader("www-authenticate") == 'Basic realm="compiledllm"'
+    for password, status in (("more", 200), ("wrong", 401), ("", 401)):
+        key = base64.b64encode(f"me:{password}".encode()).decode()
+        assert locked.get("/", authorization=f"Basic {key}")[0] == status
+    assert locked.get("/", authorization="Basic ???")[0] == 401
 
 
 def test_strict_servers_refuse_unknown_fields(locked: Any) -> None:
