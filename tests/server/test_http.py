@@ -91,6 +91,15 @@ def test_unknown_fields_are_accepted_and_named(server: Any) -> None:
     assert server.log.count("a field that is ignored: 'continuous'") == 1
 
 
+def test_other_origins_get_nothing_unless_allowed(server: Any) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    connection.request("GET", "/v1/models", headers={"origin": "https://elsewhere.example"})
+    response = connection.getresponse()
+    response.read()
+    assert response.status == 200
+    assert not [name for name, _ in response.getheaders() if name.startswith("access-control")]
+
+
 def test_every_answer_has_its_requests_id(server: Any) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     for given in ("my-id-17", "bad\tid", None):
