@@ -15,7 +15,7 @@ from compiledllm.outputs import (
     RequestOutput,
 )
 from compiledllm.sampling_params import RequestOutputKind, SamplingParams
-from compiledllm.types import Request, TokenLogprobs
+from compiledllm.types import Request, RequestStatus, TokenLogprobs
 
 
 class Completion:
@@ -24,14 +24,22 @@ class Completion:
     def __init__(self, index: int, request: Request, tokenizer: Tokenizer | None) -> None:
         self.index = index
         self.request = request
+        self._tokenizer = tokenizer
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget all that was generated."""
+        request, params = self.request, self.request.sampling_params
+        request.token_ids = list(request.prompt_token_ids)
+        request.logprobs, request.prompt_logprobs = [], []
+        request.status = RequestStatus.WAITING
+        request.finish_reason = request.stop_reason = request.first_token_time = None
         self.last_token_time = request.arrival_time
-        params = request.sampling_params
         stream = None
-        if tokenizer is not None and params.detokenize:
-            stream = tokenizer.stream(request.prompt_token_ids, params.skip_special_tokens)
+        if self._tokenizer is not None and params.detokenize:
+            stream = self._tokenizer.stream(request.prompt_token_ids, params.skip_special_tokens)
         elif params.stop_strings:
             raise ValueError("stop strings need a tokenizer; use stop_token_ids instead")
-        self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(stream, params)
         self._logprobs: list[PositionLogprobs] = []  # as far as somebody has asked for them
         self._num_shown = self._text_shown = 0  # tokens and characters, by deltas

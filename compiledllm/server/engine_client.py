@@ -88,7 +88,7 @@ class _Live:
 
     state: RequestState
     outputs: asyncio.Queue[RequestOutput | Exception] = field(default_factory=asyncio.Queue)
-    has_grown: bool = False
+    was_shown: bool = False  # any of it
     was_replayed: bool = False
 
     @property
@@ -236,12 +236,15 @@ class EngineClient:
             self._set("loading")
 
     def _sort_out(self, failure: Failed) -> None:
-        """Requests that showed nothing yet are kept, once; the rest end with the cause."""
+        """Requests that showed nothing yet start over, once; the rest end with the cause."""
         for live in list(self._live.values()):
-            if live.has_grown or live.was_replayed:
+            if live.was_shown or live.was_replayed:
                 self._end(live, EngineError(f"the engine ended: {failure.error}"))
-            else:
-                live.was_replayed = True
+                continue
+            live.was_replayed = True
+            for completion in live.state.completions:
+                completion.restart()
+                self._completions[completion.request.request_id] = live, completion
 
     def _set(self, state: State) -> None:
         self.state = state
@@ -273,12 +276,12 @@ class EngineClient:
             if pair is not None:
                 live, completion = pair
                 self._grow(completion, news)
-                live.has_grown |= bool(news.token_ids)
                 touched[id(live)] = live
         for live in touched.values():
             output = live.state.next_output()
             if output is not None:
                 live.outputs.put_nowait(output)
+                live.was_shown = True
             if live.state.is_finished:
                 self._forget(live)
 

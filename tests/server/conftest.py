@@ -63,7 +63,7 @@ class Server:
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         request = urllib.request.Request(self.url + path, body, named)
         try:
-            with urllib.request.urlopen(request, timeout=60) as response:
+            with urllib.request.urlopen(request, timeout=150) as response:
                 return response.status, parsed(response.read())
         except urllib.error.HTTPError as error:
             return error.code, parsed(error.read())

@@ -110,6 +110,22 @@ def test_requests_that_showed_nothing_are_replayed(own: Any, helpers: Any) -> No
     assert found[0][1]["choices"][0]["text"] == expected
 
 
+def test_a_whole_answer_survives_the_engines_end(own: Any, helpers: Any) -> None:
+    """Nobody has seen any of it, however much there was."""
+    body = LONG | {"max_tokens": 300, "n": 2, "logprobs": 1}
+    expected = own.post("/v1/completions", body)[1]
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(own.post("/v1/completions", body)))
+    before = metric(own, "generation_tokens_total")
+    thread.start()
+    helpers.wait_for(lambda: metric(own, "generation_tokens_total") > before + 20)
+    os.kill(own.engine_pid(), signal.SIGKILL)
+    thread.join(120)
+    status, answer = found[0]
+    assert status == 200 and answer["usage"] == expected["usage"]
+    assert answer["choices"] == expected["choices"]
+
+
 def test_a_stopped_engine_is_unhealthy_until_it_goes_on(own: Any, helpers: Any) -> None:
     stream = Stream(own.port, LONG)
     events = stream.events()
