@@ -72,14 +72,14 @@ class Server:
 
     def engine_pid(self) -> int:
         """The engine's process: the server's child."""
-        listed = subprocess.run(
-            ["ps", "-o", "pid=,args=", "--ppid", str(self.process.pid)],
-            capture_output=True,
-            text=True,
-        ).stdout
-        lines = [line for line in listed.splitlines() if "engine_process" in line]
-        assert len(lines) == 1, listed
-        return int(lines[0].split()[0])
+        found = [
+            int(path.name)
+            for path in Path("/proc").iterdir()
+            if path.name.isdigit() and parent_of(path) == self.process.pid
+        ]
+        engines = [pid for pid in found if b"engine_process" in command_of(pid)]
+        assert len(engines) == 1, found
+        return engines[0]
 
     def stop(self) -> int:
         if self.process.poll() is None:
@@ -110,6 +110,20 @@ def wait_for(condition: Callable[[], Any], seconds: float = 30) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.05)
+
+
+def parent_of(process: Path) -> int | None:
+    try:
+        return int((process / "stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:  # it has just ended
+        return None
+
+
+def command_of(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def is_alive(pid: int) -> bool:
