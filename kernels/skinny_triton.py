@@ -1,7 +1,7 @@
 """Products of a weight matrix with 1 to 16 rows, for decoding few requests on a GPU.
 
-They are bound by reading the weights, and a general matrix product leaves 10 to 60 % of that rate
-unused at these sizes. Each program owns a few output features and reads their rows of the matrix:
+They are bound by reading the weights, and for one row a general matrix product leaves 10 to 60 %
+of that rate unused. Each program owns a few output features and reads their rows of the matrix:
 one row of input with plain multiplication, several with the tensor cores. The first weights are
 under way before the inputs are there. Sums are in float32, in a fixed order.
 """

@@ -84,6 +84,11 @@ class LogitsRules:
         """Of the token counts, if every row has penalties."""
         return num_rows * vocab_size * 4
 
+    @property
+    def are_used(self) -> bool:
+        """Whether any row has rules."""
+        return bool(self._rules)
+
     def asks(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """bool [rows]: which of them have rules for the token at this position."""
         asking: np.ndarray = self._always[rows] | (positions < self._first_stop_position[rows])

@@ -85,8 +85,9 @@ class ModelRunner:
     def collect(self, pending: PendingOutput) -> StepOutput:
         """Wait for a launched step's results; in the order of the launches."""
         output = pending.collect()
-        for request_id, token_id in output.token_ids.items():
-            self.table.record(request_id, token_id)
+        if self.table.rules.are_used:
+            for request_id, token_id in output.token_ids.items():
+                self.table.record(request_id, token_id)
         return output
 
     def _run(self, layout: StepLayout) -> PendingOutput:

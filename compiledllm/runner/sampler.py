@@ -62,18 +62,34 @@ class Sampler:
         last_tokens: int64 [rows], of the sequences so far; None if no row has rules.
         """
         extras = Extras()
-        asking = np.flatnonzero(self._table.rules.asks(rows, positions))
-        for start in range(0, len(asking), self._rows_at_once):
-            some = asking[start : start + self._rows_at_once]
-            assert last_tokens is not None
-            errors = self._draw_by_rules(
-                drawn, logits, last_tokens, some, rows[some], positions[some]
+        if last_tokens is not None:
+            extras.errors = self._draw_for_asking(
+                drawn, logits, rows, positions, last_tokens, request_ids
             )
-            extras.errors |= {request_ids[some[i]]: error for i, error in errors.items()}
         telling = np.flatnonzero(self._table.wants_logprobs[rows])
         if len(telling):
             extras.logprobs = self._logprobs(drawn, logits, rows, telling, request_ids)
-        return extras if len(asking) or len(telling) else None
+        return extras if last_tokens is not None or len(telling) else None
+
+    def _draw_for_asking(
+        self,
+        drawn: Tensor,
+        logits: Tensor,
+        rows: np.ndarray,
+        positions: np.ndarray,
+        last_tokens: Tensor,
+        request_ids: list[str],
+    ) -> dict[str, str]:
+        """A few rows at a time; what went wrong, by request id."""
+        found: dict[str, str] = {}
+        asking = np.flatnonzero(self._table.rules.asks(rows, positions))
+        for start in range(0, len(asking), self._rows_at_once):
+            some = asking[start : start + self._rows_at_once]
+            errors = self._draw_by_rules(
+                drawn, logits, last_tokens, some, rows[some], positions[some]
+            )
+            found |= {request_ids[some[i]]: error for i, error in errors.items()}
+        return found
 
     def _draw_by_rules(
         self,

@@ -187,10 +187,10 @@ def text_logprobs(
     found: list[PositionLogprobs | None],
     top: int,
     tokenizer: Tokenizer | None,
-    offset: int = 0,
 ) -> dict[str, Any]:
-    """Of a text completion; the first token of a prompt has none. offset: where the text begins."""
+    """Of a text completion; the first token of a prompt has none."""
     tokens = [_token_text(token_id, tokenizer) for token_id in token_ids]
+    offset = 0
     offsets: list[int] = []
     values: list[float | None] = []
     tops: list[dict[str, float] | None] = []

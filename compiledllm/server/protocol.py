@@ -5,7 +5,7 @@ Unknown fields are kept aside, as load generators and clients send their own (`u
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
@@ -163,6 +163,3 @@ class ErrorResponse(BaseModel):
     """Every error, whatever its status."""
 
     error: ErrorDetail
-
-
-Kind = Literal["chat.completion", "text_completion"]

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from compiledllm.outputs import FinishReason
-from compiledllm.sampling_params import RequestOutputKind, SamplingParams
+from compiledllm.sampling_params import SamplingParams
 from compiledllm.types import Request, TokenLogprobs
 
 _LENGTH_BYTES = 4
@@ -191,7 +191,7 @@ def request_of(message: Add, alive: dict[str, Request]) -> Request:
     return Request(
         request_id=message.request_id,
         prompt_token_ids=message.prompt_token_ids,
-        sampling_params=SamplingParams(output_kind=RequestOutputKind.DELTA, **params),
+        sampling_params=SamplingParams(**params),
         max_tokens=message.max_tokens,
         stop_token_ids=frozenset(message.stop_token_ids),
         seed=message.seed,
