@@ -1,6 +1,6 @@
 """Compiles the decoder block: once per distinct layer spec, shared by all layers that have it.
 
-Variants of each: one token (a static shape, for single-row decode) and dynamic numbers of tokens.
+Variants of each: one token (a static shape, for single-row decode) and ranges of token counts.
 Any later compilation is a recompile, which never happens in a healthy engine: it is counted and
 tests hold it to zero. Knows "a module with blocks and a `block_forward`", no model by name.
 """
@@ -42,14 +42,27 @@ class Variant:
 
 
 _ANY = 2**30
-CPU_VARIANTS = (Variant(1, 1, 1), Variant(2, _ANY, 2))
+_CPU_VARIANTS = (Variant(1, 1, 1), Variant(2, _ANY, 2))
 # Up to 16 tokens have matrix products of their own (kernels.linear).
-GPU_VARIANTS = (
+_GPU_VARIANTS = (
     Variant(1, 1, 1),
     Variant(2, 16, 8),
     Variant(17, 256, 64),
     Variant(257, _ANY, 2048),
 )
+
+
+def variants_for(max_tokens: int, on_gpu: bool) -> list[Variant]:
+    """Those that steps of at most `max_tokens` need.
+
+    The bound is the true one: the compiler indexes with 32 bits where it can prove they suffice.
+    """
+    found = []
+    for v in _GPU_VARIANTS if on_gpu else _CPU_VARIANTS:
+        if v.least <= max_tokens:
+            most = min(v.most, max(max_tokens, v.least + 1))  # a range of one would be static
+            found.append(Variant(v.least, most, min(v.example, most)))
+    return found
 
 
 class Decoder(Protocol):
@@ -71,7 +84,7 @@ class BlockCompiler:
         self,
         decoder: Decoder,
         run_dummy: Callable[[int], None],
-        variants: Sequence[Variant] = CPU_VARIANTS,
+        variants: Sequence[Variant],
     ) -> None:
         self._decoder = decoder
         self._variants = variants

@@ -205,7 +205,8 @@ class EngineCore:
         kv_caches = allocate_kv_caches(self.spec, num_blocks, block_size, self.dtype, device)
         pool = BlockPool(num_blocks, config.cache.enable_prefix_caching)
         max_blocks = min(-(-max_len // block_size), num_blocks)
-        runner = ModelRunner(model, kv_caches, block_size, max_seqs, max_blocks, self._planner)
+        sizes = block_size, max_seqs, max_tokens, max_blocks
+        runner = ModelRunner(model, kv_caches, *sizes, self._planner)
         policy = config.scheduler.scheduling_policy
         mixed = config.scheduler.mixed_prompt_tokens
         return runner, Scheduler(pool, block_size, max_seqs, max_tokens, policy, mixed)

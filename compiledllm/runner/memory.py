@@ -80,7 +80,8 @@ def measure_activations(
     """
     device = platform.device
     kv_caches = allocate_kv_caches(model.spec, 1, block_size, dtype, device)
-    probe = ModelRunner(model, kv_caches, block_size, max_num_seqs, max_blocks=1, planner=planner)
+    sizes = block_size, max_num_seqs, max_num_batched_tokens
+    probe = ModelRunner(model, kv_caches, *sizes, max_blocks=1, planner=planner)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from compiledllm.graphs.buckets import StepShape
-from compiledllm.graphs.compile import CPU_VARIANTS, GPU_VARIANTS, BlockCompiler
+from compiledllm.graphs.compile import BlockCompiler, variants_for
 from compiledllm.graphs.cuda_graphs import StepGraphs
 from compiledllm.kernels.paged_attention_flashinfer import Planner
 from compiledllm.kernels.sampling import draw_tokens
@@ -34,7 +34,8 @@ from compiledllm.types import SchedulerOutput, StepOutput
 class ModelRunner:
     """Owns the device: the model, its KV caches and the request rows.
 
-    max_blocks: width of the block tables, in blocks. planner: told of each step before it runs.
+    max_tokens: most tokens of a step. max_blocks: width of the block tables, in blocks. planner:
+    told of each step before it runs.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class ModelRunner:
         kv_caches: list[Tensor],
         block_size: int,
         max_num_seqs: int,
+        max_tokens: int,
         max_blocks: int,
         planner: Planner | None = None,
     ) -> None:
@@ -55,7 +57,7 @@ class ModelRunner:
         self.table = RequestTable(max_num_seqs, max_blocks, vocab_size, self.device)
         self.sampler = Sampler(self.table, vocab_size)
         self.outputs = OutputRing(MAX_IN_FLIGHT + 1, max_num_seqs, self.device)
-        variants = GPU_VARIANTS if self.device.type == "cuda" else CPU_VARIANTS
+        variants = variants_for(max(max_tokens, max_num_seqs), self.device.type == "cuda")
         self.compiler = BlockCompiler(model, self.run_dummy, variants)
         self.graphs: StepGraphs | None = None
         self.logits: Tensor  # [max_num_seqs, vocab], of the last captured step

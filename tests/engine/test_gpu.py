@@ -31,7 +31,9 @@ def expected(tiny_llama: Callable[..., Path], prompts: list[list[int]]) -> list[
 def make(tiny_llama: Callable[..., Path], **options: object) -> Engine:
     shape = {"hidden_size": 256, "head_dim": 64}
     fixed = {"dtype": "float32", "skip_tokenizer_init": True, "kv_cache_memory_bytes": 2**28}
-    return Engine(tiny_llama(**shape), **(fixed | {"max_num_seqs": 72} | options))
+    engine = Engine(tiny_llama(**shape), **(fixed | {"max_num_seqs": 72} | options))
+    assert engine.core.runner.compiler.is_ready or options.get("enforce_eager")
+    return engine
 
 
 def tokens(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch._inductor.utils import run_and_get_code
 
 from compiledllm import Engine, SamplingParams
+from compiledllm.graphs.compile import variants_for
 from compiledllm.runner.input_batch import InputBatch, StepLayout
 from compiledllm.types import NewRequest, ScheduledRequest, SchedulerOutput
 
@@ -64,6 +66,18 @@ def test_compiled_equals_eager_at_every_shape(engine: Engine, lengths: list[int]
     runner.reset()
     torch.testing.assert_close(hidden["compiled"], hidden["eager"], atol=1e-5, rtol=1e-5)
     assert compiler.num_recompiles == 0
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize("max_tokens", [1, 2, 16, 17, 256, 257, 8192])
+def test_variants_cover_every_step_once(max_tokens: int, on_gpu: bool) -> None:
+    variants = variants_for(max_tokens, on_gpu)
+    assert variants[0].least == 1
+    assert variants[-1].most >= max_tokens
+    for before, after in itertools.pairwise(variants):
+        assert after.least == before.most + 1
+        assert after.least < after.most, "a range of one would be static"
+    assert all(v.least <= v.example <= v.most for v in variants)
 
 
 def test_all_layers_share_one_graph_of_each_kind(engine: Engine) -> None:
