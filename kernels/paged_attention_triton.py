@@ -50,7 +50,7 @@ def decode_tiling(head_dim: int, group: int, itemsize: int, num_programs: int) -
 
 
 def prefill_tiling(head_dim: int, group: int, itemsize: int) -> Tiling:
-    """rows is a multiple of the padded group.
+    """rows has room for a group at least.
 
     Of 12 shapes on an H100 (bfloat16, head_dim 128, 8 prompts of 1024 tokens) the fastest.
     """
@@ -128,18 +128,19 @@ def _attend_keys(
     else:
         k = tl.load(k_address, in_context[None, :] & (dim < HEAD_DIM)[:, None], other=0.0)
         v = tl.load(v_address, in_context[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
-    logits = tl.dot(q, k, input_precision="ieee") * scale
+    logits = tl.dot(q, k, input_precision="ieee")
     if HAS_SOFT_CAP:
-        logits = soft_cap * (1 - 2 / (1 + tl.exp2(logits * (2 * 1.4426950408889634) / soft_cap)))
-    logits = logits * 1.4426950408889634
+        logits = 1 - 2 / (1 + tl.exp2(logits * (scale * 2 * 1.4426950408889634 / soft_cap)))  # tanh
+        scale = soft_cap
+    if not ALL_SEEN:
+        logits = tl.where(seen, logits, float("-inf"))
+    to_base_2 = scale * 1.4426950408889634
+    higher = tl.maximum(best, tl.max(logits, 1) * to_base_2)
     if ALL_SEEN:
-        higher = tl.maximum(best, tl.max(logits, 1))
         shift = higher
     else:
-        logits = tl.where(seen, logits, float("-inf"))
-        higher = tl.maximum(best, tl.max(logits, 1))
         shift = tl.where(higher == float("-inf"), 0.0, higher)  # a query that sees none of them
-    weights = tl.exp2(logits - shift[:, None])
+    weights = tl.exp2(logits * to_base_2 - shift[:, None])
     decay = tl.exp2(best - shift)
     acc = acc * decay[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
     return higher, total * decay + tl.sum(weights, 1), acc
@@ -226,10 +227,11 @@ def _prefill_kernel(
     scale, window, soft_cap, query_stride, table_stride, value_offset, num_rows,
     GROUP: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     TOKEN_STRIDE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr,
-    PADDED_DIM: tl.constexpr, PADDED_GROUP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    PADDED_DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    TOKENS: tl.constexpr = ROWS // PADDED_GROUP  # query tokens of a program
-    index, kv_head = tl.program_id(0), tl.program_id(1)
+    TOKENS: tl.constexpr = ROWS // GROUP  # query tokens of a program
+    index = tl.num_programs(0) - 1 - tl.program_id(0)  # what sees most keys begins first
+    kv_head = tl.program_id(1)
     # Row r owns the programs from query_start_loc[r] // TOKENS + r on: enough for all its tokens.
     low, high = 0, num_rows
     while low < high:
@@ -249,8 +251,8 @@ def _prefill_kernel(
 
     lane = tl.arange(0, ROWS)
     dim = tl.arange(0, PADDED_DIM)
-    token, head = first_query + lane // PADDED_GROUP, lane % PADDED_GROUP
-    inside = ((token < count) & (head < GROUP))[:, None] & (dim < HEAD_DIM)[None, :]
+    token, head = first_query + lane // GROUP, lane % GROUP
+    inside = ((token < count) & (lane < TOKENS * GROUP))[:, None] & (dim < HEAD_DIM)[None, :]
     head_dims = (kv_head * GROUP + head)[:, None] * HEAD_DIM + dim[None, :]
     token_index = (start + token).to(tl.int64)[:, None]
     q = tl.load(query + token_index * query_stride + head_dims, inside, other=0.0)
@@ -332,11 +334,10 @@ def paged_attention(
         )  # fmt: skip
     if num_tokens >= num_rows:  # else every row has one token at most
         tiling = prefill_tiling(head_dim, group, query.element_size())
-        padded_group = triton.next_power_of_2(group)
-        num_programs = num_tokens // (tiling.rows // padded_group) + num_rows
+        num_programs = num_tokens // (tiling.rows // group) + num_rows
         _prefill_kernel[(num_programs, num_kv_heads)](
             *tensors, *scalars, *strides, num_rows,
-            PADDED_GROUP=padded_group, ROWS=tiling.rows, KEYS=tiling.keys,
+            ROWS=tiling.rows, KEYS=tiling.keys,
             num_warps=tiling.num_warps, num_stages=tiling.num_stages, **constants,
         )  # fmt: skip
     return out

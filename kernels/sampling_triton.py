@@ -1,10 +1,14 @@
 """`sampling.draw_tokens` in Triton: noise only for rows that sample, no sort for any.
 
 `_chunk_kernel` reads the logits once, over the whole GPU, and finds each row's token as if nothing
-were filtered. `_row_kernel` is done with that, except for rows with a top_k, top_p or min_p: it
-counts the tokens above the one found, and their mass. If they say that it is filtered out, then so
-is every token below it, and the best of those above is next. What is accepted in the end is the
-best of all that the filter leaves, since the noise is the same throughout.
+were filtered; of a row with a top_k, the peaks of all groups of 64 tokens instead. `_row_kernel` is
+done with that, except for rows with a filter.
+
+With a top_k, the k-th highest peak is a bound that at least k tokens reach, all of them in a few
+groups: everything else happens in those. With a top_p, the token found is weighed against the mass
+of the tokens above it. If that says it is filtered out, then so is every token below, and the best
+of those above is next. What is accepted in the end is the best of all that the filter leaves, since
+the noise is the same throughout.
 """
 
 # Triton functions are typed by what they are called with.
@@ -20,8 +24,9 @@ from torch import Tensor
 from compiledllm.kernels.sampling import SamplingRows
 
 _CHUNK = 4096  # of the vocabulary, for one program
-_TILE = 4096  # of the vocabulary, read at once by a row's program
-_KEY_BITS = {torch.bfloat16: 16, torch.float16: 24, torch.float32: 32}  # as wide as they differ
+_GROUP = 64  # of the vocabulary, with one peak
+_GROUPS = 256  # read at once by a row's program
+_KEY_BITS = {torch.bfloat16: 16, torch.float16: 19, torch.float32: 32}  # as wide as they differ
 
 
 @triton.jit
@@ -41,165 +46,229 @@ def _mix32(x):
 
 
 @triton.jit
-def _noise(seeds, positions, row, index, token):
-    """See sampling.gumbel_noise."""
+def _exponential(seeds, positions, row, index, token):
+    """The exponential variable of a token, whose negative logarithm is its Gumbel noise.
+
+    See sampling.gumbel_noise. The lower it is for its weight, the better the token.
+    """
     key = _mix64(tl.load(seeds + row) ^ _mix64(tl.load(positions + index) + 1))
     low = (key & 0xFFFFFFFF).to(tl.uint32)
     high = ((key >> 32) & 0xFFFFFFFF).to(tl.uint32)
     bits = _mix32(_mix32(token.to(tl.uint32) ^ low) ^ high)
-    uniform = (bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10
-    rest = 1.0 - tl.minimum(uniform, 0.9999999403953552)
-    # log1p(-uniform), exact where 1 - uniform is not
-    log = tl.where(rest == 1.0, -uniform, tl.log(rest) * (uniform / (1.0 - rest)))
-    return -tl.log(-log)
+    u = (bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    # -log1p(-u): by its series where 1 - u has lost too many digits
+    series = u * (1.0 + u * (0.5 + u * (0.33333333 + u * 0.25)))
+    return tl.where(u < 0.01, series, -tl.log(1.0 - tl.minimum(u, 0.9999999403953552)))
+
+
+@triton.jit
+def _key(x):
+    """uint32 in the order of the float32 numbers."""
+    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)  # there are two zeros
+    return (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
 def _chunk_kernel(
-    logits, rows, positions, temperature, seeds, best_scores, best_ids, peaks, masses,
-    vocab, row_stride, num_chunks, CHUNK: tl.constexpr,
+    logits, rows, positions, temperature, seeds, top_k, best_scores, best_ids, peaks, masses,
+    group_peaks, vocab, row_stride, num_chunks, CHUNK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """The best token of a chunk of one row, its highest logit and its mass.
+    """The best token of a chunk of one row, its highest logit and its mass; or its groups' peaks.
 
     The highest is inf if any logit is that or NaN.
     """
     index, chunk = tl.program_id(0), tl.program_id(1)
     row = tl.load(rows + index)
+    heat, k = tl.load(temperature + row), tl.load(top_k + row)
     token = chunk * CHUNK + tl.arange(0, CHUNK)
     x = tl.load(
         logits + index.to(tl.int64) * row_stride + token, token < vocab, other=float("-inf")
     ).to(tl.float32)
-    is_nan = tl.max((x != x).to(tl.int32), 0) > 0
-    peak = tl.where(is_nan, float("inf"), tl.max(x, 0))
-    score = x
-    heat = tl.load(temperature + row)
+    x = tl.where(x != x, float("inf"), x)
     at = index * num_chunks + chunk
-    if heat > 0:
-        mass = tl.sum(tl.where(x > float("-inf"), tl.exp((x - peak) / heat), 0.0), 0)
-        tl.store(masses + at, mass)
-        score = x / heat + _noise(seeds, positions, row, index, token)
-    best, where = tl.max(score, 0, return_indices=True)
-    tl.store(peaks + at, peak)
-    tl.store(best_scores + at, best)
-    tl.store(best_ids + at, chunk * CHUNK + where)
+    if heat <= 0:
+        peak, where = tl.max(x, 0, return_indices=True)
+        tl.store(peaks + at, peak)
+        tl.store(best_scores + at, peak)
+        tl.store(best_ids + at, chunk * CHUNK + where)
+    elif k > 0:
+        per_group = tl.max(tl.reshape(x, [CHUNK // GROUP, GROUP]), 1)
+        group = tl.arange(0, CHUNK // GROUP)
+        tl.store(group_peaks + at * (CHUNK // GROUP) + group, per_group)
+        tl.store(peaks + at, tl.max(per_group, 0))
+    else:
+        peak = tl.max(x, 0)
+        weight = tl.exp((x - tl.where(peak > float("-inf"), peak, 0.0)) / heat)
+        ratio = weight / _exponential(seeds, positions, row, index, token)
+        best, where = tl.max(ratio, 0, return_indices=True)
+        tl.store(peaks + at, peak)
+        tl.store(masses + at, tl.sum(weight, 0))
+        tl.store(best_scores + at, tl.log(best) + peak / heat)
+        tl.store(best_ids + at, chunk * CHUNK + where)
 
 
 @triton.jit
 def _row_kernel(
     logits, rows, positions, temperature, seeds, top_k, top_p, min_p, best_scores, best_ids, peaks,
-    masses, out, vocab, row_stride, num_chunks,
-    PADDED: tl.constexpr, TILE: tl.constexpr, KEY_BITS: tl.constexpr,
+    masses, group_peaks, groups, out, vocab, row_stride, num_chunks,
+    CHUNKS: tl.constexpr, PER_CHUNK: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
+    KEY_BITS: tl.constexpr,
 ):  # fmt: skip
     """The best of a row's chunks, of equal ones the first; with a filter, the best it leaves."""
-    index, chunk = tl.program_id(0), tl.arange(0, PADDED)
+    index, chunk = tl.program_id(0), tl.arange(0, CHUNKS)
     row = tl.load(rows + index)
     at, inside = index * num_chunks + chunk, chunk < num_chunks
     chunk_peaks = tl.load(peaks + at, inside, other=float("-inf"))
     peak = tl.max(chunk_peaks, 0)
     is_valid = (peak > float("-inf")) & (peak < float("inf"))
-    scores = tl.load(best_scores + at, inside, other=float("-inf"))
-    _best, best = tl.max(scores, 0, return_indices=True)
-    token = tl.load(best_ids + index * num_chunks + best)
     heat = tl.load(temperature + row)
     k, p, least_p = tl.load(top_k + row), tl.load(top_p + row), tl.load(min_p + row)
+    token = tl.full([], -1, tl.int32)
+    if is_valid & ((heat <= 0) | (k <= 0)):
+        scores = tl.load(best_scores + at, inside, other=float("-inf"))
+        _best, where = tl.max(scores, 0, return_indices=True)
+        token = tl.load(best_ids + index * num_chunks + where)
     if is_valid & (heat > 0) & ((k > 0) | (p < 1) | (least_p > 0)):
         row_start = logits + index.to(tl.int64) * row_stride
-        floor = tl.where(least_p > 0, peak + heat * tl.log(least_p), float("-inf"))
-        share = tl.where(chunk_peaks > float("-inf"), tl.exp((chunk_peaks - peak) / heat), 0.0)
-        total = tl.sum(tl.load(masses + at, inside, other=0.0) * share, 0)
-        if (k > 0) & (p < 1):
-            kth = _kth_largest(row_start, vocab, k, TILE, KEY_BITS)
-            _count, total = _above(row_start, vocab, kth, True, peak, heat, TILE)
-        searching = is_valid
+        num_groups = num_chunks * PER_CHUNK
+        listed = groups + index * num_groups
+        floor = peak + heat * tl.log(tl.maximum(least_p, 1e-37))
+        least = _key(tl.where(least_p > 0, floor, float("-inf")))
+        if k > 0:
+            of_row = group_peaks + index * num_groups
+            num_groups = _list_groups(
+                of_row, listed, num_groups, k, CHUNKS * PER_CHUNK, KEY_BITS
+            )  # fmt: skip
+            kth = _kth_key(row_start, listed, num_groups, vocab, k, GROUPS, GROUP, KEY_BITS)
+            total = _mass(row_start, listed, num_groups, k, vocab, kth, peak, heat, GROUPS, GROUP)
+            least = tl.maximum(least, kth)
+            is_left = peak > float("inf")  # nothing is drawn yet
+        else:
+            share = tl.where(chunk_peaks > float("-inf"), tl.exp((chunk_peaks - peak) / heat), 0.0)
+            total = tl.sum(tl.load(masses + at, inside, other=0.0) * share, 0)
+            is_left = _key(tl.load(row_start + token).to(tl.float32)) >= least
+        searching = True
         while searching:
-            x = tl.load(row_start + token).to(tl.float32)
-            count, mass = _above(row_start, vocab, x, False, peak, heat, TILE)
-            searching = (x < floor) | ((k > 0) & (count >= k)) | ((p < 1) & (mass >= p * total))
-            if searching:
-                token = _best_above(
-                    row_start, vocab, x, heat, seeds, positions, row, index, TILE
+            if not is_left:
+                token = _best_token(
+                    row_start, listed, num_groups, k, vocab, least, peak, heat, seeds, positions,
+                    row, index, GROUPS, GROUP,
                 )  # fmt: skip
-    tl.store(out + index, tl.where(is_valid, token, -1).to(tl.int64))
+            searching = p < 1
+            if searching:
+                least = _key(tl.load(row_start + token).to(tl.float32)) + 1
+                mass = _mass(
+                    row_start, listed, num_groups, k, vocab, least, peak, heat, GROUPS, GROUP
+                )  # fmt: skip
+                searching = mass >= p * total
+            is_left = peak > float("inf")
+    tl.store(out + index, token.to(tl.int64))
 
 
 @triton.jit
-def _above(row_start, vocab, least, INCLUSIVE: tl.constexpr, peak, heat, TILE: tl.constexpr):
-    """How many tokens have logits above `least` (or equal, if inclusive), and their mass."""
-    counts, masses = tl.zeros([TILE], tl.int32), tl.zeros([TILE], tl.float32)
-    for start in range(0, vocab, TILE):
-        token = start + tl.arange(0, TILE)
-        x = tl.load(row_start + token, token < vocab, other=float("-inf")).to(tl.float32)
-        is_above = (x >= least) if INCLUSIVE else (x > least)
-        counts += is_above.to(tl.int32)
-        masses += tl.where(is_above, tl.exp((x - peak) / heat), 0.0)
-    return tl.sum(counts, 0), tl.sum(masses, 0)
+def _list_groups(peaks, groups, num_groups, k, ALL: tl.constexpr, KEY_BITS: tl.constexpr):
+    """Write down the groups whose peaks reach the k-th highest; returns how many those are."""
+    group = tl.arange(0, ALL)
+    inside = group < num_groups
+    keys = _key(tl.load(peaks + group, inside, other=float("-inf")))
+    kth = tl.full([], 0, tl.uint32)
+    for step in tl.static_range(KEY_BITS):
+        higher = kth | (tl.full([], 1, tl.uint32) << (31 - step))
+        kth = tl.where(tl.sum((keys >= higher).to(tl.int32), 0) >= k, higher, kth)
+    reaches = inside & (keys >= kth)
+    place = tl.cumsum(reaches.to(tl.int32), 0) - 1
+    tl.store(groups + place, group, reaches)
+    tl.debug_barrier()  # other threads of the program are going to read them
+    return tl.sum(reaches.to(tl.int32), 0)
 
 
 @triton.jit
-def _best_above(row_start, vocab, least, heat, seeds, positions, row, index, TILE: tl.constexpr):
-    """The token with the best score of those with logits above `least`."""
-    best_score, best_token = tl.full([], float("-inf"), tl.float32), tl.full([], 0, tl.int32)
-    for start in range(0, vocab, TILE):
-        token = start + tl.arange(0, TILE)
-        x = tl.load(row_start + token, token < vocab, other=float("-inf")).to(tl.float32)
-        if tl.max(x, 0) > least:
-            score = x / heat + _noise(seeds, positions, row, index, token)
-            score = tl.where(x > least, score, float("-inf"))
-            best, where = tl.max(score, 0, return_indices=True)
-            if best > best_score:
-                best_score, best_token = best, start + where
+def _tile(
+    row_start, groups, first, num_groups, k, vocab, GROUPS: tl.constexpr, GROUP: tl.constexpr
+):
+    """Tokens [GROUPS, GROUP] of groups from the `first` on, and their logits, -inf past the end.
+
+    With a top_k they are those listed in `groups`, else all.
+    """
+    slot = first + tl.arange(0, GROUPS)
+    inside = slot < num_groups
+    group = tl.load(groups + slot, inside & (k > 0), other=0)
+    group = tl.where(k > 0, group, slot)
+    token = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    inside = inside[:, None] & (token < vocab)
+    return token, tl.load(row_start + token, inside, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def _kth_key(
+    row_start, groups, num_groups, vocab, k,
+    GROUPS: tl.constexpr, GROUP: tl.constexpr, KEY_BITS: tl.constexpr,
+):  # fmt: skip
+    """The key of the k-th highest logit, bit by bit: the highest that k tokens reach."""
+    kth = tl.full([], 0, tl.uint32)
+    for step in range(KEY_BITS):
+        higher = kth | (tl.full([], 1, tl.uint32) << (31 - step))
+        counts = tl.zeros([GROUPS, GROUP], tl.int32)
+        for first in range(0, num_groups, GROUPS):
+            _token, x = _tile(row_start, groups, first, num_groups, k, vocab, GROUPS, GROUP)
+            counts += (_key(x) >= higher).to(tl.int32)
+        kth = tl.where(tl.sum(tl.sum(counts, 1), 0) >= k, higher, kth)
+    return kth
+
+
+@triton.jit
+def _mass(
+    row_start, groups, num_groups, k, vocab, least, peak, heat,
+    GROUPS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Of the tokens whose keys reach `least`."""
+    masses = tl.zeros([GROUPS, GROUP], tl.float32)
+    for first in range(0, num_groups, GROUPS):
+        _token, x = _tile(row_start, groups, first, num_groups, k, vocab, GROUPS, GROUP)
+        masses += tl.where(_key(x) >= least, tl.exp((x - peak) / heat), 0.0)
+    return tl.sum(tl.sum(masses, 1), 0)
+
+
+@triton.jit
+def _best_token(
+    row_start, groups, num_groups, k, vocab, least, peak, heat, seeds, positions, row, index,
+    GROUPS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """The best of the tokens whose keys reach `least`."""
+    best_ratio, best_token = tl.full([], 0.0, tl.float32), tl.full([], 0, tl.int32)
+    for first in range(0, num_groups, GROUPS):
+        token, x = _tile(row_start, groups, first, num_groups, k, vocab, GROUPS, GROUP)
+        ratio = tl.exp((x - peak) / heat) / _exponential(seeds, positions, row, index, token)
+        ratio = tl.where(_key(x) >= least, ratio, 0.0)
+        flat = tl.reshape(ratio, [GROUPS * GROUP])
+        best, where = tl.max(flat, 0, return_indices=True)
+        if best > best_ratio:
+            group = first + where // GROUP
+            if k > 0:
+                group = tl.load(groups + group)
+            best_ratio, best_token = best, group * GROUP + where % GROUP
     return best_token
-
-
-@triton.jit
-def _kth_largest(row_start, vocab, k, TILE: tl.constexpr, KEY_BITS: tl.constexpr):
-    """The k-th largest logit of a row; the least if there are not so many. Radix selection."""
-    digit = tl.arange(0, 256)
-    found = tl.zeros([1], tl.uint64)  # the digits of its key, from the top
-    missing = tl.minimum(k, vocab)
-    for done in tl.static_range(0, KEY_BITS, 8):
-        shift = 24 - done
-        counts = tl.zeros([256], tl.int32)
-        for start in range(0, vocab, TILE):
-            token = start + tl.arange(0, TILE)
-            x = tl.load(row_start + token, token < vocab, other=0.0).to(tl.float32)
-            key = _ordered_key(x)
-            matches = (token < vocab) & ((key >> (shift + 8)) == (found >> (shift + 8)))
-            counts += tl.histogram(((key >> shift) & 255).to(tl.int32), 256, mask=matches)
-        above = tl.sum(counts, 0) - tl.cumsum(counts, 0)
-        is_digit = (above < missing) & (above + counts >= missing)
-        missing -= tl.sum(tl.where(is_digit, above, 0), 0)
-        found |= tl.sum(tl.where(is_digit, digit, 0), 0).to(tl.uint64) << shift
-    is_negative = found < 0x80000000
-    bits = tl.where(
-        is_negative, (found | ((1 << (32 - KEY_BITS)) - 1)) ^ 0xFFFFFFFF, found ^ 0x80000000
-    )
-    return tl.max(bits.to(tl.uint32).to(tl.float32, bitcast=True), 0)
-
-
-@triton.jit
-def _ordered_key(x):
-    """uint64 in the order of the float32 numbers, below 2^32."""
-    bits = x.to(tl.uint32, bitcast=True).to(tl.uint64)
-    return tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
 
 
 def draw_tokens(logits: Tensor, rows: Tensor, positions: Tensor, asked: SamplingRows) -> Tensor:
     """See `sampling.draw_tokens`."""
     num_draws, vocab = logits.shape
     num_chunks = triton.cdiv(vocab, _CHUNK)
-    scratch = logits.new_empty((3, num_draws, num_chunks), dtype=torch.float32)
-    best_scores, peaks, masses = scratch
+    chunks, per_chunk = triton.next_power_of_2(num_chunks), _CHUNK // _GROUP
+    best_scores, peaks, masses = logits.new_empty((3, num_draws, num_chunks), dtype=torch.float32)
     best_ids = logits.new_empty((num_draws, num_chunks), dtype=torch.int32)
+    group_peaks = logits.new_empty((num_draws, num_chunks * per_chunk), dtype=torch.float32)
+    groups = torch.empty_like(group_peaks, dtype=torch.int32)
     out = logits.new_empty(num_draws, dtype=torch.int64)
     assert positions.is_contiguous() and rows.is_contiguous() and logits.stride(1) == 1
     _chunk_kernel[(num_draws, num_chunks)](
-        logits, rows, positions, asked.temperature, asked.seeds, best_scores, best_ids, peaks,
-        masses, vocab, logits.stride(0), num_chunks, CHUNK=_CHUNK,
+        logits, rows, positions, asked.temperature, asked.seeds, asked.top_k, best_scores, best_ids,
+        peaks, masses, group_peaks, vocab, logits.stride(0), num_chunks, CHUNK=_CHUNK, GROUP=_GROUP,
     )  # fmt: skip
     _row_kernel[(num_draws,)](
-        logits, rows, positions, *asked, best_scores, best_ids, peaks, masses, out, vocab,
-        logits.stride(0), num_chunks, PADDED=triton.next_power_of_2(num_chunks), TILE=_TILE,
-        KEY_BITS=_KEY_BITS[logits.dtype], num_warps=8,
+        logits, rows, positions, *asked, best_scores, best_ids, peaks, masses, group_peaks, groups,
+        out, vocab, logits.stride(0), num_chunks, CHUNKS=chunks, PER_CHUNK=per_chunk,
+        GROUPS=min(_GROUPS, chunks * per_chunk), GROUP=_GROUP, KEY_BITS=_KEY_BITS[logits.dtype],
+        num_warps=16,
     )  # fmt: skip
     return out

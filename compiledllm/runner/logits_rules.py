@@ -63,7 +63,7 @@ class _Edits:
     bias: tuple[Tensor, Tensor, Tensor] | None  # row, token, amount
     allowed: tuple[Tensor, Tensor, Tensor] | None  # rows; row, token
     banned: tuple[Tensor, Tensor] | None  # row, token
-    penalties: tuple[Tensor, Tensor, Tensor] | None  # row, slot, [3, rows, 1] amounts
+    penalties: tuple[Tensor, Tensor, Tensor] | None  # row, slot, [3, rows] amounts
 
 
 class LogitsRules:
@@ -77,6 +77,7 @@ class LogitsRules:
         self._first_stop_position = np.zeros(num_rows, np.int64)  # from min_tokens
         self._counts = torch.zeros((0, vocab_size), dtype=torch.int32, device=device)
         self._free_slots: list[int] = []
+        self._ones = torch.ones(num_rows, dtype=torch.int32, device=device)
         self._last_edits: tuple[bytes, _Edits] | None = None
 
     @staticmethod
@@ -144,8 +145,8 @@ class LogitsRules:
         edits = self._edits_of(rows, positions)
         if edits.penalties is not None:
             index, slots, _ = edits.penalties
-            ones = torch.ones_like(index, dtype=torch.int32)
-            self._counts.index_put_((slots, drawn[index].clamp(min=0)), ones, accumulate=True)
+            at = drawn[index].clamp(min=0).add_(slots, alpha=self._vocab)
+            self._counts.view(-1).index_add_(0, at, self._ones[: len(at)])
 
     # -- penalties -----------------------------------------------------------------------------
 
@@ -169,7 +170,12 @@ class LogitsRules:
         return self._counts.shape[1]
 
     def _penalize(self, logits: Tensor, index: Tensor, slots: Tensor, amounts: Tensor) -> None:
-        repetition, frequency, presence = amounts
+        if logits.is_cuda:
+            from compiledllm.kernels.penalties_triton import penalize
+
+            penalize(logits, index, slots, amounts, self._counts, _IN_PROMPT)
+            return
+        repetition, frequency, presence = amounts[:, :, None]
         seen = self._counts[slots]
         counts = seen & (_IN_PROMPT - 1)
         x = logits[index]
@@ -267,7 +273,7 @@ class LogitsRules:
         return (
             to_device(np.array([index for index, _ in lines]), self._device),
             to_device(np.array([rules.slot for _, rules in lines]), self._device),
-            to_device(np.array(amounts), self._device, torch.float32)[:, :, None],
+            to_device(np.array(amounts), self._device, torch.float32),
         )
 
 

@@ -208,8 +208,6 @@ class ModelRunner:
         last_tokens = self._last_tokens(layout)
         drawn = self.graphs.replay(shape, inputs)[: len(rows)]
         extras = self._finish(drawn, self.logits, layout, last_tokens)
-        if extras is not None:
-            table.last_token_ids[to_device(rows, self.device)] = drawn.clamp(min=0)
         return self.outputs.send(layout.sample_request_ids, drawn, extras)
 
     def _captured_step(self, shape: StepShape, inputs: Tensor) -> Tensor:

@@ -57,8 +57,9 @@ class Sampler:
         last_tokens: Tensor | None,
         request_ids: list[str],
     ) -> Extras | None:
-        """Draw for rows that have rules, into `drawn`; and what is to be told of the tokens.
+        """Draw for rows that have rules; and what is to be told of the tokens.
 
+        drawn: int64 [rows], written, and the rows' last tokens with it.
         last_tokens: int64 [rows], of the sequences so far; None if no row has rules.
         """
         extras = Extras()
@@ -101,15 +102,15 @@ class Sampler:
         positions: np.ndarray,
     ) -> dict[int, str]:
         table, device = self._table, logits.device
-        at = to_device(index, device)
+        at, sampled, where = to_device(np.array([index, rows, positions]), device)
         edited = logits[at].float()
         errors = table.rules.apply(edited, rows, positions, last_tokens[at])
-        where = to_device(rows, device), to_device(positions, device)
-        tokens = draw_tokens(edited, *where, table.asked)
+        tokens = draw_tokens(edited, sampled, where, table.asked)
         if errors:
             tokens[list(errors)] = INVALID
         table.rules.count(rows, positions, tokens)
         drawn[at] = tokens
+        table.last_token_ids[sampled] = tokens.clamp_(min=0)
         return errors
 
     def _logprobs(

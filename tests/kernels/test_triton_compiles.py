@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 
 from compiledllm.kernels import logprobs_triton as logprobs
 from compiledllm.kernels import paged_attention_triton as attention
+from compiledllm.kernels import penalties_triton as penalties
 from compiledllm.kernels import rotate_store_triton as rotation
 from compiledllm.kernels import sampling_triton as sampling
 from compiledllm.kernels import skinny_triton as skinny
@@ -34,7 +35,8 @@ TYPES = {
     "vocab": "i32", "row_stride": "i32", "num_chunks": "i32", "rows": "*i64", "top_k": "*i32",
     "top_p": "*fp32", "min_p": "*fp32", "peaks": "*fp32", "masses": "*fp32",
     "chosen": "*i64", "best": "*fp32", "counts": "*i32", "row_best": "*fp32",
-    "row_best_ids": "*i64", "totals": "*fp32", "ranks": "*i64",
+    "row_best_ids": "*i64", "totals": "*fp32", "ranks": "*i64", "group_peaks": "*fp32",
+    "groups": "*i32", "index": "*i64", "slots": "*i64", "amounts": "*fp32",
 }
 FLOATS = {
     "query", "key", "value", "kv_cache", "out", "logits", "qkv", "q_weight", "k_weight", "cos",
@@ -42,7 +44,7 @@ FLOATS = {
 }
 
 
-def check(kernel, dtype, tiling=None, **constants):
+def check(kernel, dtype, tiling=None, num_warps=4, **constants):
     constants["OVERLAP"] = int(sys.argv[1]) >= 90
     if tiling is not None:
         constants |= {"ROWS": tiling.rows, "KEYS": tiling.keys}
@@ -53,7 +55,7 @@ def check(kernel, dtype, tiling=None, **constants):
         types["out"] = "*i64"
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     values = {(names.index(name),): value for name, value in constants.items()}
-    options = {}
+    options = {"num_warps": num_warps}
     if tiling is not None:
         options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
     source = ASTSource(fn=kernel, signature=signature, constexprs=values)
@@ -62,13 +64,17 @@ def check(kernel, dtype, tiling=None, **constants):
     assert compiled.metadata.shared <= 99 * 1024, (kernel.__name__, compiled.metadata.shared)
 
 
+check(penalties._penalize_kernel, "fp32", IN_PROMPT=1 << 30, CHUNK=2048)
 SHAPES = {"bf16": ((128, False), (80, True), (256, False)), "fp32": ((128, False),)}
 for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
     check(attention._store_kernel, dtype, WIDTH=1024, PADDED=1024)
-    check(sampling._chunk_kernel, dtype, CHUNK=4096)
+    check(sampling._chunk_kernel, dtype, CHUNK=4096, GROUP=64)
     check(logprobs._chunk_kernel, dtype, CHUNK=4096, NUM_BEST=20)
     check(logprobs._row_kernel, dtype, CHUNKS=64, NUM_BEST=20, CANDIDATES=1024)
-    check(sampling._row_kernel, dtype, PADDED=64, TILE=4096, KEY_BITS=8 * itemsize)
+    check(
+        sampling._row_kernel, dtype, num_warps=16, CHUNKS=64, PER_CHUNK=64, GROUPS=256, GROUP=64,
+        KEY_BITS=8 * itemsize,
+    )
     for kernel in (skinny._one_row_kernel, skinny._few_rows_kernel):
         check(
             kernel, dtype, NUM_INPUTS=3072, HAS_BIAS=True, OUTPUTS=8, PADDED_OUTPUTS=16,
@@ -82,7 +88,7 @@ for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
         shape = {
             "GROUP": 4, "NUM_HEADS": 32, "HEAD_DIM": head_dim, "BLOCK_SIZE": 16,
             "TOKEN_STRIDE": 8 * head_dim, "HAS_WINDOW": window, "HAS_SOFT_CAP": window,
-            "PADDED_DIM": triton.next_power_of_2(head_dim), "PADDED_GROUP": 4,
+            "PADDED_DIM": triton.next_power_of_2(head_dim),
         }
         for programs, splits in ((8, 16), (1024, 1)):
             tiling = attention.decode_tiling(head_dim, 4, itemsize, programs)

@@ -1,0 +1,48 @@
+"""The repetition, frequency and presence penalties of rows of logits, in one Triton kernel."""
+
+# Triton functions are typed by what they are called with.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_CHUNK = 2048  # of the vocabulary, for one program
+
+
+@triton.jit
+def _penalize_kernel(
+    logits, index, slots, amounts, counts, num_rows, vocab, IN_PROMPT: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0)
+    token = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    inside = token < vocab
+    repetition = tl.load(amounts + i)
+    frequency, presence = tl.load(amounts + num_rows + i), tl.load(amounts + 2 * num_rows + i)
+    seen = tl.load(counts + tl.load(slots + i) * vocab + token, inside, other=0)
+    count = seen & (IN_PROMPT - 1)
+    at = logits + tl.load(index + i) * vocab + token
+    x = tl.load(at, inside, other=0.0)
+    repeated = tl.where(x > 0, x / repetition, x * repetition)
+    x = tl.where(seen > 0, repeated, x)
+    x = x - frequency * count.to(tl.float32) - presence * (count > 0).to(tl.float32)
+    tl.store(at, x, inside)
+
+
+def penalize(
+    logits: Tensor, index: Tensor, slots: Tensor, amounts: Tensor, counts: Tensor, in_prompt: int
+) -> None:
+    """In place, of the rows `index`.
+
+    logits: float32 [any, vocab], contiguous. index, slots: int64 [rows], of the logits and of the
+    counts. amounts: float32 [3, rows], repetition, frequency, presence. counts: int32 [any, vocab],
+    of each token in the output, and the bit `in_prompt` for those of the prompt.
+    """
+    vocab = logits.shape[1]
+    assert logits.is_contiguous() and counts.is_contiguous() and amounts.is_contiguous()
+    _penalize_kernel[(len(index), triton.cdiv(vocab, _CHUNK))](
+        logits, index, slots, amounts, counts, len(index), vocab, IN_PROMPT=in_prompt, CHUNK=_CHUNK
+    )
