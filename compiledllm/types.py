@@ -142,10 +142,11 @@ class TokenLogprobs(NamedTuple):
     """Log probabilities at one position: of its own token, the most likely ones, those asked for.
 
     rank: of its own token among all, 1 for the most likely. num_best: of the most likely ones.
+    Tuples, because the garbage collector stops following those.
     """
 
-    token_ids: list[int]
-    logprobs: list[float]
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
     rank: int
     num_best: int
 

@@ -6,16 +6,11 @@ import time
 from collections.abc import Callable, Generator, Iterator
 
 from compiledllm.engine.detokenizer import Detokenizer
+from compiledllm.engine.logprobs import LogprobList
 from compiledllm.engine.tokenizer import Tokenizer
-from compiledllm.outputs import (
-    CompletionOutput,
-    Logprob,
-    PositionLogprobs,
-    RequestMetrics,
-    RequestOutput,
-)
+from compiledllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from compiledllm.sampling_params import RequestOutputKind, SamplingParams
-from compiledllm.types import Request, RequestStatus, TokenLogprobs
+from compiledllm.types import Request, RequestStatus
 
 
 class Completion:
@@ -41,7 +36,7 @@ class Completion:
         elif params.stop_strings:
             raise ValueError("stop strings need a tokenizer; use stop_token_ids instead")
         self._detokenizer = Detokenizer(stream, params)
-        self._logprobs: list[PositionLogprobs] = []  # as far as somebody has asked for them
+        self._sum_of_logprobs, self._num_summed = 0.0, 0
         self._num_shown = self._text_shown = 0  # tokens and characters, by deltas
         self._end_shown = False
 
@@ -60,7 +55,10 @@ class Completion:
     def cumulative_logprob(self) -> float | None:
         if not self.request.sampling_params.wants_logprobs:
             return None
-        return sum(position.logprobs[0] for position in self.request.logprobs)
+        new = self.request.logprobs[self._num_summed :]
+        self._sum_of_logprobs += sum(position.logprobs[0] for position in new)
+        self._num_summed += len(new)
+        return self._sum_of_logprobs
 
     @property
     def has_news(self) -> bool:
@@ -74,28 +72,22 @@ class Completion:
         """The state now; with `delta` only what came since the last call with it."""
         request = self.request
         text = self._detokenizer.visible_text(request.is_finished)
-        token_ids = request.output_token_ids
-        logprobs = self._all_logprobs() if shows_logprobs else None
+        token_ids, first = request.output_token_ids, 0
         if delta:
             self._end_shown = request.is_finished
             first, self._num_shown = self._num_shown, len(token_ids)
             text, self._text_shown = text[self._text_shown :], len(text)
             token_ids = token_ids[first:]
-            logprobs = None if logprobs is None else logprobs[first:]
+        logprobs = LogprobList(request.logprobs[first:], text_of(self._tokenizer))
         return CompletionOutput(
             index=index,
             text=text,
             token_ids=token_ids,
             cumulative_logprob=self.cumulative_logprob,
-            logprobs=None if logprobs is None else list(logprobs),
+            logprobs=logprobs if shows_logprobs else None,
             finish_reason=request.finish_reason,
             stop_reason=request.stop_reason,
         )
-
-    def _all_logprobs(self) -> list[PositionLogprobs]:
-        new = self.request.logprobs[len(self._logprobs) :]
-        self._logprobs += [position_logprobs(position, self._tokenizer) for position in new]
-        return self._logprobs
 
 
 class RequestState:
@@ -165,24 +157,16 @@ class RequestState:
         ordered = sorted(self.completions, key=lambda c: c.cumulative_logprob or 0.0, reverse=True)
         return ordered[: self._params.n]
 
-    def _prompt_logprobs(self) -> list[PositionLogprobs | None] | None:
+    def _prompt_logprobs(self) -> LogprobList | None:
         if self._params.prompt_logprobs is None:
             return None
         found = self.completions[0].request.prompt_logprobs
-        return [None, *(position_logprobs(position, self._tokenizer) for position in found)]
+        return LogprobList([None, *found], text_of(self._tokenizer))
 
 
-def position_logprobs(position: TokenLogprobs, tokenizer: Tokenizer | None) -> PositionLogprobs:
-    """As callers get it; a token's own entry comes first."""
-    own, best = position.token_ids[0], 1 + position.num_best
-    ranks = [position.rank, *range(1, best), *[None] * (len(position.token_ids) - best)]
-    result: PositionLogprobs = {}
-    for token_id, logprob, rank in zip(position.token_ids, position.logprobs, ranks, strict=True):
-        if token_id not in result or (result[token_id].rank is None and rank is not None):
-            text = None if tokenizer is None else tokenizer.token_text(token_id)
-            result[token_id] = Logprob(logprob, rank, text)
-    assert own in result
-    return result
+def text_of(tokenizer: Tokenizer | None) -> Callable[[int], str] | None:
+    """The text of a token id, where there is a tokenizer."""
+    return None if tokenizer is None else tokenizer.token_text
 
 
 class OutputStream(Iterator[RequestOutput]):

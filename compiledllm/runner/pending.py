@@ -30,13 +30,22 @@ class LogprobsOf:
 
     def positions(self) -> list[TokenLogprobs]:
         """Waits for nothing: the copies have arrived."""
+        kinds, width = set(self.shares), self.logprobs.token_ids.shape[1]
+        if kinds == {(self.num_best, width - 1 - self.num_best)}:  # all have asked for the same
+            lines = zip(*(tensor.tolist() for tensor in self.logprobs), strict=True)
+            return [
+                TokenLogprobs(tuple(ids), tuple(values), rank, self.num_best)
+                for ids, values, rank in lines
+            ]
         first = 1 + self.num_best
-        columns = [(0, *range(1, 1 + k), *range(first, first + m)) for k, m in set(self.shares)]
-        chosen = dict(zip(set(self.shares), columns, strict=True))
+        chosen = {(k, m): (0, *range(1, 1 + k), *range(first, first + m)) for k, m in kinds}
         lines = zip(*(tensor.tolist() for tensor in self.logprobs), self.shares, strict=True)
         return [
             TokenLogprobs(
-                [ids[c] for c in chosen[share]], [values[c] for c in chosen[share]], rank, share[0]
+                tuple(ids[c] for c in chosen[share]),
+                tuple(values[c] for c in chosen[share]),
+                rank,
+                share[0],
             )
             for ids, values, rank, share in lines
         ]

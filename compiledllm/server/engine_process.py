@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import json
 import os
 import queue
@@ -60,6 +61,8 @@ def main() -> None:
         text = str(error) if is_config else f"{type(error).__name__}: {error}"
         connection.sendall(frame(Failed(text, is_config)))
         sys.exit(1)
+    gc.collect()
+    gc.freeze()  # models, kernels and graphs are here to stay: collections need not walk them
     EngineLoop(core, connection, Path(start.crash_folder)).run()
 
 

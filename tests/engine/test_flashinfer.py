@@ -174,7 +174,8 @@ def test_heads_too_large_for_triton_go_to_torch(tiny_llama: Callable[..., Path])
 @pytest.mark.parametrize("eager", [False, True])
 def test_flashinfer_gives_tritons_tokens(eager: bool, tiny_llama: Callable[..., Path]) -> None:
     pytest.importorskip("flashinfer")
-    options = {"dtype": "bfloat16", "skip_tokenizer_init": True, "kv_cache_memory_bytes": 2**28}
+    options = {"dtype": "float16", "skip_tokenizer_init": True, "kv_cache_memory_bytes": 2**28}
+    prompts = [[(7 * i + j * j) % 120 + 3 for j in range(1 + 9 * i)] for i in range(20)]
     outputs = []
     for backend in ("triton", "flashinfer"):
         engine = Engine(
@@ -182,7 +183,7 @@ def test_flashinfer_gives_tritons_tokens(eager: bool, tiny_llama: Callable[..., 
         )
         assert engine.core.choices["attention_backend"].value == backend
         assert (engine.core.runner.graphs is None) == eager
-        results = engine.generate(PROMPTS * 5, GREEDY, use_tqdm=False)
+        results = engine.generate(prompts, GREEDY, use_tqdm=False)
         outputs.append([output.outputs[0].token_ids for output in results])
     agreeing = sum(a[:4] == b[:4] for a, b in zip(*outputs, strict=True))
-    assert agreeing >= 18  # of 20: sums in bfloat16 may tip a close choice
+    assert agreeing >= 18  # of 20: another order of sums may tip a close choice

@@ -1,0 +1,69 @@
+"""Log probabilities as callers get them, made when they are looked at.
+
+A position's dictionary is an object for each of its tokens; nobody waits for those of thousands of
+positions that nobody reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, overload
+
+from compiledllm.outputs import Logprob, PositionLogprobs
+from compiledllm.types import TokenLogprobs
+
+
+class LogprobList(Sequence[Any]):
+    """A list of a dictionary for each position, or of None.
+
+    positions: must not change any more. text_of: the text of a token id, where there is a
+    tokenizer.
+    """
+
+    def __init__(
+        self,
+        positions: Sequence[TokenLogprobs | None],
+        text_of: Callable[[int], str] | None,
+    ) -> None:
+        self._positions = positions
+        self._text_of = text_of
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    @overload
+    def __getitem__(self, index: int) -> PositionLogprobs | None: ...
+    @overload
+    def __getitem__(self, index: slice) -> LogprobList: ...
+    def __getitem__(self, index: int | slice) -> PositionLogprobs | None | LogprobList:
+        if isinstance(index, slice):
+            return LogprobList(self._positions[index], self._text_of)
+        return self._made(self._positions[index])
+
+    def __iter__(self) -> Iterator[PositionLogprobs | None]:
+        return map(self._made, self._positions)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return repr(list(self))
+
+    def _made(self, position: TokenLogprobs | None) -> PositionLogprobs | None:
+        return None if position is None else position_logprobs(position, self._text_of)
+
+
+def position_logprobs(
+    position: TokenLogprobs, text_of: Callable[[int], str] | None
+) -> PositionLogprobs:
+    """By token id; the position's own token comes first."""
+    best = 1 + position.num_best
+    ranks = [position.rank, *range(1, best), *[None] * (len(position.token_ids) - best)]
+    found: PositionLogprobs = {}
+    for token_id, logprob, rank in zip(position.token_ids, position.logprobs, ranks, strict=True):
+        if token_id not in found or (found[token_id].rank is None and rank is not None):
+            text = None if text_of is None else text_of(token_id)
+            found[token_id] = Logprob(logprob, rank, text)
+    return found
