@@ -136,9 +136,8 @@ def _attend_keys(
         logits = tl.where(seen, logits, float("-inf"))
     to_base_2 = scale * 1.4426950408889634
     higher = tl.maximum(best, tl.max(logits, 1) * to_base_2)
-    if ALL_SEEN:
-        shift = higher
-    else:
+    shift = higher
+    if not ALL_SEEN:
         shift = tl.where(higher == float("-inf"), 0.0, higher)  # a query that sees none of them
     weights = tl.exp2(logits * to_base_2 - shift[:, None])
     decay = tl.exp2(best - shift)
