@@ -113,22 +113,20 @@ def _attend_keys(
     ALL_SEEN every query sees every key, and neither is looked at.
     """
     dim = tl.arange(0, PADDED_DIM)
-    if ALL_SEEN:
-        block = tl.load(table + tokens // BLOCK_SIZE).to(tl.int64)
-    else:
-        block = tl.load(table + tokens // BLOCK_SIZE, in_context, other=0).to(tl.int64)
-    offset = (block * BLOCK_SIZE + tokens % BLOCK_SIZE) * TOKEN_STRIDE + head_offset
-    k_address = kv_cache + offset[None, :] + dim[:, None]
-    v_address = kv_cache + value_offset + offset[:, None] + dim[None, :]
+    entry = table + tokens.to(tl.uint32) // BLOCK_SIZE
+    block = (tl.load(entry) if ALL_SEEN else tl.load(entry, in_context, other=0)).to(tl.int64)
+    inside_block = (tokens.to(tl.uint32) % BLOCK_SIZE).to(tl.int32) * TOKEN_STRIDE + head_offset
+    address = kv_cache + inside_block[:, None] + dim[None, :]
+    address += block[:, None] * (BLOCK_SIZE * TOKEN_STRIDE)
     if ALL_SEEN and HEAD_DIM == PADDED_DIM:
-        k, v = tl.load(k_address), tl.load(v_address)
-    elif ALL_SEEN:
-        k = tl.load(k_address, (dim < HEAD_DIM)[:, None], other=0.0)
-        v = tl.load(v_address, (dim < HEAD_DIM)[None, :], other=0.0)
+        k, v = tl.load(address), tl.load(address + value_offset)
     else:
-        k = tl.load(k_address, in_context[None, :] & (dim < HEAD_DIM)[:, None], other=0.0)
-        v = tl.load(v_address, in_context[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
-    logits = tl.dot(q, k, input_precision="ieee")
+        there = (dim < HEAD_DIM)[None, :]
+        if not ALL_SEEN:
+            there = there & in_context[:, None]
+        k = tl.load(address, there, other=0.0)
+        v = tl.load(address + value_offset, there, other=0.0)
+    logits = tl.dot(q, tl.trans(k), input_precision="ieee")
     if HAS_SOFT_CAP:
         logits = 1 - 2 / (1 + tl.exp2(logits * (scale * 2 * 1.4426950408889634 / soft_cap)))  # tanh
         scale = soft_cap

@@ -108,6 +108,7 @@ def test_busy_engine_keeps_its_books(run_ahead: bool, tiny_llama: Callable[..., 
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(400)
 def test_busy_gpu_engine_keeps_its_books_and_its_memory(tiny_llama: Callable[..., Path]) -> None:
     engine = make(tiny_llama, num_kv_blocks=400, max_num_seqs=64, max_num_batched_tokens=512)
     traffic = Traffic(engine, seed=1)
