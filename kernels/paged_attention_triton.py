@@ -24,7 +24,6 @@ from compiledllm.kernels.launch import launch_options, num_multiprocessors
 _LOG2_E = 1.4426950408889634
 _MAX_SPLITS = 64
 _PROGRAMS_PER_SM = 2  # enough to hide each other's latency
-_CROWD = 512  # rows times KV heads, from which on programs need not be split and are many
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +39,18 @@ class Tiling:
 def decode_tiling(head_dim: int, group: int, itemsize: int, num_programs: int) -> Tiling:
     """group: query heads of a KV head; num_programs: rows times KV heads.
 
-    Of 27 shapes on an H100 (bfloat16, head_dim 128, group 2, contexts of 1088 tokens) the best: at
-    128 rows 193 us (2.96 TB/s), at 8 rows 15.0 us.
+    Of 27 shapes on an H100 (bfloat16, contexts of 192 and 1088 tokens, 1 to 128 rows, 3 and 8 KV
+    heads) the fastest: few programs are short, those in between want much under way, many hide each
+    other's latency.
     """
     rows = max(16, triton.next_power_of_2(group))
     if itemsize == 4 or head_dim > 128:
         return Tiling(rows, 32, 4, 2)
-    return Tiling(rows, 64, 2, 4) if num_programs >= _CROWD else Tiling(rows, 128, 4, 2)
+    if num_programs < 32:
+        return Tiling(rows, 64, 4, 2)
+    if num_programs >= (256 if head_dim > 64 else 512):
+        return Tiling(rows, 64, 2, 4)
+    return Tiling(rows, 128, 4, 4 if head_dim <= 64 and num_programs >= 96 else 2)
 
 
 def prefill_tiling(head_dim: int, group: int, itemsize: int) -> Tiling:

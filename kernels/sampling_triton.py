@@ -160,7 +160,7 @@ def _row_kernel(
                 mass = _mass(
                     row_start, listed, num_groups, k, vocab, least, peak, heat, GROUPS, GROUP
                 )  # fmt: skip
-                searching = mass >= p * total
+                searching = (mass >= p * total) & (mass > 0)
             is_left = peak > float("inf")
     tl.store(out + index, token.to(tl.int64))
 
@@ -234,19 +234,20 @@ def _best_token(
     row_start, groups, num_groups, k, vocab, least, peak, heat, seeds, positions, row, index,
     GROUPS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """The best of the tokens whose keys reach `least`."""
-    best_ratio, best_token = tl.full([], 0.0, tl.float32), tl.full([], 0, tl.int32)
+    """The best of the tokens whose keys reach `least`, of equal ones the first.
+
+    In two reductions: Triton takes the order of a reshaped tensor for free if it is only reduced,
+    even where the index is asked for.
+    """
+    best_ratio, best_token = tl.full([], -1.0, tl.float32), tl.full([], 0, tl.int32)
     for first in range(0, num_groups, GROUPS):
         token, x = _tile(row_start, groups, first, num_groups, k, vocab, GROUPS, GROUP)
         ratio = tl.exp((x - peak) / heat) / _exponential(seeds, positions, row, index, token)
-        ratio = tl.where(_key(x) >= least, ratio, 0.0)
-        flat = tl.reshape(ratio, [GROUPS * GROUP])
-        best, where = tl.max(flat, 0, return_indices=True)
+        ratio = tl.where(_key(x) >= least, ratio, -1.0)
+        best = tl.max(tl.max(ratio, 1), 0)
         if best > best_ratio:
-            group = first + where // GROUP
-            if k > 0:
-                group = tl.load(groups + group)
-            best_ratio, best_token = best, group * GROUP + where % GROUP
+            of_best = tl.where(ratio == best, token, vocab)
+            best_ratio, best_token = best, tl.min(tl.min(of_best, 1), 0)
     return best_token
 
 

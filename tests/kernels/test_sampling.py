@@ -79,6 +79,20 @@ def test_filtered_draws_are_those_of_torch(filters: str, vocab: int, dtype: torc
             both(logits, asking(6, seeds=torch.arange(6) + 100 * seed, **FILTERS[filters]))
 
 
+def test_filtered_draws_of_a_vocabulary_as_large_as_models_have() -> None:
+    torch.manual_seed(1)
+    logits = (torch.randn(6, 151_936) * 2).to(torch.bfloat16)
+    for filters in FILTERS.values():
+        both(logits, asking(6, **filters))
+
+
+def test_a_top_p_that_is_zero_in_float32_leaves_the_best_token() -> None:
+    logits = torch.randn(6, 700)
+    for k in (0, 20):
+        drawn = draw(logits, torch.arange(6), torch.arange(6), asking(6, top_p=1e-60, top_k=k))
+        assert drawn == logits.argmax(1).tolist()
+
+
 def test_of_equal_logits_the_first_is_the_greedy_one() -> None:
     logits = torch.zeros(3, 9000)
     logits[1, [4100, 8200]] = 2.0
