@@ -109,6 +109,11 @@ class CompileConfig:
         None, "largest decode batch that is captured as a CUDA graph; default: max_num_seqs"
     )
     attention_backend: str = option("auto", "implementation of paged attention", BACKENDS)
+    deterministic: bool = option(
+        False,
+        "a request's tokens do not depend, to the last bit, on what else is in the batch; slower, "
+        "needs a GPU, does not compile",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +195,12 @@ class EngineConfig:
             raise ConfigError(
                 "max_model_len must be at least 2 (a prompt token and one more), got 1"
             )
+        backend = self.compile.attention_backend
+        if self.compile.deterministic and backend not in ("auto", "triton"):
+            raise ConfigError(
+                f"deterministic=True has its own attention, got attention_backend='{backend}'; "
+                "leave one of them out"
+            )
         if max_num_seqs is not None and max_num_seqs > MAX_NUM_SEQS:
             raise ConfigError(f"max_num_seqs must be at most {MAX_NUM_SEQS}, got {max_num_seqs}")
 
@@ -203,6 +214,11 @@ class EngineConfig:
             raise ConfigError(
                 f"max_model_len={asked} is more than the {max_position} positions of the model; "
                 f"use at most {max_position}"
+            )
+        if self.compile.deterministic and not on_gpu:
+            raise ConfigError(
+                "deterministic=True needs a GPU: on a CPU the matrix library chooses the order of "
+                "its sums by the batch; leave it out"
             )
         where = "the default on a GPU" if on_gpu else "the default on a CPU"
         max_num_seqs = self.scheduler.max_num_seqs or (256 if on_gpu else 64)

@@ -32,6 +32,10 @@ def load_backend(name: str) -> ModuleType:
         from compiledllm.kernels import paged_attention_flashinfer
 
         return paged_attention_flashinfer
+    if name == "fixed_order":
+        from compiledllm.kernels import fixed_order_triton
+
+        return fixed_order_triton
     assert name == "torch", name
     return paged_attention_torch
 

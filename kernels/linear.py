@@ -31,16 +31,22 @@ _LIBRARY.impl("skinny_linear", _skinny_linear, "CompositeExplicitAutograd")
 torch.library.register_fake("compiledllm::skinny_linear", _skinny_linear_fake, lib=_LIBRARY)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [rows, inputs], weight [outputs, inputs], bias [outputs] -> [rows, outputs]."""
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """x [rows, inputs], weight [outputs, inputs], bias [outputs] -> [rows, outputs].
+
+    out: written and returned if given; not in compiled code, and not beside a bias.
+    """
+    if out is not None:
+        return _linear_into(out, x, weight)
     if _is_skinny(x):
-        out: Tensor = torch.ops.compiledllm.skinny_linear(x, weight, bias)
-        return out
+        product: Tensor = torch.ops.compiledllm.skinny_linear(x, weight, bias)
+        return product
     return F.linear(x, weight, bias)
 
 
-def linear_into(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """`linear` without bias into `out` [rows, outputs], which it returns. Not for compiled code."""
+def _linear_into(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     if _is_skinny(x):
         from compiledllm.kernels.skinny_triton import skinny_linear
 

@@ -12,6 +12,7 @@ serves every length. The order of reductions is fixed: equal inputs give equal b
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -228,9 +229,10 @@ def _prefill_kernel(
     scale, window, soft_cap, query_stride, table_stride, value_offset, num_rows,
     GROUP: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     TOKEN_STRIDE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr,
-    PADDED_DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    PADDED_DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, FIXED_ORDER: tl.constexpr,
 ):  # fmt: skip
     TOKENS: tl.constexpr = ROWS // GROUP  # query tokens of a program
+    ALL_MASKED: tl.constexpr = HAS_WINDOW or FIXED_ORDER
     index = tl.num_programs(0) - 1 - tl.program_id(0)  # what sees most keys begins first
     kv_head = tl.program_id(1)
     # Row r owns the programs from query_start_loc[r] // TOKENS + r on: enough for all its tokens.
@@ -245,7 +247,10 @@ def _prefill_kernel(
     start = tl.load(query_start_loc + row)
     count = tl.load(query_start_loc + row + 1) - start
     first_query = (index - (start // TOKENS + row)) * TOKENS
-    if (first_query >= count) | (count == 1):
+    is_done = first_query >= count
+    if not FIXED_ORDER:
+        is_done = is_done | (count == 1)  # by _decode_kernel
+    if is_done:
         return
     length = tl.load(seq_lens + row)
     context = length - count
@@ -265,8 +270,8 @@ def _prefill_kernel(
     first = tl.maximum(context + first_query - window + 1, 0) if HAS_WINDOW else 0
     end = tl.minimum(context + first_query + TOKENS, length)
     # Keys up to the first query are seen by all; the diagonal, and a window's edge, need masks.
-    diagonal = first // KEYS if HAS_WINDOW else (context + first_query + 1) // KEYS
-    for tile in range(0, 0 if HAS_WINDOW else diagonal):
+    diagonal = first // KEYS if ALL_MASKED else (context + first_query + 1) // KEYS
+    for tile in range(0, 0 if ALL_MASKED else diagonal):
         tokens = tile * KEYS + tl.arange(0, KEYS)
         best, total, acc = _attend_keys(
             q, best, total, acc, kv_cache, table, tokens, tokens, tokens, kv_head * HEAD_DIM,
@@ -297,33 +302,56 @@ def paged_attention(
     sliding_window: int,
     soft_cap: float,
     num_splits: int | None = None,
+    fixed_order: bool = False,
 ) -> Tensor:
-    """See `attention.paged_attention`. num_splits: of a decode row's context; None: by shapes."""
+    """See `attention.paged_attention`. num_splits: of a decode row's context; None: by shapes.
+
+    fixed_order: every token's sums in one order, whatever else is in the step; slower.
+    """
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     num_tokens, num_heads, head_dim = query.shape
     if num_tokens == 0:
         return out
     query = query if _is_packed(query) else query.contiguous()
     _, _, block_size, num_kv_heads, _ = kv_cache.shape
-    num_rows, max_blocks = block_tables.shape
-    group = num_heads // num_kv_heads
+    tensors = query, kv_cache, block_tables, seq_lens, query_start_loc, out
+    scalars = (
+        *(scale, sliding_window, soft_cap),
+        *(query.stride(0), block_tables.stride(0), kv_cache.stride(0)),
+    )
+    constants = {
+        "GROUP": num_heads // num_kv_heads, "NUM_HEADS": num_heads, "HEAD_DIM": head_dim,
+        "BLOCK_SIZE": block_size, "TOKEN_STRIDE": num_kv_heads * head_dim,
+        "HAS_WINDOW": sliding_window > 0, "HAS_SOFT_CAP": soft_cap > 0,
+        "PADDED_DIM": max(16, triton.next_power_of_2(head_dim)),
+    }  # fmt: skip
+    if not fixed_order:
+        _attend_single_tokens(tensors, scalars, constants, num_splits)
+    if fixed_order or num_tokens >= len(block_tables):  # else no row has more than one token
+        _attend_prompts(tensors, scalars, constants, fixed_order)
+    return out
+
+
+def _attend_single_tokens(
+    tensors: tuple[Tensor, ...],
+    scalars: tuple[float, ...],
+    constants: dict[str, Any],
+    num_splits: int | None,
+) -> None:
+    """Rows with one token, by `_decode_kernel`."""
+    query, kv_cache, block_tables, _, query_start_loc, out = tensors
+    _, num_heads, head_dim = query.shape
+    (num_rows, max_blocks), num_kv_heads = block_tables.shape, kv_cache.shape[3]
     num_programs = num_rows * num_kv_heads
-    tiling = decode_tiling(head_dim, group, query.element_size(), num_programs)
+    tiling = decode_tiling(head_dim, constants["GROUP"], query.element_size(), num_programs)
     if num_splits is None:
-        num_splits = choose_num_splits(num_programs, -(-max_blocks * block_size // tiling.keys))
+        max_tiles = -(-max_blocks * kv_cache.shape[2] // tiling.keys)
+        num_splits = choose_num_splits(num_programs, max_tiles)
     shape = (num_rows, num_heads, num_splits) if num_splits > 1 else (0,)
     partial_out = query.new_empty((*shape, head_dim), dtype=torch.float32)
     partial_stats = query.new_empty((*shape, 2), dtype=torch.float32)
-    tensors = query, kv_cache, block_tables, seq_lens, query_start_loc, out
-    scalars = scale, sliding_window, soft_cap
-    strides = query.stride(0), block_tables.stride(0), kv_cache.stride(0)
-    constants = {
-        "GROUP": group, "NUM_HEADS": num_heads, "HEAD_DIM": head_dim, "BLOCK_SIZE": block_size,
-        "TOKEN_STRIDE": num_kv_heads * head_dim, "HAS_WINDOW": sliding_window > 0,
-        "HAS_SOFT_CAP": soft_cap > 0, "PADDED_DIM": max(16, triton.next_power_of_2(head_dim)),
-    }  # fmt: skip
     _decode_kernel[(num_rows, num_kv_heads, num_splits)](
-        *tensors, partial_out, partial_stats, *scalars, *strides,
+        *tensors, partial_out, partial_stats, *scalars,
         NUM_SPLITS=num_splits, ROWS=tiling.rows, KEYS=tiling.keys, **launch_options(),
         num_warps=tiling.num_warps, num_stages=tiling.num_stages, **constants,
     )  # fmt: skip
@@ -333,15 +361,25 @@ def paged_attention(
             NUM_HEADS=num_heads, HEAD_DIM=head_dim, NUM_SPLITS=num_splits,
             PADDED_DIM=triton.next_power_of_2(head_dim), **launch_options(),
         )  # fmt: skip
-    if num_tokens >= num_rows:  # else every row has one token at most
-        tiling = prefill_tiling(head_dim, group, query.element_size())
-        num_programs = num_tokens // (tiling.rows // group) + num_rows
-        _prefill_kernel[(num_programs, num_kv_heads)](
-            *tensors, *scalars, *strides, num_rows,
-            ROWS=tiling.rows, KEYS=tiling.keys,
-            num_warps=tiling.num_warps, num_stages=tiling.num_stages, **constants,
-        )  # fmt: skip
-    return out
+
+
+def _attend_prompts(
+    tensors: tuple[Tensor, ...],
+    scalars: tuple[float, ...],
+    constants: dict[str, Any],
+    fixed_order: bool,
+) -> None:
+    """Rows with several tokens, or with any, by `_prefill_kernel`."""
+    query, kv_cache, block_tables = tensors[:3]
+    (num_tokens, _, head_dim), num_rows = query.shape, len(block_tables)
+    group = constants["GROUP"]
+    tiling = prefill_tiling(head_dim, group, query.element_size())
+    num_programs = num_tokens // (tiling.rows // group) + num_rows
+    _prefill_kernel[(num_programs, kv_cache.shape[3])](
+        *tensors, *scalars, num_rows,
+        ROWS=tiling.rows, KEYS=tiling.keys, FIXED_ORDER=fixed_order,
+        num_warps=tiling.num_warps, num_stages=tiling.num_stages, **constants,
+    )  # fmt: skip
 
 
 def choose_num_splits(num_programs: int, max_tiles: int) -> int:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compiledllm.kernels.attention import AttentionMetadata
-from compiledllm.kernels.linear import linear, linear_into
+from compiledllm.kernels.linear import linear
 from compiledllm.models.layers.attention import PagedAttention
 from compiledllm.models.layers.linear import empty_parameter
 from compiledllm.models.layers.mlp import GatedMlp
@@ -51,8 +51,11 @@ class DecoderBlock(nn.Module):
 class Decoder(nn.Module):
     """A decoder-only transformer over a paged KV cache.
 
-    `block_forward` runs a block; `compiledllm.graphs` replaces it by the compiled one.
+    `block_forward` runs a block; `compiledllm.graphs` replaces it by the compiled one. `product`
+    gives the logits.
     """
+
+    product: Callable[..., Tensor] = staticmethod(linear)
 
     def __init__(self, spec: ModelSpec, backend: str) -> None:
         super().__init__()
@@ -86,4 +89,4 @@ class Decoder(nn.Module):
     def compute_logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """[tokens, hidden] -> [tokens, vocab], in the model's dtype; into `out` if it is given."""
         head = self.embedding if self.lm_head is None else self.lm_head
-        return linear(hidden, head) if out is None else linear_into(out, hidden, head)
+        return self.product(hidden, head, None, out)

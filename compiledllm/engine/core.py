@@ -20,6 +20,7 @@ from compiledllm.engine.served_model import ServedModel
 from compiledllm.graphs.buckets import StepShape, step_shapes
 from compiledllm.log import log
 from compiledllm.models.decoder import Decoder
+from compiledllm.models.deterministic import FIXED_ORDER_BACKEND, make_deterministic
 from compiledllm.models.registry import load_spec
 from compiledllm.models.source import resolve_checkpoint
 from compiledllm.models.spec import ModelSpec
@@ -158,7 +159,7 @@ class EngineCore:
         assert max_len is not None and max_seqs is not None
         block_size = config.cache.block_size
         self.choices["attention_backend"], self._planner = settle_backend(
-            self.platform.choose_attention_backend(config.compile.attention_backend),
+            self._preferred_attention(),
             self.spec,
             self.dtype,
             block_size,
@@ -168,6 +169,11 @@ class EngineCore:
         if self._planner is not None:  # its buffers on the host hold one step's plan
             self.choices["async_scheduling"] = Choice(False, "flashinfer plans step by step")
             self.config = config.replace(async_scheduling=False)
+
+    def _preferred_attention(self) -> Choice:
+        if self.config.compile.deterministic:
+            return Choice(FIXED_ORDER_BACKEND, "deterministic")
+        return self.platform.choose_attention_backend(self.config.compile.attention_backend)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -186,6 +192,8 @@ class EngineCore:
                     load_weights(model, self.model_path)
         finally:
             torch.set_default_dtype(default)
+        if self.config.compile.deterministic:
+            make_deterministic(model)
         return model.eval()
 
     def _build_runner(self, model: Decoder) -> tuple[ModelRunner, Scheduler]:
@@ -262,6 +270,8 @@ class EngineCore:
         obstacle = self.platform.why_not_compile()
         if self.config.compile.enforce_eager:
             self.choices["compile"] = Choice("nothing", "enforce_eager")
+        elif self.config.compile.deterministic:
+            self.choices["compile"] = Choice("nothing", "deterministic")
         elif obstacle:
             self.choices["compile"] = Choice("nothing, running eagerly", obstacle)
         elif when.value == "busy":

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compiledllm.config import Choice
+from compiledllm.config import Choice, ConfigError
 from compiledllm.kernels.paged_attention_flashinfer import HEAD_DIMS, AttentionKind, Planner
 from compiledllm.log import log
 from compiledllm.models.spec import ModelSpec
@@ -42,6 +42,11 @@ def settle_backend(
             log.warning("attention_backend='flashinfer' cannot be used (%s); using triton", cause)
             choice = Choice("triton", f"flashinfer cannot be used: {cause}")
     largest = max(layer.attn.head_dim for layer in spec.layers)
+    if choice.value == "fixed_order" and largest > LARGEST_TRITON_HEAD_DIM:
+        raise ConfigError(
+            f"deterministic=True cannot be had: head_dim={largest} of this model is more than "
+            f"{LARGEST_TRITON_HEAD_DIM}; leave it out"
+        )
     if choice.value == "triton" and largest > LARGEST_TRITON_HEAD_DIM:
         reason = f"slow: head_dim={largest}, and triton goes up to {LARGEST_TRITON_HEAD_DIM}"
         log.warning("attention runs on the torch backend (%s)", reason)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -17,8 +19,10 @@ class Linear(nn.Module):
     """y = x W^T + b with W [sum(parts), in_features].
 
     parts: output rows of each fused matrix, by the name the loading rules use; a plain linear layer
-    has one part named "".
+    has one part named "". product: (x, weight, bias) -> y.
     """
+
+    product: Callable[..., Tensor] = staticmethod(linear)
 
     def __init__(self, in_features: int, parts: dict[str, int], bias: bool) -> None:
         super().__init__()
@@ -28,7 +32,7 @@ class Linear(nn.Module):
         self.bias = empty_parameter(out_features) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return self.product(x, self.weight, self.bias)
 
     def rows_of(self, part: str) -> slice:
         """The output rows that hold `part`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -9,8 +11,17 @@ from compiledllm.models.layers.linear import empty_parameter
 from compiledllm.models.spec import NormSpec
 
 
-class RMSNorm(nn.Module):
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight, computed in float32."""
+    wide = x.float()
+    variance = wide.pow(2).mean(-1, keepdim=True)
+    return weight * (wide * torch.rsqrt(variance + eps)).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` with a weight of its own, or what `normalize` is replaced by."""
+
+    normalize: Callable[[Tensor, Tensor, float], Tensor] = staticmethod(rms_norm)
 
     def __init__(self, size: int, spec: NormSpec) -> None:
         super().__init__()
@@ -18,6 +29,4 @@ class RMSNorm(nn.Module):
         self.eps = spec.eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        variance = wide.pow(2).mean(-1, keepdim=True)
-        return self.weight * (wide * torch.rsqrt(variance + self.eps)).to(x.dtype)
+        return self.normalize(x, self.weight, self.eps)

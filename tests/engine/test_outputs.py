@@ -468,3 +468,20 @@ def test_beams_end_at_end_of_sequence_and_at_the_end_of_the_context(model: Path)
             assert sequence.finish_reason == ("stop" if is_over else "length")
             assert is_over or len(sequence.tokens) == min(len(PROMPT) + 3, len(prompt) + 9)
     assert any(s.finish_reason == "stop" for o in outputs for s in o.sequences)
+
+
+@pytest.mark.gpu
+def test_a_long_prompts_logprobs_stay_inside_the_planned_workspace(
+    tiny_llama: Callable[..., Path],
+) -> None:
+    model = tiny_llama(vocab_size=151_936, max_position_embeddings=9000)
+    engine = Engine(model, dtype="bfloat16", skip_tokenizer_init=True, gpu_memory_utilization=0.2)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    prompt = [(7 * n) % 151_936 for n in range(8000)]
+    (output,) = run(engine, [prompt], greedy(max_tokens=2, prompt_logprobs=20))
+    budget = engine.core.choices["memory"].value
+    planned = budget.activations + budget.sampling  # type: ignore[attr-defined]
+    assert torch.cuda.max_memory_allocated() - before <= planned
+    assert output.prompt_logprobs is not None and len(output.prompt_logprobs) == 8000
+    assert all(len(entry) >= 20 for entry in output.prompt_logprobs[1:] if entry is not None)

@@ -17,11 +17,12 @@ from compiledllm.kernels.attention import (
     store_kv,
 )
 
-BACKENDS = ["torch", "triton"]
+BACKENDS = ["torch", "triton", "fixed_order"]
 CUDA = torch.cuda.is_available()
 # Triton's interpreter cannot multiply bfloat16, and is slow: it gets a part of the grid here, and
 # the whole one on a GPU (test_paged_attention_gpu.py).
-HALF = {"torch": torch.bfloat16, "triton": torch.bfloat16 if CUDA else torch.float16}
+HALF = dict.fromkeys(BACKENDS, torch.bfloat16 if CUDA else torch.float16)
+HALF["torch"] = torch.bfloat16
 HEADS = {"mha": (3, 3), "gqa": (6, 2), "mqa": (4, 1)}
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 GARBAGE = 30.0  # finite, and large enough to be seen wherever it leaks in
@@ -165,7 +166,7 @@ pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 @pytest.fixture(autouse=True)
 def where_the_backend_runs(backend: str) -> Iterator[None]:
     """Triton on a GPU if there is one, else in its interpreter (tests/conftest.py)."""
-    torch.set_default_device("cuda" if backend == "triton" and CUDA else "cpu")
+    torch.set_default_device("cuda" if backend != "torch" and CUDA else "cpu")
     yield
     torch.set_default_device("cpu")
 
@@ -182,7 +183,7 @@ def test_attention_equals_the_naive_reference(
     head_dim: int, heads: str, block_size: int, rows: str, half: bool, backend: str
 ) -> None:
     dtype = HALF[backend] if half else torch.float32
-    if backend == "triton" and block_size != 16:  # one length of each kind is enough here
+    if backend != "torch" and block_size != 16:  # one length of each kind is enough here
         check(Case(ROWS[rows](block_size)[-2:], head_dim, heads, block_size, dtype), backend)
     else:
         check(Case(ROWS[rows](block_size), head_dim, heads, block_size, dtype), backend)

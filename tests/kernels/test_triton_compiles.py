@@ -12,12 +12,14 @@ import sys
 import pytest
 
 PROGRAM = """
+import dataclasses
 import sys
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from compiledllm.kernels import fixed_order_triton as fixed_order
 from compiledllm.kernels import logprobs_triton as logprobs
 from compiledllm.kernels import paged_attention_triton as attention
 from compiledllm.kernels import penalties_triton as penalties
@@ -32,6 +34,7 @@ TYPES = {
     "num_rows": "i32", "key_stride": "i32", "value_stride": "i32", "temperature": "*fp32",
     "seeds": "*i64", "positions": "*i64", "best_scores": "*fp32", "best_ids": "*i32",
     "eps": "fp32", "token_stride": "i32", "num_outputs": "i32", "x_stride": "i32",
+    "weight_stride": "i32", "out_stride": "i32",
     "vocab": "i32", "row_stride": "i32", "num_chunks": "i32", "rows": "*i64", "top_k": "*i32",
     "top_p": "*fp32", "min_p": "*fp32", "peaks": "*fp32", "masses": "*fp32",
     "chosen": "*i64", "best": "*fp32", "counts": "*i32", "row_best": "*fp32",
@@ -47,7 +50,7 @@ FLOATS = {
 def check(kernel, dtype, tiling=None, num_warps=4, **constants):
     constants["OVERLAP"] = int(sys.argv[1]) >= 90
     if tiling is not None:
-        constants |= {"ROWS": tiling.rows, "KEYS": tiling.keys}
+        constants |= {name.upper(): size for name, size in dataclasses.asdict(tiling).items()}
     names = kernel.arg_names
     constants = {name: value for name, value in constants.items() if name in names}
     types = TYPES | {name: "*" + dtype for name in FLOATS}
@@ -80,6 +83,10 @@ for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
             kernel, dtype, NUM_INPUTS=3072, HAS_BIAS=True, OUTPUTS=8, PADDED_OUTPUTS=16,
             COLUMNS=256, ROWS=16,
         )
+    check(fixed_order._rms_norm_kernel, dtype, SIZE=576, PADDED=1024)
+    for rows, outputs in ((8, 1024), (8, 6144), (500, 1024)):
+        tiling = fixed_order.tiling_for(rows, outputs, itemsize)
+        check(fixed_order._linear_kernel, dtype, tiling, NUM_INPUTS=3072, HAS_BIAS=True)
     check(
         rotation._rotate_store_kernel, dtype, NUM_HEADS=16, NUM_KV_HEADS=8, HEAD_DIM=128,
         ROTARY_DIM=128, HAS_NORM=True, HEADS=8, PADDED_DIM=128,
@@ -90,12 +97,13 @@ for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
             "TOKEN_STRIDE": 8 * head_dim, "HAS_WINDOW": window, "HAS_SOFT_CAP": window,
             "PADDED_DIM": triton.next_power_of_2(head_dim),
         }
-        for programs, splits in ((8, 16), (1024, 1)):
+        for programs, splits in ((8, 16), (100, 2), (1024, 1)):
             tiling = attention.decode_tiling(head_dim, 4, itemsize, programs)
             check(attention._decode_kernel, dtype, tiling, NUM_SPLITS=splits, **shape)
         check(attention._reduce_kernel, dtype, NUM_SPLITS=16, **shape)
         tiling = attention.prefill_tiling(head_dim, 4, itemsize)
-        check(attention._prefill_kernel, dtype, tiling, **shape)
+        for fixed in (False, True):
+            check(attention._prefill_kernel, dtype, tiling, FIXED_ORDER=fixed, **shape)
 """
 
 
