@@ -138,17 +138,11 @@ class SchedulerOutput:
         return sum(s.num_scheduled_tokens for s in self.scheduled)
 
 
-class TokenLogprobs(NamedTuple):
-    """Log probabilities at one position: of its own token, the most likely ones, those asked for.
-
-    rank: of its own token among all, 1 for the most likely. num_best: of the most likely ones.
-    Tuples, because the garbage collector stops following those.
-    """
-
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    rank: int
-    num_best: int
+# Log probabilities at one position: token ids, their log probabilities, the own token's rank among
+# all (1: the most likely), and how many of the most likely there are. First comes the own token,
+# then the most likely, then those asked for. Plain tuples, as there may be millions: the garbage
+# collector stops following those.
+TokenLogprobs = tuple[tuple[int, ...], tuple[float, ...], int, int]
 
 
 @dataclass(frozen=True, slots=True)

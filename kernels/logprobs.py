@@ -6,7 +6,7 @@ many, plain torch does it a few rows at a time, so that what it needs beside the
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,12 +15,34 @@ WORKSPACE_BYTES = 128 * 2**20
 MOST_IN_TRITON = 32  # of the most likely tokens
 
 
-class Logprobs(NamedTuple):
-    """Columns: the chosen token, the most likely ones in order, those asked for by id."""
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Columns: the chosen token, the most likely ones in order, those asked for by id.
 
-    token_ids: Tensor  # int64 [rows, columns]
-    values: Tensor  # float32 [rows, columns]
-    ranks: Tensor  # int64 [rows], of the chosen token: 1 is the most likely
+    packed: int32 [rows, 2 * columns + 1], token ids, the bits of their log probabilities, and the
+    chosen token's rank: one tensor, so that one copy brings all of it to the host.
+    """
+
+    packed: Tensor
+
+    @property
+    def num_columns(self) -> int:
+        return self.packed.shape[1] // 2
+
+    @property
+    def token_ids(self) -> Tensor:
+        """int32 [rows, columns]."""
+        return self.packed[:, : self.num_columns]
+
+    @property
+    def values(self) -> Tensor:
+        """float32 [rows, columns]."""
+        return self.packed[:, self.num_columns : -1].view(torch.float32)
+
+    @property
+    def ranks(self) -> Tensor:
+        """int32 [rows]: 1 is the most likely."""
+        return self.packed[:, -1]
 
 
 def token_logprobs(
@@ -28,25 +50,28 @@ def token_logprobs(
 ) -> Logprobs:
     """Of `rows` of the logits.
 
-    logits: [any, vocab], any float dtype. rows, chosen: int64 [rows], which logits and which token.
-    num_best: of the most likely tokens. asked_for: int64 [rows, any], further token ids.
+    logits: [any, vocab], any float dtype. rows, chosen: int64 [rows], which logits and which token
+    (a negative one counts as 0). num_best: of the most likely tokens. asked_for: int64 [rows, any],
+    further token ids.
     """
-    num_best = min(num_best, logits.shape[-1])
+    pack, num_best = _pack, min(num_best, logits.shape[-1])
     if logits.is_cuda and num_best <= MOST_IN_TRITON:
-        from compiledllm.kernels.logprobs_triton import best_logits
+        from compiledllm.kernels.logprobs_triton import pack
+    return Logprobs(pack(logits, rows, chosen, num_best, asked_for))
 
-        best, best_ids, total, ranks = best_logits(logits, rows, chosen, num_best)
-    else:
-        at_once = max(1, WORKSPACE_BYTES // (12 * logits.shape[-1]))
-        starts = range(0, len(rows), at_once)
-        some = [slice(start, start + at_once) for start in starts]
-        parts = [_best_logits(logits[rows[s]].float(), chosen[s], num_best) for s in some]
-        best, best_ids, total, ranks = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+
+def _pack(logits: Tensor, rows: Tensor, chosen: Tensor, num_best: int, asked_for: Tensor) -> Tensor:
+    chosen = chosen.clamp(min=0)
+    at_once = max(1, WORKSPACE_BYTES // (12 * logits.shape[-1]))
+    starts = range(0, len(rows), at_once)
+    some = [slice(start, start + at_once) for start in starts]
+    parts = [_best_logits(logits[rows[s]].float(), chosen[s], num_best) for s in some]
+    best, best_ids, total, ranks = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     named = torch.cat((chosen[:, None], asked_for), dim=1)
-    values = logits[rows[:, None], named].float()
+    named_values = logits[rows[:, None], named].float()
     token_ids = torch.cat((named[:, :1], best_ids, named[:, 1:]), dim=1)
-    values = torch.cat((values[:, :1], best, values[:, 1:]), dim=1)
-    return Logprobs(token_ids, values - total[:, None], ranks)
+    values = torch.cat((named_values[:, :1], best, named_values[:, 1:]), dim=1) - total[:, None]
+    return torch.cat((token_ids.int(), values.view(torch.int32), ranks.int()[:, None]), dim=1)
 
 
 def _best_logits(logits: Tensor, chosen: Tensor, num_best: int) -> tuple[Tensor, ...]:

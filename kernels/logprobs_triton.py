@@ -24,7 +24,7 @@ def _chunk_kernel(
     lane = tl.arange(0, CHUNK)
     token = chunk * CHUNK + lane
     x = tl.load(row_start + token, token < vocab, other=float("-inf")).to(tl.float32)
-    own = tl.load(row_start + tl.load(chosen + index)).to(tl.float32)
+    own = tl.load(row_start + tl.maximum(tl.load(chosen + index), 0)).to(tl.float32)
     at = index * num_chunks + chunk
     peak = tl.max(x, 0)
     tl.store(counts + at, tl.sum((x > own).to(tl.int32), 0))
@@ -39,51 +39,66 @@ def _chunk_kernel(
 
 @triton.jit
 def _row_kernel(
-    best, best_ids, peaks, masses, counts, row_best, row_best_ids, totals, ranks, num_chunks,
-    NUM_BEST: tl.constexpr, CHUNKS: tl.constexpr, CANDIDATES: tl.constexpr,
+    logits, rows, chosen, asked_for, best, best_ids, peaks, masses, counts, packed, row_stride,
+    num_chunks, num_named, NUM_BEST: tl.constexpr, NAMED: tl.constexpr, CHUNKS: tl.constexpr,
+    CANDIDATES: tl.constexpr,
 ):  # fmt: skip
-    """The chunks of a row together."""
+    """The chunks of a row together, and the tokens that have a name: packed, as `Logprobs` says."""
     index, chunk = tl.program_id(0), tl.arange(0, CHUNKS)
+    num_columns = 1 + NUM_BEST + num_named
+    ids = packed + index * (2 * num_columns + 1)
+    values = ids + num_columns
     at, inside = index * num_chunks + chunk, chunk < num_chunks
+    tl.store(values + num_columns, 1 + tl.sum(tl.load(counts + at, inside, other=0), 0))
     peak = tl.load(peaks + at, inside, other=float("-inf"))
     highest = tl.max(peak, 0)
     share = tl.where(peak > float("-inf"), tl.exp(peak - highest), 0.0)
     mass = tl.sum(tl.load(masses + at, inside, other=0.0) * share, 0)
-    tl.store(totals + index, highest + tl.log(mass))
-    tl.store(ranks + index, 1 + tl.sum(tl.load(counts + at, inside, other=0), 0).to(tl.int64))
+    total = highest + tl.log(mass)
+
+    row_start = logits + tl.load(rows + index) * row_stride
+    token = tl.maximum(tl.load(chosen + index), 0)
+    value = tl.load(row_start + token).to(tl.float32) - total
+    tl.store(ids, token.to(tl.int32))
+    tl.store(values, value.to(tl.int32, bitcast=True))
     lane = tl.arange(0, CANDIDATES)
     start = index * num_chunks * NUM_BEST
     x = tl.load(best + start + lane, lane < num_chunks * NUM_BEST, other=float("-inf"))
     for place in tl.static_range(NUM_BEST):
-        value, where = tl.max(x, 0, return_indices=True)
-        tl.store(row_best + index * NUM_BEST + place, value)
-        token = tl.load(best_ids + start + where)
-        tl.store(row_best_ids + index * NUM_BEST + place, token.to(tl.int64))
+        highest_left, where = tl.max(x, 0, return_indices=True)
+        value = highest_left - total
+        tl.store(ids + 1 + place, tl.load(best_ids + start + where))
+        tl.store(values + 1 + place, value.to(tl.int32, bitcast=True))
         x = tl.where(lane == where, float("-inf"), x)
+    if NAMED > 0:
+        name = tl.arange(0, NAMED)
+        inside = name < num_named
+        tokens = tl.load(asked_for + index * num_named + name, inside, other=0)
+        named = tl.load(row_start + tokens, inside, other=0.0).to(tl.float32) - total
+        tl.store(ids + 1 + NUM_BEST + name, tokens.to(tl.int32), inside)
+        tl.store(values + 1 + NUM_BEST + name, named.to(tl.int32, bitcast=True), inside)
 
 
-def best_logits(
-    logits: Tensor, rows: Tensor, chosen: Tensor, num_best: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `logprobs._best_logits`; of `rows` of the logits."""
-    count, vocab = len(rows), logits.shape[-1]
+def pack(logits: Tensor, rows: Tensor, chosen: Tensor, num_best: int, asked_for: Tensor) -> Tensor:
+    """See `logprobs.token_logprobs`; int32 [rows, 2 * columns + 1], as `Logprobs` holds it."""
+    (count, num_named), vocab = asked_for.shape, logits.shape[-1]
     num_chunks = triton.cdiv(vocab, _CHUNK)
     peaks, masses = logits.new_empty((2, count, num_chunks), dtype=torch.float32)
-    counts = logits.new_empty((count, num_chunks), dtype=torch.int32)
     best = logits.new_empty((count, num_chunks, num_best), dtype=torch.float32)
-    best_ids = logits.new_empty((count, num_chunks, num_best), dtype=torch.int32)
-    row_best = logits.new_empty((count, num_best), dtype=torch.float32)
-    row_best_ids = row_best.new_empty((count, num_best), dtype=torch.int64)
-    totals = row_best.new_empty(count)
-    ranks = row_best.new_empty(count, dtype=torch.int64)
-    assert logits.stride(1) == 1 and rows.is_contiguous() and chosen.is_contiguous()
+    counts = logits.new_empty((count, num_chunks), dtype=torch.int32)
+    best_ids = counts.new_empty((count, num_chunks, num_best))
+    packed = counts.new_empty((count, 2 * (1 + num_best + num_named) + 1))
+    assert logits.stride(1) == 1
+    assert rows.is_contiguous() and chosen.is_contiguous() and asked_for.is_contiguous()
     _chunk_kernel[(count, num_chunks)](
         logits, rows, chosen, best, best_ids, peaks, masses, counts, vocab, logits.stride(0),
         num_chunks, NUM_BEST=num_best, CHUNK=_CHUNK,
     )  # fmt: skip
     _row_kernel[(count,)](
-        best, best_ids, peaks, masses, counts, row_best, row_best_ids, totals, ranks, num_chunks,
-        NUM_BEST=num_best, CHUNKS=triton.next_power_of_2(num_chunks),
+        logits, rows, chosen, asked_for, best, best_ids, peaks, masses, counts, packed,
+        logits.stride(0), num_chunks, num_named, NUM_BEST=num_best,
+        NAMED=triton.next_power_of_2(num_named) if num_named else 0,
+        CHUNKS=triton.next_power_of_2(num_chunks),
         CANDIDATES=triton.next_power_of_2(max(num_chunks * num_best, 1)),
     )  # fmt: skip
-    return row_best, row_best_ids, totals, ranks
+    return packed

@@ -59,10 +59,10 @@ def position_logprobs(
     position: TokenLogprobs, text_of: Callable[[int], str] | None
 ) -> PositionLogprobs:
     """By token id; the position's own token comes first."""
-    best = 1 + position.num_best
-    ranks = [position.rank, *range(1, best), *[None] * (len(position.token_ids) - best)]
+    token_ids, logprobs, own_rank, num_best = position
+    ranks = [own_rank, *range(1, 1 + num_best), *[None] * (len(token_ids) - 1 - num_best)]
     found: PositionLogprobs = {}
-    for token_id, logprob, rank in zip(position.token_ids, position.logprobs, ranks, strict=True):
+    for token_id, logprob, rank in zip(token_ids, logprobs, ranks, strict=True):
         if token_id not in found or (found[token_id].rank is None and rank is not None):
             text = None if text_of is None else text_of(token_id)
             found[token_id] = Logprob(logprob, rank, text)

@@ -56,7 +56,7 @@ class Completion:
         if not self.request.sampling_params.wants_logprobs:
             return None
         new = self.request.logprobs[self._num_summed :]
-        self._sum_of_logprobs += sum(position.logprobs[0] for position in new)
+        self._sum_of_logprobs += sum(logprobs[0] for _, logprobs, _, _ in new)
         self._num_summed += len(new)
         return self._sum_of_logprobs
 

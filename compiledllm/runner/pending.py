@@ -26,22 +26,21 @@ class LogprobsOf:
     shares: list[tuple[int, int]]
 
     def to_host(self) -> LogprobsOf:
-        return replace(self, logprobs=Logprobs(*map(_to_host, self.logprobs)))
+        packed = self.logprobs.packed
+        host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+        return replace(self, logprobs=Logprobs(host.copy_(packed, non_blocking=True)))
 
     def positions(self) -> list[TokenLogprobs]:
         """Waits for nothing: the copies have arrived."""
-        kinds, width = set(self.shares), self.logprobs.token_ids.shape[1]
-        if kinds == {(self.num_best, width - 1 - self.num_best)}:  # all have asked for the same
-            lines = zip(*(tensor.tolist() for tensor in self.logprobs), strict=True)
-            return [
-                TokenLogprobs(tuple(ids), tuple(values), rank, self.num_best)
-                for ids, values, rank in lines
-            ]
-        first = 1 + self.num_best
+        found = self.logprobs
+        arrays = (x.numpy().tolist() for x in (found.token_ids, found.values, found.ranks))
+        lines = zip(*arrays, self.shares, strict=True)
+        kinds, first = set(self.shares), 1 + self.num_best
+        if kinds == {(self.num_best, found.num_columns - first)}:  # all have asked for the same
+            return [(tuple(ids), tuple(values), rank, k) for ids, values, rank, (k, _) in lines]
         chosen = {(k, m): (0, *range(1, 1 + k), *range(first, first + m)) for k, m in kinds}
-        lines = zip(*(tensor.tolist() for tensor in self.logprobs), self.shares, strict=True)
         return [
-            TokenLogprobs(
+            (
                 tuple(ids[c] for c in chosen[share]),
                 tuple(values[c] for c in chosen[share]),
                 rank,
@@ -128,8 +127,3 @@ class OutputRing:
             extras.to_host()
         arrived.record()
         return PendingOutput(request_ids, buffer, arrived, extras)
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)

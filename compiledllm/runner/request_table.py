@@ -12,7 +12,7 @@ import torch
 from compiledllm.kernels.sampling import SamplingRows
 from compiledllm.runner.device import to_device
 from compiledllm.runner.logits_rules import LogitsRules
-from compiledllm.sampling_params import SamplingParams
+from compiledllm.sampling_params import ALL_TOKENS, SamplingParams
 from compiledllm.types import NewRequest, SchedulerOutput
 
 
@@ -29,6 +29,7 @@ class RequestTable:
     ) -> None:
         self.device = device
         self.padding_row = max_num_seqs
+        self._vocab_size = vocab_size
         num_rows = max_num_seqs + 1
         self.block_tables = torch.zeros(num_rows, max_blocks, dtype=torch.int32, device=device)
         self.last_token_ids = torch.zeros(num_rows, dtype=torch.int64, device=device)
@@ -37,6 +38,8 @@ class RequestTable:
         self.rules = LogitsRules(max_num_seqs, vocab_size, device)
         self.token_ids: list[np.ndarray] = [np.empty(0, np.int64)] * max_num_seqs
         self.params: list[SamplingParams | None] = [None] * max_num_seqs
+        self.num_logprobs = np.zeros(max_num_seqs, np.int64)  # of the most likely tokens
+        self.named_logprobs: list[list[int]] = [[]] * max_num_seqs  # token ids asked for besides
         self.num_prompt_tokens = np.zeros(max_num_seqs, np.int64)
         self.wants_logprobs = np.zeros(max_num_seqs, bool)
         self.wants_prompt_logprobs = np.zeros(max_num_seqs, bool)
@@ -109,6 +112,8 @@ class RequestTable:
         self.params[row] = params
         self.num_prompt_tokens[row] = request.num_prompt_tokens
         self.wants_logprobs[row] = params.wants_logprobs
+        self.num_logprobs[row] = num_best(params.logprobs, self._vocab_size)
+        self.named_logprobs[row] = params.logprob_token_ids or []
         self.wants_prompt_logprobs[row] = params.prompt_logprobs is not None
         self.rules.fill(row, request)
         self._num_blocks[row] = 0
@@ -128,3 +133,8 @@ class RequestTable:
         if rows:
             packed = to_device(np.array([rows, columns, block_ids]), self.device)
             self.block_tables[packed[0], packed[1]] = packed[2].int()
+
+
+def num_best(asked: int | None, vocab_size: int) -> int:
+    """How many of the most likely tokens `logprobs` or `prompt_logprobs` means."""
+    return vocab_size if asked == ALL_TOKENS else min(asked or 0, vocab_size)

@@ -17,8 +17,7 @@ from compiledllm.kernels.logprobs import MOST_IN_TRITON, token_logprobs
 from compiledllm.kernels.sampling import INVALID, draw_tokens
 from compiledllm.runner.device import to_device
 from compiledllm.runner.pending import Extras, LogprobsOf
-from compiledllm.runner.request_table import RequestTable
-from compiledllm.sampling_params import ALL_TOKENS
+from compiledllm.runner.request_table import RequestTable, num_best
 
 WORKSPACE_BYTES = 256 * 2**20  # for edited copies of logits, or for a prompt's
 
@@ -30,6 +29,7 @@ class Sampler:
         self._table = table
         self._vocab_size = vocab_size
         self._rows_at_once = max(1, WORKSPACE_BYTES // (32 * vocab_size))
+        self._every_row = torch.arange(table.padding_row, device=table.device)
 
     def draw(self, logits: Tensor, rows: np.ndarray, positions: np.ndarray) -> Tensor:
         """Token ids int64 [rows], of rows without rules; those with rules are left undefined.
@@ -122,17 +122,18 @@ class Sampler:
         request_ids: list[str],
     ) -> list[tuple[list[str], LogprobsOf]]:
         """Of the drawn tokens; those that want very many apart from the rest."""
-        params = {index: self._table.params[rows[index]] for index in telling.tolist()}
-        num_best = {i: self._count(p.logprobs or 0) for i, p in params.items() if p is not None}
+        is_many = self._table.num_logprobs[rows[telling]] > MOST_IN_TRITON
         found = []
-        for is_many in (False, True):
-            group = [i for i in params if (num_best[i] > MOST_IN_TRITON) == is_many]
-            if group:
-                named = [(p and p.logprob_token_ids) or [] for p in map(params.get, group)]
-                at = to_device(np.array(group), logits.device)
-                counts = [num_best[i] for i in group]
-                result = self._logprobs_of(logits, at, drawn[at].clamp(min=0), counts, named)
-                found.append(([request_ids[i] for i in group], result))
+        for group in (telling[~is_many], telling[is_many]):
+            if len(group):
+                at, chosen = self._every_row[: len(group)], drawn
+                if len(group) < len(rows):
+                    at = to_device(group, logits.device)
+                    chosen = drawn[at]
+                num_best = self._table.num_logprobs[rows[group]].tolist()
+                named = [self._table.named_logprobs[row] for row in rows[group].tolist()]
+                result = _logprobs_of(logits, at, chosen, num_best, named)
+                found.append(([request_ids[i] for i in group.tolist()], result))
         return found
 
     def prompt_logprobs(
@@ -151,33 +152,31 @@ class Sampler:
         tokens = self._table.token_ids[row][first : self._table.num_prompt_tokens[row]]
         hidden = hidden[: len(tokens)]
         chosen = to_device(tokens[: len(hidden)], hidden.device)
-        num_best = self._count(params.prompt_logprobs or 0)
+        best = num_best(params.prompt_logprobs, self._vocab_size)
         chunks = []
         for start in range(0, len(hidden), self._rows_at_once):
             some = hidden[start : start + self._rows_at_once]
             logits = compute_logits(some)
             rows = torch.arange(len(some), device=hidden.device)
-            found = self._logprobs_of(
-                logits, rows, chosen[start : start + len(some)], [num_best] * len(some), []
-            )
-            chunks.append((first + start, found))
+            own = chosen[start : start + len(some)]
+            chunks.append((first + start, _logprobs_of(logits, rows, own, [best] * len(some))))
         return chunks
 
-    def _count(self, asked: int) -> int:
-        return self._vocab_size if asked == ALL_TOKENS else min(asked, self._vocab_size)
 
-    def _logprobs_of(
-        self,
-        logits: Tensor,
-        rows: Tensor,
-        chosen: Tensor,
-        num_best: list[int],
-        named: list[list[int]],
-    ) -> LogprobsOf:
-        named = named or [[]] * len(num_best)
-        width = max(map(len, named))
+def _logprobs_of(
+    logits: Tensor,
+    rows: Tensor,
+    chosen: Tensor,
+    num_best: list[int],
+    named: list[list[int]] | None = None,
+) -> LogprobsOf:
+    """num_best, named: of each row."""
+    named = named or [[]] * len(num_best)
+    width = max(map(len, named))
+    asked_for = rows.new_empty((len(named), 0))
+    if width:
         padded = np.array([ids + [0] * (width - len(ids)) for ids in named], np.int64)
-        asked_for = to_device(padded.reshape(len(named), width), logits.device)
-        found = token_logprobs(logits, rows, chosen, max(num_best), asked_for)
-        shares = [(best, len(ids)) for best, ids in zip(num_best, named, strict=True)]
-        return LogprobsOf(found, max(num_best), shares)
+        asked_for = to_device(padded, logits.device)
+    found = token_logprobs(logits, rows, chosen, max(num_best), asked_for)
+    shares = [(best, len(ids)) for best, ids in zip(num_best, named, strict=True)]
+    return LogprobsOf(found, max(num_best), shares)

@@ -13,26 +13,19 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NO_IDS = torch.empty(3, 0, dtype=torch.int64)
 
 
-def with_triton(patch: pytest.MonkeyPatch) -> None:
-    """Triton's kernels take the place of torch's, in the interpreter where there is no GPU."""
-
-    def best_logits(logits: Tensor, chosen: Tensor, num_best: int) -> tuple[Tensor, ...]:
-        rows = torch.arange(len(logits), device=logits.device)
-        return logprobs_triton.best_logits(logits, rows, chosen, num_best)
-
-    patch.setattr(logprobs, "_best_logits", best_logits)
-
-
 @pytest.fixture(params=["torch", "triton"], autouse=True)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's kernels take the place of torch's, in the interpreter where there is no GPU."""
     if request.param == "triton":
-        with_triton(monkeypatch)
+        monkeypatch.setattr(logprobs, "_pack", logprobs_triton.pack)
+    elif DEVICE == "cuda":
+        monkeypatch.setattr(logprobs_triton, "pack", logprobs._pack)
 
 
 def compute(logits: Tensor, rows: Tensor, chosen: Tensor, num_best: int, asked: Tensor) -> Logprobs:
     tensors = (x.to(DEVICE) for x in (logits, rows, chosen, asked))
     logits, rows, chosen, asked = tensors
-    return Logprobs(*(x.cpu() for x in token_logprobs(logits, rows, chosen, num_best, asked)))
+    return Logprobs(token_logprobs(logits, rows, chosen, num_best, asked).packed.cpu())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -47,7 +40,7 @@ def test_they_are_those_of_a_float64_softmax(vocab: int, num_best: int, dtype: t
     assert found.token_ids[:, 0].tolist() == chosen.tolist()
     assert found.token_ids[:, 1 + num_best :].tolist() == asked.tolist()
     torch.testing.assert_close(
-        found.values.double(), exact.gather(1, found.token_ids), atol=1e-4, rtol=0
+        found.values.double(), exact.gather(1, found.token_ids.long()), atol=1e-4, rtol=0
     )
     best = exact.topk(num_best, dim=-1).values
     torch.testing.assert_close(found.values[:, 1 : 1 + num_best].double(), best, atol=1e-4, rtol=0)
@@ -77,5 +70,13 @@ def test_rows_are_done_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen, none = rows, torch.empty(40, 0, dtype=torch.int64)
     whole = compute(logits, rows, chosen, 4, none)
     monkeypatch.setattr(logprobs, "WORKSPACE_BYTES", 12 * 50 * 7)
-    for some, all_at_once in zip(compute(logits, rows, chosen, 4, none), whole, strict=True):
-        torch.testing.assert_close(some, all_at_once)
+    parts = compute(logits, rows, chosen, 4, none)
+    assert torch.equal(parts.token_ids, whole.token_ids) and torch.equal(parts.ranks, whole.ranks)
+    torch.testing.assert_close(parts.values, whole.values)
+
+
+def test_an_undrawn_token_counts_as_the_first() -> None:
+    logits, rows = torch.randn(3, 70), torch.arange(3)
+    found = compute(logits, rows, torch.tensor([-1, 0, -1]), 2, NO_IDS)
+    assert found.token_ids[:, 0].tolist() == [0, 0, 0]
+    torch.testing.assert_close(found.values[:, 0], logits.log_softmax(-1)[:, 0])

@@ -37,8 +37,8 @@ TYPES = {
     "weight_stride": "i32", "out_stride": "i32",
     "vocab": "i32", "row_stride": "i32", "num_chunks": "i32", "rows": "*i64", "top_k": "*i32",
     "top_p": "*fp32", "min_p": "*fp32", "peaks": "*fp32", "masses": "*fp32",
-    "chosen": "*i64", "best": "*fp32", "counts": "*i32", "row_best": "*fp32",
-    "row_best_ids": "*i64", "totals": "*fp32", "ranks": "*i64", "group_peaks": "*fp32",
+    "chosen": "*i64", "best": "*fp32", "counts": "*i32", "asked_for": "*i64",
+    "packed": "*i32", "num_named": "i32", "group_peaks": "*fp32",
     "groups": "*i32", "index": "*i64", "slots": "*i64", "amounts": "*fp32",
 }
 FLOATS = {
@@ -73,7 +73,10 @@ for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
     check(attention._store_kernel, dtype, WIDTH=1024, PADDED=1024)
     check(sampling._chunk_kernel, dtype, CHUNK=4096, GROUP=64)
     check(logprobs._chunk_kernel, dtype, CHUNK=4096, NUM_BEST=20)
-    check(logprobs._row_kernel, dtype, CHUNKS=64, NUM_BEST=20, CANDIDATES=1024)
+    for named in (0, 8):
+        check(
+            logprobs._row_kernel, dtype, NUM_BEST=20, NAMED=named, CHUNKS=64, CANDIDATES=1024
+        )
     check(
         sampling._row_kernel, dtype, num_warps=16, CHUNKS=64, PER_CHUNK=64, GROUPS=256, GROUP=64,
         KEY_BITS=8 * itemsize,

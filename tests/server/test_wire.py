@@ -27,7 +27,7 @@ from compiledllm.server.wire import (
 from compiledllm.types import Request, TokenLogprobs
 
 STATS = Stats(1, 2, 0.5, 3, 0, 0, 0.01, 7, 100, 50)
-LOGPROBS = TokenLogprobs((5, 6), (-0.5, -1.5), 1, 1)
+LOGPROBS: TokenLogprobs = ((5, 6), (-0.5, -1.5), 1, 1)
 
 
 @pytest.mark.parametrize(
