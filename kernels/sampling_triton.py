@@ -46,19 +46,34 @@ def _mix32(x):
 
 
 @triton.jit
-def _exponential(seeds, positions, row, index, token):
-    """The exponential variable of a token, whose negative logarithm is its Gumbel noise.
+def _inverse_exponential(seeds, positions, row, index, token):
+    """1 / -log(1 - u) with the token's u in (0, 1): a token wins by its weight times this.
 
-    See sampling.gumbel_noise. The lower it is for its weight, the better the token.
+    The logarithm of it is its Gumbel noise, see sampling.gumbel_noise. log(1 - u) is the exponent
+    of 1 - u and a polynomial in f = (1 - u) / 2^exponent - 1, |f| <= 1/3, fitted to a relative error
+    of 3e-7; for small u f is -u itself, which has not lost its digits.
     """
     key = _mix64(tl.load(seeds + row) ^ _mix64(tl.load(positions + index) + 1))
     low = (key & 0xFFFFFFFF).to(tl.uint32)
     high = ((key >> 32) & 0xFFFFFFFF).to(tl.uint32)
     bits = _mix32(_mix32(token.to(tl.uint32) ^ low) ^ high)
-    u = (bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10
-    # -log1p(-u): by its series where 1 - u has lost too many digits
-    series = u * (1.0 + u * (0.5 + u * (0.33333333 + u * 0.25)))
-    return tl.where(u < 0.01, series, -tl.log(1.0 - tl.minimum(u, 0.9999999403953552)))
+    u = bits.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
+    u = tl.minimum(u, 0.9999999403953552)
+    rest = (1.0 - u).to(tl.int32, bitcast=True)
+    exponent = (rest - 0x3F2AAAAB) & -8388608
+    f = (rest - exponent).to(tl.float32, bitcast=True) - 1.0
+    f = tl.where(exponent == 0, -u, f)
+    series = 0.16964908 + f * -0.15177204
+    series = 0.19822499 + f * (-0.16462457 + f * series)
+    series = -0.5 + f * (0.33336565 + f * (-0.25004664 + f * series))
+    root = tl.rsqrt(exponent.to(tl.float32) * -8.2629587e-08 - (f + f * f * series))
+    return root * root
+
+
+@triton.jit
+def _weight(x, peak, heat):
+    """exp((x - peak) / heat)."""
+    return tl.exp2((x - peak) * (1.4426950408889634 / heat))
 
 
 @triton.jit
@@ -98,13 +113,13 @@ def _chunk_kernel(
         tl.store(peaks + at, tl.max(per_group, 0))
     else:
         peak = tl.max(x, 0)
-        weight = tl.exp((x - tl.where(peak > float("-inf"), peak, 0.0)) / heat)
-        ratio = weight / _exponential(seeds, positions, row, index, token)
-        best, where = tl.max(ratio, 0, return_indices=True)
+        weight = _weight(x, tl.where(peak > float("-inf"), peak, 0.0), heat)
+        ratio = weight * _inverse_exponential(seeds, positions, row, index, token)
+        best = tl.max(ratio, 0)
         tl.store(peaks + at, peak)
         tl.store(masses + at, tl.sum(weight, 0))
         tl.store(best_scores + at, tl.log(best) + peak / heat)
-        tl.store(best_ids + at, chunk * CHUNK + where)
+        tl.store(best_ids + at, tl.min(tl.where(ratio == best, token, vocab), 0))
 
 
 @triton.jit
@@ -144,7 +159,7 @@ def _row_kernel(
             least = tl.maximum(least, kth)
             is_left = peak > float("inf")  # nothing is drawn yet
         else:
-            share = tl.where(chunk_peaks > float("-inf"), tl.exp((chunk_peaks - peak) / heat), 0.0)
+            share = _weight(chunk_peaks, peak, heat)
             total = tl.sum(tl.load(masses + at, inside, other=0.0) * share, 0)
             is_left = _key(tl.load(row_start + token).to(tl.float32)) >= least
         searching = True
@@ -225,7 +240,7 @@ def _mass(
     masses = tl.zeros([GROUPS, GROUP], tl.float32)
     for first in range(0, num_groups, GROUPS):
         _token, x = _tile(row_start, groups, first, num_groups, k, vocab, GROUPS, GROUP)
-        masses += tl.where(_key(x) >= least, tl.exp((x - peak) / heat), 0.0)
+        masses += tl.where(_key(x) >= least, _weight(x, peak, heat), 0.0)
     return tl.sum(tl.sum(masses, 1), 0)
 
 
@@ -242,8 +257,8 @@ def _best_token(
     best_ratio, best_token = tl.full([], -1.0, tl.float32), tl.full([], 0, tl.int32)
     for first in range(0, num_groups, GROUPS):
         token, x = _tile(row_start, groups, first, num_groups, k, vocab, GROUPS, GROUP)
-        ratio = tl.exp((x - peak) / heat) / _exponential(seeds, positions, row, index, token)
-        ratio = tl.where(_key(x) >= least, ratio, -1.0)
+        noise = _inverse_exponential(seeds, positions, row, index, token)
+        ratio = tl.where(_key(x) >= least, _weight(x, peak, heat) * noise, -1.0)
         best = tl.max(tl.max(ratio, 1), 0)
         if best > best_ratio:
             of_best = tl.where(ratio == best, token, vocab)
