@@ -50,8 +50,8 @@ def _inverse_exponential(seeds, positions, row, index, token):
     """1 / -log(1 - u) with the token's u in (0, 1): a token wins by its weight times this.
 
     The logarithm of it is its Gumbel noise, see sampling.gumbel_noise. log(1 - u) is the exponent
-    of 1 - u and a polynomial in f = (1 - u) / 2^exponent - 1, |f| <= 1/3, fitted to a relative error
-    of 3e-7; for small u f is -u itself, which has not lost its digits.
+    of 1 - u and a polynomial in f = (1 - u) / 2^exponent - 1, |f| <= 1/3, fitted to a relative
+    error of 3e-7; for small u f is -u itself, which has not lost its digits.
     """
     key = _mix64(tl.load(seeds + row) ^ _mix64(tl.load(positions + index) + 1))
     low = (key & 0xFFFFFFFF).to(tl.uint32)
