@@ -135,7 +135,7 @@ class SchedulerOutput:
 
     @property
     def num_scheduled_tokens(self) -> int:
-        return sum(s.num_scheduled_tokens for s in self.scheduled)
+        return sum([line.num_scheduled_tokens for line in self.scheduled])
 
 
 # Log probabilities at one position: token ids, their log probabilities, the own token's rank among

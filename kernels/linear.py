@@ -1,6 +1,8 @@
 """x @ weight.T + bias, by whatever is fastest for the number of rows.
 
-Up to 16 rows of a 16-bit type on a GPU go to our own kernels; everything else to the library.
+Up to 16 rows of a 16-bit type on a GPU go to our own kernels; everything else to the library. On a
+GPU all of it is one op, opaque to the compiler: it would fold the addition that follows a product
+into the library's call, which then copies the residual stream first; the next norm adds for free.
 """
 
 from __future__ import annotations
@@ -14,21 +16,23 @@ from torch import Tensor
 MAX_SKINNY_ROWS = 16
 
 _LIBRARY: Any = torch.library.Library("compiledllm", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define("skinny_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 
-def _skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if not _is_skinny(x):
+        return F.linear(x, weight, bias)
     from compiledllm.kernels.skinny_triton import skinny_linear
 
     return skinny_linear(x, weight, bias)
 
 
-def _skinny_linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
-_LIBRARY.impl("skinny_linear", _skinny_linear, "CompositeExplicitAutograd")
-torch.library.register_fake("compiledllm::skinny_linear", _skinny_linear_fake, lib=_LIBRARY)
+_LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
+torch.library.register_fake("compiledllm::linear", _linear_fake, lib=_LIBRARY)
 
 
 def linear(
@@ -40,8 +44,8 @@ def linear(
     """
     if out is not None:
         return _linear_into(out, x, weight)
-    if _is_skinny(x):
-        product: Tensor = torch.ops.compiledllm.skinny_linear(x, weight, bias)
+    if x.is_cuda:
+        product: Tensor = torch.ops.compiledllm.linear(x, weight, bias)
         return product
     return F.linear(x, weight, bias)
 

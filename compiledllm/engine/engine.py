@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import itertools
 import sys
+import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -220,8 +221,8 @@ class Engine:
 
     # -- inside --------------------------------------------------------------------------------
 
-    def _advance(self) -> None:
-        """One engine step, its texts included."""
+    def _advance(self) -> bool:
+        """One engine step, its texts included; whether a completion has ended."""
         with deferred_interrupt():
             try:
                 advanced = self.core.step()
@@ -230,24 +231,26 @@ class Engine:
                 self._book(ended)
                 raise
             pairs = [self._completions[request.request_id] for request in advanced]
+            now = time.monotonic()
             for _, completion in pairs:
-                self._push(completion)
-            self._book(pairs)
+                self._push(completion, now)
             self.core.check_when_idle()
+            return self._book(pairs)
 
-    def _push(self, completion: Completion) -> None:
+    def _push(self, completion: Completion, now: float) -> None:
         """Take over a request's newest token; one that failed has none."""
         request = completion.request
         if request.finish_reason == "error":
             return
-        stop = completion.push_last_token()
+        stop = completion.push_last_token(now)
         if stop is not None and request.is_finished:  # by this very token; the string came first
             request.finish_reason, request.stop_reason = "stop", stop
         elif stop is not None:
             self.core.finish(request.request_id, "stop", stop)
 
-    def _book(self, pairs: Iterable[tuple[RequestState, Completion]]) -> None:
-        """Remember what `step` has to show, and forget who is finished."""
+    def _book(self, pairs: Iterable[tuple[RequestState, Completion]]) -> bool:
+        """Remember what `step` has to show, and forget who is finished; whether anybody is."""
+        has_ended = False
         for state, completion in pairs:
             if state.is_for_step:
                 self._unseen[state.request_id] = state
@@ -255,13 +258,16 @@ class Engine:
                 del self._completions[completion.request.request_id]
                 if state.is_finished:
                     self._states.pop(state.request_id, None)
+                has_ended = True
+        return has_ended
 
     def _finish(self, states: list[RequestState], use_tqdm: bool) -> list[RequestOutput]:
         """Step until these are finished."""
         with self._aborting_on_exit(states), _progress_bar(len(states), use_tqdm) as progress:
             unfinished = states
             while unfinished:
-                self._advance()
+                if not self._advance() and self.core.has_unfinished():
+                    continue
                 still = [state for state in unfinished if not state.is_finished]
                 progress.update(len(unfinished) - len(still))
                 unfinished = still

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Generator, Iterator
 
 from compiledllm.engine.detokenizer import Detokenizer
@@ -40,12 +39,12 @@ class Completion:
         self._num_shown = self._text_shown = 0  # tokens and characters, by deltas
         self._end_shown = False
 
-    def push_last_token(self) -> str | None:
+    def push_last_token(self, now: float) -> str | None:
         """Take over the newest token; returns the stop string it completed, if any."""
         request = self.request
-        self.last_token_time = time.monotonic()
+        self.last_token_time = now
         if request.first_token_time is None:
-            request.first_token_time = self.last_token_time
+            request.first_token_time = now
         token_id = request.token_ids[-1]
         ended_by_token = request.finish_reason == "stop" and token_id in request.stop_token_ids
         hidden = ended_by_token and not request.sampling_params.include_stop_str_in_output

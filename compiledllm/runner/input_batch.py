@@ -32,14 +32,13 @@ class StepLayout:
 
     @classmethod
     def of(cls, step: SchedulerOutput, table: RequestTable) -> StepLayout:
-        lines = step.scheduled
-        request_ids = [line.request_id for line in lines]
+        request_ids, computed, counts, _, samples = zip(*step.scheduled, strict=True)
         return cls(
-            request_ids=request_ids,
+            request_ids=list(request_ids),
             rows=table.rows_of(request_ids),
-            computed=np.array([line.num_computed_tokens for line in lines]),
-            counts=np.array([line.num_scheduled_tokens for line in lines]),
-            samples=np.array([line.samples for line in lines]),
+            computed=np.array(computed),
+            counts=np.array(counts),
+            samples=np.array(samples),
         )
 
     @classmethod
@@ -69,6 +68,8 @@ class StepLayout:
 
     @property
     def sample_request_ids(self) -> list[str]:
+        if self.samples.all():
+            return self.request_ids
         return list(itertools.compress(self.request_ids, self.samples))
 
     def pack(self, table: RequestTable, shape: StepShape) -> np.ndarray:

@@ -6,6 +6,8 @@ new block ids. The last sampled token stays where the sampler wrote it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -47,9 +49,9 @@ class RequestTable:
         self._row_of: dict[str, int] = {}
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
 
-    def rows_of(self, request_ids: list[str]) -> np.ndarray:
+    def rows_of(self, request_ids: Sequence[str]) -> np.ndarray:
         """int64 [request_ids]."""
-        return np.array([self._row_of[request_id] for request_id in request_ids], np.int64)
+        return np.array(list(map(self._row_of.__getitem__, request_ids)), np.int64)
 
     def apply(self, step: SchedulerOutput) -> None:
         """Release, fill and extend rows as the scheduler says."""

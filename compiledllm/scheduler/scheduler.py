@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from compiledllm.log import log
 from compiledllm.outputs import FinishReason
@@ -32,6 +33,20 @@ from compiledllm.types import (
 )
 
 NO_TOKEN = "no token could be drawn: the logits are NaN or infinite, or every token is banned"
+
+
+_NO_BLOCKS: list[int] = []  # never changed
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A step while it is put together. Tokens left: budget, and of it prompt_budget for prompts."""
+
+    budget: int
+    prompt_budget: int
+    lines: list[ScheduledRequest] = field(default_factory=list)
+    requests: list[Request] = field(default_factory=list)  # of the lines
+    has_preempted: bool = False
 
 
 class Scheduler:
@@ -60,7 +75,6 @@ class Scheduler:
         self.waiting = WaitingQueue(POLICIES[policy])
         self.num_preemptions = 0
         self._held: dict[str, Request] = {}  # waiting, and not to be scheduled
-        self._prompt_budget = 0  # what is left of a step's
         self._is_sorted = True  # the running list, by rank
         self.num_prefix_queries = self.num_prefix_hits = 0  # tokens looked up, and found
         self.num_failed_rows = 0  # of logits that no token could be drawn from
@@ -125,24 +139,20 @@ class Scheduler:
 
     def schedule(self) -> SchedulerOutput:
         """Choose this step's work, allocate its blocks, say what changed since the last step."""
-        budget = self.max_num_batched_tokens
-        self._prompt_budget = self._most_prompt_tokens()
-        scheduled, preempted = self._schedule_running(budget)
-        budget -= sum(s.num_scheduled_tokens for s in scheduled)
-        budget = min(budget, self._prompt_budget)
+        draft = _Draft(self.max_num_batched_tokens, self._most_prompt_tokens())
+        self._schedule_running(draft)
+        draft.budget = min(draft.budget, draft.prompt_budget)
         new_requests: list[NewRequest] = []
         # A step that had to preempt admits nobody: the blocks it freed would be taken right back.
-        while not preempted and budget > 0 and self.waiting:
-            admitted = self._admit(self.waiting.peek(), budget)
+        while not draft.has_preempted and draft.budget > 0 and self.waiting:
+            admitted = self._admit(self.waiting.peek(), draft)
             if admitted is None:
                 break
-            new_requests.append(admitted[0])
-            scheduled.append(admitted[1])
-            budget -= admitted[1].num_scheduled_tokens
+            new_requests.append(admitted)
         freed, self._freed_request_ids = self._freed_request_ids, []
         spoilt, self._spoilt_block_ids = self._spoilt_block_ids, []
-        self._in_flight.append([self.requests[line.request_id] for line in scheduled])
-        return SchedulerOutput(new_requests, scheduled, freed, spoilt)
+        self._in_flight.append(draft.requests)
+        return SchedulerOutput(new_requests, draft.lines, freed, spoilt)
 
     def _most_prompt_tokens(self) -> int:
         """In this step. A long prompt makes those that decode wait for as long as it takes."""
@@ -153,47 +163,64 @@ class Scheduler:
             return self.max_num_batched_tokens
         return most
 
-    def _schedule_running(self, budget: int) -> tuple[list[ScheduledRequest], bool]:
+    def _schedule_running(self, draft: _Draft) -> None:
         """Give every running request tokens, best-ranked first, preempting from the other end."""
-        scheduled: list[ScheduledRequest] = []
-        preempted = False
         if not self._is_sorted:
             self.running.sort(key=self.waiting.rank)
             self._is_sorted = True
         index = 0
-        while index < len(self.running) and budget > 0:
+        while index < len(self.running) and draft.budget > 0:
             request = self.running[index]
-            wanted = request.num_tokens_to_compute
-            count = min(wanted, budget)
-            if wanted > 1:
-                count = min(count, self._prompt_budget)
-                self._prompt_budget -= count
-            if count == 0:  # its last token is in flight or not known yet, or prompts are full
+            if self._grant_next_token(request, draft) or self._grant_running(request, draft):
                 index += 1
-                continue
-            missing = self._num_missing_blocks(request, request.num_computed_tokens + count)
-            if missing:
-                while missing > self.block_pool.num_free_blocks and self.running[-1] is not request:
-                    self._preempt(self.running.pop())
-                    preempted = True
-                if missing > self.block_pool.num_free_blocks:
-                    # Only blocks of requests that rank higher are left: this one yields itself.
-                    self._preempt(self.running.pop())
-                    preempted = True
-                    break
-            scheduled.append(self._grant(request, count, count == wanted, missing))
-            budget -= count
-            index += 1
-        return scheduled, preempted
+            else:  # the last one gives its blocks, in the end the request itself
+                self._preempt(self.running.pop())
+                draft.has_preempted = True
 
-    def _admit(self, request: Request, budget: int) -> tuple[NewRequest, ScheduledRequest] | None:
+    def _grant_next_token(self, request: Request, draft: _Draft) -> bool:
+        """What almost every line of almost every step is: one token, in a block that is there."""
+        known, in_flight = len(request.token_ids), request.num_tokens_in_flight
+        num_tokens, computed = known + in_flight, request.num_computed_tokens
+        if (
+            num_tokens - computed != 1
+            or num_tokens >= request.most_tokens
+            or computed >= len(request.block_ids) * self.block_size
+            or (in_flight and request.needs_last_token)
+        ):
+            return False
+        request.num_computed_tokens = num_tokens
+        request.num_tokens_in_flight = in_flight + 1
+        if known // self.block_size > request.num_registered_blocks:
+            self._register_full_blocks(request)
+        draft.lines.append(ScheduledRequest(request.request_id, computed, 1, _NO_BLOCKS, True))
+        draft.requests.append(request)
+        draft.budget -= 1
+        return True
+
+    def _grant_running(self, request: Request, draft: _Draft) -> bool:
+        """Give a running request what it wants or what is left; False if it lacks blocks."""
+        wanted = request.num_tokens_to_compute
+        count = min(wanted, draft.budget)
+        if wanted > 1:
+            count = min(count, draft.prompt_budget)
+        if count == 0:  # its last token is in flight or not known yet, or prompts are full
+            return True
+        missing = self._num_missing_blocks(request, request.num_computed_tokens + count)
+        if missing > self.block_pool.num_free_blocks:
+            return False
+        if wanted > 1:
+            draft.prompt_budget -= count
+        self._grant(request, draft, count, count == wanted, missing)
+        return True
+
+    def _admit(self, request: Request, draft: _Draft) -> NewRequest | None:
         """Start (or resume) a waiting request, reusing cached blocks; None if it must wait."""
         if len(self.running) >= self.max_num_seqs or request.num_tokens_in_flight:
             return None
         cached = self._lookup_prefix(request)
         num_cached = len(cached) * self.block_size
         wanted = request.num_tokens - num_cached
-        count = min(wanted, budget)
+        count = min(wanted, draft.budget)
         missing = self._num_missing_blocks(request, num_cached + count) - len(cached)
         pool = self.block_pool
         if missing + pool.num_free_among(cached) > pool.num_free_blocks:
@@ -210,7 +237,8 @@ class Scheduler:
         request.status = RequestStatus.RUNNING
         self.running.append(request)
         self._is_sorted = False
-        new = NewRequest(
+        self._grant(request, draft, count, count == wanted, missing, cached)
+        return NewRequest(
             request.request_id,
             list(request.token_ids),
             request.num_prompt_tokens,
@@ -219,16 +247,16 @@ class Scheduler:
             request.seed,
             request.bad_words,
         )
-        return new, self._grant(request, count, count == wanted, missing, cached)
 
     def _grant(
         self,
         request: Request,
+        draft: _Draft,
         count: int,
         samples: bool,
         missing: int,
         shared: list[int] | None = None,
-    ) -> ScheduledRequest:
+    ) -> None:
         """Allocate what is missing for `count` more tokens; write the request's line of the step.
 
         Blocks that this step fills are registered now: within a step all KV of a layer is stored
@@ -242,9 +270,11 @@ class Scheduler:
         num_computed = request.num_computed_tokens
         request.num_computed_tokens += count
         request.num_tokens_in_flight += samples
-        if self.block_pool.enable_prefix_caching:
-            self._register_full_blocks(request)
-        return ScheduledRequest(request.request_id, num_computed, count, new_block_ids, samples)
+        self._register_full_blocks(request)
+        line = ScheduledRequest(request.request_id, num_computed, count, new_block_ids, samples)
+        draft.lines.append(line)
+        draft.requests.append(request)
+        draft.budget -= count
 
     def update(self, step: SchedulerOutput, output: StepOutput) -> list[Request]:
         """Book a step's results, in the order of the steps.
@@ -254,8 +284,9 @@ class Scheduler:
         """
         advanced: list[Request] = []
         some_left = False
+        finished, running = RequestStatus.FINISHED, RequestStatus.RUNNING
         for line, request in zip(step.scheduled, self._in_flight.popleft(), strict=True):
-            if request.status is RequestStatus.FINISHED:
+            if request.status is finished:
                 continue
             if output.prompt_logprobs:
                 self._keep_prompt_logprobs(request, output)
@@ -266,7 +297,7 @@ class Scheduler:
                 request.num_tokens_to_drop -= 1
             elif self._take(request, output):
                 advanced.append(request)
-            some_left |= request.status is not RequestStatus.RUNNING
+            some_left |= request.status is not running
         if some_left:
             self.running = [r for r in self.running if r.status is RequestStatus.RUNNING]
         return advanced
@@ -309,13 +340,16 @@ class Scheduler:
     def _append(self, request: Request, token_id: int) -> None:
         """Take over a token; end the request if it was its last one."""
         request.token_ids.append(token_id)
-        params = request.sampling_params
+        params, num_tokens = request.sampling_params, len(request.token_ids)
+        is_stop = token_id in request.stop_token_ids
+        if not is_stop and num_tokens < request.most_tokens and not params.repetition_detection:
+            return
         is_long_enough = request.num_output_tokens >= params.min_tokens
-        if token_id in request.stop_token_ids and is_long_enough:
+        if is_stop and is_long_enough:
             # As in vLLM, only an explicit stop token is reported; end of sequence is None.
             explicit = token_id in (params.stop_token_ids or ())
             self._end(request, "stop", token_id if explicit else None)
-        elif len(request.token_ids) >= request.most_tokens:
+        elif num_tokens >= request.most_tokens:
             self._end(request, "length")
         elif params.repetition_detection and is_long_enough and goes_in_circles(request):
             self._end(request, "repetition")
@@ -369,6 +403,8 @@ class Scheduler:
 
     def _register_full_blocks(self, request: Request) -> None:
         """Tokens in flight are not known here, so their blocks are registered a step later."""
+        if not self.block_pool.enable_prefix_caching:
+            return
         num_full = min(request.num_computed_tokens, len(request.token_ids)) // self.block_size
         if num_full > request.num_registered_blocks:
             self._extend_hashes(request, num_full * self.block_size)

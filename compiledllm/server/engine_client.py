@@ -295,7 +295,7 @@ class EngineClient:
             request.token_ids.append(token_id)
             if news.finish_reason and index == len(news.token_ids) - 1:
                 _finish_mirror(completion, news.finish_reason, news.stop_reason)
-            stop = completion.push_last_token()
+            stop = completion.push_last_token(time.monotonic())
             if stop is not None:
                 del request.logprobs[request.num_output_tokens :]
                 if not request.is_finished:

@@ -117,7 +117,8 @@ def test_busy_gpu_engine_keeps_its_books_and_its_memory(tiny_llama: Callable[...
     for seed in range(2, 8):
         Traffic(engine, seed).run(num_requests=1000, max_steps=100_000)
     check_books(engine)
-    assert torch.cuda.memory_allocated() <= before, "device memory was leaked"
+    # The last step's results may be alive; a leak would leave something of each of 6000 requests.
+    assert torch.cuda.memory_allocated() <= before + 2**20, "device memory was leaked"
     check_against_lone_runs(engine, traffic, sample=60)
 
 
