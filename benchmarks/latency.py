@@ -114,7 +114,8 @@ def _row(
     row["itl_ms"] = gaps and percentiles([gap * 1e3 for gap in gaps])
     step = peer.step_times(requests)
     if step is not None:
-        row["step_ms"] = {"host": step.host_s * 1e3, "device": step.device_s * 1e3}
+        seconds = {"host": step.host_s, "device": step.device_s, "between": step.between_s}
+        row["step_ms"] = {name: s and s * 1e3 for name, s in seconds.items()}
     return row
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
@@ -16,10 +18,23 @@ _STEPS = 8  # under the profiler
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """Seconds of a step: the device at work, and the rest, in which it waits for the host."""
+    """Seconds of a step: the device at work, and the rest, in which it waits for the host.
+
+    between_s: of a GPU, idle between the last kernel of a step and the first of the next; it has
+    the host's slowness under the profiler in it. None on a CPU.
+    """
 
     device_s: float
     host_s: float
+    between_s: float | None
+
+
+class Event(NamedTuple):
+    """On the device, in microseconds."""
+
+    start: float
+    end: float
+    name: str
 
 
 def measure_step(step: Callable[[], object], device: torch.device) -> StepTimes:
@@ -30,8 +45,11 @@ def measure_step(step: Callable[[], object], device: torch.device) -> StepTimes:
     began, with as many steps under way, or one would be counted twice.
     """
     seconds = _seconds(step)
-    busy = min(_device_seconds(step, device), seconds)
-    return StepTimes(device_s=busy, host_s=seconds - busy)
+    events = _device_events(step, device)
+    busy = min(covered((e.start, e.end) for e in events) / 1e6 / _STEPS, seconds)
+    idle = between_steps(events)
+    between = sum(idle) / 1e6 / len(idle) if idle else None
+    return StepTimes(device_s=busy, host_s=seconds - busy, between_s=between)
 
 
 def _seconds(step: Callable[[], object]) -> float:
@@ -41,7 +59,7 @@ def _seconds(step: Callable[[], object]) -> float:
     return (time.perf_counter() - start) / _TIMED_STEPS
 
 
-def _device_seconds(step: Callable[[], object], device: torch.device) -> float:
+def _device_events(step: Callable[[], object], device: torch.device) -> list[Event]:
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
     if on_gpu:
@@ -52,12 +70,24 @@ def _device_seconds(step: Callable[[], object], device: torch.device) -> float:
         if on_gpu:
             torch.cuda.synchronize(device)
     wanted = DeviceType.CUDA if on_gpu else DeviceType.CPU
-    events = [
-        (event.time_range.start, event.time_range.end)
+    return sorted(
+        Event(event.time_range.start, event.time_range.end, event.name)
         for event in profiler.events() or ()
         if event.device_type == wanted and (on_gpu or event.cpu_parent is None)
-    ]
-    return covered(events) / 1e6 / _STEPS
+    )
+
+
+def between_steps(events: Sequence[Event]) -> list[float]:
+    """Idle time around each step's end: where its tokens are copied to the host, that copy aside.
+
+    events: sorted. Nothing for the last step, which none follows.
+    """
+    found, ended = [], 0.0
+    for event, following in itertools.pairwise(events):
+        if event.name.startswith("Memcpy DtoH"):
+            found.append(max(event.start - ended, 0.0) + max(following.start - event.end, 0.0))
+        ended = max(ended, event.end)
+    return found
 
 
 def covered(intervals: Iterable[tuple[float, float]]) -> float:
