@@ -13,6 +13,7 @@ from typing import Any
 from compiledllm.checks import reject_unknown
 
 MAX_NUM_SEQS = 65536
+_LARGE_GPU = 64 * 2**30  # bytes of memory: there is room for the activations of larger steps
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 _DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 _DTYPE_NAMES = (*DTYPES, *_DTYPE_ALIASES)
@@ -86,7 +87,8 @@ class SchedulerConfig:
     mixed_prompt_tokens: int | None = option(
         None,
         "most prompt tokens in a step in which requests decode: a longer step is a longer gap "
-        "between their tokens; default: max_num_batched_tokens on a GPU, 128 on a CPU",
+        "between their tokens; default: max_num_batched_tokens on a GPU (8192 when serving), 128 "
+        "on a CPU",
     )
     async_scheduling: bool | None = option(
         None, "launch a step before the last one's tokens are known; default: on a GPU"
@@ -204,10 +206,12 @@ class EngineConfig:
         if max_num_seqs is not None and max_num_seqs > MAX_NUM_SEQS:
             raise ConfigError(f"max_num_seqs must be at most {MAX_NUM_SEQS}, got {max_num_seqs}")
 
-    def resolve(self, on_gpu: bool, max_position: int) -> tuple[EngineConfig, dict[str, Choice]]:
+    def resolve(
+        self, on_gpu: bool, max_position: int, memory_bytes: int = 0
+    ) -> tuple[EngineConfig, dict[str, Choice]]:
         """A copy with every open value filled in, and the reason for each.
 
-        max_position: the longest context the model was made for.
+        max_position: the longest context the model was made for. memory_bytes: of the device.
         """
         asked = self.model.max_model_len
         if asked is not None and asked > max_position:
@@ -222,7 +226,9 @@ class EngineConfig:
             )
         where = "the default on a GPU" if on_gpu else "the default on a CPU"
         max_num_seqs = self.scheduler.max_num_seqs or (256 if on_gpu else 64)
-        tokens = self.scheduler.max_num_batched_tokens or (8192 if on_gpu else 512)
+        tokens = self.scheduler.max_num_batched_tokens or 512
+        if on_gpu and self.scheduler.max_num_batched_tokens is None:
+            tokens = 16384 if memory_bytes >= _LARGE_GPU else 8192
         largest = self.compile.max_cudagraph_capture_size
         if largest is not None and largest > max_num_seqs:
             raise ConfigError(

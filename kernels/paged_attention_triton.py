@@ -340,9 +340,9 @@ def _attend_single_tokens(
 ) -> None:
     """Rows with one token, by `_decode_kernel`."""
     query, kv_cache, block_tables, _, query_start_loc, out = tensors
-    _, num_heads, head_dim = query.shape
+    num_tokens, num_heads, head_dim = query.shape
     (num_rows, max_blocks), num_kv_heads = block_tables.shape, kv_cache.shape[3]
-    num_programs = num_rows * num_kv_heads
+    num_programs = min(num_rows, num_tokens) * num_kv_heads  # a decode step has one empty row
     tiling = decode_tiling(head_dim, constants["GROUP"], query.element_size(), num_programs)
     if num_splits is None:
         max_tiles = -(-max_blocks * kv_cache.shape[2] // tiling.keys)

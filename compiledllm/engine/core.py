@@ -68,7 +68,9 @@ class EngineCore:
         )
         self.spec: ModelSpec = load_spec(self.model_path)
         self.platform = Platform.detect(config.model.device)
-        self.config, self.choices = config.resolve(self.platform.is_cuda, self.spec.max_position)
+        self.config, self.choices = config.resolve(
+            self.platform.is_cuda, self.spec.max_position, self.platform.memory_bytes
+        )
         asked = config.model.dtype
         self.choices["dtype"] = self.platform.choose_dtype(asked, self.spec.dtype)
         self._choose_attention()

@@ -77,13 +77,15 @@ class Completion:
             first, self._num_shown = self._num_shown, len(token_ids)
             text, self._text_shown = text[self._text_shown :], len(text)
             token_ids = token_ids[first:]
-        logprobs = LogprobList(request.logprobs[first:], text_of(self._tokenizer))
+        logprobs = None
+        if shows_logprobs:
+            logprobs = LogprobList(request.logprobs[first:], text_of(self._tokenizer))
         return CompletionOutput(
             index=index,
             text=text,
             token_ids=token_ids,
             cumulative_logprob=self.cumulative_logprob,
-            logprobs=logprobs if shows_logprobs else None,
+            logprobs=logprobs,
             finish_reason=request.finish_reason,
             stop_reason=request.stop_reason,
         )
@@ -100,6 +102,7 @@ class RequestState:
         self.is_for_step = False  # added by `add_request`, shown by `step`
         self._params = params
         self._tokenizer = completions[0]._tokenizer
+        self._is_choosing = len(completions) > params.n
         self._tokens_shown = 0
         self.is_over = False  # its last output was shown by `next_output`
 
@@ -112,7 +115,7 @@ class RequestState:
         if self.is_over:
             return None
         kind, interval = self._params.output_kind, self._params.stream_interval or 1
-        count = sum(c.request.num_output_tokens for c in self.completions)
+        count = sum([c.request.num_output_tokens for c in self.completions])
         self.is_over = self.is_finished
         if not self.is_over:
             is_final_only = kind is RequestOutputKind.FINAL_ONLY or self._is_choosing
@@ -143,14 +146,10 @@ class RequestState:
             metrics=RequestMetrics(
                 first.arrival_time,
                 first.first_token_time,
-                max(c.last_token_time for c in self.completions),
+                max([c.last_token_time for c in self.completions]),
             ),
             prompt_logprobs=self._prompt_logprobs(),
         )
-
-    @property
-    def _is_choosing(self) -> bool:
-        return len(self.completions) > self._params.n
 
     def _best(self) -> list[Completion]:
         ordered = sorted(self.completions, key=lambda c: c.cumulative_logprob or 0.0, reverse=True)

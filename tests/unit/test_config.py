@@ -183,12 +183,17 @@ def test_replace_checks_again() -> None:
 
 
 @pytest.mark.parametrize(
-    ("on_gpu", "seqs", "batched", "when"), [(False, 64, 512, "busy"), (True, 256, 8192, "start")]
+    ("on_gpu", "memory", "seqs", "batched", "when"),
+    [
+        (False, 500 * 2**30, 64, 512, "busy"),
+        (True, 24 * 2**30, 256, 8192, "start"),
+        (True, 79 * 2**30, 256, 16384, "start"),
+    ],
 )
 def test_open_values_are_filled_in_for_the_machine(
-    on_gpu: bool, seqs: int, batched: int, when: str
+    on_gpu: bool, memory: int, seqs: int, batched: int, when: str
 ) -> None:
-    config, reasons = EngineConfig().resolve(on_gpu, max_position=2048)
+    config, reasons = EngineConfig().resolve(on_gpu, 2048, memory)
     assert config.model.max_model_len == 2048
     assert config.scheduler.max_num_seqs == seqs
     assert config.scheduler.max_num_batched_tokens == batched
