@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,10 +16,10 @@ from compiledllm.kernels.attention import AttentionMetadata
 from compiledllm.kernels.linear import linear
 from compiledllm.models.layers.attention import PagedAttention
 from compiledllm.models.layers.linear import empty_parameter
-from compiledllm.models.layers.mlp import GatedMlp
-from compiledllm.models.layers.norm import RMSNorm
+from compiledllm.models.layers.mlp import make_mlp
+from compiledllm.models.layers.norm import make_norm
 from compiledllm.models.layers.rope import RotaryTable
-from compiledllm.models.spec import LayerSpec, ModelSpec
+from compiledllm.models.spec import NORMS_BEFORE, NORMS_BEHIND, LayerSpec, ModelSpec
 
 BlockForward = Callable[..., tuple[Tensor, Tensor]]
 
@@ -29,10 +30,17 @@ class DecoderBlock(nn.Module):
     def __init__(self, spec: LayerSpec, backend: str) -> None:
         super().__init__()
         self.spec = spec
-        self.attn_norm = RMSNorm(spec.hidden_size, spec.norm)
+
+        def norm(exists: bool) -> nn.Module | None:
+            return make_norm(spec.norm, spec.hidden_size) if exists else None
+
+        self.attn_norm = norm(NORMS_BEFORE[spec.residual] >= 1)
         self.attn = PagedAttention(spec.hidden_size, spec.attn, backend)
-        self.mlp_norm = RMSNorm(spec.hidden_size, spec.norm)
-        self.mlp = GatedMlp(spec.hidden_size, spec.mlp)
+        self.attn_out_norm = norm(NORMS_BEHIND[spec.residual] >= 1)
+        self.mlp_norm = norm(NORMS_BEFORE[spec.residual] >= 2)
+        self.mlp = make_mlp(spec.hidden_size, spec.mlp)
+        self.mlp_out_norm = norm(NORMS_BEHIND[spec.residual] >= 2)
+        self.is_parallel = spec.residual.startswith("parallel")
 
     def forward(
         self,
@@ -44,8 +52,18 @@ class DecoderBlock(nn.Module):
         attn: AttentionMetadata,
     ) -> tuple[Tensor, Tensor]:
         x = x + due
-        x = x + self.attn(self.attn_norm(x), cos, sin, kv_cache, attn)
-        return x, self.mlp(self.mlp_norm(x))
+        attn_in = mlp_in = x if self.attn_norm is None else self.attn_norm(x)
+        attended = self._scaled(self.attn(attn_in, cos, sin, kv_cache, attn), self.attn_out_norm)
+        if not self.is_parallel:
+            x = mlp_in = x + attended
+        if self.mlp_norm is not None:
+            mlp_in = self.mlp_norm(x)
+        due = self._scaled(self.mlp(mlp_in), self.mlp_out_norm)
+        return x, due + attended if self.is_parallel else due
+
+    def _scaled(self, out: Tensor, norm: nn.Module | None) -> Tensor:
+        out = out if norm is None else norm(out)
+        return out if self.spec.residual_scale == 1 else out * self.spec.residual_scale
 
 
 class Decoder(nn.Module):
@@ -61,10 +79,13 @@ class Decoder(nn.Module):
         super().__init__()
         self.spec = spec
         self.embedding = empty_parameter(spec.vocab_size, spec.hidden_size)
+        size = spec.num_learned_positions
+        self.positions = empty_parameter(size, spec.hidden_size) if size else None
         self.layers = nn.ModuleList(DecoderBlock(layer, backend) for layer in spec.layers)
-        self.final_norm = RMSNorm(spec.hidden_size, spec.final_norm)
+        self.final_norm = make_norm(spec.final_norm, spec.hidden_size)
         tied = spec.tie_word_embeddings
         self.lm_head = None if tied else empty_parameter(spec.vocab_size, spec.hidden_size)
+        self.lm_head_bias = empty_parameter(spec.vocab_size) if spec.lm_head_bias else None
         ropes = dict.fromkeys(layer.attn.rope for layer in spec.layers)
         self.rotary = nn.ModuleList(RotaryTable(rope) for rope in ropes)
         self._rotary_index = [list(ropes).index(layer.attn.rope) for layer in spec.layers]
@@ -78,7 +99,7 @@ class Decoder(nn.Module):
         attn: AttentionMetadata,
     ) -> Tensor:
         """Hidden states after the final norm, [tokens, hidden]."""
-        x = F.embedding(input_ids, self.embedding)
+        x = self._embed(input_ids, positions)
         due = x.new_zeros(x.shape)
         tables = [rotary(positions, x.dtype) for rotary in self.rotary]
         for layer, index, kv_cache in zip(self.layers, self._rotary_index, kv_caches, strict=True):
@@ -86,7 +107,22 @@ class Decoder(nn.Module):
         hidden: Tensor = self.final_norm(x + due)
         return hidden
 
+    def _embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        x = F.embedding(input_ids, self.embedding)
+        if self.spec.embedding_scale != 1:
+            x = x * torch.tensor(self.spec.embedding_scale, dtype=x.dtype).item()
+        if self.positions is not None:
+            x = x + F.embedding(positions + self.spec.first_position, self.positions)
+        return x
+
     def compute_logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """[tokens, hidden] -> [tokens, vocab], in the model's dtype; into `out` if it is given."""
-        head = self.embedding if self.lm_head is None else self.lm_head
-        return self.product(hidden, head, None, out)
+        head, spec = self.embedding if self.lm_head is None else self.lm_head, self.spec
+        logits: Tensor = self.product(hidden, head, None, out)
+        if self.lm_head_bias is not None:
+            logits.add_(self.lm_head_bias)
+        if spec.logit_scale != 1:
+            logits.mul_(spec.logit_scale)
+        if spec.logit_soft_cap:
+            logits.div_(spec.logit_soft_cap).tanh_().mul_(spec.logit_soft_cap)
+        return logits

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
+from compiledllm.config import ConfigError
 from compiledllm.models.decoder import Decoder
+from compiledllm.models.layers.attention import is_fused
 from compiledllm.models.layers.linear import Linear
 from compiledllm.models.layers.norm import RMSNorm
 
@@ -15,8 +17,10 @@ def make_deterministic(model: Decoder) -> None:
     """Replace products and norms by those of `kernels.fixed_order_triton`.
 
     The model must have been built with `FIXED_ORDER_BACKEND` and must not be compiled: the compiler
-    chooses its own sums for each number of tokens. Everything else works element by element.
+    chooses its own sums for each number of tokens. Everything else works element by element. Raises
+    ConfigError for a model with other norms.
     """
+    _check(model)
     from compiledllm.kernels.fixed_order_triton import linear, rms_norm
 
     replacements: dict[type[nn.Module], tuple[str, object]] = {
@@ -27,3 +31,13 @@ def make_deterministic(model: Decoder) -> None:
     for module in model.modules():
         if type(module) in replacements:
             setattr(module, *replacements[type(module)])
+
+
+def _check(model: Decoder) -> None:
+    norms = [layer.norm for layer in model.spec.layers] + [model.spec.final_norm]
+    is_rms = all(norm.kind == "rms" for norm in norms)
+    if not is_rms or not all(is_fused(layer.attn) for layer in model.spec.layers):
+        raise ConfigError(
+            f"deterministic=True is not supported for {model.spec.architecture}: only RMSNorm, and "
+            "positions by rotating halves of each head, have kernels of one order; leave it out"
+        )

@@ -13,13 +13,31 @@ from compiledllm.models.spec import ModelSpec
 
 # Architecture name in config.json -> module in compiledllm.models.families.
 FAMILIES = {
+    "CohereForCausalLM": "cohere",
+    "FalconForCausalLM": "falcon",
+    "GPT2LMHeadModel": "gpt2",
+    "GPTNeoXForCausalLM": "gpt_neox",
+    "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma2",
+    "GemmaForCausalLM": "gemma",
+    "GraniteForCausalLM": "granite",
     "LlamaForCausalLM": "llama",
+    "MinistralForCausalLM": "mistral",
+    "MistralForCausalLM": "mistral",
+    "OPTForCausalLM": "opt",
+    "Olmo2ForCausalLM": "olmo2",
+    "Phi3ForCausalLM": "phi3",
+    "PhiForCausalLM": "phi",
+    "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "SmolLM3ForCausalLM": "smollm3",
+    "StableLmForCausalLM": "stablelm",
+    "Starcoder2ForCausalLM": "starcoder2",
 }
 
 
 def family_of(architecture: str) -> ModuleType:
-    """The family module: `spec_from_hf`, `NAMES`, `IGNORED`."""
+    """The family module: `spec_from_hf`, `NAMES`, `IGNORED`, perhaps `prepare`."""
     if architecture not in FAMILIES:
         raise ConfigError(
             f"architecture '{architecture}' is not supported; supported: {', '.join(FAMILIES)}"

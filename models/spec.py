@@ -6,42 +6,50 @@ KV bytes per token) follows from here, without building it.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class RopeScaling:
-    """How rotary frequencies are stretched. kind: "linear" or "llama3" (the last three fields)."""
-
-    kind: str
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position: int = 8192
-
-
-@dataclass(frozen=True, slots=True)
 class RopeSpec:
-    """Rotary position embedding of a head's first `rotary_dim` dimensions, halves rotated."""
+    """Rotary position embedding of a head's first dimensions, two for each frequency; () for none.
 
-    theta: float
-    rotary_dim: int
-    scaling: RopeScaling | None = None
+    inverse_frequencies: exactly those of float32. scale: of cosines and sines. interleaved: the two
+    are neighbours, else they are half of the rotated dimensions apart.
+    """
+
+    inverse_frequencies: tuple[float, ...]
+    scale: float = 1.0
+    interleaved: bool = False
+
+    @property
+    def rotary_dim(self) -> int:
+        return 2 * len(self.inverse_frequencies)
+
+    def __hash__(self) -> int:  # specs are looked up by layer, and the last frequency tells enough
+        return hash((self.inverse_frequencies[-1:], self.rotary_dim, self.scale))
 
 
 @dataclass(frozen=True, slots=True)
 class NormSpec:
-    """RMSNorm."""
+    """kind: "rms"; "rms_plus_one", whose weight is stored less one; "layer", maybe with a bias."""
 
     eps: float
+    kind: str = "rms"
+    bias: bool = False
+
+    def num_parameters(self, size: int) -> int:
+        return size * (1 + self.bias)
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
     """Grouped-query attention. `scale` multiplies the logits.
 
-    qk_norm: RMSNorm of each head of the queries and keys, before they are rotated.
+    qk_norm: of the queries and keys before they are rotated: "head", of each head with one weight
+    for all; "heads", of each with its own; "whole", of all heads together. sliding_window: how many
+    of the latest positions a token sees, itself included; 0: all. soft_cap: of the logits; 0: none.
     """
 
     num_heads: int
@@ -52,6 +60,9 @@ class AttentionSpec:
     qkv_bias: bool = False
     output_bias: bool = False
     qk_norm: NormSpec | None = None
+    qk_norm_over: str = "head"
+    sliding_window: int = 0
+    soft_cap: float = 0.0
 
     @property
     def q_size(self) -> int:
@@ -61,38 +72,72 @@ class AttentionSpec:
     def kv_size(self) -> int:
         return self.num_kv_heads * self.head_dim
 
+    def qk_norm_shape(self, num_heads: int) -> tuple[int, ...]:
+        """Of the weight for so many heads."""
+        shapes = {
+            "head": (self.head_dim,),
+            "heads": (num_heads, self.head_dim),
+            "whole": (num_heads * self.head_dim,),
+        }
+        return shapes[self.qk_norm_over]
+
+    @property
+    def num_parameters_of_norms(self) -> int:
+        if self.qk_norm is None:
+            return 0
+        shapes = map(self.qk_norm_shape, (self.num_heads, self.num_kv_heads))
+        return sum(self.qk_norm.num_parameters(math.prod(shape)) for shape in shapes)
+
 
 @dataclass(frozen=True, slots=True)
 class MlpSpec:
-    """Gated MLP: down(act(gate(x)) * up(x)), act = silu."""
+    """down(act(gate(x)) * up(x)); not gated: down(act(up(x))). activation: see layers.mlp."""
 
     intermediate_size: int
     bias: bool = False
+    activation: str = "silu"
+    gated: bool = True
+
+
+# Where a block's norms stand: before attention and MLP, behind them, or both; "parallel": both read
+# the same input, behind one norm or, "parallel_2", one each.
+NORMS_BEFORE = {"pre": 2, "post": 0, "sandwich": 2, "parallel": 1, "parallel_2": 2}
+NORMS_BEHIND = {"pre": 0, "post": 2, "sandwich": 2, "parallel": 0, "parallel_2": 0}
 
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """One decoder block, pre-norm residual: x += attn(norm(x)); x += mlp(norm(x))."""
+    """One decoder block: x += attn(norm(x)); x += mlp(norm(x)), with `residual` norms.
+
+    residual_scale: of what is added to x.
+    """
 
     hidden_size: int
     attn: AttentionSpec
     mlp: MlpSpec
     norm: NormSpec
+    residual: str = "pre"
+    residual_scale: float = 1.0
 
     @property
     def num_parameters(self) -> int:
         h, a, m = self.hidden_size, self.attn, self.mlp
         qkv = (a.q_size + 2 * a.kv_size) * (h + a.qkv_bias)
         out = h * (a.q_size + a.output_bias)
-        norms = 2 * h + (2 * a.head_dim if a.qk_norm else 0)
-        gate_up = 2 * m.intermediate_size * (h + m.bias)
+        num_norms = NORMS_BEFORE[self.residual] + NORMS_BEHIND[self.residual]
+        norms = num_norms * self.norm.num_parameters(h) + a.num_parameters_of_norms
+        up = (1 + m.gated) * m.intermediate_size * (h + m.bias)
         down = h * (m.intermediate_size + m.bias)
-        return qkv + out + gate_up + down + norms
+        return qkv + out + up + down + norms
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """A decoder-only language model."""
+    """A decoder-only language model.
+
+    num_learned_positions: rows of a table that is added to the embedding, of which position 0 takes
+    row `first_position`; 0: none. embedding_scale, logit_scale multiply; logit_soft_cap: 0: none.
+    """
 
     architecture: str
     vocab_size: int
@@ -104,11 +149,21 @@ class ModelSpec:
     dtype: str  # of the checkpoint: float32, float16 or bfloat16
     eos_token_ids: tuple[int, ...]
     initializer_range: float = 0.02
+    num_learned_positions: int = 0
+    first_position: int = 0
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_soft_cap: float = 0.0
+    lm_head_bias: bool = False
 
     @property
     def num_parameters(self) -> int:
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return embeddings + sum(layer.num_parameters for layer in self.layers) + self.hidden_size
+        tables = self.vocab_size * (1 if self.tie_word_embeddings else 2)
+        embeddings = (tables + self.num_learned_positions) * self.hidden_size
+        ends = (
+            self.final_norm.num_parameters(self.hidden_size) + self.lm_head_bias * self.vocab_size
+        )
+        return embeddings + sum(layer.num_parameters for layer in self.layers) + ends
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """KV-cache bytes a token takes over all layers, for elements of `itemsize` bytes."""

@@ -2,7 +2,9 @@
 
 Each checkpoint tensor is used exactly once and each parameter filled exactly once, else the load
 fails with the names. A family's NAMES maps checkpoint names to ours; `*` matches one name segment
-and stands for the same text on the right, `:part` names a slice of a fused parameter.
+and stands for the same text on the right, `:part` names a slice of a fused parameter; `:a,b` says
+that the tensor holds several, one after the other. What is stored in another order or transposed, a
+family's `prepare(name, tensor, spec)` puts right.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ def load_weights(model: Decoder, checkpoint: Path) -> None:
     """Copy the checkpoint's tensors into `model`, converting to its dtype and device."""
     family = family_of(model.spec.architecture)
     rules = _NameRules(family.NAMES, family.IGNORED)
+    prepare = getattr(family, "prepare", None)
     missing = _destinations(model)
     if model.spec.tie_word_embeddings:
         rules.ignore("lm_head.weight")  # some checkpoints store the tied matrix a second time
@@ -40,16 +43,24 @@ def load_weights(model: Decoder, checkpoint: Path) -> None:
         target = rules.target_of(name)
         if target is None:
             continue
-        destination = missing.pop(target, None)
-        if destination is None:
+        if prepare is not None:
+            tensor = prepare(name, tensor, model.spec)
+        destinations = [missing.pop(slot, None) for slot in _slots_of(target)]
+        wanted = [slot.shape for slot in destinations if slot is not None]
+        if len(wanted) < len(destinations):
             unexpected.append(name)
-        elif destination.shape != tensor.shape:
+            continue
+        if wanted[0][1:] != tensor.shape[1:] or sum(s[0] for s in wanted) != len(tensor):
+            asked = [sum(s[0] for s in wanted), *wanted[0][1:]]
             raise ConfigError(
                 f"{checkpoint}: tensor '{name}' has shape {list(tensor.shape)}, the config asks "
-                f"for {list(destination.shape)}"
+                f"for {asked}"
             )
-        else:
-            destination.copy_(tensor)
+        for slot, part in zip(
+            destinations, torch.split(tensor, [s[0] for s in wanted]), strict=True
+        ):
+            assert slot is not None
+            slot.copy_(part)
     _report(checkpoint, "unexpected tensors", unexpected)
     _report(checkpoint, "missing tensors", [rules.source_of(target) for target in missing])
 
@@ -94,6 +105,12 @@ class _NameRules:
             if match:
                 return _substitute(source, match.groups())
         return target
+
+
+def _slots_of(target: str) -> list[str]:
+    """ "x:a,b" -> "x:a", "x:b"."""
+    name, _, parts = target.partition(":")
+    return [f"{name}:{part}" for part in parts.split(",")] if parts else [name]
 
 
 def _compile(pattern: str) -> re.Pattern[str]:

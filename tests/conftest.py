@@ -57,7 +57,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             with torch.no_grad():  # larger than the default 0.02, so that tokens differ clearly
                 for name, parameter in model.named_parameters():
                     spread = 0.3 if name.endswith("bias") else 0.15
-                    parameter.normal_(1.0 if "norm" in name else 0.0, spread)
+                    is_norm = name.endswith("weight") and ("norm" in name or ".ln_" in name)
+                    parameter.normal_(1.0 if is_norm else 0.0, spread)
             made[key] = tmp_path_factory.mktemp(f"tiny_{model_type}")
             model.save_pretrained(made[key])
         return made[key]

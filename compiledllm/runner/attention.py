@@ -57,7 +57,12 @@ def settle_backend(
 def attention_kinds(spec: ModelSpec) -> list[AttentionKind]:
     """What FlashInfer must know of each layer."""
     specs = [layer.attn for layer in spec.layers]
-    return [AttentionKind(a.num_heads, a.num_kv_heads, a.head_dim, a.scale, 0, 0.0) for a in specs]
+    return [
+        AttentionKind(
+            a.num_heads, a.num_kv_heads, a.head_dim, a.scale, a.sliding_window, a.soft_cap
+        )
+        for a in specs
+    ]
 
 
 def pages_of(table: RequestTable, rows: np.ndarray, lengths: np.ndarray, block_size: int) -> Tensor:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import torch
+
 from compiledllm.config import ConfigError
-from compiledllm.models.spec import RopeScaling, RopeSpec
+from compiledllm.models.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec
+
+ROPE_SCALINGS = ("linear", "llama3", "yarn", "longrope")
 
 
 def expect(hf: Any, name: str, *allowed: object) -> None:
@@ -31,27 +36,71 @@ def eos_token_ids(hf: Any) -> tuple[int, ...]:
     return tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
 
 
-def rope_from_hf(hf: Any, head_dim: int) -> RopeSpec:
-    """RopeSpec of a config with one set of rotary parameters for all layers."""
-    rope = dict(hf.rope_parameters)
-    kind = rope.pop("rope_type", "default")
-    theta = rope.pop("rope_theta")
-    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError(f"{hf.model_type}: partial_rotary_factor other than 1 is not supported")
-    if kind == "default":
-        return RopeSpec(theta, head_dim)
-    if kind == "linear":
-        return RopeSpec(theta, head_dim, RopeScaling("linear", rope["factor"]))
-    if kind == "llama3":
-        scaling = RopeScaling(
-            "llama3",
-            rope["factor"],
-            rope["low_freq_factor"],
-            rope["high_freq_factor"],
-            rope["original_max_position_embeddings"],
-        )
-        return RopeSpec(theta, head_dim, scaling)
-    raise ConfigError(
-        f"{hf.model_type}: rope_type={kind!r} is not supported "
-        "(supported: 'default', 'linear', 'llama3')"
+def model_spec(
+    hf: Any, architecture: str, layers: Iterable[LayerSpec], final_norm: NormSpec, **more: Any
+) -> ModelSpec:
+    """What most configs call by the same names, and `more`."""
+    return ModelSpec(
+        architecture=architecture,
+        vocab_size=hf.vocab_size,
+        hidden_size=hf.hidden_size,
+        layers=tuple(layers),
+        final_norm=final_norm,
+        tie_word_embeddings=hf.tie_word_embeddings,
+        max_position=hf.max_position_embeddings,
+        dtype=dtype_of(hf),
+        eos_token_ids=eos_token_ids(hf),
+        initializer_range=getattr(hf, "initializer_range", 0.02),
+        **more,
     )
+
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+
+
+def activation_of(hf: Any, name: str = "hidden_act") -> str:
+    """Our name of an activation. Raises ConfigError for one we lack."""
+    expect(hf, name, *ACTIVATIONS)
+    return ACTIVATIONS[getattr(hf, name)]
+
+
+def window_of(hf: Any, layer: int) -> int:
+    """A layer's sliding window; 0: none. Without `layer_types` all layers have the config's."""
+    kinds = getattr(hf, "layer_types", None)
+    if kinds is None:
+        return hf.sliding_window or 0
+    if kinds[layer] not in ("full_attention", "sliding_attention"):
+        raise ConfigError(f"{hf.model_type}: layer_types has {kinds[layer]!r}: not supported")
+    return hf.sliding_window or 0 if kinds[layer] == "sliding_attention" else 0
+
+
+def rope_from_hf(hf: Any, head_dim: int, kind: str | None = None) -> RopeSpec:
+    """RopeSpec of a config; `kind` of layer where those differ.
+
+    Scaled frequencies are transformers' own. "dynamic" ones do not change within the context.
+    "longrope" has two sets: the long one is used if the context is longer than the original one.
+    """
+    rope = dict(hf.rope_parameters if kind is None else hf.rope_parameters[kind])
+    scaling = rope.get("rope_type", "default")
+    rotary_dim = int(head_dim * rope.get("partial_rotary_factor", 1.0))
+    if scaling in ("default", "dynamic"):
+        exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64).float() / rotary_dim
+        return RopeSpec(tuple((1.0 / (rope["rope_theta"] ** exponents)).tolist()))
+    if scaling not in ROPE_SCALINGS:
+        supported = ", ".join(map(repr, ("default", "dynamic", *ROPE_SCALINGS)))
+        raise ConfigError(
+            f"{hf.model_type}: rope_type={scaling!r} is not supported (supported: {supported})"
+        )
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    arguments = {} if kind is None else {"layer_type": kind}
+    length = hf.max_position_embeddings
+    frequencies, scale = ROPE_INIT_FUNCTIONS[scaling](hf, "cpu", seq_len=length, **arguments)
+    return RopeSpec(tuple(frequencies.tolist()), float(scale))

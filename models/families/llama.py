@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-from compiledllm.models.families.hf import dtype_of, eos_token_ids, expect, rope_from_hf
+from compiledllm.models.families.hf import activation_of, model_spec, rope_from_hf
 from compiledllm.models.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, NormSpec
 
 NAMES = {
@@ -29,7 +31,6 @@ def spec_from_hf(hf: Any) -> ModelSpec:
 
     Raises ConfigError for a variant we lack.
     """
-    expect(hf, "hidden_act", "silu")
     num_heads = hf.num_attention_heads
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // num_heads
     norm = NormSpec(hf.rms_norm_eps)
@@ -41,21 +42,30 @@ def spec_from_hf(hf: Any) -> ModelSpec:
             head_dim=head_dim,
             scale=head_dim**-0.5,
             rope=rope_from_hf(hf, head_dim),
-            qkv_bias=hf.attention_bias,
-            output_bias=hf.attention_bias,
+            qkv_bias=getattr(hf, "attention_bias", False),
+            output_bias=getattr(hf, "attention_bias", False),
         ),
-        mlp=MlpSpec(hf.intermediate_size, bias=getattr(hf, "mlp_bias", False)),
+        mlp=MlpSpec(
+            hf.intermediate_size,
+            bias=getattr(hf, "mlp_bias", False),
+            activation=activation_of(hf),
+        ),
         norm=norm,
     )
-    return ModelSpec(
-        architecture="LlamaForCausalLM",
-        vocab_size=hf.vocab_size,
-        hidden_size=hf.hidden_size,
-        layers=(layer,) * hf.num_hidden_layers,
-        final_norm=norm,
-        tie_word_embeddings=hf.tie_word_embeddings,
-        max_position=hf.max_position_embeddings,
-        dtype=dtype_of(hf),
-        eos_token_ids=eos_token_ids(hf),
-        initializer_range=hf.initializer_range,
-    )
+    return model_spec(hf, "LlamaForCausalLM", (layer,) * hf.num_hidden_layers, norm)
+
+
+def adapted(
+    hf: Any, architecture: str, adapt: Callable[[LayerSpec, int], LayerSpec], **changes: Any
+) -> ModelSpec:
+    """The spec of a config that is like Llama's but for what `adapt` does to each layer.
+
+    adapt: (layer, its index) -> layer. changes: of the model's own fields.
+    """
+    like_llama = spec_from_hf(hf)
+    layers = tuple(adapt(layer, index) for index, layer in enumerate(like_llama.layers))
+    return replace(like_llama, architecture=architecture, layers=layers, **changes)
+
+
+def with_attention(layer: LayerSpec, **changes: Any) -> LayerSpec:
+    return replace(layer, attn=replace(layer.attn, **changes))

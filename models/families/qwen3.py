@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from compiledllm.models.families import llama
-from compiledllm.models.families.hf import expect
+from compiledllm.models.families.hf import window_of
+from compiledllm.models.families.llama import with_attention
 from compiledllm.models.spec import ModelSpec
 
 NAMES = llama.NAMES | {
@@ -17,13 +17,11 @@ IGNORED = llama.IGNORED
 
 
 def spec_from_hf(hf: Any) -> ModelSpec:
-    """ModelSpec of a transformers Qwen3Config. Raises ConfigError for a variant we lack."""
-    expect(hf, "use_sliding_window", False)
-    like_llama = llama.spec_from_hf(hf)
-    layer = like_llama.layers[0]
-    layer = replace(layer, attn=replace(layer.attn, qk_norm=layer.norm))
-    return replace(
-        like_llama,
-        architecture="Qwen3ForCausalLM",
-        layers=(layer,) * len(like_llama.layers),
+    """ModelSpec of a transformers Qwen3Config."""
+    return llama.adapted(
+        hf,
+        "Qwen3ForCausalLM",
+        lambda layer, index: with_attention(
+            layer, qk_norm=layer.norm, sliding_window=window_of(hf, index)
+        ),
     )

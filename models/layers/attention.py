@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -12,9 +14,11 @@ from compiledllm.kernels.attention import (
     store_kv,
 )
 from compiledllm.models.layers.linear import Linear
-from compiledllm.models.layers.norm import RMSNorm
+from compiledllm.models.layers.norm import RMSNorm, make_norm
 from compiledllm.models.layers.rope import apply_rope
 from compiledllm.models.spec import AttentionSpec
+
+_Norms = tuple[RMSNorm | None, RMSNorm | None]
 
 
 class PagedAttention(nn.Module):
@@ -26,27 +30,32 @@ class PagedAttention(nn.Module):
         self.backend = backend
         qkv_parts = {"q": spec.q_size, "k": spec.kv_size, "v": spec.kv_size}
         self.qkv = Linear(hidden_size, qkv_parts, spec.qkv_bias)
-        self.q_norm = RMSNorm(spec.head_dim, spec.qk_norm) if spec.qk_norm else None
-        self.k_norm = RMSNorm(spec.head_dim, spec.qk_norm) if spec.qk_norm else None
+        self.q_norm = self.k_norm = None
+        if spec.qk_norm is not None:
+            self.q_norm = make_norm(spec.qk_norm, *spec.qk_norm_shape(spec.num_heads))
+            self.k_norm = make_norm(spec.qk_norm, *spec.qk_norm_shape(spec.num_kv_heads))
         self.out = Linear(spec.q_size, {"": hidden_size}, spec.output_bias)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: Tensor, attn: AttentionMetadata
     ) -> Tensor:
         qkv: Tensor = self.qkv(x)
-        if self.backend != "torch":
+        if self.backend != "torch" and is_fused(self.spec):
             q = self._rotate_and_store(qkv, cos, sin, kv_cache, attn)
         else:
             q = self._rotate_then_store(qkv, cos, sin, kv_cache, attn)
-        context = paged_attention(q, kv_cache, attn, self.spec.scale, self.backend)
-        out: Tensor = self.out(context.view(-1, self.spec.q_size))
+        spec = self.spec
+        context = paged_attention(
+            q, kv_cache, attn, spec.scale, self.backend, spec.sliding_window, spec.soft_cap
+        )
+        out: Tensor = self.out(context.view(-1, spec.q_size))
         return out
 
     def _rotate_and_store(
         self, qkv: Tensor, cos: Tensor, sin: Tensor, kv_cache: Tensor, attn: AttentionMetadata
     ) -> Tensor:
         """In one kernel. Queries [tokens, num_heads, head_dim]."""
-        q_norm, k_norm = self.q_norm, self.k_norm
+        q_norm, k_norm = cast("_Norms", (self.q_norm, self.k_norm))
         return rotate_and_store(
             qkv,
             None if q_norm is None else q_norm.weight,
@@ -65,11 +74,27 @@ class PagedAttention(nn.Module):
         """In plain torch, for the compiler to fuse. Queries [tokens, num_heads, head_dim]."""
         spec = self.spec
         q, k, v = torch.split(qkv, [spec.q_size, spec.kv_size, spec.kv_size], dim=-1)
+        if spec.qk_norm_over == "whole":
+            q, k = self._normalize(q, k)
         q = q.view(-1, spec.num_heads, spec.head_dim)
         k = k.view(-1, spec.num_kv_heads, spec.head_dim)
         v = v.view(-1, spec.num_kv_heads, spec.head_dim)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        if spec.qk_norm_over != "whole":
+            q, k = self._normalize(q, k)
+        if spec.rope.rotary_dim:
+            q = apply_rope(q, cos, sin, spec.rope.interleaved)
+            k = apply_rope(k, cos, sin, spec.rope.interleaved)
         store_kv(k, v, kv_cache, attn.slot_mapping, self.backend)
         return q
+
+    def _normalize(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        if self.q_norm is None or self.k_norm is None:
+            return q, k
+        return self.q_norm(q), self.k_norm(k)
+
+
+def is_fused(spec: AttentionSpec) -> bool:
+    """Whether one kernel does it all between the products and attention: norm, rotate, store."""
+    norm, rope = spec.qk_norm, spec.rope
+    is_plain_norm = norm is None or (norm.kind == "rms" and spec.qk_norm_over == "head")
+    return is_plain_norm and rope.rotary_dim > 0 and not rope.interleaved

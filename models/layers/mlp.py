@@ -2,23 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compiledllm.models.layers.linear import Linear
 from compiledllm.models.spec import MlpSpec
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+
 
 class GatedMlp(nn.Module):
-    """down(silu(gate(x)) * up(x)), gate and up in one product."""
+    """down(act(gate(x)) * up(x)), gate and up in one product."""
 
     def __init__(self, hidden_size: int, spec: MlpSpec) -> None:
         super().__init__()
         size = spec.intermediate_size
+        self.activation = ACTIVATIONS[spec.activation]
         self.gate_up = Linear(hidden_size, {"gate": size, "up": size}, spec.bias)
         self.down = Linear(size, {"": hidden_size}, spec.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        out: Tensor = self.down(F.silu(gate) * up)
+        out: Tensor = self.down(self.activation(gate) * up)
         return out
+
+
+class PlainMlp(nn.Module):
+    """down(act(up(x)))."""
+
+    def __init__(self, hidden_size: int, spec: MlpSpec) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[spec.activation]
+        self.up = Linear(hidden_size, {"": spec.intermediate_size}, spec.bias)
+        self.down = Linear(spec.intermediate_size, {"": hidden_size}, spec.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(self.activation(self.up(x)))
+        return out
+
+
+def make_mlp(hidden_size: int, spec: MlpSpec) -> nn.Module:
+    return (GatedMlp if spec.gated else PlainMlp)(hidden_size, spec)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compiledllm.models.layers.linear import empty_parameter
@@ -13,9 +14,12 @@ from compiledllm.models.spec import NormSpec
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight, computed in float32."""
+    return weight * _over_rms(x, eps).to(x.dtype)
+
+
+def _over_rms(x: Tensor, eps: float) -> Tensor:
     wide = x.float()
-    variance = wide.pow(2).mean(-1, keepdim=True)
-    return weight * (wide * torch.rsqrt(variance + eps)).to(x.dtype)
+    return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
 
 
 class RMSNorm(nn.Module):
@@ -23,10 +27,39 @@ class RMSNorm(nn.Module):
 
     normalize: Callable[[Tensor, Tensor, float], Tensor] = staticmethod(rms_norm)
 
-    def __init__(self, size: int, spec: NormSpec) -> None:
+    def __init__(self, shape: tuple[int, ...], eps: float) -> None:
         super().__init__()
-        self.weight = empty_parameter(size)
-        self.eps = spec.eps
+        self.weight = empty_parameter(*shape)
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         return self.normalize(x, self.weight, self.eps)
+
+
+class PlusOneRMSNorm(RMSNorm):
+    """x / rms(x) * (1 + weight), all of it in float32 (Gemma)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (_over_rms(x, self.eps) * (1 + self.weight.float())).to(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / deviation * weight + bias over the last dimension, computed in float32."""
+
+    def __init__(self, shape: tuple[int, ...], eps: float, has_bias: bool) -> None:
+        super().__init__()
+        self.weight = empty_parameter(*shape)
+        self.bias = empty_parameter(*shape) if has_bias else None
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = F.layer_norm(x.float(), x.shape[-1:], eps=self.eps) * self.weight.float()
+        return (wide if self.bias is None else wide + self.bias.float()).to(x.dtype)
+
+
+def make_norm(spec: NormSpec, *shape: int) -> nn.Module:
+    """shape: of the weight."""
+    if spec.kind == "layer":
+        return LayerNorm(shape, spec.eps, spec.bias)
+    assert not spec.bias, spec
+    return {"rms": RMSNorm, "rms_plus_one": PlusOneRMSNorm}[spec.kind](shape, spec.eps)

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from compiledllm import ConfigError, Engine, SamplingParams
+from compiledllm.models.decoder import Decoder
+from compiledllm.models.deterministic import make_deterministic
+from compiledllm.models.registry import load_spec
 
 VOCAB_SIZE = 1000
 SHAPE = {
@@ -90,3 +93,13 @@ def test_a_cpu_refuses(tiny_model: Callable[..., Path]) -> None:
 def test_another_attention_is_refused() -> None:
     with pytest.raises(ConfigError, match="attention_backend='flashinfer'"):
         Engine("any", deterministic=True, attention_backend="flashinfer")
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "gemma", "smollm3"])
+def test_models_without_such_kernels_are_refused(
+    family: str, tiny_model: Callable[..., Path]
+) -> None:
+    changes = {"no_rope_layers": [1, 0, 1], "pad_token_id": 0} if family == "smollm3" else {}
+    model = Decoder(load_spec(tiny_model(family, **changes)), "torch")
+    with pytest.raises(ConfigError, match="deterministic=True is not supported for"):
+        make_deterministic(model)

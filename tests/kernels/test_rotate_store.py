@@ -31,7 +31,7 @@ def test_fused_equals_layer_by_layer(
 ) -> None:
     torch.manual_seed(0)
     norm = NormSpec(1e-6) if with_norm else None
-    rope = RopeSpec(1e4, rotary_dim)
+    rope = RopeSpec(tuple(0.9**n for n in range(rotary_dim // 2)))
     spec = AttentionSpec(num_heads, num_kv_heads, head_dim, 1.0, rope, qk_norm=norm)
     layer = PagedAttention(8, spec, "triton").to(DEVICE, dtype)
     for parameter in layer.parameters():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from compiledllm.config import ConfigError
 from compiledllm.kernels.attention import AttentionMetadata
@@ -26,6 +28,21 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 # Family and variant -> config changes.
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
+    "long_factor": [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5],
+    "original_max_position_embeddings": 64,
+}
+HALF_SLIDING = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+# Family and variant -> config changes.
 VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
     ("llama", "gqa"): {},
     ("llama", "mha"): {"num_key_value_heads": 4},
@@ -33,13 +50,90 @@ VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
     ("llama", "bias"): {"attention_bias": True, "mlp_bias": True},
     ("llama", "tied"): {"tie_word_embeddings": True},
     ("llama", "head_dim"): {"head_dim": 32},
+    ("llama", "gelu"): {"hidden_act": "gelu"},
     ("llama", "llama3_rope"): {"rope_parameters": LLAMA3_ROPE},
+    ("llama", "yarn_rope"): {"rope_parameters": YARN},
     ("llama", "linear_rope"): {
         "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    },
+    ("llama", "dynamic_rope"): {
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
     },
     ("qwen3", "gqa"): {"head_dim": 16},
     ("qwen3", "bias"): {"head_dim": 32, "attention_bias": True},
     ("qwen3", "tied"): {"head_dim": 16, "tie_word_embeddings": True},
+    ("qwen3", "window"): {"head_dim": 16, "sliding_window": 20, "use_sliding_window": True}
+    | HALF_SLIDING,
+    ("qwen2", "gqa"): {},
+    ("qwen2", "yarn"): {"rope_parameters": YARN},
+    ("qwen2", "window"): {"sliding_window": 20, "use_sliding_window": True} | HALF_SLIDING,
+    ("mistral", "full"): {"sliding_window": None, "head_dim": 32},
+    ("mistral", "window"): {"sliding_window": 20},
+    ("ministral", "window"): {"sliding_window": 20, "head_dim": 16} | HALF_SLIDING,
+    ("smollm3", "nope"): {"no_rope_layers": [1, 0, 1], "pad_token_id": 0},
+    ("granite", "multipliers"): {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 2.5,
+    },
+    ("olmo2", "gqa"): {"pad_token_id": 0},
+    ("phi3", "full"): {"pad_token_id": 0},
+    ("phi3", "window, partial"): {
+        "pad_token_id": 0,
+        "sliding_window": 20,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+        },
+    },
+    ("phi3", "longrope"): {
+        "pad_token_id": 0,
+        "rope_parameters": LONGROPE,
+        "original_max_position_embeddings": 64,
+    },
+    ("gemma", "mqa"): {"num_key_value_heads": 1, "head_dim": 32},
+    ("gemma2", "windows"): {
+        "head_dim": 32,
+        "sliding_window": 20,
+        "query_pre_attn_scalar": 24,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 3.0,
+    }
+    | HALF_SLIDING,
+    ("gemma3_text", "windows"): {
+        "head_dim": 32,
+        "sliding_window": 20,
+        "query_pre_attn_scalar": 24,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+        },
+    }
+    | HALF_SLIDING,
+    ("stablelm", "pre"): {},
+    ("stablelm", "parallel, bias"): {"use_parallel_residual": True, "use_qkv_bias": True},
+    ("starcoder2", "full"): {},
+    ("starcoder2", "window"): {"sliding_window": 20, "use_bias": False},
+    ("cohere", "plain"): {"pad_token_id": 0},
+    ("cohere", "qk_norm"): {"pad_token_id": 0, "use_qk_norm": True, "logit_scale": 0.3},
+    ("phi", "mha"): {"num_key_value_heads": 4},
+    ("phi", "gqa"): {},
+    ("gpt_neox", "parallel"): {},
+    ("gpt_neox", "one behind the other"): {"use_parallel_residual": False},
+    ("gpt_neox", "no bias"): {"attention_bias": False},
+    ("opt", "plain"): {"ffn_dim": 112, "word_embed_proj_dim": 64, "pad_token_id": 1},
+    ("opt", "no bias"): {
+        "ffn_dim": 112,
+        "word_embed_proj_dim": 64,
+        "pad_token_id": 1,
+        "enable_bias": False,
+    },
+    ("gpt2", "plain"): {"n_positions": 512},
+    ("gpt2", "n_inner"): {"n_positions": 512, "n_inner": 80},
+    ("falcon", "7b"): {"ffn_hidden_size": 112},
+    ("falcon", "bias"): {"ffn_hidden_size": 112, "bias": True},
 }
 BLOCK_SIZE = 16
 NUM_TOKENS = 150
@@ -96,27 +190,26 @@ def test_parameter_count_follows_from_the_spec(tiny_model: Callable[..., Path]) 
         assert model.spec.num_parameters == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize(
-    ("family", "changes", "named"),
-    [
-        ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ("qwen3", {"use_sliding_window": True}, "use_sliding_window=True"),
-        (
-            "llama",
-            {
-                "rope_parameters": {
-                    "rope_type": "dynamic",
-                    "rope_theta": 10000.0,
-                    "factor": 2.0,
-                    "original_max_position_embeddings": 64,
-                }
-            },
-            "rope_type='dynamic'",
-        ),
-    ],
-)
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("llama", {"hidden_act": "tanh"}, "hidden_act='tanh'"),
+    ("llama", {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}}, "rope_type"),
+    ("stablelm", {"qk_layernorm": True}, "qk_layernorm=True"),
+    ("phi", {"qk_layernorm": True}, "qk_layernorm=True"),
+    ("falcon", {"alibi": True}, "alibi=True"),
+    ("falcon", {"new_decoder_architecture": True}, "new_decoder_architecture=True"),
+    ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before=False"),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
+]
+
+
+@pytest.mark.parametrize(("family", "changes", "named"), REFUSED)
 def test_unknown_variant_refuses_to_load_and_names_the_field(
-    family: str, changes: dict[str, Any], named: str, tiny_model: Callable[..., Path]
+    family: str, changes: dict[str, Any], named: str, tmp_path: Path
 ) -> None:
+    config = AutoConfig.for_model(family, **changes)
+    config.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    content["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]]
+    (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=named):
-        load_spec(tiny_model(family, **changes))
+        load_spec(tmp_path)

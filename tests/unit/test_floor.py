@@ -26,7 +26,9 @@ from compiledllm.models.spec import (
 def llama(
     hidden: int, layers: int, heads: int, kv_heads: int, head_dim: int, mlp: int, vocab: int
 ) -> ModelSpec:
-    attn = AttentionSpec(heads, kv_heads, head_dim, head_dim**-0.5, RopeSpec(1e4, head_dim))
+    attn = AttentionSpec(
+        heads, kv_heads, head_dim, head_dim**-0.5, RopeSpec((1.0,) * (head_dim // 2))
+    )
     layer = LayerSpec(hidden, attn, MlpSpec(mlp), NormSpec(1e-5))
     return ModelSpec(
         "LlamaForCausalLM", vocab, hidden, (layer,) * layers, NormSpec(1e-5), True, 8192,

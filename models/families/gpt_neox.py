@@ -1,0 +1,57 @@
+"""GPT-NeoX and Pythia: attention and plain MLP side by side, each behind its LayerNorm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from compiledllm.models.families.hf import activation_of, model_spec, rope_from_hf
+from compiledllm.models.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, NormSpec
+
+NAMES = {
+    "gpt_neox.embed_in.weight": "embedding",
+    "gpt_neox.layers.*.input_layernorm.*": "layers.*.attn_norm.*",
+    "gpt_neox.layers.*.attention.query_key_value.*": "layers.*.attn.qkv.*:q,k,v",
+    "gpt_neox.layers.*.attention.dense.*": "layers.*.attn.out.*",
+    "gpt_neox.layers.*.post_attention_layernorm.*": "layers.*.mlp_norm.*",
+    "gpt_neox.layers.*.mlp.dense_h_to_4h.*": "layers.*.mlp.up.*",
+    "gpt_neox.layers.*.mlp.dense_4h_to_h.*": "layers.*.mlp.down.*",
+    "gpt_neox.final_layer_norm.*": "final_norm.*",
+    "embed_out.weight": "lm_head",
+}
+IGNORED = (
+    "gpt_neox.layers.*.attention.bias",
+    "gpt_neox.layers.*.attention.masked_bias",
+    "gpt_neox.layers.*.attention.rotary_emb.inv_freq",
+)
+
+
+def prepare(name: str, tensor: Tensor, spec: ModelSpec) -> Tensor:
+    """Queries, keys and values are stored head by head."""
+    if "query_key_value" not in name:
+        return tensor
+    by_head = tensor.view(spec.layers[0].attn.num_heads, 3, -1, *tensor.shape[1:])
+    return by_head.transpose(0, 1).reshape(tensor.shape)
+
+
+def spec_from_hf(hf: Any) -> ModelSpec:
+    """ModelSpec of a transformers GPTNeoXConfig."""
+    norm = NormSpec(hf.layer_norm_eps, "layer", bias=True)
+    head_dim = hf.hidden_size // hf.num_attention_heads
+    layer = LayerSpec(
+        hf.hidden_size,
+        AttentionSpec(
+            num_heads=hf.num_attention_heads,
+            num_kv_heads=hf.num_attention_heads,
+            head_dim=head_dim,
+            scale=head_dim**-0.5,
+            rope=rope_from_hf(hf, head_dim),
+            qkv_bias=hf.attention_bias,
+            output_bias=hf.attention_bias,
+        ),
+        MlpSpec(hf.intermediate_size, True, activation_of(hf), gated=False),
+        norm,
+        residual="parallel_2" if hf.use_parallel_residual else "pre",
+    )
+    return model_spec(hf, "GPTNeoXForCausalLM", (layer,) * hf.num_hidden_layers, norm)

@@ -1,0 +1,66 @@
+"""OPT: learned positions, LayerNorm, a plain MLP with ReLU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from compiledllm.models.families.hf import activation_of, expect, model_spec
+from compiledllm.models.spec import (
+    AttentionSpec,
+    LayerSpec,
+    MlpSpec,
+    ModelSpec,
+    NormSpec,
+    RopeSpec,
+)
+
+_NAMES = {
+    "decoder.embed_tokens.weight": "embedding",
+    "decoder.embed_positions.weight": "positions",
+    "decoder.layers.*.self_attn_layer_norm.*": "layers.*.attn_norm.*",
+    "decoder.layers.*.self_attn.q_proj.*": "layers.*.attn.qkv.*:q",
+    "decoder.layers.*.self_attn.k_proj.*": "layers.*.attn.qkv.*:k",
+    "decoder.layers.*.self_attn.v_proj.*": "layers.*.attn.qkv.*:v",
+    "decoder.layers.*.self_attn.out_proj.*": "layers.*.attn.out.*",
+    "decoder.layers.*.final_layer_norm.*": "layers.*.mlp_norm.*",
+    "decoder.layers.*.fc1.*": "layers.*.mlp.up.*",
+    "decoder.layers.*.fc2.*": "layers.*.mlp.down.*",
+    "decoder.final_layer_norm.*": "final_norm.*",
+}
+# Old checkpoints have no "model." in front.
+NAMES = {f"model.{name}": target for name, target in _NAMES.items()} | _NAMES
+NAMES["lm_head.weight"] = "lm_head"
+IGNORED = ()
+_FIRST_POSITION = 2
+
+
+def spec_from_hf(hf: Any) -> ModelSpec:
+    """ModelSpec of a transformers OPTConfig."""
+    expect(hf, "do_layer_norm_before", True)
+    expect(hf, "_remove_final_layer_norm", False)
+    expect(hf, "layer_norm_elementwise_affine", True)
+    expect(hf, "word_embed_proj_dim", None, hf.hidden_size)
+    norm = NormSpec(1e-5, "layer", bias=True)
+    head_dim = hf.hidden_size // hf.num_attention_heads
+    layer = LayerSpec(
+        hf.hidden_size,
+        AttentionSpec(
+            num_heads=hf.num_attention_heads,
+            num_kv_heads=hf.num_attention_heads,
+            head_dim=head_dim,
+            scale=head_dim**-0.5,
+            rope=RopeSpec(()),
+            qkv_bias=hf.enable_bias,
+            output_bias=hf.enable_bias,
+        ),
+        MlpSpec(hf.ffn_dim, hf.enable_bias, activation_of(hf, "activation_function"), gated=False),
+        norm,
+    )
+    return model_spec(
+        hf,
+        "OPTForCausalLM",
+        (layer,) * hf.num_hidden_layers,
+        norm,
+        num_learned_positions=hf.max_position_embeddings + _FIRST_POSITION,
+        first_position=_FIRST_POSITION,
+    )

@@ -1,0 +1,25 @@
+"""Phi-3 and Phi-4: Llama with fused matrices in the checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from compiledllm.models.families import llama
+from compiledllm.models.families.hf import window_of
+from compiledllm.models.families.llama import with_attention
+from compiledllm.models.spec import ModelSpec
+
+NAMES = llama.NAMES | {
+    "model.layers.*.self_attn.qkv_proj.weight": "layers.*.attn.qkv.weight:q,k,v",
+    "model.layers.*.mlp.gate_up_proj.weight": "layers.*.mlp.gate_up.weight:gate,up",
+}
+IGNORED = llama.IGNORED
+
+
+def spec_from_hf(hf: Any) -> ModelSpec:
+    """ModelSpec of a transformers Phi3Config."""
+    return llama.adapted(
+        hf,
+        "Phi3ForCausalLM",
+        lambda layer, index: with_attention(layer, sliding_window=window_of(hf, index)),
+    )

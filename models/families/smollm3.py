@@ -1,0 +1,23 @@
+"""SmolLM3: Llama without rotation on some layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from compiledllm.models.families import llama
+from compiledllm.models.families.hf import window_of
+from compiledllm.models.families.llama import with_attention
+from compiledllm.models.spec import LayerSpec, ModelSpec, RopeSpec
+
+NAMES = llama.NAMES
+IGNORED = llama.IGNORED
+
+
+def spec_from_hf(hf: Any) -> ModelSpec:
+    """ModelSpec of a transformers SmolLM3Config."""
+
+    def adapt(layer: LayerSpec, index: int) -> LayerSpec:
+        rope = layer.attn.rope if hf.no_rope_layers[index] else RopeSpec(())
+        return with_attention(layer, rope=rope, sliding_window=window_of(hf, index))
+
+    return llama.adapted(hf, "SmolLM3ForCausalLM", adapt)

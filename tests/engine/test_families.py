@@ -1,0 +1,86 @@
+"""Every family through the engine: mixed batches, chunks and compiled blocks give greedy tokens."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from compiledllm import Engine, SamplingParams
+
+SLIDING = {
+    "sliding_window": 20,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "cohere": {"pad_token_id": 0, "use_qk_norm": True, "logit_scale": 0.3},
+    "falcon": {"ffn_hidden_size": 112},
+    "gemma": {"head_dim": 32},
+    "gemma2": {"head_dim": 32, "query_pre_attn_scalar": 24} | SLIDING,
+    "gemma3_text": {"head_dim": 32, "query_pre_attn_scalar": 24} | SLIDING,
+    "gpt2": {"n_positions": 512},
+    "gpt_neox": {},
+    "granite": {"residual_multiplier": 0.4, "logits_scaling": 2.5},
+    "llama": {},
+    "mistral": {"sliding_window": 20},
+    "olmo2": {"pad_token_id": 0},
+    "opt": {"ffn_dim": 112, "word_embed_proj_dim": 64, "pad_token_id": 1},
+    "phi": {},
+    "phi3": {"pad_token_id": 0, "sliding_window": 20},
+    "qwen2": {"use_sliding_window": True} | SLIDING,
+    "qwen3": {"head_dim": 16},
+    "smollm3": {"no_rope_layers": [1, 0, 1], "pad_token_id": 0},
+    "stablelm": {},
+    "starcoder2": {"sliding_window": 20},
+}
+LENGTHS, NUM_TOKENS = [1, 5, 17, 40, 100, 170], 10
+PROMPTS = [[random.Random(n).randrange(3, 128) for _ in range(n)] for n in LENGTHS]
+
+
+def make(checkpoint: Path, **options: Any) -> Engine:
+    fixed = {"device": "cpu", "dtype": "float32", "skip_tokenizer_init": True}
+    return Engine(checkpoint, num_kv_blocks=100, **fixed, **options)
+
+
+def greedy(engine: Engine) -> list[list[int]]:
+    params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+    outputs = engine.generate(PROMPTS, params, use_tqdm=False)
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+@torch.inference_mode()
+def expected(checkpoint: Path) -> list[list[int]]:
+    """By transformers, the whole sequence for each token."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    found = []
+    for prompt in PROMPTS:
+        ids = list(prompt)
+        for _ in range(NUM_TOKENS):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        found.append(ids[len(prompt) :])
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_are_those_of_transformers(
+    family: str, tiny_model: Callable[..., Path]
+) -> None:
+    checkpoint = tiny_model(family, **FAMILIES[family])
+    engine = make(checkpoint, enforce_eager=True, max_num_batched_tokens=48)  # chunks, mixed steps
+    wanted = expected(checkpoint)
+    assert greedy(engine) == wanted
+    assert len({tuple(tokens) for tokens in wanted}) > 3  # not the same for every prompt
+
+
+@pytest.mark.parametrize("family", ["cohere", "gemma2", "gpt_neox", "opt"])
+def test_compiled_blocks_give_the_same_tokens(family: str, tiny_model: Callable[..., Path]) -> None:
+    checkpoint = tiny_model(family, **FAMILIES[family])
+    engine = make(checkpoint, compile_when="start")
+    assert engine.core.runner.compiler.is_ready
+    assert greedy(engine) == greedy(make(checkpoint, enforce_eager=True))
+    assert engine.core.runner.compiler.num_recompiles == 0
