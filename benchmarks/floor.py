@@ -52,8 +52,11 @@ class StepCost:
 
 
 def weights_read(spec: ModelSpec) -> int:
-    """Parameters a step reads: all blocks, the final norm and the output head."""
-    body = sum(layer.num_parameters for layer in spec.layers)
+    """Parameters a step reads at least: all blocks, the final norm and the output head.
+
+    Of experts as many as one token goes to: all tokens may go to the same.
+    """
+    body = sum(layer.num_parameters_used for layer in spec.layers)
     return body + spec.hidden_size + spec.vocab_size * spec.hidden_size
 
 

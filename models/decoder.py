@@ -16,7 +16,7 @@ from compiledllm.kernels.attention import AttentionMetadata
 from compiledllm.kernels.linear import linear
 from compiledllm.models.layers.attention import PagedAttention
 from compiledllm.models.layers.linear import empty_parameter
-from compiledllm.models.layers.mlp import make_mlp
+from compiledllm.models.layers.moe import make_mlp
 from compiledllm.models.layers.norm import make_norm
 from compiledllm.models.layers.rope import RotaryTable
 from compiledllm.models.spec import NORMS_BEFORE, NORMS_BEHIND, LayerSpec, ModelSpec

@@ -9,6 +9,7 @@ from compiledllm.models.decoder import Decoder
 from compiledllm.models.layers.attention import is_fused
 from compiledllm.models.layers.linear import Linear
 from compiledllm.models.layers.norm import RMSNorm
+from compiledllm.models.spec import MlpSpec
 
 FIXED_ORDER_BACKEND = "fixed_order"
 
@@ -36,8 +37,10 @@ def make_deterministic(model: Decoder) -> None:
 def _check(model: Decoder) -> None:
     norms = [layer.norm for layer in model.spec.layers] + [model.spec.final_norm]
     is_rms = all(norm.kind == "rms" for norm in norms)
-    if not is_rms or not all(is_fused(layer.attn) for layer in model.spec.layers):
+    is_dense = all(isinstance(layer.mlp, MlpSpec) for layer in model.spec.layers)
+    if not (is_rms and is_dense and all(is_fused(layer.attn) for layer in model.spec.layers)):
         raise ConfigError(
-            f"deterministic=True is not supported for {model.spec.architecture}: only RMSNorm, and "
-            "positions by rotating halves of each head, have kernels of one order; leave it out"
+            f"deterministic=True is not supported for {model.spec.architecture}: only dense MLPs, "
+            "RMSNorm, and positions by rotating halves of each head, have kernels of one order; "
+            "leave it out"
         )

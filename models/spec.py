@@ -98,6 +98,40 @@ class MlpSpec:
     activation: str = "silu"
     gated: bool = True
 
+    def num_parameters(self, hidden_size: int) -> int:
+        up = (1 + self.gated) * self.intermediate_size * (hidden_size + self.bias)
+        return up + hidden_size * (self.intermediate_size + self.bias)
+
+    num_parameters_used = num_parameters
+
+
+@dataclass(frozen=True, slots=True)
+class MoeSpec:
+    """Mixture of experts: each token goes through `top_k` gated MLPs, weighted by a softmax.
+
+    intermediate_size: of an expert. renormalize: the chosen experts' weights sum to one.
+    shared_size: of a further MLP for every token, weighted by a sigmoid of its own; 0: none.
+    """
+
+    intermediate_size: int
+    num_experts: int
+    top_k: int
+    renormalize: bool = True
+    shared_size: int = 0
+    activation: str = "silu"
+
+    def num_parameters(self, hidden_size: int) -> int:
+        return self._num_parameters(hidden_size, self.num_experts)
+
+    def num_parameters_used(self, hidden_size: int) -> int:
+        """By one token."""
+        return self._num_parameters(hidden_size, self.top_k)
+
+    def _num_parameters(self, hidden_size: int, num_experts: int) -> int:
+        shared = hidden_size * (3 * self.shared_size + 1) if self.shared_size else 0
+        experts = 3 * num_experts * hidden_size * self.intermediate_size
+        return self.num_experts * hidden_size + experts + shared
+
 
 # Where a block's norms stand: before attention and MLP, behind them, or both; "parallel": both read
 # the same input, behind one norm or, "parallel_2", one each.
@@ -114,21 +148,27 @@ class LayerSpec:
 
     hidden_size: int
     attn: AttentionSpec
-    mlp: MlpSpec
+    mlp: MlpSpec | MoeSpec
     norm: NormSpec
     residual: str = "pre"
     residual_scale: float = 1.0
 
     @property
     def num_parameters(self) -> int:
-        h, a, m = self.hidden_size, self.attn, self.mlp
+        return self._num_parameters_beside_mlp + self.mlp.num_parameters(self.hidden_size)
+
+    @property
+    def num_parameters_used(self) -> int:
+        """By one token."""
+        return self._num_parameters_beside_mlp + self.mlp.num_parameters_used(self.hidden_size)
+
+    @property
+    def _num_parameters_beside_mlp(self) -> int:
+        h, a = self.hidden_size, self.attn
         qkv = (a.q_size + 2 * a.kv_size) * (h + a.qkv_bias)
         out = h * (a.q_size + a.output_bias)
         num_norms = NORMS_BEFORE[self.residual] + NORMS_BEHIND[self.residual]
-        norms = num_norms * self.norm.num_parameters(h) + a.num_parameters_of_norms
-        up = (1 + m.gated) * m.intermediate_size * (h + m.bias)
-        down = h * (m.intermediate_size + m.bias)
-        return qkv + out + up + down + norms
+        return qkv + out + num_norms * self.norm.num_parameters(h) + a.num_parameters_of_norms
 
 
 @dataclass(frozen=True, slots=True)

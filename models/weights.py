@@ -2,9 +2,9 @@
 
 Each checkpoint tensor is used exactly once and each parameter filled exactly once, else the load
 fails with the names. A family's NAMES maps checkpoint names to ours; `*` matches one name segment
-and stands for the same text on the right, `:part` names a slice of a fused parameter; `:a,b` says
-that the tensor holds several, one after the other. What is stored in another order or transposed, a
-family's `prepare(name, tensor, spec)` puts right.
+and stands for the same text on the right (`**`, in IGNORED, matches several), `:part` names a slice
+of a fused parameter; `:a,b` says that the tensor holds several, one after the other. What is stored
+in another order or transposed, a family's `prepare(name, tensor, spec)` puts right.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from tqdm import tqdm
 from compiledllm.config import ConfigError
 from compiledllm.models.decoder import Decoder
 from compiledllm.models.layers.linear import Linear
+from compiledllm.models.layers.moe import ExpertLinear
 from compiledllm.models.registry import family_of
 
 
@@ -114,7 +115,9 @@ def _slots_of(target: str) -> list[str]:
 
 
 def _compile(pattern: str) -> re.Pattern[str]:
-    return re.compile("([^.:]+)".join(re.escape(piece) for piece in pattern.split("*")))
+    pieces = re.split(r"(\*+)", pattern)
+    kinds = {"*": "([^.:]+)", "**": ".+"}
+    return re.compile("".join(kinds.get(piece) or re.escape(piece) for piece in pieces))
 
 
 def _substitute(pattern: str, groups: tuple[str, ...]) -> str:
@@ -128,12 +131,20 @@ def _destinations(model: Decoder) -> dict[str, Tensor]:
     for path, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
             name = f"{path}.{leaf}" if path else leaf
-            if isinstance(module, Linear) and len(module.parts) > 1:
+            if isinstance(module, ExpertLinear):
+                for expert, matrix in enumerate(parameter.data):
+                    for part, rows in zip(module.parts, _split_rows(matrix, module), strict=True):
+                        slots[f"{path}.{expert}.{leaf}" + (f":{part}" if part else "")] = rows
+            elif isinstance(module, Linear) and len(module.parts) > 1:
                 for part in module.parts:
                     slots[f"{name}:{part}"] = parameter.data[module.rows_of(part)]
             else:
                 slots[name] = parameter.data
     return slots
+
+
+def _split_rows(matrix: Tensor, module: ExpertLinear) -> tuple[Tensor, ...]:
+    return torch.split(matrix, list(module.parts.values()))
 
 
 def _read_tensors(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:

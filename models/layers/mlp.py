@@ -47,7 +47,3 @@ class PlainMlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.down(self.activation(self.up(x)))
         return out
-
-
-def make_mlp(hidden_size: int, spec: MlpSpec) -> nn.Module:
-    return (GatedMlp if spec.gated else PlainMlp)(hidden_size, spec)

@@ -95,7 +95,7 @@ def test_another_attention_is_refused() -> None:
         Engine("any", deterministic=True, attention_backend="flashinfer")
 
 
-@pytest.mark.parametrize("family", ["gpt_neox", "gemma", "smollm3"])
+@pytest.mark.parametrize("family", ["gpt_neox", "gemma", "smollm3", "mixtral"])
 def test_models_without_such_kernels_are_refused(
     family: str, tiny_model: Callable[..., Path]
 ) -> None:

@@ -28,6 +28,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "granite": {"residual_multiplier": 0.4, "logits_scaling": 2.5},
     "llama": {},
     "mistral": {"sliding_window": 20},
+    "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "head_dim": 16,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 48,
+        "norm_topk_prob": True,
+    },
     "olmo2": {"pad_token_id": 0},
     "opt": {"ffn_dim": 112, "word_embed_proj_dim": 64, "pad_token_id": 1},
     "phi": {},
@@ -77,7 +85,7 @@ def test_greedy_tokens_are_those_of_transformers(
     assert len({tuple(tokens) for tokens in wanted}) > 3  # not the same for every prompt
 
 
-@pytest.mark.parametrize("family", ["cohere", "gemma2", "gpt_neox", "opt"])
+@pytest.mark.parametrize("family", ["cohere", "gemma2", "gpt_neox", "opt", "qwen3_moe"])
 def test_compiled_blocks_give_the_same_tokens(family: str, tiny_model: Callable[..., Path]) -> None:
     checkpoint = tiny_model(family, **FAMILIES[family])
     engine = make(checkpoint, compile_when="start")

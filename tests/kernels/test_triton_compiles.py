@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 
 from compiledllm.kernels import fixed_order_triton as fixed_order
 from compiledllm.kernels import logprobs_triton as logprobs
+from compiledllm.kernels import moe_triton as moe
 from compiledllm.kernels import paged_attention_triton as attention
 from compiledllm.kernels import penalties_triton as penalties
 from compiledllm.kernels import rotate_store_triton as rotation
@@ -34,7 +35,9 @@ TYPES = {
     "num_rows": "i32", "key_stride": "i32", "value_stride": "i32", "temperature": "*fp32",
     "seeds": "*i64", "positions": "*i64", "best_scores": "*fp32", "best_ids": "*i32",
     "eps": "fp32", "token_stride": "i32", "num_outputs": "i32", "x_stride": "i32",
-    "weight_stride": "i32", "out_stride": "i32",
+    "weight_stride": "i32", "out_stride": "i32", "items": "*i32", "block_experts": "*i32",
+    "item_weights": "*fp32", "num_items": "i32", "num_experts": "i32", "num_blocks": "i32",
+    "expert_ids": "*i64",
     "vocab": "i32", "row_stride": "i32", "num_chunks": "i32", "rows": "*i64", "top_k": "*i32",
     "top_p": "*fp32", "min_p": "*fp32", "peaks": "*fp32", "masses": "*fp32",
     "chosen": "*i64", "best": "*fp32", "counts": "*i32", "asked_for": "*i64",
@@ -67,6 +70,7 @@ def check(kernel, dtype, tiling=None, num_warps=4, **constants):
     assert compiled.metadata.shared <= 99 * 1024, (kernel.__name__, compiled.metadata.shared)
 
 
+check(moe._sort_kernel, "fp32", EXPERTS=128, ROWS=16, TILE=32)
 check(penalties._penalize_kernel, "fp32", IN_PROMPT=1 << 30, CHUNK=2048)
 SHAPES = {"bf16": ((128, False), (80, True), (256, False)), "fp32": ((128, False),)}
 for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
@@ -86,6 +90,12 @@ for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
             kernel, dtype, NUM_INPUTS=3072, HAS_BIAS=True, OUTPUTS=8, PADDED_OUTPUTS=16,
             COLUMNS=256, ROWS=16,
         )
+    for items in (8, 4000, 60000):
+        tiling = moe.tiling_for(items, 128, itemsize)
+        for gated in (False, True):
+            check(
+                moe._grouped_kernel, dtype, tiling, NUM_INPUTS=2048, ITEMS_PER_ROW=8, IS_GATED=gated
+            )
     check(fixed_order._rms_norm_kernel, dtype, SIZE=576, PADDED=1024)
     for rows, outputs in ((8, 1024), (8, 6144), (500, 1024)):
         tiling = fixed_order.tiling_for(rows, outputs, itemsize)

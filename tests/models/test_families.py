@@ -27,6 +27,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
 # Family and variant -> config changes.
 YARN = {
     "rope_type": "yarn",
@@ -67,6 +68,12 @@ VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
     ("qwen2", "gqa"): {},
     ("qwen2", "yarn"): {"rope_parameters": YARN},
     ("qwen2", "window"): {"sliding_window": 20, "use_sliding_window": True} | HALF_SLIDING,
+    ("qwen2_moe", "shared"): EXPERTS | {"shared_expert_intermediate_size": 40},
+    ("qwen2_moe", "some dense"): EXPERTS
+    | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [1], "norm_topk_prob": True},
+    ("qwen3_moe", "renormalised"): EXPERTS | {"head_dim": 16, "norm_topk_prob": True},
+    ("qwen3_moe", "every second"): EXPERTS | {"head_dim": 16, "decoder_sparse_step": 2},
+    ("mixtral", "experts"): {"num_local_experts": 6, "num_experts_per_tok": 2},
     ("mistral", "full"): {"sliding_window": None, "head_dim": 32},
     ("mistral", "window"): {"sliding_window": 20},
     ("ministral", "window"): {"sliding_window": 20, "head_dim": 16} | HALF_SLIDING,
@@ -112,6 +119,31 @@ VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
         },
     }
     | HALF_SLIDING,
+    ("gemma3", "text of a multimodal model"): {
+        "text_config": {
+            "vocab_size": 128,
+            "hidden_size": 64,
+            "intermediate_size": 112,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "head_dim": 32,
+            "sliding_window": 20,
+            "query_pre_attn_scalar": 24,
+        }
+        | HALF_SLIDING,
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+        "mm_tokens_per_image": 4,
+        "tie_word_embeddings": True,
+    },
     ("stablelm", "pre"): {},
     ("stablelm", "parallel, bias"): {"use_parallel_residual": True, "use_qkv_bias": True},
     ("starcoder2", "full"): {},

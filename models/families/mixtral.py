@@ -1,0 +1,32 @@
+"""Mixtral: Mistral with experts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from compiledllm.models.families import llama
+from compiledllm.models.families.hf import expect, window_of
+from compiledllm.models.families.llama import with_attention
+from compiledllm.models.spec import LayerSpec, ModelSpec, MoeSpec
+
+_EXPERT = "model.layers.*.block_sparse_moe.experts.*"
+NAMES = llama.NAMES | {
+    "model.layers.*.block_sparse_moe.gate.weight": "layers.*.mlp.router.weight",
+    f"{_EXPERT}.w1.weight": "layers.*.mlp.gate_up.*.weight:gate",
+    f"{_EXPERT}.w3.weight": "layers.*.mlp.gate_up.*.weight:up",
+    f"{_EXPERT}.w2.weight": "layers.*.mlp.down.*.weight",
+}
+IGNORED = llama.IGNORED
+
+
+def spec_from_hf(hf: Any) -> ModelSpec:
+    """ModelSpec of a transformers MixtralConfig."""
+    expect(hf, "hidden_act", "silu")
+    moe = MoeSpec(hf.intermediate_size, hf.num_local_experts, hf.num_experts_per_tok)
+
+    def adapt(layer: LayerSpec, index: int) -> LayerSpec:
+        layer = with_attention(layer, sliding_window=window_of(hf, index))
+        return replace(layer, mlp=moe)
+
+    return llama.adapted(hf, "MixtralForCausalLM", adapt)

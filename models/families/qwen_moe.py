@@ -1,0 +1,52 @@
+"""Qwen2-MoE and Qwen3-MoE: the dense models with experts on most layers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from compiledllm.models.families import llama, qwen3
+from compiledllm.models.families.hf import expect, window_of
+from compiledllm.models.families.llama import with_attention
+from compiledllm.models.spec import LayerSpec, ModelSpec, MoeSpec
+
+EXPERTS = {
+    "model.layers.*.mlp.gate.weight": "layers.*.mlp.router.weight",
+    "model.layers.*.mlp.experts.*.gate_proj.weight": "layers.*.mlp.gate_up.*.weight:gate",
+    "model.layers.*.mlp.experts.*.up_proj.weight": "layers.*.mlp.gate_up.*.weight:up",
+    "model.layers.*.mlp.experts.*.down_proj.weight": "layers.*.mlp.down.*.weight",
+}
+NAMES = (
+    EXPERTS
+    | qwen3.NAMES
+    | {
+        "model.layers.*.mlp.shared_expert.gate_proj.*": "layers.*.mlp.shared.gate_up.*:gate",
+        "model.layers.*.mlp.shared_expert.up_proj.*": "layers.*.mlp.shared.gate_up.*:up",
+        "model.layers.*.mlp.shared_expert.down_proj.*": "layers.*.mlp.shared.down.*",
+        "model.layers.*.mlp.shared_expert_gate.*": "layers.*.mlp.shared_gate.*",
+    }
+)
+IGNORED = llama.IGNORED
+
+
+def spec_from_hf(hf: Any) -> ModelSpec:
+    """ModelSpec of a transformers Qwen2MoeConfig or Qwen3MoeConfig."""
+    expect(hf, "hidden_act", "silu")
+    is_qwen3 = hf.model_type == "qwen3_moe"
+    moe = MoeSpec(
+        hf.moe_intermediate_size,
+        hf.num_experts,
+        hf.num_experts_per_tok,
+        renormalize=hf.norm_topk_prob,
+        shared_size=0 if is_qwen3 else hf.shared_expert_intermediate_size,
+    )
+
+    def adapt(layer: LayerSpec, index: int) -> LayerSpec:
+        attention = {"qk_norm": layer.norm} if is_qwen3 else {"qkv_bias": hf.qkv_bias}
+        layer = with_attention(layer, sliding_window=window_of(hf, index), **attention)
+        is_sparse = (index + 1) % hf.decoder_sparse_step == 0 and hf.num_experts > 0
+        is_dense = index in (hf.mlp_only_layers or ()) or not is_sparse
+        return layer if is_dense else replace(layer, mlp=moe)
+
+    architecture = "Qwen3MoeForCausalLM" if is_qwen3 else "Qwen2MoeForCausalLM"
+    return llama.adapted(hf, architecture, adapt)

@@ -1,0 +1,53 @@
+"""Mixture of experts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from compiledllm.kernels.moe import moe_experts
+from compiledllm.models.layers.linear import Linear, empty_parameter
+from compiledllm.models.layers.mlp import GatedMlp, PlainMlp
+from compiledllm.models.spec import MlpSpec, MoeSpec
+
+
+class ExpertLinear(nn.Module):
+    """The matrices of all experts, [experts, sum(parts), in_features]; see `Linear` for parts."""
+
+    def __init__(self, num_experts: int, in_features: int, parts: dict[str, int]) -> None:
+        super().__init__()
+        self.parts = parts
+        self.weight = empty_parameter(num_experts, sum(parts.values()), in_features)
+
+
+class MoeMlp(nn.Module):
+    """Each token through the experts its router chooses, and through the shared one."""
+
+    def __init__(self, hidden_size: int, spec: MoeSpec) -> None:
+        super().__init__()
+        assert spec.activation == "silu", spec
+        self.spec = spec
+        size, count = spec.intermediate_size, spec.num_experts
+        self.router = Linear(hidden_size, {"": count}, bias=False)
+        self.gate_up = ExpertLinear(count, hidden_size, {"gate": size, "up": size})
+        self.down = ExpertLinear(count, size, {"": hidden_size})
+        self.shared = self.shared_gate = None
+        if spec.shared_size:
+            self.shared = GatedMlp(hidden_size, MlpSpec(spec.shared_size))
+            self.shared_gate = Linear(hidden_size, {"": 1}, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shares = self.router(x).float().softmax(-1)
+        weights, ids = shares.topk(self.spec.top_k, dim=-1)
+        if self.spec.renormalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        out = moe_experts(x, ids, weights, self.gate_up.weight, self.down.weight)
+        if self.shared is not None and self.shared_gate is not None:
+            out = out + torch.sigmoid(self.shared_gate(x)) * self.shared(x)
+        return out
+
+
+def make_mlp(hidden_size: int, spec: MlpSpec | MoeSpec) -> nn.Module:
+    if isinstance(spec, MoeSpec):
+        return MoeMlp(hidden_size, spec)
+    return (GatedMlp if spec.gated else PlainMlp)(hidden_size, spec)
