@@ -226,9 +226,8 @@ class EngineConfig:
             )
         where = "the default on a GPU" if on_gpu else "the default on a CPU"
         max_num_seqs = self.scheduler.max_num_seqs or (256 if on_gpu else 64)
-        tokens = self.scheduler.max_num_batched_tokens or 512
-        if on_gpu and self.scheduler.max_num_batched_tokens is None:
-            tokens = 16384 if memory_bytes >= _LARGE_GPU else 8192
+        gpu_tokens = 16384 if memory_bytes >= _LARGE_GPU else 8192
+        tokens = self.scheduler.max_num_batched_tokens or (gpu_tokens if on_gpu else 512)
         largest = self.compile.max_cudagraph_capture_size
         if largest is not None and largest > max_num_seqs:
             raise ConfigError(

@@ -40,7 +40,7 @@ class Tiling:
 def decode_tiling(head_dim: int, group: int, itemsize: int, num_programs: int) -> Tiling:
     """group: query heads of a KV head; num_programs: rows times KV heads.
 
-    Of 27 shapes on an H100 (bfloat16, contexts of 192 and 1088 tokens, 1 to 128 rows, 3 and 8 KV
+    Of 8 shapes on an H100 (bfloat16, contexts of 192 and 1088 tokens, 1 to 128 rows, 3 and 8 KV
     heads) the fastest: few programs are short, those in between want much under way, many hide each
     other's latency.
     """

@@ -79,6 +79,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.spec = spec
         self.embedding = empty_parameter(spec.vocab_size, spec.hidden_size)
+        scale = torch.tensor(spec.embedding_scale, dtype=self.embedding.dtype, device="cpu")
+        self._embedding_scale = scale.item()  # rounded as the embedding is
         size = spec.num_learned_positions
         self.positions = empty_parameter(size, spec.hidden_size) if size else None
         self.layers = nn.ModuleList(DecoderBlock(layer, backend) for layer in spec.layers)
@@ -109,8 +111,8 @@ class Decoder(nn.Module):
 
     def _embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         x = F.embedding(input_ids, self.embedding)
-        if self.spec.embedding_scale != 1:
-            x = x * torch.tensor(self.spec.embedding_scale, dtype=x.dtype).item()
+        if self._embedding_scale != 1:
+            x = x * self._embedding_scale
         if self.positions is not None:
             x = x + F.embedding(positions + self.spec.first_position, self.positions)
         return x

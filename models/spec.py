@@ -118,7 +118,6 @@ class MoeSpec:
     top_k: int
     renormalize: bool = True
     shared_size: int = 0
-    activation: str = "silu"
 
     def num_parameters(self, hidden_size: int) -> int:
         return self._num_parameters(hidden_size, self.num_experts)

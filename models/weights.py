@@ -133,18 +133,19 @@ def _destinations(model: Decoder) -> dict[str, Tensor]:
             name = f"{path}.{leaf}" if path else leaf
             if isinstance(module, ExpertLinear):
                 for expert, matrix in enumerate(parameter.data):
-                    for part, rows in zip(module.parts, _split_rows(matrix, module), strict=True):
-                        slots[f"{path}.{expert}.{leaf}" + (f":{part}" if part else "")] = rows
-            elif isinstance(module, Linear) and len(module.parts) > 1:
-                for part in module.parts:
-                    slots[f"{name}:{part}"] = parameter.data[module.rows_of(part)]
+                    slots |= _slots_by_part(f"{path}.{expert}.{leaf}", matrix, module.parts)
+            elif isinstance(module, Linear):
+                slots |= _slots_by_part(name, parameter.data, module.parts)
             else:
                 slots[name] = parameter.data
     return slots
 
 
-def _split_rows(matrix: Tensor, module: ExpertLinear) -> tuple[Tensor, ...]:
-    return torch.split(matrix, list(module.parts.values()))
+def _slots_by_part(name: str, tensor: Tensor, parts: dict[str, int]) -> dict[str, Tensor]:
+    """The rows of each part; of a plain layer, whose one part is named "", all of them."""
+    pieces = torch.split(tensor, list(parts.values()))
+    names = [f"{name}:{part}" if part else name for part in parts]
+    return dict(zip(names, pieces, strict=True))
 
 
 def _read_tensors(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from compiledllm.config import Choice, ConfigError
 from compiledllm.kernels.paged_attention_flashinfer import HEAD_DIMS, AttentionKind, Planner
 from compiledllm.log import log
+from compiledllm.models.deterministic import FIXED_ORDER_BACKEND
 from compiledllm.models.spec import ModelSpec
 from compiledllm.runner.device import to_device
 from compiledllm.runner.request_table import RequestTable
@@ -42,7 +43,7 @@ def settle_backend(
             log.warning("attention_backend='flashinfer' cannot be used (%s); using triton", cause)
             choice = Choice("triton", f"flashinfer cannot be used: {cause}")
     largest = max(layer.attn.head_dim for layer in spec.layers)
-    if choice.value == "fixed_order" and largest > LARGEST_TRITON_HEAD_DIM:
+    if choice.value == FIXED_ORDER_BACKEND and largest > LARGEST_TRITON_HEAD_DIM:
         raise ConfigError(
             f"deterministic=True cannot be had: head_dim={largest} of this model is more than "
             f"{LARGEST_TRITON_HEAD_DIM}; leave it out"

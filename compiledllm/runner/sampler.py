@@ -130,9 +130,9 @@ class Sampler:
                 if len(group) < len(rows):
                     at = to_device(group, logits.device)
                     chosen = drawn[at]
-                num_best = self._table.num_logprobs[rows[group]].tolist()
+                counts = self._table.num_logprobs[rows[group]].tolist()
                 named = [self._table.named_logprobs[row] for row in rows[group].tolist()]
-                result = _logprobs_of(logits, at, chosen, num_best, named)
+                result = _logprobs_of(logits, at, chosen, counts, named)
                 found.append(([request_ids[i] for i in group.tolist()], result))
         return found
 

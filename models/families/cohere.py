@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from compiledllm.models.families import llama, qwen3
-from compiledllm.models.families.hf import activation_of, model_spec, rope_from_hf
-from compiledllm.models.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, NormSpec
+from compiledllm.models.families.hf import activation_of, attention_of, model_spec
+from compiledllm.models.spec import LayerSpec, MlpSpec, ModelSpec, NormSpec
 
 NAMES = qwen3.NAMES
 IGNORED = llama.IGNORED
@@ -16,20 +16,16 @@ IGNORED = llama.IGNORED
 def spec_from_hf(hf: Any) -> ModelSpec:
     """ModelSpec of a transformers CohereConfig."""
     norm = NormSpec(hf.layer_norm_eps, "layer")
-    head_dim = hf.hidden_size // hf.num_attention_heads
+    attn = attention_of(
+        hf,
+        qkv_bias=hf.attention_bias,
+        output_bias=hf.attention_bias,
+        qk_norm=norm if hf.use_qk_norm else None,
+        qk_norm_over="heads",
+    )
     layer = LayerSpec(
         hf.hidden_size,
-        AttentionSpec(
-            num_heads=hf.num_attention_heads,
-            num_kv_heads=hf.num_key_value_heads,
-            head_dim=head_dim,
-            scale=head_dim**-0.5,
-            rope=replace(rope_from_hf(hf, head_dim), interleaved=True),
-            qkv_bias=hf.attention_bias,
-            output_bias=hf.attention_bias,
-            qk_norm=norm if hf.use_qk_norm else None,
-            qk_norm_over="heads",
-        ),
+        replace(attn, rope=replace(attn.rope, interleaved=True)),
         MlpSpec(hf.intermediate_size, activation=activation_of(hf)),
         norm,
         residual="parallel",

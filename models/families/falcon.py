@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from compiledllm.models.families.hf import activation_of, expect, model_spec, rope_from_hf
-from compiledllm.models.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, NormSpec
+from compiledllm.models.families.hf import activation_of, attention_of, expect, model_spec
+from compiledllm.models.spec import LayerSpec, MlpSpec, ModelSpec, NormSpec
 
 NAMES = {
     "transformer.word_embeddings.weight": "embedding",
@@ -27,18 +27,9 @@ def spec_from_hf(hf: Any) -> ModelSpec:
     expect(hf, "parallel_attn", True)
     expect(hf, "alibi", False)
     norm = NormSpec(hf.layer_norm_epsilon, "layer", bias=True)
-    head_dim = hf.hidden_size // hf.num_attention_heads
     layer = LayerSpec(
         hf.hidden_size,
-        AttentionSpec(
-            num_heads=hf.num_attention_heads,
-            num_kv_heads=1,
-            head_dim=head_dim,
-            scale=head_dim**-0.5,
-            rope=rope_from_hf(hf, head_dim),
-            qkv_bias=hf.bias,
-            output_bias=hf.bias,
-        ),
+        attention_of(hf, num_kv_heads=1, qkv_bias=hf.bias, output_bias=hf.bias),
         MlpSpec(hf.ffn_hidden_size, hf.bias, activation_of(hf, "activation"), gated=False),
         norm,
         residual="parallel",

@@ -12,12 +12,13 @@ from typing import Any
 from compiledllm.models.families import llama, qwen3
 from compiledllm.models.families.hf import (
     activation_of,
+    attention_of,
     expect,
     model_spec,
     rope_from_hf,
     window_of,
 )
-from compiledllm.models.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, NormSpec
+from compiledllm.models.spec import LayerSpec, MlpSpec, ModelSpec, NormSpec
 
 NAMES = qwen3.NAMES | {
     "model.layers.*.post_attention_layernorm.weight": "layers.*.attn_out_norm.weight",
@@ -32,12 +33,11 @@ def spec_from_hf(hf: Any) -> ModelSpec:
     expect(hf, "use_bidirectional_attention", None, False)
     norm = NormSpec(hf.rms_norm_eps, "rms_plus_one")
     has_qk_norm = hf.model_type != "gemma2"
-    attn = AttentionSpec(
-        num_heads=hf.num_attention_heads,
-        num_kv_heads=hf.num_key_value_heads,
-        head_dim=hf.head_dim,
+    attn = attention_of(
+        hf,
+        hf.head_dim,
+        rope_from_hf(hf, hf.head_dim, hf.layer_types[0] if has_qk_norm else None),
         scale=hf.query_pre_attn_scalar**-0.5,
-        rope=rope_from_hf(hf, hf.head_dim, hf.layer_types[0] if has_qk_norm else None),
         qkv_bias=hf.attention_bias,
         output_bias=hf.attention_bias,
         qk_norm=norm if has_qk_norm else None,

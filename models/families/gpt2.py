@@ -6,9 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from compiledllm.models.families.hf import activation_of, expect, model_spec
+from compiledllm.models.families.hf import activation_of, attention_of, expect, model_spec
 from compiledllm.models.spec import (
-    AttentionSpec,
     LayerSpec,
     MlpSpec,
     ModelSpec,
@@ -44,15 +43,12 @@ def spec_from_hf(hf: Any) -> ModelSpec:
     expect(hf, "scale_attn_by_inverse_layer_idx", False)
     expect(hf, "add_cross_attention", False)
     norm = NormSpec(hf.layer_norm_epsilon, "layer", bias=True)
-    head_dim = hf.hidden_size // hf.num_attention_heads
     layer = LayerSpec(
         hf.hidden_size,
-        AttentionSpec(
-            num_heads=hf.num_attention_heads,
-            num_kv_heads=hf.num_attention_heads,
-            head_dim=head_dim,
-            scale=head_dim**-0.5,
+        attention_of(
+            hf,
             rope=RopeSpec(()),
+            num_kv_heads=hf.num_attention_heads,
             qkv_bias=True,
             output_bias=True,
         ),

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from compiledllm.models.families.hf import activation_of, model_spec, rope_from_hf
-from compiledllm.models.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, NormSpec
+from compiledllm.models.families.hf import activation_of, attention_of, model_spec
+from compiledllm.models.spec import LayerSpec, MlpSpec, ModelSpec, NormSpec
 
 NAMES = {
     "gpt_neox.embed_in.weight": "embedding",
@@ -38,15 +38,11 @@ def prepare(name: str, tensor: Tensor, spec: ModelSpec) -> Tensor:
 def spec_from_hf(hf: Any) -> ModelSpec:
     """ModelSpec of a transformers GPTNeoXConfig."""
     norm = NormSpec(hf.layer_norm_eps, "layer", bias=True)
-    head_dim = hf.hidden_size // hf.num_attention_heads
     layer = LayerSpec(
         hf.hidden_size,
-        AttentionSpec(
-            num_heads=hf.num_attention_heads,
+        attention_of(
+            hf,
             num_kv_heads=hf.num_attention_heads,
-            head_dim=head_dim,
-            scale=head_dim**-0.5,
-            rope=rope_from_hf(hf, head_dim),
             qkv_bias=hf.attention_bias,
             output_bias=hf.attention_bias,
         ),

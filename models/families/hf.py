@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from compiledllm.config import ConfigError
-from compiledllm.models.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec
+from compiledllm.models.spec import AttentionSpec, LayerSpec, ModelSpec, NormSpec, RopeSpec
 
 ROPE_SCALINGS = ("linear", "llama3", "yarn", "longrope")
 
@@ -53,6 +53,25 @@ def model_spec(
         initializer_range=getattr(hf, "initializer_range", 0.02),
         **more,
     )
+
+
+def attention_of(
+    hf: Any, head_dim: int | None = None, rope: RopeSpec | None = None, **changes: Any
+) -> AttentionSpec:
+    """What most configs call by the same names, and `changes`.
+
+    head_dim: default the hidden size shared out; rope: default the config's.
+    """
+    num_heads = hf.num_attention_heads
+    head_dim = head_dim or hf.hidden_size // num_heads
+    common = {
+        "num_heads": num_heads,
+        "num_kv_heads": getattr(hf, "num_key_value_heads", None) or num_heads,
+        "head_dim": head_dim,
+        "scale": head_dim**-0.5,
+        "rope": rope_from_hf(hf, head_dim) if rope is None else rope,
+    }
+    return AttentionSpec(**(common | changes))
 
 
 ACTIVATIONS = {

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from compiledllm.models.families.hf import activation_of, model_spec, rope_from_hf
-from compiledllm.models.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, NormSpec
+from compiledllm.models.families.hf import activation_of, attention_of, model_spec
+from compiledllm.models.spec import LayerSpec, MlpSpec, ModelSpec, NormSpec
 
 NAMES = {
     "model.embed_tokens.weight": "embedding",
@@ -31,19 +31,12 @@ def spec_from_hf(hf: Any) -> ModelSpec:
 
     Raises ConfigError for a variant we lack.
     """
-    num_heads = hf.num_attention_heads
-    head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // num_heads
+    has_bias = getattr(hf, "attention_bias", False)
     norm = NormSpec(hf.rms_norm_eps)
     layer = LayerSpec(
         hidden_size=hf.hidden_size,
-        attn=AttentionSpec(
-            num_heads=num_heads,
-            num_kv_heads=hf.num_key_value_heads or num_heads,
-            head_dim=head_dim,
-            scale=head_dim**-0.5,
-            rope=rope_from_hf(hf, head_dim),
-            qkv_bias=getattr(hf, "attention_bias", False),
-            output_bias=getattr(hf, "attention_bias", False),
+        attn=attention_of(
+            hf, getattr(hf, "head_dim", None), qkv_bias=has_bias, output_bias=has_bias
         ),
         mlp=MlpSpec(
             hf.intermediate_size,

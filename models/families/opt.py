@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from compiledllm.models.families.hf import activation_of, expect, model_spec
+from compiledllm.models.families.hf import activation_of, attention_of, expect, model_spec
 from compiledllm.models.spec import (
-    AttentionSpec,
     LayerSpec,
     MlpSpec,
     ModelSpec,
@@ -41,15 +40,12 @@ def spec_from_hf(hf: Any) -> ModelSpec:
     expect(hf, "layer_norm_elementwise_affine", True)
     expect(hf, "word_embed_proj_dim", None, hf.hidden_size)
     norm = NormSpec(1e-5, "layer", bias=True)
-    head_dim = hf.hidden_size // hf.num_attention_heads
     layer = LayerSpec(
         hf.hidden_size,
-        AttentionSpec(
-            num_heads=hf.num_attention_heads,
-            num_kv_heads=hf.num_attention_heads,
-            head_dim=head_dim,
-            scale=head_dim**-0.5,
+        attention_of(
+            hf,
             rope=RopeSpec(()),
+            num_kv_heads=hf.num_attention_heads,
             qkv_bias=hf.enable_bias,
             output_bias=hf.enable_bias,
         ),

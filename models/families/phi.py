@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from compiledllm.models.families import llama
-from compiledllm.models.families.hf import activation_of, expect, model_spec, rope_from_hf
-from compiledllm.models.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, NormSpec
+from compiledllm.models.families.hf import activation_of, attention_of, expect, model_spec
+from compiledllm.models.spec import LayerSpec, MlpSpec, ModelSpec, NormSpec
 
 NAMES = llama.NAMES | {
     "model.layers.*.input_layernorm.*": "layers.*.attn_norm.*",
@@ -23,18 +23,9 @@ def spec_from_hf(hf: Any) -> ModelSpec:
     """ModelSpec of a transformers PhiConfig."""
     expect(hf, "qk_layernorm", False)
     norm = NormSpec(hf.layer_norm_eps, "layer", bias=True)
-    head_dim = hf.hidden_size // hf.num_attention_heads
     layer = LayerSpec(
         hf.hidden_size,
-        AttentionSpec(
-            num_heads=hf.num_attention_heads,
-            num_kv_heads=hf.num_key_value_heads,
-            head_dim=head_dim,
-            scale=head_dim**-0.5,
-            rope=rope_from_hf(hf, head_dim),
-            qkv_bias=True,
-            output_bias=True,
-        ),
+        attention_of(hf, qkv_bias=True, output_bias=True),
         MlpSpec(hf.intermediate_size, True, activation_of(hf), gated=False),
         norm,
         residual="parallel",

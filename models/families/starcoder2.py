@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from compiledllm.models.families import llama, stablelm
-from compiledllm.models.families.hf import activation_of, model_spec, rope_from_hf, window_of
-from compiledllm.models.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, NormSpec
+from compiledllm.models.families.hf import activation_of, attention_of, model_spec, window_of
+from compiledllm.models.spec import LayerSpec, MlpSpec, ModelSpec, NormSpec
 
 NAMES = stablelm.NAMES | {
     "model.layers.*.mlp.c_fc.*": "layers.*.mlp.up.*",
@@ -18,18 +18,10 @@ IGNORED = llama.IGNORED
 def spec_from_hf(hf: Any) -> ModelSpec:
     """ModelSpec of a transformers Starcoder2Config."""
     norm = NormSpec(hf.norm_epsilon, "layer", bias=True)
-    head_dim = hf.hidden_size // hf.num_attention_heads
     layer = LayerSpec(
         hf.hidden_size,
-        AttentionSpec(
-            num_heads=hf.num_attention_heads,
-            num_kv_heads=hf.num_key_value_heads,
-            head_dim=head_dim,
-            scale=head_dim**-0.5,
-            rope=rope_from_hf(hf, head_dim),
-            qkv_bias=hf.use_bias,
-            output_bias=hf.use_bias,
-            sliding_window=window_of(hf, 0),
+        attention_of(
+            hf, qkv_bias=hf.use_bias, output_bias=hf.use_bias, sliding_window=window_of(hf, 0)
         ),
         MlpSpec(hf.intermediate_size, hf.use_bias, activation_of(hf), gated=False),
         norm,

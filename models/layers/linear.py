@@ -33,9 +33,3 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x, self.weight, self.bias)
-
-    def rows_of(self, part: str) -> slice:
-        """The output rows that hold `part`."""
-        names = list(self.parts)
-        start = sum(self.parts[name] for name in names[: names.index(part)])
-        return slice(start, start + self.parts[part])
