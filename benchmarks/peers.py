@@ -113,10 +113,14 @@ class CompiledLLM:
         return gaps
 
     def step_times(self, requests: Sequence[SampleRequest]) -> StepTimes:
-        """Host and device seconds of a decode step in which every request takes part."""
+        """Host and device seconds of a decode step in which every request takes part.
+
+        As in `generate`, nobody looks at the outputs on the way.
+        """
         engine, limit = self.engine, self.engine.config.model.max_model_len
         assert limit is not None
         params = self._params(max(limit - len(_ids(r)), 1) for r in requests)
+        params = [replace(p, stream_interval=limit) for p in params]
         ids = [engine.add_request(_ids(r), p) for r, p in zip(requests, params, strict=True)]
         try:
             prompts_left = set(ids)
