@@ -7,6 +7,7 @@ with the next block's norm inside the compiled block. Knows nothing of requests 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,17 @@ from compiledllm.models.layers.rope import RotaryTable
 from compiledllm.models.spec import NORMS_BEFORE, NORMS_BEHIND, LayerSpec, ModelSpec
 
 BlockForward = Callable[..., tuple[Tensor, Tensor]]
+
+
+class Ends(NamedTuple):
+    """The tokens of a step whose hidden states are wanted.
+
+    attn: with a row for each of them, over its whole context. Their keys and values are stored with
+    everybody's, so their slots are padding.
+    """
+
+    indices: Tensor  # int64 [ends], into the step's tokens
+    attn: AttentionMetadata
 
 
 class DecoderBlock(nn.Module):
@@ -61,6 +73,20 @@ class DecoderBlock(nn.Module):
         due = self._scaled(self.mlp(mlp_in), self.mlp_out_norm)
         return x, due + attended if self.is_parallel else due
 
+    def store(
+        self,
+        x: Tensor,
+        due: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        kv_cache: Tensor,
+        slot_mapping: Tensor,
+    ) -> None:
+        """What `forward` leaves in the cache, and nothing else."""
+        x = x + due
+        attn_in = x if self.attn_norm is None else self.attn_norm(x)
+        self.attn.store(attn_in, cos, sin, kv_cache, slot_mapping)
+
     def _scaled(self, out: Tensor, norm: nn.Module | None) -> Tensor:
         out = out if norm is None else norm(out)
         return out if self.spec.residual_scale == 1 else out * self.spec.residual_scale
@@ -70,7 +96,8 @@ class Decoder(nn.Module):
     """A decoder-only transformer over a paged KV cache.
 
     `block_forward` runs a block; `compiledllm.graphs` replaces it by the compiled one. `product`
-    gives the logits.
+    gives the logits. takes_ends: whether `forward` may be asked for some tokens only; not where
+    sums have a fixed order, which a narrower product would change.
     """
 
     product: Callable[..., Tensor] = staticmethod(linear)
@@ -92,6 +119,7 @@ class Decoder(nn.Module):
         self.rotary = nn.ModuleList(RotaryTable(rope) for rope in ropes)
         self._rotary_index = [list(ropes).index(layer.attn.rope) for layer in spec.layers]
         self.block_forward: BlockForward = DecoderBlock.forward
+        self.takes_ends = backend != "fixed_order"
 
     def forward(
         self,
@@ -99,13 +127,26 @@ class Decoder(nn.Module):
         positions: Tensor,  # int64 [tokens]
         kv_caches: list[Tensor],
         attn: AttentionMetadata,
+        ends: Ends | None = None,
     ) -> Tensor:
-        """Hidden states after the final norm, [tokens, hidden]."""
+        """Hidden states after the final norm, [tokens, hidden].
+
+        With `ends` only theirs, [ends, hidden]: of the last block the other tokens need just keys
+        and values, which saves most of its work.
+        """
         x = self._embed(input_ids, positions)
         due = x.new_zeros(x.shape)
         tables = [rotary(positions, x.dtype) for rotary in self.rotary]
-        for layer, index, kv_cache in zip(self.layers, self._rotary_index, kv_caches, strict=True):
+        *body, last = zip(self.layers, self._rotary_index, kv_caches, strict=True)
+        for layer, index, kv_cache in body:
             x, due = self.block_forward(layer, x, due, *tables[index], kv_cache, attn)
+        layer, index, kv_cache = last
+        cos, sin = tables[index]
+        if ends is not None:
+            cast("DecoderBlock", layer).store(x, due, cos, sin, kv_cache, attn.slot_mapping)
+            x, due, cos, sin = (part[ends.indices] for part in (x, due, cos, sin))
+            attn = ends.attn
+        x, due = self.block_forward(layer, x, due, cos, sin, kv_cache, attn)
         hidden: Tensor = self.final_norm(x + due)
         return hidden
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from compiledllm.graphs.buckets import StepShape
 from compiledllm.kernels.attention import AttentionMetadata
+from compiledllm.models.decoder import Ends
 from compiledllm.runner.request_table import RequestTable
 from compiledllm.types import SchedulerOutput
 
@@ -166,23 +167,25 @@ class InputBatch:
         positions = table.num_computed_tokens[rows]
         block_tables = _with_empty_row(table.block_tables[rows])
         blocks = block_tables[:-1].gather(1, positions[:, None] // block_size).squeeze(1)
-        starts = torch.arange(len(rows) + 1, dtype=torch.int32, device=rows.device)
-        attn = AttentionMetadata(
-            slot_mapping=blocks.long() * block_size + positions % block_size,
-            block_tables=block_tables,
-            seq_lens=F.pad(positions + 1, (0, 1)).int(),
-            query_start_loc=torch.cat((starts, starts[-1:])),
-        )
+        slots = blocks.long() * block_size + positions % block_size
+        attn = _one_token_a_row(slots, block_tables, positions + 1)
         return cls(
             input_ids=table.last_token_ids[rows],
             positions=positions,
             attn=attn,
             rows=rows,
             num_computed_tokens=positions + 1,
-            logits_indices=starts[:-1].long(),
+            logits_indices=attn.query_start_loc[: len(rows)].long(),
             sample_rows=rows,
             sample_positions=positions + 1,
         )
+
+    def ends(self, table: RequestTable) -> Ends:
+        """The tokens whose next token is drawn."""
+        block_tables = _with_empty_row(table.block_tables[self.sample_rows])
+        padding = torch.full_like(self.logits_indices, -1)
+        lengths = self.sample_positions.clamp(min=1)  # a row of padding would attend to nothing
+        return Ends(self.logits_indices, _one_token_a_row(padding, block_tables, lengths))
 
     @classmethod
     def dummy(cls, num_tokens: int, table: RequestTable) -> InputBatch:
@@ -214,6 +217,17 @@ def _known_tokens(
         piece = table.token_ids[row][start : start + count]
         pieces.append(piece if len(piece) == count else np.append(piece, -1))
     return np.concatenate(pieces)
+
+
+def _one_token_a_row(slots: Tensor, block_tables: Tensor, lengths: Tensor) -> AttentionMetadata:
+    """slots, lengths: int64 [rows]. block_tables: with the empty row."""
+    starts = torch.arange(len(slots) + 1, dtype=torch.int32, device=slots.device)
+    return AttentionMetadata(
+        slot_mapping=slots,
+        block_tables=block_tables,
+        seq_lens=F.pad(lengths, (0, 1)).int(),
+        query_start_loc=torch.cat((starts, starts[-1:])),
+    )
 
 
 def _with_empty_row(block_tables: Tensor) -> Tensor:

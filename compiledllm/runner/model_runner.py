@@ -30,6 +30,8 @@ from compiledllm.runner.request_table import RequestTable
 from compiledllm.runner.sampler import Sampler
 from compiledllm.types import SchedulerOutput, StepOutput
 
+_LEAST_FOR_ENDS = 1024  # tokens of a step, below which the last block is as cheap for all
+
 
 class ModelRunner:
     """Owns the device: the model, its KV caches and the request rows.
@@ -50,6 +52,7 @@ class ModelRunner:
     ) -> None:
         self.model = model
         self.planner = planner
+        self._takes_ends = model.takes_ends and planner is None  # it plans whole steps
         self.kv_caches = kv_caches
         self.block_size = block_size
         self.device = kv_caches[0].device
@@ -96,20 +99,35 @@ class ModelRunner:
         """A step without a graph: of any size."""
         shape, rows = layout.shape, layout.sample_rows
         packed = to_device(layout.pack(self.table, shape), self.device)
-        batch = InputBatch.unpack(packed, shape, len(rows), self.table, self.block_size)
+        num_samples = max(len(rows), 1)  # one that nobody looks at: compiled code takes no less
+        batch = InputBatch.unpack(packed, shape, num_samples, self.table, self.block_size)
         self.table.num_computed_tokens[batch.rows] = batch.num_computed_tokens
         self._plan(layout, layout.rows)
+        wants_all = bool(self.table.wants_prompt_logprobs[layout.rows].any())
         with self._products_of(shape.num_tokens):
-            hidden = self.model(batch.input_ids, batch.positions, self.kv_caches, batch.attn)
-        prompt_logprobs = self._prompt_logprobs(layout, hidden)
+            hidden = self._forward(batch, wants_all)
+        prompt_logprobs = self._prompt_logprobs(layout, hidden) if wants_all else []
         if len(rows) == 0:
-            return self._send(layout, batch.sample_rows, None, prompt_logprobs)
+            return self._send(layout, batch.sample_rows[:0], None, prompt_logprobs)
+        if wants_all:
+            hidden = hidden[batch.logits_indices]
         with self._products_of(len(rows)):
-            logits = self.model.compute_logits(hidden[batch.logits_indices])
+            logits = self.model.compute_logits(hidden)
         drawn = self.sampler.draw(logits, rows, layout.sample_positions)
         extras = self._finish(drawn, logits, layout, self._last_tokens(layout))
         self.table.last_token_ids[batch.sample_rows] = drawn.clamp(min=0)
         return self._send(layout, drawn, extras, prompt_logprobs)
+
+    def _forward(self, batch: InputBatch, wants_all: bool = False) -> Tensor:
+        """Hidden states of the tokens that are followed by a draw, [samples, hidden]; or of all."""
+        num_tokens, num_samples = len(batch.input_ids), len(batch.logits_indices)
+        is_large = num_tokens >= max(_LEAST_FOR_ENDS, 4 * num_samples)
+        ends = batch.ends(self.table) if is_large and self._takes_ends and not wants_all else None
+        inputs = batch.input_ids, batch.positions, self.kv_caches, batch.attn
+        hidden: Tensor = self.model(*inputs, ends)
+        if wants_all or ends is not None or num_tokens == num_samples:
+            return hidden
+        return hidden[batch.logits_indices]
 
     def _last_tokens(self, layout: StepLayout) -> Tensor | None:
         """int64 [samples], before the step writes new ones; None if nobody will look."""
@@ -219,9 +237,7 @@ class ModelRunner:
             batch = InputBatch.decode(inputs, table, self.block_size)
         else:
             batch = InputBatch.unpack(inputs, shape, shape.num_rows, table, self.block_size)
-        hidden = self.model(batch.input_ids, batch.positions, self.kv_caches, batch.attn)
-        if not shape.is_decode:
-            hidden = hidden[batch.logits_indices]
+        hidden = self._forward(batch)
         drawn = draw_tokens(
             self.model.compute_logits(hidden, self.logits[: len(hidden)]),
             batch.sample_rows,

@@ -39,20 +39,45 @@ class PagedAttention(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: Tensor, attn: AttentionMetadata
     ) -> Tensor:
-        qkv: Tensor = self.qkv(x)
-        if self.backend != "torch" and is_fused(self.spec):
-            q = self._rotate_and_store(qkv, cos, sin, kv_cache, attn)
-        else:
-            q = self._rotate_then_store(qkv, cos, sin, kv_cache, attn)
         spec = self.spec
+        qkv: Tensor = self.qkv(x)
+        if self._is_fused:
+            slots = attn.slot_mapping
+            q = self._rotate_and_store(qkv, cos, sin, kv_cache, slots, spec.num_heads)
+        else:
+            q, k, v = torch.split(qkv, [spec.q_size, spec.kv_size, spec.kv_size], dim=-1)
+            q = self._rotate(q, self.q_norm, cos, sin)
+            self._rotate_then_store(k, v, cos, sin, kv_cache, attn.slot_mapping)
         context = paged_attention(
             q, kv_cache, attn, spec.scale, self.backend, spec.sliding_window, spec.soft_cap
         )
         out: Tensor = self.out(context.view(-1, spec.q_size))
         return out
 
+    def store(
+        self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        """Only the keys and values of x [tokens, hidden]: no queries, nothing attended."""
+        weight, bias, first = self.qkv.weight, self.qkv.bias, self.spec.q_size
+        kv = self.qkv.product(x, weight[first:], None if bias is None else bias[first:])
+        if self._is_fused:
+            self._rotate_and_store(kv, cos, sin, kv_cache, slot_mapping, num_heads=0)
+        else:
+            k, v = kv.chunk(2, dim=-1)
+            self._rotate_then_store(k, v, cos, sin, kv_cache, slot_mapping)
+
+    @property
+    def _is_fused(self) -> bool:
+        return self.backend != "torch" and is_fused(self.spec)
+
     def _rotate_and_store(
-        self, qkv: Tensor, cos: Tensor, sin: Tensor, kv_cache: Tensor, attn: AttentionMetadata
+        self,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        kv_cache: Tensor,
+        slot_mapping: Tensor,
+        num_heads: int,
     ) -> Tensor:
         """In one kernel. Queries [tokens, num_heads, head_dim]."""
         q_norm, k_norm = cast("_Norms", (self.q_norm, self.k_norm))
@@ -64,33 +89,32 @@ class PagedAttention(nn.Module):
             cos,
             sin,
             kv_cache,
-            attn.slot_mapping,
-            self.spec.num_heads,
+            slot_mapping,
+            num_heads,
         )
 
     def _rotate_then_store(
-        self, qkv: Tensor, cos: Tensor, sin: Tensor, kv_cache: Tensor, attn: AttentionMetadata
-    ) -> Tensor:
-        """In plain torch, for the compiler to fuse. Queries [tokens, num_heads, head_dim]."""
-        spec = self.spec
-        q, k, v = torch.split(qkv, [spec.q_size, spec.kv_size, spec.kv_size], dim=-1)
-        if spec.qk_norm_over == "whole":
-            q, k = self._normalize(q, k)
-        q = q.view(-1, spec.num_heads, spec.head_dim)
-        k = k.view(-1, spec.num_kv_heads, spec.head_dim)
-        v = v.view(-1, spec.num_kv_heads, spec.head_dim)
-        if spec.qk_norm_over != "whole":
-            q, k = self._normalize(q, k)
-        if spec.rope.rotary_dim:
-            q = apply_rope(q, cos, sin, spec.rope.interleaved)
-            k = apply_rope(k, cos, sin, spec.rope.interleaved)
-        store_kv(k, v, kv_cache, attn.slot_mapping, self.backend)
-        return q
+        self,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        kv_cache: Tensor,
+        slot_mapping: Tensor,
+    ) -> None:
+        """In plain torch, for the compiler to fuse. k, v: [tokens, kv_size]."""
+        k = self._rotate(k, self.k_norm, cos, sin)
+        store_kv(k, v.view(k.shape), kv_cache, slot_mapping, self.backend)
 
-    def _normalize(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        if self.q_norm is None or self.k_norm is None:
-            return q, k
-        return self.q_norm(q), self.k_norm(k)
+    def _rotate(self, part: Tensor, norm: nn.Module | None, cos: Tensor, sin: Tensor) -> Tensor:
+        """Queries or keys [tokens, heads * head_dim], normalised: [tokens, heads, head_dim]."""
+        spec = self.spec
+        if norm is not None and spec.qk_norm_over == "whole":
+            part = norm(part)
+        part = part.view(len(part), -1, spec.head_dim)
+        if norm is not None and spec.qk_norm_over != "whole":
+            part = norm(part)
+        return apply_rope(part, cos, sin, spec.rope.interleaved) if spec.rope.rotary_dim else part
 
 
 def is_fused(spec: AttentionSpec) -> bool:

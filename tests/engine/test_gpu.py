@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from compiledllm import Engine, SamplingParams
+from compiledllm.runner import model_runner
 
 pytestmark = pytest.mark.gpu
 
@@ -65,6 +66,18 @@ def test_captured_steps_give_the_eager_tokens(
     assert [tokens(engine, [prompt])[0] for prompt in prompts[:8]] == expected[:8]
     assert engine.core.runner.compiler.num_recompiles == 0
     engine.core.scheduler.check_invariants()
+
+
+def test_the_last_block_for_the_ends_of_prompts_gives_the_eager_tokens(
+    tiny_llama: Callable[..., Path],
+    prompts: list[list[int]],
+    expected: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(model_runner, "_LEAST_FOR_ENDS", 32)
+    engine = make(tiny_llama, max_num_batched_tokens=200)
+    assert tokens(engine, prompts) == expected
+    assert [tokens(engine, [prompt])[0] for prompt in prompts[:8]] == expected[:8]
 
 
 def test_sampled_and_greedy_requests_share_a_batch(

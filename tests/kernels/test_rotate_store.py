@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compiledllm.kernels.attention import AttentionMetadata, kv_cache_shape
+from compiledllm.kernels.attention import kv_cache_shape
 from compiledllm.models.layers.attention import PagedAttention
 from compiledllm.models.layers.rope import RotaryTable
 from compiledllm.models.spec import AttentionSpec, NormSpec, RopeSpec
@@ -40,16 +40,19 @@ def test_fused_equals_layer_by_layer(
     positions = torch.tensor([0, 7, 31, 500, 3], device=DEVICE)
     cos, sin = RotaryTable(rope).to(DEVICE)(positions, dtype)
     slots = torch.tensor([17, 40, -1, 63, 16], device=DEVICE)
-    none = torch.empty(0, device=DEVICE)
-    attn = AttentionMetadata(slots, none, none, none)
     width = (num_heads + 2 * num_kv_heads) * head_dim
     qkv = torch.randn(num_tokens, width + 3, device=DEVICE).to(dtype)[:, :width]
     shape = kv_cache_shape(4, 16, num_kv_heads, head_dim)
-    caches = [torch.zeros(shape, dtype=dtype, device=DEVICE) for _ in range(2)]
-    fused = layer._rotate_and_store(qkv, cos, sin, caches[0], attn)
+    caches = [torch.zeros(shape, dtype=dtype, device=DEVICE) for _ in range(3)]
+    fused = layer._rotate_and_store(qkv, cos, sin, caches[0], slots, num_heads)
+    only_stored = qkv[:, num_heads * head_dim :]
+    layer._rotate_and_store(only_stored, cos, sin, caches[1], slots, num_heads=0)
     layer.backend = "torch"
-    expected = layer._rotate_then_store(qkv, cos, sin, caches[1], attn)
+    q, k, v = qkv.split([spec.q_size, spec.kv_size, spec.kv_size], dim=-1)
+    expected = layer._rotate(q, layer.q_norm, cos, sin)
+    layer._rotate_then_store(k, v, cos, sin, caches[2], slots)
     tolerance = TOLERANCE[dtype]
     torch.testing.assert_close(fused, expected, atol=tolerance, rtol=tolerance)
     caches = [cache[:, 1:] for cache in caches]  # without the null block
-    torch.testing.assert_close(caches[0], caches[1], atol=tolerance, rtol=tolerance)
+    assert torch.equal(caches[0], caches[1])
+    torch.testing.assert_close(caches[0], caches[2], atol=tolerance, rtol=tolerance)

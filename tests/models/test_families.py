@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from compiledllm.config import ConfigError
 from compiledllm.kernels.attention import AttentionMetadata
-from compiledllm.models.decoder import Decoder
+from compiledllm.models.decoder import Decoder, Ends
 from compiledllm.models.registry import load_spec
 from compiledllm.models.weights import load_weights
 from compiledllm.runner.kv_cache import allocate_kv_caches
@@ -201,6 +201,30 @@ def logits_in_chunks(model: Decoder, token_ids: list[int], chunks: list[int]) ->
     return torch.cat(outputs)
 
 
+@torch.inference_mode()
+def logits_of_ends(model: Decoder, token_ids: list[int], indices: list[int]) -> torch.Tensor:
+    """Logits of some tokens of a prompt that is fed at once."""
+    num_tokens, num_blocks = len(token_ids), -(-len(token_ids) // BLOCK_SIZE)
+    device = torch.device("cpu")
+    caches = allocate_kv_caches(model.spec, num_blocks, BLOCK_SIZE, torch.float32, device)
+    positions, block_table = torch.arange(num_tokens), torch.arange(1, num_blocks + 1).int()[None]
+    attn = AttentionMetadata(
+        slot_mapping=positions + BLOCK_SIZE,
+        block_tables=block_table,
+        seq_lens=torch.tensor([num_tokens], dtype=torch.int32),
+        query_start_loc=torch.tensor([0, num_tokens], dtype=torch.int32),
+    )
+    at = torch.tensor(indices)
+    rows = AttentionMetadata(
+        slot_mapping=torch.full_like(at, -1),
+        block_tables=block_table.repeat(len(indices), 1),
+        seq_lens=(at + 1).int(),
+        query_start_loc=torch.arange(len(indices) + 1).int(),
+    )
+    hidden = model(torch.tensor(token_ids), positions, caches, attn, Ends(at, rows))
+    return model.compute_logits(hidden)
+
+
 @pytest.mark.parametrize(("family", "variant"), VARIANTS)
 def test_logits_equal_transformers(
     family: str, variant: str, tiny_model: Callable[..., Path]
@@ -214,6 +238,9 @@ def test_logits_equal_transformers(
     for chunks in ([NUM_TOKENS], [1] * NUM_TOKENS, [7, 1, 64, 1, 1, 33, 43]):
         actual = logits_in_chunks(model, token_ids, chunks)
         torch.testing.assert_close(actual, expected, atol=2e-4, rtol=1e-4)
+    ends = [0, 70, NUM_TOKENS - 1]
+    actual = logits_of_ends(model, token_ids, ends)
+    torch.testing.assert_close(actual, expected[ends], atol=2e-4, rtol=1e-4)
 
 
 def test_parameter_count_follows_from_the_spec(tiny_model: Callable[..., Path]) -> None:
