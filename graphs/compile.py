@@ -43,7 +43,6 @@ class Variant:
 
 _ANY = 2**30
 _CPU_VARIANTS = (Variant(1, 1, 1), Variant(2, _ANY, 2))
-# Up to 16 tokens have matrix products of their own (kernels.linear).
 _GPU_VARIANTS = (
     Variant(1, 1, 1),
     Variant(2, 16, 8),

@@ -12,7 +12,7 @@ TILINGS = [None, Tiling(1, 64, 1), Tiling(8, 256, 2), Tiling(32, 128, 4)]
 
 
 @pytest.mark.parametrize("tiling", TILINGS, ids=str)
-@pytest.mark.parametrize("num_rows", [1, 2, 5, 16])
+@pytest.mark.parametrize("num_rows", [1, 2, 5, 16, 17, 32])
 @pytest.mark.parametrize("shape", [(1, 16), (7, 100), (33, 576), (96, 1536), (5, 2050)], ids=str)
 def test_equals_the_exact_product(
     shape: tuple[int, int], num_rows: int, tiling: Tiling | None
@@ -37,7 +37,7 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
         assert torch.equal(skinny_linear(x[:count], weight, None), together[:count])
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 16])
+@pytest.mark.parametrize("num_rows", [1, 2, 16, 32])
 def test_tilings_suit_every_shape(num_rows: int) -> None:
     for num_outputs, num_inputs in ((1, 1), (4096, 1024), (28672, 4096), (4096, 14336), (9, 576)):
         tiling = tiling_for(num_rows, num_outputs, num_inputs)

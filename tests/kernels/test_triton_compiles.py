@@ -64,6 +64,7 @@ def check(kernel, dtype, tiling=None, num_warps=4, **constants):
     options = {"num_warps": num_warps}
     if tiling is not None:
         options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
+        options["maxnreg"] = getattr(tiling, "max_registers", None)
     source = ASTSource(fn=kernel, signature=signature, constexprs=values)
     target = GPUTarget("cuda", int(sys.argv[1]), 32)
     compiled = triton.compile(source, target=target, options=options)
@@ -85,10 +86,12 @@ for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
         sampling._row_kernel, dtype, num_warps=16, CHUNKS=64, PER_CHUNK=64, GROUPS=256, GROUP=64,
         KEY_BITS=8 * itemsize,
     )
-    for kernel in (skinny._one_row_kernel, skinny._few_rows_kernel):
+    for rows in (1, 16, 32) if itemsize == 2 else ():
+        kernel = skinny._few_rows_kernel if rows > 1 else skinny._one_row_kernel
+        tiling = skinny.tiling_for(rows, 6144, 3072)
         check(
-            kernel, dtype, NUM_INPUTS=3072, HAS_BIAS=True, OUTPUTS=8, PADDED_OUTPUTS=16,
-            COLUMNS=256, ROWS=16,
+            kernel, dtype, tiling, NUM_INPUTS=3072, HAS_BIAS=True,
+            PADDED_OUTPUTS=max(16, tiling.outputs), ROWS=rows,
         )
     for items in (8, 4000, 60000):
         tiling = moe.tiling_for(items, 128, itemsize)
