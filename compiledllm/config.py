@@ -13,7 +13,8 @@ from typing import Any
 from compiledllm.checks import reject_unknown
 
 MAX_NUM_SEQS = 65536
-_LARGE_GPU = 64 * 2**30  # bytes of memory: there is room for the activations of larger steps
+_LARGE_GPU = 64 * 2**30  # bytes of memory: there is room for larger steps and more requests
+_MOST_CAPTURED = 512  # requests of a decode step, by default: past that the host has time to launch
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 _DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 _DTYPE_NAMES = (*DTYPES, *_DTYPE_ALIASES)
@@ -108,7 +109,7 @@ class CompileConfig:
         COMPILE_WHEN,
     )
     max_cudagraph_capture_size: int | None = option(
-        None, "largest decode batch that is captured as a CUDA graph; default: max_num_seqs"
+        None, "largest decode batch that is captured as a CUDA graph; default: max_num_seqs, at most 512"
     )
     attention_backend: str = option("auto", "implementation of paged attention", BACKENDS)
     deterministic: bool = option(
@@ -225,9 +226,11 @@ class EngineConfig:
                 "its sums by the batch; leave it out"
             )
         where = "the default on a GPU" if on_gpu else "the default on a CPU"
-        max_num_seqs = self.scheduler.max_num_seqs or (256 if on_gpu else 64)
-        gpu_tokens = 16384 if memory_bytes >= _LARGE_GPU else 8192
-        tokens = self.scheduler.max_num_batched_tokens or (gpu_tokens if on_gpu else 512)
+        seqs, tokens = (1024, 16384) if memory_bytes >= _LARGE_GPU else (256, 8192)
+        if not on_gpu:
+            seqs, tokens = 64, 512
+        max_num_seqs = self.scheduler.max_num_seqs or seqs
+        tokens = self.scheduler.max_num_batched_tokens or tokens
         largest = self.compile.max_cudagraph_capture_size
         if largest is not None and largest > max_num_seqs:
             raise ConfigError(
@@ -241,7 +244,9 @@ class EngineConfig:
             "mixed_prompt_tokens": Choice(tokens if on_gpu else min(128, tokens), where),
             "compile_when": Choice("start" if on_gpu else "busy", where),
             "async_scheduling": Choice(on_gpu, where),
-            "max_cudagraph_capture_size": Choice(max_num_seqs, "max_num_seqs"),
+            "max_cudagraph_capture_size": Choice(
+                min(max_num_seqs, _MOST_CAPTURED), f"max_num_seqs, at most {_MOST_CAPTURED}"
+            ),
         }
         groups = {f.name: group for group, f in all_options()}
         reasons = {}

@@ -32,19 +32,19 @@ class StepShape(NamedTuple):
 # Tokens of steps with prompts in them. The large ones serve batches of long prompts, which fill a
 # step to its limit; a step that would be padded by much more is better off uncaptured.
 _MIXED_TOKENS = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
-_FEW_ROWS = 8
+_MIXED_ROWS = (8, 64, 256)  # and as many as are captured
 _MOST_PADDING = 1.4  # of tokens, from this many tokens on:
 _MANY_TOKENS = 1024
 
 
-def step_shapes(max_rows: int, max_tokens: int, max_decode_rows: int) -> list[StepShape]:
+def step_shapes(max_rows: int, max_tokens: int) -> list[StepShape]:
     """All shapes worth capturing: decode steps of every bucket, steps with prompts up to a size.
 
-    The latter for a few rows and for as many as there can be, and always with more tokens than
-    rows: fewer would mean a decode step.
+    The latter for some numbers of rows, and always with more tokens than rows: fewer would mean a
+    decode step.
     """
-    decode = [StepShape(size, size, True) for size in ladder(max_decode_rows)]
-    row_counts = sorted({min(_FEW_ROWS, max_rows), max_rows})
+    decode = [StepShape(size, size, True) for size in ladder(max_rows)]
+    row_counts = [*(rows for rows in _MIXED_ROWS if rows < max_rows), max_rows]
     token_counts = [count for count in _MIXED_TOKENS if count <= max_tokens]
     mixed = [StepShape(t, rows, False) for t in token_counts for rows in row_counts if rows < t]
     return decode + mixed

@@ -259,10 +259,10 @@ class EngineCore:
     def _shapes_to_capture(self) -> list[StepShape]:
         if self._why_not_capture():
             return []
-        options = self.config.scheduler
-        largest = self.config.compile.max_cudagraph_capture_size
-        assert options.max_num_seqs and options.max_num_batched_tokens and largest
-        shapes = step_shapes(options.max_num_seqs, options.max_num_batched_tokens, largest)
+        most_tokens = self.config.scheduler.max_num_batched_tokens
+        most_rows = self.config.compile.max_cudagraph_capture_size
+        assert most_tokens and most_rows
+        shapes = step_shapes(most_rows, most_tokens)
         # FlashInfer's wrappers have to be made for a fixed number of tokens: too many to keep.
         return [shape for shape in shapes if shape.is_decode or self._planner is None]
 

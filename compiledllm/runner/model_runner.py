@@ -63,7 +63,7 @@ class ModelRunner:
         variants = variants_for(max(max_tokens, max_num_seqs), self.device.type == "cuda")
         self.compiler = BlockCompiler(model, self.run_dummy, variants)
         self.graphs: StepGraphs | None = None
-        self.logits: Tensor  # [max_num_seqs, vocab], of the last captured step
+        self.logits: Tensor  # [captured rows, vocab], of the last captured step
 
     def launch(self, step: SchedulerOutput) -> PendingOutput:
         """Start one step; on a GPU it may still run when this returns.
@@ -199,7 +199,8 @@ class ModelRunner:
         """Capture the steps of these shapes. CUDA only."""
         table = self.table
         vocab_size, dtype = self.model.spec.vocab_size, self.kv_caches[0].dtype
-        self.logits = torch.empty(table.padding_row, vocab_size, dtype=dtype, device=self.device)
+        most_rows = max(shape.num_rows for shape in shapes)
+        self.logits = torch.empty(most_rows, vocab_size, dtype=dtype, device=self.device)
         inputs = {shape: padding_inputs(shape, table) for shape in shapes}
         for shape in shapes:
             self._plan(StepLayout.empty(), inputs[shape], shape)

@@ -187,7 +187,7 @@ def test_replace_checks_again() -> None:
     [
         (False, 500 * 2**30, 64, 512, "busy"),
         (True, 24 * 2**30, 256, 8192, "start"),
-        (True, 79 * 2**30, 256, 16384, "start"),
+        (True, 79 * 2**30, 1024, 16384, "start"),
     ],
 )
 def test_open_values_are_filled_in_for_the_machine(
@@ -251,7 +251,7 @@ def test_no_larger_batch_is_captured_than_can_run() -> None:
     assert asked.resolve(True, 64)[0].compile.max_cudagraph_capture_size == 4
     config, reasons = EngineConfig.from_options(max_num_seqs=8).resolve(True, 64)
     assert config.compile.max_cudagraph_capture_size == 8
-    assert str(reasons["max_cudagraph_capture_size"]) == "8 (max_num_seqs)"
+    assert str(reasons["max_cudagraph_capture_size"]) == "8 (max_num_seqs, at most 512)"
     for too_much in (
         EngineConfig.from_options(max_num_seqs=8, max_cudagraph_capture_size=9),
         EngineConfig.from_options(max_cudagraph_capture_size=257),
