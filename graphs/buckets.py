@@ -29,10 +29,12 @@ class StepShape(NamedTuple):
     is_decode: bool
 
 
-# Tokens of steps with prompts in them. The large ones serve batches of long prompts, which fill a
-# step to its limit; a step that would be padded by much more is better off uncaptured.
-_MIXED_TOKENS = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
-_MIXED_ROWS = (8, 64, 256)  # and as many as are captured
+# Tokens of steps with prompts in them: powers of two, and halfway between them. Batches of long
+# prompts fill a step to its limit; one that would be padded by much more is better off uncaptured.
+_MIXED_TOKENS = (32, 64, *(n for k in range(7, 14) for n in (2**k, 3 * 2 ** (k - 1))), 2**14)
+# Rows of such steps, up to so many tokens: all rows' logits are computed, which a large step hardly
+# notices. And always as many as are captured.
+_MIXED_ROWS = ((8, 768), (64, 3072), (256, 768))
 _MOST_PADDING = 1.4  # of tokens, from this many tokens on:
 _MANY_TOKENS = 1024
 
@@ -44,9 +46,13 @@ def step_shapes(max_rows: int, max_tokens: int) -> list[StepShape]:
     decode step.
     """
     decode = [StepShape(size, size, True) for size in ladder(max_rows)]
-    row_counts = [*(rows for rows in _MIXED_ROWS if rows < max_rows), max_rows]
-    token_counts = [count for count in _MIXED_TOKENS if count <= max_tokens]
-    mixed = [StepShape(t, rows, False) for t in token_counts for rows in row_counts if rows < t]
+    row_counts = [(rows, most) for rows, most in _MIXED_ROWS if rows < max_rows]
+    mixed = [
+        StepShape(tokens, rows, False)
+        for tokens in _MIXED_TOKENS
+        for rows, most in (*row_counts, (max_rows, max_tokens))
+        if rows < tokens <= min(most, max_tokens)
+    ]
     return decode + mixed
 
 

@@ -88,6 +88,13 @@ def test_shapes_have_more_tokens_than_rows_unless_they_decode(rows: int, tokens:
             assert shape.num_rows < shape.num_tokens <= tokens
 
 
+@pytest.mark.parametrize("tokens", [1024, 8192, 16384])
+def test_a_full_step_is_captured_whatever_its_rows(tokens: int) -> None:
+    for rows in (1, 9, 200, 512):
+        found = shape_for(StepShape(tokens, rows, False), step_shapes(512, tokens))
+        assert found is not None and found.num_tokens == tokens
+
+
 @RUNS
 @given(st.integers(1, 300), st.integers(1, 4000), st.booleans())
 def test_a_step_gets_the_smallest_shape_of_its_kind(
