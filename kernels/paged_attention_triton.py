@@ -58,19 +58,20 @@ def decode_tiling(head_dim: int, group: int, itemsize: int, num_programs: int) -
     return Tiling(rows, 128, 4, 4 if head_dim <= 64 and num_programs >= 96 else 2)
 
 
-def prefill_tiling(head_dim: int, group: int, itemsize: int) -> Tiling:
-    """rows has room for a group at least.
+def prefill_tiling(head_dim: int, group: int, itemsize: int, num_queries: int) -> Tiling:
+    """num_queries: query tokens times heads. rows has room for a group at least.
 
     Of 10 shapes on an H100 (bfloat16, 16 prompts of 1024 tokens) the fastest: two programs on a
     multiprocessor hide each other's softmax, and many rows need fewer reads of the keys. For
-    head_dim 128 that is 363 TFLOP/s against 254 without a limit of registers.
+    head_dim 128 that is 363 TFLOP/s against 254 without a limit of registers. Few queries take
+    smaller programs, as the longest of them would decide.
     """
     least = triton.next_power_of_2(group)
     if itemsize == 4:
         return Tiling(max(32, least), 32, 4, 2)
     if head_dim > 128:
         return Tiling(max(64, least), 32, 4, 1)
-    if head_dim > 64:
+    if head_dim > 64 and num_queries >= 3 * 128 * num_multiprocessors():
         return Tiling(max(128, least), 64, 8, 2, max_registers=128)
     return Tiling(max(64, least), 64, 4, 2)
 
@@ -382,9 +383,9 @@ def _attend_prompts(
 ) -> None:
     """Rows with several tokens, or with any, by `_prefill_kernel`."""
     query, kv_cache, block_tables = tensors[:3]
-    (num_tokens, _, head_dim), num_rows = query.shape, len(block_tables)
-    group = constants["GROUP"]
-    tiling = prefill_tiling(head_dim, group, query.element_size())
+    (num_tokens, num_heads, head_dim), num_rows = query.shape, len(block_tables)
+    group, num_queries = constants["GROUP"], 0 if fixed_order else num_tokens * num_heads
+    tiling = prefill_tiling(head_dim, group, query.element_size(), num_queries)
     num_programs = num_tokens // (tiling.rows // group) + num_rows
     _prefill_kernel[(kv_cache.shape[3] * num_programs,)](
         *tensors, *scalars, num_rows,

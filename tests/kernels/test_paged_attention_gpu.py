@@ -10,6 +10,7 @@ from torch import Tensor
 
 from compiledllm.kernels import paged_attention_torch as oracle
 from compiledllm.kernels.attention import load_backend
+from compiledllm.kernels.paged_attention_triton import prefill_tiling
 
 pytestmark = pytest.mark.gpu
 
@@ -76,6 +77,19 @@ def test_the_grid(head_dim: int, heads: str, rows: str, dtype: torch.dtype) -> N
     assert_equals_oracle(step, 0.3, window=33)
     assert_equals_oracle(step, 0.3, soft_cap=5.0)
     assert_equals_oracle(step, 0.3, window=500, soft_cap=5.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("head_dim", [80, 128])
+def test_many_queries_in_larger_programs(head_dim: int, heads: str, dtype: torch.dtype) -> None:
+    rows = [(5000, 5000), (4000, 6000), (1, 300), (4001, 4001), (70, 70)]
+    step = make_step(rows, head_dim, heads, 16, dtype)
+    num_heads, num_kv_heads = HEADS[heads]
+    tiling = prefill_tiling(head_dim, num_heads // num_kv_heads, 2, step[0].shape[0] * num_heads)
+    assert tiling.rows >= 128
+    assert_equals_oracle(step, head_dim**-0.5)
+    assert_equals_oracle(step, 0.3, window=700, soft_cap=5.0)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

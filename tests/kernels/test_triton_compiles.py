@@ -117,8 +117,8 @@ for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
             tiling = attention.decode_tiling(head_dim, 4, itemsize, programs)
             check(attention._decode_kernel, dtype, tiling, NUM_SPLITS=splits, **shape)
         check(attention._reduce_kernel, dtype, NUM_SPLITS=16, **shape)
-        tiling = attention.prefill_tiling(head_dim, 4, itemsize)
-        for fixed in (False, True):
+        for queries, fixed in ((0, False), (0, True), (10**6, False)):
+            tiling = attention.prefill_tiling(head_dim, 4, itemsize, queries)
             check(attention._prefill_kernel, dtype, tiling, FIXED_ORDER=fixed, **shape)
 """
 
