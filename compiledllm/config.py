@@ -109,7 +109,8 @@ class CompileConfig:
         COMPILE_WHEN,
     )
     max_cudagraph_capture_size: int | None = option(
-        None, "largest decode batch that is captured as a CUDA graph; default: max_num_seqs, at most 512"
+        None,
+        "largest decode batch that is captured as a CUDA graph; default: max_num_seqs, at most 512",
     )
     attention_backend: str = option("auto", "implementation of paged attention", BACKENDS)
     deterministic: bool = option(
