@@ -29,7 +29,7 @@ def as_token_ids(ids: Any) -> list[int]:
     try:
         if isinstance(ids, (bytes, set, frozenset, Mapping)):
             raise TypeError
-        return [operator.index(token_id) for token_id in ids]
+        return list(map(operator.index, ids))
     except TypeError:
         raise ValueError(
             f"a prompt must be text, token ids or a dict of them, got {ids!r:.80}"

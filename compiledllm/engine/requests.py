@@ -144,12 +144,12 @@ class RequestFactory:
         if not token_ids:
             raise ValueError("the prompt is empty; give at least one token")
         vocab_size, max_len = self.vocab_size, self.max_model_len
-        for index, token_id in enumerate(token_ids):
-            if not 0 <= token_id < vocab_size:
-                raise ValueError(
-                    f"token id {token_id} at position {index} of the prompt is out of range; "
-                    f"the vocabulary has ids 0 to {vocab_size - 1}"
-                )
+        if min(token_ids) < 0 or max(token_ids) >= vocab_size:
+            index = next(i for i, t in enumerate(token_ids) if not 0 <= t < vocab_size)
+            raise ValueError(
+                f"token id {token_ids[index]} at position {index} of the prompt is out of range; "
+                f"the vocabulary has ids 0 to {vocab_size - 1}"
+            )
         if len(token_ids) >= max_len:
             raise ValueError(
                 f"the prompt has {len(token_ids)} tokens and max_model_len={max_len} leaves room "
