@@ -31,7 +31,7 @@ class Grammar(Protocol):
         """The state behind these tokens of an output."""
 
     def fix_mask(self, matcher: Any, mask: Any) -> None:
-        """Put right what a matcher allows, uint32 [words]."""
+        """Put right what a matcher allows, uint32 [words], where it is one word."""
 
 
 @dataclass(slots=True, eq=False)

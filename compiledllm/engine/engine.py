@@ -118,8 +118,7 @@ class Engine:
                 chat_template,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
-                **({"tools": list(tools)} if tools else {}),
-                **(chat_template_kwargs or {}),
+                **({"tools": list(tools)} if tools else {}) | dict(chat_template_kwargs or {}),
             )
             prompts.append({"prompt": text, "prompt_token_ids": token_ids})
         return self.generate(prompts, sampling_params, use_tqdm)

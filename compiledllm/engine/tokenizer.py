@@ -71,9 +71,10 @@ class Tokenizer:
         backend = getattr(self.hf, "backend_tokenizer", None)
         if backend is None:
             raise ValueError("structured_outputs needs a fast tokenizer, and this one is not")
-        backend = copy.copy(backend)
-        backend.no_padding()
-        backend.no_truncation()
+        if backend.padding or backend.truncation:
+            backend = copy.copy(backend)
+            backend.no_padding()
+            backend.no_truncation()
         text: str = backend.to_str()
         return text
 
@@ -117,6 +118,8 @@ def _plain_message(message: Message) -> Message:
         isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
     ):
         content = "".join(part["text"] for part in content)
+    if content is None and message.get("tool_calls"):
+        content = ""
     if not isinstance(content, str):
         raise ValueError(
             f"a message's content must be a string or a list of text parts, got {content!r}"

@@ -13,7 +13,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,17 +72,17 @@ class Grammar:
         return matcher
 
     def fix_mask(self, matcher: Any, mask: np.ndarray) -> None:
-        """Spell out forced text that looks like a special token. mask: uint32 [words], edited.
+        """Spell out forced text that looks like a special token.
+
+        mask: uint32 [words], edited; one of them is not 0.
 
         Where only one text can follow, llguidance lets the tokenizer split it, which may make
         "<tool_call>" the special token of that name; and then does not take that for the text.
         """
-        places = mask.nonzero()[0]
-        if len(places) != 1 or matcher.is_stopped():
-            return
-        bits = int(mask[places[0]])
-        token_id = 32 * int(places[0]) + bits.bit_length() - 1
-        if bits & (bits - 1) or matcher.validate_tokens([token_id]):
+        place = int(mask.argmax())
+        bits = int(mask[place])
+        token_id = 32 * place + bits.bit_length() - 1
+        if bits & (bits - 1) or matcher.is_stopped() or matcher.validate_tokens([token_id]):
             return
         text = matcher.compute_ff_bytes().decode(errors="ignore")
         first, *_ = self._tokenizer.greedy_tokenize(text)
@@ -127,10 +126,11 @@ class Grammars:
         future = self._pool.submit(self._compile, form)
         try:
             return future.result(COMPILE_SECONDS)
-        except FutureTimeout:
+        except TimeoutError:
             future.cancel()
             raise ValueError(
-                f"structured_outputs did not compile within {COMPILE_SECONDS:g} s; make it simpler"
+                f"structured_outputs did not compile within {COMPILE_SECONDS:g} s; make it "
+                "simpler, or try again"
             ) from None
 
     def _compile(self, form: StructuredOutputsParams | str) -> Grammar:

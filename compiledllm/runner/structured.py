@@ -80,8 +80,9 @@ class GrammarRows:
             self._executor.unsafe_compute_mask_ptr(
                 numbered, masks.ctypes.data, masks.strides[0], len(rows)
             )
-        for (grammar, matcher), mask in zip(rows, masks, strict=True):
-            grammar.fix_mask(matcher, mask)
+        for i in np.flatnonzero(np.count_nonzero(masks, axis=1) == 1).tolist():
+            grammar, matcher = rows[i]
+            grammar.fix_mask(matcher, masks[i])
         return masks
 
     def _is_banned(self, masks: np.ndarray) -> Tensor:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from compiledllm.config import ConfigError
 from compiledllm.server.answer_parser import END_THINK, THINK, AnswerParser, CallPart, Parts
 from compiledllm.server.tools import ToolUse
-
-REASONING_PARSERS = ("auto", "none", "qwen3", "deepseek_r1")
 
 
 def reasoning_mode(parser: str, chat_template: str, prompt: str) -> str:
@@ -17,10 +14,6 @@ def reasoning_mode(parser: str, chat_template: str, prompt: str) -> str:
     qwen3: an answer may begin with <think>, or its prompt ends with it. deepseek_r1: an answer
     begins behind one. auto: qwen3 for chat templates that speak of </think>.
     """
-    if parser not in REASONING_PARSERS:
-        raise ConfigError(
-            f"--reasoning-parser must be one of {', '.join(REASONING_PARSERS)}, got {parser}"
-        )
     if parser == "none" or (parser == "auto" and END_THINK not in chat_template):
         return "off"
     end = prompt[-100:].rstrip()

@@ -267,7 +267,7 @@ class EngineClient:
         if requests is None:
             tokenizer = await asyncio.to_thread(_tokenizer_of, message)
             requests = RequestFactory(served_model_of(message), tokenizer)
-            self._vocabulary = _vocabulary_of(requests)
+            self._vocabulary = await asyncio.to_thread(_vocabulary_of, requests)
         if self._vocabulary is not None:
             self._send(Speak(self._vocabulary))  # both processes make their grammars now
             await asyncio.to_thread(requests.grammars)

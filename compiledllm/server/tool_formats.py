@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from compiledllm.config import ConfigError
-
 
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
@@ -57,10 +55,6 @@ def find_format(name: str, chat_template: str) -> ToolFormat | None:
     if name == "none":
         return None
     if name != "auto":
-        if name not in FORMATS:
-            raise ConfigError(
-                f"--tool-call-parser must be auto, none or one of {', '.join(FORMATS)}, got {name}"
-            )
         return FORMATS[name]
     for candidate in FORMATS.values():
         has = any(mark in chat_template for mark in candidate.marks)
