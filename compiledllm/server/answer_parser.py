@@ -113,7 +113,8 @@ class _ReasoningScanner:
 
     def __init__(self, mode: str) -> None:
         self._state = {"off": "content", "leading": "start", "begun": "inside"}[mode]
-        self._pending = ""
+        self._leading: list[str] = []  # white space in front of the first word
+        self._pending = ""  # perhaps the beginning of a marker
         self._space = _Space(drops_leading=True)
 
     def feed(self, text: str, parts: Parts) -> str:
@@ -123,14 +124,15 @@ class _ReasoningScanner:
         text = self._pending + text
         self._pending = ""
         if self._state == "start":
-            stripped = text.lstrip()
-            if len(stripped) < len(THINK) and THINK.startswith(stripped):
-                self._pending = text
+            word = text.lstrip()
+            self._leading.append(text[: len(text) - len(word)])
+            if len(word) < len(THINK) and THINK.startswith(word):
+                self._pending = word
                 return ""
-            if not stripped.startswith(THINK):
+            if not word.startswith(THINK):
                 self._state = "content"
-                return text
-            self._state, text = "inside", stripped[len(THINK) :]
+                return "".join(self._leading) + word
+            self._state, text = "inside", word[len(THINK) :]
         if self._state == "inside":
             end = text.find(END_THINK)
             if end < 0:
@@ -146,7 +148,7 @@ class _ReasoningScanner:
 
     def finish(self) -> str:
         """What was held back and turns out to be content."""
-        return self._pending if self._state == "start" else ""
+        return "".join(self._leading) + self._pending if self._state == "start" else ""
 
 
 class _ToolScanner:

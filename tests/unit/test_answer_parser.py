@@ -135,6 +135,8 @@ def test_mistral(text: str, content: str, calls: list[Any]) -> None:
         ("<think>\nHm.\n</think>\n\nYes. ", "leading", ("Hm.", "Yes. ")),
         (" <think>Hm", "leading", ("Hm", "")),
         ("<thin", "leading", ("", "<thin")),
+        (" \n ", "leading", ("", " \n ")),
+        (" \n no", "leading", ("", " \n no")),
         ("Yes <think>no</think>", "leading", ("", "Yes <think>no</think>")),
         ("Hm. <b </think> Yes", "begun", ("Hm. <b", "Yes")),
         ("<think>Hm</think>", "off", ("", "<think>Hm</think>")),
