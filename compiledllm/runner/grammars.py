@@ -134,7 +134,11 @@ class Grammars:
             ) from None
 
     def _compile(self, form: StructuredOutputsParams | str) -> Grammar:
-        text = form if isinstance(form, str) else self._text_of(form)
+        try:
+            text = form if isinstance(form, str) else self._text_of(form)
+        except Exception as error:  # the library's own kinds, for what it cannot read
+            cause = " ".join(str(error).split())[:300]
+            raise ValueError(f"structured_outputs cannot be compiled: {cause}") from None
         with self._lock:
             if text in self._cache:
                 self._cache.move_to_end(text)

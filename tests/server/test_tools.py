@@ -292,3 +292,21 @@ def test_bad_fields_are_answered_with_their_name(
         chat(client, **fields)
     assert refused.value.type == "invalid_request_error"
     assert chat(client, max_completion_tokens=1).choices  # it goes on
+
+
+@pytest.mark.parametrize("depth", [70, 500, 100_000])
+def test_bodies_nested_without_end_are_refused(depth: int, server: Any) -> None:
+    """As raw JSON, which a client's library would not even write."""
+    deep = '{"items":' * depth + "{}" + "}" * depth
+    ask = '{"messages":[{"role":"user","content":"x"}],"max_tokens":1,'
+    function = f'{{"type":"function","function":{{"name":"f","parameters":{deep}}}}}'
+    for field in (
+        f'"tools":[{function}]',
+        f'"structured_outputs":{{"json":{deep}}}',
+        f'"structured_outputs":{{"json":{json.dumps(deep)}}}',
+        f'"response_format":{{"type":"json_schema","json_schema":{{"schema":{deep}}}}}',
+        f'"response_format":{{"type":"structural_tag","triggers":["<"],"structures":[{deep}]}}',
+    ):
+        status, answer = server.post("/v1/chat/completions", (ask + field + "}").encode())
+        assert status == 400, answer
+        assert answer["error"]["type"] == "invalid_request_error"

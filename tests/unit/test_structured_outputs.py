@@ -335,6 +335,71 @@ def test_bad_grammars_are_value_errors(
     assert grammars.compile(StructuredOutputsParams(regex="a")).text
 
 
+HOSTILE = [
+    *("start:", "root ::=", " x", '"a"', "/a/", "(", ")", "|", "*", "+", "?", "{1,99}", "[a-z]"),
+    *(
+        "\\n",
+        "%json",
+        "{",
+        "}",
+        '{"type": "object"}',
+        "<",
+        ">",
+        "<[5]>",
+        "<eos>",
+        "\n",
+        "%llguidance",
+    ),
+    *(
+        "%import",
+        "common.X",
+        ":",
+        "::=",
+        "[^",
+        "]",
+        "\\p{L}",
+        "(?i)",
+        "^",
+        "$",
+        "é",
+        "\ud800",
+        "@x",
+    ),
+]
+KEYS = ["type", "properties", "items", "anyOf", "allOf", "enum", "pattern", "$ref", "minimum", "x"]
+LEAVES = st.sampled_from(
+    ["object", "array", "string", "#", "#/$defs/a", "(a", None, True, -1, 1e99]
+)
+SCHEMAS = st.recursive(
+    LEAVES,
+    lambda inner: (
+        st.dictionaries(st.sampled_from(KEYS), inner, max_size=4) | st.lists(inner, max_size=3)
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(st.lists(st.sampled_from(HOSTILE), max_size=12).map("".join), SCHEMAS)
+def test_whatever_a_form_is_it_compiles_or_is_a_value_error(text: str, schema: Any) -> None:
+    """And then it gives masks, or says what is wrong; nothing else is raised."""
+    for form in ({"regex": text}, {"grammar": text}, {"choice": [text]}, {"json": schema}):
+        try:
+            grammar = GRAMMARS.compile(StructuredOutputsParams(**form))  # type: ignore[arg-type]
+        except ValueError as error:
+            assert str(error).startswith("structured_outputs")
+            continue
+        rows = GrammarRows(VOCAB, CPU)
+        rows.fill(0, request(grammar))
+        for _ in range(4):
+            logits = torch.zeros(1, VOCAB)
+            errors = rows.apply(logits, np.array([0]))
+            assert errors or torch.isfinite(logits).any()
+            if errors:
+                break
+            rows.record(0, int(logits[0].argmax()))
+
+
 def test_compiling_has_a_time_limit(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammars_module, "COMPILE_SECONDS", 0.05)
     original = grammars._text_of
