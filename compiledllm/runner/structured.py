@@ -26,7 +26,8 @@ class GrammarRows:
         self._device = device
         self._matchers: dict[int, tuple[Grammar, Any]] = {}
         self._executor: Any = None
-        self._places = to_device(1 << np.arange(8), device, torch.uint8)
+        bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+        self._banned_by = to_device((bits ^ 1).view(np.int64)[:, 0], device)  # byte -> 8 booleans
 
     def fill(self, row: int, request: NewRequest) -> None:
         if request.grammar is not None:
@@ -53,13 +54,15 @@ class GrammarRows:
             return {}
         matchers = [self._matchers[row][1] for _, row in found]
         masks = self._compute([self._matchers[row] for _, row in found])
+        is_all = len(found) == len(rows)
         index = to_device(np.array([i for i, _ in found]), self._device)
-        some = logits[index]
+        some = logits if is_all else logits[index]
         complete = np.array([matcher.is_stopped() for matcher in matchers])
         if complete.any():
             some.masked_fill_(to_device(complete[:, None], self._device, torch.bool), 0.0)
         some.masked_fill_(self._is_banned(masks), -torch.inf)
-        logits[index] = some
+        if not is_all:
+            logits[index] = some
         return {
             i: f"structured_outputs: {error_of(matcher)}"
             for (i, _), matcher in zip(found, matchers, strict=True)
@@ -88,5 +91,4 @@ class GrammarRows:
     def _is_banned(self, masks: np.ndarray) -> Tensor:
         """bool [rows, vocab] of uint32 [rows, words]."""
         packed = to_device(masks.view(np.uint8), self._device, torch.uint8)  # [rows, bytes]
-        banned = (packed[:, :, None] & self._places) == 0  # [rows, bytes, 8]
-        return banned.flatten(1)[:, : self._vocab_size]
+        return self._banned_by[packed.int()].view(torch.bool)[:, : self._vocab_size]
