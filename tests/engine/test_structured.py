@@ -272,6 +272,22 @@ def test_streams_grow_and_can_be_left(engine: Engine) -> None:
     check_nothing_is_left(engine)
 
 
+def test_tools_reach_the_chat_template(engine: Engine) -> None:
+    template = (
+        "{% for tool in tools %}{{ tool.function.name }};{% endfor %}"
+        "{% for message in messages %}{{ message.role }}:{{ message.content }};{% endfor %}"
+    )
+    conversation = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]},
+        {"role": "tool", "content": "42"},
+    ]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    asked = SamplingParams(max_tokens=1)
+    (output,) = engine.chat(conversation, asked, False, template, tools=tools)
+    assert output.prompt == "f;user:hi;assistant:;tool:42;"
+
+
 def test_a_bad_form_starts_nothing(engine: Engine) -> None:
     for form, message in (
         ({"regex": "(?=a)"}, "look-around"),
