@@ -100,7 +100,7 @@ class StructuredOutputsParams:
         _check_bytes("".join(choice), "choice")
 
     def _check_schema(self, schema: Any) -> None:
-        if not isinstance(schema, (Mapping, bool)):
+        if not isinstance(schema, Mapping):
             self._refuse("json", schema, "a JSON schema: an object")
         try:
             _check_bytes(dumps(schema, allow_nan=False), "json")

@@ -85,9 +85,10 @@ class Grammar:
         if bits & (bits - 1) or matcher.is_stopped() or matcher.validate_tokens([token_id]):
             return
         text = matcher.compute_ff_bytes().decode(errors="ignore")
-        first, *_ = self._tokenizer.greedy_tokenize(text)
-        mask[:] = 0
-        mask[first // 32] = 1 << first % 32
+        spelled = self._tokenizer.greedy_tokenize(text)
+        if spelled:
+            mask[:] = 0
+            mask[spelled[0] // 32] = 1 << spelled[0] % 32
 
 
 class Grammars:
@@ -174,7 +175,7 @@ class Grammars:
         elif params.structural_tag is not None:
             text = make.grammar_from_lark(self._structural_tag(params))
         else:
-            text = make.grammar_from_json_schema(_schema_text(params), overrides=_options(params))
+            text = make.grammar_from_json_schema(json.dumps(json_schema_of(params)))
         return text
 
     def _structural_tag(self, params: StructuredOutputsParams) -> str:
@@ -211,12 +212,13 @@ def _options(params: StructuredOutputsParams) -> dict[str, Any]:
     return {"whitespace_pattern": WHITESPACE}
 
 
-def _schema_text(params: StructuredOutputsParams) -> str:
-    schema = params.schema
+def json_schema_of(params: StructuredOutputsParams) -> dict[str, Any]:
+    """The schema, with how its JSON may be written under llguidance's own key."""
+    schema = dict(params.schema)
     if params.disable_additional_properties:
         schema = copy.deepcopy(schema)
         _close_objects(schema)
-    return json.dumps(schema)
+    return schema | {"x-guidance": _options(params)}
 
 
 _MAPS = ("properties", "patternProperties", "$defs", "definitions")  # name -> schema

@@ -10,6 +10,7 @@ from compiledllm.engine.prompts import Prompt
 from compiledllm.engine.requests import RequestFactory
 from compiledllm.engine.tokenizer import Tokenizer
 from compiledllm.outputs import CompletionOutput, PositionLogprobs, RequestOutput
+from compiledllm.runner.grammars import json_schema_of
 from compiledllm.sampling_params import RequestOutputKind, SamplingParams
 from compiledllm.server.errors import ApiError
 from compiledllm.server.protocol import (
@@ -99,14 +100,14 @@ def _form_of_format(wanted: ResponseFormat) -> StructuredOutputsParams | None:
     return None
 
 
-def answer_schema(body: ChatRequest) -> Any:
+def answer_schema(body: ChatRequest) -> dict[str, Any] | None:
     """Of an answer that may call tools instead; None: any text, or no tools."""
     form = form_of(body)
     if form is None or not body.tools or body.tool_choice == "none":
         return None
     if form.json is None and form.json_object is None:
         raise ApiError(400, "tools go with JSON only: leave structured_outputs out", "tools")
-    return form.schema
+    return json_schema_of(form)
 
 
 def as_form_error(body: Generation, error: ValueError) -> Exception:

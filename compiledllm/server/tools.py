@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from compiledllm.engine.tokenizer import Tokenizer
-from compiledllm.runner.grammars import WHITESPACE
 from compiledllm.server.errors import ApiError
 from compiledllm.server.protocol import ChatRequest, Message, NamedTool, Tool
 from compiledllm.server.tool_formats import FORMATS, ToolFormat, call_grammar, find_format
@@ -41,7 +40,7 @@ class ToolUse:
 
 
 def tool_use(
-    body: ChatRequest, parser: str, tokenizer: Tokenizer, schema: Any = None
+    body: ChatRequest, parser: str, tokenizer: Tokenizer, schema: dict[str, Any] | None = None
 ) -> ToolUse | None:
     """None if there are no tools to call. Raises ApiError.
 
@@ -65,7 +64,6 @@ def tool_use(
     if is_named or choice == "required":
         start = "start: calls"
     elif schema is not None:
-        schema = schema | {"x-guidance": {"whitespace_pattern": WHITESPACE}}
         start = f"start: calls | answer\nanswer: %json {json.dumps(schema)}"
     grammar = start and f"{start}\n{call_grammar(form, functions, tokenizer.token_id, most_calls)}"
     names = frozenset(tool.function.name for tool in body.tools)
@@ -111,8 +109,8 @@ def _format_of(parser: str, tokenizer: Tokenizer) -> ToolFormat:
     if "tools" not in template:
         raise ApiError(
             400,
-            "this model's chat template knows no tools; leave them out, or out of use with "
-            "tool_choice 'none'",
+            "this model's chat template knows no tools; leave them out, or set tool_choice to "
+            "'none'",
             "tools",
         )
     found = find_format(parser, template)

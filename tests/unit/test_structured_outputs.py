@@ -466,6 +466,7 @@ TAG = {"begin": "<f>", "schema": {}, "end": ""}
         ({"json": "{"}, "json is not JSON"),
         ({"json": "[" * 9000}, "json is not JSON"),
         ({"json": "3"}, "must be a JSON schema"),
+        ({"json": "true"}, "must be a JSON schema"),
         ({"json": {"const": float("nan")}}, "is no JSON schema"),
         ({"json": {"const": {1, 2}}}, "is no JSON schema"),
         ({"json": DEEP}, "nested at most 64 deep"),
