@@ -138,6 +138,23 @@ def test_several_calls_may_come_and_streams_add_up_to_them(client: OpenAI) -> No
     assert most > 1
 
 
+def test_the_clients_own_stream_puts_calls_together(client: OpenAI) -> None:
+    strict = [{**one, "function": {**one["function"], "strict": True}} for one in TOOLS]
+    with client.chat.completions.stream(
+        model="tiny",
+        messages=MESSAGES,
+        tools=strict,
+        tool_choice="required",
+        parallel_tool_calls=False,
+        seed=1,
+    ) as stream:
+        kinds = {event.type for event in stream}
+        (choice,) = stream.get_final_completion().choices
+    assert "tool_calls.function.arguments.delta" in kinds
+    assert choice.finish_reason == "tool_calls"
+    check_calls(choice.message.tool_calls)
+
+
 def test_auto_leaves_the_model_its_words(client: OpenAI) -> None:
     answer = chat(client, tools=TOOLS, max_completion_tokens=12)
     (choice,) = answer.choices
