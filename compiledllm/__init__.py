@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         RequestOutputKind,
         SamplingParams,
     )
+    from compiledllm.structured_outputs import StructuredOutputsParams
 
 __version__ = "0.1.0"
 
@@ -40,6 +41,7 @@ _HOMES = {
     "RequestOutputKind": "compiledllm.sampling_params",
     "RepetitionDetectionParams": "compiledllm.sampling_params",
     "BeamSearchParams": "compiledllm.sampling_params",
+    "StructuredOutputsParams": "compiledllm.structured_outputs",
     "RequestOutput": "compiledllm.outputs",
     "CompletionOutput": "compiledllm.outputs",
     "Logprob": "compiledllm.outputs",
@@ -61,6 +63,7 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "StructuredOutputsParams",
     "__version__",
 ]
 

@@ -11,6 +11,7 @@ from enum import Enum
 from typing import Any
 
 from compiledllm.checks import strict_fields
+from compiledllm.structured_outputs import StructuredOutputsParams
 
 LogitsProcessor = Callable[..., Any]
 
@@ -96,6 +97,9 @@ class SamplingParams:
         output_token_ids, logits) -> logits, all float32 [vocab]. Slow: the request waits for its
         own last token every step; others do not.
     repetition_detection: ends output that goes in circles; a RepetitionDetectionParams or a dict.
+    structured_outputs: the form of the output, as a StructuredOutputsParams or a dict. No token is
+        drawn that breaks it; once it is complete the request ends. Like a processor, it makes the
+        request wait for its own last token. Does not go with min_tokens and ignore_eos.
     truncate_prompt_tokens: keep only the last so many tokens of the prompt; -1: what fits.
     skip_reading_prefix_cache: compute the whole prompt; None: only if prompt_logprobs needs it.
     detokenize: False leaves `text` empty.
@@ -136,6 +140,7 @@ class SamplingParams:
     bad_words: list[str] | None = None
     logits_processors: list[LogitsProcessor] | None = None
     repetition_detection: RepetitionDetectionParams | None = None
+    structured_outputs: StructuredOutputsParams | None = None
     truncate_prompt_tokens: int | None = None
     skip_reading_prefix_cache: bool | None = None
 
@@ -226,6 +231,7 @@ class SamplingParams:
         rule = self.repetition_detection
         ok = rule is None or isinstance(rule, RepetitionDetectionParams)
         _require(ok, "repetition_detection", rule, "a RepetitionDetectionParams or None")
+        self._check_structured_outputs()
         kind = self.output_kind
         _require(isinstance(kind, RequestOutputKind), "output_kind", kind, "a RequestOutputKind")
         _require(
@@ -236,6 +242,19 @@ class SamplingParams:
         )
         skip = self.skip_reading_prefix_cache
         _require(skip in (None, True, False), "skip_reading_prefix_cache", skip, "True or False")
+
+    def _check_structured_outputs(self) -> None:
+        if isinstance(self.structured_outputs, Mapping):
+            self.structured_outputs = StructuredOutputsParams(**self.structured_outputs)
+        form = self.structured_outputs
+        ok = form is None or isinstance(form, StructuredOutputsParams)
+        _require(ok, "structured_outputs", form, "a StructuredOutputsParams or None")
+        for name in ("min_tokens", "ignore_eos"):
+            if form is not None and getattr(self, name):
+                raise ValueError(
+                    f"{name} does not go with structured_outputs, whose form says where the output "
+                    f"ends; leave it out, got {getattr(self, name)}"
+                )
 
     @property
     def is_greedy(self) -> bool:

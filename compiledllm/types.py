@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from compiledllm.outputs import FinishReason
 from compiledllm.sampling_params import SamplingParams
@@ -19,6 +19,19 @@ class RequestStatus(Enum):
     RUNNING = "running"
     PREEMPTED = "preempted"
     FINISHED = "finished"
+
+
+class Grammar(Protocol):
+    """What an output has to look like, compiled (`runner/grammars.py`)."""
+
+    text: str  # from which it can be made again
+    num_mask_words: int
+
+    def matcher(self, output_token_ids: list[int]) -> Any:
+        """The state behind these tokens of an output."""
+
+    def fix_mask(self, matcher: Any, mask: Any) -> None:
+        """Put right what a matcher allows, uint32 [words], where it is one word."""
 
 
 @dataclass(slots=True, eq=False)
@@ -41,6 +54,7 @@ class Request:
     prompt: str | None = None
     bad_words: tuple[tuple[int, ...], ...] = ()  # as token ids
     cache_salt: str = ""  # the prefix cache is shared only between requests with the same
+    grammar: Grammar | None = None  # of sampling_params.structured_outputs
     sibling: Request | None = None  # the first of those that share its prompt; None for itself
     arrival_time: float = field(default_factory=time.monotonic)
 
@@ -66,7 +80,8 @@ class Request:
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)
         self.most_tokens = len(self.prompt_token_ids) + self.max_tokens
-        self.needs_last_token = self.sampling_params.logits_processors is not None
+        processors = self.sampling_params.logits_processors
+        self.needs_last_token = processors is not None or self.grammar is not None
 
     @property
     def num_tokens_to_compute(self) -> int:
@@ -112,6 +127,7 @@ class NewRequest:
     stop_token_ids: frozenset[int]
     seed: int
     bad_words: tuple[tuple[int, ...], ...] = ()
+    grammar: Grammar | None = None
 
 
 class ScheduledRequest(NamedTuple):  # a frozen dataclass takes three times as long to make

@@ -103,8 +103,12 @@ class Engine:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation or many, each a list of {"role": ..., "content": ...}."""
+        """Answer one conversation or many, each a list of {"role": ..., "content": ...}.
+
+        tools: for the chat template, in OpenAI's form; calls come as the model writes them.
+        """
         conversations = as_conversations(messages)
         tokenizer = self._requests.require_tokenizer("chat()")
         prompts = []
@@ -114,7 +118,7 @@ class Engine:
                 chat_template,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
-                **(chat_template_kwargs or {}),
+                **({"tools": list(tools)} if tools else {}) | dict(chat_template_kwargs or {}),
             )
             prompts.append({"prompt": text, "prompt_token_ids": token_ids})
         return self.generate(prompts, sampling_params, use_tqdm)

@@ -13,8 +13,9 @@ from compiledllm.engine.served_model import ServedModel
 from compiledllm.engine.tokenizer import Tokenizer
 from compiledllm.log import log
 from compiledllm.models.registry import generation_defaults, generation_eos_token_ids
+from compiledllm.runner.grammars import Grammars, Vocabulary, require_llguidance
 from compiledllm.sampling_params import ALL_TOKENS, MAX_BAD_WORDS, SamplingParams
-from compiledllm.types import Request
+from compiledllm.types import Grammar, Request
 
 
 class RequestFactory:
@@ -35,6 +36,7 @@ class RequestFactory:
         self.tokenizer = tokenizer
         self.eos_token_ids = self._find_eos_token_ids(model.eos_token_ids)
         self.defaults = self._default_sampling_params()
+        self._grammars: Grammars | None = None
 
     def make(
         self,
@@ -70,6 +72,21 @@ class RequestFactory:
         self._check_prompt(token_ids)
         return token_ids
 
+    def grammars(self) -> Grammars:
+        """What compiles structured_outputs, made once. Raises ValueError if it cannot be had."""
+        if self._grammars is None:
+            self._grammars = Grammars(self.vocabulary())
+        return self._grammars
+
+    def vocabulary(self) -> Vocabulary:
+        """What `Grammars` are made of. Raises ValueError if that cannot be had."""
+        require_llguidance()
+        tokenizer = self.require_tokenizer("structured_outputs")
+        if not self.eos_token_ids:
+            raise ValueError("structured_outputs needs an end-of-sequence token: there is none")
+        eos = tuple(sorted(self.eos_token_ids))
+        return Vocabulary(tokenizer.backend_json(), self.vocab_size, eos)
+
     def require_tokenizer(self, what: str) -> Tokenizer:
         if self.tokenizer is None:
             raise ValueError(
@@ -101,7 +118,12 @@ class RequestFactory:
             priority=priority,
             prompt=text,
             bad_words=self._bad_words(params),
+            grammar=self._grammar(params),
         )
+
+    def _grammar(self, params: SamplingParams) -> Grammar | None:
+        form = params.structured_outputs
+        return None if form is None else self.grammars().compile(form)
 
     def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
         if not params.bad_words:
@@ -232,6 +254,7 @@ def sibling_of(first: Request, index: int) -> Request:
         priority=first.priority,
         prompt=first.prompt,
         bad_words=first.bad_words,
+        grammar=first.grammar,
         cache_salt=first.cache_salt,
         sibling=first,
         arrival_time=first.arrival_time,

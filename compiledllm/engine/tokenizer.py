@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,29 @@ class Tokenizer:
             text = self._token_texts[token_id] = self.decode([token_id], False)
         return text
 
+    @property
+    def chat_template_text(self) -> str:
+        """The chat template, or all of them; "" if there is none."""
+        template = self.hf.chat_template or ""
+        return "\n".join(template.values()) if isinstance(template, dict) else str(template)
+
+    def token_id(self, text: str) -> int | None:
+        """Of a token with exactly this text that was added to the vocabulary; None if none was."""
+        token_id: int | None = self.hf.get_added_vocab().get(text)
+        return token_id
+
+    def backend_json(self) -> str:
+        """The whole tokenizer, in the format of the `tokenizers` library."""
+        backend = getattr(self.hf, "backend_tokenizer", None)
+        if backend is None:
+            raise ValueError("structured_outputs needs a fast tokenizer, and this one is not")
+        if backend.padding or backend.truncation:
+            backend = copy.copy(backend)
+            backend.no_padding()
+            backend.no_truncation()
+        text: str = backend.to_str()
+        return text
+
     def encode_chat(
         self, messages: Sequence[Message], chat_template: str | None = None, **options: Any
     ) -> tuple[str, list[int]]:
@@ -94,6 +118,8 @@ def _plain_message(message: Message) -> Message:
         isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
     ):
         content = "".join(part["text"] for part in content)
+    if content is None and message.get("tool_calls"):
+        content = ""
     if not isinstance(content, str):
         raise ValueError(
             f"a message's content must be a string or a list of text parts, got {content!r}"

@@ -1,8 +1,8 @@
 """What single requests want changed about their logits before a token is drawn.
 
-In this order: bias, the request's own processors, penalties, bans. Rows that ask for none of it are
-never looked at. Token counts live on the device, since the last token is often known there only;
-for the same reason a bad word's last but one token is compared there.
+In this order: bias, the request's own processors, penalties, bans, its grammar. Rows that ask for
+none of it are never looked at. Token counts live on the device, since the last token is often known
+there only; for the same reason a bad word's last but one token is compared there.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from compiledllm.runner.device import to_device
+from compiledllm.runner.structured import GrammarRows
 from compiledllm.sampling_params import LogitsProcessor, SamplingParams
 from compiledllm.types import NewRequest
 
@@ -79,6 +80,7 @@ class LogitsRules:
         self._free_slots: list[int] = []
         self._ones = torch.ones(num_rows, dtype=torch.int32, device=device)
         self._last_edits: tuple[bytes, _Edits] | None = None
+        self._grammars = GrammarRows(vocab_size, device)
 
     @staticmethod
     def most_bytes(num_rows: int, vocab_size: int) -> int:
@@ -97,15 +99,17 @@ class LogitsRules:
 
     def fill(self, row: int, request: NewRequest) -> None:
         params = request.sampling_params
-        self._always[row] = _are_always_on(params)
+        self._always[row] = _are_always_on(params) or request.grammar is not None
         self._first_stop_position[row] = request.num_prompt_tokens + params.min_tokens
         if self._always[row] or params.min_tokens:
             self._rules[row] = rules = RowRules.of(request)
             self._last_edits = None
             if params.has_penalties:
                 rules.slot = self._count(rules)
+            self._grammars.fill(row, request)
 
     def release(self, row: int) -> None:
+        self._grammars.release(row)
         rules = self._rules.pop(row, None)
         if rules is not None and rules.slot >= 0:
             self._free_slots.append(rules.slot)
@@ -114,6 +118,7 @@ class LogitsRules:
         """A token of the row has come to the host."""
         if row in self._rules:
             self._rules[row].token_ids.append(token_id)
+            self._grammars.record(row, token_id)
 
     def apply(
         self, logits: Tensor, rows: np.ndarray, positions: np.ndarray, last_token_ids: Tensor
@@ -138,7 +143,7 @@ class LogitsRules:
         if edits.banned is not None:
             logits[edits.banned] = -torch.inf
         self._ban_bad_words(logits, rows, positions, last_token_ids)
-        return errors
+        return errors | self._grammars.apply(logits, rows)
 
     def count(self, rows: np.ndarray, positions: np.ndarray, drawn: Tensor) -> None:
         """The tokens int64 [rows] that were drawn after `apply` with the same arguments."""

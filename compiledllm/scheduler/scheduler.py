@@ -246,6 +246,7 @@ class Scheduler:
             request.stop_token_ids,
             request.seed,
             request.bad_words,
+            request.grammar,
         )
 
     def _grant(

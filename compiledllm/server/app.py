@@ -54,6 +54,8 @@ class AppOptions:
     strict_fields: bool = False
     logs_requests: bool = False
     metrics_prefix: str = "compiledllm:"
+    tool_call_parser: str = "auto"
+    reasoning_parser: str = "auto"
 
 
 def create_app(engine: EngineClient, options: AppOptions) -> FastAPI:
@@ -63,7 +65,14 @@ def create_app(engine: EngineClient, options: AppOptions) -> FastAPI:
     )
     metrics = Metrics(options.metrics_prefix, options.model_names[0], engine)
     app.state.metrics = metrics
-    serving = Serving(engine, options.model_names, metrics, options.logs_requests)
+    serving = Serving(
+        engine,
+        options.model_names,
+        metrics,
+        options.logs_requests,
+        options.tool_call_parser,
+        options.reasoning_parser,
+    )
     _add_generation(app, serving, _Fields(options.strict_fields))
     _add_text_tools(app, serving)
     _add_models(app, serving)
@@ -168,7 +177,7 @@ def _add_text_tools(app: FastAPI, serving: Serving) -> None:
             tokenizer = requests.require_tokenizer("/tokenize")
             if body.prompt is not None:
                 return tokenizer.encode(body.prompt, body.add_special_tokens)
-            prompt: Any = convert.chat_prompt(
+            prompt = convert.chat_prompt(
                 body.messages or [],
                 body.add_generation_prompt,
                 body.continue_final_message,

@@ -10,14 +10,23 @@ from compiledllm.engine.prompts import Prompt
 from compiledllm.engine.requests import RequestFactory
 from compiledllm.engine.tokenizer import Tokenizer
 from compiledllm.outputs import CompletionOutput, PositionLogprobs, RequestOutput
+from compiledllm.runner.grammars import json_schema_of
 from compiledllm.sampling_params import RequestOutputKind, SamplingParams
 from compiledllm.server.errors import ApiError
-from compiledllm.server.protocol import ChatRequest, CompletionRequest, Generation, Message
+from compiledllm.server.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    Generation,
+    Message,
+    ResponseFormat,
+)
+from compiledllm.server.tools import ToolUse, plain_message
+from compiledllm.structured_outputs import StructuredOutputsParams
 
 # Template arguments that decide about more than the template.
 _RESERVED = {"tokenize", "chat_template", "add_generation_prompt", "continue_final_message"}
 _RESERVED |= {"conversation", "messages", "return_tensors", "return_dict", "padding", "truncation"}
-_RESERVED |= {"max_length", "tokenizer_kwargs", "return_assistant_tokens_mask"}
+_RESERVED |= {"max_length", "tokenizer_kwargs", "return_assistant_tokens_mask", "tools"}
 
 # Fields of a body that are sampling parameters of the same name; None leaves the default.
 _SAME = (
@@ -59,24 +68,71 @@ def completion_params(body: CompletionRequest, defaults: SamplingParams) -> Samp
         more["prompt_logprobs"] = body.logprobs
     if body.max_tokens == 0:
         more["min_tokens"] = 0
+    more["structured_outputs"] = form_of(body)
     return sampling_params(body, defaults, **more)
 
 
-def chat_params(body: ChatRequest, defaults: SamplingParams) -> SamplingParams:
-    if body.tools and body.tool_choice != "none":
-        raise ApiError(400, "tools are not supported: leave them out", "tools")
-    if body.response_format is not None and body.response_format.type != "text":
-        kind = body.response_format.type
-        raise ApiError(
-            400, f"response_format of type '{kind}' is not supported; use 'text'", "response_format"
-        )
+def form_of(body: Generation) -> StructuredOutputsParams | None:
+    """Of the answer, by response_format or structured_outputs. Raises ApiError naming the field."""
+    wanted, given = body.response_format, body.structured_outputs
+    name = "response_format" if given is None else "structured_outputs"
+    if wanted is not None and wanted.type != "text" and given is not None:
+        raise ApiError(400, "give either response_format or structured_outputs, not both", name)
+    try:
+        if given is not None:
+            unknown = set(given.unknown_fields)
+            return StructuredOutputsParams(**given.model_dump(by_alias=True, exclude=unknown))
+        return None if wanted is None else _form_of_format(wanted)
+    except ValueError as error:
+        raise ApiError(400, str(error).replace("structured_outputs", name), name) from None
+
+
+def _form_of_format(wanted: ResponseFormat) -> StructuredOutputsParams | None:
+    if wanted.type == "json_object":
+        return StructuredOutputsParams(json_object=True)
+    if wanted.type == "json_schema":
+        if wanted.json_schema is None:
+            raise ValueError('response_format needs a json_schema: {"name": ..., "schema": {...}}')
+        return StructuredOutputsParams(json=wanted.json_schema.schema_)
+    if wanted.type == "structural_tag":
+        tag = {"structures": wanted.structures, "triggers": wanted.triggers}
+        return StructuredOutputsParams(structural_tag=tag)
+    return None
+
+
+def answer_schema(body: ChatRequest) -> dict[str, Any] | None:
+    """Of an answer that may call tools instead; None: any text, or no tools."""
+    form = form_of(body)
+    if form is None or not body.tools or body.tool_choice == "none":
+        return None
+    if form.json is None and form.json_object is None:
+        raise ApiError(400, "tools go with JSON only: leave structured_outputs out", "tools")
+    return json_schema_of(form)
+
+
+def as_form_error(body: Generation, error: ValueError) -> Exception:
+    """The error; one about the answer's form under the name of the field that asked for it."""
+    text = str(error)
+    if not text.startswith("structured_outputs"):
+        return error
+    name = "structured_outputs"
+    if body.structured_outputs is None:
+        name = "tools" if isinstance(body, ChatRequest) and body.tools else "response_format"
+    return ApiError(400, text.replace("structured_outputs", name, 1), name)
+
+
+def chat_params(body: ChatRequest, defaults: SamplingParams, use: ToolUse | None) -> SamplingParams:
+    """use: of tools, whose markers may be special tokens."""
     if body.chat_template is not None:
         raise ApiError(400, "chat_template in a request is not allowed", "chat_template")
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs=true", "top_logprobs")
     limit = body.max_completion_tokens or body.max_tokens or defaults.max_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return sampling_params(body, defaults, max_tokens=limit, logprobs=logprobs)
+    more: dict[str, Any] = {"structured_outputs": form_of(body)}
+    if use is not None:
+        more = {"structured_outputs": use.form, "skip_special_tokens": False}
+    return sampling_params(body, defaults, max_tokens=limit, logprobs=logprobs, **more)
 
 
 def completion_prompts(body: CompletionRequest, requests: RequestFactory) -> list[Prompt]:
@@ -98,8 +154,10 @@ def chat_prompt(
     continue_final_message: bool,
     template_kwargs: dict[str, Any] | None,
     requests: RequestFactory,
-) -> Prompt:
-    """A conversation through the model's chat template."""
+    use: ToolUse | None = None,
+    reasoning_effort: str | None = None,
+) -> dict[str, Any]:
+    """A conversation through the model's chat template, which may take tools and an effort."""
     reserved = _RESERVED & set(template_kwargs or {})
     if reserved:
         raise ApiError(
@@ -108,15 +166,14 @@ def chat_prompt(
     if add_generation_prompt and continue_final_message:
         add_generation_prompt = False
     tokenizer = requests.require_tokenizer("a conversation")
-    plain = [
-        message.model_dump(exclude_none=True) | {"content": message.content or ""}
-        for message in messages
-    ]
+    more: dict[str, Any] = {} if use is None else {"tools": use.tools}
+    if reasoning_effort is not None and "reasoning_effort" in tokenizer.chat_template_text:
+        more["reasoning_effort"] = reasoning_effort
     text, token_ids = tokenizer.encode_chat(
-        plain,
+        [plain_message(message) for message in messages],
         add_generation_prompt=add_generation_prompt,
         continue_final_message=continue_final_message,
-        **(template_kwargs or {}),
+        **(more | (template_kwargs or {})),
     )
     return {"prompt": text, "prompt_token_ids": token_ids}
 
@@ -146,6 +203,11 @@ def finish_fields(completion: CompletionOutput) -> dict[str, Any]:
     reason = completion.finish_reason
     known = "stop" if reason == "repetition" else reason
     return {"finish_reason": known, "stop_reason": completion.stop_reason}
+
+
+def ended_by_calls(completion: CompletionOutput) -> dict[str, Any]:
+    """The reason to show for an answer that calls tools and was not cut off."""
+    return {"finish_reason": "tool_calls"} if completion.finish_reason == "stop" else {}
 
 
 def chat_logprobs(

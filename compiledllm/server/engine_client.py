@@ -26,6 +26,7 @@ from compiledllm.engine.tokenizer import Tokenizer, warm_up
 from compiledllm.log import log
 from compiledllm.models.source import resolve_checkpoint
 from compiledllm.outputs import FinishReason, RequestOutput
+from compiledllm.runner.grammars import Vocabulary
 from compiledllm.server.engine_process import write_crash_record
 from compiledllm.server.wire import (
     Failed,
@@ -33,6 +34,7 @@ from compiledllm.server.wire import (
     FromEngine,
     Grown,
     Ready,
+    Speak,
     Start,
     Stats,
     Stepped,
@@ -117,6 +119,7 @@ class EngineClient:
         self.process: asyncio.subprocess.Process | None = None
         self._live: dict[str, _Live] = {}  # by the caller's id
         self._completions: dict[str, tuple[_Live, Completion]] = {}  # by the engine's id
+        self._vocabulary: Vocabulary | None = None  # None: no structured outputs
         self._writer: asyncio.StreamWriter | None = None
         self._last_sign = time.monotonic()  # of life, or of work to do
         self._crashes: list[float] = []
@@ -260,9 +263,15 @@ class EngineClient:
             self.failure = message
 
     async def _become_ready(self, message: Ready) -> None:
-        if self.requests is None:
+        requests = self.requests
+        if requests is None:
             tokenizer = await asyncio.to_thread(_tokenizer_of, message)
-            self.requests = RequestFactory(served_model_of(message), tokenizer)
+            requests = RequestFactory(served_model_of(message), tokenizer)
+            self._vocabulary = await asyncio.to_thread(_vocabulary_of, requests)
+        if self._vocabulary is not None:
+            self._send(Speak(self._vocabulary))  # both processes make their grammars now
+            await asyncio.to_thread(requests.grammars)
+        self.requests = requests
         self.ready = message
         for live in self._live.values():
             self._send_request(live)
@@ -432,6 +441,15 @@ def _tokenizer_of(message: Ready) -> Tokenizer | None:
     return Tokenizer(
         resolve_checkpoint(other, weights=False) if other else Path(message.model_path)
     )
+
+
+def _vocabulary_of(requests: RequestFactory) -> Vocabulary | None:
+    """For structured outputs; None, and a line, if there are none."""
+    try:
+        return requests.vocabulary()
+    except ValueError as error:
+        log.info("%-10s none (%s)", "grammars", error)
+        return None
 
 
 def _finish_mirror(

@@ -24,6 +24,7 @@ from compiledllm.config import ConfigError, EngineConfig, all_options
 from compiledllm.engine.core import EngineCore
 from compiledllm.log import log, show_logs
 from compiledllm.platform import Platform
+from compiledllm.server.grammar_thread import Compiled, GrammarThread
 from compiledllm.server.wire import (
     Add,
     Failed,
@@ -31,6 +32,7 @@ from compiledllm.server.wire import (
     FromEngine,
     Grown,
     Ready,
+    Speak,
     Start,
     Stats,
     Stepped,
@@ -86,7 +88,8 @@ class EngineLoop:
         core.isolate_failures()
         self._connection = connection
         self._crash_folder = crash_folder
-        self._inbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[ToEngine | Compiled | None] = queue.SimpleQueue()
+        self._grammars = GrammarThread(self._inbox.put)
         self._alive: dict[str, Request] = {}
         self._sent: dict[str, tuple[int, int]] = {}  # tokens and prompt logprobs that were sent
         self._num_steps = 0
@@ -102,7 +105,12 @@ class EngineLoop:
     def _read(self) -> None:
         while True:
             message = receive(self._connection)
-            self._inbox.put(message)
+            if isinstance(message, Speak):
+                self._grammars.speak(message.vocabulary)
+            elif isinstance(message, Add) and message.grammar is not None:
+                self._grammars.compile(message)
+            else:
+                self._inbox.put(message)
             if message is None:
                 return
 
@@ -118,25 +126,38 @@ class EngineLoop:
                 return False
             must_wait = False
             if isinstance(message, Add):
-                self._add(message)
+                self._add(request_of(message, self._alive))
+            elif isinstance(message, Compiled):
+                self._add_compiled(message)
             elif isinstance(message, Finish):
                 self._finish(message)
             self._core.check_when_idle()
 
-    def _add(self, message: Add) -> None:
-        request = request_of(message, self._alive)
+    def _add(self, request: Request) -> None:
         try:
             self._core.add(request)
         except ValueError as error:  # the server has checked; what it could not see ends here
-            grown = Grown(request.request_id, [], "error", str(error))
-            self._send(Stepped([grown], self._stats(0.0, 0)))
+            self._refuse(request.request_id, str(error))
             return
         self._alive[request.request_id] = request
         self._sent[request.request_id] = (0, 0)
 
+    def _add_compiled(self, message: Compiled) -> None:
+        if not self._grammars.is_wanted(message):
+            return
+        if message.error is not None:
+            self._refuse(message.add.request_id, message.error)
+        else:
+            self._add(request_of(message.add, self._alive, message.grammar))
+
+    def _refuse(self, request_id: str, error: str) -> None:
+        grown = Grown(request_id, [], "error", error)
+        self._send(Stepped([grown], self._stats(0.0, 0)))
+
     def _finish(self, message: Finish) -> None:
         for request_id in message.request_ids:
             self._core.finish(request_id, message.reason)
+            self._grammars.forget(request_id)
             self._forget(request_id)
         if not self._core.has_unfinished():  # no step will tell
             self._send(Stepped([], self._stats(0.0, 0)))

@@ -151,6 +151,8 @@ def _app_options(arguments: argparse.Namespace) -> AppOptions:
         strict_fields=arguments.strict_fields,
         logs_requests=arguments.enable_log_requests,
         metrics_prefix=arguments.metrics_prefix,
+        tool_call_parser=arguments.tool_call_parser,
+        reasoning_parser=arguments.reasoning_parser,
     )
 
 

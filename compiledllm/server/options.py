@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 
 from compiledllm.arguments import count
+from compiledllm.server.tool_formats import FORMATS
+
+REASONING = ("qwen3", "deepseek_r1")  # what <think> means (`chat.reasoning_mode`)
 
 
 def add_server_options(group: argparse._ArgumentGroup) -> None:
@@ -19,6 +22,10 @@ def add_server_options(group: argparse._ArgumentGroup) -> None:
     add("--strict-fields", action="store_true", help="refuse unknown fields instead of naming them")
     add("--enable-log-requests", action="store_true", help="ids and sizes, never prompts")
     add("--metrics-prefix", default="compiledllm:", help="vllm: suits vLLM's dashboards")
+    parsers = ["auto", "none", *FORMATS]
+    add("--tool-call-parser", choices=parsers, default="auto", help="auto: by the chat template")
+    parsers = ["auto", "none", *REASONING]
+    add("--reasoning-parser", choices=parsers, default="auto", help="auto: by the chat template")
     add("--max-queued-requests", type=count, default=1024, help="beyond those that run (1024)")
     add("--max-queued-tokens", type=count, default=4_000_000, help="of prompts (4000k)")
     add("--request-timeout", type=float, default=1800.0, help="seconds a request may take (1800)")

@@ -5,16 +5,18 @@ Unknown fields are kept aside, as load generators and clients send their own (`u
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from compiledllm.sampling_params import MAX_N
+from compiledllm.structured_outputs import MAX_CHOICES
 
 MAX_PROMPTS = 256
 MAX_STOPS = 4
 MAX_MESSAGES = 4096
 MAX_TOP_LOGPROBS = 20
+MAX_TOOLS = 128
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = list[TokenId]
@@ -38,8 +40,69 @@ class StreamOptions(Body):
     continuous_usage_stats: bool = False
 
 
+class JsonSchema(Body):
+    name: Annotated[str, StringConstraints(max_length=64)] = ""
+    description: str | None = None
+    strict: bool | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
 class ResponseFormat(Body):
-    type: str = "text"
+    """json_schema belongs to its type; structures and triggers to structural_tag."""
+
+    type: Literal["text", "json_object", "json_schema", "structural_tag"] = "text"
+    json_schema: JsonSchema | None = None
+    structures: Annotated[list[dict[str, Any]], Field(max_length=MAX_CHOICES)] | None = None
+    triggers: Annotated[list[Stop], Field(max_length=MAX_CHOICES)] | None = None
+
+
+class StructuredOutputs(Body):
+    """`StructuredOutputsParams`, field by field."""
+
+    json_: str | dict[str, Any] | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    structural_tag: str | dict[str, Any] | None = None
+    disable_any_whitespace: bool = False
+    disable_additional_properties: bool = False
+    whitespace_pattern: str | None = None
+
+
+FunctionName = Annotated[str, StringConstraints(pattern="^[a-zA-Z0-9_.-]{1,64}$")]
+
+
+class Function(Body):
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    type: Literal["function"] = "function"
+    function: Function
+
+
+class FunctionChoice(Body):
+    name: FunctionName
+
+
+class NamedTool(Body):
+    type: Literal["function"] = "function"
+    function: FunctionChoice
+
+
+class CalledFunction(Body):
+    name: Annotated[str, StringConstraints(min_length=1, max_length=256)]
+    arguments: str | dict[str, Any] | None = None
+
+
+class ToolCall(Body):
+    id: Annotated[str, StringConstraints(max_length=256)] | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
 
 
 class RepetitionDetection(Body):
@@ -78,6 +141,8 @@ class Generation(Body):
     allowed_token_ids: Annotated[TokenIds, Field(max_length=1024)] | None = None
     bad_words: Annotated[list[Stop], Field(max_length=128)] | None = None
     logprob_token_ids: Annotated[TokenIds, Field(max_length=128)] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     repetition_detection: RepetitionDetection | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
     request_id: Annotated[str, StringConstraints(min_length=1, max_length=128)] | None = None
@@ -106,11 +171,13 @@ class CompletionRequest(Generation):
 
 
 class Message(Body):
-    """A message's content is text, or a list of text parts."""
+    """A message's content is text, or a list of text parts; an assistant's may be tool calls."""
 
     role: Annotated[str, StringConstraints(min_length=1, max_length=64)]
     content: str | list[dict[str, Any]] | None = None
     name: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    tool_call_id: str | None = None
 
 
 class ChatRequest(Generation):
@@ -121,11 +188,10 @@ class ChatRequest(Generation):
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    response_format: ResponseFormat | None = None
-    tools: Annotated[list[dict[str, Any]], Field(max_length=128)] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    reasoning_effort: str | None = None
+    reasoning_effort: Annotated[str, StringConstraints(max_length=32)] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template: str | None = None

@@ -19,10 +19,12 @@ from compiledllm.log import log
 from compiledllm.outputs import CompletionOutput, RequestOutput
 from compiledllm.sampling_params import SamplingParams
 from compiledllm.server import convert
+from compiledllm.server.chat import Choice, reasoning_mode
 from compiledllm.server.engine_client import EngineClient, EngineError, Unavailable
 from compiledllm.server.errors import ApiError, as_api_error, error_body
 from compiledllm.server.metrics import Metrics
 from compiledllm.server.protocol import ChatRequest, CompletionRequest, Generation
+from compiledllm.server.tools import ToolUse, tool_use
 
 _ENCODE = msgspec.json.Encoder().encode
 DONE = b"data: [DONE]\n\n"
@@ -43,6 +45,9 @@ class Job:
     states: list[RequestState]
     requests: RequestFactory
     shown: dict[int, int] = field(default_factory=dict)  # characters, by choice
+    use: ToolUse | None = None
+    reasoning: str = "off"
+    choices: dict[int, Choice] = field(default_factory=dict)  # of a chat, by index
 
     @property
     def num_choices(self) -> int:
@@ -51,6 +56,11 @@ class Job:
     @property
     def is_chat(self) -> bool:
         return isinstance(self.body, ChatRequest)
+
+    def choice(self, index: int) -> Choice:
+        if index not in self.choices:
+            self.choices[index] = Choice(self.use, self.reasoning)
+        return self.choices[index]
 
 
 class Serving:
@@ -62,8 +72,12 @@ class Serving:
         model_names: list[str],
         metrics: Metrics,
         logs_requests: bool = False,
+        tool_call_parser: str = "auto",
+        reasoning_parser: str = "auto",
     ) -> None:
         self.engine = engine
+        self._tool_call_parser = tool_call_parser
+        self._reasoning_parser = reasoning_parser
         self.logs_requests = logs_requests  # ids and sizes, never prompts
         self._numbers = itertools.count()
         self.model_names = model_names
@@ -94,42 +108,50 @@ class Serving:
         requests, model = self.factory(), self.check_model(body.model)
         prefix = "chatcmpl" if isinstance(body, ChatRequest) else "cmpl"
         name = f"{prefix}-{body.request_id or http_id}"
-        number = next(self._numbers)  # clients may use an id twice
-
-        def make() -> tuple[SamplingParams, list[RequestState]]:
-            prompts: list[Prompt]
-            if isinstance(body, ChatRequest):
-                params = convert.chat_params(body, requests.defaults)
-                prompts = [
-                    convert.chat_prompt(
-                        body.messages,
-                        body.add_generation_prompt,
-                        body.continue_final_message,
-                        body.chat_template_kwargs,
-                        requests,
-                    )
-                ]
-            else:
-                params = convert.completion_params(body, requests.defaults)
-                prompts = convert.completion_prompts(body, requests)
-            states = [
-                requests.make(
-                    f"{name}-{number}-{i}",
-                    prompt,
-                    params,
-                    body.priority,
-                    cache_salt=body.cache_salt or "",
-                )
-                for i, prompt in enumerate(prompts)
-            ]
-            return params, states
-
-        params, states = await asyncio.to_thread(make)
-        self.engine.admit(states)
+        job = Job(body, name, model, requests.defaults, [], requests)
+        await asyncio.to_thread(self._fill, job, next(self._numbers))  # an id may come twice
+        self.engine.admit(job.states)
         level = logging.INFO if self.logs_requests else logging.DEBUG
-        tokens = sum(len(state.completions[0].request.prompt_token_ids) for state in states)
-        log.log(level, "request %s: %d prompts, %d tokens", name, len(states), tokens)
-        return Job(body, name, model, params, states, requests)
+        tokens = sum(len(state.completions[0].request.prompt_token_ids) for state in job.states)
+        log.log(level, "request %s: %d prompts, %d tokens", name, len(job.states), tokens)
+        return job
+
+    def _fill(self, job: Job, number: int) -> None:
+        body, requests = job.body, job.requests
+        if isinstance(body, ChatRequest):
+            prompts: list[Prompt] = [self._chat_prompt(job, body)]
+        else:
+            assert isinstance(body, CompletionRequest)
+            job.params = convert.completion_params(body, requests.defaults)
+            prompts = convert.completion_prompts(body, requests)
+        salt = body.cache_salt or ""
+        for i, prompt in enumerate(prompts):
+            request_id = f"{job.request_id}-{number}-{i}"
+            try:
+                state = requests.make(request_id, prompt, job.params, body.priority, None, salt)
+            except ValueError as error:
+                raise convert.as_form_error(body, error) from None
+            job.states.append(state)
+
+    def _chat_prompt(self, job: Job, body: ChatRequest) -> dict[str, Any]:
+        """The conversation as a prompt; and how its answer is read."""
+        tokenizer = job.requests.require_tokenizer("a conversation")
+        schema = convert.answer_schema(body)
+        job.use = tool_use(body, self._tool_call_parser, tokenizer, schema)
+        job.params = convert.chat_params(body, job.requests.defaults, job.use)
+        prompt = convert.chat_prompt(
+            body.messages,
+            body.add_generation_prompt,
+            body.continue_final_message,
+            body.chat_template_kwargs,
+            job.requests,
+            job.use,
+            body.reasoning_effort,
+        )
+        if job.params.structured_outputs is None:  # a form holds from the first token on
+            template = tokenizer.chat_template_text
+            job.reasoning = reasoning_mode(self._reasoning_parser, template, prompt["prompt"])
+        return prompt
 
     def release(self, job: Job) -> None:
         """Nobody waits for its answer any more."""
@@ -185,7 +207,10 @@ class Serving:
         if job.body.prompt_logprobs is not None:
             base["prompt_logprobs"] = _plain_prompt_logprobs(output)
         if isinstance(job.body, ChatRequest):
-            message = {"role": "assistant", "content": completion.text, "refusal": None}
+            choice = job.choice(index)
+            message = choice.message(completion.text)
+            if choice.has_calls:
+                base |= convert.ended_by_calls(completion)
             found = convert.chat_logprobs(completion, job.body.top_logprobs or 0, tokenizer)
             return base | {"message": message, "logprobs": found}
         body = job.body
@@ -289,19 +314,22 @@ class Serving:
     ) -> dict[str, Any]:
         tokenizer = job.requests.tokenizer
         if isinstance(job.body, ChatRequest):
-            delta = {"content": completion.text} if completion.text else {}
+            choice = job.choice(index)
+            delta = choice.delta(completion.text, completion.finish_reason is not None)
             found = convert.chat_logprobs(completion, job.body.top_logprobs or 0, tokenizer)
             more = _chat_delta(index, delta) | {"logprobs": found}
             more |= convert.finish_fields(completion)
+            if choice.has_calls:
+                more |= convert.ended_by_calls(completion)
             return more | ({"token_ids": completion.token_ids} if job.body.return_token_ids else {})
         is_first = index not in job.shown
-        choice = self._choice(job if is_first else _without_echo(job), output, completion, index)
+        shown = self._choice(job if is_first else _without_echo(job), output, completion, index)
         offset = job.shown.get(index, 0)
-        if choice["logprobs"] is not None:
-            starts = choice["logprobs"]["text_offset"]
-            choice["logprobs"]["text_offset"] = [offset + start for start in starts]
-        job.shown[index] = offset + len(choice["text"])
-        return choice
+        if shown["logprobs"] is not None:
+            starts = shown["logprobs"]["text_offset"]
+            shown["logprobs"]["text_offset"] = [offset + start for start in starts]
+        job.shown[index] = offset + len(shown["text"])
+        return shown
 
 
 def _chat_delta(index: int, delta: dict[str, Any]) -> dict[str, Any]:

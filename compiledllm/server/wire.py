@@ -13,8 +13,9 @@ from typing import Any
 import msgspec
 
 from compiledllm.outputs import FinishReason
+from compiledllm.runner.grammars import Vocabulary
 from compiledllm.sampling_params import SamplingParams
-from compiledllm.types import Request, TokenLogprobs
+from compiledllm.types import Grammar, Request, TokenLogprobs
 
 _LENGTH_BYTES = 4
 _LARGEST_FRAME = 2**31
@@ -27,8 +28,17 @@ class Start(msgspec.Struct, tag=True):
     crash_folder: str
 
 
+class Speak(msgspec.Struct, tag=True):
+    """What compiling grammars takes; sent once, before the first request."""
+
+    vocabulary: Vocabulary
+
+
 class Add(msgspec.Struct, tag=True, omit_defaults=True):
-    """Queue a request. params: the fields that differ from the defaults and concern the engine."""
+    """Queue a request. params: the fields that differ from the defaults and concern the engine.
+
+    grammar: a `Grammar.text`.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
@@ -38,6 +48,7 @@ class Add(msgspec.Struct, tag=True, omit_defaults=True):
     seed: int
     priority: int = 0
     bad_words: list[list[int]] = []
+    grammar: str | None = None
     sibling: str | None = None
     cache_salt: str = ""
 
@@ -106,7 +117,7 @@ class Failed(msgspec.Struct, tag=True):
     blamed: list[str] = []
 
 
-ToEngine = Start | Add | Finish
+ToEngine = Start | Speak | Add | Finish
 FromEngine = Ready | Stepped | Failed
 
 _ENCODER = msgspec.msgpack.Encoder()
@@ -154,6 +165,7 @@ def _read(connection: socket.socket, count: int) -> bytes | None:
 # -- requests --------------------------------------------------------------------------------------
 
 _TEXT_ONLY = {"stop", "detokenize", "bad_words", "output_kind", "stream_interval", "n", "best_of"}
+_TEXT_ONLY |= {"structured_outputs"}  # `Add` has them as a grammar
 _DEFAULTS = SamplingParams()
 
 
@@ -178,13 +190,14 @@ def add_of(request: Request) -> Add:
         seed=request.seed,
         priority=request.priority,
         bad_words=[list(word) for word in request.bad_words],
+        grammar=None if request.grammar is None else request.grammar.text,
         sibling=None if request.sibling is None else request.sibling.request_id,
         cache_salt=request.cache_salt,
     )
 
 
-def request_of(message: Add, alive: dict[str, Request]) -> Request:
-    """The request of a message. alive: by id, among which its sibling may be."""
+def request_of(message: Add, alive: dict[str, Request], grammar: Grammar | None = None) -> Request:
+    """The request of a message. alive: by id, among which its sibling may be. grammar: compiled."""
     params = message.params
     if message.bad_words:  # rules for logits look at whether there are any
         params = params | {"bad_words": ["tokenised"]}
@@ -197,6 +210,7 @@ def request_of(message: Add, alive: dict[str, Request]) -> Request:
         seed=message.seed,
         priority=message.priority,
         bad_words=tuple(tuple(word) for word in message.bad_words),
+        grammar=grammar,
         sibling=alive.get(message.sibling or ""),
         cache_salt=message.cache_salt,
     )

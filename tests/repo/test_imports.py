@@ -20,12 +20,14 @@ import compiledllm
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("compiledllm", "graphs", "kernels", "models", "benchmarks")
 
-LEAVES = {"checks", "sampling_params", "outputs", "types", "config", "platform", "log"}
+LEAVES = {"checks", "structured_outputs", "sampling_params", "outputs", "types", "config"}
+LEAVES |= {"platform", "log"}
 BELOW_ENGINE = {"scheduler", "runner", "graphs", "models", "kernels", *LEAVES}
 # Layer -> layers it may import, itself aside. "root" is compiledllm/__init__; a name with a dot is
 # that module only. "benchmarks" is where `compiledllm bench` ends up.
 MAY_IMPORT: dict[str, set[str]] = {
-    "root": {"engine.engine", "engine.async_engine", "config", "sampling_params", "outputs"},
+    "root": {"engine.engine", "engine.async_engine", "config", "sampling_params", "outputs"}
+    | {"structured_outputs"},
     "cli": {"root", "arguments", "server", "benchmarks", "engine", *BELOW_ENGINE},
     "arguments": {"config"},
     "server": {"root", "cli", "arguments", "engine", *BELOW_ENGINE},
@@ -49,7 +51,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "platform": {"config", "types", "log"},
     "config": {"checks"},
     "types": {"sampling_params", "outputs"},
-    "sampling_params": {"checks"},
+    "sampling_params": {"checks", "structured_outputs"},
+    "structured_outputs": {"checks"},
     "outputs": set(),
     "checks": set(),
     "log": set(),
@@ -80,9 +83,11 @@ DOORS: dict[str, tuple[str, ...]] = {
     "pydantic": ("compiledllm.server",),
     "msgspec": ("compiledllm.server",),
     "prometheus_client": ("compiledllm.server",),
+    "llguidance": ("compiledllm.runner.grammars", "compiledllm.runner.structured"),
 }
 WITHOUT_TORCH = (
     "compiledllm.types",
+    "compiledllm.structured_outputs",
     "compiledllm.sampling_params",
     "compiledllm.outputs",
     "compiledllm.config",

@@ -152,12 +152,12 @@ def tiny_chat_model(
 def start_server(
     tiny_chat_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., Server]]:
-    """start_server(*options, **environment) -> Server; all are stopped at the end."""
+    """start_server(*options, model=None, **environment) -> Server; all are stopped at the end."""
     servers: list[Server] = []
 
-    def start(*options: str, **environment: str) -> Server:
+    def start(*options: str, model: Path | None = None, **environment: str) -> Server:
         folder = tmp_path_factory.mktemp("server")
-        servers.append(Server(tiny_chat_model, folder, *options, **environment))
+        servers.append(Server(model or tiny_chat_model, folder, *options, **environment))
         return servers[-1]
 
     yield start

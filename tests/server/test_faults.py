@@ -130,6 +130,26 @@ def test_a_whole_answer_survives_the_engines_end(own: Any, helpers: Any) -> None
         assert values == pytest.approx(wanted["logprobs"]["token_logprobs"], rel=1e-4)
 
 
+def test_an_answer_with_a_form_survives_the_engines_end(own: Any, helpers: Any) -> None:
+    """The new process compiles the grammar again."""
+    form = {"structured_outputs": {"regex": "[a-z]{150}"}}
+    body = {"prompt": "x", "max_tokens": 400, "seed": 1, "n": 2} | form
+    expected = own.post("/v1/completions", body)[1]
+    assert all(len(choice["text"]) == 150 for choice in expected["choices"])
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(own.post("/v1/completions", body)))
+    before = metric(own, "generation_tokens_total")
+    thread.start()
+    helpers.wait_for(lambda: metric(own, "generation_tokens_total") > before + 4)
+    os.kill(own.engine_pid(), signal.SIGKILL)
+    thread.join(120)
+    status, answer = found[0]
+    assert status == 200
+    texts = [choice["text"] for choice in answer["choices"]]
+    assert texts == [choice["text"] for choice in expected["choices"]]
+    assert metric(own, "engine_restarts_total") == 1
+
+
 def test_a_stopped_engine_is_unhealthy_until_it_goes_on(own: Any, helpers: Any) -> None:
     stream = Stream(own.port, LONG)
     events = stream.events()

@@ -1,5 +1,6 @@
 """A running server, asked with OpenAI's client (pip install openai): openai_client.py [URL]"""
 
+import json
 import sys
 
 from openai import OpenAI
@@ -19,6 +20,20 @@ stream = client.chat.completions.create(
 for chunk in stream:
     print(chunk.choices[0].delta.content or "", end="", flush=True)
 print()
+
+schema = {
+    "type": "object",
+    "properties": {"capital": {"type": "string", "maxLength": 30}},
+    "required": ["capital"],
+    "additionalProperties": False,
+}
+formed = client.chat.completions.create(
+    model=model,
+    messages=[{"role": "user", "content": "What is the capital of France?"}],
+    response_format={"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}},
+    temperature=0,
+)
+print(json.loads(formed.choices[0].message.content or ""))
 
 scored = client.completions.create(
     model=model, prompt="The capital of France is Paris", max_tokens=0, echo=True, logprobs=1

@@ -1,0 +1,94 @@
+"""Rows whose output has to follow a grammar: where each stands in it, and what it allows next.
+
+The host computes a bit for each token of the vocabulary; the device applies them to all such rows
+at once. A row's state follows from its output tokens alone, so it is made again whenever a request
+enters the table: after a preemption, a failed step or a restart.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compiledllm.runner.device import to_device
+from compiledllm.runner.grammars import error_of
+from compiledllm.types import Grammar, NewRequest
+
+
+class GrammarRows:
+    """Matchers by row, and their masks."""
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self._vocab_size = vocab_size
+        self._device = device
+        self._matchers: dict[int, tuple[Grammar, Any]] = {}
+        self._executor: Any = None
+        bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+        self._banned_by = to_device((bits ^ 1).view(np.int64)[:, 0], device)  # byte -> 8 booleans
+
+    def fill(self, row: int, request: NewRequest) -> None:
+        if request.grammar is not None:
+            output = request.token_ids[request.num_prompt_tokens :]
+            self._matchers[row] = request.grammar, request.grammar.matcher(output)
+
+    def release(self, row: int) -> None:
+        self._matchers.pop(row, None)
+
+    def record(self, row: int, token_id: int) -> None:
+        """The row's newest token; negative: none could be drawn, and the row is over."""
+        if row in self._matchers and token_id >= 0:
+            _, matcher = self._matchers[row]
+            matcher.consume_token(token_id)
+
+    def apply(self, logits: Tensor, rows: np.ndarray) -> dict[int, str]:
+        """Leave each row with a grammar what that allows; what went wrong, by index.
+
+        logits: float32 [rows, vocab], edited in place. Where the output is complete, an end-of-
+        sequence token is drawn, whatever else the request wants of its logits.
+        """
+        found = [(i, row) for i, row in enumerate(rows.tolist()) if row in self._matchers]
+        if not found:
+            return {}
+        matchers = [self._matchers[row][1] for _, row in found]
+        masks = self._compute([self._matchers[row] for _, row in found])
+        is_all = len(found) == len(rows)
+        index = to_device(np.array([i for i, _ in found]), self._device)
+        some = logits if is_all else logits[index]
+        complete = np.array([matcher.is_stopped() for matcher in matchers])
+        if complete.any():
+            some.masked_fill_(to_device(complete[:, None], self._device, torch.bool), 0.0)
+        some.masked_fill_(self._is_banned(masks), -torch.inf)
+        if not is_all:
+            logits[index] = some
+        return {
+            i: f"structured_outputs: {error_of(matcher)}"
+            for (i, _), matcher in zip(found, matchers, strict=True)
+            if matcher.is_error()
+        }
+
+    def _compute(self, rows: list[tuple[Grammar, Any]]) -> np.ndarray:
+        """uint32 [rows, words]: a bit for each token, the lowest first; in several threads."""
+        masks = np.zeros((len(rows), rows[0][0].num_mask_words), np.uint32)
+        if len(rows) == 1:
+            rows[0][1].unsafe_compute_mask_ptr(masks.ctypes.data, masks.nbytes)
+        else:
+            if self._executor is None:
+                from llguidance import LLExecutor
+
+                self._executor = LLExecutor()
+            numbered = [(matcher, i) for i, (_, matcher) in enumerate(rows)]
+            self._executor.unsafe_compute_mask_ptr(
+                numbered, masks.ctypes.data, masks.strides[0], len(rows)
+            )
+        for i in np.flatnonzero(np.count_nonzero(masks, axis=1) == 1).tolist():
+            grammar, matcher = rows[i]
+            grammar.fix_mask(matcher, masks[i])
+        return masks
+
+    def _is_banned(self, masks: np.ndarray) -> Tensor:
+        """bool [rows, vocab] of uint32 [rows, words]."""
+        packed = to_device(masks.view(np.uint8), self._device, torch.uint8)  # [rows, bytes]
+        return self._banned_by[packed.int()].view(torch.bool)[:, : self._vocab_size]

@@ -1,0 +1,218 @@
+"""One tool call as the model writes it: a JSON object, read character by character.
+
+What it says is known as soon as it can be, so that arguments are streamed. Not a validator: the
+arguments are the model's own text, between brackets that match.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Set
+from typing import Literal
+
+MAX_BUFFERED = 2**16  # characters, of a call whose name is not known yet
+MAX_NESTING = 64
+_SPACE = " \t\n\r"
+_ARGUMENTS = ("arguments", "parameters")
+_CLOSES = {"{": "}", "[": "]"}
+
+
+class CallScanner:
+    """Reads from the object's "{" on.
+
+    state: "open" while it goes on, "done" behind its end, "failed" if it is no call. is_known: name
+    and the beginning of the arguments are; from then on "failed" only means that it breaks off.
+    raw: all that was read, until it is known.
+    """
+
+    def __init__(self, names: Set[str], name: str | None = None) -> None:
+        """name: given if the object is the arguments only."""
+        self._names = names
+        self.name = name
+        self.state: Literal["open", "done", "failed"] = "open"
+        self.is_known = False
+        self.raw: list[str] = []
+        self._fragments: list[str] = []  # of the arguments
+        self._has_arguments = False
+        self._is_bare = name is not None
+        self._key = "arguments" if self._is_bare else ""
+        self._value: list[str] | None = None  # the present value, where it is of interest
+        self._brackets: list[str] = []  # that are open inside the present value
+        self._is_escaped = False
+        self._step: Callable[[str], None] = self._on_value if self._is_bare else self._on_start
+
+    def feed(self, char: str) -> None:
+        if not self.is_known:
+            self.raw.append(char)
+            if len(self.raw) > MAX_BUFFERED:
+                self.state = "failed"
+                return
+        self._step(char)
+
+    def take_arguments(self) -> str:
+        """What has come of them since the last call; "" before the call is known."""
+        if not self.is_known:
+            return ""
+        text = "".join(self._fragments)
+        self._fragments.clear()
+        return text
+
+    # -- between members: each takes one character -----------------------------------------------
+
+    def _on_start(self, char: str) -> None:
+        self._go(self._on_key) if char == "{" else self._fail()
+
+    def _on_key(self, char: str) -> None:
+        if char == '"':
+            self._value = [char]
+            self._go(self._in_key)
+        elif char == "}":
+            self._end()
+        elif char not in _SPACE:
+            self._fail()
+
+    def _in_key(self, char: str) -> None:
+        if self._string_ends(char):
+            self._key = self._decoded()
+            self._go(self._on_colon)
+
+    def _on_colon(self, char: str) -> None:
+        if char == ":":
+            self._go(self._on_value)
+        elif char not in _SPACE:
+            self._fail()
+
+    def _on_comma(self, char: str) -> None:
+        if char == ",":
+            self._go(self._on_key)
+        elif char == "}":
+            self._end()
+        elif char not in _SPACE:
+            self._fail()
+
+    # -- values ----------------------------------------------------------------------------------
+
+    def _on_value(self, char: str) -> None:
+        if char in _SPACE:
+            return
+        is_first = self._key in _ARGUMENTS and not self._has_arguments
+        if is_first and char == "{":
+            self._has_arguments = True
+            self._value = self._fragments
+            self._look()
+        else:
+            is_wanted = is_first or (self._key == "name" and self.name is None)
+            self._value = [] if is_wanted else None
+        self._keep(char)
+        if char in _CLOSES:
+            self._brackets = [_CLOSES[char]]
+            self._go(self._in_container)
+        else:
+            self._go(self._in_string if char == '"' else self._in_scalar)
+
+    def _in_string(self, char: str) -> None:
+        if self._string_ends(char):
+            self._value_ends()
+
+    def _in_scalar(self, char: str) -> None:
+        if char in ",}":
+            self._value_ends()
+            if self.state == "open":
+                self._step(char)
+        elif char in '"{[:':
+            self._fail()
+        else:
+            self._keep(char)
+
+    def _in_container(self, char: str) -> None:
+        is_open, is_close = char in _CLOSES, char in "]}"
+        too_deep = is_open and len(self._brackets) == MAX_NESTING
+        if too_deep or (is_close and self._brackets[-1] != char):
+            self._fail()
+            return
+        self._keep(char)
+        if char == '"':
+            self._go(self._in_inner_string)
+        elif is_open:
+            self._brackets.append(_CLOSES[char])
+        elif is_close:
+            self._brackets.pop()
+            if not self._brackets:
+                self._value_ends()
+
+    def _in_inner_string(self, char: str) -> None:
+        if self._string_ends(char):
+            self._go(self._in_container)
+
+    def _string_ends(self, char: str) -> bool:
+        self._keep(char)
+        if self._is_escaped:
+            self._is_escaped = False
+            return False
+        self._is_escaped = char == "\\"
+        return char == '"'
+
+    def _value_ends(self) -> None:
+        value = self._value
+        if value is not None and value is not self._fragments:
+            self._take("".join(value))
+        self._value = None
+        if self._is_bare:
+            self._end()
+        else:
+            self._go(self._on_comma)
+
+    def _take(self, text: str) -> None:
+        """A name; or arguments as a string of JSON, or null."""
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = 0
+        if self._key == "name":
+            self.name = value if isinstance(value, str) else None
+            if self.name not in self._names:
+                self._fail()
+            self._look()
+            return
+        self._has_arguments = True
+        if value is None:
+            value = "{}"
+        if isinstance(value, str) and value.lstrip().startswith("{"):
+            self._fragments.append(value)
+            self._look()
+        else:
+            self._fail()
+
+    # -- states ----------------------------------------------------------------------------------
+
+    def _keep(self, char: str) -> None:
+        if self._value is not None:
+            self._value.append(char)
+
+    def _decoded(self) -> str:
+        text, self._value = "".join(self._value or []), None
+        try:
+            return str(json.loads(text))
+        except ValueError:
+            return ""
+
+    def _look(self) -> None:
+        """Whether name and arguments have been seen by now."""
+        if self.state == "open" and self.name in self._names and self._has_arguments:
+            self.is_known = True
+            self.raw.clear()
+
+    def _go(self, step: Callable[[str], None]) -> None:
+        if self.state == "open":
+            self._step = step
+
+    def _end(self) -> None:
+        if self.state == "open" and self.name in self._names and not self._has_arguments:
+            self._has_arguments = True
+            self._fragments.append("{}")
+            self._look()
+        if self.state == "open":
+            self.state = "done" if self.is_known else "failed"
+
+    def _fail(self) -> None:
+        self.state = "failed"

@@ -1,0 +1,82 @@
+"""One choice of a chat's answer as OpenAI shows it: whole, or delta by delta."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from compiledllm.server.answer_parser import END_THINK, THINK, AnswerParser, CallPart, Parts
+from compiledllm.server.tools import ToolUse
+
+
+def reasoning_mode(parser: str, chat_template: str, prompt: str) -> str:
+    """How `AnswerParser` takes an answer to this prompt. parser: of `--reasoning-parser`.
+
+    qwen3: an answer may begin with <think>, or its prompt ends with it. deepseek_r1: an answer
+    begins behind one. auto: qwen3 for chat templates that speak of </think>.
+    """
+    if parser == "none" or (parser == "auto" and END_THINK not in chat_template):
+        return "off"
+    end = prompt[-100:].rstrip()
+    if end.endswith(END_THINK):
+        return "off"
+    return "begun" if parser == "deepseek_r1" or end.endswith(THINK) else "leading"
+
+
+class Choice:
+    """A choice's text, piece by piece, as parts of a message.
+
+    use: None without tools. reasoning: see `AnswerParser`.
+    """
+
+    def __init__(self, use: ToolUse | None, reasoning: str) -> None:
+        self._use = use
+        if use is None:
+            self._parser = AnswerParser(None, reasoning=reasoning)
+        else:
+            self._parser = AnswerParser(use.format, use.names, use.most_calls, reasoning)
+
+    @property
+    def has_calls(self) -> bool:
+        return self._parser.num_calls > 0
+
+    def message(self, text: str) -> dict[str, Any]:
+        """Of a whole answer."""
+        parts = self._parser.feed(text)
+        _extend(parts, self._parser.finish())
+        message: dict[str, Any] = {"role": "assistant", "content": parts.content, "refusal": None}
+        if parts.calls:
+            message["content"] = parts.content or None
+        return message | self._more(parts)
+
+    def delta(self, text: str, is_last: bool) -> dict[str, Any]:
+        """Of the next piece."""
+        parts = self._parser.feed(text)
+        if is_last:
+            _extend(parts, self._parser.finish())
+        delta = {"content": parts.content} if parts.content else {}
+        more = self._more(parts)
+        if "tool_calls" in more:
+            calls = zip(parts.calls, more["tool_calls"], strict=True)
+            more["tool_calls"] = [{"index": part.index} | call for part, call in calls]
+        return delta | more
+
+    def _more(self, parts: Parts) -> dict[str, Any]:
+        more: dict[str, Any] = {"reasoning": parts.reasoning} if parts.reasoning else {}
+        if parts.calls:
+            more["tool_calls"] = [self._call(part) for part in parts.calls]
+        return more
+
+    def _call(self, part: CallPart) -> dict[str, Any]:
+        function: dict[str, Any] = {"arguments": part.arguments}
+        if part.name is None:
+            return {"function": function}
+        assert self._use is not None
+        call = {"id": self._use.new_call_id(), "type": "function"}
+        return call | {"function": {"name": part.name} | function}
+
+
+def _extend(parts: Parts, more: Parts) -> None:
+    parts.reasoning += more.reasoning
+    parts.content += more.content
+    for part in more.calls:
+        parts.add_call(part)

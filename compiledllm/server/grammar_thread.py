@@ -1,0 +1,63 @@
+"""Grammars of arriving requests are compiled beside the engine's loop, in the order they came."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from compiledllm.runner.grammars import Grammars, Vocabulary
+from compiledllm.server.wire import Add
+from compiledllm.types import Grammar
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """A request whose grammar is compiled; or what is wrong with that."""
+
+    add: Add
+    grammar: Grammar | None = None
+    error: str | None = None
+
+
+class GrammarThread:
+    """`put` gets each request once its grammar is there.
+
+    Meanwhile the client may leave: the loop forgets the request, and asks before it adds one.
+    """
+
+    def __init__(self, put: Callable[[Compiled], None]) -> None:
+        self._put = put
+        self._thread = ThreadPoolExecutor(1, "grammars")
+        self._grammars: Grammars | None = None
+        self._wanted: set[str] = set()  # request ids, from their arrival on
+
+    def speak(self, vocabulary: Vocabulary) -> None:
+        """Of the requests that come from now on."""
+        self._thread.submit(self._prepare, vocabulary)
+
+    def compile(self, message: Add) -> None:
+        self._wanted.add(message.request_id)
+        self._thread.submit(self._compile, message)
+
+    def forget(self, request_id: str) -> None:
+        self._wanted.discard(request_id)
+
+    def is_wanted(self, message: Compiled) -> bool:
+        """Whether it has not been forgotten; asked once."""
+        is_wanted = message.add.request_id in self._wanted
+        self._wanted.discard(message.add.request_id)
+        return is_wanted
+
+    def _prepare(self, vocabulary: Vocabulary) -> None:
+        self._grammars = Grammars(vocabulary)
+
+    def _compile(self, message: Add) -> None:
+        assert message.grammar is not None
+        try:
+            if self._grammars is None:
+                raise ValueError("the vocabulary could not be taken over")
+            compiled = Compiled(message, self._grammars.compile(message.grammar))
+        except Exception as error:  # the server has checked; what it could not see ends here
+            compiled = Compiled(message, error=f"{type(error).__name__}: {error}")
+        self._put(compiled)

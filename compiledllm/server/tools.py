@@ -1,0 +1,149 @@
+"""What a chat request says about tools: checked, and turned into a format, a grammar and bounds."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+from compiledllm.engine.tokenizer import Tokenizer
+from compiledllm.server.errors import ApiError
+from compiledllm.server.protocol import ChatRequest, Message, NamedTool, Tool
+from compiledllm.server.tool_formats import FORMATS, ToolFormat, call_grammar, find_format
+from compiledllm.structured_outputs import (
+    MAX_NESTING,
+    StructuredOutputsParams,
+    is_nested_deeper,
+)
+
+MAX_TOOLS_BYTES = 2**18  # of their JSON, all together
+
+
+@dataclass(frozen=True, slots=True)
+class ToolUse:
+    """Tools that an answer may call, or has to.
+
+    tools: for the chat template. form: of the answer, if it may not be any text. most_calls: None
+    for any number.
+    """
+
+    format: ToolFormat
+    names: frozenset[str]
+    tools: list[dict[str, Any]]
+    form: StructuredOutputsParams | None
+    most_calls: int | None
+
+    def new_call_id(self) -> str:
+        number, length = uuid.uuid4().hex, self.format.id_length
+        return number[:length] if length < len(number) // 2 else f"call_{number[:length]}"
+
+
+def tool_use(
+    body: ChatRequest, parser: str, tokenizer: Tokenizer, schema: dict[str, Any] | None = None
+) -> ToolUse | None:
+    """None if there are no tools to call. Raises ApiError.
+
+    parser: of `--tool-call-parser`. schema: of an answer that calls none; None: any text.
+    """
+    choice = body.tool_choice
+    if not body.tools:
+        if choice not in (None, "none", "auto"):
+            raise ApiError(400, "tool_choice needs tools: give some or leave it out", "tool_choice")
+        return None
+    _check(body.tools)
+    if choice == "none":
+        return None
+    chosen = _chosen(body.tools, choice)
+    plain = [tool.model_dump(exclude_none=True) for tool in body.tools]
+    functions = [tool["function"] for tool in plain if tool["function"]["name"] in chosen]
+    is_named = isinstance(choice, NamedTool)
+    form = _format_of(parser, tokenizer)
+    most_calls = 1 if is_named or body.parallel_tool_calls is False else None
+    start = None
+    if is_named or choice == "required":
+        start = "start: calls"
+    elif schema is not None:
+        start = f"start: calls | answer\nanswer: %json {json.dumps(schema)}"
+    grammar = start and f"{start}\n{call_grammar(form, functions, tokenizer.token_id, most_calls)}"
+    names = frozenset(tool.function.name for tool in body.tools)
+    return ToolUse(form, names, plain, _form(grammar) if grammar else None, most_calls)
+
+
+def _chosen(tools: list[Tool], choice: object) -> list[str]:
+    """Names of the tools that may be called."""
+    names = [tool.function.name for tool in tools]
+    if not isinstance(choice, NamedTool):
+        return names
+    name = choice.function.name
+    if name not in names:
+        raise ApiError(
+            400, f"tool_choice names '{name}'; the tools are {', '.join(names)}", "tool_choice"
+        )
+    return [name]
+
+
+def _check(tools: list[Tool]) -> None:
+    names = [tool.function.name for tool in tools]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ApiError(400, f"tools has '{twice}' twice; give each a name of its own", "tools")
+    size = 0
+    for tool in tools:
+        if is_nested_deeper(tool.function.parameters, MAX_NESTING):
+            raise ApiError(
+                400,
+                f"the parameters of '{tool.function.name}' must be nested at most {MAX_NESTING} "
+                "deep; use $ref",
+                "tools",
+            )
+        size += len(json.dumps(tool.model_dump()).encode())
+    if size > MAX_TOOLS_BYTES:
+        raise ApiError(
+            400, f"tools must be at most {MAX_TOOLS_BYTES} bytes of JSON, got {size}", "tools"
+        )
+
+
+def _format_of(parser: str, tokenizer: Tokenizer) -> ToolFormat:
+    template = tokenizer.chat_template_text
+    if "tools" not in template:
+        raise ApiError(
+            400,
+            "this model's chat template knows no tools; leave them out, or set tool_choice to "
+            "'none'",
+            "tools",
+        )
+    found = find_format(parser, template)
+    if found is None:
+        raise ApiError(
+            400,
+            "the format of this model's tool calls is not known; the server's option "
+            f"--tool-call-parser takes {', '.join(FORMATS)}",
+            "tools",
+        )
+    return found
+
+
+def _form(grammar: str) -> StructuredOutputsParams:
+    try:
+        return StructuredOutputsParams(grammar=grammar)
+    except ValueError as error:
+        raise ApiError(400, f"tools with this tool_choice: {error}", "tools") from None
+
+
+def plain_message(message: Message) -> dict[str, Any]:
+    """As chat templates want it: content is text, arguments are objects."""
+    plain = message.model_dump(exclude_none=True) | {"content": message.content or ""}
+    for call in plain.get("tool_calls", ()):
+        call["function"]["arguments"] = _arguments(call["function"].get("arguments"))
+    return plain
+
+
+def _arguments(text: str | dict[str, Any] | None) -> Any:
+    if not isinstance(text, str):
+        return text or {}
+    try:
+        value = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        return text  # a model's own, perhaps broken off
+    return value

@@ -1,0 +1,329 @@
+"""Tools, reasoning and forms of answers, through the real `openai` client.
+
+The model is random noise, and still calls what it has to: the grammar leaves it no choice.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jsonschema
+import openai
+import pytest
+from openai import OpenAI
+from pydantic import BaseModel
+
+pytestmark = pytest.mark.real_model  # its tokenizer
+
+# As Hermes and Qwen have it, in short; a message's own keys show that they arrive.
+TEMPLATE = """{% if tools %}<|im_start|>system
+# Tools in <tool_call></tool_call>: {{ tools | tojson }}<|im_end|>
+{% endif %}{% for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}{% for call in message.tool_calls or [] %}<tool_call>
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>{% endfor %}<|im_end|>
+{% endfor %}{% if reasoning_effort %}effort {{ reasoning_effort }} {% endif %}
+{% if add_generation_prompt %}<|im_start|>assistant
+{% if thinks %}<think>
+{% endif %}{% endif %}{# </think> #}"""
+
+WEATHER = {
+    "type": "object",
+    "properties": {
+        "city": {"enum": ["Paris", "Rome"]},
+        "days": {"type": "integer", "minimum": 1, "maximum": 9},
+    },
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+CLOCK = {"type": "object", "properties": {"utc": {"type": "boolean"}}, "required": ["utc"]}
+CLOCK["additionalProperties"] = False
+SCHEMAS = {"get_weather": WEATHER, "clock": CLOCK}
+TOOLS: Any = [
+    {"type": "function", "function": {"name": name, "description": "It.", "parameters": schema}}
+    for name, schema in SCHEMAS.items()
+]
+MESSAGES: Any = [{"role": "user", "content": "What is the weather?"}]
+
+
+@pytest.fixture(scope="module")
+def server(
+    start_server: Callable[..., Any],
+    tiny_chat_model: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Any:
+    model = tmp_path_factory.mktemp("tools") / "model"
+    shutil.copytree(tiny_chat_model, model)
+    (model / "chat_template.jinja").write_text(TEMPLATE)
+    return start_server(model=model).wait_until_ready()
+
+
+@pytest.fixture(scope="module")
+def client(server: Any) -> OpenAI:
+    return OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+def chat(client: OpenAI, **fields: Any) -> Any:
+    fixed = {"model": "tiny", "messages": MESSAGES, "max_completion_tokens": 200, "seed": 3}
+    return client.chat.completions.create(**(fixed | fields))
+
+
+def check_calls(calls: Any) -> None:
+    assert calls
+    for call in calls:
+        assert call.id and call.type == "function"
+        jsonschema.validate(json.loads(call.function.arguments), SCHEMAS[call.function.name])
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_required_tools_are_called_as_their_schemas_say(temperature: int, client: OpenAI) -> None:
+    for seed in range(2):
+        answer = chat(
+            client,
+            tools=TOOLS,
+            tool_choice="required",
+            temperature=temperature,
+            seed=seed,
+            parallel_tool_calls=False,
+        )
+        (choice,) = answer.choices
+        assert choice.finish_reason == "tool_calls"
+        assert choice.message.content is None and len(choice.message.tool_calls) == 1
+        check_calls(choice.message.tool_calls)
+
+
+def test_a_named_tool_is_the_one_that_is_called(client: OpenAI) -> None:
+    for name in SCHEMAS:
+        chosen: Any = {"type": "function", "function": {"name": name}}
+        answer = chat(client, tools=TOOLS, tool_choice=chosen, n=3)
+        for choice in answer.choices:
+            (call,) = choice.message.tool_calls
+            assert call.function.name == name
+            check_calls([call])
+
+
+def test_several_calls_may_come_and_streams_add_up_to_them(client: OpenAI) -> None:
+    most = 0
+    fields: dict[str, Any] = {"tools": TOOLS, "tool_choice": "required", "temperature": 1}
+    for seed in range(3):
+        fields |= {"seed": seed, "max_completion_tokens": 80}
+        whole = chat(client, **fields).choices[0]
+        streamed: dict[int, dict[str, str]] = {}
+        reason, content = None, ""
+        for chunk in chat(client, stream=True, **fields):
+            (choice,) = chunk.choices
+            reason = choice.finish_reason or reason
+            content += choice.delta.content or ""
+            for call in choice.delta.tool_calls or ():
+                if call.index not in streamed:
+                    assert call.id and call.type == "function" and call.function.name
+                    streamed[call.index] = {"name": call.function.name, "arguments": ""}
+                else:
+                    assert call.id is None and call.function.name is None
+                streamed[call.index]["arguments"] += call.function.arguments or ""
+        assert reason == whole.finish_reason
+        calls = whole.message.tool_calls
+        assert [streamed[i] for i in range(len(streamed))] == [
+            {"name": c.function.name, "arguments": c.function.arguments} for c in calls
+        ]
+        assert content == (whole.message.content or "")  # of a call that was cut off at its name
+        if reason == "tool_calls":
+            check_calls(calls)
+            assert not content
+        most = max(most, len(calls))
+    assert most > 1
+
+
+def test_the_clients_own_stream_puts_calls_together(client: OpenAI) -> None:
+    strict = [{**one, "function": {**one["function"], "strict": True}} for one in TOOLS]
+    with client.chat.completions.stream(
+        model="tiny",
+        messages=MESSAGES,
+        tools=strict,
+        tool_choice="required",
+        parallel_tool_calls=False,
+        seed=1,
+    ) as stream:
+        kinds = {event.type for event in stream}
+        (choice,) = stream.get_final_completion().choices
+    assert "tool_calls.function.arguments.delta" in kinds
+    assert choice.finish_reason == "tool_calls"
+    check_calls(choice.message.tool_calls)
+
+
+def test_auto_leaves_the_model_its_words(client: OpenAI) -> None:
+    answer = chat(client, tools=TOOLS, max_completion_tokens=12)
+    (choice,) = answer.choices
+    assert choice.finish_reason == "length"
+    assert choice.message.content and choice.message.tool_calls is None
+    without = chat(client, max_completion_tokens=12)
+    assert answer.usage.prompt_tokens > without.usage.prompt_tokens + 50  # the tools
+    none = chat(client, tools=TOOLS, tool_choice="none", max_completion_tokens=12)
+    assert none.usage.prompt_tokens == without.usage.prompt_tokens
+    assert none.choices[0].message.content == without.choices[0].message.content
+
+
+def test_a_conversation_with_calls_and_results_goes_on(client: OpenAI, server: Any) -> None:
+    call = {"id": "call_1", "type": "function"}
+    call["function"] = {"name": "clock", "arguments": '{"utc": true}'}
+    messages = [
+        *MESSAGES,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "noon"},
+    ]
+    answer = chat(client, messages=messages, tools=TOOLS, max_completion_tokens=4)
+    assert answer.usage.completion_tokens == 4
+    status, ids = server.post("/tokenize", {"messages": messages})
+    assert status == 200
+    _, text = server.post("/detokenize", {"tokens": ids["tokens"]})
+    assert '{"name": "clock", "arguments": {"utc": true}}' in text["prompt"]  # an object again
+    assert "<|im_start|>tool\nnoon" in text["prompt"]
+
+
+def test_reasoning_effort_reaches_the_template(client: OpenAI) -> None:
+    plain = chat(client, max_completion_tokens=1).usage.prompt_tokens
+    assert chat(client, max_completion_tokens=1, reasoning_effort="low").usage.prompt_tokens > plain
+
+
+def test_reasoning_is_told_apart(client: OpenAI) -> None:
+    """The prompt ends with <think>, and noise never closes it."""
+    thinks = {"extra_body": {"chat_template_kwargs": {"thinks": True}}, "max_completion_tokens": 9}
+    message = chat(client, **thinks).choices[0].message
+    assert message.content == "" and message.reasoning
+    reasoning = ""
+    for chunk in chat(client, stream=True, **thinks):
+        assert not chunk.choices[0].delta.content
+        reasoning += getattr(chunk.choices[0].delta, "reasoning", None) or ""
+    assert reasoning == message.reasoning
+
+
+# -- forms of answers -----------------------------------------------------------------------------
+
+
+class Report(BaseModel):
+    kind: Literal["sun", "rain"]
+    certain: bool
+    degrees: list[Literal[1, 2, 3]]
+
+
+def test_parse_returns_the_callers_class(client: OpenAI) -> None:
+    for seed in range(2):
+        answer = client.chat.completions.parse(
+            model="tiny", messages=MESSAGES, response_format=Report, seed=seed, max_tokens=300
+        )
+        assert answer.choices[0].finish_reason == "stop"
+        assert isinstance(answer.choices[0].message.parsed, Report)
+
+
+def test_a_format_of_the_answer_leaves_calls_possible(client: OpenAI) -> None:
+    """With tools and a schema the answer is one or the other."""
+    seen = set()
+    schema = {"type": "json_schema", "json_schema": {"name": "r", "schema": CLOCK}}
+    for seed in range(8):
+        answer = chat(client, tools=TOOLS, response_format=schema, seed=seed, temperature=2)
+        message = answer.choices[0].message
+        seen.add(message.tool_calls is None)
+        if message.tool_calls is None:
+            jsonschema.validate(json.loads(message.content), CLOCK)
+        elif answer.choices[0].finish_reason == "tool_calls":
+            check_calls(message.tool_calls)
+    assert seen == {True, False}
+
+
+def test_other_servers_forms_work_for_chats_and_texts(client: OpenAI) -> None:
+    form = {"structured_outputs": {"choice": ["red", "green"]}}
+    assert chat(client, extra_body=form).choices[0].message.content in ("red", "green")
+    text = client.completions.create(model="tiny", prompt="x", extra_body=form, n=4)
+    assert {choice.text for choice in text.choices} <= {"red", "green"}
+    assert {choice.finish_reason for choice in text.choices} == {"stop"}
+    pattern = {"structured_outputs": {"regex": "[0-9]{3}-[0-9]{2}"}}
+    streamed = client.completions.create(
+        model="tiny", prompt=["x", "y"], extra_body=pattern, stream=True
+    )
+    texts = ["", ""]
+    for chunk in streamed:
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert all(len(text) == 6 and text[3] == "-" for text in texts)
+
+
+TAG = {"begin": "<f>", "schema": CLOCK, "end": "</f>"}
+DEEP: Any = {"type": "object"}
+for _ in range(70):
+    DEEP = {"type": "array", "items": DEEP}
+
+
+def tool(name: str = "f", **schema: Any) -> Any:
+    return {"type": "function", "function": {"name": name, "parameters": schema}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tool_choice": "required"}, "tool_choice needs tools"),
+        ({"tools": TOOLS, "tool_choice": tool("nope")}, "names 'nope'; the tools are get_weather"),
+        ({"tools": [tool("a b")]}, "tools.0.function.name"),
+        ({"tools": [tool()] * 2}, "tools has 'f' twice"),
+        ({"tools": [tool(f"f{i}") for i in range(129)]}, "at most 128 items"),
+        ({"tools": [tool(x="y" * 2**18)]}, "must be at most 262144 bytes of JSON"),
+        ({"tools": [tool(**DEEP)]}, "nested at most 64 deep"),
+        (
+            {"tools": [tool(uniqueItems=True)], "tool_choice": "required"},
+            "tools cannot be compiled: .*uniqueItems",
+        ),
+        ({"response_format": {"type": "nope"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "needs a json_schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": DEEP}}},
+            "nested at most 64 deep",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"if": {}}}}},
+            "response_format cannot be compiled: .*if",
+        ),
+        ({"response_format": {"type": "structural_tag", "format": {}}}, "'structures' and 'trigge"),
+        (
+            {
+                "response_format": {"type": "json_object"},
+                "extra_body": {"structured_outputs": {"regex": "a"}},
+            },
+            "not both",
+        ),
+        ({"extra_body": {"structured_outputs": {}}}, "exactly one of json, regex, .*got none"),
+        ({"extra_body": {"structured_outputs": {"regex": "(?=a)b"}}}, "look-around"),
+        ({"extra_body": {"structured_outputs": {"grammar": "start: x"}}}, 'unknown name: "x"'),
+        (
+            {"extra_body": {"structured_outputs": {"regex": "a"}, "min_tokens": 3}},
+            "min_tokens does not go with structured_outputs",
+        ),
+        ({"extra_body": {"chat_template_kwargs": {"tools": []}}}, "must not have .*tools"),
+    ],
+)
+def test_bad_fields_are_answered_with_their_name(
+    fields: dict[str, Any], message: str, client: OpenAI
+) -> None:
+    with pytest.raises(openai.BadRequestError, match=message) as refused:
+        chat(client, **fields)
+    assert refused.value.type == "invalid_request_error"
+    assert chat(client, max_completion_tokens=1).choices  # it goes on
+
+
+@pytest.mark.parametrize("depth", [70, 500, 100_000])
+def test_bodies_nested_without_end_are_refused(depth: int, server: Any) -> None:
+    """As raw JSON, which a client's library would not even write."""
+    deep = '{"items":' * depth + "{}" + "}" * depth
+    ask = '{"messages":[{"role":"user","content":"x"}],"max_tokens":1,'
+    function = f'{{"type":"function","function":{{"name":"f","parameters":{deep}}}}}'
+    for field in (
+        f'"tools":[{function}]',
+        f'"structured_outputs":{{"json":{deep}}}',
+        f'"structured_outputs":{{"json":{json.dumps(deep)}}}',
+        f'"response_format":{{"type":"json_schema","json_schema":{{"schema":{deep}}}}}',
+        f'"response_format":{{"type":"structural_tag","triggers":["<"],"structures":[{deep}]}}',
+    ):
+        status, answer = server.post("/v1/chat/completions", (ask + field + "}").encode())
+        assert status == 400, answer
+        assert answer["error"]["type"] == "invalid_request_error"

@@ -1,0 +1,231 @@
+"""Answers in parts: what comes of whole texts, and that any chunking gives the same."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compiledllm.server.answer_parser import AnswerParser
+from compiledllm.server.call_scanner import MAX_BUFFERED, MAX_NESTING
+from compiledllm.server.tool_formats import FORMATS, find_format
+
+NAMES = frozenset({"f", "get"})
+RUNS = settings(max_examples=400, deadline=None, derandomize=True)
+
+
+def parse(
+    pieces: list[str], form: str | None, most: int | None = None, reasoning: str = "off"
+) -> tuple[str, str, list[tuple[str, str]]]:
+    """Reasoning, content and calls (name, arguments) of a text in pieces."""
+    parser = AnswerParser(FORMATS[form] if form else None, NAMES, most, reasoning)
+    thought = content = ""
+    calls: dict[int, tuple[str, str]] = {}
+    for step in [*pieces, None]:
+        parts = parser.finish() if step is None else parser.feed(step)
+        thought += parts.reasoning
+        content += parts.content
+        for part in parts.calls:
+            assert (part.name is None) == (part.index in calls), "the name comes once, first"
+            name, arguments = calls.get(part.index, (part.name or "", ""))
+            calls[part.index] = name, arguments + part.arguments
+    assert list(calls) == list(range(len(calls)))
+    return thought, content, list(calls.values())
+
+
+def hermes(name: str, arguments: str) -> str:
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+
+
+F1 = ("f", '{"a": 1}')
+GET = ("get", "{}")
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "calls"),
+    [
+        (hermes(*F1), "", [F1]),
+        (f"Let me see.\n{hermes(*F1)}\n{hermes(*GET)}\n", "Let me see.", [F1, GET]),
+        (f"{hermes(*F1)} then text", " then text", [F1]),
+        ('<tool_call>{"arguments": {"a": 1}, "name": "f"}</tool_call>', "", [F1]),
+        ('<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>', "", [F1]),
+        ('<tool_call>{"name": "f", "parameters": {"a": 1}}</tool_call>', "", [F1]),
+        ('<tool_call>{"name": "get"}</tool_call>', "", [GET]),
+        ('<tool_call>{"id": [1, "}"], "name": "get", "arguments": null}</tool_call>', "", [GET]),
+        (
+            hermes("f", '{"a": "}\\"{", "b": [{"c": {}}]}'),
+            "",
+            [("f", '{"a": "}\\"{", "b": [{"c": {}}]}')],
+        ),
+        ('<tool_call>{"name": "f", "arguments": {"a": 1', "", [("f", '{"a": 1')]),  # cut off
+        ("text with a <tool_cal", "text with a <tool_cal", []),
+        ("plain  \n", "plain  \n", []),
+    ],
+)
+def test_hermes(text: str, content: str, calls: list[Any]) -> None:
+    assert parse([text], "hermes") == ("", content, calls)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        hermes("nope", "{}"),  # no such tool
+        "<tool_call></tool_call>",
+        "<tool_call>f()</tool_call>",
+        '<tool_call>{"name": "f", "arguments": 3}</tool_call>',
+        '<tool_call>{"name": ["f"], "arguments": {}}</tool_call>',
+        '<tool_call>{"arguments": {}}</tool_call>',
+        '<tool_call>{name: "f"}</tool_call>',
+        '<tool_call>{"name": "f", "argum',
+        '<tool_call>{"x": "' + "y" * MAX_BUFFERED + '", "name": "f"}</tool_call>',
+    ],
+)
+def test_what_is_no_call_stays_text_to_the_letter(text: str) -> None:
+    assert parse([text], "hermes") == ("", text, [])
+
+
+def test_arguments_nested_too_deep_break_off() -> None:
+    deep = "[" * MAX_NESTING
+    _, content, ((name, arguments),) = parse([hermes("f", f'{{"a": {deep}1')], "hermes")
+    assert name == "f" and arguments == '{"a": ' + deep[1:]
+    assert content.startswith("[1")
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "calls"),
+    [
+        ('{"name": "f", "parameters": {"a": 1}}', "", [F1]),
+        ('\n {"name": "f", "parameters": {"a": 1}}; {"name": "get"}', "", [F1, GET]),
+        ('<|python_tag|>{"name": "f", "parameters": {"a": 1}}', "", [F1]),
+        ('Well <|python_tag|>{"name": "get", "parameters": {}}', "Well", [GET]),
+        ('{"answer": 42} and so on', '{"answer": 42} and so on', []),
+        ('{"name": "nope", "parameters": {}}', '{"name": "nope", "parameters": {}}', []),
+        ('see {"name": "f", "parameters": {}}', 'see {"name": "f", "parameters": {}}', []),
+    ],
+)
+def test_llama3_json(text: str, content: str, calls: list[Any]) -> None:
+    assert parse([text], "llama3_json") == ("", content, calls)
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "calls"),
+    [
+        (
+            '[TOOL_CALLS] [{"name": "f", "arguments": {"a": 1}}, {"name": "get", "arguments": {}}]',
+            "",
+            [F1, GET],
+        ),
+        ('[TOOL_CALLS]f[ARGS]{"a": 1}[TOOL_CALLS]get{}', "", [F1, GET]),
+        ('[TOOL_CALLS]f[CALL_ID]ab12[ARGS]{"a": 1}', "", [F1]),
+        ('[TOOL_CALLS]nope{"a": 1}', '[TOOL_CALLS]nope{"a": 1}', []),
+        ("[TOOL_CALLS]" + "f" * 300, "[TOOL_CALLS]" + "f" * 300, []),
+        ("[1, 2] [TOOL", "[1, 2] [TOOL", []),
+    ],
+)
+def test_mistral(text: str, content: str, calls: list[Any]) -> None:
+    assert parse([text], "mistral") == ("", content, calls)
+
+
+@pytest.mark.parametrize(
+    ("text", "mode", "expected"),
+    [
+        ("<think>\nHm.\n</think>\n\nYes. ", "leading", ("Hm.", "Yes. ")),
+        (" <think>Hm", "leading", ("Hm", "")),
+        ("<thin", "leading", ("", "<thin")),
+        (" \n ", "leading", ("", " \n ")),
+        (" \n no", "leading", ("", " \n no")),
+        ("Yes <think>no</think>", "leading", ("", "Yes <think>no</think>")),
+        ("Hm. <b </think> Yes", "begun", ("Hm. <b", "Yes")),
+        ("<think>Hm</think>", "off", ("", "<think>Hm</think>")),
+    ],
+)
+def test_reasoning(text: str, mode: str, expected: tuple[str, str]) -> None:
+    assert parse([text], None, reasoning=mode)[:2] == expected
+
+
+def test_calls_follow_reasoning_and_only_so_many_are_told() -> None:
+    text = f"<think>{hermes(*F1)}</think>{hermes(*F1)}{hermes(*GET)}"
+    assert parse([text], "hermes", 1, "leading") == (hermes(*F1), "", [F1])
+
+
+def test_arguments_come_as_they_are_written() -> None:
+    """Not when the call is over: a long one is streamed."""
+    parser = AnswerParser(FORMATS["hermes"], NAMES)
+    parser.feed('<tool_call>{"name": "f", "arguments": {"text": "once')
+    (part,) = parser.feed(" upon a time").calls
+    assert part.arguments == " upon a time"
+
+
+PIECES = [
+    *("<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "<think>", "</think>"),
+    *('{"name": "f", "arguments": {', '"name"', '"arguments"', '"parameters"', '"f"', '"get"'),
+    *("{", "}", "[", "]", ":", ",", ";", '"', "\\", " ", "\n", "f", "get", "[ARGS]", "1", "null"),
+    *("<", "<tool", "tool_call>", "[TOOL", "é", "text", '{"a": "b"}', '"}}', "}}"),
+]
+
+
+@RUNS
+@given(
+    text=st.lists(st.sampled_from(PIECES), max_size=30).map("".join),
+    cuts=st.lists(st.integers(0, 400), max_size=12),
+    form=st.sampled_from([None, *FORMATS]),
+    mode=st.sampled_from(["off", "leading", "begun"]),
+    most=st.sampled_from([None, 1]),
+)
+def test_any_chunking_gives_the_same(
+    text: str, cuts: list[int], form: str | None, mode: str, most: int | None
+) -> None:
+    whole = parse([text], form, most, mode)
+    places = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
+    pieces = [text[a:b] for a, b in zip(places, places[1:], strict=False)]
+    assert parse(pieces, form, most, mode) == whole
+    assert parse(list(text), form, most, mode) == whole
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@RUNS
+@given(
+    arguments=st.lists(
+        st.dictionaries(st.text(max_size=6), VALUES, max_size=4), min_size=1, max_size=3
+    ),
+    before=st.sampled_from(["", "Well.", 'a {"b": 1}']),
+    is_ascii=st.booleans(),
+)
+def test_calls_with_any_json_come_out_as_they_went_in(
+    arguments: list[dict[str, Any]], before: str, is_ascii: bool
+) -> None:
+    texts = [json.dumps(value, ensure_ascii=is_ascii) for value in arguments]
+    objects = [f'{{"name": "f", "arguments": {text}}}' for text in texts]
+    calls = [("f", text) for text in texts]
+    blocks = "\n".join(f"<tool_call>\n{one}\n</tool_call>" for one in objects)
+    assert parse([before + blocks], "hermes") == ("", before, calls)
+    assert parse([f"{before}[TOOL_CALLS][{', '.join(objects)}]"], "mistral") == ("", before, calls)
+    assert parse(["; ".join(objects)], "llama3_json") == ("", "", calls)
+
+
+@pytest.mark.parametrize(
+    ("template", "name"),
+    [
+        ("... <tool_call>\n{json}</tool_call>", "hermes"),
+        ("<tool_call><function=f>", None),  # Qwen3-Coder's XML
+        ("<tool_call>f<arg_key>", None),  # GLM's
+        ("<|python_tag|>", "llama3_json"),
+        ("[AVAILABLE_TOOLS] [TOOL_CALLS]", "mistral"),
+        ("{{ messages }}", None),
+    ],
+)
+def test_formats_are_found_by_the_chat_template(template: str, name: str | None) -> None:
+    assert find_format("auto", template) is (FORMATS[name] if name else None)
+    assert find_format("none", template) is None
+    assert find_format("mistral", template) is FORMATS["mistral"]

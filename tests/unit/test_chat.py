@@ -1,0 +1,90 @@
+"""A chat's choices: where reasoning is looked for, and messages beside their deltas."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from compiledllm.server.chat import Choice, reasoning_mode
+from compiledllm.server.protocol import Message
+from compiledllm.server.tool_formats import FORMATS
+from compiledllm.server.tools import ToolUse, plain_message
+
+ANSWER = (
+    "<think>Hm.</think>So:"
+    '<tool_call>{"name": "f", "arguments": {"a": [1, 2]}}</tool_call>'
+    '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+)
+
+
+def use(name: str = "hermes", most_calls: int | None = None) -> ToolUse:
+    return ToolUse(FORMATS[name], frozenset({"f"}), [], None, most_calls)
+
+
+@pytest.mark.parametrize(
+    ("parser", "template", "prompt", "mode"),
+    [
+        ("auto", "no word of it", "<think>\n", "off"),
+        ("auto", "... </think>", "assistant\n", "leading"),
+        ("auto", "... </think>", "assistant\n<think>\n", "begun"),
+        ("auto", "... </think>", "assistant\n<think>\n\n</think>\n\n", "off"),
+        ("none", "... </think>", "assistant\n<think>\n", "off"),
+        ("qwen3", "", "assistant\n", "leading"),
+        ("deepseek_r1", "", "assistant\n", "begun"),
+        ("deepseek_r1", "", "assistant\n</think>\n", "off"),
+    ],
+)
+def test_reasoning_is_looked_for_where_it_may_be(
+    parser: str, template: str, prompt: str, mode: str
+) -> None:
+    assert reasoning_mode(parser, template, prompt) == mode
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 1000])
+def test_deltas_add_up_to_the_message(size: int) -> None:
+    message = Choice(use(), "leading").message(ANSWER)
+    choice, added = Choice(use(), "leading"), {"content": "", "reasoning": ""}
+    calls: dict[int, dict[str, str]] = {}
+    pieces = [ANSWER[i : i + size] for i in range(0, len(ANSWER), size)]
+    for i, piece in enumerate(pieces):
+        delta = choice.delta(piece, is_last=i == len(pieces) - 1)
+        for name in added:
+            added[name] += delta.get(name, "")
+        for call in delta.get("tool_calls", ()):
+            assert ("id" in call) == ("name" in call["function"]) == (call["index"] not in calls)
+            known = calls.setdefault(call["index"], {"arguments": ""})
+            known["arguments"] += call["function"]["arguments"]
+    assert choice.has_calls
+    assert added == {"content": message["content"], "reasoning": message["reasoning"]}
+    assert added == {"content": "So:", "reasoning": "Hm."}
+    assert [calls[i]["arguments"] for i in (0, 1)] == ['{"a": [1, 2]}', "{}"]
+    told = [call["function"] for call in message["tool_calls"]]
+    assert told == [{"name": "f", "arguments": calls[i]["arguments"]} for i in (0, 1)]
+
+
+def test_plain_answers_have_content_only() -> None:
+    message = Choice(None, "off").message("Hi. ")
+    assert message == {"role": "assistant", "content": "Hi. ", "refusal": None}
+    assert Choice(None, "off").delta("", is_last=False) == {}
+
+
+def test_ids_are_as_templates_want_them() -> None:
+    ids = {use().new_call_id() for _ in range(100)}
+    assert len(ids) == 100 and all(i.startswith("call_") and len(i) == 29 for i in ids)
+    assert all(len(use("mistral").new_call_id()) == 9 for _ in range(3))
+    assert use("mistral").new_call_id().isalnum()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "seen"),
+    [('{"a": 1}', {"a": 1}), ("", {}), (None, {}), ({"b": 2}, {"b": 2}), ('{"cut": ', '{"cut": ')],
+)
+def test_arguments_reach_templates_as_objects(arguments: Any, seen: Any) -> None:
+    call = {"id": "x", "function": {"name": "f", "arguments": arguments}}
+    message = Message.model_validate(
+        {"role": "assistant", "tool_calls": [json.loads(json.dumps(call))]}
+    )
+    plain = plain_message(message)
+    assert plain["content"] == "" and plain["tool_calls"][0]["function"]["arguments"] == seen
