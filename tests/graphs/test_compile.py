@@ -95,6 +95,17 @@ def test_every_engine_of_a_process_compiles(tiny_llama: Callable[..., Path]) -> 
     assert all(engine.core.runner.compiler.is_ready for engine in engines)
 
 
+def test_what_other_engines_compiled_changes_nothing(tiny_llama: Callable[..., Path]) -> None:
+    """The compiler remembers which sizes differed at a line of code, and makes those dynamic."""
+    for shape in ({"hidden_size": 96}, {"head_dim": 32}, {"num_key_value_heads": 1}, {}):
+        engine = Engine(
+            tiny_llama(**shape), device="cpu", skip_tokenizer_init=True, compile_when="start"
+        )
+        compiler = engine.core.runner.compiler
+        assert compiler.is_ready, compiler.error
+        assert compiler.num_compiles == 2
+
+
 @torch.inference_mode()
 def test_no_copy_of_the_cache_in_the_generated_code(engine: Engine) -> None:
     """Mutating ops are functionalised by the compiler; a clone of the cache must not survive."""
