@@ -34,8 +34,8 @@ def paged_attention(
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
     if sliding_window:
-        block_size = kv_cache.shape[2]
-        block_tables, lengths = _in_window(block_tables, lengths, starts, sliding_window, block_size)
+        sizes = sliding_window, kv_cache.shape[2]
+        block_tables, lengths = _in_window(block_tables, lengths, starts, *sizes)
     groups: dict[int, list[int]] = {}  # decode rows by length, within a factor of two
     for row, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
         if end - start == 1:

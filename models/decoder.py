@@ -98,14 +98,15 @@ class Decoder(nn.Module):
         input_ids: Tensor,  # int64 [tokens]
         positions: Tensor,  # int64 [tokens]
         kv_caches: list[Tensor],
-        attn: AttentionMetadata,
+        attn: list[AttentionMetadata],
     ) -> Tensor:
-        """Hidden states after the final norm, [tokens, hidden]."""
+        """Hidden states after the final norm, [tokens, hidden]. kv_caches, attn: of each layer."""
         x = self._embed(input_ids, positions)
         due = x.new_zeros(x.shape)
         tables = [rotary(positions, x.dtype) for rotary in self.rotary]
-        for layer, index, kv_cache in zip(self.layers, self._rotary_index, kv_caches, strict=True):
-            x, due = self.block_forward(layer, x, due, *tables[index], kv_cache, attn)
+        layers = zip(self.layers, self._rotary_index, kv_caches, attn, strict=True)
+        for layer, index, kv_cache, metadata in layers:
+            x, due = self.block_forward(layer, x, due, *tables[index], kv_cache, metadata)
         hidden: Tensor = self.final_norm(x + due)
         return hidden
 

@@ -122,7 +122,7 @@ class InputBatch:
 
     input_ids: Tensor  # int64 [tokens]
     positions: Tensor  # int64 [tokens]
-    attn: AttentionMetadata
+    attn: list[AttentionMetadata]  # of each group of layers
     rows: Tensor  # int64 [rows], request rows
     num_computed_tokens: Tensor  # int64 [rows], after this step
     logits_indices: Tensor  # int64 [samples], the tokens whose next token is drawn
@@ -142,10 +142,10 @@ class InputBatch:
         split = 3 * shape.num_tokens
         row_of_token, positions, known = packed[:split].view(3, -1)
         rows, lengths, ends, indices, sample_rows, sample_positions = packed[split:].view(6, -1)
-        blocks = table.block_tables[row_of_token, positions // block_size]
-        attn = AttentionMetadata(
-            slot_mapping=blocks.long() * block_size + positions % block_size,
-            block_tables=_with_empty_row(table.block_tables[rows]),
+        blocks = table.block_tables[:, row_of_token, positions // block_size]
+        attn = _by_group(
+            slot_mappings=blocks.long() * block_size + positions % block_size,
+            block_tables=_with_empty_row(table.block_tables[:, rows]),
             seq_lens=F.pad(lengths, (0, 1)).int(),
             query_start_loc=torch.cat((F.pad(ends, (1, 0)), ends[-1:])).int(),
         )
@@ -164,11 +164,12 @@ class InputBatch:
     def decode(cls, rows: Tensor, table: RequestTable, block_size: int) -> InputBatch:
         """A decode step of `rows` (int64 [rows]) from device state alone."""
         positions = table.num_computed_tokens[rows]
-        block_tables = _with_empty_row(table.block_tables[rows])
-        blocks = block_tables[:-1].gather(1, positions[:, None] // block_size).squeeze(1)
+        block_tables = _with_empty_row(table.block_tables[:, rows])
+        columns = (positions[:, None] // block_size).expand(len(block_tables), -1, -1)
+        blocks = block_tables[:, :-1].gather(2, columns).squeeze(2)
         starts = torch.arange(len(rows) + 1, dtype=torch.int32, device=rows.device)
-        attn = AttentionMetadata(
-            slot_mapping=blocks.long() * block_size + positions % block_size,
+        attn = _by_group(
+            slot_mappings=blocks.long() * block_size + positions % block_size,
             block_tables=block_tables,
             seq_lens=F.pad(positions + 1, (0, 1)).int(),
             query_start_loc=torch.cat((starts, starts[-1:])),
@@ -189,9 +190,9 @@ class InputBatch:
         """Padding only: `num_tokens` tokens that touch nothing but the null block."""
         zeros = torch.zeros(num_tokens, dtype=torch.int64, device=table.device)
         row = zeros[:1] + table.padding_row
-        attn = AttentionMetadata(
-            slot_mapping=zeros - 1,
-            block_tables=_with_empty_row(table.block_tables[row]),
+        attn = _by_group(
+            slot_mappings=zeros.expand(len(table.block_tables), -1) - 1,
+            block_tables=_with_empty_row(table.block_tables[:, row]),
             seq_lens=torch.tensor([1, 0], dtype=torch.int32, device=table.device),
             query_start_loc=torch.tensor([0, 1, 1], dtype=torch.int32, device=table.device),
         )
@@ -214,6 +215,22 @@ def _known_tokens(
         piece = table.token_ids[row][start : start + count]
         pieces.append(piece if len(piece) == count else np.append(piece, -1))
     return np.concatenate(pieces)
+
+
+def _by_group(
+    slot_mappings: Tensor,  # int64 [groups, tokens]
+    block_tables: Tensor,  # int32 [groups, rows, max_blocks]
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+) -> list[AttentionMetadata]:
+    """Each group's metadata. Its tensors begin at multiples of 16 bytes: others would be copied."""
+    num_groups, num_tokens = slot_mappings.shape
+    if num_groups > 1 and num_tokens % 2:
+        slot_mappings = F.pad(slot_mappings, (0, 1))[:, :-1]
+    return [
+        AttentionMetadata(slot_mappings[g], block_tables[g], seq_lens, query_start_loc)
+        for g in range(num_groups)
+    ]
 
 
 def _with_empty_row(block_tables: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from compiledllm.graphs.compile import BlockCompiler, variants_for
 from compiledllm.graphs.cuda_graphs import StepGraphs
 from compiledllm.kernels.paged_attention_flashinfer import Planner
 from compiledllm.kernels.sampling import draw_tokens
+from compiledllm.models.cache_groups import CacheGroups
 from compiledllm.models.decoder import Decoder
 from compiledllm.platform import single_row_products
 from compiledllm.runner.attention import pages_of
@@ -34,13 +35,15 @@ from compiledllm.types import SchedulerOutput, StepOutput
 class ModelRunner:
     """Owns the device: the model, its KV caches and the request rows.
 
-    max_tokens: most tokens of a step. max_blocks: width of the block tables, in blocks. planner:
-    told of each step before it runs.
+    groups: which layers share block tables. kv_caches: of each layer. max_tokens: most tokens of a
+    step. max_blocks: width of the block tables, in blocks. planner: told of each step before it
+    runs.
     """
 
     def __init__(
         self,
         model: Decoder,
+        groups: CacheGroups,
         kv_caches: list[Tensor],
         block_size: int,
         max_num_seqs: int,
@@ -49,12 +52,14 @@ class ModelRunner:
         planner: Planner | None = None,
     ) -> None:
         self.model = model
+        self._group_of_layer = [place.group for place in groups.places]
         self.planner = planner
         self.kv_caches = kv_caches
         self.block_size = block_size
         self.device = kv_caches[0].device
         vocab_size = model.spec.vocab_size
-        self.table = RequestTable(max_num_seqs, max_blocks, vocab_size, self.device)
+        num_groups = len(groups.windows)
+        self.table = RequestTable(max_num_seqs, max_blocks, vocab_size, self.device, num_groups)
         self.sampler = Sampler(self.table, vocab_size)
         self.outputs = OutputRing(MAX_IN_FLIGHT + 1, max_num_seqs, self.device)
         variants = variants_for(max(max_tokens, max_num_seqs), self.device.type == "cuda")
@@ -100,7 +105,7 @@ class ModelRunner:
         self.table.num_computed_tokens[batch.rows] = batch.num_computed_tokens
         self._plan(layout, layout.rows)
         with self._products_of(shape.num_tokens):
-            hidden = self.model(batch.input_ids, batch.positions, self.kv_caches, batch.attn)
+            hidden = self.forward(batch)
         prompt_logprobs = self._prompt_logprobs(layout, hidden)
         if len(rows) == 0:
             return self._send(layout, batch.sample_rows, None, prompt_logprobs)
@@ -110,6 +115,12 @@ class ModelRunner:
         extras = self._finish(drawn, logits, layout, self._last_tokens(layout))
         self.table.last_token_ids[batch.sample_rows] = drawn.clamp(min=0)
         return self._send(layout, drawn, extras, prompt_logprobs)
+
+    def forward(self, batch: InputBatch) -> Tensor:
+        """Hidden states of a step's tokens, [tokens, hidden]; stores their keys and values."""
+        attn = [batch.attn[group] for group in self._group_of_layer]
+        hidden: Tensor = self.model(batch.input_ids, batch.positions, self.kv_caches, attn)
+        return hidden
 
     def _last_tokens(self, layout: StepLayout) -> Tensor | None:
         """int64 [samples], before the step writes new ones; None if nobody will look."""
@@ -219,7 +230,7 @@ class ModelRunner:
             batch = InputBatch.decode(inputs, table, self.block_size)
         else:
             batch = InputBatch.unpack(inputs, shape, shape.num_rows, table, self.block_size)
-        hidden = self.model(batch.input_ids, batch.positions, self.kv_caches, batch.attn)
+        hidden = self.forward(batch)
         if not shape.is_decode:
             hidden = hidden[batch.logits_indices]
         drawn = draw_tokens(
@@ -246,7 +257,7 @@ class ModelRunner:
         """A step over padding, which touches the null block only, with so many draws."""
         batch = InputBatch.dummy(num_tokens, self.table)
         self._plan(StepLayout.empty(), np.array([self.table.padding_row]))
-        hidden = self.model(batch.input_ids, batch.positions, self.kv_caches, batch.attn)
+        hidden = self.forward(batch)
         logits = self.model.compute_logits(hidden[:1].repeat(num_samples, 1))
         index = torch.zeros(num_samples, dtype=torch.int64, device=self.device)
         draw_tokens(logits, index + self.table.padding_row, index, self.table.asked)

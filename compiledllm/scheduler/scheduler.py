@@ -15,7 +15,7 @@ count as tokens, and what a request did not need in the end is dropped by `updat
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from compiledllm.log import log
@@ -36,7 +36,7 @@ from compiledllm.types import (
 NO_TOKEN = "no token could be drawn: the logits are NaN or infinite, or every token is banned"
 
 
-_NO_BLOCKS: list[int] = []  # never changed
+_NO_BLOCKS: list[list[int]] = []  # never changed
 
 
 @dataclass(slots=True)
@@ -54,7 +54,8 @@ class Scheduler:
     """Continuous batching over a block pool.
 
     max_num_seqs: most requests in a step; max_num_batched_tokens: most tokens in a step;
-    mixed_prompt_tokens: most tokens of prompts in a step in which somebody decodes.
+    mixed_prompt_tokens: most tokens of prompts in a step in which somebody decodes; windows: of
+    each group of layers, see `KVManager`.
     """
 
     def __init__(
@@ -65,11 +66,11 @@ class Scheduler:
         max_num_batched_tokens: int,
         policy: str = "fcfs",
         mixed_prompt_tokens: int | None = None,
+        windows: Sequence[int] = (0,),
     ) -> None:
         self.mixed_prompt_tokens = mixed_prompt_tokens or max_num_batched_tokens
         self.block_pool = block_pool
-        self.block_size = block_size
-        self.kv = KVManager(block_pool, block_size)
+        self.kv = KVManager(block_pool, block_size, windows)
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.requests: dict[str, Request] = {}
@@ -172,13 +173,13 @@ class Scheduler:
         if (
             num_tokens - computed != 1
             or num_tokens >= request.most_tokens
-            or computed >= len(request.block_ids) * self.block_size
+            or computed >= request.blocks_last_until
             or (in_flight and request.needs_last_token)
         ):
             return False
         request.num_computed_tokens = num_tokens
         request.num_tokens_in_flight = in_flight + 1
-        if known // self.block_size > request.num_registered_blocks:
+        if known // self.kv.block_size > request.num_registered_blocks:
             self.kv.register_full_blocks(request)
         draft.lines.append(ScheduledRequest(request.request_id, computed, 1, _NO_BLOCKS, True))
         draft.requests.append(request)
@@ -193,7 +194,10 @@ class Scheduler:
             count = min(count, draft.prompt_budget)
         if count == 0:  # its last token is in flight or not known yet, or prompts are full
             return True
-        missing = self.kv.num_missing_blocks(request, request.num_computed_tokens + count)
+        self.kv.trim(request)
+        computed = request.num_computed_tokens
+        count = self.kv.most_at_once(computed, count)
+        missing = self.kv.num_missing_blocks(request.block_tables, computed + count)
         if missing > self.block_pool.num_free_blocks:
             return False
         if wanted > 1:
@@ -205,16 +209,16 @@ class Scheduler:
         """Start (or resume) a waiting request, reusing cached blocks; None if it must wait."""
         if len(self.running) >= self.max_num_seqs or request.num_tokens_in_flight:
             return None
-        cached = self.kv.lookup_prefix(request)
-        num_cached = len(cached) * self.block_size
+        kv, pool = self.kv, self.block_pool
+        prefix = kv.lookup_prefix(request)
+        num_cached = len(prefix[0]) * kv.block_size
         wanted = request.num_tokens - num_cached
-        count = min(wanted, draft.budget)
-        missing = self.kv.num_missing_blocks(request, num_cached + count) - len(cached)
-        pool = self.block_pool
-        if missing + pool.num_free_among(cached) > pool.num_free_blocks:
+        count = kv.most_at_once(num_cached, min(wanted, draft.budget))
+        missing = kv.num_missing_blocks(prefix, num_cached + count)
+        if missing + pool.num_free_among(kv.seen_blocks(prefix)) > pool.num_free_blocks:
             return None
         self.waiting.pop()
-        self.kv.share(request, cached)
+        kv.begin(request, prefix)
         request.num_computed_tokens = num_cached
         if request.num_cached_tokens < 0:
             request.num_cached_tokens = num_cached
@@ -223,7 +227,7 @@ class Scheduler:
         request.status = RequestStatus.RUNNING
         self.running.append(request)
         self._is_sorted = False
-        self._grant(request, draft, count, count == wanted, missing, cached)
+        self._grant(request, draft, count, count == wanted, missing, is_new=True)
         return NewRequest(
             request.request_id,
             list(request.token_ids),
@@ -241,16 +245,16 @@ class Scheduler:
         count: int,
         samples: bool,
         missing: int,
-        shared: list[int] | None = None,
+        is_new: bool = False,
     ) -> None:
         """Allocate what is missing for `count` more tokens; write the request's line of the step.
 
         Blocks that this step fills are registered now: within a step all KV of a layer is stored
         before any of it is read, so a later request of the same step may already share them.
         """
-        new_block_ids = shared or []
-        if missing:
-            new_block_ids = new_block_ids + self.kv.allocate(request, missing)
+        new_block_ids = self.kv.extend(request, count, missing)
+        if is_new:  # the device does not know the prefix either
+            new_block_ids = [list(table) for table in request.block_tables]
         num_computed = request.num_computed_tokens
         request.num_computed_tokens += count
         request.num_tokens_in_flight += samples

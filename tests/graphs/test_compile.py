@@ -39,7 +39,7 @@ def step_of(lengths: list[int], prefix: str) -> SchedulerOutput:
         name, count = f"{prefix}{index}", -(-length // 16)
         ids = [(7 * index + i) % 120 + 3 for i in range(length)]
         new.append(NewRequest(name, ids, length, PARAMS, frozenset(), 0))
-        lines.append(ScheduledRequest(name, 0, length, list(range(block, block + count)), True))
+        lines.append(ScheduledRequest(name, 0, length, [list(range(block, block + count))], True))
         block += count
     return SchedulerOutput(new, lines, [])
 
@@ -61,7 +61,7 @@ def test_compiled_equals_eager_at_every_shape(engine: Engine, lengths: list[int]
         runner.model.block_forward = forward
         for cache in runner.kv_caches:
             cache.zero_()
-        hidden[name] = runner.model(batch.input_ids, batch.positions, runner.kv_caches, batch.attn)
+        hidden[name] = runner.forward(batch)
     runner.model.block_forward = compiled_forward
     runner.reset()
     torch.testing.assert_close(hidden["compiled"], hidden["eager"], atol=1e-5, rtol=1e-5)
