@@ -1,8 +1,8 @@
 """What a step must move and compute at least, from a ModelSpec alone, and how long that takes.
 
 Weights are read once (the output head once, tied or not; embedding rows are not counted), the KV of
-every context once, and each parameter costs two operations a token. A time below the floor means
-the measurement is broken. Knows specs and ceilings, no engine.
+every context once, as far back as a layer sees, and each parameter costs two operations a token. A
+time below the floor means the measurement is broken. Knows specs and ceilings, no engine.
 """
 
 from __future__ import annotations
@@ -66,10 +66,10 @@ def decode_cost(spec: ModelSpec, batch: int, context: int, itemsize: int) -> Ste
     itemsize: bytes of a weight and of a KV element.
     """
     parameters = weights_read(spec)
-    attention = sum(4 * context * layer.attn.q_size for layer in spec.layers)
+    attention = sum(4 * layer.attn.num_seen(context) * layer.attn.q_size for layer in spec.layers)
     return StepCost(
         weight_bytes=parameters * itemsize,
-        kv_bytes=batch * context * spec.kv_bytes_per_token(itemsize),
+        kv_bytes=batch * spec.kv_bytes_seen(context, itemsize),
         flops=batch * (2 * parameters + attention),
     )
 
@@ -78,7 +78,10 @@ def prefill_cost(spec: ModelSpec, batch: int, length: int, itemsize: int) -> Ste
     """`batch` prompts of `length` tokens from nothing to their first token (causal attention)."""
     head = spec.vocab_size * spec.hidden_size
     body = weights_read(spec) - head
-    attention = sum(2 * length * length * layer.attn.q_size for layer in spec.layers)
+    attention = 0
+    for layer in spec.layers:
+        seen = layer.attn.num_seen(length)  # by the last token; before, one more by each
+        attention += (4 * seen * length - 2 * seen * seen) * layer.attn.q_size
     return StepCost(
         weight_bytes=(body + head) * itemsize,
         kv_bytes=batch * length * spec.kv_bytes_per_token(itemsize),
@@ -121,8 +124,10 @@ def offline_floor(
     flops = 0
     for input_len, output_len in lengths:
         flops += prefill_cost(spec, 1, input_len, itemsize).flops
-        context = sum(range(input_len + 1, input_len + output_len))
-        num_bytes += context * spec.kv_bytes_per_token(itemsize)
         flops += decode_cost(spec, output_len - 1, 0, itemsize).flops
-        flops += context * sum(4 * layer.attn.q_size for layer in spec.layers)
+        for layer, count in spec.distinct_layers.items():
+            contexts = range(input_len + 1, input_len + output_len)
+            seen = count * sum(map(layer.attn.num_seen, contexts))
+            num_bytes += seen * 2 * layer.attn.kv_size * itemsize
+            flops += seen * 4 * layer.attn.q_size
     return max(num_bytes / ceilings.bytes_per_s, flops / ceilings.flops_per_s)

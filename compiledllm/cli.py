@@ -207,18 +207,23 @@ def _info(arguments: argparse.Namespace) -> int:
         return 0
     for name, value in facts.items():
         shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
-        print(f"{name:26} {shown}")
+        print(f"{name:32} {shown}")
     return 0
 
 
 def _facts(path: Path, spec: ModelSpec, platform: Platform, dtype: Choice) -> dict[str, Any]:
     """What there is to know about a model on this machine, without loading its weights."""
+    from compiledllm.models.cache_groups import cache_groups
     from compiledllm.runner.kv_cache import CPU_MEMORY_SHARE
+    from compiledllm.scheduler.kv_manager import num_blocks_needed
 
     itemsize = 4 if dtype.value == "float32" else 2
     layer = spec.layers[0]
     weights = spec.num_parameters * itemsize
-    per_token = spec.kv_bytes_per_token(itemsize)
+    groups, block_size = cache_groups(spec, spec.max_position), CacheConfig().block_size
+    per_slot = groups.kv_bytes_per_token(spec, itemsize)
+    full_blocks = num_blocks_needed(groups.windows, block_size, spec.max_position)
+    per_token, full_context = per_slot * len(groups.windows), per_slot * block_size * full_blocks
     share = CacheConfig().gpu_memory_utilization if platform.is_cuda else CPU_MEMORY_SHARE
     room = max(int(platform.memory_bytes * share) - (weights if platform.is_cuda else 0), 0)
     return {
@@ -238,11 +243,14 @@ def _facts(path: Path, spec: ModelSpec, platform: Platform, dtype: Choice) -> di
         "checkpoint_dtype": spec.dtype,
         "dtype": str(dtype),
         "weight_bytes": weights,
+        "kv_groups": str(groups),
         "kv_bytes_per_token": per_token,
+        "kv_bytes_per_token_past_windows": per_slot * groups.windows.count(0),
+        "kv_bytes_of_a_full_context": full_context,
         "device": f"{platform.device} ({platform.name})",
         "memory_bytes": platform.memory_bytes,
         "kv_tokens_that_fit": room // per_token,
-        "full_contexts_that_fit": room // (per_token * spec.max_position),
+        "full_contexts_that_fit": room // full_context,
     }
 
 

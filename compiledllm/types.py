@@ -64,7 +64,9 @@ class Request:
     num_tokens_in_flight: int = 0
     num_tokens_to_drop: int = 0  # of those in flight: they follow from what was computed wrong
     is_second_try: bool = False  # its logits were NaN, or such, and it was started over
-    block_ids: list[int] = field(default_factory=list)
+    block_tables: list[list[int]] = field(default_factory=list)  # one per group of layers
+    first_blocks: list[int] = field(default_factory=list)  # of each table, what it still holds
+    blocks_last_until: int = 0  # num_computed_tokens from which it wants others
     block_hashes: list[bytes] = field(default_factory=list)
     num_registered_blocks: int = 0
     num_cached_tokens: int = -1  # prefix-cache hit at first admission; -1 until then
@@ -136,7 +138,7 @@ class ScheduledRequest(NamedTuple):  # a frozen dataclass takes three times as l
     request_id: str
     num_computed_tokens: int  # KV already in the cache
     num_scheduled_tokens: int  # work in this step
-    new_block_ids: list[int]  # to append to its block table
+    new_block_ids: list[list[int]]  # to append to its block tables; [] if there are none
     samples: bool  # the step reaches the request's last known token, so a next one is drawn
 
 

@@ -191,7 +191,10 @@ class BlockCompiler:
         try:
             for variant, layer, args in examples:
                 forward = torch.compile(
-                    _own_copy(self.eager), fullgraph=True, backend=self._counting_inductor
+                    _own_copy(self.eager),
+                    fullgraph=True,
+                    dynamic=False,  # but for what is marked: not what other engines differed in
+                    backend=self._counting_inductor,
                 )
                 _mark_token_and_row_counts_dynamic(args, variant)
                 forward(layer, *args)

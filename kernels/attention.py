@@ -44,7 +44,9 @@ class AttentionMetadata(NamedTuple):
     """What the attention ops need to know of a step: tensors only, all on the model's device.
 
     A row is one request's tokens, contiguous in the flat token dimension. Padding rows have no
-    tokens and `seq_lens` 0. Fewer tokens than rows mean that no row has more than one.
+    tokens and `seq_lens` 0. Fewer tokens than rows mean that no row has more than one. Entries of a
+    block table that lie left of a layer's window are stale, and no backend but FlashInfer, which is
+    never given such, reads them or what they point at.
     """
 
     slot_mapping: Tensor  # int64 [tokens]

@@ -33,6 +33,9 @@ def paged_attention(
     """See `attention.paged_attention`."""
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
+    if sliding_window:
+        sizes = sliding_window, kv_cache.shape[2]
+        block_tables, lengths = _in_window(block_tables, lengths, starts, *sizes)
     groups: dict[int, list[int]] = {}  # decode rows by length, within a factor of two
     for row, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
         if end - start == 1:
@@ -55,6 +58,22 @@ def paged_attention(
             return decoded
         out[tokens] = decoded
     return out
+
+
+def _in_window(
+    block_tables: Tensor, lengths: list[int], starts: list[int], window: int, block_size: int
+) -> tuple[Tensor, list[int]]:
+    """Tables and lengths without the leading blocks that none of a row's tokens sees."""
+    skipped = [
+        max(length - (end - start) - window + 1, 0) // block_size
+        for length, start, end in zip(lengths, starts, starts[1:], strict=False)
+    ]
+    if not any(skipped):
+        return block_tables, lengths
+    lengths = [length - n * block_size for length, n in zip(lengths, skipped, strict=True)]
+    columns = torch.arange(-(-max(lengths) // block_size), device=block_tables.device)
+    columns = torch.tensor(skipped, device=block_tables.device)[:, None] + columns
+    return block_tables.gather(1, columns.clamp(max=block_tables.shape[1] - 1)), lengths
 
 
 def _pick(tensor: Tensor, rows: list[int]) -> Tensor:

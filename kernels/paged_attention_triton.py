@@ -292,11 +292,13 @@ def _prefill_kernel(
         )  # fmt: skip
     for tile in range(diagonal, tl.cdiv(end, KEYS)):
         tokens = tile * KEYS + tl.arange(0, KEYS)
+        in_context = tokens < end
         seen = tokens[None, :] <= position
         if HAS_WINDOW:
+            in_context = in_context & (tokens >= first)
             seen = seen & (tokens[None, :] > position - window)
         best, total, acc = _attend_keys(
-            q, best, total, acc, kv_cache, table, tokens, tokens < end, seen, kv_head * HEAD_DIM,
+            q, best, total, acc, kv_cache, table, tokens, in_context, seen, kv_head * HEAD_DIM,
             scale, soft_cap, value_offset,
             TOKEN_STRIDE, BLOCK_SIZE, HEAD_DIM, HAS_SOFT_CAP, PADDED_DIM, ALL_SEEN=False,
         )  # fmt: skip

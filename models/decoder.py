@@ -28,8 +28,8 @@ BlockForward = Callable[..., tuple[Tensor, Tensor]]
 class Ends(NamedTuple):
     """The tokens of a step whose hidden states are wanted.
 
-    attn: with a row for each of them, over its whole context. Their keys and values are stored with
-    everybody's, so their slots are padding.
+    attn: of the last layer, with a row for each of them over its whole context. Their keys and
+    values are stored with everybody's, so their slots are padding.
     """
 
     indices: Tensor  # int64 [ends], into the step's tokens
@@ -126,10 +126,10 @@ class Decoder(nn.Module):
         input_ids: Tensor,  # int64 [tokens]
         positions: Tensor,  # int64 [tokens]
         kv_caches: list[Tensor],
-        attn: AttentionMetadata,
+        attn: list[AttentionMetadata],
         ends: Ends | None = None,
     ) -> Tensor:
-        """Hidden states after the final norm, [tokens, hidden].
+        """Hidden states after the final norm, [tokens, hidden]. kv_caches, attn: of each layer.
 
         With `ends` only theirs, [ends, hidden]: of the last block the other tokens need just keys
         and values, which saves most of its work.
@@ -137,16 +137,16 @@ class Decoder(nn.Module):
         x = self._embed(input_ids, positions)
         due = x.new_zeros(x.shape)
         tables = [rotary(positions, x.dtype) for rotary in self.rotary]
-        *body, last = zip(self.layers, self._rotary_index, kv_caches, strict=True)
-        for layer, index, kv_cache in body:
-            x, due = self.block_forward(layer, x, due, *tables[index], kv_cache, attn)
-        layer, index, kv_cache = last
+        *body, last = zip(self.layers, self._rotary_index, kv_caches, attn, strict=True)
+        for layer, index, kv_cache, metadata in body:
+            x, due = self.block_forward(layer, x, due, *tables[index], kv_cache, metadata)
+        layer, index, kv_cache, metadata = last
         cos, sin = tables[index]
         if ends is not None:
-            cast("DecoderBlock", layer).store(x, due, cos, sin, kv_cache, attn.slot_mapping)
+            cast("DecoderBlock", layer).store(x, due, cos, sin, kv_cache, metadata.slot_mapping)
             x, due, cos, sin = (part[ends.indices] for part in (x, due, cos, sin))
-            attn = ends.attn
-        x, due = self.block_forward(layer, x, due, cos, sin, kv_cache, attn)
+            metadata = ends.attn
+        x, due = self.block_forward(layer, x, due, cos, sin, kv_cache, metadata)
         hidden: Tensor = self.final_norm(x + due)
         return hidden
 

@@ -72,6 +72,10 @@ class AttentionSpec:
     def kv_size(self) -> int:
         return self.num_kv_heads * self.head_dim
 
+    def num_seen(self, num_tokens: int) -> int:
+        """How many positions the last of so many tokens sees, itself included."""
+        return min(num_tokens, self.sliding_window or num_tokens)
+
     def qk_norm_shape(self, num_heads: int) -> tuple[int, ...]:
         """Of the weight for so many heads."""
         shapes = {
@@ -204,9 +208,20 @@ class ModelSpec:
         )
         return embeddings + sum(layer.num_parameters for layer in self.layers) + ends
 
+    @property
+    def has_windows(self) -> bool:
+        return any(layer.attn.sliding_window for layer in self.layers)
+
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """KV-cache bytes a token takes over all layers, for elements of `itemsize` bytes."""
         return sum(2 * layer.attn.kv_size * itemsize for layer in self.layers)
+
+    def kv_bytes_seen(self, num_tokens: int, itemsize: int) -> int:
+        """By the last of `num_tokens` tokens, itself included: windows end where they end."""
+        return sum(
+            2 * layer.attn.kv_size * itemsize * layer.attn.num_seen(num_tokens)
+            for layer in self.layers
+        )
 
     @property
     def distinct_layers(self) -> Counter[LayerSpec]:

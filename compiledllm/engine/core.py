@@ -27,7 +27,7 @@ from compiledllm.models.spec import ModelSpec
 from compiledllm.models.weights import fill_with_random_weights, load_weights
 from compiledllm.outputs import FinishReason
 from compiledllm.platform import Platform, is_fatal
-from compiledllm.runner.attention import settle_backend
+from compiledllm.runner.attention import settle_backend, settle_groups
 from compiledllm.runner.kv_cache import allocate_kv_caches, block_bytes, plan_num_blocks
 from compiledllm.runner.memory import (
     check_gpu_is_free,
@@ -38,6 +38,7 @@ from compiledllm.runner.memory import (
 from compiledllm.runner.model_runner import ModelRunner
 from compiledllm.runner.pending import PendingOutput
 from compiledllm.scheduler.block_pool import BlockPool
+from compiledllm.scheduler.kv_manager import most_blocks_of_all, num_blocks_needed
 from compiledllm.scheduler.scheduler import Scheduler
 from compiledllm.types import Request, SchedulerOutput
 
@@ -148,7 +149,7 @@ class EngineCore:
 
     def served_model(self) -> ServedModel:
         """What whoever makes requests needs to know."""
-        slots = self.scheduler.block_pool.num_blocks * self.config.cache.block_size
+        slots = self.scheduler.kv.most_tokens
         return ServedModel(
             self.config, self.model_path, self.spec.vocab_size, self.spec.eos_token_ids, slots
         )
@@ -171,6 +172,8 @@ class EngineCore:
         if self._planner is not None:  # its buffers on the host hold one step's plan
             self.choices["async_scheduling"] = Choice(False, "flashinfer plans step by step")
             self.config = config.replace(async_scheduling=False)
+        planned = self._planner is not None
+        self.groups, self.choices["kv_groups"] = settle_groups(self.spec, max_len, planned)
 
     def _preferred_attention(self) -> Choice:
         if self.config.compile.deterministic:
@@ -204,22 +207,22 @@ class EngineCore:
         max_tokens = config.scheduler.max_num_batched_tokens
         assert max_len is not None and max_seqs is not None and max_tokens is not None
         block_size = config.cache.block_size
+        groups, sizes = self.groups, (block_size, max_seqs, max_tokens)
         num_blocks, self.choices["num_kv_blocks"] = plan_num_blocks(
             config.cache,
-            self.spec,
-            self.dtype,
+            block_bytes(self.spec, groups, block_size, self.dtype),
             self.platform,
             bytes_in_use=self._plan_memory(model, max_seqs, max_tokens),
-            most_useful_tokens=max_seqs * max_len,
+            most_useful=most_blocks_of_all(groups.windows, *sizes, max_len),
         )
-        kv_caches = allocate_kv_caches(self.spec, num_blocks, block_size, self.dtype, device)
         pool = BlockPool(num_blocks, config.cache.enable_prefix_caching)
-        max_blocks = min(-(-max_len // block_size), num_blocks)
-        sizes = block_size, max_seqs, max_tokens, max_blocks
-        runner = ModelRunner(model, kv_caches, *sizes, self._planner)
         policy = config.scheduler.scheduling_policy
         mixed = config.scheduler.mixed_prompt_tokens
-        return runner, Scheduler(pool, block_size, max_seqs, max_tokens, policy, mixed)
+        scheduler = Scheduler(pool, *sizes, policy, mixed, groups.windows)
+        caches = allocate_kv_caches(self.spec, groups, num_blocks, block_size, self.dtype, device)
+        max_blocks = -(-min(max_len, scheduler.kv.most_tokens) // block_size)
+        runner = ModelRunner(model, groups, caches, *sizes, max_blocks, self._planner)
+        return runner, scheduler
 
     def _plan_memory(self, model: Decoder, max_num_seqs: int, max_tokens: int) -> int:
         """CUDA: bytes of the engine's share that are not for the KV cache. 0 on a CPU."""
@@ -228,6 +231,7 @@ class EngineCore:
             return 0
         activations = measure_activations(
             model,
+            self.groups,
             config.cache.block_size,
             self.dtype,
             self.platform,
@@ -302,10 +306,7 @@ class EngineCore:
             )
 
     def _report(self) -> None:
-        spec, size = self.spec, self.config.cache.block_size
-        blocks = self.scheduler.block_pool.num_blocks
-        kv_mib = blocks * block_bytes(spec, size, self.dtype) / 2**20
-        distinct = len(spec.distinct_layers)
+        spec, distinct = self.spec, len(self.spec.distinct_layers)
         lines = {
             "model": f"{self.model_path} ({spec.architecture}, {len(spec.layers)} layers, "
             f"{spec.num_parameters / 1e6:.1f} M parameters)",
@@ -313,8 +314,8 @@ class EngineCore:
             "dtype": self.choices["dtype"],
             "attention": self.choices["attention_backend"],
             "memory": self.choices.get("memory"),
-            "KV cache": f"{blocks} blocks of {size} tokens = {blocks * size} tokens, "
-            f"{kv_mib:.0f} MiB ({self.choices['num_kv_blocks'].reason})",
+            "KV cache": self._describe_cache(),
+            "KV groups": self.choices["kv_groups"] if spec.has_windows else None,
             "context": self.choices["max_model_len"],
             "batch": f"at most {self.choices['max_num_seqs'].value} requests, "
             f"{self.choices['max_num_batched_tokens']} tokens a step",
@@ -326,6 +327,18 @@ class EngineCore:
         for name, value in lines.items():
             if value is not None:
                 log.info("%-10s %s", name, value)
+
+    def _describe_cache(self) -> str:
+        size, blocks = self.config.cache.block_size, self.scheduler.block_pool.num_blocks
+        mib = blocks * block_bytes(self.spec, self.groups, size, self.dtype) / 2**20
+        max_len, windows = self.config.model.max_model_len, self.groups.windows
+        assert max_len is not None
+        room = f"= {blocks * size} tokens"
+        if windows != (0,):
+            needed = num_blocks_needed(windows, size, max_len)
+            room = f"of a group of layers; {max_len} tokens of a request take {needed}"
+        reason = self.choices["num_kv_blocks"].reason
+        return f"{blocks} blocks of {size} tokens {room}, {mib:.0f} MiB ({reason})"
 
 
 def _ids_of(step: SchedulerOutput) -> list[str]:

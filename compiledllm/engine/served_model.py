@@ -10,7 +10,10 @@ from compiledllm.config import EngineConfig
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """config: resolved. eos_token_ids: of config.json. num_slots: tokens the KV cache holds."""
+    """config: resolved. eos_token_ids: of config.json.
+
+    num_slots: most tokens of a request that the KV cache has room for.
+    """
 
     config: EngineConfig
     model_path: Path

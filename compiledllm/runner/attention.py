@@ -1,7 +1,8 @@
 """Which attention a model really gets: the backend that was chosen, or what stands in for it.
 
 Triton and torch take every step as it comes. FlashInfer has to be told of each step beforehand, by
-the `Planner` made here; where it cannot be had, Triton takes over and one line says why.
+the `Planner` made here; where it cannot be had, Triton takes over and one line says why. And which
+layers have a block table in common: FlashInfer is told of a single one.
 """
 
 from __future__ import annotations
@@ -13,6 +14,12 @@ from torch import Tensor
 from compiledllm.config import Choice, ConfigError
 from compiledllm.kernels.paged_attention_flashinfer import HEAD_DIMS, AttentionKind, Planner
 from compiledllm.log import log
+from compiledllm.models.cache_groups import (
+    CacheGroups,
+    cache_groups,
+    has_one_kv_shape,
+    whole_contexts,
+)
 from compiledllm.models.deterministic import FIXED_ORDER_BACKEND
 from compiledllm.models.spec import ModelSpec
 from compiledllm.runner.device import to_device
@@ -55,6 +62,16 @@ def settle_backend(
     return choice, planner
 
 
+def settle_groups(spec: ModelSpec, max_len: int, is_planned: bool) -> tuple[CacheGroups, Choice]:
+    """Which layers share block tables, and why. is_planned: there is FlashInfer's planner."""
+    groups, reason = cache_groups(spec, max_len), "layers that see equally far share a block table"
+    if is_planned:
+        groups, reason = whole_contexts(spec), "flashinfer reads whole contexts"
+    elif not has_one_kv_shape(spec):
+        reason = "one block table, as the layers' KV differ in shape"
+    return groups, Choice(groups, reason)
+
+
 def attention_kinds(spec: ModelSpec) -> list[AttentionKind]:
     """What FlashInfer must know of each layer."""
     specs = [layer.attn for layer in spec.layers]
@@ -67,12 +84,15 @@ def attention_kinds(spec: ModelSpec) -> list[AttentionKind]:
 
 
 def pages_of(table: RequestTable, rows: np.ndarray, lengths: np.ndarray, block_size: int) -> Tensor:
-    """int32, on the device: the blocks of `rows` that hold `lengths` tokens, row after row."""
+    """int32, on the device: the blocks of `rows` that hold `lengths` tokens, row after row.
+
+    Of the only group of layers there is.
+    """
     counts = -(-lengths // block_size)
     starts = np.cumsum(counts) - counts
     columns = np.arange(counts.sum()) - np.repeat(starts, counts)
     index = to_device(np.array([np.repeat(rows, counts), columns]), table.device)
-    return table.block_tables[index[0], index[1]]
+    return table.block_tables[0, index[0], index[1]]
 
 
 def _check_flashinfer(spec: ModelSpec, dtype: torch.dtype) -> None:

@@ -123,7 +123,7 @@ class InputBatch:
 
     input_ids: Tensor  # int64 [tokens]
     positions: Tensor  # int64 [tokens]
-    attn: AttentionMetadata
+    attn: list[AttentionMetadata]  # of each group of layers
     rows: Tensor  # int64 [rows], request rows
     num_computed_tokens: Tensor  # int64 [rows], after this step
     logits_indices: Tensor  # int64 [samples], the tokens whose next token is drawn
@@ -143,10 +143,10 @@ class InputBatch:
         split = 3 * shape.num_tokens
         row_of_token, positions, known = packed[:split].view(3, -1)
         rows, lengths, ends, indices, sample_rows, sample_positions = packed[split:].view(6, -1)
-        blocks = table.block_tables[row_of_token, positions // block_size]
-        attn = AttentionMetadata(
-            slot_mapping=blocks.long() * block_size + positions % block_size,
-            block_tables=_with_empty_row(table.block_tables[rows]),
+        blocks = table.block_tables[:, row_of_token, positions // block_size]
+        attn = _by_group(
+            slot_mappings=blocks.long() * block_size + positions % block_size,
+            block_tables=_with_empty_row(table.block_tables[:, rows]),
             seq_lens=F.pad(lengths, (0, 1)).int(),
             query_start_loc=torch.cat((F.pad(ends, (1, 0)), ends[-1:])).int(),
         )
@@ -165,36 +165,47 @@ class InputBatch:
     def decode(cls, rows: Tensor, table: RequestTable, block_size: int) -> InputBatch:
         """A decode step of `rows` (int64 [rows]) from device state alone."""
         positions = table.num_computed_tokens[rows]
-        block_tables = _with_empty_row(table.block_tables[rows])
-        blocks = block_tables[:-1].gather(1, positions[:, None] // block_size).squeeze(1)
-        slots = blocks.long() * block_size + positions % block_size
-        attn = _one_token_a_row(slots, block_tables, positions + 1)
+        block_tables = _with_empty_row(table.block_tables[:, rows])
+        columns = (positions[:, None] // block_size).expand(len(block_tables), -1, -1)
+        blocks = block_tables[:, :-1].gather(2, columns).squeeze(2)
+        starts = _one_token_each(rows)
+        attn = _by_group(
+            slot_mappings=blocks.long() * block_size + positions % block_size,
+            block_tables=block_tables,
+            seq_lens=F.pad(positions + 1, (0, 1)).int(),
+            query_start_loc=starts,
+        )
         return cls(
             input_ids=table.last_token_ids[rows],
             positions=positions,
             attn=attn,
             rows=rows,
             num_computed_tokens=positions + 1,
-            logits_indices=attn.query_start_loc[: len(rows)].long(),
+            logits_indices=starts[: len(rows)].long(),
             sample_rows=rows,
             sample_positions=positions + 1,
         )
 
-    def ends(self, table: RequestTable) -> Ends:
-        """The tokens whose next token is drawn."""
-        block_tables = _with_empty_row(table.block_tables[self.sample_rows])
-        padding = torch.full_like(self.logits_indices, -1)
-        lengths = self.sample_positions.clamp(min=1)  # a row of padding would attend to nothing
-        return Ends(self.logits_indices, _one_token_a_row(padding, block_tables, lengths))
+    def ends(self, table: RequestTable, group: int) -> Ends:
+        """The tokens whose next token is drawn, for layers of a group."""
+        rows = self.sample_rows
+        attn = AttentionMetadata(
+            slot_mapping=torch.full_like(rows, -1),
+            block_tables=_with_empty_row(table.block_tables[group, rows]),
+            # A row of padding would attend to nothing.
+            seq_lens=F.pad(self.sample_positions.clamp(min=1), (0, 1)).int(),
+            query_start_loc=_one_token_each(rows),
+        )
+        return Ends(self.logits_indices, attn)
 
     @classmethod
     def dummy(cls, num_tokens: int, table: RequestTable) -> InputBatch:
         """Padding only: `num_tokens` tokens that touch nothing but the null block."""
         zeros = torch.zeros(num_tokens, dtype=torch.int64, device=table.device)
         row = zeros[:1] + table.padding_row
-        attn = AttentionMetadata(
-            slot_mapping=zeros - 1,
-            block_tables=_with_empty_row(table.block_tables[row]),
+        attn = _by_group(
+            slot_mappings=zeros.expand(len(table.block_tables), -1) - 1,
+            block_tables=_with_empty_row(table.block_tables[:, row]),
             seq_lens=torch.tensor([1, 0], dtype=torch.int32, device=table.device),
             query_start_loc=torch.tensor([0, 1, 1], dtype=torch.int32, device=table.device),
         )
@@ -219,15 +230,26 @@ def _known_tokens(
     return np.concatenate(pieces)
 
 
-def _one_token_a_row(slots: Tensor, block_tables: Tensor, lengths: Tensor) -> AttentionMetadata:
-    """slots, lengths: int64 [rows]. block_tables: with the empty row."""
-    starts = torch.arange(len(slots) + 1, dtype=torch.int32, device=slots.device)
-    return AttentionMetadata(
-        slot_mapping=slots,
-        block_tables=block_tables,
-        seq_lens=F.pad(lengths, (0, 1)).int(),
-        query_start_loc=torch.cat((starts, starts[-1:])),
-    )
+def _one_token_each(rows: Tensor) -> Tensor:
+    """The `query_start_loc` of rows with one token each, and the empty row."""
+    starts = torch.arange(len(rows) + 1, dtype=torch.int32, device=rows.device)
+    return torch.cat((starts, starts[-1:]))
+
+
+def _by_group(
+    slot_mappings: Tensor,  # int64 [groups, tokens]
+    block_tables: Tensor,  # int32 [groups, rows, max_blocks]
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+) -> list[AttentionMetadata]:
+    """Each group's metadata. Its tensors begin at multiples of 16 bytes: others would be copied."""
+    num_groups, num_tokens = slot_mappings.shape
+    if num_groups > 1 and num_tokens % 2:
+        slot_mappings = F.pad(slot_mappings, (0, 1))[:, :-1]
+    return [
+        AttentionMetadata(slot_mappings[g], block_tables[g], seq_lens, query_start_loc)
+        for g in range(num_groups)
+    ]
 
 
 def _with_empty_row(block_tables: Tensor) -> Tensor:

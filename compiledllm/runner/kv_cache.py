@@ -10,31 +10,30 @@ from torch import Tensor
 
 from compiledllm.config import CacheConfig, Choice, ConfigError
 from compiledllm.kernels.attention import kv_cache_shape
+from compiledllm.models.cache_groups import CacheGroups
 from compiledllm.models.spec import ModelSpec
 from compiledllm.platform import Platform
 
 CPU_MEMORY_SHARE = 0.25
 
 
-def block_bytes(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one KV block over all layers."""
-    return spec.kv_bytes_per_token(dtype.itemsize) * block_size
+def block_bytes(spec: ModelSpec, groups: CacheGroups, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one KV block over all layers of a group."""
+    return groups.kv_bytes_per_token(spec, dtype.itemsize) * block_size
 
 
 def plan_num_blocks(
     cache: CacheConfig,
-    spec: ModelSpec,
-    dtype: torch.dtype,
+    per_block: int,
     platform: Platform,
     bytes_in_use: int,
-    most_useful_tokens: int,
+    most_useful: int,
 ) -> tuple[int, Choice]:
     """Usable blocks (without the null block), and why that many.
 
-    bytes_in_use: on CUDA, what weights and activations take of the engine's share.
-    most_useful_tokens: tokens of all requests that can run at once; more blocks would idle.
+    per_block: bytes. bytes_in_use: on CUDA, what weights and activations take of the engine's
+    share. most_useful: blocks of all requests that can run at once; more would idle.
     """
-    per_block = block_bytes(spec, cache.block_size, dtype)
     if cache.num_kv_blocks is not None:
         room, reason = (cache.num_kv_blocks + 1) * per_block, "num_kv_blocks"
     elif cache.kv_cache_memory_bytes is not None:
@@ -46,7 +45,6 @@ def plan_num_blocks(
     else:
         room = int(platform.memory_bytes * CPU_MEMORY_SHARE)
         reason = f"{CPU_MEMORY_SHARE:.0%} of the available memory"
-        most_useful = -(-most_useful_tokens // cache.block_size)
         if most_useful * per_block < room:
             room, reason = (most_useful + 1) * per_block, "enough for max_num_seqs full contexts"
     num_blocks = room // per_block - 1
@@ -65,17 +63,25 @@ def plan_num_blocks(
 
 
 def allocate_kv_caches(
-    spec: ModelSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    spec: ModelSpec,
+    groups: CacheGroups,
+    num_blocks: int,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> list[Tensor]:
-    """One zeroed cache per layer, with the null block in front of the `num_blocks` usable ones.
+    """Each layer's zeroed cache, with the null block in front of the `num_blocks` usable ones.
 
-    Zeroed, because masked positions are multiplied by zero and garbage may be NaN.
+    Layers in one column of `groups` have the same tensor, and blocks of their own in it. Zeroed,
+    because masked positions are multiplied by zero and garbage may be NaN.
     """
-    shapes = [
-        kv_cache_shape(num_blocks + 1, block_size, layer.attn.num_kv_heads, layer.attn.head_dim)
-        for layer in spec.layers
-    ]
-    return [_zeros(shape, dtype, device) for shape in shapes]
+    caches: dict[int, Tensor] = {}
+    for layer, place in zip(spec.layers, groups.places, strict=True):
+        if place.column not in caches:
+            heads = layer.attn.num_kv_heads, layer.attn.head_dim
+            shape = kv_cache_shape(num_blocks + 1, block_size, *heads)
+            caches[place.column] = _zeros(shape, dtype, device)
+    return [caches[place.column] for place in groups.places]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

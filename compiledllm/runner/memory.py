@@ -8,6 +8,7 @@ import torch
 
 from compiledllm.config import ConfigError
 from compiledllm.kernels.paged_attention_flashinfer import Planner
+from compiledllm.models.cache_groups import CacheGroups
 from compiledllm.models.decoder import Decoder
 from compiledllm.platform import Platform
 from compiledllm.runner.kv_cache import allocate_kv_caches
@@ -67,6 +68,7 @@ def check_gpu_is_free(platform: Platform, share: float) -> None:
 @torch.inference_mode()
 def measure_activations(
     model: Decoder,
+    groups: CacheGroups,
     block_size: int,
     dtype: torch.dtype,
     platform: Platform,
@@ -79,9 +81,9 @@ def measure_activations(
     Counts this process's own allocations.
     """
     device = platform.device
-    kv_caches = allocate_kv_caches(model.spec, 1, block_size, dtype, device)
+    kv_caches = allocate_kv_caches(model.spec, groups, 1, block_size, dtype, device)
     sizes = block_size, max_num_seqs, max_num_batched_tokens
-    probe = ModelRunner(model, kv_caches, *sizes, max_blocks=1, planner=planner)
+    probe = ModelRunner(model, groups, kv_caches, *sizes, max_blocks=1, planner=planner)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

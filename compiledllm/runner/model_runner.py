@@ -14,7 +14,8 @@ from compiledllm.graphs.compile import BlockCompiler, variants_for
 from compiledllm.graphs.cuda_graphs import StepGraphs
 from compiledllm.kernels.paged_attention_flashinfer import Planner
 from compiledllm.kernels.sampling import draw_tokens
-from compiledllm.models.decoder import Decoder
+from compiledllm.models.cache_groups import CacheGroups
+from compiledllm.models.decoder import Decoder, Ends
 from compiledllm.platform import single_row_products
 from compiledllm.runner.attention import pages_of
 from compiledllm.runner.device import to_device
@@ -36,13 +37,15 @@ _LEAST_FOR_ENDS = 1024  # tokens of a step, below which the last block is as che
 class ModelRunner:
     """Owns the device: the model, its KV caches and the request rows.
 
-    max_tokens: most tokens of a step. max_blocks: width of the block tables, in blocks. planner:
-    told of each step before it runs.
+    groups: which layers share block tables. kv_caches: of each layer. max_tokens: most tokens of a
+    step. max_blocks: width of the block tables, in blocks. planner: told of each step before it
+    runs.
     """
 
     def __init__(
         self,
         model: Decoder,
+        groups: CacheGroups,
         kv_caches: list[Tensor],
         block_size: int,
         max_num_seqs: int,
@@ -51,13 +54,15 @@ class ModelRunner:
         planner: Planner | None = None,
     ) -> None:
         self.model = model
+        self._group_of_layer = [place.group for place in groups.places]
         self.planner = planner
         self._takes_ends = model.takes_ends and planner is None  # it plans whole steps
         self.kv_caches = kv_caches
         self.block_size = block_size
         self.device = kv_caches[0].device
         vocab_size = model.spec.vocab_size
-        self.table = RequestTable(max_num_seqs, max_blocks, vocab_size, self.device)
+        num_groups = len(groups.windows)
+        self.table = RequestTable(max_num_seqs, max_blocks, vocab_size, self.device, num_groups)
         self.sampler = Sampler(self.table, vocab_size)
         self.outputs = OutputRing(MAX_IN_FLIGHT + 1, max_num_seqs, self.device)
         variants = variants_for(max(max_tokens, max_num_seqs), self.device.type == "cuda")
@@ -105,7 +110,7 @@ class ModelRunner:
         self._plan(layout, layout.rows)
         wants_all = bool(self.table.wants_prompt_logprobs[layout.rows].any())
         with self._products_of(shape.num_tokens):
-            hidden = self._forward(batch, wants_all)
+            hidden = self.forward(batch) if wants_all else self._forward_samples(batch)
         prompt_logprobs = self._prompt_logprobs(layout, hidden) if wants_all else []
         if len(rows) == 0:
             return self._send(layout, batch.sample_rows[:0], None, prompt_logprobs)
@@ -118,16 +123,23 @@ class ModelRunner:
         self.table.last_token_ids[batch.sample_rows] = drawn.clamp(min=0)
         return self._send(layout, drawn, extras, prompt_logprobs)
 
-    def _forward(self, batch: InputBatch, wants_all: bool = False) -> Tensor:
-        """Hidden states of the tokens that are followed by a draw, [samples, hidden]; or of all."""
+    def forward(self, batch: InputBatch, ends: Ends | None = None) -> Tensor:
+        """Hidden states of a step's tokens, [tokens, hidden], or of its ends, [ends, hidden].
+
+        Stores the keys and values of all of them.
+        """
+        attn = [batch.attn[group] for group in self._group_of_layer]
+        last = () if ends is None else (ends,)
+        hidden: Tensor = self.model(batch.input_ids, batch.positions, self.kv_caches, attn, *last)
+        return hidden
+
+    def _forward_samples(self, batch: InputBatch) -> Tensor:
+        """Hidden states of the tokens that are followed by a draw, [samples, hidden]."""
         num_tokens, num_samples = len(batch.input_ids), len(batch.logits_indices)
-        is_large = num_tokens >= max(_LEAST_FOR_ENDS, 4 * num_samples)
-        ends = batch.ends(self.table) if is_large and self._takes_ends and not wants_all else None
-        inputs = batch.input_ids, batch.positions, self.kv_caches, batch.attn
-        hidden: Tensor = self.model(*inputs, ends)
-        if wants_all or ends is not None or num_tokens == num_samples:
-            return hidden
-        return hidden[batch.logits_indices]
+        if num_tokens >= max(_LEAST_FOR_ENDS, 4 * num_samples) and self._takes_ends:
+            return self.forward(batch, batch.ends(self.table, self._group_of_layer[-1]))
+        hidden = self.forward(batch)
+        return hidden if num_tokens == num_samples else hidden[batch.logits_indices]
 
     def _last_tokens(self, layout: StepLayout) -> Tensor | None:
         """int64 [samples], before the step writes new ones; None if nobody will look."""
@@ -238,7 +250,7 @@ class ModelRunner:
             batch = InputBatch.decode(inputs, table, self.block_size)
         else:
             batch = InputBatch.unpack(inputs, shape, shape.num_rows, table, self.block_size)
-        hidden = self._forward(batch)
+        hidden = self._forward_samples(batch)
         drawn = draw_tokens(
             self.model.compute_logits(hidden, self.logits[: len(hidden)]),
             batch.sample_rows,
@@ -263,7 +275,7 @@ class ModelRunner:
         """A step over padding, which touches the null block only, with so many draws."""
         batch = InputBatch.dummy(num_tokens, self.table)
         self._plan(StepLayout.empty(), np.array([self.table.padding_row]))
-        hidden = self.model(batch.input_ids, batch.positions, self.kv_caches, batch.attn)
+        hidden = self.forward(batch)
         logits = self.model.compute_logits(hidden[:1].repeat(num_samples, 1))
         index = torch.zeros(num_samples, dtype=torch.int64, device=self.device)
         draw_tokens(logits, index + self.table.padding_row, index, self.table.asked)

@@ -22,18 +22,27 @@ class RequestTable:
     """Rows of request state, at addresses that never change.
 
     On the device, one row more than `max_num_seqs` (the last is for padding): block_tables int32
-    [rows, max_blocks]; last_token_ids, num_computed_tokens int64 [rows]; `asked`, of the draws.
+    [groups, rows, max_blocks], groups of layers; last_token_ids, num_computed_tokens int64 [rows];
+    `asked`, of the draws.
     On the host: the tokens known at admission, what is to be told of tokens, and `rules`.
     """
 
     def __init__(
-        self, max_num_seqs: int, max_blocks: int, vocab_size: int, device: torch.device
+        self,
+        max_num_seqs: int,
+        max_blocks: int,
+        vocab_size: int,
+        device: torch.device,
+        num_groups: int = 1,
     ) -> None:
         self.device = device
         self.padding_row = max_num_seqs
         self._vocab_size = vocab_size
         num_rows = max_num_seqs + 1
-        self.block_tables = torch.zeros(num_rows, max_blocks, dtype=torch.int32, device=device)
+        if num_groups > 1:  # each group's tables begin at a multiple of 16 bytes
+            max_blocks += -max_blocks % 4
+        shape = num_groups, num_rows, max_blocks
+        self.block_tables = torch.zeros(shape, dtype=torch.int32, device=device)
         self.last_token_ids = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self.num_computed_tokens = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self.asked = SamplingRows.zeros(num_rows, device)
@@ -123,19 +132,22 @@ class RequestTable:
         return row
 
     def _append_blocks(self, step: SchedulerOutput) -> None:
-        rows: list[int] = []
+        rows: list[int] = []  # of all groups' tables, one below the other
         columns: list[int] = []
         block_ids: list[int] = []
+        num_rows = self.padding_row + 1
         for line in step.scheduled:
             if line.new_block_ids:
-                row, count = self._row_of[line.request_id], len(line.new_block_ids)
-                rows += [row] * count
-                columns += range(self._num_blocks[row], self._num_blocks[row] + count)
-                block_ids += line.new_block_ids
+                row, count = self._row_of[line.request_id], len(line.new_block_ids[0])
+                first = self._num_blocks[row]
+                for group, new in enumerate(line.new_block_ids):
+                    rows += [group * num_rows + row] * count
+                    columns += range(first, first + count)
+                    block_ids += new
                 self._num_blocks[row] += count
         if rows:
             packed = to_device(np.array([rows, columns, block_ids]), self.device)
-            self.block_tables[packed[0], packed[1]] = packed[2].int()
+            self.block_tables.flatten(0, 1)[packed[0], packed[1]] = packed[2].int()
 
 
 def num_best(asked: int | None, vocab_size: int) -> int:

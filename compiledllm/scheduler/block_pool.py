@@ -73,6 +73,10 @@ class BlockPool:
             found.append(block_id)
         return found
 
+    def is_known(self, block_hash: bytes) -> bool:
+        """Whether a block with this content can be found."""
+        return block_hash in self._block_of_hash
+
     def num_free_among(self, block_ids: Iterable[int]) -> int:
         """How many of these nobody holds (sharing one takes it off the free list)."""
         return sum(self._ref_counts[block_id] == 0 for block_id in block_ids)
@@ -100,11 +104,11 @@ class BlockPool:
             self._block_of_hash[block_hash] = block_id
             self._hash_of_block[block_id] = block_hash
 
-    def forget(self, block_ids: Sequence[int]) -> list[int]:
-        """Nobody finds these blocks any more. Returns those with a single holder."""
+    def forget(self, block_ids: Sequence[int], num_holders: int = 1) -> list[int]:
+        """Nobody finds these blocks any more. Returns those with so many holders."""
         for block_id in block_ids:
             self._forget(block_id)
-        return [block_id for block_id in block_ids if self._ref_counts[block_id] == 1]
+        return [block_id for block_id in block_ids if self._ref_counts[block_id] == num_holders]
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached content. Blocks in use stay valid for their holders."""

@@ -15,12 +15,13 @@ count as tokens, and what a request did not need in the end is dropped by `updat
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from compiledllm.log import log
 from compiledllm.outputs import FinishReason
-from compiledllm.scheduler.block_pool import BlockPool, hash_block
+from compiledllm.scheduler.block_pool import BlockPool
+from compiledllm.scheduler.kv_manager import KVManager
 from compiledllm.scheduler.policy import POLICIES, WaitingQueue
 from compiledllm.scheduler.repetition import goes_in_circles
 from compiledllm.types import (
@@ -35,7 +36,7 @@ from compiledllm.types import (
 NO_TOKEN = "no token could be drawn: the logits are NaN or infinite, or every token is banned"
 
 
-_NO_BLOCKS: list[int] = []  # never changed
+_NO_BLOCKS: list[list[int]] = []  # never changed
 
 
 @dataclass(slots=True)
@@ -53,7 +54,8 @@ class Scheduler:
     """Continuous batching over a block pool.
 
     max_num_seqs: most requests in a step; max_num_batched_tokens: most tokens in a step;
-    mixed_prompt_tokens: most tokens of prompts in a step in which somebody decodes.
+    mixed_prompt_tokens: most tokens of prompts in a step in which somebody decodes; windows: of
+    each group of layers, see `KVManager`.
     """
 
     def __init__(
@@ -64,10 +66,11 @@ class Scheduler:
         max_num_batched_tokens: int,
         policy: str = "fcfs",
         mixed_prompt_tokens: int | None = None,
+        windows: Sequence[int] = (0,),
     ) -> None:
         self.mixed_prompt_tokens = mixed_prompt_tokens or max_num_batched_tokens
         self.block_pool = block_pool
-        self.block_size = block_size
+        self.kv = KVManager(block_pool, block_size, windows)
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.requests: dict[str, Request] = {}
@@ -88,23 +91,9 @@ class Scheduler:
         """Queue a request. Raises ValueError if it could never fit, naming what would."""
         if request.request_id in self.requests:
             raise ValueError(f"request_id '{request.request_id}' is already in use")
-        self._check_fits(request)
+        self.kv.check_fits(request)
         self.requests[request.request_id] = request
         self.waiting.push(request)
-
-    def _check_fits(self, request: Request) -> None:
-        # The last sampled token's KV is never needed, hence the -1.
-        num_slots = request.num_prompt_tokens + request.max_tokens - 1
-        capacity = self.block_pool.num_blocks * self.block_size
-        if num_slots > capacity:
-            room = capacity - request.num_prompt_tokens + 1
-            way_out = f"max_tokens <= {room} would fit" if room > 0 else "shorten the prompt"
-            raise ValueError(
-                f"a prompt of {request.num_prompt_tokens} tokens with max_tokens="
-                f"{request.max_tokens} needs {-(-num_slots // self.block_size)} KV blocks of "
-                f"{self.block_size} tokens and the cache has {self.block_pool.num_blocks}; "
-                f"{way_out}, or give the cache more room (num_kv_blocks, kv_cache_memory_bytes)"
-            )
 
     def finish(
         self, request_id: str, reason: FinishReason, stop_reason: int | str | None = None
@@ -184,14 +173,14 @@ class Scheduler:
         if (
             num_tokens - computed != 1
             or num_tokens >= request.most_tokens
-            or computed >= len(request.block_ids) * self.block_size
+            or computed >= request.blocks_last_until
             or (in_flight and request.needs_last_token)
         ):
             return False
         request.num_computed_tokens = num_tokens
         request.num_tokens_in_flight = in_flight + 1
-        if known // self.block_size > request.num_registered_blocks:
-            self._register_full_blocks(request)
+        if known // self.kv.block_size > request.num_registered_blocks:
+            self.kv.register_full_blocks(request)
         draft.lines.append(ScheduledRequest(request.request_id, computed, 1, _NO_BLOCKS, True))
         draft.requests.append(request)
         draft.budget -= 1
@@ -205,7 +194,10 @@ class Scheduler:
             count = min(count, draft.prompt_budget)
         if count == 0:  # its last token is in flight or not known yet, or prompts are full
             return True
-        missing = self._num_missing_blocks(request, request.num_computed_tokens + count)
+        self.kv.trim(request)
+        computed = request.num_computed_tokens
+        count = self.kv.most_at_once(computed, count)
+        missing = self.kv.num_missing_blocks(request.block_tables, computed + count)
         if missing > self.block_pool.num_free_blocks:
             return False
         if wanted > 1:
@@ -217,18 +209,16 @@ class Scheduler:
         """Start (or resume) a waiting request, reusing cached blocks; None if it must wait."""
         if len(self.running) >= self.max_num_seqs or request.num_tokens_in_flight:
             return None
-        cached = self._lookup_prefix(request)
-        num_cached = len(cached) * self.block_size
+        kv, pool = self.kv, self.block_pool
+        prefix = kv.lookup_prefix(request)
+        num_cached = len(prefix[0]) * kv.block_size
         wanted = request.num_tokens - num_cached
-        count = min(wanted, draft.budget)
-        missing = self._num_missing_blocks(request, num_cached + count) - len(cached)
-        pool = self.block_pool
-        if missing + pool.num_free_among(cached) > pool.num_free_blocks:
+        count = kv.most_at_once(num_cached, min(wanted, draft.budget))
+        missing = kv.num_missing_blocks(prefix, num_cached + count)
+        if missing + pool.num_free_among(kv.seen_blocks(prefix)) > pool.num_free_blocks:
             return None
         self.waiting.pop()
-        pool.share(cached)
-        request.block_ids = list(cached)
-        request.num_registered_blocks = len(cached)
+        kv.begin(request, prefix)
         request.num_computed_tokens = num_cached
         if request.num_cached_tokens < 0:
             request.num_cached_tokens = num_cached
@@ -237,7 +227,7 @@ class Scheduler:
         request.status = RequestStatus.RUNNING
         self.running.append(request)
         self._is_sorted = False
-        self._grant(request, draft, count, count == wanted, missing, cached)
+        self._grant(request, draft, count, count == wanted, missing, is_new=True)
         return NewRequest(
             request.request_id,
             list(request.token_ids),
@@ -256,22 +246,20 @@ class Scheduler:
         count: int,
         samples: bool,
         missing: int,
-        shared: list[int] | None = None,
+        is_new: bool = False,
     ) -> None:
         """Allocate what is missing for `count` more tokens; write the request's line of the step.
 
         Blocks that this step fills are registered now: within a step all KV of a layer is stored
         before any of it is read, so a later request of the same step may already share them.
         """
-        new_block_ids = shared or []
-        if missing:
-            allocated = self.block_pool.allocate(missing)
-            request.block_ids += allocated
-            new_block_ids = new_block_ids + allocated
+        new_block_ids = self.kv.extend(request, count, missing)
+        if is_new:  # the device does not know the prefix either
+            new_block_ids = [list(table) for table in request.block_tables]
         num_computed = request.num_computed_tokens
         request.num_computed_tokens += count
         request.num_tokens_in_flight += samples
-        self._register_full_blocks(request)
+        self.kv.register_full_blocks(request)
         line = ScheduledRequest(request.request_id, num_computed, count, new_block_ids, samples)
         draft.lines.append(line)
         draft.requests.append(request)
@@ -318,7 +306,7 @@ class Scheduler:
             self._append(request, token_id)
             return True
         error = output.errors.get(request_id)
-        self._spoilt_block_ids += self.block_pool.forget(request.block_ids)
+        self._spoilt_block_ids += self.kv.spoil(request)
         if error is None and not request.is_second_try:
             self._try_again(request)
             return False
@@ -372,50 +360,9 @@ class Scheduler:
             self.finish(line.request_id, "error")
         self._freed_request_ids = []
 
-    # -- blocks --------------------------------------------------------------------------------
-
-    def _num_missing_blocks(self, request: Request, num_tokens: int) -> int:
-        missing = num_tokens - len(request.block_ids) * self.block_size
-        return -(-missing // self.block_size) if missing > 0 else 0
-
-    def _lookup_prefix(self, request: Request) -> list[int]:
-        """Cached blocks of the request's beginning; at least one token is left to compute."""
-        if request.is_second_try or not request.sampling_params.reads_prefix_cache:
-            return []
-        if not self.block_pool.enable_prefix_caching:
-            return self._blocks_of_sibling(request)
-        self._extend_hashes(request, request.num_tokens)
-        usable = (request.num_tokens - 1) // self.block_size
-        return self.block_pool.lookup(request.block_hashes[:usable])
-
-    def _blocks_of_sibling(self, request: Request) -> list[int]:
-        """Full blocks of the prompt that a request with the same prompt has got."""
-        sibling = request.sibling
-        if sibling is None or sibling.status is not RequestStatus.RUNNING:
-            return []
-        most = min(request.num_prompt_tokens - 1, sibling.num_computed_tokens)
-        return sibling.block_ids[: most // self.block_size]
-
-    def _extend_hashes(self, request: Request, num_tokens: int) -> None:
-        hashes, size = request.block_hashes, self.block_size
-        for start in range(len(hashes) * size, num_tokens // size * size, size):
-            parent = hashes[-1] if hashes else request.cache_salt.encode()
-            hashes.append(hash_block(parent, request.token_ids[start : start + size]))
-
-    def _register_full_blocks(self, request: Request) -> None:
-        """Tokens in flight are not known here, so their blocks are registered a step later."""
-        if not self.block_pool.enable_prefix_caching:
-            return
-        num_full = min(request.num_computed_tokens, len(request.token_ids)) // self.block_size
-        if num_full > request.num_registered_blocks:
-            self._extend_hashes(request, num_full * self.block_size)
-            for index in range(request.num_registered_blocks, num_full):
-                self.block_pool.register(request.block_ids[index], request.block_hashes[index])
-            request.num_registered_blocks = num_full
-
     def _preempt(self, request: Request) -> None:
         """Take a running request's blocks; it is computed again (often from the prefix cache)."""
-        self._release_blocks(request)
+        self.kv.release(request)
         request.num_computed_tokens = 0
         request.num_preemptions += 1
         request.status = RequestStatus.PREEMPTED
@@ -429,7 +376,7 @@ class Scheduler:
         was_running = request.status is RequestStatus.RUNNING
         if not was_running:
             self.waiting.remove(request)
-        self._release_blocks(request)
+        self.kv.release(request)
         request.status = RequestStatus.FINISHED
         request.finish_reason = reason
         request.stop_reason = stop_reason
@@ -438,21 +385,13 @@ class Scheduler:
         if was_running:
             self._freed_request_ids.append(request.request_id)
 
-    def _release_blocks(self, request: Request) -> None:
-        self.block_pool.free(request.block_ids)
-        request.block_ids = []
-        request.num_registered_blocks = 0
-
     def check_invariants(self) -> None:
         """Raise AssertionError if blocks, queues and requests contradict each other."""
         alive = list(self.requests.values())
-        self.block_pool.check_invariants(request.block_ids for request in alive)
+        self.kv.check_invariants(alive)
         running = {r.request_id for r in alive if r.status is RequestStatus.RUNNING}
         assert running == {r.request_id for r in self.running}, "running list and statuses differ"
         waiting = {r.request_id for r in alive if r.status is not RequestStatus.RUNNING}
         queued = {r.request_id for r in self.waiting} | {i for i in self._held if i in waiting}
         assert waiting == queued, "waiting queue and statuses differ"
         assert len(self.running) <= self.max_num_seqs, "more requests run than max_num_seqs"
-        for request in self.running:
-            held = len(request.block_ids) * self.block_size
-            assert held >= request.num_computed_tokens, f"{request.request_id} lacks KV blocks"

@@ -42,6 +42,24 @@ def test_info_prints_what_fits_without_weights(
     assert facts["kv_bytes_per_token"] == 3 * 2 * 2 * 16 * 4
     assert facts["weight_bytes"] == facts["parameters"] * 4
     assert facts["kv_tokens_that_fit"] > 0
+    assert facts["kv_bytes_of_a_full_context"] == facts["kv_bytes_per_token"] * facts["context"]
+    assert facts["kv_groups"] == "1 group of 3 layers"
+
+
+def test_info_counts_no_kv_that_a_window_gives_back(
+    tiny_model: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    window = {"head_dim": 16, "sliding_window": 20, "layer_types": kinds}
+    model = tiny_model("ministral", **window)
+    assert cli.main(["info", str(model), "--json", "--dtype", "float32"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    per_layer = 2 * 2 * 16 * 4
+    assert facts["kv_groups"] == "3 groups of 1 layer, 2 within 20 tokens"
+    assert facts["kv_bytes_per_token"] == 3 * per_layer
+    assert facts["kv_bytes_per_token_past_windows"] == per_layer
+    blocks = 512 // 16 + 2 * 3  # 20 tokens may lie in three blocks of 16
+    assert facts["kv_bytes_of_a_full_context"] == blocks * 16 * per_layer
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,23 @@ def test_every_step_is_planned_as_it_is(
     assert tokens(model, dtype="float16", async_scheduling=True, **limits) == expected
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-in computes on a CPU")
+def test_layers_with_windows_keep_whole_contexts(
+    tiny_model: Callable[..., Path], flashinfer: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = ["sliding_attention", "full_attention"]
+    window = {"head_dim": 64, "num_hidden_layers": 2, "sliding_window": 20, "layer_types": kinds}
+    model = tiny_model("ministral", **window)
+    expected = tokens(model, dtype="float16")
+    ask_for_flashinfer(monkeypatch)
+    assert tokens(model, dtype="float16", num_kv_blocks=8) == expected
+    engine = Engine(model, dtype="float16", skip_tokenizer_init=True, enforce_eager=True)
+    assert engine.core.scheduler.kv.windows == (0,)
+    assert str(engine.core.choices["kv_groups"]) == (
+        "1 group of 2 layers (flashinfer reads whole contexts)"
+    )
+
+
 def test_steps_are_not_launched_ahead_of_their_plan(
     tiny_llama: Callable[..., Path], flashinfer: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

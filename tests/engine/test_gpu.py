@@ -80,6 +80,24 @@ def test_the_last_block_for_the_ends_of_prompts_gives_the_eager_tokens(
     assert [tokens(engine, [prompt])[0] for prompt in prompts[:8]] == expected[:8]
 
 
+@pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 32}], ids=str)
+def test_layers_that_see_unequally_far_are_captured_too(
+    options: dict[str, object], tiny_model: Callable[..., Path], prompts: list[list[int]]
+) -> None:
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"]
+    window = {"head_dim": 64, "sliding_window": 33, "layer_types": kinds}
+    model = tiny_model("ministral", **window)
+    fixed = {"dtype": "float32", "skip_tokenizer_init": True, "kv_cache_memory_bytes": 2**28}
+    reference = Engine(model, attention_backend="torch", enforce_eager=True, **fixed)
+    expected = tokens(reference, prompts)
+    engine = Engine(model, **(fixed | options))
+    assert len(engine.core.groups.windows) == 3 and engine.core.runner.graphs is not None
+    assert tokens(engine, prompts) == expected
+    assert tokens(engine, prompts) == expected  # from the prefix cache
+    assert engine.core.runner.compiler.num_recompiles == 0
+    engine.core.scheduler.check_invariants()
+
+
 def test_sampled_and_greedy_requests_share_a_batch(
     tiny_llama: Callable[..., Path], prompts: list[list[int]], expected: list[list[int]]
 ) -> None:

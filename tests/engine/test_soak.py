@@ -90,17 +90,34 @@ def tokens_of(output: RequestOutput) -> list[list[int]]:
     return [completion.token_ids for completion in output.outputs]
 
 
-def make(tiny_llama: Callable[..., Path], **options: Any) -> Engine:
+def make(model: Path, **options: Any) -> Engine:
     """Few blocks, so that requests are preempted; a small budget, so that prompts are chunked."""
     small = {"num_kv_blocks": 40, "max_num_seqs": 9, "max_num_batched_tokens": 48}
     fixed = {"skip_tokenizer_init": True, "dtype": "float32", **small}
-    return Engine(tiny_llama(), **(fixed | options))
+    return Engine(model, **(fixed | options))
 
 
 @pytest.mark.parametrize("run_ahead", [False, True])
 def test_busy_engine_keeps_its_books(run_ahead: bool, tiny_llama: Callable[..., Path]) -> None:
-    engine = make(tiny_llama, device="cpu", enforce_eager=True, async_scheduling=run_ahead)
+    engine = make(tiny_llama(), device="cpu", enforce_eager=True, async_scheduling=run_ahead)
     traffic = Traffic(engine, seed=5)
+    traffic.run(num_requests=150, max_steps=20_000)
+    check_books(engine)
+    assert engine.core.scheduler.num_preemptions > 20
+    check_against_lone_runs(engine, traffic, sample=25)
+
+
+@pytest.mark.parametrize("run_ahead", [False, True])
+def test_so_does_one_whose_layers_see_unequally_far(
+    run_ahead: bool, tiny_model: Callable[..., Path]
+) -> None:
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    window = {"head_dim": 32, "sliding_window": 20, "layer_types": kinds}
+    model = tiny_model("gemma3_text", **window)
+    options = {"device": "cpu", "enforce_eager": True, "num_kv_blocks": 50}
+    engine = make(model, async_scheduling=run_ahead, **options)
+    assert len(engine.core.groups.windows) == 3
+    traffic = Traffic(engine, seed=6)
     traffic.run(num_requests=150, max_steps=20_000)
     check_books(engine)
     assert engine.core.scheduler.num_preemptions > 20
@@ -110,7 +127,7 @@ def test_busy_engine_keeps_its_books(run_ahead: bool, tiny_llama: Callable[..., 
 @pytest.mark.gpu
 @pytest.mark.timeout(400)
 def test_busy_gpu_engine_keeps_its_books_and_its_memory(tiny_llama: Callable[..., Path]) -> None:
-    engine = make(tiny_llama, num_kv_blocks=400, max_num_seqs=64, max_num_batched_tokens=512)
+    engine = make(tiny_llama(), num_kv_blocks=400, max_num_seqs=64, max_num_batched_tokens=512)
     traffic = Traffic(engine, seed=1)
     traffic.run(num_requests=300, max_steps=50_000)
     before = torch.cuda.memory_allocated()

@@ -39,7 +39,7 @@ def step_of(lengths: list[int], prefix: str) -> SchedulerOutput:
         name, count = f"{prefix}{index}", -(-length // 16)
         ids = [(7 * index + i) % 120 + 3 for i in range(length)]
         new.append(NewRequest(name, ids, length, PARAMS, frozenset(), 0))
-        lines.append(ScheduledRequest(name, 0, length, list(range(block, block + count)), True))
+        lines.append(ScheduledRequest(name, 0, length, [list(range(block, block + count))], True))
         block += count
     return SchedulerOutput(new, lines, [])
 
@@ -61,7 +61,7 @@ def test_compiled_equals_eager_at_every_shape(engine: Engine, lengths: list[int]
         runner.model.block_forward = forward
         for cache in runner.kv_caches:
             cache.zero_()
-        hidden[name] = runner.model(batch.input_ids, batch.positions, runner.kv_caches, batch.attn)
+        hidden[name] = runner.forward(batch)
     runner.model.block_forward = compiled_forward
     runner.reset()
     torch.testing.assert_close(hidden["compiled"], hidden["eager"], atol=1e-5, rtol=1e-5)
@@ -93,6 +93,17 @@ def test_every_engine_of_a_process_compiles(tiny_llama: Callable[..., Path]) -> 
         for _ in range(6)
     ]
     assert all(engine.core.runner.compiler.is_ready for engine in engines)
+
+
+def test_what_other_engines_compiled_changes_nothing(tiny_llama: Callable[..., Path]) -> None:
+    """The compiler remembers which sizes differed at a line of code, and makes those dynamic."""
+    for shape in ({"hidden_size": 96}, {"head_dim": 32}, {"num_key_value_heads": 1}, {}):
+        engine = Engine(
+            tiny_llama(**shape), device="cpu", skip_tokenizer_init=True, compile_when="start"
+        )
+        compiler = engine.core.runner.compiler
+        assert compiler.is_ready, compiler.error
+        assert compiler.num_compiles == 2
 
 
 @torch.inference_mode()

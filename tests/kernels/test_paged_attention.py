@@ -280,6 +280,22 @@ def test_nothing_of_unused_slots_and_blocks_leaks_in(rows: str, backend: str) ->
     assert torch.equal(run(case, step, backend), expected)
 
 
+@pytest.mark.parametrize("window", [1, 16, 33])
+def test_blocks_left_of_the_window_are_not_read(window: int, backend: str) -> None:
+    """They belong to others by then, and may hold NaN, which a weight of zero leaves NaN."""
+    case = Case([*mixed_rows(16), (1, 150), (20, 130)], sliding_window=window)
+    step = make_step(case, backend)
+    expected = run(case, step, backend)
+    (poison, *_) = set(range(1, step.kv_cache.shape[1])) - set(
+        step.attn.block_tables.view(-1).tolist()
+    )
+    step.kv_cache[:, poison] = float("nan")
+    for row, (length, context) in enumerate(case.rows):
+        step.attn.block_tables[row, : max(context - length - window + 1, 0) // 16] = poison
+    assert (step.attn.block_tables == poison).any()
+    assert torch.equal(run(case, step, backend), expected)
+
+
 def test_extra_columns_of_the_block_table_change_nothing(backend: str) -> None:
     for rows in ROWS.values():
         narrow = make_step(Case(rows(16), num_unused_columns=0), backend)

@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from compiledllm.config import ConfigError
 from compiledllm.kernels.attention import AttentionMetadata
+from compiledllm.models.cache_groups import whole_contexts
 from compiledllm.models.decoder import Decoder, Ends
 from compiledllm.models.registry import load_spec
 from compiledllm.models.weights import load_weights
@@ -182,9 +183,8 @@ def logits_in_chunks(model: Decoder, token_ids: list[int], chunks: list[int]) ->
     """Logits of every token, fed in chunks of these sizes through scattered KV blocks."""
     num_blocks = -(-len(token_ids) // BLOCK_SIZE)
     block_table = torch.randperm(num_blocks, dtype=torch.int32)[None] + 1
-    caches = allocate_kv_caches(
-        model.spec, num_blocks, BLOCK_SIZE, torch.float32, torch.device("cpu")
-    )
+    sizes = num_blocks, BLOCK_SIZE, torch.float32, torch.device("cpu")
+    caches = allocate_kv_caches(model.spec, whole_contexts(model.spec), *sizes)
     outputs, start = [], 0
     for size in chunks:
         positions = torch.arange(start, start + size)
@@ -196,7 +196,7 @@ def logits_in_chunks(model: Decoder, token_ids: list[int], chunks: list[int]) ->
             query_start_loc=torch.tensor([0, size], dtype=torch.int32),
         )
         ids = torch.tensor(token_ids[start : start + size])
-        outputs.append(model.compute_logits(model(ids, positions, caches, attn)))
+        outputs.append(model.compute_logits(model(ids, positions, caches, [attn] * len(caches))))
         start += size
     return torch.cat(outputs)
 
@@ -205,8 +205,8 @@ def logits_in_chunks(model: Decoder, token_ids: list[int], chunks: list[int]) ->
 def logits_of_ends(model: Decoder, token_ids: list[int], indices: list[int]) -> torch.Tensor:
     """Logits of some tokens of a prompt that is fed at once."""
     num_tokens, num_blocks = len(token_ids), -(-len(token_ids) // BLOCK_SIZE)
-    device = torch.device("cpu")
-    caches = allocate_kv_caches(model.spec, num_blocks, BLOCK_SIZE, torch.float32, device)
+    sizes = num_blocks, BLOCK_SIZE, torch.float32, torch.device("cpu")
+    caches = allocate_kv_caches(model.spec, whole_contexts(model.spec), *sizes)
     positions, block_table = torch.arange(num_tokens), torch.arange(1, num_blocks + 1).int()[None]
     attn = AttentionMetadata(
         slot_mapping=positions + BLOCK_SIZE,
@@ -221,7 +221,8 @@ def logits_of_ends(model: Decoder, token_ids: list[int], indices: list[int]) -> 
         seq_lens=(at + 1).int(),
         query_start_loc=torch.arange(len(indices) + 1).int(),
     )
-    hidden = model(torch.tensor(token_ids), positions, caches, attn, Ends(at, rows))
+    attn_of_layers = [attn] * len(caches)
+    hidden = model(torch.tensor(token_ids), positions, caches, attn_of_layers, Ends(at, rows))
     return model.compute_logits(hidden)
 
 

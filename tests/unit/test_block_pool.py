@@ -148,6 +148,19 @@ def test_lookup_ends_at_the_first_unknown_block() -> None:
     assert pool.lookup(hashes) == block_ids[:1]
 
 
+def test_a_block_is_known_until_it_is_forgotten_and_told_by_its_holders() -> None:
+    pool = BlockPool(4)
+    hashes = chain([1], [2], [3])
+    block_ids = hold_cached(pool, *hashes)
+    pool.share(block_ids[:1])
+    pool.free(block_ids[2:])
+    assert all(map(pool.is_known, hashes))
+    assert pool.forget(block_ids[:2]) == [block_ids[1]]
+    assert pool.forget(block_ids[2:], num_holders=0) == [block_ids[2]]
+    assert not any(map(pool.is_known, hashes))
+    pool.check_invariants([block_ids[:2], block_ids[:1]])
+
+
 def test_hash_depends_on_the_parent_and_on_every_token() -> None:
     same = hash_block(b"", [1, 2])
     assert hash_block(b"", [1, 2]) == same

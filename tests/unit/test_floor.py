@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from compiledllm.benchmarks.floor import (
@@ -98,6 +100,24 @@ def test_offline_floor_reads_weights_for_the_longest_output_only(name: str) -> N
     prompts = prefill_cost(spec, 1, 3, 2).flops + prefill_cost(spec, 1, 5, 2).flops
     floor = offline_floor(spec, SLOW_ARITHMETIC, [(3, 3), (5, 1)], itemsize=2)
     assert floor == prompts + 2 * 2 * parameters + 4 * (4 + 5) * width
+
+
+def test_layers_with_a_window_read_no_more_than_it() -> None:
+    """Two layers of one KV head of 4, one of which sees 10 tokens; counted token by token."""
+    spec = llama(8, 2, 1, 1, 4, 16, 50)
+    windowed = replace(spec.layers[0], attn=replace(spec.layers[0].attn, sliding_window=10))
+    spec = replace(spec, layers=(windowed, spec.layers[1]))
+    assert decode_cost(spec, 3, 8, 2).kv_bytes == 3 * (8 + 8) * 16
+    assert decode_cost(spec, 3, 70, 2).kv_bytes == 3 * (10 + 70) * 16
+    attention = decode_cost(spec, 1, 70, 2).flops - decode_cost(spec, 1, 0, 2).flops
+    assert attention == 4 * (10 + 70) * 4
+    prompt = (
+        prefill_cost(spec, 1, 70, 2).flops
+        - prefill_cost(llama(8, 2, 1, 1, 4, 16, 50), 1, 70, 2).flops
+    )
+    assert prompt == -2 * 60**2 * 4  # the triangle of keys that the windowed layer leaves out
+    floor = offline_floor(spec, SLOW_MEMORY, [(8, 4)], itemsize=2)
+    assert floor == 4 * 2 * weights_read(spec) + (9 + 10 + 10 + 9 + 10 + 11) * 16
 
 
 def test_published_floors_of_a_whole_grid_cell() -> None:

@@ -12,6 +12,7 @@ import sys
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -32,6 +33,7 @@ from compiledllm.types import (
 
 VOCAB_SIZE = 11
 ROOT_KEY = 0
+Slot = tuple[int, int]  # block id, offset
 
 
 def next_token(token_ids: list[int]) -> int:
@@ -59,17 +61,21 @@ def expected_output(request: Request) -> list[int]:
 class Row:
     token_ids: list[int]
     num_computed_tokens: int = -1  # unknown until first scheduled: the prefix hit says
-    block_ids: list[int] = field(default_factory=list)
+    block_tables: list[list[int]] = field(default_factory=list)  # of each group
 
 
 class FakeRunner:
-    """Rows and a KV cache. All of a step's writes come before its reads, as on the device."""
+    """Rows and a KV cache. All of a step's writes come before its reads, as on the device.
 
-    def __init__(self, block_size: int, max_num_seqs: int) -> None:
+    windows: of each group of layers; 0: all is seen.
+    """
+
+    def __init__(self, block_size: int, max_num_seqs: int, windows: tuple[int, ...] = (0,)) -> None:
         self.block_size = block_size
         self.max_num_seqs = max_num_seqs
+        self.windows = windows
         self.rows: dict[str, Row] = {}
-        self.kv: dict[tuple[int, int], int] = {}  # (block id, offset) -> key
+        self.kv: dict[Slot, tuple[int, int]] = {}  # the group it was written for, and the key
 
     def execute(self, step: SchedulerOutput) -> StepOutput:
         self.apply(step)
@@ -81,33 +87,40 @@ class FakeRunner:
             del self.rows[request_id]
         for request in step.new_requests:
             assert request.request_id not in self.rows, "a live row was filled a second time"
-            self.rows[request.request_id] = Row(list(request.token_ids))
+            tables: list[list[int]] = [[] for _ in self.windows]
+            self.rows[request.request_id] = Row(list(request.token_ids), block_tables=tables)
         assert len(self.rows) <= self.max_num_seqs, "more rows than the device has"
         for line in step.scheduled:
             row = self.rows[line.request_id]
-            row.block_ids += line.new_block_ids
+            if line.new_block_ids:
+                for table, block_ids in zip(row.block_tables, line.new_block_ids, strict=True):
+                    table += block_ids
             assert row.num_computed_tokens in (-1, line.num_computed_tokens)
             row.num_computed_tokens = line.num_computed_tokens + line.num_scheduled_tokens
 
     def write(self, lines: Iterable[ScheduledRequest]) -> None:
-        written: set[tuple[int, int]] = set()
+        written: set[Slot] = set()
         for line in lines:
             row, first = self.rows[line.request_id], line.num_computed_tokens
             keys = self.keys(row)
             for position in range(first, first + line.num_scheduled_tokens):
-                slot = self.slot(row, position)
-                assert slot[0] != NULL_BLOCK, "a token was sent to the null block"
-                assert slot not in written, "two tokens of a step share a slot"
-                written.add(slot)
-                self.kv[slot] = keys[position]
+                for group, table in enumerate(row.block_tables):
+                    slot = self.slot(table, position)
+                    assert slot[0] != NULL_BLOCK, "a token was sent to the null block"
+                    assert slot not in written, "two tokens of a step share a slot"
+                    written.add(slot)
+                    self.kv[slot] = group, keys[position]
 
     def read(self, step: SchedulerOutput) -> list[ScheduledRequest]:
         """Check every context; the lines that sample."""
         for line in step.scheduled:
             row = self.rows[line.request_id]
-            for position, key in enumerate(self.keys(row)[: row.num_computed_tokens]):
-                held = self.kv.get(self.slot(row, position))
-                assert held == key, f"{line.request_id}: wrong KV at position {position}"
+            keys = self.keys(row)
+            for group, window in enumerate(self.windows):
+                first = max(line.num_computed_tokens - window + 1, 0) if window else 0
+                for position in range(first, row.num_computed_tokens):
+                    held = self.kv.get(self.slot(row.block_tables[group], position))
+                    assert held == (group, keys[position]), (line.request_id, group, position)
             assert line.samples == (row.num_computed_tokens == len(row.token_ids))
         return [line for line in step.scheduled if line.samples]
 
@@ -116,8 +129,8 @@ class FakeRunner:
         row.token_ids.append(next_token(row.token_ids))
         return row.token_ids[-1]
 
-    def slot(self, row: Row, position: int) -> tuple[int, int]:
-        return row.block_ids[position // self.block_size], position % self.block_size
+    def slot(self, table: list[int], position: int) -> Slot:
+        return table[position // self.block_size], position % self.block_size
 
     def keys(self, row: Row) -> list[int]:
         keys = [ROOT_KEY]
@@ -141,10 +154,12 @@ class Bench:
         policy: str = "fcfs",
         enable_prefix_caching: bool = True,
         mixed: int | None = None,
+        windows: tuple[int, ...] = (0,),
     ) -> None:
         self.pool = BlockPool(num_blocks, enable_prefix_caching)
-        self.scheduler = Scheduler(self.pool, block_size, max_num_seqs, budget, policy, mixed)
-        self.runner = FakeRunner(block_size, max_num_seqs)
+        sizes = block_size, max_num_seqs, budget
+        self.scheduler = Scheduler(self.pool, *sizes, policy, mixed, windows)
+        self.runner = FakeRunner(block_size, max_num_seqs, windows)
         self.policy = policy
         self.requests: dict[str, Request] = {}
 
@@ -655,7 +670,7 @@ def test_the_second_time_it_ends_and_its_blocks_are_zeroed() -> None:
     first = bench.schedule()
     assert len(first.spoilt_block_ids) == 3
     bench.scheduler.update(first, bench.runner.execute(first))
-    held = list(request.block_ids)
+    (held,) = map(list, request.block_tables)
     fail_row(bench, "r0")
     assert (request.finish_reason, request.num_output_tokens) == ("error", 2)
     assert "NaN" in str(request.stop_reason) and bench.scheduler.num_failed_rows == 1
@@ -670,10 +685,10 @@ def test_blocks_of_others_are_not_zeroed() -> None:
     bench.add(tokens(9))
     sharer = bench.add([*tokens(8), 77])
     step = bench.step()
-    shared = step.scheduled[1].new_block_ids[:2]
+    shared = step.scheduled[1].new_block_ids[0][:2]
     fail_row(bench, "r0")
-    assert set(bench.scheduler._spoilt_block_ids).isdisjoint(sharer.block_ids)
-    assert sharer.block_ids[:2] == shared
+    assert set(bench.scheduler._spoilt_block_ids).isdisjoint(sharer.block_tables[0])
+    assert sharer.block_tables[0][:2] == shared
     bench.run()
 
 
@@ -727,8 +742,9 @@ def test_siblings_share_full_blocks_without_a_prefix_cache() -> None:
     bench.requests["s"] = second
     step = bench.step()
     assert counts(step) == {"r0": 11, "s": 3}
-    assert first.block_ids[:2] == second.block_ids[:2]
-    assert first.block_ids[2] != second.block_ids[2]
+    (ours,), (theirs,) = first.block_tables, second.block_tables
+    assert ours[:2] == theirs[:2]
+    assert ours[2] != theirs[2]
     bench.run()
 
 
@@ -877,6 +893,130 @@ def test_what_an_abandoned_step_may_have_written_is_not_shared() -> None:
     assert again.num_cached_tokens == 0
 
 
+# -- layers that see unequally far -------------------------------------------------------------
+
+
+def num_held(bench: Bench) -> int:
+    return bench.pool.num_blocks - bench.pool.num_free_blocks
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    window=st.integers(1, 20),
+    block_size=st.integers(1, 5),
+    budget=st.integers(1, 30),
+    prompt=st.integers(1, 90),
+)
+def test_a_windowed_request_holds_no_more_than_its_window_and_chunk(
+    window: int, block_size: int, budget: int, prompt: int
+) -> None:
+    bench = Bench(200, block_size, budget=budget, windows=(window,))
+    bench.add(tokens(prompt), max_tokens=60)
+    while bench.scheduler.has_unfinished():
+        step = bench.step()
+        chunk = step.num_scheduled_tokens
+        if bench.scheduler.has_unfinished() and chunk > 1:
+            assert num_held(bench) <= -(-(window - 1 + chunk) // block_size) + 1
+        elif bench.scheduler.has_unfinished():
+            assert num_held(bench) <= -(-(window - 1) // block_size) + 1
+    bench.check_all_finished()
+
+
+@pytest.mark.parametrize("enable_prefix_caching", [True, False])
+def test_a_request_of_any_length_fits_in_a_small_pool(enable_prefix_caching: bool) -> None:
+    bench = Bench(6, 4, windows=(8,), enable_prefix_caching=enable_prefix_caching)
+    bench.add(tokens(150), max_tokens=90)
+    steps = bench.run()
+    assert steps[0].num_scheduled_tokens == 24  # of a budget of 64: what the pool has room for
+    assert sum(step.num_scheduled_tokens for step in steps) == 239
+
+
+def test_a_small_pool_serves_many_long_windowed_requests() -> None:
+    bench = Bench(12, 4, windows=(8, 5))
+    for n in range(5):
+        bench.add(tokens(30, start=30 * n), max_tokens=40)
+    bench.run()
+
+
+def test_layers_that_see_all_limit_a_request_as_before() -> None:
+    bench = Bench(num_blocks=9, block_size=4, windows=(0, 5))
+    with pytest.raises(ValueError, match=r"needs 10 KV blocks.*has 9; max_tokens <= 24 would fit"):
+        bench.add(tokens(5), max_tokens=25)
+    bench.add(tokens(5), max_tokens=24)  # 7 blocks of all tokens, 2 of the window
+    bench.run()
+
+
+def test_blocks_out_of_the_window_stay_findable() -> None:
+    bench = Bench(block_size=4, windows=(0, 6))
+    first = bench.add(tokens(30), max_tokens=11)
+    bench.run()
+    early = bench.add([*tokens(13), 200], max_tokens=3)  # long since out of the window
+    late = bench.add([*first.token_ids, 200], max_tokens=3)
+    assert counts(bench.step()) == {early.request_id: 2, late.request_id: 2}
+    bench.run()
+    assert (early.num_cached_tokens, late.num_cached_tokens) == (12, 40)
+
+
+def test_a_prefix_needs_only_the_end_of_its_windowed_blocks() -> None:
+    bench = Bench(block_size=4, windows=(0, 6))
+    first = bench.add(tokens(24), max_tokens=1)
+    step = bench.schedule()
+    full, windowed = (list(table) for table in first.block_tables)
+    bench.scheduler.update(step, bench.runner.execute(step))
+    bench.pool.forget(windowed[:2])
+    second = bench.add([*tokens(23), 99], max_tokens=1)
+    (line,) = bench.step().scheduled
+    assert line.new_block_ids[0][:5] == full[:5]
+    assert line.new_block_ids[1][:5] == [NULL_BLOCK] * 3 + windowed[3:5]
+    assert second.num_cached_tokens == 20
+    bench.pool.forget(windowed[3:4])
+    third = bench.add([*tokens(23), 98], max_tokens=1)
+    bench.step()
+    assert third.num_cached_tokens == 0  # 12 would need blocks 1 and 2 of the window
+
+
+def test_what_a_long_chunk_leaves_behind_is_free_with_the_next_token() -> None:
+    bench = Bench(block_size=4, windows=(5,))
+    bench.add(tokens(50), max_tokens=9)
+    bench.step()
+    assert num_held(bench) == 13
+    bench.step()
+    assert num_held(bench) == 2
+    bench.run()
+
+
+def test_siblings_share_what_is_still_seen_without_a_prefix_cache() -> None:
+    bench = Bench(enable_prefix_caching=False, windows=(0, 6))
+    first = bench.add(tokens(19), max_tokens=30)
+    second = Request("s", tokens(19), SamplingParams(), 4, sibling=first, arrival_time=9.0)
+    bench.scheduler.add(second)
+    bench.requests["s"] = second
+    assert counts(bench.step()) == {"r0": 19, "s": 3}
+    full, windowed = second.block_tables
+    assert full[:4] == first.block_tables[0][:4]
+    assert windowed[:4] == [NULL_BLOCK] * 2 + first.block_tables[1][2:4]
+    for _ in range(8):
+        bench.step()
+    late = Request("t", tokens(19), SamplingParams(), 4, sibling=first, arrival_time=9.0)
+    bench.scheduler.add(late)
+    bench.requests["t"] = late
+    assert counts(bench.step())["t"] == 19  # the first one has given its blocks away
+    bench.run()
+
+
+def test_blocks_that_a_failed_row_gave_back_are_zeroed_and_forgotten() -> None:
+    bench = Bench(block_size=4, budget=12, windows=(6,))
+    bench.add(tokens(40), max_tokens=9)
+    for _ in range(4):
+        bench.step()
+    request = bench.requests["r0"]
+    (table,), (first,) = request.block_tables, request.first_blocks
+    assert first == 7 and bench.pool.num_cached_blocks == 10
+    fail_row(bench, "r0")
+    assert bench.pool.num_cached_blocks == 0
+    assert set(table) <= set(bench.schedule().spoilt_block_ids)
+
+
 # -- any mix ------------------------------------------------------------------------------------
 
 
@@ -915,15 +1055,25 @@ arrivals = st.builds(
 ).filter(lambda arrival: arrival.prefix_length + arrival.own_length > 0)
 
 
+def most_held(bench: Bench, num_tokens: int) -> int:
+    """Blocks that the tokens which are seen from one position lie in, of all groups, at most."""
+    size = bench.runner.block_size
+
+    def held(position: int, window: int) -> int:
+        first = max(position - window + 1, 0) if window else 0
+        return len({p // size for p in range(first, position + 1)})
+
+    return max(sum(held(p, w) for w in bench.runner.windows) for p in range(num_tokens))
+
+
 class Scenario:
     """Random arrivals and aborts on one bench, step by step."""
 
     def __init__(self, bench: Bench, arrivals: list[Arrival]) -> None:
         self.bench = bench
         self.arrivals = arrivals
-        self.capacity = bench.pool.num_blocks * bench.scheduler.block_size
         self.fits = [
-            len(a.prompt(index)) + a.max_tokens - 1 <= self.capacity
+            most_held(bench, len(a.prompt(index)) + a.max_tokens - 1) <= bench.pool.num_blocks
             for index, a in enumerate(arrivals)
         ]
 
@@ -1006,6 +1156,14 @@ scheduler_options = st.fixed_dictionaries(
         "enable_prefix_caching": st.sampled_from([True, True, False]),
     }
 )
+windows = st.lists(st.sampled_from([0, 1, 2, 3, 5, 9]), min_size=1, max_size=3).map(tuple)
+hybrid_options = st.builds(
+    lambda options, windows: (
+        options | {"windows": windows, "num_blocks": len(windows) * options["num_blocks"]}
+    ),
+    scheduler_options,
+    windows,
+)
 
 
 @settings(max_examples=800, deadline=None, derandomize=True)
@@ -1016,9 +1174,18 @@ def test_any_mix_of_requests_finishes_with_its_own_tokens(
     Scenario(Bench(**options), arrivals).run(run_ahead=run_ahead)  # type: ignore[arg-type]
 
 
+@settings(max_examples=800, deadline=None, derandomize=True)
+@given(hybrid_options, st.lists(arrivals, min_size=3, max_size=9), st.booleans())
+def test_any_mix_finishes_where_layers_see_unequally_far(
+    options: dict[str, Any], arrivals: list[Arrival], run_ahead: bool
+) -> None:
+    """The fake device would see a block that was freed and that a later token sees."""
+    Scenario(Bench(**options), arrivals).run(run_ahead=run_ahead)
+
+
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(
-    scheduler_options,
+    scheduler_options | hybrid_options,
     st.lists(arrivals, min_size=3, max_size=7),
     st.frozensets(st.integers(0, 20), min_size=1, max_size=4),
     st.booleans(),

@@ -45,14 +45,14 @@ def test_requests_are_equal_only_to_themselves() -> None:
 
 def test_requests_share_no_list() -> None:
     first, second = make_request(), make_request()
-    first.block_ids.append(1)
+    first.block_tables.append([1])
     first.block_hashes.append(b"")
-    assert second.block_ids == []
+    assert second.block_tables == []
     assert second.block_hashes == []
 
 
 def test_messages_of_a_step_cannot_be_changed() -> None:
-    line = ScheduledRequest("r", 0, 3, [1], True)
+    line = ScheduledRequest("r", 0, 3, [[1]], True)
     new = NewRequest("r", [1], 1, SamplingParams(), frozenset(), 0)
     step = SchedulerOutput([new], [line], [])
     for message, name in ((line, "samples"), (new, "seed"), (step, "scheduled")):

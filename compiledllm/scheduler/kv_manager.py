@@ -1,0 +1,274 @@
+"""Which blocks hold each request's KV: allocated, shared by prefix, registered, given back.
+
+Layers come in groups, each with a block table of its own for every request, all over one pool. The
+layers of a group see equally far. Blocks that no later token sees are given back; their entries
+stay in the table, left of `Request.first_blocks`, and mean nothing any more.
+
+    window 6, blocks of 4, next token 13:   table [7, 3, 9, 5]
+                                                      ^ first block: 13 sees 8 to 13
+
+The scheduler asks by request and token counts; the pool knows blocks only, and here nothing is
+known of layers but their groups' windows.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+
+from compiledllm.scheduler.block_pool import NULL_BLOCK, BlockPool, hash_block
+from compiledllm.types import Request, RequestStatus
+
+ANY_NUMBER = 2**40  # of tokens: more than any context has
+
+Tables = list[list[int]]  # block ids of each group
+
+
+def first_seen_block(window: int, position: int, block_size: int) -> int:
+    """Index of the first block that the token at `position` sees, and so of all later ones."""
+    return max(position - window + 1, 0) // block_size if window else 0
+
+
+def num_blocks_needed(windows: Sequence[int], block_size: int, num_tokens: int) -> int:
+    """The most a request holds on its way to `num_tokens` tokens, computed one by one."""
+    last = (num_tokens - 1) // block_size  # index of the last block; it is most when this is new
+    firsts = (first_seen_block(window, last * block_size, block_size) for window in windows)
+    return sum(last + 1 - first for first in firsts)
+
+
+def most_blocks_of_all(
+    windows: Sequence[int], block_size: int, max_num_seqs: int, max_tokens: int, max_len: int
+) -> int:
+    """Held by as many requests as there can be, of `max_len` tokens, in a step of `max_tokens`."""
+    for_prompts = (-(-max_tokens // block_size) for window in windows if window)
+    return max_num_seqs * num_blocks_needed(windows, block_size, max_len) + sum(for_prompts)
+
+
+class KVManager:
+    """Block tables of the requests, over one pool.
+
+    block_size: tokens of a block. windows: of each group of layers, how many of the latest tokens
+    one sees, itself included; 0: all.
+    """
+
+    def __init__(self, pool: BlockPool, block_size: int, windows: Sequence[int] = (0,)) -> None:
+        self.pool = pool
+        self.block_size = block_size
+        self.windows = tuple(windows)
+        self._num_groups = len(self.windows)
+        self._windowed = [(g, window) for g, window in enumerate(self.windows) if window]
+        self.most_tokens = self._most_tokens()
+
+    def _most_tokens(self) -> int:
+        """Of a request that has the whole pool to itself."""
+
+        def needed(num_tokens: int) -> int:
+            return num_blocks_needed(self.windows, self.block_size, num_tokens)
+
+        most = self.pool.num_blocks
+        if needed(ANY_NUMBER) <= most:
+            return ANY_NUMBER
+        ends = range(self.block_size, (most + 1) * self.block_size, self.block_size)
+        return bisect_right(ends, most, key=needed) * self.block_size
+
+    def check_fits(self, request: Request) -> None:
+        """Raise ValueError, naming what would fit, if the whole pool could not hold a request."""
+        # The last sampled token's KV is never needed, hence the -1.
+        num_slots = request.num_prompt_tokens + request.max_tokens - 1
+        if num_slots > self.most_tokens:
+            needed = num_blocks_needed(self.windows, self.block_size, num_slots)
+            room = self.most_tokens - request.num_prompt_tokens + 1
+            way_out = f"max_tokens <= {room} would fit" if room > 0 else "shorten the prompt"
+            raise ValueError(
+                f"a prompt of {request.num_prompt_tokens} tokens with max_tokens="
+                f"{request.max_tokens} needs {needed} KV blocks of {self.block_size} tokens and "
+                f"the cache has {self.pool.num_blocks}; {way_out}, or give the cache more room "
+                f"(num_kv_blocks, kv_cache_memory_bytes)"
+            )
+
+    # -- room for a step's tokens --------------------------------------------------------------
+
+    def most_at_once(self, num_computed: int, count: int) -> int:
+        """`count`, or how many tokens behind the first `num_computed` the whole pool has room for.
+
+        Only a window makes it fewer: then a prompt that fits in small steps may not in a large one.
+        """
+        if not self._windowed:
+            return count
+        firsts = (first_seen_block(w, num_computed, self.block_size) for w in self.windows)
+        most_blocks = (self.pool.num_blocks + sum(firsts)) // self._num_groups
+        return min(count, most_blocks * self.block_size - num_computed)
+
+    def trim(self, request: Request) -> None:
+        """Give back the blocks that none of the tokens still to be computed sees."""
+        if not self._windowed:
+            return
+        self.register_full_blocks(request)  # while they are the request's
+        for group, window in self._windowed:
+            old = request.first_blocks[group]
+            first = first_seen_block(window, request.num_computed_tokens, self.block_size)
+            self.pool.free(request.block_tables[group][old:first])
+            request.first_blocks[group] = first
+
+    def num_missing_blocks(self, tables: Tables, num_tokens: int) -> int:
+        """Of all groups, until `tables` have room for `num_tokens` tokens."""
+        missing = -(-num_tokens // self.block_size) - len(tables[0])
+        return missing * self._num_groups if missing > 0 else 0
+
+    def extend(self, request: Request, count: int, num_missing: int) -> Tables:
+        """Make room for `count` more tokens by `num_missing` blocks; those, by group."""
+        added: Tables = []
+        if num_missing:
+            share = num_missing // self._num_groups
+            block_ids = self.pool.allocate(num_missing)
+            for group, table in enumerate(request.block_tables):
+                added.append(block_ids[group * share : (group + 1) * share])
+                table += added[group]
+        request.blocks_last_until = len(request.block_tables[0]) * self.block_size
+        if self._windowed and count > 1:  # there may be much to trim by the next token
+            request.blocks_last_until = request.num_computed_tokens + count
+        return added
+
+    def release(self, request: Request) -> None:
+        """Give a request's blocks back."""
+        for table, first in zip(request.block_tables, request.first_blocks, strict=True):
+            self.pool.free(table[first:])
+        request.block_tables, request.first_blocks = [], []
+        request.num_registered_blocks = request.blocks_last_until = 0
+
+    def spoil(self, request: Request) -> list[int]:
+        """A request's KV may be NaN: nobody finds it any more. What nobody else holds of it.
+
+        That is to be zeroed. What the request has given back may hold NaN just as well.
+        """
+        held: list[int] = []
+        given_back: list[int] = []
+        for table, first in zip(request.block_tables, request.first_blocks, strict=True):
+            held += table[first:]
+            given_back += [block_id for block_id in table[:first] if block_id != NULL_BLOCK]
+        return self.pool.forget(held) + self.pool.forget(given_back, num_holders=0)
+
+    # -- prefixes ------------------------------------------------------------------------------
+
+    def lookup_prefix(self, request: Request) -> Tables:
+        """Cached blocks of the request's beginning; at least one token is left to compute.
+
+        Every group's table is equally long. What the next token does not see is the null block.
+        """
+        if request.is_second_try or not request.sampling_params.reads_prefix_cache:
+            return self._no_blocks()
+        if not self.pool.enable_prefix_caching:
+            return self._blocks_of_sibling(request)
+        self._extend_hashes(request, request.num_tokens)
+        usable = (request.num_tokens - 1) // self.block_size
+        return self._lookup(request.block_hashes[:usable])
+
+    def seen_blocks(self, prefix: Tables) -> list[int]:
+        """Those that a request with this prefix holds."""
+        firsts = self._firsts(len(prefix[0]))
+        return [i for table, first in zip(prefix, firsts, strict=True) for i in table[first:]]
+
+    def begin(self, request: Request, prefix: Tables) -> None:
+        """Let a request that has no blocks begin with these of `lookup_prefix`."""
+        self.pool.share(self.seen_blocks(prefix))
+        request.block_tables = [list(table) for table in prefix]
+        request.first_blocks = self._firsts(len(prefix[0]))
+        request.num_registered_blocks = len(prefix[0])
+
+    def register_full_blocks(self, request: Request) -> None:
+        """Tokens in flight are not known here, so their blocks are registered a step later."""
+        if not self.pool.enable_prefix_caching:
+            return
+        num_full = min(request.num_computed_tokens, len(request.token_ids)) // self.block_size
+        old = request.num_registered_blocks
+        if num_full > old:
+            self._extend_hashes(request, num_full * self.block_size)
+            for group, table in enumerate(request.block_tables):
+                keys = self._keys(group, request.block_hashes[old:num_full])
+                for block_id, key in zip(table[old:num_full], keys, strict=True):
+                    self.pool.register(block_id, key)
+            request.num_registered_blocks = num_full
+
+    def _no_blocks(self) -> Tables:
+        return [[] for _ in self.windows]
+
+    def _firsts(self, num_blocks: int) -> list[int]:
+        """Of each group, the first block that is seen by the token behind so many full blocks."""
+        position = num_blocks * self.block_size
+        return [first_seen_block(window, position, self.block_size) for window in self.windows]
+
+    def _lookup(self, hashes: list[bytes]) -> Tables:
+        """The longest prefix that the blocks of every group are there for."""
+        found = self._no_blocks()
+        for group, window in enumerate(self.windows):
+            if not window:
+                found[group] = self.pool.lookup(self._keys(group, hashes))
+                hashes = hashes[: len(found[group])]
+        hashes = hashes[: self._longest_in_windows(hashes)]
+        firsts = self._firsts(len(hashes))
+        for group, _ in self._windowed:
+            seen = self.pool.lookup(self._keys(group, hashes[firsts[group] :]))
+            found[group] = [NULL_BLOCK] * firsts[group] + seen
+        return [table[: len(hashes)] for table in found]
+
+    def _keys(self, group: int, hashes: Sequence[bytes]) -> Sequence[bytes]:
+        """Of a group's blocks with these contents, in the pool's index."""
+        return [block_hash + bytes([group]) for block_hash in hashes] if group else hashes
+
+    def _longest_in_windows(self, hashes: list[bytes]) -> int:
+        """How many blocks may be skipped: what is seen behind them is known in windowed groups.
+
+        From the right end to the left, so that each block is looked up once at most.
+        """
+        length, size = len(hashes), self.block_size
+        keys = {group: self._keys(group, hashes) for group, _ in self._windowed}
+        known_from = dict.fromkeys(keys, length)
+        is_settled = False
+        while not is_settled:
+            is_settled = True
+            for group, window in self._windowed:
+                first = first_seen_block(window, length * size, size)
+                index = min(known_from[group], length)
+                while index > first and self.pool.is_known(keys[group][index - 1]):
+                    index -= 1
+                known_from[group] = index
+                if index > first:  # whatever is longer needs the block before
+                    length, is_settled = index - 1, False
+        return length
+
+    def _blocks_of_sibling(self, request: Request) -> Tables:
+        """Full blocks of the prompt that a request with the same prompt has got."""
+        sibling = request.sibling
+        if sibling is None or sibling.status is not RequestStatus.RUNNING:
+            return self._no_blocks()
+        most = min(request.num_prompt_tokens - 1, sibling.num_computed_tokens) // self.block_size
+        firsts = self._firsts(most)
+        if any(map(int.__lt__, firsts, sibling.first_blocks)):  # given back already
+            return self._no_blocks()
+        return [
+            [NULL_BLOCK] * first + table[first:most]
+            for table, first in zip(sibling.block_tables, firsts, strict=True)
+        ]
+
+    def _extend_hashes(self, request: Request, num_tokens: int) -> None:
+        hashes, size = request.block_hashes, self.block_size
+        for start in range(len(hashes) * size, num_tokens // size * size, size):
+            parent = hashes[-1] if hashes else request.cache_salt.encode()
+            hashes.append(hash_block(parent, request.token_ids[start : start + size]))
+
+    def check_invariants(self, alive: list[Request]) -> None:
+        """Raise AssertionError if the pool's books and the requests' tables differ."""
+        self.pool.check_invariants(
+            table[first:]
+            for request in alive
+            for table, first in zip(request.block_tables, request.first_blocks, strict=True)
+        )
+        for request in alive:
+            computed = request.num_computed_tokens
+            for group, table in enumerate(request.block_tables):
+                held = len(table) * self.block_size
+                assert held >= computed, f"{request.request_id} lacks KV blocks"
+                assert len(table) == len(request.block_tables[0]), "tables differ in length"
+                seen = first_seen_block(self.windows[group], computed, self.block_size)
+                assert request.first_blocks[group] <= seen, "a block was freed that is seen"
+            assert bool(request.block_tables) == (request.status is RequestStatus.RUNNING)

@@ -1,0 +1,101 @@
+"""Which layers share block tables and tensors: the published layouts, and any mix of windows."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compiledllm.models.cache_groups import MAX_GROUPS, cache_groups, whole_contexts
+from compiledllm.models.spec import (
+    AttentionSpec,
+    LayerSpec,
+    MlpSpec,
+    ModelSpec,
+    NormSpec,
+    RopeSpec,
+)
+from compiledllm.runner.kv_cache import allocate_kv_caches, block_bytes
+
+ATTENTION = AttentionSpec(4, 2, 8, 1.0, RopeSpec((1.0,) * 4))
+LAYER = LayerSpec(32, ATTENTION, MlpSpec(64), NormSpec(1e-5))
+
+
+def model(windows: list[int], head_dims: list[int] | None = None) -> ModelSpec:
+    layers = tuple(
+        dataclasses.replace(
+            LAYER, attn=dataclasses.replace(ATTENTION, sliding_window=w, head_dim=d)
+        )
+        for w, d in zip(windows, head_dims or [8] * len(windows), strict=True)
+    )
+    return ModelSpec("Any", 100, 32, layers, NormSpec(1e-5), True, 32768, "float32", (2,))
+
+
+def pattern(num_layers: int, window: int, every: int) -> list[int]:
+    """Each `every`th layer sees all."""
+    return [0 if (index + 1) % every == 0 else window for index in range(num_layers)]
+
+
+@pytest.mark.parametrize(
+    ("windows", "max_len", "size", "groups"),
+    [
+        ([0] * 30, 8192, 30, (0,)),  # Llama
+        ([4096] * 32, 32768, 32, (4096,)),  # Mistral
+        ([4096] * 32, 4096, 32, (0,)),  # no context outgrows the window
+        (pattern(26, 4096, 2), 8192, 13, (4096, 0)),  # Gemma 2
+        (pattern(26, 512, 6), 32768, 4, (512,) * 6 + (0,)),  # Gemma 3 1B: 22 and 4
+        (pattern(48, 1024, 6), 131072, 8, (1024,) * 5 + (0,)),  # Gemma 3 12B
+        (pattern(62, 1024, 6), 131072, 10, (1024,) * 6 + (0,)),  # Gemma 3 27B: 52 and 10
+        (pattern(36, 128, 2), 131072, 18, (128, 0)),  # gpt-oss 120B
+        ([0, *[64] * 24], 32768, 4, (0,) + (64,) * 6),  # padded, rather than 25 groups
+        ([115, 0], 120, 2, (0,)),  # a second table would save little here
+    ],
+    ids=str,
+)
+def test_published_layouts(
+    windows: list[int], max_len: int, size: int, groups: tuple[int, ...]
+) -> None:
+    found = cache_groups(model(windows), max_len)
+    assert (found.size, found.windows) == (size, groups)
+
+
+def test_layers_with_kv_of_several_shapes_have_one_table() -> None:
+    spec = model([64, 0, 64, 32], [8, 16, 8, 8])
+    assert cache_groups(spec, 1024) == whole_contexts(spec)
+    windowed = model([64, 32], [8, 16])
+    assert cache_groups(windowed, 1024).windows == (64,)  # as far as any of them sees
+    sizes = 3, 16, torch.float16, torch.device("cpu")
+    caches = allocate_kv_caches(spec, cache_groups(spec, 1024), *sizes)
+    assert [cache.shape[-1] for cache in caches] == [8, 16, 8, 8]
+    assert len({cache.data_ptr() for cache in caches}) == 4
+
+
+@given(st.lists(st.sampled_from([0, 16, 64, 1000]), min_size=1, max_size=30), st.integers(1, 4000))
+def test_every_layer_has_a_place_of_its_own_in_a_group_that_sees_as_far(
+    windows: list[int], max_len: int
+) -> None:
+    spec = model(windows)
+    groups = cache_groups(spec, max_len)
+    assert len(set(groups.places)) == len(windows)
+    assert {place.group for place in groups.places} == set(range(len(groups.windows)))
+    assert len(groups.windows) <= MAX_GROUPS
+    for window, place in zip(windows, groups.places, strict=True):
+        reach = groups.windows[place.group]
+        assert reach == 0 or reach >= window > 0
+        assert place.column < groups.size
+    tokens = sum(window or max_len for window in groups.windows)
+    assert groups.size * tokens <= 1.05 * len(windows) * max_len
+
+
+def test_blocks_are_as_large_as_the_tensors_that_hold_them() -> None:
+    spec = model(pattern(26, 64, 6))
+    groups = cache_groups(spec, 32768)
+    caches = allocate_kv_caches(spec, groups, 9, 16, torch.float16, torch.device("cpu"))
+    assert len(caches) == 26
+    tensors = {cache.data_ptr(): cache for cache in caches}
+    assert len(tensors) == groups.size
+    held = sum(cache.nbytes for cache in tensors.values())
+    assert held == 10 * block_bytes(spec, groups, 16, torch.float16)

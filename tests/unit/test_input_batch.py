@@ -1,0 +1,95 @@
+"""A step's metadata for each group of layers, from the rows' tables on the device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from compiledllm.runner.input_batch import InputBatch, StepLayout
+from compiledllm.runner.request_table import RequestTable
+from compiledllm.sampling_params import SamplingParams
+from compiledllm.types import NewRequest, ScheduledRequest, SchedulerOutput
+
+SIZE = 16
+# Of each request, in each of three groups: 3, 2 and 1 blocks.
+TABLES = [
+    [[1, 2, 3], [0, 4, 5], [6, 7, 8]],
+    [[11, 12], [13, 14], [0, 15]],
+    [[21], [22], [23]],
+]
+COMPUTED = [34, 20, 5]
+
+
+def table_of(num_groups: int) -> RequestTable:
+    """Three requests in rows, the last of which has got its blocks one after another."""
+    table = RequestTable(3, 5, 100, torch.device("cpu"), num_groups)
+    new = [NewRequest(f"r{i}", [7] * 60, 60, SamplingParams(), frozenset(), 0) for i in range(3)]
+    table.apply(
+        SchedulerOutput(
+            new,
+            [
+                ScheduledRequest(f"r{i}", COMPUTED[i], 1, [ids[:1] for ids in blocks], True)
+                for i, blocks in enumerate(_of_groups(num_groups))
+            ],
+            [],
+        )
+    )
+    rest = [[ids[1:] for ids in blocks] for blocks in _of_groups(num_groups)]
+    lines = [
+        ScheduledRequest(f"r{i}", COMPUTED[i], 1, ids if ids[0] else [], True)
+        for i, ids in enumerate(rest)
+    ]
+    table.apply(SchedulerOutput([], lines, []))
+    return table
+
+
+def _of_groups(num_groups: int) -> list[list[list[int]]]:
+    return [blocks[:num_groups] for blocks in TABLES]
+
+
+def check(batch: InputBatch, num_groups: int, rows: list[int], positions: list[list[int]]) -> None:
+    assert len(batch.attn) == num_groups
+    for group, attn in enumerate(batch.attn):
+        slots = [
+            TABLES[row][group][position // SIZE] * SIZE + position % SIZE
+            for row, seen in zip(rows, positions, strict=True)
+            for position in seen
+        ]
+        assert attn.slot_mapping.tolist() == slots
+        for index, row in enumerate(rows):
+            ids = TABLES[row][group]
+            assert attn.block_tables[index, : len(ids)].tolist() == ids
+        assert not attn.block_tables[len(rows)].any()  # the empty row
+        assert attn.seq_lens.tolist() == [*(seen[-1] + 1 for seen in positions), 0]
+        for tensor in (attn.slot_mapping, attn.block_tables):
+            assert tensor.is_contiguous()
+            assert tensor.data_ptr() % 16 == 0, "compiled code would copy it"
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 3])
+@pytest.mark.parametrize("rows", [[0, 1, 2], [2, 0], [1]])
+def test_decode_steps_read_each_groups_table(num_groups: int, rows: list[int]) -> None:
+    table = table_of(num_groups)
+    batch = InputBatch.decode(torch.tensor(rows), table, SIZE)
+    check(batch, num_groups, rows, [[COMPUTED[row]] for row in rows])
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 3])
+@pytest.mark.parametrize("counts", [[1, 1, 1], [14, 1, 3], [3, 12, 2]])
+def test_steps_with_prompts_read_each_groups_table(num_groups: int, counts: list[int]) -> None:
+    table = table_of(num_groups)
+    lines = [ScheduledRequest(f"r{i}", COMPUTED[i], n, [], True) for i, n in enumerate(counts)]
+    layout = StepLayout.of(SchedulerOutput([], lines, []), table)
+    packed = torch.from_numpy(layout.pack(table, layout.shape))
+    batch = InputBatch.unpack(packed, layout.shape, 3, table, SIZE)
+    positions = [list(range(COMPUTED[i], COMPUTED[i] + n)) for i, n in enumerate(counts)]
+    check(batch, num_groups, [0, 1, 2], positions)
+
+
+@pytest.mark.parametrize("num_groups", [1, 3])
+def test_padding_stays_in_the_null_block(num_groups: int) -> None:
+    batch = InputBatch.dummy(7, table_of(num_groups))
+    assert len(batch.attn) == num_groups
+    for attn in batch.attn:
+        assert (attn.slot_mapping == -1).all() and not attn.block_tables.any()
+        assert attn.slot_mapping.is_contiguous() and attn.block_tables.is_contiguous()
