@@ -21,6 +21,7 @@ FAMILIES = {
     "Gemma3ForCausalLM": "gemma2",
     "Gemma3ForConditionalGeneration": "gemma3_multimodal",
     "GemmaForCausalLM": "gemma",
+    "GptOssForCausalLM": "gpt_oss",
     "GraniteForCausalLM": "granite",
     "LlamaForCausalLM": "llama",
     "MinistralForCausalLM": "mistral",
@@ -41,7 +42,10 @@ FAMILIES = {
 
 
 def family_of(architecture: str) -> ModuleType:
-    """The family module: `spec_from_hf`, `NAMES`, `IGNORED`, perhaps `prepare`."""
+    """The family module: `spec_from_hf`, `NAMES`, `IGNORED`; perhaps `prepare`, `unpack`, `FORMATS`
+
+    FORMATS: values of `quant_method` whose weights `unpack` makes ordinary ones.
+    """
     if architecture not in FAMILIES:
         raise ConfigError(
             f"architecture '{architecture}' is not supported; supported: {', '.join(FAMILIES)}"
@@ -54,12 +58,7 @@ def load_spec(checkpoint: Path) -> ModelSpec:
     raw = _read_json(checkpoint / "config.json")
     names = raw.get("architectures") or [f"(none; model_type={raw.get('model_type')!r})"]
     family = family_of(names if isinstance(names, str) else str(names[0]))
-    if quantization := raw.get("quantization_config"):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else "unknown"
-        raise ConfigError(
-            f"{checkpoint}: quantised checkpoints ({method}) are not supported yet; "
-            "use the unquantised model or a .gguf file"
-        )
+    _check_format(checkpoint, raw.get("quantization_config"), getattr(family, "FORMATS", ()))
     from transformers import AutoConfig  # a second of imports: only when a model is really loaded
 
     try:
@@ -70,6 +69,15 @@ def load_spec(checkpoint: Path) -> ModelSpec:
     except Exception as error:
         raise ConfigError(f"{checkpoint}/config.json is not a valid config: {error}") from error
     return spec
+
+
+def _check_format(checkpoint: Path, quantization: Any, formats: tuple[str, ...]) -> None:
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else "unknown"
+    if quantization and method not in formats:
+        raise ConfigError(
+            f"{checkpoint}: quantised checkpoints ({method}) are not supported yet; "
+            "use the unquantised model or a .gguf file"
+        )
 
 
 # Name in generation_config.json -> sampling parameter.

@@ -50,6 +50,7 @@ class AttentionSpec:
     qk_norm: of the queries and keys before they are rotated: "head", of each head with one weight
     for all; "heads", of each with its own; "whole", of all heads together. sliding_window: how many
     of the latest positions a token sees, itself included; 0: all. soft_cap: of the logits; 0: none.
+    has_sinks: each head has a learned logit that only joins the sum its weights are divided by.
     """
 
     num_heads: int
@@ -63,6 +64,7 @@ class AttentionSpec:
     qk_norm_over: str = "head"
     sliding_window: int = 0
     soft_cap: float = 0.0
+    has_sinks: bool = False
 
     @property
     def q_size(self) -> int:
@@ -111,6 +113,7 @@ class MoeSpec:
 
     intermediate_size: of an expert. renormalize: the chosen experts' weights sum to one.
     shared_size: of a further MLP for every token, weighted by a sigmoid of its own; 0: none.
+    bias: of the experts and of the router. alpha, limit: of clamped experts, see `kernels.moe`.
     """
 
     intermediate_size: int
@@ -118,6 +121,9 @@ class MoeSpec:
     top_k: int
     renormalize: bool = True
     shared_size: int = 0
+    bias: bool = False
+    alpha: float = 1.0
+    limit: float = 0.0
 
     def num_parameters(self, hidden_size: int) -> int:
         return self._num_parameters(hidden_size, self.num_experts)
@@ -128,8 +134,10 @@ class MoeSpec:
 
     def _num_parameters(self, hidden_size: int, num_experts: int) -> int:
         shared = hidden_size * (3 * self.shared_size + 1) if self.shared_size else 0
-        experts = 3 * num_experts * hidden_size * self.intermediate_size
-        return self.num_experts * hidden_size + experts + shared
+        size = self.intermediate_size
+        expert = 3 * hidden_size * size + self.bias * (2 * size + hidden_size)
+        router = self.num_experts * (hidden_size + self.bias)
+        return router + num_experts * expert + shared
 
 
 # Where a block's norms stand: before attention and MLP, behind them, or both; "parallel": both read
@@ -165,7 +173,7 @@ class LayerSpec:
     def _num_parameters_beside_mlp(self) -> int:
         h, a = self.hidden_size, self.attn
         qkv = (a.q_size + 2 * a.kv_size) * (h + a.qkv_bias)
-        out = h * (a.q_size + a.output_bias)
+        out = h * (a.q_size + a.output_bias) + a.has_sinks * a.num_heads
         num_norms = NORMS_BEFORE[self.residual] + NORMS_BEHIND[self.residual]
         return qkv + out + num_norms * self.norm.num_parameters(h) + a.num_parameters_of_norms
 

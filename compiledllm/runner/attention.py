@@ -81,3 +81,5 @@ def _check_flashinfer(spec: ModelSpec, dtype: torch.dtype) -> None:
     for layer in spec.layers:
         if layer.attn.head_dim not in HEAD_DIMS:
             raise ValueError(f"it has no kernels for head_dim={layer.attn.head_dim}")
+        if layer.attn.has_sinks:
+            raise ValueError("its kernels know no attention sinks")

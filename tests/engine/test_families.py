@@ -25,6 +25,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": {"head_dim": 32, "query_pre_attn_scalar": 24} | SLIDING,
     "gpt2": {"n_positions": 512},
     "gpt_neox": {},
+    "gpt_oss": {
+        "head_dim": 16,
+        "sliding_window": 20,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 3,
+        "swiglu_limit": 0.6,
+    },
     "granite": {"residual_multiplier": 0.4, "logits_scaling": 2.5},
     "llama": {},
     "mistral": {"sliding_window": 20},
@@ -85,7 +92,7 @@ def test_greedy_tokens_are_those_of_transformers(
     assert len({tuple(tokens) for tokens in wanted}) > 3  # not the same for every prompt
 
 
-@pytest.mark.parametrize("family", ["cohere", "gemma2", "gpt_neox", "opt", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["cohere", "gemma2", "gpt_neox", "gpt_oss", "opt", "qwen3_moe"])
 def test_compiled_blocks_give_the_same_tokens(family: str, tiny_model: Callable[..., Path]) -> None:
     checkpoint = tiny_model(family, **FAMILIES[family])
     engine = make(checkpoint, compile_when="start")

@@ -42,6 +42,13 @@ LONGROPE = {
     "long_factor": [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5],
     "original_max_position_embeddings": 64,
 }
+GPT_OSS = {
+    "head_dim": 16,
+    "sliding_window": 20,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 3,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
 HALF_SLIDING = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 # Family and variant -> config changes.
 VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
@@ -144,6 +151,15 @@ VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
         "mm_tokens_per_image": 4,
         "tie_word_embeddings": True,
     },
+    ("gpt_oss", "windows"): GPT_OSS,
+    ("gpt_oss", "yarn, clamped"): GPT_OSS
+    | {
+        "rope_parameters": YARN | {"truncate": False},
+        "swiglu_limit": 0.4,
+        "swiglu_alpha": 1.3,
+    },
+    ("gpt_oss", "no bias, full"): GPT_OSS
+    | {"attention_bias": False, "layer_types": ["full_attention"] * 3},
     ("stablelm", "pre"): {},
     ("stablelm", "parallel, bias"): {"use_parallel_residual": True, "use_qkv_bias": True},
     ("starcoder2", "full"): {},
@@ -227,6 +243,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}}, "rope_type"),
     ("stablelm", {"qk_layernorm": True}, "qk_layernorm=True"),
     ("phi", {"qk_layernorm": True}, "qk_layernorm=True"),
+    ("gpt_oss", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
     ("falcon", {"alibi": True}, "alibi=True"),
     ("falcon", {"new_decoder_architecture": True}, "new_decoder_architecture=True"),
     ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before=False"),
