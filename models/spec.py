@@ -33,14 +33,17 @@ class RopeSpec:
 
 @dataclass(frozen=True, slots=True)
 class NormSpec:
-    """kind: "rms"; "rms_plus_one", whose weight is stored less one; "layer", maybe with a bias."""
+    """kind: "rms"; "rms_plus_one", whose weight is stored less one; "layer", maybe with a bias.
+
+    "none" changes nothing.
+    """
 
     eps: float
     kind: str = "rms"
     bias: bool = False
 
     def num_parameters(self, size: int) -> int:
-        return size * (1 + self.bias)
+        return 0 if self.kind == "none" else size * (1 + self.bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,9 +144,10 @@ class MoeSpec:
 
 
 # Where a block's norms stand: before attention and MLP, behind them, or both; "parallel": both read
-# the same input, behind one norm or, "parallel_2", one each.
-NORMS_BEFORE = {"pre": 2, "post": 0, "sandwich": 2, "parallel": 1, "parallel_2": 2}
-NORMS_BEHIND = {"pre": 0, "post": 2, "sandwich": 2, "parallel": 0, "parallel_2": 0}
+# the same input, behind one norm or, "parallel_2", one each;
+# "sums": x = norm(x + attn(x)), likewise.
+NORMS_BEFORE = {"pre": 2, "post": 0, "sandwich": 2, "parallel": 1, "parallel_2": 2, "sums": 2}
+NORMS_BEHIND = {"pre": 0, "post": 2, "sandwich": 2, "parallel": 0, "parallel_2": 0, "sums": 0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +188,8 @@ class ModelSpec:
 
     num_learned_positions: rows of a table that is added to the embedding, of which position 0 takes
     row `first_position`; 0: none. embedding_scale, logit_scale multiply; logit_soft_cap: 0: none.
+    embedding_size: of embedding and head, where projections lie between them and the blocks; 0:
+    there are none.
     """
 
     architecture: str
@@ -202,15 +208,22 @@ class ModelSpec:
     logit_scale: float = 1.0
     logit_soft_cap: float = 0.0
     lm_head_bias: bool = False
+    embedding_size: int = 0
 
     @property
     def num_parameters(self) -> int:
-        tables = self.vocab_size * (1 if self.tie_word_embeddings else 2)
-        embeddings = (tables + self.num_learned_positions) * self.hidden_size
-        ends = (
-            self.final_norm.num_parameters(self.hidden_size) + self.lm_head_bias * self.vocab_size
-        )
-        return embeddings + sum(layer.num_parameters for layer in self.layers) + ends
+        num_ends = 1 if self.tie_word_embeddings else 2
+        tables = num_ends * self.vocab_size * self.embedding_width
+        projections = 2 * self.embedding_size * self.hidden_size
+        positions = self.num_learned_positions * self.hidden_size
+        blocks = sum(layer.num_parameters for layer in self.layers)
+        norm = self.final_norm.num_parameters(self.hidden_size)
+        bias = self.lm_head_bias * self.vocab_size
+        return tables + projections + positions + blocks + norm + bias
+
+    @property
+    def embedding_width(self) -> int:
+        return self.embedding_size or self.hidden_size
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """KV-cache bytes a token takes over all layers, for elements of `itemsize` bytes."""

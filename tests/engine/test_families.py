@@ -44,13 +44,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
     },
     "olmo2": {"pad_token_id": 0},
-    "opt": {"ffn_dim": 112, "word_embed_proj_dim": 64, "pad_token_id": 1},
+    "opt": {"ffn_dim": 112, "word_embed_proj_dim": 40, "pad_token_id": 1}
+    | {"do_layer_norm_before": False, "tie_word_embeddings": True},  # as the 350M model
     "phi": {},
     "phi3": {"pad_token_id": 0, "sliding_window": 20},
     "qwen2": {"use_sliding_window": True} | SLIDING,
     "qwen3": {"head_dim": 16},
     "smollm3": {"no_rope_layers": [1, 0, 1], "pad_token_id": 0},
-    "stablelm": {},
+    "stablelm": {"qk_layernorm": True},
     "starcoder2": {"sliding_window": 20},
 }
 LENGTHS, NUM_TOKENS = [1, 5, 17, 40, 100, 170], 10
