@@ -143,6 +143,24 @@ class MoeSpec:
         return router + num_experts * expert + shared
 
 
+@dataclass(frozen=True, slots=True)
+class OpaqueSpec:
+    """What a block that transformers runs has beside its attention: counted, not described.
+
+    total, used: parameters, and those that one token uses. intermediate_size: 0 if not known.
+    """
+
+    total: int
+    used: int
+    intermediate_size: int = 0
+
+    def num_parameters(self, _hidden_size: int) -> int:
+        return self.total
+
+    def num_parameters_used(self, _hidden_size: int) -> int:
+        return self.used
+
+
 # Where a block's norms stand: before attention and MLP, behind them, or both; "parallel": both read
 # the same input, behind one norm or, "parallel_2", one each;
 # "sums": x = norm(x + attn(x)), likewise.
@@ -159,7 +177,7 @@ class LayerSpec:
 
     hidden_size: int
     attn: AttentionSpec
-    mlp: MlpSpec | MoeSpec
+    mlp: MlpSpec | MoeSpec | OpaqueSpec
     norm: NormSpec
     residual: str = "pre"
     residual_scale: float = 1.0
@@ -189,7 +207,8 @@ class ModelSpec:
     num_learned_positions: rows of a table that is added to the embedding, of which position 0 takes
     row `first_position`; 0: none. embedding_scale, logit_scale multiply; logit_soft_cap: 0: none.
     embedding_size: of embedding and head, where projections lie between them and the blocks; 0:
-    there are none.
+    there are none. implementation: who runs it, "compiledllm" or "transformers"; of the latter
+    num_other_parameters are not described by the other fields.
     """
 
     architecture: str
@@ -209,6 +228,8 @@ class ModelSpec:
     logit_soft_cap: float = 0.0
     lm_head_bias: bool = False
     embedding_size: int = 0
+    implementation: str = "compiledllm"
+    num_other_parameters: int = 0
 
     @property
     def num_parameters(self) -> int:
@@ -219,7 +240,7 @@ class ModelSpec:
         blocks = sum(layer.num_parameters for layer in self.layers)
         norm = self.final_norm.num_parameters(self.hidden_size)
         bias = self.lm_head_bias * self.vocab_size
-        return tables + projections + positions + blocks + norm + bias
+        return tables + projections + positions + blocks + norm + bias + self.num_other_parameters
 
     @property
     def embedding_width(self) -> int:

@@ -154,7 +154,7 @@ def _slots_by_part(name: str, tensor: Tensor, parts: dict[str, int]) -> dict[str
 
 def _read_tensors(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of every tensor in the checkpoint's safetensors files, one at a time."""
-    files = _weight_files(checkpoint)
+    files = weight_files(checkpoint)
     progress = tqdm(files, desc="loading weights", unit="file", disable=not sys.stderr.isatty())
     for path in progress:
         try:
@@ -165,7 +165,8 @@ def _read_tensors(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
             raise ConfigError(f"{path} is not a readable safetensors file: {error}") from error
 
 
-def _weight_files(checkpoint: Path) -> list[Path]:
+def weight_files(checkpoint: Path) -> list[Path]:
+    """A checkpoint's safetensors files. Raises ConfigError if there are none, or not all."""
     index = checkpoint / "model.safetensors.index.json"
     if index.exists():
         try:

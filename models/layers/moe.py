@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from compiledllm.kernels.moe import moe_experts
 from compiledllm.models.layers.linear import Linear, empty_parameter
 from compiledllm.models.layers.mlp import GatedMlp, PlainMlp
-from compiledllm.models.spec import MlpSpec, MoeSpec
+from compiledllm.models.spec import MlpSpec, MoeSpec, OpaqueSpec
 
 
 class ExpertLinear(nn.Module):
@@ -63,7 +63,8 @@ class MoeMlp(nn.Module):
         return out
 
 
-def make_mlp(hidden_size: int, spec: MlpSpec | MoeSpec) -> nn.Module:
+def make_mlp(hidden_size: int, spec: MlpSpec | MoeSpec | OpaqueSpec) -> nn.Module:
+    assert not isinstance(spec, OpaqueSpec), spec  # of a block that transformers makes
     if isinstance(spec, MoeSpec):
         return MoeMlp(hidden_size, spec)
     return (GatedMlp if spec.gated else PlainMlp)(hidden_size, spec)
