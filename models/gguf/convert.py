@@ -24,6 +24,8 @@ from compiledllm.config import ConfigError
 from compiledllm.models.gguf.file import FloatArray, GgufFile, brief, read_gguf
 from compiledllm.models.gguf.tokenizer import build_tokenizer, tokenizer_config
 
+# general.architecture -> architecture of the config that is written.
+ARCHITECTURES = {"llama": "LlamaForCausalLM"}
 _LLAMA_KEYS = frozenset(
     f"llama.{key}"
     for key in (

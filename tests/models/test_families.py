@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from compiledllm import cli
 from compiledllm.config import ConfigError
 from compiledllm.kernels.attention import AttentionMetadata
 from compiledllm.models.decoder import Decoder
@@ -252,6 +253,19 @@ def test_parameter_count_follows_from_the_spec(tiny_model: Callable[..., Path]) 
     for (family, _), changes in VARIANTS.items():
         model = load(tiny_model(family, **changes))
         assert model.spec.num_parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_info_tells_of_every_variant_without_its_weights(
+    tiny_model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for (family, variant), changes in VARIANTS.items():
+        config = tiny_model(family, **changes) / "config.json"
+        (tmp_path / "config.json").write_bytes(config.read_bytes())
+        assert cli.main(["info", str(tmp_path), "--json"]) == 0, (family, variant)
+        facts = json.loads(capsys.readouterr().out)
+        assert facts["run_by"] == "compiledllm" and facts["layers"] == 3
+        assert facts["parameters"] == load_spec(tmp_path).num_parameters
+        assert facts["kv_bytes_per_token"] > 0 and facts["kv_tokens_that_fit"] > 0
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
