@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from compiledllm import Engine, SamplingParams
+from compiledllm import Engine, SamplingParams, cli
+from compiledllm.benchmarks.floor import decode_cost, weights_read
 from compiledllm.config import ConfigError
 from compiledllm.models.registry import load_spec
 from compiledllm.models.transformers_model import TransformersModel
@@ -153,6 +154,21 @@ def test_spec_tells_what_the_module_has(model_type: str, tiny_model: Callable[..
     all_of_them = [layer.num_parameters for layer in spec.layers]
     assert used == all_of_them or model_type == "olmoe"
     assert model_type != "olmoe" or max(used) < min(all_of_them)
+
+
+def test_info_and_floors_know_such_a_model(
+    tiny_model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_model("olmo3", **MODELS["olmo3"]) / "config.json"
+    (tmp_path / "config.json").write_bytes(config.read_bytes())
+    assert cli.main(["info", str(tmp_path), "--json", "--dtype", "float32"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["run_by"], facts["kv_heads"], facts["head_dim"]) == ("transformers", 2, 16)
+    assert facts["intermediate_size"] == 112 and facts["kv_bytes_per_token"] == 3 * 2 * 2 * 16 * 4
+    spec = load_spec(tmp_path)
+    embedding = 128 * 64
+    assert weights_read(spec) == spec.num_parameters - embedding  # but one table, untied
+    assert decode_cost(spec, batch=1, context=10, itemsize=4).kv_bytes == 10 * 3 * 2 * 2 * 16 * 4
 
 
 def test_dummy_weights_come_from_the_seed(tiny_model: Callable[..., Path]) -> None:
