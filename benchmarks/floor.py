@@ -57,7 +57,7 @@ def weights_read(spec: ModelSpec) -> int:
     Of experts as many as one token goes to: all tokens may go to the same.
     """
     body = sum(layer.num_parameters_used for layer in spec.layers)
-    return body + spec.hidden_size + spec.vocab_size * spec.hidden_size
+    return body + spec.hidden_size + spec.vocab_size * spec.embedding_width
 
 
 def decode_cost(spec: ModelSpec, batch: int, context: int, itemsize: int) -> StepCost:
@@ -76,7 +76,7 @@ def decode_cost(spec: ModelSpec, batch: int, context: int, itemsize: int) -> Ste
 
 def prefill_cost(spec: ModelSpec, batch: int, length: int, itemsize: int) -> StepCost:
     """`batch` prompts of `length` tokens from nothing to their first token (causal attention)."""
-    head = spec.vocab_size * spec.hidden_size
+    head = spec.vocab_size * spec.embedding_width
     body = weights_read(spec) - head
     attention = 0
     for layer in spec.layers:

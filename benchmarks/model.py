@@ -42,7 +42,7 @@ class Model:
         path = resolve_checkpoint(options.get("model"), options.get("revision"), weights=not dummy)
         spec = None
         try:
-            spec = load_spec(path)
+            spec = load_spec(path, options.get("model_impl", "auto"))
         except ConfigError:
             if "compiledllm" in engines:
                 raise

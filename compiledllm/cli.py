@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from compiledllm import __version__
 from compiledllm.arguments import add_engine_options, count, engine_options
 from compiledllm.benchmarks.cli import add_bench_command
-from compiledllm.config import DTYPES, CacheConfig, Choice, ConfigError
+from compiledllm.config import DTYPES, MODEL_IMPLS, CacheConfig, Choice, ConfigError
 from compiledllm.outputs import RequestOutput
 from compiledllm.sampling_params import SamplingParams
 from compiledllm.server.options import add_server_options
@@ -198,7 +198,7 @@ def _info(arguments: argparse.Namespace) -> int:
     from compiledllm.platform import Platform
 
     path = resolve_checkpoint(arguments.model, arguments.revision, weights=False)
-    spec = load_spec(path)
+    spec = load_spec(path, arguments.model_impl)
     platform = Platform.detect(arguments.device)
     dtype = platform.choose_dtype(arguments.dtype, spec.dtype)
     facts = _facts(path, spec, platform, dtype)
@@ -229,6 +229,7 @@ def _facts(path: Path, spec: ModelSpec, platform: Platform, dtype: Choice) -> di
     return {
         "model": str(path),
         "architecture": spec.architecture,
+        "run_by": spec.implementation,
         "layers": len(spec.layers),
         "distinct_layers": len(spec.distinct_layers),
         "hidden_size": spec.hidden_size,
@@ -287,6 +288,7 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("model", nargs="?", help="local directory, .gguf file or Hugging Face id")
     info.add_argument("--revision", help="branch, tag or commit on the hub")
     info.add_argument("--dtype", default="auto", choices=DTYPES, help="dtype to count bytes for")
+    info.add_argument("--model-impl", default="auto", choices=MODEL_IMPLS, help="who runs it")
     info.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     info.add_argument("--json", action="store_true", help="print one JSON object")
     info.set_defaults(run=_info)

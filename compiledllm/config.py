@@ -22,6 +22,7 @@ LOAD_FORMATS = ("auto", "safetensors", "dummy")
 POLICIES = ("fcfs", "priority")
 GENERATION = ("auto", "off")
 COMPILE_WHEN = ("auto", "start", "background", "busy")
+MODEL_IMPLS = ("auto", "compiledllm", "transformers")
 BACKENDS = ("auto", "triton", "flashinfer", "torch")
 
 
@@ -58,6 +59,12 @@ class ModelConfig:
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     max_model_len: int | None = option(None, "longest prompt + output, in tokens")
     load_format: str = option("auto", "dummy: random weights from config.json alone", LOAD_FORMATS)
+    model_impl: str = option(
+        "auto",
+        "who runs the model; transformers: its module over our paged cache; auto: that, for an "
+        "architecture without a family here",
+        MODEL_IMPLS,
+    )
     skip_tokenizer_init: bool = option(False, "token ids in, token ids out")
     seed: int = option(0, "seed of the engine: dummy weights and requests without a seed")
     max_logprobs: int = option(20, "most logprobs a request may ask for; -1: the vocabulary")

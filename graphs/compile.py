@@ -65,7 +65,11 @@ def variants_for(max_tokens: int, on_gpu: bool) -> list[Variant]:
 
 
 class Decoder(Protocol):
-    """What is compiled: `block_forward(layer, x, due, cos, sin, kv_cache, attn)` runs one layer."""
+    """What is compiled: `block_forward(block, *tensors, kv_cache, attn)` runs one block.
+
+    The tensors begin with the dimension of tokens; blocks of equal `spec` share what is compiled.
+    kv_cache: one, or a list of them.
+    """
 
     block_forward: BlockForward
 
@@ -238,8 +242,8 @@ def _mark_token_and_row_counts_dynamic(args: BlockArgs, variant: Variant) -> Non
     """First dimension of everything but the cache: the number of tokens, or of rows."""
     if variant.most == 1:
         return  # static
-    x, due, cos, sin, _, attn = args
-    for tensor in (x, due, cos, sin, attn.slot_mapping):
+    *tensors, _, attn = args
+    for tensor in (*tensors, attn.slot_mapping):
         torch._dynamo.mark_dynamic(tensor, 0, min=variant.least, max=variant.most)
     for tensor in (attn.block_tables, attn.seq_lens, attn.query_start_loc):
         torch._dynamo.mark_dynamic(tensor, 0)

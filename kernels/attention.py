@@ -69,7 +69,7 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "paged_attention(Tensor query, Tensor kv_cache, Tensor block_tables, Tensor seq_lens, "
-    "Tensor query_start_loc, float scale, int sliding_window, float soft_cap, "
+    "Tensor query_start_loc, float scale, int sliding_window, float soft_cap, Tensor? sinks, "
     "str backend) -> Tensor"
 )
 _LIBRARY.define(
@@ -93,10 +93,19 @@ def _paged_attention(
     scale: float,
     sliding_window: int,
     soft_cap: float,
+    sinks: Tensor | None,
     backend: str,
 ) -> Tensor:
     out: Tensor = load_backend(backend).paged_attention(
-        query, kv_cache, block_tables, seq_lens, query_start_loc, scale, sliding_window, soft_cap
+        query,
+        kv_cache,
+        block_tables,
+        seq_lens,
+        query_start_loc,
+        scale,
+        sliding_window,
+        soft_cap,
+        sinks,
     )
     return out
 
@@ -154,12 +163,14 @@ def paged_attention(
     backend: str,
     sliding_window: int = 0,
     soft_cap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of each row's new tokens over its whole context.
 
     query: [tokens, num_heads, head_dim]; the keys and values of these tokens are stored already.
     sliding_window: how many of the latest positions a token sees, itself included; 0: all.
     soft_cap: logits become soft_cap * tanh(logits / soft_cap); 0: off.
+    sinks: [num_heads], a logit of each head that only joins the sum its weights are divided by.
     Returns [tokens, num_heads, head_dim], same dtype; tokens outside every row are undefined.
     """
     out: Tensor = torch.ops.compiledllm.paged_attention(
@@ -171,6 +182,7 @@ def paged_attention(
         scale,
         sliding_window,
         soft_cap,
+        sinks,
         backend,
     )
     return out

@@ -99,14 +99,15 @@ def sort_items(expert_ids: Tensor, num_experts: int, rows: int) -> tuple[Tensor,
 
 @triton.jit
 def _grouped_kernel(
-    x, weight, out, items, block_experts, item_weights, num_items, num_experts, num_outputs,
-    x_stride, weight_stride, out_stride, NUM_INPUTS: tl.constexpr, ITEMS_PER_ROW: tl.constexpr,
-    IS_GATED: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr,
+    x, weight, bias, out, items, block_experts, item_weights, num_items, num_experts, num_outputs,
+    x_stride, weight_stride, out_stride, alpha, limit, NUM_INPUTS: tl.constexpr,
+    ITEMS_PER_ROW: tl.constexpr, IS_GATED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_LIMIT: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """out[item] = x[item // ITEMS_PER_ROW] @ weight[expert].T.
+    """out[item] = x[item // ITEMS_PER_ROW] @ weight[expert].T, and bias[expert].
 
-    IS_GATED: silu of it times the product with the rows `num_outputs` further on. Else: times the
-    item's weight.
+    IS_GATED: silu of it times the product with the rows `num_outputs` further on; HAS_LIMIT: the
+    clamped form of that, see `moe.moe_experts`. Else: times the item's weight.
     """
     block = tl.program_id(0)
     expert = tl.load(block_experts + block)
@@ -130,11 +131,23 @@ def _grouped_kernel(
             up = weights + first + num_outputs.to(tl.int64) * NUM_INPUTS
             w = tl.load(up, is_output & there, other=0.0)
             other = tl.dot(a, tl.trans(w), other, input_precision="ieee")
+    if HAS_BIAS:
+        biases = bias + expert * num_outputs * (2 if IS_GATED else 1) + output
+        total += tl.load(biases, output < num_outputs, other=0.0).to(tl.float32)[None, :]
+        if IS_GATED:
+            biases += num_outputs
+            other += tl.load(biases, output < num_outputs, other=0.0).to(tl.float32)[None, :]
     if IS_GATED:
         # Rounded where torch rounds, between the products.
         gate = total.to(out.dtype.element_ty).to(tl.float32)
-        gate = (gate / (1 + tl.exp(-gate))).to(out.dtype.element_ty).to(tl.float32)
-        total = gate * other.to(out.dtype.element_ty).to(tl.float32)
+        up = other.to(out.dtype.element_ty).to(tl.float32)
+        if HAS_LIMIT:
+            gate = tl.minimum(gate, limit)
+            up = tl.minimum(tl.maximum(up, -limit), limit) + 1
+            gate = gate / (1 + tl.exp(-alpha * gate))
+        else:
+            gate = gate / (1 + tl.exp(-gate))
+        total = gate.to(out.dtype.element_ty).to(tl.float32) * up
     else:
         scale = tl.load(item_weights + item, item < num_items, other=0.0).to(tl.float32)
         total = total * scale[:, None]
@@ -143,7 +156,15 @@ def _grouped_kernel(
 
 
 def experts(
-    x: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: Tensor, down: Tensor
+    x: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    alpha: float = 1.0,
+    limit: float = 0.0,
 ) -> Tensor:
     """See `moe.moe_experts`."""
     (num_tokens, hidden), top_k = x.shape, expert_ids.shape[1]
@@ -163,13 +184,15 @@ def experts(
     }  # fmt: skip
     blocks = len(block_experts)
     _grouped_kernel[(blocks, triton.cdiv(size, t.outputs))](
-        x, gate_up, inner, *plan, num_items, num_experts, size,
-        x.stride(0), gate_up.stride(0), size,
-        NUM_INPUTS=hidden, ITEMS_PER_ROW=top_k, IS_GATED=True, **shape,
+        x, gate_up, x if gate_up_bias is None else gate_up_bias, inner, *plan, num_items,
+        num_experts, size, x.stride(0), gate_up.stride(0), size, alpha, limit,
+        NUM_INPUTS=hidden, ITEMS_PER_ROW=top_k, IS_GATED=True, HAS_BIAS=gate_up_bias is not None,
+        HAS_LIMIT=limit != 0, **shape,
     )  # fmt: skip
     _grouped_kernel[(blocks, triton.cdiv(hidden, t.outputs))](
-        inner, down, outer, *plan, num_items, num_experts, hidden,
-        size, down.stride(0), hidden,
-        NUM_INPUTS=size, ITEMS_PER_ROW=1, IS_GATED=False, **shape,
+        inner, down, x if down_bias is None else down_bias, outer, *plan, num_items,
+        num_experts, hidden, size, down.stride(0), hidden, alpha, limit,
+        NUM_INPUTS=size, ITEMS_PER_ROW=1, IS_GATED=False, HAS_BIAS=down_bias is not None,
+        HAS_LIMIT=False, **shape,
     )  # fmt: skip
     return outer.view(num_tokens, top_k, hidden).sum(1).to(x.dtype)

@@ -49,8 +49,10 @@ def paged_attention(
     scale: float,
     sliding_window: int,
     soft_cap: float,
+    sinks: None = None,
 ) -> Tensor:
     """See `attention.paged_attention`. Rows and lengths are those of the last `Planner.plan`."""
+    assert sinks is None  # the runner does not choose this backend for a model with sinks
     _, num_heads, head_dim = query.shape
     kind = AttentionKind(num_heads, kv_cache.shape[3], head_dim, scale, sliding_window, soft_cap)
     wrapper = _planned[kind]

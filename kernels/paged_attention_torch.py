@@ -7,9 +7,25 @@ loop over tokens.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class _Form(NamedTuple):
+    """How logits become weights; see `attention.paged_attention`."""
+
+    scale: float
+    sliding_window: int
+    soft_cap: float
+    sinks: Tensor | None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the library's attention has it."""
+        return not self.soft_cap and self.sinks is None
 
 
 def store_kv(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
@@ -29,8 +45,10 @@ def paged_attention(
     scale: float,
     sliding_window: int,
     soft_cap: float,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """See `attention.paged_attention`."""
+    form = _Form(scale, sliding_window, soft_cap, sinks)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
     if sliding_window:
@@ -42,7 +60,7 @@ def paged_attention(
             groups.setdefault((lengths[row] - 1).bit_length(), []).append(row)
         elif end > start:
             k, v = _gather(kv_cache, block_tables[row : row + 1], lengths[row])
-            out[start:end] = _prefill_row(query[start:end], k, v, scale, sliding_window, soft_cap)
+            out[start:end] = _prefill_row(query[start:end], k, v, form)
     for rows in groups.values():
         tokens = [starts[row] for row in rows]
         row_lengths = [lengths[row] for row in rows]
@@ -50,9 +68,7 @@ def paged_attention(
             _pick(query, tokens),
             *_gather(kv_cache, _pick(block_tables, rows), max(row_lengths)),
             row_lengths,
-            scale,
-            sliding_window,
-            soft_cap,
+            form,
         )
         if len(tokens) == len(query):
             return decoded
@@ -101,31 +117,27 @@ def _decode_rows(
     k: Tensor,
     v: Tensor,
     lengths: list[int],
-    scale: float,
-    sliding_window: int,
-    soft_cap: float,
+    form: _Form,
 ) -> Tensor:
     num_rows, num_heads, head_dim = query.shape
     num_kv_heads, max_length = k.shape[1], k.shape[2]
     # The query heads of a KV head see the same context: they stand where query positions would.
     q = query.view(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
     mask = None
-    if sliding_window or min(lengths) < max_length:
+    if form.sliding_window or min(lengths) < max_length:
         end = torch.tensor(lengths, device=query.device).view(-1, 1, 1, 1)
         position = torch.arange(max_length, device=query.device)
         mask = position < end  # [rows, 1, 1, max_length]
-        if sliding_window:
-            mask &= position >= end - sliding_window
-    return _attend(q, k, v, mask, False, scale, soft_cap).reshape(query.shape)
+        if form.sliding_window:
+            mask &= position >= end - form.sliding_window
+    return _attend(q, k, v, mask, False, form).reshape(query.shape)
 
 
 def _prefill_row(
     query: Tensor,  # [tokens, num_heads, head_dim] of one row
     k: Tensor,
     v: Tensor,
-    scale: float,
-    sliding_window: int,
-    soft_cap: float,
+    form: _Form,
 ) -> Tensor:
     num_tokens, num_heads, _ = query.shape
     num_kv_heads, length = k.shape[1], k.shape[2]
@@ -134,14 +146,14 @@ def _prefill_row(
         k = k.repeat_interleave(num_heads // num_kv_heads, dim=1)
         v = v.repeat_interleave(num_heads // num_kv_heads, dim=1)
     mask = None
-    is_causal = num_tokens == length and not sliding_window and not soft_cap
+    is_causal = num_tokens == length and not form.sliding_window and form.is_plain
     if not is_causal:
         position = torch.arange(length, device=query.device)
         last = torch.arange(length - num_tokens, length, device=query.device)[:, None]
         mask = position <= last  # [tokens, length]
-        if sliding_window:
-            mask &= position > last - sliding_window
-    return _attend(q, k, v, mask, is_causal, scale, soft_cap).squeeze(0).transpose(0, 1)
+        if form.sliding_window:
+            mask &= position > last - form.sliding_window
+    return _attend(q, k, v, mask, is_causal, form).squeeze(0).transpose(0, 1)
 
 
 def _attend(
@@ -150,16 +162,21 @@ def _attend(
     v: Tensor,
     mask: Tensor | None,
     is_causal: bool,
-    scale: float,
-    soft_cap: float,
+    form: _Form,
 ) -> Tensor:
     """softmax(q k^T * scale) v over [rows, heads, queries, head_dim]."""
-    if not soft_cap:
+    if form.is_plain:
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale
+            q, k, v, attn_mask=mask, is_causal=is_causal, scale=form.scale
         )
-    scores = (q.float() @ k.float().transpose(-1, -2)) * scale
-    scores = soft_cap * torch.tanh(scores / soft_cap)
+    scores = (q.float() @ k.float().transpose(-1, -2)) * form.scale
+    if form.soft_cap:
+        scores = form.soft_cap * torch.tanh(scores / form.soft_cap)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    return (scores.softmax(-1) @ v.float()).to(q.dtype)
+    if form.sinks is not None:
+        # As heads and queries stand in `q`: KV heads and their groups, or heads and tokens.
+        sinks = form.sinks.float().view(q.shape[1], -1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat((scores, sinks), dim=-1)
+    weights = scores.softmax(-1)[..., : k.shape[-2]]
+    return (weights @ v.float()).to(q.dtype)

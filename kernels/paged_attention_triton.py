@@ -160,13 +160,20 @@ def _attend_keys(
 
 
 @triton.jit
+def _after_sinks(addresses, exists):
+    """best and total, see `_attend_keys`, of queries that have seen their head's sink alone."""
+    logits = tl.load(addresses, exists, other=0.0).to(tl.float32)
+    return logits * 1.4426950408889634, tl.full(logits.shape, 1.0, tl.float32)
+
+
+@triton.jit
 def _decode_kernel(
-    query, kv_cache, block_tables, seq_lens, query_start_loc, out, partial_out, partial_stats,
-    scale, window, soft_cap, query_stride, table_stride, value_offset,
+    query, kv_cache, block_tables, seq_lens, query_start_loc, sinks, out, partial_out,
+    partial_stats, scale, window, soft_cap, query_stride, table_stride, value_offset,
     GROUP: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     TOKEN_STRIDE: tl.constexpr, NUM_SPLITS: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_SOFT_CAP: tl.constexpr, PADDED_DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    HAS_SOFT_CAP: tl.constexpr, HAS_SINKS: tl.constexpr, PADDED_DIM: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()
@@ -189,6 +196,9 @@ def _decode_kernel(
     q = tl.load(query + start.to(tl.int64) * query_stride + head_dims, inside, other=0.0)
     best = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
+    if HAS_SINKS:  # noqa: SIM102  (known to the compiler: no code without sinks)
+        if split == 0:  # it counts once
+            best, total = _after_sinks(sinks + kv_head * GROUP + head, head < GROUP)
     acc = tl.zeros([ROWS, PADDED_DIM], tl.float32)
     for tile in range(low, high):
         tokens = tile * KEYS + tl.arange(0, KEYS)
@@ -236,11 +246,12 @@ def _reduce_kernel(
 
 @triton.jit
 def _prefill_kernel(
-    query, kv_cache, block_tables, seq_lens, query_start_loc, out,
+    query, kv_cache, block_tables, seq_lens, query_start_loc, sinks, out,
     scale, window, soft_cap, query_stride, table_stride, value_offset, num_rows,
     GROUP: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     TOKEN_STRIDE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr,
-    PADDED_DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, FIXED_ORDER: tl.constexpr,
+    HAS_SINKS: tl.constexpr, PADDED_DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    FIXED_ORDER: tl.constexpr,
 ):  # fmt: skip
     TOKENS: tl.constexpr = ROWS // GROUP  # query tokens of a program
     ALL_MASKED: tl.constexpr = HAS_WINDOW or FIXED_ORDER
@@ -277,6 +288,8 @@ def _prefill_kernel(
     position = (context + token)[:, None]
     best = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
+    if HAS_SINKS:
+        best, total = _after_sinks(sinks + kv_head * GROUP + head, lane < TOKENS * GROUP)
     acc = tl.zeros([ROWS, PADDED_DIM], tl.float32)
     table = block_tables + row.to(tl.int64) * table_stride
     first = tl.maximum(context + first_query - window + 1, 0) if HAS_WINDOW else 0
@@ -315,6 +328,7 @@ def paged_attention(
     scale: float,
     sliding_window: int,
     soft_cap: float,
+    sinks: Tensor | None = None,
     num_splits: int | None = None,
     fixed_order: bool = False,
 ) -> Tensor:
@@ -328,7 +342,8 @@ def paged_attention(
         return out
     query = query if _is_packed(query) else query.contiguous()
     _, _, block_size, num_kv_heads, _ = kv_cache.shape
-    tensors = query, kv_cache, block_tables, seq_lens, query_start_loc, out
+    some_tensor = query if sinks is None else sinks
+    tensors = query, kv_cache, block_tables, seq_lens, query_start_loc, some_tensor, out
     scalars = (
         *(scale, sliding_window, soft_cap),
         *(query.stride(0), block_tables.stride(0), kv_cache.stride(0)),
@@ -337,6 +352,7 @@ def paged_attention(
         "GROUP": num_heads // num_kv_heads, "NUM_HEADS": num_heads, "HEAD_DIM": head_dim,
         "BLOCK_SIZE": block_size, "TOKEN_STRIDE": num_kv_heads * head_dim,
         "HAS_WINDOW": sliding_window > 0, "HAS_SOFT_CAP": soft_cap > 0,
+        "HAS_SINKS": sinks is not None,
         "PADDED_DIM": max(16, triton.next_power_of_2(head_dim)),
     }  # fmt: skip
     if not fixed_order:
@@ -353,7 +369,7 @@ def _attend_single_tokens(
     num_splits: int | None,
 ) -> None:
     """Rows with one token, by `_decode_kernel`."""
-    query, kv_cache, block_tables, _, query_start_loc, out = tensors
+    query, kv_cache, block_tables, _, query_start_loc, _, out = tensors
     num_tokens, num_heads, head_dim = query.shape
     (num_rows, max_blocks), num_kv_heads = block_tables.shape, kv_cache.shape[3]
     num_programs = min(num_rows, num_tokens) * num_kv_heads  # a decode step has one empty row

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from compiledllm.kernels.attention import AttentionMetadata
 from compiledllm.kernels.linear import linear
 from compiledllm.models.layers.attention import PagedAttention
-from compiledllm.models.layers.linear import empty_parameter
+from compiledllm.models.layers.linear import Linear, empty_parameter
 from compiledllm.models.layers.moe import make_mlp
 from compiledllm.models.layers.norm import make_norm
 from compiledllm.models.layers.rope import RotaryTable
@@ -53,6 +53,7 @@ class DecoderBlock(nn.Module):
         self.mlp = make_mlp(spec.hidden_size, spec.mlp)
         self.mlp_out_norm = norm(NORMS_BEHIND[spec.residual] >= 2)
         self.is_parallel = spec.residual.startswith("parallel")
+        self.norms_sums = spec.residual == "sums"
 
     def forward(
         self,
@@ -64,6 +65,8 @@ class DecoderBlock(nn.Module):
         attn: AttentionMetadata,
     ) -> tuple[Tensor, Tensor]:
         x = x + due
+        if self.norms_sums:
+            return self._forward_norming_sums(x, cos, sin, kv_cache, attn)
         attn_in = mlp_in = x if self.attn_norm is None else self.attn_norm(x)
         attended = self._scaled(self.attn(attn_in, cos, sin, kv_cache, attn), self.attn_out_norm)
         if not self.is_parallel:
@@ -84,8 +87,17 @@ class DecoderBlock(nn.Module):
     ) -> None:
         """What `forward` leaves in the cache, and nothing else."""
         x = x + due
-        attn_in = x if self.attn_norm is None else self.attn_norm(x)
+        attn_in = x if self.attn_norm is None or self.norms_sums else self.attn_norm(x)
         self.attn.store(attn_in, cos, sin, kv_cache, slot_mapping)
+
+    def _forward_norming_sums(
+        self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: Tensor, attn: AttentionMetadata
+    ) -> tuple[Tensor, Tensor]:
+        """Nothing is due, as the last sum is normalised here."""
+        assert self.attn_norm is not None and self.mlp_norm is not None
+        x = self.attn_norm(x + self._scaled(self.attn(x, cos, sin, kv_cache, attn), None))
+        x = self.mlp_norm(x + self._scaled(self.mlp(x), None))
+        return x, torch.zeros_like(x)
 
     def _scaled(self, out: Tensor, norm: nn.Module | None) -> Tensor:
         out = out if norm is None else norm(out)
@@ -105,7 +117,11 @@ class Decoder(nn.Module):
     def __init__(self, spec: ModelSpec, backend: str) -> None:
         super().__init__()
         self.spec = spec
-        self.embedding = empty_parameter(spec.vocab_size, spec.hidden_size)
+        self.embedding = empty_parameter(spec.vocab_size, spec.embedding_width)
+        self.project_in = self.project_out = None
+        if size := spec.embedding_size:
+            self.project_in = Linear(size, {"": spec.hidden_size}, bias=False)
+            self.project_out = Linear(spec.hidden_size, {"": size}, bias=False)
         scale = torch.tensor(spec.embedding_scale, dtype=self.embedding.dtype, device="cpu")
         self._embedding_scale = scale.item()  # rounded as the embedding is
         size = spec.num_learned_positions
@@ -113,7 +129,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderBlock(layer, backend) for layer in spec.layers)
         self.final_norm = make_norm(spec.final_norm, spec.hidden_size)
         tied = spec.tie_word_embeddings
-        self.lm_head = None if tied else empty_parameter(spec.vocab_size, spec.hidden_size)
+        self.lm_head = None if tied else empty_parameter(spec.vocab_size, spec.embedding_width)
         self.lm_head_bias = empty_parameter(spec.vocab_size) if spec.lm_head_bias else None
         ropes = dict.fromkeys(layer.attn.rope for layer in spec.layers)
         self.rotary = nn.ModuleList(RotaryTable(rope) for rope in ropes)
@@ -154,6 +170,8 @@ class Decoder(nn.Module):
         x = F.embedding(input_ids, self.embedding)
         if self._embedding_scale != 1:
             x = x * self._embedding_scale
+        if self.project_in is not None:
+            x = self.project_in(x)
         if self.positions is not None:
             x = x + F.embedding(positions + self.spec.first_position, self.positions)
         return x
@@ -161,6 +179,8 @@ class Decoder(nn.Module):
     def compute_logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """[tokens, hidden] -> [tokens, vocab], in the model's dtype; into `out` if it is given."""
         head, spec = self.embedding if self.lm_head is None else self.lm_head, self.spec
+        if self.project_out is not None:
+            hidden = self.project_out(hidden)
         logits: Tensor = self.product(hidden, head, None, out)
         if self.lm_head_bias is not None:
             logits.add_(self.lm_head_bias)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +23,7 @@ FAMILIES = {
     "Gemma3ForCausalLM": "gemma2",
     "Gemma3ForConditionalGeneration": "gemma3_multimodal",
     "GemmaForCausalLM": "gemma",
+    "GptOssForCausalLM": "gpt_oss",
     "GraniteForCausalLM": "granite",
     "LlamaForCausalLM": "llama",
     "MinistralForCausalLM": "mistral",
@@ -41,7 +44,10 @@ FAMILIES = {
 
 
 def family_of(architecture: str) -> ModuleType:
-    """The family module: `spec_from_hf`, `NAMES`, `IGNORED`, perhaps `prepare`."""
+    """The family module: `spec_from_hf`, `NAMES`, `IGNORED`; perhaps `prepare`, `unpack`, `FORMATS`
+
+    FORMATS: values of `quant_method` whose weights `unpack` makes ordinary ones.
+    """
     if architecture not in FAMILIES:
         raise ConfigError(
             f"architecture '{architecture}' is not supported; supported: {', '.join(FAMILIES)}"
@@ -49,27 +55,70 @@ def family_of(architecture: str) -> ModuleType:
     return import_module(f"compiledllm.models.families.{FAMILIES[architecture]}")
 
 
-def load_spec(checkpoint: Path) -> ModelSpec:
-    """ModelSpec of a checkpoint directory, from its config.json alone."""
+def load_spec(checkpoint: Path, model_impl: str = "auto") -> ModelSpec:
+    """ModelSpec of a checkpoint directory, from its config.json alone.
+
+    model_impl: "compiledllm", "transformers", or "auto": ours where there is a family. Raises
+    ConfigError for a model that cannot be had that way.
+    """
     raw = _read_json(checkpoint / "config.json")
     names = raw.get("architectures") or [f"(none; model_type={raw.get('model_type')!r})"]
-    family = family_of(names if isinstance(names, str) else str(names[0]))
-    if quantization := raw.get("quantization_config"):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else "unknown"
+    architecture = names if isinstance(names, str) else str(names[0])
+    is_ours = architecture in FAMILIES
+    if model_impl == "transformers" or (model_impl == "auto" and not is_ours):
+        return _spec_by_probing(checkpoint, raw, architecture)
+    family = family_of(architecture)
+    _check_format(checkpoint, raw.get("quantization_config"), getattr(family, "FORMATS", ()))
+    with _as_config_errors(checkpoint):
+        spec: ModelSpec = family.spec_from_hf(_hf_config(checkpoint))
+    return spec
+
+
+def _spec_by_probing(checkpoint: Path, raw: dict[str, Any], architecture: str) -> ModelSpec:
+    """Of a model that transformers runs."""
+    from compiledllm.models.transformers_probe import spec_by_probing
+
+    _check_format(checkpoint, raw.get("quantization_config"), ())
+    if "auto_map" in raw and architecture not in FAMILIES:
         raise ConfigError(
-            f"{checkpoint}: quantised checkpoints ({method}) are not supported yet; "
-            "use the unquantised model or a .gguf file"
+            f"architecture '{architecture}' needs code of its own (auto_map in {checkpoint}), "
+            "which is never run; use a checkpoint of an architecture that transformers has"
         )
+    try:
+        with _as_config_errors(checkpoint):
+            return spec_by_probing(_hf_config(checkpoint), architecture)
+    except ConfigError as error:
+        if architecture in FAMILIES:
+            raise
+        raise ConfigError(
+            f"architecture '{architecture}' is not supported; supported: {', '.join(FAMILIES)}; "
+            f"others as transformers runs them, but {error}"
+        ) from error
+
+
+def _hf_config(checkpoint: Path) -> Any:
     from transformers import AutoConfig  # a second of imports: only when a model is really loaded
 
+    return AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+
+
+@contextmanager
+def _as_config_errors(checkpoint: Path) -> Iterator[None]:
     try:
-        hf = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
-        spec: ModelSpec = family.spec_from_hf(hf)
+        yield
     except ConfigError:
         raise
     except Exception as error:
         raise ConfigError(f"{checkpoint}/config.json is not a valid config: {error}") from error
-    return spec
+
+
+def _check_format(checkpoint: Path, quantization: Any, formats: tuple[str, ...]) -> None:
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else "unknown"
+    if quantization and method not in formats:
+        raise ConfigError(
+            f"{checkpoint}: quantised checkpoints ({method}) are not supported yet; "
+            "use the unquantised model or a .gguf file"
+        )
 
 
 # Name in generation_config.json -> sampling parameter.

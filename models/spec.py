@@ -33,14 +33,17 @@ class RopeSpec:
 
 @dataclass(frozen=True, slots=True)
 class NormSpec:
-    """kind: "rms"; "rms_plus_one", whose weight is stored less one; "layer", maybe with a bias."""
+    """kind: "rms"; "rms_plus_one", whose weight is stored less one; "layer", maybe with a bias.
+
+    "none" changes nothing.
+    """
 
     eps: float
     kind: str = "rms"
     bias: bool = False
 
     def num_parameters(self, size: int) -> int:
-        return size * (1 + self.bias)
+        return 0 if self.kind == "none" else size * (1 + self.bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,7 @@ class AttentionSpec:
     qk_norm: of the queries and keys before they are rotated: "head", of each head with one weight
     for all; "heads", of each with its own; "whole", of all heads together. sliding_window: how many
     of the latest positions a token sees, itself included; 0: all. soft_cap: of the logits; 0: none.
+    has_sinks: each head has a learned logit that only joins the sum its weights are divided by.
     """
 
     num_heads: int
@@ -63,6 +67,7 @@ class AttentionSpec:
     qk_norm_over: str = "head"
     sliding_window: int = 0
     soft_cap: float = 0.0
+    has_sinks: bool = False
 
     @property
     def q_size(self) -> int:
@@ -115,6 +120,7 @@ class MoeSpec:
 
     intermediate_size: of an expert. renormalize: the chosen experts' weights sum to one.
     shared_size: of a further MLP for every token, weighted by a sigmoid of its own; 0: none.
+    bias: of the experts and of the router. alpha, limit: of clamped experts, see `kernels.moe`.
     """
 
     intermediate_size: int
@@ -122,6 +128,9 @@ class MoeSpec:
     top_k: int
     renormalize: bool = True
     shared_size: int = 0
+    bias: bool = False
+    alpha: float = 1.0
+    limit: float = 0.0
 
     def num_parameters(self, hidden_size: int) -> int:
         return self._num_parameters(hidden_size, self.num_experts)
@@ -132,14 +141,35 @@ class MoeSpec:
 
     def _num_parameters(self, hidden_size: int, num_experts: int) -> int:
         shared = hidden_size * (3 * self.shared_size + 1) if self.shared_size else 0
-        experts = 3 * num_experts * hidden_size * self.intermediate_size
-        return self.num_experts * hidden_size + experts + shared
+        size = self.intermediate_size
+        expert = 3 * hidden_size * size + self.bias * (2 * size + hidden_size)
+        router = self.num_experts * (hidden_size + self.bias)
+        return router + num_experts * expert + shared
+
+
+@dataclass(frozen=True, slots=True)
+class OpaqueSpec:
+    """What a block that transformers runs has beside its attention: counted, not described.
+
+    total, used: parameters, and those that one token uses. intermediate_size: 0 if not known.
+    """
+
+    total: int
+    used: int
+    intermediate_size: int = 0
+
+    def num_parameters(self, _hidden_size: int) -> int:
+        return self.total
+
+    def num_parameters_used(self, _hidden_size: int) -> int:
+        return self.used
 
 
 # Where a block's norms stand: before attention and MLP, behind them, or both; "parallel": both read
-# the same input, behind one norm or, "parallel_2", one each.
-NORMS_BEFORE = {"pre": 2, "post": 0, "sandwich": 2, "parallel": 1, "parallel_2": 2}
-NORMS_BEHIND = {"pre": 0, "post": 2, "sandwich": 2, "parallel": 0, "parallel_2": 0}
+# the same input, behind one norm or, "parallel_2", one each;
+# "sums": x = norm(x + attn(x)), likewise.
+NORMS_BEFORE = {"pre": 2, "post": 0, "sandwich": 2, "parallel": 1, "parallel_2": 2, "sums": 2}
+NORMS_BEHIND = {"pre": 0, "post": 2, "sandwich": 2, "parallel": 0, "parallel_2": 0, "sums": 0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +181,7 @@ class LayerSpec:
 
     hidden_size: int
     attn: AttentionSpec
-    mlp: MlpSpec | MoeSpec
+    mlp: MlpSpec | MoeSpec | OpaqueSpec
     norm: NormSpec
     residual: str = "pre"
     residual_scale: float = 1.0
@@ -169,7 +199,7 @@ class LayerSpec:
     def _num_parameters_beside_mlp(self) -> int:
         h, a = self.hidden_size, self.attn
         qkv = (a.q_size + 2 * a.kv_size) * (h + a.qkv_bias)
-        out = h * (a.q_size + a.output_bias)
+        out = h * (a.q_size + a.output_bias) + a.has_sinks * a.num_heads
         num_norms = NORMS_BEFORE[self.residual] + NORMS_BEHIND[self.residual]
         return qkv + out + num_norms * self.norm.num_parameters(h) + a.num_parameters_of_norms
 
@@ -180,6 +210,9 @@ class ModelSpec:
 
     num_learned_positions: rows of a table that is added to the embedding, of which position 0 takes
     row `first_position`; 0: none. embedding_scale, logit_scale multiply; logit_soft_cap: 0: none.
+    embedding_size: of embedding and head, where projections lie between them and the blocks; 0:
+    there are none. implementation: who runs it, "compiledllm" or "transformers"; of the latter
+    num_other_parameters are not described by the other fields.
     """
 
     architecture: str
@@ -198,15 +231,24 @@ class ModelSpec:
     logit_scale: float = 1.0
     logit_soft_cap: float = 0.0
     lm_head_bias: bool = False
+    embedding_size: int = 0
+    implementation: str = "compiledllm"
+    num_other_parameters: int = 0
 
     @property
     def num_parameters(self) -> int:
-        tables = self.vocab_size * (1 if self.tie_word_embeddings else 2)
-        embeddings = (tables + self.num_learned_positions) * self.hidden_size
-        ends = (
-            self.final_norm.num_parameters(self.hidden_size) + self.lm_head_bias * self.vocab_size
-        )
-        return embeddings + sum(layer.num_parameters for layer in self.layers) + ends
+        num_ends = 1 if self.tie_word_embeddings else 2
+        tables = num_ends * self.vocab_size * self.embedding_width
+        projections = 2 * self.embedding_size * self.hidden_size
+        positions = self.num_learned_positions * self.hidden_size
+        blocks = sum(layer.num_parameters for layer in self.layers)
+        norm = self.final_norm.num_parameters(self.hidden_size)
+        bias = self.lm_head_bias * self.vocab_size
+        return tables + projections + positions + blocks + norm + bias + self.num_other_parameters
+
+    @property
+    def embedding_width(self) -> int:
+        return self.embedding_size or self.hidden_size
 
     @property
     def has_windows(self) -> bool:

@@ -4,7 +4,8 @@ Each checkpoint tensor is used exactly once and each parameter filled exactly on
 fails with the names. A family's NAMES maps checkpoint names to ours; `*` matches one name segment
 and stands for the same text on the right (`**`, in IGNORED, matches several), `:part` names a slice
 of a fused parameter; `:a,b` says that the tensor holds several, one after the other. What is stored
-in another order or transposed, a family's `prepare(name, tensor, spec)` puts right.
+in another order or transposed, a family's `prepare(name, tensor, spec)` puts right; where several
+stored tensors make one or one makes several, its `unpack(tensors, dtype, device)` does.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ def load_weights(model: Decoder, checkpoint: Path) -> None:
         rules.ignore("lm_head.weight")  # some checkpoints store the tied matrix a second time
     unexpected: list[str] = []
     seen: set[str] = set()
-    for name, tensor in _read_tensors(checkpoint):
+    tensors = _read_tensors(checkpoint)
+    if (unpack := getattr(family, "unpack", None)) is not None:
+        tensors = unpack(tensors, model.embedding.dtype, model.embedding.device)
+    for name, tensor in tensors:
         if name in seen:
             raise ConfigError(f"{checkpoint}: tensor '{name}' is stored twice")
         seen.add(name)
@@ -150,7 +154,7 @@ def _slots_by_part(name: str, tensor: Tensor, parts: dict[str, int]) -> dict[str
 
 def _read_tensors(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of every tensor in the checkpoint's safetensors files, one at a time."""
-    files = _weight_files(checkpoint)
+    files = weight_files(checkpoint)
     progress = tqdm(files, desc="loading weights", unit="file", disable=not sys.stderr.isatty())
     for path in progress:
         try:
@@ -161,7 +165,8 @@ def _read_tensors(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
             raise ConfigError(f"{path} is not a readable safetensors file: {error}") from error
 
 
-def _weight_files(checkpoint: Path) -> list[Path]:
+def weight_files(checkpoint: Path) -> list[Path]:
+    """A checkpoint's safetensors files. Raises ConfigError if there are none, or not all."""
     index = checkpoint / "model.safetensors.index.json"
     if index.exists():
         try:

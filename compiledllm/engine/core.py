@@ -14,17 +14,17 @@ from pathlib import Path
 
 import torch
 
-from compiledllm.config import Choice, EngineConfig
+from compiledllm.config import Choice, ConfigError, EngineConfig
 from compiledllm.engine.isolation import Isolation
 from compiledllm.engine.served_model import ServedModel
 from compiledllm.graphs.buckets import StepShape, step_shapes
 from compiledllm.log import log
+from compiledllm.models.build import build_model
 from compiledllm.models.decoder import Decoder
 from compiledllm.models.deterministic import FIXED_ORDER_BACKEND, make_deterministic
 from compiledllm.models.registry import load_spec
 from compiledllm.models.source import resolve_checkpoint
 from compiledllm.models.spec import ModelSpec
-from compiledllm.models.weights import fill_with_random_weights, load_weights
 from compiledllm.outputs import FinishReason
 from compiledllm.platform import Platform, is_fatal
 from compiledllm.runner.attention import settle_backend, settle_groups
@@ -67,11 +67,13 @@ class EngineCore:
             config.model.revision,
             weights=config.model.load_format != "dummy",
         )
-        self.spec: ModelSpec = load_spec(self.model_path)
+        self.spec: ModelSpec = load_spec(self.model_path, config.model.model_impl)
         self.platform = Platform.detect(config.model.device)
         self.config, self.choices = config.resolve(
             self.platform.is_cuda, self.spec.max_position, self.platform.memory_bytes
         )
+        if self.spec.implementation == "transformers":
+            self._note_transformers()
         asked = config.model.dtype
         self.choices["dtype"] = self.platform.choose_dtype(asked, self.spec.dtype)
         self._choose_attention()
@@ -156,6 +158,18 @@ class EngineCore:
 
     # -- start-up ------------------------------------------------------------------------------
 
+    def _note_transformers(self) -> None:
+        architecture = self.spec.architecture
+        if self.config.compile.deterministic:
+            raise ConfigError(
+                f"deterministic=True is not supported for {architecture} as transformers runs it; "
+                "leave it out"
+            )
+        asked = self.config.model.model_impl == "transformers"
+        reason = "as asked" if asked else f"there is no family for {architecture}"
+        self.choices["model_impl"] = Choice("transformers", reason)
+        log.warning("transformers runs the model, over our paged attention (%s)", reason)
+
     def _choose_attention(self) -> None:
         config = self.config
         max_len, max_seqs = config.model.max_model_len, config.scheduler.max_num_seqs
@@ -190,11 +204,13 @@ class EngineCore:
         torch.set_default_dtype(self.dtype)
         try:
             with torch.device(self.platform.device), torch.inference_mode():
-                model = Decoder(self.spec, str(self.choices["attention_backend"].value))
-                if self.config.model.load_format == "dummy":
-                    fill_with_random_weights(model, self.config.model.seed)
-                else:
-                    load_weights(model, self.model_path)
+                is_dummy = self.config.model.load_format == "dummy"
+                model = build_model(
+                    self.spec,
+                    str(self.choices["attention_backend"].value),
+                    self.model_path,
+                    dummy_seed=self.config.model.seed if is_dummy else None,
+                )
         finally:
             torch.set_default_dtype(default)
         if self.config.compile.deterministic:
@@ -310,6 +326,7 @@ class EngineCore:
         lines = {
             "model": f"{self.model_path} ({spec.architecture}, {len(spec.layers)} layers, "
             f"{spec.num_parameters / 1e6:.1f} M parameters)",
+            "run by": self.choices.get("model_impl"),
             "device": f"{self.platform.device} ({self.platform.name}; {self.platform.versions()})",
             "dtype": self.choices["dtype"],
             "attention": self.choices["attention_backend"],

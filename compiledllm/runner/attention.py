@@ -67,6 +67,8 @@ def settle_groups(spec: ModelSpec, max_len: int, is_planned: bool) -> tuple[Cach
     groups, reason = cache_groups(spec, max_len), "layers that see equally far share a block table"
     if is_planned:
         groups, reason = whole_contexts(spec), "flashinfer reads whole contexts"
+    elif spec.implementation == "transformers":
+        groups, reason = whole_contexts(spec), "transformers' module is given one block table"
     elif not has_one_kv_shape(spec):
         reason = "one block table, as the layers' KV differ in shape"
     return groups, Choice(groups, reason)
@@ -101,3 +103,5 @@ def _check_flashinfer(spec: ModelSpec, dtype: torch.dtype) -> None:
     for layer in spec.layers:
         if layer.attn.head_dim not in HEAD_DIMS:
             raise ValueError(f"it has no kernels for head_dim={layer.attn.head_dim}")
+        if layer.attn.has_sinks:
+            raise ValueError("its kernels know no attention sinks")

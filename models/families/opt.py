@@ -1,4 +1,4 @@
-"""OPT: learned positions, LayerNorm, a plain MLP with ReLU."""
+"""OPT: learned positions, LayerNorm before or, in the 350M model, behind; a plain MLP with ReLU."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ _NAMES = {
     "decoder.layers.*.fc1.*": "layers.*.mlp.up.*",
     "decoder.layers.*.fc2.*": "layers.*.mlp.down.*",
     "decoder.final_layer_norm.*": "final_norm.*",
+    "decoder.project_in.weight": "project_in.weight",
+    "decoder.project_out.weight": "project_out.weight",
 }
 # Old checkpoints have no "model." in front.
 NAMES = {f"model.{name}": target for name, target in _NAMES.items()} | _NAMES
@@ -35,10 +37,9 @@ _FIRST_POSITION = 2
 
 def spec_from_hf(hf: Any) -> ModelSpec:
     """ModelSpec of a transformers OPTConfig."""
-    expect(hf, "do_layer_norm_before", True)
-    expect(hf, "_remove_final_layer_norm", False)
     expect(hf, "layer_norm_elementwise_affine", True)
-    expect(hf, "word_embed_proj_dim", None, hf.hidden_size)
+    has_final_norm = hf.do_layer_norm_before and not hf._remove_final_layer_norm
+    is_projected = hf.word_embed_proj_dim not in (None, hf.hidden_size)
     norm = NormSpec(1e-5, "layer", bias=True)
     layer = LayerSpec(
         hf.hidden_size,
@@ -51,12 +52,14 @@ def spec_from_hf(hf: Any) -> ModelSpec:
         ),
         MlpSpec(hf.ffn_dim, hf.enable_bias, activation_of(hf, "activation_function"), gated=False),
         norm,
+        residual="pre" if hf.do_layer_norm_before else "sums",
     )
     return model_spec(
         hf,
         "OPTForCausalLM",
         (layer,) * hf.num_hidden_layers,
-        norm,
+        norm if has_final_norm else NormSpec(0.0, "none"),
+        embedding_size=hf.word_embed_proj_dim if is_projected else 0,
         num_learned_positions=hf.max_position_embeddings + _FIRST_POSITION,
         first_position=_FIRST_POSITION,
     )

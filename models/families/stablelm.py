@@ -2,27 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from compiledllm.models.families import llama
-from compiledllm.models.families.hf import activation_of, attention_of, expect, model_spec
+from compiledllm.models.families.hf import activation_of, attention_of, model_spec
 from compiledllm.models.spec import LayerSpec, MlpSpec, ModelSpec, NormSpec
 
 NAMES = llama.NAMES | {
     "model.layers.*.input_layernorm.*": "layers.*.attn_norm.*",
     "model.layers.*.post_attention_layernorm.*": "layers.*.mlp_norm.*",
     "model.norm.*": "final_norm.*",
+    # As `unpack` names them.
+    "model.layers.*.self_attn.q_layernorm.weight": "layers.*.attn.q_norm.weight",
+    "model.layers.*.self_attn.k_layernorm.weight": "layers.*.attn.k_norm.weight",
 }
 IGNORED = llama.IGNORED
 
 
+def unpack(
+    tensors: Iterable[tuple[str, Tensor]], _dtype: torch.dtype, _device: torch.device
+) -> Iterator[tuple[str, Tensor]]:
+    """The norms of a layer's heads as one tensor, [heads, head_dim]; the others as they are."""
+    heads: dict[str, dict[int, Tensor]] = {}
+    for name, tensor in tensors:
+        stem, _, rest = name.partition("_layernorm.norms.")
+        if rest:
+            heads.setdefault(stem, {})[int(rest.partition(".")[0])] = tensor
+        else:
+            yield name, tensor
+    for stem, norms in heads.items():
+        yield f"{stem}_layernorm.weight", torch.stack([norms[head] for head in sorted(norms)])
+
+
 def spec_from_hf(hf: Any) -> ModelSpec:
     """ModelSpec of a transformers StableLmConfig."""
-    expect(hf, "qk_layernorm", False)
     norm = NormSpec(hf.layer_norm_eps, "layer", bias=True)
     layer = LayerSpec(
         hf.hidden_size,
-        attention_of(hf, qkv_bias=hf.use_qkv_bias),
+        attention_of(
+            hf,
+            qkv_bias=hf.use_qkv_bias,
+            qk_norm=NormSpec(hf.layer_norm_eps, "layer") if hf.qk_layernorm else None,
+            qk_norm_over="heads",
+        ),
         MlpSpec(hf.intermediate_size, activation=activation_of(hf)),
         norm,
         residual="parallel" if hf.use_parallel_residual else "pre",

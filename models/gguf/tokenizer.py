@@ -1,4 +1,4 @@
-"""The byte-level BPE tokenizer that a GGUF file's metadata describes.
+"""The tokenizer that a GGUF file's metadata describes: byte-level BPE, or SentencePiece's BPE.
 
 Built here and not by transformers, which ignores how the text is split before merging
 (`tokenizer.ggml.pre`) and gives other ids for digits and spaces. Knows no architecture, and nothing
@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 from tokenizers import pre_tokenizers as pre
 
 from compiledllm.models.gguf.file import GgufFile
 
-_CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
+_CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6  # values of tokenizer.ggml.token_type
+_SPACE = "▁"  # what stands for one in SentencePiece's tokens
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -36,26 +37,29 @@ def _pre_tokenizer(name: object) -> pre.PreTokenizer:
 
 
 def build_tokenizer(file: GgufFile) -> Tokenizer:
-    """The byte-level BPE tokenizer that the metadata describes."""
-    if (model := file.metadata.get("tokenizer.ggml.model")) != "gpt2":
+    """The tokenizer that the metadata describes."""
+    makers = {"gpt2": _byte_level, "llama": _sentence_piece}
+    model = file.metadata.get("tokenizer.ggml.model")
+    if not isinstance(model, str) or model not in makers:
         raise ValueError(
-            f"tokenizer.ggml.model {model!r} is not supported (gpt2, byte-level BPE, is); "
-            "use the model's Hugging Face checkpoint"
+            f"tokenizer.ggml.model {model!r} is not supported (gpt2, byte-level BPE, and llama, "
+            "SentencePiece, are); use the model's Hugging Face checkpoint"
         )
-    scheme = file.metadata.get("tokenizer.ggml.pre")
-    vocab = _vocabulary(file)
-    parts = (merge.partition(" ") for merge in file.strings("tokenizer.ggml.merges"))
-    merges = [(left, right) for left, _, right in parts]
-    try:  # Llama 3 takes a piece that is a token whole, without asking the merges
-        bpe = models.BPE(vocab, merges, ignore_merges=scheme in _LLAMA3_NAMES)
-    except Exception as error:  # tokenizers raises bare Exception
-        raise ValueError(f"the merges do not fit the vocabulary: {error}") from error
-    tokenizer = Tokenizer(bpe)
-    tokenizer.pre_tokenizer = _pre_tokenizer(scheme)
-    tokenizer.decoder = decoders.ByteLevel()
-    types = file.metadata.get("tokenizer.ggml.token_type")
+    vocab, types = _vocabulary(file), file.metadata.get("tokenizer.ggml.token_type")
     if not isinstance(types, list) or len(types) != len(vocab):
         raise ValueError("metadata key 'tokenizer.ggml.token_type' must have a number per token")
+    if model == "llama":  # llama.cpp writes spaces in tokens that are matched in plain text
+        kinds = zip(vocab, types, strict=True)
+        texts = [t.replace(" ", _SPACE) if kind == _USER_DEFINED else t for t, kind in kinds]
+        vocab = {text: index for index, text in enumerate(texts)}
+        if len(vocab) != len(types):
+            raise ValueError("two tokens differ by how they write a space only")
+    try:
+        tokenizer = makers[model](file, vocab, types)
+    except ValueError:
+        raise
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ValueError(f"the merges do not fit the vocabulary: {error}") from error
     tokenizer.add_tokens(
         [
             AddedToken(token, special=kind == _CONTROL, normalized=False)
@@ -65,6 +69,59 @@ def build_tokenizer(file: GgufFile) -> Tokenizer:
     )
     tokenizer.post_processor = _post_processor(file, vocab)
     return tokenizer
+
+
+def _byte_level(file: GgufFile, vocab: dict[str, int], _types: list[int]) -> Tokenizer:
+    scheme = file.metadata.get("tokenizer.ggml.pre")
+    parts = (merge.partition(" ") for merge in file.strings("tokenizer.ggml.merges"))
+    merges = [(left, right) for left, _, right in parts]
+    # Llama 3 takes a piece that is a token whole, without asking the merges.
+    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=scheme in _LLAMA3_NAMES))
+    tokenizer.pre_tokenizer = _pre_tokenizer(scheme)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentence_piece(file: GgufFile, vocab: dict[str, int], types: list[int]) -> Tokenizer:
+    """As Gemma has it: a space is a letter, nothing is put in front, unknown letters are bytes."""
+    for key, default in (("add_space_prefix", True), ("remove_extra_whitespaces", False)):
+        if file.metadata.get(f"tokenizer.ggml.{key}", default):
+            raise ValueError(f"tokenizer.ggml.{key} = True is not supported")
+    if file.metadata.get("tokenizer.ggml.precompiled_charsmap"):
+        raise ValueError("tokenizer.ggml.precompiled_charsmap is not supported")
+    if types.count(_BYTE) != 256:
+        raise ValueError(f"{types.count(_BYTE)} of 256 bytes are tokens; others are not supported")
+    unknown = file.token("unknown")
+    merges = _merges_by_score(file, vocab, types)
+    bpe = models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(bpe)
+    tokenizer.normalizer = normalizers.Replace(" ", _SPACE)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return tokenizer
+
+
+def _merges_by_score(
+    file: GgufFile, vocab: dict[str, int], types: list[int]
+) -> list[tuple[str, str]]:
+    """Every split of a token into two, the best-scored token's first; of equal ones the longer.
+
+    SentencePiece merges whichever neighbours make the best-scored token; those matched in plain
+    text, which the file scores low, come before all others.
+    """
+    scores = file.metadata.get("tokenizer.ggml.scores")
+    if not isinstance(scores, list) or len(scores) != len(vocab):
+        raise ValueError("metadata key 'tokenizer.ggml.scores' must have a number per token")
+    ranked: list[tuple[float, int, int, str, str]] = []
+    for token, index in vocab.items():
+        score = 0.0 if types[index] == _USER_DEFINED else scores[index]
+        splits = ((token[:n], token[n:]) for n in range(1, len(token)))
+        found = [(a, b) for a, b in splits if a in vocab and b in vocab]
+        found.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
+        ranked += [(score, len(a), len(b), a, b) for a, b in found]
+    ranked.sort(key=lambda merge: merge[:3], reverse=True)
+    return [(a, b) for *_, a, b in ranked]
 
 
 def tokenizer_config(file: GgufFile, max_length: int) -> dict[str, Any]:
@@ -94,7 +151,8 @@ def _vocabulary(file: GgufFile) -> dict[str, int]:
 
 def _is_added(file: GgufFile, role: str) -> bool:
     """Whether encoding adds the bos or eos token; where the file is silent, as llama.cpp does."""
-    default = role == "bos" and file.metadata.get("tokenizer.ggml.pre") in _LLAMA3_NAMES
+    kind, scheme = (file.metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+    default = role == "bos" and (kind == "llama" or scheme in _LLAMA3_NAMES)
     is_wanted = file.metadata.get(f"tokenizer.ggml.add_{role}_token", default)
     return bool(is_wanted) and file.token_id(role) is not None
 

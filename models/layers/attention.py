@@ -13,7 +13,7 @@ from compiledllm.kernels.attention import (
     rotate_and_store,
     store_kv,
 )
-from compiledllm.models.layers.linear import Linear
+from compiledllm.models.layers.linear import Linear, empty_parameter
 from compiledllm.models.layers.norm import RMSNorm, make_norm
 from compiledllm.models.layers.rope import apply_rope
 from compiledllm.models.spec import AttentionSpec
@@ -34,6 +34,7 @@ class PagedAttention(nn.Module):
         if spec.qk_norm is not None:
             self.q_norm = make_norm(spec.qk_norm, *spec.qk_norm_shape(spec.num_heads))
             self.k_norm = make_norm(spec.qk_norm, *spec.qk_norm_shape(spec.num_kv_heads))
+        self.sinks = empty_parameter(spec.num_heads) if spec.has_sinks else None
         self.out = Linear(spec.q_size, {"": hidden_size}, spec.output_bias)
 
     def forward(
@@ -49,7 +50,14 @@ class PagedAttention(nn.Module):
             q = self._rotate(q, self.q_norm, cos, sin)
             self._rotate_then_store(k, v, cos, sin, kv_cache, attn.slot_mapping)
         context = paged_attention(
-            q, kv_cache, attn, spec.scale, self.backend, spec.sliding_window, spec.soft_cap
+            q,
+            kv_cache,
+            attn,
+            spec.scale,
+            self.backend,
+            spec.sliding_window,
+            spec.soft_cap,
+            self.sinks,
         )
         out: Tensor = self.out(context.view(-1, spec.q_size))
         return out

@@ -8,16 +8,23 @@ from torch import Tensor, nn
 from compiledllm.kernels.moe import moe_experts
 from compiledllm.models.layers.linear import Linear, empty_parameter
 from compiledllm.models.layers.mlp import GatedMlp, PlainMlp
-from compiledllm.models.spec import MlpSpec, MoeSpec
+from compiledllm.models.spec import MlpSpec, MoeSpec, OpaqueSpec
 
 
 class ExpertLinear(nn.Module):
-    """The matrices of all experts, [experts, sum(parts), in_features]; see `Linear` for parts."""
+    """The matrices of all experts, [experts, sum(parts), in_features]; see `Linear` for parts.
 
-    def __init__(self, num_experts: int, in_features: int, parts: dict[str, int]) -> None:
+    Biases are [experts, sum(parts)].
+    """
+
+    def __init__(
+        self, num_experts: int, in_features: int, parts: dict[str, int], bias: bool
+    ) -> None:
         super().__init__()
         self.parts = parts
-        self.weight = empty_parameter(num_experts, sum(parts.values()), in_features)
+        out_features = sum(parts.values())
+        self.weight = empty_parameter(num_experts, out_features, in_features)
+        self.bias = empty_parameter(num_experts, out_features) if bias else None
 
 
 class MoeMlp(nn.Module):
@@ -27,9 +34,9 @@ class MoeMlp(nn.Module):
         super().__init__()
         self.spec = spec
         size, count = spec.intermediate_size, spec.num_experts
-        self.router = Linear(hidden_size, {"": count}, bias=False)
-        self.gate_up = ExpertLinear(count, hidden_size, {"gate": size, "up": size})
-        self.down = ExpertLinear(count, size, {"": hidden_size})
+        self.router = Linear(hidden_size, {"": count}, spec.bias)
+        self.gate_up = ExpertLinear(count, hidden_size, {"gate": size, "up": size}, spec.bias)
+        self.down = ExpertLinear(count, size, {"": hidden_size}, spec.bias)
         self.shared = self.shared_gate = None
         if spec.shared_size:
             self.shared = GatedMlp(hidden_size, MlpSpec(spec.shared_size))
@@ -40,13 +47,24 @@ class MoeMlp(nn.Module):
         weights, ids = shares.topk(self.spec.top_k, dim=-1)
         if self.spec.renormalize:
             weights = weights / weights.sum(-1, keepdim=True)
-        out = moe_experts(x, ids, weights, self.gate_up.weight, self.down.weight)
+        out = moe_experts(
+            x,
+            ids,
+            weights,
+            self.gate_up.weight,
+            self.down.weight,
+            self.gate_up.bias,
+            self.down.bias,
+            self.spec.alpha,
+            self.spec.limit,
+        )
         if self.shared is not None and self.shared_gate is not None:
             out = out + torch.sigmoid(self.shared_gate(x)) * self.shared(x)
         return out
 
 
-def make_mlp(hidden_size: int, spec: MlpSpec | MoeSpec) -> nn.Module:
+def make_mlp(hidden_size: int, spec: MlpSpec | MoeSpec | OpaqueSpec) -> nn.Module:
+    assert not isinstance(spec, OpaqueSpec), spec  # of a block that transformers makes
     if isinstance(spec, MoeSpec):
         return MoeMlp(hidden_size, spec)
     return (GatedMlp if spec.gated else PlainMlp)(hidden_size, spec)

@@ -59,6 +59,8 @@ class LayerNorm(nn.Module):
 
 def make_norm(spec: NormSpec, *shape: int) -> nn.Module:
     """shape: of the weight."""
+    if spec.kind == "none":
+        return nn.Identity()
     if spec.kind == "layer":
         return LayerNorm(shape, spec.eps, spec.bias)
     assert not spec.bias, spec

@@ -24,8 +24,38 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma": {"head_dim": 32},
     "gemma2": {"head_dim": 32, "query_pre_attn_scalar": 24} | SLIDING,
     "gemma3_text": {"head_dim": 32, "query_pre_attn_scalar": 24} | SLIDING,
+    "gemma3": {
+        "text_config": {
+            "vocab_size": 128,
+            "hidden_size": 64,
+            "intermediate_size": 112,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "head_dim": 32,
+        }
+        | SLIDING,
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+        "mm_tokens_per_image": 4,
+        "tie_word_embeddings": True,
+    },
     "gpt2": {"n_positions": 512},
     "gpt_neox": {},
+    "gpt_oss": {
+        "head_dim": 16,
+        "sliding_window": 20,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 3,
+        "swiglu_limit": 0.6,
+    },
     "granite": {"residual_multiplier": 0.4, "logits_scaling": 2.5},
     "llama": {},
     "mistral": {"sliding_window": 20},
@@ -38,13 +68,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
     },
     "olmo2": {"pad_token_id": 0},
-    "opt": {"ffn_dim": 112, "word_embed_proj_dim": 64, "pad_token_id": 1},
+    "opt": {"ffn_dim": 112, "word_embed_proj_dim": 40, "pad_token_id": 1}
+    | {"do_layer_norm_before": False, "tie_word_embeddings": True},  # as the 350M model
     "phi": {},
     "phi3": {"pad_token_id": 0, "sliding_window": 20},
     "qwen2": {"use_sliding_window": True} | SLIDING,
     "qwen3": {"head_dim": 16},
     "smollm3": {"no_rope_layers": [1, 0, 1], "pad_token_id": 0},
-    "stablelm": {},
+    "stablelm": {"qk_layernorm": True},
     "starcoder2": {"sliding_window": 20},
 }
 LENGTHS, NUM_TOKENS = [1, 5, 17, 40, 100, 170], 10
@@ -88,7 +119,7 @@ def test_greedy_tokens_are_those_of_transformers(
     assert len({tuple(tokens) for tokens in wanted}) > 3  # not the same for every prompt
 
 
-@pytest.mark.parametrize("family", ["cohere", "gemma2", "gpt_neox", "opt", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["cohere", "gemma2", "gpt_neox", "gpt_oss", "opt", "qwen3_moe"])
 def test_compiled_blocks_give_the_same_tokens(
     family: str, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

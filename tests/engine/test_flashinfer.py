@@ -177,6 +177,13 @@ def test_what_flashinfer_lacks_is_named(
     assert choice.value == "triton" and why in choice.reason
 
 
+def test_a_model_with_sinks_goes_to_triton(
+    tiny_model: Callable[..., Path], flashinfer: ModuleType
+) -> None:
+    choice = settle(tiny_model("gpt_oss", num_local_experts=4, **SHAPE), "flashinfer")
+    assert choice.value == "triton" and "attention sinks" in choice.reason
+
+
 def test_heads_too_large_for_triton_go_to_torch(tiny_llama: Callable[..., Path]) -> None:
     model = tiny_llama(hidden_size=512, head_dim=512, num_attention_heads=1, num_key_value_heads=1)
     choice = settle(model, "triton")

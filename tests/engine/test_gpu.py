@@ -98,6 +98,36 @@ def test_layers_that_see_unequally_far_are_captured_too(
     engine.core.scheduler.check_invariants()
 
 
+SLIDING = {"sliding_window": 40, "layer_types": ["sliding_attention", "full_attention"] * 2}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("gpt_oss", {"num_local_experts": 6, "num_experts_per_tok": 2, "swiglu_limit": 0.6}),
+        ("olmo3", {"pad_token_id": 0}),  # run by transformers
+    ],
+)
+def test_captured_steps_of_other_models_give_the_eager_tokens(
+    model_type: str,
+    changes: dict[str, object],
+    tiny_model: Callable[..., Path],
+    prompts: list[list[int]],
+) -> None:
+    shape = {"hidden_size": 256, "head_dim": 64, "num_hidden_layers": 4} | SLIDING
+    checkpoint = tiny_model(model_type, **shape, **changes)
+    options = {"dtype": "float32", "skip_tokenizer_init": True, "kv_cache_memory_bytes": 2**28}
+    found = []
+    for backend in ("torch", "triton"):
+        engine = Engine(
+            checkpoint, attention_backend=backend, enforce_eager=backend == "torch", **options
+        )
+        assert (engine.core.runner.graphs is None) == (backend == "torch")
+        found.append(tokens(engine, prompts[:12]))
+    assert found[0] == found[1]
+    assert engine.core.runner.compiler.num_recompiles == 0
+
+
 def test_sampled_and_greedy_requests_share_a_batch(
     tiny_llama: Callable[..., Path], prompts: list[list[int]], expected: list[list[int]]
 ) -> None:

@@ -6,6 +6,7 @@ differing token must be a tie: transformers' own logits of the two tokens within
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from compiledllm import Engine, SamplingParams
 from compiledllm.outputs import RequestOutput
@@ -103,6 +105,24 @@ def test_chunked_prefill(default_model: Path, reference: Reference) -> None:
     engine = make(default_model, enforce_eager=True, max_num_batched_tokens=32)
     reference.assert_equal(engine.generate(reference.prompts, GREEDY))
     engine.core.scheduler.check_invariants()
+
+
+@torch.inference_mode()
+def test_perplexity(eager: Engine, reference: Reference) -> None:
+    """Of all prompts together, as the engine's log probabilities of prompts tell it."""
+    prompts = [prompt for prompt in reference.prompts if len(prompt) > 1]
+    outputs = eager.generate(prompts, SamplingParams(max_tokens=1, prompt_logprobs=0))
+    ours, theirs, count = 0.0, 0.0, 0
+    for prompt, output in zip(prompts, outputs, strict=True):
+        found = output.prompt_logprobs
+        assert found is not None and len(found) == len(prompt)
+        pairs = list(zip(prompt[1:], found[1:], strict=True))
+        ours -= sum(position[token].logprob for token, position in pairs if position is not None)
+        logits = reference.model(torch.tensor([prompt])).logits[0, :-1]
+        theirs += F.cross_entropy(logits, torch.tensor(prompt[1:]), reduction="sum").item()
+        count += len(pairs)
+    perplexities = math.exp(ours / count), math.exp(theirs / count)
+    assert count > 2000 and perplexities[0] == pytest.approx(perplexities[1], rel=1e-4)
 
 
 def test_preemption(default_model: Path, reference: Reference) -> None:

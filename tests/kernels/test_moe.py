@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -37,11 +39,12 @@ def test_items_are_sorted_by_expert_in_blocks(
     assert sorted(found) == list(range(ids.numel()))
 
 
+@pytest.mark.parametrize("form", ["plain", "biased", "clamped"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("num_tokens", [0, 1, 5, 70])
 @pytest.mark.parametrize(("hidden", "size"), [(64, 48), (100, 130)])
 def test_experts_are_those_of_torch(
-    hidden: int, size: int, num_tokens: int, dtype: torch.dtype
+    hidden: int, size: int, num_tokens: int, dtype: torch.dtype, form: str
 ) -> None:
     torch.manual_seed(size)
     num_experts, top_k = 6, 2
@@ -51,7 +54,12 @@ def test_experts_are_those_of_torch(
     shares = torch.rand(num_tokens, num_experts, device=DEVICE)
     shares[:, 3] = 0  # an expert that nobody asks for
     weights, ids = shares.topk(top_k, dim=-1)
-    expected = experts_in_torch(x, ids, weights, gate_up, down)
-    actual = moe_triton.experts(x, ids, weights, gate_up, down)
+    rest: list[Any] = []
+    if form != "plain":
+        rest = [torch.randn(num_experts, n, device=DEVICE).to(dtype) for n in (2 * size, hidden)]
+    if form == "clamped":
+        rest += [1.7, 0.6]
+    expected = experts_in_torch(x, ids, weights, gate_up, down, *rest)
+    actual = moe_triton.experts(x, ids, weights, gate_up, down, *rest)
     tolerance = 1e-5 if dtype == torch.float32 else 5e-3
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)

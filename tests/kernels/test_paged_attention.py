@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -41,6 +41,7 @@ class Case:
     scale: float | None = None  # None: 1 / sqrt(head_dim)
     sliding_window: int = 0
     soft_cap: float = 0.0
+    has_sinks: bool = False
     num_unused_columns: int = 2  # of the block table, zeros behind each row's blocks
 
 
@@ -53,6 +54,7 @@ class Step:
     attn: AttentionMetadata
     keys: list[Tensor] = field(default_factory=list)  # per row [context, num_kv_heads, head_dim]
     values: list[Tensor] = field(default_factory=list)
+    sinks: Tensor | None = None  # [num_heads]
 
 
 def make_step(case: Case, backend: str = "torch", seed: int = 0) -> Step:
@@ -84,7 +86,8 @@ def make_step(case: Case, backend: str = "torch", seed: int = 0) -> Step:
         query_start_loc=torch.cat((torch.zeros(1), query_lengths.cumsum(0))).int(),
     )
     query = torch.randn(int(query_lengths.sum()), num_heads, case.head_dim).to(dtype)
-    return Step(query, kv_cache, attn, keys, values)
+    sinks = (torch.randn(num_heads) * 3).to(dtype) if case.has_sinks else None
+    return Step(query, kv_cache, attn, keys, values, sinks)
 
 
 def scale_of(case: Case) -> float:
@@ -107,7 +110,9 @@ def reference(case: Case, step: Step) -> Tensor:
                 scores = k @ q * scale_of(case)
                 if case.soft_cap:
                     scores = case.soft_cap * torch.tanh(scores / case.soft_cap)
-                outputs.append(scores.softmax(0) @ v)
+                if step.sinks is not None:
+                    scores = torch.cat((scores, step.sinks[head, None].double()))
+                outputs.append(scores.softmax(0)[: len(v)] @ v)
             token += 1
     if not outputs:
         return torch.empty(step.query.shape, dtype=torch.float64)
@@ -123,6 +128,7 @@ def run(case: Case, step: Step, backend: str) -> Tensor:
         backend,
         case.sliding_window,
         case.soft_cap,
+        step.sinks,
     )
 
 
@@ -206,6 +212,28 @@ def test_soft_cap_bends_the_scores(
 ) -> None:
     case = Case(ROWS[rows](16), heads=heads, soft_cap=1.5, sliding_window=sliding_window)
     check(case, backend)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("sliding_window", [0, 9])
+def test_sinks_take_their_share_of_the_weights(
+    sliding_window: int, heads: str, rows: str, backend: str
+) -> None:
+    case = Case(ROWS[rows](16), heads=heads, sliding_window=sliding_window, has_sinks=True)
+    check(case, backend)
+    check(replace(case, soft_cap=1.5, head_dim=80, dtype=HALF[backend]), backend)
+
+
+@pytest.mark.parametrize("logit", [-1e4, 1e4])
+def test_a_sink_may_take_nothing_or_all(logit: float, backend: str) -> None:
+    case = Case(mixed_rows(16), has_sinks=True)
+    step = make_step(case, backend)
+    assert step.sinks is not None
+    step.sinks.fill_(logit)
+    without = run(case, replace(step, sinks=None), backend)
+    expected = without if logit < 0 else torch.zeros_like(without)
+    torch.testing.assert_close(run(case, step, backend), expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -364,14 +392,15 @@ def test_keys_and_values_may_be_slices_of_a_wider_tensor(backend: str) -> None:
 
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("soft_cap", [0.0, 5.0])
+@pytest.mark.parametrize(("soft_cap", "has_sinks"), [(0.0, False), (5.0, False), (0.0, True)])
 def test_paged_attention_is_a_sound_operator(
-    rows: str, heads: str, soft_cap: float, backend: str
+    rows: str, heads: str, soft_cap: float, has_sinks: bool, backend: str
 ) -> None:
-    case = Case([row for row in ROWS[rows](16) if row != (1, 1)], heads=heads)
+    rows_of_case = [row for row in ROWS[rows](16) if row != (1, 1)]
+    case = Case(rows_of_case, heads=heads, has_sinks=has_sinks)
     step = make_step(case, backend)
     _, *metadata = step.attn
-    arguments = (step.query, step.kv_cache, *metadata, 0.125, 0, soft_cap, backend)
+    arguments = (step.query, step.kv_cache, *metadata, 0.125, 0, soft_cap, step.sinks, backend)
     check_operator(torch.ops.compiledllm.paged_attention.default, arguments)
 
 

@@ -57,11 +57,18 @@ def make_step(
     return query, kv_cache, tables.cuda(), seq_lens, starts
 
 
-def assert_equals_oracle(step: Step, scale: float, window: int = 0, soft_cap: float = 0.0) -> None:
+def assert_equals_oracle(
+    step: Step,
+    scale: float,
+    window: int = 0,
+    soft_cap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> None:
     query, kv_cache, *rest = step
-    out = load_backend("triton").paged_attention(*step, scale, window, soft_cap)
+    bends = window, soft_cap, sinks
+    out = load_backend("triton").paged_attention(*step, scale, *bends)
     wide = kv_cache.float().nan_to_num(0.0)  # the oracle multiplies masked slots by zero
-    expected = oracle.paged_attention(query.float(), wide, *rest, scale, window, soft_cap)
+    expected = oracle.paged_attention(query.float(), wide, *rest, scale, *bends)
     tolerance = TOLERANCE[query.dtype]
     torch.testing.assert_close(out.float(), expected, atol=tolerance, rtol=tolerance)
 
@@ -77,6 +84,9 @@ def test_the_grid(head_dim: int, heads: str, rows: str, dtype: torch.dtype) -> N
     assert_equals_oracle(step, 0.3, window=33)
     assert_equals_oracle(step, 0.3, soft_cap=5.0)
     assert_equals_oracle(step, 0.3, window=500, soft_cap=5.0)
+    sinks = torch.randn(step[0].shape[1], dtype=dtype, device="cuda")
+    assert_equals_oracle(step, 0.3, sinks=sinks)
+    assert_equals_oracle(step, 0.3, window=33, sinks=sinks)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

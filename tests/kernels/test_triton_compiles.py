@@ -37,7 +37,7 @@ TYPES = {
     "eps": "fp32", "token_stride": "i32", "num_outputs": "i32", "x_stride": "i32",
     "weight_stride": "i32", "out_stride": "i32", "items": "*i32", "block_experts": "*i32",
     "item_weights": "*fp32", "num_items": "i32", "num_experts": "i32", "num_blocks": "i32",
-    "expert_ids": "*i64",
+    "expert_ids": "*i64", "alpha": "fp32", "limit": "fp32",
     "vocab": "i32", "row_stride": "i32", "num_chunks": "i32", "rows": "*i64", "top_k": "*i32",
     "top_p": "*fp32", "min_p": "*fp32", "peaks": "*fp32", "masses": "*fp32",
     "chosen": "*i64", "best": "*fp32", "counts": "*i32", "asked_for": "*i64",
@@ -46,7 +46,7 @@ TYPES = {
 }
 FLOATS = {
     "query", "key", "value", "kv_cache", "out", "logits", "qkv", "q_weight", "k_weight", "cos",
-    "sin", "x", "weight", "bias",
+    "sin", "x", "weight", "bias", "sinks",
 }
 
 
@@ -95,9 +95,10 @@ for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
         )
     for items in (8, 4000, 60000):
         tiling = moe.tiling_for(items, 128, itemsize)
-        for gated in (False, True):
+        for gated, clamped in ((False, False), (True, False), (True, True), (False, True)):
             check(
-                moe._grouped_kernel, dtype, tiling, NUM_INPUTS=2048, ITEMS_PER_ROW=8, IS_GATED=gated
+                moe._grouped_kernel, dtype, tiling, NUM_INPUTS=2048, ITEMS_PER_ROW=8,
+                IS_GATED=gated, HAS_BIAS=clamped, HAS_LIMIT=clamped and gated,
             )
     check(fixed_order._rms_norm_kernel, dtype, SIZE=576, PADDED=1024)
     for rows, outputs in ((8, 1024), (8, 6144), (500, 1024)):
@@ -111,7 +112,7 @@ for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
         shape = {
             "GROUP": 4, "NUM_HEADS": 32, "HEAD_DIM": head_dim, "BLOCK_SIZE": 16,
             "TOKEN_STRIDE": 8 * head_dim, "HAS_WINDOW": window, "HAS_SOFT_CAP": window,
-            "PADDED_DIM": triton.next_power_of_2(head_dim),
+            "HAS_SINKS": window, "PADDED_DIM": triton.next_power_of_2(head_dim),
         }
         for programs, splits in ((8, 16), (100, 2), (1024, 1)):
             tiling = attention.decode_tiling(head_dim, 4, itemsize, programs)

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from compiledllm import cli
 from compiledllm.config import ConfigError
 from compiledllm.kernels.attention import AttentionMetadata
 from compiledllm.models.cache_groups import whole_contexts
@@ -42,6 +43,13 @@ LONGROPE = {
     "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
     "long_factor": [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5],
     "original_max_position_embeddings": 64,
+}
+GPT_OSS = {
+    "head_dim": 16,
+    "sliding_window": 20,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 3,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
 HALF_SLIDING = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 # Family and variant -> config changes.
@@ -145,14 +153,26 @@ VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
         "mm_tokens_per_image": 4,
         "tie_word_embeddings": True,
     },
+    ("gpt_oss", "windows"): GPT_OSS,
+    ("gpt_oss", "yarn, clamped"): GPT_OSS
+    | {
+        "rope_parameters": YARN | {"truncate": False},
+        "swiglu_limit": 0.4,
+        "swiglu_alpha": 1.3,
+    },
+    ("gpt_oss", "no bias, full"): GPT_OSS
+    | {"attention_bias": False, "layer_types": ["full_attention"] * 3},
     ("stablelm", "pre"): {},
     ("stablelm", "parallel, bias"): {"use_parallel_residual": True, "use_qkv_bias": True},
+    ("stablelm", "qk norms"): {"qk_layernorm": True},
+    ("stablelm", "parallel, qk norms"): {"use_parallel_residual": True, "qk_layernorm": True},
     ("starcoder2", "full"): {},
     ("starcoder2", "window"): {"sliding_window": 20, "use_bias": False},
     ("cohere", "plain"): {"pad_token_id": 0},
     ("cohere", "qk_norm"): {"pad_token_id": 0, "use_qk_norm": True, "logit_scale": 0.3},
     ("phi", "mha"): {"num_key_value_heads": 4},
     ("phi", "gqa"): {},
+    ("phi", "qk norms"): {"qk_layernorm": True},
     ("gpt_neox", "parallel"): {},
     ("gpt_neox", "one behind the other"): {"use_parallel_residual": False},
     ("gpt_neox", "no bias"): {"attention_bias": False},
@@ -162,6 +182,19 @@ VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
         "word_embed_proj_dim": 64,
         "pad_token_id": 1,
         "enable_bias": False,
+    },
+    ("opt", "350m"): {
+        "ffn_dim": 112,
+        "word_embed_proj_dim": 40,
+        "pad_token_id": 1,
+        "do_layer_norm_before": False,
+        "tie_word_embeddings": True,
+    },
+    ("opt", "no final norm"): {
+        "ffn_dim": 112,
+        "word_embed_proj_dim": 64,
+        "pad_token_id": 1,
+        "_remove_final_layer_norm": True,
     },
     ("gpt2", "plain"): {"n_positions": 512},
     ("gpt2", "n_inner"): {"n_positions": 512, "n_inner": 80},
@@ -250,14 +283,27 @@ def test_parameter_count_follows_from_the_spec(tiny_model: Callable[..., Path]) 
         assert model.spec.num_parameters == sum(p.numel() for p in model.parameters())
 
 
+def test_info_tells_of_every_variant_without_its_weights(
+    tiny_model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for (family, variant), changes in VARIANTS.items():
+        config = tiny_model(family, **changes) / "config.json"
+        (tmp_path / "config.json").write_bytes(config.read_bytes())
+        assert cli.main(["info", str(tmp_path), "--json"]) == 0, (family, variant)
+        facts = json.loads(capsys.readouterr().out)
+        assert facts["run_by"] == "compiledllm" and facts["layers"] == 3
+        assert facts["parameters"] == load_spec(tmp_path).num_parameters
+        assert facts["kv_bytes_per_token"] > 0 and facts["kv_tokens_that_fit"] > 0
+
+
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"hidden_act": "tanh"}, "hidden_act='tanh'"),
     ("llama", {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}}, "rope_type"),
-    ("stablelm", {"qk_layernorm": True}, "qk_layernorm=True"),
-    ("phi", {"qk_layernorm": True}, "qk_layernorm=True"),
+    ("gpt_oss", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
     ("falcon", {"alibi": True}, "alibi=True"),
     ("falcon", {"new_decoder_architecture": True}, "new_decoder_architecture=True"),
-    ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before=False"),
+    ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine=False"),
+    ("stablelm", {"hidden_act": "tanh"}, "hidden_act='tanh'"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
 ]
 

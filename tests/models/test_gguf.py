@@ -1,4 +1,4 @@
-"""Converting GGUF: a tiny Llama comes out as it went in; what is damaged or unknown is refused."""
+"""Converting GGUF: tiny models come out as they went in; what is damaged or unknown is refused."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 from tokenizers import pre_tokenizers
 
 from compiledllm.config import ConfigError
+from compiledllm.models.registry import load_spec
 from compiledllm.models.source import resolve_checkpoint
 
 gguf = pytest.importorskip("gguf")
@@ -49,14 +50,18 @@ def interleave(rows: np.ndarray, num_heads: int) -> np.ndarray:
 def gguf_tensors(model: Any) -> dict[str, np.ndarray]:
     """The model's weights as llama.cpp's converter names and orders them."""
     config, tensors = model.config, {}
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    is_gemma = config.model_type == "gemma3_text"
+    kind = gguf.MODEL_ARCH.GEMMA3 if is_gemma else gguf.MODEL_ARCH.LLAMA
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     for name, weight in model.state_dict().items():
         values = weight.numpy()
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        if "q_proj" in name:
+        if is_gemma and name.endswith("norm.weight"):
+            values = values + 1
+        if "q_proj" in name and not is_gemma:
             values = interleave(values, config.num_attention_heads)
-        if "k_proj" in name:
+        if "k_proj" in name and not is_gemma:
             values = interleave(values, config.num_key_value_heads)
         tensors[names.get_name(name, try_suffixes=(".weight",))] = values
     return tensors
@@ -69,12 +74,13 @@ def write_gguf(
     architecture: str = "llama",
     edit: Callable[[Any], None] = lambda writer: None,
     pre: str = "smollm",
+    num_layers: int = 3,
 ) -> Path:
     """A GGUF of `LLAMA`'s shape; `edit` may add metadata, `kind` is how matrices are stored."""
     writer = gguf.GGUFWriter(str(path), architecture)
     writer.add_context_length(16384)
     writer.add_embedding_length(64)
-    writer.add_block_count(3)
+    writer.add_block_count(num_layers)
     writer.add_feed_forward_length(96)
     writer.add_head_count(4)
     writer.add_head_count_kv(2)
@@ -164,6 +170,118 @@ def test_llama3_rope_scaling_is_found_in_the_divisors(
     checkpoint = converted(write_gguf(tmp_path / "x.gguf", tensors))
     assert json.loads((checkpoint / "config.json").read_text())["rope_scaling"] == LLAMA3
     torch.testing.assert_close(logits(load(checkpoint)), logits(model))
+
+
+@pytest.mark.parametrize("factor", [1.0, 8.0])
+@pytest.mark.parametrize("tied", [True, False])
+def test_gemma3_knows_its_layers_and_norms(
+    tiny_model: Callable[..., Path], tmp_path: Path, tied: bool, factor: float
+) -> None:
+    """Every sixth layer full and with a RoPE of its own, the others with windows."""
+    full = {"rope_type": "linear", "factor": factor} if factor > 1 else {"rope_type": "default"}
+    model = load(
+        tiny_model(
+            "gemma3_text",
+            **LLAMA
+            | {
+                "num_hidden_layers": 7,
+                "head_dim": 16,
+                "query_pre_attn_scalar": 16,
+                "sliding_window": 5,
+                "tie_word_embeddings": tied,
+                "rope_parameters": {
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 700.0},
+                    "full_attention": {"rope_theta": 10000.0} | full,
+                },
+            },
+        )
+    )
+
+    def edit(writer: Any) -> None:
+        writer.add_sliding_window(5)
+        writer.add_float32("gemma3.rope.freq_base_swa", 700.0)
+        if factor > 1:
+            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+            writer.add_rope_scaling_factor(factor)
+
+    tensors = gguf_tensors(model)
+    path = tmp_path / "x.gguf"
+    write_gguf(path, tensors, architecture="gemma3", num_layers=7, edit=edit)
+    checkpoint = converted(path)
+    torch.testing.assert_close(logits(load(checkpoint)), logits(model))
+    spec = load_spec(checkpoint)
+    assert spec.architecture == "Gemma3ForCausalLM"
+    windows = [layer.attn.sliding_window for layer in spec.layers]
+    assert windows == [5, 5, 5, 5, 5, 0, 5]
+
+
+SP_PIECES = ["a", "b", "▁", "ab", "▁a", "▁ab", "aba"]  # the later, the worse the score
+SP_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", "<turn>", "  ", "\n\n"]
+SP_TOKENS += [f"<0x{byte:02X}>" for byte in range(256)] + SP_PIECES
+SP_TYPES = [3, 3, 3, 3, 3, 4, 4] + [6] * 256 + [1] * len(SP_PIECES)
+SP_SCORES = [-1000.0] * 7 + [0.0] * 256 + [-float(i) for i in range(len(SP_PIECES))]
+
+
+def sentence_piece(edit: Callable[[dict[str, Any]], None]) -> Callable[[Any], None]:
+    """For `write_gguf`: replaces its tokenizer by a SentencePiece one, which `edit` may change."""
+    keys = {
+        "model": "llama",
+        "tokens": SP_TOKENS,
+        "token_type": SP_TYPES,
+        "scores": SP_SCORES,
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+        "unknown_token_id": 3,
+        "add_space_prefix": False,
+    }
+    edit(keys)
+
+    def write(writer: Any) -> None:
+        data = writer.kv_data[0]
+        for name in [name for name in data if name.startswith("tokenizer.ggml.")]:
+            del data[name]
+        for name, value in keys.items():
+            kind = gguf.GGUFValueType.get_type(value)
+            writer.add_key_value(f"tokenizer.ggml.{name}", value, kind)
+
+    return write
+
+
+def test_a_sentence_piece_tokenizer_merges_by_score(llama: Any, tmp_path: Path) -> None:
+    edit = sentence_piece(lambda keys: None)
+    checkpoint = converted(write_gguf(tmp_path / "x.gguf", gguf_tensors(llama), edit=edit))
+    tokenizer = load_tokenizer(checkpoint)
+
+    def pieces(text: str) -> list[str]:
+        return tokenizer.convert_ids_to_tokens(tokenizer(text).input_ids)
+
+    assert pieces("ab ab") == ["<bos>", "ab", "▁ab"]
+    assert pieces("aba") == ["<bos>", "aba"]
+    assert pieces(" aba") == ["<bos>", "▁ab", "a"], "which scores better than aba"
+    assert pieces("a  b") == ["<bos>", "a", "▁▁", "b"], "a token matched in plain text comes first"
+    assert pieces("é") == ["<bos>", "<0xC3>", "<0xA9>"]
+    assert pieces("a\n\n<turn>a") == ["<bos>", "a", "\n\n", "<turn>", "a"]
+    text = " ab  é\n\na "
+    ids = tokenizer(text).input_ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+@pytest.mark.parametrize(
+    ("edit", "match"),
+    [
+        (lambda k: k.pop("add_space_prefix"), "add_space_prefix = True is not supported"),
+        (lambda k: k.update(remove_extra_whitespaces=True), "remove_extra_whitespaces = True"),
+        (lambda k: k.update(scores=SP_SCORES[1:]), "scores' must have a number per token"),
+        (lambda k: k.update(token_type=SP_TYPES[:-1]), "token_type' must have a number per token"),
+        (lambda k: k.update(token_type=[1] * len(SP_TYPES)), "0 of 256 bytes are tokens"),
+        (lambda k: k.update(model="t5"), "'t5' is not supported"),
+    ],
+)
+def test_other_sentence_piece_tokenizers_are_refused(
+    llama: Any, tmp_path: Path, edit: Callable[[dict[str, Any]], None], match: str
+) -> None:
+    path = tmp_path / "x.gguf"
+    refused(write_gguf(path, gguf_tensors(llama), edit=sentence_piece(edit)), match)
 
 
 @pytest.mark.parametrize(
@@ -308,7 +426,7 @@ def test_wrong_metadata_never_gets_past_config_error(
 
 def test_an_unknown_architecture_is_named(llama: Any, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "x.gguf", gguf_tensors(llama), architecture="mamba")
-    refused(path, "architecture 'mamba' is not supported; supported: llama")
+    refused(path, "architecture 'mamba' is not supported; supported: gemma3, llama")
 
 
 def test_a_part_of_a_split_model_is_refused(llama: Any, tmp_path: Path) -> None:

@@ -66,6 +66,8 @@ DOORS: dict[str, tuple[str, ...]] = {
         "compiledllm.models.families",
         "compiledllm.models.registry",
         "compiledllm.models.source",
+        "compiledllm.models.transformers_model",
+        "compiledllm.models.transformers_probe",
         "compiledllm.engine.tokenizer",
         "compiledllm.benchmarks",
     ),

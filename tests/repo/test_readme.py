@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from compiledllm.config import all_options
-from compiledllm.models.registry import FAMILIES, family_of
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -36,18 +35,6 @@ def options_table() -> str:
 
 def test_table_of_options_is_the_real_one() -> None:
     assert options_table() in README, f"put this into README.md:\n{options_table()}"
-
-
-def families_table() -> str:
-    lines = ["| architecture | |", "|---|---|"]
-    for architecture in FAMILIES:
-        first_line = str(family_of(architecture).__doc__).splitlines()[0]
-        lines.append(f"| `{architecture}` | {first_line.removesuffix('.')} |")
-    return "\n".join(lines)
-
-
-def test_table_of_families_is_the_real_one() -> None:
-    assert families_table() in README, f"put this into README.md:\n{families_table()}"
 
 
 def test_make_targets_exist() -> None:

@@ -1,0 +1,87 @@
+"""The text model of Gemma 3 in GGUF files.
+
+llama.cpp stores norms plus one, and knows some things of the architecture by itself: every sixth
+layer sees everything, the others rotate by a base of 10000, and the largest model scales attention
+by another width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from compiledllm.models.gguf.file import GgufFile
+from compiledllm.models.gguf.rules import Rule, common_config, ends_rules, shortest
+
+KEYS = (
+    *("attention.head_count", "attention.head_count_kv", "attention.key_length"),
+    *("attention.layer_norm_rms_epsilon", "attention.sliding_window", "attention.value_length"),
+    *("block_count", "context_length", "embedding_length", "feed_forward_length"),
+    *("rope.dimension_count", "rope.freq_base", "rope.freq_base_swa", "rope.scaling.factor"),
+    *("rope.scaling.type", "vocab_size"),
+)
+_FULL_EVERY = 6
+_LAYERS_OF_27B = 62
+
+
+def config(file: GgufFile) -> dict[str, Any]:
+    """config.json of a Gemma3ForCausalLM."""
+    common = common_config(file, "gemma3")
+    num_layers, heads = common["num_hidden_layers"], common["num_attention_heads"]
+    is_27b = num_layers == _LAYERS_OF_27B
+    kinds = ("sliding_attention", "full_attention")
+    return common | {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": common["hidden_size"] // heads if is_27b else common["head_dim"],
+        "sliding_window": file.integer("gemma3.attention.sliding_window"),
+        "layer_types": [kinds[index % _FULL_EVERY == 5] for index in range(num_layers)],
+        "rope_parameters": _rope_parameters(file),
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+    }
+
+
+def _rope_parameters(file: GgufFile) -> dict[str, dict[str, Any]]:
+    kind = file.metadata.get("gemma3.rope.scaling.type", "none")
+    if kind not in ("none", "linear"):
+        raise ValueError(f"RoPE scaling {kind!r} is not supported")
+    full: dict[str, Any] = {
+        "rope_type": "default",
+        "rope_theta": shortest(file.number("gemma3.rope.freq_base", 1e6)),
+    }
+    if kind == "linear":
+        factor = shortest(file.number("gemma3.rope.scaling.factor"))
+        full |= {"rope_type": "linear", "factor": factor}
+    sliding = shortest(file.number("gemma3.rope.freq_base_swa", 10000.0))
+    return {
+        "full_attention": full,
+        "sliding_attention": {"rope_type": "default", "rope_theta": sliding},
+    }
+
+
+def rules(config: dict[str, Any]) -> dict[str, Rule]:
+    """Tensor name in the file -> its rule, in the order they are written."""
+    hidden, ffn, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    q, kv = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
+    found = ends_rules(config, norm_offset=-1.0)
+    for layer in range(config["num_hidden_layers"]):
+        for theirs, ours, shape in (
+            ("attn_norm", "input_layernorm", (hidden,)),
+            ("attn_q", "self_attn.q_proj", (q, hidden)),
+            ("attn_k", "self_attn.k_proj", (kv, hidden)),
+            ("attn_v", "self_attn.v_proj", (kv, hidden)),
+            ("attn_q_norm", "self_attn.q_norm", (head_dim,)),
+            ("attn_k_norm", "self_attn.k_norm", (head_dim,)),
+            ("attn_output", "self_attn.o_proj", (hidden, q)),
+            ("post_attention_norm", "post_attention_layernorm", (hidden,)),
+            ("ffn_norm", "pre_feedforward_layernorm", (hidden,)),
+            ("ffn_gate", "mlp.gate_proj", (ffn, hidden)),
+            ("ffn_up", "mlp.up_proj", (ffn, hidden)),
+            ("ffn_down", "mlp.down_proj", (hidden, ffn)),
+            ("post_ffw_norm", "post_feedforward_layernorm", (hidden,)),
+        ):
+            name = f"model.layers.{layer}.{ours}.weight"
+            offset = -1.0 if theirs.endswith("norm") else 0.0
+            found[f"blk.{layer}.{theirs}.weight"] = Rule(name, shape, offset=offset)
+    return found

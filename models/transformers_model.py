@@ -1,0 +1,241 @@
+"""A model that transformers runs, over our paged cache: for architectures without a family here.
+
+It has the interface of `Decoder`, so nobody else knows: `block_forward` runs the whole body, which
+is compiled as one block. Its attention calls reach us through transformers' attention interface,
+with the step's metadata as an argument. What can run this way, `transformers_probe` finds out.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from compiledllm.config import ConfigError
+from compiledllm.kernels.attention import (
+    AttentionMetadata,
+    kv_cache_shape,
+    paged_attention,
+    store_kv,
+)
+from compiledllm.models.decoder import Decoder
+from compiledllm.models.spec import AttentionSpec, ModelSpec
+from compiledllm.models.weights import fill_with_random_weights, weight_files
+
+_NAME = "compiledllm"  # among transformers' attention functions
+
+
+class _Paged(NamedTuple):
+    """What an attention call needs of us; the lists are by layer."""
+
+    kv_caches: list[Tensor]
+    attn: AttentionMetadata
+    specs: tuple[AttentionSpec, ...]
+    backend: str
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,  # [1, num_heads, tokens, head_dim]
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    paged: _Paged,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: [1, tokens, num_heads, head_dim], no weights."""
+    index: Any = module.layer_idx
+    kv_cache, spec, backend = paged.kv_caches[index], paged.specs[index], paged.backend
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    store_kv(k, v, kv_cache, paged.attn.slot_mapping, backend)
+    out = paged_attention(
+        q, kv_cache, paged.attn, spec.scale, backend, spec.sliding_window, spec.soft_cap, s_aux
+    )
+    return out.unsqueeze(0), None
+
+
+class _Body(nn.Module):
+    """All but the output head."""
+
+    def __init__(self, base: nn.Module, spec: ModelSpec, backend: str) -> None:
+        super().__init__()
+        self.base = base
+        self.spec = spec.architecture  # equal ones share what is compiled; there is one
+        self._attention = tuple(layer.attn for layer in spec.layers)
+        self._backend = backend
+
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, kv_caches: list[Tensor], attn: AttentionMetadata
+    ) -> Tensor:
+        out = self.base(
+            input_ids=input_ids.unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
+            use_cache=False,
+            paged=_Paged(kv_caches, attn, self._attention, self._backend),
+        )
+        hidden: Tensor = out[0].squeeze(0)
+        return hidden
+
+
+class _Given(nn.Module):
+    """Stands where the head's model has its body, and passes on what the body made."""
+
+    def forward(self, input_ids: None = None, *, inputs_embeds: Tensor, **_: Any) -> _BodyOutput:
+        return _BodyOutput(inputs_embeds)
+
+
+class _BodyOutput:
+    """A body's output, of any of transformers' kinds: what else there may be is None."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+class TransformersModel(nn.Module):
+    """transformers' module behind the interface of `Decoder`.
+
+    module: a causal model whose config names our attention. It is taken apart: what it does to its
+    body's result (the head, scales and caps) is its own too.
+    """
+
+    def __init__(self, spec: ModelSpec, backend: str, module: Any) -> None:
+        super().__init__()
+        self.spec = spec
+        self.body = _Body(module.base_model, spec, backend)
+        setattr(module, module.base_model_prefix, _Given())
+        self.head = module
+        self.block_forward: Callable[..., Tensor] = _Body.forward
+        self.takes_ends = False
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        kv_caches: list[Tensor],
+        attn: list[AttentionMetadata],
+    ) -> Tensor:
+        """Hidden states, [tokens, hidden]; see `Decoder.forward`. The layers have one metadata."""
+        # A tensor object of its own: padding has one for both, which the compiler would remember.
+        return self.block_forward(self.body, input_ids, positions.view(-1), kv_caches, attn[0])
+
+    def compute_logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """[tokens, hidden] -> [tokens, vocab], in the model's dtype; into `out` if it is given."""
+        logits: Tensor = self.head(inputs_embeds=hidden.unsqueeze(0), use_cache=False).logits[0]
+        return logits.to(hidden.dtype) if out is None else out.copy_(logits)
+
+
+def build_transformers_model(
+    spec: ModelSpec, backend: str, checkpoint: Path, dummy_seed: int | None
+) -> TransformersModel:
+    """With the checkpoint's weights, or random ones of this seed.
+
+    On torch's default device, in its default dtype. Raises ConfigError for weights that are missing
+    or left over, and for a model that looks across tokens beside its attention.
+    """
+    from transformers.modeling_utils import AttentionInterface
+
+    AttentionInterface.register(_NAME, _attend)
+    if dummy_seed is None:
+        model = TransformersModel(spec, backend, _load(checkpoint))
+    else:
+        model = TransformersModel(spec, backend, _empty(checkpoint))
+        fill_with_random_weights(cast("Decoder", model), dummy_seed)
+    _check_rows_are_apart(model.eval())
+    return model
+
+
+def _options() -> dict[str, Any]:
+    dtype = torch.get_default_dtype()
+    return {"attn_implementation": _NAME, "dtype": dtype, "trust_remote_code": False}
+
+
+def _empty(checkpoint: Path) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    return AutoModelForCausalLM.from_config(config, **_options())
+
+
+def _load(checkpoint: Path) -> Any:
+    """By transformers, which knows how to rename and fuse; from safetensors alone."""
+    from transformers import AutoModelForCausalLM
+
+    weight_files(checkpoint)  # or its error
+    device = torch.get_default_device()
+    files = {"use_safetensors": True, "local_files_only": True}
+    with torch.device("cpu"):
+        module, report = AutoModelForCausalLM.from_pretrained(
+            checkpoint, output_loading_info=True, **files, **_options()
+        )
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(map(str, report[what])):
+            raise ConfigError(f"{checkpoint}: {what.replace('_', ' ')}: {', '.join(names[:8])}")
+    return module.to(device)
+
+
+# -- the check at load -----------------------------------------------------------------------------
+
+_ROWS = (tuple(range(3, 8)), tuple(range(9, 18)))  # token ids of two requests
+_BLOCK = 16
+
+
+@torch.inference_mode()
+def _check_rows_are_apart(model: TransformersModel) -> None:
+    """Raise ConfigError if a token's result depends on its place in a step or on other requests.
+
+    A convolution or a shift over the tokens would go unnoticed elsewhere, as would positions that
+    are not ours. Two requests change places, and one of them comes in two pieces.
+    """
+    (first, second), spec = map(len, _ROWS), model.spec
+    run = _TwoRows(_Body(model.body.base, spec, "torch"), spec)
+    wanted = torch.cat(run((0, 0, first), (1, 0, second)))
+    beginning, whole = run((1, 0, 4), (0, 0, first))
+    (rest,) = run((1, 4, second))
+    actual = torch.cat((whole, beginning, rest))
+    change = ((actual - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max().item()
+    # Other sums in another company; with 16 bits, perhaps other experts.
+    if not change < (1e-2 if torch.get_default_dtype() == torch.float32 else 0.3):
+        raise ConfigError(
+            f"transformers' {spec.architecture} cannot run here: a token's result changed by "
+            f"{change:.0%} with its company in the step: something beside attention looks across "
+            "tokens"
+        )
+
+
+class _TwoRows:
+    """Runs a body over parts of `_ROWS`, on a cache of its own with a block for each."""
+
+    def __init__(self, body: _Body, spec: ModelSpec) -> None:
+        self._body, self._vocab_size = body, spec.vocab_size
+        sizes = [(layer.attn.num_kv_heads, layer.attn.head_dim) for layer in spec.layers]
+        shapes = [kv_cache_shape(len(_ROWS) + 1, _BLOCK, *size) for size in sizes]
+        self._kv_caches = [torch.zeros(shape) for shape in shapes]
+
+    def __call__(self, *parts: tuple[int, int, int]) -> list[Tensor]:
+        """Hidden states, float32, of each part of a step: (row, first token, end)."""
+        counts = [end - first for _, first, end in parts]
+        ids = itertools.chain(*(_ROWS[row][first:end] for row, first, end in parts))
+        positions = torch.cat([torch.arange(first, end) for _, first, end in parts])
+        blocks = torch.tensor([row + 1 for row, _, _ in parts])
+        attn = AttentionMetadata(
+            slot_mapping=blocks.repeat_interleave(torch.tensor(counts)) * _BLOCK + positions,
+            block_tables=blocks.int().unsqueeze(1),
+            seq_lens=torch.tensor([end for _, _, end in parts], dtype=torch.int32),
+            query_start_loc=torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32),
+        )
+        input_ids = torch.tensor(list(ids)) % self._vocab_size
+        hidden: Tensor = self._body(input_ids, positions, self._kv_caches, attn)
+        return list(torch.split(hidden.float(), counts))

@@ -1,0 +1,231 @@
+"""The ModelSpec of a model that transformers runs for us, or why it cannot.
+
+The module is built without weights or memory (on the meta device) and run once. Its attention
+calls tell heads, sizes and windows; a forward that gets through asks the host for nothing, so that
+its steps can be captured. Knows transformers' interfaces, no model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compiledllm.config import ConfigError
+from compiledllm.models.families.hf import dtype_of, eos_token_ids
+from compiledllm.models.spec import (
+    AttentionSpec,
+    LayerSpec,
+    ModelSpec,
+    NormSpec,
+    OpaqueSpec,
+    RopeSpec,
+)
+
+_PROBE = "compiledllm_probe"  # its name among transformers' attention functions
+_NUM_TOKENS = 1024  # whatever compresses or selects keys does so by then
+# What an attention call may come with that changes nothing here; windows are read from masks.
+_HARMLESS = (
+    *("dropout", "position_ids", "use_cache", "sliding_window", "cache_position"),
+    *("output_attentions", "output_router_logits", "output_hidden_states", "return_dict"),
+)
+
+
+class _CannotRun(Exception):
+    """What stands in the way, in words."""
+
+
+@dataclass
+class _Calls:
+    """The attention calls of a forward, in their order."""
+
+    specs: list[AttentionSpec] = field(default_factory=list)
+
+
+def spec_by_probing(hf: Any, architecture: str) -> ModelSpec:
+    """ModelSpec of a transformers config whose module can run over our paged cache.
+
+    Raises ConfigError with what stands in the way.
+    """
+    try:
+        module = _meta_module(hf, architecture)
+        calls = _attention_calls(module, hf)
+        return _spec_of(hf, architecture, module, calls)
+    except _CannotRun as error:
+        raise ConfigError(f"transformers' {architecture} cannot run here: {error}") from None
+
+
+def _meta_module(hf: Any, architecture: str) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if getattr(hf, "is_encoder_decoder", False):
+        raise _CannotRun("it is an encoder-decoder")
+    if hf.get_text_config() is not hf:
+        raise _CannotRun("it is not a language model alone")
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(hf.model_type)
+    if known != architecture:
+        raise _CannotRun(f"a causal model of model_type={hf.model_type!r} is {known}")
+    _register(_PROBE, _record, _mark_mask)
+    with torch.device("meta"):
+        try:
+            return AutoModelForCausalLM.from_config(
+                hf, attn_implementation=_PROBE, dtype=torch.bfloat16
+            ).eval()
+        except Exception as error:  # whatever a model says to an attention it does not know
+            raise _CannotRun(f"it takes no attention but its own ({_first_line(error)})") from error
+
+
+def _register(name: str, attention: Callable[..., Any], mask: Callable[..., Any] | None) -> None:
+    from transformers.masking_utils import AttentionMaskInterface
+    from transformers.modeling_utils import AttentionInterface
+
+    AttentionInterface.register(name, attention)
+    if mask is not None:
+        AttentionMaskInterface.register(name, mask)
+
+
+def _attention_calls(module: Any, hf: Any) -> list[AttentionSpec]:
+    """One for each layer, by its index."""
+    calls = _Calls()
+    ids = torch.zeros(1, _NUM_TOKENS, dtype=torch.int64, device="meta")
+    mask = torch.ones(1, _NUM_TOKENS, dtype=torch.int64, device="meta")  # else it looks for packing
+    try:
+        with torch.inference_mode():
+            out = module(
+                input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=False, paged=calls
+            )
+    except _CannotRun:
+        raise
+    except Exception as error:  # of any operator that needs a value, or a cache
+        reason = f"its forward needs more than tensors' shapes ({_first_line(error)})"
+        raise _CannotRun(reason) from error
+    if out.logits.shape != (1, _NUM_TOKENS, hf.vocab_size):
+        raise _CannotRun(f"its logits have the shape {list(out.logits.shape)}")
+    if len(calls.specs) != hf.num_hidden_layers:
+        raise _CannotRun(
+            f"{len(calls.specs)} of {hf.num_hidden_layers} layers attend through transformers' "
+            "attention interface (state-space and linear layers have no paged cache)"
+        )
+    return calls.specs
+
+
+def _record(
+    module: nn.Module,
+    query: Tensor,  # [1, num_heads, tokens, head_dim]
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    paged: _Calls | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """In the place of an attention function."""
+    if paged is None:
+        raise _CannotRun("arguments do not reach its attention")
+    if getattr(module, "layer_idx", None) != len(paged.specs):
+        raise _CannotRun("its layers do not attend once each, in their order")
+    others = {name: value for name, value in others.items() if name not in _HARMLESS}
+    if unknown := [name for name, value in others.items() if value is not None]:
+        raise _CannotRun(f"its attention asks for {', '.join(unknown)}")
+    if key.shape != value.shape or key.shape[2] != _NUM_TOKENS or query.shape[3] != key.shape[3]:
+        sizes = ", ".join(str(list(t.shape)) for t in (query, key, value))
+        raise _CannotRun(f"its queries, keys and values differ in size: {sizes}")
+    head_dim = query.shape[3]
+    if not isinstance(scaling, (float, int, type(None))):
+        raise _CannotRun("its attention scale is not a number")
+    paged.specs.append(
+        AttentionSpec(
+            num_heads=query.shape[1],
+            num_kv_heads=key.shape[1],
+            head_dim=head_dim,
+            scale=head_dim**-0.5 if scaling is None else float(scaling),
+            rope=RopeSpec(()),
+            sliding_window=_window_of(attention_mask),
+            soft_cap=softcap or 0.0,
+            has_sinks=s_aux is not None,
+        )
+    )
+    return query.transpose(1, 2), None
+
+
+def _mark_mask(*, mask_function: Callable[..., Any], device: Any, **arguments: Any) -> Tensor:
+    """In the place of a mask: a tensor that says which one it would be."""
+    window = arguments.get("local_size") or 0
+    mask = torch.ones(1, 1, _NUM_TOKENS, _NUM_TOKENS, dtype=torch.bool, device=device)
+    mask.window = window if _is_window(mask_function, window) else None  # type: ignore[attr-defined]
+    return mask
+
+
+def _is_window(mask_function: Callable[..., Any], window: int) -> bool:
+    """Whether a query sees just itself and what is before it, within the window if there is one."""
+    query = window + window // 2 + 3
+    first = query + 1 - window if window else 0
+    expected = {0: first == 0, first - 1: False, first: True, query: True, query + 1: False}
+    zero = torch.zeros((), dtype=torch.int64, device="cpu")
+    return all(
+        bool(mask_function(zero, zero, zero + query, zero + key)) == is_seen
+        for key, is_seen in expected.items()
+        if key >= 0
+    )
+
+
+def _window_of(mask: Tensor | None) -> int:
+    window = getattr(mask, "window", None)
+    if window is None:
+        raise _CannotRun("it makes an attention mask of its own, or one that is no sliding window")
+    return int(window)
+
+
+def _spec_of(hf: Any, architecture: str, module: Any, calls: list[AttentionSpec]) -> ModelSpec:
+    max_position = getattr(hf, "max_position_embeddings", None)
+    if not isinstance(max_position, int):
+        raise _CannotRun("its config gives no max_position_embeddings")
+    sizes = _parameters_by_layer(module, hf)
+    layers = []
+    for index, attn in enumerate(calls):
+        bare = LayerSpec(hf.hidden_size, attn, OpaqueSpec(0, 0), NormSpec(0.0, "none"))
+        total, used = (size - bare.num_parameters for size in sizes[index])
+        size = getattr(hf, "intermediate_size", None) or 0
+        layers.append(LayerSpec(hf.hidden_size, attn, OpaqueSpec(total, used, size), bare.norm))
+    spec = ModelSpec(
+        architecture=architecture,
+        vocab_size=hf.vocab_size,
+        hidden_size=hf.hidden_size,
+        layers=tuple(layers),
+        final_norm=NormSpec(0.0, "none"),
+        tie_word_embeddings=bool(hf.tie_word_embeddings),
+        max_position=max_position,
+        dtype=dtype_of(hf),
+        eos_token_ids=eos_token_ids(hf),
+        initializer_range=getattr(hf, "initializer_range", None) or 0.02,
+        implementation="transformers",
+    )
+    missing = sum(p.numel() for p in module.parameters()) - spec.num_parameters
+    return replace(spec, num_other_parameters=missing)
+
+
+def _parameters_by_layer(module: Any, hf: Any) -> list[tuple[int, int]]:
+    """(all, those one token uses) of each layer. Three dimensions are taken for experts."""
+    count, top_k = (getattr(hf, name, None) for name in ("num_experts", "num_experts_per_tok"))
+    sizes = [(0, 0)] * hf.num_hidden_layers
+    for name, parameter in module.named_parameters():
+        index = re.search(r"\.(\d+)\.", name)
+        if index is None:
+            continue
+        size = parameter.numel()
+        is_expert = parameter.dim() == 3 and count and top_k and parameter.shape[0] == count
+        total, used = sizes[int(index[1])]
+        sizes[int(index[1])] = total + size, used + (size // count * top_k if is_expert else size)
+    return sizes
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:160] if lines else ''}"

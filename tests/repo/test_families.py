@@ -1,0 +1,95 @@
+"""The README's table of families is the real one, each family is tested, and their files are short.
+
+The table is made from the code: a docstring's first line, the tests' variants, the formats a family
+names, and the values its `expect` calls allow.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from compiledllm.models.gguf.convert import ARCHITECTURES as GGUF_ARCHITECTURES
+from compiledllm.models.registry import FAMILIES, family_of
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MODULES = sorted(set(FAMILIES.values()))
+MAX_LINES = 110
+
+
+def names_in(test: str, name: str) -> Any:
+    """A variable of a test file, which is no package's module."""
+    spec = spec_from_file_location(Path(test).stem, ROOT / "tests" / test)
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, name)
+
+
+def family_of_type(model_type: str) -> str:
+    """The family's module that transformers' model_type goes to."""
+    return FAMILIES[MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]]
+
+
+VARIANTS = [family_of_type(kind) for kind, _ in names_in("models/test_families.py", "VARIANTS")]
+IN_ENGINE = {family_of_type(kind) for kind in names_in("engine/test_families.py", "FAMILIES")}
+
+
+def only(module: ModuleType) -> str:
+    """What a config must say, by the family's `expect(hf, field, *allowed)` calls."""
+    found = []
+    for node in ast.walk(ast.parse(inspect.getsource(module))):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "expect":
+            field, *allowed = (ast.literal_eval(argument) for argument in node.args[1:])
+            values = " or ".join(str(value) for value in allowed if value is not None)
+            found.append(f"`{field}={values}`")
+    return ", ".join(found)
+
+
+def formats(module: ModuleType, architectures: list[str]) -> str:
+    has_gguf = set(architectures) & set(GGUF_ARCHITECTURES.values())
+    packed = [name.upper() for name in getattr(module, "FORMATS", ())]
+    return ", ".join(["safetensors", *packed, *(["GGUF"] if has_gguf else [])])
+
+
+def table() -> str:
+    lines = [
+        "| family | architectures | variants tested | formats | only |",
+        "|---|---|---|---|---|",
+    ]
+    for name in MODULES:
+        architectures = [
+            architecture for architecture in FAMILIES if FAMILIES[architecture] == name
+        ]
+        module = family_of(architectures[0])
+        title = str(module.__doc__).splitlines()[0].removesuffix(".")
+        shown = ", ".join(f"`{architecture}`" for architecture in architectures)
+        cells = title, shown, VARIANTS.count(name), formats(module, architectures), only(module)
+        lines.append(f"| {' | '.join(map(str, cells))} |".replace("  ", " "))
+    return "\n".join(lines)
+
+
+def test_table_of_families_is_the_real_one() -> None:
+    assert table() in README, f"put this into README.md:\n{table()}"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_family_is_tested_for_its_logits_and_in_the_engine(name: str) -> None:
+    assert name in VARIANTS and name in IN_ENGINE
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_family_files_are_short_or_say_why_not(name: str) -> None:
+    source = (ROOT / "models" / "families" / f"{name}.py").read_text(encoding="utf-8")
+    docstring = str(ast.get_docstring(ast.parse(source)))
+    is_short = source.count("\n") <= MAX_LINES
+    assert is_short or re.search(r"\bLong because\b", docstring), f"{name}.py is too long"
