@@ -70,8 +70,8 @@ def spec_from_hf(hf: Any) -> ModelSpec:
         hf.num_local_experts,
         hf.num_experts_per_tok,
         bias=True,
-        alpha=hf.swiglu_alpha,
-        limit=hf.swiglu_limit,
+        alpha=getattr(hf, "swiglu_alpha", 1.702),  # older versions of transformers have constants
+        limit=getattr(hf, "swiglu_limit", 7.0),
     )
 
     def layer(index: int) -> LayerSpec:
