@@ -213,14 +213,15 @@ def _info(arguments: argparse.Namespace) -> int:
 
 def _facts(path: Path, spec: ModelSpec, platform: Platform, dtype: Choice) -> dict[str, Any]:
     """What there is to know about a model on this machine, without loading its weights."""
-    from compiledllm.models.cache_groups import cache_groups
+    from compiledllm.runner.attention import settle_groups
     from compiledllm.runner.kv_cache import CPU_MEMORY_SHARE
     from compiledllm.scheduler.kv_manager import num_blocks_needed
 
     itemsize = 4 if dtype.value == "float32" else 2
     layer = spec.layers[0]
     weights = spec.num_parameters * itemsize
-    groups, block_size = cache_groups(spec, spec.max_position), CacheConfig().block_size
+    groups, _ = settle_groups(spec, spec.max_position, is_planned=False)
+    block_size = CacheConfig().block_size
     per_slot = groups.kv_bytes_per_token(spec, itemsize)
     full_blocks = num_blocks_needed(groups.windows, block_size, spec.max_position)
     per_token, full_context = per_slot * len(groups.windows), per_slot * block_size * full_blocks

@@ -5,6 +5,7 @@ Knows a step function, shapes and a static input buffer; no model, no requests.
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 import time
@@ -17,6 +18,8 @@ from torch import Tensor
 from compiledllm.graphs.buckets import StepShape, shape_for
 
 log = logging.getLogger("compiledllm")
+
+_SIZES_KNOWN = 4096  # steps of which it is remembered who serves them
 
 # Shape, inputs int64 [as its shape asks] -> drawn token ids int64 [rows]. Reads and writes tensors
 # whose addresses never change; what differs from step to step is in them, not in Python values.
@@ -38,7 +41,7 @@ class StepGraphs:
         self._inputs = torch.zeros(largest, dtype=torch.int64, device=device)
         self._on_device: tuple[StepShape, bytes] | None = None  # inputs of the last replay
         self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self._served_by: dict[StepShape, StepShape | None] = {}
+        self.shape_for = functools.lru_cache(_SIZES_KNOWN)(self._find_shape)
         self.seconds = 0.0
 
     @property
@@ -81,11 +84,9 @@ class StepGraphs:
                 drawn = self._step(shape, inputs)
             self._graphs[shape] = graph, drawn
 
-    def shape_for(self, shape: StepShape) -> StepShape | None:
+    def _find_shape(self, shape: StepShape) -> StepShape | None:
         """The captured shape that serves a step of this size, or None."""
-        if shape not in self._served_by:
-            self._served_by[shape] = shape_for(shape, self._graphs)
-        return self._served_by[shape]
+        return shape_for(shape, self._graphs)
 
     def replay(self, shape: StepShape, inputs: np.ndarray) -> Tensor:
         """Run a step; its token ids [shape.num_rows], valid until the next replay.

@@ -29,11 +29,13 @@ class _Form(NamedTuple):
 
 
 def store_kv(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
-    """See `attention.store_kv`. Slot -1 is sent to slot 0, which belongs to the null block."""
+    """See `attention.store_kv`. Nothing is stored for slot -1: the null block is read, masked."""
     num_kv_heads, head_dim = kv_cache.shape[-2:]
-    slots = slot_mapping.clamp(min=0)
+    if (is_padding := slot_mapping < 0).any():
+        there = ~is_padding
+        key, value, slot_mapping = key[there], value[there], slot_mapping[there]
     for part, new in ((kv_cache[0], key), (kv_cache[1], value)):
-        part.view(-1, num_kv_heads, head_dim).index_copy_(0, slots, new)
+        part.view(-1, num_kv_heads, head_dim).index_copy_(0, slot_mapping, new)
 
 
 def paged_attention(

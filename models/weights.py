@@ -73,7 +73,7 @@ def load_weights(model: Decoder, checkpoint: Path) -> None:
 def fill_with_random_weights(model: Decoder, seed: int) -> None:
     """Dummy weights: normal with the config's spread, norms one, biases zero."""
     for index, (name, parameter) in enumerate(model.named_parameters()):
-        if parameter.dim() > 1:
+        if parameter.dim() > 1 and not name.endswith("bias"):
             generator = torch.Generator(parameter.device).manual_seed(
                 (seed * 100_003 + index) % 2**63
             )

@@ -236,6 +236,12 @@ class EngineCore:
         mixed = config.scheduler.mixed_prompt_tokens
         scheduler = Scheduler(pool, *sizes, policy, mixed, groups.windows)
         caches = allocate_kv_caches(self.spec, groups, num_blocks, block_size, self.dtype, device)
+        if scheduler.kv.most_tokens == 0:
+            raise ConfigError(
+                f"{num_blocks} KV blocks hold no token in each of {len(groups.windows)} groups of "
+                f"layers; {num_blocks_needed(groups.windows, block_size, max_len)} hold a whole "
+                "context: give the cache more room (num_kv_blocks, kv_cache_memory_bytes)"
+            )
         max_blocks = -(-min(max_len, scheduler.kv.most_tokens) // block_size)
         runner = ModelRunner(model, groups, caches, *sizes, max_blocks, self._planner)
         return runner, scheduler

@@ -11,7 +11,7 @@ import importlib.util
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -24,9 +24,13 @@ COMPILE_SECONDS = 2.0
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"  # between JSON's tokens: indented, but not for ever
 MAX_CACHED = 256  # grammars
 MAX_CACHED_BYTES = 2**23  # of their texts
-_MAX_LEXER_STATES = 50_000  # of one output, 1 to 2 kB each
+_MAX_LEXER_STATES = 5_000  # of one output, 1 to 2 kB each
 _MAX_GRAMMAR_SIZE = 50_000  # symbols; time grows with the square of an object's properties
 _NUM_THREADS = 2
+
+
+class CompilersBusy(RuntimeError):
+    """Others' grammars are being compiled; one more may be a little later."""
 
 
 def is_installed() -> bool:
@@ -106,6 +110,7 @@ class Grammars:
             verbose_errors=False,
         )
         self._pool = ThreadPoolExecutor(_NUM_THREADS, "grammar")
+        self._free_threads = threading.Semaphore(_NUM_THREADS)
         self._cache: OrderedDict[str, Grammar] = OrderedDict()
         self._cached_bytes = 0
         self._lock = threading.Lock()
@@ -119,38 +124,53 @@ class Grammars:
                 raise
             return make(vocabulary.tokenizer_json, eos_token=eos)  # has more tokens than the model
 
-    def compile(self, form: StructuredOutputsParams | str) -> Grammar:
-        """form: as a caller asks for it, or a `Grammar.text`.
+    def compile(self, form: StructuredOutputsParams) -> Grammar:
+        """Raises ValueError for what is no grammar, or takes longer than COMPILE_SECONDS.
 
-        Raises ValueError for what is no grammar, or takes longer than COMPILE_SECONDS.
+        And CompilersBusy if no thread becomes free for so long.
         """
-        future = self._pool.submit(self._compile, form)
+        text = self._text_of(form)
+        if (known := self._recall(text)) is not None:
+            return known
+        if not self._free_threads.acquire(timeout=COMPILE_SECONDS):
+            raise CompilersBusy("other requests' structured_outputs are being compiled; try again")
+        future = self._pool.submit(self._compile, text)
+        future.add_done_callback(lambda _: self._free_threads.release())  # perhaps long after
         try:
             return future.result(COMPILE_SECONDS)
         except TimeoutError:
-            future.cancel()
             raise ValueError(
-                f"structured_outputs did not compile within {COMPILE_SECONDS:g} s; make it "
-                "simpler, or try again"
+                f"structured_outputs did not compile within {COMPILE_SECONDS:g} s; make it simpler"
             ) from None
 
-    def _compile(self, form: StructuredOutputsParams | str) -> Grammar:
-        try:
-            text = form if isinstance(form, str) else self._text_of(form)
-        except Exception as error:  # the library's own kinds, for what it cannot read
-            cause = " ".join(str(error).split())[:300]
-            raise ValueError(f"structured_outputs cannot be compiled: {cause}") from None
-        with self._lock:
-            if text in self._cache:
-                self._cache.move_to_end(text)
-                return self._cache[text]
-        start = self._library.LLMatcher(self._tokenizer, text, limits=self._limits, log_level=0)
+    def remake(self, text: str) -> Grammar:
+        """Of a `Grammar.text`, which has been compiled before: for as long as it takes."""
+        return self._recall(text) or self._compile(text)
+
+    def _compile(self, text: str) -> Grammar:
+        options = {"limits": self._limits, "log_level": 0}
+        start = self._checked(self._library.LLMatcher, self._tokenizer, text, **options)
         first = start.deep_copy()
-        first.compute_bitmask()  # some are too costly for their first token already
+        self._checked(first.compute_bitmask)  # some are too costly for their first token already
         if first.is_error():
             raise ValueError(f"structured_outputs cannot be compiled: {error_of(first)}")
         self._remember(grammar := Grammar(text, start, self._tokenizer))
         return grammar
+
+    @staticmethod
+    def _checked(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """The library's own kinds of errors as ValueError; its panics are no Exception."""
+        try:
+            return call(*arguments, **options)
+        except BaseException as error:
+            cause = " ".join(str(error).split())[:300]
+            raise ValueError(f"structured_outputs cannot be compiled: {cause}") from None
+
+    def _recall(self, text: str) -> Grammar | None:
+        with self._lock:
+            if text in self._cache:
+                self._cache.move_to_end(text)
+            return self._cache.get(text)
 
     def _remember(self, grammar: Grammar) -> None:
         with self._lock:
@@ -163,20 +183,21 @@ class Grammars:
                 self._cached_bytes -= len(text)
 
     def _text_of(self, params: StructuredOutputsParams) -> str:
-        make = self._library.LLMatcher
-        text: str
-        if params.regex is not None:
-            text = make.grammar_from_regex(params.regex)
-        elif params.choice is not None:
-            literals = (json.dumps(choice, ensure_ascii=False) for choice in params.choice)
-            text = make.grammar_from_lark("start: " + " | ".join(literals))
-        elif params.grammar is not None:
-            text = self._library.grammar_from("grammar", params.grammar)
-        elif params.structural_tag is not None:
-            text = make.grammar_from_lark(self._structural_tag(params))
-        else:
-            text = make.grammar_from_json_schema(json.dumps(json_schema_of(params)))
+        text: str = self._checked(self._make_text, params)
         return text
+
+    def _make_text(self, params: StructuredOutputsParams) -> Any:
+        make = self._library.LLMatcher
+        if params.regex is not None:
+            return make.grammar_from_regex(params.regex)
+        if params.choice is not None:
+            literals = (json.dumps(choice, ensure_ascii=False) for choice in params.choice)
+            return make.grammar_from_lark("start: " + " | ".join(literals))
+        if params.grammar is not None:
+            return self._library.grammar_from("grammar", params.grammar)
+        if params.structural_tag is not None:
+            return make.grammar_from_lark(self._structural_tag(params))
+        return make.grammar_from_json_schema(json.dumps(json_schema_of(params)))
 
     def _structural_tag(self, params: StructuredOutputsParams) -> str:
         structures, triggers = params.structures

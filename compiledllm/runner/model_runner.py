@@ -189,7 +189,7 @@ class ModelRunner:
     def _zero_blocks(self, block_ids: list[int]) -> None:
         """Masked positions are multiplied by zero, which leaves NaN what it is."""
         index = to_device(np.array(block_ids), self.device)
-        for kv_cache in self.kv_caches:
+        for kv_cache in {id(c): c for c in self.kv_caches}.values():  # layers may share one
             kv_cache[:, index] = 0
 
     def _plan(self, layout: StepLayout, rows: np.ndarray, graph: StepShape | None = None) -> None:

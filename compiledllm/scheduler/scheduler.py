@@ -306,7 +306,8 @@ class Scheduler:
             self._append(request, token_id)
             return True
         error = output.errors.get(request_id)
-        self._spoilt_block_ids += self.kv.spoil(request)
+        if error is None:  # its own rules have not failed: what it was computed from may be NaN
+            self._spoilt_block_ids += self.kv.spoil(request)
         if error is None and not request.is_second_try:
             self._try_again(request)
             return False

@@ -77,7 +77,7 @@ class AnswerParser:
     def finish(self) -> Parts:
         """The answer is over: what was held back."""
         parts = Parts()
-        rest = self._reasoning.finish()
+        rest = self._reasoning.finish(parts)
         if self._calls is None:
             parts.content += rest
         else:
@@ -146,8 +146,10 @@ class _ReasoningScanner:
             self._state = "content"
         return text
 
-    def finish(self) -> str:
-        """What was held back and turns out to be content."""
+    def finish(self, parts: Parts) -> str:
+        """Adds reasoning that was held back; returns what turns out to be content."""
+        if self._state == "inside":
+            parts.reasoning += self._space.push(self._pending)
         return "".join(self._leading) + self._pending if self._state == "start" else ""
 
 

@@ -269,8 +269,7 @@ class EngineClient:
             requests = RequestFactory(served_model_of(message), tokenizer)
             self._vocabulary = await asyncio.to_thread(_vocabulary_of, requests)
         if self._vocabulary is not None:
-            self._send(Speak(self._vocabulary))  # both processes make their grammars now
-            await asyncio.to_thread(requests.grammars)
+            self._send(Speak(self._vocabulary))
         self.requests = requests
         self.ready = message
         for live in self._live.values():
@@ -446,7 +445,9 @@ def _tokenizer_of(message: Ready) -> Tokenizer | None:
 def _vocabulary_of(requests: RequestFactory) -> Vocabulary | None:
     """For structured outputs; None, and a line, if there are none."""
     try:
-        return requests.vocabulary()
+        vocabulary = requests.vocabulary()
+        requests.grammars()  # the library may not know this kind of tokenizer
+        return vocabulary
     except ValueError as error:
         log.info("%-10s none (%s)", "grammars", error)
         return None

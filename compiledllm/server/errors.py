@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
+from compiledllm.runner.grammars import CompilersBusy
 from compiledllm.server.engine_client import (
     DeadlineExceeded,
     EngineError,
@@ -57,6 +58,8 @@ def response_to(error: Exception) -> JSONResponse:
 def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, CompilersBusy):
+        return ApiError(503, str(error), code="compilers_busy")
     if isinstance(error, DeadlineExceeded):
         return ApiError(504, str(error), code="deadline_exceeded")
     if isinstance(error, EngineError):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from compiledllm.log import log
 from compiledllm.runner.grammars import Grammars, Vocabulary
 from compiledllm.server.wire import Add
 from compiledllm.types import Grammar
@@ -50,14 +51,17 @@ class GrammarThread:
         return is_wanted
 
     def _prepare(self, vocabulary: Vocabulary) -> None:
-        self._grammars = Grammars(vocabulary)
+        try:
+            self._grammars = Grammars(vocabulary)
+        except Exception as error:  # the server has made the same before
+            log.error("no grammars: %s: %s", type(error).__name__, error)
 
     def _compile(self, message: Add) -> None:
         assert message.grammar is not None
         try:
             if self._grammars is None:
                 raise ValueError("the vocabulary could not be taken over")
-            compiled = Compiled(message, self._grammars.compile(message.grammar))
+            compiled = Compiled(message, self._grammars.remake(message.grammar))
         except Exception as error:  # the server has checked; what it could not see ends here
             compiled = Compiled(message, error=f"{type(error).__name__}: {error}")
         self._put(compiled)

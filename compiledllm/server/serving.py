@@ -193,7 +193,7 @@ class Serving:
         outputs = [output async for output in self._generate(state)]
         for completion in outputs[-1].outputs:
             if completion.finish_reason == "error":
-                raise EngineError(str(completion.stop_reason))
+                raise _failure(completion)
         return outputs[-1]
 
     def _choice(
@@ -248,7 +248,7 @@ class Serving:
             last[place] = output
             for completion in output.outputs:
                 if completion.finish_reason == "error":
-                    raise EngineError(str(completion.stop_reason))
+                    raise _failure(completion)
                 counts[place] += len(completion.token_ids)
                 index = place * job.num_choices + completion.index
                 if job.is_chat and index not in job.shown:
@@ -330,6 +330,14 @@ class Serving:
             shown["logprobs"]["text_offset"] = [offset + start for start in starts]
         job.shown[index] = offset + len(shown["text"])
         return shown
+
+
+def _failure(completion: CompletionOutput) -> Exception:
+    """What a completion ended with: the request's own grammar, or the engine."""
+    cause = str(completion.stop_reason)
+    if cause.startswith("structured_outputs"):
+        return ApiError(400, cause)
+    return EngineError(cause)
 
 
 def _chat_delta(index: int, delta: dict[str, Any]) -> dict[str, Any]:

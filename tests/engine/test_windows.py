@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from compiledllm import Engine, SamplingParams
-from compiledllm.config import Choice
+from compiledllm.config import Choice, ConfigError
 from compiledllm.engine.core import EngineCore
 from compiledllm.graphs.buckets import StepShape, shape_for, step_shapes
 from compiledllm.platform import Platform
@@ -149,6 +149,12 @@ def test_a_hit_ends_where_a_windowed_block_is_missing(
         (output,) = engine.generate([prompt], GREEDY, use_tqdm=False)
         assert output.outputs[0].token_ids == expected[5]
         assert output.num_cached_tokens == num_cached
+
+
+def test_a_cache_without_a_block_for_each_group_is_refused(tiny_model: Callable[..., Path]) -> None:
+    model_type, config, windows = MODELS["gemma3"]
+    with pytest.raises(ConfigError, match="3 KV blocks hold no token in each of 4 groups"):
+        make(tiny_model(model_type, **config), num_kv_blocks=len(windows) - 1)
 
 
 def test_compiled_blocks_are_shared_by_all_groups(

@@ -229,3 +229,10 @@ def test_formats_are_found_by_the_chat_template(template: str, name: str | None)
     assert find_format("auto", template) is (FORMATS[name] if name else None)
     assert find_format("none", template) is None
     assert find_format("mistral", template) is FORMATS["mistral"]
+
+
+@pytest.mark.parametrize("cut", ["<think>1 <", "<think>1 </thi", "<think>1 </think"])
+def test_reasoning_that_is_cut_off_keeps_what_was_held_back(cut: str) -> None:
+    parser = AnswerParser(None, reasoning="leading")
+    shown = parser.feed(cut).reasoning + parser.finish().reasoning
+    assert shown == cut.removeprefix("<think>")

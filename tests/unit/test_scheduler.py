@@ -718,6 +718,17 @@ def test_tokens_in_flight_of_a_failed_row_are_dropped() -> None:
     assert first_output.token_ids["r0"] == request.output_token_ids[0]
 
 
+def test_what_a_request_did_to_itself_spoils_nobodys_prefix() -> None:
+    bench = Bench(block_size=4)
+    request = bench.add(tokens(9), max_tokens=5)
+    step = bench.schedule()
+    cached = bench.pool.num_cached_blocks
+    bench.scheduler.update(step, StepOutput({"r0": -1}, errors={"r0": "a rule of its own"}))
+    assert (request.finish_reason, request.stop_reason) == ("error", "a rule of its own")
+    assert bench.pool.num_cached_blocks == cached == 2
+    assert not bench.scheduler._spoilt_block_ids
+
+
 def test_a_request_that_needs_its_last_token_is_held_back_until_it_is_known() -> None:
     bench = Bench()
     request, other = bench.add(tokens(5)), bench.add(tokens(5, start=50))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-import time
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from compiledllm import SamplingParams, StructuredOutputsParams
 from compiledllm.runner import grammars as grammars_module
-from compiledllm.runner.grammars import Grammars, Vocabulary
+from compiledllm.runner.grammars import CompilersBusy, Grammars, Vocabulary
 from compiledllm.runner.structured import GrammarRows
 from compiledllm.server.tool_formats import FORMATS, call_grammar
 from compiledllm.structured_outputs import MAX_BYTES
@@ -400,17 +400,43 @@ def test_whatever_a_form_is_it_compiles_or_is_a_value_error(text: str, schema: A
             rows.record(0, int(logits[0].argmax()))
 
 
-def test_compiling_has_a_time_limit(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiling_has_a_time_limit_and_others_are_not_blamed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    grammars = Grammars(Vocabulary(TOKENIZER.to_str(), VOCAB, (EOS,)))
+    known = StructuredOutputsParams(regex="known")
+    grammars.compile(known)
     monkeypatch.setattr(grammars_module, "COMPILE_SECONDS", 0.05)
-    original = grammars._text_of
+    original, may_go_on = grammars._compile, threading.Event()
 
-    def slow(params: StructuredOutputsParams) -> str:
-        time.sleep(0.5)
-        return original(params)
+    def slow(text: str) -> Any:
+        may_go_on.wait(30)
+        return original(text)
 
-    monkeypatch.setattr(grammars, "_text_of", slow)
-    with pytest.raises(ValueError, match="did not compile within 0.05 s; make it simpler, or"):
-        grammars.compile(StructuredOutputsParams(regex="slow"))
+    monkeypatch.setattr(grammars, "_compile", slow)
+    for regex in ("slow", "slower"):  # as many as there are threads
+        with pytest.raises(ValueError, match="did not compile within 0.05 s; make it simpler"):
+            grammars.compile(StructuredOutputsParams(regex=regex))
+    with pytest.raises(CompilersBusy, match="try again"):
+        grammars.compile(StructuredOutputsParams(regex="simple"))
+    assert grammars.compile(known).text
+    may_go_on.set()
+    monkeypatch.setattr(grammars_module, "COMPILE_SECONDS", 30)
+    assert grammars.compile(StructuredOutputsParams(regex="simple")).text
+
+
+def test_a_panic_of_the_library_is_the_requests_error(
+    grammars: Grammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class PanicException(BaseException):
+        """As pyo3's, which is no Exception."""
+
+    def panic(*_: Any) -> None:
+        raise PanicException("index out of bounds")
+
+    monkeypatch.setattr(grammars, "_make_text", panic)
+    with pytest.raises(ValueError, match="cannot be compiled: index out of bounds"):
+        grammars.compile(StructuredOutputsParams(regex="a"))
 
 
 def test_the_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -418,7 +444,7 @@ def test_the_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     grammars = Grammars(Vocabulary(TOKENIZER.to_str(), VOCAB, (EOS,)))
     form = StructuredOutputsParams(regex="a")
     first = grammars.compile(form)
-    assert grammars.compile(form) is first and grammars.compile(first.text) is first
+    assert grammars.compile(form) is first and grammars.remake(first.text) is first
     for i in range(3):
         grammars.compile(StructuredOutputsParams(regex=f"b{i}"))
     assert grammars.compile(form) is not first and len(grammars._cache) == 3
