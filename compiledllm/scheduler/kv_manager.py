@@ -99,6 +99,18 @@ class KVManager:
         most_blocks = (self.pool.num_blocks + sum(firsts)) // self._num_groups
         return min(count, most_blocks * self.block_size - num_computed)
 
+    def room_at_hand(self, request: Request) -> int:
+        """How many more tokens the free blocks have room for, if it is a block or more; else 0.
+
+        0 without windows: there a smaller step only puts off that somebody has to yield, where a
+        window gives back what it needs for the next one.
+        """
+        if not self._windowed:
+            return 0
+        blocks = len(request.block_tables[0]) + self.pool.num_free_blocks // self._num_groups
+        room = blocks * self.block_size - request.num_computed_tokens
+        return room if room >= self.block_size else 0
+
     def trim(self, request: Request) -> None:
         """Give back the blocks that none of the tokens still to be computed sees."""
         if not self._windowed:

@@ -199,7 +199,10 @@ class Scheduler:
         count = self.kv.most_at_once(computed, count)
         missing = self.kv.num_missing_blocks(request.block_tables, computed + count)
         if missing > self.block_pool.num_free_blocks:
-            return False
+            count = min(count, self.kv.room_at_hand(request))
+            if count == 0:
+                return False
+            missing = self.kv.num_missing_blocks(request.block_tables, computed + count)
         if wanted > 1:
             draft.prompt_budget -= count
         self._grant(request, draft, count, count == wanted, missing)

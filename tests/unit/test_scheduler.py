@@ -949,6 +949,18 @@ def test_a_small_pool_serves_many_long_windowed_requests() -> None:
     bench.run()
 
 
+def test_a_long_prompt_takes_smaller_steps_rather_than_begin_again() -> None:
+    bench = Bench(12, 4, budget=24, windows=(8,))
+    for start in (0, 20):
+        bench.add(tokens(5, start=start), max_tokens=90)
+    bench.step()
+    bench.add(tokens(100, start=40), max_tokens=5)
+    steps = bench.run()
+    assert bench.scheduler.num_preemptions <= 1  # 8 if it took its full share or nothing
+    shares = [counts(step).get("r2", 0) for step in steps]
+    assert 4 <= min(share for share in shares if share > 1) < max(shares)
+
+
 def test_layers_that_see_all_limit_a_request_as_before() -> None:
     bench = Bench(num_blocks=9, block_size=4, windows=(0, 5))
     with pytest.raises(ValueError, match=r"needs 10 KV blocks.*has 9; max_tokens <= 24 would fit"):
