@@ -353,6 +353,20 @@ def test_row_gives_the_same_alone_and_in_a_crowd(backend: str) -> None:
 # -- storing --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_stored_keys_and_values_land_in_their_slots_and_nowhere_else(
+    dtype: torch.dtype, backend: str
+) -> None:
+    kv_cache = torch.full(kv_cache_shape(5, 16, 2, 8), GARBAGE, dtype=dtype)
+    key, value = torch.randn(2, 6, 2, 8).to(dtype)
+    slots = torch.tensor([79, 16, 40, 41, 17, 63])
+    store_kv(key, value, kv_cache, slots, backend)
+    expected = torch.full((2, 5 * 16, 2, 8), GARBAGE, dtype=dtype)
+    for token, slot in enumerate(slots.tolist()):
+        expected[0, slot], expected[1, slot] = key[token], value[token]
+    assert torch.equal(kv_cache.view(2, -1, 2, 8), expected)
+
+
 def test_slot_minus_one_touches_the_null_block_only(backend: str) -> None:
     kv_cache = torch.zeros(kv_cache_shape(4, 16, 2, 8))
     key, value = torch.randn(2, 5, 2, 8)
