@@ -75,11 +75,10 @@ class RequestFactory:
     def grammars(self) -> Grammars:
         """What compiles structured_outputs, made once. Raises ValueError if it cannot be had."""
         if self._grammars is None:
-            self._grammars = Grammars(self.vocabulary())
+            self._grammars = Grammars(self._vocabulary())
         return self._grammars
 
-    def vocabulary(self) -> Vocabulary:
-        """What `Grammars` are made of. Raises ValueError if that cannot be had."""
+    def _vocabulary(self) -> Vocabulary:
         require_llguidance()
         tokenizer = self.require_tokenizer("structured_outputs")
         if not self.eos_token_ids:

@@ -103,6 +103,7 @@ class Grammars:
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._library = require_llguidance()
+        self.vocabulary = vocabulary
         self._tokenizer = self._make_tokenizer(vocabulary)
         self._limits = self._library.LLParserLimits(
             max_lexer_states=_MAX_LEXER_STATES,
@@ -121,7 +122,9 @@ class Grammars:
             return make(vocabulary.tokenizer_json, n_vocab=vocabulary.size, eos_token=eos)
         except ValueError as error:
             if "too small" not in str(error):
-                raise
+                raise ValueError(
+                    f"structured_outputs: llguidance does not know this kind of tokenizer ({error})"
+                ) from None
             return make(vocabulary.tokenizer_json, eos_token=eos)  # has more tokens than the model
 
     def compile(self, form: StructuredOutputsParams) -> Grammar:

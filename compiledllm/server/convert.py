@@ -129,9 +129,11 @@ def chat_params(body: ChatRequest, defaults: SamplingParams, use: ToolUse | None
         raise ApiError(400, "top_logprobs needs logprobs=true", "top_logprobs")
     limit = body.max_completion_tokens or body.max_tokens or defaults.max_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    more: dict[str, Any] = {"structured_outputs": form_of(body)}
-    if use is not None:
-        more = {"structured_outputs": use.form, "skip_special_tokens": False}
+    more: dict[str, Any] = {}
+    if use is None:
+        more["structured_outputs"] = form_of(body)
+    else:
+        more |= {"structured_outputs": use.form, "skip_special_tokens": False}
     return sampling_params(body, defaults, max_tokens=limit, logprobs=logprobs, **more)
 
 

@@ -445,9 +445,7 @@ def _tokenizer_of(message: Ready) -> Tokenizer | None:
 def _vocabulary_of(requests: RequestFactory) -> Vocabulary | None:
     """For structured outputs; None, and a line, if there are none."""
     try:
-        vocabulary = requests.vocabulary()
-        requests.grammars()  # the library may not know this kind of tokenizer
-        return vocabulary
+        return requests.grammars().vocabulary
     except ValueError as error:
         log.info("%-10s none (%s)", "grammars", error)
         return None

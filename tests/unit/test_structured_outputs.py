@@ -20,6 +20,7 @@ from compiledllm import SamplingParams, StructuredOutputsParams
 from compiledllm.runner import grammars as grammars_module
 from compiledllm.runner.grammars import CompilersBusy, Grammars, Vocabulary
 from compiledllm.runner.structured import GrammarRows
+from compiledllm.server import engine_client
 from compiledllm.server.tool_formats import FORMATS, call_grammar
 from compiledllm.structured_outputs import MAX_BYTES
 from compiledllm.types import NewRequest
@@ -520,3 +521,20 @@ def test_some_fields_do_not_go_together() -> None:
             SamplingParams(structured_outputs=form, **more)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="a StructuredOutputsParams or None, got 'a'"):
         SamplingParams(structured_outputs="a")  # type: ignore[arg-type]
+
+
+def test_a_tokenizer_that_the_library_does_not_know_is_named_and_a_server_goes_without(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = Vocabulary(Tokenizer(models.WordLevel({"a": 0, "b": 1}, "a")).to_str(), 2, (1,))
+    with pytest.raises(ValueError, match="llguidance does not know this kind of tokenizer"):
+        Grammars(words)
+
+    class Requests:
+        def grammars(self) -> Grammars:
+            return Grammars(words)
+
+    monkeypatch.setattr("compiledllm.log.log.propagate", True)
+    with caplog.at_level("INFO", logger="compiledllm"):
+        assert engine_client._vocabulary_of(Requests()) is None  # type: ignore[arg-type]
+    assert "none (structured_outputs: llguidance does not know" in caplog.text
