@@ -63,7 +63,7 @@ def prefill_tiling(head_dim: int, group: int, itemsize: int, num_queries: int) -
 
     Of 10 shapes on an H100 (bfloat16, 16 prompts of 1024 tokens) the fastest: two programs on a
     multiprocessor hide each other's softmax, and many rows need fewer reads of the keys. For
-    head_dim 128 that is 363 TFLOP/s against 254 without a limit of registers. Few queries take
+    head_dim 128 that is 351 TFLOP/s against 254 without a limit of registers. Few queries take
     smaller programs, as the longest of them would decide.
     """
     least = triton.next_power_of_2(group)

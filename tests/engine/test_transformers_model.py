@@ -163,6 +163,8 @@ def test_info_and_floors_know_such_a_model(
     assert (facts["run_by"], facts["kv_heads"], facts["head_dim"]) == ("transformers", 2, 16)
     assert facts["intermediate_size"] == 112 and facts["kv_bytes_per_token"] == 3 * 2 * 2 * 16 * 4
     spec = load_spec(tmp_path)
+    assert spec.has_windows and facts["kv_groups"] == "1 group of 3 layers"  # as the engine has it
+    assert facts["kv_bytes_of_a_full_context"] == 512 * facts["kv_bytes_per_token"]
     embedding = 128 * 64
     assert weights_read(spec) == spec.num_parameters - embedding  # but one table, untied
     assert decode_cost(spec, batch=1, context=10, itemsize=4).kv_bytes == 10 * 3 * 2 * 2 * 16 * 4

@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 
+from compiledllm.outputs import CompletionOutput
 from compiledllm.server.chat import Choice, reasoning_mode
+from compiledllm.server.errors import as_api_error
 from compiledllm.server.protocol import Message
+from compiledllm.server.serving import _failure
 from compiledllm.server.tool_formats import FORMATS
 from compiledllm.server.tools import ToolUse, plain_message
 
@@ -88,3 +91,12 @@ def test_arguments_reach_templates_as_objects(arguments: Any, seen: Any) -> None
     )
     plain = plain_message(message)
     assert plain["content"] == "" and plain["tool_calls"][0]["function"]["arguments"] == seen
+
+
+@pytest.mark.parametrize(
+    ("cause", "status"), [("structured_outputs: too many states", 400), ("the logits are NaN", 500)]
+)
+def test_a_grammar_that_fails_while_it_runs_is_the_clients_error(cause: str, status: int) -> None:
+    ended = CompletionOutput(0, "", [], None, None, finish_reason="error", stop_reason=cause)
+    error = as_api_error(_failure(ended))
+    assert (error.status, error.message) == (status, cause)
