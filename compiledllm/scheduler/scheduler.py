@@ -311,6 +311,8 @@ class Scheduler:
         error = output.errors.get(request_id)
         if error is None:  # its own rules have not failed: what it was computed from may be NaN
             self._spoilt_block_ids += self.kv.spoil(request)
+            if request.status is not RequestStatus.RUNNING:  # its blocks are gone, and not known
+                self.block_pool.reset_prefix_cache()
         if error is None and not request.is_second_try:
             self._try_again(request)
             return False

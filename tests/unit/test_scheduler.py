@@ -718,6 +718,18 @@ def test_tokens_in_flight_of_a_failed_row_are_dropped() -> None:
     assert first_output.token_ids["r0"] == request.output_token_ids[0]
 
 
+def test_blocks_of_a_request_preempted_before_its_row_failed_are_not_found_again() -> None:
+    bench = Bench()
+    request = bench.add(tokens(9))
+    step = bench.schedule()
+    bench.scheduler._preempt(request)
+    bench.scheduler.running.remove(request)
+    assert bench.pool.num_cached_blocks == 2
+    bench.scheduler.update(step, StepOutput({"r0": -1}))
+    assert bench.pool.num_cached_blocks == 0
+    bench.scheduler.check_invariants()
+
+
 def test_what_a_request_did_to_itself_spoils_nobodys_prefix() -> None:
     bench = Bench(block_size=4)
     request = bench.add(tokens(9), max_tokens=5)
