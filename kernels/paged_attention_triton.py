@@ -11,6 +11,7 @@ serves every length. The order of reductions is fixed: equal inputs give equal b
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +24,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from compiledllm.kernels.launch import launch_options, num_multiprocessors
 
 _LOG2_E = 1.4426950408889634
-_MAX_SPLITS = 64
 _PROGRAMS_PER_SM = 2  # enough to hide each other's latency
+_LEAST_TILES = 1  # of a split
+_USUAL_ARRIVALS = 2**16
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,25 +169,66 @@ def _after_sinks(addresses, exists):
 
 
 @triton.jit
+def _work_item(
+    item, seq_lens, query_start_loc, num_rows, most_extra, window,
+    least_tiles, KEYS: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    MAX_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Row, its number of splits and which of them the item is; a row >= num_rows: no more work.
+
+    Rows with one token are split so that no split has more than its share of all tiles of keys:
+    a row of average length in one piece where rows are many, a long one among short ones in
+    several. That makes num_rows + most_extra items at most. Padding has one tile and changes
+    nothing.
+    """
+    row = tl.arange(0, MAX_ROWS)
+    exists = row < num_rows
+    length = tl.load(seq_lens + row, exists, other=0)
+    start = tl.load(query_start_loc + row, exists, other=0)
+    is_single = tl.load(query_start_loc + row + 1, exists, other=0) - start == 1
+    tiles = tl.cdiv(length, KEYS)
+    if HAS_WINDOW:
+        tiles -= tl.maximum(length - window, 0) // KEYS
+    more_tiles = tl.where(is_single, tl.maximum(tiles - 1, 0), 0)  # than one
+    share = tl.maximum(tl.cdiv(tl.sum(more_tiles, 0), most_extra), least_tiles)
+    splits = tl.where(is_single, 1 + more_tiles // share, 0)
+    ends = tl.cumsum(splits, 0)
+    its_row = tl.sum((ends <= item).to(tl.int32), 0)
+    is_its = row == its_row
+    num_splits = tl.sum(tl.where(is_its, splits, 0), 0)
+    return its_row, num_splits, item - tl.sum(tl.where(is_its, ends, 0), 0) + num_splits
+
+
+@triton.jit
 def _decode_kernel(
     query, kv_cache, block_tables, seq_lens, query_start_loc, sinks, out, partial_out,
-    partial_stats, scale, window, soft_cap, query_stride, table_stride, value_offset,
+    partial_stats, arrivals, scale, window, soft_cap, query_stride, table_stride, value_offset,
+    num_rows, most_extra, least_tiles, MAX_ROWS: tl.constexpr,
     GROUP: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    TOKEN_STRIDE: tl.constexpr, NUM_SPLITS: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_SOFT_CAP: tl.constexpr, HAS_SINKS: tl.constexpr, PADDED_DIM: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, OVERLAP: tl.constexpr,
+    TOKEN_STRIDE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr, PADDED_DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    """Rows with one token. arrivals: int32 [rows, KV heads], zeros, and zeros again afterwards.
+
+    Of a row's splits the one that ends last adds them all up, in their order.
+    """
     if OVERLAP:
         gdc_launch_dependents()
+    item, kv_head = tl.program_id(0), tl.program_id(1)
+    row, num_splits, split = _work_item(
+        item, seq_lens, query_start_loc, num_rows, most_extra, window, least_tiles, KEYS,
+        HAS_WINDOW, MAX_ROWS,
+    )  # fmt: skip
+    if OVERLAP:  # lengths were written kernels ago
         gdc_wait()
-    row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    start = tl.load(query_start_loc + row)
-    if tl.load(query_start_loc + row + 1) - start != 1:
+    if row >= num_rows:
         return
+    start = tl.load(query_start_loc + row)
     length = tl.load(seq_lens + row)
     first = tl.maximum(length - window, 0) if HAS_WINDOW else 0
     first_tile, end_tile = first // KEYS, tl.cdiv(length, KEYS)
-    share = tl.cdiv(end_tile - first_tile, NUM_SPLITS)
+    share = tl.cdiv(end_tile - first_tile, num_splits)
     low = first_tile + split * share
     high = tl.minimum(low + share, end_tile)
 
@@ -208,40 +251,34 @@ def _decode_kernel(
             in_context, in_context[None, :], kv_head * HEAD_DIM, scale, soft_cap, value_offset,
             TOKEN_STRIDE, BLOCK_SIZE, HEAD_DIM, HAS_SOFT_CAP, PADDED_DIM, ALL_SEEN=False,
         )  # fmt: skip
-    if NUM_SPLITS == 1:
-        result = (acc / total[:, None]).to(out.dtype.element_ty)
-        tl.store(out + start.to(tl.int64) * NUM_HEADS * HEAD_DIM + head_dims, result, inside)
-    else:
-        part = (row.to(tl.int64) * NUM_HEADS + kv_head * GROUP + head) * NUM_SPLITS + split
+    if num_splits > 1:
+        part = item * NUM_HEADS + kv_head * GROUP + head
         tl.store(partial_stats + part * 2, best, head < GROUP)
         tl.store(partial_stats + part * 2 + 1, total, head < GROUP)
-        if low < high:
-            tl.store(partial_out + part[:, None] * HEAD_DIM + dim[None, :], acc, inside)
-
-
-@triton.jit
-def _reduce_kernel(
-    query_start_loc, out, partial_out, partial_stats,
-    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, NUM_SPLITS: tl.constexpr,
-    PADDED_DIM: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    if OVERLAP:
-        gdc_launch_dependents()
-        gdc_wait()
-    row, head = tl.program_id(0), tl.program_id(1)
-    start = tl.load(query_start_loc + row).to(tl.int64)
-    if tl.load(query_start_loc + row + 1) - start != 1:
-        return
-    dim = tl.arange(0, PADDED_DIM)
-    part = (row.to(tl.int64) * NUM_HEADS + head) * NUM_SPLITS + tl.arange(0, NUM_SPLITS)
-    best = tl.load(partial_stats + part * 2)
-    total = tl.load(partial_stats + part * 2 + 1)
-    share = tl.exp2(best - tl.max(best, 0))  # 0 for an empty split
-    mask = (best > float("-inf"))[:, None] & (dim < HEAD_DIM)[None, :]
-    acc = tl.load(partial_out + part[:, None] * HEAD_DIM + dim[None, :], mask, other=0.0)
-    result = tl.sum(acc * share[:, None], 0) / tl.sum(total * share, 0)
-    target = out + (start * NUM_HEADS + head) * HEAD_DIM + dim
-    tl.store(target, result.to(out.dtype.element_ty), dim < HEAD_DIM)
+        tl.store(partial_out + part[:, None] * HEAD_DIM + dim[None, :], acc, inside)
+        tl.debug_barrier()  # all of them are stored before this split counts as arrived
+        arrival = arrivals + row * (NUM_HEADS // GROUP) + kv_head
+        if tl.atomic_add(arrival, 1, sem="acq_rel") < num_splits - 1:
+            return
+        tl.store(arrival, 0)
+        best = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        acc = tl.zeros([ROWS, PADDED_DIM], tl.float32)
+        for other in range(item - split, item - split + num_splits):
+            part = other * NUM_HEADS + kv_head * GROUP + head
+            its_best = tl.load(partial_stats + part * 2, head < GROUP, 0.0, cache_modifier=".cg")
+            its_total = tl.load(
+                partial_stats + part * 2 + 1, head < GROUP, 1.0, cache_modifier=".cg"
+            )
+            values = partial_out + part[:, None] * HEAD_DIM + dim[None, :]
+            its_acc = tl.load(values, inside, 0.0, cache_modifier=".cg")
+            higher = tl.maximum(best, its_best)
+            shift = tl.where(higher == float("-inf"), 0.0, higher)
+            decay, weight = tl.exp2(best - shift), tl.exp2(its_best - shift)
+            acc = acc * decay[:, None] + its_acc * weight[:, None]
+            best, total = higher, total * decay + its_total * weight
+    result = (acc / total[:, None]).to(out.dtype.element_ty)
+    tl.store(out + start.to(tl.int64) * NUM_HEADS * HEAD_DIM + head_dims, result, inside)
 
 
 @triton.jit
@@ -329,10 +366,10 @@ def paged_attention(
     sliding_window: int,
     soft_cap: float,
     sinks: Tensor | None = None,
-    num_splits: int | None = None,
+    most_programs: int | None = None,
     fixed_order: bool = False,
 ) -> Tensor:
-    """See `attention.paged_attention`. num_splits: of a decode row's context; None: by shapes.
+    """See `attention.paged_attention`. most_programs: over which decode rows are split.
 
     fixed_order: every token's sums in one order, whatever else is in the step; slower.
     """
@@ -356,7 +393,7 @@ def paged_attention(
         "PADDED_DIM": max(16, triton.next_power_of_2(head_dim)),
     }  # fmt: skip
     if not fixed_order:
-        _attend_single_tokens(tensors, scalars, constants, num_splits)
+        _attend_single_tokens(tensors, scalars, constants, most_programs)
     if fixed_order or num_tokens >= len(block_tables):  # else no row has more than one token
         _attend_prompts(tensors, scalars, constants, fixed_order)
     return out
@@ -366,31 +403,33 @@ def _attend_single_tokens(
     tensors: tuple[Tensor, ...],
     scalars: tuple[float, ...],
     constants: dict[str, Any],
-    num_splits: int | None,
+    most_programs: int | None,
 ) -> None:
     """Rows with one token, by `_decode_kernel`."""
-    query, kv_cache, block_tables, _, query_start_loc, _, out = tensors
+    query, kv_cache, block_tables, _, _, _, _ = tensors
     num_tokens, num_heads, head_dim = query.shape
-    (num_rows, max_blocks), num_kv_heads = block_tables.shape, kv_cache.shape[3]
+    num_rows, num_kv_heads = len(block_tables), kv_cache.shape[3]
     num_programs = min(num_rows, num_tokens) * num_kv_heads  # a decode step has one empty row
     tiling = decode_tiling(head_dim, constants["GROUP"], query.element_size(), num_programs)
-    if num_splits is None:
-        max_tiles = -(-max_blocks * kv_cache.shape[2] // tiling.keys)
-        num_splits = choose_num_splits(num_programs, max_tiles)
-    shape = (num_rows, num_heads, num_splits) if num_splits > 1 else (0,)
-    partial_out = query.new_empty((*shape, head_dim), dtype=torch.float32)
-    partial_stats = query.new_empty((*shape, 2), dtype=torch.float32)
-    _decode_kernel[(num_rows, num_kv_heads, num_splits)](
-        *tensors, partial_out, partial_stats, *scalars,
-        NUM_SPLITS=num_splits, ROWS=tiling.rows, KEYS=tiling.keys, **launch_options(),
+    if most_programs is None:
+        most_programs = _PROGRAMS_PER_SM * num_multiprocessors()
+    most_extra = max(most_programs // num_kv_heads, 1)
+    num_items = min(num_rows, num_tokens) + most_extra
+    partial_out = query.new_empty((num_items, num_heads, head_dim), dtype=torch.float32)
+    partial_stats = query.new_empty((num_items, num_heads, 2), dtype=torch.float32)
+    arrivals = _arrivals(max(num_rows * num_kv_heads, _USUAL_ARRIVALS), query.device)
+    _decode_kernel[(num_items, num_kv_heads)](
+        *tensors, partial_out, partial_stats, arrivals, *scalars, num_rows, most_extra,
+        _LEAST_TILES, MAX_ROWS=triton.next_power_of_2(num_rows),
+        ROWS=tiling.rows, KEYS=tiling.keys, **launch_options(),
         num_warps=tiling.num_warps, num_stages=tiling.num_stages, **constants,
     )  # fmt: skip
-    if num_splits > 1:
-        _reduce_kernel[(num_rows, num_heads)](
-            query_start_loc, out, partial_out, partial_stats,
-            NUM_HEADS=num_heads, HEAD_DIM=head_dim, NUM_SPLITS=num_splits,
-            PADDED_DIM=triton.next_power_of_2(head_dim), **launch_options(),
-        )  # fmt: skip
+
+
+@functools.cache
+def _arrivals(size: int, device: torch.device) -> Tensor:
+    """Counters that every call leaves at zero; calls follow each other on one stream."""
+    return torch.zeros(size, dtype=torch.int32, device=device)
 
 
 def _attend_prompts(
@@ -410,14 +449,3 @@ def _attend_prompts(
         ROWS=tiling.rows, KEYS=tiling.keys, FIXED_ORDER=fixed_order, num_warps=tiling.num_warps,
         num_stages=tiling.num_stages, maxnreg=tiling.max_registers, **constants,
     )  # fmt: skip
-
-
-def choose_num_splits(num_programs: int, max_tiles: int) -> int:
-    """Programs per row and KV head: a power of two that fills the GPU, one tile each at least.
-
-    Rather too few: the sum of the splits is a kernel of its own (H100, 32 rows of 1088 tokens and 8
-    KV heads: 54.7 us in one piece, 59.7 in two).
-    """
-    wanted = max(_PROGRAMS_PER_SM * num_multiprocessors() // num_programs, 1)
-    splits = min(wanted, max_tiles, _MAX_SPLITS)
-    return 1 << (splits.bit_length() - 1)

@@ -30,7 +30,8 @@ from compiledllm.kernels import skinny_triton as skinny
 
 TYPES = {
     "block_tables": "*i32", "seq_lens": "*i32", "query_start_loc": "*i32", "slot_mapping": "*i64",
-    "partial_out": "*fp32", "partial_stats": "*fp32", "scale": "fp32", "window": "i32",
+    "partial_out": "*fp32", "partial_stats": "*fp32", "arrivals": "*i32", "most_extra": "i32",
+    "least_tiles": "i32", "scale": "fp32", "window": "i32",
     "soft_cap": "fp32", "query_stride": "i32", "table_stride": "i32", "value_offset": "i64",
     "num_rows": "i32", "key_stride": "i32", "value_stride": "i32", "temperature": "*fp32",
     "seeds": "*i64", "positions": "*i64", "best_scores": "*fp32", "best_ids": "*i32",
@@ -114,10 +115,11 @@ for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
             "TOKEN_STRIDE": 8 * head_dim, "HAS_WINDOW": window, "HAS_SOFT_CAP": window,
             "HAS_SINKS": window, "PADDED_DIM": triton.next_power_of_2(head_dim),
         }
-        for programs, splits in ((8, 16), (100, 2), (1024, 1)):
+        for programs in (8, 100, 1024):
             tiling = attention.decode_tiling(head_dim, 4, itemsize, programs)
-            check(attention._decode_kernel, dtype, tiling, NUM_SPLITS=splits, **shape)
-        check(attention._reduce_kernel, dtype, NUM_SPLITS=16, **shape)
+            check(
+                attention._decode_kernel, dtype, tiling, MAX_ROWS=512, **shape
+            )
         for queries, fixed in ((0, False), (0, True), (10**6, False)):
             tiling = attention.prefill_tiling(head_dim, 4, itemsize, queries)
             check(attention._prefill_kernel, dtype, tiling, FIXED_ORDER=fixed, **shape)

@@ -1,0 +1,115 @@
+"""How single-token rows are split over programs of the Triton attention, and put together again."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from compiledllm.kernels import paged_attention_torch as oracle
+from compiledllm.kernels import paged_attention_triton as kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there in Triton's interpreter
+KEYS = 64
+
+
+@triton.jit
+def _list_kernel(  # type: ignore[no-untyped-def]
+    found, seq_lens, query_start_loc, num_rows, most_extra, least_tiles, window,
+    KEYS: tl.constexpr, HAS_WINDOW: tl.constexpr, MAX_ROWS: tl.constexpr,
+):  # fmt: skip
+    item = tl.program_id(0)
+    row, num_splits, split = kernels._work_item(
+        item, seq_lens, query_start_loc, num_rows, most_extra, window, least_tiles, KEYS,
+        HAS_WINDOW, MAX_ROWS,
+    )  # fmt: skip
+    tl.store(found + item * 3, row)
+    tl.store(found + item * 3 + 1, num_splits)
+    tl.store(found + item * 3 + 2, split)
+
+
+def work_items(
+    rows: list[tuple[int, int]], most_extra: int, window: int = 0, least_tiles: int = 1
+) -> list[tuple[int, int, int]]:
+    """(row, number of splits, split) of every program that has work. rows: tokens, context."""
+    counts, lengths = zip(*rows, strict=True)
+    starts = torch.tensor([0, *counts]).cumsum(0).int().to(DEVICE)
+    seq_lens = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    num_items = len(rows) + most_extra
+    found = torch.full((num_items, 3), -1, dtype=torch.int32, device=DEVICE)
+    _list_kernel[(num_items,)](
+        found, seq_lens, starts, len(rows), most_extra, least_tiles, window,
+        KEYS=KEYS, HAS_WINDOW=window > 0, MAX_ROWS=triton.next_power_of_2(len(rows)),
+    )  # fmt: skip
+    items = [(int(row), int(total), int(split)) for row, total, split in found.tolist()]
+    num_real = sum(row < len(rows) for row, _, _ in items)
+    assert all(row < len(rows) for row, _, _ in items[:num_real])
+    return items[:num_real]
+
+
+def num_tiles(context: int, window: int) -> int:
+    return -(-context // KEYS) - (max(context - window, 0) // KEYS if window else 0)
+
+
+@pytest.mark.parametrize("window", [0, 300])
+@pytest.mark.parametrize("most_extra", [1, 16, 66])
+def test_every_row_with_one_token_is_covered_once(most_extra: int, window: int) -> None:
+    rng = random.Random(most_extra + window)
+    for _ in range(3):
+        rows = [(rng.choice([0, 1, 1, 1, 5]), rng.choice([1, 64, 65, 700, 5000])) for _ in range(9)]
+        items = work_items([*rows, (0, 0)], most_extra, window)
+        single = [row for row, (count, _) in enumerate(rows) if count == 1]
+        expected = []
+        for row in single:
+            splits = {total for r, total, _ in items if r == row}
+            assert len(splits) == 1, row
+            assert splits.pop() <= num_tiles(rows[row][1], window)
+            expected += [(row, split) for split in range(len([i for i in items if i[0] == row]))]
+        assert [(row, split) for row, _, split in items] == expected
+        assert all(split < total for _, total, split in items)
+
+
+def test_rows_are_split_by_their_length() -> None:
+    many = work_items([(1, 1000)] * 32, most_extra=16)
+    assert [total for _, total, _ in many] == [1] * 32
+    few = work_items([(1, 1000)] * 4, most_extra=16)
+    assert {total for _, total, _ in few} == {4}
+    unequal = work_items([(1, 100)] * 31 + [(1, 4000)], most_extra=16)
+    assert [total for row, total, _ in unequal if row < 31] == [1] * 31
+    assert {total for row, total, _ in unequal if row == 31} == {11}
+    assert len(work_items([(1, 640)], most_extra=16)) == 10  # a tile each
+    assert len(work_items([(1, 640)], most_extra=16, least_tiles=2)) == 5
+
+
+def test_padding_takes_nothing_from_the_others() -> None:
+    alone = work_items([(1, 1000), (1, 3000)], most_extra=16)
+    padded = work_items([(1, 1000), (1, 3000)] + [(1, 1)] * 40 + [(0, 0)], most_extra=16)
+    assert padded[: len(alone)] == alone
+
+
+@pytest.mark.parametrize("window", [0, 200])
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_a_long_row_among_short_ones(has_sinks: bool, window: int) -> None:
+    torch.manual_seed(0)
+    lengths = [20, 1500, 3, 90, 1]
+    num_heads, num_kv_heads, head_dim, block_size = 4, 2, 64, 16
+    width = -(-max(lengths) // block_size)
+    kv_cache = torch.randn(2, len(lengths) * width + 1, block_size, num_kv_heads, head_dim)
+    tables = torch.arange(len(lengths) * width, dtype=torch.int32).view(len(lengths), width) + 1
+    query = torch.randn(len(lengths), num_heads, head_dim)
+    seq_lens = torch.tensor(lengths, dtype=torch.int32)
+    starts = torch.arange(len(lengths) + 1, dtype=torch.int32)
+    sinks = torch.randn(num_heads) if has_sinks else None
+    step = (query, kv_cache, tables, seq_lens, starts, 0.1, window, 0.0, sinks)
+    expected = oracle.paged_attention(*step)
+    on_device = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in step]
+    for most_programs in (1, 8, 40, 1000):
+        out = kernels.paged_attention(*on_device, most_programs=most_programs)
+        torch.testing.assert_close(out.cpu(), expected, atol=2e-5, rtol=2e-5)
+        again = kernels.paged_attention(*on_device, most_programs=most_programs)
+        assert torch.equal(out, again)
+    counters = kernels._arrivals(kernels._USUAL_ARRIVALS, query.to(DEVICE).device)
+    assert not counters.any()
