@@ -201,7 +201,8 @@ class BlockCompiler:
                     backend=self._counting_inductor,
                 )
                 _mark_token_and_row_counts_dynamic(args, variant)
-                forward(layer, *args)
+                with torch.fx.experimental._config.patch(use_duck_shape=False):
+                    forward(layer, *args)  # sizes that are equal here need not always be
                 compiled.setdefault(layer.spec, []).insert(0, (variant.most, forward))
         except Exception as error:  # whatever the compiler raises, the eager model still serves
             self.error = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
