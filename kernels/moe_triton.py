@@ -1,8 +1,8 @@
-"""Experts' products in Triton: tokens sorted by expert on the device, then two grouped products.
+"""Experts' products in Triton: two grouped products over the items of a step.
 
 An item is a token at one of its experts. Items are laid out expert by expert, each expert's padded
 to whole blocks of rows, so that a program has one expert's weights; how many blocks there are at
-most follows from shapes alone. A captured call serves any routing.
+most follows from shapes alone. Of few items each is a block by itself, and nothing is sorted.
 """
 
 # Triton functions are typed by what they are called with.
@@ -16,149 +16,183 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-_MOST_FOR_ONE_PROGRAM = 4096  # items that a single program sorts; more are sorted by torch
-_TILE = 32  # items sorted at once
+from compiledllm.kernels.launch import launch_options
+from compiledllm.kernels.moe_routing_triton import sort_items
 
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """Shape of a program's work. rows: items; columns: input features per iteration."""
+    """Shape of a program's work.
+
+    rows: items, the same for both products. outputs: rows of a weight matrix, half of them gate and
+    half up where there are both. columns: input features per iteration. group: blocks of items that
+    are worked on together, for the same outputs one after the other, so that what they share is in
+    the L2 cache.
+    """
 
     rows: int
     outputs: int
     columns: int
     num_warps: int
     num_stages: int
+    group: int = 8
 
 
 def tiling_for(num_items: int, num_experts: int, itemsize: int) -> Tiling:
-    """By how many items an expert gets on average."""
-    if itemsize == 4:
-        return Tiling(16 if num_items < 16 * num_experts else 32, 32, 32, 4, 2)
-    if num_items < 16 * num_experts:
-        return Tiling(16, 32, 128, 4, 4)
-    return Tiling(64, 64, 64, 4, 3) if num_items < 128 * num_experts else Tiling(128, 64, 64, 8, 3)
+    """Rows for twice an expert's average, as a second block would read its weights again.
 
-
-@triton.jit
-def _sort_kernel(
-    expert_ids, items, block_experts, num_items, num_blocks,
-    EXPERTS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Where each item goes, and which expert each block belongs to; `items` is full of padding."""
-    expert, lane = tl.arange(0, EXPERTS), tl.arange(0, TILE)
-    counts = tl.zeros([EXPERTS], tl.int32)
-    for first in range(0, num_items, TILE):
-        item = first + lane
-        ids = tl.load(expert_ids + item, item < num_items, other=-1)
-        counts += tl.sum((ids[:, None] == expert[None, :]).to(tl.int32), 0)
-    padded = (counts + ROWS - 1) // ROWS * ROWS
-    ends = tl.cumsum(padded, 0)
-    following = ends - padded  # the next free place of each expert
-    for first in range(0, num_items, TILE):
-        item = first + lane
-        ids = tl.load(expert_ids + item, item < num_items, other=-1)
-        is_its = (ids[:, None] == expert[None, :]).to(tl.int32)
-        place = tl.sum(is_its * (following[None, :] + tl.cumsum(is_its, 0) - 1), 1)
-        tl.store(items + place, item, item < num_items)
-        following += tl.sum(is_its, 0)
-    for first in range(0, num_blocks, TILE):
-        block = first + lane
-        before = tl.sum((ends[None, :] <= (block * ROWS)[:, None]).to(tl.int32), 1)
-        tl.store(block_experts + block, before, block < num_blocks)
-
-
-def sort_items(expert_ids: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tensor]:
-    """int32 [blocks * rows], items by expert, padded with their number; int32 [blocks], experts.
-
-    expert_ids: int64 [tokens, top_k]. Blocks without items have expert `num_experts` or above.
+    While items are few, weights are all there is to read: small tiles, many of them under way, in
+    four programs of 48 KiB a multiprocessor or two of 96.
     """
-    ids, num_items = expert_ids.reshape(-1), expert_ids.numel()
-    num_blocks = min(num_items, num_experts) + num_items // rows
-    items = torch.full((num_blocks * rows,), num_items, dtype=torch.int32, device=ids.device)
-    block_experts = torch.empty(num_blocks, dtype=torch.int32, device=ids.device)
-    if num_items <= _MOST_FOR_ONE_PROGRAM:
-        _sort_kernel[(1,)](
-            ids, items, block_experts, num_items, num_blocks,
-            EXPERTS=triton.next_power_of_2(num_experts), ROWS=rows, TILE=_TILE,
-        )  # fmt: skip
-        return items, block_experts
-    counts = torch.zeros(num_experts, dtype=torch.int64, device=ids.device)
-    counts.scatter_add_(0, ids, torch.ones_like(ids))
-    padded = (counts + rows - 1) // rows * rows
-    ends = padded.cumsum(0)
-    order = ids.argsort(stable=True)
-    sorted_ids = ids[order]
-    rank = torch.arange(num_items, device=ids.device) - (counts.cumsum(0) - counts)[sorted_ids]
-    items[(ends - padded)[sorted_ids] + rank] = order.int()
-    starts = torch.arange(num_blocks, device=ids.device) * rows
-    block_experts.copy_(torch.searchsorted(ends, starts, right=True))
-    return items, block_experts
+    rows = triton.next_power_of_2(triton.cdiv(2 * num_items, num_experts))
+    if itemsize == 4:
+        return Tiling(min(max(rows, 16), 32), 32, 32, 4, 2)
+    if rows <= 16:
+        return Tiling(16, 32, 128, 2, 5)
+    if rows <= 32:
+        return Tiling(32, 64, 128, 4, 4)
+    return Tiling(64, 128, 64, 4, 4) if rows <= 64 else Tiling(128, 128, 64, 8, 3)
+
+
+def _needs_sorting(num_tokens: int, top_k: int, num_experts: int) -> bool:
+    """Unless hardly any two items have the same expert."""
+    return num_tokens > 1 and 4 * num_tokens * top_k > num_experts
 
 
 @triton.jit
+def _gated(total, alpha, limit, dtype, HAS_LIMIT: tl.constexpr):
+    """[2 * n, rows], eight rows of gate and eight of up in turn, to [n, rows]: silu(gate) * up."""
+    n: tl.constexpr = total.shape[0] // 2
+    parts = tl.reshape(total, [n // 8, 2, 8, total.shape[1]])
+    gate, up = tl.split(tl.permute(parts, [0, 2, 3, 1]))
+    # Rounded where torch rounds, between the products.
+    gate = tl.reshape(gate, [n, total.shape[1]]).to(dtype).to(tl.float32)
+    up = tl.reshape(up, [n, total.shape[1]]).to(dtype).to(tl.float32)
+    if HAS_LIMIT:
+        gate = tl.minimum(gate, limit)
+        up = tl.minimum(tl.maximum(up, -limit), limit) + 1
+        gate = gate / (1 + tl.exp(-alpha * gate))
+    else:
+        gate = gate / (1 + tl.exp(-gate))
+    return gate.to(dtype).to(tl.float32) * up
+
+
+@triton.jit(do_not_specialize=["num_items", "num_blocks"])
 def _grouped_kernel(
-    x, weight, bias, out, items, block_experts, item_weights, num_items, num_experts, num_outputs,
-    x_stride, weight_stride, out_stride, alpha, limit, NUM_INPUTS: tl.constexpr,
-    ITEMS_PER_ROW: tl.constexpr, IS_GATED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    x, weight, bias, out, items, block_experts, num_items, num_blocks, num_experts, x_stride, alpha,
+    limit, NUM_OUTPUTS: tl.constexpr, NUM_INPUTS: tl.constexpr, ITEMS_PER_ROW: tl.constexpr,
+    IS_SORTED: tl.constexpr, IS_GATED: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_LIMIT: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out[item] = x[item // ITEMS_PER_ROW] @ weight[expert].T, and bias[expert].
 
-    IS_GATED: silu of it times the product with the rows `num_outputs` further on; HAS_LIMIT: the
-    clamped form of that, see `moe.moe_experts`. Else: times the item's weight.
+    IS_GATED: silu of it times the product with the rows NUM_OUTPUTS further on; HAS_LIMIT: the
+    clamped form of that, see `moe.moe_experts`. Not IS_SORTED: each item is a block, and
+    `block_experts` are theirs.
     """
-    block = tl.program_id(0)
-    expert = tl.load(block_experts + block)
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
+    outputs_at_once: tl.constexpr = OUTPUTS // 2 if IS_GATED else OUTPUTS
+    num_tiles: tl.constexpr = (NUM_OUTPUTS + outputs_at_once - 1) // outputs_at_once
+    program = tl.program_id(0)
+    group = program // (GROUP * num_tiles)
+    in_group = program - group * GROUP * num_tiles
+    group_size = tl.minimum(num_blocks - group * GROUP, GROUP)
+    block, tile = group * GROUP + in_group % group_size, in_group // group_size
+
+    expert = tl.load(block_experts + block).to(tl.int32)
     if expert >= num_experts:
         return
-    item = tl.load(items + block * ROWS + tl.arange(0, ROWS))
-    output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
-    column = tl.arange(0, COLUMNS)[None, :]
-    is_item, is_output = (item < num_items)[:, None], (output < num_outputs)[:, None]
-    inputs = x + (item // ITEMS_PER_ROW).to(tl.int64)[:, None] * x_stride + column
-    weights = weight + expert.to(tl.int64) * weight_stride
-    weights += output.to(tl.int64)[:, None] * NUM_INPUTS + column
-    total = tl.zeros([ROWS, OUTPUTS], tl.float32)
-    other = tl.zeros([ROWS, OUTPUTS], tl.float32)
-    for first in range(0, NUM_INPUTS, COLUMNS):
-        there = first + column < NUM_INPUTS
-        a = tl.load(inputs + first, is_item & there, other=0.0)
-        w = tl.load(weights + first, is_output & there, other=0.0)
-        total = tl.dot(a, tl.trans(w), total, input_precision="ieee")
-        if IS_GATED:
-            up = weights + first + num_outputs.to(tl.int64) * NUM_INPUTS
-            w = tl.load(up, is_output & there, other=0.0)
-            other = tl.dot(a, tl.trans(w), other, input_precision="ieee")
-    if HAS_BIAS:
-        biases = bias + expert * num_outputs * (2 if IS_GATED else 1) + output
-        total += tl.load(biases, output < num_outputs, other=0.0).to(tl.float32)[None, :]
-        if IS_GATED:
-            biases += num_outputs
-            other += tl.load(biases, output < num_outputs, other=0.0).to(tl.float32)[None, :]
-    if IS_GATED:
-        # Rounded where torch rounds, between the products.
-        gate = total.to(out.dtype.element_ty).to(tl.float32)
-        up = other.to(out.dtype.element_ty).to(tl.float32)
-        if HAS_LIMIT:
-            gate = tl.minimum(gate, limit)
-            up = tl.minimum(tl.maximum(up, -limit), limit) + 1
-            gate = gate / (1 + tl.exp(-alpha * gate))
-        else:
-            gate = gate / (1 + tl.exp(-gate))
-        total = gate.to(out.dtype.element_ty).to(tl.float32) * up
+    lane, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    if IS_SORTED:
+        item = tl.load(items + block * ROWS + lane)
     else:
-        scale = tl.load(item_weights + item, item < num_items, other=0.0).to(tl.float32)
-        total = total * scale[:, None]
-    target = out + item.to(tl.int64)[:, None] * out_stride + output[None, :]
-    tl.store(target, total.to(out.dtype.element_ty), is_item & tl.trans(is_output))
+        item = tl.where(lane == 0, block, num_items)
+    is_item = (item < num_items)[None, :]
+
+    row = tl.arange(0, OUTPUTS)
+    if IS_GATED:
+        output = tile * outputs_at_once + row // 16 * 8 + row % 8
+        row = tl.minimum(output, NUM_OUTPUTS - 1) + row // 8 % 2 * NUM_OUTPUTS
+        row += expert * 2 * NUM_OUTPUTS
+    else:
+        row = expert * NUM_OUTPUTS + tl.minimum(tile * outputs_at_once + row, NUM_OUTPUTS - 1)
+    weights = weight + row.to(tl.int64)[:, None] * NUM_INPUTS + column[None, :]
+    inputs = x + (item // ITEMS_PER_ROW).to(tl.int64)[None, :] * x_stride + column[:, None]
+    total = tl.zeros([OUTPUTS, ROWS], tl.float32)
+    for first in range(0, NUM_INPUTS, COLUMNS):
+        if NUM_INPUTS % COLUMNS == 0:
+            w = tl.load(weights + first)
+            v = tl.load(inputs + first, is_item, other=0.0)
+        else:
+            there = first + column < NUM_INPUTS
+            w = tl.load(weights + first, there[None, :], other=0.0)
+            v = tl.load(inputs + first, is_item & there[:, None], other=0.0)
+        total = tl.dot(w, v, total, input_precision="ieee")
+
+    if HAS_BIAS:
+        total += tl.load(bias + row).to(tl.float32)[:, None]
+    if IS_GATED:
+        total = _gated(total, alpha, limit, out.dtype.element_ty, HAS_LIMIT)
+    output = tile * outputs_at_once + tl.arange(0, outputs_at_once)
+    target = out + item.to(tl.int64)[None, :] * NUM_OUTPUTS + output[:, None]
+    tl.store(target, total.to(out.dtype.element_ty), (output < NUM_OUTPUTS)[:, None] & is_item)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Where the items of a step go: see `sort_items`. items: None where nothing is sorted."""
+
+    block_experts: Tensor
+    items: Tensor | None
+
+    @classmethod
+    def of(cls, expert_ids: Tensor, num_experts: int, rows: int) -> Plan:
+        num_tokens, top_k = expert_ids.shape
+        if not _needs_sorting(num_tokens, top_k, num_experts):
+            return cls(expert_ids.reshape(-1), None)
+        items, block_experts = sort_items(expert_ids, num_experts, rows)
+        return cls(block_experts, items)
+
+
+def grouped_product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    plan: Plan,
+    t: Tiling,
+    is_gated: bool = False,
+    alpha: float = 1.0,
+    limit: float = 0.0,
+) -> Tensor:
+    """Fills and returns out, [items, outputs].
+
+    x: [tokens or items, inputs]; weight: [experts, outputs, inputs], twice the outputs if gated.
+    """
+    num_experts, num_rows, num_inputs = weight.shape
+    num_items, num_outputs = out.shape
+    num_blocks = len(plan.block_experts)
+    grid = (num_blocks * triton.cdiv(num_rows, t.outputs),)
+    _grouped_kernel[grid](
+        x, weight, x if bias is None else bias, out,
+        plan.block_experts if plan.items is None else plan.items, plan.block_experts,
+        num_items, num_blocks, num_experts, x.stride(0), alpha, limit,
+        NUM_OUTPUTS=num_outputs, NUM_INPUTS=num_inputs, ITEMS_PER_ROW=num_items // len(x),
+        IS_SORTED=plan.items is not None, IS_GATED=is_gated, HAS_BIAS=bias is not None,
+        HAS_LIMIT=limit != 0, ROWS=t.rows, OUTPUTS=t.outputs, COLUMNS=t.columns, GROUP=t.group,
+        num_warps=t.num_warps, num_stages=t.num_stages, **launch_options(),
+    )  # fmt: skip
+    return out
 
 
 def experts(
     x: Tensor,
     expert_ids: Tensor,
-    expert_weights: Tensor,
     gate_up: Tensor,
     down: Tensor,
     gate_up_bias: Tensor | None = None,
@@ -168,31 +202,15 @@ def experts(
 ) -> Tensor:
     """See `moe.moe_experts`."""
     (num_tokens, hidden), top_k = x.shape, expert_ids.shape[1]
-    if num_tokens == 0:
-        return torch.empty_like(x)
     num_experts, _, size = down.shape
     assert x.stride(1) == 1 and gate_up.is_contiguous() and down.is_contiguous()
+    out = x.new_empty((num_tokens, top_k, hidden), dtype=torch.float32)
+    if num_tokens == 0:
+        return out
     num_items = num_tokens * top_k
     t = tiling_for(num_items, num_experts, x.element_size())
-    items, block_experts = sort_items(expert_ids, num_experts, t.rows)
+    plan = Plan.of(expert_ids, num_experts, t.rows)
     inner = x.new_empty((num_items, size))
-    outer = x.new_empty((num_items, hidden), dtype=torch.float32)
-    plan = items, block_experts, expert_weights.contiguous()
-    shape = {
-        "ROWS": t.rows, "OUTPUTS": t.outputs, "COLUMNS": t.columns,
-        "num_warps": t.num_warps, "num_stages": t.num_stages,
-    }  # fmt: skip
-    blocks = len(block_experts)
-    _grouped_kernel[(blocks, triton.cdiv(size, t.outputs))](
-        x, gate_up, x if gate_up_bias is None else gate_up_bias, inner, *plan, num_items,
-        num_experts, size, x.stride(0), gate_up.stride(0), size, alpha, limit,
-        NUM_INPUTS=hidden, ITEMS_PER_ROW=top_k, IS_GATED=True, HAS_BIAS=gate_up_bias is not None,
-        HAS_LIMIT=limit != 0, **shape,
-    )  # fmt: skip
-    _grouped_kernel[(blocks, triton.cdiv(hidden, t.outputs))](
-        inner, down, x if down_bias is None else down_bias, outer, *plan, num_items,
-        num_experts, hidden, size, down.stride(0), hidden, alpha, limit,
-        NUM_INPUTS=size, ITEMS_PER_ROW=1, IS_GATED=False, HAS_BIAS=down_bias is not None,
-        HAS_LIMIT=False, **shape,
-    )  # fmt: skip
-    return outer.view(num_tokens, top_k, hidden).sum(1).to(x.dtype)
+    grouped_product(x, gate_up, gate_up_bias, inner, plan, t, True, alpha, limit)
+    grouped_product(inner, down, down_bias, out.view(num_items, hidden), plan, t)
+    return out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from compiledllm.kernels.moe import moe_experts
+from compiledllm.kernels.moe import moe_experts, moe_route
 from compiledllm.models.layers.linear import Linear, empty_parameter
 from compiledllm.models.layers.mlp import GatedMlp, PlainMlp
 from compiledllm.models.spec import MlpSpec, MoeSpec, OpaqueSpec
@@ -43,14 +43,10 @@ class MoeMlp(nn.Module):
             self.shared_gate = Linear(hidden_size, {"": 1}, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        shares = self.router(x).float().softmax(-1)
-        weights, ids = shares.topk(self.spec.top_k, dim=-1)
-        if self.spec.renormalize:
-            weights = weights / weights.sum(-1, keepdim=True)
-        out = moe_experts(
+        ids, weights = moe_route(self.router(x), self.spec.top_k, self.spec.renormalize)
+        parts = moe_experts(
             x,
             ids,
-            weights,
             self.gate_up.weight,
             self.down.weight,
             self.gate_up.bias,
@@ -58,6 +54,7 @@ class MoeMlp(nn.Module):
             self.spec.alpha,
             self.spec.limit,
         )
+        out = (parts * weights.unsqueeze(-1)).sum(1).to(x.dtype)
         if self.shared is not None and self.shared_gate is not None:
             out = out + torch.sigmoid(self.shared_gate(x)) * self.shared(x)
         return out

@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 
 from compiledllm.kernels import fixed_order_triton as fixed_order
 from compiledllm.kernels import logprobs_triton as logprobs
+from compiledllm.kernels import moe_routing_triton as routing
 from compiledllm.kernels import moe_triton as moe
 from compiledllm.kernels import paged_attention_triton as attention
 from compiledllm.kernels import penalties_triton as penalties
@@ -37,8 +38,8 @@ TYPES = {
     "seeds": "*i64", "positions": "*i64", "best_scores": "*fp32", "best_ids": "*i32",
     "eps": "fp32", "token_stride": "i32", "num_outputs": "i32", "x_stride": "i32",
     "weight_stride": "i32", "out_stride": "i32", "items": "*i32", "block_experts": "*i32",
-    "item_weights": "*fp32", "num_items": "i32", "num_experts": "i32", "num_blocks": "i32",
-    "expert_ids": "*i64", "alpha": "fp32", "limit": "fp32",
+    "num_items": "i32", "num_experts": "i32", "num_blocks": "i32",
+    "expert_ids": "*i32", "ids": "*i32", "weights": "*fp32", "alpha": "fp32", "limit": "fp32",
     "vocab": "i32", "row_stride": "i32", "num_chunks": "i32", "rows": "*i64", "top_k": "*i32",
     "top_p": "*fp32", "min_p": "*fp32", "peaks": "*fp32", "masses": "*fp32",
     "chosen": "*i64", "best": "*fp32", "counts": "*i32", "asked_for": "*i64",
@@ -72,7 +73,8 @@ def check(kernel, dtype, tiling=None, num_warps=4, **constants):
     assert compiled.metadata.shared <= 99 * 1024, (kernel.__name__, compiled.metadata.shared)
 
 
-check(moe._sort_kernel, "fp32", EXPERTS=128, ROWS=16, TILE=32)
+for experts, rows, tile in ((128, 16, 128), (32, 128, 1024), (128, 64, 1024)):
+    check(routing._sort_kernel, "fp32", EXPERTS=experts, ROWS=rows, TILE=tile)
 check(penalties._penalize_kernel, "fp32", IN_PROMPT=1 << 30, CHUNK=2048)
 SHAPES = {"bf16": ((128, False), (80, True), (256, False)), "fp32": ((128, False),)}
 for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
@@ -87,6 +89,11 @@ for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
         sampling._row_kernel, dtype, num_warps=16, CHUNKS=64, PER_CHUNK=64, GROUPS=256, GROUP=64,
         KEY_BITS=8 * itemsize,
     )
+    for experts, top_k, renormalize in ((128, 8, True), (64, 4, False), (8, 2, True)):
+        check(
+            routing._route_kernel, dtype, num_warps=1, TOP_K=top_k, RENORMALIZE=renormalize,
+            EXPERTS=experts, PLACES=top_k,
+        )
     for rows in (1, 16, 32) if itemsize == 2 else ():
         kernel = skinny._few_rows_kernel if rows > 1 else skinny._one_row_kernel
         tiling = skinny.tiling_for(rows, 6144, 3072)
@@ -94,11 +101,12 @@ for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
             kernel, dtype, tiling, NUM_INPUTS=3072, HAS_BIAS=True,
             PADDED_OUTPUTS=max(16, tiling.outputs), ROWS=rows,
         )
-    for items in (8, 4000, 60000):
+    for items in (8, 512, 1500, 4000, 60000):
         tiling = moe.tiling_for(items, 128, itemsize)
         for gated, clamped in ((False, False), (True, False), (True, True), (False, True)):
             check(
-                moe._grouped_kernel, dtype, tiling, NUM_INPUTS=2048, ITEMS_PER_ROW=8,
+                moe._grouped_kernel, dtype, tiling, NUM_OUTPUTS=768,
+                NUM_INPUTS=2880 if clamped else 2048, ITEMS_PER_ROW=8, IS_SORTED=items > 8,
                 IS_GATED=gated, HAS_BIAS=clamped, HAS_LIMIT=clamped and gated,
             )
     check(fixed_order._rms_norm_kernel, dtype, SIZE=576, PADDED=1024)

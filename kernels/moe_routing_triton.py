@@ -1,0 +1,156 @@
+"""Which token goes to which expert, in Triton: the choice, and the items sorted by expert.
+
+An item is a token at one of its experts. The choice takes a program for each token, the sorting one
+for each expert. Nothing is asked of the host, so a captured call serves any routing.
+"""
+
+# Triton functions are typed by what they are called with.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, attr-defined, no-untyped-call"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from compiledllm.kernels.launch import launch_options
+
+_MOST_SORTED_BY_COUNTING = 16384  # items; every expert's program reads them all, twice
+_LEAST_BINS = 32  # of a histogram: the threads of a warp
+
+
+@triton.jit
+def _swap_order(bits):
+    """Bits of a float32 to an int32 that compares as it does, and back."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _route_kernel(
+    logits, ids, weights, row_stride, num_experts, TOP_K: tl.constexpr, RENORMALIZE: tl.constexpr,
+    EXPERTS: tl.constexpr, PLACES: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """The largest logits of a row and their shares. A NaN counts as infinite: all shares are NaN.
+
+    EXPERTS, PLACES: `num_experts` and TOP_K, rounded up to powers of two.
+    """
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
+    token = tl.program_id(0).to(tl.int64)
+    expert, place = tl.arange(0, EXPERTS), tl.arange(0, PLACES)
+    is_expert, is_place = expert < num_experts, place < TOP_K
+    logit = tl.load(logits + token * row_stride + expert, is_expert, other=0.0).to(tl.float32)
+    logit = tl.where(logit == logit, logit, float("inf"))
+    logit = tl.where(logit == 0, 0.0, logit)  # one zero, so that ties are ties
+    taken = -0x80000000  # below -inf, so that no expert comes twice
+    key = tl.where(is_expert, _swap_order(logit.to(tl.int32, bitcast=True)), taken)
+    best_keys = tl.full([PLACES], taken, tl.int32)
+    best_ids = tl.zeros([PLACES], tl.int32)
+    for k in tl.static_range(TOP_K):
+        best, index = tl.max(key, 0, return_indices=True, return_indices_tie_break_left=True)
+        best_keys = tl.where(place == k, best, best_keys)
+        best_ids = tl.where(place == k, index, best_ids)
+        key = tl.where(expert == index, taken, key)
+    best_logits = _swap_order(best_keys).to(tl.float32, bitcast=True)
+    highest = tl.max(tl.where(is_place, best_logits, float("-inf")), 0)
+    shares = tl.where(is_place, tl.exp(best_logits - highest), 0.0)
+    if RENORMALIZE:
+        total = tl.sum(shares, 0)
+    else:
+        total = tl.sum(tl.where(is_expert, tl.exp(logit - highest), 0.0), 0)
+    target = token * TOP_K + place
+    tl.store(ids + target, best_ids, is_place)
+    tl.store(weights + target, shares / total, is_place)
+
+
+def route(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+    """See `moe.moe_route`."""
+    num_tokens, num_experts = logits.shape
+    assert top_k <= num_experts and logits.stride(1) == 1
+    ids = torch.empty(num_tokens, top_k, dtype=torch.int32, device=logits.device)
+    weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=logits.device)
+    if num_tokens:
+        _route_kernel[(num_tokens,)](
+            logits, ids, weights, logits.stride(0), num_experts, TOP_K=top_k,
+            RENORMALIZE=renormalize, EXPERTS=triton.next_power_of_2(num_experts),
+            PLACES=triton.next_power_of_2(top_k), num_warps=1, **launch_options(),
+        )  # fmt: skip
+    return ids, weights
+
+
+@triton.jit(do_not_specialize=["num_items", "num_blocks"])
+def _sort_kernel(
+    expert_ids, items, block_experts, num_items, num_experts, num_blocks,
+    EXPERTS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """A program writes its expert's items, their padding and its blocks.
+
+    One program more, of no expert, has the blocks that are left over. EXPERTS: a power of two of at
+    least `num_experts`; TILE: items at once.
+    """
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
+    own, expert = tl.program_id(0), tl.arange(0, EXPERTS)
+    lane, row = tl.arange(0, TILE), tl.arange(0, ROWS)
+    counts = tl.zeros([EXPERTS], tl.int32)
+    for first in range(0, num_items, TILE):
+        is_item = first + lane < num_items
+        ids = tl.load(expert_ids + first + lane, is_item, other=0).to(tl.int32)
+        counts += tl.histogram(ids, EXPERTS, mask=is_item)
+    blocks = (counts + ROWS - 1) // ROWS
+    first_block = tl.sum(tl.where(expert < own, blocks, 0), 0)
+    end_block = first_block + tl.sum(tl.where(expert == own, blocks, 0), 0)
+    end_block = tl.where(own == num_experts, num_blocks, end_block)
+    place = first_block * ROWS  # the next free one
+    for first in range(0, num_items, TILE):
+        item = first + lane
+        ids = tl.load(expert_ids + item, item < num_items, other=-1).to(tl.int32)
+        is_own = (ids == own).to(tl.int32)
+        tl.store(items + place + tl.cumsum(is_own, 0) - 1, item, is_own == 1)
+        place += tl.sum(is_own, 0)
+    tl.store(items + place + row, num_items, place + row < end_block * ROWS)
+    for first in range(first_block, end_block, ROWS):
+        tl.store(block_experts + first + row, own, first + row < end_block)
+
+
+def sort_items(expert_ids: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tensor]:
+    """int32 [blocks * rows], items by expert, padded with their number; int32 [blocks], experts.
+
+    expert_ids: integers [tokens, top_k]. An expert's items are in ascending order. Blocks without
+    items have expert `num_experts` and hold anything.
+    """
+    ids, num_items = expert_ids.reshape(-1), expert_ids.numel()
+    most_used = min(num_items, num_experts)
+    num_blocks = most_used + (num_items - most_used) // rows
+    items = torch.empty(num_blocks * rows, dtype=torch.int32, device=ids.device)
+    block_experts = torch.empty(num_blocks, dtype=torch.int32, device=ids.device)
+    if num_items > _MOST_SORTED_BY_COUNTING:
+        _sort_in_torch(ids, items, block_experts, num_experts)
+    else:
+        _sort_kernel[(num_experts + 1,)](
+            ids, items, block_experts, num_items, num_experts, num_blocks,
+            EXPERTS=max(triton.next_power_of_2(num_experts), _LEAST_BINS), ROWS=rows,
+            TILE=128 if num_items <= 128 else 1024, **launch_options(),
+        )  # fmt: skip
+    return items, block_experts
+
+
+def _sort_in_torch(ids: Tensor, items: Tensor, block_experts: Tensor, num_experts: int) -> None:
+    """As `_sort_kernel`, for any number of items."""
+    rows = len(items) // len(block_experts)
+    ids = ids.long()
+    counts = torch.zeros(num_experts, dtype=torch.int64, device=ids.device)
+    counts.scatter_add_(0, ids, torch.ones_like(ids))
+    padded = (counts + rows - 1) // rows * rows
+    ends = padded.cumsum(0)
+    order = ids.argsort(stable=True)
+    sorted_ids = ids[order]
+    rank = torch.arange(len(ids), device=ids.device) - (counts.cumsum(0) - counts)[sorted_ids]
+    items.fill_(len(ids))
+    items[(ends - padded)[sorted_ids] + rank] = order.int()
+    starts = torch.arange(len(block_experts), device=ids.device) * rows
+    block_experts.copy_(torch.searchsorted(ends, starts, right=True))
