@@ -12,7 +12,8 @@ import torch
 from torch._inductor.utils import run_and_get_code
 
 from compiledllm import Engine, SamplingParams
-from compiledllm.graphs.compile import variants_for
+from compiledllm.graphs.compile import Variant, variants_for
+from compiledllm.runner import model_runner
 from compiledllm.runner.input_batch import InputBatch, StepLayout
 from compiledllm.types import NewRequest, ScheduledRequest, SchedulerOutput
 
@@ -107,6 +108,24 @@ def test_what_other_engines_compiled_changes_nothing(tiny_llama: Callable[..., P
 
 
 @torch.inference_mode()
+@torch.inference_mode()
+def test_a_block_tables_offset_is_not_taken_for_the_number_of_tokens(
+    tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example = 64  # tokens, and 2 rows of 32 blocks: where the second group's table begins
+    monkeypatch.setattr(model_runner, "variants_for", lambda *_: [Variant(2, 2**30, example)])
+    kinds = ["sliding_attention", "full_attention"]
+    shape = {"num_hidden_layers": 2, "head_dim": 64, "sliding_window": 33}
+    model = tiny_model("ministral", layer_types=kinds, **shape)
+    options = {"max_model_len": 512, "num_kv_blocks": 512, "compile_when": "start"}
+    runner = Engine(model, device="cpu", skip_tokenizer_init=True, **options).core.runner
+    assert 2 * runner.table.block_tables.shape[-1] == example and runner.compiler.is_ready
+    for size in (example, 65, 9):
+        rows = torch.full((size,), runner.table.padding_row)
+        runner.forward(InputBatch.decode(rows, runner.table, runner.block_size))
+    assert runner.compiler.num_recompiles == 0
+
+
 def test_no_copy_of_the_cache_in_the_generated_code(engine: Engine) -> None:
     """Mutating ops are functionalised by the compiler; a clone of the cache must not survive."""
     runner = engine.core.runner
