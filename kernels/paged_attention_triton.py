@@ -26,6 +26,7 @@ from compiledllm.kernels.launch import launch_options, num_multiprocessors
 _LOG2_E = 1.4426950408889634
 _PROGRAMS_PER_SM = 2  # enough to hide each other's latency
 _LEAST_TILES = 1  # of a split
+_SUMMED_AT_ONCE = 8  # splits
 _USUAL_ARRIVALS = 2**16
 
 
@@ -171,15 +172,14 @@ def _after_sinks(addresses, exists):
 @triton.jit
 def _work_item(
     item, seq_lens, query_start_loc, num_rows, most_extra, window,
-    least_tiles, KEYS: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    MAX_ROWS: tl.constexpr,
+    least_tiles, KEYS: tl.constexpr, HAS_WINDOW: tl.constexpr, MAX_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Row, its number of splits and which of them the item is; a row >= num_rows: no more work.
+    """Row, its number of splits and which of them the item is.
 
-    Rows with one token are split so that no split has more than its share of all tiles of keys:
-    a row of average length in one piece where rows are many, a long one among short ones in
-    several. That makes num_rows + most_extra items at most. Padding has one tile and changes
-    nothing.
+    A row >= num_rows: no more work. One that has not one token: nothing to do. Those with one are
+    split so that no split has much more than its share of all tiles of keys: where rows are many
+    and alike each is in one piece, a long one among short ones in several. That makes num_rows +
+    most_extra items at most. Padding has one tile and changes nothing.
     """
     row = tl.arange(0, MAX_ROWS)
     exists = row < num_rows
@@ -191,12 +191,45 @@ def _work_item(
         tiles -= tl.maximum(length - window, 0) // KEYS
     more_tiles = tl.where(is_single, tl.maximum(tiles - 1, 0), 0)  # than one
     share = tl.maximum(tl.cdiv(tl.sum(more_tiles, 0), most_extra), least_tiles)
-    splits = tl.where(is_single, 1 + more_tiles // share, 0)
-    ends = tl.cumsum(splits, 0)
-    its_row = tl.sum((ends <= item).to(tl.int32), 0)
-    is_its = row == its_row
-    num_splits = tl.sum(tl.where(is_its, splits, 0), 0)
-    return its_row, num_splits, item - tl.sum(tl.where(is_its, ends, 0), 0) + num_splits
+    slack = share // 2
+    its_row, num_splits, split = item, 1, 0
+    if tl.max(more_tiles, 0) >= share + slack:
+        splits = tl.where(is_single, 1 + tl.maximum(more_tiles - slack, 0) // share, 0)
+        ends = tl.cumsum(splits, 0)
+        its_row = tl.sum((ends <= item).to(tl.int32), 0)
+        is_its = row == its_row
+        num_splits = tl.sum(tl.where(is_its, splits, 0), 0)
+        split = item - tl.sum(tl.where(is_its, ends, 0), 0) + num_splits
+    return its_row, num_splits, split
+
+
+@triton.jit
+def _sum_of_splits(
+    partial_out, partial_stats, first_part, num_splits, NUM_HEADS: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_GROUP: tl.constexpr,
+    PADDED_DIM: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """[PADDED_GROUP, PADDED_DIM]: a KV head's results of a row. first_part: of its first head."""
+    head, dim = tl.arange(0, PADDED_GROUP), tl.arange(0, PADDED_DIM)
+    best = tl.full([PADDED_GROUP], float("-inf"), tl.float32)
+    total = tl.zeros([PADDED_GROUP], tl.float32)
+    acc = tl.zeros([PADDED_GROUP, PADDED_DIM], tl.float32)
+    for first in range(0, num_splits, AT_ONCE):
+        for index in tl.static_range(AT_ONCE):  # all of their loads are under way at once
+            part = first_part + (first + index) * NUM_HEADS + head
+            exists = (first + index < num_splits) & (head < GROUP)
+            stats = partial_stats + part * 2
+            its_best = tl.load(stats, exists, other=float("-inf"), cache_modifier=".cg")
+            its_total = tl.load(stats + 1, exists, other=0.0, cache_modifier=".cg")
+            address = partial_out + part[:, None] * HEAD_DIM + dim[None, :]
+            inside = exists[:, None] & (dim < HEAD_DIM)[None, :]
+            its_acc = tl.load(address, inside, other=0.0, cache_modifier=".cg")
+            higher = tl.maximum(best, its_best)
+            shift = tl.where(higher == float("-inf"), 0.0, higher)
+            decay, weight = tl.exp2(best - shift), tl.exp2(its_best - shift)
+            acc = acc * decay[:, None] + its_acc * weight[:, None]
+            best, total = higher, total * decay + its_total * weight
+    return acc / total[:, None]
 
 
 @triton.jit
@@ -207,7 +240,7 @@ def _decode_kernel(
     GROUP: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     TOKEN_STRIDE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr, PADDED_DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    PADDED_GROUP: tl.constexpr, AT_ONCE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Rows with one token. arrivals: int32 [rows, KV heads], zeros, and zeros again afterwards.
 
@@ -215,7 +248,7 @@ def _decode_kernel(
     """
     if OVERLAP:
         gdc_launch_dependents()
-    item, kv_head = tl.program_id(0), tl.program_id(1)
+    kv_head, item = tl.program_id(0), tl.program_id(1)  # programs without work come last
     row, num_splits, split = _work_item(
         item, seq_lens, query_start_loc, num_rows, most_extra, window, least_tiles, KEYS,
         HAS_WINDOW, MAX_ROWS,
@@ -225,6 +258,8 @@ def _decode_kernel(
     if row >= num_rows:
         return
     start = tl.load(query_start_loc + row)
+    if tl.load(query_start_loc + row + 1) - start != 1:
+        return
     length = tl.load(seq_lens + row)
     first = tl.maximum(length - window, 0) if HAS_WINDOW else 0
     first_tile, end_tile = first // KEYS, tl.cdiv(length, KEYS)
@@ -251,34 +286,29 @@ def _decode_kernel(
             in_context, in_context[None, :], kv_head * HEAD_DIM, scale, soft_cap, value_offset,
             TOKEN_STRIDE, BLOCK_SIZE, HEAD_DIM, HAS_SOFT_CAP, PADDED_DIM, ALL_SEEN=False,
         )  # fmt: skip
-    if num_splits > 1:
-        part = item * NUM_HEADS + kv_head * GROUP + head
-        tl.store(partial_stats + part * 2, best, head < GROUP)
-        tl.store(partial_stats + part * 2 + 1, total, head < GROUP)
-        tl.store(partial_out + part[:, None] * HEAD_DIM + dim[None, :], acc, inside)
-        tl.debug_barrier()  # all of them are stored before this split counts as arrived
-        arrival = arrivals + row * (NUM_HEADS // GROUP) + kv_head
-        if tl.atomic_add(arrival, 1, sem="acq_rel") < num_splits - 1:
-            return
-        tl.store(arrival, 0)
-        best = tl.full([ROWS], float("-inf"), tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
-        acc = tl.zeros([ROWS, PADDED_DIM], tl.float32)
-        for other in range(item - split, item - split + num_splits):
-            part = other * NUM_HEADS + kv_head * GROUP + head
-            its_best = tl.load(partial_stats + part * 2, head < GROUP, 0.0, cache_modifier=".cg")
-            its_total = tl.load(
-                partial_stats + part * 2 + 1, head < GROUP, 1.0, cache_modifier=".cg"
-            )
-            values = partial_out + part[:, None] * HEAD_DIM + dim[None, :]
-            its_acc = tl.load(values, inside, 0.0, cache_modifier=".cg")
-            higher = tl.maximum(best, its_best)
-            shift = tl.where(higher == float("-inf"), 0.0, higher)
-            decay, weight = tl.exp2(best - shift), tl.exp2(its_best - shift)
-            acc = acc * decay[:, None] + its_acc * weight[:, None]
-            best, total = higher, total * decay + its_total * weight
-    result = (acc / total[:, None]).to(out.dtype.element_ty)
-    tl.store(out + start.to(tl.int64) * NUM_HEADS * HEAD_DIM + head_dims, result, inside)
+    target = out + start.to(tl.int64) * NUM_HEADS * HEAD_DIM
+    if num_splits == 1:
+        result = acc / total[:, None]
+        tl.store(target + head_dims, result.to(out.dtype.element_ty), inside)
+        return
+    part = item * NUM_HEADS + kv_head * GROUP + head
+    tl.store(partial_stats + part * 2, best, head < GROUP)
+    tl.store(partial_stats + part * 2 + 1, total, head < GROUP)
+    tl.store(partial_out + part[:, None] * HEAD_DIM + dim[None, :], acc, inside)
+    tl.debug_barrier()  # all of it is stored before this split counts as arrived
+    arrival = arrivals + row * (NUM_HEADS // GROUP) + kv_head
+    if tl.atomic_add(arrival, 1, sem="acq_rel") < num_splits - 1:
+        return
+    tl.store(arrival, 0)
+    first_part = (item - split) * NUM_HEADS + kv_head * GROUP
+    result = _sum_of_splits(
+        partial_out, partial_stats, first_part, num_splits, NUM_HEADS, GROUP, HEAD_DIM,
+        PADDED_GROUP, PADDED_DIM, AT_ONCE,
+    )  # fmt: skip
+    head = tl.arange(0, PADDED_GROUP)
+    inside = (head < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
+    head_dims = (kv_head * GROUP + head)[:, None] * HEAD_DIM + dim[None, :]
+    tl.store(target + head_dims, result.to(out.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -418,11 +448,13 @@ def _attend_single_tokens(
     partial_out = query.new_empty((num_items, num_heads, head_dim), dtype=torch.float32)
     partial_stats = query.new_empty((num_items, num_heads, 2), dtype=torch.float32)
     arrivals = _arrivals(max(num_rows * num_kv_heads, _USUAL_ARRIVALS), query.device)
-    _decode_kernel[(num_items, num_kv_heads)](
+    padded_group = triton.next_power_of_2(constants["GROUP"])
+    _decode_kernel[(num_kv_heads, num_items)](
         *tensors, partial_out, partial_stats, arrivals, *scalars, num_rows, most_extra,
         _LEAST_TILES, MAX_ROWS=triton.next_power_of_2(num_rows),
-        ROWS=tiling.rows, KEYS=tiling.keys, **launch_options(),
-        num_warps=tiling.num_warps, num_stages=tiling.num_stages, **constants,
+        ROWS=tiling.rows, KEYS=tiling.keys, PADDED_GROUP=padded_group,
+        AT_ONCE=_SUMMED_AT_ONCE,
+        num_warps=tiling.num_warps, num_stages=tiling.num_stages, **launch_options(), **constants,
     )  # fmt: skip
 
 

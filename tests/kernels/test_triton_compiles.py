@@ -126,7 +126,8 @@ for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
         for programs in (8, 100, 1024):
             tiling = attention.decode_tiling(head_dim, 4, itemsize, programs)
             check(
-                attention._decode_kernel, dtype, tiling, MAX_ROWS=512, **shape
+                attention._decode_kernel, dtype, tiling, MAX_ROWS=512, PADDED_GROUP=4,
+                AT_ONCE=16, **shape
             )
         for queries, fixed in ((0, False), (0, True), (10**6, False)):
             tiling = attention.prefill_tiling(head_dim, 4, itemsize, queries)
