@@ -75,12 +75,13 @@ class StepGraphs:
     def _capture_all(self, shapes: list[StepShape]) -> None:
         pool = torch.cuda.graph_pool_handle()
         gc.collect()
+        largest = shapes[-1]
+        # What is set up on first use must not be captured. Loading a kernel may happen meanwhile.
+        self._step(largest, self._write(largest, self._padding[largest]))
         for shape in reversed(shapes):
             inputs = self._write(shape, self._padding[shape])
-            self._step(shape, inputs)  # whatever is set up on first use must not be captured
-            torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="relaxed"):
                 drawn = self._step(shape, inputs)
             self._graphs[shape] = graph, drawn
 

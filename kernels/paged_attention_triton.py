@@ -24,8 +24,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from compiledllm.kernels.launch import launch_options, num_multiprocessors
 
 _LOG2_E = 1.4426950408889634
-_PROGRAMS_PER_SM = 2  # enough to hide each other's latency
-_LEAST_TILES = 1  # of a split
+_PROGRAMS_PER_SM = 4  # that long rows are split over: enough to hide each other's latency
+_FEW_PROGRAMS = 32  # up to which one tile of keys makes a split, as nothing else keeps the GPU busy
 _SUMMED_AT_ONCE = 8  # splits
 _USUAL_ARRIVALS = 2**16
 
@@ -47,15 +47,12 @@ class Tiling:
 def decode_tiling(head_dim: int, group: int, itemsize: int, num_programs: int) -> Tiling:
     """group: query heads of a KV head; num_programs: rows times KV heads.
 
-    Of 8 shapes on an H100 (bfloat16, contexts of 192 and 1088 tokens, 1 to 128 rows, 3 and 8 KV
-    heads) the fastest: few programs are short, those in between want much under way, many hide each
-    other's latency.
+    Of 6 shapes on an H100 (bfloat16, contexts of 192 and 1088 tokens and as of chats, 1 to 466
+    rows, 3 to 8 KV heads) the fastest: few want much under way, many hide each other's latency.
     """
     rows = max(16, triton.next_power_of_2(group))
     if itemsize == 4 or head_dim > 128:
         return Tiling(rows, 32, 4, 2)
-    if num_programs < 32:
-        return Tiling(rows, 64, 4, 2)
     if num_programs >= (256 if head_dim > 64 else 512):
         return Tiling(rows, 64, 2, 4)
     return Tiling(rows, 128, 4, 4 if head_dim <= 64 and num_programs >= 96 else 2)
@@ -448,14 +445,23 @@ def _attend_single_tokens(
     partial_out = query.new_empty((num_items, num_heads, head_dim), dtype=torch.float32)
     partial_stats = query.new_empty((num_items, num_heads, 2), dtype=torch.float32)
     arrivals = _arrivals(max(num_rows * num_kv_heads, _USUAL_ARRIVALS), query.device)
+    least_tiles = 1 if num_programs <= _FEW_PROGRAMS else 2
     padded_group = triton.next_power_of_2(constants["GROUP"])
     _decode_kernel[(num_kv_heads, num_items)](
         *tensors, partial_out, partial_stats, arrivals, *scalars, num_rows, most_extra,
-        _LEAST_TILES, MAX_ROWS=triton.next_power_of_2(num_rows),
+        least_tiles, MAX_ROWS=_padded_rows(num_rows),
         ROWS=tiling.rows, KEYS=tiling.keys, PADDED_GROUP=padded_group,
         AT_ONCE=_SUMMED_AT_ONCE,
         num_warps=tiling.num_warps, num_stages=tiling.num_stages, **launch_options(), **constants,
     )  # fmt: skip
+
+
+def _padded_rows(num_rows: int) -> int:
+    """Few sizes: each is a compilation."""
+    size = 32
+    while size < num_rows:
+        size *= 8
+    return size
 
 
 @functools.cache

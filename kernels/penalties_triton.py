@@ -1,4 +1,4 @@
-"""The repetition, frequency and presence penalties of rows of logits, in one Triton kernel."""
+"""Repetition, frequency and presence penalties of rows of logits, and the counts they need."""
 
 # Triton functions are typed by what they are called with.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
@@ -46,3 +46,19 @@ def penalize(
     _penalize_kernel[(len(index), triton.cdiv(vocab, _CHUNK))](
         logits, index, slots, amounts, counts, len(index), vocab, IN_PROMPT=in_prompt, CHUNK=_CHUNK
     )
+
+
+@triton.jit
+def _count_kernel(tokens, index, slots, counts, vocab):
+    i = tl.program_id(0)
+    token = tl.maximum(tl.load(tokens + tl.load(index + i)), 0)
+    at = counts + tl.load(slots + i) * vocab + token
+    tl.store(at, tl.load(at) + 1)
+
+
+def count_tokens(tokens: Tensor, index: Tensor, slots: Tensor, counts: Tensor) -> None:
+    """Count one more token for each row of `index`; a negative one as token 0.
+
+    tokens: int64 [any]. index: int64 [rows], of the tokens; slots: of the counts, all different.
+    """
+    _count_kernel[(len(index),)](tokens, index, slots, counts, counts.shape[1], num_warps=1)

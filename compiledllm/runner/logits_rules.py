@@ -76,6 +76,7 @@ class LogitsRules:
         self._rules: dict[int, RowRules] = {}
         self._always = np.zeros(num_rows, bool)
         self._first_stop_position = np.zeros(num_rows, np.int64)  # from min_tokens
+        self._has_bad_words = np.zeros(num_rows, bool)  # of two tokens and more
         self._counts = torch.zeros((0, vocab_size), dtype=torch.int32, device=device)
         self._free_slots: list[int] = []
         self._ones = torch.ones(num_rows, dtype=torch.int32, device=device)
@@ -97,12 +98,17 @@ class LogitsRules:
         asking: np.ndarray = self._always[rows] | (positions < self._first_stop_position[rows])
         return asking
 
+    def read_last_tokens(self, rows: np.ndarray) -> bool:
+        """Whether a rule of these rows depends on the token before the one to be drawn."""
+        return bool(self._has_bad_words[rows].any())
+
     def fill(self, row: int, request: NewRequest) -> None:
         params = request.sampling_params
         self._always[row] = _are_always_on(params) or request.grammar is not None
         self._first_stop_position[row] = request.num_prompt_tokens + params.min_tokens
         if self._always[row] or params.min_tokens:
             self._rules[row] = rules = RowRules.of(request)
+            self._has_bad_words[row] = bool(rules.bad_words)
             self._last_edits = None
             if params.has_penalties:
                 rules.slot = self._count(rules)
@@ -111,6 +117,7 @@ class LogitsRules:
     def release(self, row: int) -> None:
         self._grammars.release(row)
         rules = self._rules.pop(row, None)
+        self._has_bad_words[row] = False
         if rules is not None and rules.slot >= 0:
             self._free_slots.append(rules.slot)
 
@@ -121,12 +128,12 @@ class LogitsRules:
             self._grammars.record(row, token_id)
 
     def apply(
-        self, logits: Tensor, rows: np.ndarray, positions: np.ndarray, last_token_ids: Tensor
+        self, logits: Tensor, rows: np.ndarray, positions: np.ndarray, last_token_ids: Tensor | None
     ) -> dict[int, str]:
         """Edit the logits in place; what went wrong, by index.
 
         logits: float32 [rows, vocab]. positions: where the drawn tokens will stand. last_token_ids:
-        int64 [rows], on the device.
+        int64 [rows], on the device; None if `read_last_tokens` says so.
         """
         edits = self._edits_of(rows, positions)
         if edits.bias is not None:
@@ -142,16 +149,23 @@ class LogitsRules:
             logits[row, token] = values
         if edits.banned is not None:
             logits[edits.banned] = -torch.inf
-        self._ban_bad_words(logits, rows, positions, last_token_ids)
+        if last_token_ids is not None:
+            self._ban_bad_words(logits, rows, positions, last_token_ids)
         return errors | self._grammars.apply(logits, rows)
 
     def count(self, rows: np.ndarray, positions: np.ndarray, drawn: Tensor) -> None:
         """The tokens int64 [rows] that were drawn after `apply` with the same arguments."""
         edits = self._edits_of(rows, positions)
-        if edits.penalties is not None:
-            index, slots, _ = edits.penalties
-            at = drawn[index].clamp(min=0).add_(slots, alpha=self._vocab)
-            self._counts.view(-1).index_add_(0, at, self._ones[: len(at)])
+        if edits.penalties is None:
+            return
+        index, slots, _ = edits.penalties
+        if drawn.is_cuda:
+            from compiledllm.kernels.penalties_triton import count_tokens
+
+            count_tokens(drawn, index, slots, self._counts)
+            return
+        at = drawn[index].clamp(min=0).add_(slots, alpha=self._vocab)
+        self._counts.view(-1).index_add_(0, at, self._ones[: len(at)])
 
     # -- penalties -----------------------------------------------------------------------------
 

@@ -144,7 +144,7 @@ class ModelRunner:
     def _last_tokens(self, layout: StepLayout) -> Tensor | None:
         """int64 [samples], before the step writes new ones; None if nobody will look."""
         rows, table = layout.sample_rows, self.table
-        if not table.rules.asks(rows, layout.sample_positions).any():
+        if not table.rules.read_last_tokens(rows):
             return None
         return table.last_token_ids[to_device(rows, self.device)]
 

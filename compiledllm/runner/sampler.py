@@ -60,30 +60,31 @@ class Sampler:
         """Draw for rows that have rules; and what is to be told of the tokens.
 
         drawn: int64 [rows], written, and the rows' last tokens with it.
-        last_tokens: int64 [rows], of the sequences so far; None if no row has rules.
+        last_tokens: int64 [rows], of the sequences so far; None if no rule reads them.
         """
         extras = Extras()
-        if last_tokens is not None:
+        asking = np.flatnonzero(self._table.rules.asks(rows, positions))
+        if len(asking):
             extras.errors = self._draw_for_asking(
-                drawn, logits, rows, positions, last_tokens, request_ids
+                drawn, logits, asking, rows, positions, last_tokens, request_ids
             )
         telling = np.flatnonzero(self._table.wants_logprobs[rows])
         if len(telling):
             extras.logprobs = self._logprobs(drawn, logits, rows, telling, request_ids)
-        return extras if last_tokens is not None or len(telling) else None
+        return extras if len(asking) or len(telling) else None
 
     def _draw_for_asking(
         self,
         drawn: Tensor,
         logits: Tensor,
+        asking: np.ndarray,
         rows: np.ndarray,
         positions: np.ndarray,
-        last_tokens: Tensor,
+        last_tokens: Tensor | None,
         request_ids: list[str],
     ) -> dict[str, str]:
-        """A few rows at a time; what went wrong, by request id."""
+        """Those at the indices `asking`, some at a time; what went wrong, by request id."""
         found: dict[str, str] = {}
-        asking = np.flatnonzero(self._table.rules.asks(rows, positions))
         for start in range(0, len(asking), self._rows_at_once):
             some = asking[start : start + self._rows_at_once]
             errors = self._draw_by_rules(
@@ -96,7 +97,7 @@ class Sampler:
         self,
         drawn: Tensor,
         logits: Tensor,
-        last_tokens: Tensor,
+        last_tokens: Tensor | None,
         index: np.ndarray,
         rows: np.ndarray,
         positions: np.ndarray,
@@ -104,7 +105,8 @@ class Sampler:
         table, device = self._table, logits.device
         at, sampled, where = to_device(np.array([index, rows, positions]), device)
         edited = logits[at].float()
-        errors = table.rules.apply(edited, rows, positions, last_tokens[at])
+        last = None if last_tokens is None else last_tokens[at]
+        errors = table.rules.apply(edited, rows, positions, last)
         tokens = draw_tokens(edited, sampled, where, table.asked)
         if errors:
             tokens[list(errors)] = INVALID

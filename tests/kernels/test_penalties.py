@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compiledllm.kernels.penalties_triton import penalize
+from compiledllm.kernels.penalties_triton import count_tokens, penalize
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there in Triton's interpreter
 IN_PROMPT = 1 << 30
@@ -31,3 +31,20 @@ def test_penalties_are_those_of_their_definition(vocab: int) -> None:
     arguments = (x.to(DEVICE) for x in (index, slots, amounts, counts))
     penalize(found, *arguments, IN_PROMPT)
     torch.testing.assert_close(found.cpu(), expected)
+
+
+def test_drawn_tokens_are_counted() -> None:
+    counts = torch.zeros(3, 9, dtype=torch.int32)
+    counts[2, 4] = IN_PROMPT + 6
+    tokens, index, slots = (
+        torch.tensor([4, 8, -1]),
+        torch.tensor([0, 2, 1]),
+        torch.tensor([2, 0, 1]),
+    )
+    expected = counts.clone()
+    expected[2, 4] += 1
+    expected[0, 0] += 1  # a row without a token: it ends, and its counts with it
+    expected[1, 8] += 1
+    found = counts.to(DEVICE)
+    count_tokens(*(x.to(DEVICE) for x in (tokens, index, slots)), found)
+    assert torch.equal(found.cpu(), expected)

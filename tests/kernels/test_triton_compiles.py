@@ -44,7 +44,7 @@ TYPES = {
     "top_p": "*fp32", "min_p": "*fp32", "peaks": "*fp32", "masses": "*fp32",
     "chosen": "*i64", "best": "*fp32", "counts": "*i32", "asked_for": "*i64",
     "packed": "*i32", "num_named": "i32", "group_peaks": "*fp32",
-    "groups": "*i32", "index": "*i64", "slots": "*i64", "amounts": "*fp32",
+    "tokens": "*i64", "groups": "*i32", "index": "*i64", "slots": "*i64", "amounts": "*fp32",
 }
 FLOATS = {
     "query", "key", "value", "kv_cache", "out", "logits", "qkv", "q_weight", "k_weight", "cos",
@@ -76,6 +76,7 @@ def check(kernel, dtype, tiling=None, num_warps=4, **constants):
 for experts, rows, tile in ((128, 16, 128), (32, 128, 1024), (128, 64, 1024)):
     check(routing._sort_kernel, "fp32", EXPERTS=experts, ROWS=rows, TILE=tile)
 check(penalties._penalize_kernel, "fp32", IN_PROMPT=1 << 30, CHUNK=2048)
+check(penalties._count_kernel, "fp32")
 SHAPES = {"bf16": ((128, False), (80, True), (256, False)), "fp32": ((128, False),)}
 for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
     check(attention._store_kernel, dtype, WIDTH=1024, PADDED=1024)
