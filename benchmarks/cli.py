@@ -75,6 +75,10 @@ def _add_serve(kinds: Any) -> None:
     )
     parser.add_argument("--max-concurrency", type=_positive, help="most requests in flight")
     parser.add_argument(
+        "--num-clients", type=_positive, default=1, metavar="N",
+        help="processes that share the requests, where one cannot keep up (1)",
+    )  # fmt: skip
+    parser.add_argument(
         "--goodput", nargs="+", type=_limit, default=[], metavar="METRIC:MS",
         help=f"what a good request stays within; metrics: {', '.join(GOODPUT)}",
     )  # fmt: skip

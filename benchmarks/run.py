@@ -15,6 +15,7 @@ from compiledllm.benchmarks import serve as serving
 from compiledllm.benchmarks import startup as starts
 from compiledllm.benchmarks import throughput as offline
 from compiledllm.benchmarks.ceilings import measure_ceilings, measure_upload
+from compiledllm.benchmarks.client import Load, Target
 from compiledllm.benchmarks.compare import compare_reports, ratios_between_engines
 from compiledllm.benchmarks.floor import Ceilings, time_per_output_token_floor
 from compiledllm.benchmarks.model import Model
@@ -116,7 +117,7 @@ def startup(arguments: Namespace) -> int:
 def serve(arguments: Namespace) -> int:
     """`compiledllm bench serve`."""
     check_output(arguments.output_json, "--output-json")
-    target = serving.Target(
+    target = Target(
         serving.checked_url(arguments.base_url),
         arguments.endpoint,
         arguments.model,
@@ -129,7 +130,7 @@ def serve(arguments: Namespace) -> int:
     target.check(requests)
     ceilings = measure_ceilings(local.platform, local.torch_dtype) if local else None
     loads = [
-        serving.Load(
+        Load(
             request_rate=rate,
             max_concurrency=arguments.max_concurrency,
             burstiness=arguments.burstiness,
@@ -139,7 +140,9 @@ def serve(arguments: Namespace) -> int:
         for rate in arguments.request_rate
     ]
     with progress(len(loads) * len(requests)) as advance:
-        name, rows = serving.measure_serving(target, requests, loads, advance)
+        name, rows = serving.measure_serving(
+            target, requests, loads, advance, arguments.num_clients
+        )
     work = {"model": name, "endpoint": target.endpoint, "requests": fingerprint(requests)}
     platform = local.platform if local else Platform.detect("cpu")
     report = new_report("serve", work, hardware_facts(platform), _flags(arguments))

@@ -1,107 +1,33 @@
-"""A client for any OpenAI-compatible server: arrivals, concurrency, and what each request saw."""
+"""`bench serve`: the client's processes, and a row of what all requests of a load saw together."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
-import os
-import random
-import time
+import gc
+import multiprocessing
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 
+from compiledllm.benchmarks.client import (
+    Load,
+    Outcome,
+    Sent,
+    Share,
+    Target,
+    deal,
+    first_model,
+    open_session,
+    send,
+    send_share,
+    serve_share,
+)
 from compiledllm.benchmarks.report import Row, percentiles
 from compiledllm.benchmarks.workload import SampleRequest
 from compiledllm.config import ConfigError
 
-if TYPE_CHECKING:
-    import aiohttp
-
 _WORDS = ("the", "of", "and", "to", "in", "is", "you", "that", "it", "was", "for", "on", "are")
 METRICS = ("ttft", "tpot", "itl", "e2el")
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """The server and how to ask it. endpoint: of completions or of chat completions."""
-
-    base_url: str
-    endpoint: str
-    model: str | None
-    timeout_s: float
-
-    @property
-    def is_chat(self) -> bool:
-        return self.endpoint.rstrip("/").endswith("chat/completions")
-
-    def check(self, requests: Sequence[SampleRequest]) -> None:
-        """Raise ConfigError for prompts that the endpoint cannot take."""
-        if self.is_chat and not all(isinstance(request.prompt, str) for request in requests):
-            raise ConfigError(f"{self.endpoint} takes text prompts, the dataset has token ids")
-
-    def body(self, model: str, request: SampleRequest) -> dict[str, Any]:
-        """A greedy request for exactly `output_len` tokens, where the server knows ignore_eos."""
-        if self.is_chat:
-            prompt: dict[str, Any] = {"messages": [{"role": "user", "content": request.prompt}]}
-        else:
-            prompt = {"prompt": request.prompt}
-        return prompt | {
-            "model": model,
-            "max_tokens": request.output_len,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """How requests arrive.
-
-    request_rate: a second, Poisson (inf: all at once). burstiness: shape of the gamma distribution
-    of the gaps; 1 is Poisson, below more bursty. goodput: metric -> ms a good request stays within.
-    """
-
-    request_rate: float
-    max_concurrency: int | None
-    burstiness: float = 1.0
-    goodput: Mapping[str, float] = field(default_factory=dict)
-    seed: int = 0
-
-    def arrivals(self, count: int) -> list[float]:
-        """Seconds after the start at which each request is sent."""
-        rng, now, times = random.Random(self.seed), 0.0, []
-        for _ in range(count):
-            times.append(now)
-            if self.request_rate != float("inf"):
-                now += rng.gammavariate(self.burstiness, 1 / (self.request_rate * self.burstiness))
-        return times
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What one request saw: seconds on the monotonic clock, tokens as the server counted them."""
-
-    sent: float = 0.0
-    stamps: list[float] = field(default_factory=list)  # of each piece of text
-    ended: float = 0.0
-    tokens: int = 0
-    prompt_tokens: int = 0
-    error: str | None = None
-
-    def milliseconds(self) -> dict[str, float | None]:
-        """ttft, tpot and e2el; tpot is None for fewer than two tokens."""
-        first = self.stamps[0]
-        tpot = (self.ended - first) / (self.tokens - 1) * 1e3 if self.tokens > 1 else None
-        return {
-            "ttft": (first - self.sent) * 1e3,
-            "tpot": tpot,
-            "e2el": (self.ended - self.sent) * 1e3,
-        }
 
 
 def measure_serving(
@@ -109,6 +35,7 @@ def measure_serving(
     requests: Sequence[SampleRequest],
     loads: Sequence[Load],
     advance: Callable[[str], None],
+    num_clients: int = 1,
 ) -> tuple[str, list[Row]]:
     """The model's name and a row for each load. Raises ConfigError if the server cannot be used."""
     try:
@@ -117,7 +44,21 @@ def measure_serving(
         raise ConfigError(
             "bench serve needs aiohttp, which is not installed: pip install 'compiledllm[bench]'"
         ) from None
-    return asyncio.run(_measure(target, requests, loads, advance))
+    model = asyncio.run(_probe(target, requests[0]))
+    gc.collect()
+    gc.freeze()  # what was imported need not be walked while times are taken
+    rows = []
+    for load in loads:
+        shares = deal(target, model, requests, load, num_clients)
+
+        def advance_load(load: Load = load) -> None:
+            advance(f"rate {load.request_rate:g}")
+
+        sent = _send_all(shares, advance_load)
+        seconds = max(part.end for part in sent) - min(part.start for part in sent)
+        outcomes = [outcome for part in sent for outcome in part.outcomes]
+        rows.append(summarise(outcomes, load, seconds) | {"num_clients": len(shares)})
+    return model, rows
 
 
 def checked_url(url: str) -> str:
@@ -138,116 +79,40 @@ def as_text(requests: Sequence[SampleRequest]) -> list[SampleRequest]:
     ]
 
 
-async def _measure(
-    target: Target,
-    requests: Sequence[SampleRequest],
-    loads: Sequence[Load],
-    advance: Callable[[str], None],
-) -> tuple[str, list[Row]]:
-    async with _session(target) as session:
-        model = target.model or await _first_model(session, target)
-        probe = await _send(session, target, model, requests[0])
+async def _probe(target: Target, request: SampleRequest) -> str:
+    """The model's name, after a request that is not measured."""
+    async with open_session(target) as session:
+        model = target.model or await first_model(session, target)
+        probe = await send(session, target, model, request)
         if probe.error is not None:
             raise ConfigError(f"{target.base_url}{target.endpoint}: {probe.error}")
-        return model, [
-            await _run(session, target, model, requests, load, advance) for load in loads
-        ]
+        return model
 
 
-@contextlib.asynccontextmanager
-async def _session(target: Target) -> AsyncIterator[aiohttp.ClientSession]:
-    import aiohttp
-
-    key = os.environ.get("OPENAI_API_KEY")
-    async with aiohttp.ClientSession(
-        base_url=target.base_url,
-        headers={"Authorization": f"Bearer {key}"} if key else None,
-        connector=aiohttp.TCPConnector(limit=0),
-        timeout=aiohttp.ClientTimeout(total=target.timeout_s),
-        read_bufsize=2**20,
-    ) as session:
-        yield session
-
-
-async def _first_model(session: aiohttp.ClientSession, target: Target) -> str:
-    import aiohttp
-
-    url = f"{target.base_url}/v1/models"
-    try:
-        async with session.get("/v1/models") as response:
-            listing = await response.json()
-            return str(listing["data"][0]["id"])
-    except aiohttp.ClientConnectionError as error:
-        raise ConfigError(f"{url} cannot be reached ({error}); is the server running?") from None
-    except (aiohttp.ClientError, TimeoutError, ValueError, LookupError, TypeError) as error:
-        raise ConfigError(f"{url} names no model ({error!r}); name it with --model") from None
-
-
-async def _run(
-    session: aiohttp.ClientSession,
-    target: Target,
-    model: str,
-    requests: Sequence[SampleRequest],
-    load: Load,
-    advance: Callable[[str], None],
-) -> Row:
-    slots = asyncio.Semaphore(load.max_concurrency or len(requests))
-
-    async def send_at(due: float, request: SampleRequest) -> Outcome:
-        await asyncio.sleep(due - time.monotonic())
-        async with slots:
-            outcome = await _send(session, target, model, request)
-        advance(f"rate {load.request_rate:g}")
-        return outcome
-
-    start = time.monotonic()
-    arrivals = [start + seconds for seconds in load.arrivals(len(requests))]
-    outcomes = await asyncio.gather(*map(send_at, arrivals, requests))
-    return summarise(outcomes, load, time.monotonic() - start)
-
-
-async def _send(
-    session: aiohttp.ClientSession, target: Target, model: str, request: SampleRequest
-) -> Outcome:
-    import aiohttp
-
-    outcome = Outcome(sent=time.monotonic())
-    try:
-        async with session.post(target.endpoint, json=target.body(model, request)) as response:
-            if response.status != 200:
-                text = (await response.text())[:300]
-                outcome.error = f"HTTP {response.status}: {text}"
-                return outcome
-            async for line in response.content:
-                _read_event(line, outcome)
-    except aiohttp.ClientConnectorError as error:
-        outcome.error = f"it cannot be reached ({error}); is the server running?"
-    except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-        outcome.error = str(error) or type(error).__name__
-    outcome.ended = outcome.stamps[-1] if outcome.stamps else time.monotonic()
-    if not outcome.stamps and outcome.error is None:
-        outcome.error = "the answer had no text"
-    outcome.tokens = outcome.tokens or len(outcome.stamps)
-    return outcome
-
-
-def _read_event(line: bytes, outcome: Outcome) -> None:
-    """One line of the event stream: text gets a time stamp, usage is noted, errors raise."""
-    if not line.startswith(b"data:"):
-        return
-    data = line[5:].strip()
-    if data == b"[DONE]":
-        return
-    event = json.loads(data)
-    if "error" in event:
-        raise ValueError(f"the server ended the stream: {event['error']}")
-    if usage := event.get("usage"):
-        outcome.tokens = usage.get("completion_tokens", 0)
-        outcome.prompt_tokens = usage.get("prompt_tokens", 0)
-    for choice in event.get("choices", ()):
-        delta = choice.get("delta") or choice
-        if any(delta.get(name) for name in ("content", "text", "reasoning_content")):
-            outcome.stamps.append(time.monotonic())
+def _send_all(shares: Sequence[Share], advance: Callable[[], None]) -> list[Sent]:
+    """All shares at once: one in this process, several each in its own, which start together."""
+    if len(shares) == 1:
+        return [asyncio.run(send_share(shares[0], advance))]
+    context = multiprocessing.get_context("spawn")
+    sent = []
+    with ExitStack() as stack:
+        connections = []
+        for share in shares:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=serve_share, args=(theirs, share), daemon=True)
+            process.start()
+            theirs.close()  # so that the end of the process is the end of the connection
+            stack.callback(process.join)
+            connections.append(stack.enter_context(ours))
+        for connection in connections:
+            connection.recv()
+        for connection in connections:
+            connection.send(None)
+        for connection in connections:
+            sent.append(connection.recv())
+            for _ in sent[-1].outcomes:
+                advance()
+    return sent
 
 
 def summarise(outcomes: Sequence[Outcome], load: Load, seconds: float) -> Row:
@@ -275,6 +140,7 @@ def summarise(outcomes: Sequence[Outcome], load: Load, seconds: float) -> Row:
         "seconds": seconds,
         "input_tokens": sum(outcome.prompt_tokens for outcome in good),
         "output_tokens": tokens,
+        "output_pieces": sum(len(outcome.stamps) for outcome in good),
         "requests_per_s": len(good) / seconds,
         "output_tokens_per_s": tokens / seconds,
         "goodput": dict(load.goodput),

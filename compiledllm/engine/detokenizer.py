@@ -27,6 +27,8 @@ class Detokenizer:
         if self._stream is None or hidden:
             return None
         self.text += self._stream.push(token_id)
+        if not self._stops:
+            return None
         if self._num_tokens < self._min_tokens:
             self._checked = len(self.text)
             return None

@@ -70,24 +70,23 @@ class Completion:
     def output(self, index: int, shows_logprobs: bool, delta: bool = False) -> CompletionOutput:
         """The state now; with `delta` only what came since the last call with it."""
         request = self.request
-        text = self._detokenizer.visible_text(request.is_finished)
-        token_ids, first = request.output_token_ids, 0
+        is_finished, token_ids = request.is_finished, request.token_ids
+        text, first = self._detokenizer.visible_text(is_finished), 0
         if delta:
-            self._end_shown = request.is_finished
-            first, self._num_shown = self._num_shown, len(token_ids)
+            self._end_shown = is_finished
+            first, self._num_shown = self._num_shown, request.num_output_tokens
             text, self._text_shown = text[self._text_shown :], len(text)
-            token_ids = token_ids[first:]
         logprobs = None
         if shows_logprobs:
             logprobs = LogprobList(request.logprobs[first:], text_of(self._tokenizer))
         return CompletionOutput(
-            index=index,
-            text=text,
-            token_ids=token_ids,
-            cumulative_logprob=self.cumulative_logprob,
-            logprobs=logprobs,
-            finish_reason=request.finish_reason,
-            stop_reason=request.stop_reason,
+            index,
+            text,
+            token_ids[request.num_prompt_tokens + first :],
+            self.cumulative_logprob,
+            logprobs,
+            request.finish_reason,
+            request.stop_reason,
         )
 
 
@@ -103,12 +102,16 @@ class RequestState:
         self._params = params
         self._tokenizer = completions[0]._tokenizer
         self._is_choosing = len(completions) > params.n
+        self._shows_logprobs = params.wants_logprobs
         self._tokens_shown = 0
         self.is_over = False  # its last output was shown by `next_output`
 
     @property
     def is_finished(self) -> bool:
-        return all(completion.request.is_finished for completion in self.completions)
+        for completion in self.completions:  # noqa: SIM110 (`all` takes thrice as long)
+            if not completion.request.is_finished:
+                return False
+        return True
 
     def next_output(self) -> RequestOutput | None:
         """What a stream shows now, by `output_kind` and `stream_interval`; None: nothing new."""
@@ -129,26 +132,22 @@ class RequestState:
         """The state now; with `delta` only what came since the last call with it."""
         first = self.completions[0].request
         chosen = self._best() if self._is_choosing else self.completions
-        if delta:
+        if delta and len(chosen) > 1:
             chosen = [c for c in chosen if c.has_news] or chosen
-        shows = self._params.wants_logprobs
         outputs = [
-            c.output(place if self._is_choosing else c.index, shows, delta)
+            c.output(place if self._is_choosing else c.index, self._shows_logprobs, delta)
             for place, c in enumerate(chosen)
         ]
+        last_time = max([c.last_token_time for c in self.completions])
         return RequestOutput(
-            request_id=self.request_id,
-            prompt=first.prompt,
-            prompt_token_ids=first.prompt_token_ids,
-            outputs=outputs,
-            finished=self.is_finished,
-            num_cached_tokens=max(first.num_cached_tokens, 0),
-            metrics=RequestMetrics(
-                first.arrival_time,
-                first.first_token_time,
-                max([c.last_token_time for c in self.completions]),
-            ),
-            prompt_logprobs=self._prompt_logprobs(),
+            self.request_id,
+            first.prompt,
+            first.prompt_token_ids,
+            outputs,
+            self.is_finished,
+            max(first.num_cached_tokens, 0),
+            RequestMetrics(first.arrival_time, first.first_token_time, last_time),
+            self._prompt_logprobs(),
         )
 
     def _best(self) -> list[Completion]:

@@ -65,6 +65,11 @@ class AnswerParser:
     def num_calls(self) -> int:
         return self._calls.num_calls if self._calls else 0
 
+    @property
+    def is_past_parts(self) -> bool:
+        """Whether everything else is content, to the letter."""
+        return self._calls is None and self._reasoning.is_over
+
     def feed(self, text: str) -> Parts:
         parts = Parts()
         rest = self._reasoning.feed(text, parts)
@@ -116,6 +121,10 @@ class _ReasoningScanner:
         self._leading: list[str] = []  # white space in front of the first word
         self._pending = ""  # perhaps the beginning of a marker
         self._space = _Space(drops_leading=True)
+
+    @property
+    def is_over(self) -> bool:
+        return self._state == "content"
 
     def feed(self, text: str, parts: Parts) -> str:
         """Adds reasoning to the parts; returns the rest."""

@@ -39,6 +39,11 @@ class Choice:
     def has_calls(self) -> bool:
         return self._parser.num_calls > 0
 
+    @property
+    def shows_as_is(self) -> bool:
+        """Whether all that follows is content: `delta` would show it as it is."""
+        return self._parser.is_past_parts
+
     def message(self, text: str) -> dict[str, Any]:
         """Of a whole answer."""
         parts = self._parser.feed(text)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import math
 import signal
 import socket
@@ -89,13 +90,39 @@ class _Live:
     """A request with somebody waiting for it."""
 
     state: RequestState
-    outputs: asyncio.Queue[RequestOutput | Exception] = field(default_factory=asyncio.Queue)
+    outputs: list[RequestOutput] = field(default_factory=list)  # that nobody has taken yet
+    error: Exception | None = None  # what ends it, once those are taken
     was_shown: bool = False  # any of it
     was_replayed: bool = False
+    _waiter: asyncio.Future[None] | None = None
 
     @property
     def num_tokens(self) -> int:
         return sum(c.request.num_prompt_tokens for c in self.state.completions)
+
+    def put(self, output: RequestOutput) -> None:
+        self.outputs.append(output)
+        self.was_shown = True
+        self._wake()
+
+    def fail(self, error: Exception) -> None:
+        if self.error is None:
+            self.error = error
+        self._wake()
+
+    async def take(self) -> list[RequestOutput]:
+        """All that came since the last time, at least one. Raises what ended the request."""
+        while not self.outputs:
+            if self.error is not None:
+                raise self.error
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        outputs, self.outputs = self.outputs, []
+        return outputs
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 class EngineClient:
@@ -274,26 +301,34 @@ class EngineClient:
         self.ready = message
         for live in self._live.values():
             self._send_request(live)
+        gc.collect()
+        gc.freeze()  # libraries and the vocabulary are here to stay: collections need not walk them
         if self.state == "loading":
             self._set("ready")
 
     def _take(self, grown: list[Grown]) -> None:
-        touched: dict[int, _Live] = {}
+        now, touched = time.monotonic(), dict[_Live, None]()
         for news in grown:
             pair = self._completions.get(news.request_id)
             if pair is not None:
                 live, completion = pair
-                self._grow(completion, news)
-                touched[id(live)] = live
-        for live in touched.values():
-            output = live.state.next_output()
-            if output is not None:
-                live.outputs.put_nowait(output)
-                live.was_shown = True
-            if live.state.is_finished:
-                self._forget(live)
+                self._grow(completion, news, now)
+                if len(live.state.completions) == 1:
+                    self._show(live)
+                else:
+                    touched[live] = None
+        for live in touched:
+            self._show(live)
 
-    def _grow(self, completion: Completion, news: Grown) -> None:
+    def _show(self, live: _Live) -> None:
+        """To whoever waits for it: what is new."""
+        output = live.state.next_output()
+        if output is not None:
+            live.put(output)
+        if live.state.is_over:
+            self._forget(live)
+
+    def _grow(self, completion: Completion, news: Grown, now: float) -> None:
         """Book what came; a stop string ends the completion, and the engine is told."""
         request = completion.request
         request.num_cached_tokens = news.num_cached_tokens
@@ -303,7 +338,7 @@ class EngineClient:
             request.token_ids.append(token_id)
             if news.finish_reason and index == len(news.token_ids) - 1:
                 _finish_mirror(completion, news.finish_reason, news.stop_reason)
-            stop = completion.push_last_token(time.monotonic())
+            stop = completion.push_last_token(now)
             if stop is not None:
                 del request.logprobs[request.num_output_tokens :]
                 if not request.is_finished:
@@ -371,27 +406,23 @@ class EngineClient:
         waiting = self.stats.num_waiting if self.stats else 0
         return min(1 + math.ceil(waiting / 32), 30)
 
-    async def generate(self, state: RequestState) -> AsyncGenerator[RequestOutput]:
-        """An admitted request's outputs, as its `output_kind` says. Leaving early ends it.
+    async def generate(self, state: RequestState) -> AsyncGenerator[list[RequestOutput]]:
+        """An admitted request's outputs, as its `output_kind` says: each time, all there are.
 
-        Raises EngineError if it cannot be finished, DeadlineExceeded if it takes too long.
+        Leaving early ends it. Raises EngineError if it cannot be finished, DeadlineExceeded if it
+        takes too long.
         """
-        live = self._live[state.request_id]
-        deadline = asyncio.get_running_loop().time() + self._limits.request_seconds
+        live, seconds = self._live[state.request_id], self._limits.request_seconds
+        late = DeadlineExceeded(f"the request took longer than {seconds:.0f} s")
+        timer = asyncio.get_running_loop().call_later(seconds, live.fail, late)
         try:
             while True:
-                async with asyncio.timeout_at(deadline):
-                    output = await live.outputs.get()
-                if isinstance(output, Exception):
-                    raise output
-                yield output
-                if output.finished:
+                outputs = await live.take()
+                yield outputs
+                if outputs[-1].finished:
                     return
-        except TimeoutError:
-            raise DeadlineExceeded(
-                f"the request took longer than {self._limits.request_seconds:.0f} s"
-            ) from None
         finally:
+            timer.cancel()
             self._abort(live)
 
     def _register(self, state: RequestState) -> None:
@@ -411,7 +442,7 @@ class EngineClient:
         self._forget(live)
 
     def _end(self, live: _Live, error: Exception) -> None:
-        live.outputs.put_nowait(error)
+        live.fail(error)
         self._forget(live)
 
     def _forget(self, live: _Live) -> None:

@@ -10,8 +10,6 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
-
 from compiledllm.engine.prompts import Prompt
 from compiledllm.engine.request_state import RequestState
 from compiledllm.engine.requests import RequestFactory
@@ -22,16 +20,10 @@ from compiledllm.server import convert
 from compiledllm.server.chat import Choice, reasoning_mode
 from compiledllm.server.engine_client import EngineClient, EngineError, Unavailable
 from compiledllm.server.errors import ApiError, as_api_error, error_body
+from compiledllm.server.events import DONE, Template, event, hole
 from compiledllm.server.metrics import Metrics
 from compiledllm.server.protocol import ChatRequest, CompletionRequest, Generation
 from compiledllm.server.tools import ToolUse, tool_use
-
-_ENCODE = msgspec.json.Encoder().encode
-DONE = b"data: [DONE]\n\n"
-
-
-def event(body: Any) -> bytes:
-    return b"data: " + _ENCODE(body) + b"\n\n"
 
 
 @dataclass(slots=True)
@@ -157,14 +149,15 @@ class Serving:
         """Nobody waits for its answer any more."""
         self.engine.release(job.states)
 
-    async def _generate(self, state: RequestState) -> AsyncIterator[RequestOutput]:
+    async def _generate(self, state: RequestState) -> AsyncIterator[list[RequestOutput]]:
         timing = self.metrics.begin()
-        async with contextlib.aclosing(self.engine.generate(state)) as outputs:
-            async for output in outputs:
-                self.metrics.grow(timing, output)
-                if output.finished:
-                    self.metrics.end(timing, output)
-                yield output
+        async with contextlib.aclosing(self.engine.generate(state)) as news:
+            async for outputs in news:
+                for output in outputs:
+                    self.metrics.grow(timing, output)
+                    if output.finished:
+                        self.metrics.end(timing, output)
+                yield outputs
 
     # -- whole answers -------------------------------------------------------------------------
 
@@ -190,10 +183,10 @@ class Serving:
         }
 
     async def _last(self, state: RequestState) -> RequestOutput:
-        outputs = [output async for output in self._generate(state)]
+        outputs = [output async for news in self._generate(state) for output in news]
         for completion in outputs[-1].outputs:
-            if completion.finish_reason == "error":
-                raise _failure(completion)
+            if failure := _failure(completion):
+                raise failure
         return outputs[-1]
 
     def _choice(
@@ -241,45 +234,83 @@ class Serving:
         yield DONE
 
     async def _events(self, job: Job) -> AsyncIterator[bytes]:
-        options = job.body.stream_options
+        template = self._template(job)
         counts = [0] * len(job.states)
         last: list[RequestOutput | None] = [None] * len(job.states)
-        async for place, output in self._merged(job):
-            last[place] = output
-            for completion in output.outputs:
-                if completion.finish_reason == "error":
-                    raise _failure(completion)
-                counts[place] += len(completion.token_ids)
-                index = place * job.num_choices + completion.index
-                if job.is_chat and index not in job.shown:
-                    job.shown[index] = 0
-                    role = {"role": "assistant", "content": ""}
-                    yield event(self._chunk(job, _chat_delta(index, role)))
-                chunk = self._chunk(job, self._delta(job, output, completion, index))
-                if options is not None and options.include_usage:
-                    if job.is_chat:
-                        chunk["usage"] = None
-                    if options.continuous_usage_stats:
-                        chunk["usage"] = convert.usage([output], counts[place])
-                yield event(chunk)
-        if options is not None and options.include_usage:
-            outputs = [output for output in last if output is not None]
+        async for place, outputs in self._merged(job):
+            pieces: list[bytes] = []
+            failure: Exception | None = None
+            for output in outputs:
+                last[place] = output
+                for completion in output.outputs:
+                    failure = failure or _failure(completion)
+                    if failure is None:
+                        counts[place] += len(completion.token_ids)
+                        index = place * job.num_choices + completion.index
+                        pieces.append(
+                            _filled(template, job, completion, index)
+                            or self._event(job, output, completion, index, counts[place])
+                        )
+            if pieces:
+                yield b"".join(pieces)
+            if failure is not None:
+                raise failure
+        if _wants_usage(job):
+            seen = [output for output in last if output is not None]
             total = 0 if _hides_output(job) else sum(counts)
-            final = self._chunk(job, None) | {"usage": convert.usage(outputs, total)}
-            yield event(final)
+            yield event(self._chunk(job, None) | {"usage": convert.usage(seen, total)})
 
-    async def _merged(self, job: Job) -> AsyncIterator[tuple[int, RequestOutput]]:
+    def _event(
+        self,
+        job: Job,
+        output: RequestOutput,
+        completion: CompletionOutput,
+        index: int,
+        num_tokens: int,
+    ) -> bytes:
+        """What a completion has grown by; the first of a chat behind one that names the role."""
+        role = b""
+        if job.is_chat and index not in job.shown:
+            job.shown[index] = 0
+            begun = _chat_delta(index, {"role": "assistant", "content": ""})
+            role = event(self._chunk(job, begun))
+        chunk = self._chunk(job, self._delta(job, output, completion, index))
+        options = job.body.stream_options
+        if options is not None and options.include_usage:
+            if job.is_chat:
+                chunk["usage"] = None
+            if options.continuous_usage_stats:
+                chunk["usage"] = convert.usage([output], num_tokens)
+        return role + event(chunk)
+
+    def _template(self, job: Job) -> Template | None:
+        """Of the events of `_event` behind a choice's first, if they show nothing but text."""
+        body = job.body
+        has_usage = body.stream_options is not None and body.stream_options.continuous_usage_stats
+        has_more = has_usage or body.return_token_ids or job.params.wants_logprobs
+        if has_more or _hides_output(job):
+            return None
+        choice: dict[str, Any] = {"index": hole("index")}
+        ending = {name: hole(name) for name in ("finish_reason", "stop_reason")}
+        if job.is_chat:
+            choice |= {"delta": {"content": hole("text")}, "logprobs": None} | ending
+        else:
+            choice |= ending | {"text": hole("text"), "logprobs": None}
+        chunk = self._chunk(job, choice) | {"created": hole("created")}
+        return Template(chunk | {"usage": None} if job.is_chat and _wants_usage(job) else chunk)
+
+    async def _merged(self, job: Job) -> AsyncIterator[tuple[int, list[RequestOutput]]]:
         """The outputs of all prompts as they come."""
         if len(job.states) == 1:
-            async for output in self._generate(job.states[0]):
-                yield 0, output
+            async for outputs in self._generate(job.states[0]):
+                yield 0, outputs
             return
-        queue: asyncio.Queue[tuple[int, RequestOutput | Exception | None]] = asyncio.Queue()
+        queue: asyncio.Queue[tuple[int, list[RequestOutput] | Exception | None]] = asyncio.Queue()
 
         async def feed(place: int, state: RequestState) -> None:
             try:
-                async for output in self._generate(state):
-                    queue.put_nowait((place, output))
+                async for outputs in self._generate(state):
+                    queue.put_nowait((place, outputs))
                 queue.put_nowait((place, None))
             except Exception as error:
                 queue.put_nowait((place, error))
@@ -322,8 +353,10 @@ class Serving:
             if choice.has_calls:
                 more |= convert.ended_by_calls(completion)
             return more | ({"token_ids": completion.token_ids} if job.body.return_token_ids else {})
-        is_first = index not in job.shown
-        shown = self._choice(job if is_first else _without_echo(job), output, completion, index)
+        assert isinstance(job.body, CompletionRequest)
+        has_echo = job.body.echo or job.body.prompt_logprobs is not None
+        seen = _without_echo(job) if has_echo and index in job.shown else job
+        shown = self._choice(seen, output, completion, index)
         offset = job.shown.get(index, 0)
         if shown["logprobs"] is not None:
             starts = shown["logprobs"]["text_offset"]
@@ -332,12 +365,31 @@ class Serving:
         return shown
 
 
-def _failure(completion: CompletionOutput) -> Exception:
-    """What a completion ended with: the request's own grammar, or the engine."""
+def _failure(completion: CompletionOutput) -> Exception | None:
+    """If it ended in an error: that of the request's own grammar, or of the engine."""
+    if completion.finish_reason != "error":
+        return None
     cause = str(completion.stop_reason)
     if cause.startswith("structured_outputs"):
         return ApiError(400, cause)
     return EngineError(cause)
+
+
+def _filled(
+    template: Template | None, job: Job, completion: CompletionOutput, index: int
+) -> bytes | None:
+    """The event of what a completion has grown by; None if it is not as the template has it."""
+    if template is None or not completion.text or index not in job.shown:
+        return None
+    if job.is_chat and not job.choice(index).shows_as_is:
+        return None
+    shown = convert.finish_fields(completion)
+    return template.fill(index, completion.text, **shown)
+
+
+def _wants_usage(job: Job) -> bool:
+    options = job.body.stream_options
+    return options is not None and options.include_usage
 
 
 def _chat_delta(index: int, delta: dict[str, Any]) -> dict[str, Any]:

@@ -14,8 +14,10 @@ import pytest
 from aiohttp import web
 
 from compiledllm import cli
+from compiledllm.benchmarks.client import Load, Outcome, Target, _read_line, deal
 from compiledllm.benchmarks.report import load_report
-from compiledllm.benchmarks.serve import Load, Outcome, checked_url, summarise
+from compiledllm.benchmarks.serve import checked_url, summarise
+from compiledllm.benchmarks.workload import SampleRequest
 from compiledllm.config import ConfigError
 
 
@@ -113,6 +115,53 @@ def test_a_run_against_a_server(server: StubServer, tmp_path: Path) -> None:
     body = server.bodies[-1]
     assert body["model"] == "stub" and body["stream"] and body["ignore_eos"]
     assert body["max_tokens"] == 4 and len(body["prompt"].split()) == 7
+
+
+def test_several_clients_share_the_load(server: StubServer, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    work = ["--num-prompts", "11", "--input-len", "7", "--output-len", "4", "--num-clients", "3"]
+    load = ["--max-concurrency", "5", "--output-json", str(out)]
+    assert bench("--base-url", server.url, *work, *load) == 0
+    (row,) = load_report(out).rows
+    assert (row["num_clients"], row["completed"], row["failed"]) == (3, 11, 0)
+    assert (row["output_tokens"], row["output_pieces"]) == (44, 44)
+    assert row["mean_concurrency"] <= 5 and server.most_in_flight <= 5
+    assert 0 < row["ttft_ms"]["p50"] < row["e2el_ms"]["p50"] < 1e3 * row["seconds"]
+
+
+def test_requests_and_slots_are_dealt_in_turn() -> None:
+    requests = [SampleRequest([n], 1) for n in range(7)]
+    target = Target("http://h", "/v1/completions", None, 1.0)
+    load = Load(10.0, 5, seed=1)
+    shares = deal(target, "m", requests, load, 3)
+    assert [[r.prompt[0] for r in share.requests] for share in shares] == [
+        [0, 3, 6], [1, 4], [2, 5]
+    ]  # fmt: skip
+    assert [share.max_concurrency for share in shares] == [2, 2, 1]
+    times = load.arrivals(7)
+    assert [list(share.arrivals) for share in shares] == [times[0::3], times[1::3], times[2::3]]
+    assert len(deal(target, "m", requests, Load(10.0, 1), 3)) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "pieces", "tokens"),
+    [
+        (b'data: {"choices": [{"text": " a"}]}', 1, 0),
+        (b'data:{"choices":[{"delta":{"content":"\\"text\\":\\"x"},"usage":null}]}\r', 1, 0),
+        (b'data: {"choices":[{"delta":{"reasoning":"hm"}}]}', 1, 0),
+        (b'data: {"choices":[{"text":""}],"usage":{"completion_tokens":3}}', 0, 3),
+        (b'data: {"choices":[{"text":"\\"usage\\": {}, \\"error\\""}]}', 1, 0),
+        (b'data: {"choices":[{"text":"error"}]}', 1, 0),
+        (b'data: {"choices":[{"delta":{"role":"assistant","content":""}}]}', 0, 0),
+        (b"data: [DONE]", 0, 0),
+        (b': "text":"comment"', 0, 0),
+        (b"", 0, 0),
+    ],
+)
+def test_a_line_is_text_or_usage_or_nothing(line: bytes, pieces: int, tokens: int) -> None:
+    outcome = Outcome()
+    _read_line(line, outcome, 1.5)
+    assert (outcome.stamps, outcome.tokens) == ([1.5] * pieces, tokens)
 
 
 def test_chat_without_usage_counts_pieces(

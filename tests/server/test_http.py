@@ -6,6 +6,7 @@ import base64
 import http.client
 import json
 import re
+import socket
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -69,6 +70,13 @@ def test_a_body_that_lies_about_its_length_is_cut_off(server: Any) -> None:
         assert connection.getresponse().status in (400, 413)
     except (BrokenPipeError, ConnectionResetError):
         pass  # it was not read to its end
+    assert server.get("/health")[0] == 200
+
+
+def test_headers_without_end_are_cut_off(server: Any) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n" + b"x-long: " + b"y" * 2**16)
+        assert connection.recv(2**12).startswith(b"HTTP/1.1 400")
     assert server.get("/health")[0] == 200
 
 

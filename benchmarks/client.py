@@ -1,0 +1,248 @@
+"""A process of the serving client: sends its share of the requests, notes what each saw.
+
+Without torch, so that it starts in no time. What happens for every piece of text is kept short: one
+process has to take those of hundreds of streams, as they come.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import re
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from compiledllm.benchmarks.workload import SampleRequest
+from compiledllm.config import ConfigError
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+    import aiohttp
+
+_TEXTS = ("content", "text", "reasoning_content", "reasoning")
+# In JSON a quote inside a string has a backslash in front of it, so these are keys and values.
+_HAS_TEXT = re.compile(rb'"(?:%b)" ?: ?"[^"]' % "|".join(_TEXTS).encode())
+_HAS_MORE = re.compile(rb'"(?:usage|error)"(?! ?: ?null)')
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The server and how to ask it. endpoint: of completions or of chat completions."""
+
+    base_url: str
+    endpoint: str
+    model: str | None
+    timeout_s: float
+
+    @property
+    def is_chat(self) -> bool:
+        return self.endpoint.rstrip("/").endswith("chat/completions")
+
+    def check(self, requests: Sequence[SampleRequest]) -> None:
+        """Raise ConfigError for prompts that the endpoint cannot take."""
+        if self.is_chat and not all(isinstance(request.prompt, str) for request in requests):
+            raise ConfigError(f"{self.endpoint} takes text prompts, the dataset has token ids")
+
+    def body(self, model: str, request: SampleRequest) -> dict[str, Any]:
+        """A greedy request for exactly `output_len` tokens, where the server knows ignore_eos."""
+        if self.is_chat:
+            prompt: dict[str, Any] = {"messages": [{"role": "user", "content": request.prompt}]}
+        else:
+            prompt = {"prompt": request.prompt}
+        return prompt | {
+            "model": model,
+            "max_tokens": request.output_len,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How requests arrive.
+
+    request_rate: a second, Poisson (inf: all at once). burstiness: shape of the gamma distribution
+    of the gaps; 1 is Poisson, below more bursty. goodput: metric -> ms a good request stays within.
+    """
+
+    request_rate: float
+    max_concurrency: int | None
+    burstiness: float = 1.0
+    goodput: Mapping[str, float] = field(default_factory=dict)
+    seed: int = 0
+
+    def arrivals(self, count: int) -> list[float]:
+        """Seconds after the start at which each request is sent."""
+        rng, now, times = random.Random(self.seed), 0.0, []
+        for _ in range(count):
+            times.append(now)
+            if self.request_rate != float("inf"):
+                now += rng.gammavariate(self.burstiness, 1 / (self.request_rate * self.burstiness))
+        return times
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What one request saw: seconds on the monotonic clock, tokens as the server counted them."""
+
+    sent: float = 0.0
+    stamps: list[float] = field(default_factory=list)  # of each piece of text
+    ended: float = 0.0
+    tokens: int = 0
+    prompt_tokens: int = 0
+    error: str | None = None
+
+    def milliseconds(self) -> dict[str, float | None]:
+        """ttft, tpot and e2el; tpot is None for fewer than two tokens."""
+        first = self.stamps[0]
+        tpot = (self.ended - first) / (self.tokens - 1) * 1e3 if self.tokens > 1 else None
+        return {
+            "ttft": (first - self.sent) * 1e3,
+            "tpot": tpot,
+            "e2el": (self.ended - self.sent) * 1e3,
+        }
+
+
+class Share(NamedTuple):
+    """The requests of one process, and when after the start each is sent."""
+
+    target: Target
+    model: str
+    requests: Sequence[SampleRequest]
+    arrivals: Sequence[float]
+    max_concurrency: int
+
+
+class Sent(NamedTuple):
+    """What came of a share. start, end: on the monotonic clock, which processes have in common."""
+
+    start: float
+    end: float
+    outcomes: list[Outcome]
+
+
+def deal(
+    target: Target, model: str, requests: Sequence[SampleRequest], load: Load, num_clients: int
+) -> list[Share]:
+    """The requests to as many processes, in turn; fewer where not each could have one in flight."""
+    most = min(load.max_concurrency or len(requests), len(requests))
+    count, arrivals = min(num_clients, most), load.arrivals(len(requests))
+    return [
+        Share(target, model, requests[i::count], arrivals[i::count], len(range(i, most, count)))
+        for i in range(count)
+    ]
+
+
+def serve_share(connection: Connection, share: Share) -> None:
+    """A process: say that it is ready, wait for the word to start, give what came of it."""
+    import aiohttp  # noqa: F401
+
+    connection.send(None)
+    connection.recv()
+    connection.send(asyncio.run(send_share(share)))
+
+
+async def send_share(share: Share, advance: Callable[[], None] = lambda: None) -> Sent:
+    """advance: called with each request that is over."""
+    slots = asyncio.Semaphore(share.max_concurrency)
+
+    async def send_at(due: float, request: SampleRequest) -> Outcome:
+        await asyncio.sleep(due - time.monotonic())
+        async with slots:
+            outcome = await send(session, share.target, share.model, request)
+        advance()
+        return outcome
+
+    async with open_session(share.target) as session:
+        start = time.monotonic()
+        due = [start + seconds for seconds in share.arrivals]
+        outcomes = await asyncio.gather(*map(send_at, due, share.requests))
+        return Sent(start, time.monotonic(), outcomes)
+
+
+@contextlib.asynccontextmanager
+async def open_session(target: Target) -> AsyncIterator[aiohttp.ClientSession]:
+    import aiohttp
+
+    key = os.environ.get("OPENAI_API_KEY")
+    async with aiohttp.ClientSession(
+        base_url=target.base_url,
+        headers={"Authorization": f"Bearer {key}"} if key else None,
+        connector=aiohttp.TCPConnector(limit=0),
+        timeout=aiohttp.ClientTimeout(total=target.timeout_s),
+        read_bufsize=2**20,
+    ) as session:
+        yield session
+
+
+async def first_model(session: aiohttp.ClientSession, target: Target) -> str:
+    import aiohttp
+
+    url = f"{target.base_url}/v1/models"
+    try:
+        async with session.get("/v1/models") as response:
+            listing = await response.json()
+            return str(listing["data"][0]["id"])
+    except aiohttp.ClientConnectionError as error:
+        raise ConfigError(f"{url} cannot be reached ({error}); is the server running?") from None
+    except (aiohttp.ClientError, TimeoutError, ValueError, LookupError, TypeError) as error:
+        raise ConfigError(f"{url} names no model ({error!r}); name it with --model") from None
+
+
+async def send(
+    session: aiohttp.ClientSession, target: Target, model: str, request: SampleRequest
+) -> Outcome:
+    import aiohttp
+
+    outcome = Outcome(sent=time.monotonic())
+    try:
+        async with session.post(target.endpoint, json=target.body(model, request)) as response:
+            if response.status != 200:
+                text = (await response.text())[:300]
+                outcome.error = f"HTTP {response.status}: {text}"
+                return outcome
+            await _read(response.content, outcome)
+    except aiohttp.ClientConnectorError as error:
+        outcome.error = f"it cannot be reached ({error}); is the server running?"
+    except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+        outcome.error = str(error) or type(error).__name__
+    outcome.ended = outcome.stamps[-1] if outcome.stamps else time.monotonic()
+    if not outcome.stamps and outcome.error is None:
+        outcome.error = "the answer had no text"
+    outcome.tokens = outcome.tokens or len(outcome.stamps)
+    return outcome
+
+
+async def _read(content: aiohttp.StreamReader, outcome: Outcome) -> None:
+    """The lines of an event stream; all that arrive together have one time stamp."""
+    rest = b""
+    async for data in content.iter_any():
+        now = time.monotonic()
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            _read_line(line, outcome, now)
+    _read_line(rest, outcome, time.monotonic())
+
+
+def _read_line(line: bytes, outcome: Outcome, now: float) -> None:
+    """Text gets a time stamp, usage is noted, errors raise. Only the latter two are parsed."""
+    if not line.startswith(b"data:"):
+        return
+    if _HAS_TEXT.search(line):
+        outcome.stamps.append(now)
+    if not _HAS_MORE.search(line):
+        return
+    event = json.loads(line[5:])
+    if "error" in event:
+        raise ValueError(f"the server ended the stream: {event['error']}")
+    if usage := event.get("usage"):
+        outcome.tokens = usage.get("completion_tokens", 0)
+        outcome.prompt_tokens = usage.get("prompt_tokens", 0)

@@ -1,0 +1,45 @@
+"""Server-sent events, and a template for those of a stream that differ only in a token's text."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import msgspec
+
+from compiledllm.outputs import FinishReason
+
+_ENCODE = msgspec.json.Encoder().encode
+_HOLE = b"\0"  # which JSON has nowhere
+DONE = b"data: [DONE]\n\n"
+
+
+def event(body: Any) -> bytes:
+    return b"data: " + _ENCODE(body) + b"\n\n"
+
+
+def hole(name: str) -> msgspec.Raw:
+    """A value that `Template.fill` gives."""
+    return msgspec.Raw(_HOLE + f"({name})b".encode())
+
+
+class Template:
+    """An event with holes. To fill it takes a fraction of the time of making its body anew."""
+
+    def __init__(self, body: dict[str, Any]) -> None:
+        self._event = event(body).replace(b"%", b"%%").replace(_HOLE, b"%")
+
+    def fill(
+        self,
+        index: int,
+        text: str,
+        finish_reason: FinishReason | None,
+        stop_reason: int | str | None,
+    ) -> bytes:
+        return self._event % {
+            b"created": b"%d" % time.time(),
+            b"index": b"%d" % index,
+            b"text": _ENCODE(text),
+            b"finish_reason": b"null" if finish_reason is None else _ENCODE(finish_reason),
+            b"stop_reason": b"null" if stop_reason is None else _ENCODE(stop_reason),
+        }
