@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental import _config as symbolic_sizes
 
 from compiledllm.platform import can_overlap_kernels
 
@@ -201,8 +202,9 @@ class BlockCompiler:
                     backend=self._counting_inductor,
                 )
                 _mark_token_and_row_counts_dynamic(args, variant)
-                with torch.fx.experimental._config.patch(use_duck_shape=False):
-                    forward(layer, *args)  # sizes that are equal here need not always be
+                # Sizes that are equal in the example need not always be.
+                with symbolic_sizes.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+                    forward(layer, *args)
                 compiled.setdefault(layer.spec, []).insert(0, (variant.most, forward))
         except Exception as error:  # whatever the compiler raises, the eager model still serves
             self.error = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
