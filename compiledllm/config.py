@@ -95,7 +95,7 @@ class SchedulerConfig:
     mixed_prompt_tokens: int | None = option(
         None,
         "most prompt tokens in a step in which requests decode: a longer step is a longer gap "
-        "between their tokens; default: max_num_batched_tokens on a GPU (8192 when serving), 128 "
+        "between their tokens; default: max_num_batched_tokens on a GPU (7680 when serving), 128 "
         "on a CPU",
     )
     async_scheduling: bool | None = option(

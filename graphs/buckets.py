@@ -29,14 +29,17 @@ class StepShape(NamedTuple):
     is_decode: bool
 
 
-# Tokens of steps with prompts in them: powers of two, and halfway between them. Batches of long
-# prompts fill a step to its limit; one that would be padded by much more is better off uncaptured.
-_MIXED_TOKENS = (32, 64, *(n for k in range(7, 14) for n in (2**k, 3 * 2 ** (k - 1))), 2**14)
+# Tokens of steps with prompts in them. Padding costs a large step what tokens do, and its first tokens
+# come later: at most a quarter of it up to 8192 tokens, an eighth beyond.
+_MIXED_TOKENS = (
+    *(32, 64, 128, 192, 256, 384, 512, 768),
+    *range(1024, 2048, 256),
+    *range(2048, 8192, 512),
+    *range(8192, 16384 + 1, 1024),
+)
 # Rows of such steps, up to so many tokens: all rows' logits are computed, which a large step hardly
 # notices. And always as many as are captured.
 _MIXED_ROWS = ((8, 768), (64, 3072), (256, 768))
-_MOST_PADDING = 1.4  # of tokens, from this many tokens on:
-_MANY_TOKENS = 1024
 
 
 def step_shapes(max_rows: int, max_tokens: int) -> list[StepShape]:
@@ -57,18 +60,14 @@ def step_shapes(max_rows: int, max_tokens: int) -> list[StepShape]:
 
 
 def shape_for(shape: StepShape, shapes: Iterable[StepShape]) -> StepShape | None:
-    """The smallest of `shapes` that holds a step of this kind and size, or None.
-
-    None also if its padding would cost the device more than a graph saves the host.
-    """
-    fitting = (
-        s
-        for s in shapes
-        if s.is_decode == shape.is_decode
-        and s.num_tokens >= shape.num_tokens
-        and s.num_rows >= shape.num_rows
+    """The smallest of `shapes` that holds a step of this kind and size, or None."""
+    return min(
+        (
+            s
+            for s in shapes
+            if s.is_decode == shape.is_decode
+            and s.num_tokens >= shape.num_tokens
+            and s.num_rows >= shape.num_rows
+        ),
+        default=None,
     )
-    best = min(fitting, default=None)
-    if best and best.num_tokens > max(_MANY_TOKENS, _MOST_PADDING * shape.num_tokens):
-        return None
-    return best

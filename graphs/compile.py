@@ -18,7 +18,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental import _config as symbolic_sizes
 
 from compiledllm.platform import can_overlap_kernels
 
@@ -202,9 +201,7 @@ class BlockCompiler:
                     backend=self._counting_inductor,
                 )
                 _mark_token_and_row_counts_dynamic(args, variant)
-                # Sizes that are equal in the example need not always be.
-                with symbolic_sizes.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-                    forward(layer, *args)
+                forward(layer, *args)
                 compiled.setdefault(layer.spec, []).insert(0, (variant.most, forward))
         except Exception as error:  # whatever the compiler raises, the eager model still serves
             self.error = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"

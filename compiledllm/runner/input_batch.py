@@ -118,7 +118,8 @@ class InputBatch:
 
     The metadata has one empty row more than there are requests: then a step has fewer tokens than
     rows exactly if every request has one, which is how the kernels know a decode step, and there
-    are never fewer than two rows, on which torch.compile would specialise.
+    are never fewer than two rows, on which torch.compile would specialise. For the same reason each
+    group of layers has tensors of its own, none a part of another.
     """
 
     input_ids: Tensor  # int64 [tokens]
@@ -143,13 +144,19 @@ class InputBatch:
         split = 3 * shape.num_tokens
         row_of_token, positions, known = packed[:split].view(3, -1)
         rows, lengths, ends, indices, sample_rows, sample_positions = packed[split:].view(6, -1)
-        blocks = table.block_tables[:, row_of_token, positions // block_size]
-        attn = _by_group(
-            slot_mappings=blocks.long() * block_size + positions % block_size,
-            block_tables=_with_empty_row(table.block_tables[:, rows]),
-            seq_lens=F.pad(lengths, (0, 1)).int(),
-            query_start_loc=torch.cat((F.pad(ends, (1, 0)), ends[-1:])).int(),
-        )
+        seq_lens = F.pad(lengths, (0, 1)).int()
+        starts = torch.cat((F.pad(ends, (1, 0)), ends[-1:])).int()
+        attn = [
+            AttentionMetadata(
+                slot_mapping=_slots(
+                    of_group[row_of_token, positions // block_size], positions, block_size
+                ),
+                block_tables=_with_empty_row(of_group[rows]),
+                seq_lens=seq_lens,
+                query_start_loc=starts,
+            )
+            for of_group in table.block_tables
+        ]
         return cls(
             input_ids=torch.where(known < 0, table.last_token_ids[row_of_token], known),
             positions=positions,
@@ -165,16 +172,14 @@ class InputBatch:
     def decode(cls, rows: Tensor, table: RequestTable, block_size: int) -> InputBatch:
         """A decode step of `rows` (int64 [rows]) from device state alone."""
         positions = table.num_computed_tokens[rows]
-        block_tables = _with_empty_row(table.block_tables[:, rows])
-        columns = (positions[:, None] // block_size).expand(len(block_tables), -1, -1)
-        blocks = block_tables[:, :-1].gather(2, columns).squeeze(2)
+        seq_lens = F.pad(positions + 1, (0, 1)).int()
         starts = _one_token_each(rows)
-        attn = _by_group(
-            slot_mappings=blocks.long() * block_size + positions % block_size,
-            block_tables=block_tables,
-            seq_lens=F.pad(positions + 1, (0, 1)).int(),
-            query_start_loc=starts,
-        )
+        attn = []
+        for of_group in table.block_tables:
+            block_tables = _with_empty_row(of_group[rows])
+            blocks = block_tables[:-1].gather(1, (positions // block_size)[:, None]).squeeze(1)
+            slots = _slots(blocks, positions, block_size)
+            attn.append(AttentionMetadata(slots, block_tables, seq_lens, starts))
         return cls(
             input_ids=table.last_token_ids[rows],
             positions=positions,
@@ -203,12 +208,12 @@ class InputBatch:
         """Padding only: `num_tokens` tokens that touch nothing but the null block."""
         zeros = torch.zeros(num_tokens, dtype=torch.int64, device=table.device)
         row = zeros[:1] + table.padding_row
-        attn = _by_group(
-            slot_mappings=zeros.expand(len(table.block_tables), -1) - 1,
-            block_tables=_with_empty_row(table.block_tables[:, row]),
-            seq_lens=torch.tensor([1, 0], dtype=torch.int32, device=table.device),
-            query_start_loc=torch.tensor([0, 1, 1], dtype=torch.int32, device=table.device),
-        )
+        seq_lens = torch.tensor([1, 0], dtype=torch.int32, device=table.device)
+        starts = torch.tensor([0, 1, 1], dtype=torch.int32, device=table.device)
+        attn = [
+            AttentionMetadata(zeros - 1, _with_empty_row(of_group[row]), seq_lens, starts)
+            for of_group in table.block_tables
+        ]
         one = zeros[:1] + 1
         return cls(zeros, zeros, attn, row, one, zeros[:1], row, one)
 
@@ -236,20 +241,9 @@ def _one_token_each(rows: Tensor) -> Tensor:
     return torch.cat((starts, starts[-1:]))
 
 
-def _by_group(
-    slot_mappings: Tensor,  # int64 [groups, tokens]
-    block_tables: Tensor,  # int32 [groups, rows, max_blocks]
-    seq_lens: Tensor,
-    query_start_loc: Tensor,
-) -> list[AttentionMetadata]:
-    """Each group's metadata. Its tensors begin at multiples of 16 bytes: others would be copied."""
-    num_groups, num_tokens = slot_mappings.shape
-    if num_groups > 1 and num_tokens % 2:
-        slot_mappings = F.pad(slot_mappings, (0, 1))[:, :-1]
-    return [
-        AttentionMetadata(slot_mappings[g], block_tables[g], seq_lens, query_start_loc)
-        for g in range(num_groups)
-    ]
+def _slots(blocks: Tensor, positions: Tensor, block_size: int) -> Tensor:
+    """int64 [tokens]: where in the cache each token lies. blocks: its own."""
+    return blocks.long() * block_size + positions % block_size
 
 
 def _with_empty_row(block_tables: Tensor) -> Tensor:

@@ -108,22 +108,31 @@ def test_what_other_engines_compiled_changes_nothing(tiny_llama: Callable[..., P
 
 
 @torch.inference_mode()
-@torch.inference_mode()
-def test_a_block_tables_offset_is_not_taken_for_the_number_of_tokens(
+def test_layers_that_see_unequally_far_are_compiled_once(
     tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    example = 64  # tokens, and 2 rows of 32 blocks: where the second group's table begins
+    """In examples as in steps, also in those whose last block runs for the ends of prompts only."""
+    example = 64  # tokens, and as many as entries in its block table
     monkeypatch.setattr(model_runner, "variants_for", lambda *_: [Variant(2, 2**30, example)])
+    monkeypatch.setattr(model_runner, "_LEAST_FOR_ENDS", 32)
     kinds = ["sliding_attention", "full_attention"]
     shape = {"num_hidden_layers": 2, "head_dim": 64, "sliding_window": 33}
     model = tiny_model("ministral", layer_types=kinds, **shape)
-    options = {"max_model_len": 512, "num_kv_blocks": 512, "compile_when": "start"}
-    runner = Engine(model, device="cpu", skip_tokenizer_init=True, **options).core.runner
+    options = {"device": "cpu", "dtype": "float32", "skip_tokenizer_init": True}
+    options |= {"max_model_len": 512, "num_kv_blocks": 512, "compile_when": "start"}
+    engine = Engine(model, **options)
+    runner = engine.core.runner
     assert 2 * runner.table.block_tables.shape[-1] == example and runner.compiler.is_ready
-    for size in (example, 65, 9):
-        rows = torch.full((size,), runner.table.padding_row)
-        runner.forward(InputBatch.decode(rows, runner.table, runner.block_size))
+    with torch.inference_mode():
+        for size in (example, 65, 9):
+            rows = torch.full((size,), runner.table.padding_row)
+            runner.forward(InputBatch.decode(rows, runner.table, runner.block_size))
+    prompts = [{"prompt_token_ids": list(range(5, 5 + n))} for n in (70, 3, 40, 41)]
+    found = [o.outputs[0].token_ids for o in engine.generate(prompts, PARAMS, use_tqdm=False)]
     assert runner.compiler.num_recompiles == 0
+    eager = Engine(model, **(options | {"enforce_eager": True}))
+    expected = [o.outputs[0].token_ids for o in eager.generate(prompts, PARAMS, use_tqdm=False)]
+    assert found == expected
 
 
 def test_no_copy_of_the_cache_in_the_generated_code(engine: Engine) -> None:
