@@ -29,8 +29,8 @@ class StepShape(NamedTuple):
     is_decode: bool
 
 
-# Tokens of steps with prompts in them. Padding costs a large step what tokens do, and its first tokens
-# come later: at most a quarter of it up to 8192 tokens, an eighth beyond.
+# Tokens of steps with prompts in them. Padding costs a large step what tokens do, and delays its
+# first tokens: at most by a quarter up to 8192 tokens, by an eighth beyond.
 _MIXED_TOKENS = (
     *(32, 64, 128, 192, 256, 384, 512, 768),
     *range(1024, 2048, 256),
