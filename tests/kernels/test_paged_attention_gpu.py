@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compiledllm.kernels import paged_attention_torch as oracle
 from compiledllm.kernels.attention import load_backend
-from compiledllm.kernels.paged_attention_triton import prefill_tiling
+from compiledllm.kernels.prefill_attention_triton import prefill_tiling
 
 pytestmark = pytest.mark.gpu
 

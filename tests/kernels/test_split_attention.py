@@ -9,8 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
+from compiledllm.kernels import decode_attention_triton as kernels
 from compiledllm.kernels import paged_attention_torch as oracle
-from compiledllm.kernels import paged_attention_triton as kernels
+from compiledllm.kernels.paged_attention_triton import paged_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there in Triton's interpreter
 KEYS = 64
@@ -112,9 +113,9 @@ def test_a_long_row_among_short_ones(has_sinks: bool, window: int) -> None:
     expected = oracle.paged_attention(*step)
     on_device = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in step]
     for most_programs in (1, 8, 40, 1000):
-        out = kernels.paged_attention(*on_device, most_programs=most_programs)
+        out = paged_attention(*on_device, most_programs=most_programs)
         torch.testing.assert_close(out.cpu(), expected, atol=2e-5, rtol=2e-5)
-        again = kernels.paged_attention(*on_device, most_programs=most_programs)
+        again = paged_attention(*on_device, most_programs=most_programs)
         assert torch.equal(out, again)
     counters = kernels._arrivals(kernels._USUAL_ARRIVALS, query.to(DEVICE).device)
     assert not counters.any()

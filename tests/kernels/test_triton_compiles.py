@@ -23,7 +23,9 @@ from compiledllm.kernels import fixed_order_triton as fixed_order
 from compiledllm.kernels import logprobs_triton as logprobs
 from compiledllm.kernels import moe_routing_triton as routing
 from compiledllm.kernels import moe_triton as moe
+from compiledllm.kernels import decode_attention_triton as decode
 from compiledllm.kernels import paged_attention_triton as attention
+from compiledllm.kernels import prefill_attention_triton as prefill
 from compiledllm.kernels import penalties_triton as penalties
 from compiledllm.kernels import rotate_store_triton as rotation
 from compiledllm.kernels import sampling_triton as sampling
@@ -125,14 +127,14 @@ for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
             "HAS_SINKS": window, "PADDED_DIM": triton.next_power_of_2(head_dim),
         }
         for programs in (8, 100, 1024):
-            tiling = attention.decode_tiling(head_dim, 4, itemsize, programs)
+            tiling = decode.decode_tiling(head_dim, 4, itemsize, programs)
             check(
-                attention._decode_kernel, dtype, tiling, MAX_ROWS=512, PADDED_GROUP=4,
+                decode._decode_kernel, dtype, tiling, MAX_ROWS=512, PADDED_GROUP=4,
                 AT_ONCE=16, **shape
             )
         for queries, fixed in ((0, False), (0, True), (10**6, False)):
-            tiling = attention.prefill_tiling(head_dim, 4, itemsize, queries)
-            check(attention._prefill_kernel, dtype, tiling, FIXED_ORDER=fixed, **shape)
+            tiling = prefill.prefill_tiling(head_dim, 4, itemsize, queries)
+            check(prefill._prefill_kernel, dtype, tiling, FIXED_ORDER=fixed, **shape)
 """
 
 

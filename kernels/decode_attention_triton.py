@@ -1,0 +1,227 @@
+"""Paged attention of rows with one new token: all query heads of a KV head together.
+
+Long contexts are split over programs by what the device knows of their lengths; of a row's programs
+the last to end adds up. The order of sums is fixed: equal inputs give equal bits.
+"""
+
+# Triton functions are typed by what they are called with.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, attr-defined, no-untyped-call"
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from compiledllm.kernels.launch import launch_options, num_multiprocessors
+from compiledllm.kernels.online_softmax_triton import Tiling, after_sinks, attend_keys
+
+_PROGRAMS_PER_SM = 4  # that long rows are split over: enough to hide each other's latency
+_FEW_PROGRAMS = 32  # up to which one tile of keys makes a split, as nothing else keeps the GPU busy
+_SUMMED_AT_ONCE = 8  # splits
+_USUAL_ARRIVALS = 2**16
+
+
+def decode_tiling(head_dim: int, group: int, itemsize: int, num_programs: int) -> Tiling:
+    """group: query heads of a KV head; num_programs: rows times KV heads.
+
+    Of 6 shapes on an H100 (bfloat16, contexts of 192 and 1088 tokens and as of chats, 1 to 466
+    rows, 3 to 8 KV heads) the fastest: few want much under way, many hide each other's latency.
+    """
+    rows = max(16, triton.next_power_of_2(group))
+    if itemsize == 4 or head_dim > 128:
+        return Tiling(rows, 32, 4, 2)
+    if num_programs >= (256 if head_dim > 64 else 512):
+        return Tiling(rows, 64, 2, 4)
+    return Tiling(rows, 128, 4, 4 if head_dim <= 64 and num_programs >= 96 else 2)
+
+
+@triton.jit
+def _work_item(
+    item, seq_lens, query_start_loc, num_rows, most_extra, window,
+    least_tiles, KEYS: tl.constexpr, HAS_WINDOW: tl.constexpr, MAX_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Row, its number of splits and which of them the item is.
+
+    A row >= num_rows: no more work. One that has not one token: nothing to do. Those with one are
+    split so that no split has much more than its share of all tiles of keys: where rows are many
+    and alike each is in one piece, a long one among short ones in several. That makes num_rows +
+    most_extra items at most. Padding has one tile and changes nothing.
+    """
+    row = tl.arange(0, MAX_ROWS)
+    exists = row < num_rows
+    length = tl.load(seq_lens + row, exists, other=0)
+    start = tl.load(query_start_loc + row, exists, other=0)
+    is_single = tl.load(query_start_loc + row + 1, exists, other=0) - start == 1
+    tiles = tl.cdiv(length, KEYS)
+    if HAS_WINDOW:
+        tiles -= tl.maximum(length - window, 0) // KEYS
+    more_tiles = tl.where(is_single, tl.maximum(tiles - 1, 0), 0)  # than one
+    share = tl.maximum(tl.cdiv(tl.sum(more_tiles, 0), most_extra), least_tiles)
+    slack = share // 2
+    its_row, num_splits, split = item, 1, 0
+    if tl.max(more_tiles, 0) >= share + slack:
+        splits = tl.where(is_single, 1 + tl.maximum(more_tiles - slack, 0) // share, 0)
+        ends = tl.cumsum(splits, 0)
+        its_row = tl.sum((ends <= item).to(tl.int32), 0)
+        is_its = row == its_row
+        num_splits = tl.sum(tl.where(is_its, splits, 0), 0)
+        split = item - tl.sum(tl.where(is_its, ends, 0), 0) + num_splits
+    return its_row, num_splits, split
+
+
+@triton.jit
+def _sum_of_splits(
+    partial_out, partial_stats, first_part, num_splits, NUM_HEADS: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_GROUP: tl.constexpr,
+    PADDED_DIM: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """[PADDED_GROUP, PADDED_DIM]: a KV head's results of a row. first_part: of its first head."""
+    head, dim = tl.arange(0, PADDED_GROUP), tl.arange(0, PADDED_DIM)
+    best = tl.full([PADDED_GROUP], float("-inf"), tl.float32)
+    total = tl.zeros([PADDED_GROUP], tl.float32)
+    acc = tl.zeros([PADDED_GROUP, PADDED_DIM], tl.float32)
+    for first in range(0, num_splits, AT_ONCE):
+        for index in tl.static_range(AT_ONCE):  # all of their loads are under way at once
+            part = first_part + (first + index) * NUM_HEADS + head
+            exists = (first + index < num_splits) & (head < GROUP)
+            stats = partial_stats + part * 2
+            its_best = tl.load(stats, exists, other=float("-inf"), cache_modifier=".cg")
+            its_total = tl.load(stats + 1, exists, other=0.0, cache_modifier=".cg")
+            address = partial_out + part[:, None] * HEAD_DIM + dim[None, :]
+            inside = exists[:, None] & (dim < HEAD_DIM)[None, :]
+            its_acc = tl.load(address, inside, other=0.0, cache_modifier=".cg")
+            higher = tl.maximum(best, its_best)
+            shift = tl.where(higher == float("-inf"), 0.0, higher)
+            decay, weight = tl.exp2(best - shift), tl.exp2(its_best - shift)
+            acc = acc * decay[:, None] + its_acc * weight[:, None]
+            best, total = higher, total * decay + its_total * weight
+    return acc / total[:, None]
+
+
+@triton.jit
+def _decode_kernel(
+    query, kv_cache, block_tables, seq_lens, query_start_loc, sinks, out, partial_out,
+    partial_stats, arrivals, scale, window, soft_cap, query_stride, table_stride, value_offset,
+    num_rows, most_extra, least_tiles, MAX_ROWS: tl.constexpr,
+    GROUP: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    TOKEN_STRIDE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr, PADDED_DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    PADDED_GROUP: tl.constexpr, AT_ONCE: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Rows with one token. arrivals: int32 [rows, KV heads], zeros, and zeros again afterwards.
+
+    Of a row's splits the one that ends last adds them all up, in their order.
+    """
+    if OVERLAP:
+        gdc_launch_dependents()
+    kv_head, item = tl.program_id(0), tl.program_id(1)  # programs without work come last
+    row, num_splits, split = _work_item(
+        item, seq_lens, query_start_loc, num_rows, most_extra, window, least_tiles, KEYS,
+        HAS_WINDOW, MAX_ROWS,
+    )  # fmt: skip
+    if OVERLAP:  # lengths were written kernels ago
+        gdc_wait()
+    if row >= num_rows:
+        return
+    start = tl.load(query_start_loc + row)
+    if tl.load(query_start_loc + row + 1) - start != 1:
+        return
+    length = tl.load(seq_lens + row)
+    first = tl.maximum(length - window, 0) if HAS_WINDOW else 0
+    first_tile, end_tile = first // KEYS, tl.cdiv(length, KEYS)
+    share = tl.cdiv(end_tile - first_tile, num_splits)
+    low = first_tile + split * share
+    high = tl.minimum(low + share, end_tile)
+
+    head = tl.arange(0, ROWS)
+    dim = tl.arange(0, PADDED_DIM)
+    inside = (head < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
+    head_dims = (kv_head * GROUP + head)[:, None] * HEAD_DIM + dim[None, :]
+    q = tl.load(query + start.to(tl.int64) * query_stride + head_dims, inside, other=0.0)
+    best = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    if HAS_SINKS:  # noqa: SIM102  (known to the compiler: no code without sinks)
+        if split == 0:  # it counts once
+            best, total = after_sinks(sinks + kv_head * GROUP + head, head < GROUP)
+    acc = tl.zeros([ROWS, PADDED_DIM], tl.float32)
+    for tile in range(low, high):
+        tokens = tile * KEYS + tl.arange(0, KEYS)
+        in_context = (tokens < length) & (tokens >= first)
+        best, total, acc = attend_keys(
+            q, best, total, acc, kv_cache, block_tables + row.to(tl.int64) * table_stride, tokens,
+            in_context, in_context[None, :], kv_head * HEAD_DIM, scale, soft_cap, value_offset,
+            TOKEN_STRIDE, BLOCK_SIZE, HEAD_DIM, HAS_SOFT_CAP, PADDED_DIM, ALL_SEEN=False,
+        )  # fmt: skip
+    target = out + start.to(tl.int64) * NUM_HEADS * HEAD_DIM
+    if num_splits == 1:
+        result = acc / total[:, None]
+        tl.store(target + head_dims, result.to(out.dtype.element_ty), inside)
+        return
+    part = item * NUM_HEADS + kv_head * GROUP + head
+    tl.store(partial_stats + part * 2, best, head < GROUP)
+    tl.store(partial_stats + part * 2 + 1, total, head < GROUP)
+    tl.store(partial_out + part[:, None] * HEAD_DIM + dim[None, :], acc, inside)
+    tl.debug_barrier()  # all of it is stored before this split counts as arrived
+    arrival = arrivals + row * (NUM_HEADS // GROUP) + kv_head
+    if tl.atomic_add(arrival, 1, sem="acq_rel") < num_splits - 1:
+        return
+    tl.store(arrival, 0)
+    first_part = (item - split) * NUM_HEADS + kv_head * GROUP
+    result = _sum_of_splits(
+        partial_out, partial_stats, first_part, num_splits, NUM_HEADS, GROUP, HEAD_DIM,
+        PADDED_GROUP, PADDED_DIM, AT_ONCE,
+    )  # fmt: skip
+    head = tl.arange(0, PADDED_GROUP)
+    inside = (head < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
+    head_dims = (kv_head * GROUP + head)[:, None] * HEAD_DIM + dim[None, :]
+    tl.store(target + head_dims, result.to(out.dtype.element_ty), inside)
+
+
+def attend_single_tokens(
+    tensors: tuple[Tensor, ...],
+    scalars: tuple[float, ...],
+    constants: dict[str, Any],
+    most_programs: int | None,
+) -> None:
+    """Rows with one token, by `_decode_kernel`."""
+    query, kv_cache, block_tables, _, _, _, _ = tensors
+    num_tokens, num_heads, head_dim = query.shape
+    num_rows, num_kv_heads = len(block_tables), kv_cache.shape[3]
+    num_programs = min(num_rows, num_tokens) * num_kv_heads  # a decode step has one empty row
+    tiling = decode_tiling(head_dim, constants["GROUP"], query.element_size(), num_programs)
+    if most_programs is None:
+        most_programs = _PROGRAMS_PER_SM * num_multiprocessors()
+    most_extra = max(most_programs // num_kv_heads, 1)
+    num_items = min(num_rows, num_tokens) + most_extra
+    partial_out = query.new_empty((num_items, num_heads, head_dim), dtype=torch.float32)
+    partial_stats = query.new_empty((num_items, num_heads, 2), dtype=torch.float32)
+    arrivals = _arrivals(max(num_rows * num_kv_heads, _USUAL_ARRIVALS), query.device)
+    least_tiles = 1 if num_programs <= _FEW_PROGRAMS else 2
+    padded_group = triton.next_power_of_2(constants["GROUP"])
+    _decode_kernel[(num_kv_heads, num_items)](
+        *tensors, partial_out, partial_stats, arrivals, *scalars, num_rows, most_extra,
+        least_tiles, MAX_ROWS=_padded_rows(num_rows),
+        ROWS=tiling.rows, KEYS=tiling.keys, PADDED_GROUP=padded_group,
+        AT_ONCE=_SUMMED_AT_ONCE,
+        num_warps=tiling.num_warps, num_stages=tiling.num_stages, **launch_options(), **constants,
+    )  # fmt: skip
+
+
+def _padded_rows(num_rows: int) -> int:
+    """Few sizes: each is a compilation."""
+    size = 32
+    while size < num_rows:
+        size *= 8
+    return size
+
+
+@functools.cache
+def _arrivals(size: int, device: torch.device) -> Tensor:
+    """Counters that every call leaves at zero; calls follow each other on one stream."""
+    return torch.zeros(size, dtype=torch.int32, device=device)

@@ -1,0 +1,127 @@
+"""Paged attention of rows with several new tokens: a block of query tokens at a time."""
+
+# Triton functions are typed by what they are called with.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, attr-defined, no-untyped-call"
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from compiledllm.kernels.launch import num_multiprocessors
+from compiledllm.kernels.online_softmax_triton import Tiling, after_sinks, attend_keys
+
+
+def prefill_tiling(head_dim: int, group: int, itemsize: int, num_queries: int) -> Tiling:
+    """num_queries: query tokens times heads. rows has room for a group at least.
+
+    Of 10 shapes on an H100 (bfloat16, 16 prompts of 1024 tokens) the fastest: two programs on a
+    multiprocessor hide each other's softmax, and many rows need fewer reads of the keys. For
+    head_dim 128 that is 351 TFLOP/s against 254 without a limit of registers. Few queries take
+    smaller programs, as the longest of them would decide.
+    """
+    least = triton.next_power_of_2(group)
+    if itemsize == 4:
+        return Tiling(max(32, least), 32, 4, 2)
+    if head_dim > 128:
+        return Tiling(max(64, least), 32, 4, 1)
+    if head_dim > 64 and num_queries >= 3 * 128 * num_multiprocessors():
+        return Tiling(max(128, least), 64, 8, 2, max_registers=128)
+    return Tiling(max(64, least), 64, 4, 2)
+
+
+@triton.jit
+def _prefill_kernel(
+    query, kv_cache, block_tables, seq_lens, query_start_loc, sinks, out,
+    scale, window, soft_cap, query_stride, table_stride, value_offset, num_rows,
+    GROUP: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    TOKEN_STRIDE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr, PADDED_DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    FIXED_ORDER: tl.constexpr,
+):  # fmt: skip
+    TOKENS: tl.constexpr = ROWS // GROUP  # query tokens of a program
+    ALL_MASKED: tl.constexpr = HAS_WINDOW or FIXED_ORDER
+    NUM_KV_HEADS: tl.constexpr = NUM_HEADS // GROUP
+    program = tl.num_programs(0) - 1 - tl.program_id(0)  # what sees most keys begins first
+    index, kv_head = program // NUM_KV_HEADS, program % NUM_KV_HEADS
+    # Row r owns the programs from query_start_loc[r] // TOKENS + r on: enough for all its tokens.
+    low, high = 0, num_rows
+    while low < high:
+        middle = (low + high) // 2
+        if tl.load(query_start_loc + middle) // TOKENS + middle <= index:
+            low = middle + 1
+        else:
+            high = middle
+    row = low - 1
+    start = tl.load(query_start_loc + row)
+    count = tl.load(query_start_loc + row + 1) - start
+    first_query = (index - (start // TOKENS + row)) * TOKENS
+    is_done = first_query >= count
+    if not FIXED_ORDER:
+        is_done = is_done | (count == 1)  # by _decode_kernel
+    if is_done:
+        return
+    length = tl.load(seq_lens + row)
+    context = length - count
+
+    lane = tl.arange(0, ROWS)
+    dim = tl.arange(0, PADDED_DIM)
+    token, head = first_query + lane // GROUP, lane % GROUP
+    inside = ((token < count) & (lane < TOKENS * GROUP))[:, None] & (dim < HEAD_DIM)[None, :]
+    head_dims = (kv_head * GROUP + head)[:, None] * HEAD_DIM + dim[None, :]
+    token_index = (start + token).to(tl.int64)[:, None]
+    q = tl.load(query + token_index * query_stride + head_dims, inside, other=0.0)
+    position = (context + token)[:, None]
+    best = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    if HAS_SINKS:
+        best, total = after_sinks(sinks + kv_head * GROUP + head, lane < TOKENS * GROUP)
+    acc = tl.zeros([ROWS, PADDED_DIM], tl.float32)
+    table = block_tables + row.to(tl.int64) * table_stride
+    first = tl.maximum(context + first_query - window + 1, 0) if HAS_WINDOW else 0
+    end = tl.minimum(context + first_query + TOKENS, length)
+    # Keys up to the first query are seen by all; the diagonal, and a window's edge, need masks.
+    diagonal = first // KEYS if ALL_MASKED else (context + first_query + 1) // KEYS
+    for tile in range(0, 0 if ALL_MASKED else diagonal):
+        tokens = tile * KEYS + tl.arange(0, KEYS)
+        best, total, acc = attend_keys(
+            q, best, total, acc, kv_cache, table, tokens, tokens, tokens, kv_head * HEAD_DIM,
+            scale, soft_cap, value_offset,
+            TOKEN_STRIDE, BLOCK_SIZE, HEAD_DIM, HAS_SOFT_CAP, PADDED_DIM, ALL_SEEN=True,
+        )  # fmt: skip
+    for tile in range(diagonal, tl.cdiv(end, KEYS)):
+        tokens = tile * KEYS + tl.arange(0, KEYS)
+        in_context = tokens < end
+        seen = tokens[None, :] <= position
+        if HAS_WINDOW:
+            in_context = in_context & (tokens >= first)
+            seen = seen & (tokens[None, :] > position - window)
+        best, total, acc = attend_keys(
+            q, best, total, acc, kv_cache, table, tokens, in_context, seen, kv_head * HEAD_DIM,
+            scale, soft_cap, value_offset,
+            TOKEN_STRIDE, BLOCK_SIZE, HEAD_DIM, HAS_SOFT_CAP, PADDED_DIM, ALL_SEEN=False,
+        )  # fmt: skip
+    result = (acc / total[:, None]).to(out.dtype.element_ty)
+    tl.store(out + token_index * NUM_HEADS * HEAD_DIM + head_dims, result, inside)
+
+
+def attend_prompts(
+    tensors: tuple[Tensor, ...],
+    scalars: tuple[float, ...],
+    constants: dict[str, Any],
+    fixed_order: bool,
+) -> None:
+    """Rows with several tokens, or with any, by `_prefill_kernel`."""
+    query, kv_cache, block_tables = tensors[:3]
+    (num_tokens, num_heads, head_dim), num_rows = query.shape, len(block_tables)
+    group, num_queries = constants["GROUP"], 0 if fixed_order else num_tokens * num_heads
+    tiling = prefill_tiling(head_dim, group, query.element_size(), num_queries)
+    num_programs = num_tokens // (tiling.rows // group) + num_rows
+    _prefill_kernel[(kv_cache.shape[3] * num_programs,)](
+        *tensors, *scalars, num_rows,
+        ROWS=tiling.rows, KEYS=tiling.keys, FIXED_ORDER=fixed_order, num_warps=tiling.num_warps,
+        num_stages=tiling.num_stages, maxnreg=tiling.max_registers, **constants,
+    )  # fmt: skip
