@@ -94,6 +94,7 @@ class EngineLoop:
         self._alive: dict[str, Request] = {}
         self._sent: dict[str, tuple[int, int]] = {}  # tokens and prompt logprobs that were sent
         self._num_steps = 0
+        self._slow_seconds = 1.0 if core.platform.is_cuda else 20.0
 
     def run(self) -> None:
         """Until the server closes the connection."""
@@ -177,6 +178,11 @@ class EngineLoop:
         self._num_steps += 1
         grown = [self._grown(r) for r in advanced if r.request_id in self._alive]
         seconds = time.perf_counter() - started
+        if seconds > self._slow_seconds:
+            log.warning(
+                "a step took %.1f s; the next one has %d tokens of %d requests",
+                *(seconds, self._core.num_step_tokens, len(self._core.scheduler.running)),
+            )
         self._send(Stepped(grown, self._stats(seconds, self._core.num_step_tokens)))
 
     def _grown(self, request: Request) -> Grown:

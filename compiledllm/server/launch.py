@@ -25,6 +25,7 @@ from compiledllm.server.engine_client import EngineClient, Limits
 
 LOG_LINE_INTERVAL_S = 10.0
 MAX_HEAD_BYTES = 64 * 1024  # of a request
+LONGEST_STANDSTILL_S = 0.5  # of the event loop, that is not worth a line
 
 
 def serve(arguments: argparse.Namespace) -> int:
@@ -65,12 +66,13 @@ async def _run(
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     lines = asyncio.create_task(_log_lines(app.state.metrics))
     watch = asyncio.create_task(_announce(engine, listener))
+    standstills = asyncio.create_task(_watch_for_standstills())
     status = await _until_end(engine, ending, serving)
     if status == 0:
         log.info("draining: %d requests live", engine.num_live)
         await engine.drain(arguments.shutdown_timeout)
     server.should_exit = True
-    for task in (lines, watch):
+    for task in (lines, watch, standstills):
         task.cancel()
     with contextlib.suppress(asyncio.TimeoutError):
         await asyncio.wait_for(serving, 5)
@@ -157,6 +159,17 @@ async def _log_lines(metrics: Any) -> None:
     while True:
         await asyncio.sleep(LOG_LINE_INTERVAL_S)
         metrics.log_line()
+
+
+async def _watch_for_standstills() -> None:
+    """Say when nothing was served for a while: all streams of the server wait for its one loop."""
+    interval, loop = LONGEST_STANDSTILL_S / 2, asyncio.get_running_loop()
+    while True:
+        due = loop.time() + interval
+        await asyncio.sleep(interval)
+        late = loop.time() - due
+        if late > LONGEST_STANDSTILL_S:
+            log.warning("the HTTP process stood still for %.1f s", late)
 
 
 def _bind(host: str, port: int) -> socket.socket:

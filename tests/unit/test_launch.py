@@ -1,0 +1,52 @@
+"""What the server says of itself."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from pathlib import Path
+from unittest.mock import MagicMock
+
+import pytest
+
+pytest.importorskip("uvicorn")
+
+from compiledllm.server import launch
+from compiledllm.server.engine_process import EngineLoop
+
+
+@pytest.mark.parametrize("standstill_s", [0.0, 0.3])
+def test_a_standstill_of_the_event_loop_is_said(
+    standstill_s: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(launch, "LONGEST_STANDSTILL_S", 0.1)
+
+    async def run() -> None:
+        watch = asyncio.create_task(launch._watch_for_standstills())
+        await asyncio.sleep(0.01)
+        time.sleep(standstill_s)
+        await asyncio.sleep(0.02)
+        watch.cancel()
+
+    with caplog.at_level(logging.WARNING, logger="compiledllm"):
+        asyncio.run(run())
+    said = [line for line in caplog.messages if "stood still" in line]
+    assert len(said) == (1 if standstill_s else 0)
+
+
+@pytest.mark.parametrize("step_s", [0.0, 0.2])
+def test_a_slow_step_is_said(
+    step_s: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    core = MagicMock(num_step_tokens=7)
+    core.step.side_effect = lambda: time.sleep(step_s) or []
+    loop = EngineLoop(core, MagicMock(), Path())
+    monkeypatch.setattr(loop, "_slow_seconds", 0.1)
+    monkeypatch.setattr(loop, "_send", lambda _message: None)
+    monkeypatch.setattr(loop, "_stats", lambda _seconds, _tokens: MagicMock())
+    with caplog.at_level(logging.WARNING, logger="compiledllm"):
+        loop._step()
+    said = [line for line in caplog.messages if "a step took" in line]
+    assert len(said) == (1 if step_s else 0)
+    assert all("7 tokens" in line for line in said)
