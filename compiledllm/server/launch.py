@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from compiledllm.arguments import engine_options
 from compiledllm.config import ConfigError, EngineConfig
@@ -22,9 +21,9 @@ from compiledllm.log import log, show_logs
 from compiledllm.models.source import cache_dir
 from compiledllm.server.app import AppOptions, create_app
 from compiledllm.server.engine_client import EngineClient, Limits
+from compiledllm.server.http_protocol import MAX_HEAD_BYTES, LimitedHttp
 
 LOG_LINE_INTERVAL_S = 10.0
-MAX_HEAD_BYTES = 64 * 1024  # of a request
 LONGEST_STANDSTILL_S = 0.5  # of the event loop, that is not worth a line
 
 
@@ -52,7 +51,8 @@ async def _run(
         log_level="warning",
         access_log=False,
         timeout_keep_alive=5,
-        http=_Protocol,
+        http=LimitedHttp,
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         ws="none",
         lifespan="off",
         server_header=False,
@@ -90,28 +90,6 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
         return None
     factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
     return factory
-
-
-class _Protocol(HttpToolsProtocol):
-    """HTTP of a compiled parser, which by itself would take headers without end."""
-
-    _head_bytes = 0
-    _is_in_head = False
-
-    def on_message_begin(self) -> None:
-        self._is_in_head, self._head_bytes = True, 0
-        super().on_message_begin()
-
-    def on_headers_complete(self) -> None:
-        self._is_in_head = False
-        super().on_headers_complete()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self._is_in_head:
-            self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD_BYTES:
-                self.send_400_response("The headers are too long.")
 
 
 class _Server(uvicorn.Server):
