@@ -295,14 +295,14 @@ class EngineClient:
             tokenizer = await asyncio.to_thread(_tokenizer_of, message)
             requests = RequestFactory(served_model_of(message), tokenizer)
             self._vocabulary = await asyncio.to_thread(_vocabulary_of, requests)
+            gc.collect()
+            gc.freeze()  # what is here now is here to stay: collections need not walk it
         if self._vocabulary is not None:
             self._send(Speak(self._vocabulary))
         self.requests = requests
         self.ready = message
         for live in self._live.values():
             self._send_request(live)
-        gc.collect()
-        gc.freeze()  # libraries and the vocabulary are here to stay: collections need not walk them
         if self.state == "loading":
             self._set("ready")
 
@@ -414,7 +414,7 @@ class EngineClient:
         """
         live, seconds = self._live[state.request_id], self._limits.request_seconds
         late = DeadlineExceeded(f"the request took longer than {seconds:.0f} s")
-        timer = asyncio.get_running_loop().call_later(seconds, live.fail, late)
+        timer = asyncio.get_running_loop().call_later(seconds, self._expire, live, late)
         try:
             while True:
                 outputs = await live.take()
@@ -440,6 +440,12 @@ class EngineClient:
         if ids and self._live.get(live.state.request_id) is live:
             self._send(Finish(ids, "abort"))
         self._forget(live)
+
+    def _expire(self, live: _Live, error: Exception) -> None:
+        """Its time is over: nothing more is computed or kept for it, even if nobody reads."""
+        self._abort(live)
+        live.outputs.clear()
+        live.fail(error)
 
     def _end(self, live: _Live, error: Exception) -> None:
         live.fail(error)
