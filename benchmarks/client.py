@@ -132,9 +132,11 @@ class Sent(NamedTuple):
 def deal(
     target: Target, model: str, requests: Sequence[SampleRequest], load: Load, num_clients: int
 ) -> list[Share]:
-    """The requests to as many processes, in turn; fewer where not each could have one in flight."""
+    """The requests to as many processes, in turn; fewer if not all could have as many in flight."""
     most = min(load.max_concurrency or len(requests), len(requests))
     count, arrivals = min(num_clients, most), load.arrivals(len(requests))
+    while load.max_concurrency and load.max_concurrency % count:
+        count -= 1
     return [
         Share(target, model, requests[i::count], arrivals[i::count], len(range(i, most, count)))
         for i in range(count)
@@ -212,7 +214,7 @@ async def send(
             await _read(response.content, outcome)
     except aiohttp.ClientConnectorError as error:
         outcome.error = f"it cannot be reached ({error}); is the server running?"
-    except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+    except (aiohttp.ClientError, TimeoutError, ValueError, AttributeError, TypeError) as error:
         outcome.error = str(error) or type(error).__name__
     outcome.ended = outcome.stamps[-1] if outcome.stamps else time.monotonic()
     if not outcome.stamps and outcome.error is None:

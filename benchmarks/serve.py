@@ -103,15 +103,19 @@ def _send_all(shares: Sequence[Share], advance: Callable[[], None]) -> list[Sent
             process.start()
             theirs.close()  # so that the end of the process is the end of the connection
             stack.callback(process.join)
+            stack.callback(process.terminate)  # first; those that are done have nothing left to do
             connections.append(stack.enter_context(ours))
-        for connection in connections:
-            connection.recv()
-        for connection in connections:
-            connection.send(None)
-        for connection in connections:
-            sent.append(connection.recv())
-            for _ in sent[-1].outcomes:
-                advance()
+        try:
+            for connection in connections:
+                connection.recv()
+            for connection in connections:
+                connection.send(None)
+            for connection in connections:
+                sent.append(connection.recv())
+                for _ in sent[-1].outcomes:
+                    advance()
+        except EOFError:
+            raise ConfigError("a client process ended early; its own words are above") from None
     return sent
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from compiledllm.checks import reject_unknown
 
-MAX_NUM_SEQS = 65536
+MAX_NUM_SEQS = 32768
 _LARGE_GPU = 64 * 2**30  # bytes of memory: there is room for larger steps and more requests
 _MOST_CAPTURED = 512  # requests of a decode step, by default: past that the host has time to launch
 DTYPES = ("auto", "float32", "float16", "bfloat16")

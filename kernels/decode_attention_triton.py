@@ -9,7 +9,6 @@ the last to end adds up. The order of sums is fixed: equal inputs give equal bit
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -24,7 +23,8 @@ from compiledllm.kernels.online_softmax_triton import Tiling, after_sinks, atten
 _PROGRAMS_PER_SM = 4  # that long rows are split over: enough to hide each other's latency
 _FEW_PROGRAMS = 32  # up to which one tile of keys makes a split, as nothing else keeps the GPU busy
 _SUMMED_AT_ONCE = 8  # splits
-_USUAL_ARRIVALS = 2**16
+_USUAL_ARRIVALS = 2**16  # rows times KV heads
+_counters: dict[torch.device, list[Tensor]] = {}
 
 
 def decode_tiling(head_dim: int, group: int, itemsize: int, num_programs: int) -> Tiling:
@@ -125,7 +125,9 @@ def _decode_kernel(
         item, seq_lens, query_start_loc, num_rows, most_extra, window, least_tiles, KEYS,
         HAS_WINDOW, MAX_ROWS,
     )  # fmt: skip
-    if OVERLAP:  # lengths were written kernels ago
+    # Lengths are read ahead of this: kernels that wait for all before them, as torch's do, have run
+    # since they were written (gathers of block tables and embeddings, at least).
+    if OVERLAP:
         gdc_wait()
     if row >= num_rows:
         return
@@ -201,7 +203,7 @@ def attend_single_tokens(
     num_items = min(num_rows, num_tokens) + most_extra
     partial_out = query.new_empty((num_items, num_heads, head_dim), dtype=torch.float32)
     partial_stats = query.new_empty((num_items, num_heads, 2), dtype=torch.float32)
-    arrivals = _arrivals(max(num_rows * num_kv_heads, _USUAL_ARRIVALS), query.device)
+    arrivals = _arrivals(num_rows * num_kv_heads, query.device)
     least_tiles = 1 if num_programs <= _FEW_PROGRAMS else 2
     padded_group = triton.next_power_of_2(constants["GROUP"])
     _decode_kernel[(num_kv_heads, num_items)](
@@ -221,7 +223,13 @@ def _padded_rows(num_rows: int) -> int:
     return size
 
 
-@functools.cache
 def _arrivals(size: int, device: torch.device) -> Tensor:
-    """Counters that every call leaves at zero; calls follow each other on one stream."""
-    return torch.zeros(size, dtype=torch.int32, device=device)
+    """Counters that every call leaves at zero; calls follow each other on one stream.
+
+    They only grow, and stay where captured calls know them to be. The largest step comes first.
+    """
+    made = _counters.setdefault(device, [])
+    if not made or len(made[-1]) < size:
+        size = max(triton.next_power_of_2(size), _USUAL_ARRIVALS)
+        made.append(torch.zeros(size, dtype=torch.int32, device=device))
+    return made[-1]

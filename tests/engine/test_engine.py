@@ -407,7 +407,7 @@ def test_request_that_can_never_fit_is_refused_with_what_would(make: Callable[..
         ({"num_kv_blocks": 0}, "num_kv_blocks must be"),
         ({"num_kv_blocks": 10**10}, r"GiB and there are .* at most \d+ blocks fit"),
         ({"kv_cache_memory_bytes": 10**16}, "GiB and there are"),
-        ({"max_num_seqs": 10**9}, "max_num_seqs must be at most 65536"),
+        ({"max_num_seqs": 10**9}, "max_num_seqs must be at most 32768"),
         ({"max_model_len": 1}, "max_model_len must be at least 2"),
         ({"trust_remote_code": True}, "trust_remote_code=True is not supported"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size must be 1, got 2"),
