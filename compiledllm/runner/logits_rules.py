@@ -194,13 +194,15 @@ class LogitsRules:
 
             penalize(logits, index, slots, amounts, self._counts, _IN_PROMPT)
             return
-        repetition, frequency, presence = amounts[:, :, None]
-        seen = self._counts[slots]
-        counts = seen & (_IN_PROMPT - 1)
-        x = logits[index]
-        repeated = torch.where(x > 0, x / repetition, x * repetition)
-        x = torch.where(seen > 0, repeated, x)
-        logits[index] = x - frequency * counts - presence * (counts > 0)
+        for place, slot, (repetition, frequency, presence) in zip(
+            index.tolist(), slots.tolist(), amounts.t().tolist(), strict=True
+        ):
+            seen = self._counts[slot].numpy()
+            tokens = np.flatnonzero(seen)  # few of the vocabulary
+            counts, row = seen[tokens] & (_IN_PROMPT - 1), logits[place].numpy()
+            x = row[tokens]
+            x = np.where(x > 0, x / np.float32(repetition), x * np.float32(repetition))
+            row[tokens] = x - frequency * counts - presence * (counts > 0)
 
     # -- processors and bad words --------------------------------------------------------------
 
