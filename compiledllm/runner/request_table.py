@@ -39,8 +39,6 @@ class RequestTable:
         self.padding_row = max_num_seqs
         self._vocab_size = vocab_size
         num_rows = max_num_seqs + 1
-        if num_groups > 1:  # each group's tables begin at a multiple of 16 bytes
-            max_blocks += -max_blocks % 4
         shape = num_groups, num_rows, max_blocks
         self.block_tables = torch.zeros(shape, dtype=torch.int32, device=device)
         self.last_token_ids = torch.zeros(num_rows, dtype=torch.int64, device=device)
