@@ -79,7 +79,6 @@ class LogitsRules:
         self._has_bad_words = np.zeros(num_rows, bool)  # of two tokens and more
         self._counts = torch.zeros((0, vocab_size), dtype=torch.int32, device=device)
         self._free_slots: list[int] = []
-        self._ones = torch.ones(num_rows, dtype=torch.int32, device=device)
         self._last_edits: tuple[bytes, _Edits] | None = None
         self._grammars = GrammarRows(vocab_size, device)
 
@@ -133,7 +132,7 @@ class LogitsRules:
         """Edit the logits in place; what went wrong, by index.
 
         logits: float32 [rows, vocab]. positions: where the drawn tokens will stand. last_token_ids:
-        int64 [rows], on the device; None if `read_last_tokens` says so.
+        int64 [rows], on the device; may be None unless `read_last_tokens`.
         """
         edits = self._edits_of(rows, positions)
         if edits.bias is not None:
@@ -163,9 +162,8 @@ class LogitsRules:
             from compiledllm.kernels.penalties_triton import count_tokens
 
             count_tokens(drawn, index, slots, self._counts)
-            return
-        at = drawn[index].clamp(min=0).add_(slots, alpha=self._vocab)
-        self._counts.view(-1).index_add_(0, at, self._ones[: len(at)])
+        else:
+            self._counts[slots, drawn[index].clamp(min=0)] += 1  # no two rows share a slot
 
     # -- penalties -----------------------------------------------------------------------------
 
