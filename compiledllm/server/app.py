@@ -18,14 +18,14 @@ from starlette.types import Receive, Scope, Send
 from compiledllm import __version__
 from compiledllm.log import log
 from compiledllm.server import convert
-from compiledllm.server.engine_client import (
+from compiledllm.server.engine_client import EngineClient
+from compiledllm.server.errors import ApiError, error_response, response_to
+from compiledllm.server.live_request import (
     DeadlineExceeded,
-    EngineClient,
     EngineError,
     Overloaded,
     Unavailable,
 )
-from compiledllm.server.errors import ApiError, error_response, response_to
 from compiledllm.server.metrics import Metrics
 from compiledllm.server.protocol import (
     Body,

@@ -15,7 +15,6 @@ import socket
 import sys
 import time
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +28,14 @@ from compiledllm.models.source import resolve_checkpoint
 from compiledllm.outputs import FinishReason, RequestOutput
 from compiledllm.runner.grammars import Vocabulary
 from compiledllm.server.engine_process import write_crash_record
+from compiledllm.server.live_request import (
+    DeadlineExceeded,
+    EngineError,
+    Limits,
+    LiveRequest,
+    Overloaded,
+    Unavailable,
+)
 from compiledllm.server.wire import (
     Failed,
     Finish,
@@ -51,80 +58,6 @@ MOST_RESTARTS = 5  # in RESTART_WINDOW_S; then something is wrong that a restart
 RESTART_WINDOW_S = 600.0
 
 
-class Unavailable(Exception):
-    """The engine takes no requests: it is loading, draining or dead. retry_after: seconds."""
-
-    def __init__(self, reason: str, retry_after: int) -> None:
-        super().__init__(reason)
-        self.retry_after = retry_after
-
-
-class Overloaded(Exception):
-    """As many requests or tokens wait as may. retry_after: seconds."""
-
-    def __init__(self, reason: str, retry_after: int) -> None:
-        super().__init__(reason)
-        self.retry_after = retry_after
-
-
-class EngineError(Exception):
-    """A request could not be finished, through no fault of its own."""
-
-
-class DeadlineExceeded(Exception):
-    """A request took longer than it may."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What is accepted at most. Queued: waiting or running, beyond what runs at once."""
-
-    queued_requests: int
-    queued_tokens: int
-    request_seconds: float
-    stuck_seconds: float
-
-
-@dataclass(eq=False, slots=True)
-class _Live:
-    """A request with somebody waiting for it."""
-
-    state: RequestState
-    outputs: list[RequestOutput] = field(default_factory=list)  # that nobody has taken yet
-    error: Exception | None = None  # what ends it, once those are taken
-    was_shown: bool = False  # any of it
-    was_replayed: bool = False
-    _waiter: asyncio.Future[None] | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(c.request.num_prompt_tokens for c in self.state.completions)
-
-    def put(self, output: RequestOutput) -> None:
-        self.outputs.append(output)
-        self.was_shown = True
-        self._wake()
-
-    def fail(self, error: Exception) -> None:
-        if self.error is None:
-            self.error = error
-        self._wake()
-
-    async def take(self) -> list[RequestOutput]:
-        """All that came since the last time, at least one. Raises what ended the request."""
-        while not self.outputs:
-            if self.error is not None:
-                raise self.error
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        outputs, self.outputs = self.outputs, []
-        return outputs
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-
 class EngineClient:
     """Starts the engine's process and talks to it.
 
@@ -144,8 +77,8 @@ class EngineClient:
         self.failure: Failed | None = None
         self.num_restarts = 0
         self.process: asyncio.subprocess.Process | None = None
-        self._live: dict[str, _Live] = {}  # by the caller's id
-        self._completions: dict[str, tuple[_Live, Completion]] = {}  # by the engine's id
+        self._live: dict[str, LiveRequest] = {}  # by the caller's id
+        self._completions: dict[str, tuple[LiveRequest, Completion]] = {}  # by the engine's id
         self._vocabulary: Vocabulary | None = None  # None: no structured outputs
         self._writer: asyncio.StreamWriter | None = None
         self._last_sign = time.monotonic()  # of life, or of work to do
@@ -307,7 +240,7 @@ class EngineClient:
             self._set("ready")
 
     def _take(self, grown: list[Grown]) -> None:
-        now, touched = time.monotonic(), dict[_Live, None]()
+        now, touched = time.monotonic(), dict[LiveRequest, None]()
         for news in grown:
             pair = self._completions.get(news.request_id)
             if pair is not None:
@@ -320,7 +253,7 @@ class EngineClient:
         for live in touched:
             self._show(live)
 
-    def _show(self, live: _Live) -> None:
+    def _show(self, live: LiveRequest) -> None:
         """To whoever waits for it: what is new."""
         output = live.state.next_output()
         if output is not None:
@@ -354,7 +287,7 @@ class EngineClient:
         if self._writer is not None and not self._writer.is_closing():
             self._writer.write(frame(message))
 
-    def _send_request(self, live: _Live) -> None:
+    def _send_request(self, live: LiveRequest) -> None:
         for completion in live.state.completions:
             self._send(add_of(completion.request))
 
@@ -426,7 +359,7 @@ class EngineClient:
             self._abort(live)
 
     def _register(self, state: RequestState) -> None:
-        live = _Live(state)
+        live = LiveRequest(state)
         if not self._live:
             self._last_sign = time.monotonic()
         self._live[state.request_id] = live
@@ -434,24 +367,24 @@ class EngineClient:
             self._completions[completion.request.request_id] = live, completion
         self._send_request(live)
 
-    def _abort(self, live: _Live) -> None:
+    def _abort(self, live: LiveRequest) -> None:
         """If it is not over: free what it holds."""
         ids = [c.request.request_id for c in live.state.completions if not c.request.is_finished]
         if ids and self._live.get(live.state.request_id) is live:
             self._send(Finish(ids, "abort"))
         self._forget(live)
 
-    def _expire(self, live: _Live, error: Exception) -> None:
+    def _expire(self, live: LiveRequest, error: Exception) -> None:
         """Its time is over: nothing more is computed or kept for it, even if nobody reads."""
         self._abort(live)
         live.outputs.clear()
         live.fail(error)
 
-    def _end(self, live: _Live, error: Exception) -> None:
+    def _end(self, live: LiveRequest, error: Exception) -> None:
         live.fail(error)
         self._forget(live)
 
-    def _forget(self, live: _Live) -> None:
+    def _forget(self, live: LiveRequest) -> None:
         if self._live.get(live.state.request_id) is live:
             del self._live[live.state.request_id]
         for completion in live.state.completions:

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi.responses import JSONResponse
 
 from compiledllm.runner.grammars import CompilersBusy
-from compiledllm.server.engine_client import (
+from compiledllm.server.live_request import (
     DeadlineExceeded,
     EngineError,
     Overloaded,

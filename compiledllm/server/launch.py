@@ -20,8 +20,9 @@ from compiledllm.config import ConfigError, EngineConfig
 from compiledllm.log import log, show_logs
 from compiledllm.models.source import cache_dir
 from compiledllm.server.app import AppOptions, create_app
-from compiledllm.server.engine_client import EngineClient, Limits
+from compiledllm.server.engine_client import EngineClient
 from compiledllm.server.http_protocol import MAX_HEAD_BYTES, LimitedHttp
+from compiledllm.server.live_request import Limits
 
 LOG_LINE_INTERVAL_S = 10.0
 LONGEST_STANDSTILL_S = 0.5  # of the event loop, that is not worth a line

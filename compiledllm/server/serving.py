@@ -18,9 +18,10 @@ from compiledllm.outputs import CompletionOutput, RequestOutput
 from compiledllm.sampling_params import SamplingParams
 from compiledllm.server import convert
 from compiledllm.server.chat import Choice, reasoning_mode
-from compiledllm.server.engine_client import EngineClient, EngineError, Unavailable
+from compiledllm.server.engine_client import EngineClient
 from compiledllm.server.errors import ApiError, as_api_error, error_body
 from compiledllm.server.events import DONE, Template, event, hole
+from compiledllm.server.live_request import EngineError, Unavailable
 from compiledllm.server.metrics import Metrics
 from compiledllm.server.protocol import ChatRequest, CompletionRequest, Generation
 from compiledllm.server.tools import ToolUse, tool_use

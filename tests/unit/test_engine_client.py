@@ -11,7 +11,8 @@ import pytest
 
 pytest.importorskip("msgspec")
 
-from compiledllm.server.engine_client import DeadlineExceeded, EngineClient, Limits, _Live
+from compiledllm.server.engine_client import EngineClient
+from compiledllm.server.live_request import DeadlineExceeded, Limits, LiveRequest
 from compiledllm.server.wire import Finish
 
 
@@ -21,7 +22,7 @@ def test_the_deadline_ends_a_request_that_nobody_reads(monkeypatch: pytest.Monke
     client = EngineClient({}, Limits(8, 8, request_seconds=0.1, stuck_seconds=9), Path())
     sent: list[Any] = []
     monkeypatch.setattr(client, "_send", sent.append)
-    live = client._live["r"] = _Live(state)
+    live = client._live["r"] = LiveRequest(state)
 
     async def run() -> None:
         outputs = client.generate(state)
