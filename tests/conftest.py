@@ -39,6 +39,15 @@ TINY: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+TIED = {"tie_word_embeddings": True}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +62,11 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         key = repr((model_type, sorted(changes.items())))
         if key not in made:
             torch.manual_seed(zlib.crc32(key.encode()))  # whichever tests came before
-            config = AutoConfig.for_model(model_type, **(TINY | changes))
+            options = TINY | changes
+            if model_type == "gemma3":  # of two parts, of which the text's is looked at
+                options = {"text_config": options | TIED, "vision_config": VISION} | TIED
+                options["mm_tokens_per_image"] = 4
+            config = AutoConfig.for_model(model_type, **options)
             model = AutoModelForCausalLM.from_config(config).float()
             with torch.no_grad():  # larger than the default 0.02, so that tokens differ clearly
                 for name, parameter in model.named_parameters():

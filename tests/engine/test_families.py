@@ -24,29 +24,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma": {"head_dim": 32},
     "gemma2": {"head_dim": 32, "query_pre_attn_scalar": 24} | SLIDING,
     "gemma3_text": {"head_dim": 32, "query_pre_attn_scalar": 24} | SLIDING,
-    "gemma3": {
-        "text_config": {
-            "vocab_size": 128,
-            "hidden_size": 64,
-            "intermediate_size": 112,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 512,
-            "head_dim": 32,
-        }
-        | SLIDING,
-        "vision_config": {
-            "hidden_size": 32,
-            "intermediate_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "image_size": 28,
-            "patch_size": 14,
-        },
-        "mm_tokens_per_image": 4,
-        "tie_word_embeddings": True,
-    },
+    "gemma3": {"head_dim": 32} | SLIDING,
     "gpt2": {"n_positions": 512},
     "gpt_neox": {},
     "gpt_oss": {

@@ -131,30 +131,11 @@ VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
     }
     | HALF_SLIDING,
     ("gemma3", "text of a multimodal model"): {
-        "text_config": {
-            "vocab_size": 128,
-            "hidden_size": 64,
-            "intermediate_size": 112,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 512,
-            "head_dim": 32,
-            "sliding_window": 20,
-            "query_pre_attn_scalar": 24,
-        }
-        | HALF_SLIDING,
-        "vision_config": {
-            "hidden_size": 32,
-            "intermediate_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "image_size": 28,
-            "patch_size": 14,
-        },
-        "mm_tokens_per_image": 4,
-        "tie_word_embeddings": True,
-    },
+        "head_dim": 32,
+        "sliding_window": 20,
+        "query_pre_attn_scalar": 24,
+    }
+    | HALF_SLIDING,
     ("gpt_oss", "windows"): GPT_OSS,
     ("gpt_oss", "yarn, clamped"): GPT_OSS
     | {
