@@ -20,7 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from compiledllm.kernels.launch import launch_options, num_multiprocessors
 from compiledllm.kernels.online_softmax_triton import Tiling, after_sinks, attend_keys
 
-_PROGRAMS_PER_SM = 4  # that long rows are split over: enough to hide each other's latency
+_PROGRAMS_PER_SM = 8  # that long rows are split over: enough to hide each other's latency
 _FEW_PROGRAMS = 32  # up to which one tile of keys makes a split, as nothing else keeps the GPU busy
 _SUMMED_AT_ONCE = 8  # splits
 _USUAL_ARRIVALS = 2**16  # rows times KV heads
@@ -30,15 +30,17 @@ _counters: dict[torch.device, list[Tensor]] = {}
 def decode_tiling(head_dim: int, group: int, itemsize: int, num_programs: int) -> Tiling:
     """group: query heads of a KV head; num_programs: rows times KV heads.
 
-    Of 6 shapes on an H100 (bfloat16, contexts of 192 and 1088 tokens and as of chats, 1 to 466
+    Of 6 to 13 shapes on an H100 (bfloat16, contexts of 190 to 1088 tokens and as of chats, 1 to 466
     rows, 3 to 8 KV heads) the fastest: few want much under way, many hide each other's latency.
     """
     rows = max(16, triton.next_power_of_2(group))
     if itemsize == 4 or head_dim > 128:
         return Tiling(rows, 32, 4, 2)
-    if num_programs >= (256 if head_dim > 64 else 512):
+    if num_programs >= (1024 if head_dim > 64 else 512):
         return Tiling(rows, 64, 2, 4)
-    return Tiling(rows, 128, 4, 4 if head_dim <= 64 and num_programs >= 96 else 2)
+    if head_dim > 64 and num_programs > _FEW_PROGRAMS:
+        return Tiling(rows, 64, 4, 3)
+    return Tiling(rows, 128, 4, 4 if num_programs >= 96 else 2)
 
 
 @triton.jit
@@ -195,12 +197,13 @@ def attend_single_tokens(
     query, kv_cache, block_tables, _, _, _, _ = tensors
     num_tokens, num_heads, head_dim = query.shape
     num_rows, num_kv_heads = len(block_tables), kv_cache.shape[3]
-    num_programs = min(num_rows, num_tokens) * num_kv_heads  # a decode step has one empty row
+    most_singles = min(num_rows, num_tokens)  # a decode step has one empty row
+    num_programs = most_singles * num_kv_heads
     tiling = decode_tiling(head_dim, constants["GROUP"], query.element_size(), num_programs)
     if most_programs is None:
         most_programs = _PROGRAMS_PER_SM * num_multiprocessors()
     most_extra = max(most_programs // num_kv_heads, 1)
-    num_items = min(num_rows, num_tokens) + most_extra
+    num_items = most_singles + most_extra
     partial_out = query.new_empty((num_items, num_heads, head_dim), dtype=torch.float32)
     partial_stats = query.new_empty((num_items, num_heads, 2), dtype=torch.float32)
     arrivals = _arrivals(num_rows * num_kv_heads, query.device)
@@ -217,9 +220,9 @@ def attend_single_tokens(
 
 def _padded_rows(num_rows: int) -> int:
     """Few sizes: each is a compilation."""
-    size = 32
+    size = 64
     while size < num_rows:
-        size *= 8
+        size *= 4
     return size
 
 
