@@ -95,8 +95,7 @@ class SchedulerConfig:
     mixed_prompt_tokens: int | None = option(
         None,
         "most prompt tokens in a step in which requests decode: a longer step is a longer gap "
-        "between their tokens; default: max_num_batched_tokens on a GPU (7680 when serving), 128 "
-        "on a CPU",
+        "between their tokens; default: by the number of these requests on a GPU, 128 on a CPU",
     )
     async_scheduling: bool | None = option(
         None, "launch a step before the last one's tokens are known; default: on a GPU"
@@ -249,7 +248,7 @@ class EngineConfig:
             "max_model_len": Choice(max_position, "the model's context"),
             "max_num_seqs": Choice(max_num_seqs, where),
             "max_num_batched_tokens": Choice(tokens, where),
-            "mixed_prompt_tokens": Choice(tokens if on_gpu else min(128, tokens), where),
+            "mixed_prompt_tokens": Choice(None if on_gpu else min(128, tokens), where),
             "compile_when": Choice("start" if on_gpu else "busy", where),
             "async_scheduling": Choice(on_gpu, where),
             "max_cudagraph_capture_size": Choice(

@@ -56,6 +56,7 @@ class Request:
     cache_salt: str = ""  # the prefix cache is shared only between requests with the same
     grammar: Grammar | None = None  # of sampling_params.structured_outputs
     sibling: Request | None = None  # the first of those that share its prompt; None for itself
+    waits_for_batch: bool = False  # nobody looks at it before its whole batch is over
     arrival_time: float = field(default_factory=time.monotonic)
 
     status: RequestStatus = RequestStatus.WAITING
@@ -108,6 +109,11 @@ class Request:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - len(self.prompt_token_ids)
+
+    @property
+    def num_tokens_left(self) -> int:
+        """Most tokens that may still be drawn."""
+        return self.most_tokens - len(self.token_ids)
 
     @property
     def output_token_ids(self) -> list[int]:

@@ -39,7 +39,7 @@ _MIXED_TOKENS = (
 )
 # Rows of such steps, up to so many tokens: all rows' logits are computed, which a large step hardly
 # notices. And always as many as are captured.
-_MIXED_ROWS = ((8, 768), (64, 3072), (256, 768))
+_MIXED_ROWS = ((8, 768), (64, 1024), (192, 1024), (256, 2048))
 
 
 def step_shapes(max_rows: int, max_tokens: int) -> list[StepShape]:

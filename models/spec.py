@@ -247,6 +247,12 @@ class ModelSpec:
         return tables + projections + positions + blocks + norm + bias + self.num_other_parameters
 
     @property
+    def sparsity(self) -> int:
+        """Parameters of the blocks for each that a token uses, to the nearest power of two."""
+        used = sum(layer.num_parameters_used for layer in self.layers)
+        return 1 << round(math.log2(sum(layer.num_parameters for layer in self.layers) / used))
+
+    @property
     def embedding_width(self) -> int:
         return self.embedding_size or self.hidden_size
 

@@ -39,6 +39,7 @@ from compiledllm.runner.model_runner import ModelRunner
 from compiledllm.runner.pending import PendingOutput
 from compiledllm.scheduler.block_pool import BlockPool
 from compiledllm.scheduler.kv_manager import most_blocks_of_all, num_blocks_needed
+from compiledllm.scheduler.policy import BALANCED_TOKENS, Pace
 from compiledllm.scheduler.scheduler import Scheduler
 from compiledllm.types import Request, SchedulerOutput
 
@@ -233,8 +234,8 @@ class EngineCore:
         )
         pool = BlockPool(num_blocks, config.cache.enable_prefix_caching)
         policy = config.scheduler.scheduling_policy
-        mixed = config.scheduler.mixed_prompt_tokens
-        scheduler = Scheduler(pool, *sizes, policy, mixed, groups.windows)
+        pace = Pace(BALANCED_TOKENS * self.spec.sparsity, config.scheduler.mixed_prompt_tokens)
+        scheduler = Scheduler(pool, *sizes, policy, pace, groups.windows)
         caches = allocate_kv_caches(self.spec, groups, num_blocks, block_size, self.dtype, device)
         if scheduler.kv.most_tokens == 0:
             raise ConfigError(

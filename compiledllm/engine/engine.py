@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import math
 import sys
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -91,7 +92,7 @@ class Engine:
         ValueError and starts nothing.
         """
         states = self._make_states(as_prompts(prompts), sampling_params, priority)
-        self._add_all(states)
+        self._add_all(_as_batch(states))
         return self._finish(states, use_tqdm)
 
     def chat(
@@ -332,6 +333,20 @@ class Engine:
 
 
 LLM = Engine  # vLLM's name for it
+
+
+def _as_batch(states: list[RequestState]) -> list[RequestState]:
+    """Requests that are waited for together: those that may run longest come first, or as given."""
+    now = time.monotonic()
+    for state in states:
+        for completion in state.completions:
+            completion.request.arrival_time = now
+            completion.request.waits_for_batch = True
+
+    def most_tokens(state: RequestState) -> float:
+        return state.completions[0].request.sampling_params.max_tokens or math.inf
+
+    return sorted(states, key=most_tokens, reverse=True)
 
 
 def _progress_bar(total: int, enabled: bool) -> tqdm[Any]:

@@ -1,12 +1,14 @@
-"""Which waiting request goes first, and which running one yields: an order on requests.
+"""Which waiting request goes first, and how much of a step prompts get beside those that decode.
 
-The first request in this order is never preempted, so something always finishes.
+The first request in the order is never preempted, so something always finishes.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 from compiledllm.types import Request
 
@@ -24,6 +26,12 @@ def priority(request: Request) -> SortKey:
     return (request.priority, request.arrival_time)
 
 
+# For so many a GPU computes as long as it reads the weights: its operations for each byte that it
+# can read meanwhile, 150 to 300 of 16-bit numbers.
+BALANCED_TOKENS = 256
+_TOKENS_PER_ROW = 8  # of a step, at least
+_STEPS_FOR_BACKLOG = 8
+
 POLICIES: dict[str, Policy] = {"fcfs": fcfs, "priority": priority}
 
 
@@ -35,10 +43,12 @@ class WaitingQueue:
         self._heap: list[tuple[SortKey, int, Request]] = []
         self._order: dict[str, int] = {}  # request_id -> ticket, kept over a preemption
         self._tickets = 0
+        self.num_prompt_tokens = 0  # of all that wait
 
     def push(self, request: Request) -> None:
         ticket = self._order.setdefault(request.request_id, self._tickets)
         self._tickets += 1
+        self.num_prompt_tokens += request.num_prompt_tokens
         heapq.heappush(self._heap, (self._policy(request), ticket, request))
 
     def rank(self, request: Request) -> tuple[SortKey, int]:
@@ -49,10 +59,14 @@ class WaitingQueue:
         return self._heap[0][2]
 
     def pop(self) -> Request:
-        return heapq.heappop(self._heap)[2]
+        request = heapq.heappop(self._heap)[2]
+        self.num_prompt_tokens -= request.num_prompt_tokens
+        return request
 
     def remove(self, request: Request) -> None:
-        self._heap = [entry for entry in self._heap if entry[2] is not request]
+        left = [entry for entry in self._heap if entry[2] is not request]
+        self.num_prompt_tokens -= request.num_prompt_tokens * (len(self._heap) - len(left))
+        self._heap = left
         heapq.heapify(self._heap)
 
     def forget(self, request: Request) -> None:
@@ -64,3 +78,63 @@ class WaitingQueue:
 
     def __iter__(self) -> Iterator[Request]:
         return (entry[2] for entry in sorted(self._heap, key=lambda entry: entry[:2]))
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What prompts get of a step in which requests decode.
+
+    prompt_tokens: of all prompts together, but for requests of a batch that are due: those with at
+    least `due_from` tokens left to draw.
+    """
+
+    prompt_tokens: int
+    due_from: float = math.inf
+
+    def is_due(self, request: Request) -> bool:
+        return request.waits_for_batch and request.num_tokens_left >= self.due_from
+
+
+@dataclass(slots=True)
+class Pace:
+    """Shares steps between prompts and requests that decode.
+
+    Decoding reads all weights for a few tokens. Up to `balanced_tokens` tokens in all, computing
+    takes no longer than that: prompts beside those that decode are then almost free, while a prompt
+    that has a step for itself pays for the reading again.
+
+    - Where somebody waits for each token, a step has at least twice as many tokens, of which more
+      are not computed faster; eight for each request, so that prompts keep up with the answers; and
+      an eighth of the prompts that wait. More would make everybody wait longer.
+    - Where somebody waits for a whole batch, prompts fill steps up to the balance: the longest
+      request takes as many steps as it has tokens, whatever the others do. Only one that would be
+      the last to end may not wait. How long they run is known by max_tokens alone: once a request
+      has ended before that, no prompt waits any more.
+
+    prompt_tokens: if given, always that many, for everybody.
+    """
+
+    balanced_tokens: int
+    prompt_tokens: int | None = None
+    lengths_are_known: bool = True
+
+    def share(self, running: Sequence[Request], waiting: WaitingQueue) -> Share:
+        """Of a step with `running`, some of which decode, and perhaps the last has a prompt."""
+        if self.prompt_tokens is not None:
+            return Share(self.prompt_tokens)
+        prompt = waiting.peek() if waiting else running[-1]
+        if prompt.waits_for_batch:
+            return self._share_of_batch(running, prompt)
+        backlog = waiting.num_prompt_tokens + running[-1].num_tokens_to_compute
+        wanted = max(_TOKENS_PER_ROW * len(running), backlog // _STEPS_FOR_BACKLOG)
+        tokens = 2 * self.balanced_tokens
+        while tokens < wanted:
+            tokens *= 2  # a size that is captured: nothing is padded
+        return Share(tokens - len(running))
+
+    def _share_of_batch(self, running: Sequence[Request], prompt: Request) -> Share:
+        if not self.lengths_are_known or prompt.sampling_params.max_tokens is None:
+            return Share(0, due_from=0)
+        decoding = (r.num_tokens_left for r in running if r.num_output_tokens)
+        room = self.balanced_tokens - len(running)
+        return Share(max(room, 0), due_from=max(decoding, default=0))

@@ -22,7 +22,7 @@ from compiledllm.log import log
 from compiledllm.outputs import FinishReason
 from compiledllm.scheduler.block_pool import BlockPool
 from compiledllm.scheduler.kv_manager import KVManager
-from compiledllm.scheduler.policy import POLICIES, WaitingQueue
+from compiledllm.scheduler.policy import POLICIES, Pace, Share, WaitingQueue
 from compiledllm.scheduler.repetition import goes_in_circles
 from compiledllm.types import (
     NewRequest,
@@ -45,17 +45,22 @@ class _Draft:
 
     budget: int
     prompt_budget: int
+    share: Share
     lines: list[ScheduledRequest] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)  # of the lines
     has_preempted: bool = False
+
+    def room_for(self, request: Request) -> int:
+        """Tokens of its prompt that the step can take."""
+        return self.budget if self.share.is_due(request) else min(self.budget, self.prompt_budget)
 
 
 class Scheduler:
     """Continuous batching over a block pool.
 
-    max_num_seqs: most requests in a step; max_num_batched_tokens: most tokens in a step;
-    mixed_prompt_tokens: most tokens of prompts in a step in which somebody decodes; windows: of
-    each group of layers, see `KVManager`.
+    max_num_seqs: most requests in a step; max_num_batched_tokens: most tokens in a step; pace: how
+    much of a step prompts get in which somebody decodes, by default all; windows: of each group of
+    layers, see `KVManager`.
     """
 
     def __init__(
@@ -65,10 +70,10 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         policy: str = "fcfs",
-        mixed_prompt_tokens: int | None = None,
+        pace: Pace | None = None,
         windows: Sequence[int] = (0,),
     ) -> None:
-        self.mixed_prompt_tokens = mixed_prompt_tokens or max_num_batched_tokens
+        self.pace = pace or Pace(max_num_batched_tokens, max_num_batched_tokens)
         self.block_pool = block_pool
         self.kv = KVManager(block_pool, block_size, windows)
         self.max_num_seqs = max_num_seqs
@@ -92,6 +97,8 @@ class Scheduler:
         if request.request_id in self.requests:
             raise ValueError(f"request_id '{request.request_id}' is already in use")
         self.kv.check_fits(request)
+        if not self.requests:
+            self.pace.lengths_are_known = True
         self.requests[request.request_id] = request
         self.waiting.push(request)
 
@@ -128,12 +135,12 @@ class Scheduler:
 
     def schedule(self) -> SchedulerOutput:
         """Choose this step's work, allocate its blocks, say what changed since the last step."""
-        draft = _Draft(self.max_num_batched_tokens, self._most_prompt_tokens())
+        share = self._share()
+        draft = _Draft(self.max_num_batched_tokens, share.prompt_tokens, share)
         self._schedule_running(draft)
-        draft.budget = min(draft.budget, draft.prompt_budget)
         new_requests: list[NewRequest] = []
         # A step that had to preempt admits nobody: the blocks it freed would be taken right back.
-        while not draft.has_preempted and draft.budget > 0 and self.waiting:
+        while not draft.has_preempted and self.waiting and draft.room_for(self.waiting.peek()):
             admitted = self._admit(self.waiting.peek(), draft)
             if admitted is None:
                 break
@@ -143,14 +150,12 @@ class Scheduler:
         self._in_flight.append(draft.requests)
         return SchedulerOutput(new_requests, draft.lines, freed, spoilt)
 
-    def _most_prompt_tokens(self) -> int:
-        """In this step. A long prompt makes those that decode wait for as long as it takes."""
-        most = self.mixed_prompt_tokens
-        if most < self.max_num_batched_tokens and not any(
-            request.num_output_tokens for request in self.running
-        ):
-            return self.max_num_batched_tokens
-        return most
+    def _share(self) -> Share:
+        """Of this step. Where nobody decodes, prompts have all of it."""
+        running = self.running
+        if not any(request.num_output_tokens for request in running):
+            return Share(self.max_num_batched_tokens)
+        return self.pace.share(running, self.waiting)
 
     def _schedule_running(self, draft: _Draft) -> None:
         """Give every running request tokens, best-ranked first, preempting from the other end."""
@@ -189,9 +194,7 @@ class Scheduler:
     def _grant_running(self, request: Request, draft: _Draft) -> bool:
         """Give a running request what it wants or what is left; False if it lacks blocks."""
         wanted = request.num_tokens_to_compute
-        count = min(wanted, draft.budget)
-        if wanted > 1:
-            count = min(count, draft.prompt_budget)
+        count = min(wanted, draft.budget if wanted <= 1 else draft.room_for(request))
         if count == 0:  # its last token is in flight or not known yet, or prompts are full
             return True
         self.kv.trim(request)
@@ -204,7 +207,7 @@ class Scheduler:
                 return False
             missing = self.kv.num_missing_blocks(request.block_tables, computed + count)
         if wanted > 1:
-            draft.prompt_budget -= count
+            draft.prompt_budget = max(draft.prompt_budget - count, 0)
         self._grant(request, draft, count, count == wanted, missing)
         return True
 
@@ -216,7 +219,7 @@ class Scheduler:
         prefix = kv.lookup_prefix(request)
         num_cached = len(prefix[0]) * kv.block_size
         wanted = request.num_tokens - num_cached
-        count = kv.most_at_once(num_cached, min(wanted, draft.budget))
+        count = kv.most_at_once(num_cached, min(wanted, draft.room_for(request)))
         missing = kv.num_missing_blocks(prefix, num_cached + count)
         if missing + pool.num_free_among(kv.seen_blocks(prefix)) > pool.num_free_blocks:
             return None
@@ -230,6 +233,7 @@ class Scheduler:
         request.status = RequestStatus.RUNNING
         self.running.append(request)
         self._is_sorted = False
+        draft.prompt_budget = max(draft.prompt_budget - count, 0)
         self._grant(request, draft, count, count == wanted, missing, is_new=True)
         return NewRequest(
             request.request_id,
@@ -383,6 +387,7 @@ class Scheduler:
         if not was_running:
             self.waiting.remove(request)
         self.kv.release(request)
+        self.pace.lengths_are_known &= reason in ("length", "abort")
         request.status = RequestStatus.FINISHED
         request.finish_reason = reason
         request.stop_reason = stop_reason

@@ -18,12 +18,10 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from typing import Any
 
 from compiledllm.config import ConfigError, EngineConfig, all_options
 from compiledllm.engine.core import EngineCore
 from compiledllm.log import log, show_logs
-from compiledllm.platform import Platform
 from compiledllm.server.grammar_thread import Compiled, GrammarThread
 from compiledllm.server.wire import (
     Add,
@@ -57,7 +55,7 @@ def main() -> None:
     if not isinstance(start, Start):
         return
     try:
-        core = EngineCore(EngineConfig.from_options(**with_serving_defaults(start.options)))
+        core = EngineCore(EngineConfig.from_options(**start.options))
     except BaseException as error:
         is_config = isinstance(error, ConfigError)
         if not is_config:
@@ -68,17 +66,6 @@ def main() -> None:
     gc.collect()
     gc.freeze()  # models, kernels and graphs are here to stay: collections need not walk them
     EngineLoop(core, connection, Path(start.crash_folder)).run()
-
-
-def with_serving_defaults(options: dict[str, Any]) -> dict[str, Any]:
-    """On a GPU prompts take less of a step beside those that decode than offline.
-
-    The step is a gap between their tokens: 0.2 s for 8192 tokens of an 8B model on an H100. With
-    those that decode it has about as many.
-    """
-    if not Platform.detect(options.get("device", "auto")).is_cuda:
-        return options
-    return {"mixed_prompt_tokens": 7680} | options
 
 
 class EngineLoop:

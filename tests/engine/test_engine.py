@@ -13,6 +13,7 @@ import pytest
 
 from compiledllm import LLM, ConfigError, Engine, RequestOutput, SamplingParams
 from compiledllm.runner.model_runner import PendingOutput
+from compiledllm.scheduler.policy import Pace
 from compiledllm.types import SchedulerOutput
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -50,6 +51,32 @@ def test_one_prompt_or_many_in_every_form(engine: Engine) -> None:
     assert tokens(engine.generate({"prompt_token_ids": PROMPTS[0]}, GREEDY)) == expected[:1]
     mixed = [{"prompt_token_ids": PROMPTS[0]}, PROMPTS[1], tuple(PROMPTS[2]), PROMPTS[3]]
     assert tokens(engine.generate(mixed, GREEDY)) == expected
+
+
+def test_a_batch_begins_with_its_longest_requests_and_keeps_its_order(
+    make: Callable[..., Engine], engine: Engine
+) -> None:
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (3, 30, 9, 14)]
+    alone = [tokens(engine.generate(*pair))[0] for pair in zip(PROMPTS, params, strict=True)]
+    other = make()
+    other.core.scheduler.pace = Pace(balanced_tokens=2)  # prompts in many small pieces
+    steps = recorded_steps(other)
+    assert tokens(other.generate(PROMPTS, params)) == alone
+    begun = dict.fromkeys(line.request_id for step in steps for line in step.scheduled)
+    assert list(begun) == ["1", "3", "2", "0"]
+
+
+def recorded_steps(engine: Engine) -> list[SchedulerOutput]:
+    """Filled with what the engine's scheduler will schedule."""
+    steps: list[SchedulerOutput] = []
+    schedule = engine.core.scheduler.schedule
+
+    def record() -> SchedulerOutput:
+        steps.append(schedule())
+        return steps[-1]
+
+    engine.core.scheduler.schedule = record  # type: ignore[method-assign]
+    return steps
 
 
 def test_outputs_carry_what_vllm_scripts_read(engine: Engine) -> None:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from compiledllm.sampling_params import RepetitionDetectionParams, SamplingParams
 from compiledllm.scheduler.block_pool import NULL_BLOCK, BlockPool
-from compiledllm.scheduler.policy import POLICIES, WaitingQueue
+from compiledllm.scheduler.policy import POLICIES, Pace, WaitingQueue
 from compiledllm.scheduler.repetition import goes_in_circles
 from compiledllm.scheduler.scheduler import Scheduler
 from compiledllm.types import (
@@ -154,11 +154,13 @@ class Bench:
         policy: str = "fcfs",
         enable_prefix_caching: bool = True,
         mixed: int | None = None,
+        balanced: int | None = None,
         windows: tuple[int, ...] = (0,),
     ) -> None:
         self.pool = BlockPool(num_blocks, enable_prefix_caching)
         sizes = block_size, max_num_seqs, budget
-        self.scheduler = Scheduler(self.pool, *sizes, policy, mixed, windows)
+        pace = Pace(balanced or budget, None if balanced else mixed or budget)
+        self.scheduler = Scheduler(self.pool, *sizes, policy, pace, windows)
         self.runner = FakeRunner(block_size, max_num_seqs, windows)
         self.policy = policy
         self.requests: dict[str, Request] = {}
@@ -173,17 +175,21 @@ class Bench:
         stop_token_ids: Iterable[int] = (),
         eos_token_ids: Iterable[int] = (),
         min_tokens: int = 0,
+        in_batch: bool = False,
     ) -> Request:
         index = len(self.requests)
         stops = list(stop_token_ids)
         request = Request(
             request_id=name or f"r{index}",
             prompt_token_ids=prompt,
-            sampling_params=SamplingParams(stop_token_ids=stops, min_tokens=min_tokens),
+            sampling_params=SamplingParams(
+                stop_token_ids=stops, min_tokens=min_tokens, max_tokens=max_tokens + min_tokens
+            ),
             max_tokens=max_tokens,
             stop_token_ids=frozenset(stops) | frozenset(eos_token_ids),
             priority=priority,
             arrival_time=float(index) if arrival_time is None else arrival_time,
+            waits_for_batch=in_batch,
         )
         self.scheduler.add(request)
         self.requests[request.request_id] = request
@@ -275,6 +281,77 @@ def test_prompts_take_smaller_steps_beside_those_that_decode() -> None:
     assert counts(bench.step()) == {"first": 1, "second": 10}
     assert counts(bench.step()) == {"first": 1, "second": 5, "third": 5}
     assert counts(bench.step()) == {"first": 1, "second": 1, "third": 2}
+    bench.run()
+
+
+def test_a_step_in_which_requests_decode_has_twice_the_balance() -> None:
+    bench = Bench(num_blocks=200, budget=64, balanced=8)
+    bench.add(tokens(64), max_tokens=30, name="first")
+    assert counts(bench.step()) == {"first": 64}  # nobody decodes yet
+    bench.add(tokens(25, start=90), max_tokens=9, name="second")
+    assert counts(bench.step()) == {"first": 1, "second": 15}
+    assert counts(bench.step()) == {"first": 1, "second": 10}
+    assert counts(bench.step()) == {"first": 1, "second": 1}
+    bench.run()
+
+
+def test_a_step_grows_with_those_that_decode_and_with_the_prompts_that_wait() -> None:
+    bench = Bench(num_blocks=600, budget=256, balanced=2, max_num_seqs=20)
+    for n in range(6):
+        bench.add(tokens(2, start=3 * n), max_tokens=90)
+    bench.step()
+    bench.add(tokens(60, start=50), max_tokens=2, name="short")
+    assert counts(bench.step())["short"] == 64 - 6  # the power of two that eight for each need
+    assert counts(bench.step())["short"] == 2
+    for n in range(8):
+        bench.add(tokens(120, start=1000 * (n + 1)), max_tokens=2)
+    assert bench.step().num_scheduled_tokens == 128  # an eighth of 960
+    bench.run()
+
+
+def batch_of(bench: Bench, *requests: tuple[int, int]) -> list[Request]:
+    """Requests of a batch: length of the prompt, most tokens."""
+    return [
+        bench.add(tokens(length, start=100 * n), max_tokens=most, in_batch=True, arrival_time=0)
+        for n, (length, most) in enumerate(requests)
+    ]
+
+
+def test_prompts_of_a_batch_fill_steps_while_the_longest_request_decodes() -> None:
+    bench = Bench(num_blocks=200, budget=24, balanced=8)
+    batch_of(bench, (24, 30), (30, 5), (9, 4))
+    steps = [counts(step) for step in bench.run()]
+    assert steps[0] == {"r0": 24}
+    assert steps[1] == {"r0": 1, "r1": 7}  # up to the balance, not the budget
+    assert all(sum(step.values()) <= 8 for step in steps[1:])
+    assert len(steps) == 30  # as many as without the others
+
+
+def test_a_request_of_a_batch_that_would_end_last_does_not_wait() -> None:
+    bench = Bench(num_blocks=200, budget=24, balanced=8)
+    batch_of(bench, (20, 10), (40, 10), (20, 3))
+    steps = [counts(step) for step in bench.run()]
+    assert steps[:2] == [{"r0": 20, "r1": 4}, {"r0": 1, "r1": 23}]
+    assert steps[2]["r1"] == 13
+    assert "r2" not in steps[2] or steps[2]["r2"] <= 8
+
+
+def test_prompts_of_a_batch_wait_for_nobody_once_a_request_ended_early() -> None:
+    bench = Bench(num_blocks=200, budget=24, balanced=8)
+    first, *_ = batch_of(bench, (20, 30), (4, 30), (60, 5))
+    bench.step()
+    assert counts(bench.step()) == {"r0": 1, "r1": 1, "r2": 6}
+    bench.scheduler.finish(first.request_id, "stop", "text")
+    assert counts(bench.step()) == {"r1": 1, "r2": 23}
+    bench.run()
+
+
+def test_prompts_of_a_batch_wait_for_nobody_where_lengths_are_not_given() -> None:
+    bench = Bench(num_blocks=200, budget=24, balanced=8)
+    for request in batch_of(bench, (20, 30), (60, 5)):
+        request.sampling_params = SamplingParams(max_tokens=None)
+    bench.step()
+    assert counts(bench.step()) == {"r0": 1, "r1": 23}
     bench.run()
 
 
@@ -1069,6 +1146,7 @@ class Arrival:
     min_tokens: int
     abort_after: int | None  # steps
     abort_in_flight: bool  # while the step runs, or between two steps
+    in_batch: bool
 
     def prompt(self, index: int) -> list[int]:
         shared = [VOCAB_SIZE + self.prefix] * self.prefix_length
@@ -1087,6 +1165,7 @@ arrivals = st.builds(
     min_tokens=st.integers(0, 3),
     abort_after=st.sampled_from([None] * 6 + [0, 1, 4, 8]),
     abort_in_flight=st.booleans(),
+    in_batch=st.booleans(),
 ).filter(lambda arrival: arrival.prefix_length + arrival.own_length > 0)
 
 
@@ -1160,6 +1239,7 @@ class Scenario:
                 arrival_time=float(arrival.step),
                 stop_token_ids=arrival.stop_token_ids,
                 min_tokens=arrival.min_tokens,
+                in_batch=arrival.in_batch,
             )
         except ValueError:
             assert not self.fits[index]
@@ -1187,6 +1267,7 @@ scheduler_options = st.fixed_dictionaries(
         "max_num_seqs": st.integers(1, 5),
         "budget": st.integers(1, 12),
         "mixed": st.sampled_from([None, None, 1, 3]),
+        "balanced": st.sampled_from([None, None, 1, 2, 8]),
         "policy": st.sampled_from(["fcfs", "priority"]),
         "enable_prefix_caching": st.sampled_from([True, True, False]),
     }
