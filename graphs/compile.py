@@ -13,6 +13,7 @@ import threading
 import time
 import types
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -201,7 +202,8 @@ class BlockCompiler:
                     backend=self._counting_inductor,
                 )
                 _mark_token_and_row_counts_dynamic(args, variant)
-                forward(layer, *args)
+                with _cached_for(variant):
+                    forward(layer, *args)
                 compiled.setdefault(layer.spec, []).insert(0, (variant.most, forward))
         except Exception as error:  # whatever the compiler raises, the eager model still serves
             self.error = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
@@ -236,6 +238,18 @@ def _own_copy(forward: BlockForward) -> BlockForward:
     )
     copy.__kwdefaults__ = forward.__kwdefaults__
     return copy
+
+
+def _cached_for(variant: Variant) -> AbstractContextManager[None]:
+    """What is compiled inside is found again by variants of the same range only.
+
+    The compiler's own key has no ranges: it would take what was compiled for fewer tokens, and then
+    refuse it.
+    """
+    tag = f"{variant.least} to {variant.most} tokens"
+    config: Any = torch.compiler.config
+    patched: AbstractContextManager[None] = config.patch(cache_key_tag=tag)
+    return patched
 
 
 def _mark_token_and_row_counts_dynamic(args: BlockArgs, variant: Variant) -> None:

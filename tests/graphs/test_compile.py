@@ -107,6 +107,22 @@ def test_what_other_engines_compiled_changes_nothing(tiny_llama: Callable[..., P
         assert compiler.num_compiles == 2
 
 
+def test_what_was_compiled_for_fewer_tokens_is_not_found_again(
+    tiny_llama: Callable[..., Path],
+) -> None:
+    """The compiler's cache on disk does not ask for how many tokens something was compiled."""
+    for most in (96, 512):
+        engine = Engine(
+            tiny_llama(num_attention_heads=2),
+            device="cpu",
+            skip_tokenizer_init=True,
+            compile_when="start",
+            max_num_batched_tokens=most,
+        )
+        compiler = engine.core.runner.compiler
+        assert compiler.is_ready, compiler.error
+
+
 @torch.inference_mode()
 def test_layers_that_see_unequally_far_are_compiled_once(
     tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
