@@ -215,7 +215,8 @@ class InputBatch:
             for of_group in table.block_tables
         ]
         one = zeros[:1] + 1
-        return cls(zeros, zeros, attn, row, one, zeros[:1], row, one)
+        positions = zeros.clone()  # of one tensor for both the compiler would ask that again
+        return cls(zeros, positions, attn, row, one, zeros[:1], row, one)
 
 
 def _known_tokens(
