@@ -1,8 +1,9 @@
 """Compiles the decoder block: once per distinct layer spec, shared by all layers that have it.
 
-Variants of each: one token (a static shape, for single-row decode) and ranges of token counts.
-Any later compilation is a recompile, which never happens in a healthy engine: it is counted and
-tests hold it to zero. Knows "a module with blocks and a `block_forward`", no model by name.
+And the decoder's edges, what lies before the first block and behind the last. Variants of each: one
+token (a static shape, for single-row decode) and ranges of token counts. Any later compilation is a
+recompile, which never happens in a healthy engine: it is counted and tests hold it to zero. Knows
+"a module with blocks and a `block_forward`", no model by name.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import math
 import threading
 import time
 import types
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -23,10 +25,8 @@ from compiledllm.platform import can_overlap_kernels
 
 log = logging.getLogger("compiledllm")
 
-Block = nn.Module
-BlockForward = Callable[..., tuple[Tensor, Tensor]]
-BlockArgs = tuple[Any, ...]
-Example = tuple["Variant", Block, BlockArgs]
+Forward = Callable[..., Any]
+Args = tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,21 @@ class Variant:
     example: int
 
 
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A call by which a variant of something is compiled.
+
+    name: the decoder's attribute that was called. spec: of the block; None of an edge.
+    """
+
+    name: str
+    spec: Any
+    variant: Variant
+    module: nn.Module
+    args: Args
+
+
+_BLOCK = "block_forward"
 _ANY = 2**30
 _CPU_VARIANTS = (Variant(1, 1, 1), Variant(2, _ANY, 2))
 _GPU_VARIANTS = (
@@ -64,18 +79,32 @@ def variants_for(max_tokens: int, on_gpu: bool) -> list[Variant]:
     return found
 
 
+def edge_variants(variants: Sequence[Variant]) -> dict[Variant, Variant]:
+    """Those that the edges need, by the block's with the same example: one token, and any number.
+
+    Their kernels are alike for few and many, and each variant takes time at start.
+    """
+    few = dict(zip(variants[:2], variants[:2], strict=True))
+    last = variants[:2][-1]
+    return few | {last: replace(last, most=variants[-1].most)}
+
+
 class Decoder(Protocol):
     """What is compiled: `block_forward(block, *tensors, kv_cache, attn)` runs one block.
 
     The tensors begin with the dimension of tokens; blocks of equal `spec` share what is compiled.
-    kv_cache: one, or a list of them.
+    kv_cache: one, or a list of them. edges: names of attributes like it that are called once a
+    step, `edge(decoder, *tensors)`.
     """
 
-    block_forward: BlockForward
+    block_forward: Forward
+
+    @property
+    def edges(self) -> tuple[str, ...]: ...
 
 
 class BlockCompiler:
-    """Replaces a decoder's `block_forward` by its compiled form.
+    """Replaces a decoder's `block_forward` and edges by their compiled forms.
 
     decoder: the model. run_dummy: runs it on that many padding tokens. variants: by ascending
     size, the first for one token, the last for any number. Compilation is started by `compile`,
@@ -93,9 +122,10 @@ class BlockCompiler:
         self._variants = variants
         self._run_dummy = run_dummy
         self._inductor_options = {"triton.enable_pdl": can_overlap_kernels()}
-        self.eager = decoder.block_forward
+        names: tuple[str, ...] = (_BLOCK, *decoder.edges)
+        self.eager: dict[str, Forward] = {name: getattr(decoder, name) for name in names}
         self._warmed_up_at: int | None = None
-        self._compiled: BlockForward | None = None
+        self.compiled: dict[str, Forward] | None = None
         self._thread: threading.Thread | None = None
         self._threads_to_restore = 1
         self._busy_seconds_left = math.inf
@@ -162,58 +192,68 @@ class BlockCompiler:
             self.count_work(0.0)
 
     def _switch_over(self) -> None:
-        if self._compiled is not None:
+        if self.compiled is not None:
             self._warmed_up_at = self.num_compiles
-            self._decoder.block_forward = self._compiled
+            self.use(self.compiled)
             log.info("compiled the decoder block in %.1f s", self.seconds)
 
+    def use(self, forwards: Mapping[str, Forward]) -> None:
+        """Let the decoder run these: `eager`, or `compiled`."""
+        for name, forward in forwards.items():
+            setattr(self._decoder, name, forward)
+
     def _record_examples(self) -> list[Example]:
-        """Arguments of the first call of each distinct block, for each variant, largest first."""
+        """Arguments of the first call of each distinct block, for each variant, largest first.
+
+        And of each edge.
+        """
         examples: list[Example] = []
+        of_edges = edge_variants(self._variants)
         for variant in reversed(self._variants):
-            seen: set[Any] = set()
-
-            def record(
-                layer: Block, *args: Any, variant: Variant = variant, seen: set[Any] = seen
-            ) -> tuple[Tensor, Tensor]:
-                if layer.spec not in seen:
-                    seen.add(layer.spec)
-                    examples.append((variant, layer, args))
-                return self.eager(layer, *args)
-
-            self._decoder.block_forward = record
+            of_name = dict.fromkeys(self.eager, of_edges.get(variant)) | {_BLOCK: variant}
+            recorders = {n: self._recorder(n, v, examples) for n, v in of_name.items() if v}
+            self.use(self.eager | recorders)
             try:
                 self._run_dummy(variant.example)
             finally:
-                self._decoder.block_forward = self.eager
+                self.use(self.eager)
         return examples
+
+    def _recorder(self, name: str, variant: Variant, examples: list[Example]) -> Forward:
+        eager, seen = self.eager[name], set()
+
+        def record(module: Any, *args: Any) -> Any:
+            spec = module.spec if name == _BLOCK else None
+            if spec not in seen:
+                seen.add(spec)
+                examples.append(Example(name, spec, variant, module, args))
+            return eager(module, *args)
+
+        return record
 
     @torch.inference_mode()
     def _compile_examples(self, examples: list[Example]) -> None:
         start = time.perf_counter()
-        compiled: dict[Any, list[tuple[float, BlockForward]]] = {}
+        compiled: dict[tuple[str, Any], list[tuple[float, Forward]]] = {}
         try:
-            for variant, layer, args in examples:
+            for example in examples:
                 forward = torch.compile(
-                    _own_copy(self.eager),
+                    _own_copy(self.eager[example.name]),
                     fullgraph=True,
                     dynamic=False,  # but for what is marked: not what other engines differed in
                     backend=self._counting_inductor,
                 )
-                _mark_token_and_row_counts_dynamic(args, variant)
-                forward(layer, *args)
-                compiled.setdefault(layer.spec, []).insert(0, (variant.most, forward))
+                _mark_token_and_row_counts_dynamic(example)
+                with _cached_for(example.variant):
+                    forward(example.module, *example.args)
+                of_key = compiled.setdefault((example.name, example.spec), [])
+                of_key.insert(0, (example.variant.most, forward))
         except Exception as error:  # whatever the compiler raises, the eager model still serves
             self.error = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
             log.warning("compilation failed, running eagerly (%s)", self.error)
             return
         self.seconds = time.perf_counter() - start
-
-        def run(layer: Block, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-            forward = next(f for most, f in compiled[layer.spec] if len(x) <= most)
-            return forward(layer, x, *args)
-
-        self._compiled = run
+        self.compiled = {name: _by_size(name, compiled) for name in self.eager}
 
     def _counting_inductor(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
         from torch._inductor.compile_fx import compile_fx
@@ -224,7 +264,19 @@ class BlockCompiler:
         return compile_fx(graph, inputs, config_patches=self._inductor_options)
 
 
-def _own_copy(forward: BlockForward) -> BlockForward:
+def _by_size(name: str, compiled: dict[tuple[str, Any], list[tuple[float, Forward]]]) -> Forward:
+    """Calls what was compiled for the module's spec and this number of tokens."""
+    is_block = name == _BLOCK
+
+    def run(module: Any, first: Tensor, *args: Any) -> Any:
+        sizes = compiled[name, module.spec if is_block else None]
+        forward = next(f for most, f in sizes if len(first) <= most)
+        return forward(module, first, *args)
+
+    return run
+
+
+def _own_copy(forward: Forward) -> Forward:
     """The same function with a code object of its own.
 
     The compiler keeps what it compiled by code object, and at most eight of them: shared by all
@@ -238,12 +290,27 @@ def _own_copy(forward: BlockForward) -> BlockForward:
     return copy
 
 
-def _mark_token_and_row_counts_dynamic(args: BlockArgs, variant: Variant) -> None:
+def _cached_for(variant: Variant) -> AbstractContextManager[None]:
+    """What is compiled inside is found again by variants of the same range only.
+
+    The compiler's own key has no ranges: it would take what was compiled for fewer tokens, and then
+    refuse it.
+    """
+    tag = f"{variant.least} to {variant.most} tokens"
+    config: Any = torch.compiler.config
+    patched: AbstractContextManager[None] = config.patch(cache_key_tag=tag)
+    return patched
+
+
+def _mark_token_and_row_counts_dynamic(example: Example) -> None:
     """First dimension of everything but the cache: the number of tokens, or of rows."""
+    variant, tensors = example.variant, list(example.args)
     if variant.most == 1:
         return  # static
-    *tensors, _, attn = args
-    for tensor in (*tensors, attn.slot_mapping):
+    if example.name == _BLOCK:
+        *tensors, _, attn = tensors
+        tensors.append(attn.slot_mapping)
+        for tensor in (attn.block_tables, attn.seq_lens, attn.query_start_loc):
+            torch._dynamo.mark_dynamic(tensor, 0)
+    for tensor in tensors:
         torch._dynamo.mark_dynamic(tensor, 0, min=variant.least, max=variant.most)
-    for tensor in (attn.block_tables, attn.seq_lens, attn.query_start_loc):
-        torch._dynamo.mark_dynamic(tensor, 0)

@@ -127,8 +127,9 @@ def _decode_kernel(
         item, seq_lens, query_start_loc, num_rows, most_extra, window, least_tiles, KEYS,
         HAS_WINDOW, MAX_ROWS,
     )  # fmt: skip
-    # Lengths are read ahead of this: kernels that wait for all before them, as torch's do, have run
-    # since they were written (gathers of block tables and embeddings, at least).
+    # Lengths are read ahead of this. Who writes them (decode_inputs_triton, or torch's own kernels)
+    # starts when all before it is over, as ordinary kernels do, and lets nothing start before its
+    # own end: so they were there before any kernel behind it began, overlapping or not, this too.
     if OVERLAP:
         gdc_wait()
     if row >= num_rows:

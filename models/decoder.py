@@ -23,6 +23,7 @@ from compiledllm.models.layers.rope import RotaryTable
 from compiledllm.models.spec import NORMS_BEFORE, NORMS_BEHIND, LayerSpec, ModelSpec
 
 BlockForward = Callable[..., tuple[Tensor, Tensor]]
+Entered = tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]
 
 
 class Ends(NamedTuple):
@@ -97,7 +98,7 @@ class DecoderBlock(nn.Module):
         assert self.attn_norm is not None and self.mlp_norm is not None
         x = self.attn_norm(x + self._scaled(self.attn(x, cos, sin, kv_cache, attn), None))
         x = self.mlp_norm(x + self._scaled(self.mlp(x), None))
-        return x, torch.zeros_like(x)
+        return x, _nothing_due(x)
 
     def _scaled(self, out: Tensor, norm: nn.Module | None) -> Tensor:
         out = out if norm is None else norm(out)
@@ -107,11 +108,13 @@ class DecoderBlock(nn.Module):
 class Decoder(nn.Module):
     """A decoder-only transformer over a paged KV cache.
 
-    `block_forward` runs a block; `compiledllm.graphs` replaces it by the compiled one. `product`
-    gives the logits. takes_ends: whether `forward` may be asked for some tokens only; not where
-    sums have a fixed order, which a narrower product would change.
+    `block_forward` runs a block, `enter` and `leave` what lies before the first and behind the
+    last; `compiledllm.graphs` replaces them by compiled ones. `product` gives the logits.
+    takes_ends: whether `forward` may be asked for some tokens only; not where sums have a fixed
+    order, which a narrower product would change.
     """
 
+    edges = "enter", "leave"
     product: Callable[..., Tensor] = staticmethod(linear)
 
     def __init__(self, spec: ModelSpec, backend: str) -> None:
@@ -135,6 +138,8 @@ class Decoder(nn.Module):
         self.rotary = nn.ModuleList(RotaryTable(rope) for rope in ropes)
         self._rotary_index = [list(ropes).index(layer.attn.rope) for layer in spec.layers]
         self.block_forward: BlockForward = DecoderBlock.forward
+        self.enter: Callable[..., Entered] = _enter
+        self.leave: Callable[..., Tensor] = _leave
         self.takes_ends = backend != "fixed_order"
 
     def forward(
@@ -150,9 +155,7 @@ class Decoder(nn.Module):
         With `ends` only theirs, [ends, hidden]: of the last block the other tokens need just keys
         and values, which saves most of its work.
         """
-        x = self._embed(input_ids, positions)
-        due = x.new_zeros(x.shape)
-        tables = [rotary(positions, x.dtype) for rotary in self.rotary]
+        x, due, tables = self.enter(self, input_ids, positions)
         *body, last = zip(self.layers, self._rotary_index, kv_caches, attn, strict=True)
         for layer, index, kv_cache, metadata in body:
             x, due = self.block_forward(layer, x, due, *tables[index], kv_cache, metadata)
@@ -163,10 +166,9 @@ class Decoder(nn.Module):
             x, due, cos, sin = (part[ends.indices] for part in (x, due, cos, sin))
             metadata = ends.attn
         x, due = self.block_forward(layer, x, due, cos, sin, kv_cache, metadata)
-        hidden: Tensor = self.final_norm(x + due)
-        return hidden
+        return self.leave(self, x, due)
 
-    def _embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+    def embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         x = F.embedding(input_ids, self.embedding)
         if self._embedding_scale != 1:
             x = x * self._embedding_scale
@@ -189,3 +191,24 @@ class Decoder(nn.Module):
         if spec.logit_soft_cap:
             logits.div_(spec.logit_soft_cap).tanh_().mul_(spec.logit_soft_cap)
         return logits
+
+
+def _enter(decoder: Decoder, input_ids: Tensor, positions: Tensor) -> Entered:
+    """The first block's x and due, [tokens, hidden], and the cos and sin of each rotary table."""
+    x = decoder.embed(input_ids, positions)
+    return x, _nothing_due(x), [rotary(positions, x.dtype) for rotary in decoder.rotary]
+
+
+def _leave(decoder: Decoder, x: Tensor, due: Tensor) -> Tensor:
+    """[tokens, hidden]: the hidden states of what the last block gave."""
+    hidden: Tensor = decoder.final_norm(x + due)
+    return hidden
+
+
+def _nothing_due(x: Tensor) -> Tensor:
+    """Zeros, by the kernel that makes x.
+
+    Plain zeros would take another one; and of the compiler's kernels those that read nothing do not
+    wait for the one ahead, which those behind rely on. It sees through x * 0.
+    """
+    return x.clamp(0, 0)

@@ -111,6 +111,8 @@ class TransformersModel(nn.Module):
     body's result (the head, scales and caps) is its own too.
     """
 
+    edges = ()
+
     def __init__(self, spec: ModelSpec, backend: str, module: Any) -> None:
         super().__init__()
         self.spec = spec
@@ -128,8 +130,7 @@ class TransformersModel(nn.Module):
         attn: list[AttentionMetadata],
     ) -> Tensor:
         """Hidden states, [tokens, hidden]; see `Decoder.forward`. The layers have one metadata."""
-        # A tensor object of its own: padding has one for both, which the compiler would remember.
-        return self.block_forward(self.body, input_ids, positions.view(-1), kv_caches, attn[0])
+        return self.block_forward(self.body, input_ids, positions, kv_caches, attn[0])
 
     def compute_logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """[tokens, hidden] -> [tokens, vocab], in the model's dtype; into `out` if it is given."""

@@ -16,6 +16,12 @@ from torch import Tensor
 
 from compiledllm.graphs.buckets import StepShape
 from compiledllm.kernels.attention import AttentionMetadata
+from compiledllm.kernels.decode_inputs import (
+    decode_inputs,
+    one_token_each,
+    slots_in,
+    with_empty_row,
+)
 from compiledllm.models.decoder import Ends
 from compiledllm.runner.request_table import RequestTable
 from compiledllm.types import SchedulerOutput
@@ -148,10 +154,10 @@ class InputBatch:
         starts = torch.cat((F.pad(ends, (1, 0)), ends[-1:])).int()
         attn = [
             AttentionMetadata(
-                slot_mapping=_slots(
+                slot_mapping=slots_in(
                     of_group[row_of_token, positions // block_size], positions, block_size
                 ),
-                block_tables=_with_empty_row(of_group[rows]),
+                block_tables=with_empty_row(of_group[rows]),
                 seq_lens=seq_lens,
                 query_start_loc=starts,
             )
@@ -171,24 +177,18 @@ class InputBatch:
     @classmethod
     def decode(cls, rows: Tensor, table: RequestTable, block_size: int) -> InputBatch:
         """A decode step of `rows` (int64 [rows]) from device state alone."""
-        positions = table.num_computed_tokens[rows]
-        seq_lens = F.pad(positions + 1, (0, 1)).int()
-        starts = _one_token_each(rows)
-        attn = []
-        for of_group in table.block_tables:
-            block_tables = _with_empty_row(of_group[rows])
-            blocks = block_tables[:-1].gather(1, (positions // block_size)[:, None]).squeeze(1)
-            slots = _slots(blocks, positions, block_size)
-            attn.append(AttentionMetadata(slots, block_tables, seq_lens, starts))
+        input_ids, positions, lengths, indices, attn = decode_inputs(
+            rows, table.last_token_ids, table.num_computed_tokens, table.block_tables, block_size
+        )
         return cls(
-            input_ids=table.last_token_ids[rows],
+            input_ids=input_ids,
             positions=positions,
             attn=attn,
             rows=rows,
-            num_computed_tokens=positions + 1,
-            logits_indices=starts[: len(rows)].long(),
+            num_computed_tokens=lengths,
+            logits_indices=indices,
             sample_rows=rows,
-            sample_positions=positions + 1,
+            sample_positions=lengths,
         )
 
     def ends(self, table: RequestTable, group: int) -> Ends:
@@ -196,10 +196,10 @@ class InputBatch:
         rows = self.sample_rows
         attn = AttentionMetadata(
             slot_mapping=torch.full_like(rows, -1),
-            block_tables=_with_empty_row(table.block_tables[group, rows]),
+            block_tables=with_empty_row(table.block_tables[group, rows]),
             # A row of padding would attend to nothing.
             seq_lens=F.pad(self.sample_positions.clamp(min=1), (0, 1)).int(),
-            query_start_loc=_one_token_each(rows),
+            query_start_loc=one_token_each(rows),
         )
         return Ends(self.logits_indices, attn)
 
@@ -211,11 +211,12 @@ class InputBatch:
         seq_lens = torch.tensor([1, 0], dtype=torch.int32, device=table.device)
         starts = torch.tensor([0, 1, 1], dtype=torch.int32, device=table.device)
         attn = [
-            AttentionMetadata(zeros - 1, _with_empty_row(of_group[row]), seq_lens, starts)
+            AttentionMetadata(zeros - 1, with_empty_row(of_group[row]), seq_lens, starts)
             for of_group in table.block_tables
         ]
         one = zeros[:1] + 1
-        return cls(zeros, zeros, attn, row, one, zeros[:1], row, one)
+        positions = zeros.clone()  # of one tensor for both the compiler would ask that again
+        return cls(zeros, positions, attn, row, one, zeros[:1], row, one)
 
 
 def _known_tokens(
@@ -233,18 +234,3 @@ def _known_tokens(
         piece = table.token_ids[row][start : start + count]
         pieces.append(piece if len(piece) == count else np.append(piece, -1))
     return np.concatenate(pieces)
-
-
-def _one_token_each(rows: Tensor) -> Tensor:
-    """The `query_start_loc` of rows with one token each, and the empty row."""
-    starts = torch.arange(len(rows) + 1, dtype=torch.int32, device=rows.device)
-    return torch.cat((starts, starts[-1:]))
-
-
-def _slots(blocks: Tensor, positions: Tensor, block_size: int) -> Tensor:
-    """int64 [tokens]: where in the cache each token lies. blocks: its own."""
-    return blocks.long() * block_size + positions % block_size
-
-
-def _with_empty_row(block_tables: Tensor) -> Tensor:
-    return F.pad(block_tables, (0, 0, 0, 1))

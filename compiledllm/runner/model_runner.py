@@ -12,6 +12,7 @@ from torch import Tensor
 from compiledllm.graphs.buckets import StepShape
 from compiledllm.graphs.compile import BlockCompiler, variants_for
 from compiledllm.graphs.cuda_graphs import StepGraphs
+from compiledllm.kernels.decode_inputs import advance
 from compiledllm.kernels.paged_attention_flashinfer import Planner
 from compiledllm.kernels.sampling import draw_tokens
 from compiledllm.models.cache_groups import CacheGroups
@@ -257,9 +258,14 @@ class ModelRunner:
             batch.sample_positions,
             table.asked,
         )
-        table.last_token_ids[batch.sample_rows] = drawn.clamp(min=0)
-        table.num_computed_tokens[batch.rows] = batch.num_computed_tokens
-        table.num_computed_tokens[table.padding_row :].zero_()  # it would outgrow its block table
+        advance(
+            batch.rows,
+            batch.num_computed_tokens,
+            batch.sample_rows,
+            drawn,
+            table.last_token_ids,
+            table.num_computed_tokens,
+        )
         return drawn
 
     def _products_of(self, num_rows: int) -> AbstractContextManager[None]:

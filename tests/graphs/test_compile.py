@@ -56,14 +56,12 @@ def test_compiled_equals_eager_at_every_shape(engine: Engine, lengths: list[int]
     packed = torch.from_numpy(layout.pack(runner.table, layout.shape))
     size = runner.block_size
     batch = InputBatch.unpack(packed, layout.shape, len(lengths), runner.table, size)
-    compiled_forward = runner.model.block_forward
     hidden = {}
-    for name, forward in (("compiled", compiled_forward), ("eager", compiler.eager)):
-        runner.model.block_forward = forward
+    for name, forwards in (("eager", compiler.eager), ("compiled", compiler.compiled)):
+        compiler.use(forwards)
         for cache in runner.kv_caches:
             cache.zero_()
         hidden[name] = runner.forward(batch)
-    runner.model.block_forward = compiled_forward
     runner.reset()
     torch.testing.assert_close(hidden["compiled"], hidden["eager"], atol=1e-5, rtol=1e-5)
     assert compiler.num_recompiles == 0
@@ -82,9 +80,12 @@ def test_variants_cover_every_step_once(max_tokens: int, on_gpu: bool) -> None:
 
 
 def test_all_layers_share_one_graph_of_each_kind(engine: Engine) -> None:
-    """Three layers, one LayerSpec: a static graph for a single token, a dynamic one for more."""
+    """Three layers, one LayerSpec: a static graph for a single token, a dynamic one for more.
+
+    And as many for each of the two edges.
+    """
     assert len(engine.core.spec.layers) == 3
-    assert engine.core.runner.compiler.num_compiles == 2
+    assert engine.core.runner.compiler.num_compiles == 2 + 2 * 2
 
 
 def test_every_engine_of_a_process_compiles(tiny_llama: Callable[..., Path]) -> None:
@@ -104,7 +105,23 @@ def test_what_other_engines_compiled_changes_nothing(tiny_llama: Callable[..., P
         )
         compiler = engine.core.runner.compiler
         assert compiler.is_ready, compiler.error
-        assert compiler.num_compiles == 2
+        assert compiler.num_compiles == 2 + 2 * 2
+
+
+def test_what_was_compiled_for_fewer_tokens_is_not_found_again(
+    tiny_llama: Callable[..., Path],
+) -> None:
+    """The compiler's cache on disk does not ask for how many tokens something was compiled."""
+    for most in (96, 512):
+        engine = Engine(
+            tiny_llama(num_attention_heads=2),
+            device="cpu",
+            skip_tokenizer_init=True,
+            compile_when="start",
+            max_num_batched_tokens=most,
+        )
+        compiler = engine.core.runner.compiler
+        assert compiler.is_ready, compiler.error
 
 
 @torch.inference_mode()
@@ -142,13 +159,14 @@ def test_no_copy_of_the_cache_in_the_generated_code(engine: Engine) -> None:
 
     def record(*args: object) -> tuple[torch.Tensor, torch.Tensor]:
         recorded.append(args)
-        return runner.compiler.eager(*args)
+        return eager(*args)
 
+    eager = runner.compiler.eager["block_forward"]
     forward, runner.model.block_forward = runner.model.block_forward, record
     runner.run_dummy(4)
     runner.model.block_forward = forward
     torch._dynamo.reset()
-    fresh = torch.compile(runner.compiler.eager, fullgraph=True)
+    fresh = torch.compile(eager, fullgraph=True)
     _, sources = run_and_get_code(fresh, *recorded[0])
     code = "\n".join(sources)
     num_elements = runner.kv_caches[0].numel()
