@@ -127,9 +127,8 @@ def _decode_kernel(
         item, seq_lens, query_start_loc, num_rows, most_extra, window, least_tiles, KEYS,
         HAS_WINDOW, MAX_ROWS,
     )  # fmt: skip
-    # Lengths are read ahead of this. Who writes them (decode_inputs_triton, or torch's own kernels)
-    # starts when all before it is over, as ordinary kernels do, and lets nothing start before its
-    # own end: so they were there before any kernel behind it began, overlapping or not, this too.
+    # Lengths are read ahead of this: a product lies between here and whoever wrote them, and lets
+    # nothing start before all ahead of it is over.
     if OVERLAP:
         gdc_wait()
     if row >= num_rows:

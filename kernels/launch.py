@@ -24,6 +24,10 @@ def launch_options() -> dict[str, bool]:
     The kernel is then on the GPU, perhaps with its weights under way, when its inputs are ready. It
     waits (`gdc_wait`) before it touches anything but weights, always: its successor relies on
     everything before it being over.
+
+    The compiler's kernels wait only for what the kernel right ahead of them wrote: what is older
+    they may read before. So products let their successors start after their own wait: whatever
+    starts behind one, everything ahead of it is over.
     """
     overlap = can_overlap_kernels()
     return {"OVERLAP": overlap, "launch_pdl": overlap}

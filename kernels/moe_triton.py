@@ -95,8 +95,8 @@ def _grouped_kernel(
     `block_experts` are theirs.
     """
     if OVERLAP:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     outputs_at_once: tl.constexpr = OUTPUTS // 2 if IS_GATED else OUTPUTS
     num_tiles: tl.constexpr = (NUM_OUTPUTS + outputs_at_once - 1) // outputs_at_once
     program = tl.program_id(0)

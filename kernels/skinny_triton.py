@@ -57,8 +57,6 @@ def _one_row_kernel(
     NUM_INPUTS: tl.constexpr, HAS_BIAS: tl.constexpr, OUTPUTS: tl.constexpr,
     COLUMNS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    if OVERLAP:
-        gdc_launch_dependents()
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     inside = output < num_outputs
     column = tl.arange(0, COLUMNS)
@@ -67,6 +65,7 @@ def _one_row_kernel(
     w = tl.load(tile, mask, other=0.0, eviction_policy="evict_first")
     if OVERLAP:
         gdc_wait()  # weights are nobody's output; everything else may be the kernel before's
+        gdc_launch_dependents()
     total = tl.zeros([OUTPUTS, COLUMNS], tl.float32)
     for first in range(0, NUM_INPUTS, COLUMNS):
         v = tl.load(x + first + column, first + column < NUM_INPUTS, other=0.0)
@@ -87,8 +86,6 @@ def _few_rows_kernel(
     NUM_INPUTS: tl.constexpr, HAS_BIAS: tl.constexpr, OUTPUTS: tl.constexpr,
     PADDED_OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    if OVERLAP:
-        gdc_launch_dependents()
     lane = tl.arange(0, PADDED_OUTPUTS)
     output = tl.program_id(0) * OUTPUTS + lane
     inside = ((output < num_outputs) & (lane < OUTPUTS))[:, None]
@@ -99,6 +96,7 @@ def _few_rows_kernel(
     w = tl.load(tile, inside & there[None, :], other=0.0, eviction_policy="evict_first")
     if OVERLAP:
         gdc_wait()
+        gdc_launch_dependents()
     total = tl.dot(w, tl.load(inputs, is_row & there[:, None], other=0.0))
     for first in range(COLUMNS, NUM_INPUTS, COLUMNS):
         there = first + column < NUM_INPUTS
