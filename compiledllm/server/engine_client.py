@@ -78,6 +78,7 @@ class EngineClient:
         self.num_restarts = 0
         self.process: asyncio.subprocess.Process | None = None
         self._live: dict[str, LiveRequest] = {}  # by the caller's id
+        self._num_live_tokens = 0  # of all their prompts
         self._completions: dict[str, tuple[LiveRequest, Completion]] = {}  # by the engine's id
         self._vocabulary: Vocabulary | None = None  # None: no structured outputs
         self._writer: asyncio.StreamWriter | None = None
@@ -327,7 +328,7 @@ class EngineClient:
                 f"{at_once + self._limits.queued_requests} may",
                 self._retry_after(),
             )
-        tokens = sum(live.num_tokens for live in self._live.values())
+        tokens = self._num_live_tokens
         if tokens and tokens + num_tokens > self._limits.queued_tokens:
             raise Overloaded(
                 f"prompts of {tokens} tokens are running or waiting, and "
@@ -363,6 +364,7 @@ class EngineClient:
         if not self._live:
             self._last_sign = time.monotonic()
         self._live[state.request_id] = live
+        self._num_live_tokens += live.num_tokens
         for completion in state.completions:
             self._completions[completion.request.request_id] = live, completion
         self._send_request(live)
@@ -387,6 +389,7 @@ class EngineClient:
     def _forget(self, live: LiveRequest) -> None:
         if self._live.get(live.state.request_id) is live:
             del self._live[live.state.request_id]
+            self._num_live_tokens -= live.num_tokens
         for completion in live.state.completions:
             pair = self._completions.get(completion.request.request_id)
             if pair is not None and pair[0] is live:

@@ -52,11 +52,11 @@ class LiveRequest:
     error: Exception | None = None  # what ends it, once those are taken
     was_shown: bool = False  # any of it
     was_replayed: bool = False
+    num_tokens: int = field(init=False)  # of its prompt, for each completion
     _waiter: asyncio.Future[None] | None = None
 
-    @property
-    def num_tokens(self) -> int:
-        return sum(c.request.num_prompt_tokens for c in self.state.completions)
+    def __post_init__(self) -> None:
+        self.num_tokens = sum(c.request.num_prompt_tokens for c in self.state.completions)
 
     def put(self, output: RequestOutput) -> None:
         self.outputs.append(output)
