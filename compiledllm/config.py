@@ -95,7 +95,7 @@ class SchedulerConfig:
     mixed_prompt_tokens: int | None = option(
         None,
         "most prompt tokens in a step in which requests decode: a longer step is a longer gap "
-        "between their tokens; default: by the number of these requests on a GPU, 128 on a CPU",
+        "between their tokens; default: by how many decode and wait on a GPU, 128 on a CPU",
     )
     async_scheduling: bool | None = option(
         None, "launch a step before the last one's tokens are known; default: on a GPU"

@@ -3,7 +3,7 @@
 And the decoder's edges, what lies before the first block and behind the last. Variants of each: one
 token (a static shape, for single-row decode) and ranges of token counts. Any later compilation is a
 recompile, which never happens in a healthy engine: it is counted and tests hold it to zero. Knows
-"a module with blocks and a `block_forward`", no model by name.
+"a module with blocks, a `block_forward` and edges", no model by name.
 """
 
 from __future__ import annotations

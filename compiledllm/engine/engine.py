@@ -337,14 +337,14 @@ LLM = Engine  # vLLM's name for it
 
 def _as_batch(states: list[RequestState]) -> list[RequestState]:
     """Requests that are waited for together: those that may run longest come first, or as given."""
-    now = time.monotonic()
-    for state in states:
-        for completion in state.completions:
-            completion.request.arrival_time = now
-            completion.request.waits_for_batch = True
+    requests = [completion.request for state in states for completion in state.completions]
+    arrival = min((request.arrival_time for request in requests), default=0.0)
+    for request in requests:
+        request.arrival_time, request.waits_for_batch = arrival, True
 
     def most_tokens(state: RequestState) -> float:
-        return state.completions[0].request.sampling_params.max_tokens or math.inf
+        request = state.completions[0].request
+        return math.inf if request.sampling_params.max_tokens is None else request.max_tokens
 
     return sorted(states, key=most_tokens, reverse=True)
 

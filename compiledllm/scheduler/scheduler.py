@@ -44,15 +44,11 @@ class _Draft:
     """A step while it is put together. Tokens left: budget, and of it prompt_budget for prompts."""
 
     budget: int
-    prompt_budget: int
-    share: Share
+    prompt_budget: int = 0
+    share: Share | None = None  # until a prompt asks for it
     lines: list[ScheduledRequest] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)  # of the lines
     has_preempted: bool = False
-
-    def room_for(self, request: Request) -> int:
-        """Tokens of its prompt that the step can take."""
-        return self.budget if self.share.is_due(request) else min(self.budget, self.prompt_budget)
 
 
 class Scheduler:
@@ -135,13 +131,13 @@ class Scheduler:
 
     def schedule(self) -> SchedulerOutput:
         """Choose this step's work, allocate its blocks, say what changed since the last step."""
-        share = self._share()
-        draft = _Draft(self.max_num_batched_tokens, share.prompt_tokens, share)
+        draft = _Draft(self.max_num_batched_tokens)
         self._schedule_running(draft)
         new_requests: list[NewRequest] = []
         # A step that had to preempt admits nobody: the blocks it freed would be taken right back.
-        while not draft.has_preempted and self.waiting and draft.room_for(self.waiting.peek()):
-            admitted = self._admit(self.waiting.peek(), draft)
+        while not draft.has_preempted and self.waiting:
+            room = self._room_for(self.waiting.peek(), draft)
+            admitted = self._admit(self.waiting.peek(), draft, room) if room else None
             if admitted is None:
                 break
             new_requests.append(admitted)
@@ -150,12 +146,24 @@ class Scheduler:
         self._in_flight.append(draft.requests)
         return SchedulerOutput(new_requests, draft.lines, freed, spoilt)
 
-    def _share(self) -> Share:
+    def _room_for(self, request: Request, draft: _Draft) -> int:
+        """Tokens of its prompt that the step can take. The best-ranked prompt asks first."""
+        if draft.share is None:
+            draft.share = self._share_for(request)
+            draft.prompt_budget = draft.share.prompt_tokens
+        if draft.share.is_due(request):
+            return draft.budget
+        return min(draft.budget, draft.prompt_budget)
+
+    def _share_for(self, prompt: Request) -> Share:
         """Of this step. Where nobody decodes, prompts have all of it."""
         running = self.running
         if not any(request.num_output_tokens for request in running):
             return Share(self.max_num_batched_tokens)
-        return self.pace.share(running, self.waiting)
+        backlog = self.waiting.num_prompt_tokens
+        if prompt.status is RequestStatus.RUNNING:
+            backlog += prompt.num_tokens_to_compute
+        return self.pace.share(prompt, running, backlog)
 
     def _schedule_running(self, draft: _Draft) -> None:
         """Give every running request tokens, best-ranked first, preempting from the other end."""
@@ -194,7 +202,7 @@ class Scheduler:
     def _grant_running(self, request: Request, draft: _Draft) -> bool:
         """Give a running request what it wants or what is left; False if it lacks blocks."""
         wanted = request.num_tokens_to_compute
-        count = min(wanted, draft.budget if wanted <= 1 else draft.room_for(request))
+        count = min(wanted, draft.budget if wanted <= 1 else self._room_for(request, draft))
         if count == 0:  # its last token is in flight or not known yet, or prompts are full
             return True
         self.kv.trim(request)
@@ -211,15 +219,18 @@ class Scheduler:
         self._grant(request, draft, count, count == wanted, missing)
         return True
 
-    def _admit(self, request: Request, draft: _Draft) -> NewRequest | None:
-        """Start (or resume) a waiting request, reusing cached blocks; None if it must wait."""
+    def _admit(self, request: Request, draft: _Draft, room: int) -> NewRequest | None:
+        """Start (or resume) a waiting request, reusing cached blocks; None if it must wait.
+
+        room: the most tokens it may get.
+        """
         if len(self.running) >= self.max_num_seqs or request.num_tokens_in_flight:
             return None
         kv, pool = self.kv, self.block_pool
         prefix = kv.lookup_prefix(request)
         num_cached = len(prefix[0]) * kv.block_size
         wanted = request.num_tokens - num_cached
-        count = kv.most_at_once(num_cached, min(wanted, draft.room_for(request)))
+        count = kv.most_at_once(num_cached, min(wanted, room))
         missing = kv.num_missing_blocks(prefix, num_cached + count)
         if missing + pool.num_free_among(kv.seen_blocks(prefix)) > pool.num_free_blocks:
             return None
@@ -387,7 +398,7 @@ class Scheduler:
         if not was_running:
             self.waiting.remove(request)
         self.kv.release(request)
-        self.pace.lengths_are_known &= reason in ("length", "abort")
+        self.pace.note_end(request, reason)
         request.status = RequestStatus.FINISHED
         request.finish_reason = reason
         request.stop_reason = stop_reason
