@@ -31,8 +31,8 @@ def priority(request: Request) -> SortKey:
 # can read meanwhile, 150 to 300 of 16-bit numbers.
 BALANCED_TOKENS = 256
 _TOKENS_PER_ROW = 8  # of a step, at least
-_STEPS_FOR_BACKLOG = 8
-_MOST_GROWTH = 16  # times the least: a step of an 8B model takes 0.16 s then, on an H100
+_STEPS_FOR_BACKLOG = 4
+_MOST_GROWTH = 8  # times the least: a step of an 8B model takes 0.09 s then, on an H100
 
 POLICIES: dict[str, Policy] = {"fcfs": fcfs, "priority": priority}
 
@@ -107,7 +107,7 @@ class Pace:
 
     - Where somebody waits for each token, a step has at least twice as many tokens, of which more
       are not computed faster; eight for each request, so that prompts keep up with the answers; and
-      an eighth of the prompts that wait, up to 16 times as many. More would make everybody wait
+      a quarter of the prompts that wait, up to eight times as many. More would make everybody wait
       longer.
     - Where somebody waits for a whole batch, prompts fill steps up to the balance: the longest
       request takes as many steps as it has tokens, whatever the others do. Only one that would be

@@ -296,16 +296,16 @@ def test_a_step_in_which_requests_decode_has_twice_the_balance() -> None:
 
 
 def test_a_step_grows_with_those_that_decode_and_with_the_prompts_that_wait() -> None:
-    bench = Bench(num_blocks=600, budget=256, balanced=4, max_num_seqs=20)
+    bench = Bench(num_blocks=600, budget=256, balanced=8, max_num_seqs=20)
     for n in range(6):
         bench.add(tokens(2, start=3 * n), max_tokens=90)
     bench.step()
     bench.add(tokens(60, start=50), max_tokens=2, name="short")
     assert counts(bench.step())["short"] == 64 - 6  # the power of two that eight for each need
     assert counts(bench.step())["short"] == 2
-    for n in range(8):
+    for n in range(4):
         bench.add(tokens(120, start=1000 * (n + 1)), max_tokens=2)
-    assert bench.step().num_scheduled_tokens == 128  # an eighth of 960
+    assert bench.step().num_scheduled_tokens == 128  # a quarter of 480
     bench.run()
 
 
@@ -315,7 +315,7 @@ def test_a_step_grows_no_further_however_many_prompts_wait() -> None:
     bench.step()
     for n in range(8):
         bench.add(tokens(900, start=1000 * (n + 1)), max_tokens=2)
-    assert bench.step().num_scheduled_tokens == 64  # 16 times the least
+    assert bench.step().num_scheduled_tokens == 32  # eight times the least
 
 
 def batch_of(bench: Bench, *requests: tuple[int, int]) -> list[Request]:
