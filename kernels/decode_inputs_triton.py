@@ -1,8 +1,4 @@
-"""`decode_inputs` in Triton: the kernels around a captured decode step's model.
-
-Neither lets its successor start early: attention reads the lengths before it waits for the kernels
-ahead of it.
-"""
+"""`decode_inputs` in Triton: the kernels around a captured decode step's model."""
 
 # Triton functions are typed by what they are called with.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"

@@ -153,7 +153,7 @@ class Scheduler:
             draft.prompt_budget = draft.share.prompt_tokens
         if draft.share.is_due(request):
             return draft.budget
-        return min(draft.budget, draft.prompt_budget)
+        return max(min(draft.budget, draft.prompt_budget), 0)  # what is due may take more than that
 
     def _share_for(self, prompt: Request) -> Share:
         """Of this step. Where nobody decodes, prompts have all of it."""
@@ -215,7 +215,7 @@ class Scheduler:
                 return False
             missing = self.kv.num_missing_blocks(request.block_tables, computed + count)
         if wanted > 1:
-            draft.prompt_budget = max(draft.prompt_budget - count, 0)
+            draft.prompt_budget -= count
         self._grant(request, draft, count, count == wanted, missing)
         return True
 
@@ -244,7 +244,7 @@ class Scheduler:
         request.status = RequestStatus.RUNNING
         self.running.append(request)
         self._is_sorted = False
-        draft.prompt_budget = max(draft.prompt_budget - count, 0)
+        draft.prompt_budget -= count
         self._grant(request, draft, count, count == wanted, missing, is_new=True)
         return NewRequest(
             request.request_id,
