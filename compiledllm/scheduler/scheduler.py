@@ -160,10 +160,8 @@ class Scheduler:
         running = self.running
         if not any(request.num_output_tokens for request in running):
             return Share(self.max_num_batched_tokens)
-        backlog = self.waiting.num_prompt_tokens
-        if prompt.status is RequestStatus.RUNNING:
-            backlog += prompt.num_tokens_to_compute
-        return self.pace.share(prompt, running, backlog)
+        num_waiting = len(self.waiting) + (prompt.status is RequestStatus.RUNNING)
+        return self.pace.share(prompt, running, num_waiting)
 
     def _schedule_running(self, draft: _Draft) -> None:
         """Give every running request tokens, best-ranked first, preempting from the other end."""

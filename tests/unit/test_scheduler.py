@@ -284,38 +284,47 @@ def test_prompts_take_smaller_steps_beside_those_that_decode() -> None:
     bench.run()
 
 
-def test_a_step_in_which_requests_decode_has_twice_the_balance() -> None:
-    bench = Bench(num_blocks=200, budget=64, balanced=8)
-    bench.add(tokens(64), max_tokens=30, name="first")
-    assert counts(bench.step()) == {"first": 64}  # nobody decodes yet
-    bench.add(tokens(25, start=90), max_tokens=9, name="second")
-    assert counts(bench.step()) == {"first": 1, "second": 15}
-    assert counts(bench.step()) == {"first": 1, "second": 10}
-    assert counts(bench.step()) == {"first": 1, "second": 1}
-    bench.run()
-
-
-def test_a_step_grows_with_those_that_decode_and_with_the_prompts_that_wait() -> None:
-    bench = Bench(num_blocks=600, budget=256, balanced=8, max_num_seqs=20)
-    for n in range(6):
+def beside(num_decoding: int, num_waiting: int) -> int:
+    """Tokens of the first step in which prompts of 300 tokens share it with those that decode."""
+    bench = Bench(num_blocks=9000, budget=5000, balanced=16, max_num_seqs=200)
+    for n in range(num_decoding):
         bench.add(tokens(2, start=3 * n), max_tokens=90)
     bench.step()
-    bench.add(tokens(60, start=50), max_tokens=2, name="short")
-    assert counts(bench.step())["short"] == 64 - 6  # the power of two that eight for each need
-    assert counts(bench.step())["short"] == 2
-    for n in range(4):
-        bench.add(tokens(120, start=1000 * (n + 1)), max_tokens=2)
-    assert bench.step().num_scheduled_tokens == 128  # a quarter of 480
+    for n in range(num_waiting):
+        bench.add(tokens(300, start=1000 * (n + 1)), max_tokens=2)
+    num_tokens = bench.step().num_scheduled_tokens
     bench.run()
+    return num_tokens
 
 
-def test_a_step_grows_no_further_however_many_prompts_wait() -> None:
-    bench = Bench(num_blocks=9000, budget=5000, balanced=2, max_num_seqs=20)
-    bench.add(tokens(2), max_tokens=90)
-    bench.step()
-    for n in range(8):
-        bench.add(tokens(900, start=1000 * (n + 1)), max_tokens=2)
-    assert bench.step().num_scheduled_tokens == 32  # eight times the least
+@pytest.mark.parametrize(
+    ("num_decoding", "num_waiting", "times_the_balance"),
+    [
+        (4, 4, 4),  # as many wait as decode
+        (4, 1, 2),  # a quarter of them: half of that
+        (1, 4, 8),  # four times as many: twice
+        (1, 40, 8),  # it grows no further
+        (17, 1, 16),  # eight tokens for each, as a power of two
+    ],
+)
+def test_a_step_grows_with_the_root_of_those_that_wait_for_each_that_decodes(
+    num_decoding: int, num_waiting: int, times_the_balance: int
+) -> None:
+    assert beside(num_decoding, num_waiting) == min(
+        16 * times_the_balance, num_decoding + 300 * num_waiting
+    )
+
+
+def test_a_prompt_goes_on_beside_those_that_decode() -> None:
+    bench = Bench(num_blocks=200, budget=64, balanced=4)
+    bench.add(tokens(64), max_tokens=30, name="first")
+    assert counts(bench.step()) == {"first": 64}  # nobody decodes yet
+    bench.add(tokens(40, start=90), max_tokens=9, name="second")
+    assert counts(bench.step()) == {"first": 1, "second": 15}
+    assert counts(bench.step()) == {"first": 1, "second": 14}  # one waits, two run: 16 in all
+    assert counts(bench.step()) == {"first": 1, "second": 11}
+    assert counts(bench.step()) == {"first": 1, "second": 1}
+    bench.run()
 
 
 def batch_of(bench: Bench, *requests: tuple[int, int]) -> list[Request]:
