@@ -6,16 +6,18 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 # (up to this size, in steps of): dense where a padded row costs most, sparse where it costs little.
-_STEPS = ((8, 1), (16, 2), (32, 4), (128, 8), (256, 16), (512, 32))
+# Beyond 256 the sizes at which products of four models are no slower than at smaller ones: on an
+# H100 448 rows of an 8B model take 45 % longer than 512, 832 of a 0.6B model 40 % longer than 896.
+_STEPS = ((8, 1), (16, 2), (32, 4), (128, 8), (256, 16), (384, 64), (432, 48), (512, 80))
 
 
 def ladder(max_size: int) -> list[int]:
-    """Ascending bucket sizes; the last is `max_size` itself (the next is 64 apart past 512)."""
+    """Ascending bucket sizes; the last is `max_size` itself (past 512 they are 128 apart)."""
     if max_size < 1:
         raise ValueError(f"the largest bucket must be at least 1, got {max_size}")
     sizes: list[int] = []
     start = 0
-    for end, step in (*_STEPS, (max_size, 64)):
+    for end, step in (*_STEPS, (max_size, 128)):
         sizes += range(start + step, end + 1, step)
         start = max(start, end)
     return [size for size in sizes if size < max_size] + [max_size]

@@ -53,12 +53,12 @@ def test_small_batches_are_never_padded() -> None:
 def test_largest_size_is_a_bucket_also_between_two_steps() -> None:
     assert ladder(13) == [*range(1, 9), 10, 12, 13]
     assert ladder(1) == [1]
-    assert ladder(600)[-3:] == [512, 576, 600]
+    assert ladder(600)[-4:] == [384, 432, 512, 600]
 
 
 def test_ladder_stays_short() -> None:
     assert len(ladder(256)) <= 36
-    assert len(ladder(1024)) <= 52
+    assert len(ladder(1024)) <= 44
 
 
 def test_batch_above_the_largest_bucket_has_none() -> None:
