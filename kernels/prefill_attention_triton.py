@@ -10,8 +10,9 @@ from typing import Any
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from compiledllm.kernels.launch import num_multiprocessors
+from compiledllm.kernels.launch import launch_options, num_multiprocessors
 from compiledllm.kernels.online_softmax_triton import Tiling, after_sinks, attend_keys
 
 
@@ -40,8 +41,10 @@ def _prefill_kernel(
     GROUP: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     TOKEN_STRIDE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr, PADDED_DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    FIXED_ORDER: tl.constexpr,
+    FIXED_ORDER: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        gdc_launch_dependents()
     TOKENS: tl.constexpr = ROWS // GROUP  # query tokens of a program
     ALL_MASKED: tl.constexpr = HAS_WINDOW or FIXED_ORDER
     NUM_KV_HEADS: tl.constexpr = NUM_HEADS // GROUP
@@ -62,6 +65,9 @@ def _prefill_kernel(
     is_done = first_query >= count
     if not FIXED_ORDER:
         is_done = is_done | (count == 1)  # by _decode_kernel
+    # Lengths are read ahead of this, as there; programs without work wait too.
+    if OVERLAP:
+        gdc_wait()
     if is_done:
         return
     length = tl.load(seq_lens + row)
@@ -123,5 +129,5 @@ def attend_prompts(
     _prefill_kernel[(kv_cache.shape[3] * num_programs,)](
         *tensors, *scalars, num_rows,
         ROWS=tiling.rows, KEYS=tiling.keys, FIXED_ORDER=fixed_order, num_warps=tiling.num_warps,
-        num_stages=tiling.num_stages, maxnreg=tiling.max_registers, **constants,
+        num_stages=tiling.num_stages, maxnreg=tiling.max_registers, **launch_options(), **constants,
     )  # fmt: skip
