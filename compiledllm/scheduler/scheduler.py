@@ -158,7 +158,7 @@ class Scheduler:
     def _share_for(self, prompt: Request) -> Share:
         """Of this step. Where nobody decodes, prompts have all of it."""
         running = self.running
-        if not any(request.num_output_tokens for request in running):
+        if not any(r.num_output_tokens or r.num_tokens_in_flight for r in running):
             return Share(self.max_num_batched_tokens)
         num_waiting = len(self.waiting) + (prompt.status is RequestStatus.RUNNING)
         return self.pace.share(prompt, running, num_waiting)

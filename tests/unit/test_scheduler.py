@@ -285,13 +285,13 @@ def test_prompts_take_smaller_steps_beside_those_that_decode() -> None:
 
 
 def beside(num_decoding: int, num_waiting: int) -> int:
-    """Tokens of the first step in which prompts of 300 tokens share it with those that decode."""
-    bench = Bench(num_blocks=9000, budget=5000, balanced=16, max_num_seqs=200)
+    """Tokens of the first step in which prompts of 600 tokens share it with those that decode."""
+    bench = Bench(num_blocks=9000, budget=5000, balanced=64, max_num_seqs=200)
     for n in range(num_decoding):
         bench.add(tokens(2, start=3 * n), max_tokens=90)
     bench.step()
     for n in range(num_waiting):
-        bench.add(tokens(300, start=1000 * (n + 1)), max_tokens=2)
+        bench.add(tokens(600, start=1000 * (n + 1)), max_tokens=2)
     num_tokens = bench.step().num_scheduled_tokens
     bench.run()
     return num_tokens
@@ -302,16 +302,17 @@ def beside(num_decoding: int, num_waiting: int) -> int:
     [
         (4, 4, 4),  # as many wait as decode
         (4, 1, 2),  # a quarter of them: half of that
+        (8, 1, 2),  # 1.41: up to a power of two
         (1, 4, 8),  # four times as many: twice
         (1, 40, 8),  # it grows no further
-        (17, 1, 16),  # eight tokens for each, as a power of two
+        (17, 1, 4),  # eight tokens for each make 2.1
     ],
 )
 def test_a_step_grows_with_the_root_of_those_that_wait_for_each_that_decodes(
     num_decoding: int, num_waiting: int, times_the_balance: int
 ) -> None:
     assert beside(num_decoding, num_waiting) == min(
-        16 * times_the_balance, num_decoding + 300 * num_waiting
+        64 * times_the_balance, num_decoding + 600 * num_waiting
     )
 
 
@@ -324,6 +325,18 @@ def test_a_prompt_goes_on_beside_those_that_decode() -> None:
     assert counts(bench.step()) == {"first": 1, "second": 14}  # one waits, two run: 16 in all
     assert counts(bench.step()) == {"first": 1, "second": 11}
     assert counts(bench.step()) == {"first": 1, "second": 1}
+    bench.run()
+
+
+def test_who_waits_for_a_first_token_in_flight_decodes_in_the_next_step() -> None:
+    bench = Bench(num_blocks=200, budget=64, balanced=4)
+    bench.add(tokens(20), max_tokens=9, name="first")
+    ahead = bench.schedule()
+    bench.add(tokens(60, start=90), max_tokens=9, name="second")
+    step = bench.schedule()
+    assert counts(step) == {"first": 1, "second": 15}
+    for launched in (ahead, step):
+        bench.scheduler.update(launched, bench.runner.execute(launched))
     bench.run()
 
 
