@@ -126,12 +126,11 @@ class Pace:
             return Share(self.prompt_tokens)
         if prompt.waits_for_batch:
             return self._share_of_batch(prompt, running)
-        rows, growth = len(running), _WHERE_EVEN * math.sqrt(num_waiting / len(running))
-        wanted = max(self.balanced_tokens * min(growth, _AT_MOST), _TOKENS_PER_ROW * rows)
-        tokens = self.balanced_tokens
-        while tokens < wanted:
-            tokens *= 2  # a size that is captured: nothing is padded
-        return Share(tokens - rows)
+        rows = len(running)
+        growth = min(_WHERE_EVEN * math.sqrt(num_waiting / rows), _AT_MOST)
+        times = max(growth, _TOKENS_PER_ROW * rows / self.balanced_tokens, 1)
+        power = 2 ** math.ceil(math.log2(times))  # such sizes are captured: nothing is padded
+        return Share(self.balanced_tokens * power - rows)
 
     def _share_of_batch(self, prompt: Request, running: Sequence[Request]) -> Share:
         if not self.lengths_are_known or prompt.sampling_params.max_tokens is None:
