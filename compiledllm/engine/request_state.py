@@ -102,6 +102,11 @@ class RequestState:
         self._params = params
         self._tokenizer = completions[0]._tokenizer
         self._is_choosing = len(completions) > params.n
+        self._shows_end_only = (
+            self._is_choosing or params.output_kind is RequestOutputKind.FINAL_ONLY
+        )
+        self._shows_deltas = params.output_kind is RequestOutputKind.DELTA and not self._is_choosing
+        self._interval = params.stream_interval or 1
         self._shows_logprobs = params.wants_logprobs
         self._tokens_shown = 0
         self.is_over = False  # its last output was shown by `next_output`
@@ -113,20 +118,29 @@ class RequestState:
                 return False
         return True
 
+    @property
+    def is_due(self) -> bool:
+        """Whether a stream shows something now, by `output_kind` and `stream_interval`."""
+        if self.is_finished:
+            return not self.is_over
+        if self._shows_end_only:
+            return False
+        num_new = self._num_tokens() - self._tokens_shown
+        return num_new >= self._interval or (num_new > 0 and self._tokens_shown == 0)
+
     def next_output(self) -> RequestOutput | None:
-        """What a stream shows now, by `output_kind` and `stream_interval`; None: nothing new."""
-        if self.is_over:
+        """What a stream shows now: all that came since the last call; None: nothing is due."""
+        if not self.is_due:
             return None
-        kind, interval = self._params.output_kind, self._params.stream_interval or 1
-        count = sum([c.request.num_output_tokens for c in self.completions])
         self.is_over = self.is_finished
-        if not self.is_over:
-            is_final_only = kind is RequestOutputKind.FINAL_ONLY or self._is_choosing
-            is_due = self._tokens_shown == 0 or count - self._tokens_shown >= interval
-            if is_final_only or count == self._tokens_shown or not is_due:
-                return None
-        self._tokens_shown = count
-        return self.output(kind is RequestOutputKind.DELTA and not self._is_choosing)
+        self._tokens_shown = self._num_tokens()
+        return self.output(self._shows_deltas)
+
+    def _num_tokens(self) -> int:
+        count = 0
+        for completion in self.completions:
+            count += completion.request.num_output_tokens
+        return count
 
     def output(self, delta: bool = False) -> RequestOutput:
         """The state now; with `delta` only what came since the last call with it."""
