@@ -219,7 +219,7 @@ class EngineClient:
     def _handle(self, message: Stepped | Failed) -> None:
         if isinstance(message, Stepped):
             self.stats = message.stats
-            self._take(message.grown)
+            self._take(message)
         else:
             self.failure = message
 
@@ -240,38 +240,51 @@ class EngineClient:
         if self.state == "loading":
             self._set("ready")
 
-    def _take(self, grown: list[Grown]) -> None:
-        now = time.monotonic()
-        for news in grown:
-            pair = self._completions.get(news.request_id)
-            if pair is not None:
-                live, completion = pair
-                self._grow(completion, news, now)
+    def _take(self, step: Stepped) -> None:
+        now, completions = time.monotonic(), self._completions
+        for request_id, token_id in step.token_ids.items():
+            if request_id in completions:
+                live, completion = completions[request_id]
+                if self._push(completion, token_id, now) and live.state.is_finished:
+                    self._forget(live)
                 live.wake()
+        for news in step.grown:
+            if news.request_id in completions:
+                live, completion = completions[news.request_id]
+                self._grow(completion, news, now)
                 if live.state.is_finished:
                     self._forget(live)
+                live.wake()
 
     def _grow(self, completion: Completion, news: Grown, now: float) -> None:
-        """Book what came; a stop string ends the completion, and the engine is told."""
+        """Book what came, up to a stop string."""
         request = completion.request
         request.num_cached_tokens = news.num_cached_tokens
         request.logprobs += news.logprobs
         request.prompt_logprobs += news.prompt_logprobs
         for index, token_id in enumerate(news.token_ids):
-            request.token_ids.append(token_id)
             if news.finish_reason and index == len(news.token_ids) - 1:
                 _finish_mirror(completion, news.finish_reason, news.stop_reason)
-            stop = completion.push_last_token(now)
-            if stop is not None:
-                del request.logprobs[request.num_output_tokens :]
-                if not request.is_finished:
-                    self._send(Finish([request.request_id], "stop"))
-                _finish_mirror(completion, "stop", stop)
+            if self._push(completion, token_id, now):
                 break
         if news.finish_reason and not request.is_finished:
             _finish_mirror(completion, news.finish_reason, news.stop_reason)
         if request.is_finished:
             self._completions.pop(request.request_id, None)
+
+    def _push(self, completion: Completion, token_id: int, now: float) -> bool:
+        """Book a token. True: a stop string ended the completion, and the engine knows."""
+        request = completion.request
+        request.token_ids.append(token_id)
+        stop = completion.push_last_token(now)
+        if stop is None:
+            return False
+        del request.logprobs[request.num_output_tokens :]
+        if not request.is_finished:
+            self._send(Finish([request.request_id], "stop"))
+        _finish_mirror(completion, "stop", stop)
+        self._completions.pop(request.request_id, None)
+        return True
 
     def _send(self, message: ToEngine) -> None:
         if self._writer is not None and not self._writer.is_closing():

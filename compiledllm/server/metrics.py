@@ -137,7 +137,7 @@ class Metrics:
         self.running.set(stats.num_running)
         self.waiting.set(stats.num_waiting)
         self.kv_usage.set(stats.kv_usage)
-        count = sum(len(grown.token_ids) for grown in message.grown)
+        count = message.num_tokens
         self.generation_tokens.inc(count)
         self._advance("preemptions", self.preemptions, stats.num_preemptions)
         self._advance("corrupted", self.corrupted, stats.num_failed_rows)

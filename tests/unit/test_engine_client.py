@@ -48,8 +48,8 @@ class Bench:
 
     def step(self, tokens: dict[str, str], *grown: Grown) -> None:
         """A step that gives each of these requests its letter."""
-        plain = [Grown(request_id, [ord(letter)]) for request_id, letter in tokens.items()]
-        self.client._handle(Stepped([*plain, *grown], STATS))
+        token_ids = {request_id: ord(letter) for request_id, letter in tokens.items()}
+        self.client._handle(Stepped(token_ids, list(grown), STATS))
 
 
 def live_request(name: str = "r", n: int = 1, **params: Any) -> LiveRequest:
@@ -252,7 +252,7 @@ def test_frames_that_have_come_are_all_read_before_anything_is_shown(
 
     async def run() -> None:
         reader = await started(live)
-        steps = [Stepped([Grown("r", [ord(letter)])], STATS) for letter in "abcd"]
+        steps = [Stepped({"r": ord(letter)}, [], STATS) for letter in "abcd"]
         theirs.sendall(b"".join(map(frame, steps[:3])))
         supervisor = asyncio.create_task(client._keep_running())
         assert only(await reader).text == "abc"
