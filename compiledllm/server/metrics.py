@@ -166,7 +166,9 @@ class Metrics:
     def grow(self, timing: _Timing, output: RequestOutput) -> None:
         """An output of a request has come."""
         now = time.monotonic()
-        count = sum([len(completion.token_ids) for completion in output.outputs])
+        count = 0
+        for completion in output.outputs:
+            count += len(completion.token_ids)
         if timing.first is None:
             timing.first = now
             self.ttft.observe(now - timing.arrival)
