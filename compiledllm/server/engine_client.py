@@ -56,6 +56,7 @@ from compiledllm.types import RequestStatus
 State = Literal["loading", "ready", "draining", "dead"]
 MOST_RESTARTS = 5  # in RESTART_WINDOW_S; then something is wrong that a restart does not mend
 RESTART_WINDOW_S = 600.0
+YOUNG_OBJECTS = 20_000  # let live between collections; a request is about a thousand
 
 
 class EngineClient:
@@ -231,6 +232,7 @@ class EngineClient:
             self._vocabulary = await asyncio.to_thread(_vocabulary_of, requests)
             gc.collect()
             gc.freeze()  # what is here now is here to stay: collections need not walk it
+            gc.set_threshold(YOUNG_OBJECTS)
         if self._vocabulary is not None:
             self._send(Speak(self._vocabulary))
         self.requests = requests

@@ -25,6 +25,8 @@ from compiledllm.server.metrics import Metrics
 from compiledllm.server.protocol import ChatRequest, CompletionRequest, Generation
 from compiledllm.server.tools import ToolUse, tool_use
 
+SHORT_PROMPT = 8192  # token ids, which take about a millisecond to check
+
 
 @dataclass(slots=True)
 class Job:
@@ -94,7 +96,7 @@ class Serving:
         return name or self.model_names[0]
 
     async def job(self, body: ChatRequest | CompletionRequest, http_id: str) -> Job:
-        """Templates, tokens and checks, in a thread: a long prompt holds nobody up.
+        """Templates, tokens and checks; in a thread if they may take long, and hold nobody up.
 
         http_id: of the HTTP request, the client's own or one made for it.
         """
@@ -102,7 +104,11 @@ class Serving:
         prefix = "chatcmpl" if isinstance(body, ChatRequest) else "cmpl"
         name = f"{prefix}-{body.request_id or http_id}"
         job = Job(body, name, model, requests.defaults, [], requests)
-        await asyncio.to_thread(self._fill, job, next(self._numbers))  # an id may come twice
+        number = next(self._numbers)  # an id may come twice
+        if _is_soon_made(body):
+            self._fill(job, number)
+        else:
+            await asyncio.to_thread(self._fill, job, number)
         job.lives = self.engine.admit(job.states)
         level = logging.INFO if self.logs_requests else logging.DEBUG
         tokens = sum(len(state.completions[0].request.prompt_token_ids) for state in job.states)
@@ -351,6 +357,18 @@ class Serving:
             shown["logprobs"]["text_offset"] = [offset + start for start in starts]
         job.shown[index] = offset + len(shown["text"])
         return shown
+
+
+def _is_soon_made(body: ChatRequest | CompletionRequest) -> bool:
+    """Whether it is one prompt of token ids, and nothing is to be tokenised or compiled for it.
+
+    Handing it to a thread would take longer.
+    """
+    if isinstance(body, ChatRequest) or isinstance(body.prompt, str):
+        return False
+    more = (body.response_format, body.structured_outputs, body.bad_words)
+    is_short = isinstance(body.prompt[0], int) and len(body.prompt) <= SHORT_PROMPT
+    return is_short and all(asked is None for asked in more)
 
 
 def _failure(completion: CompletionOutput) -> Exception | None:

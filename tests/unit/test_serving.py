@@ -18,7 +18,7 @@ from compiledllm.server.engine_client import EngineClient
 from compiledllm.server.live_request import EngineError, Limits, LiveRequest
 from compiledllm.server.metrics import Metrics
 from compiledllm.server.protocol import ChatRequest, CompletionRequest
-from compiledllm.server.serving import Job, Serving
+from compiledllm.server.serving import SHORT_PROMPT, Job, Serving, _is_soon_made
 from compiledllm.types import Request, RequestStatus
 
 USAGE = {"include_usage": True}
@@ -156,3 +156,16 @@ def test_what_came_before_a_failure_is_shown() -> None:
         assert await stream.next() == "[DONE]"
 
     asyncio.run(run())
+
+
+def test_only_what_needs_no_tokenizer_is_made_without_a_thread() -> None:
+    assert _is_soon_made(CompletionRequest(prompt=[1] * SHORT_PROMPT))
+    for prompt in ("", "text", ["text"], [[1, 2]], [1] * (SHORT_PROMPT + 1)):
+        assert not _is_soon_made(CompletionRequest(prompt=cast(Any, prompt)))
+    for more in (
+        {"bad_words": ["x"]},
+        {"response_format": {"type": "json_object"}},
+        {"structured_outputs": {"regex": "a"}},
+    ):
+        assert not _is_soon_made(CompletionRequest(prompt=[1], **cast(Any, more)))
+    assert not _is_soon_made(ChatRequest(messages=[{"role": "user", "content": "x"}]))
