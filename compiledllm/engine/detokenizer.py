@@ -26,7 +26,9 @@ class Detokenizer:
         self._num_tokens += 1
         if self._stream is None or hidden:
             return None
-        self.text += self._stream.push(token_id)
+        text, self.text = self.text, ""  # its only name: Python then appends without a copy
+        text += self._stream.push(token_id)
+        self.text = text
         if not self._stops:
             return None
         if self._num_tokens < self._min_tokens:

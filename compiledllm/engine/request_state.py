@@ -102,6 +102,11 @@ class RequestState:
         self._params = params
         self._tokenizer = completions[0]._tokenizer
         self._is_choosing = len(completions) > params.n
+        self._shows_end_only = (
+            self._is_choosing or params.output_kind is RequestOutputKind.FINAL_ONLY
+        )
+        self._shows_deltas = params.output_kind is RequestOutputKind.DELTA and not self._is_choosing
+        self._interval = params.stream_interval or 1
         self._shows_logprobs = params.wants_logprobs
         self._tokens_shown = 0
         self.is_over = False  # its last output was shown by `next_output`
@@ -109,24 +114,32 @@ class RequestState:
     @property
     def is_finished(self) -> bool:
         for completion in self.completions:  # noqa: SIM110 (`all` takes thrice as long)
-            if not completion.request.is_finished:
+            if completion.request.status is not RequestStatus.FINISHED:
                 return False
         return True
 
+    @property
+    def is_due(self) -> bool:
+        """Whether a stream shows something now, by `output_kind` and `stream_interval`."""
+        if not self._shows_end_only:
+            num_new = self._num_tokens() - self._tokens_shown
+            if num_new >= self._interval or (num_new and self._tokens_shown == 0):
+                return True
+        return self.is_finished and not self.is_over
+
     def next_output(self) -> RequestOutput | None:
-        """What a stream shows now, by `output_kind` and `stream_interval`; None: nothing new."""
-        if self.is_over:
+        """What a stream shows now: all that came since the last call; None: nothing is due."""
+        if not self.is_due:
             return None
-        kind, interval = self._params.output_kind, self._params.stream_interval or 1
-        count = sum([c.request.num_output_tokens for c in self.completions])
         self.is_over = self.is_finished
-        if not self.is_over:
-            is_final_only = kind is RequestOutputKind.FINAL_ONLY or self._is_choosing
-            is_due = self._tokens_shown == 0 or count - self._tokens_shown >= interval
-            if is_final_only or count == self._tokens_shown or not is_due:
-                return None
-        self._tokens_shown = count
-        return self.output(kind is RequestOutputKind.DELTA and not self._is_choosing)
+        self._tokens_shown = self._num_tokens()
+        return self.output(self._shows_deltas)
+
+    def _num_tokens(self) -> int:
+        count = 0
+        for completion in self.completions:
+            count += completion.request.num_output_tokens
+        return count
 
     def output(self, delta: bool = False) -> RequestOutput:
         """The state now; with `delta` only what came since the last call with it."""
@@ -134,10 +147,10 @@ class RequestState:
         chosen = self._best() if self._is_choosing else self.completions
         if delta and len(chosen) > 1:
             chosen = [c for c in chosen if c.has_news] or chosen
-        outputs = [
-            c.output(place if self._is_choosing else c.index, self._shows_logprobs, delta)
-            for place, c in enumerate(chosen)
-        ]
+        outputs: list[CompletionOutput] = []
+        for place, c in enumerate(chosen):
+            index = place if self._is_choosing else c.index
+            outputs.append(c.output(index, self._shows_logprobs, delta))
         last_time = max([c.last_token_time for c in self.completions])
         return RequestOutput(
             self.request_id,

@@ -118,7 +118,7 @@ def _add_generation(app: FastAPI, serving: Serving, fields: _Fields) -> None:
         if body.stream:
             return _EventStream(serving, job, headers | {"cache-control": "no-cache"})
         try:
-            answer = await _unless_disconnected(request, serving.answer(job))
+            answer = await _unless_disconnected(request.receive, serving.answer(job))
         finally:
             serving.release(job)
         if answer is None:
@@ -143,16 +143,23 @@ class _EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            await _unless_disconnected(receive, self.stream_response(send))
         finally:
             self._serving.release(self._job)
 
+    async def stream_response(self, send: Send) -> None:
+        head = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await send(head)
+        async for piece in self._serving.stream(self._job):
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-async def _unless_disconnected(request: Request, work: Awaitable[Any]) -> Any:
+
+async def _unless_disconnected(receive: Receive, work: Awaitable[Any]) -> Any:
     """The work's result; None, and the work is cancelled, if the client leaves first."""
 
     async def wait_for_end() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
+        while (await receive())["type"] != "http.disconnect":
             pass
 
     task, left = asyncio.ensure_future(work), asyncio.ensure_future(wait_for_end())

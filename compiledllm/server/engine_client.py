@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from compiledllm.engine.served_model import ServedModel
 from compiledllm.engine.tokenizer import Tokenizer, warm_up
 from compiledllm.log import log
 from compiledllm.models.source import resolve_checkpoint
-from compiledllm.outputs import FinishReason, RequestOutput
+from compiledllm.outputs import FinishReason
 from compiledllm.runner.grammars import Vocabulary
 from compiledllm.server.engine_process import write_crash_record
 from compiledllm.server.live_request import (
@@ -56,6 +56,7 @@ from compiledllm.types import RequestStatus
 State = Literal["loading", "ready", "draining", "dead"]
 MOST_RESTARTS = 5  # in RESTART_WINDOW_S; then something is wrong that a restart does not mend
 RESTART_WINDOW_S = 600.0
+YOUNG_OBJECTS = 20_000  # let live between collections; a request is about a thousand
 
 
 class EngineClient:
@@ -219,7 +220,7 @@ class EngineClient:
     def _handle(self, message: Stepped | Failed) -> None:
         if isinstance(message, Stepped):
             self.stats = message.stats
-            self._take(message.grown)
+            self._take(message)
         else:
             self.failure = message
 
@@ -231,6 +232,7 @@ class EngineClient:
             self._vocabulary = await asyncio.to_thread(_vocabulary_of, requests)
             gc.collect()
             gc.freeze()  # what is here now is here to stay: collections need not walk it
+            gc.set_threshold(YOUNG_OBJECTS)
         if self._vocabulary is not None:
             self._send(Speak(self._vocabulary))
         self.requests = requests
@@ -240,49 +242,51 @@ class EngineClient:
         if self.state == "loading":
             self._set("ready")
 
-    def _take(self, grown: list[Grown]) -> None:
-        now, touched = time.monotonic(), dict[LiveRequest, None]()
-        for news in grown:
-            pair = self._completions.get(news.request_id)
-            if pair is not None:
-                live, completion = pair
+    def _take(self, step: Stepped) -> None:
+        now, completions = time.monotonic(), self._completions
+        for request_id, token_id in step.token_ids.items():
+            if request_id in completions:
+                live, completion = completions[request_id]
+                if self._push(completion, token_id, now) and live.state.is_finished:
+                    self._forget(live)
+                live.wake()
+        for news in step.grown:
+            if news.request_id in completions:
+                live, completion = completions[news.request_id]
                 self._grow(completion, news, now)
-                if len(live.state.completions) == 1:
-                    self._show(live)
-                else:
-                    touched[live] = None
-        for live in touched:
-            self._show(live)
-
-    def _show(self, live: LiveRequest) -> None:
-        """To whoever waits for it: what is new."""
-        output = live.state.next_output()
-        if output is not None:
-            live.put(output)
-        if live.state.is_over:
-            self._forget(live)
+                if live.state.is_finished:
+                    self._forget(live)
+                live.wake()
 
     def _grow(self, completion: Completion, news: Grown, now: float) -> None:
-        """Book what came; a stop string ends the completion, and the engine is told."""
+        """Book what came, up to a stop string."""
         request = completion.request
         request.num_cached_tokens = news.num_cached_tokens
         request.logprobs += news.logprobs
         request.prompt_logprobs += news.prompt_logprobs
         for index, token_id in enumerate(news.token_ids):
-            request.token_ids.append(token_id)
             if news.finish_reason and index == len(news.token_ids) - 1:
                 _finish_mirror(completion, news.finish_reason, news.stop_reason)
-            stop = completion.push_last_token(now)
-            if stop is not None:
-                del request.logprobs[request.num_output_tokens :]
-                if not request.is_finished:
-                    self._send(Finish([request.request_id], "stop"))
-                _finish_mirror(completion, "stop", stop)
+            if self._push(completion, token_id, now):
                 break
         if news.finish_reason and not request.is_finished:
             _finish_mirror(completion, news.finish_reason, news.stop_reason)
         if request.is_finished:
             self._completions.pop(request.request_id, None)
+
+    def _push(self, completion: Completion, token_id: int, now: float) -> bool:
+        """Book a token. True: a stop string ended the completion, and the engine knows."""
+        request = completion.request
+        request.token_ids.append(token_id)
+        stop = completion.push_last_token(now)
+        if stop is None:
+            return False
+        del request.logprobs[request.num_output_tokens :]
+        if not request.is_finished:
+            self._send(Finish([request.request_id], "stop"))
+        _finish_mirror(completion, "stop", stop)
+        self._completions.pop(request.request_id, None)
+        return True
 
     def _send(self, message: ToEngine) -> None:
         if self._writer is not None and not self._writer.is_closing():
@@ -298,23 +302,20 @@ class EngineClient:
     def num_live(self) -> int:
         return len(self._live)
 
-    def admit(self, states: list[RequestState]) -> None:
-        """Let requests in, all or none; each then has to be generated, or released.
+    def admit(self, states: list[RequestState]) -> list[LiveRequest]:
+        """Let requests in, all or none; each then has to be followed, or released.
 
         Raises Unavailable or Overloaded if no more may come in now.
         """
         num_requests = sum(len(state.completions) for state in states)
         num_tokens = sum(c.request.num_prompt_tokens for s in states for c in s.completions)
         self._check_admission(num_requests, num_tokens)
-        for state in states:
-            self._register(state)
+        return [self._register(state) for state in states]
 
-    def release(self, states: list[RequestState]) -> None:
+    def release(self, lives: list[LiveRequest]) -> None:
         """End those that are not over; nobody waits for them any more."""
-        for state in states:
-            live = self._live.get(state.request_id)
-            if live is not None and live.state is state:
-                self._abort(live)
+        for live in lives:
+            self._abort(live)
 
     def _check_admission(self, num_requests: int, num_tokens: int) -> None:
         if self.state != "ready" or self.requests is None:
@@ -340,26 +341,23 @@ class EngineClient:
         waiting = self.stats.num_waiting if self.stats else 0
         return min(1 + math.ceil(waiting / 32), 30)
 
-    async def generate(self, state: RequestState) -> AsyncGenerator[list[RequestOutput]]:
-        """An admitted request's outputs, as its `output_kind` says: each time, all there are.
+    @contextlib.contextmanager
+    def following(self, live: LiveRequest) -> Iterator[None]:
+        """While its outputs are taken; leaving early ends the request.
 
-        Leaving early ends it. Raises EngineError if it cannot be finished, DeadlineExceeded if it
-        takes too long.
+        `live.take` raises EngineError if it cannot be finished, DeadlineExceeded if it takes too
+        long from now on.
         """
-        live, seconds = self._live[state.request_id], self._limits.request_seconds
+        seconds = self._limits.request_seconds
         late = DeadlineExceeded(f"the request took longer than {seconds:.0f} s")
         timer = asyncio.get_running_loop().call_later(seconds, self._expire, live, late)
         try:
-            while True:
-                outputs = await live.take()
-                yield outputs
-                if outputs[-1].finished:
-                    return
+            yield
         finally:
             timer.cancel()
             self._abort(live)
 
-    def _register(self, state: RequestState) -> None:
+    def _register(self, state: RequestState) -> LiveRequest:
         live = LiveRequest(state)
         if not self._live:
             self._last_sign = time.monotonic()
@@ -368,6 +366,7 @@ class EngineClient:
         for completion in state.completions:
             self._completions[completion.request.request_id] = live, completion
         self._send_request(live)
+        return live
 
     def _abort(self, live: LiveRequest) -> None:
         """If it is not over: free what it holds."""
@@ -379,7 +378,6 @@ class EngineClient:
     def _expire(self, live: LiveRequest, error: Exception) -> None:
         """Its time is over: nothing more is computed or kept for it, even if nobody reads."""
         self._abort(live)
-        live.outputs.clear()
         live.fail(error)
 
     def _end(self, live: LiveRequest, error: Exception) -> None:

@@ -141,7 +141,7 @@ class EngineLoop:
 
     def _refuse(self, request_id: str, error: str) -> None:
         grown = Grown(request_id, [], "error", error)
-        self._send(Stepped([grown], self._stats(0.0, 0)))
+        self._send(Stepped({}, [grown], self._stats(0.0, 0)))
 
     def _finish(self, message: Finish) -> None:
         for request_id in message.request_ids:
@@ -149,7 +149,7 @@ class EngineLoop:
             self._grammars.forget(request_id)
             self._forget(request_id)
         if not self._core.has_unfinished():  # no step will tell
-            self._send(Stepped([], self._stats(0.0, 0)))
+            self._send(Stepped({}, [], self._stats(0.0, 0)))
 
     def _forget(self, request_id: str) -> None:
         self._alive.pop(request_id, None)
@@ -163,17 +163,34 @@ class EngineLoop:
             self._die(error)
             raise
         self._num_steps += 1
-        grown = [self._grown(r) for r in advanced if r.request_id in self._alive]
+        token_ids, grown = self._news_of(advanced)
         seconds = time.perf_counter() - started
         if seconds > self._slow_seconds:
             log.warning(
                 "a step took %.1f s; the next one has %d tokens of %d requests",
                 *(seconds, self._core.num_step_tokens, len(self._core.scheduler.running)),
             )
-        self._send(Stepped(grown, self._stats(seconds, self._core.num_step_tokens)))
+        stats = self._stats(seconds, self._core.num_step_tokens)
+        self._send(Stepped(token_ids, grown, stats))
 
-    def _grown(self, request: Request) -> Grown:
-        tokens, prompts = self._sent[request.request_id]
+    def _news_of(self, advanced: list[Request]) -> tuple[dict[str, int], list[Grown]]:
+        """What was not sent yet: single tokens by request, and what is more than that."""
+        token_ids: dict[str, int] = {}
+        grown: list[Grown] = []
+        for request in advanced:
+            sent = self._sent.get(request.request_id)
+            if sent is None:  # it was ended meanwhile
+                continue
+            is_plain = sent[0] and not request.is_finished and not request.logprobs
+            if is_plain and request.num_output_tokens == sent[0] + 1:
+                token_ids[request.request_id] = request.token_ids[-1]
+                self._sent[request.request_id] = sent[0] + 1, sent[1]
+            else:
+                grown.append(self._grown(request, *sent))
+        return token_ids, grown
+
+    def _grown(self, request: Request, tokens: int, prompts: int) -> Grown:
+        """tokens, prompts: how many tokens and log probabilities of the prompt were sent."""
         grown = Grown(
             request.request_id,
             request.token_ids[request.num_prompt_tokens + tokens :],

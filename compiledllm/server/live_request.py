@@ -1,4 +1,8 @@
-"""A request that somebody waits for, how many there may be, and what can become of one."""
+"""A request that somebody waits for, how many there may be, and what can become of one.
+
+Tokens are booked in its state as they come; whoever waits makes the output of all that is there. So
+a reader that is late gets few outputs with many tokens each, and nothing piles up for it.
+"""
 
 from __future__ import annotations
 
@@ -48,8 +52,7 @@ class LiveRequest:
     """A request with somebody waiting for it."""
 
     state: RequestState
-    outputs: list[RequestOutput] = field(default_factory=list)  # that nobody has taken yet
-    error: Exception | None = None  # what ends it, once those are taken
+    error: Exception | None = None  # what ends it, once what came before is taken
     was_shown: bool = False  # any of it
     was_replayed: bool = False
     num_tokens: int = field(init=False)  # of its prompt, for each completion
@@ -58,26 +61,27 @@ class LiveRequest:
     def __post_init__(self) -> None:
         self.num_tokens = sum(c.request.num_prompt_tokens for c in self.state.completions)
 
-    def put(self, output: RequestOutput) -> None:
-        self.outputs.append(output)
-        self.was_shown = True
-        self._wake()
+    def wake(self) -> None:
+        """Something came: if it is to be shown, whoever waits takes it."""
+        if self._waiter is not None and self.state.is_due:
+            self._resume()
 
     def fail(self, error: Exception) -> None:
         if self.error is None:
             self.error = error
-        self._wake()
+        self._resume()
 
-    async def take(self) -> list[RequestOutput]:
-        """All that came since the last time, at least one. Raises what ended the request."""
-        while not self.outputs:
+    async def take(self) -> RequestOutput:
+        """What came since the last time, as one output. Raises what ended the request."""
+        while (output := self.state.next_output()) is None:
             if self.error is not None:
                 raise self.error
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
-        outputs, self.outputs = self.outputs, []
-        return outputs
+        self.was_shown = True
+        return output
 
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+    def _resume(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)

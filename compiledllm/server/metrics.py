@@ -137,7 +137,7 @@ class Metrics:
         self.running.set(stats.num_running)
         self.waiting.set(stats.num_waiting)
         self.kv_usage.set(stats.kv_usage)
-        count = sum(len(grown.token_ids) for grown in message.grown)
+        count = message.num_tokens
         self.generation_tokens.inc(count)
         self._advance("preemptions", self.preemptions, stats.num_preemptions)
         self._advance("corrupted", self.corrupted, stats.num_failed_rows)
@@ -166,7 +166,9 @@ class Metrics:
     def grow(self, timing: _Timing, output: RequestOutput) -> None:
         """An output of a request has come."""
         now = time.monotonic()
-        count = sum([len(completion.token_ids) for completion in output.outputs])
+        count = 0
+        for completion in output.outputs:
+            count += len(completion.token_ids)
         if timing.first is None:
             timing.first = now
             self.ttft.observe(now - timing.arrival)

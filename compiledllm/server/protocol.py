@@ -153,13 +153,14 @@ class Generation(Body):
 class CompletionRequest(Generation):
     """`POST /v1/completions`."""
 
+    # Each form is tried: without fail_fast one that is not meant would err at every token id.
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
         | Annotated[TokenIds, Field(min_length=1)]
         | Annotated[
             list[Annotated[TokenIds, Field(min_length=1)]],
-            Field(min_length=1, max_length=MAX_PROMPTS),
+            Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True),
         ]
     )
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = 16

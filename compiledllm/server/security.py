@@ -1,4 +1,7 @@
-"""What stands before every route: keys, sizes, the request's id. Plain ASGI, so streams stream."""
+"""What stands before every route: keys, sizes, the request's id, and its turn.
+
+Plain ASGI, so streams stream.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
 from compiledllm.server.errors import ApiError, error_response
+from compiledllm.server.turns import Turns
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -19,6 +23,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
 MAX_BODY_BYTES = 32 * 2**20
+REQUESTS_PER_PASS = 8  # of the event loop: some milliseconds, as much as a token of 256 streams
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
@@ -27,6 +32,7 @@ class Guard:
 
     def __init__(self, app: App, keys: Iterable[str] = ()) -> None:
         self._app = app
+        self._turns = Turns(REQUESTS_PER_PASS)
         self._keys = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -50,6 +56,8 @@ class Guard:
             extra = {"www-authenticate": kind} if problem.status == 401 else None
             await error_response(problem, extra)(scope, receive, send_with_id)  # type: ignore[arg-type]
             return
+        if scope["method"] == "POST":
+            await self._turns.wait()
         await self._app(scope, _limited(receive), send_with_id)
 
     def _problem(self, scope: Scope, headers: dict[bytes, bytes]) -> ApiError | None:

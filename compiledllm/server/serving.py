@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 from collections.abc import AsyncIterator
@@ -21,10 +20,12 @@ from compiledllm.server.chat import Choice, reasoning_mode
 from compiledllm.server.engine_client import EngineClient
 from compiledllm.server.errors import ApiError, as_api_error, error_body
 from compiledllm.server.events import DONE, Template, event, hole
-from compiledllm.server.live_request import EngineError, Unavailable
+from compiledllm.server.live_request import EngineError, LiveRequest, Unavailable
 from compiledllm.server.metrics import Metrics
 from compiledllm.server.protocol import ChatRequest, CompletionRequest, Generation
 from compiledllm.server.tools import ToolUse, tool_use
+
+SHORT_PROMPT = 8192  # token ids, which take about a millisecond to check
 
 
 @dataclass(slots=True)
@@ -37,6 +38,7 @@ class Job:
     params: SamplingParams
     states: list[RequestState]
     requests: RequestFactory
+    lives: list[LiveRequest] = field(default_factory=list)  # the states, once they are admitted
     shown: dict[int, int] = field(default_factory=dict)  # characters, by choice
     use: ToolUse | None = None
     reasoning: str = "off"
@@ -94,7 +96,7 @@ class Serving:
         return name or self.model_names[0]
 
     async def job(self, body: ChatRequest | CompletionRequest, http_id: str) -> Job:
-        """Templates, tokens and checks, in a thread: a long prompt holds nobody up.
+        """Templates, tokens and checks; in a thread if they may take long, and hold nobody up.
 
         http_id: of the HTTP request, the client's own or one made for it.
         """
@@ -102,8 +104,12 @@ class Serving:
         prefix = "chatcmpl" if isinstance(body, ChatRequest) else "cmpl"
         name = f"{prefix}-{body.request_id or http_id}"
         job = Job(body, name, model, requests.defaults, [], requests)
-        await asyncio.to_thread(self._fill, job, next(self._numbers))  # an id may come twice
-        self.engine.admit(job.states)
+        number = next(self._numbers)  # an id may come twice
+        if _is_soon_made(body):
+            self._fill(job, number)
+        else:
+            await asyncio.to_thread(self._fill, job, number)
+        job.lives = self.engine.admit(job.states)
         level = logging.INFO if self.logs_requests else logging.DEBUG
         tokens = sum(len(state.completions[0].request.prompt_token_ids) for state in job.states)
         log.log(level, "request %s: %d prompts, %d tokens", name, len(job.states), tokens)
@@ -148,22 +154,22 @@ class Serving:
 
     def release(self, job: Job) -> None:
         """Nobody waits for its answer any more."""
-        self.engine.release(job.states)
+        self.engine.release(job.lives)
 
-    async def _generate(self, state: RequestState) -> AsyncIterator[list[RequestOutput]]:
-        timing = self.metrics.begin()
-        async with contextlib.aclosing(self.engine.generate(state)) as news:
-            async for outputs in news:
-                for output in outputs:
-                    self.metrics.grow(timing, output)
-                    if output.finished:
-                        self.metrics.end(timing, output)
-                yield outputs
+    async def _generate(self, job: Job, place: int) -> AsyncIterator[tuple[int, RequestOutput]]:
+        """The outputs of a prompt, with its place among the job's."""
+        timing, live = self.metrics.begin(), job.lives[place]
+        with self.engine.following(live):
+            while not live.state.is_over:
+                output = await live.take()
+                self.metrics.grow(timing, output)
+                yield place, output
+            self.metrics.end(timing, output)
 
     # -- whole answers -------------------------------------------------------------------------
 
     async def answer(self, job: Job) -> dict[str, Any]:
-        tasks = [asyncio.create_task(self._last(state)) for state in job.states]
+        tasks = [asyncio.create_task(self._last(job, place)) for place in range(len(job.lives))]
         try:
             outputs = await asyncio.gather(*tasks)
         finally:
@@ -183,8 +189,8 @@ class Serving:
             "usage": convert.usage(outputs, total),
         }
 
-    async def _last(self, state: RequestState) -> RequestOutput:
-        outputs = [output async for news in self._generate(state) for output in news]
+    async def _last(self, job: Job, place: int) -> RequestOutput:
+        outputs = [output async for _, output in self._generate(job, place)]
         for completion in outputs[-1].outputs:
             if failure := _failure(completion):
                 raise failure
@@ -227,39 +233,27 @@ class Serving:
 
     async def stream(self, job: Job) -> AsyncIterator[bytes]:
         """Server-sent events. What goes wrong on the way is an event of its own."""
-        try:
-            async for piece in self._events(job):
-                yield piece
-        except Exception as error:
-            yield event(error_body(as_api_error(error)))
-        yield DONE
-
-    async def _events(self, job: Job) -> AsyncIterator[bytes]:
         template = self._template(job)
         counts = [0] * len(job.states)
         last: list[RequestOutput | None] = [None] * len(job.states)
-        async for place, outputs in self._merged(job):
-            pieces: list[bytes] = []
-            failure: Exception | None = None
-            for output in outputs:
+        try:
+            async for place, output in self._merged(job):
                 last[place] = output
                 for completion in output.outputs:
-                    failure = failure or _failure(completion)
-                    if failure is None:
-                        counts[place] += len(completion.token_ids)
-                        index = place * job.num_choices + completion.index
-                        pieces.append(
-                            _filled(template, job, completion, index)
-                            or self._event(job, output, completion, index, counts[place])
-                        )
-            if pieces:
-                yield b"".join(pieces)
-            if failure is not None:
-                raise failure
-        if _wants_usage(job):
-            seen = [output for output in last if output is not None]
-            total = 0 if _hides_output(job) else sum(counts)
-            yield event(self._chunk(job, None) | {"usage": convert.usage(seen, total)})
+                    if failure := _failure(completion):
+                        raise failure
+                    counts[place] += len(completion.token_ids)
+                    index = place * job.num_choices + completion.index
+                    yield _filled(template, job, completion, index) or self._event(
+                        job, output, completion, index, counts[place]
+                    )
+            if _wants_usage(job):
+                seen = [output for output in last if output is not None]
+                total = 0 if _hides_output(job) else sum(counts)
+                yield event(self._chunk(job, None) | {"usage": convert.usage(seen, total)})
+        except Exception as error:
+            yield event(error_body(as_api_error(error)))
+        yield DONE
 
     def _event(
         self,
@@ -300,33 +294,32 @@ class Serving:
         chunk = self._chunk(job, choice) | {"created": hole("created")}
         return Template(chunk | {"usage": None} if job.is_chat and _wants_usage(job) else chunk)
 
-    async def _merged(self, job: Job) -> AsyncIterator[tuple[int, list[RequestOutput]]]:
-        """The outputs of all prompts as they come."""
-        if len(job.states) == 1:
-            async for outputs in self._generate(job.states[0]):
-                yield 0, outputs
-            return
-        queue: asyncio.Queue[tuple[int, list[RequestOutput] | Exception | None]] = asyncio.Queue()
+    def _merged(self, job: Job) -> AsyncIterator[tuple[int, RequestOutput]]:
+        """The outputs of all prompts as they come, each with its prompt's place."""
+        return self._generate(job, 0) if len(job.lives) == 1 else self._generate_all(job)
 
-        async def feed(place: int, state: RequestState) -> None:
+    async def _generate_all(self, job: Job) -> AsyncIterator[tuple[int, RequestOutput]]:
+        queue: asyncio.Queue[tuple[int, RequestOutput] | Exception | None] = asyncio.Queue()
+
+        async def feed(place: int) -> None:
             try:
-                async for outputs in self._generate(state):
-                    queue.put_nowait((place, outputs))
-                queue.put_nowait((place, None))
+                async for item in self._generate(job, place):
+                    queue.put_nowait(item)
+                queue.put_nowait(None)
             except Exception as error:
-                queue.put_nowait((place, error))
+                queue.put_nowait(error)
 
-        tasks = [asyncio.create_task(feed(i, state)) for i, state in enumerate(job.states)]
+        tasks = [asyncio.create_task(feed(place)) for place in range(len(job.lives))]
         try:
             unfinished = len(tasks)
             while unfinished:
-                place, item = await queue.get()
+                item = await queue.get()
                 if isinstance(item, Exception):
                     raise item
                 if item is None:
                     unfinished -= 1
                 else:
-                    yield place, item
+                    yield item
         finally:
             for task in tasks:
                 task.cancel()
@@ -364,6 +357,18 @@ class Serving:
             shown["logprobs"]["text_offset"] = [offset + start for start in starts]
         job.shown[index] = offset + len(shown["text"])
         return shown
+
+
+def _is_soon_made(body: ChatRequest | CompletionRequest) -> bool:
+    """Whether it is one prompt of token ids, and nothing is to be tokenised or compiled for it.
+
+    Handing it to a thread would take longer.
+    """
+    if isinstance(body, ChatRequest) or isinstance(body.prompt, str):
+        return False
+    more = (body.response_format, body.structured_outputs, body.bad_words)
+    is_short = isinstance(body.prompt[0], int) and len(body.prompt) <= SHORT_PROMPT
+    return is_short and all(asked is None for asked in more)
 
 
 def _failure(completion: CompletionOutput) -> Exception | None:

@@ -51,8 +51,10 @@ def test_frames_to_the_engine(message: Any) -> None:
     "message",
     [
         Ready({"model": None}, {"dtype": "x (y)"}, "/m", 10, [2], 64, {"total": 1.5}),
-        Stepped([Grown("r", [1, 2], "stop", "END", 3, [LOGPROBS], [LOGPROBS] * 2)], STATS),
-        Stepped([], STATS),
+        Stepped(
+            {"a": 7}, [Grown("r", [1, 2], "stop", "END", 3, [LOGPROBS], [LOGPROBS] * 2)], STATS
+        ),
+        Stepped({}, [], STATS),
         Failed("it broke", False, ["r"]),
     ],
 )

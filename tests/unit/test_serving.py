@@ -1,0 +1,171 @@
+"""Streams of events, from requests that are fed by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+pytest.importorskip("fastapi")
+
+from compiledllm.engine.request_state import Completion, RequestState
+from compiledllm.sampling_params import RequestOutputKind, SamplingParams
+from compiledllm.server.engine_client import EngineClient
+from compiledllm.server.live_request import EngineError, Limits, LiveRequest
+from compiledllm.server.metrics import Metrics
+from compiledllm.server.protocol import ChatRequest, CompletionRequest
+from compiledllm.server.serving import SHORT_PROMPT, Job, Serving, _is_soon_made
+from compiledllm.types import Request, RequestStatus
+
+USAGE = {"include_usage": True}
+LATER = {"include_usage": True, "continuous_usage_stats": True}
+
+
+class Letters:
+    """A tokenizer whose token ids are characters."""
+
+    def stream(self, prompt_token_ids: list[int], skip_special_tokens: bool) -> Any:
+        return SimpleNamespace(push=chr)
+
+    def token_text(self, token_id: int) -> str:
+        return chr(token_id)
+
+
+class Stream:
+    """A job's events, and the requests behind them."""
+
+    def __init__(self, body: CompletionRequest | ChatRequest, num_prompts: int = 1) -> None:
+        params = SamplingParams(
+            output_kind=RequestOutputKind.DELTA, logprobs=1 if body.logprobs else None
+        )
+        tokenizer = cast(Any, Letters())
+        requests = [Request(f"r{i}", [1, 1], params, 99) for i in range(num_prompts)]
+        states = [
+            RequestState(request.request_id, params, [Completion(0, request, tokenizer)])
+            for request in requests
+        ]
+        self.lives = [LiveRequest(state) for state in states]
+        factory = cast(Any, SimpleNamespace(tokenizer=tokenizer))
+        engine = EngineClient({}, Limits(9, 99, 9, stuck_seconds=9), Path())
+        serving = Serving(engine, ["m"], Metrics("p:", "m", engine))
+        self._job = Job(body, "id", "m", params, states, factory, self.lives)
+        self.events = serving.stream(self._job)
+
+    def grow(self, letters: str, ends: bool = False, place: int = 0) -> None:
+        """Book a token for each letter, with its log probability."""
+        live = self.lives[place]
+        (completion,) = live.state.completions
+        for letter in letters:
+            completion.request.token_ids.append(ord(letter))
+            completion.request.logprobs.append(((ord(letter),), (-0.5,), 1, 0))
+            completion.push_last_token(0.0)
+        if ends:
+            completion.request.status = RequestStatus.FINISHED
+            completion.request.finish_reason = "length"
+        live.wake()
+
+    async def next(self) -> Any:
+        """The next event's JSON; the text itself if it is none."""
+        task = asyncio.ensure_future(cast(Any, anext(self.events)))
+        text = (await task).decode().removeprefix("data: ").strip()
+        return text if text == "[DONE]" else json.loads(text.rpartition("data: ")[2])
+
+
+def completion_body(**more: Any) -> CompletionRequest:
+    return CompletionRequest(prompt=[1, 1], stream=True, **more)
+
+
+def test_tokens_that_came_together_are_one_event() -> None:
+    async def run() -> None:
+        stream = Stream(completion_body(stream_options=USAGE))
+        for letters in ("a", "b", "cde"):
+            stream.grow(letters)
+            (choice,) = (await stream.next())["choices"]
+            assert (choice["text"], choice["finish_reason"]) == (letters, None)
+        stream.grow("fg", ends=True)
+        (choice,) = (await stream.next())["choices"]
+        assert (choice["text"], choice["finish_reason"]) == ("fg", "length")
+        usage = (await stream.next())["usage"]
+        assert (usage["prompt_tokens"], usage["completion_tokens"]) == (2, 7)
+        assert await stream.next() == "[DONE]"
+
+    asyncio.run(run())
+
+
+def test_an_event_of_many_tokens_has_all_their_log_probabilities() -> None:
+    async def run() -> None:
+        stream = Stream(completion_body(logprobs=1, stream_options=LATER))
+        offset = 0
+        for letters in ("ab", "cde"):
+            stream.grow(letters)
+            event = await stream.next()
+            found = event["choices"][0]["logprobs"]
+            assert found["tokens"] == list(letters)
+            assert found["token_logprobs"] == [-0.5] * len(letters)
+            assert found["text_offset"] == [offset + i for i in range(len(letters))]
+            offset += len(letters)
+            assert event["usage"]["completion_tokens"] == offset
+        await stream.events.aclose()  # type: ignore[attr-defined]
+
+    asyncio.run(run())
+
+
+def test_a_chat_begins_with_its_role_however_much_came() -> None:
+    async def run() -> None:
+        body = ChatRequest(messages=[{"role": "user", "content": "x"}], stream=True)
+        stream = Stream(body)
+        stream.grow("abc", ends=True)
+        first = (await anext(stream.events)).decode()
+        role, content = (json.loads(part) for part in first.split("data: ")[1:])
+        assert role["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+        assert content["choices"][0]["delta"]["content"] == "abc"
+        assert content["choices"][0]["finish_reason"] == "length"
+        assert await stream.next() == "[DONE]"
+
+    asyncio.run(run())
+
+
+def test_prompts_of_one_body_keep_their_places() -> None:
+    async def run() -> None:
+        stream = Stream(completion_body(), num_prompts=2)
+        reader = asyncio.create_task(stream.next())
+        await asyncio.sleep(0)
+        stream.grow("xy", place=1)
+        (choice,) = (await reader)["choices"]
+        assert (choice["index"], choice["text"]) == (1, "xy")
+        stream.grow("ab", ends=True)
+        stream.grow("z", ends=True, place=1)
+        found = [(await stream.next())["choices"][0] for _ in range(2)]
+        assert [(c["index"], c["text"]) for c in found] == [(0, "ab"), (1, "z")]
+        assert await stream.next() == "[DONE]"
+
+    asyncio.run(run())
+
+
+def test_what_came_before_a_failure_is_shown() -> None:
+    async def run() -> None:
+        stream = Stream(completion_body())
+        stream.grow("ab")
+        stream.lives[0].fail(EngineError("it broke"))
+        assert (await stream.next())["choices"][0]["text"] == "ab"
+        assert "it broke" in (await stream.next())["error"]["message"]
+        assert await stream.next() == "[DONE]"
+
+    asyncio.run(run())
+
+
+def test_only_what_needs_no_tokenizer_is_made_without_a_thread() -> None:
+    assert _is_soon_made(CompletionRequest(prompt=[1] * SHORT_PROMPT))
+    for prompt in ("", "text", ["text"], [[1, 2]], [1] * (SHORT_PROMPT + 1)):
+        assert not _is_soon_made(CompletionRequest(prompt=cast(Any, prompt)))
+    for more in (
+        {"bad_words": ["x"]},
+        {"response_format": {"type": "json_object"}},
+        {"structured_outputs": {"regex": "a"}},
+    ):
+        assert not _is_soon_made(CompletionRequest(prompt=[1], **cast(Any, more)))
+    assert not _is_soon_made(ChatRequest(messages=[{"role": "user", "content": "x"}]))
