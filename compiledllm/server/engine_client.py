@@ -1,7 +1,7 @@
 """The engine as the server sees it: a process that is started, watched and started again.
 
-Requests are `RequestState`s whose core requests are mirrors: tokens arrive here, text and stop
-strings are made here, so that the engine's process does nothing but steps.
+Requests are `RequestState`s: text and stop strings are made here, so that the engine's process does
+nothing but steps.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from compiledllm.config import EngineConfig
-from compiledllm.engine.request_state import Completion, RequestState
+from compiledllm.engine.request_state import RequestState
 from compiledllm.engine.requests import RequestFactory
 from compiledllm.engine.served_model import ServedModel
 from compiledllm.engine.tokenizer import Tokenizer, warm_up
 from compiledllm.log import log
 from compiledllm.models.source import resolve_checkpoint
-from compiledllm.outputs import FinishReason
 from compiledllm.runner.grammars import Vocabulary
 from compiledllm.server.engine_process import write_crash_record
 from compiledllm.server.live_request import (
@@ -36,22 +35,19 @@ from compiledllm.server.live_request import (
     Overloaded,
     Unavailable,
 )
+from compiledllm.server.live_requests import LiveRequests
 from compiledllm.server.wire import (
     Failed,
-    Finish,
     FromEngine,
-    Grown,
     Ready,
     Speak,
     Start,
     Stats,
     Stepped,
     ToEngine,
-    add_of,
     frame,
     receive_async,
 )
-from compiledllm.types import RequestStatus
 
 State = Literal["loading", "ready", "draining", "dead"]
 MOST_RESTARTS = 5  # in RESTART_WINDOW_S; then something is wrong that a restart does not mend
@@ -63,7 +59,8 @@ class EngineClient:
     """Starts the engine's process and talks to it.
 
     Attributes: `state`, `requests` (the factory, once it is ready), `ready` (the engine's last
-    report), `stats` (after its last step), `observe` (called with each message).
+    report), `stats` (after its last step), `live` (the requests), `observe` (called with each
+    message).
     """
 
     def __init__(self, options: dict[str, Any], limits: Limits, crash_folder: Path) -> None:
@@ -78,9 +75,7 @@ class EngineClient:
         self.failure: Failed | None = None
         self.num_restarts = 0
         self.process: asyncio.subprocess.Process | None = None
-        self._live: dict[str, LiveRequest] = {}  # by the caller's id
-        self._num_live_tokens = 0  # of all their prompts
-        self._completions: dict[str, tuple[LiveRequest, Completion]] = {}  # by the engine's id
+        self.live = LiveRequests(self._send)
         self._vocabulary: Vocabulary | None = None  # None: no structured outputs
         self._writer: asyncio.StreamWriter | None = None
         self._last_sign = time.monotonic()  # of life, or of work to do
@@ -105,10 +100,10 @@ class EngineClient:
         """Take nothing new; return when all is finished, or after so long."""
         self._set("draining")
         deadline = time.monotonic() + seconds
-        while self._live and time.monotonic() < deadline:
+        while self.live and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
-        for live in list(self._live.values()):
-            self._end(live, EngineError("the server is shutting down"))
+        for live in self.live:
+            self.live.end(live, EngineError("the server is shutting down"))
 
     async def stop(self) -> None:
         """End the process."""
@@ -124,14 +119,14 @@ class EngineClient:
 
     def seconds_without_step(self) -> float:
         """While there is work: since the last step was finished. 0 otherwise."""
-        return time.monotonic() - self._last_sign if self._live else 0.0
+        return time.monotonic() - self._last_sign if self.live else 0.0
 
     def why_unhealthy(self) -> str | None:
         if self.state == "dead":
             return self.failure.error if self.failure else "the engine has ended"
         silence = self.seconds_without_step()
         if self.state != "loading" and silence > self._limits.stuck_seconds:
-            return f"no step was finished for {silence:.0f} s, with {len(self._live)} requests live"
+            return f"no step was finished for {silence:.0f} s, with {len(self.live)} requests live"
         return None
 
     async def _supervise(self) -> None:
@@ -141,8 +136,8 @@ class EngineClient:
             log.exception("the engine is lost")
             self.failure = Failed(f"{type(error).__name__}: {error}")
             self._set("dead")
-            for live in list(self._live.values()):
-                self._end(live, EngineError(self.failure.error))
+            for live in self.live:
+                self.live.end(live, EngineError(self.failure.error))
 
     async def _keep_running(self) -> None:
         while self.state != "dead":
@@ -183,11 +178,11 @@ class EngineClient:
         self._crashes = [t for t in self._crashes if now - t < RESTART_WINDOW_S] + [now]
         if not was_ready or len(self._crashes) > MOST_RESTARTS:
             self._set("dead")
-            for live in list(self._live.values()):
-                self._end(live, EngineError(failure.error))
+            for live in self.live:
+                self.live.end(live, EngineError(failure.error))
             return
         if not failure.blamed:  # else it has written one itself
-            batch = [{"request_id": request_id} for request_id in self._completions]
+            batch = [{"request_id": request_id} for request_id in self.live.engine_ids]
             record: dict[str, object] = {
                 "error": failure.error,
                 "batch": batch,
@@ -202,14 +197,11 @@ class EngineClient:
 
     def _sort_out(self, failure: Failed) -> None:
         """Requests that showed nothing yet start over, once; the rest end with the cause."""
-        for live in list(self._live.values()):
+        for live in self.live:
             if live.was_shown or live.was_replayed:
-                self._end(live, EngineError(f"the engine ended: {failure.error}"))
-                continue
-            live.was_replayed = True
-            for completion in live.state.completions:
-                completion.restart()
-                self._completions[completion.request.request_id] = live, completion
+                self.live.end(live, EngineError(f"the engine ended: {failure.error}"))
+            else:
+                self.live.start_over(live)
 
     def _set(self, state: State) -> None:
         self.state = state
@@ -220,7 +212,7 @@ class EngineClient:
     def _handle(self, message: Stepped | Failed) -> None:
         if isinstance(message, Stepped):
             self.stats = message.stats
-            self._take(message)
+            self.live.book(message)
         else:
             self.failure = message
 
@@ -237,70 +229,16 @@ class EngineClient:
             self._send(Speak(self._vocabulary))
         self.requests = requests
         self.ready = message
-        for live in self._live.values():
-            self._send_request(live)
+        for live in self.live:
+            self.live.tell(live)
         if self.state == "loading":
             self._set("ready")
-
-    def _take(self, step: Stepped) -> None:
-        now, completions = time.monotonic(), self._completions
-        for request_id, token_id in step.token_ids.items():
-            if request_id in completions:
-                live, completion = completions[request_id]
-                if self._push(completion, token_id, now) and live.state.is_finished:
-                    self._forget(live)
-                live.wake()
-        for news in step.grown:
-            if news.request_id in completions:
-                live, completion = completions[news.request_id]
-                self._grow(completion, news, now)
-                if live.state.is_finished:
-                    self._forget(live)
-                live.wake()
-
-    def _grow(self, completion: Completion, news: Grown, now: float) -> None:
-        """Book what came, up to a stop string."""
-        request = completion.request
-        request.num_cached_tokens = news.num_cached_tokens
-        request.logprobs += news.logprobs
-        request.prompt_logprobs += news.prompt_logprobs
-        for index, token_id in enumerate(news.token_ids):
-            if news.finish_reason and index == len(news.token_ids) - 1:
-                _finish_mirror(completion, news.finish_reason, news.stop_reason)
-            if self._push(completion, token_id, now):
-                break
-        if news.finish_reason and not request.is_finished:
-            _finish_mirror(completion, news.finish_reason, news.stop_reason)
-        if request.is_finished:
-            self._completions.pop(request.request_id, None)
-
-    def _push(self, completion: Completion, token_id: int, now: float) -> bool:
-        """Book a token. True: a stop string ended the completion, and the engine knows."""
-        request = completion.request
-        request.token_ids.append(token_id)
-        stop = completion.push_last_token(now)
-        if stop is None:
-            return False
-        del request.logprobs[request.num_output_tokens :]
-        if not request.is_finished:
-            self._send(Finish([request.request_id], "stop"))
-        _finish_mirror(completion, "stop", stop)
-        self._completions.pop(request.request_id, None)
-        return True
 
     def _send(self, message: ToEngine) -> None:
         if self._writer is not None and not self._writer.is_closing():
             self._writer.write(frame(message))
 
-    def _send_request(self, live: LiveRequest) -> None:
-        for completion in live.state.completions:
-            self._send(add_of(completion.request))
-
     # -- requests ------------------------------------------------------------------------------
-
-    @property
-    def num_live(self) -> int:
-        return len(self._live)
 
     def admit(self, states: list[RequestState]) -> list[LiveRequest]:
         """Let requests in, all or none; each then has to be followed, or released.
@@ -310,26 +248,28 @@ class EngineClient:
         num_requests = sum(len(state.completions) for state in states)
         num_tokens = sum(c.request.num_prompt_tokens for s in states for c in s.completions)
         self._check_admission(num_requests, num_tokens)
-        return [self._register(state) for state in states]
+        if not self.live:
+            self._last_sign = time.monotonic()
+        return [self.live.add(state) for state in states]
 
     def release(self, lives: list[LiveRequest]) -> None:
         """End those that are not over; nobody waits for them any more."""
         for live in lives:
-            self._abort(live)
+            self.live.abort(live)
 
     def _check_admission(self, num_requests: int, num_tokens: int) -> None:
         if self.state != "ready" or self.requests is None:
             raise Unavailable(f"the engine is {self.state}", 1 if self.state == "draining" else 5)
         assert self.ready is not None
         at_once = int(self.ready.options["max_num_seqs"] or 1)
-        requests = len(self._completions) + num_requests
-        if requests > at_once + self._limits.queued_requests:
+        present = self.live.num_completions
+        if present + num_requests > at_once + self._limits.queued_requests:
             raise Overloaded(
-                f"{len(self._completions)} requests are running or waiting, and "
+                f"{present} requests are running or waiting, and "
                 f"{at_once + self._limits.queued_requests} may",
                 self._retry_after(),
             )
-        tokens = self._num_live_tokens
+        tokens = self.live.num_tokens
         if tokens and tokens + num_tokens > self._limits.queued_tokens:
             raise Overloaded(
                 f"prompts of {tokens} tokens are running or waiting, and "
@@ -350,48 +290,12 @@ class EngineClient:
         """
         seconds = self._limits.request_seconds
         late = DeadlineExceeded(f"the request took longer than {seconds:.0f} s")
-        timer = asyncio.get_running_loop().call_later(seconds, self._expire, live, late)
+        timer = asyncio.get_running_loop().call_later(seconds, self.live.expire, live, late)
         try:
             yield
         finally:
             timer.cancel()
-            self._abort(live)
-
-    def _register(self, state: RequestState) -> LiveRequest:
-        live = LiveRequest(state)
-        if not self._live:
-            self._last_sign = time.monotonic()
-        self._live[state.request_id] = live
-        self._num_live_tokens += live.num_tokens
-        for completion in state.completions:
-            self._completions[completion.request.request_id] = live, completion
-        self._send_request(live)
-        return live
-
-    def _abort(self, live: LiveRequest) -> None:
-        """If it is not over: free what it holds."""
-        ids = [c.request.request_id for c in live.state.completions if not c.request.is_finished]
-        if ids and self._live.get(live.state.request_id) is live:
-            self._send(Finish(ids, "abort"))
-        self._forget(live)
-
-    def _expire(self, live: LiveRequest, error: Exception) -> None:
-        """Its time is over: nothing more is computed or kept for it, even if nobody reads."""
-        self._abort(live)
-        live.fail(error)
-
-    def _end(self, live: LiveRequest, error: Exception) -> None:
-        live.fail(error)
-        self._forget(live)
-
-    def _forget(self, live: LiveRequest) -> None:
-        if self._live.get(live.state.request_id) is live:
-            del self._live[live.state.request_id]
-            self._num_live_tokens -= live.num_tokens
-        for completion in live.state.completions:
-            pair = self._completions.get(completion.request.request_id)
-            if pair is not None and pair[0] is live:
-                del self._completions[completion.request.request_id]
+            self.live.abort(live)
 
 
 def served_model_of(message: Ready) -> ServedModel:
@@ -420,14 +324,6 @@ def _vocabulary_of(requests: RequestFactory) -> Vocabulary | None:
     except ValueError as error:
         log.info("%-10s none (%s)", "grammars", error)
         return None
-
-
-def _finish_mirror(
-    completion: Completion, reason: FinishReason, stop_reason: int | str | None
-) -> None:
-    request = completion.request
-    request.status = RequestStatus.FINISHED
-    request.finish_reason, request.stop_reason = reason, stop_reason
 
 
 def _cause_of(status: int) -> str:

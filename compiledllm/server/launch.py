@@ -70,7 +70,7 @@ async def _run(
     standstills = asyncio.create_task(_watch_for_standstills())
     status = await _until_end(engine, ending, serving)
     if status == 0:
-        log.info("draining: %d requests live", engine.num_live)
+        log.info("draining: %d requests live", len(engine.live))
         await engine.drain(arguments.shutdown_timeout)
     server.should_exit = True
     for task in (lines, watch, standstills):

@@ -17,6 +17,7 @@ from compiledllm.outputs import CompletionOutput, RequestOutput
 from compiledllm.sampling_params import RequestOutputKind, SamplingParams
 from compiledllm.server.engine_client import EngineClient
 from compiledllm.server.live_request import DeadlineExceeded, Limits, LiveRequest, Overloaded
+from compiledllm.server.live_requests import LiveRequests
 from compiledllm.server.wire import Failed, Finish, Grown, Stats, Stepped, frame
 from compiledllm.types import Request, TokenLogprobs
 
@@ -40,11 +41,9 @@ class Bench:
     def __init__(self, *lives: LiveRequest, seconds: float = 9) -> None:
         self.client = EngineClient({}, Limits(9, 99, seconds, stuck_seconds=9), Path())
         self.sent: list[Any] = []
-        self.client._send = self.sent.append  # type: ignore[method-assign]
+        self.client.live = LiveRequests(self.sent.append)
         for live in lives:
-            self.client._live[live.state.request_id] = live
-            for completion in live.state.completions:
-                self.client._completions[completion.request.request_id] = live, completion
+            self.client.live._put(live)
 
     def step(self, tokens: dict[str, str], *grown: Grown) -> None:
         """A step that gives each of these requests its letter."""
@@ -129,7 +128,7 @@ def test_an_end_among_what_came_is_shown_once() -> None:
         assert output.finished and only(output).finish_reason == "length"
         assert only(output).text == "ab"
         assert live.state.next_output() is None
-        assert not bench.client._live and not bench.client._completions and not bench.sent
+        assert not bench.client.live and not bench.client.live.engine_ids and not bench.sent
 
     asyncio.run(run())
 
@@ -151,7 +150,7 @@ def test_a_stop_string_may_be_spread_over_what_came() -> None:
             assert output.finished and (completion.text, completion.stop_reason) == (text, "END")
             assert completion.token_ids == [ord(letter) for letter in ids]
         assert bench.sent == [Finish(["r"], "stop"), Finish(["slow"], "stop")]
-        assert not bench.client._live and not bench.client._completions
+        assert not bench.client.live and not bench.client.live.engine_ids
 
     asyncio.run(run())
 
@@ -180,13 +179,13 @@ def test_completions_of_one_prompt_come_in_one_output() -> None:
             (0, "ab", None),
             (1, "xy", "length"),
         ]
-        assert bench.client._live and not output.finished
+        assert bench.client.live and not output.finished
         reader = await started(live)
         bench.step({"0_r": "c"})
         bench.step({}, ended("0_r", "d"))
         output = await reader
         assert output.finished and [(c.index, c.text) for c in output.outputs] == [(0, "cd")]
-        assert not bench.client._live
+        assert not bench.client.live
 
     asyncio.run(run())
 
@@ -279,7 +278,7 @@ def test_the_deadline_ends_a_request_that_nobody_reads() -> None:
             bench.step({"r": "b"})  # while the reader is busy with the first
             await asyncio.sleep(0.2)
             assert bench.sent == [Finish(["r"], "abort")]
-            assert not bench.client._live
+            assert not bench.client.live
             for _ in range(50):  # of steps that were under way
                 bench.step({"r": "c"})
             assert only(await live.take()).text == "b"
@@ -294,8 +293,8 @@ def test_prompts_are_let_in_up_to_so_many_tokens_at_once(monkeypatch: pytest.Mon
     client = EngineClient({}, Limits(9, 20, request_seconds=9, stuck_seconds=9), Path())
     client.state, client.requests = "ready", cast(Any, object())
     client.ready = cast(Any, SimpleNamespace(options={"max_num_seqs": 4}))
-    monkeypatch.setattr(client, "_send", lambda message: None)
-    monkeypatch.setattr(client, "_send_request", lambda live: None)
+    monkeypatch.setattr(client.live, "tell", lambda live: None)
+    monkeypatch.setattr(client.live, "_send", lambda message: None)
     first, second, third = (_state_of(name, num_completions=2) for name in "abc")
     for _ in range(3):  # as often as one likes: what is over does not count
         lives = client.admit([first, second])
