@@ -16,7 +16,7 @@ from torch import Tensor
 
 from compiledllm.graphs.buckets import StepShape
 from compiledllm.kernels.attention import AttentionMetadata
-from compiledllm.kernels.decode_inputs import (
+from compiledllm.kernels.step_inputs import (
     decode_inputs,
     one_token_each,
     slots_in,

@@ -12,9 +12,9 @@ from torch import Tensor
 from compiledllm.graphs.buckets import StepShape
 from compiledllm.graphs.compile import BlockCompiler, variants_for
 from compiledllm.graphs.cuda_graphs import StepGraphs
-from compiledllm.kernels.decode_inputs import advance
 from compiledllm.kernels.paged_attention_flashinfer import Planner
 from compiledllm.kernels.sampling import draw_tokens
+from compiledllm.kernels.step_inputs import advance
 from compiledllm.models.cache_groups import CacheGroups
 from compiledllm.models.decoder import Decoder, Ends
 from compiledllm.platform import single_row_products

@@ -24,7 +24,7 @@ from compiledllm.kernels import logprobs_triton as logprobs
 from compiledllm.kernels import moe_routing_triton as routing
 from compiledllm.kernels import moe_triton as moe
 from compiledllm.kernels import decode_attention_triton as decode
-from compiledllm.kernels import decode_inputs_triton as inputs
+from compiledllm.kernels import step_inputs_triton as inputs
 from compiledllm.kernels import paged_attention_triton as attention
 from compiledllm.kernels import prefill_attention_triton as prefill
 from compiledllm.kernels import penalties_triton as penalties

@@ -1,4 +1,4 @@
-"""`decode_inputs` in Triton: the kernels around a captured decode step's model."""
+"""`step_inputs` in Triton: the kernels around a captured decode step's model."""
 
 # Triton functions are typed by what they are called with.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from compiledllm.kernels.attention import AttentionMetadata
-from compiledllm.kernels.decode_inputs import DecodeInputs
+from compiledllm.kernels.step_inputs import DecodeInputs
 
 _CHUNK = 1024  # entries of a block table, for one program
 _ROWS = 128  # of one program
@@ -58,7 +58,7 @@ def gather(
     block_tables: Tensor,
     block_size: int,
 ) -> DecodeInputs:
-    """See `decode_inputs.decode_inputs`. A launch for each group, all writing the same tokens."""
+    """See `step_inputs.decode_inputs`. A launch for each group, all writing the same tokens."""
     num_rows, max_blocks = len(rows), block_tables.shape[-1]
     assert rows.is_contiguous() and block_tables.is_contiguous()
     input_ids, positions, lengths, indices = (torch.empty_like(rows) for _ in range(4))
@@ -99,7 +99,7 @@ def scatter(
     last_token_ids: Tensor,
     num_computed_tokens: Tensor,
 ) -> None:
-    """See `decode_inputs.advance`."""
+    """See `step_inputs.advance`."""
     num_rows = len(rows)
     assert all(x.is_contiguous() and len(x) == num_rows for x in (lengths, sample_rows, drawn))
     _scatter_kernel[(triton.cdiv(num_rows, _ROWS),)](

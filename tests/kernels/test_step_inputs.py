@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from compiledllm.kernels import decode_inputs_triton
-from compiledllm.kernels.decode_inputs import advance, decode_inputs
+from compiledllm.kernels import step_inputs_triton
+from compiledllm.kernels.step_inputs import advance, decode_inputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there in Triton's interpreter
 REQUESTS = 9  # and behind them the row of padding
@@ -35,7 +35,7 @@ def test_inputs_are_those_of_torch(
     index, tensors = torch.tensor(rows), state(num_groups, max_blocks, block_size)
     expected = decode_inputs(index, *tensors, block_size)
     there = [x.to(DEVICE) for x in (index, *tensors)]
-    found = decode_inputs_triton.gather(*there, block_size)
+    found = step_inputs_triton.gather(*there, block_size)
     for name in ("input_ids", "positions", "lengths", "indices"):
         torch.testing.assert_close(getattr(found, name).cpu(), getattr(expected, name), msg=name)
     assert len(found.attn) == num_groups
@@ -67,6 +67,6 @@ def test_rows_are_advanced_as_by_torch(num_rows: int, padding: int) -> None:
     advance(rows, lengths, sample_rows, drawn, *expected)
     found = before.to(DEVICE)
     arguments = (x.to(DEVICE) for x in (rows, lengths, sample_rows, drawn))
-    decode_inputs_triton.scatter(*arguments, *found)
+    step_inputs_triton.scatter(*arguments, *found)
     assert found[1, size] == 0
     torch.testing.assert_close(found[:, :size].cpu(), expected[:, :size])

@@ -38,7 +38,7 @@ def decode_inputs(
     rows, max_blocks]. Each group's slots and table are tensors of their own.
     """
     if rows.is_cuda:
-        from compiledllm.kernels.decode_inputs_triton import gather
+        from compiledllm.kernels.step_inputs_triton import gather
 
         found: DecodeInputs = gather(
             rows, last_token_ids, num_computed_tokens, block_tables, block_size
@@ -72,7 +72,7 @@ def advance(
     row's next token, 0 for a negative one. No row but that of padding appears twice.
     """
     if rows.is_cuda:
-        from compiledllm.kernels.decode_inputs_triton import scatter
+        from compiledllm.kernels.step_inputs_triton import scatter
 
         scatter(rows, lengths, sample_rows, drawn, last_token_ids, num_computed_tokens)
         return
