@@ -138,7 +138,8 @@ class ModelRunner:
         """Hidden states of the tokens that are followed by a draw, [samples, hidden]."""
         num_tokens, num_samples = len(batch.input_ids), len(batch.logits_indices)
         if num_tokens >= max(_LEAST_FOR_ENDS, 4 * num_samples) and self._takes_ends:
-            return self.forward(batch, batch.ends(self.table, self._group_of_layer[-1]))
+            ends = batch.ends(self.table, self._group_of_layer[-1], self.block_size)
+            return self.forward(batch, ends)
         hidden = self.forward(batch)
         return hidden if num_tokens == num_samples else hidden[batch.logits_indices]
 
