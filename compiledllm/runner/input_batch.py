@@ -11,15 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from compiledllm.graphs.buckets import StepShape
 from compiledllm.kernels.attention import AttentionMetadata
-from compiledllm.kernels.decode_inputs import (
+from compiledllm.kernels.step_inputs import (
     decode_inputs,
-    one_token_each,
-    slots_in,
+    metadata_of_ends,
+    mixed_inputs,
     with_empty_row,
 )
 from compiledllm.models.decoder import Ends
@@ -83,7 +82,7 @@ class StepLayout:
         """int64 [packed_size(shape)], what `InputBatch.unpack` reads; padded with harmless values.
 
         Padding tokens belong to the padding row and to no request; padding samples draw a token
-        for the padding row.
+        for the padding row, at position 1: after something to attend to.
         """
         ends, total = np.cumsum(self.counts), int(self.counts.sum())
         positions = np.arange(total) + np.repeat(self.computed - ends + self.counts, self.counts)
@@ -96,7 +95,8 @@ class StepLayout:
             _known_tokens(table, self.rows, self.computed, self.counts),
         )
         per_row = packed[3 * shape.num_tokens :].reshape(6, -1)
-        per_row[0], per_row[2], per_row[4] = table.padding_row, total, table.padding_row
+        per_row[0], per_row[2] = table.padding_row, total
+        per_row[4], per_row[5] = table.padding_row, 1
         per_row[:3, : len(self.rows)] = self.rows, self.computed + self.counts, ends
         sample_rows = self.sample_rows
         per_row[3:, : len(sample_rows)] = (
@@ -148,23 +148,13 @@ class InputBatch:
     ) -> InputBatch:
         """From `StepLayout.pack`'s array, on the device. Depends on no value in it."""
         split = 3 * shape.num_tokens
-        row_of_token, positions, known = packed[:split].view(3, -1)
-        rows, lengths, ends, indices, sample_rows, sample_positions = packed[split:].view(6, -1)
-        seq_lens = F.pad(lengths, (0, 1)).int()
-        starts = torch.cat((F.pad(ends, (1, 0)), ends[-1:])).int()
-        attn = [
-            AttentionMetadata(
-                slot_mapping=slots_in(
-                    of_group[row_of_token, positions // block_size], positions, block_size
-                ),
-                block_tables=with_empty_row(of_group[rows]),
-                seq_lens=seq_lens,
-                query_start_loc=starts,
-            )
-            for of_group in table.block_tables
-        ]
+        tokens, per_row = packed[:split].view(3, -1), packed[split:].view(6, -1)
+        rows, lengths, _, indices, sample_rows, sample_positions = per_row
+        input_ids, positions, attn = mixed_inputs(
+            tokens, per_row[:3], table.last_token_ids, table.block_tables, block_size
+        )
         return cls(
-            input_ids=torch.where(known < 0, table.last_token_ids[row_of_token], known),
+            input_ids=input_ids,
             positions=positions,
             attn=attn,
             rows=rows,
@@ -191,16 +181,10 @@ class InputBatch:
             sample_positions=lengths,
         )
 
-    def ends(self, table: RequestTable, group: int) -> Ends:
+    def ends(self, table: RequestTable, group: int, block_size: int) -> Ends:
         """The tokens whose next token is drawn, for layers of a group."""
-        rows = self.sample_rows
-        attn = AttentionMetadata(
-            slot_mapping=torch.full_like(rows, -1),
-            block_tables=with_empty_row(table.block_tables[group, rows]),
-            # A row of padding would attend to nothing.
-            seq_lens=F.pad(self.sample_positions.clamp(min=1), (0, 1)).int(),
-            query_start_loc=one_token_each(rows),
-        )
+        of_group = table.block_tables[group]
+        attn = metadata_of_ends(self.sample_rows, self.sample_positions, of_group, block_size)
         return Ends(self.logits_indices, attn)
 
     @classmethod

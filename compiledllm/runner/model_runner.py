@@ -12,9 +12,9 @@ from torch import Tensor
 from compiledllm.graphs.buckets import StepShape
 from compiledllm.graphs.compile import BlockCompiler, variants_for
 from compiledllm.graphs.cuda_graphs import StepGraphs
-from compiledllm.kernels.decode_inputs import advance
 from compiledllm.kernels.paged_attention_flashinfer import Planner
 from compiledllm.kernels.sampling import draw_tokens
+from compiledllm.kernels.step_inputs import advance
 from compiledllm.models.cache_groups import CacheGroups
 from compiledllm.models.decoder import Decoder, Ends
 from compiledllm.platform import single_row_products
@@ -138,7 +138,8 @@ class ModelRunner:
         """Hidden states of the tokens that are followed by a draw, [samples, hidden]."""
         num_tokens, num_samples = len(batch.input_ids), len(batch.logits_indices)
         if num_tokens >= max(_LEAST_FOR_ENDS, 4 * num_samples) and self._takes_ends:
-            return self.forward(batch, batch.ends(self.table, self._group_of_layer[-1]))
+            ends = batch.ends(self.table, self._group_of_layer[-1], self.block_size)
+            return self.forward(batch, ends)
         hidden = self.forward(batch)
         return hidden if num_tokens == num_samples else hidden[batch.logits_indices]
 

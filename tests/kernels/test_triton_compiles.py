@@ -24,7 +24,7 @@ from compiledllm.kernels import logprobs_triton as logprobs
 from compiledllm.kernels import moe_routing_triton as routing
 from compiledllm.kernels import moe_triton as moe
 from compiledllm.kernels import decode_attention_triton as decode
-from compiledllm.kernels import decode_inputs_triton as inputs
+from compiledllm.kernels import step_inputs_triton as inputs
 from compiledllm.kernels import paged_attention_triton as attention
 from compiledllm.kernels import prefill_attention_triton as prefill
 from compiledllm.kernels import penalties_triton as penalties
@@ -51,6 +51,7 @@ TYPES = {
     "last_token_ids": "*i64", "num_computed_tokens": "*i64", "of_group": "*i32",
     "input_ids": "*i64", "lengths": "*i64", "indices": "*i64", "max_blocks": "i32",
     "sample_rows": "*i64", "drawn": "*i64", "padding_row": "i32",
+    "num_tokens": "i32",
 }
 FLOATS = {
     "query", "key", "value", "kv_cache", "out", "logits", "qkv", "q_weight", "k_weight", "cos",
@@ -83,7 +84,8 @@ for experts, rows, tile in ((128, 16, 128), (32, 128, 1024), (128, 64, 1024)):
     check(routing._sort_kernel, "fp32", EXPERTS=experts, ROWS=rows, TILE=tile)
 check(penalties._penalize_kernel, "fp32", IN_PROMPT=1 << 30, CHUNK=2048)
 check(penalties._count_kernel, "fp32")
-check(inputs._gather_kernel, "fp32", BLOCK_SIZE=16, CHUNK=1024)
+for kernel in (inputs._gather_kernel, inputs._unpack_kernel, inputs._ends_kernel):
+    check(kernel, "fp32", BLOCK_SIZE=16, CHUNK=1024, TOKENS=128)
 check(inputs._scatter_kernel, "fp32", ROWS=128)
 SHAPES = {"bf16": ((128, False), (80, True), (256, False)), "fp32": ((128, False),)}
 for dtype, itemsize in (("bf16", 2), ("fp32", 4)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from compiledllm.graphs.buckets import StepShape
 from compiledllm.runner.input_batch import InputBatch, StepLayout
 from compiledllm.runner.request_table import RequestTable
 from compiledllm.sampling_params import SamplingParams
@@ -84,6 +85,32 @@ def test_steps_with_prompts_read_each_groups_table(num_groups: int, counts: list
     batch = InputBatch.unpack(packed, layout.shape, 3, table, SIZE)
     positions = [list(range(COMPUTED[i], COMPUTED[i] + n)) for i, n in enumerate(counts)]
     check(batch, num_groups, [0, 1, 2], positions)
+
+
+@pytest.mark.parametrize("num_groups", [1, 3])
+def test_padded_steps_and_their_ends_read_the_null_block(num_groups: int) -> None:
+    table = table_of(num_groups)
+    lines = [
+        ScheduledRequest("r0", COMPUTED[0], 9, [], False),
+        ScheduledRequest("r2", COMPUTED[2], 2, [], True),
+    ]
+    layout = StepLayout.of(SchedulerOutput([], lines, []), table)
+    shape = StepShape(16, 4, is_decode=False)
+    batch = InputBatch.unpack(torch.from_numpy(layout.pack(table, shape)), shape, 4, table, SIZE)
+    assert batch.input_ids.tolist() == [7] * 11 + [0] * 5
+    assert batch.positions.tolist() == [*range(34, 43), 5, 6] + [0] * 5
+    for attn in batch.attn:
+        assert attn.slot_mapping[11:].tolist() == [0] * 5
+        assert attn.seq_lens.tolist() == [43, 7, 0, 0, 0]
+        assert attn.query_start_loc.tolist() == [0, 9, 11, 11, 11, 11]
+        assert not attn.block_tables[2:].any()
+    indices, attn = batch.ends(table, num_groups - 1, SIZE)
+    assert indices.tolist() == [10, 0, 0, 0]
+    assert attn.slot_mapping.tolist() == [-1] * 4
+    assert attn.seq_lens.tolist() == [7, 1, 1, 1, 0]  # of padding not 0: it would attend to nothing
+    assert attn.query_start_loc.tolist() == [0, 1, 2, 3, 4, 4]
+    assert attn.block_tables[0, :1].tolist() == TABLES[2][num_groups - 1]
+    assert not attn.block_tables[1:].any()
 
 
 @pytest.mark.parametrize("num_groups", [1, 3])

@@ -1,7 +1,7 @@
 """What a step reads from the request rows before the model runs, and writes to them after it.
 
-On a GPU one Triton kernel for each, as a captured decode step pays for every launch. Elsewhere
-plain torch does the same.
+On a GPU one Triton kernel for each, and for each group of layers, as a captured step pays for every
+launch. Elsewhere plain torch does the same.
 """
 
 from __future__ import annotations
@@ -25,6 +25,14 @@ class DecodeInputs(NamedTuple):
     attn: list[AttentionMetadata]  # of each group of layers, with an empty row at the end
 
 
+class MixedInputs(NamedTuple):
+    """Of a step with any number of tokens of each row."""
+
+    input_ids: Tensor  # int64 [tokens]
+    positions: Tensor  # int64 [tokens]
+    attn: list[AttentionMetadata]  # of each group of layers, with an empty row at the end
+
+
 def decode_inputs(
     rows: Tensor,
     last_token_ids: Tensor,
@@ -38,7 +46,7 @@ def decode_inputs(
     rows, max_blocks]. Each group's slots and table are tensors of their own.
     """
     if rows.is_cuda:
-        from compiledllm.kernels.decode_inputs_triton import gather
+        from compiledllm.kernels.step_inputs_triton import gather
 
         found: DecodeInputs = gather(
             rows, last_token_ids, num_computed_tokens, block_tables, block_size
@@ -57,6 +65,55 @@ def decode_inputs(
     return DecodeInputs(last_token_ids[rows], positions, positions + 1, indices, attn)
 
 
+def mixed_inputs(
+    tokens: Tensor, rows: Tensor, last_token_ids: Tensor, block_tables: Tensor, block_size: int
+) -> MixedInputs:
+    """Of tokens that lie flat, one row's after the other's.
+
+    tokens: int64 [3, tokens], of each its request row, position and id; a negative id stands for
+    the token that was drawn last. rows: int64 [3, rows], of each its request row, the length of its
+    context with these tokens, and how many tokens lie before its end. The others, and whose tensors
+    are whose, as in `decode_inputs`.
+    """
+    if rows.is_cuda:
+        from compiledllm.kernels.step_inputs_triton import unpack
+
+        found: MixedInputs = unpack(tokens, rows, last_token_ids, block_tables, block_size)
+        return found
+    row_of_token, positions, ids = tokens
+    table_rows, lengths, ends = rows
+    seq_lens = F.pad(lengths, (0, 1)).int()
+    starts = torch.cat((F.pad(ends, (1, 0)), ends[-1:])).int()
+    attn = []
+    for of_group in block_tables:
+        slots = slots_in(of_group[row_of_token, positions // block_size], positions, block_size)
+        tables = with_empty_row(of_group[table_rows])
+        attn.append(AttentionMetadata(slots, tables, seq_lens, starts))
+    input_ids = torch.where(ids < 0, last_token_ids[row_of_token], ids)
+    return MixedInputs(input_ids, positions, attn)
+
+
+def metadata_of_ends(
+    rows: Tensor, lengths: Tensor, of_group: Tensor, block_size: int
+) -> AttentionMetadata:
+    """Of one token for each of some rows, the last of its context, which is in the cache already.
+
+    rows, lengths: int64 [rows], request rows and lengths of their contexts, at least 1. of_group:
+    int32 [request rows, max_blocks], the block tables of a group of layers.
+    """
+    if rows.is_cuda:
+        from compiledllm.kernels.step_inputs_triton import gather_ends
+
+        found: AttentionMetadata = gather_ends(rows, lengths, of_group, block_size)
+        return found
+    return AttentionMetadata(
+        slot_mapping=torch.full_like(rows, -1),
+        block_tables=with_empty_row(of_group[rows]),
+        seq_lens=F.pad(lengths, (0, 1)).int(),
+        query_start_loc=one_token_each(rows),
+    )
+
+
 def advance(
     rows: Tensor,
     lengths: Tensor,
@@ -72,7 +129,7 @@ def advance(
     row's next token, 0 for a negative one. No row but that of padding appears twice.
     """
     if rows.is_cuda:
-        from compiledllm.kernels.decode_inputs_triton import scatter
+        from compiledllm.kernels.step_inputs_triton import scatter
 
         scatter(rows, lengths, sample_rows, drawn, last_token_ids, num_computed_tokens)
         return

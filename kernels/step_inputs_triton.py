@@ -1,0 +1,232 @@
+"""`step_inputs` in Triton: the kernels around a captured step's model.
+
+Parts of a step's packed inputs begin at any address, and no two steps need have as many tokens:
+nothing of that is specialised on, or steps would wait for the compiler again and again.
+"""
+
+# Triton functions are typed by what they are called with.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from compiledllm.kernels.attention import AttentionMetadata
+from compiledllm.kernels.step_inputs import DecodeInputs, MixedInputs
+
+_CHUNK = 1024  # entries of a block table, for one program
+_ROWS = 128  # of one program
+_TOKENS = 128  # of one program
+
+
+@triton.jit
+def _write_row(
+    index, chunk, row, length, start, of_group, block_tables, seq_lens, query_start_loc, num_rows,
+    max_blocks, BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """A chunk of a row's block table, 0 past its context; with the first one its other metadata.
+
+    The row behind the last is the empty one: of length 0, it begins where it ends.
+    """
+    column = chunk * CHUNK + tl.arange(0, CHUNK)
+    inside = column < max_blocks
+    is_used = inside & (column * BLOCK_SIZE < length)
+    blocks = tl.load(of_group + row * max_blocks + column, is_used, other=0)
+    tl.store(block_tables + index * max_blocks + column, blocks, inside)
+    if chunk == 0:
+        tl.store(seq_lens + index, length.to(tl.int32))
+        tl.store(query_start_loc + index, start.to(tl.int32))
+        if index == num_rows:
+            tl.store(query_start_loc + index + 1, start.to(tl.int32))
+
+
+@triton.jit
+def _slots(of_group, row, position, exists, max_blocks, BLOCK_SIZE: tl.constexpr):
+    """Where in the cache tokens of these rows and positions lie."""
+    block = tl.load(of_group + row * max_blocks + position // BLOCK_SIZE, exists, other=0)
+    return block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _gather_kernel(
+    rows, last_token_ids, num_computed_tokens, of_group, input_ids, positions, lengths, indices,
+    seq_lens, query_start_loc, slot_mapping, block_tables, num_rows, max_blocks,
+    BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """A chunk of a row's block table; with the first one all else of the row."""
+    index, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    exists = index < num_rows
+    row = tl.load(rows + index, exists, other=0)
+    position = tl.load(num_computed_tokens + row, exists, other=-1)
+    _write_row(
+        index, chunk, row, position + 1, index, of_group, block_tables, seq_lens, query_start_loc,
+        num_rows, max_blocks, BLOCK_SIZE, CHUNK,
+    )  # fmt: skip
+    exists = exists & (chunk == 0)
+    tl.store(input_ids + index, tl.load(last_token_ids + row, exists, other=0), exists)
+    tl.store(positions + index, position, exists)
+    tl.store(lengths + index, position + 1, exists)
+    tl.store(indices + index, index, exists)
+    slot = _slots(of_group, row, position, exists, max_blocks, BLOCK_SIZE)
+    tl.store(slot_mapping + index, slot, exists)
+
+
+def gather(
+    rows: Tensor,
+    last_token_ids: Tensor,
+    num_computed_tokens: Tensor,
+    block_tables: Tensor,
+    block_size: int,
+) -> DecodeInputs:
+    """See `step_inputs.decode_inputs`. A launch for each group, all writing the same tokens."""
+    num_rows, max_blocks = len(rows), block_tables.shape[-1]
+    assert rows.is_contiguous() and block_tables.is_contiguous()
+    input_ids, positions, lengths, indices = (torch.empty_like(rows) for _ in range(4))
+    seq_lens, starts = (rows.new_empty(num_rows + n, dtype=torch.int32) for n in (1, 2))
+    chunk, num_chunks = _chunks(max_blocks)
+    attn = []
+    for of_group in block_tables:
+        slots, tables = torch.empty_like(rows), of_group.new_empty((num_rows + 1, max_blocks))
+        _gather_kernel[(num_rows + 1, num_chunks)](
+            rows, last_token_ids, num_computed_tokens, of_group, input_ids, positions, lengths,
+            indices, seq_lens, starts, slots, tables, num_rows, max_blocks, BLOCK_SIZE=block_size,
+            CHUNK=chunk,
+        )  # fmt: skip
+        attn.append(AttentionMetadata(slots, tables, seq_lens, starts))
+    return DecodeInputs(input_ids, positions, lengths, indices, attn)
+
+
+@triton.jit
+def _write_tokens(
+    index, tokens, last_token_ids, of_group, input_ids, positions, slot_mapping, num_tokens,
+    max_blocks, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    exists = index < num_tokens
+    row = tl.load(tokens + index, exists, other=0)
+    position = tl.load(tokens + num_tokens + index, exists, other=0)
+    known = tl.load(tokens + 2 * num_tokens + index, exists, other=0)
+    drawn = tl.load(last_token_ids + row, exists & (known < 0), other=0)
+    tl.store(input_ids + index, tl.where(known < 0, drawn, known), exists)
+    tl.store(positions + index, position, exists)
+    slots = _slots(of_group, row, position, exists, max_blocks, BLOCK_SIZE)
+    tl.store(slot_mapping + index, slots, exists)
+
+
+@triton.jit(do_not_specialize=["rows", "num_tokens", "num_rows"])
+def _unpack_kernel(
+    tokens, rows, last_token_ids, of_group, input_ids, positions, seq_lens, query_start_loc,
+    slot_mapping, block_tables, num_tokens, num_rows, max_blocks,
+    BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """A chunk of a row's block table and what goes with it, or behind the rows some tokens."""
+    index, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if index <= num_rows:
+        exists = index < num_rows
+        row = tl.load(rows + index, exists, other=0)
+        length = tl.load(rows + num_rows + index, exists, other=0)
+        start = tl.load(rows + 2 * num_rows + index - 1, index > 0, other=0)
+        _write_row(
+            index, chunk, row, length, start, of_group, block_tables, seq_lens, query_start_loc,
+            num_rows, max_blocks, BLOCK_SIZE, CHUNK,
+        )  # fmt: skip
+    elif chunk == 0:
+        _write_tokens(
+            (index - num_rows - 1) * TOKENS + tl.arange(0, TOKENS), tokens, last_token_ids,
+            of_group, input_ids, positions, slot_mapping, num_tokens, max_blocks, BLOCK_SIZE,
+        )  # fmt: skip
+
+
+def unpack(
+    tokens: Tensor, rows: Tensor, last_token_ids: Tensor, block_tables: Tensor, block_size: int
+) -> MixedInputs:
+    """See `step_inputs.mixed_inputs`. A launch for each group, all writing the same tokens."""
+    num_tokens, num_rows, max_blocks = tokens.shape[1], rows.shape[1], block_tables.shape[-1]
+    assert all(x.is_contiguous() for x in (tokens, rows, block_tables))
+    input_ids, positions = (tokens.new_empty(num_tokens) for _ in range(2))
+    seq_lens, starts = (rows.new_empty(num_rows + n, dtype=torch.int32) for n in (1, 2))
+    chunk, num_chunks = _chunks(max_blocks)
+    attn = []
+    for of_group in block_tables:
+        slots = torch.empty_like(positions)
+        tables = of_group.new_empty((num_rows + 1, max_blocks))
+        _unpack_kernel[(num_rows + 1 + triton.cdiv(num_tokens, _TOKENS), num_chunks)](
+            tokens, rows, last_token_ids, of_group, input_ids, positions, seq_lens, starts, slots,
+            tables, num_tokens, num_rows, max_blocks, BLOCK_SIZE=block_size, CHUNK=chunk,
+            TOKENS=_TOKENS,
+        )  # fmt: skip
+        attn.append(AttentionMetadata(slots, tables, seq_lens, starts))
+    return MixedInputs(input_ids, positions, attn)
+
+
+@triton.jit(do_not_specialize=["rows", "lengths", "num_rows"])
+def _ends_kernel(
+    rows, lengths, of_group, seq_lens, query_start_loc, slot_mapping, block_tables, num_rows,
+    max_blocks, BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """A chunk of a row's block table; with the first one all else of the row."""
+    index, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    exists = index < num_rows
+    row = tl.load(rows + index, exists, other=0)
+    length = tl.load(lengths + index, exists, other=0)
+    _write_row(
+        index, chunk, row, length, index, of_group, block_tables, seq_lens, query_start_loc,
+        num_rows, max_blocks, BLOCK_SIZE, CHUNK,
+    )  # fmt: skip
+    tl.store(slot_mapping + index, -1, exists & (chunk == 0))
+
+
+def gather_ends(
+    rows: Tensor, lengths: Tensor, of_group: Tensor, block_size: int
+) -> AttentionMetadata:
+    """See `step_inputs.metadata_of_ends`."""
+    num_rows, max_blocks = len(rows), of_group.shape[-1]
+    assert all(x.is_contiguous() for x in (rows, lengths, of_group))
+    seq_lens, starts = (rows.new_empty(num_rows + n, dtype=torch.int32) for n in (1, 2))
+    slots, tables = torch.empty_like(rows), of_group.new_empty((num_rows + 1, max_blocks))
+    chunk, num_chunks = _chunks(max_blocks)
+    _ends_kernel[(num_rows + 1, num_chunks)](
+        rows, lengths, of_group, seq_lens, starts, slots, tables, num_rows, max_blocks,
+        BLOCK_SIZE=block_size, CHUNK=chunk,
+    )  # fmt: skip
+    return AttentionMetadata(slots, tables, seq_lens, starts)
+
+
+def _chunks(max_blocks: int) -> tuple[int, int]:
+    """Size and number of the parts of a block table that programs share."""
+    chunk = min(_CHUNK, triton.next_power_of_2(max_blocks))
+    return chunk, triton.cdiv(max_blocks, chunk)
+
+
+@triton.jit(do_not_specialize=["num_rows", "padding_row"])
+def _scatter_kernel(
+    rows, lengths, sample_rows, drawn, last_token_ids, num_computed_tokens, num_rows, padding_row,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    exists = index < num_rows
+    row = tl.load(rows + index, exists, other=0)
+    length = tl.load(lengths + index, exists, other=0)
+    tl.store(num_computed_tokens + row, tl.where(row == padding_row, 0, length), exists)
+    row = tl.load(sample_rows + index, exists, other=0)
+    token = tl.maximum(tl.load(drawn + index, exists, other=0), 0)
+    tl.store(last_token_ids + row, token, exists & (row != padding_row))
+
+
+def scatter(
+    rows: Tensor,
+    lengths: Tensor,
+    sample_rows: Tensor,
+    drawn: Tensor,
+    last_token_ids: Tensor,
+    num_computed_tokens: Tensor,
+) -> None:
+    """See `step_inputs.advance`."""
+    num_rows = len(rows)
+    assert all(x.is_contiguous() and len(x) == num_rows for x in (lengths, sample_rows, drawn))
+    _scatter_kernel[(triton.cdiv(num_rows, _ROWS),)](
+        rows, lengths, sample_rows, drawn, last_token_ids, num_computed_tokens, num_rows,
+        len(num_computed_tokens) - 1, ROWS=_ROWS,
+    )  # fmt: skip
