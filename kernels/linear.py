@@ -8,6 +8,7 @@ into the library's call, which then copies the residual stream first; the next n
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -21,6 +22,7 @@ _ROWS_WITHOUT_SPLIT = 16  # more rows are faster in the library where it splits 
 # Of so many cuBLASLt chooses better kernels than cuBLAS where inputs are many, and as good ones
 # otherwise: on an H100 it takes 1.5 to 4 % less for the layers of models of 1 to 8 B parameters.
 _ROWS_FOR_CUBLASLT = range(41, 161)
+_PREFERENCE = threading.Lock()
 
 _LIBRARY: Any = torch.library.Library("compiledllm", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
@@ -75,13 +77,15 @@ def _best_library(x: Tensor) -> AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def _preferring(library: str) -> Iterator[None]:
+    """It holds for the whole process: one thread after the other."""
     preferred = torch.backends.cuda.preferred_blas_library
-    before = preferred()
-    preferred(library)
-    try:
-        yield
-    finally:
-        preferred(before)
+    with _PREFERENCE:
+        before = preferred()
+        preferred(library)
+        try:
+            yield
+        finally:
+            preferred(before)
 
 
 def _is_skinny(x: Tensor, weight: Tensor) -> bool:

@@ -115,7 +115,7 @@ def _write_tokens(
     tl.store(slot_mapping + index, slots, exists)
 
 
-@triton.jit(do_not_specialize=["rows", "num_tokens", "num_rows"])
+@triton.jit(do_not_specialize=["tokens", "rows", "num_tokens", "num_rows"])
 def _unpack_kernel(
     tokens, rows, last_token_ids, of_group, input_ids, positions, seq_lens, query_start_loc,
     slot_mapping, block_tables, num_tokens, num_rows, max_blocks,
@@ -200,7 +200,9 @@ def _chunks(max_blocks: int) -> tuple[int, int]:
     return chunk, triton.cdiv(max_blocks, chunk)
 
 
-@triton.jit(do_not_specialize=["num_rows", "padding_row"])
+@triton.jit(
+    do_not_specialize=["rows", "lengths", "sample_rows", "drawn", "num_rows", "padding_row"]
+)
 def _scatter_kernel(
     rows, lengths, sample_rows, drawn, last_token_ids, num_computed_tokens, num_rows, padding_row,
     ROWS: tl.constexpr,

@@ -32,7 +32,7 @@ def priority(request: Request) -> SortKey:
 BALANCED_TOKENS = 256
 _TOKENS_PER_ROW = 8  # of a step, at least
 _WHERE_EVEN = 4  # times the balance, where as many requests wait as decode
-_AT_MOST = 8  # times the balance: such a step of an 8B model takes 0.05 s, on an H100
+_AT_MOST = 8  # times the balance, but for rows: such a step of an 8B model takes 0.05 s, on an H100
 
 POLICIES: dict[str, Policy] = {"fcfs": fcfs, "priority": priority}
 
@@ -102,8 +102,8 @@ class Pace:
     - Where somebody waits for each token, a longer step costs everyone who decodes some time, and
       saves everyone who waits some reading of weights. The sum is least, and the work of a fixed
       number of clients done soonest, where steps grow with the root of how many wait for each that
-      decodes. They have at least eight tokens for each request, so that prompts keep up with the
-      answers, and at most eight times the balance: more are not computed faster.
+      runs. They have at least eight tokens for each request, so that prompts keep up with the
+      answers; beyond that at most eight times the balance: more are not computed faster.
     - Where somebody waits for a whole batch, prompts fill steps up to the balance: the longest
       request takes as many steps as it has tokens, whatever the others do. Only one that would be
       the last to end may not wait. How long they run is known by max_tokens alone: once a request

@@ -39,6 +39,12 @@ NO_TOKEN = "no token could be drawn: the logits are NaN or infinite, or every to
 _NO_BLOCKS: list[list[int]] = []  # never changed
 
 
+def _decodes(request: Request) -> bool:
+    """Whether it has a token, or one in flight that is not its last."""
+    left = request.most_tokens - len(request.token_ids)
+    return request.num_output_tokens > 0 or 0 < request.num_tokens_in_flight < left
+
+
 @dataclass(slots=True)
 class _Draft:
     """A step while it is put together. Tokens left: budget, and of it prompt_budget for prompts."""
@@ -158,7 +164,7 @@ class Scheduler:
     def _share_for(self, prompt: Request) -> Share:
         """Of this step. Where nobody decodes, prompts have all of it."""
         running = self.running
-        if not any(r.num_output_tokens or r.num_tokens_in_flight for r in running):
+        if not any(map(_decodes, running)):
             return Share(self.max_num_batched_tokens)
         num_waiting = len(self.waiting) + (prompt.status is RequestStatus.RUNNING)
         return self.pace.share(prompt, running, num_waiting)

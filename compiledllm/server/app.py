@@ -150,7 +150,7 @@ class _EventStream(StreamingResponse):
     async def stream_response(self, send: Send) -> None:
         head = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(head)
-        async for piece in self._serving.stream(self._job):
+        async for piece in self.body_iterator:
             await send({"type": "http.response.body", "body": piece, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

@@ -126,7 +126,7 @@ class LiveRequests:
         self._forget(live)
 
     def expire(self, live: LiveRequest, error: Exception) -> None:
-        """Its time is over: nothing more is computed or kept for it, even if nobody reads."""
+        """Its time is over: nothing more is computed for it, even if nobody reads."""
         self.abort(live)
         live.fail(error)
 

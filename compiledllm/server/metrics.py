@@ -44,9 +44,9 @@ class _QuickHistogram(Collector):
         self._counts = [0] * len(self._bounds)
         self._sum = 0.0
 
-    def observe(self, value: float) -> None:
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
+    def observe(self, value: float, times: int) -> None:
+        self._counts[bisect_left(self._bounds, value)] += times
+        self._sum += value * times
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
         family = HistogramMetricFamily(self._name, self._text, labels=["model_name"])
@@ -171,9 +171,11 @@ class Metrics:
             count += len(completion.token_ids)
         if timing.first is None:
             timing.first = now
-            self.ttft.observe(now - timing.arrival)
-        elif timing.last is not None and count:
-            self.itl.observe(now - timing.last)
+            assert output.metrics is not None
+            first_token_time = output.metrics.first_token_time or now
+            self.ttft.observe(max(first_token_time - timing.arrival, 0.0))
+        elif timing.last is not None and count:  # tokens that came together share the gap
+            self.itl.observe((now - timing.last) / count, times=count)
         timing.last = now
         timing.num_tokens += count
 
@@ -185,8 +187,10 @@ class Metrics:
         self.cached_tokens.inc(output.num_cached_tokens)
         self.prompt_lengths.observe(len(output.prompt_token_ids))
         self.output_lengths.observe(count)
-        if timing.first is not None and count > 1:
-            self.tpot.observe((now - timing.first) / (count - 1))
+        times = output.metrics
+        assert times is not None
+        if times.first_token_time is not None and count > 1:
+            self.tpot.observe((times.last_token_time - times.first_token_time) / (count - 1))
         for completion in output.outputs:
             self.success.labels(self._model, str(completion.finish_reason)).inc()
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -156,15 +157,16 @@ class Serving:
         """Nobody waits for its answer any more."""
         self.engine.release(job.lives)
 
-    async def _generate(self, job: Job, place: int) -> AsyncIterator[tuple[int, RequestOutput]]:
+    async def _generate(self, job: Job, place: int) -> AsyncGenerator[tuple[int, RequestOutput]]:
         """The outputs of a prompt, with its place among the job's."""
         timing, live = self.metrics.begin(), job.lives[place]
         with self.engine.following(live):
             while not live.state.is_over:
                 output = await live.take()
                 self.metrics.grow(timing, output)
+                if output.finished:
+                    self.metrics.end(timing, output)
                 yield place, output
-            self.metrics.end(timing, output)
 
     # -- whole answers -------------------------------------------------------------------------
 
@@ -237,16 +239,17 @@ class Serving:
         counts = [0] * len(job.states)
         last: list[RequestOutput | None] = [None] * len(job.states)
         try:
-            async for place, output in self._merged(job):
-                last[place] = output
-                for completion in output.outputs:
-                    if failure := _failure(completion):
-                        raise failure
-                    counts[place] += len(completion.token_ids)
-                    index = place * job.num_choices + completion.index
-                    yield _filled(template, job, completion, index) or self._event(
-                        job, output, completion, index, counts[place]
-                    )
+            async with contextlib.aclosing(self._merged(job)) as merged:
+                async for place, output in merged:
+                    last[place] = output
+                    for completion in output.outputs:
+                        if failure := _failure(completion):
+                            raise failure
+                        counts[place] += len(completion.token_ids)
+                        index = place * job.num_choices + completion.index
+                        yield _filled(template, job, completion, index) or self._event(
+                            job, output, completion, index, counts[place]
+                        )
             if _wants_usage(job):
                 seen = [output for output in last if output is not None]
                 total = 0 if _hides_output(job) else sum(counts)
@@ -294,11 +297,11 @@ class Serving:
         chunk = self._chunk(job, choice) | {"created": hole("created")}
         return Template(chunk | {"usage": None} if job.is_chat and _wants_usage(job) else chunk)
 
-    def _merged(self, job: Job) -> AsyncIterator[tuple[int, RequestOutput]]:
+    def _merged(self, job: Job) -> AsyncGenerator[tuple[int, RequestOutput]]:
         """The outputs of all prompts as they come, each with its prompt's place."""
         return self._generate(job, 0) if len(job.lives) == 1 else self._generate_all(job)
 
-    async def _generate_all(self, job: Job) -> AsyncIterator[tuple[int, RequestOutput]]:
+    async def _generate_all(self, job: Job) -> AsyncGenerator[tuple[int, RequestOutput]]:
         queue: asyncio.Queue[tuple[int, RequestOutput] | Exception | None] = asyncio.Queue()
 
         async def feed(place: int) -> None:
@@ -365,6 +368,8 @@ def _is_soon_made(body: ChatRequest | CompletionRequest) -> bool:
     Handing it to a thread would take longer.
     """
     if isinstance(body, ChatRequest) or isinstance(body.prompt, str):
+        return False
+    if (body.n or 1) > 1 or (body.best_of or 1) > 1:  # a request for each
         return False
     more = (body.response_format, body.structured_outputs, body.bad_words)
     is_short = isinstance(body.prompt[0], int) and len(body.prompt) <= SHORT_PROMPT

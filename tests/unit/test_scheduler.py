@@ -340,6 +340,18 @@ def test_who_waits_for_a_first_token_in_flight_decodes_in_the_next_step() -> Non
     bench.run()
 
 
+def test_who_needs_no_token_but_the_one_in_flight_leaves_the_next_step_to_prompts() -> None:
+    bench = Bench(num_blocks=200, budget=64, balanced=4)
+    bench.add(tokens(20), max_tokens=1, name="first")
+    ahead = bench.schedule()
+    bench.add(tokens(60, start=90), max_tokens=1, name="second")
+    step = bench.schedule()
+    assert counts(step) == {"second": 60}
+    for launched in (ahead, step):
+        bench.scheduler.update(launched, bench.runner.execute(launched))
+    bench.check_all_finished()
+
+
 def batch_of(bench: Bench, *requests: tuple[int, int]) -> list[Request]:
     """Requests of a batch: length of the prompt, most tokens."""
     return [

@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("fastapi")
 
 from compiledllm.engine.request_state import Completion, RequestState
+from compiledllm.outputs import FinishReason
 from compiledllm.sampling_params import RequestOutputKind, SamplingParams
 from compiledllm.server.engine_client import EngineClient
 from compiledllm.server.live_request import EngineError, Limits, LiveRequest
@@ -51,11 +52,14 @@ class Stream:
         self.lives = [LiveRequest(state) for state in states]
         factory = cast(Any, SimpleNamespace(tokenizer=tokenizer))
         engine = EngineClient({}, Limits(9, 99, 9, stuck_seconds=9), Path())
-        serving = Serving(engine, ["m"], Metrics("p:", "m", engine))
+        self.metrics = Metrics("p:", "m", engine)
+        serving = Serving(engine, ["m"], self.metrics)
         self._job = Job(body, "id", "m", params, states, factory, self.lives)
         self.events = serving.stream(self._job)
 
-    def grow(self, letters: str, ends: bool = False, place: int = 0) -> None:
+    def grow(
+        self, letters: str, ends: bool = False, place: int = 0, reason: FinishReason = "length"
+    ) -> None:
         """Book a token for each letter, with its log probability."""
         live = self.lives[place]
         (completion,) = live.state.completions
@@ -65,7 +69,7 @@ class Stream:
             completion.push_last_token(0.0)
         if ends:
             completion.request.status = RequestStatus.FINISHED
-            completion.request.finish_reason = "length"
+            completion.request.finish_reason = reason
         live.wake()
 
     async def next(self) -> Any:
@@ -158,6 +162,30 @@ def test_what_came_before_a_failure_is_shown() -> None:
     asyncio.run(run())
 
 
+def test_a_stream_that_fails_is_counted() -> None:
+    async def run() -> None:
+        stream = Stream(completion_body())
+        stream.grow("a", ends=True, reason="error")
+        assert "error" in await stream.next()
+        assert await stream.next() == "[DONE]"
+        counted = 'p:request_success_total{finished_reason="error",model_name="m"} 1.0'
+        assert counted in stream.metrics.text().decode()
+
+    asyncio.run(run())
+
+
+def test_tokens_that_came_together_share_the_gap_before_them() -> None:
+    async def run() -> None:
+        stream = Stream(completion_body())
+        for letters in ("a", "bcd", "e"):
+            stream.grow(letters)
+            await stream.next()
+        text = stream.metrics.text().decode()
+        assert 'p:inter_token_latency_seconds_count{model_name="m"} 4' in text
+
+    asyncio.run(run())
+
+
 def test_only_what_needs_no_tokenizer_is_made_without_a_thread() -> None:
     assert _is_soon_made(CompletionRequest(prompt=[1] * SHORT_PROMPT))
     for prompt in ("", "text", ["text"], [[1, 2]], [1] * (SHORT_PROMPT + 1)):
@@ -168,4 +196,6 @@ def test_only_what_needs_no_tokenizer_is_made_without_a_thread() -> None:
         {"structured_outputs": {"regex": "a"}},
     ):
         assert not _is_soon_made(CompletionRequest(prompt=[1], **cast(Any, more)))
+    assert not _is_soon_made(CompletionRequest(prompt=[1], n=2))
+    assert not _is_soon_made(CompletionRequest(prompt=[1], best_of=2))
     assert not _is_soon_made(ChatRequest(messages=[{"role": "user", "content": "x"}]))
