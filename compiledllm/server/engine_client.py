@@ -102,8 +102,7 @@ class EngineClient:
         deadline = time.monotonic() + seconds
         while self.live and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
-        for live in self.live:
-            self.live.end(live, EngineError("the server is shutting down"))
+        self.live.end_all(EngineError("the server is shutting down"))
 
     async def stop(self) -> None:
         """End the process."""
@@ -136,8 +135,7 @@ class EngineClient:
             log.exception("the engine is lost")
             self.failure = Failed(f"{type(error).__name__}: {error}")
             self._set("dead")
-            for live in self.live:
-                self.live.end(live, EngineError(self.failure.error))
+            self.live.end_all(EngineError(self.failure.error))
 
     async def _keep_running(self) -> None:
         while self.state != "dead":
@@ -178,8 +176,7 @@ class EngineClient:
         self._crashes = [t for t in self._crashes if now - t < RESTART_WINDOW_S] + [now]
         if not was_ready or len(self._crashes) > MOST_RESTARTS:
             self._set("dead")
-            for live in self.live:
-                self.live.end(live, EngineError(failure.error))
+            self.live.end_all(EngineError(failure.error))
             return
         if not failure.blamed:  # else it has written one itself
             batch = [{"request_id": request_id} for request_id in self.live.engine_ids]

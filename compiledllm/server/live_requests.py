@@ -75,16 +75,22 @@ class LiveRequests:
         for request_id, token_id in step.token_ids.items():
             if request_id in completions:
                 live, completion = completions[request_id]
-                if self._push(completion, token_id, now) and live.state.is_finished:
-                    self._forget(live)
+                if self._push(completion, token_id, now):
+                    self._settle(live, completion)
                 live.wake()
         for news in step.grown:
             if news.request_id in completions:
                 live, completion = completions[news.request_id]
                 self._grow(completion, news, now)
-                if live.state.is_finished:
-                    self._forget(live)
+                if completion.request.is_finished:
+                    self._settle(live, completion)
                 live.wake()
+
+    def _settle(self, live: LiveRequest, completion: Completion) -> None:
+        """A completion is over, and with the last one the request."""
+        del self._completions[completion.request.request_id]
+        if live.state.is_finished:
+            self._forget(live)
 
     def _grow(self, completion: Completion, news: Grown, now: float) -> None:
         """Book what came, up to a stop string."""
@@ -99,8 +105,6 @@ class LiveRequests:
                 break
         if news.finish_reason and not request.is_finished:
             _finish_mirror(completion, news.finish_reason, news.stop_reason)
-        if request.is_finished:
-            self._completions.pop(request.request_id, None)
 
     def _push(self, completion: Completion, token_id: int, now: float) -> bool:
         """Book a token. True: a stop string ended the completion, and the engine knows."""
@@ -113,7 +117,6 @@ class LiveRequests:
         if not request.is_finished:
             self._send(Finish([request.request_id], "stop"))
         _finish_mirror(completion, "stop", stop)
-        self._completions.pop(request.request_id, None)
         return True
 
     # -- ends ----------------------------------------------------------------------------------
@@ -134,6 +137,10 @@ class LiveRequests:
         """It fails, once what came before is taken."""
         live.fail(error)
         self._forget(live)
+
+    def end_all(self, error: Exception) -> None:
+        for live in self:
+            self.end(live, error)
 
     def _forget(self, live: LiveRequest) -> None:
         if self._lives.get(live.state.request_id) is live:

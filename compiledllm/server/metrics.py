@@ -31,7 +31,6 @@ class _Timing:
 
     arrival: float
     last: float | None = None
-    first: float | None = None
     num_tokens: int = 0
 
 
@@ -169,12 +168,11 @@ class Metrics:
         count = 0
         for completion in output.outputs:
             count += len(completion.token_ids)
-        if timing.first is None:
-            timing.first = now
+        if timing.last is None:
             assert output.metrics is not None
             first_token_time = output.metrics.first_token_time or now
             self.ttft.observe(max(first_token_time - timing.arrival, 0.0))
-        elif timing.last is not None and count:  # tokens that came together share the gap
+        elif count:  # tokens that came together share the gap
             self.itl.observe((now - timing.last) / count, times=count)
         timing.last = now
         timing.num_tokens += count

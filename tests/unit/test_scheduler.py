@@ -328,28 +328,22 @@ def test_a_prompt_goes_on_beside_those_that_decode() -> None:
     bench.run()
 
 
-def test_who_waits_for_a_first_token_in_flight_decodes_in_the_next_step() -> None:
+@pytest.mark.parametrize(
+    ("max_tokens", "next_step"),
+    [(9, {"first": 1, "second": 15}), (1, {"second": 60})],  # it needs another token, or none
+)
+def test_who_waits_for_a_first_token_in_flight_decodes_if_it_is_not_the_last(
+    max_tokens: int, next_step: dict[str, int]
+) -> None:
     bench = Bench(num_blocks=200, budget=64, balanced=4)
-    bench.add(tokens(20), max_tokens=9, name="first")
+    bench.add(tokens(20), max_tokens=max_tokens, name="first")
     ahead = bench.schedule()
-    bench.add(tokens(60, start=90), max_tokens=9, name="second")
+    bench.add(tokens(60, start=90), max_tokens=max_tokens, name="second")
     step = bench.schedule()
-    assert counts(step) == {"first": 1, "second": 15}
+    assert counts(step) == next_step
     for launched in (ahead, step):
         bench.scheduler.update(launched, bench.runner.execute(launched))
     bench.run()
-
-
-def test_who_needs_no_token_but_the_one_in_flight_leaves_the_next_step_to_prompts() -> None:
-    bench = Bench(num_blocks=200, budget=64, balanced=4)
-    bench.add(tokens(20), max_tokens=1, name="first")
-    ahead = bench.schedule()
-    bench.add(tokens(60, start=90), max_tokens=1, name="second")
-    step = bench.schedule()
-    assert counts(step) == {"second": 60}
-    for launched in (ahead, step):
-        bench.scheduler.update(launched, bench.runner.execute(launched))
-    bench.check_all_finished()
 
 
 def batch_of(bench: Bench, *requests: tuple[int, int]) -> list[Request]:
