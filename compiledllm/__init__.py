@@ -7,6 +7,8 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from compiledllm.version import __version__
+
 if TYPE_CHECKING:
     from compiledllm.config import ConfigError, EngineConfig
     from compiledllm.engine.engine import LLM, Engine
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
         SamplingParams,
     )
     from compiledllm.structured_outputs import StructuredOutputsParams
-
-__version__ = "0.1.0"
 
 # OpenMP's threads wait for each other hundreds of times a step. By default they spin so long that
 # one other busy process makes a step take seconds (measured on 2 cores, one of them taken: 1.6

@@ -14,13 +14,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compiledllm import __version__
 from compiledllm.arguments import add_engine_options, count, engine_options
 from compiledllm.benchmarks.cli import add_bench_command
 from compiledllm.config import DTYPES, MODEL_IMPLS, CacheConfig, Choice, ConfigError
 from compiledllm.outputs import RequestOutput
 from compiledllm.sampling_params import SamplingParams
 from compiledllm.server.options import add_server_options
+from compiledllm.version import __version__
 
 if TYPE_CHECKING:
     from compiledllm.engine.engine import Engine

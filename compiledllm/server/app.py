@@ -15,7 +15,6 @@ from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from compiledllm import __version__
 from compiledllm.log import log
 from compiledllm.server import convert
 from compiledllm.server.engine_client import EngineClient
@@ -37,6 +36,7 @@ from compiledllm.server.protocol import (
 )
 from compiledllm.server.security import Guard
 from compiledllm.server.serving import Job, Serving
+from compiledllm.version import __version__
 
 _PAGE = Path(__file__).with_name("page.html")
 _ERRORS: dict[int | str, dict[str, Any]] = {

@@ -21,13 +21,13 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = ("compiledllm", "graphs", "kernels", "models", "benchmarks")
 
 LEAVES = {"checks", "structured_outputs", "sampling_params", "outputs", "types", "config"}
-LEAVES |= {"platform", "log"}
+LEAVES |= {"platform", "log", "version"}
 BELOW_ENGINE = {"scheduler", "runner", "graphs", "models", "kernels", *LEAVES}
 # Layer -> layers it may import, itself aside. "root" is compiledllm/__init__; a name with a dot is
 # that module only. "benchmarks" is where `compiledllm bench` ends up.
 MAY_IMPORT: dict[str, set[str]] = {
-    "root": {"engine.engine", "engine.async_engine", "config", "sampling_params", "outputs"}
-    | {"structured_outputs"},
+    "root": {"engine.engine", "config", "sampling_params", "outputs", "structured_outputs"}
+    | {"version"},
     "cli": {"root", "arguments", "server", "benchmarks", "engine", *BELOW_ENGINE},
     "arguments": {"config"},
     "server": {"root", "cli", "arguments", "engine", *BELOW_ENGINE},
@@ -56,6 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "outputs": set(),
     "checks": set(),
     "log": set(),
+    "version": set(),
 }
 
 # Package -> the only modules that may import it, with all below them.
