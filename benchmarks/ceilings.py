@@ -1,6 +1,6 @@
-"""What this machine reaches: memory read and copied, and matrices multiplied, measured on the spot.
+"""The machine's measured ceilings: memory reads, memory copies, and matrix products.
 
-Each figure is the best of several runs, over buffers several times the last-level cache.
+Each figure is the best of several runs. Buffers are several times the last-level cache.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _CUDA_MATRIX_SIZE, _CPU_MATRIX_SIZE = 8192, 2048
 
 @torch.inference_mode()
 def measure_ceilings(platform: Platform, dtype: torch.dtype) -> Ceilings:
-    """Bytes per second of a read-only sum and of a copy, operations per second of a product.
+    """Measure read and copy bandwidth (bytes/s) and matrix throughput (FLOP/s); about a second.
 
-    dtype: of the matrices, the model's. Takes about a second.
+    dtype: the dtype of the multiplied matrices, normally the model's.
     """
     device = platform.device
     source = torch.ones(_buffer_bytes(platform) // 4, dtype=torch.float32, device=device)
     read = _best_seconds(lambda: source.sum(), device)
     target = torch.empty_like(source)
     copied = _best_seconds(functools.partial(target.copy_, source), device)
-    del target  # room for the matrices
+    del target  # frees memory for the matrices
     size = _CUDA_MATRIX_SIZE if platform.is_cuda else _CPU_MATRIX_SIZE
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     multiplied = _best_seconds(lambda: left @ right, device)
@@ -40,7 +40,7 @@ def measure_ceilings(platform: Platform, dtype: torch.dtype) -> Ceilings:
 
 @torch.inference_mode()
 def measure_upload(platform: Platform) -> float:
-    """Bytes per second from host memory (pinned, for a GPU) to the device's."""
+    """Bytes per second of a copy from host memory (pinned, for a GPU) to device memory."""
     num_bytes = 2**30 if platform.is_cuda else _buffer_bytes(platform)
     source = torch.ones(num_bytes // 4, dtype=torch.float32, pin_memory=platform.is_cuda)
     target = torch.empty_like(source, device=platform.device, pin_memory=False)
@@ -48,10 +48,10 @@ def measure_upload(platform: Platform) -> float:
 
 
 def _best_seconds(work: Callable[[], object], device: torch.device) -> float:
-    """The fastest run; on a GPU of ten in a row, so that starting them does not count."""
+    """Seconds of the fastest run. A GPU run is ten launches in a row, which hides launch cost."""
     in_a_row = 10 if device.type == "cuda" else 1
     best = float("inf")
-    for _ in range(_REPEATS + 1):  # the first warms up, and seldom wins
+    for _ in range(_REPEATS + 1):  # the first run is the warm-up; it may count, as the minimum wins
         _synchronize(device)
         start = time.perf_counter()
         for _ in range(in_a_row):
@@ -67,7 +67,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _buffer_bytes(platform: Platform) -> int:
-    """Several times the last-level cache, and an eighth of the free memory at most."""
+    """Size of a test buffer: several times the last-level cache, max an eighth of free memory."""
     if platform.is_cuda:
         free, _ = torch.cuda.mem_get_info(platform.device)
         return min(_CUDA_BUFFER_BYTES, free // 8)
@@ -75,7 +75,7 @@ def _buffer_bytes(platform: Platform) -> int:
 
 
 def last_level_cache_bytes() -> int:
-    """Of this machine's CPU, 0 if it does not say."""
+    """Bytes of the CPU's last-level cache; 0 if the system does not tell."""
     units = {"K": 2**10, "M": 2**20, "G": 2**30}
     found = [0]
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):

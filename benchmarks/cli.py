@@ -19,7 +19,7 @@ GOODPUT = ("ttft", "tpot", "e2el")
 
 
 def add_bench_command(commands: Any) -> None:
-    """Add `bench` and its sub-commands to the parser's."""
+    """Add the `bench` command and its sub-commands to `commands`."""
     bench = commands.add_parser("bench", help="measure, beside what the hardware allows")
     kinds = bench.add_subparsers(required=True, metavar="BENCHMARK")
     _add_latency(kinds)
@@ -111,7 +111,7 @@ def _runner(name: str) -> Callable[[argparse.Namespace], int]:
     def run(arguments: argparse.Namespace) -> int:
         from compiledllm.benchmarks import run as runs
 
-        function: Callable[[argparse.Namespace], int] = getattr(runs, name)
+        function: Callable[[argparse.Namespace], int] = getattr(runs, f"run_{name}")
         return function(arguments)
 
     return run
@@ -194,7 +194,7 @@ def _rate(text: str) -> float:
 
 
 def _limit(text: str) -> tuple[str, float]:
-    """METRIC:MILLISECONDS."""
+    """Parse one --goodput limit, METRIC:MILLISECONDS."""
     metric, _, value = text.partition(":")
     if metric not in GOODPUT:
         raise argparse.ArgumentTypeError(

@@ -1,7 +1,7 @@
-"""A process of the serving client: sends its share of the requests, notes what each saw.
+"""One client process of `bench serve`: sends its share of the requests and records the outcomes.
 
-Without torch, so that it starts in no time. What happens for every piece of text is kept short: one
-process has to take those of hundreds of streams, as they come.
+The module does not import torch, so a process starts quickly. The code that runs for every piece of
+text is short, because one process reads hundreds of streams at once.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     import aiohttp
 
 _TEXTS = ("content", "text", "reasoning_content", "reasoning")
-# In JSON a quote inside a string has a backslash in front of it, so these are keys and values.
+# A quote inside a JSON string is escaped, so these byte patterns match keys and values only.
 _HAS_TEXT = re.compile(rb'"(?:%b)" ?: ?"[^"]' % "|".join(_TEXTS).encode())
 _HAS_MORE = re.compile(rb'"(?:usage|error)"(?! ?: ?null)')
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The server and how to ask it. endpoint: of completions or of chat completions."""
+    """The server under test. endpoint: the path of completions or of chat completions."""
 
     base_url: str
     endpoint: str
@@ -69,8 +69,9 @@ class Target:
 class Load:
     """How requests arrive.
 
-    request_rate: a second, Poisson (inf: all at once). burstiness: shape of the gamma distribution
-    of the gaps; 1 is Poisson, below more bursty. goodput: metric -> ms a good request stays within.
+    request_rate: requests per second (inf: all at once). burstiness: shape parameter of the gamma
+    distribution of the gaps; 1 is a Poisson process, less is burstier. goodput: metric -> limit in
+    ms that a good request stays within.
     """
 
     request_rate: float
@@ -91,10 +92,10 @@ class Load:
 
 @dataclass(slots=True)
 class Outcome:
-    """What one request saw: seconds on the monotonic clock, tokens as the server counted them."""
+    """What one request saw. Times: seconds of the monotonic clock. Tokens: as the server counts."""
 
     sent: float = 0.0
-    stamps: list[float] = field(default_factory=list)  # of each piece of text
+    stamps: list[float] = field(default_factory=list)  # arrival of each piece of text
     ended: float = 0.0
     tokens: int = 0
     prompt_tokens: int = 0
@@ -112,7 +113,7 @@ class Outcome:
 
 
 class Share(NamedTuple):
-    """The requests of one process, and when after the start each is sent."""
+    """The requests of one process, and the seconds after the start at which each is sent."""
 
     target: Target
     model: str
@@ -122,7 +123,7 @@ class Share(NamedTuple):
 
 
 class Sent(NamedTuple):
-    """What came of a share. start, end: on the monotonic clock, which processes have in common."""
+    """The outcomes of a share. start, end: seconds of the monotonic clock, common to processes."""
 
     start: float
     end: float
@@ -132,7 +133,9 @@ class Sent(NamedTuple):
 def deal(
     target: Target, model: str, requests: Sequence[SampleRequest], load: Load, num_clients: int
 ) -> list[Share]:
-    """The requests to as many processes, in turn; fewer if not all could have as many in flight."""
+    """Deal the requests to the processes round-robin.
+
+    There are fewer processes where the concurrency limit does not give each of them a request."""
     most = min(load.max_concurrency or len(requests), len(requests))
     count, arrivals = min(num_clients, most), load.arrivals(len(requests))
     while load.max_concurrency and load.max_concurrency % count:
@@ -144,7 +147,7 @@ def deal(
 
 
 def serve_share(connection: Connection, share: Share) -> None:
-    """A process: say that it is ready, wait for the word to start, give what came of it."""
+    """Run in a child process: report ready, wait for the start signal, send back the outcomes."""
     import aiohttp  # noqa: F401
 
     connection.send(None)
@@ -153,7 +156,7 @@ def serve_share(connection: Connection, share: Share) -> None:
 
 
 async def send_share(share: Share, advance: Callable[[], None] = lambda: None) -> Sent:
-    """advance: called with each request that is over."""
+    """advance: called with each finished request."""
     slots = asyncio.Semaphore(share.max_concurrency)
 
     async def send_at(due: float, request: SampleRequest) -> Outcome:
@@ -224,7 +227,7 @@ async def send(
 
 
 async def _read(content: aiohttp.StreamReader, outcome: Outcome) -> None:
-    """The lines of an event stream; all that arrive together have one time stamp."""
+    """Read the lines of an event stream; lines of one chunk share a time stamp."""
     rest = b""
     async for data in content.iter_any():
         now = time.monotonic()
@@ -235,7 +238,9 @@ async def _read(content: aiohttp.StreamReader, outcome: Outcome) -> None:
 
 
 def _read_line(line: bytes, outcome: Outcome, now: float) -> None:
-    """Text gets a time stamp, usage is noted, errors raise. Only the latter two are parsed."""
+    """Record one event: text gets a time stamp, usage is stored, an error raises.
+
+    Text is not parsed as JSON; usage and errors are."""
     if not line.startswith(b"data:"):
         return
     if _HAS_TEXT.search(line):

@@ -7,7 +7,7 @@ from typing import Any
 
 from compiledllm.benchmarks.report import Report, Row
 
-# What makes rows comparable, and which figures are compared; a dot goes into a dict.
+# Per benchmark: the fields that identify a cell, and the metrics to compare (a dot enters a dict).
 _CELLS = {
     "latency": ("batch", "input_len", "output_len"),
     "throughput": ("requests",),
@@ -20,12 +20,12 @@ _METRICS = {
     "serve": ("ttft_ms.p50", "ttft_ms.p99", "tpot_ms.p50", "itl_ms.p99", "output_tokens_per_s"),
     "startup": ("wall_s.median",),
 }
-# Of the hardware, what must agree; a driver is a version.
+# Hardware facts that must be equal in both reports. The driver is a version and may differ.
 _HARDWARE = ("device", "name", "cpu", "cores")
 
 
 def ratios_between_engines(benchmark: str, rows: Sequence[Row]) -> list[Row]:
-    """For every cell, the first engine's figures divided by each other engine's."""
+    """For every cell, the first engine's figures divided by those of each other engine."""
     first = rows[0]["engine"] if rows else None
     ours = {_cell(benchmark, row): row for row in rows if row["engine"] == first}
     others = [row for row in rows if row["engine"] != first]
@@ -33,10 +33,10 @@ def ratios_between_engines(benchmark: str, rows: Sequence[Row]) -> list[Row]:
 
 
 def compare_reports(a: Report, b: Report, force: bool = False) -> list[Row]:
-    """For every row that both have, B's figures divided by A's.
+    """For every row that both reports have, B's figures divided by A's.
 
-    If each report has one engine only, their rows are compared whatever the engines are. Raises
-    ValueError, naming what differs, for other hardware or other work, unless `force`.
+    Reports of one engine each are compared whatever the engines are. Raises ValueError, naming the
+    difference, if hardware or work differ, unless `force` is set.
     """
     differences = _differences(a, b)
     if differences and not force:

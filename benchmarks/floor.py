@@ -1,8 +1,9 @@
-"""What a step must move and compute at least, from a ModelSpec alone, and how long that takes.
+"""The roofline of a step: the bytes and FLOPs it needs at least, and the seconds they take.
 
-Weights are read once (the output head once, tied or not; embedding rows are not counted), the KV of
-every context once, as far back as a layer sees, and each parameter costs two operations a token. A
-time below the floor means the measurement is broken. Knows specs and ceilings, no engine.
+The counts follow from a ModelSpec alone. A step reads all weights once (the output head once, tied
+or not; embedding rows are not counted) and the KV of every context once, as far back as a layer
+sees. Each parameter costs two FLOPs per token. A measured time below the floor means that the
+measurement is broken. The module knows specs and ceilings, no engine.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from compiledllm.models.spec import ModelSpec
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """What the hardware gives, measured: bytes and floating-point operations per second.
+    """Measured limits of the hardware, in bytes/s and FLOP/s.
 
     A copy counts its reads and its writes.
     """
@@ -29,13 +30,13 @@ class Ceilings:
         return max(self.read_bytes_per_s, self.copy_bytes_per_s)
 
     def at_least(self, other: Ceilings) -> Ceilings:
-        """The higher of two measurements in each: what was reached once can be reached."""
+        """The higher of two measurements of each ceiling: a rate reached once can be reached."""
         return Ceilings(*map(max, astuple(self), astuple(other)))
 
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """The least a step can do."""
+    """The minimum work of a step, in bytes and FLOPs."""
 
     weight_bytes: int
     kv_bytes: int
@@ -46,15 +47,15 @@ class StepCost:
         return self.weight_bytes + self.kv_bytes
 
     def seconds(self, ceilings: Ceilings) -> float:
-        """The floor: the longer of moving the bytes and doing the operations."""
+        """The floor: the longer of memory time and compute time, which may overlap."""
         moving = self.num_bytes / ceilings.bytes_per_s
         return max(moving, self.flops / ceilings.flops_per_s)
 
 
 def weights_read(spec: ModelSpec) -> int:
-    """Parameters a step reads at least: all blocks, the final norm and the output head.
+    """The fewest parameters a step reads: all blocks, the final norm and the output head.
 
-    Of experts as many as one token goes to: all tokens may go to the same.
+    Of a mixture of experts only the experts of one token count, as all tokens may share them.
     """
     body = sum(layer.num_parameters_used for layer in spec.layers)
     return body + spec.hidden_size + spec.vocab_size * spec.embedding_width
@@ -80,7 +81,8 @@ def prefill_cost(spec: ModelSpec, batch: int, length: int, itemsize: int) -> Ste
     body = weights_read(spec) - head
     attention = 0
     for layer in spec.layers:
-        seen = layer.attn.num_seen(length)  # by the last token; before, one more by each
+        # The last token sees `seen` positions, and each token before it one fewer.
+        seen = layer.attn.num_seen(length)
         attention += (4 * seen * length - 2 * seen * seen) * layer.attn.q_size
     return StepCost(
         weight_bytes=(body + head) * itemsize,
@@ -92,7 +94,7 @@ def prefill_cost(spec: ModelSpec, batch: int, length: int, itemsize: int) -> Ste
 def time_to_first_token_floor(
     spec: ModelSpec, ceilings: Ceilings, batch: int, input_len: int, itemsize: int
 ) -> float:
-    """Seconds from `batch` prompts to the first token of each."""
+    """Floor of TTFT in seconds: from `batch` prompts to the first token of each."""
     return prefill_cost(spec, batch, input_len, itemsize).seconds(ceilings)
 
 
@@ -104,7 +106,7 @@ def time_per_output_token_floor(
     output_len: int,
     itemsize: int,
 ) -> float:
-    """Seconds a step, averaged over the tokens after the first, as their contexts grow."""
+    """Floor of TPOT in seconds, averaged over the tokens after the first, as contexts grow."""
     contexts = range(input_len + 1, input_len + output_len)
     steps = (decode_cost(spec, batch, context, itemsize) for context in contexts)
     return sum(step.seconds(ceilings) for step in steps) / len(contexts)
@@ -113,11 +115,12 @@ def time_per_output_token_floor(
 def offline_floor(
     spec: ModelSpec, ceilings: Ceilings, lengths: Sequence[tuple[int, int]], itemsize: int
 ) -> float:
-    """Seconds for a set of requests, (input, output) tokens each, all there at the start.
+    """Floor in seconds for a set of requests that start together.
 
-    However they are batched, the weights are read at least once for each token of the longest
-    output, and each output token after the first reads the KV of its context. Moving bytes and
-    computing may overlap entirely; that all requests fit at once is assumed.
+    lengths: (input, output) tokens of each request. Whatever the batching, every token of the
+    longest output reads the weights once, and every output token after the first reads the KV of
+    its context. Memory time and compute time may overlap entirely. All requests are assumed to fit
+    into memory at once.
     """
     longest = max(output for _, output in lengths)
     num_bytes = longest * weights_read(spec) * itemsize

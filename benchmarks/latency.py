@@ -1,7 +1,7 @@
 """Latency of a batch that starts together: a grid of batch sizes and prompt lengths.
 
-TTFT is the time of one token for the whole batch, TPOT what each further token adds, as a caller of
-the offline API sees them; the same for every engine.
+TTFT is the time of one token for the whole batch; TPOT is the time that each further token adds.
+Both are measured the same way for every engine: as a caller of the offline API sees them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class LatencyGrid:
-    """Which cells, how often, and from which seed."""
+    """The cells to measure, the repeats, and the seed of the prompts."""
 
     batch_sizes: Sequence[int]
     input_lens: Sequence[int]
@@ -53,16 +53,16 @@ class LatencyGrid:
         return [Cell(batch, length, self.output_len) for batch, length in pairs]
 
     def num_measurements(self, num_peers: int) -> int:
-        """How often `advance` will be called."""
+        """How many times `measure_grid` calls `advance`."""
         return len(self.cells()) * num_peers * (self.warmups + self.repeats + 1)
 
 
 def measure_grid(
     peers: Sequence[Peer], grid: LatencyGrid, advance: Callable[[str], None]
 ) -> Iterator[Row]:
-    """A row for each cell and engine, without floors. In a cell the engines take turns.
+    """Yield a row for each cell and engine, without floors. Within a cell the engines take turns.
 
-    advance: called with what was done after each measurement.
+    advance: called after each measurement with a description of it.
     """
     for cell in grid.cells():
         yield from _measure_cell(peers, cell, grid, advance)
@@ -120,7 +120,7 @@ def _row(
 
 
 def add_floors(row: Row, model: Model, ceilings: Ceilings) -> None:
-    """Add "ttft_floor_ms" and "tpot_floor_ms" to the row."""
+    """Add the floors of TTFT and TPOT, in ms, to the row."""
     spec, batch, input_len, itemsize = model.spec, row["batch"], row["input_len"], model.itemsize
     ttft = tpot = None
     if spec is not None:

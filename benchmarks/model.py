@@ -1,4 +1,4 @@
-"""The model under measurement, and the machine it runs on: the same for every engine."""
+"""The model under measurement and the machine it runs on, shared by all engines of a run."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from compiledllm.models.source import resolve_checkpoint
 from compiledllm.models.spec import ModelSpec
 from compiledllm.platform import Platform
 
-# Engine options that are fields of their own here.
+# Engine options that `Model` holds as fields.
 _FIELDS = ("model", "revision", "tokenizer", "device", "dtype")
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What all engines load. spec: None for an architecture only the peers know (no floors then).
+    """The checkpoint that all engines load.
 
-    options: the other engine options, as the user gave them.
+    spec: None for an architecture that only the peers know; there are no floors then. options: all
+    other engine options, as the user gave them.
     """
 
     path: Path
@@ -36,7 +37,7 @@ class Model:
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any], engines: tuple[str, ...]) -> Model:
-        """From engine options, checked. Raises ConfigError."""
+        """Resolve engine options to a model. Raises ConfigError for options that are wrong."""
         EngineConfig.from_options(**options)
         dummy = options.get("load_format") == "dummy"
         path = resolve_checkpoint(options.get("model"), options.get("revision"), weights=not dummy)
@@ -64,7 +65,7 @@ class Model:
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a weight and of a KV element."""
+        """Bytes of a weight and of an element of the KV cache."""
         return self.torch_dtype.itemsize
 
     @property
@@ -72,7 +73,7 @@ class Model:
         return self.options.get("load_format") == "dummy"
 
     def identity(self) -> dict[str, Any]:
-        """What tells this model from another in a report."""
+        """Facts that tell this model from another one in a report."""
         known = {"parameters": self.spec.num_parameters} if self.spec else {}
         return {"model": self.path.name, "dtype": self.dtype, **known}
 
@@ -86,7 +87,7 @@ class Model:
             )
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text by the model's tokenizer."""
+        """Tokenize a text with the model's tokenizer."""
         from compiledllm.engine.tokenizer import Tokenizer
 
         return Tokenizer(self.path).encode(text)

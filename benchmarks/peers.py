@@ -1,4 +1,4 @@
-"""The engines that can be measured, behind one interface: token ids in, a fixed number out.
+"""The engines that can be measured, behind one interface: prompts in, a fixed number of tokens out.
 
 Every engine runs greedily, past end of sequence, without a prefix cache and without text, on the
 same checkpoint (or random weights of its shapes) in the same dtype.
@@ -20,7 +20,7 @@ from compiledllm.benchmarks.profile import StepTimes, measure_step
 from compiledllm.benchmarks.workload import SampleRequest
 from compiledllm.config import ConfigError
 
-# Engine options that vLLM has too, with the same meaning.
+# Engine options that vLLM shares under the same name and meaning.
 _VLLM_OPTIONS = (
     "max_model_len",
     "gpu_memory_utilization",
@@ -29,7 +29,7 @@ _VLLM_OPTIONS = (
     "enforce_eager",
     "seed",
 )
-# What requests may ask of their tokens, by the name of `bench latency --sampling`.
+# Sampling parameters by the names that `bench latency --sampling` takes.
 SAMPLING: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0},
     "temperature": {"temperature": 0.8},
@@ -37,27 +37,27 @@ SAMPLING: dict[str, dict[str, Any]] = {
     "one-penalised": {"temperature": 0, "frequency_penalty": 0.5, "repetition_penalty": 1.1},
     "logprobs": {"temperature": 0, "logprobs": 5},
 }
-_SHARED_MEMORY = 0.94  # of a GPU, for all engines of a run together
+_SHARED_MEMORY = 0.94  # fraction of the GPU's memory that all engines of a run share
 
 
 class Peer(Protocol):
     """An engine under measurement."""
 
     name: str
-    startup_s: dict[str, float]  # phase -> seconds, where the engine tells
+    startup_s: dict[str, float]  # phase -> seconds, for engines that report phases
 
     def generate(self, requests: Sequence[SampleRequest]) -> None:
         """Run all requests to their last token."""
 
     def inter_token_times(self, requests: Sequence[SampleRequest]) -> list[float] | None:
-        """Seconds between each token and the one before it; None if the engine does not show."""
+        """Seconds between consecutive tokens; None if the engine does not show single tokens."""
 
     def step_times(self, requests: Sequence[SampleRequest]) -> StepTimes | None:
-        """Host and device seconds of a decode step; None if the engine cannot be looked into."""
+        """Host and device seconds of a decode step; None if the engine cannot be profiled."""
 
 
 def make_peer(name: str, model: Model, shared_by: int = 1, hf_max_batch_size: int = 16) -> Peer:
-    """Load `name`. shared_by: how many engines hold the GPU's memory in this run."""
+    """Load the engine `name`. shared_by: the number of engines that share the GPU's memory."""
     if shared_by > 1 and model.platform.is_cuda:
         share = {"gpu_memory_utilization": round(_SHARED_MEMORY / shared_by, 3)}
         model = replace(model, options=share | dict(model.options))
@@ -67,14 +67,14 @@ def make_peer(name: str, model: Model, shared_by: int = 1, hf_max_batch_size: in
 
 
 class CompiledLLM:
-    """This engine."""
+    """compiledllm itself."""
 
     name = "compiledllm"
     sampling = "greedy"
 
     def __init__(self, model: Model) -> None:
         started = time.perf_counter()
-        from compiledllm import Engine  # here, so that other engines start without it
+        from compiledllm import Engine  # here, as runs of other engines do not need it
 
         imported = time.perf_counter() - started
         defaults = {"skip_tokenizer_init": True, "enable_prefix_caching": False}
@@ -91,7 +91,7 @@ class CompiledLLM:
         return other
 
     def _params(self, output_lens: Iterable[int]) -> list[SamplingParams]:
-        """One for each request; "one-penalised" is the first one only."""
+        """Sampling parameters of each request. "one-penalised" penalises the first request only."""
         plain = [_greedy(length) for length in output_lens]
         asking = [replace(params, **SAMPLING[self.sampling]) for params in plain]
         return asking[:1] + plain[1:] if self.sampling == "one-penalised" else asking
@@ -115,7 +115,7 @@ class CompiledLLM:
     def step_times(self, requests: Sequence[SampleRequest]) -> StepTimes:
         """Host and device seconds of a decode step in which every request takes part.
 
-        As in `generate`, nobody looks at the outputs on the way.
+        As in `generate`, no output is made before the requests are finished.
         """
         engine, limit = self.engine, self.engine.config.model.max_model_len
         assert limit is not None
@@ -171,10 +171,10 @@ class VLLM:
         _check_lengths(requests, [len(output.outputs[0].token_ids) for output in outputs])
 
     def inter_token_times(self, requests: Sequence[SampleRequest]) -> list[float] | None:
-        return None  # the offline API shows whole answers only
+        return None  # the offline API returns finished answers only
 
     def step_times(self, requests: Sequence[SampleRequest]) -> StepTimes | None:
-        return None  # its steps run in another process
+        return None  # vLLM's steps run in another process
 
 
 class Transformers:
@@ -224,7 +224,7 @@ class Transformers:
     def _generate_batch(
         self, batch: Sequence[SampleRequest], stamps: list[float] | None = None
     ) -> None:
-        """Generate the longest output for all; with `stamps`, note when each step ended."""
+        """Generate the longest output for all requests; append each step's end to `stamps`."""
         prompts, count = [_ids(r) for r in batch], max(r.output_len for r in batch)
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=self._device)

@@ -1,4 +1,4 @@
-"""A latency report as a picture: TPOT against batch with the floor, throughput against latency."""
+"""Plots of a latency report: TPOT over batch size with the floor, and throughput over latency."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from compiledllm.config import ConfigError
 
 
 def check_plot(path: Path | None, output_len: int) -> None:
-    """Raise ConfigError for a plot that could not be made, before hours of measuring."""
+    """Raise ConfigError for a plot that cannot be made, before hours of measuring."""
     if path is None:
         return
     if find_spec("matplotlib") is None:
@@ -25,7 +25,7 @@ def check_plot(path: Path | None, output_len: int) -> None:
 
 
 def plot_report(report: Report, path: Path) -> None:
-    """Write an SVG, or what the file's suffix says."""
+    """Write the plot; the file's suffix chooses the format, SVG by default."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -55,7 +55,7 @@ def plot_report(report: Report, path: Path) -> None:
 
 
 def _series(rows: list[Row]) -> dict[str, list[Row]]:
-    """Label -> the rows of one engine and input length, by batch."""
+    """Label -> the rows of one engine and input length, ordered by batch size."""
     series: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: (row["input_len"], row["batch"])):
         series.setdefault(f"{row['engine']}, input {row['input_len']}", []).append(row)
@@ -63,7 +63,7 @@ def _series(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def _floors(rows: list[Row]) -> dict[int, list[Row]]:
-    """Input length -> the first engine's rows, whose floors are everyone's."""
+    """Input length -> the first engine's rows; floors do not depend on the engine."""
     floors: dict[int, list[Row]] = {}
     first = rows[0]["engine"]
     for row in sorted(rows, key=lambda row: (row["input_len"], row["batch"])):

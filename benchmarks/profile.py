@@ -1,4 +1,4 @@
-"""Where a step's time goes: the device's work, and what the host adds to it."""
+"""Splits the time of a step into device work and the host's share."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 
 _TIMED_STEPS = 32
-_STEPS = 8  # under the profiler
+_STEPS = 8  # number of steps recorded by the profiler
 
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """Seconds of a step: the device at work, and the rest, in which it waits for the host.
+    """Seconds of a step: the device's busy time, and the rest, while the device waits for the host.
 
-    between_s: of a GPU, idle between the last kernel of a step and the first of the next; it has
-    the host's slowness under the profiler in it. None on a CPU.
+    between_s: idle time of a GPU between the last kernel of a step and the first kernel of the next
+    one, which includes the profiler's overhead on the host. None on a CPU.
     """
 
     device_s: float
@@ -30,7 +30,7 @@ class StepTimes:
 
 
 class Event(NamedTuple):
-    """On the device, in microseconds."""
+    """A kernel or operator on the device; start and end in microseconds."""
 
     start: float
     end: float
@@ -38,11 +38,11 @@ class Event(NamedTuple):
 
 
 def measure_step(step: Callable[[], object], device: torch.device) -> StepTimes:
-    """Run `step` 40 times: most of them timed, the rest under torch.profiler.
+    """Run `step` 40 times: most runs are timed, the others are recorded by torch.profiler.
 
-    Device time is that of the kernels on a GPU, and of tensor operators on a CPU. The profiler
-    slows the host down, so the step's length comes from the runs without it. Those end as they
-    began, with as many steps under way, or one would be counted twice.
+    Device time is the time of the kernels on a GPU, and of tensor operators on a CPU. The profiler
+    slows the host down, so the length of a step comes from the runs without the profiler. The timed
+    runs end with as many steps in flight as they began with, so that no step counts twice.
     """
     seconds = _seconds(step)
     events = _device_events(step, device)
@@ -63,7 +63,7 @@ def _device_events(step: Callable[[], object], device: torch.device) -> list[Eve
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
     if on_gpu:
-        torch.cuda.synchronize(device)  # a step under way was not launched here
+        torch.cuda.synchronize(device)  # a step in flight was launched before the profiler started
     with profile(activities=activities) as profiler:
         for _ in range(_STEPS):
             step()
@@ -78,9 +78,9 @@ def _device_events(step: Callable[[], object], device: torch.device) -> list[Eve
 
 
 def between_steps(events: Sequence[Event]) -> list[float]:
-    """Idle time around each step's end: where its tokens are copied to the host, that copy aside.
+    """Idle time at each step's end, around the copy of its tokens to the host, in microseconds.
 
-    events: sorted. Nothing for the last step, which none follows.
+    events: sorted by start. The last step has no successor and gives no entry.
     """
     found, ended = [], 0.0
     for event, following in itertools.pairwise(events):
@@ -91,7 +91,7 @@ def between_steps(events: Sequence[Event]) -> list[float]:
 
 
 def covered(intervals: Iterable[tuple[float, float]]) -> float:
-    """Length of the union of intervals."""
+    """Total length of the union of intervals."""
     total, end = 0.0, float("-inf")
     for start, stop in sorted(intervals):
         total += max(stop - max(start, end), 0.0)

@@ -28,11 +28,11 @@ Row = dict[str, Any]
 
 @dataclass(slots=True)
 class Report:
-    """What goes into the JSON.
+    """A report as it is written to JSON.
 
-    hardware, versions: of this machine. work: what was run, without how; two reports compare only
-    if both agree. ceilings: bytes/s and FLOP/s, None where the hardware is not known. complete:
-    False in a file that was written on the way.
+    hardware, versions: facts of this machine. work: the work that was measured; only reports of
+    equal work and hardware compare. ceilings: bytes/s and FLOP/s, None where they were not
+    measured. complete: False in a file that was saved before the run ended.
     """
 
     benchmark: str
@@ -52,14 +52,14 @@ class Report:
         return json.dumps(asdict(self))
 
     def save(self, path: Path) -> None:
-        """Write the file whole or not at all."""
+        """Write the file atomically."""
         partial = path.with_name(path.name + ".partial")
         partial.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
         partial.replace(path)
 
 
 def load_report(path: Path) -> Report:
-    """Raises ValueError for what is not a report of this schema."""
+    """Read a report. Raises ValueError for a file that is no report of this schema."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -77,7 +77,7 @@ def load_report(path: Path) -> Report:
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Median and spread over repeats."""
+    """Median, lowest and highest value of repeats."""
     return {
         "median": statistics.median(values),
         "min": min(values),
@@ -87,15 +87,16 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """The 50th, 90th and 99th percentile: the smallest value that many per cent do not exceed."""
+    """The 50th, 90th and 99th percentiles (nearest rank)."""
     ordered = sorted(values)
     ranks = {p: max(-(-len(ordered) * p // 100) - 1, 0) for p in (50, 90, 99)}
     return {f"p{p}": ordered[rank] for p, rank in ranks.items()}
 
 
 def against_floor(floor: float | None, measured: float) -> dict[str, Any]:
-    """The floor, how close to it the measurement came, and whether it came closer than can be."""
-    if floor is None or measured <= 0:  # a difference of two times can be lost in their noise
+    """The floor, its percentage of the measurement, and whether the measurement is below it."""
+    # TPOT is a difference of two times, which noise can make zero or negative.
+    if floor is None or measured <= 0:
         return {"floor": floor, "percent": None, "broken": measured <= 0}
     percent = 100 * floor / measured
     return {"floor": floor, "percent": percent, "broken": percent > 100}
@@ -105,7 +106,7 @@ def against_floor(floor: float | None, measured: float) -> dict[str, Any]:
 
 
 def hardware_facts(platform: Platform) -> dict[str, Any]:
-    """This machine: device, name, cpu, cores; of a GPU also driver, clocks and power limit."""
+    """This machine: device, name, CPU, cores; of a GPU also driver, clocks and power limit."""
     facts: dict[str, Any] = {
         "device": platform.device.type,
         "name": platform.name,
@@ -116,7 +117,7 @@ def hardware_facts(platform: Platform) -> dict[str, Any]:
 
 
 def _gpu_facts() -> dict[str, Any]:
-    """From nvidia-smi, where it is there."""
+    """Facts that nvidia-smi reports, if it is installed."""
     names = ("driver_version", "clocks.max.sm", "clocks.max.memory", "power.limit")
     program = shutil.which("nvidia-smi")
     if program is None:
@@ -137,29 +138,29 @@ def versions() -> dict[str, str]:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found | {"torch": torch.__version__}  # with the CUDA it was built for
+    return found | {"torch": torch.__version__}  # names the build's CUDA version, too
 
 
 def commit() -> str | None:
-    """$GIT_COMMIT if set, else of the checkout this module lies in, "+" behind it if changed."""
+    """$GIT_COMMIT, else the commit of this checkout, with "+" appended if files are modified."""
     if given := os.environ.get("GIT_COMMIT"):
         return given
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True)
         changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True)
-    except OSError:  # no git here
+    except OSError:  # git is not installed
         return None
     return head.stdout.decode().strip() + "+" * bool(changed.stdout) or None
 
 
 def command_line(arguments: Sequence[str]) -> str:
-    """The command, to be run again anywhere: without this machine's folders."""
+    """The command line without this machine's folders, so that it runs on another machine."""
     return shlex.join(["compiledllm", *map(without_folder, arguments)])
 
 
 def without_folder(value: str) -> str:
-    """The last part of a path on this machine; anything else (a hub id, a URL, a number) as is."""
+    """The last part of an existing path; anything else (a hub id, a URL, a number) unchanged."""
     path = Path(value)
     is_here = path.is_absolute() or (os.sep in value and (path.exists() or path.parent.is_dir()))
     return path.name if is_here else value
@@ -168,7 +169,7 @@ def without_folder(value: str) -> str:
 def new_report(
     benchmark: str, work: Mapping[str, Any], hardware: Mapping[str, Any], flags: Mapping[str, Any]
 ) -> Report:
-    """A report without rows, its conditions filled in."""
+    """A report with its conditions filled in and no rows."""
     return Report(
         benchmark=benchmark,
         work=dict(work),

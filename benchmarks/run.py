@@ -1,4 +1,4 @@
-"""Runs a benchmark from its options: loads what is measured, collects rows, prints the report."""
+"""Runs a benchmark from its options: loads the engines, collects rows, prints the report."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from compiledllm.arguments import engine_options
-from compiledllm.benchmarks import latency as grid
-from compiledllm.benchmarks import serve as serving
-from compiledllm.benchmarks import startup as starts
-from compiledllm.benchmarks import throughput as offline
+from compiledllm.benchmarks import latency, serve, startup, throughput
 from compiledllm.benchmarks.ceilings import measure_ceilings, measure_upload
 from compiledllm.benchmarks.client import Load, Target
 from compiledllm.benchmarks.compare import compare_reports, ratios_between_engines
@@ -44,18 +41,18 @@ from compiledllm.platform import Platform
 
 DEFAULT_SEED = 4242
 DEFAULT_NUM_PROMPTS = 512
-UNKNOWN_VOCAB_SIZE = 32000  # ids become words then
+UNKNOWN_VOCAB_SIZE = 32000  # for a server whose model is unknown; token ids are sent as words
 
 AddFloors = Callable[[Row, Model, Ceilings], None]
 
 
-def latency(arguments: Namespace) -> int:
+def run_latency(arguments: Namespace) -> int:
     """`compiledllm bench latency`."""
     check_output(arguments.output_json, "--output-json")
     check_plot(arguments.plot, arguments.output_len)
     model = _model(arguments)
     model.check_length(max(arguments.input_len) + arguments.output_len)
-    work = grid.LatencyGrid(
+    work = latency.LatencyGrid(
         batch_sizes=arguments.batch_size,
         input_lens=arguments.input_len,
         output_len=arguments.output_len,
@@ -67,15 +64,15 @@ def latency(arguments: Namespace) -> int:
     report = _report("latency", model, arguments, output_len=work.output_len, seed=work.seed)
     peers = _by_sampling(_load(arguments, model), arguments.sampling)
     with progress(work.num_measurements(len(peers))) as advance:
-        rows = grid.measure_grid(peers, work, advance)
-        _collect(report, rows, model, grid.add_floors, arguments.output_json)
+        rows = latency.measure_grid(peers, work, advance)
+        _collect(report, rows, model, latency.add_floors, arguments.output_json)
     _emit(report, arguments.output_json)
     if arguments.plot is not None:
         plot_report(report, arguments.plot)
     return 0
 
 
-def throughput(arguments: Namespace) -> int:
+def run_throughput(arguments: Namespace) -> int:
     """`compiledllm bench throughput`."""
     check_output(arguments.output_json, "--output-json")
     model = _model(arguments)
@@ -86,16 +83,16 @@ def throughput(arguments: Namespace) -> int:
     peers = _load(arguments, model)
 
     def add_floor(row: Row, model: Model, ceilings: Ceilings) -> None:
-        offline.add_floor(row, requests, model, ceilings)
+        throughput.add_floor(row, requests, model, ceilings)
 
     with progress(len(peers) * (arguments.num_iters + 1)) as advance:
-        rows = offline.measure_throughput(peers, requests, arguments.num_iters, advance)
+        rows = throughput.measure_throughput(peers, requests, arguments.num_iters, advance)
         _collect(report, rows, model, add_floor, arguments.output_json)
     _emit(report, arguments.output_json)
     return 0
 
 
-def startup(arguments: Namespace) -> int:
+def run_startup(arguments: Namespace) -> int:
     """`compiledllm bench startup`."""
     check_output(arguments.output_json, "--output-json")
     cold, warm, input_len = arguments.num_iters_cold, arguments.num_iters_warm, arguments.input_len
@@ -107,18 +104,18 @@ def startup(arguments: Namespace) -> int:
     upload, engines = measure_upload(model.platform), list(dict.fromkeys(arguments.engine))
     num_bytes = model.spec.num_parameters * model.itemsize if model.spec else None
     with progress(len(engines) * (max(cold, 1) + warm)) as advance:
-        for row in starts.measure_startup(engines, model, input_len, cold, warm, advance):
-            starts.add_floor(row, num_bytes, upload)
+        for row in startup.measure_startup(engines, model, input_len, cold, warm, advance):
+            startup.add_floor(row, num_bytes, upload)
             report.rows.append(row)
     _emit(report, arguments.output_json)
     return 0
 
 
-def serve(arguments: Namespace) -> int:
+def run_serve(arguments: Namespace) -> int:
     """`compiledllm bench serve`."""
     check_output(arguments.output_json, "--output-json")
     target = Target(
-        serving.checked_url(arguments.base_url),
+        serve.checked_url(arguments.base_url),
         arguments.endpoint,
         arguments.model,
         arguments.timeout,
@@ -126,7 +123,7 @@ def serve(arguments: Namespace) -> int:
     local = _local_model(arguments.local_model)
     requests = _requests(arguments, local.vocab_size if local else UNKNOWN_VOCAB_SIZE, None)
     if arguments.dataset_path is None and (local is None or target.is_chat):
-        requests = serving.as_text(requests)
+        requests = serve.as_text(requests)
     target.check(requests)
     ceilings = measure_ceilings(local.platform, local.torch_dtype) if local else None
     loads = [
@@ -140,9 +137,7 @@ def serve(arguments: Namespace) -> int:
         for rate in arguments.request_rate
     ]
     with progress(len(loads) * len(requests)) as advance:
-        name, rows = serving.measure_serving(
-            target, requests, loads, advance, arguments.num_clients
-        )
+        name, rows = serve.measure_serving(target, requests, loads, advance, arguments.num_clients)
     work = {"model": name, "endpoint": target.endpoint, "requests": fingerprint(requests)}
     platform = local.platform if local else Platform.detect("cpu")
     report = new_report("serve", work, hardware_facts(platform), _flags(arguments))
@@ -153,7 +148,7 @@ def serve(arguments: Namespace) -> int:
     return 0
 
 
-def compare(arguments: Namespace) -> int:
+def run_compare(arguments: Namespace) -> int:
     """`compiledllm bench compare`."""
     a, b = load_report(arguments.a), load_report(arguments.b)
     print_ratios(compare_reports(a, b, arguments.force))
@@ -164,7 +159,7 @@ def compare(arguments: Namespace) -> int:
 
 
 def _model(arguments: Namespace) -> Model:
-    """What to measure. Raises ConfigError, also for an engine that is not there."""
+    """The model to measure. Raises ConfigError, also for an engine that is not installed."""
     for engine in arguments.engine:
         if find_spec(engine) is None:
             raise ConfigError(f"engine '{engine}' is not installed here: pip install {engine}")
@@ -172,27 +167,27 @@ def _model(arguments: Namespace) -> Model:
 
 
 def _local_model(name: str | None) -> Model | None:
-    """The model of a server on this machine; its weights stay where they are."""
+    """The spec of the served model, for floors; no weights are loaded."""
     if name is None:
         return None
     return Model.from_options({"model": name, "load_format": "dummy"}, ("compiledllm",))
 
 
 def _seed(arguments: Namespace) -> int:
-    """--seed is the work's and the engine's; without it each has its own default."""
+    """The seed of the work. --seed sets it for work and engine; both have their own default."""
     seed = getattr(arguments, "seed", None)
     return DEFAULT_SEED if seed is None else seed
 
 
 def _load(arguments: Namespace, model: Model) -> list[Peer]:
-    """The engines. Ours compiles first, also where it would otherwise do so while it serves."""
+    """Load the engines. compiledllm compiles before the first request, also on a CPU."""
     model = replace(model, options={"compile_when": "start"} | dict(model.options))
     names = list(dict.fromkeys(arguments.engine))
     return [make_peer(name, model, len(names), arguments.hf_max_batch_size) for name in names]
 
 
 def _by_sampling(peers: list[Peer], sampling: list[str]) -> list[Peer]:
-    """Each of ours once for every kind of sampling; others know the plain kind only."""
+    """One peer of compiledllm for every kind of sampling; other engines run greedily only."""
     if sampling == ["greedy"]:
         return peers
     ours = [peer for peer in peers if isinstance(peer, CompiledLLM)]
@@ -202,7 +197,7 @@ def _by_sampling(peers: list[Peer], sampling: list[str]) -> list[Peer]:
 
 
 def _requests(arguments: Namespace, vocab_size: int, encode: Encode | None) -> list[SampleRequest]:
-    """The dataset that was asked for."""
+    """The requests of the dataset that the options name."""
     path, output_len = arguments.dataset_path, arguments.output_len
     if (arguments.dataset_name == "file") != (path is not None):
         raise ConfigError("--dataset-name file and --dataset-path FILE go together")
@@ -216,7 +211,7 @@ def _requests(arguments: Namespace, vocab_size: int, encode: Encode | None) -> l
 
 
 def _add_serving_floor(row: Row, local: Model | None, ceilings: Ceilings | None) -> None:
-    """TPOT's floor for a request that has the server to itself, at the mean lengths."""
+    """Add the floor of TPOT for a request that is alone on the server, at the mean lengths."""
     floor, tpot = None, row["tpot_ms"]
     if local and local.spec and ceilings:
         input_len, output_len = (
@@ -243,7 +238,7 @@ def _report(kind: str, model: Model, arguments: Namespace, **work: Any) -> Repor
 
 
 def _flags(arguments: Namespace) -> dict[str, Any]:
-    """The options as they were understood, in JSON's types."""
+    """The parsed options, as JSON types."""
     given = vars(arguments).items()
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in given}
     return {name: value for name, value in plain.items() if not callable(value)}
@@ -252,10 +247,10 @@ def _flags(arguments: Namespace) -> dict[str, Any]:
 def _collect(
     report: Report, rows: Iterable[Row], model: Model, add_floors: AddFloors, path: Path | None
 ) -> None:
-    """Take rows as they come, saving each time; floors wait for the ceilings' second measurement.
+    """Collect rows, saving the report after each; add floors when all rows are there.
 
-    Ceilings are measured before and after, and the higher counts: a machine that others use too
-    may have been slow once.
+    Ceilings are measured before and after the rows and the higher one counts, because a shared
+    machine may be slow for a moment.
     """
     before = measure_ceilings(model.platform, model.torch_dtype)
     for row in rows:
@@ -269,7 +264,7 @@ def _collect(
 
 
 def _emit(report: Report, path: Path | None) -> None:
-    """Print the table; the JSON goes to the file, or ends the output."""
+    """Print the table; write the JSON to the file, or print it last."""
     if len({row["engine"] for row in report.rows}) > 1:
         report.ratios = ratios_between_engines(report.benchmark, report.rows)
     report.complete = True

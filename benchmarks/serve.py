@@ -1,4 +1,4 @@
-"""`bench serve`: the client's processes, and a row of what all requests of a load saw together."""
+"""`bench serve`: the client processes, and one row that sums up all requests of a load."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def measure_serving(
         ) from None
     model = asyncio.run(_probe(target, requests[0]))
     gc.collect()
-    gc.freeze()  # what was imported need not be walked while times are taken
+    gc.freeze()  # keeps the collector from walking imported objects while times are taken
     rows = []
     for load in loads:
         shares = deal(target, model, requests, load, num_clients)
@@ -62,7 +62,7 @@ def measure_serving(
 
 
 def checked_url(url: str) -> str:
-    """The server's address without a path; clients are used to writing /v1 behind it."""
+    """The server's address without a path. A trailing /v1, which clients use, is dropped."""
     stripped = url.rstrip("/").removesuffix("/v1")
     if not stripped.startswith(("http://", "https://")) or "/" in stripped.partition("://")[2]:
         raise ConfigError(f"--base-url must look like http://host:port, got {url!r}")
@@ -70,7 +70,7 @@ def checked_url(url: str) -> str:
 
 
 def as_text(requests: Sequence[SampleRequest]) -> list[SampleRequest]:
-    """Token ids as so many common words, about a token each, for a server whose ids are unknown."""
+    """Replace token ids by as many common words, about a token each, for an unknown tokenizer."""
     return [
         SampleRequest(" ".join(_WORDS[i % len(_WORDS)] for i in r.prompt), r.output_len)
         if isinstance(r.prompt, list)
@@ -80,7 +80,7 @@ def as_text(requests: Sequence[SampleRequest]) -> list[SampleRequest]:
 
 
 async def _probe(target: Target, request: SampleRequest) -> str:
-    """The model's name, after a request that is not measured."""
+    """Ask the server for its model's name and send one request that is not measured."""
     async with open_session(target) as session:
         model = target.model or await first_model(session, target)
         probe = await send(session, target, model, request)
@@ -90,7 +90,7 @@ async def _probe(target: Target, request: SampleRequest) -> str:
 
 
 def _send_all(shares: Sequence[Share], advance: Callable[[], None]) -> list[Sent]:
-    """All shares at once: one in this process, several each in its own, which start together."""
+    """Send all shares at once: a single one in this process, several in a process each."""
     if len(shares) == 1:
         return [asyncio.run(send_share(shares[0], advance))]
     context = multiprocessing.get_context("spawn")
@@ -101,9 +101,9 @@ def _send_all(shares: Sequence[Share], advance: Callable[[], None]) -> list[Sent
             ours, theirs = context.Pipe()
             process = context.Process(target=serve_share, args=(theirs, share), daemon=True)
             process.start()
-            theirs.close()  # so that the end of the process is the end of the connection
+            theirs.close()  # the connection then ends when the child ends
             stack.callback(process.join)
-            stack.callback(process.terminate)  # first; those that are done have nothing left to do
+            stack.callback(process.terminate)  # runs first; a child that is done is not harmed
             connections.append(stack.enter_context(ours))
         try:
             for connection in connections:
@@ -120,7 +120,7 @@ def _send_all(shares: Sequence[Share], advance: Callable[[], None]) -> list[Sent
 
 
 def summarise(outcomes: Sequence[Outcome], load: Load, seconds: float) -> Row:
-    """One row. Raises ConfigError if every request failed, with the most frequent cause."""
+    """One row for all outcomes. Raises ConfigError with the commonest cause if all failed."""
     good = [outcome for outcome in outcomes if outcome.error is None]
     errors = Counter(outcome.error for outcome in outcomes if outcome.error is not None)
     if not good:

@@ -1,4 +1,4 @@
-"""From process start to the first token: fresh processes, cold (empty compile caches) and warm."""
+"""Time from process start to the first token, cold (empty compile caches) and warm."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from compiledllm.benchmarks.report import Row, against_floor, spread
 if TYPE_CHECKING:
     from compiledllm.benchmarks.model import Model
 
-# Where engines and compilers keep what they made. What they put elsewhere stays, also when cold.
+# Variables that name the caches of engines and compilers. Caches elsewhere stay, also when cold.
 _CACHES = {
     "TORCHINDUCTOR_CACHE_DIR": "inductor",
     "TRITON_CACHE_DIR": "triton",
@@ -25,9 +25,9 @@ _CACHES = {
     "VLLM_CACHE_ROOT": "vllm",
     "CUDA_CACHE_PATH": "cuda",
 }
-_MARK = "compiledllm startup: "  # the child's line, among what engines print
+_MARK = "compiledllm startup: "  # marks the child's line among the engines' own output
 # "import": the interpreter and the engine's package. "config": finding the model and reading its
-# config, which imports transformers' part of it. "rest": what the engine does not tell apart.
+# config, which imports a part of transformers. "rest": time that the engine does not attribute.
 PHASES = ("import", "config", "weights", "compile", "capture", "rest", "first token")
 
 
@@ -39,10 +39,10 @@ def measure_startup(
     num_warm: int,
     advance: Callable[[str], None],
 ) -> Iterator[Row]:
-    """A row for each engine and kind of start, without floors.
+    """Yield a row for each engine and kind of start, without floors.
 
-    The warm starts use what the last cold one left. The model's files are in the operating system's
-    cache in both.
+    Warm starts use the caches that the last cold start filled. The model's files are in the
+    operating system's page cache in both.
     """
     setup = {
         "path": str(model.path),
@@ -70,7 +70,7 @@ def measure_startup(
 
 
 def _start(engine: str, setup: Mapping[str, Any], caches: Path) -> dict[str, float]:
-    """Seconds of each phase in a fresh process, and "wall" as seen from this one."""
+    """Seconds of each phase in a fresh process, and "wall" as measured by this process."""
     folders = {name: str(caches / folder) for name, folder in _CACHES.items()}
     request = json.dumps({"engine": engine, **setup})
     started = time.monotonic()
@@ -97,7 +97,7 @@ def _start(engine: str, setup: Mapping[str, Any], caches: Path) -> dict[str, flo
 
 
 def _row(engine: str, start: str, runs: Sequence[Mapping[str, float]]) -> Row:
-    """Medians would not sum to a median, so the phases are those of the median run."""
+    """One row. Its phases are those of the median run, as medians of phases would not sum up."""
     middle = sorted(runs, key=lambda run: run["wall"])[(len(runs) - 1) // 2]
     return {
         "engine": engine,
@@ -108,13 +108,13 @@ def _row(engine: str, start: str, runs: Sequence[Mapping[str, float]]) -> Row:
 
 
 def add_floor(row: Row, weight_bytes: int | None, upload_bytes_per_s: float) -> None:
-    """Add "floor_s" to the row: the weights brought to the device once."""
+    """Add "floor_s" to the row: the seconds of one upload of the weights."""
     floor = None if weight_bytes is None else weight_bytes / upload_bytes_per_s
     row["floor_s"] = against_floor(floor, row["wall_s"]["median"])
 
 
 def child(request: Mapping[str, Any], started: float) -> dict[str, float]:
-    """In the fresh process: load the engine, generate one token; seconds of each phase."""
+    """Run in the fresh process: load the engine, generate one token, print the phases' seconds."""
     from compiledllm.benchmarks.model import Model
     from compiledllm.benchmarks.peers import make_peer
     from compiledllm.benchmarks.workload import random_requests

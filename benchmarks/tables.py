@@ -1,4 +1,4 @@
-"""Reports as tables for people, and the progress bar of a long run."""
+"""Prints reports as tables, and the progress bar of a long run."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from rich.table import Table
 
 from compiledllm.benchmarks.report import Report, Row
 
-_WIDTH = 200  # where the output is no terminal: wide enough that no cell is cut
+_WIDTH = 200  # columns where the output is no terminal, so that no cell is cut
 _BROKEN = "faster than the floor or not above zero: a broken measurement"
 
 
 def print_report(report: Report) -> None:
-    """Conditions, rows and ratios on standard output."""
+    """Print conditions, rows and ratios."""
     console = _console()
     hardware = report.hardware
     console.print(f"{hardware['name']}; {_joined(report.versions)}; commit {report.commit}")
@@ -36,7 +36,7 @@ def print_report(report: Report) -> None:
 
 
 def print_ratios(ratios: list[Row]) -> None:
-    """Rows of {"cell": ..., "engine": ..., "to": ..., metric: ratio}, on standard output."""
+    """Print ratio rows: {"cell": ..., "engine": ..., "to": ..., metric: ratio}."""
     _console().print(_ratio_table(ratios))
 
 
@@ -55,7 +55,7 @@ def _ratio_table(ratios: list[Row]) -> Table:
 
 @contextmanager
 def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """Gives a function that advances the bar by one and says what was done."""
+    """Yield a function that advances the bar by one and shows a description."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     console = Console(stderr=True)
     hidden = not console.is_terminal
@@ -166,7 +166,7 @@ def _table(title: str, *columns: str) -> Table:
 def _measured(
     value: Mapping[str, Any] | None, floor: Mapping[str, Any] | None
 ) -> tuple[str, str, str]:
-    """Measured, floor, per cent of floor."""
+    """Three cells: the measurement, the floor, and the percentage of the floor."""
     if value is None:
         return "-", "-", "-"
     if floor is None or floor["floor"] is None:

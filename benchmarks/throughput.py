@@ -1,4 +1,4 @@
-"""Offline throughput: all requests are there at the start, and the clock stops after the last."""
+"""Offline throughput: all requests start together, and the clock stops after the last one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def measure_throughput(
     repeats: int,
     advance: Callable[[str], None],
 ) -> Iterator[Row]:
-    """A row for each engine, without floors. The engines take turns."""
+    """Yield a row for each engine, without floors. The engines take turns."""
     warmup = [
         SampleRequest(request.prompt, min(request.output_len, _WARMUP_TOKENS))
         for request in requests[:_WARMUP_REQUESTS]
@@ -57,7 +57,7 @@ def _row(name: str, requests: Sequence[SampleRequest], seconds: Sequence[float])
 def add_floor(
     row: Row, requests: Sequence[SampleRequest], model: Model, ceilings: Ceilings
 ) -> None:
-    """Add "floor_s" to the row."""
+    """Add "floor_s", the floor of the whole run in seconds, to the row."""
     lengths = [(len(request.prompt), request.output_len) for request in requests]
     floor = None
     if model.spec is not None:

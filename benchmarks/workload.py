@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_LONGEST = 1024  # tokens of a sharegpt-like prompt or output
+_MAX_LENGTH = 1024  # max tokens of a sharegpt-like prompt or output
 
 Encode = Callable[[str], list[int]]
 
@@ -44,7 +44,7 @@ def sharegpt_like_requests(count: int, vocab_size: int, seed: int) -> list[Sampl
     rng = random.Random(seed)
 
     def length(median: float, sigma: float) -> int:
-        return max(4, min(_LONGEST, int(rng.lognormvariate(0, sigma) * median)))
+        return max(4, min(_MAX_LENGTH, int(rng.lognormvariate(0, sigma) * median)))
 
     return [
         SampleRequest(_random_ids(rng, length(160, 1.1), vocab_size), length(140, 0.9))
@@ -53,7 +53,7 @@ def sharegpt_like_requests(count: int, vocab_size: int, seed: int) -> list[Sampl
 
 
 def _random_ids(rng: random.Random, length: int, vocab_size: int) -> list[int]:
-    """Ids without the first and last ten, which tend to be special."""
+    """Random token ids, except the first and last ten ids, which tend to be special tokens."""
     return [rng.randrange(10, vocab_size - 10) for _ in range(length)]
 
 
@@ -62,12 +62,12 @@ def requests_from_file(
 ) -> list[SampleRequest]:
     """The first `count` requests of a file (None: all).
 
-    JSON lines: {"prompt": text} or {"prompt_token_ids": [...]}, and how many tokens to generate as
-    "output_len" (or "output_tokens", "max_tokens"), else `output_len`. Or a ShareGPT array: the
-    first two turns of each conversation are prompt and answer; the answer's length counts if
-    `encode` can tell it.
+    The file has JSON lines with "prompt" (text) or "prompt_token_ids", and the number of tokens to
+    generate as "output_len", "output_tokens" or "max_tokens", else `output_len`. Or the file is a
+    ShareGPT array: the first two turns of each conversation are prompt and answer, and `encode`, if
+    given, tells the answer's length.
 
-    Raises ValueError with the file, the line and what is wrong with it.
+    Raises ValueError with the file, the line and the fault.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -137,7 +137,7 @@ def _sharegpt_requests(
 
 
 def with_token_ids(requests: Sequence[SampleRequest], encode: Encode) -> list[SampleRequest]:
-    """The same requests with every text prompt encoded."""
+    """The same requests, with every text prompt tokenized."""
     return [
         SampleRequest(encode(r.prompt), r.output_len) if isinstance(r.prompt, str) else r
         for r in requests
@@ -145,7 +145,7 @@ def with_token_ids(requests: Sequence[SampleRequest], encode: Encode) -> list[Sa
 
 
 def fingerprint(requests: Sequence[SampleRequest]) -> str:
-    """Equal for equal requests: what tells a report of other work apart."""
+    """A digest of the requests, which tells reports of different work apart."""
     digest = hashlib.sha256()
     for request in requests:
         digest.update(f"{request.prompt}|{request.output_len}\n".encode())
