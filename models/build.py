@@ -1,4 +1,4 @@
-"""Makes the model of a spec, with its weights: ours, or transformers' behind the same interface."""
+"""Builds the model of a spec with its weights: a Decoder, or transformers' module in its place."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from compiledllm.models.weights import fill_with_random_weights, load_weights
 
 
 def build_model(spec: ModelSpec, backend: str, checkpoint: Path, dummy_seed: int | None) -> Decoder:
-    """On torch's default device and in its default dtype.
+    """Build the model on torch's default device in torch's default dtype.
 
-    dummy_seed: of random weights; None: the checkpoint's. Raises ConfigError for weights that do
-    not fit the spec.
+    dummy_seed: seed of random weights; None loads the checkpoint's. Raises ConfigError for weights
+    that do not fit the spec.
     """
     if spec.implementation == "transformers":
         from compiledllm.models.transformers_model import build_transformers_model

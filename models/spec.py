@@ -1,7 +1,7 @@
-"""What a model is, as data: frozen specs that a family file makes from a checkpoint's config.
+"""A model's architecture as data: frozen specs that a family file makes from a checkpoint's config.
 
-Equal `LayerSpec`s share one compiled block. Everything countable about a model (parameters, bytes,
-KV bytes per token) follows from here, without building it.
+Equal `LayerSpec`s share one compiled block. Parameter counts, bytes and KV bytes per token follow
+from a spec without building the model.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class RopeSpec:
-    """Rotary position embedding of a head's first dimensions, two for each frequency; () for none.
+    """Rotary position embedding of the first `rotary_dim` dimensions of a head.
 
-    inverse_frequencies: exactly those of float32. scale: of cosines and sines. interleaved: the two
-    are neighbours, else they are half of the rotated dimensions apart.
+    inverse_frequencies: one per pair of dimensions, exact float32 values; () disables the rotation.
+    scale: multiplies cosines and sines. interleaved: pairs are neighbouring dimensions, otherwise
+    dimensions that lie rotary_dim / 2 apart.
     """
 
     inverse_frequencies: tuple[float, ...]
@@ -27,15 +28,16 @@ class RopeSpec:
     def rotary_dim(self) -> int:
         return 2 * len(self.inverse_frequencies)
 
-    def __hash__(self) -> int:  # specs are looked up by layer, and the last frequency tells enough
+    def __hash__(self) -> int:  # cheap, as lookups are frequent; the last frequency differs enough
         return hash((self.inverse_frequencies[-1:], self.rotary_dim, self.scale))
 
 
 @dataclass(frozen=True, slots=True)
 class NormSpec:
-    """kind: "rms"; "rms_plus_one", whose weight is stored less one; "layer", maybe with a bias.
+    """A normalisation layer.
 
-    "none" changes nothing.
+    kind: "rms"; "rms_plus_one", an RMSNorm whose weight is stored minus one; "layer", a LayerNorm,
+    with a bias if `bias`; "none", the identity.
     """
 
     eps: float
@@ -50,10 +52,11 @@ class NormSpec:
 class AttentionSpec:
     """Grouped-query attention. `scale` multiplies the logits.
 
-    qk_norm: of the queries and keys before they are rotated: "head", of each head with one weight
-    for all; "heads", of each with its own; "whole", of all heads together. sliding_window: how many
-    of the latest positions a token sees, itself included; 0: all. soft_cap: of the logits; 0: none.
-    has_sinks: each head has a learned logit that only joins the sum its weights are divided by.
+    qk_norm: normalises queries and keys before the rotation. qk_norm_over: "head", each head by
+    itself with one shared weight; "heads", each head with its own weight; "whole", all heads
+    together. sliding_window: number of latest positions a token sees, itself included; 0: all.
+    soft_cap: limit of the logits' tanh soft cap; 0: none. has_sinks: each head has a learned logit
+    that takes part in the softmax's denominator only.
     """
 
     num_heads: int
@@ -78,11 +81,11 @@ class AttentionSpec:
         return self.num_kv_heads * self.head_dim
 
     def num_seen(self, num_tokens: int) -> int:
-        """How many positions the last of so many tokens sees, itself included."""
+        """Number of positions that the last of `num_tokens` tokens sees, itself included."""
         return min(num_tokens, self.sliding_window or num_tokens)
 
     def qk_norm_shape(self, num_heads: int) -> tuple[int, ...]:
-        """Of the weight for so many heads."""
+        """Shape of the weight of a qk_norm over `num_heads` heads."""
         shapes = {
             "head": (self.head_dim,),
             "heads": (num_heads, self.head_dim),
@@ -100,7 +103,7 @@ class AttentionSpec:
 
 @dataclass(frozen=True, slots=True)
 class MlpSpec:
-    """down(act(gate(x)) * up(x)); not gated: down(act(up(x))). activation: see layers.mlp."""
+    """down(act(gate(x)) * up(x)), or ungated down(act(up(x))). activation: a key of ACTIVATIONS."""
 
     intermediate_size: int
     bias: bool = False
@@ -118,9 +121,10 @@ class MlpSpec:
 class MoeSpec:
     """Mixture of experts: each token goes through `top_k` gated MLPs, weighted by a softmax.
 
-    intermediate_size: of an expert. renormalize: the chosen experts' weights sum to one.
-    shared_size: of a further MLP for every token, weighted by a sigmoid of its own; 0: none.
-    bias: of the experts and of the router. alpha, limit: of clamped experts, see `kernels.moe`.
+    intermediate_size: of one expert. renormalize: the weights of the chosen experts sum to one.
+    shared_size: intermediate size of a shared expert that every token uses, weighted by a sigmoid
+    gate; 0: none. bias: experts and router have biases. alpha, limit: parameters of clamped
+    experts, which `kernels.moe` explains.
     """
 
     intermediate_size: int
@@ -149,9 +153,10 @@ class MoeSpec:
 
 @dataclass(frozen=True, slots=True)
 class OpaqueSpec:
-    """What a block that transformers runs has beside its attention: counted, not described.
+    """The part beside attention of a block that transformers runs: counted, not described.
 
-    total, used: parameters, and those that one token uses. intermediate_size: 0 if not known.
+    total, used: all parameters, and the parameters that one token uses. intermediate_size: 0 if
+    unknown.
     """
 
     total: int
@@ -165,18 +170,19 @@ class OpaqueSpec:
         return self.used
 
 
-# Where a block's norms stand: before attention and MLP, behind them, or both; "parallel": both read
-# the same input, behind one norm or, "parallel_2", one each;
-# "sums": x = norm(x + attn(x)), likewise.
+# Kinds of residual connection, with the number of norms before and after attention and MLP.
+# pre: x += f(norm(x)). post: x += norm(f(x)). sandwich: x += norm(f(norm(x))). sums:
+# x = norm(x + f(x)). parallel: attention and MLP read the same normalised input; parallel_2: each
+# has a norm of its own.
 NORMS_BEFORE = {"pre": 2, "post": 0, "sandwich": 2, "parallel": 1, "parallel_2": 2, "sums": 2}
 NORMS_BEHIND = {"pre": 0, "post": 2, "sandwich": 2, "parallel": 0, "parallel_2": 0, "sums": 0}
 
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """One decoder block: x += attn(norm(x)); x += mlp(norm(x)), with `residual` norms.
+    """One decoder block.
 
-    residual_scale: of what is added to x.
+    residual: a key of NORMS_BEFORE. residual_scale: multiplies what attention and MLP add to x.
     """
 
     hidden_size: int
@@ -208,11 +214,11 @@ class LayerSpec:
 class ModelSpec:
     """A decoder-only language model.
 
-    num_learned_positions: rows of a table that is added to the embedding, of which position 0 takes
-    row `first_position`; 0: none. embedding_scale, logit_scale multiply; logit_soft_cap: 0: none.
-    embedding_size: of embedding and head, where projections lie between them and the blocks; 0:
-    there are none. implementation: who runs it, "compiledllm" or "transformers"; of the latter
-    num_other_parameters are not described by the other fields.
+    num_learned_positions: rows of a position table that is added to the embedding; position 0 is
+    row `first_position`; 0: no table. embedding_scale, logit_scale: multipliers. logit_soft_cap: 0
+    is none. embedding_size: width of embedding and head in models that project between them and
+    the blocks; 0: hidden_size. implementation: "compiledllm", or "transformers" for models that run
+    as transformers' modules, whose num_other_parameters the other fields do not describe.
     """
 
     architecture: str
@@ -222,7 +228,7 @@ class ModelSpec:
     final_norm: NormSpec
     tie_word_embeddings: bool
     max_position: int
-    dtype: str  # of the checkpoint: float32, float16 or bfloat16
+    dtype: str  # the checkpoint's: float32, float16 or bfloat16
     eos_token_ids: tuple[int, ...]
     initializer_range: float = 0.02
     num_learned_positions: int = 0
@@ -248,7 +254,7 @@ class ModelSpec:
 
     @property
     def sparsity(self) -> int:
-        """Parameters of the blocks for each that a token uses, to the nearest power of two."""
+        """The blocks' parameters per parameter that a token uses, rounded to a power of two."""
         used = sum(layer.num_parameters_used for layer in self.layers)
         return 1 << round(math.log2(sum(layer.num_parameters for layer in self.layers) / used))
 
@@ -261,11 +267,11 @@ class ModelSpec:
         return any(layer.attn.sliding_window for layer in self.layers)
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
-        """KV-cache bytes a token takes over all layers, for elements of `itemsize` bytes."""
+        """KV cache bytes of a token over all layers, for elements of `itemsize` bytes."""
         return sum(2 * layer.attn.kv_size * itemsize for layer in self.layers)
 
     def kv_bytes_seen(self, num_tokens: int, itemsize: int) -> int:
-        """By the last of `num_tokens` tokens, itself included: windows end where they end."""
+        """KV cache bytes that the last of `num_tokens` tokens reads, sliding windows considered."""
         return sum(
             2 * layer.attn.kv_size * itemsize * layer.attn.num_seen(num_tokens)
             for layer in self.layers

@@ -1,4 +1,4 @@
-"""Cohere, Command-R: attention and MLP side by side, neighbours rotated together."""
+"""Cohere Command-R: parallel attention and MLP, interleaved rotary embedding."""
 
 from __future__ import annotations
 

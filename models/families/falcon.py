@@ -1,4 +1,4 @@
-"""Falcon as the 7B model has it: one KV head, attention and MLP side by side behind one norm."""
+"""Falcon in the form of the 7B model: one KV head, parallel attention and MLP with one norm."""
 
 from __future__ import annotations
 

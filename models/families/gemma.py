@@ -1,4 +1,4 @@
-"""Gemma 1: Llama with a scaled embedding, norms stored less one, and GELU."""
+"""Gemma 1: Llama with a scaled embedding, RMSNorm weights stored minus one, and GELU."""
 
 from __future__ import annotations
 

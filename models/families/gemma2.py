@@ -1,7 +1,7 @@
-"""Gemma 2 and the text model of Gemma 3: norms on both sides, windows on most layers.
+"""Gemma 2 and the text model of Gemma 3: pre- and post-norms, sliding windows on most layers.
 
-Gemma 2 caps its logits, in attention and at the end; Gemma 3 normalises queries and keys instead,
-and rotates them by other frequencies where a layer has a window.
+Gemma 2 soft-caps the attention logits and the final logits. Gemma 3 normalises queries and keys
+instead, and its sliding-window layers have rotary frequencies of their own.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The text part of a multimodal Gemma 3 checkpoint; images are not understood."""
+"""The text model of a multimodal Gemma 3 checkpoint; images are not supported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GPT-2: learned positions, LayerNorm, a plain MLP; matrices are stored transposed."""
+"""GPT-2: learned positions, LayerNorm, an ungated MLP; matrices are stored transposed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _NAMES = {
     "h.*.mlp.c_proj.*": "layers.*.mlp.down.*",
     "ln_f.*": "final_norm.*",
 }
-# Old checkpoints have no "transformer." in front.
+# Names in old checkpoints lack the prefix "transformer.".
 NAMES = {f"transformer.{name}": target for name, target in _NAMES.items()} | _NAMES
 NAMES["lm_head.weight"] = "lm_head"
 IGNORED = ("h.*.attn.bias", "h.*.attn.masked_bias", "transformer.h.*.attn.bias")

@@ -1,4 +1,4 @@
-"""GPT-NeoX and Pythia: attention and plain MLP side by side, each behind its LayerNorm."""
+"""GPT-NeoX and Pythia: parallel attention and ungated MLP, each with its own LayerNorm."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ IGNORED = (
 
 
 def prepare(name: str, tensor: Tensor, spec: ModelSpec) -> Tensor:
-    """Queries, keys and values are stored head by head."""
+    """Reorder the fused projection, which is stored head by head, to all q, all k, all v."""
     if "query_key_value" not in name:
         return tensor
     by_head = tensor.view(spec.layers[0].attn.num_heads, 3, -1, *tensor.shape[1:])

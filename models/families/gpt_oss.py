@@ -1,4 +1,4 @@
-"""gpt-oss: attention sinks, windows on every second layer, clamped experts with biases; MXFP4."""
+"""gpt-oss: attention sinks, sliding windows on every second layer, clamped experts with biases."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _EXPERT = "model.layers.*.mlp.experts.*"
 NAMES = llama.NAMES | {
     "model.layers.*.self_attn.sinks": "layers.*.attn.sinks",
     "model.layers.*.mlp.router.*": "layers.*.mlp.router.*",
-    # As `unpack` names them.
+    # Names that `unpack` yields.
     f"{_EXPERT}.gate_up_proj": "layers.*.mlp.gate_up.*.weight:gate,up",
     f"{_EXPERT}.gate_up_proj_bias": "layers.*.mlp.gate_up.*.bias:gate,up",
     f"{_EXPERT}.down_proj": "layers.*.mlp.down.*.weight",
@@ -30,10 +30,10 @@ FORMATS = ("mxfp4",)
 def unpack(
     tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
-    """Experts one by one, [outputs, inputs], gate before up; the other tensors as they are.
+    """Yield each expert's matrices as [outputs, inputs], gate before up; other tensors unchanged.
 
-    They are stored together: matrices [experts, inputs, outputs], or packed as `*_blocks` and
-    `*_scales` of [experts, outputs, ...]; rows of gate and up alternate.
+    The checkpoint stores all experts in one tensor: [experts, inputs, outputs], or MXFP4 in
+    `*_blocks` and `*_scales` of [experts, outputs, ...]. Rows of gate and up alternate in both.
     """
     halves: dict[str, tuple[str, Tensor]] = {}
     for name, tensor in tensors:
@@ -50,7 +50,7 @@ def unpack(
             pair = (tensor, other[1]) if kind == "blocks" else (other[1], tensor)
             experts = zip(*(part.to(device) for part in pair), strict=True)
             yield from _one_by_one(stem, (dequantize_mxfp4(b, s, dtype) for b, s in experts))
-    yield from halves.values()  # one without the other: the loader reports it
+    yield from halves.values()  # blocks without scales, or the reverse: the loader reports the name
 
 
 def _one_by_one(name: str, experts: Iterable[Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -70,7 +70,7 @@ def spec_from_hf(hf: Any) -> ModelSpec:
         hf.num_local_experts,
         hf.num_experts_per_tok,
         bias=True,
-        alpha=getattr(hf, "swiglu_alpha", 1.702),  # older versions of transformers have constants
+        alpha=getattr(hf, "swiglu_alpha", 1.702),  # old versions of transformers hard-code both
         limit=getattr(hf, "swiglu_limit", 7.0),
     )
 

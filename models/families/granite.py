@@ -1,4 +1,4 @@
-"""Granite, dense: Llama with multipliers of the embedding, the residual stream and the logits."""
+"""Granite, dense: Llama with multipliers on the embedding, the residual stream and the logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading transformers configs: what every family needs, and refusing what none supports."""
+"""Reads transformers configs: fields that all families share, and refusal of unsupported values."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def eos_token_ids(hf: Any) -> tuple[int, ...]:
 def model_spec(
     hf: Any, architecture: str, layers: Iterable[LayerSpec], final_norm: NormSpec, **more: Any
 ) -> ModelSpec:
-    """What most configs call by the same names, and `more`."""
+    """A ModelSpec from the fields that most configs name alike; `more` sets other fields."""
     return ModelSpec(
         architecture=architecture,
         vocab_size=hf.vocab_size,
@@ -58,9 +58,9 @@ def model_spec(
 def attention_of(
     hf: Any, head_dim: int | None = None, rope: RopeSpec | None = None, **changes: Any
 ) -> AttentionSpec:
-    """What most configs call by the same names, and `changes`.
+    """An AttentionSpec from the fields that most configs name alike; `changes` override fields.
 
-    head_dim: default the hidden size shared out; rope: default the config's.
+    head_dim: defaults to hidden_size / num_attention_heads. rope: defaults to the config's.
     """
     num_heads = hf.num_attention_heads
     head_dim = head_dim or hf.hidden_size // num_heads
@@ -85,13 +85,13 @@ ACTIVATIONS = {
 
 
 def activation_of(hf: Any, name: str = "hidden_act") -> str:
-    """Our name of an activation. Raises ConfigError for one we lack."""
+    """Our name of the config's activation. Raises ConfigError for an unsupported one."""
     expect(hf, name, *ACTIVATIONS)
     return ACTIVATIONS[getattr(hf, name)]
 
 
 def window_of(hf: Any, layer: int) -> int:
-    """A layer's sliding window; 0: none. Without `layer_types` all layers have the config's."""
+    """Tokens of a layer's sliding window; 0: none. Without `layer_types` all layers are alike."""
     kinds = getattr(hf, "layer_types", None)
     if kinds is None:
         return hf.sliding_window or 0
@@ -101,10 +101,11 @@ def window_of(hf: Any, layer: int) -> int:
 
 
 def rope_from_hf(hf: Any, head_dim: int, kind: str | None = None) -> RopeSpec:
-    """RopeSpec of a config; `kind` of layer where those differ.
+    """RopeSpec of a config. kind: the layer type, in configs with RoPE parameters per layer type.
 
-    Scaled frequencies are transformers' own. "dynamic" ones do not change within the context.
-    "longrope" has two sets: the long one is used if the context is longer than the original one.
+    transformers computes scaled frequencies. "dynamic" scaling has no effect within the context
+    length. "longrope" has two sets of frequencies; the long set is used if the context is longer
+    than the original one.
     """
     rope = dict(hf.rope_parameters if kind is None else hf.rope_parameters[kind])
     scaling = rope.get("rope_type", "default")

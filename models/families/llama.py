@@ -1,4 +1,4 @@
-"""Llama 2 and 3, and what shares their architecture (SmolLM2, Yi, DeepSeek-LLM dense)."""
+"""Llama 2 and 3, and models of the same architecture (SmolLM2, Yi, DeepSeek-LLM dense)."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ NAMES = {
     "model.norm.weight": "final_norm.weight",
     "lm_head.weight": "lm_head",
 }
-IGNORED = ("model.layers.*.self_attn.rotary_emb.inv_freq",)  # old checkpoints; we compute it
+IGNORED = ("model.layers.*.self_attn.rotary_emb.inv_freq",)  # in old checkpoints
 
 
 def spec_from_hf(hf: Any) -> ModelSpec:
-    """ModelSpec of a transformers LlamaConfig, or one like it.
+    """ModelSpec of a transformers LlamaConfig, or of a config with the same fields.
 
-    Raises ConfigError for a variant we lack.
+    Raises ConfigError for an unsupported variant.
     """
     has_bias = getattr(hf, "attention_bias", False)
     norm = NormSpec(hf.rms_norm_eps)
@@ -51,9 +51,9 @@ def spec_from_hf(hf: Any) -> ModelSpec:
 def adapted(
     hf: Any, architecture: str, adapt: Callable[[LayerSpec, int], LayerSpec], **changes: Any
 ) -> ModelSpec:
-    """The spec of a config that is like Llama's but for what `adapt` does to each layer.
+    """The spec of a Llama-like config with changed layers.
 
-    adapt: (layer, its index) -> layer. changes: of the model's own fields.
+    adapt: (Llama's layer, layer index) -> the family's layer. changes: fields of the ModelSpec.
     """
     like_llama = spec_from_hf(hf)
     layers = tuple(adapt(layer, index) for index, layer in enumerate(like_llama.layers))

@@ -1,4 +1,4 @@
-"""OLMo-2: norms behind attention and MLP, and on all queries and keys of a token together."""
+"""OLMo-2: post-norms, and an RMSNorm over all heads of the queries and of the keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OPT: learned positions, LayerNorm before or, in the 350M model, behind; a plain MLP with ReLU."""
+"""OPT: learned positions, pre-norm (post-norm in the 350M model), an ungated MLP with ReLU."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NAMES = {
     "decoder.project_in.weight": "project_in.weight",
     "decoder.project_out.weight": "project_out.weight",
 }
-# Old checkpoints have no "model." in front.
+# Names in old checkpoints lack the prefix "model.".
 NAMES = {f"model.{name}": target for name, target in _NAMES.items()} | _NAMES
 NAMES["lm_head.weight"] = "lm_head"
 IGNORED = ()

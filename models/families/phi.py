@@ -1,4 +1,4 @@
-"""Phi-1, 1.5 and 2: attention and plain MLP side by side behind one LayerNorm, biases all over."""
+"""Phi-1, 1.5 and 2: parallel attention and ungated MLP with one LayerNorm; biases everywhere."""
 
 from __future__ import annotations
 

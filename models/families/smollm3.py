@@ -1,4 +1,4 @@
-"""SmolLM3: Llama without rotation on some layers."""
+"""SmolLM3: Llama without rotary embedding on some layers."""
 
 from __future__ import annotations
 

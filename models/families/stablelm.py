@@ -1,4 +1,4 @@
-"""StableLM: Llama with LayerNorm and a partial rotation; MLP beside or behind attention."""
+"""StableLM: Llama with LayerNorm and partial rotary embedding, sequential or parallel MLP."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAMES = llama.NAMES | {
     "model.layers.*.input_layernorm.*": "layers.*.attn_norm.*",
     "model.layers.*.post_attention_layernorm.*": "layers.*.mlp_norm.*",
     "model.norm.*": "final_norm.*",
-    # As `unpack` names them.
+    # Names that `unpack` yields.
     "model.layers.*.self_attn.q_layernorm.weight": "layers.*.attn.q_norm.weight",
     "model.layers.*.self_attn.k_layernorm.weight": "layers.*.attn.k_norm.weight",
 }
@@ -26,7 +26,7 @@ IGNORED = llama.IGNORED
 def unpack(
     tensors: Iterable[tuple[str, Tensor]], _dtype: torch.dtype, _device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
-    """The norms of a layer's heads as one tensor, [heads, head_dim]; the others as they are."""
+    """Stack the norms of a layer's heads to [heads, head_dim]; yield other tensors unchanged."""
     heads: dict[str, dict[int, Tensor]] = {}
     for name, tensor in tensors:
         stem, _, rest = name.partition("_layernorm.norms.")

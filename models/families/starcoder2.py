@@ -1,4 +1,4 @@
-"""StarCoder2: LayerNorm, a plain MLP, biases, perhaps a sliding window."""
+"""StarCoder2: LayerNorm, an ungated MLP, biases, optionally a sliding window."""
 
 from __future__ import annotations
 

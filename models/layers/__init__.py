@@ -1,1 +1,1 @@
-"""Parts the decoder is built from."""
+"""The modules that a decoder block consists of."""

@@ -1,4 +1,4 @@
-"""Linear layers, possibly several checkpoint matrices fused into one product."""
+"""Linear layers. Several matrices of a checkpoint may be fused into one product."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from compiledllm.kernels.linear import linear
 
 
 def empty_parameter(*shape: int) -> nn.Parameter:
-    """An unfilled weight; the loader fills each exactly once."""
+    """An uninitialised weight of this shape; the loader fills each weight exactly once."""
     return nn.Parameter(torch.empty(*shape), requires_grad=False)
 
 
 class Linear(nn.Module):
     """y = x W^T + b with W [sum(parts), in_features].
 
-    parts: output rows of each fused matrix, by the name the loading rules use; a plain linear layer
-    has one part named "". product: (x, weight, bias) -> y.
+    parts: number of output rows of each fused matrix, by the part name in the family's NAMES; an
+    unfused layer has one part named "". product: (x, weight, bias) -> y.
     """
 
     product: Callable[..., Tensor] = staticmethod(linear)

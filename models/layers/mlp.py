@@ -20,7 +20,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class GatedMlp(nn.Module):
-    """down(act(gate(x)) * up(x)), gate and up in one product."""
+    """down(act(gate(x)) * up(x)); gate and up are one product. [tokens, hidden] -> the same."""
 
     def __init__(self, hidden_size: int, spec: MlpSpec) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class GatedMlp(nn.Module):
 
 
 class PlainMlp(nn.Module):
-    """down(act(up(x)))."""
+    """down(act(up(x))). [tokens, hidden] -> the same."""
 
     def __init__(self, hidden_size: int, spec: MlpSpec) -> None:
         super().__init__()

@@ -12,9 +12,9 @@ from compiledllm.models.spec import MlpSpec, MoeSpec, OpaqueSpec
 
 
 class ExpertLinear(nn.Module):
-    """The matrices of all experts, [experts, sum(parts), in_features]; see `Linear` for parts.
+    """The matrices of all experts, [experts, sum(parts), in_features]; `Linear` explains parts.
 
-    Biases are [experts, sum(parts)].
+    Biases have the shape [experts, sum(parts)].
     """
 
     def __init__(
@@ -28,7 +28,9 @@ class ExpertLinear(nn.Module):
 
 
 class MoeMlp(nn.Module):
-    """Each token through the experts its router chooses, and through the shared one."""
+    """Sends each token through its router's experts, and through the shared expert if there is one.
+
+    [tokens, hidden] -> the same."""
 
     def __init__(self, hidden_size: int, spec: MoeSpec) -> None:
         super().__init__()
@@ -61,7 +63,7 @@ class MoeMlp(nn.Module):
 
 
 def make_mlp(hidden_size: int, spec: MlpSpec | MoeSpec | OpaqueSpec) -> nn.Module:
-    assert not isinstance(spec, OpaqueSpec), spec  # of a block that transformers makes
+    assert not isinstance(spec, OpaqueSpec), spec  # only transformers' modules have one
     if isinstance(spec, MoeSpec):
         return MoeMlp(hidden_size, spec)
     return (GatedMlp if spec.gated else PlainMlp)(hidden_size, spec)

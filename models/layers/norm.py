@@ -23,7 +23,7 @@ def _over_rms(x: Tensor, eps: float) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """`rms_norm` with a weight of its own, or what `normalize` is replaced by."""
+    """`rms_norm` with a learned weight. `models.deterministic` replaces `normalize`."""
 
     normalize: Callable[[Tensor, Tensor, float], Tensor] = staticmethod(rms_norm)
 
@@ -58,7 +58,7 @@ class LayerNorm(nn.Module):
 
 
 def make_norm(spec: NormSpec, *shape: int) -> nn.Module:
-    """shape: of the weight."""
+    """The module of a NormSpec. shape: the shape of its weight."""
     if spec.kind == "none":
         return nn.Identity()
     if spec.kind == "layer":

@@ -1,4 +1,4 @@
-"""Rotary position embeddings, computed once a step for all layers with the same RopeSpec."""
+"""Rotary position embedding. Tables are computed once per step for all layers of equal RopeSpec."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class RotaryTable(nn.Module):
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         frequencies: Tensor = self.get_buffer("inverse_frequencies").float()
-        angles = positions.float()[:, None] * frequencies
+        angles = positions.float()[:, None] * frequencies  # [tokens, rotary_dim / 2]
         if self.spec.interleaved:
             angles = angles.repeat_interleave(2, dim=-1).unsqueeze(1)
         else:
@@ -29,7 +29,9 @@ class RotaryTable(nn.Module):
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    """Rotate x [tokens, heads, head_dim]; dimensions past the tables' width pass through."""
+    """Rotate x [tokens, heads, head_dim]. Dimensions beyond the tables' width stay unchanged.
+
+    cos, sin: [tokens, 1, rotary_dim]."""
     width = cos.shape[-1]
     rotated, rest = x[..., :width], x[..., width:]
     if interleaved:
