@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from compiledllm.config import EngineConfig
 from compiledllm.engine.beam_search import beam_search
+from compiledllm.engine.conversation import Message
 from compiledllm.engine.core import EngineCore
 from compiledllm.engine.interrupts import deferred_interrupt
 from compiledllm.engine.prompts import (
@@ -32,7 +33,7 @@ from compiledllm.engine.prompts import (
 )
 from compiledllm.engine.request_state import Completion, OutputStream, RequestState
 from compiledllm.engine.requests import RequestFactory
-from compiledllm.engine.tokenizer import Message, Tokenizer
+from compiledllm.engine.tokenizer import Tokenizer
 from compiledllm.log import show_logs
 from compiledllm.models.source import resolve_checkpoint
 from compiledllm.outputs import BeamSearchOutput, PositionLogprobs, RequestOutput

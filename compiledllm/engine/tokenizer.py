@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from compiledllm.config import ConfigError
+from compiledllm.engine.conversation import Message, TemplateForms, plain_messages
 
-Message = dict[str, Any]
+MAX_TEMPLATES = 64  # whose forms of content are remembered
+_ABOUT_THE_END = {"add_generation_prompt", "continue_final_message"}
 
 
 def warm_up() -> None:
@@ -24,6 +26,7 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         self._token_texts: dict[int, str] = {}
+        self._template_forms: dict[str, TemplateForms] = {}  # by chat template
         try:
             self.hf = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         except Exception as error:  # transformers raises many kinds for "no tokenizer here"
@@ -81,21 +84,49 @@ class Tokenizer:
     def encode_chat(
         self, messages: Sequence[Message], chat_template: str | None = None, **options: Any
     ) -> tuple[str, list[int]]:
-        """A conversation through the chat template: the prompt as text and as token ids."""
+        """A conversation through the chat template: the prompt as text and as token ids.
+
+        Content reaches the template in the form that it shows (`TemplateForms`). Raises ValueError
+        for a bad message, for what the template refuses, and where it would drop a user's words.
+        """
         if chat_template is None and not self.hf.chat_template:
             raise ValueError(
                 "the tokenizer has no chat template; pass chat_template=... or use generate()"
             )
-        plain = [_plain_message(message) for message in messages]
+        plain = plain_messages(messages)
         try:
-            text: str = self.hf.apply_chat_template(
-                plain, chat_template=chat_template, tokenize=False, **options
-            )
+            template: str = self.hf.get_chat_template(chat_template, options.get("tools"))
+            forms = self._forms(template, options)
+            text = self._render(template, forms.fit(plain), options)
         except Exception as error:  # jinja's own kinds, and whatever a template does
             raise ValueError(f"the chat template failed: {error}") from error
+        if forms.of("user").shows_none and any(message["role"] == "user" for message in plain):
+            raise ValueError(
+                "this chat template drops what the user says, given as a string or as a list of "
+                "parts; use another model or another chat template"
+            )
         _check_unicode(text)
         ids: list[int] = self.hf.encode(text, add_special_tokens=False)
         return text, ids
+
+    def _render(self, template: str, messages: list[Message], options: dict[str, Any]) -> str:
+        text: str = self.hf.apply_chat_template(
+            messages, chat_template=template, tokenize=False, **options
+        )
+        return text
+
+    def _forms(self, template: str, options: dict[str, Any]) -> TemplateForms:
+        """Found once for each template, without a request's own options if they are not needed."""
+        forms = self._template_forms.get(template)
+        if forms is None:
+            if len(self._template_forms) == MAX_TEMPLATES:
+                self._template_forms.clear()
+            forms = TemplateForms(lambda messages: self._render(template, messages, {}))
+            self._template_forms[template] = forms
+        if not forms.of("user").shows_none:
+            return forms
+        more = {name: value for name, value in options.items() if name not in _ABOUT_THE_END}
+        return TemplateForms(lambda messages: self._render(template, messages, more))
 
     def stream(self, prompt_token_ids: Sequence[int], skip_special_tokens: bool) -> TokenStream:
         """A streaming decoder that continues after a prompt."""
@@ -107,24 +138,6 @@ def _check_unicode(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"the prompt is not valid Unicode text: {error}") from None
-
-
-def _plain_message(message: Message) -> Message:
-    """The message with its content as one string; OpenAI's list of text parts is joined."""
-    role, content = message.get("role"), message.get("content")
-    if not isinstance(role, str):
-        raise ValueError(f"a message's role must be a string, got {role!r}")
-    if isinstance(content, list) and all(
-        isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
-    ):
-        content = "".join(part["text"] for part in content)
-    if content is None and message.get("tool_calls"):
-        content = ""
-    if not isinstance(content, str):
-        raise ValueError(
-            f"a message's content must be a string or a list of text parts, got {content!r}"
-        )
-    return {**message, "content": content}
 
 
 class TokenStream:

@@ -132,18 +132,5 @@ def _form(grammar: str) -> StructuredOutputsParams:
 
 
 def plain_message(message: Message) -> dict[str, Any]:
-    """As chat templates want it: content is text, arguments are objects."""
-    plain = message.model_dump(exclude_none=True) | {"content": message.content or ""}
-    for call in plain.get("tool_calls", ()):
-        call["function"]["arguments"] = _arguments(call["function"].get("arguments"))
-    return plain
-
-
-def _arguments(text: str | dict[str, Any] | None) -> Any:
-    if not isinstance(text, str):
-        return text or {}
-    try:
-        value = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        return text  # a model's own, perhaps broken off
-    return value
+    """As the client sent it; `Tokenizer.encode_chat` makes it what chat templates want."""
+    return message.model_dump(exclude_none=True) | {"content": message.content}

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 import pytest
 
 from compiledllm.outputs import CompletionOutput
 from compiledllm.server.chat import Choice, reasoning_mode
 from compiledllm.server.errors import as_api_error
-from compiledllm.server.protocol import Message
 from compiledllm.server.serving import _failure
 from compiledllm.server.tool_formats import FORMATS
-from compiledllm.server.tools import ToolUse, plain_message
+from compiledllm.server.tools import ToolUse
 
 ANSWER = (
     "<think>Hm.</think>So:"
@@ -78,19 +74,6 @@ def test_ids_are_as_templates_want_them() -> None:
     assert len(ids) == 100 and all(i.startswith("call_") and len(i) == 29 for i in ids)
     assert all(len(use("mistral").new_call_id()) == 9 for _ in range(3))
     assert use("mistral").new_call_id().isalnum()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "seen"),
-    [('{"a": 1}', {"a": 1}), ("", {}), (None, {}), ({"b": 2}, {"b": 2}), ('{"cut": ', '{"cut": ')],
-)
-def test_arguments_reach_templates_as_objects(arguments: Any, seen: Any) -> None:
-    call = {"id": "x", "function": {"name": "f", "arguments": arguments}}
-    message = Message.model_validate(
-        {"role": "assistant", "tool_calls": [json.loads(json.dumps(call))]}
-    )
-    plain = plain_message(message)
-    assert plain["content"] == "" and plain["tool_calls"][0]["function"]["arguments"] == seen
 
 
 @pytest.mark.parametrize(
