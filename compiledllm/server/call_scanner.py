@@ -14,7 +14,9 @@ MAX_BUFFERED = 2**16  # characters, of a call whose name is not known yet
 MAX_NESTING = 64
 _SPACE = " \t\n\r"
 _ARGUMENTS = ("arguments", "parameters")
+_BARE_KEYS = {*_ARGUMENTS, "name", "type", "id"}
 _CLOSES = {"{": "}", "[": "]"}
+_MARKER = "<"  # begins one, and nothing of JSON outside strings
 
 
 class CallScanner:
@@ -25,21 +27,24 @@ class CallScanner:
     raw: all that was read, until it is known.
     """
 
-    def __init__(self, names: Set[str], name: str | None = None) -> None:
-        """name: given if the object is the arguments only."""
+    def __init__(self, names: Set[str], name: str | None = None, is_bare: bool = False) -> None:
+        """name: given if the object is the arguments only. is_bare: without a marker, so that any
+        other JSON must be told from a call by its first key.
+        """
         self._names = names
+        self._keys = _BARE_KEYS if is_bare else None
         self.name = name
         self.state: Literal["open", "done", "failed"] = "open"
         self.is_known = False
         self.raw: list[str] = []
         self._fragments: list[str] = []  # of the arguments
         self._has_arguments = False
-        self._is_bare = name is not None
-        self._key = "arguments" if self._is_bare else ""
+        self._is_arguments = name is not None
+        self._key = "arguments" if self._is_arguments else ""
         self._value: list[str] | None = None  # the present value, where it is of interest
         self._brackets: list[str] = []  # that are open inside the present value
         self._is_escaped = False
-        self._step: Callable[[str], None] = self._on_value if self._is_bare else self._on_start
+        self._step: Callable[[str], None] = self._on_value if self._is_arguments else self._on_start
 
     def feed(self, char: str) -> None:
         if not self.is_known:
@@ -48,6 +53,12 @@ class CallScanner:
                 self.state = "failed"
                 return
         self._step(char)
+
+    @property
+    def missing_brackets(self) -> str:
+        """What would close the arguments, if the call broke off inside them."""
+        inside = self.state == "failed" and self._value is self._fragments
+        return "".join(reversed(self._brackets)) if inside else ""
 
     def take_arguments(self) -> str:
         """What has come of them since the last call; "" before the call is known."""
@@ -74,6 +85,8 @@ class CallScanner:
     def _in_key(self, char: str) -> None:
         if self._string_ends(char):
             self._key = self._decoded()
+            if not self.is_known and self._keys is not None and self._key not in self._keys:
+                self._fail()
             self._go(self._on_colon)
 
     def _on_colon(self, char: str) -> None:
@@ -85,8 +98,10 @@ class CallScanner:
     def _on_comma(self, char: str) -> None:
         if char == ",":
             self._go(self._on_key)
-        elif char == "}":
+        elif char in ("}", _MARKER):
             self._end()
+            if char == _MARKER:
+                self._fail()
         elif char not in _SPACE:
             self._fail()
 
@@ -115,7 +130,7 @@ class CallScanner:
             self._value_ends()
 
     def _in_scalar(self, char: str) -> None:
-        if char in ",}":
+        if char in (",", "}", _MARKER):
             self._value_ends()
             if self.state == "open":
                 self._step(char)
@@ -127,7 +142,7 @@ class CallScanner:
     def _in_container(self, char: str) -> None:
         is_open, is_close = char in _CLOSES, char in "]}"
         too_deep = is_open and len(self._brackets) == MAX_NESTING
-        if too_deep or (is_close and self._brackets[-1] != char):
+        if too_deep or char == _MARKER or (is_close and self._brackets[-1] != char):
             self._fail()
             return
         self._keep(char)
@@ -157,7 +172,7 @@ class CallScanner:
         if value is not None and value is not self._fragments:
             self._take("".join(value))
         self._value = None
-        if self._is_bare:
+        if self._is_arguments:
             self._end()
         else:
             self._go(self._on_comma)

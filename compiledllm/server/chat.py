@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from compiledllm.server.answer_parser import END_THINK, THINK, AnswerParser, CallPart, Parts
+from compiledllm.server.answer_parser import END_THINK, THINK, AnswerParser
+from compiledllm.server.answer_parts import CallPart, Parts
 from compiledllm.server.tools import ToolUse
 
 
@@ -44,20 +45,20 @@ class Choice:
         """Whether all that follows is content: `delta` would show it as it is."""
         return self._parser.is_past_parts
 
-    def message(self, text: str) -> dict[str, Any]:
-        """Of a whole answer."""
+    def message(self, text: str, is_whole: bool = False) -> dict[str, Any]:
+        """Of an answer. is_whole: it was not cut off."""
         parts = self._parser.feed(text)
-        _extend(parts, self._parser.finish())
+        _extend(parts, self._parser.finish(is_whole))
         message: dict[str, Any] = {"role": "assistant", "content": parts.content, "refusal": None}
         if parts.calls:
             message["content"] = parts.content or None
         return message | self._more(parts)
 
-    def delta(self, text: str, is_last: bool) -> dict[str, Any]:
-        """Of the next piece."""
+    def delta(self, text: str, is_last: bool, is_whole: bool = False) -> dict[str, Any]:
+        """Of the next piece. is_whole: it is the last of an answer that was not cut off."""
         parts = self._parser.feed(text)
         if is_last:
-            _extend(parts, self._parser.finish())
+            _extend(parts, self._parser.finish(is_whole))
         delta = {"content": parts.content} if parts.content else {}
         more = self._more(parts)
         if "tool_calls" in more:

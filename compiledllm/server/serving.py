@@ -210,7 +210,7 @@ class Serving:
             base["prompt_logprobs"] = _plain_prompt_logprobs(output)
         if isinstance(job.body, ChatRequest):
             choice = job.choice(index)
-            message = choice.message(completion.text)
+            message = choice.message(completion.text, completion.finish_reason == "stop")
             if choice.has_calls:
                 base |= convert.ended_by_calls(completion)
             found = convert.chat_logprobs(completion, job.body.top_logprobs or 0, tokenizer)
@@ -343,7 +343,8 @@ class Serving:
         tokenizer = job.requests.tokenizer
         if isinstance(job.body, ChatRequest):
             choice = job.choice(index)
-            delta = choice.delta(completion.text, completion.finish_reason is not None)
+            reason = completion.finish_reason
+            delta = choice.delta(completion.text, reason is not None, reason == "stop")
             found = convert.chat_logprobs(completion, job.body.top_logprobs or 0, tokenizer)
             more = _chat_delta(index, delta) | {"logprobs": found}
             more |= convert.finish_fields(completion)

@@ -1,0 +1,237 @@
+"""Takes tool calls out of an answer's text, in any of the formats of `tool_formats`.
+
+A marker that no object follows is text, to the letter. Behind one that an object follows a call has
+begun: from then on no marker is text, however broken the call is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Set
+
+from compiledllm.server.answer_parts import CallPart, HeldSpace, Parts, hold_back
+from compiledllm.server.call_scanner import CallScanner
+from compiledllm.server.tool_formats import ToolFormat
+
+_MAX_HEAD = 256  # characters of a function's name in front of its arguments
+_SEPARATORS = " \t\n\r,;[]"  # between a marker and the object
+_NAME = re.compile(r"[\w.-]+")
+
+
+class ToolScanner:
+    """White space at the end of a text with calls is dropped."""
+
+    def __init__(self, form: ToolFormat, names: Set[str], most_calls: int | None) -> None:
+        self._form = form
+        self._names = names
+        self._most_calls = most_calls
+        self.num_calls = 0
+        self._markers = [marker for marker in (form.open, form.close) if marker]
+        self._pattern = re.compile("|".join(map(re.escape, self._markers)))
+        self._opening = re.compile(re.escape(form.open))
+        self._space = HeldSpace(drops_leading=False)
+        self._text = ""  # that is looked at: the piece, behind what was undecided of the last one
+        self._buffer = ""  # what came last, if more is needed to decide about it
+        # An opening marker, perhaps of a call, with what led to it; and the characters behind it.
+        # All of it is text, should no call follow.
+        self._opened: list[str] = []
+        self._skipped: list[str] = []
+        self._has_begun = False  # a call, known or not
+        self._call: CallScanner | None = None
+        self._is_announced = False  # the present call
+        self._closers = ""  # brackets that the present call's arguments lack where they broke off
+        self._step = self._at_beginning if form.is_bare else self._in_content
+
+    def feed(self, text: str, parts: Parts) -> None:
+        self._text, self._buffer = self._buffer + text, ""
+        place = 0
+        while place < len(self._text):
+            place = self._step(place, parts)
+
+    def finish(self, parts: Parts, is_whole: bool) -> None:
+        """is_whole: what is not known to be a call is text. Else it is dropped."""
+        undecided = self._buffer if self._step == self._in_content else ""
+        if self._step == self._in_head:
+            undecided = self._unused(self._buffer)
+        elif self._call is not None and not self._call.is_known:
+            undecided = self._unused("".join(self._call.raw))
+        if is_whole:
+            parts.content += self._space.push(undecided)
+        elif undecided:
+            return
+        if self._step == self._at_beginning:
+            parts.content += "".join(self._skipped)
+        if not (self._has_begun or self._opened):
+            parts.content += "".join(self._space.held)
+
+    # -- states: each takes some of the text from `place` on, and returns the place behind it -----
+
+    def _at_beginning(self, place: int, parts: Parts) -> int:
+        """In front of the first word; an object there may be a call without a marker."""
+        char = self._text[place]
+        if char.isspace():
+            self._skipped.append(char)
+            return place + 1
+        if char == "{":
+            self._begin(CallScanner(self._names, is_bare=True), parts)
+        else:
+            self._give_up(parts)
+        return place
+
+    def _in_content(self, place: int, parts: Parts) -> int:
+        """Closing markers are of interest only behind a call that has begun."""
+        pattern = self._pattern if self._has_begun else self._opening
+        found = pattern.search(self._text, place)
+        if found is None:
+            markers = self._markers if self._has_begun else [self._form.open]
+            said, self._buffer = hold_back(self._text[place:], markers)
+            parts.content += self._space.push(said)
+            return len(self._text)
+        parts.content += self._space.push(self._text[place : found.start()])
+        if found.group() == self._form.open:
+            self._open()
+        return found.end()
+
+    def _behind_marker(self, place: int, parts: Parts) -> int:
+        """A call, another marker, or text."""
+        if (end := self._pass_marker(place, parts)) is not None:
+            return end
+        char = self._text[place]
+        if char == "{":
+            self._begin(CallScanner(self._names), parts)
+        elif char.isspace() or char in _SEPARATORS:
+            self._skipped.append(char)
+            return place + 1
+        elif not self._skipped:
+            self._step = self._in_head
+        else:
+            self._give_up(parts)
+        return place
+
+    def _in_head(self, place: int, parts: Parts) -> int:
+        """Directly behind a marker: a name, perhaps something in brackets, then the arguments."""
+        if (end := self._pass_marker(place, parts)) is not None:
+            return end
+        char = self._text[place]
+        if char == "{":
+            name = "".join(self._skipped).partition("[")[0]
+            if name in self._names:
+                self._skipped = []
+                self._begin(CallScanner(self._names, name), parts)
+                return place
+            if _NAME.fullmatch(name):
+                self._has_begun, self._skipped = True, [name]
+            self._give_up(parts)
+            return place
+        self._skipped.append(char)
+        if len(self._skipped) > _MAX_HEAD:
+            self._give_up(parts)
+        return place + 1
+
+    def _in_call(self, place: int, parts: Parts) -> int:
+        call, text = self._call, self._text
+        assert call is not None
+        while place < len(text) and call.state == "open":
+            call.feed(text[place])
+            place += 1
+        self._show(call, parts)
+        if call.state == "open":
+            return place
+        self._call = None
+        if not call.is_known:
+            said, rest = hold_back("".join(call.raw), self._markers)
+            self._give_up(parts, said)
+            return self._back(place, rest)
+        self._opened, self._skipped, self._closers = [], [], call.missing_brackets
+        self._step = self._in_junk if self._closers else self._behind_call
+        return place if call.state == "done" else place - 1  # where it broke off, text may go on
+
+    def _behind_call(self, place: int, parts: Parts) -> int:
+        """Another call, a marker, or text; brackets too many are nothing."""
+        if (end := self._pass_marker(place, parts)) is not None:
+            return end
+        char = self._text[place]
+        if char == "{":
+            self._begin(CallScanner(self._names), parts)
+        elif char.isspace() or char in _SEPARATORS or char == "}":
+            self._skipped += [char] if char.isspace() else []
+            return place + 1
+        else:
+            self._give_up(parts)
+        return place
+
+    def _in_junk(self, place: int, parts: Parts) -> int:
+        """Behind arguments that broke off, up to a marker; a closing one there completes them."""
+        found = self._pattern.search(self._text, place)
+        if found is None:
+            junk, self._buffer = hold_back(self._text[place:], self._markers)
+            self._closers = "" if junk else self._closers
+            return len(self._text)
+        if found.start() == place and found.group() == self._form.close:
+            self._add(CallPart(self.num_calls - 1, None, self._closers), parts)
+        self._step = self._behind_call
+        return found.start()
+
+    # -- between states --------------------------------------------------------------------------
+
+    def _pass_marker(self, place: int, parts: Parts) -> int | None:
+        """The place behind a marker, or behind all if more must come to tell; None if none is."""
+        may_begin = False
+        for marker in self._markers:
+            if self._text.startswith(marker, place):
+                self._open() if marker == self._form.open else self._close(parts)
+                return place + len(marker)
+            may_begin |= marker.startswith(self._text[place : place + len(marker)])
+        if not may_begin:
+            return None
+        self._buffer = self._text[place:]
+        return len(self._text)
+
+    def _open(self) -> None:
+        self._opened += [*self._skipped, self._form.open]
+        self._skipped, self._step = [], self._behind_marker
+
+    def _close(self, parts: Parts) -> None:
+        """At a closing marker: white space behind a call is nothing."""
+        if self._step == self._behind_call:
+            self._skipped = []
+        self._give_up(parts, self._form.close)
+
+    def _begin(self, call: CallScanner, parts: Parts) -> None:
+        if self._opened:
+            self._has_begun = True
+            parts.content += self._space.push(self._unused().strip(_SEPARATORS))
+            self._opened, self._skipped = [], []
+        self._call, self._is_announced, self._step = call, False, self._in_call
+
+    def _unused(self, more: str = "") -> str:
+        """The text of what began like a call, without markers if a call has begun."""
+        text = "".join(self._opened + self._skipped) + more
+        return self._pattern.sub("", text) if self._has_begun else text
+
+    def _give_up(self, parts: Parts, more: str = "") -> None:
+        """It is no call but text."""
+        parts.content += self._space.push(self._unused(more))
+        self._opened, self._skipped, self._step = [], [], self._in_content
+
+    def _back(self, place: int, rest: str) -> int:
+        """The place from which `rest`, the characters in front of `place`, is looked at again."""
+        if len(rest) > place:
+            self._text, place = rest + self._text[place:], len(rest)
+        return place - len(rest)
+
+    def _show(self, call: CallScanner, parts: Parts) -> None:
+        """What is known of a call."""
+        if not call.is_known:
+            return
+        arguments = call.take_arguments()
+        name = None if self._is_announced else call.name
+        if not self._is_announced:
+            self._is_announced = self._has_begun = True
+            self.num_calls += 1
+        self._add(CallPart(self.num_calls - 1, name, arguments), parts)
+
+    def _add(self, part: CallPart, parts: Parts) -> None:
+        """Unless the call is one too many."""
+        if self._most_calls is None or self.num_calls <= self._most_calls:
+            parts.add_call(part)
