@@ -37,7 +37,10 @@ class Detokenizer:
         return self._find_stop()
 
     def visible_text(self, finished: bool) -> str:
-        """The text that is certain to stay."""
+        """The text that is certain to stay. finished: no token follows."""
+        if finished and self._stream is not None:
+            self.text += self._stream.finish()
+            self._stream = None
         if finished or not self._stops:
             return self.text
         return self.text[: len(self.text) - self._held_back()]
@@ -50,6 +53,7 @@ class Detokenizer:
             self._checked = len(self.text)
             return None
         index, stop = min(hits)
+        self._stream = None  # what follows is not shown
         self.text = self.text[: index + len(stop) if self._keep_stop else index]
         return stop
 

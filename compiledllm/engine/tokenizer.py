@@ -10,6 +10,7 @@ from typing import Any
 from compiledllm.config import ConfigError
 from compiledllm.engine.conversation import Message, TemplateForms, plain_messages
 
+REPLACEMENT = "\ufffd"  # stands for bytes that are no character
 MAX_TEMPLATES = 64  # whose forms of content are remembered
 _ABOUT_THE_END = {"add_generation_prompt", "continue_final_message"}
 
@@ -144,57 +145,111 @@ class TokenStream:
     """Token by token to text, never half a character.
 
     A character whose bytes are spread over tokens is held back until it is complete; if the request
-    ends first, it is dropped. The end of the prompt is the context of the first token, so that the
-    space in front of a word comes out as in a whole decode.
+    ends first, it is dropped. Bytes that are no character come out as U+FFFD, as in a whole decode,
+    after MAX_HELD tokens at the latest. The end of the prompt is the context of the first token, so
+    that the space in front of a word comes out as in a whole decode.
     """
 
     CONTEXT = 6  # prompt tokens that are looked at, at most
+    MAX_HELD = 8  # tokens without text; a character takes four at most
+    MAX_CHARACTER = 3  # tokens that may be the beginning of a character
 
     def __init__(self, hf: Any, prompt_token_ids: Sequence[int], skip_special_tokens: bool) -> None:
         self._hf = hf
         self._skip_special_tokens = skip_special_tokens
         self._backend = getattr(hf, "backend_tokenizer", None)
-        self._restart(self._context(prompt_token_ids))
+        self._held: list[int] = []  # tokens whose text is not final yet
+        self._context: list[int] = []  # tokens in front of them, whose text is
+        self._stream: Any = None  # tokenizers' own, unless it cannot go on
+        self._last: int | None = None  # token that it gave a text for
+        self._is_broken = False  # what was shown last was no character
+        self._start(self._context_of(prompt_token_ids))
 
     def push(self, token_id: int) -> str:
         """The text that became final with this token; "" inside a character."""
-        if self._backend is None:
+        if self._stream is None:
             return self._push_slow(token_id)
         try:
-            return self._stream.step(self._backend, token_id) or ""
+            text: str | None = self._stream.step(self._backend, token_id)
         except Exception as error:
             if "Invalid prefix" not in str(error):
                 raise
-            # tokenizers gives up on some invalid UTF-8 sequences: start afresh after them.
-            self._restart([])
-            return self._stream.step(self._backend, token_id) or ""
+            self._leave_stream()  # tokenizers gives up on some invalid UTF-8 sequences
+            return self._push_slow(token_id)
+        if text:
+            self._last = token_id
+            if self._held:
+                self._held = []
+            return text
+        self._held.append(token_id)
+        if len(self._held) < self.MAX_HELD:
+            return ""
+        self._leave_stream()  # it would decode all that is held for each token
+        return self._settle()
 
-    def _context(self, prompt_token_ids: Sequence[int]) -> list[int]:
+    def finish(self) -> str:
+        """No token follows: the text of what is held, unless it is one character that is cut."""
+        self._leave_stream()
+        text = self._new_text(self._held)
+        self._context, self._held = self._held, []
+        return "" if text == REPLACEMENT and not self._is_broken else text
+
+    def _context_of(self, prompt_token_ids: Sequence[int]) -> list[int]:
         """The longest end of the prompt that is whole characters; empty if it ends inside one."""
         for count in range(min(self.CONTEXT, len(prompt_token_ids)), 0, -1):
             tail = list(prompt_token_ids[-count:])
-            if "\ufffd" not in self._decode(tail):
+            if REPLACEMENT not in self._decode(tail):
                 return tail
         return []
 
-    def _restart(self, context: list[int]) -> None:
+    def _start(self, context: list[int]) -> None:
+        """Go on behind these tokens, whole characters, by tokenizers' stream if there is one."""
         from tokenizers.decoders import DecodeStream
 
-        self._stream = DecodeStream(context, self._skip_special_tokens)
-        self._pending = list(context)  # slow path: tokens since the text before last was final
-        self._num_final = len(context)  # of these, how many are in the text already
+        self._context, self._last, self._is_broken = context, None, False
+        if self._backend is not None:
+            self._stream = DecodeStream(context, self._skip_special_tokens)
+
+    def _leave_stream(self) -> None:
+        self._stream = None
+        if self._last is not None:
+            self._context = [self._last]
 
     def _push_slow(self, token_id: int) -> str:
-        """For tokenizers without a Rust backend: the difference between two decodes."""
-        self._pending.append(token_id)
-        before = self._decode(self._pending[: self._num_final])
-        text = self._decode(self._pending)
-        if text.endswith("\ufffd") or len(text) <= len(before):
+        """By the difference between two decodes."""
+        self._held.append(token_id)
+        text = self._new_text(self._held)
+        if not text or text.endswith(REPLACEMENT):
+            return self._settle() if len(self._held) >= self.MAX_HELD else ""
+        context, self._held = self._held, []
+        if REPLACEMENT in text or REPLACEMENT in self._decode(context):
+            self._context, self._is_broken = context, False
+        else:
+            self._start(context)
+        return text
+
+    def _settle(self) -> str:
+        """The text of all that is held but what may still be the beginning of a character."""
+        text = self._new_text(self._held)
+        if not text:  # special tokens
+            self._held = []
             return ""
-        self._pending = self._pending[self._num_final :]
-        self._num_final = len(self._pending)
+        self._is_broken = True
+        for count in range(1, self.MAX_CHARACTER + 1):
+            head, tail = self._held[:-count], self._held[-count:]
+            shown = self._new_text(head)
+            if shown + self._decode(tail) == text:
+                self._context, self._held = head, tail
+                return shown
+        self._context, self._held = self._held, []
+        return text
+
+    def _new_text(self, token_ids: Sequence[int]) -> str:
+        """What these tokens add behind the context."""
+        before, text = self._decode(self._context), self._decode([*self._context, *token_ids])
         return text[len(before) :]
 
     def _decode(self, token_ids: Sequence[int]) -> str:
-        text: str = self._hf.decode(token_ids, skip_special_tokens=self._skip_special_tokens)
+        decode = self._hf.decode if self._backend is None else self._backend.decode
+        text: str = decode(token_ids, skip_special_tokens=self._skip_special_tokens)
         return text

@@ -17,6 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
 from compiledllm.config import ConfigError
@@ -201,6 +202,99 @@ def test_prompt_that_ends_in_half_a_character_is_not_repeated(
     stream = make_stream(byte_level, byte_level.encode("hello the") + tail, has_backend)
     shown = "".join(pieces(stream, byte_level.encode(" cat sat")))
     assert shown.lstrip("\ufffd") == " cat sat"
+
+
+# -- what is no character --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("has_backend", [True, False])
+@RUNS
+@given(data=st.data())
+def test_any_tokens_give_the_text_of_a_whole_decode(
+    byte_level: Tokenizer, data: st.DataObject, has_backend: bool
+) -> None:
+    """But for one character that the end cuts."""
+    parts = st.one_of(
+        st.lists(st.integers(0, len(byte_level.hf) - 1), max_size=6),
+        st.lists(st.sampled_from(byte_level.encode("🇩é世")), max_size=30),
+        st.sampled_from([byte_level.encode(" the end")]),
+    )
+    ids = [i for part in data.draw(st.lists(parts, max_size=5)) for i in part]
+    stream = make_stream(byte_level, [], has_backend)
+    text, whole = "".join(pieces(stream, ids)) + stream.finish(), byte_level.decode(ids)
+    assert text == whole or text + "\ufffd" == whole
+
+
+class Counting:
+    """Stands for a backend and its stream; counts the tokens that they decode."""
+
+    def __init__(self, backend: Any) -> None:
+        self.backend, self.count, self.num_held = backend, 0, 0
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+        self.count += len(token_ids)
+        text: str = self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return text
+
+    def stream(self, context: list[int], skip_special_tokens: bool) -> Any:
+        real, counting = DecodeStream(context, skip_special_tokens), self
+        self.num_held = len(context)
+
+        class Stream:
+            def step(self, backend: Any, token_id: int) -> str | None:
+                counting.num_held += 1
+                counting.count += counting.num_held
+                text = real.step(backend.backend, token_id)
+                counting.num_held = 0 if text else counting.num_held
+                return text
+
+        return Stream()
+
+
+def lone_bytes(tokenizer: Tokenizer) -> list[int]:
+    """Tokens of a byte that begins a character, of one inside, and of the two in turn."""
+    first, *_, last = tokenizer.encode("🇩")
+    return [first] * 40 + [last] * 40 + [first, last] * 20
+
+
+@pytest.mark.parametrize("has_backend", [True, False])
+@pytest.mark.parametrize("kind", ["bytes", "special tokens"])
+@pytest.mark.parametrize("name", ["byte_level", "sentencepiece_like"])
+def test_tokens_without_characters_are_decoded_a_few_times_each(
+    name: str,
+    kind: str,
+    has_backend: bool,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Decoding all of a run again for each of its tokens would be quadratic."""
+    tokenizer: Tokenizer = request.getfixturevalue(name)
+    run = lone_bytes(tokenizer) * 3 if kind == "bytes" else [tokenizer.hf.eos_token_id] * 360
+    ids = [*tokenizer.encode("hello the"), *run, *tokenizer.encode("the world")]
+    counting = Counting(tokenizer.hf.backend_tokenizer)
+    stream = make_stream(tokenizer, [], has_backend)
+    if has_backend:
+        monkeypatch.setattr("tokenizers.decoders.DecodeStream", counting.stream)
+        monkeypatch.setattr(stream, "_backend", counting)
+        stream._start([])
+    else:
+        monkeypatch.setattr(stream._hf, "decode", counting.decode)
+    shown = pieces(stream, ids)
+    assert counting.count < 40 * len(ids)
+    assert stream._stream is not None or not has_backend, "back on the fast path"
+    assert "".join(shown) + stream.finish() == tokenizer.decode(ids)
+    if kind == "bytes":  # and they are shown on the way
+        assert all(any(shown[at : at + TokenStream.MAX_HELD]) for at in range(10, 300))
+
+
+def test_bytes_that_are_no_character_are_shown_at_the_end(byte_level: Tokenizer) -> None:
+    inside = byte_level.encode("🇩")[-1]
+    for ids in ([inside] * 2, [inside] * 9, [inside] * 10):
+        detokenizer = Detokenizer(byte_level.stream([], True), SamplingParams(stop="x"))
+        for token_id in ids:
+            detokenizer.push(token_id)
+        assert detokenizer.visible_text(finished=True) == "\ufffd" * len(ids)
+        assert detokenizer.visible_text(finished=True) == "\ufffd" * len(ids)  # as often as asked
 
 
 # -- spaces ---------------------------------------------------------------------------------------

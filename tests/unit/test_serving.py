@@ -30,7 +30,7 @@ class Letters:
     """A tokenizer whose token ids are characters."""
 
     def stream(self, prompt_token_ids: list[int], skip_special_tokens: bool) -> Any:
-        return SimpleNamespace(push=chr)
+        return SimpleNamespace(push=chr, finish=str)
 
     def token_text(self, token_id: int) -> str:
         return chr(token_id)
