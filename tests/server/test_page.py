@@ -53,7 +53,7 @@ def test_an_answer_streams_with_its_speed(page: Any) -> None:
     assert page.locator(".user").inner_text() == "Hello there"
     assert page.locator(".assistant").inner_text()
     facts = page.locator(".facts").inner_text()
-    assert re.fullmatch(r"first token \d+ ms · 12 tokens · [\d.]+ tokens/s", facts)
+    assert re.fullmatch(r"first token \d+ ms · 12 tokens · [\d.]+ tokens/s( · cut off)?", facts)
     page.fill("#prompt", "And again")
     page.click("#send")
     expect(page.locator(".facts")).to_have_count(2)
