@@ -10,7 +10,7 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from compiledllm.config import DTYPES, MODEL_IMPLS, CacheConfig, Choice, ConfigE
 from compiledllm.outputs import RequestOutput
 from compiledllm.sampling_params import SamplingParams
 from compiledllm.server.options import add_server_options
+from compiledllm.terminal_chat import SHORT_HELP, Chat, speed
 from compiledllm.version import __version__
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from compiledllm.platform import Platform
 
 DEFAULT_MAX_TOKENS = 256
-CHAT_HELP = "/exit leaves, /clear forgets the conversation, /system TEXT sets the system prompt"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,7 +66,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         print(json.dumps(_as_json(last), ensure_ascii=False))
         return 0
     last = _print_stream(outputs)
-    print(_speed(last), file=sys.stderr)
+    print(speed(last), file=sys.stderr)
     return 0
 
 
@@ -81,21 +81,6 @@ def _print_stream(outputs: Iterable[RequestOutput]) -> RequestOutput:
     print(flush=True)
     assert last is not None
     return last
-
-
-def _speed(output: RequestOutput) -> str:
-    """One line: tokens, tokens per second after the first, time to first token."""
-    metrics, count = output.metrics, len(output.outputs[0].token_ids)
-    assert metrics is not None and metrics.first_token_time is not None
-    ttft = metrics.first_token_time - metrics.arrival_time
-    rest = metrics.last_token_time - metrics.first_token_time
-    rate = f"{(count - 1) / rest:.1f} tokens/s" if count > 1 else "one token"
-    prompt = len(output.prompt_token_ids)
-    reason = output.outputs[0].finish_reason
-    return (
-        f"[{prompt} prompt tokens, {count} generated ({reason}); "
-        f"{rate}, first after {ttft * 1e3:.0f} ms]"
-    )
 
 
 def _as_json(output: RequestOutput) -> dict[str, Any]:
@@ -116,62 +101,9 @@ def _as_json(output: RequestOutput) -> dict[str, Any]:
 def _chat(arguments: argparse.Namespace) -> int:
     params = _sampling_params(arguments, max_tokens=None)
     engine = _make_engine(arguments)
-    print(
-        f"compiledllm {__version__}, {engine.model_path.name}. {CHAT_HELP}; Ctrl-C stops an answer"
-    )
-    system: list[dict[str, str]] = []
-    history: list[dict[str, str]] = []
-    for line in _lines():
-        command, _, rest = line.partition(" ")
-        if command in ("/exit", "/quit"):
-            break
-        if command == "/clear":
-            history = []
-        elif command == "/system":
-            system = [{"role": "system", "content": rest}] if rest else []
-        elif line.startswith("/"):
-            print(CHAT_HELP)
-        elif line:
-            history.append({"role": "user", "content": line})
-            answer = _answer(engine, system + history, params)
-            if answer is None:
-                history.pop()
-            else:
-                history.append({"role": "assistant", "content": answer})
+    print(f"compiledllm {__version__}, {engine.model_path.name}. {SHORT_HELP}")
+    Chat(engine, params).run()
     return 0
-
-
-def _lines() -> Iterator[str]:
-    """What the user types, until the end of input. Ctrl-C at the prompt starts a new line."""
-    while True:
-        try:
-            yield input("> ").strip()
-        except EOFError:
-            print()
-            return
-        except KeyboardInterrupt:
-            print("\n(/exit or Ctrl-D leaves)")
-
-
-def _answer(engine: Engine, messages: list[dict[str, str]], params: SamplingParams) -> str | None:
-    """Stream one answer. Ctrl-C keeps what came; an error (too long a history) gives None."""
-    text = ""
-    output: RequestOutput | None = None
-    try:
-        for output in engine.stream_chat(messages, params):
-            new = output.outputs[0].text
-            print(new[len(text) :], end="", flush=True)
-            text = new
-        print()
-    except KeyboardInterrupt:
-        print("\n(stopped)")
-        return text
-    except ValueError as error:
-        print(f"error: {error}; /clear starts a new conversation", file=sys.stderr)
-        return None
-    if output is not None:
-        print(_speed(output), file=sys.stderr)
-    return text
 
 
 # -- serve -----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -113,9 +114,9 @@ def test_chat_keeps_history_and_ctrl_c_stops_only_the_answer(
             if len(seen) == 2 and index == 3:
                 raise KeyboardInterrupt
 
-    lines = iter(["My name is Ann.", "Count to twenty.", "What is my name?", "/nonsense", "/exit"])
+    lines = ["My name is Ann.", "Count to twenty.", "What is my name?", "/nonsense", "/exit"]
     monkeypatch.setattr(Engine, "stream_chat", recording)
-    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     assert cli.main(["chat", "--temperature", "0", "--max-tokens", "24", "--enforce-eager"]) == 0
     assert "(stopped)" in capsys.readouterr().out
     assert [message["role"] for message in seen[2]] == ["user", "assistant"] * 2 + ["user"]

@@ -28,7 +28,8 @@ BELOW_ENGINE = {"scheduler", "runner", "graphs", "models", "kernels", *LEAVES}
 MAY_IMPORT: dict[str, set[str]] = {
     "root": {"engine.engine", "config", "sampling_params", "outputs", "structured_outputs"}
     | {"version"},
-    "cli": {"root", "arguments", "server", "benchmarks", "engine", *BELOW_ENGINE},
+    "cli": {"root", "arguments", "terminal_chat", "server", "benchmarks", "engine"} | BELOW_ENGINE,
+    "terminal_chat": {"engine.engine", "sampling_params", "outputs"},
     "arguments": {"config"},
     "server": {"root", "cli", "arguments", "engine", *BELOW_ENGINE},
     "engine": BELOW_ENGINE,
@@ -78,6 +79,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "huggingface_hub": ("compiledllm.models",),
     "aiohttp": ("compiledllm.benchmarks",),
     "rich": ("compiledllm.benchmarks",),
+    "prompt_toolkit": ("compiledllm.terminal_chat",),
     "matplotlib": ("compiledllm.benchmarks",),
     "vllm": ("compiledllm.benchmarks",),
     "fastapi": ("compiledllm.server",),
@@ -97,6 +99,7 @@ WITHOUT_TORCH = (
     "compiledllm.log",
     "compiledllm.cli",
     "compiledllm.arguments",
+    "compiledllm.terminal_chat",
     "compiledllm.benchmarks.cli",
     "compiledllm.scheduler",
 )
@@ -344,7 +347,7 @@ def python(program: str) -> subprocess.CompletedProcess[str]:
     ["import compiledllm", "from compiledllm import SamplingParams", "import compiledllm.cli"],
 )
 def test_light_import_loads_no_heavy_package(statement: str) -> None:
-    heavy = "{'torch', 'numpy', 'transformers', 'triton', 'safetensors'}"
+    heavy = "{'torch', 'numpy', 'transformers', 'triton', 'safetensors', 'prompt_toolkit'}"
     done = python(f"import sys\n{statement}\nprint(*sorted({heavy} & set(sys.modules)))")
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
 
