@@ -138,6 +138,17 @@ def test_several_calls_may_come_and_streams_add_up_to_them(client: OpenAI) -> No
     assert most > 1
 
 
+def test_a_call_that_is_cut_off_shows_nothing_of_its_markup(client: OpenAI) -> None:
+    """Wherever that is: in a marker, in the name or in the arguments."""
+    fields: dict[str, Any] = {"tools": TOOLS, "tool_choice": "required", "temperature": 0}
+    for limit in (1, 2, 3, 4, 6, 8, 11, 15, 20):
+        (choice,) = chat(client, max_completion_tokens=limit, **fields).choices
+        assert choice.finish_reason == "length"
+        assert not choice.message.content
+        for call in choice.message.tool_calls or ():
+            assert call.function.name in SCHEMAS and call.function.arguments.startswith("{")
+
+
 def test_the_clients_own_stream_puts_calls_together(client: OpenAI) -> None:
     strict = [{**one, "function": {**one["function"], "strict": True}} for one in TOOLS]
     with client.chat.completions.stream(
