@@ -1,68 +1,387 @@
-"""HTTP/1.1 of a compiled parser, with what it leaves out: limits, and patience with other clients.
+"""HTTP/1.1 of a compiled parser, with what uvicorn leaves out: limits, deadlines, strict heads.
 
-httptools takes headers and trailers without end and requests without a host, and stops where a
-client offers to speak HTTP/2 (`Upgrade: h2c`, as Java's does by default): h11 goes on from there.
+httptools takes headers and trailers without end, and any host; it stops where a client offers to
+speak HTTP/2 (`Upgrade: h2c`, as Java's does by default). uvicorn parses pipelined requests without
+end, tells only the newest one that its client has left, and waits for ever for a client.
 """
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import struct
+from asyncio import AbstractEventLoop, Transport
+from typing import Any, Final, cast
+
 import httptools
-from uvicorn.protocols.http.h11_impl import H11Protocol
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.server import ServerState
+
+from compiledllm.server.connections import Connections, Deadlines
+from compiledllm.server.http_heads import (
+    Refusal,
+    check_coding,
+    check_host,
+    check_repeated,
+    check_version,
+    refusal_of,
+)
 
 MAX_HEAD_BYTES = 64 * 1024  # of a request; and of its trailers
-_INVALID = "Invalid HTTP request received."
-_OF_UPGRADES = (b"upgrade", b"connection", b"http2-settings")
+MAX_PARSED_BYTES = 8 * 1024  # at once: behind an unanswered request, no more than this is parsed
+MAX_HELD_BYTES = 1024 * 1024  # of requests behind an unanswered one
+MAX_DISCARDED_BYTES = 64 * 1024 * 1024  # of a body that was answered without being read
+MIN_BODY_RATE = 32 * 1024  # bytes a second, on average, after twice the time to be silent
+LINGER_S = 2.0  # for a client to read why its request was refused
+ALWAYS_ANSWERED = frozenset({b"/health", b"/ready", b"/metrics"})  # in any crowd
+# The stages of a connection: what its client is to send next.
+IDLE: Final = 0  # the beginning of a request
+HEAD: Final = 1  # the rest of a head
+BODY: Final = 2  # the rest of a body, and trailers
+OVER: Final = 3  # nothing: whatever comes is thrown away
+_OF_UPGRADES = frozenset({b"upgrade", b"connection", b"http2-settings"})
 
 
 class LimitedHttp(HttpToolsProtocol):
-    """One connection."""
+    """One connection. Its parser's callbacks (`on_...`) move it from stage to stage."""
 
-    _unread = 0  # bytes since the parser completed anything
-    _has_moved = False
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: AbstractEventLoop | None = None,
+        *,
+        connections: Connections,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._connections = connections
+        self._is_spare = False  # one too many: it may ask only how the server is
+        self.stage: int = IDLE
+        self.since = self.loop.time()  # when the stage began
+        self._answering: RequestResponseCycle | None = None  # `cycle` is the newest, not this one
+        self._is_reading = True  # else whatever comes is thrown away
+        self._refusal: Refusal | None = None  # to be told once all before it is answered
+        self._host = b""  # of the last request
+        self._is_head_over = False
+        self._has_moved = False
+        self._num_unread = 0  # bytes since the parser completed anything
+        self._held = b""  # not parsed yet: requests before it are to be answered first
+        self._num_body_bytes = 0
+        self._body_mark = (0, 0.0)  # its bytes, and when a sweep first saw so many
+        self._drain_mark: tuple[int, float] | None = None  # the same of an answer nobody takes
+
+    # -- the transport's side ------------------------------------------------------------------
+
+    def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._is_spare = not self._connections.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._connections.discard(self)
+        super().connection_lost(exc)
+        if self._answering is not None:
+            _tell_of_end(self._answering)
+        self.pipeline.clear()
+        self._held = b""
+
+    def abort(self) -> None:
+        self.transport.abort()
+
+    def _reset(self) -> None:
+        """Close at once, and have the kernel forget what the client did not take."""
+        connection = self.transport.get_extra_info("socket")
+        if connection is not None:
+            with contextlib.suppress(OSError):  # it is reset already
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.transport.abort()
+
+    def close_answered(self) -> None:
+        """Close behind an answer, which a client that still sends its body is to see first."""
+        if self.stage == BODY:
+            self._linger()
+        else:
+            self.transport.close()
+
+    def _linger(self) -> None:
+        """End what we send, and throw away what comes, until the client closes or for LINGER_S.
+
+        Closing with data that was not read would reset the connection, and the answer be lost.
+        """
+        self._is_reading, self._held = False, b""
+        self._enter(OVER)
+        if not self.transport.is_closing() and self.transport.can_write_eof():
+            self.transport.write_eof()
+            self.flow.resume_reading()
+
+    def shutdown(self) -> None:
+        """The server ends: finish the answer that is being given, and nothing else."""
+        if self._answering is None or self._answering.more_body:
+            self.transport.close()
+        else:
+            self._answering.keep_alive = False
+
+    def resume_writing(self) -> None:
+        self._drain_mark = None
+        super().resume_writing()
+
+    def data_received(self, data: bytes) -> None:
+        if not self._is_reading:
+            return
+        if self._held or self.pipeline:
+            self._hold(data)
+        elif len(data) <= MAX_PARSED_BYTES:
+            self._parse(data)
+        else:
+            self._parse_in_pieces(data)
+
+    def _parse_in_pieces(self, data: bytes) -> None:
+        for start in range(0, len(data), MAX_PARSED_BYTES):
+            if self.pipeline:
+                self._hold(data[start:])
+                return
+            self._parse(data[start : start + MAX_PARSED_BYTES])
+            if not self._is_reading:
+                return
+
+    def _hold(self, data: bytes) -> None:
+        self._held += data
+        self.flow.pause_reading()
+        if len(self._held) > MAX_HELD_BYTES:
+            self.abort()
+
+    def _parse_held(self) -> None:
+        held, self._held = self._held, b""
+        if held and not self.transport.is_closing():
+            self.flow.resume_reading()
+            self.data_received(held)
+
+    def _parse(self, data: bytes) -> None:
+        self._has_moved = False
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._pass_over_offer(data[upgrade.args[0] :])
+            return
+        except httptools.HttpParserError as error:
+            self._refuse(refusal_of(error))
+            return
+        self._num_unread = 0 if self._has_moved else self._num_unread + len(data)
+        if self._num_unread > MAX_HEAD_BYTES:
+            self._refuse(Refusal(400, f"headers must be at most {MAX_HEAD_BYTES} bytes"))
+
+    def _pass_over_offer(self, rest: bytes) -> None:
+        """Parse a request again without its offer of another protocol, where the parser stops."""
+        if self._answering is not None:
+            self._refuse(Refusal(400, "an upgrade was offered behind an unanswered request"))
+            return
+        version = self.parser.get_http_version().encode()
+        lines = [self.parser.get_method() + b" " + self.url + b" HTTP/" + version]
+        lines += [name + b": " + value for name, value in self.headers if name not in _OF_UPGRADES]
+        if not self.parser.should_keep_alive():
+            lines.append(b"connection: close")
+        self.parser = httptools.HttpRequestParser(self)
+        with contextlib.suppress(AttributeError):  # before httptools 0.6.3
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self._parse(b"\r\n".join([*lines, b"", b""]))
+        self.data_received(rest)
+
+    # -- the parser's side ---------------------------------------------------------------------
+
+    def _enter(self, stage: int) -> None:
+        self.stage, self.since = stage, self.loop.time()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._is_head_over = False
+        self._enter(HEAD)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._is_head_over:
+            return  # a trailer, which nobody may take for a header that was checked
+        name, value = name.lower(), value.rstrip(b" \t")
+        if name == b"expect" and value.lower() == b"100-continue":
+            self.expect_100_continue = True
+        self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
-        self._has_moved = True
-        if self.parser.get_http_version() == "1.1" and b"host" not in dict(self.headers):
-            raise ValueError("a request needs a host")
-        if not self.parser.should_upgrade():
-            super().on_headers_complete()
+        self._has_moved = self._is_head_over = True
+        if self.parser.get_method() == b"CONNECT":
+            raise Refusal(400, "this server is no proxy: CONNECT is not supported")
+        if self.parser.should_upgrade():
+            return
+        self._check_head()
+        super().on_headers_complete()
+        if not self.pipeline:
+            self._answering = self.cycle
+        if self._is_spare or not self.parser.should_keep_alive():
+            self.cycle.keep_alive = False
+        if not self.cycle.keep_alive:
+            self.cycle.transport = cast(Transport, _LateClosing(self))
+        self._enter(BODY)
+        self._num_body_bytes, self._body_mark = 0, (0, self.since)
 
     def on_body(self, body: bytes) -> None:
         self._has_moved = True
+        self._num_body_bytes += len(body)
         super().on_body(body)
+        if self._num_body_bytes > MAX_DISCARDED_BYTES and self.cycle.response_complete:
+            raise Refusal(413, "the body is too large")
 
     def on_message_complete(self) -> None:
         self._has_moved = True
         super().on_message_complete()
+        self._enter(IDLE)
+
+    def on_response_complete(self) -> None:
+        """In place of the base class's, which arms a timer for each request."""
+        self.server_state.total_requests += 1
+        self._answering = None
+        if self.stage == IDLE:
+            self.since = self.loop.time()
+        if self.transport.is_closing():
+            return
+        if self.pipeline:
+            self._answer_next()
+        elif self._refusal is not None:
+            self._write_refusal()
+        elif self._held:
+            self.loop.call_soon(self._parse_held)
+        else:
+            self.flow.resume_reading()
+
+    def _answer_next(self) -> None:
+        self._answering, app = self.pipeline.pop()
+        task = self.loop.create_task(self._answering.run_asgi(app))
+        task.add_done_callback(self.tasks.discard)
+        self.tasks.add(task)
+        if not self.pipeline and self._held:
+            self.flow.pause_reading()
 
     def _should_upgrade(self) -> bool:
-        return True  # to h11: nothing is done here with such a request
+        return True  # as far as the base class is concerned: it does nothing with such a request
 
-    def data_received(self, data: bytes) -> None:
-        self._has_moved = False
-        self._unset_keepalive_if_required()
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            self._hand_over(data[upgrade.args[0] :])
-            return
-        except httptools.HttpParserError:
-            self.send_400_response(_INVALID)
-            return
-        self._unread = 0 if self._has_moved else self._unread + len(data)
-        if self._unread > MAX_HEAD_BYTES:
-            self.send_400_response("The headers are too long.")
+    def _check_head(self) -> None:
+        fields = dict(self.headers)
+        if len(fields) < len(self.headers):
+            check_repeated([name for name, _ in self.headers])
+        version = self.parser.get_http_version()
+        if version != "1.1":
+            check_version(version)
+            self.expect_100_continue = False  # HTTP/1.0 knows no such answer
+        host = fields.get(b"host", b"")
+        if not host or host != self._host:
+            check_host(host, version)
+            self._host = host
+        if b"transfer-encoding" in fields:
+            check_coding(fields[b"transfer-encoding"], version)
+        if self._is_spare and self.url.partition(b"?")[0] not in ALWAYS_ANSWERED:
+            raise Refusal(503, "too many connections are open; try again in a moment")
 
-    def _hand_over(self, rest: bytes) -> None:
-        """The connection to h11, beginning with this request, without its offer."""
-        if self.cycle is not None and not self.cycle.response_complete:
-            self.send_400_response(_INVALID)  # behind one that is not answered yet
+    # -- refusing ------------------------------------------------------------------------------
+
+    def _refuse(self, refusal: Refusal) -> None:
+        """Read no further, answer with an error once all before it is answered, and close."""
+        self._is_reading, self._held = False, b""
+        if self.stage == BODY and not self._drop_unfinished():
             return
-        lines = [self.parser.get_method() + b" " + self.url + b" HTTP/1.1"]
-        lines += [name + b": " + value for name, value in self.headers if name not in _OF_UPGRADES]
-        other = H11Protocol(self.config, self.server_state, self.app_state)
-        self.connections.discard(self)
-        other.connection_made(self.transport)
-        self.transport.set_protocol(other)
-        other.data_received(b"\r\n".join([*lines, b"", rest]))
+        self._refusal, self.stage = refusal, OVER
+        if self._answering is None:
+            self._write_refusal()
+
+    def _drop_unfinished(self) -> bool:
+        """Give up the request whose body is not complete; whether it can still be refused."""
+        if self.pipeline:  # it is the last one in there, and has not begun
+            self.pipeline.popleft()
+            return True
+        self._answering, cycle = None, self.cycle
+        if cycle.response_started:
+            self.transport.close() if cycle.response_complete else self.abort()
+            return False
+        _tell_of_end(cycle)
+        return True
+
+    def _write_refusal(self) -> None:
+        assert self._refusal is not None
+        if not self.transport.is_closing():
+            self.transport.write(self._refusal.answer(self.server_state.default_headers))
+        self._refusal = None
+        self._linger()
+
+    # -- deadlines -----------------------------------------------------------------------------
+
+    def is_idle(self) -> bool:
+        return self.stage == IDLE and self._answering is None and not self._held
+
+    def end_if_overdue(self, now: float, deadlines: Deadlines) -> str | None:
+        if self._is_stalled(now, deadlines.client_s):
+            self._reset()
+            return "did not read an answer"
+        if self.transport.is_closing():
+            return None
+        if self._is_waiting_for_us():
+            self.since, self._body_mark = now, (self._num_body_bytes, now)
+            return None
+        if self.stage == OVER:
+            if now - self.since > LINGER_S:
+                self.transport.close()
+            return None
+        cause = self._why_overdue(now, deadlines)
+        if cause is not None:
+            self.transport.close()
+        elif self.stage == BODY and self._is_body_slow(now, deadlines.client_s):
+            rate = f"{MIN_BODY_RATE // 1024} KiB/s"
+            self._refuse(Refusal(408, f"the body came too slowly; send at least {rate}"))
+            cause = "sent a body too slowly"
+        return cause
+
+    def _why_overdue(self, now: float, deadlines: Deadlines) -> str | None:
+        waited_s = now - self.since
+        if self.stage == IDLE:
+            limit_s = deadlines.keep_alive_s if self.cycle else deadlines.client_s
+            return "sent nothing" if waited_s > limit_s else None
+        if self.stage == HEAD:
+            return "did not complete its headers" if waited_s > deadlines.client_s else None
+        if self._num_body_bytes != self._body_mark[0]:
+            self._body_mark = (self._num_body_bytes, now)
+        is_silent = now - self._body_mark[1] > deadlines.client_s
+        return "did not complete a body" if is_silent else None
+
+    def _is_body_slow(self, now: float, client_s: float) -> bool:
+        return now - self.since > 2 * client_s + self._num_body_bytes / MIN_BODY_RATE
+
+    def _is_waiting_for_us(self) -> bool:
+        """Whether the server is next to act, whatever the client does."""
+        if self.flow.read_paused:
+            return True
+        return self._answering is not None and not self._answering.more_body
+
+    def _is_stalled(self, now: float, client_s: float) -> bool:
+        """Whether the client has taken nothing of what waits for it, for so long.
+
+        Only while nothing is added: the answer is held up, or complete.
+        """
+        waiting = self.transport.get_write_buffer_size()
+        if not waiting or not (self.flow.write_paused or self._answering is None):
+            self._drain_mark = None
+            return False
+        if self._drain_mark is None or waiting < self._drain_mark[0]:
+            self._drain_mark = (waiting, now)
+        return now - self._drain_mark[1] > client_s
+
+
+class _LateClosing:
+    """The transport for an answer that closes its connection: see `close_answered`."""
+
+    def __init__(self, connection: LimitedHttp) -> None:
+        transport = connection.transport
+        self.write, self.is_closing = transport.write, transport.is_closing
+        self.close = connection.close_answered
+
+
+def _tell_of_end(cycle: RequestResponseCycle) -> None:
+    """Tell whoever works on a request that its client is gone."""
+    if not cycle.response_complete:
+        cycle.disconnected = True
+    cycle.message_event.set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -20,11 +21,13 @@ from compiledllm.config import ConfigError, EngineConfig
 from compiledllm.log import log, show_logs
 from compiledllm.models.source import cache_dir
 from compiledllm.server.app import AppOptions, create_app
+from compiledllm.server.connections import Connections, Deadlines, connection_limit
 from compiledllm.server.engine_client import EngineClient
-from compiledllm.server.http_protocol import MAX_HEAD_BYTES, LimitedHttp
+from compiledllm.server.http_protocol import LimitedHttp
 from compiledllm.server.live_request import Limits
 
 LOG_LINE_INTERVAL_S = 10.0
+SEND_BUFFER_BYTES = 2**18  # of a socket: what a client that reads nothing can make the kernel hold
 LONGEST_STANDSTILL_S = 0.5  # of the event loop, that is not worth a line
 
 
@@ -33,27 +36,33 @@ def serve(arguments: argparse.Namespace) -> int:
     show_logs()
     options = engine_options(arguments)
     EngineConfig.from_options(**options)  # wrong options are said before anything is started
-    app_options = _app_options(arguments)
+    deadlines = Deadlines(arguments.client_timeout, arguments.keep_alive_timeout)
+    connections = Connections(connection_limit(arguments.max_connections), deadlines)
     listener = _bind(arguments.host, arguments.port)
-    engine = EngineClient(options, _limits(arguments), cache_dir() / "crashes")
     try:
+        app_options = _app_options(arguments)
+        engine = EngineClient(options, _limits(arguments), cache_dir() / "crashes")
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            return runner.run(_run(engine, app_options, listener, arguments))
+            return runner.run(_run(engine, app_options, listener, connections, arguments))
     finally:
         listener.close()
 
 
 async def _run(
-    engine: EngineClient, options: AppOptions, listener: socket.socket, arguments: Any
+    engine: EngineClient,
+    options: AppOptions,
+    listener: socket.socket,
+    connections: Connections,
+    arguments: argparse.Namespace,
 ) -> int:
     app = create_app(engine, options)
+    http: Any = functools.partial(LimitedHttp, connections=connections)
     config = uvicorn.Config(
         app,
         log_level="warning",
         access_log=False,
-        timeout_keep_alive=5,
-        http=LimitedHttp,
-        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+        timeout_keep_alive=arguments.keep_alive_timeout,
+        http=http,
         ws="none",
         lifespan="off",
         server_header=False,
@@ -67,13 +76,14 @@ async def _run(
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     lines = asyncio.create_task(_log_lines(app.state.metrics))
     watch = asyncio.create_task(_announce(engine, listener))
+    sweeps = asyncio.create_task(connections.watch())
     standstills = asyncio.create_task(_watch_for_standstills())
     status = await _until_end(engine, ending, serving)
     if status == 0:
         log.info("draining: %d requests live", len(engine.live))
         await engine.drain(arguments.shutdown_timeout)
     server.should_exit = True
-    for task in (lines, watch, standstills):
+    for task in (lines, watch, sweeps, standstills):
         task.cancel()
     with contextlib.suppress(asyncio.TimeoutError):
         await asyncio.wait_for(serving, 5)
@@ -157,6 +167,7 @@ def _bind(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         listener.bind((host, port))
         listener.listen(2048)
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 from compiledllm.arguments import count
 from compiledllm.server.tool_formats import FORMATS
@@ -28,6 +29,22 @@ def add_server_options(group: argparse._ArgumentGroup) -> None:
     add("--reasoning-parser", choices=parsers, default="auto", help="auto: by the chat template")
     add("--max-queued-requests", type=count, default=1024, help="beyond those that run (1024)")
     add("--max-queued-tokens", type=count, default=4_000_000, help="of prompts (4000k)")
-    add("--request-timeout", type=float, default=1800.0, help="seconds a request may take (1800)")
-    add("--stuck-timeout", type=float, default=60.0, help="seconds without a step: unhealthy (60)")
-    add("--shutdown-timeout", type=float, default=30.0, help="seconds to drain for (30)")
+    add("--request-timeout", type=seconds, default=1800.0, help="seconds a request may take (1800)")
+    add("--stuck-timeout", type=seconds, default=60.0, help="without a step: unhealthy (60 s)")
+    add("--shutdown-timeout", type=seconds, default=30.0, help="seconds to drain for (30)")
+    idle = "seconds a client may take for its headers, or send no more of a body, or read nothing"
+    add("--client-timeout", type=seconds, default=15.0, help=f"{idle} of its answer (15)")
+    idle = "seconds a connection may idle between requests; longer than a load balancer's (15)"
+    add("--keep-alive-timeout", type=seconds, default=15.0, help=idle)
+    add("--max-connections", type=count, help="default: as many as the limit on open files allows")
+
+
+def seconds(text: str) -> float:
+    """A time; inf: no limit."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds, got '{text}'")
+    return value

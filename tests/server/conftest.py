@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -25,7 +26,14 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 class Server:
     """`python -m compiledllm.server` with options; its log is a file."""
 
-    def __init__(self, model: Path, folder: Path, *options: str, **environment: str) -> None:
+    def __init__(
+        self,
+        model: Path,
+        folder: Path,
+        *options: str,
+        max_files: int | None = None,
+        **environment: str,
+    ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_path = folder / "server.log"
@@ -40,6 +48,8 @@ class Server:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **cache, **environment},
             )
+        if max_files is not None:  # before Python is there to look
+            resource.prlimit(self.process.pid, resource.RLIMIT_NOFILE, (max_files, max_files))
 
     @property
     def log(self) -> str:
@@ -152,12 +162,15 @@ def tiny_chat_model(
 def start_server(
     tiny_chat_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., Server]]:
-    """start_server(*options, model=None, **environment) -> Server; all are stopped at the end."""
+    """start_server(*options, model=None, max_files=None, **environment) -> Server.
+
+    All are stopped at the end.
+    """
     servers: list[Server] = []
 
-    def start(*options: str, model: Path | None = None, **environment: str) -> Server:
+    def start(*options: str, model: Path | None = None, **more: Any) -> Server:
         folder = tmp_path_factory.mktemp("server")
-        servers.append(Server(model or tiny_chat_model, folder, *options, **environment))
+        servers.append(Server(model or tiny_chat_model, folder, *options, **more))
         return servers[-1]
 
     yield start

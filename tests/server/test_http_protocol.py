@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import socket
 import threading
 import time
@@ -13,7 +14,8 @@ pytest.importorskip("uvicorn")
 
 import uvicorn
 
-from compiledllm.server.http_protocol import MAX_HEAD_BYTES, LimitedHttp
+from compiledllm.server.connections import Connections, Deadlines
+from compiledllm.server.http_protocol import LimitedHttp
 
 HEAD = b"POST / HTTP/1.1\r\nhost: x\r\n"
 
@@ -34,8 +36,9 @@ async def tell_length(scope: dict, receive, send) -> None:  # type: ignore[no-un
 def port() -> Iterator[int]:
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    options = {"http": LimitedHttp, "ws": "none", "lifespan": "off", "log_level": "error"}
-    config = uvicorn.Config(tell_length, h11_max_incomplete_event_size=MAX_HEAD_BYTES, **options)
+    http = functools.partial(LimitedHttp, connections=Connections(100, Deadlines(15.0, 15.0)))
+    options = {"http": http, "ws": "none", "lifespan": "off", "log_level": "error"}
+    config = uvicorn.Config(tell_length, **options)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

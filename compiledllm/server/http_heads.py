@@ -1,0 +1,74 @@
+"""What a request's head must be like, and what the client is told whose request is refused.
+
+Two readers of one connection, a proxy and this server, have to agree on where each request ends and
+whom it is for; whatever they could take differently is refused.
+"""
+
+from __future__ import annotations
+
+import http
+import json
+import re
+from collections.abc import Sequence
+
+import httptools
+
+from compiledllm.server.errors import ApiError, error_body
+
+_ONCE = (b"host", b"content-length", b"transfer-encoding", b"authorization")
+_HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]+)(?::[0-9]{0,5})?")
+
+
+class Refusal(Exception):
+    """Why a connection is not read any further."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status, self.message = status, message
+
+    def answer(self, default_headers: list[tuple[bytes, bytes]]) -> bytes:
+        """The whole response, in OpenAI's shape."""
+        body = json.dumps(error_body(ApiError(self.status, self.message))).encode()
+        lines = [f"HTTP/1.1 {self.status} {http.HTTPStatus(self.status).phrase}".encode()]
+        lines += [name + b": " + value for name, value in default_headers]
+        lines += [b"content-type: application/json", b"content-length: %d" % len(body)]
+        lines += [b"connection: close"]
+        if self.status == 503:
+            lines.append(b"retry-after: 1")
+        return b"\r\n".join([*lines, b"", body])
+
+
+def refusal_of(error: httptools.HttpParserError) -> Refusal:
+    """What to say of the parser's error: a callback's Refusal, or the parser's own reason."""
+    if isinstance(error.__context__, Refusal):
+        return error.__context__
+    reason = "its target cannot be read"
+    if not isinstance(error, httptools.HttpParserCallbackError):
+        reason = str(error)
+    return Refusal(400, f"this is not a valid HTTP/1.1 request: {reason}")
+
+
+def check_repeated(names: Sequence[bytes]) -> None:
+    for name in _ONCE:
+        if names.count(name) > 1:
+            raise Refusal(400, f"there is more than one {name.decode()} header")
+
+
+def check_version(version: str) -> None:
+    if version not in ("1.1", "1.0"):
+        raise Refusal(400, f"this server speaks HTTP/1.1, not HTTP/{version}")
+
+
+def check_host(host: bytes, version: str) -> None:
+    """A name or an address, perhaps with a port; HTTP/1.0 does without."""
+    if not _HOST.fullmatch(host) and (host or version != "1.0"):
+        raise Refusal(400, f"the host header must name a host, got '{_shown(host)}'")
+
+
+def check_coding(coding: bytes, version: str) -> None:
+    if coding.lower() != b"chunked" or version != "1.1":
+        raise Refusal(400, f"transfer-encoding must be chunked, got '{_shown(coding)}'")
+
+
+def _shown(value: bytes) -> str:
+    return value[:64].decode("ascii", "backslashreplace")
