@@ -26,6 +26,7 @@ from compiledllm.server.live_request import (
     Unavailable,
 )
 from compiledllm.server.metrics import Metrics
+from compiledllm.server.origins import EXPOSED_HEADERS, Cors, PageCheck
 from compiledllm.server.protocol import (
     Body,
     ChatRequest,
@@ -50,7 +51,8 @@ class AppOptions:
 
     model_names: list[str]
     api_keys: list[str]
-    allowed_origins: list[str]
+    cors: Cors = Cors()
+    serves_only_local: bool = False  # the address is this machine's alone
     strict_fields: bool = False
     logs_requests: bool = False
     metrics_prefix: str = "compiledllm:"
@@ -78,16 +80,21 @@ def create_app(engine: EngineClient, options: AppOptions) -> FastAPI:
     _add_models(app, serving)
     _add_state(app, engine, metrics)
     _add_errors(app, metrics)
-    if options.allowed_origins:
+    pages = PageCheck(
+        options.cors.origins, is_local=options.serves_only_local and not options.api_keys
+    )
+    app.add_middleware(Guard, keys=options.api_keys, pages=pages)
+    if options.cors.origins:
         from starlette.middleware.cors import CORSMiddleware
 
-        app.add_middleware(
+        app.add_middleware(  # around the guard: a preflight has no key, and errors need headers
             CORSMiddleware,
-            allow_origins=options.allowed_origins,
-            allow_methods=["*"],
-            allow_headers=["*"],
+            allow_origins=options.cors.origins,
+            allow_methods=options.cors.methods,
+            allow_headers=options.cors.headers,
+            allow_credentials=options.cors.credentials,
+            expose_headers=EXPOSED_HEADERS,
         )
-    app.add_middleware(Guard, keys=options.api_keys)
     return app
 
 
@@ -303,6 +310,5 @@ def _add_errors(app: FastAPI, metrics: Metrics) -> None:
     handlers: dict[Any, Handler] = {RequestValidationError: invalid, HTTPException: http}
     for kind in (ApiError, Overloaded, Unavailable, EngineError, DeadlineExceeded, ValueError):
         handlers[kind] = other
-    handlers[Exception] = other
     for kind, handler in handlers.items():
         app.add_exception_handler(kind, handler)

@@ -6,12 +6,12 @@ import argparse
 import asyncio
 import contextlib
 import functools
+import ipaddress
 import os
 import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -25,6 +25,8 @@ from compiledllm.server.connections import Connections, Deadlines, connection_li
 from compiledllm.server.engine_client import EngineClient
 from compiledllm.server.http_protocol import LimitedHttp
 from compiledllm.server.live_request import Limits
+from compiledllm.server.origins import parse_cors
+from compiledllm.server.security import read_keys
 
 LOG_LINE_INTERVAL_S = 10.0
 SEND_BUFFER_BYTES = 2**18  # of a socket: what a client that reads nothing can make the kernel hold
@@ -40,7 +42,7 @@ def serve(arguments: argparse.Namespace) -> int:
     connections = Connections(connection_limit(arguments.max_connections), deadlines)
     listener = _bind(arguments.host, arguments.port)
     try:
-        app_options = _app_options(arguments)
+        app_options = _app_options(arguments, listener)
         engine = EngineClient(options, _limits(arguments), cache_dir() / "crashes")
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             return runner.run(_run(engine, app_options, listener, connections, arguments))
@@ -178,31 +180,29 @@ def _bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _app_options(arguments: argparse.Namespace) -> AppOptions:
+def _app_options(arguments: argparse.Namespace, listener: socket.socket) -> AppOptions:
     options = engine_options(arguments)
     names = arguments.served_model_name or [str(options.get("model") or "SmolLM2-135M-Instruct")]
     return AppOptions(
         model_names=names,
-        api_keys=_api_keys(arguments),
-        allowed_origins=arguments.allowed_origins,
+        api_keys=read_keys(
+            arguments.api_key or [],
+            arguments.api_key_file,
+            os.environ.get("COMPILEDLLM_API_KEY"),
+        ),
+        cors=parse_cors(
+            arguments.allowed_origins,
+            arguments.allowed_methods,
+            arguments.allowed_headers,
+            arguments.allow_credentials,
+        ),
+        serves_only_local=ipaddress.ip_address(listener.getsockname()[0]).is_loopback,
         strict_fields=arguments.strict_fields,
         logs_requests=arguments.enable_log_requests,
         metrics_prefix=arguments.metrics_prefix,
         tool_call_parser=arguments.tool_call_parser,
         reasoning_parser=arguments.reasoning_parser,
     )
-
-
-def _api_keys(arguments: argparse.Namespace) -> list[str]:
-    """From the flag, the file (one a line) and the environment (commas between them)."""
-    keys = list(arguments.api_key or [])
-    if arguments.api_key_file is not None:
-        try:
-            keys += Path(arguments.api_key_file).read_text(encoding="utf-8").split()
-        except OSError as error:
-            raise ConfigError(f"--api-key-file {arguments.api_key_file}: {error}") from None
-    keys += [key for key in os.environ.get("COMPILEDLLM_API_KEY", "").split(",") if key.strip()]
-    return [key.strip() for key in keys]
 
 
 def _limits(arguments: argparse.Namespace) -> Limits:

@@ -1,4 +1,4 @@
-"""What stands before every route: keys, sizes, the request's id, and its turn.
+"""What stands before every route: keys, origins, sizes, the request's id, and its turn.
 
 Plain ASGI, so streams stream.
 """
@@ -11,9 +11,17 @@ import re
 import secrets
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from compiledllm.config import ConfigError
+from compiledllm.log import log
 from compiledllm.server.errors import ApiError, error_response
+from compiledllm.server.origins import PageCheck
 from compiledllm.server.turns import Turns
 
 Scope = MutableMapping[str, Any]
@@ -23,17 +31,23 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
 MAX_BODY_BYTES = 32 * 2**20
+MAX_UNFINISHED_BYTES = 512 * 2**20  # of all bodies that are still coming
+_SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 REQUESTS_PER_PASS = 8  # of the event loop: some milliseconds, as much as a token of 256 streams
+_TOO_LARGE = f"the body must be at most {MAX_BODY_BYTES} bytes"
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
 class Guard:
-    """Refuses what has no key or is too large, and gives every response its request's id."""
+    """Refuses what has no key, comes from another's page, or is too large; gives every response
+    its request's id, also the one to a request that fails for a reason nobody expected."""
 
-    def __init__(self, app: App, keys: Iterable[str] = ()) -> None:
+    def __init__(self, app: App, keys: Iterable[str] = (), pages: PageCheck | None = None) -> None:
         self._app = app
         self._turns = Turns(REQUESTS_PER_PASS)
         self._keys = [hashlib.sha256(key.encode()).digest() for key in keys]
+        self._pages = pages or PageCheck()
+        self._unfinished = _Unfinished()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -43,9 +57,12 @@ class Guard:
         given = headers.get(b"x-request-id", b"")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()
         scope.setdefault("state", {})["request_id"] = request_id.decode()
+        is_begun = False
 
         async def send_with_id(message: MutableMapping[str, Any]) -> None:
+            nonlocal is_begun
             if message["type"] == "http.response.start":
+                is_begun = True
                 message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id)]
             await send(message)
 
@@ -58,14 +75,40 @@ class Guard:
             return
         if scope["method"] == "POST":
             await self._turns.wait()
-        await self._app(scope, _limited(receive), send_with_id)
+        try:
+            if b"transfer-encoding" in headers or len(headers.get(b"content-length", b"")) > 5:
+                await self._app_with_long_body(scope, receive, send_with_id)
+            else:
+                await self._app(scope, receive, send_with_id)
+        except ClientDisconnect:
+            return  # nobody reads an answer
+        except Exception as error:
+            # Starlette's own answer would lack the id, and the CORS headers of what is around us.
+            log.error("%s %.200r failed", scope["method"], scope["path"], exc_info=error)
+            if is_begun:
+                raise
+            failure = ApiError(500, f"{type(error).__name__}: {error}")
+            await error_response(failure)(scope, receive, send_with_id)  # type: ignore[arg-type]
+
+    async def _app_with_long_body(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = _Body(receive, self._unfinished)
+        try:
+            await self._app(scope, body.receive, send)
+        finally:
+            body.forget()
 
     def _problem(self, scope: Scope, headers: dict[bytes, bytes]) -> ApiError | None:
         if self._keys and scope["path"] not in OPEN_PATHS and not self._has_key(headers):
             return ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
-        length = headers.get(b"content-length", b"0")
+        if scope["method"] not in _SAFE_METHODS and self._pages.is_foreign(headers):
+            return ApiError(
+                403,
+                "a web page of another origin may not use this server; if it is yours, start the "
+                "server with --allowed-origins and the page's origin",
+            )
+        length = headers.get(b"content-length", b"0").strip()  # as long as the parser lets through
         if not length.isdigit() or int(length) > MAX_BODY_BYTES:
-            return _too_large()
+            return ApiError(413, _TOO_LARGE)
         return None
 
     def _has_key(self, headers: dict[bytes, bytes]) -> bool:
@@ -84,20 +127,68 @@ def _password(credentials: bytes) -> bytes:
         return b""
 
 
-def _limited(receive: Receive) -> Receive:
-    """Counts what really comes; a body that lies about its length ends in an error, too."""
-    received = 0
+@dataclass(slots=True)
+class _Unfinished:
+    """Bytes that are held of all bodies which are not complete."""
 
-    async def limited() -> MutableMapping[str, Any]:
-        nonlocal received
-        message = await receive()
-        received += len(message.get("body", b""))
-        if received > MAX_BODY_BYTES:
-            raise _too_large()
+    num_bytes: int = 0
+
+
+class _Body:
+    """A body as it comes, counted, whatever its head says."""
+
+    def __init__(self, receive: Receive, unfinished: _Unfinished) -> None:
+        self._receive, self._unfinished = receive, unfinished
+        self._num_bytes = 0
+
+    async def receive(self) -> MutableMapping[str, Any]:
+        """Raises HTTPException, which FastAPI lets through where it reads a body."""
+        message = await self._receive()
+        if body := message.get("body"):
+            self._num_bytes += len(body)
+            self._unfinished.num_bytes += len(body)
+            if self._num_bytes > MAX_BODY_BYTES:
+                raise HTTPException(413, _TOO_LARGE)
+            if self._unfinished.num_bytes > MAX_UNFINISHED_BYTES:
+                busy = "the bodies that are being received take too much memory; try again"
+                raise HTTPException(503, busy, {"retry-after": "1"})
+        if not message.get("more_body"):
+            self.forget()
         return message
 
-    return limited
+    def forget(self) -> None:
+        """It is complete, or nobody wants it any more."""
+        self._unfinished.num_bytes -= self._num_bytes
+        self._num_bytes = 0
 
 
-def _too_large() -> ApiError:
-    return ApiError(413, f"the body must be at most {MAX_BODY_BYTES} bytes")
+def read_keys(given: Iterable[str], path: str | None, environment: str | None) -> list[str]:
+    """All API keys: given one by one, in a file (one a line), and in the environment (commas).
+
+    Raises ConfigError for a source that is there and has no key, as whoever named one wants to be
+    protected, and for what no client can send.
+    """
+    keys = [_checked_key(key.strip(), "--api-key") for key in given]
+    if path is not None:
+        source = f"--api-key-file {path}"
+        try:
+            lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{source} cannot be read: {error}") from None
+        keys += _checked_keys(lines, source)
+    if environment is not None:
+        keys += _checked_keys(environment.split(","), "COMPILEDLLM_API_KEY")
+    return keys
+
+
+def _checked_keys(words: Iterable[str], source: str) -> list[str]:
+    keys = [word.strip() for word in words if word.strip()]
+    return [_checked_key(key, source) for key in keys or [""]]
+
+
+def _checked_key(key: str, source: str) -> str:
+    if not key:
+        raise ConfigError(f"{source} has no key in it; give one, or leave it out to serve everyone")
+    if not re.fullmatch(r"[\x21-\x7e]+", key):
+        raise ConfigError(f"{source}: a key must be of ASCII characters without spaces")
+    return key
