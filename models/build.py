@@ -5,9 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import cast
 
+from compiledllm.config import ConfigError
+from compiledllm.models.checkpoint import files_by_tensor, weight_files
 from compiledllm.models.decoder import Decoder
 from compiledllm.models.spec import ModelSpec
 from compiledllm.models.weights import fill_with_random_weights, load_weights
+
+_LEAST_BYTES = 0.5  # of a parameter in any format
 
 
 def build_model(spec: ModelSpec, backend: str, checkpoint: Path, dummy_seed: int | None) -> Decoder:
@@ -16,6 +20,8 @@ def build_model(spec: ModelSpec, backend: str, checkpoint: Path, dummy_seed: int
     dummy_seed: seed of random weights; None loads the checkpoint's. Raises ConfigError for weights
     that do not fit the spec.
     """
+    if dummy_seed is None:
+        _check_size(spec, checkpoint)
     if spec.implementation == "transformers":
         from compiledllm.models.transformers_model import build_transformers_model
 
@@ -26,3 +32,15 @@ def build_model(spec: ModelSpec, backend: str, checkpoint: Path, dummy_seed: int
     else:
         fill_with_random_weights(model, dummy_seed)
     return model
+
+
+def _check_size(spec: ModelSpec, checkpoint: Path) -> None:
+    """Refuse a config that asks for far more than there is, before memory is taken for it."""
+    files = weight_files(checkpoint)
+    num_bytes = sum(path.stat().st_size for path in files)
+    if spec.num_parameters > num_bytes / _LEAST_BYTES:
+        files_by_tensor(files)  # a truncated file is the likelier cause: its error names it
+        raise ConfigError(
+            f"{checkpoint}: the config asks for {spec.num_parameters} parameters and the weight "
+            f"files have {num_bytes} bytes; they do not belong together"
+        )

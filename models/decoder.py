@@ -7,6 +7,7 @@ with the next block's norm inside the compiled block. Knows nothing of requests 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple, cast
 
 import torch
@@ -167,6 +168,11 @@ class Decoder(nn.Module):
             metadata = ends.attn
         x, due = self.block_forward(layer, x, due, cos, sin, kv_cache, metadata)
         return self.leave(self, x, due)
+
+    def untie_head(self) -> None:
+        """Give the output head a matrix of its own, not filled yet, and say so in `spec`."""
+        self.spec = replace(self.spec, tie_word_embeddings=False)
+        self.lm_head = empty_parameter(*self.embedding.shape)
 
     def embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         x = F.embedding(input_ids, self.embedding)

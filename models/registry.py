@@ -44,9 +44,10 @@ FAMILIES = {
 
 
 def family_of(architecture: str) -> ModuleType:
-    """The family module: `spec_from_hf`, `NAMES`, `IGNORED`; perhaps `prepare`, `unpack`, `FORMATS`
+    """The family module: `spec_from_hf`, `NAMES`; perhaps `IGNORED`, `prepare`, `unpack`, `FORMATS`
 
-    FORMATS: values of `quant_method` whose weights `unpack` makes ordinary ones.
+    IGNORED: tensors of parts that are not run. FORMATS: values of `quant_method` whose weights
+    `unpack` makes ordinary ones.
     """
     if architecture not in FAMILIES:
         raise ConfigError(
@@ -99,7 +100,18 @@ def _spec_by_probing(checkpoint: Path, raw: dict[str, Any], architecture: str) -
 def _hf_config(checkpoint: Path) -> Any:
     from transformers import AutoConfig  # a second of imports: only when a model is really loaded
 
-    return AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    hf = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    _check_sizes(hf.get_text_config())
+    return hf
+
+
+def _check_sizes(hf: Any) -> None:
+    """Refuse sizes that no model has, before time and memory are spent on them."""
+    limits = {"num_hidden_layers": 10_000, "vocab_size": 2**31, "hidden_size": 2**31}
+    for name, limit in limits.items():
+        size = getattr(hf, name, None)
+        if size is not None and not (isinstance(size, int) and 1 <= size <= limit):
+            raise ConfigError(f"{hf.model_type}: {name} must be in [1, {limit}], got {size!r:.40}")
 
 
 @contextmanager

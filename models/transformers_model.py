@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from compiledllm.config import ConfigError
@@ -22,9 +24,10 @@ from compiledllm.kernels.attention import (
     paged_attention,
     store_kv,
 )
+from compiledllm.models.checkpoint import INDEX, is_derived, weight_files
 from compiledllm.models.decoder import Decoder
 from compiledllm.models.spec import AttentionSpec, ModelSpec
-from compiledllm.models.weights import fill_with_random_weights, weight_files
+from compiledllm.models.weights import fill_with_random_weights
 
 _NAME = "compiledllm"  # among transformers' attention functions
 
@@ -150,12 +153,20 @@ def build_transformers_model(
 
     AttentionInterface.register(_NAME, _attend)
     if dummy_seed is None:
-        model = TransformersModel(spec, backend, _load(checkpoint))
+        module = _load(checkpoint)
+        spec = replace(spec, tie_word_embeddings=_is_tied(module))
+        model = TransformersModel(spec, backend, module)
     else:
         model = TransformersModel(spec, backend, _empty(checkpoint))
         fill_with_random_weights(cast("Decoder", model), dummy_seed)
     _check_rows_are_apart(model.eval())
     return model
+
+
+def _is_tied(module: Any) -> bool:
+    """Whether the head is the embedding; transformers unties a head with values of its own."""
+    head, embedding = module.get_output_embeddings(), module.get_input_embeddings()
+    return head is not None and embedding is not None and head.weight is embedding.weight
 
 
 def _options() -> dict[str, Any]:
@@ -172,19 +183,44 @@ def _empty(checkpoint: Path) -> Any:
 
 def _load(checkpoint: Path) -> Any:
     """By transformers, which knows how to rename and fuse; from safetensors alone."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    weight_files(checkpoint)  # or its error
+    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    config.transformers_weights = _name_of_weights(checkpoint)
     device = torch.get_default_device()
-    files = {"use_safetensors": True, "local_files_only": True}
-    with torch.device("cpu"):
-        module, report = AutoModelForCausalLM.from_pretrained(
-            checkpoint, output_loading_info=True, **files, **_options()
+    files = {"use_safetensors": True, "local_files_only": True, "config": config}
+    try:
+        with torch.device("cpu"):
+            module, report = AutoModelForCausalLM.from_pretrained(
+                checkpoint, output_loading_info=True, **files, **_options()
+            )
+    except (OSError, SafetensorError) as error:
+        cause = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"{checkpoint}: transformers cannot read the weights: {cause}") from error
+    if getattr(module, "_hf_peft_config_loaded", False):
+        raise ConfigError(
+            f"{checkpoint}: transformers would add the adapter beside the model; move "
+            "adapter_config.json away"
         )
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := sorted(map(str, report[what])):
+        names = sorted(map(str, report[what]))
+        if what == "unexpected_keys":
+            names = [name for name in names if not is_derived(name)]
+        if names:
             raise ConfigError(f"{checkpoint}: {what.replace('_', ' ')}: {', '.join(names[:8])}")
     return module.to(device)
+
+
+def _name_of_weights(checkpoint: Path) -> str:
+    """The one file, or the index, that transformers is to read; ConfigError if there is none."""
+    files = weight_files(checkpoint)
+    if len(files) == 1:
+        return str(files[0].relative_to(checkpoint))
+    if not (checkpoint / INDEX).exists():
+        raise ConfigError(
+            f"{checkpoint}: transformers needs {INDEX} to read shards; download it again"
+        )
+    return INDEX
 
 
 # -- the check at load -----------------------------------------------------------------------------

@@ -10,18 +10,21 @@ stored tensors make one or one makes several, its `unpack(tensors, dtype, device
 
 from __future__ import annotations
 
-import json
 import re
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from tqdm import tqdm
 
 from compiledllm.config import ConfigError
+from compiledllm.log import log
+from compiledllm.models.checkpoint import (
+    are_equal,
+    files_by_tensor,
+    is_derived,
+    read_tensors,
+    weight_files,
+)
 from compiledllm.models.decoder import Decoder
 from compiledllm.models.layers.linear import Linear
 from compiledllm.models.layers.moe import ExpertLinear
@@ -29,24 +32,24 @@ from compiledllm.models.registry import family_of
 
 
 def load_weights(model: Decoder, checkpoint: Path) -> None:
-    """Copy the checkpoint's tensors into `model`, converting to its dtype and device."""
+    """Copy the checkpoint's tensors into `model`, converting to its dtype and device.
+
+    A head that the config ties but that the checkpoint stores with other values is untied.
+    """
     family = family_of(model.spec.architecture)
-    rules = _NameRules(family.NAMES, family.IGNORED)
+    rules = _NameRules(family.NAMES, getattr(family, "IGNORED", ()))
     prepare = getattr(family, "prepare", None)
-    missing = _destinations(model)
+    files = weight_files(checkpoint)
     if model.spec.tie_word_embeddings:
-        rules.ignore("lm_head.weight")  # some checkpoints store the tied matrix a second time
+        _settle_head(model, rules, files)
+    missing = _destinations(model)
     unexpected: list[str] = []
-    seen: set[str] = set()
-    tensors = _read_tensors(checkpoint)
+    tensors = read_tensors(files)
     if (unpack := getattr(family, "unpack", None)) is not None:
         tensors = unpack(tensors, model.embedding.dtype, model.embedding.device)
     for name, tensor in tensors:
-        if name in seen:
-            raise ConfigError(f"{checkpoint}: tensor '{name}' is stored twice")
-        seen.add(name)
         target = rules.target_of(name)
-        if target is None:
+        if target is None or (not target and is_derived(name)):
             continue
         if prepare is not None:
             tensor = prepare(name, tensor, model.spec)
@@ -67,7 +70,37 @@ def load_weights(model: Decoder, checkpoint: Path) -> None:
             assert slot is not None
             slot.copy_(part)
     _report(checkpoint, "unexpected tensors", unexpected)
-    _report(checkpoint, "missing tensors", [rules.source_of(target) for target in missing])
+    absent = [rules.source_of(target) for target in missing]
+    way_out = _HOW_TO_TIE if list(missing) == ["lm_head"] else ""
+    _report(checkpoint, "missing tensors", absent, way_out)
+
+
+_HOW_TO_TIE = "; if the model's head is its embedding, set tie_word_embeddings in config.json"
+
+
+def _settle_head(model: Decoder, rules: _NameRules, files: list[Path]) -> None:
+    """Decide on the head of a config that ties it, as transformers does.
+
+    An equal head in the checkpoint stays tied, a different one is loaded; a head without an
+    embedding is both.
+    """
+    stored = files_by_tensor(files)
+    heads, embeddings = (
+        [(stored[name], name) for name in rules.sources_of(target) if name in stored]
+        for target in ("lm_head", "embedding")
+    )
+    for path, name in heads:
+        if not embeddings:
+            rules.rename(name, "embedding")
+        elif are_equal((path, name), embeddings[0], model.embedding.dtype):
+            rules.ignore(name)
+        else:
+            model.untie_head()
+            log.warning(
+                "the config ties the head to the embedding, but %s in %s differs from %s: it is "
+                "used, as in transformers (tie_word_embeddings=false would say so)",
+                *(name, path.name, embeddings[0][1]),
+            )
 
 
 def fill_with_random_weights(model: Decoder, seed: int) -> None:
@@ -92,6 +125,14 @@ class _NameRules:
 
     def ignore(self, source: str) -> None:
         self._ignored.append(_compile(source))
+
+    def rename(self, source: str, target: str) -> None:
+        """Let the tensor `source` go to `target`, whatever NAMES say."""
+        self._patterns.insert(0, (_compile(source), target))
+
+    def sources_of(self, target: str) -> list[str]:
+        """The checkpoint names that NAMES has for `target`; without wildcards."""
+        return [source for source, there in self._names.items() if there == target]
 
     def target_of(self, name: str) -> str | None:
         """Where a checkpoint tensor goes; "" when no rule knows it, None when it is ignored."""
@@ -152,42 +193,7 @@ def _slots_by_part(name: str, tensor: Tensor, parts: dict[str, int]) -> dict[str
     return dict(zip(names, pieces, strict=True))
 
 
-def _read_tensors(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every tensor in the checkpoint's safetensors files, one at a time."""
-    files = weight_files(checkpoint)
-    progress = tqdm(files, desc="loading weights", unit="file", disable=not sys.stderr.isatty())
-    for path in progress:
-        try:
-            with safe_open(path, framework="pt") as shard:
-                for name in shard.keys():  # noqa: SIM118  (safe_open is not a mapping)
-                    yield name, shard.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(f"{path} is not a readable safetensors file: {error}") from error
-
-
-def weight_files(checkpoint: Path) -> list[Path]:
-    """A checkpoint's safetensors files. Raises ConfigError if there are none, or not all."""
-    index = checkpoint / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ConfigError(f"{index} is not a valid shard index: {error}") from error
-        files = [checkpoint / name for name in names]
-        absent = [path.name for path in files if not path.exists()]
-        if absent:
-            raise ConfigError(f"{checkpoint}: weight files are missing: {', '.join(absent)}")
-        return files
-    files = sorted(checkpoint.glob("*.safetensors"))
-    if not files:
-        raise ConfigError(
-            f"{checkpoint} has no .safetensors files (other formats are not loaded); "
-            "use load_format='dummy' for random weights"
-        )
-    return files
-
-
-def _report(checkpoint: Path, what: str, names: list[str]) -> None:
+def _report(checkpoint: Path, what: str, names: list[str], way_out: str = "") -> None:
     if names:
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        raise ConfigError(f"{checkpoint}: {what}: {shown}")
+        raise ConfigError(f"{checkpoint}: {what}: {shown}{way_out}")

@@ -83,6 +83,9 @@ class EngineCore:
             check_gpu_is_free(self.platform, config.cache.gpu_memory_utilization)
         self.startup_s["config"] = time.perf_counter() - started
         model = self._build_model()
+        if model.spec.tie_word_embeddings != self.spec.tie_word_embeddings:
+            self.choices["tie_word_embeddings"] = Choice(False, "the checkpoint has its own head")
+        self.spec = model.spec
         self.startup_s["weights"] = time.perf_counter() - started - self.startup_s["config"]
         self.runner, self.scheduler = self._build_runner(model)
         self._start_compiler()
@@ -334,6 +337,7 @@ class EngineCore:
             "model": f"{self.model_path} ({spec.architecture}, {len(spec.layers)} layers, "
             f"{spec.num_parameters / 1e6:.1f} M parameters)",
             "run by": self.choices.get("model_impl"),
+            "tied head": self.choices.get("tie_word_embeddings"),
             "device": f"{self.platform.device} ({self.platform.name}; {self.platform.versions()})",
             "dtype": self.choices["dtype"],
             "attention": self.choices["attention_backend"],

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from compiledllm.models.families import llama, qwen3
+from compiledllm.models.families import qwen3
 from compiledllm.models.families.hf import activation_of, attention_of, model_spec
 from compiledllm.models.spec import LayerSpec, MlpSpec, ModelSpec, NormSpec
 
 NAMES = qwen3.NAMES
-IGNORED = llama.IGNORED
 
 
 def spec_from_hf(hf: Any) -> ModelSpec:

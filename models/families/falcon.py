@@ -17,7 +17,6 @@ NAMES = {
     "transformer.ln_f.*": "final_norm.*",
     "lm_head.weight": "lm_head",
 }
-IGNORED = ("transformer.h.*.self_attention.rotary_emb.inv_freq",)
 
 
 def spec_from_hf(hf: Any) -> ModelSpec:

@@ -9,7 +9,6 @@ from compiledllm.models.families import llama
 from compiledllm.models.spec import LayerSpec, ModelSpec, NormSpec
 
 NAMES = llama.NAMES
-IGNORED = llama.IGNORED
 
 
 def spec_from_hf(hf: Any) -> ModelSpec:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from compiledllm.models.families import llama, qwen3
+from compiledllm.models.families import qwen3
 from compiledllm.models.families.hf import (
     activation_of,
     attention_of,
@@ -25,7 +25,6 @@ NAMES = qwen3.NAMES | {
     "model.layers.*.pre_feedforward_layernorm.weight": "layers.*.mlp_norm.weight",
     "model.layers.*.post_feedforward_layernorm.weight": "layers.*.mlp_out_norm.weight",
 }
-IGNORED = llama.IGNORED
 
 
 def spec_from_hf(hf: Any) -> ModelSpec:

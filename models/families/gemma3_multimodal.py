@@ -29,6 +29,7 @@ def spec_from_hf(hf: Any) -> ModelSpec:
     return replace(
         text,
         architecture="Gemma3ForConditionalGeneration",
+        tie_word_embeddings=bool(hf.tie_word_embeddings),
         dtype=dtype_of(hf),
         eos_token_ids=eos_token_ids(hf) or text.eos_token_ids,
     )

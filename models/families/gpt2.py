@@ -29,7 +29,6 @@ _NAMES = {
 # Names in old checkpoints lack the prefix "transformer.".
 NAMES = {f"transformer.{name}": target for name, target in _NAMES.items()} | _NAMES
 NAMES["lm_head.weight"] = "lm_head"
-IGNORED = ("h.*.attn.bias", "h.*.attn.masked_bias", "transformer.h.*.attn.bias")
 
 
 def prepare(name: str, tensor: Tensor, _spec: ModelSpec) -> Tensor:

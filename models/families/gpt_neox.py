@@ -20,11 +20,6 @@ NAMES = {
     "gpt_neox.final_layer_norm.*": "final_norm.*",
     "embed_out.weight": "lm_head",
 }
-IGNORED = (
-    "gpt_neox.layers.*.attention.bias",
-    "gpt_neox.layers.*.attention.masked_bias",
-    "gpt_neox.layers.*.attention.rotary_emb.inv_freq",
-)
 
 
 def prepare(name: str, tensor: Tensor, spec: ModelSpec) -> Tensor:

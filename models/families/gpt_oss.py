@@ -23,7 +23,6 @@ NAMES = llama.NAMES | {
     f"{_EXPERT}.down_proj": "layers.*.mlp.down.*.weight",
     f"{_EXPERT}.down_proj_bias": "layers.*.mlp.down.*.bias",
 }
-IGNORED = llama.IGNORED
 FORMATS = ("mxfp4",)
 
 

@@ -23,7 +23,6 @@ NAMES = {
     "model.norm.weight": "final_norm.weight",
     "lm_head.weight": "lm_head",
 }
-IGNORED = ("model.layers.*.self_attn.rotary_emb.inv_freq",)  # in old checkpoints
 
 
 def spec_from_hf(hf: Any) -> ModelSpec:

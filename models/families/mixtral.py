@@ -17,7 +17,6 @@ NAMES = llama.NAMES | {
     f"{_EXPERT}.w3.weight": "layers.*.mlp.gate_up.*.weight:up",
     f"{_EXPERT}.w2.weight": "layers.*.mlp.down.*.weight",
 }
-IGNORED = llama.IGNORED
 
 
 def spec_from_hf(hf: Any) -> ModelSpec:

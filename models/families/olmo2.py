@@ -13,7 +13,6 @@ NAMES = {name: target for name, target in qwen3.NAMES.items() if "layernorm" not
     "model.layers.*.post_attention_layernorm.weight": "layers.*.attn_out_norm.weight",
     "model.layers.*.post_feedforward_layernorm.weight": "layers.*.mlp_out_norm.weight",
 }
-IGNORED = llama.IGNORED
 
 
 def spec_from_hf(hf: Any) -> ModelSpec:

@@ -31,7 +31,6 @@ _NAMES = {
 # Names in old checkpoints lack the prefix "model.".
 NAMES = {f"model.{name}": target for name, target in _NAMES.items()} | _NAMES
 NAMES["lm_head.weight"] = "lm_head"
-IGNORED = ()
 _FIRST_POSITION = 2
 
 

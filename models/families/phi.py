@@ -18,7 +18,6 @@ NAMES = llama.NAMES | {
     "model.final_layernorm.*": "final_norm.*",
     "lm_head.bias": "lm_head_bias",
 }
-IGNORED = llama.IGNORED
 
 
 def spec_from_hf(hf: Any) -> ModelSpec:

@@ -13,7 +13,6 @@ NAMES = llama.NAMES | {
     "model.layers.*.self_attn.qkv_proj.weight": "layers.*.attn.qkv.weight:q,k,v",
     "model.layers.*.mlp.gate_up_proj.weight": "layers.*.mlp.gate_up.weight:gate,up",
 }
-IGNORED = llama.IGNORED
 
 
 def spec_from_hf(hf: Any) -> ModelSpec:

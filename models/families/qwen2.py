@@ -10,7 +10,6 @@ from compiledllm.models.families.llama import with_attention
 from compiledllm.models.spec import ModelSpec
 
 NAMES = llama.NAMES
-IGNORED = llama.IGNORED
 
 
 def spec_from_hf(hf: Any) -> ModelSpec:

@@ -13,7 +13,6 @@ NAMES = llama.NAMES | {
     "model.layers.*.self_attn.q_norm.weight": "layers.*.attn.q_norm.weight",
     "model.layers.*.self_attn.k_norm.weight": "layers.*.attn.k_norm.weight",
 }
-IGNORED = llama.IGNORED
 
 
 def spec_from_hf(hf: Any) -> ModelSpec:

@@ -26,7 +26,6 @@ NAMES = (
         "model.layers.*.mlp.shared_expert_gate.*": "layers.*.mlp.shared_gate.*",
     }
 )
-IGNORED = llama.IGNORED
 
 
 def spec_from_hf(hf: Any) -> ModelSpec:

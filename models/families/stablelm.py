@@ -20,7 +20,6 @@ NAMES = llama.NAMES | {
     "model.layers.*.self_attn.q_layernorm.weight": "layers.*.attn.q_norm.weight",
     "model.layers.*.self_attn.k_layernorm.weight": "layers.*.attn.k_norm.weight",
 }
-IGNORED = llama.IGNORED
 
 
 def unpack(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from compiledllm.models.families import llama, stablelm
+from compiledllm.models.families import stablelm
 from compiledllm.models.families.hf import activation_of, attention_of, model_spec, window_of
 from compiledllm.models.spec import LayerSpec, MlpSpec, ModelSpec, NormSpec
 
@@ -12,7 +12,6 @@ NAMES = stablelm.NAMES | {
     "model.layers.*.mlp.c_fc.*": "layers.*.mlp.up.*",
     "model.layers.*.mlp.c_proj.*": "layers.*.mlp.down.*",
 }
-IGNORED = llama.IGNORED
 
 
 def spec_from_hf(hf: Any) -> ModelSpec:

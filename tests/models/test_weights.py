@@ -80,8 +80,9 @@ def test_derived_and_doubly_stored_tensors_are_let_pass(
 
 
 def test_tensor_stored_in_two_shards_is_refused(checkpoint: Path) -> None:
-    save_file({Q_PROJ: torch.zeros(64, 64)}, checkpoint / "more.safetensors")
-    with pytest.raises(ConfigError, match="stored twice"):
+    (checkpoint / "model.safetensors").rename(checkpoint / "model-00001-of-00002.safetensors")
+    save_file({Q_PROJ: torch.zeros(64, 64)}, checkpoint / "model-00002-of-00002.safetensors")
+    with pytest.raises(ConfigError, match="stored twice, in model-00001.* and model-00002"):
         load(checkpoint)
 
 

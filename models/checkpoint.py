@@ -1,0 +1,158 @@
+"""Which files of a directory are the checkpoint, and the tensors in them.
+
+The rules are transformers': files beside the checkpoint (adapters, optimizer states, a second copy
+in another layout) are not read, and buffers that old checkpoints store are ignored. Knows no
+architecture.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from compiledllm.config import ConfigError
+from compiledllm.log import log
+
+_CHUNK = 2**22  # elements that are compared at once
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+# Constants of a forward that old versions of transformers stored: rotary frequencies, positions and
+# causal masks. A model derives them from its config.
+_BUFFERS = re.compile(
+    r"(?:.+\.)?(?:rotary_emb\.(?:inv_freq|original_inv_freq|cos_cached|sin_cached)|position_ids"
+    r"|masked_bias|(?:attn|attention|self_attn|crossattention)\.bias|decoder\.version)"
+)
+
+
+def is_derived(name: str) -> bool:
+    """Whether a tensor that no parameter takes is a buffer of old checkpoints."""
+    return _BUFFERS.fullmatch(name) is not None
+
+
+def weight_files(checkpoint: Path) -> list[Path]:
+    """The checkpoint's safetensors files. Raises ConfigError if there are none, or not all.
+
+    As in transformers, `model.safetensors` is the whole checkpoint, else the files of its index.
+    Without either: the shards `NAME-00001-of-0000N.safetensors`, else the only file.
+    """
+    single, index = checkpoint / SINGLE, checkpoint / INDEX
+    if index.exists():
+        files = _indexed_files(index)
+        if single in files or not single.exists():
+            return files
+        log.warning("%s is the checkpoint; %s and its files are not read", single, INDEX)
+    return [single] if single.exists() else _unnamed_files(checkpoint)
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        files = sorted(index.parent / name for name in names)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ConfigError(f"{index} is not a valid shard index: {error!r}") from error
+    if not files:
+        raise ConfigError(f"{index} is not a valid shard index: its weight_map is empty")
+    _require(files, f"which {INDEX} names")
+    return files
+
+
+def _unnamed_files(checkpoint: Path) -> list[Path]:
+    """Of a directory with neither `model.safetensors` nor an index."""
+    found = sorted(checkpoint.glob("*.safetensors"))
+    if not found:
+        raise ConfigError(_no_safetensors(checkpoint))
+    sets = {match.group(1, 3) for path in found if (match := _SHARD.fullmatch(path.name))}
+    named_model = {shards for shards in sets if shards[0] == "model"}
+    sets = named_model or sets
+    if len(sets) == 1:
+        ((stem, count),) = sets
+        width = range(1, int(count) + 1)
+        files = [checkpoint / f"{stem}-{n:05}-of-{count}.safetensors" for n in width]
+        _require(files, "by the names of the others")
+        return files
+    if len(found) == 1 and not found[0].name.startswith("adapter_"):
+        return found
+    names = ", ".join(path.name for path in found[:8])
+    raise ConfigError(
+        f"{checkpoint}: none of {names} is known to be the model; name the model's file {SINGLE}, "
+        "or merge an adapter into its base model first"
+    )
+
+
+def _require(files: list[Path], why: str) -> None:
+    absent = [path.name for path in files if not path.exists()]
+    if absent:
+        shown = ", ".join(absent[:8]) + (" ..." if len(absent) > 8 else "")
+        raise ConfigError(
+            f"{files[0].parent}: weight files are missing: {shown}, {why}; download them again"
+        )
+
+
+def _no_safetensors(checkpoint: Path) -> str:
+    others = sorted(p.name for kind in ("*.bin", "*.pt", "*.pth") for p in checkpoint.glob(kind))
+    if not others:
+        return f"{checkpoint} has no .safetensors files; use load_format='dummy' for random weights"
+    return (
+        f"{checkpoint} has no .safetensors files but {others[0]}, a pickle, which may run code and "
+        "is not loaded; save the model again with transformers' save_pretrained, which writes "
+        "safetensors"
+    )
+
+
+def read_tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every tensor, one at a time. ConfigError if one is stored twice."""
+    seen: dict[str, str] = {}
+    progress = tqdm(files, desc="loading weights", unit="file", disable=not sys.stderr.isatty())
+    for path in progress:
+        with opened(path) as shard:
+            for name in shard.keys():  # noqa: SIM118  (safe_open is not a mapping)
+                if name in seen:
+                    where = " and ".join(dict.fromkeys((seen[name], path.name)))
+                    raise ConfigError(f"{path.parent}: tensor '{name}' is stored twice, in {where}")
+                seen[name] = path.name
+                yield name, shard.get_tensor(name)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file. Whatever is wrong with it is a ConfigError that names it."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def files_by_tensor(files: list[Path]) -> dict[str, Path]:
+    """Name of each tensor -> its file, from the files' headers alone."""
+    found: dict[str, Path] = {}
+    for path in files:
+        with opened(path) as file:
+            found |= dict.fromkeys(file.keys(), path)
+    return found
+
+
+def are_equal(first: tuple[Path, str], second: tuple[Path, str], dtype: torch.dtype) -> bool:
+    """Whether two tensors, each given by file and name, are the same once they are of this dtype.
+
+    Rows are read in chunks, up to the first difference.
+    """
+    with opened(first[0]) as file, opened(second[0]) as other:
+        slices = file.get_slice(first[1]), other.get_slice(second[1])
+        shape, other_shape = (part.get_shape() for part in slices)
+        if shape != other_shape:
+            return False
+        rows = max(1, _CHUNK // max(math.prod(shape[1:]), 1))
+        chunks = (slice(start, start + rows) for start in range(0, shape[0], rows))
+        return all(torch.equal(*(part[rows].to(dtype) for part in slices)) for rows in chunks)
