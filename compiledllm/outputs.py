@@ -29,7 +29,8 @@ class CompletionOutput:
     """One generated completion.
 
     stop_reason: the stop string or token id that ended it; with finish_reason "error", what went
-    wrong. logprobs: one for each of token_ids, if they were asked for.
+    wrong. logprobs: one for each of token_ids, if they were asked for. text_offsets: with them,
+    where each token begins in `text`, in characters; below 0 if an earlier output has shown that.
     """
 
     index: int
@@ -39,6 +40,7 @@ class CompletionOutput:
     logprobs: Sequence[PositionLogprobs] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    text_offsets: list[int] | None = None
 
     def finished(self) -> bool:
         return self.finish_reason is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+
 from compiledllm.engine.tokenizer import TokenStream
 from compiledllm.sampling_params import SamplingParams
 
@@ -10,6 +12,7 @@ class Detokenizer:
     """Accumulates text and finds stop strings, also across token borders.
 
     Text that may turn out to be the beginning of a stop string is held back while the request runs.
+    starts: where the text of each token begins, in characters; kept for log probabilities only.
     """
 
     def __init__(self, stream: TokenStream | None, params: SamplingParams) -> None:
@@ -20,10 +23,13 @@ class Detokenizer:
         self._num_tokens = 0
         self._checked = 0  # stop strings that end before this index do not count
         self.text = ""
+        self.starts: list[int] | None = [] if params.wants_logprobs else None
 
     def push(self, token_id: int, hidden: bool = False) -> str | None:
         """Add one token; `hidden` ones (a stop token) leave no text. Returns a stop string hit."""
         self._num_tokens += 1
+        if self.starts is not None:
+            self.starts.append(len(self.text))
         if self._stream is None or hidden:
             return None
         text, self.text = self.text, ""  # its only name: Python then appends without a copy
@@ -44,6 +50,13 @@ class Detokenizer:
         if finished or not self._stops:
             return self.text
         return self.text[: len(self.text) - self._held_back()]
+
+    def num_visible_tokens(self, length: int) -> int:
+        """How many tokens, the first ones, are whole within `length` characters of the text."""
+        assert self.starts is not None
+        if length >= len(self.text):
+            return len(self.starts)
+        return max(bisect_right(self.starts, length) - 1, 0)
 
     def _find_stop(self) -> str | None:
         starts = [max(0, self._checked - len(stop) + 1) for stop in self._stops]

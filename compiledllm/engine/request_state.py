@@ -68,25 +68,33 @@ class Completion:
         )
 
     def output(self, index: int, shows_logprobs: bool, delta: bool = False) -> CompletionOutput:
-        """The state now; with `delta` only what came since the last call with it."""
-        request = self.request
+        """The state now; with `delta` only what came since the last call with it.
+
+        A delta with log probabilities shows a token once its text is certain to stay.
+        """
+        request, starts = self.request, self._detokenizer.starts
         is_finished, token_ids = request.is_finished, request.token_ids
-        text, first = self._detokenizer.visible_text(is_finished), 0
+        text, first, end = self._detokenizer.visible_text(is_finished), 0, request.num_output_tokens
+        length, text_start = len(text), 0
         if delta:
             self._end_shown = is_finished
-            first, self._num_shown = self._num_shown, request.num_output_tokens
-            text, self._text_shown = text[self._text_shown :], len(text)
-        logprobs = None
-        if shows_logprobs:
-            logprobs = LogprobList(request.logprobs[first:], text_of(self._tokenizer))
+            if shows_logprobs and not is_finished:
+                end = self._detokenizer.num_visible_tokens(length)
+            first, self._num_shown = self._num_shown, end
+            text, text_start, self._text_shown = text[self._text_shown :], self._text_shown, length
+        logprobs = offsets = None
+        if shows_logprobs and starts is not None:
+            logprobs = LogprobList(request.logprobs[first:end], text_of(self._tokenizer))
+            offsets = [min(start, length) - text_start for start in starts[first:end]]
         return CompletionOutput(
             index,
             text,
-            token_ids[request.num_prompt_tokens + first :],
+            token_ids[request.num_prompt_tokens + first : request.num_prompt_tokens + end],
             self.cumulative_logprob,
             logprobs,
             request.finish_reason,
             request.stop_reason,
+            offsets,
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from compiledllm.config import ConfigError
 from compiledllm.engine.conversation import Message, TemplateForms, plain_messages
+from compiledllm.engine.pieces import Pieces
 
 REPLACEMENT = "\ufffd"  # stands for bytes that are no character
 MAX_TEMPLATES = 64  # whose forms of content are remembered
@@ -26,7 +27,6 @@ class Tokenizer:
     def __init__(self, directory: Path) -> None:
         from transformers import AutoTokenizer
 
-        self._token_texts: dict[int, str] = {}
         self._template_forms: dict[str, TemplateForms] = {}  # by chat template
         try:
             self.hf = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
@@ -36,6 +36,7 @@ class Tokenizer:
                 f"no tokenizer could be loaded from '{directory}' ({cause}); name one with "
                 "tokenizer=..., or use skip_tokenizer_init=True and token ids"
             ) from error
+        self.pieces = Pieces(self.hf)
 
     @property
     def eos_token_id(self) -> int | None:
@@ -53,11 +54,12 @@ class Tokenizer:
         return text
 
     def token_text(self, token_id: int) -> str:
-        """A single token as text; part of a character comes out as U+FFFD."""
-        text = self._token_texts.get(token_id)
-        if text is None:
-            text = self._token_texts[token_id] = self.decode([token_id], False)
-        return text
+        """A single token as text, its spaces kept; part of a character as "bytes:" and escapes."""
+        return self.pieces.text_of(token_id)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token adds to a text."""
+        return self.pieces.bytes_of(token_id)
 
     @property
     def chat_template_text(self) -> str:

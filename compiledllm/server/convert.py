@@ -218,9 +218,13 @@ def chat_logprobs(
     if completion.logprobs is None:
         return None
     content = []
-    for token_id, found in zip(completion.token_ids, completion.logprobs, strict=True):
-        entries = _entries(found, token_id, top, tokenizer)
-        content.append(entries[0] | {"top_logprobs": entries[1:]})
+    ids, text, offsets = completion.token_ids, completion.text, completion.text_offsets or []
+    shown = _shown_texts(ids, text, offsets, tokenizer)
+    for token_id, own, found in zip(ids, shown, completion.logprobs, strict=True):
+        entry, *others = _entries(found, token_id, top, tokenizer)
+        if own != entry["token"]:
+            entry |= {"token": own, "bytes": list(own.encode())}
+        content.append(entry | {"top_logprobs": others})
     return {"content": content, "refusal": None}
 
 
@@ -228,22 +232,43 @@ def _entries(
     found: PositionLogprobs, token_id: int, top: int, tokenizer: Tokenizer | None
 ) -> list[dict[str, Any]]:
     """The token's own entry, then those of the most likely and of those asked for."""
+    return [_entry(i, found, tokenizer) for i in (token_id, *_ranked(found, top))]
+
+
+def _ranked(found: PositionLogprobs, top: int) -> list[int]:
+    """Token ids: the most likely, then those that were asked for."""
     best = sorted(
         (i for i, entry in found.items() if entry.rank is not None and entry.rank <= top),
         key=lambda i: found[i].rank or 0,
     )
-    named = [i for i, entry in found.items() if entry.rank is None]
-    return [_entry(i, found, tokenizer) for i in (token_id, *best, *named)]
+    return best + [i for i, entry in found.items() if entry.rank is None]
 
 
 def _entry(token_id: int, found: PositionLogprobs, tokenizer: Tokenizer | None) -> dict[str, Any]:
     text = _token_text(token_id, tokenizer)
-    value = max(found[token_id].logprob, -9999.0)  # JSON has no infinity
-    return {"token": text, "logprob": value, "bytes": list(text.encode())}
+    piece = text.encode() if tokenizer is None else tokenizer.token_bytes(token_id)
+    return {"token": text, "logprob": _finite(found[token_id].logprob), "bytes": list(piece)}
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, -9999.0)  # JSON has no infinity
 
 
 def _token_text(token_id: int, tokenizer: Tokenizer | None) -> str:
     return f"token_id:{token_id}" if tokenizer is None else tokenizer.token_text(token_id)
+
+
+def _shown_texts(
+    token_ids: list[int], text: str, offsets: list[int], tokenizer: Tokenizer | None
+) -> list[str]:
+    """Each token as the vocabulary has it, but for a space at its edge that the text lacks."""
+    texts = [_token_text(token_id, tokenizer) for token_id in token_ids]
+    for i, (start, end) in enumerate(zip(offsets, [*offsets, len(text)][1:], strict=True)):
+        shown = text[max(start, 0) : end]
+        is_whole = start >= 0 and (shown or start == 0)  # else nothing of it is in the text
+        if is_whole and shown != texts[i] and shown.strip(" ") == texts[i].strip(" "):
+            texts[i] = shown
+    return texts
 
 
 def text_logprobs(
@@ -251,27 +276,41 @@ def text_logprobs(
     found: list[PositionLogprobs | None],
     top: int,
     tokenizer: Tokenizer | None,
+    text: str,
+    offsets: list[int],
 ) -> dict[str, Any]:
-    """Of a text completion; the first token of a prompt has none."""
-    tokens = [_token_text(token_id, tokenizer) for token_id in token_ids]
-    offset = 0
-    offsets: list[int] = []
+    """Of a text completion; the first token of a prompt has none.
+
+    offsets: where each token begins in `text`.
+    """
     values: list[float | None] = []
     tops: list[dict[str, float] | None] = []
-    for token_id, text, entries in zip(token_ids, tokens, found, strict=True):
-        offsets.append(offset)
-        offset += len(text)
+    for token_id, entries in zip(token_ids, found, strict=True):
         if entries is None:
             values.append(None)
             tops.append(None)
-            continue
-        shown = _entries(entries, token_id, top, tokenizer)
-        values.append(shown[0]["logprob"])
-        ranked = shown[1:] + ([shown[0]] if top else [])
-        tops.append({entry["token"]: entry["logprob"] for entry in ranked} if top else None)
+        else:
+            values.append(_finite(entries[token_id].logprob))
+            tops.append(_by_text(entries, token_id, top, tokenizer) if top else None)
     return {
-        "tokens": tokens,
+        "tokens": _shown_texts(token_ids, text, offsets, tokenizer),
         "token_logprobs": values,
         "top_logprobs": tops if top else None,
         "text_offset": offsets,
     }
+
+
+def _by_text(
+    found: PositionLogprobs, own: int, top: int, tokenizer: Tokenizer | None
+) -> dict[str, float]:
+    """Text of a token -> its log probability, the most likely first and the own one last.
+
+    Of tokens with the same text the own one has it, else the first; others are "token_id:N".
+    """
+    ranked = _ranked(found, top)
+    keys: dict[str, int] = {}
+    for token_id in dict.fromkeys((own, *ranked)):
+        text = _token_text(token_id, tokenizer)
+        keys[text if text and text not in keys else f"token_id:{token_id}"] = token_id
+    key_of = {token_id: key for key, token_id in keys.items()}
+    return {key_of[i]: _finite(found[i].logprob) for i in dict.fromkeys((*ranked, own))}

@@ -174,7 +174,8 @@ class Metrics:
             self.ttft.observe(max(first_token_time - timing.arrival, 0.0))
         elif count:  # tokens that came together share the gap
             self.itl.observe((now - timing.last) / count, times=count)
-        timing.last = now
+        if count or timing.last is None:
+            timing.last = now
         timing.num_tokens += count
 
     def end(self, timing: _Timing, output: RequestOutput) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from compiledllm.engine.prompts import Prompt
 from compiledllm.engine.request_state import RequestState
 from compiledllm.engine.requests import RequestFactory
+from compiledllm.engine.tokenizer import Tokenizer
 from compiledllm.log import log
 from compiledllm.outputs import CompletionOutput, RequestOutput
 from compiledllm.sampling_params import SamplingParams
@@ -219,16 +220,23 @@ class Serving:
         assert isinstance(body, CompletionRequest)
         text, tokens = completion.text, list(completion.token_ids)
         found_all: list[Any] = list(completion.logprobs or [])
+        offsets = list(completion.text_offsets or [])
         if _hides_output(job):
-            text, tokens, found_all = "", [], []
+            text, tokens, found_all, offsets = "", [], [], []
             base |= {"finish_reason": "length", "stop_reason": None}
         if body.echo:
-            text = _prompt_text(output, job.requests) + text
+            prompt_text = _prompt_text(output, job.requests)
+            if body.logprobs is not None:
+                starts = _prompt_offsets(output, prompt_text, tokenizer)
+                offsets = starts + [len(prompt_text) + offset for offset in offsets]
+            text = prompt_text + text
             tokens = output.prompt_token_ids + tokens
             found_all = list(output.prompt_logprobs or []) + found_all
         logprobs = None
         if body.logprobs is not None:
-            logprobs = convert.text_logprobs(tokens, found_all, body.logprobs, tokenizer)
+            logprobs = convert.text_logprobs(
+                tokens, found_all, body.logprobs, tokenizer, text, offsets
+            )
         return base | {"text": text, "logprobs": logprobs}
 
     # -- streams -------------------------------------------------------------------------------
@@ -424,6 +432,13 @@ def _prompt_text(output: RequestOutput, requests: RequestFactory) -> str:
     if requests.tokenizer is None:
         return ""
     return requests.tokenizer.decode(output.prompt_token_ids, skip_special_tokens=False)
+
+
+def _prompt_offsets(output: RequestOutput, text: str, tokenizer: Tokenizer | None) -> list[int]:
+    """Where each token of the prompt begins in its text."""
+    if tokenizer is None:
+        return [0] * len(output.prompt_token_ids)
+    return tokenizer.pieces.offsets(output.prompt_token_ids, text)
 
 
 def _plain_prompt_logprobs(output: RequestOutput) -> list[Any] | None:

@@ -34,6 +34,9 @@ class Letters:
     def token_text(self, token_id: int) -> str:
         return chr(token_id)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        return chr(token_id).encode()
+
 
 class Bench:
     """A client with requests let in; what it sends to the engine is kept."""

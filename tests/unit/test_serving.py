@@ -35,13 +35,21 @@ class Letters:
     def token_text(self, token_id: int) -> str:
         return chr(token_id)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        return chr(token_id).encode()
+
 
 class Stream:
     """A job's events, and the requests behind them."""
 
-    def __init__(self, body: CompletionRequest | ChatRequest, num_prompts: int = 1) -> None:
+    def __init__(
+        self,
+        body: CompletionRequest | ChatRequest,
+        num_prompts: int = 1,
+        stop: list[str] | None = None,
+    ) -> None:
         params = SamplingParams(
-            output_kind=RequestOutputKind.DELTA, logprobs=1 if body.logprobs else None
+            output_kind=RequestOutputKind.DELTA, logprobs=1 if body.logprobs else None, stop=stop
         )
         tokenizer = cast(Any, Letters())
         requests = [Request(f"r{i}", [1, 1], params, 99) for i in range(num_prompts)]
@@ -113,6 +121,33 @@ def test_an_event_of_many_tokens_has_all_their_log_probabilities() -> None:
             assert found["text_offset"] == [offset + i for i in range(len(letters))]
             offset += len(letters)
             assert event["usage"]["completion_tokens"] == offset
+        await stream.events.aclose()  # type: ignore[attr-defined]
+
+    asyncio.run(run())
+
+
+def test_a_token_is_shown_once_no_stop_string_can_cut_it() -> None:
+    """So the offsets of all events fit the text of all events, where its end is cut off, too."""
+
+    async def run() -> None:
+        stream = Stream(completion_body(logprobs=1), stop=["cdx"])
+        tokens, offsets, text = [], [], ""
+        for letters, ends in (
+            ("ab", False),
+            ("c", False),
+            ("d", False),
+            ("ecd", False),
+            ("x", True),
+        ):
+            stream.grow(letters, ends)
+            (choice,) = (await stream.next())["choices"]
+            text += choice["text"]
+            tokens += choice["logprobs"]["tokens"]
+            offsets += choice["logprobs"]["text_offset"]
+            if not ends:
+                assert "".join(tokens) == text
+        assert (text, tokens) == ("abcde", list("abcdecdx"))
+        assert offsets == [0, 1, 2, 3, 4, 5, 5, 5]
         await stream.events.aclose()  # type: ignore[attr-defined]
 
     asyncio.run(run())
