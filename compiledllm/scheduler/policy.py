@@ -15,6 +15,10 @@ from compiledllm.types import Request
 
 SortKey = tuple[float, ...]
 Policy = Callable[[Request], SortKey]
+_Entry = tuple[tuple[SortKey, int], int, Request]  # order, serial number, request
+
+MAX_PASSED_OVER = 32
+_MIN_COMPACTED = 64  # entries of a heap, below which it is not worth it
 
 
 def fcfs(request: Request) -> SortKey:
@@ -23,7 +27,7 @@ def fcfs(request: Request) -> SortKey:
 
 
 def priority(request: Request) -> SortKey:
-    """Lower `priority` first, then first come, first served."""
+    """Lower `priority` first, then first come, first served; see `WaitingQueue` about ageing."""
     return (request.priority, request.arrival_time)
 
 
@@ -38,42 +42,100 @@ POLICIES: dict[str, Policy] = {"fcfs": fcfs, "priority": priority}
 
 
 class WaitingQueue:
-    """Waiting requests in policy order; ties in order of arrival at the queue."""
+    """Waiting requests in policy order; ties in order of arrival at the queue.
+
+    Requests age: once `MAX_PASSED_OVER` requests that came later were let in before the eldest one
+    that waits, the eldest goes before all others, and yields after all others when it runs. So
+    every request runs in the end, whatever priorities keep coming, and where nobody waits for long
+    nothing changes. Every operation takes O(log n): entries of requests that left stay in the heaps
+    until they surface, or until they are most of a heap.
+    """
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self._heap: list[tuple[SortKey, int, Request]] = []
+        self._by_rank: list[_Entry] = []
+        self._by_age: list[_Entry] = []
+        self._serials: dict[str, int] = {}  # request_id -> of its valid entries; who waits
         self._order: dict[str, int] = {}  # request_id -> ticket, kept over a preemption
-        self._tickets = 0
+        self._aged: set[str] = set()
+        self._num_passed_over = 0  # requests let in since the eldest one could have been
+        self._count = 0
 
     def push(self, request: Request) -> None:
-        ticket = self._order.setdefault(request.request_id, self._tickets)
-        self._tickets += 1
-        heapq.heappush(self._heap, (self._policy(request), ticket, request))
+        self._order.setdefault(request.request_id, self._count)
+        self._insert(request)
 
     def rank(self, request: Request) -> tuple[SortKey, int]:
         """Where a request stands, waiting or running: lower goes first and yields last."""
-        return (self._policy(request), self._order[request.request_id])
+        request_id = request.request_id
+        is_aged = request_id in self._aged
+        key = (-math.inf, request.arrival_time) if is_aged else self._policy(request)
+        return (key, self._order[request_id])
 
     def peek(self) -> Request:
-        return self._heap[0][2]
+        return self._first(self._by_rank)
 
     def pop(self) -> Request:
-        return heapq.heappop(self._heap)[2]
+        request = self.peek()
+        self.remove(request)
+        self._note_passed_over(request)
+        return request
 
     def remove(self, request: Request) -> None:
-        self._heap = [entry for entry in self._heap if entry[2] is not request]
-        heapq.heapify(self._heap)
+        """Take a request out, if it waits."""
+        self._serials.pop(request.request_id, None)
+        most = 2 * len(self._serials) + _MIN_COMPACTED
+        if max(len(self._by_rank), len(self._by_age)) > most:
+            self._by_rank = self._valid(self._by_rank)
+            self._by_age = self._valid(self._by_age)
 
     def forget(self, request: Request) -> None:
         """The request is over; its ticket can go."""
         self._order.pop(request.request_id, None)
+        self._aged.discard(request.request_id)
 
     def __len__(self) -> int:
-        return len(self._heap)
+        return len(self._serials)
 
     def __iter__(self) -> Iterator[Request]:
-        return (entry[2] for entry in sorted(self._heap, key=lambda entry: entry[:2]))
+        return (entry[2] for entry in sorted(self._valid(self._by_rank)))
+
+    def _insert(self, request: Request) -> None:
+        """Write a request's entries; those it had before are not valid any more."""
+        serial = self._count = self._count + 1
+        self._serials[request.request_id] = serial
+        rank, ticket = self.rank(request), self._order[request.request_id]
+        heapq.heappush(self._by_rank, (rank, serial, request))
+        heapq.heappush(self._by_age, (((request.arrival_time,), ticket), serial, request))
+
+    def _note_passed_over(self, admitted: Request) -> None:
+        if not self._serials:
+            self._num_passed_over = 0
+            return
+        eldest = self._first(self._by_age)
+        if self._age(admitted) < self._age(eldest):
+            self._num_passed_over = 0
+            return
+        self._num_passed_over += 1
+        if self._num_passed_over >= MAX_PASSED_OVER and eldest.request_id not in self._aged:
+            self._num_passed_over = 0
+            self._aged.add(eldest.request_id)
+            self._insert(eldest)
+
+    def _age(self, request: Request) -> tuple[float, int]:
+        return (request.arrival_time, self._order[request.request_id])
+
+    def _first(self, heap: list[_Entry]) -> Request:
+        """Of the requests that wait."""
+        while not self._is_valid(heap[0]):
+            heapq.heappop(heap)
+        return heap[0][2]
+
+    def _is_valid(self, entry: _Entry) -> bool:
+        return self._serials.get(entry[2].request_id) == entry[1]
+
+    def _valid(self, heap: list[_Entry]) -> list[_Entry]:
+        return sorted(filter(self._is_valid, heap))  # a sorted list is a heap
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ a stale prefix hit or a lost token is seen in the step where it happens.
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 import zlib
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 
 from compiledllm.sampling_params import RepetitionDetectionParams, SamplingParams
 from compiledllm.scheduler.block_pool import NULL_BLOCK, BlockPool
-from compiledllm.scheduler.policy import POLICIES, Pace, WaitingQueue
+from compiledllm.scheduler.policy import MAX_PASSED_OVER, POLICIES, Pace, WaitingQueue
 from compiledllm.scheduler.repetition import goes_in_circles
 from compiledllm.scheduler.scheduler import Scheduler
 from compiledllm.types import (
@@ -213,12 +214,7 @@ class Bench:
 
     def leaders(self) -> list[Request]:
         """The best-ranked of all live requests, and the best-ranked of the running ones."""
-        names = list(self.requests)
-
-        def rank(request: Request) -> tuple[float, ...]:
-            key = (request.arrival_time, names.index(request.request_id))
-            return (request.priority, *key) if self.policy == "priority" else key
-
+        rank = self.scheduler.waiting.rank
         live = self.scheduler.requests.values()
         running = [request for request in live if request.status is RequestStatus.RUNNING]
         return [min(group, key=rank) for group in (live, running) if group]
@@ -494,6 +490,75 @@ def test_waiting_queue_stays_in_order_when_requests_leave_it(
     assert list(queue) == expected
     assert len(queue) == len(expected)
     assert [queue.pop() for _ in expected] == expected
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(0, 60), st.integers(0, 2**32))
+def test_every_request_is_let_in_whatever_priorities_keep_coming(num_first: int, seed: int) -> None:
+    """The eldest of those that wait is passed over a bounded number of times; equals keep order."""
+    rng = random.Random(seed)
+    queue, alive, popped = WaitingQueue(POLICIES["priority"]), [], []
+
+    def push(arrival: float, priority: int) -> None:
+        request = Request(f"r{len(popped) + len(alive)}-{rng.random()}", [1], SamplingParams(), 1)
+        request.arrival_time, request.priority = arrival, priority
+        queue.push(request)
+        alive.append(request)
+
+    for _ in range(num_first):
+        push(rng.randrange(4), rng.randrange(-3, 4))
+    passed_over = 0
+    for step in range(300):
+        push(10.0 + step, rng.randrange(-3, 4))
+        if rng.random() < 0.1:
+            queue.remove(gone := rng.choice(alive))
+            alive.remove(gone)
+            queue.forget(gone)
+        if not alive:
+            continue
+        assert len(queue) == len(alive) and list(queue)[0] is queue.peek()
+        eldest = min(alive, key=lambda r: r.arrival_time)
+        request = queue.pop()
+        alive.remove(request)
+        equals = [r for r in alive if r.priority == request.priority]
+        assert all(r.arrival_time >= request.arrival_time for r in equals)
+        passed_over = 0 if request.arrival_time == eldest.arrival_time else passed_over + 1
+        assert passed_over <= MAX_PASSED_OVER
+        popped.append(request)
+
+
+def test_priorities_are_kept_where_nobody_waits_for_long() -> None:
+    queue = WaitingQueue(POLICIES["priority"])
+    for n in range(MAX_PASSED_OVER):
+        queue.push(Request(f"r{n}", [1], SamplingParams(), 1, priority=-n, arrival_time=n))
+    assert [-queue.pop().priority for _ in range(len(queue))] == list(range(MAX_PASSED_OVER))[::-1]
+
+
+def test_an_aged_request_is_not_preempted_for_those_it_waited_for() -> None:
+    bench = Bench(num_blocks=6, block_size=2, max_num_seqs=2, policy="priority")
+    worst = bench.add(tokens(5), max_tokens=6, name="worst", priority=9)
+    for n in range(200):
+        bench.add(tokens(5, start=3 * n + 20), max_tokens=6, priority=0)
+    while worst.num_output_tokens == 0:
+        bench.step()
+    preemptions, queued = worst.num_preemptions, len(bench.scheduler.waiting)
+    assert queued > 150, "it waited for nearly all"
+    while not worst.is_finished:
+        bench.step()
+    assert worst.num_preemptions == preemptions
+    bench.run()
+
+
+def test_a_crowd_that_leaves_the_queue_is_forgotten() -> None:
+    queue = WaitingQueue(POLICIES["priority"])
+    crowd = [Request(f"r{n}", [1], SamplingParams(), 1, priority=n % 7) for n in range(5000)]
+    for request in crowd:
+        queue.push(request)
+    for request in crowd[1:]:
+        queue.remove(request)
+        queue.forget(request)
+    assert list(queue) == crowd[:1]
+    assert max(len(queue._by_rank), len(queue._by_age)) < 200
 
 
 def test_request_that_does_not_fit_holds_up_those_behind_it() -> None:
