@@ -58,6 +58,7 @@ class AppOptions:
     metrics_prefix: str = "compiledllm:"
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"
+    shows_cached_tokens: bool = True
 
 
 def create_app(engine: EngineClient, options: AppOptions) -> FastAPI:
@@ -74,6 +75,7 @@ def create_app(engine: EngineClient, options: AppOptions) -> FastAPI:
         options.logs_requests,
         options.tool_call_parser,
         options.reasoning_parser,
+        options.shows_cached_tokens,
     )
     _add_generation(app, serving, _Fields(options.strict_fields))
     _add_text_tools(app, serving)
@@ -121,7 +123,8 @@ class _Fields:
 def _add_generation(app: FastAPI, serving: Serving, fields: _Fields) -> None:
     async def respond(body: ChatRequest | CompletionRequest, request: Request) -> Response:
         headers = fields.headers(body)
-        job = await serving.job(body, request.scope["state"]["request_id"])
+        state = request.scope["state"]
+        job = await serving.job(body, state["request_id"], state["cache_salt"])
         if body.stream:
             return _EventStream(serving, job, headers | {"cache-control": "no-cache"})
         try:

@@ -183,17 +183,20 @@ def chat_prompt(
 # -- responses -------------------------------------------------------------------------------------
 
 
-def usage(outputs: Iterable[RequestOutput], num_output_tokens: int) -> dict[str, Any]:
+def usage(
+    outputs: Iterable[RequestOutput], num_output_tokens: int, shows_cached: bool = True
+) -> dict[str, Any]:
+    """shows_cached: whether how much of the prompts was found in the prefix cache is told."""
     prompt_tokens = cached = 0
     for output in outputs:
         prompt_tokens += len(output.prompt_token_ids)
         cached += output.num_cached_tokens
-    return {
+    counts: dict[str, Any] = {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": num_output_tokens,
         "total_tokens": prompt_tokens + num_output_tokens,
-        "prompt_tokens_details": {"cached_tokens": cached},
     }
+    return counts | ({"prompt_tokens_details": {"cached_tokens": cached}} if shows_cached else {})
 
 
 def envelope(kind: str, request_id: str, model: str) -> dict[str, Any]:

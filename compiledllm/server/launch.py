@@ -202,6 +202,7 @@ def _app_options(arguments: argparse.Namespace, listener: socket.socket) -> AppO
         metrics_prefix=arguments.metrics_prefix,
         tool_call_parser=arguments.tool_call_parser,
         reasoning_parser=arguments.reasoning_parser,
+        shows_cached_tokens=arguments.enable_prompt_tokens_details,
     )
 
 

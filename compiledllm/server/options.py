@@ -25,6 +25,9 @@ def add_server_options(group: argparse._ArgumentGroup) -> None:
     add("--allow-credentials", action="store_true", help="CORS: cookies, browsers' passwords")
     add("--strict-fields", action="store_true", help="refuse unknown fields instead of naming them")
     add("--enable-log-requests", action="store_true", help="ids and sizes, never prompts")
+    details = "--enable-prompt-tokens-details"
+    switch = argparse.BooleanOptionalAction
+    add(details, action=switch, default=True, help="cached_tokens in usage; --no-...: not told")
     add("--metrics-prefix", default="compiledllm:", help="vllm: suits vLLM's dashboards")
     parsers = ["auto", "none", *FORMATS]
     add("--tool-call-parser", choices=parsers, default="auto", help="auto: by the chat template")

@@ -40,12 +40,16 @@ _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 class Guard:
     """Refuses what has no key, comes from another's page, or is too large; gives every response
-    its request's id, also the one to a request that fails for a reason nobody expected."""
+    its request's id, also the one to a request that fails for a reason nobody expected.
+
+    Where there are several keys, a request's state has a `cache_salt` of its own key's, so that
+    nobody finds, by numbers or by time, what holders of another key have asked.
+    """
 
     def __init__(self, app: App, keys: Iterable[str] = (), pages: PageCheck | None = None) -> None:
         self._app = app
         self._turns = Turns(REQUESTS_PER_PASS)
-        self._keys = [hashlib.sha256(key.encode()).digest() for key in keys]
+        self._keys = [hashlib.sha256(key.encode()).digest() for key in dict.fromkeys(keys)]
         self._pages = pages or PageCheck()
         self._unfinished = _Unfinished()
 
@@ -66,6 +70,7 @@ class Guard:
                 message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id)]
             await send(message)
 
+        scope["state"]["cache_salt"] = ""
         problem = self._problem(scope, headers)
         if problem is not None:
             # A browser asks its user for the key: any name, and the key as the password.
@@ -98,8 +103,12 @@ class Guard:
             body.forget()
 
     def _problem(self, scope: Scope, headers: dict[bytes, bytes]) -> ApiError | None:
-        if self._keys and scope["path"] not in OPEN_PATHS and not self._has_key(headers):
-            return ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
+        if self._keys and scope["path"] not in OPEN_PATHS:
+            key = self._key_of(headers)
+            if key is None:
+                return ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
+            if len(self._keys) > 1:
+                scope["state"]["cache_salt"] = hashlib.sha256(b"cache salt" + key).hexdigest()
         if scope["method"] not in _SAFE_METHODS and self._pages.is_foreign(headers):
             return ApiError(
                 403,
@@ -111,13 +120,15 @@ class Guard:
             return ApiError(413, _TOO_LARGE)
         return None
 
-    def _has_key(self, headers: dict[bytes, bytes]) -> bool:
+    def _key_of(self, headers: dict[bytes, bytes]) -> bytes | None:
+        """The digest of the key that a request has; None if it has none of ours."""
         kind, _, key = headers.get(b"authorization", b"").partition(b" ")
         if kind.lower() == b"basic":
             key = _password(key)
         given = hashlib.sha256(key.strip()).digest()
         matches = [secrets.compare_digest(given, known) for known in self._keys]
-        return kind.lower() in (b"bearer", b"basic") and any(matches)
+        is_known = kind.lower() in (b"bearer", b"basic") and any(matches)
+        return given if is_known else None
 
 
 def _password(credentials: bytes) -> bytes:

@@ -44,6 +44,7 @@ class Job:
     shown: dict[int, int] = field(default_factory=dict)  # characters, by choice
     use: ToolUse | None = None
     reasoning: str = "off"
+    salt: str = ""  # of its holder's key, in the prefix cache
     choices: dict[int, Choice] = field(default_factory=dict)  # of a chat, by index
 
     @property
@@ -71,10 +72,12 @@ class Serving:
         logs_requests: bool = False,
         tool_call_parser: str = "auto",
         reasoning_parser: str = "auto",
+        shows_cached_tokens: bool = True,
     ) -> None:
         self.engine = engine
         self._tool_call_parser = tool_call_parser
         self._reasoning_parser = reasoning_parser
+        self._shows_cached_tokens = shows_cached_tokens
         self.logs_requests = logs_requests  # ids and sizes, never prompts
         self._numbers = itertools.count()
         self.model_names = model_names
@@ -97,15 +100,16 @@ class Serving:
             )
         return name or self.model_names[0]
 
-    async def job(self, body: ChatRequest | CompletionRequest, http_id: str) -> Job:
+    async def job(self, body: ChatRequest | CompletionRequest, http_id: str, salt: str = "") -> Job:
         """Templates, tokens and checks; in a thread if they may take long, and hold nobody up.
 
-        http_id: of the HTTP request, the client's own or one made for it.
+        http_id: of the HTTP request, the client's own or one made for it. salt: in front of the
+        body's own.
         """
         requests, model = self.factory(), self.check_model(body.model)
         prefix = "chatcmpl" if isinstance(body, ChatRequest) else "cmpl"
         name = f"{prefix}-{body.request_id or http_id}"
-        job = Job(body, name, model, requests.defaults, [], requests)
+        job = Job(body, name, model, requests.defaults, [], requests, salt=salt)
         number = next(self._numbers)  # an id may come twice
         if _is_soon_made(body):
             self._fill(job, number)
@@ -125,7 +129,7 @@ class Serving:
             assert isinstance(body, CompletionRequest)
             job.params = convert.completion_params(body, requests.defaults)
             prompts = convert.completion_prompts(body, requests)
-        salt = body.cache_salt or ""
+        salt = job.salt + (body.cache_salt or "")
         for i, prompt in enumerate(prompts):
             request_id = f"{job.request_id}-{number}-{i}"
             try:
@@ -189,8 +193,11 @@ class Serving:
         kind = "chat.completion" if job.is_chat else "text_completion"
         return convert.envelope(kind, job.request_id, job.model) | {
             "choices": choices,
-            "usage": convert.usage(outputs, total),
+            "usage": self._usage(outputs, total),
         }
+
+    def _usage(self, outputs: list[RequestOutput], num_output_tokens: int) -> dict[str, Any]:
+        return convert.usage(outputs, num_output_tokens, self._shows_cached_tokens)
 
     async def _last(self, job: Job, place: int) -> RequestOutput:
         outputs = [output async for _, output in self._generate(job, place)]
@@ -261,7 +268,7 @@ class Serving:
             if _wants_usage(job):
                 seen = [output for output in last if output is not None]
                 total = 0 if _hides_output(job) else sum(counts)
-                yield event(self._chunk(job, None) | {"usage": convert.usage(seen, total)})
+                yield event(self._chunk(job, None) | {"usage": self._usage(seen, total)})
         except Exception as error:
             yield event(error_body(as_api_error(error)))
         yield DONE
@@ -286,7 +293,7 @@ class Serving:
             if job.is_chat:
                 chunk["usage"] = None
             if options.continuous_usage_stats:
-                chunk["usage"] = convert.usage([output], num_tokens)
+                chunk["usage"] = self._usage([output], num_tokens)
         return role + event(chunk)
 
     def _template(self, job: Job) -> Template | None:

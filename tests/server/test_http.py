@@ -210,6 +210,22 @@ def test_every_route_but_two_needs_a_key(locked: Any) -> None:
     assert "from-flag" not in locked.log
 
 
+def test_holders_of_different_keys_share_no_prefixes(locked: Any) -> None:
+    """Neither cached_tokens nor the time of an answer tells one of the other's prompts."""
+    locked.wait_until_ready()
+
+    def cached(key: str, **more: Any) -> int:
+        body = {"prompt": list(range(100, 180)), "max_tokens": 1} | more
+        status, answer = locked.post("/v1/completions", body, **bearer(key))
+        assert status == 200
+        found: int = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+        return found
+
+    assert cached("from-flag") == 0 and cached("from-flag") > 16
+    assert cached("another") == 0 and cached("another") > 16
+    assert cached("another", cache_salt="own") == 0 and cached("another", cache_salt="own") > 16
+
+
 def test_a_browser_may_give_the_key_as_a_password(locked: Any) -> None:
     locked.wait_until_ready()
     connection = http.client.HTTPConnection("127.0.0.1", locked.port, timeout=20)

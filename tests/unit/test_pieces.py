@@ -1,4 +1,4 @@
-"""Texts of tokens in log probabilities, put together, are the text, for tokenizers of every kind."""
+"""Texts of tokens in log probabilities add up to the text, for tokenizers of every kind."""
 
 from __future__ import annotations
 
