@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from compiledllm.config import EngineConfig
+from compiledllm.config import ConfigError, EngineConfig
 from compiledllm.engine.request_state import RequestState
 from compiledllm.engine.requests import RequestFactory
 from compiledllm.engine.served_model import ServedModel
@@ -133,7 +133,9 @@ class EngineClient:
             await self._keep_running()
         except Exception as error:
             log.exception("the engine is lost")
-            self.failure = Failed(f"{type(error).__name__}: {error}")
+            is_config = isinstance(error, ConfigError)
+            text = str(error) if is_config else f"{type(error).__name__}: {error}"
+            self.failure = Failed(text, is_config)
             self._set("dead")
             self.live.end_all(EngineError(self.failure.error))
 
