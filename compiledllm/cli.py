@@ -145,14 +145,15 @@ def _info(arguments: argparse.Namespace) -> int:
 
 def _facts(path: Path, spec: ModelSpec, platform: Platform, dtype: Choice) -> dict[str, Any]:
     """What there is to know about a model on this machine, without loading its weights."""
-    from compiledllm.runner.attention import settle_groups
+    from compiledllm.kernels.attention import REFERENCE, make_backend
+    from compiledllm.models.cache_groups import choose_groups
     from compiledllm.runner.kv_cache import CPU_MEMORY_SHARE
     from compiledllm.scheduler.kv_manager import num_blocks_needed
 
     itemsize = 4 if dtype.value == "float32" else 2
     layer = spec.layers[0]
     weights = spec.num_parameters * itemsize
-    groups, _ = settle_groups(spec, spec.max_position, is_planned=False)
+    groups, _ = choose_groups(spec, spec.max_position, make_backend(REFERENCE))
     block_size = CacheConfig().block_size
     per_slot = groups.kv_bytes_per_token(spec, itemsize)
     full_blocks = num_blocks_needed(groups.windows, block_size, spec.max_position)

@@ -1,6 +1,6 @@
-"""What this machine can do: device, dtypes, memory, compiler. The one place that picks a backend.
+"""What this machine can do: device, dtypes, memory, compiler. Prefers an attention backend for it.
 
-Every choice comes with its reason, which is printed once at start.
+Every choice comes with its reason, which the engine reports once at start.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Platform:
 
     device: torch.device
     name: str
-    memory_bytes: int  # CUDA: of the device; CPU: what is available to new processes now
+    memory_bytes: int  # CUDA: the device's memory; CPU: memory available to new processes now
 
     @property
     def is_cuda(self) -> bool:
@@ -36,7 +36,7 @@ class Platform:
 
     @classmethod
     def detect(cls, device: str = "auto") -> Platform:
-        """Platform for "auto", "cpu", "cuda" or "cuda:N". Raises ConfigError if it is not there."""
+        """Platform for "auto", "cpu", "cuda" or "cuda:N". Raises ConfigError if there is none."""
         _check_torch()
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -61,7 +61,7 @@ class Platform:
         return cls(torch.device(device), properties.name, properties.total_memory)
 
     def versions(self) -> str:
-        """What the device is driven with, for the report at start."""
+        """Versions of torch and of the device's driver stack, for the report at start."""
         parts = [f"torch {torch.__version__}"]
         if self.is_cuda:
             major, minor = torch.cuda.get_device_capability(self.device)
@@ -80,8 +80,10 @@ class Platform:
             return Choice("bfloat16", "this CPU has bfloat16 dot products")
         return Choice("float32", "this CPU has no bfloat16 dot products")
 
-    def choose_attention_backend(self, requested: str) -> Choice:
-        """The implementation of the attention ops. Raises ConfigError for one that cannot run."""
+    def choose_attention_backend(self, requested: str, deterministic: bool = False) -> Choice:
+        """The preferred attention backend. Raises ConfigError for one that cannot run here."""
+        if deterministic:
+            return Choice("fixed_order", "deterministic")
         if requested in ("triton", "flashinfer") and not self.is_cuda:
             raise ConfigError(f"attention_backend='{requested}' needs a GPU; use 'auto' or 'torch'")
         if requested != "auto":
@@ -93,7 +95,7 @@ class Platform:
         return Choice("triton", "the GPU path")
 
     def why_not_compile(self) -> str | None:
-        """What the compiler lacks here, or None if it has all it needs."""
+        """What torch.compile needs and this machine lacks, or None."""
         if self.is_cuda or _cpp_compiler() is not None:
             return None
         return "no C++ compiler was found (looked for $CXX, g++, clang++); install g++ to compile"
@@ -101,15 +103,15 @@ class Platform:
 
 @functools.cache
 def can_overlap_kernels() -> bool:
-    """Whether the GPU starts a kernel before the one ahead has ended, where both allow it.
+    """Whether the GPU has programmatic dependent launch (Hopper and newer).
 
-    Programmatic dependent launch: Hopper and newer.
+    A kernel may then start before the kernel ahead of it has ended, if both allow it.
     """
     return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
 
 
 def is_fatal(error: BaseException) -> bool:
-    """Whether the process cannot go on: after a CUDA error nothing on the device works any more."""
+    """Whether the process must end: after a CUDA error nothing on the device works any more."""
     if isinstance(error, torch.OutOfMemoryError):
         return False
     accelerator = getattr(torch, "AcceleratorError", ())
@@ -120,8 +122,8 @@ def is_fatal(error: BaseException) -> bool:
 def single_row_products() -> Iterator[None]:
     """Inside, a bfloat16 product of one row on a CPU goes to ATen's own kernel, not to oneDNN's.
 
-    It reads the weights at 31 instead of 12 GB/s (AMD EPYC Zen 4, 2 cores, torch 2.13), so one-row
-    decode takes half the time. From two rows on oneDNN is ahead.
+    ATen's kernel reads the weights at 31 instead of 12 GB/s (AMD EPYC Zen 4, 2 cores, torch 2.13),
+    so that one-row decode takes half the time. From two rows on oneDNN is faster.
     """
     was_enabled = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)
@@ -132,7 +134,7 @@ def single_row_products() -> Iterator[None]:
 
 
 def cpu_name() -> str:
-    """Model of the CPU and the threads torch uses on it."""
+    """Model of the CPU and the number of threads that torch uses."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             names = [line.split(":", 1)[1].strip() for line in file if "model name" in line]

@@ -19,10 +19,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from compiledllm.kernels import paged_attention_triton
+from compiledllm.kernels.paged_attention_triton import TritonBackend
 
-store_kv = paged_attention_triton.store_kv
-paged_attention = partial(paged_attention_triton.paged_attention, fixed_order=True)
+
+class FixedOrderBackend(TritonBackend):
+    """Does not take `Ends`: fewer rows in the last block would change how it sums."""
+
+    takes_ends = False
+    paged_attention = staticmethod(partial(TritonBackend.paged_attention, fixed_order=True))
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,20 +6,11 @@ products follow. Elsewhere plain torch takes one expert after the other.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_LIBRARY: Any = torch.library.Library("compiledllm", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define(
-    "moe_route(Tensor logits, int top_k, bool renormalize) -> (Tensor ids, Tensor weights)"
-)
-_LIBRARY.define(
-    "moe_experts(Tensor x, Tensor expert_ids, Tensor gate_up, Tensor down, "
-    "Tensor? gate_up_bias, Tensor? down_bias, float alpha, float limit) -> Tensor"
-)
+from compiledllm.kernels.ops import define
 
 
 def route_in_torch(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
@@ -60,7 +51,19 @@ def _swiglu(gate: Tensor, up: Tensor, alpha: float, limit: float) -> Tensor:
     return gate * torch.sigmoid(alpha * gate) * (up.clamp(-limit, limit) + 1)
 
 
-def _moe_route(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+def _route_fake(logits: Tensor, top_k: int, _: bool) -> tuple[Tensor, Tensor]:
+    shape = logits.shape[0], top_k
+    return logits.new_empty(shape, dtype=torch.int32), logits.new_empty(shape, dtype=torch.float32)
+
+
+@define("moe_route", fake=_route_fake)
+def moe_route(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+    """The `top_k` experts of the largest logits, of equal ones the first, and their weights.
+
+    logits: [tokens, experts]. Weights are the softmax over all experts, in float32; renormalised
+    they sum to one, which is the softmax over the chosen. A token with a NaN has NaN weights.
+    Returns ids int32 and weights float32, [tokens, top_k], by descending weight.
+    """
     if logits.is_cuda:
         from compiledllm.kernels.moe_routing_triton import route
 
@@ -68,40 +71,11 @@ def _moe_route(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, T
     return route_in_torch(logits, top_k, renormalize)
 
 
-def _moe_route_fake(logits: Tensor, top_k: int, _: bool) -> tuple[Tensor, Tensor]:
-    shape = logits.shape[0], top_k
-    return logits.new_empty(shape, dtype=torch.int32), logits.new_empty(shape, dtype=torch.float32)
-
-
-def _moe_experts(x: Tensor, *rest: Any) -> Tensor:
-    if x.is_cuda:
-        from compiledllm.kernels.moe_triton import experts
-
-        return experts(x, *rest)
-    return experts_in_torch(x, *rest)
-
-
-def _moe_experts_fake(x: Tensor, expert_ids: Tensor, *_: object) -> Tensor:
+def _experts_fake(x: Tensor, expert_ids: Tensor, *_: object) -> Tensor:
     return x.new_empty((*expert_ids.shape, x.shape[1]), dtype=torch.float32)
 
 
-_LIBRARY.impl("moe_route", _moe_route, "CompositeExplicitAutograd")
-torch.library.register_fake("compiledllm::moe_route", _moe_route_fake, lib=_LIBRARY)
-_LIBRARY.impl("moe_experts", _moe_experts, "CompositeExplicitAutograd")
-torch.library.register_fake("compiledllm::moe_experts", _moe_experts_fake, lib=_LIBRARY)
-
-
-def moe_route(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
-    """The `top_k` experts of the largest logits, of equal ones the first, and their weights.
-
-    logits: [tokens, experts]. Weights are the softmax over all experts, in float32; renormalised
-    they sum to one, which is the softmax over the chosen. A token with a NaN has NaN weights.
-    Returns int32 and float32, [tokens, top_k], by descending weight.
-    """
-    ids, weights = torch.ops.compiledllm.moe_route(logits, top_k, renormalize)
-    return ids, weights
-
-
+@define("moe_experts", fake=_experts_fake)
 def moe_experts(
     x: Tensor,
     expert_ids: Tensor,
@@ -116,11 +90,13 @@ def moe_experts(
 
     x: [tokens, hidden]. expert_ids: integers, [tokens, top_k].
     gate_up: [experts, 2 * intermediate, hidden], gate first; down: [experts, hidden, intermediate].
-    Biases: [experts, outputs]. limit: if not 0, the clamped form (gpt-oss), in which gate is at
-    most that, up within it, and gate * sigmoid(alpha * gate) * (up + 1) goes down.
-    Returns float32 [tokens, top_k, hidden]: the sum is the compiler's to fuse with what follows.
+    Biases: [experts, outputs]. limit: if not 0, the clamped form (gpt-oss): gate is at most
+    `limit`, up within -limit and limit, and gate * sigmoid(alpha * gate) * (up + 1) goes down.
+    Returns float32 [tokens, top_k, hidden]: the compiler fuses the sum with what follows.
     """
-    out: Tensor = torch.ops.compiledllm.moe_experts(
-        x, expert_ids, gate_up, down, gate_up_bias, down_bias, alpha, limit
-    )
-    return out
+    arguments = x, expert_ids, gate_up, down, gate_up_bias, down_bias, alpha, limit
+    if x.is_cuda:
+        from compiledllm.kernels.moe_triton import experts
+
+        return experts(*arguments)
+    return experts_in_torch(*arguments)

@@ -1,97 +1,116 @@
-"""Paged attention by FlashInfer: the fallback, and a second opinion in tests.
+"""Paged attention by FlashInfer: an alternative to Triton, and a second opinion in tests.
 
-FlashInfer decides on the host how a step's work is split, so somebody has to `plan` each step
-before it is run; what was planned stays in this file. A captured step has wrappers of its own,
-whose buffers keep their addresses. FlashInfer compiles its kernels when they are first asked for,
-which needs nvcc: `Planner` does that when it is made, and raises whatever goes wrong.
+FlashInfer decides on the host how a step's work is split, so each step has to be planned before it
+runs. A captured step has wrappers of its own, whose buffers keep their addresses. FlashInfer
+compiles its kernels when they are first used, which needs nvcc: `prepare` does that, and raises
+whatever goes wrong.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-HEAD_DIMS = (64, 128, 256)
+from compiledllm.kernels.backend import (
+    AttentionBackend,
+    AttentionForm,
+    AttentionLayer,
+    AttentionMetadata,
+)
+
 _WORKSPACE_BYTES = 128 * 2**20
 
 
-class AttentionKind(NamedTuple):
-    """What FlashInfer must know of a layer to plan for it."""
+class _Kind(NamedTuple):
+    """What FlashInfer plans for; layers of one kind share a plan."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    scale: float
-    sliding_window: int  # 0: none
-    soft_cap: float  # 0: none
+    form: AttentionForm
 
 
-_planned: dict[AttentionKind, Any] = {}  # the wrappers of the step that runs next
+class FlashInferBackend(AttentionBackend):
+    """Plans whole steps, over a single block table; one plan at a time fits its host buffers."""
 
+    dtypes = (torch.float16, torch.bfloat16)
+    head_dims = (64, 128, 256)
+    takes_sinks = False
+    captures_prompts = False  # a captured step's wrappers are made for one number of tokens
+    takes_ends = False
+    reads_groups = False
+    runs_ahead = False
+    # The wrappers of the step that runs next. Engines of one process share them, since each plans
+    # right before it runs.
+    _planned: ClassVar[dict[_Kind, Any]] = {}
 
-def store_kv(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
-    """See `attention.store_kv`."""
-    from compiledllm.kernels import paged_attention_triton
-
-    paged_attention_triton.store_kv(key, value, kv_cache, slot_mapping)
-
-
-def paged_attention(
-    query: Tensor,
-    kv_cache: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    query_start_loc: Tensor,
-    scale: float,
-    sliding_window: int,
-    soft_cap: float,
-    sinks: None = None,
-) -> Tensor:
-    """See `attention.paged_attention`. Rows and lengths are those of the last `Planner.plan`."""
-    assert sinks is None  # the runner does not choose this backend for a model with sinks
-    _, num_heads, head_dim = query.shape
-    kind = AttentionKind(num_heads, kv_cache.shape[3], head_dim, scale, sliding_window, soft_cap)
-    wrapper = _planned[kind]
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    count = wrapper.num_tokens
-    wrapper.run(query[:count].contiguous(), (kv_cache[0], kv_cache[1]), out=out[:count])
-    return out
-
-
-class Planner:
-    """Tells FlashInfer what each step consists of.
-
-    kinds: of the model's layers. max_pages: most blocks of all rows of a step together.
-    """
-
-    def __init__(
+    def prepare(
         self,
-        kinds: Iterable[AttentionKind],
+        layers: Iterable[AttentionLayer],
         dtype: torch.dtype,
         block_size: int,
         max_pages: int,
         device: torch.device,
     ) -> None:
-        self._kinds = list(dict.fromkeys(kinds))
+        """Compile the kernels of these layers and allocate what plans need."""
+        self._kinds = list(dict.fromkeys(map(_kind_of, layers)))
         self._dtype, self._block_size = dtype, block_size
         self._workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self._pages = torch.zeros(max_pages, dtype=torch.int32, device=device)
-        self._wrappers: dict[tuple[AttentionKind, Hashable], Any] = {}
+        self._wrappers: dict[tuple[_Kind, Hashable], Any] = {}
         one = np.ones(1, np.int64)
-        self.plan(one, one, self._pages[:1])
+        self._plan(one, one, self._pages[:1], None)
+
+    @staticmethod
+    def store_kv(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
+        """See `attention.store_kv`."""
+        from compiledllm.kernels import paged_attention_triton
+
+        paged_attention_triton.store_kv(key, value, kv_cache, slot_mapping)
+
+    @staticmethod
+    def paged_attention(
+        query: Tensor, kv_cache: Tensor, attn: AttentionMetadata, form: AttentionForm
+    ) -> Tensor:
+        """See `attention.paged_attention`. Rows and lengths are those planned last."""
+        _, num_heads, head_dim = query.shape
+        kind = _Kind(num_heads, kv_cache.shape[3], head_dim, form)
+        wrapper = FlashInferBackend._planned[kind]
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        count = wrapper.num_tokens
+        wrapper.run(query[:count].contiguous(), (kv_cache[0], kv_cache[1]), out=out[:count])
+        return out
 
     def plan(
-        self, counts: np.ndarray, lengths: np.ndarray, pages: Tensor, graph: Hashable = None
+        self,
+        rows: np.ndarray,
+        computed: np.ndarray,
+        counts: np.ndarray,
+        block_tables: Tensor,
+        graph: Hashable = None,
     ) -> None:
-        """Make the ops ready for a step.
+        """See `AttentionBackend.plan`."""
+        padding = np.ones(len(rows) - len(counts), np.int64)
+        counts = np.append(counts, padding)
+        lengths = np.append(computed, padding * 0) + counts
+        pages = _pages_of(block_tables[0], rows, -(-lengths // self._block_size))
+        self._plan(counts, lengths, pages, graph)
 
-        counts, lengths: int64 [rows], new tokens and context length with them, at least 1. pages:
-        int32 on the device, the rows' blocks one after the other. graph: names a captured step,
-        whose number of rows and tokens is always the same; `select` it before it is captured.
+    def select(self, graph: Hashable) -> None:
+        """The ops that follow run what was planned last for this graph, or for none."""
+        for kind in self._kinds:
+            self._planned[kind] = self._wrappers[kind, graph]
+
+    def _plan(
+        self, counts: np.ndarray, lengths: np.ndarray, pages: Tensor, graph: Hashable
+    ) -> None:
+        """counts, lengths: int64 [rows], new tokens, and context lengths with them, at least 1.
+
+        pages: int32, on the device, the rows' blocks one after the other.
         """
         num_pages = -(-lengths // self._block_size)
         starts = _prefix_sums(counts)
@@ -99,22 +118,18 @@ class Planner:
         last_page = torch.from_numpy((lengths - (num_pages - 1) * self._block_size).astype("i4"))
         for kind in self._kinds:
             wrapper = self._wrapper(kind, graph, len(counts))
+            form = kind.form
             wrapper.plan(
                 starts, page_starts, pages, last_page,
                 num_qo_heads=kind.num_heads, num_kv_heads=kind.num_kv_heads,
                 head_dim_qk=kind.head_dim, page_size=self._block_size, causal=True,
-                sm_scale=kind.scale, window_left=kind.sliding_window - 1,
-                logits_soft_cap=kind.soft_cap, q_data_type=self._dtype, kv_data_type=self._dtype,
+                sm_scale=form.scale, window_left=form.sliding_window - 1,
+                logits_soft_cap=form.soft_cap, q_data_type=self._dtype, kv_data_type=self._dtype,
             )  # fmt: skip
             wrapper.num_tokens = int(starts[-1])
         self.select(graph)
 
-    def select(self, graph: Hashable = None) -> None:
-        """The next step is the one last planned for this graph, or for none."""
-        for kind in self._kinds:
-            _planned[kind] = self._wrappers[kind, graph]
-
-    def _wrapper(self, kind: AttentionKind, graph: Hashable, num_rows: int) -> Any:
+    def _wrapper(self, kind: _Kind, graph: Hashable, num_rows: int) -> Any:
         key = kind, graph
         if key not in self._wrappers:
             from flashinfer import BatchPrefillWithPagedKVCacheWrapper as Wrapper
@@ -129,6 +144,21 @@ class Planner:
                 }  # fmt: skip
             self._wrappers[key] = Wrapper(self._workspace, "NHD", backend="fa2", **fixed)
         return self._wrappers[key]
+
+
+def _kind_of(layer: AttentionLayer) -> _Kind:
+    form = AttentionForm(layer.scale, layer.sliding_window, layer.soft_cap)
+    return _Kind(layer.num_heads, layer.num_kv_heads, layer.head_dim, form)
+
+
+def _pages_of(block_table: Tensor, rows: np.ndarray, num_pages: np.ndarray) -> Tensor:
+    """int32, on the device: the first `num_pages` blocks of each of `rows`, row after row."""
+    starts = np.cumsum(num_pages) - num_pages
+    columns = np.arange(num_pages.sum()) - np.repeat(starts, num_pages)
+    index = np.array([np.repeat(rows, num_pages), columns])
+    # Pageable memory waits for the device here, but without run-ahead the device is idle.
+    on_device = torch.from_numpy(index).to(block_table.device)
+    return block_table[on_device[0], on_device[1]]
 
 
 def _prefix_sums(values: np.ndarray) -> Tensor:

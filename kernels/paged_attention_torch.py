@@ -1,35 +1,24 @@
-"""Paged attention in plain torch: the CPU path, and the oracle every other backend is held to.
+"""Paged attention in plain torch: the CPU path, and the oracle that tests hold other backends to.
 
 Rows with one new token (decode) are computed together, those of similar length over their padded
-contexts; rows with more (prefill chunks) one row at a time, each as one dense causal attention. No
-loop over tokens.
+contexts; rows with more (prefill chunks) one row at a time, each as one dense causal attention.
+Nothing loops over tokens.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-class _Form(NamedTuple):
-    """How logits become weights; see `attention.paged_attention`."""
-
-    scale: float
-    sliding_window: int
-    soft_cap: float
-    sinks: Tensor | None
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the library's attention has it."""
-        return not self.soft_cap and self.sinks is None
+from compiledllm.kernels.backend import AttentionBackend, AttentionForm, AttentionMetadata
 
 
 def store_kv(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
-    """See `attention.store_kv`. Nothing is stored for slot -1: the null block is read, masked."""
+    """See `attention.store_kv`. Stores nothing for slot -1.
+
+    Masks do not hold back a NaN, and masked positions read the null block: it stays zero.
+    """
     num_kv_heads, head_dim = kv_cache.shape[-2:]
     if (is_padding := slot_mapping < 0).any():
         there = ~is_padding
@@ -39,24 +28,17 @@ def store_kv(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor)
 
 
 def paged_attention(
-    query: Tensor,
-    kv_cache: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    query_start_loc: Tensor,
-    scale: float,
-    sliding_window: int,
-    soft_cap: float,
-    sinks: Tensor | None = None,
+    query: Tensor, kv_cache: Tensor, attn: AttentionMetadata, form: AttentionForm
 ) -> Tensor:
     """See `attention.paged_attention`."""
-    form = _Form(scale, sliding_window, soft_cap, sinks)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
-    if sliding_window:
-        sizes = sliding_window, kv_cache.shape[2]
+    block_tables = attn.block_tables
+    starts, lengths = attn.query_start_loc.tolist(), attn.seq_lens.tolist()
+    if form.sliding_window:
+        sizes = form.sliding_window, kv_cache.shape[2]
         block_tables, lengths = _in_window(block_tables, lengths, starts, *sizes)
-    groups: dict[int, list[int]] = {}  # decode rows by length, within a factor of two
+    # Rows of one token, grouped by lengths within a factor of two.
+    groups: dict[int, list[int]] = {}
     for row, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
         if end - start == 1:
             groups.setdefault((lengths[row] - 1).bit_length(), []).append(row)
@@ -81,7 +63,7 @@ def paged_attention(
 def _in_window(
     block_tables: Tensor, lengths: list[int], starts: list[int], window: int, block_size: int
 ) -> tuple[Tensor, list[int]]:
-    """Tables and lengths without the leading blocks that none of a row's tokens sees."""
+    """Tables and lengths without the leading blocks that no token of their row sees."""
     skipped = [
         max(length - (end - start) - window + 1, 0) // block_size
         for length, start, end in zip(lengths, starts, starts[1:], strict=False)
@@ -102,7 +84,7 @@ def _pick(tensor: Tensor, rows: list[int]) -> Tensor:
 
 
 def _gather(kv_cache: Tensor, block_tables: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of some rows, each [rows, num_kv_heads, length, head_dim]."""
+    """Keys and values, each [rows, num_kv_heads, length, head_dim]."""
     _, _, block_size, num_kv_heads, head_dim = kv_cache.shape
     num_rows, num_blocks = len(block_tables), -(-length // block_size)
     ids = block_tables[:, :num_blocks].reshape(-1)
@@ -119,11 +101,11 @@ def _decode_rows(
     k: Tensor,
     v: Tensor,
     lengths: list[int],
-    form: _Form,
+    form: AttentionForm,
 ) -> Tensor:
     num_rows, num_heads, head_dim = query.shape
     num_kv_heads, max_length = k.shape[1], k.shape[2]
-    # The query heads of a KV head see the same context: they stand where query positions would.
+    # The query heads of a KV head see the same context: they take the place of query positions.
     q = query.view(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
     mask = None
     if form.sliding_window or min(lengths) < max_length:
@@ -139,7 +121,7 @@ def _prefill_row(
     query: Tensor,  # [tokens, num_heads, head_dim] of one row
     k: Tensor,
     v: Tensor,
-    form: _Form,
+    form: AttentionForm,
 ) -> Tensor:
     num_tokens, num_heads, _ = query.shape
     num_kv_heads, length = k.shape[1], k.shape[2]
@@ -148,7 +130,7 @@ def _prefill_row(
         k = k.repeat_interleave(num_heads // num_kv_heads, dim=1)
         v = v.repeat_interleave(num_heads // num_kv_heads, dim=1)
     mask = None
-    is_causal = num_tokens == length and not form.sliding_window and form.is_plain
+    is_causal = num_tokens == length and not form.sliding_window and _is_plain(form)
     if not is_causal:
         position = torch.arange(length, device=query.device)
         last = torch.arange(length - num_tokens, length, device=query.device)[:, None]
@@ -158,16 +140,21 @@ def _prefill_row(
     return _attend(q, k, v, mask, is_causal, form).squeeze(0).transpose(0, 1)
 
 
+def _is_plain(form: AttentionForm) -> bool:
+    """Whether torch's own attention computes it."""
+    return not form.soft_cap and form.sinks is None
+
+
 def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
     is_causal: bool,
-    form: _Form,
+    form: AttentionForm,
 ) -> Tensor:
     """softmax(q k^T * scale) v over [rows, heads, queries, head_dim]."""
-    if form.is_plain:
+    if _is_plain(form):
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=is_causal, scale=form.scale
         )
@@ -177,8 +164,17 @@ def _attend(
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     if form.sinks is not None:
-        # As heads and queries stand in `q`: KV heads and their groups, or heads and tokens.
+        # The heads of `q` are KV heads, whose groups stand as queries (decode), or all heads.
         sinks = form.sinks.float().view(q.shape[1], -1, 1).expand(*scores.shape[:-1], 1)
         scores = torch.cat((scores, sinks), dim=-1)
     weights = scores.softmax(-1)[..., : k.shape[-2]]
     return (weights @ v.float()).to(q.dtype)
+
+
+class TorchBackend(AttentionBackend):
+    """Reads lengths on the host, so that no step can be captured."""
+
+    captures = captures_prompts = False
+    fuses_rotation = False
+    store_kv = staticmethod(store_kv)
+    paged_attention = staticmethod(paged_attention)

@@ -1,8 +1,8 @@
 """Paged attention in Triton: the GPU path.
 
-Keys and values are stored by one kernel and read by two: `decode_attention_triton` takes the rows
-with one new token, `prefill_attention_triton` the others. Grids follow from shapes alone and
-nothing is read back, so a captured call serves every length.
+One kernel stores keys and values and two read them: `decode_attention_triton` the rows with one new
+token, `prefill_attention_triton` the rows with more. Grids follow from shapes alone and nothing is
+read back, so that a captured call serves every length.
 """
 
 # Triton functions are typed by what they are called with.
@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from compiledllm.kernels.backend import AttentionBackend, AttentionForm, AttentionMetadata
 from compiledllm.kernels.decode_attention_triton import attend_single_tokens
 from compiledllm.kernels.prefill_attention_triton import attend_prompts
 
@@ -35,7 +36,7 @@ def _store_kernel(
 
 
 def store_kv(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
-    """See `attention.store_kv`. Slot -1 is sent to slot 0, which belongs to the null block."""
+    """See `attention.store_kv`. Slot -1 becomes slot 0, which belongs to the null block."""
     num_tokens, num_kv_heads, head_dim = key.shape
     if num_tokens == 0:
         return
@@ -55,19 +56,16 @@ def _is_packed(x: Tensor) -> bool:
 def paged_attention(
     query: Tensor,
     kv_cache: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    query_start_loc: Tensor,
-    scale: float,
-    sliding_window: int,
-    soft_cap: float,
-    sinks: Tensor | None = None,
-    most_programs: int | None = None,
+    attn: AttentionMetadata,
+    form: AttentionForm,
+    max_programs: int | None = None,
     fixed_order: bool = False,
 ) -> Tensor:
-    """See `attention.paged_attention`. most_programs: over which decode rows are split.
+    """See `attention.paged_attention`.
 
-    fixed_order: every token's sums in one order, whatever else is in the step; slower.
+    max_programs: the most programs over which the rows of one token are split; None: as many as
+    keep the GPU busy. fixed_order: sum over keys in an order that does not depend on other rows,
+    which is slower.
     """
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     num_tokens, num_heads, head_dim = query.shape
@@ -75,21 +73,28 @@ def paged_attention(
         return out
     query = query if _is_packed(query) else query.contiguous()
     _, _, block_size, num_kv_heads, _ = kv_cache.shape
-    some_tensor = query if sinks is None else sinks
-    tensors = query, kv_cache, block_tables, seq_lens, query_start_loc, some_tensor, out
+    _, block_tables, seq_lens, query_start_loc = attn
+    any_tensor = query if form.sinks is None else form.sinks
+    tensors = query, kv_cache, block_tables, seq_lens, query_start_loc, any_tensor, out
     scalars = (
-        *(scale, sliding_window, soft_cap),
+        *(form.scale, form.sliding_window, form.soft_cap),
         *(query.stride(0), block_tables.stride(0), kv_cache.stride(0)),
     )
     constants = {
         "GROUP": num_heads // num_kv_heads, "NUM_HEADS": num_heads, "HEAD_DIM": head_dim,
         "BLOCK_SIZE": block_size, "TOKEN_STRIDE": num_kv_heads * head_dim,
-        "HAS_WINDOW": sliding_window > 0, "HAS_SOFT_CAP": soft_cap > 0,
-        "HAS_SINKS": sinks is not None,
+        "HAS_WINDOW": form.sliding_window > 0, "HAS_SOFT_CAP": form.soft_cap > 0,
+        "HAS_SINKS": form.sinks is not None,
         "PADDED_DIM": max(16, triton.next_power_of_2(head_dim)),
     }  # fmt: skip
     if not fixed_order:
-        attend_single_tokens(tensors, scalars, constants, most_programs)
+        attend_single_tokens(tensors, scalars, constants, max_programs)
     if fixed_order or num_tokens >= len(block_tables):  # else no row has more than one token
         attend_prompts(tensors, scalars, constants, fixed_order)
     return out
+
+
+class TritonBackend(AttentionBackend):
+    head_dims = range(1, 257)
+    store_kv = staticmethod(store_kv)
+    paged_attention = staticmethod(paged_attention)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compiledllm.kernels.attention import AttentionMetadata
+from compiledllm.kernels.backend import AttentionMetadata
 
 
 class DecodeInputs(NamedTuple):

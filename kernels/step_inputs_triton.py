@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from compiledllm.kernels.attention import AttentionMetadata
+from compiledllm.kernels.backend import AttentionMetadata
 from compiledllm.kernels.step_inputs import DecodeInputs, MixedInputs
 
 _CHUNK = 1024  # entries of a block table, for one program

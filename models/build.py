@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import cast
 
 from compiledllm.config import ConfigError
+from compiledllm.kernels.backend import AttentionBackend
 from compiledllm.models.checkpoint import files_by_tensor, weight_files
 from compiledllm.models.decoder import Decoder
 from compiledllm.models.spec import ModelSpec
@@ -14,7 +15,9 @@ from compiledllm.models.weights import fill_with_random_weights, load_weights
 _LEAST_BYTES = 0.5  # of a parameter in any format
 
 
-def build_model(spec: ModelSpec, backend: str, checkpoint: Path, dummy_seed: int | None) -> Decoder:
+def build_model(
+    spec: ModelSpec, backend: AttentionBackend, checkpoint: Path, dummy_seed: int | None
+) -> Decoder:
     """Build the model on torch's default device in torch's default dtype.
 
     dummy_seed: seed of random weights; None loads the checkpoint's. Raises ConfigError for weights

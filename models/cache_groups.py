@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from compiledllm.config import Choice
+from compiledllm.kernels.backend import AttentionBackend
 from compiledllm.models.spec import ModelSpec
 
 MAX_GROUPS = 8  # a step gathers block tables for each
@@ -79,6 +81,20 @@ def cache_groups(spec: ModelSpec, max_len: int) -> CacheGroups:
     costs = [_layers_times_tokens(groups, max_len) for groups in found]
     good = (g for g, cost in zip(found, costs, strict=True) if cost <= NEARLY * min(costs))
     return min(good, key=lambda groups: len(groups.windows))
+
+
+def choose_groups(
+    spec: ModelSpec, max_len: int, backend: AttentionBackend
+) -> tuple[CacheGroups, Choice]:
+    """Which layers of the model share block tables, and why."""
+    groups, reason = cache_groups(spec, max_len), "layers that see equally far share a block table"
+    if not backend.reads_groups:
+        groups, reason = whole_contexts(spec), f"{backend.name} reads whole contexts"
+    elif spec.implementation == "transformers":
+        groups, reason = whole_contexts(spec), "transformers' module is given one block table"
+    elif not has_one_kv_shape(spec):
+        reason = "one block table, as the layers' KV differ in shape"
+    return groups, Choice(groups, reason)
 
 
 def whole_contexts(spec: ModelSpec) -> CacheGroups:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compiledllm.kernels.attention import AttentionMetadata
+from compiledllm.kernels.backend import AttentionBackend, AttentionMetadata
 from compiledllm.kernels.linear import linear
 from compiledllm.models.layers.attention import PagedAttention
 from compiledllm.models.layers.linear import Linear, empty_parameter
@@ -41,7 +41,7 @@ class Ends(NamedTuple):
 class DecoderBlock(nn.Module):
     """x += due; x += attn(norm(x)); returns x, mlp(norm(x)): the last addition is still due."""
 
-    def __init__(self, spec: LayerSpec, backend: str) -> None:
+    def __init__(self, spec: LayerSpec, backend: AttentionBackend) -> None:
         super().__init__()
         self.spec = spec
 
@@ -118,9 +118,11 @@ class Decoder(nn.Module):
     edges = "enter", "leave"
     product: Callable[..., Tensor] = staticmethod(linear)
 
-    def __init__(self, spec: ModelSpec, backend: str) -> None:
+    def __init__(self, spec: ModelSpec, backend: AttentionBackend) -> None:
         super().__init__()
         self.spec = spec
+        self.backend = backend
+        self.takes_ends = backend.takes_ends
         self.embedding = empty_parameter(spec.vocab_size, spec.embedding_width)
         self.project_in = self.project_out = None
         if size := spec.embedding_size:
@@ -141,7 +143,6 @@ class Decoder(nn.Module):
         self.block_forward: BlockForward = DecoderBlock.forward
         self.enter: Callable[..., Entered] = _enter
         self.leave: Callable[..., Tensor] = _leave
-        self.takes_ends = backend != "fixed_order"
 
     def forward(
         self,

@@ -6,20 +6,18 @@ from torch import nn
 
 from compiledllm.config import ConfigError
 from compiledllm.models.decoder import Decoder
-from compiledllm.models.layers.attention import is_fused
+from compiledllm.models.layers.attention import can_fuse
 from compiledllm.models.layers.linear import Linear
 from compiledllm.models.layers.norm import RMSNorm
 from compiledllm.models.spec import MlpSpec
-
-FIXED_ORDER_BACKEND = "fixed_order"
 
 
 def make_deterministic(model: Decoder) -> None:
     """Replace products and norms by those of `kernels.fixed_order_triton`.
 
-    The model must have been built with `FIXED_ORDER_BACKEND` and must not be compiled: the compiler
-    chooses its own sums for each number of tokens. Everything else works element by element. Raises
-    ConfigError for a model with other norms.
+    The model's attention must be `FixedOrderBackend`, and the model must not be compiled, as the
+    compiler chooses its own sums for each number of tokens. Everything else works element by
+    element. Raises ConfigError for a model with other norms, experts or positions.
     """
     _check(model)
     from compiledllm.kernels.fixed_order_triton import linear, rms_norm
@@ -38,7 +36,7 @@ def _check(model: Decoder) -> None:
     norms = [layer.norm for layer in model.spec.layers] + [model.spec.final_norm]
     is_rms = all(norm.kind == "rms" for norm in norms)
     is_dense = all(isinstance(layer.mlp, MlpSpec) for layer in model.spec.layers)
-    if not (is_rms and is_dense and all(is_fused(layer.attn) for layer in model.spec.layers)):
+    if not (is_rms and is_dense and all(can_fuse(layer.attn) for layer in model.spec.layers)):
         raise ConfigError(
             f"deterministic=True is not supported for {model.spec.architecture}: only dense MLPs, "
             "RMSNorm, and positions by rotating halves of each head, have kernels of one order; "

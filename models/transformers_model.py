@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from compiledllm.config import ConfigError
 from compiledllm.kernels.attention import (
-    AttentionMetadata,
+    REFERENCE,
     kv_cache_shape,
+    make_backend,
     paged_attention,
     store_kv,
 )
+from compiledllm.kernels.backend import AttentionBackend, AttentionForm, AttentionMetadata
 from compiledllm.models.checkpoint import INDEX, is_derived, weight_files
 from compiledllm.models.decoder import Decoder
 from compiledllm.models.spec import AttentionSpec, ModelSpec
@@ -38,7 +40,7 @@ class _Paged(NamedTuple):
     kv_caches: list[Tensor]
     attn: AttentionMetadata
     specs: tuple[AttentionSpec, ...]
-    backend: str
+    backend: AttentionBackend
 
 
 def _attend(
@@ -57,16 +59,15 @@ def _attend(
     kv_cache, spec, backend = paged.kv_caches[index], paged.specs[index], paged.backend
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     store_kv(k, v, kv_cache, paged.attn.slot_mapping, backend)
-    out = paged_attention(
-        q, kv_cache, paged.attn, spec.scale, backend, spec.sliding_window, spec.soft_cap, s_aux
-    )
+    form = AttentionForm(spec.scale, spec.sliding_window, spec.soft_cap, s_aux)
+    out = paged_attention(q, kv_cache, paged.attn, form, backend)
     return out.unsqueeze(0), None
 
 
 class _Body(nn.Module):
     """All but the output head."""
 
-    def __init__(self, base: nn.Module, spec: ModelSpec, backend: str) -> None:
+    def __init__(self, base: nn.Module, spec: ModelSpec, backend: AttentionBackend) -> None:
         super().__init__()
         self.base = base
         self.spec = spec.architecture  # equal ones share what is compiled; there is one
@@ -116,9 +117,10 @@ class TransformersModel(nn.Module):
 
     edges = ()
 
-    def __init__(self, spec: ModelSpec, backend: str, module: Any) -> None:
+    def __init__(self, spec: ModelSpec, backend: AttentionBackend, module: Any) -> None:
         super().__init__()
         self.spec = spec
+        self.backend = backend
         self.body = _Body(module.base_model, spec, backend)
         setattr(module, module.base_model_prefix, _Given())
         self.head = module
@@ -142,7 +144,7 @@ class TransformersModel(nn.Module):
 
 
 def build_transformers_model(
-    spec: ModelSpec, backend: str, checkpoint: Path, dummy_seed: int | None
+    spec: ModelSpec, backend: AttentionBackend, checkpoint: Path, dummy_seed: int | None
 ) -> TransformersModel:
     """With the checkpoint's weights, or random ones of this seed.
 
@@ -237,7 +239,7 @@ def _check_rows_are_apart(model: TransformersModel) -> None:
     are not ours. Two requests change places, and one of them comes in two pieces.
     """
     (first, second), spec = map(len, _ROWS), model.spec
-    run = _TwoRows(_Body(model.body.base, spec, "torch"), spec)
+    run = _TwoRows(_Body(model.body.base, spec, make_backend(REFERENCE)), spec)
     wanted = torch.cat(run((0, 0, first), (1, 0, second)))
     beginning, whole = run((1, 0, 4), (0, 0, first))
     (rest,) = run((1, 4, second))

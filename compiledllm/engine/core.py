@@ -20,14 +20,15 @@ from compiledllm.engine.served_model import ServedModel
 from compiledllm.graphs.buckets import StepShape, step_shapes
 from compiledllm.log import log
 from compiledllm.models.build import build_model
+from compiledllm.models.cache_groups import choose_groups
 from compiledllm.models.decoder import Decoder
-from compiledllm.models.deterministic import FIXED_ORDER_BACKEND, make_deterministic
+from compiledllm.models.deterministic import make_deterministic
 from compiledllm.models.registry import load_spec
 from compiledllm.models.source import resolve_checkpoint
 from compiledllm.models.spec import ModelSpec
 from compiledllm.outputs import FinishReason
 from compiledllm.platform import Platform, is_fatal
-from compiledllm.runner.attention import settle_backend, settle_groups
+from compiledllm.runner.choose_backend import choose_backend
 from compiledllm.runner.kv_cache import allocate_kv_caches, block_bytes, plan_num_blocks
 from compiledllm.runner.memory import (
     check_gpu_is_free,
@@ -179,24 +180,22 @@ class EngineCore:
         max_len, max_seqs = config.model.max_model_len, config.scheduler.max_num_seqs
         assert max_len is not None and max_seqs is not None
         block_size = config.cache.block_size
-        self.choices["attention_backend"], self._planner = settle_backend(
-            self._preferred_attention(),
+        preferred = self.platform.choose_attention_backend(
+            config.compile.attention_backend, config.compile.deterministic
+        )
+        self.choices["attention_backend"], self._backend = choose_backend(
+            preferred,
             self.spec,
             self.dtype,
             block_size,
             max_pages=(max_seqs + 1) * -(-max_len // block_size),
             device=self.platform.device,
         )
-        if self._planner is not None:  # its buffers on the host hold one step's plan
-            self.choices["async_scheduling"] = Choice(False, "flashinfer plans step by step")
+        if not self._backend.runs_ahead:
+            reason = f"{self._backend.name} plans step by step"
+            self.choices["async_scheduling"] = Choice(False, reason)
             self.config = config.replace(async_scheduling=False)
-        planned = self._planner is not None
-        self.groups, self.choices["kv_groups"] = settle_groups(self.spec, max_len, planned)
-
-    def _preferred_attention(self) -> Choice:
-        if self.config.compile.deterministic:
-            return Choice(FIXED_ORDER_BACKEND, "deterministic")
-        return self.platform.choose_attention_backend(self.config.compile.attention_backend)
+        self.groups, self.choices["kv_groups"] = choose_groups(self.spec, max_len, self._backend)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -211,7 +210,7 @@ class EngineCore:
                 is_dummy = self.config.model.load_format == "dummy"
                 model = build_model(
                     self.spec,
-                    str(self.choices["attention_backend"].value),
+                    self._backend,
                     self.model_path,
                     dummy_seed=self.config.model.seed if is_dummy else None,
                 )
@@ -247,7 +246,7 @@ class EngineCore:
                 "context: give the cache more room (num_kv_blocks, kv_cache_memory_bytes)"
             )
         max_blocks = -(-min(max_len, scheduler.kv.most_tokens) // block_size)
-        runner = ModelRunner(model, groups, caches, *sizes, max_blocks, self._planner)
+        runner = ModelRunner(model, groups, caches, *sizes, max_blocks)
         return runner, scheduler
 
     def _plan_memory(self, model: Decoder, max_num_seqs: int, max_tokens: int) -> int:
@@ -263,7 +262,6 @@ class EngineCore:
             self.platform,
             max_num_seqs,
             max_tokens,
-            self._planner,
         )
         share = config.cache.gpu_memory_utilization
         budget = plan_memory(
@@ -277,24 +275,23 @@ class EngineCore:
         return budget.in_use
 
     def _why_not_capture(self) -> str | None:
-        """What speaks against capturing steps, or None."""
+        """What prevents capturing steps, or None."""
         if not self.platform.is_cuda:
             return "CUDA graphs need a GPU"
         if self.config.compile.enforce_eager:
             return "enforce_eager"
-        if self.choices["attention_backend"].value == "torch":
-            return "attention_backend='torch' asks the host"
+        if not self._backend.captures:
+            return f"attention_backend='{self._backend.name}' asks the host"
         return None
 
     def _shapes_to_capture(self) -> list[StepShape]:
         if self._why_not_capture():
             return []
-        most_tokens = self.config.scheduler.max_num_batched_tokens
-        most_rows = self.config.compile.max_cudagraph_capture_size
-        assert most_tokens and most_rows
-        shapes = step_shapes(most_rows, most_tokens)
-        # FlashInfer's wrappers have to be made for a fixed number of tokens: too many to keep.
-        return [shape for shape in shapes if shape.is_decode or self._planner is None]
+        max_tokens = self.config.scheduler.max_num_batched_tokens
+        max_rows = self.config.compile.max_cudagraph_capture_size
+        assert max_tokens and max_rows
+        shapes = step_shapes(max_rows, max_tokens)
+        return [shape for shape in shapes if shape.is_decode or self._backend.captures_prompts]
 
     def _start_compiler(self) -> None:
         started = time.perf_counter()
@@ -320,7 +317,7 @@ class EngineCore:
         self.startup_s["compile"] = time.perf_counter() - started
 
     def _capture(self) -> None:
-        """Capture steps, where there is a GPU and the attention allows it."""
+        """Capture steps, if there is a GPU and the attention backend allows it."""
         obstacle = self._why_not_capture()
         if obstacle:
             self.choices["capture"] = Choice("nothing", obstacle)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from compiledllm.graphs.buckets import StepShape
-from compiledllm.kernels.attention import AttentionMetadata
+from compiledllm.kernels.backend import AttentionMetadata
 from compiledllm.kernels.step_inputs import (
     decode_inputs,
     metadata_of_ends,

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 
 from compiledllm.config import ConfigError
-from compiledllm.kernels.paged_attention_flashinfer import Planner
 from compiledllm.models.cache_groups import CacheGroups
 from compiledllm.models.decoder import Decoder
 from compiledllm.platform import Platform
@@ -74,7 +73,6 @@ def measure_activations(
     platform: Platform,
     max_num_seqs: int,
     max_num_batched_tokens: int,
-    planner: Planner | None,
 ) -> int:
     """Peak bytes of the largest step, uncompiled, beside weights and KV: seen on a one-block cache.
 
@@ -83,7 +81,7 @@ def measure_activations(
     device = platform.device
     kv_caches = allocate_kv_caches(model.spec, groups, 1, block_size, dtype, device)
     sizes = block_size, max_num_seqs, max_num_batched_tokens
-    probe = ModelRunner(model, groups, kv_caches, *sizes, max_blocks=1, planner=planner)
+    probe = ModelRunner(model, groups, kv_caches, *sizes, max_blocks=1)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

@@ -12,13 +12,11 @@ from torch import Tensor
 from compiledllm.graphs.buckets import StepShape
 from compiledllm.graphs.compile import BlockCompiler, variants_for
 from compiledllm.graphs.cuda_graphs import StepGraphs
-from compiledllm.kernels.paged_attention_flashinfer import Planner
 from compiledllm.kernels.sampling import draw_tokens
 from compiledllm.kernels.step_inputs import advance
 from compiledllm.models.cache_groups import CacheGroups
 from compiledllm.models.decoder import Decoder, Ends
 from compiledllm.platform import single_row_products
-from compiledllm.runner.attention import pages_of
 from compiledllm.runner.device import to_device
 from compiledllm.runner.input_batch import InputBatch, StepLayout, padding_inputs
 from compiledllm.runner.pending import (
@@ -38,9 +36,8 @@ _LEAST_FOR_ENDS = 1024  # tokens of a step, below which the last block is as che
 class ModelRunner:
     """Owns the device: the model, its KV caches and the request rows.
 
-    groups: which layers share block tables. kv_caches: of each layer. max_tokens: most tokens of a
-    step. max_blocks: width of the block tables, in blocks. planner: told of each step before it
-    runs.
+    groups: which layers share block tables. kv_caches: one for each layer. max_tokens: the most
+    tokens of a step. max_blocks: width of the block tables, in blocks.
     """
 
     def __init__(
@@ -52,12 +49,10 @@ class ModelRunner:
         max_num_seqs: int,
         max_tokens: int,
         max_blocks: int,
-        planner: Planner | None = None,
     ) -> None:
         self.model = model
         self._group_of_layer = [place.group for place in groups.places]
-        self.planner = planner
-        self._takes_ends = model.takes_ends and planner is None  # it plans whole steps
+        self._backend = model.backend
         self.kv_caches = kv_caches
         self.block_size = block_size
         self.device = kv_caches[0].device
@@ -137,7 +132,7 @@ class ModelRunner:
     def _forward_samples(self, batch: InputBatch) -> Tensor:
         """Hidden states of the tokens that are followed by a draw, [samples, hidden]."""
         num_tokens, num_samples = len(batch.input_ids), len(batch.logits_indices)
-        if num_tokens >= max(_LEAST_FOR_ENDS, 4 * num_samples) and self._takes_ends:
+        if num_tokens >= max(_LEAST_FOR_ENDS, 4 * num_samples) and self.model.takes_ends:
             ends = batch.ends(self.table, self._group_of_layer[-1], self.block_size)
             return self.forward(batch, ends)
         hidden = self.forward(batch)
@@ -195,16 +190,9 @@ class ModelRunner:
             kv_cache[:, index] = 0
 
     def _plan(self, layout: StepLayout, rows: np.ndarray, graph: StepShape | None = None) -> None:
-        """Tell the attention of a step, where it wants to know.
-
-        rows: request rows of the layout, and then of padding: one token each.
-        """
-        if self.planner is not None:
-            padding = np.ones(len(rows) - len(layout.rows), np.int64)
-            counts = np.append(layout.counts, padding)
-            lengths = np.append(layout.computed, padding * 0) + counts
-            pages = pages_of(self.table, rows, lengths, self.block_size)
-            self.planner.plan(counts, lengths, pages, graph)
+        """rows: the request rows of the layout, and behind them the rows of padding."""
+        tables = self.table.block_tables
+        self._backend.plan(rows, layout.computed, layout.counts, tables, graph)
 
     # -- captured steps ------------------------------------------------------------------------
 
@@ -246,8 +234,7 @@ class ModelRunner:
     def _captured_step(self, shape: StepShape, inputs: Tensor) -> Tensor:
         """The whole step, from the rows' state before to their state after it."""
         table = self.table
-        if self.planner is not None:
-            self.planner.select(shape)
+        self._backend.select(shape)
         if shape.is_decode:
             batch = InputBatch.decode(inputs, table, self.block_size)
         else:

@@ -7,12 +7,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from compiledllm.kernels.attention import (
-    AttentionMetadata,
-    paged_attention,
-    rotate_and_store,
-    store_kv,
-)
+from compiledllm.kernels.attention import paged_attention, rotate_and_store, store_kv
+from compiledllm.kernels.backend import AttentionBackend, AttentionForm, AttentionMetadata
 from compiledllm.models.layers.linear import Linear, empty_parameter
 from compiledllm.models.layers.norm import RMSNorm, make_norm
 from compiledllm.models.layers.rope import apply_rope
@@ -24,10 +20,11 @@ _Norms = tuple[RMSNorm | None, RMSNorm | None]
 class PagedAttention(nn.Module):
     """Grouped-query attention: project, normalise, rotate, store keys and values, attend."""
 
-    def __init__(self, hidden_size: int, spec: AttentionSpec, backend: str) -> None:
+    def __init__(self, hidden_size: int, spec: AttentionSpec, backend: AttentionBackend) -> None:
         super().__init__()
         self.spec = spec
         self.backend = backend
+        self.is_fused = backend.fuses_rotation and can_fuse(spec)
         qkv_parts = {"q": spec.q_size, "k": spec.kv_size, "v": spec.kv_size}
         self.qkv = Linear(hidden_size, qkv_parts, spec.qkv_bias)
         self.q_norm = self.k_norm = None
@@ -40,43 +37,32 @@ class PagedAttention(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: Tensor, attn: AttentionMetadata
     ) -> Tensor:
+        """x [tokens, hidden] -> [tokens, hidden]. cos, sin: [tokens, 1, rotary_dim]."""
         spec = self.spec
         qkv: Tensor = self.qkv(x)
-        if self._is_fused:
+        if self.is_fused:
             slots = attn.slot_mapping
             q = self._rotate_and_store(qkv, cos, sin, kv_cache, slots, spec.num_heads)
         else:
             q, k, v = torch.split(qkv, [spec.q_size, spec.kv_size, spec.kv_size], dim=-1)
             q = self._rotate(q, self.q_norm, cos, sin)
             self._rotate_then_store(k, v, cos, sin, kv_cache, attn.slot_mapping)
-        context = paged_attention(
-            q,
-            kv_cache,
-            attn,
-            spec.scale,
-            self.backend,
-            spec.sliding_window,
-            spec.soft_cap,
-            self.sinks,
-        )
+        form = AttentionForm(spec.scale, spec.sliding_window, spec.soft_cap, self.sinks)
+        context = paged_attention(q, kv_cache, attn, form, self.backend)
         out: Tensor = self.out(context.view(-1, spec.q_size))
         return out
 
     def store(
         self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
-        """Only the keys and values of x [tokens, hidden]: no queries, nothing attended."""
+        """Store the keys and values of x [tokens, hidden], without queries and attention."""
         weight, bias, first = self.qkv.weight, self.qkv.bias, self.spec.q_size
         kv = self.qkv.product(x, weight[first:], None if bias is None else bias[first:])
-        if self._is_fused:
+        if self.is_fused:
             self._rotate_and_store(kv, cos, sin, kv_cache, slot_mapping, num_heads=0)
         else:
             k, v = kv.chunk(2, dim=-1)
             self._rotate_then_store(k, v, cos, sin, kv_cache, slot_mapping)
-
-    @property
-    def _is_fused(self) -> bool:
-        return self.backend != "torch" and is_fused(self.spec)
 
     def _rotate_and_store(
         self,
@@ -87,7 +73,7 @@ class PagedAttention(nn.Module):
         slot_mapping: Tensor,
         num_heads: int,
     ) -> Tensor:
-        """In one kernel. Queries [tokens, num_heads, head_dim]."""
+        """Normalise, rotate and store in one kernel. Returns [tokens, num_heads, head_dim]."""
         q_norm, k_norm = cast("_Norms", (self.q_norm, self.k_norm))
         return rotate_and_store(
             qkv,
@@ -110,12 +96,12 @@ class PagedAttention(nn.Module):
         kv_cache: Tensor,
         slot_mapping: Tensor,
     ) -> None:
-        """In plain torch, for the compiler to fuse. k, v: [tokens, kv_size]."""
+        """Rotate in plain torch, which the compiler fuses, then store. k, v: [tokens, kv_size]."""
         k = self._rotate(k, self.k_norm, cos, sin)
         store_kv(k, v.view(k.shape), kv_cache, slot_mapping, self.backend)
 
     def _rotate(self, part: Tensor, norm: nn.Module | None, cos: Tensor, sin: Tensor) -> Tensor:
-        """Queries or keys [tokens, heads * head_dim], normalised: [tokens, heads, head_dim]."""
+        """Normalise and rotate [tokens, heads * head_dim]: [tokens, heads, head_dim]."""
         spec = self.spec
         if norm is not None and spec.qk_norm_over == "whole":
             part = norm(part)
@@ -125,8 +111,8 @@ class PagedAttention(nn.Module):
         return apply_rope(part, cos, sin, spec.rope.interleaved) if spec.rope.rotary_dim else part
 
 
-def is_fused(spec: AttentionSpec) -> bool:
-    """Whether one kernel does it all between the products and attention: norm, rotate, store."""
+def can_fuse(spec: AttentionSpec) -> bool:
+    """Whether `rotate_and_store` computes all that lies between the qkv product and attention."""
     norm, rope = spec.qk_norm, spec.rope
     is_plain_norm = norm is None or (norm.kind == "rms" and spec.qk_norm_over == "head")
     return is_plain_norm and rope.rotary_dim > 0 and not rope.interleaved

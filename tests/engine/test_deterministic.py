@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from compiledllm import ConfigError, Engine, SamplingParams
+from compiledllm.kernels.attention import make_backend
 from compiledllm.models.decoder import Decoder
 from compiledllm.models.deterministic import make_deterministic
 from compiledllm.models.registry import load_spec
@@ -100,6 +101,6 @@ def test_models_without_such_kernels_are_refused(
     family: str, tiny_model: Callable[..., Path]
 ) -> None:
     changes = {"no_rope_layers": [1, 0, 1], "pad_token_id": 0} if family == "smollm3" else {}
-    model = Decoder(load_spec(tiny_model(family, **changes)), "torch")
+    model = Decoder(load_spec(tiny_model(family, **changes)), make_backend("torch"))
     with pytest.raises(ConfigError, match="deterministic=True is not supported for"):
         make_deterministic(model)

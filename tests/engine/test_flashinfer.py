@@ -16,9 +16,10 @@ from torch import Tensor
 from compiledllm import Engine, SamplingParams
 from compiledllm.config import Choice
 from compiledllm.kernels import paged_attention_torch as oracle
+from compiledllm.kernels.backend import AttentionForm, AttentionMetadata
 from compiledllm.models.registry import load_spec
 from compiledllm.platform import Platform
-from compiledllm.runner.attention import settle_backend
+from compiledllm.runner.choose_backend import choose_backend
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 SHAPE = {"hidden_size": 128, "head_dim": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
@@ -45,13 +46,10 @@ class OracleWrapper:
         options = self._options
         assert query.shape[1:] == (options["num_qo_heads"], options["head_dim_qk"])
         window, cap = options["window_left"] + 1, options["logits_soft_cap"]
-        both = torch.stack(kv_cache)
-        scale = options["sm_scale"]
-        out.copy_(
-            oracle.paged_attention(
-                query, both, self._tables, self._lengths, self._starts, scale, window, cap
-            )
-        )
+        form = AttentionForm(options["sm_scale"], window, cap)
+        slots = torch.empty(0)
+        attn = AttentionMetadata(slots, self._tables, self._lengths, self._starts)
+        out.copy_(oracle.paged_attention(query, torch.stack(kv_cache), attn, form))
 
 
 @pytest.fixture
@@ -125,10 +123,10 @@ def test_steps_are_not_launched_ahead_of_their_plan(
 
 
 def settle(model: Path, name: str, dtype: torch.dtype = torch.float16) -> Choice:
-    choice, planner = settle_backend(
+    choice, backend = choose_backend(
         Choice(name, "as asked"), load_spec(model), dtype, 16, 64, torch.device("cpu")
     )
-    assert (planner is not None) == (choice.value == "flashinfer")
+    assert backend.name == choice.value
     return choice
 
 

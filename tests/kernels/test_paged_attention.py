@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from compiledllm.kernels.attention import (
-    AttentionMetadata,
     kv_cache_shape,
+    make_backend,
     paged_attention,
     store_kv,
 )
+from compiledllm.kernels.backend import AttentionForm, AttentionMetadata
 
 BACKENDS = ["torch", "triton", "fixed_order"]
 CUDA = torch.cuda.is_available()
@@ -77,7 +78,7 @@ def make_step(case: Case, backend: str = "torch", seed: int = 0) -> Step:
         values.append(torch.randn(context, num_kv_heads, case.head_dim).to(dtype))
         positions = torch.arange(context)
         slots = block_tables[row].long()[positions // size] * size + positions % size
-        store_kv(keys[-1], values[-1], kv_cache, slots, backend)
+        store_kv(keys[-1], values[-1], kv_cache, slots, make_backend(backend))
     query_lengths = torch.tensor([length for length, _ in case.rows])
     attn = AttentionMetadata(
         slot_mapping=torch.full((int(query_lengths.sum()),), -1),
@@ -120,16 +121,8 @@ def reference(case: Case, step: Step) -> Tensor:
 
 
 def run(case: Case, step: Step, backend: str) -> Tensor:
-    return paged_attention(
-        step.query,
-        step.kv_cache,
-        step.attn,
-        scale_of(case),
-        backend,
-        case.sliding_window,
-        case.soft_cap,
-        step.sinks,
-    )
+    form = AttentionForm(scale_of(case), case.sliding_window, case.soft_cap, step.sinks)
+    return paged_attention(step.query, step.kv_cache, step.attn, form, make_backend(backend))
 
 
 def check(case: Case, backend: str) -> None:
@@ -360,7 +353,7 @@ def test_stored_keys_and_values_land_in_their_slots_and_nowhere_else(
     kv_cache = torch.full(kv_cache_shape(5, 16, 2, 8), GARBAGE, dtype=dtype)
     key, value = torch.randn(2, 6, 2, 8).to(dtype)
     slots = torch.tensor([79, 16, 40, 41, 17, 63])
-    store_kv(key, value, kv_cache, slots, backend)
+    store_kv(key, value, kv_cache, slots, make_backend(backend))
     expected = torch.full((2, 5 * 16, 2, 8), GARBAGE, dtype=dtype)
     for token, slot in enumerate(slots.tolist()):
         expected[0, slot], expected[1, slot] = key[token], value[token]
@@ -370,7 +363,7 @@ def test_stored_keys_and_values_land_in_their_slots_and_nowhere_else(
 def test_slot_minus_one_touches_the_null_block_only(backend: str) -> None:
     kv_cache = torch.zeros(kv_cache_shape(4, 16, 2, 8))
     key, value = torch.randn(2, 5, 2, 8)
-    store_kv(key, value, kv_cache, torch.tensor([-1, 33, -1, -1, 20]), backend)
+    store_kv(key, value, kv_cache, torch.tensor([-1, 33, -1, -1, 20]), make_backend(backend))
     slots = kv_cache.view(2, -1, 2, 8)
     assert torch.equal(slots[:, 33], torch.stack((key[1], value[1])))
     assert torch.equal(slots[:, 20], torch.stack((key[4], value[4])))
@@ -384,8 +377,10 @@ def test_keys_and_values_may_be_slices_of_a_wider_tensor(backend: str) -> None:
     wide = torch.randn(4, 6, 8)
     slots = torch.tensor([16, 17, 34, 18])
     caches = [torch.zeros(kv_cache_shape(3, 16, 2, 8)) for _ in range(2)]
-    store_kv(wide[:, 2:4], wide[:, 4:], caches[0], slots, backend)
-    store_kv(wide[:, 2:4].contiguous(), wide[:, 4:].contiguous(), caches[1], slots, backend)
+    store_kv(wide[:, 2:4], wide[:, 4:], caches[0], slots, make_backend(backend))
+    store_kv(
+        wide[:, 2:4].contiguous(), wide[:, 4:].contiguous(), caches[1], slots, make_backend(backend)
+    )
     assert torch.equal(*caches)
 
 
@@ -401,8 +396,8 @@ def test_paged_attention_is_a_sound_operator(
     rows_of_case = [row for row in ROWS[rows](16) if row != (1, 1)]
     case = Case(rows_of_case, heads=heads, has_sinks=has_sinks)
     step = make_step(case, backend)
-    _, *metadata = step.attn
-    arguments = (step.query, step.kv_cache, *metadata, 0.125, 0, soft_cap, step.sinks, backend)
+    form = AttentionForm(0.125, 0, soft_cap, step.sinks)
+    arguments = (step.query, step.kv_cache, *step.attn, *form, backend)
     check_operator(torch.ops.compiledllm.paged_attention.default, arguments)
 
 
@@ -427,9 +422,11 @@ def test_compiled_step_stores_before_it_reads(backend: str) -> None:
     blocks = step.attn.block_tables[0, 0].long()
     attn = step.attn._replace(slot_mapping=blocks * 16 + torch.arange(4))
 
+    form, there = AttentionForm(scale_of(case)), make_backend(backend)
+
     def forward(query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor) -> Tensor:
-        store_kv(key, value, kv_cache, attn.slot_mapping, backend)
-        return paged_attention(query + 0.0, kv_cache, attn, scale_of(case), backend) * 1.0
+        store_kv(key, value, kv_cache, attn.slot_mapping, there)
+        return paged_attention(query + 0.0, kv_cache, attn, form, there) * 1.0
 
     caches = [step.kv_cache.clone() for _ in range(2)]
     compiled = torch.compile(forward, backend="aot_eager", fullgraph=True)

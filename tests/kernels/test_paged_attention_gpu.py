@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from compiledllm.kernels import paged_attention_torch as oracle
-from compiledllm.kernels.attention import load_backend
+from compiledllm.kernels.backend import AttentionForm, AttentionMetadata
+from compiledllm.kernels.paged_attention_triton import paged_attention
 from compiledllm.kernels.prefill_attention_triton import prefill_tiling
 
 pytestmark = pytest.mark.gpu
 
 HEADS = {"mha": (4, 4), "gqa": (8, 2), "gqa7": (14, 2), "mqa": (8, 1)}
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-Step = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # as paged_attention takes it
+Step = tuple[Tensor, Tensor, AttentionMetadata]  # as paged_attention takes it
+FORM = AttentionForm(0.1)
 
 
 def lengths(size: int) -> list[int]:
@@ -54,7 +56,8 @@ def make_step(
     query = torch.randn(int(counts.sum()), num_heads, head_dim, dtype=dtype, device="cuda")
     starts = torch.cat((torch.zeros(1), counts.cumsum(0))).int().cuda()
     seq_lens = torch.tensor([context for _, context in rows], dtype=torch.int32).cuda()
-    return query, kv_cache, tables.cuda(), seq_lens, starts
+    slots = torch.full((len(query),), -1).cuda()
+    return query, kv_cache, AttentionMetadata(slots, tables.cuda(), seq_lens, starts)
 
 
 def assert_equals_oracle(
@@ -64,11 +67,11 @@ def assert_equals_oracle(
     soft_cap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> None:
-    query, kv_cache, *rest = step
-    bends = window, soft_cap, sinks
-    out = load_backend("triton").paged_attention(*step, scale, *bends)
+    query, kv_cache, attn = step
+    form = AttentionForm(scale, window, soft_cap, sinks)
+    out = paged_attention(*step, form)
     wide = kv_cache.float().nan_to_num(0.0)  # the oracle multiplies masked slots by zero
-    expected = oracle.paged_attention(query.float(), wide, *rest, scale, *bends)
+    expected = oracle.paged_attention(query.float(), wide, attn, form)
     tolerance = TOLERANCE[query.dtype]
     torch.testing.assert_close(out.float(), expected, atol=tolerance, rtol=tolerance)
 
@@ -104,30 +107,28 @@ def test_many_queries_in_larger_programs(head_dim: int, heads: str, dtype: torch
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_equal_inputs_give_equal_bits(dtype: torch.dtype) -> None:
-    attention = load_backend("triton").paged_attention
     for rows in ROWS.values():
         step = make_step(rows, 128, "gqa", 16, dtype)
-        first = attention(*step, 0.1, 0, 0.0)
+        first = paged_attention(*step, FORM)
         for _ in range(20):
-            assert torch.equal(attention(*step, 0.1, 0, 0.0), first)
+            assert torch.equal(paged_attention(*step, FORM), first)
 
 
 @pytest.mark.parametrize(("batch", "heads"), itertools.product((1, 7, 64), ("gqa", "mha")))
 def test_a_captured_decode_serves_every_length(batch: int, heads: str) -> None:
-    attention = load_backend("triton").paged_attention
     longest = [(1, 2000)] * batch + [(0, 0)]
     step = make_step(longest, 128, heads, 16, torch.bfloat16)
-    query, kv_cache, tables, seq_lens, starts = step
+    query, kv_cache, attn = step
     kv_cache.nan_to_num_(0.0)
-    attention(*step, 0.1, 0, 0.0)
+    paged_attention(*step, FORM)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = attention(*step, 0.1, 0, 0.0)
+        out = paged_attention(*step, FORM)
     for _ in range(10):
-        seq_lens[:batch] = torch.randint(1, 2001, (batch,), dtype=torch.int32, device="cuda")
+        attn.seq_lens[:batch] = torch.randint(1, 2001, (batch,), dtype=torch.int32, device="cuda")
         query.normal_()
         graph.replay()
         replayed = out.clone()
         out.fill_(float("nan"))
-        assert torch.equal(replayed, attention(*step, 0.1, 0, 0.0))
+        assert torch.equal(replayed, paged_attention(*step, FORM))
         assert_equals_oracle(step, 0.1)

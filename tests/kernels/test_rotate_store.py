@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compiledllm.kernels.attention import kv_cache_shape
+from compiledllm.kernels.attention import kv_cache_shape, make_backend
 from compiledllm.models.layers.attention import PagedAttention
 from compiledllm.models.layers.rope import RotaryTable
 from compiledllm.models.spec import AttentionSpec, NormSpec, RopeSpec
@@ -33,7 +33,7 @@ def test_fused_equals_layer_by_layer(
     norm = NormSpec(1e-6) if with_norm else None
     rope = RopeSpec(tuple(0.9**n for n in range(rotary_dim // 2)))
     spec = AttentionSpec(num_heads, num_kv_heads, head_dim, 1.0, rope, qk_norm=norm)
-    layer = PagedAttention(8, spec, "triton").to(DEVICE, dtype)
+    layer = PagedAttention(8, spec, make_backend("triton")).to(DEVICE, dtype)
     for parameter in layer.parameters():
         parameter.normal_(1.0, 0.3)
     num_tokens = 5
@@ -47,7 +47,7 @@ def test_fused_equals_layer_by_layer(
     fused = layer._rotate_and_store(qkv, cos, sin, caches[0], slots, num_heads)
     only_stored = qkv[:, num_heads * head_dim :]
     layer._rotate_and_store(only_stored, cos, sin, caches[1], slots, num_heads=0)
-    layer.backend = "torch"
+    layer.backend = make_backend("torch")
     q, k, v = qkv.split([spec.q_size, spec.kv_size, spec.kv_size], dim=-1)
     expected = layer._rotate(q, layer.q_norm, cos, sin)
     layer._rotate_then_store(k, v, cos, sin, caches[2], slots)

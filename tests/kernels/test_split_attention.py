@@ -11,6 +11,7 @@ import triton.language as tl
 
 from compiledllm.kernels import decode_attention_triton as kernels
 from compiledllm.kernels import paged_attention_torch as oracle
+from compiledllm.kernels.backend import AttentionForm, AttentionMetadata
 from compiledllm.kernels.paged_attention_triton import paged_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there in Triton's interpreter
@@ -109,13 +110,16 @@ def test_a_long_row_among_short_ones(has_sinks: bool, window: int) -> None:
     seq_lens = torch.tensor(lengths, dtype=torch.int32)
     starts = torch.arange(len(lengths) + 1, dtype=torch.int32)
     sinks = torch.randn(num_heads) if has_sinks else None
-    step = (query, kv_cache, tables, seq_lens, starts, 0.1, window, 0.0, sinks)
-    expected = oracle.paged_attention(*step)
-    on_device = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in step]
-    for most_programs in (1, 8, 40, 1000):
-        out = paged_attention(*on_device, most_programs=most_programs)
+    slots = torch.full((len(lengths),), -1)
+    attn = AttentionMetadata(slots, tables, seq_lens, starts)
+    expected = oracle.paged_attention(query, kv_cache, attn, AttentionForm(0.1, window, 0.0, sinks))
+    form = AttentionForm(0.1, window, 0.0, None if sinks is None else sinks.to(DEVICE))
+    there = AttentionMetadata(*(x.to(DEVICE) for x in attn))
+    on_device = query.to(DEVICE), kv_cache.to(DEVICE), there, form
+    for max_programs in (1, 8, 40, 1000):
+        out = paged_attention(*on_device, max_programs=max_programs)
         torch.testing.assert_close(out.cpu(), expected, atol=2e-5, rtol=2e-5)
-        again = paged_attention(*on_device, most_programs=most_programs)
+        again = paged_attention(*on_device, max_programs=max_programs)
         assert torch.equal(out, again)
     assert not kernels._arrivals(1, query.to(DEVICE).device).any()
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compiledllm.kernels import step_inputs_triton
-from compiledllm.kernels.attention import AttentionMetadata
+from compiledllm.kernels.backend import AttentionMetadata
 from compiledllm.kernels.step_inputs import (
     advance,
     decode_inputs,

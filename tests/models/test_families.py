@@ -14,7 +14,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from compiledllm import cli
 from compiledllm.config import ConfigError
-from compiledllm.kernels.attention import AttentionMetadata
+from compiledllm.kernels.attention import make_backend
+from compiledllm.kernels.backend import AttentionMetadata
 from compiledllm.models.cache_groups import whole_contexts
 from compiledllm.models.decoder import Decoder, Ends
 from compiledllm.models.registry import load_spec
@@ -189,7 +190,7 @@ NUM_TOKENS = 150
 
 
 def load(checkpoint: Path) -> Decoder:
-    model = Decoder(load_spec(checkpoint), "torch")
+    model = Decoder(load_spec(checkpoint), make_backend("torch"))
     load_weights(model, checkpoint)
     return model
 

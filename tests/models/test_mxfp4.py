@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from compiledllm.config import ConfigError
+from compiledllm.kernels.attention import make_backend
 from compiledllm.models.decoder import Decoder
 from compiledllm.models.mxfp4 import dequantize_mxfp4
 from compiledllm.models.registry import load_spec
@@ -31,7 +32,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 def load(checkpoint: Path, dtype: torch.dtype = torch.float32) -> Decoder:
     torch.set_default_dtype(dtype)
     try:
-        model = Decoder(load_spec(checkpoint), "torch")
+        model = Decoder(load_spec(checkpoint), make_backend("torch"))
     finally:
         torch.set_default_dtype(torch.float32)
     load_weights(model, checkpoint)

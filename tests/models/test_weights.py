@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compiledllm.config import ConfigError
+from compiledllm.kernels.attention import make_backend
 from compiledllm.models.decoder import Decoder
 from compiledllm.models.registry import load_spec
 from compiledllm.models.weights import fill_with_random_weights, load_weights
@@ -26,7 +27,7 @@ def checkpoint(tiny_llama: Callable[..., Path], tmp_path: Path) -> Path:
 
 
 def load(checkpoint: Path) -> Decoder:
-    model = Decoder(load_spec(checkpoint), "torch")
+    model = Decoder(load_spec(checkpoint), make_backend("torch"))
     load_weights(model, checkpoint)
     return model
 
@@ -128,7 +129,7 @@ def test_broken_config_is_named(checkpoint: Path, text: str) -> None:
 
 def test_dummy_weights_depend_on_the_seed_alone(checkpoint: Path) -> None:
     def fill(seed: int) -> list[torch.Tensor]:
-        model = Decoder(load_spec(checkpoint), "torch")
+        model = Decoder(load_spec(checkpoint), make_backend("torch"))
         fill_with_random_weights(model, seed)
         return list(model.parameters())
 
