@@ -1,7 +1,7 @@
 """Log probabilities of chosen tokens and of the most likely ones, without a table of all of them.
 
-On a GPU a few of them come from two Triton kernels that read the logits once. Elsewhere, and for
-many, plain torch does it a few rows at a time, so that what it needs beside the logits is bounded.
+On a GPU two Triton kernels find a few most likely tokens and read the logits once. Elsewhere, and
+for many, plain torch takes a few rows at a time, so that its workspace is bounded.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 WORKSPACE_BYTES = 128 * 2**20
-MOST_IN_TRITON = 32  # of the most likely tokens
+MAX_IN_TRITON = 32  # most likely tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
-    """Columns: the chosen token, the most likely ones in order, those asked for by id.
+    """Columns: the chosen token, the most likely tokens in order, tokens asked for by id.
 
-    packed: int32 [rows, 2 * columns + 1], token ids, the bits of their log probabilities, and the
-    chosen token's rank: one tensor, so that one copy brings all of it to the host.
+    packed: int32 [rows, 2 * columns + 1]: token ids, the bits of their log probabilities, and the
+    chosen token's rank. It is one tensor so that one copy brings everything to the host.
     """
 
     packed: Tensor
@@ -48,14 +48,14 @@ class Logprobs:
 def token_logprobs(
     logits: Tensor, rows: Tensor, chosen: Tensor, num_best: int, asked_for: Tensor
 ) -> Logprobs:
-    """Of `rows` of the logits.
+    """Log probabilities for `rows` of the logits.
 
-    logits: [any, vocab], any float dtype. rows, chosen: int64 [rows], which logits and which token
-    (a negative one counts as 0). num_best: of the most likely tokens. asked_for: int64 [rows, any],
-    further token ids.
+    logits: [at least rows, vocab], any float dtype. rows, chosen: int64 [rows], indices of logits
+    and the token chosen from each (a negative token counts as 0). num_best: how many of the most
+    likely tokens to add. asked_for: int64 [rows, any], further token ids.
     """
     pack, num_best = _pack, min(num_best, logits.shape[-1])
-    if logits.is_cuda and num_best <= MOST_IN_TRITON:
+    if logits.is_cuda and num_best <= MAX_IN_TRITON:
         from compiledllm.kernels.logprobs_triton import pack
     return Logprobs(pack(logits, rows, chosen, num_best, asked_for))
 
@@ -75,7 +75,7 @@ def _pack(logits: Tensor, rows: Tensor, chosen: Tensor, num_best: int, asked_for
 
 
 def _best_logits(logits: Tensor, chosen: Tensor, num_best: int) -> tuple[Tensor, ...]:
-    """Values and ids [rows, num_best] of the best, the logarithm of the mass, the chosen's rank."""
+    """Logits and ids of the best [rows, num_best], logsumexp [rows], ranks of `chosen` [rows]."""
     best = logits.topk(num_best, dim=-1)
     own = logits.gather(1, chosen[:, None])
     ranks = (logits > own).sum(-1) + 1

@@ -1,7 +1,7 @@
-"""What a step reads from the request rows before the model runs, and writes to them after it.
+"""What a step reads from the request rows before the model runs, and writes to them afterwards.
 
-On a GPU one Triton kernel for each, and for each group of layers, as a captured step pays for every
-launch. Elsewhere plain torch does the same.
+On a GPU one Triton kernel reads, for each group of layers, and one writes, as a captured step pays
+for every launch. Elsewhere plain torch does the same.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from compiledllm.kernels.backend import AttentionMetadata
 
 
 class DecodeInputs(NamedTuple):
-    """Of a step in which every row has one token, the one that was drawn last."""
+    """Inputs of a step in which every row has one token, the one that was drawn last."""
 
     input_ids: Tensor  # int64 [rows]
     positions: Tensor  # int64 [rows]
-    lengths: Tensor  # int64 [rows], of the contexts with these tokens
+    lengths: Tensor  # int64 [rows], context lengths including these tokens
     indices: Tensor  # int64 [rows], 0, 1, 2, ...
-    attn: list[AttentionMetadata]  # of each group of layers, with an empty row at the end
+    attn: list[AttentionMetadata]  # for each group of layers, with an empty row at the end
 
 
 class MixedInputs(NamedTuple):
-    """Of a step with any number of tokens of each row."""
+    """Inputs of a step in which rows have any number of tokens."""
 
     input_ids: Tensor  # int64 [tokens]
     positions: Tensor  # int64 [tokens]
-    attn: list[AttentionMetadata]  # of each group of layers, with an empty row at the end
+    attn: list[AttentionMetadata]  # for each group of layers, with an empty row at the end
 
 
 def decode_inputs(
@@ -40,10 +40,10 @@ def decode_inputs(
     block_tables: Tensor,
     block_size: int,
 ) -> DecodeInputs:
-    """Of some request rows, int64 [rows], from the state of all of them.
+    """Gather the inputs of `rows`, int64 [rows], from the state of all request rows.
 
     last_token_ids, num_computed_tokens: int64 [request rows]. block_tables: int32 [groups, request
-    rows, max_blocks]. Each group's slots and table are tensors of their own.
+    rows, max_blocks]. Each group's slots and table are tensors of their own, not views.
     """
     if rows.is_cuda:
         from compiledllm.kernels.step_inputs_triton import gather
@@ -68,12 +68,11 @@ def decode_inputs(
 def mixed_inputs(
     tokens: Tensor, rows: Tensor, last_token_ids: Tensor, block_tables: Tensor, block_size: int
 ) -> MixedInputs:
-    """Of tokens that lie flat, one row's after the other's.
+    """Inputs of tokens that lie flat, one row's after the other's.
 
-    tokens: int64 [3, tokens], of each its request row, position and id; a negative id stands for
-    the token that was drawn last. rows: int64 [3, rows], of each its request row, the length of its
-    context with these tokens, and how many tokens lie before its end. The others, and whose tensors
-    are whose, as in `decode_inputs`.
+    tokens: int64 [3, tokens]: request row, position and token id; a negative id stands for the
+    token that was drawn last. rows: int64 [3, rows]: request row, context length including these
+    tokens, and the number of tokens up to the row's end. Other parameters as in `decode_inputs`.
     """
     if rows.is_cuda:
         from compiledllm.kernels.step_inputs_triton import unpack
@@ -96,10 +95,10 @@ def mixed_inputs(
 def metadata_of_ends(
     rows: Tensor, lengths: Tensor, of_group: Tensor, block_size: int
 ) -> AttentionMetadata:
-    """Of one token for each of some rows, the last of its context, which is in the cache already.
+    """Metadata of one token per row, the last of the row's context, whose KV is stored already.
 
-    rows, lengths: int64 [rows], request rows and lengths of their contexts, at least 1. of_group:
-    int32 [request rows, max_blocks], the block tables of a group of layers.
+    rows, lengths: int64 [rows], request rows and their context lengths, at least 1. of_group: int32
+    [request rows, max_blocks], the block tables of a group of layers.
     """
     if rows.is_cuda:
         from compiledllm.kernels.step_inputs_triton import gather_ends
@@ -124,9 +123,10 @@ def advance(
 ) -> None:
     """Write a step's results to the request rows, of which the last is for padding.
 
-    rows, lengths: int64 [rows], how many tokens of which row are in the cache now; those of the
-    padding row stay 0, or it would outgrow its block table. sample_rows, drawn: int64 [rows], a
-    row's next token, 0 for a negative one. No row but that of padding appears twice.
+    rows, lengths: int64 [rows], request rows and their tokens in the cache from now on; the padding
+    row's stay 0, or the row would outgrow its block table. sample_rows, drawn: int64 [samples],
+    request rows and their next tokens; a negative token is written as 0. No row but the padding row
+    appears twice.
     """
     if rows.is_cuda:
         from compiledllm.kernels.step_inputs_triton import scatter
@@ -145,7 +145,7 @@ def one_token_each(rows: Tensor) -> Tensor:
 
 
 def slots_in(blocks: Tensor, positions: Tensor, block_size: int) -> Tensor:
-    """int64 [tokens]: where in the cache each token lies. blocks: its own."""
+    """int64 [tokens]: the slot of each token. blocks: [tokens], the block that holds the token."""
     return blocks.long() * block_size + positions % block_size
 
 

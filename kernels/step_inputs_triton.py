@@ -201,17 +201,20 @@ def _chunks(max_blocks: int) -> tuple[int, int]:
 
 
 @triton.jit(
-    do_not_specialize=["rows", "lengths", "sample_rows", "drawn", "num_rows", "padding_row"]
-)
+    do_not_specialize=[
+        "rows", "lengths", "sample_rows", "drawn", "num_rows", "num_samples", "padding_row",
+    ]
+)  # fmt: skip
 def _scatter_kernel(
-    rows, lengths, sample_rows, drawn, last_token_ids, num_computed_tokens, num_rows, padding_row,
-    ROWS: tl.constexpr,
+    rows, lengths, sample_rows, drawn, last_token_ids, num_computed_tokens, num_rows, num_samples,
+    padding_row, ROWS: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     exists = index < num_rows
     row = tl.load(rows + index, exists, other=0)
     length = tl.load(lengths + index, exists, other=0)
     tl.store(num_computed_tokens + row, tl.where(row == padding_row, 0, length), exists)
+    exists = index < num_samples
     row = tl.load(sample_rows + index, exists, other=0)
     token = tl.maximum(tl.load(drawn + index, exists, other=0), 0)
     tl.store(last_token_ids + row, token, exists & (row != padding_row))
@@ -226,9 +229,10 @@ def scatter(
     num_computed_tokens: Tensor,
 ) -> None:
     """See `step_inputs.advance`."""
-    num_rows = len(rows)
-    assert all(x.is_contiguous() and len(x) == num_rows for x in (lengths, sample_rows, drawn))
-    _scatter_kernel[(triton.cdiv(num_rows, _ROWS),)](
+    num_rows, num_samples = len(rows), len(sample_rows)
+    assert len(lengths) == num_rows and len(drawn) == num_samples
+    assert all(x.is_contiguous() for x in (rows, lengths, sample_rows, drawn))
+    _scatter_kernel[(triton.cdiv(max(num_rows, num_samples), _ROWS),)](
         rows, lengths, sample_rows, drawn, last_token_ids, num_computed_tokens, num_rows,
-        len(num_computed_tokens) - 1, ROWS=_ROWS,
+        num_samples, len(num_computed_tokens) - 1, ROWS=_ROWS,
     )  # fmt: skip

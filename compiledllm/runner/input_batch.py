@@ -1,7 +1,7 @@
-"""The tensors of one step, gathered from the scheduler's lines and the request rows.
+"""The tensors of one step, gathered from what the scheduler granted and from the request rows.
 
-`StepLayout` is the host's side: which tokens of which rows, as numpy arrays, packed into one array
-that goes to the device in one copy. `InputBatch` is the device's side.
+`StepLayout` is on the host: which tokens of which rows, as numpy arrays, packed into one array that
+goes to the device in one copy. `InputBatch` is what the device makes of that array.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from compiledllm.types import SchedulerOutput
 
 @dataclass(frozen=True, slots=True)
 class StepLayout:
-    """A step's lines as arrays, one element per request."""
+    """A step as arrays, one element for each request in it."""
 
     request_ids: list[str]
     rows: np.ndarray  # int64, request rows
     computed: np.ndarray  # int64, tokens whose KV is in the cache
     counts: np.ndarray  # int64, tokens of this step
-    samples: np.ndarray  # bool, whether its next token is drawn
+    samples: np.ndarray  # bool, whether the request's next token is drawn
 
     @classmethod
     def of(cls, step: SchedulerOutput, table: RequestTable) -> StepLayout:
@@ -54,12 +54,13 @@ class StepLayout:
 
     @property
     def is_decode(self) -> bool:
-        """Whether every request has one token, the one that was drawn last."""
+        """Whether every request has one token, the one that was drawn last, and samples."""
         return bool(self.samples.all()) and int(self.counts.max()) == 1
 
     @property
     def shape(self) -> StepShape:
-        return StepShape(int(self.counts.sum()), len(self.rows), is_decode=False)
+        """The step's size, without padding."""
+        return StepShape(int(self.counts.sum()), len(self.rows), self.is_decode)
 
     @property
     def sample_rows(self) -> np.ndarray:
@@ -78,14 +79,26 @@ class StepLayout:
             return self.request_ids
         return list(itertools.compress(self.request_ids, self.samples))
 
-    def pack(self, table: RequestTable, shape: StepShape) -> np.ndarray:
-        """int64 [packed_size(shape)], what `InputBatch.unpack` reads; padded with harmless values.
+    def inputs(self, table: RequestTable, shape: StepShape) -> np.ndarray:
+        """int64, what `InputBatch.of` reads for a step of this shape, padded with harmless values.
 
-        Padding tokens belong to the padding row and to no request; padding samples draw a token
-        for the padding row, at position 1: after something to attend to.
+        A decode step takes the request rows and nothing else.
         """
-        ends, total = np.cumsum(self.counts), int(self.counts.sum())
-        positions = np.arange(total) + np.repeat(self.computed - ends + self.counts, self.counts)
+        if not shape.is_decode:
+            return self.pack(table, shape)
+        rows = np.full(shape.num_rows, table.padding_row, np.int64)
+        rows[: len(self.rows)] = self.rows
+        return rows
+
+    def pack(self, table: RequestTable, shape: StepShape) -> np.ndarray:
+        """int64 [packed_size(shape)], what `InputBatch.unpack` reads, padded with harmless values.
+
+        Padding tokens belong to the padding row and to no request. Padding samples draw a token
+        for the padding row, at position 1, so that they have a position to attend to.
+        """
+        row_ends, total = np.cumsum(self.counts), int(self.counts.sum())
+        first_positions = self.computed - row_ends + self.counts
+        positions = np.arange(total) + np.repeat(first_positions, self.counts)
         packed = np.zeros(packed_size(shape), np.int64)
         tokens = packed[: 3 * shape.num_tokens].reshape(3, -1)
         tokens[0] = table.padding_row
@@ -97,10 +110,10 @@ class StepLayout:
         per_row = packed[3 * shape.num_tokens :].reshape(6, -1)
         per_row[0], per_row[2] = table.padding_row, total
         per_row[4], per_row[5] = table.padding_row, 1
-        per_row[:3, : len(self.rows)] = self.rows, self.computed + self.counts, ends
+        per_row[:3, : len(self.rows)] = self.rows, self.computed + self.counts, row_ends
         sample_rows = self.sample_rows
         per_row[3:, : len(sample_rows)] = (
-            ends[self.samples] - 1,
+            row_ends[self.samples] - 1,
             sample_rows,
             self.sample_positions,
         )
@@ -111,21 +124,14 @@ def packed_size(shape: StepShape) -> int:
     return 3 * shape.num_tokens + 6 * shape.num_rows
 
 
-def padding_inputs(shape: StepShape, table: RequestTable) -> np.ndarray:
-    """The inputs of a captured step, for padding alone: what a capture runs on."""
-    if shape.is_decode:
-        return np.full(shape.num_rows, table.padding_row, np.int64)
-    return StepLayout.empty().pack(table, shape)
-
-
 @dataclass(frozen=True, slots=True)
 class InputBatch:
     """A step's inputs. Tokens of all requests lie flat, one request after the other.
 
-    The metadata has one empty row more than there are requests: then a step has fewer tokens than
-    rows exactly if every request has one, which is how the kernels know a decode step, and there
-    are never fewer than two rows, on which torch.compile would specialise. For the same reason each
-    group of layers has tensors of its own, none a part of another.
+    The metadata has an empty row behind the rows of requests, for two reasons. Kernels recognise a
+    decode step by its having fewer tokens than rows, which is so exactly if every request has one
+    token. And torch.compile would specialise on a single row. Each group of layers has tensors of
+    its own, none a view of another's, since torch.compile would specialise on that, too.
     """
 
     input_ids: Tensor  # int64 [tokens]
@@ -133,9 +139,23 @@ class InputBatch:
     attn: list[AttentionMetadata]  # of each group of layers
     rows: Tensor  # int64 [rows], request rows
     num_computed_tokens: Tensor  # int64 [rows], after this step
-    logits_indices: Tensor  # int64 [samples], the tokens whose next token is drawn
-    sample_rows: Tensor  # int64 [samples], their request rows
-    sample_positions: Tensor  # int64 [samples], where the drawn tokens will stand
+    logits_indices: Tensor  # int64 [samples], the step's tokens that are followed by a draw
+    sample_rows: Tensor  # int64 [samples], request rows of the draws
+    sample_positions: Tensor  # int64 [samples], positions of the drawn tokens
+
+    @classmethod
+    def of(
+        cls,
+        shape: StepShape,
+        inputs: Tensor,
+        num_samples: int,
+        table: RequestTable,
+        block_size: int,
+    ) -> InputBatch:
+        """From `StepLayout.inputs`' array, on the device. Depends on no value in it."""
+        if shape.is_decode:
+            return cls.decode(inputs, table, block_size)
+        return cls.unpack(inputs, shape, num_samples, table, block_size)
 
     @classmethod
     def unpack(
@@ -166,7 +186,7 @@ class InputBatch:
 
     @classmethod
     def decode(cls, rows: Tensor, table: RequestTable, block_size: int) -> InputBatch:
-        """A decode step of `rows` (int64 [rows]) from device state alone."""
+        """A decode step of `rows`, int64 [rows], from the request rows' state alone."""
         input_ids, positions, lengths, indices, attn = decode_inputs(
             rows, table.last_token_ids, table.num_computed_tokens, table.block_tables, block_size
         )
@@ -182,14 +202,17 @@ class InputBatch:
         )
 
     def ends(self, table: RequestTable, group: int, block_size: int) -> Ends:
-        """The tokens whose next token is drawn, for layers of a group."""
-        of_group = table.block_tables[group]
-        attn = metadata_of_ends(self.sample_rows, self.sample_positions, of_group, block_size)
+        """The tokens that are followed by a draw, with the metadata of a group of layers."""
+        group_tables = table.block_tables[group]
+        attn = metadata_of_ends(self.sample_rows, self.sample_positions, group_tables, block_size)
         return Ends(self.logits_indices, attn)
 
     @classmethod
-    def dummy(cls, num_tokens: int, table: RequestTable) -> InputBatch:
-        """Padding only: `num_tokens` tokens that touch nothing but the null block."""
+    def dummy(cls, num_tokens: int, table: RequestTable, num_samples: int = 1) -> InputBatch:
+        """Padding only: `num_tokens` tokens that touch nothing but the null block.
+
+        Its draws are for the padding row.
+        """
         zeros = torch.zeros(num_tokens, dtype=torch.int64, device=table.device)
         row = zeros[:1] + table.padding_row
         seq_lens = torch.tensor([1, 0], dtype=torch.int32, device=table.device)
@@ -198,15 +221,17 @@ class InputBatch:
             AttentionMetadata(zeros - 1, with_empty_row(of_group[row]), seq_lens, starts)
             for of_group in table.block_tables
         ]
-        one = zeros[:1] + 1
-        positions = zeros.clone()  # of one tensor for both the compiler would ask that again
-        return cls(zeros, positions, attn, row, one, zeros[:1], row, one)
+        # A copy: if both arguments were the same tensor, the compiler would guard on that.
+        positions = zeros.clone()
+        one, samples = zeros[:1] + 1, zeros.new_zeros(num_samples)
+        sample_rows = samples + table.padding_row
+        return cls(zeros, positions, attn, row, one, samples, sample_rows, samples + 1)
 
 
 def _known_tokens(
     table: RequestTable, rows: np.ndarray, computed: np.ndarray, counts: np.ndarray
 ) -> np.ndarray:
-    """Token ids the host has; -1 where the token was sampled and lives in the row on the device."""
+    """int64 [tokens]: token ids; -1 for a token that only the request row on the device has."""
     if len(rows) == 0:
         return rows
     if np.all(counts == 1) and all(

@@ -1,9 +1,10 @@
-"""Executes scheduled steps on the device: gather inputs, forward, logits, sample, write back."""
+"""Executes scheduled steps on the device: gather inputs, forward, logits, draw, write back."""
 
 from __future__ import annotations
 
 import time
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from compiledllm.models.cache_groups import CacheGroups
 from compiledllm.models.decoder import Decoder, Ends
 from compiledllm.platform import single_row_products
 from compiledllm.runner.device import to_device
-from compiledllm.runner.input_batch import InputBatch, StepLayout, padding_inputs
+from compiledllm.runner.input_batch import InputBatch, StepLayout
 from compiledllm.runner.pending import (
     MAX_IN_FLIGHT,
     Extras,
@@ -30,7 +31,16 @@ from compiledllm.runner.request_table import RequestTable
 from compiledllm.runner.sampler import Sampler
 from compiledllm.types import SchedulerOutput, StepOutput
 
-_LEAST_FOR_ENDS = 1024  # tokens of a step, below which the last block is as cheap for all
+# Below this many tokens in a step, running the last block for sampled tokens only saves nothing.
+_MIN_TOKENS_FOR_ENDS = 1024
+
+
+class StepResult(NamedTuple):
+    """What a step leaves behind, besides the rows' new state."""
+
+    drawn: Tensor  # int64 [samples], token ids
+    logits: Tensor  # [samples, vocab]
+    hidden: Tensor | None  # [tokens, hidden], if `keeps_all` asked for it
 
 
 class ModelRunner:
@@ -64,7 +74,7 @@ class ModelRunner:
         variants = variants_for(max(max_tokens, max_num_seqs), self.device.type == "cuda")
         self.compiler = BlockCompiler(model, self.run_dummy, variants)
         self.graphs: StepGraphs | None = None
-        self.logits: Tensor  # [captured rows, vocab], of the last captured step
+        self.logits: Tensor  # [captured rows, vocab], written by every captured step
 
     def launch(self, step: SchedulerOutput) -> PendingOutput:
         """Start one step; on a GPU it may still run when this returns.
@@ -86,7 +96,16 @@ class ModelRunner:
         if not step.scheduled:
             return self.outputs.send([], table.last_token_ids[:0])
         layout = StepLayout.of(step, table)
-        return self._replay(layout) or self._run(layout)
+        rows, positions = layout.sample_rows, layout.sample_positions
+        request_ids = layout.sample_request_ids
+        keeps_all = bool(table.wants_prompt_logprobs[layout.rows].any())
+        last_tokens = self._last_tokens(rows)
+        drawn, logits, hidden = self._run(layout, len(rows), keeps_all)
+        extras = self.sampler.finish(drawn, logits, rows, positions, last_tokens, request_ids)
+        if hidden is not None and (prompts := self._prompt_logprobs(layout, hidden)):
+            extras = extras or Extras()
+            extras.prompt_logprobs = prompts
+        return self.outputs.send(request_ids, drawn, extras)
 
     def collect(self, pending: PendingOutput) -> StepOutput:
         """Wait for a launched step's results; in the order of the launches."""
@@ -96,33 +115,99 @@ class ModelRunner:
                 self.table.record(request_id, token_id)
         return output
 
-    def _run(self, layout: StepLayout) -> PendingOutput:
-        """A step without a graph: of any size."""
-        shape, rows = layout.shape, layout.sample_rows
-        packed = to_device(layout.pack(self.table, shape), self.device)
-        num_samples = max(len(rows), 1)  # one that nobody looks at: compiled code takes no less
-        batch = InputBatch.unpack(packed, shape, num_samples, self.table, self.block_size)
-        self.table.num_computed_tokens[batch.rows] = batch.num_computed_tokens
-        self._plan(layout, layout.rows)
-        wants_all = bool(self.table.wants_prompt_logprobs[layout.rows].any())
-        with self._products_of(shape.num_tokens):
-            hidden = self.forward(batch) if wants_all else self._forward_samples(batch)
-        prompt_logprobs = self._prompt_logprobs(layout, hidden) if wants_all else []
-        if len(rows) == 0:
-            return self._send(layout, batch.sample_rows[:0], None, prompt_logprobs)
-        if wants_all:
-            hidden = hidden[batch.logits_indices]
-        with self._products_of(len(rows)):
-            logits = self.model.compute_logits(hidden)
-        drawn = self.sampler.draw(logits, rows, layout.sample_positions)
-        extras = self._finish(drawn, logits, layout, self._last_tokens(layout))
-        self.table.last_token_ids[batch.sample_rows] = drawn.clamp(min=0)
-        return self._send(layout, drawn, extras, prompt_logprobs)
+    # -- a step, replayed, run or recorded -----------------------------------------------------
+
+    def _run(self, layout: StepLayout, num_samples: int, keeps_all: bool) -> StepResult:
+        """Replay the graph that serves the step; without one, run the step at its exact size."""
+        shape, captured = layout.shape, None
+        graphs = None if keeps_all else self.graphs
+        if graphs is not None:
+            captured = graphs.shape_for(shape)
+        inputs = layout.inputs(self.table, captured or shape)
+        self._plan(layout, inputs if shape.is_decode else layout.rows, captured)
+        if graphs is not None and captured is not None:
+            return StepResult(graphs.replay(captured, inputs)[:num_samples], self.logits, None)
+        on_device = to_device(inputs, self.device)
+        # Compiled code does not accept size 0: a step without samples has one that is ignored.
+        size = max(num_samples, 1)
+        batch = InputBatch.of(shape, on_device, size, self.table, self.block_size)
+        draw_rows = self.sampler.rows_to_draw(layout.sample_rows, layout.sample_positions)
+        return self._step(batch, num_samples, draw_rows, keeps_all=keeps_all)
+
+    def _step(
+        self,
+        batch: InputBatch,
+        num_samples: int,
+        draw_rows: Tensor | None = None,
+        logits: Tensor | None = None,
+        keeps_all: bool = False,
+    ) -> StepResult:
+        """The whole step, from the request rows' state before it to their state after it.
+
+        Draws the first `num_samples` samples of the batch. draw_rows: int64 [num_samples], whose
+        parameters the draws follow; None: their own rows'. logits: [num_samples, vocab], written if
+        given. keeps_all: the result has the hidden states of all tokens.
+        """
+        table, num_tokens = self.table, len(batch.input_ids)
+        with self._products_of(num_tokens):
+            hidden = self.forward(batch) if keeps_all else self._forward_samples(batch)
+        sample_rows = drawn = batch.sample_rows[:num_samples]
+        if num_samples:
+            of_samples = hidden[batch.logits_indices] if keeps_all else hidden
+            with self._products_of(num_samples):
+                logits = self.model.compute_logits(of_samples, logits)
+            rows = sample_rows if draw_rows is None else draw_rows
+            drawn = draw_tokens(logits, rows, batch.sample_positions, table.asked)
+        advance(
+            batch.rows,
+            batch.num_computed_tokens,
+            sample_rows,
+            drawn,
+            table.last_token_ids,
+            table.num_computed_tokens,
+        )
+        logits = hidden[:0] if logits is None else logits
+        return StepResult(drawn, logits, hidden if keeps_all else None)
+
+    def _captured_step(self, shape: StepShape, inputs: Tensor) -> Tensor:
+        """The step that `StepGraphs` records: token ids int64 [rows]; writes `self.logits`.
+
+        Nothing else is kept: it would take memory of its own in every graph.
+        """
+        self._backend.select(shape)
+        batch = InputBatch.of(shape, inputs, shape.num_rows, self.table, self.block_size)
+        logits = self.logits[: shape.num_rows]
+        return self._step(batch, shape.num_rows, logits=logits).drawn
+
+    @torch.inference_mode()
+    def run_dummy(self, num_tokens: int, num_samples: int = 1) -> None:
+        """A step over padding, which touches the null block only, with so many draws.
+
+        It takes as much memory as any step: the hidden states of all tokens are kept.
+        """
+        batch = InputBatch.dummy(num_tokens, self.table, num_samples)
+        self._plan(StepLayout.empty(), np.array([self.table.padding_row]))
+        self._step(batch, num_samples, keeps_all=True)
+
+    @torch.inference_mode()
+    def capture(self, shapes: list[StepShape]) -> StepGraphs:
+        """Capture the steps of these shapes. CUDA only."""
+        vocab_size, dtype = self.model.spec.vocab_size, self.kv_caches[0].dtype
+        max_rows = max(shape.num_rows for shape in shapes)
+        self.logits = torch.empty(max_rows, vocab_size, dtype=dtype, device=self.device)
+        padding = StepLayout.empty()
+        inputs = {shape: padding.inputs(self.table, shape) for shape in shapes}
+        for shape in shapes:
+            self._plan(padding, inputs[shape], shape)
+        graphs = StepGraphs(self._captured_step, inputs, self.device)
+        graphs.capture()
+        self.graphs = graphs
+        return graphs
 
     def forward(self, batch: InputBatch, ends: Ends | None = None) -> Tensor:
         """Hidden states of a step's tokens, [tokens, hidden], or of its ends, [ends, hidden].
 
-        Stores the keys and values of all of them.
+        Stores the keys and values of all tokens.
         """
         attn = [batch.attn[group] for group in self._group_of_layer]
         last = () if ends is None else (ends,)
@@ -132,34 +217,41 @@ class ModelRunner:
     def _forward_samples(self, batch: InputBatch) -> Tensor:
         """Hidden states of the tokens that are followed by a draw, [samples, hidden]."""
         num_tokens, num_samples = len(batch.input_ids), len(batch.logits_indices)
-        if num_tokens >= max(_LEAST_FOR_ENDS, 4 * num_samples) and self.model.takes_ends:
+        if num_tokens >= max(_MIN_TOKENS_FOR_ENDS, 4 * num_samples) and self.model.takes_ends:
             ends = batch.ends(self.table, self._group_of_layer[-1], self.block_size)
             return self.forward(batch, ends)
         hidden = self.forward(batch)
         return hidden if num_tokens == num_samples else hidden[batch.logits_indices]
 
-    def _last_tokens(self, layout: StepLayout) -> Tensor | None:
-        """int64 [samples], before the step writes new ones; None if nobody will look."""
-        rows, table = layout.sample_rows, self.table
+    def _plan(self, layout: StepLayout, rows: np.ndarray, graph: StepShape | None = None) -> None:
+        """rows: the request rows of the layout, and behind them the rows of padding."""
+        tables = self.table.block_tables
+        self._backend.plan(rows, layout.computed, layout.counts, tables, graph)
+
+    def _products_of(self, num_rows: int) -> AbstractContextManager[None]:
+        on_cpu = self.device.type == "cpu"
+        return single_row_products() if on_cpu and num_rows == 1 else nullcontext()
+
+    # -- what requests ask for besides tokens --------------------------------------------------
+
+    def _last_tokens(self, rows: np.ndarray) -> Tensor | None:
+        """int64 [rows], before the step writes new tokens; None if no rule reads them."""
+        table = self.table
         if not table.rules.read_last_tokens(rows):
             return None
         return table.last_token_ids[to_device(rows, self.device)]
 
-    def _finish(
-        self, drawn: Tensor, logits: Tensor, layout: StepLayout, last_tokens: Tensor | None
-    ) -> Extras | None:
-        rows, positions = layout.sample_rows, layout.sample_positions
-        request_ids = layout.sample_request_ids
-        return self.sampler.finish(drawn, logits, rows, positions, last_tokens, request_ids)
-
     def _prompt_logprobs(
         self, layout: StepLayout, hidden: Tensor
     ) -> list[tuple[str, int, LogprobsOf]]:
-        """Of the requests that want them and have prompt tokens in this step."""
+        """For the requests that want them and have prompt tokens in this step.
+
+        hidden: [tokens, hidden].
+        """
         found: list[tuple[str, int, LogprobsOf]] = []
-        ends = np.cumsum(layout.counts)
+        row_ends = np.cumsum(layout.counts)
         for index in np.flatnonzero(self.table.wants_prompt_logprobs[layout.rows]):
-            tokens = hidden[ends[index] - layout.counts[index] : ends[index]]
+            tokens = hidden[row_ends[index] - layout.counts[index] : row_ends[index]]
             found += [
                 (layout.request_ids[index], position, logprobs)
                 for position, logprobs in self.sampler.prompt_logprobs(
@@ -171,105 +263,14 @@ class ModelRunner:
             ]
         return found
 
-    def _send(
-        self,
-        layout: StepLayout,
-        drawn: Tensor,
-        extras: Extras | None,
-        prompt_logprobs: list[tuple[str, int, LogprobsOf]],
-    ) -> PendingOutput:
-        if prompt_logprobs:
-            extras = extras or Extras()
-            extras.prompt_logprobs = prompt_logprobs
-        return self.outputs.send(layout.sample_request_ids, drawn, extras)
+    # -- after a failure -----------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Forget all requests (a step failed half-way); the scheduler sends them again as new."""
+        self.table.clear()
 
     def _zero_blocks(self, block_ids: list[int]) -> None:
         """Masked positions are multiplied by zero, which leaves NaN what it is."""
         index = to_device(np.array(block_ids), self.device)
         for kv_cache in {id(c): c for c in self.kv_caches}.values():  # layers may share one
             kv_cache[:, index] = 0
-
-    def _plan(self, layout: StepLayout, rows: np.ndarray, graph: StepShape | None = None) -> None:
-        """rows: the request rows of the layout, and behind them the rows of padding."""
-        tables = self.table.block_tables
-        self._backend.plan(rows, layout.computed, layout.counts, tables, graph)
-
-    # -- captured steps ------------------------------------------------------------------------
-
-    @torch.inference_mode()
-    def capture(self, shapes: list[StepShape]) -> StepGraphs:
-        """Capture the steps of these shapes. CUDA only."""
-        table = self.table
-        vocab_size, dtype = self.model.spec.vocab_size, self.kv_caches[0].dtype
-        most_rows = max(shape.num_rows for shape in shapes)
-        self.logits = torch.empty(most_rows, vocab_size, dtype=dtype, device=self.device)
-        inputs = {shape: padding_inputs(shape, table) for shape in shapes}
-        for shape in shapes:
-            self._plan(StepLayout.empty(), inputs[shape], shape)
-        graphs = StepGraphs(self._captured_step, inputs, self.device)
-        graphs.capture()
-        self.graphs = graphs
-        return graphs
-
-    def _replay(self, layout: StepLayout) -> PendingOutput | None:
-        """A step that a graph serves; None if none does."""
-        table, rows = self.table, layout.sample_rows
-        if self.graphs is None or table.wants_prompt_logprobs[layout.rows].any():
-            return None
-        is_decode = layout.is_decode
-        shape = self.graphs.shape_for(layout.shape._replace(is_decode=is_decode))
-        if shape is None:
-            return None
-        if is_decode:
-            inputs = padding_inputs(shape, table)
-            inputs[: len(rows)] = rows
-            self._plan(layout, inputs, shape)
-        else:
-            inputs = layout.pack(table, shape)
-        last_tokens = self._last_tokens(layout)
-        drawn = self.graphs.replay(shape, inputs)[: len(rows)]
-        extras = self._finish(drawn, self.logits, layout, last_tokens)
-        return self.outputs.send(layout.sample_request_ids, drawn, extras)
-
-    def _captured_step(self, shape: StepShape, inputs: Tensor) -> Tensor:
-        """The whole step, from the rows' state before to their state after it."""
-        table = self.table
-        self._backend.select(shape)
-        if shape.is_decode:
-            batch = InputBatch.decode(inputs, table, self.block_size)
-        else:
-            batch = InputBatch.unpack(inputs, shape, shape.num_rows, table, self.block_size)
-        hidden = self._forward_samples(batch)
-        drawn = draw_tokens(
-            self.model.compute_logits(hidden, self.logits[: len(hidden)]),
-            batch.sample_rows,
-            batch.sample_positions,
-            table.asked,
-        )
-        advance(
-            batch.rows,
-            batch.num_computed_tokens,
-            batch.sample_rows,
-            drawn,
-            table.last_token_ids,
-            table.num_computed_tokens,
-        )
-        return drawn
-
-    def _products_of(self, num_rows: int) -> AbstractContextManager[None]:
-        on_cpu = self.device.type == "cpu"
-        return single_row_products() if on_cpu and num_rows == 1 else nullcontext()
-
-    def reset(self) -> None:
-        """Forget all requests (a step failed half-way); the scheduler sends them again as new."""
-        self.table.clear()
-
-    @torch.inference_mode()
-    def run_dummy(self, num_tokens: int, num_samples: int = 1) -> None:
-        """A step over padding, which touches the null block only, with so many draws."""
-        batch = InputBatch.dummy(num_tokens, self.table)
-        self._plan(StepLayout.empty(), np.array([self.table.padding_row]))
-        hidden = self.forward(batch)
-        logits = self.model.compute_logits(hidden[:1].repeat(num_samples, 1))
-        index = torch.zeros(num_samples, dtype=torch.int64, device=self.device)
-        draw_tokens(logits, index + self.table.padding_row, index, self.table.asked)

@@ -1,8 +1,8 @@
-"""From a step's logits to its tokens: plain draws for all rows, and more for those that ask.
+"""What requests ask for beyond a step's plain draws: tokens by rules, and log probabilities.
 
-What a captured step has drawn is overwritten for the rows whose requests have rules for their
-logits; the others keep what they have. Log probabilities are the model's own, of logits that no
-rule has touched.
+A step draws a token for every row. For the rows whose requests have rules for their logits the
+sampler draws again and overwrites the token. Log probabilities are the model's own, from logits
+that no rule has touched.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compiledllm.kernels.logprobs import MOST_IN_TRITON, token_logprobs
+from compiledllm.kernels.logprobs import MAX_IN_TRITON, token_logprobs
 from compiledllm.kernels.sampling import INVALID, draw_tokens
 from compiledllm.runner.device import to_device
 from compiledllm.runner.pending import Extras, LogprobsOf
 from compiledllm.runner.request_table import RequestTable, num_best
 
-WORKSPACE_BYTES = 256 * 2**20  # for edited copies of logits, or for a prompt's
+WORKSPACE_BYTES = 256 * 2**20  # for edited copies of logits, or for the logits of a prompt
 
 
 class Sampler:
-    """Draws the next tokens of request rows."""
+    """Draws the next tokens of request rows with rules, and computes log probabilities."""
 
     def __init__(self, table: RequestTable, vocab_size: int) -> None:
         self._table = table
@@ -31,22 +31,17 @@ class Sampler:
         self._rows_at_once = max(1, WORKSPACE_BYTES // (32 * vocab_size))
         self._every_row = torch.arange(table.padding_row, device=table.device)
 
-    def draw(self, logits: Tensor, rows: np.ndarray, positions: np.ndarray) -> Tensor:
-        """Token ids int64 [rows], of rows without rules; those with rules are left undefined.
+    def rows_to_draw(self, rows: np.ndarray, positions: np.ndarray) -> Tensor | None:
+        """int64 [rows], as whose draws the step is to make its own; None: as `rows` themselves.
 
-        logits: [rows, vocab]. positions: where the drawn tokens will stand.
+        A row with rules is drawn again by `finish`. On a CPU a draw with filters takes up to 20 ms
+        for 152k tokens, so the step makes the padding row's draw instead, which is greedy.
         """
-        plain = np.flatnonzero(~self._table.rules.asks(rows, positions))
-        device = logits.device
-        if len(plain) == len(rows):
-            index = to_device(rows, device), to_device(positions, device)
-            return draw_tokens(logits, *index, self._table.asked)
-        drawn = torch.zeros(len(rows), dtype=torch.int64, device=device)
-        if len(plain):
-            chosen = to_device(plain, device)
-            index = to_device(rows[plain], device), to_device(positions[plain], device)
-            drawn[chosen] = draw_tokens(logits[chosen], *index, self._table.asked)
-        return drawn
+        rules = self._table.rules
+        if not rules.are_used or not (with_rules := rules.asks(rows, positions)).any():
+            return None
+        chosen = np.where(with_rules, self._table.padding_row, rows)
+        return to_device(chosen, self._table.device)
 
     def finish(
         self,
@@ -57,40 +52,42 @@ class Sampler:
         last_tokens: Tensor | None,
         request_ids: list[str],
     ) -> Extras | None:
-        """Draw for rows that have rules; and what is to be told of the tokens.
+        """Draw again for rows with rules; return what there is to report besides tokens, if any.
 
-        drawn: int64 [rows], written, and the rows' last tokens with it.
-        last_tokens: int64 [rows], of the sequences so far; None if no rule reads them.
+        drawn: int64 [rows], the step's draws; rows with rules are overwritten, here and in the
+        table. logits: [at least rows, vocab]. rows, positions: int64 [rows], request rows and the
+        positions of the drawn tokens. last_tokens: int64 [rows], the last tokens of the sequences
+        so far; None if no rule reads them.
         """
         extras = Extras()
-        asking = np.flatnonzero(self._table.rules.asks(rows, positions))
-        if len(asking):
-            extras.errors = self._draw_for_asking(
-                drawn, logits, asking, rows, positions, last_tokens, request_ids
+        with_rules = np.flatnonzero(self._table.rules.asks(rows, positions))
+        if len(with_rules):
+            extras.errors = self._draw_for_all_rules(
+                drawn, logits, with_rules, rows, positions, last_tokens, request_ids
             )
-        telling = np.flatnonzero(self._table.wants_logprobs[rows])
-        if len(telling):
-            extras.logprobs = self._logprobs(drawn, logits, rows, telling, request_ids)
-        return extras if len(asking) or len(telling) else None
+        with_logprobs = np.flatnonzero(self._table.wants_logprobs[rows])
+        if len(with_logprobs):
+            extras.logprobs = self._logprobs(drawn, logits, rows, with_logprobs, request_ids)
+        return extras if len(with_rules) or len(with_logprobs) else None
 
-    def _draw_for_asking(
+    def _draw_for_all_rules(
         self,
         drawn: Tensor,
         logits: Tensor,
-        asking: np.ndarray,
+        with_rules: np.ndarray,
         rows: np.ndarray,
         positions: np.ndarray,
         last_tokens: Tensor | None,
         request_ids: list[str],
     ) -> dict[str, str]:
-        """Those at the indices `asking`, some at a time; what went wrong, by request id."""
+        """Draw at the indices `with_rules`, a few at a time. Errors by request id."""
         found: dict[str, str] = {}
-        for start in range(0, len(asking), self._rows_at_once):
-            some = asking[start : start + self._rows_at_once]
+        for start in range(0, len(with_rules), self._rows_at_once):
+            chunk = with_rules[start : start + self._rows_at_once]
             errors = self._draw_by_rules(
-                drawn, logits, last_tokens, some, rows[some], positions[some]
+                drawn, logits, last_tokens, chunk, rows[chunk], positions[chunk]
             )
-            found |= {request_ids[some[i]]: error for i, error in errors.items()}
+            found |= {request_ids[chunk[i]]: error for i, error in errors.items()}
         return found
 
     def _draw_by_rules(
@@ -102,17 +99,20 @@ class Sampler:
         rows: np.ndarray,
         positions: np.ndarray,
     ) -> dict[int, str]:
+        """index: int64 [chunk], into `drawn`. rows, positions: of each. Returns errors by row."""
         table, device = self._table, logits.device
-        at, sampled, where = to_device(np.array([index, rows, positions]), device)
-        edited = logits[at].float()
-        last = None if last_tokens is None else last_tokens[at]
+        batch_index, request_rows, device_positions = to_device(
+            np.array([index, rows, positions]), device
+        )
+        edited = logits[batch_index].float()
+        last = None if last_tokens is None else last_tokens[batch_index]
         errors = table.rules.apply(edited, rows, positions, last)
-        tokens = draw_tokens(edited, sampled, where, table.asked)
+        tokens = draw_tokens(edited, request_rows, device_positions, table.asked)
         if errors:
             tokens[list(errors)] = INVALID
         table.rules.count(rows, positions, tokens)
-        drawn[at] = tokens
-        table.last_token_ids[sampled] = tokens.clamp_(min=0)
+        drawn[batch_index] = tokens
+        table.last_token_ids[request_rows] = tokens.clamp_(min=0)
         return errors
 
     def _logprobs(
@@ -120,21 +120,21 @@ class Sampler:
         drawn: Tensor,
         logits: Tensor,
         rows: np.ndarray,
-        telling: np.ndarray,
+        with_logprobs: np.ndarray,
         request_ids: list[str],
     ) -> list[tuple[list[str], LogprobsOf]]:
-        """Of the drawn tokens; those that want very many apart from the rest."""
-        is_many = self._table.num_logprobs[rows[telling]] > MOST_IN_TRITON
+        """For the drawn tokens at `with_logprobs`; rows that want very many apart from the rest."""
+        is_many = self._table.num_logprobs[rows[with_logprobs]] > MAX_IN_TRITON
         found = []
-        for group in (telling[~is_many], telling[is_many]):
+        for group in (with_logprobs[~is_many], with_logprobs[is_many]):
             if len(group):
-                at, chosen = self._every_row[: len(group)], drawn
+                batch_index, chosen = self._every_row[: len(group)], drawn
                 if len(group) < len(rows):
-                    at = to_device(group, logits.device)
-                    chosen = drawn[at]
+                    batch_index = to_device(group, logits.device)
+                    chosen = drawn[batch_index]
                 counts = self._table.num_logprobs[rows[group]].tolist()
                 named = [self._table.named_logprobs[row] for row in rows[group].tolist()]
-                result = _logprobs_of(logits, at, chosen, counts, named)
+                result = _logprobs_of(logits, batch_index, chosen, counts, named)
                 found.append(([request_ids[i] for i in group.tolist()], result))
         return found
 
@@ -145,9 +145,10 @@ class Sampler:
         first: int,
         compute_logits: Callable[[Tensor], Tensor],
     ) -> list[tuple[int, LogprobsOf]]:
-        """Of a request's prompt tokens `first`, `first` + 1, ..., which `hidden` predicts.
+        """For a request's prompt tokens `first`, `first` + 1, ..., which `hidden` predicts.
 
-        hidden: [tokens, hidden]. Returns (position, log probabilities from it on) for each chunk.
+        hidden: [tokens, hidden]. Returns for each chunk of tokens its first position, and the log
+        probabilities from that position on.
         """
         params = self._table.params[row]
         assert params is not None
@@ -157,11 +158,11 @@ class Sampler:
         best = num_best(params.prompt_logprobs, self._vocab_size)
         chunks = []
         for start in range(0, len(hidden), self._rows_at_once):
-            some = hidden[start : start + self._rows_at_once]
-            logits = compute_logits(some)
-            rows = torch.arange(len(some), device=hidden.device)
-            own = chosen[start : start + len(some)]
-            chunks.append((first + start, _logprobs_of(logits, rows, own, [best] * len(some))))
+            chunk = hidden[start : start + self._rows_at_once]
+            logits = compute_logits(chunk)
+            rows = torch.arange(len(chunk), device=hidden.device)
+            own = chosen[start : start + len(chunk)]
+            chunks.append((first + start, _logprobs_of(logits, rows, own, [best] * len(chunk))))
         return chunks
 
 
@@ -172,7 +173,7 @@ def _logprobs_of(
     num_best: list[int],
     named: list[list[int]] | None = None,
 ) -> LogprobsOf:
-    """num_best, named: of each row."""
+    """num_best, named: for each row, how many of the likeliest tokens, and further token ids."""
     named = named or [[]] * len(num_best)
     width = max(map(len, named))
     asked_for = rows.new_empty((len(named), 0))

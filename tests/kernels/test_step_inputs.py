@@ -124,18 +124,19 @@ def test_ends_metadata_is_that_of_torch(rows: list[int], max_blocks: int, block_
     check_metadata([found], [expected], block_size)
 
 
+@pytest.mark.parametrize("num_samples", [0, 1, 130])
 @pytest.mark.parametrize("num_rows", [1, 5, 128, 300])
 @pytest.mark.parametrize("padding", [0, 1, 4])
-def test_rows_are_advanced_as_by_torch(num_rows: int, padding: int) -> None:
-    """Also where other rows are drawn for than have tokens in the step, as in one with prompts."""
+def test_rows_are_advanced_as_by_torch(num_rows: int, padding: int, num_samples: int) -> None:
+    """Also where tokens are drawn for other rows, and for more or fewer, than the step has."""
     torch.manual_seed(num_rows)
-    size = num_rows + 20
+    size = max(num_rows, num_samples) + 20
 
-    def some_rows() -> Tensor:
-        return torch.cat((torch.randperm(size)[:num_rows], torch.full((padding,), size)))
+    def some_rows(count: int) -> Tensor:
+        return torch.cat((torch.randperm(size)[:count], torch.full((padding,), size)))
 
-    rows, sample_rows = some_rows(), some_rows()
-    lengths, drawn = torch.randint(1, 999, (2, len(rows)))
+    rows, sample_rows = some_rows(num_rows), some_rows(num_samples)
+    lengths, drawn = (torch.randint(1, 999, x.shape) for x in (rows, sample_rows))
     drawn[::3] = -1
     before = torch.randint(1, 999, (2, size + 1))
     before[:, size] = 0

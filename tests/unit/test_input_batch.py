@@ -75,6 +75,21 @@ def test_decode_steps_read_each_groups_table(num_groups: int, rows: list[int]) -
     check(batch, num_groups, rows, [[COMPUTED[row]] for row in rows])
 
 
+@pytest.mark.parametrize("samples", [True, False])
+def test_a_step_of_one_token_each_is_a_decode_step_if_all_sample(samples: bool) -> None:
+    table = table_of(1)
+    lines = [ScheduledRequest(f"r{i}", COMPUTED[i], 1, [], samples) for i in (2, 0)]
+    layout = StepLayout.of(SchedulerOutput([], lines, []), table)
+    assert layout.shape == StepShape(2, 2, is_decode=samples)
+    if samples:
+        inputs = layout.inputs(table, StepShape(4, 4, is_decode=True))
+        assert inputs.tolist() == [2, 0, table.padding_row, table.padding_row]
+    inputs = torch.from_numpy(layout.inputs(table, layout.shape))
+    batch = InputBatch.of(layout.shape, inputs, 2, table, SIZE)
+    check(batch, 1, [2, 0], [[COMPUTED[2]], [COMPUTED[0]]])
+    assert batch.num_computed_tokens.tolist() == [COMPUTED[2] + 1, COMPUTED[0] + 1]
+
+
 @pytest.mark.parametrize("num_groups", [1, 2, 3])
 @pytest.mark.parametrize("counts", [[1, 1, 1], [14, 1, 3], [3, 12, 2]])
 def test_steps_with_prompts_read_each_groups_table(num_groups: int, counts: list[int]) -> None:
@@ -115,7 +130,10 @@ def test_padded_steps_and_their_ends_read_the_null_block(num_groups: int) -> Non
 
 @pytest.mark.parametrize("num_groups", [1, 3])
 def test_padding_stays_in_the_null_block(num_groups: int) -> None:
-    batch = InputBatch.dummy(7, table_of(num_groups))
+    table = table_of(num_groups)
+    batch = InputBatch.dummy(7, table, num_samples=4)
+    assert batch.sample_rows.tolist() == [table.padding_row] * 4
+    assert batch.rows.tolist() == [table.padding_row] and len(batch.logits_indices) == 4
     assert len(batch.attn) == num_groups
     for attn in batch.attn:
         assert (attn.slot_mapping == -1).all() and not attn.block_tables.any()

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compiledllm.kernels.sampling import INVALID
+from compiledllm.kernels.sampling import INVALID, draw_tokens
 from compiledllm.runner.logits_rules import LogitsRules, num_arguments
 from compiledllm.runner.request_table import RequestTable
 from compiledllm.runner.sampler import Sampler
@@ -126,7 +126,7 @@ class Batch:
         """Draw a token for every row; the tokens of the step before come to the host."""
         ids, rows, positions = self.at()
         index = torch.from_numpy(rows)
-        drawn = self.sampler.draw(logits, rows, positions)
+        drawn = draw_tokens(logits, index, torch.from_numpy(positions), self.table.asked)
         last = self.table.last_token_ids[index]
         self.sampler.finish(drawn, logits, rows, positions, last, ids)
         self.table.last_token_ids[index] = drawn.clamp(min=0)
@@ -321,8 +321,9 @@ def test_a_failing_processor_fails_its_own_request(processor: Any, message: str)
     batch = Batch([new("a", [1], broken), new("b", [1], good)])
     _, rows, positions = batch.at()
     logits = random_logits(2, 0)
-    drawn = batch.sampler.draw(logits, rows, positions)
-    last = batch.table.last_token_ids[torch.from_numpy(rows)]
+    index = torch.from_numpy(rows)
+    drawn = draw_tokens(logits, index, torch.from_numpy(positions), batch.table.asked)
+    last = batch.table.last_token_ids[index]
     extras = batch.sampler.finish(drawn, logits, rows, positions, last, ["a", "b"])
     assert drawn.tolist() == [INVALID, 4]
     assert extras is not None and list(extras.errors) == ["a"]
