@@ -1,4 +1,4 @@
-"""Compile and capture: buckets, the compiled decoder block, recompile counters."""
+"""What is compiled, captured and replayed: decoder blocks, whole steps, and their sizes."""
 
 if __name__ != "compiledllm.graphs":
     raise ImportError(

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-# (up to this size, in steps of): dense where a padded row costs most, sparse where it costs little.
-# Beyond 256 the sizes at which products of four models are no slower than at smaller ones: on an
-# H100 448 rows of an 8B model take 45 % longer than 512, 832 of a 0.6B model 40 % longer than 896.
+# (largest size, distance between sizes up to it): dense where a padded row costs most, sparse where
+# it costs little. Beyond 256 these are sizes whose matmuls are no slower than those of larger sizes
+# (four models, H100): 448 rows of an 8B model take 45 % longer than 512, 832 rows of a 0.6B model
+# 40 % longer than 896.
 _STEPS = ((8, 1), (16, 2), (32, 4), (128, 8), (256, 16), (384, 64), (432, 48), (512, 80))
 
 
@@ -24,39 +25,38 @@ def ladder(max_size: int) -> list[int]:
 
 
 class StepShape(NamedTuple):
-    """Padded size of a captured step. is_decode: every request has one token, so tokens = rows."""
+    """Size of a step. is_decode: every row has one token, the one that was drawn last."""
 
     num_tokens: int
     num_rows: int
     is_decode: bool
 
 
-# Tokens of steps with prompts in them. Padding costs a large step what tokens do, and delays its
-# first tokens: at most by a quarter up to 8192 tokens, by an eighth beyond.
+# Token counts of captured steps with prompts. A padding token costs a large step as much as a token
+# and delays first tokens: by at most a quarter up to 8192 tokens, an eighth beyond.
 _MIXED_TOKENS = (
     *(32, 64, 128, 192, 256, 384, 512, 768),
     *range(1024, 2048, 256),
     *range(2048, 8192, 512),
     *range(8192, 16384 + 1, 1024),
 )
-# Rows of such steps, up to so many tokens: all rows' logits are computed, which a large step hardly
-# notices. And always as many as are captured.
+# (rows, largest token count for which this row count is captured). The maximum row count is always
+# captured. Logits are computed for all rows, padding included, which a large step hardly notices.
 _MIXED_ROWS = ((8, 768), (64, 1024), (192, 1024), (256, 2048))
 
 
 def step_shapes(max_rows: int, max_tokens: int) -> list[StepShape]:
-    """All shapes worth capturing: decode steps of every bucket, steps with prompts up to a size.
+    """All shapes worth capturing: decode steps of every bucket, and steps with prompts.
 
-    The latter for some numbers of rows, and always with more tokens than rows: fewer would mean a
-    decode step.
+    Steps with prompts always have more tokens than rows: kernels take fewer for a decode step.
     """
     decode = [StepShape(size, size, True) for size in ladder(max_rows)]
-    row_counts = [(rows, most) for rows, most in _MIXED_ROWS if rows < max_rows]
+    row_counts = [(rows, limit) for rows, limit in _MIXED_ROWS if rows < max_rows]
     mixed = [
         StepShape(tokens, rows, False)
         for tokens in _MIXED_TOKENS
-        for rows, most in (*row_counts, (max_rows, max_tokens))
-        if rows < tokens <= min(most, max_tokens)
+        for rows, limit in (*row_counts, (max_rows, max_tokens))
+        if rows < tokens <= min(limit, max_tokens)
     ]
     return decode + mixed
 

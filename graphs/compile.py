@@ -1,9 +1,10 @@
-"""Compiles the decoder block: once per distinct layer spec, shared by all layers that have it.
+"""Compiles the decoder block, once per distinct layer spec, and the decoder's edges.
 
-And the decoder's edges, what lies before the first block and behind the last. Variants of each: one
-token (a static shape, for single-row decode) and ranges of token counts. Any later compilation is a
-recompile, which never happens in a healthy engine: it is counted and tests hold it to zero. Knows
-"a module with blocks, a `block_forward` and edges", no model by name.
+Layers with equal specs share a compiled block. The edges lie before the first block and behind the
+last. Each is compiled in variants: one token (a static shape, for single-row decode) and ranges of
+token counts. Any later compilation is a recompile, which never happens in a healthy engine:
+recompiles are counted and tests hold them to zero. Knows "a module with blocks, a `block_forward`
+and edges", no model by name.
 """
 
 from __future__ import annotations
@@ -31,21 +32,21 @@ Args = tuple[Any, ...]
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A compilation for steps of `least` to `most` tokens, made with `example` tokens.
+    """A compilation for steps of `min_tokens` to `max_tokens` tokens, made with `example` tokens.
 
-    The compiler sizes its kernels by the example: what suits two tokens is slow for thousands.
+    The compiler sizes its kernels by the example: a kernel for two tokens is slow for thousands.
     """
 
-    least: int
-    most: int
+    min_tokens: int
+    max_tokens: int
     example: int
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A call by which a variant of something is compiled.
+    """A call from which one variant of a block or an edge is compiled.
 
-    name: the decoder's attribute that was called. spec: of the block; None of an edge.
+    name: the decoder's attribute that was called. spec: the block's; None for an edge.
     """
 
     name: str
@@ -67,34 +68,37 @@ _GPU_VARIANTS = (
 
 
 def variants_for(max_tokens: int, on_gpu: bool) -> list[Variant]:
-    """Those that steps of at most `max_tokens` need.
+    """The variants that steps of at most `max_tokens` need.
 
-    The bound is the true one: the compiler indexes with 32 bits where it can prove they suffice.
+    The last one ends at `max_tokens`: the compiler indexes with 32 bits where the bound proves that
+    32 bits suffice.
     """
     found = []
     for v in _GPU_VARIANTS if on_gpu else _CPU_VARIANTS:
-        if v.least <= max_tokens:
-            most = min(v.most, max(max_tokens, v.least + 1))  # a range of one would be static
-            found.append(Variant(v.least, most, min(v.example, most)))
+        if v.min_tokens <= max_tokens:
+            # A range of one token would make the shape static.
+            limit = min(v.max_tokens, max(max_tokens, v.min_tokens + 1))
+            found.append(Variant(v.min_tokens, limit, min(v.example, limit)))
     return found
 
 
 def edge_variants(variants: Sequence[Variant]) -> dict[Variant, Variant]:
-    """Those that the edges need, by the block's with the same example: one token, and any number.
+    """The variants of the edges, keyed by the block's variant with the same example.
 
-    Their kernels are alike for few and many, and each variant takes time at start.
+    Two are enough, one token and any number: the edges' kernels are alike for few and many tokens,
+    and each variant takes time at start.
     """
     few = dict(zip(variants[:2], variants[:2], strict=True))
     last = variants[:2][-1]
-    return few | {last: replace(last, most=variants[-1].most)}
+    return few | {last: replace(last, max_tokens=variants[-1].max_tokens)}
 
 
 class Decoder(Protocol):
-    """What is compiled: `block_forward(block, *tensors, kv_cache, attn)` runs one block.
+    """A model to compile: `block_forward(block, *tensors, kv_cache, attn)` runs one block.
 
-    The tensors begin with the dimension of tokens; blocks of equal `spec` share what is compiled.
-    kv_cache: one, or a list of them. edges: names of attributes like it that are called once a
-    step, `edge(decoder, *tensors)`.
+    The first dimension of the tensors is tokens. Blocks with equal `spec` share a compilation.
+    kv_cache: a tensor, or a list of tensors. edges: names of further attributes to compile, each
+    called once a step as `edge(decoder, *tensors)`.
     """
 
     block_forward: Forward
@@ -106,10 +110,9 @@ class Decoder(Protocol):
 class BlockCompiler:
     """Replaces a decoder's `block_forward` and edges by their compiled forms.
 
-    decoder: the model. run_dummy: runs it on that many padding tokens. variants: by ascending
-    size, the first for one token, the last for any number. Compilation is started by `compile`,
-    which blocks, by `compile_in_background`, or by `compile_after` so much work; in the last two
-    the model serves eagerly meanwhile.
+    decoder: the model. run_dummy: runs a step of this many padding tokens. variants: in ascending
+    order, the first for one token, the last for any number. `compile` blocks; while
+    `compile_in_background` and `compile_after` are under way the model serves eagerly.
     """
 
     def __init__(
@@ -152,14 +155,14 @@ class BlockCompiler:
     def compile_in_background(self) -> None:
         """Start compiling in a thread; the decoder switches over at the end of a later step.
 
-        Meanwhile the model leaves one core to the compiler: two threads that wait for each other
-        at every operator lose far more to a third than the core is worth.
+        Meanwhile the model leaves one core to the compiler. Its threads wait for each other at
+        every operator, so sharing a core with the compiler would cost more than the core is worth.
         """
         examples, num_threads = self._record_examples(), torch.get_num_threads()
 
         def run() -> None:
-            # The count is per thread and guarded by the compiled code. Asked for first, because
-            # torch sets a thread's count from the process's when it is first asked for.
+            # Compiled code guards on the thread count, which is per thread. The first call of
+            # `get_num_threads` in a thread resets the count to the process's, so it comes first.
             torch.get_num_threads()
             torch.set_num_threads(num_threads)
             with torch._inductor.config.patch(compile_threads=1):
@@ -171,11 +174,11 @@ class BlockCompiler:
         torch.set_num_threads(max(1, num_threads - 1))
 
     def compile_after(self, busy_seconds: float) -> None:
-        """Start in the background once `count_work` has seen this much work."""
+        """Compile in the background once `count_work` has seen this many seconds of work."""
         self._busy_seconds_left = busy_seconds
 
     def count_work(self, seconds: float) -> None:
-        """The model worked this long. To be called between steps, by the thread that runs them."""
+        """Note seconds of the model's work. Called between steps, by the thread that runs them."""
         if self._thread is not None and not self._thread.is_alive():
             self._thread = None
             torch.set_num_threads(self._threads_to_restore)
@@ -186,7 +189,7 @@ class BlockCompiler:
             self.compile_in_background()
 
     def wait(self) -> None:
-        """Return once a background compilation is over and the decoder has switched over."""
+        """Wait until a background compilation has ended and the decoder has switched over."""
         if self._thread is not None:
             self._thread.join()
             self.count_work(0.0)
@@ -198,15 +201,12 @@ class BlockCompiler:
             log.info("compiled the decoder block in %.1f s", self.seconds)
 
     def use(self, forwards: Mapping[str, Forward]) -> None:
-        """Let the decoder run these: `eager`, or `compiled`."""
+        """Let the decoder run these functions: `self.eager` or `self.compiled`."""
         for name, forward in forwards.items():
             setattr(self._decoder, name, forward)
 
     def _record_examples(self) -> list[Example]:
-        """Arguments of the first call of each distinct block, for each variant, largest first.
-
-        And of each edge.
-        """
+        """The first call of each distinct block and edge, for each variant, largest first."""
         examples: list[Example] = []
         of_edges = edge_variants(self._variants)
         for variant in reversed(self._variants):
@@ -240,14 +240,16 @@ class BlockCompiler:
                 forward = torch.compile(
                     _own_copy(self.eager[example.name]),
                     fullgraph=True,
-                    dynamic=False,  # but for what is marked: not what other engines differed in
+                    # Only the dimensions marked below are dynamic, not dimensions that differed
+                    # between earlier engines.
+                    dynamic=False,
                     backend=self._counting_inductor,
                 )
                 _mark_token_and_row_counts_dynamic(example)
                 with _cached_for(example.variant):
                     forward(example.module, *example.args)
                 of_key = compiled.setdefault((example.name, example.spec), [])
-                of_key.insert(0, (example.variant.most, forward))
+                of_key.insert(0, (example.variant.max_tokens, forward))
         except Exception as error:  # whatever the compiler raises, the eager model still serves
             self.error = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
             log.warning("compilation failed, running eagerly (%s)", self.error)
@@ -265,12 +267,12 @@ class BlockCompiler:
 
 
 def _by_size(name: str, compiled: dict[tuple[str, Any], list[tuple[float, Forward]]]) -> Forward:
-    """Calls what was compiled for the module's spec and this number of tokens."""
+    """A function that calls the variant for the module's spec and the number of tokens."""
     is_block = name == _BLOCK
 
     def run(module: Any, first: Tensor, *args: Any) -> Any:
         sizes = compiled[name, module.spec if is_block else None]
-        forward = next(f for most, f in sizes if len(first) <= most)
+        forward = next(f for max_tokens, f in sizes if len(first) <= max_tokens)
         return forward(module, first, *args)
 
     return run
@@ -279,8 +281,8 @@ def _by_size(name: str, compiled: dict[tuple[str, Any], list[tuple[float, Forwar
 def _own_copy(forward: Forward) -> Forward:
     """The same function with a code object of its own.
 
-    The compiler keeps what it compiled by code object, and at most eight of them: shared by all
-    engines of a process and all layer specs, the fifth would fail.
+    The compiler keeps at most eight compilations of a code object. All engines of a process and all
+    layer specs would share the eight, and the fifth engine would fail.
     """
     assert isinstance(forward, types.FunctionType)
     copy = types.FunctionType(
@@ -291,21 +293,21 @@ def _own_copy(forward: Forward) -> Forward:
 
 
 def _cached_for(variant: Variant) -> AbstractContextManager[None]:
-    """What is compiled inside is found again by variants of the same range only.
+    """Inside, the compiler's cache on disk is keyed by the variant's range of tokens, too.
 
-    The compiler's own key has no ranges: it would take what was compiled for fewer tokens, and then
-    refuse it.
+    The compiler's own key has no ranges: it would find a compilation for fewer tokens, and then
+    reject it.
     """
-    tag = f"{variant.least} to {variant.most} tokens"
+    tag = f"{variant.min_tokens} to {variant.max_tokens} tokens"
     config: Any = torch.compiler.config
     patched: AbstractContextManager[None] = config.patch(cache_key_tag=tag)
     return patched
 
 
 def _mark_token_and_row_counts_dynamic(example: Example) -> None:
-    """First dimension of everything but the cache: the number of tokens, or of rows."""
+    """Mark the first dimension of all tensors but the cache: it counts tokens or rows."""
     variant, tensors = example.variant, list(example.args)
-    if variant.most == 1:
+    if variant.max_tokens == 1:
         return  # static
     if example.name == _BLOCK:
         *tensors, _, attn = tensors
@@ -313,4 +315,4 @@ def _mark_token_and_row_counts_dynamic(example: Example) -> None:
         for tensor in (attn.block_tables, attn.seq_lens, attn.query_start_loc):
             torch._dynamo.mark_dynamic(tensor, 0)
     for tensor in tensors:
-        torch._dynamo.mark_dynamic(tensor, 0, min=variant.least, max=variant.most)
+        torch._dynamo.mark_dynamic(tensor, 0, min=variant.min_tokens, max=variant.max_tokens)

@@ -19,17 +19,18 @@ from compiledllm.graphs.buckets import StepShape, shape_for
 
 log = logging.getLogger("compiledllm")
 
-_SIZES_KNOWN = 4096  # steps of which it is remembered who serves them
+_MAX_REMEMBERED_SIZES = 4096  # step sizes for which the serving graph is remembered
 
-# Shape, inputs int64 [as its shape asks] -> drawn token ids int64 [rows]. Reads and writes tensors
-# whose addresses never change; what differs from step to step is in them, not in Python values.
+# (shape, inputs int64 of the size that the shape asks for) -> drawn token ids int64 [rows]. A step
+# reads and writes tensors whose addresses never change. All that differs from step to step is in
+# these tensors, nothing in Python values.
 Step = Callable[[StepShape, Tensor], Tensor]
 
 
 class StepGraphs:
     """Captures `step` for a set of shapes and replays it.
 
-    inputs: an array of padding for each shape, as `replay` will get it.
+    inputs: for each shape the inputs of a step of padding, of the size that `replay` will get.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class StepGraphs:
         self._inputs = torch.zeros(largest, dtype=torch.int64, device=device)
         self._on_device: tuple[StepShape, bytes] | None = None  # inputs of the last replay
         self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self.shape_for = functools.lru_cache(_SIZES_KNOWN)(self._find_shape)
+        self.shape_for = functools.lru_cache(_MAX_REMEMBERED_SIZES)(self._find_shape)
         self.seconds = 0.0
 
     @property
@@ -51,7 +52,7 @@ class StepGraphs:
     def capture(self) -> None:
         """Record all shapes, the largest first, in one memory pool.
 
-        If memory runs out, those of half the rows and tokens are tried; larger steps then run
+        If memory runs out, shapes of at most half as many tokens are tried. Larger steps then run
         without a graph, and a log line says so.
         """
         started = time.perf_counter()
@@ -76,7 +77,7 @@ class StepGraphs:
         pool = torch.cuda.graph_pool_handle()
         gc.collect()
         largest = shapes[-1]
-        # What is set up on first use must not be captured. Loading a kernel may happen meanwhile.
+        # Set-up on first use must not be captured; kernels may be loaded during capture.
         self._step(largest, self._write(largest, self._padding[largest]))
         for shape in reversed(shapes):
             inputs = self._write(shape, self._padding[shape])

@@ -1,4 +1,4 @@
-"""Attention ops and their backends. The only place that imports triton or flashinfer."""
+"""Ops on tensors and their kernels. The only place that imports triton or flashinfer."""
 
 if __name__ != "compiledllm.kernels":
     # With the repository root on sys.path (python -m ..., python -c ...) this folder looks like

@@ -1,7 +1,7 @@
 """Paged attention of rows with one new token: all query heads of a KV head together.
 
-Long contexts are split over programs by what the device knows of their lengths; of a row's programs
-the last to end adds up. The order of sums is fixed: equal inputs give equal bits.
+Long contexts are split over programs, by lengths that only the device knows. The last of a row's
+programs to end adds up the partial results, in a fixed order, so that equal inputs give equal bits.
 """
 
 # Triton functions are typed by what they are called with.
@@ -20,18 +20,21 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from compiledllm.kernels.launch import launch_options, num_multiprocessors
 from compiledllm.kernels.online_softmax_triton import Tiling, after_sinks, attend_keys
 
-_PROGRAMS_PER_SM = 8  # that long rows are split over: enough to hide each other's latency
-_FEW_PROGRAMS = 32  # up to which one tile of keys makes a split, as nothing else keeps the GPU busy
-_SUMMED_AT_ONCE = 8  # splits
-_USUAL_ARRIVALS = 2**16  # rows times KV heads
+_PROGRAMS_PER_SM = 8  # for the splits of long rows: enough programs to hide each other's latency
+# Up to this many programs a split may be as small as one tile of keys, as little else keeps the GPU
+# busy.
+_FEW_PROGRAMS = 32
+_SPLITS_SUMMED_AT_ONCE = 8
+_USUAL_ARRIVALS = 2**16  # counters allocated at first, one for each row and KV head
 _counters: dict[torch.device, list[Tensor]] = {}
 
 
 def decode_tiling(head_dim: int, group: int, itemsize: int, num_programs: int) -> Tiling:
-    """group: query heads of a KV head; num_programs: rows times KV heads.
+    """group: query heads of a KV head. num_programs: rows times KV heads.
 
-    Of 6 to 13 shapes on an H100 (bfloat16, contexts of 190 to 1088 tokens and as of chats, 1 to 466
-    rows, 3 to 8 KV heads) the fastest: few want much under way, many hide each other's latency.
+    The fastest of 6 to 13 tilings on an H100 (bfloat16, contexts of 190 to 1088 tokens and contexts
+    of chats, 1 to 466 rows, 3 to 8 KV heads). Few programs need many loads under way; many programs
+    hide each other's latency.
     """
     rows = max(16, triton.next_power_of_2(group))
     if itemsize == 4 or head_dim > 128:
@@ -45,15 +48,15 @@ def decode_tiling(head_dim: int, group: int, itemsize: int, num_programs: int) -
 
 @triton.jit
 def _work_item(
-    item, seq_lens, query_start_loc, num_rows, most_extra, window,
+    item, seq_lens, query_start_loc, num_rows, max_extra, window,
     least_tiles, KEYS: tl.constexpr, HAS_WINDOW: tl.constexpr, MAX_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Row, its number of splits and which of them the item is.
+    """The item's row, the number of splits of this row, and the index of the item among them.
 
-    A row >= num_rows: no more work. One that has not one token: nothing to do. Those with one are
-    split so that no split has much more than its share of all tiles of keys: where rows are many
-    and alike each is in one piece, a long one among short ones in several. That makes num_rows +
-    most_extra items at most. Padding has one tile and changes nothing.
+    A row >= num_rows means no more work, a row without exactly one token nothing to do. Rows with
+    one token are split so that no split has much more than its share of all tiles of keys: rows of
+    similar length are in one piece each, a long row among short ones is in several. This makes at
+    most num_rows + max_extra items. A padding row has one tile, so it changes nothing.
     """
     row = tl.arange(0, MAX_ROWS)
     exists = row < num_rows
@@ -63,8 +66,8 @@ def _work_item(
     tiles = tl.cdiv(length, KEYS)
     if HAS_WINDOW:
         tiles -= tl.maximum(length - window, 0) // KEYS
-    more_tiles = tl.where(is_single, tl.maximum(tiles - 1, 0), 0)  # than one
-    share = tl.maximum(tl.cdiv(tl.sum(more_tiles, 0), most_extra), least_tiles)
+    more_tiles = tl.where(is_single, tl.maximum(tiles - 1, 0), 0)  # beyond the first
+    share = tl.maximum(tl.cdiv(tl.sum(more_tiles, 0), max_extra), least_tiles)
     slack = share // 2
     its_row, num_splits, split = item, 1, 0
     if tl.max(more_tiles, 0) >= share + slack:
@@ -83,13 +86,13 @@ def _sum_of_splits(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_GROUP: tl.constexpr,
     PADDED_DIM: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """[PADDED_GROUP, PADDED_DIM]: a KV head's results of a row. first_part: of its first head."""
+    """[PADDED_GROUP, PADDED_DIM]: the row's results for a KV head. first_part: its first head's."""
     head, dim = tl.arange(0, PADDED_GROUP), tl.arange(0, PADDED_DIM)
     best = tl.full([PADDED_GROUP], float("-inf"), tl.float32)
     total = tl.zeros([PADDED_GROUP], tl.float32)
     acc = tl.zeros([PADDED_GROUP, PADDED_DIM], tl.float32)
     for first in range(0, num_splits, AT_ONCE):
-        for index in tl.static_range(AT_ONCE):  # all of their loads are under way at once
+        for index in tl.static_range(AT_ONCE):  # unrolled, so that all loads are under way at once
             part = first_part + (first + index) * NUM_HEADS + head
             exists = (first + index < num_splits) & (head < GROUP)
             stats = partial_stats + part * 2
@@ -110,25 +113,25 @@ def _sum_of_splits(
 def _decode_kernel(
     query, kv_cache, block_tables, seq_lens, query_start_loc, sinks, out, partial_out,
     partial_stats, arrivals, scale, window, soft_cap, query_stride, table_stride, value_offset,
-    num_rows, most_extra, least_tiles, MAX_ROWS: tl.constexpr,
+    num_rows, max_extra, least_tiles, MAX_ROWS: tl.constexpr,
     GROUP: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     TOKEN_STRIDE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr, PADDED_DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     PADDED_GROUP: tl.constexpr, AT_ONCE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Rows with one token. arrivals: int32 [rows, KV heads], zeros, and zeros again afterwards.
+    """Rows with one token. arrivals: int32 [rows, KV heads], zeros before and after the call.
 
-    Of a row's splits the one that ends last adds them all up, in their order.
+    The last of a row's splits to end adds all of them up, in their order.
     """
     if OVERLAP:
         gdc_launch_dependents()
     kv_head, item = tl.program_id(0), tl.program_id(1)  # programs without work come last
     row, num_splits, split = _work_item(
-        item, seq_lens, query_start_loc, num_rows, most_extra, window, least_tiles, KEYS,
+        item, seq_lens, query_start_loc, num_rows, max_extra, window, least_tiles, KEYS,
         HAS_WINDOW, MAX_ROWS,
     )  # fmt: skip
-    # Lengths are read ahead of this: a product lies between here and whoever wrote them, and lets
-    # nothing start before all ahead of it is over.
+    # Lengths are read before this wait. That is safe because a matmul lies between this kernel and
+    # the one that writes lengths, and a matmul releases its successor after its own wait.
     if OVERLAP:
         gdc_wait()
     if row >= num_rows:
@@ -150,8 +153,8 @@ def _decode_kernel(
     q = tl.load(query + start.to(tl.int64) * query_stride + head_dims, inside, other=0.0)
     best = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    if HAS_SINKS:  # noqa: SIM102  (known to the compiler: no code without sinks)
-        if split == 0:  # it counts once
+    if HAS_SINKS:  # noqa: SIM102  (a constant: without sinks there is no code)
+        if split == 0:  # a sink counts once per row
             best, total = after_sinks(sinks + kv_head * GROUP + head, head < GROUP)
     acc = tl.zeros([ROWS, PADDED_DIM], tl.float32)
     for tile in range(low, high):
@@ -171,7 +174,7 @@ def _decode_kernel(
     tl.store(partial_stats + part * 2, best, head < GROUP)
     tl.store(partial_stats + part * 2 + 1, total, head < GROUP)
     tl.store(partial_out + part[:, None] * HEAD_DIM + dim[None, :], acc, inside)
-    tl.debug_barrier()  # all of it is stored before this split counts as arrived
+    tl.debug_barrier()  # the partial result is stored before this split counts as arrived
     arrival = arrivals + row * (NUM_HEADS // GROUP) + kv_head
     if tl.atomic_add(arrival, 1, sem="acq_rel") < num_splits - 1:
         return
@@ -191,35 +194,35 @@ def attend_single_tokens(
     tensors: tuple[Tensor, ...],
     scalars: tuple[float, ...],
     constants: dict[str, Any],
-    most_programs: int | None,
+    max_programs: int | None,
 ) -> None:
-    """Rows with one token, by `_decode_kernel`."""
+    """Launch `_decode_kernel`, which computes the rows with one token and skips the others."""
     query, kv_cache, block_tables, _, _, _, _ = tensors
     num_tokens, num_heads, head_dim = query.shape
     num_rows, num_kv_heads = len(block_tables), kv_cache.shape[3]
-    most_singles = min(num_rows, num_tokens)  # a decode step has one empty row
-    num_programs = most_singles * num_kv_heads
+    max_singles = min(num_rows, num_tokens)  # a decode step has one empty row
+    num_programs = max_singles * num_kv_heads
     tiling = decode_tiling(head_dim, constants["GROUP"], query.element_size(), num_programs)
-    if most_programs is None:
-        most_programs = _PROGRAMS_PER_SM * num_multiprocessors()
-    most_extra = max(most_programs // num_kv_heads, 1)
-    num_items = most_singles + most_extra
+    if max_programs is None:
+        max_programs = _PROGRAMS_PER_SM * num_multiprocessors()
+    max_extra = max(max_programs // num_kv_heads, 1)
+    num_items = max_singles + max_extra
     partial_out = query.new_empty((num_items, num_heads, head_dim), dtype=torch.float32)
     partial_stats = query.new_empty((num_items, num_heads, 2), dtype=torch.float32)
     arrivals = _arrivals(num_rows * num_kv_heads, query.device)
     least_tiles = 1 if num_programs <= _FEW_PROGRAMS else 2
     padded_group = triton.next_power_of_2(constants["GROUP"])
     _decode_kernel[(num_kv_heads, num_items)](
-        *tensors, partial_out, partial_stats, arrivals, *scalars, num_rows, most_extra,
+        *tensors, partial_out, partial_stats, arrivals, *scalars, num_rows, max_extra,
         least_tiles, MAX_ROWS=_padded_rows(num_rows),
         ROWS=tiling.rows, KEYS=tiling.keys, PADDED_GROUP=padded_group,
-        AT_ONCE=_SUMMED_AT_ONCE,
+        AT_ONCE=_SPLITS_SUMMED_AT_ONCE,
         num_warps=tiling.num_warps, num_stages=tiling.num_stages, **launch_options(), **constants,
     )  # fmt: skip
 
 
 def _padded_rows(num_rows: int) -> int:
-    """Few sizes: each is a compilation."""
+    """The next of a few sizes, since each size is a compilation."""
     size = 64
     while size < num_rows:
         size *= 4
@@ -227,9 +230,10 @@ def _padded_rows(num_rows: int) -> int:
 
 
 def _arrivals(size: int, device: torch.device) -> Tensor:
-    """Counters that every call leaves at zero; calls follow each other on one stream.
+    """Counters that every call leaves at zero. Calls follow each other on one stream.
 
-    They only grow, and stay where captured calls know them to be. The largest step comes first.
+    Buffers are never freed or moved, since captured graphs hold their addresses. The largest step
+    is captured first, so one buffer serves all captured steps.
     """
     made = _counters.setdefault(device, [])
     if not made or len(made[-1]) < size:

@@ -1,9 +1,9 @@
-"""Kernels whose every row is computed in the same way, whatever rows are beside it.
+"""Kernels that compute a row in the same way whatever rows are beside it.
 
-Libraries choose the order of a sum by the number of rows, so a request's last bits depend on who is
-in the batch. Here the order follows from the weights' shape alone: products walk the inputs in
-steps of the same instruction, a row is normalised by one program, attention walks the keys in tiles
-of fixed position (`paged_attention_triton`, fixed_order).
+Libraries choose the order of a sum by the number of rows, so a request's last bits depend on the
+rest of the batch. Here the order follows from the weights' shape alone: matmuls walk the inputs in
+steps of the same instruction, one program normalises a row, and attention walks the keys in tiles
+at fixed positions (`paged_attention_triton`, fixed_order).
 """
 
 # Triton functions are typed by what they are called with.
@@ -41,10 +41,10 @@ class Tiling:
 
 
 def tiling_for(num_rows: int, num_outputs: int, itemsize: int) -> Tiling:
-    """Few outputs a program where there are few rows, so that every multiprocessor has work.
+    """Few outputs a program if there are few rows, so that every multiprocessor has work.
 
-    All of a dtype sum in the same order: of 16-bit types in steps of 16 inputs, as the tensor cores
-    do for any tile of at least 64 rows; of float32 one by one.
+    All tilings of a dtype sum in the same order: 16-bit types in steps of 16 inputs, as the tensor
+    cores do for any tile of at least 64 rows; float32 in steps of one input.
     """
     if itemsize == 4:
         return Tiling(32, 32, 32, 4, 2)

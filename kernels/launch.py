@@ -1,4 +1,4 @@
-"""What Triton kernels need to know of the GPU they are launched on."""
+"""What Triton kernels need to know about the GPU they are launched on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from compiledllm.platform import can_overlap_kernels
 
 @functools.cache
 def num_multiprocessors() -> int:
-    """Of the current device; in the interpreter a few, enough to split work over."""
+    """Multiprocessors of the current device; in the interpreter 8, enough to split work over."""
     if not torch.cuda.is_available():
         return 8
     return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
@@ -19,15 +19,15 @@ def num_multiprocessors() -> int:
 
 @functools.cache
 def launch_options() -> dict[str, bool]:
-    """Arguments of every launch: OVERLAP, whether the kernel may start before the one ahead ends.
+    """Arguments of every launch. OVERLAP: whether a kernel may start before its predecessor ends.
 
-    The kernel is then on the GPU, perhaps with its weights under way, when its inputs are ready. It
-    waits (`gdc_wait`) before it touches anything but weights, always: its successor relies on
-    everything before it being over.
+    A kernel is then on the GPU, perhaps with its weights under way, when its inputs are ready. It
+    must always wait (`gdc_wait`) before it touches anything but weights, because its successor
+    relies on everything before it having finished.
 
-    The compiler's kernels wait only for what the kernel right ahead of them wrote: what is older
-    they may read before. So products let their successors start after their own wait: whatever
-    starts behind one, everything ahead of it is over.
+    Inductor's kernels wait only for their immediate predecessor. A matmul therefore releases its
+    successor only after its own wait, so that any kernel that starts after a matmul can rely on
+    everything before that matmul having finished.
     """
     overlap = can_overlap_kernels()
     return {"OVERLAP": overlap, "launch_pdl": overlap}

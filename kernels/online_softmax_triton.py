@@ -1,4 +1,4 @@
-"""What the kernels of paged attention have in common: a step over some keys, and their tilings."""
+"""Shared by the kernels of paged attention: a step of online softmax, and the shape of tilings."""
 
 # Triton functions are typed by what they are called with.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, attr-defined, no-untyped-call"
@@ -15,7 +15,7 @@ import triton.language as tl
 class Tiling:
     """Shape of a program's work. rows: query tokens times heads; keys: KV tokens per iteration.
 
-    max_registers: of a thread, so that a multiprocessor holds more programs; None: no limit.
+    max_registers: limit per thread, so that a multiprocessor holds more programs; None: no limit.
     """
 
     rows: int
@@ -34,9 +34,9 @@ def attend_keys(
 ):  # fmt: skip
     """One step of online softmax, in base 2, over the keys at `tokens`.
 
-    best, total, acc: highest logit, sum of weights and weighted values so far. in_context [keys]:
-    which tokens exist. seen: which of them each query sees, broadcast to [queries, keys]. With
-    ALL_SEEN every query sees every key, and neither is looked at.
+    best, total, acc: highest logit, sum of weights and weighted values so far. in_context: bool
+    [keys], which tokens exist. seen: bool, broadcast to [queries, keys], which keys a query sees.
+    With ALL_SEEN every query sees every key, and both masks are ignored.
     """
     dim = tl.arange(0, PADDED_DIM)
     entry = table + tokens.to(tl.uint32) // BLOCK_SIZE
@@ -62,7 +62,7 @@ def attend_keys(
     higher = tl.maximum(best, tl.max(logits, 1) * to_base_2)
     shift = higher
     if not ALL_SEEN:
-        shift = tl.where(higher == float("-inf"), 0.0, higher)  # a query that sees none of them
+        shift = tl.where(higher == float("-inf"), 0.0, higher)  # a query that sees no key yet
     weights = tl.exp2(logits * to_base_2 - shift[:, None])
     decay = tl.exp2(best - shift)
     acc = acc * decay[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
@@ -71,6 +71,6 @@ def attend_keys(
 
 @triton.jit
 def after_sinks(addresses, exists):
-    """best and total, see `attend_keys`, of queries that have seen their head's sink alone."""
+    """`best` and `total` (see `attend_keys`) of queries that have seen only their head's sink."""
     logits = tl.load(addresses, exists, other=0.0).to(tl.float32)
     return logits * 1.4426950408889634, tl.full(logits.shape, 1.0, tl.float32)

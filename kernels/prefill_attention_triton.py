@@ -17,21 +17,21 @@ from compiledllm.kernels.online_softmax_triton import Tiling, after_sinks, atten
 
 
 def prefill_tiling(head_dim: int, group: int, itemsize: int, num_queries: int) -> Tiling:
-    """num_queries: query tokens times heads. rows has room for a group at least.
+    """group: query heads of a KV head, all in one program. num_queries: query tokens times heads.
 
-    Of 10 shapes on an H100 (bfloat16, 16 prompts of 1024 tokens) the fastest: two programs on a
-    multiprocessor hide each other's softmax, and many rows need fewer reads of the keys. For
-    head_dim 128 that is 351 TFLOP/s against 254 without a limit of registers. Few queries take
-    smaller programs, as the longest of them would decide.
+    The fastest of 10 tilings on an H100 (bfloat16, 16 prompts of 1024 tokens). Two programs on a
+    multiprocessor hide each other's softmax, and more rows a program mean fewer reads of the keys.
+    For head_dim 128 that is 351 TFLOP/s, against 254 without the limit of registers. Few queries
+    get smaller programs, because the longest program decides when the kernel ends.
     """
-    least = triton.next_power_of_2(group)
+    min_rows = triton.next_power_of_2(group)
     if itemsize == 4:
-        return Tiling(max(32, least), 32, 4, 2)
+        return Tiling(max(32, min_rows), 32, 4, 2)
     if head_dim > 128:
-        return Tiling(max(64, least), 32, 4, 1)
+        return Tiling(max(64, min_rows), 32, 4, 1)
     if head_dim > 64 and num_queries >= 3 * 128 * num_multiprocessors():
-        return Tiling(max(128, least), 64, 8, 2, max_registers=128)
-    return Tiling(max(64, least), 64, 4, 2)
+        return Tiling(max(128, min_rows), 64, 8, 2, max_registers=128)
+    return Tiling(max(64, min_rows), 64, 4, 2)
 
 
 @triton.jit
@@ -48,9 +48,9 @@ def _prefill_kernel(
     TOKENS: tl.constexpr = ROWS // GROUP  # query tokens of a program
     ALL_MASKED: tl.constexpr = HAS_WINDOW or FIXED_ORDER
     NUM_KV_HEADS: tl.constexpr = NUM_HEADS // GROUP
-    program = tl.num_programs(0) - 1 - tl.program_id(0)  # what sees most keys begins first
+    program = tl.num_programs(0) - 1 - tl.program_id(0)  # programs with most keys begin first
     index, kv_head = program // NUM_KV_HEADS, program % NUM_KV_HEADS
-    # Row r owns the programs from query_start_loc[r] // TOKENS + r on: enough for all its tokens.
+    # Row r owns the programs from query_start_loc[r] // TOKENS + r on, enough for all its tokens.
     low, high = 0, num_rows
     while low < high:
         middle = (low + high) // 2
@@ -64,8 +64,8 @@ def _prefill_kernel(
     first_query = (index - (start // TOKENS + row)) * TOKENS
     is_done = first_query >= count
     if not FIXED_ORDER:
-        is_done = is_done | (count == 1)  # by _decode_kernel
-    # Lengths are read ahead of this, as there; programs without work wait too.
+        is_done = is_done | (count == 1)  # _decode_kernel computes this row
+    # Lengths are read before this wait, as in _decode_kernel. Programs without work wait, too.
     if OVERLAP:
         gdc_wait()
     if is_done:
@@ -89,7 +89,7 @@ def _prefill_kernel(
     table = block_tables + row.to(tl.int64) * table_stride
     first = tl.maximum(context + first_query - window + 1, 0) if HAS_WINDOW else 0
     end = tl.minimum(context + first_query + TOKENS, length)
-    # Keys up to the first query are seen by all; the diagonal, and a window's edge, need masks.
+    # All queries see the keys up to the first query; the diagonal and a window's edge need masks.
     diagonal = first // KEYS if ALL_MASKED else (context + first_query + 1) // KEYS
     for tile in range(0, 0 if ALL_MASKED else diagonal):
         tokens = tile * KEYS + tl.arange(0, KEYS)
@@ -120,7 +120,7 @@ def attend_prompts(
     constants: dict[str, Any],
     fixed_order: bool,
 ) -> None:
-    """Rows with several tokens, or with any, by `_prefill_kernel`."""
+    """Launch `_prefill_kernel` for rows with several tokens; with `fixed_order` for all rows."""
     query, kv_cache, block_tables = tensors[:3]
     (num_tokens, num_heads, head_dim), num_rows = query.shape, len(block_tables)
     group, num_queries = constants["GROUP"], 0 if fixed_order else num_tokens * num_heads

@@ -1,7 +1,7 @@
-"""What lies between the qkv product and attention, as one Triton kernel instead of four.
+"""All that lies between the qkv product and attention, as one Triton kernel instead of four.
 
-Normalise each head of queries and keys (where the model does), rotate them, write the queries out
-and keys and values into their slots of the paged cache.
+The kernel normalises each head of queries and keys (if the model does), rotates the heads, writes
+queries to a tensor of their own, and keys and values to their slots in the paged cache.
 """
 
 # Triton functions are typed by what they are called with.
@@ -17,7 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from compiledllm.kernels.launch import launch_options
 
-_HEADS = 8  # of one program
+_HEADS = 8  # heads of one program
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def _rotate_store_kernel(
     is_value = head >= NUM_HEADS + NUM_KV_HEADS
     half = ROTARY_DIM // 2
     is_rotated = dim < ROTARY_DIM
-    # The dimension each one is rotated with; itself past the rotated ones.
+    # The dimension that each dimension is rotated with; itself if it is not rotated.
     partner = tl.where(dim < half, dim + half, tl.where(is_rotated, dim - half, dim))
 
     row = qkv + token * token_stride + head * HEAD_DIM

@@ -1,11 +1,11 @@
 """Drawing a token from each row of logits: the most likely one, or Gumbel-max at a temperature.
 
-The noise is a hash of (seed, position, token id), so a draw depends on nothing else: not on the
-other rows, the batch's size, or whether a graph was replayed. top_k, top_p and min_p each keep the
-tokens above some logit, so together they are one threshold; tokens that tie with it all stay.
+The noise is a hash of (seed, position, token id), so a draw depends on nothing else: not on other
+rows, the batch size, or whether a graph was replayed. top_k, top_p and min_p each keep the tokens
+above some logit, so together they are one threshold. All tokens that tie with the threshold stay.
 
-On a GPU two Triton kernels read the logits once, and rows that are greedy or unfiltered pay for no
-more than they ask. Elsewhere plain torch does the same arithmetic.
+On a GPU two Triton kernels read the logits once, and greedy or unfiltered rows skip the work for
+noise and filters. Elsewhere plain torch does the same arithmetic.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-INVALID = -1  # instead of a token, for a row of logits that no token can be drawn from
-_CANDIDATES = 1024  # tokens that a top_p is looked for among, before all are sorted
+INVALID = -1  # drawn from a row of logits that has no token to draw
+_CANDIDATES = 1024  # likeliest tokens among which top_p ends, usually; else all are sorted
 
 
 class SamplingRows(NamedTuple):
-    """What the requests ask of their draws: one element per request row."""
+    """Sampling parameters of the request rows: one element per row."""
 
     temperature: Tensor  # float32, 0: greedy
     seeds: Tensor  # int64
@@ -43,8 +43,7 @@ def draw_tokens(logits: Tensor, rows: Tensor, positions: Tensor, asked: Sampling
     """Token ids int64 [draws]; INVALID where logits are NaN, +inf or all -inf.
 
     logits: [draws, vocab], any float dtype, -inf for a token that must not be drawn. rows: int64
-    [draws], whose draw it is, an index into `asked`. positions: int64 [draws], where the token will
-    stand.
+    [draws], request rows, which index `asked`. positions: int64 [draws], of the drawn tokens.
     """
     if logits.is_cuda:
         from compiledllm.kernels.sampling_triton import draw_tokens as draw
@@ -52,7 +51,7 @@ def draw_tokens(logits: Tensor, rows: Tensor, positions: Tensor, asked: Sampling
         drawn: Tensor = draw(logits, rows, positions, asked)
         return drawn
     asked = asked.take(rows)
-    best, token_ids = logits.max(dim=-1)  # of NaN and others it is NaN
+    best, token_ids = logits.max(dim=-1)  # NaN for a row with a NaN
     sampling = (asked.temperature > 0).nonzero().flatten()
     if len(sampling):
         chosen = asked.take(sampling)
@@ -64,9 +63,9 @@ def draw_tokens(logits: Tensor, rows: Tensor, positions: Tensor, asked: Sampling
 
 
 def threshold(logits: Tensor, asked: SamplingRows) -> Tensor:
-    """float32 [rows]: the least logit that top_k, then top_p, then min_p leave; -inf for all.
+    """float32 [rows]: the least logit that top_k, then top_p, then min_p keep; -inf for all.
 
-    logits: float32 [rows, vocab]. asked: of the same rows, temperatures above 0.
+    logits: float32 [rows, vocab]. asked: parameters of the same rows, temperatures above 0.
     """
     least = torch.full_like(asked.temperature, -math.inf)
     top_k = asked.top_k.long()
@@ -84,9 +83,9 @@ def threshold(logits: Tensor, asked: SamplingRows) -> Tensor:
 
 
 def _top_p_border(logits: Tensor, least: Tensor, asked: SamplingRows) -> Tensor:
-    """float32 [rows]: logit of the last token of the smallest set whose mass reaches top_p.
+    """float32 [rows]: logit of the last token in the smallest set whose mass reaches top_p.
 
-    Of the tokens with logits of at least `least`.
+    Only tokens with logits of at least `least`, float32 [rows], count.
     """
     heat = asked.temperature[:, None]
     kept = logits.masked_fill(logits < least[:, None], -math.inf)
@@ -104,8 +103,8 @@ def _top_p_border(logits: Tensor, least: Tensor, asked: SamplingRows) -> Tensor:
 def gumbel_noise(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
     """Standard Gumbel noise, float32 [rows, vocab]: a function of (seed, position, token id).
 
-    -log of an exponential variable that is precise where it is small: there the noise is large,
-    and decides.
+    It is -log of an exponential variable, which is precise where the variable is small: there the
+    noise is large and decides the draw.
     """
     keys = _mix64(seeds ^ _mix64(positions + 1))[:, None]
     token_ids = torch.arange(vocab, device=seeds.device)

@@ -1,9 +1,10 @@
 """Products of a weight matrix with 1 to 32 rows, for decoding few requests on a GPU.
 
-They are bound by reading the weights, and for one row a general matrix product leaves 10 to 60 %
-of that rate unused. Each program owns a few output features and reads their rows of the matrix:
-one row of input with plain multiplication, several with the tensor cores. The first weights are
-under way before the inputs are there. Sums are in float32, in a fixed order.
+Such products are memory-bound: reading the weights takes all the time, and for one row a general
+matmul leaves 10 to 60 % of the bandwidth unused. Each program owns a few output features and reads
+their rows of the matrix. One row of inputs uses plain multiplication, several rows use the tensor
+cores. Loads of the first weights start before the inputs are ready. Sums are in float32, in a fixed
+order.
 """
 
 # Triton functions are typed by what they are called with.
@@ -34,10 +35,10 @@ class Tiling:
 
 
 def tiling_for(num_rows: int, num_outputs: int, num_inputs: int) -> Tiling:
-    """Few outputs a program where there are few in all, so that every multiprocessor has work.
+    """Few outputs a program if there are few in all, so that every multiprocessor has work.
 
-    Fitted to the best of 8 to 30 shapes on an H100, for the layers of models from 0.1 to 8 B
-    parameters, with cold caches: 2.2 to 3.2 TB/s for one row, 1.6 to 3.0 for several.
+    Fitted to the best of 8 to 30 tilings on an H100, for the layers of models of 0.1 to 8 B
+    parameters, with cold caches: 2.2 to 3.2 TB/s for one row, 1.6 to 3.0 TB/s for several.
     """
     if num_rows > 16:
         if num_outputs * num_inputs < 2**22:
@@ -64,7 +65,7 @@ def _one_row_kernel(
     mask = inside[:, None] & (column < NUM_INPUTS)[None, :]
     w = tl.load(tile, mask, other=0.0, eviction_policy="evict_first")
     if OVERLAP:
-        gdc_wait()  # weights are nobody's output; everything else may be the kernel before's
+        gdc_wait()  # only the weights may be read before the wait
         gdc_launch_dependents()
     total = tl.zeros([OUTPUTS, COLUMNS], tl.float32)
     for first in range(0, NUM_INPUTS, COLUMNS):

@@ -1,8 +1,8 @@
-"""How layers share KV blocks: which of them have a block table in common, and which a tensor.
+"""How layers share KV blocks: which layers have a block table in common, and which a cache tensor.
 
-Layers that see equally far form groups of one size. A block belongs to one group and holds
-`block_size` tokens of each of its layers; the layers in the same column of all groups have one
-tensor. So all blocks are alike, and one pool gives them to whichever group needs one.
+Layers with the same window form groups of one size. A block belongs to one group and holds
+`block_size` tokens for each of the group's layers. The layers in the same column of all groups
+share a tensor. So all blocks are alike, and one pool gives them to whichever group needs a block.
 
     column         0    1    2       a cache tensor each
     group 0       L0   L1   L3       sees 1024 tokens back: holds no more blocks than that takes
@@ -21,22 +21,22 @@ from compiledllm.config import Choice
 from compiledllm.kernels.backend import AttentionBackend
 from compiledllm.models.spec import ModelSpec
 
-MAX_GROUPS = 8  # a step gathers block tables for each
-NEARLY = 1.05  # so much more memory is worth fewer groups
+MAX_GROUPS = 8  # every step gathers block tables for every group
+NEARLY = 1.05  # times the least memory, which is accepted for fewer groups
 
 
 class Place(NamedTuple):
-    """Of a layer's KV."""
+    """Where a layer's keys and values are."""
 
-    group: int
-    column: int  # which cache tensor
+    group: int  # index of the block table
+    column: int  # index of the cache tensor
 
 
 @dataclass(frozen=True, slots=True)
 class CacheGroups:
-    """windows: of each group, how many of the latest tokens its layers see; 0: all.
+    """windows: per group, how many of the latest tokens its layers see; 0: all.
 
-    places: of each layer. Layers in one column have KV of one shape.
+    places: per layer. Layers in the same column have KV of the same shape.
     """
 
     windows: tuple[int, ...]
@@ -44,11 +44,11 @@ class CacheGroups:
 
     @property
     def size(self) -> int:
-        """Layers of a group, and cache tensors; groups may lack some."""
+        """Number of cache tensors, which is the number of layers in a full group."""
         return 1 + max(place.column for place in self.places)
 
     def kv_bytes_per_token(self, spec: ModelSpec, itemsize: int) -> int:
-        """Of a token in a block, for elements of `itemsize` bytes: all of a group's layers."""
+        """Bytes of a token in a block, over all layers of a group. itemsize: bytes per element."""
         layers = dict(zip((p.column for p in self.places), spec.layers, strict=True))
         return sum(2 * layer.attn.kv_size * itemsize for layer in layers.values())
 
@@ -98,7 +98,7 @@ def choose_groups(
 
 
 def whole_contexts(spec: ModelSpec) -> CacheGroups:
-    """One block table for all layers, of which nothing is ever given back."""
+    """One block table for all layers, whose blocks are never given back before the request ends."""
     return _of([(0, list(range(len(spec.layers))))])
 
 
@@ -111,7 +111,7 @@ def _parts(layers: list[int], size: int) -> Iterator[list[int]]:
 
 
 def _of(groups: list[tuple[int, list[int]]]) -> CacheGroups:
-    """groups: the window of each, and its layers."""
+    """groups: for each its window and the indices of its layers."""
     places = {
         layer: Place(group, column)
         for group, (_, layers) in enumerate(groups)
@@ -122,5 +122,5 @@ def _of(groups: list[tuple[int, list[int]]]) -> CacheGroups:
 
 
 def _layers_times_tokens(groups: CacheGroups, max_len: int) -> int:
-    """What a request of `max_len` tokens takes."""
+    """Memory of a request of `max_len` tokens, in tokens of one layer."""
     return groups.size * sum(window or max_len for window in groups.windows)

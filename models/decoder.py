@@ -1,7 +1,8 @@
 """The one decoder: embedding, blocks, final norm, logits, built from a ModelSpec.
 
-Blocks pass the residual stream and the addition that is still due to it, so that the addition fuses
-with the next block's norm inside the compiled block. Knows nothing of requests or scheduling.
+Blocks pass on the residual stream and a summand that is still to be added to it (`due`), so that
+the addition fuses with the next block's norm inside the compiled block. Knows nothing of requests
+or scheduling.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ Entered = tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]
 class Ends(NamedTuple):
     """The tokens of a step whose hidden states are wanted.
 
-    attn: of the last layer, with a row for each of them over its whole context. Their keys and
-    values are stored with everybody's, so their slots are padding.
+    attn: for the last layer, with a row for each of these tokens over its whole context. Their keys
+    and values are stored together with those of all tokens, so the slots here are padding.
     """
 
     indices: Tensor  # int64 [ends], into the step's tokens
@@ -39,7 +40,7 @@ class Ends(NamedTuple):
 
 
 class DecoderBlock(nn.Module):
-    """x += due; x += attn(norm(x)); returns x, mlp(norm(x)): the last addition is still due."""
+    """x += due; x += attn(norm(x)); returns x and mlp(norm(x)), which the next block adds."""
 
     def __init__(self, spec: LayerSpec, backend: AttentionBackend) -> None:
         super().__init__()
@@ -61,7 +62,7 @@ class DecoderBlock(nn.Module):
         self,
         x: Tensor,  # [tokens, hidden]
         due: Tensor,  # [tokens, hidden]
-        cos: Tensor,
+        cos: Tensor,  # [tokens, 1, rotary_dim]
         sin: Tensor,
         kv_cache: Tensor,
         attn: AttentionMetadata,
@@ -87,7 +88,7 @@ class DecoderBlock(nn.Module):
         kv_cache: Tensor,
         slot_mapping: Tensor,
     ) -> None:
-        """What `forward` leaves in the cache, and nothing else."""
+        """Write to the cache what `forward` would, and compute nothing else."""
         x = x + due
         attn_in = x if self.attn_norm is None or self.norms_sums else self.attn_norm(x)
         self.attn.store(attn_in, cos, sin, kv_cache, slot_mapping)
@@ -95,7 +96,7 @@ class DecoderBlock(nn.Module):
     def _forward_norming_sums(
         self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: Tensor, attn: AttentionMetadata
     ) -> tuple[Tensor, Tensor]:
-        """Nothing is due, as the last sum is normalised here."""
+        """A block that normalises its last sum itself, so that nothing is due."""
         assert self.attn_norm is not None and self.mlp_norm is not None
         x = self.attn_norm(x + self._scaled(self.attn(x, cos, sin, kv_cache, attn), None))
         x = self.mlp_norm(x + self._scaled(self.mlp(x), None))
@@ -109,10 +110,9 @@ class DecoderBlock(nn.Module):
 class Decoder(nn.Module):
     """A decoder-only transformer over a paged KV cache.
 
-    `block_forward` runs a block, `enter` and `leave` what lies before the first and behind the
-    last; `compiledllm.graphs` replaces them by compiled ones. `product` gives the logits.
-    takes_ends: whether `forward` may be asked for some tokens only; not where sums have a fixed
-    order, which a narrower product would change.
+    `block_forward` runs a block; `enter` and `leave` run what lies before the first and behind the
+    last block. `compiledllm.graphs` replaces all three by compiled functions. `product` computes
+    the logits. takes_ends: whether `forward` may be given `Ends`.
     """
 
     edges = "enter", "leave"
@@ -152,10 +152,10 @@ class Decoder(nn.Module):
         attn: list[AttentionMetadata],
         ends: Ends | None = None,
     ) -> Tensor:
-        """Hidden states after the final norm, [tokens, hidden]. kv_caches, attn: of each layer.
+        """Hidden states after the final norm, [tokens, hidden]. kv_caches, attn: one per layer.
 
-        With `ends` only theirs, [ends, hidden]: of the last block the other tokens need just keys
-        and values, which saves most of its work.
+        With `ends`, the hidden states of these tokens only, [ends, hidden]: the last block stores
+        keys and values of the other tokens and skips the rest of its work on them.
         """
         x, due, tables = self.enter(self, input_ids, positions)
         *body, last = zip(self.layers, self._rotary_index, kv_caches, attn, strict=True)
@@ -201,21 +201,21 @@ class Decoder(nn.Module):
 
 
 def _enter(decoder: Decoder, input_ids: Tensor, positions: Tensor) -> Entered:
-    """The first block's x and due, [tokens, hidden], and the cos and sin of each rotary table."""
+    """x and due of the first block, [tokens, hidden], and cos and sin of each rotary table."""
     x = decoder.embed(input_ids, positions)
     return x, _nothing_due(x), [rotary(positions, x.dtype) for rotary in decoder.rotary]
 
 
 def _leave(decoder: Decoder, x: Tensor, due: Tensor) -> Tensor:
-    """[tokens, hidden]: the hidden states of what the last block gave."""
+    """Hidden states from the last block's x and due, [tokens, hidden]."""
     hidden: Tensor = decoder.final_norm(x + due)
     return hidden
 
 
 def _nothing_due(x: Tensor) -> Tensor:
-    """Zeros, by the kernel that makes x.
+    """Zeros, computed by the kernel that makes x.
 
-    Plain zeros would take another one; and of the compiler's kernels those that read nothing do not
-    wait for the one ahead, which those behind rely on. It sees through x * 0.
+    `zeros_like` would take a kernel of its own. Inductor's kernels that read nothing do not wait
+    for their predecessor, but later kernels rely on that wait. Inductor simplifies x * 0 to zeros.
     """
     return x.clamp(0, 0)

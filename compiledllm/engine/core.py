@@ -32,8 +32,8 @@ from compiledllm.runner.choose_backend import choose_backend
 from compiledllm.runner.kv_cache import allocate_kv_caches, block_bytes, plan_num_blocks
 from compiledllm.runner.memory import (
     check_gpu_is_free,
+    max_sampling_bytes,
     measure_activations,
-    most_sampling_bytes,
     plan_memory,
 )
 from compiledllm.runner.model_runner import ModelRunner
@@ -232,7 +232,7 @@ class EngineCore:
             block_bytes(self.spec, groups, block_size, self.dtype),
             self.platform,
             bytes_in_use=self._plan_memory(model, max_seqs, max_tokens),
-            most_useful=most_blocks_of_all(groups.windows, *sizes, max_len),
+            max_useful=most_blocks_of_all(groups.windows, *sizes, max_len),
         )
         pool = BlockPool(num_blocks, config.cache.enable_prefix_caching)
         policy = config.scheduler.scheduling_policy
@@ -269,7 +269,7 @@ class EngineCore:
             share,
             activations,
             num_captures=len(self._shapes_to_capture()),
-            sampling=most_sampling_bytes(max_num_seqs, self.spec.vocab_size),
+            sampling=max_sampling_bytes(max_num_seqs, self.spec.vocab_size),
         )
         self.choices["memory"] = Choice(budget, "activations measured")
         return budget.in_use

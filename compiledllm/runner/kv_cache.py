@@ -18,7 +18,7 @@ CPU_MEMORY_SHARE = 0.25
 
 
 def block_bytes(spec: ModelSpec, groups: CacheGroups, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one KV block over all layers of a group."""
+    """Bytes of one KV block, which holds the keys and values of all layers of a group."""
     return groups.kv_bytes_per_token(spec, dtype.itemsize) * block_size
 
 
@@ -27,12 +27,13 @@ def plan_num_blocks(
     per_block: int,
     platform: Platform,
     bytes_in_use: int,
-    most_useful: int,
+    max_useful: int,
 ) -> tuple[int, Choice]:
     """Usable blocks (without the null block), and why that many.
 
-    per_block: bytes. bytes_in_use: on CUDA, what weights and activations take of the engine's
-    share. most_useful: blocks of all requests that can run at once; more would idle.
+    per_block: bytes of a block. bytes_in_use: on CUDA, bytes of the engine's share that weights,
+    activations and sampling take. max_useful: blocks of all requests that can run at once; further
+    blocks would idle.
     """
     if cache.num_kv_blocks is not None:
         room, reason = (cache.num_kv_blocks + 1) * per_block, "num_kv_blocks"
@@ -45,8 +46,8 @@ def plan_num_blocks(
     else:
         room = int(platform.memory_bytes * CPU_MEMORY_SHARE)
         reason = f"{CPU_MEMORY_SHARE:.0%} of the available memory"
-        if most_useful * per_block < room:
-            room, reason = (most_useful + 1) * per_block, "enough for max_num_seqs full contexts"
+        if max_useful * per_block < room:
+            room, reason = (max_useful + 1) * per_block, "enough for max_num_seqs full contexts"
     num_blocks = room // per_block - 1
     if num_blocks < 1:
         raise ConfigError(
@@ -72,8 +73,8 @@ def allocate_kv_caches(
 ) -> list[Tensor]:
     """Each layer's zeroed cache, with the null block in front of the `num_blocks` usable ones.
 
-    Layers in one column of `groups` have the same tensor, and blocks of their own in it. Zeroed,
-    because masked positions are multiplied by zero and garbage may be NaN.
+    Layers in the same column of `groups` share a tensor and have blocks of their own in it. Caches
+    are zeroed, because masked positions are multiplied by zero and garbage may be NaN.
     """
     caches: dict[int, Tensor] = {}
     for layer, place in zip(spec.layers, groups.places, strict=True):
@@ -87,7 +88,7 @@ def allocate_kv_caches(
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    # numpy leaves zeroing to the operating system, page by page on first use; torch.zeros would
-    # touch all of it now, seconds for gigabytes that may never be used.
+    # numpy leaves zeroing to the operating system, page by page on first use. torch.zeros would
+    # write all pages now, which takes seconds for gigabytes that may never be used.
     flat = torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8))
     return flat.view(dtype).view(shape)

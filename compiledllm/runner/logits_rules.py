@@ -83,7 +83,7 @@ class LogitsRules:
         self._grammars = GrammarRows(vocab_size, device)
 
     @staticmethod
-    def most_bytes(num_rows: int, vocab_size: int) -> int:
+    def max_bytes(num_rows: int, vocab_size: int) -> int:
         """Of the token counts, if every row has penalties."""
         return num_rows * vocab_size * 4
 

@@ -1,4 +1,4 @@
-"""Who gets the GPU's memory: measured needs first, the KV cache the rest of the engine's share."""
+"""The plan of a GPU's memory: measured needs first, and the rest of the share for the KV cache."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ from compiledllm.runner.logits_rules import LogitsRules
 from compiledllm.runner.model_runner import ModelRunner
 from compiledllm.runner.sampler import WORKSPACE_BYTES
 
-# What a captured graph takes of the driver's memory, which torch does not count: about this much
-# for the few hundred kernels of a step.
+# Memory of the driver, which torch does not count, for a captured graph of a few hundred kernels.
 _BYTES_PER_GRAPH = 4 * 2**20
 _GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryBudget:
-    """Bytes on the GPU. limit: the engine's share; held: weights, and what else this process has.
+    """Bytes on the GPU. limit: the engine's share. held: weights and this process's other tensors.
 
-    activations: of a full step, measured. captures: the captured steps' own, and their graphs.
-    sampling: what penalties and log probabilities take at most.
+    activations: the measured peak of a full step. captures: the captured steps' memory pool and
+    their graphs. sampling: the most that penalties and log probabilities take.
     """
 
     limit: int
@@ -52,7 +51,7 @@ class MemoryBudget:
 
 
 def check_gpu_is_free(platform: Platform, share: float) -> None:
-    """Raise ConfigError if other processes hold what `share` of the GPU's memory asks for."""
+    """Raise ConfigError if other processes leave less than `share` of the GPU's memory free."""
     free, total = torch.cuda.mem_get_info(platform.device)
     ours = torch.cuda.memory_reserved(platform.device)
     if total * share > free + ours:
@@ -74,9 +73,9 @@ def measure_activations(
     max_num_seqs: int,
     max_num_batched_tokens: int,
 ) -> int:
-    """Peak bytes of the largest step, uncompiled, beside weights and KV: seen on a one-block cache.
+    """Peak bytes of the largest step beside weights and KV cache, uncompiled.
 
-    Counts this process's own allocations.
+    Runs the step on a cache of one block and counts this process's own allocations.
     """
     device = platform.device
     kv_caches = allocate_kv_caches(model.spec, groups, 1, block_size, dtype, device)
@@ -92,15 +91,15 @@ def measure_activations(
     return peak - before
 
 
-def most_sampling_bytes(max_num_seqs: int, vocab_size: int) -> int:
-    """If every request has penalties and wants log probabilities."""
-    return WORKSPACE_BYTES + LogitsRules.most_bytes(max_num_seqs, vocab_size)
+def max_sampling_bytes(max_num_seqs: int, vocab_size: int) -> int:
+    """Bytes that sampling takes if every request has penalties and wants log probabilities."""
+    return WORKSPACE_BYTES + LogitsRules.max_bytes(max_num_seqs, vocab_size)
 
 
 def plan_memory(
     platform: Platform, share: float, activations: int, num_captures: int, sampling: int
 ) -> MemoryBudget:
-    """Captured steps have memory of their own: as much as the largest, which all of them share."""
+    """Captured steps share a memory pool, which is as large as the largest step."""
     return MemoryBudget(
         limit=int(platform.memory_bytes * share),
         held=torch.cuda.memory_allocated(platform.device),

@@ -15,10 +15,10 @@ MAX_IN_FLIGHT = 2  # steps that are launched and not collected
 
 @dataclass(frozen=True, slots=True)
 class LogprobsOf:
-    """Log probabilities at several positions, of one request or of one each of several.
+    """Log probabilities at several positions, of one request or of several with a position each.
 
-    num_best: columns of the most likely tokens. shares: of each position, how many of those and of
-    the columns after them were asked for.
+    num_best: number of columns for the most likely tokens. shares: per position, the numbers of
+    these columns and of the columns after them to return.
     """
 
     logprobs: Logprobs
@@ -31,12 +31,14 @@ class LogprobsOf:
         return replace(self, logprobs=Logprobs(host.copy_(packed, non_blocking=True)))
 
     def positions(self) -> list[TokenLogprobs]:
-        """Waits for nothing: the copies have arrived."""
+        """The values per position. The copies to the host must have arrived."""
         found = self.logprobs
         arrays = (x.numpy().tolist() for x in (found.token_ids, found.values, found.ranks))
         lines = zip(*arrays, self.shares, strict=True)
         kinds, first = set(self.shares), 1 + self.num_best
-        if kinds == {(self.num_best, found.num_columns - first)}:  # all have asked for the same
+        if kinds == {
+            (self.num_best, found.num_columns - first)
+        }:  # all positions return all columns
             return [(tuple(ids), tuple(values), rank, k) for ids, values, rank, (k, _) in lines]
         chosen = {(k, m): (0, *range(1, 1 + k), *range(first, first + m)) for k, m in kinds}
         return [
@@ -52,7 +54,7 @@ class LogprobsOf:
 
 @dataclass(slots=True)
 class Extras:
-    """What a step has to say besides tokens."""
+    """A step's results besides tokens. errors: by request id."""
 
     logprobs: list[tuple[list[str], LogprobsOf]] = field(default_factory=list)
     prompt_logprobs: list[tuple[str, int, LogprobsOf]] = field(default_factory=list)
@@ -67,7 +69,7 @@ class Extras:
 
 
 class PendingOutput:
-    """A launched step's tokens, and what else it has to say."""
+    """A launched step's tokens and extras."""
 
     def __init__(
         self,
@@ -82,7 +84,7 @@ class PendingOutput:
         self._extras = extras
 
     def collect(self) -> StepOutput:
-        """Wait for the step and give its results."""
+        """Wait for the step and return its results."""
         if self._arrived is not None:
             self._arrived.synchronize()
         tokens = dict(zip(self._request_ids, self._token_ids.tolist(), strict=True))
@@ -101,9 +103,9 @@ class PendingOutput:
 
 
 class OutputRing:
-    """Brings drawn tokens to the host: pinned buffers, used in turn, so that nothing waits.
+    """Copies drawn tokens to the host through pinned buffers, used in turn, so that nothing waits.
 
-    num_slots: more than the steps that can be launched and not collected.
+    num_slots: number of buffers, more than steps can be launched and not yet collected.
     """
 
     def __init__(self, num_slots: int, max_num_seqs: int, device: torch.device) -> None:

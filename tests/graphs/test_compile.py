@@ -71,12 +71,12 @@ def test_compiled_equals_eager_at_every_shape(engine: Engine, lengths: list[int]
 @pytest.mark.parametrize("max_tokens", [1, 2, 16, 17, 256, 257, 8192])
 def test_variants_cover_every_step_once(max_tokens: int, on_gpu: bool) -> None:
     variants = variants_for(max_tokens, on_gpu)
-    assert variants[0].least == 1
-    assert variants[-1].most >= max_tokens
+    assert variants[0].min_tokens == 1
+    assert variants[-1].max_tokens >= max_tokens
     for before, after in itertools.pairwise(variants):
-        assert after.least == before.most + 1
-        assert after.least < after.most, "a range of one would be static"
-    assert all(v.least <= v.example <= v.most for v in variants)
+        assert after.min_tokens == before.max_tokens + 1
+        assert after.min_tokens < after.max_tokens, "a range of one would be static"
+    assert all(v.min_tokens <= v.example <= v.max_tokens for v in variants)
 
 
 def test_all_layers_share_one_graph_of_each_kind(engine: Engine) -> None:

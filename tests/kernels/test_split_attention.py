@@ -20,12 +20,12 @@ KEYS = 64
 
 @triton.jit
 def _list_kernel(  # type: ignore[no-untyped-def]
-    found, seq_lens, query_start_loc, num_rows, most_extra, least_tiles, window,
+    found, seq_lens, query_start_loc, num_rows, max_extra, least_tiles, window,
     KEYS: tl.constexpr, HAS_WINDOW: tl.constexpr, MAX_ROWS: tl.constexpr,
 ):  # fmt: skip
     item = tl.program_id(0)
     row, num_splits, split = kernels._work_item(
-        item, seq_lens, query_start_loc, num_rows, most_extra, window, least_tiles, KEYS,
+        item, seq_lens, query_start_loc, num_rows, max_extra, window, least_tiles, KEYS,
         HAS_WINDOW, MAX_ROWS,
     )  # fmt: skip
     tl.store(found + item * 3, row)
@@ -34,7 +34,7 @@ def _list_kernel(  # type: ignore[no-untyped-def]
 
 
 def work_items(
-    rows: list[tuple[int, int]], most_extra: int, window: int = 0, least_tiles: int = 1
+    rows: list[tuple[int, int]], max_extra: int, window: int = 0, least_tiles: int = 1
 ) -> list[tuple[int, int, int]]:
     """(row, number of splits, split) of every program that has work. rows: tokens, context.
 
@@ -43,10 +43,10 @@ def work_items(
     counts, lengths = zip(*rows, strict=True)
     starts = torch.tensor([0, *counts]).cumsum(0).int().to(DEVICE)
     seq_lens = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
-    num_items = len(rows) + most_extra
+    num_items = len(rows) + max_extra
     found = torch.full((num_items, 3), -1, dtype=torch.int32, device=DEVICE)
     _list_kernel[(num_items,)](
-        found, seq_lens, starts, len(rows), most_extra, least_tiles, window,
+        found, seq_lens, starts, len(rows), max_extra, least_tiles, window,
         KEYS=KEYS, HAS_WINDOW=window > 0, MAX_ROWS=triton.next_power_of_2(len(rows)),
     )  # fmt: skip
     items = [(int(row), int(total), int(split)) for row, total, split in found.tolist()]
@@ -60,12 +60,12 @@ def num_tiles(context: int, window: int) -> int:
 
 
 @pytest.mark.parametrize("window", [0, 300])
-@pytest.mark.parametrize("most_extra", [1, 16, 66])
-def test_every_row_with_one_token_is_covered_once(most_extra: int, window: int) -> None:
-    rng = random.Random(most_extra + window)
+@pytest.mark.parametrize("max_extra", [1, 16, 66])
+def test_every_row_with_one_token_is_covered_once(max_extra: int, window: int) -> None:
+    rng = random.Random(max_extra + window)
     for _ in range(2):
         rows = [(rng.choice([0, 1, 1, 1, 5]), rng.choice([1, 64, 65, 700, 5000])) for _ in range(9)]
-        items = work_items([*rows, (0, 0)], most_extra, window)
+        items = work_items([*rows, (0, 0)], max_extra, window)
         single = [row for row, (count, _) in enumerate(rows) if count == 1]
         expected = []
         for row in single:
@@ -78,22 +78,22 @@ def test_every_row_with_one_token_is_covered_once(most_extra: int, window: int) 
 
 
 def test_rows_are_split_by_their_length() -> None:
-    many = work_items([(1, 1000)] * 32, most_extra=16)
+    many = work_items([(1, 1000)] * 32, max_extra=16)
     assert [total for _, total, _ in many] == [1] * 32
-    few = work_items([(1, 1000)] * 4, most_extra=16)
+    few = work_items([(1, 1000)] * 4, max_extra=16)
     assert {total for _, total, _ in few} == {4}
-    unequal = work_items([(1, 100)] * 31 + [(1, 4000)], most_extra=16)
+    unequal = work_items([(1, 100)] * 31 + [(1, 4000)], max_extra=16)
     assert [total for row, total, _ in unequal if row < 31] == [1] * 31
     assert {total for row, total, _ in unequal if row == 31} == {10}
-    nearly = work_items([(1, 1000)] * 15 + [(1, 1300)], most_extra=16)
+    nearly = work_items([(1, 1000)] * 15 + [(1, 1300)], max_extra=16)
     assert [total for _, total, _ in nearly] == [1] * 16
-    assert len(work_items([(1, 640)], most_extra=16)) == 10  # a tile each
-    assert len(work_items([(1, 640)], most_extra=16, least_tiles=2)) == 5
+    assert len(work_items([(1, 640)], max_extra=16)) == 10  # a tile each
+    assert len(work_items([(1, 640)], max_extra=16, least_tiles=2)) == 5
 
 
 def test_padding_takes_nothing_from_the_others() -> None:
-    alone = work_items([(1, 1000), (1, 3000)], most_extra=16)
-    padded = work_items([(1, 1000), (1, 3000)] + [(1, 1)] * 40 + [(0, 0)], most_extra=16)
+    alone = work_items([(1, 1000), (1, 3000)], max_extra=16)
+    padded = work_items([(1, 1000), (1, 3000)] + [(1, 1)] * 40 + [(0, 0)], max_extra=16)
     assert padded[: len(alone)] == alone
 
 

@@ -255,7 +255,7 @@ def test_slots_of_token_counts_are_used_again() -> None:
         logits = random_logits(6, n)
         torch.testing.assert_close(batch.edited(logits), batch.expected(logits))
         batch.step(logits)
-    assert LogitsRules.most_bytes(6, VOCAB) == batch.table.rules._counts.nbytes
+    assert LogitsRules.max_bytes(6, VOCAB) == batch.table.rules._counts.nbytes
 
 
 # -- logits processors ----------------------------------------------------------------------------
