@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from compiledllm import Engine, SamplingParams
-from compiledllm.config import Choice
+from compiledllm.config import Choice, ConfigError
 from compiledllm.kernels import paged_attention_torch as oracle
 from compiledllm.kernels.backend import AttentionForm, AttentionMetadata
 from compiledllm.models.registry import load_spec
@@ -187,6 +187,8 @@ def test_heads_too_large_for_triton_go_to_torch(tiny_llama: Callable[..., Path])
     choice = settle(model, "triton")
     assert choice.value == "torch" and "head_dim=512" in choice.reason
     assert settle(model, "torch").reason == "as asked"
+    with pytest.raises(ConfigError, match=r"deterministic=True cannot be had .* head_dim=512"):
+        settle(model, "fixed_order")
 
 
 # -- on a GPU, the real one ------------------------------------------------------------------------
