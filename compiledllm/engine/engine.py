@@ -13,8 +13,7 @@ import dataclasses
 import itertools
 import math
 import sys
-import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,15 @@ from compiledllm.config import EngineConfig
 from compiledllm.engine.beam_search import beam_search
 from compiledllm.engine.conversation import Message
 from compiledllm.engine.core import EngineCore
-from compiledllm.engine.interrupts import deferred_interrupt
 from compiledllm.engine.prompts import (
     Prompt,
     as_conversations,
     as_prompts,
     one_per_prompt,
 )
-from compiledllm.engine.request_state import Completion, OutputStream, RequestState
+from compiledllm.engine.request_state import OutputStream, RequestState
 from compiledllm.engine.requests import RequestFactory
+from compiledllm.engine.shared_core import SharedCore
 from compiledllm.engine.tokenizer import Tokenizer
 from compiledllm.log import show_logs
 from compiledllm.models.source import resolve_checkpoint
@@ -47,7 +46,10 @@ class Engine:
     None is the embedded default, SmolLM2-135M-Instruct. The options are the fields of
     `compiledllm.config` and carry vLLM's names. Raises ConfigError for what cannot be had.
 
-    Not thread-safe: use it from one thread.
+    Threads may share an engine: calls take turns step by step, and their requests run in one batch.
+    Each call gets its own outputs; those of `add_request` go to whoever calls `step`. Requests run
+    in the steps of any call, so a stream that is read late shows more at once. A step that fails
+    raises in the calls whose requests it has ended.
     """
 
     def __init__(self, model: str | Path | None = None, **options: Any) -> None:
@@ -63,9 +65,7 @@ class Engine:
                 resolve_checkpoint(other, weights=False) if other else self.core.model_path
             )
         self._requests = RequestFactory(self.core.served_model(), self.tokenizer)
-        self._states: dict[str, RequestState] = {}
-        self._completions: dict[str, tuple[RequestState, Completion]] = {}  # by the core's ids
-        self._unseen: dict[str, RequestState] = {}  # grew for `step`, in somebody else's step
+        self._shared = SharedCore(self.core)
         self._request_ids = itertools.count()
 
     @property
@@ -93,8 +93,7 @@ class Engine:
         ValueError and starts nothing.
         """
         states = self._make_states(as_prompts(prompts), sampling_params, priority)
-        self._add_all(_as_batch(states))
-        return self._finish(states, use_tqdm)
+        return self._run(states, _as_batch(states), use_tqdm)
 
     def chat(
         self,
@@ -140,8 +139,8 @@ class Engine:
         is not finished.
         """
         states = self._make_states(as_prompts(prompts), sampling_params, priority)
-        self._add_all(states)
-        return OutputStream(self._stream(states), lambda: self._abort(states))
+        self._shared.add(states)
+        return OutputStream(self._stream(states), lambda: self._shared.abort(states))
 
     def stream_chat(
         self, messages: Sequence[Message], sampling_params: SamplingParams | None = None
@@ -154,14 +153,7 @@ class Engine:
 
     def _stream(self, states: list[RequestState]) -> Generator[RequestOutput]:
         with self._aborting_on_exit(states):
-            unfinished = states
-            while unfinished:
-                self._advance()
-                for state in unfinished:
-                    output = state.next_output()
-                    if output is not None:
-                        yield output
-                unfinished = [state for state in unfinished if not state.is_over]
+            yield from self._shared.stream(states)
 
     # -- one step at a time --------------------------------------------------------------------
 
@@ -177,29 +169,20 @@ class Engine:
         request_id = self._next_request_id() if request_id is None else request_id
         state = self._requests.make(request_id, prompt, params, priority)
         state.is_for_step = True
-        self._add(state)
+        self._shared.add([state])
         return state.request_id
 
     def abort_request(self, request_id: str) -> None:
         """End a request added by `add_request`. Unknown ids are ignored."""
-        with deferred_interrupt():
-            state = self._states.pop(request_id, None)
-            self._unseen.pop(request_id, None)
-            for completion in () if state is None else state.completions:
-                self.core.finish(completion.request.request_id, "abort")
-                self._completions.pop(completion.request.request_id, None)
+        self._shared.abort_id(request_id)
 
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has more to return."""
-        return self.core.has_unfinished() or bool(self._unseen)
+        return self._shared.has_more_for_step()
 
     def step(self) -> list[RequestOutput]:
         """One engine step. Returns the outputs of `add_request`'s requests that grew."""
-        if self.core.has_unfinished():
-            self._advance()
-        unseen, self._unseen = self._unseen, {}
-        outputs = [state.next_output() for state in unseen.values()]
-        return [output for output in outputs if output is not None]
+        return self._shared.step()
 
     def get_default_sampling_params(self) -> SamplingParams:
         """The parameters of a request that names none."""
@@ -221,62 +204,18 @@ class Engine:
             self._requests.make(self._next_request_id(), prompt, params, max_logprobs=ALL_TOKENS)
             for prompt in prompts
         ]
-        self._add_all(states)
-        outputs = [output.outputs[0] for output in self._finish(states, use_tqdm=False)]
+        outputs = [output.outputs[0] for output in self._run(states, states, use_tqdm=False)]
         return [output.logprobs[0] if output.logprobs else {} for output in outputs]
 
     # -- inside --------------------------------------------------------------------------------
 
-    def _advance(self) -> bool:
-        """One engine step, its texts included; whether a completion has ended."""
-        with deferred_interrupt():
-            try:
-                advanced = self.core.step()
-            except Exception:
-                ended = [pair for pair in self._completions.values() if pair[1].request.is_finished]
-                self._book(ended)
-                raise
-            pairs = [self._completions[request.request_id] for request in advanced]
-            now = time.monotonic()
-            for _, completion in pairs:
-                self._push(completion, now)
-            self.core.check_when_idle()
-            return self._book(pairs)
-
-    def _push(self, completion: Completion, now: float) -> None:
-        """Take over a request's newest token; one that failed has none."""
-        request = completion.request
-        if request.finish_reason == "error":
-            return
-        stop = completion.push_last_token(now)
-        if stop is not None and request.is_finished:  # by this very token; the string came first
-            request.finish_reason, request.stop_reason = "stop", stop
-        elif stop is not None:
-            self.core.finish(request.request_id, "stop", stop)
-
-    def _book(self, pairs: Iterable[tuple[RequestState, Completion]]) -> bool:
-        """Remember what `step` has to show, and forget who is finished; whether anybody is."""
-        has_ended = False
-        for state, completion in pairs:
-            if state.is_for_step:
-                self._unseen[state.request_id] = state
-            if completion.request.is_finished:
-                del self._completions[completion.request.request_id]
-                if state.is_finished:
-                    self._states.pop(state.request_id, None)
-                has_ended = True
-        return has_ended
-
-    def _finish(self, states: list[RequestState], use_tqdm: bool) -> list[RequestOutput]:
-        """Step until these are finished."""
+    def _run(
+        self, states: list[RequestState], queue: list[RequestState], use_tqdm: bool
+    ) -> list[RequestOutput]:
+        """Step until these are finished. queue: they, in the order in which they are to begin."""
         with self._aborting_on_exit(states), _progress_bar(len(states), use_tqdm) as progress:
-            unfinished = states
-            while unfinished:
-                if not self._advance() and self.core.has_unfinished():
-                    continue
-                still = [state for state in unfinished if not state.is_finished]
-                progress.update(len(unfinished) - len(still))
-                unfinished = still
+            self._shared.add(queue)
+            self._shared.finish(states, progress.update)
             return [state.output() for state in states]
 
     def _make_states(
@@ -296,28 +235,7 @@ class Engine:
 
     def _next_request_id(self) -> str:
         ids = map(str, self._request_ids)
-        return next(request_id for request_id in ids if request_id not in self._states)
-
-    def _add_all(self, states: list[RequestState]) -> None:
-        try:
-            for state in states:
-                self._add(state)
-        except BaseException:
-            self._abort(states)
-            raise
-
-    def _add(self, state: RequestState) -> None:
-        with deferred_interrupt():
-            if state.request_id in self._states:
-                raise ValueError(f"request_id '{state.request_id}' is already in use")
-            self._states[state.request_id] = state
-            try:
-                for completion in state.completions:
-                    self.core.add(completion.request)
-                    self._completions[completion.request.request_id] = state, completion
-            except ValueError:
-                self.abort_request(state.request_id)
-                raise
+        return next(request_id for request_id in ids if request_id not in self._shared.states)
 
     @contextlib.contextmanager
     def _aborting_on_exit(self, states: list[RequestState]) -> Iterator[None]:
@@ -325,12 +243,7 @@ class Engine:
         try:
             yield
         finally:
-            self._abort(states)
-
-    def _abort(self, states: list[RequestState]) -> None:
-        for state in states:
-            if self._states.get(state.request_id) is state:
-                self.abort_request(state.request_id)
+            self._shared.abort(states)
 
 
 LLM = Engine  # vLLM's name for it

@@ -144,7 +144,9 @@ def check_books(engine: Engine) -> None:
     scheduler.check_invariants()
     assert scheduler.block_pool.num_free_blocks == scheduler.block_pool.num_blocks
     assert engine.core.runner.compiler.num_recompiles == 0
-    assert not engine._states and not engine._unseen and not engine._completions
+    shared = engine._shared
+    assert not shared.states and not shared._unseen and not shared._completions
+    assert not shared._failures
 
 
 def check_against_lone_runs(engine: Engine, traffic: Traffic, sample: int) -> None:
