@@ -125,6 +125,8 @@ class EngineCore:
             advanced = self.scheduler.update(step, self.runner.collect(output))
         except Exception as error:
             isolation = None if is_fatal(error) else self.isolation
+            if isolation is not None and isolation.is_hopeless:
+                isolation = None
             # Without isolation those of the step end with an error.
             self._abandon(step, failed=isolation is None)
             if isolation is None:

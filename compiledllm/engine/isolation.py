@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from compiledllm.log import log
 from compiledllm.scheduler.scheduler import Scheduler
 from compiledllm.types import Request
+
+MAX_FAILED = 8  # requests in a row, each of them alone
 
 
 class Isolation:
@@ -22,6 +22,7 @@ class Isolation:
         self._scheduler = scheduler
         self._suspects: dict[str, int] = {}  # tokens they have got since
         self._held: list[list[str]] = []
+        self._num_failed = 0  # requests found to blame since a step was done
 
     def after_failure(self, scheduled: list[str], error: Exception) -> list[Request]:
         """The step was abandoned. Returns the request that was to blame, once it is known."""
@@ -31,6 +32,7 @@ class Isolation:
         if len(suspects) <= 1:
             text = f"{type(error).__name__}: {error}"
             log.error("request %s makes its steps fail (%s)", suspects, text)
+            self._num_failed += 1
             ended = [self._scheduler.finish(request_id, "error", text) for request_id in suspects]
             self._next_group()
             return [request for request in ended if request is not None]
@@ -40,8 +42,15 @@ class Isolation:
         self._held.append(rest)
         return []
 
-    def after_success(self, advanced: Iterable[Request]) -> None:
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether whatever runs fails: then it is not the requests (memory may be used up)."""
+        return self._num_failed >= MAX_FAILED
+
+    def after_success(self, advanced: list[Request]) -> None:
         """These got a token. Once all suspects are cleared, the next group is let in."""
+        if advanced:
+            self._num_failed = 0
         if not self._suspects:
             return
         for request in advanced:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from compiledllm import Engine, SamplingParams
+from compiledllm.engine import isolation
 from compiledllm.types import Request, SchedulerOutput
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -114,3 +115,16 @@ def test_without_isolation_the_step_takes_all_with_it(
     with pytest.raises(RuntimeError, match="a poisoned request"):
         engine.core.step()
     assert [request.finish_reason for request in alive] == ["error"] * 3
+
+
+def test_an_engine_in_which_all_that_runs_fails_gives_up(
+    tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make(tiny_llama)
+    engine.core.isolate_failures()
+    alive = requests(20)
+    poison(engine, monkeypatch, {request.request_id for request in alive}, late=False)
+    with pytest.raises(RuntimeError, match="a poisoned request"):
+        run(engine, alive)
+    blamed = [request for request in alive if request.stop_reason is not None]
+    assert len(blamed) == isolation.MAX_FAILED
