@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -54,13 +55,15 @@ class EngineCore:
     """One model on one device, and the requests on it. Single-threaded.
 
     Attributes: `config` (resolved), `choices` (option -> value and reason), `model_path`, `spec`,
-    `scheduler`, `runner`, `startup_s` (phase -> seconds).
+    `scheduler`, `runner`, `startup_s` (phase -> seconds), `on_start` (called with the ids of
+    requests that begin to run, before the first step that has them).
     """
 
     def __init__(self, config: EngineConfig) -> None:
         self.startup_s: dict[str, float] = {}
         self.isolation: Isolation | None = None
         self.num_step_tokens = 0  # of the step last scheduled
+        self.on_start: Callable[[Iterable[str]], None] | None = None
         self._last_idle_check = 0.0
         self._in_flight: deque[tuple[SchedulerOutput, PendingOutput]] = deque()
         started = time.perf_counter()
@@ -117,6 +120,8 @@ class EngineCore:
         """
         step = self.scheduler.schedule()
         self.num_step_tokens = step.num_scheduled_tokens
+        if self.on_start is not None and step.new_requests:
+            self.on_start(new.request_id for new in step.new_requests)
         try:
             self._in_flight.append((step, self.runner.launch(step)))
             if len(self._in_flight) <= bool(self.config.scheduler.async_scheduling):

@@ -244,7 +244,7 @@ def _add_models(app: FastAPI, serving: Serving) -> None:
 def _add_state(app: FastAPI, engine: EngineClient, metrics: Metrics) -> None:
     @app.get("/health")
     async def health() -> JSONResponse:
-        """Whether the engine is alive: 503 if it is dead or has finished no step for too long."""
+        """Whether the engine is alive: 503 if it is dead, or silent for too long."""
         problem = engine.why_unhealthy()
         body = {"status": "unhealthy" if problem else "ok", "engine": engine.state}
         if problem:

@@ -10,23 +10,19 @@ import asyncio
 import contextlib
 import gc
 import math
-import signal
-import socket
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from compiledllm.config import ConfigError, EngineConfig
+from compiledllm.config import ConfigError
 from compiledllm.engine.request_state import RequestState
 from compiledllm.engine.requests import RequestFactory
-from compiledllm.engine.served_model import ServedModel
-from compiledllm.engine.tokenizer import Tokenizer, warm_up
+from compiledllm.engine.tokenizer import warm_up
 from compiledllm.log import log
-from compiledllm.models.source import resolve_checkpoint
 from compiledllm.runner.grammars import Vocabulary
-from compiledllm.server.engine_process import write_crash_record
+from compiledllm.server.crash_records import tidy_crash_records, write_crash_record
+from compiledllm.server.engine_child import ENGINE_COMMAND, EngineChild, cause_of
 from compiledllm.server.live_request import (
     DeadlineExceeded,
     EngineError,
@@ -36,37 +32,48 @@ from compiledllm.server.live_request import (
     Unavailable,
 )
 from compiledllm.server.live_requests import LiveRequests
+from compiledllm.server.restarts import Restarts
+from compiledllm.server.served_text import factory_of, vocabulary_of
+from compiledllm.server.vital_signs import VitalSigns
 from compiledllm.server.wire import (
+    Alive,
     Failed,
     FromEngine,
+    Ping,
     Ready,
     Speak,
     Start,
     Stats,
     Stepped,
     ToEngine,
-    frame,
-    receive_async,
+    WireError,
 )
 
 State = Literal["loading", "ready", "draining", "dead"]
-MOST_RESTARTS = 5  # in RESTART_WINDOW_S; then something is wrong that a restart does not mend
-RESTART_WINDOW_S = 600.0
+STOP_S = 5.0  # for a killed process to be gone
+MAX_UNREAD_BYTES = 2**24  # sent to the engine and not read; then nothing more is let in
 YOUNG_OBJECTS = 20_000  # let live between collections; a request is about a thousand
 
 
 class EngineClient:
     """Starts the engine's process and talks to it.
 
-    Attributes: `state`, `requests` (the factory, once it is ready), `ready` (the engine's last
-    report), `stats` (after its last step), `live` (the requests), `observe` (called with each
-    message).
+    command: starts such a process; two file descriptors are added. Attributes: `state`, `requests`
+    (the factory, once it is ready), `ready` (the engine's last report), `stats` (after its last
+    step), `live` (the requests), `signs` (of life), `observe` (called with each message).
     """
 
-    def __init__(self, options: dict[str, Any], limits: Limits, crash_folder: Path) -> None:
+    def __init__(
+        self,
+        options: dict[str, Any],
+        limits: Limits,
+        crash_folder: Path,
+        command: Sequence[str] = ENGINE_COMMAND,
+    ) -> None:
         self._options = options
         self._limits = limits
         self._crash_folder = crash_folder
+        self._command = command
         self.state: State = "loading"
         self.requests: RequestFactory | None = None
         self.ready: Ready | None = None
@@ -74,12 +81,13 @@ class EngineClient:
         self.observe: Callable[[FromEngine], None] = lambda message: None
         self.failure: Failed | None = None
         self.num_restarts = 0
-        self.process: asyncio.subprocess.Process | None = None
+        self.signs = VitalSigns(limits)
         self.live = LiveRequests(self._send)
         self._vocabulary: Vocabulary | None = None  # None: no structured outputs
-        self._writer: asyncio.StreamWriter | None = None
-        self._last_sign = time.monotonic()  # of life, or of work to do
-        self._crashes: list[float] = []
+        self._child: EngineChild | None = None
+        self._restarts = Restarts()
+        self._num_finished = 0  # requests, up to the last crash
+        self._was_silent = False  # when it was killed
         self._changed = asyncio.Event()
         self._supervisor: asyncio.Task[None] | None = None
 
@@ -87,14 +95,21 @@ class EngineClient:
 
     def start(self) -> None:
         """Begin; `state` tells how far it is."""
+        tidy_crash_records(self._crash_folder)
         self._supervisor = asyncio.create_task(self._supervise())
-        asyncio.get_running_loop().run_in_executor(None, warm_up)  # while the engine loads
+        if not self._options.get("skip_tokenizer_init"):
+            asyncio.get_running_loop().run_in_executor(None, warm_up)  # while the engine loads
 
     async def wait_until_settled(self) -> None:
         """Return when the engine is ready, or will never be."""
         while self.state == "loading":
             self._changed.clear()
             await self._changed.wait()
+
+    async def wait_until_dead(self) -> None:
+        """Return when the engine has ended and is not started again."""
+        assert self._supervisor is not None
+        await asyncio.wait({self._supervisor})
 
     async def drain(self, seconds: float) -> None:
         """Take nothing new; return when all is finished, or after so long."""
@@ -105,102 +120,117 @@ class EngineClient:
         self.live.end_all(EngineError("the server is shutting down"))
 
     async def stop(self) -> None:
-        """End the process."""
+        """End the process, whatever it is doing."""
         if self._supervisor is not None:
             self._supervisor.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._supervisor
-        if self._writer is not None:
-            self._writer.close()
-        if self.process is not None and self.process.returncode is None:
-            self.process.kill()
-            await self.process.wait()
-
-    def seconds_without_step(self) -> float:
-        """While there is work: since the last step was finished. 0 otherwise."""
-        return time.monotonic() - self._last_sign if self.live else 0.0
+            await asyncio.wait({self._supervisor})
+        if self._child is not None:
+            self._child.kill()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._child.end(), STOP_S)
 
     def why_unhealthy(self) -> str | None:
         if self.state == "dead":
             return self.failure.error if self.failure else "the engine has ended"
-        silence = self.seconds_without_step()
-        if self.state != "loading" and silence > self._limits.stuck_seconds:
-            return f"no step was finished for {silence:.0f} s, with {len(self.live)} requests live"
-        return None
+        reason = self.signs.why_unhealthy()
+        return reason and f"{reason}, with {len(self.live)} requests live"
 
     async def _supervise(self) -> None:
         try:
             await self._keep_running()
         except Exception as error:
             log.exception("the engine is lost")
+            while isinstance(error, ExceptionGroup):
+                error = error.exceptions[0]
             is_config = isinstance(error, ConfigError)
             text = str(error) if is_config else f"{type(error).__name__}: {error}"
-            self.failure = Failed(text, is_config)
-            self._set("dead")
-            self.live.end_all(EngineError(self.failure.error))
+            self._give_up(Failed(text, is_config))
 
     async def _keep_running(self) -> None:
-        while self.state != "dead":
-            connection = await self._spawn()
-            reader, self._writer = await asyncio.open_connection(sock=connection)
-            self.failure = None
-            while (message := await receive_async(reader)) is not None:
-                self._last_sign = time.monotonic()
-                self.observe(message)
-                if isinstance(message, Ready):
-                    await self._become_ready(message)
-                else:
-                    self._handle(message)
-            self._writer.close()
-            assert self.process is not None
-            await self._mourn(await self.process.wait())
+        goes_on = True
+        while goes_on:
+            await asyncio.sleep(self._restarts.delay_s)
+            self.failure, self._was_silent = None, False
+            started: set[str] = set()
+            try:
+                self._child = child = await EngineChild.spawn(self._command)
+            except OSError as error:
+                self.failure = Failed(f"its process cannot be started ({error})")
+            else:
+                self.signs.begin()
+                child.send(Start(self._options, str(self._crash_folder)))
+                await self._attend(child)
+                status = await child.end()
+                self.failure = self.failure or Failed(cause_of(status))
+                started = set(self.failure.blamed) or child.take_started()
+            goes_on = self._mourn(self.failure, started)
 
-    async def _spawn(self) -> socket.socket:
-        ours, theirs = socket.socketpair()
-        self.process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "compiledllm.server.engine_process",
-            str(theirs.fileno()),
-            pass_fds=[theirs.fileno()],
-            stdin=asyncio.subprocess.DEVNULL,
-        )
-        theirs.close()
-        ours.setblocking(True)
-        ours.sendall(frame(Start(self._options, str(self._crash_folder))))
-        return ours
+    async def _attend(self, child: EngineChild) -> None:
+        """Read what the process says until it ends; see to it that it ends when it is lost."""
+        async with asyncio.TaskGroup() as tasks:
+            beside = [tasks.create_task(self._watch(child))]
+            try:
+                while (message := await child.receive()) is not None:
+                    self.signs.hear(message)
+                    if isinstance(message, Ready):
+                        self.observe(message)
+                        beside.append(tasks.create_task(self._become_ready(message)))
+                    else:
+                        self._handle(message)
+            except WireError as error:
+                self._kill(child, str(error))
+            for task in beside:
+                task.cancel()
 
-    async def _mourn(self, status: int) -> None:
-        """The process has ended: say why, end or keep its requests, and decide what comes next."""
-        failure = self.failure or Failed(_cause_of(status))
-        was_ready, self.failure = self.ready is not None, failure
-        now = time.monotonic()
-        self._crashes = [t for t in self._crashes if now - t < RESTART_WINDOW_S] + [now]
-        if not was_ready or len(self._crashes) > MOST_RESTARTS:
-            self._set("dead")
-            self.live.end_all(EngineError(failure.error))
-            return
-        if not failure.blamed:  # else it has written one itself
-            batch = [{"request_id": request_id} for request_id in self.live.engine_ids]
-            record: dict[str, object] = {
-                "error": failure.error,
-                "batch": batch,
-                "last_stats": str(self.stats),
-            }
-            write_crash_record(self._crash_folder, record)
-        self._sort_out(failure)
+    async def _watch(self, child: EngineChild) -> None:
+        while True:
+            await asyncio.sleep(self.signs.interval_s)
+            self.signs.tick()
+            child.send(Ping())
+            reason = self.signs.why_lost()
+            self._was_silent = reason is not None
+            if self.signs.is_overdue:
+                seconds = self._limits.load_seconds
+                reason = f"loading took longer than {seconds:.0f} s (--load-timeout)"
+            if reason is not None:
+                self._kill(child, reason)
+                return
+
+    def _kill(self, child: EngineChild, reason: str) -> None:
+        log.error("killing the engine's process: %s", reason)
+        self.failure = Failed(reason)
+        child.kill()
+
+    def _mourn(self, failure: Failed, started: set[str]) -> bool:
+        """The process has ended: end or keep its requests; whether another one is to be started."""
+        if self.live.num_finished > self._num_finished:
+            self._restarts.succeed()
+        self._num_finished = self.live.num_finished
+        if self.ready is not None and not failure.is_recorded:
+            self._write_record(failure, started)
+        is_explained = self.live.outlive(failure.error, started)
+        has_loaded = self.ready is not None or self._was_silent  # else it never will
+        if not has_loaded or not self._restarts.crash(is_explained):
+            self._give_up(failure)
+            return False
+        if self.state == "draining" and not self.live:
+            return False
         log.error("the engine ended (%s); starting it again", failure.error)
         self.num_restarts += 1
         if self.state != "draining":
             self._set("loading")
+        return True
 
-    def _sort_out(self, failure: Failed) -> None:
-        """Requests that showed nothing yet start over, once; the rest end with the cause."""
-        for live in self.live:
-            if live.was_shown or live.was_replayed:
-                self.live.end(live, EngineError(f"the engine ended: {failure.error}"))
-            else:
-                self.live.start_over(live)
+    def _write_record(self, failure: Failed, started: set[str]) -> None:
+        running = [{"request_id": name} for name in self.live.engine_ids if name in started]
+        record: dict[str, object] = {"error": failure.error, "batch": running}
+        record |= {"num_live": len(self.live), "last_stats": str(self.stats)}
+        write_crash_record(self._crash_folder, record)
+
+    def _give_up(self, failure: Failed) -> None:
+        self.failure = failure
+        self._set("dead")
+        self.live.end_all(EngineError(failure.error))
 
     def _set(self, state: State) -> None:
         self.state = state
@@ -208,19 +238,19 @@ class EngineClient:
 
     # -- messages ------------------------------------------------------------------------------
 
-    def _handle(self, message: Stepped | Failed) -> None:
+    def _handle(self, message: Stepped | Failed | Alive) -> None:
         if isinstance(message, Stepped):
+            self.observe(message)
             self.stats = message.stats
             self.live.book(message)
-        else:
+        elif isinstance(message, Failed):
             self.failure = message
 
     async def _become_ready(self, message: Ready) -> None:
         requests = self.requests
         if requests is None:
-            tokenizer = await asyncio.to_thread(_tokenizer_of, message)
-            requests = RequestFactory(served_model_of(message), tokenizer)
-            self._vocabulary = await asyncio.to_thread(_vocabulary_of, requests)
+            requests = await asyncio.to_thread(factory_of, message)
+            self._vocabulary = await asyncio.to_thread(vocabulary_of, requests)
             gc.collect()
             gc.freeze()  # what is here now is here to stay: collections need not walk it
             gc.set_threshold(YOUNG_OBJECTS)
@@ -228,16 +258,25 @@ class EngineClient:
             self._send(Speak(self._vocabulary))
         self.requests = requests
         self.ready = message
-        for live in self.live:
-            self.live.tell(live)
+        self.live.replay()
         if self.state == "loading":
             self._set("ready")
 
     def _send(self, message: ToEngine) -> None:
-        if self._writer is not None and not self._writer.is_closing():
-            self._writer.write(frame(message))
+        if self._child is not None:
+            self._child.send(message)
 
     # -- requests ------------------------------------------------------------------------------
+
+    def require_ready(self) -> RequestFactory:
+        """What makes requests. Raises Unavailable if the engine takes none now."""
+        if self.state != "ready" or self.requests is None:
+            raise Unavailable(f"the engine is {self.state}", 1 if self.state == "draining" else 5)
+        if reason := self.why_unhealthy():
+            raise Unavailable(reason, 5)
+        if self._child is not None and self._child.num_unread_bytes > MAX_UNREAD_BYTES:
+            raise Unavailable("the engine does not take what it was sent", 5)
+        return self.requests
 
     def admit(self, states: list[RequestState]) -> list[LiveRequest]:
         """Let requests in, all or none; each then has to be followed, or released.
@@ -246,19 +285,23 @@ class EngineClient:
         """
         num_requests = sum(len(state.completions) for state in states)
         num_tokens = sum(c.request.num_prompt_tokens for s in states for c in s.completions)
-        self._check_admission(num_requests, num_tokens)
-        if not self.live:
-            self._last_sign = time.monotonic()
-        return [self.live.add(state) for state in states]
+        self.require_ready()
+        self._check_room(num_requests, num_tokens)
+        lives: list[LiveRequest] = []
+        try:
+            for state in states:
+                lives.append(self.live.add(state))
+        except BaseException:
+            self.release(lives)
+            raise
+        return lives
 
     def release(self, lives: list[LiveRequest]) -> None:
         """End those that are not over; nobody waits for them any more."""
         for live in lives:
             self.live.abort(live)
 
-    def _check_admission(self, num_requests: int, num_tokens: int) -> None:
-        if self.state != "ready" or self.requests is None:
-            raise Unavailable(f"the engine is {self.state}", 1 if self.state == "draining" else 5)
+    def _check_room(self, num_requests: int, num_tokens: int) -> None:
         assert self.ready is not None
         at_once = int(self.ready.options["max_num_seqs"] or 1)
         present = self.live.num_completions
@@ -295,37 +338,3 @@ class EngineClient:
         finally:
             timer.cancel()
             self.live.abort(live)
-
-
-def served_model_of(message: Ready) -> ServedModel:
-    return ServedModel(
-        config=EngineConfig.from_options(**message.options),
-        model_path=Path(message.model_path),
-        vocab_size=message.vocab_size,
-        eos_token_ids=tuple(message.eos_token_ids),
-        num_slots=message.num_slots,
-    )
-
-
-def _tokenizer_of(message: Ready) -> Tokenizer | None:
-    if message.options["skip_tokenizer_init"]:
-        return None
-    other = message.options["tokenizer"]
-    return Tokenizer(
-        resolve_checkpoint(other, weights=False) if other else Path(message.model_path)
-    )
-
-
-def _vocabulary_of(requests: RequestFactory) -> Vocabulary | None:
-    """For structured outputs; None, and a line, if there are none."""
-    try:
-        return requests.grammars().vocabulary
-    except ValueError as error:
-        log.info("%-10s none (%s)", "grammars", error)
-        return None
-
-
-def _cause_of(status: int) -> str:
-    if status < 0:
-        return f"its process was ended by {signal.Signals(-status).name}"
-    return f"its process ended with status {status}"

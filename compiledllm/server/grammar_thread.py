@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import queue
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from compiledllm.log import log
@@ -22,24 +23,30 @@ class Compiled:
 
 
 class GrammarThread:
-    """`put` gets each request once its grammar is there.
+    """`put` gets each request once its grammar is there. on_start: called with an id before that.
 
-    Meanwhile the client may leave: the loop forgets the request, and asks before it adds one.
+    Meanwhile the client may leave: the loop forgets the request, and asks before it adds one. What
+    is not an error of a grammar ends the thread, and with it the process (`Lifeline`).
     """
 
-    def __init__(self, put: Callable[[Compiled], None]) -> None:
-        self._put = put
-        self._thread = ThreadPoolExecutor(1, "grammars")
+    def __init__(
+        self,
+        put: Callable[[Compiled], None],
+        on_start: Callable[[Sequence[str]], None] = lambda request_ids: None,
+    ) -> None:
+        self._put, self._on_start = put, on_start
+        self._work: queue.SimpleQueue[Vocabulary | Add] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="grammars", daemon=True).start()
         self._grammars: Grammars | None = None
         self._wanted: set[str] = set()  # request ids, from their arrival on
 
     def speak(self, vocabulary: Vocabulary) -> None:
         """Of the requests that come from now on."""
-        self._thread.submit(self._prepare, vocabulary)
+        self._work.put(vocabulary)
 
     def compile(self, message: Add) -> None:
         self._wanted.add(message.request_id)
-        self._thread.submit(self._compile, message)
+        self._work.put(message)
 
     def forget(self, request_id: str) -> None:
         self._wanted.discard(request_id)
@@ -49,6 +56,15 @@ class GrammarThread:
         is_wanted = message.add.request_id in self._wanted
         self._wanted.discard(message.add.request_id)
         return is_wanted
+
+    def _run(self) -> None:
+        while True:
+            work = self._work.get()
+            if isinstance(work, Add):
+                self._on_start([work.request_id])
+                self._compile(work)
+            else:
+                self._prepare(work)
 
     def _prepare(self, vocabulary: Vocabulary) -> None:
         try:

@@ -30,6 +30,7 @@ from compiledllm.server.security import read_keys
 
 LOG_LINE_INTERVAL_S = 10.0
 SEND_BUFFER_BYTES = 2**18  # of a socket: what a client that reads nothing can make the kernel hold
+THREADS_END_S = 2.0  # that work in threads has to end, at the end of the process
 LONGEST_STANDSTILL_S = 0.5  # of the event loop, that is not worth a line
 
 
@@ -92,7 +93,18 @@ async def _run(
     await engine.stop()
     if status and engine.failure is not None:
         print(f"error: {engine.failure.error}", file=sys.stderr, flush=True)
+    await _end_threads(status)
     return status
+
+
+async def _end_threads(status: int) -> None:
+    """End the process if threads of its own (a long text, an import) would hold up its end."""
+    ending = asyncio.create_task(asyncio.get_running_loop().shutdown_default_executor())
+    _, unfinished = await asyncio.wait({ending}, timeout=THREADS_END_S)
+    if unfinished:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -123,7 +135,7 @@ def _on_signal(ending: asyncio.Event, server: uvicorn.Server) -> None:
 async def _until_end(engine: EngineClient, ending: asyncio.Event, serving: Any) -> int:
     """0 when told to stop; 2 when the engine could not start, 1 when it is lost or HTTP ended."""
     told = asyncio.create_task(ending.wait())
-    dead = asyncio.create_task(_death(engine))
+    dead = asyncio.create_task(engine.wait_until_dead())
     done, pending = await asyncio.wait({told, dead, serving}, return_when=asyncio.FIRST_COMPLETED)
     for task in pending - {serving}:
         task.cancel()
@@ -131,11 +143,6 @@ async def _until_end(engine: EngineClient, ending: asyncio.Event, serving: Any) 
         return 0
     is_config = engine.failure is not None and engine.failure.is_config
     return 2 if is_config else 1
-
-
-async def _death(engine: EngineClient) -> None:
-    while engine.state != "dead":
-        await asyncio.sleep(0.1)
 
 
 async def _announce(engine: EngineClient, listener: socket.socket) -> None:
@@ -212,4 +219,5 @@ def _limits(arguments: argparse.Namespace) -> Limits:
         queued_tokens=arguments.max_queued_tokens,
         request_seconds=arguments.request_timeout,
         stuck_seconds=arguments.stuck_timeout,
+        load_seconds=arguments.load_timeout,
     )

@@ -44,7 +44,8 @@ class Limits:
     queued_requests: int
     queued_tokens: int
     request_seconds: float
-    stuck_seconds: float
+    stuck_seconds: float  # without a sign of life; twice that: the engine is started again
+    load_seconds: float = 3600.0  # that the engine may load for
 
 
 @dataclass(eq=False, slots=True)
@@ -54,7 +55,7 @@ class LiveRequest:
     state: RequestState
     error: Exception | None = None  # what ends it, once what came before is taken
     was_shown: bool = False  # any of it
-    was_replayed: bool = False
+    ran_at_crash: bool = False  # and was started over
     num_tokens: int = field(init=False)  # of its prompt, for each completion
     _waiter: asyncio.Future[None] | None = None
 

@@ -9,8 +9,10 @@ import time
 from collections.abc import Callable, Iterator
 
 from compiledllm.engine.request_state import Completion, RequestState
+from compiledllm.log import log
 from compiledllm.outputs import FinishReason
-from compiledllm.server.live_request import LiveRequest
+from compiledllm.server.live_request import EngineError, LiveRequest
+from compiledllm.server.replay import Replay
 from compiledllm.server.wire import Finish, Grown, Stepped, ToEngine, add_of
 from compiledllm.types import RequestStatus
 
@@ -21,6 +23,8 @@ class LiveRequests:
     def __init__(self, send: Callable[[ToEngine], None]) -> None:
         self._send = send
         self.num_tokens = 0
+        self.num_finished = 0  # requests that came to their end, since the start
+        self._replay = Replay(self._tell, self._is_live)
         self._lives: dict[str, LiveRequest] = {}  # by the caller's id
         self._completions: dict[str, tuple[LiveRequest, Completion]] = {}  # by the engine's id
 
@@ -43,7 +47,14 @@ class LiveRequests:
     def add(self, state: RequestState) -> LiveRequest:
         live = LiveRequest(state)
         self._put(live)
-        self.tell(live)
+        try:
+            if self._replay.is_over:
+                self._tell(live)
+            else:
+                self._replay.hold(live)
+        except BaseException:
+            self.abort(live)
+            raise
         return live
 
     def _put(self, live: LiveRequest) -> None:
@@ -51,14 +62,46 @@ class LiveRequests:
         self.num_tokens += live.num_tokens
         self._expect(live)
 
-    def tell(self, live: LiveRequest) -> None:
+    def _tell(self, live: LiveRequest) -> None:
         """Give a request to the engine."""
         for completion in live.state.completions:
             self._send(add_of(completion.request))
 
-    def start_over(self, live: LiveRequest) -> None:
-        """The engine that had it is gone; the next one is to be told."""
-        live.was_replayed = True
+    def _is_live(self, live: LiveRequest) -> bool:
+        return self._lives.get(live.state.request_id) is live
+
+    # -- the engine's end ----------------------------------------------------------------------
+
+    def outlive(self, cause: str, started: set[str]) -> bool:
+        """The engine has ended: end requests, or start them over. Whether any was running.
+
+        A request that has shown something cannot start over. One that was running when an engine
+        ended gets a second engine, not a third, unless another one is found to be to blame.
+        started: ids of all that the engine began to run.
+        """
+        replay = self._replay
+        running = {live for live in self if _was_running(live, started)}
+        found = replay.on_trial in running
+        blamed = {live for live in running if live.ran_at_crash and replay.is_over}
+        blamed |= {live for live in running if live is replay.on_trial}
+        for live in self:
+            if live.was_shown:
+                self.end(live, EngineError(f"the engine ended: {cause}"))
+            elif live in blamed:
+                text = f"the engine ended, for the second time while it ran this request: {cause}"
+                self.end(live, EngineError(text))
+            else:
+                live.ran_at_crash = not found and (live.ran_at_crash or live in running)
+                self._start_over(live)
+        replay.stop()
+        return bool(running)
+
+    def replay(self) -> None:
+        """A new engine is ready: give it what the old one had."""
+        suspects = [live for live in self if live.ran_at_crash]
+        self._replay.begin(suspects, [live for live in self if not live.ran_at_crash])
+
+    def _start_over(self, live: LiveRequest) -> None:
         for completion in live.state.completions:
             completion.restart()
         self._expect(live)
@@ -75,22 +118,36 @@ class LiveRequests:
         for request_id, token_id in step.token_ids.items():
             if request_id in completions:
                 live, completion = completions[request_id]
-                if self._push(completion, token_id, now):
-                    self._settle(live, completion)
+                try:
+                    if self._push(completion, token_id, now):
+                        self._settle(live, completion)
+                except Exception as error:
+                    self._give_up(live, error)
                 live.wake()
         for news in step.grown:
             if news.request_id in completions:
                 live, completion = completions[news.request_id]
-                self._grow(completion, news, now)
-                if completion.request.is_finished:
-                    self._settle(live, completion)
+                try:
+                    self._grow(completion, news, now)
+                    if completion.request.is_finished:
+                        self._settle(live, completion)
+                except Exception as error:
+                    self._give_up(live, error)
                 live.wake()
+        if not self._replay.is_over:
+            self._replay.go_on()
 
     def _settle(self, live: LiveRequest, completion: Completion) -> None:
         """A completion is over, and with the last one the request."""
         del self._completions[completion.request.request_id]
         if live.state.is_finished:
+            self.num_finished += 1
             self._forget(live)
+
+    def _give_up(self, live: LiveRequest, error: Exception) -> None:
+        """Its tokens cannot be made into text: that is no reason to serve nobody else."""
+        log.error("request %s cannot go on", live.state.request_id, exc_info=error)
+        self.expire(live, EngineError(f"{type(error).__name__}: {error}"))
 
     def _grow(self, completion: Completion, news: Grown, now: float) -> None:
         """Book what came, up to a stop string."""
@@ -124,14 +181,16 @@ class LiveRequests:
     def abort(self, live: LiveRequest) -> None:
         """If it is not over: free what it holds."""
         ids = [c.request.request_id for c in live.state.completions if not c.request.is_finished]
-        if ids and self._lives.get(live.state.request_id) is live:
+        if ids and self._is_live(live):
             self._send(Finish(ids, "abort"))
         self._forget(live)
 
     def expire(self, live: LiveRequest, error: Exception) -> None:
         """Its time is over: nothing more is computed for it, even if nobody reads."""
-        self.abort(live)
-        live.fail(error)
+        try:
+            self.abort(live)
+        finally:
+            live.fail(error)
 
     def end(self, live: LiveRequest, error: Exception) -> None:
         """It fails, once what came before is taken."""
@@ -143,13 +202,18 @@ class LiveRequests:
             self.end(live, error)
 
     def _forget(self, live: LiveRequest) -> None:
-        if self._lives.get(live.state.request_id) is live:
+        if self._is_live(live):
             del self._lives[live.state.request_id]
             self.num_tokens -= live.num_tokens
         for completion in live.state.completions:
             pair = self._completions.get(completion.request.request_id)
             if pair is not None and pair[0] is live:
                 del self._completions[completion.request.request_id]
+
+
+def _was_running(live: LiveRequest, started: set[str]) -> bool:
+    requests = [completion.request for completion in live.state.completions]
+    return any(each.request_id in started and not each.is_finished for each in requests)
 
 
 def _finish_mirror(

@@ -69,7 +69,7 @@ class Metrics:
         self.waiting = gauge("num_requests_waiting", "Requests that wait for room")
         self.kv_usage = gauge("kv_cache_usage_perc", "Share of the KV blocks in use, 0 to 1")
         self.is_ready = gauge("engine_ready", "1 if requests are taken")
-        self.silence = gauge("engine_seconds_without_step", "While there is work")
+        self.silence = gauge("engine_seconds_without_step", "Since its last sign of life")
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of finished requests")
         self.cached_tokens = counter("prompt_tokens_cached", "Of those, found in the prefix cache")
         self.generation_tokens = counter("generation_tokens", "Tokens generated")
@@ -78,7 +78,7 @@ class Metrics:
         self.preemptions = counter("num_preemptions", "Requests that had to be computed again")
         self.corrupted = counter("corrupted_requests", "Requests whose logits were NaN or infinite")
         self.rejections = counter("admission_rejections", "Requests refused: too many waited")
-        self.restarts = counter("engine_restarts", "Starts of the engine after a crash")
+        self.restarts = counter("engine_restarts", "Starts of the engine after its end")
         self.recompiles = counter("recompiles", "Compilations after warm-up: always 0")
         self.steps = histogram("engine_step_seconds", "Time of a step", _SECONDS)
         self.step_tokens = histogram("iteration_tokens_total", "Tokens computed in a step", _TOKENS)
@@ -122,7 +122,7 @@ class Metrics:
     def text(self) -> bytes:
         """In Prometheus's format."""
         self.is_ready.set(self._engine.state == "ready")
-        self.silence.set(self._engine.seconds_without_step())
+        self.silence.set(self._engine.signs.silence_s)
         self._advance("restarts", self.restarts, self._engine.num_restarts)
         return generate_latest(self.registry)
 

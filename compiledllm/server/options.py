@@ -36,7 +36,9 @@ def add_server_options(group: argparse._ArgumentGroup) -> None:
     add("--max-queued-requests", type=count, default=1024, help="beyond those that run (1024)")
     add("--max-queued-tokens", type=count, default=4_000_000, help="of prompts (4000k)")
     add("--request-timeout", type=seconds, default=1800.0, help="seconds a request may take (1800)")
-    add("--stuck-timeout", type=seconds, default=60.0, help="without a step: unhealthy (60 s)")
+    silence = "seconds without a sign of the engine's life: unhealthy; twice that: restarted (60)"
+    add("--stuck-timeout", type=some_seconds, default=60.0, help=silence)
+    add("--load-timeout", type=some_seconds, default=3600.0, help="seconds to load for (3600)")
     add("--shutdown-timeout", type=seconds, default=30.0, help="seconds to drain for (30)")
     idle = "seconds a client may take for its headers, or send no more of a body, or read nothing"
     add("--client-timeout", type=seconds, default=15.0, help=f"{idle} of its answer (15)")
@@ -53,4 +55,12 @@ def seconds(text: str) -> float:
         value = math.nan
     if not value >= 0:
         raise argparse.ArgumentTypeError(f"must be a number of seconds, got '{text}'")
+    return value
+
+
+def some_seconds(text: str) -> float:
+    """A time of more than nothing; inf: no limit."""
+    value = seconds(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("must be more than 0 seconds")
     return value

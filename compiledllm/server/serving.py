@@ -22,7 +22,7 @@ from compiledllm.server.chat import Choice, reasoning_mode
 from compiledllm.server.engine_client import EngineClient
 from compiledllm.server.errors import ApiError, as_api_error, error_body
 from compiledllm.server.events import DONE, Template, event, hole
-from compiledllm.server.live_request import EngineError, LiveRequest, Unavailable
+from compiledllm.server.live_request import EngineError, LiveRequest
 from compiledllm.server.metrics import Metrics
 from compiledllm.server.protocol import ChatRequest, CompletionRequest, Generation
 from compiledllm.server.tools import ToolUse, tool_use
@@ -86,9 +86,7 @@ class Serving:
     # -- jobs ----------------------------------------------------------------------------------
 
     def factory(self) -> RequestFactory:
-        if self.engine.requests is None or self.engine.state != "ready":
-            raise Unavailable(f"the engine is {self.engine.state}", 5)
-        return self.engine.requests
+        return self.engine.require_ready()
 
     def check_model(self, name: str | None) -> str:
         if name is not None and name not in self.model_names:

@@ -18,7 +18,11 @@ from compiledllm.sampling_params import SamplingParams
 from compiledllm.types import Grammar, Request, TokenLogprobs
 
 _LENGTH_BYTES = 4
-_LARGEST_FRAME = 2**31
+MAX_FRAME_BYTES = 2**31 - 1
+
+
+class WireError(Exception):
+    """A frame that is too long, or is no message."""
 
 
 class Start(msgspec.Struct, tag=True):
@@ -60,6 +64,20 @@ class Finish(msgspec.Struct, tag=True):
     reason: FinishReason
 
 
+class Ping(msgspec.Struct, tag=True):
+    """Asks for `Alive`; sent every second or oftener, in every state."""
+
+
+class Alive(msgspec.Struct, tag=True):
+    """The answer to a ping, by the thread that reads.
+
+    loop_silence_s: of the first ping that the engine's loop has not taken, which it does between
+    steps and when idle; 0 if there is none, and while the engine loads.
+    """
+
+    loop_silence_s: float
+
+
 class Ready(msgspec.Struct, tag=True):
     """The engine is warm. options: resolved, by name; choices: what was chosen, and why."""
 
@@ -70,6 +88,7 @@ class Ready(msgspec.Struct, tag=True):
     eos_token_ids: list[int]
     num_slots: int
     startup_s: dict[str, float]
+    is_cpu: bool = False
 
 
 class Grown(msgspec.Struct, array_like=True, omit_defaults=True):
@@ -119,16 +138,17 @@ class Stepped(msgspec.Struct, tag=True):
 class Failed(msgspec.Struct, tag=True):
     """The engine cannot start, or cannot go on; the process ends. is_config: the options are wrong.
 
-    blamed: the requests of the step that failed.
+    blamed: the requests that were running. is_recorded: a crash record has been written.
     """
 
     error: str
     is_config: bool = False
     blamed: list[str] = []
+    is_recorded: bool = False
 
 
-ToEngine = Start | Speak | Add | Finish
-FromEngine = Ready | Stepped | Failed
+ToEngine = Start | Speak | Add | Finish | Ping
+FromEngine = Ready | Stepped | Failed | Alive
 
 _ENCODER = msgspec.msgpack.Encoder()
 _TO_ENGINE: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(ToEngine)
@@ -137,26 +157,42 @@ _FROM_ENGINE: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(FromEngine)
 
 def frame(message: ToEngine | FromEngine) -> bytes:
     body = _ENCODER.encode(message)
-    return len(body).to_bytes(_LENGTH_BYTES, "big") + body
+    return _checked(len(body)).to_bytes(_LENGTH_BYTES, "big") + body
 
 
 def receive(connection: socket.socket) -> ToEngine | None:
-    """The engine's side: wait for a frame; None at the end."""
+    """The engine's side: wait for a frame; None at the end. Raises WireError."""
     head = _read(connection, _LENGTH_BYTES)
-    body = head and _read(connection, int.from_bytes(head, "big"))
-    message: ToEngine | None = _TO_ENGINE.decode(body) if body else None
+    body = head and _read(connection, _checked(int.from_bytes(head, "big")))
+    message: ToEngine | None = _decoded(_TO_ENGINE, body) if body else None
     return message
 
 
 async def receive_async(reader: asyncio.StreamReader) -> FromEngine | None:
-    """The server's side: wait for a frame; None at the end, also in the middle of one."""
+    """The server's side: wait for a frame; None at the end, also in the middle of one.
+
+    Raises WireError.
+    """
     try:
         head = await reader.readexactly(_LENGTH_BYTES)
-        body = await reader.readexactly(int.from_bytes(head, "big"))
+        body = await reader.readexactly(_checked(int.from_bytes(head, "big")))
     except (asyncio.IncompleteReadError, ConnectionError):
         return None
-    message: FromEngine = _FROM_ENGINE.decode(body)
+    message: FromEngine = _decoded(_FROM_ENGINE, body)
     return message
+
+
+def _checked(num_bytes: int) -> int:
+    if not 0 < num_bytes <= MAX_FRAME_BYTES:
+        raise WireError(f"a frame has {num_bytes} bytes; 1 to {MAX_FRAME_BYTES} are possible")
+    return num_bytes
+
+
+def _decoded(decoder: msgspec.msgpack.Decoder[Any], body: bytes) -> Any:
+    try:
+        return decoder.decode(body)
+    except msgspec.DecodeError as error:
+        raise WireError(f"a frame of {len(body)} bytes is no message: {error}") from None
 
 
 def _read(connection: socket.socket, count: int) -> bytes | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,13 +15,19 @@ from compiledllm.engine.request_state import Completion, RequestState
 from compiledllm.outputs import CompletionOutput, RequestOutput
 from compiledllm.sampling_params import RequestOutputKind, SamplingParams
 from compiledllm.server.engine_client import EngineClient
-from compiledllm.server.live_request import DeadlineExceeded, Limits, LiveRequest, Overloaded
+from compiledllm.server.live_request import (
+    DeadlineExceeded,
+    EngineError,
+    Limits,
+    LiveRequest,
+    Overloaded,
+)
 from compiledllm.server.live_requests import LiveRequests
-from compiledllm.server.wire import Failed, Finish, Grown, Stats, Stepped, frame
+from compiledllm.server.wire import Add, Finish, Grown, Stats, Stepped
 from compiledllm.types import Request, TokenLogprobs
 
 STATS = Stats(1, 0, 0.5, 0, 0, 0, 0.01, 1, 0, 0)
-DELTA = RequestOutputKind.DELTA
+DELTA, WHOLE = RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY
 
 
 class Letters:
@@ -47,6 +52,9 @@ class Bench:
         self.client.live = LiveRequests(self.sent.append)
         for live in lives:
             self.client.live._put(live)
+
+    def told(self) -> list[str]:
+        return [message.request_id for message in self.sent if isinstance(message, Add)]
 
     def step(self, tokens: dict[str, str], *grown: Grown) -> None:
         """A step that gives each of these requests its letter."""
@@ -226,47 +234,124 @@ def test_what_was_booked_and_not_taken_starts_over_after_a_crash() -> None:
         await readers[0]
         readers = await started(seen), readers[1]
         bench.step({"seen": "b", "unseen": "b"})
-        bench.client._sort_out(Failed("it broke"))
+        assert bench.client.live.outlive("it broke", {"seen", "unseen"})
         assert only(await readers[0]).text == "b"  # it had come
-        with pytest.raises(Exception, match="it broke"):
+        with pytest.raises(EngineError, match="it broke"):
             await seen.take()
+        bench.client.live.replay()
         bench.step({"unseen": "c"})
         assert only(await readers[1]).text == "c"
 
     asyncio.run(run())
 
 
-def test_frames_that_have_come_are_all_read_before_anything_is_shown(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    live = live_request()
-    client = Bench(live).client
-    ours, theirs = socket.socketpair()
-    seen: list[Any] = []
-    client.observe = seen.append
+def test_who_ran_at_a_crash_is_tried_alone_and_all_others_wait() -> None:
+    names = ["a", "b", "c", "queued"]
+    lives = {name: live_request(name, output_kind=WHOLE) for name in names}
+    bench = Bench(*lives.values())
+    live = bench.client.live
+    assert live.outlive("first", {"a", "b", "c"})
+    live.replay()
+    assert bench.told() == ["a"]
+    late = live.add(live_request("late", output_kind=WHOLE).state)
+    bench.step({"a": "x"})
+    bench.step({"a": "x"})
+    assert bench.told() == ["a"]
+    bench.step({"a": "x"})  # harmless
+    assert bench.told() == ["a", "b"]
+    assert live.outlive("second", {"a", "b"})  # while b was on trial
+    with pytest.raises(EngineError, match="second time while it ran this request: second"):
+        asyncio.run(lives["b"].take())
+    assert not any(lives[name].error for name in "ac")
+    bench.sent.clear()
+    live.replay()  # the culprit is found: nobody else is a suspect any more
+    assert bench.told() == ["a", "c", "queued", "late"]
+    assert not any(each.ran_at_crash for each in (late, *lives.values()) if each.error is None)
 
-    async def spawn() -> socket.socket:
-        client.process = cast(Any, SimpleNamespace(wait=exit_status))
-        return ours
 
-    async def exit_status() -> int:
-        return 1
+def test_a_suspect_whose_client_leaves_holds_nobody_up() -> None:
+    lives = [live_request(name) for name in "abc"]
+    bench = Bench(*lives)
+    live = bench.client.live
+    live.outlive("it broke", {"a", "b", "c"})
+    live.replay()
+    live.abort(lives[0])
+    live.abort(lives[1])
+    bench.step({})
+    assert bench.told() == ["a", "c"]
+    bench.step({}, ended("c", "x"))
+    assert not live
+
+
+def test_a_crash_costs_none_of_those_that_only_waited() -> None:
+    waiting = live_request("waiting")
+    live = Bench(waiting).client.live
+    for _ in range(9):
+        assert not live.outlive("it broke", {"another", "that is over"})
+        live.replay()
+    assert waiting.error is None and not waiting.ran_at_crash
+
+
+def test_a_second_crash_behind_the_trial_ends_those_that_ran_at_both() -> None:
+    first, later = live_request("first", output_kind=WHOLE), live_request("later")
+    bench = Bench(first)
+    bench.client.live.outlive("it broke", {"first"})
+    bench.client.live.replay()
+    for _ in range(3):
+        bench.step({"first": "x"})
+    bench.client.live._put(later)
+    bench.client.live.outlive("it broke", {"first", "later"})
+    assert isinstance(first.error, EngineError) and later.error is None
+
+
+def test_a_text_that_cannot_be_made_costs_one_request() -> None:
+    broken, whole = live_request("broken", n=2), live_request("whole")
+    bench = Bench(broken, whole)
+    too_large = 0x110000  # no character
 
     async def run() -> None:
+        reader = await started(whole)
+        stats = Stepped({"0_broken": too_large, "whole": ord("a")}, [], STATS)
+        bench.client._handle(stats)
+        assert only(await reader).text == "a"
+        with pytest.raises(EngineError, match="ValueError"):
+            while True:
+                await broken.take()
+
+    asyncio.run(run())
+    assert bench.sent == [Finish(["0_broken", "1_broken"], "abort")]
+    assert bench.client.live.engine_ids == ["whole"]
+
+
+def test_frames_that_have_come_are_all_read_before_anything_is_shown() -> None:
+    live = live_request()
+    client = Bench(live).client
+    steps = [Stepped({"r": ord(letter)}, [], STATS) for letter in "abcd"]
+    arrived: list[Any] = list(steps[:3])
+    more = asyncio.Event()
+
+    async def receive() -> Any:
+        if not arrived:
+            more.clear()
+            await more.wait()
+        return arrived.pop(0)
+
+    async def run() -> None:
+        seen: list[Any] = []
+        client.observe = seen.append
         reader = await started(live)
-        steps = [Stepped({"r": ord(letter)}, [], STATS) for letter in "abcd"]
-        theirs.sendall(b"".join(map(frame, steps[:3])))
-        supervisor = asyncio.create_task(client._keep_running())
+        child = SimpleNamespace(receive=receive, send=lambda message: None)
+        attending = asyncio.create_task(client._attend(cast(Any, child)))
         assert only(await reader).text == "abc"
         assert seen == steps[:3]
         reader = await started(live)
-        theirs.sendall(frame(steps[3]))
+        arrived.append(steps[3])
+        more.set()
         assert only(await reader).text == "d"
-        theirs.close()
-        await supervisor
-        assert client.state == "dead"
+        arrived.append(None)
+        more.set()
+        await attending
 
-    monkeypatch.setattr(client, "_spawn", spawn)
     asyncio.run(run())
 
 
@@ -296,7 +381,7 @@ def test_prompts_are_let_in_up_to_so_many_tokens_at_once(monkeypatch: pytest.Mon
     client = EngineClient({}, Limits(9, 20, request_seconds=9, stuck_seconds=9), Path())
     client.state, client.requests = "ready", cast(Any, object())
     client.ready = cast(Any, SimpleNamespace(options={"max_num_seqs": 4}))
-    monkeypatch.setattr(client.live, "tell", lambda live: None)
+    monkeypatch.setattr(client.live, "_tell", lambda live: None)
     monkeypatch.setattr(client.live, "_send", lambda message: None)
     first, second, third = (_state_of(name, num_completions=2) for name in "abc")
     for _ in range(3):  # as often as one likes: what is over does not count

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import socket
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import MagicMock
 
 import pytest
 
 pytest.importorskip("msgspec")
 
 from compiledllm.sampling_params import SamplingParams
-from compiledllm.server.engine_process import EngineLoop
-from compiledllm.server.wire import Grown
+from compiledllm.server.engine_loop import EngineLoop
+from compiledllm.server.wire import Add, Grown
 from compiledllm.types import Request, RequestStatus, TokenLogprobs
 
 LOGPROBS: TokenLogprobs = ((5, 6), (-0.5, -1.5), 1, 1)
@@ -23,14 +22,12 @@ def test_single_tokens_are_told_apart_from_all_that_is_more() -> None:
     core: Any = SimpleNamespace(
         isolate_failures=lambda: None, platform=SimpleNamespace(is_cuda=False), add=lambda r: None
     )
-    ours, theirs = socket.socketpair()
-    loop = EngineLoop(core, ours, Path())
-    plain, rich, ending, unknown = (
-        Request(name, [1, 2], SamplingParams(), 9) for name in ("plain", "rich", "ending", "other")
-    )
-    requests = [plain, rich, ending]
+    loop = EngineLoop(core, MagicMock(), MagicMock())
+    for name in ("plain", "rich", "ending"):
+        loop._add(Add(name, [1, 2], {}, 9, [], 0))
+    requests = [plain, rich, ending] = list(loop._alive.values())
+    unknown = Request("other", [1, 2], SamplingParams(), 9)
     for request in requests:
-        loop._add(request)
         request.num_cached_tokens = 1
     told: list[tuple[dict[str, int], list[Grown]]] = []
     for step in range(3):
@@ -61,5 +58,3 @@ def test_single_tokens_are_told_apart_from_all_that_is_more() -> None:
         {},
         [Grown("plain", [13, 14], None, None, 1)],
     )
-    theirs.close()
-    ours.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
@@ -13,7 +12,7 @@ import pytest
 pytest.importorskip("uvicorn")
 
 from compiledllm.server import launch
-from compiledllm.server.engine_process import EngineLoop
+from compiledllm.server.engine_loop import EngineLoop
 
 
 @pytest.mark.parametrize("standstill_s", [0.0, 0.3])
@@ -41,9 +40,8 @@ def test_a_slow_step_is_said(
 ) -> None:
     core = MagicMock(num_step_tokens=7)
     core.step.side_effect = lambda: time.sleep(step_s) or []
-    loop = EngineLoop(core, MagicMock(), Path())
+    loop = EngineLoop(core, MagicMock(), MagicMock())
     monkeypatch.setattr(loop, "_slow_seconds", 0.1)
-    monkeypatch.setattr(loop, "_send", lambda _message: None)
     monkeypatch.setattr(loop, "_stats", lambda _seconds, _tokens: MagicMock())
     with caplog.at_level(logging.WARNING, logger="compiledllm"):
         loop._step()

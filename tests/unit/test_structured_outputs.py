@@ -20,7 +20,7 @@ from compiledllm import SamplingParams, StructuredOutputsParams
 from compiledllm.runner import grammars as grammars_module
 from compiledllm.runner.grammars import CompilersBusy, Grammars, Vocabulary
 from compiledllm.runner.structured import GrammarRows
-from compiledllm.server import engine_client
+from compiledllm.server import served_text
 from compiledllm.server.tool_formats import FORMATS, call_grammar
 from compiledllm.structured_outputs import MAX_BYTES
 from compiledllm.types import NewRequest
@@ -536,5 +536,5 @@ def test_a_tokenizer_that_the_library_does_not_know_is_named_and_a_server_goes_w
 
     monkeypatch.setattr("compiledllm.log.log.propagate", True)
     with caplog.at_level("INFO", logger="compiledllm"):
-        assert engine_client._vocabulary_of(Requests()) is None  # type: ignore[arg-type]
+        assert served_text.vocabulary_of(Requests()) is None  # type: ignore[arg-type]
     assert "none (structured_outputs: llguidance does not know" in caplog.text

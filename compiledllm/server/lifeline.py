@@ -1,0 +1,91 @@
+"""The engine's end of the connection: read in every state, and the way a failure gets out."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from compiledllm.server.crash_records import write_crash_record
+from compiledllm.server.wire import Alive, Failed, FromEngine, Ping, frame, receive
+
+_FAREWELL_S = 5  # for the last words of a process that fails
+_MAX_ERROR_LENGTH = 2000
+
+
+class Lifeline:
+    """The connection to the server: read by a thread as long as the process lives.
+
+    deliver: takes each message, in that thread; at first they are put into `inbox`. The loop says
+    with `turn` that it goes round. While there is none, the process loads.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.deliver: Callable[[Any], None] = self.inbox.put
+        self.crash_folder: Path | None = None
+        self._connection = connection
+        self._sending = threading.Lock()
+        self._is_looping = False
+        self._asked: float | None = None  # when the first ping came that the loop has not taken
+
+    def start(self) -> None:
+        threading.excepthook = self._on_thread_failure
+        threading.Thread(target=self._read, name="frames", daemon=True).start()
+
+    def turn(self) -> None:
+        """The loop has come round."""
+        self._is_looping, self._asked = True, None
+
+    def send(self, message: FromEngine) -> None:
+        raw = frame(message)
+        try:
+            with self._sending:
+                self._connection.sendall(raw)
+        except OSError:
+            os._exit(0)  # the server is gone
+
+    def _read(self) -> None:
+        while (message := receive(self._connection)) is not None:
+            if isinstance(message, Ping):
+                self.send(Alive(self._loop_silence_s()))
+            self.deliver(message)
+        os._exit(0)  # the server is gone
+
+    def _loop_silence_s(self) -> float:
+        now, asked = time.monotonic(), self._asked
+        if asked is not None:
+            return now - asked
+        self._asked = now if self._is_looping else None
+        return 0.0
+
+    def _on_thread_failure(self, failed: threading.ExceptHookArgs) -> None:
+        thread = failed.thread.name if failed.thread else "?"
+        self.fail(failed.exc_value or failed.exc_type(), [], {"thread": thread})
+
+    def fail(
+        self, error: BaseException, blamed: Sequence[str], details: dict[str, Any]
+    ) -> NoReturn:
+        """Record what happened, tell the server, end. From any thread, and whatever else fails.
+
+        blamed: ids of the requests that may be the cause. details: for the record.
+        """
+        signal.alarm(_FAREWELL_S)  # ends the process if it cannot get rid of its last words
+        is_recorded = False
+        try:
+            traceback.print_exception(error)
+            text = f"{type(error).__name__}: {error}"[:_MAX_ERROR_LENGTH]
+            if self.crash_folder is not None:
+                trace = "".join(traceback.format_exception(error))
+                record = {"error": text, **details, "traceback": trace}
+                is_recorded = write_crash_record(self.crash_folder, record) is not None
+            self.send(Failed(text, blamed=list(blamed), is_recorded=is_recorded))
+        finally:
+            os._exit(1)

@@ -1,0 +1,57 @@
+"""Which requests have begun to run: noted by the engine, read by the server when it has crashed.
+
+Both have the same nameless file open, so a note costs the engine one write and the server nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterable
+
+_MAX_BYTES = 2**20  # then the ids of requests that are over are left out
+
+
+class RunningLog:
+    """fd: of the file, which is closed with this object."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._running: dict[str, None] = {}
+        self._size = 0
+
+    @classmethod
+    def create(cls) -> RunningLog:
+        with contextlib.suppress(AttributeError, OSError):  # Linux: in memory
+            return cls(os.memfd_create("running"))
+        with tempfile.TemporaryFile() as file:
+            return cls(os.dup(file.fileno()))
+
+    def note(self, request_ids: Iterable[str]) -> None:
+        """These run from now on. A write that fails costs nothing but the knowledge."""
+        new = dict.fromkeys(request_ids)
+        self._running |= new
+        with contextlib.suppress(OSError):
+            if self._size > _MAX_BYTES:
+                os.ftruncate(self.fd, 0)
+                os.lseek(self.fd, 0, os.SEEK_SET)
+                self._size, new = 0, self._running
+            self._size += os.write(self.fd, b"".join(_line(name) for name in new))
+
+    def forget(self, request_id: str) -> None:
+        self._running.pop(request_id, None)
+
+    def read(self) -> set[str]:
+        """All that were noted; some may be over. The offset is the writer's, so it is not moved."""
+        with contextlib.suppress(OSError):
+            raw = os.pread(self.fd, os.fstat(self.fd).st_size, 0)
+            return set(raw.decode(errors="replace").split("\0"))
+        return set()
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+def _line(request_id: str) -> bytes:
+    return request_id.encode(errors="replace") + b"\0"

@@ -1,0 +1,46 @@
+"""What the server makes of an engine's report: the factory of its requests, and its vocabulary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from compiledllm.config import EngineConfig
+from compiledllm.engine.requests import RequestFactory
+from compiledllm.engine.served_model import ServedModel
+from compiledllm.engine.tokenizer import Tokenizer
+from compiledllm.log import log
+from compiledllm.models.source import resolve_checkpoint
+from compiledllm.runner.grammars import Vocabulary
+from compiledllm.server.wire import Ready
+
+
+def factory_of(message: Ready) -> RequestFactory:
+    return RequestFactory(served_model_of(message), tokenizer_of(message))
+
+
+def served_model_of(message: Ready) -> ServedModel:
+    return ServedModel(
+        config=EngineConfig.from_options(**message.options),
+        model_path=Path(message.model_path),
+        vocab_size=message.vocab_size,
+        eos_token_ids=tuple(message.eos_token_ids),
+        num_slots=message.num_slots,
+    )
+
+
+def tokenizer_of(message: Ready) -> Tokenizer | None:
+    if message.options["skip_tokenizer_init"]:
+        return None
+    other = message.options["tokenizer"]
+    return Tokenizer(
+        resolve_checkpoint(other, weights=False) if other else Path(message.model_path)
+    )
+
+
+def vocabulary_of(requests: RequestFactory) -> Vocabulary | None:
+    """For structured outputs; None, and a line, if there are none."""
+    try:
+        return requests.grammars().vocabulary
+    except ValueError as error:
+        log.info("%-10s none (%s)", "grammars", error)
+        return None

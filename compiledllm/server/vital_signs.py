@@ -1,0 +1,81 @@
+"""Whether the engine's process lives and its loop goes round: how long each has been silent.
+
+Time is counted in ticks of whoever watches. A tick counts for two intervals at most, so that a
+standstill of the watching process (or of the whole machine) is not taken for the engine's silence.
+"""
+
+from __future__ import annotations
+
+import time
+
+from compiledllm.server.live_request import Limits
+from compiledllm.server.wire import Alive, FromEngine, Ready
+
+KILL_FACTOR = 2.0  # of the limit, after which a silent engine is killed
+# An interpreter that starts, and one that loads a large library, answers nothing meanwhile.
+MIN_LOAD_KILL_S = 10.0
+# On a CPU a step of a large model takes minutes where others use the cores as well. Until then such
+# an engine is unhealthy, but as its process answers, it may well come to an end.
+CPU_STEP_KILL_FACTOR = 10.0
+
+
+class VitalSigns:
+    """`begin` when a process starts, `hear` its messages, `tick` every `interval_s`.
+
+    limits: `stuck_seconds` of silence make the engine unhealthy; loading takes `load_seconds` at
+    most.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self.interval_s = min(1.0, limits.stuck_seconds / 4)
+        self.begin()
+
+    def begin(self) -> None:
+        self._now = self._process = self._loop = 0.0
+        self._ticked = time.monotonic()
+        self._is_loading = True
+        self._loop_kill_factor = KILL_FACTOR
+
+    def hear(self, message: FromEngine) -> None:
+        """Any message is a sign of the process; all but `Alive` are signs of its loop as well."""
+        self._process = self._now
+        if isinstance(message, Alive):
+            self._loop = max(self._loop, self._now - message.loop_silence_s)
+            return
+        self._loop = self._now
+        if isinstance(message, Ready):
+            self._is_loading = False
+            self._loop_kill_factor = CPU_STEP_KILL_FACTOR if message.is_cpu else KILL_FACTOR
+
+    def tick(self) -> None:
+        now = time.monotonic()
+        self._now += min(now - self._ticked, 2 * self.interval_s)
+        self._ticked = now
+
+    @property
+    def silence_s(self) -> float:
+        """Since the last sign of what was silent longer: the process, or its loop."""
+        return self._now - min(self._process, self._loop)
+
+    def why_unhealthy(self) -> str | None:
+        limit, silence_s = self._limits.stuck_seconds, self._now - self._process
+        if silence_s > limit:
+            return f"the engine's process gave no sign of life for {silence_s:.0f} s"
+        silence_s = self._now - self._loop
+        return f"no step was finished for {silence_s:.0f} s" if silence_s > limit else None
+
+    def why_lost(self) -> str | None:
+        """Why the process is to be killed, or None."""
+        limit = self._limits.stuck_seconds
+        longest_s = KILL_FACTOR * limit, self._loop_kill_factor * limit  # process, loop
+        if self._is_loading:
+            longest_s = (max(longest_s[0], MIN_LOAD_KILL_S),) * 2
+        if self._now - self._process > longest_s[0] or self._now - self._loop > longest_s[1]:
+            return self.why_unhealthy()
+        return None
+
+    @property
+    def is_overdue(self) -> bool:
+        """Whether loading takes longer than it may."""
+        return self._is_loading and self._now > self._limits.load_seconds
