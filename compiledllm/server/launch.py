@@ -81,15 +81,14 @@ async def _run(
     watch = asyncio.create_task(_announce(engine, listener))
     sweeps = asyncio.create_task(connections.watch())
     standstills = asyncio.create_task(_watch_for_standstills())
-    status = await _until_end(engine, ending, serving)
+    status = await _until_end(engine, ending, {serving, lines, sweeps, standstills})
     if status == 0:
         log.info("draining: %d requests live", len(engine.live))
         await engine.drain(arguments.shutdown_timeout)
     server.should_exit = True
     for task in (lines, watch, sweeps, standstills):
         task.cancel()
-    with contextlib.suppress(asyncio.TimeoutError):
-        await asyncio.wait_for(serving, 5)
+    await asyncio.wait({serving}, timeout=5)
     await engine.stop()
     if status and engine.failure is not None:
         print(f"error: {engine.failure.error}", file=sys.stderr, flush=True)
@@ -132,12 +131,17 @@ def _on_signal(ending: asyncio.Event, server: uvicorn.Server) -> None:
     ending.set()
 
 
-async def _until_end(engine: EngineClient, ending: asyncio.Event, serving: Any) -> int:
-    """0 when told to stop; 2 when the engine could not start, 1 when it is lost or HTTP ended."""
+async def _until_end(engine: EngineClient, ending: asyncio.Event, tasks: set[Any]) -> int:
+    """0 when told to stop; 2 when the engine could not start, 1 when it is lost.
+
+    tasks: serve HTTP and keep its deadlines, for ever; 1 as well when one of them ends.
+    """
     told = asyncio.create_task(ending.wait())
     dead = asyncio.create_task(engine.wait_until_dead())
-    done, pending = await asyncio.wait({told, dead, serving}, return_when=asyncio.FIRST_COMPLETED)
-    for task in pending - {serving}:
+    done, _ = await asyncio.wait({told, dead, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+    for task in done & tasks:
+        log.error("the server's own %s has ended", task.get_coro(), exc_info=task.exception())
+    for task in {told, dead} - done:
         task.cancel()
     if told in done:
         return 0

@@ -73,7 +73,7 @@ class Rig:
 
     def __init__(self, folder: Path, limits: Limits, command: list[str]) -> None:
         self.client = EngineClient(OPTIONS, limits, folder / "crashes", command)
-        self.app = create_app(self.client, AppOptions(["fake"], [], []))
+        self.app = create_app(self.client, AppOptions(model_names=["fake"], api_keys=[]))
 
     @property
     def pid(self) -> int:
@@ -233,20 +233,15 @@ def test_an_engine_stopped_while_it_loads_is_replaced(
     live: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vital_signs, "MIN_LOAD_KILL_S", 4.0)
-    monkeypatch.setenv("FAKE_LOAD_S", "0.5")
 
     async def play(rig: Rig) -> None:
-        for _ in range(2):  # at the start, and when it is started again
-            old = rig.pid
-            rig.signal(signal.SIGSTOP)
-            await rig.until(rig.client.why_unhealthy)
-            status, reason = await rig.health()
-            assert status == 503 and "gave no sign of life" in reason
-            await rig.until_started_again(old)
-            assert is_ok(await rig.ask())
-            old = rig.pid
-            rig.signal(signal.SIGKILL)
-            await rig.spawned_after(old)
+        old = rig.pid
+        rig.signal(signal.SIGSTOP)
+        await rig.until(rig.client.why_unhealthy)
+        status, reason = await rig.health()
+        assert status == 503 and "gave no sign of life" in reason
+        await rig.until_started_again(old)
+        assert is_ok(await rig.ask())
 
     live(play, settles=False)
 
@@ -496,6 +491,21 @@ def test_an_engine_that_cannot_be_started_is_the_end(live: Callable[..., None]) 
     live(play, settles=False, command=["/nonexistent"])
 
 
+def test_a_full_disk_costs_the_record_and_nothing_else(
+    live: Callable[..., None], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "crashes").write_text("a file")
+
+    async def play(rig: Rig) -> None:
+        old = rig.pid
+        rig.signal(signal.SIGKILL)
+        await rig.until_started_again(old)
+        assert is_ok(await rig.ask())
+
+    live(play)
+    assert "the crash record cannot be written" in caplog.text
+
+
 # -- what is left behind -------------------------------------------------------------------------
 
 
@@ -554,11 +564,12 @@ class FakeServer:
         except OSError:
             return None
 
-    def send(self, first: int) -> socket.socket:
+    def send(self, first: int, max_tokens: int = 50) -> socket.socket:
         """A request that is not waited for."""
         connection = socket.create_connection(("127.0.0.1", self.port))
-        raw = json.dumps({"prompt": [first], "max_tokens": 50}).encode()
-        head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        raw = json.dumps({"prompt": [first], "max_tokens": max_tokens}).encode()
+        head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n"
+        head += "content-type: application/json\r\n"
         connection.sendall(f"{head}content-length: {len(raw)}\r\n\r\n".encode() + raw)
         return connection
 
@@ -614,6 +625,26 @@ def test_told_to_end_it_ends_whatever_its_engine_does(
             server.process.send_signal(signal.SIGTERM)
             assert server.process.wait(20) == 0, server.log.read_text()
             helpers.wait_for(lambda members=members: not any(map(helpers.is_alive, members)), 5)
+
+
+def test_told_to_end_it_finishes_what_it_has_and_told_twice_it_ends_at_once(
+    serve: Callable[..., FakeServer], helpers: Any
+) -> None:
+    first, second = serve(), serve()
+    answers, members = {}, family(second.process.pid)
+    for server in (first, second):
+        helpers.wait_for(lambda server=server: server.get("/ready") == 200)
+        answers[server] = server.send(5, 400)
+        members += family(server.process.pid)
+        time.sleep(0.3)
+        server.process.send_signal(signal.SIGTERM)
+    helpers.wait_for(lambda: first.get("/ready") == 503 or first.process.poll() is not None)
+    second.process.send_signal(signal.SIGTERM)
+    assert second.process.wait(5) == 130
+    with answers[first], answers[second]:
+        assert b'"completion_tokens":400' in answers[first].makefile("rb").read()
+    assert first.process.wait(20) == 0
+    helpers.wait_for(lambda: not any(map(helpers.is_alive, members)), 5)
 
 
 def test_an_engine_given_up_ends_the_server_with_the_cause(

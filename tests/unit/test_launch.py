@@ -48,3 +48,34 @@ def test_a_slow_step_is_said(
     said = [line for line in caplog.messages if "a step took" in line]
     assert len(said) == (1 if step_s else 0)
     assert all("7 tokens" in line for line in said)
+
+
+@pytest.mark.parametrize("what", ["told", "dead", "timer"])
+def test_what_ends_the_server_and_how(what: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A timer that fails would leave clients without their deadlines: that is an end, too."""
+
+    async def forever() -> None:
+        await asyncio.Event().wait()
+
+    async def waited(task: asyncio.Task[None]) -> None:
+        await task
+
+    async def fail() -> None:
+        raise RuntimeError("in a timer")
+
+    async def end() -> int:
+        ending = asyncio.Event()
+        death = asyncio.create_task(asyncio.sleep(0) if what == "dead" else forever())
+        engine = MagicMock(failure=None, wait_until_dead=lambda: waited(death))
+        if what == "told":
+            ending.set()
+        serving = asyncio.create_task(forever())
+        timer = asyncio.create_task(fail() if what == "timer" else forever())
+        status = await launch._until_end(engine, ending, {serving, timer})
+        serving.cancel()
+        timer.cancel()
+        return status
+
+    with caplog.at_level(logging.ERROR, logger="compiledllm"):
+        assert asyncio.run(end()) == (0 if what == "told" else 1)
+    assert ("in a timer" in caplog.text) == (what == "timer")
