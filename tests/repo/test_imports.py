@@ -22,7 +22,7 @@ FOLDERS = ("compiledllm", "graphs", "kernels", "models", "benchmarks")
 
 LEAVES = {"checks", "structured_outputs", "sampling_params", "outputs", "types", "config"}
 LEAVES |= {"platform", "log", "version"}
-BELOW_ENGINE = {"scheduler", "runner", "graphs", "models", "kernels", *LEAVES}
+BELOW_ENGINE = {"scheduler", "grammars", "runner", "graphs", "models", "kernels", *LEAVES}
 # Layer -> layers it may import, itself aside. "root" is compiledllm/__init__; a name with a dot is
 # that module only. "benchmarks" is where `compiledllm bench` ends up.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -34,7 +34,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "server": {"root", "cli", "arguments", "engine", *BELOW_ENGINE},
     "engine": BELOW_ENGINE,
     "scheduler": {"types", "sampling_params", "outputs", "config", "log"},
-    "runner": {"graphs", "models", "kernels", "distributed", *LEAVES},
+    "runner": {"grammars", "graphs", "models", "kernels", "distributed", *LEAVES},
+    "grammars": {"structured_outputs", "log"},
     "graphs": LEAVES,
     "models": {"kernels", "distributed", *LEAVES},
     "kernels": {"platform"},
@@ -102,6 +103,7 @@ WITHOUT_TORCH = (
     "compiledllm.terminal_chat",
     "compiledllm.benchmarks.cli",
     "compiledllm.scheduler",
+    "compiledllm.grammars",
 )
 UNREADABLE = "?"  # an `import_module` whose argument is computed
 

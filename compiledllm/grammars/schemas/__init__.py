@@ -1,0 +1,1 @@
+"""JSON schemas in the keywords and patterns that llguidance has. Knows no tokens."""

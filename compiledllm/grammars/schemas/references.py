@@ -1,0 +1,89 @@
+"""Where the references of a schema lead: JSON pointers, anchors, and names of embedded schemas."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import unquote, urldefrag, urljoin
+
+from compiledllm.grammars.schemas.refusal import refuse
+
+
+def step(at: str, *names: str) -> str:
+    """A place inside of a place."""
+    return at + "".join("/" + name.replace("~", "~0").replace("/", "~1") for name in names)
+
+
+class References:
+    """Of one schema. A place is a JSON pointer from its root, as "#/$defs/a"."""
+
+    def __init__(self, root: Any) -> None:
+        self._root = root
+        self._places: dict[str, str] | None = None  # by address, made when one is asked for
+        self._bases: dict[str, str] = {}  # of places with an address of their own
+
+    def at(self, place: str) -> Any:
+        """The schema that lies there."""
+        found = self._root
+        for name in place[2:].split("/") if len(place) > 1 else ():
+            name = name.replace("~1", "/").replace("~0", "~")
+            found = found[int(name)] if isinstance(found, list) else found[name]
+        return found
+
+    def place(self, schema: Mapping[str, Any], at: str) -> str:
+        """Where the reference of a schema leads. Dynamic ones lead to their only target."""
+        keyword = next(k for k in ("$ref", "$dynamicRef", "$recursiveRef") if k in schema)
+        text = schema[keyword]
+        if not isinstance(text, str):
+            refuse(at, keyword, text, "must be a string")
+        if text.startswith("#") and self._base_of(at) == self._base_of("#"):
+            address, fragment = "", unquote(text[1:])
+        else:
+            address, fragment = urldefrag(urljoin(self._base_of(at), text))
+            fragment = unquote(fragment)
+        start = self._found(address) if address else "#"
+        if start is not None and fragment and not fragment.startswith("/"):
+            start, fragment = self._found(f"{address}#{fragment}"), ""
+        place = None if start is None else start + fragment.rstrip("/") * (fragment != "/")
+        if place is None or not self._exists(place):
+            refuse(
+                at, keyword, text, "leads to nothing in the schema", "put its target under $defs"
+            )
+        return place
+
+    def _exists(self, place: str) -> bool:
+        try:
+            return isinstance(self.at(place), (bool, Mapping))
+        except (KeyError, IndexError, ValueError, TypeError):
+            return False
+
+    def _base_of(self, at: str) -> str:
+        self._found("")
+        fits = [p for p in self._bases if at == p or at.startswith(p + "/")]
+        return self._bases[max(fits, key=len)] if fits else ""
+
+    def _found(self, address: str) -> str | None:
+        if self._places is None:
+            self._places = {}
+            self._walk(self._root, "#", "")
+        return self._places.get(address)
+
+    def _walk(self, value: Any, at: str, base: str) -> None:
+        """Note the addresses of a schema and of all that lies in it."""
+        assert self._places is not None
+        if isinstance(value, Mapping):
+            name = value.get("$id", value.get("id") if "$schema" in value else None)
+            if isinstance(name, str) and not name.startswith("#"):
+                base = urldefrag(urljoin(base, name))[0]
+                self._bases[at] = base
+                self._places.setdefault(base, at)
+            for keyword in ("$anchor", "$dynamicAnchor", "$id", "id"):
+                anchor = value.get(keyword)
+                if isinstance(anchor, str) and ("nchor" in keyword or anchor.startswith("#")):
+                    self._places.setdefault(f"{base}#{anchor.lstrip('#')}", at)
+            for key, inner in value.items():
+                if key not in ("enum", "const", "default", "examples", "example"):
+                    self._walk(inner, step(at, str(key)), base)
+        elif isinstance(value, list):
+            for i, inner in enumerate(value):
+                self._walk(inner, step(at, str(i)), base)
