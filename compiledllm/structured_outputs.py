@@ -1,6 +1,6 @@
 """What a caller can ask of an output's form. Names are vLLM's.
 
-Pure Python; `runner/grammars.py` makes a grammar of it.
+Pure Python; `grammars/` makes a grammar of it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ MAX_CHOICES = 1024
 
 _KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 _JSON_ONLY = ("disable_any_whitespace", "disable_additional_properties", "whitespace_pattern")
+_FIELDS = _KINDS + _JSON_ONLY
 
 
 @strict_fields("structured outputs field")
@@ -25,7 +26,8 @@ _JSON_ONLY = ("disable_any_whitespace", "disable_additional_properties", "whites
 class StructuredOutputsParams:
     """The form of an output: exactly one of the first six. No token is drawn that breaks it.
 
-    json: a JSON schema, as a dict or as text. What llguidance cannot enforce of it is refused.
+    json: a JSON schema, as a dict or as text. What only annotates is ignored; what restricts and
+        cannot be enforced is refused.
     regex: a regular expression that the whole output matches (Rust's syntax; no look-around).
     choice: up to 1024 strings, one of which is the output.
     grammar: a context-free grammar in llguidance's Lark dialect, or in llama.cpp's GBNF.
@@ -66,6 +68,11 @@ class StructuredOutputsParams:
         if self.structural_tag is not None:
             self._check_structures()
         self._check_json_only(given[0])
+
+    def fields(self) -> dict[str, Any]:
+        """What was given, as JSON has it: enough to make the same again."""
+        given = {name: getattr(self, name) for name in _FIELDS}
+        return {name: value for name, value in given.items() if value not in (None, False)}
 
     @property
     def schema(self) -> Any:

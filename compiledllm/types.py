@@ -22,10 +22,13 @@ class RequestStatus(Enum):
 
 
 class Grammar(Protocol):
-    """What an output has to look like, compiled (`runner/grammars.py`)."""
+    """What an output has to look like, compiled (`grammars/grammar.py`)."""
 
     text: str  # from which it can be made again
-    num_mask_words: int
+
+    @property
+    def num_mask_words(self) -> int:
+        """uint32 words of a mask."""
 
     def matcher(self, output_token_ids: list[int]) -> Any:
         """The state behind these tokens of an output."""
@@ -84,7 +87,8 @@ class Request:
         self.token_ids = list(self.prompt_token_ids)
         self.most_tokens = len(self.prompt_token_ids) + self.max_tokens
         processors = self.sampling_params.logits_processors
-        self.needs_last_token = processors is not None or self.grammar is not None
+        has_form = self.sampling_params.structured_outputs is not None
+        self.needs_last_token = processors is not None or has_form or self.grammar is not None
 
     @property
     def num_tokens_to_compute(self) -> int:

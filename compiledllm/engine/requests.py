@@ -11,11 +11,12 @@ from compiledllm.engine.prompts import Prompt, as_token_ids
 from compiledllm.engine.request_state import Completion, RequestState
 from compiledllm.engine.served_model import ServedModel
 from compiledllm.engine.tokenizer import Tokenizer
+from compiledllm.grammars.grammar import Grammars
+from compiledllm.grammars.library import Vocabulary, require_llguidance
 from compiledllm.log import log
 from compiledllm.models.registry import generation_defaults, generation_eos_token_ids
-from compiledllm.runner.grammars import Grammars, Vocabulary, require_llguidance
 from compiledllm.sampling_params import ALL_TOKENS, MAX_BAD_WORDS, SamplingParams
-from compiledllm.types import Grammar, Request
+from compiledllm.types import Request
 
 
 class RequestFactory:
@@ -46,8 +47,12 @@ class RequestFactory:
         priority: int = 0,
         max_logprobs: int | None = None,
         cache_salt: str = "",
+        compiles: bool = True,
     ) -> RequestState:
-        """A request with all its completions. Raises ValueError for what cannot be had."""
+        """A request with all its completions. Raises ValueError for what cannot be had.
+
+        compiles: False leaves structured_outputs to `compile`, which waits for another process.
+        """
         if not isinstance(params, SamplingParams):
             raise ValueError(f"sampling_params must be SamplingParams, got {params!r}")
         self._check_priority(priority)
@@ -64,7 +69,18 @@ class RequestFactory:
         if len(requests) > 1:
             first.request_id = f"0_{request_id}"
         completions = [Completion(i, r, self.tokenizer) for i, r in enumerate(requests)]
-        return RequestState(request_id, params, completions)
+        state = RequestState(request_id, params, completions)
+        if compiles:
+            self.compile(state)
+        return state
+
+    def compile(self, state: RequestState) -> None:
+        """Give a request its grammar, if it has a form. Raises ValueError and CompilersBusy."""
+        form = state.completions[0].request.sampling_params.structured_outputs
+        if form is not None:
+            grammar = self.grammars().compile(form)
+            for completion in state.completions:
+                completion.request.grammar = grammar
 
     def tokenize(self, prompt: Prompt) -> list[int]:
         """A prompt's token ids, checked."""
@@ -117,12 +133,7 @@ class RequestFactory:
             priority=priority,
             prompt=text,
             bad_words=self._bad_words(params),
-            grammar=self._grammar(params),
         )
-
-    def _grammar(self, params: SamplingParams) -> Grammar | None:
-        form = params.structured_outputs
-        return None if form is None else self.grammars().compile(form)
 
     def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
         if not params.bad_words:
@@ -253,7 +264,6 @@ def sibling_of(first: Request, index: int) -> Request:
         priority=first.priority,
         prompt=first.prompt,
         bad_words=first.bad_words,
-        grammar=first.grammar,
         cache_salt=first.cache_salt,
         sibling=first,
         arrival_time=first.arrival_time,

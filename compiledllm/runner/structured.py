@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compiledllm.grammars.library import error_of
 from compiledllm.runner.device import to_device
-from compiledllm.runner.grammars import error_of
 from compiledllm.types import Grammar, NewRequest
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from compiledllm.engine.prompts import Prompt
 from compiledllm.engine.requests import RequestFactory
 from compiledllm.engine.tokenizer import Tokenizer
+from compiledllm.grammars.text import json_schema_of
 from compiledllm.outputs import CompletionOutput, PositionLogprobs, RequestOutput
-from compiledllm.runner.grammars import json_schema_of
 from compiledllm.sampling_params import RequestOutputKind, SamplingParams
 from compiledllm.server.errors import ApiError
 from compiledllm.server.protocol import (

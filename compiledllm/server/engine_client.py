@@ -19,8 +19,8 @@ from compiledllm.config import ConfigError
 from compiledllm.engine.request_state import RequestState
 from compiledllm.engine.requests import RequestFactory
 from compiledllm.engine.tokenizer import warm_up
+from compiledllm.grammars.library import Vocabulary
 from compiledllm.log import log
-from compiledllm.runner.grammars import Vocabulary
 from compiledllm.server.crash_records import tidy_crash_records, write_crash_record
 from compiledllm.server.engine_child import ENGINE_COMMAND, EngineChild, cause_of
 from compiledllm.server.live_request import (

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
-from compiledllm.runner.grammars import CompilersBusy
+from compiledllm.grammars.compiler import CompilersBusy
 from compiledllm.server.live_request import (
     DeadlineExceeded,
     EngineError,

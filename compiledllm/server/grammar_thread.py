@@ -1,4 +1,7 @@
-"""Grammars of arriving requests are compiled beside the engine's loop, in the order they came."""
+"""Grammars of arriving requests are compiled beside the engine's loop, in the order they came.
+
+Only those that the server's helper process has compiled before come here.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,9 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from compiledllm.grammars.grammar import Grammars
+from compiledllm.grammars.library import Vocabulary
 from compiledllm.log import log
-from compiledllm.runner.grammars import Grammars, Vocabulary
 from compiledllm.server.wire import Add
 from compiledllm.types import Grammar
 
@@ -68,7 +72,9 @@ class GrammarThread:
 
     def _prepare(self, vocabulary: Vocabulary) -> None:
         try:
-            self._grammars = Grammars(vocabulary)
+            grammars = Grammars(vocabulary)
+            _ = grammars.tokenizer  # made here and now, as it takes its time
+            self._grammars = grammars
         except Exception as error:  # the server has made the same before
             log.error("no grammars: %s: %s", type(error).__name__, error)
 

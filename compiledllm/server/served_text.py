@@ -8,9 +8,9 @@ from compiledllm.config import EngineConfig
 from compiledllm.engine.requests import RequestFactory
 from compiledllm.engine.served_model import ServedModel
 from compiledllm.engine.tokenizer import Tokenizer
+from compiledllm.grammars.library import Vocabulary
 from compiledllm.log import log
 from compiledllm.models.source import resolve_checkpoint
-from compiledllm.runner.grammars import Vocabulary
 from compiledllm.server.wire import Ready
 
 
@@ -40,6 +40,7 @@ def tokenizer_of(message: Ready) -> Tokenizer | None:
 def vocabulary_of(requests: RequestFactory) -> Vocabulary | None:
     """For structured outputs; None, and a line, if there are none."""
     try:
+        requests.grammars().compiler.start()
         return requests.grammars().vocabulary
     except ValueError as error:
         log.info("%-10s none (%s)", "grammars", error)

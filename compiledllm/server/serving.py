@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from compiledllm.engine.prompts import Prompt
 from compiledllm.engine.request_state import RequestState
 from compiledllm.engine.requests import RequestFactory
 from compiledllm.engine.tokenizer import Tokenizer
+from compiledllm.grammars.compiler import MAX_WAITING
 from compiledllm.log import log
 from compiledllm.outputs import CompletionOutput, RequestOutput
 from compiledllm.sampling_params import SamplingParams
@@ -80,6 +82,7 @@ class Serving:
         self._shows_cached_tokens = shows_cached_tokens
         self.logs_requests = logs_requests  # ids and sizes, never prompts
         self._numbers = itertools.count()
+        self._compiling = ThreadPoolExecutor(2 * MAX_WAITING, "compiling")  # they wait, no more
         self.model_names = model_names
         self.metrics = metrics
 
@@ -113,6 +116,9 @@ class Serving:
             self._fill(job, number)
         else:
             await asyncio.to_thread(self._fill, job, number)
+        if job.params.structured_outputs is not None:
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._compiling, self._compile, job)
         job.lives = self.engine.admit(job.states)
         level = logging.INFO if self.logs_requests else logging.DEBUG
         tokens = sum(len(state.completions[0].request.prompt_token_ids) for state in job.states)
@@ -131,10 +137,20 @@ class Serving:
         for i, prompt in enumerate(prompts):
             request_id = f"{job.request_id}-{number}-{i}"
             try:
-                state = requests.make(request_id, prompt, job.params, body.priority, None, salt)
+                state = requests.make(
+                    request_id, prompt, job.params, body.priority, None, salt, compiles=False
+                )
             except ValueError as error:
                 raise convert.as_form_error(body, error) from None
             job.states.append(state)
+
+    def _compile(self, job: Job) -> None:
+        """Where it waits for the compilers, no thread that others need does."""
+        try:
+            for state in job.states:
+                job.requests.compile(state)
+        except ValueError as error:
+            raise convert.as_form_error(job.body, error) from None
 
     def _chat_prompt(self, job: Job, body: ChatRequest) -> dict[str, Any]:
         """The conversation as a prompt; and how its answer is read."""

@@ -12,8 +12,8 @@ from typing import Any
 
 import msgspec
 
+from compiledllm.grammars.library import Vocabulary
 from compiledllm.outputs import FinishReason
-from compiledllm.runner.grammars import Vocabulary
 from compiledllm.sampling_params import SamplingParams
 from compiledllm.types import Grammar, Request, TokenLogprobs
 

@@ -291,7 +291,10 @@ def test_tools_reach_the_chat_template(engine: Engine) -> None:
 def test_a_bad_form_starts_nothing(engine: Engine) -> None:
     for form, message in (
         ({"regex": "(?=a)"}, "look-around"),
-        ({"json": {"type": "object", "minProperties": "x"}}, "cannot be compiled"),
+        (
+            {"json": {"type": "object", "minProperties": "x"}},
+            'minProperties "x" must be an integer',
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             run(engine, ["a", "b"], [SamplingParams(), params(form)])

@@ -89,7 +89,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "pydantic": ("compiledllm.server",),
     "msgspec": ("compiledllm.server",),
     "prometheus_client": ("compiledllm.server",),
-    "llguidance": ("compiledllm.runner.grammars", "compiledllm.runner.structured"),
+    "llguidance": ("compiledllm.grammars", "compiledllm.runner.structured"),
 }
 WITHOUT_TORCH = (
     "compiledllm.types",

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from compiledllm.runner.grammars import Grammars, Vocabulary
+from compiledllm.grammars.grammar import Grammars
+from compiledllm.grammars.library import Vocabulary
 from compiledllm.sampling_params import SamplingParams
 from compiledllm.server.grammar_thread import Compiled, GrammarThread
 from compiledllm.server.wire import Add, Speak, add_of, frame, receive, request_of
@@ -29,12 +30,13 @@ def make_vocabulary() -> Vocabulary:
 
 
 VOCABULARY = make_vocabulary()
+GRAMMARS = Grammars(VOCABULARY)
 
 
 def request(request_id: str, regex: str) -> Request:
     form = StructuredOutputsParams(regex=regex)
     params = SamplingParams(structured_outputs=form)
-    grammar = Grammars(VOCABULARY).compile(form)
+    grammar = GRAMMARS.compile(form)
     return Request(request_id, [5], params, 9, frozenset({0}), grammar=grammar)
 
 
@@ -69,14 +71,14 @@ def test_requests_come_in_order_and_those_forgotten_are_not_wanted(
     inbox: queue.SimpleQueue[Compiled] = queue.SimpleQueue()
     thread = GrammarThread(inbox.put)
     thread.speak(VOCABULARY)
-    may_go_on, compile_now = threading.Event(), Grammars.compile
+    may_go_on, remake_now = threading.Event(), Grammars.remake
 
-    def slow(self: Grammars, form: Any) -> Any:
+    def slow(self: Grammars, text: str) -> Any:
         may_go_on.wait(60)
-        return compile_now(self, form)
+        return remake_now(self, text)
 
     adds = [add_of(request(name, "[ab]")) for name in ("a", "b", "c")]
-    monkeypatch.setattr(Grammars, "compile", slow)
+    monkeypatch.setattr(Grammars, "remake", slow)
     for add in adds:
         thread.compile(add)
     thread.forget("b")  # its client has left while it was compiled

@@ -1,0 +1,172 @@
+"""Grammars of strangers, compiled in a helper process before this one takes them.
+
+`Compiler(vocabulary).text_of(form)` from any thread. A crash, too much memory and more than
+COMPILE_SECONDS are a ValueError. There are two workers: the first gives up on a grammar soon, so
+that those who wait behind it do not wait long; the second tries again what the first gave up on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import socket
+import subprocess
+import sys
+import threading
+import weakref
+from typing import Any
+
+from compiledllm.grammars import frames
+from compiledllm.grammars.library import Vocabulary, require_llguidance
+from compiledllm.log import log
+from compiledllm.structured_outputs import StructuredOutputsParams
+
+COMPILE_SECONDS = 2.0
+QUICK_SECONDS = 0.3  # of the first worker
+MAX_WAITING = 32  # requests, for a worker
+START_SECONDS = 120.0  # of the helper, with a vocabulary of any size
+_GRACE_SECONDS = 5.0  # in which a worker that is killed is followed by another
+_MAX_NOTED = 200  # keywords and formats that a line was logged for
+
+
+class CompilersBusy(RuntimeError):
+    """Others' grammars are being compiled; one more may be a little later."""
+
+
+class HelperLost(RuntimeError):
+    """The helper process has ended, or does not answer."""
+
+
+class Helper:
+    """The running process, and a socket to each of its workers."""
+
+    def __init__(self, vocabulary: Vocabulary, num_workers: int) -> None:
+        self.owner = os.getpid()
+        pairs = [socket.socketpair() for _ in range(num_workers)]
+        theirs = [pair[1] for pair in pairs]
+        self.connections = [pair[0] for pair in pairs]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "compiledllm.grammars.helper"]
+            + [str(connection.fileno()) for connection in theirs],
+            pass_fds=[connection.fileno() for connection in theirs],
+            stdin=subprocess.DEVNULL,
+        )
+        for connection in theirs:
+            connection.close()
+        answer = self.ask(0, dataclasses.asdict(vocabulary), START_SECONDS)
+        if "error" in answer:
+            self.close()
+            raise ValueError(answer["error"])
+
+    def ask(self, worker: int, message: dict[str, Any], limit_s: float) -> dict[str, Any]:
+        """The worker's answer, or a note that it died. Raises HelperLost."""
+        connection = self.connections[worker]
+        connection.settimeout(limit_s + _GRACE_SECONDS)
+        try:
+            frames.skip(connection)  # a note of a death that nobody waited for
+            frames.send(connection, message)
+            answer = frames.receive(connection)
+        except OSError as error:
+            raise HelperLost(str(error)) from None
+        if answer is None:
+            raise HelperLost("it has closed its sockets")
+        return answer
+
+    def close(self) -> None:
+        """End the process and its workers, and wait for it. In a fork of its owner: let it be."""
+        if os.getpid() != self.owner:
+            return
+        for connection in self.connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)  # a thread may be reading
+            connection.close()
+        self.process.kill()
+        self.process.wait()
+
+
+class Compiler:
+    """Starts the helper when it is needed first, and again when it has died."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        require_llguidance()
+        self.vocabulary = vocabulary
+        self._limits_s = (QUICK_SECONDS, COMPILE_SECONDS)  # by worker
+        self._workers = [threading.Lock() for _ in self._limits_s]
+        self._places = threading.Semaphore(MAX_WAITING)
+        self._helper: Helper | None = None
+        self._starting = threading.Lock()
+        self._noted: set[str] = set()
+
+    def start(self) -> None:
+        """Raises ValueError if there can be no grammars for the vocabulary."""
+        self._running()
+
+    def close(self) -> None:
+        with self._starting:
+            if self._helper is not None:
+                self._helper.close()
+                self._helper = None
+
+    def text_of(self, form: StructuredOutputsParams) -> str:
+        """llguidance's text of a form, known to compile. Raises ValueError and CompilersBusy."""
+        if not self._places.acquire(blocking=False):
+            raise CompilersBusy("many requests' structured_outputs are being compiled; try again")
+        try:
+            answer = self._answer(form.fields())
+        finally:
+            self._places.release()
+        if "text" not in answer:
+            raise ValueError(answer.get("error") or _why_died(answer["died"]))
+        self._note(answer["ignored"])
+        return str(answer["text"])
+
+    def _answer(self, form: dict[str, Any]) -> dict[str, Any]:
+        for worker, limit_s in enumerate(self._limits_s):
+            answer = self._ask(worker, form, limit_s)
+            if answer.get("died") != TOO_LATE:
+                break
+        return answer
+
+    def _ask(self, worker: int, form: dict[str, Any], limit_s: float) -> dict[str, Any]:
+        if not self._workers[worker].acquire(timeout=COMPILE_SECONDS):
+            raise CompilersBusy("other requests' structured_outputs are being compiled; try again")
+        try:
+            for _ in range(2):
+                helper = self._running()
+                try:
+                    return helper.ask(worker, {"form": form, "limit_s": limit_s}, limit_s)
+                except HelperLost as error:
+                    self._lose(helper, error)
+        finally:
+            self._workers[worker].release()
+        raise ValueError("structured_outputs ended the process that compiles it; make it simpler")
+
+    def _running(self) -> Helper:
+        with self._starting:
+            if self._helper is None or self._helper.owner != os.getpid():
+                self._helper = Helper(self.vocabulary, len(self._limits_s))
+                weakref.finalize(self, Helper.close, self._helper)
+            return self._helper
+
+    def _lose(self, helper: Helper, error: HelperLost) -> None:
+        with self._starting:
+            if self._helper is helper:
+                log.warning("the process that compiles grammars is lost (%s)", error)
+                helper.close()
+                self._helper = None
+
+    def _note(self, ignored: list[str]) -> None:
+        new = [text for text in ignored if text not in self._noted]
+        if new and len(self._noted) < _MAX_NOTED:
+            self._noted.update(new)
+            log.info("schemas: ignored, as it restricts nothing: %s", ", ".join(new))
+
+
+TOO_LATE = "too late"  # of the helper: a worker was killed for the time it took
+
+
+def _why_died(cause: str) -> str:
+    if cause == TOO_LATE:
+        return f"structured_outputs did not compile within {COMPILE_SECONDS:g} s; make it simpler"
+    return f"structured_outputs cannot be compiled: {cause}; make it simpler"

@@ -1,0 +1,128 @@
+"""Compiled grammars: what may follow an output so far.
+
+Grammars(vocabulary).compile(params) -> Grammar. What was not compiled before goes through the
+helper process (`compiler.py`) first. Knows no requests and no device.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from compiledllm.grammars.compiler import Compiler
+from compiledllm.grammars.library import Vocabulary, make_tokenizer, start_of
+from compiledllm.grammars.stack import TRUSTED_BYTES, call_with_stack
+from compiledllm.structured_outputs import StructuredOutputsParams
+
+MAX_CACHED = 256  # grammars
+MAX_CACHED_BYTES = 2**23  # of their texts, and of the forms they were made of
+
+
+class Grammar:
+    """A form of output. text: llguidance's own, known to compile, from which it can be made again.
+
+    It is compiled in this process when its first matcher is asked for: the process that answers
+    HTTP never needs one.
+    """
+
+    def __init__(self, text: str, grammars: Grammars) -> None:
+        self.text = text
+        self._grammars = grammars
+        self._start: Any = None
+
+    @property
+    def num_mask_words(self) -> int:
+        return -(-int(self._grammars.tokenizer.vocab_size) // 32)
+
+    def matcher(self, output_token_ids: Sequence[int]) -> Any:
+        """llguidance's state behind these tokens of an output."""
+        matcher = self.prepare()._start.deep_copy()
+        if output_token_ids:
+            matcher.consume_tokens(list(output_token_ids))
+        return matcher
+
+    def prepare(self) -> Grammar:
+        """Compile it now, with more stack than it took before. Raises ValueError."""
+        if self._start is None:
+            tokenizer = self._grammars.tokenizer
+            self._start = call_with_stack(TRUSTED_BYTES, start_of, self.text, tokenizer)
+        return self
+
+    def fix_mask(self, matcher: Any, mask: np.ndarray) -> None:
+        """Spell out forced text that looks like a special token.
+
+        mask: uint32 [words], edited; one of them is not 0.
+
+        Where only one text can follow, llguidance lets the tokenizer split it, which may make
+        "<tool_call>" the special token of that name; and then does not take that for the text.
+        """
+        place = int(mask.argmax())
+        bits = int(mask[place])
+        token_id = 32 * place + bits.bit_length() - 1
+        if bits & (bits - 1) or matcher.is_stopped() or matcher.validate_tokens([token_id]):
+            return
+        text = matcher.compute_ff_bytes().decode(errors="ignore")
+        spelled = self._grammars.tokenizer.greedy_tokenize(text)
+        if spelled:
+            mask[:] = 0
+            mask[spelled[0] // 32] = 1 << spelled[0] % 32
+
+
+class Grammars:
+    """Compiles for one vocabulary, and remembers. From any thread."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.vocabulary = vocabulary
+        self.compiler = Compiler(vocabulary)
+        self._tokenizer: Any = None
+        self._cache: OrderedDict[str, Grammar] = OrderedDict()  # by form, or by text
+        self._cached_bytes = 0
+        self._lock = threading.Lock()
+        self._making = threading.Lock()
+
+    @property
+    def tokenizer(self) -> Any:
+        """llguidance's tables of the vocabulary, made when they are needed first."""
+        with self._making:
+            if self._tokenizer is None:
+                self._tokenizer = make_tokenizer(self.vocabulary)
+            return self._tokenizer
+
+    def compile(self, form: StructuredOutputsParams) -> Grammar:
+        """Raises ValueError for what is no grammar, or takes longer than COMPILE_SECONDS.
+
+        And CompilersBusy if no worker becomes free for so long.
+        """
+        key = json.dumps(form.fields())
+        if (known := self._recall(key)) is None:
+            known = Grammar(self.compiler.text_of(form), self)
+            self._remember(key, known)
+        return known
+
+    def remake(self, text: str) -> Grammar:
+        """Of a `Grammar.text`, which has been compiled before: for as long as it takes."""
+        if (known := self._recall(text)) is None:
+            known = Grammar(text, self).prepare()
+            self._remember(text, known)
+        return known
+
+    def _recall(self, key: str) -> Grammar | None:
+        with self._lock:
+            if key in self._cache:
+                self._cache.move_to_end(key)
+            return self._cache.get(key)
+
+    def _remember(self, key: str, grammar: Grammar) -> None:
+        with self._lock:
+            if key in self._cache:
+                return
+            self._cache[key] = grammar
+            self._cached_bytes += len(key) + len(grammar.text)
+            while len(self._cache) > MAX_CACHED or self._cached_bytes > MAX_CACHED_BYTES:
+                old, dropped = self._cache.popitem(last=False)
+                self._cached_bytes -= len(old) + len(dropped.text)

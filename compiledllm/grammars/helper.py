@@ -1,0 +1,133 @@
+"""The process in which grammars of strangers are compiled first. Started by `compiler.Compiler`.
+
+`python -m compiledllm.grammars.helper FD...`: one socket for each worker. The first message on the
+first socket is the vocabulary; its answer says whether there is a tokenizer. Then this process
+forks a worker for each socket, and another whenever one has died, which costs milliseconds, as the
+tables of the vocabulary are there. A worker that crashes, runs out of memory or of time takes
+nothing with it. All end when the sockets are closed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import sys
+import traceback
+from typing import Any, NoReturn
+
+from compiledllm.grammars.frames import receive, send
+from compiledllm.grammars.library import Vocabulary, make_tokenizer, start_of
+from compiledllm.grammars.stack import TRIAL_BYTES, call_with_stack
+from compiledllm.grammars.text import Writer
+from compiledllm.grammars.walk import find_dead_end
+from compiledllm.structured_outputs import StructuredOutputsParams
+
+TOO_LATE = "too late"  # what is said of a worker that was killed for the time it took
+_MAX_EXTRA_BYTES = 2**30  # of address space, for one worker's grammars
+_CAUSES = {
+    signal.SIGALRM: TOO_LATE,
+    signal.SIGSEGV: "it is nested too deep",
+    signal.SIGBUS: "it is nested too deep",
+    signal.SIGABRT: "it takes too much memory",
+    signal.SIGKILL: "it takes too much memory",
+}
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the parent's business
+    connections = [socket.socket(fileno=int(number)) for number in sys.argv[1:]]
+    first = receive(connections[0])
+    if first is None:
+        return
+    vocabulary = Vocabulary(first["tokenizer_json"], first["size"], tuple(first["eos_token_ids"]))
+    try:
+        tokenizer = make_tokenizer(vocabulary)
+    except ValueError as error:
+        send(connections[0], {"error": str(error)})
+        return
+    send(connections[0], {"pid": os.getpid()})
+    keep_workers(connections, tokenizer)
+
+
+def keep_workers(connections: list[socket.socket], tokenizer: Any) -> None:
+    """Until one of them ends by itself, as its socket is closed."""
+    workers = {fork_worker(connection, tokenizer): connection for connection in connections}
+    while True:
+        pid, status = os.wait()
+        connection = workers.pop(pid)
+        if not os.WIFSIGNALED(status):
+            return
+        cause = _CAUSES.get(signal.Signals(os.WTERMSIG(status)), "its compilation crashed")
+        with contextlib.suppress(OSError):
+            send(connection, {"died": cause})
+        workers[fork_worker(connection, tokenizer)] = connection
+
+
+def fork_worker(connection: socket.socket, tokenizer: Any) -> int:
+    parent = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        work(connection, tokenizer, parent)
+    return pid
+
+
+def work(connection: socket.socket, tokenizer: Any, parent: int) -> NoReturn:
+    """Compile what comes, until the socket is closed."""
+    try:
+        with contextlib.suppress(OSError, AttributeError):  # Linux: end with the parent
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(0)
+        _limit_memory()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # for the library's last words
+        call_with_stack(TRIAL_BYTES, answer_all, connection, tokenizer)
+    except OSError:
+        pass
+    except BaseException:
+        traceback.print_exc()
+        os.kill(os.getpid(), signal.SIGTERM)
+    os._exit(0)
+
+
+def answer_all(connection: socket.socket, tokenizer: Any) -> None:
+    """Until the socket is closed. What takes too long is ended by the system's timer."""
+    while (message := receive(connection)) is not None:
+        signal.setitimer(signal.ITIMER_REAL, message["limit_s"])
+        answer = compiled(message["form"], tokenizer)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        send(connection, answer)
+
+
+def compiled(form: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """The answer to one form: its text, known to compile, or what is wrong with it."""
+    try:
+        writer = Writer(tokenizer)
+        params = StructuredOutputsParams(**form)
+        text = writer.text_of(params)
+        start = start_of(text, tokenizer)
+        if params.grammar is not None:
+            find_dead_end(start)
+    except ValueError as error:
+        return {"error": str(error)}
+    except MemoryError:
+        return {"died": _CAUSES[signal.SIGABRT]}
+    return {"text": text, "ignored": writer.ignored[:20]}
+
+
+def _limit_memory() -> None:
+    """Of address space, so that a grammar that grows takes its worker with it, not the machine."""
+    import resource
+
+    with contextlib.suppress(OSError, ValueError), open("/proc/self/statm") as statm:
+        size = int(statm.read().split()[0]) * resource.getpagesize() + _MAX_EXTRA_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""What a caller asks for, as llguidance's text of a grammar. Runs in the helper process."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from compiledllm.grammars.endless import endless_rule
+from compiledllm.grammars.library import checked, require_llguidance
+from compiledllm.grammars.schemas.refusal import SchemaRefused
+from compiledllm.grammars.schemas.rewrite import rewrite
+from compiledllm.structured_outputs import StructuredOutputsParams
+
+WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"  # between JSON's tokens: indented, but not for ever
+MAX_TEXT_BYTES = 2**21  # of a grammar with its schemas rewritten
+_CONTROL = re.compile(r"\\u00(?:0[^89acdACD]|1|7f)")
+_OPTIONS = ("whitespace_flexible", "whitespace_pattern", "item_separator", "key_separator")
+# Names with \u escapes might be those of other properties, and would come twice.
+_ESCAPES = {"json_allowed_escapes": 'nrbtf"\\'}
+
+
+class Writer:
+    """Writes one form. Attribute: `ignored`, what its schemas have that is not enforced."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._library = require_llguidance()
+        self._tokenizer = tokenizer
+        self.ignored: list[str] = []
+
+    def text_of(self, form: StructuredOutputsParams) -> str:
+        """Raises ValueError."""
+        try:
+            json.dumps(form.fields(), ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("structured_outputs has half a surrogate pair: no text has") from None
+        try:
+            text = self._text_of(form)
+        except SchemaRefused as error:
+            raise ValueError(f"structured_outputs: {error}") from None
+        except RecursionError:
+            raise ValueError("structured_outputs cannot be compiled: nested too deep") from None
+        if len(text) > MAX_TEXT_BYTES:
+            raise ValueError(f"structured_outputs makes a grammar of {len(text)} bytes")
+        return text
+
+    def _text_of(self, form: StructuredOutputsParams) -> str:
+        make = self._library.LLMatcher
+        if form.regex is not None:
+            return str(checked(make.grammar_from_regex, form.regex))
+        if form.choice is not None:
+            literals = (json.dumps(choice, ensure_ascii=False) for choice in form.choice)
+            return str(checked(make.grammar_from_lark, "start: " + " | ".join(literals)))
+        if form.grammar is not None:
+            lark = str(checked(self._library.grammar_from, "grammar", form.grammar))
+            if (name := endless_rule(lark)) is not None:
+                raise ValueError(
+                    f"structured_outputs.grammar: rule '{name}' has no end, as each of its "
+                    "alternatives leads back to it; give it one that does not"
+                )
+            return self._with_schemas(lark)
+        if form.structural_tag is not None:
+            return self._with_schemas(self._structural_tag(form))
+        return str(checked(make.grammar_from_json_schema, self._schema(json_schema_of(form))))
+
+    def _schema(self, schema: Any) -> str:
+        """JSON of a schema as llguidance takes it."""
+        given = schema.get("x-guidance") if isinstance(schema, Mapping) else None
+        options = {k: v for k, v in (given or {}).items() if k in _OPTIONS}
+        if given is not None:
+            schema = {name: value for name, value in schema.items() if name != "x-guidance"}
+        found = rewrite(schema)
+        self.ignored += found.ignored
+        body = found.schema if isinstance(found.schema, dict) else {}
+        if not {"whitespace_flexible", "whitespace_pattern"} & set(options):
+            options["whitespace_pattern"] = WHITESPACE
+        if not _CONTROL.search(json.dumps(body)):
+            options |= _ESCAPES
+        return json.dumps({"x-guidance": options} | body)
+
+    def _with_schemas(self, lark: str) -> str:
+        """A Lark grammar, the schemas in it rewritten."""
+        found, place = [], 0
+        for match in re.finditer(r"%json\s+(?=\{)", lark):
+            if match.start() < place:
+                continue
+            try:
+                schema, end = json.JSONDecoder().raw_decode(lark, match.end())
+            except ValueError:
+                continue  # llguidance says what is wrong with it
+            found += [lark[place : match.end()], self._schema(schema)]
+            place = end
+        return "".join([*found, lark[place:]])
+
+    def _structural_tag(self, form: StructuredOutputsParams) -> str:
+        structures, triggers = form.structures
+        make = self._library.StructTag
+        tags = [
+            make(
+                trigger=next(trigger for trigger in triggers if tag["begin"].startswith(trigger)),
+                begin=tag["begin"],
+                grammar=json.dumps(tag["schema"]),
+                end=tag["end"],
+            )
+            for tag in structures
+        ]
+        is_special = any(map(self._is_special, triggers))
+        return str(checked(make.to_grammar, tags, assume_special=is_special))
+
+    def _is_special(self, text: str) -> bool:
+        token_ids = self._tokenizer.tokenize_str(text, parse_special=True)
+        return len(token_ids) == 1 and self._tokenizer.is_special_token(token_ids[0])
+
+
+def _options(form: StructuredOutputsParams) -> dict[str, Any]:
+    """How JSON may be written."""
+    if form.disable_any_whitespace:
+        return {"whitespace_flexible": False}
+    if form.whitespace_pattern is not None:
+        return {"whitespace_pattern": form.whitespace_pattern}
+    return {"whitespace_pattern": WHITESPACE}
+
+
+def json_schema_of(form: StructuredOutputsParams) -> dict[str, Any]:
+    """The schema, with how its JSON may be written under llguidance's own key."""
+    schema = dict(form.schema)
+    if form.disable_additional_properties:
+        schema = copy.deepcopy(schema)
+        _close_objects(schema)
+    return schema | {"x-guidance": _options(form)}
+
+
+_MAPS = ("properties", "patternProperties", "$defs", "definitions")  # name -> schema
+_SCHEMAS = ("items", "additionalProperties", "prefixItems", "anyOf", "oneOf")
+
+
+def _close_objects(schema: Any) -> None:
+    """Objects with properties have no others, unless they say so. Edits in place.
+
+    Not inside allOf, where each part would forbid the others' properties.
+    """
+    if isinstance(schema, list):
+        for inner in schema:
+            _close_objects(inner)
+    if not isinstance(schema, dict):
+        return
+    if isinstance(schema.get("properties"), Mapping) and "allOf" not in schema:
+        schema.setdefault("additionalProperties", False)
+    for name in _MAPS:
+        if isinstance(schema.get(name), dict):
+            _close_objects(list(schema[name].values()))
+    for name in _SCHEMAS:
+        _close_objects(schema.get(name))
