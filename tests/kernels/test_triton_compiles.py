@@ -50,7 +50,7 @@ TYPES = {
     "tokens": "*i64", "groups": "*i32", "index": "*i64", "slots": "*i64", "amounts": "*fp32",
     "last_token_ids": "*i64", "num_computed_tokens": "*i64", "of_group": "*i32",
     "input_ids": "*i64", "lengths": "*i64", "indices": "*i64", "max_blocks": "i32",
-    "sample_rows": "*i64", "drawn": "*i64", "padding_row": "i32",
+    "sample_rows": "*i64", "drawn": "*i64", "padding_row": "i32", "num_samples": "i32",
     "num_tokens": "i32",
 }
 FLOATS = {
