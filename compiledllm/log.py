@@ -6,6 +6,32 @@ import logging
 
 log = logging.getLogger("compiledllm")
 
+MAX_LINE = 4096  # characters
+
+
+class OneLine(logging.Filter):
+    """Keeps a record on its line: a name that a client chose must not forge another, or colours.
+
+    Control characters come out escaped, and the lines of a traceback indented.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = escaped(record.getMessage())[:MAX_LINE], None
+        if record.exc_info and not record.exc_text:
+            lines = logging.Formatter().formatException(record.exc_info).split("\n")
+            record.exc_text = "\n".join(f"  {escaped(line)[:MAX_LINE]}" for line in lines)
+        return True
+
+
+def escaped(text: str) -> str:
+    """The text with what is not printable as backslash escapes; tabs stay."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\t" else repr(c)[1:-1] for c in text)
+
+
+log.addFilter(OneLine())
+
 
 def show_logs(level: int = logging.INFO) -> None:
     """Send the package's log lines to stderr, once, if nobody else handles them."""

@@ -163,9 +163,13 @@ class EngineCore:
 
     def served_model(self) -> ServedModel:
         """What whoever makes requests needs to know."""
-        slots = self.scheduler.kv.most_tokens
         return ServedModel(
-            self.config, self.model_path, self.spec.vocab_size, self.spec.eos_token_ids, slots
+            self.config,
+            self.model_path,
+            self.spec.vocab_size,
+            self.spec.eos_token_ids,
+            num_slots=self.scheduler.kv.most_tokens,
+            max_position=self.spec.max_position,
         )
 
     # -- start-up ------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Mapping
+from typing import Any
 
 from compiledllm.config import ConfigError
 from compiledllm.engine.prompts import Prompt, as_token_ids
@@ -17,6 +18,8 @@ from compiledllm.log import log
 from compiledllm.models.registry import generation_defaults, generation_eos_token_ids
 from compiledllm.sampling_params import ALL_TOKENS, MAX_BAD_WORDS, SamplingParams
 from compiledllm.types import Request
+
+MAX_TRUNCATED_TOKENS = 2**18  # of a text of which the end is kept: some 100 MB while it is made
 
 
 class RequestFactory:
@@ -33,6 +36,9 @@ class RequestFactory:
         self._random = random.Random(model.config.model.seed)
         assert model.config.model.max_model_len is not None
         self.max_model_len = model.config.model.max_model_len
+        self._longer = ""  # what to say of a prompt that is too long
+        if model.max_position > self.max_model_len:
+            self._longer = f" or raise max_model_len (the model knows up to {model.max_position})"
         self.vocab_size = model.vocab_size
         self.tokenizer = tokenizer
         self.eos_token_ids = self._find_eos_token_ids(model.eos_token_ids)
@@ -57,8 +63,9 @@ class RequestFactory:
             raise ValueError(f"sampling_params must be SamplingParams, got {params!r}")
         self._check_priority(priority)
         params = dataclasses.replace(params)  # checked again, and no longer the caller's to change
-        text, token_ids = self._tokenize(prompt)
-        token_ids = self._truncate(token_ids, params)
+        text, token_ids = self._tokenize(prompt, params.truncate_prompt_tokens is not None)
+        if (kept := self._truncate(token_ids, params)) is not token_ids:
+            text, token_ids = None, kept
         self._check_prompt(token_ids)
         most = self._config.model.max_logprobs if max_logprobs is None else max_logprobs
         check_params(params, self.vocab_size, most)
@@ -82,9 +89,16 @@ class RequestFactory:
             for completion in state.completions:
                 completion.request.grammar = grammar
 
+    def tokenized(self, prompt: Prompt, params: SamplingParams) -> dict[str, Any]:
+        """A prompt as `make` takes it, with its token ids, cut and checked."""
+        text, token_ids = self._tokenize(prompt, params.truncate_prompt_tokens is not None)
+        kept = self._truncate(token_ids, params)
+        self._check_prompt(kept)
+        return {"prompt": text if kept is token_ids else None, "prompt_token_ids": kept}
+
     def tokenize(self, prompt: Prompt) -> list[int]:
         """A prompt's token ids, checked."""
-        _, token_ids = self._tokenize(prompt)
+        _, token_ids = self._tokenize(prompt, is_truncated=False)
         self._check_prompt(token_ids)
         return token_ids
 
@@ -119,7 +133,7 @@ class RequestFactory:
         priority: int,
     ) -> Request:
         room = self.max_model_len - len(token_ids)
-        fits = max(self._num_slots - len(token_ids) + 1, 1)
+        fits = self._check_room(len(token_ids), params.max_tokens)
         if params.num_candidates > params.n and not params.wants_logprobs:
             params = dataclasses.replace(params, logprobs=0)  # by which the best are chosen
         return Request(
@@ -147,7 +161,7 @@ class RequestFactory:
             return token_ids
         if keep == -1:
             keep = max(self.max_model_len - (params.max_tokens or 1), 1)
-        return token_ids[-keep:]
+        return token_ids[-keep:] if keep < len(token_ids) else token_ids
 
     def _check_priority(self, priority: int) -> None:
         if not isinstance(priority, int) or isinstance(priority, bool):
@@ -158,7 +172,12 @@ class RequestFactory:
                 f"'{self._config.scheduler.scheduling_policy}'; use scheduling_policy='priority'"
             )
 
-    def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+    def max_tokenized(self, is_truncated: bool) -> int:
+        """Most tokens that a text may have: those of a prompt, or of what is cut to one."""
+        most = self.max_model_len - 1
+        return max(most, MAX_TRUNCATED_TOKENS) if is_truncated else most
+
+    def _tokenize(self, prompt: Prompt, is_truncated: bool) -> tuple[str | None, list[int]]:
         if isinstance(prompt, Mapping):
             if not prompt or set(prompt) - {"prompt", "prompt_token_ids"}:
                 raise ValueError(
@@ -169,7 +188,8 @@ class RequestFactory:
                 return prompt.get("prompt"), as_token_ids(prompt["prompt_token_ids"])
             prompt = prompt["prompt"]
         if isinstance(prompt, str):
-            return prompt, self.require_tokenizer("a text prompt").encode(prompt)
+            tokenizer = self.require_tokenizer("a text prompt")
+            return prompt, tokenizer.encode(prompt, True, self.max_tokenized(is_truncated))
         return None, as_token_ids(prompt)
 
     def _check_prompt(self, token_ids: list[int]) -> None:
@@ -185,8 +205,24 @@ class RequestFactory:
         if len(token_ids) >= max_len:
             raise ValueError(
                 f"the prompt has {len(token_ids)} tokens and max_model_len={max_len} leaves room "
-                f"for {max_len - 1} (and one to generate); shorten it or raise max_model_len"
+                f"for {max_len - 1} (and one to generate); shorten it{self._longer}"
             )
+
+    def _check_room(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
+        """Most tokens that the KV cache leaves room for. Raises ValueError if more are asked for.
+
+        The key and value of the last token are never stored.
+        """
+        fits = self._num_slots - num_prompt_tokens + 1
+        asked = min(max_tokens or 1, self.max_model_len - num_prompt_tokens)
+        if asked <= fits:
+            return fits
+        way_out = f"max_tokens <= {fits} would fit" if fits > 0 else "shorten the prompt"
+        raise ValueError(
+            f"a prompt of {num_prompt_tokens} tokens with max_tokens={asked} is more than the "
+            f"{self._num_slots} tokens of the KV cache; {way_out}, or give the cache more room "
+            "(num_kv_blocks, kv_cache_memory_bytes)"
+        )
 
     def _default_sampling_params(self) -> SamplingParams:
         """vLLM's defaults; with generation_config="auto" the checkpoint's, and a line says so."""

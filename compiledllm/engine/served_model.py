@@ -12,7 +12,8 @@ from compiledllm.config import EngineConfig
 class ServedModel:
     """config: resolved. eos_token_ids: of config.json.
 
-    num_slots: most tokens of a request that the KV cache has room for.
+    num_slots: most tokens of a request that the KV cache has room for. max_position: the longest
+    context that the model was made for; 0: not known.
     """
 
     config: EngineConfig
@@ -20,3 +21,4 @@ class ServedModel:
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     num_slots: int
+    max_position: int = 0

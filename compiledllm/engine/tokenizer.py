@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from compiledllm.engine.pieces import Pieces
 REPLACEMENT = "\ufffd"  # stands for bytes that are no character
 MAX_TEMPLATES = 64  # whose forms of content are remembered
 _ABOUT_THE_END = {"add_generation_prompt", "continue_final_message"}
+
+LONG_TOKEN_IDS = 2**13  # are decoded in about 10 ms
+CHARACTERS_PER_PIECE = 2**16  # of a long text, whose tokens are counted before it is tokenised
+MIN_REFUSED_CHARACTERS = 2**20  # fewer are tokenised, whatever the vocabulary
 
 
 def warm_up() -> None:
@@ -43,13 +48,30 @@ class Tokenizer:
         eos: int | None = self.hf.eos_token_id
         return eos
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a prompt, with the special tokens the tokenizer adds by itself."""
+    def encode(
+        self, text: str, add_special_tokens: bool = True, max_tokens: int | None = None
+    ) -> list[int]:
+        """Token ids of a prompt, with the special tokens the tokenizer adds by itself.
+
+        A text of more than max_tokens is a ValueError, if it is a long one, before all of it is
+        tokenised, which takes up to 2 s and 200 MB a megabyte.
+        """
+        if max_tokens is not None:
+            self._refuse_long(text, max_tokens)
         _check_unicode(text)
         ids: list[int] = self.hf.encode(text, add_special_tokens=add_special_tokens)
         return ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        backend = getattr(self.hf, "backend_tokenizer", None)
+        if (
+            len(token_ids) > LONG_TOKEN_IDS
+            and backend is not None
+            and not self.hf.clean_up_tokenization_spaces
+        ):
+            # A batch is decoded without the interpreter's lock: a million ids take a second.
+            texts: list[str] = backend.decode_batch([list(token_ids)], skip_special_tokens)
+            return texts[0]
         text: str = self.hf.decode(token_ids, skip_special_tokens=skip_special_tokens)
         return text
 
@@ -85,7 +107,11 @@ class Tokenizer:
         return text
 
     def encode_chat(
-        self, messages: Sequence[Message], chat_template: str | None = None, **options: Any
+        self,
+        messages: Sequence[Message],
+        chat_template: str | None = None,
+        max_tokens: int | None = None,
+        **options: Any,
     ) -> tuple[str, list[int]]:
         """A conversation through the chat template: the prompt as text and as token ids.
 
@@ -108,9 +134,48 @@ class Tokenizer:
                 "this chat template drops what the user says, given as a string or as a list of "
                 "parts; use another model or another chat template"
             )
-        _check_unicode(text)
-        ids: list[int] = self.hf.encode(text, add_special_tokens=False)
-        return text, ids
+        return text, self.encode(text, False, max_tokens)
+
+    def check_length(self, num_characters: int, max_tokens: int) -> None:
+        """Raise ValueError for a text that could not have so few tokens, whatever it says.
+
+        A token stands for at most as many characters as the vocabulary's longest has bytes. A
+        normalizer may shorten a text; one that makes more than four characters one is not believed.
+        """
+        shrink = 4 if getattr(self.hf, "backend_tokenizer", None) is None else 1
+        if shrink == 1 and self.hf.backend_tokenizer.normalizer is not None:
+            shrink = 4
+        most = max(max_tokens * self._longest_token * shrink, MIN_REFUSED_CHARACTERS)
+        if num_characters > most:
+            raise ValueError(
+                f"the prompt has {num_characters} characters, and {max_tokens} tokens, which is "
+                f"what fits, have at most {most}; shorten it"
+            )
+
+    def _refuse_long(self, text: str, max_tokens: int) -> None:
+        """Raise ValueError if the text has more tokens, counted piece by piece.
+
+        A cut may make tokens of its own, at most as many as the longest token has bytes.
+        """
+        if len(text) <= max(CHARACTERS_PER_PIECE, 4 * max_tokens):
+            return
+        self.check_length(len(text), max_tokens)
+        count = 0
+        for start in range(0, len(text), CHARACTERS_PER_PIECE):
+            piece = text[start : start + CHARACTERS_PER_PIECE]
+            _check_unicode(piece)
+            count += len(self.hf.encode(piece, add_special_tokens=False)) - self._longest_token
+            if count > max_tokens:
+                raise ValueError(
+                    f"the prompt has {len(text)} characters, of which the first "
+                    f"{start + len(piece)} alone are more than the {max_tokens} tokens that fit; "
+                    "shorten it"
+                )
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """Bytes; of special tokens too."""
+        return max(len(token.encode()) for token in self.hf.get_vocab())
 
     def _render(self, template: str, messages: list[Message], options: dict[str, Any]) -> str:
         text: str = self.hf.apply_chat_template(

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
+import contextlib
+import difflib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from compiledllm.log import log
-from compiledllm.server import convert
 from compiledllm.server.engine_client import EngineClient
 from compiledllm.server.errors import ApiError, error_response, response_to
+from compiledllm.server.jobs import Job, JobMaker
+from compiledllm.server.known_fields import KnownFields, ignored_header
+from compiledllm.server.lanes import ClientLeft, unless_left
 from compiledllm.server.live_request import (
     DeadlineExceeded,
     EngineError,
@@ -26,22 +28,24 @@ from compiledllm.server.live_request import (
     Unavailable,
 )
 from compiledllm.server.metrics import Metrics
+from compiledllm.server.openapi import components
 from compiledllm.server.origins import EXPOSED_HEADERS, Cors, PageCheck
 from compiledllm.server.protocol import (
-    Body,
+    BODIES,
     ChatRequest,
     CompletionRequest,
-    DetokenizeRequest,
     ErrorResponse,
-    TokenizeRequest,
+    Generation,
 )
+from compiledllm.server.raw_body import read_body
 from compiledllm.server.security import Guard
-from compiledllm.server.serving import Job, Serving
+from compiledllm.server.serving import Serving
+from compiledllm.server.text_tools import TextTools
 from compiledllm.version import __version__
 
 _PAGE = Path(__file__).with_name("page.html")
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorResponse} for status in (400, 401, 404, 413, 429, 500, 503, 504)
+    status: {"model": ErrorResponse} for status in (400, 401, 404, 413, 415, 429, 500, 503, 504)
 }
 
 
@@ -61,25 +65,32 @@ class AppOptions:
     shows_cached_tokens: bool = True
 
 
+class _App(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        """With the bodies, which are read by `bodies` and not by FastAPI."""
+        schema = super().openapi()
+        schema["components"]["schemas"] |= components(tuple(BODIES.values()))
+        return schema
+
+
 def create_app(engine: EngineClient, options: AppOptions) -> FastAPI:
     """The application; its `state.metrics` writes the log line."""
-    app = FastAPI(
+    app = _App(
         title="compiledllm", version=__version__, docs_url=None, redoc_url=None, responses=_ERRORS
     )
     metrics = Metrics(options.metrics_prefix, options.model_names[0], engine)
     app.state.metrics = metrics
-    serving = Serving(
+    jobs = JobMaker(
         engine,
         options.model_names,
-        metrics,
+        KnownFields(options.strict_fields),
         options.logs_requests,
         options.tool_call_parser,
         options.reasoning_parser,
-        options.shows_cached_tokens,
     )
-    _add_generation(app, serving, _Fields(options.strict_fields))
-    _add_text_tools(app, serving)
-    _add_models(app, serving)
+    _add_generation(app, jobs, Serving(engine, metrics, options.shows_cached_tokens))
+    _add_text_tools(app, TextTools(jobs))
+    _add_models(app, jobs)
     _add_state(app, engine, metrics)
     _add_errors(app, metrics)
     pages = PageCheck(
@@ -100,48 +111,34 @@ def create_app(engine: EngineClient, options: AppOptions) -> FastAPI:
     return app
 
 
-class _Fields:
-    """What to do about fields that no body has: name each once in the log, and in the response."""
-
-    def __init__(self, strict: bool) -> None:
-        self._strict = strict
-        self._named: set[str] = set()
-
-    def headers(self, body: Body) -> dict[str, str]:
-        unknown = body.unknown_fields
-        if not unknown:
-            return {}
-        if self._strict:
-            raise ApiError(400, f"unknown fields: {', '.join(unknown)}", unknown[0])
-        for name in set(unknown) - self._named:
-            self._named.add(name)
-            log.warning("requests have a field that is ignored: %.64r", name)
-        plain = [name for name in unknown if name.isascii() and name.isprintable()]
-        return {"x-ignored-fields": ",".join(plain)[:1024]}
+def _body_of(path: str) -> dict[str, Any]:
+    """What OpenAPI says of a route's body."""
+    schema = {"$ref": f"#/components/schemas/{BODIES[path].__name__}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-def _add_generation(app: FastAPI, serving: Serving, fields: _Fields) -> None:
-    async def respond(body: ChatRequest | CompletionRequest, request: Request) -> Response:
-        headers = fields.headers(body)
-        state = request.scope["state"]
-        job = await serving.job(body, state["request_id"], state["cache_salt"])
-        if body.stream:
+def _add_generation(app: FastAPI, jobs: JobMaker, serving: Serving) -> None:
+    async def respond(kind: type[Generation], request: Request) -> Response:
+        state, receive = request.scope["state"], request.receive
+        job = await jobs.job(
+            kind, await read_body(request), state["request_id"], receive, state["cache_salt"]
+        )
+        headers = ignored_header(job.ignored)
+        if job.is_streamed:
             return _EventStream(serving, job, headers | {"cache-control": "no-cache"})
         try:
-            answer = await _unless_disconnected(request.receive, serving.answer(job))
+            answer = await unless_left(receive, serving.answer(job))
         finally:
             serving.release(job)
-        if answer is None:
-            return Response(status_code=499)  # nobody reads it
         return JSONResponse(answer, headers=headers)
 
-    @app.post("/v1/chat/completions")
-    async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        return await respond(body, request)
+    @app.post("/v1/chat/completions", openapi_extra=_body_of("/v1/chat/completions"))
+    async def chat_completions(request: Request) -> Response:
+        return await respond(ChatRequest, request)
 
-    @app.post("/v1/completions")
-    async def completions(body: CompletionRequest, request: Request) -> Response:
-        return await respond(body, request)
+    @app.post("/v1/completions", openapi_extra=_body_of("/v1/completions"))
+    async def completions(request: Request) -> Response:
+        return await respond(CompletionRequest, request)
 
 
 class _EventStream(StreamingResponse):
@@ -153,7 +150,8 @@ class _EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await _unless_disconnected(receive, self.stream_response(send))
+            with contextlib.suppress(ClientLeft):
+                await unless_left(receive, self.stream_response(send))
         finally:
             self._serving.release(self._job)
 
@@ -165,65 +163,24 @@ class _EventStream(StreamingResponse):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _unless_disconnected(receive: Receive, work: Awaitable[Any]) -> Any:
-    """The work's result; None, and the work is cancelled, if the client leaves first."""
+def _add_text_tools(app: FastAPI, tools: TextTools) -> None:
+    async def respond(work: Callable[[bytes], bytes], request: Request) -> Response:
+        data = await read_body(request)
+        answer = await tools.lanes.run(len(data), request.receive, lambda: work(data))
+        return Response(answer, media_type="application/json")
 
-    async def wait_for_end() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
+    @app.post("/tokenize", openapi_extra=_body_of("/tokenize"))
+    async def tokenize(request: Request) -> Response:
+        return await respond(tools.tokenize, request)
 
-    task, left = asyncio.ensure_future(work), asyncio.ensure_future(wait_for_end())
-    try:
-        await asyncio.wait({task, left}, return_when=asyncio.FIRST_COMPLETED)
-        return await task if task.done() else None
-    finally:
-        for pending in (task, left):
-            pending.cancel()
-        await asyncio.gather(task, left, return_exceptions=True)
+    @app.post("/detokenize", openapi_extra=_body_of("/detokenize"))
+    async def detokenize(request: Request) -> Response:
+        return await respond(tools.detokenize, request)
 
 
-def _add_text_tools(app: FastAPI, serving: Serving) -> None:
-    @app.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
-        requests = serving.factory()
-        serving.check_model(body.model)
-        if (body.prompt is None) == (body.messages is None):
-            raise ApiError(400, "give either prompt or messages", "prompt")
-
-        def work() -> list[int]:
-            tokenizer = requests.require_tokenizer("/tokenize")
-            if body.prompt is not None:
-                return tokenizer.encode(body.prompt, body.add_special_tokens)
-            prompt = convert.chat_prompt(
-                body.messages or [],
-                body.add_generation_prompt,
-                body.continue_final_message,
-                body.chat_template_kwargs,
-                requests,
-            )
-            ids: list[int] = prompt["prompt_token_ids"]
-            return ids
-
-        tokens = await asyncio.to_thread(work)
-        answer = {"count": len(tokens), "max_model_len": requests.max_model_len, "tokens": tokens}
-        if body.return_token_strs and requests.tokenizer is not None:
-            answer["token_strs"] = [requests.tokenizer.token_text(i) for i in tokens]
-        return answer
-
-    @app.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
-        requests = serving.factory()
-        serving.check_model(body.model)
-        for token_id in body.tokens:
-            if token_id >= requests.vocab_size:
-                raise ApiError(400, f"token id {token_id} is not in the vocabulary", "tokens")
-        tokenizer = requests.require_tokenizer("/detokenize")
-        return {"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)}
-
-
-def _add_models(app: FastAPI, serving: Serving) -> None:
+def _add_models(app: FastAPI, jobs: JobMaker) -> None:
     def card(name: str) -> dict[str, Any]:
-        requests = serving.engine.requests
+        requests = jobs.engine.requests
         return {
             "id": name,
             "object": "model",
@@ -234,11 +191,11 @@ def _add_models(app: FastAPI, serving: Serving) -> None:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [card(name) for name in serving.model_names]}
+        return {"object": "list", "data": [card(name) for name in jobs.model_names]}
 
     @app.get("/v1/models/{model:path}")
     async def model(model: str) -> dict[str, Any]:
-        return card(serving.check_model(model))
+        return card(jobs.check_model(model))
 
 
 def _add_state(app: FastAPI, engine: EngineClient, metrics: Metrics) -> None:
@@ -288,19 +245,21 @@ _CONTENT_POLICY = (
 def _add_errors(app: FastAPI, metrics: Metrics) -> None:
     Handler = Callable[[Request, Exception], Awaitable[Response]]
 
-    async def invalid(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
-        where = [str(part) for part in first["loc"] if part != "body"]
-        field = ".".join(where) or None
-        given = json.dumps(first.get("input"), default=str)[:80]
-        message = f"{field or 'body'}: {first['msg']}, got {given}"
-        return error_response(ApiError(400, message, field))
-
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        status = 400 if error.status_code == 422 else error.status_code
-        return error_response(ApiError(status, str(error.detail)), dict(error.headers or {}))
+        headers = dict(error.headers or {})
+        if error.status_code == 404:
+            return error_response(
+                ApiError(404, _no_route(request.url.path, paths), code="no_route")
+            )
+        message = str(error.detail)
+        if error.status_code == 405:
+            allowed = headers.get("allow", "another method")
+            message = f"{request.url.path} takes {allowed}, got {request.method}"
+        return error_response(ApiError(error.status_code, message), headers)
+
+    async def left(request: Request, error: Exception) -> Response:
+        return Response(status_code=499)  # nobody reads it
 
     async def other(request: Request, error: Exception) -> Response:
         if isinstance(error, Overloaded):
@@ -310,8 +269,15 @@ def _add_errors(app: FastAPI, metrics: Metrics) -> None:
             log.error("%s %s failed", request.method, request.url.path, exc_info=error)
         return response
 
-    handlers: dict[Any, Handler] = {RequestValidationError: invalid, HTTPException: http}
+    paths = sorted({route.path for route in app.routes if isinstance(route, APIRoute)})
+    handlers: dict[Any, Handler] = {HTTPException: http, ClientLeft: left}
     for kind in (ApiError, Overloaded, Unavailable, EngineError, DeadlineExceeded, ValueError):
         handlers[kind] = other
     for kind, handler in handlers.items():
         app.add_exception_handler(kind, handler)
+
+
+def _no_route(path: str, paths: list[str]) -> str:
+    near = difflib.get_close_matches(path[:128], paths, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"there is no route {path[:128]}; {hint}known: {', '.join(paths)}"

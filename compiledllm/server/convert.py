@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from compiledllm.engine.prompts import Prompt
@@ -12,6 +13,7 @@ from compiledllm.engine.tokenizer import Tokenizer
 from compiledllm.grammars.text import json_schema_of
 from compiledllm.outputs import CompletionOutput, PositionLogprobs, RequestOutput
 from compiledllm.sampling_params import RequestOutputKind, SamplingParams
+from compiledllm.server.bodies import fields_of
 from compiledllm.server.errors import ApiError
 from compiledllm.server.protocol import (
     ChatRequest,
@@ -19,14 +21,18 @@ from compiledllm.server.protocol import (
     Generation,
     Message,
     ResponseFormat,
+    TokenizeRequest,
 )
 from compiledllm.server.tools import ToolUse, plain_message
 from compiledllm.structured_outputs import StructuredOutputsParams
+
+DEFAULT_MAX_TOKENS = 16  # of a text completion, as OpenAI has it
 
 # Template arguments that decide about more than the template.
 _RESERVED = {"tokenize", "chat_template", "add_generation_prompt", "continue_final_message"}
 _RESERVED |= {"conversation", "messages", "return_tensors", "return_dict", "padding", "truncation"}
 _RESERVED |= {"max_length", "tokenizer_kwargs", "return_assistant_tokens_mask", "tools"}
+_RESERVED |= {"self", "max_tokens"}
 
 # Fields of a body that are sampling parameters of the same name; None leaves the default.
 _SAME = (
@@ -42,9 +48,7 @@ def sampling_params(body: Generation, defaults: SamplingParams, **more: Any) -> 
     """The body's own over the server's defaults. Raises ApiError naming the field."""
     given = {name: getattr(body, name) for name in _SAME if getattr(body, name) is not None}
     if body.repetition_detection is not None:
-        given["repetition_detection"] = body.repetition_detection.model_dump(
-            exclude=set(body.repetition_detection.unknown_fields)
-        )
+        given["repetition_detection"] = body.repetition_detection.plain()
     base = {
         name: getattr(defaults, name)
         for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -61,9 +65,15 @@ def completion_params(body: CompletionRequest, defaults: SamplingParams) -> Samp
         raise ApiError(400, "suffix is not supported: leave it out", "suffix")
     if body.stream and body.best_of is not None and body.best_of > (body.n or 1):
         raise ApiError(400, "best_of cannot be streamed: leave out stream or best_of", "best_of")
+    if body.logprob_token_ids and not body.logprobs:
+        raise ApiError(
+            400,
+            f"logprob_token_ids needs logprobs of at least 1, got {body.logprobs}; give logprobs",
+            "logprob_token_ids",
+        )
     more: dict[str, Any] = {"best_of": body.best_of, "logprobs": body.logprobs}
-    # One token is the least the engine makes; nobody sees it.
-    more["max_tokens"] = 1 if body.max_tokens == 0 else body.max_tokens
+    limit = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    more["max_tokens"] = max(limit, 1)  # the least the engine makes; nobody sees it
     if body.echo and body.logprobs is not None and body.prompt_logprobs is None:
         more["prompt_logprobs"] = body.logprobs
     if body.max_tokens == 0:
@@ -80,8 +90,7 @@ def form_of(body: Generation) -> StructuredOutputsParams | None:
         raise ApiError(400, "give either response_format or structured_outputs, not both", name)
     try:
         if given is not None:
-            unknown = set(given.unknown_fields)
-            return StructuredOutputsParams(**given.model_dump(by_alias=True, exclude=unknown))
+            return StructuredOutputsParams(**given.plain())
         return None if wanted is None else _form_of_format(wanted)
     except ValueError as error:
         raise ApiError(400, str(error).replace("structured_outputs", name), name) from None
@@ -110,15 +119,30 @@ def answer_schema(body: ChatRequest) -> dict[str, Any] | None:
     return json_schema_of(form)
 
 
-def as_form_error(body: Generation, error: ValueError) -> Exception:
-    """The error; one about the answer's form under the name of the field that asked for it."""
+def form_field(body: Generation) -> str:
+    """The field of a body that asks for a form of the answer, if any does."""
+    if body.structured_outputs is not None:
+        return "structured_outputs"
+    return "tools" if isinstance(body, ChatRequest) and body.tools else "response_format"
+
+
+def as_form_error(name: str, error: ValueError) -> ApiError:
+    """An error about the form of the answer, under the name of the field that asked for it."""
+    return ApiError(400, str(error).replace("structured_outputs", name, 1), name)
+
+
+def as_field_error(body: Generation, error: ValueError) -> ApiError:
+    """An error about the request, with the field that it is about."""
     text = str(error)
-    if not text.startswith("structured_outputs"):
-        return error
-    name = "structured_outputs"
-    if body.structured_outputs is None:
-        name = "tools" if isinstance(body, ChatRequest) and body.tools else "response_format"
-    return ApiError(400, text.replace("structured_outputs", name, 1), name)
+    is_chat = isinstance(body, ChatRequest)
+    if text.startswith("structured_outputs"):
+        return as_form_error(form_field(body), error)
+    first = text.split(" ", 1)[0]
+    if first in fields_of(type(body)):
+        return ApiError(400, text, first)
+    is_about_prompt = text.startswith(("the prompt", "a prompt", "token id", "messages"))
+    prompt = "messages" if is_chat else "prompt"
+    return ApiError(400, text, prompt if is_about_prompt else None)
 
 
 def chat_params(body: ChatRequest, defaults: SamplingParams, use: ToolUse | None) -> SamplingParams:
@@ -127,7 +151,7 @@ def chat_params(body: ChatRequest, defaults: SamplingParams, use: ToolUse | None
         raise ApiError(400, "chat_template in a request is not allowed", "chat_template")
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs=true", "top_logprobs")
-    limit = body.max_completion_tokens or body.max_tokens or defaults.max_tokens
+    limit = body.asked_tokens[1] or defaults.max_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     more: dict[str, Any] = {}
     if use is None:
@@ -144,40 +168,66 @@ def completion_prompts(body: CompletionRequest, requests: RequestFactory) -> lis
     if body.add_special_tokens or not isinstance(many[0], str):
         return list(many)
     tokenizer = requests.require_tokenizer("a text prompt")
+    most = requests.max_tokenized(body.truncate_prompt_tokens is not None)
     return [
-        {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
-        for text in many
+        {"prompt": text, "prompt_token_ids": tokenizer.encode(text, False, most)} for text in many
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """What a chat template is given. reasoning_effort: only for templates that know of it.
+
+    max_tokens: an error if it becomes more.
+    """
+
+    messages: list[Message]
+    add_generation_prompt: bool
+    continue_final_message: bool
+    template_kwargs: dict[str, Any]
+    max_tokens: int
+    reasoning_effort: str | None = None
+
+    @classmethod
+    def of(cls, body: ChatRequest | TokenizeRequest, max_tokens: int) -> Conversation:
+        return cls(
+            body.messages or [],
+            body.add_generation_prompt and not body.continue_final_message,
+            body.continue_final_message,
+            body.chat_template_kwargs or {},
+            max_tokens,
+            body.reasoning_effort if isinstance(body, ChatRequest) else None,
+        )
+
+
 def chat_prompt(
-    messages: list[Message],
-    add_generation_prompt: bool,
-    continue_final_message: bool,
-    template_kwargs: dict[str, Any] | None,
-    requests: RequestFactory,
-    use: ToolUse | None = None,
-    reasoning_effort: str | None = None,
+    conversation: Conversation, tokenizer: Tokenizer, use: ToolUse | None = None
 ) -> dict[str, Any]:
     """A conversation through the model's chat template, which may take tools and an effort."""
-    reserved = _RESERVED & set(template_kwargs or {})
+    given = conversation.template_kwargs
+    reserved = _RESERVED & set(given)
     if reserved:
         raise ApiError(
             400, f"chat_template_kwargs must not have {sorted(reserved)}", "chat_template_kwargs"
         )
-    if add_generation_prompt and continue_final_message:
-        add_generation_prompt = False
-    tokenizer = requests.require_tokenizer("a conversation")
+    messages, max_tokens = conversation.messages, conversation.max_tokens
+    tokenizer.check_length(sum(message.num_characters for message in messages), max_tokens)
     more: dict[str, Any] = {} if use is None else {"tools": use.tools}
-    if reasoning_effort is not None and "reasoning_effort" in tokenizer.chat_template_text:
-        more["reasoning_effort"] = reasoning_effort
+    if knows_effort(tokenizer) and conversation.reasoning_effort is not None:
+        more["reasoning_effort"] = conversation.reasoning_effort
     text, token_ids = tokenizer.encode_chat(
         [plain_message(message) for message in messages],
-        add_generation_prompt=add_generation_prompt,
-        continue_final_message=continue_final_message,
-        **(more | (template_kwargs or {})),
+        max_tokens=max_tokens,
+        add_generation_prompt=conversation.add_generation_prompt,
+        continue_final_message=conversation.continue_final_message,
+        **(more | given),
     )
     return {"prompt": text, "prompt_token_ids": token_ids}
+
+
+def knows_effort(tokenizer: Tokenizer) -> bool:
+    """Whether the chat template does something with a reasoning_effort."""
+    return "reasoning_effort" in tokenizer.chat_template_text
 
 
 # -- responses -------------------------------------------------------------------------------------

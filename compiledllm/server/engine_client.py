@@ -285,8 +285,7 @@ class EngineClient:
         """
         num_requests = sum(len(state.completions) for state in states)
         num_tokens = sum(c.request.num_prompt_tokens for s in states for c in s.completions)
-        self.require_ready()
-        self._check_room(num_requests, num_tokens)
+        self.check_admission(num_requests, num_tokens)
         lives: list[LiveRequest] = []
         try:
             for state in states:
@@ -301,15 +300,29 @@ class EngineClient:
         for live in lives:
             self.live.abort(live)
 
-    def _check_room(self, num_requests: int, num_tokens: int) -> None:
+    def check_admission(self, num_requests: int, num_tokens: int) -> None:
+        """Raise if requests may not come in now, Unavailable or Overloaded, or never, ValueError.
+
+        num_tokens: of their prompts, each counted as often as there are requests for it.
+        """
+        self.require_ready()
         assert self.ready is not None
-        at_once = int(self.ready.options["max_num_seqs"] or 1)
+        most = int(self.ready.options["max_num_seqs"] or 1) + self._limits.queued_requests
+        if num_requests > most:
+            raise ValueError(
+                f"prompts times n (or best_of) are {num_requests} sequences, and {most} may run "
+                "or wait at once; ask for fewer, or raise --max-queued-requests"
+            )
+        if num_tokens > self._limits.queued_tokens and num_requests > 1:
+            raise ValueError(
+                f"the prompts times n (or best_of) are {num_tokens} tokens, and "
+                f"{self._limits.queued_tokens} may run or wait at once; ask for fewer, or raise "
+                "--max-queued-tokens"
+            )
         present = self.live.num_completions
-        if present + num_requests > at_once + self._limits.queued_requests:
+        if present + num_requests > most:
             raise Overloaded(
-                f"{present} requests are running or waiting, and "
-                f"{at_once + self._limits.queued_requests} may",
-                self._retry_after(),
+                f"{present} requests are running or waiting, and {most} may", self._retry_after()
             )
         tokens = self.live.num_tokens
         if tokens and tokens + num_tokens > self._limits.queued_tokens:

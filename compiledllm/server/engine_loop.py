@@ -196,6 +196,7 @@ class EngineLoop:
             num_slots=served.num_slots,
             startup_s=core.startup_s,
             is_cpu=not core.platform.is_cuda,
+            max_position=served.max_position,
         )
 
     def _fail(self, error: BaseException) -> NoReturn:

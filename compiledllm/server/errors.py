@@ -22,10 +22,14 @@ _TYPES = {
     405: "invalid_request_error",
     408: "timeout_error",
     413: "invalid_request_error",
+    415: "invalid_request_error",
     429: "rate_limit_error",
     503: "service_unavailable_error",
     504: "timeout_error",
 }
+
+
+_MAX_MESSAGE = 1000  # characters: a message may quote what a client sent
 
 
 class ApiError(Exception):
@@ -40,7 +44,10 @@ class ApiError(Exception):
 
 def error_body(error: ApiError) -> dict[str, Any]:
     kind = _TYPES.get(error.status, "server_error")
-    detail = {"message": error.message, "type": kind, "param": error.param}
+    message = error.message
+    if len(message) > _MAX_MESSAGE:
+        message = f"{message[: _MAX_MESSAGE // 2]} ... {message[-_MAX_MESSAGE // 2 :]}"
+    detail = {"message": message, "type": kind, "param": error.param}
     return {"error": detail | {"code": error.code}}
 
 

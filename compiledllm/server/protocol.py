@@ -1,67 +1,82 @@
 """OpenAI's request bodies, with the fields that other servers add. Bounds are enforced here.
 
-Unknown fields are kept aside, as load generators and clients send their own (`unknown_fields`).
+A field that is optional has a default, which null stands for, too. Unknown fields are named, as
+load generators and clients send their own (`Body.unknown_fields`).
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+import msgspec
+from msgspec import Meta
+from pydantic import BaseModel
 
-from compiledllm.sampling_params import MAX_N
+from compiledllm.sampling_params import (
+    MAX_ALLOWED_TOKEN_IDS,
+    MAX_BAD_WORDS,
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROB_TOKEN_IDS,
+    MAX_N,
+    MAX_STOP_LENGTH,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+)
+from compiledllm.server.bodies import MAX_NUMBERS, Body
 from compiledllm.structured_outputs import MAX_CHOICES
 
 MAX_PROMPTS = 256
-MAX_STOPS = 4
 MAX_MESSAGES = 4096
+MAX_PARTS = 4096
 MAX_TOP_LOGPROBS = 20
 MAX_TOOLS = 128
 
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-TokenIds = list[TokenId]
-Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-Stop = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
-Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS)]
+Int32 = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
+Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+PositiveCount = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Text = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_LENGTH)]
+# What an id or a name may be that reaches logs and headers: characters that stay on their line.
+Name = Annotated[str, Meta(min_length=1, max_length=256)]
+RequestId = Annotated[
+    str, Meta(pattern=r"^[ -~]{1,128}(?!\n)$", description="1 to 128 printable ASCII characters")
+]
+Ids = Annotated[list[int], Meta(min_length=1, max_length=MAX_NUMBERS)]  # of a prompt
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+Fraction = Annotated[float, Meta(ge=0, le=1)]
+N = Annotated[int, Meta(ge=1, le=MAX_N)]
+TopLogprobs = Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)]
+PatternSize = Annotated[int, Meta(ge=0, le=1024)]
 
 
-class Body(BaseModel):
-    """Any request."""
-
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
-
-    @property
-    def unknown_fields(self) -> list[str]:
-        return sorted(self.model_extra or {})
-
-
-class StreamOptions(Body):
+class StreamOptions(Body, kw_only=True):
     include_usage: bool = False
     continuous_usage_stats: bool = False
 
 
-class JsonSchema(Body):
-    name: Annotated[str, StringConstraints(max_length=64)] = ""
+class JsonSchema(Body, kw_only=True):
+    name: Annotated[str, Meta(max_length=64)] = ""
     description: str | None = None
     strict: bool | None = None
-    schema_: dict[str, Any] = Field(alias="schema")
+    schema_: dict[str, Any] = msgspec.field(name="schema")
 
 
-class ResponseFormat(Body):
+class ResponseFormat(Body, kw_only=True):
     """json_schema belongs to its type; structures and triggers to structural_tag."""
 
     type: Literal["text", "json_object", "json_schema", "structural_tag"] = "text"
     json_schema: JsonSchema | None = None
-    structures: Annotated[list[dict[str, Any]], Field(max_length=MAX_CHOICES)] | None = None
-    triggers: Annotated[list[Stop], Field(max_length=MAX_CHOICES)] | None = None
+    structures: Annotated[list[dict[str, Any]], Meta(max_length=MAX_CHOICES)] | None = None
+    triggers: Annotated[list[Text], Meta(max_length=MAX_CHOICES)] | None = None
 
 
-class StructuredOutputs(Body):
+class StructuredOutputs(Body, kw_only=True):
     """`StructuredOutputsParams`, field by field."""
 
-    json_: str | dict[str, Any] | None = Field(None, alias="json")
+    json_: str | dict[str, Any] | None = msgspec.field(default=None, name="json")
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Annotated[list[str], Meta(max_length=MAX_CHOICES)] | None = None
     grammar: str | None = None
     json_object: bool | None = None
     structural_tag: str | dict[str, Any] | None = None
@@ -70,141 +85,198 @@ class StructuredOutputs(Body):
     whitespace_pattern: str | None = None
 
 
-FunctionName = Annotated[str, StringConstraints(pattern="^[a-zA-Z0-9_.-]{1,64}$")]
+FunctionName = Annotated[
+    str,
+    Meta(
+        pattern=r"^[a-zA-Z0-9_.-]{1,64}(?!\n)$",
+        description="1 to 64 letters, digits, dots, hyphens and underscores",
+    ),
+]
 
 
-class Function(Body):
+class Function(Body, kw_only=True):
+    keeps_more: ClassVar[bool] = True
+
     name: FunctionName
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
 
-class Tool(Body):
+class Tool(Body, kw_only=True):
+    keeps_more: ClassVar[bool] = True
+
     type: Literal["function"] = "function"
     function: Function
 
 
-class FunctionChoice(Body):
+class FunctionChoice(Body, kw_only=True):
     name: FunctionName
 
 
-class NamedTool(Body):
+class NamedTool(Body, kw_only=True):
     type: Literal["function"] = "function"
     function: FunctionChoice
 
 
-class CalledFunction(Body):
-    name: Annotated[str, StringConstraints(min_length=1, max_length=256)]
+class CalledFunction(Body, kw_only=True):
+    keeps_more: ClassVar[bool] = True
+
+    name: Name
     arguments: str | dict[str, Any] | None = None
 
 
-class ToolCall(Body):
-    id: Annotated[str, StringConstraints(max_length=256)] | None = None
+class ToolCall(Body, kw_only=True):
+    keeps_more: ClassVar[bool] = True
+
+    id: Annotated[str, Meta(max_length=256)] | None = None
     type: Literal["function"] = "function"
     function: CalledFunction
 
 
-class RepetitionDetection(Body):
-    max_pattern_size: Annotated[int, Field(ge=0, le=1024)] = 0
-    min_pattern_size: Annotated[int, Field(ge=0, le=1024)] = 0
-    min_count: Annotated[int, Field(ge=0, le=2**20)] = 0
+class RepetitionDetection(Body, kw_only=True):
+    max_pattern_size: PatternSize = 0
+    min_pattern_size: PatternSize = 0
+    min_count: Annotated[int, Meta(ge=0, le=2**20)] = 0
 
 
-class Generation(Body):
+class Generation(Body, kw_only=True):
     """What chat and text completions have in common. None: the default."""
 
-    model: str | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    model: Annotated[str, Meta(max_length=1024)] | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    logit_bias: (
+        Annotated[
+            dict[str, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_LOGIT_BIAS)
+        ]
+        | None
+    ) = None
+    n: N | None = None
     seed: Int64 | None = None
-    stop: Stop | Stops | None = None
-    stream: bool | None = None
+    stop: Text | Annotated[list[Text], Meta(max_length=MAX_STOP_STRINGS)] | None = None
+    stream: bool = False
     stream_options: StreamOptions | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    user: str | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    user: Annotated[str, Meta(max_length=1024)] | None = None
 
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
-    stop_token_ids: Annotated[TokenIds, Field(max_length=128)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
+    min_p: Fraction | None = None
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
-    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    min_tokens: Count = 0
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
-    truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
-    prompt_logprobs: Annotated[int, Field(ge=-1, le=2**20)] | None = None
-    allowed_token_ids: Annotated[TokenIds, Field(max_length=1024)] | None = None
-    bad_words: Annotated[list[Stop], Field(max_length=128)] | None = None
-    logprob_token_ids: Annotated[TokenIds, Field(max_length=128)] | None = None
+    truncate_prompt_tokens: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
+    prompt_logprobs: Annotated[int, Meta(ge=-1, le=2**20)] | None = None
+    allowed_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_ALLOWED_TOKEN_IDS)] | None = (
+        None
+    )
+    bad_words: Annotated[list[Text], Meta(max_length=MAX_BAD_WORDS)] | None = None
+    logprob_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_LOGPROB_TOKEN_IDS)] | None = (
+        None
+    )
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     repetition_detection: RepetitionDetection | None = None
-    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
-    request_id: Annotated[str, StringConstraints(min_length=1, max_length=128)] | None = None
-    cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
+    priority: Int32 = 0
+    request_id: RequestId | None = None
+    cache_salt: Name | None = None
     return_token_ids: bool = False
 
+    @property
+    def asked_tokens(self) -> tuple[str, int | None]:
+        """The field that says how many tokens to generate, and its value."""
+        raise NotImplementedError
 
-class CompletionRequest(Generation):
+
+class CompletionRequest(Generation, kw_only=True):
     """`POST /v1/completions`."""
 
-    # Each form is tried: without fail_fast one that is not meant would err at every token id.
-    prompt: (
+    prompt: Annotated[
         str
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
-        | Annotated[TokenIds, Field(min_length=1)]
-        | Annotated[
-            list[Annotated[TokenIds, Field(min_length=1)]],
-            Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True),
-        ]
-    )
-    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = 16
-    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+        | Annotated[list[str], Meta(min_length=1, max_length=MAX_PROMPTS)]
+        | Ids
+        | Annotated[list[Ids], Meta(min_length=1, max_length=MAX_PROMPTS)],
+        Meta(description=f"text, token ids, or a list of 1 to {MAX_PROMPTS} texts or lists of ids"),
+    ]
+    max_tokens: Count | None = None  # 16
+    logprobs: TopLogprobs | None = None
     echo: bool = False
-    best_of: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    best_of: N | None = None
     suffix: str | None = None
     add_special_tokens: bool = True
 
+    @property
+    def asked_tokens(self) -> tuple[str, int | None]:
+        return "max_tokens", self.max_tokens
 
-class Message(Body):
+
+class Part(msgspec.Struct, kw_only=True):
+    """Of a message's content. What is no text is refused where conversations are made."""
+
+    type: str | None = "text"
+    text: str | None = None
+    refusal: str | None = None
+    thinking: str | None = None
+
+
+class Message(Body, kw_only=True):
     """A message's content is text, or a list of text parts; an assistant's may be tool calls."""
 
-    role: Annotated[str, StringConstraints(min_length=1, max_length=64)]
-    content: str | list[dict[str, Any]] | None = None
+    keeps_more: ClassVar[bool] = True  # templates know fields that no standard has
+
+    role: Annotated[str, Meta(min_length=1, max_length=64)]
+    content: str | Annotated[list[str | Part], Meta(max_length=MAX_PARTS)] | None = None
     name: str | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    tool_calls: Annotated[list[ToolCall], Meta(max_length=MAX_TOOLS)] | None = None
     tool_call_id: str | None = None
 
+    @property
+    def num_characters(self) -> int:
+        """Of its content."""
+        if not isinstance(self.content, list):
+            return len(self.content or "")
+        texts = (part if isinstance(part, str) else part.text or "" for part in self.content)
+        return sum(map(len, texts))
 
-class ChatRequest(Generation):
+
+Messages = Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
+
+
+class ChatRequest(Generation, kw_only=True):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
-    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    messages: Messages
+    max_completion_tokens: PositiveCount | None = None
+    max_tokens: PositiveCount | None = None
+    logprobs: bool = False
+    top_logprobs: TopLogprobs | None = None
+    tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    reasoning_effort: Annotated[str, StringConstraints(max_length=32)] | None = None
+    reasoning_effort: Annotated[str, Meta(max_length=32)] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
+    @property
+    def asked_tokens(self) -> tuple[str, int | None]:
+        if self.max_completion_tokens is not None:
+            return "max_completion_tokens", self.max_completion_tokens
+        return "max_tokens", self.max_tokens
 
-class TokenizeRequest(Body):
+
+class TokenizeRequest(Body, kw_only=True):
     """`POST /tokenize`: a text, or a conversation."""
 
-    model: str | None = None
+    model: Annotated[str, Meta(max_length=1024)] | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -212,11 +284,19 @@ class TokenizeRequest(Body):
     return_token_strs: bool = False
 
 
-class DetokenizeRequest(Body):
+class DetokenizeRequest(Body, kw_only=True):
     """`POST /detokenize`."""
 
-    model: str | None = None
-    tokens: Annotated[TokenIds, Field(max_length=2**20)]
+    model: Annotated[str, Meta(max_length=1024)] | None = None
+    tokens: Annotated[list[int], Meta(max_length=2**20)]
+
+
+BODIES: dict[str, type[Body]] = {
+    "/v1/chat/completions": ChatRequest,
+    "/v1/completions": CompletionRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+}
 
 
 class ErrorDetail(BaseModel):

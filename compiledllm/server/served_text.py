@@ -25,6 +25,7 @@ def served_model_of(message: Ready) -> ServedModel:
         vocab_size=message.vocab_size,
         eos_token_ids=tuple(message.eos_token_ids),
         num_slots=message.num_slots,
+        max_position=message.max_position,
     )
 
 

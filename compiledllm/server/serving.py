@@ -4,173 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
-import logging
 from collections.abc import AsyncGenerator, AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
-from compiledllm.engine.prompts import Prompt
-from compiledllm.engine.request_state import RequestState
 from compiledllm.engine.requests import RequestFactory
 from compiledllm.engine.tokenizer import Tokenizer
-from compiledllm.grammars.compiler import MAX_WAITING
-from compiledllm.log import log
 from compiledllm.outputs import CompletionOutput, RequestOutput
-from compiledllm.sampling_params import SamplingParams
 from compiledllm.server import convert
-from compiledllm.server.chat import Choice, reasoning_mode
 from compiledllm.server.engine_client import EngineClient
 from compiledllm.server.errors import ApiError, as_api_error, error_body
 from compiledllm.server.events import DONE, Template, event, hole
-from compiledllm.server.live_request import EngineError, LiveRequest
+from compiledllm.server.jobs import AnswerOptions, Job
+from compiledllm.server.live_request import EngineError
 from compiledllm.server.metrics import Metrics
-from compiledllm.server.protocol import ChatRequest, CompletionRequest, Generation
-from compiledllm.server.tools import ToolUse, tool_use
-
-SHORT_PROMPT = 8192  # token ids, which take about a millisecond to check
-
-
-@dataclass(slots=True)
-class Job:
-    """One HTTP request: its engine requests, one for each prompt, and how to show them."""
-
-    body: Generation
-    request_id: str
-    model: str
-    params: SamplingParams
-    states: list[RequestState]
-    requests: RequestFactory
-    lives: list[LiveRequest] = field(default_factory=list)  # the states, once they are admitted
-    shown: dict[int, int] = field(default_factory=dict)  # characters, by choice
-    use: ToolUse | None = None
-    reasoning: str = "off"
-    salt: str = ""  # of its holder's key, in the prefix cache
-    choices: dict[int, Choice] = field(default_factory=dict)  # of a chat, by index
-
-    @property
-    def num_choices(self) -> int:
-        return self.params.n
-
-    @property
-    def is_chat(self) -> bool:
-        return isinstance(self.body, ChatRequest)
-
-    def choice(self, index: int) -> Choice:
-        if index not in self.choices:
-            self.choices[index] = Choice(self.use, self.reasoning)
-        return self.choices[index]
 
 
 class Serving:
-    """Makes jobs from bodies and answers from jobs."""
+    """Makes answers from jobs."""
 
     def __init__(
-        self,
-        engine: EngineClient,
-        model_names: list[str],
-        metrics: Metrics,
-        logs_requests: bool = False,
-        tool_call_parser: str = "auto",
-        reasoning_parser: str = "auto",
-        shows_cached_tokens: bool = True,
+        self, engine: EngineClient, metrics: Metrics, shows_cached_tokens: bool = True
     ) -> None:
         self.engine = engine
-        self._tool_call_parser = tool_call_parser
-        self._reasoning_parser = reasoning_parser
-        self._shows_cached_tokens = shows_cached_tokens
-        self.logs_requests = logs_requests  # ids and sizes, never prompts
-        self._numbers = itertools.count()
-        self._compiling = ThreadPoolExecutor(2 * MAX_WAITING, "compiling")  # they wait, no more
-        self.model_names = model_names
         self.metrics = metrics
-
-    # -- jobs ----------------------------------------------------------------------------------
-
-    def factory(self) -> RequestFactory:
-        return self.engine.require_ready()
-
-    def check_model(self, name: str | None) -> str:
-        if name is not None and name not in self.model_names:
-            raise ApiError(
-                404,
-                f"model '{name}' does not exist; there is {', '.join(self.model_names)}",
-                "model",
-                "model_not_found",
-            )
-        return name or self.model_names[0]
-
-    async def job(self, body: ChatRequest | CompletionRequest, http_id: str, salt: str = "") -> Job:
-        """Templates, tokens and checks; in a thread if they may take long, and hold nobody up.
-
-        http_id: of the HTTP request, the client's own or one made for it. salt: in front of the
-        body's own.
-        """
-        requests, model = self.factory(), self.check_model(body.model)
-        prefix = "chatcmpl" if isinstance(body, ChatRequest) else "cmpl"
-        name = f"{prefix}-{body.request_id or http_id}"
-        job = Job(body, name, model, requests.defaults, [], requests, salt=salt)
-        number = next(self._numbers)  # an id may come twice
-        if _is_soon_made(body):
-            self._fill(job, number)
-        else:
-            await asyncio.to_thread(self._fill, job, number)
-        if job.params.structured_outputs is not None:
-            loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self._compiling, self._compile, job)
-        job.lives = self.engine.admit(job.states)
-        level = logging.INFO if self.logs_requests else logging.DEBUG
-        tokens = sum(len(state.completions[0].request.prompt_token_ids) for state in job.states)
-        log.log(level, "request %s: %d prompts, %d tokens", name, len(job.states), tokens)
-        return job
-
-    def _fill(self, job: Job, number: int) -> None:
-        body, requests = job.body, job.requests
-        if isinstance(body, ChatRequest):
-            prompts: list[Prompt] = [self._chat_prompt(job, body)]
-        else:
-            assert isinstance(body, CompletionRequest)
-            job.params = convert.completion_params(body, requests.defaults)
-            prompts = convert.completion_prompts(body, requests)
-        salt = job.salt + (body.cache_salt or "")
-        for i, prompt in enumerate(prompts):
-            request_id = f"{job.request_id}-{number}-{i}"
-            try:
-                state = requests.make(
-                    request_id, prompt, job.params, body.priority, None, salt, compiles=False
-                )
-            except ValueError as error:
-                raise convert.as_form_error(body, error) from None
-            job.states.append(state)
-
-    def _compile(self, job: Job) -> None:
-        """Where it waits for the compilers, no thread that others need does."""
-        try:
-            for state in job.states:
-                job.requests.compile(state)
-        except ValueError as error:
-            raise convert.as_form_error(job.body, error) from None
-
-    def _chat_prompt(self, job: Job, body: ChatRequest) -> dict[str, Any]:
-        """The conversation as a prompt; and how its answer is read."""
-        tokenizer = job.requests.require_tokenizer("a conversation")
-        schema = convert.answer_schema(body)
-        job.use = tool_use(body, self._tool_call_parser, tokenizer, schema)
-        job.params = convert.chat_params(body, job.requests.defaults, job.use)
-        prompt = convert.chat_prompt(
-            body.messages,
-            body.add_generation_prompt,
-            body.continue_final_message,
-            body.chat_template_kwargs,
-            job.requests,
-            job.use,
-            body.reasoning_effort,
-        )
-        if job.params.structured_outputs is None:  # a form holds from the first token on
-            template = tokenizer.chat_template_text
-            job.reasoning = reasoning_mode(self._reasoning_parser, template, prompt["prompt"])
-        return prompt
+        self._shows_cached_tokens = shows_cached_tokens
 
     def release(self, job: Job) -> None:
         """Nobody waits for its answer any more."""
@@ -202,7 +60,7 @@ class Serving:
             for completion in output.outputs
         ]
         total = sum(c.request.num_output_tokens for state in job.states for c in state.completions)
-        if _hides_output(job):
+        if job.options.hides_output:
             total = 0
         kind = "chat.completion" if job.is_chat else "text_completion"
         return convert.envelope(kind, job.request_id, job.model) | {
@@ -223,40 +81,34 @@ class Serving:
     def _choice(
         self, job: Job, output: RequestOutput, completion: CompletionOutput, index: int
     ) -> dict[str, Any]:
-        tokenizer = job.requests.tokenizer
+        tokenizer, options = job.requests.tokenizer, job.options
         base: dict[str, Any] = {"index": index} | convert.finish_fields(completion)
-        if job.body.return_token_ids:
-            base["token_ids"] = completion.token_ids
-            base["prompt_token_ids"] = output.prompt_token_ids
-        if job.body.prompt_logprobs is not None:
-            base["prompt_logprobs"] = _plain_prompt_logprobs(output)
-        if isinstance(job.body, ChatRequest):
+        base |= _more_fields(options, output, completion)
+        if options.is_chat:
             choice = job.choice(index)
             message = choice.message(completion.text, completion.finish_reason == "stop")
             if choice.has_calls:
                 base |= convert.ended_by_calls(completion)
-            found = convert.chat_logprobs(completion, job.body.top_logprobs or 0, tokenizer)
+            found = convert.chat_logprobs(completion, options.num_top or 0, tokenizer)
             return base | {"message": message, "logprobs": found}
-        body = job.body
-        assert isinstance(body, CompletionRequest)
         text, tokens = completion.text, list(completion.token_ids)
         found_all: list[Any] = list(completion.logprobs or [])
         offsets = list(completion.text_offsets or [])
-        if _hides_output(job):
+        if options.hides_output:
             text, tokens, found_all, offsets = "", [], [], []
             base |= {"finish_reason": "length", "stop_reason": None}
-        if body.echo:
+        if options.echo:
             prompt_text = _prompt_text(output, job.requests)
-            if body.logprobs is not None:
+            if options.num_top is not None:
                 starts = _prompt_offsets(output, prompt_text, tokenizer)
                 offsets = starts + [len(prompt_text) + offset for offset in offsets]
             text = prompt_text + text
             tokens = output.prompt_token_ids + tokens
             found_all = list(output.prompt_logprobs or []) + found_all
         logprobs = None
-        if body.logprobs is not None:
+        if options.num_top is not None:
             logprobs = convert.text_logprobs(
-                tokens, found_all, body.logprobs, tokenizer, text, offsets
+                tokens, found_all, options.num_top, tokenizer, text, offsets
             )
         return base | {"text": text, "logprobs": logprobs}
 
@@ -279,9 +131,9 @@ class Serving:
                         yield _filled(template, job, completion, index) or self._event(
                             job, output, completion, index, counts[place]
                         )
-            if _wants_usage(job):
+            if job.options.include_usage:
                 seen = [output for output in last if output is not None]
-                total = 0 if _hides_output(job) else sum(counts)
+                total = 0 if job.options.hides_output else sum(counts)
                 yield event(self._chunk(job, None) | {"usage": self._usage(seen, total)})
         except Exception as error:
             yield event(error_body(as_api_error(error)))
@@ -296,26 +148,24 @@ class Serving:
         num_tokens: int,
     ) -> bytes:
         """What a completion has grown by; the first of a chat behind one that names the role."""
-        role = b""
+        role, options = b"", job.options
         if job.is_chat and index not in job.shown:
             job.shown[index] = 0
             begun = _chat_delta(index, {"role": "assistant", "content": ""})
+            begun |= _prompt_fields(options, output)
             role = event(self._chunk(job, begun))
         chunk = self._chunk(job, self._delta(job, output, completion, index))
-        options = job.body.stream_options
-        if options is not None and options.include_usage:
-            if job.is_chat:
-                chunk["usage"] = None
-            if options.continuous_usage_stats:
-                chunk["usage"] = self._usage([output], num_tokens)
+        if options.include_usage and job.is_chat:
+            chunk["usage"] = None
+        if options.continuous_usage:
+            chunk["usage"] = self._usage([output], 0 if options.hides_output else num_tokens)
         return role + event(chunk)
 
     def _template(self, job: Job) -> Template | None:
         """Of the events of `_event` behind a choice's first, if they show nothing but text."""
-        body = job.body
-        has_usage = body.stream_options is not None and body.stream_options.continuous_usage_stats
-        has_more = has_usage or body.return_token_ids or job.params.wants_logprobs
-        if has_more or _hides_output(job):
+        options = job.options
+        has_more = options.return_token_ids or job.params.wants_logprobs
+        if has_more or options.continuous_usage or options.hides_output:
             return None
         choice: dict[str, Any] = {"index": hole("index")}
         ending = {name: hole(name) for name in ("finish_reason", "stop_reason")}
@@ -324,7 +174,8 @@ class Serving:
         else:
             choice |= ending | {"text": hole("text"), "logprobs": None}
         chunk = self._chunk(job, choice) | {"created": hole("created")}
-        return Template(chunk | {"usage": None} if job.is_chat and _wants_usage(job) else chunk)
+        has_usage = job.is_chat and options.include_usage
+        return Template(chunk | {"usage": None} if has_usage else chunk)
 
     def _merged(self, job: Job) -> AsyncGenerator[tuple[int, RequestOutput]]:
         """The outputs of all prompts as they come, each with its prompt's place."""
@@ -369,20 +220,18 @@ class Serving:
         completion: CompletionOutput,
         index: int,
     ) -> dict[str, Any]:
-        tokenizer = job.requests.tokenizer
-        if isinstance(job.body, ChatRequest):
+        tokenizer, options = job.requests.tokenizer, job.options
+        if options.is_chat:
             choice = job.choice(index)
             reason = completion.finish_reason
             delta = choice.delta(completion.text, reason is not None, reason == "stop")
-            found = convert.chat_logprobs(completion, job.body.top_logprobs or 0, tokenizer)
+            found = convert.chat_logprobs(completion, options.num_top or 0, tokenizer)
             more = _chat_delta(index, delta) | {"logprobs": found}
             more |= convert.finish_fields(completion)
             if choice.has_calls:
                 more |= convert.ended_by_calls(completion)
-            return more | ({"token_ids": completion.token_ids} if job.body.return_token_ids else {})
-        assert isinstance(job.body, CompletionRequest)
-        has_echo = job.body.echo or job.body.prompt_logprobs is not None
-        seen = _without_echo(job) if has_echo and index in job.shown else job
+            return more | ({"token_ids": completion.token_ids} if options.return_token_ids else {})
+        seen = _without_prompt(job) if index in job.shown else job
         shown = self._choice(seen, output, completion, index)
         offset = job.shown.get(index, 0)
         if shown["logprobs"] is not None:
@@ -392,18 +241,24 @@ class Serving:
         return shown
 
 
-def _is_soon_made(body: ChatRequest | CompletionRequest) -> bool:
-    """Whether it is one prompt of token ids, and nothing is to be tokenised or compiled for it.
+def _more_fields(
+    options: AnswerOptions, output: RequestOutput, completion: CompletionOutput
+) -> dict[str, Any]:
+    """What a choice shows besides its text, if it was asked for."""
+    more = _prompt_fields(options, output)
+    if options.return_token_ids:
+        more["token_ids"] = [] if options.hides_output else completion.token_ids
+    return more
 
-    Handing it to a thread would take longer.
-    """
-    if isinstance(body, ChatRequest) or isinstance(body.prompt, str):
-        return False
-    if (body.n or 1) > 1 or (body.best_of or 1) > 1:  # a request for each
-        return False
-    more = (body.response_format, body.structured_outputs, body.bad_words)
-    is_short = isinstance(body.prompt[0], int) and len(body.prompt) <= SHORT_PROMPT
-    return is_short and all(asked is None for asked in more)
+
+def _prompt_fields(options: AnswerOptions, output: RequestOutput) -> dict[str, Any]:
+    """What is shown of the prompt; in a stream once for each choice."""
+    more: dict[str, Any] = {}
+    if options.return_token_ids and not options.is_past_prompt:
+        more["prompt_token_ids"] = output.prompt_token_ids
+    if options.prompt_logprobs:
+        more["prompt_logprobs"] = _plain_prompt_logprobs(output)
+    return more
 
 
 def _failure(completion: CompletionOutput) -> Exception | None:
@@ -428,23 +283,17 @@ def _filled(
     return template.fill(index, completion.text, **shown)
 
 
-def _wants_usage(job: Job) -> bool:
-    options = job.body.stream_options
-    return options is not None and options.include_usage
-
-
 def _chat_delta(index: int, delta: dict[str, Any]) -> dict[str, Any]:
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
 
-def _without_echo(job: Job) -> Job:
-    body = job.body.model_copy(update={"echo": False, "prompt_logprobs": None})
-    return Job(body, job.request_id, job.model, job.params, job.states, job.requests)
-
-
-def _hides_output(job: Job) -> bool:
-    """max_tokens=0: only the prompt was asked about."""
-    return isinstance(job.body, CompletionRequest) and job.body.max_tokens == 0
+def _without_prompt(job: Job) -> Job:
+    """As it is shown behind a choice's first event, which had all that is shown of the prompt."""
+    options = job.options
+    if not (options.echo or options.prompt_logprobs or options.return_token_ids):
+        return job
+    rest = replace(options, echo=False, prompt_logprobs=False, is_past_prompt=True)
+    return replace(job, options=rest)
 
 
 def _prompt_text(output: RequestOutput, requests: RequestFactory) -> str:

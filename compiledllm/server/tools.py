@@ -55,7 +55,7 @@ def tool_use(
     if choice == "none":
         return None
     chosen = _chosen(body.tools, choice)
-    plain = [tool.model_dump(exclude_none=True) for tool in body.tools]
+    plain = [tool.plain() for tool in body.tools]
     functions = [tool["function"] for tool in plain if tool["function"]["name"] in chosen]
     is_named = isinstance(choice, NamedTool)
     form = _format_of(parser, tokenizer)
@@ -97,7 +97,7 @@ def _check(tools: list[Tool]) -> None:
                 "deep; use $ref",
                 "tools",
             )
-        size += len(json.dumps(tool.model_dump()).encode())
+        size += len(json.dumps(tool.plain()).encode())
     if size > MAX_TOOLS_BYTES:
         raise ApiError(
             400, f"tools must be at most {MAX_TOOLS_BYTES} bytes of JSON, got {size}", "tools"
@@ -133,4 +133,4 @@ def _form(grammar: str) -> StructuredOutputsParams:
 
 def plain_message(message: Message) -> dict[str, Any]:
     """As the client sent it; `Tokenizer.encode_chat` makes it what chat templates want."""
-    return message.model_dump(exclude_none=True) | {"content": message.content}
+    return message.plain() | {"content": message.content}

@@ -89,6 +89,7 @@ class Ready(msgspec.Struct, tag=True):
     num_slots: int
     startup_s: dict[str, float]
     is_cpu: bool = False
+    max_position: int = 0
 
 
 class Grown(msgspec.Struct, array_like=True, omit_defaults=True):

@@ -16,14 +16,16 @@ from compiledllm.engine.request_state import Completion, RequestState
 from compiledllm.outputs import FinishReason
 from compiledllm.sampling_params import RequestOutputKind, SamplingParams
 from compiledllm.server.engine_client import EngineClient
+from compiledllm.server.jobs import SHORT_PROMPT, AnswerOptions, Job, _is_soon_made
 from compiledllm.server.live_request import EngineError, Limits, LiveRequest
 from compiledllm.server.metrics import Metrics
-from compiledllm.server.protocol import ChatRequest, CompletionRequest
-from compiledllm.server.serving import SHORT_PROMPT, Job, Serving, _is_soon_made
+from compiledllm.server.protocol import ChatRequest, CompletionRequest, Message, StreamOptions
+from compiledllm.server.serving import Serving
 from compiledllm.types import Request, RequestStatus
 
-USAGE = {"include_usage": True}
-LATER = {"include_usage": True, "continuous_usage_stats": True}
+USAGE = StreamOptions(include_usage=True)
+LATER = StreamOptions(include_usage=True, continuous_usage_stats=True)
+USER = Message(role="user", content="x")
 
 
 class Letters:
@@ -61,8 +63,9 @@ class Stream:
         factory = cast(Any, SimpleNamespace(tokenizer=tokenizer))
         engine = EngineClient({}, Limits(9, 99, 9, stuck_seconds=9), Path())
         self.metrics = Metrics("p:", "m", engine)
-        serving = Serving(engine, ["m"], self.metrics)
-        self._job = Job(body, "id", "m", params, states, factory, self.lives)
+        serving = Serving(engine, self.metrics)
+        options = AnswerOptions.of(body)
+        self._job = Job(options, "id", "m", params, states, factory, self.lives)
         self.events = serving.stream(self._job)
 
     def grow(
@@ -155,7 +158,7 @@ def test_a_token_is_shown_once_no_stop_string_can_cut_it() -> None:
 
 def test_a_chat_begins_with_its_role_however_much_came() -> None:
     async def run() -> None:
-        body = ChatRequest(messages=[{"role": "user", "content": "x"}], stream=True)
+        body = ChatRequest(messages=[USER], stream=True)
         stream = Stream(body)
         stream.grow("abc", ends=True)
         first = (await anext(stream.events)).decode()
@@ -233,4 +236,4 @@ def test_only_what_needs_no_tokenizer_is_made_without_a_thread() -> None:
         assert not _is_soon_made(CompletionRequest(prompt=[1], **cast(Any, more)))
     assert not _is_soon_made(CompletionRequest(prompt=[1], n=2))
     assert not _is_soon_made(CompletionRequest(prompt=[1], best_of=2))
-    assert not _is_soon_made(ChatRequest(messages=[{"role": "user", "content": "x"}]))
+    assert not _is_soon_made(ChatRequest(messages=[USER]))

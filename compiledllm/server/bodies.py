@@ -1,0 +1,352 @@
+"""JSON bodies, read field by field: nothing is built that no field takes, or beyond a limit.
+
+A kind of body is a `Body`, whose annotations say what its fields take and how many. Reading one is
+linear, ends at the first bad item and costs a small multiple of the body's bytes, whatever they
+are: an unknown field stays bytes, the form of a union is chosen by the first characters, a list
+ends at its limit. Null means absent. Knows no HTTP and no field's meaning.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from types import GenericAlias, UnionType
+from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin
+from typing import get_type_hints as hints_of
+
+import msgspec
+from msgspec import UNSET, DecodeError, Raw, UnsetType, ValidationError
+
+from compiledllm.server.body_errors import SMALL_BYTES, must_be, refusal, shown
+from compiledllm.server.body_kinds import Buffer, bare_of, describe, form_of, forms_of, without_none
+from compiledllm.server.errors import ApiError
+from compiledllm.structured_outputs import MAX_NESTING, is_nested_deeper
+
+MAX_FIELDS = 256  # of one object that has fields, known or not
+MAX_NAME_LENGTH = 256  # characters of a field's name
+MAX_FREE_BYTES = 2**19  # of a body's objects of any form (schemas, arguments), all together
+MAX_OBJECTS = 2**15  # messages, content parts, tools and calls of a body
+MAX_NUMBERS = 2**21  # token ids of a body
+MAX_TEXT_BYTES = 2**24  # of one text, as it is sent
+
+BodyT = TypeVar("BodyT", bound="Body")
+
+
+class Body(msgspec.Struct, kw_only=True):
+    """An object with fields. A field is optional if it has a default.
+
+    unknown_fields: names of those that were sent and no field has. more: these fields themselves,
+    where the class says `keeps_more`.
+    """
+
+    keeps_more: ClassVar[bool] = False
+
+    unknown_fields: list[str] = []
+    more: dict[str, Any] = {}
+
+    def plain(self) -> dict[str, Any]:
+        """As it was sent, with defaults and without nulls."""
+        fields = {field.name: getattr(self, name) for name, field in fields_of(type(self)).items()}
+        return {k: _plain(v) for k, v in fields.items() if v is not None} | self.more
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Body):
+        return value.plain()
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, msgspec.Struct):
+        return {k: v for k, v in msgspec.structs.asdict(value).items() if v is not None}
+    return value
+
+
+class Budget:
+    """What may still be built of a body."""
+
+    __slots__ = ("free_bytes", "numbers", "objects")
+
+    def __init__(self) -> None:
+        self.free_bytes, self.objects, self.numbers = MAX_FREE_BYTES, MAX_OBJECTS, MAX_NUMBERS
+
+    def take(self, where: str, free_bytes: int = 0, objects: int = 0, numbers: int = 0) -> None:
+        self.free_bytes -= free_bytes
+        self.objects -= objects
+        self.numbers -= numbers
+        if self.free_bytes < 0:
+            what = f"{MAX_FREE_BYTES} bytes of schemas, arguments and other objects"
+        elif self.objects < 0:
+            what = f"{MAX_OBJECTS} messages, content parts, tools and tool calls"
+        elif self.numbers < 0:
+            what = f"{MAX_NUMBERS} token ids"
+        else:
+            return
+        raise ApiError(400, f"{where} is too large: a body may have at most {what}", where)
+
+
+Reader = Callable[[Buffer, str, Budget], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """name: in JSON. kind: its annotation, without None. read: a value of it."""
+
+    name: str
+    kind: Any
+    is_required: bool
+    read: Reader
+
+
+def parse(kind: type[BodyT], data: bytes) -> BodyT:
+    """The body that these bytes are. Raises ApiError (400), naming the field, limit and value."""
+    return _read_body(kind, data, "", Budget())
+
+
+@lru_cache
+def fields_of(kind: type[Body]) -> dict[str, Field]:
+    """By attribute."""
+    hints = hints_of(kind, include_extras=True)
+    own = [f for f in msgspec.structs.fields(kind) if f.name not in ("unknown_fields", "more")]
+    kinds = {f.name: without_none(hints[f.name]) for f in own}
+    return {
+        f.name: Field(f.encode_name, kinds[f.name], f.required, _reader(kinds[f.name])) for f in own
+    }
+
+
+@lru_cache
+def _by_name(kind: type[Body]) -> dict[str, tuple[str, Reader]]:
+    return {field.name: (name, field.read) for name, field in fields_of(kind).items()}
+
+
+# -- readers ---------------------------------------------------------------------------------------
+
+
+def _read_body(kind: type[BodyT], data: Buffer, where: str, budget: Budget) -> BodyT:
+    known, values, unknown, more = _by_name(kind), {}, [], {}
+    for name, value in _split(data, where).items():
+        size = memoryview(value).nbytes
+        if size == 4 and bytes(value) == b"null":
+            continue
+        if name in known:
+            attribute, read = known[name]
+            values[attribute] = read(value, _inner(where, name), budget)
+        elif kind.keeps_more:
+            more[name] = _read_free(value, _inner(where, name), budget)
+        else:
+            unknown.append(name)
+    for name, field in fields_of(kind).items():
+        if field.is_required and name not in values:
+            path = _inner(where, field.name)
+            raise ApiError(400, f"{path} is missing; it must be {describe(field.kind)}", path)
+    if unknown:
+        values["unknown_fields"] = sorted(unknown)
+    if more:
+        values["more"] = more
+    return kind(**values)
+
+
+class _Name(str):
+    """A name that was counted."""
+
+
+_FIELDS = msgspec.json.Decoder(dict[str, Raw])
+
+
+def _split(data: Buffer, where: str) -> dict[str, Raw]:
+    """The fields of an object, not yet read."""
+    try:
+        if memoryview(data).nbytes <= SMALL_BYTES // 16:
+            fields = _FIELDS.decode(data)
+        else:
+            hook = _counter(where, MAX_FIELDS, "fields")
+            fields = msgspec.json.decode(data, type=dict[_Name, Raw], dec_hook=hook)
+    except (DecodeError, RecursionError) as error:
+        raise refusal(error, dict[str, Any], data, where) from None
+    for name in fields:
+        if len(name) > MAX_NAME_LENGTH:
+            _check_name(name, where)
+    if len(fields) > MAX_FIELDS:
+        _check_count(len(fields), where, MAX_FIELDS, "fields")
+    return fields
+
+
+def _counter(where: str, most: int, what: str) -> Callable[[type, Any], Any]:
+    """A hook for names that ends the reading of an object with too many, or too long ones."""
+    count = 0
+
+    def hook(kind: type, name: str) -> _Name:
+        nonlocal count
+        count += 1
+        _check_count(count, where, most, what)
+        _check_name(name, where)
+        return _Name(name)
+
+    return hook
+
+
+def _check_count(count: int, where: str, most: int, what: str) -> None:
+    if count > most:
+        raise ApiError(400, f"{where or 'the body'} must have at most {most} {what}", where or None)
+
+
+def _check_name(name: str, where: str) -> None:
+    if len(name) > MAX_NAME_LENGTH:
+        raise ApiError(
+            400,
+            f"{where or 'the body'} has a field with a name of {len(name)} characters, "
+            f"'{name[:32]}...'; at most {MAX_NAME_LENGTH} are taken",
+            where or None,
+        )
+
+
+def _reader(kind: Any) -> Reader:
+    bare, meta = bare_of(kind)
+    if get_origin(bare) in (Union, UnionType):
+        return _union_reader(kind, get_args(bare))
+    if isinstance(bare, type) and issubclass(bare, Body):
+        return partial(_read_item_body, bare)
+    if get_origin(bare) is list:
+        assert meta is not None and meta.max_length is not None, f"{kind} has no limit"
+        return _list_reader(kind, get_args(bare)[0], meta.min_length or 0, meta.max_length)
+    if bare == dict[str, Any]:
+        return _read_free
+    if get_origin(bare) is dict:
+        assert meta is not None and meta.max_length is not None, f"{kind} has no limit"
+        return partial(_read_map, kind, get_args(bare)[1], meta.max_length)
+    return _leaf_reader(kind, bare)
+
+
+def _read_item_body(kind: type[Body], data: Buffer, where: str, budget: Budget) -> Body:
+    budget.take(where, objects=1)
+    return _read_body(kind, data, where, budget)
+
+
+_WHOLE = re.compile(rb"(-?[0-9]{1,19})\.0+")
+_BYTES_PER_CHARACTER = 12  # at most, in JSON: two escapes of four hexadecimal digits
+
+
+def _leaf_reader(kind: Any, bare: Any) -> Reader:
+    decoder = msgspec.json.Decoder(kind)
+    _, meta = bare_of(kind)
+    most = MAX_TEXT_BYTES
+    if meta is not None and meta.max_length is not None:
+        most = meta.max_length * _BYTES_PER_CHARACTER + 2
+
+    def read(data: Buffer, where: str, budget: Budget) -> Any:
+        size = memoryview(data).nbytes
+        if size > most:  # and it need not be built to know
+            if size > MAX_TEXT_BYTES:
+                raise ApiError(400, f"{where} has {size} bytes; at most {most} are taken", where)
+            raise must_be(kind, shown(data), where)
+        try:
+            return decoder.decode(data)
+        except (DecodeError, RecursionError) as error:
+            # Typed clients of other languages write integers so.
+            if bare is int and (whole := _WHOLE.fullmatch(memoryview(data))):
+                return read(whole[1], where, budget)
+            raise refusal(error, kind, data, where) from None
+
+    return read
+
+
+def _read_free(data: Buffer, where: str, budget: Budget) -> Any:
+    """Any JSON. Text is as large as its bytes; lists and objects are many times larger."""
+    view = memoryview(data)
+    if view[0] != ord('"'):
+        budget.take(where, free_bytes=view.nbytes)
+    try:
+        value = msgspec.json.decode(data)
+    except (DecodeError, RecursionError) as error:
+        raise refusal(error, dict[str, Any], data, where) from None
+    if is_nested_deeper(value, MAX_NESTING):
+        raise ApiError(400, f"{where} must be nested at most {MAX_NESTING} deep", where)
+    return value
+
+
+def _read_map(
+    kind: Any, value_kind: Any, most: int, data: Buffer, where: str, budget: Budget
+) -> dict[str, Any]:
+    hook = _counter(where, most, "entries")
+    try:
+        found = msgspec.json.decode(data, type=dict[_Name, value_kind], dec_hook=hook)
+    except (DecodeError, RecursionError) as error:
+        raise refusal(error, kind, data, where) from None
+    return {str(name): value for name, value in found.items()}
+
+
+def _list_reader(kind: Any, item: Any, least: int, most: int) -> Reader:
+    """Of numbers, texts and plain structs in one go; of bodies, lists and unions one by one."""
+    bare, _ = bare_of(item)
+    is_number, is_leaf = bare in (int, float), not _is_read_alone(bare)
+    whole = msgspec.json.Decoder(GenericAlias(list, (item if is_leaf else Raw,)))
+    read_item = None if is_leaf else _reader(item)
+
+    def read(data: Buffer, where: str, budget: Budget) -> list[Any]:
+        size = memoryview(data).nbytes
+        if is_number:
+            count = size // 2 if size <= SMALL_BYTES else bytes(data).count(b",") + 1
+            budget.take(where, numbers=min(count, most + 1))
+        try:
+            if size <= SMALL_BYTES or (is_number and count <= most):
+                items = whole.decode(data)
+            else:
+                items = _decode_at_most(item if is_leaf else Raw, most, data)
+        except (DecodeError, RecursionError) as error:
+            raise refusal(error, kind, data, where) from None
+        if not least <= len(items) <= most:
+            raise must_be(kind, f"{len(items)} items", where)
+        if read_item is not None:
+            return [read_item(part, f"{where}[{i}]", budget) for i, part in enumerate(items)]
+        if not is_number:
+            budget.take(where, objects=len(items))
+        return items
+
+    return read
+
+
+def _is_read_alone(bare: Any) -> bool:
+    """Whether an item of a list has limits of its own within it."""
+    is_body = isinstance(bare, type) and issubclass(bare, Body)
+    return is_body or get_origin(bare) in (list, dict)
+
+
+def _decode_at_most(item: Any, most: int, data: Buffer) -> list[Any]:
+    """A list that is refused at its first item too many, before the rest is looked at."""
+    if most > MAX_OBJECTS:
+        raise ValidationError("at most length")
+    return [
+        value
+        for value in msgspec.structs.astuple(_bounded(item, most).decode(data))
+        if value is not UNSET
+    ]
+
+
+@lru_cache
+def _bounded(item: Any, most: int) -> msgspec.json.Decoder[Any]:
+    fields = [(f"_{i}", item | UnsetType, UNSET) for i in range(most)]
+    kind = msgspec.defstruct("Items", fields, array_like=True, forbid_unknown_fields=True)
+    return msgspec.json.Decoder(kind)
+
+
+# -- unions ----------------------------------------------------------------------------------------
+
+
+def _union_reader(kind: Any, arms: tuple[Any, ...]) -> Reader:
+    by_form: dict[str, Reader] = {}
+    for arm in arms:
+        for form in forms_of(arm):
+            by_form.setdefault(form, _reader(arm))
+
+    def read(data: Buffer, where: str, budget: Budget) -> Any:
+        form = form_of(data)
+        arm = by_form.get(form) or by_form.get(form.partition(" ")[0])
+        if arm is None:
+            raise must_be(kind, shown(data), where)
+        return arm(data, where, budget)
+
+    return read
+
+
+def _inner(where: str, name: str) -> str:
+    return f"{where}.{name}" if where else name

@@ -1,0 +1,64 @@
+"""JSON schemas of bodies, for `/openapi.json`."""
+
+from __future__ import annotations
+
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+import msgspec
+
+from compiledllm.server.bodies import Body, fields_of
+from compiledllm.server.body_kinds import bare_of
+
+Schema = dict[str, Any]
+
+
+def components(kinds: tuple[type[Body], ...]) -> dict[str, Schema]:
+    """A schema for each of these kinds and those in them, by name."""
+    found: dict[str, Schema] = {}
+    for kind in kinds:
+        _add(kind, found)
+    return found
+
+
+def _add(kind: type[Body], found: dict[str, Schema]) -> None:
+    if kind.__name__ in found:
+        return
+    schema: Schema = {"title": kind.__name__, "type": "object"}
+    found[kind.__name__] = schema
+    if kind.__doc__:
+        schema["description"] = kind.__doc__
+    fields = fields_of(kind).values()
+    schema["properties"] = {
+        field.name: _schema(field.kind, found)
+        if field.is_required
+        else {"anyOf": [_schema(field.kind, found), {"type": "null"}]}
+        for field in fields
+    }
+    if required := [field.name for field in fields if field.is_required]:
+        schema["required"] = required
+
+
+def _schema(kind: Any, found: dict[str, Schema]) -> Schema:
+    bare, meta = bare_of(kind)
+    arguments, origin = get_args(bare), get_origin(bare)
+    if isinstance(bare, type) and issubclass(bare, Body):
+        _add(bare, found)
+        return {"$ref": f"#/components/schemas/{bare.__name__}"}
+    if origin in (Union, UnionType):
+        return {"anyOf": [_schema(arm, found) for arm in arguments]}
+    if origin is list:
+        limits = {"minItems": meta and meta.min_length, "maxItems": meta and meta.max_length}
+        schema = {"type": "array", "items": _schema(arguments[0], found)}
+        return schema | {name: limit for name, limit in limits.items() if limit is not None}
+    if isinstance(bare, type) and issubclass(bare, msgspec.Struct):
+        (schemas, more) = msgspec.json.schema_components(
+            [bare], ref_template="#/components/schemas/{name}"
+        )
+        found |= more
+        return schemas[0]
+    if origin is dict:
+        values = {} if arguments[1] is Any else _schema(arguments[1], found)
+        most = {"maxProperties": meta.max_length} if meta else {}
+        return {"type": "object", "additionalProperties": values} | most
+    return msgspec.json.schema(kind)
