@@ -19,7 +19,7 @@ from compiledllm.models.registry import generation_defaults, generation_eos_toke
 from compiledllm.sampling_params import ALL_TOKENS, MAX_BAD_WORDS, SamplingParams
 from compiledllm.types import Request
 
-MAX_TRUNCATED_TOKENS = 2**18  # of a text of which the end is kept: some 100 MB while it is made
+MAX_TRUNCATED_TOKENS = 2**17  # of a text of which the end is kept: some 50 MB while it is made
 
 
 class RequestFactory:

@@ -17,6 +17,7 @@ MAX_TEMPLATES = 64  # whose forms of content are remembered
 _ABOUT_THE_END = {"add_generation_prompt", "continue_final_message"}
 
 LONG_TOKEN_IDS = 2**13  # are decoded in about 10 ms
+LONG_TEXT = 2**14  # characters
 CHARACTERS_PER_PIECE = 2**16  # of a long text, whose tokens are counted before it is tokenised
 MIN_REFUSED_CHARACTERS = 2**20  # fewer are tokenised, whatever the vocabulary
 
@@ -59,8 +60,33 @@ class Tokenizer:
         if max_tokens is not None:
             self._refuse_long(text, max_tokens)
         _check_unicode(text)
+        if len(text) > LONG_TEXT:
+            return self._encode_long(text, add_special_tokens)
         ids: list[int] = self.hf.encode(text, add_special_tokens=add_special_tokens)
         return ids
+
+    def _encode_long(self, text: str, add_special_tokens: bool) -> list[int]:
+        """As transformers does it, in half the time: without each token's place in the text.
+
+        Some tokenizers do more in Python: their beginnings differ.
+        """
+
+        def encode(part: str) -> list[int]:
+            (encoding,) = self.hf.backend_tokenizer.encode_batch_fast(
+                [part], add_special_tokens=add_special_tokens
+            )
+            ids: list[int] = encoding.ids
+            return ids
+
+        def encode_slowly(part: str) -> list[int]:
+            ids: list[int] = self.hf.encode(part, add_special_tokens=add_special_tokens)
+            return ids
+
+        beginning = text[:1000]
+        is_fast = getattr(self.hf, "backend_tokenizer", None) is not None
+        if is_fast and encode_slowly(beginning) == encode(beginning):
+            return encode(text)
+        return encode_slowly(text)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         backend = getattr(self.hf, "backend_tokenizer", None)
@@ -157,14 +183,13 @@ class Tokenizer:
 
         A cut may make tokens of its own, at most as many as the longest token has bytes.
         """
-        if len(text) <= max(CHARACTERS_PER_PIECE, 4 * max_tokens):
+        if len(text) <= max(CHARACTERS_PER_PIECE, 2 * max_tokens):
             return
         self.check_length(len(text), max_tokens)
         count = 0
         for start in range(0, len(text), CHARACTERS_PER_PIECE):
             piece = text[start : start + CHARACTERS_PER_PIECE]
-            _check_unicode(piece)
-            count += len(self.hf.encode(piece, add_special_tokens=False)) - self._longest_token
+            count += len(self.encode(piece, add_special_tokens=False)) - self._longest_token
             if count > max_tokens:
                 raise ValueError(
                     f"the prompt has {len(text)} characters, of which the first "

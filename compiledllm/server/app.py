@@ -254,7 +254,7 @@ def _add_errors(app: FastAPI, metrics: Metrics) -> None:
             )
         message = str(error.detail)
         if error.status_code == 405:
-            allowed = headers.get("allow", "another method")
+            allowed = headers.get("Allow", "another method")
             message = f"{request.url.path} takes {allowed}, got {request.method}"
         return error_response(ApiError(error.status_code, message), headers)
 

@@ -210,7 +210,7 @@ def _reader(kind: Any) -> Reader:
         assert meta is not None and meta.max_length is not None, f"{kind} has no limit"
         return _list_reader(kind, get_args(bare)[0], meta.min_length or 0, meta.max_length)
     if bare == dict[str, Any]:
-        return _read_free
+        return _read_object
     if get_origin(bare) is dict:
         assert meta is not None and meta.max_length is not None, f"{kind} has no limit"
         return partial(_read_map, kind, get_args(bare)[1], meta.max_length)
@@ -248,6 +248,12 @@ def _leaf_reader(kind: Any, bare: Any) -> Reader:
             raise refusal(error, kind, data, where) from None
 
     return read
+
+
+def _read_object(data: Buffer, where: str, budget: Budget) -> Any:
+    if memoryview(data)[0] != ord("{"):
+        raise must_be(dict[str, Any], shown(data), where)
+    return _read_free(data, where, budget)
 
 
 def _read_free(data: Buffer, where: str, budget: Budget) -> Any:
@@ -289,7 +295,7 @@ def _list_reader(kind: Any, item: Any, least: int, most: int) -> Reader:
             budget.take(where, numbers=min(count, most + 1))
         try:
             if size <= SMALL_BYTES or (is_number and count <= most):
-                items = whole.decode(data)
+                items: list[Any] = whole.decode(data)
             else:
                 items = _decode_at_most(item if is_leaf else Raw, most, data)
         except (DecodeError, RecursionError) as error:
@@ -297,7 +303,7 @@ def _list_reader(kind: Any, item: Any, least: int, most: int) -> Reader:
         if not least <= len(items) <= most:
             raise must_be(kind, f"{len(items)} items", where)
         if read_item is not None:
-            return [read_item(part, f"{where}[{i}]", budget) for i, part in enumerate(items)]
+            return [read_item(part, f"{where}.{i}", budget) for i, part in enumerate(items)]
         if not is_number:
             budget.take(where, objects=len(items))
         return items

@@ -30,7 +30,7 @@ def refusal(error: Exception, kind: Any, data: Buffer, where: str) -> ApiError:
     found = _PATH.search(str(error))
     for index in re.findall(r"\d+", found[1]) if found else ():
         kind, data = _item_of(kind, data, int(index))
-        where += f"[{index}]"
+        where += f".{index}"
     if "at most length" in str(error):
         return must_be(kind, "more", where)
     got = re.search(r"got `(\w+)`", str(error))

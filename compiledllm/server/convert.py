@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -137,7 +138,7 @@ def as_field_error(body: Generation, error: ValueError) -> ApiError:
     is_chat = isinstance(body, ChatRequest)
     if text.startswith("structured_outputs"):
         return as_form_error(form_field(body), error)
-    first = text.split(" ", 1)[0]
+    first = re.split(r"\W", text, maxsplit=1)[0]
     if first in fields_of(type(body)):
         return ApiError(400, text, first)
     is_about_prompt = text.startswith(("the prompt", "a prompt", "token id", "messages"))

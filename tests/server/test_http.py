@@ -80,9 +80,36 @@ def test_headers_without_end_are_cut_off(server: Any) -> None:
 
 
 def test_unknown_paths_and_methods_are_said_in_openais_shape(server: Any) -> None:
-    error_of(server.get("/v1/nothing"), 404)
-    error_of(server.get("/v1/completions"), 405)
-    error_of(server.get("/v1/models/none"), 404)
+    error = error_of(server.get("/v1/completion"), 404)
+    assert "no route /v1/completion; did you mean /v1/completions?" in error["message"]
+    error = error_of(server.get("/v1/completions"), 405)
+    assert error["message"] == "/v1/completions takes POST, got GET"
+    error = error_of(server.get("/v1/models/none"), 404)
+    assert "model 'none' does not exist; there is tiny" in error["message"]
+
+
+def test_json_needs_no_content_type_and_nothing_else_is_read(server: Any) -> None:
+    def post(content_type: str | None) -> tuple[int, Any]:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        headers = {} if content_type is None else {"content-type": content_type}
+        connection.request("POST", "/v1/chat/completions", json.dumps(CHAT), headers)
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+
+    for content_type in (None, "application/json; charset=utf-8", "application/problem+json"):
+        assert post(content_type)[0] == 200
+    for content_type in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):
+        error = error_of(post(content_type), 415)
+        assert f"'content-type: application/json', got '{content_type}'" in error["message"]
+
+
+def test_nothing_that_a_client_chose_forges_a_line_of_the_log(server: Any) -> None:
+    hostile = "x\nERROR 00:00:00 forged \x1b[31m"
+    for fields in ({"request_id": hostile}, {"model": hostile}, {hostile: 1}, {"user": hostile}):
+        server.post("/v1/chat/completions", CHAT | fields)
+    server.get("/v1/%0aERROR%2000:00:00%20forged%1b")
+    assert not [line for line in server.log.splitlines() if line.startswith("ERROR 00:00:00")]
+    assert "\x1b" not in server.log
 
 
 def test_unknown_fields_are_accepted_and_named(server: Any) -> None:

@@ -1,0 +1,309 @@
+"""Bodies that are made to hurt: each is answered soon, stops nobody, and costs little memory."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.real_model  # its tokenizer
+
+MIB = 2**20
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+SECONDS_PER_MIB, SPARE_S = 1.0, 3.0
+# 0.3 s where the machine has nothing else to do; a slip of the kind these tests are for is seconds.
+LONGEST_STANDSTILL_S = 1.2
+# What a body may cost, and what Python and glibc take for themselves.
+BODIES_OF_MEMORY, SPARE_MIB = 10, 48
+
+START = {
+    CHAT: b'{"messages":[{"role":"user","content":"hi"}],"max_tokens":1',
+    TEXT: b'{"prompt":"hi","max_tokens":1',
+    "/tokenize": b'{"prompt":"hi"',
+    "/detokenize": b'{"tokens":[1]',
+}
+
+
+def field(path: str, name: str, value: bytes) -> bytes:
+    """A body with this field; the last of a name counts."""
+    return START[path] + b',"' + name.encode() + b'":' + value + b"}"
+
+
+def many(item: bytes, size: int = MIB, first: bytes | None = None) -> bytes:
+    """A list of so many bytes, whose first item may differ."""
+    return b"[" + (first or item) + (b"," + item) * (size // (len(item) + 1)) + b"]"
+
+
+def entries(value: bytes, count: int = 80_000) -> bytes:
+    return b"{" + b",".join(b'"%d":%s' % (i, value) for i in range(count)) + b"}"
+
+
+LISTS = {
+    "zeros": many(b"0"),
+    "negative": many(b"-1", first=b"1"),
+    "lists": many(b"[]"),
+    "objects": many(b"{}"),
+    "texts": many(b'""', first=b'"a"'),
+    "texts among ids": many(b'"a"', first=b"1"),
+    "ids among texts": many(b"1", first=b'"a"'),
+    "nested ids": many(b"[1]"),
+    "fractions": many(b"1.5", first=b"1"),
+    "switches": many(b"true", first=b"1"),
+    "nulls": many(b"null"),
+    "entries": entries(b"1"),
+    "entries of lists": entries(b"[]"),
+    "text": b'"' + b"a" * MIB + b'"',
+    "digits": b"9" * MIB,
+    "depth": b"[" * MIB,
+}
+FIELDS = {
+    TEXT: ["prompt", "stop", "logit_bias", "stop_token_ids", "bad_words", "temperature", "model"],
+    CHAT: ["messages", "tools", "tool_choice", "structured_outputs", "response_format"],
+    "/tokenize": ["messages", "chat_template_kwargs"],
+    "/detokenize": ["tokens"],
+}
+FIELDS[TEXT] += ["stream_options", "unknown"]
+FIELDS[CHAT] += ["chat_template_kwargs", "unknown"]
+
+
+def wrong_items() -> Iterator[tuple[str, str, bytes]]:
+    """Each kind of junk in fields of each kind, some inside their objects."""
+    for path, names in FIELDS.items():
+        for name in names:
+            for kind, junk in LISTS.items():
+                yield f"{name} {kind}", path, field(path, name, junk)
+    for kind, junk in LISTS.items():
+        message = b'[{"role":"user","content":%s}]' % junk
+        yield f"content {kind}", CHAT, field(CHAT, "messages", message)
+        message = b'[{"role":"user","content":"a","extra":%s}]' % junk
+        yield f"message {kind}", CHAT, field(CHAT, "messages", message)
+        for name in (b"choice", b"json", b"regex"):
+            form = b'{"%s":%s}' % (name, junk)
+            yield f"{name.decode()} {kind}", CHAT, field(CHAT, "structured_outputs", form)
+
+
+def large_bodies() -> Iterator[tuple[str, str, bytes]]:
+    """As large as they may be, or of lists that are long in two ways."""
+    size = 31 * MIB
+    yield "16M ids", TEXT, field(TEXT, "prompt", many(b"1", size))
+    yield "10M negative ids", TEXT, field(TEXT, "prompt", many(b"-1", size, b"1"))
+    yield "10M texts", TEXT, field(TEXT, "prompt", many(b'""', size))
+    yield "10M unknown lists", CHAT, field(CHAT, "x", many(b"[]", size))
+    yield "2M unknown fields", CHAT, START[CHAT] + b"," + entries(b"1", 2_000_000)[1:]
+    yield "a name of 31 MB", CHAT, field(CHAT, "x" * size, b"1")
+    yield "31 MB of spaces", CHAT, b" " * size + START[CHAT] + b"}"
+    text = b'"' + b"a b " * (size // 4) + b'"'
+    yield "a text of 31 MB", TEXT, field(TEXT, "prompt", text)
+    yield "a text of 15 MB", TEXT, field(TEXT, "prompt", text[: 15 * MIB] + b'"')
+    wide = '"\U0001f600'.encode() + b"a" * (15 * MIB) + b'"'
+    yield "a text of 15 MB, wide", TEXT, field(TEXT, "prompt", wide)
+    yield "spaces", TEXT, field(TEXT, "prompt", b'"' + b" " * MIB + b'"')
+    cut = b'"' + b"a b " * (MIB // 2) + b'","truncate_prompt_tokens":10'
+    yield "a text to be cut", TEXT, field(TEXT, "prompt", cut)
+    message = b'{"role":"user","content":"%s"}' % (b"a b " * 2000)
+    yield "4000 messages", CHAT, field(CHAT, "messages", many(message, size))
+    parts = b'{"role":"user","content":%s}' % many(b'{"text":""}', 2**14)
+    yield "2M parts", CHAT, field(CHAT, "messages", many(parts, size))
+    calls = b'{"role":"user","content":"","tool_calls":%s}' % many(
+        b'{"function":{"name":"f"}}', 2**11
+    )
+    yield "1M calls", CHAT, field(CHAT, "messages", many(calls, size))
+    yield "1M messages", CHAT, field(CHAT, "messages", many(b'{"role":"a"}', size))
+    prompts = many(b"[5" + b",5" * 1999 + b"]", MIB)
+    yield "65k sequences", TEXT, field(TEXT, "prompt", prompts + b',"n":128')
+    yield "1M token ids to text", "/detokenize", field("/detokenize", "tokens", many(b"5", 2 * MIB))
+    yield (
+        "texts of tokens",
+        "/tokenize",
+        field("/tokenize", "prompt", b'"' + b"a b " * (MIB // 8) + b'","return_token_strs":true'),
+    )
+
+
+class Watch(threading.Thread):
+    """Asks /health all the time; `longest` is the longest answer, in seconds."""
+
+    def __init__(self, port: int) -> None:
+        super().__init__(daemon=True)
+        self.longest, self.num_answers, self.failures = 0.0, 0, list[Any]()
+        self._port, self._ends = port, False
+        self.start()
+
+    def run(self) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=60)
+        while not self._ends:
+            start = time.monotonic()
+            connection.request("GET", "/health")
+            response = connection.getresponse()
+            response.read()
+            if response.status != 200:
+                self.failures.append(response.status)
+            self.longest = max(self.longest, time.monotonic() - start)
+            self.num_answers += 1
+            time.sleep(0.005)
+
+    def wait(self) -> None:
+        """Until what was asked meanwhile is answered."""
+        count = self.num_answers
+        while self.num_answers < count + 1 and self.is_alive():
+            time.sleep(0.005)
+
+    def end(self) -> None:
+        self._ends = True
+        self.join(60)
+
+
+@pytest.fixture(scope="module")
+def watch(server: Any) -> Iterator[Watch]:
+    made = Watch(server.port)
+    yield made
+    made.end()
+
+
+def memory_mib(pid: int, name: str) -> float:
+    status = Path(f"/proc/{pid}/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith(name))
+    return int(line.split()[1]) / 1024
+
+
+def check(server: Any, watch: Watch, name: str, path: str, body: bytes) -> int:
+    """The status of the answer, which comes within all bounds."""
+    pid, size = server.process.pid, len(body) / MIB
+    before = memory_mib(pid, "VmRSS")
+    Path(f"/proc/{pid}/clear_refs").write_text("5")  # VmHWM begins anew
+    watch.longest = 0.0
+    start = time.monotonic()
+    status, answer = server.post(path, body)
+    seconds = time.monotonic() - start
+    watch.wait()
+    assert status in (200, 400), (name, status, answer)
+    if status == 400:
+        assert len(answer["error"]["message"]) <= 1100
+    assert seconds < SPARE_S + SECONDS_PER_MIB * size, (name, seconds)
+    assert watch.longest < LONGEST_STANDSTILL_S and not watch.failures, (name, watch.longest)
+    cost = memory_mib(pid, "VmHWM") - before
+    assert cost < BODIES_OF_MEMORY * size + SPARE_MIB, (name, cost)
+    found: int = status
+    return found
+
+
+def test_wrong_items_of_every_kind_in_every_kind_of_field(server: Any, watch: Watch) -> None:
+    server.post(CHAT, START[CHAT] + b"}")
+    before, statuses = memory_mib(server.process.pid, "VmRSS"), set()
+    for name, path, body in wrong_items():
+        statuses.add(check(server, watch, name, path, body))
+    assert statuses == {200, 400}
+    assert memory_mib(server.process.pid, "VmRSS") - before < 2 * SPARE_MIB
+
+
+@pytest.mark.parametrize("case", large_bodies(), ids=lambda case: case[0])
+def test_the_largest_bodies(case: tuple[str, str, bytes], server: Any, watch: Watch) -> None:
+    before = memory_mib(server.process.pid, "VmRSS")
+    check(server, watch, *case)
+    assert memory_mib(server.process.pid, "VmRSS") - before < 2 * len(case[2]) / MIB + SPARE_MIB
+
+
+def test_long_names_of_fields_are_not_kept(server: Any) -> None:
+    before = memory_mib(server.process.pid, "VmRSS")
+    for number in range(20):
+        status, _ = server.post(CHAT, field(CHAT, f"{number}" + "x" * 4_000_000, b"1"))
+        assert status == 400
+    assert memory_mib(server.process.pid, "VmRSS") - before < SPARE_MIB
+
+
+def test_a_stream_does_not_keep_its_body(server: Any) -> None:
+    before = memory_mib(server.process.pid, "VmRSS")
+    body = {"messages": [{"role": "user", "content": "hi"}], "stream": True, "max_tokens": 1900}
+    long = json.dumps(body | {"ignore_eos": True, "user": "x" * 1000}).encode()[:-1]
+    with contextlib.ExitStack() as held:
+        for _ in range(8):
+            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+            held.callback(connection.close)
+            junk = b',"x":' + many(b"[]", 4 * MIB) + b',"y":"' + b"y" * (4 * MIB) + b'"}'
+            connection.request("POST", CHAT, long + junk, {"content-type": "application/json"})
+            assert connection.getresponse().status == 200
+        assert memory_mib(server.process.pid, "VmRSS") - before < 32
+
+
+def test_texts_whose_clients_have_left_hold_up_nobody(server: Any, watch: Watch) -> None:
+    text = field(TEXT, "prompt", b'"' + b" " * 300_000 + b'"')
+    head = {"content-type": "application/json"}
+    clients = [http.client.HTTPConnection("127.0.0.1", server.port) for _ in range(12)]
+    for client in clients:
+        client.request("POST", TEXT, text, head)
+    watch.longest = 0.0
+    start = time.monotonic()
+    assert server.post(CHAT, START[CHAT] + b"}")[0] == 200
+    for client in clients:
+        client.close()
+    assert time.monotonic() - start < 2  # behind twelve texts it would be six or more
+    assert watch.longest < LONGEST_STANDSTILL_S
+
+
+# -- mutations -------------------------------------------------------------------------------------
+
+SEEDS: list[tuple[str, dict[str, Any]]] = [
+    (TEXT, {"prompt": [1, 2, 3], "max_tokens": 1, "stop": ["a"], "logit_bias": {"5": 1}}),
+    (TEXT, {"prompt": ["a", "b"], "max_tokens": 0, "echo": True, "logprobs": 2, "n": 2}),
+    (
+        CHAT,
+        {
+            "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}],
+            "max_tokens": 2,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "structured_outputs": {"choice": ["a", "b"]},
+        },
+    ),
+    ("/tokenize", {"messages": [{"role": "user", "content": "a"}]}),
+    ("/detokenize", {"tokens": [1, 2]}),
+]
+VALUES: list[Callable[[random.Random], Any]] = [
+    lambda r: None,
+    lambda r: r.choice([True, False]),
+    lambda r: r.choice([0, -1, 1, 2**31, 2**63, -(2**70), 1.0, 1e300]),
+    lambda r: "".join(
+        r.choice("a\0\n\x1b[é\u202e\U0001f600") for _ in range(r.choice([0, 3, 500]))
+    ),
+    lambda r: [r.choice([1, "a", None, [], {}])] * r.choice([0, 1, 300]),
+    lambda r: {r.choice(["1", "a", "type", "json", ""]): r.choice([1, [], {}, "x"])},
+]
+
+
+def mutated(rng: random.Random) -> tuple[str, bytes]:
+    path, body = rng.choice(SEEDS)
+    body = json.loads(json.dumps(body))
+    for _ in range(rng.randrange(1, 4)):
+        inner: Any = body
+        while rng.random() < 0.7:
+            values = list(inner.values()) if isinstance(inner, dict) else inner
+            nested = [value for value in values if isinstance(value, dict | list) and value]
+            if not nested:
+                break
+            inner = rng.choice(nested)
+        key = rng.choice([*inner, "new"]) if isinstance(inner, dict) else rng.randrange(len(inner))
+        inner[key] = rng.choice(VALUES)(rng)
+    raw = bytearray(json.dumps(body).encode())
+    if rng.random() < 0.3:
+        raw[rng.randrange(len(raw))] = rng.randrange(256)
+    return path, bytes(raw)
+
+
+def test_mutations_are_answered_and_stop_nobody(server: Any, watch: Watch) -> None:
+    rng, until, statuses = random.Random(7), time.monotonic() + 6, set[int]()
+    watch.longest = 0.0
+    while time.monotonic() < until:
+        path, body = mutated(rng)
+        status, answer = server.post(path, body)
+        assert status in (200, 400, 404), (path, body, answer)
+        statuses.add(status)
+    assert {200, 400} <= statuses
+    assert watch.longest < LONGEST_STANDSTILL_S and not watch.failures
+    assert not [line for line in server.log.splitlines() if "\x1b" in line or "Traceback" in line]
