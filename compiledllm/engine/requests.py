@@ -96,6 +96,21 @@ class RequestFactory:
         self._check_prompt(kept)
         return {"prompt": text if kept is token_ids else None, "prompt_token_ids": kept}
 
+    def check_room(self, request: Request) -> None:
+        """Raise ValueError if the KV cache could not hold a request if it were alone.
+
+        The scheduler does so, too, when it is handed the request. The last token's keys and values
+        are never stored.
+        """
+        room = self._num_slots - request.num_prompt_tokens + 1
+        if request.max_tokens > room:
+            way_out = f"max_tokens <= {room} would fit" if room > 0 else "shorten the prompt"
+            raise ValueError(
+                f"a prompt of {request.num_prompt_tokens} tokens with max_tokens="
+                f"{request.max_tokens} is more than the {self._num_slots} tokens of the KV cache; "
+                f"{way_out}, or give the cache more room (num_kv_blocks, kv_cache_memory_bytes)"
+            )
+
     def tokenize(self, prompt: Prompt) -> list[int]:
         """A prompt's token ids, checked."""
         _, token_ids = self._tokenize(prompt, is_truncated=False)
@@ -133,7 +148,7 @@ class RequestFactory:
         priority: int,
     ) -> Request:
         room = self.max_model_len - len(token_ids)
-        fits = self._check_room(len(token_ids), params.max_tokens)
+        fits = max(self._num_slots - len(token_ids) + 1, 1)
         if params.num_candidates > params.n and not params.wants_logprobs:
             params = dataclasses.replace(params, logprobs=0)  # by which the best are chosen
         return Request(
@@ -207,22 +222,6 @@ class RequestFactory:
                 f"the prompt has {len(token_ids)} tokens and max_model_len={max_len} leaves room "
                 f"for {max_len - 1} (and one to generate); shorten it{self._longer}"
             )
-
-    def _check_room(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
-        """Most tokens that the KV cache leaves room for. Raises ValueError if more are asked for.
-
-        The key and value of the last token are never stored.
-        """
-        fits = self._num_slots - num_prompt_tokens + 1
-        asked = min(max_tokens or 1, self.max_model_len - num_prompt_tokens)
-        if asked <= fits:
-            return fits
-        way_out = f"max_tokens <= {fits} would fit" if fits > 0 else "shorten the prompt"
-        raise ValueError(
-            f"a prompt of {num_prompt_tokens} tokens with max_tokens={asked} is more than the "
-            f"{self._num_slots} tokens of the KV cache; {way_out}, or give the cache more room "
-            "(num_kv_blocks, kv_cache_memory_bytes)"
-        )
 
     def _default_sampling_params(self) -> SamplingParams:
         """vLLM's defaults; with generation_config="auto" the checkpoint's, and a line says so."""

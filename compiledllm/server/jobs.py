@@ -216,6 +216,7 @@ class JobMaker:
             )
             first = state.completions[0].request
             _check_context(body, first.num_prompt_tokens, requests.max_model_len)
+            requests.check_room(first)
             if not job.options.echo:
                 for completion in state.completions:  # the text is not needed any more
                     completion.request.prompt = None

@@ -279,3 +279,13 @@ def test_more_than_the_context_is_refused_with_the_numbers(server: Any) -> None:
     assert ask(server, TEXT, False, prompt=[5] * 2040, max_tokens=...).status == 200
     many = ask(server, TEXT, False, prompt=[[5]] * 128, n=128).error
     assert "16384 sequences, and 1088 may" in many["message"]
+
+
+def test_more_than_the_kv_cache_is_refused_with_the_numbers(start_server: Any) -> None:
+    small = start_server("--num-kv-blocks", "8", "--block-size", "16").wait_until_ready()
+    error = ask(small, TEXT, False, prompt=[5] * 100, max_tokens=40).error
+    assert "a prompt of 100 tokens with max_tokens=40" in error["message"]
+    assert "max_tokens <= 29 would fit" in error["message"] and error["param"] == "prompt"
+    assert ask(small, TEXT, False, prompt=[5] * 100, max_tokens=29).status == 200
+    assert "shorten the prompt" in ask(small, TEXT, False, prompt=[5] * 200).error["message"]
+    small.stop()
