@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GptOssConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from compiledllm import cli
 from compiledllm.config import ConfigError
@@ -21,170 +19,9 @@ from compiledllm.models.decoder import Decoder, Ends
 from compiledllm.models.registry import load_spec
 from compiledllm.models.weights import load_weights
 from compiledllm.runner.kv_cache import allocate_kv_caches
+from tests.support.families import VARIANTS
+from tests.support.greedy import load_reference
 
-READS_CLAMP = hasattr(GptOssConfig(), "swiglu_alpha")  # older ones have constants
-
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
-# Family and variant -> config changes.
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 10000.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 10000.0,
-    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
-    "long_factor": [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5],
-    "original_max_position_embeddings": 64,
-}
-GPT_OSS = {
-    "head_dim": 16,
-    "sliding_window": 20,
-    "num_local_experts": 6,
-    "num_experts_per_tok": 3,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-}
-HALF_SLIDING = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
-# Family and variant -> config changes.
-VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
-    ("llama", "gqa"): {},
-    ("llama", "mha"): {"num_key_value_heads": 4},
-    ("llama", "mqa"): {"num_key_value_heads": 1},
-    ("llama", "bias"): {"attention_bias": True, "mlp_bias": True},
-    ("llama", "tied"): {"tie_word_embeddings": True},
-    ("llama", "head_dim"): {"head_dim": 32},
-    ("llama", "gelu"): {"hidden_act": "gelu"},
-    ("llama", "llama3_rope"): {"rope_parameters": LLAMA3_ROPE},
-    ("llama", "yarn_rope"): {"rope_parameters": YARN},
-    ("llama", "linear_rope"): {
-        "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
-    },
-    ("llama", "dynamic_rope"): {
-        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
-    },
-    ("qwen3", "gqa"): {"head_dim": 16},
-    ("qwen3", "bias"): {"head_dim": 32, "attention_bias": True},
-    ("qwen3", "tied"): {"head_dim": 16, "tie_word_embeddings": True},
-    ("qwen3", "window"): {"head_dim": 16, "sliding_window": 20, "use_sliding_window": True}
-    | HALF_SLIDING,
-    ("qwen2", "gqa"): {},
-    ("qwen2", "yarn"): {"rope_parameters": YARN},
-    ("qwen2", "window"): {"sliding_window": 20, "use_sliding_window": True} | HALF_SLIDING,
-    ("qwen2_moe", "shared"): EXPERTS | {"shared_expert_intermediate_size": 40},
-    ("qwen2_moe", "some dense"): EXPERTS
-    | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [1], "norm_topk_prob": True},
-    ("qwen3_moe", "renormalised"): EXPERTS | {"head_dim": 16, "norm_topk_prob": True},
-    ("qwen3_moe", "every second"): EXPERTS | {"head_dim": 16, "decoder_sparse_step": 2},
-    ("mixtral", "experts"): {"num_local_experts": 6, "num_experts_per_tok": 2},
-    ("mistral", "full"): {"sliding_window": None, "head_dim": 32},
-    ("mistral", "window"): {"sliding_window": 20},
-    ("ministral", "window"): {"sliding_window": 20, "head_dim": 16} | HALF_SLIDING,
-    ("smollm3", "nope"): {"no_rope_layers": [1, 0, 1], "pad_token_id": 0},
-    ("granite", "multipliers"): {
-        "embedding_multiplier": 3.0,
-        "residual_multiplier": 0.4,
-        "attention_multiplier": 0.2,
-        "logits_scaling": 2.5,
-    },
-    ("olmo2", "gqa"): {"pad_token_id": 0},
-    ("phi3", "full"): {"pad_token_id": 0},
-    ("phi3", "window, partial"): {
-        "pad_token_id": 0,
-        "sliding_window": 20,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "partial_rotary_factor": 0.5,
-        },
-    },
-    ("phi3", "longrope"): {
-        "pad_token_id": 0,
-        "rope_parameters": LONGROPE,
-        "original_max_position_embeddings": 64,
-    },
-    ("gemma", "mqa"): {"num_key_value_heads": 1, "head_dim": 32},
-    ("gemma2", "windows"): {
-        "head_dim": 32,
-        "sliding_window": 20,
-        "query_pre_attn_scalar": 24,
-        "attn_logit_softcapping": 5.0,
-        "final_logit_softcapping": 3.0,
-    }
-    | HALF_SLIDING,
-    ("gemma3_text", "windows"): {
-        "head_dim": 32,
-        "sliding_window": 20,
-        "query_pre_attn_scalar": 24,
-        "rope_parameters": {
-            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
-            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
-        },
-    }
-    | HALF_SLIDING,
-    ("gemma3", "text of a multimodal model"): {
-        "head_dim": 32,
-        "sliding_window": 20,
-        "query_pre_attn_scalar": 24,
-    }
-    | HALF_SLIDING,
-    ("gpt_oss", "windows"): GPT_OSS,
-    ("gpt_oss", "yarn, clamped"): GPT_OSS
-    | {
-        "rope_parameters": YARN | {"truncate": False},
-        "swiglu_limit": 0.4 if READS_CLAMP else 7.0,
-        "swiglu_alpha": 1.3 if READS_CLAMP else 1.702,
-    },
-    ("gpt_oss", "no bias, full"): GPT_OSS
-    | {"attention_bias": False, "layer_types": ["full_attention"] * 3},
-    ("stablelm", "pre"): {},
-    ("stablelm", "parallel, bias"): {"use_parallel_residual": True, "use_qkv_bias": True},
-    ("stablelm", "qk norms"): {"qk_layernorm": True},
-    ("stablelm", "parallel, qk norms"): {"use_parallel_residual": True, "qk_layernorm": True},
-    ("starcoder2", "full"): {},
-    ("starcoder2", "window"): {"sliding_window": 20, "use_bias": False},
-    ("cohere", "plain"): {"pad_token_id": 0},
-    ("cohere", "qk_norm"): {"pad_token_id": 0, "use_qk_norm": True, "logit_scale": 0.3},
-    ("phi", "mha"): {"num_key_value_heads": 4},
-    ("phi", "gqa"): {},
-    ("phi", "qk norms"): {"qk_layernorm": True},
-    ("gpt_neox", "parallel"): {},
-    ("gpt_neox", "one behind the other"): {"use_parallel_residual": False},
-    ("gpt_neox", "no bias"): {"attention_bias": False},
-    ("opt", "plain"): {"ffn_dim": 112, "word_embed_proj_dim": 64, "pad_token_id": 1},
-    ("opt", "no bias"): {
-        "ffn_dim": 112,
-        "word_embed_proj_dim": 64,
-        "pad_token_id": 1,
-        "enable_bias": False,
-    },
-    ("opt", "350m"): {
-        "ffn_dim": 112,
-        "word_embed_proj_dim": 40,
-        "pad_token_id": 1,
-        "do_layer_norm_before": False,
-        "tie_word_embeddings": True,
-    },
-    ("opt", "no final norm"): {
-        "ffn_dim": 112,
-        "word_embed_proj_dim": 64,
-        "pad_token_id": 1,
-        "_remove_final_layer_norm": True,
-    },
-    ("gpt2", "plain"): {"n_positions": 512},
-    ("gpt2", "n_inner"): {"n_positions": 512, "n_inner": 80},
-    ("falcon", "7b"): {"ffn_hidden_size": 112},
-    ("falcon", "bias"): {"ffn_hidden_size": 112, "bias": True},
-}
 BLOCK_SIZE = 16
 NUM_TOKENS = 150
 
@@ -248,8 +85,7 @@ def test_logits_equal_transformers(
     family: str, variant: str, tiny_model: Callable[..., Path]
 ) -> None:
     checkpoint = tiny_model(family, **VARIANTS[family, variant])
-    options = {"dtype": torch.float32, "attn_implementation": "eager"}
-    reference = AutoModelForCausalLM.from_pretrained(checkpoint, **options).eval()
+    reference = load_reference(checkpoint)
     token_ids = torch.randint(0, 128, (NUM_TOKENS,)).tolist()
     with torch.inference_mode():
         expected = reference(torch.tensor([token_ids])).logits[0]
@@ -297,6 +133,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 def test_unknown_variant_refuses_to_load_and_names_the_field(
     family: str, changes: dict[str, Any], named: str, tmp_path: Path
 ) -> None:
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     config = AutoConfig.for_model(family, **changes)
     config.save_pretrained(tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())

@@ -9,16 +9,15 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from importlib.util import module_from_spec, spec_from_file_location
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from compiledllm.models.gguf.convert import ARCHITECTURES as GGUF_ARCHITECTURES
 from compiledllm.models.registry import FAMILIES, family_of
+from tests.support.families import IN_ENGINE, VARIANTS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -26,22 +25,11 @@ MODULES = sorted(set(FAMILIES.values()))
 MAX_LINES = 110
 
 
-def names_in(test: str, name: str) -> Any:
-    """A variable of a test file, which is no package's module."""
-    spec = spec_from_file_location(Path(test).stem, ROOT / "tests" / test)
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return getattr(module, name)
+def families_of(model_types: Iterable[str]) -> list[str]:
+    """The families' modules that transformers' model types go to."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-
-def family_of_type(model_type: str) -> str:
-    """The family's module that transformers' model_type goes to."""
-    return FAMILIES[MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]]
-
-
-VARIANTS = [family_of_type(kind) for kind, _ in names_in("models/test_families.py", "VARIANTS")]
-IN_ENGINE = {family_of_type(kind) for kind in names_in("engine/test_families.py", "FAMILIES")}
+    return [FAMILIES[MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]] for model_type in model_types]
 
 
 def only(module: ModuleType) -> str:
@@ -66,6 +54,7 @@ def table() -> str:
         "| family | architectures | variants tested | formats | only |",
         "|---|---|---|---|---|",
     ]
+    variants = families_of(family for family, _ in VARIANTS)
     for name in MODULES:
         architectures = [
             architecture for architecture in FAMILIES if FAMILIES[architecture] == name
@@ -73,7 +62,7 @@ def table() -> str:
         module = family_of(architectures[0])
         title = str(module.__doc__).splitlines()[0].removesuffix(".")
         shown = ", ".join(f"`{architecture}`" for architecture in architectures)
-        cells = title, shown, VARIANTS.count(name), formats(module, architectures), only(module)
+        cells = title, shown, variants.count(name), formats(module, architectures), only(module)
         lines.append(f"| {' | '.join(map(str, cells))} |".replace("  ", " "))
     return "\n".join(lines)
 
@@ -84,7 +73,8 @@ def test_table_of_families_is_the_real_one() -> None:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_every_family_is_tested_for_its_logits_and_in_the_engine(name: str) -> None:
-    assert name in VARIANTS and name in IN_ENGINE
+    assert name in families_of(family for family, _ in VARIANTS)
+    assert name in families_of(IN_ENGINE)
 
 
 @pytest.mark.parametrize("name", MODULES)

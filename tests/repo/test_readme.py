@@ -13,6 +13,13 @@ import pytest
 from compiledllm.config import all_options
 
 ROOT = Path(__file__).parents[2]
+# Sub-command -> what its output shows if it did what it is for.
+SHOWN = {
+    "generate": r"\w+ \w+ \w+",
+    "chat": r"\n> .*\w+",  # an answer behind the prompt sign
+    "info": r"parameters +134,515,008\n",
+    "bench": r'"tpot_ms": {"median": [\d.]+',
+}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -57,7 +64,8 @@ def test_command_runs(command: str, default_model: Path) -> None:
     words = [sys.executable, "-m", "compiledllm.cli", *shlex.split(command)[1:]]
     done = subprocess.run(words, input="Say hi.\n/exit\n", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout) > 20
+    assert re.search(SHOWN[words[3]], done.stdout), done.stdout
+    assert "capital of France" not in command or "Paris" in done.stdout
 
 
 def test_readme_stays_readable() -> None:

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.server import wait_for
+
 pytestmark = pytest.mark.real_model  # its tokenizer
 
 MAX_FILES = 300
@@ -70,7 +72,7 @@ def metric(server: Any, name: str) -> float:
     return float(found.split()[-1])
 
 
-def test_used_up_descriptors_leave_room_for_health(small: Any, helpers: Any) -> None:
+def test_used_up_descriptors_leave_room_for_health(small: Any) -> None:
     with connections(small.port, *[HALF_BODY] * 2 * MAX_FILES) as held:
         refused = 0
         for _ in range(5):
@@ -79,34 +81,34 @@ def test_used_up_descriptors_leave_room_for_health(small: Any, helpers: Any) -> 
             assert small.get("/metrics")[0] == small.get("/ready")[0] == 200
             refused += small.post("/v1/completions", SHORT)[0] == 503
         assert refused >= 3
-        helpers.wait_for(lambda: not any(is_open(connection) for connection in held))
+        wait_for(lambda: not any(is_open(connection) for connection in held))
     assert small.post("/v1/completions", SHORT)[0] == 200
-    helpers.wait_for(lambda: "did not complete a body" in small.log)
+    wait_for(lambda: "did not complete a body" in small.log)
     assert "connections are open and" in small.log
     assert "Traceback" not in small.log
 
 
-def test_idle_connections_make_room_for_requests(small: Any, helpers: Any) -> None:
+def test_idle_connections_make_room_for_requests(small: Any) -> None:
     with connections(small.port, *[b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n"] * MAX_FILES):
-        helpers.wait_for(lambda: small.post("/v1/completions", SHORT)[0] == 200, 10)
+        wait_for(lambda: small.post("/v1/completions", SHORT)[0] == 200, 10)
 
 
-def test_silence_ends_a_connection(small: Any, helpers: Any) -> None:
+def test_silence_ends_a_connection(small: Any) -> None:
     said = [b"", b"\r\n", POST[:9], POST, HALF_BODY, POST + b"transfer-encoding: chunked\r\n\r\n5"]
     with connections(small.port, *said) as held:
-        helpers.wait_for(lambda: not any(is_open(connection) for connection in held), 20)
+        wait_for(lambda: not any(is_open(connection) for connection in held), 20)
 
 
-def test_an_answer_that_nobody_reads_ends_its_request(small: Any, helpers: Any) -> None:
+def test_an_answer_that_nobody_reads_ends_its_request(small: Any) -> None:
     before = metric(small, "generation_tokens_total")
     raw = json.dumps(LONG).encode()
     with socket.socket() as reader:
         reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         reader.connect(("127.0.0.1", small.port))
         reader.sendall(POST + b"content-length: %d\r\n\r\n" % len(raw) + raw)
-        helpers.wait_for(lambda: metric(small, "generation_tokens_total") > before)
-        helpers.wait_for(lambda: gone(reader))
-    helpers.wait_for(lambda: metric(small, "num_requests_running") == 0)
+        wait_for(lambda: metric(small, "generation_tokens_total") > before)
+        wait_for(lambda: gone(reader))
+    wait_for(lambda: metric(small, "num_requests_running") == 0)
     assert metric(small, "generation_tokens_total") < before + 8 * 1900
     assert metric(small, "kv_cache_usage_perc") == 0
 

@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.server import free_port, is_alive, wait_for
+
 pytestmark = pytest.mark.real_model  # its tokenizer
 
 JSON = {"content-type": "application/json"}
@@ -59,7 +61,7 @@ def own(start_server: Callable[..., Any]) -> Any:
     made.stop()
 
 
-def test_a_client_that_leaves_frees_its_blocks(own: Any, helpers: Any) -> None:
+def test_a_client_that_leaves_frees_its_blocks(own: Any) -> None:
     for _ in range(3):
         stream = Stream(own.port, LONG)
         next(stream.events())
@@ -73,11 +75,11 @@ def test_a_client_that_leaves_frees_its_blocks(own: Any, helpers: Any) -> None:
     time.sleep(0.5)
     socket_.close()  # a client that waits for a whole answer may leave, too
     whole.join()
-    helpers.wait_for(lambda: metric(own, "kv_cache_usage_perc") == 0)
+    wait_for(lambda: metric(own, "kv_cache_usage_perc") == 0)
     assert metric(own, "num_requests_running") == metric(own, "num_requests_waiting") == 0
 
 
-def test_a_killed_engine_is_started_again_and_told_of(own: Any, helpers: Any) -> None:
+def test_a_killed_engine_is_started_again_and_told_of(own: Any) -> None:
     old = own.engine_pid()
     stream = Stream(own.port, LONG)
     events = stream.events()
@@ -87,15 +89,15 @@ def test_a_killed_engine_is_started_again_and_told_of(own: Any, helpers: Any) ->
     assert rest[-1] == "[DONE]"
     error = rest[-2]["error"]
     assert "ended by SIGKILL" in error["message"] and error["code"] == "engine_error"
-    helpers.wait_for(lambda: own.get("/ready")[0] == 200, 90)
-    assert own.engine_pid() != old and not helpers.is_alive(old)
+    wait_for(lambda: own.get("/ready")[0] == 200, 90)
+    assert own.engine_pid() != old and not is_alive(old)
     status, answer = own.post("/v1/completions", LONG | {"max_tokens": 3})
     assert status == 200 and answer["usage"]["completion_tokens"] == 3
     assert metric(own, "engine_restarts_total") > 0
     assert "starting it again" in own.log and "crash record" in own.log
 
 
-def test_a_whole_answer_survives_the_engines_end(own: Any, helpers: Any) -> None:
+def test_a_whole_answer_survives_the_engines_end(own: Any) -> None:
     """Nobody has seen any of it, however much there was."""
     body = LONG | {"max_tokens": 300, "n": 2, "logprobs": 1}
     expected = own.post("/v1/completions", body)[1]
@@ -103,7 +105,7 @@ def test_a_whole_answer_survives_the_engines_end(own: Any, helpers: Any) -> None
     thread = threading.Thread(target=lambda: found.append(own.post("/v1/completions", body)))
     before = metric(own, "generation_tokens_total")
     thread.start()
-    helpers.wait_for(lambda: metric(own, "generation_tokens_total") > before + 20)
+    wait_for(lambda: metric(own, "generation_tokens_total") > before + 20)
     os.kill(own.engine_pid(), signal.SIGKILL)
     thread.join(120)
     status, answer = found[0]
@@ -115,7 +117,7 @@ def test_a_whole_answer_survives_the_engines_end(own: Any, helpers: Any) -> None
         assert values == pytest.approx(wanted["logprobs"]["token_logprobs"], rel=1e-4)
 
 
-def test_an_answer_with_a_form_survives_the_engines_end(own: Any, helpers: Any) -> None:
+def test_an_answer_with_a_form_survives_the_engines_end(own: Any) -> None:
     """The new process compiles the grammar again."""
     form = {"structured_outputs": {"regex": "[a-z]{150}"}}
     body = {"prompt": "x", "max_tokens": 400, "seed": 1, "n": 2} | form
@@ -125,7 +127,7 @@ def test_an_answer_with_a_form_survives_the_engines_end(own: Any, helpers: Any) 
     thread = threading.Thread(target=lambda: found.append(own.post("/v1/completions", body)))
     before = metric(own, "generation_tokens_total")
     thread.start()
-    helpers.wait_for(lambda: metric(own, "generation_tokens_total") > before + 4)
+    wait_for(lambda: metric(own, "generation_tokens_total") > before + 4)
     os.kill(own.engine_pid(), signal.SIGKILL)
     thread.join(120)
     status, answer = found[0]
@@ -134,19 +136,19 @@ def test_an_answer_with_a_form_survives_the_engines_end(own: Any, helpers: Any) 
     assert texts == [choice["text"] for choice in expected["choices"]]
 
 
-def test_a_stopped_engine_is_unhealthy_until_it_is_replaced(own: Any, helpers: Any) -> None:
+def test_a_stopped_engine_is_unhealthy_until_it_is_replaced(own: Any) -> None:
     stream = Stream(own.port, LONG)
     events = stream.events()
     next(events)
     old = own.engine_pid()
     os.kill(old, signal.SIGSTOP)
-    helpers.wait_for(lambda: own.get("/health")[0] == 503, 20)
+    wait_for(lambda: own.get("/health")[0] == 503, 20)
     status, body = own.get("/health")
     assert "no sign of life for" in body["reason"] and "1 requests live" in body["reason"]
     assert own.get("/ready")[0] == 503
     assert "no sign of life for" in list(events)[-2]["error"]["message"]
-    helpers.wait_for(lambda: own.get("/ready")[0] == 200, 90)
-    assert own.engine_pid() != old and not helpers.is_alive(old)
+    wait_for(lambda: own.get("/ready")[0] == 200, 90)
+    assert own.engine_pid() != old and not is_alive(old)
 
 
 def test_a_reader_of_one_byte_a_second_holds_nobody_up(own: Any) -> None:
@@ -170,7 +172,7 @@ def serve(*options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
-def test_a_port_in_use_is_one_line(helpers: Any) -> None:
+def test_a_port_in_use_is_one_line() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -179,8 +181,8 @@ def test_a_port_in_use_is_one_line(helpers: Any) -> None:
     assert done.stderr.count("\n") == 1 and "choose another --port" in done.stderr
 
 
-def test_a_model_that_cannot_be_loaded_is_the_last_line(helpers: Any, tmp_path: Path) -> None:
-    done = serve("--port", str(helpers.free_port()), "--model", str(tmp_path / "none"))
+def test_a_model_that_cannot_be_loaded_is_the_last_line(tmp_path: Path) -> None:
+    done = serve("--port", str(free_port()), "--model", str(tmp_path / "none"))
     assert done.returncode == 2
     assert "model path does not exist" in done.stderr.splitlines()[-1]
     done = serve("--block-size", "5")

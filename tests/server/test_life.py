@@ -28,6 +28,7 @@ from compiledllm.server import restarts, vital_signs
 from compiledllm.server.app import AppOptions, create_app
 from compiledllm.server.engine_client import MAX_UNREAD_BYTES, EngineClient
 from compiledllm.server.live_request import Limits
+from tests.support.server import free_port, is_alive, wait_for
 
 FAKE = [sys.executable, str(Path(__file__).with_name("fake_engine.py"))]
 OPTIONS = {"model": "fake", "skip_tokenizer_init": True, "max_num_seqs": 4, "block_size": 16}
@@ -521,7 +522,7 @@ def family(pid: int) -> list[int]:
 
 
 def test_an_engines_own_children_end_with_it(
-    live: Callable[..., None], monkeypatch: pytest.MonkeyPatch, helpers: Any
+    live: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAKE_CHILD", "1")
 
@@ -529,7 +530,7 @@ def test_an_engines_own_children_end_with_it(
         members = family(rig.pid)
         assert len(members) == 3  # with the guardian and its own child
         rig.signal(signal.SIGKILL)
-        await rig.until(lambda: not any(map(helpers.is_alive, members)))
+        await rig.until(lambda: not any(map(is_alive, members)))
 
     live(play)
 
@@ -582,11 +583,11 @@ class FakeServer:
 
 
 @pytest.fixture
-def serve(tmp_path: Path, helpers: Any) -> Iterator[Callable[..., FakeServer]]:
+def serve(tmp_path: Path) -> Iterator[Callable[..., FakeServer]]:
     servers: list[FakeServer] = []
 
     def start(*options: str, **environment: str) -> FakeServer:
-        servers.append(FakeServer(tmp_path, helpers.free_port(), *options, **environment))
+        servers.append(FakeServer(tmp_path, free_port(), *options, **environment))
         return servers[-1]
 
     yield start
@@ -594,29 +595,27 @@ def serve(tmp_path: Path, helpers: Any) -> Iterator[Callable[..., FakeServer]]:
         members = family(server.process.pid)
         server.process.kill()
         server.process.wait()
-        helpers.wait_for(lambda members=members: not any(map(helpers.is_alive, members)))
+        wait_for(lambda members=members: not any(map(is_alive, members)))
 
 
 def test_nothing_outlives_a_killed_server_whatever_its_engine_does(
-    serve: Callable[..., FakeServer], helpers: Any
+    serve: Callable[..., FakeServer],
 ) -> None:
     loading, stopped = serve(FAKE_LOAD_S="60", FAKE_CHILD="1"), serve()
-    helpers.wait_for(lambda: len(family(loading.process.pid)) == 4)
-    helpers.wait_for(lambda: stopped.get("/ready") == 200)
+    wait_for(lambda: len(family(loading.process.pid)) == 4)
+    wait_for(lambda: stopped.get("/ready") == 200)
     os.kill(stopped.engine(), signal.SIGSTOP)
     for server in (loading, stopped):
         members = family(server.process.pid)
         server.process.kill()
         server.process.wait()
-        helpers.wait_for(lambda members=members: not any(map(helpers.is_alive, members)), 5)
+        wait_for(lambda members=members: not any(map(is_alive, members)), 5)
 
 
-def test_told_to_end_it_ends_whatever_its_engine_does(
-    serve: Callable[..., FakeServer], helpers: Any
-) -> None:
+def test_told_to_end_it_ends_whatever_its_engine_does(serve: Callable[..., FakeServer]) -> None:
     loading, stopped = serve(FAKE_LOAD_S="60"), serve("--shutdown-timeout", "1")
-    helpers.wait_for(lambda: loading.get("/health") == 200 and loading.engine())
-    helpers.wait_for(lambda: stopped.get("/ready") == 200)
+    wait_for(lambda: loading.get("/health") == 200 and loading.engine())
+    wait_for(lambda: stopped.get("/ready") == 200)
     os.kill(stopped.engine(), signal.SIGSTOP)
     with stopped.send(5):
         time.sleep(0.3)  # for the request to be let in
@@ -624,27 +623,27 @@ def test_told_to_end_it_ends_whatever_its_engine_does(
             members = family(server.process.pid)
             server.process.send_signal(signal.SIGTERM)
             assert server.process.wait(20) == 0, server.log.read_text()
-            helpers.wait_for(lambda members=members: not any(map(helpers.is_alive, members)), 5)
+            wait_for(lambda members=members: not any(map(is_alive, members)), 5)
 
 
 def test_told_to_end_it_finishes_what_it_has_and_told_twice_it_ends_at_once(
-    serve: Callable[..., FakeServer], helpers: Any
+    serve: Callable[..., FakeServer],
 ) -> None:
     first, second = serve(), serve()
     answers, members = {}, family(second.process.pid)
     for server in (first, second):
-        helpers.wait_for(lambda server=server: server.get("/ready") == 200)
+        wait_for(lambda server=server: server.get("/ready") == 200)
         answers[server] = server.send(5, 400)
         members += family(server.process.pid)
         time.sleep(0.3)
         server.process.send_signal(signal.SIGTERM)
-    helpers.wait_for(lambda: first.get("/ready") == 503 or first.process.poll() is not None)
+    wait_for(lambda: first.get("/ready") == 503 or first.process.poll() is not None)
     second.process.send_signal(signal.SIGTERM)
     assert second.process.wait(5) == 130
     with answers[first], answers[second]:
         assert b'"completion_tokens":400' in answers[first].makefile("rb").read()
     assert first.process.wait(20) == 0
-    helpers.wait_for(lambda: not any(map(helpers.is_alive, members)), 5)
+    wait_for(lambda: not any(map(is_alive, members)), 5)
 
 
 def test_an_engine_given_up_ends_the_server_with_the_cause(

@@ -11,6 +11,8 @@ from typing import Any
 import aiohttp
 import pytest
 
+from tests.support.server import wait_for
+
 pytestmark = pytest.mark.real_model  # its tokenizer
 
 CLIENTS, SECONDS = 64, 15
@@ -79,7 +81,7 @@ class Crowd:
         self.counts["streamed"] += 1
 
 
-def test_everybody_is_served_and_nothing_is_left(server: Any, helpers: Any) -> None:
+def test_everybody_is_served_and_nothing_is_left(server: Any) -> None:
     crowd = Crowd(server.url)
 
     async def run() -> None:
@@ -98,5 +100,5 @@ def test_everybody_is_served_and_nothing_is_left(server: Any, helpers: Any) -> N
             line in text for line in idle
         )
 
-    helpers.wait_for(is_idle)
+    wait_for(is_idle)
     assert server.get("/health")[0] == 200 and "leak" not in server.log

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.server import wait_for
+
 sync_api = pytest.importorskip("playwright.sync_api")
 expect = sync_api.expect
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -62,13 +64,13 @@ def test_an_answer_streams_with_its_speed(page: Any) -> None:
     assert page.locator(".message").count() == 0
 
 
-def test_an_answer_can_be_stopped(page: Any, server: Any, helpers: Any) -> None:
+def test_an_answer_can_be_stopped(page: Any, server: Any) -> None:
     ask(page, "Tell me everything", 1500)
     expect(page.locator(".assistant")).to_have_text(re.compile(".{20}", re.DOTALL))
     page.click("#stop")
     page.wait_for_selector("#send:visible")
     idle = 'num_requests_running{model_name="tiny"} 0'
-    helpers.wait_for(lambda: idle in server.get("/metrics")[1])
+    wait_for(lambda: idle in server.get("/metrics")[1])
 
 
 def test_nothing_is_wider_than_a_phone(page: Any) -> None:

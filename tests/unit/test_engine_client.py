@@ -25,22 +25,10 @@ from compiledllm.server.live_request import (
 from compiledllm.server.live_requests import LiveRequests
 from compiledllm.server.wire import Add, Finish, Grown, Stats, Stepped
 from compiledllm.types import Request, TokenLogprobs
+from tests.support.fakes import Letters
 
 STATS = Stats(1, 0, 0.5, 0, 0, 0, 0.01, 1, 0, 0)
 DELTA, WHOLE = RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY
-
-
-class Letters:
-    """A tokenizer whose token ids are characters."""
-
-    def stream(self, prompt_token_ids: list[int], skip_special_tokens: bool) -> Any:
-        return SimpleNamespace(push=chr, finish=str)
-
-    def token_text(self, token_id: int) -> str:
-        return chr(token_id)
-
-    def token_bytes(self, token_id: int) -> bytes:
-        return chr(token_id).encode()
 
 
 class Bench:

@@ -22,23 +22,11 @@ from compiledllm.server.metrics import Metrics
 from compiledllm.server.protocol import ChatRequest, CompletionRequest, Message, StreamOptions
 from compiledllm.server.serving import Serving
 from compiledllm.types import Request, RequestStatus
+from tests.support.fakes import Letters
 
 USAGE = StreamOptions(include_usage=True)
 LATER = StreamOptions(include_usage=True, continuous_usage_stats=True)
 USER = Message(role="user", content="x")
-
-
-class Letters:
-    """A tokenizer whose token ids are characters."""
-
-    def stream(self, prompt_token_ids: list[int], skip_special_tokens: bool) -> Any:
-        return SimpleNamespace(push=chr, finish=str)
-
-    def token_text(self, token_id: int) -> str:
-        return chr(token_id)
-
-    def token_bytes(self, token_id: int) -> bytes:
-        return chr(token_id).encode()
 
 
 class Stream:

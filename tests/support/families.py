@@ -1,0 +1,209 @@
+"""Variants of every family at a tiny size, for tests of models, of engines and of the README."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+
+def reads_clamp() -> bool:
+    """Whether transformers reads GPT-OSS's clamp from the config: older versions have constants.
+
+    By its source, as importing transformers would take seconds of every collection of tests.
+    """
+    spec = find_spec("transformers")
+    assert spec is not None and spec.origin is not None
+    models = Path(spec.origin).with_name("models")
+    return "swiglu_alpha" in (models / "gpt_oss" / "configuration_gpt_oss.py").read_text()
+
+
+READS_CLAMP = reads_clamp()
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
+    "long_factor": [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5],
+    "original_max_position_embeddings": 64,
+}
+GPT_OSS = {
+    "head_dim": 16,
+    "sliding_window": 20,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 3,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
+HALF_SLIDING = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+# Family and variant -> config changes.
+VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
+    ("llama", "gqa"): {},
+    ("llama", "mha"): {"num_key_value_heads": 4},
+    ("llama", "mqa"): {"num_key_value_heads": 1},
+    ("llama", "bias"): {"attention_bias": True, "mlp_bias": True},
+    ("llama", "tied"): {"tie_word_embeddings": True},
+    ("llama", "head_dim"): {"head_dim": 32},
+    ("llama", "gelu"): {"hidden_act": "gelu"},
+    ("llama", "llama3_rope"): {"rope_parameters": LLAMA3_ROPE},
+    ("llama", "yarn_rope"): {"rope_parameters": YARN},
+    ("llama", "linear_rope"): {
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    },
+    ("llama", "dynamic_rope"): {
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    },
+    ("qwen3", "gqa"): {"head_dim": 16},
+    ("qwen3", "bias"): {"head_dim": 32, "attention_bias": True},
+    ("qwen3", "tied"): {"head_dim": 16, "tie_word_embeddings": True},
+    ("qwen3", "window"): {"head_dim": 16, "sliding_window": 20, "use_sliding_window": True}
+    | HALF_SLIDING,
+    ("qwen2", "gqa"): {},
+    ("qwen2", "yarn"): {"rope_parameters": YARN},
+    ("qwen2", "window"): {"sliding_window": 20, "use_sliding_window": True} | HALF_SLIDING,
+    ("qwen2_moe", "shared"): EXPERTS | {"shared_expert_intermediate_size": 40},
+    ("qwen2_moe", "some dense"): EXPERTS
+    | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [1], "norm_topk_prob": True},
+    ("qwen3_moe", "renormalised"): EXPERTS | {"head_dim": 16, "norm_topk_prob": True},
+    ("qwen3_moe", "every second"): EXPERTS | {"head_dim": 16, "decoder_sparse_step": 2},
+    ("mixtral", "experts"): {"num_local_experts": 6, "num_experts_per_tok": 2},
+    ("mistral", "full"): {"sliding_window": None, "head_dim": 32},
+    ("mistral", "window"): {"sliding_window": 20},
+    ("ministral", "window"): {"sliding_window": 20, "head_dim": 16} | HALF_SLIDING,
+    ("smollm3", "nope"): {"no_rope_layers": [1, 0, 1], "pad_token_id": 0},
+    ("granite", "multipliers"): {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 2.5,
+    },
+    ("olmo2", "gqa"): {"pad_token_id": 0},
+    ("phi3", "full"): {"pad_token_id": 0},
+    ("phi3", "window, partial"): {
+        "pad_token_id": 0,
+        "sliding_window": 20,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+        },
+    },
+    ("phi3", "longrope"): {
+        "pad_token_id": 0,
+        "rope_parameters": LONGROPE,
+        "original_max_position_embeddings": 64,
+    },
+    ("gemma", "mqa"): {"num_key_value_heads": 1, "head_dim": 32},
+    ("gemma2", "windows"): {
+        "head_dim": 32,
+        "sliding_window": 20,
+        "query_pre_attn_scalar": 24,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 3.0,
+    }
+    | HALF_SLIDING,
+    ("gemma3_text", "windows"): {
+        "head_dim": 32,
+        "sliding_window": 20,
+        "query_pre_attn_scalar": 24,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+        },
+    }
+    | HALF_SLIDING,
+    ("gemma3", "text of a multimodal model"): {
+        "head_dim": 32,
+        "sliding_window": 20,
+        "query_pre_attn_scalar": 24,
+    }
+    | HALF_SLIDING,
+    ("gpt_oss", "windows"): GPT_OSS,
+    ("gpt_oss", "yarn, clamped"): GPT_OSS
+    | {
+        "rope_parameters": YARN | {"truncate": False},
+        "swiglu_limit": 0.4 if READS_CLAMP else 7.0,
+        "swiglu_alpha": 1.3 if READS_CLAMP else 1.702,
+    },
+    ("gpt_oss", "no bias, full"): GPT_OSS
+    | {"attention_bias": False, "layer_types": ["full_attention"] * 3},
+    ("stablelm", "pre"): {},
+    ("stablelm", "parallel, bias"): {"use_parallel_residual": True, "use_qkv_bias": True},
+    ("stablelm", "qk norms"): {"qk_layernorm": True},
+    ("stablelm", "parallel, qk norms"): {"use_parallel_residual": True, "qk_layernorm": True},
+    ("starcoder2", "full"): {},
+    ("starcoder2", "window"): {"sliding_window": 20, "use_bias": False},
+    ("cohere", "plain"): {"pad_token_id": 0},
+    ("cohere", "qk_norm"): {"pad_token_id": 0, "use_qk_norm": True, "logit_scale": 0.3},
+    ("phi", "mha"): {"num_key_value_heads": 4},
+    ("phi", "gqa"): {},
+    ("phi", "qk norms"): {"qk_layernorm": True},
+    ("gpt_neox", "parallel"): {},
+    ("gpt_neox", "one behind the other"): {"use_parallel_residual": False},
+    ("gpt_neox", "no bias"): {"attention_bias": False},
+    ("opt", "plain"): {"ffn_dim": 112, "word_embed_proj_dim": 64, "pad_token_id": 1},
+    ("opt", "no bias"): {
+        "ffn_dim": 112,
+        "word_embed_proj_dim": 64,
+        "pad_token_id": 1,
+        "enable_bias": False,
+    },
+    ("opt", "350m"): {
+        "ffn_dim": 112,
+        "word_embed_proj_dim": 40,
+        "pad_token_id": 1,
+        "do_layer_norm_before": False,
+        "tie_word_embeddings": True,
+    },
+    ("opt", "no final norm"): {
+        "ffn_dim": 112,
+        "word_embed_proj_dim": 64,
+        "pad_token_id": 1,
+        "_remove_final_layer_norm": True,
+    },
+    ("gpt2", "plain"): {"n_positions": 512},
+    ("gpt2", "n_inner"): {"n_positions": 512, "n_inner": 80},
+    ("falcon", "7b"): {"ffn_hidden_size": 112},
+    ("falcon", "bias"): {"ffn_hidden_size": 112, "bias": True},
+}
+
+# Family -> the variant that runs through a whole engine.
+IN_ENGINE = {
+    "cohere": "qk_norm",
+    "falcon": "7b",
+    "gemma": "mqa",
+    "gemma2": "windows",
+    "gemma3_text": "windows",
+    "gemma3": "text of a multimodal model",
+    "gpt2": "plain",
+    "gpt_neox": "parallel",
+    "gpt_oss": "yarn, clamped",
+    "granite": "multipliers",
+    "llama": "gqa",
+    "mistral": "window",
+    "mixtral": "experts",
+    "qwen3_moe": "renormalised",
+    "olmo2": "gqa",
+    "opt": "350m",
+    "phi": "gqa",
+    "phi3": "window, partial",
+    "qwen2": "window",
+    "qwen3": "gqa",
+    "smollm3": "nope",
+    "stablelm": "qk norms",
+    "starcoder2": "window",
+}

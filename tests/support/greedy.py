@@ -1,0 +1,37 @@
+"""Greedy tokens of transformers, the reference of whole engines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def load_reference(checkpoint: Path) -> Any:
+    """transformers' model in float32."""
+    from transformers import AutoModelForCausalLM
+
+    # "eager", as older versions leave out Gemma 2's soft-caps in their fused attention.
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    return AutoModelForCausalLM.from_pretrained(checkpoint, **options).eval()
+
+
+@torch.inference_mode()
+def logits_of_outputs(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
+    """[len(tokens), vocab]: what each of `tokens` is drawn from, in one forward without a cache."""
+    logits: torch.Tensor = model(torch.tensor([[*prompt, *tokens]]), use_cache=False).logits[0]
+    return logits[len(prompt) - 1 : -1]
+
+
+@torch.inference_mode()
+def greedy_tokens(model: Any, prompt: list[int], count: int) -> list[int]:
+    """Guessed with transformers' cache, and shown to be right by one forward without."""
+    guess, cache, fed = [], None, prompt
+    for _ in range(count):
+        out = model(torch.tensor([fed]), past_key_values=cache, use_cache=True)
+        fed, cache = [int(out.logits[0, -1].argmax())], out.past_key_values
+        guess += fed
+    assert logits_of_outputs(model, prompt, guess).argmax(-1).tolist() == guess
+    return guess

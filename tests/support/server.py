@@ -1,0 +1,139 @@
+"""A real server in a process of its own, and what its tests wait with."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+class Server:
+    """`python -m compiledllm.server` with options; its log is a file."""
+
+    def __init__(
+        self,
+        model: Path,
+        folder: Path,
+        *options: str,
+        max_files: int | None = None,
+        **environment: str,
+    ) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log_path = folder / "server.log"
+        command = [sys.executable, "-m", "compiledllm.server", "--model", str(model)]
+        command += ["--served-model-name", "tiny", "other-name", "--port", str(self.port)]
+        command += ["--enforce-eager", "--kv-cache-memory-bytes", str(2**26), *options]
+        cache = {"COMPILEDLLM_CACHE_DIR": str(folder / "cache")}
+        with open(self.log_path, "w") as log:
+            self.process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **cache, **environment},
+            )
+        if max_files is not None:  # before Python is there to look
+            resource.prlimit(self.process.pid, resource.RLIMIT_NOFILE, (max_files, max_files))
+
+    @property
+    def log(self) -> str:
+        return self.log_path.read_text()
+
+    def wait_until_ready(self, seconds: float = 90) -> Server:
+        wait_for(lambda: self.process.poll() is not None or self.get("/ready")[0] == 200, seconds)
+        assert self.process.poll() is None, self.log
+        return self
+
+    def get(self, path: str, **headers: str) -> tuple[int | None, Any]:
+        return self.request(path, None, **headers)
+
+    def post(self, path: str, body: Any, **headers: str) -> tuple[int | None, Any]:
+        """body: JSON, or bytes as they are."""
+        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return self.request(path, raw, **({"content-type": "application/json"} | headers))
+
+    def request(self, path: str, body: bytes | None, **headers: str) -> tuple[int | None, Any]:
+        """Status and body, parsed if it is JSON; None if nobody answers."""
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        request = urllib.request.Request(self.url + path, body, named)
+        try:
+            with urllib.request.urlopen(request, timeout=150) as response:
+                return response.status, parsed(response.read())
+        except urllib.error.HTTPError as error:
+            return error.code, parsed(error.read())
+        except OSError:
+            return None, None
+
+    def engine_pid(self) -> int:
+        """The engine's process: the server's child."""
+        found = [
+            int(path.name)
+            for path in Path("/proc").iterdir()
+            if path.name.isdigit() and parent_of(path) == self.process.pid
+        ]
+        engines = [pid for pid in found if b"engine_process" in command_of(pid)]
+        assert len(engines) == 1, found
+        return engines[0]
+
+    def stop(self) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(40)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+        return self.process.wait()
+
+
+def parsed(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except ValueError:
+        return body.decode(errors="replace")
+
+
+def free_port() -> int:
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def parent_of(process: Path) -> int | None:
+    try:
+        return int((process / "stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:  # it has just ended
+        return None
+
+
+def command_of(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
