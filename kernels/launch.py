@@ -11,9 +11,12 @@ from compiledllm.platform import can_overlap_kernels
 
 @functools.cache
 def num_multiprocessors() -> int:
-    """Multiprocessors of the current device; in the interpreter 8, enough to split work over."""
+    """Multiprocessors of the current device.
+
+    1 in Triton's interpreter, which runs one program after the other.
+    """
     if not torch.cuda.is_available():
-        return 8
+        return 1
     return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
 
 

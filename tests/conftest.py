@@ -11,13 +11,49 @@ from typing import Any
 
 import pytest
 
+from tests.support import interpreter
+from tests.support.pairwise import pairwise_cover
+
+# All of these are read when torch or a kernel is imported, which a test file may do first.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as compiledllm/__init__.py does, and why
 if not Path("/dev/nvidiactl").exists():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
+def pytest_configure() -> None:
+    if INTERPRETING:
+        interpreter.make_faster()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if INTERPRETING:
+        dropped = beyond_pairwise(items)
+        config.hook.pytest_deselected(items=[item for item in items if item in dropped])
+        items[:] = [item for item in items if item not in dropped]
+    skip_what_needs_a_gpu(items)
+
+
+def beyond_pairwise(items: list[pytest.Item]) -> set[pytest.Item]:
+    """Cases of tests marked `pairwise` that the interpreter leaves to a GPU.
+
+    Cases of the torch backend all run, as they are fast.
+    """
+    grids: dict[tuple[object, ...], list[pytest.Function]] = {}
+    for item in items:
+        if isinstance(item, pytest.Function) and "pairwise" in item.keywords:
+            backend = item.callspec.params.get("backend")
+            if backend != "torch":
+                grids.setdefault((item.path, item.originalname, backend), []).append(item)
+    dropped: set[pytest.Item] = set()
+    for grid in grids.values():
+        kept = pairwise_cover([tuple(map(repr, item.callspec.params.values())) for item in grid])
+        dropped |= {item for index, item in enumerate(grid) if index not in kept}
+    return dropped
+
+
+def skip_what_needs_a_gpu(items: list[pytest.Item]) -> None:
     import torch
 
     if not torch.cuda.is_available():

@@ -15,6 +15,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there in Triton's int
 SHAPES = [(1, 16), (7, 100), (40, 576), (130, 300)]  # outputs, inputs
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("num_rows", [0, 1, 3, 64, 65, 140])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -16,6 +16,7 @@ from compiledllm.kernels.moe import experts_in_torch, moe_route, route_in_torch
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there in Triton's interpreter
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("renormalize", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
@@ -109,6 +110,7 @@ def check_sorted(ids: Tensor, num_experts: int, rows: int) -> None:
     assert len(used) == sum(-(-flat.count(expert) // rows) for expert in set(flat))
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("form", ["plain", "biased", "clamped"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("num_tokens", [0, 1, 5, 70, 300])

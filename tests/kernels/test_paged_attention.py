@@ -173,6 +173,7 @@ def where_the_backend_runs(backend: str) -> Iterator[None]:
 # -- the values -----------------------------------------------------------------------------------
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("block_size", [16, 32])
@@ -188,6 +189,7 @@ def test_attention_equals_the_naive_reference(
         check(Case(ROWS[rows](block_size), head_dim, heads, block_size, dtype), backend)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("sliding_window", [1, 5, 16, 17, 1000])
@@ -197,6 +199,7 @@ def test_sliding_window_sees_the_latest_positions_only(
     check(Case(ROWS[rows](16), heads=heads, sliding_window=sliding_window), backend)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("sliding_window", [0, 9])
@@ -207,6 +210,7 @@ def test_soft_cap_bends_the_scores(
     check(case, backend)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("sliding_window", [0, 9])
@@ -387,6 +391,7 @@ def test_keys_and_values_may_be_slices_of_a_wider_tensor(backend: str) -> None:
 # -- as operators of the compiler -----------------------------------------------------------------
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize(("soft_cap", "has_sinks"), [(0.0, False), (5.0, False), (0.0, True)])

@@ -68,6 +68,7 @@ FILTERS = {
 }
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("vocab", [700, 5000])
 @pytest.mark.parametrize("filters", FILTERS)

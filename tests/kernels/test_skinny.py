@@ -11,6 +11,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there in Triton's int
 TILINGS = [None, Tiling(1, 64, 1), Tiling(8, 256, 2), Tiling(32, 128, 4)]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("tiling", TILINGS, ids=str)
 @pytest.mark.parametrize("num_rows", [1, 2, 5, 16, 17, 32])
 @pytest.mark.parametrize("shape", [(1, 16), (7, 100), (33, 576), (96, 1536), (5, 2050)], ids=str)
