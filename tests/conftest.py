@@ -126,20 +126,11 @@ def tiny_llama(tiny_model: Callable[..., Path]) -> Callable[..., Path]:
 def greedy_by_transformers() -> Callable[..., list[list[int]]]:
     """greedy_by_transformers(checkpoint, prompts, count) -> the next `count` tokens of each."""
 
-    def generate(checkpoint: Path, prompts: list[list[int]], count: int) -> list[list[int]]:
-        import torch
-        from transformers import AutoModelForCausalLM
+    from tests.support.greedy import greedy_tokens, load_reference
 
-        # "eager", as older versions leave out Gemma 2's soft-caps in their fused attention.
-        options = {"dtype": torch.float32, "attn_implementation": "eager"}
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, **options).eval()
-        found = []
-        for prompt in prompts:
-            ids = list(prompt)
-            for _ in range(count):  # the whole sequence for each token
-                with torch.inference_mode():
-                    ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-            found.append(ids[len(prompt) :])
+    def generate(checkpoint: Path, prompts: list[list[int]], count: int) -> list[list[int]]:
+        model = load_reference(checkpoint)
+        found = [greedy_tokens(model, prompt, count) for prompt in prompts]
         assert len({tuple(tokens) for tokens in found}) > 3, "nearly the same for every prompt"
         return found
 

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from compiledllm import (
     BeamSearchParams,
@@ -56,6 +55,8 @@ def greedy(**fields: Any) -> SamplingParams:
 @pytest.fixture(scope="module")
 def exact(model: Path) -> Callable[[list[int]], Tensor]:
     """Token ids -> float64 log probabilities [tokens, vocab] of what follows each."""
+    from transformers import AutoModelForCausalLM
+
     hf = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
 
     @torch.no_grad()

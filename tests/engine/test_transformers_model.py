@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from compiledllm import Engine, SamplingParams, cli
 from compiledllm.benchmarks.floor import decode_cost, weights_read
 from compiledllm.config import ConfigError
 from compiledllm.models.registry import load_spec
 from compiledllm.models.transformers_model import TransformersModel
+from tests.support.greedy import load_reference
 
 SLIDING = {
     "sliding_window": 20,
@@ -140,7 +140,7 @@ def test_known_architecture_can_be_forced(
 def test_spec_tells_what_the_module_has(model_type: str, tiny_model: Callable[..., Path]) -> None:
     checkpoint = tiny_model(model_type, **MODELS.get(model_type, {}))
     spec = load_spec(checkpoint, "transformers")
-    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    model = load_reference(checkpoint)
     assert spec.num_parameters == sum(p.numel() for p in model.parameters())
     assert len(spec.layers) == 3 and spec.max_position == 512 and spec.vocab_size == 128
     heads = {(layer.attn.num_heads, layer.attn.num_kv_heads) for layer in spec.layers}
