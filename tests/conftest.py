@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.support import interpreter
 from tests.support.pairwise import pairwise_cover
@@ -20,6 +21,13 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as compiledllm/__init__.py d
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+# Chosen by HYPOTHESIS_PROFILE, or pytest's --hypothesis-profile.
+PLAIN = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("dev", PLAIN, max_examples=30, derandomize=True)
+settings.register_profile("ci", PLAIN, max_examples=100, derandomize=True)
+settings.register_profile("nightly", PLAIN, max_examples=1000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 
 def pytest_configure() -> None:

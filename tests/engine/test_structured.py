@@ -16,7 +16,6 @@ import jsonschema
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from compiledllm import Engine, RequestOutput, SamplingParams, StructuredOutputsParams
 from compiledllm.types import SchedulerOutput
@@ -45,6 +44,8 @@ FORMS: list[dict[str, Any]] = [
 @pytest.fixture(scope="module")
 def model(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights, with a tokenizer whose tokens are bytes."""
+    from transformers import PreTrainedTokenizerFast
+
     folder = tmp_path_factory.mktemp("bytes") / "model"
     shutil.copytree(tiny_llama(vocab_size=VOCAB, eos_token_id=EOS), folder)
     vocab = {text: i for i, text in enumerate(("<pad>", "<bos>", "<eos>"))}

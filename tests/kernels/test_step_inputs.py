@@ -32,6 +32,7 @@ def state(num_groups: int, max_blocks: int, block_size: int) -> tuple[Tensor, Te
     return torch.randint(50000, (REQUESTS + 1,)), computed, tables
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("block_size", [16, 32])
 @pytest.mark.parametrize("max_blocks", [1, 7, 1024, 2500])
 @pytest.mark.parametrize("num_groups", [1, 3])
@@ -83,7 +84,7 @@ def mixed_step(lines: list[Line], padding: tuple[int, int], room: int) -> tuple[
     return torch.cat(tokens, 1), torch.tensor(of_rows).T.contiguous()
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=settings.default.max_examples // 4)  # slow in the interpreter
 @given(
     st.lists(
         st.tuples(st.integers(1, 60), st.integers(0, 10**6), st.booleans()), max_size=REQUESTS
@@ -111,6 +112,7 @@ def test_inputs_with_prompts_are_those_of_torch(
     check_metadata(found.attn, expected.attn, block_size)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("block_size", [16, 32])
 @pytest.mark.parametrize("max_blocks", [1, 7, 2500])
 @pytest.mark.parametrize("rows", [[4], [REQUESTS], [8, 1, 2, 0, 3, 6, 5, 4, 7], [5, 6, 9, 9, 9]])

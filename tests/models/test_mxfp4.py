@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from compiledllm.config import ConfigError
 from compiledllm.kernels.attention import make_backend
@@ -39,6 +38,13 @@ def load(checkpoint: Path, dtype: torch.dtype = torch.float32) -> Decoder:
     return model
 
 
+def unpacked_by_transformers(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    unpacked: Tensor = convert_moe_packed_tensors(blocks, scales, dtype=dtype)
+    return unpacked
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_byte_under_every_scale_has_transformers_bits(dtype: torch.dtype) -> None:
     scales = torch.arange(256, dtype=torch.uint8).view(2, 8, 16)
@@ -47,10 +53,7 @@ def test_every_byte_under_every_scale_has_transformers_bits(dtype: torch.dtype) 
     scales = scales.expand(16, 2, 8, 16)
     ours = dequantize_mxfp4(blocks, scales, dtype)
     theirs = torch.stack(
-        [
-            convert_moe_packed_tensors(*pair, dtype=dtype)
-            for pair in zip(blocks, scales, strict=True)
-        ]
+        [unpacked_by_transformers(*pair, dtype) for pair in zip(blocks, scales, strict=True)]
     ).transpose(2, 3)
     assert ours.shape == (16, 2, 8, 512) and ours.dtype == dtype
     bits = torch.int32 if dtype == torch.float32 else torch.int16
@@ -74,7 +77,7 @@ def checkpoints(tiny_model: Callable[..., Path], tmp_path: Path) -> tuple[Path, 
         scales = torch.randint(120, 126, shape, dtype=torch.uint8)
         del packed_tensors[name]
         packed_tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
-        tensors[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16)
+        tensors[name] = unpacked_by_transformers(blocks, scales, torch.bfloat16)
     save(tensors, dense)
     save(packed_tensors, packed, quantization_config={"quant_method": "mxfp4"})
     return packed, dense

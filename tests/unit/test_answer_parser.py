@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from compiledllm.server.answer_parser import AnswerParser
@@ -15,7 +15,6 @@ from compiledllm.server.call_scanner import MAX_BUFFERED, MAX_NESTING
 from compiledllm.server.tool_formats import FORMATS, find_format
 
 NAMES = frozenset({"f", "get"})
-RUNS = settings(max_examples=400, deadline=None, derandomize=True)
 
 
 def parse(
@@ -235,7 +234,6 @@ PIECES = [
 ]
 
 
-@RUNS
 @given(
     text=st.lists(st.sampled_from(PIECES), max_size=30).map("".join),
     cuts=st.lists(st.integers(0, 400), max_size=12),
@@ -328,7 +326,6 @@ VALUES = st.recursive(
 )
 
 
-@RUNS
 @given(
     arguments=st.lists(
         st.dictionaries(st.text(max_size=6), VALUES, max_size=4), min_size=1, max_size=3

@@ -361,7 +361,5 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.usage == 1 - len(self.free_blocks()) / 7
 
 
-PoolMachine.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=40, deadline=None, derandomize=True
-)
+PoolMachine.TestCase.settings = settings(stateful_step_count=40)
 TestPoolAgainstNaiveModel = PoolMachine.TestCase

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from compiledllm.graphs.buckets import StepShape, ladder, shape_for, step_shapes
 
-RUNS = settings(max_examples=200, deadline=None, derandomize=True)
 max_sizes = st.integers(1, 2000)
 
 
@@ -18,7 +17,6 @@ def bucket_for(size: int, sizes: list[int]) -> int | None:
     return shape and shape.num_rows
 
 
-@RUNS
 @given(max_sizes)
 def test_ladder_ascends_from_one_to_the_largest_size(max_size: int) -> None:
     sizes = ladder(max_size)
@@ -27,7 +25,6 @@ def test_ladder_ascends_from_one_to_the_largest_size(max_size: int) -> None:
     assert sizes == sorted(set(sizes))
 
 
-@RUNS
 @given(max_sizes, max_sizes)
 def test_batch_gets_the_smallest_bucket_that_holds_it(max_size: int, size: int) -> None:
     sizes = ladder(max_size)
@@ -35,7 +32,6 @@ def test_batch_gets_the_smallest_bucket_that_holds_it(max_size: int, size: int) 
     assert bucket_for(size, sizes) == (holding[0] if holding else None)
 
 
-@RUNS
 @given(max_sizes.flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))))
 def test_every_batch_fits_with_a_quarter_of_padding_at_most(case: tuple[int, int]) -> None:
     max_size, size = case
@@ -75,7 +71,6 @@ def test_ladder_without_a_size_is_refused(max_size: int) -> None:
 # -- steps with prompts in them --------------------------------------------------------------------
 
 
-@RUNS
 @given(st.integers(1, 600), st.integers(1, 9000))
 def test_shapes_have_more_tokens_than_rows_unless_they_decode(rows: int, tokens: int) -> None:
     """The kernels take a step with fewer tokens than rows, an empty one included, for a decode."""
@@ -95,7 +90,6 @@ def test_a_full_step_is_captured_whatever_its_rows(tokens: int) -> None:
         assert found is not None and found.num_tokens == tokens
 
 
-@RUNS
 @given(st.integers(1, 300), st.integers(1, 4000), st.booleans())
 def test_a_step_gets_the_smallest_shape_of_its_kind(
     rows: int, tokens: int, is_decode: bool
@@ -111,7 +105,6 @@ def test_a_step_gets_the_smallest_shape_of_its_kind(
     assert found == (min(fits) if fits else None)
 
 
-@RUNS
 @given(st.integers(1, 512), st.integers(1024, 16384))
 def test_large_steps_are_padded_by_a_quarter_at_most(rows: int, tokens: int) -> None:
     found = shape_for(StepShape(tokens, rows, False), step_shapes(512, 16384))

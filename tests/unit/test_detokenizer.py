@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.decoders import DecodeStream
-from transformers import PreTrainedTokenizerFast
 
 from compiledllm.config import ConfigError
 from compiledllm.engine.detokenizer import Detokenizer
@@ -32,7 +31,6 @@ CORPUS = [
 ] * 4
 BOS, EOS = "<s>", "</s>"
 SPECIAL = [BOS, EOS]
-RUNS = settings(max_examples=120, deadline=None, derandomize=True)
 
 
 def byte_level_backend() -> Backend:
@@ -86,6 +84,8 @@ def metaspace_backend() -> Backend:
 
 def load(backend: Backend, folder: Path) -> Tokenizer:
     """Through the real door: saved as a checkpoint's tokenizer files and loaded again."""
+    from transformers import PreTrainedTokenizerFast
+
     fast = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=BOS, eos_token=EOS)
     fast.save_pretrained(folder)
     return Tokenizer(folder)
@@ -140,7 +140,6 @@ texts = st.one_of(
 
 
 @pytest.mark.parametrize("has_backend", [True, False])
-@RUNS
 @given(prompt=texts, text=texts)
 def test_streamed_pieces_are_whole_characters_and_join_to_the_text(
     byte_level: Tokenizer, prompt: str, text: str, has_backend: bool
@@ -152,7 +151,6 @@ def test_streamed_pieces_are_whole_characters_and_join_to_the_text(
 
 
 @pytest.mark.parametrize("has_backend", [True, False])
-@RUNS
 @given(prompt=texts, text=texts)
 @example(prompt="日本語", text="the cat")
 def test_byte_fallback_characters_are_whole_too(
@@ -177,7 +175,6 @@ def test_character_that_the_end_cuts_is_dropped(byte_level: Tokenizer) -> None:
     assert "".join(pieces(stream, ids)) == "the "
 
 
-@RUNS
 @given(data=st.data())
 def test_no_sequence_of_tokens_makes_the_stream_fail(
     byte_level: Tokenizer, sentencepiece_like: Tokenizer, data: st.DataObject
@@ -301,7 +298,6 @@ def test_bytes_that_are_no_character_are_shown_at_the_end(byte_level: Tokenizer)
 
 
 @pytest.mark.parametrize("has_backend", [True, False])
-@RUNS
 @given(
     prompt=st.lists(st.sampled_from(["the", "cat", "hello", "at", " "]), min_size=1, max_size=6),
     text=st.lists(st.sampled_from(["the", "cat", "hello", "at", " ", "  "]), max_size=8),
@@ -405,7 +401,6 @@ def encode_in_pieces(tokenizer: Tokenizer, parts: Sequence[str]) -> list[int]:
     return [token_id for part in parts for token_id in tokenizer.encode(part)]
 
 
-@settings(RUNS, max_examples=400)
 @given(
     parts=st.lists(short_texts, max_size=4),
     stops=stop_lists,
@@ -423,7 +418,6 @@ def test_stops_and_visible_text_are_as_in_a_slow_search(
     assert run(byte_level, ids, params) == reference(byte_level, ids, params)
 
 
-@settings(RUNS, max_examples=300)
 @given(before=short_texts, stop=short_texts.filter(bool), after=short_texts, cut=st.integers(0, 9))
 def test_nothing_of_a_stop_string_is_ever_visible_and_the_text_before_is_exact(
     byte_level: Tokenizer, before: str, stop: str, after: str, cut: int
@@ -438,7 +432,6 @@ def test_nothing_of_a_stop_string_is_ever_visible_and_the_text_before_is_exact(
         assert later.startswith(earlier)  # never taken back
 
 
-@settings(RUNS, max_examples=200)
 @given(parts=st.lists(short_texts, max_size=4), stops=stop_lists)
 def test_only_what_may_become_a_stop_string_is_held_back(
     byte_level: Tokenizer, parts: list[str], stops: list[str]

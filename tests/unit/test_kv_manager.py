@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from compiledllm.sampling_params import SamplingParams
@@ -76,7 +76,6 @@ def test_a_chunk_is_as_long_as_the_pool_has_room_for(
         assert allowed == count
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
 @given(windows_of_groups, block_sizes, st.integers(1, 12), st.data())
 def test_the_longest_prefix_is_found_that_all_groups_have_the_blocks_for(
     windows: list[int], block_size: int, num_blocks: int, data: st.DataObject

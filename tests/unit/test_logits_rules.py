@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -22,12 +22,6 @@ from compiledllm.sampling_params import SamplingParams
 from compiledllm.types import NewRequest, ScheduledRequest, SchedulerOutput
 
 VOCAB = 13
-RUNS = settings(
-    max_examples=300,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow],
-)
 
 
 # -- a slow reference -----------------------------------------------------------------------------
@@ -180,7 +174,6 @@ def random_logits(count: int, seed: int) -> Tensor:
     return torch.randn(count, VOCAB, generator=torch.Generator().manual_seed(seed)) * 2
 
 
-@RUNS
 @given(requests(), st.integers(0, 10**6))
 def test_edited_logits_are_those_of_a_slow_reference(made: list[NewRequest], seed: int) -> None:
     batch = Batch(made)

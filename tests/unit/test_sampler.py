@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from compiledllm.kernels.sampling import SamplingRows, draw_tokens, gumbel_noise, threshold
 from compiledllm.runner.request_table import RequestTable
@@ -125,6 +124,8 @@ def test_filter_keeps_what_a_slow_search_keeps(filters: tuple[int, float, float]
 
 @pytest.mark.parametrize("filters", FILTERS)
 def test_filter_masks_what_transformers_masks(filters: tuple[int, float, float]) -> None:
+    from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
     top_k, top_p, min_p = filters
     scores = random_logits(64, seed=1)
     expected, no_ids = scores.clone(), torch.empty(64, 0, dtype=torch.int64)
@@ -161,6 +162,8 @@ def test_every_row_has_its_own_filter() -> None:
 
 
 def test_ties_with_the_last_token_kept_all_stay() -> None:
+    from transformers import TopKLogitsWarper
+
     scores = torch.tensor([[1.0, 3.0, 2.0, 2.0, 2.0, 0.0]])
     assert kept_ids(run_filter(scores, 2)) == [{1, 2, 3, 4}]
     assert torch.equal(

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from compiledllm.sampling_params import RepetitionDetectionParams, SamplingParams
@@ -470,7 +470,6 @@ def test_request_id_used_again_queues_behind_those_who_wait() -> None:
     assert [list(counts(step)) for step in bench.run()] == [["b"], ["again"]]
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.lists(st.integers(0, 5), max_size=12), st.data())
 def test_waiting_queue_stays_in_order_when_requests_leave_it(
     arrival_times: list[int], data: st.DataObject
@@ -1117,7 +1116,6 @@ def num_held(bench: Bench) -> int:
     return bench.pool.num_blocks - bench.pool.num_free_blocks
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
 @given(
     window=st.integers(1, 20),
     block_size=st.integers(1, 5),
@@ -1403,7 +1401,6 @@ hybrid_options = st.builds(
 )
 
 
-@settings(max_examples=800, deadline=None, derandomize=True)
 @given(scheduler_options, st.lists(arrivals, min_size=3, max_size=9), st.booleans())
 def test_any_mix_of_requests_finishes_with_its_own_tokens(
     options: dict[str, int | str | bool], arrivals: list[Arrival], run_ahead: bool
@@ -1411,7 +1408,6 @@ def test_any_mix_of_requests_finishes_with_its_own_tokens(
     Scenario(Bench(**options), arrivals).run(run_ahead=run_ahead)  # type: ignore[arg-type]
 
 
-@settings(max_examples=800, deadline=None, derandomize=True)
 @given(hybrid_options, st.lists(arrivals, min_size=3, max_size=9), st.booleans())
 def test_any_mix_finishes_where_layers_see_unequally_far(
     options: dict[str, Any], arrivals: list[Arrival], run_ahead: bool
@@ -1420,7 +1416,6 @@ def test_any_mix_finishes_where_layers_see_unequally_far(
     Scenario(Bench(**options), arrivals).run(run_ahead=run_ahead)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
 @given(
     scheduler_options | hybrid_options,
     st.lists(arrivals, min_size=3, max_size=7),
@@ -1437,7 +1432,6 @@ def test_any_mix_survives_interrupted_steps(
     scenario.run(interrupted_steps, run_ahead)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(2, 6))
 def test_crowd_in_the_smallest_possible_pool_finishes(
     block_size: int, budget: int, num_requests: int

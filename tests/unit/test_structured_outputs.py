@@ -11,7 +11,7 @@ import jsonschema
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -162,7 +162,6 @@ def random_schema(draw: random.Random, depth: int = 0) -> dict[str, Any]:
     return {"type": kind}
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(0, 10**6))
 def test_outputs_validate_against_random_schemas(seed: int) -> None:
     schema = random_schema(random.Random(seed))
@@ -382,7 +381,6 @@ SCHEMAS = st.recursive(
 )
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
 @given(st.lists(st.sampled_from(HOSTILE), max_size=12).map("".join), SCHEMAS)
 def test_whatever_a_form_is_it_compiles_or_is_a_value_error(text: str, schema: Any) -> None:
     """And then it gives masks, or says what is wrong; nothing else is raised."""
