@@ -1,17 +1,32 @@
 # Two commands do all the set-up: `make demo` and `make test`. Both can be repeated.
+# While writing, `make quick`: units, the rules of the repository and one test of each other kind.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format clean
+WORKERS ?= 2
+PYTEST = $(BIN)/pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+QUICK := tests/unit tests/repo \
+	tests/kernels/test_paged_attention.py::test_rows_of_equal_length \
+	'tests/models/test_families.py::test_logits_equal_transformers[llama-gqa]' \
+	'tests/engine/test_families.py::test_greedy_tokens_are_those_of_transformers[llama]' \
+	'tests/engine/test_families.py::test_compiled_blocks_give_the_same_tokens[gpt_neox]' \
+	tests/server/test_http.py::test_every_answer_has_its_requests_id \
+	tests/benchmarks/test_commands.py::test_random_weights_need_only_a_config
+
+.PHONY: demo test quick lint format clean
 
 demo: $(READY)
 	$(BIN)/compiledllm generate --chat --temperature 0 --max-tokens 160 \
 		"Explain in a few sentences why the sky is blue."
 
 test: $(READY)
-	$(BIN)/pytest
+	HYPOTHESIS_PROFILE=ci $(PYTEST)
+
+quick: $(READY)
+	$(PYTEST) $(QUICK) --deselect tests/repo/test_readme.py::test_command_runs \
+		--deselect tests/repo/test_readme.py::test_python_example_runs
 
 lint: $(READY)
 	$(BIN)/ruff check .

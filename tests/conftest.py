@@ -10,17 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
-from tests.support import interpreter
+from compiledllm.models.source import cache_dir
+from tests.support import interpreter, schedule
 from tests.support.pairwise import pairwise_cover
 
 # All of these are read when torch or a kernel is imported, which a test file may do first.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as compiledllm/__init__.py does, and why
+if schedule.IS_WORKER:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+# What was compiled is kept between runs. tests/graphs/test_compile.py starts without it.
+for name, folder in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
+    os.environ.setdefault(name, str(cache_dir() / "tests" / folder))
 
 # Chosen by HYPOTHESIS_PROFILE, or pytest's --hypothesis-profile.
 PLAIN = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -41,6 +48,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=[item for item in items if item in dropped])
         items[:] = [item for item in items if item not in dropped]
     skip_what_needs_a_gpu(items)
+    if schedule.IS_WORKER:
+        schedule.arrange(items)
 
 
 def beyond_pairwise(items: list[pytest.Item]) -> set[pytest.Item]:
@@ -150,4 +159,6 @@ def default_model() -> Path:
     """The embedded default model, real weights: from the cache, or fetched once."""
     from compiledllm.models.source import resolve_checkpoint
 
-    return resolve_checkpoint(None)
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    with FileLock(cache_dir() / "tests.lock"):  # two workers of a run ask at the same time
+        return resolve_checkpoint(None)

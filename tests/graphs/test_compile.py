@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch._inductor.utils import run_and_get_code
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache, run_and_get_code
 
 from compiledllm import Engine, SamplingParams
 from compiledllm.graphs.compile import Variant, variants_for
@@ -22,14 +23,18 @@ PARAMS = SamplingParams(temperature=0, max_tokens=4)
 
 @pytest.fixture(scope="module")
 def engine(tiny_llama: Callable[..., Path]) -> Engine:
-    engine = Engine(
-        tiny_llama(),
-        device="cpu",
-        skip_tokenizer_init=True,
-        compile_when="start",
-        num_kv_blocks=4096,
-    )
+    """Compiled from nothing: the others find what an earlier run left on disk."""
+    before = counters["inductor"]["fxgraph_cache_hit"]
+    with fresh_cache():
+        engine = Engine(
+            tiny_llama(),
+            device="cpu",
+            skip_tokenizer_init=True,
+            compile_when="start",
+            num_kv_blocks=4096,
+        )
     assert engine.core.runner.compiler.is_ready
+    assert counters["inductor"]["fxgraph_cache_hit"] == before
     return engine
 
 
