@@ -1,7 +1,7 @@
 """Greedy output of the real default model equals transformers', however the engine gets there.
 
 float32, 20 prompts of 1 to 600 tokens, at most 64 new tokens each. transformers judges a prompt and
-its new tokens in one forward: each new token must have the largest logit of its position, up to TIE.
+its answer in one forward: each new token must have the largest logit of its position, up to TIE.
 """
 
 from __future__ import annotations
