@@ -264,7 +264,6 @@ def begun_by(text: str, form: str) -> bool:
     return re.search(re.escape(MARKERS[form][0]) + rf"(?:{head})\{{", text) is not None
 
 
-@RUNS
 @given(
     start=st.sampled_from(["", "Well. ", "\n"]),
     rest=st.lists(st.sampled_from(PIECES), max_size=20).map("".join),
@@ -280,7 +279,6 @@ def test_no_marker_is_shown_behind_the_beginning_of_a_call(
     assert not any(marker in content for marker in MARKERS[form])
 
 
-@RUNS
 @given(
     text=st.lists(st.sampled_from(PIECES), max_size=30).map("".join),
     cut=st.integers(0, 400),

@@ -205,7 +205,6 @@ def test_prompt_that_ends_in_half_a_character_is_not_repeated(
 
 
 @pytest.mark.parametrize("has_backend", [True, False])
-@RUNS
 @given(data=st.data())
 def test_any_tokens_give_the_text_of_a_whole_decode(
     byte_level: Tokenizer, data: st.DataObject, has_backend: bool

@@ -491,7 +491,6 @@ def test_waiting_queue_stays_in_order_when_requests_leave_it(
     assert [queue.pop() for _ in expected] == expected
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.integers(0, 60), st.integers(0, 2**32))
 def test_every_request_is_let_in_whatever_priorities_keep_coming(num_first: int, seed: int) -> None:
     """The eldest of those that wait is passed over a bounded number of times; equals keep order."""
