@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from compiledllm.log import log
+from compiledllm.log import OneLine, log
 from compiledllm.server.engine_client import EngineClient
 from compiledllm.server.errors import ApiError, error_response, response_to
 from compiledllm.server.jobs import Job, JobMaker
@@ -108,6 +109,7 @@ def create_app(engine: EngineClient, options: AppOptions) -> FastAPI:
             allow_credentials=options.cors.credentials,
             expose_headers=EXPOSED_HEADERS,
         )
+    logging.getLogger("uvicorn.error").addFilter(OneLine())  # its tracebacks quote clients, too
     return app
 
 

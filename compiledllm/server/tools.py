@@ -133,4 +133,6 @@ def _form(grammar: str) -> StructuredOutputsParams:
 
 def plain_message(message: Message) -> dict[str, Any]:
     """As the client sent it; `Tokenizer.encode_chat` makes it what chat templates want."""
-    return message.plain() | {"content": message.content}
+    plain = message.plain()
+    plain.setdefault("content", None)  # null and a missing field are the same here
+    return plain

@@ -5,6 +5,7 @@ The templates are short, each with the trait of the real one that it is named af
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from compiledllm.engine.conversation import plain_arguments, plain_messages
 from compiledllm.engine.tokenizer import MAX_TEMPLATES, Tokenizer
+from compiledllm.server.bodies import parse
 from compiledllm.server.protocol import Message
 from compiledllm.server.tools import plain_message
 
@@ -281,7 +283,7 @@ def sent(**fields: Any) -> dict[str, Any]:
     """An assistant's message in the history: the same from Engine.chat and from HTTP."""
     message = {"role": "assistant", **fields}
     (plain,) = plain_messages([message])
-    assert plain_messages([plain_message(Message.model_validate(message))]) == [plain]
+    assert plain_messages([plain_message(parse(Message, json.dumps(message).encode()))]) == [plain]
     return plain
 
 
