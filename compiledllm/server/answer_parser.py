@@ -1,7 +1,7 @@
-"""A chat answer's text, as it comes, parted into reasoning, content and tool calls.
+"""Splits the text of a chat answer, piece by piece, into reasoning, content and tool calls.
 
-Linear scanners with bounded buffers; whatever the model writes, each of its characters is looked at
-once or twice, and any chunking gives the same parts.
+The scanners are linear and their buffers bounded: each character is read once or twice, and the
+result does not depend on how the text is cut into pieces.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ THINK, END_THINK = "<think>", "</think>"
 
 
 class AnswerParser:
-    """feed(text) for each piece, finish() at the end; both return what is new.
+    """Call feed(text) for each piece and finish() at the end; both return the new parts.
 
-    What an answer that was cut off shows is the beginning of what the whole of it would.
+    The parts of a truncated answer are a prefix of the parts of the complete answer.
 
-    tool_format: None if there are no tools; tool_names: of the functions that can be called; what
-    calls others is content. most_calls: more are dropped. reasoning: "off", "leading" (an answer
-    may begin with it) or "begun" (the prompt has opened it).
+    tool_format: None if there are no tools. tool_names: the functions that may be called; a call of
+    another name is content. most_calls: calls beyond this number are dropped. reasoning: "off",
+    "leading" (the answer may begin with <think>) or "begun" (the prompt ends with <think>).
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class AnswerParser:
 
     @property
     def is_past_parts(self) -> bool:
-        """Whether everything else is content, to the letter."""
+        """Whether the rest of the answer is content, unchanged."""
         return self._calls is None and self._reasoning.is_over
 
     def feed(self, text: str) -> Parts:
@@ -56,10 +56,10 @@ class AnswerParser:
         return parts
 
     def finish(self, is_whole: bool = False) -> Parts:
-        """The answer is over: what was held back.
+        """End the answer and return the parts that were held back.
 
-        is_whole: the model ended it. Of one that was cut off, what may have become a marker or a
-        call is dropped.
+        is_whole: the model ended the answer. In a truncated answer, text that may be the beginning
+        of a marker or of a call is dropped.
         """
         parts = Parts()
         rest = self._reasoning.finish(parts, is_whole)
@@ -72,12 +72,12 @@ class AnswerParser:
 
 
 class _ReasoningScanner:
-    """Takes out what stands between <think> and </think> at the beginning, without space around."""
+    """Takes out the text between leading <think> and </think>, without surrounding white space."""
 
     def __init__(self, mode: str) -> None:
         self._state = {"off": "content", "leading": "start", "begun": "inside"}[mode]
-        self._leading: list[str] = []  # white space in front of the first word
-        self._pending = ""  # perhaps the beginning of a marker
+        self._leading: list[str] = []  # white space before the first word
+        self._pending = ""  # text that may be the beginning of a marker
         self._space = HeldSpace(drops_leading=True)
 
     @property
@@ -85,7 +85,7 @@ class _ReasoningScanner:
         return self._state == "content"
 
     def feed(self, text: str, parts: Parts) -> str:
-        """Adds reasoning to the parts; returns the rest."""
+        """Add reasoning to `parts` and return the text that is not reasoning."""
         if self._state == "content":
             return text
         text = self._pending + text
@@ -108,13 +108,13 @@ class _ReasoningScanner:
                 return ""
             parts.reasoning += self._space.push(text[:end])
             self._state, text = "behind", text[end + len(END_THINK) :]
-        text = text.lstrip()  # behind it: up to the first word
+        text = text.lstrip()  # white space between </think> and the first word is dropped
         if text:
             self._state = "content"
         return text
 
     def finish(self, parts: Parts, is_whole: bool) -> str:
-        """Adds reasoning that was held back; returns what turns out to be content."""
+        """Add the reasoning that was held back and return the text that turns out to be content."""
         pending = self._pending if is_whole else ""
         if self._state == "inside":
             parts.reasoning += self._space.push(pending)

@@ -1,4 +1,4 @@
-"""What an answer is made of, and what the scanners of its text have in common."""
+"""The parts of an answer, and helpers that the scanners of its text share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class CallPart:
-    """More of a tool call: its name with the first part, and a piece of the arguments' text."""
+    """A piece of a tool call: part of the arguments' text; the first piece also has the name."""
 
     index: int
     name: str | None = None
@@ -17,14 +17,14 @@ class CallPart:
 
 @dataclass(slots=True)
 class Parts:
-    """What has come of an answer."""
+    """The parts that a piece of an answer's text adds to the answer."""
 
     reasoning: str = ""
     content: str = ""
     calls: list[CallPart] = field(default_factory=list)
 
     def add_call(self, part: CallPart) -> None:
-        """Merges it with an earlier part of the same call."""
+        """Append a piece of a call, merging consecutive pieces of the same call."""
         if self.calls and self.calls[-1].index == part.index:
             self.calls[-1].arguments += part.arguments
         else:
@@ -32,7 +32,7 @@ class Parts:
 
 
 class HeldSpace:
-    """Holds back white space until text follows; drops it at the beginning, if told to."""
+    """Holds back white space until text follows, and drops leading white space if told to."""
 
     def __init__(self, drops_leading: bool) -> None:
         self.drops_leading = drops_leading
@@ -54,7 +54,7 @@ class HeldSpace:
 
 
 def hold_back(text: str, markers: Iterable[str]) -> tuple[str, str]:
-    """The text in two; the second part is the longest end that may begin a marker."""
+    """Split the text in two; the second part is the longest suffix that may begin a marker."""
     longest = 0
     for marker in markers:
         for length in range(min(len(text), len(marker) - 1), longest, -1):

@@ -1,4 +1,4 @@
-"""The routes. `create_app` makes the application of one engine; `launch` starts both."""
+"""The HTTP routes. `create_app` makes the application for an engine; `launch` starts both."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class AppOptions:
-    """What the routes need to know besides the engine."""
+    """Options of the routes that do not concern the engine."""
 
     model_names: list[str]
     api_keys: list[str]
     cors: Cors = Cors()
-    serves_only_local: bool = False  # the address is this machine's alone
+    serves_only_local: bool = False  # the listening address is a loopback address
     strict_fields: bool = False
     logs_requests: bool = False
     metrics_prefix: str = "compiledllm:"
@@ -68,14 +68,14 @@ class AppOptions:
 
 class _App(FastAPI):
     def openapi(self) -> dict[str, Any]:
-        """With the bodies, which are read by `bodies` and not by FastAPI."""
+        """Add the schemas of bodies, because `bodies` reads them and FastAPI does not know them."""
         schema = super().openapi()
         schema["components"]["schemas"] |= components(tuple(BODIES.values()))
         return schema
 
 
 def create_app(engine: EngineClient, options: AppOptions) -> FastAPI:
-    """The application; its `state.metrics` writes the log line."""
+    """Make the application; its `state.metrics` writes the periodic log line."""
     app = _App(
         title="compiledllm", version=__version__, docs_url=None, redoc_url=None, responses=_ERRORS
     )
@@ -101,7 +101,7 @@ def create_app(engine: EngineClient, options: AppOptions) -> FastAPI:
     if options.cors.origins:
         from starlette.middleware.cors import CORSMiddleware
 
-        app.add_middleware(  # around the guard: a preflight has no key, and errors need headers
+        app.add_middleware(  # outside the guard: a preflight has no key, and errors need headers
             CORSMiddleware,
             allow_origins=options.cors.origins,
             allow_methods=options.cors.methods,
@@ -114,7 +114,7 @@ def create_app(engine: EngineClient, options: AppOptions) -> FastAPI:
 
 
 def _body_of(path: str) -> dict[str, Any]:
-    """What OpenAPI says of a route's body."""
+    """The OpenAPI description of a route's request body."""
     schema = {"$ref": f"#/components/schemas/{BODIES[path].__name__}"}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
@@ -144,7 +144,7 @@ def _add_generation(app: FastAPI, jobs: JobMaker, serving: Serving) -> None:
 
 
 class _EventStream(StreamingResponse):
-    """A job's server-sent events. However it ends, and if it never begins, the job is released."""
+    """A job's server-sent events. The job is released even if the stream fails or never starts."""
 
     def __init__(self, serving: Serving, job: Job, headers: dict[str, str]) -> None:
         super().__init__(serving.stream(job), 200, headers, "text/event-stream")
@@ -203,7 +203,7 @@ def _add_models(app: FastAPI, jobs: JobMaker) -> None:
 def _add_state(app: FastAPI, engine: EngineClient, metrics: Metrics) -> None:
     @app.get("/health")
     async def health() -> JSONResponse:
-        """Whether the engine is alive: 503 if it is dead, or silent for too long."""
+        """Whether the engine is alive; 503 if the engine is dead or silent for too long."""
         problem = engine.why_unhealthy()
         body = {"status": "unhealthy" if problem else "ok", "engine": engine.state}
         if problem:
@@ -212,7 +212,7 @@ def _add_state(app: FastAPI, engine: EngineClient, metrics: Metrics) -> None:
 
     @app.get("/ready")
     async def ready() -> JSONResponse:
-        """Whether requests are taken now."""
+        """Whether the server accepts requests now."""
         problem = engine.why_unhealthy()
         is_ready = engine.state == "ready" and problem is None
         body = {"ready": is_ready, "engine": engine.state}
@@ -228,7 +228,7 @@ def _add_state(app: FastAPI, engine: EngineClient, metrics: Metrics) -> None:
 
     @app.get("/config")
     async def config() -> dict[str, Any]:
-        """Every resolved option, and why those that were open have their values."""
+        """Every resolved option, and the reason for each value that the engine chose."""
         if engine.ready is None:
             return {"options": {}, "choices": {}}
         return {"options": engine.ready.options, "choices": engine.ready.choices}
@@ -261,7 +261,7 @@ def _add_errors(app: FastAPI, metrics: Metrics) -> None:
         return error_response(ApiError(error.status_code, message), headers)
 
     async def left(request: Request, error: Exception) -> Response:
-        return Response(status_code=499)  # nobody reads it
+        return Response(status_code=499)  # the client is gone, so the response has no body
 
     async def other(request: Request, error: Exception) -> Response:
         if isinstance(error, Overloaded):

@@ -1,9 +1,10 @@
-"""JSON bodies, read field by field: nothing is built that no field takes, or beyond a limit.
+"""Reads JSON bodies field by field and builds only the values that a field takes, within limits.
 
-A kind of body is a `Body`, whose annotations say what its fields take and how many. Reading one is
-linear, ends at the first bad item and costs a small multiple of the body's bytes, whatever they
-are: an unknown field stays bytes, the form of a union is chosen by the first characters, a list
-ends at its limit. Null means absent. Knows no HTTP and no field's meaning.
+A kind of body is a subclass of `Body` whose annotations give the types and limits of its fields.
+Reading takes linear time, stops at the first bad item and needs a small multiple of the body's
+bytes, even for hostile input: an unknown field stays bytes, the first characters choose the member
+of a union, and a list ends at its limit. Null means absent. This module knows neither HTTP nor the
+meaning of a field.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from compiledllm.server.body_kinds import Buffer, bare_of, describe, form_of, fo
 from compiledllm.server.errors import ApiError
 from compiledllm.structured_outputs import MAX_NESTING, is_nested_deeper
 
-MAX_FIELDS = 256  # of one object that has fields, known or not
+MAX_FIELDS = 256  # fields of one object, known or unknown
 MAX_NAME_LENGTH = 256  # characters of a field's name
-MAX_FREE_BYTES = 2**19  # of a body's objects of any form (schemas, arguments), all together
+MAX_FREE_BYTES = 2**19  # bytes of all free-form objects (schemas, arguments) of a body together
 MAX_OBJECTS = 2**15  # messages, content parts, tools and calls of a body
 MAX_NUMBERS = 2**21  # token ids of a body
-MAX_TEXT_BYTES = 2**24  # of one text, as it is sent
+MAX_TEXT_BYTES = 2**24  # bytes of one text, as sent
 
 BodyT = TypeVar("BodyT", bound="Body")
 
@@ -37,8 +38,8 @@ BodyT = TypeVar("BodyT", bound="Body")
 class Body(msgspec.Struct, kw_only=True):
     """An object with fields. A field is optional if it has a default.
 
-    unknown_fields: names of those that were sent and no field has. more: these fields themselves,
-    where the class says `keeps_more`.
+    unknown_fields: names of sent fields that the class does not declare. more: the values of those
+    fields in a class that sets `keeps_more`.
     """
 
     keeps_more: ClassVar[bool] = False
@@ -47,7 +48,7 @@ class Body(msgspec.Struct, kw_only=True):
     more: dict[str, Any] = {}
 
     def plain(self) -> dict[str, Any]:
-        """As it was sent, with defaults and without nulls."""
+        """The object as it was sent, with defaults and without nulls."""
         fields = {field.name: getattr(self, name) for name, field in fields_of(type(self)).items()}
         return {k: _plain(v) for k, v in fields.items() if v is not None} | self.more
 
@@ -63,7 +64,7 @@ def _plain(value: Any) -> Any:
 
 
 class Budget:
-    """What may still be built of a body."""
+    """How many bytes, objects and numbers may still be built from a body."""
 
     __slots__ = ("free_bytes", "numbers", "objects")
 
@@ -90,7 +91,7 @@ Reader = Callable[[Buffer, str, Budget], Any]
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """name: in JSON. kind: its annotation, without None. read: a value of it."""
+    """One field. name: in JSON. kind: the annotation without None. read: reads a value."""
 
     name: str
     kind: Any
@@ -99,13 +100,13 @@ class Field:
 
 
 def parse(kind: type[BodyT], data: bytes) -> BodyT:
-    """The body that these bytes are. Raises ApiError (400), naming the field, limit and value."""
+    """Parse a body. Raises ApiError (400) with the field, the limit and the value."""
     return _read_body(kind, data, "", Budget())
 
 
 @lru_cache
 def fields_of(kind: type[Body]) -> dict[str, Field]:
-    """By attribute."""
+    """The fields of a kind of body, by attribute."""
     hints = hints_of(kind, include_extras=True)
     own = [f for f in msgspec.structs.fields(kind) if f.name not in ("unknown_fields", "more")]
     kinds = {f.name: without_none(hints[f.name]) for f in own}
@@ -147,14 +148,14 @@ def _read_body(kind: type[BodyT], data: Buffer, where: str, budget: Budget) -> B
 
 
 class _Name(str):
-    """A name that was counted."""
+    """A field name that `_counter` has counted."""
 
 
 _FIELDS = msgspec.json.Decoder(dict[str, Raw])
 
 
 def _split(data: Buffer, where: str) -> dict[str, Raw]:
-    """The fields of an object, not yet read."""
+    """The fields of an object, still as raw JSON."""
     try:
         if memoryview(data).nbytes <= SMALL_BYTES // 16:
             fields = _FIELDS.decode(data)
@@ -172,7 +173,7 @@ def _split(data: Buffer, where: str) -> dict[str, Raw]:
 
 
 def _counter(where: str, most: int, what: str) -> Callable[[type, Any], Any]:
-    """A hook for names that ends the reading of an object with too many, or too long ones."""
+    """A decoder hook that rejects an object with too many names or with a name that is too long."""
     count = 0
 
     def hook(kind: type, name: str) -> _Name:
@@ -223,7 +224,7 @@ def _read_item_body(kind: type[Body], data: Buffer, where: str, budget: Budget) 
 
 
 _WHOLE = re.compile(rb"(-?[0-9]{1,19})\.0+")
-_BYTES_PER_CHARACTER = 12  # at most, in JSON: two escapes of four hexadecimal digits
+_BYTES_PER_CHARACTER = 12  # at most, in JSON: two escapes of six characters
 
 
 def _leaf_reader(kind: Any, bare: Any) -> Reader:
@@ -235,14 +236,14 @@ def _leaf_reader(kind: Any, bare: Any) -> Reader:
 
     def read(data: Buffer, where: str, budget: Budget) -> Any:
         size = memoryview(data).nbytes
-        if size > most:  # and it need not be built to know
+        if size > most:  # the size alone shows that the value is too long, so nothing is decoded
             if size > MAX_TEXT_BYTES:
                 raise ApiError(400, f"{where} has {size} bytes; at most {most} are taken", where)
             raise must_be(kind, shown(data), where)
         try:
             return decoder.decode(data)
         except (DecodeError, RecursionError) as error:
-            # Typed clients of other languages write integers so.
+            # Typed clients in other languages write integers as 1.0.
             if bare is int and (whole := _WHOLE.fullmatch(memoryview(data))):
                 return read(whole[1], where, budget)
             raise refusal(error, kind, data, where) from None
@@ -257,7 +258,7 @@ def _read_object(data: Buffer, where: str, budget: Budget) -> Any:
 
 
 def _read_free(data: Buffer, where: str, budget: Budget) -> Any:
-    """Any JSON. Text is as large as its bytes; lists and objects are many times larger."""
+    """Decode free-form JSON. Only objects and lists count: once decoded they grow far larger."""
     view = memoryview(data)
     if view[0] != ord('"'):
         budget.take(where, free_bytes=view.nbytes)
@@ -282,7 +283,7 @@ def _read_map(
 
 
 def _list_reader(kind: Any, item: Any, least: int, most: int) -> Reader:
-    """Of numbers, texts and plain structs in one go; of bodies, lists and unions one by one."""
+    """Decodes numbers, texts and plain structs at once; bodies, lists and unions one by one."""
     bare, _ = bare_of(item)
     is_number, is_leaf = bare in (int, float), not _is_read_alone(bare)
     whole = msgspec.json.Decoder(GenericAlias(list, (item if is_leaf else Raw,)))
@@ -312,13 +313,13 @@ def _list_reader(kind: Any, item: Any, least: int, most: int) -> Reader:
 
 
 def _is_read_alone(bare: Any) -> bool:
-    """Whether an item of a list has limits of its own within it."""
+    """Whether an item of a list has limits on its own contents."""
     is_body = isinstance(bare, type) and issubclass(bare, Body)
     return is_body or get_origin(bare) in (list, dict)
 
 
 def _decode_at_most(item: Any, most: int, data: Buffer) -> list[Any]:
-    """A list that is refused at its first item too many, before the rest is looked at."""
+    """Decode a list; the first item beyond the limit raises before later items are decoded."""
     if most > MAX_OBJECTS:
         raise ValidationError("at most length")
     return [

@@ -1,4 +1,4 @@
-"""What is wrong with a value of a body, in one form: the field, what it must be, what it is."""
+"""Error messages for a body's values: the field, the expected value and the value that was sent."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from msgspec import Raw, ValidationError
 from compiledllm.server.body_kinds import Buffer, bare_of, describe
 from compiledllm.server.errors import ApiError
 
-SMALL_BYTES = 2**16  # of JSON that may be read before anything of it is counted
-_SHOWN = 80  # characters of a value
+SMALL_BYTES = 2**16  # bytes of JSON that may be decoded before any item is counted
+_SHOWN = 80  # characters of a value in a message
 _TRUNCATED = ("Input data was truncated", "it ends early, or has half of a surrogate pair")
 _PATH = re.compile(r" - at `\$((?:\[\d+\])*)")
 
 
 def refusal(error: Exception, kind: Any, data: Buffer, where: str) -> ApiError:
-    """What msgspec found, in the words of this module."""
+    """Turn a decoding error into an ApiError in the wording of this module."""
     if isinstance(error, RecursionError):
         return ApiError(400, f"{where or 'the body'} is nested too deeply", where or None)
     if not isinstance(error, ValidationError):
@@ -38,7 +38,7 @@ def refusal(error: Exception, kind: Any, data: Buffer, where: str) -> ApiError:
 
 
 def _item_of(kind: Any, data: Buffer, index: int) -> tuple[Any, Buffer]:
-    """What an item of a list has to be, and the item itself, if the list is short."""
+    """The annotation of a list's items, and the item's JSON if the list is short."""
     bare, _ = bare_of(kind)
     kind = get_args(bare)[0] if get_origin(bare) is list else bare
     if not memoryview(data).nbytes or memoryview(data).nbytes > SMALL_BYTES:

@@ -1,4 +1,4 @@
-"""Annotations of bodies' fields: taken apart, and in words for errors."""
+"""Takes the annotations of bodies' fields apart and describes them in words for errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Buffer = bytes | Raw
 
 
 def bare_of(kind: Any) -> tuple[Any, Meta | None]:
-    """An annotation without its limits, and these."""
+    """An annotation without its limits, and the limits."""
     if get_origin(kind) is Annotated:
         bare, *more = get_args(kind)
         return bare, next((meta for meta in more if isinstance(meta, Meta)), None)
@@ -21,7 +21,7 @@ def bare_of(kind: Any) -> tuple[Any, Meta | None]:
 
 
 def without_none(kind: Any) -> Any:
-    """An optional field's kind: null is the same as leaving it out."""
+    """The annotation of an optional field without None, since null means absent."""
     if get_origin(kind) in (Union, UnionType):
         arms = tuple(arm for arm in get_args(kind) if arm is not type(None))
         return arms[0] if len(arms) == 1 else Union[arms]  # noqa: UP007 (made at run time)
@@ -29,7 +29,7 @@ def without_none(kind: Any) -> Any:
 
 
 def describe(kind: Any) -> str:
-    """What a value has to be, in words, with its limits."""
+    """The values that an annotation allows, in words, with the limits."""
     bare, meta = bare_of(kind)
     if meta is not None and meta.description is not None:
         return meta.description
@@ -53,7 +53,7 @@ def describe(kind: Any) -> str:
 
 
 def _many(kind: Any) -> str:
-    """Items of a list, in words; each has limits of its own."""
+    """Items of a list in words, in the plural and without the items' own limits."""
     bare, _ = bare_of(kind)
     if get_origin(bare) in (Union, UnionType):
         return " or ".join(map(_many, get_args(bare)))
@@ -85,7 +85,7 @@ def _interval(meta: Meta | None) -> str:
 
 
 def forms_of(kind: Any) -> Iterator[str]:
-    """How the JSON of a value may begin: "text", "object", "list number" and so on."""
+    """The forms that the JSON of a value may begin with: "text", "object", "list number", ..."""
     bare, _ = bare_of(kind)
     origin = get_origin(bare)
     if origin is list:
@@ -104,7 +104,7 @@ def forms_of(kind: Any) -> Iterator[str]:
 
 
 def form_of(data: Buffer) -> str:
-    """By the first character; of a list also by that of its first item."""
+    """The form of a value by its first character; for a list also by the first item's."""
     view = memoryview(data)
     form = _FORMS.get(view[0], "")
     if form != "list":

@@ -1,7 +1,7 @@
-"""One tool call as the model writes it: a JSON object, read character by character.
+"""Reads one tool call as the model writes it, a JSON object, character by character.
 
-What it says is known as soon as it can be, so that arguments are streamed. Not a validator: the
-arguments are the model's own text, between brackets that match.
+Name and arguments are reported as early as possible, so that arguments can be streamed. The scanner
+does not validate: the arguments are the model's own text between matching brackets.
 """
 
 from __future__ import annotations
@@ -10,26 +10,26 @@ import json
 from collections.abc import Callable, Set
 from typing import Literal
 
-MAX_BUFFERED = 2**16  # characters, of a call whose name is not known yet
+MAX_BUFFERED = 2**16  # characters of a call whose name is not known yet
 MAX_NESTING = 64
 _SPACE = " \t\n\r"
 _ARGUMENTS = ("arguments", "parameters")
 _BARE_KEYS = {*_ARGUMENTS, "name", "type", "id"}
 _CLOSES = {"{": "}", "[": "]"}
-_MARKER = "<"  # begins one, and nothing of JSON outside strings
+_MARKER = "<"  # begins every marker, and occurs nowhere in JSON outside strings
 
 
 class CallScanner:
-    """Reads from the object's "{" on.
+    """Reads a call from the object's "{" on.
 
-    state: "open" while it goes on, "done" behind its end, "failed" if it is no call. is_known: name
-    and the beginning of the arguments are; from then on "failed" only means that it breaks off.
-    raw: all that was read, until it is known.
+    state: "open" while the call continues, "done" after its end, "failed" if the text is not a
+    call. is_known: the name and the beginning of the arguments have been read; after that, "failed"
+    means that the call breaks off. raw: all characters read before the call is known.
     """
 
     def __init__(self, names: Set[str], name: str | None = None, is_bare: bool = False) -> None:
-        """name: given if the object is the arguments only. is_bare: without a marker, so that any
-        other JSON must be told from a call by its first key.
+        """name: the function's name if the object holds only the arguments. is_bare: the call has
+        no marker, so its first key must tell it from other JSON.
         """
         self._names = names
         self._keys = _BARE_KEYS if is_bare else None
@@ -37,12 +37,12 @@ class CallScanner:
         self.state: Literal["open", "done", "failed"] = "open"
         self.is_known = False
         self.raw: list[str] = []
-        self._fragments: list[str] = []  # of the arguments
+        self._fragments: list[str] = []  # the text of the arguments that has not been taken yet
         self._has_arguments = False
         self._is_arguments = name is not None
         self._key = "arguments" if self._is_arguments else ""
-        self._value: list[str] | None = None  # the present value, where it is of interest
-        self._brackets: list[str] = []  # that are open inside the present value
+        self._value: list[str] | None = None  # characters of the present value; None: ignored
+        self._brackets: list[str] = []  # closing brackets that the present value still needs
         self._is_escaped = False
         self._step: Callable[[str], None] = self._on_value if self._is_arguments else self._on_start
 
@@ -56,12 +56,12 @@ class CallScanner:
 
     @property
     def missing_brackets(self) -> str:
-        """What would close the arguments, if the call broke off inside them."""
+        """The brackets that would close the arguments if the call broke off inside them."""
         inside = self.state == "failed" and self._value is self._fragments
         return "".join(reversed(self._brackets)) if inside else ""
 
     def take_arguments(self) -> str:
-        """What has come of them since the last call; "" before the call is known."""
+        """The arguments' text since the last call of this method; "" before the call is known."""
         if not self.is_known:
             return ""
         text = "".join(self._fragments)
@@ -178,7 +178,7 @@ class CallScanner:
             self._go(self._on_comma)
 
     def _take(self, text: str) -> None:
-        """A name; or arguments as a string of JSON, or null."""
+        """Use a name, or arguments given as a JSON string or null."""
         try:
             value = json.loads(text)
         except ValueError:
@@ -212,7 +212,7 @@ class CallScanner:
             return ""
 
     def _look(self) -> None:
-        """Whether name and arguments have been seen by now."""
+        """Mark the call as known if its name and arguments have been seen."""
         if self.state == "open" and self.name in self._names and self._has_arguments:
             self.is_known = True
             self.raw.clear()

@@ -1,4 +1,4 @@
-"""One choice of a chat's answer as OpenAI shows it: whole, or delta by delta."""
+"""One choice of a chat answer in OpenAI's format: whole, or delta by delta."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from compiledllm.server.tools import ToolUse
 
 
 def reasoning_mode(parser: str, chat_template: str, prompt: str) -> str:
-    """How `AnswerParser` takes an answer to this prompt. parser: of `--reasoning-parser`.
+    """How `AnswerParser` treats reasoning in the answer to this prompt.
 
-    qwen3: an answer may begin with <think>, or its prompt ends with it. deepseek_r1: an answer
-    begins behind one. auto: qwen3 for chat templates that speak of </think>.
+    parser is the value of `--reasoning-parser`. qwen3: the answer may begin with <think>, or the
+    prompt ends with <think>. deepseek_r1: the answer begins inside <think>. auto: qwen3 if the chat
+    template contains </think>.
     """
     if parser == "none" or (parser == "auto" and END_THINK not in chat_template):
         return "off"
@@ -24,9 +25,9 @@ def reasoning_mode(parser: str, chat_template: str, prompt: str) -> str:
 
 
 class Choice:
-    """A choice's text, piece by piece, as parts of a message.
+    """Turns the text of a choice, piece by piece, into the parts of a message.
 
-    use: None without tools. reasoning: see `AnswerParser`.
+    use: None without tools. reasoning: as in `AnswerParser`.
     """
 
     def __init__(self, use: ToolUse | None, reasoning: str) -> None:
@@ -42,11 +43,11 @@ class Choice:
 
     @property
     def shows_as_is(self) -> bool:
-        """Whether all that follows is content: `delta` would show it as it is."""
+        """Whether the rest of the text is content that `delta` would pass on unchanged."""
         return self._parser.is_past_parts
 
     def message(self, text: str, is_whole: bool = False) -> dict[str, Any]:
-        """Of an answer. is_whole: it was not cut off."""
+        """The message of a complete text. is_whole: the answer was not truncated."""
         parts = self._parser.feed(text)
         _extend(parts, self._parser.finish(is_whole))
         message: dict[str, Any] = {"role": "assistant", "content": parts.content, "refusal": None}
@@ -55,7 +56,7 @@ class Choice:
         return message | self._more(parts)
 
     def delta(self, text: str, is_last: bool, is_whole: bool = False) -> dict[str, Any]:
-        """Of the next piece. is_whole: it is the last of an answer that was not cut off."""
+        """The delta of the next piece. is_whole: the piece ends an answer that is not truncated."""
         parts = self._parser.feed(text)
         if is_last:
             _extend(parts, self._parser.finish(is_whole))

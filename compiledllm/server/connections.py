@@ -1,7 +1,8 @@
-"""How many connections there may be, and how long a client may keep one waiting.
+"""Limits the number of connections and the time that a client may keep a connection waiting.
 
-One pass over all connections a second finds the overdue ones, so neither a request nor a streamed
-token arms a timer. A connection is `http_protocol.LimitedHttp`; this file knows nothing of HTTP.
+One sweep over all connections a second finds the overdue ones, so that neither a request nor a
+streamed token sets a timer. A connection is an `http_protocol.LimitedHttp`; this module knows
+nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -17,22 +18,22 @@ from compiledllm.log import log
 
 try:
     import resource
-except ImportError:  # Windows, which has no such limit
+except ImportError:  # Windows has no such limit
     resource = None  # type: ignore[assignment]
 
-MAX_DESCRIPTORS = 65_536  # the soft limit is raised to the hard one, and no further than this
-MAX_CONNECTIONS = 8192  # unless asked for; each may hold a request of its own
-RESERVED_DESCRIPTORS = 128  # files, the engine's socket, helper processes, spare connections
-MAX_SPARE = 32  # connections beyond the limit, which may ask only how the server is
+MAX_DESCRIPTORS = 65_536  # the soft limit is raised to the hard limit, but to no more than this
+MAX_CONNECTIONS = 8192  # default limit; each connection may hold a request of its own
+RESERVED_DESCRIPTORS = 128  # for files, the engine's socket, helper processes and spare connections
+MAX_SPARE = 32  # connections beyond the limit, on which only health and metrics are served
 SWEEP_INTERVAL_S = 1.0
 LOG_INTERVAL_S = 30.0
-NEARLY_FULL = 0.9  # of the limit
+NEARLY_FULL = 0.9  # of the limit, as a fraction
 
 
 @dataclass(frozen=True, slots=True)
 class Deadlines:
-    """client_s: for a head, and without progress of a body or of reading an answer.
-    keep_alive_s: between requests.
+    """client_s: seconds to send a head, or without progress while sending a body or reading an
+    answer. keep_alive_s: seconds a connection may idle between requests.
     """
 
     client_s: float
@@ -44,18 +45,18 @@ class Deadlines:
 
 
 class Connection(Protocol):
-    """What is asked of a connection. since: the event loop's time when its stage began."""
+    """A connection as seen here. since: when its stage began, in seconds of the event loop."""
 
     since: float
 
     def is_idle(self) -> bool:
-        """Whether nothing of a request has come, and no answer is due."""
+        """Whether no part of a request has arrived and no answer is pending."""
 
     def end_if_overdue(self, now: float, deadlines: Deadlines) -> str | None:
-        """End the connection if its client is overdue; what the client failed to do, or None."""
+        """End the connection if its client is overdue and return the cause, otherwise None."""
 
     def abort(self) -> None:
-        """Close at once."""
+        """Close the connection at once."""
 
 
 class Connections:
@@ -65,16 +66,17 @@ class Connections:
         self._max, self._deadlines = max_connections, deadlines
         self._max_spare = min(MAX_SPARE, max(max_connections // 4, 2))
         self._all: set[Connection] = set()
-        self._spare: dict[Connection, None] = {}  # the oldest first
-        self._idle: deque[Connection] = deque()  # the oldest first, as of the last sweep
-        self._ended: Counter[str] = Counter()  # by cause, since the last line in the log
-        self._num_refused = 0  # likewise
-        self._next_lines_at = [0.0, 0.0]  # of those two, by the event loop's time
+        self._spare: dict[Connection, None] = {}  # oldest first
+        self._idle: deque[Connection] = deque()  # oldest first, as of the last sweep
+        self._ended: Counter[str] = Counter()  # by cause, since the last log line
+        self._num_refused = 0  # since the last log line
+        self._next_lines_at = [0.0, 0.0]  # for the lines on ended and on full, in loop seconds
 
     def add(self, connection: Connection) -> bool:
-        """Whether there is room; otherwise the connection may ask only how the server is.
+        """Register a connection; False if only health and metrics may be served on it.
 
-        At the limit idle connections make room. Spare connections take the place of older ones.
+        At the limit, an idle connection is closed to make room. A new spare connection replaces the
+        oldest one.
         """
         self._all.add(connection)
         if len(self._all) <= self._max or self._close_an_idle_one():
@@ -92,7 +94,7 @@ class Connections:
         self._spare.pop(connection, None)
 
     async def watch(self) -> None:
-        """Sweep for ever."""
+        """Sweep forever."""
         interval = min(SWEEP_INTERVAL_S, self._deadlines.client_s / 4)
         loop = asyncio.get_running_loop()
         while True:
@@ -100,7 +102,7 @@ class Connections:
             self.sweep(loop.time())
 
     def sweep(self, now: float) -> None:
-        """End what is overdue, and say so in the log once in a while."""
+        """End overdue connections and log how many, at most once per interval."""
         for connection in list(self._all):
             cause = connection.end_if_overdue(now, self._deadlines)
             if cause is not None:
@@ -115,7 +117,7 @@ class Connections:
             self._tell_full()
 
     def _idle_ones(self, now: float) -> deque[Connection]:
-        """Those that have been idle for a while: a new one has not had time to say anything."""
+        """The connections idle for a sweep interval, as a new client needs time to send."""
         idle = (c for c in self._all if c.is_idle() and now - c.since >= SWEEP_INTERVAL_S)
         return deque(sorted(idle, key=lambda connection: connection.since))
 
@@ -145,7 +147,7 @@ class Connections:
 
 
 def connection_limit(asked: int | None) -> int:
-    """How many connections there may be: as asked, or as the limit on descriptors allows."""
+    """The connection limit: the requested one, or as many as the descriptor limit allows."""
     descriptors = _raise_descriptor_limit()
     room = max(descriptors - _num_open() - RESERVED_DESCRIPTORS, descriptors // 3)
     if asked is None:
@@ -159,7 +161,7 @@ def connection_limit(asked: int | None) -> int:
 
 
 def _raise_descriptor_limit() -> int:
-    """The number of descriptors that the process may have, after asking for more."""
+    """Raise the descriptor limit as far as allowed and return the new limit."""
     if resource is None:
         return MAX_DESCRIPTORS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -1,4 +1,4 @@
-"""Between OpenAI's bodies and the engine's requests and outputs."""
+"""Converts OpenAI's bodies to engine requests, and engine outputs to OpenAI's answers."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from compiledllm.server.protocol import (
 from compiledllm.server.tools import ToolUse, plain_message
 from compiledllm.structured_outputs import StructuredOutputsParams
 
-DEFAULT_MAX_TOKENS = 16  # of a text completion, as OpenAI has it
+DEFAULT_MAX_TOKENS = 16  # tokens of a text completion, OpenAI's default
 
-# Template arguments that decide about more than the template.
+# Template arguments that would change more than the rendered text.
 _RESERVED = {"tokenize", "chat_template", "add_generation_prompt", "continue_final_message"}
 _RESERVED |= {"conversation", "messages", "return_tensors", "return_dict", "padding", "truncation"}
 _RESERVED |= {"max_length", "tokenizer_kwargs", "return_assistant_tokens_mask", "tools"}
 _RESERVED |= {"self", "max_tokens"}
 
-# Fields of a body that are sampling parameters of the same name; None leaves the default.
+# Body fields that are sampling parameters of the same name; None keeps the default.
 _SAME = (
     *("n", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids"),
     *("frequency_penalty", "presence_penalty", "repetition_penalty", "logit_bias", "ignore_eos"),
@@ -46,7 +46,7 @@ _SAME = (
 
 
 def sampling_params(body: Generation, defaults: SamplingParams, **more: Any) -> SamplingParams:
-    """The body's own over the server's defaults. Raises ApiError naming the field."""
+    """The body's sampling parameters over the server's defaults. ApiError names a wrong field."""
     given = {name: getattr(body, name) for name in _SAME if getattr(body, name) is not None}
     if body.repetition_detection is not None:
         given["repetition_detection"] = body.repetition_detection.plain()
@@ -74,7 +74,7 @@ def completion_params(body: CompletionRequest, defaults: SamplingParams) -> Samp
         )
     more: dict[str, Any] = {"best_of": body.best_of, "logprobs": body.logprobs}
     limit = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-    more["max_tokens"] = max(limit, 1)  # the least the engine makes; nobody sees it
+    more["max_tokens"] = max(limit, 1)  # the engine's minimum; hidden if max_tokens is 0
     if body.echo and body.logprobs is not None and body.prompt_logprobs is None:
         more["prompt_logprobs"] = body.logprobs
     if body.max_tokens == 0:
@@ -84,7 +84,7 @@ def completion_params(body: CompletionRequest, defaults: SamplingParams) -> Samp
 
 
 def form_of(body: Generation) -> StructuredOutputsParams | None:
-    """Of the answer, by response_format or structured_outputs. Raises ApiError naming the field."""
+    """The structured output that the body asks for. Raises ApiError naming the field."""
     wanted, given = body.response_format, body.structured_outputs
     name = "response_format" if given is None else "structured_outputs"
     if wanted is not None and wanted.type != "text" and given is not None:
@@ -111,7 +111,7 @@ def _form_of_format(wanted: ResponseFormat) -> StructuredOutputsParams | None:
 
 
 def answer_schema(body: ChatRequest) -> dict[str, Any] | None:
-    """Of an answer that may call tools instead; None: any text, or no tools."""
+    """The JSON schema of an answer that may call tools instead; None: any text, or no tools."""
     form = form_of(body)
     if form is None or not body.tools or body.tool_choice == "none":
         return None
@@ -121,19 +121,19 @@ def answer_schema(body: ChatRequest) -> dict[str, Any] | None:
 
 
 def form_field(body: Generation) -> str:
-    """The field of a body that asks for a form of the answer, if any does."""
+    """The field of the body that asks for structured output, if any does."""
     if body.structured_outputs is not None:
         return "structured_outputs"
     return "tools" if isinstance(body, ChatRequest) and body.tools else "response_format"
 
 
 def as_form_error(name: str, error: ValueError) -> ApiError:
-    """An error about the form of the answer, under the name of the field that asked for it."""
+    """An error about structured output, with the name of the field that asked for it."""
     return ApiError(400, str(error).replace("structured_outputs", name, 1), name)
 
 
 def as_field_error(body: Generation, error: ValueError) -> ApiError:
-    """An error about the request, with the field that it is about."""
+    """An error about the request, with the name of the field concerned."""
     text = str(error)
     is_chat = isinstance(body, ChatRequest)
     if text.startswith("structured_outputs"):
@@ -147,7 +147,7 @@ def as_field_error(body: Generation, error: ValueError) -> ApiError:
 
 
 def chat_params(body: ChatRequest, defaults: SamplingParams, use: ToolUse | None) -> SamplingParams:
-    """use: of tools, whose markers may be special tokens."""
+    """Sampling parameters of a chat. With tools, special tokens stay: they may be call markers."""
     if body.chat_template is not None:
         raise ApiError(400, "chat_template in a request is not allowed", "chat_template")
     if body.top_logprobs is not None and not body.logprobs:
@@ -163,7 +163,7 @@ def chat_params(body: ChatRequest, defaults: SamplingParams, use: ToolUse | None
 
 
 def completion_prompts(body: CompletionRequest, requests: RequestFactory) -> list[Prompt]:
-    """One or many, as token ids where the text's own special tokens are not wanted."""
+    """The body's prompts, tokenised here if special tokens must not be added."""
     prompt: Any = body.prompt
     many = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
     if body.add_special_tokens or not isinstance(many[0], str):
@@ -177,9 +177,10 @@ def completion_prompts(body: CompletionRequest, requests: RequestFactory) -> lis
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """What a chat template is given. reasoning_effort: only for templates that know of it.
+    """The input of a chat template.
 
-    max_tokens: an error if it becomes more.
+    reasoning_effort: passed only to templates that use the variable. max_tokens: a longer prompt is
+    an error.
     """
 
     messages: list[Message]
@@ -204,7 +205,7 @@ class Conversation:
 def chat_prompt(
     conversation: Conversation, tokenizer: Tokenizer, use: ToolUse | None = None
 ) -> dict[str, Any]:
-    """A conversation through the model's chat template, which may take tools and an effort."""
+    """Render a conversation with the model's chat template, with tools and reasoning effort."""
     given = conversation.template_kwargs
     reserved = _RESERVED & set(given)
     if reserved:
@@ -227,7 +228,7 @@ def chat_prompt(
 
 
 def knows_effort(tokenizer: Tokenizer) -> bool:
-    """Whether the chat template does something with a reasoning_effort."""
+    """Whether the chat template uses reasoning_effort."""
     return "reasoning_effort" in tokenizer.chat_template_text
 
 
@@ -237,7 +238,7 @@ def knows_effort(tokenizer: Tokenizer) -> bool:
 def usage(
     outputs: Iterable[RequestOutput], num_output_tokens: int, shows_cached: bool = True
 ) -> dict[str, Any]:
-    """shows_cached: whether how much of the prompts was found in the prefix cache is told."""
+    """Token counts of an answer. shows_cached: count prompt tokens found in the prefix cache."""
     prompt_tokens = cached = 0
     for output in outputs:
         prompt_tokens += len(output.prompt_token_ids)
@@ -255,14 +256,14 @@ def envelope(kind: str, request_id: str, model: str) -> dict[str, Any]:
 
 
 def finish_fields(completion: CompletionOutput) -> dict[str, Any]:
-    """OpenAI knows "stop" and "length"; "repetition" stops, too. stop_reason is vLLM's."""
+    """The finish reason in OpenAI's terms, which lack "repetition", and vLLM's stop_reason."""
     reason = completion.finish_reason
     known = "stop" if reason == "repetition" else reason
     return {"finish_reason": known, "stop_reason": completion.stop_reason}
 
 
 def ended_by_calls(completion: CompletionOutput) -> dict[str, Any]:
-    """The reason to show for an answer that calls tools and was not cut off."""
+    """The finish reason of an answer that calls tools and was not truncated."""
     return {"finish_reason": "tool_calls"} if completion.finish_reason == "stop" else {}
 
 
@@ -285,12 +286,12 @@ def chat_logprobs(
 def _entries(
     found: PositionLogprobs, token_id: int, top: int, tokenizer: Tokenizer | None
 ) -> list[dict[str, Any]]:
-    """The token's own entry, then those of the most likely and of those asked for."""
+    """The sampled token's entry, then the most likely tokens' and the requested tokens' entries."""
     return [_entry(i, found, tokenizer) for i in (token_id, *_ranked(found, top))]
 
 
 def _ranked(found: PositionLogprobs, top: int) -> list[int]:
-    """Token ids: the most likely, then those that were asked for."""
+    """Token ids: the most likely tokens, then the tokens that were asked for."""
     best = sorted(
         (i for i, entry in found.items() if entry.rank is not None and entry.rank <= top),
         key=lambda i: found[i].rank or 0,
@@ -315,11 +316,11 @@ def _token_text(token_id: int, tokenizer: Tokenizer | None) -> str:
 def _shown_texts(
     token_ids: list[int], text: str, offsets: list[int], tokenizer: Tokenizer | None
 ) -> list[str]:
-    """Each token as the vocabulary has it, but for a space at its edge that the text lacks."""
+    """The vocabulary's text of each token, without a space at its edge that the text lacks."""
     texts = [_token_text(token_id, tokenizer) for token_id in token_ids]
     for i, (start, end) in enumerate(zip(offsets, [*offsets, len(text)][1:], strict=True)):
         shown = text[max(start, 0) : end]
-        is_whole = start >= 0 and (shown or start == 0)  # else nothing of it is in the text
+        is_whole = start >= 0 and (shown or start == 0)  # otherwise the text lacks the token
         if is_whole and shown != texts[i] and shown.strip(" ") == texts[i].strip(" "):
             texts[i] = shown
     return texts
@@ -333,9 +334,9 @@ def text_logprobs(
     text: str,
     offsets: list[int],
 ) -> dict[str, Any]:
-    """Of a text completion; the first token of a prompt has none.
+    """Log probabilities of a text completion; the first token of a prompt has none.
 
-    offsets: where each token begins in `text`.
+    offsets: the position in `text` at which each token begins.
     """
     values: list[float | None] = []
     tops: list[dict[str, float] | None] = []
@@ -357,9 +358,10 @@ def text_logprobs(
 def _by_text(
     found: PositionLogprobs, own: int, top: int, tokenizer: Tokenizer | None
 ) -> dict[str, float]:
-    """Text of a token -> its log probability, the most likely first and the own one last.
+    """Map token texts to log probabilities, the most likely first and the sampled token last.
 
-    Of tokens with the same text the own one has it, else the first; others are "token_id:N".
+    Among tokens with the same text, the sampled token has the text as its key, or else the most
+    likely one; the other keys are "token_id:N".
     """
     ranked = _ranked(found, top)
     keys: dict[str, int] = {}

@@ -1,6 +1,6 @@
-"""Crash records: what is known of an engine's end, as JSON files that only their owner reads.
+"""Crash records: JSON files about how an engine ended, readable only by their owner.
 
-They hold ids, counts, times and error texts; never prompts, nor what was generated.
+A record holds ids, counts, times and error texts, never prompts or generated text.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MAX_AGE_S = 30 * 86_400.0
 
 
 def write_crash_record(folder: Path, record: dict[str, object]) -> Path | None:
-    """A JSON file; None, and a line, if it cannot be written. Old records make room."""
+    """Write a record and delete old ones. If writing fails, log the reason and return None."""
     name = f"crash-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{time.time_ns() % 10**9:09}.json"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -33,7 +33,7 @@ def write_crash_record(folder: Path, record: dict[str, object]) -> Path | None:
 
 
 def tidy_crash_records(folder: Path) -> None:
-    """Keep the newest `MAX_RECORDS` that are younger than `MAX_AGE_S`, readable by their owner."""
+    """Keep the newest `MAX_RECORDS` younger than `MAX_AGE_S`, readable only by their owner."""
     try:
         if not folder.is_dir():
             return

@@ -1,4 +1,4 @@
-"""The engine's process from outside: started, written to, read, killed, mourned."""
+"""The engine's process as the server's process handles it: spawn, send, receive, kill, reap."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from compiledllm.server.running_log import RunningLog
 from compiledllm.server.wire import FromEngine, ToEngine, frame, receive_async
 
 ENGINE_COMMAND = (sys.executable, "-m", "compiledllm.server.engine_process")
-_LAST_WORDS_S = 1.0  # for what an ended process has written to be read
-_END_S = 5.0  # for a process that has closed its connection to end
+_LAST_WORDS_S = 1.0  # for reading what an ended process has already written
+_END_S = 5.0  # for a process to exit after its connection is closed
 
 
 class EngineChild:
-    """One process of the engine, from `spawn` to `end`."""
+    """One engine process, from `spawn` to `end`."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class EngineChild:
 
     @classmethod
     async def spawn(cls, command: Sequence[str]) -> EngineChild:
-        """Raises OSError if there can be no such process now."""
+        """Start a process. Raises OSError if the system cannot start one now."""
         ours, theirs = socket.socketpair()
         running = RunningLog.create()
         fds = [theirs.fileno(), running.fd]
@@ -54,25 +54,25 @@ class EngineChild:
 
     @property
     def num_unread_bytes(self) -> int:
-        """Written to the engine, and neither read nor on the way."""
+        """Bytes that wait in this process because the engine's socket buffer is full."""
         return self._writer.transport.get_write_buffer_size()
 
     def send(self, message: ToEngine) -> None:
-        """Queue a message; it is dropped if the connection is over."""
+        """Queue a message. The message is dropped if the connection is closed."""
         if not self._writer.is_closing():
             self._writer.write(frame(message))
 
     async def receive(self) -> FromEngine | None:
-        """The next message; None once the process has ended. Raises WireError."""
+        """Wait for the next message; None once the process has ended. Raises WireError."""
         return await receive_async(self._reader)
 
     def kill(self) -> None:
-        """Also works on a process that is stopped. Its guardian ends what it has started."""
+        """Kill the process, even a stopped one; the guardian kills its child processes."""
         with contextlib.suppress(ProcessLookupError):
             self.process.kill()
 
     async def end(self) -> int:
-        """Close the connection and wait for the process; its exit status."""
+        """Close the connection, wait for the process and return its exit status."""
         self._writer.close()
         with contextlib.suppress(TimeoutError):
             return await asyncio.wait_for(asyncio.shield(self._exit), _END_S)
@@ -80,23 +80,23 @@ class EngineChild:
         return await self._exit
 
     def take_started(self) -> set[str]:
-        """The ids of all requests that it began to run. Once, after its end."""
+        """The ids of all requests that began to run. Call once, after the process has ended."""
         names = self._running.read()
         self._running.close()
         return names
 
     def _hang_up(self, _exit: object) -> None:
-        """The process has ended: so does the connection, even if a descendant has a copy of it."""
+        """Close the connection of an ended process, which a descendant may still hold open."""
         loop = asyncio.get_running_loop()
         loop.call_later(_LAST_WORDS_S, self._writer.transport.abort)
 
 
 def cause_of(status: int) -> str:
-    """What an exit status says, as a sentence."""
+    """An exit status as a sentence."""
     if status >= 0:
         return f"its process ended with status {status}"
     try:
         name = signal.Signals(-status).name
-    except ValueError:  # a real-time signal
+    except ValueError:  # a real-time signal has no name
         name = f"signal {-status}"
     return f"its process was ended by {name}"

@@ -1,7 +1,7 @@
-"""The engine as the server sees it: a process that is started, watched and started again.
+"""The engine as the server sees it: a process that is started, watched and restarted.
 
-Requests are `RequestState`s: text and stop strings are made here, so that the engine's process does
-nothing but steps.
+Requests are `RequestState`s: this process makes text and checks stop strings, so that the engine's
+process only runs steps.
 """
 
 from __future__ import annotations
@@ -50,17 +50,18 @@ from compiledllm.server.wire import (
 )
 
 State = Literal["loading", "ready", "draining", "dead"]
-STOP_S = 5.0  # for a killed process to be gone
-MAX_UNREAD_BYTES = 2**24  # sent to the engine and not read; then nothing more is let in
-YOUNG_OBJECTS = 20_000  # let live between collections; a request is about a thousand
+STOP_S = 5.0  # for a killed process to exit
+MAX_UNREAD_BYTES = 2**24  # bytes the engine has not read; beyond this limit no request is admitted
+YOUNG_OBJECTS = 20_000  # new objects between garbage collections; a request makes about a thousand
 
 
 class EngineClient:
     """Starts the engine's process and talks to it.
 
-    command: starts such a process; two file descriptors are added. Attributes: `state`, `requests`
-    (the factory, once it is ready), `ready` (the engine's last report), `stats` (after its last
-    step), `live` (the requests), `signs` (of life), `observe` (called with each message).
+    command: starts such a process; two file descriptors are appended as arguments. Attributes:
+    `state`, `requests` (the request factory, once the engine is ready), `ready` (the engine's last
+    `Ready` message), `stats` (after its last step), `live` (the requests in progress), `signs` (the
+    signs of life), `observe` (called with each message).
     """
 
     def __init__(
@@ -86,33 +87,33 @@ class EngineClient:
         self._vocabulary: Vocabulary | None = None  # None: no structured outputs
         self._child: EngineChild | None = None
         self._restarts = Restarts()
-        self._num_finished = 0  # requests, up to the last crash
-        self._was_silent = False  # when it was killed
+        self._num_finished = 0  # requests finished up to the last crash
+        self._was_silent = False  # when the process was killed
         self._changed = asyncio.Event()
         self._supervisor: asyncio.Task[None] | None = None
 
     # -- life and death ------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin; `state` tells how far it is."""
+        """Start the engine in the background; `state` tells the progress."""
         tidy_crash_records(self._crash_folder)
         self._supervisor = asyncio.create_task(self._supervise())
         if not self._options.get("skip_tokenizer_init"):
-            asyncio.get_running_loop().run_in_executor(None, warm_up)  # while the engine loads
+            asyncio.get_running_loop().run_in_executor(None, warm_up)  # runs while the engine loads
 
     async def wait_until_settled(self) -> None:
-        """Return when the engine is ready, or will never be."""
+        """Return once the engine is ready or has failed for good."""
         while self.state == "loading":
             self._changed.clear()
             await self._changed.wait()
 
     async def wait_until_dead(self) -> None:
-        """Return when the engine has ended and is not started again."""
+        """Return once the engine has ended and will not be restarted."""
         assert self._supervisor is not None
         await asyncio.wait({self._supervisor})
 
     async def drain(self, seconds: float) -> None:
-        """Take nothing new; return when all is finished, or after so long."""
+        """Admit no more requests; return when all are finished or `seconds` have passed."""
         self._set("draining")
         deadline = time.monotonic() + seconds
         while self.live and time.monotonic() < deadline:
@@ -166,7 +167,7 @@ class EngineClient:
             goes_on = self._mourn(self.failure, started)
 
     async def _attend(self, child: EngineChild) -> None:
-        """Read what the process says until it ends; see to it that it ends when it is lost."""
+        """Read the process's messages until it ends, and kill the process if it hangs."""
         async with asyncio.TaskGroup() as tasks:
             beside = [tasks.create_task(self._watch(child))]
             try:
@@ -202,14 +203,14 @@ class EngineClient:
         child.kill()
 
     def _mourn(self, failure: Failed, started: set[str]) -> bool:
-        """The process has ended: end or keep its requests; whether another one is to be started."""
+        """Fail or keep the requests of an ended process; return whether to start another one."""
         if self.live.num_finished > self._num_finished:
             self._restarts.succeed()
         self._num_finished = self.live.num_finished
         if self.ready is not None and not failure.is_recorded:
             self._write_record(failure, started)
         is_explained = self.live.outlive(failure.error, started)
-        has_loaded = self.ready is not None or self._was_silent  # else it never will
+        has_loaded = self.ready is not None or self._was_silent  # else a restart would fail too
         if not has_loaded or not self._restarts.crash(is_explained):
             self._give_up(failure)
             return False
@@ -252,7 +253,7 @@ class EngineClient:
             requests = await asyncio.to_thread(factory_of, message)
             self._vocabulary = await asyncio.to_thread(vocabulary_of, requests)
             gc.collect()
-            gc.freeze()  # what is here now is here to stay: collections need not walk it
+            gc.freeze()  # these objects live as long as the process, so collections skip them
             gc.set_threshold(YOUNG_OBJECTS)
         if self._vocabulary is not None:
             self._send(Speak(self._vocabulary))
@@ -269,7 +270,7 @@ class EngineClient:
     # -- requests ------------------------------------------------------------------------------
 
     def require_ready(self) -> RequestFactory:
-        """What makes requests. Raises Unavailable if the engine takes none now."""
+        """The request factory. Raises Unavailable if the engine accepts no requests now."""
         if self.state != "ready" or self.requests is None:
             raise Unavailable(f"the engine is {self.state}", 1 if self.state == "draining" else 5)
         if reason := self.why_unhealthy():
@@ -279,9 +280,9 @@ class EngineClient:
         return self.requests
 
     def admit(self, states: list[RequestState]) -> list[LiveRequest]:
-        """Let requests in, all or none; each then has to be followed, or released.
+        """Admit all of these requests or none; the caller must follow or release each one.
 
-        Raises Unavailable or Overloaded if no more may come in now.
+        Raises Unavailable or Overloaded if no more requests are accepted now.
         """
         num_requests = sum(len(state.completions) for state in states)
         num_tokens = sum(c.request.num_prompt_tokens for s in states for c in s.completions)
@@ -296,14 +297,14 @@ class EngineClient:
         return lives
 
     def release(self, lives: list[LiveRequest]) -> None:
-        """End those that are not over; nobody waits for them any more."""
+        """Abort the unfinished ones of these requests, because nobody waits for their output."""
         for live in lives:
             self.live.abort(live)
 
     def check_admission(self, num_requests: int, num_tokens: int) -> None:
-        """Raise if requests may not come in now, Unavailable or Overloaded, or never, ValueError.
+        """Raise Unavailable or Overloaded for a temporary reason, ValueError for a permanent one.
 
-        num_tokens: of their prompts, each counted as often as there are requests for it.
+        num_tokens: sum of the prompts' lengths, counted once per engine request.
         """
         self.require_ready()
         assert self.ready is not None
@@ -338,10 +339,10 @@ class EngineClient:
 
     @contextlib.contextmanager
     def following(self, live: LiveRequest) -> Iterator[None]:
-        """While its outputs are taken; leaving early ends the request.
+        """A context for taking a request's outputs; leaving early aborts the request.
 
-        `live.take` raises EngineError if it cannot be finished, DeadlineExceeded if it takes too
-        long from now on.
+        Inside, `live.take` raises EngineError if the request fails, and DeadlineExceeded if the
+        request takes longer than the limit, counted from here.
         """
         seconds = self._limits.request_seconds
         late = DeadlineExceeded(f"the request took longer than {seconds:.0f} s")

@@ -1,4 +1,4 @@
-"""The engine's loop: frames in, steps, frames out. Its process is `engine_process`'s business."""
+"""The engine's loop: takes messages, runs steps, sends outputs. `engine_process` starts it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class EngineLoop:
-    """Steps while there is work, waits for frames while there is none."""
+    """Steps while there are unfinished requests, and otherwise waits for messages."""
 
     def __init__(self, core: EngineCore, lifeline: Lifeline, running: RunningLog) -> None:
         self._core = core
@@ -42,23 +42,23 @@ class EngineLoop:
         self._grammars = GrammarThread(self._inbox.put, running.note)
         lifeline.deliver = self._deliver
         self._alive: dict[str, Request] = {}
-        self._sent: dict[str, tuple[int, int]] = {}  # tokens and prompt logprobs that were sent
+        self._sent: dict[str, tuple[int, int]] = {}  # tokens and prompt logprobs sent so far
         self._num_steps = 0
         self._slow_seconds = 1.0 if core.platform.is_cuda else 20.0
 
     def run(self) -> NoReturn:
-        """Until the process ends: with the server, or by a failure that is not a request's."""
+        """Run until the process ends: with the server, or by a failure of the engine itself."""
         try:
             self._lifeline.send(self._ready())
             while True:
                 self._take_messages()
                 if self._core.has_unfinished():
                     self._step()
-        except BaseException as error:  # failures of single requests are isolated by the core
+        except BaseException as error:  # the core isolates failures of single requests
             self._fail(error)
 
     def _deliver(self, message: ToEngine) -> None:
-        """In the thread that reads: grammars are compiled beside the loop."""
+        """In the reading thread: pass a message to the loop, or to the grammar thread first."""
         if isinstance(message, Speak):
             self._grammars.speak(message.vocabulary)
         elif isinstance(message, Add) and message.grammar is not None:
@@ -67,7 +67,7 @@ class EngineLoop:
             self._inbox.put(message)
 
     def _take_messages(self) -> None:
-        """All that have come; with nothing to do, wait for one."""
+        """Handle all messages that have arrived; if the engine is idle, wait for one."""
         self._lifeline.turn()
         must_wait = not self._core.has_unfinished()
         while True:
@@ -89,7 +89,7 @@ class EngineLoop:
         try:
             request = request_of(message, self._alive, grammar)
             self._core.add(request)
-        except (ValueError, TypeError) as error:  # what the server could not see ends here
+        except (ValueError, TypeError) as error:  # the server's checks do not catch everything
             self._refuse(message.request_id, str(error))
             return
         self._alive[request.request_id] = request
@@ -112,7 +112,7 @@ class EngineLoop:
             self._core.finish(request_id, message.reason)
             self._grammars.forget(request_id)
             self._forget(request_id)
-        if not self._core.has_unfinished():  # no step will tell
+        if not self._core.has_unfinished():  # no step follows that would report the stats
             self._lifeline.send(Stepped({}, [], self._stats(0.0, 0)))
 
     def _forget(self, request_id: str) -> None:
@@ -135,12 +135,12 @@ class EngineLoop:
         self._lifeline.send(Stepped(token_ids, grown, stats))
 
     def _news_of(self, advanced: list[Request]) -> tuple[dict[str, int], list[Grown]]:
-        """What was not sent yet: single tokens by request, and what is more than that."""
+        """The outputs not sent yet: single tokens by request, and `Grown` for everything else."""
         token_ids: dict[str, int] = {}
         grown: list[Grown] = []
         for request in advanced:
             sent = self._sent.get(request.request_id)
-            if sent is None:  # it was ended meanwhile
+            if sent is None:  # the request was ended during the step
                 continue
             is_plain = sent[0] and not request.is_finished and not request.logprobs
             if is_plain and request.num_output_tokens == sent[0] + 1:
@@ -151,7 +151,7 @@ class EngineLoop:
         return token_ids, grown
 
     def _grown(self, request: Request, tokens: int, prompts: int) -> Grown:
-        """tokens, prompts: how many tokens and log probabilities of the prompt were sent."""
+        """tokens, prompts: numbers of output tokens and of prompt log probabilities sent so far."""
         grown = Grown(
             request.request_id,
             request.token_ids[request.num_prompt_tokens + tokens :],
@@ -202,7 +202,7 @@ class EngineLoop:
     def _fail(self, error: BaseException) -> NoReturn:
         batch: list[dict[str, object]] = []
         details: dict[str, object] = {"step": self._num_steps, "batch": batch}
-        with contextlib.suppress(Exception):  # the books may be what is broken
+        with contextlib.suppress(Exception):  # the engine's state may be what is broken
             for r in self._core.scheduler.running:
                 sizes = {"tokens": r.num_tokens, "computed": r.num_computed_tokens}
                 batch.append({"request_id": r.request_id, **sizes})

@@ -1,8 +1,8 @@
-"""The engine's process: how it begins and what it does with failures. `engine_loop` does the work.
+"""The engine's process: how it starts and how it reports failures. `engine_loop` does the work.
 
-Nothing heavy is imported before the connection is read: a process whose server is gone ends at
-once, whatever it is doing, and one that loads answers pings. Any exception that nobody expected, in
-any thread, ends the process; the server starts another one.
+Heavy modules are imported only once the connection is being read: a process whose server is gone
+ends at once, whatever it is doing, and a loading process answers pings. An unexpected exception in
+any thread ends the process; the server starts another one.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 
 def run(load: Callable[[EngineConfig], EngineCore]) -> None:
-    """The process's whole life. load: makes the engine."""
+    """The whole life of the process. load: makes the engine from its config."""
     connection = socket.socket(fileno=int(sys.argv[1]))
     connection.set_inheritable(False)
     running = RunningLog(int(sys.argv[2])) if len(sys.argv) > 2 else RunningLog.create()
     os.set_inheritable(running.fd, False)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the server's business
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is for the server
     show_logs()
     lifeline = Lifeline(connection)
     try:
@@ -42,7 +42,7 @@ def run(load: Callable[[EngineConfig], EngineCore]) -> None:
         start = _first_message(lifeline)
         core = load(EngineConfig.from_options(**start.options))
         gc.collect()
-        gc.freeze()  # models, kernels and graphs are here to stay: collections need not walk them
+        gc.freeze()  # models, kernels and graphs are permanent, so collections skip them
         from compiledllm.server.engine_loop import EngineLoop
 
         loop = EngineLoop(core, lifeline, running)

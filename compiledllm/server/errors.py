@@ -1,4 +1,4 @@
-"""Errors in OpenAI's shape."""
+"""Errors in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _TYPES = {
 }
 
 
-_MAX_MESSAGE = 1000  # characters: a message may quote what a client sent
+_MAX_MESSAGE = 1000  # characters: a message may quote the client's input
 
 
 class ApiError(Exception):
-    """A request that is answered with an error. param: the field that is wrong."""
+    """An error that is sent to the client. param: the name of the field that is wrong."""
 
     def __init__(
         self, status: int, message: str, param: str | None = None, code: str | None = None
@@ -56,7 +56,7 @@ def error_response(error: ApiError, headers: dict[str, str] | None = None) -> JS
 
 
 def response_to(error: Exception) -> JSONResponse:
-    """To whatever a handler raised; 500 for what nobody expected."""
+    """The response to an exception of a handler; 500 for unexpected exceptions."""
     if isinstance(error, Overloaded | Unavailable):
         status = 429 if isinstance(error, Overloaded) else 503
         after = {"retry-after": str(error.retry_after)}

@@ -1,4 +1,4 @@
-"""Server-sent events, and a template for those of a stream that differ only in a token's text."""
+"""Server-sent events, and a template for a stream's events that differ only in their text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import msgspec
 from compiledllm.outputs import FinishReason
 
 _ENCODE = msgspec.json.Encoder().encode
-_HOLE = b"\0"  # which JSON has nowhere
+_HOLE = b"\0"  # JSON never contains this byte
 DONE = b"data: [DONE]\n\n"
 
 
@@ -19,12 +19,12 @@ def event(body: Any) -> bytes:
 
 
 def hole(name: str) -> msgspec.Raw:
-    """A value that `Template.fill` gives."""
+    """A placeholder for a value that `Template.fill` inserts."""
     return msgspec.Raw(_HOLE + f"({name})b".encode())
 
 
 class Template:
-    """An event with holes. To fill it takes a fraction of the time of making its body anew."""
+    """An event with placeholders, filled in a fraction of the time that encoding a body takes."""
 
     def __init__(self, body: dict[str, Any]) -> None:
         self._event = event(body).replace(b"%", b"%%").replace(_HOLE, b"%")

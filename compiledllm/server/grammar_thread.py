@@ -1,6 +1,6 @@
-"""Grammars of arriving requests are compiled beside the engine's loop, in the order they came.
+"""Compiles the grammars of arriving requests beside the engine's loop, in order of arrival.
 
-Only those that the server's helper process has compiled before come here.
+Every grammar has been compiled before, by the helper process of the server.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from compiledllm.types import Grammar
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """A request whose grammar is compiled; or what is wrong with that."""
+    """A request with its compiled grammar, or with the error of the compilation."""
 
     add: Add
     grammar: Grammar | None = None
@@ -27,10 +27,11 @@ class Compiled:
 
 
 class GrammarThread:
-    """`put` gets each request once its grammar is there. on_start: called with an id before that.
+    """Calls `put` with each request once its grammar is compiled, and `on_start` before compiling.
 
-    Meanwhile the client may leave: the loop forgets the request, and asks before it adds one. What
-    is not an error of a grammar ends the thread, and with it the process (`Lifeline`).
+    on_start: called with the request's id. If the client leaves in the meantime, the loop calls
+    `forget`, and it calls `is_wanted` before it adds a request. An exception other than a grammar's
+    error ends the thread, and thereby the process (`Lifeline`).
     """
 
     def __init__(
@@ -42,10 +43,10 @@ class GrammarThread:
         self._work: queue.SimpleQueue[Vocabulary | Add] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="grammars", daemon=True).start()
         self._grammars: Grammars | None = None
-        self._wanted: set[str] = set()  # request ids, from their arrival on
+        self._wanted: set[str] = set()  # request ids, until they are added or forgotten
 
     def speak(self, vocabulary: Vocabulary) -> None:
-        """Of the requests that come from now on."""
+        """Set the vocabulary of the requests that follow."""
         self._work.put(vocabulary)
 
     def compile(self, message: Add) -> None:
@@ -56,7 +57,7 @@ class GrammarThread:
         self._wanted.discard(request_id)
 
     def is_wanted(self, message: Compiled) -> bool:
-        """Whether it has not been forgotten; asked once."""
+        """Whether the request was not forgotten. Call once per request."""
         is_wanted = message.add.request_id in self._wanted
         self._wanted.discard(message.add.request_id)
         return is_wanted
@@ -73,9 +74,9 @@ class GrammarThread:
     def _prepare(self, vocabulary: Vocabulary) -> None:
         try:
             grammars = Grammars(vocabulary)
-            _ = grammars.tokenizer  # made here and now, as it takes its time
+            _ = grammars.tokenizer  # built here because building takes up to seconds
             self._grammars = grammars
-        except Exception as error:  # the server has made the same before
+        except Exception as error:  # the server has already built the same tables without an error
             log.error("no grammars: %s: %s", type(error).__name__, error)
 
     def _compile(self, message: Add) -> None:
@@ -84,6 +85,6 @@ class GrammarThread:
             if self._grammars is None:
                 raise ValueError("the vocabulary could not be taken over")
             compiled = Compiled(message, self._grammars.remake(message.grammar))
-        except Exception as error:  # the server has checked; what it could not see ends here
+        except Exception as error:  # errors that the server's own compilation did not raise
             compiled = Compiled(message, error=f"{type(error).__name__}: {error}")
         self._put(compiled)

@@ -1,8 +1,9 @@
-"""Ends whatever an engine's process leaves behind: `python guardian.py CONNECTION ENGINE_PID`.
+"""Kills what an engine's process leaves behind: `python guardian.py CONNECTION ENGINE_PID`.
 
-A process beside the engine's, in a session of its own. Once the server or the engine is gone, it
-kills the engine's process group: an engine that loads, is stopped or hangs, and compilers that it
-has started. A script of its own so that it starts in no time and holds nothing.
+The guardian is a process beside the engine's, in a session of its own. Once the server or the
+engine is gone, the guardian kills the engine's process group: an engine that is loading, stopped or
+hanging, and the compilers that the engine has started. It is a separate script so that it starts
+quickly and uses little memory.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import signal
 import subprocess
 import sys
 
-_PERIOD_MS = 500  # between looks at the engine, where it cannot be waited for
+_PERIOD_MS = 500  # between checks of the parent process, where there is no pidfd
 
 
 def start_guardian(connection: int) -> None:
-    """Make this process the leader of a group that ends with it, or with the connection's peer."""
-    with contextlib.suppress(OSError):  # it leads a group already
+    """Make this process lead a process group, and start the guardian that ends the group."""
+    with contextlib.suppress(OSError):  # this process already leads a group
         os.setsid()
     subprocess.Popen(
         [sys.executable, "-I", "-S", __file__, str(connection), str(os.getpid())],
@@ -32,10 +33,10 @@ def start_guardian(connection: int) -> None:
 
 
 def guard(connection: int, engine: int) -> None:
-    """Return when the connection's peer or the engine, this process's parent, is gone."""
+    """Return once the connection's peer or the engine, which is this process's parent, is gone."""
     poller = select.poll()
-    poller.register(connection, 0)  # hanging up is always reported
-    with contextlib.suppress(AttributeError, OSError):  # Linux
+    poller.register(connection, 0)  # poll always reports a hang-up
+    with contextlib.suppress(AttributeError, OSError):  # only Linux has pidfds
         poller.register(os.pidfd_open(engine), select.POLLIN)
     while os.getppid() == engine and not poller.poll(_PERIOD_MS):
         pass
@@ -43,7 +44,7 @@ def guard(connection: int, engine: int) -> None:
 
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # it ends when its work is done
+        signal.signal(number, signal.SIG_IGN)  # the guardian ends once its work is done
     engine_pid = int(sys.argv[2])
     guard(int(sys.argv[1]), engine_pid)
     with contextlib.suppress(OSError):

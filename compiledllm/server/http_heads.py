@@ -1,7 +1,7 @@
-"""What a request's head must be like, and what the client is told whose request is refused.
+"""Checks of a request's head, and the response to a request that is refused.
 
-Two readers of one connection, a proxy and this server, have to agree on where each request ends and
-whom it is for; whatever they could take differently is refused.
+A proxy and this server read the same connection and must agree on where each request ends and which
+host it is for. Heads that the two could read differently are refused.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]+)(?::[0-
 
 
 class Refusal(Exception):
-    """Why a connection is not read any further."""
+    """The reason why a connection is not read any further."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status, self.message = status, message
 
     def answer(self, default_headers: list[tuple[bytes, bytes]]) -> bytes:
-        """The whole response, in OpenAI's shape."""
+        """The whole HTTP response, with a body in OpenAI's format."""
         body = json.dumps(error_body(ApiError(self.status, self.message))).encode()
         lines = [f"HTTP/1.1 {self.status} {http.HTTPStatus(self.status).phrase}".encode()]
         lines += [name + b": " + value for name, value in default_headers]
@@ -39,7 +39,7 @@ class Refusal(Exception):
 
 
 def refusal_of(error: httptools.HttpParserError) -> Refusal:
-    """What to say of the parser's error: a callback's Refusal, or the parser's own reason."""
+    """The Refusal for a parser error: raised by a callback, or with the parser's own reason."""
     if isinstance(error.__context__, Refusal):
         return error.__context__
     reason = "its target cannot be read"
@@ -60,7 +60,7 @@ def check_version(version: str) -> None:
 
 
 def check_host(host: bytes, version: str) -> None:
-    """A name or an address, perhaps with a port; HTTP/1.0 does without."""
+    """Check for a name or an address with an optional port; HTTP/1.0 may omit the host."""
     if not _HOST.fullmatch(host) and (host or version != "1.0"):
         raise Refusal(400, f"the host header must name a host, got '{_shown(host)}'")
 

@@ -1,8 +1,8 @@
-"""HTTP/1.1 of a compiled parser, with what uvicorn leaves out: limits, deadlines, strict heads.
+"""HTTP/1.1 over a compiled parser, with the limits, deadlines and checks that uvicorn lacks.
 
-httptools takes headers and trailers without end, and any host; it stops where a client offers to
-speak HTTP/2 (`Upgrade: h2c`, as Java's does by default). uvicorn parses pipelined requests without
-end, tells only the newest one that its client has left, and waits for ever for a client.
+httptools accepts unlimited headers and trailers and any host, and stops where a client offers to
+upgrade to HTTP/2 (`Upgrade: h2c`, as Java's client does by default). uvicorn parses unlimited
+pipelined requests, reports a disconnect only to the newest one, and waits forever for a client.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from compiledllm.server.http_heads import (
     refusal_of,
 )
 
-MAX_HEAD_BYTES = 64 * 1024  # of a request; and of its trailers
-MAX_PARSED_BYTES = 8 * 1024  # at once: behind an unanswered request, no more than this is parsed
-MAX_HELD_BYTES = 1024 * 1024  # of requests behind an unanswered one
+MAX_HEAD_BYTES = 64 * 1024  # of a request's head, and of its trailers
+MAX_PARSED_BYTES = 8 * 1024  # per parser call, so at most this much after an unanswered request
+MAX_HELD_BYTES = 1024 * 1024  # of requests that wait for an unanswered one
 MAX_DISCARDED_BYTES = 64 * 1024 * 1024  # of a body that was answered without being read
-MIN_BODY_RATE = 32 * 1024  # bytes a second, on average, after twice the time to be silent
+MIN_BODY_RATE = 32 * 1024  # bytes per second, on average, after twice the client timeout
 LINGER_S = 2.0  # for a client to read why its request was refused
-ALWAYS_ANSWERED = frozenset({b"/health", b"/ready", b"/metrics"})  # in any crowd
-# The stages of a connection: what its client is to send next.
+ALWAYS_ANSWERED = frozenset({b"/health", b"/ready", b"/metrics"})  # also on spare connections
+# The stages of a connection, by what its client sends next.
 IDLE: Final = 0  # the beginning of a request
 HEAD: Final = 1  # the rest of a head
 BODY: Final = 2  # the rest of a body, and trailers
-OVER: Final = 3  # nothing: whatever comes is thrown away
+OVER: Final = 3  # nothing: input is discarded
 _OF_UPGRADES = frozenset({b"upgrade", b"connection", b"http2-settings"})
 
 
 class LimitedHttp(HttpToolsProtocol):
-    """One connection. Its parser's callbacks (`on_...`) move it from stage to stage."""
+    """One connection. The parser's callbacks (`on_...`) move it from stage to stage."""
 
     def __init__(
         self,
@@ -57,20 +57,20 @@ class LimitedHttp(HttpToolsProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._connections = connections
-        self._is_spare = False  # one too many: it may ask only how the server is
+        self._is_spare = False  # beyond the limit: only health and metrics are served
         self.stage: int = IDLE
-        self.since = self.loop.time()  # when the stage began
-        self._answering: RequestResponseCycle | None = None  # `cycle` is the newest, not this one
-        self._is_reading = True  # else whatever comes is thrown away
-        self._refusal: Refusal | None = None  # to be told once all before it is answered
-        self._host = b""  # of the last request
+        self.since = self.loop.time()  # when the stage began, in seconds of the event loop's clock
+        self._answering: RequestResponseCycle | None = None  # the oldest; `cycle` is the newest
+        self._is_reading = True  # if False, input is discarded
+        self._refusal: Refusal | None = None  # sent once all earlier requests are answered
+        self._host = b""  # the last request's host, which needs no second check
         self._is_head_over = False
         self._has_moved = False
-        self._num_unread = 0  # bytes since the parser completed anything
-        self._held = b""  # not parsed yet: requests before it are to be answered first
+        self._num_unread = 0  # bytes since the parser last completed a part
+        self._held = b""  # unparsed input after requests that are not answered yet
         self._num_body_bytes = 0
-        self._body_mark = (0, 0.0)  # its bytes, and when a sweep first saw so many
-        self._drain_mark: tuple[int, float] | None = None  # the same of an answer nobody takes
+        self._body_mark = (0, 0.0)  # body bytes, and when a sweep first saw that number
+        self._drain_mark: tuple[int, float] | None = None  # likewise for an answer's unread bytes
 
     # -- the transport's side ------------------------------------------------------------------
 
@@ -90,24 +90,24 @@ class LimitedHttp(HttpToolsProtocol):
         self.transport.abort()
 
     def _reset(self) -> None:
-        """Close at once, and have the kernel forget what the client did not take."""
+        """Close at once and let the kernel discard the data that the client has not read."""
         connection = self.transport.get_extra_info("socket")
         if connection is not None:
-            with contextlib.suppress(OSError):  # it is reset already
+            with contextlib.suppress(OSError):  # the connection is already reset
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.transport.abort()
 
     def close_answered(self) -> None:
-        """Close behind an answer, which a client that still sends its body is to see first."""
+        """Close after an answer, but let a client that still sends a body read the answer."""
         if self.stage == BODY:
             self._linger()
         else:
             self.transport.close()
 
     def _linger(self) -> None:
-        """End what we send, and throw away what comes, until the client closes or for LINGER_S.
+        """End our output and discard input until the client closes, or for LINGER_S.
 
-        Closing with data that was not read would reset the connection, and the answer be lost.
+        Closing with unread input would reset the connection and lose the answer.
         """
         self._is_reading, self._held = False, b""
         self._enter(OVER)
@@ -116,7 +116,7 @@ class LimitedHttp(HttpToolsProtocol):
             self.flow.resume_reading()
 
     def shutdown(self) -> None:
-        """The server ends: finish the answer that is being given, and nothing else."""
+        """The server ends: finish the answer in progress and nothing else."""
         if self._answering is None or self._answering.more_body:
             self.transport.close()
         else:
@@ -172,7 +172,7 @@ class LimitedHttp(HttpToolsProtocol):
             self._refuse(Refusal(400, f"headers must be at most {MAX_HEAD_BYTES} bytes"))
 
     def _pass_over_offer(self, rest: bytes) -> None:
-        """Parse a request again without its offer of another protocol, where the parser stops."""
+        """Parse a request again without its upgrade offer, at which the parser stops."""
         if self._answering is not None:
             self._refuse(Refusal(400, "an upgrade was offered behind an unanswered request"))
             return
@@ -182,7 +182,7 @@ class LimitedHttp(HttpToolsProtocol):
         if not self.parser.should_keep_alive():
             lines.append(b"connection: close")
         self.parser = httptools.HttpRequestParser(self)
-        with contextlib.suppress(AttributeError):  # before httptools 0.6.3
+        with contextlib.suppress(AttributeError):  # httptools before 0.6.3 has no such method
             self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
         self._parse(b"\r\n".join([*lines, b"", b""]))
         self.data_received(rest)
@@ -199,7 +199,7 @@ class LimitedHttp(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._is_head_over:
-            return  # a trailer, which nobody may take for a header that was checked
+            return  # a trailer must not pass for a header that was checked
         name, value = name.lower(), value.rstrip(b" \t")
         if name == b"expect" and value.lower() == b"100-continue":
             self.expect_100_continue = True
@@ -235,7 +235,7 @@ class LimitedHttp(HttpToolsProtocol):
         self._enter(IDLE)
 
     def on_response_complete(self) -> None:
-        """In place of the base class's, which arms a timer for each request."""
+        """Replaces the base class's method, which sets a timer for each request."""
         self.server_state.total_requests += 1
         self._answering = None
         if self.stage == IDLE:
@@ -260,7 +260,7 @@ class LimitedHttp(HttpToolsProtocol):
             self.flow.pause_reading()
 
     def _should_upgrade(self) -> bool:
-        return True  # as far as the base class is concerned: it does nothing with such a request
+        return True  # makes the base class leave the request alone
 
     def _check_head(self) -> None:
         fields = dict(self.headers)
@@ -269,7 +269,7 @@ class LimitedHttp(HttpToolsProtocol):
         version = self.parser.get_http_version()
         if version != "1.1":
             check_version(version)
-            self.expect_100_continue = False  # HTTP/1.0 knows no such answer
+            self.expect_100_continue = False  # HTTP/1.0 has no "100 Continue"
         host = fields.get(b"host", b"")
         if not host or host != self._host:
             check_host(host, version)
@@ -282,7 +282,7 @@ class LimitedHttp(HttpToolsProtocol):
     # -- refusing ------------------------------------------------------------------------------
 
     def _refuse(self, refusal: Refusal) -> None:
-        """Read no further, answer with an error once all before it is answered, and close."""
+        """Stop reading, send an error once all earlier requests are answered, and close."""
         self._is_reading, self._held = False, b""
         if self.stage == BODY and not self._drop_unfinished():
             return
@@ -291,8 +291,8 @@ class LimitedHttp(HttpToolsProtocol):
             self._write_refusal()
 
     def _drop_unfinished(self) -> bool:
-        """Give up the request whose body is not complete; whether it can still be refused."""
-        if self.pipeline:  # it is the last one in there, and has not begun
+        """Drop the request whose body is incomplete; return whether an error can still be sent."""
+        if self.pipeline:  # the incomplete request is the last in the pipeline and has not started
             self.pipeline.popleft()
             return True
         self._answering, cycle = None, self.cycle
@@ -352,15 +352,15 @@ class LimitedHttp(HttpToolsProtocol):
         return now - self.since > 2 * client_s + self._num_body_bytes / MIN_BODY_RATE
 
     def _is_waiting_for_us(self) -> bool:
-        """Whether the server is next to act, whatever the client does."""
+        """Whether the server must act next, whatever the client does."""
         if self.flow.read_paused:
             return True
         return self._answering is not None and not self._answering.more_body
 
     def _is_stalled(self, now: float, client_s: float) -> bool:
-        """Whether the client has taken nothing of what waits for it, for so long.
+        """Whether the client has read nothing of the pending answer for `client_s` seconds.
 
-        Only while nothing is added: the answer is held up, or complete.
+        Only answers to which nothing is being added count: the answer is paused or complete.
         """
         waiting = self.transport.get_write_buffer_size()
         if not waiting or not (self.flow.write_paused or self._answering is None):
@@ -372,7 +372,7 @@ class LimitedHttp(HttpToolsProtocol):
 
 
 class _LateClosing:
-    """The transport for an answer that closes its connection: see `close_answered`."""
+    """The transport of an answer that closes its connection: closing calls `close_answered`."""
 
     def __init__(self, connection: LimitedHttp) -> None:
         transport = connection.transport
@@ -381,7 +381,7 @@ class _LateClosing:
 
 
 def _tell_of_end(cycle: RequestResponseCycle) -> None:
-    """Tell whoever works on a request that its client is gone."""
+    """Tell the handler of a request that its client is gone."""
     if not cycle.response_complete:
         cycle.disconnected = True
     cycle.message_event.set()

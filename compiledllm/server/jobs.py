@@ -1,4 +1,4 @@
-"""From a request's body to a job: read, rendered, tokenised, checked and admitted."""
+"""Turns a request's body into a job: reads, renders, tokenises, checks and admits."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from compiledllm.server.tools import ToolUse, tool_use
 
 BodyT = TypeVar("BodyT", bound=Generation)
 
-SHORT_PROMPT = 8192  # token ids, which take about a millisecond to check
+SHORT_PROMPT = 8192  # token ids, whose check takes about a millisecond
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerOptions:
-    """What a body says about how its answer is shown; the rest of it is dropped.
+    """The fields of a body that say how its answer is shown; the rest of the body is dropped.
 
-    num_top: log probabilities shown with each token besides its own; None: none at all.
+    num_top: log probabilities per token besides the token's own; None: no log probabilities.
     """
 
     is_chat: bool
@@ -47,8 +47,8 @@ class AnswerOptions:
     return_token_ids: bool = False
     include_usage: bool = False
     continuous_usage: bool = False
-    hides_output: bool = False  # max_tokens=0: only the prompt was asked about
-    is_past_prompt: bool = False  # a stream has shown it
+    hides_output: bool = False  # max_tokens=0: only the prompt is shown
+    is_past_prompt: bool = False  # a stream has already shown the prompt's fields
 
     @classmethod
     def of(cls, body: Generation) -> AnswerOptions:
@@ -75,10 +75,10 @@ def _num_top(body: Generation) -> int | None:
 
 @dataclass(slots=True)
 class Job:
-    """One HTTP request: its engine requests, one for each prompt, and how to show them.
+    """One HTTP request: its engine requests, one per prompt, and how their answers are shown.
 
-    ignored: names of fields that had no effect. form_field: the field that asked for the form of
-    the answer.
+    ignored: names of fields that had no effect. form_field: the field that asked for structured
+    output.
     """
 
     options: AnswerOptions
@@ -87,11 +87,11 @@ class Job:
     params: SamplingParams
     states: list[RequestState]
     requests: RequestFactory
-    lives: list[LiveRequest] = field(default_factory=list)  # the states, once they are admitted
-    shown: dict[int, int] = field(default_factory=dict)  # characters, by choice
+    lives: list[LiveRequest] = field(default_factory=list)  # the admitted states
+    shown: dict[int, int] = field(default_factory=dict)  # characters shown so far, by choice
     use: ToolUse | None = None
     reasoning: str = "off"
-    choices: dict[int, Choice] = field(default_factory=dict)  # of a chat, by index
+    choices: dict[int, Choice] = field(default_factory=dict)  # the choices of a chat, by index
     is_streamed: bool = False
     ignored: list[str] = field(default_factory=list)
     form_field: str = "structured_outputs"
@@ -113,7 +113,7 @@ class Job:
 class JobMaker:
     """Makes jobs from bodies.
 
-    logs_requests: their ids and sizes, never prompts.
+    logs_requests: log the ids and sizes of requests, never prompts.
     """
 
     def __init__(
@@ -150,13 +150,13 @@ class JobMaker:
     async def job(
         self, kind: type[BodyT], data: bytes, http_id: str, receive: Receive, salt: str = ""
     ) -> Job:
-        """Reads the body, renders templates, tokenises, checks and admits.
+        """Read a body, render templates, tokenise, check and admit.
 
-        In a thread if that may take long. http_id: of the HTTP request, the client's own or one
-        made for it. receive: tells when the client leaves, which raises ClientLeft. salt: of the
-        request's API key, put in front of the body's cache_salt.
+        Work that may take long runs in a thread. http_id: the HTTP request's id, from the client or
+        generated. receive: reports that the client has left, which raises ClientLeft. salt: the API
+        key's cache salt, put in front of the body's cache_salt.
         """
-        number = next(self._numbers)  # an id may come twice
+        number = next(self._numbers)  # makes ids unique, as clients may repeat theirs
 
         def make(body: Generation) -> Job:
             return self._make(body, http_id, number, salt)
@@ -202,7 +202,7 @@ class JobMaker:
             job.params = convert.completion_params(body, requests.defaults)
             many = isinstance(body.prompt, list) and not isinstance(body.prompt[0], int)
             num_requests = job.params.num_candidates * (len(body.prompt) if many else 1)
-            self.engine.check_admission(num_requests, 0)  # before anything is tokenised
+            self.engine.check_admission(num_requests, 0)  # a cheap check before tokenising
             prompts = convert.completion_prompts(body, requests)
         num_tokens = 0
         for i, prompt in enumerate(prompts):
@@ -218,12 +218,12 @@ class JobMaker:
             _check_context(body, first.num_prompt_tokens, requests.max_model_len)
             requests.check_room(first)
             if not job.options.echo:
-                for completion in state.completions:  # the text is not needed any more
+                for completion in state.completions:  # the prompt's text is not needed any more
                     completion.request.prompt = None
             job.states.append(state)
 
     def _chat_prompt(self, job: Job, body: ChatRequest) -> dict[str, Any]:
-        """The conversation as a prompt; and how its answer is read."""
+        """Render the conversation to a prompt, and set how the job's answer is parsed."""
         tokenizer = job.requests.require_tokenizer("a conversation")
         schema = convert.answer_schema(body)
         job.use = tool_use(body, self._tool_call_parser, tokenizer, schema)
@@ -234,14 +234,14 @@ class JobMaker:
         max_tokens = job.requests.max_tokenized(body.truncate_prompt_tokens is not None)
         conversation = convert.Conversation.of(body, max_tokens)
         prompt = convert.chat_prompt(conversation, tokenizer, job.use)
-        if job.params.structured_outputs is None:  # a form holds from the first token on
+        if job.params.structured_outputs is None:  # a grammar applies from the first token
             template = tokenizer.chat_template_text
             job.reasoning = reasoning_mode(self._reasoning_parser, template, prompt["prompt"])
         return prompt
 
 
 def _compile(job: Job) -> None:
-    """Waits for the helper that compiles grammars, in a thread that nothing else needs."""
+    """Wait until the helper process has compiled the grammars, in a thread that only waits."""
     try:
         for state in job.states:
             job.requests.compile(state)
@@ -250,13 +250,13 @@ def _compile(job: Job) -> None:
 
 
 def _is_soon_made(body: Generation) -> bool:
-    """Whether it is one prompt of token ids, and nothing is to be tokenised or compiled for it.
+    """Whether the body is one prompt of token ids, without anything to tokenise or to compile.
 
-    Handing it to a thread would take longer.
+    For such a body a thread would cost more time than it saves.
     """
     if not isinstance(body, CompletionRequest) or isinstance(body.prompt, str):
         return False
-    if (body.n or 1) > 1 or (body.best_of or 1) > 1:  # a request for each
+    if (body.n or 1) > 1 or (body.best_of or 1) > 1:  # several engine requests take longer
         return False
     more = (body.response_format, body.structured_outputs, body.bad_words)
     is_short = isinstance(body.prompt[0], int) and len(body.prompt) <= SHORT_PROMPT
@@ -264,7 +264,7 @@ def _is_soon_made(body: Generation) -> bool:
 
 
 def _check_context(body: Generation, num_prompt_tokens: int, max_model_len: int) -> None:
-    """Raise ValueError if the tokens that were asked for cannot follow the prompt."""
+    """Raise ValueError if the requested number of tokens does not fit after the prompt."""
     name, asked = body.asked_tokens
     if asked is not None and num_prompt_tokens + asked > max_model_len:
         raise ValueError(

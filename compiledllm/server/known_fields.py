@@ -1,4 +1,4 @@
-"""What is done about fields that no body has: each is named once in the log, and in the answer."""
+"""Handles fields that no body declares: logs each name once and names the fields in the answer."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from compiledllm.log import log
 from compiledllm.server.bodies import Body
 from compiledllm.server.errors import ApiError
 
-MAX_NAMED = 64  # names that get a line in the log
+MAX_NAMED = 64  # names with a log line of their own
 MAX_HEADER_LENGTH = 1024
 
 
 class KnownFields:
-    """is_strict: unknown fields are an error."""
+    """is_strict: an unknown field is an error."""
 
     def __init__(self, is_strict: bool) -> None:
         self._is_strict = is_strict
         self._named: set[str] = set()
 
     def unknown(self, body: Body) -> list[str]:
-        """Names of the fields that have no effect. Raises ApiError if there may be none."""
+        """The names of a body's unknown fields. Raises ApiError if there are any in strict mode."""
         names = body.unknown_fields
         if names and self._is_strict:
             raise ApiError(400, f"unknown fields: {', '.join(names[:16])}", names[0])
@@ -32,6 +32,6 @@ class KnownFields:
 
 
 def ignored_header(names: list[str]) -> dict[str, str]:
-    """A response's header that names the fields that had no effect."""
+    """A response header that names the fields that had no effect."""
     plain = ",".join(name for name in names if name.isascii() and name.isprintable())
     return {"x-ignored-fields": plain[:MAX_HEADER_LENGTH]} if names else {}

@@ -1,6 +1,6 @@
-"""Threads for what would hold up the event loop: reading large bodies, templates, tokenising.
+"""Threads for work that would block the event loop: parsing large bodies, templates, tokenising.
 
-A lane for short texts and one for long ones, so that no crowd of long ones delays a short one.
+Short and long texts have separate lanes, so that many long texts do not delay a short one.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from compiledllm.server.live_request import Overloaded
 T = TypeVar("T")
 Receive = Callable[[], Awaitable[Any]]
 
-SHORT_BYTES = 2**16  # of a body whose text takes some 0.1 s to tokenise at most
+SHORT_BYTES = 2**16  # of a body; tokenising its text takes at most about 0.1 s
 SHORT_THREADS = 2
-LARGE_BLOCK_BYTES = 2**20  # of memory
-MAX_WAITING_BYTES = 2**28  # of the bodies that wait for a thread, or have one
+LARGE_BLOCK_BYTES = 2**20  # allocations from this size on are returned to the system when freed
+MAX_WAITING_BYTES = 2**28  # of all bodies whose work waits or runs
 
 
 class ClientLeft(Exception):
-    """Nobody waits for the answer any more."""
+    """The client has closed its connection, so nobody waits for the answer."""
 
 
 class Lanes:
-    """Runs work in threads, and forgets what has not begun when its client leaves."""
+    """Runs work in threads, and drops work that has not begun when its client leaves."""
 
     def __init__(self) -> None:
         self._short = ThreadPoolExecutor(SHORT_THREADS, "short")
@@ -39,9 +39,10 @@ class Lanes:
         _return_large_blocks()
 
     async def run(self, num_bytes: int, receive: Receive, work: Callable[[], T]) -> T:
-        """What the work returns. num_bytes: of the body that the work is for.
+        """Run work and return its result. num_bytes: size of the body that the work reads.
 
-        Raises ClientLeft as soon as `receive` says so, and Overloaded if too much waits already.
+        Raises ClientLeft as soon as `receive` reports a disconnect, and Overloaded if too many
+        bytes wait.
         """
         if self._num_bytes and self._num_bytes + num_bytes > MAX_WAITING_BYTES:
             raise Overloaded(
@@ -55,11 +56,11 @@ class Lanes:
             self._num_bytes -= num_bytes
 
     async def compile(self, receive: Receive, work: Callable[[], None]) -> None:
-        """Run work that waits for the helper which compiles grammars; it holds up no lane."""
+        """Run work that waits for the process that compiles grammars, without occupying a lane."""
         await self._run_in(self._compiling, receive, work)
 
     async def _run_in(self, lane: ThreadPoolExecutor, receive: Receive, work: Callable[[], T]) -> T:
-        waiting = [work]  # emptied when the work begins, or when the client leaves
+        waiting = [work]  # emptied when the work begins or the client leaves
         future = lane.submit(lambda: waiting.pop()())
         try:
             return await unless_left(receive, asyncio.wrap_future(future))
@@ -67,7 +68,7 @@ class Lanes:
             waiting.clear()
 
     def close(self) -> None:
-        """Let what runs end by itself, and drop the rest."""
+        """Drop waiting work. Running work ends by itself."""
         for lane in (self._short, self._long, self._compiling):
             lane.shutdown(wait=False, cancel_futures=True)
 
@@ -76,16 +77,17 @@ _M_MMAP_THRESHOLD = -3
 
 
 def _return_large_blocks() -> None:
-    """Have glibc give what held a large body back to the system once it is freed.
+    """Make glibc return the memory of large bodies to the system when it is freed.
 
-    By default it raises its limit for doing so up to 32 MiB as such blocks are freed.
+    By default glibc raises its threshold for returning a block, up to 32 MiB, as large blocks are
+    freed.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
 
 
 async def unless_left(receive: Receive, work: Awaitable[T]) -> T:
-    """What the work returns. Raises ClientLeft, and the work is cancelled, if the client leaves."""
+    """Return the result of the work. If the client leaves, cancel it and raise ClientLeft."""
 
     async def wait_for_end() -> None:
         while (await receive())["type"] != "http.disconnect":

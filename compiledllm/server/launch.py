@@ -1,4 +1,4 @@
-"""`compiledllm serve`: options, the socket, signals, the order of starting and ending."""
+"""`compiledllm serve`: options, the listening socket, signals, the order of start and shutdown."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from compiledllm.server.origins import parse_cors
 from compiledllm.server.security import read_keys
 
 LOG_LINE_INTERVAL_S = 10.0
-SEND_BUFFER_BYTES = 2**18  # of a socket: what a client that reads nothing can make the kernel hold
-THREADS_END_S = 2.0  # that work in threads has to end, at the end of the process
-LONGEST_STANDSTILL_S = 0.5  # of the event loop, that is not worth a line
+SEND_BUFFER_BYTES = 2**18  # per socket; limits kernel memory for a client that does not read
+THREADS_END_S = 2.0  # for working threads to finish at the end of the process
+LONGEST_STANDSTILL_S = 0.5  # the event loop may block this long without a log line
 
 
 def serve(arguments: argparse.Namespace) -> int:
-    """Serve until told to stop; the exit status. A failure's cause is the last line printed."""
+    """Serve until told to stop; return the exit status. A failure's cause is printed last."""
     show_logs()
     options = engine_options(arguments)
-    EngineConfig.from_options(**options)  # wrong options are said before anything is started
+    EngineConfig.from_options(**options)  # reports wrong options before anything is started
     deadlines = Deadlines(arguments.client_timeout, arguments.keep_alive_timeout)
     connections = Connections(connection_limit(arguments.max_connections), deadlines)
     listener = _bind(arguments.host, arguments.port)
@@ -97,7 +97,7 @@ async def _run(
 
 
 async def _end_threads(status: int) -> None:
-    """End the process if threads of its own (a long text, an import) would hold up its end."""
+    """Exit the process at once if its threads (a long text, an import) do not finish in time."""
     ending = asyncio.create_task(asyncio.get_running_loop().shutdown_default_executor())
     _, unfinished = await asyncio.wait({ending}, timeout=THREADS_END_S)
     if unfinished:
@@ -107,7 +107,7 @@ async def _end_threads(status: int) -> None:
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop's, where there is one: it writes to many sockets in less time."""
+    """uvloop's loop factory if uvloop is installed: it writes to many sockets faster."""
     try:
         import uvloop
     except ImportError:
@@ -117,7 +117,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 class _Server(uvicorn.Server):
-    """Leaves signals to us: a first one drains, a second one ends at once."""
+    """A server that leaves signals to this module: the first drains, the second ends at once."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -132,9 +132,9 @@ def _on_signal(ending: asyncio.Event, server: uvicorn.Server) -> None:
 
 
 async def _until_end(engine: EngineClient, ending: asyncio.Event, tasks: set[Any]) -> int:
-    """0 when told to stop; 2 when the engine could not start, 1 when it is lost.
+    """Wait for the end: 0 when told to stop, 2 for a wrong config, 1 for a lost engine.
 
-    tasks: serve HTTP and keep its deadlines, for ever; 1 as well when one of them ends.
+    tasks: run as long as the server; the status is also 1 when one of them ends.
     """
     told = asyncio.create_task(ending.wait())
     dead = asyncio.create_task(engine.wait_until_dead())
@@ -164,7 +164,7 @@ async def _log_lines(metrics: Any) -> None:
 
 
 async def _watch_for_standstills() -> None:
-    """Say when nothing was served for a while: all streams of the server wait for its one loop."""
+    """Log when the event loop was blocked for long, because all streams share that loop."""
     interval, loop = LONGEST_STANDSTILL_S / 2, asyncio.get_running_loop()
     while True:
         due = loop.time() + interval
@@ -175,7 +175,7 @@ async def _watch_for_standstills() -> None:
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    """Listen at once, so that a port in use is known before a model is loaded."""
+    """Listen at once, so that a port in use is reported before a model is loaded."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.socket(family, socket.SOCK_STREAM)

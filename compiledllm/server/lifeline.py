@@ -1,4 +1,4 @@
-"""The engine's end of the connection: read in every state, and the way a failure gets out."""
+"""The engine's end of the connection: a thread reads messages, and failures are reported."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from typing import Any, NoReturn
 from compiledllm.server.crash_records import write_crash_record
 from compiledllm.server.wire import Alive, Failed, FromEngine, Ping, frame, receive
 
-_FAREWELL_S = 5  # for the last words of a process that fails
+_FAREWELL_S = 5  # for a failing process to report its failure
 _MAX_ERROR_LENGTH = 2000
 
 
 class Lifeline:
-    """The connection to the server: read by a thread as long as the process lives.
+    """The connection to the server, read by a thread as long as the process lives.
 
-    deliver: takes each message, in that thread; at first they are put into `inbox`. The loop says
-    with `turn` that it goes round. While there is none, the process loads.
+    deliver: called with each message in that thread; by default it puts the message into `inbox`.
+    The engine's loop calls `turn` in every iteration. Until the first `turn`, the process is
+    loading.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -34,14 +35,14 @@ class Lifeline:
         self._connection = connection
         self._sending = threading.Lock()
         self._is_looping = False
-        self._asked: float | None = None  # when the first ping came that the loop has not taken
+        self._asked: float | None = None  # when the first ping arrived since the loop's last turn
 
     def start(self) -> None:
         threading.excepthook = self._on_thread_failure
         threading.Thread(target=self._read, name="frames", daemon=True).start()
 
     def turn(self) -> None:
-        """The loop has come round."""
+        """Note that the engine's loop has started an iteration."""
         self._is_looping, self._asked = True, None
 
     def send(self, message: FromEngine) -> None:
@@ -73,11 +74,11 @@ class Lifeline:
     def fail(
         self, error: BaseException, blamed: Sequence[str], details: dict[str, Any]
     ) -> NoReturn:
-        """Record what happened, tell the server, end. From any thread, and whatever else fails.
+        """Record a failure, tell the server and exit, in any thread and even if recording fails.
 
-        blamed: ids of the requests that may be the cause. details: for the record.
+        blamed: ids of the requests that may be the cause. details: more fields of the crash record.
         """
-        signal.alarm(_FAREWELL_S)  # ends the process if it cannot get rid of its last words
+        signal.alarm(_FAREWELL_S)  # ends the process if reporting blocks
         is_recorded = False
         try:
             traceback.print_exception(error)

@@ -1,7 +1,8 @@
-"""A request that somebody waits for, how many there may be, and what can become of one.
+"""A request that a client waits for, the limits on such requests, and the errors that end one.
 
-Tokens are booked in its state as they come; whoever waits makes the output of all that is there. So
-a reader that is late gets few outputs with many tokens each, and nothing piles up for it.
+Tokens are added to the request's state as they arrive, and the waiting client takes one output with
+all new tokens. A slow reader therefore gets fewer outputs with more tokens each, and nothing queues
+up.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from compiledllm.outputs import RequestOutput
 
 
 class Unavailable(Exception):
-    """The engine takes no requests: it is loading, draining or dead. retry_after: seconds."""
+    """The engine accepts no requests: it is loading, draining or dead. retry_after: seconds."""
 
     def __init__(self, reason: str, retry_after: int) -> None:
         super().__init__(reason)
@@ -22,7 +23,7 @@ class Unavailable(Exception):
 
 
 class Overloaded(Exception):
-    """As many requests or tokens wait as may. retry_after: seconds."""
+    """The limit on waiting requests or tokens is reached. retry_after: seconds."""
 
     def __init__(self, reason: str, retry_after: int) -> None:
         super().__init__(reason)
@@ -30,40 +31,44 @@ class Overloaded(Exception):
 
 
 class EngineError(Exception):
-    """A request could not be finished, through no fault of its own."""
+    """The engine could not finish a request, through no fault of the request."""
 
 
 class DeadlineExceeded(Exception):
-    """A request took longer than it may."""
+    """A request took longer than allowed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What is accepted at most. Queued: waiting or running, beyond what runs at once."""
+    """Limits on requests, and timeouts in seconds.
+
+    queued_requests: requests that may wait beyond those that run. queued_tokens: prompt tokens of
+    all waiting and running requests.
+    """
 
     queued_requests: int
     queued_tokens: int
     request_seconds: float
-    stuck_seconds: float  # without a sign of life; twice that: the engine is started again
-    load_seconds: float = 3600.0  # that the engine may load for
+    stuck_seconds: float  # without a sign of life; after twice this time the engine is restarted
+    load_seconds: float = 3600.0  # for the engine to load
 
 
 @dataclass(eq=False, slots=True)
 class LiveRequest:
-    """A request with somebody waiting for it."""
+    """A request with a client that waits for its output."""
 
     state: RequestState
-    error: Exception | None = None  # what ends it, once what came before is taken
-    was_shown: bool = False  # any of it
-    ran_at_crash: bool = False  # and was started over
-    num_tokens: int = field(init=False)  # of its prompt, for each completion
+    error: Exception | None = None  # raised by `take` after the last output
+    was_shown: bool = False  # whether any output has been taken
+    ran_at_crash: bool = False  # running when an engine ended, and restarted since
+    num_tokens: int = field(init=False)  # prompt tokens, counted once per completion
     _waiter: asyncio.Future[None] | None = None
 
     def __post_init__(self) -> None:
         self.num_tokens = sum(c.request.num_prompt_tokens for c in self.state.completions)
 
     def wake(self) -> None:
-        """Something came: if it is to be shown, whoever waits takes it."""
+        """Resume the waiting client if there is enough new text for an output."""
         if self._waiter is not None and self.state.is_due:
             self._resume()
 
@@ -73,7 +78,7 @@ class LiveRequest:
         self._resume()
 
     async def take(self) -> RequestOutput:
-        """What came since the last time, as one output. Raises what ended the request."""
+        """Wait for new tokens and return one output. Raises the error that ended the request."""
         while (output := self.state.next_output()) is None:
             if self.error is not None:
                 raise self.error

@@ -1,6 +1,7 @@
-"""All requests that somebody waits for: what the engine tells is booked here.
+"""All requests that clients wait for, updated from the engine's messages.
 
-Their core requests are mirrors: tokens arrive, text and stop strings are made of them.
+The core `Request`s here mirror those of the engine's process: tokens are appended as they arrive,
+turned into text and checked for stop strings.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from compiledllm.types import RequestStatus
 
 
 class LiveRequests:
-    """send: how the engine is told. num_tokens: of all their prompts."""
+    """send: sends a message to the engine. num_tokens: sum of all prompts' tokens."""
 
     def __init__(self, send: Callable[[ToEngine], None]) -> None:
         self._send = send
         self.num_tokens = 0
-        self.num_finished = 0  # requests that came to their end, since the start
+        self.num_finished = 0  # requests that finished since the start
         self._replay = Replay(self._tell, self._is_live)
         self._lives: dict[str, LiveRequest] = {}  # by the caller's id
         self._completions: dict[str, tuple[LiveRequest, Completion]] = {}  # by the engine's id
@@ -32,12 +33,12 @@ class LiveRequests:
         return len(self._lives)
 
     def __iter__(self) -> Iterator[LiveRequest]:
-        """Of those that are there now; they may be ended meanwhile."""
+        """Iterate over a copy, since requests may end during the iteration."""
         return iter(list(self._lives.values()))
 
     @property
     def num_completions(self) -> int:
-        """Each is a request of the engine's."""
+        """The number of unfinished completions; each is one request of the engine."""
         return len(self._completions)
 
     @property
@@ -63,7 +64,7 @@ class LiveRequests:
         self._expect(live)
 
     def _tell(self, live: LiveRequest) -> None:
-        """Give a request to the engine."""
+        """Send a request to the engine."""
         for completion in live.state.completions:
             self._send(add_of(completion.request))
 
@@ -73,11 +74,11 @@ class LiveRequests:
     # -- the engine's end ----------------------------------------------------------------------
 
     def outlive(self, cause: str, started: set[str]) -> bool:
-        """The engine has ended: end requests, or start them over. Whether any was running.
+        """Fail or restart the requests of an ended engine; return whether any of them was running.
 
-        A request that has shown something cannot start over. One that was running when an engine
-        ended gets a second engine, not a third, unless another one is found to be to blame.
-        started: ids of all that the engine began to run.
+        A request that has shown output cannot restart. A request that was running when an engine
+        ended gets a second engine but not a third, unless another request is found to be the cause.
+        started: ids of all requests that the engine began to run.
         """
         replay = self._replay
         running = {live for live in self if _was_running(live, started)}
@@ -97,7 +98,7 @@ class LiveRequests:
         return bool(running)
 
     def replay(self) -> None:
-        """A new engine is ready: give it what the old one had."""
+        """Give the unfinished requests to a new engine."""
         suspects = [live for live in self if live.ran_at_crash]
         self._replay.begin(suspects, [live for live in self if not live.ran_at_crash])
 
@@ -113,7 +114,7 @@ class LiveRequests:
     # -- tokens --------------------------------------------------------------------------------
 
     def book(self, step: Stepped) -> None:
-        """A step's tokens; whoever waits for them is woken."""
+        """Add a step's tokens to their requests and wake the clients that wait."""
         now, completions = time.monotonic(), self._completions
         for request_id, token_id in step.token_ids.items():
             if request_id in completions:
@@ -138,19 +139,19 @@ class LiveRequests:
             self._replay.go_on()
 
     def _settle(self, live: LiveRequest, completion: Completion) -> None:
-        """A completion is over, and with the last one the request."""
+        """Remove a finished completion, and with the last one its request."""
         del self._completions[completion.request.request_id]
         if live.state.is_finished:
             self.num_finished += 1
             self._forget(live)
 
     def _give_up(self, live: LiveRequest, error: Exception) -> None:
-        """Its tokens cannot be made into text: that is no reason to serve nobody else."""
+        """End a request whose tokens cannot be turned into text, so that all others go on."""
         log.error("request %s cannot go on", live.state.request_id, exc_info=error)
         self.expire(live, EngineError(f"{type(error).__name__}: {error}"))
 
     def _grow(self, completion: Completion, news: Grown, now: float) -> None:
-        """Book what came, up to a stop string."""
+        """Add a `Grown` message to a completion, up to a stop string."""
         request = completion.request
         request.num_cached_tokens = news.num_cached_tokens
         request.logprobs += news.logprobs
@@ -164,7 +165,7 @@ class LiveRequests:
             _finish_mirror(completion, news.finish_reason, news.stop_reason)
 
     def _push(self, completion: Completion, token_id: int, now: float) -> bool:
-        """Book a token. True: a stop string ended the completion, and the engine knows."""
+        """Add a token. Returns True if a stop string ended the completion; the engine is told."""
         request = completion.request
         request.token_ids.append(token_id)
         stop = completion.push_last_token(now)
@@ -179,21 +180,21 @@ class LiveRequests:
     # -- ends ----------------------------------------------------------------------------------
 
     def abort(self, live: LiveRequest) -> None:
-        """If it is not over: free what it holds."""
+        """Remove a request, and tell the engine if it is unfinished."""
         ids = [c.request.request_id for c in live.state.completions if not c.request.is_finished]
         if ids and self._is_live(live):
             self._send(Finish(ids, "abort"))
         self._forget(live)
 
     def expire(self, live: LiveRequest, error: Exception) -> None:
-        """Its time is over: nothing more is computed for it, even if nobody reads."""
+        """End a request with an error and stop computing it, even if nobody reads the error."""
         try:
             self.abort(live)
         finally:
             live.fail(error)
 
     def end(self, live: LiveRequest, error: Exception) -> None:
-        """It fails, once what came before is taken."""
+        """End a request with an error that `take` raises after the remaining output."""
         live.fail(error)
         self._forget(live)
 

@@ -1,4 +1,4 @@
-"""Prometheus metrics, with vLLM's names behind a prefix of one's choice."""
+"""Prometheus metrics with vLLM's names and a configurable prefix."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 5
 
 @dataclass(slots=True)
 class _Timing:
-    """A request on its way."""
+    """A request in progress; times in seconds of `time.monotonic`."""
 
     arrival: float
     last: float | None = None
@@ -35,7 +35,7 @@ class _Timing:
 
 
 class _QuickHistogram(Collector):
-    """For what every token adds to: prometheus_client's own takes a lock and walks its buckets."""
+    """A histogram cheap enough for every token; prometheus_client's takes a lock."""
 
     def __init__(self, name: str, text: str, model: str, bounds: tuple[float, ...]) -> None:
         self._name, self._text, self._model = name, text, model
@@ -57,7 +57,7 @@ class _QuickHistogram(Collector):
 
 
 class Metrics:
-    """Counts what the engine reports and what requests experience."""
+    """Metrics of the engine's reports and of the requests' latencies."""
 
     def __init__(self, prefix: str, model: str, engine: EngineClient) -> None:
         self.registry = CollectorRegistry()
@@ -120,7 +120,7 @@ class Metrics:
         return made.labels(self._model)
 
     def text(self) -> bytes:
-        """In Prometheus's format."""
+        """All metrics in Prometheus's text format."""
         self.is_ready.set(self._engine.state == "ready")
         self.silence.set(self._engine.signs.silence_s)
         self._advance("restarts", self.restarts, self._engine.num_restarts)
@@ -149,12 +149,12 @@ class Metrics:
         self._line.add(stats, count)
 
     def _advance(self, name: str, counter: Counter, value: float) -> None:
-        """Bring a counter up to what the engine counts since its start."""
+        """Advance a counter to the engine's own count, which starts at zero with each engine."""
         counter.inc(max(value - self._seen.get(name, 0), 0))
         self._seen[name] = value
 
     def log_line(self) -> None:
-        """What went on since the last time; nothing if nothing did."""
+        """Log what happened since the last call, if anything did."""
         self._line.show(self._engine)
 
     # -- requests ------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ class Metrics:
         return _Timing(time.monotonic())
 
     def grow(self, timing: _Timing, output: RequestOutput) -> None:
-        """An output of a request has come."""
+        """Record an output of a request."""
         now = time.monotonic()
         count = 0
         for completion in output.outputs:
@@ -172,14 +172,14 @@ class Metrics:
             assert output.metrics is not None
             first_token_time = output.metrics.first_token_time or now
             self.ttft.observe(max(first_token_time - timing.arrival, 0.0))
-        elif count:  # tokens that came together share the gap
+        elif count:  # tokens that arrive together share the gap
             self.itl.observe((now - timing.last) / count, times=count)
         if count or timing.last is None:
             timing.last = now
         timing.num_tokens += count
 
     def end(self, timing: _Timing, output: RequestOutput) -> None:
-        """A request is finished."""
+        """Record the end of a request."""
         now, count = time.monotonic(), timing.num_tokens
         self.e2e.observe(now - timing.arrival)
         self.prompt_tokens.inc(len(output.prompt_token_ids))

@@ -1,4 +1,4 @@
-"""JSON schemas of bodies, for `/openapi.json`."""
+"""JSON schemas of the bodies, for `/openapi.json`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Schema = dict[str, Any]
 
 
 def components(kinds: tuple[type[Body], ...]) -> dict[str, Schema]:
-    """A schema for each of these kinds and those in them, by name."""
+    """The schemas of these kinds of bodies and of the types that they contain, by name."""
     found: dict[str, Schema] = {}
     for kind in kinds:
         _add(kind, found)

@@ -1,4 +1,4 @@
-"""The server's own command-line options. Imports nothing heavy."""
+"""The command-line options of the server. This module imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import math
 from compiledllm.arguments import count
 from compiledllm.server.tool_formats import FORMATS
 
-REASONING = ("qwen3", "deepseek_r1")  # what <think> means (`chat.reasoning_mode`)
+REASONING = ("qwen3", "deepseek_r1")  # meanings of <think>; see `chat.reasoning_mode`
 
 
 def add_server_options(group: argparse._ArgumentGroup) -> None:
-    """Options of `serve` that are not the engine's."""
+    """Add the options of `serve` that are not engine options."""
     add = group.add_argument
     add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     add("--port", type=int, default=8000, help="port to listen on (8000)")
@@ -48,7 +48,7 @@ def add_server_options(group: argparse._ArgumentGroup) -> None:
 
 
 def seconds(text: str) -> float:
-    """A time; inf: no limit."""
+    """Parse a number of seconds, at least 0; inf: no limit."""
     try:
         value = float(text)
     except ValueError:
@@ -59,7 +59,7 @@ def seconds(text: str) -> float:
 
 
 def some_seconds(text: str) -> float:
-    """A time of more than nothing; inf: no limit."""
+    """Parse a number of seconds above 0; inf: no limit."""
     value = seconds(text)
     if value == 0:
         raise argparse.ArgumentTypeError("must be more than 0 seconds")

@@ -1,8 +1,8 @@
-"""Whose web pages may use the server: origins allowed by option, and requests from other pages.
+"""Decides which web pages may use the server: allowed origins (CORS) and requests across origins.
 
-A browser runs any page's scripts beside the user's own servers. A page elsewhere cannot read an
-answer without CORS headers, but can send a POST; and a page whose name was pointed at 127.0.0.1
-(DNS rebinding) counts as this server's own.
+A browser runs any page's scripts with access to the user's local servers. A page of another origin
+cannot read an answer without CORS headers but can send a POST; and a page whose host name resolves
+to 127.0.0.1 (DNS rebinding) counts as same-origin.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _ORIGIN = re.compile(
     r"(?P<host>\[[0-9a-f:.]+\]|[a-z0-9_-]+(?:\.[a-z0-9_-]+)*)(?::(?P<port>[0-9]{1,5}))?"
 )
 _DEFAULT_PORTS = {"http": "80", "https": "443"}
-_LOCAL_SUFFIXES = (".localhost", ".local", ".internal", ".lan", ".home.arpa")  # in no public DNS
+_LOCAL_SUFFIXES = (".localhost", ".local", ".internal", ".lan", ".home.arpa")  # never in public DNS
 EXPOSED_HEADERS = ["x-request-id", "retry-after", "x-ignored-fields"]
 
 
 @dataclass(frozen=True, slots=True)
 class Cors:
-    """What pages of other origins may do. No origins: nothing."""
+    """The permissions of pages of other origins. No origins: no permissions."""
 
     origins: tuple[str, ...] = ()
     methods: tuple[str, ...] = ("*",)
@@ -38,7 +38,7 @@ class Cors:
 def parse_cors(
     origins: Iterable[str], methods: Iterable[str], headers: Iterable[str], credentials: bool
 ) -> Cors:
-    """From the command line's words, each a value, values with commas, or a JSON list of them."""
+    """Parse command-line words; each is a value, several values with commas, or a JSON list."""
     allowed = tuple(_origin(value) for value in _values("--allowed-origins", origins))
     if credentials and "*" in allowed:
         raise ConfigError(
@@ -72,7 +72,7 @@ def _values(option: str, words: Iterable[str]) -> list[str]:
 
 
 def _origin(value: str) -> str:
-    """As browsers spell it."""
+    """An origin in the spelling of browsers."""
     if value in ("*", "null", "file://"):
         return value
     match = _ORIGIN.fullmatch(value.lower())
@@ -88,12 +88,12 @@ def _origin(value: str) -> str:
 
 
 class PageCheck:
-    """Tells requests that a page of another origin made its browser send.
+    """Detects requests that a page of another origin made its browser send.
 
-    As Go's `http.CrossOriginProtection`: Sec-Fetch-Site decides, or else Origin against Host. Both
-    are set by browsers, out of a page's reach; other clients send neither. is_local: only this
-    machine is served, without a key: then the page's host must be one that no stranger can point
-    here.
+    As in Go's `http.CrossOriginProtection`, Sec-Fetch-Site decides, or else Origin compared with
+    Host. Browsers set both headers and pages cannot change them; other clients send neither.
+    is_local: the server listens on loopback only and has no key; the page's host must then be a
+    name that no public DNS can point at this machine.
     """
 
     def __init__(self, origins: Iterable[str] = (), is_local: bool = False) -> None:
@@ -101,7 +101,7 @@ class PageCheck:
         self._is_local = is_local
 
     def is_foreign(self, headers: Mapping[bytes, bytes]) -> bool:
-        """Whether to refuse a request that does something (not GET, HEAD or OPTIONS)."""
+        """Whether to refuse a request of an unsafe method (not GET, HEAD or OPTIONS)."""
         site = headers.get(b"sec-fetch-site")
         if site is None and b"origin" not in headers:
             return False
@@ -117,12 +117,12 @@ class PageCheck:
 
 
 def _is_of_an_app(origin: str) -> bool:
-    """Whether a desktop application's or an extension's, which no page of the web can have."""
+    """Whether the origin is a desktop application or an extension, which no web page can claim."""
     return bool(origin) and origin != "null" and not origin.startswith(("http://", "https://"))
 
 
 def is_local_name(host: str) -> bool:
-    """Whether a host, perhaps with a port, is an address, or a name that no public DNS has."""
+    """Whether a host, with an optional port, is an address or a name outside public DNS."""
     name = re.sub(r":[0-9]*$", "", host.lower()).strip("[]").rstrip(".")
     if "." not in name or name.endswith(_LOCAL_SUFFIXES):
         return True

@@ -1,7 +1,7 @@
-"""OpenAI's request bodies, with the fields that other servers add. Bounds are enforced here.
+"""OpenAI's request bodies with common extensions. The types enforce the bounds of each field.
 
-A field that is optional has a default, which null stands for, too. Unknown fields are named, as
-load generators and clients send their own (`Body.unknown_fields`).
+An optional field has a default, and null means the default. Unknown fields are reported instead of
+refused, because load generators and clients send fields of their own (`Body.unknown_fields`).
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 PositiveCount = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Text = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_LENGTH)]
-# What an id or a name may be that reaches logs and headers: characters that stay on their line.
+# Request ids reach logs and headers and are therefore printable ASCII.
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
 RequestId = Annotated[
     str, Meta(pattern=r"^[ -~]{1,128}(?!\n)$", description="1 to 128 printable ASCII characters")
 ]
-Ids = Annotated[list[int], Meta(min_length=1, max_length=MAX_NUMBERS)]  # of a prompt
+Ids = Annotated[list[int], Meta(min_length=1, max_length=MAX_NUMBERS)]  # token ids of a prompt
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 N = Annotated[int, Meta(ge=1, le=MAX_N)]
@@ -63,7 +63,7 @@ class JsonSchema(Body, kw_only=True):
 
 
 class ResponseFormat(Body, kw_only=True):
-    """json_schema belongs to its type; structures and triggers to structural_tag."""
+    """json_schema goes with the type json_schema; structures and triggers with structural_tag."""
 
     type: Literal["text", "json_object", "json_schema", "structural_tag"] = "text"
     json_schema: JsonSchema | None = None
@@ -72,7 +72,7 @@ class ResponseFormat(Body, kw_only=True):
 
 
 class StructuredOutputs(Body, kw_only=True):
-    """`StructuredOutputsParams`, field by field."""
+    """The fields of `StructuredOutputsParams`."""
 
     json_: str | dict[str, Any] | None = msgspec.field(default=None, name="json")
     regex: str | None = None
@@ -141,7 +141,7 @@ class RepetitionDetection(Body, kw_only=True):
 
 
 class Generation(Body, kw_only=True):
-    """What chat and text completions have in common. None: the default."""
+    """The common fields of chat and text completions. None: the server's default."""
 
     model: Annotated[str, Meta(max_length=1024)] | None = None
     frequency_penalty: Penalty | None = None
@@ -189,7 +189,7 @@ class Generation(Body, kw_only=True):
 
     @property
     def asked_tokens(self) -> tuple[str, int | None]:
-        """The field that says how many tokens to generate, and its value."""
+        """The name and value of the field that limits the number of tokens to generate."""
         raise NotImplementedError
 
 
@@ -203,7 +203,7 @@ class CompletionRequest(Generation, kw_only=True):
         | Annotated[list[Ids], Meta(min_length=1, max_length=MAX_PROMPTS)],
         Meta(description=f"text, token ids, or a list of 1 to {MAX_PROMPTS} texts or lists of ids"),
     ]
-    max_tokens: Count | None = None  # 16
+    max_tokens: Count | None = None  # None: 16
     logprobs: TopLogprobs | None = None
     echo: bool = False
     best_of: N | None = None
@@ -216,7 +216,7 @@ class CompletionRequest(Generation, kw_only=True):
 
 
 class Part(msgspec.Struct, kw_only=True):
-    """Of a message's content. What is no text is refused where conversations are made."""
+    """A part of a message's content. Parts other than text are refused when rendering."""
 
     type: str | None = "text"
     text: str | None = None
@@ -225,9 +225,9 @@ class Part(msgspec.Struct, kw_only=True):
 
 
 class Message(Body, kw_only=True):
-    """A message's content is text, or a list of text parts; an assistant's may be tool calls."""
+    """A message: text, or a list of text parts; an assistant's message may be tool calls."""
 
-    keeps_more: ClassVar[bool] = True  # templates know fields that no standard has
+    keeps_more: ClassVar[bool] = True  # chat templates use fields that no standard has
 
     role: Annotated[str, Meta(min_length=1, max_length=64)]
     content: str | Annotated[list[str | Part], Meta(max_length=MAX_PARTS)] | None = None
@@ -237,7 +237,7 @@ class Message(Body, kw_only=True):
 
     @property
     def num_characters(self) -> int:
-        """Of its content."""
+        """The length of the content, in characters."""
         if not isinstance(self.content, list):
             return len(self.content or "")
         texts = (part if isinstance(part, str) else part.text or "" for part in self.content)
@@ -307,6 +307,6 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """Every error, whatever its status."""
+    """The body of every error, whatever its status."""
 
     error: ErrorDetail

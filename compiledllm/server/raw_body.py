@@ -1,4 +1,4 @@
-"""The bytes of a request's body, which is JSON or not read at all."""
+"""Reads the bytes of a request's body if its content type is JSON."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ _JSON = "application/json"
 
 
 async def read_body(request: Request) -> bytes:
-    """All of it. Raises ApiError (415) for another type, and ClientLeft.
+    """Read the whole body. Raises ApiError (415) for other content types, and ClientLeft.
 
-    Other than Starlette's `body` it is not kept by the request, which lives as long as its answer.
+    Unlike Starlette's `body`, the bytes are not kept by the request, which lives as long as its
+    answer.
     """
     _check_type(request.headers.get("content-type"))
     pieces = []
@@ -27,7 +28,7 @@ async def read_body(request: Request) -> bytes:
 
 
 def _check_type(content_type: str | None) -> None:
-    """JSON without a type is taken. Types that web pages of any origin may send are not."""
+    """Accept JSON or no content type. Types that web pages of any origin may send are refused."""
     name = (content_type or _JSON).partition(";")[0].strip().lower()
     is_json = name == _JSON or (name.startswith("application/") and name.endswith("+json"))
     if not is_json:

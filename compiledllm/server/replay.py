@@ -1,8 +1,8 @@
-"""Gives a new engine the requests that the old one had, so that one that kills engines is found.
+"""Gives a new engine the old one's requests, and finds a request that kills engines.
 
-Requests that were running are suspects. They are told one at a time, each once the one before it
-has shown to be harmless, and only then all others. If the engine ends again meanwhile, the one that
-was on trial is to blame.
+Requests that were running are suspects. Suspects are sent one at a time, each once the one before
+has proved harmless; all other requests follow. If the engine ends in the meantime, the suspect that
+was sent last is the cause.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterable
 
 from compiledllm.server.live_request import LiveRequest
 
-TOKENS = 3  # after which a request is harmless: the first one follows from its prompt
+TOKENS = 3  # a request with this many tokens is harmless: the first follows from its prompt alone
 
 
 class Replay:
-    """tell: gives a request to the engine. is_live: whether a request is still waited for.
+    """tell: sends a request to the engine. is_live: whether a client still waits for a request.
 
-    Attributes: `on_trial` (the suspect that was told last, while it is one).
+    Attributes: `on_trial` (the suspect that was sent last, until it proves harmless).
     """
 
     def __init__(
@@ -31,23 +31,23 @@ class Replay:
         self.is_over = True
 
     def begin(self, suspects: Iterable[LiveRequest], others: Iterable[LiveRequest]) -> None:
-        """A new engine is ready."""
+        """Start with a new engine."""
         self._suspects, self._others = deque(suspects), list(others)
         self.on_trial, self.is_over = None, False
         self.go_on()
 
     def stop(self) -> None:
-        """The engine has ended."""
+        """Stop, because the engine has ended."""
         self._suspects.clear()
         self._others.clear()
         self.on_trial, self.is_over = None, True
 
     def hold(self, live: LiveRequest) -> None:
-        """A request that has come meanwhile."""
+        """Keep a new request until the suspects are done."""
         self._others.append(live)
 
     def go_on(self) -> None:
-        """After each step, until `is_over`."""
+        """Send the next requests if possible. Called after each step until `is_over`."""
         if self.on_trial is not None and self._is_suspect(self.on_trial):
             return
         self.on_trial = None

@@ -1,6 +1,7 @@
-"""Which requests have begun to run: noted by the engine, read by the server when it has crashed.
+"""The requests that have begun to run, written by the engine and read by the server after a crash.
 
-Both have the same nameless file open, so a note costs the engine one write and the server nothing.
+Both processes hold the same unnamed file, so that a note costs the engine one write and the server
+nothing.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ import os
 import tempfile
 from collections.abc import Iterable
 
-_MAX_BYTES = 2**20  # then the ids of requests that are over are left out
+_MAX_BYTES = 2**20  # beyond this size the file is rewritten without finished requests
 
 
 class RunningLog:
-    """fd: of the file, which is closed with this object."""
+    """fd: the descriptor of the file; `close` closes it."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -23,13 +24,13 @@ class RunningLog:
 
     @classmethod
     def create(cls) -> RunningLog:
-        with contextlib.suppress(AttributeError, OSError):  # Linux: in memory
+        with contextlib.suppress(AttributeError, OSError):  # Linux only: a file in memory
             return cls(os.memfd_create("running"))
         with tempfile.TemporaryFile() as file:
             return cls(os.dup(file.fileno()))
 
     def note(self, request_ids: Iterable[str]) -> None:
-        """These run from now on. A write that fails costs nothing but the knowledge."""
+        """Note that these requests begin to run. A failing write only loses the note."""
         new = dict.fromkeys(request_ids)
         self._running |= new
         with contextlib.suppress(OSError):
@@ -43,7 +44,7 @@ class RunningLog:
         self._running.pop(request_id, None)
 
     def read(self) -> set[str]:
-        """All that were noted; some may be over. The offset is the writer's, so it is not moved."""
+        """The ids of all noted requests, some finished. The writer's file offset is kept."""
         with contextlib.suppress(OSError):
             raw = os.pread(self.fd, os.fstat(self.fd).st_size, 0)
             return set(raw.decode(errors="replace").split("\0"))

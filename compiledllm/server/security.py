@@ -1,6 +1,6 @@
-"""What stands before every route: keys, origins, sizes, the request's id, and its turn.
+"""Middleware before every route: API keys, origins, body sizes, request ids and turns.
 
-Plain ASGI, so streams stream.
+The middleware is plain ASGI, so that streams are not buffered.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
 MAX_BODY_BYTES = 32 * 2**20
-MAX_UNFINISHED_BYTES = 512 * 2**20  # of all bodies that are still coming
+MAX_UNFINISHED_BYTES = 512 * 2**20  # of all bodies that are being received
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
-REQUESTS_PER_PASS = 8  # of the event loop: some milliseconds, as much as a token of 256 streams
+REQUESTS_PER_PASS = 8  # per pass of the event loop: some ms, like one token of 256 streams
 _TOO_LARGE = f"the body must be at most {MAX_BODY_BYTES} bytes"
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
 class Guard:
-    """Refuses what has no key, comes from another's page, or is too large; gives every response
-    its request's id, also the one to a request that fails for a reason nobody expected.
+    """Refuses requests without a key, from foreign pages or too large; sets the request id.
 
-    Where there are several keys, a request's state has a `cache_salt` of its own key's, so that
-    nobody finds, by numbers or by time, what holders of another key have asked.
+    Every response has its request's id, even the response to an unexpected exception. With several
+    keys, each request's state gets a `cache_salt` derived from its key, so that cached-token counts
+    and response times do not reveal the prompts of another key.
     """
 
     def __init__(self, app: App, keys: Iterable[str] = (), pages: PageCheck | None = None) -> None:
@@ -73,7 +73,7 @@ class Guard:
         scope["state"]["cache_salt"] = ""
         problem = self._problem(scope, headers)
         if problem is not None:
-            # A browser asks its user for the key: any name, and the key as the password.
+            # For `/` the browser asks its user: any name, and the key as the password.
             kind = 'Basic realm="compiledllm"' if scope["path"] == "/" else "Bearer"
             extra = {"www-authenticate": kind} if problem.status == 401 else None
             await error_response(problem, extra)(scope, receive, send_with_id)  # type: ignore[arg-type]
@@ -86,9 +86,9 @@ class Guard:
             else:
                 await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
-            return  # nobody reads an answer
+            return  # the client is gone
         except Exception as error:
-            # Starlette's own answer would lack the id, and the CORS headers of what is around us.
+            # Starlette's own answer would lack the request id and the CORS headers.
             log.error("%s %.200r failed", scope["method"], scope["path"], exc_info=error)
             if is_begun:
                 raise
@@ -115,13 +115,13 @@ class Guard:
                 "a web page of another origin may not use this server; if it is yours, start the "
                 "server with --allowed-origins and the page's origin",
             )
-        length = headers.get(b"content-length", b"0").strip()  # as long as the parser lets through
+        length = headers.get(b"content-length", b"0").strip()  # bounded by the parser
         if not length.isdigit() or int(length) > MAX_BODY_BYTES:
             return ApiError(413, _TOO_LARGE)
         return None
 
     def _key_of(self, headers: dict[bytes, bytes]) -> bytes | None:
-        """The digest of the key that a request has; None if it has none of ours."""
+        """The digest of the request's key; None if the key is missing or unknown."""
         kind, _, key = headers.get(b"authorization", b"").partition(b" ")
         if kind.lower() == b"basic":
             key = _password(key)
@@ -140,20 +140,20 @@ def _password(credentials: bytes) -> bytes:
 
 @dataclass(slots=True)
 class _Unfinished:
-    """Bytes that are held of all bodies which are not complete."""
+    """Bytes received of all incomplete bodies."""
 
     num_bytes: int = 0
 
 
 class _Body:
-    """A body as it comes, counted, whatever its head says."""
+    """A body whose received bytes are counted, whatever its content-length says."""
 
     def __init__(self, receive: Receive, unfinished: _Unfinished) -> None:
         self._receive, self._unfinished = receive, unfinished
         self._num_bytes = 0
 
     async def receive(self) -> MutableMapping[str, Any]:
-        """Raises HTTPException, which FastAPI lets through where it reads a body."""
+        """Receive a message. Raises HTTPException, which FastAPI passes on when reading a body."""
         message = await self._receive()
         if body := message.get("body"):
             self._num_bytes += len(body)
@@ -168,16 +168,16 @@ class _Body:
         return message
 
     def forget(self) -> None:
-        """It is complete, or nobody wants it any more."""
+        """Subtract this body's bytes, because it is complete or dropped."""
         self._unfinished.num_bytes -= self._num_bytes
         self._num_bytes = 0
 
 
 def read_keys(given: Iterable[str], path: str | None, environment: str | None) -> list[str]:
-    """All API keys: given one by one, in a file (one a line), and in the environment (commas).
+    """All API keys: given one by one, from a file (one per line) and from the environment (commas).
 
-    Raises ConfigError for a source that is there and has no key, as whoever named one wants to be
-    protected, and for what no client can send.
+    Raises ConfigError for a source without any key, since the user expects protection, and for a
+    key that no client can send.
     """
     keys = [_checked_key(key.strip(), "--api-key") for key in given]
     if path is not None:

@@ -1,4 +1,4 @@
-"""What the server makes of an engine's report: the factory of its requests, and its vocabulary."""
+"""Makes the request factory and the vocabulary from an engine's `Ready` message."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def tokenizer_of(message: Ready) -> Tokenizer | None:
 
 
 def vocabulary_of(requests: RequestFactory) -> Vocabulary | None:
-    """For structured outputs; None, and a line, if there are none."""
+    """The vocabulary for structured outputs; if there is none, log why and return None."""
     try:
         requests.grammars().compiler.start()
         return requests.grammars().vocabulary

@@ -1,4 +1,4 @@
-"""Answers to `/v1/chat/completions` and `/v1/completions`, whole or as a stream of events."""
+"""Answers of `/v1/chat/completions` and `/v1/completions`, whole or as a stream of events."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Serving:
         self._shows_cached_tokens = shows_cached_tokens
 
     def release(self, job: Job) -> None:
-        """Nobody waits for its answer any more."""
+        """Abort a job's unfinished requests, because nobody waits for the answer."""
         self.engine.release(job.lives)
 
     async def _generate(self, job: Job, place: int) -> AsyncGenerator[tuple[int, RequestOutput]]:
-        """The outputs of a prompt, with its place among the job's."""
+        """Yield the outputs of one prompt of a job. place: the prompt's index in the job."""
         timing, live = self.metrics.begin(), job.lives[place]
         with self.engine.following(live):
             while not live.state.is_over:
@@ -115,7 +115,7 @@ class Serving:
     # -- streams -------------------------------------------------------------------------------
 
     async def stream(self, job: Job) -> AsyncIterator[bytes]:
-        """Server-sent events. What goes wrong on the way is an event of its own."""
+        """Yield server-sent events. An error on the way becomes an event of its own."""
         template = self._template(job)
         counts = [0] * len(job.states)
         last: list[RequestOutput | None] = [None] * len(job.states)
@@ -147,7 +147,7 @@ class Serving:
         index: int,
         num_tokens: int,
     ) -> bytes:
-        """What a completion has grown by; the first of a chat behind one that names the role."""
+        """The event of a completion's new text; in a chat, an event with the role comes first."""
         role, options = b"", job.options
         if job.is_chat and index not in job.shown:
             job.shown[index] = 0
@@ -162,7 +162,7 @@ class Serving:
         return role + event(chunk)
 
     def _template(self, job: Job) -> Template | None:
-        """Of the events of `_event` behind a choice's first, if they show nothing but text."""
+        """A template for a choice's events after the first, or None if they show more than text."""
         options = job.options
         has_more = options.return_token_ids or job.params.wants_logprobs
         if has_more or options.continuous_usage or options.hides_output:
@@ -178,7 +178,7 @@ class Serving:
         return Template(chunk | {"usage": None} if has_usage else chunk)
 
     def _merged(self, job: Job) -> AsyncGenerator[tuple[int, RequestOutput]]:
-        """The outputs of all prompts as they come, each with its prompt's place."""
+        """The outputs of all prompts as they arrive, each with the index of its prompt."""
         return self._generate(job, 0) if len(job.lives) == 1 else self._generate_all(job)
 
     async def _generate_all(self, job: Job) -> AsyncGenerator[tuple[int, RequestOutput]]:
@@ -244,7 +244,7 @@ class Serving:
 def _more_fields(
     options: AnswerOptions, output: RequestOutput, completion: CompletionOutput
 ) -> dict[str, Any]:
-    """What a choice shows besides its text, if it was asked for."""
+    """The requested fields of a choice besides its text."""
     more = _prompt_fields(options, output)
     if options.return_token_ids:
         more["token_ids"] = [] if options.hides_output else completion.token_ids
@@ -252,7 +252,7 @@ def _more_fields(
 
 
 def _prompt_fields(options: AnswerOptions, output: RequestOutput) -> dict[str, Any]:
-    """What is shown of the prompt; in a stream once for each choice."""
+    """The requested fields about the prompt; in a stream they are sent once per choice."""
     more: dict[str, Any] = {}
     if options.return_token_ids and not options.is_past_prompt:
         more["prompt_token_ids"] = output.prompt_token_ids
@@ -262,7 +262,7 @@ def _prompt_fields(options: AnswerOptions, output: RequestOutput) -> dict[str, A
 
 
 def _failure(completion: CompletionOutput) -> Exception | None:
-    """If it ended in an error: that of the request's own grammar, or of the engine."""
+    """The error that ended a completion, if any: of the request's own grammar, or of the engine."""
     if completion.finish_reason != "error":
         return None
     cause = str(completion.stop_reason)
@@ -274,7 +274,7 @@ def _failure(completion: CompletionOutput) -> Exception | None:
 def _filled(
     template: Template | None, job: Job, completion: CompletionOutput, index: int
 ) -> bytes | None:
-    """The event of what a completion has grown by; None if it is not as the template has it."""
+    """The event of a completion's new text from the template; None if that does not fit."""
     if template is None or not completion.text or index not in job.shown:
         return None
     if job.is_chat and not job.choice(index).shows_as_is:
@@ -288,7 +288,7 @@ def _chat_delta(index: int, delta: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_prompt(job: Job) -> Job:
-    """As it is shown behind a choice's first event, which had all that is shown of the prompt."""
+    """The job for a choice's later events, without the prompt's fields that the first event had."""
     options = job.options
     if not (options.echo or options.prompt_logprobs or options.return_token_ids):
         return job
@@ -305,14 +305,14 @@ def _prompt_text(output: RequestOutput, requests: RequestFactory) -> str:
 
 
 def _prompt_offsets(output: RequestOutput, text: str, tokenizer: Tokenizer | None) -> list[int]:
-    """Where each token of the prompt begins in its text."""
+    """The position in the prompt's text at which each token begins."""
     if tokenizer is None:
         return [0] * len(output.prompt_token_ids)
     return tokenizer.pieces.offsets(output.prompt_token_ids, text)
 
 
 def _plain_prompt_logprobs(output: RequestOutput) -> list[Any] | None:
-    """As vLLM shows them: for each token of the prompt, token id -> its entry."""
+    """Prompt log probabilities in vLLM's format: per token, a map from token id to its entry."""
     if output.prompt_logprobs is None:
         return None
     return [

@@ -1,4 +1,4 @@
-"""`/tokenize` and `/detokenize`: from a body's bytes to the answer's, in a thread."""
+"""`/tokenize` and `/detokenize`, from a body's bytes to the answer's bytes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from compiledllm.server.protocol import DetokenizeRequest, TokenizeRequest
 
 
 class TextTools:
-    """lanes: of the threads in which they are to run."""
+    """lanes: the threads in which the caller runs the methods."""
 
     def __init__(self, jobs: JobMaker) -> None:
         self.lanes = jobs.lanes
         self._jobs = jobs
 
     def tokenize(self, data: bytes) -> bytes:
-        """Token ids of a text or a conversation, which may be longer than the model's context."""
+        """Tokenise a text or a conversation, which may be longer than the model's context."""
         body = parse(TokenizeRequest, data)
         requests = self._jobs.factory()
         self._jobs.check_model(body.model)

@@ -1,4 +1,4 @@
-"""How models write tool calls: the table, and a grammar of calls in each format."""
+"""The formats in which models write tool calls, and a grammar of calls in each format."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
-    """A call is `open`, an object with "name" and `arguments_key`, `close`.
+    """A call is `open`, an object with "name" and `arguments_key`, then `close`.
 
-    marks: a chat template with one of them uses this format, unless it has one of `other_marks`.
-    is_bare: an answer may also begin with the object. id_length: of a call's id, behind "call_" if
-    that fits; a few templates ask for nine letters and digits.
+    marks: a chat template that contains one of them, and none of `other_marks`, uses this format.
+    is_bare: an answer may also begin with the object itself. id_length: length of a call's id, with
+    "call_" in front if it is long; a few templates require nine letters and digits.
     """
 
     open: str
@@ -32,7 +32,7 @@ FORMATS = {
         "</tool_call>",
         "arguments",
         marks=("<tool_call>",),
-        other_marks=("<function=", "<arg_key>"),  # XML inside
+        other_marks=("<function=", "<arg_key>"),  # calls written as XML
     ),
     "llama3_json": ToolFormat(
         "<|python_tag|>",
@@ -46,12 +46,12 @@ FORMATS = {
 """Names of `--tool-call-parser`."""
 
 
-# White space as chat templates write it, and so models: `{"a": 1, "b": 2}`.
+# White space as chat templates and therefore models write it: `{"a": 1, "b": 2}`.
 _AS_IN_TEMPLATES = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 def find_format(name: str, chat_template: str) -> ToolFormat | None:
-    """By name, or with "auto" by the chat template; None if that is of no known format."""
+    """The format of a name, or for "auto" of the chat template; None if there is none."""
     if name == "none":
         return None
     if name != "auto":
@@ -69,9 +69,9 @@ def call_grammar(
     token_id: Callable[[str], int | None],
     most_calls: int | None,
 ) -> str:
-    """Rules of a Lark grammar: `calls` is one call or more to these functions, OpenAI's objects.
+    """Rules of a Lark grammar in which `calls` is one or more calls of OpenAI's tool objects.
 
-    token_id: of a marker that is a token by itself, else None.
+    token_id: the id of a marker that is a single token, else None.
     """
     names = range(len(tools))
     lines = [f"body: {' | '.join(f'tool_{i}' for i in names)}"]

@@ -1,7 +1,7 @@
 """Takes tool calls out of an answer's text, in any of the formats of `tool_formats`.
 
-A marker that no object follows is text, to the letter. Behind one that an object follows a call has
-begun: from then on no marker is text, however broken the call is.
+A marker that no object follows is text and stays unchanged. A marker that an object follows begins
+a call; from then on no marker is text, however broken the call is.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from compiledllm.server.answer_parts import CallPart, HeldSpace, Parts, hold_bac
 from compiledllm.server.call_scanner import CallScanner
 from compiledllm.server.tool_formats import ToolFormat
 
-_MAX_HEAD = 256  # characters of a function's name in front of its arguments
+_MAX_HEAD = 256  # characters of a function's name between a marker and the arguments
 _SEPARATORS = " \t\n\r,;[]"  # between a marker and the object
 _NAME = re.compile(r"[\w.-]+")
 
 
 class ToolScanner:
-    """White space at the end of a text with calls is dropped."""
+    """Splits text into content and calls. White space at the end is dropped if there are calls."""
 
     def __init__(self, form: ToolFormat, names: Set[str], most_calls: int | None) -> None:
         self._form = form
@@ -30,15 +30,15 @@ class ToolScanner:
         self._pattern = re.compile("|".join(map(re.escape, self._markers)))
         self._opening = re.compile(re.escape(form.open))
         self._space = HeldSpace(drops_leading=False)
-        self._text = ""  # that is looked at: the piece, behind what was undecided of the last one
-        self._buffer = ""  # what came last, if more is needed to decide about it
-        # An opening marker, perhaps of a call, with what led to it; and the characters behind it.
-        # All of it is text, should no call follow.
+        self._text = ""  # undecided characters of the last piece, then the present piece
+        self._buffer = ""  # the last characters, if their meaning depends on the next piece
+        # An opening marker that may begin a call with the text before it, and the characters after
+        # the marker. All of them become content if no call follows.
         self._opened: list[str] = []
         self._skipped: list[str] = []
-        self._has_begun = False  # a call, known or not
+        self._has_begun = False  # whether a call has begun, even an unfinished one
         self._call: CallScanner | None = None
-        self._is_announced = False  # the present call
+        self._is_announced = False  # whether the name of the present call has been reported
         self._closers = ""  # brackets that the present call's arguments lack where they broke off
         self._step = self._at_beginning if form.is_bare else self._in_content
 
@@ -49,7 +49,7 @@ class ToolScanner:
             place = self._step(place, parts)
 
     def finish(self, parts: Parts, is_whole: bool) -> None:
-        """is_whole: what is not known to be a call is text. Else it is dropped."""
+        """End the text. is_whole: undecided text becomes content; otherwise the text is dropped."""
         undecided = self._buffer if self._step == self._in_content else ""
         if self._step == self._in_head:
             undecided = self._unused(self._buffer)
@@ -67,7 +67,7 @@ class ToolScanner:
     # -- states: each takes some of the text from `place` on, and returns the place behind it -----
 
     def _at_beginning(self, place: int, parts: Parts) -> int:
-        """In front of the first word; an object there may be a call without a marker."""
+        """Before the first word: an object here may be a call without a marker."""
         char = self._text[place]
         if char.isspace():
             self._skipped.append(char)
@@ -79,7 +79,7 @@ class ToolScanner:
         return place
 
     def _in_content(self, place: int, parts: Parts) -> int:
-        """Closing markers are of interest only behind a call that has begun."""
+        """In content. A closing marker is recognised only after a call has begun."""
         pattern = self._pattern if self._has_begun else self._opening
         found = pattern.search(self._text, place)
         if found is None:
@@ -93,7 +93,7 @@ class ToolScanner:
         return found.end()
 
     def _behind_marker(self, place: int, parts: Parts) -> int:
-        """A call, another marker, or text."""
+        """After a marker: a call, another marker or text follows."""
         if (end := self._pass_marker(place, parts)) is not None:
             return end
         char = self._text[place]
@@ -109,7 +109,7 @@ class ToolScanner:
         return place
 
     def _in_head(self, place: int, parts: Parts) -> int:
-        """Directly behind a marker: a name, perhaps something in brackets, then the arguments."""
+        """Right after a marker: a name, optional text in brackets, then the arguments."""
         if (end := self._pass_marker(place, parts)) is not None:
             return end
         char = self._text[place]
@@ -144,10 +144,10 @@ class ToolScanner:
             return self._back(place, rest)
         self._opened, self._skipped, self._closers = [], [], call.missing_brackets
         self._step = self._in_junk if self._closers else self._behind_call
-        return place if call.state == "done" else place - 1  # where it broke off, text may go on
+        return place if call.state == "done" else place - 1  # scan the breaking character again
 
     def _behind_call(self, place: int, parts: Parts) -> int:
-        """Another call, a marker, or text; brackets too many are nothing."""
+        """After a call: another call, a marker or text follows; surplus brackets are dropped."""
         if (end := self._pass_marker(place, parts)) is not None:
             return end
         char = self._text[place]
@@ -161,7 +161,7 @@ class ToolScanner:
         return place
 
     def _in_junk(self, place: int, parts: Parts) -> int:
-        """Behind arguments that broke off, up to a marker; a closing one there completes them."""
+        """Drop text after broken-off arguments, up to a marker; a closing marker completes them."""
         found = self._pattern.search(self._text, place)
         if found is None:
             junk, self._buffer = hold_back(self._text[place:], self._markers)
@@ -175,7 +175,7 @@ class ToolScanner:
     # -- between states --------------------------------------------------------------------------
 
     def _pass_marker(self, place: int, parts: Parts) -> int | None:
-        """The place behind a marker, or behind all if more must come to tell; None if none is."""
+        """The index after a marker at `place`, the text's end if undecided, None without one."""
         may_begin = False
         for marker in self._markers:
             if self._text.startswith(marker, place):
@@ -192,7 +192,7 @@ class ToolScanner:
         self._skipped, self._step = [], self._behind_marker
 
     def _close(self, parts: Parts) -> None:
-        """At a closing marker: white space behind a call is nothing."""
+        """Handle a closing marker; white space between a call and the marker is dropped."""
         if self._step == self._behind_call:
             self._skipped = []
         self._give_up(parts, self._form.close)
@@ -205,23 +205,23 @@ class ToolScanner:
         self._call, self._is_announced, self._step = call, False, self._in_call
 
     def _unused(self, more: str = "") -> str:
-        """The text of what began like a call, without markers if a call has begun."""
+        """The text held back for a possible call; without its markers if a call has begun."""
         text = "".join(self._opened + self._skipped) + more
         return self._pattern.sub("", text) if self._has_begun else text
 
     def _give_up(self, parts: Parts, more: str = "") -> None:
-        """It is no call but text."""
+        """Turn the text held back for a possible call into content."""
         parts.content += self._space.push(self._unused(more))
         self._opened, self._skipped, self._step = [], [], self._in_content
 
     def _back(self, place: int, rest: str) -> int:
-        """The place from which `rest`, the characters in front of `place`, is looked at again."""
+        """The index from which `rest`, the characters just before `place`, is scanned again."""
         if len(rest) > place:
             self._text, place = rest + self._text[place:], len(rest)
         return place - len(rest)
 
     def _show(self, call: CallScanner, parts: Parts) -> None:
-        """What is known of a call."""
+        """Report the new parts of a call whose name is known."""
         if not call.is_known:
             return
         arguments = call.take_arguments()
@@ -232,6 +232,6 @@ class ToolScanner:
         self._add(CallPart(self.num_calls - 1, name, arguments), parts)
 
     def _add(self, part: CallPart, parts: Parts) -> None:
-        """Unless the call is one too many."""
+        """Add a part, unless the call exceeds `most_calls`."""
         if self._most_calls is None or self.num_calls <= self._most_calls:
             parts.add_call(part)

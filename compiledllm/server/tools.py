@@ -1,4 +1,4 @@
-"""What a chat request says about tools: checked, and turned into a format, a grammar and bounds."""
+"""Checks a chat request's tools and derives the call format, the grammar and the call limit."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from compiledllm.structured_outputs import (
     is_nested_deeper,
 )
 
-MAX_TOOLS_BYTES = 2**18  # of their JSON, all together
+MAX_TOOLS_BYTES = 2**18  # of the JSON of all tools together
 
 
 @dataclass(frozen=True, slots=True)
 class ToolUse:
-    """Tools that an answer may call, or has to.
+    """The tools that an answer may or must call.
 
-    tools: for the chat template. form: of the answer, if it may not be any text. most_calls: None
-    for any number.
+    tools: as the chat template gets them. form: the structured output of the answer, or None for
+    free text. most_calls: None for any number.
     """
 
     format: ToolFormat
@@ -42,9 +42,9 @@ class ToolUse:
 def tool_use(
     body: ChatRequest, parser: str, tokenizer: Tokenizer, schema: dict[str, Any] | None = None
 ) -> ToolUse | None:
-    """None if there are no tools to call. Raises ApiError.
+    """The request's use of tools; None if there are no tools to call. Raises ApiError.
 
-    parser: of `--tool-call-parser`. schema: of an answer that calls none; None: any text.
+    parser: the value of `--tool-call-parser`. schema: of an answer without calls; None: any text.
     """
     choice = body.tool_choice
     if not body.tools:
@@ -71,7 +71,7 @@ def tool_use(
 
 
 def _chosen(tools: list[Tool], choice: object) -> list[str]:
-    """Names of the tools that may be called."""
+    """The names of the tools that may be called."""
     names = [tool.function.name for tool in tools]
     if not isinstance(choice, NamedTool):
         return names
@@ -132,7 +132,7 @@ def _form(grammar: str) -> StructuredOutputsParams:
 
 
 def plain_message(message: Message) -> dict[str, Any]:
-    """As the client sent it; `Tokenizer.encode_chat` makes it what chat templates want."""
+    """A message as the client sent it; `Tokenizer.encode_chat` adapts it to chat templates."""
     plain = message.plain()
     plain.setdefault("content", None)  # null and a missing field are the same here
     return plain

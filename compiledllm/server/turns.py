@@ -1,4 +1,4 @@
-"""Who may begin in this pass of the event loop, so that a crowd holds up no stream for long."""
+"""Limits how many requests begin per pass of the event loop, so that many do not delay streams."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections import deque
 
 
 class Turns:
-    """Lets `per_pass` begin in each pass of the event loop, in the order in which they came.
+    """Lets `per_pass` callers begin in each pass of the event loop, in order of arrival.
 
-    In between, what has come from the engine is read and streams write.
+    Between passes, messages of the engine are read and streams write.
     """
 
     def __init__(self, per_pass: int) -> None:
@@ -18,7 +18,7 @@ class Turns:
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     async def wait(self) -> None:
-        """Return when it is the caller's turn: at once, if there is no crowd."""
+        """Return when it is the caller's turn, at once if fewer than `per_pass` have begun."""
         loop = asyncio.get_running_loop()
         if self._num_begun == 0:
             loop.call_soon(self._pass)
@@ -33,7 +33,7 @@ class Turns:
         self._num_begun = 0
         while self._waiting and self._num_begun < self._per_pass:
             waiter = self._waiting.popleft()
-            if not waiter.done():  # its client may have left
+            if not waiter.done():  # the waiting request may have been cancelled
                 waiter.set_result(None)
                 self._num_begun += 1
         if self._num_begun:

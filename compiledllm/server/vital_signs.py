@@ -1,7 +1,7 @@
-"""Whether the engine's process lives and its loop goes round: how long each has been silent.
+"""Tracks how long the engine's process and the engine's loop have been silent.
 
-Time is counted in ticks of whoever watches. A tick counts for two intervals at most, so that a
-standstill of the watching process (or of the whole machine) is not taken for the engine's silence.
+Time is counted in ticks of the watching process. A tick counts for at most two intervals, so that a
+pause of the watching process or of the whole machine does not count as the engine's silence.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ import time
 from compiledllm.server.live_request import Limits
 from compiledllm.server.wire import Alive, FromEngine, Ready
 
-KILL_FACTOR = 2.0  # of the limit, after which a silent engine is killed
-# An interpreter that starts, and one that loads a large library, answers nothing meanwhile.
+KILL_FACTOR = 2.0  # a silent engine is killed after this multiple of the limit
+# A process does not answer while the interpreter starts or loads a large library.
 MIN_LOAD_KILL_S = 10.0
-# On a CPU a step of a large model takes minutes where others use the cores as well. Until then such
-# an engine is unhealthy, but as its process answers, it may well come to an end.
+# On a CPU that others use as well, a step of a large model can take minutes. Such an engine is
+# unhealthy, but its process answers and the step may still end.
 CPU_STEP_KILL_FACTOR = 10.0
 
 
 class VitalSigns:
-    """`begin` when a process starts, `hear` its messages, `tick` every `interval_s`.
+    """Call `begin` when a process starts, `hear` with its messages, `tick` every `interval_s`.
 
-    limits: `stuck_seconds` of silence make the engine unhealthy; loading takes `load_seconds` at
-    most.
+    limits: after `stuck_seconds` of silence the engine is unhealthy; loading may take
+    `load_seconds`.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -38,7 +38,7 @@ class VitalSigns:
         self._loop_kill_factor = KILL_FACTOR
 
     def hear(self, message: FromEngine) -> None:
-        """Any message is a sign of the process; all but `Alive` are signs of its loop as well."""
+        """Note a message: any is a sign of the process, all but `Alive` also of the loop."""
         self._process = self._now
         if isinstance(message, Alive):
             self._loop = max(self._loop, self._now - message.loop_silence_s)
@@ -55,7 +55,7 @@ class VitalSigns:
 
     @property
     def silence_s(self) -> float:
-        """Since the last sign of what was silent longer: the process, or its loop."""
+        """Seconds since the last sign of the process or of the loop, whichever is longer."""
         return self._now - min(self._process, self._loop)
 
     def why_unhealthy(self) -> str | None:
@@ -66,7 +66,7 @@ class VitalSigns:
         return f"no step was finished for {silence_s:.0f} s" if silence_s > limit else None
 
     def why_lost(self) -> str | None:
-        """Why the process is to be killed, or None."""
+        """The reason to kill the process, or None."""
         limit = self._limits.stuck_seconds
         longest_s = KILL_FACTOR * limit, self._loop_kill_factor * limit  # process, loop
         if self._is_loading:
@@ -77,5 +77,5 @@ class VitalSigns:
 
     @property
     def is_overdue(self) -> bool:
-        """Whether loading takes longer than it may."""
+        """Whether loading takes longer than allowed."""
         return self._is_loading and self._now > self._limits.load_seconds

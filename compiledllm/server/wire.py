@@ -1,6 +1,7 @@
-"""What the server's two processes say to each other: msgpack frames over a socket pair.
+"""Messages between the server's two processes: msgpack frames over a socket pair.
 
-One frame for each step's outputs of the whole batch. Never pickle: a frame is data.
+Each step sends one frame with the outputs of the whole batch. Frames are msgpack and not pickle,
+because reading a frame must not run code.
 """
 
 from __future__ import annotations
@@ -22,24 +23,24 @@ MAX_FRAME_BYTES = 2**31 - 1
 
 
 class WireError(Exception):
-    """A frame that is too long, or is no message."""
+    """A frame is too long or not a known message."""
 
 
 class Start(msgspec.Struct, tag=True):
-    """The first frame: engine options by name, and where a crash is recorded."""
+    """The first message: engine options by name, and the folder of crash records."""
 
     options: dict[str, Any]
     crash_folder: str
 
 
 class Speak(msgspec.Struct, tag=True):
-    """What compiling grammars takes; sent once, before the first request."""
+    """The vocabulary for compiling grammars; sent once, before the first request."""
 
     vocabulary: Vocabulary
 
 
 class Add(msgspec.Struct, tag=True, omit_defaults=True):
-    """Queue a request. params: the fields that differ from the defaults and concern the engine.
+    """Add a request. params: the non-default sampling parameters that the engine needs.
 
     grammar: a `Grammar.text`.
     """
@@ -58,28 +59,28 @@ class Add(msgspec.Struct, tag=True, omit_defaults=True):
 
 
 class Finish(msgspec.Struct, tag=True):
-    """End requests: the client left ("abort"), or their text is complete ("stop")."""
+    """End requests: the client left ("abort"), or a stop string completed the text ("stop")."""
 
     request_ids: list[str]
     reason: FinishReason
 
 
 class Ping(msgspec.Struct, tag=True):
-    """Asks for `Alive`; sent every second or oftener, in every state."""
+    """Asks for an `Alive`; sent at least every second, in every state."""
 
 
 class Alive(msgspec.Struct, tag=True):
-    """The answer to a ping, by the thread that reads.
+    """The answer to a ping, sent by the reading thread.
 
-    loop_silence_s: of the first ping that the engine's loop has not taken, which it does between
-    steps and when idle; 0 if there is none, and while the engine loads.
+    loop_silence_s: seconds since the first ping that arrived after the loop's last turn (the loop
+    turns between steps and when idle); 0 without such a ping and while the engine loads.
     """
 
     loop_silence_s: float
 
 
 class Ready(msgspec.Struct, tag=True):
-    """The engine is warm. options: resolved, by name; choices: what was chosen, and why."""
+    """The engine is warm. options: resolved, by name. choices: chosen values with reasons."""
 
     options: dict[str, Any]
     choices: dict[str, str]
@@ -93,7 +94,7 @@ class Ready(msgspec.Struct, tag=True):
 
 
 class Grown(msgspec.Struct, array_like=True, omit_defaults=True):
-    """What a request got in a step, if that is more than a token."""
+    """What a request gained in a step, if more than a single token."""
 
     request_id: str
     token_ids: list[int]
@@ -105,7 +106,7 @@ class Grown(msgspec.Struct, array_like=True, omit_defaults=True):
 
 
 class Stats(msgspec.Struct, array_like=True):
-    """The engine's books after a step."""
+    """Statistics of the engine after a step."""
 
     num_running: int
     num_waiting: int
@@ -115,15 +116,15 @@ class Stats(msgspec.Struct, array_like=True):
     num_recompiles: int
     step_seconds: float
     num_tokens: int  # computed in this step
-    prefix_queries: int  # prompt tokens looked up, and found, since the start
+    prefix_queries: int  # prompt tokens looked up and found in the prefix cache since the start
     prefix_hits: int
 
 
 class Stepped(msgspec.Struct, tag=True):
     """A step is done.
 
-    token_ids: by request, of those that got one token and nothing else, as most do. A list of
-    structs takes ten times as long to read.
+    token_ids: by request id, for requests that gained one token and nothing else, as most do.
+    Decoding a list of structs instead takes ten times as long.
     """
 
     token_ids: dict[str, int]
@@ -132,14 +133,14 @@ class Stepped(msgspec.Struct, tag=True):
 
     @property
     def num_tokens(self) -> int:
-        """That requests got."""
+        """The number of tokens that requests gained."""
         return len(self.token_ids) + sum([len(grown.token_ids) for grown in self.grown])
 
 
 class Failed(msgspec.Struct, tag=True):
-    """The engine cannot start, or cannot go on; the process ends. is_config: the options are wrong.
+    """The engine cannot start or go on, and its process ends. is_config: the options are wrong.
 
-    blamed: the requests that were running. is_recorded: a crash record has been written.
+    blamed: ids of the requests that were running. is_recorded: a crash record has been written.
     """
 
     error: str
@@ -162,7 +163,7 @@ def frame(message: ToEngine | FromEngine) -> bytes:
 
 
 def receive(connection: socket.socket) -> ToEngine | None:
-    """The engine's side: wait for a frame; None at the end. Raises WireError."""
+    """Wait for a frame in the engine's process; None at the end. Raises WireError."""
     head = _read(connection, _LENGTH_BYTES)
     body = head and _read(connection, _checked(int.from_bytes(head, "big")))
     message: ToEngine | None = _decoded(_TO_ENGINE, body) if body else None
@@ -170,7 +171,7 @@ def receive(connection: socket.socket) -> ToEngine | None:
 
 
 async def receive_async(reader: asyncio.StreamReader) -> FromEngine | None:
-    """The server's side: wait for a frame; None at the end, also in the middle of one.
+    """Wait for a frame in the server's process; None at the end, even within a frame.
 
     Raises WireError.
     """
@@ -212,12 +213,12 @@ def _read(connection: socket.socket, count: int) -> bytes | None:
 # -- requests --------------------------------------------------------------------------------------
 
 _TEXT_ONLY = {"stop", "detokenize", "bad_words", "output_kind", "stream_interval", "n", "best_of"}
-_TEXT_ONLY |= {"structured_outputs"}  # `Add` has them as a grammar
+_TEXT_ONLY |= {"structured_outputs"}  # `Add` carries the compiled grammar instead
 _DEFAULTS = SamplingParams()
 
 
 def add_of(request: Request) -> Add:
-    """A request as a message; without what only text needs."""
+    """The message that adds a request, without the fields that only concern text."""
     given = {
         f.name: getattr(request.sampling_params, f.name)
         for f in fields(SamplingParams)
@@ -244,9 +245,9 @@ def add_of(request: Request) -> Add:
 
 
 def request_of(message: Add, alive: dict[str, Request], grammar: Grammar | None = None) -> Request:
-    """The request of a message. alive: by id, among which its sibling may be. grammar: compiled."""
+    """The request of a message. alive: requests by id, for the sibling. grammar: compiled."""
     params = message.params
-    if message.bad_words:  # rules for logits look at whether there are any
+    if message.bad_words:  # the logits rules only check that bad_words is not empty
         params = params | {"bad_words": ["tokenised"]}
     return Request(
         request_id=message.request_id,
