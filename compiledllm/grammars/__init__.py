@@ -1,1 +1,1 @@
-"""Forms of outputs as grammars: compiled in a helper process first, then followed by tokens."""
+"""Grammars of structured outputs: compiled in a helper process first, then used to mask tokens."""

@@ -1,8 +1,9 @@
-"""Grammars of strangers, compiled in a helper process before this one takes them.
+"""Compiles untrusted grammars in a helper process before this process uses them.
 
-`Compiler(vocabulary).text_of(form)` from any thread. A crash, too much memory and more than
-COMPILE_SECONDS are a ValueError. There are two workers: the first gives up on a grammar soon, so
-that those who wait behind it do not wait long; the second tries again what the first gave up on.
+`Compiler(vocabulary).text_of(form)` may be called from any thread. A crash, too much memory and a
+compilation longer than COMPILE_SECONDS become a ValueError. There are two workers: the first gives
+up on a grammar soon, so that requests behind it do not wait long; the second retries what the first
+gave up on.
 """
 
 from __future__ import annotations
@@ -23,23 +24,23 @@ from compiledllm.log import log
 from compiledllm.structured_outputs import StructuredOutputsParams
 
 COMPILE_SECONDS = 2.0
-QUICK_SECONDS = 0.3  # of the first worker
-MAX_WAITING = 32  # requests, for a worker
-START_SECONDS = 120.0  # of the helper, with a vocabulary of any size
-_GRACE_SECONDS = 5.0  # in which a worker that is killed is followed by another
-_MAX_NOTED = 200  # keywords and formats that a line was logged for
+QUICK_SECONDS = 0.3  # limit of the first worker
+MAX_WAITING = 32  # requests that wait for a worker or use one
+START_SECONDS = 120.0  # for the helper to start, with a vocabulary of any size
+_GRACE_SECONDS = 5.0  # for a killed worker to be replaced
+_MAX_NOTED = 200  # ignored keywords and formats that are logged
 
 
 class CompilersBusy(RuntimeError):
-    """Others' grammars are being compiled; one more may be a little later."""
+    """Other requests' grammars are being compiled; a later attempt may succeed."""
 
 
 class HelperLost(RuntimeError):
-    """The helper process has ended, or does not answer."""
+    """The helper process has ended or does not answer."""
 
 
 class Helper:
-    """The running process, and a socket to each of its workers."""
+    """The running helper process, with a socket to each of its workers."""
 
     def __init__(self, vocabulary: Vocabulary, num_workers: int) -> None:
         self.owner = os.getpid()
@@ -60,11 +61,11 @@ class Helper:
             raise ValueError(answer["error"])
 
     def ask(self, worker: int, message: dict[str, Any], limit_s: float) -> dict[str, Any]:
-        """The worker's answer, or a note that it died. Raises HelperLost."""
+        """The worker's answer, or a note that the worker died. Raises HelperLost."""
         connection = self.connections[worker]
         connection.settimeout(limit_s + _GRACE_SECONDS)
         try:
-            frames.skip(connection)  # a note of a death that nobody waited for
+            frames.skip(connection)  # drop the note of a death that came after an answer
             frames.send(connection, message)
             answer = frames.receive(connection)
         except OSError as error:
@@ -74,24 +75,24 @@ class Helper:
         return answer
 
     def close(self) -> None:
-        """End the process and its workers, and wait for it. In a fork of its owner: let it be."""
+        """End the process and its workers, and wait. In a fork of the owner, do nothing."""
         if os.getpid() != self.owner:
             return
         for connection in self.connections:
             with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)  # a thread may be reading
+                connection.shutdown(socket.SHUT_RDWR)  # wakes a thread that is reading
             connection.close()
         self.process.kill()
         self.process.wait()
 
 
 class Compiler:
-    """Starts the helper when it is needed first, and again when it has died."""
+    """Starts the helper when it is first needed, and again after it has died."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         require_llguidance()
         self.vocabulary = vocabulary
-        self._limits_s = (QUICK_SECONDS, COMPILE_SECONDS)  # by worker
+        self._limits_s = (QUICK_SECONDS, COMPILE_SECONDS)  # by worker, in seconds
         self._workers = [threading.Lock() for _ in self._limits_s]
         self._places = threading.Semaphore(MAX_WAITING)
         self._helper: Helper | None = None
@@ -99,7 +100,7 @@ class Compiler:
         self._noted: set[str] = set()
 
     def start(self) -> None:
-        """Raises ValueError if there can be no grammars for the vocabulary."""
+        """Start the helper. Raises ValueError if the vocabulary cannot have grammars."""
         self._running()
 
     def close(self) -> None:
@@ -163,7 +164,7 @@ class Compiler:
             log.info("schemas: ignored, as it restricts nothing: %s", ", ".join(new))
 
 
-TOO_LATE = "too late"  # of the helper: a worker was killed for the time it took
+TOO_LATE = "too late"  # the helper's answer after it killed a worker at the time limit
 
 
 def _why_died(cause: str) -> str:

@@ -1,4 +1,4 @@
-"""Finds rules of a Lark grammar that no finite text fits: all alternatives lead back to them."""
+"""Finds rules of a Lark grammar that match no finite text, as every alternative recurses."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ _TOKEN = re.compile(
     r"""|(?P<skip>\#[^\n]*|//[^\n]*|[ \t\r]+)|(?P<line>\n)|(?P<json>%\w+\s*(?=\{))"""
     r"""|(?P<count>~\s*\d+(?:\s*\.\.\s*\d+)?|\{\s*\d*\s*,?\s*\d*\s*\})|(?P<name>[\w-]+)|(?P<sign>.)"""
 )
-Node = str | tuple["Node", ...] | list["Node"]  # a name; all of a tuple; one of a list
+Node = str | tuple["Node", ...] | list["Node"]  # a name; a sequence (tuple); alternatives (list)
 
 
 class _Unread(Exception):
-    """Lark that is not understood here; llguidance may know better."""
+    """Lark syntax that this module does not read; llguidance may accept it."""
 
 
 def endless_rule(lark: str) -> str | None:
-    """The name of a rule without an end; None if none was found."""
+    """The name of a rule that matches no finite text; None if none was found."""
     try:
         rules = dict(_rules(lark))
     except (_Unread, RecursionError, ValueError):
@@ -31,7 +31,7 @@ def endless_rule(lark: str) -> str | None:
         for name in left:
             if _has_end(rules[name], alive, rules):
                 alive.add(name)
-        left = [name for name in reversed(left) if name not in alive]  # chains run either way
+        left = [name for name in reversed(left) if name not in alive]  # references run both ways
     return next((name for name in rules if name not in alive), None)
 
 
@@ -42,7 +42,7 @@ def _has_end(node: Node, alive: set[str], rules: dict[str, Node]) -> bool:
 
 
 def _rules(lark: str) -> Iterator[tuple[str, Node]]:
-    """Names and bodies. A definition begins a line, and goes on up to the next."""
+    """The names and bodies of rules. A definition starts on a new line and ends before the next."""
     lines: list[list[str]] = [[]]
     for token in _tokens(lark):
         if token == "\n":
@@ -74,7 +74,7 @@ def _tokens(lark: str) -> Iterator[str]:
 
 
 class _Body:
-    """Reads what stands behind a rule's colon."""
+    """Parses the body of a rule, the tokens after the colon."""
 
     def __init__(self, tokens: list[str]) -> None:
         self._tokens = tokens[::-1]

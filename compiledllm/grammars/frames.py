@@ -1,4 +1,4 @@
-"""JSON with its length in front, over a socket. Never pickle: what comes may be hostile."""
+"""JSON messages with a length prefix over a socket. Not pickle, since the input may be hostile."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def send(connection: socket.socket, message: dict[str, Any]) -> None:
 
 
 def receive(connection: socket.socket) -> dict[str, Any] | None:
-    """The next message; None if the other side has closed. Raises OSError."""
+    """Wait for the next message; None if the other side has closed. Raises OSError."""
     head = _read(connection, _HEAD.size)
     body = None if head is None else _read(connection, _HEAD.unpack(head)[0])
     if body is None:
@@ -27,7 +27,7 @@ def receive(connection: socket.socket) -> dict[str, Any] | None:
 
 
 def skip(connection: socket.socket) -> None:
-    """Messages that are here already. The connection has a timeout."""
+    """Drop the messages that have already arrived. The connection has a timeout."""
     limit_s = connection.gettimeout()
     with contextlib.suppress(BlockingIOError):
         while True:

@@ -1,7 +1,7 @@
-"""Compiled grammars: what may follow an output so far.
+"""Compiled grammars, which tell the tokens that may follow an output.
 
-Grammars(vocabulary).compile(params) -> Grammar. What was not compiled before goes through the
-helper process (`compiler.py`) first. Knows no requests and no device.
+Grammars(vocabulary).compile(params) -> Grammar. A new grammar goes through the helper process
+(`compiler.py`) first. This module knows neither requests nor devices.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from compiledllm.grammars.stack import TRUSTED_BYTES, call_with_stack
 from compiledllm.structured_outputs import StructuredOutputsParams
 
 MAX_CACHED = 256  # grammars
-MAX_CACHED_BYTES = 2**23  # of their texts, and of the forms they were made of
+MAX_CACHED_BYTES = 2**23  # of the grammars' texts and of the keys
 
 
 class Grammar:
-    """A form of output. text: llguidance's own, known to compile, from which it can be made again.
+    """A grammar for an output. text: llguidance's form of it, known to compile.
 
-    It is compiled in this process when its first matcher is asked for: the process that answers
-    HTTP never needs one.
+    The grammar is compiled in this process only when its first matcher is needed, and the process
+    that answers HTTP never needs one.
     """
 
     def __init__(self, text: str, grammars: Grammars) -> None:
@@ -40,14 +40,14 @@ class Grammar:
         return -(-int(self._grammars.tokenizer.vocab_size) // 32)
 
     def matcher(self, output_token_ids: Sequence[int]) -> Any:
-        """llguidance's state behind these tokens of an output."""
+        """llguidance's state after these tokens of an output."""
         matcher = self.prepare()._start.deep_copy()
         if output_token_ids:
             matcher.consume_tokens(list(output_token_ids))
         return matcher
 
     def prepare(self) -> Grammar:
-        """Compile it now, with more stack than it took before. Raises ValueError."""
+        """Compile now, with more stack than the helper's trial had. Raises ValueError."""
         if self._start is None:
             tokenizer = self._grammars.tokenizer
             self._start = call_with_stack(TRUSTED_BYTES, start_of, self.text, tokenizer)
@@ -56,10 +56,11 @@ class Grammar:
     def fix_mask(self, matcher: Any, mask: np.ndarray) -> None:
         """Spell out forced text that looks like a special token.
 
-        mask: uint32 [words], edited; one of them is not 0.
+        mask: uint32 [words], changed in place, with at least one bit set.
 
-        Where only one text can follow, llguidance lets the tokenizer split it, which may make
-        "<tool_call>" the special token of that name; and then does not take that for the text.
+        Where only one text can follow, llguidance lets the tokenizer split that text, which may
+        turn "<tool_call>" into the special token of the same name; llguidance then rejects the
+        token.
         """
         place = int(mask.argmax())
         bits = int(mask[place])
@@ -74,29 +75,29 @@ class Grammar:
 
 
 class Grammars:
-    """Compiles for one vocabulary, and remembers. From any thread."""
+    """Compiles and caches grammars of one vocabulary, from any thread."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
         self.compiler = Compiler(vocabulary)
         self._tokenizer: Any = None
-        self._cache: OrderedDict[str, Grammar] = OrderedDict()  # by form, or by text
+        self._cache: OrderedDict[str, Grammar] = OrderedDict()  # by form or text, oldest use first
         self._cached_bytes = 0
         self._lock = threading.Lock()
         self._making = threading.Lock()
 
     @property
     def tokenizer(self) -> Any:
-        """llguidance's tables of the vocabulary, made when they are needed first."""
+        """llguidance's tables of the vocabulary, made on first use."""
         with self._making:
             if self._tokenizer is None:
                 self._tokenizer = make_tokenizer(self.vocabulary)
             return self._tokenizer
 
     def compile(self, form: StructuredOutputsParams) -> Grammar:
-        """Raises ValueError for what is no grammar, or takes longer than COMPILE_SECONDS.
+        """Compile a form. Raises ValueError if it is invalid or takes longer than COMPILE_SECONDS.
 
-        And CompilersBusy if no worker becomes free for so long.
+        Raises CompilersBusy if no worker is free within COMPILE_SECONDS.
         """
         key = json.dumps(form.fields())
         if (known := self._recall(key)) is None:
@@ -105,7 +106,7 @@ class Grammars:
         return known
 
     def remake(self, text: str) -> Grammar:
-        """Of a `Grammar.text`, which has been compiled before: for as long as it takes."""
+        """The grammar of a `Grammar.text`: compiled without a time limit, as it compiled before."""
         if (known := self._recall(text)) is None:
             known = Grammar(text, self).prepare()
             self._remember(text, known)

@@ -1,10 +1,10 @@
-"""The process in which grammars of strangers are compiled first. Started by `compiler.Compiler`.
+"""The process that compiles untrusted grammars first. `compiler.Compiler` starts it.
 
-`python -m compiledllm.grammars.helper FD...`: one socket for each worker. The first message on the
-first socket is the vocabulary; its answer says whether there is a tokenizer. Then this process
-forks a worker for each socket, and another whenever one has died, which costs milliseconds, as the
-tables of the vocabulary are there. A worker that crashes, runs out of memory or of time takes
-nothing with it. All end when the sockets are closed.
+`python -m compiledllm.grammars.helper FD...` gets one socket per worker. The first message on the
+first socket is the vocabulary, and the answer says whether llguidance supports it. Then this
+process forks a worker for each socket, and a new one whenever a worker dies; a fork takes
+milliseconds because the vocabulary's tables exist already. A worker that crashes or exceeds its
+memory or time affects no other. All processes end when the sockets are closed.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from compiledllm.grammars.text import Writer
 from compiledllm.grammars.walk import find_dead_end
 from compiledllm.structured_outputs import StructuredOutputsParams
 
-TOO_LATE = "too late"  # what is said of a worker that was killed for the time it took
-_MAX_EXTRA_BYTES = 2**30  # of address space, for one worker's grammars
+TOO_LATE = "too late"  # the cause of a worker's death by its timer
+_MAX_EXTRA_BYTES = 2**30  # of address space, for the grammars of one worker
 _CAUSES = {
     signal.SIGALRM: TOO_LATE,
     signal.SIGSEGV: "it is nested too deep",
@@ -38,7 +38,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the parent's business
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is for the parent
     connections = [socket.socket(fileno=int(number)) for number in sys.argv[1:]]
     first = receive(connections[0])
     if first is None:
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def keep_workers(connections: list[socket.socket], tokenizer: Any) -> None:
-    """Until one of them ends by itself, as its socket is closed."""
+    """Replace workers that are killed; return when one exits because its socket is closed."""
     workers = {fork_worker(connection, tokenizer): connection for connection in connections}
     while True:
         pid, status = os.wait()
@@ -76,14 +76,14 @@ def fork_worker(connection: socket.socket, tokenizer: Any) -> int:
 
 
 def work(connection: socket.socket, tokenizer: Any, parent: int) -> NoReturn:
-    """Compile what comes, until the socket is closed."""
+    """Compile the forms that arrive, until the socket is closed."""
     try:
-        with contextlib.suppress(OSError, AttributeError):  # Linux: end with the parent
+        with contextlib.suppress(OSError, AttributeError):  # Linux only: end with the parent
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(0)
         _limit_memory()
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # for the library's last words
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # hides the library's crash messages
         call_with_stack(TRIAL_BYTES, answer_all, connection, tokenizer)
     except OSError:
         pass
@@ -94,7 +94,7 @@ def work(connection: socket.socket, tokenizer: Any, parent: int) -> NoReturn:
 
 
 def answer_all(connection: socket.socket, tokenizer: Any) -> None:
-    """Until the socket is closed. What takes too long is ended by the system's timer."""
+    """Answer each form until the socket is closed. A timer kills the worker at the time limit."""
     while (message := receive(connection)) is not None:
         signal.setitimer(signal.ITIMER_REAL, message["limit_s"])
         answer = compiled(message["form"], tokenizer)
@@ -103,7 +103,7 @@ def answer_all(connection: socket.socket, tokenizer: Any) -> None:
 
 
 def compiled(form: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """The answer to one form: its text, known to compile, or what is wrong with it."""
+    """The answer to a form: its grammar's text, known to compile, or the error."""
     try:
         writer = Writer(tokenizer)
         params = StructuredOutputsParams(**form)
@@ -119,7 +119,7 @@ def compiled(form: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
 
 
 def _limit_memory() -> None:
-    """Of address space, so that a grammar that grows takes its worker with it, not the machine."""
+    """Limit the address space, so that a huge grammar kills its worker and not the machine."""
     import resource
 
     with contextlib.suppress(OSError, ValueError), open("/proc/self/statm") as statm:

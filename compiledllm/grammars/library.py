@@ -1,4 +1,4 @@
-"""The door to llguidance: its tokenizer, its limits, and matchers made of its grammars' texts."""
+"""The interface to llguidance: its tokenizer, its limits, and matchers made of grammar texts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 _MAX_LEXER_STATES = 5_000  # of one output, 1 to 2 kB each
 _MAX_GRAMMAR_SIZE = 50_000  # symbols; time grows with the square of an object's properties
 
-# What the library calls the ways in which an output can fail, for those who do not know it.
+# The library's names for the failures of an output, explained for users.
 _CAUSES = {
     "NoExtension": "the grammar leads to a dead end: nothing may follow what is written so far",
     "ParserTooComplex": "the grammar is too ambiguous to be followed here; make it simpler",
@@ -24,8 +24,9 @@ _CAUSES = {
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """tokenizer_json: in the format of the `tokenizers` library. size: of the model; tokens that
-    only it has are never allowed. eos_token_ids: what ends an output.
+    """tokenizer_json: in the format of the `tokenizers` library. size: the model's number of
+    tokens; tokens beyond the tokenizer's are never allowed. eos_token_ids: tokens that end an
+    output.
     """
 
     tokenizer_json: str
@@ -58,13 +59,13 @@ def make_tokenizer(vocabulary: Vocabulary) -> Any:
             raise ValueError(
                 f"structured_outputs: llguidance does not know this kind of tokenizer ({error})"
             ) from None
-        return make(vocabulary.tokenizer_json, eos_token=eos)  # has more tokens than the model
+        return make(vocabulary.tokenizer_json, eos_token=eos)  # the tokenizer is larger
 
 
 def start_of(text: str, tokenizer: Any) -> Any:
     """The matcher at the beginning of an output. Raises ValueError.
 
-    Its first mask is computed as well: some grammars are too costly for it already.
+    The first mask is computed as well, since it is already too costly for some grammars.
     """
     library = require_llguidance()
     limits = library.LLParserLimits(
@@ -83,7 +84,7 @@ def start_of(text: str, tokenizer: Any) -> Any:
 
 
 def checked(call: Callable[..., T], *arguments: Any, **options: Any) -> T:
-    """The library's own kinds of errors as ValueError; its panics are no Exception."""
+    """Call the library and turn its errors into ValueError, also panics, which are no Exception."""
     try:
         return call(*arguments, **options)
     except BaseException as error:
@@ -92,7 +93,7 @@ def checked(call: Callable[..., T], *arguments: Any, **options: Any) -> T:
 
 
 def error_of(matcher: Any) -> str:
-    """What is wrong with a matcher, in one line."""
+    """The error of a matcher, in one line."""
     text = " ".join(str(matcher.get_error()).split())
     for name, cause in _CAUSES.items():
         if name in text:

@@ -1,7 +1,7 @@
-"""Calls that may need a deep stack, or must not get one.
+"""Runs calls in a thread with a given stack size, because llguidance recurses.
 
-llguidance recurses as deep as a grammar is nested. What compiles a grammar for the first time has
-less stack than what compiles it again, so that only the first can overflow.
+The recursion is as deep as the grammar is nested. The helper compiles a grammar first, with a
+smaller stack than the processes that compile it again, so that only the helper can overflow.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-TRIAL_BYTES = 2**23  # of the helper's threads
-TRUSTED_BYTES = 2**27  # of those that take what the helper has compiled; address space, not memory
+TRIAL_BYTES = 2**23  # for the helper's first compilation
+TRUSTED_BYTES = 2**27  # for grammars that the helper has compiled; address space, not memory
 _lock = threading.Lock()
 
 
 def call_with_stack(size: int, function: Callable[..., T], *arguments: Any) -> T:
-    """The result, or the exception, of a call in a thread with a stack of so many bytes."""
+    """Call a function in a thread with a stack of `size` bytes; return or raise its outcome."""
     outcome: list[T] = []
     raised: list[BaseException] = []
 
     def run() -> None:
         try:
             outcome.append(function(*arguments))
-        except BaseException as error:  # a panic of a library is no Exception
+        except BaseException as error:  # a library's panic is no Exception
             raised.append(error)
 
     with _lock:

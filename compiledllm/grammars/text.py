@@ -1,4 +1,4 @@
-"""What a caller asks for, as llguidance's text of a grammar. Runs in the helper process."""
+"""Writes structured-output parameters as llguidance's grammar text. Runs in the helper process."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from compiledllm.grammars.schemas.refusal import SchemaRefused
 from compiledllm.grammars.schemas.rewrite import rewrite
 from compiledllm.structured_outputs import StructuredOutputsParams
 
-WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"  # between JSON's tokens: indented, but not for ever
+WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"  # between JSON tokens: enough to indent, but bounded
 MAX_TEXT_BYTES = 2**21  # of a grammar with its schemas rewritten
 _CONTROL = re.compile(r"\\u00(?:0[^89acdACD]|1|7f)")
 _OPTIONS = ("whitespace_flexible", "whitespace_pattern", "item_separator", "key_separator")
-# Names with \u escapes might be those of other properties, and would come twice.
+# A name with \u escapes could repeat another property's name.
 _ESCAPES = {"json_allowed_escapes": 'nrbtf"\\'}
 
 
 class Writer:
-    """Writes one form. Attribute: `ignored`, what its schemas have that is not enforced."""
+    """Writes the grammar of one form. Attribute: `ignored`, the schemas' unenforced parts."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._library = require_llguidance()
@@ -31,7 +31,7 @@ class Writer:
         self.ignored: list[str] = []
 
     def text_of(self, form: StructuredOutputsParams) -> str:
-        """Raises ValueError."""
+        """The grammar's text. Raises ValueError."""
         try:
             json.dumps(form.fields(), ensure_ascii=False).encode()
         except UnicodeEncodeError:
@@ -66,7 +66,7 @@ class Writer:
         return str(checked(make.grammar_from_json_schema, self._schema(json_schema_of(form))))
 
     def _schema(self, schema: Any) -> str:
-        """JSON of a schema as llguidance takes it."""
+        """The JSON of a schema in the dialect of llguidance."""
         given = schema.get("x-guidance") if isinstance(schema, Mapping) else None
         options = {k: v for k, v in (given or {}).items() if k in _OPTIONS}
         if given is not None:
@@ -81,7 +81,7 @@ class Writer:
         return json.dumps({"x-guidance": options} | body)
 
     def _with_schemas(self, lark: str) -> str:
-        """A Lark grammar, the schemas in it rewritten."""
+        """A Lark grammar with the schemas inside it rewritten."""
         found, place = [], 0
         for match in re.finditer(r"%json\s+(?=\{)", lark):
             if match.start() < place:
@@ -89,7 +89,7 @@ class Writer:
             try:
                 schema, end = json.JSONDecoder().raw_decode(lark, match.end())
             except ValueError:
-                continue  # llguidance says what is wrong with it
+                continue  # llguidance reports the error
             found += [lark[place : match.end()], self._schema(schema)]
             place = end
         return "".join([*found, lark[place:]])
@@ -115,7 +115,7 @@ class Writer:
 
 
 def _options(form: StructuredOutputsParams) -> dict[str, Any]:
-    """How JSON may be written."""
+    """llguidance's options for white space in JSON."""
     if form.disable_any_whitespace:
         return {"whitespace_flexible": False}
     if form.whitespace_pattern is not None:
@@ -124,7 +124,7 @@ def _options(form: StructuredOutputsParams) -> dict[str, Any]:
 
 
 def json_schema_of(form: StructuredOutputsParams) -> dict[str, Any]:
-    """The schema, with how its JSON may be written under llguidance's own key."""
+    """The schema, with the white-space options under llguidance's own key."""
     schema = dict(form.schema)
     if form.disable_additional_properties:
         schema = copy.deepcopy(schema)
@@ -137,9 +137,10 @@ _SCHEMAS = ("items", "additionalProperties", "prefixItems", "anyOf", "oneOf")
 
 
 def _close_objects(schema: Any) -> None:
-    """Objects with properties have no others, unless they say so. Edits in place.
+    """Forbid additional properties in objects that list properties, in place.
 
-    Not inside allOf, where each part would forbid the others' properties.
+    A schema's own additionalProperties stays. Parts of an allOf are left out, because each would
+    forbid the others' properties.
     """
     if isinstance(schema, list):
         for inner in schema:

@@ -1,4 +1,4 @@
-"""Looks for dead ends of a grammar by writing a little of it, before anybody's tokens are spent."""
+"""Looks for dead ends of a grammar by writing random outputs before a request uses the grammar."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NUM_WALKS = 4
 
 
 def find_dead_end(start: Any) -> None:
-    """Raise ValueError if an output was found that nothing may follow; one may yet be missed."""
+    """Raise ValueError if a random output leads to a dead end. Other dead ends may remain."""
     end = time.monotonic() + MAX_SECONDS
     for seed in range(NUM_WALKS):
         matcher, draw = start.deep_copy(), random.Random(seed)
@@ -33,7 +33,7 @@ def find_dead_end(start: Any) -> None:
 
 
 def _one_of(mask: int, draw: random.Random) -> int:
-    """A token id whose bit is set."""
+    """A random token id whose bit is set."""
     skip = draw.randrange(mask.bit_length())
     rest = mask >> skip
     return (rest & -rest).bit_length() - 1 + skip

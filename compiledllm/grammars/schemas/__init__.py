@@ -1,1 +1,1 @@
-"""JSON schemas in the keywords and patterns that llguidance has. Knows no tokens."""
+"""Rewrites JSON schemas with keywords and patterns that llguidance supports. Knows no tokens."""

@@ -1,4 +1,4 @@
-"""Keywords about arrays, tuples of old drafts and arrays without repetition among them."""
+"""Array keywords, including tuples of old drafts and uniqueItems."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 KEYWORDS = {"items", "prefixItems", "additionalItems", "minItems", "maxItems", "uniqueItems"}
 KEYWORDS |= {"contains", "minContains", "maxContains", "unevaluatedItems"}
-MAX_ARRANGEMENTS = 400  # arrays written out, because their items must differ
+MAX_ARRANGEMENTS = 400  # arrays that uniqueItems is written out as
 
 
 def arrays(
@@ -39,7 +39,7 @@ def arrays(
 
 
 def _items(rewriter: Rewriter, schema: Mapping[str, Any], at: str, found: dict[str, Any]) -> None:
-    """A list of `items` is a tuple before draft 2020-12, which calls it prefixItems."""
+    """Rewrite the items. Before draft 2020-12 a tuple was a list in `items`, now prefixItems."""
     is_tuple = isinstance(schema.get("items"), list)
     first, rest = ("items", "additionalItems") if is_tuple else ("prefixItems", "items")
     if first in schema:
@@ -81,7 +81,7 @@ def _unique(
     found: dict[str, Any],
     parts: list[Schema],
 ) -> None:
-    """Items that cannot be equal need nothing; a few values are written out in all orders."""
+    """Enforce uniqueItems: disjoint items need nothing, and a few constants are written out."""
     first, rest = found.get("prefixItems", []), found.get("items", {})
     most = found.get("maxItems", math.inf)
     if most <= 1:
@@ -111,7 +111,7 @@ def _unique(
 
 
 def _arrangements(few: list[Any], found: dict[str, Any]) -> list[tuple[Any, ...]] | None:
-    """In every order if those are not too many, else in the order in which they are listed."""
+    """All permutations if they are few, else all combinations in the listed order, else None."""
     least = found.get("minItems", 0)
     most = min(found.get("maxItems", len(few)), len(few))
     for ways, choose in ((math.perm, itertools.permutations), (math.comb, itertools.combinations)):

@@ -1,8 +1,9 @@
-"""Regular expressions with look-ahead as finite automata, and back as expressions without.
+"""Converts regular expressions with look-ahead to finite automata, and back without look-ahead.
 
-A state is a formula over places in the expression: which of them have to match the rest of the
-text, and which must not. Reading a character turns the formula into another, so a look-ahead is an
-"and" and a negative one a "not". Everything is bounded; what is too large raises TooComplex.
+A state is a boolean formula over places in the expression: those that must match the rest of the
+text, and those that must not. Reading a character turns the formula into another, so that a
+look-ahead is an "and" and a negative look-ahead a "not". All sizes are bounded; a larger automaton
+raises TooComplex.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from compiledllm.grammars.schemas.regex_syntax import (
 
 MAX_PLACES = 4_000
 MAX_STATES = 200
-MAX_LENGTH = 20_000  # of a written expression
+MAX_LENGTH = 20_000  # characters of a written expression
 
 Formula = bool | tuple[object, ...]
 
 
 class TooComplex(ValueError):
-    """An expression whose automaton is larger than the bounds."""
+    """An expression whose automaton exceeds the bounds."""
 
 
 def _both(formulas: Iterable[Formula]) -> Formula:
@@ -71,7 +72,7 @@ def _negated(formula: Formula) -> Formula:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Something to match, and what comes behind it. kind: "chars", "fork", "look", "edge"."""
+    """A place: what to match, and what follows. kind: "chars", "fork", "look", "edge", "done"."""
 
     kind: str
     nexts: tuple[int, ...]
@@ -81,23 +82,23 @@ class _Place:
 
 @dataclass(slots=True)
 class Automaton:
-    """States are numbers; state 0 is the first. moves[state]: (characters, state) pairs."""
+    """States are numbers from 0, the initial state. moves[state]: (characters, next state)."""
 
     moves: list[list[tuple[Ranges, int]]] = field(default_factory=list)
     accepts: list[bool] = field(default_factory=list)
 
     @property
     def is_empty(self) -> bool:
-        """Whether no text matches."""
+        """Whether the automaton matches no text."""
         return not any(self.accepts)
 
     def expression(self) -> str:
-        """A regular expression that whole texts match, in Rust's syntax."""
+        """A regular expression in Rust's syntax that matches the same whole texts."""
         return _Elimination(self).run()
 
 
 class _Builder:
-    """Places of a tree, from its end to its beginning. Place 0 is behind the expression."""
+    """Builds the places of a tree from its end. Place 0 is the end of the expression."""
 
     def __init__(self) -> None:
         self.places = [_Place("done", ())]
@@ -117,7 +118,7 @@ class _Builder:
         return start
 
     def build(self, node: Node, behind: int) -> int:
-        """The place that matches the node and then what is behind."""
+        """The place that matches the node and then the place `behind`."""
         match node:
             case Chars(ranges):
                 return self.add(_Place("chars", (behind,), ranges))
@@ -152,20 +153,20 @@ class _Builder:
 
 
 class _Reader:
-    """Formulas over the places, and what a character makes of them."""
+    """Evaluates formulas over the places, and their successors after a character."""
 
     def __init__(self, places: list[_Place]) -> None:
         self._places = places
 
     def at(self, place: int, is_start: bool, visiting: frozenset[int] = frozenset()) -> Formula:
-        """What has to hold of the rest of the text so that it matches from the place on."""
+        """The condition on the rest of the text under which the place matches."""
         found = self._places[place]
         if found.kind == "done":
             return True  # the rest of the text may be anything
         if found.kind == "chars":
             return ("at", place)
         if place in visiting:
-            return False  # round a loop without a character
+            return False  # a loop that reads no character
         visiting |= {place}
         if len(visiting) > 400:
             raise TooComplex("its parts are nested too deep")
@@ -194,7 +195,7 @@ class _Reader:
         return join(self.after(part, char) for part in rest[0])  # type: ignore[attr-defined]
 
     def ends(self, formula: Formula) -> bool:
-        """Whether the text may be over here."""
+        """Whether the text may end here."""
         if isinstance(formula, bool):
             return formula
         kind, *rest = formula
@@ -206,7 +207,7 @@ class _Reader:
 
 
 def automaton(finds: Iterable[Node], misses: Iterable[Node] = ()) -> Automaton:
-    """Of the texts in which all of `finds` have a match and none of `misses` has.
+    """The automaton of texts in which every one of `finds` matches and none of `misses`.
 
     Raises TooComplex, and UnreadablePattern for Unicode classes.
     """
@@ -220,7 +221,7 @@ def automaton(finds: Iterable[Node], misses: Iterable[Node] = ()) -> Automaton:
 
 
 def _alphabet(places: list[_Place]) -> list[tuple[int, Ranges]]:
-    """Sets of characters that no place tells apart: one of each, and the set."""
+    """Sets of characters that all places treat alike, each with one of its characters."""
     cuts = {0} | {edge for p in places for low, high in p.ranges for edge in (low, high + 1)}
     starts = sorted(cut for cut in cuts if cut <= LAST)
     sets = sorted({place.ranges for place in places if place.ranges})
@@ -252,7 +253,7 @@ def _explore(reader: _Reader, start: Formula, alphabet: list[tuple[int, Ranges]]
 
 
 def _smallest(given: Automaton) -> Automaton:
-    """Without states from which no text matches, and with equal ones as one."""
+    """Remove states from which no text matches, and merge equivalent states."""
     alive = {i for i, accepts in enumerate(given.accepts) if accepts}
     while more := {
         i
@@ -288,9 +289,10 @@ def _grouped(moves: list[tuple[Ranges, int]], group: list[int]) -> tuple[tuple[i
 
 
 class _Elimination:
-    """States are taken out one by one; what led through them is written on their neighbours' edges.
+    """Removes states one by one and writes the paths through them on the neighbours' edges.
 
-    Edges are expressions, "" the empty text. -1 is before the first state, -2 behind the last.
+    Edges are expressions; "" is the empty text. State -1 precedes the first state, and state -2
+    follows the accepting states.
     """
 
     def __init__(self, automaton: Automaton) -> None:

@@ -1,4 +1,4 @@
-"""The opposite of a schema: what fits exactly where the schema does not. Of rewritten schemas."""
+"""Negates a rewritten schema: the result fits exactly the values that the schema does not."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from compiledllm.grammars.schemas.shapes import MAX_DEPTH, Deref, all_of, any_of
 
 
 class NoNegation(ValueError):
-    """A keyword whose opposite the other keywords cannot say."""
+    """A keyword whose negation no other keyword can express."""
 
 
 def negated(schema: Schema, deref: Deref, depth: int = 0) -> Schema:
-    """Raises NoNegation naming the keyword."""
+    """The negation of a schema. Raises NoNegation naming the keyword."""
     schema = deref(schema)
     if isinstance(schema, bool):
         return not schema
@@ -40,7 +40,7 @@ def negated(schema: Schema, deref: Deref, depth: int = 0) -> Schema:
                 if part is not True and part != {}
             ]
         elif keyword == "format":
-            pass  # others take it for an annotation, which fits all
+            pass  # many validators treat format as an annotation, which fits every value
         elif keyword in _OPPOSITES:
             found.append(_OPPOSITES[keyword](value))
         else:

@@ -1,4 +1,4 @@
-"""Keywords about numbers, and numbers in other keywords: llguidance's are 64-bit floats."""
+"""Number keywords, and numbers in other keywords, within llguidance's 64-bit floats."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _OTHER = {"exclusiveMinimum": "minimum", "exclusiveMaximum": "maximum"}
 def bounds(
     _: Any, schema: Mapping[str, Any], at: str, found: dict[str, Any], parts: list[Schema]
 ) -> None:
-    """Bounds, draft 4's exclusive ones as later drafts have them."""
+    """Rewrite the bounds; draft 4's boolean exclusive bounds become numbers as in later drafts."""
     for name in ("minimum", "maximum"):
         if name in schema and schema.get(_exclusive(name)) is not True:
             found[name] = _bound(schema[name], at, name)
@@ -44,7 +44,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _bound(value: Any, at: str, name: str) -> int | float:
-    """The nearest that llguidance tells from its neighbours, on the inner side."""
+    """The nearest bound inside the given one that is exact in llguidance."""
     if not _is_number(value):
         refuse(at, name, value, "must be a number")
     if isinstance(value, float) and not value.is_integer():
@@ -63,7 +63,7 @@ def _bound(value: Any, at: str, name: str) -> int | float:
 
 
 def exact(value: Any, at: str, name: str) -> Any:
-    """A constant; refused where another number would be written for it."""
+    """A constant. Refused if llguidance would write another number."""
     if isinstance(value, list):
         return [exact(inner, at, name) for inner in value]
     if isinstance(value, dict):
@@ -76,7 +76,7 @@ def exact(value: Any, at: str, name: str) -> Any:
 
 
 def size(schema: Mapping[str, Any], at: str, name: str) -> int:
-    """Of a text, an array or an object."""
+    """A length of a text, an array or an object."""
     value = schema[name]
     if not _is_number(value) or value != int(value) or not 0 <= value <= MAX_SIZE:
         refuse(at, name, value, f"must be an integer from 0 to {MAX_SIZE}")

@@ -1,4 +1,4 @@
-"""Keywords about objects: which names they have, and what lies under them."""
+"""Object keywords: which property names are allowed, and the schemas of the properties."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 KEYWORDS = {"properties", "required", "additionalProperties", "patternProperties", "propertyNames"}
 KEYWORDS |= {"minProperties", "maxProperties", "dependentRequired", "dependentSchemas"}
 KEYWORDS |= {"dependencies", "unevaluatedProperties"}
-MAX_OPTIONAL = 6  # properties of which every subset is written out, to count them
-MAX_PATTERNS = 4  # that overlap
+MAX_OPTIONAL = 6  # optional properties whose subsets are written out to count them
+MAX_PATTERNS = 4  # overlapping patterns
 _APPLICATORS = {"allOf", "anyOf", "oneOf", "if", "$ref", "dependentSchemas"}
 
 
@@ -48,7 +48,7 @@ def objects(
 
 
 class _Shape:
-    """One object's names. Attributes as the keywords, rewritten."""
+    """The properties of one object schema. Attributes: the keywords' values, rewritten."""
 
     def __init__(self, rewriter: Rewriter, schema: Mapping[str, Any], at: str) -> None:
         self._rewriter, self._schema, self._at = rewriter, schema, at
@@ -84,7 +84,7 @@ class _Shape:
         self.additional = False
 
     def restrict_names(self) -> None:
-        """propertyNames: the names are listed, or additional ones match a pattern."""
+        """Enforce propertyNames: list the names, or turn additional properties into a pattern."""
         given = self._schema.get("propertyNames", True)
         at = step(self._at, "propertyNames")
         names = self._rewriter.schema(given, at)
@@ -147,12 +147,12 @@ class _Shape:
         return found
 
     def _beside_patterns(self, name: str) -> Schema:
-        """What patterns want of a name that is not listed, or else the rest."""
+        """The schema of an unlisted name: its patterns' schemas, or else additionalProperties."""
         fitting = [schema for p, schema in self.patterns.items() if self._fits(p, name)]
         return all_of(fitting) if fitting else self.additional
 
     def merge_patterns(self) -> None:
-        """List names with what patterns want of them, too."""
+        """Apply the patterns to the listed names as well."""
         if not self.patterns:
             return
         for name, schema in self.properties.items():
@@ -163,7 +163,7 @@ class _Shape:
                 self.properties[name] = self._beside_patterns(name)
 
     def part_patterns(self) -> None:
-        """Leave patterns that do not match the same names, and others than are listed."""
+        """Make the patterns exclude each other and drop patterns that only match listed names."""
         if not self.patterns:
             return
         listed = list(map(literal, self.properties))
@@ -177,7 +177,7 @@ class _Shape:
             refuse(self._at, "patternProperties", pattern, str(error), "write it without")
 
     def _apart(self) -> dict[str, Schema]:
-        """Patterns no two of which match the same name."""
+        """The patterns, split so that no two match the same name."""
         given = self.patterns
         if not any(can_match(pair) for pair in itertools.combinations(given, 2)):
             return given
@@ -198,7 +198,7 @@ class _Shape:
         return found
 
     def counted(self) -> list[dict[str, Any]]:
-        """The keywords; several times where properties have to be counted."""
+        """The rewritten keywords; several alternatives if properties must be counted."""
         possible = [name for name, schema in self.properties.items() if schema is not False]
         optional = [name for name in possible if name not in self.required]
         is_free = bool(self.patterns) or self.additional is not False
@@ -267,7 +267,7 @@ def _names(value: Any, at: str, keyword: str) -> list[str]:
 
 
 def _dependencies(rewriter: Rewriter, schema: Mapping[str, Any], at: str) -> list[Schema]:
-    """If a name is there, other names have to be, or a schema has to fit."""
+    """Enforce dependencies: a name requires other names, or a schema."""
     found: list[Schema] = []
     for keyword in ("dependentRequired", "dependentSchemas", "dependencies"):
         given = schema.get(keyword, {})

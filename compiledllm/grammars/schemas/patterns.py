@@ -1,6 +1,6 @@
-"""A schema's patterns as llguidance takes them, and questions about several of them at once.
+"""Rewrites a schema's patterns for llguidance, and answers questions about several patterns.
 
-A pattern is ECMAScript's and is searched for, not matched as a whole.
+A pattern has ECMAScript's syntax and may match anywhere in the text.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ START = Edge(True)
 
 
 def conjuncts(pattern: str) -> list[str]:
-    """Patterns without look-around, all of which match what the pattern does, and nothing else.
+    """Patterns without look-around that together match exactly what the pattern matches.
 
-    Raises ValueError, saying what in it cannot be enforced.
+    Raises ValueError naming the part that cannot be enforced.
     """
     try:
         tree = parse(pattern)
         return [_written(part) for part in _parts(tree)]
     except UnreadablePattern as error:
         if "(?i" in str(error) or pattern.startswith("(?i)"):
-            return [pattern]  # Rust's syntax knows this flag
+            return [pattern]  # Rust's syntax has this flag
         raise ValueError(f"it has {error}, which cannot be enforced") from None
     except (TooComplex, RecursionError) as error:
         raise ValueError(f"its look-around cannot be resolved: {error}") from None
 
 
 def single(pattern: str) -> str:
-    """One pattern without look-around that matches the same. Raises ValueError."""
+    """One pattern without look-around that matches the same texts. Raises ValueError."""
     found = conjuncts(pattern)
     if len(found) == 1:
         return found[0]
@@ -52,7 +52,7 @@ def single(pattern: str) -> str:
 
 
 def _parts(tree: Node) -> list[Node]:
-    """Look-aheads at the very beginning are patterns by themselves."""
+    """Split look-aheads at the very beginning off as patterns of their own."""
     nodes = tree.nodes if isinstance(tree, Sequence) else (tree,)
     if not nodes or nodes[0] != START:
         return [tree]
@@ -72,12 +72,12 @@ def _written(tree: Node) -> str:
 
 
 def literal(text: str) -> str:
-    """The pattern of one text."""
+    """The pattern that matches one text only."""
     return f"^{re.escape(text)}$"
 
 
 def can_match(finds: Iterable[str], misses: Iterable[str] = ()) -> bool:
-    """Whether some text has all of the first and none of the others. True if that is not clear."""
+    """Whether a text can match all of `finds` and none of `misses`; True if undecided."""
     try:
         return not automaton(map(parse, finds), map(parse, misses)).is_empty
     except (UnreadablePattern, TooComplex, RecursionError):
@@ -85,12 +85,12 @@ def can_match(finds: Iterable[str], misses: Iterable[str] = ()) -> bool:
 
 
 def matches(pattern: str, text: str) -> bool | None:
-    """Whether the text has a match; None if that is not clear."""
+    """Whether the pattern matches in the text; None if undecided."""
     found = can_match([pattern, literal(text)])
     return found and (None if can_match([literal(text)], [pattern]) else True)
 
 
 def both(finds: Iterable[str], misses: Iterable[str] = ()) -> str:
-    """The pattern of texts that have a match of all of the first and of none of the others."""
+    """A pattern of the texts that match all of `finds` and none of `misses`."""
     looks = [f"(?=[^]*(?:{pattern}))" for pattern in finds]
     return "^" + "".join([*looks, *(f"(?![^]*(?:{pattern}))" for pattern in misses)])

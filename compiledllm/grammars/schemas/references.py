@@ -1,4 +1,4 @@
-"""Where the references of a schema lead: JSON pointers, anchors, and names of embedded schemas."""
+"""Resolves a schema's references: JSON pointers, anchors, and ids of embedded schemas."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from compiledllm.grammars.schemas.refusal import refuse
 
 
 def step(at: str, *names: str) -> str:
-    """A place inside of a place."""
+    """The JSON pointer of a place inside another."""
     return at + "".join("/" + name.replace("~", "~0").replace("/", "~1") for name in names)
 
 
 class References:
-    """Of one schema. A place is a JSON pointer from its root, as "#/$defs/a"."""
+    """The references of one schema. A place is a JSON pointer from the root: "#/$defs/a"."""
 
     def __init__(self, root: Any) -> None:
         self._root = root
-        self._places: dict[str, str] | None = None  # by address, made when one is asked for
-        self._bases: dict[str, str] = {}  # of places with an address of their own
+        self._places: dict[str, str] | None = None  # by address; made on first use
+        self._bases: dict[str, str] = {}  # by place, for places with an address of their own
 
     def at(self, place: str) -> Any:
-        """The schema that lies there."""
+        """The schema at a place."""
         found = self._root
         for name in place[2:].split("/") if len(place) > 1 else ():
             name = name.replace("~1", "/").replace("~0", "~")
@@ -31,7 +31,7 @@ class References:
         return found
 
     def place(self, schema: Mapping[str, Any], at: str) -> str:
-        """Where the reference of a schema leads. Dynamic ones lead to their only target."""
+        """The place of a schema's reference. A dynamic reference leads to its only target."""
         keyword = next(k for k in ("$ref", "$dynamicRef", "$recursiveRef") if k in schema)
         text = schema[keyword]
         if not isinstance(text, str):
@@ -69,7 +69,7 @@ class References:
         return self._places.get(address)
 
     def _walk(self, value: Any, at: str, base: str) -> None:
-        """Note the addresses of a schema and of all that lies in it."""
+        """Collect the addresses of a schema and of everything inside it."""
         assert self._places is not None
         if isinstance(value, Mapping):
             name = value.get("$id", value.get("id") if "$schema" in value else None)

@@ -1,4 +1,4 @@
-"""How a schema is refused: its place, the keyword, the value, and a way out."""
+"""The error for a schema that cannot be enforced: place, keyword, value and a way out."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any, NoReturn
 
 
 class SchemaRefused(ValueError):
-    """What a schema asks for and cannot be had."""
+    """The schema asks for something that cannot be enforced."""
 
 
 def refuse(at: str, keyword: str, value: Any, *why: str) -> NoReturn:
-    """at: a JSON pointer. why: what is wrong, and what to do instead."""
+    """Raise SchemaRefused. at: a JSON pointer. why: what is wrong, and what to do instead."""
     shown = json.dumps(value, ensure_ascii=False, default=str)
     shown = shown if len(shown) <= 100 else shown[:97] + "..."
     place = at if len(at) <= 200 else at[:197] + "..."

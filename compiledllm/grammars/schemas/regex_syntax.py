@@ -1,7 +1,8 @@
-"""Reads a schema's regular expressions, which are ECMAScript's (ECMA-262), into a tree.
+"""Parses ECMAScript's regular expressions (ECMA-262) into a tree.
 
-`parse(pattern) -> Node`; `write(node) -> str` in the syntax of Rust's regex crate, where a bracket
-or an ampersand inside a class, `\\d` and the dot mean something else. Raises UnreadablePattern.
+`parse(pattern) -> Node`; `write(node) -> str` writes the syntax of Rust's regex crate, where a
+bracket or an ampersand inside a class, `\\d` and the dot mean something else. Raises
+UnreadablePattern.
 """
 
 from __future__ import annotations
@@ -9,25 +10,25 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-Ranges = tuple[tuple[int, int], ...]  # code points, inclusive, sorted, apart from each other
+Ranges = tuple[tuple[int, int], ...]  # code points, inclusive, sorted, not adjacent
 LAST = 0x10FFFF
 MAX_REPEATS = 10_000
 
 
 class UnreadablePattern(ValueError):
-    """What is not ECMAScript's syntax, or more than is understood of it."""
+    """The pattern is not ECMAScript's syntax, or uses a feature that is not supported."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chars:
-    """One character out of a set."""
+    """One character of a set."""
 
     ranges: Ranges
 
 
 @dataclass(frozen=True, slots=True)
 class Property:
-    """A Unicode class such as \\p{L}: written as it was read."""
+    """A Unicode class such as \\p{L}, written as it was read."""
 
     text: str
 
@@ -44,7 +45,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Repeat:
-    """most: None for any number."""
+    """Between `least` and `most` repetitions. most: None for any number."""
 
     node: Node
     least: int
@@ -175,7 +176,7 @@ class _Parser:
         end = self._text.find("}", self._place)
         low, comma, high = self._text[self._place + 1 : max(end, self._place)].partition(",")
         if self._peek() != "{" or not low.isdecimal() or (high and not high.isdecimal()):
-            return None  # a brace is a character, too
+            return None  # the brace is a literal character
         self._place = end + 1
         least = int(low[:9])
         most = None if comma and not high else int(high[:9] or least)
@@ -303,7 +304,7 @@ def write_ranges(ranges: Ranges) -> str:
 
 
 def write(node: Node) -> str:
-    """In the syntax of Rust's regex crate, which has no look-around."""
+    """Write a tree in the syntax of Rust's regex crate. Look-around is an UnreadablePattern."""
     match node:
         case Chars(ranges):
             return write_ranges(ranges)
@@ -340,7 +341,7 @@ def has_look(node: Node) -> bool:
 
 
 def edges_are_outside(node: Node, is_first: bool = True, is_last: bool = True) -> bool:
-    """Whether ^ and $ stand only where nothing is in front of them, and nothing behind."""
+    """Whether every ^ is at the very beginning and every $ at the very end."""
     match node:
         case Edge(is_start):
             return is_first if is_start else is_last

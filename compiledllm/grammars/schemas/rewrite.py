@@ -1,9 +1,9 @@
-"""JSON schemas as llguidance takes them: the same outputs, in the keywords that it has.
+"""Rewrites JSON schemas for llguidance: the same values, in the keywords that llguidance supports.
 
-`rewrite(schema) -> Rewritten`. What only annotates is left out; what can be said in other keywords
-is (oneOf of branches that exclude each other, not, if, propertyNames, nullable, tuples of old
-drafts, patterns with look-ahead); what cannot is refused by its place in the schema. Never allows
-what the schema forbids. References become names of one flat "$defs".
+`rewrite(schema) -> Rewritten`. Annotations are left out. Unsupported keywords are expressed by
+others where possible (oneOf with exclusive branches, not, if, propertyNames, nullable, tuples of
+old drafts, patterns with look-ahead) and refused with their place otherwise. The result never
+allows a value that the schema forbids. References become names in one flat "$defs".
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from compiledllm.grammars.schemas.refusal import refuse
 from compiledllm.grammars.schemas.shapes import all_of, any_of
 from compiledllm.grammars.schemas.viability import without_dead_ends
 
-MAX_SCHEMAS = 20_000  # in and after rewriting
-MAX_DEPTH = 200  # of references that have to be followed at once
+MAX_SCHEMAS = 20_000  # schemas, including those that rewriting adds
+MAX_DEPTH = 200  # of nested references
 _PLAIN = ("minLength", "maxLength")
 
 
 @dataclass(frozen=True, slots=True)
 class Rewritten:
-    """schema: for llguidance. ignored: what was left out although no standard calls it harmless."""
+    """schema: for llguidance. ignored: unknown keywords and formats that were left out."""
 
     schema: Schema
     ignored: tuple[str, ...]
 
 
 def rewrite(schema: Any) -> Rewritten:
-    """Raises ValueError with the place, the keyword, its value and a way out."""
+    """Rewrite a schema. Raises ValueError with the place, the keyword, its value and a way out."""
     rewriter = Rewriter(schema)
     root = rewriter.schema(schema, "#")
     rewriter.finish()
@@ -53,7 +53,7 @@ def rewrite(schema: Any) -> Rewritten:
 
 
 class Rewriter:
-    """One schema's rewriting. Attributes: `definitions` by name, `places` they come from."""
+    """Rewrites one schema. Attributes: `definitions` by name, and the `places` they come from."""
 
     def __init__(self, root: Any) -> None:
         self._references = References(root)
@@ -73,14 +73,14 @@ class Rewriter:
         }
 
     def schema(self, schema: Any, at: str) -> Schema:
-        """at: its place, a JSON pointer."""
+        """Rewrite a schema. at: its place, a JSON pointer."""
         self.count(at)
         if isinstance(schema, bool):
             return schema
         if not isinstance(schema, Mapping):
             refuse(at, "is", schema, "and a schema is an object or a boolean")
         found: dict[str, Any] = {}
-        parts: list[Schema] = []  # which have to hold as well
+        parts: list[Schema] = []  # schemas that must hold as well
         self._types(schema, at, found)
         for kind, rule in self._rules.items():
             if kind in _kinds(found):
@@ -102,33 +102,33 @@ class Rewriter:
             refuse(at, "makes", f"more than {MAX_SCHEMAS} schemas", "make it simpler")
 
     def one_of(self, branches: list[Schema], at: str) -> Schema:
-        """Rewritten when all that is referred to is, as a branch may lead back to it."""
+        """A oneOf that `finish` rewrites later, as a branch may refer to an open definition."""
         choice: dict[str, Any] = {"oneOf": branches}
         self._choices.append((choice, at))
         return choice
 
     def finish(self) -> None:
-        """Rewrite what is referred to, and then what is known of it."""
+        """Rewrite the definitions that are referred to, and then the oneOf schemas."""
         while self._waiting:
             self._define(self._waiting.pop())
-        for choice, at in self._choices:  # grows meanwhile
+        for choice, at in self._choices:  # the list grows in the loop
             found = unions.exclusive(self, choice.pop("oneOf"), at)
             choice |= found if isinstance(found, dict) else {} if found else {"anyOf": []}
 
     def deref(self, schema: Schema) -> Schema:
-        """What a reference of ours refers to; other schemas as they are."""
+        """The definition that a reference names; any other schema unchanged."""
         for _ in range(MAX_DEPTH):
             if not isinstance(schema, dict) or set(schema) != {"$ref"}:
                 return schema
             name = schema["$ref"].removeprefix("#/$defs/")
             self._define(name)
-            if name not in self.definitions:  # it is being rewritten: nothing is known of it
+            if name not in self.definitions:  # still being rewritten: nothing is known yet
                 return {}
             schema = self.definitions[name]
         return {}
 
     def define(self, schema: Schema, at: str, name: str) -> Schema:
-        """A reference to a schema that was made here."""
+        """Add a definition that rewriting made, and return a reference to it."""
         self.definitions.setdefault(name, schema)
         self.places.setdefault(name, at)
         return {"$ref": f"#/$defs/{name}"}
@@ -206,7 +206,7 @@ Rule = Callable[[Rewriter, Mapping[str, Any], str, dict[str, Any], list[Schema]]
 
 
 def _kinds(found: dict[str, Any]) -> set[str]:
-    """What the rewritten type allows; keywords for other types say nothing."""
+    """The types that a rewritten schema allows; keywords for other types have no effect."""
     types = found.get("type", KINDS)
     return {
         "number" if t == "integer" else t for t in ([types] if isinstance(types, str) else types)

@@ -1,4 +1,4 @@
-"""Schemas put together, and what can be told of their values. Schemas here are rewritten ones."""
+"""Combines rewritten schemas, and tells which types and values a rewritten schema allows."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from compiledllm.grammars.schemas.keywords import KINDS, Schema
 
 Deref = Callable[[Schema], Schema]
-MAX_DEPTH = 12  # to which schemas are looked into
+MAX_DEPTH = 12  # of nested schemas that are examined
 _BY_KEYWORD = {"minLength": "string", "maxLength": "string", "pattern": "string"}
 
 
 def all_of(parts: Iterable[Schema]) -> Schema:
-    """What all of them allow."""
+    """A schema of the values that all parts allow."""
     found: list[Schema] = []
     for part in parts:
         if part is False:
@@ -30,7 +30,7 @@ def all_of(parts: Iterable[Schema]) -> Schema:
 
 
 def any_of(options: Iterable[Schema]) -> Schema:
-    """What one of them allows."""
+    """A schema of the values that at least one option allows."""
     found: list[Schema] = []
     for option in options:
         if option is True or option == {}:
@@ -43,7 +43,7 @@ def any_of(options: Iterable[Schema]) -> Schema:
 
 
 def options_of(schema: dict[str, Any]) -> list[list[Schema]]:
-    """The lists of which one schema has to hold: at least one, of a oneOf not yet rewritten."""
+    """The lists of alternatives: of anyOf, and of a oneOf that is not rewritten yet."""
     return [schema[keyword] for keyword in ("anyOf", "oneOf") if keyword in schema]
 
 
@@ -56,7 +56,7 @@ def kind_of(value: Any) -> str:
 
 
 def canonical(value: Any) -> str:
-    """Equal for equal JSON values: 1 and 1.0 are, 1 and true are not."""
+    """A text that is equal for equal JSON values: 1 and 1.0 are equal, 1 and true are not."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, list):
@@ -68,7 +68,7 @@ def canonical(value: Any) -> str:
 
 
 def kinds(schema: Schema, deref: Deref, depth: int = 0) -> frozenset[str]:
-    """At most these types its values have."""
+    """A superset of the types that the schema's values have."""
     schema = deref(schema)
     if isinstance(schema, bool) or depth > MAX_DEPTH:
         return frozenset(KINDS if schema is not False else ())
@@ -90,7 +90,7 @@ def kinds(schema: Schema, deref: Deref, depth: int = 0) -> frozenset[str]:
 
 
 def values(schema: Schema, deref: Deref, depth: int = 0) -> dict[str, Any] | None:
-    """At most these values it has, by their canonical text; None if they are not a few."""
+    """A superset of the schema's values, by canonical text; None if the values cannot be listed."""
     schema = deref(schema)
     if isinstance(schema, bool) or depth > MAX_DEPTH:
         return {} if schema is False else None
@@ -117,7 +117,7 @@ def values(schema: Schema, deref: Deref, depth: int = 0) -> dict[str, Any] | Non
 
 
 def members(schema: Schema, deref: Deref, depth: int = 0) -> list[dict[str, Any]]:
-    """The schema and what has to hold besides, references followed."""
+    """The schema and all schemas that must hold with it, with references resolved."""
     schema = deref(schema)
     if isinstance(schema, bool) or depth > MAX_DEPTH:
         return []
@@ -130,7 +130,7 @@ def members(schema: Schema, deref: Deref, depth: int = 0) -> list[dict[str, Any]
 
 
 def property_of(schema: dict[str, Any], name: str) -> Schema:
-    """What one keyword-bearing schema wants of a property; patterns are not looked at."""
+    """The schema that one schema's keywords give to a property, apart from patterns."""
     if name in schema.get("properties", {}):
         found: Schema = schema["properties"][name]
         return found
@@ -141,7 +141,7 @@ def property_of(schema: dict[str, Any], name: str) -> Schema:
 
 
 def are_disjoint(one: Schema, other: Schema, deref: Deref, depth: int = 0) -> bool:
-    """Whether certainly no value fits both."""
+    """Whether certainly no value fits both schemas."""
     one, other = deref(one), deref(other)
     if one is False or other is False:
         return True

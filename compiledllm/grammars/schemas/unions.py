@@ -1,4 +1,4 @@
-"""Schemas put together by allOf, anyOf, oneOf, not and if, as allOf and anyOf alone."""
+"""Rewrites allOf, anyOf, oneOf, not and if as allOf and anyOf alone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MAX_BRANCHES = 500
 
 
 def combine(rewriter: Rewriter, schema: Mapping[str, Any], at: str, parts: list[Schema]) -> None:
-    """Add to `parts` what these keywords want."""
+    """Add to `parts` the schemas that these keywords require."""
     for keyword in ("allOf", "anyOf", "oneOf"):
         if keyword not in schema:
             continue
@@ -70,10 +70,11 @@ def _negated(rewriter: Rewriter, schema: Schema, given: Any, at: str, keyword: s
 
 
 def exclusive(rewriter: Rewriter, branches: list[Schema], at: str) -> Schema:
-    """As anyOf, where no value fits two branches; made so if need be.
+    """A oneOf as an anyOf whose branches exclude each other, by negation if necessary.
 
-    A tag, that is a property with other constants in each branch, is required in all: pydantic's
-    have a default, and so are not required, and without the tag a value might fit several.
+    A tag, a property with different constants in each branch, becomes required in every branch: the
+    tags of pydantic have a default and are therefore optional, and without its tag a value may fit
+    several branches.
     """
     branches = [branch for branch in branches if branch is not False]
     tag = _tag(rewriter, branches)
@@ -102,7 +103,7 @@ def exclusive(rewriter: Rewriter, branches: list[Schema], at: str) -> Schema:
 
 
 def _tag(rewriter: Rewriter, branches: list[Schema]) -> str | None:
-    """A property with a few constants in each branch, none of them in two."""
+    """A property with a few constants in each branch and no constant in two branches."""
     if len(branches) < 2:
         return None
     names = [_tagged(rewriter, branch) for branch in branches]
@@ -115,7 +116,7 @@ def _tag(rewriter: Rewriter, branches: list[Schema]) -> str | None:
 
 
 def _tagged(rewriter: Rewriter, branch: Schema, depth: int = 0) -> dict[str, set[str]]:
-    """Properties that have a few constants, in a schema of objects; and which."""
+    """The properties with only a few constants in a schema of objects, with their constants."""
     found: dict[str, set[str]] = {}
     if depth > 8:
         return found
@@ -138,7 +139,7 @@ def _is_object(rewriter: Rewriter, branch: Schema) -> bool:
 
 
 def _with_tag(rewriter: Rewriter, branch: Schema, tag: str, at: str) -> Schema:
-    """The branch, of which every value is an object with the tag."""
+    """The branch, restricted to objects that have the tag."""
     known = members(branch, rewriter.deref)
     if any(tag in part.get("required", ()) and part.get("type") == "object" for part in known):
         return branch
@@ -158,5 +159,5 @@ def _with_tag(rewriter: Rewriter, branch: Schema, tag: str, at: str) -> Schema:
 
 
 def tag_name(tag: str) -> str:
-    """A tag as part of the name of a definition."""
+    """A tag in a form that fits into a definition's name."""
     return tag.encode().hex()

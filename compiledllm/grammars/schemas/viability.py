@@ -1,4 +1,4 @@
-"""Schemas that nothing finite fits, as an object that has to hold another of its kind for ever."""
+"""Finds schemas that no finite value fits, such as an object that requires another of its kind."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from compiledllm.grammars.schemas.refusal import SchemaRefused
 def without_dead_ends(
     root: Schema, definitions: dict[str, Schema], places: dict[str, str]
 ) -> Schema:
-    """The schema with its definitions, without options and properties that cannot be completed.
+    """The schema with its definitions, without options and properties that no finite value fits.
 
-    And with our own patterns for some formats.
-    Raises ValueError if nothing fits the schema.
+    Some formats become patterns of our own. Raises ValueError if nothing fits the schema.
     """
     alive = _Alive(definitions)
     if not alive.has_values(root):
@@ -30,7 +29,7 @@ def without_dead_ends(
 
 
 class _Alive:
-    """Which definitions have finite values; at least those that really have some."""
+    """The definitions that have finite values, as far as the keywords tell."""
 
     def __init__(self, definitions: dict[str, Schema]) -> None:
         self.names: set[str] = set()
@@ -72,7 +71,7 @@ class _Alive:
         return True
 
     def pruned(self, schema: Schema) -> Schema:
-        """Where something cannot be completed, false stands."""
+        """The schema with false in place of every part that no finite value fits."""
         if not self.has_values(schema):
             return False
         if isinstance(schema, bool):
@@ -87,7 +86,7 @@ class _Alive:
             elif keyword in ("items", "additionalProperties"):
                 found[keyword] = self.pruned(value)
             elif keyword == "format" and value in FORMAT_PATTERNS:
-                found["pattern"] = FORMAT_PATTERNS[value]  # a format stands by itself
+                found["pattern"] = FORMAT_PATTERNS[value]  # no schema has both keywords
             else:
                 found[keyword] = value
         return found
