@@ -1,4 +1,4 @@
-"""The README's table of families is the real one, each family is tested, and their files are short.
+"""The table in models/README.md is the real one, families are tested, and their files are short.
 
 The table is made from the code: a docstring's first line, the tests' variants, the formats a family
 names, and the values its `expect` calls allow.
@@ -20,7 +20,7 @@ from compiledllm.models.registry import FAMILIES, family_of
 from tests.support.families import IN_ENGINE, VARIANTS
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = (ROOT / "models" / "README.md").read_text(encoding="utf-8")
 MODULES = sorted(set(FAMILIES.values()))
 MAX_LINES = 110
 
@@ -68,7 +68,7 @@ def table() -> str:
 
 
 def test_table_of_families_is_the_real_one() -> None:
-    assert table() in README, f"put this into README.md:\n{table()}"
+    assert table() in README, f"put this into models/README.md:\n{table()}"
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -1,4 +1,5 @@
-"""The README is true: its code runs, its commands run, its table of options is the real one."""
+"""The documents are true: code and commands run, the table of options is the real one, links lead
+somewhere, and every package has an owner's line."""
 
 from __future__ import annotations
 
@@ -21,6 +22,13 @@ SHOWN = {
     "bench": r'"tpot_ms": {"median": [\d.]+',
 }
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+OPTIONS = (ROOT / "compiledllm" / "README.md").read_text(encoding="utf-8")
+ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+DOCUMENTS = [
+    path
+    for path in sorted(ROOT.rglob("*.md"))
+    if not {part for part in path.relative_to(ROOT).parts if part.startswith(".")}
+]
 
 
 def blocks(language: str) -> list[str]:
@@ -41,7 +49,7 @@ def options_table() -> str:
 
 
 def test_table_of_options_is_the_real_one() -> None:
-    assert options_table() in README, f"put this into README.md:\n{options_table()}"
+    assert options_table() in OPTIONS, f"put this into compiledllm/README.md:\n{options_table()}"
 
 
 def test_make_targets_exist() -> None:
@@ -69,4 +77,20 @@ def test_command_runs(command: str, default_model: Path) -> None:
 
 
 def test_readme_stays_readable() -> None:
-    assert README.count("\n") <= 300
+    assert README.count("\n") <= 200
+    assert ARCHITECTURE.count("\n") <= 150
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path: Path) -> None:
+    targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8"))
+    local = [target for target in targets if "://" not in target]
+    assert all((path.parent / target).exists() for target in local), local
+
+
+def test_every_package_has_an_owners_line() -> None:
+    packages = {path.parent.relative_to(ROOT) for path in ROOT.glob("*/__init__.py")}
+    packages |= {path.parent.relative_to(ROOT) for path in ROOT.glob("compiledllm/*/__init__.py")}
+    packages -= {Path("compiledllm"), Path("tests")}
+    missing = [str(path) for path in packages if f"| `{path}/` |" not in ARCHITECTURE]
+    assert packages and not missing, missing
