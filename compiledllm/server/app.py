@@ -18,16 +18,11 @@ from starlette.types import Receive, Scope, Send
 
 from compiledllm.log import OneLine, log
 from compiledllm.server.engine_client import EngineClient
-from compiledllm.server.errors import ApiError, error_response, response_to
+from compiledllm.server.errors import RAISED, ApiError, error_response, response_to
 from compiledllm.server.jobs import Job, JobMaker
 from compiledllm.server.known_fields import KnownFields, ignored_header
 from compiledllm.server.lanes import ClientLeft, unless_left
-from compiledllm.server.live_request import (
-    DeadlineExceeded,
-    EngineError,
-    Overloaded,
-    Unavailable,
-)
+from compiledllm.server.live_request import Overloaded
 from compiledllm.server.metrics import Metrics
 from compiledllm.server.openapi import components
 from compiledllm.server.origins import EXPOSED_HEADERS, Cors, PageCheck
@@ -273,7 +268,7 @@ def _add_errors(app: FastAPI, metrics: Metrics) -> None:
 
     paths = sorted({route.path for route in app.routes if isinstance(route, APIRoute)})
     handlers: dict[Any, Handler] = {HTTPException: http, ClientLeft: left}
-    for kind in (ApiError, Overloaded, Unavailable, EngineError, DeadlineExceeded, ValueError):
+    for kind in (ApiError, *RAISED, ValueError):
         handlers[kind] = other
     for kind, handler in handlers.items():
         app.add_exception_handler(kind, handler)

@@ -28,7 +28,8 @@ _TYPES = {
     504: "timeout_error",
 }
 
-
+# Errors that a handler may raise besides ApiError and ValueError, each with a status of its own.
+RAISED = (CompilersBusy, DeadlineExceeded, EngineError, Overloaded, Unavailable)
 _MAX_MESSAGE = 1000  # characters: a message may quote the client's input
 
 
@@ -61,7 +62,8 @@ def response_to(error: Exception) -> JSONResponse:
         status = 429 if isinstance(error, Overloaded) else 503
         after = {"retry-after": str(error.retry_after)}
         return error_response(ApiError(status, str(error)), after)
-    return error_response(as_api_error(error))
+    after = {"retry-after": "1"} if isinstance(error, CompilersBusy) else None
+    return error_response(as_api_error(error), after)
 
 
 def as_api_error(error: Exception) -> ApiError:

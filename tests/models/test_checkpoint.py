@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from compiledllm.config import ConfigError
+from compiledllm.kernels.attention import make_backend
 from compiledllm.models.build import build_model
 from compiledllm.models.checkpoint import weight_files
 from compiledllm.models.decoder import Decoder
@@ -64,8 +65,8 @@ def edit(checkpoint: Path, change: Callable[[dict[str, torch.Tensor]], object]) 
 def load(checkpoint: Path) -> Decoder:
     spec = load_spec(checkpoint)
     if spec.implementation == "transformers":
-        return build_model(spec, "torch", checkpoint, None)
-    model = Decoder(spec, "torch")
+        return build_model(spec, make_backend("torch"), checkpoint, None)
+    model = Decoder(spec, make_backend("torch"))
     load_weights(model, checkpoint)
     return model
 
@@ -151,7 +152,7 @@ def test_absurd_sizes_are_refused_before_memory_is_taken(
     path = checkpoint / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(ConfigError, match=words):
-        build_model(load_spec(checkpoint), "torch", checkpoint, None)
+        build_model(load_spec(checkpoint), make_backend("torch"), checkpoint, None)
 
 
 def test_gemma3s_outer_config_decides_about_its_head(tied: Callable[[str], Path]) -> None:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 # Sub-command -> what its output shows if it did what it is for.
 SHOWN = {
     "generate": r"\w+ \w+ \w+",
-    "chat": r"\n> .*\w+",  # an answer behind the prompt sign
+    "chat": r"/help .*\n.*\w+",  # an answer behind the greeting
     "info": r"parameters +134,515,008\n",
     "bench": r'"tpot_ms": {"median": [\d.]+',
 }
