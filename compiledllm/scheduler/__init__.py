@@ -1,1 +1,1 @@
-"""What runs next: requests, blocks and the token budget. Imports no torch."""
+"""Decides what each step computes, from requests, blocks and token budget. Imports no torch."""

@@ -1,8 +1,8 @@
-"""Owner of the KV blocks: who holds them, which are free, and which hold a known prefix.
+"""Owner of the KV blocks: reference counts, the free list, and the index of cached prefixes.
 
-Blocks 1..num_blocks are usable; block 0 is the null block, where padding rows write. A block whose
-content is known (a full block of tokens) is found again by its chained hash, also after it was
-freed, until it is evicted: least recently used first. Knows ids and hashes only, no tensors.
+Blocks 1 to num_blocks are usable; block 0 is the null block, which padding rows write to. A full
+block of known tokens can be found by its chained hash, even after it was freed, until it is
+evicted (least recently used first). The pool knows block ids and hashes, no tensors.
 
     free list   [uncached, uncached, ..., cached (old) ..., cached (recent)]  taken from the left
 """
@@ -18,9 +18,9 @@ NULL_BLOCK = 0
 
 
 def hash_block(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    """The identity of a full block: all tokens up to its end, through its parent's hash.
+    """Hash of a full block: covers all tokens up to its end, by way of the parent block's hash.
 
-    parent: of the first block a salt, or nothing.
+    parent: for the first block a salt, or empty.
     """
     own = array("q", token_ids).tobytes()
     return hashlib.sha256(len(parent).to_bytes(4, "big") + parent + own).digest()
@@ -42,7 +42,7 @@ class BlockPool:
 
     @property
     def num_free_blocks(self) -> int:
-        """Blocks nobody holds, cached or not: all of them can be allocated."""
+        """Number of blocks that no request holds, cached or not; all of them can be allocated."""
         return len(self._free)
 
     @property
@@ -55,7 +55,7 @@ class BlockPool:
         return 1 - self.num_free_blocks / self.num_blocks
 
     def allocate(self, count: int) -> list[int]:
-        """Take `count` blocks, evicting least recently used cached ones. The caller has checked."""
+        """Take `count` blocks, evicting the least recently used. At least `count` must be free."""
         assert count <= len(self._free), f"asked for {count} blocks, {len(self._free)} are free"
         taken = [self._free.popitem(last=False)[0] for _ in range(count)]
         for block_id in taken:
@@ -64,7 +64,7 @@ class BlockPool:
         return taken
 
     def lookup(self, hashes: Iterable[bytes]) -> list[int]:
-        """The blocks that hold the longest known prefix. Takes no reference."""
+        """The blocks of the longest cached prefix of `hashes`. Takes no reference."""
         found: list[int] = []
         for block_hash in hashes:
             block_id = self._block_of_hash.get(block_hash)
@@ -78,7 +78,7 @@ class BlockPool:
         return block_hash in self._block_of_hash
 
     def num_free_among(self, block_ids: Iterable[int]) -> int:
-        """How many of these nobody holds (sharing one takes it off the free list)."""
+        """Number of these blocks that are free; sharing one takes it off the free list."""
         return sum(self._ref_counts[block_id] == 0 for block_id in block_ids)
 
     def share(self, block_ids: Iterable[int]) -> None:
@@ -89,7 +89,7 @@ class BlockPool:
             self._ref_counts[block_id] += 1
 
     def free(self, block_ids: Sequence[int]) -> None:
-        """Give up one reference to each. The end of a sequence is evicted before its beginning."""
+        """Drop one reference to each. The end of a sequence is evicted before its beginning."""
         for block_id in reversed(block_ids):
             self._ref_counts[block_id] -= 1
             assert self._ref_counts[block_id] >= 0, f"block {block_id} was freed twice"
@@ -99,19 +99,19 @@ class BlockPool:
                     self._free.move_to_end(block_id, last=False)
 
     def register(self, block_id: int, block_hash: bytes) -> None:
-        """Make a full block findable. A second block with the same content stays unlisted."""
+        """Add a full block to the index. A second block with the same content is not indexed."""
         if self.enable_prefix_caching and block_hash not in self._block_of_hash:
             self._block_of_hash[block_hash] = block_id
             self._hash_of_block[block_id] = block_hash
 
     def forget(self, block_ids: Sequence[int], num_holders: int = 1) -> list[int]:
-        """Nobody finds these blocks any more. Returns those with so many holders."""
+        """Remove blocks from the index. Returns the blocks with exactly `num_holders` holders."""
         for block_id in block_ids:
             self._forget(block_id)
         return [block_id for block_id in block_ids if self._ref_counts[block_id] == num_holders]
 
     def reset_prefix_cache(self) -> None:
-        """Forget all cached content. Blocks in use stay valid for their holders."""
+        """Empty the index. Blocks in use stay valid for their holders."""
         self._block_of_hash.clear()
         self._hash_of_block.clear()
 
@@ -121,7 +121,7 @@ class BlockPool:
             del self._block_of_hash[block_hash]
 
     def check_invariants(self, held: Iterable[Sequence[int]] = ()) -> None:
-        """Raise AssertionError unless the books balance; `held`: each live request's block ids."""
+        """Raise AssertionError if the counts are wrong. held: block ids of each live request."""
         expected = [0] * (self.num_blocks + 1)
         for block_ids in held:
             for block_id in block_ids:

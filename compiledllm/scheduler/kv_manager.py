@@ -1,14 +1,14 @@
-"""Which blocks hold each request's KV: allocated, shared by prefix, registered, given back.
+"""Manages the blocks of each request's KV: allocates, shares prefixes, registers, frees.
 
-Layers come in groups, each with a block table of its own for every request, all over one pool. The
-layers of a group see equally far. Blocks that no later token sees are given back; their entries
-stay in the table, left of `Request.first_blocks`, and mean nothing any more.
+Layers with equal attention windows form a group. Every request has one block table per group, and
+all tables draw from one pool. A block that no later token sees is freed; its entry stays in the
+table, left of `Request.first_blocks`, and is meaningless from then on.
 
     window 6, blocks of 4, next token 13:   table [7, 3, 9, 5]
                                                       ^ first block: 13 sees 8 to 13
 
-The scheduler asks by request and token counts; the pool knows blocks only, and here nothing is
-known of layers but their groups' windows.
+The scheduler asks by request and token count; the pool knows only blocks. Of the layers, this
+module knows only the windows of their groups.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from collections.abc import Sequence
 from compiledllm.scheduler.block_pool import NULL_BLOCK, BlockPool, hash_block
 from compiledllm.types import Request, RequestStatus
 
-ANY_NUMBER = 2**40  # of tokens: more than any context has
+ANY_NUMBER = 2**40  # tokens, more than any context: stands for "no limit"
 
-Tables = list[list[int]]  # block ids of each group
+Tables = list[list[int]]  # block ids, one list per group of layers
 
 
 def first_seen_block(window: int, position: int, block_size: int) -> int:
-    """Index of the first block that the token at `position` sees, and so of all later ones."""
+    """Index of the first block that the token at `position`, or any later token, sees."""
     return max(position - window + 1, 0) // block_size if window else 0
 
 
 def num_blocks_needed(windows: Sequence[int], block_size: int, num_tokens: int) -> int:
-    """The most a request holds on its way to `num_tokens` tokens, computed one by one."""
-    last = (num_tokens - 1) // block_size  # index of the last block; it is most when this is new
+    """Largest number of blocks a request holds while it grows to `num_tokens`, one at a time."""
+    last = (num_tokens - 1) // block_size  # the number peaks when this block has just been added
     firsts = (first_seen_block(window, last * block_size, block_size) for window in windows)
     return sum(last + 1 - first for first in firsts)
 
@@ -39,7 +39,11 @@ def num_blocks_needed(windows: Sequence[int], block_size: int, num_tokens: int) 
 def most_blocks_of_all(
     windows: Sequence[int], block_size: int, max_num_seqs: int, max_tokens: int, max_len: int
 ) -> int:
-    """Held by as many requests as there can be, of `max_len` tokens, in a step of `max_tokens`."""
+    """Most blocks in use at once: `max_num_seqs` requests of `max_len` tokens each.
+
+    max_tokens: largest number of tokens in a step; in groups with a window, its chunks hold extra
+    blocks until the step is done.
+    """
     for_prompts = (-(-max_tokens // block_size) for window in windows if window)
     return max_num_seqs * num_blocks_needed(windows, block_size, max_len) + sum(for_prompts)
 
@@ -47,8 +51,8 @@ def most_blocks_of_all(
 class KVManager:
     """Block tables of the requests, over one pool.
 
-    block_size: tokens of a block. windows: of each group of layers, how many of the latest tokens
-    one sees, itself included; 0: all.
+    block_size: tokens per block. windows: for each group of layers, the number of latest tokens
+    that a token sees, itself included; 0: all.
     """
 
     def __init__(self, pool: BlockPool, block_size: int, windows: Sequence[int] = (0,)) -> None:
@@ -60,7 +64,7 @@ class KVManager:
         self.most_tokens = self._most_tokens()
 
     def _most_tokens(self) -> int:
-        """Of a request that has the whole pool to itself."""
+        """Longest request, in tokens, that fits if it has the whole pool to itself."""
 
         def needed(num_tokens: int) -> int:
             return num_blocks_needed(self.windows, self.block_size, num_tokens)
@@ -72,7 +76,7 @@ class KVManager:
         return bisect_right(ends, most, key=needed) * self.block_size
 
     def check_fits(self, request: Request) -> None:
-        """Raise ValueError, naming what would fit, if the whole pool could not hold a request."""
+        """Raise ValueError, saying what would fit, if the whole pool could not hold a request."""
         # The last sampled token's KV is never needed, hence the -1.
         num_slots = request.num_prompt_tokens + request.max_tokens - 1
         if num_slots > self.most_tokens:
@@ -89,9 +93,9 @@ class KVManager:
     # -- room for a step's tokens --------------------------------------------------------------
 
     def most_at_once(self, num_computed: int, count: int) -> int:
-        """`count`, or how many tokens behind the first `num_computed` the whole pool has room for.
+        """`count`, or the number of tokens after `num_computed` that the whole pool can hold.
 
-        Only a window makes it fewer: then a prompt that fits in small steps may not in a large one.
+        Only windows reduce `count`: a prompt may fit in small chunks but not in a large one.
         """
         if not self._windowed:
             return count
@@ -100,10 +104,10 @@ class KVManager:
         return min(count, most_blocks * self.block_size - num_computed)
 
     def room_at_hand(self, request: Request) -> int:
-        """How many more tokens the free blocks have room for, if it is a block or more; else 0.
+        """Number of tokens that the free blocks have room for; 0 if less than one block's.
 
-        0 without windows: there a smaller step only puts off that somebody has to yield, where a
-        window gives back what it needs for the next one.
+        Without windows, 0: a smaller chunk would only postpone preemption. With windows, a smaller
+        chunk frees blocks for the next one.
         """
         if not self._windowed:
             return 0
@@ -112,10 +116,10 @@ class KVManager:
         return room if room >= self.block_size else 0
 
     def trim(self, request: Request) -> None:
-        """Give back the blocks that none of the tokens still to be computed sees."""
+        """Free the blocks that no token still to be computed sees."""
         if not self._windowed:
             return
-        self.register_full_blocks(request)  # while they are the request's
+        self.register_full_blocks(request)  # while the request still holds them
         for group, window in self._windowed:
             old = request.first_blocks[group]
             first = first_seen_block(window, request.num_computed_tokens, self.block_size)
@@ -123,12 +127,12 @@ class KVManager:
             request.first_blocks[group] = first
 
     def num_missing_blocks(self, tables: Tables, num_tokens: int) -> int:
-        """Of all groups, until `tables` have room for `num_tokens` tokens."""
+        """Number of blocks, over all groups, that `tables` lack to hold `num_tokens` tokens."""
         missing = -(-num_tokens // self.block_size) - len(tables[0])
         return missing * self._num_groups if missing > 0 else 0
 
     def extend(self, request: Request, count: int, num_missing: int) -> Tables:
-        """Make room for `count` more tokens by `num_missing` blocks; those, by group."""
+        """Allocate `num_missing` blocks for `count` more tokens; returns their ids by group."""
         added: Tables = []
         if num_missing:
             share = num_missing // self._num_groups
@@ -137,21 +141,22 @@ class KVManager:
                 added.append(block_ids[group * share : (group + 1) * share])
                 table += added[group]
         request.blocks_last_until = len(request.block_tables[0]) * self.block_size
-        if self._windowed and count > 1:  # there may be much to trim by the next token
+        if self._windowed and count > 1:  # after a chunk the next token has blocks to trim
             request.blocks_last_until = request.num_computed_tokens + count
         return added
 
     def release(self, request: Request) -> None:
-        """Give a request's blocks back."""
+        """Free a request's blocks."""
         for table, first in zip(request.block_tables, request.first_blocks, strict=True):
             self.pool.free(table[first:])
         request.block_tables, request.first_blocks = [], []
         request.num_registered_blocks = request.blocks_last_until = 0
 
     def spoil(self, request: Request) -> list[int]:
-        """A request's KV may be NaN: nobody finds it any more. What nobody else holds of it.
+        """Remove a request's blocks, which may hold NaN, from the prefix index.
 
-        That is to be zeroed. What the request has given back may hold NaN just as well.
+        Returns the blocks to zero: blocks that no other request holds. Blocks that the request has
+        already freed may hold NaN too and are included.
         """
         held: list[int] = []
         given_back: list[int] = []
@@ -165,7 +170,8 @@ class KVManager:
     def lookup_prefix(self, request: Request) -> Tables:
         """Cached blocks of the request's beginning; at least one token is left to compute.
 
-        Every group's table is equally long. What the next token does not see is the null block.
+        The tables of all groups have equal length. Blocks that the next token does not see are the
+        null block.
         """
         if request.is_second_try or not request.sampling_params.reads_prefix_cache:
             return self._no_blocks()
@@ -176,19 +182,22 @@ class KVManager:
         return self._lookup(request.block_hashes[:usable])
 
     def seen_blocks(self, prefix: Tables) -> list[int]:
-        """Those that a request with this prefix holds."""
+        """The blocks of a prefix that the next token sees; a request with the prefix holds them."""
         firsts = self._firsts(len(prefix[0]))
         return [i for table, first in zip(prefix, firsts, strict=True) for i in table[first:]]
 
     def begin(self, request: Request, prefix: Tables) -> None:
-        """Let a request that has no blocks begin with these of `lookup_prefix`."""
+        """Give a request without blocks the blocks of a prefix from `lookup_prefix`."""
         self.pool.share(self.seen_blocks(prefix))
         request.block_tables = [list(table) for table in prefix]
         request.first_blocks = self._firsts(len(prefix[0]))
         request.num_registered_blocks = len(prefix[0])
 
     def register_full_blocks(self, request: Request) -> None:
-        """Tokens in flight are not known here, so their blocks are registered a step later."""
+        """Add full blocks to the prefix index.
+
+        The host does not know tokens in flight, so their blocks are registered a step later.
+        """
         if not self.pool.enable_prefix_caching:
             return
         num_full = min(request.num_computed_tokens, len(request.token_ids)) // self.block_size
@@ -205,12 +214,12 @@ class KVManager:
         return [[] for _ in self.windows]
 
     def _firsts(self, num_blocks: int) -> list[int]:
-        """Of each group, the first block that is seen by the token behind so many full blocks."""
+        """Per group, the first block seen by the token that follows `num_blocks` full blocks."""
         position = num_blocks * self.block_size
         return [first_seen_block(window, position, self.block_size) for window in self.windows]
 
     def _lookup(self, hashes: list[bytes]) -> Tables:
-        """The longest prefix that the blocks of every group are there for."""
+        """The longest prefix whose blocks are cached in every group."""
         found = self._no_blocks()
         for group, window in enumerate(self.windows):
             if not window:
@@ -224,13 +233,13 @@ class KVManager:
         return [table[: len(hashes)] for table in found]
 
     def _keys(self, group: int, hashes: Sequence[bytes]) -> Sequence[bytes]:
-        """Of a group's blocks with these contents, in the pool's index."""
+        """Keys, in the pool's index, of a group's blocks whose contents have these hashes."""
         return [block_hash + bytes([group]) for block_hash in hashes] if group else hashes
 
     def _longest_in_windows(self, hashes: list[bytes]) -> int:
-        """How many blocks may be skipped: what is seen behind them is known in windowed groups.
+        """Length, in blocks, of the longest prefix whose seen blocks all windowed groups cache.
 
-        From the right end to the left, so that each block is looked up once at most.
+        The search goes from right to left, so that each block is looked up at most once.
         """
         length, size = len(hashes), self.block_size
         keys = {group: self._keys(group, hashes) for group, _ in self._windowed}
@@ -244,18 +253,18 @@ class KVManager:
                 while index > first and self.pool.is_known(keys[group][index - 1]):
                     index -= 1
                 known_from[group] = index
-                if index > first:  # whatever is longer needs the block before
+                if index > first:  # longer prefixes need the missing block too
                     length, is_settled = index - 1, False
         return length
 
     def _blocks_of_sibling(self, request: Request) -> Tables:
-        """Full blocks of the prompt that a request with the same prompt has got."""
+        """Full blocks of the prompt that a running request with the same prompt has computed."""
         sibling = request.sibling
         if sibling is None or sibling.status is not RequestStatus.RUNNING:
             return self._no_blocks()
         most = min(request.num_prompt_tokens - 1, sibling.num_computed_tokens) // self.block_size
         firsts = self._firsts(most)
-        if any(map(int.__lt__, firsts, sibling.first_blocks)):  # given back already
+        if any(map(int.__lt__, firsts, sibling.first_blocks)):  # the sibling has freed some
             return self._no_blocks()
         return [
             [NULL_BLOCK] * first + table[first:most]
@@ -269,7 +278,7 @@ class KVManager:
             hashes.append(hash_block(parent, request.token_ids[start : start + size]))
 
     def check_invariants(self, alive: list[Request]) -> None:
-        """Raise AssertionError if the pool's books and the requests' tables differ."""
+        """Raise AssertionError if the pool's reference counts and the requests' tables differ."""
         self.pool.check_invariants(
             table[first:]
             for request in alive

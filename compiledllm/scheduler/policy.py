@@ -1,6 +1,6 @@
-"""Which waiting request goes first, and how much of a step prompts get beside those that decode.
+"""Order of waiting requests, and how much of a step prompts get while other requests decode.
 
-The first request in the order is never preempted, so something always finishes.
+The first request in the order is never preempted, so some request always finishes.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from compiledllm.types import Request
 
 SortKey = tuple[float, ...]
 Policy = Callable[[Request], SortKey]
-_Entry = tuple[tuple[SortKey, int], int, Request]  # order, serial number, request
+_Entry = tuple[tuple[SortKey, int], int, Request]  # rank or age, serial number, request
 
-MAX_PASSED_OVER = 32
-_MIN_COMPACTED = 64  # entries of a heap, below which it is not worth it
+MAX_PASSED_OVER = 32  # requests
+_MIN_COMPACTED = 64  # heap entries; smaller heaps are not worth compacting
 
 
 def fcfs(request: Request) -> SortKey:
@@ -27,16 +27,18 @@ def fcfs(request: Request) -> SortKey:
 
 
 def priority(request: Request) -> SortKey:
-    """Lower `priority` first, then first come, first served; see `WaitingQueue` about ageing."""
+    """Lower `priority` first, then first come, first served; `WaitingQueue` adds ageing."""
     return (request.priority, request.arrival_time)
 
 
-# For so many a GPU computes as long as it reads the weights: its operations for each byte that it
-# can read meanwhile, 150 to 300 of 16-bit numbers.
+# Roofline balance: with about 256 tokens a step takes as long to compute as to read the weights
+# (150 to 300 FLOP per byte, 16-bit).
 BALANCED_TOKENS = 256
-_TOKENS_PER_ROW = 8  # of a step, at least
-_WHERE_EVEN = 4  # times the balance, where as many requests wait as decode
-_AT_MOST = 8  # times the balance, but for rows: such a step of an 8B model takes 0.05 s, on an H100
+_TOKENS_PER_ROW = 8  # smallest step size, in tokens per running request
+_WHERE_EVEN = 4  # step size if as many requests wait as run, in multiples of the balance
+# Largest step size, in multiples of the balance, unless _TOKENS_PER_ROW demands more. At this size
+# a step of an 8B model takes 0.05 s on an H100.
+_AT_MOST = 8
 
 POLICIES: dict[str, Policy] = {"fcfs": fcfs, "priority": priority}
 
@@ -44,21 +46,21 @@ POLICIES: dict[str, Policy] = {"fcfs": fcfs, "priority": priority}
 class WaitingQueue:
     """Waiting requests in policy order; ties in order of arrival at the queue.
 
-    Requests age: once `MAX_PASSED_OVER` requests that came later were let in before the eldest one
-    that waits, the eldest goes before all others, and yields after all others when it runs. So
-    every request runs in the end, whatever priorities keep coming, and where nobody waits for long
-    nothing changes. Every operation takes O(log n): entries of requests that left stay in the heaps
-    until they surface, or until they are most of a heap.
+    Requests age: once `MAX_PASSED_OVER` younger requests were admitted before the oldest waiting
+    request, the oldest is scheduled before all others and, while it runs, preempted last. So every
+    request runs eventually, whatever priorities keep arriving, and the order is the policy's as
+    long as no request waits long. Every operation takes O(log n), amortised: entries of requests
+    that left stay in the heaps until they surface, or until they are most of a heap.
     """
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self._by_rank: list[_Entry] = []
         self._by_age: list[_Entry] = []
-        self._serials: dict[str, int] = {}  # request_id -> of its valid entries; who waits
+        self._serials: dict[str, int] = {}  # waiting request_id -> serial of its valid entries
         self._order: dict[str, int] = {}  # request_id -> ticket, kept over a preemption
         self._aged: set[str] = set()
-        self._num_passed_over = 0  # requests let in since the eldest one could have been
+        self._num_passed_over = 0  # younger requests admitted before the oldest waiting request
         self._count = 0
 
     def push(self, request: Request) -> None:
@@ -66,7 +68,7 @@ class WaitingQueue:
         self._insert(request)
 
     def rank(self, request: Request) -> tuple[SortKey, int]:
-        """Where a request stands, waiting or running: lower goes first and yields last."""
+        """Rank of a waiting or running request: lower is scheduled first and preempted last."""
         request_id = request.request_id
         is_aged = request_id in self._aged
         key = (-math.inf, request.arrival_time) if is_aged else self._policy(request)
@@ -82,7 +84,7 @@ class WaitingQueue:
         return request
 
     def remove(self, request: Request) -> None:
-        """Take a request out, if it waits."""
+        """Remove a request from the queue, if it is waiting."""
         self._serials.pop(request.request_id, None)
         most = 2 * len(self._serials) + _MIN_COMPACTED
         if max(len(self._by_rank), len(self._by_age)) > most:
@@ -90,7 +92,7 @@ class WaitingQueue:
             self._by_age = self._valid(self._by_age)
 
     def forget(self, request: Request) -> None:
-        """The request is over; its ticket can go."""
+        """Drop the ticket and the age of a request that has ended."""
         self._order.pop(request.request_id, None)
         self._aged.discard(request.request_id)
 
@@ -101,7 +103,7 @@ class WaitingQueue:
         return (entry[2] for entry in sorted(self._valid(self._by_rank)))
 
     def _insert(self, request: Request) -> None:
-        """Write a request's entries; those it had before are not valid any more."""
+        """Push a request's entries onto both heaps; its earlier entries become invalid."""
         serial = self._count = self._count + 1
         self._serials[request.request_id] = serial
         rank, ticket = self.rank(request), self._order[request.request_id]
@@ -126,7 +128,7 @@ class WaitingQueue:
         return (request.arrival_time, self._order[request.request_id])
 
     def _first(self, heap: list[_Entry]) -> Request:
-        """Of the requests that wait."""
+        """The first waiting request of a heap; invalid entries above it are dropped."""
         while not self._is_valid(heap[0]):
             heapq.heappop(heap)
         return heap[0][2]
@@ -142,8 +144,8 @@ class WaitingQueue:
 class Share:
     """What prompts get of a step in which requests decode.
 
-    prompt_tokens: of all prompts together, but for requests of a batch that are due: those with at
-    least `due_from` tokens left to draw.
+    prompt_tokens: budget of all prompts together. due_from: a batch's request with at least this
+    many tokens left to draw is due, and the budget does not limit its prompt.
     """
 
     prompt_tokens: int
@@ -155,23 +157,24 @@ class Share:
 
 @dataclass(slots=True)
 class Pace:
-    """Shares steps between prompts and requests that decode.
+    """Splits steps between prompts and requests that decode.
 
-    Decoding reads all weights for a few tokens. Up to `balanced_tokens` tokens in all, computing
-    takes no longer than that: prompts beside those that decode are then almost free, while a prompt
-    that has a step for itself pays for the reading again.
+    A decode step reads all weights for a few tokens. Up to `balanced_tokens` tokens in the step,
+    computing takes no longer than reading: prompt tokens up to this balance are almost free, while
+    a prompt in a step of its own pays for reading the weights again.
 
-    - Where somebody waits for each token, a longer step costs everyone who decodes some time, and
-      saves everyone who waits some reading of weights. The sum is least, and the work of a fixed
-      number of clients done soonest, where steps grow with the root of how many wait for each that
-      runs. They have at least eight tokens for each request, so that prompts keep up with the
-      answers; beyond that at most eight times the balance: more are not computed faster.
-    - Where somebody waits for a whole batch, prompts fill steps up to the balance: the longest
-      request takes as many steps as it has tokens, whatever the others do. Only one that would be
-      the last to end may not wait. How long they run is known by max_tokens alone: once a request
-      has ended before that, no prompt waits any more.
+    - Callers that wait for each token: a longer step delays every decoding request and saves every
+      waiting request some reading of weights. The sum of both is least, and a fixed number of
+      clients is done soonest, if step sizes grow with the square root of the number of waiting
+      requests per running request. A step has at least eight tokens per running request, so that
+      prompts keep up with decoding, and otherwise at most eight times the balance, past which
+      computing gets no more efficient.
+    - Callers that wait for a whole batch: prompts fill steps up to the balance, since the longest
+      request takes as many steps as it has tokens, whatever the other requests do. Only a request
+      that would end last must not wait: it is due. max_tokens is the only estimate of a request's
+      length; once a request has ended earlier, no prompt waits any more.
 
-    prompt_tokens: if given, always that many, for everybody.
+    prompt_tokens: if given, the prompts' budget in every step.
     """
 
     balanced_tokens: int
@@ -179,10 +182,10 @@ class Pace:
     lengths_are_known: bool = True
 
     def share(self, prompt: Request, running: Sequence[Request], num_waiting: int) -> Share:
-        """Of a step with `running`, some of which decode.
+        """The prompts' share of a step with the requests `running`, some of which decode.
 
-        prompt: the best-ranked request that has one. It is never left without tokens for good.
-        num_waiting: requests with a prompt that is not computed yet, this one too.
+        prompt: the best-ranked request whose prompt is not computed; it never starves.
+        num_waiting: number of requests whose prompts are not computed, `prompt` included.
         """
         if self.prompt_tokens is not None:
             return Share(self.prompt_tokens)
@@ -191,7 +194,7 @@ class Pace:
         rows = len(running)
         growth = min(_WHERE_EVEN * math.sqrt(num_waiting / rows), _AT_MOST)
         times = max(growth, _TOKENS_PER_ROW * rows / self.balanced_tokens, 1)
-        power = 2 ** math.ceil(math.log2(times))  # such sizes are captured: nothing is padded
+        power = 2 ** math.ceil(math.log2(times))  # CUDA graphs exist for such step sizes
         return Share(self.balanced_tokens * power - rows)
 
     def _share_of_batch(self, prompt: Request, running: Sequence[Request]) -> Share:
@@ -202,6 +205,6 @@ class Pace:
         return Share(max(room, 0), due_from=max(decoding, default=0))
 
     def note_end(self, request: Request, reason: FinishReason) -> None:
-        """A request is over."""
+        """Learn, when a request ends, whether max_tokens still tells the lengths of requests."""
         if request.waits_for_batch and reason not in ("length", "abort"):
             self.lengths_are_known = False

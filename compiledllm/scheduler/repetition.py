@@ -1,4 +1,4 @@
-"""Output that goes in circles."""
+"""Detects output that repeats itself."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from compiledllm.types import Request
 
 
 def goes_in_circles(request: Request) -> bool:
-    """Whether the output ends in a run of equal patterns, as `repetition_detection` describes."""
+    """Whether the output ends in repetitions of a pattern, as `repetition_detection` describes."""
     rule = request.sampling_params.repetition_detection
     if rule is None:
         return False
@@ -18,7 +18,7 @@ def goes_in_circles(request: Request) -> bool:
 
 
 def _ends_in_run(tokens: list[int], start: int, size: int, count: int) -> bool:
-    """Whether tokens[start:] ends in `count` equal patterns of `size` tokens."""
+    """Whether tokens[start:] ends in `count` repetitions of a pattern of `size` tokens."""
     last = len(tokens) - 1
     compared = size * (count - 1)
     if last + 1 - start < compared + size:

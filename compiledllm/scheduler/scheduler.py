@@ -1,15 +1,15 @@
-"""Deals out each step's token budget, without phases.
+"""Splits each step's token budget among the requests, without prefill and decode phases.
 
-Every request has `num_computed_tokens` catching up with its tokens. A step gives tokens to running
-requests first, then to waiting ones. That one idea is chunked prefill, prefix caching, preemption
-by recompute and, later, speculation. Knows nothing of tensors, models or text.
+Every request's `num_computed_tokens` catches up with its number of tokens. A step gives tokens to
+running requests first, then to waiting requests. Chunked prefill, prefix caching and preemption by
+recomputation all follow from this rule. The scheduler knows no tensors, models or text.
 
     scheduler.add(request)
     step = scheduler.schedule()                 # -> SchedulerOutput
-    advanced = scheduler.update(step, sampled)  # after the runner executed it
+    advanced = scheduler.update(step, sampled)  # after the runner executed the step
 
-The next step may be scheduled before the last one's tokens are known: a request's tokens in flight
-count as tokens, and what a request did not need in the end is dropped by `update`.
+The next step may be scheduled before the tokens of the last step are known: a request's tokens in
+flight count as tokens, and `update` drops the tokens of a request that has ended meanwhile.
 """
 
 from __future__ import annotations
@@ -36,33 +36,36 @@ from compiledllm.types import (
 NO_TOKEN = "no token could be drawn: the logits are NaN or infinite, or every token is banned"
 
 
-_NO_BLOCKS: list[list[int]] = []  # never changed
+_NO_BLOCKS: list[list[int]] = []  # shared by many lines, so it must never be modified
 
 
 def _decodes(request: Request) -> bool:
-    """Whether it has a token, or one in flight that is not its last."""
+    """Whether the request has an output token, or one in flight that is not its last."""
     left = request.most_tokens - len(request.token_ids)
     return request.num_output_tokens > 0 or 0 < request.num_tokens_in_flight < left
 
 
 @dataclass(slots=True)
 class _Draft:
-    """A step while it is put together. Tokens left: budget, and of it prompt_budget for prompts."""
+    """A step while it is assembled.
+
+    budget: tokens that the step can still take; prompt_budget: how many of them prompts may take.
+    """
 
     budget: int
     prompt_budget: int = 0
-    share: Share | None = None  # until a prompt asks for it
+    share: Share | None = None  # None until the first prompt asks for room
     lines: list[ScheduledRequest] = field(default_factory=list)
-    requests: list[Request] = field(default_factory=list)  # of the lines
+    requests: list[Request] = field(default_factory=list)  # the request of each line
     has_preempted: bool = False
 
 
 class Scheduler:
     """Continuous batching over a block pool.
 
-    max_num_seqs: most requests in a step; max_num_batched_tokens: most tokens in a step; pace: how
-    much of a step prompts get in which somebody decodes, by default all; windows: of each group of
-    layers, see `KVManager`.
+    max_num_seqs: largest number of requests in a step; max_num_batched_tokens: largest number of
+    tokens in a step; pace: how much of a step prompts get while other requests decode, by default
+    all of it; windows: attention window of each group of layers, see `KVManager`.
     """
 
     def __init__(
@@ -84,18 +87,19 @@ class Scheduler:
         self.running: list[Request] = []
         self.waiting = WaitingQueue(POLICIES[policy])
         self.num_preemptions = 0
-        self._held: dict[str, Request] = {}  # waiting, and not to be scheduled
-        self._is_sorted = True  # the running list, by rank
-        self.num_prefix_queries = self.num_prefix_hits = 0  # tokens looked up, and found
-        self.num_failed_rows = 0  # of logits that no token could be drawn from
+        self._held: dict[str, Request] = {}  # waiting requests that must not be scheduled
+        self._is_sorted = True  # whether `running` is in order of rank
+        self.num_prefix_queries = self.num_prefix_hits = 0  # prompt tokens looked up, tokens found
+        self.num_failed_rows = 0  # rows of logits from which no token could be drawn
         self._freed_request_ids: list[str] = []
-        self._spoilt_block_ids: list[int] = []  # written by a request whose logits were NaN
-        self._in_flight: deque[list[Request]] = deque()  # of each step that `update` has not seen
+        self._spoilt_block_ids: list[int] = []  # blocks of requests whose logits were NaN
+        # The requests of each scheduled step whose results `update` has not seen yet.
+        self._in_flight: deque[list[Request]] = deque()
 
     # -- requests in and out -------------------------------------------------------------------
 
     def add(self, request: Request) -> None:
-        """Queue a request. Raises ValueError if it could never fit, naming what would."""
+        """Queue a request. Raises ValueError, saying what would fit, if it could never fit."""
         if request.request_id in self.requests:
             raise ValueError(f"request_id '{request.request_id}' is already in use")
         self.kv.check_fits(request)
@@ -107,7 +111,7 @@ class Scheduler:
     def finish(
         self, request_id: str, reason: FinishReason, stop_reason: int | str | None = None
     ) -> Request | None:
-        """End a request from outside (abort, stop string). None if it is not alive any more."""
+        """End a request from outside (abort, stop string). None if it has already ended."""
         request = self.requests.get(request_id)
         if request is None:
             return None
@@ -124,7 +128,7 @@ class Scheduler:
             self._held[request_id] = request
 
     def release(self, request_ids: Iterable[str]) -> None:
-        """Let requests wait again that were held; those that are over are passed by."""
+        """Put held requests back in the waiting queue; requests that have ended are skipped."""
         for request_id in request_ids:
             request = self._held.pop(request_id, None)
             if request is not None and not request.is_finished:
@@ -136,11 +140,11 @@ class Scheduler:
     # -- a step --------------------------------------------------------------------------------
 
     def schedule(self) -> SchedulerOutput:
-        """Choose this step's work, allocate its blocks, say what changed since the last step."""
+        """Choose this step's work, allocate its blocks, and list the changes since the last."""
         draft = _Draft(self.max_num_batched_tokens)
         self._schedule_running(draft)
         new_requests: list[NewRequest] = []
-        # A step that had to preempt admits nobody: the blocks it freed would be taken right back.
+        # A step that preempts admits no request, which would take the freed blocks right back.
         while not draft.has_preempted and self.waiting:
             room = self._room_for(self.waiting.peek(), draft)
             admitted = self._admit(self.waiting.peek(), draft, room) if room else None
@@ -153,16 +157,16 @@ class Scheduler:
         return SchedulerOutput(new_requests, draft.lines, freed, spoilt)
 
     def _room_for(self, request: Request, draft: _Draft) -> int:
-        """Tokens of its prompt that the step can take. The best-ranked prompt asks first."""
+        """Number of prompt tokens that the step can grant. The best-ranked prompt asks first."""
         if draft.share is None:
             draft.share = self._share_for(request)
             draft.prompt_budget = draft.share.prompt_tokens
         if draft.share.is_due(request):
             return draft.budget
-        return max(min(draft.budget, draft.prompt_budget), 0)  # what is due may take more than that
+        return max(min(draft.budget, draft.prompt_budget), 0)  # requests that are due overdraw it
 
     def _share_for(self, prompt: Request) -> Share:
-        """Of this step. Where nobody decodes, prompts have all of it."""
+        """The prompts' share of this step: all of it if no request decodes."""
         running = self.running
         if not any(map(_decodes, running)):
             return Share(self.max_num_batched_tokens)
@@ -170,7 +174,7 @@ class Scheduler:
         return self.pace.share(prompt, running, num_waiting)
 
     def _schedule_running(self, draft: _Draft) -> None:
-        """Give every running request tokens, best-ranked first, preempting from the other end."""
+        """Give every running request tokens, best-ranked first; preempt from the other end."""
         if not self._is_sorted:
             self.running.sort(key=self.waiting.rank)
             self._is_sorted = True
@@ -179,12 +183,15 @@ class Scheduler:
             request = self.running[index]
             if self._grant_next_token(request, draft) or self._grant_running(request, draft):
                 index += 1
-            else:  # the last one gives its blocks, in the end the request itself
+            else:  # the lowest-ranked request loses its blocks; it may be this request itself
                 self._preempt(self.running.pop())
                 draft.has_preempted = True
 
     def _grant_next_token(self, request: Request, draft: _Draft) -> bool:
-        """What almost every line of almost every step is: one token, in a block that is there."""
+        """Fast path of `_grant_running`, with the same effect: one token, in an allocated block.
+
+        Returns False, with no effect, for a request in any other state.
+        """
         known, in_flight = len(request.token_ids), request.num_tokens_in_flight
         num_tokens, computed = known + in_flight, request.num_computed_tokens
         if (
@@ -204,10 +211,10 @@ class Scheduler:
         return True
 
     def _grant_running(self, request: Request, draft: _Draft) -> bool:
-        """Give a running request what it wants or what is left; False if it lacks blocks."""
+        """Grant a running request the tokens it needs, or as many as fit; False without blocks."""
         wanted = request.num_tokens_to_compute
         count = min(wanted, draft.budget if wanted <= 1 else self._room_for(request, draft))
-        if count == 0:  # its last token is in flight or not known yet, or prompts are full
+        if count == 0:  # it waits for a token in flight, or the prompt budget is used up
             return True
         self.kv.trim(request)
         computed = request.num_computed_tokens
@@ -224,9 +231,9 @@ class Scheduler:
         return True
 
     def _admit(self, request: Request, draft: _Draft, room: int) -> NewRequest | None:
-        """Start (or resume) a waiting request, reusing cached blocks; None if it must wait.
+        """Start or resume a waiting request, reusing cached blocks; None if it must wait.
 
-        room: the most tokens it may get.
+        room: largest number of tokens to grant.
         """
         if len(self.running) >= self.max_num_seqs or request.num_tokens_in_flight:
             return None
@@ -270,13 +277,13 @@ class Scheduler:
         missing: int,
         is_new: bool = False,
     ) -> None:
-        """Allocate what is missing for `count` more tokens; write the request's line of the step.
+        """Allocate `missing` blocks for `count` more tokens; add the request's line to the step.
 
-        Blocks that this step fills are registered now: within a step all KV of a layer is stored
-        before any of it is read, so a later request of the same step may already share them.
+        Blocks that this step fills are registered now: within a step each layer stores all KV
+        before it reads any, so a later request of the same step may already share these blocks.
         """
         new_block_ids = self.kv.extend(request, count, missing)
-        if is_new:  # the device does not know the prefix either
+        if is_new:  # the device does not know the blocks of the prefix yet
             new_block_ids = [list(table) for table in request.block_tables]
         num_computed = request.num_computed_tokens
         request.num_computed_tokens += count
@@ -288,10 +295,10 @@ class Scheduler:
         draft.budget -= count
 
     def update(self, step: SchedulerOutput, output: StepOutput) -> list[Request]:
-        """Book a step's results, in the order of the steps.
+        """Record a step's results. Steps are updated in the order in which they were scheduled.
 
-        Returns the requests that got a token, finished ones included. Those that ended while the
-        step ran (an earlier token, an abort) get none.
+        Returns the requests that got a token or failed, finished ones included. Requests that
+        ended while the step ran (by an earlier token or an abort) get none.
         """
         advanced: list[Request] = []
         some_left = False
@@ -314,12 +321,12 @@ class Scheduler:
         return advanced
 
     def _keep_prompt_logprobs(self, request: Request, output: StepOutput) -> None:
-        """Positions that were computed again, after a preemption, are there already."""
+        """Append prompt log probabilities, without positions recomputed after a preemption."""
         position, found = output.prompt_logprobs.get(request.request_id, (0, []))
         request.prompt_logprobs += found[len(request.prompt_logprobs) - (position - 1) :]
 
     def _take(self, request: Request, output: StepOutput) -> bool:
-        """Give a request its next token, or its end; False if it has to try again."""
+        """Append a request's next token, or end it with an error; False if it starts over."""
         request_id = request.request_id
         token_id = output.token_ids[request_id]
         if token_id >= 0:
@@ -328,9 +335,9 @@ class Scheduler:
             self._append(request, token_id)
             return True
         error = output.errors.get(request_id)
-        if error is None:  # its own rules have not failed: what it was computed from may be NaN
+        if error is None:  # no rule of the request failed, so its KV may hold NaN
             self._spoilt_block_ids += self.kv.spoil(request)
-            if request.status is not RequestStatus.RUNNING:  # its blocks are gone, and not known
+            if request.status is not RequestStatus.RUNNING:  # preempted: its blocks are unknown
                 self.block_pool.reset_prefix_cache()
         if error is None and not request.is_second_try:
             self._try_again(request)
@@ -341,9 +348,9 @@ class Scheduler:
         return True
 
     def _try_again(self, request: Request) -> None:
-        """Compute a request from scratch, without anybody else's blocks: one of theirs may be NaN.
+        """Compute a request from scratch without shared blocks, one of which may hold NaN.
 
-        What comes of steps in flight is dropped.
+        The tokens of steps in flight are dropped on arrival.
         """
         request.is_second_try = True
         request.num_tokens_to_drop = request.num_tokens_in_flight
@@ -352,7 +359,7 @@ class Scheduler:
             self._preempt(request)
 
     def _append(self, request: Request, token_id: int) -> None:
-        """Take over a token; end the request if it was its last one."""
+        """Append a token; end the request if the token is its last one."""
         request.token_ids.append(token_id)
         params, num_tokens = request.sampling_params, len(request.token_ids)
         is_stop = token_id in request.stop_token_ids
@@ -369,10 +376,11 @@ class Scheduler:
             self._end(request, "repetition")
 
     def abandon_step(self, step: SchedulerOutput, failed: bool) -> None:
-        """The step was not executed, or only in part; the runner's rows are gone too.
+        """Drop a step that was not executed, or only in part, and all tokens in flight.
 
-        So are tokens in flight. Every running request starts over from the tokens it has. With
-        `failed`, those of the step end with "error" instead. What was written is distrusted.
+        The runner has lost its rows, so every running request starts over from its known tokens;
+        with `failed`, the requests of the step end with "error" instead. The prefix cache is
+        emptied, since blocks may have been written only in part.
         """
         self.block_pool.reset_prefix_cache()
         self._in_flight.clear()
@@ -386,7 +394,7 @@ class Scheduler:
         self._freed_request_ids = []
 
     def _preempt(self, request: Request) -> None:
-        """Take a running request's blocks; it is computed again (often from the prefix cache)."""
+        """Take a running request's blocks. It is recomputed later, often from the prefix cache."""
         self.kv.release(request)
         request.num_computed_tokens = 0
         request.num_preemptions += 1
