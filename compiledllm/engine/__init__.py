@@ -1,1 +1,1 @@
-"""The engine: from prompts to outputs, step by step."""
+"""The engine: turns prompts into outputs, step by step."""

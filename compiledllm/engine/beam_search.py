@@ -1,6 +1,6 @@
-"""Beam search, as a function over the engine: each round asks for one more token of every beam.
+"""Beam search on top of the engine: each round generates one more token of every beam.
 
-The prefix cache keeps a round from computing more than its last block again.
+With the prefix cache, a round recomputes at most the last block of each beam.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from compiledllm.sampling_params import BeamSearchParams, SamplingParams
 
 @dataclass(slots=True)
 class _Search:
-    """One prompt: the beams that are followed, and those that have ended."""
+    """The search for one prompt: the beams that still grow, and the beams that have ended."""
 
     beams: list[BeamSearchSequence]
     ended: list[BeamSearchSequence] = field(default_factory=list)
@@ -34,7 +34,7 @@ def beam_search(
 ) -> list[BeamSearchOutput]:
     """The `beam_width` best sequences of each prompt, best first.
 
-    next_logprobs: of the token behind each of these sequences.
+    next_logprobs: returns the log probabilities of the token after each sequence of token ids.
     """
     searches = [_Search([BeamSearchSequence(requests.tokenize(prompt))]) for prompt in prompts]
     one_token = SamplingParams(
@@ -61,7 +61,7 @@ def _extend(
     params: BeamSearchParams,
     eos_token_ids: frozenset[int],
 ) -> None:
-    """Replace the beams by the best of their continuations; those that end are put aside."""
+    """Replace the beams by their best continuations; continuations that end are put aside."""
     candidates: list[BeamSearchSequence] = []
     for beam, found in zip(search.beams, nexts, strict=True):
         for token_id, logprob in found.items():

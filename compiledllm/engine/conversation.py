@@ -1,8 +1,8 @@
-"""Conversations in the form in which a chat template shows every word of them.
+"""Brings conversations into a form in which a chat template shows every word.
 
 Clients send content as a string or as a list of text parts; chat templates read strings, lists, or
-both, and a form that a template does not expect often vanishes without an error. Which forms a
-template shows is found out by rendering marked words. Knows no tokenizer: it is handed `render`.
+both, and content in an unexpected form often vanishes without an error. Rendering marked words
+reveals which forms a template shows. Knows no tokenizer, only a function `render`.
 """
 
 from __future__ import annotations
@@ -19,22 +19,23 @@ Message = dict[str, Any]
 Part = dict[str, str]
 Render = Callable[[list[Message]], str]
 
-# Type of a content part -> the key of its text. All are shown to the template as "text".
+# Type of a content part -> key of its text. Every part reaches the template with type "text".
 _TEXT_KEYS = {"text": "text", "input_text": "text", "output_text": "text"}
 _TEXT_KEYS |= {"refusal": "refusal", "thinking": "thinking"}
-# What clients send back of an answer, and no template reads.
+# Fields of an answer that clients send back and no template reads.
 _FIELDS_OF_ANSWERS = {"refusal", "audio", "annotations", "function_call"}
-_CALL_ID = "function1"  # of calls without ids; nine letters and digits, as some templates demand
+_CALL_ID = "function1"  # id for calls without one; some templates demand nine letters and digits
 
 
 # -- messages --------------------------------------------------------------------------------------
 
 
 def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
-    """Messages as chat templates expect them, whatever client wrote them.
+    """Messages as chat templates expect them, whichever client wrote them.
 
-    Null fields and empty lists of tool calls are absent. Content is a string, or a list of its
-    parts' texts; null is "". A call's arguments are an object. Raises ValueError.
+    Null fields and empty lists of tool calls are removed. Content becomes a string or a list of its
+    parts' texts; null becomes "". The arguments of a tool call become an object. Raises ValueError
+    for a malformed message.
     """
     return [_plain_message(message) for message in messages]
 
@@ -111,9 +112,9 @@ def _plain_calls(calls: Any) -> list[dict[str, Any]]:
 
 
 def plain_arguments(arguments: Any) -> dict[str, Any]:
-    """The arguments of an earlier call as an object; {} for what is none, as vLLM has it.
+    """The arguments of an earlier call as an object; {} for anything else, as in vLLM.
 
-    Templates iterate over them, and a call that was cut off must not make all later turns fail.
+    Templates iterate over arguments, and a call that was cut off must not fail all later turns.
     """
     if isinstance(arguments, str):
         try:
@@ -134,7 +135,7 @@ def _reasoning(message: Message) -> Message:
 
 @dataclass(frozen=True, slots=True)
 class ContentForms:
-    """Which forms of content a template shows whole: a string, one text part, several."""
+    """Which forms of content a template shows in full: a string, one text part, several parts."""
 
     text: bool
     part: bool
@@ -145,9 +146,9 @@ class ContentForms:
         return not (self.text or self.part or self.parts)
 
     def fit(self, content: str | list[str]) -> str | list[Part]:
-        """The content as it was given if the template shows it so, else in a form that it shows.
+        """The content as given if the template shows its form, else in a form that it shows.
 
-        Texts of parts that become one are joined by a line break.
+        Several parts that become one string are joined by line breaks.
         """
         if isinstance(content, list):
             if self.part if len(content) == 1 else self.parts:
@@ -164,14 +165,14 @@ class TemplateForms:
         self._by_role: dict[str, ContentForms] = {}
 
     def fit(self, messages: list[Message]) -> list[Message]:
-        """`plain_messages` with the content that the template shows."""
+        """`plain_messages` with content in forms that the template shows."""
         return [
             {**message, "content": self.of(message["role"]).fit(message["content"])}
             for message in messages
         ]
 
     def of(self, role: str) -> ContentForms:
-        """A role that the template refuses, or is not known here, is taken as the user's."""
+        """The forms for a role; a role that is unknown or fails in the template uses "user"'s."""
         if role not in _CONVERSATIONS:
             role = "user"
         if role not in self._by_role:
@@ -188,12 +189,12 @@ class TemplateForms:
         return forms
 
     def _shows(self, role: str, content: str | list[str]) -> bool | None:
-        """Whether the words come out as they are; None if the template fails."""
+        """Whether the template shows the words of `content` unchanged; None if it fails."""
         marked = content if isinstance(content, str) else [_part(text) for text in content]
         other = "x" if role == "user" else self.of("user").fit("x")
         try:
             text = self._render(_CONVERSATIONS[role](marked, other))
-        except Exception:  # whatever a template does
+        except Exception:  # a template may raise any kind of error
             return None
         marks = [content] if isinstance(content, str) else content
         return all(mark in text for mark in marks) and not _AS_DATA.search(text)
@@ -204,7 +205,7 @@ def _part(text: str) -> Part:
 
 
 _MARKS = ["markedwordone", "markedwordtwo"]
-# A list of parts printed as such, by Python or as JSON.
+# A list of parts printed as data, in Python's or JSON's notation.
 _AS_DATA = re.compile(rf"""text\\?["']\s*:\s*\\?["'](?:{"|".join(_MARKS)})""")
 
 _CALL = {"id": _CALL_ID, "type": "function", "function": {"name": "f", "arguments": {}}}
@@ -214,7 +215,7 @@ def _user(content: Any) -> Message:
     return {"role": "user", "content": content}
 
 
-# Short conversations that most templates take, by the role of the message with the marked words.
+# Short conversations that most templates accept, by the role of the message with the marked words.
 _CONVERSATIONS: dict[str, Callable[[Any, Any], list[Message]]] = {
     "user": lambda marked, other: [_user(marked)],
     "system": lambda marked, other: [{"role": "system", "content": marked}, _user(other)],

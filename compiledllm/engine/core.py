@@ -1,4 +1,4 @@
-"""The engine's centre: schedule, execute, update. Knows token ids, no text.
+"""The engine's core loop: schedule, execute, update. Knows token ids, no text.
 
 core = EngineCore(config)
 core.add(request)
@@ -46,13 +46,13 @@ from compiledllm.scheduler.scheduler import Scheduler
 from compiledllm.types import Request, SchedulerOutput
 
 IDLE_CHECK_INTERVAL_S = 10.0
-# On two CPU cores compiling takes 10 to 30 s, in which the model has one core fewer, and makes a
-# step up to 14 % faster (16 requests; alone nothing): work that ends sooner never gets it back.
+# On two CPU cores, compiling takes 10 to 30 s, during which the model has one core fewer, and makes
+# a step up to 14 % faster (16 requests; one request: no faster). Shorter work never gains from it.
 BUSY_SECONDS = 60.0
 
 
 class EngineCore:
-    """One model on one device, and the requests on it. Single-threaded.
+    """One model on one device, and the requests that it serves. Single-threaded.
 
     Attributes: `config` (resolved), `choices` (option -> value and reason), `model_path`, `spec`,
     `scheduler`, `runner`, `startup_s` (phase -> seconds), `on_start` (called with the ids of
@@ -62,7 +62,7 @@ class EngineCore:
     def __init__(self, config: EngineConfig) -> None:
         self.startup_s: dict[str, float] = {}
         self.isolation: Isolation | None = None
-        self.num_step_tokens = 0  # of the step last scheduled
+        self.num_step_tokens = 0  # tokens of the step scheduled last
         self.on_start: Callable[[Iterable[str]], None] | None = None
         self._last_idle_check = 0.0
         self._in_flight: deque[tuple[SchedulerOutput, PendingOutput]] = deque()
@@ -106,7 +106,7 @@ class EngineCore:
     def finish(
         self, request_id: str, reason: FinishReason, stop_reason: int | str | None = None
     ) -> Request | None:
-        """End a request from outside; its blocks are free at once. None if it is over already."""
+        """End a request from outside and free its blocks. None if it has already ended."""
         return self.scheduler.finish(request_id, reason, stop_reason)
 
     def has_unfinished(self) -> bool:
@@ -115,8 +115,8 @@ class EngineCore:
     def step(self) -> list[Request]:
         """Launch one step of the whole batch. Returns the requests that got a token.
 
-        With `async_scheduling` these are the tokens of the step before: the device works on one
-        step while the host books the last one and prepares the next.
+        With `async_scheduling` the tokens are those of the previous step: the device computes one
+        step while the host processes the previous step and prepares the next.
         """
         step = self.scheduler.schedule()
         self.num_step_tokens = step.num_scheduled_tokens
@@ -132,13 +132,13 @@ class EngineCore:
             isolation = None if is_fatal(error) else self.isolation
             if isolation is not None and isolation.is_hopeless:
                 isolation = None
-            # Without isolation those of the step end with an error.
+            # Without isolation, every request of the step ends with an error.
             self._abandon(step, failed=isolation is None)
             if isolation is None:
                 raise
             log.error("a step failed (%s: %s)", type(error).__name__, error)
             return isolation.after_failure(_ids_of(step), error)
-        except BaseException:  # Ctrl-C is not the requests' fault: they are computed again
+        except BaseException:  # after Ctrl-C the requests are computed again
             self._abandon(step, failed=False)
             raise
         if self.isolation is not None:
@@ -146,7 +146,7 @@ class EngineCore:
         return advanced
 
     def isolate_failures(self) -> None:
-        """From now on a step that fails costs the one request that is to blame, and raises not."""
+        """From now on a failing step ends only the request to blame, and `step` does not raise."""
         self.isolation = Isolation(self.scheduler)
 
     def _abandon(self, step: SchedulerOutput, failed: bool) -> None:
@@ -155,14 +155,14 @@ class EngineCore:
         self.runner.reset()
 
     def check_when_idle(self) -> None:
-        """With nothing to do, verify that no block leaked (at most every few seconds)."""
+        """Without requests, verify that no block leaked, at most every IDLE_CHECK_INTERVAL_S."""
         now = time.monotonic()
         if not self.has_unfinished() and now - self._last_idle_check > IDLE_CHECK_INTERVAL_S:
             self._last_idle_check = now
             self.scheduler.check_invariants()
 
     def served_model(self) -> ServedModel:
-        """What whoever makes requests needs to know."""
+        """The facts that a `RequestFactory` needs about the model."""
         return ServedModel(
             self.config,
             self.model_path,
@@ -261,7 +261,7 @@ class EngineCore:
         return runner, scheduler
 
     def _plan_memory(self, model: Decoder, max_num_seqs: int, max_tokens: int) -> int:
-        """CUDA: bytes of the engine's share that are not for the KV cache. 0 on a CPU."""
+        """CUDA: bytes of the engine's memory that the KV cache cannot have. CPU: 0."""
         config = self.config
         if not self.platform.is_cuda:
             return 0
@@ -286,7 +286,7 @@ class EngineCore:
         return budget.in_use
 
     def _why_not_capture(self) -> str | None:
-        """What prevents capturing steps, or None."""
+        """The reason why steps cannot be captured, or None."""
         if not self.platform.is_cuda:
             return "CUDA graphs need a GPU"
         if self.config.compile.enforce_eager:
@@ -328,7 +328,7 @@ class EngineCore:
         self.startup_s["compile"] = time.perf_counter() - started
 
     def _capture(self) -> None:
-        """Capture steps, if there is a GPU and the attention backend allows it."""
+        """Capture steps as CUDA graphs, if the device and the attention backend allow it."""
         obstacle = self._why_not_capture()
         if obstacle:
             self.choices["capture"] = Choice("nothing", obstacle)

@@ -44,12 +44,12 @@ class Engine:
 
     Engine(model=None, **options): `model` is a local directory, a .gguf file or a Hugging Face id;
     None is the embedded default, SmolLM2-135M-Instruct. The options are the fields of
-    `compiledllm.config` and carry vLLM's names. Raises ConfigError for what cannot be had.
+    `compiledllm.config` and have vLLM's names. Raises ConfigError for an impossible configuration.
 
     Threads may share an engine: calls take turns step by step, and their requests run in one batch.
-    Each call gets its own outputs; those of `add_request` go to whoever calls `step`. Requests run
-    in the steps of any call, so a stream that is read late shows more at once. A step that fails
-    raises in the calls whose requests it has ended.
+    Each call gets the outputs of its own requests; outputs of `add_request`'s requests go to the
+    caller of `step`. Every step advances the requests of all calls, so a stream that is read late
+    shows more at once. A failing step raises in the calls whose requests it has ended.
     """
 
     def __init__(self, model: str | Path | None = None, **options: Any) -> None:
@@ -108,7 +108,8 @@ class Engine:
     ) -> list[RequestOutput]:
         """Answer one conversation or many, each a list of {"role": ..., "content": ...}.
 
-        tools: for the chat template, in OpenAI's form; calls come as the model writes them.
+        tools: passed to the chat template, in OpenAI's format; tool calls stay in the output's text
+        as the model writes them.
         """
         conversations = as_conversations(messages)
         tokenizer = self._requests.require_tokenizer("chat()")
@@ -134,9 +135,9 @@ class Engine:
     ) -> OutputStream:
         """Iterate over each request's output whenever it grows, the finished one last.
 
-        What an output holds is `SamplingParams.output_kind`'s to say: by default all so far. Bad
-        prompts raise at once, before the first item is asked for. Closing the iterator aborts what
-        is not finished.
+        `SamplingParams.output_kind` says what an output holds: by default everything so far. Bad
+        prompts raise at once, before the first item is requested. Closing the iterator aborts the
+        unfinished requests.
         """
         states = self._make_states(as_prompts(prompts), sampling_params, priority)
         self._shared.add(states)
@@ -185,7 +186,7 @@ class Engine:
         return self._shared.step()
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """The parameters of a request that names none."""
+        """The sampling parameters of a request without any."""
         return dataclasses.replace(self._requests.defaults)
 
     # -- searching -----------------------------------------------------------------------------
@@ -199,7 +200,7 @@ class Engine:
     def next_token_logprobs(
         self, prompts: list[list[int]], params: SamplingParams
     ) -> list[PositionLogprobs]:
-        """Of the first token behind each prompt; `max_logprobs` does not limit them."""
+        """Log probabilities of the first token after each prompt, not limited by `max_logprobs`."""
         states = [
             self._requests.make(self._next_request_id(), prompt, params, max_logprobs=ALL_TOKENS)
             for prompt in prompts
@@ -212,7 +213,7 @@ class Engine:
     def _run(
         self, states: list[RequestState], queue: list[RequestState], use_tqdm: bool
     ) -> list[RequestOutput]:
-        """Step until these are finished. queue: they, in the order in which they are to begin."""
+        """Step until `states` are finished. queue: the same states, in the order to begin in."""
         with self._aborting_on_exit(states), _progress_bar(len(states), use_tqdm) as progress:
             self._shared.add(queue)
             self._shared.finish(states, progress.update)
@@ -239,18 +240,18 @@ class Engine:
 
     @contextlib.contextmanager
     def _aborting_on_exit(self, states: list[RequestState]) -> Iterator[None]:
-        """Whatever ends the block early (an error, Ctrl-C, a closed iterator) ends its requests."""
+        """End the requests if the block ends early (an error, Ctrl-C, a closed iterator)."""
         try:
             yield
         finally:
             self._shared.abort(states)
 
 
-LLM = Engine  # vLLM's name for it
+LLM = Engine  # vLLM's name
 
 
 def _as_batch(states: list[RequestState]) -> list[RequestState]:
-    """Requests that are waited for together: those that may run longest come first, or as given."""
+    """Mark requests as one batch. Returns them, those with the most tokens to generate first."""
     requests = [completion.request for state in states for completion in state.completions]
     arrival = min((request.arrival_time for request in requests), default=0.0)
     for request in requests:

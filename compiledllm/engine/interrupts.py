@@ -1,4 +1,4 @@
-"""Ctrl-C at the right moment: never in the middle of the engine's bookkeeping."""
+"""Delays Ctrl-C while the engine's state is inconsistent."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from types import FrameType
 
 @contextmanager
 def deferred_interrupt() -> Iterator[None]:
-    """Inside, Ctrl-C waits until the block is done; pressed again, it breaks through.
+    """Inside the block, Ctrl-C takes effect at the block's end; a second Ctrl-C, at once.
 
-    Only the main thread gets signals, and only Python's own handler is held back: a program that
-    installed another one keeps it.
+    Only the main thread gets signals, and only Python's own handler is replaced: a program that
+    installed another handler keeps it.
     """
     in_main = threading.current_thread() is threading.main_thread()
     if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:

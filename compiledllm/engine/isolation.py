@@ -1,4 +1,4 @@
-"""Finds the request that makes steps fail: half of a failed step's wait until the rest has run."""
+"""Finds the request that makes steps fail, by bisection of the requests of a failed step."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ from compiledllm.log import log
 from compiledllm.scheduler.scheduler import Scheduler
 from compiledllm.types import Request
 
-MAX_FAILED = 8  # requests in a row, each of them alone
+MAX_FAILED = 8  # requests in a row that failed alone
 
 
 class Isolation:
-    """Suspects are computed again in ever smaller groups, until one fails alone.
+    """Recomputes suspects in ever smaller groups, until one fails alone; the other groups wait.
 
-    A group is cleared once each of it got `TOKENS` tokens: the first follows from its prompt, which
-    need not be what fails.
+    A group is cleared once each of its requests got `TOKENS` tokens. One token is not enough: it
+    only shows that the prompt can be computed.
     """
 
     TOKENS = 3
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
-        self._suspects: dict[str, int] = {}  # tokens they have got since
-        self._held: list[list[str]] = []
-        self._num_failed = 0  # requests found to blame since a step was done
+        self._suspects: dict[str, int] = {}  # request_id -> tokens since it became one
+        self._held: list[list[str]] = []  # groups of request ids that wait
+        self._num_failed = 0  # requests found to blame since the last successful step
 
     def after_failure(self, scheduled: list[str], error: Exception) -> list[Request]:
-        """The step was abandoned. Returns the request that was to blame, once it is known."""
+        """Split an abandoned step's suspects. Returns the request to blame, once it is known."""
         alive = self._scheduler.requests
         suspects = [i for i in scheduled if i in self._suspects] or scheduled
         suspects = [request_id for request_id in suspects if request_id in alive]
@@ -44,11 +44,11 @@ class Isolation:
 
     @property
     def is_hopeless(self) -> bool:
-        """Whether whatever runs fails: then it is not the requests (memory may be used up)."""
+        """Whether every request fails, so that none is to blame (memory may be used up)."""
         return self._num_failed >= MAX_FAILED
 
     def after_success(self, advanced: list[Request]) -> None:
-        """These got a token. Once all suspects are cleared, the next group is let in."""
+        """Count the suspects' tokens. Once all suspects are cleared, the next group may run."""
         if advanced:
             self._num_failed = 0
         if not self._suspects:

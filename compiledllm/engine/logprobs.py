@@ -1,7 +1,7 @@
-"""Log probabilities as callers get them, made when they are looked at.
+"""Log probabilities as callers get them, built on access.
 
-A position's dictionary is an object for each of its tokens; nobody waits for those of thousands of
-positions that nobody reads.
+A position's dictionary has one object per token; building the dictionaries of thousands of
+positions that the caller never reads would waste time.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from compiledllm.types import TokenLogprobs
 
 
 class LogprobList(Sequence[Any]):
-    """A list of a dictionary for each position, or of None.
+    """A sequence with a dictionary of log probabilities, or None, for each position.
 
-    positions: must not change any more. text_of: the text of a token id, where there is a
-    tokenizer.
+    positions: must not change any more. text_of: the text of a token id; None without a tokenizer.
     """
 
     def __init__(
@@ -58,7 +57,7 @@ class LogprobList(Sequence[Any]):
 def position_logprobs(
     position: TokenLogprobs, text_of: Callable[[int], str] | None
 ) -> PositionLogprobs:
-    """By token id; the position's own token comes first."""
+    """A position's log probabilities by token id; the position's own token comes first."""
     token_ids, logprobs, own_rank, num_best = position
     ranks = [own_rank, *range(1, 1 + num_best), *[None] * (len(token_ids) - 1 - num_best)]
     found: PositionLogprobs = {}

@@ -1,8 +1,8 @@
-"""What each token of a vocabulary stands for, in exact bytes.
+"""The exact bytes of each token of a vocabulary.
 
-A token decoded by itself loses the space in front of a word, and part of a character comes out as
-U+FFFD. So it is decoded behind an ordinary word, and bytes are read from the vocabulary's own
-spelling. Made for each token when it is first asked for.
+A token decoded by itself loses the space in front of a word, and part of a character becomes
+U+FFFD. So a token is decoded after an ordinary word, and the bytes of part of a character are read
+from the vocabulary's spelling. Each token is decoded on first use.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-_SPELT_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # as byte fallback spells one
-_NEAR = 32  # bytes of a text in which no token was recognised, at most, before the next one is
-_CONTINUATION = bytes(range(0x80, 0xC0))  # the bytes of a character in UTF-8 but its first
-_MAX_LOOKED_AT = 20_000  # ids, when an ordinary word is looked for
+_SPELT_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # a byte as byte fallback spells it
+_NEAR = 32  # bytes of unrecognised text that a search for the next token may skip
+_CONTINUATION = bytes(range(0x80, 0xC0))  # UTF-8's continuation bytes
+_MAX_LOOKED_AT = 20_000  # token ids tried in the search for an ordinary word
 
 
 def _byte_of_letter() -> dict[str, int]:
-    """Byte-level vocabularies spell printable bytes of Latin-1 as themselves, others from U+0100.
+    """Byte of each letter in the spelling of a byte-level vocabulary.
 
-    Other vocabularies of bytes spell all as themselves.
+    Byte-level BPE spells printable bytes of Latin-1 as themselves and the other bytes as letters
+    from U+0100 on. Other byte vocabularies spell every byte as itself.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
@@ -40,12 +41,12 @@ class Pieces:
         self._special = frozenset(hf.all_special_ids)
         self._bytes: dict[int, bytes] = {}
         self._texts: dict[int, str] = {}
-        self._anchor: tuple[list[int], str] | None = None  # ids of a word and its text
+        self._anchor: tuple[list[int], str] | None = None  # an ordinary word: ids, text
 
     def text_of(self, token_id: int) -> str:
         """A token as text, its spaces kept.
 
-        One that is not valid UTF-8 is spelt as OpenAI does: "bytes:" and escapes.
+        A token that is not valid UTF-8 is spelt as OpenAI does: "bytes:" and escapes.
         """
         text = self._texts.get(token_id)
         if text is None:
@@ -53,22 +54,22 @@ class Pieces:
         return text
 
     def bytes_of(self, token_id: int) -> bytes:
-        """The bytes that a token adds to a text; none for an id that is no token's."""
+        """The bytes that a token adds to a text; empty for an id without a token."""
         found = self._bytes.get(token_id)
         if found is None:
             found = self._bytes[token_id] = self._make(token_id)
         return found
 
     def offsets(self, token_ids: Sequence[int], text: str) -> list[int]:
-        """Where each token begins in the text that they were made from, in characters.
+        """Where each token begins in the text that was tokenised, in characters.
 
-        A token that the text does not show, such as one that the tokenizer added, has no width.
+        A token that is not in the text, such as one that the tokenizer added, has no width.
         """
         data, position, starts = text.encode(errors="replace"), 0, []
         for token_id in token_ids:
             piece = self.bytes_of(token_id)
             if position == 0 and piece[:1] == b" " and data[:1] != b" ":
-                piece = piece[1:]  # the space that the tokenizer put in front
+                piece = piece[1:]  # the tokenizer added this space
             start = data.find(piece, position, position + len(piece) + _NEAR) if piece else -1
             starts.append(position if start < 0 else start)
             if start >= 0:
@@ -97,7 +98,7 @@ class Pieces:
         return bytes(letters) if is_spelt else text.encode()
 
     def _find_anchor(self) -> tuple[list[int], str]:
-        """An ordinary word that stays as it is when a token follows; none where there is none."""
+        """An ordinary word whose text stays the same when a token follows; empty without one."""
         for token_id in range(min(len(self._hf), _MAX_LOOKED_AT)):
             name = (self._name(token_id) or "").lstrip("\u2581\u0120")
             if not (name.isascii() and name.isalpha()):
@@ -108,10 +109,10 @@ class Pieces:
         return [], ""
 
     def _name(self, token_id: int) -> str | None:
-        """The vocabulary's own spelling."""
+        """The vocabulary's spelling of a token; None for an id without a token."""
         try:
             name: str | None = self._hf.convert_ids_to_tokens(token_id)
-        except (IndexError, KeyError, TypeError, ValueError):  # not all tokenizers know "none"
+        except (IndexError, KeyError, TypeError, ValueError):  # not all tokenizers return None
             return None
         return name
 
@@ -140,7 +141,7 @@ def _as_text(piece: bytes) -> str:
 
 
 def _in_characters(data: bytes, starts: list[int]) -> list[int]:
-    """Rising positions in UTF-8 as numbers of characters; inside of one, of those before it."""
+    """Ascending byte positions in UTF-8 as character positions, rounded down inside a character."""
     offsets, position, count = [], 0, 0
     for start in starts:
         count += len(data[position:start].translate(None, _CONTINUATION))

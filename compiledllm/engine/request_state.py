@@ -13,7 +13,7 @@ from compiledllm.types import Request, RequestStatus
 
 
 class Completion:
-    """One of a request's outputs: the engine's request for it, its text and log probabilities."""
+    """One output of a request: the core's `Request` behind it, its text and log probabilities."""
 
     def __init__(self, index: int, request: Request, tokenizer: Tokenizer | None) -> None:
         self.index = index
@@ -22,7 +22,7 @@ class Completion:
         self.restart()
 
     def restart(self) -> None:
-        """Forget all that was generated."""
+        """Discard everything that was generated."""
         request, params = self.request, self.request.sampling_params
         request.token_ids = list(request.prompt_token_ids)
         request.logprobs, request.prompt_logprobs = [], []
@@ -36,11 +36,11 @@ class Completion:
             raise ValueError("stop strings need a tokenizer; use stop_token_ids instead")
         self._detokenizer = Detokenizer(stream, params)
         self._sum_of_logprobs, self._num_summed = 0.0, 0
-        self._num_shown = self._text_shown = 0  # tokens and characters, by deltas
+        self._num_shown = self._text_shown = 0  # tokens, characters shown by deltas
         self._end_shown = False
 
     def push_last_token(self, now: float) -> str | None:
-        """Take over the newest token; returns the stop string it completed, if any."""
+        """Process the newest token; returns the stop string that the token completed, if any."""
         request = self.request
         self.last_token_time = now
         if request.first_token_time is None:
@@ -61,16 +61,16 @@ class Completion:
 
     @property
     def has_news(self) -> bool:
-        """Whether a delta would show anything."""
+        """Whether a delta would show anything new."""
         request = self.request
         return request.num_output_tokens > self._num_shown or (
             request.is_finished and not self._end_shown
         )
 
     def output(self, index: int, shows_logprobs: bool, delta: bool = False) -> CompletionOutput:
-        """The state now; with `delta` only what came since the last call with it.
+        """The current state; with `delta`, only what is new since the last call with `delta`.
 
-        A delta with log probabilities shows a token once its text is certain to stay.
+        A delta with log probabilities shows a token only once its text is final.
         """
         request, starts = self.request, self._detokenizer.starts
         is_finished, token_ids = request.is_finished, request.token_ids
@@ -106,7 +106,7 @@ class RequestState:
     ) -> None:
         self.request_id = request_id
         self.completions = completions
-        self.is_for_step = False  # added by `add_request`, shown by `step`
+        self.is_for_step = False  # `add_request` made it; `step` returns its outputs
         self._params = params
         self._tokenizer = completions[0]._tokenizer
         self._is_choosing = len(completions) > params.n
@@ -117,7 +117,7 @@ class RequestState:
         self._interval = params.stream_interval or 1
         self._shows_logprobs = params.wants_logprobs
         self._tokens_shown = 0
-        self.is_over = False  # its last output was shown by `next_output`
+        self.is_over = False  # `next_output` has returned the last output
 
     @property
     def is_finished(self) -> bool:
@@ -128,7 +128,7 @@ class RequestState:
 
     @property
     def is_due(self) -> bool:
-        """Whether a stream shows something now, by `output_kind` and `stream_interval`."""
+        """Whether `output_kind` and `stream_interval` let a stream show an output now."""
         if not self._shows_end_only:
             num_new = self._num_tokens() - self._tokens_shown
             if num_new >= self._interval or (num_new and self._tokens_shown == 0):
@@ -136,7 +136,7 @@ class RequestState:
         return self.is_finished and not self.is_over
 
     def next_output(self) -> RequestOutput | None:
-        """What a stream shows now: all that came since the last call; None: nothing is due."""
+        """The output that a stream shows now; None if no output is due."""
         if not self.is_due:
             return None
         self.is_over = self.is_finished
@@ -150,7 +150,7 @@ class RequestState:
         return count
 
     def output(self, delta: bool = False) -> RequestOutput:
-        """The state now; with `delta` only what came since the last call with it."""
+        """The current state; with `delta`, only what is new since the last call with `delta`."""
         first = self.completions[0].request
         chosen = self._best() if self._is_choosing else self.completions
         if delta and len(chosen) > 1:
@@ -183,12 +183,12 @@ class RequestState:
 
 
 def text_of(tokenizer: Tokenizer | None) -> Callable[[int], str] | None:
-    """The text of a token id, where there is a tokenizer."""
+    """A function from token id to text; None without a tokenizer."""
     return None if tokenizer is None else tokenizer.token_text
 
 
 class OutputStream(Iterator[RequestOutput]):
-    """What `Engine.stream` returns: an iterator that can be closed, started or not."""
+    """The iterator that `Engine.stream` returns; it can be closed before it has started."""
 
     def __init__(self, outputs: Generator[RequestOutput], abort: Callable[[], None]) -> None:
         self._outputs = outputs
@@ -198,7 +198,7 @@ class OutputStream(Iterator[RequestOutput]):
         return next(self._outputs)
 
     def close(self) -> None:
-        """Abort what is not finished."""
+        """Abort the unfinished requests."""
         self._outputs.close()
         self._abort()
 

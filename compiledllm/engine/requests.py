@@ -1,4 +1,4 @@
-"""From what a caller asks for to the core's requests: tokenised, checked, fanned out."""
+"""Makes the core's requests from a caller's prompt and parameters: tokenises, checks, fans out."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from compiledllm.models.registry import generation_defaults, generation_eos_toke
 from compiledllm.sampling_params import ALL_TOKENS, MAX_BAD_WORDS, SamplingParams
 from compiledllm.types import Request
 
-MAX_TRUNCATED_TOKENS = 2**17  # of a text of which the end is kept: some 50 MB while it is made
+MAX_TRUNCATED_TOKENS = 2**17  # of a text that is truncated to its end; takes some 50 MB
 
 
 class RequestFactory:
@@ -36,7 +36,7 @@ class RequestFactory:
         self._random = random.Random(model.config.model.seed)
         assert model.config.model.max_model_len is not None
         self.max_model_len = model.config.model.max_model_len
-        self._longer = ""  # what to say of a prompt that is too long
+        self._longer = ""  # a way out, for the error about a long prompt
         if model.max_position > self.max_model_len:
             self._longer = f" or raise max_model_len (the model knows up to {model.max_position})"
         self.vocab_size = model.vocab_size
@@ -55,14 +55,14 @@ class RequestFactory:
         cache_salt: str = "",
         compiles: bool = True,
     ) -> RequestState:
-        """A request with all its completions. Raises ValueError for what cannot be had.
+        """A request with all its completions. Raises ValueError if the request is impossible.
 
         compiles: False leaves structured_outputs to `compile`, which waits for another process.
         """
         if not isinstance(params, SamplingParams):
             raise ValueError(f"sampling_params must be SamplingParams, got {params!r}")
         self._check_priority(priority)
-        params = dataclasses.replace(params)  # checked again, and no longer the caller's to change
+        params = dataclasses.replace(params)  # a checked copy, which the caller cannot change
         text, token_ids = self._tokenize(prompt, params.truncate_prompt_tokens is not None)
         if (kept := self._truncate(token_ids, params)) is not token_ids:
             text, token_ids = None, kept
@@ -82,7 +82,7 @@ class RequestFactory:
         return state
 
     def compile(self, state: RequestState) -> None:
-        """Give a request its grammar, if it has a form. Raises ValueError and CompilersBusy."""
+        """Compile a request's structured_outputs, if set. Raises ValueError and CompilersBusy."""
         form = state.completions[0].request.sampling_params.structured_outputs
         if form is not None:
             grammar = self.grammars().compile(form)
@@ -90,17 +90,17 @@ class RequestFactory:
                 completion.request.grammar = grammar
 
     def tokenized(self, prompt: Prompt, params: SamplingParams) -> dict[str, Any]:
-        """A prompt as `make` takes it, with its token ids, cut and checked."""
+        """A prompt in the form that `make` takes, with its token ids, truncated and checked."""
         text, token_ids = self._tokenize(prompt, params.truncate_prompt_tokens is not None)
         kept = self._truncate(token_ids, params)
         self._check_prompt(kept)
         return {"prompt": text if kept is token_ids else None, "prompt_token_ids": kept}
 
     def check_room(self, request: Request) -> None:
-        """Raise ValueError if the KV cache could not hold a request if it were alone.
+        """Raise ValueError if the KV cache could not hold a request even if it were alone.
 
-        The scheduler does so, too, when it is handed the request. The last token's keys and values
-        are never stored.
+        The scheduler checks this, too, when the request is added. The KV of the last token is never
+        stored.
         """
         room = self._num_slots - request.num_prompt_tokens + 1
         if request.max_tokens > room:
@@ -118,7 +118,7 @@ class RequestFactory:
         return token_ids
 
     def grammars(self) -> Grammars:
-        """What compiles structured_outputs, made once. Raises ValueError if it cannot be had."""
+        """The compiler of structured_outputs, made once. Raises ValueError if it cannot be made."""
         if self._grammars is None:
             self._grammars = Grammars(self._vocabulary())
         return self._grammars
@@ -150,7 +150,7 @@ class RequestFactory:
         room = self.max_model_len - len(token_ids)
         fits = max(self._num_slots - len(token_ids) + 1, 1)
         if params.num_candidates > params.n and not params.wants_logprobs:
-            params = dataclasses.replace(params, logprobs=0)  # by which the best are chosen
+            params = dataclasses.replace(params, logprobs=0)  # candidates are ranked by logprobs
         return Request(
             request_id=request_id,
             prompt_token_ids=token_ids,
@@ -188,7 +188,7 @@ class RequestFactory:
             )
 
     def max_tokenized(self, is_truncated: bool) -> int:
-        """Most tokens that a text may have: those of a prompt, or of what is cut to one."""
+        """Largest number of tokens that a prompt may have, or a text to truncate to a prompt."""
         most = self.max_model_len - 1
         return max(most, MAX_TRUNCATED_TOKENS) if is_truncated else most
 
@@ -224,7 +224,7 @@ class RequestFactory:
             )
 
     def _default_sampling_params(self) -> SamplingParams:
-        """vLLM's defaults; with generation_config="auto" the checkpoint's, and a line says so."""
+        """vLLM's defaults; with generation_config="auto" the checkpoint's, which are logged."""
         if self._config.model.generation_config == "off":
             return SamplingParams()
         found = generation_defaults(self._model_path)
@@ -239,7 +239,7 @@ class RequestFactory:
         return params
 
     def _find_eos_token_ids(self, config_ids: tuple[int, ...]) -> frozenset[int]:
-        """As transformers' generate: generation_config, else config; and the tokenizer's own."""
+        """As in transformers' generate: ids of generation_config or config, and the tokenizer's."""
         ids = generation_eos_token_ids(self._model_path) or config_ids
         own = self.tokenizer.eos_token_id if self.tokenizer else None
         known = frozenset(ids) | (frozenset() if own is None else frozenset((own,)))
@@ -247,7 +247,7 @@ class RequestFactory:
 
 
 def check_params(params: SamplingParams, vocab_size: int, max_logprobs: int) -> None:
-    """Raise ValueError for what this model cannot give."""
+    """Raise ValueError for parameters that this model cannot serve."""
     ids = {
         "stop_token_ids": params.stop_token_ids,
         "allowed_token_ids": params.allowed_token_ids,
@@ -271,7 +271,7 @@ def check_params(params: SamplingParams, vocab_size: int, max_logprobs: int) -> 
 
 
 def _check_something_is_allowed(request: Request) -> None:
-    """Raise ValueError if the first token is allowed and banned at once, whatever it is."""
+    """Raise ValueError if every token that is allowed as the first token is also banned."""
     params = request.sampling_params
     if params.allowed_token_ids is not None:
         banned = {word[0] for word in request.bad_words if len(word) == 1}
@@ -283,9 +283,9 @@ def _check_something_is_allowed(request: Request) -> None:
 
 
 def sibling_of(first: Request, index: int) -> Request:
-    """Another request for the same prompt, with a random stream of its own; it shares the blocks.
+    """Another request for the same prompt, with its own random stream; it shares prompt blocks.
 
-    The prompt's log probabilities are left to the first.
+    Only the first request returns the log probabilities of the prompt.
     """
     params = dataclasses.replace(first.sampling_params, prompt_logprobs=None)
     seed = (first.seed + index + 2**63) % 2**64 - 2**63  # wraps like an int64
@@ -308,9 +308,9 @@ def sibling_of(first: Request, index: int) -> Request:
 def tokenize_bad_words(
     words: list[str], tokenizer: Tokenizer, vocab_size: int
 ) -> tuple[tuple[int, ...], ...]:
-    """Each word as it stands at the beginning of a text, and behind a space.
+    """Token ids of each word at the beginning of a text, and after a space.
 
-    The second only where the space becomes part of the word's first token. As in vLLM.
+    As in vLLM, the second variant is left out unless the space merges into the word's first token.
     """
     found: dict[tuple[int, ...], None] = {}
     for word in words:

@@ -1,4 +1,4 @@
-"""What there is to know of a loaded model without having it: enough to make requests for it."""
+"""Facts about a loaded model, enough to make requests for it in a process without the model."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from compiledllm.config import EngineConfig
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """config: resolved. eos_token_ids: of config.json.
+    """config: the resolved options. eos_token_ids: from config.json.
 
-    num_slots: most tokens of a request that the KV cache has room for. max_position: the longest
-    context that the model was made for; 0: not known.
+    num_slots: longest request that fits in the KV cache, in tokens. max_position: the longest
+    context that the model supports, in tokens; 0: unknown.
     """
 
     config: EngineConfig

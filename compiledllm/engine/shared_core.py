@@ -1,6 +1,6 @@
-"""An `EngineCore` that calls share: whose step it is, and whose its tokens and failures are.
+"""An `EngineCore` shared by concurrent calls: turns to step, outputs and failures of each call.
 
-A step advances the requests of all calls; each call looks only at its own.
+A step advances the requests of all calls; each call looks only at its own requests.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from compiledllm.outputs import RequestOutput
 
 
 class SharedCore:
-    """Requests go in with `add`; whoever waits for some goes on with `finish` or `stream`.
+    """`add` queues a call's requests; `finish` or `stream` then steps until they have finished.
 
     Requests that are `is_for_step` belong to `step` instead, whichever thread calls it.
     """
@@ -24,9 +24,9 @@ class SharedCore:
         self.core = core
         self.states: dict[str, RequestState] = {}
         self._turns = Turns()
-        self._completions: dict[str, tuple[RequestState, Completion]] = {}  # by the core's ids
-        self._unseen: dict[str, RequestState] = {}  # of `step`: grew since its last call
-        self._failures: dict[str, Exception] = {}  # by the request that a step has ended
+        self._completions: dict[str, tuple[RequestState, Completion]] = {}  # by Request.request_id
+        self._unseen: dict[str, RequestState] = {}  # requests that grew since the last `step`
+        self._failures: dict[str, Exception] = {}  # by request id: the error that ended it
         self._num_steps = 0
         self._num_ended = 0  # completions
 
@@ -43,7 +43,7 @@ class SharedCore:
             raise
 
     def abort(self, states: list[RequestState]) -> None:
-        """End what is not finished of these, at the latest with the step that is under way."""
+        """End the unfinished requests of `states`, at the latest after the current step."""
 
         def work() -> None:
             for state in states:
@@ -60,11 +60,11 @@ class SharedCore:
             self._end(request_id)
 
     def finish(self, states: list[RequestState], progress: Callable[[int], object]) -> None:
-        """Step until these are finished. progress: called with how many more are."""
+        """Step until `states` are finished. progress: called with the number newly finished."""
         unfinished, seen = states, -1
         while unfinished:
             with self._turns.taken():
-                if self._num_ended == seen:  # else another call's step has ended something
+                if self._num_ended == seen:  # else another call's step has ended requests
                     self._advance()
                 has_ended, seen = self._num_ended != seen, self._num_ended
             if has_ended:
@@ -74,11 +74,11 @@ class SharedCore:
                 unfinished = still
 
     def stream(self, states: list[RequestState]) -> Generator[RequestOutput]:
-        """Step until these are finished; whatever they show on the way."""
+        """Step until `states` are finished; yields the outputs that are due on the way."""
         unfinished, seen = states, -1
         while unfinished:
             with self._turns.taken():
-                if self._num_steps == seen:  # else there may be something to show already
+                if self._num_steps == seen:  # else another call has stepped meanwhile
                     self._advance()
                 seen = self._num_steps
                 outputs = [state.next_output() for state in unfinished]
@@ -87,7 +87,7 @@ class SharedCore:
             unfinished = [state for state in unfinished if not state.is_over]
 
     def step(self) -> list[RequestOutput]:
-        """One step, if there is anything to do. Returns what requests `is_for_step` show."""
+        """One step, if there are requests. Returns the due outputs of `is_for_step` requests."""
         with self._turns.taken():
             if self.core.has_unfinished():
                 self._advance()
@@ -119,7 +119,7 @@ class SharedCore:
             self._num_ended += 1
 
     def _advance(self) -> None:
-        """One engine step, its texts included. Requests that it fails are left to their calls."""
+        """One engine step with its texts. An error that ended requests is kept for their calls."""
         self._num_steps += 1
         try:
             advanced = self.core.step()
@@ -138,18 +138,18 @@ class SharedCore:
         self._book(pairs)
 
     def _push(self, completion: Completion, now: float) -> None:
-        """Take over a request's newest token; one that failed has none."""
+        """Process a request's newest token; a failed request has none."""
         request = completion.request
         if request.finish_reason == "error":
             return
         stop = completion.push_last_token(now)
-        if stop is not None and request.is_finished:  # by this very token; the string came first
+        if stop is not None and request.is_finished:  # by the same token: the string wins
             request.finish_reason, request.stop_reason = "stop", stop
         elif stop is not None:
             self.core.finish(request.request_id, "stop", stop)
 
     def _book(self, pairs: Iterable[tuple[RequestState, Completion]]) -> None:
-        """Remember what `step` has to show, and forget who is finished."""
+        """Note the requests that `step` has to show, and drop finished requests."""
         for state, completion in pairs:
             if state.is_for_step:
                 self._unseen[state.request_id] = state
@@ -160,7 +160,7 @@ class SharedCore:
                     self.states.pop(state.request_id, None)
 
     def _raise_failure(self, states: Iterable[RequestState]) -> None:
-        """What a step raised that ended one of these, whichever call made the step."""
+        """Raise the error of a step that ended one of `states`, whichever call ran the step."""
         if self._failures:
             errors = [self._failures.pop(state.request_id, None) for state in states]
             for error in filter(None, errors):

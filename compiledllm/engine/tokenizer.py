@@ -1,4 +1,4 @@
-"""The door to transformers' tokenizers: encode, chat templates, streaming decode."""
+"""Wraps transformers' tokenizers: encode, chat templates, streaming decode."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from compiledllm.config import ConfigError
 from compiledllm.engine.conversation import Message, TemplateForms, plain_messages
 from compiledllm.engine.pieces import Pieces
 
-REPLACEMENT = "\ufffd"  # stands for bytes that are no character
-MAX_TEMPLATES = 64  # whose forms of content are remembered
+REPLACEMENT = "\ufffd"  # what a decode shows for invalid bytes
+MAX_TEMPLATES = 64  # chat templates whose forms of content are cached
 _ABOUT_THE_END = {"add_generation_prompt", "continue_final_message"}
 
-LONG_TOKEN_IDS = 2**13  # are decoded in about 10 ms
+LONG_TOKEN_IDS = 2**13  # tokens, which take about 10 ms to decode
 LONG_TEXT = 2**14  # characters
-CHARACTERS_PER_PIECE = 2**16  # of a long text, whose tokens are counted before it is tokenised
-MIN_REFUSED_CHARACTERS = 2**20  # fewer are tokenised, whatever the vocabulary
+CHARACTERS_PER_PIECE = 2**16  # size of the pieces in which the tokens of a long text are counted
+MIN_REFUSED_CHARACTERS = 2**20  # shorter texts are tokenised, whatever the vocabulary
 
 
 def warm_up() -> None:
-    """Import what the first tokenizer needs, some seconds of work."""
+    """Import the modules that the first tokenizer needs, which takes some seconds."""
     from transformers import AutoTokenizer  # noqa: F401
 
 
@@ -52,10 +52,10 @@ class Tokenizer:
     def encode(
         self, text: str, add_special_tokens: bool = True, max_tokens: int | None = None
     ) -> list[int]:
-        """Token ids of a prompt, with the special tokens the tokenizer adds by itself.
+        """Token ids of a prompt, with the special tokens that the tokenizer adds.
 
-        A text of more than max_tokens is a ValueError, if it is a long one, before all of it is
-        tokenised, which takes up to 2 s and 200 MB a megabyte.
+        Tokenising takes up to 2 s and 200 MB per megabyte of text, so a long text with more than
+        max_tokens raises ValueError before all of it is tokenised.
         """
         if max_tokens is not None:
             self._refuse_long(text, max_tokens)
@@ -66,9 +66,9 @@ class Tokenizer:
         return ids
 
     def _encode_long(self, text: str, add_special_tokens: bool) -> list[int]:
-        """As transformers does it, in half the time: without each token's place in the text.
+        """The result of transformers' encode in half the time, without computing token offsets.
 
-        Some tokenizers do more in Python: their beginnings differ.
+        Some tokenizers do more in Python. The text's beginning, encoded both ways, shows which.
         """
 
         def encode(part: str) -> list[int]:
@@ -95,7 +95,7 @@ class Tokenizer:
             and backend is not None
             and not self.hf.clean_up_tokenization_spaces
         ):
-            # A batch is decoded without the interpreter's lock: a million ids take a second.
+            # decode_batch releases the GIL; a million ids take a second.
             texts: list[str] = backend.decode_batch([list(token_ids)], skip_special_tokens)
             return texts[0]
         text: str = self.hf.decode(token_ids, skip_special_tokens=skip_special_tokens)
@@ -111,12 +111,12 @@ class Tokenizer:
 
     @property
     def chat_template_text(self) -> str:
-        """The chat template, or all of them; "" if there is none."""
+        """The chat template, or all templates joined; "" if there is none."""
         template = self.hf.chat_template or ""
         return "\n".join(template.values()) if isinstance(template, dict) else str(template)
 
     def token_id(self, text: str) -> int | None:
-        """Of a token with exactly this text that was added to the vocabulary; None if none was."""
+        """Id of the token with exactly this text among the added tokens; None if there is none."""
         token_id: int | None = self.hf.get_added_vocab().get(text)
         return token_id
 
@@ -139,10 +139,10 @@ class Tokenizer:
         max_tokens: int | None = None,
         **options: Any,
     ) -> tuple[str, list[int]]:
-        """A conversation through the chat template: the prompt as text and as token ids.
+        """Render a conversation by the chat template: the prompt as text and as token ids.
 
-        Content reaches the template in the form that it shows (`TemplateForms`). Raises ValueError
-        for a bad message, for what the template refuses, and where it would drop a user's words.
+        Content reaches the template in a form that it shows (`TemplateForms`). Raises ValueError
+        for a bad message, if the template fails, and if it would drop a user's words.
         """
         if chat_template is None and not self.hf.chat_template:
             raise ValueError(
@@ -153,7 +153,7 @@ class Tokenizer:
             template: str = self.hf.get_chat_template(chat_template, options.get("tools"))
             forms = self._forms(template, options)
             text = self._render(template, forms.fit(plain), options)
-        except Exception as error:  # jinja's own kinds, and whatever a template does
+        except Exception as error:  # a template may raise any kind of error
             raise ValueError(f"the chat template failed: {error}") from error
         if forms.of("user").shows_none and any(message["role"] == "user" for message in plain):
             raise ValueError(
@@ -163,10 +163,10 @@ class Tokenizer:
         return text, self.encode(text, False, max_tokens)
 
     def check_length(self, num_characters: int, max_tokens: int) -> None:
-        """Raise ValueError for a text that could not have so few tokens, whatever it says.
+        """Raise ValueError for a text so long that it has more than max_tokens in any case.
 
-        A token stands for at most as many characters as the vocabulary's longest has bytes. A
-        normalizer may shorten a text; one that makes more than four characters one is not believed.
+        A token has at most as many characters as the vocabulary's longest token has bytes. A
+        normalizer may shorten the text, we assume by at most four characters to one.
         """
         shrink = 4 if getattr(self.hf, "backend_tokenizer", None) is None else 1
         if shrink == 1 and self.hf.backend_tokenizer.normalizer is not None:
@@ -179,9 +179,9 @@ class Tokenizer:
             )
 
     def _refuse_long(self, text: str, max_tokens: int) -> None:
-        """Raise ValueError if the text has more tokens, counted piece by piece.
+        """Raise ValueError if the text has more than max_tokens, counted piece by piece.
 
-        A cut may make tokens of its own, at most as many as the longest token has bytes.
+        A cut between pieces adds at most as many tokens as the longest token has bytes.
         """
         if len(text) <= max(CHARACTERS_PER_PIECE, 2 * max_tokens):
             return
@@ -199,7 +199,7 @@ class Tokenizer:
 
     @cached_property
     def _longest_token(self) -> int:
-        """Bytes; of special tokens too."""
+        """Length of the vocabulary's longest token, in bytes, special tokens included."""
         return max(len(token.encode()) for token in self.hf.get_vocab())
 
     def _render(self, template: str, messages: list[Message], options: dict[str, Any]) -> str:
@@ -209,7 +209,10 @@ class Tokenizer:
         return text
 
     def _forms(self, template: str, options: dict[str, Any]) -> TemplateForms:
-        """Found once for each template, without a request's own options if they are not needed."""
+        """The template's forms of content, found once per template.
+
+        The forms are found without the request's options, unless the template then shows no form.
+        """
         forms = self._template_forms.get(template)
         if forms is None:
             if len(self._template_forms) == MAX_TEMPLATES:
@@ -234,31 +237,31 @@ def _check_unicode(text: str) -> None:
 
 
 class TokenStream:
-    """Token by token to text, never half a character.
+    """Turns tokens into text one at a time, never splitting a character.
 
     A character whose bytes are spread over tokens is held back until it is complete; if the request
-    ends first, it is dropped. Bytes that are no character come out as U+FFFD, as in a whole decode,
-    after MAX_HELD tokens at the latest. The end of the prompt is the context of the first token, so
-    that the space in front of a word comes out as in a whole decode.
+    ends first, the character is dropped. Invalid bytes become U+FFFD, as if the whole output were
+    decoded at once, after at most MAX_HELD tokens. The end of the prompt is the context of the
+    first token, so that the space in front of a word appears as if all were decoded at once.
     """
 
-    CONTEXT = 6  # prompt tokens that are looked at, at most
-    MAX_HELD = 8  # tokens without text; a character takes four at most
-    MAX_CHARACTER = 3  # tokens that may be the beginning of a character
+    CONTEXT = 6  # largest number of prompt tokens used as context
+    MAX_HELD = 8  # tokens without text; a character takes at most four
+    MAX_CHARACTER = 3  # largest number of tokens of an incomplete character
 
     def __init__(self, hf: Any, prompt_token_ids: Sequence[int], skip_special_tokens: bool) -> None:
         self._hf = hf
         self._skip_special_tokens = skip_special_tokens
         self._backend = getattr(hf, "backend_tokenizer", None)
         self._held: list[int] = []  # tokens whose text is not final yet
-        self._context: list[int] = []  # tokens in front of them, whose text is
-        self._stream: Any = None  # tokenizers' own, unless it cannot go on
-        self._last: int | None = None  # token that it gave a text for
-        self._is_broken = False  # what was shown last was no character
+        self._context: list[int] = []  # the tokens before `_held`, whose text is final
+        self._stream: Any = None  # a DecodeStream of tokenizers, unless it failed
+        self._last: int | None = None  # last token for which the stream returned text
+        self._is_broken = False  # whether the text shown last was an invalid character
         self._start(self._context_of(prompt_token_ids))
 
     def push(self, token_id: int) -> str:
-        """The text that became final with this token; "" inside a character."""
+        """The text that becomes final with this token; "" inside a character."""
         if self._stream is None:
             return self._push_slow(token_id)
         try:
@@ -276,18 +279,18 @@ class TokenStream:
         self._held.append(token_id)
         if len(self._held) < self.MAX_HELD:
             return ""
-        self._leave_stream()  # it would decode all that is held for each token
+        self._leave_stream()  # the stream would decode all held tokens for every new one
         return self._settle()
 
     def finish(self) -> str:
-        """No token follows: the text of what is held, unless it is one character that is cut."""
+        """The text of the held tokens, as no token follows; an incomplete character is dropped."""
         self._leave_stream()
         text = self._new_text(self._held)
         self._context, self._held = self._held, []
         return "" if text == REPLACEMENT and not self._is_broken else text
 
     def _context_of(self, prompt_token_ids: Sequence[int]) -> list[int]:
-        """The longest end of the prompt that is whole characters; empty if it ends inside one."""
+        """The longest end of the prompt, up to CONTEXT tokens, that is whole characters, or []."""
         for count in range(min(self.CONTEXT, len(prompt_token_ids)), 0, -1):
             tail = list(prompt_token_ids[-count:])
             if REPLACEMENT not in self._decode(tail):
@@ -295,7 +298,7 @@ class TokenStream:
         return []
 
     def _start(self, context: list[int]) -> None:
-        """Go on behind these tokens, whole characters, by tokenizers' stream if there is one."""
+        """Continue after `context`, tokens of whole characters, by a DecodeStream if possible."""
         from tokenizers.decoders import DecodeStream
 
         self._context, self._last, self._is_broken = context, None, False
@@ -308,7 +311,7 @@ class TokenStream:
             self._context = [self._last]
 
     def _push_slow(self, token_id: int) -> str:
-        """By the difference between two decodes."""
+        """`push` without a DecodeStream, by the difference between two decodes."""
         self._held.append(token_id)
         text = self._new_text(self._held)
         if not text or text.endswith(REPLACEMENT):
@@ -321,7 +324,7 @@ class TokenStream:
         return text
 
     def _settle(self) -> str:
-        """The text of all that is held but what may still be the beginning of a character."""
+        """The text of the held tokens, without tokens that may be the beginning of a character."""
         text = self._new_text(self._held)
         if not text:  # special tokens
             self._held = []
@@ -337,7 +340,7 @@ class TokenStream:
         return text
 
     def _new_text(self, token_ids: Sequence[int]) -> str:
-        """What these tokens add behind the context."""
+        """The text that these tokens add after the context."""
         before, text = self._decode(self._context), self._decode([*self._context, *token_ids])
         return text[len(before) :]
 

@@ -1,4 +1,4 @@
-"""Calls of several threads take turns with an engine, about in the order in which they come."""
+"""Lets the threads that share an engine take turns, roughly in order of arrival."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from compiledllm.engine.interrupts import deferred_interrupt
 
 
 class Turns:
-    """`with turns.taken()` is one thread at a time, and Ctrl-C waits for its end. Not reentrant."""
+    """`with turns.taken()` runs in one thread at a time and delays Ctrl-C. Not reentrant."""
 
     def __init__(self) -> None:
-        # A thread that leaves and comes again at once would always win a lone lock. Whoever waits
-        # for the turn holds the gate, so the one that comes again waits behind.
+        # With a single lock, a thread that releases it and acquires it again at once would always
+        # win. The thread that is next holds the gate, so the returning thread queues behind it.
         self._gate, self._turn = threading.Lock(), threading.Lock()
         self._postponed: deque[Callable[[], None]] = deque()
 
@@ -32,10 +32,10 @@ class Turns:
                 self._try_postponed()
 
     def soon(self, work: Callable[[], None]) -> None:
-        """Do it in a turn: now if nobody has one, else at the end of the present one.
+        """Run `work` in a turn: now if no thread has the turn, else at the end of the current one.
 
-        Never waits. Finalizers need that: the garbage collector calls them from anywhere, also in
-        a thread that has the turn.
+        Never waits, as finalizers need: the garbage collector may call a finalizer in the thread
+        that has the turn.
         """
         self._postponed.append(work)
         self._try_postponed()
