@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     )
     from compiledllm.structured_outputs import StructuredOutputsParams
 
-# OpenMP's threads wait for each other hundreds of times a step. By default they spin so long that
-# one other busy process makes a step take seconds (measured on 2 cores, one of them taken: 1.6
-# tokens/s, with a short spin 12). Takes effect if torch is not loaded yet; a set value stays.
+# OpenMP's threads wait for each other hundreds of times per step. By default they spin so long that
+# one other busy process makes a step take seconds (2 cores, one of them busy: 1.6 tokens/s, with a
+# short spin 12 tokens/s). The variable has an effect only if torch is not loaded yet.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 _HOMES = {

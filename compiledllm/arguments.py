@@ -1,4 +1,4 @@
-"""Command-line options made from the fields of `compiledllm.config`, for every command alike."""
+"""Command-line options made from the fields of `compiledllm.config`, equal in all commands."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from compiledllm.config import all_options
 
 
 def add_engine_options(group: argparse._ArgumentGroup) -> None:
-    """One option per config field: --block-size for block_size, --no-... for switches."""
+    """Add one option per config field: --block-size for block_size, also --no-... for switches."""
     for _, field in all_options():
         flag, kind = "--" + field.name.replace("_", "-"), str(field.type)
         keywords: dict[str, Any] = {"default": argparse.SUPPRESS, "help": field.metadata["help"]}
@@ -31,7 +31,7 @@ def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def count(text: str) -> int:
-    """An integer, also as 8k (8000) or 8K (8192)."""
+    """Parse an integer, which may be written as 8k (8000) or 8K (8192)."""
     match = re.fullmatch(r"(-?\d+)([kK]?)", text)
     if match is None:
         raise argparse.ArgumentTypeError(f"must be an integer such as 4096, 4k or 4K, got '{text}'")

@@ -1,4 +1,4 @@
-"""Refusing what is unknown, by name."""
+"""Rejects unknown names and suggests the nearest known one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def reject_unknown(names: Iterable[str], known: Sequence[str], what: str) -> Non
 
 
 def strict_fields(what: str) -> Callable[[type[T]], type[T]]:
-    """Class decorator: keyword arguments that are no field are refused by name."""
+    """Class decorator: a keyword argument that is no field raises ValueError with its name."""
 
     def decorate(cls: type[T]) -> type[T]:
         generated_init: Callable[..., None] = cls.__init__

@@ -1,6 +1,6 @@
 """The `compiledllm` command. Engine options come from the fields of `compiledllm.config`.
 
-Imports nothing heavy before a sub-command really runs, so that --help answers at once.
+Heavy modules are imported only when a sub-command runs, so that --help answers at once.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ DEFAULT_MAX_TOKENS = 256
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0, 2 for a bad argument, 130 for Ctrl-C."""
+    """Entry point. Exit status: 0; 2: bad argument; 130: Ctrl-C; 141: nobody reads the output."""
     arguments = _parser().parse_args(argv)
     try:
         status: int = arguments.run(arguments)
         return status
-    except ValueError as error:  # ConfigError is one
+    except ValueError as error:  # a ConfigError, too
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader left, as `head` does
+    except BrokenPipeError:  # the reader of stdout has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
@@ -144,7 +144,7 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _facts(path: Path, spec: ModelSpec, platform: Platform, dtype: Choice) -> dict[str, Any]:
-    """What there is to know about a model on this machine, without loading its weights."""
+    """Facts about a model on this machine, found without loading its weights."""
     from compiledllm.kernels.attention import REFERENCE, make_backend
     from compiledllm.models.cache_groups import choose_groups
     from compiledllm.runner.kv_cache import CPU_MEMORY_SHARE

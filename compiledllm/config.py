@@ -1,7 +1,7 @@
-"""User options: composed frozen dataclasses, validated once, then resolved for a model and machine.
+"""User options: frozen dataclasses, validated once, then resolved for a model and a machine.
 
 The field names are the option names of `Engine(...)` and of the command line. Unknown names are
-errors. Knows no torch: what it needs of the machine and the model comes in as plain numbers.
+errors. Knows no torch: facts about the machine and the model come in as plain numbers.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 from compiledllm.checks import reject_unknown
 
 MAX_NUM_SEQS = 32768
-_LARGE_GPU = 64 * 2**30  # bytes of memory: there is room for larger steps and more requests
-_MOST_CAPTURED = 512  # requests of a decode step, by default: past that the host has time to launch
+_LARGE_GPU = 64 * 2**30  # bytes; GPUs with this much memory get larger steps and more requests
+_MOST_CAPTURED = 512  # requests; larger decode steps take longer than the host's launches
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 _DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 _DTYPE_NAMES = (*DTYPES, *_DTYPE_ALIASES)
@@ -27,12 +27,12 @@ BACKENDS = ("auto", "triton", "flashinfer", "torch")
 
 
 class ConfigError(ValueError):
-    """What the user asked for cannot be had; the message says what, the value and the way out."""
+    """The configuration is impossible; the message names the option, its value and a way out."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A value that was given or chosen automatically, and why."""
+    """A value that was given or chosen automatically, with the reason."""
 
     value: object
     reason: str
@@ -48,7 +48,7 @@ def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> A
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Which model, from where, in which dtype."""
+    """Which model to load, from where, and in which dtype."""
 
     model: str | None = option(
         None, "local directory, .gguf file or Hugging Face id; default: SmolLM2-135M-Instruct"
@@ -88,7 +88,7 @@ class CacheConfig:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
-    """How much work goes into a step, and in which order."""
+    """How much work goes into a step, and in which order requests get it."""
 
     max_num_seqs: int | None = option(None, "most requests running at once")
     max_num_batched_tokens: int | None = option(None, "most tokens computed in a step")
@@ -130,8 +130,8 @@ class CompileConfig:
 class EngineConfig:
     """All options of an engine.
 
-    `EngineConfig.from_options(model=..., block_size=32)` takes them flat; `resolve` fills in what
-    was left open and says why.
+    `EngineConfig.from_options(model=..., block_size=32)` takes flat options; `resolve` fills in
+    open values, with a reason for each.
     """
 
     model: ModelConfig = ModelConfig()
@@ -150,7 +150,7 @@ class EngineConfig:
             raise ConfigError(str(error)) from None
         chosen: dict[str, dict[str, Any]] = {group: {} for group in groups}
         for name, value in options.items():
-            if name == "dtype":  # torch.bfloat16 and vLLM's short names are as good
+            if name == "dtype":  # torch.bfloat16 and vLLM's short names are accepted
                 text = str(value).removeprefix("torch.")
                 value = _DTYPE_ALIASES.get(text, text) if text in _DTYPE_NAMES else value
             chosen[owners[name]][name] = value
@@ -159,7 +159,7 @@ class EngineConfig:
         return config
 
     def check(self) -> None:
-        """Raise ConfigError for a value that is wrong whatever the model and machine."""
+        """Raise ConfigError for a value that is wrong for every model and machine."""
         model, cache, scheduler = self.model, self.cache, self.scheduler
         positive = {
             "max_model_len": model.max_model_len,
@@ -217,9 +217,10 @@ class EngineConfig:
     def resolve(
         self, on_gpu: bool, max_position: int, memory_bytes: int = 0
     ) -> tuple[EngineConfig, dict[str, Choice]]:
-        """A copy with every open value filled in, and the reason for each.
+        """A copy with every open value filled in, and the reason for each value.
 
-        max_position: the longest context the model was made for. memory_bytes: of the device.
+        max_position: the longest context that the model supports, in tokens. memory_bytes: memory
+        of the device.
         """
         asked = self.model.max_model_len
         if asked is not None and asked > max_position:
@@ -269,7 +270,7 @@ class EngineConfig:
 
 
 def option_groups() -> dict[str, type]:
-    """Group name -> the dataclass that holds its options, in the order they are shown."""
+    """Group name -> the dataclass with its options, in display order."""
     return {
         "model": ModelConfig,
         "cache": CacheConfig,

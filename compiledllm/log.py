@@ -10,9 +10,9 @@ MAX_LINE = 4096  # characters
 
 
 class OneLine(logging.Filter):
-    """Keeps a record on its line: a name that a client chose must not forge another, or colours.
+    """Keeps each record on one line, so that a client's text cannot forge log lines or colours.
 
-    Control characters come out escaped, and the lines of a traceback indented.
+    Control characters are escaped, and the lines of a traceback are indented.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -24,7 +24,7 @@ class OneLine(logging.Filter):
 
 
 def escaped(text: str) -> str:
-    """The text with what is not printable as backslash escapes; tabs stay."""
+    """The text with unprintable characters as backslash escapes; tabs stay."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\t" else repr(c)[1:-1] for c in text)
@@ -34,7 +34,7 @@ log.addFilter(OneLine())
 
 
 def show_logs(level: int = logging.INFO) -> None:
-    """Send the package's log lines to stderr, once, if nobody else handles them."""
+    """Send the package's log lines to stderr, unless a logging handler is already installed."""
     if not log.handlers and not logging.getLogger().handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(levelname)s %(asctime)s %(message)s", "%H:%M:%S"))

@@ -1,4 +1,4 @@
-"""What a caller gets. Field names are vLLM's. Pure Python, importable from everywhere."""
+"""The outputs that callers get. Field names are vLLM's. Pure Python, importable from everywhere."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ FinishReason = Literal["stop", "length", "abort", "error", "repetition"]
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
-    """A token's log probability, its place among all tokens (1: the most likely) and its text.
+    """A token's log probability, its rank among all tokens (1: the most likely) and its text.
 
-    rank is None for a token that was asked for by id.
+    rank is None for a token that was requested by id.
     """
 
     logprob: float
@@ -21,16 +21,17 @@ class Logprob:
     decoded_token: str | None = None
 
 
-PositionLogprobs = dict[int, Logprob]  # token id -> of it; the position's own token comes first
+PositionLogprobs = dict[int, Logprob]  # by token id; the position's own token comes first
 
 
 @dataclass(slots=True)
 class CompletionOutput:
     """One generated completion.
 
-    stop_reason: the stop string or token id that ended it; with finish_reason "error", what went
-    wrong. logprobs: one for each of token_ids, if they were asked for. text_offsets: with them,
-    where each token begins in `text`, in characters; below 0 if an earlier output has shown that.
+    stop_reason: the stop string or token id that ended the completion; with finish_reason "error",
+    the error message. logprobs: one entry per token of token_ids, if requested. text_offsets: given
+    with logprobs; where each token begins in `text`, in characters; negative if the token begins in
+    the text of an earlier output.
     """
 
     index: int
@@ -59,7 +60,7 @@ class RequestMetrics:
 class RequestOutput:
     """The state of one request as its caller sees it.
 
-    prompt_logprobs: None for the first token, which nothing predicts, then one for each.
+    prompt_logprobs: None for the first token, which nothing predicts, then one entry per token.
     """
 
     request_id: str
@@ -74,7 +75,7 @@ class RequestOutput:
 
 @dataclass(slots=True)
 class BeamSearchSequence:
-    """One of the likeliest continuations: token ids with the prompt's, and its text."""
+    """One of the likeliest sequences. tokens: the prompt's and the continuation's token ids."""
 
     tokens: list[int]
     logprobs: list[PositionLogprobs] = field(default_factory=list)

@@ -1,6 +1,6 @@
-"""What this machine can do: device, dtypes, memory, compiler. Prefers an attention backend for it.
+"""What this machine offers: device, dtypes, memory, compiler, and the preferred attention backend.
 
-Every choice comes with its reason, which the engine reports once at start.
+Every choice comes with a reason, which the engine logs once at start.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _OLDEST_COMPUTE_CAPABILITY = 8
 
 @dataclass(frozen=True, slots=True)
 class Platform:
-    """One device and what it can do."""
+    """One device and its capabilities."""
 
     device: torch.device
     name: str
@@ -36,7 +36,7 @@ class Platform:
 
     @classmethod
     def detect(cls, device: str = "auto") -> Platform:
-        """Platform for "auto", "cpu", "cuda" or "cuda:N". Raises ConfigError if there is none."""
+        """The platform of "auto", "cpu", "cuda" or "cuda:N". ConfigError if there is none."""
         _check_torch()
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -81,7 +81,7 @@ class Platform:
         return Choice("float32", "this CPU has no bfloat16 dot products")
 
     def choose_attention_backend(self, requested: str, deterministic: bool = False) -> Choice:
-        """The preferred attention backend. Raises ConfigError for one that cannot run here."""
+        """The preferred attention backend. ConfigError if `requested` cannot run here."""
         if deterministic:
             return Choice("fixed_order", "deterministic")
         if requested in ("triton", "flashinfer") and not self.is_cuda:
@@ -111,7 +111,7 @@ def can_overlap_kernels() -> bool:
 
 
 def is_fatal(error: BaseException) -> bool:
-    """Whether the process must end: after a CUDA error nothing on the device works any more."""
+    """Whether the process must end: after a CUDA error it cannot use the device any more."""
     if isinstance(error, torch.OutOfMemoryError):
         return False
     accelerator = getattr(torch, "AcceleratorError", ())
@@ -120,10 +120,10 @@ def is_fatal(error: BaseException) -> bool:
 
 @contextmanager
 def single_row_products() -> Iterator[None]:
-    """Inside, a bfloat16 product of one row on a CPU goes to ATen's own kernel, not to oneDNN's.
+    """Inside the block, ATen and not oneDNN computes one-row bfloat16 products on a CPU.
 
     ATen's kernel reads the weights at 31 instead of 12 GB/s (AMD EPYC Zen 4, 2 cores, torch 2.13),
-    so that one-row decode takes half the time. From two rows on oneDNN is faster.
+    which halves the time of one-row decode steps. From two rows on, oneDNN is faster.
     """
     was_enabled = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)
@@ -134,7 +134,7 @@ def single_row_products() -> Iterator[None]:
 
 
 def cpu_name() -> str:
-    """Model of the CPU and the number of threads that torch uses."""
+    """Name of the CPU and the number of threads that torch uses."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             names = [line.split(":", 1)[1].strip() for line in file if "model name" in line]
@@ -144,7 +144,7 @@ def cpu_name() -> str:
 
 
 def _available_cpu_memory() -> int:
-    """Bytes that new work may take without swapping."""
+    """Bytes that new processes can allocate without swapping."""
     try:
         with open("/proc/meminfo", encoding="utf-8") as file:
             for line in file:

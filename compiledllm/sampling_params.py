@@ -1,4 +1,4 @@
-"""What a caller can ask of a request's tokens. Field names, ranges and meanings are vLLM's.
+"""How a request's tokens are chosen. Field names, ranges and meanings are vLLM's.
 
 Pure Python (no torch), importable from everywhere.
 """
@@ -15,11 +15,11 @@ from compiledllm.structured_outputs import StructuredOutputsParams
 
 LogitsProcessor = Callable[..., Any]
 
-GREEDY_BELOW = 1e-5  # temperatures
-ALL_TOKENS = -1  # as a number of log probabilities
+GREEDY_BELOW = 1e-5  # lower temperatures are greedy
+ALL_TOKENS = -1  # as a number of log probabilities: those of the whole vocabulary
 MAX_N = 128
 MAX_STOP_STRINGS = 128
-MAX_STOP_LENGTH = 1000
+MAX_STOP_LENGTH = 1000  # characters
 MAX_STOP_TOKEN_IDS = 128
 MAX_ALLOWED_TOKEN_IDS = 1024
 MAX_LOGIT_BIAS = 1024
@@ -28,8 +28,11 @@ MAX_LOGPROB_TOKEN_IDS = 128
 
 
 class RequestOutputKind(Enum):
-    """What each output of a stream holds. Of all that came before, only what is new, or nothing
-    until the request is finished."""
+    """What each output of a stream holds.
+
+    CUMULATIVE: everything generated so far. DELTA: only what is new since the last output.
+    FINAL_ONLY: everything, in a single output at the end.
+    """
 
     CUMULATIVE = 0
     DELTA = 1
@@ -39,10 +42,11 @@ class RequestOutputKind(Enum):
 @strict_fields("repetition detection field")
 @dataclass(frozen=True, slots=True)
 class RepetitionDetectionParams:
-    """Ends a request whose output goes in circles, with finish_reason "repetition".
+    """Ends a request whose output repeats itself, with finish_reason "repetition".
 
-    The output ends in a run of `min_count` equal patterns of `min_pattern_size` to
-    `max_pattern_size` tokens. max_pattern_size 0: off; min_pattern_size 0 means 1.
+    The request ends once its output ends in `min_count` repetitions of a pattern of
+    `min_pattern_size` to `max_pattern_size` tokens. max_pattern_size 0: off; min_pattern_size 0
+    means 1.
     """
 
     max_pattern_size: int = 0
@@ -63,12 +67,13 @@ class RepetitionDetectionParams:
 @strict_fields("sampling field")
 @dataclass(slots=True)
 class SamplingParams:
-    """How the next token is chosen, when a request ends, and what is told about it.
+    """How the next token is chosen, when a request ends, and what its outputs contain.
 
     Unlike vLLM's 16, `max_tokens` defaults to None: generate to the end of the context.
 
     n: outputs per prompt, 1 to 128; they share the prompt's KV blocks.
-    best_of: generate so many, at least n, and return the n with the highest cumulative logprob.
+    best_of: number of outputs to generate, at least n; the n with the highest cumulative logprob
+        are returned.
     temperature: 0 to 2; 0 (below 1e-5) is greedy, and then top_p, top_k and min_p have no effect.
     top_p: (0, 1]; keep the smallest set of tokens whose probability reaches it.
     top_k: keep the k most likely tokens; 0 or -1 keeps all.
@@ -76,37 +81,38 @@ class SamplingParams:
         in the order top_k, top_p, min_p; tokens that tie with the last one kept stay too.
     seed: fixes the request's own random stream; None or -1 draws one from the engine's seed.
     presence_penalty, frequency_penalty: -2 to 2; subtracted from the logit of a token in the
-        output, once, and for each time it is there.
+        output; presence_penalty once, frequency_penalty once per occurrence.
     repetition_penalty: above 0; divides positive logits and multiplies negative ones of tokens in
         the prompt or the output.
-    max_tokens: most tokens to generate, >= 1; None: up to `max_model_len`.
-    min_tokens: end-of-sequence and stop rules are off before this many tokens.
+    max_tokens: largest number of tokens to generate, >= 1; None: up to `max_model_len`.
+    min_tokens: end-of-sequence and stop rules have no effect before this many tokens.
     stop: string or up to 128 strings that end the text (matched on detokenised text, not included
         in the output unless `include_stop_str_in_output`).
     stop_token_ids: up to 128 token ids that end the request.
     ignore_eos: go on past the end-of-sequence token.
-    logprobs: log probabilities to return with each token: its own and those of the so many most
-        likely ones; -1: of the whole vocabulary. They are the model's, before penalties,
-        temperature and filters. None: none.
-    prompt_logprobs: the same for each token of the prompt; the prefix cache is then not read.
-    logprob_token_ids: up to 128 ids whose log probabilities are returned with each token, too.
-    logit_bias: token id -> what is added to its logit, clamped to -100 to 100; up to 1024.
+    logprobs: number of most likely tokens whose log probabilities are returned with each token,
+        beside the token's own; -1: the whole vocabulary; None: no log probabilities. The values
+        are the model's, before penalties, temperature and filters.
+    prompt_logprobs: the same for each token of the prompt; turns off reading the prefix cache.
+    logprob_token_ids: up to 128 ids whose log probabilities are also returned with each token.
+    logit_bias: token id -> number added to its logit, clamped to -100 to 100; up to 1024 ids.
     allowed_token_ids: up to 1024 ids; no other token is generated.
-    bad_words: up to 128 strings whose last token is not generated after their others.
+    bad_words: up to 128 strings; a string's last token is never generated after its other tokens.
     logits_processors: callables (logits), (output_token_ids, logits) or (prompt_token_ids,
-        output_token_ids, logits) -> logits, all float32 [vocab]. Slow: the request waits for its
-        own last token every step; others do not.
-    repetition_detection: ends output that goes in circles; a RepetitionDetectionParams or a dict.
-    structured_outputs: the form of the output, as a StructuredOutputsParams or a dict. No token is
-        drawn that breaks it; once it is complete the request ends. Like a processor, it makes the
-        request wait for its own last token. Does not go with min_tokens and ignore_eos.
-    truncate_prompt_tokens: keep only the last so many tokens of the prompt; -1: what fits.
+        output_token_ids, logits) -> logits, all float32 [vocab]. Slow: in every step the request
+        waits for its last token; other requests do not wait.
+    repetition_detection: ends output that repeats itself; a RepetitionDetectionParams or a dict.
+    structured_outputs: the form of the output, as a StructuredOutputsParams or a dict. No token
+        that breaks the form is drawn, and the request ends once the form is complete. As with
+        logits_processors, the request waits for its last token in every step. Cannot be combined
+        with min_tokens or ignore_eos.
+    truncate_prompt_tokens: keep this many tokens from the end of the prompt; -1: as many as fit.
     skip_reading_prefix_cache: compute the whole prompt; None: only if prompt_logprobs needs it.
     detokenize: False leaves `text` empty.
     skip_special_tokens: leave special tokens out of `text`.
     spaces_between_special_tokens: accepted as True only; the tokenizer decides.
     output_kind: what each output of a stream holds.
-    stream_interval: tokens between two outputs of a stream, >= 1; the first comes at once.
+    stream_interval: tokens between two outputs of a stream, >= 1; the first output comes at once.
 
     Raises ValueError naming the field, the value and the range.
     """
@@ -194,7 +200,7 @@ class SamplingParams:
     def _check_logprobs(self) -> None:
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
-            if isinstance(value, bool):  # OpenAI's chat API says it so
+            if isinstance(value, bool):  # OpenAI's chat API has a boolean here
                 setattr(self, name, value := int(value) or None)
             ok = value is None or (_is_int(value) and value >= ALL_TOKENS)
             _require(ok, name, value, "an integer >= 0, or -1 for the whole vocabulary")
@@ -262,12 +268,12 @@ class SamplingParams:
 
     @property
     def num_candidates(self) -> int:
-        """Outputs to generate, of which `n` are returned."""
+        """Number of outputs to generate; `n` of them are returned."""
         return self.n if self.best_of is None else self.best_of
 
     @property
     def stop_strings(self) -> list[str]:
-        """`stop` as the list it is after construction."""
+        """`stop`, which is always a list after construction."""
         assert isinstance(self.stop, list)
         return self.stop
 
@@ -295,11 +301,11 @@ class SamplingParams:
 class BeamSearchParams:
     """A search for the likeliest continuations. Names are vLLM's.
 
-    beam_width: 1 to 64 sequences that are followed. max_tokens: most tokens to generate, >= 1.
-    ignore_eos: go on past the end-of-sequence token. temperature: 0 to 2; 0 ranks by the model's
-    own probabilities. length_penalty: a sequence's score is its cumulative logprob over its length
-    (without the end-of-sequence token) to this power. include_stop_str_in_output: keep the
-    end-of-sequence token in the text.
+    beam_width: number of sequences kept in each round, 1 to 64. max_tokens: largest number of
+    tokens to generate, >= 1. ignore_eos: go on past the end-of-sequence token. temperature: 0 to 2;
+    0 ranks by the model's own probabilities. length_penalty: a sequence's score is its cumulative
+    logprob divided by its length (without the end-of-sequence token) to this power.
+    include_stop_str_in_output: keep the end-of-sequence token in the text.
     """
 
     beam_width: int
@@ -355,11 +361,11 @@ def _is_int(value: object) -> bool:
 
 def _is_finite(value: object) -> bool:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and abs(value) <= 1e38  # type: ignore[arg-type]  # a float32; false for NaN
+    return is_number and abs(value) <= 1e38  # type: ignore[arg-type]  # in float32; False for NaN
 
 
 def _plain_number(value: Any) -> Any:
-    """A number of numpy's or torch's as Python's own; anything else as it is."""
+    """A NumPy or torch scalar as a Python number; any other value unchanged."""
     if isinstance(value, (int, float)) or not hasattr(value, "item"):
         return value
     return value.item() if getattr(value, "shape", None) == () else value
@@ -382,7 +388,7 @@ def _token_ids(value: Any, name: str, most: int) -> list[int]:
 
 
 def _checked_bias(bias: Any) -> dict[int, float]:
-    """Keys may be JSON's strings; values are clamped to what OpenAI allows."""
+    """A checked `logit_bias`: keys may be strings, as in JSON; values are clamped to +-100."""
     _require(isinstance(bias, Mapping), "logit_bias", bias, "a mapping of token ids to numbers")
     _require(
         len(bias) <= MAX_LOGIT_BIAS,

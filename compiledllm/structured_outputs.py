@@ -1,6 +1,6 @@
-"""What a caller can ask of an output's form. Names are vLLM's.
+"""The form that a caller can require of an output. Names are vLLM's.
 
-Pure Python; `grammars/` makes a grammar of it.
+Pure Python; `grammars/` compiles the form to a grammar.
 """
 
 from __future__ import annotations
@@ -24,20 +24,21 @@ _FIELDS = _KINDS + _JSON_ONLY
 @strict_fields("structured outputs field")
 @dataclass(frozen=True, slots=True)
 class StructuredOutputsParams:
-    """The form of an output: exactly one of the first six. No token is drawn that breaks it.
+    """The form of an output: exactly one of the first six fields. It restricts the tokens drawn.
 
-    json: a JSON schema, as a dict or as text. What only annotates is ignored; what restricts and
-        cannot be enforced is refused.
+    json: a JSON schema, as a dict or as text. Annotations are ignored; a constraint that cannot be
+        enforced is an error.
     regex: a regular expression that the whole output matches (Rust's syntax; no look-around).
     choice: up to 1024 strings, one of which is the output.
     grammar: a context-free grammar in llguidance's Lark dialect, or in llama.cpp's GBNF.
     json_object: True: any JSON object.
     structural_tag: {"structures": [{"begin", "schema", "end"}, ...], "triggers": [...]}: free text
-        in which whatever starts with a trigger goes on as one of the structures.
+        in which every trigger must begin one of the structures.
     disable_any_whitespace: JSON without white space.
-    whitespace_pattern: a regex for what may stand between JSON's tokens; by default up to 32
-        characters of white space.
-    disable_additional_properties: objects of the schema that do not say so have no others.
+    whitespace_pattern: a regex for the white space between JSON's tokens; by default up to 32
+        characters.
+    disable_additional_properties: an object has only the properties that its schema lists, unless
+        the schema says otherwise.
 
     Raises ValueError naming the field, the value and the range.
     """
@@ -70,20 +71,20 @@ class StructuredOutputsParams:
         self._check_json_only(given[0])
 
     def fields(self) -> dict[str, Any]:
-        """What was given, as JSON has it: enough to make the same again."""
+        """The given fields as JSON values, enough to construct an equal object."""
         given = {name: getattr(self, name) for name in _FIELDS}
         return {name: value for name, value in given.items() if value not in (None, False)}
 
     @property
     def schema(self) -> Any:
-        """`json` or `json_object` as a schema."""
+        """The JSON schema of `json` or `json_object`, parsed."""
         if self.json is None:
             return {"type": "object"}
         return _parsed(self.json, "json")
 
     @property
     def structures(self) -> tuple[list[dict[str, Any]], list[str]]:
-        """`structural_tag`'s structures and triggers."""
+        """The structures and the triggers of `structural_tag`, parsed."""
         tag = _parsed(self.structural_tag, "structural_tag")
         ok = isinstance(tag, Mapping) and isinstance(tag.get("structures"), list)
         if not (ok and isinstance(tag.get("triggers"), list)):
@@ -164,7 +165,7 @@ def _check_bytes(text: str, name: str) -> None:
 
 
 def is_nested_deeper(value: Any, most: int) -> bool:
-    """Whether lists and objects stand in each other more than so many times."""
+    """Whether lists and objects are nested more than `most` levels deep."""
     level = [value]
     for _ in range(most + 1):
         level = [inner for outer in level for inner in _members(outer)]

@@ -1,7 +1,7 @@
 """`compiledllm chat`: a conversation in the terminal, or through pipes.
 
-Turns are read with prompt_toolkit where a person types, and line by line elsewhere. Knows of the
-engine only that it streams answers to conversations.
+Turns are read with prompt_toolkit in a terminal, and line by line otherwise. Knows only that the
+engine streams answers to conversations.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Message = dict[str, str]
 
 
 class Chat:
-    """The conversation so far, and what a turn does to it."""
+    """The conversation so far, which each turn of the user extends or changes."""
 
     def __init__(self, engine: Engine, params: SamplingParams) -> None:
         self._engine = engine
@@ -51,7 +51,7 @@ class Chat:
                 return
 
     def take(self, text: str) -> bool:
-        """A question or a command; False if that is to leave."""
+        """Answer a question or obey a command; False if the command is to leave."""
         command = _COMMAND.match(text) if "\n" not in text else None
         if command is not None:
             return self._obey(command.group(), text[command.end() :].strip())
@@ -80,7 +80,7 @@ class Chat:
             self._history = [*asked, {"role": "assistant", "content": answer}]
 
     def _answer(self, messages: list[Message]) -> str:
-        """Stream one answer. Ctrl-C keeps what came; "" if nothing did, or at an error."""
+        """Print one answer as it streams. Returns its text, up to Ctrl-C; "" after an error."""
         text = ""
         output: RequestOutput | None = None
         try:
@@ -120,13 +120,13 @@ def speed(output: RequestOutput) -> str:
 
 
 def turns() -> Iterator[str]:
-    """What the user says, turn by turn, until the end of input."""
+    """The user's turns, until the end of input."""
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     return typed_turns(history_path()) if is_terminal else _piped_turns()
 
 
 def typed_turns(history: Path) -> Iterator[str]:
-    """With line editing. Ctrl-C clears the line; a text that is pasted is one turn."""
+    """Turns typed with line editing. Ctrl-C clears the line; a pasted text is one turn."""
     session = _session(history)
     while True:
         try:
@@ -138,7 +138,7 @@ def typed_turns(history: Path) -> Iterator[str]:
 
 
 def _piped_turns() -> Iterator[str]:
-    """A line each, but for texts between triple quotes."""
+    """One turn per line, except for texts between triple quotes."""
     while True:
         try:
             text = input()
@@ -150,7 +150,7 @@ def _piped_turns() -> Iterator[str]:
 
 
 def _is_open(text: str) -> bool:
-    """Whether a text in triple quotes goes on in the next line."""
+    """Whether a text in triple quotes continues on the next line."""
     text = text.strip()
     return text.startswith(QUOTES) and (len(text) < 2 * len(QUOTES) or not text.endswith(QUOTES))
 
@@ -201,13 +201,13 @@ def _key_bindings() -> KeyBindings:
 
 
 def history_path() -> Path:
-    """In $XDG_STATE_HOME or ~/.local/state."""
+    """The file of typed turns, in $XDG_STATE_HOME or ~/.local/state."""
     state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
     return Path(state).expanduser() / "compiledllm" / "chat_history"
 
 
 def make_private(path: Path) -> None:
-    """Create the file if it is missing, and let nobody else read it."""
+    """Create the file if it is missing, readable and writable by its owner only."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o600)
     try:

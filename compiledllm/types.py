@@ -1,4 +1,4 @@
-"""What crosses the engine: requests, and each step's input and output.
+"""Data that crosses the engine's layers: requests, and each step's input and output.
 
 Pure Python (no torch), importable from everywhere.
 """
@@ -22,55 +22,60 @@ class RequestStatus(Enum):
 
 
 class Grammar(Protocol):
-    """What an output has to look like, compiled (`grammars/grammar.py`)."""
+    """The form that an output must have, compiled (`grammars/grammar.py`)."""
 
-    text: str  # from which it can be made again
+    text: str  # from which the grammar can be compiled again
 
     @property
     def num_mask_words(self) -> int:
-        """uint32 words of a mask."""
+        """Number of uint32 words in a mask over the vocabulary."""
 
     def matcher(self, output_token_ids: list[int]) -> Any:
-        """The state behind these tokens of an output."""
+        """A matcher in the state after these output tokens."""
 
     def fix_mask(self, matcher: Any, mask: Any) -> None:
-        """Put right what a matcher allows, uint32 [words], where it is one word."""
+        """Correct a mask, uint32 [words], in place, if the grammar allows only one text next."""
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One user's generation: its tokens, how far they are computed, and the blocks that hold them.
+    """One generation: its tokens, how far they are computed, and the blocks that hold their KV.
 
-    The scheduler owns every field but the identity ones. `token_ids` is prompt + output; a token's
-    KV is in the cache, or will be once the steps that were scheduled are done, when its index is
-    below `num_computed_tokens`. `num_tokens_in_flight` tokens more have been drawn, or are being
-    drawn, and are known to the device only.
+    The first group of fields describes the request; the second group is its progress, which the
+    scheduler advances. `token_ids` is prompt + output. A token whose index is below
+    `num_computed_tokens` has its KV in the cache, or will have it once the scheduled steps are
+    done. Another `num_tokens_in_flight` tokens are drawn, or being drawn, and known to the device
+    only.
     """
 
     request_id: str
     prompt_token_ids: list[int]
     sampling_params: SamplingParams
     max_tokens: int  # resolved: never None
-    stop_token_ids: frozenset[int] = frozenset()  # incl. end-of-sequence unless ignored
+    stop_token_ids: frozenset[int] = frozenset()  # with end-of-sequence, unless ignored
     seed: int = 0
     priority: int = 0
     prompt: str | None = None
-    bad_words: tuple[tuple[int, ...], ...] = ()  # as token ids
-    cache_salt: str = ""  # the prefix cache is shared only between requests with the same
-    grammar: Grammar | None = None  # of sampling_params.structured_outputs
-    sibling: Request | None = None  # the first of those that share its prompt; None for itself
-    waits_for_batch: bool = False  # nobody looks at it before its whole batch is over
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token ids of each word
+    cache_salt: str = ""  # requests share cached prefixes only if their salts are equal
+    grammar: Grammar | None = None  # compiled from sampling_params.structured_outputs
+    sibling: Request | None = None  # with n > 1, the first request; None for the first
+    waits_for_batch: bool = False  # the caller sees no output before its whole batch has ended
     arrival_time: float = field(default_factory=time.monotonic)
 
     status: RequestStatus = RequestStatus.WAITING
     token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     num_tokens_in_flight: int = 0
-    num_tokens_to_drop: int = 0  # of those in flight: they follow from what was computed wrong
-    is_second_try: bool = False  # its logits were NaN, or such, and it was started over
+    # In-flight tokens to ignore on arrival: they were drawn from state that was thrown away.
+    num_tokens_to_drop: int = 0
+    is_second_try: bool = False  # its logits were NaN or infinite, and it was started over
     block_tables: list[list[int]] = field(default_factory=list)  # one per group of layers
-    first_blocks: list[int] = field(default_factory=list)  # of each table, what it still holds
-    blocks_last_until: int = 0  # num_computed_tokens from which it wants others
+    # Per table, index of the first block that the request still owns.
+    first_blocks: list[int] = field(default_factory=list)
+    # At this num_computed_tokens the request must go back to the KV manager: it needs blocks, or
+    # can give some back.
+    blocks_last_until: int = 0
     block_hashes: list[bytes] = field(default_factory=list)
     num_registered_blocks: int = 0
     num_cached_tokens: int = -1  # prefix-cache hit at first admission; -1 until then
@@ -78,10 +83,10 @@ class Request:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     first_token_time: float | None = None
-    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the output, if asked for
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the output, if requested
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # from the second token on
-    most_tokens: int = 0  # prompt and output
-    needs_last_token: bool = False  # on the host, before the next one can be drawn
+    most_tokens: int = 0  # largest number of prompt and output tokens together
+    needs_last_token: bool = False  # the host must know the last token before the next is drawn
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)
@@ -92,9 +97,9 @@ class Request:
 
     @property
     def num_tokens_to_compute(self) -> int:
-        """Tokens whose KV is missing and can be computed now.
+        """Number of tokens whose KV is missing and can be computed now.
 
-        0 also if the token in flight will be the last, or has to be known first.
+        0 if the token in flight will be the last one, or must be known on the host first.
         """
         in_flight = self.num_tokens_in_flight
         num_tokens = len(self.token_ids) + in_flight
@@ -116,7 +121,7 @@ class Request:
 
     @property
     def num_tokens_left(self) -> int:
-        """Most tokens that may still be drawn."""
+        """Largest number of tokens that may still be drawn."""
         return self.most_tokens - len(self.token_ids)
 
     @property
@@ -130,7 +135,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class NewRequest:
-    """A request that enters the device table: first admission, or resumption after preemption."""
+    """A request that enters the device's table: newly admitted, or resumed after preemption."""
 
     request_id: str
     token_ids: list[int]  # prompt, plus outputs so far when resumed
@@ -142,34 +147,34 @@ class NewRequest:
     grammar: Grammar | None = None
 
 
-class ScheduledRequest(NamedTuple):  # a frozen dataclass takes three times as long to make
+class ScheduledRequest(NamedTuple):  # a frozen dataclass takes three times as long to build
     """One request's share of a step."""
 
     request_id: str
     num_computed_tokens: int  # KV already in the cache
-    num_scheduled_tokens: int  # work in this step
-    new_block_ids: list[list[int]]  # to append to its block tables; [] if there are none
-    samples: bool  # the step reaches the request's last known token, so a next one is drawn
+    num_scheduled_tokens: int  # tokens to compute in this step
+    new_block_ids: list[list[int]]  # per group, to append to its block table; [] if none are new
+    samples: bool  # the step reaches the request's last token, so the next one is drawn
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
-    """All the work of one step. Order of `scheduled` is the order of rows in the batch."""
+    """All the work of one step. `scheduled` is in the order of the batch's rows."""
 
     new_requests: list[NewRequest]
     scheduled: list[ScheduledRequest]
     freed_request_ids: list[str]  # finished or preempted since the last step: rows to release
-    spoilt_block_ids: list[int] = field(default_factory=list)  # held NaN: to be zeroed first
+    spoilt_block_ids: list[int] = field(default_factory=list)  # blocks with NaN, to zero first
 
     @property
     def num_scheduled_tokens(self) -> int:
         return sum([line.num_scheduled_tokens for line in self.scheduled])
 
 
-# Log probabilities at one position: token ids, their log probabilities, the own token's rank among
-# all (1: the most likely), and how many of the most likely there are. First comes the own token,
-# then the most likely, then those asked for. Plain tuples, as there may be millions: the garbage
-# collector stops following those.
+# Log probabilities at one position: token ids, their log probabilities, the rank of the position's
+# own token (1: the most likely), and the number of top tokens. The position's own token comes
+# first, then the top tokens, then tokens requested by id. These are plain tuples since there may be
+# millions, and the garbage collector does not track tuples of numbers.
 TokenLogprobs = tuple[tuple[int, ...], tuple[float, ...], int, int]
 
 
@@ -177,8 +182,8 @@ TokenLogprobs = tuple[tuple[int, ...], tuple[float, ...], int, int]
 class StepOutput:
     """What a step produced, by request id: a token for each request that sampled.
 
-    A negative token id: none could be drawn; `errors` says why. prompt_logprobs: the position of
-    the first token they are of, and they.
+    token_ids: negative if no token could be drawn; `errors` may say why. prompt_logprobs: the
+    position of a prompt token, and log probabilities from that token on.
     """
 
     token_ids: dict[str, int]
