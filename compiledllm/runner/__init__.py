@@ -1,1 +1,1 @@
-"""Executes a step: device-resident request rows, inputs, forward, sampling."""
+"""Step execution: device-resident request rows, input gathering, forward pass and sampling."""

@@ -1,4 +1,4 @@
-"""Which attention backend runs a model: the preferred one, or what stands in where it cannot."""
+"""Chooses the attention backend of a model: the preferred one, or a stand-in that can run it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def choose_backend(
     max_pages: int,
     device: torch.device,
 ) -> tuple[Choice, AttentionBackend]:
-    """A backend that is prepared for the model, its name and the reason for it.
+    """Return the name of a backend, the reason for choosing it, and the backend, prepared to run.
 
-    max_pages: the most blocks that all rows of a step have together. Raises ConfigError if the
-    preferred backend cannot run the model and nothing may stand in for it.
+    max_pages: the maximum number of blocks that all rows of a step have together. Raises
+    ConfigError if the preferred backend cannot run the model and has no stand-in.
     """
     name = str(preferred.value)
     backend = make_backend(name)
@@ -50,13 +50,13 @@ def _prepare(
     max_pages: int,
     device: torch.device,
 ) -> str | None:
-    """What prevents the backend from running the model, None if it is ready to."""
+    """Prepare the backend; return the reason why it cannot run the model, or None."""
     layers = [layer.attn for layer in spec.layers]
     if obstacle := backend.why_not(layers, dtype):
         return obstacle
     try:
         backend.prepare(layers, dtype, block_size, max_pages, device)
-    except Exception as error:  # a missing package or compiler, a GPU it does not know: anything
+    except Exception as error:  # e.g. a missing package or compiler, an unknown GPU
         first_line = str(error).strip().partition("\n")[0][:160]
         return f"{type(error).__name__}: {first_line}"
     return None

@@ -1,4 +1,4 @@
-"""The way from the host to the device."""
+"""Copies arrays from the host to the device."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 def to_device(values: np.ndarray, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """A copy on the device that does not wait for the work queued there.
+    """Copy an array to the device without waiting for the work queued there.
 
-    Pageable memory would: its copy starts only once the device has caught up.
+    The source is pinned, because a copy from pageable memory starts only after the queued work.
     """
     tensor = torch.from_numpy(values).to(dtype)
     if device.type == "cuda":

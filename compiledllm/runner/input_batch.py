@@ -1,7 +1,8 @@
-"""The tensors of one step, gathered from what the scheduler granted and from the request rows.
+"""The input tensors of one step, gathered from the scheduler's output and the request rows.
 
-`StepLayout` is on the host: which tokens of which rows, as numpy arrays, packed into one array that
-goes to the device in one copy. `InputBatch` is what the device makes of that array.
+`StepLayout` lives on the host: numpy arrays that say which tokens of which rows the step computes,
+packed into one array for a single copy to the device. `InputBatch` holds the tensors that the
+device derives from the packed array.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from compiledllm.types import SchedulerOutput
 
 @dataclass(frozen=True, slots=True)
 class StepLayout:
-    """A step as arrays, one element for each request in it."""
+    """A step as numpy arrays, one element per request of the step."""
 
     request_ids: list[str]
     rows: np.ndarray  # int64, request rows
-    computed: np.ndarray  # int64, tokens whose KV is in the cache
-    counts: np.ndarray  # int64, tokens of this step
-    samples: np.ndarray  # bool, whether the request's next token is drawn
+    computed: np.ndarray  # int64, number of tokens whose KV is cached before the step
+    counts: np.ndarray  # int64, number of tokens that the step computes
+    samples: np.ndarray  # bool, whether the step draws the request's next token
 
     @classmethod
     def of(cls, step: SchedulerOutput, table: RequestTable) -> StepLayout:
@@ -54,7 +55,7 @@ class StepLayout:
 
     @property
     def is_decode(self) -> bool:
-        """Whether every request has one token, the one that was drawn last, and samples."""
+        """Whether every request computes just its last drawn token and draws the next one."""
         return bool(self.samples.all()) and int(self.counts.max()) == 1
 
     @property
@@ -69,7 +70,7 @@ class StepLayout:
 
     @property
     def sample_positions(self) -> np.ndarray:
-        """Where the drawn tokens will stand in their sequences."""
+        """int64 [samples]: positions of the drawn tokens in their sequences."""
         positions: np.ndarray = (self.computed + self.counts)[self.samples]
         return positions
 
@@ -80,9 +81,9 @@ class StepLayout:
         return list(itertools.compress(self.request_ids, self.samples))
 
     def inputs(self, table: RequestTable, shape: StepShape) -> np.ndarray:
-        """int64, what `InputBatch.of` reads for a step of this shape, padded with harmless values.
+        """The int64 array that `InputBatch.of` reads for a step of this shape.
 
-        A decode step takes the request rows and nothing else.
+        Padding is harmless. A decode step needs the request rows only.
         """
         if not shape.is_decode:
             return self.pack(table, shape)
@@ -91,10 +92,10 @@ class StepLayout:
         return rows
 
     def pack(self, table: RequestTable, shape: StepShape) -> np.ndarray:
-        """int64 [packed_size(shape)], what `InputBatch.unpack` reads, padded with harmless values.
+        """The array that `InputBatch.unpack` reads, int64 [packed_size(shape)].
 
-        Padding tokens belong to the padding row and to no request. Padding samples draw a token
-        for the padding row, at position 1, so that they have a position to attend to.
+        Padding tokens belong to the padding row. Padding samples draw a token for the padding row
+        at position 1, so that their query has one position, 0, to attend to.
         """
         row_ends, total = np.cumsum(self.counts), int(self.counts.sum())
         first_positions = self.computed - row_ends + self.counts
@@ -126,21 +127,21 @@ def packed_size(shape: StepShape) -> int:
 
 @dataclass(frozen=True, slots=True)
 class InputBatch:
-    """A step's inputs. Tokens of all requests lie flat, one request after the other.
+    """A step's inputs, ragged: the tokens of all requests lie one request after the other.
 
-    The metadata has an empty row behind the rows of requests, for two reasons. Kernels recognise a
-    decode step by its having fewer tokens than rows, which is so exactly if every request has one
-    token. And torch.compile would specialise on a single row. Each group of layers has tensors of
-    its own, none a view of another's, since torch.compile would specialise on that, too.
+    The metadata ends with an empty row, for two reasons. First, kernels recognise a decode step by
+    having fewer tokens than rows, which then holds exactly if every request has one token. Second,
+    torch.compile would specialise on a single row. No group's tensor is a view of another group's
+    tensor, since torch.compile would specialise on shared storage, too.
     """
 
     input_ids: Tensor  # int64 [tokens]
     positions: Tensor  # int64 [tokens]
-    attn: list[AttentionMetadata]  # of each group of layers
+    attn: list[AttentionMetadata]  # one per group of layers
     rows: Tensor  # int64 [rows], request rows
-    num_computed_tokens: Tensor  # int64 [rows], after this step
-    logits_indices: Tensor  # int64 [samples], the step's tokens that are followed by a draw
-    sample_rows: Tensor  # int64 [samples], request rows of the draws
+    num_computed_tokens: Tensor  # int64 [rows], counts after this step
+    logits_indices: Tensor  # int64 [samples], indices of the tokens whose logits are needed
+    sample_rows: Tensor  # int64 [samples], request rows that draw a token
     sample_positions: Tensor  # int64 [samples], positions of the drawn tokens
 
     @classmethod
@@ -152,7 +153,10 @@ class InputBatch:
         table: RequestTable,
         block_size: int,
     ) -> InputBatch:
-        """From `StepLayout.inputs`' array, on the device. Depends on no value in it."""
+        """Build the batch from the array of `StepLayout.inputs`, on the device.
+
+        No host code depends on the array's values, so that a captured step serves all values.
+        """
         if shape.is_decode:
             return cls.decode(inputs, table, block_size)
         return cls.unpack(inputs, shape, num_samples, table, block_size)
@@ -166,7 +170,7 @@ class InputBatch:
         table: RequestTable,
         block_size: int,
     ) -> InputBatch:
-        """From `StepLayout.pack`'s array, on the device. Depends on no value in it."""
+        """Build the batch from the array of `StepLayout.pack`; no host code reads its values."""
         split = 3 * shape.num_tokens
         tokens, per_row = packed[:split].view(3, -1), packed[split:].view(6, -1)
         rows, lengths, _, indices, sample_rows, sample_positions = per_row
@@ -186,7 +190,7 @@ class InputBatch:
 
     @classmethod
     def decode(cls, rows: Tensor, table: RequestTable, block_size: int) -> InputBatch:
-        """A decode step of `rows`, int64 [rows], from the request rows' state alone."""
+        """Build a decode step of `rows`, int64 [rows], from the state of the request rows alone."""
         input_ids, positions, lengths, indices, attn = decode_inputs(
             rows, table.last_token_ids, table.num_computed_tokens, table.block_tables, block_size
         )
@@ -202,16 +206,16 @@ class InputBatch:
         )
 
     def ends(self, table: RequestTable, group: int, block_size: int) -> Ends:
-        """The tokens that are followed by a draw, with the metadata of a group of layers."""
+        """The sampled tokens, with attention metadata for a group of layers."""
         group_tables = table.block_tables[group]
         attn = metadata_of_ends(self.sample_rows, self.sample_positions, group_tables, block_size)
         return Ends(self.logits_indices, attn)
 
     @classmethod
     def dummy(cls, num_tokens: int, table: RequestTable, num_samples: int = 1) -> InputBatch:
-        """Padding only: `num_tokens` tokens that touch nothing but the null block.
+        """A batch of `num_tokens` padding tokens, which touch nothing but the null block.
 
-        Its draws are for the padding row.
+        All `num_samples` draws are for the padding row.
         """
         zeros = torch.zeros(num_tokens, dtype=torch.int64, device=table.device)
         row = zeros[:1] + table.padding_row
@@ -221,7 +225,7 @@ class InputBatch:
             AttentionMetadata(zeros - 1, with_empty_row(of_group[row]), seq_lens, starts)
             for of_group in table.block_tables
         ]
-        # A copy: if both arguments were the same tensor, the compiler would guard on that.
+        # A copy, because Dynamo would guard on both arguments being the same tensor.
         positions = zeros.clone()
         one, samples = zeros[:1] + 1, zeros.new_zeros(num_samples)
         sample_rows = samples + table.padding_row
@@ -231,7 +235,7 @@ class InputBatch:
 def _known_tokens(
     table: RequestTable, rows: np.ndarray, computed: np.ndarray, counts: np.ndarray
 ) -> np.ndarray:
-    """int64 [tokens]: token ids; -1 for a token that only the request row on the device has."""
+    """int64 [tokens]: token ids; -1 for a token that is stored only on the device."""
     if len(rows) == 0:
         return rows
     if np.all(counts == 1) and all(

@@ -29,11 +29,11 @@ def plan_num_blocks(
     bytes_in_use: int,
     max_useful: int,
 ) -> tuple[int, Choice]:
-    """Usable blocks (without the null block), and why that many.
+    """Number of usable blocks (without the null block), and the reason for that number.
 
-    per_block: bytes of a block. bytes_in_use: on CUDA, bytes of the engine's share that weights,
-    activations and sampling take. max_useful: blocks of all requests that can run at once; further
-    blocks would idle.
+    per_block: bytes of a block. bytes_in_use: on CUDA, the bytes of the engine's share that
+    weights, activations and sampling take. max_useful: the blocks of all requests that can run at
+    once; more blocks would stay idle.
     """
     if cache.num_kv_blocks is not None:
         room, reason = (cache.num_kv_blocks + 1) * per_block, "num_kv_blocks"
@@ -71,10 +71,10 @@ def allocate_kv_caches(
     dtype: torch.dtype,
     device: torch.device,
 ) -> list[Tensor]:
-    """Each layer's zeroed cache, with the null block in front of the `num_blocks` usable ones.
+    """One zeroed cache per layer: the null block, then `num_blocks` usable blocks.
 
-    Layers in the same column of `groups` share a tensor and have blocks of their own in it. Caches
-    are zeroed, because masked positions are multiplied by zero and garbage may be NaN.
+    Layers in the same column of `groups` share a tensor, in which each layer owns different blocks.
+    Caches are zeroed, because masked positions are multiplied by zero and garbage may be NaN.
     """
     caches: dict[int, Tensor] = {}
     for layer, place in zip(spec.layers, groups.places, strict=True):

@@ -1,8 +1,9 @@
-"""What single requests want changed about their logits before a token is drawn.
+"""Per-request changes to the logits before a token is drawn.
 
-In this order: bias, the request's own processors, penalties, bans, its grammar. Rows that ask for
-none of it are never looked at. Token counts live on the device, since the last token is often known
-there only; for the same reason a bad word's last but one token is compared there.
+Rules apply in this order: logit bias, logits processors, penalties, allowed and banned tokens, bad
+words, grammar. Rows without rules cost nothing. Token counts live on the device, since the host
+often does not know the last token yet. For the same reason the device compares the last but one
+token of a bad word with the row's last token.
 """
 
 from __future__ import annotations
@@ -20,20 +21,20 @@ from compiledllm.runner.structured import GrammarRows
 from compiledllm.sampling_params import LogitsProcessor, SamplingParams
 from compiledllm.types import NewRequest
 
-_IN_PROMPT = 1 << 30  # beside a token's count in the output
+_IN_PROMPT = 1 << 30  # flag bit next to a token's count in the output: the prompt has the token
 
 
 @dataclass(slots=True)
 class RowRules:
-    """What one request asks for. token_ids: what the host knows of prompt and output."""
+    """The rules of one request. token_ids: the prompt and output tokens that the host knows."""
 
     params: SamplingParams
     num_prompt_tokens: int
     stop_token_ids: list[int]
-    bad_words: tuple[tuple[int, ...], ...]  # of two tokens and more
+    bad_words: tuple[tuple[int, ...], ...]  # words of at least two tokens
     bad_token_ids: list[int]
     token_ids: list[int]
-    slot: int = -1  # of the token counts
+    slot: int = -1  # row of the token counts; -1: the request has no penalties
 
     @classmethod
     def of(cls, request: NewRequest) -> RowRules:
@@ -47,7 +48,7 @@ class RowRules:
         )
 
     def completions(self, position: int) -> list[tuple[int, int]]:
-        """(last token, token to ban then) for each bad word that may be one token from complete."""
+        """(last token, token to ban after it) of each bad word that may lack one token only."""
         known = self.token_ids[self.num_prompt_tokens : position - 1]
         return [
             (word[-2], word[-1])
@@ -59,12 +60,12 @@ class RowRules:
 
 @dataclass(frozen=True, slots=True)
 class _Edits:
-    """What does not change while the same rows ask: index tensors on the device, or None."""
+    """Device index tensors that stay valid while the same rows have rules; None: no such rule."""
 
-    bias: tuple[Tensor, Tensor, Tensor] | None  # row, token, amount
-    allowed: tuple[Tensor, Tensor, Tensor] | None  # rows; row, token
-    banned: tuple[Tensor, Tensor] | None  # row, token
-    penalties: tuple[Tensor, Tensor, Tensor] | None  # row, slot, [3, rows] amounts
+    bias: tuple[Tensor, Tensor, Tensor] | None  # batch index, token, amount
+    allowed: tuple[Tensor, Tensor, Tensor] | None  # limited batch indices; batch index, token
+    banned: tuple[Tensor, Tensor] | None  # batch index, token
+    penalties: tuple[Tensor, Tensor, Tensor] | None  # batch index, slot, amounts [3, rows]
 
 
 class LogitsRules:
@@ -75,8 +76,9 @@ class LogitsRules:
         self._num_rows = num_rows
         self._rules: dict[int, RowRules] = {}
         self._always = np.zeros(num_rows, bool)
-        self._first_stop_position = np.zeros(num_rows, np.int64)  # from min_tokens
-        self._has_bad_words = np.zeros(num_rows, bool)  # of two tokens and more
+        # Before this position, min_tokens bans the stop tokens.
+        self._first_stop_position = np.zeros(num_rows, np.int64)
+        self._has_bad_words = np.zeros(num_rows, bool)  # words of at least two tokens
         self._counts = torch.zeros((0, vocab_size), dtype=torch.int32, device=device)
         self._free_slots: list[int] = []
         self._last_edits: tuple[bytes, _Edits] | None = None
@@ -84,7 +86,7 @@ class LogitsRules:
 
     @staticmethod
     def max_bytes(num_rows: int, vocab_size: int) -> int:
-        """Of the token counts, if every row has penalties."""
+        """Bytes of the token counts if every row has penalties."""
         return num_rows * vocab_size * 4
 
     @property
@@ -93,12 +95,12 @@ class LogitsRules:
         return bool(self._rules)
 
     def asks(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """bool [rows]: which of them have rules for the token at this position."""
+        """bool [rows]: whether each row has rules for the token at its position."""
         asking: np.ndarray = self._always[rows] | (positions < self._first_stop_position[rows])
         return asking
 
     def read_last_tokens(self, rows: np.ndarray) -> bool:
-        """Whether a rule of these rows depends on the token before the one to be drawn."""
+        """Whether any rule of these rows depends on the token before the one to be drawn."""
         return bool(self._has_bad_words[rows].any())
 
     def fill(self, row: int, request: NewRequest) -> None:
@@ -121,7 +123,7 @@ class LogitsRules:
             self._free_slots.append(rules.slot)
 
     def record(self, row: int, token_id: int) -> None:
-        """A token of the row has come to the host."""
+        """Store a drawn token of the row that has reached the host."""
         if row in self._rules:
             self._rules[row].token_ids.append(token_id)
             self._grammars.record(row, token_id)
@@ -129,10 +131,11 @@ class LogitsRules:
     def apply(
         self, logits: Tensor, rows: np.ndarray, positions: np.ndarray, last_token_ids: Tensor | None
     ) -> dict[int, str]:
-        """Edit the logits in place; what went wrong, by index.
+        """Edit the logits in place. Returns error messages by batch index.
 
-        logits: float32 [rows, vocab]. positions: where the drawn tokens will stand. last_token_ids:
-        int64 [rows], on the device; may be None unless `read_last_tokens`.
+        logits: float32 [rows, vocab]. rows, positions: int64 [rows], request rows and the positions
+        of the tokens to be drawn. last_token_ids: int64 [rows], on the device; may be None unless
+        `read_last_tokens` is true.
         """
         edits = self._edits_of(rows, positions)
         if edits.bias is not None:
@@ -153,7 +156,7 @@ class LogitsRules:
         return errors | self._grammars.apply(logits, rows)
 
     def count(self, rows: np.ndarray, positions: np.ndarray, drawn: Tensor) -> None:
-        """The tokens int64 [rows] that were drawn after `apply` with the same arguments."""
+        """Count the tokens, int64 [rows], that were drawn after `apply` of the same rows."""
         edits = self._edits_of(rows, positions)
         if edits.penalties is None:
             return
@@ -168,7 +171,7 @@ class LogitsRules:
     # -- penalties -----------------------------------------------------------------------------
 
     def _count(self, rules: RowRules) -> int:
-        """A slot with the counts of the tokens so far."""
+        """Allocate a slot, count the request's tokens in it, and return its index."""
         if not self._free_slots:
             size = len(self._counts)
             more = min(max(size, 4), self._num_rows - size)
@@ -196,7 +199,7 @@ class LogitsRules:
             index.tolist(), slots.tolist(), amounts.t().tolist(), strict=True
         ):
             seen = self._counts[slot].numpy()
-            tokens = np.flatnonzero(seen)  # few of the vocabulary
+            tokens = np.flatnonzero(seen)  # usually few of the vocabulary's tokens
             counts, row = seen[tokens] & (_IN_PROMPT - 1), logits[place].numpy()
             x = row[tokens]
             x = np.where(x > 0, x / np.float32(repetition), x * np.float32(repetition))
@@ -216,7 +219,7 @@ class LogitsRules:
             try:
                 for processor in rules.params.logits_processors:
                     logits[index] = _process(processor, prompt, output, logits[index])
-            except Exception as error:  # it is the caller's code
+            except Exception as error:  # the processor is the caller's code
                 errors[index] = f"logits processor: {type(error).__name__}: {error}"
         return errors
 
@@ -266,7 +269,7 @@ class LogitsRules:
         )
 
     def _columns(self, lines: list[Any], *dtypes: torch.dtype) -> Any:
-        """The columns of a list of tuples, on the device; None for an empty list."""
+        """The columns of a list of tuples, one device tensor each; None for an empty list."""
         if not lines:
             return None
         columns = zip(*lines, strict=True)
@@ -285,7 +288,7 @@ class LogitsRules:
             return None
         params = [rules.params for _, rules in lines]
         amounts = [
-            [max(p.repetition_penalty, 1e-6) for p in params],  # so that nothing overflows
+            [max(p.repetition_penalty, 1e-6) for p in params],  # against overflow
             [p.frequency_penalty for p in params],
             [p.presence_penalty for p in params],
         ]
@@ -309,7 +312,7 @@ def _are_always_on(params: SamplingParams) -> bool:
 def _process(
     processor: LogitsProcessor, prompt: list[int], output: list[int], logits: Tensor
 ) -> Tensor:
-    """Call a processor with as many arguments as it takes; None back means edited in place."""
+    """Call a processor and return the logits [vocab]. A result of None means edited in place."""
     arguments: tuple[Any, ...] = (prompt, output, logits)
     result = processor(*arguments[-num_arguments(processor) :])
     if result is None:
@@ -321,10 +324,10 @@ def _process(
 
 
 def num_arguments(processor: LogitsProcessor) -> int:
-    """1, 2 or 3: how many of (prompt, output, logits) it takes, from the end."""
+    """How many of (prompt, output, logits) the processor takes, counted from the end: 1, 2 or 3."""
     try:
         parameters = inspect.signature(processor).parameters.values()
-    except (TypeError, ValueError):  # built-in functions have none
+    except (TypeError, ValueError):  # some built-in functions have no signature
         return 2
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return 3

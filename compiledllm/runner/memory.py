@@ -1,4 +1,4 @@
-"""The plan of a GPU's memory: measured needs first, and the rest of the share for the KV cache."""
+"""Plans a GPU's memory: the KV cache gets what measured needs leave of the engine's share."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from compiledllm.runner.logits_rules import LogitsRules
 from compiledllm.runner.model_runner import ModelRunner
 from compiledllm.runner.sampler import WORKSPACE_BYTES
 
-# Memory of the driver, which torch does not count, for a captured graph of a few hundred kernels.
+# Driver memory of one captured graph of a few hundred kernels. torch does not count driver memory.
 _BYTES_PER_GRAPH = 4 * 2**20
 _GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryBudget:
-    """Bytes on the GPU. limit: the engine's share. held: weights and this process's other tensors.
+    """Bytes of GPU memory.
 
-    activations: the measured peak of a full step. captures: the captured steps' memory pool and
-    their graphs. sampling: the most that penalties and log probabilities take.
+    limit: the engine's share. held: weights and the process's other tensors. activations: measured
+    peak of the largest step. captures: the memory pool and the graphs of captured steps. sampling:
+    the maximum that penalties and log probabilities take.
     """
 
     limit: int
@@ -73,9 +74,9 @@ def measure_activations(
     max_num_seqs: int,
     max_num_batched_tokens: int,
 ) -> int:
-    """Peak bytes of the largest step beside weights and KV cache, uncompiled.
+    """Peak bytes of the largest step, uncompiled, without weights and KV cache.
 
-    Runs the step on a cache of one block and counts this process's own allocations.
+    The step runs on a KV cache of one block. Only the allocations of this process count.
     """
     device = platform.device
     kv_caches = allocate_kv_caches(model.spec, groups, 1, block_size, dtype, device)
@@ -92,14 +93,14 @@ def measure_activations(
 
 
 def max_sampling_bytes(max_num_seqs: int, vocab_size: int) -> int:
-    """Bytes that sampling takes if every request has penalties and wants log probabilities."""
+    """Bytes of sampling if every request has penalties and asks for log probabilities."""
     return WORKSPACE_BYTES + LogitsRules.max_bytes(max_num_seqs, vocab_size)
 
 
 def plan_memory(
     platform: Platform, share: float, activations: int, num_captures: int, sampling: int
 ) -> MemoryBudget:
-    """Captured steps share a memory pool, which is as large as the largest step."""
+    """Add up the budget. Captured steps share one memory pool, as large as the largest step."""
     return MemoryBudget(
         limit=int(platform.memory_bytes * share),
         held=torch.cuda.memory_allocated(platform.device),

@@ -1,4 +1,4 @@
-"""Executes scheduled steps on the device: gather inputs, forward, logits, draw, write back."""
+"""Runs scheduled steps: gathers inputs, runs the model, draws tokens, updates request rows."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ from compiledllm.runner.request_table import RequestTable
 from compiledllm.runner.sampler import Sampler
 from compiledllm.types import SchedulerOutput, StepOutput
 
-# Below this many tokens in a step, running the last block for sampled tokens only saves nothing.
+# Below this many tokens per step, running the last block for sampled tokens only saves no time.
 _MIN_TOKENS_FOR_ENDS = 1024
 
 
 class StepResult(NamedTuple):
-    """What a step leaves behind, besides the rows' new state."""
+    """The results of a step, besides the new state of the request rows."""
 
     drawn: Tensor  # int64 [samples], token ids
     logits: Tensor  # [samples, vocab]
-    hidden: Tensor | None  # [tokens, hidden], if `keeps_all` asked for it
+    hidden: Tensor | None  # [tokens, hidden] if the step `keeps_all`
 
 
 class ModelRunner:
-    """Owns the device: the model, its KV caches and the request rows.
+    """Owns everything on the device: the model, its KV caches and the request rows.
 
-    groups: which layers share block tables. kv_caches: one for each layer. max_tokens: the most
-    tokens of a step. max_blocks: width of the block tables, in blocks.
+    groups: which layers share block tables. kv_caches: one per layer. max_tokens: maximum tokens of
+    a step. max_blocks: width of the block tables, in blocks.
     """
 
     def __init__(
@@ -77,10 +77,10 @@ class ModelRunner:
         self.logits: Tensor  # [captured rows, vocab], written by every captured step
 
     def launch(self, step: SchedulerOutput) -> PendingOutput:
-        """Start one step; on a GPU it may still run when this returns.
+        """Launch one step. A GPU may still be running the step when the method returns.
 
-        The row of every request that samples ends up with its new token, so the next step can be
-        launched before this one's output is collected.
+        The step writes each drawn token to its request row, so the next step can be launched before
+        the output of this step is collected.
         """
         started = time.perf_counter()
         output = self._launch(step)
@@ -108,7 +108,7 @@ class ModelRunner:
         return self.outputs.send(request_ids, drawn, extras)
 
     def collect(self, pending: PendingOutput) -> StepOutput:
-        """Wait for a launched step's results; in the order of the launches."""
+        """Wait for the results of a launched step. Steps must be collected in launch order."""
         output = pending.collect()
         if self.table.rules.are_used:
             for request_id, token_id in output.token_ids.items():
@@ -118,7 +118,7 @@ class ModelRunner:
     # -- a step, replayed, run or recorded -----------------------------------------------------
 
     def _run(self, layout: StepLayout, num_samples: int, keeps_all: bool) -> StepResult:
-        """Replay the graph that serves the step; without one, run the step at its exact size."""
+        """Replay the captured graph that fits the step, or else run the step at its exact size."""
         shape, captured = layout.shape, None
         graphs = None if keeps_all else self.graphs
         if graphs is not None:
@@ -128,7 +128,7 @@ class ModelRunner:
         if graphs is not None and captured is not None:
             return StepResult(graphs.replay(captured, inputs)[:num_samples], self.logits, None)
         on_device = to_device(inputs, self.device)
-        # Compiled code does not accept size 0: a step without samples has one that is ignored.
+        # Compiled code does not accept size 0, so a step without samples has one that is ignored.
         size = max(num_samples, 1)
         batch = InputBatch.of(shape, on_device, size, self.table, self.block_size)
         draw_rows = self.sampler.rows_to_draw(layout.sample_rows, layout.sample_positions)
@@ -142,11 +142,12 @@ class ModelRunner:
         logits: Tensor | None = None,
         keeps_all: bool = False,
     ) -> StepResult:
-        """The whole step, from the request rows' state before it to their state after it.
+        """Run one step, from reading the request rows to updating them.
 
-        Draws the first `num_samples` samples of the batch. draw_rows: int64 [num_samples], whose
-        parameters the draws follow; None: their own rows'. logits: [num_samples, vocab], written if
-        given. keeps_all: the result has the hidden states of all tokens.
+        Draws tokens for the first `num_samples` samples of the batch. draw_rows: int64
+        [num_samples], the request rows whose sampling parameters apply; None: the sampled rows
+        themselves. logits: [num_samples, vocab], an output buffer. keeps_all: return the hidden
+        states of all tokens.
         """
         table, num_tokens = self.table, len(batch.input_ids)
         with self._products_of(num_tokens):
@@ -170,9 +171,9 @@ class ModelRunner:
         return StepResult(drawn, logits, hidden if keeps_all else None)
 
     def _captured_step(self, shape: StepShape, inputs: Tensor) -> Tensor:
-        """The step that `StepGraphs` records: token ids int64 [rows]; writes `self.logits`.
+        """The step that `StepGraphs` records. Returns token ids int64 [rows]; writes `self.logits`.
 
-        Nothing else is kept: it would take memory of its own in every graph.
+        No other tensor outlives the step, because it would take memory of its own in every graph.
         """
         self._backend.select(shape)
         batch = InputBatch.of(shape, inputs, shape.num_rows, self.table, self.block_size)
@@ -181,9 +182,9 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run_dummy(self, num_tokens: int, num_samples: int = 1) -> None:
-        """A step over padding, which touches the null block only, with so many draws.
+        """Run a step of padding tokens, with `num_samples` draws. Only the null block is touched.
 
-        It takes as much memory as any step: the hidden states of all tokens are kept.
+        The step keeps the hidden states of all tokens, so no step of this size takes more memory.
         """
         batch = InputBatch.dummy(num_tokens, self.table, num_samples)
         self._plan(StepLayout.empty(), np.array([self.table.padding_row]))
@@ -191,7 +192,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def capture(self, shapes: list[StepShape]) -> StepGraphs:
-        """Capture the steps of these shapes. CUDA only."""
+        """Capture a CUDA graph of a step for each shape. CUDA only."""
         vocab_size, dtype = self.model.spec.vocab_size, self.kv_caches[0].dtype
         max_rows = max(shape.num_rows for shape in shapes)
         self.logits = torch.empty(max_rows, vocab_size, dtype=dtype, device=self.device)
@@ -205,9 +206,9 @@ class ModelRunner:
         return graphs
 
     def forward(self, batch: InputBatch, ends: Ends | None = None) -> Tensor:
-        """Hidden states of a step's tokens, [tokens, hidden], or of its ends, [ends, hidden].
+        """Hidden states of all tokens, [tokens, hidden], or of `ends` only, [ends, hidden].
 
-        Stores the keys and values of all tokens.
+        Stores the keys and values of all tokens either way.
         """
         attn = [batch.attn[group] for group in self._group_of_layer]
         last = () if ends is None else (ends,)
@@ -215,7 +216,7 @@ class ModelRunner:
         return hidden
 
     def _forward_samples(self, batch: InputBatch) -> Tensor:
-        """Hidden states of the tokens that are followed by a draw, [samples, hidden]."""
+        """Hidden states of the sampled tokens, [samples, hidden]."""
         num_tokens, num_samples = len(batch.input_ids), len(batch.logits_indices)
         if num_tokens >= max(_MIN_TOKENS_FOR_ENDS, 4 * num_samples) and self.model.takes_ends:
             ends = batch.ends(self.table, self._group_of_layer[-1], self.block_size)
@@ -224,7 +225,7 @@ class ModelRunner:
         return hidden if num_tokens == num_samples else hidden[batch.logits_indices]
 
     def _plan(self, layout: StepLayout, rows: np.ndarray, graph: StepShape | None = None) -> None:
-        """rows: the request rows of the layout, and behind them the rows of padding."""
+        """Let the backend plan the step. rows: the layout's request rows, then padding rows."""
         tables = self.table.block_tables
         self._backend.plan(rows, layout.computed, layout.counts, tables, graph)
 
@@ -235,7 +236,7 @@ class ModelRunner:
     # -- what requests ask for besides tokens --------------------------------------------------
 
     def _last_tokens(self, rows: np.ndarray) -> Tensor | None:
-        """int64 [rows], before the step writes new tokens; None if no rule reads them."""
+        """Last tokens before the step overwrites them, int64 [rows]; None if no rule reads them."""
         table = self.table
         if not table.rules.read_last_tokens(rows):
             return None
@@ -244,9 +245,10 @@ class ModelRunner:
     def _prompt_logprobs(
         self, layout: StepLayout, hidden: Tensor
     ) -> list[tuple[str, int, LogprobsOf]]:
-        """For the requests that want them and have prompt tokens in this step.
+        """Log probabilities of prompt tokens, for requests that want them.
 
-        hidden: [tokens, hidden].
+        hidden: [tokens, hidden]. Returns (request id, first position, log probabilities) of each
+        chunk of a request's tokens.
         """
         found: list[tuple[str, int, LogprobsOf]] = []
         row_ends = np.cumsum(layout.counts)
@@ -266,11 +268,11 @@ class ModelRunner:
     # -- after a failure -----------------------------------------------------------------------
 
     def reset(self) -> None:
-        """Forget all requests (a step failed half-way); the scheduler sends them again as new."""
+        """Forget all requests after a failed step; the scheduler sends them again as new ones."""
         self.table.clear()
 
     def _zero_blocks(self, block_ids: list[int]) -> None:
-        """Masked positions are multiplied by zero, which leaves NaN what it is."""
+        """Zero KV blocks that may hold NaN, since masking by a product with zero keeps a NaN."""
         index = to_device(np.array(block_ids), self.device)
-        for kv_cache in {id(c): c for c in self.kv_caches}.values():  # layers may share one
+        for kv_cache in {id(c): c for c in self.kv_caches}.values():  # layers may share a cache
             kv_cache[:, index] = 0

@@ -1,4 +1,4 @@
-"""A launched step's results, perhaps still on their way to the host."""
+"""Results of a launched step, which may still be in flight from the device to the host."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 from compiledllm.kernels.logprobs import Logprobs
 from compiledllm.types import StepOutput, TokenLogprobs
 
-MAX_IN_FLIGHT = 2  # steps that are launched and not collected
+MAX_IN_FLIGHT = 2  # maximum number of steps that are launched and not yet collected
 
 
 @dataclass(frozen=True, slots=True)
 class LogprobsOf:
-    """Log probabilities at several positions, of one request or of several with a position each.
+    """Log probabilities at positions of one request, or at one position each of several requests.
 
-    num_best: number of columns for the most likely tokens. shares: per position, the numbers of
-    these columns and of the columns after them to return.
+    num_best: number of columns for the most likely tokens. shares: per position, how many of these
+    columns and how many of the named tokens' columns behind them to return.
     """
 
     logprobs: Logprobs
@@ -31,7 +31,7 @@ class LogprobsOf:
         return replace(self, logprobs=Logprobs(host.copy_(packed, non_blocking=True)))
 
     def positions(self) -> list[TokenLogprobs]:
-        """The values per position. The copies to the host must have arrived."""
+        """One tuple per position. The copy to the host must have arrived."""
         found = self.logprobs
         arrays = (x.numpy().tolist() for x in (found.token_ids, found.values, found.ranks))
         lines = zip(*arrays, self.shares, strict=True)
@@ -54,7 +54,11 @@ class LogprobsOf:
 
 @dataclass(slots=True)
 class Extras:
-    """A step's results besides tokens. errors: by request id."""
+    """A step's results besides tokens.
+
+    logprobs: (request ids, values at one position each). prompt_logprobs: (request id, first
+    position, values). errors: messages by request id.
+    """
 
     logprobs: list[tuple[list[str], LogprobsOf]] = field(default_factory=list)
     prompt_logprobs: list[tuple[str, int, LogprobsOf]] = field(default_factory=list)
@@ -69,7 +73,7 @@ class Extras:
 
 
 class PendingOutput:
-    """A launched step's tokens and extras."""
+    """The tokens and extras of a launched step."""
 
     def __init__(
         self,
@@ -103,9 +107,9 @@ class PendingOutput:
 
 
 class OutputRing:
-    """Copies drawn tokens to the host through pinned buffers, used in turn, so that nothing waits.
+    """Copies drawn tokens to the host without waiting, through a ring of pinned buffers.
 
-    num_slots: number of buffers, more than steps can be launched and not yet collected.
+    num_slots: number of buffers; must exceed the number of steps in flight.
     """
 
     def __init__(self, num_slots: int, max_num_seqs: int, device: torch.device) -> None:
@@ -119,7 +123,10 @@ class OutputRing:
     def send(
         self, request_ids: list[str], drawn: Tensor, extras: Extras | None = None
     ) -> PendingOutput:
-        """drawn: token ids [request_ids] on the device; they may be overwritten after this."""
+        """Start copying `drawn`, int64 [request_ids] on the device, to the host.
+
+        Later work on the stream may overwrite `drawn`.
+        """
         if not self._is_cuda:
             return PendingOutput(request_ids, drawn, None, extras)
         buffer, arrived = self._buffers[self._next, : len(drawn)], self._events[self._next]

@@ -1,7 +1,8 @@
-"""Device-resident state of live requests: one stable row each, until finish or preemption.
+"""Device-resident state of running requests. A request keeps its row until finish or preemption.
 
-A step gathers its inputs from rows. Only small diffs go to the device: a new request's parameters,
-new block ids. The last sampled token stays where the sampler wrote it.
+A step gathers its inputs from the rows. Only small diffs go to the device: parameters of new
+requests and new block ids. The sampler writes a drawn token into its row on the device, where the
+next step reads the token.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from compiledllm.types import NewRequest, SchedulerOutput
 
 
 class RequestTable:
-    """Rows of request state, at addresses that never change.
+    """Rows of request state, in tensors whose addresses never change.
 
-    On the device, one row more than `max_num_seqs` (the last is for padding): block_tables int32
-    [groups, rows, max_blocks], groups of layers; last_token_ids, num_computed_tokens int64 [rows];
-    `asked`, of the draws.
-    On the host: the tokens known at admission, what is to be told of tokens, and `rules`.
+    On the device there are `max_num_seqs` + 1 rows; the last row is for padding. block_tables:
+    int32 [groups, rows, max_blocks], a table per group of layers. last_token_ids,
+    num_computed_tokens: int64 [rows]. asked: sampling parameters.
+    On the host, per row: the tokens known at admission, the log probabilities to return, and the
+    rules for logits.
     """
 
     def __init__(
@@ -47,8 +49,8 @@ class RequestTable:
         self.rules = LogitsRules(max_num_seqs, vocab_size, device)
         self.token_ids: list[np.ndarray] = [np.empty(0, np.int64)] * max_num_seqs
         self.params: list[SamplingParams | None] = [None] * max_num_seqs
-        self.num_logprobs = np.zeros(max_num_seqs, np.int64)  # of the most likely tokens
-        self.named_logprobs: list[list[int]] = [[]] * max_num_seqs  # token ids asked for besides
+        self.num_logprobs = np.zeros(max_num_seqs, np.int64)  # number of most likely tokens
+        self.named_logprobs: list[list[int]] = [[]] * max_num_seqs  # further token ids
         self.num_prompt_tokens = np.zeros(max_num_seqs, np.int64)
         self.wants_logprobs = np.zeros(max_num_seqs, bool)
         self.wants_prompt_logprobs = np.zeros(max_num_seqs, bool)
@@ -57,11 +59,11 @@ class RequestTable:
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
 
     def rows_of(self, request_ids: Sequence[str]) -> np.ndarray:
-        """int64 [request_ids]."""
+        """The rows of these requests, int64 [request_ids]."""
         return np.array(list(map(self._row_of.__getitem__, request_ids)), np.int64)
 
     def apply(self, step: SchedulerOutput) -> None:
-        """Release, fill and extend rows as the scheduler says."""
+        """Release rows, fill rows and append blocks as the scheduler says."""
         for request_id in step.freed_request_ids:
             self._release(request_id)
         if step.new_requests:
@@ -74,7 +76,7 @@ class RequestTable:
             self._release(request_id)
 
     def record(self, request_id: str, token_id: int) -> None:
-        """A request's token has come to the host."""
+        """Store a drawn token of the request that has reached the host."""
         row = self._row_of.get(request_id)
         if row is not None:
             self.rules.record(row, token_id)
@@ -96,7 +98,7 @@ class RequestTable:
             [request.seed for request in new],
             [min(max(p.top_k, 0), 2**31 - 1) for p in params],
         ]
-        # Fractions travel as the bits of float64: all of a request in one copy.
+        # Floats travel as the bits of float64, so that one copy brings all parameters.
         parts = [
             [0.0 if p.is_greedy else p.temperature for p in params],
             [p.top_p for p in params],
@@ -118,7 +120,7 @@ class RequestTable:
         self._row_of[request.request_id] = row
         params = request.sampling_params
         ids = request.token_ids
-        self.token_ids[row] = np.fromiter(ids, np.int64, len(ids))  # half the time of asarray
+        self.token_ids[row] = np.fromiter(ids, np.int64, len(ids))  # twice as fast as asarray
         self.params[row] = params
         self.num_prompt_tokens[row] = request.num_prompt_tokens
         self.wants_logprobs[row] = params.wants_logprobs
@@ -130,7 +132,7 @@ class RequestTable:
         return row
 
     def _append_blocks(self, step: SchedulerOutput) -> None:
-        rows: list[int] = []  # of all groups' tables, one below the other
+        rows: list[int] = []  # row indices into the tables of all groups, stacked
         columns: list[int] = []
         block_ids: list[int] = []
         num_rows = self.padding_row + 1
@@ -149,5 +151,5 @@ class RequestTable:
 
 
 def num_best(asked: int | None, vocab_size: int) -> int:
-    """How many of the most likely tokens `logprobs` or `prompt_logprobs` means."""
+    """The number of most likely tokens that `logprobs` or `prompt_logprobs` asks for."""
     return vocab_size if asked == ALL_TOKENS else min(asked or 0, vocab_size)

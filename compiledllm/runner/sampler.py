@@ -1,8 +1,7 @@
-"""What requests ask for beyond a step's plain draws: tokens by rules, and log probabilities.
+"""Sampling beyond a step's plain draws: tokens under logits rules, and log probabilities.
 
-A step draws a token for every row. For the rows whose requests have rules for their logits the
-sampler draws again and overwrites the token. Log probabilities are the model's own, from logits
-that no rule has touched.
+A step draws a token for every row. For rows with logits rules, the sampler draws again and
+overwrites the token. Log probabilities are computed from the model's logits, before any rule.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from compiledllm.runner.device import to_device
 from compiledllm.runner.pending import Extras, LogprobsOf
 from compiledllm.runner.request_table import RequestTable, num_best
 
-WORKSPACE_BYTES = 256 * 2**20  # for edited copies of logits, or for the logits of a prompt
+WORKSPACE_BYTES = 256 * 2**20  # edited copies of logits, or the logits of a prompt
 
 
 class Sampler:
@@ -32,10 +31,11 @@ class Sampler:
         self._every_row = torch.arange(table.padding_row, device=table.device)
 
     def rows_to_draw(self, rows: np.ndarray, positions: np.ndarray) -> Tensor | None:
-        """int64 [rows], as whose draws the step is to make its own; None: as `rows` themselves.
+        """int64 [rows], the rows whose sampling parameters the step uses; None: `rows` themselves.
 
-        A row with rules is drawn again by `finish`. On a CPU a draw with filters takes up to 20 ms
-        for 152k tokens, so the step makes the padding row's draw instead, which is greedy.
+        `finish` draws again for a row with rules, so the step's draw is wasted. On a CPU a draw
+        with filters takes up to 20 ms at a vocabulary of 152k, so the step uses the parameters of
+        the padding row, which is greedy.
         """
         rules = self._table.rules
         if not rules.are_used or not (with_rules := rules.asks(rows, positions)).any():
@@ -52,12 +52,12 @@ class Sampler:
         last_tokens: Tensor | None,
         request_ids: list[str],
     ) -> Extras | None:
-        """Draw again for rows with rules; return what there is to report besides tokens, if any.
+        """Draw again for rows with rules; return log probabilities and errors, None without any.
 
-        drawn: int64 [rows], the step's draws; rows with rules are overwritten, here and in the
-        table. logits: [at least rows, vocab]. rows, positions: int64 [rows], request rows and the
-        positions of the drawn tokens. last_tokens: int64 [rows], the last tokens of the sequences
-        so far; None if no rule reads them.
+        drawn: int64 [rows], the step's draws; overwritten for rows with rules, as are the tokens in
+        the table. logits: [at least rows, vocab]. rows, positions: int64 [rows], request rows and
+        the positions of the drawn tokens. last_tokens: int64 [rows], each sequence's last token
+        before the draw; None if no rule reads last tokens.
         """
         extras = Extras()
         with_rules = np.flatnonzero(self._table.rules.asks(rows, positions))
@@ -80,7 +80,7 @@ class Sampler:
         last_tokens: Tensor | None,
         request_ids: list[str],
     ) -> dict[str, str]:
-        """Draw at the indices `with_rules`, a few at a time. Errors by request id."""
+        """Draw at the batch indices `with_rules`, in chunks. Returns errors by request id."""
         found: dict[str, str] = {}
         for start in range(0, len(with_rules), self._rows_at_once):
             chunk = with_rules[start : start + self._rows_at_once]
@@ -99,7 +99,11 @@ class Sampler:
         rows: np.ndarray,
         positions: np.ndarray,
     ) -> dict[int, str]:
-        """index: int64 [chunk], into `drawn`. rows, positions: of each. Returns errors by row."""
+        """Draw at the batch indices `index`. Returns errors by position in `index`.
+
+        index, rows, positions: int64 [chunk]; `index` selects from `drawn`, `logits` and
+        `last_tokens`. rows, positions: request rows and positions of the drawn tokens.
+        """
         table, device = self._table, logits.device
         batch_index, request_rows, device_positions = to_device(
             np.array([index, rows, positions]), device
@@ -123,7 +127,10 @@ class Sampler:
         with_logprobs: np.ndarray,
         request_ids: list[str],
     ) -> list[tuple[list[str], LogprobsOf]]:
-        """For the drawn tokens at `with_logprobs`; rows that want very many apart from the rest."""
+        """Log probabilities at the batch indices `with_logprobs`.
+
+        Rows that want more than MAX_IN_TRITON tokens are computed apart from the other rows.
+        """
         is_many = self._table.num_logprobs[rows[with_logprobs]] > MAX_IN_TRITON
         found = []
         for group in (with_logprobs[~is_many], with_logprobs[is_many]):
@@ -145,10 +152,10 @@ class Sampler:
         first: int,
         compute_logits: Callable[[Tensor], Tensor],
     ) -> list[tuple[int, LogprobsOf]]:
-        """For a request's prompt tokens `first`, `first` + 1, ..., which `hidden` predicts.
+        """Log probabilities of a request's prompt tokens `first`, `first` + 1, ...
 
-        hidden: [tokens, hidden]. Returns for each chunk of tokens its first position, and the log
-        probabilities from that position on.
+        hidden: [tokens, hidden]; element i predicts prompt token `first` + i. Returns (first
+        position, log probabilities) for each chunk of tokens.
         """
         params = self._table.params[row]
         assert params is not None
@@ -173,7 +180,7 @@ def _logprobs_of(
     num_best: list[int],
     named: list[list[int]] | None = None,
 ) -> LogprobsOf:
-    """num_best, named: for each row, how many of the likeliest tokens, and further token ids."""
+    """num_best, named: per row, the number of most likely tokens, and further token ids."""
     named = named or [[]] * len(num_best)
     width = max(map(len, named))
     asked_for = rows.new_empty((len(named), 0))

@@ -1,8 +1,8 @@
-"""Rows whose output has to follow a grammar: where each stands in it, and what it allows next.
+"""Structured output: the grammar state of request rows, and the mask of allowed next tokens.
 
-The host computes a bit for each token of the vocabulary; the device applies them to all such rows
-at once. A row's state follows from its output tokens alone, so it is made again whenever a request
-enters the table: after a preemption, a failed step or a restart.
+The host computes a bit mask over the vocabulary per row; the device applies the masks to all rows
+with a grammar at once. The state follows from the output tokens alone, so it is rebuilt when a
+request enters the table again: after a preemption, a failed step or a restart.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from compiledllm.types import Grammar, NewRequest
 
 
 class GrammarRows:
-    """Matchers by row, and their masks."""
+    """The grammar matchers of request rows, and the token masks they allow."""
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._vocab_size = vocab_size
@@ -27,7 +27,7 @@ class GrammarRows:
         self._matchers: dict[int, tuple[Grammar, Any]] = {}
         self._executor: Any = None
         bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
-        self._banned_by = to_device((bits ^ 1).view(np.int64)[:, 0], device)  # byte -> 8 booleans
+        self._banned_by = to_device((bits ^ 1).view(np.int64)[:, 0], device)  # [256], 8 bools each
 
     def fill(self, row: int, request: NewRequest) -> None:
         if request.grammar is not None:
@@ -38,16 +38,17 @@ class GrammarRows:
         self._matchers.pop(row, None)
 
     def record(self, row: int, token_id: int) -> None:
-        """The row's newest token; negative: none could be drawn, and the row is over."""
+        """Advance the row's matcher by a token; a negative one (nothing was drawn) is ignored."""
         if row in self._matchers and token_id >= 0:
             _, matcher = self._matchers[row]
             matcher.consume_token(token_id)
 
     def apply(self, logits: Tensor, rows: np.ndarray) -> dict[int, str]:
-        """Leave each row with a grammar what that allows; what went wrong, by index.
+        """Set the logits of tokens that a grammar forbids to -inf. Returns errors by index.
 
-        logits: float32 [rows, vocab], edited in place. Where the output is complete, an end-of-
-        sequence token is drawn, whatever else the request wants of its logits.
+        logits: float32 [rows, vocab], edited in place. If a row's output is complete, its logits
+        are flattened first, so that no other rule can keep the end-of-sequence token from being
+        drawn.
         """
         found = [(i, row) for i, row in enumerate(rows.tolist()) if row in self._matchers]
         if not found:
@@ -70,7 +71,7 @@ class GrammarRows:
         }
 
     def _compute(self, rows: list[tuple[Grammar, Any]]) -> np.ndarray:
-        """uint32 [rows, words]: a bit for each token, the lowest first; in several threads."""
+        """Compute masks in several threads: uint32 [rows, words], a bit per token, lowest first."""
         masks = np.zeros((len(rows), rows[0][0].num_mask_words), np.uint32)
         if len(rows) == 1:
             rows[0][1].unsafe_compute_mask_ptr(masks.ctypes.data, masks.nbytes)
@@ -89,6 +90,6 @@ class GrammarRows:
         return masks
 
     def _is_banned(self, masks: np.ndarray) -> Tensor:
-        """bool [rows, vocab] of uint32 [rows, words]."""
+        """Expand masks uint32 [rows, words] to bool [rows, vocab], True for forbidden tokens."""
         packed = to_device(masks.view(np.uint8), self._device, torch.uint8)  # [rows, bytes]
         return self._banned_by[packed.int()].view(torch.bool)[:, : self._vocab_size]
