@@ -1,13 +1,14 @@
-"""How layers share KV blocks: which layers have a block table in common, and which a cache tensor.
+"""Decides which layers share a block table and which layers share a KV cache tensor.
 
-Layers with the same window form groups of one size. A block belongs to one group and holds
-`block_size` tokens for each of the group's layers. The layers in the same column of all groups
-share a tensor. So all blocks are alike, and one pool gives them to whichever group needs a block.
+Layers with the same window are divided into groups; all groups have the same size. A block belongs
+to one group and holds `block_size` tokens of each layer of the group. The layers in the same column
+of the table below share a tensor. All blocks therefore have the same size, and one pool serves all
+groups.
 
-    column         0    1    2       a cache tensor each
-    group 0       L0   L1   L3       sees 1024 tokens back: holds no more blocks than that takes
-    group 1       L4   L6   L7       likewise
-    group 2       L2   L5    -       sees all
+    column         0    1    2       one cache tensor per column
+    group 0       L0   L1   L3       window of 1024 tokens: holds only the blocks in the window
+    group 1       L4   L6   L7       window of 1024 tokens
+    group 2       L2   L5    -       full attention
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from compiledllm.config import Choice
 from compiledllm.kernels.backend import AttentionBackend
 from compiledllm.models.spec import ModelSpec
 
-MAX_GROUPS = 8  # every step gathers block tables for every group
-NEARLY = 1.05  # times the least memory, which is accepted for fewer groups
+MAX_GROUPS = 8  # bounded, because every step gathers a block table per group
+NEARLY = 1.05  # accept up to this many times the minimum memory for fewer groups
 
 
 class Place(NamedTuple):
-    """Where a layer's keys and values are."""
+    """The location of a layer's keys and values."""
 
     group: int  # index of the block table
     column: int  # index of the cache tensor
@@ -34,9 +35,9 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class CacheGroups:
-    """windows: per group, how many of the latest tokens its layers see; 0: all.
+    """windows: per group, the number of latest tokens that its layers see; 0: all.
 
-    places: per layer. Layers in the same column have KV of the same shape.
+    places: one per layer. Layers in the same column have keys and values of the same shape.
     """
 
     windows: tuple[int, ...]
@@ -48,7 +49,7 @@ class CacheGroups:
         return 1 + max(place.column for place in self.places)
 
     def kv_bytes_per_token(self, spec: ModelSpec, itemsize: int) -> int:
-        """Bytes of a token in a block, over all layers of a group. itemsize: bytes per element."""
+        """KV bytes of one token over all layers of a group. itemsize: bytes per element."""
         layers = dict(zip((p.column for p in self.places), spec.layers, strict=True))
         return sum(2 * layer.attn.kv_size * itemsize for layer in layers.values())
 
@@ -63,13 +64,15 @@ class CacheGroups:
 def cache_groups(spec: ModelSpec, max_len: int) -> CacheGroups:
     """The fewest groups with which a request of `max_len` tokens takes nearly the least memory.
 
-    Groups are as large as each other, so one may lack layers. A model whose layers all see equally
-    far, or have KV of several shapes, has a single group, which sees as far as any of its layers.
+    All groups have the same size, so the last group of a window may have empty columns. A model
+    gets a single group, with the largest window of its layers, if all windows are equal or the
+    layers' keys and values differ in shape.
     """
     kinds: dict[int, list[int]] = {}  # window -> layers
     for index, layer in enumerate(spec.layers):
         window = layer.attn.sliding_window
-        kinds.setdefault(window if window < max_len else 0, []).append(index)  # else it never ends
+        # A window of `max_len` tokens or more never fills.
+        kinds.setdefault(window if window < max_len else 0, []).append(index)
     single = _of([(0 if 0 in kinds else max(kinds), list(range(len(spec.layers))))])
     if len(kinds) == 1 or not has_one_kv_shape(spec):
         return single
@@ -86,7 +89,7 @@ def cache_groups(spec: ModelSpec, max_len: int) -> CacheGroups:
 def choose_groups(
     spec: ModelSpec, max_len: int, backend: AttentionBackend
 ) -> tuple[CacheGroups, Choice]:
-    """Which layers of the model share block tables, and why."""
+    """The model's groups, and the reason for the choice."""
     groups, reason = cache_groups(spec, max_len), "layers that see equally far share a block table"
     if not backend.reads_groups:
         groups, reason = whole_contexts(spec), f"{backend.name} reads whole contexts"
@@ -98,7 +101,7 @@ def choose_groups(
 
 
 def whole_contexts(spec: ModelSpec) -> CacheGroups:
-    """One block table for all layers, whose blocks are never given back before the request ends."""
+    """A single group without a window: a request keeps all its blocks until it ends."""
     return _of([(0, list(range(len(spec.layers))))])
 
 
@@ -111,7 +114,7 @@ def _parts(layers: list[int], size: int) -> Iterator[list[int]]:
 
 
 def _of(groups: list[tuple[int, list[int]]]) -> CacheGroups:
-    """groups: for each its window and the indices of its layers."""
+    """Build CacheGroups from the window and the layer indices of each group."""
     places = {
         layer: Place(group, column)
         for group, (_, layers) in enumerate(groups)
@@ -122,5 +125,5 @@ def _of(groups: list[tuple[int, list[int]]]) -> CacheGroups:
 
 
 def _layers_times_tokens(groups: CacheGroups, max_len: int) -> int:
-    """Memory of a request of `max_len` tokens, in tokens of one layer."""
+    """KV memory of a request of `max_len` tokens, in units of one token of one layer."""
     return groups.size * sum(window or max_len for window in groups.windows)

@@ -1,8 +1,8 @@
-"""Which files of a directory are the checkpoint, and the tensors in them.
+"""Finds the weight files of a checkpoint directory and reads their tensors.
 
-The rules are transformers': files beside the checkpoint (adapters, optimizer states, a second copy
-in another layout) are not read, and buffers that old checkpoints store are ignored. Knows no
-architecture.
+The rules are those of transformers: other files in the directory (adapters, optimizer states, a
+second copy in another layout) are not read, and buffers that old checkpoints store are ignored. The
+module knows no architecture.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from tqdm import tqdm
 from compiledllm.config import ConfigError
 from compiledllm.log import log
 
-_CHUNK = 2**22  # elements that are compared at once
+_CHUNK = 2**22  # elements compared at once
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
-# Constants of a forward that old versions of transformers stored: rotary frequencies, positions and
-# causal masks. A model derives them from its config.
+# Buffers that old versions of transformers stored with the weights: rotary frequencies, positions
+# and causal masks. A model derives them from its config.
 _BUFFERS = re.compile(
     r"(?:.+\.)?(?:rotary_emb\.(?:inv_freq|original_inv_freq|cos_cached|sin_cached)|position_ids"
     r"|masked_bias|(?:attn|attention|self_attn|crossattention)\.bias|decoder\.version)"
@@ -36,15 +36,17 @@ _BUFFERS = re.compile(
 
 
 def is_derived(name: str) -> bool:
-    """Whether a tensor that no parameter takes is a buffer of old checkpoints."""
+    """Whether the name is that of a buffer in old checkpoints, which a model derives itself."""
     return _BUFFERS.fullmatch(name) is not None
 
 
 def weight_files(checkpoint: Path) -> list[Path]:
-    """The checkpoint's safetensors files. Raises ConfigError if there are none, or not all.
+    """The checkpoint's safetensors files. Raises ConfigError if any or all are missing.
 
-    As in transformers, `model.safetensors` is the whole checkpoint, else the files of its index.
-    Without either: the shards `NAME-00001-of-0000N.safetensors`, else the only file.
+    As in transformers, an existing `model.safetensors` is the whole checkpoint, unless the index
+    (`model.safetensors.index.json`) names that file; otherwise the files of the index are. Without
+    either, the checkpoint is the set of shards `NAME-00001-of-0000N.safetensors`, or else the only
+    safetensors file.
     """
     single, index = checkpoint / SINGLE, checkpoint / INDEX
     if index.exists():
@@ -68,7 +70,7 @@ def _indexed_files(index: Path) -> list[Path]:
 
 
 def _unnamed_files(checkpoint: Path) -> list[Path]:
-    """Of a directory with neither `model.safetensors` nor an index."""
+    """The weight files of a directory with neither `model.safetensors` nor an index."""
     found = sorted(checkpoint.glob("*.safetensors"))
     if not found:
         raise ConfigError(_no_safetensors(checkpoint))
@@ -111,7 +113,7 @@ def _no_safetensors(checkpoint: Path) -> str:
 
 
 def read_tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every tensor, one at a time. ConfigError if one is stored twice."""
+    """Read all tensors as (name, tensor), one at a time. ConfigError if a name occurs twice."""
     seen: dict[str, str] = {}
     progress = tqdm(files, desc="loading weights", unit="file", disable=not sys.stderr.isatty())
     for path in progress:
@@ -126,7 +128,7 @@ def read_tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """A safetensors file. Whatever is wrong with it is a ConfigError that names it."""
+    """Open a safetensors file. Raises ConfigError, naming the file, if the file cannot be read."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -135,7 +137,7 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 def files_by_tensor(files: list[Path]) -> dict[str, Path]:
-    """Name of each tensor -> its file, from the files' headers alone."""
+    """Tensor name -> file, read from the files' headers alone."""
     found: dict[str, Path] = {}
     for path in files:
         with opened(path) as file:
@@ -144,9 +146,9 @@ def files_by_tensor(files: list[Path]) -> dict[str, Path]:
 
 
 def are_equal(first: tuple[Path, str], second: tuple[Path, str], dtype: torch.dtype) -> bool:
-    """Whether two tensors, each given by file and name, are the same once they are of this dtype.
+    """Whether two tensors, each given as (file, name), are equal after conversion to `dtype`.
 
-    Rows are read in chunks, up to the first difference.
+    Rows are read in chunks and the first difference ends the comparison.
     """
     with opened(first[0]) as file, opened(second[0]) as other:
         slices = file.get_slice(first[1]), other.get_slice(second[1])

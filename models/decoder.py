@@ -1,8 +1,8 @@
-"""The one decoder: embedding, blocks, final norm, logits, built from a ModelSpec.
+"""The decoder of all families: embedding, blocks, final norm and logits, built from a ModelSpec.
 
-Blocks pass on the residual stream and a summand that is still to be added to it (`due`), so that
-the addition fuses with the next block's norm inside the compiled block. Knows nothing of requests
-or scheduling.
+A block returns the residual stream `x` and a pending residual update `due`. The next block adds
+`due` to `x`, so that the addition fuses with its norm inside the compiled block. The module knows
+nothing of requests or scheduling.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ Entered = tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]
 
 
 class Ends(NamedTuple):
-    """The tokens of a step whose hidden states are wanted.
+    """The tokens of a step whose hidden states are needed, normally the sampled tokens.
 
-    attn: for the last layer, with a row for each of these tokens over its whole context. Their keys
-    and values are stored together with those of all tokens, so the slots here are padding.
+    attn: metadata for the last layer, with one row per needed token over the token's whole context.
+    The slots are padding, because the keys and values of all tokens are stored separately.
     """
 
     indices: Tensor  # int64 [ends], into the step's tokens
@@ -40,7 +40,7 @@ class Ends(NamedTuple):
 
 
 class DecoderBlock(nn.Module):
-    """x += due; x += attn(norm(x)); returns x and mlp(norm(x)), which the next block adds."""
+    """x += due; x += attn(norm(x)); returns x and due = mlp(norm(x)), which the next block adds."""
 
     def __init__(self, spec: LayerSpec, backend: AttentionBackend) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class DecoderBlock(nn.Module):
         kv_cache: Tensor,
         slot_mapping: Tensor,
     ) -> None:
-        """Write to the cache what `forward` would, and compute nothing else."""
+        """Store the keys and values of all tokens, as `forward` does, and compute nothing else."""
         x = x + due
         attn_in = x if self.attn_norm is None or self.norms_sums else self.attn_norm(x)
         self.attn.store(attn_in, cos, sin, kv_cache, slot_mapping)
@@ -96,7 +96,7 @@ class DecoderBlock(nn.Module):
     def _forward_norming_sums(
         self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: Tensor, attn: AttentionMetadata
     ) -> tuple[Tensor, Tensor]:
-        """A block that normalises its last sum itself, so that nothing is due."""
+        """The post-norm block: it normalises each sum, and leaves no pending residual update."""
         assert self.attn_norm is not None and self.mlp_norm is not None
         x = self.attn_norm(x + self._scaled(self.attn(x, cos, sin, kv_cache, attn), None))
         x = self.mlp_norm(x + self._scaled(self.mlp(x), None))
@@ -108,11 +108,11 @@ class DecoderBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A decoder-only transformer over a paged KV cache.
+    """A decoder-only transformer on a paged KV cache.
 
-    `block_forward` runs a block; `enter` and `leave` run what lies before the first and behind the
-    last block. `compiledllm.graphs` replaces all three by compiled functions. `product` computes
-    the logits. takes_ends: whether `forward` may be given `Ends`.
+    `block_forward` runs a block, `enter` everything before the first block, `leave` everything
+    behind the last block. `compiledllm.graphs` replaces all three by compiled functions. `product`
+    multiplies by the output head. takes_ends: whether `forward` accepts `Ends`.
     """
 
     edges = "enter", "leave"
@@ -129,7 +129,7 @@ class Decoder(nn.Module):
             self.project_in = Linear(size, {"": spec.hidden_size}, bias=False)
             self.project_out = Linear(spec.hidden_size, {"": size}, bias=False)
         scale = torch.tensor(spec.embedding_scale, dtype=self.embedding.dtype, device="cpu")
-        self._embedding_scale = scale.item()  # rounded as the embedding is
+        self._embedding_scale = scale.item()  # rounded to the embedding's dtype
         size = spec.num_learned_positions
         self.positions = empty_parameter(size, spec.hidden_size) if size else None
         self.layers = nn.ModuleList(DecoderBlock(layer, backend) for layer in spec.layers)
@@ -152,10 +152,10 @@ class Decoder(nn.Module):
         attn: list[AttentionMetadata],
         ends: Ends | None = None,
     ) -> Tensor:
-        """Hidden states after the final norm, [tokens, hidden]. kv_caches, attn: one per layer.
+        """Hidden states behind the final norm, [tokens, hidden]. kv_caches, attn: one per layer.
 
-        With `ends`, the hidden states of these tokens only, [ends, hidden]: the last block stores
-        keys and values of the other tokens and skips the rest of its work on them.
+        With `ends`, returns the hidden states of these tokens only, [ends, hidden]. For other
+        tokens the last block just stores keys and values.
         """
         x, due, tables = self.enter(self, input_ids, positions)
         *body, last = zip(self.layers, self._rotary_index, kv_caches, attn, strict=True)
@@ -171,7 +171,7 @@ class Decoder(nn.Module):
         return self.leave(self, x, due)
 
     def untie_head(self) -> None:
-        """Give the output head a matrix of its own, not filled yet, and say so in `spec`."""
+        """Give the output head an uninitialised matrix of its own, and update `spec`."""
         self.spec = replace(self.spec, tie_word_embeddings=False)
         self.lm_head = empty_parameter(*self.embedding.shape)
 
@@ -186,7 +186,7 @@ class Decoder(nn.Module):
         return x
 
     def compute_logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """[tokens, hidden] -> [tokens, vocab], in the model's dtype; into `out` if it is given."""
+        """[tokens, hidden] -> [tokens, vocab], in the model's dtype; written to `out` if given."""
         head, spec = self.embedding if self.lm_head is None else self.lm_head, self.spec
         if self.project_out is not None:
             hidden = self.project_out(hidden)
@@ -201,13 +201,13 @@ class Decoder(nn.Module):
 
 
 def _enter(decoder: Decoder, input_ids: Tensor, positions: Tensor) -> Entered:
-    """x and due of the first block, [tokens, hidden], and cos and sin of each rotary table."""
+    """x and due of the first block, [tokens, hidden]; cos and sin of each rotary table."""
     x = decoder.embed(input_ids, positions)
     return x, _nothing_due(x), [rotary(positions, x.dtype) for rotary in decoder.rotary]
 
 
 def _leave(decoder: Decoder, x: Tensor, due: Tensor) -> Tensor:
-    """Hidden states from the last block's x and due, [tokens, hidden]."""
+    """Hidden states of the last block's x and due, behind the final norm; all [tokens, hidden]."""
     hidden: Tensor = decoder.final_norm(x + due)
     return hidden
 

@@ -1,4 +1,4 @@
-"""Makes a model's results independent of what else is in the batch, bit for bit."""
+"""Makes a model's results bitwise independent of the rest of the batch."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from compiledllm.models.spec import MlpSpec
 
 
 def make_deterministic(model: Decoder) -> None:
-    """Replace products and norms by those of `kernels.fixed_order_triton`.
+    """Replace the model's matmuls and norms by the kernels of `kernels.fixed_order_triton`.
 
-    The model's attention must be `FixedOrderBackend`, and the model must not be compiled, as the
-    compiler chooses its own sums for each number of tokens. Everything else works element by
-    element. Raises ConfigError for a model with other norms, experts or positions.
+    The model's attention backend must be `FixedOrderBackend`. The model must not be compiled,
+    because the compiler chooses the order of sums by the number of tokens. All other operations are
+    elementwise. Raises ConfigError if the model's norms, MLPs or positions have no such kernels.
     """
     _check(model)
     from compiledllm.kernels.fixed_order_triton import linear, rms_norm

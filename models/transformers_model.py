@@ -1,8 +1,9 @@
-"""A model that transformers runs, over our paged cache: for architectures without a family here.
+"""Runs a transformers model on the paged KV cache, for architectures without a family module.
 
-It has the interface of `Decoder`, so nobody else knows: `block_forward` runs the whole body, which
-is compiled as one block. Its attention calls reach us through transformers' attention interface,
-with the step's metadata as an argument. What can run this way, `transformers_probe` finds out.
+`TransformersModel` has the interface of `Decoder`, so no other module has to know the difference.
+`block_forward` runs the whole body (everything but the output head), which is compiled as one
+block. transformers' attention interface routes attention calls to `_attend`, with the step's
+metadata as an argument. `transformers_probe` decides which models can run this way.
 """
 
 from __future__ import annotations
@@ -31,11 +32,14 @@ from compiledllm.models.decoder import Decoder
 from compiledllm.models.spec import AttentionSpec, ModelSpec
 from compiledllm.models.weights import fill_with_random_weights
 
-_NAME = "compiledllm"  # among transformers' attention functions
+_NAME = "compiledllm"  # name of `_attend` in transformers' attention interface
 
 
 class _Paged(NamedTuple):
-    """What an attention call needs of us; the lists are by layer."""
+    """The arguments of `_attend` that transformers passes through.
+
+    kv_caches: one per layer, shaped as in `kernels.attention`. specs: one per layer.
+    """
 
     kv_caches: list[Tensor]
     attn: AttentionMetadata
@@ -54,7 +58,10 @@ def _attend(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: [1, tokens, num_heads, head_dim], no weights."""
+    """The attention function that transformers calls.
+
+    Returns [1, tokens, num_heads, head_dim], and None in place of the attention weights.
+    """
     index: Any = module.layer_idx
     kv_cache, spec, backend = paged.kv_caches[index], paged.specs[index], paged.backend
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
@@ -65,12 +72,12 @@ def _attend(
 
 
 class _Body(nn.Module):
-    """All but the output head."""
+    """The model without its output head: the one block that is compiled."""
 
     def __init__(self, base: nn.Module, spec: ModelSpec, backend: AttentionBackend) -> None:
         super().__init__()
         self.base = base
-        self.spec = spec.architecture  # equal ones share what is compiled; there is one
+        self.spec = spec.architecture  # key of the compiled block: there is just one body
         self._attention = tuple(layer.attn for layer in spec.layers)
         self._backend = backend
 
@@ -88,14 +95,14 @@ class _Body(nn.Module):
 
 
 class _Given(nn.Module):
-    """Stands where the head's model has its body, and passes on what the body made."""
+    """Replaces the body inside the head's module: returns the hidden states it is given."""
 
     def forward(self, input_ids: None = None, *, inputs_embeds: Tensor, **_: Any) -> _BodyOutput:
         return _BodyOutput(inputs_embeds)
 
 
 class _BodyOutput:
-    """A body's output, of any of transformers' kinds: what else there may be is None."""
+    """The body's output for any causal model: every field but the hidden states is None."""
 
     def __init__(self, hidden: Tensor) -> None:
         self.last_hidden_state = hidden
@@ -109,10 +116,11 @@ class _BodyOutput:
 
 
 class TransformersModel(nn.Module):
-    """transformers' module behind the interface of `Decoder`.
+    """A transformers module with the interface of `Decoder`.
 
-    module: a causal model whose config names our attention. It is taken apart: what it does to its
-    body's result (the head, scales and caps) is its own too.
+    module: a causal model whose config names `_NAME` as its attention. The constructor takes the
+    body out of `module`. The rest, which makes logits of hidden states (head, scale, soft cap),
+    runs unchanged as `head`.
     """
 
     edges = ()
@@ -134,11 +142,11 @@ class TransformersModel(nn.Module):
         kv_caches: list[Tensor],
         attn: list[AttentionMetadata],
     ) -> Tensor:
-        """Hidden states, [tokens, hidden]; see `Decoder.forward`. The layers have one metadata."""
+        """Hidden states, [tokens, hidden]; see `Decoder.forward`. All layers share `attn[0]`."""
         return self.block_forward(self.body, input_ids, positions, kv_caches, attn[0])
 
     def compute_logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """[tokens, hidden] -> [tokens, vocab], in the model's dtype; into `out` if it is given."""
+        """[tokens, hidden] -> [tokens, vocab], in the model's dtype; written to `out` if given."""
         logits: Tensor = self.head(inputs_embeds=hidden.unsqueeze(0), use_cache=False).logits[0]
         return logits.to(hidden.dtype) if out is None else out.copy_(logits)
 
@@ -146,10 +154,10 @@ class TransformersModel(nn.Module):
 def build_transformers_model(
     spec: ModelSpec, backend: AttentionBackend, checkpoint: Path, dummy_seed: int | None
 ) -> TransformersModel:
-    """With the checkpoint's weights, or random ones of this seed.
+    """Build the model with the checkpoint's weights, or with random ones of `dummy_seed`.
 
-    On torch's default device, in its default dtype. Raises ConfigError for weights that are missing
-    or left over, and for a model that looks across tokens beside its attention.
+    Uses torch's default device and dtype. Raises ConfigError for missing or unexpected weights, and
+    for a model that mixes tokens outside its attention.
     """
     from transformers.modeling_utils import AttentionInterface
 
@@ -166,7 +174,7 @@ def build_transformers_model(
 
 
 def _is_tied(module: Any) -> bool:
-    """Whether the head is the embedding; transformers unties a head with values of its own."""
+    """Whether head and embedding share a matrix. transformers unties a head that differs."""
     head, embedding = module.get_output_embeddings(), module.get_input_embeddings()
     return head is not None and embedding is not None and head.weight is embedding.weight
 
@@ -184,7 +192,7 @@ def _empty(checkpoint: Path) -> Any:
 
 
 def _load(checkpoint: Path) -> Any:
-    """By transformers, which knows how to rename and fuse; from safetensors alone."""
+    """Load the weights by transformers, which renames and fuses tensors; safetensors only."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
@@ -214,7 +222,7 @@ def _load(checkpoint: Path) -> Any:
 
 
 def _name_of_weights(checkpoint: Path) -> str:
-    """The one file, or the index, that transformers is to read; ConfigError if there is none."""
+    """The single file or the index that transformers must read; ConfigError if there is neither."""
     files = weight_files(checkpoint)
     if len(files) == 1:
         return str(files[0].relative_to(checkpoint))
@@ -233,10 +241,11 @@ _BLOCK = 16
 
 @torch.inference_mode()
 def _check_rows_are_apart(model: TransformersModel) -> None:
-    """Raise ConfigError if a token's result depends on its place in a step or on other requests.
+    """Raise ConfigError if a token's hidden state depends on the rest of the step.
 
-    A convolution or a shift over the tokens would go unnoticed elsewhere, as would positions that
-    are not ours. Two requests change places, and one of them comes in two pieces.
+    A convolution or a shift over the tokens, or positions that are not taken from `position_ids`,
+    would otherwise go unnoticed. The check runs two requests, then runs them again in reverse order
+    with one of them split into two chunks.
     """
     (first, second), spec = map(len, _ROWS), model.spec
     run = _TwoRows(_Body(model.body.base, spec, make_backend(REFERENCE)), spec)
@@ -245,7 +254,7 @@ def _check_rows_are_apart(model: TransformersModel) -> None:
     (rest,) = run((1, 4, second))
     actual = torch.cat((whole, beginning, rest))
     change = ((actual - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max().item()
-    # Other sums in another company; with 16 bits, perhaps other experts.
+    # The order of sums varies with the batch; in 16 bits even the choice of experts may vary.
     if not change < (1e-2 if torch.get_default_dtype() == torch.float32 else 0.3):
         raise ConfigError(
             f"transformers' {spec.architecture} cannot run here: a token's result changed by "
@@ -255,7 +264,7 @@ def _check_rows_are_apart(model: TransformersModel) -> None:
 
 
 class _TwoRows:
-    """Runs a body over parts of `_ROWS`, on a cache of its own with a block for each."""
+    """Runs a body over parts of `_ROWS`, on a KV cache with one block per row."""
 
     def __init__(self, body: _Body, spec: ModelSpec) -> None:
         self._body, self._vocab_size = body, spec.vocab_size
@@ -264,7 +273,7 @@ class _TwoRows:
         self._kv_caches = [torch.zeros(shape) for shape in shapes]
 
     def __call__(self, *parts: tuple[int, int, int]) -> list[Tensor]:
-        """Hidden states, float32, of each part of a step: (row, first token, end)."""
+        """Run one step of (row, first token, end) parts. Returns float32 [tokens, hidden] each."""
         counts = [end - first for _, first, end in parts]
         ids = itertools.chain(*(_ROWS[row][first:end] for row, first, end in parts))
         positions = torch.cat([torch.arange(first, end) for _, first, end in parts])

@@ -1,8 +1,9 @@
-"""The ModelSpec of a model that transformers runs for us, or why it cannot.
+"""Derives the ModelSpec of a transformers model, or the reason why the model cannot run here.
 
-The module is built without weights or memory (on the meta device) and run once. Its attention
-calls tell heads, sizes and windows; a forward that gets through asks the host for nothing, so that
-its steps can be captured. Knows transformers' interfaces, no model.
+The probe builds the module on the meta device, without weights or memory, and runs it once. The
+attention calls show the number of heads, their sizes and the windows. A forward pass that succeeds
+on the meta device never reads values on the host, so its steps can be captured. The module knows
+transformers' interfaces, no model.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from compiledllm.models.spec import (
     RopeSpec,
 )
 
-_PROBE = "compiledllm_probe"  # its name among transformers' attention functions
-_NUM_TOKENS = 1024  # whatever compresses or selects keys does so by then
-# What an attention call may come with that changes nothing here; windows are read from masks.
+_PROBE = "compiledllm_probe"  # name of `_record` in transformers' attention interface
+_NUM_TOKENS = 1024  # enough to trigger any compression or selection of keys
+# Arguments of attention calls that have no effect here. Windows are read from the masks instead.
 _HARMLESS = (
     *("dropout", "position_ids", "use_cache", "sliding_window", "cache_position"),
     *("output_attentions", "output_router_logits", "output_hidden_states", "return_dict"),
@@ -36,20 +37,20 @@ _HARMLESS = (
 
 
 class _CannotRun(Exception):
-    """What stands in the way, in words."""
+    """The reason why the model cannot run, as a message."""
 
 
 @dataclass
 class _Calls:
-    """The attention calls of a forward, in their order."""
+    """The attention calls of a forward pass, in call order."""
 
     specs: list[AttentionSpec] = field(default_factory=list)
 
 
 def spec_by_probing(hf: Any, architecture: str) -> ModelSpec:
-    """ModelSpec of a transformers config whose module can run over our paged cache.
+    """The ModelSpec of a transformers config whose module can run on the paged KV cache.
 
-    Raises ConfigError with what stands in the way.
+    Raises ConfigError with the reason if the module cannot.
     """
     try:
         module = _meta_module(hf, architecture)
@@ -76,7 +77,7 @@ def _meta_module(hf: Any, architecture: str) -> Any:
             return AutoModelForCausalLM.from_config(
                 hf, attn_implementation=_PROBE, dtype=torch.bfloat16
             ).eval()
-        except Exception as error:  # whatever a model says to an attention it does not know
+        except Exception as error:  # the model may raise anything for an unknown attention
             raise _CannotRun(f"it takes no attention but its own ({_first_line(error)})") from error
 
 
@@ -90,10 +91,11 @@ def _register(name: str, attention: Callable[..., Any], mask: Callable[..., Any]
 
 
 def _attention_calls(module: Any, hf: Any) -> list[AttentionSpec]:
-    """One for each layer, by its index."""
+    """The attention spec of each layer, recorded during one forward pass."""
     calls = _Calls()
     ids = torch.zeros(1, _NUM_TOKENS, dtype=torch.int64, device="meta")
-    mask = torch.ones(1, _NUM_TOKENS, dtype=torch.int64, device="meta")  # else it looks for packing
+    # Without a mask, transformers would read `position_ids` to look for packed sequences.
+    mask = torch.ones(1, _NUM_TOKENS, dtype=torch.int64, device="meta")
     try:
         with torch.inference_mode():
             out = module(
@@ -101,7 +103,7 @@ def _attention_calls(module: Any, hf: Any) -> list[AttentionSpec]:
             )
     except _CannotRun:
         raise
-    except Exception as error:  # of any operator that needs a value, or a cache
+    except Exception as error:  # e.g. an operator that needs values, or a cache
         reason = f"its forward needs more than tensors' shapes ({_first_line(error)})"
         raise _CannotRun(reason) from error
     if out.logits.shape != (1, _NUM_TOKENS, hf.vocab_size):
@@ -126,7 +128,7 @@ def _record(
     paged: _Calls | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """In the place of an attention function."""
+    """Called in place of an attention function: append the layer's spec to `paged.specs`."""
     if paged is None:
         raise _CannotRun("arguments do not reach its attention")
     if getattr(module, "layer_idx", None) != len(paged.specs):
@@ -156,7 +158,10 @@ def _record(
 
 
 def _mark_mask(*, mask_function: Callable[..., Any], device: Any, **arguments: Any) -> Tensor:
-    """In the place of a mask: a tensor that says which one it would be."""
+    """Called in place of a mask function: return a mask whose `window` names the kind.
+
+    window: number of latest positions that a token sees, 0 for all; None for any other mask.
+    """
     window = arguments.get("local_size") or 0
     mask = torch.ones(1, 1, _NUM_TOKENS, _NUM_TOKENS, dtype=torch.bool, device=device)
     mask.window = window if _is_window(mask_function, window) else None  # type: ignore[attr-defined]
@@ -164,7 +169,7 @@ def _mark_mask(*, mask_function: Callable[..., Any], device: Any, **arguments: A
 
 
 def _is_window(mask_function: Callable[..., Any], window: int) -> bool:
-    """Whether a query sees just itself and what is before it, within the window if there is one."""
+    """Whether the mask is causal within `window` tokens (0: without a window)."""
     query = window + window // 2 + 3
     first = query + 1 - window if window else 0
     expected = {0: first == 0, first - 1: False, first: True, query: True, query + 1: False}
@@ -212,7 +217,10 @@ def _spec_of(hf: Any, architecture: str, module: Any, calls: list[AttentionSpec]
 
 
 def _parameters_by_layer(module: Any, hf: Any) -> list[tuple[int, int]]:
-    """(all, those one token uses) of each layer. Three dimensions are taken for experts."""
+    """(all parameters, parameters that one token uses) of each layer.
+
+    A three-dimensional parameter with `num_experts` matrices is taken for experts' weights.
+    """
     count, top_k = (getattr(hf, name, None) for name in ("num_experts", "num_experts_per_tok"))
     sizes = [(0, 0)] * hf.num_hidden_layers
     for name, parameter in module.named_parameters():

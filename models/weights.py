@@ -1,11 +1,14 @@
-"""Fills a Decoder from safetensors: rename, fuse, convert, and account for every tensor.
+"""Loads safetensors into a Decoder: renames, fuses and converts tensors, and accounts for each one.
 
-Each checkpoint tensor is used exactly once and each parameter filled exactly once, else the load
-fails with the names. A family's NAMES maps checkpoint names to ours; `*` matches one name segment
-and stands for the same text on the right (`**`, in IGNORED, matches several), `:part` names a slice
-of a fused parameter; `:a,b` says that the tensor holds several, one after the other. What is stored
-in another order or transposed, a family's `prepare(name, tensor, spec)` puts right; where several
-stored tensors make one or one makes several, its `unpack(tensors, dtype, device)` does.
+Every checkpoint tensor must be used exactly once and every parameter filled exactly once; otherwise
+loading fails and names the tensors.
+
+A family's NAMES maps checkpoint names to parameter names of the Decoder. `*` matches one name
+segment and stands for the same text on the right; `**`, in IGNORED, matches several segments.
+`:part` names a slice of a fused parameter, and `:a,b` says that the checkpoint tensor is the
+concatenation of the slices a and b. A family's `prepare(name, tensor, spec)` reorders or transposes
+a tensor that is stored differently. Its `unpack(tensors, dtype, device)` merges several stored
+tensors into one, or splits one into several.
 """
 
 from __future__ import annotations
@@ -32,9 +35,10 @@ from compiledllm.models.registry import family_of
 
 
 def load_weights(model: Decoder, checkpoint: Path) -> None:
-    """Copy the checkpoint's tensors into `model`, converting to its dtype and device.
+    """Copy the checkpoint's tensors into `model`, converted to the model's dtype and device.
 
-    A head that the config ties but that the checkpoint stores with other values is untied.
+    An output head that the config ties is untied if the checkpoint stores a head that differs from
+    the embedding. Raises ConfigError for missing, unexpected or misshapen tensors.
     """
     family = family_of(model.spec.architecture)
     rules = _NameRules(family.NAMES, getattr(family, "IGNORED", ()))
@@ -79,10 +83,10 @@ _HOW_TO_TIE = "; if the model's head is its embedding, set tie_word_embeddings i
 
 
 def _settle_head(model: Decoder, rules: _NameRules, files: list[Path]) -> None:
-    """Decide on the head of a config that ties it, as transformers does.
+    """Decide how to load the output head if the config ties it, as transformers does.
 
-    An equal head in the checkpoint stays tied, a different one is loaded; a head without an
-    embedding is both.
+    A stored head that equals the embedding stays tied; a different one is loaded as a matrix of its
+    own. If the checkpoint stores a head but no embedding, the head is loaded as the embedding.
     """
     stored = files_by_tensor(files)
     heads, embeddings = (
@@ -104,7 +108,7 @@ def _settle_head(model: Decoder, rules: _NameRules, files: list[Path]) -> None:
 
 
 def fill_with_random_weights(model: Decoder, seed: int) -> None:
-    """Dummy weights: normal with the config's spread, norms one, biases zero."""
+    """Fill with dummy weights: normal with the spec's `initializer_range`, norms 1, biases 0."""
     for index, (name, parameter) in enumerate(model.named_parameters()):
         if parameter.dim() > 1 and not name.endswith("bias"):
             generator = torch.Generator(parameter.device).manual_seed(
@@ -116,7 +120,7 @@ def fill_with_random_weights(model: Decoder, seed: int) -> None:
 
 
 class _NameRules:
-    """A family's NAMES, in both directions."""
+    """A family's NAMES and IGNORED, for look-ups in both directions."""
 
     def __init__(self, names: dict[str, str], ignored: tuple[str, ...]) -> None:
         self._names = names
@@ -127,15 +131,15 @@ class _NameRules:
         self._ignored.append(_compile(source))
 
     def rename(self, source: str, target: str) -> None:
-        """Let the tensor `source` go to `target`, whatever NAMES say."""
+        """Map the checkpoint tensor `source` to `target`, overriding NAMES."""
         self._patterns.insert(0, (_compile(source), target))
 
     def sources_of(self, target: str) -> list[str]:
-        """The checkpoint names that NAMES has for `target`; without wildcards."""
+        """The checkpoint names that NAMES maps to `target`. Wildcards are not expanded."""
         return [source for source, there in self._names.items() if there == target]
 
     def target_of(self, name: str) -> str | None:
-        """Where a checkpoint tensor goes; "" when no rule knows it, None when it is ignored."""
+        """Where a checkpoint tensor goes; "" if no rule matches, None if it is ignored."""
         if any(pattern.fullmatch(name) for pattern in self._ignored):
             return None
         for pattern, target in self._patterns:
@@ -154,7 +158,7 @@ class _NameRules:
 
 
 def _slots_of(target: str) -> list[str]:
-    """ "x:a,b" -> "x:a", "x:b"."""
+    """Split a target into its slots: "x:a,b" -> "x:a", "x:b"."""
     name, _, parts = target.partition(":")
     return [f"{name}:{part}" for part in parts.split(",")] if parts else [name]
 
@@ -171,7 +175,7 @@ def _substitute(pattern: str, groups: tuple[str, ...]) -> str:
 
 
 def _destinations(model: Decoder) -> dict[str, Tensor]:
-    """Every slice a tensor may fill: "path.weight" or, where fused, "path.weight:part"."""
+    """Every slot a tensor may fill: "path.weight" or, for fused parameters, "path.weight:part"."""
     slots: dict[str, Tensor] = {}
     for path, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
@@ -187,7 +191,7 @@ def _destinations(model: Decoder) -> dict[str, Tensor]:
 
 
 def _slots_by_part(name: str, tensor: Tensor, parts: dict[str, int]) -> dict[str, Tensor]:
-    """The rows of each part; of a plain layer, whose one part is named "", all of them."""
+    """Slot name -> the rows of this part. A layer that is not fused has one part, named ""."""
     pieces = torch.split(tensor, list(parts.values()))
     names = [f"{name}:{part}" if part else name for part in parts]
     return dict(zip(names, pieces, strict=True))

@@ -1,1 +1,1 @@
-"""GGUF files (llama.cpp's format), turned into ordinary checkpoint directories."""
+"""Converts GGUF files (llama.cpp's format) into Hugging Face checkpoint directories."""

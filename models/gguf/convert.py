@@ -1,8 +1,9 @@
-"""A GGUF file as an ordinary Hugging Face checkpoint directory.
+"""Converts a GGUF file into a Hugging Face checkpoint directory.
 
-`convert_gguf` undoes what llama.cpp changed, by the rules of an architecture's module, and writes
-config, tokenizer and safetensors. What cannot be converted exactly is refused by name: no model
-rather than a wrong one. Knows neither how the file is laid out nor the cache.
+`convert_gguf` undoes llama.cpp's changes by the rules of an architecture's module, and writes
+config, tokenizer and safetensors. It refuses a file that cannot be converted exactly and names the
+obstacle: no model is better than a wrong one. The module knows neither the file layout nor the
+cache.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from compiledllm.models.gguf.file import FloatArray, GgufFile, brief, read_gguf
 from compiledllm.models.gguf.rules import Rule
 from compiledllm.models.gguf.tokenizer import build_tokenizer, tokenizer_config
 
-# general.architecture -> architecture of the config that is written.
+# general.architecture in the file -> architecture in the written config.json.
 ARCHITECTURES = {"gemma3": "Gemma3ForCausalLM", "llama": "LlamaForCausalLM"}
 _MODULES: dict[str, ModuleType] = {"gemma3": gemma3, "llama": llama}
 _SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -34,8 +35,9 @@ _SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 def convert_gguf(gguf_path: Path, target_dir: Path) -> None:
     """Write the model of `gguf_path` into `target_dir` as config, safetensors and tokenizer files.
 
-    Quantised weights become bfloat16, others keep their dtype. Memory: one tensor at a time.
-    Raises ConfigError for a damaged file and for anything that could not be converted exactly.
+    Files with quantised weights become bfloat16; other files keep their dtype. One tensor is in
+    memory at a time. Raises ConfigError for a damaged file and for a file that cannot be converted
+    exactly.
     """
     try:
         file = read_gguf(gguf_path)
@@ -60,10 +62,10 @@ def convert_gguf(gguf_path: Path, target_dir: Path) -> None:
 
 
 def _architecture_of(file: GgufFile) -> ModuleType:
-    """The module with its KEYS, `config` and `rules`.
+    """The architecture's module, which has KEYS, `config` and `rules`.
 
-    ValueError unless the file is a whole model, with nothing in its metadata that changes what it
-    computes unnoticed.
+    Raises ValueError if the file is one part of a split model, or if its metadata has an unknown
+    key, which might change the model's computation.
     """
     name = file.metadata.get("general.architecture")
     if not isinstance(name, str) or name not in _MODULES:
@@ -74,14 +76,14 @@ def _architecture_of(file: GgufFile) -> ModuleType:
             "it is one part of a split model; join the parts with 'llama-gguf-split --merge'"
         )
     known_keys = {f"{name}.{key}" for key in _MODULES[name].KEYS}
-    for key, value in file.metadata.items():  # such as experts or a logit scale; 0 is none
+    for key, value in file.metadata.items():  # e.g. experts or a logit scale; 0 means unused
         if key.startswith(f"{name}.") and key not in known_keys and value:
             raise ValueError(f"metadata key '{key}' = {brief(value)} is not supported")
     return _MODULES[name]
 
 
 def _generation_config(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
-    """generation_config.json: all tokens that end an answer (eos, end of turn, of message)."""
+    """generation_config.json. End-of-answer tokens: eos, end of turn, end of message."""
     ids = dict.fromkeys(file.token_id(role) for role in ("eos", "eot", "eom"))
     eos = [i for i in ids if i is not None]
     return {
@@ -99,8 +101,8 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _check_tensors(file: GgufFile, rules: dict[str, Rule]) -> None:
-    """ValueError for a tensor that is missing, unknown or misshapen."""
-    present = file.tensors.keys() - {"rope_freqs.weight"}  # that one went into the config
+    """Raise ValueError for a missing, unknown or misshapen tensor."""
+    present = file.tensors.keys() - {"rope_freqs.weight"}  # its content goes into the config
     for what, names in (("missing", rules.keys() - present), ("unknown", present - rules.keys())):
         if names:
             raise ValueError(f"{len(names)} {what} tensors: {brief(sorted(names))}")
@@ -110,7 +112,7 @@ def _check_tensors(file: GgufFile, rules: dict[str, Rule]) -> None:
 
 
 def _write_weights(file: GgufFile, rules: dict[str, Rule], dtype_name: str, path: Path) -> None:
-    """A safetensors file, tensor by tensor (safetensors' own save_file wants all in memory)."""
+    """Write a safetensors file tensor by tensor; `save_file` would need all tensors in memory."""
     dtype: torch.dtype = getattr(torch, dtype_name)
     code = _SAFETENSORS_DTYPES[dtype_name]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -134,6 +136,6 @@ def _write_weights(file: GgufFile, rules: dict[str, Rule], dtype_name: str, path
 
 
 def _uninterleave(rows: FloatArray, num_heads: int) -> FloatArray:
-    """Put the rows of each head, which llama.cpp stores as 0 32 1 33 …, in order again."""
+    """Restore the row order of each head; llama.cpp stores the rows as 0 32 1 33 …"""
     pairs = rows.reshape(num_heads, -1, 2, *rows.shape[1:])  # [heads, head_dim / 2, 2, in]
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)

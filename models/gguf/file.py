@@ -1,8 +1,7 @@
-"""The container: metadata and tensors of a GGUF file, every step checked against the file's size.
+"""Reads metadata and tensors of a GGUF file, and checks every read against the file's size.
 
-The header is read here and not by gguf.GGUFReader, which loops without end on some damaged files
-and takes 3 s for a vocabulary; dequantisation is the gguf package's. Knows no architecture, and
-not what becomes of the tensors.
+The module does not use gguf.GGUFReader, which loops forever on some damaged files and takes 3 s for
+a vocabulary. The gguf package dequantises the tensors. The module knows no architecture.
 """
 
 from __future__ import annotations
@@ -19,14 +18,15 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
 FloatArray: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"
 
-_STRING, _ARRAY, _UINT64 = 8, 9, 10  # metadata value types
-_SCALARS = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True))  # in struct's letters
-_MAX_COUNT = 2**24  # of keys, tensors, items of an array or bytes of text; real ones are far below
+_STRING, _ARRAY, _UINT64 = 8, 9, 10  # types of metadata values
+_SCALARS = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True))  # type -> struct format
+# Limit of the number of keys, tensors, array items or string bytes; real files stay far below.
+_MAX_COUNT = 2**24
 
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """Where a tensor lies in the data; `shape` is in numpy's order, the reverse of the file's."""
+    """Location of a tensor in the data. `shape` has numpy's order, the reverse of the file's."""
 
     shape: tuple[int, ...]
     kind: GGMLQuantizationType
@@ -36,7 +36,7 @@ class GgufTensor:
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
-    """A checked header, and the mapped file from where the header ends."""
+    """The checked header, and the memory-mapped file behind the header (`data`)."""
 
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
@@ -44,13 +44,13 @@ class GgufFile:
 
     @property
     def num_embeddings(self) -> int:
-        """Rows of the embedding: the vocabulary of the weights, padding included."""
+        """Rows of the embedding matrix: vocabulary size with padding."""
         if "token_embd.weight" not in self.tensors:
             raise ValueError("tensor 'token_embd.weight' is missing")
         return self.tensors["token_embd.weight"].shape[0]
 
     def load(self, name: str) -> FloatArray:
-        """One tensor, dequantised, as a fresh float32 array."""
+        """Dequantise one tensor into a new float32 array."""
         tensor = self.tensors[name]
         raw = np.frombuffer(self.data, np.uint8, tensor.num_bytes, tensor.offset)
         try:
@@ -63,7 +63,7 @@ class GgufFile:
         return np.array(values, dtype=np.float32)
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A positive number of the metadata."""
+        """Read a positive number from the metadata."""
         value = self.metadata.get(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError(f"metadata key '{key}' must be a number, got {brief(value)}")
@@ -72,21 +72,21 @@ class GgufFile:
         return value
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """A positive integer of the metadata."""
+        """Read a positive integer from the metadata."""
         value = self.number(key, default)
         if not isinstance(value, int):
             raise ValueError(f"metadata key '{key}' must be an integer, got {value}")
         return value
 
     def strings(self, key: str) -> list[str]:
-        """A list of strings of the metadata."""
+        """Read a list of strings from the metadata."""
         value = self.metadata.get(key)
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise ValueError(f"metadata key '{key}' must be a list of strings, got {brief(value)}")
         return value
 
     def token_id(self, role: str) -> int | None:
-        """The id of a special token, such as `eos` or `padding`, if the metadata names one."""
+        """The id of a special token such as `eos` or `padding`, None if the metadata has none."""
         value = self.metadata.get(f"tokenizer.ggml.{role}_token_id")
         num_tokens = len(self.strings("tokenizer.ggml.tokens"))
         if value is not None and (not isinstance(value, int) or not 0 <= value < num_tokens):
@@ -94,7 +94,7 @@ class GgufFile:
         return value
 
     def token(self, role: str) -> str | None:
-        """The text of a special token."""
+        """The text of a special token, None if the metadata has none."""
         index = self.token_id(role)
         return None if index is None else self.strings("tokenizer.ggml.tokens")[index]
 
@@ -105,7 +105,7 @@ def brief(value: object) -> str:
 
 
 class _Header:
-    """Reads the header front to back; every step is checked against the end of the file."""
+    """Reads the header front to back and checks every read against the end of the file."""
 
     def __init__(self, data: mmap.mmap, position: int) -> None:
         self.data = data
@@ -171,7 +171,7 @@ class _Header:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Map a GGUF file (version 2 or 3, little endian). Raises ValueError saying what is damaged."""
+    """Map a GGUF file (version 2 or 3, little endian) into memory. Raises ValueError for damage."""
     with path.open("rb") as opened:
         if (magic := opened.read(4)) != b"GGUF":
             raise ValueError("it is not a GGUF file (those begin with the letters GGUF)")

@@ -1,8 +1,8 @@
-"""The text model of Gemma 3 in GGUF files.
+"""Conversion rules for the text model of Gemma 3.
 
-llama.cpp stores norms plus one, and knows some things of the architecture by itself: every sixth
-layer sees everything, the others rotate by a base of 10000, and the largest model scales attention
-by another width.
+llama.cpp stores RMSNorm weights plus one. Files may lack three facts that are part of
+llama.cpp's code: every sixth layer has full attention, the other layers have a RoPE base of 10000,
+and the 27B model derives its attention scale from hidden_size / heads instead of head_dim.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _LAYERS_OF_27B = 62
 
 
 def config(file: GgufFile) -> dict[str, Any]:
-    """config.json of a Gemma3ForCausalLM."""
+    """The config.json of a Gemma3ForCausalLM."""
     common = common_config(file, "gemma3")
     num_layers, heads = common["num_hidden_layers"], common["num_attention_heads"]
     is_27b = num_layers == _LAYERS_OF_27B
@@ -61,7 +61,7 @@ def _rope_parameters(file: GgufFile) -> dict[str, dict[str, Any]]:
 
 
 def rules(config: dict[str, Any]) -> dict[str, Rule]:
-    """Tensor name in the file -> its rule, in the order they are written."""
+    """Tensor name in the file -> rule, in the order of the written safetensors file."""
     hidden, ffn, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     q, kv = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
     found = ends_rules(config, norm_offset=-1.0)

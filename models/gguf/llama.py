@@ -1,7 +1,7 @@
-"""Llama in GGUF files.
+"""Conversion rules for Llama.
 
-llama.cpp interleaves the rows of q and k, and stores Llama 3's RoPE scaling as a tensor of what the
-frequencies are divided by.
+llama.cpp interleaves the rows of q and k, and stores Llama 3's RoPE scaling as a tensor of
+frequency divisors.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ KEYS = (
     "tensor_data_layout",
     "vocab_size",
 )
-_LLAMA3_ROPE = {  # of all Llama 3.1 to 3.3 releases; a GGUF keeps only the divisors they lead to
+_LLAMA3_ROPE = {  # the same in Llama 3.1 to 3.3; GGUF files store the resulting divisors only
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
@@ -41,7 +41,7 @@ _LLAMA3_ROPE = {  # of all Llama 3.1 to 3.3 releases; a GGUF keeps only the divi
 
 
 def config(file: GgufFile) -> dict[str, Any]:
-    """config.json of a LlamaForCausalLM."""
+    """The config.json of a LlamaForCausalLM."""
     common = common_config(file, "llama")
     theta = shortest(file.number("llama.rope.freq_base", 10000.0))
     return common | {
@@ -55,9 +55,9 @@ def config(file: GgufFile) -> dict[str, Any]:
 
 
 def _rope_scaling(file: GgufFile, head_dim: int, theta: float) -> dict[str, Any] | None:
-    """The config entry that means the same as the file's RoPE scaling; ValueError if none does."""
+    """The config entry for the file's RoPE scaling. Raises ValueError if no entry is equivalent."""
     kind = file.metadata.get("llama.rope.scaling.type", "linear")
-    has_factor = file.metadata.get("llama.rope.scaling.factor")  # llama.cpp takes 0 for none
+    has_factor = file.metadata.get("llama.rope.scaling.factor")  # 0 means no scaling
     factor = shortest(file.number("llama.rope.scaling.factor")) if has_factor else 1.0
     is_scaled = kind != "none" and factor != 1.0
     has_divisors = "rope_freqs.weight" in file.tensors
@@ -74,7 +74,7 @@ def _rope_scaling(file: GgufFile, head_dim: int, theta: float) -> dict[str, Any]
 
 
 def _llama3_divisors(scaling: dict[str, Any], head_dim: int, theta: float) -> FloatArray:
-    """What Llama 3 divides each RoPE frequency by: 1 for short waves, factor for long ones."""
+    """Llama 3's divisor of each RoPE frequency: 1 for short waves, `factor` for long ones."""
     waves = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] / waves
@@ -83,7 +83,7 @@ def _llama3_divisors(scaling: dict[str, Any], head_dim: int, theta: float) -> Fl
 
 
 def rules(config: dict[str, Any]) -> dict[str, Rule]:
-    """Tensor name in the file -> its rule, in the order they are written."""
+    """Tensor name in the file -> rule, in the order of the written safetensors file."""
     hidden, ffn = config["hidden_size"], config["intermediate_size"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     q, kv = heads * config["head_dim"], kv_heads * config["head_dim"]

@@ -1,4 +1,4 @@
-"""What the architectures of GGUF files share: a config's common part, and rules for tensors."""
+"""Conversion rules that all architectures share, and the common part of config.json."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from compiledllm.models.gguf.file import GgufFile
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What a tensor is called in the checkpoint, and its shape.
+    """How to convert one tensor. name: the tensor's name in the checkpoint.
 
-    num_heads: of how many heads the rows are interleaved; 0 if they are not. offset: what is added
-    to the stored values.
+    num_heads: number of heads whose rows llama.cpp interleaves; 0: the rows are in order. offset:
+    added to the stored values.
     """
 
     name: str
@@ -26,7 +26,7 @@ class Rule:
 
 
 def common_config(file: GgufFile, prefix: str) -> dict[str, Any]:
-    """What every config.json has, by the names that checkpoints on the hub use."""
+    """The config.json entries of all architectures, named as in checkpoints on the hub."""
     hidden = file.integer(f"{prefix}.embedding_length")
     heads = file.integer(f"{prefix}.attention.head_count")
     kv_heads = file.integer(f"{prefix}.attention.head_count_kv", heads)
@@ -56,12 +56,12 @@ def common_config(file: GgufFile, prefix: str) -> dict[str, Any]:
         "eos_token_id": file.token_id("eos"),
         "pad_token_id": file.token_id("padding"),
         "dtype": dtype,
-        "torch_dtype": dtype,  # its name before transformers 5
+        "torch_dtype": dtype,  # name of `dtype` before transformers 5
     }
 
 
 def ends_rules(config: dict[str, Any], norm_offset: float = 0.0) -> dict[str, Rule]:
-    """Of the tensors outside the layers."""
+    """The rules of the tensors outside the layers: embedding, final norm and output head."""
     hidden, vocab = config["hidden_size"], config["vocab_size"]
     rules = {
         "token_embd.weight": Rule("model.embed_tokens.weight", (vocab, hidden)),
@@ -73,7 +73,7 @@ def ends_rules(config: dict[str, Any], norm_offset: float = 0.0) -> dict[str, Ru
 
 
 def shortest(value: float) -> float:
-    """The short decimal that a float32 of the metadata stands for: 9.99999975e-06 -> 1e-05."""
+    """The shortest decimal that rounds to the same float32: 9.99999975e-06 -> 1e-05."""
     return float(str(np.float32(value)))
 
 

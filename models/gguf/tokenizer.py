@@ -1,8 +1,8 @@
-"""The tokenizer that a GGUF file's metadata describes: byte-level BPE, or SentencePiece's BPE.
+"""Builds the tokenizer of a GGUF file from its metadata: byte-level BPE or SentencePiece BPE.
 
-Built here and not by transformers, which ignores how the text is split before merging
-(`tokenizer.ggml.pre`) and gives other ids for digits and spaces. Knows no architecture, and nothing
-of the weights but how many embeddings there are.
+transformers' own conversion is not used, because it ignores the pre-tokenizer
+(`tokenizer.ggml.pre`) and so encodes digits and spaces differently. The module knows no
+architecture; of the weights it reads only the number of embeddings.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tokenizers import pre_tokenizers as pre
 from compiledllm.models.gguf.file import GgufFile
 
 _CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6  # values of tokenizer.ggml.token_type
-_SPACE = "▁"  # what stands for one in SentencePiece's tokens
+_SPACE = "▁"  # stands for a space in SentencePiece tokens
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -24,7 +24,7 @@ _LLAMA3_NAMES = ("llama-bpe", "llama-v3", "llama3")
 
 
 def _pre_tokenizer(name: object) -> pre.PreTokenizer:
-    """How text is split before merging, by the name llama.cpp gives the scheme."""
+    """The pre-tokenizer for llama.cpp's name of the scheme."""
     if name == "gpt-2":
         return pre.ByteLevel(add_prefix_space=False)
     if name == "smollm":
@@ -37,7 +37,7 @@ def _pre_tokenizer(name: object) -> pre.PreTokenizer:
 
 
 def build_tokenizer(file: GgufFile) -> Tokenizer:
-    """The tokenizer that the metadata describes."""
+    """Build the tokenizer. Raises ValueError for an unsupported scheme or inconsistent metadata."""
     makers = {"gpt2": _byte_level, "llama": _sentence_piece}
     model = file.metadata.get("tokenizer.ggml.model")
     if not isinstance(model, str) or model not in makers:
@@ -48,7 +48,7 @@ def build_tokenizer(file: GgufFile) -> Tokenizer:
     vocab, types = _vocabulary(file), file.metadata.get("tokenizer.ggml.token_type")
     if not isinstance(types, list) or len(types) != len(vocab):
         raise ValueError("metadata key 'tokenizer.ggml.token_type' must have a number per token")
-    if model == "llama":  # llama.cpp writes spaces in tokens that are matched in plain text
+    if model == "llama":  # user-defined tokens contain plain spaces
         kinds = zip(vocab, types, strict=True)
         texts = [t.replace(" ", _SPACE) if kind == _USER_DEFINED else t for t, kind in kinds]
         vocab = {text: index for index, text in enumerate(texts)}
@@ -58,7 +58,7 @@ def build_tokenizer(file: GgufFile) -> Tokenizer:
         tokenizer = makers[model](file, vocab, types)
     except ValueError:
         raise
-    except Exception as error:  # tokenizers raises bare Exception
+    except Exception as error:  # tokenizers raises plain Exception
         raise ValueError(f"the merges do not fit the vocabulary: {error}") from error
     tokenizer.add_tokens(
         [
@@ -75,7 +75,7 @@ def _byte_level(file: GgufFile, vocab: dict[str, int], _types: list[int]) -> Tok
     scheme = file.metadata.get("tokenizer.ggml.pre")
     parts = (merge.partition(" ") for merge in file.strings("tokenizer.ggml.merges"))
     merges = [(left, right) for left, _, right in parts]
-    # Llama 3 takes a piece that is a token whole, without asking the merges.
+    # Llama 3 encodes a piece that is a token as this token, without applying merges.
     tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=scheme in _LLAMA3_NAMES))
     tokenizer.pre_tokenizer = _pre_tokenizer(scheme)
     tokenizer.decoder = decoders.ByteLevel()
@@ -83,7 +83,7 @@ def _byte_level(file: GgufFile, vocab: dict[str, int], _types: list[int]) -> Tok
 
 
 def _sentence_piece(file: GgufFile, vocab: dict[str, int], types: list[int]) -> Tokenizer:
-    """As Gemma has it: a space is a letter, nothing is put in front, unknown letters are bytes."""
+    """SentencePiece BPE as in Gemma: spaces are letters, no prefix space, byte fallback."""
     for key, default in (("add_space_prefix", True), ("remove_extra_whitespaces", False)):
         if file.metadata.get(f"tokenizer.ggml.{key}", default):
             raise ValueError(f"tokenizer.ggml.{key} = True is not supported")
@@ -105,10 +105,10 @@ def _sentence_piece(file: GgufFile, vocab: dict[str, int], types: list[int]) -> 
 def _merges_by_score(
     file: GgufFile, vocab: dict[str, int], types: list[int]
 ) -> list[tuple[str, str]]:
-    """Every split of a token into two, the best-scored token's first; of equal ones the longer.
+    """All merges that yield a token: by descending score of the token, then by length of the parts.
 
-    SentencePiece merges whichever neighbours make the best-scored token; those matched in plain
-    text, which the file scores low, come before all others.
+    SentencePiece merges the neighbours that make the token with the best score. User-defined tokens
+    have low scores in the file but are matched first, so their score counts as 0.
     """
     scores = file.metadata.get("tokenizer.ggml.scores")
     if not isinstance(scores, list) or len(scores) != len(vocab):
@@ -125,7 +125,7 @@ def _merges_by_score(
 
 
 def tokenizer_config(file: GgufFile, max_length: int) -> dict[str, Any]:
-    """tokenizer_config.json: what transformers adds to `build_tokenizer`'s tokenizer.json."""
+    """tokenizer_config.json, which transformers reads in addition to tokenizer.json."""
     roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     special = {f"{ours}_token": file.token(theirs) for ours, theirs in roles.items()}
     return {
@@ -138,7 +138,7 @@ def tokenizer_config(file: GgufFile, max_length: int) -> dict[str, Any]:
 
 
 def _vocabulary(file: GgufFile) -> dict[str, int]:
-    """Token -> id, in the order of ids."""
+    """Token -> id, ordered by id. Raises ValueError if a token occurs twice."""
     tokens = file.strings("tokenizer.ggml.tokens")
     vocab = {token: i for i, token in enumerate(tokens)}
     if not len(vocab) == len(tokens) <= file.num_embeddings:
@@ -150,7 +150,7 @@ def _vocabulary(file: GgufFile) -> dict[str, int]:
 
 
 def _is_added(file: GgufFile, role: str) -> bool:
-    """Whether encoding adds the bos or eos token; where the file is silent, as llama.cpp does."""
+    """Whether encoding adds the bos or eos token. The default is llama.cpp's."""
     kind, scheme = (file.metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
     default = role == "bos" and (kind == "llama" or scheme in _LLAMA3_NAMES)
     is_wanted = file.metadata.get(f"tokenizer.ggml.add_{role}_token", default)
