@@ -1,4 +1,4 @@
-"""What is compiled, captured and replayed: decoder blocks, whole steps, and their sizes."""
+"""Compilation of decoder blocks, CUDA graphs of whole steps, and the step sizes to capture."""
 
 if __name__ != "compiledllm.graphs":
     raise ImportError(

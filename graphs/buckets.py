@@ -1,4 +1,4 @@
-"""Which step sizes are captured: pure functions of the largest batch and step."""
+"""Chooses the step sizes to capture: pure functions of the largest batch and step."""
 
 from __future__ import annotations
 
@@ -46,9 +46,10 @@ _MIXED_ROWS = ((8, 768), (64, 1024), (192, 1024), (256, 2048))
 
 
 def step_shapes(max_rows: int, max_tokens: int) -> list[StepShape]:
-    """All shapes worth capturing: decode steps of every bucket, and steps with prompts.
+    """The shapes to capture: decode steps of every bucket size, and steps with prompts.
 
-    Steps with prompts always have more tokens than rows: kernels take fewer for a decode step.
+    A captured step with prompts has more tokens than rows, because kernels treat a step with fewer
+    tokens than metadata rows as a decode step.
     """
     decode = [StepShape(size, size, True) for size in ladder(max_rows)]
     row_counts = [(rows, limit) for rows, limit in _MIXED_ROWS if rows < max_rows]

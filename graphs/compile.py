@@ -1,10 +1,10 @@
 """Compiles the decoder block, once per distinct layer spec, and the decoder's edges.
 
-Layers with equal specs share a compiled block. The edges lie before the first block and behind the
-last. Each is compiled in variants: one token (a static shape, for single-row decode) and ranges of
-token counts. Any later compilation is a recompile, which never happens in a healthy engine:
-recompiles are counted and tests hold them to zero. Knows "a module with blocks, a `block_forward`
-and edges", no model by name.
+Layers with equal specs share a compiled block. The edges are the functions that run before the
+first block and behind the last block. Blocks and edges are compiled in variants: one token (a
+static shape, for single-row decode) and ranges of token counts. A compilation after warm-up is a
+recompile, which must never happen: recompiles are counted, and tests require zero. The module knows
+a decoder with blocks, a `block_forward` and edges, but no model by name.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ Args = tuple[Any, ...]
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A compilation for steps of `min_tokens` to `max_tokens` tokens, made with `example` tokens.
+    """A compilation for steps of `min_tokens` to `max_tokens` tokens, traced with `example` tokens.
 
-    The compiler sizes its kernels by the example: a kernel for two tokens is slow for thousands.
+    The compiler tunes its kernels for the example: a kernel tuned for 2 tokens is slow for
+    thousands.
     """
 
     min_tokens: int
@@ -44,9 +45,9 @@ class Variant:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A call from which one variant of a block or an edge is compiled.
+    """A recorded call, from which one variant of a block or an edge is compiled.
 
-    name: the decoder's attribute that was called. spec: the block's; None for an edge.
+    name: the decoder's attribute that was called. spec: the spec of the block, None for an edge.
     """
 
     name: str
@@ -70,13 +71,13 @@ _GPU_VARIANTS = (
 def variants_for(max_tokens: int, on_gpu: bool) -> list[Variant]:
     """The variants that steps of at most `max_tokens` need.
 
-    The last one ends at `max_tokens`: the compiler indexes with 32 bits where the bound proves that
-    32 bits suffice.
+    The last variant ends at `max_tokens`, because the compiler uses 32-bit indices only if the
+    bound proves that they suffice.
     """
     found = []
     for v in _GPU_VARIANTS if on_gpu else _CPU_VARIANTS:
         if v.min_tokens <= max_tokens:
-            # A range of one token would make the shape static.
+            # A range of a single token count would make the shape static.
             limit = min(v.max_tokens, max(max_tokens, v.min_tokens + 1))
             found.append(Variant(v.min_tokens, limit, min(v.example, limit)))
     return found
@@ -85,8 +86,8 @@ def variants_for(max_tokens: int, on_gpu: bool) -> list[Variant]:
 def edge_variants(variants: Sequence[Variant]) -> dict[Variant, Variant]:
     """The variants of the edges, keyed by the block's variant with the same example.
 
-    Two are enough, one token and any number: the edges' kernels are alike for few and many tokens,
-    and each variant takes time at start.
+    Edges need two variants only, one token and any number of tokens: their kernels are equally good
+    for few and many tokens, and each variant adds to the start-up time.
     """
     few = dict(zip(variants[:2], variants[:2], strict=True))
     last = variants[:2][-1]
@@ -94,11 +95,11 @@ def edge_variants(variants: Sequence[Variant]) -> dict[Variant, Variant]:
 
 
 class Decoder(Protocol):
-    """A model to compile: `block_forward(block, *tensors, kv_cache, attn)` runs one block.
+    """A model to compile. `block_forward(block, *tensors, kv_cache, attn)` runs one block.
 
-    The first dimension of the tensors is tokens. Blocks with equal `spec` share a compilation.
-    kv_cache: a tensor, or a list of tensors. edges: names of further attributes to compile, each
-    called once a step as `edge(decoder, *tensors)`.
+    tensors: each [tokens, ...]. kv_cache: a tensor or a list of tensors. Blocks with equal `spec`
+    share a compilation. edges: names of further attributes to compile, each called once per step as
+    `edge(decoder, *tensors)`.
     """
 
     block_forward: Forward
@@ -108,11 +109,12 @@ class Decoder(Protocol):
 
 
 class BlockCompiler:
-    """Replaces a decoder's `block_forward` and edges by their compiled forms.
+    """Replaces a decoder's `block_forward` and edges by compiled functions.
 
-    decoder: the model. run_dummy: runs a step of this many padding tokens. variants: in ascending
-    order, the first for one token, the last for any number. `compile` blocks; while
-    `compile_in_background` and `compile_after` are under way the model serves eagerly.
+    run_dummy: runs a step with the given number of padding tokens. variants: in ascending order,
+    the first for one token, the last without an upper bound of its own. `compile` waits for the
+    compiler. After `compile_in_background` or `compile_after`, the decoder runs eagerly until
+    compilation is done.
     """
 
     def __init__(
@@ -142,21 +144,22 @@ class BlockCompiler:
 
     @property
     def num_recompiles(self) -> int:
-        """Compilations since warm-up."""
+        """Number of compilations since warm-up."""
         return self.num_compiles - self._warmed_up_at if self._warmed_up_at is not None else 0
 
     def compile(self) -> bool:
-        """Compile and switch over. False, after one warning, if that fails: eager goes on."""
+        """Compile and switch over. Returns False after a failure; the decoder then stays eager."""
         if not self.is_ready:
             self._compile_examples(self._record_examples())
             self._switch_over()
         return self.is_ready
 
     def compile_in_background(self) -> None:
-        """Start compiling in a thread; the decoder switches over at the end of a later step.
+        """Start compiling in a thread. The decoder switches over at the end of a later step.
 
-        Meanwhile the model leaves one core to the compiler. Its threads wait for each other at
-        every operator, so sharing a core with the compiler would cost more than the core is worth.
+        Meanwhile the model uses one thread fewer and leaves one core to the compiler. The model's
+        threads wait for each other at every operator, so one thread that shares its core with the
+        compiler would slow down all of them.
         """
         examples, num_threads = self._record_examples(), torch.get_num_threads()
 
@@ -178,7 +181,7 @@ class BlockCompiler:
         self._busy_seconds_left = busy_seconds
 
     def count_work(self, seconds: float) -> None:
-        """Note seconds of the model's work. Called between steps, by the thread that runs them."""
+        """Add seconds of the model's work. The thread that runs steps calls this between steps."""
         if self._thread is not None and not self._thread.is_alive():
             self._thread = None
             torch.set_num_threads(self._threads_to_restore)
@@ -201,12 +204,12 @@ class BlockCompiler:
             log.info("compiled the decoder block in %.1f s", self.seconds)
 
     def use(self, forwards: Mapping[str, Forward]) -> None:
-        """Let the decoder run these functions: `self.eager` or `self.compiled`."""
+        """Make the decoder call these functions: `self.eager` or `self.compiled`."""
         for name, forward in forwards.items():
             setattr(self._decoder, name, forward)
 
     def _record_examples(self) -> list[Example]:
-        """The first call of each distinct block and edge, for each variant, largest first."""
+        """Record the first call of each distinct block and edge per variant, largest first."""
         examples: list[Example] = []
         of_edges = edge_variants(self._variants)
         for variant in reversed(self._variants):
@@ -250,7 +253,7 @@ class BlockCompiler:
                     forward(example.module, *example.args)
                 of_key = compiled.setdefault((example.name, example.spec), [])
                 of_key.insert(0, (example.variant.max_tokens, forward))
-        except Exception as error:  # whatever the compiler raises, the eager model still serves
+        except Exception as error:  # after any compiler error the eager model still serves
             self.error = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
             log.warning("compilation failed, running eagerly (%s)", self.error)
             return
@@ -279,10 +282,10 @@ def _by_size(name: str, compiled: dict[tuple[str, Any], list[tuple[float, Forwar
 
 
 def _own_copy(forward: Forward) -> Forward:
-    """The same function with a code object of its own.
+    """A copy of the function with its own code object.
 
-    The compiler keeps at most eight compilations of a code object. All engines of a process and all
-    layer specs would share the eight, and the fifth engine would fail.
+    Dynamo keeps at most eight compilations per code object. Without copies, all engines of a
+    process and all layer specs would share the eight, and the fifth engine would fail.
     """
     assert isinstance(forward, types.FunctionType)
     copy = types.FunctionType(
@@ -293,10 +296,10 @@ def _own_copy(forward: Forward) -> Forward:
 
 
 def _cached_for(variant: Variant) -> AbstractContextManager[None]:
-    """Inside, the compiler's cache on disk is keyed by the variant's range of tokens, too.
+    """A context in which the key of the compiler's disk cache contains the variant's token range.
 
-    The compiler's own key has no ranges: it would find a compilation for fewer tokens, and then
-    reject it.
+    The default key contains no ranges: the compiler would find a compilation for fewer tokens and
+    then reject it.
     """
     tag = f"{variant.min_tokens} to {variant.max_tokens} tokens"
     config: Any = torch.compiler.config
@@ -305,7 +308,7 @@ def _cached_for(variant: Variant) -> AbstractContextManager[None]:
 
 
 def _mark_token_and_row_counts_dynamic(example: Example) -> None:
-    """Mark the first dimension of all tensors but the cache: it counts tokens or rows."""
+    """Mark the first dimension, tokens or rows, of all tensors but the KV cache as dynamic."""
     variant, tensors = example.variant, list(example.args)
     if variant.max_tokens == 1:
         return  # static

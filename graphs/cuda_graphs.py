@@ -1,6 +1,6 @@
-"""Whole steps as captured CUDA graphs, one for each shape that is worth it.
+"""Captures whole steps as CUDA graphs, one per step shape, and replays them.
 
-Knows a step function, shapes and a static input buffer; no model, no requests.
+The module knows a step function, shapes and a static input buffer, but no model and no requests.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ from compiledllm.graphs.buckets import StepShape, shape_for
 
 log = logging.getLogger("compiledllm")
 
-_MAX_REMEMBERED_SIZES = 4096  # step sizes for which the serving graph is remembered
+_MAX_REMEMBERED_SIZES = 4096  # entries of the cache: step size -> captured shape
 
-# (shape, inputs int64 of the size that the shape asks for) -> drawn token ids int64 [rows]. A step
-# reads and writes tensors whose addresses never change. All that differs from step to step is in
-# these tensors, nothing in Python values.
+# (shape, inputs) -> drawn token ids int64 [rows]. inputs: an int64 array whose size follows from
+# the shape. A step reads and writes tensors whose addresses never change. Steps of a shape differ
+# only in the contents of these tensors, never in Python values.
 Step = Callable[[StepShape, Tensor], Tensor]
 
 
 class StepGraphs:
     """Captures `step` for a set of shapes and replays it.
 
-    inputs: for each shape the inputs of a step of padding, of the size that `replay` will get.
+    inputs: for each shape, the inputs of a step of padding, of the size that `replay` will be
+    given.
     """
 
     def __init__(
@@ -50,10 +51,10 @@ class StepGraphs:
         return list(self._graphs)
 
     def capture(self) -> None:
-        """Record all shapes, the largest first, in one memory pool.
+        """Capture all shapes, the largest first, in one shared memory pool.
 
-        If memory runs out, shapes of at most half as many tokens are tried. Larger steps then run
-        without a graph, and a log line says so.
+        If memory runs out, the capture is tried again with shapes of at most half the largest
+        number of tokens. Larger steps then run without a graph, and a warning is logged.
         """
         started = time.perf_counter()
         shapes = sorted(self._padding)
@@ -77,7 +78,8 @@ class StepGraphs:
         pool = torch.cuda.graph_pool_handle()
         gc.collect()
         largest = shapes[-1]
-        # Set-up on first use must not be captured; kernels may be loaded during capture.
+        # Run once uncaptured: one-time set-up must not be captured. Loading kernels during capture
+        # is fine.
         self._step(largest, self._write(largest, self._padding[largest]))
         for shape in reversed(shapes):
             inputs = self._write(shape, self._padding[shape])
@@ -87,13 +89,13 @@ class StepGraphs:
             self._graphs[shape] = graph, drawn
 
     def _find_shape(self, shape: StepShape) -> StepShape | None:
-        """The captured shape that serves a step of this size, or None."""
+        """The smallest captured shape that fits a step of this size, or None."""
         return shape_for(shape, self._graphs)
 
     def replay(self, shape: StepShape, inputs: np.ndarray) -> Tensor:
-        """Run a step; its token ids [shape.num_rows], valid until the next replay.
+        """Run a step. Returns token ids int64 [shape.num_rows], valid until the next replay.
 
-        With the shape and inputs of the last call nothing is copied to the device.
+        Inputs equal to those of the last call are not copied to the device again.
         """
         key = shape, inputs.tobytes()
         if key != self._on_device:
