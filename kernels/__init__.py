@@ -1,9 +1,10 @@
-"""Ops on tensors and their kernels. The only place that imports triton or flashinfer."""
+"""Tensor ops and their kernels. No other package imports triton or flashinfer."""
 
 if __name__ != "compiledllm.kernels":
     # With the repository root on sys.path (python -m ..., python -c ...) this folder looks like
-    # Hugging Face's `kernels` package, and transformers imports that to ask for its version. So
-    # this copy stays importable, but empty: nothing in it can be imported a second time.
+    # Hugging Face's `kernels` package, which transformers imports to read its version. Under the
+    # name `kernels` the folder is therefore importable but empty, so that no module can be imported
+    # twice.
     __path__ = []
 
     def __getattr__(name: str) -> object:

@@ -1,9 +1,9 @@
-"""The attention ops that the compiled model is built around, and the list of their backends.
+"""The attention ops of the compiled model, and the list of attention backends.
 
-`store_kv` writes new keys and values into a layer's paged cache, `paged_attention` reads the cache;
-`rotate_and_store` does `store_kv`'s work and what lies ahead of it in one kernel. All three are
-opaque to torch.compile and take a layer's whole cache. `compiledllm.platform` prefers a backend for
-a machine; each backend says whether it can run a model (`AttentionBackend.why_not`).
+`store_kv` writes new keys and values into a layer's paged cache and `paged_attention` reads the
+cache. `rotate_and_store` fuses `store_kv` with the norms and the rotation before it. All three ops
+are opaque to torch.compile and take a layer's whole cache. `compiledllm.platform` prefers a backend
+for a machine; each backend says whether it can run a model (`AttentionBackend.why_not`).
 
     kv_cache   [2, num_blocks, block_size, num_kv_heads, head_dim]   0: keys, 1: values
     slot       block_id * block_size + offset;  -1 (padding) lands in the null block 0
@@ -19,13 +19,14 @@ from torch import Tensor
 from compiledllm.kernels.backend import AttentionBackend, AttentionForm, AttentionMetadata
 from compiledllm.kernels.ops import define
 
-REFERENCE = "torch"  # runs every model everywhere
-STAND_INS = {"flashinfer": "triton", "triton": REFERENCE}  # for models a backend cannot run
+REFERENCE = "torch"  # runs every model on every device
+# The backend that replaces a backend which cannot run a model.
+STAND_INS = {"flashinfer": "triton", "triton": REFERENCE}
 
 
 @functools.cache
 def backend_class(name: str) -> type[AttentionBackend]:
-    """The backend of this name, imported when it is first asked for."""
+    """The backend class of this name. Its module is imported on first use."""
     if name == "triton":
         from compiledllm.kernels.paged_attention_triton import TritonBackend
 
@@ -45,7 +46,7 @@ def backend_class(name: str) -> type[AttentionBackend]:
 
 
 def make_backend(name: str) -> AttentionBackend:
-    """A backend for one engine; to be prepared before it runs a step."""
+    """A new backend for one engine. Call `prepare` before the first step."""
     return backend_class(name)(name)
 
 
@@ -66,7 +67,7 @@ def _store_kv(
 def store_kv(
     key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor, backend: AttentionBackend
 ) -> None:
-    """Write `key`, `value` [tokens, num_kv_heads, head_dim] into slots. Mutates `kv_cache`."""
+    """Write `key`, `value` [tokens, num_kv_heads, head_dim] to their slots. Mutates `kv_cache`."""
     _store_kv(key, value, kv_cache, slot_mapping, backend.name)
 
 
@@ -100,10 +101,10 @@ def paged_attention(
     form: AttentionForm,
     backend: AttentionBackend,
 ) -> Tensor:
-    """Causal attention of each row's new tokens over its whole context.
+    """Causal attention of each row's new tokens over the row's whole context.
 
-    query: [tokens, num_heads, head_dim]; the keys and values of these tokens are stored already.
-    Returns [tokens, num_heads, head_dim], same dtype; tokens outside every row are undefined.
+    query: [tokens, num_heads, head_dim]; the keys and values of the tokens must already be stored.
+    Returns [tokens, num_heads, head_dim] in query's dtype, undefined for tokens outside every row.
     """
     return _paged_attention(query, kv_cache, *attn, *form, backend.name)
 

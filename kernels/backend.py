@@ -1,7 +1,7 @@
-"""What an attention backend is given, and what it says of itself.
+"""The interface of attention backends: their inputs, their capabilities and their methods.
 
-`attention.py` has the list of backends, the ops that call them and their shapes. A backend is a
-class in a file of its own; nothing outside asks which one it is, only what it can do.
+`attention.py` has the list of backends, the ops that call them and the ops' shapes. Each backend is
+a class in its own file. Callers read a backend's capabilities, never its identity.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from torch import Tensor
 
 
 class AttentionMetadata(NamedTuple):
-    """What the attention ops need to know about a step: tensors only, on the model's device.
+    """The attention ops' description of a step: tensors only, on the model's device.
 
-    A row is one request's tokens, contiguous in the flat token dimension. Padding rows have no
-    tokens and `seq_lens` 0. If there are fewer tokens than rows, no row has more than one token.
-    Entries of a block table left of a layer's window are stale: a backend that `reads_groups` reads
-    neither them nor the blocks they name.
+    Rows are ragged: a row is the contiguous tokens of one request in the flat token dimension.
+    Padding rows have no tokens and `seq_lens` 0. If there are fewer tokens than rows, no row has
+    more than one token. Block table entries for positions before a layer's window are stale: a
+    backend that `reads_groups` reads neither these entries nor the blocks they name.
     """
 
     slot_mapping: Tensor  # int64 [tokens]
     block_tables: Tensor  # int32 [rows, max_blocks], 0-padded
-    seq_lens: Tensor  # int32 [rows], context length including this step
+    seq_lens: Tensor  # int32 [rows], context lengths including this step's tokens
     query_start_loc: Tensor  # int32 [rows + 1], prefix sums of tokens per row
 
 
 class AttentionForm(NamedTuple):
-    """How a layer turns the products of queries and keys into weights."""
+    """How a layer turns query-key products into attention weights."""
 
     scale: float  # multiplies the products
     sliding_window: int = 0  # number of latest positions a token sees, itself included; 0: all
     soft_cap: float = 0.0  # scores become soft_cap * tanh(scores / soft_cap); 0: off
-    sinks: Tensor | None = None  # [num_heads], a score that only joins the sum of the weights
+    sinks: Tensor | None = None  # [num_heads], scores that only add to the softmax denominator
 
 
 class AttentionLayer(Protocol):
-    """What a backend must know about a layer before it runs: `models.spec.AttentionSpec` has it."""
+    """What a backend must know about a layer in advance; `models.spec.AttentionSpec` is one."""
 
     @property
     def num_heads(self) -> int: ...
@@ -60,27 +60,28 @@ class AttentionLayer(Protocol):
 
 
 class AttentionBackend(ABC):
-    """An implementation of `attention.store_kv` and `attention.paged_attention`, for one engine.
+    """An engine's implementation of `attention.store_kv` and `attention.paged_attention`.
 
-    The class attributes say what it can do. The ops find the class by `name`, as the compiler
-    passes constants and tensors only; so `store_kv` and `paged_attention` are static.
+    The class attributes are the backend's capabilities. The ops find the class by `name`, because
+    the compiler passes only constants and tensors to ops; `store_kv` and `paged_attention` are
+    therefore static methods.
     """
 
     dtypes: Container[torch.dtype] = (torch.float32, torch.float16, torch.bfloat16)
     head_dims: Container[int] = range(1, sys.maxsize)
     takes_sinks = True
-    captures = True  # whether a step can be recorded in a CUDA graph
-    captures_prompts = True  # whether a step in which rows have several tokens can be, too
-    fuses_rotation = True  # whether `attention.rotate_and_store` replaces `store_kv` where it can
+    captures = True  # whether a CUDA graph can capture a step
+    captures_prompts = True  # whether a graph can capture a step with several tokens per row
+    fuses_rotation = True  # whether the model may call `attention.rotate_and_store`
     takes_ends = True  # whether the last block may run for the sampled tokens only (`Ends`)
-    reads_groups = True  # whether layers may have block tables of their own
-    runs_ahead = True  # whether a step may be launched before the one ahead of it has ended
+    reads_groups = True  # whether groups of layers may have different block tables
+    runs_ahead = True  # whether a step may be launched before the previous step ends
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def why_not(self, layers: Iterable[AttentionLayer], dtype: torch.dtype) -> str | None:
-        """What these layers need and the backend lacks; None if it can run them all."""
+        """The reason why the backend cannot run these layers; None if it can run all of them."""
         if dtype not in self.dtypes:
             return f"it has no kernels for {str(dtype).removeprefix('torch.')}"
         for layer in layers:
@@ -100,7 +101,7 @@ class AttentionBackend(ABC):
     def paged_attention(
         query: Tensor, kv_cache: Tensor, attn: AttentionMetadata, form: AttentionForm
     ) -> Tensor:
-        """See `attention.paged_attention`. `attn.slot_mapping` is for `store_kv`, not read here."""
+        """See `attention.paged_attention`. Must not read `attn.slot_mapping`."""
 
     def prepare(  # noqa: B027  (most backends need nothing)
         self,
@@ -110,9 +111,9 @@ class AttentionBackend(ABC):
         max_pages: int,
         device: torch.device,
     ) -> None:
-        """Set up what the backend needs to run these layers. Raises whatever prevents that.
+        """Allocate and compile what the layers need. Raises any exception if that fails.
 
-        block_size: tokens per block. max_pages: the most blocks that all rows of a step have.
+        block_size: tokens per block. max_pages: maximum total number of blocks of a step's rows.
         """
 
     def plan(  # noqa: B027
@@ -123,13 +124,14 @@ class AttentionBackend(ABC):
         block_tables: Tensor,
         graph: Hashable = None,
     ) -> None:
-        """Called before every step, for backends that split a step's work on the host.
+        """Called before every step, for backends that divide a step's work on the host.
 
-        rows: int64, the request rows of the step; those past the end of `computed` and `counts` are
-        padding, one token each. computed, counts: int64, tokens in the cache and new tokens.
-        block_tables: int32 [groups, request rows, max_blocks]. graph: names the captured step that
-        will run, whose numbers of rows and tokens are fixed; None if the step is not captured.
+        rows: int64, the step's request rows; rows past the end of `computed` and `counts` are
+        padding with one token each. computed, counts: int64, tokens in the cache and new tokens.
+        block_tables: int32 [groups, request rows, max_blocks]. graph: identifies the captured step
+        that will run, whose numbers of rows and tokens are fixed; None for a step that is not
+        captured.
         """
 
     def select(self, graph: Hashable) -> None:  # noqa: B027
-        """Called while a step is captured: the ops that follow belong to the plan of `graph`."""
+        """Called at the start of a capture: the ops that follow use the plan of `graph`."""

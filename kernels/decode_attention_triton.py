@@ -1,10 +1,11 @@
-"""Paged attention of rows with one new token: all query heads of a KV head together.
+"""Paged attention of rows with one new token. A program computes all query heads of a KV head.
 
-Long contexts are split over programs, by lengths that only the device knows. The last of a row's
-programs to end adds up the partial results, in a fixed order, so that equal inputs give equal bits.
+Long contexts are split over several programs, by lengths that only the device knows (split-KV). The
+last of a row's programs to finish adds up the partial results in a fixed order, so that equal
+inputs give equal bits.
 """
 
-# Triton functions are typed by what they are called with.
+# Triton infers a kernel's types from each call, which mypy cannot follow.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, attr-defined, no-untyped-call"
 
 from __future__ import annotations
@@ -20,21 +21,21 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from compiledllm.kernels.launch import launch_options, num_multiprocessors
 from compiledllm.kernels.online_softmax_triton import Tiling, after_sinks, attend_keys
 
-_PROGRAMS_PER_SM = 8  # for the splits of long rows: enough programs to hide each other's latency
-# Up to this many programs a split may be as small as one tile of keys, as little else keeps the GPU
-# busy.
+_PROGRAMS_PER_SM = 8  # extra programs for long rows; several per SM hide latency
+# Up to this many programs, a split may be as small as one tile of keys, because the GPU would
+# otherwise be idle.
 _FEW_PROGRAMS = 32
 _SPLITS_SUMMED_AT_ONCE = 8
-_USUAL_ARRIVALS = 2**16  # counters allocated at first, one for each row and KV head
+_USUAL_ARRIVALS = 2**16  # initial number of counters, one per row and KV head
 _counters: dict[torch.device, list[Tensor]] = {}
 
 
 def decode_tiling(head_dim: int, group: int, itemsize: int, num_programs: int) -> Tiling:
-    """group: query heads of a KV head. num_programs: rows times KV heads.
+    """group: query heads per KV head. num_programs: rows times KV heads.
 
     The fastest of 6 to 13 tilings on an H100 (bfloat16, contexts of 190 to 1088 tokens and contexts
-    of chats, 1 to 466 rows, 3 to 8 KV heads). Few programs need many loads under way; many programs
-    hide each other's latency.
+    of chats, 1 to 466 rows, 3 to 8 KV heads). A few programs need many loads in flight each; many
+    programs hide each other's latency.
     """
     rows = max(16, triton.next_power_of_2(group))
     if itemsize == 4 or head_dim > 128:
@@ -51,12 +52,12 @@ def _work_item(
     item, seq_lens, query_start_loc, num_rows, max_extra, window,
     least_tiles, KEYS: tl.constexpr, HAS_WINDOW: tl.constexpr, MAX_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The item's row, the number of splits of this row, and the index of the item among them.
+    """The item's row, the number of splits of this row, and the item's index among the splits.
 
-    A row >= num_rows means no more work, a row without exactly one token nothing to do. Rows with
-    one token are split so that no split has much more than its share of all tiles of keys: rows of
-    similar length are in one piece each, a long row among short ones is in several. This makes at
-    most num_rows + max_extra items. A padding row has one tile, so it changes nothing.
+    A row >= num_rows means that no work is left. Rows without exactly one token are skipped. Rows
+    with one token are split so that no split has much more than an even share of all tiles of keys:
+    rows of similar length stay whole, and a long row among short rows is split. There are at most
+    num_rows + max_extra items. A padding row counts as one tile, so it does not affect the splits.
     """
     row = tl.arange(0, MAX_ROWS)
     exists = row < num_rows
@@ -66,7 +67,7 @@ def _work_item(
     tiles = tl.cdiv(length, KEYS)
     if HAS_WINDOW:
         tiles -= tl.maximum(length - window, 0) // KEYS
-    more_tiles = tl.where(is_single, tl.maximum(tiles - 1, 0), 0)  # beyond the first
+    more_tiles = tl.where(is_single, tl.maximum(tiles - 1, 0), 0)  # tiles after the first
     share = tl.maximum(tl.cdiv(tl.sum(more_tiles, 0), max_extra), least_tiles)
     slack = share // 2
     its_row, num_splits, split = item, 1, 0
@@ -86,13 +87,16 @@ def _sum_of_splits(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_GROUP: tl.constexpr,
     PADDED_DIM: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """[PADDED_GROUP, PADDED_DIM]: the row's results for a KV head. first_part: its first head's."""
+    """Merge the splits of a row and KV head: float32 [PADDED_GROUP, PADDED_DIM].
+
+    first_part: index of the partial result of the first split and the first query head.
+    """
     head, dim = tl.arange(0, PADDED_GROUP), tl.arange(0, PADDED_DIM)
     best = tl.full([PADDED_GROUP], float("-inf"), tl.float32)
     total = tl.zeros([PADDED_GROUP], tl.float32)
     acc = tl.zeros([PADDED_GROUP, PADDED_DIM], tl.float32)
     for first in range(0, num_splits, AT_ONCE):
-        for index in tl.static_range(AT_ONCE):  # unrolled, so that all loads are under way at once
+        for index in tl.static_range(AT_ONCE):  # unrolled, so that all loads are in flight at once
             part = first_part + (first + index) * NUM_HEADS + head
             exists = (first + index < num_splits) & (head < GROUP)
             stats = partial_stats + part * 2
@@ -119,9 +123,9 @@ def _decode_kernel(
     HAS_SINKS: tl.constexpr, PADDED_DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     PADDED_GROUP: tl.constexpr, AT_ONCE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Rows with one token. arrivals: int32 [rows, KV heads], zeros before and after the call.
+    """Attention of rows with one token. arrivals: int32 [rows, KV heads], zero before and after.
 
-    The last of a row's splits to end adds all of them up, in their order.
+    The last split of a row to finish merges all splits of the row, in split order.
     """
     if OVERLAP:
         gdc_launch_dependents()
@@ -130,8 +134,9 @@ def _decode_kernel(
         item, seq_lens, query_start_loc, num_rows, max_extra, window, least_tiles, KEYS,
         HAS_WINDOW, MAX_ROWS,
     )  # fmt: skip
-    # Lengths are read before this wait. That is safe because a matmul lies between this kernel and
-    # the one that writes lengths, and a matmul releases its successor after its own wait.
+    # The kernel reads lengths before this wait. That is safe because a matmul runs between this
+    # kernel and the kernel that writes lengths, and a matmul releases its successor after its own
+    # wait.
     if OVERLAP:
         gdc_wait()
     if row >= num_rows:
@@ -153,7 +158,7 @@ def _decode_kernel(
     q = tl.load(query + start.to(tl.int64) * query_stride + head_dims, inside, other=0.0)
     best = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    if HAS_SINKS:  # noqa: SIM102  (a constant: without sinks there is no code)
+    if HAS_SINKS:  # noqa: SIM102  (a constant: without sinks Triton generates no code)
         if split == 0:  # a sink counts once per row
             best, total = after_sinks(sinks + kv_head * GROUP + head, head < GROUP)
     acc = tl.zeros([ROWS, PADDED_DIM], tl.float32)
@@ -174,7 +179,7 @@ def _decode_kernel(
     tl.store(partial_stats + part * 2, best, head < GROUP)
     tl.store(partial_stats + part * 2 + 1, total, head < GROUP)
     tl.store(partial_out + part[:, None] * HEAD_DIM + dim[None, :], acc, inside)
-    tl.debug_barrier()  # the partial result is stored before this split counts as arrived
+    tl.debug_barrier()  # all threads must have stored before the arrival is counted
     arrival = arrivals + row * (NUM_HEADS // GROUP) + kv_head
     if tl.atomic_add(arrival, 1, sem="acq_rel") < num_splits - 1:
         return
@@ -200,7 +205,7 @@ def attend_single_tokens(
     query, kv_cache, block_tables, _, _, _, _ = tensors
     num_tokens, num_heads, head_dim = query.shape
     num_rows, num_kv_heads = len(block_tables), kv_cache.shape[3]
-    max_singles = min(num_rows, num_tokens)  # a decode step has one empty row
+    max_singles = min(num_rows, num_tokens)  # a decode step has an empty row at the end
     num_programs = max_singles * num_kv_heads
     tiling = decode_tiling(head_dim, constants["GROUP"], query.element_size(), num_programs)
     if max_programs is None:
@@ -222,7 +227,7 @@ def attend_single_tokens(
 
 
 def _padded_rows(num_rows: int) -> int:
-    """The next of a few sizes, since each size is a compilation."""
+    """`num_rows` rounded up to one of a few sizes, since each size is compiled separately."""
     size = 64
     while size < num_rows:
         size *= 4
@@ -230,7 +235,7 @@ def _padded_rows(num_rows: int) -> int:
 
 
 def _arrivals(size: int, device: torch.device) -> Tensor:
-    """Counters that every call leaves at zero. Calls follow each other on one stream.
+    """Zeroed counters. Every call resets them to zero, and calls run in order on one stream.
 
     Buffers are never freed or moved, since captured graphs hold their addresses. The largest step
     is captured first, so one buffer serves all captured steps.

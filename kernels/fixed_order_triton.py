@@ -1,12 +1,13 @@
-"""Kernels that compute a row in the same way whatever rows are beside it.
+"""Batch-invariant kernels: a row's result does not depend on the other rows, bit for bit.
 
 Libraries choose the order of a sum by the number of rows, so a request's last bits depend on the
-rest of the batch. Here the order follows from the weights' shape alone: matmuls walk the inputs in
-steps of the same instruction, one program normalises a row, and attention walks the keys in tiles
-at fixed positions (`paged_attention_triton`, fixed_order).
+rest of the batch. In these kernels the order follows from the weights' shape alone: matmuls iterate
+over the inputs with the same instruction for any number of rows, one program normalises a row, and
+attention iterates over the keys in tiles at fixed positions (`paged_attention_triton`,
+fixed_order).
 """
 
-# Triton functions are typed by what they are called with.
+# Triton infers a kernel's types from each call, which mypy cannot follow.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, attr-defined, no-untyped-call"
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from compiledllm.kernels.paged_attention_triton import TritonBackend
 
 
 class FixedOrderBackend(TritonBackend):
-    """Does not take `Ends`: fewer rows in the last block would change how it sums."""
+    """The backend takes no `Ends`: fewer rows in the last block would change its order of sums."""
 
     takes_ends = False
     paged_attention = staticmethod(partial(TritonBackend.paged_attention, fixed_order=True))
@@ -31,7 +32,7 @@ class FixedOrderBackend(TritonBackend):
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """Shape of a program's work. columns: input features per iteration."""
+    """The tile of one program. columns: input features per iteration."""
 
     rows: int
     outputs: int
@@ -41,7 +42,7 @@ class Tiling:
 
 
 def tiling_for(num_rows: int, num_outputs: int, itemsize: int) -> Tiling:
-    """Few outputs a program if there are few rows, so that every multiprocessor has work.
+    """Choose few outputs per program for few rows, so that every multiprocessor has work.
 
     All tilings of a dtype sum in the same order: 16-bit types in steps of 16 inputs, as the tensor
     cores do for any tile of at least 64 rows; float32 in steps of one input.

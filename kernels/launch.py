@@ -1,4 +1,4 @@
-"""What Triton kernels need to know about the GPU they are launched on."""
+"""Launch options of Triton kernels that depend on the GPU."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from compiledllm.platform import can_overlap_kernels
 
 @functools.cache
 def num_multiprocessors() -> int:
-    """Multiprocessors of the current device.
+    """The number of multiprocessors of the current device.
 
-    1 in Triton's interpreter, which runs one program after the other.
+    Triton's interpreter runs one program at a time and counts as 1.
     """
     if not torch.cuda.is_available():
         return 1
@@ -22,11 +22,11 @@ def num_multiprocessors() -> int:
 
 @functools.cache
 def launch_options() -> dict[str, bool]:
-    """Arguments of every launch. OVERLAP: whether a kernel may start before its predecessor ends.
+    """Keyword arguments of every launch. OVERLAP: whether programmatic dependent launch is used.
 
-    A kernel is then on the GPU, perhaps with its weights under way, when its inputs are ready. It
-    must always wait (`gdc_wait`) before it touches anything but weights, because its successor
-    relies on everything before it having finished.
+    With programmatic dependent launch, a kernel may start, and even load weights, before its
+    predecessor ends. Every kernel must wait (`gdc_wait`) before it touches anything but weights,
+    because its successor relies on all earlier kernels having finished.
 
     Inductor's kernels wait only for their immediate predecessor. A matmul therefore releases its
     successor only after its own wait, so that any kernel that starts after a matmul can rely on

@@ -1,9 +1,9 @@
-"""x @ weight.T + bias, by whatever is fastest for the number of rows.
+"""x @ weight.T + bias, by the fastest kernel for the number of rows.
 
-Up to 32 rows of a 16-bit type on a GPU go to our own kernels, everything else to the library. On a
-GPU the product is one op, opaque to the compiler, which would otherwise fold the addition that
-follows the product into the library's call. That call copies the residual stream first, whereas the
-next norm adds for free.
+On a GPU, up to 32 rows of a 16-bit dtype go to `skinny_triton`; all other products go to cuBLAS or
+cuBLASLt. On a GPU the product is an op that is opaque to the compiler. Otherwise the compiler would
+fold the residual addition behind the product into the library's call, which copies the residual
+stream first, whereas the next norm adds it for free.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from torch import Tensor
 from compiledllm.kernels.ops import define
 
 MAX_SKINNY_ROWS = 32
-_MAX_ROWS_WITHOUT_SPLIT = 16  # the library is faster for more rows where it splits the sums
-# For these numbers of rows cuBLASLt chooses better kernels than cuBLAS where there are many inputs,
-# and equally good ones elsewhere: the layers of models of 1 to 8 B parameters take 1.5 to 4 % less
-# time on an H100.
+_MAX_ROWS_WITHOUT_SPLIT = 16  # for more rows the library is faster if it splits the sums
+# For these numbers of rows, cuBLASLt chooses better kernels than cuBLAS if there are many inputs,
+# and equally good kernels otherwise: the layers of models of 1 to 8 B parameters take 1.5 to 4 %
+# less time on an H100.
 _ROWS_FOR_CUBLASLT = range(41, 161)
 _PREFERENCE_LOCK = threading.Lock()
 
@@ -47,7 +47,8 @@ def linear(
 ) -> Tensor:
     """x [rows, inputs], weight [outputs, inputs], bias [outputs] -> [rows, outputs].
 
-    out: [rows, outputs], written and returned if given; not in compiled code, not beside a bias.
+    out: [rows, outputs], written and returned if given; must be None in compiled code or with a
+    bias.
     """
     if out is not None:
         return _linear_into(out, x, weight)
@@ -66,14 +67,14 @@ def _linear_into(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _best_library(x: Tensor) -> AbstractContextManager[None]:
-    """Inside, the library is the best for a product of x. A captured step keeps the choice."""
+    """A context that selects the best library for products of x; a captured step keeps it."""
     is_for_lt = x.is_cuda and x.dtype.itemsize == 2 and x.shape[0] in _ROWS_FOR_CUBLASLT
     return _preferring("cublaslt") if is_for_lt else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
 def _preferring(library: str) -> Iterator[None]:
-    """The preference is the process's, so threads take turns."""
+    """Set torch's preferred library, a setting of the whole process: threads take turns."""
     preferred = torch.backends.cuda.preferred_blas_library
     with _PREFERENCE_LOCK:
         before = preferred()

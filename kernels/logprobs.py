@@ -1,7 +1,8 @@
-"""Log probabilities of chosen tokens and of the most likely ones, without a table of all of them.
+"""Log probabilities of chosen, most likely and named tokens, without a full [rows, vocab] table.
 
-On a GPU two Triton kernels find a few most likely tokens and read the logits once. Elsewhere, and
-for many, plain torch takes a few rows at a time, so that its workspace is bounded.
+On a GPU, two Triton kernels find up to MAX_IN_TRITON most likely tokens and read the logits once.
+On other devices, and for more tokens, plain torch computes a few rows at a time, so that its
+workspace is bounded.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ import torch
 from torch import Tensor
 
 WORKSPACE_BYTES = 128 * 2**20
-MAX_IN_TRITON = 32  # most likely tokens
+MAX_IN_TRITON = 32  # maximum number of most likely tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
-    """Columns: the chosen token, the most likely tokens in order, tokens asked for by id.
+    """Columns: the chosen token, the most likely tokens in order, the tokens named by id.
 
-    packed: int32 [rows, 2 * columns + 1]: token ids, the bits of their log probabilities, and the
-    chosen token's rank. It is one tensor so that one copy brings everything to the host.
+    packed: int32 [rows, 2 * columns + 1]: token ids, the bits of their float32 log probabilities,
+    and the chosen token's rank. A single tensor needs only one copy to the host.
     """
 
     packed: Tensor
@@ -41,7 +42,7 @@ class Logprobs:
 
     @property
     def ranks(self) -> Tensor:
-        """int32 [rows]: 1 is the most likely."""
+        """int32 [rows]: the chosen token's rank; 1 is the most likely token."""
         return self.packed[:, -1]
 
 
@@ -50,9 +51,9 @@ def token_logprobs(
 ) -> Logprobs:
     """Log probabilities for `rows` of the logits.
 
-    logits: [at least rows, vocab], any float dtype. rows, chosen: int64 [rows], indices of logits
-    and the token chosen from each (a negative token counts as 0). num_best: how many of the most
-    likely tokens to add. asked_for: int64 [rows, any], further token ids.
+    logits: [at least rows, vocab], any float dtype. rows, chosen: int64 [rows], row indices of the
+    logits, and the chosen tokens (a negative token counts as 0). num_best: number of most likely
+    tokens to add. asked_for: int64 [rows, named], further token ids.
     """
     pack, num_best = _pack, min(num_best, logits.shape[-1])
     if logits.is_cuda and num_best <= MAX_IN_TRITON:
@@ -75,7 +76,7 @@ def _pack(logits: Tensor, rows: Tensor, chosen: Tensor, num_best: int, asked_for
 
 
 def _best_logits(logits: Tensor, chosen: Tensor, num_best: int) -> tuple[Tensor, ...]:
-    """Logits and ids of the best [rows, num_best], logsumexp [rows], ranks of `chosen` [rows]."""
+    """Best logits and ids [rows, num_best], logsumexp [rows] and ranks of `chosen` [rows]."""
     best = logits.topk(num_best, dim=-1)
     own = logits.gather(1, chosen[:, None])
     ranks = (logits > own).sum(-1) + 1

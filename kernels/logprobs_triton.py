@@ -1,6 +1,6 @@
-"""`logprobs` in Triton, for a few of the most likely tokens: the logits are read once."""
+"""`logprobs` in Triton, for few most likely tokens. The kernels read the logits once."""
 
-# Triton functions are typed by what they are called with.
+# Triton infers a kernel's types from each call, which mypy cannot follow.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, attr-defined, no-untyped-call"
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_CHUNK = 4096  # of the vocabulary, for one program
+_CHUNK = 4096  # tokens of the vocabulary per program
 
 
 @triton.jit
@@ -18,7 +18,10 @@ def _chunk_kernel(
     logits, rows, chosen, best, best_ids, peaks, masses, counts, vocab, row_stride, num_chunks,
     NUM_BEST: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Of a chunk of a row: its best, its mass, and how many tokens are ahead of the chosen one."""
+    """One chunk of a row: best tokens, mass, and number of tokens above the chosen token.
+
+    The mass is the sum of exp(logit - highest logit of the chunk).
+    """
     index, chunk = tl.program_id(0), tl.program_id(1)
     row_start = logits + tl.load(rows + index) * row_stride
     lane = tl.arange(0, CHUNK)
@@ -43,7 +46,7 @@ def _row_kernel(
     num_chunks, num_named, NUM_BEST: tl.constexpr, NAMED: tl.constexpr, CHUNKS: tl.constexpr,
     CANDIDATES: tl.constexpr,
 ):  # fmt: skip
-    """The chunks of a row together, and the tokens that have a name: packed, as `Logprobs` says."""
+    """Merge a row's chunks, look up the named tokens, and write `Logprobs.packed` of the row."""
     index, chunk = tl.program_id(0), tl.arange(0, CHUNKS)
     num_columns = 1 + NUM_BEST + num_named
     ids = packed + index * (2 * num_columns + 1)
@@ -80,7 +83,7 @@ def _row_kernel(
 
 
 def pack(logits: Tensor, rows: Tensor, chosen: Tensor, num_best: int, asked_for: Tensor) -> Tensor:
-    """See `logprobs.token_logprobs`; int32 [rows, 2 * columns + 1], as `Logprobs` holds it."""
+    """See `logprobs.token_logprobs`. Returns `Logprobs.packed`, int32 [rows, 2 * columns + 1]."""
     (count, num_named), vocab = asked_for.shape, logits.shape[-1]
     num_chunks = triton.cdiv(vocab, _CHUNK)
     peaks, masses = logits.new_empty((2, count, num_chunks), dtype=torch.float32)

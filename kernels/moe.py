@@ -1,7 +1,7 @@
-"""Mixture of experts as two ops: the choice of experts, and their products for each token.
+"""Mixture of experts as two ops: routing, and the expert MLPs.
 
-On a GPU a kernel chooses, the tokens are sorted by expert without asking the host, and two grouped
-products follow. Elsewhere plain torch takes one expert after the other.
+On a GPU, one kernel routes, the tokens are sorted by expert without a host synchronisation, and two
+grouped matmuls follow. On other devices plain torch computes one expert after the other.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ def _route_fake(logits: Tensor, top_k: int, _: bool) -> tuple[Tensor, Tensor]:
 
 @define("moe_route", fake=_route_fake)
 def moe_route(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
-    """The `top_k` experts of the largest logits, of equal ones the first, and their weights.
+    """Choose the `top_k` experts with the largest logits, and their weights. Ties: lowest index.
 
-    logits: [tokens, experts]. Weights are the softmax over all experts, in float32; renormalised
-    they sum to one, which is the softmax over the chosen. A token with a NaN has NaN weights.
-    Returns ids int32 and weights float32, [tokens, top_k], by descending weight.
+    logits: [tokens, experts]. Weights are the float32 softmax over all experts; with `renormalize`,
+    the softmax over the chosen experts. A token with a NaN logit has NaN weights. Returns ids int32
+    and weights float32, [tokens, top_k], by descending weight.
     """
     if logits.is_cuda:
         from compiledllm.kernels.moe_routing_triton import route
@@ -86,13 +86,14 @@ def moe_experts(
     alpha: float = 1.0,
     limit: float = 0.0,
 ) -> Tensor:
-    """down(silu(gate(x)) * up(x)) of each of a token's experts, still to be weighted and summed.
+    """down(silu(gate(x)) * up(x)) for each expert of a token, not yet weighted and summed.
 
     x: [tokens, hidden]. expert_ids: integers, [tokens, top_k].
     gate_up: [experts, 2 * intermediate, hidden], gate first; down: [experts, hidden, intermediate].
-    Biases: [experts, outputs]. limit: if not 0, the clamped form (gpt-oss): gate is at most
-    `limit`, up within -limit and limit, and gate * sigmoid(alpha * gate) * (up + 1) goes down.
-    Returns float32 [tokens, top_k, hidden]: the compiler fuses the sum with what follows.
+    Biases: [experts, outputs]. limit: if not 0, the clamped form of gpt-oss: gate is clamped to at
+    most `limit`, up to [-limit, limit], and down's input is
+    gate * sigmoid(alpha * gate) * (up + 1). Returns float32 [tokens, top_k, hidden]; the compiler
+    fuses the weighted sum with the next op.
     """
     arguments = x, expert_ids, gate_up, down, gate_up_bias, down_bias, alpha, limit
     if x.is_cuda:

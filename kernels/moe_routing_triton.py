@@ -1,10 +1,10 @@
-"""Which token goes to which expert, in Triton: the choice, and the items sorted by expert.
+"""Mixture-of-experts routing in Triton: the choice of experts, and the items sorted by expert.
 
-An item is a token at one of its experts. The choice takes a program for each token, the sorting one
-for each expert. Nothing is asked of the host, so a captured call serves any routing.
+An item is a pair of a token and one of its experts. The choice runs one program per token, the sort
+one program per expert. The host reads no results, so a captured call serves any routing.
 """
 
-# Triton functions are typed by what they are called with.
+# Triton infers a kernel's types from each call, which mypy cannot follow.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, attr-defined, no-untyped-call"
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from compiledllm.kernels.launch import launch_options
 
-_MOST_SORTED_BY_COUNTING = 16384  # items; every expert's program reads them all, twice
-_LEAST_BINS = 32  # of a histogram: the threads of a warp
+_MOST_SORTED_BY_COUNTING = 16384  # items; each expert's program reads all items twice
+_LEAST_BINS = 32  # bins of a histogram: at least the threads of a warp
 
 
 @triton.jit
 def _swap_order(bits):
-    """Bits of a float32 to an int32 that compares as it does, and back."""
+    """Map the bits of a float32 to an int32 with the same order, and back."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
@@ -32,7 +32,7 @@ def _route_kernel(
     logits, ids, weights, row_stride, num_experts, TOP_K: tl.constexpr, RENORMALIZE: tl.constexpr,
     EXPERTS: tl.constexpr, PLACES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """The largest logits of a row and their shares. A NaN counts as infinite: all shares are NaN.
+    """The largest logits of a token and their weights. A NaN counts as inf: all weights are NaN.
 
     EXPERTS, PLACES: `num_experts` and TOP_K, rounded up to powers of two.
     """
@@ -44,8 +44,8 @@ def _route_kernel(
     is_expert, is_place = expert < num_experts, place < TOP_K
     logit = tl.load(logits + token * row_stride + expert, is_expert, other=0.0).to(tl.float32)
     logit = tl.where(logit == logit, logit, float("inf"))
-    logit = tl.where(logit == 0, 0.0, logit)  # one zero, so that ties are ties
-    taken = -0x80000000  # below -inf, so that no expert comes twice
+    logit = tl.where(logit == 0, 0.0, logit)  # -0.0 becomes 0.0, so that both compare as equal
+    taken = -0x80000000  # below -inf, so that no expert is chosen twice
     key = tl.where(is_expert, _swap_order(logit.to(tl.int32, bitcast=True)), taken)
     best_keys = tl.full([PLACES], taken, tl.int32)
     best_ids = tl.zeros([PLACES], tl.int32)
@@ -86,10 +86,10 @@ def _sort_kernel(
     expert_ids, items, block_experts, num_items, num_experts, num_blocks,
     EXPERTS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """A program writes its expert's items, their padding and its blocks.
+    """Each program writes the items of one expert, their padding, and the expert's blocks.
 
-    One program more, of no expert, has the blocks that are left over. EXPERTS: a power of two of at
-    least `num_experts`; TILE: items at once.
+    One further program, without an expert, writes the unused blocks. EXPERTS: a power of two, at
+    least `num_experts`. TILE: items per iteration.
     """
     if OVERLAP:
         gdc_launch_dependents()
@@ -105,7 +105,7 @@ def _sort_kernel(
     first_block = tl.sum(tl.where(expert < own, blocks, 0), 0)
     end_block = first_block + tl.sum(tl.where(expert == own, blocks, 0), 0)
     end_block = tl.where(own == num_experts, num_blocks, end_block)
-    place = first_block * ROWS  # the next free one
+    place = first_block * ROWS  # next free place
     for first in range(0, num_items, TILE):
         item = first + lane
         ids = tl.load(expert_ids + item, item < num_items, other=-1).to(tl.int32)
@@ -118,10 +118,11 @@ def _sort_kernel(
 
 
 def sort_items(expert_ids: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tensor]:
-    """int32 [blocks * rows], items by expert, padded with their number; int32 [blocks], experts.
+    """Sort items by expert: item indices int32 [blocks * rows] and experts int32 [blocks].
 
-    expert_ids: integers [tokens, top_k]. An expert's items are in ascending order. Blocks without
-    items have expert `num_experts` and hold anything.
+    expert_ids: integers [tokens, top_k]. Every expert's items are in ascending order and padded to
+    whole blocks of `rows` with the number of items. Unused blocks have expert `num_experts`, and
+    their item indices are undefined.
     """
     ids, num_items = expert_ids.reshape(-1), expert_ids.numel()
     most_used = min(num_items, num_experts)
@@ -140,7 +141,7 @@ def sort_items(expert_ids: Tensor, num_experts: int, rows: int) -> tuple[Tensor,
 
 
 def _sort_in_torch(ids: Tensor, items: Tensor, block_experts: Tensor, num_experts: int) -> None:
-    """As `_sort_kernel`, for any number of items."""
+    """The same result as `_sort_kernel`, for any number of items."""
     rows = len(items) // len(block_experts)
     ids = ids.long()
     counts = torch.zeros(num_experts, dtype=torch.int64, device=ids.device)

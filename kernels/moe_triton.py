@@ -1,11 +1,12 @@
-"""Experts' products in Triton: two grouped products over the items of a step.
+"""Expert MLPs in Triton: two grouped matmuls over the items of a step.
 
-An item is a token at one of its experts. Items are laid out expert by expert, each expert's padded
-to whole blocks of rows, so that a program has one expert's weights; how many blocks there are at
-most follows from shapes alone. Of few items each is a block by itself, and nothing is sorted.
+An item is a pair of a token and one of its experts. Items are sorted by expert, and the items of
+each expert are padded to whole blocks of rows, so that a program reads the weights of one expert.
+The maximum number of blocks follows from shapes alone. If there are few items, each item is a block
+and nothing is sorted.
 """
 
-# Triton functions are typed by what they are called with.
+# Triton infers a kernel's types from each call, which mypy cannot follow.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, attr-defined, no-untyped-call"
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from compiledllm.kernels.moe_routing_triton import sort_items
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """Shape of a program's work.
+    """The tile of one program.
 
-    rows: items, the same for both products. outputs: rows of a weight matrix, half of them gate and
-    half up where there are both. columns: input features per iteration. group: blocks of items that
-    are worked on together, for the same outputs one after the other, so that what they share is in
+    rows: items, the same for both matmuls. outputs: rows of a weight matrix; in the first matmul
+    half of them are gate and half up. columns: input features per iteration. group: number of item
+    blocks that consecutive programs compute for the same outputs, so that shared weights stay in
     the L2 cache.
     """
 
@@ -41,11 +42,12 @@ class Tiling:
 
 
 def tiling_for(num_items: int, num_experts: int, itemsize: int) -> Tiling:
-    """Rows for twice an expert's average, as a second block would read its weights again.
+    """Choose rows for twice an expert's average items: a second block reads the weights again.
 
-    While items are few, weights are all there is to read: two programs a multiprocessor, with up
-    to 96 KiB under way in each. Of 14 shapes on an H100 (1 to 64 tokens; 8, 32 and 128 experts) the
-    fastest or within 4 % of it, at 2.3 TB/s for 8 small experts, 2.9 to 3.1 for all that is larger.
+    With few items the matmuls are bound by reading weights: two programs per multiprocessor have up
+    to 96 KiB of loads in flight each. For 14 shapes on an H100 (1 to 64 tokens; 8, 32 and 128
+    experts) the tiling is the fastest or within 4 % of the fastest: 2.3 TB/s for 8 small experts,
+    2.9 to 3.1 TB/s for larger weights.
     """
     rows = triton.next_power_of_2(triton.cdiv(2 * num_items, num_experts))
     if itemsize == 4:
@@ -58,17 +60,17 @@ def tiling_for(num_items: int, num_experts: int, itemsize: int) -> Tiling:
 
 
 def _needs_sorting(num_tokens: int, top_k: int, num_experts: int) -> bool:
-    """Unless hardly any two items have the same expert."""
+    """Whether enough items share an expert to make sorting worthwhile."""
     return num_tokens > 1 and 4 * num_tokens * top_k > num_experts
 
 
 @triton.jit
 def _gated(total, alpha, limit, dtype, HAS_LIMIT: tl.constexpr):
-    """[2 * n, rows], eight rows of gate and eight of up in turn, to [n, rows]: silu(gate) * up."""
+    """silu(gate) * up, [n, rows]. total: [2 * n, rows], alternately 8 gate and 8 up outputs."""
     n: tl.constexpr = total.shape[0] // 2
     parts = tl.reshape(total, [n // 8, 2, 8, total.shape[1]])
     gate, up = tl.split(tl.permute(parts, [0, 2, 3, 1]))
-    # Rounded where torch rounds, between the products.
+    # Round to the output dtype at the same points as torch.
     gate = tl.reshape(gate, [n, total.shape[1]]).to(dtype).to(tl.float32)
     up = tl.reshape(up, [n, total.shape[1]]).to(dtype).to(tl.float32)
     if HAS_LIMIT:
@@ -88,11 +90,12 @@ def _grouped_kernel(
     HAS_LIMIT: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr,
     GROUP: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """out[item] = x[item // ITEMS_PER_ROW] @ weight[expert].T, and bias[expert].
+    """out[item] = x[item // ITEMS_PER_ROW] @ weight[expert].T + bias[expert].
 
-    IS_GATED: silu of it times the product with the rows NUM_OUTPUTS further on; HAS_LIMIT: the
-    clamped form of that, see `moe.moe_experts`. Not IS_SORTED: each item is a block, and
-    `block_experts` are theirs.
+    IS_GATED: out is silu(gate) * up, where weight rows 0 to NUM_OUTPUTS - 1 of an expert give gate
+    and the NUM_OUTPUTS rows behind them give up. HAS_LIMIT: the clamped form, see
+    `moe.moe_experts`. Without IS_SORTED, each item is a block and `block_experts` holds the items'
+    experts.
     """
     if OVERLAP:
         gdc_wait()
@@ -146,7 +149,7 @@ def _grouped_kernel(
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Where the items of a step go: see `sort_items`. items: None where nothing is sorted."""
+    """The order of a step's items, see `sort_items`. items: None if the items are not sorted."""
 
     block_experts: Tensor
     items: Tensor | None
@@ -171,9 +174,10 @@ def grouped_product(
     alpha: float = 1.0,
     limit: float = 0.0,
 ) -> Tensor:
-    """Fills and returns out, [items, outputs].
+    """Run one grouped matmul. Fills and returns `out`, [items, outputs].
 
-    x: [tokens or items, inputs]; weight: [experts, outputs, inputs], twice the outputs if gated.
+    x: [tokens or items, inputs]. weight: [experts, outputs, inputs], or [experts, 2 * outputs,
+    inputs] if gated. bias: [experts, rows of weight].
     """
     num_experts, num_rows, num_inputs = weight.shape
     num_items, num_outputs = out.shape

@@ -1,6 +1,6 @@
-"""Shared by the kernels of paged attention: a step of online softmax, and the shape of tilings."""
+"""Code that the paged attention kernels share: a step of online softmax, and `Tiling`."""
 
-# Triton functions are typed by what they are called with.
+# Triton infers a kernel's types from each call, which mypy cannot follow.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, attr-defined, no-untyped-call"
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import triton.language as tl
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """Shape of a program's work. rows: query tokens times heads; keys: KV tokens per iteration.
+    """The tile of one program. rows: query tokens times heads. keys: KV tokens per iteration.
 
-    max_registers: limit per thread, so that a multiprocessor holds more programs; None: no limit.
+    max_registers: registers per thread, limited so that more programs fit on a multiprocessor;
+    None: no limit.
     """
 
     rows: int
@@ -34,9 +35,10 @@ def attend_keys(
 ):  # fmt: skip
     """One step of online softmax, in base 2, over the keys at `tokens`.
 
-    best, total, acc: highest logit, sum of weights and weighted values so far. in_context: bool
-    [keys], which tokens exist. seen: bool, broadcast to [queries, keys], which keys a query sees.
-    With ALL_SEEN every query sees every key, and both masks are ignored.
+    best, total, acc: highest logit [queries], sum of weights [queries] and sum of weighted values
+    [queries, PADDED_DIM] so far. in_context: bool [keys], whether a token exists. seen: bool,
+    broadcast to [queries, keys], whether a query sees a key. With ALL_SEEN every query sees every
+    key, and the kernel ignores both masks.
     """
     dim = tl.arange(0, PADDED_DIM)
     entry = table + tokens.to(tl.uint32) // BLOCK_SIZE
@@ -62,7 +64,7 @@ def attend_keys(
     higher = tl.maximum(best, tl.max(logits, 1) * to_base_2)
     shift = higher
     if not ALL_SEEN:
-        shift = tl.where(higher == float("-inf"), 0.0, higher)  # a query that sees no key yet
+        shift = tl.where(higher == float("-inf"), 0.0, higher)  # no key seen so far
     weights = tl.exp2(logits * to_base_2 - shift[:, None])
     decay = tl.exp2(best - shift)
     acc = acc * decay[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
@@ -71,6 +73,6 @@ def attend_keys(
 
 @triton.jit
 def after_sinks(addresses, exists):
-    """`best` and `total` (see `attend_keys`) of queries that have seen only their head's sink."""
+    """Initial `best` and `total` (see `attend_keys`) of queries whose heads have sinks."""
     logits = tl.load(addresses, exists, other=0.0).to(tl.float32)
     return logits * 1.4426950408889634, tl.full(logits.shape, 1.0, tl.float32)

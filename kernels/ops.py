@@ -1,4 +1,4 @@
-"""Registers functions as ops of torch: opaque to the compiler, which sees their schema only."""
+"""Registers functions as torch ops. The compiler sees an op's schema only, not its code."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 def define(
     name: str, fake: Callable[..., Any], mutates: Sequence[str] = ()
 ) -> Callable[[_Function], _Function]:
-    """Decorator that replaces a function by the op `torch.ops.compiledllm.<name>` which runs it.
+    """Decorator that registers a function as `torch.ops.compiledllm.<name>` and returns the op.
 
-    The schema follows from the function's annotations, which must be types that
-    `torch.library.infer_schema` knows. fake: called by the compiler with the same arguments;
-    returns empty tensors of the result's shape and dtype. mutates: parameters written in place.
+    The schema is inferred from the function's annotations, which must be types that
+    `torch.library.infer_schema` supports. fake: the compiler calls this function with the same
+    arguments; it returns empty tensors of the result's shape and dtype. mutates: names of the
+    parameters that the op writes in place.
     """
 
     def register(function: _Function) -> _Function:

@@ -1,9 +1,8 @@
-"""Paged attention by FlashInfer: an alternative to Triton, and a second opinion in tests.
+"""Paged attention by FlashInfer: an alternative to Triton, and a reference in tests.
 
-FlashInfer decides on the host how a step's work is split, so each step has to be planned before it
-runs. A captured step has wrappers of its own, whose buffers keep their addresses. FlashInfer
-compiles its kernels when they are first used, which needs nvcc: `prepare` does that, and raises
-whatever goes wrong.
+FlashInfer divides a step's work on the host, so each step must be planned before it runs. Every
+captured step has its own wrappers, whose buffers keep their addresses. FlashInfer compiles kernels
+on first use, which needs nvcc: `prepare` triggers the compilation and raises its errors.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _WORKSPACE_BYTES = 128 * 2**20
 
 
 class _Kind(NamedTuple):
-    """What FlashInfer plans for; layers of one kind share a plan."""
+    """The properties of a layer that a plan depends on. Layers of one kind share a plan."""
 
     num_heads: int
     num_kv_heads: int
@@ -35,17 +34,17 @@ class _Kind(NamedTuple):
 
 
 class FlashInferBackend(AttentionBackend):
-    """Plans whole steps, over a single block table; one plan at a time fits its host buffers."""
+    """Plans whole steps on a single block table. Its host buffers hold one plan at a time."""
 
     dtypes = (torch.float16, torch.bfloat16)
     head_dims = (64, 128, 256)
     takes_sinks = False
-    captures_prompts = False  # a captured step's wrappers are made for one number of tokens
+    captures_prompts = False  # wrappers of a captured step have a fixed number of tokens
     takes_ends = False
     reads_groups = False
     runs_ahead = False
-    # The wrappers of the step that runs next. Engines of one process share them, since each plans
-    # right before it runs.
+    # The wrappers of the next step. All engines of a process share this dict, since each engine
+    # plans right before it runs a step.
     _planned: ClassVar[dict[_Kind, Any]] = {}
 
     def prepare(
@@ -56,7 +55,7 @@ class FlashInferBackend(AttentionBackend):
         max_pages: int,
         device: torch.device,
     ) -> None:
-        """Compile the kernels of these layers and allocate what plans need."""
+        """Compile the kernels of these layers and allocate the buffers of plans."""
         self._kinds = list(dict.fromkeys(map(_kind_of, layers)))
         self._dtype, self._block_size = dtype, block_size
         self._workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
@@ -76,7 +75,7 @@ class FlashInferBackend(AttentionBackend):
     def paged_attention(
         query: Tensor, kv_cache: Tensor, attn: AttentionMetadata, form: AttentionForm
     ) -> Tensor:
-        """See `attention.paged_attention`. Rows and lengths are those planned last."""
+        """See `attention.paged_attention`. Rows and lengths come from the last plan."""
         _, num_heads, head_dim = query.shape
         kind = _Kind(num_heads, kv_cache.shape[3], head_dim, form)
         wrapper = FlashInferBackend._planned[kind]
@@ -101,16 +100,16 @@ class FlashInferBackend(AttentionBackend):
         self._plan(counts, lengths, pages, graph)
 
     def select(self, graph: Hashable) -> None:
-        """The ops that follow run what was planned last for this graph, or for none."""
+        """Make the ops that follow use the last plan of this graph (None: of uncaptured steps)."""
         for kind in self._kinds:
             self._planned[kind] = self._wrappers[kind, graph]
 
     def _plan(
         self, counts: np.ndarray, lengths: np.ndarray, pages: Tensor, graph: Hashable
     ) -> None:
-        """counts, lengths: int64 [rows], new tokens, and context lengths with them, at least 1.
+        """counts, lengths: int64 [rows], new tokens and context lengths including them; at least 1.
 
-        pages: int32, on the device, the rows' blocks one after the other.
+        pages: int32, on the device, the blocks of all rows, row after row.
         """
         num_pages = -(-lengths // self._block_size)
         starts = _prefix_sums(counts)
@@ -152,11 +151,11 @@ def _kind_of(layer: AttentionLayer) -> _Kind:
 
 
 def _pages_of(block_table: Tensor, rows: np.ndarray, num_pages: np.ndarray) -> Tensor:
-    """int32, on the device: the first `num_pages` blocks of each of `rows`, row after row."""
+    """The first `num_pages` blocks of each row, row after row; int32 on the device."""
     starts = np.cumsum(num_pages) - num_pages
     columns = np.arange(num_pages.sum()) - np.repeat(starts, num_pages)
     index = np.array([np.repeat(rows, num_pages), columns])
-    # Pageable memory waits for the device here, but without run-ahead the device is idle.
+    # A copy from pageable memory waits for the device, which is idle here without run-ahead.
     on_device = torch.from_numpy(index).to(block_table.device)
     return block_table[on_device[0], on_device[1]]
 

@@ -1,8 +1,8 @@
-"""Paged attention in plain torch: the CPU path, and the oracle that tests hold other backends to.
+"""Paged attention in plain torch: the CPU path, and the reference of all backends in tests.
 
-Rows with one new token (decode) are computed together, those of similar length over their padded
-contexts; rows with more (prefill chunks) one row at a time, each as one dense causal attention.
-Nothing loops over tokens.
+Decode rows (one new token) of similar length are computed together, over padded contexts. Prefill
+chunks (several new tokens) are computed one row at a time as dense causal attention. No code loops
+over tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from compiledllm.kernels.backend import AttentionBackend, AttentionForm, Attenti
 def store_kv(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
     """See `attention.store_kv`. Stores nothing for slot -1.
 
-    Masks do not hold back a NaN, and masked positions read the null block: it stays zero.
+    The null block stays zero, because masked positions read it and a mask does not stop a NaN.
     """
     num_kv_heads, head_dim = kv_cache.shape[-2:]
     if (is_padding := slot_mapping < 0).any():
@@ -37,7 +37,7 @@ def paged_attention(
     if form.sliding_window:
         sizes = form.sliding_window, kv_cache.shape[2]
         block_tables, lengths = _in_window(block_tables, lengths, starts, *sizes)
-    # Rows of one token, grouped by lengths within a factor of two.
+    # Decode rows, grouped so that lengths in a group differ by less than a factor of two.
     groups: dict[int, list[int]] = {}
     for row, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
         if end - start == 1:
@@ -63,7 +63,7 @@ def paged_attention(
 def _in_window(
     block_tables: Tensor, lengths: list[int], starts: list[int], window: int, block_size: int
 ) -> tuple[Tensor, list[int]]:
-    """Tables and lengths without the leading blocks that no token of their row sees."""
+    """Block tables and lengths without the leading blocks that are outside the window."""
     skipped = [
         max(length - (end - start) - window + 1, 0) // block_size
         for length, start, end in zip(lengths, starts, starts[1:], strict=False)
@@ -105,7 +105,7 @@ def _decode_rows(
 ) -> Tensor:
     num_rows, num_heads, head_dim = query.shape
     num_kv_heads, max_length = k.shape[1], k.shape[2]
-    # The query heads of a KV head see the same context: they take the place of query positions.
+    # The query heads of a KV head see the same context, so they stand in for query positions.
     q = query.view(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
     mask = None
     if form.sliding_window or min(lengths) < max_length:
@@ -141,7 +141,7 @@ def _prefill_row(
 
 
 def _is_plain(form: AttentionForm) -> bool:
-    """Whether torch's own attention computes it."""
+    """Whether torch's scaled_dot_product_attention supports this form."""
     return not form.soft_cap and form.sinks is None
 
 
@@ -164,7 +164,7 @@ def _attend(
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     if form.sinks is not None:
-        # The heads of `q` are KV heads, whose groups stand as queries (decode), or all heads.
+        # The heads of `q` are KV heads, with query heads as positions (decode), or all query heads.
         sinks = form.sinks.float().view(q.shape[1], -1, 1).expand(*scores.shape[:-1], 1)
         scores = torch.cat((scores, sinks), dim=-1)
     weights = scores.softmax(-1)[..., : k.shape[-2]]
@@ -172,7 +172,7 @@ def _attend(
 
 
 class TorchBackend(AttentionBackend):
-    """Reads lengths on the host, so that no step can be captured."""
+    """Runs every model; reads lengths on the host, so no step can be captured."""
 
     captures = captures_prompts = False
     fuses_rotation = False

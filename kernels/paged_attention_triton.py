@@ -1,11 +1,11 @@
-"""Paged attention in Triton: the GPU path.
+"""Paged attention in Triton: the default on GPUs.
 
-One kernel stores keys and values and two read them: `decode_attention_triton` the rows with one new
-token, `prefill_attention_triton` the rows with more. Grids follow from shapes alone and nothing is
-read back, so that a captured call serves every length.
+One kernel stores keys and values. Two kernels read the cache: `decode_attention_triton` for rows
+with one new token, `prefill_attention_triton` for rows with several. Grids follow from shapes alone
+and the host reads nothing back, so a captured call serves every length.
 """
 
-# Triton functions are typed by what they are called with.
+# Triton infers a kernel's types from each call, which mypy cannot follow.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, attr-defined, no-untyped-call"
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _store_kernel(
 
 
 def store_kv(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
-    """See `attention.store_kv`. Slot -1 becomes slot 0, which belongs to the null block."""
+    """See `attention.store_kv`. Slot -1 is written to slot 0, in the null block."""
     num_tokens, num_kv_heads, head_dim = key.shape
     if num_tokens == 0:
         return
@@ -49,7 +49,7 @@ def store_kv(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor)
 
 
 def _is_packed(x: Tensor) -> bool:
-    """Whether a token's heads lie one after the other; tokens may be strided."""
+    """Whether the heads of a token are contiguous. The token dimension may have any stride."""
     return x.stride(-1) == 1 and x.stride(-2) == x.shape[-1]
 
 
@@ -63,9 +63,9 @@ def paged_attention(
 ) -> Tensor:
     """See `attention.paged_attention`.
 
-    max_programs: the most programs over which the rows of one token are split; None: as many as
-    keep the GPU busy. fixed_order: sum over keys in an order that does not depend on other rows,
-    which is slower.
+    max_programs: maximum number of extra programs for splits of decode rows; None: enough to keep
+    the GPU busy. fixed_order: sum over keys in an order that does not depend on other rows, which
+    is slower.
     """
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     num_tokens, num_heads, head_dim = query.shape
@@ -89,7 +89,7 @@ def paged_attention(
     }  # fmt: skip
     if not fixed_order:
         attend_single_tokens(tensors, scalars, constants, max_programs)
-    if fixed_order or num_tokens >= len(block_tables):  # else no row has more than one token
+    if fixed_order or num_tokens >= len(block_tables):  # otherwise no row has more than one token
         attend_prompts(tensors, scalars, constants, fixed_order)
     return out
 

@@ -1,6 +1,6 @@
-"""Repetition, frequency and presence penalties of rows of logits, and the counts they need."""
+"""Repetition, frequency and presence penalties on logits, and the token counts they need."""
 
-# Triton functions are typed by what they are called with.
+# Triton infers a kernel's types from each call, which mypy cannot follow.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_CHUNK = 2048  # of the vocabulary, for one program
+_CHUNK = 2048  # tokens of the vocabulary per program
 
 
 @triton.jit
@@ -35,11 +35,12 @@ def _penalize_kernel(
 def penalize(
     logits: Tensor, index: Tensor, slots: Tensor, amounts: Tensor, counts: Tensor, in_prompt: int
 ) -> None:
-    """In place, of the rows `index`.
+    """Apply penalties to the rows `index` of the logits, in place.
 
-    logits: float32 [any, vocab], contiguous. index, slots: int64 [rows], of the logits and of the
-    counts. amounts: float32 [3, rows], repetition, frequency, presence. counts: int32 [any, vocab],
-    of each token in the output, and the bit `in_prompt` for those of the prompt.
+    logits: float32 [batch, vocab], contiguous. index, slots: int64 [rows], rows of `logits` and of
+    `counts`. amounts: float32 [3, rows]: repetition, frequency, presence. counts: int32 [slots,
+    vocab], each token's count in the output, plus the flag bit `in_prompt` if the prompt has the
+    token.
     """
     vocab = logits.shape[1]
     assert logits.is_contiguous() and counts.is_contiguous() and amounts.is_contiguous()
@@ -57,8 +58,9 @@ def _count_kernel(tokens, index, slots, counts, vocab):
 
 
 def count_tokens(tokens: Tensor, index: Tensor, slots: Tensor, counts: Tensor) -> None:
-    """Count one more token for each row of `index`; a negative one as token 0.
+    """Count one more token in each slot. A negative token counts as token 0.
 
-    tokens: int64 [any]. index: int64 [rows], of the tokens; slots: of the counts, all different.
+    tokens: int64 [batch]. index, slots: int64 [rows], indices into `tokens` and rows of `counts`.
+    All slots must differ.
     """
     _count_kernel[(len(index),)](tokens, index, slots, counts, counts.shape[1], num_warps=1)

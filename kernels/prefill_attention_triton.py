@@ -1,6 +1,6 @@
-"""Paged attention of rows with several new tokens: a block of query tokens at a time."""
+"""Paged attention of rows with several new tokens. A program computes a block of query tokens."""
 
-# Triton functions are typed by what they are called with.
+# Triton infers a kernel's types from each call, which mypy cannot follow.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, attr-defined, no-untyped-call"
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from compiledllm.kernels.online_softmax_triton import Tiling, after_sinks, atten
 
 
 def prefill_tiling(head_dim: int, group: int, itemsize: int, num_queries: int) -> Tiling:
-    """group: query heads of a KV head, all in one program. num_queries: query tokens times heads.
+    """group: query heads per KV head, all in one program. num_queries: query tokens times heads.
 
     The fastest of 10 tilings on an H100 (bfloat16, 16 prompts of 1024 tokens). Two programs on a
-    multiprocessor hide each other's softmax, and more rows a program mean fewer reads of the keys.
-    For head_dim 128 that is 351 TFLOP/s, against 254 without the limit of registers. Few queries
-    get smaller programs, because the longest program decides when the kernel ends.
+    multiprocessor hide each other's softmax, and more rows per program mean fewer reads of the
+    keys. For head_dim 128 the kernel reaches 351 TFLOP/s, and 254 TFLOP/s without the register
+    limit. Few queries get smaller programs, because the longest program determines the kernel's
+    time.
     """
     min_rows = triton.next_power_of_2(group)
     if itemsize == 4:
@@ -45,12 +46,12 @@ def _prefill_kernel(
 ):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()
-    TOKENS: tl.constexpr = ROWS // GROUP  # query tokens of a program
+    TOKENS: tl.constexpr = ROWS // GROUP  # query tokens per program
     ALL_MASKED: tl.constexpr = HAS_WINDOW or FIXED_ORDER
     NUM_KV_HEADS: tl.constexpr = NUM_HEADS // GROUP
-    program = tl.num_programs(0) - 1 - tl.program_id(0)  # programs with most keys begin first
+    program = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest programs start first
     index, kv_head = program // NUM_KV_HEADS, program % NUM_KV_HEADS
-    # Row r owns the programs from query_start_loc[r] // TOKENS + r on, enough for all its tokens.
+    # The programs of row r begin at query_start_loc[r] // TOKENS + r; they cover all its tokens.
     low, high = 0, num_rows
     while low < high:
         middle = (low + high) // 2
@@ -65,7 +66,7 @@ def _prefill_kernel(
     is_done = first_query >= count
     if not FIXED_ORDER:
         is_done = is_done | (count == 1)  # _decode_kernel computes this row
-    # Lengths are read before this wait, as in _decode_kernel. Programs without work wait, too.
+    # As in _decode_kernel, lengths are read before this wait. Programs without work must wait, too.
     if OVERLAP:
         gdc_wait()
     if is_done:
@@ -89,7 +90,7 @@ def _prefill_kernel(
     table = block_tables + row.to(tl.int64) * table_stride
     first = tl.maximum(context + first_query - window + 1, 0) if HAS_WINDOW else 0
     end = tl.minimum(context + first_query + TOKENS, length)
-    # All queries see the keys up to the first query; the diagonal and a window's edge need masks.
+    # All queries see all keys before the first query. Only the diagonal and a window need masks.
     diagonal = first // KEYS if ALL_MASKED else (context + first_query + 1) // KEYS
     for tile in range(0, 0 if ALL_MASKED else diagonal):
         tokens = tile * KEYS + tl.arange(0, KEYS)

@@ -1,10 +1,10 @@
-"""All that lies between the qkv product and attention, as one Triton kernel instead of four.
+"""Everything between the qkv matmul and attention, in one Triton kernel instead of four.
 
-The kernel normalises each head of queries and keys (if the model does), rotates the heads, writes
-queries to a tensor of their own, and keys and values to their slots in the paged cache.
+The kernel normalises each head of queries and keys (if the model has q and k norms), rotates the
+heads (RoPE), writes queries to a new tensor, and writes keys and values to the paged cache.
 """
 
-# Triton functions are typed by what they are called with.
+# Triton infers a kernel's types from each call, which mypy cannot follow.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, attr-defined, no-untyped-call"
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from compiledllm.kernels.launch import launch_options
 
-_HEADS = 8  # heads of one program
+_HEADS = 8  # heads per program
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def _rotate_store_kernel(
     is_value = head >= NUM_HEADS + NUM_KV_HEADS
     half = ROTARY_DIM // 2
     is_rotated = dim < ROTARY_DIM
-    # The dimension that each dimension is rotated with; itself if it is not rotated.
+    # Each dimension's partner in the rotation; the dimension itself if it is not rotated.
     partner = tl.where(dim < half, dim + half, tl.where(is_rotated, dim - half, dim))
 
     row = qkv + token * token_stride + head * HEAD_DIM

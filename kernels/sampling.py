@@ -1,11 +1,11 @@
-"""Drawing a token from each row of logits: the most likely one, or Gumbel-max at a temperature.
+"""Draws a token from each row of logits: greedily, or by Gumbel-max sampling at a temperature.
 
-The noise is a hash of (seed, position, token id), so a draw depends on nothing else: not on other
-rows, the batch size, or whether a graph was replayed. top_k, top_p and min_p each keep the tokens
-above some logit, so together they are one threshold. All tokens that tie with the threshold stay.
+The noise is a hash of (seed, position, token id), so a draw does not depend on other rows, the
+batch size, or whether a graph was replayed. top_k, top_p and min_p each keep the tokens above some
+logit, so together they are one threshold. All tokens that tie with the threshold are kept.
 
-On a GPU two Triton kernels read the logits once, and greedy or unfiltered rows skip the work for
-noise and filters. Elsewhere plain torch does the same arithmetic.
+On a GPU, two Triton kernels read the logits once; greedy rows skip the noise, and unfiltered rows
+skip the filters. On other devices plain torch does the same arithmetic.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-INVALID = -1  # drawn from a row of logits that has no token to draw
-_CANDIDATES = 1024  # likeliest tokens among which top_p ends, usually; else all are sorted
+INVALID = -1  # result for a row of logits from which no token can be drawn
+_CANDIDATES = 1024  # most likely tokens tried for top_p first; otherwise all are sorted
 
 
 class SamplingRows(NamedTuple):
@@ -31,7 +31,7 @@ class SamplingRows(NamedTuple):
 
     @classmethod
     def zeros(cls, num_rows: int, device: torch.device | str) -> SamplingRows:
-        """Greedy rows."""
+        """Parameters of greedy rows."""
         dtypes = (torch.float32, torch.int64, torch.int32, torch.float32, torch.float32)
         return cls(*(torch.zeros(num_rows, dtype=dtype, device=device) for dtype in dtypes))
 
@@ -40,10 +40,11 @@ class SamplingRows(NamedTuple):
 
 
 def draw_tokens(logits: Tensor, rows: Tensor, positions: Tensor, asked: SamplingRows) -> Tensor:
-    """Token ids int64 [draws]; INVALID where logits are NaN, +inf or all -inf.
+    """Draw token ids int64 [draws]; INVALID for a row with a NaN or +inf, or with -inf only.
 
     logits: [draws, vocab], any float dtype, -inf for a token that must not be drawn. rows: int64
-    [draws], request rows, which index `asked`. positions: int64 [draws], of the drawn tokens.
+    [draws], request rows, which index `asked`. positions: int64 [draws], positions of the drawn
+    tokens.
     """
     if logits.is_cuda:
         from compiledllm.kernels.sampling_triton import draw_tokens as draw
@@ -51,7 +52,7 @@ def draw_tokens(logits: Tensor, rows: Tensor, positions: Tensor, asked: Sampling
         drawn: Tensor = draw(logits, rows, positions, asked)
         return drawn
     asked = asked.take(rows)
-    best, token_ids = logits.max(dim=-1)  # NaN for a row with a NaN
+    best, token_ids = logits.max(dim=-1)  # `best` is NaN for a row with a NaN
     sampling = (asked.temperature > 0).nonzero().flatten()
     if len(sampling):
         chosen = asked.take(sampling)
@@ -63,9 +64,9 @@ def draw_tokens(logits: Tensor, rows: Tensor, positions: Tensor, asked: Sampling
 
 
 def threshold(logits: Tensor, asked: SamplingRows) -> Tensor:
-    """float32 [rows]: the least logit that top_k, then top_p, then min_p keep; -inf for all.
+    """float32 [rows]: the lowest logit that top_k, top_p and min_p keep; -inf keeps all.
 
-    logits: float32 [rows, vocab]. asked: parameters of the same rows, temperatures above 0.
+    logits: float32 [rows, vocab]. asked: parameters of the same rows; temperatures must be above 0.
     """
     least = torch.full_like(asked.temperature, -math.inf)
     top_k = asked.top_k.long()
@@ -83,7 +84,7 @@ def threshold(logits: Tensor, asked: SamplingRows) -> Tensor:
 
 
 def _top_p_border(logits: Tensor, least: Tensor, asked: SamplingRows) -> Tensor:
-    """float32 [rows]: logit of the last token in the smallest set whose mass reaches top_p.
+    """float32 [rows]: lowest logit in the smallest set of tokens whose mass reaches top_p.
 
     Only tokens with logits of at least `least`, float32 [rows], count.
     """
@@ -93,7 +94,7 @@ def _top_p_border(logits: Tensor, least: Tensor, asked: SamplingRows) -> Tensor:
     for count in (min(_CANDIDATES, logits.shape[-1]), logits.shape[-1]):
         best = kept.topk(count, dim=-1).values
         mass = (best / heat - total).exp().cumsum(-1)
-        short = mass < asked.top_p[:, None]  # more tokens are needed than up to this one
+        short = mass < asked.top_p[:, None]  # the tokens up to this one do not reach top_p
         if not bool(short.all(dim=-1).any()):
             break
     last = short.sum(-1).clamp(max=best.shape[-1] - 1)
@@ -103,13 +104,13 @@ def _top_p_border(logits: Tensor, least: Tensor, asked: SamplingRows) -> Tensor:
 def gumbel_noise(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
     """Standard Gumbel noise, float32 [rows, vocab]: a function of (seed, position, token id).
 
-    It is -log of an exponential variable, which is precise where the variable is small: there the
-    noise is large and decides the draw.
+    The noise is -log of an exponential variable, which is precise for small values of the variable:
+    small values give the large noise that decides the draw.
     """
     keys = _mix64(seeds ^ _mix64(positions + 1))[:, None]
     token_ids = torch.arange(vocab, device=seeds.device)
     bits = _mix32(_mix32(token_ids ^ (keys & _LOW)) ^ ((keys >> 32) & _LOW))
-    uniform = ((bits.float() + 0.5) * 2.0**-32).clamp_(max=1 - 2.0**-24)  # never 0 or 1
+    uniform = ((bits.float() + 0.5) * 2.0**-32).clamp_(max=1 - 2.0**-24)  # in (0, 1)
     return uniform.neg_().log1p_().neg_().log_().neg_()
 
 
@@ -124,7 +125,7 @@ def _mix64(x: Tensor) -> Tensor:
 
 
 def _mix32(x: Tensor) -> Tensor:
-    """The same for 32 bits, held in int64 (Wellons's "lowbias32")."""
+    """A 32-bit mixing function on int64 (Wellons's "lowbias32")."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _LOW
     x = ((x ^ (x >> 15)) * 0x846CA68B) & _LOW
     return x ^ (x >> 16)

@@ -1,17 +1,20 @@
-"""`sampling.draw_tokens` in Triton: noise only for rows that sample, no sort for any.
+"""`sampling.draw_tokens` in Triton: noise for sampled rows only, and no sorting.
 
-`_chunk_kernel` reads the logits once, over the whole GPU, and finds each row's token as if nothing
-were filtered; of a row with a top_k, the peaks of all groups of 64 tokens instead. `_row_kernel` is
-done with that, except for rows with a filter.
+`_chunk_kernel` reads the logits once, spread over the whole GPU. For a row without top_k it finds
+each chunk's winning token before filters; for a row with top_k it finds the peak (highest logit) of
+each group of 64 tokens instead. `_row_kernel` merges the chunks of a row, and then applies the
+filters if the row has any.
 
-With a top_k, the k-th highest peak is a bound that at least k tokens reach, all of them in a few
-groups: everything else happens in those. With a top_p, the token found is weighed against the mass
-of the tokens above it. If that says it is filtered out, then so is every token below, and the best
-of those above is next. What is accepted in the end is the best of all that the filter leaves, since
-the noise is the same throughout.
+top_k: at least k tokens reach the k-th highest peak, and all of them are in the few groups whose
+peaks reach it. All further work reads these groups only.
+
+top_p: the candidate token is kept if the tokens with higher logits have less than top_p of the
+mass. If the candidate is filtered out, so is every token with a lower logit, and the winner among
+the tokens with higher logits becomes the next candidate. Since each token's noise stays the same,
+the first candidate that is kept is the winner among all tokens that the filter keeps.
 """
 
-# Triton functions are typed by what they are called with.
+# Triton infers a kernel's types from each call, which mypy cannot follow.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, attr-defined, no-untyped-call"
 
 from __future__ import annotations
@@ -23,10 +26,11 @@ from torch import Tensor
 
 from compiledllm.kernels.sampling import SamplingRows
 
-_CHUNK = 4096  # of the vocabulary, for one program
-_GROUP = 64  # of the vocabulary, with one peak
-_GROUPS = 256  # read at once by a row's program
-_KEY_BITS = {torch.bfloat16: 16, torch.float16: 19, torch.float32: 32}  # as wide as they differ
+_CHUNK = 4096  # tokens of the vocabulary per program
+_GROUP = 64  # tokens per group, which has one peak
+_GROUPS = 256  # groups that a row's program reads per iteration
+# Number of leading bits in which the keys of a dtype can differ.
+_KEY_BITS = {torch.bfloat16: 16, torch.float16: 19, torch.float32: 32}
 
 
 @triton.jit
@@ -47,11 +51,12 @@ def _mix32(x):
 
 @triton.jit
 def _inverse_exponential(seeds, positions, row, index, token):
-    """1 / -log(1 - u) with the token's u in (0, 1): a token wins by its weight times this.
+    """1 / -log(1 - u), u in (0, 1) per token. The token with the largest weight times this wins.
 
-    The logarithm of it is its Gumbel noise, see sampling.gumbel_noise. log(1 - u) is the exponent
-    of 1 - u and a polynomial in f = (1 - u) / 2^exponent - 1, |f| <= 1/3, fitted to a relative
-    error of 3e-7; for small u f is -u itself, which has not lost its digits.
+    The logarithm of the result is the token's Gumbel noise, see sampling.gumbel_noise. log(1 - u)
+    is computed from the exponent of 1 - u and a polynomial in f = (1 - u) / 2^exponent - 1,
+    |f| <= 1/3, fitted to a relative error of 3e-7. If the exponent is 0, f is -u itself,
+    which is exact.
     """
     key = _mix64(tl.load(seeds + row) ^ _mix64(tl.load(positions + index) + 1))
     low = (key & 0xFFFFFFFF).to(tl.uint32)
@@ -78,8 +83,8 @@ def _weight(x, peak, heat):
 
 @triton.jit
 def _key(x):
-    """uint32 in the order of the float32 numbers."""
-    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)  # there are two zeros
+    """Map float32 to uint32 with the same order."""
+    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)  # -0.0 and 0.0 get the same key
     return (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
 
 
@@ -88,9 +93,9 @@ def _chunk_kernel(
     logits, rows, positions, temperature, seeds, top_k, best_scores, best_ids, peaks, masses,
     group_peaks, vocab, row_stride, num_chunks, CHUNK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """The best token of a chunk of one row, its highest logit and its mass; or its groups' peaks.
+    """The winning token of one chunk of a row, the chunk's peak and mass; or its groups' peaks.
 
-    The highest is inf if any logit is that or NaN.
+    The peak is inf if any logit is inf or NaN.
     """
     index, chunk = tl.program_id(0), tl.program_id(1)
     row = tl.load(rows + index)
@@ -129,7 +134,7 @@ def _row_kernel(
     CHUNKS: tl.constexpr, PER_CHUNK: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
     KEY_BITS: tl.constexpr,
 ):  # fmt: skip
-    """The best of a row's chunks, of equal ones the first; with a filter, the best it leaves."""
+    """The winner among a row's chunks, ties to the first; with a filter, among the kept tokens."""
     index, chunk = tl.program_id(0), tl.arange(0, CHUNKS)
     row = tl.load(rows + index)
     at, inside = index * num_chunks + chunk, chunk < num_chunks
@@ -157,7 +162,7 @@ def _row_kernel(
             kth = _kth_key(row_start, listed, num_groups, vocab, k, GROUPS, GROUP, KEY_BITS)
             total = _mass(row_start, listed, num_groups, k, vocab, kth, peak, heat, GROUPS, GROUP)
             least = tl.maximum(least, kth)
-            is_left = peak > float("inf")  # nothing is drawn yet
+            is_left = peak > float("inf")  # False: there is no candidate yet
         else:
             share = _weight(chunk_peaks, peak, heat)
             total = tl.sum(tl.load(masses + at, inside, other=0.0) * share, 0)
@@ -182,7 +187,7 @@ def _row_kernel(
 
 @triton.jit
 def _list_groups(peaks, groups, num_groups, k, ALL: tl.constexpr, KEY_BITS: tl.constexpr):
-    """Write down the groups whose peaks reach the k-th highest; returns how many those are."""
+    """Store the indices of groups whose peaks reach the k-th highest peak. Returns their number."""
     group = tl.arange(0, ALL)
     inside = group < num_groups
     keys = _key(tl.load(peaks + group, inside, other=float("-inf")))
@@ -193,7 +198,7 @@ def _list_groups(peaks, groups, num_groups, k, ALL: tl.constexpr, KEY_BITS: tl.c
     reaches = inside & (keys >= kth)
     place = tl.cumsum(reaches.to(tl.int32), 0) - 1
     tl.store(groups + place, group, reaches)
-    tl.debug_barrier()  # other threads of the program are going to read them
+    tl.debug_barrier()  # other threads of the program read the indices
     return tl.sum(reaches.to(tl.int32), 0)
 
 
@@ -201,9 +206,9 @@ def _list_groups(peaks, groups, num_groups, k, ALL: tl.constexpr, KEY_BITS: tl.c
 def _tile(
     row_start, groups, first, num_groups, k, vocab, GROUPS: tl.constexpr, GROUP: tl.constexpr
 ):
-    """Tokens [GROUPS, GROUP] of groups from the `first` on, and their logits, -inf past the end.
+    """Token ids [GROUPS, GROUP] of the groups from `first` on, and logits, -inf past the end.
 
-    With a top_k they are those listed in `groups`, else all.
+    With a top_k, only the groups listed in `groups` count.
     """
     slot = first + tl.arange(0, GROUPS)
     inside = slot < num_groups
@@ -219,7 +224,7 @@ def _kth_key(
     row_start, groups, num_groups, vocab, k,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, KEY_BITS: tl.constexpr,
 ):  # fmt: skip
-    """The key of the k-th highest logit, bit by bit: the highest that k tokens reach."""
+    """The key of the k-th highest logit: the highest key that k tokens reach, found bit by bit."""
     kth = tl.full([], 0, tl.uint32)
     for step in range(KEY_BITS):
         higher = kth | (tl.full([], 1, tl.uint32) << (31 - step))
@@ -236,7 +241,7 @@ def _mass(
     row_start, groups, num_groups, k, vocab, least, peak, heat,
     GROUPS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Of the tokens whose keys reach `least`."""
+    """The mass of the tokens whose keys reach `least`: the sum of exp((logit - peak) / heat)."""
     masses = tl.zeros([GROUPS, GROUP], tl.float32)
     for first in range(0, num_groups, GROUPS):
         _token, x = _tile(row_start, groups, first, num_groups, k, vocab, GROUPS, GROUP)
@@ -249,10 +254,10 @@ def _best_token(
     row_start, groups, num_groups, k, vocab, least, peak, heat, seeds, positions, row, index,
     GROUPS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """The best of the tokens whose keys reach `least`, of equal ones the first.
+    """The winner among the tokens whose keys reach `least`, ties to the first.
 
-    In two reductions: Triton takes the order of a reshaped tensor for free if it is only reduced,
-    even where the index is asked for.
+    Two reductions instead of one with an index: Triton may reorder a reshaped tensor whose only use
+    is a reduction, even if the reduction returns an index.
     """
     best_ratio, best_token = tl.full([], -1.0, tl.float32), tl.full([], 0, tl.int32)
     for first in range(0, num_groups, GROUPS):

@@ -1,4 +1,4 @@
-"""Products of a weight matrix with 1 to 32 rows, for decoding few requests on a GPU.
+"""Matmuls of 1 to 32 rows with a weight matrix, for decoding few requests on a GPU.
 
 Such products are memory-bound: reading the weights takes all the time, and for one row a general
 matmul leaves 10 to 60 % of the bandwidth unused. Each program owns a few output features and reads
@@ -7,7 +7,7 @@ cores. Loads of the first weights start before the inputs are ready. Sums are in
 order.
 """
 
-# Triton functions are typed by what they are called with.
+# Triton infers a kernel's types from each call, which mypy cannot follow.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, attr-defined, no-untyped-call"
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from compiledllm.kernels.linear import MAX_SKINNY_ROWS
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """Shape of a program's work. outputs: features; columns: input features per iteration."""
+    """The tile of one program. outputs: output features. columns: input features per iteration."""
 
     outputs: int
     columns: int
@@ -35,7 +35,7 @@ class Tiling:
 
 
 def tiling_for(num_rows: int, num_outputs: int, num_inputs: int) -> Tiling:
-    """Few outputs a program if there are few in all, so that every multiprocessor has work.
+    """Choose few outputs per program if there are few in all, so that all multiprocessors work.
 
     Fitted to the best of 8 to 30 tilings on an H100, for the layers of models of 0.1 to 8 B
     parameters, with cold caches: 2.2 to 3.2 TB/s for one row, 1.6 to 3.0 TB/s for several.
@@ -49,7 +49,7 @@ def tiling_for(num_rows: int, num_outputs: int, num_inputs: int) -> Tiling:
             return Tiling(16, 256, 2, 5)
         return Tiling(32, 128, 2, 5) if num_inputs <= 8192 else Tiling(32, 256, 4, 5)
     columns = min(max(triton.next_power_of_2(num_inputs), 64), 2048)
-    return Tiling(1 if columns == 2048 else 2, columns, 4)  # 16 weights a thread
+    return Tiling(1 if columns == 2048 else 2, columns, 4)  # 16 weights per thread
 
 
 @triton.jit

@@ -1,7 +1,7 @@
-"""What a step reads from the request rows before the model runs, and writes to them afterwards.
+"""Gathers a step's inputs from the request rows, and writes the step's results back to the rows.
 
-On a GPU one Triton kernel reads, for each group of layers, and one writes, as a captured step pays
-for every launch. Elsewhere plain torch does the same.
+On a GPU, one Triton kernel per group of layers gathers and one kernel writes, because every launch
+costs time even in a captured step. On other devices plain torch does the same.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from compiledllm.kernels.backend import AttentionMetadata
 
 
 class DecodeInputs(NamedTuple):
-    """Inputs of a step in which every row has one token, the one that was drawn last."""
+    """Inputs of a step in which every row has one token, its last drawn token."""
 
     input_ids: Tensor  # int64 [rows]
     positions: Tensor  # int64 [rows]
@@ -40,10 +40,10 @@ def decode_inputs(
     block_tables: Tensor,
     block_size: int,
 ) -> DecodeInputs:
-    """Gather the inputs of `rows`, int64 [rows], from the state of all request rows.
+    """Gather the inputs of a decode step of `rows`, int64 [rows], from all request rows.
 
     last_token_ids, num_computed_tokens: int64 [request rows]. block_tables: int32 [groups, request
-    rows, max_blocks]. Each group's slots and table are tensors of their own, not views.
+    rows, max_blocks]. Slots and tables of different groups do not share storage.
     """
     if rows.is_cuda:
         from compiledllm.kernels.step_inputs_triton import gather
@@ -68,11 +68,11 @@ def decode_inputs(
 def mixed_inputs(
     tokens: Tensor, rows: Tensor, last_token_ids: Tensor, block_tables: Tensor, block_size: int
 ) -> MixedInputs:
-    """Inputs of tokens that lie flat, one row's after the other's.
+    """Gather the inputs of a ragged step: the tokens of all rows lie row after row.
 
     tokens: int64 [3, tokens]: request row, position and token id; a negative id stands for the
-    token that was drawn last. rows: int64 [3, rows]: request row, context length including these
-    tokens, and the number of tokens up to the row's end. Other parameters as in `decode_inputs`.
+    row's last drawn token. rows: int64 [3, rows]: request row, context length including the step's
+    tokens, and end of the row's tokens in the step. Other parameters as in `decode_inputs`.
     """
     if rows.is_cuda:
         from compiledllm.kernels.step_inputs_triton import unpack
@@ -95,10 +95,10 @@ def mixed_inputs(
 def metadata_of_ends(
     rows: Tensor, lengths: Tensor, of_group: Tensor, block_size: int
 ) -> AttentionMetadata:
-    """Metadata of one token per row, the last of the row's context, whose KV is stored already.
+    """Attention metadata of one token per row: the last token of a context that is stored already.
 
     rows, lengths: int64 [rows], request rows and their context lengths, at least 1. of_group: int32
-    [request rows, max_blocks], the block tables of a group of layers.
+    [request rows, max_blocks], the block table of a group of layers.
     """
     if rows.is_cuda:
         from compiledllm.kernels.step_inputs_triton import gather_ends
@@ -121,12 +121,12 @@ def advance(
     last_token_ids: Tensor,
     num_computed_tokens: Tensor,
 ) -> None:
-    """Write a step's results to the request rows, of which the last is for padding.
+    """Write a step's results to the request rows. The last request row is for padding.
 
-    rows, lengths: int64 [rows], request rows and their tokens in the cache from now on; the padding
-    row's stay 0, or the row would outgrow its block table. sample_rows, drawn: int64 [samples],
-    request rows and their next tokens; a negative token is written as 0. No row but the padding row
-    appears twice.
+    rows, lengths: int64 [rows], request rows and their numbers of cached tokens after the step. The
+    padding row's number stays 0, or the row would outgrow its block table. sample_rows, drawn:
+    int64 [samples], request rows and their next tokens; a negative token is written as 0. Only the
+    padding row may appear more than once.
     """
     if rows.is_cuda:
         from compiledllm.kernels.step_inputs_triton import scatter
@@ -139,13 +139,13 @@ def advance(
 
 
 def one_token_each(rows: Tensor) -> Tensor:
-    """The `query_start_loc` of rows with one token each, and the empty row."""
+    """The `query_start_loc` of rows with one token each and the empty row behind them."""
     starts = torch.arange(len(rows) + 1, dtype=torch.int32, device=rows.device)
     return torch.cat((starts, starts[-1:]))
 
 
 def slots_in(blocks: Tensor, positions: Tensor, block_size: int) -> Tensor:
-    """int64 [tokens]: the slot of each token. blocks: [tokens], the block that holds the token."""
+    """The slot of each token, int64 [tokens]. blocks: [tokens], the id of each token's block."""
     return blocks.long() * block_size + positions % block_size
 
 

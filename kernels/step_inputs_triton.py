@@ -1,10 +1,11 @@
-"""`step_inputs` in Triton: the kernels around a captured step's model.
+"""`step_inputs` in Triton: the kernels before and after the model in a step.
 
-Parts of a step's packed inputs begin at any address, and no two steps need have as many tokens:
-nothing of that is specialised on, or steps would wait for the compiler again and again.
+The parts of a step's packed inputs begin at arbitrary addresses, and the number of tokens differs
+from step to step. The kernels do not specialise on either; otherwise Triton would compile them
+again and again.
 """
 
-# Triton functions are typed by what they are called with.
+# Triton infers a kernel's types from each call, which mypy cannot follow.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from torch import Tensor
 from compiledllm.kernels.backend import AttentionMetadata
 from compiledllm.kernels.step_inputs import DecodeInputs, MixedInputs
 
-_CHUNK = 1024  # entries of a block table, for one program
-_ROWS = 128  # of one program
-_TOKENS = 128  # of one program
+_CHUNK = 1024  # block table entries per program
+_ROWS = 128  # rows per program
+_TOKENS = 128  # tokens per program
 
 
 @triton.jit
@@ -27,9 +28,9 @@ def _write_row(
     index, chunk, row, length, start, of_group, block_tables, seq_lens, query_start_loc, num_rows,
     max_blocks, BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """A chunk of a row's block table, 0 past its context; with the first one its other metadata.
+    """Write a chunk of a row's block table, 0 past the context; chunk 0 also writes the metadata.
 
-    The row behind the last is the empty one: of length 0, it begins where it ends.
+    Row `num_rows` is the empty row: its length is 0, and it ends where it starts.
     """
     column = chunk * CHUNK + tl.arange(0, CHUNK)
     inside = column < max_blocks
@@ -45,7 +46,7 @@ def _write_row(
 
 @triton.jit
 def _slots(of_group, row, position, exists, max_blocks, BLOCK_SIZE: tl.constexpr):
-    """Where in the cache tokens of these rows and positions lie."""
+    """The cache slots of tokens, given their rows and positions."""
     block = tl.load(of_group + row * max_blocks + position // BLOCK_SIZE, exists, other=0)
     return block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE
 
@@ -56,7 +57,7 @@ def _gather_kernel(
     seq_lens, query_start_loc, slot_mapping, block_tables, num_rows, max_blocks,
     BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """A chunk of a row's block table; with the first one all else of the row."""
+    """One program writes a chunk of a row's block table; chunk 0 also writes its other inputs."""
     index, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     exists = index < num_rows
     row = tl.load(rows + index, exists, other=0)
@@ -81,7 +82,7 @@ def gather(
     block_tables: Tensor,
     block_size: int,
 ) -> DecodeInputs:
-    """See `step_inputs.decode_inputs`. A launch for each group, all writing the same tokens."""
+    """See `step_inputs.decode_inputs`. One launch per group; all write the same tokens."""
     num_rows, max_blocks = len(rows), block_tables.shape[-1]
     assert rows.is_contiguous() and block_tables.is_contiguous()
     input_ids, positions, lengths, indices = (torch.empty_like(rows) for _ in range(4))
@@ -121,7 +122,7 @@ def _unpack_kernel(
     slot_mapping, block_tables, num_tokens, num_rows, max_blocks,
     BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """A chunk of a row's block table and what goes with it, or behind the rows some tokens."""
+    """One program writes a chunk of a row's block table, or (after all rows) some tokens."""
     index, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if index <= num_rows:
         exists = index < num_rows
@@ -142,7 +143,7 @@ def _unpack_kernel(
 def unpack(
     tokens: Tensor, rows: Tensor, last_token_ids: Tensor, block_tables: Tensor, block_size: int
 ) -> MixedInputs:
-    """See `step_inputs.mixed_inputs`. A launch for each group, all writing the same tokens."""
+    """See `step_inputs.mixed_inputs`. One launch per group; all write the same tokens."""
     num_tokens, num_rows, max_blocks = tokens.shape[1], rows.shape[1], block_tables.shape[-1]
     assert all(x.is_contiguous() for x in (tokens, rows, block_tables))
     input_ids, positions = (tokens.new_empty(num_tokens) for _ in range(2))
@@ -166,7 +167,7 @@ def _ends_kernel(
     rows, lengths, of_group, seq_lens, query_start_loc, slot_mapping, block_tables, num_rows,
     max_blocks, BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """A chunk of a row's block table; with the first one all else of the row."""
+    """One program writes a chunk of a row's block table; chunk 0 also writes its other inputs."""
     index, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     exists = index < num_rows
     row = tl.load(rows + index, exists, other=0)
@@ -195,7 +196,7 @@ def gather_ends(
 
 
 def _chunks(max_blocks: int) -> tuple[int, int]:
-    """Size and number of the parts of a block table that programs share."""
+    """The size and number of chunks into which programs divide a block table."""
     chunk = min(_CHUNK, triton.next_power_of_2(max_blocks))
     return chunk, triton.cdiv(max_blocks, chunk)
 
