@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from hypothesis import HealthCheck, settings
 from compiledllm.models.source import cache_dir
 from tests.support import interpreter, schedule
 from tests.support.pairwise import pairwise_cover
+from tests.support.tiny import save_random_model
 
 # All of these are read when torch or a kernel is imported, which a test file may do first.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -79,55 +79,16 @@ def skip_what_needs_a_gpu(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-TINY: dict[str, Any] = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 112,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-TIED = {"tie_word_embeddings": True}
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
-
-
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """tiny_model(model_type, **config) -> directory of a random float32 model, made once each."""
     made: dict[str, Path] = {}
 
     def make(model_type: str, **changes: Any) -> Path:
-        import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
-
         key = repr((model_type, sorted(changes.items())))
         if key not in made:
-            torch.manual_seed(zlib.crc32(key.encode()))  # whichever tests came before
-            options = TINY | changes
-            if model_type == "gemma3":  # of two parts, of which the text's is looked at
-                options = {"text_config": options | TIED, "vision_config": VISION} | TIED
-                options["mm_tokens_per_image"] = 4
-            config = AutoConfig.for_model(model_type, **options)
-            model = AutoModelForCausalLM.from_config(config).float()
-            with torch.no_grad():  # larger than the default 0.02, so that tokens differ clearly
-                for name, parameter in model.named_parameters():
-                    spread = 0.3 if name.endswith("bias") else 0.15
-                    is_norm = name.endswith("weight") and ("norm" in name or ".ln_" in name)
-                    parameter.normal_(1.0 if is_norm else 0.0, spread)
             made[key] = tmp_path_factory.mktemp(f"tiny_{model_type}")
-            model.save_pretrained(made[key])
+            save_random_model(made[key], model_type, **changes)
         return made[key]
 
     return make

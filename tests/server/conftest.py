@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from tests.support.server import Server
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+from tests.support.tiny import CHAT, copy_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -19,12 +18,10 @@ def tiny_chat_model(
     tiny_llama: Callable[..., Path], default_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """Random weights, with the default model's tokenizer and chat template."""
-    source = tiny_llama(vocab_size=49152, max_position_embeddings=2048, eos_token_id=2)
+    source = tiny_llama(**CHAT)
     folder = tmp_path_factory.mktemp("tiny_chat")
     shutil.copytree(source, folder, dirs_exist_ok=True)
-    for name in TOKENIZER_FILES:
-        if (default_model / name).exists():
-            shutil.copy(default_model / name, folder)
+    copy_tokenizer(default_model, folder)
     return folder
 
 

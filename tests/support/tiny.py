@@ -1,0 +1,62 @@
+"""Random models of a few thousand weights, as folders that the engine loads."""
+
+from __future__ import annotations
+
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
+
+TINY: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+TIED = {"tie_word_embeddings": True}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+# For a model that chats: what the default model's tokenizer and template need.
+CHAT = {"vocab_size": 49152, "max_position_embeddings": 2048, "eos_token_id": 2}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+def save_random_model(folder: Path, model_type: str, **changes: Any) -> None:
+    """A random float32 checkpoint, the same for the same arguments."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    key = repr((model_type, sorted(changes.items())))
+    torch.manual_seed(zlib.crc32(key.encode()))  # whichever tests came before
+    options = TINY | changes
+    if model_type == "gemma3":  # of two parts, of which the text's is looked at
+        options = {"text_config": options | TIED, "vision_config": VISION} | TIED
+        options["mm_tokens_per_image"] = 4
+    config = AutoConfig.for_model(model_type, **options)
+    model = AutoModelForCausalLM.from_config(config).float()
+    with torch.no_grad():  # larger than the default 0.02, so that tokens differ clearly
+        for name, parameter in model.named_parameters():
+            spread = 0.3 if name.endswith("bias") else 0.15
+            is_norm = name.endswith("weight") and ("norm" in name or ".ln_" in name)
+            parameter.normal_(1.0 if is_norm else 0.0, spread)
+    model.save_pretrained(folder)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """A checkpoint's tokenizer and chat template."""
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copy(source / name, folder)
