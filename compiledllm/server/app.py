@@ -24,12 +24,14 @@ from compiledllm.server.known_fields import KnownFields, ignored_header
 from compiledllm.server.lanes import ClientLeft, unless_left
 from compiledllm.server.live_request import Overloaded
 from compiledllm.server.metrics import Metrics
-from compiledllm.server.openapi import components
+from compiledllm.server.openapi import add_bodies
 from compiledllm.server.origins import EXPOSED_HEADERS, Cors, PageCheck
 from compiledllm.server.protocol import (
     BODIES,
     ChatRequest,
     CompletionRequest,
+    EngineHealth,
+    EngineReadiness,
     ErrorResponse,
     Generation,
 )
@@ -40,9 +42,16 @@ from compiledllm.server.text_tools import TextTools
 from compiledllm.version import __version__
 
 _PAGE = Path(__file__).with_name("page.html")
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorResponse} for status in (400, 401, 404, 413, 415, 429, 500, 503, 504)
-}
+_Responses = dict[int | str, dict[str, Any]]  # of a route, by status, for OpenAPI
+_STATUSES = (400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504)
+_ERRORS: _Responses = {status: {"model": ErrorResponse} for status in _STATUSES}
+_TEXT = {"schema": {"type": "string"}}
+_STREAM: _Responses = {200: {"content": {"text/event-stream": {}}}}  # or JSON
+
+
+def _state_of(model: Any) -> _Responses:
+    """Statuses of a route that says how the engine is. Connections too many get the other 503."""
+    return {200: {"model": model}, 503: {"model": model | ErrorResponse}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +74,7 @@ class _App(FastAPI):
     def openapi(self) -> dict[str, Any]:
         """Add the schemas of bodies, because `bodies` reads them and FastAPI does not know them."""
         schema = super().openapi()
-        schema["components"]["schemas"] |= components(tuple(BODIES.values()))
+        add_bodies(schema, tuple(BODIES.values()))
         return schema
 
 
@@ -129,11 +138,13 @@ def _add_generation(app: FastAPI, jobs: JobMaker, serving: Serving) -> None:
             serving.release(job)
         return JSONResponse(answer, headers=headers)
 
-    @app.post("/v1/chat/completions", openapi_extra=_body_of("/v1/chat/completions"))
+    @app.post(
+        "/v1/chat/completions", responses=_STREAM, openapi_extra=_body_of("/v1/chat/completions")
+    )
     async def chat_completions(request: Request) -> Response:
         return await respond(ChatRequest, request)
 
-    @app.post("/v1/completions", openapi_extra=_body_of("/v1/completions"))
+    @app.post("/v1/completions", responses=_STREAM, openapi_extra=_body_of("/v1/completions"))
     async def completions(request: Request) -> Response:
         return await respond(CompletionRequest, request)
 
@@ -196,7 +207,7 @@ def _add_models(app: FastAPI, jobs: JobMaker) -> None:
 
 
 def _add_state(app: FastAPI, engine: EngineClient, metrics: Metrics) -> None:
-    @app.get("/health")
+    @app.get("/health", responses=_state_of(EngineHealth))
     async def health() -> JSONResponse:
         """Whether the engine is alive; 503 if the engine is dead or silent for too long."""
         problem = engine.why_unhealthy()
@@ -205,7 +216,7 @@ def _add_state(app: FastAPI, engine: EngineClient, metrics: Metrics) -> None:
             body["reason"] = problem
         return JSONResponse(body, 503 if problem else 200)
 
-    @app.get("/ready")
+    @app.get("/ready", responses=_state_of(EngineReadiness))
     async def ready() -> JSONResponse:
         """Whether the server accepts requests now."""
         problem = engine.why_unhealthy()
@@ -217,7 +228,9 @@ def _add_state(app: FastAPI, engine: EngineClient, metrics: Metrics) -> None:
     async def version() -> dict[str, str]:
         return {"version": __version__}
 
-    @app.get("/metrics", response_class=Response)
+    @app.get(
+        "/metrics", response_class=Response, responses={200: {"content": {"text/plain": _TEXT}}}
+    )
     async def prometheus() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 

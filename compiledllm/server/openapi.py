@@ -13,6 +13,17 @@ from compiledllm.server.body_kinds import bare_of
 Schema = dict[str, Any]
 
 
+def add_bodies(schema: Schema, kinds: tuple[type[Body], ...]) -> None:
+    """Completes FastAPI's schema: it lacks the bodies and declares a status 422 that is not used."""
+    schemas = schema["components"]["schemas"]
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    for path in schema["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)
+    schemas |= components(kinds)
+
+
 def components(kinds: tuple[type[Body], ...]) -> dict[str, Schema]:
     """The schemas of these kinds of bodies and of the types that they contain, by name."""
     found: dict[str, Schema] = {}

@@ -299,6 +299,21 @@ BODIES: dict[str, type[Body]] = {
 }
 
 
+class EngineHealth(BaseModel):
+    """`GET /health`. reason: why it is unhealthy."""
+
+    status: Literal["ok", "unhealthy"]
+    engine: str
+    reason: str | None = None
+
+
+class EngineReadiness(BaseModel):
+    """`GET /ready`."""
+
+    ready: bool
+    engine: str
+
+
 class ErrorDetail(BaseModel):
     message: str
     type: str

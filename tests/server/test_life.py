@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
 from compiledllm.server import restarts, vital_signs
@@ -121,6 +122,10 @@ class Rig:
 
     async def health(self) -> tuple[int, str]:
         answer = await self.get("/health")
+        schema = self.app.openapi()
+        declared = schema["paths"]["/health"]["get"]["responses"][str(answer.status)]
+        form = declared["content"]["application/json"]["schema"]
+        jsonschema.validate(answer.json(), form | {"components": schema["components"]})
         return answer.status, answer.json().get("reason", "")
 
     async def metric(self, name: str) -> float:

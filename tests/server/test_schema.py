@@ -1,0 +1,101 @@
+"""Every route of /openapi.json answers as it says there, to bodies that fit their schema or do not.
+
+schemathesis draws the bodies and judges the answers. What decides how long an answer takes is made
+small, and the model of a body that fits is the one that is served.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import requests
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from schemathesis import Case, GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    negative_data_rejection,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from compiledllm.sampling_params import MAX_N
+
+pytestmark = pytest.mark.real_model  # its tokenizer
+
+POSTS = ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"]
+GETS = ["/v1/models", "/v1/models/{model}", "/health", "/ready", "/version", "/metrics", "/config"]
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_schema_conformance,
+    negative_data_rejection,
+]
+# By field: how much is asked for here, and the most that the schema allows.
+MOST = {"max_tokens": (4, 2**31 - 1), "max_completion_tokens": (4, 2**31 - 1)}
+MOST |= {"min_tokens": (2, 2**31 - 1), "n": (2, MAX_N), "best_of": (2, MAX_N)}
+
+
+@pytest.fixture(scope="module")
+def api(server: Any) -> Any:
+    return schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+
+
+def shorten(body: Any) -> None:
+    """Few tokens to generate. What the schema does not allow stays as it is."""
+    if isinstance(body, dict):
+        body.setdefault("max_tokens", 2)
+        for name, (most, allowed) in MOST.items():
+            if type(value := body.get(name)) is int and most < value <= allowed:
+                body[name] = most
+
+
+def answers(api: Any, method: str, path: str, mode: GenerationMode) -> Counter[int]:
+    """How many answers there were of each status, to requests drawn from the route's schema."""
+    statuses: Counter[int] = Counter()
+    session = requests.Session()
+
+    @settings(suppress_health_check=list(HealthCheck))
+    @given(api[path][method].as_strategy(generation_mode=mode), st.booleans())
+    def ask(case: Case, is_streamed: bool) -> None:
+        if path.endswith("completions"):
+            shorten(case.body)
+            if mode.is_positive:
+                case.body |= {"stream": is_streamed, "model": "tiny"}
+        response = case.call(session=session, timeout=60)
+        statuses[response.status_code] += 1
+        case.validate_response(response, checks=CHECKS)
+
+    ask()
+    return statuses
+
+
+def test_no_route_is_left_out(api: Any) -> None:
+    found = [(item.ok().method.upper(), item.ok().path) for item in api.get_all_operations()]
+    assert sorted(found) == sorted([("POST", p) for p in POSTS] + [("GET", p) for p in GETS])
+
+
+@pytest.mark.parametrize("path", POSTS)
+def test_bodies_that_fit(path: str, api: Any, server: Any) -> None:
+    statuses = answers(api, "POST", path, GenerationMode.POSITIVE)
+    assert statuses[200] and set(statuses) <= {200, 400, 404}, statuses
+    assert server.get("/health")[0] == 200
+
+
+@pytest.mark.parametrize("path", POSTS)
+def test_bodies_that_do_not_fit(path: str, api: Any, server: Any) -> None:
+    statuses = answers(api, "POST", path, GenerationMode.NEGATIVE)
+    assert statuses[400] and 200 not in statuses, statuses
+    assert server.get("/health")[0] == 200
+
+
+@pytest.mark.parametrize("path", GETS)
+def test_routes_without_a_body(path: str, api: Any, server: Any) -> None:
+    statuses = answers(api, "GET", path, GenerationMode.POSITIVE)
+    assert set(statuses) <= {200, 404}, statuses
+    assert server.get("/health")[0] == 200
