@@ -14,7 +14,7 @@ Schema = dict[str, Any]
 
 
 def add_bodies(schema: Schema, kinds: tuple[type[Body], ...]) -> None:
-    """Completes FastAPI's schema: it lacks the bodies and declares a status 422 that is not used."""
+    """Completes FastAPI's schema: it has no bodies, and a status 422 that no route answers with."""
     schemas = schema["components"]["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.server import memory_mib
+
 pytestmark = pytest.mark.real_model  # its tokenizer
 
 MIB = 2**20
@@ -165,12 +167,6 @@ def watch(server: Any) -> Iterator[Watch]:
     made = Watch(server.port)
     yield made
     made.end()
-
-
-def memory_mib(pid: int, name: str) -> float:
-    status = Path(f"/proc/{pid}/status").read_text()
-    line = next(line for line in status.splitlines() if line.startswith(name))
-    return int(line.split()[1]) / 1024
 
 
 def check(server: Any, watch: Watch, name: str, path: str, body: bytes) -> int:

@@ -86,6 +86,9 @@ class Server:
         assert len(engines) == 1, found
         return engines[0]
 
+    def pids(self) -> dict[str, int]:
+        return {"server": self.process.pid, "engine": self.engine_pid()}
+
     def stop(self) -> int:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
@@ -129,6 +132,13 @@ def command_of(pid: int) -> bytes:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return b""
+
+
+def memory_mib(pid: int, name: str) -> float:
+    """A line of the process's status: VmRSS, VmHWM, ..."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith(name))
+    return int(line.split()[1]) / 1024
 
 
 def is_alive(pid: int) -> bool:
