@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 WORKERS ?= 2
-PYTEST = $(BIN)/pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PYTEST = $(BIN)/pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 QUICK := tests/unit tests/repo \
 	tests/kernels/test_paged_attention.py::test_rows_of_equal_length \
 	'tests/models/test_families.py::test_logits_equal_transformers[llama-gqa]' \

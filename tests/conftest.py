@@ -49,7 +49,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in dropped]
     skip_what_needs_a_gpu(items)
     if schedule.IS_WORKER:
-        schedule.arrange(items)
+        schedule.put_long_ones_first(items)
+
+
+@pytest.hookimpl(optionalhook=True)  # xdist's
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object | None:
+    has_groups = config.getvalue("dist") == "loadscope"
+    return schedule.make_scheduler(config, log) if has_groups else None
 
 
 def beyond_pairwise(items: list[pytest.Item]) -> set[pytest.Item]:

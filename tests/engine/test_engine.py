@@ -283,6 +283,7 @@ def test_real_interrupts_at_any_moment_leave_books_that_balance(
     engine = make(num_kv_blocks=8)
     expected = tokens(engine.generate(PROMPTS, GREEDY))
     rng, interrupted = random.Random(0), 0
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # xdist's workers ignore it
     try:
         for _ in range(60):
             try:
@@ -297,6 +298,7 @@ def test_real_interrupts_at_any_moment_leave_books_that_balance(
             engine.core.scheduler.check_invariants()
     finally:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, before)
     assert interrupted > 10
     assert tokens(engine.generate(PROMPTS, GREEDY)) == expected
 
