@@ -165,7 +165,7 @@ def test_an_error_takes_the_question_back_and_an_interrupt_keeps_what_came(
 # -- a terminal ------------------------------------------------------------------------------------
 
 PROGRAM = """
-import fcntl, itertools, termios, time
+import fcntl, itertools, signal, termios, time
 from types import SimpleNamespace
 from compiledllm.terminal_chat import Chat
 
@@ -182,6 +182,8 @@ class Engine:
             yield SimpleNamespace(outputs=[completion], metrics=times, prompt_token_ids=[1])
             time.sleep(0.02)
 
+# A shell starts its background jobs with the signal ignored, and so the tests that run in one.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 Chat(Engine(), None).run()
 print("LEFT")
 """
