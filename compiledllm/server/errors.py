@@ -62,8 +62,8 @@ def response_to(error: Exception) -> JSONResponse:
         status = 429 if isinstance(error, Overloaded) else 503
         after = {"retry-after": str(error.retry_after)}
         return error_response(ApiError(status, str(error)), after)
-    after = {"retry-after": "1"} if isinstance(error, CompilersBusy) else None
-    return error_response(as_api_error(error), after)
+    headers = {"retry-after": "1"} if isinstance(error, CompilersBusy) else None
+    return error_response(as_api_error(error), headers)
 
 
 def as_api_error(error: Exception) -> ApiError:
