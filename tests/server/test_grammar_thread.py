@@ -7,27 +7,14 @@ import threading
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from compiledllm.grammars.grammar import Grammars
-from compiledllm.grammars.library import Vocabulary
 from compiledllm.sampling_params import SamplingParams
 from compiledllm.server.grammar_thread import Compiled, GrammarThread
 from compiledllm.server.wire import Add, Speak, add_of, frame, receive, request_of
 from compiledllm.structured_outputs import StructuredOutputsParams
 from compiledllm.types import Request
-
-
-def make_vocabulary() -> Vocabulary:
-    vocab = {"<eos>": 0}
-    for piece in sorted(pre_tokenizers.ByteLevel.alphabet()):
-        vocab[piece] = len(vocab)
-    tokenizer = Tokenizer(models.BPE(vocab, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken("<eos>")])
-    return Vocabulary(tokenizer.to_str(), len(vocab), (0,))
-
+from tests.support.grammars import make_vocabulary
 
 VOCABULARY = make_vocabulary()
 GRAMMARS = Grammars(VOCABULARY)

@@ -7,17 +7,7 @@ import threading
 import time
 from typing import Any
 
-
-def rules(count: int) -> str:
-    chain = (f'r{i}: "a" r{i + 1}' for i in range(count))
-    return "\n".join(["start: r0", *chain, f'r{count}: "b"'])
-
-
-def references(count: int) -> dict[str, Any]:
-    chain = {
-        f"r{i}": {"type": "array", "items": {"$ref": f"#/$defs/r{i + 1}"}} for i in range(count)
-    }
-    return {"$ref": "#/$defs/r0", "$defs": chain | {f"r{count}": {"type": "null"}}}
+from tests.support.grammars import references, rules
 
 
 def ask(server: Any, **fields: Any) -> tuple[int | None, Any]:

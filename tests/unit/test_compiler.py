@@ -13,26 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from compiledllm.grammars import compiler as compiler_module
 from compiledllm.grammars.compiler import Compiler, CompilersBusy
 from compiledllm.grammars.grammar import Grammars
-from compiledllm.grammars.library import Vocabulary, start_of
+from compiledllm.grammars.library import start_of
 from compiledllm.grammars.stack import TRIAL_BYTES, TRUSTED_BYTES, call_with_stack
 from compiledllm.structured_outputs import StructuredOutputsParams
-
-
-def make_vocabulary() -> Vocabulary:
-    vocab = {"<eos>": 0}
-    for piece in sorted(pre_tokenizers.ByteLevel.alphabet()):
-        vocab[piece] = len(vocab)
-    tokenizer = Tokenizer(models.BPE(vocab, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<eos>"])
-    return Vocabulary(tokenizer.to_str(), len(vocab), (0,))
-
+from tests.support.grammars import make_vocabulary, references, rules
 
 VOCABULARY = make_vocabulary()
 
@@ -46,18 +34,6 @@ def compiler() -> Iterator[Compiler]:
 
 def form(**fields: Any) -> StructuredOutputsParams:
     return StructuredOutputsParams(**fields)
-
-
-def rules(count: int) -> str:
-    chain = (f'r{i}: "a" r{i + 1}' for i in range(count))
-    return "\n".join(["start: r0", *chain, f'r{count}: "b"'])
-
-
-def references(count: int) -> dict[str, Any]:
-    chain = {
-        f"r{i}": {"type": "array", "items": {"$ref": f"#/$defs/r{i + 1}"}} for i in range(count)
-    }
-    return {"$ref": "#/$defs/r0", "$defs": chain | {f"r{count}": {"type": "null"}}}
 
 
 SLOW = {"oneOf": [{"pattern": f"a{i}"} for i in range(400)]}  # each without all the others
