@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 
 WORKERS ?= 2
 PYTEST = $(BIN)/pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
-QUICK := tests/unit tests/repo \
+QUICK := tests/unit tests/remote/test_engine_client.py tests/remote/test_wire.py tests/repo \
 	tests/kernels/test_paged_attention.py::test_rows_of_equal_length \
 	'tests/models/test_families.py::test_logits_equal_transformers[llama-gqa]' \
 	'tests/engine/test_families.py::test_greedy_tokens_are_those_of_transformers[llama]' \

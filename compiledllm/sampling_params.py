@@ -5,6 +5,7 @@ Pure Python (no torch), importable from everywhere.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -261,6 +262,14 @@ class SamplingParams:
                     f"{name} does not go with structured_outputs, whose form says where the output "
                     f"ends; leave it out, got {getattr(self, name)}"
                 )
+
+    def without_text(self) -> SamplingParams:
+        """A copy for the engine's core: fields that only concern text have their defaults."""
+        params = copy.copy(self)
+        params.stop, params.bad_words, params.structured_outputs = [], [], None
+        params.detokenize, params.output_kind = True, RequestOutputKind.CUMULATIVE
+        params.n, params.best_of, params.stream_interval = 1, None, None
+        return params
 
     @property
     def is_greedy(self) -> bool:

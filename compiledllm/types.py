@@ -37,34 +37,57 @@ class Grammar(Protocol):
         """Correct a mask, uint32 [words], in place, if the grammar allows only one text next."""
 
 
-@dataclass(slots=True, eq=False)
-class Request:
-    """One generation: its tokens, how far they are computed, and the blocks that hold their KV.
+@dataclass(frozen=True, slots=True)
+class RequestSpec:
+    """What was asked of one generation. Made once, and sent as it is to the engine's process.
 
-    The first group of fields describes the request; the second group is its progress, which the
-    scheduler advances. `token_ids` is prompt + output. A token whose index is below
-    `num_computed_tokens` has its KV in the cache, or will have it once the scheduled steps are
-    done. Another `num_tokens_in_flight` tokens are drawn, or being drawn, and known to the device
-    only.
+    A new field of a request is one line here and one where the field is used.
+
+    sampling_params: without the fields that only concern text (`SamplingParams.without_text`).
+    stop_token_ids: with end-of-sequence, unless ignored. bad_words: token ids of each word.
+    cache_salt: requests share cached prefixes only if their salts are equal. grammar: text of the
+    compiled grammar of structured_outputs (`Grammar.text`). sibling_id: with n > 1, the id of the
+    first request, whose prompt blocks the others share. waits_for_batch: the caller sees no output
+    before its whole batch has ended.
     """
 
     request_id: str
     prompt_token_ids: list[int]
     sampling_params: SamplingParams
     max_tokens: int  # resolved: never None
-    stop_token_ids: frozenset[int] = frozenset()  # with end-of-sequence, unless ignored
+    stop_token_ids: frozenset[int] = frozenset()
     seed: int = 0
     priority: int = 0
-    prompt: str | None = None
-    bad_words: tuple[tuple[int, ...], ...] = ()  # token ids of each word
-    cache_salt: str = ""  # requests share cached prefixes only if their salts are equal
-    grammar: Grammar | None = None  # compiled from sampling_params.structured_outputs
-    sibling: Request | None = None  # with n > 1, the first request; None for the first
-    waits_for_batch: bool = False  # the caller sees no output before its whole batch has ended
-    arrival_time: float = field(default_factory=time.monotonic)
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    cache_salt: str = ""
+    grammar: str | None = None
+    sibling_id: str | None = None
+    waits_for_batch: bool = False
 
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """The progress of one generation: its tokens, how far they are computed, and its KV blocks.
+
+    Only the scheduler changes a request, and a request never leaves the scheduler's process.
+    `token_ids` is prompt + output. A token whose index is below `num_computed_tokens` has its KV in
+    the cache, or will have it once the scheduled steps are done. Another `num_tokens_in_flight`
+    tokens are drawn, or being drawn, and known to the device only.
+    """
+
+    spec: RequestSpec
+    grammar: Grammar | None = None  # compiled from spec.grammar
+    arrival_time: float = field(default_factory=time.monotonic)  # in the engine
+    sibling: Request | None = None  # the live request with the id spec.sibling_id
+
+    request_id: str = field(init=False)
+    num_prompt_tokens: int = field(init=False)
     status: RequestStatus = RequestStatus.WAITING
-    token_ids: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(init=False)
     num_computed_tokens: int = 0
     num_tokens_in_flight: int = 0
     # In-flight tokens to ignore on arrival: they were drawn from state that was thrown away.
@@ -72,28 +95,28 @@ class Request:
     is_second_try: bool = False  # its logits were NaN or infinite, and it was started over
     block_tables: list[list[int]] = field(default_factory=list)  # one per group of layers
     # Per table, index of the first block that the request still owns.
-    first_blocks: list[int] = field(default_factory=list)
+    first_owned_blocks: list[int] = field(default_factory=list)
     # At this num_computed_tokens the request must go back to the KV manager: it needs blocks, or
     # can give some back.
-    blocks_last_until: int = 0
+    next_kv_check: int = 0
     block_hashes: list[bytes] = field(default_factory=list)
     num_registered_blocks: int = 0
     num_cached_tokens: int = -1  # prefix-cache hit at first admission; -1 until then
     num_preemptions: int = 0
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
-    first_token_time: float | None = None
-    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the output, if requested
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # from the second token on
-    most_tokens: int = 0  # largest number of prompt and output tokens together
-    needs_last_token: bool = False  # the host must know the last token before the next is drawn
+    max_tokens_total: int = field(init=False)  # largest number of prompt and output tokens
+    # The host must know the last token before the next token is drawn.
+    needs_last_token: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        self.token_ids = list(self.prompt_token_ids)
-        self.most_tokens = len(self.prompt_token_ids) + self.max_tokens
-        processors = self.sampling_params.logits_processors
-        has_form = self.sampling_params.structured_outputs is not None
-        self.needs_last_token = processors is not None or has_form or self.grammar is not None
+        spec = self.spec
+        self.request_id, self.num_prompt_tokens = spec.request_id, spec.num_prompt_tokens
+        self.token_ids = list(spec.prompt_token_ids)
+        self.max_tokens_total = len(self.token_ids) + spec.max_tokens
+        has_processors = spec.sampling_params.logits_processors is not None
+        self.needs_last_token = has_processors or self.grammar is not None
 
     @property
     def num_tokens_to_compute(self) -> int:
@@ -103,7 +126,7 @@ class Request:
         """
         in_flight = self.num_tokens_in_flight
         num_tokens = len(self.token_ids) + in_flight
-        if num_tokens >= self.most_tokens or (in_flight and self.needs_last_token):
+        if num_tokens >= self.max_tokens_total or (in_flight and self.needs_last_token):
             return 0
         return num_tokens - self.num_computed_tokens
 
@@ -112,21 +135,17 @@ class Request:
         return len(self.token_ids)
 
     @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.prompt_token_ids)
-
-    @property
     def num_output_tokens(self) -> int:
-        return len(self.token_ids) - len(self.prompt_token_ids)
+        return len(self.token_ids) - self.num_prompt_tokens
 
     @property
     def num_tokens_left(self) -> int:
         """Largest number of tokens that may still be drawn."""
-        return self.most_tokens - len(self.token_ids)
+        return self.max_tokens_total - len(self.token_ids)
 
     @property
     def output_token_ids(self) -> list[int]:
-        return self.token_ids[len(self.prompt_token_ids) :]
+        return self.token_ids[self.num_prompt_tokens :]
 
     @property
     def is_finished(self) -> bool:
@@ -137,13 +156,8 @@ class Request:
 class NewRequest:
     """A request that enters the device's table: newly admitted, or resumed after preemption."""
 
-    request_id: str
+    spec: RequestSpec
     token_ids: list[int]  # prompt, plus outputs so far when resumed
-    num_prompt_tokens: int
-    sampling_params: SamplingParams
-    stop_token_ids: frozenset[int]
-    seed: int
-    bad_words: tuple[tuple[int, ...], ...] = ()
     grammar: Grammar | None = None
 
 
@@ -176,6 +190,7 @@ class SchedulerOutput:
 # first, then the top tokens, then tokens requested by id. These are plain tuples since there may be
 # millions, and the garbage collector does not track tuples of numbers.
 TokenLogprobs = tuple[tuple[int, ...], tuple[float, ...], int, int]
+_NO_LOGPROBS: list[TokenLogprobs] = []  # shared, so it must never be modified
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,3 +205,58 @@ class StepOutput:
     logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)
     prompt_logprobs: dict[str, tuple[int, list[TokenLogprobs]]] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
+
+
+class RequestUpdate(NamedTuple):  # msgspec encodes a named tuple as an array: no names per request
+    """What a request gained with its first token, or how it ended.
+
+    num_cached_tokens: prompt tokens found in the prefix cache. prompt_logprobs: all of them, with
+    the request's first token.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    num_cached_tokens: int = 0
+    logprobs: list[TokenLogprobs] = _NO_LOGPROBS
+    prompt_logprobs: list[TokenLogprobs] = _NO_LOGPROBS
+
+    @classmethod
+    def of(
+        cls, request: Request, token_ids: list[int], logprobs: list[TokenLogprobs] = _NO_LOGPROBS
+    ) -> RequestUpdate:
+        """The state of a request that has just got these tokens."""
+        is_first = request.num_output_tokens == len(token_ids)
+        return cls(
+            request.request_id,
+            token_ids,
+            request.finish_reason,
+            request.stop_reason,
+            max(request.num_cached_tokens, 0),
+            logprobs,
+            request.prompt_logprobs if is_first else _NO_LOGPROBS,
+        )
+
+
+@dataclass(slots=True)
+class StepNews:
+    """What a step did to requests, as plain data.
+
+    token_ids: by request id, for requests that gained one token and go on, as most do, with their
+    `logprobs` if requested. Decoding a list of updates instead takes ten times as long.
+    """
+
+    token_ids: dict[str, int] = field(default_factory=dict)
+    logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)
+    updates: list[RequestUpdate] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        """The number of tokens that requests gained."""
+        return len(self.token_ids) + sum([len(update.token_ids) for update in self.updates])
+
+    @property
+    def request_ids(self) -> list[str]:
+        """The ids of all requests that gained a token or ended."""
+        return [*self.token_ids, *[update.request_id for update in self.updates]]

@@ -1,16 +1,16 @@
 """The engine's core loop: schedule, execute, update. Knows token ids, no text.
 
 core = EngineCore(config)
-core.add(request)
+core.add(spec)
 while core.has_unfinished():
-    advanced = core.step()
+    news = core.step()
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, KeysView
 from pathlib import Path
 
 import torch
@@ -43,12 +43,12 @@ from compiledllm.scheduler.block_pool import BlockPool
 from compiledllm.scheduler.kv_manager import most_blocks_of_all, num_blocks_needed
 from compiledllm.scheduler.policy import BALANCED_TOKENS, Pace
 from compiledllm.scheduler.scheduler import Scheduler
-from compiledllm.types import Request, SchedulerOutput
+from compiledllm.types import Grammar, Request, RequestSpec, SchedulerOutput, StepNews
 
 IDLE_CHECK_INTERVAL_S = 10.0
 # On two CPU cores, compiling takes 10 to 30 s, during which the model has one core fewer, and makes
 # a step up to 14 % faster (16 requests; one request: no faster). Shorter work never gains from it.
-BUSY_SECONDS = 60.0
+BUSY_S = 60.0
 
 
 class EngineCore:
@@ -99,51 +99,67 @@ class EngineCore:
 
     # -- requests ------------------------------------------------------------------------------
 
-    def add(self, request: Request) -> None:
-        """Queue a request. Raises ValueError if it can never fit."""
-        self.scheduler.add(request)
+    def add(self, spec: RequestSpec, grammar: Grammar | None = None) -> None:
+        """Queue a request. grammar: compiled from `spec.grammar`.
+
+        Raises ValueError if the request can never fit.
+        """
+        self.scheduler.add(Request(spec, grammar))
 
     def finish(
         self, request_id: str, reason: FinishReason, stop_reason: int | str | None = None
-    ) -> Request | None:
-        """End a request from outside and free its blocks. None if it has already ended."""
-        return self.scheduler.finish(request_id, reason, stop_reason)
+    ) -> bool:
+        """End a request from outside and free its blocks. False if it has already ended."""
+        return self.scheduler.finish(request_id, reason, stop_reason) is not None
 
     def has_unfinished(self) -> bool:
         return self.scheduler.has_unfinished()
 
-    def step(self) -> list[Request]:
-        """Launch one step of the whole batch. Returns the requests that got a token.
+    @property
+    def unfinished_ids(self) -> KeysView[str]:
+        return self.scheduler.requests.keys()
+
+    def step(self) -> StepNews:
+        """Launch one step of the whole batch. Returns what requests gained, and how they ended.
 
         With `async_scheduling` the tokens are those of the previous step: the device computes one
         step while the host processes the previous step and prepares the next.
         """
         step = self.scheduler.schedule()
-        self.num_step_tokens = step.num_scheduled_tokens
-        if self.on_start is not None and step.new_requests:
-            self.on_start(new.request_id for new in step.new_requests)
+        self._note_start(step)
         try:
             self._in_flight.append((step, self.runner.launch(step)))
             if len(self._in_flight) <= bool(self.config.scheduler.async_scheduling):
-                return []
+                return StepNews()
             step, output = self._in_flight.popleft()
-            advanced = self.scheduler.update(step, self.runner.collect(output))
-        except Exception as error:
-            isolation = None if is_fatal(error) else self.isolation
-            if isolation is not None and isolation.is_hopeless:
-                isolation = None
-            # Without isolation, every request of the step ends with an error.
-            self._abandon(step, failed=isolation is None)
-            if isolation is None:
-                raise
-            log.error("a step failed (%s: %s)", type(error).__name__, error)
-            return isolation.after_failure(_ids_of(step), error)
-        except BaseException:  # after Ctrl-C the requests are computed again
-            self._abandon(step, failed=False)
-            raise
+            news = self.scheduler.update(step, self.runner.collect(output))
+        except BaseException as error:
+            return self._recover(step, error)
         if self.isolation is not None:
-            self.isolation.after_success(advanced)
-        return advanced
+            self.isolation.after_success(news)
+        return news
+
+    def _note_start(self, step: SchedulerOutput) -> None:
+        self.num_step_tokens = step.num_scheduled_tokens
+        if self.on_start is not None and step.new_requests:
+            self.on_start(new.spec.request_id for new in step.new_requests)
+
+    def _recover(self, step: SchedulerOutput, error: BaseException) -> StepNews:
+        """Abandon a failed step. With isolation, go on without the request to blame; else raise.
+
+        Without isolation every request of the step ends with an error, but after Ctrl-C the
+        requests are computed again.
+        """
+        if not isinstance(error, Exception):
+            self._abandon(step, failed=False)
+            raise error
+        isolation = None if is_fatal(error) else self.isolation
+        if isolation is None or isolation.is_hopeless:
+            self._abandon(step, failed=True)
+            raise error
+        self._abandon(step, failed=False)
+        log.error("a step failed (%s: %s)", type(error).__name__, error)
+        return isolation.after_failure(_ids_of(step), error)
 
     def isolate_failures(self) -> None:
         """From now on a failing step ends only the request to blame, and `step` does not raise."""
@@ -315,8 +331,8 @@ class EngineCore:
         elif obstacle:
             self.choices["compile"] = Choice("nothing, running eagerly", obstacle)
         elif when.value == "busy":
-            compiler.compile_after(BUSY_SECONDS)
-            reason = f"after {BUSY_SECONDS:.0f} s of work, when it pays; eager until then"
+            compiler.compile_after(BUSY_S)
+            reason = f"after {BUSY_S:.0f} s of work, when it pays; eager until then"
             self.choices["compile"] = Choice("decoder block", reason)
         elif when.value == "background":
             compiler.compile_in_background()

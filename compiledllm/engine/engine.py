@@ -92,7 +92,9 @@ class Engine:
         scheduling_policy="priority". All prompts are checked before any is run: a bad one raises
         ValueError and starts nothing.
         """
-        states = self._make_states(as_prompts(prompts), sampling_params, priority)
+        states = self._make_states(
+            as_prompts(prompts), sampling_params, priority, waits_for_batch=True
+        )
         return self._run(states, _as_batch(states), use_tqdm)
 
     def chat(
@@ -216,7 +218,7 @@ class Engine:
         """Step until `states` are finished. queue: the same states, in the order to begin in."""
         with self._aborting_on_exit(states), _progress_bar(len(states), use_tqdm) as progress:
             self._shared.add(queue)
-            self._shared.finish(states, progress.update)
+            self._shared.run_until_finished(states, progress.update)
             return [state.output() for state in states]
 
     def _make_states(
@@ -224,13 +226,16 @@ class Engine:
         prompts: list[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         priority: Sequence[int] | None,
+        waits_for_batch: bool = False,
     ) -> list[RequestState]:
         if sampling_params is None:
             sampling_params = self._requests.defaults
         params = one_per_prompt(sampling_params, len(prompts), "sampling_params")
         priorities = one_per_prompt(0 if priority is None else priority, len(prompts), "priority")
         return [
-            self._requests.make(self._next_request_id(), *arguments)
+            self._requests.make(
+                self._next_request_id(), *arguments, waits_for_batch=waits_for_batch
+            )
             for arguments in zip(prompts, params, priorities, strict=True)
         ]
 
@@ -251,17 +256,16 @@ LLM = Engine  # vLLM's name
 
 
 def _as_batch(states: list[RequestState]) -> list[RequestState]:
-    """Mark requests as one batch. Returns them, those with the most tokens to generate first."""
-    requests = [completion.request for state in states for completion in state.completions]
-    arrival = min((request.arrival_time for request in requests), default=0.0)
-    for request in requests:
-        request.arrival_time, request.waits_for_batch = arrival, True
+    """Let requests arrive together. Returns them, those with the most tokens to generate first."""
+    arrival = min((state.arrival_time for state in states), default=0.0)
+    for state in states:
+        state.arrival_time = arrival
 
-    def most_tokens(state: RequestState) -> float:
-        request = state.completions[0].request
-        return math.inf if request.sampling_params.max_tokens is None else request.max_tokens
+    def max_tokens(state: RequestState) -> float:
+        is_open = state.params.max_tokens is None
+        return math.inf if is_open else state.completions[0].spec.max_tokens
 
-    return sorted(states, key=most_tokens, reverse=True)
+    return sorted(states, key=max_tokens, reverse=True)
 
 
 def _progress_bar(total: int, enabled: bool) -> tqdm[Any]:

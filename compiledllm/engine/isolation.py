@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from compiledllm.log import log
 from compiledllm.scheduler.scheduler import Scheduler
-from compiledllm.types import Request
+from compiledllm.types import RequestUpdate, StepNews
 
 MAX_FAILED = 8  # requests in a row that failed alone
 
@@ -24,8 +24,8 @@ class Isolation:
         self._held: list[list[str]] = []  # groups of request ids that wait
         self._num_failed = 0  # requests found to blame since the last successful step
 
-    def after_failure(self, scheduled: list[str], error: Exception) -> list[Request]:
-        """Split an abandoned step's suspects. Returns the request to blame, once it is known."""
+    def after_failure(self, scheduled: list[str], error: Exception) -> StepNews:
+        """Split an abandoned step's suspects. The news end the request to blame, once known."""
         alive = self._scheduler.requests
         suspects = [i for i in scheduled if i in self._suspects] or scheduled
         suspects = [request_id for request_id in suspects if request_id in alive]
@@ -35,27 +35,27 @@ class Isolation:
             self._num_failed += 1
             ended = [self._scheduler.finish(request_id, "error", text) for request_id in suspects]
             self._next_group()
-            return [request for request in ended if request is not None]
+            return StepNews(updates=[RequestUpdate.of(r, []) for r in ended if r is not None])
         half = (len(suspects) + 1) // 2
         self._suspects, rest = dict.fromkeys(suspects[:half], 0), suspects[half:]
         self._scheduler.hold(rest)
         self._held.append(rest)
-        return []
+        return StepNews()
 
     @property
     def is_hopeless(self) -> bool:
         """Whether every request fails, so that none is to blame (memory may be used up)."""
         return self._num_failed >= MAX_FAILED
 
-    def after_success(self, advanced: list[Request]) -> None:
+    def after_success(self, news: StepNews) -> None:
         """Count the suspects' tokens. Once all suspects are cleared, the next group may run."""
-        if advanced:
+        if news.token_ids or news.updates:
             self._num_failed = 0
         if not self._suspects:
             return
-        for request in advanced:
-            if request.request_id in self._suspects:
-                self._suspects[request.request_id] += 1
+        for request_id in news.request_ids:
+            if request_id in self._suspects:
+                self._suspects[request_id] += 1
         alive = self._scheduler.requests
         if all(n >= self.TOKENS or i not in alive for i, n in self._suspects.items()):
             self._next_group()

@@ -2,36 +2,48 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Iterator
 
 from compiledllm.engine.detokenizer import Detokenizer
 from compiledllm.engine.logprobs import LogprobList
 from compiledllm.engine.tokenizer import Tokenizer
-from compiledllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from compiledllm.outputs import CompletionOutput, FinishReason, RequestMetrics, RequestOutput
 from compiledllm.sampling_params import RequestOutputKind, SamplingParams
-from compiledllm.types import Request, RequestStatus
+from compiledllm.types import Grammar, RequestSpec, RequestUpdate, TokenLogprobs
 
 
 class Completion:
-    """One output of a request: the core's `Request` behind it, its text and log probabilities."""
+    """One output of a request: what was asked of the core, and what has come of it so far.
 
-    def __init__(self, index: int, request: Request, tokenizer: Tokenizer | None) -> None:
+    spec: the core's request. params: the caller's sampling parameters, of which the text's fields
+    matter here. Attributes: `token_ids`, `logprobs` (of the output), `prompt_logprobs`,
+    `num_cached_tokens`, `finish_reason`, `stop_reason`, `first_token_time`, `last_token_time`.
+    """
+
+    def __init__(
+        self, index: int, spec: RequestSpec, params: SamplingParams, tokenizer: Tokenizer | None
+    ) -> None:
         self.index = index
-        self.request = request
+        self.spec = spec
+        self._params = params
         self._tokenizer = tokenizer
-        self.restart()
+        self.reset()
 
-    def restart(self) -> None:
+    def reset(self) -> None:
         """Discard everything that was generated."""
-        request, params = self.request, self.request.sampling_params
-        request.token_ids = list(request.prompt_token_ids)
-        request.logprobs, request.prompt_logprobs = [], []
-        request.status = RequestStatus.WAITING
-        request.finish_reason = request.stop_reason = request.first_token_time = None
-        self.last_token_time = request.arrival_time
-        stream = None
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
+        self.prompt_logprobs: list[TokenLogprobs] = []
+        self.num_cached_tokens = 0
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | str | None = None
+        self.first_token_time: float | None = None
+        self.last_token_time: float | None = None
+        params, stream = self._params, None
         if self._tokenizer is not None and params.detokenize:
-            stream = self._tokenizer.stream(request.prompt_token_ids, params.skip_special_tokens)
+            prompt = self.spec.prompt_token_ids
+            stream = self._tokenizer.stream(prompt, params.skip_special_tokens)
         elif params.stop_strings:
             raise ValueError("stop strings need a tokenizer; use stop_token_ids instead")
         self._detokenizer = Detokenizer(stream, params)
@@ -39,22 +51,53 @@ class Completion:
         self._num_shown = self._text_shown = 0  # tokens, characters shown by deltas
         self._end_shown = False
 
-    def push_last_token(self, now: float) -> str | None:
-        """Process the newest token; returns the stop string that the token completed, if any."""
-        request = self.request
+    # -- growing -------------------------------------------------------------------------------
+
+    def push(self, token_id: int, now: float) -> str | None:
+        """Add a token. Returns the stop string that the token completed and thereby ended this."""
+        self.token_ids.append(token_id)
         self.last_token_time = now
-        if request.first_token_time is None:
-            request.first_token_time = now
-        token_id = request.token_ids[-1]
-        ended_by_token = request.finish_reason == "stop" and token_id in request.stop_token_ids
-        hidden = ended_by_token and not request.sampling_params.include_stop_str_in_output
-        return self._detokenizer.push(token_id, hidden)
+        if self.first_token_time is None:
+            self.first_token_time = now
+        is_hidden = self.finish_reason == "stop" and self._hides_end(token_id)
+        stop = self._detokenizer.push(token_id, is_hidden)
+        if stop is not None:  # the string wins over an end by the same token
+            self.end("stop", stop)
+        return stop
+
+    def _hides_end(self, token_id: int) -> bool:
+        is_stop_token = token_id in self.spec.stop_token_ids
+        return is_stop_token and not self._params.include_stop_str_in_output
+
+    def apply(self, update: RequestUpdate, now: float) -> None:
+        """Add what a step brought, up to a stop string."""
+        self.num_cached_tokens = update.num_cached_tokens
+        self.logprobs += update.logprobs
+        self.prompt_logprobs += update.prompt_logprobs
+        last = len(update.token_ids) - 1
+        for index, token_id in enumerate(update.token_ids):
+            if index == last and update.finish_reason:
+                self.end(update.finish_reason, update.stop_reason)
+            if self.push(token_id, now) is not None:
+                del self.logprobs[len(self.token_ids) :]
+                return
+        if update.finish_reason:
+            self.end(update.finish_reason, update.stop_reason)
+
+    def end(self, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+        self.finish_reason, self.stop_reason = reason, stop_reason
+
+    @property
+    def is_finished(self) -> bool:
+        return self.finish_reason is not None
+
+    # -- showing -------------------------------------------------------------------------------
 
     @property
     def cumulative_logprob(self) -> float | None:
-        if not self.request.sampling_params.wants_logprobs:
+        if not self.spec.sampling_params.wants_logprobs:
             return None
-        new = self.request.logprobs[self._num_summed :]
+        new = self.logprobs[self._num_summed :]
         self._sum_of_logprobs += sum(logprobs[0] for _, logprobs, _, _ in new)
         self._num_summed += len(new)
         return self._sum_of_logprobs
@@ -62,19 +105,15 @@ class Completion:
     @property
     def has_news(self) -> bool:
         """Whether a delta would show anything new."""
-        request = self.request
-        return request.num_output_tokens > self._num_shown or (
-            request.is_finished and not self._end_shown
-        )
+        return len(self.token_ids) > self._num_shown or (self.is_finished and not self._end_shown)
 
     def output(self, index: int, shows_logprobs: bool, delta: bool = False) -> CompletionOutput:
         """The current state; with `delta`, only what is new since the last call with `delta`.
 
         A delta with log probabilities shows a token only once its text is final.
         """
-        request, starts = self.request, self._detokenizer.starts
-        is_finished, token_ids = request.is_finished, request.token_ids
-        text, first, end = self._detokenizer.visible_text(is_finished), 0, request.num_output_tokens
+        starts, is_finished = self._detokenizer.starts, self.is_finished
+        text, first, end = self._detokenizer.visible_text(is_finished), 0, len(self.token_ids)
         length, text_start = len(text), 0
         if delta:
             self._end_shown = is_finished
@@ -84,30 +123,41 @@ class Completion:
             text, text_start, self._text_shown = text[self._text_shown :], self._text_shown, length
         logprobs = offsets = None
         if shows_logprobs and starts is not None:
-            logprobs = LogprobList(request.logprobs[first:end], text_of(self._tokenizer))
+            logprobs = LogprobList(self.logprobs[first:end], text_of(self._tokenizer))
             offsets = [min(start, length) - text_start for start in starts[first:end]]
         return CompletionOutput(
             index,
             text,
-            token_ids[request.num_prompt_tokens + first : request.num_prompt_tokens + end],
+            self.token_ids[first:end],
             self.cumulative_logprob,
             logprobs,
-            request.finish_reason,
-            request.stop_reason,
+            self.finish_reason,
+            self.stop_reason,
             offsets,
         )
 
 
 class RequestState:
-    """A live request as its caller sees it: `params.num_candidates` completions of one prompt."""
+    """A live request as its caller sees it: `params.num_candidates` completions of one prompt.
+
+    params: the caller's. prompt: the prompt's text, if known. grammar: compiled from
+    params.structured_outputs.
+    """
 
     def __init__(
-        self, request_id: str, params: SamplingParams, completions: list[Completion]
+        self,
+        request_id: str,
+        params: SamplingParams,
+        completions: list[Completion],
+        prompt: str | None = None,
     ) -> None:
         self.request_id = request_id
         self.completions = completions
+        self.prompt = prompt
+        self.grammar: Grammar | None = None
+        self.arrival_time = time.monotonic()
         self.is_for_step = False  # `add_request` made it; `step` returns its outputs
-        self._params = params
+        self.params = params
         self._tokenizer = completions[0]._tokenizer
         self._is_choosing = len(completions) > params.n
         self._shows_end_only = (
@@ -122,7 +172,7 @@ class RequestState:
     @property
     def is_finished(self) -> bool:
         for completion in self.completions:  # noqa: SIM110 (`all` takes thrice as long)
-            if completion.request.status is not RequestStatus.FINISHED:
+            if completion.finish_reason is None:
                 return False
         return True
 
@@ -146,12 +196,12 @@ class RequestState:
     def _num_tokens(self) -> int:
         count = 0
         for completion in self.completions:
-            count += completion.request.num_output_tokens
+            count += len(completion.token_ids)
         return count
 
     def output(self, delta: bool = False) -> RequestOutput:
         """The current state; with `delta`, only what is new since the last call with `delta`."""
-        first = self.completions[0].request
+        first = self.completions[0]
         chosen = self._best() if self._is_choosing else self.completions
         if delta and len(chosen) > 1:
             chosen = [c for c in chosen if c.has_news] or chosen
@@ -159,26 +209,28 @@ class RequestState:
         for place, c in enumerate(chosen):
             index = place if self._is_choosing else c.index
             outputs.append(c.output(index, self._shows_logprobs, delta))
-        last_time = max([c.last_token_time for c in self.completions])
+        times = [c.last_token_time for c in self.completions if c.last_token_time is not None]
         return RequestOutput(
             self.request_id,
-            first.prompt,
-            first.prompt_token_ids,
+            self.prompt,
+            first.spec.prompt_token_ids,
             outputs,
             self.is_finished,
-            max(first.num_cached_tokens, 0),
-            RequestMetrics(first.arrival_time, first.first_token_time, last_time),
+            first.num_cached_tokens,
+            RequestMetrics(
+                self.arrival_time, first.first_token_time, max(times, default=self.arrival_time)
+            ),
             self._prompt_logprobs(),
         )
 
     def _best(self) -> list[Completion]:
         ordered = sorted(self.completions, key=lambda c: c.cumulative_logprob or 0.0, reverse=True)
-        return ordered[: self._params.n]
+        return ordered[: self.params.n]
 
     def _prompt_logprobs(self) -> LogprobList | None:
-        if self._params.prompt_logprobs is None:
+        if self.params.prompt_logprobs is None:
             return None
-        found = self.completions[0].request.prompt_logprobs
+        found = self.completions[0].prompt_logprobs
         return LogprobList([None, *found], text_of(self._tokenizer))
 
 

@@ -1,4 +1,4 @@
-"""Makes the core's requests from a caller's prompt and parameters: tokenises, checks, fans out."""
+"""Makes requests from a caller's prompt and parameters: tokenises, checks, fans out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from compiledllm.grammars.library import Vocabulary, require_llguidance
 from compiledllm.log import log
 from compiledllm.models.registry import generation_defaults, generation_eos_token_ids
 from compiledllm.sampling_params import ALL_TOKENS, MAX_BAD_WORDS, SamplingParams
-from compiledllm.types import Request
+from compiledllm.types import RequestSpec
 
 MAX_TRUNCATED_TOKENS = 2**17  # of a text that is truncated to its end; takes some 50 MB
 
@@ -54,6 +54,7 @@ class RequestFactory:
         max_logprobs: int | None = None,
         cache_salt: str = "",
         compiles: bool = True,
+        waits_for_batch: bool = False,
     ) -> RequestState:
         """A request with all its completions. Raises ValueError if the request is impossible.
 
@@ -69,25 +70,39 @@ class RequestFactory:
         self._check_prompt(token_ids)
         most = self._config.model.max_logprobs if max_logprobs is None else max_logprobs
         check_params(params, self.vocab_size, most)
-        first = self._make_request(request_id, params, text, token_ids, priority)
-        first.cache_salt = cache_salt
-        requests = [first, *(sibling_of(first, i) for i in range(1, params.num_candidates))]
-        _check_something_is_allowed(first)
-        if len(requests) > 1:
-            first.request_id = f"0_{request_id}"
-        completions = [Completion(i, r, self.tokenizer) for i, r in enumerate(requests)]
-        state = RequestState(request_id, params, completions)
+        spec = RequestSpec(
+            request_id=request_id if params.num_candidates == 1 else f"0_{request_id}",
+            prompt_token_ids=token_ids,
+            sampling_params=_for_core(params),
+            max_tokens=self._max_tokens(params, len(token_ids)),
+            stop_token_ids=frozenset(params.stop_token_ids or ())
+            | (frozenset() if params.ignore_eos else self.eos_token_ids),
+            seed=self._random.getrandbits(63) if params.seed is None else params.seed,
+            priority=priority,
+            bad_words=self._bad_words(params),
+            cache_salt=cache_salt,
+            waits_for_batch=waits_for_batch,
+        )
+        _check_something_is_allowed(spec)
+        siblings = (
+            sibling_of(spec, f"{i}_{request_id}", i) for i in range(1, params.num_candidates)
+        )
+        completions = [
+            Completion(i, each, params, self.tokenizer) for i, each in enumerate((spec, *siblings))
+        ]
+        state = RequestState(request_id, params, completions, text)
         if compiles:
             self.compile(state)
         return state
 
     def compile(self, state: RequestState) -> None:
         """Compile a request's structured_outputs, if set. Raises ValueError and CompilersBusy."""
-        form = state.completions[0].request.sampling_params.structured_outputs
+        form = state.params.structured_outputs
         if form is not None:
-            grammar = self.grammars().compile(form)
+            state.grammar = self.grammars().compile(form)
             for completion in state.completions:
-                completion.request.grammar = grammar
+                text = state.grammar.text
+                completion.spec = dataclasses.replace(completion.spec, grammar=text)
 
     def tokenized(self, prompt: Prompt, params: SamplingParams) -> dict[str, Any]:
         """A prompt in the form that `make` takes, with its token ids, truncated and checked."""
@@ -96,7 +111,7 @@ class RequestFactory:
         self._check_prompt(kept)
         return {"prompt": text if kept is token_ids else None, "prompt_token_ids": kept}
 
-    def check_room(self, request: Request) -> None:
+    def check_room(self, request: RequestSpec) -> None:
         """Raise ValueError if the KV cache could not hold a request even if it were alone.
 
         The scheduler checks this, too, when the request is added. The KV of the last token is never
@@ -139,30 +154,12 @@ class RequestFactory:
             )
         return self.tokenizer
 
-    def _make_request(
-        self,
-        request_id: str,
-        params: SamplingParams,
-        text: str | None,
-        token_ids: list[int],
-        priority: int,
-    ) -> Request:
-        room = self.max_model_len - len(token_ids)
-        fits = max(self._num_slots - len(token_ids) + 1, 1)
-        if params.num_candidates > params.n and not params.wants_logprobs:
-            params = dataclasses.replace(params, logprobs=0)  # candidates are ranked by logprobs
-        return Request(
-            request_id=request_id,
-            prompt_token_ids=token_ids,
-            sampling_params=params,
-            max_tokens=min(room, params.max_tokens if params.max_tokens is not None else fits),
-            stop_token_ids=frozenset(params.stop_token_ids or ())
-            | (frozenset() if params.ignore_eos else self.eos_token_ids),
-            seed=self._random.getrandbits(63) if params.seed is None else params.seed,
-            priority=priority,
-            prompt=text,
-            bad_words=self._bad_words(params),
-        )
+    def _max_tokens(self, params: SamplingParams, num_prompt_tokens: int) -> int:
+        """`max_tokens` within the context; by default what the context and the KV cache hold."""
+        room = self.max_model_len - num_prompt_tokens
+        if params.max_tokens is not None:
+            return min(room, params.max_tokens)
+        return min(room, max(self._num_slots - num_prompt_tokens + 1, 1))
 
     def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
         if not params.bad_words:
@@ -270,7 +267,7 @@ def check_params(params: SamplingParams, vocab_size: int, max_logprobs: int) -> 
             )
 
 
-def _check_something_is_allowed(request: Request) -> None:
+def _check_something_is_allowed(request: RequestSpec) -> None:
     """Raise ValueError if every token that is allowed as the first token is also banned."""
     params = request.sampling_params
     if params.allowed_token_ids is not None:
@@ -282,26 +279,28 @@ def _check_something_is_allowed(request: Request) -> None:
             )
 
 
-def sibling_of(first: Request, index: int) -> Request:
+def _for_core(params: SamplingParams) -> SamplingParams:
+    """The parameters that the core needs. Candidates are ranked by their log probabilities."""
+    for_core = params.without_text()
+    if params.num_candidates > params.n and not params.wants_logprobs:
+        for_core.logprobs = 0
+    return for_core
+
+
+def sibling_of(first: RequestSpec, request_id: str, index: int) -> RequestSpec:
     """Another request for the same prompt, with its own random stream; it shares prompt blocks.
 
     Only the first request returns the log probabilities of the prompt.
     """
-    params = dataclasses.replace(first.sampling_params, prompt_logprobs=None)
-    seed = (first.seed + index + 2**63) % 2**64 - 2**63  # wraps like an int64
-    return Request(
-        request_id=f"{index}_{first.request_id}",
-        prompt_token_ids=first.prompt_token_ids,
+    params = first.sampling_params
+    if params.prompt_logprobs is not None:
+        params = dataclasses.replace(params, prompt_logprobs=None)
+    return dataclasses.replace(
+        first,
+        request_id=request_id,
         sampling_params=params,
-        max_tokens=first.max_tokens,
-        stop_token_ids=first.stop_token_ids,
-        seed=seed,
-        priority=first.priority,
-        prompt=first.prompt,
-        bad_words=first.bad_words,
-        cache_salt=first.cache_salt,
-        sibling=first,
-        arrival_time=first.arrival_time,
+        seed=(first.seed + index + 2**63) % 2**64 - 2**63,  # wraps like an int64
+        sibling_id=first.request_id,
     )
 
 

@@ -5,30 +5,35 @@ A step advances the requests of all calls; each call looks only at its own reque
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Generator, Iterable
 
+from compiledllm.engine.book import Book, Growth
 from compiledllm.engine.core import EngineCore
-from compiledllm.engine.request_state import Completion, RequestState
+from compiledllm.engine.request_state import RequestState
 from compiledllm.engine.turns import Turns
-from compiledllm.outputs import RequestOutput
+from compiledllm.outputs import FinishReason, RequestOutput
+from compiledllm.types import RequestUpdate, StepNews
 
 
 class SharedCore:
-    """`add` queues a call's requests; `finish` or `stream` then steps until they have finished.
+    """`add` queues a call's requests; `run_until_finished` or `stream` then steps.
 
     Requests that are `is_for_step` belong to `step` instead, whichever thread calls it.
     """
 
     def __init__(self, core: EngineCore) -> None:
         self.core = core
-        self.states: dict[str, RequestState] = {}
+        self._book = Book()
         self._turns = Turns()
-        self._completions: dict[str, tuple[RequestState, Completion]] = {}  # by Request.request_id
         self._unseen: dict[str, RequestState] = {}  # requests that grew since the last `step`
         self._failures: dict[str, Exception] = {}  # by request id: the error that ended it
         self._num_steps = 0
-        self._num_ended = 0  # completions
+        self._num_ended = 0  # requests
+
+    @property
+    def states(self) -> dict[str, RequestState]:
+        """Live requests by id."""
+        return self._book.states
 
     # -- calls -----------------------------------------------------------------------------------
 
@@ -48,8 +53,10 @@ class SharedCore:
         def work() -> None:
             for state in states:
                 self._failures.pop(state.request_id, None)
-                if self.states.get(state.request_id) is state:
-                    self._end(state.request_id)
+                if self._book.is_open(state):
+                    self._end(state)
+                if self._unseen.get(state.request_id) is state:
+                    del self._unseen[state.request_id]
 
         self._turns.soon(work)
 
@@ -57,9 +64,13 @@ class SharedCore:
         """End a request; unknown ids are ignored."""
         with self._turns.taken():
             self._failures.pop(request_id, None)
-            self._end(request_id)
+            self._unseen.pop(request_id, None)
+            if request_id in self.states:
+                self._end(self.states[request_id])
 
-    def finish(self, states: list[RequestState], progress: Callable[[int], object]) -> None:
+    def run_until_finished(
+        self, states: list[RequestState], progress: Callable[[int], object]
+    ) -> None:
         """Step until `states` are finished. progress: called with the number newly finished."""
         unfinished, seen = states, -1
         while unfinished:
@@ -103,61 +114,49 @@ class SharedCore:
     # -- in a turn -------------------------------------------------------------------------------
 
     def _add(self, state: RequestState) -> None:
-        if state.request_id in self.states:
-            raise ValueError(f"request_id '{state.request_id}' is already in use")
-        self.states[state.request_id] = state
+        self._book.open(state)
         for completion in state.completions:
-            self.core.add(completion.request)
-            self._completions[completion.request.request_id] = state, completion
+            self.core.add(completion.spec, state.grammar)
 
-    def _end(self, request_id: str) -> None:
-        state = self.states.pop(request_id, None)
-        self._unseen.pop(request_id, None)
-        for completion in () if state is None else state.completions:
-            self.core.finish(completion.request.request_id, "abort")
-            self._completions.pop(completion.request.request_id, None)
-            self._num_ended += 1
+    def _end(self, state: RequestState, reason: FinishReason = "abort") -> None:
+        """End a live request, its unfinished completions with `reason`."""
+        self._book.close(state)
+        self._num_ended += 1
+        for completion in state.completions:
+            if not completion.is_finished:
+                self.core.finish(completion.spec.request_id, reason)
+                completion.end(reason)
 
     def _advance(self) -> None:
         """One engine step with its texts. An error that ended requests is kept for their calls."""
         self._num_steps += 1
         try:
-            advanced = self.core.step()
+            news = self.core.step()
         except Exception as error:
-            ended = [pair for pair in self._completions.values() if pair[1].request.is_finished]
-            if not ended:
+            lost = self._book.core_ids - self.core.unfinished_ids
+            if not lost:
                 raise
-            self._failures |= {state.request_id: error for state, _ in ended}
-            self._book(ended)
-            return
-        pairs = [self._completions[request.request_id] for request in advanced]
-        now = time.monotonic()
-        for _, completion in pairs:
-            self._push(completion, now)
+            ended = [RequestUpdate(request_id, [], "error") for request_id in lost]
+            growth = self._book.take(StepNews(updates=ended))
+            self._failures |= {state.request_id: error for state in growth.grown}
+        else:
+            growth = self._book.take(news)
+        self._note(growth)
         self.core.check_when_idle()
-        self._book(pairs)
 
-    def _push(self, completion: Completion, now: float) -> None:
-        """Process a request's newest token; a failed request has none."""
-        request = completion.request
-        if request.finish_reason == "error":
-            return
-        stop = completion.push_last_token(now)
-        if stop is not None and request.is_finished:  # by the same token: the string wins
-            request.finish_reason, request.stop_reason = "stop", stop
-        elif stop is not None:
-            self.core.finish(request.request_id, "stop", stop)
-
-    def _book(self, pairs: Iterable[tuple[RequestState, Completion]]) -> None:
-        """Note the requests that `step` has to show, and drop finished requests."""
-        for state, completion in pairs:
+    def _note(self, growth: Growth) -> None:
+        """End what must end, and keep the requests that `step` has to show."""
+        for request_id in growth.stopped:
+            self.core.finish(request_id, "stop")
+        for state, failure in growth.failed:
+            if self._book.is_open(state):
+                self._failures[state.request_id] = failure
+                self._end(state, "error")
+                growth.grown.append(state)
+        self._num_ended += len(growth.finished)
+        for state in growth.grown:
             if state.is_for_step:
                 self._unseen[state.request_id] = state
-            if completion.request.is_finished:
-                del self._completions[completion.request.request_id]
-                self._num_ended += 1
-                if state.is_finished:
-                    self.states.pop(state.request_id, None)
 
     def _raise_failure(self, states: Iterable[RequestState]) -> None:
         """Raise the error of a step that ended one of `states`, whichever call ran the step."""

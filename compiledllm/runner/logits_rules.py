@@ -19,7 +19,7 @@ from torch import Tensor
 from compiledllm.runner.device import to_device
 from compiledllm.runner.structured import GrammarRows
 from compiledllm.sampling_params import LogitsProcessor, SamplingParams
-from compiledllm.types import NewRequest
+from compiledllm.types import NewRequest, RequestSpec
 
 _IN_PROMPT = 1 << 30  # flag bit next to a token's count in the output: the prompt has the token
 
@@ -38,12 +38,13 @@ class RowRules:
 
     @classmethod
     def of(cls, request: NewRequest) -> RowRules:
+        spec = request.spec
         return cls(
-            params=request.sampling_params,
-            num_prompt_tokens=request.num_prompt_tokens,
-            stop_token_ids=list(request.stop_token_ids),
-            bad_words=tuple(word for word in request.bad_words if len(word) > 1),
-            bad_token_ids=[word[0] for word in request.bad_words if len(word) == 1],
+            params=spec.sampling_params,
+            num_prompt_tokens=spec.num_prompt_tokens,
+            stop_token_ids=list(spec.stop_token_ids),
+            bad_words=tuple(word for word in spec.bad_words if len(word) > 1),
+            bad_token_ids=[word[0] for word in spec.bad_words if len(word) == 1],
             token_ids=list(request.token_ids),
         )
 
@@ -104,9 +105,9 @@ class LogitsRules:
         return bool(self._has_bad_words[rows].any())
 
     def fill(self, row: int, request: NewRequest) -> None:
-        params = request.sampling_params
-        self._always[row] = _are_always_on(params) or request.grammar is not None
-        self._first_stop_position[row] = request.num_prompt_tokens + params.min_tokens
+        spec, params = request.spec, request.spec.sampling_params
+        self._always[row] = _are_always_on(spec) or request.grammar is not None
+        self._first_stop_position[row] = spec.num_prompt_tokens + params.min_tokens
         if self._always[row] or params.min_tokens:
             self._rules[row] = rules = RowRules.of(request)
             self._has_bad_words[row] = bool(rules.bad_words)
@@ -299,12 +300,13 @@ class LogitsRules:
         )
 
 
-def _are_always_on(params: SamplingParams) -> bool:
+def _are_always_on(spec: RequestSpec) -> bool:
+    params = spec.sampling_params
     return bool(
         params.has_penalties
         or params.logit_bias
         or params.allowed_token_ids
-        or params.bad_words
+        or spec.bad_words
         or params.logits_processors
     )
 

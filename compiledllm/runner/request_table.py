@@ -90,12 +90,12 @@ class RequestTable:
         computed = {line.request_id: line.num_computed_tokens for line in step.scheduled}
         new = step.new_requests
         rows = [self._fill(request) for request in new]
-        params = [request.sampling_params for request in new]
+        params = [request.spec.sampling_params for request in new]
         whole = [
             rows,
             [request.token_ids[-1] for request in new],
-            [computed[request.request_id] for request in new],
-            [request.seed for request in new],
+            [computed[request.spec.request_id] for request in new],
+            [request.spec.seed for request in new],
             [min(max(p.top_k, 0), 2**31 - 1) for p in params],
         ]
         # Floats travel as the bits of float64, so that one copy brings all parameters.
@@ -117,12 +117,12 @@ class RequestTable:
 
     def _fill(self, request: NewRequest) -> int:
         row = self._free_rows.pop()
-        self._row_of[request.request_id] = row
-        params = request.sampling_params
+        self._row_of[request.spec.request_id] = row
+        params = request.spec.sampling_params
         ids = request.token_ids
         self.token_ids[row] = np.fromiter(ids, np.int64, len(ids))  # twice as fast as asarray
         self.params[row] = params
-        self.num_prompt_tokens[row] = request.num_prompt_tokens
+        self.num_prompt_tokens[row] = request.spec.num_prompt_tokens
         self.wants_logprobs[row] = params.wants_logprobs
         self.num_logprobs[row] = num_best(params.logprobs, self._vocab_size)
         self.named_logprobs[row] = params.logprob_token_ids or []

@@ -31,7 +31,7 @@ class GrammarRows:
 
     def fill(self, row: int, request: NewRequest) -> None:
         if request.grammar is not None:
-            output = request.token_ids[request.num_prompt_tokens :]
+            output = request.token_ids[request.spec.num_prompt_tokens :]
             self._matchers[row] = request.grammar, request.grammar.matcher(output)
 
     def release(self, row: int) -> None:

@@ -2,7 +2,7 @@
 
 Layers with equal attention windows form a group. Every request has one block table per group, and
 all tables draw from one pool. A block that no later token sees is freed; its entry stays in the
-table, left of `Request.first_blocks`, and is meaningless from then on.
+table, left of `Request.first_owned_blocks`, and is meaningless from then on.
 
     window 6, blocks of 4, next token 13:   table [7, 3, 9, 5]
                                                       ^ first block: 13 sees 8 to 13
@@ -78,15 +78,15 @@ class KVManager:
     def check_fits(self, request: Request) -> None:
         """Raise ValueError, saying what would fit, if the whole pool could not hold a request."""
         # The last sampled token's KV is never needed, hence the -1.
-        num_slots = request.num_prompt_tokens + request.max_tokens - 1
+        num_slots = request.num_prompt_tokens + request.spec.max_tokens - 1
         if num_slots > self.most_tokens:
             needed = num_blocks_needed(self.windows, self.block_size, num_slots)
             room = self.most_tokens - request.num_prompt_tokens + 1
             way_out = f"max_tokens <= {room} would fit" if room > 0 else "shorten the prompt"
             raise ValueError(
                 f"a prompt of {request.num_prompt_tokens} tokens with max_tokens="
-                f"{request.max_tokens} needs {needed} KV blocks of {self.block_size} tokens and "
-                f"the cache has {self.pool.num_blocks}; {way_out}, or give the cache more room "
+                f"{request.spec.max_tokens} needs {needed} KV blocks of {self.block_size} tokens "
+                f"and the cache has {self.pool.num_blocks}; {way_out}, or give the cache more room "
                 f"(num_kv_blocks, kv_cache_memory_bytes)"
             )
 
@@ -121,10 +121,10 @@ class KVManager:
             return
         self.register_full_blocks(request)  # while the request still holds them
         for group, window in self._windowed:
-            old = request.first_blocks[group]
+            old = request.first_owned_blocks[group]
             first = first_seen_block(window, request.num_computed_tokens, self.block_size)
             self.pool.free(request.block_tables[group][old:first])
-            request.first_blocks[group] = first
+            request.first_owned_blocks[group] = first
 
     def num_missing_blocks(self, tables: Tables, num_tokens: int) -> int:
         """Number of blocks, over all groups, that `tables` lack to hold `num_tokens` tokens."""
@@ -140,17 +140,17 @@ class KVManager:
             for group, table in enumerate(request.block_tables):
                 added.append(block_ids[group * share : (group + 1) * share])
                 table += added[group]
-        request.blocks_last_until = len(request.block_tables[0]) * self.block_size
+        request.next_kv_check = len(request.block_tables[0]) * self.block_size
         if self._windowed and count > 1:  # after a chunk the next token has blocks to trim
-            request.blocks_last_until = request.num_computed_tokens + count
+            request.next_kv_check = request.num_computed_tokens + count
         return added
 
     def release(self, request: Request) -> None:
         """Free a request's blocks."""
-        for table, first in zip(request.block_tables, request.first_blocks, strict=True):
+        for table, first in zip(request.block_tables, request.first_owned_blocks, strict=True):
             self.pool.free(table[first:])
-        request.block_tables, request.first_blocks = [], []
-        request.num_registered_blocks = request.blocks_last_until = 0
+        request.block_tables, request.first_owned_blocks = [], []
+        request.num_registered_blocks = request.next_kv_check = 0
 
     def spoil(self, request: Request) -> list[int]:
         """Remove a request's blocks, which may hold NaN, from the prefix index.
@@ -160,7 +160,7 @@ class KVManager:
         """
         held: list[int] = []
         given_back: list[int] = []
-        for table, first in zip(request.block_tables, request.first_blocks, strict=True):
+        for table, first in zip(request.block_tables, request.first_owned_blocks, strict=True):
             held += table[first:]
             given_back += [block_id for block_id in table[:first] if block_id != NULL_BLOCK]
         return self.pool.forget(held) + self.pool.forget(given_back, num_holders=0)
@@ -173,7 +173,7 @@ class KVManager:
         The tables of all groups have equal length. Blocks that the next token does not see are the
         null block.
         """
-        if request.is_second_try or not request.sampling_params.reads_prefix_cache:
+        if request.is_second_try or not request.spec.sampling_params.reads_prefix_cache:
             return self._no_blocks()
         if not self.pool.enable_prefix_caching:
             return self._blocks_of_sibling(request)
@@ -190,7 +190,7 @@ class KVManager:
         """Give a request without blocks the blocks of a prefix from `lookup_prefix`."""
         self.pool.share(self.seen_blocks(prefix))
         request.block_tables = [list(table) for table in prefix]
-        request.first_blocks = self._firsts(len(prefix[0]))
+        request.first_owned_blocks = self._firsts(len(prefix[0]))
         request.num_registered_blocks = len(prefix[0])
 
     def register_full_blocks(self, request: Request) -> None:
@@ -264,7 +264,7 @@ class KVManager:
             return self._no_blocks()
         most = min(request.num_prompt_tokens - 1, sibling.num_computed_tokens) // self.block_size
         firsts = self._firsts(most)
-        if any(map(int.__lt__, firsts, sibling.first_blocks)):  # the sibling has freed some
+        if any(map(int.__lt__, firsts, sibling.first_owned_blocks)):  # the sibling has freed some
             return self._no_blocks()
         return [
             [NULL_BLOCK] * first + table[first:most]
@@ -274,7 +274,7 @@ class KVManager:
     def _extend_hashes(self, request: Request, num_tokens: int) -> None:
         hashes, size = request.block_hashes, self.block_size
         for start in range(len(hashes) * size, num_tokens // size * size, size):
-            parent = hashes[-1] if hashes else request.cache_salt.encode()
+            parent = hashes[-1] if hashes else request.spec.cache_salt.encode()
             hashes.append(hash_block(parent, request.token_ids[start : start + size]))
 
     def check_invariants(self, alive: list[Request]) -> None:
@@ -282,7 +282,7 @@ class KVManager:
         self.pool.check_invariants(
             table[first:]
             for request in alive
-            for table, first in zip(request.block_tables, request.first_blocks, strict=True)
+            for table, first in zip(request.block_tables, request.first_owned_blocks, strict=True)
         )
         for request in alive:
             computed = request.num_computed_tokens
@@ -291,5 +291,5 @@ class KVManager:
                 assert held >= computed, f"{request.request_id} lacks KV blocks"
                 assert len(table) == len(request.block_tables[0]), "tables differ in length"
                 seen = first_seen_block(self.windows[group], computed, self.block_size)
-                assert request.first_blocks[group] <= seen, "a block was freed that is seen"
+                assert request.first_owned_blocks[group] <= seen, "a block was freed that is seen"
             assert bool(request.block_tables) == (request.status is RequestStatus.RUNNING)

@@ -28,7 +28,7 @@ def fcfs(request: Request) -> SortKey:
 
 def priority(request: Request) -> SortKey:
     """Lower `priority` first, then first come, first served; `WaitingQueue` adds ageing."""
-    return (request.priority, request.arrival_time)
+    return (request.spec.priority, request.arrival_time)
 
 
 # Roofline balance: with about 256 tokens a step takes as long to compute as to read the weights
@@ -152,7 +152,7 @@ class Share:
     due_from: float = math.inf
 
     def is_due(self, request: Request) -> bool:
-        return request.waits_for_batch and request.num_tokens_left >= self.due_from
+        return request.spec.waits_for_batch and request.num_tokens_left >= self.due_from
 
 
 @dataclass(slots=True)
@@ -189,7 +189,7 @@ class Pace:
         """
         if self.prompt_tokens is not None:
             return Share(self.prompt_tokens)
-        if prompt.waits_for_batch:
+        if prompt.spec.waits_for_batch:
             return self._share_of_batch(prompt, running)
         rows = len(running)
         growth = min(_WHERE_EVEN * math.sqrt(num_waiting / rows), _AT_MOST)
@@ -198,7 +198,7 @@ class Pace:
         return Share(self.balanced_tokens * power - rows)
 
     def _share_of_batch(self, prompt: Request, running: Sequence[Request]) -> Share:
-        if not self.lengths_are_known or prompt.sampling_params.max_tokens is None:
+        if not self.lengths_are_known or prompt.spec.sampling_params.max_tokens is None:
             return Share(0, due_from=0)
         decoding = (r.num_tokens_left for r in running if r.num_output_tokens)
         room = self.balanced_tokens - len(running)
@@ -206,5 +206,5 @@ class Pace:
 
     def note_end(self, request: Request, reason: FinishReason) -> None:
         """Learn, when a request ends, whether max_tokens still tells the lengths of requests."""
-        if request.waits_for_batch and reason not in ("length", "abort"):
+        if request.spec.waits_for_batch and reason not in ("length", "abort"):
             self.lengths_are_known = False

@@ -5,9 +5,9 @@ from __future__ import annotations
 from compiledllm.types import Request
 
 
-def goes_in_circles(request: Request) -> bool:
+def ends_in_repetition(request: Request) -> bool:
     """Whether the output ends in repetitions of a pattern, as `repetition_detection` describes."""
-    rule = request.sampling_params.repetition_detection
+    rule = request.spec.sampling_params.repetition_detection
     if rule is None:
         return False
     tokens, start = request.token_ids, request.num_prompt_tokens

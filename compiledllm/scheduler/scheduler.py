@@ -6,7 +6,7 @@ recomputation all follow from this rule. The scheduler knows no tensors, models 
 
     scheduler.add(request)
     step = scheduler.schedule()                 # -> SchedulerOutput
-    advanced = scheduler.update(step, sampled)  # after the runner executed the step
+    news = scheduler.update(step, sampled)      # after the runner executed the step
 
 The next step may be scheduled before the tokens of the last step are known: a request's tokens in
 flight count as tokens, and `update` drops the tokens of a request that has ended meanwhile.
@@ -23,13 +23,15 @@ from compiledllm.outputs import FinishReason
 from compiledllm.scheduler.block_pool import BlockPool
 from compiledllm.scheduler.kv_manager import KVManager
 from compiledllm.scheduler.policy import POLICIES, Pace, Share, WaitingQueue
-from compiledllm.scheduler.repetition import goes_in_circles
+from compiledllm.scheduler.repetition import ends_in_repetition
 from compiledllm.types import (
     NewRequest,
     Request,
     RequestStatus,
+    RequestUpdate,
     ScheduledRequest,
     SchedulerOutput,
+    StepNews,
     StepOutput,
 )
 
@@ -41,7 +43,7 @@ _NO_BLOCKS: list[list[int]] = []  # shared by many lines, so it must never be mo
 
 def _decodes(request: Request) -> bool:
     """Whether the request has an output token, or one in flight that is not its last."""
-    left = request.most_tokens - len(request.token_ids)
+    left = request.max_tokens_total - len(request.token_ids)
     return request.num_output_tokens > 0 or 0 < request.num_tokens_in_flight < left
 
 
@@ -105,6 +107,7 @@ class Scheduler:
         self.kv.check_fits(request)
         if not self.requests:
             self.pace.lengths_are_known = True
+        request.sibling = self.requests.get(request.spec.sibling_id or "")
         self.requests[request.request_id] = request
         self.waiting.push(request)
 
@@ -196,8 +199,8 @@ class Scheduler:
         num_tokens, computed = known + in_flight, request.num_computed_tokens
         if (
             num_tokens - computed != 1
-            or num_tokens >= request.most_tokens
-            or computed >= request.blocks_last_until
+            or num_tokens >= request.max_tokens_total
+            or computed >= request.next_kv_check
             or (in_flight and request.needs_last_token)
         ):
             return False
@@ -257,16 +260,7 @@ class Scheduler:
         self._is_sorted = False
         draft.prompt_budget -= count
         self._grant(request, draft, count, count == wanted, missing, is_new=True)
-        return NewRequest(
-            request.request_id,
-            list(request.token_ids),
-            request.num_prompt_tokens,
-            request.sampling_params,
-            request.stop_token_ids,
-            request.seed,
-            request.bad_words,
-            request.grammar,
-        )
+        return NewRequest(request.spec, list(request.token_ids), request.grammar)
 
     def _grant(
         self,
@@ -294,13 +288,13 @@ class Scheduler:
         draft.requests.append(request)
         draft.budget -= count
 
-    def update(self, step: SchedulerOutput, output: StepOutput) -> list[Request]:
+    def update(self, step: SchedulerOutput, output: StepOutput) -> StepNews:
         """Record a step's results. Steps are updated in the order in which they were scheduled.
 
-        Returns the requests that got a token or failed, finished ones included. Requests that
-        ended while the step ran (by an earlier token or an abort) get none.
+        Returns the news of requests that got a token or failed, finished ones included. Requests
+        that ended while the step ran (by an earlier token or an abort) get none.
         """
-        advanced: list[Request] = []
+        news = StepNews()
         some_left = False
         finished, running = RequestStatus.FINISHED, RequestStatus.RUNNING
         for line, request in zip(step.scheduled, self._in_flight.popleft(), strict=True):
@@ -313,39 +307,59 @@ class Scheduler:
             request.num_tokens_in_flight -= 1
             if request.num_tokens_to_drop:
                 request.num_tokens_to_drop -= 1
-            elif self._take(request, output):
-                advanced.append(request)
+            else:
+                self._take(request, output, news)
             some_left |= request.status is not running
         if some_left:
             self.running = [r for r in self.running if r.status is RequestStatus.RUNNING]
-        return advanced
+        return news
 
     def _keep_prompt_logprobs(self, request: Request, output: StepOutput) -> None:
         """Append prompt log probabilities, without positions recomputed after a preemption."""
         position, found = output.prompt_logprobs.get(request.request_id, (0, []))
         request.prompt_logprobs += found[len(request.prompt_logprobs) - (position - 1) :]
 
-    def _take(self, request: Request, output: StepOutput) -> bool:
-        """Append a request's next token, or end it with an error; False if it starts over."""
+    def _take(self, request: Request, output: StepOutput, news: StepNews) -> None:
+        """Append a request's next token; without a token, start the request over or end it."""
         request_id = request.request_id
         token_id = output.token_ids[request_id]
-        if token_id >= 0:
-            if output.logprobs and request_id in output.logprobs:
-                request.logprobs.append(output.logprobs[request_id])
-            self._append(request, token_id)
-            return True
-        error = output.errors.get(request_id)
+        if token_id < 0:
+            self._retry_or_fail(request, output.errors.get(request_id), news)
+            return
+        spec, tokens = request.spec, request.token_ids
+        is_first = len(tokens) == request.num_prompt_tokens
+        tokens.append(token_id)
+        if (
+            token_id in spec.stop_token_ids
+            or len(tokens) >= request.max_tokens_total
+            or spec.sampling_params.repetition_detection
+        ):
+            self._end_if_due(request, token_id)
+        found = output.logprobs.get(request_id) if output.logprobs else None
+        if is_first or request.finish_reason is not None:
+            logprobs = [] if found is None else [found]
+            news.updates.append(RequestUpdate.of(request, [token_id], logprobs))
+            return
+        news.token_ids[request_id] = token_id
+        if found is not None:
+            news.logprobs[request_id] = found
+
+    def _retry_or_fail(self, request: Request, error: str | None, news: StepNews) -> None:
+        """Start a request over that got no token; end it if it has a rule's error or fails again.
+
+        error: what failed in a rule of the request, such as a logits processor.
+        """
         if error is None:  # no rule of the request failed, so its KV may hold NaN
             self._spoilt_block_ids += self.kv.spoil(request)
             if request.status is not RequestStatus.RUNNING:  # preempted: its blocks are unknown
                 self.block_pool.reset_prefix_cache()
         if error is None and not request.is_second_try:
             self._try_again(request)
-            return False
+            return
         self.num_failed_rows += 1
-        log.warning("request '%s' failed: %s", request_id, error or NO_TOKEN)
+        log.warning("request '%s' failed: %s", request.request_id, error or NO_TOKEN)
         self._end(request, "error", error or NO_TOKEN)
-        return True
+        news.updates.append(RequestUpdate.of(request, []))
 
     def _try_again(self, request: Request) -> None:
         """Compute a request from scratch without shared blocks, one of which may hold NaN.
@@ -358,21 +372,17 @@ class Scheduler:
         if request.status is RequestStatus.RUNNING:
             self._preempt(request)
 
-    def _append(self, request: Request, token_id: int) -> None:
-        """Append a token; end the request if the token is its last one."""
-        request.token_ids.append(token_id)
-        params, num_tokens = request.sampling_params, len(request.token_ids)
-        is_stop = token_id in request.stop_token_ids
-        if not is_stop and num_tokens < request.most_tokens and not params.repetition_detection:
-            return
+    def _end_if_due(self, request: Request, token_id: int) -> None:
+        """End a request if its newest token is its last one."""
+        spec, params = request.spec, request.spec.sampling_params
         is_long_enough = request.num_output_tokens >= params.min_tokens
-        if is_stop and is_long_enough:
+        if token_id in spec.stop_token_ids and is_long_enough:
             # As in vLLM, only an explicit stop token is reported; end of sequence is None.
             explicit = token_id in (params.stop_token_ids or ())
             self._end(request, "stop", token_id if explicit else None)
-        elif num_tokens >= request.most_tokens:
+        elif len(request.token_ids) >= request.max_tokens_total:
             self._end(request, "length")
-        elif params.repetition_detection and is_long_enough and goes_in_circles(request):
+        elif params.repetition_detection and is_long_enough and ends_in_repetition(request):
             self._end(request, "repetition")
 
     def abandon_step(self, step: SchedulerOutput, failed: bool) -> None:

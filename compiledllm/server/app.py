@@ -17,12 +17,12 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from compiledllm.log import OneLine, log
-from compiledllm.server.engine_client import EngineClient
+from compiledllm.remote.engine_client import EngineClient
+from compiledllm.remote.errors import Overloaded
 from compiledllm.server.errors import RAISED, ApiError, error_response, response_to
 from compiledllm.server.jobs import Job, JobMaker
 from compiledllm.server.known_fields import KnownFields, ignored_header
 from compiledllm.server.lanes import ClientLeft, unless_left
-from compiledllm.server.live_request import Overloaded
 from compiledllm.server.metrics import Metrics
 from compiledllm.server.openapi import add_bodies
 from compiledllm.server.origins import EXPOSED_HEADERS, Cors, PageCheck

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi.responses import JSONResponse
 
 from compiledllm.grammars.compiler import CompilersBusy
-from compiledllm.server.live_request import (
+from compiledllm.remote.errors import (
     DeadlineExceeded,
     EngineError,
     Overloaded,

@@ -11,15 +11,15 @@ from compiledllm.engine.prompts import Prompt
 from compiledllm.engine.request_state import RequestState
 from compiledllm.engine.requests import RequestFactory
 from compiledllm.log import log
+from compiledllm.remote.engine_client import EngineClient
+from compiledllm.remote.live_request import LiveRequest
 from compiledllm.sampling_params import SamplingParams
 from compiledllm.server import convert
 from compiledllm.server.bodies import parse
 from compiledllm.server.chat import Choice, reasoning_mode
-from compiledllm.server.engine_client import EngineClient
 from compiledllm.server.errors import ApiError
 from compiledllm.server.known_fields import KnownFields
 from compiledllm.server.lanes import SHORT_BYTES, Lanes, Receive
-from compiledllm.server.live_request import LiveRequest
 from compiledllm.server.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -174,7 +174,7 @@ class JobMaker:
         job.lives = self.engine.admit(job.states)
         level = logging.INFO if self._logs_requests else logging.DEBUG
         if log.isEnabledFor(level):
-            tokens = sum(len(s.completions[0].request.prompt_token_ids) for s in job.states)
+            tokens = sum(len(s.completions[0].spec.prompt_token_ids) for s in job.states)
             number = len(job.states)
             log.log(level, "request %s: %d prompts, %d tokens", job.request_id, number, tokens)
         return job
@@ -214,12 +214,11 @@ class JobMaker:
             state = requests.make(
                 request_id, prompt, job.params, body.priority, None, salt, compiles=False
             )
-            first = state.completions[0].request
+            first = state.completions[0].spec
             _check_context(body, first.num_prompt_tokens, requests.max_model_len)
             requests.check_room(first)
             if not job.options.echo:
-                for completion in state.completions:  # the prompt's text is not needed any more
-                    completion.request.prompt = None
+                state.prompt = None  # the prompt's text is not needed any more
             job.states.append(state)
 
     def _chat_prompt(self, job: Job, body: ChatRequest) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from compiledllm.grammars.compiler import MAX_WAITING
-from compiledllm.server.live_request import Overloaded
+from compiledllm.remote.errors import Overloaded
 
 T = TypeVar("T")
 Receive = Callable[[], Awaitable[Any]]

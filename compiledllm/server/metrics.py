@@ -16,8 +16,8 @@ from prometheus_client.utils import floatToGoString
 
 from compiledllm.log import log
 from compiledllm.outputs import RequestOutput
-from compiledllm.server.engine_client import EngineClient
-from compiledllm.server.wire import FromEngine, Stats, Stepped
+from compiledllm.remote.engine_client import EngineClient
+from compiledllm.remote.wire import FromEngine, Stats, StepOutputs
 
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5)
 _LONG = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 240.0)
@@ -129,14 +129,14 @@ class Metrics:
     # -- the engine ----------------------------------------------------------------------------
 
     def _observe(self, message: FromEngine) -> None:
-        if not isinstance(message, Stepped):
+        if not isinstance(message, StepOutputs):
             self._seen.clear()  # a new engine counts from zero
             return
         stats = message.stats
         self.running.set(stats.num_running)
         self.waiting.set(stats.num_waiting)
         self.kv_usage.set(stats.kv_usage)
-        count = message.num_tokens
+        count = message.news.num_tokens
         self.generation_tokens.inc(count)
         self._advance("preemptions", self.preemptions, stats.num_preemptions)
         self._advance("corrupted", self.corrupted, stats.num_failed_rows)
@@ -144,7 +144,7 @@ class Metrics:
         self._advance("queries", self.prefix_queries, stats.prefix_queries)
         self._advance("hits", self.prefix_hits, stats.prefix_hits)
         if stats.num_tokens:
-            self.steps.observe(stats.step_seconds)
+            self.steps.observe(stats.step_s)
             self.step_tokens.observe(stats.num_tokens)
         self._line.add(stats, count)
 

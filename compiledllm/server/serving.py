@@ -11,12 +11,12 @@ from typing import Any
 from compiledllm.engine.requests import RequestFactory
 from compiledllm.engine.tokenizer import Tokenizer
 from compiledllm.outputs import CompletionOutput, RequestOutput
+from compiledllm.remote.engine_client import EngineClient
+from compiledllm.remote.errors import EngineError
 from compiledllm.server import convert
-from compiledllm.server.engine_client import EngineClient
 from compiledllm.server.errors import ApiError, as_api_error, error_body
 from compiledllm.server.events import DONE, Template, event, hole
 from compiledllm.server.jobs import AnswerOptions, Job
-from compiledllm.server.live_request import EngineError
 from compiledllm.server.metrics import Metrics
 
 
@@ -59,7 +59,7 @@ class Serving:
             for place, output in enumerate(outputs)
             for completion in output.outputs
         ]
-        total = sum(c.request.num_output_tokens for state in job.states for c in state.completions)
+        total = sum(len(c.token_ids) for state in job.states for c in state.completions)
         if job.options.hides_output:
             total = 0
         kind = "chat.completion" if job.is_chat else "text_completion"

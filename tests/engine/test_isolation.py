@@ -12,6 +12,7 @@ import pytest
 from compiledllm import Engine, SamplingParams
 from compiledllm.engine import isolation
 from compiledllm.types import Request, SchedulerOutput
+from tests.support.requests import make_request
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
@@ -42,7 +43,7 @@ def poison(engine: Engine, patch: pytest.MonkeyPatch, names: set[str], late: boo
 
 def run(engine: Engine, requests: list[Request]) -> None:
     for request in requests:
-        engine.core.add(request)
+        engine.core.scheduler.add(request)
     for _ in range(3000):
         if not engine.core.has_unfinished():
             break
@@ -54,7 +55,7 @@ def run(engine: Engine, requests: list[Request]) -> None:
 def requests(count: int) -> list[Request]:
     rng = random.Random(1)
     return [
-        Request(f"r{n}", [rng.randrange(3, 120) for _ in range(12)], GREEDY, 12, arrival_time=n)
+        make_request(f"r{n}", [rng.randrange(3, 120) for _ in range(12)], GREEDY, 12)
         for n in range(count)
     ]
 
@@ -94,7 +95,7 @@ def test_requests_that_leave_while_they_are_held_are_no_trouble(
     poison(engine, monkeypatch, {"r0"}, late=False)
     alive = requests(8)
     for request in alive:
-        engine.core.add(request)
+        engine.core.scheduler.add(request)
     engine.core.step()
     assert engine.core.scheduler._held
     for name in ("r4", "r5", "r1"):
@@ -111,7 +112,7 @@ def test_without_isolation_the_step_takes_all_with_it(
     poison(engine, monkeypatch, {"r1"}, late=False)
     alive = requests(3)
     for request in alive:
-        engine.core.add(request)
+        engine.core.scheduler.add(request)
     with pytest.raises(RuntimeError, match="a poisoned request"):
         engine.core.step()
     assert [request.finish_reason for request in alive] == ["error"] * 3

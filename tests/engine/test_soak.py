@@ -145,7 +145,7 @@ def check_books(engine: Engine) -> None:
     assert scheduler.block_pool.num_free_blocks == scheduler.block_pool.num_blocks
     assert engine.core.runner.compiler.num_recompiles == 0
     shared = engine._shared
-    assert not shared.states and not shared._unseen and not shared._completions
+    assert not shared.states and not shared._unseen and not shared._book.core_ids
     assert not shared._failures
 
 

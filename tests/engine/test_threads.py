@@ -109,8 +109,8 @@ def test_a_step_that_fails_raises_in_the_calls_that_it_ends_and_in_no_other(
     engine.add_request(PROMPTS[1], GREEDY, "added")
     step = engine.core.step
 
-    def failing() -> list[Request]:
-        if engine.core.finish("added", "error", "this one") is not None:
+    def failing() -> StepNews:
+        if engine.core.finish("added", "error", "this one"):
             raise RuntimeError("this one")
         return step()
 

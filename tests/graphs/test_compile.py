@@ -16,7 +16,8 @@ from compiledllm import Engine, SamplingParams
 from compiledllm.graphs.compile import Variant, variants_for
 from compiledllm.runner import model_runner
 from compiledllm.runner.input_batch import InputBatch, StepLayout
-from compiledllm.types import NewRequest, ScheduledRequest, SchedulerOutput
+from compiledllm.types import ScheduledRequest, SchedulerOutput
+from tests.support.requests import make_new_request
 
 PARAMS = SamplingParams(temperature=0, max_tokens=4)
 
@@ -44,7 +45,7 @@ def step_of(lengths: list[int], prefix: str) -> SchedulerOutput:
     for index, length in enumerate(lengths):
         name, count = f"{prefix}{index}", -(-length // 16)
         ids = [(7 * index + i) % 120 + 3 for i in range(length)]
-        new.append(NewRequest(name, ids, length, PARAMS, frozenset(), 0))
+        new.append(make_new_request(name, ids, params=PARAMS))
         lines.append(ScheduledRequest(name, 0, length, [list(range(block, block + count))], True))
         block += count
     return SchedulerOutput(new, lines, [])

@@ -17,8 +17,8 @@ from typing import Any
 
 from compiledllm.config import ConfigError, EngineConfig
 from compiledllm.engine.served_model import ServedModel
-from compiledllm.server.engine_process import run
-from compiledllm.types import RequestStatus
+from compiledllm.remote.engine_process import run
+from compiledllm.types import Request, RequestSpec, RequestStatus, RequestUpdate, StepNews
 
 DEEDS = {"kill": 901, "hang": 902, "raise": 903, "slow": 904}
 STEP_S = 0.005
@@ -71,14 +71,14 @@ class FakeCore:
     def has_unfinished(self) -> bool:
         return bool(self.scheduler.running or self.scheduler.waiting)
 
-    def add(self, request: Any) -> None:
-        self.scheduler.waiting.append(request)
+    def add(self, spec: RequestSpec, grammar: Any = None) -> None:
+        self.scheduler.waiting.append(Request(spec, grammar))
 
     def finish(self, request_id: str, reason: str, stop_reason: Any = None) -> None:
         for queue in (self.scheduler.running, self.scheduler.waiting):
             queue[:] = [request for request in queue if request.request_id != request_id]
 
-    def step(self) -> list[Any]:
+    def step(self) -> StepNews:
         running, waiting = self.scheduler.running, self.scheduler.waiting
         limit = self.config.scheduler.max_num_seqs
         while waiting and len(running) < limit:
@@ -87,13 +87,13 @@ class FakeCore:
         time.sleep(STEP_S)
         names = {token: deed for deed, token in DEEDS.items()}
         for request in running:
-            do(names.get(request.prompt_token_ids[0], ""))
+            do(names.get(request.spec.prompt_token_ids[0], ""))
             request.token_ids.append(65)
-            if request.num_output_tokens >= request.max_tokens:
+            if request.num_output_tokens >= request.spec.max_tokens:
                 request.status, request.finish_reason = RequestStatus.FINISHED, "length"
-        advanced = list(running)
+        updates = [RequestUpdate.of(request, [65]) for request in running]
         running[:] = [request for request in running if not request.is_finished]
-        return advanced
+        return StepNews(updates=updates)
 
 
 if __name__ == "__main__":

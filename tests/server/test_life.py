@@ -25,10 +25,10 @@ from typing import Any
 import jsonschema
 import pytest
 
-from compiledllm.server import restarts, vital_signs
+from compiledllm.remote import restarts, vital_signs
+from compiledllm.remote.engine_client import MAX_UNREAD_BYTES, EngineClient
+from compiledllm.remote.limits import Limits
 from compiledllm.server.app import AppOptions, create_app
-from compiledllm.server.engine_client import MAX_UNREAD_BYTES, EngineClient
-from compiledllm.server.live_request import Limits
 from tests.support.server import free_port, is_alive, wait_for
 
 FAKE = [sys.executable, str(Path(__file__).with_name("fake_engine.py"))]
@@ -144,7 +144,7 @@ def live(tmp_path: Path) -> Callable[..., None]:
         **limits: float,
     ) -> None:
         async def main() -> None:
-            given: dict[str, Any] = {"request_seconds": 30, "stuck_seconds": STUCK_S} | limits
+            given: dict[str, Any] = {"request_s": 30, "stuck_s": STUCK_S} | limits
             rig = Rig(tmp_path, Limits(99, 10**6, **given), command)
             rig.client.start()
             try:
@@ -217,7 +217,7 @@ def test_an_engine_that_goes_on_in_time_is_healthy_again(live: Callable[..., Non
         await rig.until(lambda: not rig.client.why_unhealthy())
         assert is_ok(await waiting, 100) and rig.pid == old
 
-    live(play, stuck_seconds=2.0)
+    live(play, stuck_s=2.0)
 
 
 def test_health_is_true_when_the_waiting_requests_have_timed_out(
@@ -232,7 +232,7 @@ def test_health_is_true_when_the_waiting_requests_have_timed_out(
         assert (await rig.health())[0] == 503
         assert (await rig.get("/ready")).status == 503
 
-    live(play, request_seconds=0.3, stuck_seconds=1.0)
+    live(play, request_s=0.3, stuck_s=1.0)
 
 
 def test_an_engine_stopped_while_it_loads_is_replaced(
@@ -286,7 +286,7 @@ def test_what_a_stopped_engine_does_not_read_is_bounded(live: Callable[..., None
         await rig.until(lambda: not rig.client._child.num_unread_bytes)
         assert is_ok(await rig.ask())
 
-    live(play, stuck_seconds=30)
+    live(play, stuck_s=30)
 
 
 # -- killed ------------------------------------------------------------------------------------
@@ -334,7 +334,7 @@ def test_loading_has_a_deadline(live: Callable[..., None], monkeypatch: pytest.M
         assert rig.client.failure is not None
         assert "loading took longer than 1 s (--load-timeout)" in rig.client.failure.error
 
-    live(play, settles=False, load_seconds=1)
+    live(play, settles=False, load_s=1)
 
 
 def test_a_slow_loader_is_healthy(

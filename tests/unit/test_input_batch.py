@@ -8,8 +8,8 @@ import torch
 from compiledllm.graphs.buckets import StepShape
 from compiledllm.runner.input_batch import InputBatch, StepLayout
 from compiledllm.runner.request_table import RequestTable
-from compiledllm.sampling_params import SamplingParams
-from compiledllm.types import NewRequest, ScheduledRequest, SchedulerOutput
+from compiledllm.types import ScheduledRequest, SchedulerOutput
+from tests.support.requests import make_new_request
 
 SIZE = 16
 # Of each request, in each of three groups: 3, 2 and 1 blocks.
@@ -24,7 +24,7 @@ COMPUTED = [34, 20, 5]
 def table_of(num_groups: int) -> RequestTable:
     """Three requests in rows, the last of which has got its blocks one after another."""
     table = RequestTable(3, 5, 100, torch.device("cpu"), num_groups)
-    new = [NewRequest(f"r{i}", [7] * 60, 60, SamplingParams(), frozenset(), 0) for i in range(3)]
+    new = [make_new_request(f"r{i}", [7] * 60) for i in range(3)]
     table.apply(
         SchedulerOutput(
             new,

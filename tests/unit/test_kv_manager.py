@@ -5,7 +5,6 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compiledllm.sampling_params import SamplingParams
 from compiledllm.scheduler.block_pool import NULL_BLOCK, BlockPool, hash_block
 from compiledllm.scheduler.kv_manager import (
     ANY_NUMBER,
@@ -14,6 +13,7 @@ from compiledllm.scheduler.kv_manager import (
     num_blocks_needed,
 )
 from compiledllm.types import Request, RequestStatus
+from tests.support.requests import make_request
 
 windows_of_groups = st.lists(st.integers(0, 20), min_size=1, max_size=3)
 block_sizes = st.integers(1, 6)
@@ -30,7 +30,7 @@ def held(windows: list[int], block_size: int, position: int) -> int:
 
 
 def request(num_tokens: int) -> Request:
-    return Request("r", list(range(num_tokens)), SamplingParams(), max_tokens=9)
+    return make_request("r", range(num_tokens))
 
 
 @given(st.integers(0, 20), st.integers(0, 60), block_sizes)

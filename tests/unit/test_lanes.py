@@ -10,9 +10,9 @@ import pytest
 
 pytest.importorskip("fastapi")
 
+from compiledllm.remote.errors import Overloaded
 from compiledllm.server import lanes
 from compiledllm.server.lanes import SHORT_BYTES, ClientLeft, Lanes, unless_left
-from compiledllm.server.live_request import Overloaded
 
 LONG_BYTES = SHORT_BYTES + 1
 

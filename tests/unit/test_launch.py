@@ -11,8 +11,9 @@ import pytest
 
 pytest.importorskip("uvicorn")
 
+from compiledllm.remote.engine_loop import EngineLoop
 from compiledllm.server import launch
-from compiledllm.server.engine_loop import EngineLoop
+from compiledllm.types import StepNews
 
 
 @pytest.mark.parametrize("standstill_s", [0.0, 0.3])
@@ -39,10 +40,10 @@ def test_a_slow_step_is_said(
     step_s: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     core = MagicMock(num_step_tokens=7)
-    core.step.side_effect = lambda: time.sleep(step_s) or []
+    core.step.side_effect = lambda: time.sleep(step_s) or StepNews()
     loop = EngineLoop(core, MagicMock(), MagicMock())
-    monkeypatch.setattr(loop, "_slow_seconds", 0.1)
-    monkeypatch.setattr(loop, "_stats", lambda _seconds, _tokens: MagicMock())
+    monkeypatch.setattr(loop, "_slow_s", 0.1)
+    monkeypatch.setattr(loop, "_stats", lambda _step_s, _tokens: MagicMock())
     with caplog.at_level(logging.WARNING, logger="compiledllm"):
         loop._step()
     said = [line for line in caplog.messages if "a step took" in line]

@@ -20,6 +20,7 @@ from compiledllm.runner.request_table import RequestTable
 from compiledllm.runner.sampler import Sampler
 from compiledllm.sampling_params import SamplingParams
 from compiledllm.types import NewRequest, ScheduledRequest, SchedulerOutput
+from tests.support.requests import make_new_request
 
 VOCAB = 13
 
@@ -72,14 +73,16 @@ class Batch:
         self.admit(requests)
 
     def admit(self, requests: list[NewRequest], freed: list[str] | None = None) -> None:
-        lines = [ScheduledRequest(r.request_id, 0, len(r.token_ids), [], True) for r in requests]
+        lines = [
+            ScheduledRequest(r.spec.request_id, 0, len(r.token_ids), [], True) for r in requests
+        ]
         self.table.apply(SchedulerOutput(requests, lines, freed or []))
         for request_id in freed or []:
             del self.sequences[request_id], self.requests[request_id]
             self._unknown.pop(request_id, None)
         for request in requests:
-            self.sequences[request.request_id] = list(request.token_ids)
-            self.requests[request.request_id] = request
+            self.sequences[request.spec.request_id] = list(request.token_ids)
+            self.requests[request.spec.request_id] = request
 
     def at(self) -> tuple[list[str], np.ndarray, np.ndarray]:
         ids = list(self.sequences)
@@ -103,15 +106,15 @@ class Batch:
         lines = []
         for (request_id, tokens), row in zip(self.sequences.items(), logits.tolist(), strict=True):
             request = self.requests[request_id]
-            split = request.num_prompt_tokens
+            split = request.spec.num_prompt_tokens
             lines.append(
                 reference(
                     row,
-                    request.sampling_params,
+                    request.spec.sampling_params,
                     tokens[:split],
                     tokens[split:],
-                    request.stop_token_ids,
-                    request.bad_words,
+                    request.spec.stop_token_ids,
+                    request.spec.bad_words,
                 )
             )
         return torch.tensor(lines)
@@ -134,7 +137,7 @@ class Batch:
 
 def new(name: str, prompt: list[int], params: SamplingParams, **rest: Any) -> NewRequest:
     fixed = {"stop_token_ids": frozenset[int](), "seed": 7}
-    return NewRequest(name, prompt, len(prompt), params, **(fixed | rest))
+    return make_new_request(name, prompt, None, params, **(fixed | rest))
 
 
 TOKENS = st.integers(0, VOCAB - 1)
@@ -189,15 +192,7 @@ def test_edited_logits_are_those_of_a_slow_reference(made: list[NewRequest], see
         if step == 3:  # one leaves, another resumes in its row with the output it had
             name, tokens = next(iter(batch.sequences.items()))
             old = batch.requests[name]
-            again = NewRequest(
-                name,
-                list(tokens),
-                old.num_prompt_tokens,
-                old.sampling_params,
-                old.stop_token_ids,
-                old.seed,
-                old.bad_words,
-            )
+            again = NewRequest(old.spec, list(tokens))
             batch.admit([], [name])
             batch.admit([again])
 

@@ -14,7 +14,8 @@ from compiledllm.kernels.sampling import SamplingRows, draw_tokens, gumbel_noise
 from compiledllm.runner.request_table import RequestTable
 from compiledllm.runner.sampler import Sampler
 from compiledllm.sampling_params import SamplingParams
-from compiledllm.types import NewRequest, ScheduledRequest, SchedulerOutput
+from compiledllm.types import ScheduledRequest, SchedulerOutput
+from tests.support.requests import make_new_request
 
 VOCAB_SIZE = 97
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -29,17 +30,18 @@ def make_table(
     """A table whose rows 0, 1, ... hold requests with these parameters."""
     table = RequestTable(len(params), 4, VOCAB_SIZE, torch.device("cpu"))
     requests = [
-        NewRequest(
-            request_id=f"r{index}",
-            token_ids=[1] * num_prompt_tokens,
-            num_prompt_tokens=num_prompt_tokens,
-            sampling_params=each,
+        make_new_request(
+            f"r{index}",
+            [1] * num_prompt_tokens,
+            params=each,
             stop_token_ids=stop_token_ids,
             seed=seeds[index] if seeds else index,
         )
         for index, each in enumerate(params)
     ]
-    scheduled = [ScheduledRequest(r.request_id, 0, num_prompt_tokens, [], True) for r in requests]
+    scheduled = [
+        ScheduledRequest(r.spec.request_id, 0, num_prompt_tokens, [], True) for r in requests
+    ]
     table.apply(SchedulerOutput(requests, scheduled, []))
     assert table.rows_of([f"r{n}" for n in range(len(params))]).tolist() == list(range(len(params)))
     return table

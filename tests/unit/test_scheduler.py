@@ -22,15 +22,19 @@ from hypothesis import strategies as st
 from compiledllm.sampling_params import RepetitionDetectionParams, SamplingParams
 from compiledllm.scheduler.block_pool import NULL_BLOCK, BlockPool
 from compiledllm.scheduler.policy import MAX_PASSED_OVER, POLICIES, Pace, WaitingQueue
-from compiledllm.scheduler.repetition import goes_in_circles
+from compiledllm.scheduler.repetition import ends_in_repetition
 from compiledllm.scheduler.scheduler import Scheduler
 from compiledllm.types import (
     Request,
     RequestStatus,
+    RequestUpdate,
     ScheduledRequest,
     SchedulerOutput,
+    StepNews,
     StepOutput,
+    TokenLogprobs,
 )
+from tests.support.requests import make_request
 
 VOCAB_SIZE = 11
 ROOT_KEY = 0
@@ -49,11 +53,11 @@ def extend_key(key: int, token_id: int) -> int:
 
 def expected_output(request: Request) -> list[int]:
     """The tokens a request must end with, whatever happened to it on the way."""
-    token_ids = list(request.prompt_token_ids)
-    for count in range(1, request.max_tokens + 1):
+    token_ids = list(request.spec.prompt_token_ids)
+    for count in range(1, request.spec.max_tokens + 1):
         token_ids.append(next_token(token_ids))
-        min_reached = count >= request.sampling_params.min_tokens
-        if min_reached and token_ids[-1] in request.stop_token_ids:
+        min_reached = count >= request.spec.sampling_params.min_tokens
+        if min_reached and token_ids[-1] in request.spec.stop_token_ids:
             break
     return token_ids[request.num_prompt_tokens :]
 
@@ -87,9 +91,10 @@ class FakeRunner:
         for request_id in step.freed_request_ids:
             del self.rows[request_id]
         for request in step.new_requests:
-            assert request.request_id not in self.rows, "a live row was filled a second time"
+            name = request.spec.request_id
+            assert name not in self.rows, "a live row was filled a second time"
             tables: list[list[int]] = [[] for _ in self.windows]
-            self.rows[request.request_id] = Row(list(request.token_ids), block_tables=tables)
+            self.rows[name] = Row(list(request.token_ids), block_tables=tables)
         assert len(self.rows) <= self.max_num_seqs, "more rows than the device has"
         for line in step.scheduled:
             row = self.rows[line.request_id]
@@ -180,10 +185,10 @@ class Bench:
     ) -> Request:
         index = len(self.requests)
         stops = list(stop_token_ids)
-        request = Request(
+        request = make_request(
             request_id=name or f"r{index}",
             prompt_token_ids=prompt,
-            sampling_params=SamplingParams(
+            params=SamplingParams(
                 stop_token_ids=stops, min_tokens=min_tokens, max_tokens=max_tokens + min_tokens
             ),
             max_tokens=max_tokens,
@@ -244,6 +249,10 @@ class Bench:
             from_outside = isinstance(request.stop_reason, str)
             if request.finish_reason in ("stop", "length") and not from_outside:
                 assert request.output_token_ids == expected_output(request)
+
+
+def set_params(request: Request, params: SamplingParams) -> None:
+    request.spec = replace(request.spec, sampling_params=params)
 
 
 def counts(step: SchedulerOutput) -> dict[str, int]:
@@ -382,7 +391,7 @@ def test_prompts_of_a_batch_wait_for_nobody_once_a_request_ended_early() -> None
 def test_prompts_of_a_batch_wait_for_nobody_where_lengths_are_not_given() -> None:
     bench = Bench(num_blocks=200, budget=24, balanced=8)
     for request in batch_of(bench, (20, 30), (60, 5)):
-        request.sampling_params = SamplingParams(max_tokens=None)
+        set_params(request, SamplingParams(max_tokens=None))
     bench.step()
     assert counts(bench.step()) == {"r0": 1, "r1": 23}
     bench.run()
@@ -399,7 +408,7 @@ def test_a_request_that_computes_again_is_not_left_out_beside_a_batch(is_known: 
         bench.step()
     last = bench.add(tokens(60, start=160), max_tokens=20, in_batch=True)
     if not is_known:
-        last.sampling_params = SamplingParams(max_tokens=None)
+        set_params(last, SamplingParams(max_tokens=None))
     bench.run()
 
 
@@ -475,10 +484,7 @@ def test_waiting_queue_stays_in_order_when_requests_leave_it(
     arrival_times: list[int], data: st.DataObject
 ) -> None:
     queue = WaitingQueue(POLICIES["fcfs"])
-    requests = [
-        Request(f"r{n}", [1], SamplingParams(), 1, arrival_time=time)
-        for n, time in enumerate(arrival_times)
-    ]
+    requests = [make_request(f"r{n}", arrival_time=time) for n, time in enumerate(arrival_times)]
     for request in requests:
         queue.push(request)
     if requests:
@@ -498,8 +504,8 @@ def test_every_request_is_let_in_whatever_priorities_keep_coming(num_first: int,
     queue, alive, popped = WaitingQueue(POLICIES["priority"]), [], []
 
     def push(arrival: float, priority: int) -> None:
-        request = Request(f"r{len(popped) + len(alive)}-{rng.random()}", [1], SamplingParams(), 1)
-        request.arrival_time, request.priority = arrival, priority
+        name = f"r{len(popped) + len(alive)}-{rng.random()}"
+        request = make_request(name, arrival_time=arrival, priority=priority)
         queue.push(request)
         alive.append(request)
 
@@ -510,6 +516,8 @@ def test_every_request_is_let_in_whatever_priorities_keep_coming(num_first: int,
         push(10.0 + step, rng.randrange(-3, 4))
         if rng.random() < 0.1:
             queue.remove(gone := rng.choice(alive))
+            if gone is min(alive, key=lambda r: r.arrival_time):
+                passed_over = 0  # the next one has its own patience
             alive.remove(gone)
             queue.forget(gone)
         if not alive:
@@ -518,7 +526,7 @@ def test_every_request_is_let_in_whatever_priorities_keep_coming(num_first: int,
         eldest = min(alive, key=lambda r: r.arrival_time)
         request = queue.pop()
         alive.remove(request)
-        equals = [r for r in alive if r.priority == request.priority]
+        equals = [r for r in alive if r.spec.priority == request.spec.priority]
         assert all(r.arrival_time >= request.arrival_time for r in equals)
         passed_over = 0 if request.arrival_time == eldest.arrival_time else passed_over + 1
         assert passed_over <= MAX_PASSED_OVER
@@ -528,8 +536,9 @@ def test_every_request_is_let_in_whatever_priorities_keep_coming(num_first: int,
 def test_priorities_are_kept_where_nobody_waits_for_long() -> None:
     queue = WaitingQueue(POLICIES["priority"])
     for n in range(MAX_PASSED_OVER):
-        queue.push(Request(f"r{n}", [1], SamplingParams(), 1, priority=-n, arrival_time=n))
-    assert [-queue.pop().priority for _ in range(len(queue))] == list(range(MAX_PASSED_OVER))[::-1]
+        queue.push(make_request(f"r{n}", priority=-n, arrival_time=n))
+    popped = [-queue.pop().spec.priority for _ in range(len(queue))]
+    assert popped == list(range(MAX_PASSED_OVER))[::-1]
 
 
 def test_an_aged_request_is_not_preempted_for_those_it_waited_for() -> None:
@@ -549,7 +558,7 @@ def test_an_aged_request_is_not_preempted_for_those_it_waited_for() -> None:
 
 def test_a_crowd_that_leaves_the_queue_is_forgotten() -> None:
     queue = WaitingQueue(POLICIES["priority"])
-    crowd = [Request(f"r{n}", [1], SamplingParams(), 1, priority=n % 7) for n in range(5000)]
+    crowd = [make_request(f"r{n}", priority=n % 7) for n in range(5000)]
     for request in crowd:
         queue.push(request)
     for request in crowd[1:]:
@@ -672,8 +681,8 @@ def test_resumed_request_is_sent_with_its_outputs_so_far() -> None:
     resumed = [new for step in bench.run() for new in step.new_requests][2:]
     assert resumed
     for new in resumed:
-        assert new.request_id == "r1"
-        assert new.num_prompt_tokens == 3
+        assert new.spec.request_id == "r1"
+        assert new.spec.num_prompt_tokens == 3
         assert new.token_ids == second.token_ids[: len(new.token_ids)]
         assert len(new.token_ids) > 3
 
@@ -903,7 +912,7 @@ def test_tokens_in_flight_of_a_failed_row_are_dropped() -> None:
     third = bench.schedule(may_be_empty=True)
     assert not third.scheduled  # it waits for what is in flight
     bench.runner.apply(third)
-    assert bench.scheduler.update(second, second_output) == []
+    assert not bench.scheduler.update(second, second_output).request_ids
     bench.scheduler.update(third, StepOutput({}))
     assert (request.num_tokens_in_flight, request.num_output_tokens) == (0, 0)
     bench.run()
@@ -952,7 +961,7 @@ def test_a_request_that_needs_its_last_token_is_held_back_until_it_is_known() ->
 def test_siblings_share_full_blocks_without_a_prefix_cache() -> None:
     bench = Bench(enable_prefix_caching=False)
     first = bench.add(tokens(11))
-    second = Request("s", tokens(11), SamplingParams(), 4, sibling=first, arrival_time=9.0)
+    second = make_request("s", tokens(11), max_tokens=4, sibling_id="r0", arrival_time=9.0)
     bench.scheduler.add(second)
     bench.requests["s"] = second
     step = bench.step()
@@ -980,9 +989,9 @@ def test_circles_are_seen_in_the_output_alone(
     output: list[int], rule: dict[str, int], ends: bool
 ) -> None:
     params = SamplingParams(repetition_detection=RepetitionDetectionParams(**rule))
-    request = Request("r", [1, 2, 2, 5, 5, 5], params, max_tokens=9)
+    request = make_request("r", [1, 2, 2, 5, 5, 5], params)
     request.token_ids += output
-    assert goes_in_circles(request) is ends
+    assert ends_in_repetition(request) is ends
 
 
 def test_update_returns_the_requests_that_got_a_token() -> None:
@@ -991,9 +1000,40 @@ def test_update_returns_the_requests_that_got_a_token() -> None:
     goes_on = bench.add(tokens(3), name="goes on")
     bench.add(tokens(20, start=90), name="prefilling")
     step = bench.schedule()
-    advanced = bench.scheduler.update(step, bench.runner.execute(step))
-    assert advanced == [ends, goes_on]
+    news = bench.scheduler.update(step, bench.runner.execute(step))
+    assert news.request_ids == [ends.request_id, goes_on.request_id]
     assert ends.is_finished
+
+
+def test_news_of_single_tokens_are_told_apart_from_all_that_is_more() -> None:
+    bench = Bench()
+    for name in ("plain", "rich", "ending"):
+        bench.add(tokens(3), max_tokens=3 if name == "ending" else 9, name=name)
+    logprobs: TokenLogprobs = ((5, 6), (-0.5, -1.5), 1, 1)
+    found = []
+    for token_id in (90, 91, 92):
+        step = bench.schedule()
+        drawn = dict.fromkeys(counts(step), token_id)
+        prompt_logprobs = {"rich": (1, [logprobs] * 2)} if token_id == 90 else {}
+        output = StepOutput(drawn, {"rich": logprobs}, prompt_logprobs)
+        found.append(bench.scheduler.update(step, output))
+    # The first of each says how much of the prompt was cached, and brings its log probabilities.
+    assert found[0] == StepNews(
+        updates=[
+            RequestUpdate("plain", [90]),
+            RequestUpdate("rich", [90], logprobs=[logprobs], prompt_logprobs=[logprobs] * 2),
+            RequestUpdate("ending", [90]),
+        ]
+    )
+    assert found[1] == StepNews(
+        {"plain": 91, "rich": 91, "ending": 91}, logprobs={"rich": logprobs}
+    )
+    assert found[2] == StepNews(
+        {"plain": 92, "rich": 92},
+        logprobs={"rich": logprobs},
+        updates=[RequestUpdate("ending", [92], "length")],
+    )
+    assert [news.num_tokens for news in found] == [3, 3, 3]
 
 
 # -- ends from outside --------------------------------------------------------------------------
@@ -1040,7 +1080,7 @@ def test_request_aborted_while_the_step_runs_gets_no_token() -> None:
     step = bench.schedule()
     output = bench.runner.execute(step)
     bench.scheduler.finish("r0", "abort")
-    assert bench.scheduler.update(step, output) == [bench.requests["r1"]]
+    assert bench.scheduler.update(step, output).request_ids == ["r1"]
     assert aborted.num_output_tokens == 0
     bench.run()
 
@@ -1053,7 +1093,7 @@ def test_request_id_may_be_used_again_before_its_old_row_is_released() -> None:
     bench.add(tokens(7, start=50), name="a")
     step = bench.step()
     assert step.freed_request_ids == ["a"]
-    assert [new.request_id for new in step.new_requests] == ["a"]
+    assert [new.spec.request_id for new in step.new_requests] == ["a"]
     bench.run()
 
 
@@ -1214,7 +1254,7 @@ def test_what_a_long_chunk_leaves_behind_is_free_with_the_next_token() -> None:
 def test_siblings_share_what_is_still_seen_without_a_prefix_cache() -> None:
     bench = Bench(enable_prefix_caching=False, windows=(0, 6))
     first = bench.add(tokens(19), max_tokens=30)
-    second = Request("s", tokens(19), SamplingParams(), 4, sibling=first, arrival_time=9.0)
+    second = make_request("s", tokens(19), max_tokens=4, sibling_id="r0", arrival_time=9.0)
     bench.scheduler.add(second)
     bench.requests["s"] = second
     assert counts(bench.step()) == {"r0": 19, "s": 3}
@@ -1223,7 +1263,7 @@ def test_siblings_share_what_is_still_seen_without_a_prefix_cache() -> None:
     assert windowed[:4] == [NULL_BLOCK] * 2 + first.block_tables[1][2:4]
     for _ in range(8):
         bench.step()
-    late = Request("t", tokens(19), SamplingParams(), 4, sibling=first, arrival_time=9.0)
+    late = make_request("t", tokens(19), max_tokens=4, sibling_id="r0", arrival_time=9.0)
     bench.scheduler.add(late)
     bench.requests["t"] = late
     assert counts(bench.step())["t"] == 19  # the first one has given its blocks away
@@ -1236,7 +1276,7 @@ def test_blocks_that_a_failed_row_gave_back_are_zeroed_and_forgotten() -> None:
     for _ in range(4):
         bench.step()
     request = bench.requests["r0"]
-    (table,), (first,) = request.block_tables, request.first_blocks
+    (table,), (first,) = request.block_tables, request.first_owned_blocks
     assert first == 7 and bench.pool.num_cached_blocks == 10
     fail_row(bench, "r0")
     assert bench.pool.num_cached_blocks == 0
@@ -1336,7 +1376,7 @@ class Scenario:
             bench.scheduler.check_invariants()
             now += 1
         for late in in_flight:  # the overshoot of requests that ended
-            assert bench.scheduler.update(*late) == []
+            assert not bench.scheduler.update(*late).request_ids
         bench.check_all_finished()
         self.check_reasons()
 
@@ -1362,7 +1402,7 @@ class Scenario:
         else:
             assert self.fits[index]
             if not arrival.is_length_known:
-                request.sampling_params = replace(request.sampling_params, max_tokens=None)
+                set_params(request, replace(request.spec.sampling_params, max_tokens=None))
 
     def abort_those_due(self, now: int, in_flight: bool) -> None:
         for index, arrival in enumerate(self.arrivals):

@@ -13,10 +13,10 @@ import pytest
 pytest.importorskip("fastapi")
 
 from compiledllm.config import ConfigError
+from compiledllm.remote.engine_client import EngineClient
+from compiledllm.remote.limits import Limits
 from compiledllm.server import security
 from compiledllm.server.app import AppOptions, create_app
-from compiledllm.server.engine_client import EngineClient
-from compiledllm.server.live_request import Limits
 from compiledllm.server.origins import Cors
 from compiledllm.server.security import MAX_BODY_BYTES, read_keys
 
@@ -64,7 +64,7 @@ class Site:
     """The application of an engine that is loading, with a route that fails."""
 
     def __init__(self, keys: Iterable[str] = (), cors: Cors | None = None) -> None:
-        engine = EngineClient({}, Limits(9, 99, 9, stuck_seconds=9), Path())
+        engine = EngineClient({}, Limits(9, 99, 9, stuck_s=9), Path())
         self.app = create_app(engine, AppOptions(["m"], list(keys), cors or Cors(), True))
 
         @self.app.get("/fails")

@@ -14,14 +14,16 @@ pytest.importorskip("fastapi")
 
 from compiledllm.engine.request_state import Completion, RequestState
 from compiledllm.outputs import FinishReason
+from compiledllm.remote.engine_client import EngineClient
+from compiledllm.remote.errors import EngineError
+from compiledllm.remote.limits import Limits
+from compiledllm.remote.live_request import LiveRequest
 from compiledllm.sampling_params import RequestOutputKind, SamplingParams
-from compiledllm.server.engine_client import EngineClient
 from compiledllm.server.jobs import SHORT_PROMPT, AnswerOptions, Job, _is_soon_made
-from compiledllm.server.live_request import EngineError, Limits, LiveRequest
 from compiledllm.server.metrics import Metrics
 from compiledllm.server.protocol import ChatRequest, CompletionRequest, Message, StreamOptions
 from compiledllm.server.serving import Serving
-from compiledllm.types import Request, RequestStatus
+from compiledllm.types import RequestSpec
 from tests.support.fakes import Letters
 
 USAGE = StreamOptions(include_usage=True)
@@ -42,14 +44,14 @@ class Stream:
             output_kind=RequestOutputKind.DELTA, logprobs=1 if body.logprobs else None, stop=stop
         )
         tokenizer = cast(Any, Letters())
-        requests = [Request(f"r{i}", [1, 1], params, 99) for i in range(num_prompts)]
+        specs = [RequestSpec(f"r{i}", [1, 1], params, 99) for i in range(num_prompts)]
         states = [
-            RequestState(request.request_id, params, [Completion(0, request, tokenizer)])
-            for request in requests
+            RequestState(spec.request_id, params, [Completion(0, spec, params, tokenizer)])
+            for spec in specs
         ]
         self.lives = [LiveRequest(state) for state in states]
         factory = cast(Any, SimpleNamespace(tokenizer=tokenizer))
-        engine = EngineClient({}, Limits(9, 99, 9, stuck_seconds=9), Path())
+        engine = EngineClient({}, Limits(9, 99, 9, stuck_s=9), Path())
         self.metrics = Metrics("p:", "m", engine)
         serving = Serving(engine, self.metrics)
         options = AnswerOptions.of(body)
@@ -63,12 +65,10 @@ class Stream:
         live = self.lives[place]
         (completion,) = live.state.completions
         for letter in letters:
-            completion.request.token_ids.append(ord(letter))
-            completion.request.logprobs.append(((ord(letter),), (-0.5,), 1, 0))
-            completion.push_last_token(0.0)
+            completion.logprobs.append(((ord(letter),), (-0.5,), 1, 0))
+            completion.push(ord(letter), 0.0)
         if ends:
-            completion.request.status = RequestStatus.FINISHED
-            completion.request.finish_reason = reason
+            completion.end(reason)
         live.wake()
 
     async def next(self) -> Any:

@@ -20,11 +20,12 @@ from compiledllm.grammars import grammar as grammar_module
 from compiledllm.grammars import library
 from compiledllm.grammars.grammar import Grammars
 from compiledllm.grammars.library import Vocabulary
+from compiledllm.remote import served_text
 from compiledllm.runner.structured import GrammarRows
-from compiledllm.server import served_text
 from compiledllm.server.tool_formats import FORMATS, call_grammar
 from compiledllm.structured_outputs import MAX_BYTES
 from compiledllm.types import NewRequest
+from tests.support.requests import make_new_request
 
 EOS = 1
 VOCAB = 300  # more than the tokenizer has
@@ -63,7 +64,7 @@ def grammars() -> Grammars:
 
 def request(grammar: Any, output: list[int] | None = None) -> NewRequest:
     tokens = [5, 6, 7, *(output or [])]
-    return NewRequest("r", tokens, 3, SamplingParams(), frozenset({EOS}), 0, grammar=grammar)
+    return make_new_request("r", tokens, 3, grammar=grammar, stop_token_ids=frozenset({EOS}))
 
 
 def allowed(rows: GrammarRows, numbers: list[int]) -> list[set[int]]:
@@ -276,7 +277,7 @@ def test_rows_stand_where_their_outputs_do(grammars: Grammars) -> None:
     rows = GrammarRows(VOCAB, CPU)
     rows.fill(2, request(grammar))
     rows.fill(0, request(grammar, [TOKEN_OF["g"]]))
-    rows.fill(1, NewRequest("x", [3], 1, SamplingParams(), frozenset(), 0))
+    rows.fill(1, make_new_request("x", [3]))
     assert allowed(rows, [2, 1, 0]) == [alone(), set(range(VOCAB)), alone("g")]
     rows.record(2, TOKEN_OF["red"])
     rows.record(2, -1)  # no token could be drawn

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import pytest
 
-from compiledllm.sampling_params import SamplingParams
 from compiledllm.types import (
-    NewRequest,
     Request,
     RequestStatus,
     ScheduledRequest,
     SchedulerOutput,
 )
+from tests.support.requests import make_new_request, make_request
 
 # -- requests -------------------------------------------------------------------------------------
 
 
-def make_request() -> Request:
-    return Request("r", [5, 6, 7], SamplingParams(), max_tokens=4)
+def request_of() -> Request:
+    return make_request("r", [5, 6, 7])
 
 
 def test_request_starts_waiting_with_its_prompt_as_tokens() -> None:
-    request = make_request()
+    request = request_of()
     assert request.status is RequestStatus.WAITING
     assert request.token_ids == [5, 6, 7]
     assert (request.num_tokens, request.num_prompt_tokens, request.num_output_tokens) == (3, 3, 0)
@@ -30,21 +29,21 @@ def test_request_starts_waiting_with_its_prompt_as_tokens() -> None:
 
 
 def test_outputs_are_the_tokens_after_the_prompt() -> None:
-    request = make_request()
+    request = request_of()
     request.token_ids += [8, 9]
-    assert request.prompt_token_ids == [5, 6, 7]
+    assert request.spec.prompt_token_ids == [5, 6, 7]
     assert request.output_token_ids == [8, 9]
     assert (request.num_tokens, request.num_prompt_tokens, request.num_output_tokens) == (5, 3, 2)
 
 
 def test_requests_are_equal_only_to_themselves() -> None:
-    request = make_request()
-    assert request in [make_request(), request]
-    assert request not in [make_request()]
+    request = request_of()
+    assert request in [request_of(), request]
+    assert request not in [request_of()]
 
 
 def test_requests_share_no_list() -> None:
-    first, second = make_request(), make_request()
+    first, second = request_of(), request_of()
     first.block_tables.append([1])
     first.block_hashes.append(b"")
     assert second.block_tables == []
@@ -53,9 +52,14 @@ def test_requests_share_no_list() -> None:
 
 def test_messages_of_a_step_cannot_be_changed() -> None:
     line = ScheduledRequest("r", 0, 3, [[1]], True)
-    new = NewRequest("r", [1], 1, SamplingParams(), frozenset(), 0)
+    new = make_new_request("r", [1])
     step = SchedulerOutput([new], [line], [])
-    for message, name in ((line, "samples"), (new, "seed"), (step, "scheduled")):
+    for message, name in (
+        (line, "samples"),
+        (new, "spec"),
+        (new.spec, "seed"),
+        (step, "scheduled"),
+    ):
         with pytest.raises(AttributeError):
             setattr(message, name, None)
 

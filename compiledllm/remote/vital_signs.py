@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import time
 
-from compiledllm.server.live_request import Limits
-from compiledllm.server.wire import Alive, FromEngine, Ready
+from compiledllm.remote.limits import Limits
+from compiledllm.remote.wire import Alive, FromEngine, Ready
 
 KILL_FACTOR = 2.0  # a silent engine is killed after this multiple of the limit
 # A process does not answer while the interpreter starts or loads a large library.
@@ -22,13 +22,13 @@ CPU_STEP_KILL_FACTOR = 10.0
 class VitalSigns:
     """Call `begin` when a process starts, `hear` with its messages, `tick` every `interval_s`.
 
-    limits: after `stuck_seconds` of silence the engine is unhealthy; loading may take
-    `load_seconds`.
+    limits: after `stuck_s` of silence the engine is unhealthy; loading may take
+    `load_s`.
     """
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self.interval_s = min(1.0, limits.stuck_seconds / 4)
+        self.interval_s = min(1.0, limits.stuck_s / 4)
         self.begin()
 
     def begin(self) -> None:
@@ -59,7 +59,7 @@ class VitalSigns:
         return self._now - min(self._process, self._loop)
 
     def why_unhealthy(self) -> str | None:
-        limit, silence_s = self._limits.stuck_seconds, self._now - self._process
+        limit, silence_s = self._limits.stuck_s, self._now - self._process
         if silence_s > limit:
             return f"the engine's process gave no sign of life for {silence_s:.0f} s"
         silence_s = self._now - self._loop
@@ -67,7 +67,7 @@ class VitalSigns:
 
     def why_lost(self) -> str | None:
         """The reason to kill the process, or None."""
-        limit = self._limits.stuck_seconds
+        limit = self._limits.stuck_s
         longest_s = KILL_FACTOR * limit, self._loop_kill_factor * limit  # process, loop
         if self._is_loading:
             longest_s = (max(longest_s[0], MIN_LOAD_KILL_S),) * 2
@@ -78,4 +78,4 @@ class VitalSigns:
     @property
     def is_overdue(self) -> bool:
         """Whether loading takes longer than allowed."""
-        return self._is_loading and self._now > self._limits.load_seconds
+        return self._is_loading and self._now > self._limits.load_s

@@ -11,7 +11,7 @@ from compiledllm.engine.tokenizer import Tokenizer
 from compiledllm.grammars.library import Vocabulary
 from compiledllm.log import log
 from compiledllm.models.source import resolve_checkpoint
-from compiledllm.server.wire import Ready
+from compiledllm.remote.wire import Ready
 
 
 def factory_of(message: Ready) -> RequestFactory:

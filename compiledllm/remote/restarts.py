@@ -22,13 +22,13 @@ class Restarts:
         self._unexplained: list[float] = []
         self._num_explained = 0
 
-    def succeed(self) -> None:
+    def note_success(self) -> None:
         """Note that a request finished."""
         if self._unexplained or self._num_explained:
             self._unexplained.clear()
             self._num_explained = 0
 
-    def crash(self, is_explained: bool) -> bool:
+    def note_crash(self, is_explained: bool) -> bool:
         """Note that the engine ended, and return whether to restart it.
 
         is_explained: whether a request was running.

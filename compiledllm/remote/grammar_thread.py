@@ -13,15 +13,14 @@ from dataclasses import dataclass
 from compiledllm.grammars.grammar import Grammars
 from compiledllm.grammars.library import Vocabulary
 from compiledllm.log import log
-from compiledllm.server.wire import Add
-from compiledllm.types import Grammar
+from compiledllm.types import Grammar, RequestSpec
 
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
     """A request with its compiled grammar, or with the error of the compilation."""
 
-    add: Add
+    spec: RequestSpec
     grammar: Grammar | None = None
     error: str | None = None
 
@@ -40,32 +39,32 @@ class GrammarThread:
         on_start: Callable[[Sequence[str]], None] = lambda request_ids: None,
     ) -> None:
         self._put, self._on_start = put, on_start
-        self._work: queue.SimpleQueue[Vocabulary | Add] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[Vocabulary | RequestSpec] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="grammars", daemon=True).start()
         self._grammars: Grammars | None = None
         self._wanted: set[str] = set()  # request ids, until they are added or forgotten
 
-    def speak(self, vocabulary: Vocabulary) -> None:
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
         """Set the vocabulary of the requests that follow."""
         self._work.put(vocabulary)
 
-    def compile(self, message: Add) -> None:
-        self._wanted.add(message.request_id)
-        self._work.put(message)
+    def compile(self, spec: RequestSpec) -> None:
+        self._wanted.add(spec.request_id)
+        self._work.put(spec)
 
     def forget(self, request_id: str) -> None:
         self._wanted.discard(request_id)
 
     def is_wanted(self, message: Compiled) -> bool:
         """Whether the request was not forgotten. Call once per request."""
-        is_wanted = message.add.request_id in self._wanted
-        self._wanted.discard(message.add.request_id)
+        is_wanted = message.spec.request_id in self._wanted
+        self._wanted.discard(message.spec.request_id)
         return is_wanted
 
     def _run(self) -> None:
         while True:
             work = self._work.get()
-            if isinstance(work, Add):
+            if isinstance(work, RequestSpec):
                 self._on_start([work.request_id])
                 self._compile(work)
             else:
@@ -79,12 +78,12 @@ class GrammarThread:
         except Exception as error:  # the server has already built the same tables without an error
             log.error("no grammars: %s: %s", type(error).__name__, error)
 
-    def _compile(self, message: Add) -> None:
-        assert message.grammar is not None
+    def _compile(self, spec: RequestSpec) -> None:
+        assert spec.grammar is not None
         try:
             if self._grammars is None:
                 raise ValueError("the vocabulary could not be taken over")
-            compiled = Compiled(message, self._grammars.remake(message.grammar))
+            compiled = Compiled(spec, self._grammars.remake(spec.grammar))
         except Exception as error:  # errors that the server's own compilation did not raise
-            compiled = Compiled(message, error=f"{type(error).__name__}: {error}")
+            compiled = Compiled(spec, error=f"{type(error).__name__}: {error}")
         self._put(compiled)

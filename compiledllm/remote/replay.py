@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 
-from compiledllm.server.live_request import LiveRequest
+from compiledllm.remote.live_request import LiveRequest
 
 TOKENS = 3  # a request with this many tokens is harmless: the first follows from its prompt alone
 
@@ -63,7 +63,7 @@ class Replay:
                     self._tell(live)
 
     def _is_suspect(self, live: LiveRequest) -> bool:
-        requests = [completion.request for completion in live.state.completions]
         return self._is_live(live) and any(
-            not request.is_finished and request.num_output_tokens < TOKENS for request in requests
+            not completion.is_finished and len(completion.token_ids) < TOKENS
+            for completion in live.state.completions
         )

@@ -1,4 +1,4 @@
-"""A request that a client waits for, the limits on such requests, and the errors that end one.
+"""A request that a client waits for.
 
 Tokens are added to the request's state as they arrive, and the waiting client takes one output with
 all new tokens. A slow reader therefore gets fewer outputs with more tokens each, and nothing queues
@@ -14,45 +14,6 @@ from compiledllm.engine.request_state import RequestState
 from compiledllm.outputs import RequestOutput
 
 
-class Unavailable(Exception):
-    """The engine accepts no requests: it is loading, draining or dead. retry_after: seconds."""
-
-    def __init__(self, reason: str, retry_after: int) -> None:
-        super().__init__(reason)
-        self.retry_after = retry_after
-
-
-class Overloaded(Exception):
-    """The limit on waiting requests or tokens is reached. retry_after: seconds."""
-
-    def __init__(self, reason: str, retry_after: int) -> None:
-        super().__init__(reason)
-        self.retry_after = retry_after
-
-
-class EngineError(Exception):
-    """The engine could not finish a request, through no fault of the request."""
-
-
-class DeadlineExceeded(Exception):
-    """A request took longer than allowed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Limits on requests, and timeouts in seconds.
-
-    queued_requests: requests that may wait beyond those that run. queued_tokens: prompt tokens of
-    all waiting and running requests.
-    """
-
-    queued_requests: int
-    queued_tokens: int
-    request_seconds: float
-    stuck_seconds: float  # without a sign of life; after twice this time the engine is restarted
-    load_seconds: float = 3600.0  # for the engine to load
-
-
 @dataclass(eq=False, slots=True)
 class LiveRequest:
     """A request with a client that waits for its output."""
@@ -65,7 +26,7 @@ class LiveRequest:
     _waiter: asyncio.Future[None] | None = None
 
     def __post_init__(self) -> None:
-        self.num_tokens = sum(c.request.num_prompt_tokens for c in self.state.completions)
+        self.num_tokens = sum(c.spec.num_prompt_tokens for c in self.state.completions)
 
     def wake(self) -> None:
         """Resume the waiting client if there is enough new text for an output."""

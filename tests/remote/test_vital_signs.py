@@ -11,13 +11,13 @@ import pytest
 
 pytest.importorskip("msgspec")
 
-from compiledllm.server import crash_records, restarts, vital_signs
-from compiledllm.server.crash_records import tidy_crash_records, write_crash_record
-from compiledllm.server.live_request import Limits
-from compiledllm.server.restarts import Restarts
-from compiledllm.server.running_log import RunningLog
-from compiledllm.server.vital_signs import VitalSigns
-from compiledllm.server.wire import Alive, Ready
+from compiledllm.remote import crash_records, restarts, vital_signs
+from compiledllm.remote.crash_records import tidy_crash_records, write_crash_record
+from compiledllm.remote.limits import Limits
+from compiledllm.remote.restarts import Restarts
+from compiledllm.remote.running_log import RunningLog
+from compiledllm.remote.vital_signs import VitalSigns
+from compiledllm.remote.wire import Alive, Ready
 
 READY = Ready({}, {}, "", 1, [], 1, {})
 
@@ -28,7 +28,7 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
         monkeypatch.setattr(vital_signs.time, "monotonic", lambda: self.now)
-        self.signs = VitalSigns(Limits(1, 1, 1, stuck_seconds=60, load_seconds=3600))
+        self.signs = VitalSigns(Limits(1, 1, 1, stuck_s=60, load_s=3600))
 
     def tick(self, times: int, seconds: float = 1.0, loop_silence_s: float | None = None) -> None:
         """loop_silence_s: at first, and growing; None: the process gives no answer."""
@@ -87,7 +87,7 @@ def test_a_standstill_of_the_watcher_is_not_the_engines_silence(clock: Clock) ->
 
 def test_a_process_that_loads_is_not_killed_early(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    clock.signs = VitalSigns(Limits(1, 1, 1, stuck_seconds=1))
+    clock.signs = VitalSigns(Limits(1, 1, 1, stuck_s=1))
     clock.tick(38, 0.25)
     assert clock.signs.why_unhealthy() is not None and clock.signs.why_lost() is None
     clock.tick(4, 0.25)
@@ -99,30 +99,30 @@ def test_a_process_that_loads_is_not_killed_early(monkeypatch: pytest.MonkeyPatc
 
 def test_crashes_that_no_request_explains_are_counted() -> None:
     found = Restarts()
-    assert [found.crash(is_explained=False) for _ in range(6)] == [True] * 5 + [False]
+    assert [found.note_crash(is_explained=False) for _ in range(6)] == [True] * 5 + [False]
 
 
 def test_crashes_that_requests_explain_are_counted_apart_until_one_is_finished() -> None:
     found = Restarts()
-    assert all(found.crash(is_explained=True) for _ in range(restarts.MAX_EXPLAINED_CRASHES))
-    assert found.crash(is_explained=False) is True
-    assert found.crash(is_explained=True) is False
-    found.succeed()
-    assert found.crash(is_explained=True) is True and found.delay_s == 0
+    assert all(found.note_crash(is_explained=True) for _ in range(restarts.MAX_EXPLAINED_CRASHES))
+    assert found.note_crash(is_explained=False) is True
+    assert found.note_crash(is_explained=True) is False
+    found.note_success()
+    assert found.note_crash(is_explained=True) is True and found.delay_s == 0
 
 
 def test_each_start_comes_later_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     found, now, delays = Restarts(), 0.0, []
     monkeypatch.setattr(restarts.time, "monotonic", lambda: now)
     for _ in range(5):
-        found.crash(is_explained=False)
+        found.note_crash(is_explained=False)
         delays.append(found.delay_s)
     assert delays == [0, 0.5, 1, 2, 4]
     for _ in range(12):
-        found.crash(is_explained=True)
+        found.note_crash(is_explained=True)
     assert found.delay_s == 30
     now = restarts.WINDOW_S + 1
-    assert Restarts.crash(found, is_explained=False) and len(found._unexplained) == 1
+    assert Restarts.note_crash(found, is_explained=False) and len(found._unexplained) == 1
 
 
 # -- records ---------------------------------------------------------------------------------------

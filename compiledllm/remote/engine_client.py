@@ -1,4 +1,4 @@
-"""The engine as the server sees it: a process that is started, watched and restarted.
+"""The engine as its client sees it: a process that is started, watched and restarted.
 
 Requests are `RequestState`s: this process makes text and checks stop strings, so that the engine's
 process only runs steps.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,30 +20,30 @@ from compiledllm.engine.requests import RequestFactory
 from compiledllm.engine.tokenizer import warm_up
 from compiledllm.grammars.library import Vocabulary
 from compiledllm.log import log
-from compiledllm.server.crash_records import tidy_crash_records, write_crash_record
-from compiledllm.server.engine_child import ENGINE_COMMAND, EngineChild, cause_of
-from compiledllm.server.live_request import (
+from compiledllm.remote.crash_records import tidy_crash_records, write_crash_record
+from compiledllm.remote.engine_child import ENGINE_COMMAND, EngineChild, cause_of
+from compiledllm.remote.errors import (
     DeadlineExceeded,
     EngineError,
-    Limits,
-    LiveRequest,
     Overloaded,
     Unavailable,
 )
-from compiledllm.server.live_requests import LiveRequests
-from compiledllm.server.restarts import Restarts
-from compiledllm.server.served_text import factory_of, vocabulary_of
-from compiledllm.server.vital_signs import VitalSigns
-from compiledllm.server.wire import (
+from compiledllm.remote.limits import Limits
+from compiledllm.remote.live_request import LiveRequest
+from compiledllm.remote.live_requests import LiveRequests
+from compiledllm.remote.restarts import Restarts
+from compiledllm.remote.served_text import factory_of, vocabulary_of
+from compiledllm.remote.vital_signs import VitalSigns
+from compiledllm.remote.wire import (
     Alive,
     Failed,
     FromEngine,
     Ping,
     Ready,
-    Speak,
+    SetVocabulary,
     Start,
     Stats,
-    Stepped,
+    StepOutputs,
     ToEngine,
     WireError,
 )
@@ -52,7 +51,6 @@ from compiledllm.server.wire import (
 State = Literal["loading", "ready", "draining", "dead"]
 STOP_S = 5.0  # for a killed process to exit
 MAX_UNREAD_BYTES = 2**24  # bytes the engine has not read; beyond this limit no request is admitted
-YOUNG_OBJECTS = 20_000  # new objects between garbage collections; a request makes about a thousand
 
 
 class EngineClient:
@@ -61,7 +59,8 @@ class EngineClient:
     command: starts such a process; two file descriptors are appended as arguments. Attributes:
     `state`, `requests` (the request factory, once the engine is ready), `ready` (the engine's last
     `Ready` message), `stats` (after its last step), `live` (the requests in progress), `signs` (the
-    signs of life), `observe` (called with each message).
+    signs of life), `observe` (called with each message), `on_loaded` (called once, when tokenizer
+    and grammars have been loaded in this process).
     """
 
     def __init__(
@@ -80,6 +79,7 @@ class EngineClient:
         self.ready: Ready | None = None
         self.stats: Stats | None = None
         self.observe: Callable[[FromEngine], None] = lambda message: None
+        self.on_loaded: Callable[[], None] = lambda: None
         self.failure: Failed | None = None
         self.num_restarts = 0
         self.signs = VitalSigns(limits)
@@ -129,6 +129,16 @@ class EngineClient:
             self._child.kill()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._child.end(), STOP_S)
+
+    def kill(self, reason: str) -> None:
+        """End the process and all requests at once, even if the event loop is closed."""
+        if self._child is not None:
+            self._child.kill()
+        with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody waits
+            if self._supervisor is not None:
+                self._supervisor.cancel()
+            self._set("draining")
+            self.live.end_all(EngineError(reason))
 
     def why_unhealthy(self) -> str | None:
         if self.state == "dead":
@@ -191,7 +201,7 @@ class EngineClient:
             reason = self.signs.why_lost()
             self._was_silent = reason is not None
             if self.signs.is_overdue:
-                seconds = self._limits.load_seconds
+                seconds = self._limits.load_s
                 reason = f"loading took longer than {seconds:.0f} s (--load-timeout)"
             if reason is not None:
                 self._kill(child, reason)
@@ -205,13 +215,13 @@ class EngineClient:
     def _mourn(self, failure: Failed, started: set[str]) -> bool:
         """Fail or keep the requests of an ended process; return whether to start another one."""
         if self.live.num_finished > self._num_finished:
-            self._restarts.succeed()
+            self._restarts.note_success()
         self._num_finished = self.live.num_finished
         if self.ready is not None and not failure.is_recorded:
             self._write_record(failure, started)
-        is_explained = self.live.outlive(failure.error, started)
+        is_explained = self.live.on_engine_end(failure.error, started)
         has_loaded = self.ready is not None or self._was_silent  # else a restart would fail too
-        if not has_loaded or not self._restarts.crash(is_explained):
+        if not has_loaded or not self._restarts.note_crash(is_explained):
             self._give_up(failure)
             return False
         if self.state == "draining" and not self.live:
@@ -239,11 +249,11 @@ class EngineClient:
 
     # -- messages ------------------------------------------------------------------------------
 
-    def _handle(self, message: Stepped | Failed | Alive) -> None:
-        if isinstance(message, Stepped):
+    def _handle(self, message: StepOutputs | Failed | Alive) -> None:
+        if isinstance(message, StepOutputs):
             self.observe(message)
             self.stats = message.stats
-            self.live.book(message)
+            self.live.take(message.news)
         elif isinstance(message, Failed):
             self.failure = message
 
@@ -252,11 +262,9 @@ class EngineClient:
         if requests is None:
             requests = await asyncio.to_thread(factory_of, message)
             self._vocabulary = await asyncio.to_thread(vocabulary_of, requests)
-            gc.collect()
-            gc.freeze()  # these objects live as long as the process, so collections skip them
-            gc.set_threshold(YOUNG_OBJECTS)
+            self.on_loaded()
         if self._vocabulary is not None:
-            self._send(Speak(self._vocabulary))
+            self._send(SetVocabulary(self._vocabulary))
         self.requests = requests
         self.ready = message
         self.live.replay()
@@ -285,20 +293,20 @@ class EngineClient:
         Raises Unavailable or Overloaded if no more requests are accepted now.
         """
         num_requests = sum(len(state.completions) for state in states)
-        num_tokens = sum(c.request.num_prompt_tokens for s in states for c in s.completions)
+        num_tokens = sum(c.spec.num_prompt_tokens for s in states for c in s.completions)
         self.check_admission(num_requests, num_tokens)
-        lives: list[LiveRequest] = []
+        admitted: list[LiveRequest] = []
         try:
             for state in states:
-                lives.append(self.live.add(state))
+                admitted.append(self.live.add(state))
         except BaseException:
-            self.release(lives)
+            self.release(admitted)
             raise
-        return lives
+        return admitted
 
-    def release(self, lives: list[LiveRequest]) -> None:
+    def release(self, live_requests: list[LiveRequest]) -> None:
         """Abort the unfinished ones of these requests, because nobody waits for their output."""
-        for live in lives:
+        for live in live_requests:
             self.live.abort(live)
 
     def check_admission(self, num_requests: int, num_tokens: int) -> None:
@@ -308,11 +316,11 @@ class EngineClient:
         """
         self.require_ready()
         assert self.ready is not None
-        most = int(self.ready.options["max_num_seqs"] or 1) + self._limits.queued_requests
-        if num_requests > most:
+        max_requests = int(self.ready.options["max_num_seqs"] or 1) + self._limits.queued_requests
+        if num_requests > max_requests:
             raise ValueError(
-                f"prompts times n (or best_of) are {num_requests} sequences, and {most} may run "
-                "or wait at once; ask for fewer, or raise --max-queued-requests"
+                f"prompts times n (or best_of) are {num_requests} sequences, and {max_requests} "
+                "may run or wait at once; ask for fewer, or raise --max-queued-requests"
             )
         if num_tokens > self._limits.queued_tokens and num_requests > 1:
             raise ValueError(
@@ -321,9 +329,10 @@ class EngineClient:
                 "--max-queued-tokens"
             )
         present = self.live.num_completions
-        if present + num_requests > most:
+        if present + num_requests > max_requests:
             raise Overloaded(
-                f"{present} requests are running or waiting, and {most} may", self._retry_after()
+                f"{present} requests are running or waiting, and {max_requests} may",
+                self._retry_after(),
             )
         tokens = self.live.num_tokens
         if tokens and tokens + num_tokens > self._limits.queued_tokens:
@@ -344,11 +353,14 @@ class EngineClient:
         Inside, `live.take` raises EngineError if the request fails, and DeadlineExceeded if the
         request takes longer than the limit, counted from here.
         """
-        seconds = self._limits.request_seconds
+        seconds = self._limits.request_s
         late = DeadlineExceeded(f"the request took longer than {seconds:.0f} s")
-        timer = asyncio.get_running_loop().call_later(seconds, self.live.expire, live, late)
+        loop = asyncio.get_running_loop()
+        is_limited = seconds < math.inf
+        timer = loop.call_later(seconds, self.live.expire, live, late) if is_limited else None
         try:
             yield
         finally:
-            timer.cancel()
+            if timer is not None:
+                timer.cancel()
             self.live.abort(live)

@@ -9,10 +9,10 @@ import socket
 import sys
 from collections.abc import Sequence
 
-from compiledllm.server.running_log import RunningLog
-from compiledllm.server.wire import FromEngine, ToEngine, frame, receive_async
+from compiledllm.remote.running_log import RunningLog
+from compiledllm.remote.wire import FromEngine, ToEngine, frame, receive_async
 
-ENGINE_COMMAND = (sys.executable, "-m", "compiledllm.server.engine_process")
+ENGINE_COMMAND = (sys.executable, "-m", "compiledllm.remote.engine_process")
 _LAST_WORDS_S = 1.0  # for reading what an ended process has already written
 _END_S = 5.0  # for a process to exit after its connection is closed
 

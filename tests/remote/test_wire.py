@@ -4,37 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from dataclasses import fields
 from typing import Any
 
 import pytest
 
-from compiledllm.sampling_params import RepetitionDetectionParams, SamplingParams
-from compiledllm.server.wire import (
+from compiledllm.remote.wire import (
     Add,
     Failed,
     Finish,
-    Grown,
     Ready,
     Start,
     Stats,
-    Stepped,
-    add_of,
+    StepOutputs,
     frame,
     receive,
     receive_async,
-    request_of,
 )
-from compiledllm.types import Request, TokenLogprobs
+from compiledllm.sampling_params import RepetitionDetectionParams, SamplingParams
+from compiledllm.types import RequestSpec, RequestUpdate, StepNews, TokenLogprobs
 
 STATS = Stats(1, 2, 0.5, 3, 0, 0, 0.01, 7, 100, 50)
 LOGPROBS: TokenLogprobs = ((5, 6), (-0.5, -1.5), 1, 1)
+UPDATE = RequestUpdate("r", [1, 2], "stop", "END", 3, [LOGPROBS], [LOGPROBS] * 2)
 
 
 @pytest.mark.parametrize(
     "message",
     [
         Start({"model": "m", "block_size": 16, "dtype": "auto", "enforce_eager": True}, "/tmp/x"),
-        Add("r", [1, 2, 2**30], {"temperature": 0.5}, 7, [2], -(2**63)),
+        Add(RequestSpec("r", [1, 2, 2**30], SamplingParams(), 7, frozenset({2}), -(2**63))),
         Finish(["a", "b"], "stop"),
     ],
 )
@@ -51,10 +50,8 @@ def test_frames_to_the_engine(message: Any) -> None:
     "message",
     [
         Ready({"model": None}, {"dtype": "x (y)"}, "/m", 10, [2], 64, {"total": 1.5}),
-        Stepped(
-            {"a": 7}, [Grown("r", [1, 2], "stop", "END", 3, [LOGPROBS], [LOGPROBS] * 2)], STATS
-        ),
-        Stepped({}, [], STATS),
+        StepOutputs(StepNews({"a": 7}, {"a": LOGPROBS}, [UPDATE]), STATS),
+        StepOutputs(StepNews(), STATS),
         Failed("it broke", False, ["r"]),
     ],
 )
@@ -83,24 +80,34 @@ def test_a_request_arrives_as_it_was() -> None:
         repetition_detection=RepetitionDetectionParams(3, 1, 2),
         presence_penalty=0.5,
     )
-    first = Request("0_r", [1, 2, 3], params, 9, frozenset({7}), 11, cache_salt="s")
-    second = Request("1_r", [1, 2, 3], params, 9, frozenset({7}), 12, sibling=first)
-    first.bad_words = second.bad_words = ((4, 5), (6,))
-    there = request_of(add_of(first), {})
-    other = request_of(add_of(second), {"0_r": there})
-    assert other.sibling is there and other.seed == 12
-    for name in ("request_id", "prompt_token_ids", "max_tokens", "stop_token_ids", "seed"):
-        assert getattr(there, name) == getattr(first, name)
-    assert (there.bad_words, there.cache_salt) == (first.bad_words, "s")
-    got = there.sampling_params
+    spec = RequestSpec(
+        "1_r",
+        [1, 2, 3],
+        params.without_text(),
+        9,
+        frozenset({7}),
+        11,
+        priority=-3,
+        bad_words=((4, 5), (6,)),
+        cache_salt="s",
+        grammar="start: x",
+        sibling_id="0_r",
+        waits_for_batch=True,
+    )
+    assert all(getattr(spec, f.name) != f.default for f in fields(spec)), "one is not tried"
+    ours, theirs = socket.socketpair()
+    ours.sendall(frame(Add(spec)))
+    there = receive(theirs)
+    assert isinstance(there, Add) and there.spec == spec
+    got = there.spec.sampling_params
     for name in ("temperature", "top_k", "logit_bias", "allowed_token_ids", "logprobs"):
         assert getattr(got, name) == getattr(params, name)
     for name in ("prompt_logprobs", "min_tokens", "repetition_detection", "presence_penalty"):
         assert getattr(got, name) == getattr(params, name)
-    assert got.stop == [] and got.bad_words  # text is the server's business
+    assert got.stop == [] and got.bad_words == []  # text is the client's business
 
 
 def test_functions_do_not_leave_their_process() -> None:
     params = SamplingParams(logits_processors=[lambda logits: logits])
-    with pytest.raises(AssertionError, match="functions do not leave"):
-        add_of(Request("r", [1], params, 1))
+    with pytest.raises(TypeError, match="function"):
+        frame(Add(RequestSpec("r", [1], params, 1)))

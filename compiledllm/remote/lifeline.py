@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from compiledllm.server.crash_records import write_crash_record
-from compiledllm.server.wire import Alive, Failed, FromEngine, Ping, frame, receive
+from compiledllm.remote.crash_records import write_crash_record
+from compiledllm.remote.wire import Alive, Failed, FromEngine, Ping, frame, receive
 
 _FAREWELL_S = 5  # for a failing process to report its failure
 _MAX_ERROR_LENGTH = 2000

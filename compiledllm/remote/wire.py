@@ -1,22 +1,21 @@
-"""Messages between the server's two processes: msgpack frames over a socket pair.
+"""Messages between the engine's process and its client's: msgpack frames over a socket pair.
 
-Each step sends one frame with the outputs of the whole batch. Frames are msgpack and not pickle,
-because reading a frame must not run code.
+Each step sends one frame with the news of the whole batch. Frames are msgpack and not pickle,
+because reading a frame must not run code. Requests and news travel as the dataclasses that the
+engine itself uses (`compiledllm.types`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import socket
-from dataclasses import fields
 from typing import Any
 
 import msgspec
 
 from compiledllm.grammars.library import Vocabulary
 from compiledllm.outputs import FinishReason
-from compiledllm.sampling_params import SamplingParams
-from compiledllm.types import Grammar, Request, TokenLogprobs
+from compiledllm.types import RequestSpec, StepNews
 
 _LENGTH_BYTES = 4
 MAX_FRAME_BYTES = 2**31 - 1
@@ -33,29 +32,16 @@ class Start(msgspec.Struct, tag=True):
     crash_folder: str
 
 
-class Speak(msgspec.Struct, tag=True):
+class SetVocabulary(msgspec.Struct, tag=True):
     """The vocabulary for compiling grammars; sent once, before the first request."""
 
     vocabulary: Vocabulary
 
 
-class Add(msgspec.Struct, tag=True, omit_defaults=True):
-    """Add a request. params: the non-default sampling parameters that the engine needs.
+class Add(msgspec.Struct, tag=True):
+    """Add a request, as the request factory has described it."""
 
-    grammar: a `Grammar.text`.
-    """
-
-    request_id: str
-    prompt_token_ids: list[int]
-    params: dict[str, Any]
-    max_tokens: int
-    stop_token_ids: list[int]
-    seed: int
-    priority: int = 0
-    bad_words: list[list[int]] = []
-    grammar: str | None = None
-    sibling: str | None = None
-    cache_salt: str = ""
+    spec: RequestSpec
 
 
 class Finish(msgspec.Struct, tag=True):
@@ -93,18 +79,6 @@ class Ready(msgspec.Struct, tag=True):
     max_position: int = 0
 
 
-class Grown(msgspec.Struct, array_like=True, omit_defaults=True):
-    """What a request gained in a step, if more than a single token."""
-
-    request_id: str
-    token_ids: list[int]
-    finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None
-    num_cached_tokens: int = 0
-    logprobs: list[TokenLogprobs] = []
-    prompt_logprobs: list[TokenLogprobs] = []
-
-
 class Stats(msgspec.Struct, array_like=True):
     """Statistics of the engine after a step."""
 
@@ -114,27 +88,17 @@ class Stats(msgspec.Struct, array_like=True):
     num_preemptions: int
     num_failed_rows: int
     num_recompiles: int
-    step_seconds: float
+    step_s: float
     num_tokens: int  # computed in this step
     prefix_queries: int  # prompt tokens looked up and found in the prefix cache since the start
     prefix_hits: int
 
 
-class Stepped(msgspec.Struct, tag=True):
-    """A step is done.
+class StepOutputs(msgspec.Struct, tag=True):
+    """A step is done."""
 
-    token_ids: by request id, for requests that gained one token and nothing else, as most do.
-    Decoding a list of structs instead takes ten times as long.
-    """
-
-    token_ids: dict[str, int]
-    grown: list[Grown]
+    news: StepNews
     stats: Stats
-
-    @property
-    def num_tokens(self) -> int:
-        """The number of tokens that requests gained."""
-        return len(self.token_ids) + sum([len(grown.token_ids) for grown in self.grown])
 
 
 class Failed(msgspec.Struct, tag=True):
@@ -149,8 +113,8 @@ class Failed(msgspec.Struct, tag=True):
     is_recorded: bool = False
 
 
-ToEngine = Start | Speak | Add | Finish | Ping
-FromEngine = Ready | Stepped | Failed | Alive
+ToEngine = Start | SetVocabulary | Add | Finish | Ping
+FromEngine = Ready | StepOutputs | Failed | Alive
 
 _ENCODER = msgspec.msgpack.Encoder()
 _TO_ENGINE: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(ToEngine)
@@ -208,57 +172,3 @@ def _read(connection: socket.socket, count: int) -> bytes | None:
             return None
         buffer += piece
     return bytes(buffer)
-
-
-# -- requests --------------------------------------------------------------------------------------
-
-_TEXT_ONLY = {"stop", "detokenize", "bad_words", "output_kind", "stream_interval", "n", "best_of"}
-_TEXT_ONLY |= {"structured_outputs"}  # `Add` carries the compiled grammar instead
-_DEFAULTS = SamplingParams()
-
-
-def add_of(request: Request) -> Add:
-    """The message that adds a request, without the fields that only concern text."""
-    given = {
-        f.name: getattr(request.sampling_params, f.name)
-        for f in fields(SamplingParams)
-        if f.name not in _TEXT_ONLY
-        and getattr(request.sampling_params, f.name) != getattr(_DEFAULTS, f.name)
-    }
-    assert "logits_processors" not in given, "functions do not leave their process"
-    rule = given.get("repetition_detection")
-    if rule is not None:
-        given["repetition_detection"] = {f.name: getattr(rule, f.name) for f in fields(rule)}
-    return Add(
-        request_id=request.request_id,
-        prompt_token_ids=request.prompt_token_ids,
-        params=given,
-        max_tokens=request.max_tokens,
-        stop_token_ids=list(request.stop_token_ids),
-        seed=request.seed,
-        priority=request.priority,
-        bad_words=[list(word) for word in request.bad_words],
-        grammar=None if request.grammar is None else request.grammar.text,
-        sibling=None if request.sibling is None else request.sibling.request_id,
-        cache_salt=request.cache_salt,
-    )
-
-
-def request_of(message: Add, alive: dict[str, Request], grammar: Grammar | None = None) -> Request:
-    """The request of a message. alive: requests by id, for the sibling. grammar: compiled."""
-    params = message.params
-    if message.bad_words:  # the logits rules only check that bad_words is not empty
-        params = params | {"bad_words": ["tokenised"]}
-    return Request(
-        request_id=message.request_id,
-        prompt_token_ids=message.prompt_token_ids,
-        sampling_params=SamplingParams(**params),
-        max_tokens=message.max_tokens,
-        stop_token_ids=frozenset(message.stop_token_ids),
-        seed=message.seed,
-        priority=message.priority,
-        bad_words=tuple(tuple(word) for word in message.bad_words),
-        grammar=grammar,
-        sibling=alive.get(message.sibling or ""),
-        cache_salt=message.cache_salt,
-    )

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 
 from compiledllm.config import ConfigError, EngineConfig
 from compiledllm.log import show_logs
-from compiledllm.server.guardian import start_guardian
-from compiledllm.server.lifeline import Lifeline
-from compiledllm.server.running_log import RunningLog
-from compiledllm.server.wire import Failed, Ping, Start
+from compiledllm.remote.guardian import start_guardian
+from compiledllm.remote.lifeline import Lifeline
+from compiledllm.remote.running_log import RunningLog
+from compiledllm.remote.wire import Failed, Ping, Start
 
 if TYPE_CHECKING:
     from compiledllm.engine.core import EngineCore
@@ -43,7 +43,7 @@ def run(load: Callable[[EngineConfig], EngineCore]) -> None:
         core = load(EngineConfig.from_options(**start.options))
         gc.collect()
         gc.freeze()  # models, kernels and graphs are permanent, so collections skip them
-        from compiledllm.server.engine_loop import EngineLoop
+        from compiledllm.remote.engine_loop import EngineLoop
 
         loop = EngineLoop(core, lifeline, running)
     except ConfigError as error:

@@ -13,18 +13,14 @@ pytest.importorskip("msgspec")
 
 from compiledllm.engine.request_state import Completion, RequestState
 from compiledllm.outputs import CompletionOutput, RequestOutput
+from compiledllm.remote.engine_client import EngineClient
+from compiledllm.remote.errors import DeadlineExceeded, EngineError, Overloaded
+from compiledllm.remote.limits import Limits
+from compiledllm.remote.live_request import LiveRequest
+from compiledllm.remote.live_requests import LiveRequests
+from compiledllm.remote.wire import Add, Finish, Stats, StepOutputs
 from compiledllm.sampling_params import RequestOutputKind, SamplingParams
-from compiledllm.server.engine_client import EngineClient
-from compiledllm.server.live_request import (
-    DeadlineExceeded,
-    EngineError,
-    Limits,
-    LiveRequest,
-    Overloaded,
-)
-from compiledllm.server.live_requests import LiveRequests
-from compiledllm.server.wire import Add, Finish, Grown, Stats, Stepped
-from compiledllm.types import Request, TokenLogprobs
+from compiledllm.types import RequestSpec, RequestUpdate, StepNews, TokenLogprobs
 from tests.support.fakes import Letters
 
 STATS = Stats(1, 0, 0.5, 0, 0, 0, 0.01, 1, 0, 0)
@@ -35,33 +31,33 @@ class Bench:
     """A client with requests let in; what it sends to the engine is kept."""
 
     def __init__(self, *lives: LiveRequest, seconds: float = 9) -> None:
-        self.client = EngineClient({}, Limits(9, 99, seconds, stuck_seconds=9), Path())
+        self.client = EngineClient({}, Limits(9, 99, seconds, stuck_s=9), Path())
         self.sent: list[Any] = []
         self.client.live = LiveRequests(self.sent.append)
         for live in lives:
             self.client.live._put(live)
 
     def told(self) -> list[str]:
-        return [message.request_id for message in self.sent if isinstance(message, Add)]
+        return [message.spec.request_id for message in self.sent if isinstance(message, Add)]
 
-    def step(self, tokens: dict[str, str], *grown: Grown) -> None:
+    def step(self, tokens: dict[str, str], *updates: RequestUpdate) -> None:
         """A step that gives each of these requests its letter."""
         token_ids = {request_id: ord(letter) for request_id, letter in tokens.items()}
-        self.client._handle(Stepped(token_ids, list(grown), STATS))
+        self.client._handle(StepOutputs(StepNews(token_ids, updates=list(updates)), STATS))
 
 
 def live_request(name: str = "r", n: int = 1, **params: Any) -> LiveRequest:
     """A stream of deltas, if nothing else is said, of a prompt of one token."""
     asked = SamplingParams(n=n, **({"output_kind": DELTA} | params))
     names = [name] if n == 1 else [f"{i}_{name}" for i in range(n)]
-    requests = [Request(each, [1], asked, 99) for each in names]
+    specs = [RequestSpec(each, [1], asked, 99) for each in names]
     tokenizer = cast(Any, Letters())
-    completions = [Completion(i, request, tokenizer) for i, request in enumerate(requests)]
+    completions = [Completion(i, spec, asked, tokenizer) for i, spec in enumerate(specs)]
     return LiveRequest(RequestState(name, asked, completions))
 
 
-def ended(name: str, letters: str, reason: Any = "length") -> Grown:
-    return Grown(name, [ord(letter) for letter in letters], reason)
+def ended(name: str, letters: str, reason: Any = "length") -> RequestUpdate:
+    return RequestUpdate(name, [ord(letter) for letter in letters], reason)
 
 
 def only(output: RequestOutput) -> CompletionOutput:
@@ -101,7 +97,7 @@ def test_what_came_while_the_reader_was_late_is_one_output() -> None:
         found: list[TokenLogprobs] = []
         for letter in "abc":
             found.append(((ord(letter), 5), (-ord(letter) / 100, -2.0), 1, 1))
-            bench.step({"other": letter}, Grown("r", [ord(letter)], logprobs=found[-1:]))
+            bench.step({"other": letter}, RequestUpdate("r", [ord(letter)], logprobs=found[-1:]))
         completion = only(await readers[0])
         assert (completion.text, completion.token_ids) == ("abc", [97, 98, 99])
         assert completion.logprobs is not None
@@ -148,7 +144,7 @@ def test_a_stop_string_may_be_spread_over_what_came() -> None:
             completion = only(output)
             assert output.finished and (completion.text, completion.stop_reason) == (text, "END")
             assert completion.token_ids == [ord(letter) for letter in ids]
-        assert bench.sent == [Finish(["r"], "stop"), Finish(["slow"], "stop")]
+        assert bench.sent == [Finish(["r", "slow"], "stop")]
         assert not bench.client.live and not bench.client.live.engine_ids
 
     asyncio.run(run())
@@ -158,7 +154,7 @@ def test_tokens_behind_a_stop_string_in_one_message_are_dropped() -> None:
     live = live_request(stop=["END"], logprobs=0)
     bench = Bench(live)
     found: list[TokenLogprobs] = [((ord(letter),), (-1.0,), 1, 0) for letter in "aENDxy"]
-    bench.step({}, Grown("r", [ids[0] for ids, *_ in found], logprobs=found))
+    bench.step({}, RequestUpdate("r", [ids[0] for ids, *_ in found], logprobs=found))
     completion = only(asyncio.run(live.take()))
     assert (completion.text, len(completion.token_ids)) == ("a", 4)
     assert completion.logprobs is not None and len(completion.logprobs) == 4
@@ -222,7 +218,7 @@ def test_what_was_booked_and_not_taken_starts_over_after_a_crash() -> None:
         await readers[0]
         readers = await started(seen), readers[1]
         bench.step({"seen": "b", "unseen": "b"})
-        assert bench.client.live.outlive("it broke", {"seen", "unseen"})
+        assert bench.client.live.on_engine_end("it broke", {"seen", "unseen"})
         assert only(await readers[0]).text == "b"  # it had come
         with pytest.raises(EngineError, match="it broke"):
             await seen.take()
@@ -238,7 +234,7 @@ def test_who_ran_at_a_crash_is_tried_alone_and_all_others_wait() -> None:
     lives = {name: live_request(name, output_kind=WHOLE) for name in names}
     bench = Bench(*lives.values())
     live = bench.client.live
-    assert live.outlive("first", {"a", "b", "c"})
+    assert live.on_engine_end("first", {"a", "b", "c"})
     live.replay()
     assert bench.told() == ["a"]
     late = live.add(live_request("late", output_kind=WHOLE).state)
@@ -247,7 +243,7 @@ def test_who_ran_at_a_crash_is_tried_alone_and_all_others_wait() -> None:
     assert bench.told() == ["a"]
     bench.step({"a": "x"})  # harmless
     assert bench.told() == ["a", "b"]
-    assert live.outlive("second", {"a", "b"})  # while b was on trial
+    assert live.on_engine_end("second", {"a", "b"})  # while b was on trial
     with pytest.raises(EngineError, match="second time while it ran this request: second"):
         asyncio.run(lives["b"].take())
     assert not any(lives[name].error for name in "ac")
@@ -261,7 +257,7 @@ def test_a_suspect_whose_client_leaves_holds_nobody_up() -> None:
     lives = [live_request(name) for name in "abc"]
     bench = Bench(*lives)
     live = bench.client.live
-    live.outlive("it broke", {"a", "b", "c"})
+    live.on_engine_end("it broke", {"a", "b", "c"})
     live.replay()
     live.abort(lives[0])
     live.abort(lives[1])
@@ -275,7 +271,7 @@ def test_a_crash_costs_none_of_those_that_only_waited() -> None:
     waiting = live_request("waiting")
     live = Bench(waiting).client.live
     for _ in range(9):
-        assert not live.outlive("it broke", {"another", "that is over"})
+        assert not live.on_engine_end("it broke", {"another", "that is over"})
         live.replay()
     assert waiting.error is None and not waiting.ran_at_crash
 
@@ -283,12 +279,12 @@ def test_a_crash_costs_none_of_those_that_only_waited() -> None:
 def test_a_second_crash_behind_the_trial_ends_those_that_ran_at_both() -> None:
     first, later = live_request("first", output_kind=WHOLE), live_request("later")
     bench = Bench(first)
-    bench.client.live.outlive("it broke", {"first"})
+    bench.client.live.on_engine_end("it broke", {"first"})
     bench.client.live.replay()
     for _ in range(3):
         bench.step({"first": "x"})
     bench.client.live._put(later)
-    bench.client.live.outlive("it broke", {"first", "later"})
+    bench.client.live.on_engine_end("it broke", {"first", "later"})
     assert isinstance(first.error, EngineError) and later.error is None
 
 
@@ -299,7 +295,7 @@ def test_a_text_that_cannot_be_made_costs_one_request() -> None:
 
     async def run() -> None:
         reader = await started(whole)
-        stats = Stepped({"0_broken": too_large, "whole": ord("a")}, [], STATS)
+        stats = StepOutputs(StepNews({"0_broken": too_large, "whole": ord("a")}), STATS)
         bench.client._handle(stats)
         assert only(await reader).text == "a"
         with pytest.raises(EngineError, match="ValueError"):
@@ -314,7 +310,7 @@ def test_a_text_that_cannot_be_made_costs_one_request() -> None:
 def test_frames_that_have_come_are_all_read_before_anything_is_shown() -> None:
     live = live_request()
     client = Bench(live).client
-    steps = [Stepped({"r": ord(letter)}, [], STATS) for letter in "abcd"]
+    steps = [StepOutputs(StepNews({"r": ord(letter)}), STATS) for letter in "abcd"]
     arrived: list[Any] = list(steps[:3])
     more = asyncio.Event()
 
@@ -366,7 +362,7 @@ def test_the_deadline_ends_a_request_that_nobody_reads() -> None:
 
 
 def test_prompts_are_let_in_up_to_so_many_tokens_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    client = EngineClient({}, Limits(9, 20, request_seconds=9, stuck_seconds=9), Path())
+    client = EngineClient({}, Limits(9, 20, request_s=9, stuck_s=9), Path())
     client.state, client.requests = "ready", cast(Any, object())
     client.ready = cast(Any, SimpleNamespace(options={"max_num_seqs": 4}))
     monkeypatch.setattr(client.live, "_tell", lambda live: None)
@@ -383,9 +379,8 @@ def test_prompts_are_let_in_up_to_so_many_tokens_at_once(monkeypatch: pytest.Mon
 
 def _state_of(name: str, num_completions: int) -> Any:
     """A request of five tokens for each completion."""
-    requests = [
-        SimpleNamespace(request_id=f"{name}{n}", is_finished=False, num_prompt_tokens=5)
-        for n in range(num_completions)
+    specs = [
+        RequestSpec(f"{name}{n}", [1] * 5, SamplingParams(), 9) for n in range(num_completions)
     ]
-    completions = [SimpleNamespace(request=request) for request in requests]
+    completions = [SimpleNamespace(spec=spec, is_finished=False) for spec in specs]
     return SimpleNamespace(request_id=name, completions=completions)
