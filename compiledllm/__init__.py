@@ -19,6 +19,8 @@ if TYPE_CHECKING:
         Logprob,
         RequestOutput,
     )
+    from compiledllm.remote.async_engine import AsyncEngine, AsyncLLM
+    from compiledllm.remote.errors import EngineDeadError, EngineError
     from compiledllm.sampling_params import (
         BeamSearchParams,
         RepetitionDetectionParams,
@@ -35,6 +37,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 _HOMES = {
     "Engine": "compiledllm.engine.engine",
     "LLM": "compiledllm.engine.engine",
+    "AsyncEngine": "compiledllm.remote.async_engine",
+    "AsyncLLM": "compiledllm.remote.async_engine",
+    "EngineError": "compiledllm.remote.errors",
+    "EngineDeadError": "compiledllm.remote.errors",
     "EngineConfig": "compiledllm.config",
     "ConfigError": "compiledllm.config",
     "SamplingParams": "compiledllm.sampling_params",
@@ -51,6 +57,8 @@ _HOMES = {
 
 __all__ = [
     "LLM",
+    "AsyncEngine",
+    "AsyncLLM",
     "BeamSearchOutput",
     "BeamSearchParams",
     "BeamSearchSequence",
@@ -58,6 +66,8 @@ __all__ = [
     "ConfigError",
     "Engine",
     "EngineConfig",
+    "EngineDeadError",
+    "EngineError",
     "Logprob",
     "RepetitionDetectionParams",
     "RequestOutput",

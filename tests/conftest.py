@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from hypothesis import HealthCheck, settings
 from compiledllm.models.source import cache_dir
 from tests.support import interpreter, schedule
 from tests.support.pairwise import pairwise_cover
-from tests.support.tiny import save_random_model
+from tests.support.tiny import CHAT, copy_tokenizer, save_random_model
 
 # All of these are read when torch or a kernel is imported, which a test file may do first.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -129,3 +130,15 @@ def default_model() -> Path:
     cache_dir().mkdir(parents=True, exist_ok=True)
     with FileLock(cache_dir() / "tests.lock"):  # two workers of a run ask at the same time
         return resolve_checkpoint(None)
+
+
+@pytest.fixture(scope="session")
+def tiny_chat_model(
+    tiny_llama: Callable[..., Path], default_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Random weights, with the default model's tokenizer and chat template."""
+    source = tiny_llama(**CHAT)
+    folder = tmp_path_factory.mktemp("tiny_chat")
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    copy_tokenizer(default_model, folder)
+    return folder

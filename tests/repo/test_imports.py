@@ -27,7 +27,7 @@ BELOW_ENGINE = {"scheduler", "grammars", "runner", "graphs", "models", "kernels"
 # that module only. "benchmarks" is where `compiledllm bench` ends up.
 MAY_IMPORT: dict[str, set[str]] = {
     "root": {"engine.engine", "config", "sampling_params", "outputs", "structured_outputs"}
-    | {"version"},
+    | {"version", "remote.async_engine", "remote.errors"},
     "cli": {"root", "arguments", "terminal_chat", "server", "benchmarks", "engine"} | BELOW_ENGINE,
     "terminal_chat": {"engine.engine", "sampling_params", "outputs"},
     "arguments": {"config"},
@@ -105,7 +105,8 @@ WITHOUT_TORCH = (
     "compiledllm.scheduler",
     "compiledllm.grammars",
 )
-ALIASES = {"LLM": "Engine"}  # vLLM's names for ours
+# vLLM's names for ours.
+ALIASES = {"LLM": "Engine", "AsyncLLM": "AsyncEngine", "EngineDeadError": "EngineError"}
 UNREADABLE = "?"  # an `import_module` whose argument is computed
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,19 +9,6 @@ from typing import Any
 import pytest
 
 from tests.support.server import Server
-from tests.support.tiny import CHAT, copy_tokenizer
-
-
-@pytest.fixture(scope="session")
-def tiny_chat_model(
-    tiny_llama: Callable[..., Path], default_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """Random weights, with the default model's tokenizer and chat template."""
-    source = tiny_llama(**CHAT)
-    folder = tmp_path_factory.mktemp("tiny_chat")
-    shutil.copytree(source, folder, dirs_exist_ok=True)
-    copy_tokenizer(default_model, folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
