@@ -264,11 +264,11 @@ class SamplingParams:
                 )
 
     def without_text(self) -> SamplingParams:
-        """A copy for the engine's core: fields that only concern text have their defaults."""
+        """The parameters without texts (stop strings, words, forms), as the engine's core needs."""
+        if not (self.stop or self.bad_words or self.structured_outputs):
+            return self
         params = copy.copy(self)
         params.stop, params.bad_words, params.structured_outputs = [], [], None
-        params.detokenize, params.output_kind = True, RequestOutputKind.CUMULATIVE
-        params.n, params.best_of, params.stream_interval = 1, None, None
         return params
 
     @property

@@ -43,7 +43,7 @@ class RequestSpec:
 
     A new field of a request is one line here and one where the field is used.
 
-    sampling_params: without the fields that only concern text (`SamplingParams.without_text`).
+    sampling_params: without texts, which the caller's process deals with (`without_text`).
     stop_token_ids: with end-of-sequence, unless ignored. bad_words: token ids of each word.
     cache_salt: requests share cached prefixes only if their salts are equal. grammar: text of the
     compiled grammar of structured_outputs (`Grammar.text`). sibling_id: with n > 1, the id of the

@@ -68,8 +68,9 @@ class RequestFactory:
         if (kept := self._truncate(token_ids, params)) is not token_ids:
             text, token_ids = None, kept
         self._check_prompt(token_ids)
-        most = self._config.model.max_logprobs if max_logprobs is None else max_logprobs
-        check_params(params, self.vocab_size, most)
+        if max_logprobs is None:
+            max_logprobs = self._config.model.max_logprobs
+        check_params(params, self.vocab_size, max_logprobs)
         spec = RequestSpec(
             request_id=request_id if params.num_candidates == 1 else f"0_{request_id}",
             prompt_token_ids=token_ids,
@@ -186,8 +187,8 @@ class RequestFactory:
 
     def max_tokenized(self, is_truncated: bool) -> int:
         """Largest number of tokens that a prompt may have, or a text to truncate to a prompt."""
-        most = self.max_model_len - 1
-        return max(most, MAX_TRUNCATED_TOKENS) if is_truncated else most
+        max_tokens = self.max_model_len - 1
+        return max(max_tokens, MAX_TRUNCATED_TOKENS) if is_truncated else max_tokens
 
     def _tokenize(self, prompt: Prompt, is_truncated: bool) -> tuple[str | None, list[int]]:
         if isinstance(prompt, Mapping):
@@ -257,10 +258,10 @@ def check_params(params: SamplingParams, vocab_size: int, max_logprobs: int) -> 
                 raise ValueError(
                     f"{name} has {token_id}; the vocabulary has ids 0 to {vocab_size - 1}"
                 )
-    most = vocab_size if max_logprobs == ALL_TOKENS else max_logprobs
+    max_count = vocab_size if max_logprobs == ALL_TOKENS else max_logprobs
     for name in ("logprobs", "prompt_logprobs"):
         asked = getattr(params, name)
-        if asked is not None and (vocab_size if asked == ALL_TOKENS else asked) > most:
+        if asked is not None and (vocab_size if asked == ALL_TOKENS else asked) > max_count:
             raise ValueError(
                 f"{name} must be at most {max_logprobs}, got {asked}; the engine option "
                 "max_logprobs is the limit (-1: none)"
@@ -281,10 +282,9 @@ def _check_something_is_allowed(request: RequestSpec) -> None:
 
 def _for_core(params: SamplingParams) -> SamplingParams:
     """The parameters that the core needs. Candidates are ranked by their log probabilities."""
-    for_core = params.without_text()
     if params.num_candidates > params.n and not params.wants_logprobs:
-        for_core.logprobs = 0
-    return for_core
+        params = dataclasses.replace(params, logprobs=0)
+    return params.without_text()
 
 
 def sibling_of(first: RequestSpec, request_id: str, index: int) -> RequestSpec:

@@ -1,4 +1,4 @@
-"""The engine's process as the server's process handles it: spawn, send, receive, kill, reap."""
+"""The engine's process as its client handles it: spawn, send, receive, kill, reap."""
 
 from __future__ import annotations
 

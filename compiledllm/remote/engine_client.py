@@ -20,14 +20,10 @@ from compiledllm.engine.requests import RequestFactory
 from compiledllm.engine.tokenizer import warm_up
 from compiledllm.grammars.library import Vocabulary
 from compiledllm.log import log
+from compiledllm.remote.admission import Load, check_admission
 from compiledllm.remote.crash_records import tidy_crash_records, write_crash_record
 from compiledllm.remote.engine_child import ENGINE_COMMAND, EngineChild, cause_of
-from compiledllm.remote.errors import (
-    DeadlineExceeded,
-    EngineError,
-    Overloaded,
-    Unavailable,
-)
+from compiledllm.remote.errors import DeadlineExceeded, EngineError, Unavailable
 from compiledllm.remote.limits import Limits
 from compiledllm.remote.live_request import LiveRequest
 from compiledllm.remote.live_requests import LiveRequests
@@ -112,10 +108,10 @@ class EngineClient:
         assert self._supervisor is not None
         await asyncio.wait({self._supervisor})
 
-    async def drain(self, seconds: float) -> None:
-        """Admit no more requests; return when all are finished or `seconds` have passed."""
+    async def drain(self, timeout_s: float) -> None:
+        """Admit no more requests; return when all are finished or `timeout_s` have passed."""
         self._set("draining")
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + timeout_s
         while self.live and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
         self.live.end_all(EngineError("the server is shutting down"))
@@ -316,35 +312,13 @@ class EngineClient:
         """
         self.require_ready()
         assert self.ready is not None
-        max_requests = int(self.ready.options["max_num_seqs"] or 1) + self._limits.queued_requests
-        if num_requests > max_requests:
-            raise ValueError(
-                f"prompts times n (or best_of) are {num_requests} sequences, and {max_requests} "
-                "may run or wait at once; ask for fewer, or raise --max-queued-requests"
-            )
-        if num_tokens > self._limits.queued_tokens and num_requests > 1:
-            raise ValueError(
-                f"the prompts times n (or best_of) are {num_tokens} tokens, and "
-                f"{self._limits.queued_tokens} may run or wait at once; ask for fewer, or raise "
-                "--max-queued-tokens"
-            )
-        present = self.live.num_completions
-        if present + num_requests > max_requests:
-            raise Overloaded(
-                f"{present} requests are running or waiting, and {max_requests} may",
-                self._retry_after(),
-            )
-        tokens = self.live.num_tokens
-        if tokens and tokens + num_tokens > self._limits.queued_tokens:
-            raise Overloaded(
-                f"prompts of {tokens} tokens are running or waiting, and "
-                f"{self._limits.queued_tokens} may",
-                self._retry_after(),
-            )
-
-    def _retry_after(self) -> int:
-        waiting = self.stats.num_waiting if self.stats else 0
-        return min(1 + math.ceil(waiting / 32), 30)
+        check_admission(
+            Load(num_requests, num_tokens),
+            Load(self.live.num_completions, self.live.num_tokens),
+            self._limits,
+            max_num_seqs=int(self.ready.options["max_num_seqs"] or 1),
+            num_waiting=self.stats.num_waiting if self.stats else 0,
+        )
 
     @contextlib.contextmanager
     def following(self, live: LiveRequest) -> Iterator[None]:

@@ -43,7 +43,7 @@ class EngineLoop:
         self._slow_s = 1.0 if core.platform.is_cuda else 20.0
 
     def run(self) -> NoReturn:
-        """Run until the process ends: with the server, or by a failure of the engine itself."""
+        """Run until the process ends: with the client, or by a failure of the engine itself."""
         try:
             self._lifeline.send(self._ready())
             while True:

@@ -2,7 +2,7 @@
 
 Heavy modules are imported only once the connection is being read: a process whose server is gone
 ends at once, whatever it is doing, and a loading process answers pings. An unexpected exception in
-any thread ends the process; the server starts another one.
+any thread ends the process; the client starts another one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def run(load: Callable[[EngineConfig], EngineCore]) -> None:
     connection.set_inheritable(False)
     running = RunningLog(int(sys.argv[2])) if len(sys.argv) > 2 else RunningLog.create()
     os.set_inheritable(running.fd, False)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is for the server
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is for the client
     show_logs()
     lifeline = Lifeline(connection)
     try:

@@ -1,6 +1,6 @@
 """Compiles the grammars of arriving requests beside the engine's loop, in order of arrival.
 
-Every grammar has been compiled before, by the helper process of the server.
+Every grammar has been compiled before, by the helper process of the client.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class GrammarThread:
             grammars = Grammars(vocabulary)
             _ = grammars.tokenizer  # built here because building takes up to seconds
             self._grammars = grammars
-        except Exception as error:  # the server has already built the same tables without an error
+        except Exception as error:  # the client has already built the same tables without an error
             log.error("no grammars: %s: %s", type(error).__name__, error)
 
     def _compile(self, spec: RequestSpec) -> None:
@@ -84,6 +84,6 @@ class GrammarThread:
             if self._grammars is None:
                 raise ValueError("the vocabulary could not be taken over")
             compiled = Compiled(spec, self._grammars.remake(spec.grammar))
-        except Exception as error:  # errors that the server's own compilation did not raise
+        except Exception as error:  # errors that the client's own compilation did not raise
             compiled = Compiled(spec, error=f"{type(error).__name__}: {error}")
         self._put(compiled)

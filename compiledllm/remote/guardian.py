@@ -1,6 +1,6 @@
 """Kills what an engine's process leaves behind: `python guardian.py CONNECTION ENGINE_PID`.
 
-The guardian is a process beside the engine's, in a session of its own. Once the server or the
+The guardian is a process beside the engine's, in a session of its own. Once the client or the
 engine is gone, the guardian kills the engine's process group: an engine that is loading, stopped or
 hanging, and the compilers that the engine has started. It is a separate script so that it starts
 quickly and uses little memory.

@@ -21,7 +21,7 @@ _MAX_ERROR_LENGTH = 2000
 
 
 class Lifeline:
-    """The connection to the server, read by a thread as long as the process lives.
+    """The connection to the client, read by a thread as long as the process lives.
 
     deliver: called with each message in that thread; by default it puts the message into `inbox`.
     The engine's loop calls `turn` in every iteration. Until the first `turn`, the process is
@@ -51,14 +51,14 @@ class Lifeline:
             with self._sending:
                 self._connection.sendall(raw)
         except OSError:
-            os._exit(0)  # the server is gone
+            os._exit(0)  # the client is gone
 
     def _read(self) -> None:
         while (message := receive(self._connection)) is not None:
             if isinstance(message, Ping):
                 self.send(Alive(self._loop_silence_s()))
             self.deliver(message)
-        os._exit(0)  # the server is gone
+        os._exit(0)  # the client is gone
 
     def _loop_silence_s(self) -> float:
         now, asked = time.monotonic(), self._asked
@@ -74,7 +74,7 @@ class Lifeline:
     def fail(
         self, error: BaseException, blamed: Sequence[str], details: dict[str, Any]
     ) -> NoReturn:
-        """Record a failure, tell the server and exit, in any thread and even if recording fails.
+        """Record a failure, tell the client and exit, in any thread and even if recording fails.
 
         blamed: ids of the requests that may be the cause. details: more fields of the crash record.
         """

@@ -1,6 +1,6 @@
-"""The requests that have begun to run, written by the engine and read by the server after a crash.
+"""The requests that have begun to run, written by the engine and read by the client after a crash.
 
-Both processes hold the same unnamed file, so that a note costs the engine one write and the server
+Both processes hold the same unnamed file, so that a note costs the engine one write and the client
 nothing.
 """
 

@@ -135,7 +135,7 @@ def receive(connection: socket.socket) -> ToEngine | None:
 
 
 async def receive_async(reader: asyncio.StreamReader) -> FromEngine | None:
-    """Wait for a frame in the server's process; None at the end, even within a frame.
+    """Wait for a frame in the client's process; None at the end, even within a frame.
 
     Raises WireError.
     """

@@ -13,7 +13,7 @@ from compiledllm import Engine, SamplingParams
 from compiledllm.engine.turns import Turns
 from compiledllm.outputs import RequestOutput
 from compiledllm.sampling_params import BeamSearchParams, RequestOutputKind
-from compiledllm.types import Request, SchedulerOutput
+from compiledllm.types import SchedulerOutput, StepNews
 
 PROMPTS: list[Any] = [{"prompt_token_ids": [5 + i] * (4 + i)} for i in range(6)]
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)

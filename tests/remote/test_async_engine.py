@@ -104,6 +104,12 @@ def test_each_kind_of_output_adds_up_to_the_same(engine: AsyncEngine, run: Run) 
     assert pieces == texts
 
 
+def test_an_answer_has_the_form_that_was_asked_for(engine: AsyncEngine, run: Run) -> None:
+    pytest.importorskip("llguidance")
+    params = SamplingParams(temperature=0, structured_outputs={"choice": ["yes", "no"]})
+    assert run(outputs_of(engine, "x", params))[-1].outputs[0].text in ("yes", "no")
+
+
 def test_what_is_wrong_with_a_request_is_said_at_once(engine: AsyncEngine, run: Run) -> None:
     cases: list[tuple[Any, SamplingParams, str]] = [
         ("", greedy(1), "the prompt is empty"),

@@ -1,0 +1,50 @@
+"""Whether an engine takes more requests: limits on their number and on their prompts' tokens."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from compiledllm.remote.errors import Overloaded
+from compiledllm.remote.limits import Limits
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A number of the engine's requests, and the tokens of all their prompts together."""
+
+    num_requests: int
+    num_tokens: int
+
+
+def check_admission(
+    asked: Load, present: Load, limits: Limits, max_num_seqs: int, num_waiting: int
+) -> None:
+    """Raise ValueError if `asked` could never be admitted, and Overloaded if not beside `present`.
+
+    num_waiting: present requests that do not run; they say when to come back.
+    """
+    max_requests = max_num_seqs + limits.queued_requests
+    if asked.num_requests > max_requests:
+        raise ValueError(
+            f"prompts times n (or best_of) are {asked.num_requests} sequences, and {max_requests} "
+            "may run or wait at once; ask for fewer, or raise --max-queued-requests"
+        )
+    if asked.num_tokens > limits.queued_tokens and asked.num_requests > 1:
+        raise ValueError(
+            f"the prompts times n (or best_of) are {asked.num_tokens} tokens, and "
+            f"{limits.queued_tokens} may run or wait at once; ask for fewer, or raise "
+            "--max-queued-tokens"
+        )
+    retry_after = min(1 + math.ceil(num_waiting / 32), 30)
+    if present.num_requests + asked.num_requests > max_requests:
+        raise Overloaded(
+            f"{present.num_requests} requests are running or waiting, and {max_requests} may",
+            retry_after,
+        )
+    if present.num_tokens and present.num_tokens + asked.num_tokens > limits.queued_tokens:
+        raise Overloaded(
+            f"prompts of {present.num_tokens} tokens are running or waiting, and "
+            f"{limits.queued_tokens} may",
+            retry_after,
+        )
