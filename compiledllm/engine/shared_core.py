@@ -139,6 +139,7 @@ class SharedCore:
             ended = [RequestUpdate(request_id, [], "error") for request_id in lost]
             growth = self._book.take(StepNews(updates=ended))
             self._failures |= {state.request_id: error for state in growth.grown}
+            self._num_ended += 1  # so that calls look for failures, whatever else still runs
         else:
             growth = self._book.take(news)
         self._note(growth)

@@ -86,3 +86,24 @@ def test_text_that_cannot_be_made_raises_in_its_own_call() -> None:
     assert ended == [("broken", "error")]
     with pytest.raises(ValueError, match="chr"):
         shared.run_until_finished([broken], lambda count: None)
+
+
+def test_call_whose_request_is_lost_in_part_does_not_wait_for_the_rest() -> None:
+    unfinished = {"0_r", "1_r"}
+
+    def step() -> StepNews:
+        unfinished.discard("0_r")
+        raise RuntimeError("the device is lost")
+
+    core = SimpleNamespace(
+        add=lambda spec, grammar: None,
+        finish=lambda request_id, reason: None,
+        step=step,
+        unfinished_ids=unfinished,
+        check_when_idle=lambda: None,
+    )
+    shared, state = SharedCore(cast(Any, core)), state_of(n=2)
+    shared.add([state])
+    with pytest.raises(RuntimeError, match="the device is lost"):
+        shared.run_until_finished([state], lambda count: None)
+    assert [completion.finish_reason for completion in state.completions] == ["error", None]
