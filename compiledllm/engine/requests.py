@@ -64,10 +64,7 @@ class RequestFactory:
             raise ValueError(f"sampling_params must be SamplingParams, got {params!r}")
         self._check_priority(priority)
         params = dataclasses.replace(params)  # a checked copy, which the caller cannot change
-        text, token_ids = self._tokenize(prompt, params.truncate_prompt_tokens is not None)
-        if (kept := self._truncate(token_ids, params)) is not token_ids:
-            text, token_ids = None, kept
-        self._check_prompt(token_ids)
+        text, token_ids = self._read_prompt(prompt, params)
         if max_logprobs is None:
             max_logprobs = self._config.model.max_logprobs
         check_params(params, self.vocab_size, max_logprobs)
@@ -76,8 +73,7 @@ class RequestFactory:
             prompt_token_ids=token_ids,
             sampling_params=_for_core(params),
             max_tokens=self._max_tokens(params, len(token_ids)),
-            stop_token_ids=frozenset(params.stop_token_ids or ())
-            | (frozenset() if params.ignore_eos else self.eos_token_ids),
+            stop_token_ids=self._stop_token_ids(params),
             seed=self._random.getrandbits(63) if params.seed is None else params.seed,
             priority=priority,
             bad_words=self._bad_words(params),
@@ -85,12 +81,9 @@ class RequestFactory:
             waits_for_batch=waits_for_batch,
         )
         _check_something_is_allowed(spec)
-        siblings = (
-            sibling_of(spec, f"{i}_{request_id}", i) for i in range(1, params.num_candidates)
-        )
-        completions = [
-            Completion(i, each, params, self.tokenizer) for i, each in enumerate((spec, *siblings))
-        ]
+        names = (f"{i}_{request_id}" for i in range(1, params.num_candidates))
+        specs = [spec, *(sibling_of(spec, name, i) for i, name in enumerate(names, start=1))]
+        completions = [Completion(i, s, params, self.tokenizer) for i, s in enumerate(specs)]
         state = RequestState(request_id, params, completions, text)
         if compiles:
             self.compile(state)
@@ -107,10 +100,8 @@ class RequestFactory:
 
     def tokenized(self, prompt: Prompt, params: SamplingParams) -> dict[str, Any]:
         """A prompt in the form that `make` takes, with its token ids, truncated and checked."""
-        text, token_ids = self._tokenize(prompt, params.truncate_prompt_tokens is not None)
-        kept = self._truncate(token_ids, params)
-        self._check_prompt(kept)
-        return {"prompt": text if kept is token_ids else None, "prompt_token_ids": kept}
+        text, token_ids = self._read_prompt(prompt, params)
+        return {"prompt": text, "prompt_token_ids": token_ids}
 
     def check_room(self, request: RequestSpec) -> None:
         """Raise ValueError if the KV cache could not hold a request even if it were alone.
@@ -155,6 +146,10 @@ class RequestFactory:
             )
         return self.tokenizer
 
+    def _stop_token_ids(self, params: SamplingParams) -> frozenset[int]:
+        asked = frozenset(params.stop_token_ids or ())
+        return asked if params.ignore_eos else asked | self.eos_token_ids
+
     def _max_tokens(self, params: SamplingParams, num_prompt_tokens: int) -> int:
         """`max_tokens` within the context; by default what the context and the KV cache hold."""
         room = self.max_model_len - num_prompt_tokens
@@ -167,6 +162,13 @@ class RequestFactory:
             return ()
         tokenizer = self.require_tokenizer("bad_words")
         return tokenize_bad_words(params.bad_words, tokenizer, self.vocab_size)
+
+    def _read_prompt(self, prompt: Prompt, params: SamplingParams) -> tuple[str | None, list[int]]:
+        """A prompt's text, unless unknown or cut, and its token ids, truncated and checked."""
+        text, token_ids = self._tokenize(prompt, params.truncate_prompt_tokens is not None)
+        kept = self._truncate(token_ids, params)
+        self._check_prompt(kept)
+        return (text if kept is token_ids else None), kept
 
     def _truncate(self, token_ids: list[int], params: SamplingParams) -> list[int]:
         keep = params.truncate_prompt_tokens

@@ -1,6 +1,6 @@
 """The engine's process: how it starts and how it reports failures. `engine_loop` does the work.
 
-Heavy modules are imported only once the connection is being read: a process whose server is gone
+Heavy modules are imported only once the connection is being read: a process whose client is gone
 ends at once, whatever it is doing, and a loading process answers pings. An unexpected exception in
 any thread ends the process; the client starts another one.
 """
