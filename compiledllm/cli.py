@@ -146,18 +146,18 @@ def _info(arguments: argparse.Namespace) -> int:
 def _facts(path: Path, spec: ModelSpec, platform: Platform, dtype: Choice) -> dict[str, Any]:
     """Facts about a model on this machine, found without loading its weights."""
     from compiledllm.kernels.attention import REFERENCE, make_backend
-    from compiledllm.models.cache_groups import choose_groups
     from compiledllm.runner.kv_cache import CPU_MEMORY_SHARE
+    from compiledllm.runner.kv_layout import choose_layout
     from compiledllm.scheduler.kv_manager import num_blocks_needed
 
-    itemsize = 4 if dtype.value == "float32" else 2
+    checkpoint_dtype, spec = spec.dtype, spec.with_dtypes(str(dtype.value))
     layer = spec.layers[0]
-    weights = spec.num_parameters * itemsize
-    groups, _ = choose_groups(spec, spec.max_position, make_backend(REFERENCE))
+    weights = spec.num_bytes(spec.weights)
+    layout, _ = choose_layout(spec, spec.max_position, make_backend(REFERENCE))
     block_size = CacheConfig().block_size
-    per_slot = groups.kv_bytes_per_token(spec, itemsize)
-    full_blocks = num_blocks_needed(groups.windows, block_size, spec.max_position)
-    per_token, full_context = per_slot * len(groups.windows), per_slot * block_size * full_blocks
+    per_slot = layout.bytes_per_token
+    full_blocks = num_blocks_needed(layout.windows, block_size, spec.max_position)
+    per_token, full_context = per_slot * len(layout.windows), per_slot * block_size * full_blocks
     share = CacheConfig().gpu_memory_utilization if platform.is_cuda else CPU_MEMORY_SHARE
     room = max(int(platform.memory_bytes * share) - (weights if platform.is_cuda else 0), 0)
     return {
@@ -175,12 +175,12 @@ def _facts(path: Path, spec: ModelSpec, platform: Platform, dtype: Choice) -> di
         "tied_embeddings": spec.tie_word_embeddings,
         "context": spec.max_position,
         "parameters": spec.num_parameters,
-        "checkpoint_dtype": spec.dtype,
+        "checkpoint_dtype": checkpoint_dtype,
         "dtype": str(dtype),
         "weight_bytes": weights,
-        "kv_groups": str(groups),
+        "kv_groups": str(layout),
         "kv_bytes_per_token": per_token,
-        "kv_bytes_per_token_past_windows": per_slot * groups.windows.count(0),
+        "kv_bytes_per_token_past_windows": per_slot * layout.windows.count(0),
         "kv_bytes_of_a_full_context": full_context,
         "device": f"{platform.device} ({platform.name})",
         "memory_bytes": platform.memory_bytes,

@@ -21,7 +21,6 @@ from compiledllm.engine.served_model import ServedModel
 from compiledllm.graphs.buckets import StepShape, step_shapes
 from compiledllm.log import log
 from compiledllm.models.build import build_model
-from compiledllm.models.cache_groups import choose_groups
 from compiledllm.models.decoder import Decoder
 from compiledllm.models.deterministic import make_deterministic
 from compiledllm.models.registry import load_spec
@@ -30,7 +29,8 @@ from compiledllm.models.spec import ModelSpec
 from compiledllm.outputs import FinishReason
 from compiledllm.platform import Platform, is_fatal
 from compiledllm.runner.choose_backend import choose_backend
-from compiledllm.runner.kv_cache import allocate_kv_caches, block_bytes, plan_num_blocks
+from compiledllm.runner.kv_cache import allocate_kv_caches, plan_num_blocks
+from compiledllm.runner.kv_layout import choose_layout
 from compiledllm.runner.memory import (
     check_gpu_is_free,
     max_sampling_bytes,
@@ -81,6 +81,7 @@ class EngineCore:
             self._note_transformers()
         asked = config.model.dtype
         self.choices["dtype"] = self.platform.choose_dtype(asked, self.spec.dtype)
+        self.spec = self.spec.with_dtypes(str(self.choices["dtype"].value))
         self._choose_attention()
         sized = config.cache.num_kv_blocks or config.cache.kv_cache_memory_bytes
         if self.platform.is_cuda and not sized:
@@ -197,7 +198,7 @@ class EngineCore:
         self.choices["attention_backend"], self._backend = choose_backend(
             preferred,
             self.spec,
-            self.dtype,
+            self.spec.torch_dtype,
             block_size,
             max_pages=(max_seqs + 1) * -(-max_len // block_size),
             device=self.platform.device,
@@ -206,16 +207,11 @@ class EngineCore:
             reason = f"{self._backend.name} plans step by step"
             self.choices["async_scheduling"] = Choice(False, reason)
             self.config = config.replace(async_scheduling=False)
-        self.groups, self.choices["kv_groups"] = choose_groups(self.spec, max_len, self._backend)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, str(self.choices["dtype"].value))
-        return dtype
+        self.layout, self.choices["kv_groups"] = choose_layout(self.spec, max_len, self._backend)
 
     def _build_model(self) -> Decoder:
         default = torch.get_default_dtype()
-        torch.set_default_dtype(self.dtype)
+        torch.set_default_dtype(self.spec.torch_dtype)
         try:
             with torch.device(self.platform.device), torch.inference_mode():
                 is_dummy = self.config.model.load_format == "dummy"
@@ -237,27 +233,27 @@ class EngineCore:
         max_tokens = config.scheduler.max_num_batched_tokens
         assert max_len is not None and max_seqs is not None and max_tokens is not None
         block_size = config.cache.block_size
-        groups, sizes = self.groups, (block_size, max_seqs, max_tokens)
+        layout, sizes = self.layout, (block_size, max_seqs, max_tokens)
         num_blocks, self.choices["num_kv_blocks"] = plan_num_blocks(
             config.cache,
-            block_bytes(self.spec, groups, block_size, self.dtype),
+            layout.block_bytes(block_size),
             self.platform,
             bytes_in_use=self._plan_memory(model, max_seqs, max_tokens),
-            max_useful=most_blocks_of_all(groups.windows, *sizes, max_len),
+            max_useful=most_blocks_of_all(layout.windows, *sizes, max_len),
         )
         pool = BlockPool(num_blocks, config.cache.enable_prefix_caching)
         policy = config.scheduler.scheduling_policy
         pace = Pace(BALANCED_TOKENS * self.spec.sparsity, config.scheduler.mixed_prompt_tokens)
-        scheduler = Scheduler(pool, *sizes, policy, pace, groups.windows)
-        caches = allocate_kv_caches(self.spec, groups, num_blocks, block_size, self.dtype, device)
+        scheduler = Scheduler(pool, *sizes, policy, pace, layout.windows)
+        caches = allocate_kv_caches(layout, num_blocks, block_size, device)
         if scheduler.kv.most_tokens == 0:
             raise ConfigError(
-                f"{num_blocks} KV blocks hold no token in each of {len(groups.windows)} groups of "
-                f"layers; {num_blocks_needed(groups.windows, block_size, max_len)} hold a whole "
+                f"{num_blocks} KV blocks hold no token in each of {len(layout.windows)} groups of "
+                f"layers; {num_blocks_needed(layout.windows, block_size, max_len)} hold a whole "
                 "context: give the cache more room (num_kv_blocks, kv_cache_memory_bytes)"
             )
         max_blocks = -(-min(max_len, scheduler.kv.most_tokens) // block_size)
-        runner = ModelRunner(model, groups, caches, *sizes, max_blocks)
+        runner = ModelRunner(model, layout, caches, *sizes, max_blocks)
         return runner, scheduler
 
     def _plan_memory(self, model: Decoder, max_num_seqs: int, max_tokens: int) -> int:
@@ -267,9 +263,8 @@ class EngineCore:
             return 0
         activations = measure_activations(
             model,
-            self.groups,
+            self.layout,
             config.cache.block_size,
-            self.dtype,
             self.platform,
             max_num_seqs,
             max_tokens,
@@ -351,7 +346,9 @@ class EngineCore:
             "attention": self.choices["attention_backend"],
             "memory": self.choices.get("memory"),
             "KV cache": self._describe_cache(),
-            "KV groups": self.choices["kv_groups"] if spec.has_windows else None,
+            "KV groups": self.choices["kv_groups"]
+            if any(c.window for c in spec.layer_caches)
+            else None,
             "context": self.choices["max_model_len"],
             "batch": f"at most {self.choices['max_num_seqs'].value} requests, "
             f"{self.choices['max_num_batched_tokens']} tokens a step",
@@ -366,8 +363,8 @@ class EngineCore:
 
     def _describe_cache(self) -> str:
         size, blocks = self.config.cache.block_size, self.scheduler.block_pool.num_blocks
-        mib = blocks * block_bytes(self.spec, self.groups, size, self.dtype) / 2**20
-        max_len, windows = self.config.model.max_model_len, self.groups.windows
+        mib = blocks * self.layout.block_bytes(size) / 2**20
+        max_len, windows = self.config.model.max_model_len, self.layout.windows
         assert max_len is not None
         room = f"= {blocks * size} tokens"
         if windows != (0,):
