@@ -31,14 +31,9 @@ def plan_num_blocks(
         room, reason = (cache.num_kv_blocks + 1) * per_block, "num_kv_blocks"
     elif cache.kv_cache_memory_bytes is not None:
         room, reason = cache.kv_cache_memory_bytes, "kv_cache_memory_bytes"
-    elif platform.is_cuda:
-        share = cache.gpu_memory_utilization
-        room = int(platform.memory_bytes * share) - bytes_in_use
-        reason = f"what {share:.0%} of the GPU leaves beside weights and activations"
     else:
-        room = int(platform.memory_bytes * CPU_MEMORY_SHARE)
-        reason = f"{CPU_MEMORY_SHARE:.0%} of the available memory"
-        if max_useful * per_block < room:
+        room, reason = available_bytes(cache, platform, bytes_in_use)
+        if not platform.is_cuda and max_useful * per_block < room:
             room, reason = (max_useful + 1) * per_block, "enough for max_num_seqs full contexts"
     num_blocks = room // per_block - 1
     if num_blocks < 1:
@@ -53,6 +48,16 @@ def plan_num_blocks(
             f"{platform.memory_bytes // per_block - 1} blocks fit"
         )
     return num_blocks, Choice(num_blocks, reason)
+
+
+def available_bytes(cache: CacheConfig, platform: Platform, bytes_in_use: int) -> tuple[int, str]:
+    """Bytes that the machine has for a KV cache, and the reason. Others hold `bytes_in_use`."""
+    if platform.is_cuda:
+        share = cache.gpu_memory_utilization
+        reason = f"what {share:.0%} of the GPU leaves beside weights and activations"
+        return int(platform.memory_bytes * share) - bytes_in_use, reason
+    reason = f"{CPU_MEMORY_SHARE:.0%} of the available memory"
+    return int(platform.memory_bytes * CPU_MEMORY_SHARE), reason
 
 
 def allocate_kv_caches(

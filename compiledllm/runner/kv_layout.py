@@ -58,6 +58,16 @@ class KVLayout:
         """Bytes of one token over all layers of a group."""
         return sum(cache.bytes_per_token for cache in self.columns)
 
+    @property
+    def bytes_in_windows(self) -> int:
+        """Bytes that a token takes in all groups while every window covers it."""
+        return self.bytes_per_token * len(self.windows)
+
+    @property
+    def bytes_past_windows(self) -> int:
+        """Bytes that a token still takes when it has left every window."""
+        return self.bytes_per_token * self.windows.count(0)
+
     def block_bytes(self, block_size: int) -> int:
         """Bytes of one block, which holds `block_size` tokens of all layers of a group."""
         return self.bytes_per_token * block_size

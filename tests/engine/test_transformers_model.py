@@ -273,9 +273,10 @@ def test_weights_that_do_not_fit_are_named(tiny_model: Callable[..., Path], tmp_
 def test_deterministic_is_refused(tiny_model: Callable[..., Path]) -> None:
     from compiledllm.config import EngineConfig
     from compiledllm.engine.core import EngineCore
+    from compiledllm.engine.startup import plan
 
     config = EngineConfig.from_options(
         model=str(tiny_model("olmo3", **MODELS["olmo3"])), device="cpu", deterministic=True
     )
     with pytest.raises(ConfigError, match="deterministic=True"):
-        EngineCore(config)
+        EngineCore(plan(config))

@@ -213,7 +213,7 @@ def test_triton_attention_reads_each_groups_blocks(
     monkeypatch.setattr(Platform, "choose_attention_backend", lambda *_: choice)
     engine = make(checkpoint, max_num_batched_tokens=64)
     core = engine.core
-    assert core.choices["attention_backend"].value == backend
+    assert core.report["attention_backend"].value == backend
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     for index in (3, 7):
         engine.add_request(PROMPTS[index], params)
