@@ -307,10 +307,11 @@ def check_types_and_choices(group: object) -> None:
     """Raise ConfigError for an option of a group whose value is of another kind than its own."""
     for f in fields(group):  # type: ignore[arg-type]
         choices, value = f.metadata["choices"], getattr(group, f.name)
+        if value is None and f.default is None:
+            continue
         if choices and value not in choices:
             raise ConfigError(f"{f.name} must be one of {', '.join(choices)}, got {value!r}")
         types, words = KINDS[f.metadata["kind"]]
-        is_kind = isinstance(value, types) and (bool in types or not isinstance(value, bool))
-        if not is_kind and not (f.default is None and value is None):
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
             words += " or None" * (f.default is None)
             raise ConfigError(f"{f.name} must be {words}, got {value!r}")

@@ -23,7 +23,6 @@ from compiledllm.models.spec import ModelSpec
 from compiledllm.outputs import FinishReason
 from compiledllm.platform import Platform, is_fatal
 from compiledllm.resolved_config import ResolvedConfig
-from compiledllm.runner.kv_layout import KVLayout
 from compiledllm.runner.model_runner import ModelRunner
 from compiledllm.runner.pending import PendingOutput
 from compiledllm.runner.plan import Plan
@@ -75,10 +74,6 @@ class EngineCore:
     @property
     def platform(self) -> Platform:
         return self.plan.platform
-
-    @property
-    def layout(self) -> KVLayout:
-        return self.plan.kv_layout
 
     @property
     def spec(self) -> ModelSpec:

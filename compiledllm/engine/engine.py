@@ -256,11 +256,11 @@ def _as_batch(states: list[RequestState]) -> list[RequestState]:
     for request in requests:
         request.arrival_time, request.waits_for_batch = arrival, True
 
-    def most_tokens(state: RequestState) -> float:
+    def max_tokens(state: RequestState) -> float:
         request = state.completions[0].request
         return math.inf if request.sampling_params.max_tokens is None else request.max_tokens
 
-    return sorted(states, key=most_tokens, reverse=True)
+    return sorted(states, key=max_tokens, reverse=True)
 
 
 def _progress_bar(total: int, enabled: bool) -> tqdm[Any]:
