@@ -52,50 +52,47 @@ class StepCost:
         return max(moving, self.flops / ceilings.flops_per_s)
 
 
-def weights_read(spec: ModelSpec) -> int:
-    """The fewest parameters a step reads: all blocks, the final norm and the output head.
-
-    Of a mixture of experts only the experts of one token count, as all tokens may share them.
-    """
-    body = sum(layer.num_parameters_used for layer in spec.layers)
-    return body + spec.hidden_size + spec.vocab_size * spec.embedding_width
-
-
-def decode_cost(spec: ModelSpec, batch: int, context: int, itemsize: int) -> StepCost:
+def decode_cost(spec: ModelSpec, batch: int, context: int) -> StepCost:
     """One new token for each of `batch` requests whose context, this token included, is `context`.
 
-    itemsize: bytes of a weight and of a KV element.
+    The spec's dtypes are the engine's (`ModelSpec.with_dtypes`).
     """
-    parameters = weights_read(spec)
-    attention = sum(4 * layer.attn.num_seen(context) * layer.attn.q_size for layer in spec.layers)
+    weights = spec.weights_read
+    seen = [layer.attn.num_seen(context) for layer in spec.layers]
+    kv_bytes = sum(
+        cache.bytes_per_token * count for cache, count in zip(spec.layer_caches, seen, strict=True)
+    )
+    attention = sum(
+        4 * count * layer.attn.q_size for layer, count in zip(spec.layers, seen, strict=True)
+    )
     return StepCost(
-        weight_bytes=parameters * itemsize,
-        kv_bytes=batch * spec.kv_bytes_seen(context, itemsize),
-        flops=batch * (2 * parameters + attention),
+        weight_bytes=spec.num_bytes(weights),
+        kv_bytes=batch * kv_bytes,
+        flops=batch * (2 * weights.num_parameters + attention),
     )
 
 
-def prefill_cost(spec: ModelSpec, batch: int, length: int, itemsize: int) -> StepCost:
+def prefill_cost(spec: ModelSpec, batch: int, length: int) -> StepCost:
     """`batch` prompts of `length` tokens from nothing to their first token (causal attention)."""
-    head = spec.vocab_size * spec.embedding_width
-    body = weights_read(spec) - head
+    weights, head = spec.weights_read, spec.vocab_size * spec.embedding_width
+    body = weights.num_parameters - head
     attention = 0
     for layer in spec.layers:
         # The last token sees `seen` positions, and each token before it one fewer.
         seen = layer.attn.num_seen(length)
         attention += (4 * seen * length - 2 * seen * seen) * layer.attn.q_size
     return StepCost(
-        weight_bytes=(body + head) * itemsize,
-        kv_bytes=batch * length * spec.kv_bytes_per_token(itemsize),
+        weight_bytes=spec.num_bytes(weights),
+        kv_bytes=batch * length * sum(cache.bytes_per_token for cache in spec.layer_caches),
         flops=batch * (2 * body * length + attention + 2 * head),
     )
 
 
 def time_to_first_token_floor(
-    spec: ModelSpec, ceilings: Ceilings, batch: int, input_len: int, itemsize: int
+    spec: ModelSpec, ceilings: Ceilings, batch: int, input_len: int
 ) -> float:
     """Floor of TTFT in seconds: from `batch` prompts to the first token of each."""
-    return prefill_cost(spec, batch, input_len, itemsize).seconds(ceilings)
+    return prefill_cost(spec, batch, input_len).seconds(ceilings)
 
 
 def time_per_output_token_floor(
@@ -104,17 +101,14 @@ def time_per_output_token_floor(
     batch: int,
     input_len: int,
     output_len: int,
-    itemsize: int,
 ) -> float:
     """Floor of TPOT in seconds, averaged over the tokens after the first, as contexts grow."""
     contexts = range(input_len + 1, input_len + output_len)
-    steps = (decode_cost(spec, batch, context, itemsize) for context in contexts)
+    steps = (decode_cost(spec, batch, context) for context in contexts)
     return sum(step.seconds(ceilings) for step in steps) / len(contexts)
 
 
-def offline_floor(
-    spec: ModelSpec, ceilings: Ceilings, lengths: Sequence[tuple[int, int]], itemsize: int
-) -> float:
+def offline_floor(spec: ModelSpec, ceilings: Ceilings, lengths: Sequence[tuple[int, int]]) -> float:
     """Floor in seconds for a set of requests that start together.
 
     lengths: (input, output) tokens of each request. Whatever the batching, every token of the
@@ -123,14 +117,14 @@ def offline_floor(
     into memory at once.
     """
     longest = max(output for _, output in lengths)
-    num_bytes = longest * weights_read(spec) * itemsize
+    num_bytes = longest * spec.num_bytes(spec.weights_read)
     flops = 0
     for input_len, output_len in lengths:
-        flops += prefill_cost(spec, 1, input_len, itemsize).flops
-        flops += decode_cost(spec, output_len - 1, 0, itemsize).flops
+        flops += prefill_cost(spec, 1, input_len).flops
+        flops += decode_cost(spec, output_len - 1, 0).flops
         for layer, count in spec.distinct_layers.items():
             contexts = range(input_len + 1, input_len + output_len)
             seen = count * sum(map(layer.attn.num_seen, contexts))
-            num_bytes += seen * 2 * layer.attn.kv_size * itemsize
+            num_bytes += seen * spec.cache_of(layer).bytes_per_token
             flops += seen * 4 * layer.attn.q_size
     return max(num_bytes / ceilings.bytes_per_s, flops / ceilings.flops_per_s)

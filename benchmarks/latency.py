@@ -121,14 +121,14 @@ def _row(
 
 def add_floors(row: Row, model: Model, ceilings: Ceilings) -> None:
     """Add the floors of TTFT and TPOT, in ms, to the row."""
-    spec, batch, input_len, itemsize = model.spec, row["batch"], row["input_len"], model.itemsize
+    spec, batch, input_len = model.spec, row["batch"], row["input_len"]
     ttft = tpot = None
     if spec is not None:
-        ttft = 1e3 * time_to_first_token_floor(spec, ceilings, batch, input_len, itemsize)
+        ttft = 1e3 * time_to_first_token_floor(spec, ceilings, batch, input_len)
     row["ttft_floor_ms"] = against_floor(ttft, row["ttft_ms"]["median"])
     row["tpot_floor_ms"] = None
     if row["tpot_ms"] is not None:
         if spec is not None:
             lengths = (batch, input_len, row["output_len"])
-            tpot = 1e3 * time_per_output_token_floor(spec, ceilings, *lengths, itemsize)
+            tpot = 1e3 * time_per_output_token_floor(spec, ceilings, *lengths)
         row["tpot_floor_ms"] = against_floor(tpot, row["tpot_ms"]["median"])

@@ -24,8 +24,8 @@ _FIELDS = ("model", "revision", "tokenizer", "device", "dtype")
 class Model:
     """The checkpoint that all engines load.
 
-    spec: None for an architecture that only the peers know; there are no floors then. options: all
-    other engine options, as the user gave them.
+    spec: in the dtypes of the run; None for an architecture that only the peers know, which has no
+    floors. options: all other engine options, as the user gave them.
     """
 
     path: Path
@@ -49,12 +49,13 @@ class Model:
                 raise
         platform = Platform.detect(options.get("device", "auto"))
         stored = spec.dtype if spec else "bfloat16"
+        dtype = str(platform.choose_dtype(options.get("dtype", "auto"), stored).value)
         return cls(
             path=path,
-            spec=spec,
+            spec=spec.with_dtypes(dtype) if spec else None,
             vocab_size=spec.vocab_size if spec else _vocab_size(path),
             platform=platform,
-            dtype=str(platform.choose_dtype(options.get("dtype", "auto"), stored).value),
+            dtype=dtype,
             options={name: value for name, value in options.items() if name not in _FIELDS},
         )
 
@@ -62,11 +63,6 @@ class Model:
     def torch_dtype(self) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of a weight and of an element of the KV cache."""
-        return self.torch_dtype.itemsize
 
     @property
     def has_random_weights(self) -> bool:

@@ -117,7 +117,7 @@ class CompiledLLM:
 
         As in `generate`, no output is made before the requests are finished.
         """
-        engine, limit = self.engine, self.engine.config.model.max_model_len
+        engine, limit = self.engine, self.engine.config.limits.max_model_len
         assert limit is not None
         params = self._params(max(limit - len(_ids(r)), 1) for r in requests)
         params = [replace(p, stream_interval=limit) for p in params]

@@ -102,7 +102,7 @@ def run_startup(arguments: Namespace) -> int:
     model.check_length(input_len + 1)
     report = _report("startup", model, arguments, input_len=input_len)
     upload, engines = measure_upload(model.platform), list(dict.fromkeys(arguments.engine))
-    num_bytes = model.spec.num_parameters * model.itemsize if model.spec else None
+    num_bytes = model.spec.num_bytes(model.spec.weights) if model.spec else None
     with progress(len(engines) * (max(cold, 1) + warm)) as advance:
         for row in startup.measure_startup(engines, model, input_len, cold, warm, advance):
             startup.add_floor(row, num_bytes, upload)
@@ -218,7 +218,7 @@ def _add_serving_floor(row: Row, local: Model | None, ceilings: Ceilings | None)
             row[name] // row["completed"] for name in ("input_tokens", "output_tokens")
         )
         floor = 1e3 * time_per_output_token_floor(
-            local.spec, ceilings, 1, input_len, max(output_len, 2), local.itemsize
+            local.spec, ceilings, 1, input_len, max(output_len, 2)
         )
     row["tpot_floor_ms"] = tpot and against_floor(floor, tpot["p50"])
 

@@ -61,5 +61,5 @@ def add_floor(
     lengths = [(len(request.prompt), request.output_len) for request in requests]
     floor = None
     if model.spec is not None:
-        floor = offline_floor(model.spec, ceilings, lengths, model.itemsize)
+        floor = offline_floor(model.spec, ceilings, lengths)
     row["floor_s"] = against_floor(floor, row["seconds"]["median"])

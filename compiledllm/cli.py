@@ -11,12 +11,11 @@ import os
 import secrets
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compiledllm.arguments import add_engine_options, count, engine_options
 from compiledllm.benchmarks.cli import add_bench_command
-from compiledllm.config import DTYPES, MODEL_IMPLS, CacheConfig, Choice, ConfigError
+from compiledllm.config import DTYPES, MODEL_IMPLS, ConfigError, EngineConfig
 from compiledllm.outputs import RequestOutput
 from compiledllm.sampling_params import SamplingParams
 from compiledllm.server.options import add_server_options
@@ -25,8 +24,6 @@ from compiledllm.version import __version__
 
 if TYPE_CHECKING:
     from compiledllm.engine.engine import Engine
-    from compiledllm.models.spec import ModelSpec
-    from compiledllm.platform import Platform
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -125,68 +122,20 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    from compiledllm.models.registry import load_spec
-    from compiledllm.models.source import resolve_checkpoint
-    from compiledllm.platform import Platform
+    from compiledllm.engine.plan_views import facts
+    from compiledllm.engine.startup import plan
 
-    path = resolve_checkpoint(arguments.model, arguments.revision, weights=False)
-    spec = load_spec(path, arguments.model_impl)
-    platform = Platform.detect(arguments.device)
-    dtype = platform.choose_dtype(arguments.dtype, spec.dtype)
-    facts = _facts(path, spec, platform, dtype)
+    names = ("model", "revision", "dtype", "model_impl", "device")
+    options = {name: getattr(arguments, name) for name in names}
+    # As for random weights, no weight files are needed.
+    found = facts(plan(EngineConfig.from_options(**options, load_format="dummy")))
     if arguments.json:
-        print(json.dumps(facts))
+        print(json.dumps(found))
         return 0
-    for name, value in facts.items():
+    for name, value in found.items():
         shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
         print(f"{name:32} {shown}")
     return 0
-
-
-def _facts(path: Path, spec: ModelSpec, platform: Platform, dtype: Choice) -> dict[str, Any]:
-    """Facts about a model on this machine, found without loading its weights."""
-    from compiledllm.kernels.attention import REFERENCE, make_backend
-    from compiledllm.models.cache_groups import choose_groups
-    from compiledllm.runner.kv_cache import CPU_MEMORY_SHARE
-    from compiledllm.scheduler.kv_manager import num_blocks_needed
-
-    itemsize = 4 if dtype.value == "float32" else 2
-    layer = spec.layers[0]
-    weights = spec.num_parameters * itemsize
-    groups, _ = choose_groups(spec, spec.max_position, make_backend(REFERENCE))
-    block_size = CacheConfig().block_size
-    per_slot = groups.kv_bytes_per_token(spec, itemsize)
-    full_blocks = num_blocks_needed(groups.windows, block_size, spec.max_position)
-    per_token, full_context = per_slot * len(groups.windows), per_slot * block_size * full_blocks
-    share = CacheConfig().gpu_memory_utilization if platform.is_cuda else CPU_MEMORY_SHARE
-    room = max(int(platform.memory_bytes * share) - (weights if platform.is_cuda else 0), 0)
-    return {
-        "model": str(path),
-        "architecture": spec.architecture,
-        "run_by": spec.implementation,
-        "layers": len(spec.layers),
-        "distinct_layers": len(spec.distinct_layers),
-        "hidden_size": spec.hidden_size,
-        "attention_heads": layer.attn.num_heads,
-        "kv_heads": layer.attn.num_kv_heads,
-        "head_dim": layer.attn.head_dim,
-        "intermediate_size": layer.mlp.intermediate_size,
-        "vocab_size": spec.vocab_size,
-        "tied_embeddings": spec.tie_word_embeddings,
-        "context": spec.max_position,
-        "parameters": spec.num_parameters,
-        "checkpoint_dtype": spec.dtype,
-        "dtype": str(dtype),
-        "weight_bytes": weights,
-        "kv_groups": str(groups),
-        "kv_bytes_per_token": per_token,
-        "kv_bytes_per_token_past_windows": per_slot * groups.windows.count(0),
-        "kv_bytes_of_a_full_context": full_context,
-        "device": f"{platform.device} ({platform.name})",
-        "memory_bytes": platform.memory_bytes,
-        "kv_tokens_that_fit": room // per_token,
-        "full_contexts_that_fit": room // full_context,
-    }
 
 
 # -- options ---------------------------------------------------------------------------------------

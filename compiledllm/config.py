@@ -1,20 +1,20 @@
-"""User options: frozen dataclasses, validated once, then resolved for a model and a machine.
+"""User options: frozen dataclasses, validated once. `resolved_config` fills in what is left open.
 
 The field names are the option names of `Engine(...)` and of the command line. Unknown names are
-errors. Knows no torch: facts about the machine and the model come in as plain numbers.
+errors. Knows no torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import PurePath
 from typing import Any
 
 from compiledllm.checks import reject_unknown
 
 MAX_NUM_SEQS = 32768
-_LARGE_GPU = 64 * 2**30  # bytes; GPUs with this much memory get larger steps and more requests
-_MOST_CAPTURED = 512  # requests; larger decode steps take longer than the host's launches
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 _DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 _DTYPE_NAMES = (*DTYPES, *_DTYPE_ALIASES)
@@ -41,9 +41,51 @@ class Choice:
         return f"{self.value} ({self.reason})"
 
 
-def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A config field that is also a command-line option."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+class Report:
+    """What was chosen at start: named choices, in the order in which they were made."""
+
+    def __init__(self, choices: Mapping[str, Choice] | None = None) -> None:
+        self._choices = dict(choices or {})
+
+    def note(self, name: str, choice: Choice) -> None:
+        """Add a line; a second line of the same name replaces the first."""
+        self._choices[name] = choice
+
+    def __getitem__(self, name: str) -> Choice:
+        return self._choices[name]
+
+    def get(self, name: str) -> Choice | None:
+        return self._choices.get(name)
+
+    def __or__(self, later: Report) -> Report:
+        return Report(self._choices | later._choices)
+
+    def lines(self) -> dict[str, str]:
+        """Name -> value and reason."""
+        return {name: str(choice) for name, choice in self._choices.items()}
+
+
+# Kind of option -> the types of its values, and a name for them. `arguments` parses each kind.
+KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "str": ((str,), "a string"),
+    "path": ((str, PurePath), "a string"),
+    "int": ((int,), "an integer"),
+    "float": ((int, float), "a number"),
+    "bool": ((bool,), "True or False"),
+    "list": ((list, tuple), "a list"),
+    "dict": ((dict,), "a dictionary"),
+}
+
+
+def option(
+    default: Any, help: str, choices: tuple[str, ...] | None = None, kind: str = "str"
+) -> Any:
+    """A config field that is also a command-line option.
+
+    kind: a key of KINDS. An option whose default is None may be None.
+    """
+    assert kind in KINDS, kind
+    return field(default=default, metadata={"help": help, "choices": choices, "kind": kind})
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +93,17 @@ class ModelConfig:
     """Which model to load, from where, and in which dtype."""
 
     model: str | None = option(
-        None, "local directory, .gguf file or Hugging Face id; default: SmolLM2-135M-Instruct"
+        None,
+        "local directory, .gguf file or Hugging Face id; default: SmolLM2-135M-Instruct",
+        kind="path",
     )
-    tokenizer: str | None = option(None, "tokenizer directory or id; default: the model's")
+    tokenizer: str | None = option(
+        None, "tokenizer directory or id; default: the model's", kind="path"
+    )
     revision: str | None = option(None, "branch, tag or commit on the hub")
     dtype: str = option("auto", "dtype of weights and activations", DTYPES)
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
-    max_model_len: int | None = option(None, "longest prompt + output, in tokens")
+    max_model_len: int | None = option(None, "longest prompt + output, in tokens", kind="int")
     load_format: str = option("auto", "dummy: random weights from config.json alone", LOAD_FORMATS)
     model_impl: str = option(
         "auto",
@@ -65,40 +111,55 @@ class ModelConfig:
         "architecture without a family here",
         MODEL_IMPLS,
     )
-    skip_tokenizer_init: bool = option(False, "token ids in, token ids out")
-    seed: int = option(0, "seed of the engine: dummy weights and requests without a seed")
-    max_logprobs: int = option(20, "most logprobs a request may ask for; -1: the vocabulary")
+    skip_tokenizer_init: bool = option(False, "token ids in, token ids out", kind="bool")
+    seed: int = option(
+        0, "seed of the engine: dummy weights and requests without a seed", kind="int"
+    )
+    max_logprobs: int = option(
+        20, "most logprobs a request may ask for; -1: the vocabulary", kind="int"
+    )
     generation_config: str = option(
         "off", "auto: requests without sampling parameters get generation_config.json's", GENERATION
     )
-    trust_remote_code: bool = option(False, "code from a checkpoint is never run: must be False")
-    tensor_parallel_size: int = option(1, "GPUs to split the model over: must be 1 so far")
+    trust_remote_code: bool = option(
+        False, "code from a checkpoint is never run: must be False", kind="bool"
+    )
+    tensor_parallel_size: int = option(
+        1, "GPUs to split the model over: must be 1 so far", kind="int"
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class CacheConfig:
     """The paged KV cache."""
 
-    block_size: int = option(16, "tokens in a KV block, a multiple of 16")
-    gpu_memory_utilization: float = option(0.9, "share of the GPU's memory for the engine, (0, 1]")
-    kv_cache_memory_bytes: int | None = option(None, "size of the KV cache in bytes")
-    num_kv_blocks: int | None = option(None, "size of the KV cache in blocks; wins over bytes")
-    enable_prefix_caching: bool = option(True, "reuse the KV of shared prompt prefixes")
+    block_size: int = option(16, "tokens in a KV block, a multiple of 16", kind="int")
+    gpu_memory_utilization: float = option(
+        0.9, "share of the GPU's memory for the engine, (0, 1]", kind="float"
+    )
+    kv_cache_memory_bytes: int | None = option(None, "size of the KV cache in bytes", kind="int")
+    num_kv_blocks: int | None = option(
+        None, "size of the KV cache in blocks; wins over bytes", kind="int"
+    )
+    enable_prefix_caching: bool = option(
+        True, "reuse the KV of shared prompt prefixes", kind="bool"
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
     """How much work goes into a step, and in which order requests get it."""
 
-    max_num_seqs: int | None = option(None, "most requests running at once")
-    max_num_batched_tokens: int | None = option(None, "most tokens computed in a step")
+    max_num_seqs: int | None = option(None, "most requests running at once", kind="int")
+    max_num_batched_tokens: int | None = option(None, "most tokens computed in a step", kind="int")
     mixed_prompt_tokens: int | None = option(
         None,
         "most prompt tokens in a step in which requests decode: a longer step is a longer gap "
         "between their tokens; default: by how many decode and wait on a GPU, 128 on a CPU",
+        kind="int",
     )
     async_scheduling: bool | None = option(
-        None, "launch a step before the last one's tokens are known; default: on a GPU"
+        None, "launch a step before the last one's tokens are known; default: on a GPU", kind="bool"
     )
     scheduling_policy: str = option("fcfs", "which request goes first", POLICIES)
 
@@ -107,7 +168,7 @@ class SchedulerConfig:
 class CompileConfig:
     """What is compiled, and when."""
 
-    enforce_eager: bool = option(False, "do not compile")
+    enforce_eager: bool = option(False, "do not compile", kind="bool")
     compile_when: str = option(
         "auto",
         "start: before the first request; background: at once, serving eagerly meanwhile; busy: "
@@ -117,12 +178,14 @@ class CompileConfig:
     max_cudagraph_capture_size: int | None = option(
         None,
         "largest decode batch that is captured as a CUDA graph; default: max_num_seqs, at most 512",
+        kind="int",
     )
     attention_backend: str = option("auto", "implementation of paged attention", BACKENDS)
     deterministic: bool = option(
         False,
         "a request's tokens do not depend, to the last bit, on what else is in the batch; slower, "
         "needs a GPU, does not compile",
+        kind="bool",
     )
 
 
@@ -130,8 +193,7 @@ class CompileConfig:
 class EngineConfig:
     """All options of an engine.
 
-    `EngineConfig.from_options(model=..., block_size=32)` takes flat options; `resolve` fills in
-    open values, with a reason for each.
+    `EngineConfig.from_options(model=..., block_size=32)` takes flat options. Paths become strings.
     """
 
     model: ModelConfig = ModelConfig()
@@ -144,6 +206,7 @@ class EngineConfig:
         """Sort flat options into groups. Raises ConfigError for an unknown name or a bad value."""
         groups = option_groups()
         owners = {f.name: group for group, kind in groups.items() for f in fields(kind)}
+        kinds = {f.name: f.metadata["kind"] for _, f in all_options()}
         try:
             reject_unknown(options, list(owners), "engine option")
         except ValueError as error:
@@ -153,6 +216,8 @@ class EngineConfig:
             if name == "dtype":  # torch.bfloat16 and vLLM's short names are accepted
                 text = str(value).removeprefix("torch.")
                 value = _DTYPE_ALIASES.get(text, text) if text in _DTYPE_NAMES else value
+            if isinstance(value, PurePath) and kinds[name] == "path":
+                value = str(value)
             chosen[owners[name]][name] = value
         config = cls(**{group: kind(**chosen[group]) for group, kind in groups.items()})
         config.check()
@@ -175,7 +240,7 @@ class EngineConfig:
             if value is not None and (not is_int or value < 1):
                 raise ConfigError(f"{name} must be an integer >= 1, got {value!r}")
         for group in option_groups():
-            _check_types_and_choices(getattr(self, group))
+            check_types_and_choices(getattr(self, group))
         self._check_unsupported()
         if cache.block_size < 16 or cache.block_size % 16:
             raise ConfigError(
@@ -214,59 +279,13 @@ class EngineConfig:
         if max_num_seqs is not None and max_num_seqs > MAX_NUM_SEQS:
             raise ConfigError(f"max_num_seqs must be at most {MAX_NUM_SEQS}, got {max_num_seqs}")
 
-    def resolve(
-        self, on_gpu: bool, max_position: int, memory_bytes: int = 0
-    ) -> tuple[EngineConfig, dict[str, Choice]]:
-        """A copy with every open value filled in, and the reason for each value.
-
-        max_position: the longest context that the model supports, in tokens. memory_bytes: memory
-        of the device.
-        """
-        asked = self.model.max_model_len
-        if asked is not None and asked > max_position:
-            raise ConfigError(
-                f"max_model_len={asked} is more than the {max_position} positions of the model; "
-                f"use at most {max_position}"
-            )
-        if self.compile.deterministic and not on_gpu:
-            raise ConfigError(
-                "deterministic=True needs a GPU: on a CPU the matrix library chooses the order of "
-                "its sums by the batch; leave it out"
-            )
-        where = "the default on a GPU" if on_gpu else "the default on a CPU"
-        seqs, tokens = (1024, 16384) if memory_bytes >= _LARGE_GPU else (256, 8192)
-        if not on_gpu:
-            seqs, tokens = 64, 512
-        max_num_seqs = self.scheduler.max_num_seqs or seqs
-        tokens = self.scheduler.max_num_batched_tokens or tokens
-        largest = self.compile.max_cudagraph_capture_size
-        if largest is not None and largest > max_num_seqs:
-            raise ConfigError(
-                f"max_cudagraph_capture_size={largest} is more than max_num_seqs={max_num_seqs}: "
-                "such a batch never runs; lower the one or raise the other"
-            )
-        open_values = {
-            "max_model_len": Choice(max_position, "the model's context"),
-            "max_num_seqs": Choice(max_num_seqs, where),
-            "max_num_batched_tokens": Choice(tokens, where),
-            "mixed_prompt_tokens": Choice(None if on_gpu else min(128, tokens), where),
-            "compile_when": Choice("start" if on_gpu else "busy", where),
-            "async_scheduling": Choice(on_gpu, where),
-            "max_cudagraph_capture_size": Choice(
-                min(max_num_seqs, _MOST_CAPTURED), f"max_num_seqs, at most {_MOST_CAPTURED}"
-            ),
-        }
-        groups = {f.name: group for group, f in all_options()}
-        reasons = {}
-        for name, choice in open_values.items():
-            given = getattr(getattr(self, groups[name]), name)
-            reasons[name] = choice if given in (None, "auto") else Choice(given, "as asked")
-        return self.replace(**{name: c.value for name, c in reasons.items()}), reasons
-
     def replace(self, **options: Any) -> EngineConfig:
         """A copy with some flat options changed, checked again."""
-        flat = {f.name: getattr(getattr(self, g), f.name) for g, f in all_options()}
-        return EngineConfig.from_options(**(flat | options))
+        return EngineConfig.from_options(**(self.options() | options))
+
+    def options(self) -> dict[str, Any]:
+        """All options by name."""
+        return {f.name: getattr(getattr(self, group), f.name) for group, f in all_options()}
 
 
 def option_groups() -> dict[str, type]:
@@ -284,23 +303,15 @@ def all_options() -> list[tuple[str, dataclasses.Field[Any]]]:
     return [(group, f) for group, kind in option_groups().items() for f in fields(kind)]
 
 
-_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
-    "str": ((str,), "a string"),
-    "int": ((int,), "an integer"),
-    "float": ((int, float), "a number"),
-    "bool": ((bool,), "True or False"),
-}
-
-
-def _check_types_and_choices(group: object) -> None:
+def check_types_and_choices(group: object) -> None:
+    """Raise ConfigError for an option of a group whose value is of another kind than its own."""
     for f in fields(group):  # type: ignore[arg-type]
-        choices, value = f.metadata.get("choices"), getattr(group, f.name)
+        choices, value = f.metadata["choices"], getattr(group, f.name)
+        if value is None and f.default is None:
+            continue
         if choices and value not in choices:
             raise ConfigError(f"{f.name} must be one of {', '.join(choices)}, got {value!r}")
-        kind, _, optional = str(f.type).partition(" | ")
-        types, words = _KINDS[kind]
-        is_kind = isinstance(value, types) and (kind == "bool" or not isinstance(value, bool))
-        if not is_kind and not (optional and value is None):
-            raise ConfigError(
-                f"{f.name} must be {words}{' or None' * bool(optional)}, got {value!r}"
-            )
+        types, words = KINDS[f.metadata["kind"]]
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            words += " or None" * (f.default is None)
+            raise ConfigError(f"{f.name} must be {words}, got {value!r}")

@@ -133,7 +133,7 @@ class BlockCompiler:
         self.compiled: dict[str, Forward] | None = None
         self._thread: threading.Thread | None = None
         self._threads_to_restore = 1
-        self._busy_seconds_left = math.inf
+        self._busy_s_left = math.inf
         self.num_compiles = 0
         self.seconds = 0.0
         self.error: str | None = None
@@ -176,9 +176,9 @@ class BlockCompiler:
         self._threads_to_restore = num_threads
         torch.set_num_threads(max(1, num_threads - 1))
 
-    def compile_after(self, busy_seconds: float) -> None:
+    def compile_after(self, busy_s: float) -> None:
         """Compile in the background once `count_work` has seen this many seconds of work."""
-        self._busy_seconds_left = busy_seconds
+        self._busy_s_left = busy_s
 
     def count_work(self, seconds: float) -> None:
         """Add seconds of the model's work. The thread that runs steps calls this between steps."""
@@ -186,9 +186,9 @@ class BlockCompiler:
             self._thread = None
             torch.set_num_threads(self._threads_to_restore)
             self._switch_over()
-        self._busy_seconds_left -= seconds
-        if self._busy_seconds_left <= 0:
-            self._busy_seconds_left = math.inf
+        self._busy_s_left -= seconds
+        if self._busy_s_left <= 0:
+            self._busy_s_left = math.inf
             self.compile_in_background()
 
     def wait(self) -> None:

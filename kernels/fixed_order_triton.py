@@ -41,13 +41,13 @@ class Tiling:
     num_stages: int
 
 
-def tiling_for(num_rows: int, num_outputs: int, itemsize: int) -> Tiling:
+def tiling_for(num_rows: int, num_outputs: int, dtype: torch.dtype) -> Tiling:
     """Choose few outputs per program for few rows, so that every multiprocessor has work.
 
     All tilings of a dtype sum in the same order: 16-bit types in steps of 16 inputs, as the tensor
     cores do for any tile of at least 64 rows; float32 in steps of one input.
     """
-    if itemsize == 4:
+    if dtype == torch.float32:
         return Tiling(32, 32, 32, 4, 2)
     if num_rows > 64:
         return Tiling(128, 128, 64, 8, 3)
@@ -103,7 +103,7 @@ def linear(
     if num_rows == 0:
         return out
     assert x.stride(1) == weight.stride(1) == out.stride(1) == 1
-    t = tiling_for(num_rows, num_outputs, x.element_size())
+    t = tiling_for(num_rows, num_outputs, x.dtype)
     _linear_kernel[(triton.cdiv(num_rows, t.rows) * triton.cdiv(num_outputs, t.outputs),)](
         x, weight, weight if bias is None else bias, out, num_rows, num_outputs,
         x.stride(0), weight.stride(0), out.stride(0), NUM_INPUTS=num_inputs,

@@ -41,7 +41,7 @@ class Tiling:
     group: int = 8
 
 
-def tiling_for(num_items: int, num_experts: int, itemsize: int) -> Tiling:
+def tiling_for(num_items: int, num_experts: int, dtype: torch.dtype) -> Tiling:
     """Choose rows for twice an expert's average items: a second block reads the weights again.
 
     With few items the matmuls are bound by reading weights: two programs per multiprocessor have up
@@ -50,7 +50,7 @@ def tiling_for(num_items: int, num_experts: int, itemsize: int) -> Tiling:
     2.9 to 3.1 TB/s for larger weights.
     """
     rows = triton.next_power_of_2(triton.cdiv(2 * num_items, num_experts))
-    if itemsize == 4:
+    if dtype == torch.float32:
         return Tiling(min(max(rows, 16), 32), 32, 32, 4, 2)
     if rows <= 16:
         return Tiling(16, 64, 128, 4, 4)
@@ -213,7 +213,7 @@ def experts(
     if num_tokens == 0:
         return out
     num_items = num_tokens * top_k
-    t = tiling_for(num_items, num_experts, x.element_size())
+    t = tiling_for(num_items, num_experts, x.dtype)
     plan = Plan.of(expert_ids, num_experts, t.rows)
     inner = x.new_empty((num_items, size))
     grouped_product(x, gate_up, gate_up_bias, inner, plan, t, True, alpha, limit)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,7 +17,7 @@ from compiledllm.kernels.launch import launch_options, num_multiprocessors
 from compiledllm.kernels.online_softmax_triton import Tiling, after_sinks, attend_keys
 
 
-def prefill_tiling(head_dim: int, group: int, itemsize: int, num_queries: int) -> Tiling:
+def prefill_tiling(head_dim: int, group: int, dtype: torch.dtype, num_queries: int) -> Tiling:
     """group: query heads per KV head, all in one program. num_queries: query tokens times heads.
 
     The fastest of 10 tilings on an H100 (bfloat16, 16 prompts of 1024 tokens). Two programs on a
@@ -26,7 +27,7 @@ def prefill_tiling(head_dim: int, group: int, itemsize: int, num_queries: int) -
     time.
     """
     min_rows = triton.next_power_of_2(group)
-    if itemsize == 4:
+    if dtype == torch.float32:
         return Tiling(max(32, min_rows), 32, 4, 2)
     if head_dim > 128:
         return Tiling(max(64, min_rows), 32, 4, 1)
@@ -125,7 +126,7 @@ def attend_prompts(
     query, kv_cache, block_tables = tensors[:3]
     (num_tokens, num_heads, head_dim), num_rows = query.shape, len(block_tables)
     group, num_queries = constants["GROUP"], 0 if fixed_order else num_tokens * num_heads
-    tiling = prefill_tiling(head_dim, group, query.element_size(), num_queries)
+    tiling = prefill_tiling(head_dim, group, query.dtype, num_queries)
     num_programs = num_tokens // (tiling.rows // group) + num_rows
     _prefill_kernel[(kv_cache.shape[3] * num_programs,)](
         *tensors, *scalars, num_rows,

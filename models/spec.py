@@ -1,14 +1,19 @@
 """A model's architecture as data: frozen specs that a family file makes from a checkpoint's config.
 
-Equal `LayerSpec`s share one compiled block. Parameter counts, bytes and KV bytes per token follow
-from a spec without building the model.
+Equal `LayerSpec`s share one compiled block. The weights' matrices and their bytes, and what each
+layer keeps per token (`LayerCache`), follow from a spec without building the model.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
+
+from compiledllm.models.layer_cache import LayerCache, PagedKV
+from compiledllm.models.matrices import Matrix, Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +98,20 @@ class AttentionSpec:
         }
         return shapes[self.qk_norm_over]
 
+    def cache(self, dtype: torch.dtype) -> LayerCache:
+        """What the layer keeps of each token. dtype: of keys and values."""
+        return PagedKV(self.num_kv_heads, self.head_dim, self.sliding_window, dtype)
+
+    def weights(self, hidden_size: int) -> Weights:
+        num_qkv = self.q_size + 2 * self.kv_size
+        qkv = Matrix("attn.qkv", num_qkv, hidden_size)
+        out = Matrix("attn.out", hidden_size, self.q_size)
+        biases = self.qkv_bias * num_qkv + self.output_bias * hidden_size
+        sinks = self.has_sinks * self.num_heads
+        return Weights((qkv, out), biases + sinks + self._num_parameters_of_norms)
+
     @property
-    def num_parameters_of_norms(self) -> int:
+    def _num_parameters_of_norms(self) -> int:
         if self.qk_norm is None:
             return 0
         shapes = map(self.qk_norm_shape, (self.num_heads, self.num_kv_heads))
@@ -110,11 +127,13 @@ class MlpSpec:
     activation: str = "silu"
     gated: bool = True
 
-    def num_parameters(self, hidden_size: int) -> int:
-        up = (1 + self.gated) * self.intermediate_size * (hidden_size + self.bias)
-        return up + hidden_size * (self.intermediate_size + self.bias)
+    def weights(self, hidden_size: int, path: str = "mlp") -> Weights:
+        num_up = (1 + self.gated) * self.intermediate_size
+        up = Matrix(f"{path}.gate_up" if self.gated else f"{path}.up", num_up, hidden_size)
+        down = Matrix(f"{path}.down", hidden_size, self.intermediate_size)
+        return Weights((up, down), self.bias * (num_up + hidden_size))
 
-    num_parameters_used = num_parameters
+    weights_used = weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,19 +155,26 @@ class MoeSpec:
     alpha: float = 1.0
     limit: float = 0.0
 
-    def num_parameters(self, hidden_size: int) -> int:
-        return self._num_parameters(hidden_size, self.num_experts)
+    def weights(self, hidden_size: int) -> Weights:
+        return self._weights(hidden_size, self.num_experts)
 
-    def num_parameters_used(self, hidden_size: int) -> int:
+    def weights_used(self, hidden_size: int) -> Weights:
         """By one token."""
-        return self._num_parameters(hidden_size, self.top_k)
+        return self._weights(hidden_size, self.top_k)
 
-    def _num_parameters(self, hidden_size: int, num_experts: int) -> int:
-        shared = hidden_size * (3 * self.shared_size + 1) if self.shared_size else 0
+    def _weights(self, hidden_size: int, num_experts: int) -> Weights:
         size = self.intermediate_size
-        expert = 3 * hidden_size * size + self.bias * (2 * size + hidden_size)
-        router = self.num_experts * (hidden_size + self.bias)
-        return router + num_experts * expert + shared
+        matrices = (
+            Matrix("mlp.router", self.num_experts, hidden_size),
+            Matrix("mlp.gate_up", 2 * size, hidden_size, num_experts),
+            Matrix("mlp.down", hidden_size, size, num_experts),
+        )
+        biases = self.num_experts + num_experts * (2 * size + hidden_size)
+        experts = Weights(matrices, self.bias * biases)
+        if not self.shared_size:
+            return experts
+        gate = Weights((Matrix("mlp.shared_gate", 1, hidden_size),))
+        return experts.plus(MlpSpec(self.shared_size).weights(hidden_size, "mlp.shared"), gate)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,11 +189,11 @@ class OpaqueSpec:
     used: int
     intermediate_size: int = 0
 
-    def num_parameters(self, _hidden_size: int) -> int:
-        return self.total
+    def weights(self, _hidden_size: int) -> Weights:
+        return Weights(num_others=self.total)
 
-    def num_parameters_used(self, _hidden_size: int) -> int:
-        return self.used
+    def weights_used(self, _hidden_size: int) -> Weights:
+        return Weights(num_others=self.used)
 
 
 # Kinds of residual connection, with the number of norms before and after attention and MLP.
@@ -193,21 +219,23 @@ class LayerSpec:
     residual_scale: float = 1.0
 
     @property
-    def num_parameters(self) -> int:
-        return self._num_parameters_beside_mlp + self.mlp.num_parameters(self.hidden_size)
+    def weights(self) -> Weights:
+        return self._weights_beside_mlp.plus(self.mlp.weights(self.hidden_size))
 
     @property
-    def num_parameters_used(self) -> int:
+    def weights_used(self) -> Weights:
         """By one token."""
-        return self._num_parameters_beside_mlp + self.mlp.num_parameters_used(self.hidden_size)
+        return self._weights_beside_mlp.plus(self.mlp.weights_used(self.hidden_size))
 
     @property
-    def _num_parameters_beside_mlp(self) -> int:
-        h, a = self.hidden_size, self.attn
-        qkv = (a.q_size + 2 * a.kv_size) * (h + a.qkv_bias)
-        out = h * (a.q_size + a.output_bias) + a.has_sinks * a.num_heads
+    def _weights_beside_mlp(self) -> Weights:
         num_norms = NORMS_BEFORE[self.residual] + NORMS_BEHIND[self.residual]
-        return qkv + out + num_norms * self.norm.num_parameters(h) + a.num_parameters_of_norms
+        norms = Weights(num_others=num_norms * self.norm.num_parameters(self.hidden_size))
+        return self.attn.weights(self.hidden_size).plus(norms)
+
+    @property
+    def num_parameters(self) -> int:
+        return self.weights.num_parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +247,9 @@ class ModelSpec:
     is none. embedding_size: width of embedding and head in models that project between them and
     the blocks; 0: hidden_size. implementation: "compiledllm", or "transformers" for models that run
     as transformers' modules, whose num_other_parameters the other fields do not describe.
+
+    dtype: of weights and activations, a name in torch: the checkpoint's until `with_dtypes` sets
+    the engine's. kv_dtype: of keys and values; "": dtype.
     """
 
     architecture: str
@@ -228,7 +259,7 @@ class ModelSpec:
     final_norm: NormSpec
     tie_word_embeddings: bool
     max_position: int
-    dtype: str  # the checkpoint's: float32, float16 or bfloat16
+    dtype: str
     eos_token_ids: tuple[int, ...]
     initializer_range: float = 0.02
     num_learned_positions: int = 0
@@ -240,43 +271,79 @@ class ModelSpec:
     embedding_size: int = 0
     implementation: str = "compiledllm"
     num_other_parameters: int = 0
+    kv_dtype: str = ""
+
+    def with_dtypes(self, dtype: str, kv_dtype: str = "") -> ModelSpec:
+        """The spec of a model that runs in these dtypes; its bytes follow from them."""
+        return replace(self, dtype=dtype, kv_dtype=kv_dtype)
 
     @property
-    def num_parameters(self) -> int:
-        num_ends = 1 if self.tie_word_embeddings else 2
-        tables = num_ends * self.vocab_size * self.embedding_width
-        projections = 2 * self.embedding_size * self.hidden_size
-        positions = self.num_learned_positions * self.hidden_size
-        blocks = sum(layer.num_parameters for layer in self.layers)
-        norm = self.final_norm.num_parameters(self.hidden_size)
-        bias = self.lm_head_bias * self.vocab_size
-        return tables + projections + positions + blocks + norm + bias + self.num_other_parameters
-
-    @property
-    def sparsity(self) -> int:
-        """The blocks' parameters per parameter that a token uses, rounded to a power of two."""
-        used = sum(layer.num_parameters_used for layer in self.layers)
-        return 1 << round(math.log2(sum(layer.num_parameters for layer in self.layers) / used))
+    def torch_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
 
     @property
     def embedding_width(self) -> int:
         return self.embedding_size or self.hidden_size
 
     @property
-    def has_windows(self) -> bool:
-        return any(layer.attn.sliding_window for layer in self.layers)
-
-    def kv_bytes_per_token(self, itemsize: int) -> int:
-        """KV cache bytes of a token over all layers, for elements of `itemsize` bytes."""
-        return sum(2 * layer.attn.kv_size * itemsize for layer in self.layers)
-
-    def kv_bytes_seen(self, num_tokens: int, itemsize: int) -> int:
-        """KV cache bytes that the last of `num_tokens` tokens reads, sliding windows considered."""
-        return sum(
-            2 * layer.attn.kv_size * itemsize * layer.attn.num_seen(num_tokens)
-            for layer in self.layers
-        )
-
-    @property
     def distinct_layers(self) -> Counter[LayerSpec]:
         return Counter(self.layers)
+
+    # -- weights -------------------------------------------------------------------------------
+
+    @property
+    def weights(self) -> Weights:
+        """All weights. A tied output head is the embedding and does not count again."""
+        matrices = [Matrix("embedding", self.vocab_size, self.embedding_width)]
+        if not self.tie_word_embeddings:
+            matrices.append(self._head)
+        if size := self.embedding_size:
+            matrices.append(Matrix("project_in", self.hidden_size, size))
+            matrices.append(Matrix("project_out", size, self.hidden_size))
+        positions = self.num_learned_positions * self.hidden_size
+        norm = self.final_norm.num_parameters(self.hidden_size)
+        bias = self.lm_head_bias * self.vocab_size
+        ends = Weights(tuple(matrices), positions + norm + bias + self.num_other_parameters)
+        return ends.plus(*(layer.weights for layer in self.layers))
+
+    @property
+    def weights_read(self) -> Weights:
+        """The fewest weights a step reads: all blocks, the final norm and the output head.
+
+        Of a mixture of experts only the experts of one token count, as all tokens may share them.
+        """
+        ends = Weights((self._head,), self.hidden_size)
+        return ends.plus(*(layer.weights_used for layer in self.layers))
+
+    @property
+    def _head(self) -> Matrix:
+        return Matrix("lm_head", self.vocab_size, self.embedding_width)
+
+    @property
+    def num_parameters(self) -> int:
+        return self.weights.num_parameters
+
+    def num_bytes(self, weights: Weights) -> int:
+        """Bytes that weights of this model take in memory, each matrix in its storage format."""
+        of_matrices = sum(map(self._bytes_of_matrix, weights.matrices))
+        return of_matrices + weights.num_others * self.torch_dtype.itemsize
+
+    def _bytes_of_matrix(self, matrix: Matrix) -> int:
+        # The only storage format so far is the model's dtype.
+        return matrix.num_parameters * self.torch_dtype.itemsize
+
+    @property
+    def sparsity(self) -> int:
+        """The blocks' parameters per parameter that a token uses, rounded to a power of two."""
+        used = sum(layer.weights_used.num_parameters for layer in self.layers)
+        return 1 << round(math.log2(sum(layer.num_parameters for layer in self.layers) / used))
+
+    def cache_of(self, layer: LayerSpec) -> LayerCache:
+        """What the layer keeps of the tokens that it has seen."""
+        dtype: torch.dtype = getattr(torch, self.kv_dtype or self.dtype)
+        return layer.attn.cache(dtype)
+
+    @property
+    def layer_caches(self) -> tuple[LayerCache, ...]:
+        return tuple(self.cache_of(layer) for layer in self.layers)

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from compiledllm.config import ConfigError
 from compiledllm.kernels.attention import (
     REFERENCE,
-    kv_cache_shape,
     make_backend,
     paged_attention,
     store_kv,
@@ -268,8 +267,7 @@ class _TwoRows:
 
     def __init__(self, body: _Body, spec: ModelSpec) -> None:
         self._body, self._vocab_size = body, spec.vocab_size
-        sizes = [(layer.attn.num_kv_heads, layer.attn.head_dim) for layer in spec.layers]
-        shapes = [kv_cache_shape(len(_ROWS) + 1, _BLOCK, *size) for size in sizes]
+        shapes = [cache.shape(len(_ROWS) + 1, _BLOCK) for cache in spec.layer_caches]
         self._kv_caches = [torch.zeros(shape) for shape in shapes]
 
     def __call__(self, *parts: tuple[int, int, int]) -> list[Tensor]:

@@ -1,6 +1,6 @@
-"""The engine's core loop: schedule, execute, update. Knows token ids, no text.
+"""The engine's core loop: schedule, launch, collect, update. Knows token ids, no text.
 
-core = EngineCore(config)
+core = EngineCore(plan(config))
 core.add(spec)
 while core.has_unfinished():
     news = core.step()
@@ -12,90 +12,83 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, KeysView
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from compiledllm.config import Choice, ConfigError, EngineConfig
+from compiledllm.config import ConfigError, Report
 from compiledllm.engine.isolation import Isolation
+from compiledllm.engine.plan_views import start_lines
 from compiledllm.engine.served_model import ServedModel
-from compiledllm.graphs.buckets import StepShape, step_shapes
 from compiledllm.log import log
-from compiledllm.models.build import build_model
-from compiledllm.models.cache_groups import choose_groups
-from compiledllm.models.decoder import Decoder
-from compiledllm.models.deterministic import make_deterministic
-from compiledllm.models.registry import load_spec
-from compiledllm.models.source import resolve_checkpoint
 from compiledllm.models.spec import ModelSpec
 from compiledllm.outputs import FinishReason
 from compiledllm.platform import Platform, is_fatal
-from compiledllm.runner.choose_backend import choose_backend
-from compiledllm.runner.kv_cache import allocate_kv_caches, block_bytes, plan_num_blocks
-from compiledllm.runner.memory import (
-    check_gpu_is_free,
-    max_sampling_bytes,
-    measure_activations,
-    plan_memory,
-)
+from compiledllm.resolved_config import ResolvedConfig
 from compiledllm.runner.model_runner import ModelRunner
 from compiledllm.runner.pending import PendingOutput
+from compiledllm.runner.plan import Plan
+from compiledllm.runner.worker import Worker
 from compiledllm.scheduler.block_pool import BlockPool
-from compiledllm.scheduler.kv_manager import most_blocks_of_all, num_blocks_needed
 from compiledllm.scheduler.policy import BALANCED_TOKENS, Pace
 from compiledllm.scheduler.scheduler import Scheduler
 from compiledllm.types import Grammar, Request, RequestSpec, SchedulerOutput, StepNews
 
 IDLE_CHECK_INTERVAL_S = 10.0
-# On two CPU cores, compiling takes 10 to 30 s, during which the model has one core fewer, and makes
-# a step up to 14 % faster (16 requests; one request: no faster). Shorter work never gains from it.
-BUSY_S = 60.0
 
 
 class EngineCore:
-    """One model on one device, and the requests that it serves. Single-threaded.
+    """A scheduler, the worker that runs its steps, and the requests. Single-threaded.
 
-    Attributes: `config` (resolved), `choices` (option -> value and reason), `model_path`, `spec`,
-    `scheduler`, `runner`, `startup_s` (phase -> seconds), `on_start` (called with the ids of
-    requests that begin to run, before the first step that has them).
+    Attributes: `plan`, `scheduler`, `worker`, `report` (option -> value and reason), `startup_s`
+    (phase -> seconds), `on_start` (called with the ids of requests that begin to run, before the
+    first step that has them).
     """
 
-    def __init__(self, config: EngineConfig) -> None:
-        self.startup_s: dict[str, float] = {}
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
         self.isolation: Isolation | None = None
         self.num_step_tokens = 0  # tokens of the step scheduled last
         self.on_start: Callable[[Iterable[str]], None] | None = None
         self._last_idle_check = 0.0
         self._in_flight: deque[tuple[SchedulerOutput, PendingOutput]] = deque()
         started = time.perf_counter()
-        self.model_path: Path = resolve_checkpoint(
-            config.model.model,
-            config.model.revision,
-            weights=config.model.load_format != "dummy",
-        )
-        self.spec: ModelSpec = load_spec(self.model_path, config.model.model_impl)
-        self.platform = Platform.detect(config.model.device)
-        self.config, self.choices = config.resolve(
-            self.platform.is_cuda, self.spec.max_position, self.platform.memory_bytes
-        )
-        if self.spec.implementation == "transformers":
-            self._note_transformers()
-        asked = config.model.dtype
-        self.choices["dtype"] = self.platform.choose_dtype(asked, self.spec.dtype)
-        self._choose_attention()
-        sized = config.cache.num_kv_blocks or config.cache.kv_cache_memory_bytes
-        if self.platform.is_cuda and not sized:
-            check_gpu_is_free(self.platform, config.cache.gpu_memory_utilization)
-        self.startup_s["config"] = time.perf_counter() - started
-        model = self._build_model()
-        if model.spec.tie_word_embeddings != self.spec.tie_word_embeddings:
-            self.choices["tie_word_embeddings"] = Choice(False, "the checkpoint has its own head")
-        self.spec = model.spec
-        self.startup_s["weights"] = time.perf_counter() - started - self.startup_s["config"]
-        self.runner, self.scheduler = self._build_runner(model)
-        self._start_compiler()
-        self._capture()
-        self.startup_s["total"] = time.perf_counter() - started
-        self._report()
+        self.worker = Worker(plan)
+        num_kv_blocks = self.worker.count_kv_blocks()
+        self.scheduler = _scheduler(plan, num_kv_blocks)
+        limits = plan.config.limits
+        longest = min(limits.max_model_len, self.scheduler.kv.most_tokens)
+        self.worker.start(num_kv_blocks, max_blocks=-(-longest // limits.block_size))
+        self.report: Report = plan.report | self.worker.report
+        self.startup_s = {"config": plan.seconds, **self.worker.startup_s}
+        self.startup_s["total"] = plan.seconds + time.perf_counter() - started
+        for topic, line in start_lines(plan, self.worker, self.startup_s).items():
+            log.info("%-10s %s", topic, line)
+
+    @property
+    def config(self) -> ResolvedConfig:
+        return self.plan.config
+
+    @property
+    def model_path(self) -> Path:
+        return self.plan.checkpoint
+
+    @property
+    def platform(self) -> Platform:
+        return self.plan.platform
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.worker.spec
+
+    @property
+    def runner(self) -> ModelRunner:
+        return self.worker.runner
+
+    def options(self) -> dict[str, Any]:
+        """All options by name, with the values in use."""
+        num_blocks = self.worker.num_kv_blocks
+        num_bytes = (num_blocks + 1) * self.plan.block_bytes  # with the null block
+        sizes = {"num_kv_blocks": num_blocks, "kv_cache_memory_bytes": num_bytes}
+        return self.plan.options() | sizes
 
     # -- requests ------------------------------------------------------------------------------
 
@@ -128,11 +121,11 @@ class EngineCore:
         step = self.scheduler.schedule()
         self._note_start(step)
         try:
-            self._in_flight.append((step, self.runner.launch(step)))
-            if len(self._in_flight) <= bool(self.config.scheduler.async_scheduling):
+            self._in_flight.append((step, self.worker.launch(step)))
+            if len(self._in_flight) <= self.config.async_scheduling:
                 return StepNews()
             step, output = self._in_flight.popleft()
-            news = self.scheduler.update(step, self.runner.collect(output))
+            news = self.scheduler.update(step, self.worker.collect(output))
         except BaseException as error:
             return self._recover(step, error)
         if self.isolation is not None:
@@ -168,7 +161,7 @@ class EngineCore:
     def _abandon(self, step: SchedulerOutput, failed: bool) -> None:
         self.scheduler.abandon_step(step, failed)
         self._in_flight.clear()
-        self.runner.reset()
+        self.worker.reset()
 
     def check_when_idle(self) -> None:
         """Without requests, verify that no block leaked, at most every IDLE_CHECK_INTERVAL_S."""
@@ -180,7 +173,8 @@ class EngineCore:
     def served_model(self) -> ServedModel:
         """The facts that a `RequestFactory` needs about the model."""
         return ServedModel(
-            self.config,
+            self.config.asked,
+            self.config.limits.max_model_len,
             self.model_path,
             self.spec.vocab_size,
             self.spec.eos_token_ids,
@@ -188,209 +182,27 @@ class EngineCore:
             max_position=self.spec.max_position,
         )
 
-    # -- start-up ------------------------------------------------------------------------------
 
-    def _note_transformers(self) -> None:
-        architecture = self.spec.architecture
-        if self.config.compile.deterministic:
-            raise ConfigError(
-                f"deterministic=True is not supported for {architecture} as transformers runs it; "
-                "leave it out"
-            )
-        asked = self.config.model.model_impl == "transformers"
-        reason = "as asked" if asked else f"there is no family for {architecture}"
-        self.choices["model_impl"] = Choice("transformers", reason)
-        log.warning("transformers runs the model, over our paged attention (%s)", reason)
-
-    def _choose_attention(self) -> None:
-        config = self.config
-        max_len, max_seqs = config.model.max_model_len, config.scheduler.max_num_seqs
-        assert max_len is not None and max_seqs is not None
-        block_size = config.cache.block_size
-        preferred = self.platform.choose_attention_backend(
-            config.compile.attention_backend, config.compile.deterministic
+def _scheduler(plan: Plan, num_kv_blocks: int) -> Scheduler:
+    """Raises ConfigError if so few blocks hold no token in each group of layers."""
+    config, limits, windows = plan.config, plan.config.limits, plan.kv_layout.windows
+    asked = config.asked
+    scheduler = Scheduler(
+        BlockPool(num_kv_blocks, asked.cache.enable_prefix_caching),
+        limits.block_size,
+        limits.max_num_seqs,
+        limits.max_num_batched_tokens,
+        asked.scheduler.scheduling_policy,
+        Pace(BALANCED_TOKENS * plan.spec.sparsity, config.mixed_prompt_tokens),
+        windows,
+    )
+    if scheduler.kv.most_tokens == 0:
+        raise ConfigError(
+            f"{num_kv_blocks} KV blocks hold no token in each of {len(windows)} groups of layers; "
+            f"{plan.blocks_per_context} hold a whole context: give the cache more room "
+            "(num_kv_blocks, kv_cache_memory_bytes)"
         )
-        self.choices["attention_backend"], self._backend = choose_backend(
-            preferred,
-            self.spec,
-            self.dtype,
-            block_size,
-            max_pages=(max_seqs + 1) * -(-max_len // block_size),
-            device=self.platform.device,
-        )
-        if not self._backend.runs_ahead:
-            reason = f"{self._backend.name} plans step by step"
-            self.choices["async_scheduling"] = Choice(False, reason)
-            self.config = config.replace(async_scheduling=False)
-        self.groups, self.choices["kv_groups"] = choose_groups(self.spec, max_len, self._backend)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, str(self.choices["dtype"].value))
-        return dtype
-
-    def _build_model(self) -> Decoder:
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(self.dtype)
-        try:
-            with torch.device(self.platform.device), torch.inference_mode():
-                is_dummy = self.config.model.load_format == "dummy"
-                model = build_model(
-                    self.spec,
-                    self._backend,
-                    self.model_path,
-                    dummy_seed=self.config.model.seed if is_dummy else None,
-                )
-        finally:
-            torch.set_default_dtype(default)
-        if self.config.compile.deterministic:
-            make_deterministic(model)
-        return model.eval()
-
-    def _build_runner(self, model: Decoder) -> tuple[ModelRunner, Scheduler]:
-        config, device = self.config, self.platform.device
-        max_len, max_seqs = config.model.max_model_len, config.scheduler.max_num_seqs
-        max_tokens = config.scheduler.max_num_batched_tokens
-        assert max_len is not None and max_seqs is not None and max_tokens is not None
-        block_size = config.cache.block_size
-        groups, sizes = self.groups, (block_size, max_seqs, max_tokens)
-        num_blocks, self.choices["num_kv_blocks"] = plan_num_blocks(
-            config.cache,
-            block_bytes(self.spec, groups, block_size, self.dtype),
-            self.platform,
-            bytes_in_use=self._plan_memory(model, max_seqs, max_tokens),
-            max_useful=most_blocks_of_all(groups.windows, *sizes, max_len),
-        )
-        pool = BlockPool(num_blocks, config.cache.enable_prefix_caching)
-        policy = config.scheduler.scheduling_policy
-        pace = Pace(BALANCED_TOKENS * self.spec.sparsity, config.scheduler.mixed_prompt_tokens)
-        scheduler = Scheduler(pool, *sizes, policy, pace, groups.windows)
-        caches = allocate_kv_caches(self.spec, groups, num_blocks, block_size, self.dtype, device)
-        if scheduler.kv.most_tokens == 0:
-            raise ConfigError(
-                f"{num_blocks} KV blocks hold no token in each of {len(groups.windows)} groups of "
-                f"layers; {num_blocks_needed(groups.windows, block_size, max_len)} hold a whole "
-                "context: give the cache more room (num_kv_blocks, kv_cache_memory_bytes)"
-            )
-        max_blocks = -(-min(max_len, scheduler.kv.most_tokens) // block_size)
-        runner = ModelRunner(model, groups, caches, *sizes, max_blocks)
-        return runner, scheduler
-
-    def _plan_memory(self, model: Decoder, max_num_seqs: int, max_tokens: int) -> int:
-        """CUDA: bytes of the engine's memory that the KV cache cannot have. CPU: 0."""
-        config = self.config
-        if not self.platform.is_cuda:
-            return 0
-        activations = measure_activations(
-            model,
-            self.groups,
-            config.cache.block_size,
-            self.dtype,
-            self.platform,
-            max_num_seqs,
-            max_tokens,
-        )
-        share = config.cache.gpu_memory_utilization
-        budget = plan_memory(
-            self.platform,
-            share,
-            activations,
-            num_captures=len(self._shapes_to_capture()),
-            sampling=max_sampling_bytes(max_num_seqs, self.spec.vocab_size),
-        )
-        self.choices["memory"] = Choice(budget, "activations measured")
-        return budget.in_use
-
-    def _why_not_capture(self) -> str | None:
-        """The reason why steps cannot be captured, or None."""
-        if not self.platform.is_cuda:
-            return "CUDA graphs need a GPU"
-        if self.config.compile.enforce_eager:
-            return "enforce_eager"
-        if not self._backend.captures:
-            return f"attention_backend='{self._backend.name}' asks the host"
-        return None
-
-    def _shapes_to_capture(self) -> list[StepShape]:
-        if self._why_not_capture():
-            return []
-        max_tokens = self.config.scheduler.max_num_batched_tokens
-        max_rows = self.config.compile.max_cudagraph_capture_size
-        assert max_tokens and max_rows
-        shapes = step_shapes(max_rows, max_tokens)
-        return [shape for shape in shapes if shape.is_decode or self._backend.captures_prompts]
-
-    def _start_compiler(self) -> None:
-        started = time.perf_counter()
-        compiler, when = self.runner.compiler, self.choices["compile_when"]
-        obstacle = self.platform.why_not_compile()
-        if self.config.compile.enforce_eager:
-            self.choices["compile"] = Choice("nothing", "enforce_eager")
-        elif self.config.compile.deterministic:
-            self.choices["compile"] = Choice("nothing", "deterministic")
-        elif obstacle:
-            self.choices["compile"] = Choice("nothing, running eagerly", obstacle)
-        elif when.value == "busy":
-            compiler.compile_after(BUSY_S)
-            reason = f"after {BUSY_S:.0f} s of work, when it pays; eager until then"
-            self.choices["compile"] = Choice("decoder block", reason)
-        elif when.value == "background":
-            compiler.compile_in_background()
-            self.choices["compile"] = Choice("decoder block", "now; eager until it is ready")
-        elif compiler.compile():
-            self.choices["compile"] = Choice("decoder block", "before the first request")
-        else:
-            self.choices["compile"] = Choice("nothing, running eagerly", str(compiler.error))
-        self.startup_s["compile"] = time.perf_counter() - started
-
-    def _capture(self) -> None:
-        """Capture steps as CUDA graphs, if the device and the attention backend allow it."""
-        obstacle = self._why_not_capture()
-        if obstacle:
-            self.choices["capture"] = Choice("nothing", obstacle)
-        else:
-            graphs = self.runner.capture(self._shapes_to_capture())
-            self.startup_s["capture"] = graphs.seconds
-            self.choices["capture"] = Choice(
-                f"{len(graphs.shapes)} step sizes", f"whole steps, {graphs.seconds:.1f} s"
-            )
-
-    def _report(self) -> None:
-        spec, distinct = self.spec, len(self.spec.distinct_layers)
-        lines = {
-            "model": f"{self.model_path} ({spec.architecture}, {len(spec.layers)} layers, "
-            f"{spec.num_parameters / 1e6:.1f} M parameters)",
-            "run by": self.choices.get("model_impl"),
-            "tied head": self.choices.get("tie_word_embeddings"),
-            "device": f"{self.platform.device} ({self.platform.name}; {self.platform.versions()})",
-            "dtype": self.choices["dtype"],
-            "attention": self.choices["attention_backend"],
-            "memory": self.choices.get("memory"),
-            "KV cache": self._describe_cache(),
-            "KV groups": self.choices["kv_groups"] if spec.has_windows else None,
-            "context": self.choices["max_model_len"],
-            "batch": f"at most {self.choices['max_num_seqs'].value} requests, "
-            f"{self.choices['max_num_batched_tokens']} tokens a step",
-            "compile": f"{self.choices['compile']}, {distinct} distinct of {len(spec.layers)}",
-            "capture": self.choices["capture"],
-            "ready in": f"{self.startup_s['total']:.1f} s "
-            f"(weights {self.startup_s['weights']:.1f} s)",
-        }
-        for name, value in lines.items():
-            if value is not None:
-                log.info("%-10s %s", name, value)
-
-    def _describe_cache(self) -> str:
-        size, blocks = self.config.cache.block_size, self.scheduler.block_pool.num_blocks
-        mib = blocks * block_bytes(self.spec, self.groups, size, self.dtype) / 2**20
-        max_len, windows = self.config.model.max_model_len, self.groups.windows
-        assert max_len is not None
-        room = f"= {blocks * size} tokens"
-        if windows != (0,):
-            needed = num_blocks_needed(windows, size, max_len)
-            room = f"of a group of layers; {max_len} tokens of a request take {needed}"
-        reason = self.choices["num_kv_blocks"].reason
-        return f"{blocks} blocks of {size} tokens {room}, {mib:.0f} MiB ({reason})"
+    return scheduler
 
 
 def _ids_of(step: SchedulerOutput) -> list[str]:

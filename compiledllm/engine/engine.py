@@ -32,6 +32,7 @@ from compiledllm.engine.prompts import (
 from compiledllm.engine.request_state import OutputStream, RequestState
 from compiledllm.engine.requests import RequestFactory
 from compiledllm.engine.shared_core import SharedCore
+from compiledllm.engine.startup import plan
 from compiledllm.engine.tokenizer import Tokenizer
 from compiledllm.log import show_logs
 from compiledllm.models.source import resolve_checkpoint
@@ -54,13 +55,11 @@ class Engine:
 
     def __init__(self, model: str | Path | None = None, **options: Any) -> None:
         show_logs()
-        named = {"model": model, "tokenizer": options.pop("tokenizer", None)}
-        paths = {name: str(path) for name, path in named.items() if path is not None}
-        self.core = EngineCore(EngineConfig.from_options(**paths, **options))
+        self.core = EngineCore(plan(EngineConfig.from_options(model=model, **options)))
         self.config = self.core.config
         self.tokenizer: Tokenizer | None = None
-        if not self.config.model.skip_tokenizer_init:
-            other = self.config.model.tokenizer
+        if not self.config.asked.model.skip_tokenizer_init:
+            other = self.config.asked.model.tokenizer
             self.tokenizer = Tokenizer(
                 resolve_checkpoint(other, weights=False) if other else self.core.model_path
             )

@@ -34,8 +34,7 @@ class RequestFactory:
         self._model_path = model.model_path
         self._num_slots = model.num_slots
         self._random = random.Random(model.config.model.seed)
-        assert model.config.model.max_model_len is not None
-        self.max_model_len = model.config.model.max_model_len
+        self.max_model_len = model.max_model_len
         self._longer = ""  # a way out, for the error about a long prompt
         if model.max_position > self.max_model_len:
             self._longer = f" or raise max_model_len (the model knows up to {model.max_position})"

@@ -10,13 +10,14 @@ from compiledllm.config import EngineConfig
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """config: the resolved options. eos_token_ids: from config.json.
+    """config: the options as asked. max_model_len: as resolved. eos_token_ids: from config.json.
 
     num_slots: longest request that fits in the KV cache, in tokens. max_position: the longest
     context that the model supports, in tokens; 0: unknown.
     """
 
     config: EngineConfig
+    max_model_len: int
     model_path: Path
     vocab_size: int
     eos_token_ids: tuple[int, ...]

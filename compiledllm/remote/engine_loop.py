@@ -7,7 +7,6 @@ import queue
 import time
 from typing import TYPE_CHECKING, NoReturn
 
-from compiledllm.config import all_options
 from compiledllm.log import log
 from compiledllm.remote.grammar_thread import Compiled, GrammarThread
 from compiledllm.remote.running_log import RunningLog
@@ -132,7 +131,7 @@ class EngineLoop:
             kv_usage=scheduler.block_pool.usage,
             num_preemptions=scheduler.num_preemptions,
             num_failed_rows=scheduler.num_failed_rows,
-            num_recompiles=self._core.runner.compiler.num_recompiles,
+            num_recompiles=self._core.worker.stats().num_recompiles,
             step_s=step_s,
             num_tokens=num_tokens,
             prefix_queries=scheduler.num_prefix_queries,
@@ -142,10 +141,9 @@ class EngineLoop:
     def _ready(self) -> Ready:
         core = self._core
         served = core.served_model()
-        groups = {f.name: getattr(core.config, group) for group, f in all_options()}
         return Ready(
-            options={name: getattr(group, name) for name, group in groups.items()},
-            choices={name: str(choice) for name, choice in core.choices.items()},
+            options=core.options(),
+            choices=core.report.lines(),
             model_path=str(core.model_path),
             vocab_size=served.vocab_size,
             eos_token_ids=list(served.eos_token_ids),

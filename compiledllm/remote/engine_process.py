@@ -64,8 +64,9 @@ def _first_message(lifeline: Lifeline) -> Start:
 
 def load_core(config: EngineConfig) -> EngineCore:
     from compiledllm.engine.core import EngineCore
+    from compiledllm.engine.startup import plan
 
-    return EngineCore(config)
+    return EngineCore(plan(config))
 
 
 if __name__ == "__main__":

@@ -19,8 +19,11 @@ def factory_of(message: Ready) -> RequestFactory:
 
 
 def served_model_of(message: Ready) -> ServedModel:
+    # The name of the backend in use need not be one that can be asked for.
+    options = message.options | {"attention_backend": "auto"}
     return ServedModel(
-        config=EngineConfig.from_options(**message.options),
+        config=EngineConfig.from_options(**options),
+        max_model_len=options["max_model_len"],
         model_path=Path(message.model_path),
         vocab_size=message.vocab_size,
         eos_token_ids=tuple(message.eos_token_ids),

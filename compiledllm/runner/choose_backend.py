@@ -9,24 +9,22 @@ from compiledllm.kernels.attention import STAND_INS, make_backend
 from compiledllm.kernels.backend import AttentionBackend
 from compiledllm.log import log
 from compiledllm.models.spec import ModelSpec
+from compiledllm.resolved_config import StepLimits
 
 
 def choose_backend(
     preferred: Choice,
     spec: ModelSpec,
-    dtype: torch.dtype,
-    block_size: int,
-    max_pages: int,
+    limits: StepLimits,
     device: torch.device,
 ) -> tuple[Choice, AttentionBackend]:
     """Return the name of a backend, the reason for choosing it, and the backend, prepared to run.
 
-    max_pages: the maximum number of blocks that all rows of a step have together. Raises
-    ConfigError if the preferred backend cannot run the model and has no stand-in.
+    Raises ConfigError if the preferred backend cannot run the model and has no stand-in.
     """
     name = str(preferred.value)
     backend = make_backend(name)
-    obstacle = _prepare(backend, spec, dtype, block_size, max_pages, device)
+    obstacle = _prepare(backend, spec, limits, device)
     if obstacle is None:
         return preferred, backend
     if name not in STAND_INS:
@@ -39,23 +37,22 @@ def choose_backend(
         "attention_backend='%s' cannot be used (%s); using %s", name, obstacle, stand_in + slow
     )
     choice = Choice(stand_in, f"{name} cannot be used: {obstacle}")
-    return choose_backend(choice, spec, dtype, block_size, max_pages, device)
+    return choose_backend(choice, spec, limits, device)
 
 
 def _prepare(
     backend: AttentionBackend,
     spec: ModelSpec,
-    dtype: torch.dtype,
-    block_size: int,
-    max_pages: int,
+    limits: StepLimits,
     device: torch.device,
 ) -> str | None:
     """Prepare the backend; return the reason why it cannot run the model, or None."""
-    layers = [layer.attn for layer in spec.layers]
+    layers, dtype = [layer.attn for layer in spec.layers], spec.torch_dtype
     if obstacle := backend.why_not(layers, dtype):
         return obstacle
     try:
-        backend.prepare(layers, dtype, block_size, max_pages, device)
+        max_pages = (limits.max_num_seqs + 1) * limits.blocks_per_request
+        backend.prepare(layers, dtype, limits.block_size, max_pages, device)
     except Exception as error:  # e.g. a missing package or compiler, an unknown GPU
         first_line = str(error).strip().partition("\n")[0][:160]
         return f"{type(error).__name__}: {first_line}"

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from compiledllm.config import CacheConfig, Choice, ConfigError
-from compiledllm.kernels.attention import kv_cache_shape
-from compiledllm.models.cache_groups import CacheGroups
-from compiledllm.models.spec import ModelSpec
+from compiledllm.models.layer_cache import LayerCache
 from compiledllm.platform import Platform
+from compiledllm.runner.kv_layout import KVLayout
 
 CPU_MEMORY_SHARE = 0.25
-
-
-def block_bytes(spec: ModelSpec, groups: CacheGroups, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one KV block, which holds the keys and values of all layers of a group."""
-    return groups.kv_bytes_per_token(spec, dtype.itemsize) * block_size
 
 
 def plan_num_blocks(
@@ -39,14 +31,9 @@ def plan_num_blocks(
         room, reason = (cache.num_kv_blocks + 1) * per_block, "num_kv_blocks"
     elif cache.kv_cache_memory_bytes is not None:
         room, reason = cache.kv_cache_memory_bytes, "kv_cache_memory_bytes"
-    elif platform.is_cuda:
-        share = cache.gpu_memory_utilization
-        room = int(platform.memory_bytes * share) - bytes_in_use
-        reason = f"what {share:.0%} of the GPU leaves beside weights and activations"
     else:
-        room = int(platform.memory_bytes * CPU_MEMORY_SHARE)
-        reason = f"{CPU_MEMORY_SHARE:.0%} of the available memory"
-        if max_useful * per_block < room:
+        room, reason = available_bytes(cache, platform, bytes_in_use)
+        if not platform.is_cuda and max_useful * per_block < room:
             room, reason = (max_useful + 1) * per_block, "enough for max_num_seqs full contexts"
     num_blocks = room // per_block - 1
     if num_blocks < 1:
@@ -63,32 +50,33 @@ def plan_num_blocks(
     return num_blocks, Choice(num_blocks, reason)
 
 
+def available_bytes(cache: CacheConfig, platform: Platform, bytes_in_use: int) -> tuple[int, str]:
+    """Bytes that the machine has for a KV cache, and the reason. Others hold `bytes_in_use`."""
+    if platform.is_cuda:
+        share = cache.gpu_memory_utilization
+        reason = f"what {share:.0%} of the GPU leaves beside weights and activations"
+        return int(platform.memory_bytes * share) - bytes_in_use, reason
+    reason = f"{CPU_MEMORY_SHARE:.0%} of the available memory"
+    return int(platform.memory_bytes * CPU_MEMORY_SHARE), reason
+
+
 def allocate_kv_caches(
-    spec: ModelSpec,
-    groups: CacheGroups,
-    num_blocks: int,
-    block_size: int,
-    dtype: torch.dtype,
-    device: torch.device,
+    layout: KVLayout, num_blocks: int, block_size: int, device: torch.device
 ) -> list[Tensor]:
     """One zeroed cache per layer: the null block, then `num_blocks` usable blocks.
 
-    Layers in the same column of `groups` share a tensor, in which each layer owns different blocks.
-    Caches are zeroed, because masked positions are multiplied by zero and garbage may be NaN.
+    Layers in the same column share a tensor, in which each layer owns different blocks. Caches are
+    zeroed, because masked positions are multiplied by zero and garbage may be NaN.
     """
-    caches: dict[int, Tensor] = {}
-    for layer, place in zip(spec.layers, groups.places, strict=True):
-        if place.column not in caches:
-            heads = layer.attn.num_kv_heads, layer.attn.head_dim
-            shape = kv_cache_shape(num_blocks + 1, block_size, *heads)
-            caches[place.column] = _zeros(shape, dtype, device)
-    return [caches[place.column] for place in groups.places]
+    tensors = [_zeros(cache, num_blocks + 1, block_size, device) for cache in layout.columns]
+    return [tensors[place.column] for place in layout.places]
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _zeros(cache: LayerCache, num_blocks: int, block_size: int, device: torch.device) -> Tensor:
+    shape = cache.shape(num_blocks, block_size)
     if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
+        return torch.zeros(shape, dtype=cache.dtype, device=device)
     # numpy leaves zeroing to the operating system, page by page on first use. torch.zeros would
     # write all pages now, which takes seconds for gigabytes that may never be used.
-    flat = torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8))
-    return flat.view(dtype).view(shape)
+    num_bytes = num_blocks * block_size * cache.bytes_per_token
+    return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(cache.dtype).view(shape)

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from compiledllm.config import ConfigError
-from compiledllm.models.cache_groups import CacheGroups
 from compiledllm.models.decoder import Decoder
 from compiledllm.platform import Platform
+from compiledllm.resolved_config import StepLimits
 from compiledllm.runner.kv_cache import allocate_kv_caches
+from compiledllm.runner.kv_layout import KVLayout
 from compiledllm.runner.logits_rules import LogitsRules
 from compiledllm.runner.model_runner import ModelRunner
 from compiledllm.runner.sampler import WORKSPACE_BYTES
@@ -67,25 +68,21 @@ def check_gpu_is_free(platform: Platform, share: float) -> None:
 @torch.inference_mode()
 def measure_activations(
     model: Decoder,
-    groups: CacheGroups,
-    block_size: int,
-    dtype: torch.dtype,
+    kv_layout: KVLayout,
+    limits: StepLimits,
     platform: Platform,
-    max_num_seqs: int,
-    max_num_batched_tokens: int,
 ) -> int:
     """Peak bytes of the largest step, uncompiled, without weights and KV cache.
 
     The step runs on a KV cache of one block. Only the allocations of this process count.
     """
     device = platform.device
-    kv_caches = allocate_kv_caches(model.spec, groups, 1, block_size, dtype, device)
-    sizes = block_size, max_num_seqs, max_num_batched_tokens
-    probe = ModelRunner(model, groups, kv_caches, *sizes, max_blocks=1)
+    kv_caches = allocate_kv_caches(kv_layout, 1, limits.block_size, device)
+    probe = ModelRunner(model, kv_layout, kv_caches, limits, max_blocks=1)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    probe.run_dummy(max_num_batched_tokens, num_samples=max_num_seqs)
+    probe.run_dummy(limits.max_num_batched_tokens, num_samples=limits.max_num_seqs)
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device)
     torch.cuda.empty_cache()

@@ -15,11 +15,12 @@ from compiledllm.graphs.compile import BlockCompiler, variants_for
 from compiledllm.graphs.cuda_graphs import StepGraphs
 from compiledllm.kernels.sampling import draw_tokens
 from compiledllm.kernels.step_inputs import advance
-from compiledllm.models.cache_groups import CacheGroups
 from compiledllm.models.decoder import Decoder, Ends
 from compiledllm.platform import single_row_products
+from compiledllm.resolved_config import StepLimits
 from compiledllm.runner.device import to_device
 from compiledllm.runner.input_batch import InputBatch, StepLayout
+from compiledllm.runner.kv_layout import KVLayout
 from compiledllm.runner.pending import (
     MAX_IN_FLIGHT,
     Extras,
@@ -46,32 +47,31 @@ class StepResult(NamedTuple):
 class ModelRunner:
     """Owns everything on the device: the model, its KV caches and the request rows.
 
-    groups: which layers share block tables. kv_caches: one per layer. max_tokens: maximum tokens of
-    a step. max_blocks: width of the block tables, in blocks.
+    kv_layout: which layers share block tables. kv_caches: one per layer. max_blocks: width of
+    the block tables, in blocks.
     """
 
     def __init__(
         self,
         model: Decoder,
-        groups: CacheGroups,
+        kv_layout: KVLayout,
         kv_caches: list[Tensor],
-        block_size: int,
-        max_num_seqs: int,
-        max_tokens: int,
+        limits: StepLimits,
         max_blocks: int,
     ) -> None:
         self.model = model
-        self._group_of_layer = [place.group for place in groups.places]
+        self._group_of_layer = [place.group for place in kv_layout.places]
         self._backend = model.backend
         self.kv_caches = kv_caches
-        self.block_size = block_size
+        self.block_size = limits.block_size
         self.device = kv_caches[0].device
-        vocab_size = model.spec.vocab_size
-        num_groups = len(groups.windows)
-        self.table = RequestTable(max_num_seqs, max_blocks, vocab_size, self.device, num_groups)
+        vocab_size, max_rows = model.spec.vocab_size, limits.max_num_seqs
+        num_groups = len(kv_layout.windows)
+        self.table = RequestTable(max_rows, max_blocks, vocab_size, self.device, num_groups)
         self.sampler = Sampler(self.table, vocab_size)
-        self.outputs = OutputRing(MAX_IN_FLIGHT + 1, max_num_seqs, self.device)
-        variants = variants_for(max(max_tokens, max_num_seqs), self.device.type == "cuda")
+        self.outputs = OutputRing(MAX_IN_FLIGHT + 1, max_rows, self.device)
+        max_tokens = max(limits.max_num_batched_tokens, max_rows)
+        variants = variants_for(max_tokens, self.device.type == "cuda")
         self.compiler = BlockCompiler(model, self.run_dummy, variants)
         self.graphs: StepGraphs | None = None
         self.logits: Tensor  # [captured rows, vocab], written by every captured step

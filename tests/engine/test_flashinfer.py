@@ -19,6 +19,7 @@ from compiledllm.kernels import paged_attention_torch as oracle
 from compiledllm.kernels.backend import AttentionForm, AttentionMetadata
 from compiledllm.models.registry import load_spec
 from compiledllm.platform import Platform
+from compiledllm.resolved_config import StepLimits
 from compiledllm.runner.choose_backend import choose_backend
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -98,7 +99,7 @@ def test_layers_with_windows_keep_whole_contexts(
     assert tokens(model, dtype="float16", num_kv_blocks=8) == expected
     engine = Engine(model, dtype="float16", skip_tokenizer_init=True, enforce_eager=True)
     assert engine.core.scheduler.kv.windows == (0,)
-    assert str(engine.core.choices["kv_groups"]) == (
+    assert str(engine.core.report["kv_groups"]) == (
         "1 group of 2 layers (flashinfer reads whole contexts)"
     )
 
@@ -115,17 +116,17 @@ def test_steps_are_not_launched_ahead_of_their_plan(
         enforce_eager=True,
         async_scheduling=True,
     )
-    assert engine.config.scheduler.async_scheduling is False
-    assert str(engine.core.choices["async_scheduling"]) == "False (flashinfer plans step by step)"
+    assert engine.config.async_scheduling is False
+    assert str(engine.core.report["async_scheduling"]) == "False (flashinfer plans step by step)"
 
 
 # -- what stands in for it -------------------------------------------------------------------------
 
 
 def settle(model: Path, name: str, dtype: torch.dtype = torch.float16) -> Choice:
-    choice, backend = choose_backend(
-        Choice(name, "as asked"), load_spec(model), dtype, 16, 64, torch.device("cpu")
-    )
+    spec = load_spec(model).with_dtypes(str(dtype).removeprefix("torch."))
+    limits = StepLimits(block_size=16, max_num_seqs=3, max_num_batched_tokens=64, max_model_len=256)
+    choice, backend = choose_backend(Choice(name, "as asked"), spec, limits, torch.device("cpu"))
     assert backend.name == choice.value
     return choice
 
@@ -205,7 +206,7 @@ def test_flashinfer_gives_tritons_tokens(eager: bool, tiny_llama: Callable[..., 
         engine = Engine(
             tiny_llama(**SHAPE), attention_backend=backend, enforce_eager=eager, **options
         )
-        assert engine.core.choices["attention_backend"].value == backend
+        assert engine.core.report["attention_backend"].value == backend
         assert (engine.core.runner.graphs is None) == eager
         results = engine.generate(prompts, GREEDY, use_tqdm=False)
         outputs.append([output.outputs[0].token_ids for output in results])

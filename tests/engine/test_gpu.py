@@ -91,7 +91,7 @@ def test_layers_that_see_unequally_far_are_captured_too(
     reference = Engine(model, attention_backend="torch", enforce_eager=True, **fixed)
     expected = tokens(reference, prompts)
     engine = Engine(model, **(fixed | options))
-    assert len(engine.core.groups.windows) == 3 and engine.core.runner.graphs is not None
+    assert len(engine.core.plan.kv_layout.windows) == 3 and engine.core.runner.graphs is not None
     assert tokens(engine, prompts) == expected
     assert tokens(engine, prompts) == expected  # from the prefix cache
     assert engine.core.runner.compiler.num_recompiles == 0

@@ -482,7 +482,7 @@ def test_a_long_prompts_logprobs_stay_inside_the_planned_workspace(
     torch.cuda.reset_peak_memory_stats()
     prompt = [(7 * n) % 151_936 for n in range(8000)]
     (output,) = run(engine, [prompt], greedy(max_tokens=2, prompt_logprobs=20))
-    budget = engine.core.choices["memory"].value
+    budget = engine.core.report["memory"].value
     planned = budget.activations + budget.sampling  # type: ignore[attr-defined]
     assert torch.cuda.max_memory_allocated() - before <= planned
     assert output.prompt_logprobs is not None and len(output.prompt_logprobs) == 8000

@@ -116,7 +116,7 @@ def test_so_does_one_whose_layers_see_unequally_far(
     model = tiny_model("gemma3_text", **window)
     options = {"device": "cpu", "enforce_eager": True, "num_kv_blocks": 50}
     engine = make(model, async_scheduling=run_ahead, **options)
-    assert len(engine.core.groups.windows) == 3
+    assert len(engine.core.plan.kv_layout.windows) == 3
     traffic = Traffic(engine, seed=6)
     traffic.run(num_requests=150, max_steps=20_000)
     check_books(engine)

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compiledllm import Engine, SamplingParams, cli
-from compiledllm.benchmarks.floor import decode_cost, weights_read
+from compiledllm.benchmarks.floor import decode_cost
 from compiledllm.config import ConfigError
 from compiledllm.models.registry import load_spec
 from compiledllm.models.transformers_model import TransformersModel
@@ -147,7 +147,7 @@ def test_spec_tells_what_the_module_has(model_type: str, tiny_model: Callable[..
     assert heads == {(4, {"gpt_bigcode": 1, "opt": 4}.get(model_type, 2))}
     windows = [layer.attn.sliding_window for layer in spec.layers]
     assert windows == ([20, 0, 20] if "layer_types" in MODELS.get(model_type, {}) else [0, 0, 0])
-    used = [layer.num_parameters_used for layer in spec.layers]
+    used = [layer.weights_used.num_parameters for layer in spec.layers]
     all_of_them = [layer.num_parameters for layer in spec.layers]
     assert used == all_of_them or model_type == "olmoe"
     assert model_type != "olmoe" or max(used) < min(all_of_them)
@@ -163,11 +163,14 @@ def test_info_and_floors_know_such_a_model(
     assert (facts["run_by"], facts["kv_heads"], facts["head_dim"]) == ("transformers", 2, 16)
     assert facts["intermediate_size"] == 112 and facts["kv_bytes_per_token"] == 3 * 2 * 2 * 16 * 4
     spec = load_spec(tmp_path)
-    assert spec.has_windows and facts["kv_groups"] == "1 group of 3 layers"  # as the engine has it
+    assert any(cache.window for cache in spec.layer_caches)
+    assert facts["kv_groups"] == "1 group of 3 layers"  # as the engine has it
     assert facts["kv_bytes_of_a_full_context"] == 512 * facts["kv_bytes_per_token"]
     embedding = 128 * 64
-    assert weights_read(spec) == spec.num_parameters - embedding  # but one table, untied
-    assert decode_cost(spec, batch=1, context=10, itemsize=4).kv_bytes == 10 * 3 * 2 * 2 * 16 * 4
+    num_read = spec.weights_read.num_parameters
+    assert num_read == spec.num_parameters - embedding  # but one table, untied
+    spec = spec.with_dtypes("float32")
+    assert decode_cost(spec, batch=1, context=10).kv_bytes == 10 * 3 * 2 * 2 * 16 * 4
 
 
 def test_dummy_weights_come_from_the_seed(tiny_model: Callable[..., Path]) -> None:
@@ -270,9 +273,10 @@ def test_weights_that_do_not_fit_are_named(tiny_model: Callable[..., Path], tmp_
 def test_deterministic_is_refused(tiny_model: Callable[..., Path]) -> None:
     from compiledllm.config import EngineConfig
     from compiledllm.engine.core import EngineCore
+    from compiledllm.engine.startup import plan
 
     config = EngineConfig.from_options(
         model=str(tiny_model("olmo3", **MODELS["olmo3"])), device="cpu", deterministic=True
     )
     with pytest.raises(ConfigError, match="deterministic=True"):
-        EngineCore(config)
+        EngineCore(plan(config))

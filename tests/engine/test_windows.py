@@ -75,7 +75,7 @@ def greedy(engine: Engine, prompts: list[list[int]] = PROMPTS) -> list[list[int]
 def blocks_needed(core: EngineCore, num_tokens: int) -> int:
     """Of 16 tokens, counted group by group."""
     whole = -(-num_tokens // 16)
-    windows = core.groups.windows
+    windows = core.plan.kv_layout.windows
     return sum(min(whole, -(-(w - 1) // 16) + 1) if w else whole for w in windows)
 
 
@@ -98,7 +98,7 @@ def test_greedy_tokens_are_those_of_transformers(
     expected: list[list[int]],
 ) -> None:
     engine = make(checkpoint, async_scheduling=run_ahead, **options)
-    assert engine.core.groups.windows == MODELS[name][2]
+    assert engine.core.plan.kv_layout.windows == MODELS[name][2]
     assert greedy(engine) == expected
     assert greedy(engine) == expected  # most of it from the prefix cache
 
@@ -140,7 +140,7 @@ def test_a_hit_ends_where_a_windowed_block_is_missing(
     engine.add_request(prompt, GREEDY)
     engine.step()
     (request,) = core.scheduler.requests.values()
-    tables = zip(request.block_tables, core.groups.windows, strict=True)
+    tables = zip(request.block_tables, core.plan.kv_layout.windows, strict=True)
     ends = [table[7] for table, window in tables if window]
     while engine.has_unfinished_requests():
         engine.step()
@@ -213,7 +213,7 @@ def test_triton_attention_reads_each_groups_blocks(
     monkeypatch.setattr(Platform, "choose_attention_backend", lambda *_: choice)
     engine = make(checkpoint, max_num_batched_tokens=64)
     core = engine.core
-    assert core.choices["attention_backend"].value == backend
+    assert core.report["attention_backend"].value == backend
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     for index in (3, 7):
         engine.add_request(PROMPTS[index], params)

@@ -99,7 +99,8 @@ def test_many_queries_in_larger_programs(head_dim: int, heads: str, dtype: torch
     rows = [(5000, 5000), (4000, 6000), (1, 300), (4001, 4001), (70, 70)]
     step = make_step(rows, head_dim, heads, 16, dtype)
     num_heads, num_kv_heads = HEADS[heads]
-    tiling = prefill_tiling(head_dim, num_heads // num_kv_heads, 2, step[0].shape[0] * num_heads)
+    num_queries = step[0].shape[0] * num_heads
+    tiling = prefill_tiling(head_dim, num_heads // num_kv_heads, dtype, num_queries)
     assert tiling.rows >= 128
     assert_equals_oracle(step, head_dim**-0.5)
     assert_equals_oracle(step, 0.3, window=700, soft_cap=5.0)

@@ -15,6 +15,7 @@ PROGRAM = """
 import dataclasses
 import sys
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -35,7 +36,7 @@ from compiledllm.kernels import skinny_triton as skinny
 TYPES = {
     "block_tables": "*i32", "seq_lens": "*i32", "query_start_loc": "*i32", "slot_mapping": "*i64",
     "partial_out": "*fp32", "partial_stats": "*fp32", "arrivals": "*i32", "max_extra": "i32",
-    "least_tiles": "i32", "scale": "fp32", "window": "i32",
+    "min_tiles": "i32", "scale": "fp32", "window": "i32",
     "soft_cap": "fp32", "query_stride": "i32", "table_stride": "i32", "value_offset": "i64",
     "num_rows": "i32", "key_stride": "i32", "value_stride": "i32", "temperature": "*fp32",
     "seeds": "*i64", "positions": "*i64", "best_scores": "*fp32", "best_ids": "*i32",
@@ -88,7 +89,7 @@ for kernel in (inputs._gather_kernel, inputs._unpack_kernel, inputs._ends_kernel
     check(kernel, "fp32", BLOCK_SIZE=16, CHUNK=1024, TOKENS=128)
 check(inputs._scatter_kernel, "fp32", ROWS=128)
 SHAPES = {"bf16": ((128, False), (80, True), (256, False)), "fp32": ((128, False),)}
-for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
+for dtype, of_torch in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
     check(attention._store_kernel, dtype, WIDTH=1024, PADDED=1024)
     check(sampling._chunk_kernel, dtype, CHUNK=4096, GROUP=64)
     check(logprobs._chunk_kernel, dtype, CHUNK=4096, NUM_BEST=20)
@@ -98,14 +99,14 @@ for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
         )
     check(
         sampling._row_kernel, dtype, num_warps=16, CHUNKS=64, PER_CHUNK=64, GROUPS=256, GROUP=64,
-        KEY_BITS=8 * itemsize,
+        KEY_BITS=8 * of_torch.itemsize,
     )
     for experts, top_k, renormalize in ((128, 8, True), (64, 4, False), (8, 2, True)):
         check(
             routing._route_kernel, dtype, num_warps=1, TOP_K=top_k, RENORMALIZE=renormalize,
             EXPERTS=experts, PLACES=top_k,
         )
-    for rows in (1, 16, 32) if itemsize == 2 else ():
+    for rows in (1, 16, 32) if dtype == "bf16" else ():
         kernel = skinny._few_rows_kernel if rows > 1 else skinny._one_row_kernel
         tiling = skinny.tiling_for(rows, 6144, 3072)
         check(
@@ -113,7 +114,7 @@ for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
             PADDED_OUTPUTS=max(16, tiling.outputs), ROWS=rows,
         )
     for items in (8, 512, 1500, 4000, 60000):
-        tiling = moe.tiling_for(items, 128, itemsize)
+        tiling = moe.tiling_for(items, 128, of_torch)
         for gated, clamped in ((False, False), (True, False), (True, True), (False, True)):
             check(
                 moe._grouped_kernel, dtype, tiling, NUM_OUTPUTS=768,
@@ -122,7 +123,7 @@ for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
             )
     check(fixed_order._rms_norm_kernel, dtype, SIZE=576, PADDED=1024)
     for rows, outputs in ((8, 1024), (8, 6144), (500, 1024)):
-        tiling = fixed_order.tiling_for(rows, outputs, itemsize)
+        tiling = fixed_order.tiling_for(rows, outputs, of_torch)
         check(fixed_order._linear_kernel, dtype, tiling, NUM_INPUTS=3072, HAS_BIAS=True)
     check(
         rotation._rotate_store_kernel, dtype, NUM_HEADS=16, NUM_KV_HEADS=8, HEAD_DIM=128,
@@ -135,13 +136,13 @@ for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
             "HAS_SINKS": window, "PADDED_DIM": triton.next_power_of_2(head_dim),
         }
         for programs in (8, 100, 1024):
-            tiling = decode.decode_tiling(head_dim, 4, itemsize, programs)
+            tiling = decode.decode_tiling(head_dim, 4, of_torch, programs)
             check(
                 decode._decode_kernel, dtype, tiling, MAX_ROWS=512, PADDED_GROUP=4,
                 AT_ONCE=16, **shape
             )
         for queries, fixed in ((0, False), (0, True), (10**6, False)):
-            tiling = prefill.prefill_tiling(head_dim, 4, itemsize, queries)
+            tiling = prefill.prefill_tiling(head_dim, 4, of_torch, queries)
             check(prefill._prefill_kernel, dtype, tiling, FIXED_ORDER=fixed, **shape)
 """
 

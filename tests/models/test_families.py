@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,11 @@ from compiledllm import cli
 from compiledllm.config import ConfigError
 from compiledllm.kernels.attention import make_backend
 from compiledllm.kernels.backend import AttentionMetadata
-from compiledllm.models.cache_groups import whole_contexts
 from compiledllm.models.decoder import Decoder, Ends
 from compiledllm.models.registry import load_spec
 from compiledllm.models.weights import load_weights
 from compiledllm.runner.kv_cache import allocate_kv_caches
+from compiledllm.runner.kv_layout import whole_contexts
 from tests.support.families import VARIANTS
 from tests.support.greedy import load_reference
 
@@ -32,13 +33,17 @@ def load(checkpoint: Path) -> Decoder:
     return model
 
 
+def make_kv_caches(model: Decoder, num_blocks: int) -> list[torch.Tensor]:
+    layout = whole_contexts(model.spec.with_dtypes("float32").layer_caches)
+    return allocate_kv_caches(layout, num_blocks, BLOCK_SIZE, torch.device("cpu"))
+
+
 @torch.inference_mode()
 def logits_in_chunks(model: Decoder, token_ids: list[int], chunks: list[int]) -> torch.Tensor:
     """Logits of every token, fed in chunks of these sizes through scattered KV blocks."""
     num_blocks = -(-len(token_ids) // BLOCK_SIZE)
     block_table = torch.randperm(num_blocks, dtype=torch.int32)[None] + 1
-    sizes = num_blocks, BLOCK_SIZE, torch.float32, torch.device("cpu")
-    caches = allocate_kv_caches(model.spec, whole_contexts(model.spec), *sizes)
+    caches = make_kv_caches(model, num_blocks)
     outputs, start = [], 0
     for size in chunks:
         positions = torch.arange(start, start + size)
@@ -59,8 +64,7 @@ def logits_in_chunks(model: Decoder, token_ids: list[int], chunks: list[int]) ->
 def logits_of_ends(model: Decoder, token_ids: list[int], indices: list[int]) -> torch.Tensor:
     """Logits of some tokens of a prompt that is fed at once."""
     num_tokens, num_blocks = len(token_ids), -(-len(token_ids) // BLOCK_SIZE)
-    sizes = num_blocks, BLOCK_SIZE, torch.float32, torch.device("cpu")
-    caches = allocate_kv_caches(model.spec, whole_contexts(model.spec), *sizes)
+    caches = make_kv_caches(model, num_blocks)
     positions, block_table = torch.arange(num_tokens), torch.arange(1, num_blocks + 1).int()[None]
     attn = AttentionMetadata(
         slot_mapping=positions + BLOCK_SIZE,
@@ -102,6 +106,13 @@ def test_parameter_count_follows_from_the_spec(tiny_model: Callable[..., Path]) 
     for (family, _), changes in VARIANTS.items():
         model = load(tiny_model(family, **changes))
         assert model.spec.num_parameters == sum(p.numel() for p in model.parameters())
+        in_layers = (p for p in model.named_parameters() if p[0].startswith("layers."))
+        held = Counter((path.split(".", 2)[2], p.numel()) for path, p in in_layers)
+        matrices = [m for layer in model.spec.layers for m in layer.weights.matrices]
+        counted = Counter((f"{m.name}.weight", m.num_parameters) for m in matrices)
+        assert counted <= held, "matrices are counted under their modules' paths"
+        spec = model.spec.with_dtypes("bfloat16")
+        assert spec.num_bytes(spec.weights) == 2 * spec.num_parameters
 
 
 def test_info_tells_of_every_variant_without_its_weights(

@@ -18,6 +18,7 @@ from typing import Any
 from compiledllm.config import ConfigError, EngineConfig
 from compiledllm.engine.served_model import ServedModel
 from compiledllm.remote.engine_process import run
+from compiledllm.resolved_config import resolve
 from compiledllm.types import Request, RequestSpec, RequestStatus, RequestUpdate, StepNews
 
 DEEDS = {"kill": 901, "hang": 902, "raise": 903, "slow": 904}
@@ -43,10 +44,11 @@ class FakeCore:
             subprocess.Popen(["sleep", "1000"])
         time.sleep(float(os.environ.get("FAKE_LOAD_S", "0")))
         do(os.environ.get("FAKE_DEED", ""))
-        self.config, self.choices = config.resolve(False, 2048, 2**30)
+        self.config, self.report = resolve(config, False, 2048, 2**30)
+        self.options = self.config.options
         self.model_path, self.startup_s = Path("fake"), {"total": 0.0}
         self.platform = SimpleNamespace(is_cuda=True)  # so that a hanging step is not waited for
-        self.runner = SimpleNamespace(compiler=SimpleNamespace(num_recompiles=0))
+        self.worker = SimpleNamespace(stats=lambda: SimpleNamespace(num_recompiles=0))
         self.num_step_tokens = 0
         self.on_start: Any = None
         self.scheduler = SimpleNamespace(
@@ -66,7 +68,7 @@ class FakeCore:
         do(os.environ.get("FAKE_IDLE_DEED", ""))
 
     def served_model(self) -> ServedModel:
-        return ServedModel(self.config, self.model_path, 1000, (2,), 2048)
+        return ServedModel(self.config.asked, 2048, self.model_path, 1000, (2,), 2048)
 
     def has_unfinished(self) -> bool:
         return bool(self.scheduler.running or self.scheduler.waiting)
@@ -80,7 +82,7 @@ class FakeCore:
 
     def step(self) -> StepNews:
         running, waiting = self.scheduler.running, self.scheduler.waiting
-        limit = self.config.scheduler.max_num_seqs
+        limit = self.config.limits.max_num_seqs
         while waiting and len(running) < limit:
             running.append(waiting.pop(0))
             self.on_start([running[-1].request_id])

@@ -174,6 +174,11 @@ def test_the_state_is_told(server: Any) -> None:
     config = server.get("/config")[1]
     assert config["options"]["max_num_seqs"] == 64
     assert config["choices"]["max_num_seqs"] == "64 (the default on a CPU)"
+    options = config["options"]
+    assert options["dtype"] in ("float32", "bfloat16") and options["device"] == "cpu"
+    assert options["attention_backend"] == "torch"
+    assert options["num_kv_blocks"] == int(config["choices"]["num_kv_blocks"].partition(" (")[0])
+    assert "auto" not in options.values()  # generation_config is "off"
     paths = server.get("/openapi.json")[1]["paths"]
     assert {"/v1/chat/completions", "/v1/completions", "/metrics", "/health"} <= set(paths)
 

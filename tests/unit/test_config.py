@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from compiledllm.arguments import add_option
 from compiledllm.config import (
     CacheConfig,
     Choice,
@@ -16,8 +20,11 @@ from compiledllm.config import (
     ModelConfig,
     SchedulerConfig,
     all_options,
+    check_types_and_choices,
+    option,
     option_groups,
 )
+from compiledllm.resolved_config import StepLimits, resolve
 
 OPTIONS = [f for _, f in all_options()]
 CHOSEN_FROM = {f.name: f.metadata["choices"] for f in OPTIONS if f.metadata["choices"]}
@@ -92,6 +99,44 @@ def test_value_of_another_type_is_refused(names: tuple[str, ...], values: list[A
             assert f"got {value!r}" in message
 
 
+def test_kind_of_an_option_is_its_annotation() -> None:
+    for f in OPTIONS:
+        annotation = "str" if f.metadata["kind"] == "path" else f.metadata["kind"]
+        assert str(f.type) == annotation + " | None" * (f.default is None), f.name
+
+
+@dataclasses.dataclass(frozen=True)
+class Future:
+    """Options of kinds that no option has yet."""
+
+    lora_modules: Any = option(None, "a list", kind="list")
+    hf_overrides: Any = option(None, "a dictionary", kind="dict")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "other", "words"),
+    [
+        ("lora_modules", ["a", "b"], {"a": 1}, "a list"),
+        ("hf_overrides", {"a": {"b": 1}}, ["a"], "a dictionary"),
+    ],
+)
+def test_lists_and_dictionaries_are_possible(
+    name: str, value: Any, other: Any, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check_types_and_choices(Future(**{name: value}))
+    with pytest.raises(ConfigError, match=f"{name} must be {words} or None, got"):
+        check_types_and_choices(Future(**{name: other}))
+    parser = argparse.ArgumentParser()
+    for f in dataclasses.fields(Future):
+        add_option(parser.add_argument_group("engine"), f)
+    flag = "--" + name.replace("_", "-")
+    assert vars(parser.parse_args([flag, json.dumps(value)])) == {name: value}
+    for wrong in (json.dumps(other), "{"):
+        with pytest.raises(SystemExit):
+            parser.parse_args([flag, wrong])
+        assert f"must be {words} as JSON" in capsys.readouterr().err
+
+
 # -- unknown names --------------------------------------------------------------------------------
 
 
@@ -133,6 +178,12 @@ def test_flat_options_land_in_their_groups() -> None:
     assert config.cache == CacheConfig(block_size=32)
     assert config.scheduler == SchedulerConfig(max_num_seqs=3)
     assert config.compile.enforce_eager
+
+
+def test_paths_become_strings() -> None:
+    config = EngineConfig.from_options(model=Path("a/b"), tokenizer=Path("c"))
+    assert (config.model.model, config.model.tokenizer) == ("a/b", "c")
+    assert "revision must be a string or None" in refusal(revision=Path("main"))
 
 
 def test_option_names_are_unique_over_all_groups() -> None:
@@ -193,11 +244,10 @@ def test_replace_checks_again() -> None:
 def test_open_values_are_filled_in_for_the_machine(
     on_gpu: bool, memory: int, seqs: int, batched: int, when: str
 ) -> None:
-    config, reasons = EngineConfig().resolve(on_gpu, 2048, memory)
-    assert config.model.max_model_len == 2048
-    assert config.scheduler.max_num_seqs == seqs
-    assert config.scheduler.max_num_batched_tokens == batched
-    assert config.compile.compile_when == when
+    config, reasons = resolve(EngineConfig(), on_gpu, 2048, memory)
+    assert config.limits == StepLimits(16, seqs, batched, 2048)
+    assert config.compile_when == when
+    assert config.async_scheduling is on_gpu
     assert reasons["max_model_len"] == Choice(2048, "the model's context")
     where = "the default on a GPU" if on_gpu else "the default on a CPU"
     assert reasons["max_num_seqs"] == Choice(seqs, where)
@@ -214,32 +264,36 @@ def test_open_values_are_filled_in_for_the_machine(
 )
 def test_given_values_are_kept_as_asked(name: str, value: Any) -> None:
     asked = EngineConfig.from_options(**{name: value})
-    config, reasons = asked.resolve(on_gpu=False, max_position=2048)
+    config, reasons = resolve(asked, on_gpu=False, max_position=2048)
     assert reasons[name] == Choice(value, "as asked")
-    groups = {f.name: group for group, f in all_options()}
-    assert getattr(getattr(config, groups[name]), name) == value
+    assert config.options()[name] == value
 
 
 def test_resolved_config_leaves_nothing_open_but_what_the_memory_decides() -> None:
-    config, reasons = EngineConfig().resolve(on_gpu=False, max_position=2048)
-    for name in reasons:
+    config, reasons = resolve(EngineConfig(), on_gpu=False, max_position=2048)
+    for name in reasons.lines():
         assert reasons[name].value not in (None, "auto")
-    assert config.resolve(on_gpu=True, max_position=2048)[0] == config
+        assert config.options()[name] == reasons[name].value
+    again = EngineConfig.from_options(**config.options())
+    resolved, reasons = resolve(again, on_gpu=True, max_position=2048)
+    assert resolved.options() == config.options()
+    assert {choice.partition(" (")[2] for choice in reasons.lines().values()} == {"as asked)"}
 
 
 def test_resolving_keeps_the_other_options() -> None:
     asked = EngineConfig.from_options(model="m", block_size=32, seed=5, dtype="float32")
-    config, _ = asked.resolve(on_gpu=False, max_position=64)
-    assert (config.model.model, config.cache.block_size, config.model.seed) == ("m", 32, 5)
-    assert config.model.dtype == "float32"
+    config, _ = resolve(asked, on_gpu=False, max_position=64)
+    assert config.asked == asked and config.limits.block_size == 32
+    assert {"model": "m", "block_size": 32, "seed": 5}.items() <= config.options().items()
+    assert config.options()["dtype"] == "float32"
 
 
 def test_context_beyond_the_models_positions_is_refused_with_both_numbers() -> None:
     asked = EngineConfig.from_options(max_model_len=4096)
     with pytest.raises(ConfigError, match="max_model_len=4096 is more than the 2048 positions"):
-        asked.resolve(on_gpu=False, max_position=2048)
-    config, _ = asked.resolve(on_gpu=False, max_position=4096)
-    assert config.model.max_model_len == 4096
+        resolve(asked, on_gpu=False, max_position=2048)
+    config, _ = resolve(asked, on_gpu=False, max_position=4096)
+    assert config.limits.max_model_len == 4096
 
 
 def test_choice_prints_its_value_and_reason() -> None:
@@ -248,13 +302,13 @@ def test_choice_prints_its_value_and_reason() -> None:
 
 def test_no_larger_batch_is_captured_than_can_run() -> None:
     asked = EngineConfig.from_options(max_num_seqs=8, max_cudagraph_capture_size=4)
-    assert asked.resolve(True, 64)[0].compile.max_cudagraph_capture_size == 4
-    config, reasons = EngineConfig.from_options(max_num_seqs=8).resolve(True, 64)
-    assert config.compile.max_cudagraph_capture_size == 8
+    assert resolve(asked, True, 64)[0].max_cudagraph_capture_size == 4
+    config, reasons = resolve(EngineConfig.from_options(max_num_seqs=8), True, 64)
+    assert config.max_cudagraph_capture_size == 8
     assert str(reasons["max_cudagraph_capture_size"]) == "8 (max_num_seqs, at most 512)"
     for too_much in (
         EngineConfig.from_options(max_num_seqs=8, max_cudagraph_capture_size=9),
         EngineConfig.from_options(max_cudagraph_capture_size=257),
     ):
         with pytest.raises(ConfigError, match=r"max_cudagraph_capture_size=\d+ .* max_num_seqs="):
-            too_much.resolve(True, 64)
+            resolve(too_much, True, 64)

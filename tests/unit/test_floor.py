@@ -13,7 +13,6 @@ from compiledllm.benchmarks.floor import (
     prefill_cost,
     time_per_output_token_floor,
     time_to_first_token_floor,
-    weights_read,
 )
 from compiledllm.models.spec import (
     AttentionSpec,
@@ -52,8 +51,8 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_decode_reads_weights_once_and_every_context(name: str) -> None:
     spec, parameters, kv_bytes = MODELS[name]
-    assert weights_read(spec) == parameters
-    cost = decode_cost(spec, batch=8, context=1024, itemsize=2)
+    assert spec.weights_read.num_parameters == parameters
+    cost = decode_cost(spec, batch=8, context=1024)
     assert cost.weight_bytes == 2 * parameters
     assert cost.kv_bytes == 8 * 1024 * kv_bytes
     attention = 4 * 1024 * spec.layers[0].attn.q_size * len(spec.layers)
@@ -63,15 +62,15 @@ def test_decode_reads_weights_once_and_every_context(name: str) -> None:
 def test_published_floors_at_3_tb_per_s() -> None:
     """8B at batch 1 and 64, context 1024, on 3.0 TB/s and 790 TFLOP/s: 5.05 and 7.87 ms."""
     spec, h100 = MODELS["Llama-3.1-8B"][0], Ceilings(3.0e12, 3.0e12, 790e12)
-    assert decode_cost(spec, 1, 1024, 2).seconds(h100) * 1e3 == pytest.approx(5.048, abs=0.001)
-    assert decode_cost(spec, 64, 1024, 2).seconds(h100) * 1e3 == pytest.approx(7.866, abs=0.001)
-    assert prefill_cost(spec, 1, 128, 2).seconds(h100) * 1e3 == pytest.approx(5.0, abs=0.05)
-    assert prefill_cost(spec, 1, 1024, 2).seconds(h100) * 1e3 == pytest.approx(18.4, abs=0.1)
+    assert decode_cost(spec, 1, 1024).seconds(h100) * 1e3 == pytest.approx(5.048, abs=0.001)
+    assert decode_cost(spec, 64, 1024).seconds(h100) * 1e3 == pytest.approx(7.866, abs=0.001)
+    assert prefill_cost(spec, 1, 128).seconds(h100) * 1e3 == pytest.approx(5.0, abs=0.05)
+    assert prefill_cost(spec, 1, 1024).seconds(h100) * 1e3 == pytest.approx(18.4, abs=0.1)
 
 
 def test_the_longer_of_moving_and_computing_is_the_floor() -> None:
     spec = MODELS["SmolLM2-135M"][0]
-    cost = decode_cost(spec, 1, 100, 2)
+    cost = decode_cost(spec, 1, 100)
     assert cost.seconds(Ceilings(1.0, 1.0, 1e30)) == cost.num_bytes
     assert cost.seconds(Ceilings(1e30, 1e30, 1.0)) == cost.flops
 
@@ -83,10 +82,10 @@ SLOW_MEMORY, SLOW_ARITHMETIC = Ceilings(1.0, 1.0, 1e30), Ceilings(1e30, 1e30, 1.
 def test_time_per_output_token_follows_the_growing_context(name: str) -> None:
     """3 tokens in, 4 out: the steps after the first token see 4, 5 and 6 tokens, 5 on average."""
     spec, parameters, kv_bytes = MODELS[name]
-    floor = time_per_output_token_floor(spec, SLOW_MEMORY, 2, 3, 4, itemsize=2)
+    floor = time_per_output_token_floor(spec, SLOW_MEMORY, 2, 3, 4)
     assert floor == pytest.approx(2 * parameters + 2 * 5 * kv_bytes)
     attention = sum(4 * 5 * layer.attn.q_size for layer in spec.layers)
-    floor = time_per_output_token_floor(spec, SLOW_ARITHMETIC, 2, 3, 4, itemsize=2)
+    floor = time_per_output_token_floor(spec, SLOW_ARITHMETIC, 2, 3, 4)
     assert floor == pytest.approx(2 * (2 * parameters + attention))
 
 
@@ -94,11 +93,11 @@ def test_time_per_output_token_follows_the_growing_context(name: str) -> None:
 def test_offline_floor_reads_weights_for_the_longest_output_only(name: str) -> None:
     """3 in, 3 out and 5 in, 1 out: three steps; the KV of 4 and 5 tokens is read again."""
     spec, parameters, kv_bytes = MODELS[name]
-    floor = offline_floor(spec, SLOW_MEMORY, [(3, 3), (5, 1)], itemsize=2)
+    floor = offline_floor(spec, SLOW_MEMORY, [(3, 3), (5, 1)])
     assert floor == 3 * 2 * parameters + (4 + 5) * kv_bytes
     width = sum(layer.attn.q_size for layer in spec.layers)
-    prompts = prefill_cost(spec, 1, 3, 2).flops + prefill_cost(spec, 1, 5, 2).flops
-    floor = offline_floor(spec, SLOW_ARITHMETIC, [(3, 3), (5, 1)], itemsize=2)
+    prompts = prefill_cost(spec, 1, 3).flops + prefill_cost(spec, 1, 5).flops
+    floor = offline_floor(spec, SLOW_ARITHMETIC, [(3, 3), (5, 1)])
     assert floor == prompts + 2 * 2 * parameters + 4 * (4 + 5) * width
 
 
@@ -107,25 +106,24 @@ def test_layers_with_a_window_read_no_more_than_it() -> None:
     spec = llama(8, 2, 1, 1, 4, 16, 50)
     windowed = replace(spec.layers[0], attn=replace(spec.layers[0].attn, sliding_window=10))
     spec = replace(spec, layers=(windowed, spec.layers[1]))
-    assert decode_cost(spec, 3, 8, 2).kv_bytes == 3 * (8 + 8) * 16
-    assert decode_cost(spec, 3, 70, 2).kv_bytes == 3 * (10 + 70) * 16
-    attention = decode_cost(spec, 1, 70, 2).flops - decode_cost(spec, 1, 0, 2).flops
+    assert decode_cost(spec, 3, 8).kv_bytes == 3 * (8 + 8) * 16
+    assert decode_cost(spec, 3, 70).kv_bytes == 3 * (10 + 70) * 16
+    attention = decode_cost(spec, 1, 70).flops - decode_cost(spec, 1, 0).flops
     assert attention == 4 * (10 + 70) * 4
     prompt = (
-        prefill_cost(spec, 1, 70, 2).flops
-        - prefill_cost(llama(8, 2, 1, 1, 4, 16, 50), 1, 70, 2).flops
+        prefill_cost(spec, 1, 70).flops - prefill_cost(llama(8, 2, 1, 1, 4, 16, 50), 1, 70).flops
     )
     assert prompt == -2 * 60**2 * 4  # the triangle of keys that the windowed layer leaves out
-    floor = offline_floor(spec, SLOW_MEMORY, [(8, 4)], itemsize=2)
-    assert floor == 4 * 2 * weights_read(spec) + (9 + 10 + 10 + 9 + 10 + 11) * 16
+    floor = offline_floor(spec, SLOW_MEMORY, [(8, 4)])
+    assert floor == 4 * 2 * spec.weights_read.num_parameters + (9 + 10 + 10 + 9 + 10 + 11) * 16
 
 
 def test_published_floors_of_a_whole_grid_cell() -> None:
     """Llama-3.1-8B, 128 prompts of 1024 tokens, 129 out, at 3.0 TB/s and 790 TFLOP/s."""
     spec, h100 = MODELS["Llama-3.1-8B"][0], Ceilings(3.0e12, 3.0e12, 790e12)
-    tpot = time_per_output_token_floor(spec, h100, 128, 1024, 129, 2)
+    tpot = time_per_output_token_floor(spec, h100, 128, 1024, 129)
     assert tpot * 1e3 == pytest.approx((15.0098 + 128 * 1088 * 131_072e-9) / 3.0, abs=0.005)
-    ttft = time_to_first_token_floor(spec, h100, 128, 1024, 2)
+    ttft = time_to_first_token_floor(spec, h100, 128, 1024)
     assert ttft == pytest.approx(128 * (2 * 6.98e9 * 1024 + 2 * 1024**2 * 4096 * 32) / 790e12, 0.01)
 
 

@@ -14,16 +14,19 @@ groups.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from compiledllm.config import Choice
 from compiledllm.kernels.backend import AttentionBackend
+from compiledllm.models.layer_cache import LayerCache
 from compiledllm.models.spec import ModelSpec
 
 MAX_GROUPS = 8  # bounded, because every step gathers a block table per group
 NEARLY = 1.05  # accept up to this many times the minimum memory for fewer groups
+
+Caches = Sequence[LayerCache]  # one per layer
 
 
 class Place(NamedTuple):
@@ -34,24 +37,40 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class CacheGroups:
+class KVLayout:
     """windows: per group, the number of latest tokens that its layers see; 0: all.
 
-    places: one per layer. Layers in the same column have keys and values of the same shape.
+    places: one per layer. columns: the cache of each column, whose layers all keep equal caches but
+    for their windows.
     """
 
     windows: tuple[int, ...]
     places: tuple[Place, ...]
+    columns: tuple[LayerCache, ...]
 
     @property
     def size(self) -> int:
         """Number of cache tensors, which is the number of layers in a full group."""
-        return 1 + max(place.column for place in self.places)
+        return len(self.columns)
 
-    def kv_bytes_per_token(self, spec: ModelSpec, itemsize: int) -> int:
-        """KV bytes of one token over all layers of a group. itemsize: bytes per element."""
-        layers = dict(zip((p.column for p in self.places), spec.layers, strict=True))
-        return sum(2 * layer.attn.kv_size * itemsize for layer in layers.values())
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token over all layers of a group."""
+        return sum(cache.bytes_per_token for cache in self.columns)
+
+    @property
+    def bytes_in_windows(self) -> int:
+        """Bytes that a token takes in all groups while every window covers it."""
+        return self.bytes_per_token * len(self.windows)
+
+    @property
+    def bytes_past_windows(self) -> int:
+        """Bytes that a token still takes when it has left every window."""
+        return self.bytes_per_token * self.windows.count(0)
+
+    def block_bytes(self, block_size: int) -> int:
+        """Bytes of one block, which holds `block_size` tokens of all layers of a group."""
+        return self.bytes_per_token * block_size
 
     def __str__(self) -> str:
         groups = "group" if len(self.windows) == 1 else "groups"
@@ -61,69 +80,74 @@ class CacheGroups:
         return ", ".join((f"{len(self.windows)} {groups} of {self.size} {layers}", *kinds))
 
 
-def cache_groups(spec: ModelSpec, max_len: int) -> CacheGroups:
+def kv_layout(caches: Caches, max_len: int) -> KVLayout:
     """The fewest groups with which a request of `max_len` tokens takes nearly the least memory.
 
     All groups have the same size, so the last group of a window may have empty columns. A model
     gets a single group, with the largest window of its layers, if all windows are equal or the
-    layers' keys and values differ in shape.
+    layers' caches differ in shape or dtype.
     """
     kinds: dict[int, list[int]] = {}  # window -> layers
-    for index, layer in enumerate(spec.layers):
-        window = layer.attn.sliding_window
+    for index, cache in enumerate(caches):
         # A window of `max_len` tokens or more never fills.
-        kinds.setdefault(window if window < max_len else 0, []).append(index)
-    single = _of([(0 if 0 in kinds else max(kinds), list(range(len(spec.layers))))])
-    if len(kinds) == 1 or not has_one_kv_shape(spec):
+        kinds.setdefault(cache.window if cache.window < max_len else 0, []).append(index)
+    single = _of([(0 if 0 in kinds else max(kinds), list(range(len(caches))))], caches)
+    if len(kinds) == 1 or not have_one_shape(caches):
         return single
     found = [single]
     for size in range(1, max(map(len, kinds.values())) + 1):
         groups = [(window, part) for window in kinds for part in _parts(kinds[window], size)]
         if len(groups) <= MAX_GROUPS:
-            found.append(_of(groups))
-    costs = [_layers_times_tokens(groups, max_len) for groups in found]
+            found.append(_of(groups, caches))
+    costs = [_layers_times_tokens(layout, max_len) for layout in found]
     good = (g for g, cost in zip(found, costs, strict=True) if cost <= NEARLY * min(costs))
-    return min(good, key=lambda groups: len(groups.windows))
+    return min(good, key=lambda layout: len(layout.windows))
 
 
-def choose_groups(
+def choose_layout(
     spec: ModelSpec, max_len: int, backend: AttentionBackend
-) -> tuple[CacheGroups, Choice]:
-    """The model's groups, and the reason for the choice."""
-    groups, reason = cache_groups(spec, max_len), "layers that see equally far share a block table"
+) -> tuple[KVLayout, Choice]:
+    """The layout of the model's KV cache, and the reason for the choice."""
+    caches = spec.layer_caches
+    layout, reason = kv_layout(caches, max_len), "layers that see equally far share a block table"
     if not backend.reads_groups:
-        groups, reason = whole_contexts(spec), f"{backend.name} reads whole contexts"
+        layout, reason = whole_contexts(caches), f"{backend.name} reads whole contexts"
     elif spec.implementation == "transformers":
-        groups, reason = whole_contexts(spec), "transformers' module is given one block table"
-    elif not has_one_kv_shape(spec):
+        layout, reason = whole_contexts(caches), "transformers' module is given one block table"
+    elif not have_one_shape(caches):
         reason = "one block table, as the layers' KV differ in shape"
-    return groups, Choice(groups, reason)
+    return layout, Choice(layout, reason)
 
 
-def whole_contexts(spec: ModelSpec) -> CacheGroups:
+def whole_contexts(caches: Caches) -> KVLayout:
     """A single group without a window: a request keeps all its blocks until it ends."""
-    return _of([(0, list(range(len(spec.layers))))])
+    return _of([(0, list(range(len(caches))))], caches)
 
 
-def has_one_kv_shape(spec: ModelSpec) -> bool:
-    return len({(layer.attn.num_kv_heads, layer.attn.head_dim) for layer in spec.layers}) == 1
+def have_one_shape(caches: Caches) -> bool:
+    """Whether the caches are equal but for their windows, so that they can share a tensor."""
+    return len({(cache.shape(num_blocks=1, block_size=1), cache.dtype) for cache in caches}) == 1
 
 
 def _parts(layers: list[int], size: int) -> Iterator[list[int]]:
     return (layers[start : start + size] for start in range(0, len(layers), size))
 
 
-def _of(groups: list[tuple[int, list[int]]]) -> CacheGroups:
-    """Build CacheGroups from the window and the layer indices of each group."""
+def _of(groups: list[tuple[int, list[int]]], caches: Caches) -> KVLayout:
+    """Build the layout from the window and the layer indices of each group."""
     places = {
         layer: Place(group, column)
         for group, (_, layers) in enumerate(groups)
         for column, layer in enumerate(layers)
     }
-    windows = tuple(window for window, _ in groups)
-    return CacheGroups(windows, tuple(places[layer] for layer in sorted(places)))
+    columns = {place.column: caches[layer] for layer, place in places.items()}
+    return KVLayout(
+        windows=tuple(window for window, _ in groups),
+        places=tuple(places[layer] for layer in sorted(places)),
+        columns=tuple(columns[column] for column in sorted(columns)),
+    )
 
 
-def _layers_times_tokens(groups: CacheGroups, max_len: int) -> int:
+def _layers_times_tokens(layout: KVLayout, max_len: int) -> int:
     """KV memory of a request of `max_len` tokens, in units of one token of one layer."""
-    return groups.size * sum(window or max_len for window in groups.windows)
+    return layout.size * sum(window or max_len for window in layout.windows)

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compiledllm.models.cache_groups import MAX_GROUPS, cache_groups, whole_contexts
 from compiledllm.models.spec import (
     AttentionSpec,
     LayerSpec,
@@ -18,7 +17,8 @@ from compiledllm.models.spec import (
     NormSpec,
     RopeSpec,
 )
-from compiledllm.runner.kv_cache import allocate_kv_caches, block_bytes
+from compiledllm.runner.kv_cache import allocate_kv_caches
+from compiledllm.runner.kv_layout import MAX_GROUPS, kv_layout, whole_contexts
 
 ATTENTION = AttentionSpec(4, 2, 8, 1.0, RopeSpec((1.0,) * 4))
 LAYER = LayerSpec(32, ATTENTION, MlpSpec(64), NormSpec(1e-5))
@@ -58,27 +58,36 @@ def pattern(num_layers: int, window: int, every: int) -> list[int]:
 def test_published_layouts(
     windows: list[int], max_len: int, size: int, groups: tuple[int, ...]
 ) -> None:
-    found = cache_groups(model(windows), max_len)
+    found = kv_layout(model(windows).layer_caches, max_len)
     assert (found.size, found.windows) == (size, groups)
 
 
 def test_layers_with_kv_of_several_shapes_have_one_table() -> None:
-    spec = model([64, 0, 64, 32], [8, 16, 8, 8])
-    assert cache_groups(spec, 1024) == whole_contexts(spec)
-    windowed = model([64, 32], [8, 16])
-    assert cache_groups(windowed, 1024).windows == (64,)  # as far as any of them sees
-    sizes = 3, 16, torch.float16, torch.device("cpu")
-    caches = allocate_kv_caches(spec, cache_groups(spec, 1024), *sizes)
+    kept = model([64, 0, 64, 32], [8, 16, 8, 8]).layer_caches
+    assert kv_layout(kept, 1024) == whole_contexts(kept)
+    windowed = model([64, 32], [8, 16]).layer_caches
+    assert kv_layout(windowed, 1024).windows == (64,)  # as far as any of them sees
+    caches = allocate_kv_caches(kv_layout(kept, 1024), 3, 16, torch.device("cpu"))
     assert [cache.shape[-1] for cache in caches] == [8, 16, 8, 8]
     assert len({cache.data_ptr() for cache in caches}) == 4
+    assert kv_layout(kept, 1024).bytes_per_token == (8 + 16 + 8 + 8) * 2 * 2 * 4
+
+
+def test_layers_with_kv_of_several_dtypes_have_one_table() -> None:
+    kept = model([64, 0]).layer_caches
+    mixed = [kept[0], dataclasses.replace(kept[1], dtype=torch.float8_e4m3fn)]
+    layout = kv_layout(mixed, 1024)
+    assert layout == whole_contexts(mixed)
+    caches = allocate_kv_caches(layout, 3, 16, torch.device("cpu"))
+    assert [cache.dtype for cache in caches] == [torch.float32, torch.float8_e4m3fn]
+    assert sum(cache.nbytes for cache in caches) == 4 * layout.block_bytes(16)
 
 
 @given(st.lists(st.sampled_from([0, 16, 64, 1000]), min_size=1, max_size=30), st.integers(1, 4000))
 def test_every_layer_has_a_place_of_its_own_in_a_group_that_sees_as_far(
     windows: list[int], max_len: int
 ) -> None:
-    spec = model(windows)
-    groups = cache_groups(spec, max_len)
+    groups = kv_layout(model(windows).layer_caches, max_len)
     assert len(set(groups.places)) == len(windows)
     assert {place.group for place in groups.places} == set(range(len(groups.windows)))
     assert len(groups.windows) <= MAX_GROUPS
@@ -91,11 +100,12 @@ def test_every_layer_has_a_place_of_its_own_in_a_group_that_sees_as_far(
 
 
 def test_blocks_are_as_large_as_the_tensors_that_hold_them() -> None:
-    spec = model(pattern(26, 64, 6))
-    groups = cache_groups(spec, 32768)
-    caches = allocate_kv_caches(spec, groups, 9, 16, torch.float16, torch.device("cpu"))
+    spec = model(pattern(26, 64, 6)).with_dtypes("float32", kv_dtype="float16")
+    groups = kv_layout(spec.layer_caches, 32768)
+    caches = allocate_kv_caches(groups, 9, 16, torch.device("cpu"))
+    assert {cache.dtype for cache in caches} == {torch.float16}
     assert len(caches) == 26
     tensors = {cache.data_ptr(): cache for cache in caches}
     assert len(tensors) == groups.size
     held = sum(cache.nbytes for cache in tensors.values())
-    assert held == 10 * block_bytes(spec, groups, 16, torch.float16)
+    assert held == 10 * groups.block_bytes(16)

@@ -1,0 +1,85 @@
+"""Two views of a `Plan`: the facts of `compiledllm info`, and the lines an engine logs at start."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from compiledllm.runner.kv_cache import available_bytes
+from compiledllm.runner.plan import Plan
+from compiledllm.runner.worker import Worker
+
+
+def facts(plan: Plan) -> dict[str, Any]:
+    """Facts about a model on this machine, found without loading its weights.
+
+    `kv_tokens_that_fit` and `full_contexts_that_fit` do not count activations.
+    """
+    spec, platform, layout = plan.spec, plan.platform, plan.kv_layout
+    layer, weight_bytes = spec.layers[0], spec.num_bytes(spec.weights)
+    room, _ = available_bytes(plan.config.asked.cache, platform, bytes_in_use=weight_bytes)
+    context_bytes = plan.blocks_per_context * plan.block_bytes
+    return {
+        "model": str(plan.checkpoint),
+        "architecture": spec.architecture,
+        "run_by": spec.implementation,
+        "layers": len(spec.layers),
+        "distinct_layers": len(spec.distinct_layers),
+        "hidden_size": spec.hidden_size,
+        "attention_heads": layer.attn.num_heads,
+        "kv_heads": layer.attn.num_kv_heads,
+        "head_dim": layer.attn.head_dim,
+        "intermediate_size": layer.mlp.intermediate_size,
+        "vocab_size": spec.vocab_size,
+        "tied_embeddings": spec.tie_word_embeddings,
+        "context": spec.max_position,
+        "parameters": spec.num_parameters,
+        "checkpoint_dtype": plan.stored_dtype,
+        "dtype": str(plan.report["dtype"]),
+        "attention_backend": str(plan.report["attention_backend"]),
+        "weight_bytes": weight_bytes,
+        "kv_groups": str(layout),
+        "kv_bytes_per_token": layout.bytes_in_windows,
+        "kv_bytes_per_token_past_windows": layout.bytes_past_windows,
+        "kv_bytes_of_a_full_context": context_bytes,
+        "device": f"{platform.device} ({platform.name})",
+        "memory_bytes": platform.memory_bytes,
+        "kv_tokens_that_fit": max(room, 0) // layout.bytes_in_windows,
+        "full_contexts_that_fit": max(room, 0) // context_bytes,
+    }
+
+
+def start_lines(plan: Plan, worker: Worker, startup_s: dict[str, float]) -> dict[str, str]:
+    """What an engine is and why, by topic. startup_s: phase -> seconds."""
+    spec, limits, report = worker.spec, plan.config.limits, plan.report | worker.report
+    num_layers, distinct = len(spec.layers), len(spec.distinct_layers)
+    has_windows = any(cache.window for cache in spec.layer_caches)
+    lines: dict[str, Any] = {
+        "model": f"{plan.checkpoint} ({spec.architecture}, {num_layers} layers, "
+        f"{spec.num_parameters / 1e6:.1f} M parameters)",
+        "run by": report.get("model_impl"),
+        "tied head": report.get("tie_word_embeddings"),
+        "device": f"{plan.platform.device} ({plan.platform.name}; {plan.platform.versions()})",
+        "dtype": report["dtype"],
+        "attention": report["attention_backend"],
+        "memory": report.get("memory"),
+        "KV cache": _cache_line(plan, worker),
+        "KV groups": report["kv_groups"] if has_windows else None,
+        "context": report["max_model_len"],
+        "batch": f"at most {limits.max_num_seqs} requests, "
+        f"{report['max_num_batched_tokens']} tokens a step",
+        "compile": f"{report['compile']}, {distinct} distinct of {num_layers}",
+        "capture": report["capture"],
+        "ready in": f"{startup_s['total']:.1f} s (weights {startup_s['weights']:.1f} s)",
+    }
+    return {topic: str(line) for topic, line in lines.items() if line is not None}
+
+
+def _cache_line(plan: Plan, worker: Worker) -> str:
+    size, blocks = plan.config.limits.block_size, worker.num_kv_blocks
+    room = f"= {blocks * size} tokens"
+    if plan.kv_layout.windows != (0,):
+        max_len, needed = plan.config.limits.max_model_len, plan.blocks_per_context
+        room = f"of a group of layers; {max_len} tokens of a request take {needed}"
+    mib = blocks * plan.block_bytes / 2**20
+    reason = worker.report["num_kv_blocks"].reason
+    return f"{blocks} blocks of {size} tokens {room}, {mib:.0f} MiB ({reason})"

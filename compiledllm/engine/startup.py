@@ -1,0 +1,94 @@
+"""Decides what an engine will be: from options to a `Plan`, without touching weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+from compiledllm.config import Choice, ConfigError, EngineConfig, Report
+from compiledllm.kernels.backend import AttentionBackend
+from compiledllm.log import log
+from compiledllm.models.registry import load_spec
+from compiledllm.models.source import resolve_checkpoint
+from compiledllm.models.spec import ModelSpec
+from compiledllm.platform import Platform
+from compiledllm.resolved_config import ResolvedConfig, StepLimits, resolve
+from compiledllm.runner.choose_backend import choose_backend
+from compiledllm.runner.kv_layout import KVLayout, choose_layout
+from compiledllm.runner.plan import Plan
+from compiledllm.scheduler.kv_manager import most_blocks_of_all, num_blocks_needed
+
+
+def plan(config: EngineConfig) -> Plan:
+    """Plan an engine for this machine. With load_format="dummy" no weight file need exist.
+
+    Raises ConfigError for options that the model or the machine cannot have.
+    """
+    started = time.perf_counter()
+    model = config.model
+    has_weights = model.load_format != "dummy"
+    checkpoint = resolve_checkpoint(model.model, model.revision, weights=has_weights)
+    stored = load_spec(checkpoint, model.model_impl)
+    platform = Platform.detect(model.device)
+    resolved, report = resolve(config, platform.is_cuda, stored.max_position, platform.memory_bytes)
+    if stored.implementation == "transformers":
+        _note_transformers(config, stored.architecture, report)
+    dtype = platform.choose_dtype(model.dtype, stored.dtype)
+    report.note("dtype", dtype)
+    spec = stored.with_dtypes(str(dtype.value))
+    backend = _backend(resolved, spec, platform, report)
+    if not backend.runs_ahead:
+        reason = f"{backend.name} plans step by step"
+        report.note("async_scheduling", Choice(False, reason))
+        resolved = dataclasses.replace(resolved, async_scheduling=False)
+    layout, choice = choose_layout(spec, resolved.limits.max_model_len, backend)
+    report.note("kv_groups", choice)
+    return Plan(
+        resolved,
+        checkpoint,
+        spec,
+        stored.dtype,
+        platform,
+        backend,
+        layout,
+        blocks_per_context=_blocks_of_one(layout, resolved.limits),
+        max_useful_blocks=_blocks_of_all(layout, resolved.limits),
+        report=report,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _backend(
+    config: ResolvedConfig, spec: ModelSpec, platform: Platform, report: Report
+) -> AttentionBackend:
+    asked = config.asked.compile
+    preferred = platform.choose_attention_backend(asked.attention_backend, asked.deterministic)
+    choice, backend = choose_backend(preferred, spec, config.limits, platform.device)
+    report.note("attention_backend", choice)
+    return backend
+
+
+def _note_transformers(config: EngineConfig, architecture: str, report: Report) -> None:
+    if config.compile.deterministic:
+        raise ConfigError(
+            f"deterministic=True is not supported for {architecture} as transformers runs it; "
+            "leave it out"
+        )
+    is_asked = config.model.model_impl == "transformers"
+    reason = "as asked" if is_asked else f"there is no family for {architecture}"
+    report.note("model_impl", Choice("transformers", reason))
+    log.warning("transformers runs the model, over our paged attention (%s)", reason)
+
+
+def _blocks_of_one(layout: KVLayout, limits: StepLimits) -> int:
+    return num_blocks_needed(layout.windows, limits.block_size, limits.max_model_len)
+
+
+def _blocks_of_all(layout: KVLayout, limits: StepLimits) -> int:
+    return most_blocks_of_all(
+        layout.windows,
+        limits.block_size,
+        limits.max_num_seqs,
+        limits.max_num_batched_tokens,
+        limits.max_model_len,
+    )

@@ -1,0 +1,129 @@
+"""Fills in the options that a user left open, for one model and one machine. Knows no torch.
+
+Facts about the machine and the model come in as plain numbers. The dtype and the attention backend
+need more than numbers: `engine.startup` chooses them, and a `Plan` holds them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from compiledllm.config import Choice, ConfigError, EngineConfig, Report
+
+_LARGE_GPU = 64 * 2**30  # bytes; GPUs with this much memory get larger steps and more requests
+_MAX_CAPTURED = 512  # requests; larger decode steps take longer than the host's launches
+
+
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """The bounds of steps and requests, for which the scheduler and the device are laid out.
+
+    block_size: tokens of a KV block. max_num_seqs: requests running at once.
+    max_num_batched_tokens: tokens computed in a step. max_model_len: tokens of a request, prompt
+    and output together.
+    """
+
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+
+    @property
+    def blocks_per_request(self) -> int:
+        """Blocks of one block table that hold `max_model_len` tokens."""
+        return -(-self.max_model_len // self.block_size)
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedConfig:
+    """The options of one engine. asked: as the user gave them; for an option that may be left open
+    there, the field here has the value.
+
+    mixed_prompt_tokens: most prompt tokens in a step in which requests decode; None: as many as
+    their numbers suggest.
+    """
+
+    asked: EngineConfig
+    limits: StepLimits
+    mixed_prompt_tokens: int | None
+    compile_when: str
+    async_scheduling: bool
+    max_cudagraph_capture_size: int
+
+    def options(self) -> dict[str, Any]:
+        """All options by name, with the resolved values where there are any."""
+        limits = {
+            "max_num_seqs": self.limits.max_num_seqs,
+            "max_num_batched_tokens": self.limits.max_num_batched_tokens,
+            "max_model_len": self.limits.max_model_len,
+        }
+        names = "mixed_prompt_tokens compile_when async_scheduling max_cudagraph_capture_size"
+        return self.asked.options() | limits | {name: getattr(self, name) for name in names.split()}
+
+
+def resolve(
+    asked: EngineConfig, on_gpu: bool, max_position: int, memory_bytes: int = 0
+) -> tuple[ResolvedConfig, Report]:
+    """The options with every open value filled in, and the reason for each value.
+
+    max_position: the longest context that the model supports, in tokens. memory_bytes: memory of
+    the device. Raises ConfigError for options that this model or machine cannot have.
+    """
+    _check(asked, on_gpu, max_position)
+    report = Report()
+    given = asked.options()
+
+    def chosen(name: str, default: Any, reason: str) -> Any:
+        is_open = given[name] in (None, "auto")
+        choice = Choice(default, reason) if is_open else Choice(given[name], "as asked")
+        report.note(name, choice)
+        return choice.value
+
+    where = "the default on a GPU" if on_gpu else "the default on a CPU"
+    seqs, tokens = _default_step(on_gpu, memory_bytes)
+    limits = StepLimits(
+        block_size=asked.cache.block_size,
+        max_model_len=chosen("max_model_len", max_position, "the model's context"),
+        max_num_seqs=chosen("max_num_seqs", seqs, where),
+        max_num_batched_tokens=chosen("max_num_batched_tokens", tokens, where),
+    )
+    prompt_tokens = None if on_gpu else min(128, limits.max_num_batched_tokens)
+    captured = min(limits.max_num_seqs, _MAX_CAPTURED)
+    why_captured = f"max_num_seqs, at most {_MAX_CAPTURED}"
+    config = ResolvedConfig(
+        asked,
+        limits,
+        mixed_prompt_tokens=chosen("mixed_prompt_tokens", prompt_tokens, where),
+        compile_when=chosen("compile_when", "start" if on_gpu else "busy", where),
+        async_scheduling=chosen("async_scheduling", on_gpu, where),
+        max_cudagraph_capture_size=chosen("max_cudagraph_capture_size", captured, why_captured),
+    )
+    if config.max_cudagraph_capture_size > limits.max_num_seqs:
+        raise ConfigError(
+            f"max_cudagraph_capture_size={config.max_cudagraph_capture_size} is more than "
+            f"max_num_seqs={limits.max_num_seqs}: such a batch never runs; lower the one or raise "
+            "the other"
+        )
+    return config, report
+
+
+def _check(asked: EngineConfig, on_gpu: bool, max_position: int) -> None:
+    max_model_len = asked.model.max_model_len
+    if max_model_len is not None and max_model_len > max_position:
+        raise ConfigError(
+            f"max_model_len={max_model_len} is more than the {max_position} positions of the "
+            f"model; use at most {max_position}"
+        )
+    if asked.compile.deterministic and not on_gpu:
+        raise ConfigError(
+            "deterministic=True needs a GPU: on a CPU the matrix library chooses the order of "
+            "its sums by the batch; leave it out"
+        )
+
+
+def _default_step(on_gpu: bool, memory_bytes: int) -> tuple[int, int]:
+    """Requests that run at once, and tokens of a step."""
+    if not on_gpu:
+        return 64, 512
+    return (1024, 16384) if memory_bytes >= _LARGE_GPU else (256, 8192)

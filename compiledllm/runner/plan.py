@@ -1,0 +1,72 @@
+"""What an engine will be on this machine, decided before any weight is read.
+
+`engine.startup.plan` makes a `Plan`. A `Worker` carries the plan out on one device, the core lays
+out its scheduler by the plan, and `compiledllm info` shows it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compiledllm.config import Report
+from compiledllm.graphs.buckets import StepShape, step_shapes
+from compiledllm.kernels.backend import AttentionBackend
+from compiledllm.models.spec import ModelSpec
+from compiledllm.platform import Platform
+from compiledllm.resolved_config import ResolvedConfig
+from compiledllm.runner.kv_layout import KVLayout
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """checkpoint: directory with config.json. spec: in the dtypes of the run; stored_dtype: the
+    checkpoint's. backend: prepared to run the model. blocks_per_context: KV blocks that a request
+    of `max_model_len` tokens holds. max_useful_blocks: KV blocks of all requests that can run at
+    once; more would stay idle. report: the choices, with reasons. seconds: time that planning took.
+    """
+
+    config: ResolvedConfig
+    checkpoint: Path
+    spec: ModelSpec
+    stored_dtype: str
+    platform: Platform
+    backend: AttentionBackend
+    kv_layout: KVLayout
+    blocks_per_context: int
+    max_useful_blocks: int
+    report: Report
+    seconds: float
+
+    @property
+    def block_bytes(self) -> int:
+        return self.kv_layout.block_bytes(self.config.limits.block_size)
+
+    def options(self) -> dict[str, Any]:
+        """All options by name, as resolved. The size of the KV cache is known by the worker."""
+        is_dummy = self.config.asked.model.load_format == "dummy"
+        return self.config.options() | {
+            "load_format": "dummy" if is_dummy else "safetensors",
+            "dtype": self.spec.dtype,
+            "device": str(self.platform.device),
+            "attention_backend": self.backend.name,
+            "model_impl": self.spec.implementation,
+        }
+
+    def why_not_capture(self) -> str | None:
+        """The reason why steps cannot be captured as CUDA graphs, or None."""
+        if not self.platform.is_cuda:
+            return "CUDA graphs need a GPU"
+        if self.config.asked.compile.enforce_eager:
+            return "enforce_eager"
+        if not self.backend.captures:
+            return f"attention_backend='{self.backend.name}' asks the host"
+        return None
+
+    def shapes_to_capture(self) -> list[StepShape]:
+        if self.why_not_capture():
+            return []
+        max_rows = self.config.max_cudagraph_capture_size
+        shapes = step_shapes(max_rows, self.config.limits.max_num_batched_tokens)
+        return [shape for shape in shapes if shape.is_decode or self.backend.captures_prompts]

@@ -1,0 +1,179 @@
+"""What one device does: builds the model of a plan, measures, allocates, compiles, runs steps.
+
+    worker = Worker(plan)            # the model and its weights
+    num_blocks = worker.count_kv_blocks()
+    worker.start(num_blocks, max_blocks)
+    pending = worker.launch(step)    # -> PendingOutput
+    output = worker.collect(pending)
+
+Knows no requests but those of the current step, and no scheduler: the two numbers that the KV cache
+depends on come from outside, since devices that share a model must agree on them.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from compiledllm.config import Choice, Report
+from compiledllm.models.build import build_model
+from compiledllm.models.decoder import Decoder
+from compiledllm.models.deterministic import make_deterministic
+from compiledllm.runner.kv_cache import allocate_kv_caches, plan_num_blocks
+from compiledllm.runner.memory import (
+    check_gpu_is_free,
+    max_sampling_bytes,
+    measure_activations,
+    plan_memory,
+)
+from compiledllm.runner.model_runner import ModelRunner
+from compiledllm.runner.pending import PendingOutput
+from compiledllm.runner.plan import Plan
+from compiledllm.types import SchedulerOutput, StepOutput
+
+# On two CPU cores, compiling takes 10 to 30 s, during which the model has one core fewer, and makes
+# a step up to 14 % faster (16 requests; one request: no faster). Shorter work never gains from it.
+BUSY_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStats:
+    """num_recompiles: compilations after the start, which hold up a step."""
+
+    num_recompiles: int
+
+
+class Worker:
+    """The model of a plan on the plan's device.
+
+    Attributes: `spec` (as loaded: the checkpoint may have a head of its own), `report` (choices
+    that needed the device), `startup_s` (phase -> seconds), `num_kv_blocks` and `runner` after
+    `start`.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.report = Report()
+        self.startup_s: dict[str, float] = {}
+        self.num_kv_blocks = 0
+        self.runner: ModelRunner
+        started = time.perf_counter()
+        cache = plan.config.asked.cache
+        is_sized = cache.num_kv_blocks or cache.kv_cache_memory_bytes
+        if plan.platform.is_cuda and not is_sized:
+            check_gpu_is_free(plan.platform, cache.gpu_memory_utilization)
+        self._model = self._build_model()
+        self.spec = self._model.spec
+        if self.spec.tie_word_embeddings != plan.spec.tie_word_embeddings:
+            own_head = Choice(False, "the checkpoint has its own head")
+            self.report.note("tie_word_embeddings", own_head)
+        self.startup_s["weights"] = time.perf_counter() - started
+
+    # -- steps ---------------------------------------------------------------------------------
+
+    def launch(self, step: SchedulerOutput) -> PendingOutput:
+        """Launch one step. A GPU may still be running the step when the method returns."""
+        return self.runner.launch(step)
+
+    def collect(self, pending: PendingOutput) -> StepOutput:
+        """Wait for the results of a launched step. Steps must be collected in launch order."""
+        return self.runner.collect(pending)
+
+    def reset(self) -> None:
+        """Forget all requests after a failed step; the scheduler sends them again as new ones."""
+        self.runner.reset()
+
+    def stats(self) -> WorkerStats:
+        return WorkerStats(self.runner.compiler.num_recompiles)
+
+    # -- start-up ------------------------------------------------------------------------------
+
+    def count_kv_blocks(self) -> int:
+        """Number of KV blocks for which this device has room. On CUDA, runs the largest step."""
+        plan = self.plan
+        num_blocks, choice = plan_num_blocks(
+            plan.config.asked.cache,
+            plan.block_bytes,
+            plan.platform,
+            bytes_in_use=self._plan_memory() if plan.platform.is_cuda else 0,
+            max_useful=plan.max_useful_blocks,
+        )
+        self.report.note("num_kv_blocks", choice)
+        return num_blocks
+
+    def start(self, num_kv_blocks: int, max_blocks: int) -> None:
+        """Allocate the KV cache, compile and capture. max_blocks: width of the block tables."""
+        layout, limits = self.plan.kv_layout, self.plan.config.limits
+        device = self.plan.platform.device
+        caches = allocate_kv_caches(layout, num_kv_blocks, limits.block_size, device)
+        self.num_kv_blocks = num_kv_blocks
+        self.runner = ModelRunner(self._model, layout, caches, limits, max_blocks)
+        self._start_compiler()
+        self._capture()
+
+    def _build_model(self) -> Decoder:
+        plan, asked = self.plan, self.plan.config.asked
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(plan.spec.torch_dtype)
+        try:
+            with torch.device(plan.platform.device), torch.inference_mode():
+                model = build_model(
+                    plan.spec,
+                    plan.backend,
+                    plan.checkpoint,
+                    dummy_seed=asked.model.seed if asked.model.load_format == "dummy" else None,
+                )
+        finally:
+            torch.set_default_dtype(default)
+        if asked.compile.deterministic:
+            make_deterministic(model)
+        return model.eval()
+
+    def _plan_memory(self) -> int:
+        """Bytes of the engine's share of a GPU that the KV cache cannot have."""
+        plan, limits = self.plan, self.plan.config.limits
+        budget = plan_memory(
+            plan.platform,
+            plan.config.asked.cache.gpu_memory_utilization,
+            measure_activations(self._model, plan.kv_layout, limits, plan.platform),
+            num_captures=len(plan.shapes_to_capture()),
+            sampling=max_sampling_bytes(limits.max_num_seqs, self.spec.vocab_size),
+        )
+        self.report.note("memory", Choice(budget, "activations measured"))
+        return budget.in_use
+
+    def _start_compiler(self) -> None:
+        started = time.perf_counter()
+        self.report.note("compile", Choice(*self._compile()))
+        self.startup_s["compile"] = time.perf_counter() - started
+
+    def _compile(self) -> tuple[str, str]:
+        """Compile, or arrange for compiling later. Returns what is compiled, and why or when."""
+        compiler, config = self.runner.compiler, self.plan.config
+        if config.asked.compile.enforce_eager:
+            return "nothing", "enforce_eager"
+        if config.asked.compile.deterministic:
+            return "nothing", "deterministic"
+        if obstacle := self.plan.platform.why_not_compile():
+            return "nothing, running eagerly", obstacle
+        if config.compile_when == "busy":
+            compiler.compile_after(BUSY_S)
+            return "decoder block", f"after {BUSY_S:.0f} s of work, when it pays; eager until then"
+        if config.compile_when == "background":
+            compiler.compile_in_background()
+            return "decoder block", "now; eager until it is ready"
+        if compiler.compile():
+            return "decoder block", "before the first request"
+        return "nothing, running eagerly", str(compiler.error)
+
+    def _capture(self) -> None:
+        """Capture steps as CUDA graphs, if the device and the attention backend allow it."""
+        if obstacle := self.plan.why_not_capture():
+            self.report.note("capture", Choice("nothing", obstacle))
+            return
+        graphs = self.runner.capture(self.plan.shapes_to_capture())
+        self.startup_s["capture"] = graphs.seconds
+        sizes = f"{len(graphs.shapes)} step sizes"
+        self.report.note("capture", Choice(sizes, f"whole steps, {graphs.seconds:.1f} s"))

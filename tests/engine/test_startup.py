@@ -1,0 +1,62 @@
+"""A plan decides all that needs no weights, and the engine tells what became of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compiledllm import Engine
+from compiledllm.config import ConfigError, EngineConfig
+from compiledllm.engine.startup import plan
+
+TINY = {"device": "cpu", "dtype": "bfloat16", "skip_tokenizer_init": True, "enforce_eager": True}
+WINDOWS = {
+    "head_dim": 16,
+    "sliding_window": 20,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+# Options that say nothing about how the engine runs: None or "auto" is their meaning.
+MAY_BE_OPEN = {"model", "tokenizer", "revision", "mixed_prompt_tokens", "generation_config"}
+
+
+def without_weights(checkpoint: Path, folder: Path) -> Path:
+    (folder / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
+    return folder
+
+
+def test_plan_needs_no_weights_and_leaves_nothing_open(
+    tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = without_weights(tiny_llama(), tmp_path)
+    planned = plan(EngineConfig.from_options(model=model, load_format="dummy", **TINY))
+    unknown = {"num_kv_blocks", "kv_cache_memory_bytes"}  # the worker measures them
+    for name, value in planned.options().items():
+        assert value not in (None, "auto") or name in MAY_BE_OPEN | unknown, name
+    assert (planned.stored_dtype, planned.spec.dtype) == ("float32", "bfloat16")
+    assert planned.spec.num_bytes(planned.spec.weights) == 2 * planned.spec.num_parameters
+    assert planned.block_bytes == 16 * 3 * 2 * 2 * 16 * 2
+    assert planned.blocks_per_context == planned.config.limits.blocks_per_request
+    assert planned.shapes_to_capture() == [] and planned.why_not_capture()
+
+
+def test_plan_says_why_an_option_cannot_be_had(tiny_llama: Callable[..., Path]) -> None:
+    with pytest.raises(ConfigError, match="is more than the"):
+        plan(EngineConfig.from_options(model=tiny_llama(), max_model_len=10**6, **TINY))
+
+
+@pytest.mark.parametrize(("family", "changes"), [("llama", {}), ("ministral", WINDOWS)])
+def test_options_in_use_make_the_same_engine_again(
+    family: str, changes: dict[str, Any], tiny_model: Callable[..., Path]
+) -> None:
+    core = Engine(tiny_model(family, **changes), kv_cache_memory_bytes=10**6, **TINY).core
+    options = core.options()
+    assert options["attention_backend"] == "torch" and options["dtype"] == "bfloat16"
+    assert options["num_kv_blocks"] == core.scheduler.block_pool.num_blocks
+    tensors = {cache.data_ptr(): cache.nbytes for cache in core.runner.kv_caches}
+    assert options["kv_cache_memory_bytes"] == sum(tensors.values()) <= 10**6
+    again = Engine(**options).core
+    assert again.options() == options
+    assert again.scheduler.kv.windows == core.scheduler.kv.windows
