@@ -17,6 +17,7 @@ from compiledllm.kernels.sampling import INVALID, draw_tokens
 from compiledllm.runner.device import to_device
 from compiledllm.runner.pending import Extras, LogprobsOf
 from compiledllm.runner.request_table import RequestTable, num_best
+from compiledllm.runner.rule import Draw
 
 WORKSPACE_BYTES = 256 * 2**20  # edited copies of logits, or the logits of a prompt
 
@@ -38,7 +39,7 @@ class Sampler:
         the padding row, which is greedy.
         """
         rules = self._table.rules
-        if not rules.are_used or not (with_rules := rules.asks(rows, positions)).any():
+        if not rules.are_used or not (with_rules := rules.edit(rows, positions)).any():
             return None
         chosen = np.where(with_rules, self._table.padding_row, rows)
         return to_device(chosen, self._table.device)
@@ -60,7 +61,7 @@ class Sampler:
         before the draw; None if no rule reads last tokens.
         """
         extras = Extras()
-        with_rules = np.flatnonzero(self._table.rules.asks(rows, positions))
+        with_rules = np.flatnonzero(self._table.rules.edit(rows, positions))
         if len(with_rules):
             extras.errors = self._draw_for_all_rules(
                 drawn, logits, with_rules, rows, positions, last_tokens, request_ids
@@ -110,11 +111,12 @@ class Sampler:
         )
         edited = logits[batch_index].float()
         last = None if last_tokens is None else last_tokens[batch_index]
-        errors = table.rules.apply(edited, rows, positions, last)
+        draw = Draw(rows, positions, last)
+        errors = table.rules.apply(edited, draw)
         tokens = draw_tokens(edited, request_rows, device_positions, table.asked)
         if errors:
             tokens[list(errors)] = INVALID
-        table.rules.count(rows, positions, tokens)
+        table.rules.count(draw, tokens)
         drawn[batch_index] = tokens
         table.last_token_ids[request_rows] = tokens.clamp_(min=0)
         return errors

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compiledllm.kernels.sampling import INVALID, draw_tokens
-from compiledllm.runner.logits_rules import LogitsRules, num_arguments
+from compiledllm.runner.penalties import Penalties
+from compiledllm.runner.processors import num_arguments
 from compiledllm.runner.request_table import RequestTable
+from compiledllm.runner.rule import Draw
 from compiledllm.runner.sampler import Sampler
 from compiledllm.sampling_params import SamplingParams
 from compiledllm.types import NewRequest, ScheduledRequest, SchedulerOutput
@@ -90,13 +92,14 @@ class Batch:
         """The rows' logits by the rules, without drawing."""
         _, rows, positions = self.at()
         edited, rules = logits.clone(), self.table.rules
-        asking = np.flatnonzero(rules.asks(rows, positions))
-        if len(asking):
-            index = torch.from_numpy(asking)
-            some = edited[index]
-            last = self.table.last_token_ids[torch.from_numpy(rows[asking])]
-            assert rules.apply(some, rows[asking], positions[asking], last) == {}
-            edited[index] = some
+        with_rules = np.flatnonzero(rules.edit(rows, positions))
+        if len(with_rules):
+            index = torch.from_numpy(with_rules)
+            chosen = edited[index]
+            last = self.table.last_token_ids[torch.from_numpy(rows[with_rules])]
+            draw = Draw(rows[with_rules], positions[with_rules], last)
+            assert rules.apply(chosen, draw) == {}
+            edited[index] = chosen
         return edited
 
     def expected(self, logits: Tensor) -> Tensor:
@@ -224,8 +227,8 @@ def test_a_bad_word_may_end_anywhere_but_not_complete() -> None:
 
 
 def test_rows_without_rules_are_left_alone() -> None:
-    plain, asking = SamplingParams(temperature=0), SamplingParams(temperature=0, logit_bias={2: 50})
-    batch = Batch([new("a", [1], plain), new("b", [1], asking), new("c", [1], plain)])
+    plain, biased = SamplingParams(temperature=0), SamplingParams(temperature=0, logit_bias={2: 50})
+    batch = Batch([new("a", [1], plain), new("b", [1], biased), new("c", [1], plain)])
     logits = random_logits(3, 0)
     best = logits.argmax(-1).tolist()
     assert batch.step(logits) == [best[0], 2, best[2]]
@@ -248,7 +251,7 @@ def test_slots_of_token_counts_are_used_again() -> None:
         logits = random_logits(6, n)
         torch.testing.assert_close(batch.edited(logits), batch.expected(logits))
         batch.step(logits)
-    assert LogitsRules.max_bytes(6, VOCAB) == batch.table.rules._counts.nbytes
+    assert Penalties.max_bytes(6, VOCAB) == batch.table.rules._penalties._counts.nbytes
 
 
 # -- logits processors ----------------------------------------------------------------------------
