@@ -55,10 +55,14 @@ class LogitsRules:
 
     def fill(self, row: int, request: NewRequest) -> None:
         """Take a request, with the tokens that it has so far, into a row."""
-        if rules := [rule for rule in self._in_order if rule.fill(row, request)]:
-            self._rules_of[row] = rules
-            self._followers_of[row] = [rule for rule in rules if rule.follows_output]
+        rules: list[Rule] = []
+        for rule in self._in_order:
+            if rule.fill(row, request):
+                rules.append(rule)
+                self._rules_of[row] = rules  # at once, so that `release` finds them if one fails
         self._edits_every_draw[row] = any(rule is not self._min_tokens for rule in rules)
+        if followers := [rule for rule in rules if rule.follows_output]:
+            self._followers_of[row] = followers
 
     def release(self, row: int) -> None:
         """Drop the rules of a row whose request has left the table."""

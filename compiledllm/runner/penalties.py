@@ -42,8 +42,8 @@ class Penalties(Rule):
         params = request.sampling_params
         if not params.has_penalties:
             return False
-        self._params_of[row] = params
         self._slot_of[row] = self._fill_slot(request.token_ids, request.num_prompt_tokens)
+        self._params_of[row] = params
         self._kept.clear()
         return True
 

@@ -254,6 +254,23 @@ def test_slots_of_token_counts_are_used_again() -> None:
     assert Penalties.max_bytes(6, VOCAB) == batch.table.rules._penalties._counts.nbytes
 
 
+class BrokenGrammar:
+    def matcher(self, output_token_ids: list[int]) -> Any:
+        raise MemoryError("no room for a matcher")
+
+
+def test_a_request_that_cannot_enter_leaves_no_rules_behind() -> None:
+    biased = SamplingParams(temperature=0, logit_bias={2: 50}, presence_penalty=1.0)
+    batch = Batch([])
+    with pytest.raises(MemoryError):
+        batch.admit([new("a", [1], biased, grammar=BrokenGrammar())])
+    batch.table.clear()  # as after every failed step
+    assert not batch.table.rules.are_used
+    batch.admit([new("b", [1], SamplingParams(temperature=0, logit_bias={3: 1e-9}))])
+    logits = random_logits(1, 0)
+    torch.testing.assert_close(batch.edited(logits), logits)
+
+
 # -- logits processors ----------------------------------------------------------------------------
 
 
