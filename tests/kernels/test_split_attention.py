@@ -16,7 +16,7 @@ from compiledllm.kernels.paged_attention_triton import paged_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there in Triton's interpreter
 KEYS = 64
-TOO_MANY = 1000 if DEVICE == "cuda" else 60  # programs: more than there are tiles
+TOO_MANY = 1000 if DEVICE == "cuda" else 24  # programs: more than there are tiles
 
 
 @triton.jit
@@ -102,7 +102,7 @@ def test_padding_takes_nothing_from_the_others() -> None:
 @pytest.mark.parametrize("has_sinks", [False, True])
 def test_a_long_row_among_short_ones(has_sinks: bool, window: int) -> None:
     torch.manual_seed(0)
-    lengths = [20, 1500, 3, 90, 1]
+    lengths = [20, 1500 if DEVICE == "cuda" else 700, 3, 90, 1]
     num_heads, num_kv_heads, head_dim, block_size = 4, 2, 64, 16
     width = -(-max(lengths) // block_size)
     kv_cache = torch.randn(2, len(lengths) * width + 1, block_size, num_kv_heads, head_dim)
@@ -117,7 +117,7 @@ def test_a_long_row_among_short_ones(has_sinks: bool, window: int) -> None:
     form = AttentionForm(0.1, window, 0.0, None if sinks is None else sinks.to(DEVICE))
     there = AttentionMetadata(*(x.to(DEVICE) for x in attn))
     on_device = query.to(DEVICE), kv_cache.to(DEVICE), there, form
-    for max_programs in (1, 8, 20, TOO_MANY):
+    for max_programs in (1, 8, TOO_MANY):
         out = paged_attention(*on_device, max_programs=max_programs)
         torch.testing.assert_close(out.cpu(), expected, atol=2e-5, rtol=2e-5)
         again = paged_attention(*on_device, max_programs=max_programs)
