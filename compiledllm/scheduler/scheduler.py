@@ -190,7 +190,8 @@ class Scheduler:
     def _grant_next_token(self, request: Request, draft: _Draft) -> bool:
         """Fast path of `_grant_running`, with the same effect: one token, in an allocated block.
 
-        Returns False, with no effect, for a request in any other state.
+        Blocks outside a window are freed later, once the request needs its next block. Returns
+        False, with no effect, for a request in any other state.
         """
         known, in_flight = len(request.token_ids), request.num_tokens_in_flight
         num_tokens, computed = known + in_flight, request.num_computed_tokens
