@@ -40,7 +40,7 @@ from compiledllm.runner.memory import (
 from compiledllm.runner.model_runner import ModelRunner
 from compiledllm.runner.pending import PendingOutput
 from compiledllm.scheduler.block_pool import BlockPool
-from compiledllm.scheduler.kv_manager import most_blocks_of_all, num_blocks_needed
+from compiledllm.scheduler.kv_manager import max_blocks_in_use, num_blocks_needed
 from compiledllm.scheduler.policy import BALANCED_TOKENS, Pace
 from compiledllm.scheduler.scheduler import Scheduler
 from compiledllm.types import Request, SchedulerOutput
@@ -168,7 +168,7 @@ class EngineCore:
             self.model_path,
             self.spec.vocab_size,
             self.spec.eos_token_ids,
-            num_slots=self.scheduler.kv.most_tokens,
+            num_slots=self.scheduler.kv.max_request_tokens,
             max_position=self.spec.max_position,
         )
 
@@ -243,20 +243,20 @@ class EngineCore:
             block_bytes(self.spec, groups, block_size, self.dtype),
             self.platform,
             bytes_in_use=self._plan_memory(model, max_seqs, max_tokens),
-            max_useful=most_blocks_of_all(groups.windows, *sizes, max_len),
+            max_useful=max_blocks_in_use(groups.windows, *sizes, max_len),
         )
         pool = BlockPool(num_blocks, config.cache.enable_prefix_caching)
         policy = config.scheduler.scheduling_policy
         pace = Pace(BALANCED_TOKENS * self.spec.sparsity, config.scheduler.mixed_prompt_tokens)
         scheduler = Scheduler(pool, *sizes, policy, pace, groups.windows)
         caches = allocate_kv_caches(self.spec, groups, num_blocks, block_size, self.dtype, device)
-        if scheduler.kv.most_tokens == 0:
+        if scheduler.kv.max_request_tokens == 0:
             raise ConfigError(
                 f"{num_blocks} KV blocks hold no token in each of {len(groups.windows)} groups of "
                 f"layers; {num_blocks_needed(groups.windows, block_size, max_len)} hold a whole "
                 "context: give the cache more room (num_kv_blocks, kv_cache_memory_bytes)"
             )
-        max_blocks = -(-min(max_len, scheduler.kv.most_tokens) // block_size)
+        max_blocks = -(-min(max_len, scheduler.kv.max_request_tokens) // block_size)
         runner = ModelRunner(model, groups, caches, *sizes, max_blocks)
         return runner, scheduler
 

@@ -1287,7 +1287,7 @@ arrivals = st.builds(
 ).filter(lambda arrival: arrival.prefix_length + arrival.own_length > 0)
 
 
-def most_held(bench: Bench, num_tokens: int) -> int:
+def max_held(bench: Bench, num_tokens: int) -> int:
     """Blocks that the tokens which are seen from one position lie in, of all groups, at most."""
     size = bench.runner.block_size
 
@@ -1305,7 +1305,7 @@ class Scenario:
         self.bench = bench
         self.arrivals = arrivals
         self.fits = [
-            most_held(bench, len(a.prompt(index)) + a.max_tokens - 1) <= bench.pool.num_blocks
+            max_held(bench, len(a.prompt(index)) + a.max_tokens - 1) <= bench.pool.num_blocks
             for index, a in enumerate(arrivals)
         ]
 
