@@ -73,7 +73,7 @@ class AttentionBackend(ABC):
     captures = True  # whether a CUDA graph can capture a step
     captures_prompts = True  # whether a graph can capture a step with several tokens per row
     fuses_rotation = True  # whether the model may call `attention.rotate_and_store`
-    takes_ends = True  # whether the last block may run for the sampled tokens only (`Ends`)
+    takes_sampled_tokens = True  # whether the last block may run for `SampledTokens` only
     reads_groups = True  # whether groups of layers may have different block tables
     runs_ahead = True  # whether a step may be launched before the previous step ends
 

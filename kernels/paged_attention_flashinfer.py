@@ -40,7 +40,7 @@ class FlashInferBackend(AttentionBackend):
     head_dims = (64, 128, 256)
     takes_sinks = False
     captures_prompts = False  # wrappers of a captured step have a fixed number of tokens
-    takes_ends = False
+    takes_sampled_tokens = False
     reads_groups = False
     runs_ahead = False
     # The wrappers of the next step. All engines of a process share this dict, since each engine

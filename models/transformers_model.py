@@ -133,7 +133,7 @@ class TransformersModel(nn.Module):
         setattr(module, module.base_model_prefix, _Given())
         self.head = module
         self.block_forward: Callable[..., Tensor] = _Body.forward
-        self.takes_ends = False
+        self.takes_sampled_tokens = False
 
     def forward(
         self,

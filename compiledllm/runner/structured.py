@@ -55,22 +55,22 @@ class GrammarRows(Rule):
         are flattened first, so that no other rule can keep the end-of-sequence token from being
         drawn.
         """
-        if not self._matchers or not (found := draw.among(self._matchers)):
+        if not self._matchers or not (with_grammar := draw.among(self._matchers)):
             return {}
-        matchers = [self._matchers[row][1] for _, row in found]
-        masks = self._compute([self._matchers[row] for _, row in found])
-        is_all = len(found) == len(draw.rows)
-        index = to_device(np.array([i for i, _ in found]), self._device)
-        some = logits if is_all else logits[index]
+        matchers = [self._matchers[row][1] for _, row in with_grammar]
+        masks = self._compute([self._matchers[row] for _, row in with_grammar])
+        is_all = len(with_grammar) == len(draw.rows)
+        index = to_device(np.array([i for i, _ in with_grammar]), self._device)
+        chosen = logits if is_all else logits[index]
         complete = np.array([matcher.is_stopped() for matcher in matchers])
         if complete.any():
-            some.masked_fill_(to_device(complete[:, None], self._device, torch.bool), 0.0)
-        some.masked_fill_(self._is_banned(masks), -torch.inf)
+            chosen.masked_fill_(to_device(complete[:, None], self._device, torch.bool), 0.0)
+        chosen.masked_fill_(self._is_banned(masks), -torch.inf)
         if not is_all:
-            logits[index] = some
+            logits[index] = chosen
         return {
             i: f"structured_outputs: {error_of(matcher)}"
-            for (i, _), matcher in zip(found, matchers, strict=True)
+            for (i, _), matcher in zip(with_grammar, matchers, strict=True)
             if matcher.is_error()
         }
 

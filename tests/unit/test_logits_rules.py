@@ -123,7 +123,7 @@ class Batch:
         """Draw a token for every row; the tokens of the step before come to the host."""
         ids, rows, positions = self.at()
         index = torch.from_numpy(rows)
-        drawn = draw_tokens(logits, index, torch.from_numpy(positions), self.table.asked)
+        drawn = draw_tokens(logits, index, torch.from_numpy(positions), self.table.sampling)
         last = self.table.last_token_ids[index]
         self.sampler.finish(drawn, logits, rows, positions, last, ids)
         self.table.last_token_ids[index] = drawn.clamp(min=0)
@@ -335,7 +335,7 @@ def test_a_failing_processor_fails_its_own_request(processor: Any, message: str)
     _, rows, positions = batch.at()
     logits = random_logits(2, 0)
     index = torch.from_numpy(rows)
-    drawn = draw_tokens(logits, index, torch.from_numpy(positions), batch.table.asked)
+    drawn = draw_tokens(logits, index, torch.from_numpy(positions), batch.table.sampling)
     last = batch.table.last_token_ids[index]
     extras = batch.sampler.finish(drawn, logits, rows, positions, last, ["a", "b"])
     assert drawn.tolist() == [INVALID, 4]
