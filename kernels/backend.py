@@ -31,7 +31,7 @@ class AttentionMetadata(NamedTuple):
     query_start_loc: Tensor  # int32 [rows + 1], prefix sums of tokens per row
 
 
-class AttentionForm(NamedTuple):
+class ScoreOptions(NamedTuple):
     """How a layer turns query-key products into attention weights."""
 
     scale: float  # multiplies the products
@@ -99,7 +99,7 @@ class AttentionBackend(ABC):
     @staticmethod
     @abstractmethod
     def paged_attention(
-        query: Tensor, kv_cache: Tensor, attn: AttentionMetadata, form: AttentionForm
+        query: Tensor, kv_cache: Tensor, attn: AttentionMetadata, options: ScoreOptions
     ) -> Tensor:
         """See `attention.paged_attention`. Must not read `attn.slot_mapping`."""
 

@@ -50,7 +50,7 @@ def decode_tiling(head_dim: int, group: int, itemsize: int, num_programs: int) -
 @triton.jit
 def _work_item(
     item, seq_lens, query_start_loc, num_rows, max_extra, window,
-    least_tiles, KEYS: tl.constexpr, HAS_WINDOW: tl.constexpr, MAX_ROWS: tl.constexpr,
+    min_tiles, KEYS: tl.constexpr, HAS_WINDOW: tl.constexpr, MAX_ROWS: tl.constexpr,
 ):  # fmt: skip
     """The item's row, the number of splits of this row, and the item's index among the splits.
 
@@ -68,7 +68,7 @@ def _work_item(
     if HAS_WINDOW:
         tiles -= tl.maximum(length - window, 0) // KEYS
     more_tiles = tl.where(is_single, tl.maximum(tiles - 1, 0), 0)  # tiles after the first
-    share = tl.maximum(tl.cdiv(tl.sum(more_tiles, 0), max_extra), least_tiles)
+    share = tl.maximum(tl.cdiv(tl.sum(more_tiles, 0), max_extra), min_tiles)
     slack = share // 2
     its_row, num_splits, split = item, 1, 0
     if tl.max(more_tiles, 0) >= share + slack:
@@ -117,7 +117,7 @@ def _sum_of_splits(
 def _decode_kernel(
     query, kv_cache, block_tables, seq_lens, query_start_loc, sinks, out, partial_out,
     partial_stats, arrivals, scale, window, soft_cap, query_stride, table_stride, value_offset,
-    num_rows, max_extra, least_tiles, MAX_ROWS: tl.constexpr,
+    num_rows, max_extra, min_tiles, MAX_ROWS: tl.constexpr,
     GROUP: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     TOKEN_STRIDE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr, PADDED_DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
@@ -131,7 +131,7 @@ def _decode_kernel(
         gdc_launch_dependents()
     kv_head, item = tl.program_id(0), tl.program_id(1)  # programs without work come last
     row, num_splits, split = _work_item(
-        item, seq_lens, query_start_loc, num_rows, max_extra, window, least_tiles, KEYS,
+        item, seq_lens, query_start_loc, num_rows, max_extra, window, min_tiles, KEYS,
         HAS_WINDOW, MAX_ROWS,
     )  # fmt: skip
     # The kernel reads lengths before this wait. That is safe because a matmul runs between this
@@ -199,7 +199,7 @@ def attend_single_tokens(
     tensors: tuple[Tensor, ...],
     scalars: tuple[float, ...],
     constants: dict[str, Any],
-    max_programs: int | None,
+    max_split_programs: int | None,
 ) -> None:
     """Launch `_decode_kernel`, which computes the rows with one token and skips the others."""
     query, kv_cache, block_tables, _, _, _, _ = tensors
@@ -208,18 +208,18 @@ def attend_single_tokens(
     max_singles = min(num_rows, num_tokens)  # a decode step has an empty row at the end
     num_programs = max_singles * num_kv_heads
     tiling = decode_tiling(head_dim, constants["GROUP"], query.element_size(), num_programs)
-    if max_programs is None:
-        max_programs = _PROGRAMS_PER_SM * num_multiprocessors()
-    max_extra = max(max_programs // num_kv_heads, 1)
+    if max_split_programs is None:
+        max_split_programs = _PROGRAMS_PER_SM * num_multiprocessors()
+    max_extra = max(max_split_programs // num_kv_heads, 1)
     num_items = max_singles + max_extra
     partial_out = query.new_empty((num_items, num_heads, head_dim), dtype=torch.float32)
     partial_stats = query.new_empty((num_items, num_heads, 2), dtype=torch.float32)
     arrivals = _arrivals(num_rows * num_kv_heads, query.device)
-    least_tiles = 1 if num_programs <= _FEW_PROGRAMS else 2
+    min_tiles = 1 if num_programs <= _FEW_PROGRAMS else 2
     padded_group = triton.next_power_of_2(constants["GROUP"])
     _decode_kernel[(num_kv_heads, num_items)](
         *tensors, partial_out, partial_stats, arrivals, *scalars, num_rows, max_extra,
-        least_tiles, MAX_ROWS=_padded_rows(num_rows),
+        min_tiles, MAX_ROWS=_padded_rows(num_rows),
         ROWS=tiling.rows, KEYS=tiling.keys, PADDED_GROUP=padded_group,
         AT_ONCE=_SPLITS_SUMMED_AT_ONCE,
         num_warps=tiling.num_warps, num_stages=tiling.num_stages, **launch_options(), **constants,

@@ -17,8 +17,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from compiledllm.kernels.launch import launch_options
 
-_MOST_SORTED_BY_COUNTING = 16384  # items; each expert's program reads all items twice
-_LEAST_BINS = 32  # bins of a histogram: at least the threads of a warp
+_MAX_SORTED_BY_COUNTING = 16384  # items; each expert's program reads all items twice
+_MIN_BINS = 32  # bins of a histogram: at least the threads of a warp
 
 
 @triton.jit
@@ -125,16 +125,16 @@ def sort_items(expert_ids: Tensor, num_experts: int, rows: int) -> tuple[Tensor,
     their item indices are undefined.
     """
     ids, num_items = expert_ids.reshape(-1), expert_ids.numel()
-    most_used = min(num_items, num_experts)
-    num_blocks = most_used + (num_items - most_used) // rows
+    max_used = min(num_items, num_experts)
+    num_blocks = max_used + (num_items - max_used) // rows
     items = torch.empty(num_blocks * rows, dtype=torch.int32, device=ids.device)
     block_experts = torch.empty(num_blocks, dtype=torch.int32, device=ids.device)
-    if num_items > _MOST_SORTED_BY_COUNTING:
+    if num_items > _MAX_SORTED_BY_COUNTING:
         _sort_in_torch(ids, items, block_experts, num_experts)
     else:
         _sort_kernel[(num_experts + 1,)](
             ids, items, block_experts, num_items, num_experts, num_blocks,
-            EXPERTS=max(triton.next_power_of_2(num_experts), _LEAST_BINS), ROWS=rows,
+            EXPERTS=max(triton.next_power_of_2(num_experts), _MIN_BINS), ROWS=rows,
             TILE=128 if num_items <= 128 else 1024, **launch_options(),
         )  # fmt: skip
     return items, block_experts

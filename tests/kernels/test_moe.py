@@ -83,7 +83,7 @@ def test_items_are_sorted_by_expert_in_blocks(
     rows: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(routing, "_MOST_SORTED_BY_COUNTING", 16384 if by_counting else 0)
+    monkeypatch.setattr(routing, "_MAX_SORTED_BY_COUNTING", 16384 if by_counting else 0)
     torch.manual_seed(num_tokens)
     ids = torch.rand(num_tokens, num_experts).topk(top_k).indices.to(DEVICE)
     check_sorted(ids.int(), num_experts, rows)

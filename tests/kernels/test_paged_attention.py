@@ -16,7 +16,7 @@ from compiledllm.kernels.attention import (
     paged_attention,
     store_kv,
 )
-from compiledllm.kernels.backend import AttentionForm, AttentionMetadata
+from compiledllm.kernels.backend import AttentionMetadata, ScoreOptions
 
 BACKENDS = ["torch", "triton", "fixed_order"]
 CUDA = torch.cuda.is_available()
@@ -121,8 +121,8 @@ def reference(case: Case, step: Step) -> Tensor:
 
 
 def run(case: Case, step: Step, backend: str) -> Tensor:
-    form = AttentionForm(scale_of(case), case.sliding_window, case.soft_cap, step.sinks)
-    return paged_attention(step.query, step.kv_cache, step.attn, form, make_backend(backend))
+    options = ScoreOptions(scale_of(case), case.sliding_window, case.soft_cap, step.sinks)
+    return paged_attention(step.query, step.kv_cache, step.attn, options, make_backend(backend))
 
 
 def check(case: Case, backend: str) -> None:
@@ -407,8 +407,8 @@ def test_paged_attention_is_a_sound_operator(
 ) -> None:
     case = Case(SHORT_ROWS[rows], heads=heads, has_sinks=has_sinks)
     step = make_step(case, backend)
-    form = AttentionForm(0.125, 0, soft_cap, step.sinks)
-    arguments = (step.query, step.kv_cache, *step.attn, *form, backend)
+    options = ScoreOptions(0.125, 0, soft_cap, step.sinks)
+    arguments = (step.query, step.kv_cache, *step.attn, *options, backend)
     check_operator(torch.ops.compiledllm.paged_attention.default, arguments)
 
 
@@ -433,11 +433,11 @@ def test_compiled_step_stores_before_it_reads(backend: str) -> None:
     blocks = step.attn.block_tables[0, 0].long()
     attn = step.attn._replace(slot_mapping=blocks * 16 + torch.arange(4))
 
-    form, there = AttentionForm(scale_of(case)), make_backend(backend)
+    options, there = ScoreOptions(scale_of(case)), make_backend(backend)
 
     def forward(query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor) -> Tensor:
         store_kv(key, value, kv_cache, attn.slot_mapping, there)
-        return paged_attention(query + 0.0, kv_cache, attn, form, there) * 1.0
+        return paged_attention(query + 0.0, kv_cache, attn, options, there) * 1.0
 
     caches = [step.kv_cache.clone() for _ in range(2)]
     compiled = torch.compile(forward, backend="aot_eager", fullgraph=True)

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from compiledllm.kernels import decode_attention_triton as kernels
 from compiledllm.kernels import paged_attention_torch as oracle
-from compiledllm.kernels.backend import AttentionForm, AttentionMetadata
+from compiledllm.kernels.backend import AttentionMetadata, ScoreOptions
 from compiledllm.kernels.paged_attention_triton import paged_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there in Triton's interpreter
@@ -21,12 +21,12 @@ TOO_MANY = 1000 if DEVICE == "cuda" else 24  # programs: more than there are til
 
 @triton.jit
 def _list_kernel(  # type: ignore[no-untyped-def]
-    found, seq_lens, query_start_loc, num_rows, max_extra, least_tiles, window,
+    found, seq_lens, query_start_loc, num_rows, max_extra, min_tiles, window,
     KEYS: tl.constexpr, HAS_WINDOW: tl.constexpr, MAX_ROWS: tl.constexpr,
 ):  # fmt: skip
     item = tl.program_id(0)
     row, num_splits, split = kernels._work_item(
-        item, seq_lens, query_start_loc, num_rows, max_extra, window, least_tiles, KEYS,
+        item, seq_lens, query_start_loc, num_rows, max_extra, window, min_tiles, KEYS,
         HAS_WINDOW, MAX_ROWS,
     )  # fmt: skip
     tl.store(found + item * 3, row)
@@ -35,7 +35,7 @@ def _list_kernel(  # type: ignore[no-untyped-def]
 
 
 def work_items(
-    rows: list[tuple[int, int]], max_extra: int, window: int = 0, least_tiles: int = 1
+    rows: list[tuple[int, int]], max_extra: int, window: int = 0, min_tiles: int = 1
 ) -> list[tuple[int, int, int]]:
     """(row, number of splits, split) of every program that has work. rows: tokens, context.
 
@@ -47,7 +47,7 @@ def work_items(
     num_items = len(rows) + max_extra
     found = torch.full((num_items, 3), -1, dtype=torch.int32, device=DEVICE)
     _list_kernel[(num_items,)](
-        found, seq_lens, starts, len(rows), max_extra, least_tiles, window,
+        found, seq_lens, starts, len(rows), max_extra, min_tiles, window,
         KEYS=KEYS, HAS_WINDOW=window > 0, MAX_ROWS=triton.next_power_of_2(len(rows)),
     )  # fmt: skip
     items = [(int(row), int(total), int(split)) for row, total, split in found.tolist()]
@@ -89,7 +89,7 @@ def test_rows_are_split_by_their_length() -> None:
     nearly = work_items([(1, 1000)] * 15 + [(1, 1300)], max_extra=16)
     assert [total for _, total, _ in nearly] == [1] * 16
     assert len(work_items([(1, 640)], max_extra=16)) == 10  # a tile each
-    assert len(work_items([(1, 640)], max_extra=16, least_tiles=2)) == 5
+    assert len(work_items([(1, 640)], max_extra=16, min_tiles=2)) == 5
 
 
 def test_padding_takes_nothing_from_the_others() -> None:
@@ -113,14 +113,14 @@ def test_a_long_row_among_short_ones(has_sinks: bool, window: int) -> None:
     sinks = torch.randn(num_heads) if has_sinks else None
     slots = torch.full((len(lengths),), -1)
     attn = AttentionMetadata(slots, tables, seq_lens, starts)
-    expected = oracle.paged_attention(query, kv_cache, attn, AttentionForm(0.1, window, 0.0, sinks))
-    form = AttentionForm(0.1, window, 0.0, None if sinks is None else sinks.to(DEVICE))
+    expected = oracle.paged_attention(query, kv_cache, attn, ScoreOptions(0.1, window, 0.0, sinks))
+    options = ScoreOptions(0.1, window, 0.0, None if sinks is None else sinks.to(DEVICE))
     there = AttentionMetadata(*(x.to(DEVICE) for x in attn))
-    on_device = query.to(DEVICE), kv_cache.to(DEVICE), there, form
-    for max_programs in (1, 8, TOO_MANY):
-        out = paged_attention(*on_device, max_programs=max_programs)
+    on_device = query.to(DEVICE), kv_cache.to(DEVICE), there, options
+    for max_split_programs in (1, 8, TOO_MANY):
+        out = paged_attention(*on_device, max_split_programs=max_split_programs)
         torch.testing.assert_close(out.cpu(), expected, atol=2e-5, rtol=2e-5)
-        again = paged_attention(*on_device, max_programs=max_programs)
+        again = paged_attention(*on_device, max_split_programs=max_split_programs)
         assert torch.equal(out, again)
     assert not kernels._arrivals(1, query.to(DEVICE).device).any()
 
