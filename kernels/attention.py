@@ -16,7 +16,7 @@ import functools
 import torch
 from torch import Tensor
 
-from compiledllm.kernels.backend import AttentionBackend, AttentionForm, AttentionMetadata
+from compiledllm.kernels.backend import AttentionBackend, AttentionMetadata, ScoreOptions
 from compiledllm.kernels.ops import define
 
 REFERENCE = "torch"  # runs every model on every device
@@ -90,15 +90,15 @@ def _paged_attention(
     backend: str,
 ) -> Tensor:
     attn = AttentionMetadata(slot_mapping, block_tables, seq_lens, query_start_loc)
-    form = AttentionForm(scale, sliding_window, soft_cap, sinks)
-    return backend_class(backend).paged_attention(query, kv_cache, attn, form)
+    options = ScoreOptions(scale, sliding_window, soft_cap, sinks)
+    return backend_class(backend).paged_attention(query, kv_cache, attn, options)
 
 
 def paged_attention(
     query: Tensor,
     kv_cache: Tensor,
     attn: AttentionMetadata,
-    form: AttentionForm,
+    options: ScoreOptions,
     backend: AttentionBackend,
 ) -> Tensor:
     """Causal attention of each row's new tokens over the row's whole context.
@@ -106,7 +106,7 @@ def paged_attention(
     query: [tokens, num_heads, head_dim]; the keys and values of the tokens must already be stored.
     Returns [tokens, num_heads, head_dim] in query's dtype, undefined for tokens outside every row.
     """
-    return _paged_attention(query, kv_cache, *attn, *form, backend.name)
+    return _paged_attention(query, kv_cache, *attn, *options, backend.name)
 
 
 def _queries_of_qkv(

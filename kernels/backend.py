@@ -31,7 +31,7 @@ class AttentionMetadata(NamedTuple):
     query_start_loc: Tensor  # int32 [rows + 1], prefix sums of tokens per row
 
 
-class AttentionForm(NamedTuple):
+class ScoreOptions(NamedTuple):
     """How a layer turns query-key products into attention weights."""
 
     scale: float  # multiplies the products
@@ -73,7 +73,7 @@ class AttentionBackend(ABC):
     captures = True  # whether a CUDA graph can capture a step
     captures_prompts = True  # whether a graph can capture a step with several tokens per row
     fuses_rotation = True  # whether the model may call `attention.rotate_and_store`
-    takes_ends = True  # whether the last block may run for the sampled tokens only (`Ends`)
+    takes_sampled_tokens = True  # whether the last block may run for `SampledTokens` only
     reads_groups = True  # whether groups of layers may have different block tables
     runs_ahead = True  # whether a step may be launched before the previous step ends
 
@@ -99,7 +99,7 @@ class AttentionBackend(ABC):
     @staticmethod
     @abstractmethod
     def paged_attention(
-        query: Tensor, kv_cache: Tensor, attn: AttentionMetadata, form: AttentionForm
+        query: Tensor, kv_cache: Tensor, attn: AttentionMetadata, options: ScoreOptions
     ) -> Tensor:
         """See `attention.paged_attention`. Must not read `attn.slot_mapping`."""
 

@@ -199,7 +199,7 @@ def attend_single_tokens(
     tensors: tuple[Tensor, ...],
     scalars: tuple[float, ...],
     constants: dict[str, Any],
-    max_programs: int | None,
+    max_split_programs: int | None,
 ) -> None:
     """Launch `_decode_kernel`, which computes the rows with one token and skips the others."""
     query, kv_cache, block_tables, _, _, _, _ = tensors
@@ -208,9 +208,9 @@ def attend_single_tokens(
     max_singles = min(num_rows, num_tokens)  # a decode step has an empty row at the end
     num_programs = max_singles * num_kv_heads
     tiling = decode_tiling(head_dim, constants["GROUP"], query.dtype, num_programs)
-    if max_programs is None:
-        max_programs = _PROGRAMS_PER_SM * num_multiprocessors()
-    max_extra = max(max_programs // num_kv_heads, 1)
+    if max_split_programs is None:
+        max_split_programs = _PROGRAMS_PER_SM * num_multiprocessors()
+    max_extra = max(max_split_programs // num_kv_heads, 1)
     num_items = max_singles + max_extra
     partial_out = query.new_empty((num_items, num_heads, head_dim), dtype=torch.float32)
     partial_stats = query.new_empty((num_items, num_heads, 2), dtype=torch.float32)

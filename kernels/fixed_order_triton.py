@@ -24,9 +24,9 @@ from compiledllm.kernels.paged_attention_triton import TritonBackend
 
 
 class FixedOrderBackend(TritonBackend):
-    """The backend takes no `Ends`: fewer rows in the last block would change its order of sums."""
+    """It takes no `SampledTokens`: fewer rows in the last block would change its order of sums."""
 
-    takes_ends = False
+    takes_sampled_tokens = False
     paged_attention = staticmethod(partial(TritonBackend.paged_attention, fixed_order=True))
 
 

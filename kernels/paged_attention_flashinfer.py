@@ -16,9 +16,9 @@ from torch import Tensor
 
 from compiledllm.kernels.backend import (
     AttentionBackend,
-    AttentionForm,
     AttentionLayer,
     AttentionMetadata,
+    ScoreOptions,
 )
 
 _WORKSPACE_BYTES = 128 * 2**20
@@ -30,7 +30,7 @@ class _Kind(NamedTuple):
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    form: AttentionForm
+    options: ScoreOptions
 
 
 class FlashInferBackend(AttentionBackend):
@@ -40,7 +40,7 @@ class FlashInferBackend(AttentionBackend):
     head_dims = (64, 128, 256)
     takes_sinks = False
     captures_prompts = False  # wrappers of a captured step have a fixed number of tokens
-    takes_ends = False
+    takes_sampled_tokens = False
     reads_groups = False
     runs_ahead = False
     # The wrappers of the next step. All engines of a process share this dict, since each engine
@@ -73,11 +73,11 @@ class FlashInferBackend(AttentionBackend):
 
     @staticmethod
     def paged_attention(
-        query: Tensor, kv_cache: Tensor, attn: AttentionMetadata, form: AttentionForm
+        query: Tensor, kv_cache: Tensor, attn: AttentionMetadata, options: ScoreOptions
     ) -> Tensor:
         """See `attention.paged_attention`. Rows and lengths come from the last plan."""
         _, num_heads, head_dim = query.shape
-        kind = _Kind(num_heads, kv_cache.shape[3], head_dim, form)
+        kind = _Kind(num_heads, kv_cache.shape[3], head_dim, options)
         wrapper = FlashInferBackend._planned[kind]
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         count = wrapper.num_tokens
@@ -117,13 +117,13 @@ class FlashInferBackend(AttentionBackend):
         last_page = torch.from_numpy((lengths - (num_pages - 1) * self._block_size).astype("i4"))
         for kind in self._kinds:
             wrapper = self._wrapper(kind, graph, len(counts))
-            form = kind.form
+            options = kind.options
             wrapper.plan(
                 starts, page_starts, pages, last_page,
                 num_qo_heads=kind.num_heads, num_kv_heads=kind.num_kv_heads,
                 head_dim_qk=kind.head_dim, page_size=self._block_size, causal=True,
-                sm_scale=form.scale, window_left=form.sliding_window - 1,
-                logits_soft_cap=form.soft_cap, q_data_type=self._dtype, kv_data_type=self._dtype,
+                sm_scale=options.scale, window_left=options.sliding_window - 1,
+                logits_soft_cap=options.soft_cap, q_data_type=self._dtype, kv_data_type=self._dtype,
             )  # fmt: skip
             wrapper.num_tokens = int(starts[-1])
         self.select(graph)
@@ -146,8 +146,8 @@ class FlashInferBackend(AttentionBackend):
 
 
 def _kind_of(layer: AttentionLayer) -> _Kind:
-    form = AttentionForm(layer.scale, layer.sliding_window, layer.soft_cap)
-    return _Kind(layer.num_heads, layer.num_kv_heads, layer.head_dim, form)
+    options = ScoreOptions(layer.scale, layer.sliding_window, layer.soft_cap)
+    return _Kind(layer.num_heads, layer.num_kv_heads, layer.head_dim, options)
 
 
 def _pages_of(block_table: Tensor, rows: np.ndarray, num_pages: np.ndarray) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compiledllm.kernels.backend import AttentionBackend, AttentionForm, AttentionMetadata
+from compiledllm.kernels.backend import AttentionBackend, AttentionMetadata, ScoreOptions
 
 
 def store_kv(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
@@ -28,14 +28,14 @@ def store_kv(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor)
 
 
 def paged_attention(
-    query: Tensor, kv_cache: Tensor, attn: AttentionMetadata, form: AttentionForm
+    query: Tensor, kv_cache: Tensor, attn: AttentionMetadata, options: ScoreOptions
 ) -> Tensor:
     """See `attention.paged_attention`."""
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     block_tables = attn.block_tables
     starts, lengths = attn.query_start_loc.tolist(), attn.seq_lens.tolist()
-    if form.sliding_window:
-        sizes = form.sliding_window, kv_cache.shape[2]
+    if options.sliding_window:
+        sizes = options.sliding_window, kv_cache.shape[2]
         block_tables, lengths = _in_window(block_tables, lengths, starts, *sizes)
     # Decode rows, grouped so that lengths in a group differ by less than a factor of two.
     groups: dict[int, list[int]] = {}
@@ -44,7 +44,7 @@ def paged_attention(
             groups.setdefault((lengths[row] - 1).bit_length(), []).append(row)
         elif end > start:
             k, v = _gather(kv_cache, block_tables[row : row + 1], lengths[row])
-            out[start:end] = _prefill_row(query[start:end], k, v, form)
+            out[start:end] = _prefill_row(query[start:end], k, v, options)
     for rows in groups.values():
         tokens = [starts[row] for row in rows]
         row_lengths = [lengths[row] for row in rows]
@@ -52,7 +52,7 @@ def paged_attention(
             _pick(query, tokens),
             *_gather(kv_cache, _pick(block_tables, rows), max(row_lengths)),
             row_lengths,
-            form,
+            options,
         )
         if len(tokens) == len(query):
             return decoded
@@ -101,27 +101,27 @@ def _decode_rows(
     k: Tensor,
     v: Tensor,
     lengths: list[int],
-    form: AttentionForm,
+    options: ScoreOptions,
 ) -> Tensor:
     num_rows, num_heads, head_dim = query.shape
     num_kv_heads, max_length = k.shape[1], k.shape[2]
     # The query heads of a KV head see the same context, so they stand in for query positions.
     q = query.view(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
     mask = None
-    if form.sliding_window or min(lengths) < max_length:
+    if options.sliding_window or min(lengths) < max_length:
         end = torch.tensor(lengths, device=query.device).view(-1, 1, 1, 1)
         position = torch.arange(max_length, device=query.device)
         mask = position < end  # [rows, 1, 1, max_length]
-        if form.sliding_window:
-            mask &= position >= end - form.sliding_window
-    return _attend(q, k, v, mask, False, form).reshape(query.shape)
+        if options.sliding_window:
+            mask &= position >= end - options.sliding_window
+    return _attend(q, k, v, mask, False, options).reshape(query.shape)
 
 
 def _prefill_row(
     query: Tensor,  # [tokens, num_heads, head_dim] of one row
     k: Tensor,
     v: Tensor,
-    form: AttentionForm,
+    options: ScoreOptions,
 ) -> Tensor:
     num_tokens, num_heads, _ = query.shape
     num_kv_heads, length = k.shape[1], k.shape[2]
@@ -130,19 +130,19 @@ def _prefill_row(
         k = k.repeat_interleave(num_heads // num_kv_heads, dim=1)
         v = v.repeat_interleave(num_heads // num_kv_heads, dim=1)
     mask = None
-    is_causal = num_tokens == length and not form.sliding_window and _is_plain(form)
+    is_causal = num_tokens == length and not options.sliding_window and _is_plain(options)
     if not is_causal:
         position = torch.arange(length, device=query.device)
         last = torch.arange(length - num_tokens, length, device=query.device)[:, None]
         mask = position <= last  # [tokens, length]
-        if form.sliding_window:
-            mask &= position > last - form.sliding_window
-    return _attend(q, k, v, mask, is_causal, form).squeeze(0).transpose(0, 1)
+        if options.sliding_window:
+            mask &= position > last - options.sliding_window
+    return _attend(q, k, v, mask, is_causal, options).squeeze(0).transpose(0, 1)
 
 
-def _is_plain(form: AttentionForm) -> bool:
-    """Whether torch's scaled_dot_product_attention supports this form."""
-    return not form.soft_cap and form.sinks is None
+def _is_plain(options: ScoreOptions) -> bool:
+    """Whether torch's scaled_dot_product_attention supports this options."""
+    return not options.soft_cap and options.sinks is None
 
 
 def _attend(
@@ -151,21 +151,21 @@ def _attend(
     v: Tensor,
     mask: Tensor | None,
     is_causal: bool,
-    form: AttentionForm,
+    options: ScoreOptions,
 ) -> Tensor:
     """softmax(q k^T * scale) v over [rows, heads, queries, head_dim]."""
-    if _is_plain(form):
+    if _is_plain(options):
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=is_causal, scale=form.scale
+            q, k, v, attn_mask=mask, is_causal=is_causal, scale=options.scale
         )
-    scores = (q.float() @ k.float().transpose(-1, -2)) * form.scale
-    if form.soft_cap:
-        scores = form.soft_cap * torch.tanh(scores / form.soft_cap)
+    scores = (q.float() @ k.float().transpose(-1, -2)) * options.scale
+    if options.soft_cap:
+        scores = options.soft_cap * torch.tanh(scores / options.soft_cap)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    if form.sinks is not None:
+    if options.sinks is not None:
         # The heads of `q` are KV heads, with query heads as positions (decode), or all query heads.
-        sinks = form.sinks.float().view(q.shape[1], -1, 1).expand(*scores.shape[:-1], 1)
+        sinks = options.sinks.float().view(q.shape[1], -1, 1).expand(*scores.shape[:-1], 1)
         scores = torch.cat((scores, sinks), dim=-1)
     weights = scores.softmax(-1)[..., : k.shape[-2]]
     return (weights @ v.float()).to(q.dtype)

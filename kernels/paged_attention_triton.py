@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from compiledllm.kernels.backend import AttentionBackend, AttentionForm, AttentionMetadata
+from compiledllm.kernels.backend import AttentionBackend, AttentionMetadata, ScoreOptions
 from compiledllm.kernels.decode_attention_triton import attend_single_tokens
 from compiledllm.kernels.prefill_attention_triton import attend_prompts
 
@@ -57,15 +57,15 @@ def paged_attention(
     query: Tensor,
     kv_cache: Tensor,
     attn: AttentionMetadata,
-    form: AttentionForm,
-    max_programs: int | None = None,
+    options: ScoreOptions,
+    max_split_programs: int | None = None,
     fixed_order: bool = False,
 ) -> Tensor:
     """See `attention.paged_attention`.
 
-    max_programs: maximum number of extra programs for splits of decode rows; None: enough to keep
-    the GPU busy. fixed_order: sum over keys in an order that does not depend on other rows, which
-    is slower.
+    max_split_programs: maximum number of extra programs for splits of decode rows; None: enough to
+    keep the GPU busy. fixed_order: sum over keys in an order that does not depend on other rows,
+    which is slower.
     """
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     num_tokens, num_heads, head_dim = query.shape
@@ -74,21 +74,21 @@ def paged_attention(
     query = query if _is_packed(query) else query.contiguous()
     _, _, block_size, num_kv_heads, _ = kv_cache.shape
     _, block_tables, seq_lens, query_start_loc = attn
-    any_tensor = query if form.sinks is None else form.sinks
+    any_tensor = query if options.sinks is None else options.sinks
     tensors = query, kv_cache, block_tables, seq_lens, query_start_loc, any_tensor, out
     scalars = (
-        *(form.scale, form.sliding_window, form.soft_cap),
+        *(options.scale, options.sliding_window, options.soft_cap),
         *(query.stride(0), block_tables.stride(0), kv_cache.stride(0)),
     )
     constants = {
         "GROUP": num_heads // num_kv_heads, "NUM_HEADS": num_heads, "HEAD_DIM": head_dim,
         "BLOCK_SIZE": block_size, "TOKEN_STRIDE": num_kv_heads * head_dim,
-        "HAS_WINDOW": form.sliding_window > 0, "HAS_SOFT_CAP": form.soft_cap > 0,
-        "HAS_SINKS": form.sinks is not None,
+        "HAS_WINDOW": options.sliding_window > 0, "HAS_SOFT_CAP": options.soft_cap > 0,
+        "HAS_SINKS": options.sinks is not None,
         "PADDED_DIM": max(16, triton.next_power_of_2(head_dim)),
     }  # fmt: skip
     if not fixed_order:
-        attend_single_tokens(tensors, scalars, constants, max_programs)
+        attend_single_tokens(tensors, scalars, constants, max_split_programs)
     if fixed_order or num_tokens >= len(block_tables):  # otherwise no row has more than one token
         attend_prompts(tensors, scalars, constants, fixed_order)
     return out

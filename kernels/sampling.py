@@ -68,32 +68,32 @@ def threshold(logits: Tensor, asked: SamplingRows) -> Tensor:
 
     logits: float32 [rows, vocab]. asked: parameters of the same rows; temperatures must be above 0.
     """
-    least = torch.full_like(asked.temperature, -math.inf)
+    min_kept = torch.full_like(asked.temperature, -math.inf)
     top_k = asked.top_k.long()
     if bool(top_k.any()):
         k = torch.where(top_k > 0, top_k, logits.shape[-1]).clamp(max=logits.shape[-1])
         best = logits.topk(int(torch.where(top_k > 0, k, 1).max()), dim=-1).values
         kth = best.gather(-1, (k - 1).clamp(max=best.shape[-1] - 1)[:, None]).squeeze(-1)
-        least = torch.where(top_k > 0, kth, least)
+        min_kept = torch.where(top_k > 0, kth, min_kept)
     if bool((asked.top_p < 1).any()):
-        border = _top_p_border(logits, least, asked)
-        least = torch.where(asked.top_p < 1, torch.maximum(least, border), least)
+        border = _top_p_border(logits, min_kept, asked)
+        min_kept = torch.where(asked.top_p < 1, torch.maximum(min_kept, border), min_kept)
     if bool((asked.min_p > 0).any()):
-        least = torch.maximum(least, logits.amax(-1) + asked.temperature * asked.min_p.log())
-    return least
+        min_kept = torch.maximum(min_kept, logits.amax(-1) + asked.temperature * asked.min_p.log())
+    return min_kept
 
 
-def _top_p_border(logits: Tensor, least: Tensor, asked: SamplingRows) -> Tensor:
+def _top_p_border(logits: Tensor, min_kept: Tensor, asked: SamplingRows) -> Tensor:
     """float32 [rows]: lowest logit in the smallest set of tokens whose mass reaches top_p.
 
-    Only tokens with logits of at least `least`, float32 [rows], count.
+    Only tokens with logits of at least `min_kept`, float32 [rows], count.
     """
-    heat = asked.temperature[:, None]
-    kept = logits.masked_fill(logits < least[:, None], -math.inf)
-    total = (kept / heat).logsumexp(-1, keepdim=True)
+    temperature = asked.temperature[:, None]
+    kept = logits.masked_fill(logits < min_kept[:, None], -math.inf)
+    total = (kept / temperature).logsumexp(-1, keepdim=True)
     for count in (min(_CANDIDATES, logits.shape[-1]), logits.shape[-1]):
         best = kept.topk(count, dim=-1).values
-        mass = (best / heat - total).exp().cumsum(-1)
+        mass = (best / temperature - total).exp().cumsum(-1)
         short = mass < asked.top_p[:, None]  # the tokens up to this one do not reach top_p
         if not bool(short.all(dim=-1).any()):
             break

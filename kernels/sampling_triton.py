@@ -76,9 +76,9 @@ def _inverse_exponential(seeds, positions, row, index, token):
 
 
 @triton.jit
-def _weight(x, peak, heat):
-    """exp((x - peak) / heat)."""
-    return tl.exp2((x - peak) * (1.4426950408889634 / heat))
+def _weight(x, peak, temperature):
+    """exp((x - peak) / temperature)."""
+    return tl.exp2((x - peak) * (1.4426950408889634 / temperature))
 
 
 @triton.jit
@@ -90,7 +90,7 @@ def _key(x):
 
 @triton.jit
 def _chunk_kernel(
-    logits, rows, positions, temperature, seeds, top_k, best_scores, best_ids, peaks, masses,
+    logits, rows, positions, temperatures, seeds, top_k, best_scores, best_ids, peaks, masses,
     group_peaks, vocab, row_stride, num_chunks, CHUNK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """The winning token of one chunk of a row, the chunk's peak and mass; or its groups' peaks.
@@ -99,14 +99,14 @@ def _chunk_kernel(
     """
     index, chunk = tl.program_id(0), tl.program_id(1)
     row = tl.load(rows + index)
-    heat, k = tl.load(temperature + row), tl.load(top_k + row)
+    temperature, k = tl.load(temperatures + row), tl.load(top_k + row)
     token = chunk * CHUNK + tl.arange(0, CHUNK)
     x = tl.load(
         logits + index.to(tl.int64) * row_stride + token, token < vocab, other=float("-inf")
     ).to(tl.float32)
     x = tl.where(x != x, float("inf"), x)
     at = index * num_chunks + chunk
-    if heat <= 0:
+    if temperature <= 0:
         peak, where = tl.max(x, 0, return_indices=True)
         tl.store(peaks + at, peak)
         tl.store(best_scores + at, peak)
@@ -118,18 +118,18 @@ def _chunk_kernel(
         tl.store(peaks + at, tl.max(per_group, 0))
     else:
         peak = tl.max(x, 0)
-        weight = _weight(x, tl.where(peak > float("-inf"), peak, 0.0), heat)
+        weight = _weight(x, tl.where(peak > float("-inf"), peak, 0.0), temperature)
         ratio = weight * _inverse_exponential(seeds, positions, row, index, token)
         best = tl.max(ratio, 0)
         tl.store(peaks + at, peak)
         tl.store(masses + at, tl.sum(weight, 0))
-        tl.store(best_scores + at, tl.log(best) + peak / heat)
+        tl.store(best_scores + at, tl.log(best) + peak / temperature)
         tl.store(best_ids + at, tl.min(tl.where(ratio == best, token, vocab), 0))
 
 
 @triton.jit
 def _row_kernel(
-    logits, rows, positions, temperature, seeds, top_k, top_p, min_p, best_scores, best_ids, peaks,
+    logits, rows, positions, temperatures, seeds, top_k, top_p, min_p, best_scores, best_ids, peaks,
     masses, group_peaks, groups, out, vocab, row_stride, num_chunks,
     CHUNKS: tl.constexpr, PER_CHUNK: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
     KEY_BITS: tl.constexpr,
@@ -141,47 +141,50 @@ def _row_kernel(
     chunk_peaks = tl.load(peaks + at, inside, other=float("-inf"))
     peak = tl.max(chunk_peaks, 0)
     is_valid = (peak > float("-inf")) & (peak < float("inf"))
-    heat = tl.load(temperature + row)
-    k, p, least_p = tl.load(top_k + row), tl.load(top_p + row), tl.load(min_p + row)
+    temperature = tl.load(temperatures + row)
+    k, p, row_min_p = tl.load(top_k + row), tl.load(top_p + row), tl.load(min_p + row)
     token = tl.full([], -1, tl.int32)
-    if is_valid & ((heat <= 0) | (k <= 0)):
+    if is_valid & ((temperature <= 0) | (k <= 0)):
         scores = tl.load(best_scores + at, inside, other=float("-inf"))
         _best, where = tl.max(scores, 0, return_indices=True)
         token = tl.load(best_ids + index * num_chunks + where)
-    if is_valid & (heat > 0) & ((k > 0) | (p < 1) | (least_p > 0)):
+    if is_valid & (temperature > 0) & ((k > 0) | (p < 1) | (row_min_p > 0)):
         row_start = logits + index.to(tl.int64) * row_stride
         num_groups = num_chunks * PER_CHUNK
         listed = groups + index * num_groups
-        floor = peak + heat * tl.log(tl.maximum(least_p, 1e-37))
-        least = _key(tl.where(least_p > 0, floor, float("-inf")))
+        floor = peak + temperature * tl.log(tl.maximum(row_min_p, 1e-37))
+        min_key = _key(tl.where(row_min_p > 0, floor, float("-inf")))
         if k > 0:
             of_row = group_peaks + index * num_groups
             num_groups = _list_groups(
                 of_row, listed, num_groups, k, CHUNKS * PER_CHUNK, KEY_BITS
             )  # fmt: skip
             kth = _kth_key(row_start, listed, num_groups, vocab, k, GROUPS, GROUP, KEY_BITS)
-            total = _mass(row_start, listed, num_groups, k, vocab, kth, peak, heat, GROUPS, GROUP)
-            least = tl.maximum(least, kth)
-            is_left = peak > float("inf")  # False: there is no candidate yet
+            total = _mass(
+                row_start, listed, num_groups, k, vocab, kth, peak, temperature, GROUPS, GROUP
+            )
+            min_key = tl.maximum(min_key, kth)
+            is_kept = peak > float("inf")  # False: there is no candidate yet
         else:
-            share = _weight(chunk_peaks, peak, heat)
+            share = _weight(chunk_peaks, peak, temperature)
             total = tl.sum(tl.load(masses + at, inside, other=0.0) * share, 0)
-            is_left = _key(tl.load(row_start + token).to(tl.float32)) >= least
+            is_kept = _key(tl.load(row_start + token).to(tl.float32)) >= min_key
         searching = True
         while searching:
-            if not is_left:
+            if not is_kept:
                 token = _best_token(
-                    row_start, listed, num_groups, k, vocab, least, peak, heat, seeds, positions,
-                    row, index, GROUPS, GROUP,
+                    row_start, listed, num_groups, k, vocab, min_key, peak, temperature, seeds,
+                    positions, row, index, GROUPS, GROUP,
                 )  # fmt: skip
             searching = p < 1
             if searching:
-                least = _key(tl.load(row_start + token).to(tl.float32)) + 1
+                min_key = _key(tl.load(row_start + token).to(tl.float32)) + 1
                 mass = _mass(
-                    row_start, listed, num_groups, k, vocab, least, peak, heat, GROUPS, GROUP
+                    row_start, listed, num_groups, k, vocab, min_key, peak, temperature,
+                    GROUPS, GROUP,
                 )  # fmt: skip
                 searching = (mass >= p * total) & (mass > 0)
-            is_left = peak > float("inf")
+            is_kept = peak > float("inf")
     tl.store(out + index, token.to(tl.int64))
 
 
@@ -238,23 +241,23 @@ def _kth_key(
 
 @triton.jit
 def _mass(
-    row_start, groups, num_groups, k, vocab, least, peak, heat,
+    row_start, groups, num_groups, k, vocab, min_key, peak, temperature,
     GROUPS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """The mass of the tokens whose keys reach `least`: the sum of exp((logit - peak) / heat)."""
+    """The sum of exp((logit - peak) / temperature) over the tokens whose keys reach `min_key`."""
     masses = tl.zeros([GROUPS, GROUP], tl.float32)
     for first in range(0, num_groups, GROUPS):
         _token, x = _tile(row_start, groups, first, num_groups, k, vocab, GROUPS, GROUP)
-        masses += tl.where(_key(x) >= least, _weight(x, peak, heat), 0.0)
+        masses += tl.where(_key(x) >= min_key, _weight(x, peak, temperature), 0.0)
     return tl.sum(tl.sum(masses, 1), 0)
 
 
 @triton.jit
 def _best_token(
-    row_start, groups, num_groups, k, vocab, least, peak, heat, seeds, positions, row, index,
-    GROUPS: tl.constexpr, GROUP: tl.constexpr,
+    row_start, groups, num_groups, k, vocab, min_key, peak, temperature, seeds, positions, row,
+    index, GROUPS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """The winner among the tokens whose keys reach `least`, ties to the first.
+    """The winner among the tokens whose keys reach `min_key`, ties to the first.
 
     Two reductions instead of one with an index: Triton may reorder a reshaped tensor whose only use
     is a reduction, even if the reduction returns an index.
@@ -263,7 +266,7 @@ def _best_token(
     for first in range(0, num_groups, GROUPS):
         token, x = _tile(row_start, groups, first, num_groups, k, vocab, GROUPS, GROUP)
         noise = _inverse_exponential(seeds, positions, row, index, token)
-        ratio = tl.where(_key(x) >= least, _weight(x, peak, heat) * noise, -1.0)
+        ratio = tl.where(_key(x) >= min_key, _weight(x, peak, temperature) * noise, -1.0)
         best = tl.max(tl.max(ratio, 1), 0)
         if best > best_ratio:
             of_best = tl.where(ratio == best, token, vocab)

@@ -28,14 +28,14 @@ BlockForward = Callable[..., tuple[Tensor, Tensor]]
 Entered = tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]
 
 
-class Ends(NamedTuple):
+class SampledTokens(NamedTuple):
     """The tokens of a step whose hidden states are needed, normally the sampled tokens.
 
     attn: metadata for the last layer, with one row per needed token over the token's whole context.
     The slots are padding, because the keys and values of all tokens are stored separately.
     """
 
-    indices: Tensor  # int64 [ends], into the step's tokens
+    indices: Tensor  # int64 [samples], into the step's tokens
     attn: AttentionMetadata
 
 
@@ -112,7 +112,7 @@ class Decoder(nn.Module):
 
     `block_forward` runs a block, `enter` everything before the first block, `leave` everything
     behind the last block. `compiledllm.graphs` replaces all three by compiled functions. `product`
-    multiplies by the output head. takes_ends: whether `forward` accepts `Ends`.
+    multiplies by the output head. takes_sampled_tokens: whether `forward` accepts `SampledTokens`.
     """
 
     edges = "enter", "leave"
@@ -122,7 +122,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.spec = spec
         self.backend = backend
-        self.takes_ends = backend.takes_ends
+        self.takes_sampled_tokens = backend.takes_sampled_tokens
         self.embedding = empty_parameter(spec.vocab_size, spec.embedding_width)
         self.project_in = self.project_out = None
         if size := spec.embedding_size:
@@ -150,11 +150,11 @@ class Decoder(nn.Module):
         positions: Tensor,  # int64 [tokens]
         kv_caches: list[Tensor],
         attn: list[AttentionMetadata],
-        ends: Ends | None = None,
+        sampled: SampledTokens | None = None,
     ) -> Tensor:
         """Hidden states behind the final norm, [tokens, hidden]. kv_caches, attn: one per layer.
 
-        With `ends`, returns the hidden states of these tokens only, [ends, hidden]. For other
+        With `sampled`, returns the hidden states of these tokens only, [samples, hidden]. For other
         tokens the last block just stores keys and values.
         """
         x, due, tables = self.enter(self, input_ids, positions)
@@ -163,10 +163,10 @@ class Decoder(nn.Module):
             x, due = self.block_forward(layer, x, due, *tables[index], kv_cache, metadata)
         layer, index, kv_cache, metadata = last
         cos, sin = tables[index]
-        if ends is not None:
+        if sampled is not None:
             cast("DecoderBlock", layer).store(x, due, cos, sin, kv_cache, metadata.slot_mapping)
-            x, due, cos, sin = (part[ends.indices] for part in (x, due, cos, sin))
-            metadata = ends.attn
+            x, due, cos, sin = (part[sampled.indices] for part in (x, due, cos, sin))
+            metadata = sampled.attn
         x, due = self.block_forward(layer, x, due, cos, sin, kv_cache, metadata)
         return self.leave(self, x, due)
 

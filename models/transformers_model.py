@@ -25,7 +25,7 @@ from compiledllm.kernels.attention import (
     paged_attention,
     store_kv,
 )
-from compiledllm.kernels.backend import AttentionBackend, AttentionForm, AttentionMetadata
+from compiledllm.kernels.backend import AttentionBackend, AttentionMetadata, ScoreOptions
 from compiledllm.models.checkpoint import INDEX, is_derived, weight_files
 from compiledllm.models.decoder import Decoder
 from compiledllm.models.spec import AttentionSpec, ModelSpec
@@ -65,7 +65,7 @@ def _attend(
     kv_cache, spec, backend = paged.kv_caches[index], paged.specs[index], paged.backend
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     store_kv(k, v, kv_cache, paged.attn.slot_mapping, backend)
-    form = AttentionForm(spec.scale, spec.sliding_window, spec.soft_cap, s_aux)
+    form = ScoreOptions(spec.scale, spec.sliding_window, spec.soft_cap, s_aux)
     out = paged_attention(q, kv_cache, paged.attn, form, backend)
     return out.unsqueeze(0), None
 
@@ -132,7 +132,7 @@ class TransformersModel(nn.Module):
         setattr(module, module.base_model_prefix, _Given())
         self.head = module
         self.block_forward: Callable[..., Tensor] = _Body.forward
-        self.takes_ends = False
+        self.takes_sampled_tokens = False
 
     def forward(
         self,

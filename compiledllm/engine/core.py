@@ -55,7 +55,7 @@ class EngineCore:
         num_kv_blocks = self.worker.count_kv_blocks()
         self.scheduler = _scheduler(plan, num_kv_blocks)
         limits = plan.config.limits
-        longest = min(limits.max_model_len, self.scheduler.kv.most_tokens)
+        longest = min(limits.max_model_len, self.scheduler.kv.max_request_tokens)
         self.worker.start(num_kv_blocks, max_blocks=-(-longest // limits.block_size))
         self.report: Report = plan.report | self.worker.report
         self.startup_s = {"config": plan.seconds, **self.worker.startup_s}
@@ -178,7 +178,7 @@ class EngineCore:
             self.model_path,
             self.spec.vocab_size,
             self.spec.eos_token_ids,
-            num_slots=self.scheduler.kv.most_tokens,
+            num_slots=self.scheduler.kv.max_request_tokens,
             max_position=self.spec.max_position,
         )
 
@@ -196,7 +196,7 @@ def _scheduler(plan: Plan, num_kv_blocks: int) -> Scheduler:
         Pace(BALANCED_TOKENS * plan.spec.sparsity, config.mixed_prompt_tokens),
         windows,
     )
-    if scheduler.kv.most_tokens == 0:
+    if scheduler.kv.max_request_tokens == 0:
         raise ConfigError(
             f"{num_kv_blocks} KV blocks hold no token in each of {len(windows)} groups of layers; "
             f"{plan.blocks_per_context} hold a whole context: give the cache more room "

@@ -16,7 +16,7 @@ from compiledllm.resolved_config import ResolvedConfig, StepLimits, resolve
 from compiledllm.runner.choose_backend import choose_backend
 from compiledllm.runner.kv_layout import KVLayout, choose_layout
 from compiledllm.runner.plan import Plan
-from compiledllm.scheduler.kv_manager import most_blocks_of_all, num_blocks_needed
+from compiledllm.scheduler.kv_manager import max_blocks_in_use, num_blocks_needed
 
 
 def plan(config: EngineConfig) -> Plan:
@@ -85,7 +85,7 @@ def _blocks_of_one(layout: KVLayout, limits: StepLimits) -> int:
 
 
 def _blocks_of_all(layout: KVLayout, limits: StepLimits) -> int:
-    return most_blocks_of_all(
+    return max_blocks_in_use(
         layout.windows,
         limits.block_size,
         limits.max_num_seqs,

@@ -22,7 +22,7 @@ from compiledllm.kernels.step_inputs import (
     mixed_inputs,
     with_empty_row,
 )
-from compiledllm.models.decoder import Ends
+from compiledllm.models.decoder import SampledTokens
 from compiledllm.runner.request_table import RequestTable
 from compiledllm.types import SchedulerOutput
 
@@ -205,11 +205,11 @@ class InputBatch:
             sample_positions=lengths,
         )
 
-    def ends(self, table: RequestTable, group: int, block_size: int) -> Ends:
+    def sampled_tokens(self, table: RequestTable, group: int, block_size: int) -> SampledTokens:
         """The sampled tokens, with attention metadata for a group of layers."""
         group_tables = table.block_tables[group]
         attn = metadata_of_ends(self.sample_rows, self.sample_positions, group_tables, block_size)
-        return Ends(self.logits_indices, attn)
+        return SampledTokens(self.logits_indices, attn)
 
     @classmethod
     def dummy(cls, num_tokens: int, table: RequestTable, num_samples: int = 1) -> InputBatch:

@@ -12,8 +12,8 @@ from compiledllm.platform import Platform
 from compiledllm.resolved_config import StepLimits
 from compiledllm.runner.kv_cache import allocate_kv_caches
 from compiledllm.runner.kv_layout import KVLayout
-from compiledllm.runner.logits_rules import LogitsRules
 from compiledllm.runner.model_runner import ModelRunner
+from compiledllm.runner.penalties import Penalties
 from compiledllm.runner.sampler import WORKSPACE_BYTES
 
 # Driver memory of one captured graph of a few hundred kernels. torch does not count driver memory.
@@ -91,7 +91,7 @@ def measure_activations(
 
 def max_sampling_bytes(max_num_seqs: int, vocab_size: int) -> int:
     """Bytes of sampling if every request has penalties and asks for log probabilities."""
-    return WORKSPACE_BYTES + LogitsRules.max_bytes(max_num_seqs, vocab_size)
+    return WORKSPACE_BYTES + Penalties.max_bytes(max_num_seqs, vocab_size)
 
 
 def plan_memory(

@@ -15,7 +15,7 @@ from compiledllm.graphs.compile import BlockCompiler, variants_for
 from compiledllm.graphs.cuda_graphs import StepGraphs
 from compiledllm.kernels.sampling import draw_tokens
 from compiledllm.kernels.step_inputs import advance
-from compiledllm.models.decoder import Decoder, Ends
+from compiledllm.models.decoder import Decoder, SampledTokens
 from compiledllm.platform import single_row_products
 from compiledllm.resolved_config import StepLimits
 from compiledllm.runner.device import to_device
@@ -33,7 +33,7 @@ from compiledllm.runner.sampler import Sampler
 from compiledllm.types import SchedulerOutput, StepOutput
 
 # Below this many tokens per step, running the last block for sampled tokens only saves no time.
-_MIN_TOKENS_FOR_ENDS = 1024
+_MIN_TOKENS_FOR_SAMPLED_ONLY = 1024
 
 
 class StepResult(NamedTuple):
@@ -158,7 +158,7 @@ class ModelRunner:
             with self._products_of(num_samples):
                 logits = self.model.compute_logits(of_samples, logits)
             rows = sample_rows if draw_rows is None else draw_rows
-            drawn = draw_tokens(logits, rows, batch.sample_positions, table.asked)
+            drawn = draw_tokens(logits, rows, batch.sample_positions, table.sampling)
         advance(
             batch.rows,
             batch.num_computed_tokens,
@@ -205,22 +205,23 @@ class ModelRunner:
         self.graphs = graphs
         return graphs
 
-    def forward(self, batch: InputBatch, ends: Ends | None = None) -> Tensor:
-        """Hidden states of all tokens, [tokens, hidden], or of `ends` only, [ends, hidden].
+    def forward(self, batch: InputBatch, sampled: SampledTokens | None = None) -> Tensor:
+        """Hidden states of all tokens, [tokens, hidden], or of `sampled` only, [samples, hidden].
 
         Stores the keys and values of all tokens either way.
         """
         attn = [batch.attn[group] for group in self._group_of_layer]
-        last = () if ends is None else (ends,)
+        last = () if sampled is None else (sampled,)
         hidden: Tensor = self.model(batch.input_ids, batch.positions, self.kv_caches, attn, *last)
         return hidden
 
     def _forward_samples(self, batch: InputBatch) -> Tensor:
         """Hidden states of the sampled tokens, [samples, hidden]."""
         num_tokens, num_samples = len(batch.input_ids), len(batch.logits_indices)
-        if num_tokens >= max(_MIN_TOKENS_FOR_ENDS, 4 * num_samples) and self.model.takes_ends:
-            ends = batch.ends(self.table, self._group_of_layer[-1], self.block_size)
-            return self.forward(batch, ends)
+        is_large = num_tokens >= max(_MIN_TOKENS_FOR_SAMPLED_ONLY, 4 * num_samples)
+        if is_large and self.model.takes_sampled_tokens:
+            sampled = batch.sampled_tokens(self.table, self._group_of_layer[-1], self.block_size)
+            return self.forward(batch, sampled)
         hidden = self.forward(batch)
         return hidden if num_tokens == num_samples else hidden[batch.logits_indices]
 

@@ -17,13 +17,13 @@ MAX_IN_FLIGHT = 2  # maximum number of steps that are launched and not yet colle
 class LogprobsOf:
     """Log probabilities at positions of one request, or at one position each of several requests.
 
-    num_best: number of columns for the most likely tokens. shares: per position, how many of these
-    columns and how many of the named tokens' columns behind them to return.
+    num_best: number of columns for the most likely tokens. num_returned: per position, how many of
+    these columns and how many of the named tokens' columns behind them to return.
     """
 
     logprobs: Logprobs
     num_best: int
-    shares: list[tuple[int, int]]
+    num_returned: list[tuple[int, int]]
 
     def to_host(self) -> LogprobsOf:
         packed = self.logprobs.packed
@@ -34,8 +34,8 @@ class LogprobsOf:
         """One tuple per position. The copy to the host must have arrived."""
         found = self.logprobs
         arrays = (x.numpy().tolist() for x in (found.token_ids, found.values, found.ranks))
-        lines = zip(*arrays, self.shares, strict=True)
-        kinds, first = set(self.shares), 1 + self.num_best
+        lines = zip(*arrays, self.num_returned, strict=True)
+        kinds, first = set(self.num_returned), 1 + self.num_best
         if kinds == {
             (self.num_best, found.num_columns - first)
         }:  # all positions return all columns

@@ -24,7 +24,7 @@ class RequestTable:
 
     On the device there are `max_num_seqs` + 1 rows; the last row is for padding. block_tables:
     int32 [groups, rows, max_blocks], a table per group of layers. last_token_ids,
-    num_computed_tokens: int64 [rows]. asked: sampling parameters.
+    num_computed_tokens: int64 [rows]. sampling: sampling parameters.
     On the host, per row: the tokens known at admission, the log probabilities to return, and the
     rules for logits.
     """
@@ -45,7 +45,7 @@ class RequestTable:
         self.block_tables = torch.zeros(shape, dtype=torch.int32, device=device)
         self.last_token_ids = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self.num_computed_tokens = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        self.asked = SamplingRows.zeros(num_rows, device)
+        self.sampling = SamplingRows.zeros(num_rows, device)
         self.rules = LogitsRules(max_num_seqs, vocab_size, device)
         self.token_ids: list[np.ndarray] = [np.empty(0, np.int64)] * max_num_seqs
         self.params: list[SamplingParams | None] = [None] * max_num_seqs
@@ -109,11 +109,11 @@ class RequestTable:
         index, fractions = packed[0], packed[5:].view(torch.float64).float()
         self.last_token_ids[index] = packed[1]
         self.num_computed_tokens[index] = packed[2]
-        self.asked.seeds[index] = packed[3]
-        self.asked.top_k[index] = packed[4].int()
-        self.asked.temperature[index] = fractions[0]
-        self.asked.top_p[index] = fractions[1]
-        self.asked.min_p[index] = fractions[2]
+        self.sampling.seeds[index] = packed[3]
+        self.sampling.top_k[index] = packed[4].int()
+        self.sampling.temperature[index] = fractions[0]
+        self.sampling.top_p[index] = fractions[1]
+        self.sampling.min_p[index] = fractions[2]
 
     def _fill(self, request: NewRequest) -> int:
         row = self._free_rows.pop()
@@ -150,6 +150,6 @@ class RequestTable:
             self.block_tables.flatten(0, 1)[packed[0], packed[1]] = packed[2].int()
 
 
-def num_best(asked: int | None, vocab_size: int) -> int:
+def num_best(requested: int | None, vocab_size: int) -> int:
     """The number of most likely tokens that `logprobs` or `prompt_logprobs` asks for."""
-    return vocab_size if asked == ALL_TOKENS else min(asked or 0, vocab_size)
+    return vocab_size if requested == ALL_TOKENS else min(requested or 0, vocab_size)

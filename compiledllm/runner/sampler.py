@@ -17,6 +17,7 @@ from compiledllm.kernels.sampling import INVALID, draw_tokens
 from compiledllm.runner.device import to_device
 from compiledllm.runner.pending import Extras, LogprobsOf
 from compiledllm.runner.request_table import RequestTable, num_best
+from compiledllm.runner.rule import Draw
 
 WORKSPACE_BYTES = 256 * 2**20  # edited copies of logits, or the logits of a prompt
 
@@ -38,7 +39,7 @@ class Sampler:
         the padding row, which is greedy.
         """
         rules = self._table.rules
-        if not rules.are_used or not (with_rules := rules.asks(rows, positions)).any():
+        if not rules.are_used or not (with_rules := rules.edit(rows, positions)).any():
             return None
         chosen = np.where(with_rules, self._table.padding_row, rows)
         return to_device(chosen, self._table.device)
@@ -60,7 +61,7 @@ class Sampler:
         before the draw; None if no rule reads last tokens.
         """
         extras = Extras()
-        with_rules = np.flatnonzero(self._table.rules.asks(rows, positions))
+        with_rules = np.flatnonzero(self._table.rules.edit(rows, positions))
         if len(with_rules):
             extras.errors = self._draw_for_all_rules(
                 drawn, logits, with_rules, rows, positions, last_tokens, request_ids
@@ -81,14 +82,14 @@ class Sampler:
         request_ids: list[str],
     ) -> dict[str, str]:
         """Draw at the batch indices `with_rules`, in chunks. Returns errors by request id."""
-        found: dict[str, str] = {}
+        errors_by_id: dict[str, str] = {}
         for start in range(0, len(with_rules), self._rows_at_once):
             chunk = with_rules[start : start + self._rows_at_once]
             errors = self._draw_by_rules(
                 drawn, logits, last_tokens, chunk, rows[chunk], positions[chunk]
             )
-            found |= {request_ids[chunk[i]]: error for i, error in errors.items()}
-        return found
+            errors_by_id |= {request_ids[chunk[i]]: error for i, error in errors.items()}
+        return errors_by_id
 
     def _draw_by_rules(
         self,
@@ -110,11 +111,12 @@ class Sampler:
         )
         edited = logits[batch_index].float()
         last = None if last_tokens is None else last_tokens[batch_index]
-        errors = table.rules.apply(edited, rows, positions, last)
-        tokens = draw_tokens(edited, request_rows, device_positions, table.asked)
+        draw = Draw(rows, positions, last)
+        errors = table.rules.apply(edited, draw)
+        tokens = draw_tokens(edited, request_rows, device_positions, table.sampling)
         if errors:
             tokens[list(errors)] = INVALID
-        table.rules.count(rows, positions, tokens)
+        table.rules.count(draw, tokens)
         drawn[batch_index] = tokens
         table.last_token_ids[request_rows] = tokens.clamp_(min=0)
         return errors
@@ -132,7 +134,7 @@ class Sampler:
         Rows that want more than MAX_IN_TRITON tokens are computed apart from the other rows.
         """
         is_many = self._table.num_logprobs[rows[with_logprobs]] > MAX_IN_TRITON
-        found = []
+        results = []
         for group in (with_logprobs[~is_many], with_logprobs[is_many]):
             if len(group):
                 batch_index, chosen = self._every_row[: len(group)], drawn
@@ -142,8 +144,8 @@ class Sampler:
                 counts = self._table.num_logprobs[rows[group]].tolist()
                 named = [self._table.named_logprobs[row] for row in rows[group].tolist()]
                 result = _logprobs_of(logits, batch_index, chosen, counts, named)
-                found.append(([request_ids[i] for i in group.tolist()], result))
-        return found
+                results.append(([request_ids[i] for i in group.tolist()], result))
+        return results
 
     def prompt_logprobs(
         self,
@@ -188,5 +190,5 @@ def _logprobs_of(
         padded = np.array([ids + [0] * (width - len(ids)) for ids in named], np.int64)
         asked_for = to_device(padded, logits.device)
     found = token_logprobs(logits, rows, chosen, max(num_best), asked_for)
-    shares = [(best, len(ids)) for best, ids in zip(num_best, named, strict=True)]
-    return LogprobsOf(found, max(num_best), shares)
+    num_returned = [(best, len(ids)) for best, ids in zip(num_best, named, strict=True)]
+    return LogprobsOf(found, max(num_best), num_returned)

@@ -15,11 +15,14 @@ from torch import Tensor
 
 from compiledllm.grammars.library import error_of
 from compiledllm.runner.device import to_device
+from compiledllm.runner.rule import Draw, Rule
 from compiledllm.types import Grammar, NewRequest
 
 
-class GrammarRows:
+class GrammarRows(Rule):
     """The grammar matchers of request rows, and the token masks they allow."""
+
+    follows_output = True
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._vocab_size = vocab_size
@@ -29,44 +32,45 @@ class GrammarRows:
         bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
         self._banned_by = to_device((bits ^ 1).view(np.int64)[:, 0], device)  # [256], 8 bools each
 
-    def fill(self, row: int, request: NewRequest) -> None:
-        if request.grammar is not None:
-            output = request.token_ids[request.spec.num_prompt_tokens :]
-            self._matchers[row] = request.grammar, request.grammar.matcher(output)
+    def fill(self, row: int, request: NewRequest) -> bool:
+        if request.grammar is None:
+            return False
+        output = request.token_ids[request.spec.num_prompt_tokens :]
+        self._matchers[row] = request.grammar, request.grammar.matcher(output)
+        return True
 
     def release(self, row: int) -> None:
-        self._matchers.pop(row, None)
+        del self._matchers[row]
 
     def record(self, row: int, token_id: int) -> None:
         """Advance the row's matcher by a token; a negative one (nothing was drawn) is ignored."""
-        if row in self._matchers and token_id >= 0:
+        if token_id >= 0:
             _, matcher = self._matchers[row]
             matcher.consume_token(token_id)
 
-    def apply(self, logits: Tensor, rows: np.ndarray) -> dict[int, str]:
+    def apply(self, logits: Tensor, draw: Draw) -> dict[int, str]:
         """Set the logits of tokens that a grammar forbids to -inf. Returns errors by index.
 
         logits: float32 [rows, vocab], edited in place. If a row's output is complete, its logits
         are flattened first, so that no other rule can keep the end-of-sequence token from being
         drawn.
         """
-        found = [(i, row) for i, row in enumerate(rows.tolist()) if row in self._matchers]
-        if not found:
+        if not self._matchers or not (with_grammar := draw.among(self._matchers)):
             return {}
-        matchers = [self._matchers[row][1] for _, row in found]
-        masks = self._compute([self._matchers[row] for _, row in found])
-        is_all = len(found) == len(rows)
-        index = to_device(np.array([i for i, _ in found]), self._device)
-        some = logits if is_all else logits[index]
+        matchers = [self._matchers[row][1] for _, row in with_grammar]
+        masks = self._compute([self._matchers[row] for _, row in with_grammar])
+        is_all = len(with_grammar) == len(draw.rows)
+        index = to_device(np.array([i for i, _ in with_grammar]), self._device)
+        chosen = logits if is_all else logits[index]
         complete = np.array([matcher.is_stopped() for matcher in matchers])
         if complete.any():
-            some.masked_fill_(to_device(complete[:, None], self._device, torch.bool), 0.0)
-        some.masked_fill_(self._is_banned(masks), -torch.inf)
+            chosen.masked_fill_(to_device(complete[:, None], self._device, torch.bool), 0.0)
+        chosen.masked_fill_(self._is_banned(masks), -torch.inf)
         if not is_all:
-            logits[index] = some
+            logits[index] = chosen
         return {
             i: f"structured_outputs: {error_of(matcher)}"
-            for (i, _), matcher in zip(found, matchers, strict=True)
+            for (i, _), matcher in zip(with_grammar, matchers, strict=True)
             if matcher.is_error()
         }
 

@@ -36,7 +36,7 @@ def num_blocks_needed(windows: Sequence[int], block_size: int, num_tokens: int) 
     return sum(last + 1 - first for first in firsts)
 
 
-def most_blocks_of_all(
+def max_blocks_in_use(
     windows: Sequence[int], block_size: int, max_num_seqs: int, max_tokens: int, max_len: int
 ) -> int:
     """Most blocks in use at once: `max_num_seqs` requests of `max_len` tokens each.
@@ -61,27 +61,27 @@ class KVManager:
         self.windows = tuple(windows)
         self._num_groups = len(self.windows)
         self._windowed = [(g, window) for g, window in enumerate(self.windows) if window]
-        self.most_tokens = self._most_tokens()
+        self.max_request_tokens = self._max_request_tokens()
 
-    def _most_tokens(self) -> int:
+    def _max_request_tokens(self) -> int:
         """Longest request, in tokens, that fits if it has the whole pool to itself."""
 
         def needed(num_tokens: int) -> int:
             return num_blocks_needed(self.windows, self.block_size, num_tokens)
 
-        most = self.pool.num_blocks
-        if needed(ANY_NUMBER) <= most:
+        max_blocks = self.pool.num_blocks
+        if needed(ANY_NUMBER) <= max_blocks:
             return ANY_NUMBER
-        ends = range(self.block_size, (most + 1) * self.block_size, self.block_size)
-        return bisect_right(ends, most, key=needed) * self.block_size
+        lengths = range(self.block_size, (max_blocks + 1) * self.block_size, self.block_size)
+        return bisect_right(lengths, max_blocks, key=needed) * self.block_size
 
     def check_fits(self, request: Request) -> None:
         """Raise ValueError, saying what would fit, if the whole pool could not hold a request."""
         # The last sampled token's KV is never needed, hence the -1.
         num_slots = request.num_prompt_tokens + request.spec.max_tokens - 1
-        if num_slots > self.most_tokens:
+        if num_slots > self.max_request_tokens:
             needed = num_blocks_needed(self.windows, self.block_size, num_slots)
-            room = self.most_tokens - request.num_prompt_tokens + 1
+            room = self.max_request_tokens - request.num_prompt_tokens + 1
             way_out = f"max_tokens <= {room} would fit" if room > 0 else "shorten the prompt"
             raise ValueError(
                 f"a prompt of {request.num_prompt_tokens} tokens with max_tokens="
@@ -92,7 +92,7 @@ class KVManager:
 
     # -- room for a step's tokens --------------------------------------------------------------
 
-    def most_at_once(self, num_computed: int, count: int) -> int:
+    def max_at_once(self, num_computed: int, count: int) -> int:
         """`count`, or the number of tokens after `num_computed` that the whole pool can hold.
 
         Only windows reduce `count`: a prompt may fit in small chunks but not in a large one.
@@ -100,8 +100,8 @@ class KVManager:
         if not self._windowed:
             return count
         firsts = (first_seen_block(w, num_computed, self.block_size) for w in self.windows)
-        most_blocks = (self.pool.num_blocks + sum(firsts)) // self._num_groups
-        return min(count, most_blocks * self.block_size - num_computed)
+        max_blocks = (self.pool.num_blocks + sum(firsts)) // self._num_groups
+        return min(count, max_blocks * self.block_size - num_computed)
 
     def room_at_hand(self, request: Request) -> int:
         """Number of tokens that the free blocks have room for; 0 if less than one block's.
@@ -152,7 +152,7 @@ class KVManager:
         request.block_tables, request.first_owned_blocks = [], []
         request.num_registered_blocks = request.next_kv_check = 0
 
-    def spoil(self, request: Request) -> list[int]:
+    def forget_blocks(self, request: Request) -> list[int]:
         """Remove a request's blocks, which may hold NaN, from the prefix index.
 
         Returns the blocks to zero: blocks that no other request holds. Blocks that the request has
@@ -186,7 +186,7 @@ class KVManager:
         firsts = self._firsts(len(prefix[0]))
         return [i for table, first in zip(prefix, firsts, strict=True) for i in table[first:]]
 
-    def begin(self, request: Request, prefix: Tables) -> None:
+    def adopt_prefix(self, request: Request, prefix: Tables) -> None:
         """Give a request without blocks the blocks of a prefix from `lookup_prefix`."""
         self.pool.share(self.seen_blocks(prefix))
         request.block_tables = [list(table) for table in prefix]
@@ -262,12 +262,13 @@ class KVManager:
         sibling = request.sibling
         if sibling is None or sibling.status is not RequestStatus.RUNNING:
             return self._no_blocks()
-        most = min(request.num_prompt_tokens - 1, sibling.num_computed_tokens) // self.block_size
-        firsts = self._firsts(most)
+        num_computed = min(request.num_prompt_tokens - 1, sibling.num_computed_tokens)
+        num_full = num_computed // self.block_size
+        firsts = self._firsts(num_full)
         if any(map(int.__lt__, firsts, sibling.first_owned_blocks)):  # the sibling has freed some
             return self._no_blocks()
         return [
-            [NULL_BLOCK] * first + table[first:most]
+            [NULL_BLOCK] * first + table[first:num_full]
             for table, first in zip(sibling.block_tables, firsts, strict=True)
         ]
 

@@ -34,11 +34,11 @@ def priority(request: Request) -> SortKey:
 # Roofline balance: with about 256 tokens a step takes as long to compute as to read the weights
 # (150 to 300 FLOP per byte, 16-bit).
 BALANCED_TOKENS = 256
-_TOKENS_PER_ROW = 8  # smallest step size, in tokens per running request
-_WHERE_EVEN = 4  # step size if as many requests wait as run, in multiples of the balance
-# Largest step size, in multiples of the balance, unless _TOKENS_PER_ROW demands more. At this size
-# a step of an 8B model takes 0.05 s on an H100.
-_AT_MOST = 8
+_MIN_TOKENS_PER_RUNNING = 8  # smallest step size, in tokens per running request
+_GROWTH_AT_PARITY = 4  # step size if as many requests wait as run, in multiples of the balance
+# Largest step size, in multiples of the balance, unless _MIN_TOKENS_PER_RUNNING demands more. At
+# this size a step of an 8B model takes 0.05 s on an H100.
+_MAX_GROWTH = 8
 
 POLICIES: dict[str, Policy] = {"fcfs": fcfs, "priority": priority}
 
@@ -86,8 +86,8 @@ class WaitingQueue:
     def remove(self, request: Request) -> None:
         """Remove a request from the queue, if it is waiting."""
         self._serials.pop(request.request_id, None)
-        most = 2 * len(self._serials) + _MIN_COMPACTED
-        if max(len(self._by_rank), len(self._by_age)) > most:
+        max_entries = 2 * len(self._serials) + _MIN_COMPACTED
+        if max(len(self._by_rank), len(self._by_age)) > max_entries:
             self._by_rank = self._valid(self._by_rank)
             self._by_age = self._valid(self._by_age)
 
@@ -192,8 +192,8 @@ class Pace:
         if prompt.spec.waits_for_batch:
             return self._share_of_batch(prompt, running)
         rows = len(running)
-        growth = min(_WHERE_EVEN * math.sqrt(num_waiting / rows), _AT_MOST)
-        times = max(growth, _TOKENS_PER_ROW * rows / self.balanced_tokens, 1)
+        growth = min(_GROWTH_AT_PARITY * math.sqrt(num_waiting / rows), _MAX_GROWTH)
+        times = max(growth, _MIN_TOKENS_PER_RUNNING * rows / self.balanced_tokens, 1)
         power = 2 ** math.ceil(math.log2(times))  # CUDA graphs exist for such step sizes
         return Share(self.balanced_tokens * power - rows)
 

@@ -48,7 +48,7 @@ def _decodes(request: Request) -> bool:
 
 
 @dataclass(slots=True)
-class _Draft:
+class _StepBuilder:
     """A step while it is assembled.
 
     budget: tokens that the step can still take; prompt_budget: how many of them prompts may take.
@@ -144,29 +144,31 @@ class Scheduler:
 
     def schedule(self) -> SchedulerOutput:
         """Choose this step's work, allocate its blocks, and list the changes since the last."""
-        draft = _Draft(self.max_num_batched_tokens)
-        self._schedule_running(draft)
+        builder = _StepBuilder(self.max_num_batched_tokens)
+        self._schedule_running(builder)
         new_requests: list[NewRequest] = []
         # A step that preempts admits no request, which would take the freed blocks right back.
-        while not draft.has_preempted and self.waiting:
-            room = self._room_for(self.waiting.peek(), draft)
-            admitted = self._admit(self.waiting.peek(), draft, room) if room else None
+        while not builder.has_preempted and self.waiting:
+            room = self._room_for(self.waiting.peek(), builder)
+            admitted = self._admit(self.waiting.peek(), builder, room) if room else None
             if admitted is None:
                 break
             new_requests.append(admitted)
         freed, self._freed_request_ids = self._freed_request_ids, []
         spoilt, self._spoilt_block_ids = self._spoilt_block_ids, []
-        self._in_flight.append(draft.requests)
-        return SchedulerOutput(new_requests, draft.lines, freed, spoilt)
+        self._in_flight.append(builder.requests)
+        return SchedulerOutput(new_requests, builder.lines, freed, spoilt)
 
-    def _room_for(self, request: Request, draft: _Draft) -> int:
+    def _room_for(self, request: Request, builder: _StepBuilder) -> int:
         """Number of prompt tokens that the step can grant. The best-ranked prompt asks first."""
-        if draft.share is None:
-            draft.share = self._share_for(request)
-            draft.prompt_budget = draft.share.prompt_tokens
-        if draft.share.is_due(request):
-            return draft.budget
-        return max(min(draft.budget, draft.prompt_budget), 0)  # requests that are due overdraw it
+        if builder.share is None:
+            builder.share = self._share_for(request)
+            builder.prompt_budget = builder.share.prompt_tokens
+        if builder.share.is_due(request):
+            return builder.budget
+        return max(
+            min(builder.budget, builder.prompt_budget), 0
+        )  # requests that are due overdraw it
 
     def _share_for(self, prompt: Request) -> Share:
         """The prompts' share of this step: all of it if no request decodes."""
@@ -176,24 +178,25 @@ class Scheduler:
         num_waiting = len(self.waiting) + (prompt.status is RequestStatus.RUNNING)
         return self.pace.share(prompt, running, num_waiting)
 
-    def _schedule_running(self, draft: _Draft) -> None:
+    def _schedule_running(self, builder: _StepBuilder) -> None:
         """Give every running request tokens, best-ranked first; preempt from the other end."""
         if not self._is_sorted:
             self.running.sort(key=self.waiting.rank)
             self._is_sorted = True
         index = 0
-        while index < len(self.running) and draft.budget > 0:
+        while index < len(self.running) and builder.budget > 0:
             request = self.running[index]
-            if self._grant_next_token(request, draft) or self._grant_running(request, draft):
+            if self._grant_next_token(request, builder) or self._grant_running(request, builder):
                 index += 1
             else:  # the lowest-ranked request loses its blocks; it may be this request itself
                 self._preempt(self.running.pop())
-                draft.has_preempted = True
+                builder.has_preempted = True
 
-    def _grant_next_token(self, request: Request, draft: _Draft) -> bool:
+    def _grant_next_token(self, request: Request, builder: _StepBuilder) -> bool:
         """Fast path of `_grant_running`, with the same effect: one token, in an allocated block.
 
-        Returns False, with no effect, for a request in any other state.
+        Blocks outside a window are freed later, once the request needs its next block. Returns
+        False, with no effect, for a request in any other state.
         """
         known, in_flight = len(request.token_ids), request.num_tokens_in_flight
         num_tokens, computed = known + in_flight, request.num_computed_tokens
@@ -208,20 +211,20 @@ class Scheduler:
         request.num_tokens_in_flight = in_flight + 1
         if known // self.kv.block_size > request.num_registered_blocks:
             self.kv.register_full_blocks(request)
-        draft.lines.append(ScheduledRequest(request.request_id, computed, 1, _NO_BLOCKS, True))
-        draft.requests.append(request)
-        draft.budget -= 1
+        builder.lines.append(ScheduledRequest(request.request_id, computed, 1, _NO_BLOCKS, True))
+        builder.requests.append(request)
+        builder.budget -= 1
         return True
 
-    def _grant_running(self, request: Request, draft: _Draft) -> bool:
+    def _grant_running(self, request: Request, builder: _StepBuilder) -> bool:
         """Grant a running request the tokens it needs, or as many as fit; False without blocks."""
         wanted = request.num_tokens_to_compute
-        count = min(wanted, draft.budget if wanted <= 1 else self._room_for(request, draft))
+        count = min(wanted, builder.budget if wanted <= 1 else self._room_for(request, builder))
         if count == 0:  # it waits for a token in flight, or the prompt budget is used up
             return True
         self.kv.trim(request)
         computed = request.num_computed_tokens
-        count = self.kv.most_at_once(computed, count)
+        count = self.kv.max_at_once(computed, count)
         missing = self.kv.num_missing_blocks(request.block_tables, computed + count)
         if missing > self.block_pool.num_free_blocks:
             count = min(count, self.kv.room_at_hand(request))
@@ -229,11 +232,11 @@ class Scheduler:
                 return False
             missing = self.kv.num_missing_blocks(request.block_tables, computed + count)
         if wanted > 1:
-            draft.prompt_budget -= count
-        self._grant(request, draft, count, count == wanted, missing)
+            builder.prompt_budget -= count
+        self._grant(request, builder, count, count == wanted, missing)
         return True
 
-    def _admit(self, request: Request, draft: _Draft, room: int) -> NewRequest | None:
+    def _admit(self, request: Request, builder: _StepBuilder, room: int) -> NewRequest | None:
         """Start or resume a waiting request, reusing cached blocks; None if it must wait.
 
         room: largest number of tokens to grant.
@@ -244,12 +247,12 @@ class Scheduler:
         prefix = kv.lookup_prefix(request)
         num_cached = len(prefix[0]) * kv.block_size
         wanted = request.num_tokens - num_cached
-        count = kv.most_at_once(num_cached, min(wanted, room))
+        count = kv.max_at_once(num_cached, min(wanted, room))
         missing = kv.num_missing_blocks(prefix, num_cached + count)
         if missing + pool.num_free_among(kv.seen_blocks(prefix)) > pool.num_free_blocks:
             return None
         self.waiting.pop()
-        kv.begin(request, prefix)
+        kv.adopt_prefix(request, prefix)
         request.num_computed_tokens = num_cached
         if request.num_cached_tokens < 0:
             request.num_cached_tokens = num_cached
@@ -258,14 +261,14 @@ class Scheduler:
         request.status = RequestStatus.RUNNING
         self.running.append(request)
         self._is_sorted = False
-        draft.prompt_budget -= count
-        self._grant(request, draft, count, count == wanted, missing, is_new=True)
+        builder.prompt_budget -= count
+        self._grant(request, builder, count, count == wanted, missing, is_new=True)
         return NewRequest(request.spec, list(request.token_ids), request.grammar)
 
     def _grant(
         self,
         request: Request,
-        draft: _Draft,
+        builder: _StepBuilder,
         count: int,
         samples: bool,
         missing: int,
@@ -284,9 +287,9 @@ class Scheduler:
         request.num_tokens_in_flight += samples
         self.kv.register_full_blocks(request)
         line = ScheduledRequest(request.request_id, num_computed, count, new_block_ids, samples)
-        draft.lines.append(line)
-        draft.requests.append(request)
-        draft.budget -= count
+        builder.lines.append(line)
+        builder.requests.append(request)
+        builder.budget -= count
 
     def update(self, step: SchedulerOutput, output: StepOutput) -> StepNews:
         """Record a step's results. Steps are updated in the order in which they were scheduled.
@@ -350,7 +353,7 @@ class Scheduler:
         error: what failed in a rule of the request, such as a logits processor.
         """
         if error is None:  # no rule of the request failed, so its KV may hold NaN
-            self._spoilt_block_ids += self.kv.spoil(request)
+            self._spoilt_block_ids += self.kv.forget_blocks(request)
             if request.status is not RequestStatus.RUNNING:  # preempted: its blocks are unknown
                 self.block_pool.reset_prefix_cache()
         if error is None and not request.is_second_try:

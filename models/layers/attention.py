@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from compiledllm.kernels.attention import paged_attention, rotate_and_store, store_kv
-from compiledllm.kernels.backend import AttentionBackend, AttentionForm, AttentionMetadata
+from compiledllm.kernels.backend import AttentionBackend, AttentionMetadata, ScoreOptions
 from compiledllm.models.layers.linear import Linear, empty_parameter
 from compiledllm.models.layers.norm import RMSNorm, make_norm
 from compiledllm.models.layers.rope import apply_rope
@@ -47,8 +47,8 @@ class PagedAttention(nn.Module):
             q, k, v = torch.split(qkv, [spec.q_size, spec.kv_size, spec.kv_size], dim=-1)
             q = self._rotate(q, self.q_norm, cos, sin)
             self._rotate_then_store(k, v, cos, sin, kv_cache, attn.slot_mapping)
-        form = AttentionForm(spec.scale, spec.sliding_window, spec.soft_cap, self.sinks)
-        context = paged_attention(q, kv_cache, attn, form, self.backend)
+        options = ScoreOptions(spec.scale, spec.sliding_window, spec.soft_cap, self.sinks)
+        context = paged_attention(q, kv_cache, attn, options, self.backend)
         out: Tensor = self.out(context.view(-1, spec.q_size))
         return out
 

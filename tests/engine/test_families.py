@@ -36,7 +36,7 @@ def test_greedy_tokens_are_those_of_transformers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # The last block for the ends of prompts only, in steps that are large enough.
-    monkeypatch.setattr(model_runner, "_MIN_TOKENS_FOR_ENDS", 30)
+    monkeypatch.setattr(model_runner, "_MIN_TOKENS_FOR_SAMPLED_ONLY", 30)
     checkpoint = tiny_model(family, **VARIANTS[family, IN_ENGINE[family]])
     engine = make(checkpoint, enforce_eager=True, max_num_batched_tokens=48)  # chunks, mixed steps
     assert greedy(engine) == greedy_by_transformers(checkpoint, PROMPTS, NUM_TOKENS)
@@ -50,6 +50,6 @@ def test_compiled_blocks_give_the_same_tokens(
     wanted = greedy(make(checkpoint, enforce_eager=True))
     engine = make(checkpoint, compile_when="start")
     assert engine.core.runner.compiler.is_ready
-    monkeypatch.setattr(model_runner, "_MIN_TOKENS_FOR_ENDS", 30)
+    monkeypatch.setattr(model_runner, "_MIN_TOKENS_FOR_SAMPLED_ONLY", 30)
     assert greedy(engine) == wanted
     assert engine.core.runner.compiler.num_recompiles == 0

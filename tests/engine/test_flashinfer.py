@@ -16,7 +16,7 @@ from torch import Tensor
 from compiledllm import Engine, SamplingParams
 from compiledllm.config import Choice, ConfigError
 from compiledllm.kernels import paged_attention_torch as oracle
-from compiledllm.kernels.backend import AttentionForm, AttentionMetadata
+from compiledllm.kernels.backend import AttentionMetadata, ScoreOptions
 from compiledllm.models.registry import load_spec
 from compiledllm.platform import Platform
 from compiledllm.resolved_config import StepLimits
@@ -47,7 +47,7 @@ class OracleWrapper:
         options = self._options
         assert query.shape[1:] == (options["num_qo_heads"], options["head_dim_qk"])
         window, cap = options["window_left"] + 1, options["logits_soft_cap"]
-        form = AttentionForm(options["sm_scale"], window, cap)
+        form = ScoreOptions(options["sm_scale"], window, cap)
         slots = torch.empty(0)
         attn = AttentionMetadata(slots, self._tables, self._lengths, self._starts)
         out.copy_(oracle.paged_attention(query, torch.stack(kv_cache), attn, form))

@@ -74,7 +74,7 @@ def test_the_last_block_for_the_ends_of_prompts_gives_the_eager_tokens(
     expected: list[list[int]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(model_runner, "_MIN_TOKENS_FOR_ENDS", 32)
+    monkeypatch.setattr(model_runner, "_MIN_TOKENS_FOR_SAMPLED_ONLY", 32)
     engine = make(tiny_llama, max_num_batched_tokens=200)
     assert tokens(engine, prompts) == expected
     assert [tokens(engine, [prompt])[0] for prompt in prompts[:8]] == expected[:8]

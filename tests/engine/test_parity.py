@@ -1,13 +1,14 @@
 """Greedy output of the real default model equals transformers', however the engine gets there.
 
-float32, 20 prompts of 1 to 600 tokens, at most 64 new tokens each. transformers judges a prompt and
-its answer in one forward: each new token must have the largest logit of its position, up to TIE.
+float32, 20 prompts of 1 to 600 tokens with 64 new tokens each where all run at once, and fewer of
+both where a test is about how the engine gets there. transformers judges a prompt and its answer in
+one forward: each new token must have the largest logit of its position, up to TIE.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 
 from compiledllm import Engine, SamplingParams
 from compiledllm.outputs import RequestOutput
-from tests.support.greedy import load_reference, logits_of_outputs
+from tests.support.greedy import load_reference
 
 pytestmark = pytest.mark.real_model
 
@@ -33,33 +34,51 @@ TEXTS = (
     "| name | age | city |\n|---|---|---|\n| Ann | 34 | Oslo |\n| Bo | 29 | 東京 |\n",
 )
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_NEW)
+HALF = SamplingParams(temperature=0, max_tokens=NUM_NEW // 2)
 
 
 @dataclass
 class Reference:
-    """transformers on the same checkpoint."""
+    """transformers on the same checkpoint. Prompts are known by their lengths, which differ."""
 
     model: Any
-    prompts: list[list[int]]
-    greedy: dict[int, list[list[int]]] = field(default_factory=dict)  # prompt's index -> answers
+    prompts: dict[int, list[int]]
+    judged: dict[int, list[list[int]]] = field(default_factory=dict)  # answers that are greedy
+    losses: dict[int, float] = field(default_factory=dict)  # sums over the prompt's tokens
 
-    def assert_greedy(self, outputs: list[RequestOutput], indices: Sequence[int] = ()) -> None:
-        """Of each prompt, or of those with these indices."""
-        for index, output in zip(indices or range(len(self.prompts)), outputs, strict=True):
-            answer, known = output.outputs[0].token_ids, self.greedy.setdefault(index, [])
-            if not any(longer[: len(answer)] == answer for longer in known):
-                self._judge(self.prompts[index], answer)
-                known.append(answer)
+    def of(self, *lengths: int) -> list[list[int]]:
+        return [self.prompts[length] for length in lengths]
+
+    def assert_greedy(self, outputs: list[RequestOutput]) -> None:
+        for output in outputs:
+            length, answer = len(output.prompt_token_ids), output.outputs[0].token_ids
+            judged = self.judged.setdefault(length, [])
+            if not any(longer[: len(answer)] == answer for longer in judged):
+                self._judge(length, answer)
+                judged.append(answer)
             is_over = answer[-1] == self.model.config.eos_token_id
             assert output.outputs[0].finish_reason == ("stop" if is_over else "length")
         different = {tuple(output.outputs[0].token_ids) for output in outputs}
         assert len(different) > len(outputs) / 2, "nearly the same for every prompt"
 
-    def _judge(self, prompt: list[int], answer: list[int]) -> None:
-        logits = logits_of_outputs(self.model, prompt, answer)
-        best, chosen = logits.max(-1).values, logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
-        for place, gap in enumerate((best - chosen).tolist()):
-            where = f"prompt of {len(prompt)} tokens, new token {place}"
+    def loss_of(self, length: int) -> float:
+        """The sum of negative log probabilities of the prompt's tokens, but for the first."""
+        if length not in self.losses:
+            self._judge(length, [])
+        return self.losses[length]
+
+    @torch.inference_mode()
+    def _judge(self, length: int, answer: list[int]) -> None:
+        """One forward over prompt and answer, without a cache."""
+        tokens = torch.tensor([*self.prompts[length], *answer])
+        logits = self.model(tokens[None], use_cache=False).logits[0, :-1]
+        prompt, chosen = tokens[1:length], tokens[length:]
+        loss = F.cross_entropy(logits[: length - 1], prompt, reduction="sum").item()
+        self.losses[length] = loss
+        logits = logits[length - 1 :]
+        best, own = logits.max(-1).values, logits.gather(1, chosen[:, None])[:, 0]
+        for place, gap in enumerate((best - own).tolist()):
+            where = f"prompt of {length} tokens, new token {place}"
             assert gap < TIE, f"{where}: {answer[place]} is {gap} below the best: not a tie"
             if gap:
                 print(f"tie at {where}: {answer[place]} is {gap:.6f} below the best")
@@ -70,11 +89,11 @@ def reference(default_model: Path) -> Reference:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(default_model)
-    prompts = []
+    prompts = {}
     for index, length in enumerate(LENGTHS):
         ids: list[int] = tokenizer.encode(TEXTS[index % len(TEXTS)] * 60)
-        prompts.append(ids[index : index + length])
-    assert [len(prompt) for prompt in prompts] == list(LENGTHS)
+        prompts[length] = ids[index : index + length]
+        assert len(prompts[length]) == length
     return Reference(load_reference(default_model), prompts)
 
 
@@ -88,27 +107,28 @@ def make(default_model: Path, **options: Any) -> Engine:
 
 
 def test_all_at_once(eager: Engine, reference: Reference) -> None:
-    reference.assert_greedy(eager.generate(reference.prompts, GREEDY))
+    reference.assert_greedy(eager.generate(reference.of(*LENGTHS), GREEDY))
 
 
 def test_alone(eager: Engine, reference: Reference) -> None:
     """One row takes a step for each token, so that these are few."""
-    few = SamplingParams(temperature=0, max_tokens=16)
+    few = SamplingParams(temperature=0, max_tokens=10)
+    prompts = reference.of(1, 2, 3, 15, 16, 17, 100, 600)
     reference.assert_greedy(
-        [output for prompt in reference.prompts for output in eager.generate(prompt, few)]
+        [output for prompt in prompts for output in eager.generate(prompt, few)]
     )
 
 
 def test_chunked_prefill(default_model: Path, reference: Reference) -> None:
     engine = make(default_model, enforce_eager=True, max_num_batched_tokens=32)
-    reference.assert_greedy(engine.generate(reference.prompts, GREEDY))
+    prompts = reference.of(1, 5, 15, 16, 17, 31, 32, 33, 64, 255)
+    reference.assert_greedy(engine.generate(prompts, HALF))
     engine.core.scheduler.check_invariants()
 
 
-@torch.inference_mode()
 def test_perplexity(eager: Engine, reference: Reference) -> None:
     """Of all prompts together, as the engine's log probabilities of prompts tell it."""
-    prompts = [prompt for prompt in reference.prompts if len(prompt) > 1]
+    prompts = reference.of(*LENGTHS[1:])
     outputs = eager.generate(prompts, SamplingParams(max_tokens=1, prompt_logprobs=0))
     ours, theirs, count = 0.0, 0.0, 0
     for prompt, output in zip(prompts, outputs, strict=True):
@@ -116,16 +136,15 @@ def test_perplexity(eager: Engine, reference: Reference) -> None:
         assert found is not None and len(found) == len(prompt)
         pairs = list(zip(prompt[1:], found[1:], strict=True))
         ours -= sum(position[token].logprob for token, position in pairs if position is not None)
-        logits = reference.model(torch.tensor([prompt])).logits[0, :-1]
-        theirs += F.cross_entropy(logits, torch.tensor(prompt[1:]), reduction="sum").item()
+        theirs += reference.loss_of(len(prompt))
         count += len(pairs)
     perplexities = math.exp(ours / count), math.exp(theirs / count)
     assert count > 2000 and perplexities[0] == pytest.approx(perplexities[1], rel=1e-4)
 
 
 def test_preemption(default_model: Path, reference: Reference) -> None:
-    engine = make(default_model, enforce_eager=True, num_kv_blocks=50)
-    reference.assert_greedy(engine.generate(reference.prompts, GREEDY))
+    engine = make(default_model, enforce_eager=True, num_kv_blocks=40)
+    reference.assert_greedy(engine.generate(reference.of(*LENGTHS[:16]), HALF))
     assert engine.core.scheduler.num_preemptions > 0
     engine.core.scheduler.check_invariants()
 
@@ -133,15 +152,17 @@ def test_preemption(default_model: Path, reference: Reference) -> None:
 def test_shared_prefixes(default_model: Path, reference: Reference) -> None:
     """The second round finds every full block of its prompts, and of what was generated."""
     engine = make(default_model, enforce_eager=True)
-    reference.assert_greedy(engine.generate(reference.prompts, GREEDY))
-    again = engine.generate(reference.prompts, GREEDY)
+    lengths = (1, 2, 15, 16, 17, 31, 32, 33, 48, 64, 100, 255)
+    prompts = reference.of(*lengths)
+    reference.assert_greedy(engine.generate(prompts, HALF))
+    again = engine.generate(prompts, HALF)
     reference.assert_greedy(again)
     assert [output.num_cached_tokens for output in again] == [
-        (length - 1) // 16 * 16 for length in LENGTHS
+        (length - 1) // 16 * 16 for length in lengths
     ]
-    prompt, answer = reference.prompts[-1], again[-1].outputs[0].token_ids
-    (longer,) = engine.generate(prompt + answer[:60], SamplingParams(temperature=0, max_tokens=4))
-    assert longer.outputs[0].token_ids == answer[60:64]
+    prompt, answer = prompts[-1], again[-1].outputs[0].token_ids
+    (longer,) = engine.generate(prompt + answer[:28], SamplingParams(temperature=0, max_tokens=4))
+    assert longer.outputs[0].token_ids == answer[28:32]
     assert longer.num_cached_tokens > len(prompt)
 
 
@@ -150,8 +171,8 @@ def test_compiled(default_model: Path, reference: Reference) -> None:
     engine = make(default_model, compile_when="start", max_num_batched_tokens=256)
     compiler = engine.core.runner.compiler
     assert compiler.is_ready and compiler.error is None
-    reference.assert_greedy(engine.generate(reference.prompts, GREEDY))
-    alone = (0, 7, 19)
-    outputs = [engine.generate(reference.prompts[index], GREEDY)[0] for index in alone]
-    reference.assert_greedy(outputs, alone)
+    reference.assert_greedy(engine.generate(reference.of(*LENGTHS[:16], 320), HALF))
+    few = SamplingParams(temperature=0, max_tokens=16)
+    alone = [engine.generate(prompt, few)[0] for prompt in reference.of(1, 16, 320)]
+    reference.assert_greedy(alone)
     assert compiler.num_recompiles == 0

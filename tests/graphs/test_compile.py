@@ -98,7 +98,7 @@ def test_every_engine_of_a_process_compiles(tiny_llama: Callable[..., Path]) -> 
     """The compiler keeps at most eight graphs for a function: each engine has one of its own."""
     engines = [
         Engine(tiny_llama(), device="cpu", skip_tokenizer_init=True, compile_when="start")
-        for _ in range(6)
+        for _ in range(5)  # of two graphs each
     ]
     assert all(engine.core.runner.compiler.is_ready for engine in engines)
 
@@ -137,7 +137,7 @@ def test_layers_that_see_unequally_far_are_compiled_once(
     """In examples as in steps, also in those whose last block runs for the ends of prompts only."""
     example = 64  # tokens, and as many as entries in its block table
     monkeypatch.setattr(model_runner, "variants_for", lambda *_: [Variant(2, 2**30, example)])
-    monkeypatch.setattr(model_runner, "_MIN_TOKENS_FOR_ENDS", 32)
+    monkeypatch.setattr(model_runner, "_MIN_TOKENS_FOR_SAMPLED_ONLY", 32)
     kinds = ["sliding_attention", "full_attention"]
     shape = {"num_hidden_layers": 2, "head_dim": 64, "sliding_window": 33}
     model = tiny_model("ministral", layer_types=kinds, **shape)

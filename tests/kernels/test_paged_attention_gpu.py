@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compiledllm.kernels import paged_attention_torch as oracle
-from compiledllm.kernels.backend import AttentionForm, AttentionMetadata
+from compiledllm.kernels.backend import AttentionMetadata, ScoreOptions
 from compiledllm.kernels.paged_attention_triton import paged_attention
 from compiledllm.kernels.prefill_attention_triton import prefill_tiling
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.gpu
 HEADS = {"mha": (4, 4), "gqa": (8, 2), "gqa7": (14, 2), "mqa": (8, 1)}
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 Step = tuple[Tensor, Tensor, AttentionMetadata]  # as paged_attention takes it
-FORM = AttentionForm(0.1)
+FORM = ScoreOptions(0.1)
 
 
 def lengths(size: int) -> list[int]:
@@ -68,10 +68,10 @@ def assert_equals_oracle(
     sinks: Tensor | None = None,
 ) -> None:
     query, kv_cache, attn = step
-    form = AttentionForm(scale, window, soft_cap, sinks)
-    out = paged_attention(*step, form)
+    options = ScoreOptions(scale, window, soft_cap, sinks)
+    out = paged_attention(*step, options)
     wide = kv_cache.float().nan_to_num(0.0)  # the oracle multiplies masked slots by zero
-    expected = oracle.paged_attention(query.float(), wide, attn, form)
+    expected = oracle.paged_attention(query.float(), wide, attn, options)
     tolerance = TOLERANCE[query.dtype]
     torch.testing.assert_close(out.float(), expected, atol=tolerance, rtol=tolerance)
 

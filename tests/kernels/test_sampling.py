@@ -11,7 +11,8 @@ from torch import Tensor
 from compiledllm.kernels import sampling, sampling_triton
 from compiledllm.kernels.sampling import INVALID, SamplingRows
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there in Triton's interpreter
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"  # there in Triton's interpreter, which gets fewer rows
 
 
 def asking(count: int, **values: Tensor | float) -> SamplingRows:
@@ -76,15 +77,15 @@ def test_filtered_draws_are_those_of_torch(filters: str, vocab: int, dtype: torc
     torch.manual_seed(vocab)
     for spread in (0.1, 2.0):  # flat, where a token is seldom accepted, and peaked
         logits = (torch.randn(6, vocab) * spread - 1).to(dtype)
-        for seed in range(3):
+        for seed in range(3 if CUDA else 1):
             both(logits, asking(6, seeds=torch.arange(6) + 100 * seed, **FILTERS[filters]))
 
 
 def test_filtered_draws_of_a_vocabulary_as_large_as_models_have() -> None:
     torch.manual_seed(1)
     logits = (torch.randn(6, 151_936) * 2).to(torch.bfloat16)
-    for filters in FILTERS.values():
-        both(logits, asking(6, **filters))
+    for name in FILTERS if CUDA else ("top_k", "all, by temperature"):
+        both(logits, asking(6, **FILTERS[name]))
 
 
 def test_a_top_p_that_is_zero_in_float32_leaves_the_best_token() -> None:
@@ -104,11 +105,12 @@ def test_of_equal_logits_the_first_is_the_greedy_one() -> None:
 
 def test_banned_tokens_are_never_drawn_and_logits_may_be_strided() -> None:
     torch.manual_seed(0)
-    wide = torch.randn(40, 2, 300)
+    count = 40 if CUDA else 12
+    wide = torch.randn(count, 2, 300)
     wide[:, 1, 3:] = -math.inf
-    asked = asking(40, temperature=torch.linspace(0, 3, 40), top_k=5)
+    asked = asking(count, temperature=torch.linspace(0, 3, count), top_k=5)
     both(wide[:, 1], asked)
-    rows = torch.arange(40)
+    rows = torch.arange(count)
     assert set(draw(wide[:, 1], rows, rows * 7, asked)) == {0, 1, 2}
 
 

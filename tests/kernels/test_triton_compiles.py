@@ -38,7 +38,7 @@ TYPES = {
     "partial_out": "*fp32", "partial_stats": "*fp32", "arrivals": "*i32", "max_extra": "i32",
     "min_tiles": "i32", "scale": "fp32", "window": "i32",
     "soft_cap": "fp32", "query_stride": "i32", "table_stride": "i32", "value_offset": "i64",
-    "num_rows": "i32", "key_stride": "i32", "value_stride": "i32", "temperature": "*fp32",
+    "num_rows": "i32", "key_stride": "i32", "value_stride": "i32", "temperatures": "*fp32",
     "seeds": "*i64", "positions": "*i64", "best_scores": "*fp32", "best_ids": "*i32",
     "eps": "fp32", "token_stride": "i32", "num_outputs": "i32", "x_stride": "i32",
     "weight_stride": "i32", "out_stride": "i32", "items": "*i32", "block_experts": "*i32",

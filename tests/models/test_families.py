@@ -15,7 +15,7 @@ from compiledllm import cli
 from compiledllm.config import ConfigError
 from compiledllm.kernels.attention import make_backend
 from compiledllm.kernels.backend import AttentionMetadata
-from compiledllm.models.decoder import Decoder, Ends
+from compiledllm.models.decoder import Decoder, SampledTokens
 from compiledllm.models.registry import load_spec
 from compiledllm.models.weights import load_weights
 from compiledllm.runner.kv_cache import allocate_kv_caches
@@ -80,7 +80,9 @@ def logits_of_ends(model: Decoder, token_ids: list[int], indices: list[int]) -> 
         query_start_loc=torch.arange(len(indices) + 1).int(),
     )
     attn_of_layers = [attn] * len(caches)
-    hidden = model(torch.tensor(token_ids), positions, caches, attn_of_layers, Ends(at, rows))
+    hidden = model(
+        torch.tensor(token_ids), positions, caches, attn_of_layers, SampledTokens(at, rows)
+    )
     return model.compute_logits(hidden)
 
 

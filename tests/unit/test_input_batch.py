@@ -119,7 +119,7 @@ def test_padded_steps_and_their_ends_read_the_null_block(num_groups: int) -> Non
         assert attn.seq_lens.tolist() == [43, 7, 0, 0, 0]
         assert attn.query_start_loc.tolist() == [0, 9, 11, 11, 11, 11]
         assert not attn.block_tables[2:].any()
-    indices, attn = batch.ends(table, num_groups - 1, SIZE)
+    indices, attn = batch.sampled_tokens(table, num_groups - 1, SIZE)
     assert indices.tolist() == [10, 0, 0, 0]
     assert attn.slot_mapping.tolist() == [-1] * 4
     assert attn.seq_lens.tolist() == [7, 1, 1, 1, 0]  # of padding not 0: it would attend to nothing

@@ -42,18 +42,18 @@ def test_first_seen_block(window: int, position: int, block_size: int) -> None:
 def test_blocks_needed_are_the_most_that_are_seen_at_once(
     windows: list[int], block_size: int, num_tokens: int
 ) -> None:
-    most = max(held(windows, block_size, position) for position in range(num_tokens))
-    assert num_blocks_needed(windows, block_size, num_tokens) == most
+    max_held = max(held(windows, block_size, position) for position in range(num_tokens))
+    assert num_blocks_needed(windows, block_size, num_tokens) == max_held
 
 
 @given(windows_of_groups, block_sizes, st.integers(1, 12))
-def test_most_tokens_fit_and_one_more_does_not(
+def test_the_longest_request_fits_and_one_more_does_not(
     windows: list[int], block_size: int, num_blocks: int
 ) -> None:
-    most = KVManager(BlockPool(num_blocks), block_size, windows).most_tokens
-    assert most == 0 or num_blocks_needed(windows, block_size, most) <= num_blocks
-    if most < ANY_NUMBER:
-        assert num_blocks_needed(windows, block_size, most + 1) > num_blocks
+    longest = KVManager(BlockPool(num_blocks), block_size, windows).max_request_tokens
+    assert longest == 0 or num_blocks_needed(windows, block_size, longest) <= num_blocks
+    if longest < ANY_NUMBER:
+        assert num_blocks_needed(windows, block_size, longest + 1) > num_blocks
     else:
         assert 0 not in windows
 
@@ -68,7 +68,7 @@ def test_a_chunk_is_as_long_as_the_pool_has_room_for(
         end = -(-(num_computed + chunk) // block_size)
         return sum(end - seen(w, num_computed)[0] // block_size for w in windows)
 
-    allowed = kv.most_at_once(num_computed, count)
+    allowed = kv.max_at_once(num_computed, count)
     if any(windows):
         assert allowed == count or held_with(allowed + 1) > num_blocks
         assert allowed < 1 or held_with(allowed) <= num_blocks
@@ -84,7 +84,7 @@ def test_the_longest_prefix_is_found_that_all_groups_have_the_blocks_for(
     kv = KVManager(pool, block_size, windows)
     owner = request(num_blocks * block_size)
     owner.status = RequestStatus.RUNNING
-    kv.begin(owner, kv.lookup_prefix(owner))
+    kv.adopt_prefix(owner, kv.lookup_prefix(owner))
     kv.extend(owner, owner.num_tokens, num_blocks * len(windows))
     owner.num_computed_tokens = owner.num_tokens
     kv.register_full_blocks(owner)
@@ -110,7 +110,7 @@ def test_the_longest_prefix_is_found_that_all_groups_have_the_blocks_for(
         first = seen(windows[group], wanted * block_size)[0] // block_size
         assert table[:first] == [NULL_BLOCK] * first
         assert table[first:] == owner.block_tables[group][first:wanted]
-    kv.begin(follower, prefix)
+    kv.adopt_prefix(follower, prefix)
     follower.num_computed_tokens = wanted * block_size
     follower.status = RequestStatus.RUNNING
     kv.check_invariants([owner, follower])

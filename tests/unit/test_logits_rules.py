@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compiledllm.kernels.sampling import INVALID, draw_tokens
-from compiledllm.runner.logits_rules import LogitsRules, num_arguments
+from compiledllm.runner.penalties import Penalties
+from compiledllm.runner.processors import num_arguments
 from compiledllm.runner.request_table import RequestTable
+from compiledllm.runner.rule import Draw
 from compiledllm.runner.sampler import Sampler
 from compiledllm.sampling_params import SamplingParams
 from compiledllm.types import NewRequest, ScheduledRequest, SchedulerOutput
@@ -93,13 +95,14 @@ class Batch:
         """The rows' logits by the rules, without drawing."""
         _, rows, positions = self.at()
         edited, rules = logits.clone(), self.table.rules
-        asking = np.flatnonzero(rules.asks(rows, positions))
-        if len(asking):
-            index = torch.from_numpy(asking)
-            some = edited[index]
-            last = self.table.last_token_ids[torch.from_numpy(rows[asking])]
-            assert rules.apply(some, rows[asking], positions[asking], last) == {}
-            edited[index] = some
+        with_rules = np.flatnonzero(rules.edit(rows, positions))
+        if len(with_rules):
+            index = torch.from_numpy(with_rules)
+            chosen = edited[index]
+            last = self.table.last_token_ids[torch.from_numpy(rows[with_rules])]
+            draw = Draw(rows[with_rules], positions[with_rules], last)
+            assert rules.apply(chosen, draw) == {}
+            edited[index] = chosen
         return edited
 
     def expected(self, logits: Tensor) -> Tensor:
@@ -123,7 +126,7 @@ class Batch:
         """Draw a token for every row; the tokens of the step before come to the host."""
         ids, rows, positions = self.at()
         index = torch.from_numpy(rows)
-        drawn = draw_tokens(logits, index, torch.from_numpy(positions), self.table.asked)
+        drawn = draw_tokens(logits, index, torch.from_numpy(positions), self.table.sampling)
         last = self.table.last_token_ids[index]
         self.sampler.finish(drawn, logits, rows, positions, last, ids)
         self.table.last_token_ids[index] = drawn.clamp(min=0)
@@ -219,8 +222,8 @@ def test_a_bad_word_may_end_anywhere_but_not_complete() -> None:
 
 
 def test_rows_without_rules_are_left_alone() -> None:
-    plain, asking = SamplingParams(temperature=0), SamplingParams(temperature=0, logit_bias={2: 50})
-    batch = Batch([new("a", [1], plain), new("b", [1], asking), new("c", [1], plain)])
+    plain, biased = SamplingParams(temperature=0), SamplingParams(temperature=0, logit_bias={2: 50})
+    batch = Batch([new("a", [1], plain), new("b", [1], biased), new("c", [1], plain)])
     logits = random_logits(3, 0)
     best = logits.argmax(-1).tolist()
     assert batch.step(logits) == [best[0], 2, best[2]]
@@ -243,7 +246,24 @@ def test_slots_of_token_counts_are_used_again() -> None:
         logits = random_logits(6, n)
         torch.testing.assert_close(batch.edited(logits), batch.expected(logits))
         batch.step(logits)
-    assert LogitsRules.max_bytes(6, VOCAB) == batch.table.rules._counts.nbytes
+    assert Penalties.max_bytes(6, VOCAB) == batch.table.rules._penalties._counts.nbytes
+
+
+class BrokenGrammar:
+    def matcher(self, output_token_ids: list[int]) -> Any:
+        raise MemoryError("no room for a matcher")
+
+
+def test_a_request_that_cannot_enter_leaves_no_rules_behind() -> None:
+    biased = SamplingParams(temperature=0, logit_bias={2: 50}, presence_penalty=1.0)
+    batch = Batch([])
+    with pytest.raises(MemoryError):
+        batch.admit([new("a", [1], biased, grammar=BrokenGrammar())])
+    batch.table.clear()  # as after every failed step
+    assert not batch.table.rules.are_used
+    batch.admit([new("b", [1], SamplingParams(temperature=0, logit_bias={3: 1e-9}))])
+    logits = random_logits(1, 0)
+    torch.testing.assert_close(batch.edited(logits), logits)
 
 
 # -- logits processors ----------------------------------------------------------------------------
@@ -310,7 +330,7 @@ def test_a_failing_processor_fails_its_own_request(processor: Any, message: str)
     _, rows, positions = batch.at()
     logits = random_logits(2, 0)
     index = torch.from_numpy(rows)
-    drawn = draw_tokens(logits, index, torch.from_numpy(positions), batch.table.asked)
+    drawn = draw_tokens(logits, index, torch.from_numpy(positions), batch.table.sampling)
     last = batch.table.last_token_ids[index]
     extras = batch.sampler.finish(drawn, logits, rows, positions, last, ["a", "b"])
     assert drawn.tolist() == [INVALID, 4]

@@ -49,7 +49,7 @@ def make_table(
 
 def sample(table: RequestTable, logits: Tensor, rows: list[int], positions: list[int]) -> list[int]:
     sampler, at = Sampler(table, VOCAB_SIZE), (np.array(rows), np.array(positions))
-    drawn = draw_tokens(logits, torch.tensor(rows), torch.tensor(positions), table.asked)
+    drawn = draw_tokens(logits, torch.tensor(rows), torch.tensor(positions), table.sampling)
     last = table.last_token_ids[torch.tensor(rows)]
     sampler.finish(drawn, logits, *at, last, [f"r{row}" for row in rows])
     tokens: list[int] = drawn.tolist()
@@ -390,7 +390,7 @@ def test_a_row_with_rules_costs_the_step_no_more_than_a_greedy_draw() -> None:
     wanted = [*range(len(MIXED) - 1), table.padding_row]  # the last has a bias
     found = sampler.rows_to_draw(rows, rows + 10)
     assert found is not None and found.tolist() == wanted
-    assert table.asked.temperature[table.padding_row] == 0
+    assert table.sampling.temperature[table.padding_row] == 0
     assert sampler.rows_to_draw(rows[:-1], rows[:-1] + 10) is None
     assert (
         Sampler(make_table(SamplingParams()), VOCAB_SIZE).rows_to_draw(rows[:1], rows[:1]) is None

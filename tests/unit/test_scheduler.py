@@ -170,6 +170,7 @@ class Bench:
         self.runner = FakeRunner(block_size, max_num_seqs, windows)
         self.policy = policy
         self.requests: dict[str, Request] = {}
+        self.steps: list[SchedulerOutput] = []
 
     def add(
         self,
@@ -206,6 +207,7 @@ class Bench:
         leaders = self.leaders()
         preemptions_before = [request.num_preemptions for request in leaders]
         step = self.scheduler.schedule()
+        self.steps.append(step)
         self.scheduler.check_invariants()
         preemptions = [request.num_preemptions for request in leaders]
         assert preemptions == preemptions_before, "a top-ranked request was preempted"
@@ -1325,7 +1327,7 @@ arrivals = st.builds(
 ).filter(lambda arrival: arrival.prefix_length + arrival.own_length > 0)
 
 
-def most_held(bench: Bench, num_tokens: int) -> int:
+def max_held(bench: Bench, num_tokens: int) -> int:
     """Blocks that the tokens which are seen from one position lie in, of all groups, at most."""
     size = bench.runner.block_size
 
@@ -1343,7 +1345,7 @@ class Scenario:
         self.bench = bench
         self.arrivals = arrivals
         self.fits = [
-            most_held(bench, len(a.prompt(index)) + a.max_tokens - 1) <= bench.pool.num_blocks
+            max_held(bench, len(a.prompt(index)) + a.max_tokens - 1) <= bench.pool.num_blocks
             for index, a in enumerate(arrivals)
         ]
 
@@ -1453,6 +1455,24 @@ def test_any_mix_finishes_where_layers_see_unequally_far(
 ) -> None:
     """The fake device would see a block that was freed and that a later token sees."""
     Scenario(Bench(**options), arrivals).run(run_ahead=run_ahead)
+
+
+@given(
+    scheduler_options | hybrid_options, st.lists(arrivals, min_size=3, max_size=7), st.booleans()
+)
+def test_the_fast_path_of_a_next_token_schedules_what_the_slow_one_does(
+    options: dict[str, Any], arrivals: list[Arrival], run_ahead: bool
+) -> None:
+    """To the block. With windows, the slow path gives blocks back sooner: the tokens are equal."""
+    taken = []
+    for has_fast_path in (True, False):
+        bench = Bench(**options)
+        if not has_fast_path:
+            bench.scheduler._grant_next_token = lambda *_: False  # type: ignore[method-assign]
+        Scenario(bench, arrivals).run(run_ahead=run_ahead)
+        lines = [(step.scheduled, step.freed_request_ids) for step in bench.steps]
+        taken.append((lines, bench.pool.num_cached_blocks))
+    assert "windows" in options or taken[0] == taken[1]
 
 
 @given(

@@ -21,6 +21,7 @@ from compiledllm.grammars import library
 from compiledllm.grammars.grammar import Grammars
 from compiledllm.grammars.library import Vocabulary
 from compiledllm.remote import served_text
+from compiledllm.runner.rule import Draw
 from compiledllm.runner.structured import GrammarRows
 from compiledllm.server.tool_formats import FORMATS, call_grammar
 from compiledllm.structured_outputs import MAX_BYTES
@@ -67,11 +68,15 @@ def request(grammar: Any, output: list[int] | None = None) -> NewRequest:
     return make_new_request("r", tokens, 3, grammar=grammar, stop_token_ids=frozenset({EOS}))
 
 
+def draw_of(*rows: int) -> Draw:
+    return Draw(np.array(rows), np.zeros(len(rows), np.int64))
+
+
 def allowed(rows: GrammarRows, numbers: list[int]) -> list[set[int]]:
     """Token ids that the rows allow next, by edits of logits; all that stays must be untouched."""
     before = torch.arange(len(numbers) * VOCAB, dtype=torch.float32).view(len(numbers), VOCAB)
     logits = before.clone()
-    assert rows.apply(logits, np.array(numbers)) == {}
+    assert rows.apply(logits, draw_of(*numbers)) == {}
     found = []
     for old, new in zip(before, logits, strict=True):
         kept = torch.isfinite(new)
@@ -294,7 +299,7 @@ def test_a_complete_output_ends_whatever_other_rules_say(grammars: Grammars) -> 
         0, request(grammars.compile(StructuredOutputsParams(choice=["red"])), [TOKEN_OF["red"]])
     )
     logits = torch.full((1, VOCAB), -torch.inf)
-    assert rows.apply(logits, np.array([0])) == {}
+    assert rows.apply(logits, draw_of(0)) == {}
     assert torch.isfinite(logits).nonzero().tolist() == [[0, EOS]]
 
 
@@ -304,7 +309,7 @@ def test_an_output_too_complex_to_go_on_fails_alone(grammars: Grammars) -> None:
     rows.fill(0, request(grammars.compile(hard)))
     rows.fill(1, request(grammars.compile(StructuredOutputsParams(regex="a*"))))
     for _ in range(1000):
-        errors = rows.apply(torch.zeros(2, VOCAB), np.array([0, 1]))
+        errors = rows.apply(torch.zeros(2, VOCAB), draw_of(0, 1))
         if errors:
             break
         rows.record(0, TOKEN_OF["a"])
@@ -395,7 +400,7 @@ def test_whatever_a_form_is_it_compiles_or_is_a_value_error(text: str, schema: A
         rows.fill(0, request(grammar))
         for _ in range(4):
             logits = torch.zeros(1, VOCAB)
-            errors = rows.apply(logits, np.array([0]))
+            errors = rows.apply(logits, draw_of(0))
             assert errors or torch.isfinite(logits).any()
             if errors:
                 break
@@ -422,7 +427,7 @@ def test_a_vocabulary_larger_than_the_models_is_cut(grammars: Grammars) -> None:
     rows = GrammarRows(40, CPU)
     rows.fill(0, request(small.compile(StructuredOutputsParams(regex="[a-z0-9]"))))
     logits = torch.zeros(1, 40)
-    rows.apply(logits, np.array([0]))
+    rows.apply(logits, draw_of(0))
     kept = set(torch.isfinite(logits[0]).nonzero().flatten().tolist())
     assert kept == {
         i for i in range(2, 40) if TEXTS[i].isalnum() and TEXTS[i].islower() or TEXTS[i].isdigit()
