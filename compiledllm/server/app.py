@@ -18,15 +18,13 @@ from starlette.types import Receive, Scope, Send
 
 from compiledllm.log import OneLine, log
 from compiledllm.server.engine_client import EngineClient
-from compiledllm.server.errors import RAISED, ApiError, error_response, response_to
-from compiledllm.server.jobs import Job, JobMaker
-from compiledllm.server.known_fields import KnownFields, ignored_header
 from compiledllm.server.lanes import ClientLeft, unless_left
 from compiledllm.server.live_request import Overloaded
 from compiledllm.server.metrics import Metrics
-from compiledllm.server.openapi import add_bodies
-from compiledllm.server.origins import EXPOSED_HEADERS, Cors, PageCheck
-from compiledllm.server.protocol import (
+from compiledllm.server.openai.errors import RAISED, ApiError, error_response, response_to
+from compiledllm.server.openai.jobs import Job, JobMaker
+from compiledllm.server.openai.known_fields import KnownFields, ignored_header
+from compiledllm.server.openai.protocol import (
     BODIES,
     ChatRequest,
     CompletionRequest,
@@ -35,10 +33,12 @@ from compiledllm.server.protocol import (
     ErrorResponse,
     Generation,
 )
+from compiledllm.server.openai.serving import Serving
+from compiledllm.server.openai.text_tools import TextTools
+from compiledllm.server.openapi import add_bodies
+from compiledllm.server.origins import EXPOSED_HEADERS, Cors, PageCheck
 from compiledllm.server.raw_body import read_body
 from compiledllm.server.security import Guard
-from compiledllm.server.serving import Serving
-from compiledllm.server.text_tools import TextTools
 from compiledllm.version import __version__
 
 _PAGE = Path(__file__).with_name("page.html")

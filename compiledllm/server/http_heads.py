@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import httptools
 
-from compiledllm.server.errors import ApiError, error_body
+from compiledllm.server.openai.errors import ApiError, error_body
 
 _ONCE = (b"host", b"content-length", b"transfer-encoding", b"authorization")
 _HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]+)(?::[0-9]{0,5})?")

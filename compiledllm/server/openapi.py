@@ -7,8 +7,8 @@ from typing import Any, Union, get_args, get_origin
 
 import msgspec
 
-from compiledllm.server.bodies import Body, fields_of
-from compiledllm.server.body_kinds import bare_of
+from compiledllm.server.openai.bodies import Body, fields_of
+from compiledllm.server.openai.body_kinds import bare_of
 
 Schema = dict[str, Any]
 

@@ -20,7 +20,7 @@ from starlette.requests import ClientDisconnect
 
 from compiledllm.config import ConfigError
 from compiledllm.log import log
-from compiledllm.server.errors import ApiError, error_response
+from compiledllm.server.openai.errors import ApiError, error_response
 from compiledllm.server.origins import PageCheck
 from compiledllm.server.turns import Turns
 

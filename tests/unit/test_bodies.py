@@ -10,11 +10,10 @@ import pytest
 
 pytest.importorskip("msgspec")
 
-from compiledllm.server import bodies
-from compiledllm.server.bodies import Body, fields_of, parse
-from compiledllm.server.errors import ApiError
-from compiledllm.server.openapi import components
-from compiledllm.server.protocol import (
+from compiledllm.server.openai import bodies
+from compiledllm.server.openai.bodies import Body, fields_of, parse
+from compiledllm.server.openai.errors import ApiError
+from compiledllm.server.openai.protocol import (
     BODIES,
     ChatRequest,
     CompletionRequest,
@@ -22,6 +21,7 @@ from compiledllm.server.protocol import (
     Message,
     TokenizeRequest,
 )
+from compiledllm.server.openapi import components
 
 USER = {"role": "user", "content": "x"}
 LEAST: dict[type[Body], dict[str, Any]] = {

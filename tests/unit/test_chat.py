@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from compiledllm.outputs import CompletionOutput
-from compiledllm.server.chat import Choice, reasoning_mode
-from compiledllm.server.errors import as_api_error
-from compiledllm.server.serving import _failure
-from compiledllm.server.tool_formats import FORMATS
-from compiledllm.server.tools import ToolUse
+from compiledllm.server.openai.chat_choice import Choice, reasoning_mode
+from compiledllm.server.openai.errors import as_api_error
+from compiledllm.server.openai.serving import _failure
+from compiledllm.server.openai.tool_formats import FORMATS
+from compiledllm.server.openai.tools import ToolUse
 
 ANSWER = (
     "<think>Hm.</think>So:"

@@ -16,11 +16,16 @@ from compiledllm.engine.request_state import Completion, RequestState
 from compiledllm.outputs import FinishReason
 from compiledllm.sampling_params import RequestOutputKind, SamplingParams
 from compiledllm.server.engine_client import EngineClient
-from compiledllm.server.jobs import SHORT_PROMPT, AnswerOptions, Job, _is_soon_made
 from compiledllm.server.live_request import EngineError, Limits, LiveRequest
 from compiledllm.server.metrics import Metrics
-from compiledllm.server.protocol import ChatRequest, CompletionRequest, Message, StreamOptions
-from compiledllm.server.serving import Serving
+from compiledllm.server.openai.jobs import SHORT_PROMPT, AnswerOptions, Job, _is_soon_made
+from compiledllm.server.openai.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    Message,
+    StreamOptions,
+)
+from compiledllm.server.openai.serving import Serving
 from compiledllm.types import Request, RequestStatus
 from tests.support.fakes import Letters
 

@@ -22,7 +22,7 @@ from compiledllm.sampling_params import (
     MAX_STOP_STRINGS,
     MAX_STOP_TOKEN_IDS,
 )
-from compiledllm.server.bodies import MAX_NUMBERS, Body
+from compiledllm.server.openai.bodies import MAX_NUMBERS, Body
 from compiledllm.structured_outputs import MAX_CHOICES
 
 MAX_PROMPTS = 256

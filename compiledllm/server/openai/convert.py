@@ -14,9 +14,9 @@ from compiledllm.engine.tokenizer import Tokenizer
 from compiledllm.grammars.text import json_schema_of
 from compiledllm.outputs import CompletionOutput, PositionLogprobs, RequestOutput
 from compiledllm.sampling_params import RequestOutputKind, SamplingParams
-from compiledllm.server.bodies import fields_of
-from compiledllm.server.errors import ApiError
-from compiledllm.server.protocol import (
+from compiledllm.server.openai.bodies import fields_of
+from compiledllm.server.openai.errors import ApiError
+from compiledllm.server.openai.protocol import (
     ChatRequest,
     CompletionRequest,
     Generation,
@@ -24,7 +24,7 @@ from compiledllm.server.protocol import (
     ResponseFormat,
     TokenizeRequest,
 )
-from compiledllm.server.tools import ToolUse, plain_message
+from compiledllm.server.openai.tools import ToolUse, plain_message
 from compiledllm.structured_outputs import StructuredOutputsParams
 
 DEFAULT_MAX_TOKENS = 16  # tokens of a text completion, OpenAI's default

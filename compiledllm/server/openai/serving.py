@@ -11,13 +11,13 @@ from typing import Any
 from compiledllm.engine.requests import RequestFactory
 from compiledllm.engine.tokenizer import Tokenizer
 from compiledllm.outputs import CompletionOutput, RequestOutput
-from compiledllm.server import convert
 from compiledllm.server.engine_client import EngineClient
-from compiledllm.server.errors import ApiError, as_api_error, error_body
-from compiledllm.server.events import DONE, Template, event, hole
-from compiledllm.server.jobs import AnswerOptions, Job
 from compiledllm.server.live_request import EngineError
 from compiledllm.server.metrics import Metrics
+from compiledllm.server.openai import convert
+from compiledllm.server.openai.errors import ApiError, as_api_error, error_body
+from compiledllm.server.openai.events import DONE, Template, event, hole
+from compiledllm.server.openai.jobs import AnswerOptions, Job
 
 
 class Serving:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from compiledllm.engine.tokenizer import Tokenizer
-from compiledllm.server.errors import ApiError
-from compiledllm.server.protocol import ChatRequest, Message, NamedTool, Tool
-from compiledllm.server.tool_formats import FORMATS, ToolFormat, call_grammar, find_format
+from compiledllm.server.openai.errors import ApiError
+from compiledllm.server.openai.protocol import ChatRequest, Message, NamedTool, Tool
+from compiledllm.server.openai.tool_formats import FORMATS, ToolFormat, call_grammar, find_format
 from compiledllm.structured_outputs import (
     MAX_NESTING,
     StructuredOutputsParams,

@@ -6,11 +6,11 @@ from typing import Any
 
 import msgspec
 
-from compiledllm.server import convert
-from compiledllm.server.bodies import parse
-from compiledllm.server.errors import ApiError
-from compiledllm.server.jobs import JobMaker
-from compiledllm.server.protocol import DetokenizeRequest, TokenizeRequest
+from compiledllm.server.openai import convert
+from compiledllm.server.openai.bodies import parse
+from compiledllm.server.openai.errors import ApiError
+from compiledllm.server.openai.jobs import JobMaker
+from compiledllm.server.openai.protocol import DetokenizeRequest, TokenizeRequest
 
 
 class TextTools:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Set
 
-from compiledllm.server.answer_parts import HeldSpace, Parts, hold_back
-from compiledllm.server.tool_formats import ToolFormat
-from compiledllm.server.tool_scanner import ToolScanner
+from compiledllm.server.openai.answer_parts import HeldSpace, Parts, hold_back
+from compiledllm.server.openai.tool_formats import ToolFormat
+from compiledllm.server.openai.tool_scanner import ToolScanner
 
 THINK, END_THINK = "<think>", "</think>"
 

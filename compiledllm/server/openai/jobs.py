@@ -12,21 +12,21 @@ from compiledllm.engine.request_state import RequestState
 from compiledllm.engine.requests import RequestFactory
 from compiledllm.log import log
 from compiledllm.sampling_params import SamplingParams
-from compiledllm.server import convert
-from compiledllm.server.bodies import parse
-from compiledllm.server.chat import Choice, reasoning_mode
 from compiledllm.server.engine_client import EngineClient
-from compiledllm.server.errors import ApiError
-from compiledllm.server.known_fields import KnownFields
 from compiledllm.server.lanes import SHORT_BYTES, Lanes, Receive
 from compiledllm.server.live_request import LiveRequest
-from compiledllm.server.protocol import (
+from compiledllm.server.openai import convert
+from compiledllm.server.openai.bodies import parse
+from compiledllm.server.openai.chat_choice import Choice, reasoning_mode
+from compiledllm.server.openai.errors import ApiError
+from compiledllm.server.openai.known_fields import KnownFields
+from compiledllm.server.openai.protocol import (
     ChatRequest,
     CompletionRequest,
     Generation,
     StreamOptions,
 )
-from compiledllm.server.tools import ToolUse, tool_use
+from compiledllm.server.openai.tools import ToolUse, tool_use
 
 BodyT = TypeVar("BodyT", bound=Generation)
 

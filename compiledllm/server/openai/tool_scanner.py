@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Set
 
-from compiledllm.server.answer_parts import CallPart, HeldSpace, Parts, hold_back
-from compiledllm.server.call_scanner import CallScanner
-from compiledllm.server.tool_formats import ToolFormat
+from compiledllm.server.openai.answer_parts import CallPart, HeldSpace, Parts, hold_back
+from compiledllm.server.openai.call_scanner import CallScanner
+from compiledllm.server.openai.tool_formats import ToolFormat
 
 _MAX_HEAD = 256  # characters of a function's name between a marker and the arguments
 _SEPARATORS = " \t\n\r,;[]"  # between a marker and the object

@@ -8,8 +8,8 @@ from typing import Any, get_args, get_origin
 import msgspec
 from msgspec import Raw, ValidationError
 
-from compiledllm.server.body_kinds import Buffer, bare_of, describe
-from compiledllm.server.errors import ApiError
+from compiledllm.server.openai.body_kinds import Buffer, bare_of, describe
+from compiledllm.server.openai.errors import ApiError
 
 SMALL_BYTES = 2**16  # bytes of JSON that may be decoded before any item is counted
 _SHOWN = 80  # characters of a value in a message

@@ -20,9 +20,16 @@ from typing import get_type_hints as hints_of
 import msgspec
 from msgspec import UNSET, DecodeError, Raw, UnsetType, ValidationError
 
-from compiledllm.server.body_errors import SMALL_BYTES, must_be, refusal, shown
-from compiledllm.server.body_kinds import Buffer, bare_of, describe, form_of, forms_of, without_none
-from compiledllm.server.errors import ApiError
+from compiledllm.server.openai.body_errors import SMALL_BYTES, must_be, refusal, shown
+from compiledllm.server.openai.body_kinds import (
+    Buffer,
+    bare_of,
+    describe,
+    form_of,
+    forms_of,
+    without_none,
+)
+from compiledllm.server.openai.errors import ApiError
 from compiledllm.structured_outputs import MAX_NESTING, is_nested_deeper
 
 MAX_FIELDS = 256  # fields of one object, known or unknown
