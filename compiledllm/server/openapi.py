@@ -24,6 +24,12 @@ def add_bodies(schema: Schema, kinds: tuple[type[Body], ...]) -> None:
     schemas |= components(kinds)
 
 
+def body_of(kind: type[Body]) -> Schema:
+    """The description of a route's request body."""
+    schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
 def components(kinds: tuple[type[Body], ...]) -> dict[str, Schema]:
     """The schemas of these kinds of bodies and of the types that they contain, by name."""
     found: dict[str, Schema] = {}

@@ -20,8 +20,9 @@ from starlette.requests import ClientDisconnect
 
 from compiledllm.config import ConfigError
 from compiledllm.log import log
-from compiledllm.server.openai.errors import ApiError, error_response
+from compiledllm.server.openai.errors import ApiError
 from compiledllm.server.origins import PageCheck
+from compiledllm.server.responses import error_response
 from compiledllm.server.turns import Turns
 
 Scope = MutableMapping[str, Any]

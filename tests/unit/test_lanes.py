@@ -11,7 +11,8 @@ import pytest
 pytest.importorskip("fastapi")
 
 from compiledllm.server import lanes
-from compiledllm.server.lanes import SHORT_BYTES, ClientLeft, Lanes, unless_left
+from compiledllm.server.client_left import ClientLeft, unless_left
+from compiledllm.server.lanes import SHORT_BYTES, Lanes
 from compiledllm.server.live_request import Overloaded
 
 LONG_BYTES = SHORT_BYTES + 1

@@ -18,8 +18,12 @@ from compiledllm.sampling_params import RequestOutputKind, SamplingParams
 from compiledllm.server.engine_client import EngineClient
 from compiledllm.server.live_request import EngineError, Limits, LiveRequest
 from compiledllm.server.metrics import Metrics
-from compiledllm.server.openai.jobs import SHORT_PROMPT, AnswerOptions, Job, _is_soon_made
+from compiledllm.server.openai.answer import Context
+from compiledllm.server.openai.chat_answer import ChatAnswer
+from compiledllm.server.openai.completion_answer import CompletionAnswer
+from compiledllm.server.openai.jobs import Job
 from compiledllm.server.openai.protocol import (
+    MAX_IDS_AT_ONCE,
     ChatRequest,
     CompletionRequest,
     Message,
@@ -52,20 +56,25 @@ class Stream:
             RequestState(request.request_id, params, [Completion(0, request, tokenizer)])
             for request in requests
         ]
-        self.lives = [LiveRequest(state) for state in states]
-        factory = cast(Any, SimpleNamespace(tokenizer=tokenizer))
+        self.live_requests = [LiveRequest(state) for state in states]
+        factory: Any = SimpleNamespace(
+            tokenizer=tokenizer,
+            require_tokenizer=lambda what: tokenizer,
+            defaults=SamplingParams(),
+        )
         engine = EngineClient({}, Limits(9, 99, 9, stuck_seconds=9), Path())
         self.metrics = Metrics("p:", "m", engine)
         serving = Serving(engine, self.metrics)
-        options = AnswerOptions.of(body)
-        self._job = Job(options, "id", "m", params, states, factory, self.lives)
+        kind: Any = CompletionAnswer if isinstance(body, CompletionRequest) else ChatAnswer
+        answer = kind(body, Context("id", "m", factory))
+        self._job = Job("id", answer, factory, True, states, self.live_requests)
         self.events = serving.stream(self._job)
 
     def grow(
-        self, letters: str, ends: bool = False, place: int = 0, reason: FinishReason = "length"
+        self, letters: str, ends: bool = False, prompt: int = 0, reason: FinishReason = "length"
     ) -> None:
         """Book a token for each letter, with its log probability."""
-        live = self.lives[place]
+        live = self.live_requests[prompt]
         (completion,) = live.state.completions
         for letter in letters:
             completion.request.token_ids.append(ord(letter))
@@ -169,11 +178,11 @@ def test_prompts_of_one_body_keep_their_places() -> None:
         stream = Stream(completion_body(), num_prompts=2)
         reader = asyncio.create_task(stream.next())
         await asyncio.sleep(0)
-        stream.grow("xy", place=1)
+        stream.grow("xy", prompt=1)
         (choice,) = (await reader)["choices"]
         assert (choice["index"], choice["text"]) == (1, "xy")
         stream.grow("ab", ends=True)
-        stream.grow("z", ends=True, place=1)
+        stream.grow("z", ends=True, prompt=1)
         found = [(await stream.next())["choices"][0] for _ in range(2)]
         assert [(c["index"], c["text"]) for c in found] == [(0, "ab"), (1, "z")]
         assert await stream.next() == "[DONE]"
@@ -185,7 +194,7 @@ def test_what_came_before_a_failure_is_shown() -> None:
     async def run() -> None:
         stream = Stream(completion_body())
         stream.grow("ab")
-        stream.lives[0].fail(EngineError("it broke"))
+        stream.live_requests[0].fail(EngineError("it broke"))
         assert (await stream.next())["choices"][0]["text"] == "ab"
         assert "it broke" in (await stream.next())["error"]["message"]
         assert await stream.next() == "[DONE]"
@@ -218,15 +227,15 @@ def test_tokens_that_came_together_share_the_gap_before_them() -> None:
 
 
 def test_only_what_needs_no_tokenizer_is_made_without_a_thread() -> None:
-    assert _is_soon_made(CompletionRequest(prompt=[1] * SHORT_PROMPT))
-    for prompt in ("", "text", ["text"], [[1, 2]], [1] * (SHORT_PROMPT + 1)):
-        assert not _is_soon_made(CompletionRequest(prompt=cast(Any, prompt)))
+    assert CompletionRequest(prompt=[1] * MAX_IDS_AT_ONCE).is_made_at_once
+    for prompt in ("", "text", ["text"], [[1, 2]], [1] * (MAX_IDS_AT_ONCE + 1)):
+        assert not CompletionRequest(prompt=cast(Any, prompt)).is_made_at_once
     for more in (
         {"bad_words": ["x"]},
         {"response_format": {"type": "json_object"}},
         {"structured_outputs": {"regex": "a"}},
     ):
-        assert not _is_soon_made(CompletionRequest(prompt=[1], **cast(Any, more)))
-    assert not _is_soon_made(CompletionRequest(prompt=[1], n=2))
-    assert not _is_soon_made(CompletionRequest(prompt=[1], best_of=2))
-    assert not _is_soon_made(ChatRequest(messages=[USER]))
+        assert not CompletionRequest(prompt=[1], **cast(Any, more)).is_made_at_once
+    assert not CompletionRequest(prompt=[1], n=2).is_made_at_once
+    assert not CompletionRequest(prompt=[1], best_of=2).is_made_at_once
+    assert not ChatRequest(messages=[USER]).is_made_at_once

@@ -35,7 +35,7 @@ class Choice:
         if use is None:
             self._parser = AnswerParser(None, reasoning=reasoning)
         else:
-            self._parser = AnswerParser(use.format, use.names, use.most_calls, reasoning)
+            self._parser = AnswerParser(use.format, use.names, use.max_calls, reasoning)
 
     @property
     def has_calls(self) -> bool:

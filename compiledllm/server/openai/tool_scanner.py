@@ -21,10 +21,10 @@ _NAME = re.compile(r"[\w.-]+")
 class ToolScanner:
     """Splits text into content and calls. White space at the end is dropped if there are calls."""
 
-    def __init__(self, form: ToolFormat, names: Set[str], most_calls: int | None) -> None:
+    def __init__(self, form: ToolFormat, names: Set[str], max_calls: int | None) -> None:
         self._form = form
         self._names = names
-        self._most_calls = most_calls
+        self._max_calls = max_calls
         self.num_calls = 0
         self._markers = [marker for marker in (form.open, form.close) if marker]
         self._pattern = re.compile("|".join(map(re.escape, self._markers)))
@@ -232,6 +232,6 @@ class ToolScanner:
         self._add(CallPart(self.num_calls - 1, name, arguments), parts)
 
     def _add(self, part: CallPart, parts: Parts) -> None:
-        """Add a part, unless the call exceeds `most_calls`."""
-        if self._most_calls is None or self.num_calls <= self._most_calls:
+        """Add a part, unless the call exceeds `max_calls`."""
+        if self._max_calls is None or self.num_calls <= self._max_calls:
             parts.add_call(part)
