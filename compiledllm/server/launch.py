@@ -21,14 +21,15 @@ from compiledllm.arguments import engine_options
 from compiledllm.config import ConfigError, EngineConfig
 from compiledllm.log import log, show_logs
 from compiledllm.models.source import cache_dir
+from compiledllm.server.api_keys import read_keys
 from compiledllm.server.app import AppOptions, create_app
-from compiledllm.server.connections import Connections, Deadlines, connection_limit
+from compiledllm.server.connections import Connections, Deadlines
+from compiledllm.server.descriptors import connection_limit
 from compiledllm.server.engine_client import EngineClient
 from compiledllm.server.http_protocol import LimitedHttp
 from compiledllm.server.live_request import Limits
 from compiledllm.server.openai.answer import AnswerSettings
 from compiledllm.server.origins import parse_cors
-from compiledllm.server.security import read_keys
 
 LOG_LINE_INTERVAL_S = 10.0
 SEND_BUFFER_BYTES = 2**18  # per socket; limits kernel memory for a client that does not read

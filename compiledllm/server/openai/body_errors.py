@@ -23,9 +23,9 @@ def refusal(error: Exception, kind: Any, data: Buffer, where: str) -> ApiError:
         return ApiError(400, f"{where or 'the body'} is nested too deeply", where or None)
     if not isinstance(error, ValidationError):
         cause = str(error).replace(*_TRUNCATED)
-        place = f" (in {where})" if where else ""
+        within = f" (in {where})" if where else ""
         return ApiError(
-            400, f"the body is not valid JSON{place}: {cause}, near {_near(error, data)}"
+            400, f"the body is not valid JSON{within}: {cause}, near {_near(error, data)}"
         )
     found = _PATH.search(str(error))
     for index in re.findall(r"\d+", found[1]) if found else ():

@@ -21,7 +21,8 @@ from compiledllm.sampling_params import (
     MAX_STOP_STRINGS,
     MAX_STOP_TOKEN_IDS,
 )
-from compiledllm.server.openai.bodies import MAX_NUMBERS, Body
+from compiledllm.server.openai.bodies import Body
+from compiledllm.server.openai.body_budget import MAX_NUMBERS
 from compiledllm.structured_outputs import MAX_CHOICES
 
 MAX_PROMPTS = 256
