@@ -24,7 +24,7 @@ _ESCAPES = {"json_allowed_escapes": 'nrbtf"\\'}
 
 
 class Writer:
-    """Writes the grammar of one structured output. Attribute: `ignored`, the schemas' unenforced parts."""
+    """Writes the grammar of an output. Attribute: `ignored`, the unenforced parts of schemas."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._library = require_llguidance()

@@ -26,6 +26,16 @@ class Refusal(Exception):
         super().__init__(message)
         self.status, self.message = status, message
 
+    @classmethod
+    def from_error(cls, error: httptools.HttpParserError) -> Refusal:
+        """The Refusal that a callback raised, or one with the parser's own reason."""
+        if isinstance(error.__context__, Refusal):
+            return error.__context__
+        reason = "its target cannot be read"
+        if not isinstance(error, httptools.HttpParserCallbackError):
+            reason = str(error)
+        return cls(400, f"this is not a valid HTTP/1.1 request: {reason}")
+
     def answer(self, default_headers: list[tuple[bytes, bytes]]) -> bytes:
         """The whole HTTP response, with a body in OpenAI's format."""
         body = json.dumps(error_body(ApiError(self.status, self.message))).encode()
@@ -36,16 +46,6 @@ class Refusal(Exception):
         if self.status == 503:
             lines.append(b"retry-after: 1")
         return b"\r\n".join([*lines, b"", body])
-
-
-def refusal_of(error: httptools.HttpParserError) -> Refusal:
-    """The Refusal for a parser error: raised by a callback, or with the parser's own reason."""
-    if isinstance(error.__context__, Refusal):
-        return error.__context__
-    reason = "its target cannot be read"
-    if not isinstance(error, httptools.HttpParserCallbackError):
-        reason = str(error)
-    return Refusal(400, f"this is not a valid HTTP/1.1 request: {reason}")
 
 
 def check_head(headers: Sequence[tuple[bytes, bytes]], version: str, known_host: bytes) -> bytes:

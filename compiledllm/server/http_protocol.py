@@ -17,7 +17,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from uvicorn.server import ServerState
 
 from compiledllm.server.connections import Connections, Deadlines, reset_transport
-from compiledllm.server.http_heads import Refusal, check_head, head_without_offer, refusal_of
+from compiledllm.server.http_heads import Refusal, check_head, head_without_offer
 from compiledllm.server.http_progress import BODY, HEAD, IDLE, MIN_BODY_RATE, OVER, Progress
 
 MAX_HEAD_BYTES = 64 * 1024  # of a request's head, and of its trailers
@@ -138,7 +138,7 @@ class LimitedHttp(HttpToolsProtocol):
             self._pass_over_offer(data[upgrade.args[0] :])
             return
         except httptools.HttpParserError as error:
-            self._refuse(refusal_of(error))
+            self._refuse(Refusal.from_error(error))
             return
         self._num_unread = 0 if self._has_moved else self._num_unread + len(data)
         if self._num_unread > MAX_HEAD_BYTES:

@@ -12,15 +12,17 @@ import pytest
 
 pytest.importorskip("fastapi")
 
+from compiledllm.engine.prompts import Prompt
 from compiledllm.engine.request_state import Completion, RequestState
-from compiledllm.outputs import FinishReason
+from compiledllm.outputs import CompletionOutput, FinishReason, RequestOutput
 from compiledllm.sampling_params import RequestOutputKind, SamplingParams
 from compiledllm.server.engine_client import EngineClient
 from compiledllm.server.live_request import EngineError, Limits, LiveRequest
 from compiledllm.server.metrics import Metrics
-from compiledllm.server.openai.answer import Context
+from compiledllm.server.openai.answer import Answer, Context
 from compiledllm.server.openai.chat_answer import ChatAnswer
 from compiledllm.server.openai.completion_answer import CompletionAnswer
+from compiledllm.server.openai.errors import ApiError
 from compiledllm.server.openai.jobs import Job
 from compiledllm.server.openai.protocol import (
     MAX_IDS_AT_ONCE,
@@ -46,6 +48,7 @@ class Stream:
         body: CompletionRequest | ChatRequest,
         num_prompts: int = 1,
         stop: list[str] | None = None,
+        kind: type[Answer[Any]] | None = None,
     ) -> None:
         params = SamplingParams(
             output_kind=RequestOutputKind.DELTA, logprobs=1 if body.logprobs else None, stop=stop
@@ -65,7 +68,8 @@ class Stream:
         engine = EngineClient({}, Limits(9, 99, 9, stuck_seconds=9), Path())
         self.metrics = Metrics("p:", "m", engine)
         serving = Serving(engine, self.metrics)
-        kind: Any = CompletionAnswer if isinstance(body, CompletionRequest) else ChatAnswer
+        is_text = isinstance(body, CompletionRequest)
+        kind = kind or (CompletionAnswer if is_text else ChatAnswer)
         answer = kind(body, Context("id", "m", factory))
         self._job = Job("id", answer, factory, True, states, self.live_requests)
         self.events = serving.stream(self._job)
@@ -222,6 +226,49 @@ def test_tokens_that_came_together_share_the_gap_before_them() -> None:
             await stream.next()
         text = stream.metrics.text().decode()
         assert 'p:inter_token_latency_seconds_count{model_name="m"} 4' in text
+
+    asyncio.run(run())
+
+
+class LoudAnswer(Answer[CompletionRequest]):
+    """An endpoint with events of its own, which no other module knows."""
+
+    body_type = CompletionRequest
+    id_prefix = "loud"
+    last_event = b""
+
+    def __init__(self, body: CompletionRequest, context: Context) -> None:
+        super().__init__(body, context)
+        self.params = SamplingParams()
+        self._num_letters = 0
+
+    def prompts(self, body: CompletionRequest) -> list[Prompt]:
+        return [cast(Any, body.prompt)]
+
+    def whole(self, outputs: list[RequestOutput], num_output_tokens: int) -> dict[str, Any]:
+        return {"loud": [output.outputs[0].text.upper() for output in outputs]}
+
+    def begin(self) -> bytes:
+        return b"begin"
+
+    def grow(self, prompt_index: int, output: RequestOutput, completion: CompletionOutput) -> bytes:
+        self._num_letters += len(completion.text)
+        return completion.text.upper().encode()
+
+    def end(self) -> bytes:
+        return b"%d letters" % self._num_letters
+
+    def fail(self, error: ApiError) -> bytes:
+        return b"%d" % error.status
+
+
+def test_an_endpoint_is_one_class() -> None:
+    async def run() -> None:
+        whole, failing = (Stream(completion_body(), kind=LoudAnswer) for _ in range(2))
+        whole.grow("abc", ends=True)
+        assert [event async for event in whole.events] == [b"begin", b"ABC", b"3 letters"]
+        failing.grow("a", ends=True, reason="error")
+        assert [event async for event in failing.events] == [b"begin", b"500"]
 
     asyncio.run(run())
 
