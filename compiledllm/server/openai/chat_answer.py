@@ -55,7 +55,7 @@ class ChatAnswer(Answer[ChatRequest]):
         if body.reasoning_effort is not None and not knows_effort(self._tokenizer):
             self.ignored.append("reasoning_effort")
         max_tokens = requests.max_tokenized(body.truncate_prompt_tokens is not None)
-        conversation = Conversation.from_body(body, max_tokens)
+        conversation = Conversation.from_body(body, max_tokens, body.reasoning_effort)
         prompt = chat_prompt(conversation, self._tokenizer, self._tool_use)
         if self.params.structured_outputs is None:  # a grammar applies from the first token
             template = self._tokenizer.chat_template_text

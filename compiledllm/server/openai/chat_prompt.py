@@ -33,14 +33,19 @@ class Conversation:
     reasoning_effort: str | None = None
 
     @classmethod
-    def from_body(cls, body: ChatRequest | TokenizeRequest, max_tokens: int) -> Conversation:
+    def from_body(
+        cls,
+        body: ChatRequest | TokenizeRequest,
+        max_tokens: int,
+        reasoning_effort: str | None = None,
+    ) -> Conversation:
         return cls(
             body.messages or [],
             body.add_generation_prompt and not body.continue_final_message,
             body.continue_final_message,
             body.chat_template_kwargs or {},
             max_tokens,
-            body.reasoning_effort if isinstance(body, ChatRequest) else None,
+            reasoning_effort,
         )
 
 
