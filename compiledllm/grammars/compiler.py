@@ -1,7 +1,7 @@
 """Compiles untrusted grammars in a helper process before this process uses them.
 
-`Compiler(vocabulary).text_of(form)` may be called from any thread. A crash, too much memory and a
-compilation longer than COMPILE_SECONDS become a ValueError. There are two workers: the first gives
+`Compiler(vocabulary).text_of(params)` may be called from any thread. A crash, too much memory and a
+compilation longer than COMPILE_LIMIT_S become a ValueError. There are two workers: the first gives
 up on a grammar soon, so that requests behind it do not wait long; the second retries what the first
 gave up on.
 """
@@ -23,11 +23,11 @@ from compiledllm.grammars.library import Vocabulary, require_llguidance
 from compiledllm.log import log
 from compiledllm.structured_outputs import StructuredOutputsParams
 
-COMPILE_SECONDS = 2.0
-QUICK_SECONDS = 0.3  # limit of the first worker
+COMPILE_LIMIT_S = 2.0
+QUICK_LIMIT_S = 0.3  # limit of the first worker
 MAX_WAITING = 32  # requests that wait for a worker or use one
-START_SECONDS = 120.0  # for the helper to start, with a vocabulary of any size
-_GRACE_SECONDS = 5.0  # for a killed worker to be replaced
+START_LIMIT_S = 120.0  # for the helper to start, with a vocabulary of any size
+_GRACE_S = 5.0  # for a killed worker to be replaced
 _MAX_NOTED = 200  # ignored keywords and formats that are logged
 
 
@@ -55,7 +55,7 @@ class Helper:
         )
         for connection in theirs:
             connection.close()
-        answer = self.ask(0, dataclasses.asdict(vocabulary), START_SECONDS)
+        answer = self.ask(0, dataclasses.asdict(vocabulary), START_LIMIT_S)
         if "error" in answer:
             self.close()
             raise ValueError(answer["error"])
@@ -63,7 +63,7 @@ class Helper:
     def ask(self, worker: int, message: dict[str, Any], limit_s: float) -> dict[str, Any]:
         """The worker's answer, or a note that the worker died. Raises HelperLost."""
         connection = self.connections[worker]
-        connection.settimeout(limit_s + _GRACE_SECONDS)
+        connection.settimeout(limit_s + _GRACE_S)
         try:
             frames.skip(connection)  # drop the note of a death that came after an answer
             frames.send(connection, message)
@@ -92,9 +92,9 @@ class Compiler:
     def __init__(self, vocabulary: Vocabulary) -> None:
         require_llguidance()
         self.vocabulary = vocabulary
-        self._limits_s = (QUICK_SECONDS, COMPILE_SECONDS)  # by worker, in seconds
+        self._limits_s = (QUICK_LIMIT_S, COMPILE_LIMIT_S)  # by worker, in seconds
         self._workers = [threading.Lock() for _ in self._limits_s]
-        self._places = threading.Semaphore(MAX_WAITING)
+        self._slots = threading.Semaphore(MAX_WAITING)
         self._helper: Helper | None = None
         self._starting = threading.Lock()
         self._noted: set[str] = set()
@@ -109,34 +109,34 @@ class Compiler:
                 self._helper.close()
                 self._helper = None
 
-    def text_of(self, form: StructuredOutputsParams) -> str:
-        """llguidance's text of a form, known to compile. Raises ValueError and CompilersBusy."""
-        if not self._places.acquire(blocking=False):
+    def text_of(self, params: StructuredOutputsParams) -> str:
+        """llguidance's text, known to compile. Raises ValueError and CompilersBusy."""
+        if not self._slots.acquire(blocking=False):
             raise CompilersBusy("many requests' structured_outputs are being compiled; try again")
         try:
-            answer = self._answer(form.fields())
+            answer = self._answer(params.fields())
         finally:
-            self._places.release()
+            self._slots.release()
         if "text" not in answer:
             raise ValueError(answer.get("error") or _why_died(answer["died"]))
         self._note(answer["ignored"])
         return str(answer["text"])
 
-    def _answer(self, form: dict[str, Any]) -> dict[str, Any]:
+    def _answer(self, fields: dict[str, Any]) -> dict[str, Any]:
         for worker, limit_s in enumerate(self._limits_s):
-            answer = self._ask(worker, form, limit_s)
+            answer = self._ask(worker, fields, limit_s)
             if answer.get("died") != TOO_LATE:
                 break
         return answer
 
-    def _ask(self, worker: int, form: dict[str, Any], limit_s: float) -> dict[str, Any]:
-        if not self._workers[worker].acquire(timeout=COMPILE_SECONDS):
+    def _ask(self, worker: int, fields: dict[str, Any], limit_s: float) -> dict[str, Any]:
+        if not self._workers[worker].acquire(timeout=COMPILE_LIMIT_S):
             raise CompilersBusy("other requests' structured_outputs are being compiled; try again")
         try:
             for _ in range(2):
                 helper = self._running()
                 try:
-                    return helper.ask(worker, {"form": form, "limit_s": limit_s}, limit_s)
+                    return helper.ask(worker, {"fields": fields, "limit_s": limit_s}, limit_s)
                 except HelperLost as error:
                     self._lose(helper, error)
         finally:
@@ -169,5 +169,5 @@ TOO_LATE = "too late"  # the helper's answer after it killed a worker at the tim
 
 def _why_died(cause: str) -> str:
     if cause == TOO_LATE:
-        return f"structured_outputs did not compile within {COMPILE_SECONDS:g} s; make it simpler"
+        return f"structured_outputs did not compile within {COMPILE_LIMIT_S:g} s; make it simpler"
     return f"structured_outputs cannot be compiled: {cause}; make it simpler"

@@ -63,12 +63,12 @@ def _rules(lark: str) -> Iterator[tuple[str, Node]]:
 
 
 def _tokens(lark: str) -> Iterator[str]:
-    place = 0
-    while match := _TOKEN.match(lark, place):
-        place = match.end()
+    position = 0
+    while match := _TOKEN.match(lark, position):
+        position = match.end()
         kind = match.lastgroup
         if kind == "json":
-            _, place = json.JSONDecoder().raw_decode(lark, place)
+            _, position = json.JSONDecoder().raw_decode(lark, position)
         if kind != "skip":
             yield '""' if kind in ("text", "json") else match[0]
 

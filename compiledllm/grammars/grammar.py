@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from compiledllm.grammars.compiler import Compiler
-from compiledllm.grammars.library import Vocabulary, make_tokenizer, start_of
+from compiledllm.grammars.library import Vocabulary, make_tokenizer
+from compiledllm.grammars.matcher import initial_matcher
 from compiledllm.grammars.stack import TRUSTED_BYTES, call_with_stack
 from compiledllm.structured_outputs import StructuredOutputsParams
 
@@ -50,7 +51,7 @@ class Grammar:
         """Compile now, with more stack than the helper's trial had. Raises ValueError."""
         if self._start is None:
             tokenizer = self._grammars.tokenizer
-            self._start = call_with_stack(TRUSTED_BYTES, start_of, self.text, tokenizer)
+            self._start = call_with_stack(TRUSTED_BYTES, initial_matcher, self.text, tokenizer)
         return self
 
     def fix_mask(self, matcher: Any, mask: np.ndarray) -> None:
@@ -62,9 +63,9 @@ class Grammar:
         turn "<tool_call>" into the special token of the same name; llguidance then rejects the
         token.
         """
-        place = int(mask.argmax())
-        bits = int(mask[place])
-        token_id = 32 * place + bits.bit_length() - 1
+        word_index = int(mask.argmax())
+        bits = int(mask[word_index])
+        token_id = 32 * word_index + bits.bit_length() - 1
         if bits & (bits - 1) or matcher.is_stopped() or matcher.validate_tokens([token_id]):
             return
         text = matcher.compute_ff_bytes().decode(errors="ignore")
@@ -81,7 +82,8 @@ class Grammars:
         self.vocabulary = vocabulary
         self.compiler = Compiler(vocabulary)
         self._tokenizer: Any = None
-        self._cache: OrderedDict[str, Grammar] = OrderedDict()  # by form or text, oldest use first
+        # By params or text, oldest use first.
+        self._cache: OrderedDict[str, Grammar] = OrderedDict()
         self._cached_bytes = 0
         self._lock = threading.Lock()
         self._making = threading.Lock()
@@ -94,14 +96,15 @@ class Grammars:
                 self._tokenizer = make_tokenizer(self.vocabulary)
             return self._tokenizer
 
-    def compile(self, form: StructuredOutputsParams) -> Grammar:
-        """Compile a form. Raises ValueError if it is invalid or takes longer than COMPILE_SECONDS.
+    def compile(self, params: StructuredOutputsParams) -> Grammar:
+        """Compile structured outputs.
 
-        Raises CompilersBusy if no worker is free within COMPILE_SECONDS.
+        Raises ValueError if they are invalid or take longer than COMPILE_LIMIT_S, and CompilersBusy
+        if no worker is free within that time.
         """
-        key = json.dumps(form.fields())
+        key = json.dumps(params.fields())
         if (known := self._recall(key)) is None:
-            known = Grammar(self.compiler.text_of(form), self)
+            known = Grammar(self.compiler.text_of(params), self)
             self._remember(key, known)
         return known
 

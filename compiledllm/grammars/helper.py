@@ -19,7 +19,8 @@ import traceback
 from typing import Any, NoReturn
 
 from compiledllm.grammars.frames import receive, send
-from compiledllm.grammars.library import Vocabulary, make_tokenizer, start_of
+from compiledllm.grammars.library import Vocabulary, make_tokenizer
+from compiledllm.grammars.matcher import initial_matcher
 from compiledllm.grammars.stack import TRIAL_BYTES, call_with_stack
 from compiledllm.grammars.text import Writer
 from compiledllm.grammars.walk import find_dead_end
@@ -94,21 +95,24 @@ def work(connection: socket.socket, tokenizer: Any, parent: int) -> NoReturn:
 
 
 def answer_all(connection: socket.socket, tokenizer: Any) -> None:
-    """Answer each form until the socket is closed. A timer kills the worker at the time limit."""
+    """Answer requests until the socket is closed. A timer kills the worker at the time limit."""
     while (message := receive(connection)) is not None:
         signal.setitimer(signal.ITIMER_REAL, message["limit_s"])
-        answer = compiled(message["form"], tokenizer)
+        answer = compiled(message["fields"], tokenizer)
         signal.setitimer(signal.ITIMER_REAL, 0)
         send(connection, answer)
 
 
-def compiled(form: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """The answer to a form: its grammar's text, known to compile, or the error."""
+def compiled(fields: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """The text of a grammar, known to compile, or the error.
+
+    fields: those of `StructuredOutputsParams`.
+    """
     try:
         writer = Writer(tokenizer)
-        params = StructuredOutputsParams(**form)
+        params = StructuredOutputsParams(**fields)
         text = writer.text_of(params)
-        start = start_of(text, tokenizer)
+        start = initial_matcher(text, tokenizer)
         if params.grammar is not None:
             find_dead_end(start)
     except ValueError as error:

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from compiledllm.grammars.endless import endless_rule
-from compiledllm.grammars.library import checked, require_llguidance
+from compiledllm.grammars.library import require_llguidance
+from compiledllm.grammars.matcher import checked
 from compiledllm.grammars.schemas.refusal import SchemaRefused
 from compiledllm.grammars.schemas.rewrite import rewrite
 from compiledllm.structured_outputs import StructuredOutputsParams
@@ -23,21 +24,21 @@ _ESCAPES = {"json_allowed_escapes": 'nrbtf"\\'}
 
 
 class Writer:
-    """Writes the grammar of one form. Attribute: `ignored`, the schemas' unenforced parts."""
+    """Writes the grammar of an output. Attribute: `ignored`, the unenforced parts of schemas."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._library = require_llguidance()
         self._tokenizer = tokenizer
         self.ignored: list[str] = []
 
-    def text_of(self, form: StructuredOutputsParams) -> str:
+    def text_of(self, params: StructuredOutputsParams) -> str:
         """The grammar's text. Raises ValueError."""
         try:
-            json.dumps(form.fields(), ensure_ascii=False).encode()
+            json.dumps(params.fields(), ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise ValueError("structured_outputs has half a surrogate pair: no text has") from None
         try:
-            text = self._text_of(form)
+            text = self._text_of(params)
         except SchemaRefused as error:
             raise ValueError(f"structured_outputs: {error}") from None
         except RecursionError:
@@ -46,24 +47,24 @@ class Writer:
             raise ValueError(f"structured_outputs makes a grammar of {len(text)} bytes")
         return text
 
-    def _text_of(self, form: StructuredOutputsParams) -> str:
+    def _text_of(self, params: StructuredOutputsParams) -> str:
         make = self._library.LLMatcher
-        if form.regex is not None:
-            return str(checked(make.grammar_from_regex, form.regex))
-        if form.choice is not None:
-            literals = (json.dumps(choice, ensure_ascii=False) for choice in form.choice)
+        if params.regex is not None:
+            return str(checked(make.grammar_from_regex, params.regex))
+        if params.choice is not None:
+            literals = (json.dumps(choice, ensure_ascii=False) for choice in params.choice)
             return str(checked(make.grammar_from_lark, "start: " + " | ".join(literals)))
-        if form.grammar is not None:
-            lark = str(checked(self._library.grammar_from, "grammar", form.grammar))
+        if params.grammar is not None:
+            lark = str(checked(self._library.grammar_from, "grammar", params.grammar))
             if (name := endless_rule(lark)) is not None:
                 raise ValueError(
                     f"structured_outputs.grammar: rule '{name}' has no end, as each of its "
                     "alternatives leads back to it; give it one that does not"
                 )
             return self._with_schemas(lark)
-        if form.structural_tag is not None:
-            return self._with_schemas(self._structural_tag(form))
-        return str(checked(make.grammar_from_json_schema, self._schema(json_schema_of(form))))
+        if params.structural_tag is not None:
+            return self._with_schemas(self._structural_tag(params))
+        return str(checked(make.grammar_from_json_schema, self._schema(json_schema_of(params))))
 
     def _schema(self, schema: Any) -> str:
         """The JSON of a schema in the dialect of llguidance."""
@@ -82,20 +83,20 @@ class Writer:
 
     def _with_schemas(self, lark: str) -> str:
         """A Lark grammar with the schemas inside it rewritten."""
-        found, place = [], 0
+        found, position = [], 0
         for match in re.finditer(r"%json\s+(?=\{)", lark):
-            if match.start() < place:
+            if match.start() < position:
                 continue
             try:
                 schema, end = json.JSONDecoder().raw_decode(lark, match.end())
             except ValueError:
                 continue  # llguidance reports the error
-            found += [lark[place : match.end()], self._schema(schema)]
-            place = end
-        return "".join([*found, lark[place:]])
+            found += [lark[position : match.end()], self._schema(schema)]
+            position = end
+        return "".join([*found, lark[position:]])
 
-    def _structural_tag(self, form: StructuredOutputsParams) -> str:
-        structures, triggers = form.structures
+    def _structural_tag(self, params: StructuredOutputsParams) -> str:
+        structures, triggers = params.structures
         make = self._library.StructTag
         tags = [
             make(
@@ -114,22 +115,22 @@ class Writer:
         return len(token_ids) == 1 and self._tokenizer.is_special_token(token_ids[0])
 
 
-def _options(form: StructuredOutputsParams) -> dict[str, Any]:
+def _options(params: StructuredOutputsParams) -> dict[str, Any]:
     """llguidance's options for white space in JSON."""
-    if form.disable_any_whitespace:
+    if params.disable_any_whitespace:
         return {"whitespace_flexible": False}
-    if form.whitespace_pattern is not None:
-        return {"whitespace_pattern": form.whitespace_pattern}
+    if params.whitespace_pattern is not None:
+        return {"whitespace_pattern": params.whitespace_pattern}
     return {"whitespace_pattern": WHITESPACE}
 
 
-def json_schema_of(form: StructuredOutputsParams) -> dict[str, Any]:
+def json_schema_of(params: StructuredOutputsParams) -> dict[str, Any]:
     """The schema, with the white-space options under llguidance's own key."""
-    schema = dict(form.schema)
-    if form.disable_additional_properties:
+    schema = dict(params.schema)
+    if params.disable_additional_properties:
         schema = copy.deepcopy(schema)
         _close_objects(schema)
-    return schema | {"x-guidance": _options(form)}
+    return schema | {"x-guidance": _options(params)}
 
 
 _MAPS = ("properties", "patternProperties", "$defs", "definitions")  # name -> schema

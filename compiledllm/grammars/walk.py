@@ -6,16 +6,16 @@ import random
 import time
 from typing import Any
 
-from compiledllm.grammars.library import checked, error_of
+from compiledllm.grammars.matcher import checked, error_of
 
-MAX_SECONDS = 0.03
+MAX_WALK_S = 0.03
 MAX_TOKENS = 64
 NUM_WALKS = 4
 
 
 def find_dead_end(start: Any) -> None:
     """Raise ValueError if a random output leads to a dead end. Other dead ends may remain."""
-    end = time.monotonic() + MAX_SECONDS
+    end = time.monotonic() + MAX_WALK_S
     for seed in range(NUM_WALKS):
         matcher, draw = start.deep_copy(), random.Random(seed)
         for _ in range(MAX_TOKENS):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compiledllm.grammars.library import error_of
+from compiledllm.grammars.matcher import error_of
 from compiledllm.runner.device import to_device
 from compiledllm.runner.rule import Draw, Rule
 from compiledllm.types import Grammar, NewRequest

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import logging
 from collections.abc import Awaitable, Callable
@@ -11,34 +10,34 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
 
 from compiledllm.log import OneLine, log
 from compiledllm.remote.engine_client import EngineClient
 from compiledllm.remote.errors import Overloaded
-from compiledllm.server.errors import RAISED, ApiError, error_response, response_to
-from compiledllm.server.jobs import Job, JobMaker
-from compiledllm.server.known_fields import KnownFields, ignored_header
-from compiledllm.server.lanes import ClientLeft, unless_left
+from compiledllm.server.client_left import ClientLeft
+from compiledllm.server.generation_routes import add_generation
 from compiledllm.server.metrics import Metrics
-from compiledllm.server.openapi import add_bodies
+from compiledllm.server.openai.answer import DEFAULT_SETTINGS, AnswerSettings
+from compiledllm.server.openai.errors import RAISED, ApiError
+from compiledllm.server.openai.jobs import JobMaker
+from compiledllm.server.openai.known_fields import KnownFields
+from compiledllm.server.openai.protocol import BODIES, DetokenizeRequest, TokenizeRequest
+from compiledllm.server.openai.serving import Serving
+from compiledllm.server.openai.text_tools import TextTools
+from compiledllm.server.openapi import add_bodies, body_of
 from compiledllm.server.origins import EXPOSED_HEADERS, Cors, PageCheck
-from compiledllm.server.protocol import (
-    BODIES,
-    ChatRequest,
-    CompletionRequest,
+from compiledllm.server.raw_body import read_body
+from compiledllm.server.responses import (
     EngineHealth,
     EngineReadiness,
     ErrorResponse,
-    Generation,
+    error_response,
+    response_to,
 )
-from compiledllm.server.raw_body import read_body
 from compiledllm.server.security import Guard
-from compiledllm.server.serving import Serving
-from compiledllm.server.text_tools import TextTools
 from compiledllm.version import __version__
 
 _PAGE = Path(__file__).with_name("page.html")
@@ -46,7 +45,6 @@ _Responses = dict[int | str, dict[str, Any]]  # of a route, by status, for OpenA
 _STATUSES = (400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504)
 _ERRORS: _Responses = {status: {"model": ErrorResponse} for status in _STATUSES}
 _TEXT = {"schema": {"type": "string"}}
-_STREAM: _Responses = {200: {"content": {"text/event-stream": {}}}}  # or JSON
 
 
 def _state_of(model: Any) -> _Responses:
@@ -65,9 +63,7 @@ class AppOptions:
     strict_fields: bool = False
     logs_requests: bool = False
     metrics_prefix: str = "compiledllm:"
-    tool_call_parser: str = "auto"
-    reasoning_parser: str = "auto"
-    shows_cached_tokens: bool = True
+    answers: AnswerSettings = DEFAULT_SETTINGS
 
 
 class _App(FastAPI):
@@ -90,10 +86,9 @@ def create_app(engine: EngineClient, options: AppOptions) -> FastAPI:
         options.model_names,
         KnownFields(options.strict_fields),
         options.logs_requests,
-        options.tool_call_parser,
-        options.reasoning_parser,
+        options.answers,
     )
-    _add_generation(app, jobs, Serving(engine, metrics, options.shows_cached_tokens))
+    add_generation(app, jobs, Serving(engine, metrics))
     _add_text_tools(app, TextTools(jobs))
     _add_models(app, jobs)
     _add_state(app, engine, metrics)
@@ -117,71 +112,17 @@ def create_app(engine: EngineClient, options: AppOptions) -> FastAPI:
     return app
 
 
-def _body_of(path: str) -> dict[str, Any]:
-    """The OpenAPI description of a route's request body."""
-    schema = {"$ref": f"#/components/schemas/{BODIES[path].__name__}"}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-
-
-def _add_generation(app: FastAPI, jobs: JobMaker, serving: Serving) -> None:
-    async def respond(kind: type[Generation], request: Request) -> Response:
-        state, receive = request.scope["state"], request.receive
-        job = await jobs.job(
-            kind, await read_body(request), state["request_id"], receive, state["cache_salt"]
-        )
-        headers = ignored_header(job.ignored)
-        if job.is_streamed:
-            return _EventStream(serving, job, headers | {"cache-control": "no-cache"})
-        try:
-            answer = await unless_left(receive, serving.answer(job))
-        finally:
-            serving.release(job)
-        return JSONResponse(answer, headers=headers)
-
-    @app.post(
-        "/v1/chat/completions", responses=_STREAM, openapi_extra=_body_of("/v1/chat/completions")
-    )
-    async def chat_completions(request: Request) -> Response:
-        return await respond(ChatRequest, request)
-
-    @app.post("/v1/completions", responses=_STREAM, openapi_extra=_body_of("/v1/completions"))
-    async def completions(request: Request) -> Response:
-        return await respond(CompletionRequest, request)
-
-
-class _EventStream(StreamingResponse):
-    """A job's server-sent events. The job is released even if the stream fails or never starts."""
-
-    def __init__(self, serving: Serving, job: Job, headers: dict[str, str]) -> None:
-        super().__init__(serving.stream(job), 200, headers, "text/event-stream")
-        self._serving, self._job = serving, job
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            with contextlib.suppress(ClientLeft):
-                await unless_left(receive, self.stream_response(send))
-        finally:
-            self._serving.release(self._job)
-
-    async def stream_response(self, send: Send) -> None:
-        head = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        await send(head)
-        async for piece in self.body_iterator:
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
 def _add_text_tools(app: FastAPI, tools: TextTools) -> None:
     async def respond(work: Callable[[bytes], bytes], request: Request) -> Response:
         data = await read_body(request)
         answer = await tools.lanes.run(len(data), request.receive, lambda: work(data))
         return Response(answer, media_type="application/json")
 
-    @app.post("/tokenize", openapi_extra=_body_of("/tokenize"))
+    @app.post("/tokenize", openapi_extra=body_of(TokenizeRequest))
     async def tokenize(request: Request) -> Response:
         return await respond(tools.tokenize, request)
 
-    @app.post("/detokenize", openapi_extra=_body_of("/detokenize"))
+    @app.post("/detokenize", openapi_extra=body_of(DetokenizeRequest))
     async def detokenize(request: Request) -> Response:
         return await respond(tools.detokenize, request)
 

@@ -8,7 +8,9 @@ nothing of HTTP.
 from __future__ import annotations
 
 import asyncio
-import os
+import contextlib
+import socket
+import struct
 from collections import Counter, deque
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,14 +18,6 @@ from typing import Protocol
 from compiledllm.config import ConfigError
 from compiledllm.log import log
 
-try:
-    import resource
-except ImportError:  # Windows has no such limit
-    resource = None  # type: ignore[assignment]
-
-MAX_DESCRIPTORS = 65_536  # the soft limit is raised to the hard limit, but to no more than this
-MAX_CONNECTIONS = 8192  # default limit; each connection may hold a request of its own
-RESERVED_DESCRIPTORS = 128  # for files, the engine's socket, helper processes and spare connections
 MAX_SPARE = 32  # connections beyond the limit, on which only health and metrics are served
 SWEEP_INTERVAL_S = 1.0
 LOG_INTERVAL_S = 30.0
@@ -45,9 +39,11 @@ class Deadlines:
 
 
 class Connection(Protocol):
-    """A connection as seen here. since: when its stage began, in seconds of the event loop."""
+    """A connection as seen here."""
 
-    since: float
+    @property
+    def since(self) -> float:
+        """When its stage began, in seconds of the event loop."""
 
     def is_idle(self) -> bool:
         """Whether no part of a request has arrived and no answer is pending."""
@@ -146,35 +142,10 @@ class Connections:
         self._num_refused = 0
 
 
-def connection_limit(asked: int | None) -> int:
-    """The connection limit: the requested one, or as many as the descriptor limit allows."""
-    descriptors = _raise_descriptor_limit()
-    room = max(descriptors - _num_open() - RESERVED_DESCRIPTORS, descriptors // 3)
-    if asked is None:
-        return min(room, MAX_CONNECTIONS)
-    if not 1 <= asked <= room:
-        raise ConfigError(
-            f"--max-connections must be between 1 and {room} where {descriptors} files may be open "
-            f"(`ulimit -n`), got {asked}"
-        )
-    return asked
-
-
-def _raise_descriptor_limit() -> int:
-    """Raise the descriptor limit as far as allowed and return the new limit."""
-    if resource is None:
-        return MAX_DESCRIPTORS
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    has_no_limit = hard == resource.RLIM_INFINITY
-    wanted = MAX_DESCRIPTORS if has_no_limit else min(hard, MAX_DESCRIPTORS)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        soft = wanted
-    return MAX_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
-
-
-def _num_open() -> int:
-    try:
-        return len(os.listdir("/dev/fd"))
-    except OSError:
-        return 32
+def reset_transport(transport: asyncio.Transport) -> None:
+    """Close at once and let the kernel discard the data that the client has not read."""
+    connection = transport.get_extra_info("socket")
+    if connection is not None:
+        with contextlib.suppress(OSError):  # the connection is already reset
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()

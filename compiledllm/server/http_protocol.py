@@ -8,39 +8,24 @@ pipelined requests, reports a disconnect only to the newest one, and waits forev
 from __future__ import annotations
 
 import contextlib
-import socket
-import struct
 from asyncio import AbstractEventLoop, Transport
-from typing import Any, Final, cast
+from typing import Any, cast
 
 import httptools
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from compiledllm.server.connections import Connections, Deadlines
-from compiledllm.server.http_heads import (
-    Refusal,
-    check_coding,
-    check_host,
-    check_repeated,
-    check_version,
-    refusal_of,
-)
+from compiledllm.server.connections import Connections, Deadlines, reset_transport
+from compiledllm.server.http_heads import Refusal, check_head, head_without_offer
+from compiledllm.server.http_progress import BODY, HEAD, IDLE, MIN_BODY_RATE, OVER, Progress
 
 MAX_HEAD_BYTES = 64 * 1024  # of a request's head, and of its trailers
 MAX_PARSED_BYTES = 8 * 1024  # per parser call, so at most this much after an unanswered request
 MAX_HELD_BYTES = 1024 * 1024  # of requests that wait for an unanswered one
 MAX_DISCARDED_BYTES = 64 * 1024 * 1024  # of a body that was answered without being read
-MIN_BODY_RATE = 32 * 1024  # bytes per second, on average, after twice the client timeout
 LINGER_S = 2.0  # for a client to read why its request was refused
 ALWAYS_ANSWERED = frozenset({b"/health", b"/ready", b"/metrics"})  # also on spare connections
-# The stages of a connection, by what its client sends next.
-IDLE: Final = 0  # the beginning of a request
-HEAD: Final = 1  # the rest of a head
-BODY: Final = 2  # the rest of a body, and trailers
-OVER: Final = 3  # nothing: input is discarded
-_OF_UPGRADES = frozenset({b"upgrade", b"connection", b"http2-settings"})
 
 
 class LimitedHttp(HttpToolsProtocol):
@@ -58,8 +43,7 @@ class LimitedHttp(HttpToolsProtocol):
         super().__init__(config, server_state, app_state, _loop)
         self._connections = connections
         self._is_spare = False  # beyond the limit: only health and metrics are served
-        self.stage: int = IDLE
-        self.since = self.loop.time()  # when the stage began, in seconds of the event loop's clock
+        self.progress = Progress(self.loop.time())
         self._answering: RequestResponseCycle | None = None  # the oldest; `cycle` is the newest
         self._is_reading = True  # if False, input is discarded
         self._refusal: Refusal | None = None  # sent once all earlier requests are answered
@@ -68,9 +52,6 @@ class LimitedHttp(HttpToolsProtocol):
         self._has_moved = False
         self._num_unread = 0  # bytes since the parser last completed a part
         self._held = b""  # unparsed input after requests that are not answered yet
-        self._num_body_bytes = 0
-        self._body_mark = (0, 0.0)  # body bytes, and when a sweep first saw that number
-        self._drain_mark: tuple[int, float] | None = None  # likewise for an answer's unread bytes
 
     # -- the transport's side ------------------------------------------------------------------
 
@@ -89,17 +70,9 @@ class LimitedHttp(HttpToolsProtocol):
     def abort(self) -> None:
         self.transport.abort()
 
-    def _reset(self) -> None:
-        """Close at once and let the kernel discard the data that the client has not read."""
-        connection = self.transport.get_extra_info("socket")
-        if connection is not None:
-            with contextlib.suppress(OSError):  # the connection is already reset
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.transport.abort()
-
     def close_answered(self) -> None:
         """Close after an answer, but let a client that still sends a body read the answer."""
-        if self.stage == BODY:
+        if self.progress.stage == BODY:
             self._linger()
         else:
             self.transport.close()
@@ -123,7 +96,7 @@ class LimitedHttp(HttpToolsProtocol):
             self._answering.keep_alive = False
 
     def resume_writing(self) -> None:
-        self._drain_mark = None
+        self.progress.note_read()
         super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
@@ -165,7 +138,7 @@ class LimitedHttp(HttpToolsProtocol):
             self._pass_over_offer(data[upgrade.args[0] :])
             return
         except httptools.HttpParserError as error:
-            self._refuse(refusal_of(error))
+            self._refuse(Refusal.from_error(error))
             return
         self._num_unread = 0 if self._has_moved else self._num_unread + len(data)
         if self._num_unread > MAX_HEAD_BYTES:
@@ -176,21 +149,24 @@ class LimitedHttp(HttpToolsProtocol):
         if self._answering is not None:
             self._refuse(Refusal(400, "an upgrade was offered behind an unanswered request"))
             return
-        version = self.parser.get_http_version().encode()
-        lines = [self.parser.get_method() + b" " + self.url + b" HTTP/" + version]
-        lines += [name + b": " + value for name, value in self.headers if name not in _OF_UPGRADES]
-        if not self.parser.should_keep_alive():
-            lines.append(b"connection: close")
+        parser = self.parser
+        head = head_without_offer(
+            parser.get_method(),
+            self.url,
+            parser.get_http_version(),
+            self.headers,
+            parser.should_keep_alive(),
+        )
         self.parser = httptools.HttpRequestParser(self)
         with contextlib.suppress(AttributeError):  # httptools before 0.6.3 has no such method
             self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
-        self._parse(b"\r\n".join([*lines, b"", b""]))
+        self._parse(head)
         self.data_received(rest)
 
     # -- the parser's side ---------------------------------------------------------------------
 
     def _enter(self, stage: int) -> None:
-        self.stage, self.since = stage, self.loop.time()
+        self.progress.enter(stage, self.loop.time())
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -220,13 +196,12 @@ class LimitedHttp(HttpToolsProtocol):
         if not self.cycle.keep_alive:
             self.cycle.transport = cast(Transport, _LateClosing(self))
         self._enter(BODY)
-        self._num_body_bytes, self._body_mark = 0, (0, self.since)
 
     def on_body(self, body: bytes) -> None:
         self._has_moved = True
-        self._num_body_bytes += len(body)
+        self.progress.num_body_bytes += len(body)
         super().on_body(body)
-        if self._num_body_bytes > MAX_DISCARDED_BYTES and self.cycle.response_complete:
+        if self.progress.num_body_bytes > MAX_DISCARDED_BYTES and self.cycle.response_complete:
             raise Refusal(413, "the body is too large")
 
     def on_message_complete(self) -> None:
@@ -238,8 +213,8 @@ class LimitedHttp(HttpToolsProtocol):
         """Replaces the base class's method, which sets a timer for each request."""
         self.server_state.total_requests += 1
         self._answering = None
-        if self.stage == IDLE:
-            self.since = self.loop.time()
+        if self.progress.stage == IDLE:
+            self._enter(IDLE)
         if self.transport.is_closing():
             return
         if self.pipeline:
@@ -263,19 +238,10 @@ class LimitedHttp(HttpToolsProtocol):
         return True  # makes the base class leave the request alone
 
     def _check_head(self) -> None:
-        fields = dict(self.headers)
-        if len(fields) < len(self.headers):
-            check_repeated([name for name, _ in self.headers])
         version = self.parser.get_http_version()
+        self._host = check_head(self.headers, version, self._host)
         if version != "1.1":
-            check_version(version)
             self.expect_100_continue = False  # HTTP/1.0 has no "100 Continue"
-        host = fields.get(b"host", b"")
-        if not host or host != self._host:
-            check_host(host, version)
-            self._host = host
-        if b"transfer-encoding" in fields:
-            check_coding(fields[b"transfer-encoding"], version)
         if self._is_spare and self.url.partition(b"?")[0] not in ALWAYS_ANSWERED:
             raise Refusal(503, "too many connections are open; try again in a moment")
 
@@ -284,9 +250,9 @@ class LimitedHttp(HttpToolsProtocol):
     def _refuse(self, refusal: Refusal) -> None:
         """Stop reading, send an error once all earlier requests are answered, and close."""
         self._is_reading, self._held = False, b""
-        if self.stage == BODY and not self._drop_unfinished():
+        if self.progress.stage == BODY and not self._drop_unfinished():
             return
-        self._refusal, self.stage = refusal, OVER
+        self._refusal, self.progress.stage = refusal, OVER
         if self._answering is None:
             self._write_refusal()
 
@@ -311,45 +277,35 @@ class LimitedHttp(HttpToolsProtocol):
 
     # -- deadlines -----------------------------------------------------------------------------
 
+    @property
+    def since(self) -> float:
+        return self.progress.since
+
     def is_idle(self) -> bool:
-        return self.stage == IDLE and self._answering is None and not self._held
+        return self.progress.stage == IDLE and self._answering is None and not self._held
 
     def end_if_overdue(self, now: float, deadlines: Deadlines) -> str | None:
         if self._is_stalled(now, deadlines.client_s):
-            self._reset()
+            reset_transport(self.transport)
             return "did not read an answer"
         if self.transport.is_closing():
             return None
+        progress = self.progress
         if self._is_waiting_for_us():
-            self.since, self._body_mark = now, (self._num_body_bytes, now)
+            progress.wait_for_us(now)
             return None
-        if self.stage == OVER:
-            if now - self.since > LINGER_S:
+        if progress.stage == OVER:
+            if now - progress.since > LINGER_S:
                 self.transport.close()
             return None
-        cause = self._why_overdue(now, deadlines)
+        cause = progress.why_overdue(now, deadlines, is_first=not self.cycle)
         if cause is not None:
             self.transport.close()
-        elif self.stage == BODY and self._is_body_slow(now, deadlines.client_s):
+        elif progress.is_body_slow(now, deadlines.client_s):
             rate = f"{MIN_BODY_RATE // 1024} KiB/s"
             self._refuse(Refusal(408, f"the body came too slowly; send at least {rate}"))
             cause = "sent a body too slowly"
         return cause
-
-    def _why_overdue(self, now: float, deadlines: Deadlines) -> str | None:
-        waited_s = now - self.since
-        if self.stage == IDLE:
-            limit_s = deadlines.keep_alive_s if self.cycle else deadlines.client_s
-            return "sent nothing" if waited_s > limit_s else None
-        if self.stage == HEAD:
-            return "did not complete its headers" if waited_s > deadlines.client_s else None
-        if self._num_body_bytes != self._body_mark[0]:
-            self._body_mark = (self._num_body_bytes, now)
-        is_silent = now - self._body_mark[1] > deadlines.client_s
-        return "did not complete a body" if is_silent else None
-
-    def _is_body_slow(self, now: float, client_s: float) -> bool:
-        return now - self.since > 2 * client_s + self._num_body_bytes / MIN_BODY_RATE
 
     def _is_waiting_for_us(self) -> bool:
         """Whether the server must act next, whatever the client does."""
@@ -362,13 +318,11 @@ class LimitedHttp(HttpToolsProtocol):
 
         Only answers to which nothing is being added count: the answer is paused or complete.
         """
-        waiting = self.transport.get_write_buffer_size()
-        if not waiting or not (self.flow.write_paused or self._answering is None):
-            self._drain_mark = None
-            return False
-        if self._drain_mark is None or waiting < self._drain_mark[0]:
-            self._drain_mark = (waiting, now)
-        return now - self._drain_mark[1] > client_s
+        num_bytes = self.transport.get_write_buffer_size()
+        if num_bytes and (self.flow.write_paused or self._answering is None):
+            return self.progress.is_unread(num_bytes, now, client_s)
+        self.progress.note_read()
+        return False
 
 
 class _LateClosing:

@@ -6,26 +6,19 @@ Short and long texts have separate lanes, so that many long texts do not delay a
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import ctypes
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from compiledllm.grammars.compiler import MAX_WAITING
 from compiledllm.remote.errors import Overloaded
+from compiledllm.server.client_left import Receive, unless_left
 
 T = TypeVar("T")
-Receive = Callable[[], Awaitable[Any]]
 
 SHORT_BYTES = 2**16  # of a body; tokenising its text takes at most about 0.1 s
 SHORT_THREADS = 2
-LARGE_BLOCK_BYTES = 2**20  # allocations from this size on are returned to the system when freed
 MAX_WAITING_BYTES = 2**28  # of all bodies whose work waits or runs
-
-
-class ClientLeft(Exception):
-    """The client has closed its connection, so nobody waits for the answer."""
 
 
 class Lanes:
@@ -36,7 +29,6 @@ class Lanes:
         self._long = ThreadPoolExecutor(1, "long")
         self._compiling = ThreadPoolExecutor(2 * MAX_WAITING, "compiling")  # threads that wait
         self._num_bytes = 0
-        _return_large_blocks()
 
     async def run(self, num_bytes: int, receive: Receive, work: Callable[[], T]) -> T:
         """Run work and return its result. num_bytes: size of the body that the work reads.
@@ -71,36 +63,3 @@ class Lanes:
         """Drop waiting work. Running work ends by itself."""
         for lane in (self._short, self._long, self._compiling):
             lane.shutdown(wait=False, cancel_futures=True)
-
-
-_M_MMAP_THRESHOLD = -3
-
-
-def _return_large_blocks() -> None:
-    """Make glibc return the memory of large bodies to the system when it is freed.
-
-    By default glibc raises its threshold for returning a block, up to 32 MiB, as large blocks are
-    freed.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
-
-
-async def unless_left(receive: Receive, work: Awaitable[T]) -> T:
-    """Return the result of the work. If the client leaves, cancel it and raise ClientLeft."""
-
-    async def wait_for_end() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    task, left = asyncio.ensure_future(work), asyncio.ensure_future(wait_for_end())
-    try:
-        await asyncio.wait({task, left}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientLeft
-        return await task
-    finally:
-        for pending in (task, left):
-            pending.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.gather(task, left, return_exceptions=True)

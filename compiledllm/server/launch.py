@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import ctypes
 import functools
 import gc
 import ipaddress
@@ -23,22 +24,26 @@ from compiledllm.log import log, show_logs
 from compiledllm.models.source import cache_dir
 from compiledllm.remote.engine_client import EngineClient
 from compiledllm.remote.limits import Limits
+from compiledllm.server.api_keys import read_keys
 from compiledllm.server.app import AppOptions, create_app
-from compiledllm.server.connections import Connections, Deadlines, connection_limit
+from compiledllm.server.connections import Connections, Deadlines
+from compiledllm.server.descriptors import connection_limit
 from compiledllm.server.http_protocol import LimitedHttp
+from compiledllm.server.openai.answer import AnswerSettings
 from compiledllm.server.origins import parse_cors
-from compiledllm.server.security import read_keys
 
 LOG_LINE_INTERVAL_S = 10.0
 SEND_BUFFER_BYTES = 2**18  # per socket; limits kernel memory for a client that does not read
 THREADS_END_S = 2.0  # for working threads to finish at the end of the process
 YOUNG_OBJECTS = 20_000  # new objects between garbage collections; a request makes about a thousand
-LONGEST_STANDSTILL_S = 0.5  # the event loop may block this long without a log line
+LARGE_BLOCK_BYTES = 2**20  # allocations from this size on are returned to the system when freed
+MAX_STANDSTILL_S = 0.5  # the event loop may block this long without a log line
 
 
 def serve(arguments: argparse.Namespace) -> int:
     """Serve until told to stop; return the exit status. A failure's cause is printed last."""
     show_logs()
+    _return_large_blocks()
     options = engine_options(arguments)
     EngineConfig.from_options(**options)  # reports wrong options before anything is started
     deadlines = Deadlines(arguments.client_timeout, arguments.keep_alive_timeout)
@@ -116,6 +121,19 @@ async def _end_threads(status: int) -> None:
         os._exit(status)
 
 
+_M_MMAP_THRESHOLD = -3
+
+
+def _return_large_blocks() -> None:
+    """Make glibc return the memory of large bodies to the system when it is freed.
+
+    By default glibc raises its threshold for returning a block, up to 32 MiB, as large blocks are
+    freed.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
+
+
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     """uvloop's loop factory if uvloop is installed: it writes to many sockets faster."""
     try:
@@ -175,13 +193,13 @@ async def _log_lines(metrics: Any) -> None:
 
 async def _watch_for_standstills() -> None:
     """Log when the event loop was blocked for long, because all streams share that loop."""
-    interval, loop = LONGEST_STANDSTILL_S / 2, asyncio.get_running_loop()
+    interval, loop = MAX_STANDSTILL_S / 2, asyncio.get_running_loop()
     while True:
-        due = loop.time() + interval
+        expected_at = loop.time() + interval
         await asyncio.sleep(interval)
-        late = loop.time() - due
-        if late > LONGEST_STANDSTILL_S:
-            log.warning("the HTTP process stood still for %.1f s", late)
+        late_s = loop.time() - expected_at
+        if late_s > MAX_STANDSTILL_S:
+            log.warning("the HTTP process stood still for %.1f s", late_s)
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -221,9 +239,11 @@ def _app_options(arguments: argparse.Namespace, listener: socket.socket) -> AppO
         strict_fields=arguments.strict_fields,
         logs_requests=arguments.enable_log_requests,
         metrics_prefix=arguments.metrics_prefix,
-        tool_call_parser=arguments.tool_call_parser,
-        reasoning_parser=arguments.reasoning_parser,
-        shows_cached_tokens=arguments.enable_prompt_tokens_details,
+        answers=AnswerSettings(
+            arguments.tool_call_parser,
+            arguments.reasoning_parser,
+            shows_cached_tokens=arguments.enable_prompt_tokens_details,
+        ),
     )
 
 

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 import time
-from bisect import bisect_left
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import HistogramMetricFamily
-from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 
-from compiledllm.log import log
 from compiledllm.outputs import RequestOutput
 from compiledllm.remote.engine_client import EngineClient
-from compiledllm.remote.wire import FromEngine, Stats, StepOutputs
+from compiledllm.remote.wire import FromEngine, StepOutputs
+from compiledllm.server.log_line import LogLine
+from compiledllm.server.quick_histogram import QuickHistogram
 
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5)
 _LONG = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 240.0)
@@ -32,28 +26,6 @@ class _Timing:
     arrival: float
     last: float | None = None
     num_tokens: int = 0
-
-
-class _QuickHistogram(Collector):
-    """A histogram cheap enough for every token; prometheus_client's takes a lock."""
-
-    def __init__(self, name: str, text: str, model: str, bounds: tuple[float, ...]) -> None:
-        self._name, self._text, self._model = name, text, model
-        self._bounds = (*bounds, math.inf)
-        self._counts = [0] * len(self._bounds)
-        self._sum = 0.0
-
-    def observe(self, value: float, times: int) -> None:
-        self._counts[bisect_left(self._bounds, value)] += times
-        self._sum += value * times
-
-    def collect(self) -> Iterator[HistogramMetricFamily]:
-        family = HistogramMetricFamily(self._name, self._text, labels=["model_name"])
-        sums = itertools.accumulate(self._counts)
-        named = map(floatToGoString, self._bounds)
-        buckets = list(zip(named, sums, strict=True))
-        family.add_metric([self._model], buckets, self._sum)
-        yield family
 
 
 class Metrics:
@@ -83,7 +55,7 @@ class Metrics:
         self.steps = histogram("engine_step_seconds", "Time of a step", _SECONDS)
         self.step_tokens = histogram("iteration_tokens_total", "Tokens computed in a step", _TOKENS)
         self.ttft = histogram("time_to_first_token_seconds", "Until the first token", _SECONDS)
-        self.itl = _QuickHistogram(
+        self.itl = QuickHistogram(
             f"{prefix}inter_token_latency_seconds", "Between tokens", model, _BETWEEN
         )
         self.registry.register(self.itl)
@@ -102,7 +74,7 @@ class Metrics:
             registry=self.registry,
         )
         self._seen: dict[str, float] = {}
-        self._line = _Line()
+        self._line = LogLine()
         engine.observe = self._observe
 
     def _gauge(self, name: str, text: str) -> Gauge:
@@ -192,37 +164,3 @@ class Metrics:
             self.tpot.observe((times.last_token_time - times.first_token_time) / (count - 1))
         for completion in output.outputs:
             self.success.labels(self._model, str(completion.finish_reason)).inc()
-
-
-class _Line:
-    """The log line of every ten seconds."""
-
-    def __init__(self) -> None:
-        self._since = time.monotonic()
-        self._generated = self._computed = 0
-        self._stats: Stats | None = None
-        self._hits = (0, 0)
-
-    def add(self, stats: Stats, num_generated: int) -> None:
-        self._stats = stats
-        self._generated += num_generated
-        self._computed += stats.num_tokens
-
-    def show(self, engine: EngineClient) -> None:
-        stats, seconds = self._stats, time.monotonic() - self._since
-        self._since = time.monotonic()
-        generated, computed, self._generated, self._computed = self._generated, self._computed, 0, 0
-        if stats is None or not computed:
-            return
-        queries, hits = stats.prefix_queries - self._hits[0], stats.prefix_hits - self._hits[1]
-        self._hits = (stats.prefix_queries, stats.prefix_hits)
-        log.info(
-            "%.1f tokens/s generated, %.1f computed, %d running, %d waiting, KV %.1f%%, "
-            "prefix hits %.1f%%",
-            generated / seconds,
-            computed / seconds,
-            stats.num_running,
-            stats.num_waiting,
-            100 * stats.kv_usage,
-            100 * hits / queries if queries else 0.0,
-        )

@@ -7,8 +7,8 @@ from typing import Any, Union, get_args, get_origin
 
 import msgspec
 
-from compiledllm.server.bodies import Body, fields_of
-from compiledllm.server.body_kinds import bare_of
+from compiledllm.server.openai.bodies import Body, fields_of
+from compiledllm.server.openai.body_kinds import bare_of
 
 Schema = dict[str, Any]
 
@@ -22,6 +22,12 @@ def add_bodies(schema: Schema, kinds: tuple[type[Body], ...]) -> None:
         for operation in path.values():
             operation["responses"].pop("422", None)
     schemas |= components(kinds)
+
+
+def body_of(kind: type[Body]) -> Schema:
+    """The description of a route's request body."""
+    schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 def components(kinds: tuple[type[Body], ...]) -> dict[str, Schema]:

@@ -6,9 +6,9 @@ import argparse
 import math
 
 from compiledllm.arguments import count
-from compiledllm.server.tool_formats import FORMATS
+from compiledllm.server.openai.tool_formats import FORMATS
 
-REASONING = ("qwen3", "deepseek_r1")  # meanings of <think>; see `chat.reasoning_mode`
+REASONING = ("qwen3", "deepseek_r1")  # meanings of <think>; see `openai.chat_choice.reasoning_mode`
 
 
 def add_server_options(group: argparse._ArgumentGroup) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from starlette.requests import Request
 
-from compiledllm.server.errors import ApiError
-from compiledllm.server.lanes import ClientLeft
+from compiledllm.server.client_left import ClientLeft
+from compiledllm.server.openai.errors import ApiError
 
 _JSON = "application/json"
 

@@ -12,16 +12,15 @@ import secrets
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from compiledllm.config import ConfigError
 from compiledllm.log import log
-from compiledllm.server.errors import ApiError, error_response
+from compiledllm.server.openai.errors import ApiError
 from compiledllm.server.origins import PageCheck
+from compiledllm.server.responses import error_response
 from compiledllm.server.turns import Turns
 
 Scope = MutableMapping[str, Any]
@@ -171,35 +170,3 @@ class _Body:
         """Subtract this body's bytes, because it is complete or dropped."""
         self._unfinished.num_bytes -= self._num_bytes
         self._num_bytes = 0
-
-
-def read_keys(given: Iterable[str], path: str | None, environment: str | None) -> list[str]:
-    """All API keys: given one by one, from a file (one per line) and from the environment (commas).
-
-    Raises ConfigError for a source without any key, since the user expects protection, and for a
-    key that no client can send.
-    """
-    keys = [_checked_key(key.strip(), "--api-key") for key in given]
-    if path is not None:
-        source = f"--api-key-file {path}"
-        try:
-            lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{source} cannot be read: {error}") from None
-        keys += _checked_keys(lines, source)
-    if environment is not None:
-        keys += _checked_keys(environment.split(","), "COMPILEDLLM_API_KEY")
-    return keys
-
-
-def _checked_keys(words: Iterable[str], source: str) -> list[str]:
-    keys = [word.strip() for word in words if word.strip()]
-    return [_checked_key(key, source) for key in keys or [""]]
-
-
-def _checked_key(key: str, source: str) -> str:
-    if not key:
-        raise ConfigError(f"{source} has no key in it; give one, or leave it out to serve everyone")
-    if not re.fullmatch(r"[\x21-\x7e]+", key):
-        raise ConfigError(f"{source}: a key must be of ASCII characters without spaces")
-    return key

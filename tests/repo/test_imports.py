@@ -109,6 +109,10 @@ WITHOUT_TORCH = (
 )
 # vLLM's names for ours.
 ALIASES = {"LLM": "Engine", "AsyncLLM": "AsyncEngine", "EngineDeadError": "EngineError"}
+# OpenAI's API stands below HTTP: it imports no package for HTTP, and of the server only these.
+WITHOUT_HTTP = "compiledllm.server.openai"
+HTTP_PACKAGES = {"fastapi", "starlette", "uvicorn", "httptools", "pydantic"}
+BELOW_OPENAI = {"client_left", "lanes", "metrics", "openai"}
 UNREADABLE = "?"  # an `import_module` whose argument is computed
 
 
@@ -361,6 +365,21 @@ def test_what_decides_and_what_talks_imports_no_torch() -> None:
         if edge.target.split(".")[0] == "torch" and is_within(edge.importer, WITHOUT_TORCH)
     ]
     assert not wrong, listed(wrong)
+
+
+def test_openai_answers_know_no_http() -> None:
+    wrong = [
+        edge
+        for edge in EDGES
+        if is_within(edge.importer, (WITHOUT_HTTP,))
+        and (edge.target.split(".")[0] in HTTP_PACKAGES or not is_below_openai(edge.target))
+    ]
+    assert not wrong, listed(wrong)
+
+
+def is_below_openai(target: str) -> bool:
+    parts = target.split(".")
+    return parts[:2] != ["compiledllm", "server"] or parts[2:3] == [] or parts[2] in BELOW_OPENAI
 
 
 # -- what an import loads -------------------------------------------------------------------------

@@ -12,8 +12,8 @@ import pytest
 
 pytest.importorskip("msgspec")
 
-from compiledllm.server.bodies import fields_of
-from compiledllm.server.protocol import ChatRequest, CompletionRequest
+from compiledllm.server.openai.bodies import fields_of
+from compiledllm.server.openai.protocol import ChatRequest, CompletionRequest
 
 pytestmark = pytest.mark.real_model  # its tokenizer
 

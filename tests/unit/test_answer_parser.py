@@ -10,9 +10,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from compiledllm.server.answer_parser import AnswerParser
-from compiledllm.server.call_scanner import MAX_BUFFERED, MAX_NESTING
-from compiledllm.server.tool_formats import FORMATS, find_format
+from compiledllm.server.openai.answer_parser import AnswerParser
+from compiledllm.server.openai.call_scanner import MAX_BUFFERED, MAX_NESTING
+from compiledllm.server.openai.tool_formats import FORMATS, find_format
 
 NAMES = frozenset({"f", "get"})
 

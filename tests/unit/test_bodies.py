@@ -10,11 +10,10 @@ import pytest
 
 pytest.importorskip("msgspec")
 
-from compiledllm.server import bodies
-from compiledllm.server.bodies import Body, fields_of, parse
-from compiledllm.server.errors import ApiError
-from compiledllm.server.openapi import components
-from compiledllm.server.protocol import (
+from compiledllm.server.openai.bodies import Body, fields_of, parse
+from compiledllm.server.openai.body_budget import MAX_FREE_BYTES
+from compiledllm.server.openai.errors import ApiError
+from compiledllm.server.openai.protocol import (
     BODIES,
     ChatRequest,
     CompletionRequest,
@@ -22,6 +21,7 @@ from compiledllm.server.protocol import (
     Message,
     TokenizeRequest,
 )
+from compiledllm.server.openapi import components
 
 USER = {"role": "user", "content": "x"}
 LEAST: dict[type[Body], dict[str, Any]] = {
@@ -297,7 +297,7 @@ def test_what_is_no_body_is_said(data: bytes, message: str) -> None:
 
 
 def test_objects_of_any_form_share_a_limit() -> None:
-    junk = [[]] * (bodies.MAX_FREE_BYTES // 7)  # more than half of it
+    junk = [[]] * (MAX_FREE_BYTES // 7)  # more than half of it
     for fields in (
         {"chat_template_kwargs": {"a": junk, "b": junk}},
         {"messages": [USER | {"x": junk}] * 2},
@@ -306,7 +306,7 @@ def test_objects_of_any_form_share_a_limit() -> None:
     ):
         error = refusal(ChatRequest, LEAST[ChatRequest] | fields)
         assert "at most 524288 bytes of schemas, arguments" in error.message
-    text = USER | {"reasoning_content": "x" * bodies.MAX_FREE_BYTES}
+    text = USER | {"reasoning_content": "x" * MAX_FREE_BYTES}
     assert read(ChatRequest, {"messages": [text] * 3}).messages[2].more == {
         "reasoning_content": text["reasoning_content"]
     }

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from compiledllm.outputs import CompletionOutput
-from compiledllm.server.chat import Choice, reasoning_mode
-from compiledllm.server.errors import as_api_error
-from compiledllm.server.serving import _failure
-from compiledllm.server.tool_formats import FORMATS
-from compiledllm.server.tools import ToolUse
+from compiledllm.server.openai.chat_choice import Choice, reasoning_mode
+from compiledllm.server.openai.errors import as_api_error
+from compiledllm.server.openai.serving import failure_of
+from compiledllm.server.openai.tool_formats import FORMATS
+from compiledllm.server.openai.tools import ToolUse
 
 ANSWER = (
     "<think>Hm.</think>So:"
@@ -18,8 +18,8 @@ ANSWER = (
 )
 
 
-def use(name: str = "hermes", most_calls: int | None = None) -> ToolUse:
-    return ToolUse(FORMATS[name], frozenset({"f"}), [], None, most_calls)
+def use(name: str = "hermes", max_calls: int | None = None) -> ToolUse:
+    return ToolUse(FORMATS[name], frozenset({"f"}), [], None, max_calls)
 
 
 @pytest.mark.parametrize(
@@ -81,5 +81,5 @@ def test_ids_are_as_templates_want_them() -> None:
 )
 def test_a_grammar_that_fails_while_it_runs_is_the_clients_error(cause: str, status: int) -> None:
     ended = CompletionOutput(0, "", [], None, None, finish_reason="error", stop_reason=cause)
-    error = as_api_error(_failure(ended))
+    error = as_api_error(failure_of(ended))
     assert (error.status, error.message) == (status, cause)

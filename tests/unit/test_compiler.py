@@ -17,7 +17,7 @@ import pytest
 from compiledllm.grammars import compiler as compiler_module
 from compiledllm.grammars.compiler import Compiler, CompilersBusy
 from compiledllm.grammars.grammar import Grammars
-from compiledllm.grammars.library import start_of
+from compiledllm.grammars.matcher import initial_matcher
 from compiledllm.grammars.stack import TRIAL_BYTES, TRUSTED_BYTES, call_with_stack
 from compiledllm.structured_outputs import StructuredOutputsParams
 from tests.support.grammars import make_vocabulary, references, rules
@@ -79,7 +79,7 @@ def test_what_the_helper_takes_can_be_followed_with_little_stack(
     assert TRUSTED_BYTES >= 16 * TRIAL_BYTES
     grammar = Grammars(VOCABULARY)
     start = call_with_stack(
-        TRUSTED_BYTES, start_of, compiler.text_of(form(**deep)), grammar.tokenizer
+        TRUSTED_BYTES, initial_matcher, compiler.text_of(form(**deep)), grammar.tokenizer
     )
 
     def walk() -> int:
@@ -141,12 +141,12 @@ def test_memory_is_limited(compiler: Compiler) -> None:
 
 def test_crowds_are_told_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = Compiler(VOCABULARY)
-    monkeypatch.setattr(compiler_module, "COMPILE_SECONDS", 0.05)
+    monkeypatch.setattr(compiler_module, "COMPILE_LIMIT_S", 0.05)
     for lock in compiler._workers:
         lock.acquire()
     with pytest.raises(CompilersBusy, match="try again"):
         compiler.text_of(form(regex="a"))
-    while compiler._places.acquire(blocking=False):
+    while compiler._slots.acquire(blocking=False):
         pass
     with pytest.raises(CompilersBusy, match="many requests"):
         compiler.text_of(form(regex="a"))

@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerFast
 
 from compiledllm.engine.conversation import plain_arguments, plain_messages
 from compiledllm.engine.tokenizer import MAX_TEMPLATES, Tokenizer
-from compiledllm.server.bodies import parse
-from compiledllm.server.protocol import Message
-from compiledllm.server.tools import plain_message
+from compiledllm.server.openai.bodies import parse
+from compiledllm.server.openai.protocol import Message
+from compiledllm.server.openai.tools import plain_message
 
 STRING = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
 LLAMA_GUARD = (

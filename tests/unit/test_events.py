@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from compiledllm.outputs import FinishReason
-from compiledllm.server import events
-from compiledllm.server.events import Template, event, hole
+from compiledllm.server.openai import events
+from compiledllm.server.openai.events import Template, event, hole
 
 
 def body(created: Any, index: Any, text: Any, reason: Any, stop: Any) -> dict[str, Any]:

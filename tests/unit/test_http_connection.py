@@ -17,7 +17,8 @@ from uvicorn.server import ServerState
 
 from compiledllm.server import http_protocol
 from compiledllm.server.connections import Connections, Deadlines
-from compiledllm.server.http_protocol import LINGER_S, MIN_BODY_RATE, LimitedHttp
+from compiledllm.server.http_progress import MIN_BODY_RATE
+from compiledllm.server.http_protocol import LINGER_S, LimitedHttp
 
 LIMIT_S = 10.0
 DEADLINES = Deadlines(client_s=LIMIT_S, keep_alive_s=3 * LIMIT_S)
@@ -478,9 +479,9 @@ def test_idle_connections_make_room(caplog: pytest.LogCaptureFixture) -> None:
         connections = Connections(3, DEADLINES)
         idle, busy, newer = (Client(connections) for _ in range(3))
         for client in (idle, busy, newer):
-            client.connection.since -= 5
+            client.connection.progress.since -= 5
         await newer.say(GET)
-        newer.connection.since -= 2
+        newer.connection.progress.since -= 2
         await busy.say(HEAD)
         connections.sweep(asyncio.get_running_loop().time())
         clients = [Client(connections) for _ in range(3)]

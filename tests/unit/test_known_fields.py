@@ -8,9 +8,9 @@ import pytest
 
 pytest.importorskip("msgspec")
 
-from compiledllm.server.bodies import Body
-from compiledllm.server.errors import ApiError
-from compiledllm.server.known_fields import MAX_NAMED, KnownFields, ignored_header
+from compiledllm.server.openai.bodies import Body
+from compiledllm.server.openai.errors import ApiError
+from compiledllm.server.openai.known_fields import MAX_NAMED, KnownFields, ignored_header
 
 
 def body(*names: str) -> Body:

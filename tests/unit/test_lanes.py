@@ -12,7 +12,8 @@ pytest.importorskip("fastapi")
 
 from compiledllm.remote.errors import Overloaded
 from compiledllm.server import lanes
-from compiledllm.server.lanes import SHORT_BYTES, ClientLeft, Lanes, unless_left
+from compiledllm.server.client_left import ClientLeft, unless_left
+from compiledllm.server.lanes import SHORT_BYTES, Lanes
 
 LONG_BYTES = SHORT_BYTES + 1
 

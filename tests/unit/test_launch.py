@@ -20,7 +20,7 @@ from compiledllm.types import StepNews
 def test_a_standstill_of_the_event_loop_is_said(
     standstill_s: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(launch, "LONGEST_STANDSTILL_S", 0.1)
+    monkeypatch.setattr(launch, "MAX_STANDSTILL_S", 0.1)
 
     async def run() -> None:
         watch = asyncio.create_task(launch._watch_for_standstills())

@@ -17,7 +17,7 @@ from compiledllm.engine.pieces import Pieces
 from compiledllm.engine.tokenizer import Tokenizer
 from compiledllm.outputs import CompletionOutput, Logprob
 from compiledllm.sampling_params import SamplingParams
-from compiledllm.server.convert import chat_logprobs, text_logprobs
+from compiledllm.server.openai.logprobs import chat_logprobs, text_logprobs
 
 SPACE = "\u2581"
 WORDS = ["he", "hello", "world", "é", "你好", "🙂", ".", "n't", "a"]

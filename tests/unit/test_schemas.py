@@ -25,7 +25,8 @@ from hypothesis import strategies as st
 from pydantic import AnyUrl, BaseModel, ConfigDict, Field, RootModel, TypeAdapter, conint, constr
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from compiledllm.grammars.library import Vocabulary, error_of, make_tokenizer, start_of
+from compiledllm.grammars.library import Vocabulary, make_tokenizer
+from compiledllm.grammars.matcher import error_of, initial_matcher
 from compiledllm.grammars.schemas.refusal import SchemaRefused
 from compiledllm.grammars.schemas.rewrite import rewrite
 from compiledllm.grammars.text import Writer
@@ -55,7 +56,7 @@ CLOSING = [TEXTS.index(text) for text in ('"', "}", "]")]
 
 def start(schema: Any) -> Any:
     form = StructuredOutputsParams(json=schema, disable_any_whitespace=True)
-    return start_of(Writer(LIBRARY).text_of(form), LIBRARY)
+    return initial_matcher(Writer(LIBRARY).text_of(form), LIBRARY)
 
 
 def allows(schema: Any, value: Any) -> bool:

@@ -16,9 +16,10 @@ from compiledllm.config import ConfigError
 from compiledllm.remote.engine_client import EngineClient
 from compiledllm.remote.limits import Limits
 from compiledllm.server import security
+from compiledllm.server.api_keys import read_keys
 from compiledllm.server.app import AppOptions, create_app
 from compiledllm.server.origins import Cors
-from compiledllm.server.security import MAX_BODY_BYTES, read_keys
+from compiledllm.server.security import MAX_BODY_BYTES
 
 # -- keys -----------------------------------------------------------------------------------------
 

@@ -12,17 +12,28 @@ import pytest
 
 pytest.importorskip("fastapi")
 
+from compiledllm.engine.prompts import Prompt
 from compiledllm.engine.request_state import Completion, RequestState
-from compiledllm.outputs import FinishReason
+from compiledllm.outputs import CompletionOutput, FinishReason, RequestOutput
 from compiledllm.remote.engine_client import EngineClient
 from compiledllm.remote.errors import EngineError
 from compiledllm.remote.limits import Limits
 from compiledllm.remote.live_request import LiveRequest
 from compiledllm.sampling_params import RequestOutputKind, SamplingParams
-from compiledllm.server.jobs import SHORT_PROMPT, AnswerOptions, Job, _is_soon_made
 from compiledllm.server.metrics import Metrics
-from compiledllm.server.protocol import ChatRequest, CompletionRequest, Message, StreamOptions
-from compiledllm.server.serving import Serving
+from compiledllm.server.openai.answer import Answer, Context
+from compiledllm.server.openai.chat_answer import ChatAnswer
+from compiledllm.server.openai.completion_answer import CompletionAnswer
+from compiledllm.server.openai.errors import ApiError
+from compiledllm.server.openai.jobs import Job
+from compiledllm.server.openai.protocol import (
+    MAX_IDS_AT_ONCE,
+    ChatRequest,
+    CompletionRequest,
+    Message,
+    StreamOptions,
+)
+from compiledllm.server.openai.serving import Serving
 from compiledllm.types import RequestSpec
 from tests.support.fakes import Letters
 
@@ -39,6 +50,7 @@ class Stream:
         body: CompletionRequest | ChatRequest,
         num_prompts: int = 1,
         stop: list[str] | None = None,
+        kind: type[Answer[Any]] | None = None,
     ) -> None:
         params = SamplingParams(
             output_kind=RequestOutputKind.DELTA, logprobs=1 if body.logprobs else None, stop=stop
@@ -49,20 +61,26 @@ class Stream:
             RequestState(spec.request_id, params, [Completion(0, spec, params, tokenizer)])
             for spec in specs
         ]
-        self.lives = [LiveRequest(state) for state in states]
-        factory = cast(Any, SimpleNamespace(tokenizer=tokenizer))
+        self.live_requests = [LiveRequest(state) for state in states]
+        factory: Any = SimpleNamespace(
+            tokenizer=tokenizer,
+            require_tokenizer=lambda what: tokenizer,
+            defaults=SamplingParams(),
+        )
         engine = EngineClient({}, Limits(9, 99, 9, stuck_s=9), Path())
         self.metrics = Metrics("p:", "m", engine)
         serving = Serving(engine, self.metrics)
-        options = AnswerOptions.of(body)
-        self._job = Job(options, "id", "m", params, states, factory, self.lives)
+        is_text = isinstance(body, CompletionRequest)
+        kind = kind or (CompletionAnswer if is_text else ChatAnswer)
+        answer = kind(body, Context("id", "m", factory))
+        self._job = Job("id", answer, factory, True, states, self.live_requests)
         self.events = serving.stream(self._job)
 
     def grow(
-        self, letters: str, ends: bool = False, place: int = 0, reason: FinishReason = "length"
+        self, letters: str, ends: bool = False, prompt: int = 0, reason: FinishReason = "length"
     ) -> None:
         """Book a token for each letter, with its log probability."""
-        live = self.lives[place]
+        live = self.live_requests[prompt]
         (completion,) = live.state.completions
         for letter in letters:
             completion.logprobs.append(((ord(letter),), (-0.5,), 1, 0))
@@ -164,11 +182,11 @@ def test_prompts_of_one_body_keep_their_places() -> None:
         stream = Stream(completion_body(), num_prompts=2)
         reader = asyncio.create_task(stream.next())
         await asyncio.sleep(0)
-        stream.grow("xy", place=1)
+        stream.grow("xy", prompt=1)
         (choice,) = (await reader)["choices"]
         assert (choice["index"], choice["text"]) == (1, "xy")
         stream.grow("ab", ends=True)
-        stream.grow("z", ends=True, place=1)
+        stream.grow("z", ends=True, prompt=1)
         found = [(await stream.next())["choices"][0] for _ in range(2)]
         assert [(c["index"], c["text"]) for c in found] == [(0, "ab"), (1, "z")]
         assert await stream.next() == "[DONE]"
@@ -180,7 +198,7 @@ def test_what_came_before_a_failure_is_shown() -> None:
     async def run() -> None:
         stream = Stream(completion_body())
         stream.grow("ab")
-        stream.lives[0].fail(EngineError("it broke"))
+        stream.live_requests[0].fail(EngineError("it broke"))
         assert (await stream.next())["choices"][0]["text"] == "ab"
         assert "it broke" in (await stream.next())["error"]["message"]
         assert await stream.next() == "[DONE]"
@@ -212,16 +230,59 @@ def test_tokens_that_came_together_share_the_gap_before_them() -> None:
     asyncio.run(run())
 
 
+class LoudAnswer(Answer[CompletionRequest]):
+    """An endpoint with events of its own, which no other module knows."""
+
+    body_type = CompletionRequest
+    id_prefix = "loud"
+    last_event = b""
+
+    def __init__(self, body: CompletionRequest, context: Context) -> None:
+        super().__init__(body, context)
+        self.params = SamplingParams()
+        self._num_letters = 0
+
+    def prompts(self, body: CompletionRequest) -> list[Prompt]:
+        return [cast(Any, body.prompt)]
+
+    def whole(self, outputs: list[RequestOutput], num_output_tokens: int) -> dict[str, Any]:
+        return {"loud": [output.outputs[0].text.upper() for output in outputs]}
+
+    def begin(self) -> bytes:
+        return b"begin"
+
+    def grow(self, prompt_index: int, output: RequestOutput, completion: CompletionOutput) -> bytes:
+        self._num_letters += len(completion.text)
+        return completion.text.upper().encode()
+
+    def end(self) -> bytes:
+        return b"%d letters" % self._num_letters
+
+    def fail(self, error: ApiError) -> bytes:
+        return b"%d" % error.status
+
+
+def test_an_endpoint_is_one_class() -> None:
+    async def run() -> None:
+        whole, failing = (Stream(completion_body(), kind=LoudAnswer) for _ in range(2))
+        whole.grow("abc", ends=True)
+        assert [event async for event in whole.events] == [b"begin", b"ABC", b"3 letters"]
+        failing.grow("a", ends=True, reason="error")
+        assert [event async for event in failing.events] == [b"begin", b"500"]
+
+    asyncio.run(run())
+
+
 def test_only_what_needs_no_tokenizer_is_made_without_a_thread() -> None:
-    assert _is_soon_made(CompletionRequest(prompt=[1] * SHORT_PROMPT))
-    for prompt in ("", "text", ["text"], [[1, 2]], [1] * (SHORT_PROMPT + 1)):
-        assert not _is_soon_made(CompletionRequest(prompt=cast(Any, prompt)))
+    assert CompletionRequest(prompt=[1] * MAX_IDS_AT_ONCE).is_made_at_once
+    for prompt in ("", "text", ["text"], [[1, 2]], [1] * (MAX_IDS_AT_ONCE + 1)):
+        assert not CompletionRequest(prompt=cast(Any, prompt)).is_made_at_once
     for more in (
         {"bad_words": ["x"]},
         {"response_format": {"type": "json_object"}},
         {"structured_outputs": {"regex": "a"}},
     ):
-        assert not _is_soon_made(CompletionRequest(prompt=[1], **cast(Any, more)))
-    assert not _is_soon_made(CompletionRequest(prompt=[1], n=2))
-    assert not _is_soon_made(CompletionRequest(prompt=[1], best_of=2))
-    assert not _is_soon_made(ChatRequest(messages=[USER]))
+        assert not CompletionRequest(prompt=[1], **cast(Any, more)).is_made_at_once
+    assert not CompletionRequest(prompt=[1], n=2).is_made_at_once
+    assert not CompletionRequest(prompt=[1], best_of=2).is_made_at_once
+    assert not ChatRequest(messages=[USER]).is_made_at_once

@@ -23,7 +23,7 @@ from compiledllm.grammars.library import Vocabulary
 from compiledllm.remote import served_text
 from compiledllm.runner.rule import Draw
 from compiledllm.runner.structured import GrammarRows
-from compiledllm.server.tool_formats import FORMATS, call_grammar
+from compiledllm.server.openai.tool_formats import FORMATS, call_grammar
 from compiledllm.structured_outputs import MAX_BYTES
 from compiledllm.types import NewRequest
 from tests.support.requests import make_new_request
@@ -233,7 +233,7 @@ def test_structural_tags_hold_behind_their_trigger(grammars: Grammars) -> None:
 def test_grammars_of_calls_give_what_parsers_read(
     name: str, has_markers: bool, grammars: Grammars
 ) -> None:
-    from compiledllm.server.answer_parser import AnswerParser
+    from compiledllm.server.openai.answer_parser import AnswerParser
 
     tools = [
         {

@@ -55,12 +55,12 @@ def _items(rewriter: Rewriter, schema: Mapping[str, Any], at: str, found: dict[s
 def _contains(schema: Mapping[str, Any], at: str, found: dict[str, Any]) -> None:
     if "contains" not in schema:
         return
-    least, most = schema.get("minContains", 1), schema.get("maxContains")
+    min_count, max_count = schema.get("minContains", 1), schema.get("maxContains")
     if schema["contains"] in (True, {}):
-        found["minItems"] = max(found.get("minItems", 0), least)
-        if most is not None:
-            found["maxItems"] = min(found.get("maxItems", most), most)
-    elif least != 0 or most is not None:
+        found["minItems"] = max(found.get("minItems", 0), min_count)
+        if max_count is not None:
+            found["maxItems"] = min(found.get("maxItems", max_count), max_count)
+    elif min_count != 0 or max_count is not None:
         refuse(at, "contains", schema["contains"], "cannot be enforced", "give items a schema")
 
 
@@ -83,11 +83,11 @@ def _unique(
 ) -> None:
     """Enforce uniqueItems: disjoint items need nothing, and a few constants are written out."""
     first, rest = found.get("prefixItems", []), found.get("items", {})
-    most = found.get("maxItems", math.inf)
-    if most <= 1:
+    max_count = found.get("maxItems", math.inf)
+    if max_count <= 1:
         return
     pairs = itertools.combinations(first, 2)
-    is_tuple = bool(first) and (rest is False or most <= len(first))
+    is_tuple = bool(first) and (rest is False or max_count <= len(first))
     if is_tuple and all(are_disjoint(a, b, rewriter.deref) for a, b in pairs):
         return
     few = None if first else values(rest, rewriter.deref)
@@ -112,16 +112,18 @@ def _unique(
 
 def _arrangements(few: list[Any], found: dict[str, Any]) -> list[tuple[Any, ...]] | None:
     """All permutations if they are few, else all combinations in the listed order, else None."""
-    least = found.get("minItems", 0)
-    most = min(found.get("maxItems", len(few)), len(few))
+    min_count = found.get("minItems", 0)
+    max_count = min(found.get("maxItems", len(few)), len(few))
     for ways, choose in ((math.perm, itertools.permutations), (math.comb, itertools.combinations)):
-        if len(few) <= 64 and sum(ways(len(few), k) for k in range(least, most + 1)) <= (
+        if len(few) <= 64 and sum(ways(len(few), k) for k in range(min_count, max_count + 1)) <= (
             MAX_ARRANGEMENTS
         ):
-            return list(_chosen(choose, few, least, most))
+            return list(_chosen(choose, few, min_count, max_count))
     return None
 
 
-def _chosen(choose: Any, few: list[Any], least: int, most: int) -> Iterator[tuple[Any, ...]]:
-    for count in range(least, most + 1):
+def _chosen(
+    choose: Any, few: list[Any], min_count: int, max_count: int
+) -> Iterator[tuple[Any, ...]]:
+    for count in range(min_count, max_count + 1):
         yield from choose(few, count)

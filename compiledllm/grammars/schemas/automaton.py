@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from compiledllm.grammars.schemas.regex_syntax import (
+from compiledllm.grammars.schemas.regex_tree import (
     ANY,
     LAST,
     Chars,
@@ -25,8 +25,8 @@ from compiledllm.grammars.schemas.regex_syntax import (
     Sequence,
     UnreadablePattern,
     merged,
-    write_ranges,
 )
+from compiledllm.grammars.schemas.regex_writer import write_ranges
 
 MAX_PLACES = 4_000
 MAX_STATES = 200
@@ -128,8 +128,8 @@ class _Builder:
                 return behind
             case Choice(nodes):
                 return self.add(_Place("fork", tuple(self.build(n, behind) for n in nodes)))
-            case Repeat(inner, least, most):
-                return self._repeat(inner, least, most, behind)
+            case Repeat(inner, min_count, max_count):
+                return self._repeat(inner, min_count, max_count, behind)
             case Look(inner, is_negative):
                 entry = self.build(inner, 0)
                 return self.add(_Place("look", (entry, behind), flag=is_negative))
@@ -138,16 +138,16 @@ class _Builder:
             case Property(text):
                 raise UnreadablePattern(f"{text} beside a look-ahead")
 
-    def _repeat(self, inner: Node, least: int, most: int | None, behind: int) -> int:
-        if most is None:
+    def _repeat(self, inner: Node, min_count: int, max_count: int | None, behind: int) -> int:
+        if max_count is None:
             loop = self.add(_Place("fork", ()))
             self.places[loop] = _Place("fork", (behind, self.build(inner, loop)))
             entry = loop
         else:
             entry = behind
-            for _ in range(most - least):
+            for _ in range(max_count - min_count):
                 entry = self.add(_Place("fork", (behind, self.build(inner, entry))))
-        for _ in range(least):
+        for _ in range(min_count):
             entry = self.build(inner, entry)
         return entry
 

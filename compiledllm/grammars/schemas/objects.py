@@ -57,8 +57,10 @@ class _Shape:
         self.required = _names(schema.get("required", []), at, "required")
         more = schema.get("additionalProperties", True)
         self.additional = rewriter.schema(more, step(at, "additionalProperties"))
-        self.least = size(schema, at, "minProperties") if "minProperties" in schema else 0
-        self.most = size(schema, at, "maxProperties") if "maxProperties" in schema else None
+        self.min_properties = size(schema, at, "minProperties") if "minProperties" in schema else 0
+        self.max_properties = (
+            size(schema, at, "maxProperties") if "maxProperties" in schema else None
+        )
 
     def _map(self, keyword: str) -> dict[str, Schema]:
         given = self._schema.get(keyword, {})
@@ -202,46 +204,48 @@ class _Shape:
         possible = [name for name, schema in self.properties.items() if schema is not False]
         optional = [name for name in possible if name not in self.required]
         is_free = bool(self.patterns) or self.additional is not False
-        least = self.least - len(self.required)
-        most = None if self.most is None else self.most - len(self.required)
-        if least <= 0 and (most is None or (not is_free and most >= len(optional))):
+        min_count = self.min_properties - len(self.required)
+        max_count = (
+            None if self.max_properties is None else self.max_properties - len(self.required)
+        )
+        if min_count <= 0 and (max_count is None or (not is_free and max_count >= len(optional))):
             return [self._written(self.required, ())]
-        if most is not None and most < 0:
+        if max_count is not None and max_count < 0:
             return []
-        if is_free and least > 1:
+        if is_free and min_count > 1:
             refuse(
                 self._at,
                 "minProperties",
-                self.least,
+                self.min_properties,
                 "cannot be enforced: names that are not listed may come twice",
                 "list names in properties or required",
             )
         if len(optional) > MAX_OPTIONAL:
-            if not is_free and least <= 1 and most is None:
-                return [self._written(self.required, ()) | {"minProperties": self.least}]
+            if not is_free and min_count <= 1 and max_count is None:
+                return [self._written(self.required, ()) | {"minProperties": self.min_properties}]
             refuse(
                 self._at,
-                "minProperties" if least > 0 else "maxProperties",
-                self.least if least > 0 else self.most,
+                "minProperties" if min_count > 0 else "maxProperties",
+                self.min_properties if min_count > 0 else self.max_properties,
                 f"cannot be enforced beside more than {MAX_OPTIONAL} optional properties",
                 "make them required",
             )
-        return self._choices(optional, least, most, is_free)
+        return self._choices(optional, min_count, max_count, is_free)
 
     def _choices(
-        self, optional: list[str], least: int, most: int | None, is_free: bool
+        self, optional: list[str], min_count: int, max_count: int | None, is_free: bool
     ) -> list[dict[str, Any]]:
         found = []
         for count in range(len(optional) + 1):
-            if (most is not None and count > most) or (not is_free and count < least):
+            if (max_count is not None and count > max_count) or (not is_free and count < min_count):
                 continue
             for chosen in itertools.combinations(optional, count):
                 without = [name for name in optional if name not in chosen]
                 option = self._written([*self.required, *chosen], without)
-                if is_free and self.least:
-                    option["minProperties"] = self.least
-                if is_free and self.most is not None:
-                    option["maxProperties"] = self.most
+                if is_free and self.min_properties:
+                    option["minProperties"] = self.min_properties
+                if is_free and self.max_properties is not None:
+                    option["maxProperties"] = self.max_properties
                 found.append(option)
         return found
 

@@ -9,7 +9,8 @@ import re
 from collections.abc import Iterable
 
 from compiledllm.grammars.schemas.automaton import TooComplex, automaton
-from compiledllm.grammars.schemas.regex_syntax import (
+from compiledllm.grammars.schemas.regex_syntax import parse
+from compiledllm.grammars.schemas.regex_tree import (
     Edge,
     Look,
     Node,
@@ -17,9 +18,8 @@ from compiledllm.grammars.schemas.regex_syntax import (
     UnreadablePattern,
     edges_are_outside,
     has_look,
-    parse,
-    write,
 )
+from compiledllm.grammars.schemas.regex_writer import write
 
 START = Edge(True)
 

@@ -10,28 +10,28 @@ from compiledllm.grammars.schemas.refusal import refuse
 
 
 def step(at: str, *names: str) -> str:
-    """The JSON pointer of a place inside another."""
+    """The JSON pointer of a part inside another."""
     return at + "".join("/" + name.replace("~", "~0").replace("/", "~1") for name in names)
 
 
 class References:
-    """The references of one schema. A place is a JSON pointer from the root: "#/$defs/a"."""
+    """The references of one schema. A pointer is one of JSON, from the root: "#/$defs/a"."""
 
     def __init__(self, root: Any) -> None:
         self._root = root
-        self._places: dict[str, str] | None = None  # by address; made on first use
-        self._bases: dict[str, str] = {}  # by place, for places with an address of their own
+        self._pointers: dict[str, str] | None = None  # by address; made on first use
+        self._bases: dict[str, str] = {}  # by pointer, for pointers with an address of their own
 
-    def at(self, place: str) -> Any:
-        """The schema at a place."""
+    def at(self, pointer: str) -> Any:
+        """The schema at a pointer."""
         found = self._root
-        for name in place[2:].split("/") if len(place) > 1 else ():
+        for name in pointer[2:].split("/") if len(pointer) > 1 else ():
             name = name.replace("~1", "/").replace("~0", "~")
             found = found[int(name)] if isinstance(found, list) else found[name]
         return found
 
-    def place(self, schema: Mapping[str, Any], at: str) -> str:
-        """The place of a schema's reference. A dynamic reference leads to its only target."""
+    def pointer(self, schema: Mapping[str, Any], at: str) -> str:
+        """The pointer of a schema's reference. A dynamic reference leads to its only target."""
         keyword = next(k for k in ("$ref", "$dynamicRef", "$recursiveRef") if k in schema)
         text = schema[keyword]
         if not isinstance(text, str):
@@ -44,16 +44,16 @@ class References:
         start = self._found(address) if address else "#"
         if start is not None and fragment and not fragment.startswith("/"):
             start, fragment = self._found(f"{address}#{fragment}"), ""
-        place = None if start is None else start + fragment.rstrip("/") * (fragment != "/")
-        if place is None or not self._exists(place):
+        pointer = None if start is None else start + fragment.rstrip("/") * (fragment != "/")
+        if pointer is None or not self._exists(pointer):
             refuse(
                 at, keyword, text, "leads to nothing in the schema", "put its target under $defs"
             )
-        return place
+        return pointer
 
-    def _exists(self, place: str) -> bool:
+    def _exists(self, pointer: str) -> bool:
         try:
-            return isinstance(self.at(place), (bool, Mapping))
+            return isinstance(self.at(pointer), (bool, Mapping))
         except (KeyError, IndexError, ValueError, TypeError):
             return False
 
@@ -63,24 +63,24 @@ class References:
         return self._bases[max(fits, key=len)] if fits else ""
 
     def _found(self, address: str) -> str | None:
-        if self._places is None:
-            self._places = {}
+        if self._pointers is None:
+            self._pointers = {}
             self._walk(self._root, "#", "")
-        return self._places.get(address)
+        return self._pointers.get(address)
 
     def _walk(self, value: Any, at: str, base: str) -> None:
         """Collect the addresses of a schema and of everything inside it."""
-        assert self._places is not None
+        assert self._pointers is not None
         if isinstance(value, Mapping):
             name = value.get("$id", value.get("id") if "$schema" in value else None)
             if isinstance(name, str) and not name.startswith("#"):
                 base = urldefrag(urljoin(base, name))[0]
                 self._bases[at] = base
-                self._places.setdefault(base, at)
+                self._pointers.setdefault(base, at)
             for keyword in ("$anchor", "$dynamicAnchor", "$id", "id"):
                 anchor = value.get(keyword)
                 if isinstance(anchor, str) and ("nchor" in keyword or anchor.startswith("#")):
-                    self._places.setdefault(f"{base}#{anchor.lstrip('#')}", at)
+                    self._pointers.setdefault(f"{base}#{anchor.lstrip('#')}", at)
             for key, inner in value.items():
                 if key not in ("enum", "const", "default", "examples", "example"):
                     self._walk(inner, step(at, str(key)), base)

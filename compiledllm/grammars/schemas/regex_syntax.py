@@ -1,106 +1,28 @@
-"""Parses ECMAScript's regular expressions (ECMA-262) into a tree.
-
-`parse(pattern) -> Node`; `write(node) -> str` writes the syntax of Rust's regex crate, where a
-bracket or an ampersand inside a class, `\\d` and the dot mean something else. Raises
-UnreadablePattern.
-"""
+"""Parses ECMAScript's regular expressions (ECMA-262) into a tree."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-
-Ranges = tuple[tuple[int, int], ...]  # code points, inclusive, sorted, not adjacent
-LAST = 0x10FFFF
-MAX_REPEATS = 10_000
-
-
-class UnreadablePattern(ValueError):
-    """The pattern is not ECMAScript's syntax, or uses a feature that is not supported."""
-
-
-@dataclass(frozen=True, slots=True)
-class Chars:
-    """One character of a set."""
-
-    ranges: Ranges
-
-
-@dataclass(frozen=True, slots=True)
-class Property:
-    """A Unicode class such as \\p{L}, written as it was read."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Sequence:
-    nodes: tuple[Node, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    nodes: tuple[Node, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Repeat:
-    """Between `least` and `most` repetitions. most: None for any number."""
-
-    node: Node
-    least: int
-    most: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """A look-ahead."""
-
-    node: Node
-    is_negative: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Edge:
-    """^ or $."""
-
-    is_start: bool
-
-
-Node = Chars | Property | Sequence | Choice | Repeat | Look | Edge
-
-
-def merged(ranges: Iterable[tuple[int, int]]) -> Ranges:
-    found: list[tuple[int, int]] = []
-    for low, high in sorted(ranges):
-        if found and low <= found[-1][1] + 1:
-            found[-1] = found[-1][0], max(high, found[-1][1])
-        else:
-            found.append((low, high))
-    return tuple(found)
-
-
-def inverted(ranges: Ranges) -> Ranges:
-    found, place = [], 0
-    for low, high in ranges:
-        if low > place:
-            found.append((place, low - 1))
-        place = high + 1
-    return (*found, (place, LAST)) if place <= LAST else tuple(found)
-
-
-def chars(text: str) -> Ranges:
-    return merged((ord(c), ord(c)) for c in text)
-
-
-DIGIT: Ranges = ((0x30, 0x39),)
-WORD = merged([*DIGIT, (0x41, 0x5A), (0x5F, 0x5F), (0x61, 0x7A)])
-SPACE = merged(
-    [(9, 13), (0x20, 0x20), (0xA0, 0xA0), (0x1680, 0x1680), (0x2000, 0x200A), (0x2028, 0x2029)]
-    + [(0x202F, 0x202F), (0x205F, 0x205F), (0x3000, 0x3000), (0xFEFF, 0xFEFF)]
+from compiledllm.grammars.schemas.regex_tree import (
+    DIGIT,
+    DOT,
+    SPACE,
+    WORD,
+    Chars,
+    Choice,
+    Edge,
+    Look,
+    Node,
+    Property,
+    Ranges,
+    Repeat,
+    Sequence,
+    UnreadablePattern,
+    chars,
+    inverted,
+    merged,
 )
-ANY: Ranges = ((0, LAST),)
-DOT = inverted(chars("\n\r\u2028\u2029"))
+
+MAX_REPEATS = 10_000
 _CLASSES = {"d": DIGIT, "w": WORD, "s": SPACE}
 _CLASSES |= {name.upper(): inverted(ranges) for name, ranges in _CLASSES.items()}
 _CONTROLS = {"n": "\n", "r": "\r", "t": "\t", "f": "\f", "v": "\v", "0": "\0"}
@@ -118,32 +40,34 @@ def parse(pattern: str) -> Node:
 class _Parser:
     def __init__(self, text: str) -> None:
         self._text = text
-        self._place = 0
+        self._position = 0
         self._depth = 0
 
     @property
     def is_over(self) -> bool:
-        return self._place >= len(self._text)
+        return self._position >= len(self._text)
 
     def _peek(self) -> str:
-        return self._text[self._place : self._place + 1]
+        return self._text[self._position : self._position + 1]
 
     def _next(self) -> str:
         if self.is_over:
             raise UnreadablePattern("it ends too early")
-        self._place += 1
-        return self._text[self._place - 1]
+        self._position += 1
+        return self._text[self._position - 1]
 
     def _take(self, text: str) -> bool:
-        found = self._text.startswith(text, self._place)
-        self._place += len(text) if found else 0
+        found = self._text.startswith(text, self._position)
+        self._position += len(text) if found else 0
         return found
 
     def _until(self, end: str) -> str:
-        stop = self._text.find(end, self._place)
+        stop = self._text.find(end, self._position)
         if stop < 0:
-            raise UnreadablePattern(f"no {end} behind {self._text[self._place : self._place + 9]}")
-        found, self._place = self._text[self._place : stop], stop + len(end)
+            raise UnreadablePattern(
+                f"no {end} behind {self._text[self._position : self._position + 9]}"
+            )
+        found, self._position = self._text[self._position : stop], stop + len(end)
         return found
 
     def choice(self) -> Node:
@@ -173,16 +97,17 @@ class _Parser:
         for sign, bounds in (("*", (0, None)), ("+", (1, None)), ("?", (0, 1))):
             if self._take(sign):
                 return bounds
-        end = self._text.find("}", self._place)
-        low, comma, high = self._text[self._place + 1 : max(end, self._place)].partition(",")
+        end = self._text.find("}", self._position)
+        low, comma, high = self._text[self._position + 1 : max(end, self._position)].partition(",")
         if self._peek() != "{" or not low.isdecimal() or (high and not high.isdecimal()):
             return None  # the brace is a literal character
-        self._place = end + 1
-        least = int(low[:9])
-        most = None if comma and not high else int(high[:9] or least)
-        if max(least, most or 0) > MAX_REPEATS or (most is not None and most < least):
+        self._position = end + 1
+        min_count = int(low[:9])
+        max_count = None if comma and not high else int(high[:9] or min_count)
+        is_empty = max_count is not None and max_count < min_count
+        if is_empty or max(min_count, max_count or 0) > MAX_REPEATS:
             raise UnreadablePattern(f"a repetition of {{{low}{comma}{high}}}")
-        return least, most
+        return min_count, max_count
 
     def _atom(self) -> Node:
         char = self._next()
@@ -239,7 +164,7 @@ class _Parser:
             digits = self._until("}") if self._take("{") else None
             if digits is None:
                 size = 2 if char == "x" else 4
-                digits, self._place = self._text[self._place :][:size], self._place + size
+                digits, self._position = self._text[self._position :][:size], self._position + size
             try:
                 return chr(int(digits, 16))
             except (ValueError, OverflowError):
@@ -261,7 +186,7 @@ class _Parser:
             elif len(low) != 1 or low[0][0] != low[0][1] or not self._is_range():
                 ranges += low
             else:
-                self._place += 1
+                self._position += 1
                 high = self._member()
                 if isinstance(high, Property) or high[0][0] < low[0][0]:
                     raise UnreadablePattern("a range in a class that runs backwards")
@@ -274,7 +199,7 @@ class _Parser:
         return Choice((Chars(found), *others))
 
     def _is_range(self) -> bool:
-        return self._peek() == "-" and self._text[self._place + 1 : self._place + 2] not in (
+        return self._peek() == "-" and self._text[self._position + 1 : self._position + 2] not in (
             "]",
             "",
         )
@@ -291,69 +216,3 @@ class _Parser:
         if char in "pP":
             return Property(f"\\{char}{self._property()}")
         return chars(self._escaped(char))
-
-
-def write_ranges(ranges: Ranges) -> str:
-    if not ranges:
-        return r"[^\x{0}-\x{10FFFF}]"
-    (low, high), *more = ranges
-    if low == high and not more and chr(low).isalnum() and low < 128:
-        return chr(low)
-    parts = (f"\\x{{{a:X}}}" + (f"-\\x{{{b:X}}}" if b > a else "") for a, b in ranges)
-    return f"[{''.join(parts)}]"
-
-
-def write(node: Node) -> str:
-    """Write a tree in the syntax of Rust's regex crate. Look-around is an UnreadablePattern."""
-    match node:
-        case Chars(ranges):
-            return write_ranges(ranges)
-        case Property(text):
-            return text
-        case Edge(is_start):
-            return "^" if is_start else "$"
-        case Sequence(nodes):
-            return "".join(map(write, nodes)) or "(?:)"
-        case Choice(nodes):
-            return f"(?:{'|'.join(map(write, nodes))})"
-        case Repeat(inner, least, most):
-            return f"(?:{write(inner)}){write_bounds(least, most)}"
-        case Look():
-            raise UnreadablePattern("look-around")
-
-
-def write_bounds(least: int, most: int | None) -> str:
-    if (least, most) in ((0, None), (1, None), (0, 1)):
-        return "*" if most is None and not least else "+" if most is None else "?"
-    return f"{{{least},{'' if most is None else most}}}"
-
-
-def has_look(node: Node) -> bool:
-    match node:
-        case Look():
-            return True
-        case Sequence(nodes) | Choice(nodes):
-            return any(map(has_look, nodes))
-        case Repeat(inner, _, _):
-            return has_look(inner)
-        case _:
-            return False
-
-
-def edges_are_outside(node: Node, is_first: bool = True, is_last: bool = True) -> bool:
-    """Whether every ^ is at the very beginning and every $ at the very end."""
-    match node:
-        case Edge(is_start):
-            return is_first if is_start else is_last
-        case Choice(nodes):
-            return all(edges_are_outside(n, is_first, is_last) for n in nodes)
-        case Sequence(nodes):
-            end = len(nodes) - 1
-            return all(
-                edges_are_outside(n, is_first and i == 0, is_last and i == end)
-                for i, n in enumerate(nodes)
-            )
-        case Repeat(inner, _, _):
-            return edges_are_outside(inner, False, False)
-        case _:
-            return True

@@ -2,7 +2,7 @@
 
 `rewrite(schema) -> Rewritten`. Annotations are left out. Unsupported keywords are expressed by
 others where possible (oneOf with exclusive branches, not, if, propertyNames, nullable, tuples of
-old drafts, patterns with look-ahead) and refused with their place otherwise. The result never
+old drafts, patterns with look-ahead) and refused with their pointer otherwise. The result never
 allows a value that the schema forbids. References become names in one flat "$defs".
 """
 
@@ -42,28 +42,28 @@ class Rewritten:
 
 
 def rewrite(schema: Any) -> Rewritten:
-    """Rewrite a schema. Raises ValueError with the place, the keyword, its value and a way out."""
+    """Rewrite a schema. Raises ValueError with pointer, keyword, value and a way out."""
     rewriter = Rewriter(schema)
     root = rewriter.schema(schema, "#")
     rewriter.finish()
     return Rewritten(
-        without_dead_ends(root, rewriter.definitions, rewriter.places),
+        without_dead_ends(root, rewriter.definitions, rewriter.pointers),
         tuple(sorted(rewriter.ignored)),
     )
 
 
 class Rewriter:
-    """Rewrites one schema. Attributes: `definitions` by name, and the `places` they come from."""
+    """Rewrites one schema. Attributes: `definitions` by name, and the `pointers` they come from."""
 
     def __init__(self, root: Any) -> None:
         self._references = References(root)
-        self._names: dict[str, str] = {}  # by place
+        self._names: dict[str, str] = {}  # by pointer
         self._waiting: list[str] = []
         self._open: set[str] = set()
         self._choices: list[tuple[dict[str, Any], str]] = []
         self._count = 0
         self.definitions: dict[str, Schema] = {}
-        self.places: dict[str, str] = {}
+        self.pointers: dict[str, str] = {}
         self.ignored: set[str] = set()
         self._rules: dict[str, Rule] = {
             "string": Rewriter._strings,
@@ -73,7 +73,7 @@ class Rewriter:
         }
 
     def schema(self, schema: Any, at: str) -> Schema:
-        """Rewrite a schema. at: its place, a JSON pointer."""
+        """Rewrite a schema. at: its JSON pointer."""
         self.count(at)
         if isinstance(schema, bool):
             return schema
@@ -130,26 +130,26 @@ class Rewriter:
     def define(self, schema: Schema, at: str, name: str) -> Schema:
         """Add a definition that rewriting made, and return a reference to it."""
         self.definitions.setdefault(name, schema)
-        self.places.setdefault(name, at)
+        self.pointers.setdefault(name, at)
         return {"$ref": f"#/$defs/{name}"}
 
     def _define(self, name: str) -> None:
         if name in self.definitions or name in self._open:
             return
         if len(self._open) > MAX_DEPTH:
-            refuse(self.places[name], "is", "a reference", f"more than {MAX_DEPTH} deep")
+            refuse(self.pointers[name], "is", "a reference", f"more than {MAX_DEPTH} deep")
         self._open.add(name)
-        at = self.places[name]
+        at = self.pointers[name]
         self.definitions[name] = self.schema(self._references.at(at), at)
         self._open.discard(name)
 
     def _reference(self, schema: Mapping[str, Any], at: str) -> Schema:
-        place = self._references.place(schema, at)
-        if place not in self._names:
-            name = self._names[place] = f"d{len(self._names)}"
-            self.places[name] = place
+        pointer = self._references.pointer(schema, at)
+        if pointer not in self._names:
+            name = self._names[pointer] = f"d{len(self._names)}"
+            self.pointers[name] = pointer
             self._waiting.append(name)
-        return {"$ref": f"#/$defs/{self._names[place]}"}
+        return {"$ref": f"#/$defs/{self._names[pointer]}"}
 
     def _types(self, schema: Mapping[str, Any], at: str, found: dict[str, Any]) -> None:
         if "type" not in schema:

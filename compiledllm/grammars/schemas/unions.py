@@ -150,7 +150,7 @@ def _with_tag(rewriter: Rewriter, branch: Schema, tag: str, at: str) -> Schema:
         whole = whole | {"type": "object", "required": list(required)}
         if "$ref" in branch:
             name = branch["$ref"].removeprefix("#/$defs/")
-            return rewriter.define(whole, rewriter.places[name], f"{name}-{tag_name(tag)}")
+            return rewriter.define(whole, rewriter.pointers[name], f"{name}-{tag_name(tag)}")
         return whole
     if isinstance(whole, dict) and len(whole) == 1 and options_of(whole):
         options = [_with_tag(rewriter, option, tag, at) for option in options_of(whole)[0]]

@@ -9,7 +9,7 @@ from compiledllm.grammars.schemas.refusal import SchemaRefused
 
 
 def without_dead_ends(
-    root: Schema, definitions: dict[str, Schema], places: dict[str, str]
+    root: Schema, definitions: dict[str, Schema], pointers: dict[str, str]
 ) -> Schema:
     """The schema with its definitions, without options and properties that no finite value fits.
 
@@ -17,7 +17,7 @@ def without_dead_ends(
     """
     alive = _Alive(definitions)
     if not alive.has_values(root):
-        dead = sorted(places[name] for name in definitions if name not in alive.names)
+        dead = sorted(pointers[name] for name in definitions if name not in alive.names)
         why = f"{dead[0]} leads back to itself without an end" if dead else "it is false"
         raise SchemaRefused(f"the schema cannot be satisfied: {why}")
     found = alive.pruned(root)
@@ -65,8 +65,11 @@ class _Alive:
                 for name in schema.get("required", ())
             )
         if kind == "array":
-            least, first = schema.get("minItems", 0), schema.get("prefixItems", [])
-            needed = [*first[:least], *([schema.get("items", {})] if least > len(first) else [])]
+            min_items, first = schema.get("minItems", 0), schema.get("prefixItems", [])
+            needed = [
+                *first[:min_items],
+                *([schema.get("items", {})] if min_items > len(first) else []),
+            ]
             return all(map(self.has_values, needed))
         return True
 

@@ -20,16 +20,20 @@ from typing import get_type_hints as hints_of
 import msgspec
 from msgspec import UNSET, DecodeError, Raw, UnsetType, ValidationError
 
-from compiledllm.server.body_errors import SMALL_BYTES, must_be, refusal, shown
-from compiledllm.server.body_kinds import Buffer, bare_of, describe, form_of, forms_of, without_none
-from compiledllm.server.errors import ApiError
+from compiledllm.server.openai.body_budget import MAX_OBJECTS, Budget
+from compiledllm.server.openai.body_errors import SMALL_BYTES, must_be, refusal, shown
+from compiledllm.server.openai.body_kinds import (
+    Buffer,
+    bare_of,
+    describe,
+    json_type_of,
+    json_types_of,
+    without_none,
+)
+from compiledllm.server.openai.body_objects import CountedName, name_counter, split_fields
+from compiledllm.server.openai.errors import ApiError
 from compiledllm.structured_outputs import MAX_NESTING, is_nested_deeper
 
-MAX_FIELDS = 256  # fields of one object, known or unknown
-MAX_NAME_LENGTH = 256  # characters of a field's name
-MAX_FREE_BYTES = 2**19  # bytes of all free-form objects (schemas, arguments) of a body together
-MAX_OBJECTS = 2**15  # messages, content parts, tools and calls of a body
-MAX_NUMBERS = 2**21  # token ids of a body
 MAX_TEXT_BYTES = 2**24  # bytes of one text, as sent
 
 BodyT = TypeVar("BodyT", bound="Body")
@@ -61,29 +65,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, msgspec.Struct):
         return {k: v for k, v in msgspec.structs.asdict(value).items() if v is not None}
     return value
-
-
-class Budget:
-    """How many bytes, objects and numbers may still be built from a body."""
-
-    __slots__ = ("free_bytes", "numbers", "objects")
-
-    def __init__(self) -> None:
-        self.free_bytes, self.objects, self.numbers = MAX_FREE_BYTES, MAX_OBJECTS, MAX_NUMBERS
-
-    def take(self, where: str, free_bytes: int = 0, objects: int = 0, numbers: int = 0) -> None:
-        self.free_bytes -= free_bytes
-        self.objects -= objects
-        self.numbers -= numbers
-        if self.free_bytes < 0:
-            what = f"{MAX_FREE_BYTES} bytes of schemas, arguments and other objects"
-        elif self.objects < 0:
-            what = f"{MAX_OBJECTS} messages, content parts, tools and tool calls"
-        elif self.numbers < 0:
-            what = f"{MAX_NUMBERS} token ids"
-        else:
-            return
-        raise ApiError(400, f"{where} is too large: a body may have at most {what}", where)
 
 
 Reader = Callable[[Buffer, str, Budget], Any]
@@ -125,7 +106,7 @@ def _by_name(kind: type[Body]) -> dict[str, tuple[str, Reader]]:
 
 def _read_body(kind: type[BodyT], data: Buffer, where: str, budget: Budget) -> BodyT:
     known, values, unknown, more = _by_name(kind), {}, [], {}
-    for name, value in _split(data, where).items():
+    for name, value in split_fields(data, where).items():
         size = memoryview(value).nbytes
         if size == 4 and bytes(value) == b"null":
             continue
@@ -145,60 +126,6 @@ def _read_body(kind: type[BodyT], data: Buffer, where: str, budget: Budget) -> B
     if more:
         values["more"] = more
     return kind(**values)
-
-
-class _Name(str):
-    """A field name that `_counter` has counted."""
-
-
-_FIELDS = msgspec.json.Decoder(dict[str, Raw])
-
-
-def _split(data: Buffer, where: str) -> dict[str, Raw]:
-    """The fields of an object, still as raw JSON."""
-    try:
-        if memoryview(data).nbytes <= SMALL_BYTES // 16:
-            fields = _FIELDS.decode(data)
-        else:
-            hook = _counter(where, MAX_FIELDS, "fields")
-            fields = msgspec.json.decode(data, type=dict[_Name, Raw], dec_hook=hook)
-    except (DecodeError, RecursionError) as error:
-        raise refusal(error, dict[str, Any], data, where) from None
-    for name in fields:
-        if len(name) > MAX_NAME_LENGTH:
-            _check_name(name, where)
-    if len(fields) > MAX_FIELDS:
-        _check_count(len(fields), where, MAX_FIELDS, "fields")
-    return fields
-
-
-def _counter(where: str, most: int, what: str) -> Callable[[type, Any], Any]:
-    """A decoder hook that rejects an object with too many names or with a name that is too long."""
-    count = 0
-
-    def hook(kind: type, name: str) -> _Name:
-        nonlocal count
-        count += 1
-        _check_count(count, where, most, what)
-        _check_name(name, where)
-        return _Name(name)
-
-    return hook
-
-
-def _check_count(count: int, where: str, most: int, what: str) -> None:
-    if count > most:
-        raise ApiError(400, f"{where or 'the body'} must have at most {most} {what}", where or None)
-
-
-def _check_name(name: str, where: str) -> None:
-    if len(name) > MAX_NAME_LENGTH:
-        raise ApiError(
-            400,
-            f"{where or 'the body'} has a field with a name of {len(name)} characters, "
-            f"'{name[:32]}...'; at most {MAX_NAME_LENGTH} are taken",
-            where or None,
-        )
 
 
 def _reader(kind: Any) -> Reader:
@@ -230,15 +157,17 @@ _BYTES_PER_CHARACTER = 12  # at most, in JSON: two escapes of six characters
 def _leaf_reader(kind: Any, bare: Any) -> Reader:
     decoder = msgspec.json.Decoder(kind)
     _, meta = bare_of(kind)
-    most = MAX_TEXT_BYTES
+    max_bytes = MAX_TEXT_BYTES
     if meta is not None and meta.max_length is not None:
-        most = meta.max_length * _BYTES_PER_CHARACTER + 2
+        max_bytes = meta.max_length * _BYTES_PER_CHARACTER + 2
 
     def read(data: Buffer, where: str, budget: Budget) -> Any:
         size = memoryview(data).nbytes
-        if size > most:  # the size alone shows that the value is too long, so nothing is decoded
+        if size > max_bytes:  # the size alone shows that the value is too long: nothing is decoded
             if size > MAX_TEXT_BYTES:
-                raise ApiError(400, f"{where} has {size} bytes; at most {most} are taken", where)
+                raise ApiError(
+                    400, f"{where} has {size} bytes; at most {max_bytes} are taken", where
+                )
             raise must_be(kind, shown(data), where)
         try:
             return decoder.decode(data)
@@ -272,17 +201,17 @@ def _read_free(data: Buffer, where: str, budget: Budget) -> Any:
 
 
 def _read_map(
-    kind: Any, value_kind: Any, most: int, data: Buffer, where: str, budget: Budget
+    kind: Any, value_kind: Any, max_entries: int, data: Buffer, where: str, budget: Budget
 ) -> dict[str, Any]:
-    hook = _counter(where, most, "entries")
+    hook = name_counter(where, max_entries, "entries")
     try:
-        found = msgspec.json.decode(data, type=dict[_Name, value_kind], dec_hook=hook)
+        found = msgspec.json.decode(data, type=dict[CountedName, value_kind], dec_hook=hook)
     except (DecodeError, RecursionError) as error:
         raise refusal(error, kind, data, where) from None
     return {str(name): value for name, value in found.items()}
 
 
-def _list_reader(kind: Any, item: Any, least: int, most: int) -> Reader:
+def _list_reader(kind: Any, item: Any, min_length: int, max_length: int) -> Reader:
     """Decodes numbers, texts and plain structs at once; bodies, lists and unions one by one."""
     bare, _ = bare_of(item)
     is_number, is_leaf = bare in (int, float), not _is_read_alone(bare)
@@ -293,15 +222,15 @@ def _list_reader(kind: Any, item: Any, least: int, most: int) -> Reader:
         size = memoryview(data).nbytes
         if is_number:
             count = size // 2 if size <= SMALL_BYTES else bytes(data).count(b",") + 1
-            budget.take(where, numbers=min(count, most + 1))
+            budget.take(where, numbers=min(count, max_length + 1))
         try:
-            if size <= SMALL_BYTES or (is_number and count <= most):
+            if size <= SMALL_BYTES or (is_number and count <= max_length):
                 items: list[Any] = whole.decode(data)
             else:
-                items = _decode_at_most(item if is_leaf else Raw, most, data)
+                items = _decode_at_most(item if is_leaf else Raw, max_length, data)
         except (DecodeError, RecursionError) as error:
             raise refusal(error, kind, data, where) from None
-        if not least <= len(items) <= most:
+        if not min_length <= len(items) <= max_length:
             raise must_be(kind, f"{len(items)} items", where)
         if read_item is not None:
             return [read_item(part, f"{where}.{i}", budget) for i, part in enumerate(items)]
@@ -318,20 +247,20 @@ def _is_read_alone(bare: Any) -> bool:
     return is_body or get_origin(bare) in (list, dict)
 
 
-def _decode_at_most(item: Any, most: int, data: Buffer) -> list[Any]:
+def _decode_at_most(item: Any, max_length: int, data: Buffer) -> list[Any]:
     """Decode a list; the first item beyond the limit raises before later items are decoded."""
-    if most > MAX_OBJECTS:
+    if max_length > MAX_OBJECTS:
         raise ValidationError("at most length")
     return [
         value
-        for value in msgspec.structs.astuple(_bounded(item, most).decode(data))
+        for value in msgspec.structs.astuple(_bounded(item, max_length).decode(data))
         if value is not UNSET
     ]
 
 
 @lru_cache
-def _bounded(item: Any, most: int) -> msgspec.json.Decoder[Any]:
-    fields = [(f"_{i}", item | UnsetType, UNSET) for i in range(most)]
+def _bounded(item: Any, max_length: int) -> msgspec.json.Decoder[Any]:
+    fields = [(f"_{i}", item | UnsetType, UNSET) for i in range(max_length)]
     kind = msgspec.defstruct("Items", fields, array_like=True, forbid_unknown_fields=True)
     return msgspec.json.Decoder(kind)
 
@@ -340,14 +269,14 @@ def _bounded(item: Any, most: int) -> msgspec.json.Decoder[Any]:
 
 
 def _union_reader(kind: Any, arms: tuple[Any, ...]) -> Reader:
-    by_form: dict[str, Reader] = {}
+    by_type: dict[str, Reader] = {}
     for arm in arms:
-        for form in forms_of(arm):
-            by_form.setdefault(form, _reader(arm))
+        for json_type in json_types_of(arm):
+            by_type.setdefault(json_type, _reader(arm))
 
     def read(data: Buffer, where: str, budget: Budget) -> Any:
-        form = form_of(data)
-        arm = by_form.get(form) or by_form.get(form.partition(" ")[0])
+        json_type = json_type_of(data)
+        arm = by_type.get(json_type) or by_type.get(json_type.partition(" ")[0])
         if arm is None:
             raise must_be(kind, shown(data), where)
         return arm(data, where, budget)

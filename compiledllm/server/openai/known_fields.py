@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from compiledllm.log import log
-from compiledllm.server.bodies import Body
-from compiledllm.server.errors import ApiError
+from compiledllm.server.openai.bodies import Body
+from compiledllm.server.openai.errors import ApiError
 
 MAX_NAMED = 64  # names with a log line of their own
 MAX_HEADER_LENGTH = 1024

@@ -64,10 +64,10 @@ def find_format(name: str, chat_template: str) -> ToolFormat | None:
 
 
 def call_grammar(
-    form: ToolFormat,
+    tool_format: ToolFormat,
     tools: Sequence[dict[str, Any]],
     token_id: Callable[[str], int | None],
-    most_calls: int | None,
+    max_calls: int | None,
 ) -> str:
     """Rules of a Lark grammar in which `calls` is one or more calls of OpenAI's tool objects.
 
@@ -76,25 +76,25 @@ def call_grammar(
     names = range(len(tools))
     lines = [f"body: {' | '.join(f'tool_{i}' for i in names)}"]
     for i, tool in zip(names, tools, strict=True):
-        head = f'{{"name": {json.dumps(tool["name"])}, "{form.arguments_key}": '
+        head = f'{{"name": {json.dumps(tool["name"])}, "{tool_format.arguments_key}": '
         lines.append(f'tool_{i}: {_literal(head)} args_{i} "}}"')
         schema = (tool.get("parameters") or {"type": "object"}) | {"x-guidance": _AS_IN_TEMPLATES}
         lines.append(f"args_{i}: %json {json.dumps(schema)}")
-    more = "" if most_calls == 1 else "*"
-    return "\n".join([_calls(form, token_id, more), *lines])
+    more = "" if max_calls == 1 else "*"
+    return "\n".join([_calls(tool_format, token_id, more), *lines])
 
 
-def _calls(form: ToolFormat, token_id: Callable[[str], int | None], more: str) -> str:
+def _calls(tool_format: ToolFormat, token_id: Callable[[str], int | None], more: str) -> str:
     def marker(text: str) -> str:
         number = token_id(text)
         return _literal(text) if number is None else f"<[{number}]>"
 
-    if form is FORMATS["hermes"]:
-        call = f'call: {marker(form.open)} "\\n" body "\\n" {marker(form.close)}'
+    if tool_format is FORMATS["hermes"]:
+        call = f'call: {marker(tool_format.open)} "\\n" body "\\n" {marker(tool_format.close)}'
         return "calls: call" + (' ("\\n" call)*' if more else "") + "\n" + call
-    if form is FORMATS["mistral"]:
+    if tool_format is FORMATS["mistral"]:
         others = ' (", " body)*' if more else ""
-        return f'calls: {marker(form.open)} "[" body{others} "]"'
+        return f'calls: {marker(tool_format.open)} "[" body{others} "]"'
     return "calls: body" + (' ("; " body)*' if more else "")
 
 

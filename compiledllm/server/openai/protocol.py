@@ -10,7 +10,6 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta
-from pydantic import BaseModel
 
 from compiledllm.sampling_params import (
     MAX_ALLOWED_TOKEN_IDS,
@@ -22,7 +21,8 @@ from compiledllm.sampling_params import (
     MAX_STOP_STRINGS,
     MAX_STOP_TOKEN_IDS,
 )
-from compiledllm.server.bodies import MAX_NUMBERS, Body
+from compiledllm.server.openai.bodies import Body
+from compiledllm.server.openai.body_budget import MAX_NUMBERS
 from compiledllm.structured_outputs import MAX_CHOICES
 
 MAX_PROMPTS = 256
@@ -30,6 +30,7 @@ MAX_MESSAGES = 4096
 MAX_PARTS = 4096
 MAX_TOP_LOGPROBS = 20
 MAX_TOOLS = 128
+MAX_IDS_AT_ONCE = 8192  # token ids of a prompt, whose check takes about a millisecond
 
 Int32 = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
 Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
@@ -141,7 +142,12 @@ class RepetitionDetection(Body, kw_only=True):
 
 
 class Generation(Body, kw_only=True):
-    """The common fields of chat and text completions. None: the server's default."""
+    """The common fields of bodies that ask for generated tokens. None: the server's default.
+
+    prompt_field: the name of the field that has the prompt.
+    """
+
+    prompt_field: ClassVar[str]
 
     model: Annotated[str, Meta(max_length=1024)] | None = None
     frequency_penalty: Penalty | None = None
@@ -192,9 +198,25 @@ class Generation(Body, kw_only=True):
         """The name and value of the field that limits the number of tokens to generate."""
         raise NotImplementedError
 
+    @property
+    def num_prompts(self) -> int:
+        return 1
+
+    @property
+    def structured_field(self) -> str:
+        """The field that asks for structured output, if any does."""
+        return "response_format" if self.structured_outputs is None else "structured_outputs"
+
+    @property
+    def is_made_at_once(self) -> bool:
+        """Whether making the request takes less time than handing it to a thread."""
+        return False
+
 
 class CompletionRequest(Generation, kw_only=True):
     """`POST /v1/completions`."""
+
+    prompt_field: ClassVar[str] = "prompt"
 
     prompt: Annotated[
         str
@@ -213,6 +235,24 @@ class CompletionRequest(Generation, kw_only=True):
     @property
     def asked_tokens(self) -> tuple[str, int | None]:
         return "max_tokens", self.max_tokens
+
+    @property
+    def has_many_prompts(self) -> bool:
+        return isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
+
+    @property
+    def num_prompts(self) -> int:
+        return len(self.prompt) if self.has_many_prompts else 1
+
+    @property
+    def is_made_at_once(self) -> bool:
+        """Whether there is one short prompt of token ids: nothing to tokenise or to compile."""
+        if isinstance(self.prompt, str) or self.has_many_prompts:
+            return False
+        if (self.n or 1) > 1 or (self.best_of or 1) > 1:  # several engine requests take longer
+            return False
+        more = (self.response_format, self.structured_outputs, self.bad_words)
+        return len(self.prompt) <= MAX_IDS_AT_ONCE and all(asked is None for asked in more)
 
 
 class Part(msgspec.Struct, kw_only=True):
@@ -250,6 +290,8 @@ Messages = Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
 class ChatRequest(Generation, kw_only=True):
     """`POST /v1/chat/completions`."""
 
+    prompt_field: ClassVar[str] = "messages"
+
     messages: Messages
     max_completion_tokens: PositiveCount | None = None
     max_tokens: PositiveCount | None = None
@@ -269,6 +311,11 @@ class ChatRequest(Generation, kw_only=True):
         if self.max_completion_tokens is not None:
             return "max_completion_tokens", self.max_completion_tokens
         return "max_tokens", self.max_tokens
+
+    @property
+    def structured_field(self) -> str:
+        is_of_tools = self.structured_outputs is None and self.tools
+        return "tools" if is_of_tools else super().structured_field
 
 
 class TokenizeRequest(Body, kw_only=True):
@@ -297,31 +344,3 @@ BODIES: dict[str, type[Body]] = {
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
 }
-
-
-class EngineHealth(BaseModel):
-    """`GET /health`. reason: why it is unhealthy."""
-
-    status: Literal["ok", "unhealthy"]
-    engine: str
-    reason: str | None = None
-
-
-class EngineReadiness(BaseModel):
-    """`GET /ready`."""
-
-    ready: bool
-    engine: str
-
-
-class ErrorDetail(BaseModel):
-    message: str
-    type: str
-    param: str | None = None
-    code: str | None = None
-
-
-class ErrorResponse(BaseModel):
-    """The body of every error, whatever its status."""
-
-    error: ErrorDetail

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from compiledllm.server.answer_parser import END_THINK, THINK, AnswerParser
-from compiledllm.server.answer_parts import CallPart, Parts
-from compiledllm.server.tools import ToolUse
+from compiledllm.server.openai.answer_parser import END_THINK, THINK, AnswerParser
+from compiledllm.server.openai.answer_parts import CallPart, Parts
+from compiledllm.server.openai.tools import ToolUse
 
 
 def reasoning_mode(parser: str, chat_template: str, prompt: str) -> str:
@@ -35,7 +35,7 @@ class Choice:
         if use is None:
             self._parser = AnswerParser(None, reasoning=reasoning)
         else:
-            self._parser = AnswerParser(use.format, use.names, use.most_calls, reasoning)
+            self._parser = AnswerParser(use.format, use.names, use.max_calls, reasoning)
 
     @property
     def has_calls(self) -> bool:

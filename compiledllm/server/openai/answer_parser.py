@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Set
 
-from compiledllm.server.answer_parts import HeldSpace, Parts, hold_back
-from compiledllm.server.tool_formats import ToolFormat
-from compiledllm.server.tool_scanner import ToolScanner
+from compiledllm.server.openai.answer_parts import HeldSpace, Parts, hold_back
+from compiledllm.server.openai.tool_formats import ToolFormat
+from compiledllm.server.openai.tool_scanner import ToolScanner
 
 THINK, END_THINK = "<think>", "</think>"
 
@@ -21,7 +21,7 @@ class AnswerParser:
     The parts of a truncated answer are a prefix of the parts of the complete answer.
 
     tool_format: None if there are no tools. tool_names: the functions that may be called; a call of
-    another name is content. most_calls: calls beyond this number are dropped. reasoning: "off",
+    another name is content. max_calls: calls beyond this number are dropped. reasoning: "off",
     "leading" (the answer may begin with <think>) or "begun" (the prompt ends with <think>).
     """
 
@@ -29,13 +29,13 @@ class AnswerParser:
         self,
         tool_format: ToolFormat | None,
         tool_names: Set[str] = frozenset(),
-        most_calls: int | None = None,
+        max_calls: int | None = None,
         reasoning: str = "off",
     ) -> None:
         self._reasoning = _ReasoningScanner(reasoning)
         self._calls: ToolScanner | None = None
         if tool_format is not None:
-            self._calls = ToolScanner(tool_format, tool_names, most_calls)
+            self._calls = ToolScanner(tool_format, tool_names, max_calls)
 
     @property
     def num_calls(self) -> int:

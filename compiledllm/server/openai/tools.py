@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from compiledllm.engine.tokenizer import Tokenizer
-from compiledllm.server.errors import ApiError
-from compiledllm.server.protocol import ChatRequest, Message, NamedTool, Tool
-from compiledllm.server.tool_formats import FORMATS, ToolFormat, call_grammar, find_format
+from compiledllm.server.openai.errors import ApiError
+from compiledllm.server.openai.protocol import ChatRequest, Message, NamedTool, Tool
+from compiledllm.server.openai.tool_formats import FORMATS, ToolFormat, call_grammar, find_format
 from compiledllm.structured_outputs import (
     MAX_NESTING,
     StructuredOutputsParams,
@@ -24,15 +24,15 @@ MAX_TOOLS_BYTES = 2**18  # of the JSON of all tools together
 class ToolUse:
     """The tools that an answer may or must call.
 
-    tools: as the chat template gets them. form: the structured output of the answer, or None for
-    free text. most_calls: None for any number.
+    tools: as the chat template gets them. structured_outputs: None for free text. max_calls: None
+    for any number.
     """
 
     format: ToolFormat
     names: frozenset[str]
     tools: list[dict[str, Any]]
-    form: StructuredOutputsParams | None
-    most_calls: int | None
+    structured_outputs: StructuredOutputsParams | None
+    max_calls: int | None
 
     def new_call_id(self) -> str:
         number, length = uuid.uuid4().hex, self.format.id_length
@@ -58,16 +58,19 @@ def tool_use(
     plain = [tool.plain() for tool in body.tools]
     functions = [tool["function"] for tool in plain if tool["function"]["name"] in chosen]
     is_named = isinstance(choice, NamedTool)
-    form = _format_of(parser, tokenizer)
-    most_calls = 1 if is_named or body.parallel_tool_calls is False else None
+    tool_format = _find_format(parser, tokenizer)
+    max_calls = 1 if is_named or body.parallel_tool_calls is False else None
     start = None
     if is_named or choice == "required":
         start = "start: calls"
     elif schema is not None:
         start = f"start: calls | answer\nanswer: %json {json.dumps(schema)}"
-    grammar = start and f"{start}\n{call_grammar(form, functions, tokenizer.token_id, most_calls)}"
+    structured_outputs = None
+    if start is not None:
+        calls = call_grammar(tool_format, functions, tokenizer.token_id, max_calls)
+        structured_outputs = _grammar_params(f"{start}\n{calls}")
     names = frozenset(tool.function.name for tool in body.tools)
-    return ToolUse(form, names, plain, _form(grammar) if grammar else None, most_calls)
+    return ToolUse(tool_format, names, plain, structured_outputs, max_calls)
 
 
 def _chosen(tools: list[Tool], choice: object) -> list[str]:
@@ -104,7 +107,7 @@ def _check(tools: list[Tool]) -> None:
         )
 
 
-def _format_of(parser: str, tokenizer: Tokenizer) -> ToolFormat:
+def _find_format(parser: str, tokenizer: Tokenizer) -> ToolFormat:
     template = tokenizer.chat_template_text
     if "tools" not in template:
         raise ApiError(
@@ -124,7 +127,7 @@ def _format_of(parser: str, tokenizer: Tokenizer) -> ToolFormat:
     return found
 
 
-def _form(grammar: str) -> StructuredOutputsParams:
+def _grammar_params(grammar: str) -> StructuredOutputsParams:
     try:
         return StructuredOutputsParams(grammar=grammar)
     except ValueError as error:

@@ -63,10 +63,10 @@ def _many(kind: Any) -> str:
 
 
 def _range(meta: Meta | None, unit: str) -> str:
-    least, most = (meta.min_length, meta.max_length) if meta is not None else (None, None)
-    if least and most:
-        return f"at least {_count(least, unit)} and at most {most}"
-    return f"at most {_count(most, unit)}" if most else ""
+    low, high = (meta.min_length, meta.max_length) if meta is not None else (None, None)
+    if low and high:
+        return f"at least {_count(low, unit)} and at most {high}"
+    return f"at most {_count(high, unit)}" if high else ""
 
 
 def _count(number: int, unit: str) -> str:
@@ -84,17 +84,17 @@ def _interval(meta: Meta | None) -> str:
     return f" {' and '.join(words)}" if words else ""
 
 
-def forms_of(kind: Any) -> Iterator[str]:
-    """The forms that the JSON of a value may begin with: "text", "object", "list number", ..."""
+def json_types_of(kind: Any) -> Iterator[str]:
+    """The types of JSON that a value may have: "text", "object", "list number", ..."""
     bare, _ = bare_of(kind)
     origin = get_origin(bare)
     if origin is list:
-        for form in forms_of(get_args(bare)[0]):
-            yield f"list {form.partition(' ')[0]}"
+        for json_type in json_types_of(get_args(bare)[0]):
+            yield f"list {json_type.partition(' ')[0]}"
         yield "list"
     elif origin in (Union, UnionType):
         for arm in get_args(bare):
-            yield from forms_of(arm)
+            yield from json_types_of(arm)
     elif bare is bool:
         yield "switch"
     elif bare in (int, float):
@@ -103,18 +103,18 @@ def forms_of(kind: Any) -> Iterator[str]:
         yield "text" if bare is str or origin is Literal else "object"
 
 
-def form_of(data: Buffer) -> str:
-    """The form of a value by its first character; for a list also by the first item's."""
+def json_type_of(data: Buffer) -> str:
+    """The type of a value by its first character; for a list also by the first item's."""
     view = memoryview(data)
-    form = _FORMS.get(view[0], "")
-    if form != "list":
-        return form
+    json_type = _TYPES.get(view[0], "")
+    if json_type != "list":
+        return json_type
     item = _FIRST_ITEM.match(view)
-    return f"list {_FORMS.get(item[1][0], '')}" if item else form
+    return f"list {_TYPES.get(item[1][0], '')}" if item else json_type
 
 
 _FIRST_ITEM = re.compile(rb"\[\s*(.)", re.DOTALL)
-_FORMS = {ord('"'): "text", ord("{"): "object", ord("["): "list", ord("t"): "switch"}
-_FORMS |= {ord("f"): "switch", ord("-"): "number"} | {
+_TYPES = {ord('"'): "text", ord("{"): "object", ord("["): "list", ord("t"): "switch"}
+_TYPES |= {ord("f"): "switch", ord("-"): "number"} | {
     ord(digit): "number" for digit in "0123456789"
 }

@@ -6,11 +6,11 @@ from typing import Any
 
 import msgspec
 
-from compiledllm.server import convert
-from compiledllm.server.bodies import parse
-from compiledllm.server.errors import ApiError
-from compiledllm.server.jobs import JobMaker
-from compiledllm.server.protocol import DetokenizeRequest, TokenizeRequest
+from compiledllm.server.openai.bodies import parse
+from compiledllm.server.openai.chat_prompt import Conversation, chat_prompt
+from compiledllm.server.openai.errors import ApiError
+from compiledllm.server.openai.jobs import JobMaker
+from compiledllm.server.openai.protocol import DetokenizeRequest, TokenizeRequest
 
 
 class TextTools:
@@ -32,8 +32,8 @@ class TextTools:
         if body.prompt is not None:
             tokens = tokenizer.encode(body.prompt, body.add_special_tokens, max_tokens)
         else:
-            conversation = convert.Conversation.of(body, max_tokens)
-            tokens = convert.chat_prompt(conversation, tokenizer)["prompt_token_ids"]
+            conversation = Conversation.from_body(body, max_tokens)
+            tokens = chat_prompt(conversation, tokenizer)["prompt_token_ids"]
         answer: dict[str, Any] = {"count": len(tokens), "max_model_len": requests.max_model_len}
         answer["tokens"] = tokens
         if body.return_token_strs:
@@ -44,10 +44,12 @@ class TextTools:
         body = parse(DetokenizeRequest, data)
         requests = self._jobs.factory()
         self._jobs.check_model(body.model)
-        most = requests.max_tokenized(is_truncated=True)
-        if len(body.tokens) > most:
+        max_tokens = requests.max_tokenized(is_truncated=True)
+        if len(body.tokens) > max_tokens:
             got = len(body.tokens)
-            raise ApiError(400, f"tokens must be at most {most} token ids, got {got}", "tokens")
+            raise ApiError(
+                400, f"tokens must be at most {max_tokens} token ids, got {got}", "tokens"
+            )
         for token_id in body.tokens and (min(body.tokens), max(body.tokens)):
             if not 0 <= token_id < requests.vocab_size:
                 raise ApiError(

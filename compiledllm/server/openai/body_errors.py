@@ -8,8 +8,8 @@ from typing import Any, get_args, get_origin
 import msgspec
 from msgspec import Raw, ValidationError
 
-from compiledllm.server.body_kinds import Buffer, bare_of, describe
-from compiledllm.server.errors import ApiError
+from compiledllm.server.openai.body_kinds import Buffer, bare_of, describe
+from compiledllm.server.openai.errors import ApiError
 
 SMALL_BYTES = 2**16  # bytes of JSON that may be decoded before any item is counted
 _SHOWN = 80  # characters of a value in a message
@@ -23,9 +23,9 @@ def refusal(error: Exception, kind: Any, data: Buffer, where: str) -> ApiError:
         return ApiError(400, f"{where or 'the body'} is nested too deeply", where or None)
     if not isinstance(error, ValidationError):
         cause = str(error).replace(*_TRUNCATED)
-        place = f" (in {where})" if where else ""
+        within = f" (in {where})" if where else ""
         return ApiError(
-            400, f"the body is not valid JSON{place}: {cause}, near {_near(error, data)}"
+            400, f"the body is not valid JSON{within}: {cause}, near {_near(error, data)}"
         )
     found = _PATH.search(str(error))
     for index in re.findall(r"\d+", found[1]) if found else ():

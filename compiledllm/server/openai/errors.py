@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi.responses import JSONResponse
-
 from compiledllm.grammars.compiler import CompilersBusy
 from compiledllm.remote.errors import (
     DeadlineExceeded,
@@ -50,20 +48,6 @@ def error_body(error: ApiError) -> dict[str, Any]:
         message = f"{message[: _MAX_MESSAGE // 2]} ... {message[-_MAX_MESSAGE // 2 :]}"
     detail = {"message": message, "type": kind, "param": error.param}
     return {"error": detail | {"code": error.code}}
-
-
-def error_response(error: ApiError, headers: dict[str, str] | None = None) -> JSONResponse:
-    return JSONResponse(error_body(error), error.status, headers)
-
-
-def response_to(error: Exception) -> JSONResponse:
-    """The response to an exception of a handler; 500 for unexpected exceptions."""
-    if isinstance(error, Overloaded | Unavailable):
-        status = 429 if isinstance(error, Overloaded) else 503
-        after = {"retry-after": str(error.retry_after)}
-        return error_response(ApiError(status, str(error)), after)
-    headers = {"retry-after": "1"} if isinstance(error, CompilersBusy) else None
-    return error_response(as_api_error(error), headers)
 
 
 def as_api_error(error: Exception) -> ApiError:

@@ -1,0 +1,50 @@
+"""How many connections the process's limit on open files has room for."""
+
+from __future__ import annotations
+
+import os
+
+from compiledllm.config import ConfigError
+
+try:
+    import resource
+except ImportError:  # Windows has no such limit
+    resource = None  # type: ignore[assignment]
+
+MAX_DESCRIPTORS = 65_536  # the soft limit is raised to the hard limit, but to no more than this
+MAX_CONNECTIONS = 8192  # default limit; each connection may hold a request of its own
+RESERVED_DESCRIPTORS = 128  # for files, the engine's socket, helper processes and spare connections
+
+
+def connection_limit(asked: int | None) -> int:
+    """The connection limit: the requested one, or as many as the descriptor limit allows."""
+    descriptors = _raise_descriptor_limit()
+    room = max(descriptors - _num_open() - RESERVED_DESCRIPTORS, descriptors // 3)
+    if asked is None:
+        return min(room, MAX_CONNECTIONS)
+    if not 1 <= asked <= room:
+        raise ConfigError(
+            f"--max-connections must be between 1 and {room} where {descriptors} files may be open "
+            f"(`ulimit -n`), got {asked}"
+        )
+    return asked
+
+
+def _raise_descriptor_limit() -> int:
+    """Raise the descriptor limit as far as allowed and return the new limit."""
+    if resource is None:
+        return MAX_DESCRIPTORS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    has_no_limit = hard == resource.RLIM_INFINITY
+    wanted = MAX_DESCRIPTORS if has_no_limit else min(hard, MAX_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft = wanted
+    return MAX_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
+
+
+def _num_open() -> int:
+    try:
+        return len(os.listdir("/dev/fd"))
+    except OSError:
+        return 32

@@ -1,0 +1,71 @@
+"""The routes that generate: from a request's body to its answer, whole or as a stream of events."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from compiledllm.server.client_left import ClientLeft, unless_left
+from compiledllm.server.openai.answer import Answer
+from compiledllm.server.openai.chat_answer import ChatAnswer
+from compiledllm.server.openai.completion_answer import CompletionAnswer
+from compiledllm.server.openai.jobs import Job, JobMaker
+from compiledllm.server.openai.known_fields import ignored_header
+from compiledllm.server.openai.serving import Serving
+from compiledllm.server.openapi import body_of
+from compiledllm.server.raw_body import read_body
+
+
+def add_generation(app: FastAPI, jobs: JobMaker, serving: Serving) -> None:
+    async def respond(kind: type[Answer[Any]], request: Request) -> Response:
+        state, receive = request.scope["state"], request.receive
+        data = await read_body(request)
+        job = await jobs.job(kind, data, state["request_id"], receive, state["cache_salt"])
+        headers = ignored_header(job.ignored)
+        if job.is_streamed:
+            return _EventStream(serving, job, headers | {"cache-control": "no-cache"})
+        try:
+            answer = await unless_left(receive, serving.whole(job))
+        finally:
+            serving.release(job)
+        return JSONResponse(answer, headers=headers)
+
+    @app.post("/v1/chat/completions", **_described(ChatAnswer))
+    async def chat_completions(request: Request) -> Response:
+        return await respond(ChatAnswer, request)
+
+    @app.post("/v1/completions", **_described(CompletionAnswer))
+    async def completions(request: Request) -> Response:
+        return await respond(CompletionAnswer, request)
+
+
+def _described(kind: type[Answer[Any]]) -> dict[str, Any]:
+    """What OpenAPI says about a route that generates: its body, and events as well as JSON."""
+    events: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+    return {"responses": events, "openapi_extra": body_of(kind.body_type)}
+
+
+class _EventStream(StreamingResponse):
+    """A job's server-sent events. The job is released even if the stream fails or never starts."""
+
+    def __init__(self, serving: Serving, job: Job, headers: dict[str, str]) -> None:
+        super().__init__(serving.stream(job), 200, headers, "text/event-stream")
+        self._serving, self._job = serving, job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            with contextlib.suppress(ClientLeft):
+                await unless_left(receive, self.stream_response(send))
+        finally:
+            self._serving.release(self._job)
+
+    async def stream_response(self, send: Send) -> None:
+        head = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await send(head)
+        async for piece in self.body_iterator:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -1,0 +1,1 @@
+"""OpenAI's API apart from HTTP: bodies in, engine requests, answers out, whole or as events."""

@@ -1,0 +1,174 @@
+"""Answers of `/v1/chat/completions`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from compiledllm.engine.prompts import Prompt
+from compiledllm.grammars.text import json_schema_of
+from compiledllm.outputs import CompletionOutput, RequestOutput
+from compiledllm.sampling_params import SamplingParams
+from compiledllm.server.openai.answer import (
+    Answer,
+    Context,
+    PromptFields,
+    StreamUsage,
+    envelope,
+    finish_fields,
+    shown_reason,
+    usage,
+)
+from compiledllm.server.openai.chat_choice import Choice, reasoning_mode
+from compiledllm.server.openai.chat_prompt import Conversation, chat_prompt, knows_effort
+from compiledllm.server.openai.errors import ApiError
+from compiledllm.server.openai.events import Template, event, hole
+from compiledllm.server.openai.logprobs import chat_logprobs
+from compiledllm.server.openai.protocol import ChatRequest
+from compiledllm.server.openai.sampling import sampling_params, structured_outputs_from
+from compiledllm.server.openai.tools import ToolUse, tool_use
+
+
+class ChatAnswer(Answer[ChatRequest]):
+    """Each choice is a message: reasoning, content and tool calls, taken out of the text."""
+
+    body_type = ChatRequest
+    id_prefix = "chatcmpl"
+
+    def __init__(self, body: ChatRequest, context: Context) -> None:
+        super().__init__(body, context)
+        self._tokenizer = context.requests.require_tokenizer("a conversation")
+        self._tool_use = tool_use(
+            body, context.settings.tool_call_parser, self._tokenizer, _schema_beside_calls(body)
+        )
+        self.params = _params(body, context.requests.defaults, self._tool_use)
+        self._num_top = body.top_logprobs or 0  # log probabilities besides the token's own
+        self._shows_token_ids = body.return_token_ids
+        self._prompt_fields = PromptFields(body)
+        self._usage = StreamUsage(body, context.settings.shows_cached_tokens)
+        self._reasoning = "off"
+        self._choices: dict[int, Choice] = {}  # those that the stream has begun, by index
+        self._template: Template | None = None  # for a choice's events after the first
+
+    def prompts(self, body: ChatRequest) -> list[Prompt]:
+        """The rendered conversation, whose end also tells where reasoning begins."""
+        requests, settings = self._context.requests, self._context.settings
+        if body.reasoning_effort is not None and not knows_effort(self._tokenizer):
+            self.ignored.append("reasoning_effort")
+        max_tokens = requests.max_tokenized(body.truncate_prompt_tokens is not None)
+        conversation = Conversation.from_body(body, max_tokens, body.reasoning_effort)
+        prompt = chat_prompt(conversation, self._tokenizer, self._tool_use)
+        if self.params.structured_outputs is None:  # a grammar applies from the first token
+            template = self._tokenizer.chat_template_text
+            self._reasoning = reasoning_mode(settings.reasoning_parser, template, prompt["prompt"])
+        return [prompt]
+
+    # -- whole -------------------------------------------------------------------------------------
+
+    def whole(self, outputs: list[RequestOutput], num_output_tokens: int) -> dict[str, Any]:
+        (output,) = outputs
+        choices = [self._whole_choice(output, completion) for completion in output.outputs]
+        counts = usage(outputs, num_output_tokens, self._context.settings.shows_cached_tokens)
+        return envelope("chat.completion", self._context) | {"choices": choices, "usage": counts}
+
+    def _whole_choice(self, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
+        choice = Choice(self._tool_use, self._reasoning)
+        message = choice.message(completion.text, completion.finish_reason == "stop")
+        fields = {"index": completion.index} | _finish_fields(completion, choice)
+        fields |= self._prompt_fields.of(output) | self._token_ids(completion)
+        return fields | {"message": message, "logprobs": self._logprobs(completion)}
+
+    def _token_ids(self, completion: CompletionOutput) -> dict[str, Any]:
+        return {"token_ids": completion.token_ids} if self._shows_token_ids else {}
+
+    def _logprobs(self, completion: CompletionOutput) -> dict[str, Any] | None:
+        return chat_logprobs(completion, self._num_top, self._tokenizer)
+
+    # -- streams -----------------------------------------------------------------------------------
+
+    def begin(self) -> bytes:
+        if not (self._shows_token_ids or self.params.wants_logprobs or self._usage.in_events):
+            self._template = self._make_template()
+        return b""
+
+    def _make_template(self) -> Template:
+        choice = _delta(hole("index"), {"content": hole("text")})
+        choice |= {name: hole(name) for name in ("finish_reason", "stop_reason")}
+        return Template(self._chunk(choice) | {"created": hole("created")})
+
+    def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
+        chunk = envelope("chat.completion.chunk", self._context) | {"choices": [choice]}
+        return chunk | {"usage": None} if self._usage.at_end else chunk
+
+    def grow(self, prompt_index: int, output: RequestOutput, completion: CompletionOutput) -> bytes:
+        index = completion.index
+        if self._usage.is_asked:
+            self._usage.add(prompt_index, output, len(completion.token_ids))
+        choice = self._choices.get(index)
+        role = b""
+        if choice is None:
+            choice = self._choices[index] = Choice(self._tool_use, self._reasoning)
+            role = self._role_event(index, output)
+        elif self._template is not None and completion.text and choice.shows_as_is:
+            return self._template.fill(
+                index, completion.text, shown_reason(completion), completion.stop_reason
+            )
+        chunk = self._chunk(self._new_part(choice, completion))
+        if self._usage.in_events:
+            chunk["usage"] = self._usage.of_prompt(prompt_index)
+        return role + event(chunk)
+
+    def _role_event(self, index: int, output: RequestOutput) -> bytes:
+        """The event that begins a choice, with the requested fields about the prompt."""
+        begun = _delta(index, {"role": "assistant", "content": ""})
+        begun |= self._prompt_fields.of(output)
+        return event(envelope("chat.completion.chunk", self._context) | {"choices": [begun]})
+
+    def _new_part(self, choice: Choice, completion: CompletionOutput) -> dict[str, Any]:
+        reason = completion.finish_reason
+        delta = choice.delta(completion.text, reason is not None, reason == "stop")
+        part = _delta(completion.index, delta) | {"logprobs": self._logprobs(completion)}
+        return part | _finish_fields(completion, choice) | self._token_ids(completion)
+
+    def end(self) -> bytes:
+        if not self._usage.at_end:
+            return b""
+        chunk = envelope("chat.completion.chunk", self._context) | {"choices": []}
+        return event(chunk | {"usage": self._usage.total()})
+
+
+def _delta(index: Any, delta: dict[str, Any]) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+
+def _finish_fields(completion: CompletionOutput, choice: Choice) -> dict[str, Any]:
+    """As for all answers, but an answer that calls tools and was not truncated says so."""
+    fields = finish_fields(completion)
+    if choice.has_calls and completion.finish_reason == "stop":
+        fields["finish_reason"] = "tool_calls"
+    return fields
+
+
+def _params(body: ChatRequest, defaults: SamplingParams, use: ToolUse | None) -> SamplingParams:
+    """Sampling parameters of a chat. With tools, special tokens stay: they may be call markers."""
+    if body.chat_template is not None:
+        raise ApiError(400, "chat_template in a request is not allowed", "chat_template")
+    if body.top_logprobs is not None and not body.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs=true", "top_logprobs")
+    limit = body.asked_tokens[1] or defaults.max_tokens
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    more: dict[str, Any] = {}
+    if use is None:
+        more["structured_outputs"] = structured_outputs_from(body)
+    else:
+        more |= {"structured_outputs": use.structured_outputs, "skip_special_tokens": False}
+    return sampling_params(body, defaults, max_tokens=limit, logprobs=logprobs, **more)
+
+
+def _schema_beside_calls(body: ChatRequest) -> dict[str, Any] | None:
+    """The JSON schema of an answer that may call tools instead; None: any text, or no tools."""
+    asked = structured_outputs_from(body)
+    if asked is None or not body.tools or body.tool_choice == "none":
+        return None
+    if asked.json is None and asked.json_object is None:
+        raise ApiError(400, "tools go with JSON only: leave structured_outputs out", "tools")
+    return json_schema_of(asked)

@@ -1,0 +1,54 @@
+"""Responses besides answers: errors and the engine's state, with their descriptions for OpenAPI."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+
+from compiledllm.grammars.compiler import CompilersBusy
+from compiledllm.remote.errors import Overloaded, Unavailable
+from compiledllm.server.openai.errors import ApiError, as_api_error, error_body
+
+
+def error_response(error: ApiError, headers: dict[str, str] | None = None) -> JSONResponse:
+    return JSONResponse(error_body(error), error.status, headers)
+
+
+def response_to(error: Exception) -> JSONResponse:
+    """The response to an exception of a handler; 500 for unexpected exceptions."""
+    if isinstance(error, Overloaded | Unavailable):
+        status = 429 if isinstance(error, Overloaded) else 503
+        after = {"retry-after": str(error.retry_after)}
+        return error_response(ApiError(status, str(error)), after)
+    headers = {"retry-after": "1"} if isinstance(error, CompilersBusy) else None
+    return error_response(as_api_error(error), headers)
+
+
+class EngineHealth(BaseModel):
+    """`GET /health`. reason: why it is unhealthy."""
+
+    status: Literal["ok", "unhealthy"]
+    engine: str
+    reason: str | None = None
+
+
+class EngineReadiness(BaseModel):
+    """`GET /ready`."""
+
+    ready: bool
+    engine: str
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorResponse(BaseModel):
+    """The body of every error, whatever its status."""
+
+    error: ErrorDetail
