@@ -14,7 +14,9 @@ tensors into one, or splits one into several.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -29,8 +31,8 @@ from compiledllm.models.checkpoint import (
     weight_files,
 )
 from compiledllm.models.decoder import Decoder
-from compiledllm.models.layers.linear import Linear
-from compiledllm.models.layers.moe import ExpertLinear
+from compiledllm.models.formats.weight_format import Slot, TensorSlot
+from compiledllm.models.layers.linear import Matrix
 from compiledllm.models.registry import family_of
 
 
@@ -42,41 +44,61 @@ def load_weights(model: Decoder, checkpoint: Path) -> None:
     """
     family = family_of(model.spec.architecture)
     rules = _NameRules(family.NAMES, getattr(family, "IGNORED", ()))
-    prepare = getattr(family, "prepare", None)
     files = weight_files(checkpoint)
     if model.spec.tie_word_embeddings:
         _settle_head(model, rules, files)
     missing = _destinations(model)
     unexpected: list[str] = []
+    for name, tensor in _stored_tensors(model, family, files, rules):
+        slots = _match(rules.target_of(name), missing)
+        if slots is None:
+            unexpected.append(name)
+        else:
+            _check(checkpoint, name, tensor, slots)
+            _fill(slots, tensor)
+    _report(checkpoint, "unexpected tensors", unexpected)
+    absent = [rules.source_of(target) for target in missing]
+    way_out = _HOW_TO_TIE if list(missing) == ["lm_head.weight"] else ""
+    _report(checkpoint, "missing tensors", absent, way_out)
+    for module in model.modules():
+        if isinstance(module, Matrix):
+            module.finish()
+
+
+def _stored_tensors(
+    model: Decoder, family: ModuleType, files: list[Path], rules: _NameRules
+) -> Iterator[tuple[str, Tensor]]:
+    """The checkpoint's tensors that are used, by name, as the family's hooks turn them out."""
     tensors = read_tensors(files)
     if (unpack := getattr(family, "unpack", None)) is not None:
         tensors = unpack(tensors, model.embedding.dtype, model.embedding.device)
+    prepare = getattr(family, "prepare", None)
     for name, tensor in tensors:
-        target = rules.target_of(name)
-        if target is None or (not target and is_derived(name)):
-            continue
-        if prepare is not None:
-            tensor = prepare(name, tensor, model.spec)
-        destinations = [missing.pop(slot, None) for slot in _slots_of(target)]
-        wanted = [slot.shape for slot in destinations if slot is not None]
-        if len(wanted) < len(destinations):
-            unexpected.append(name)
-            continue
-        if wanted[0][1:] != tensor.shape[1:] or sum(s[0] for s in wanted) != len(tensor):
-            asked = [sum(s[0] for s in wanted), *wanted[0][1:]]
-            raise ConfigError(
-                f"{checkpoint}: tensor '{name}' has shape {list(tensor.shape)}, the config asks "
-                f"for {asked}"
-            )
-        for slot, part in zip(
-            destinations, torch.split(tensor, [s[0] for s in wanted]), strict=True
-        ):
-            assert slot is not None
-            slot.copy_(part)
-    _report(checkpoint, "unexpected tensors", unexpected)
-    absent = [rules.source_of(target) for target in missing]
-    way_out = _HOW_TO_TIE if list(missing) == ["lm_head"] else ""
-    _report(checkpoint, "missing tensors", absent, way_out)
+        if rules.is_used(name):
+            yield name, tensor if prepare is None else prepare(name, tensor, model.spec)
+
+
+def _match(target: str, missing: dict[str, Slot]) -> list[Slot] | None:
+    """Take the slots of a target out of `missing`; None if the model lacks one of them."""
+    slots = [missing.pop(slot, None) for slot in _slots_of(target)]
+    found = [slot for slot in slots if slot is not None]
+    return found if len(found) == len(slots) else None
+
+
+def _check(checkpoint: Path, name: str, tensor: Tensor, slots: list[Slot]) -> None:
+    """Raise ConfigError if the tensor does not have the slots' rows on top of each other."""
+    asked = [sum(slot.shape[0] for slot in slots), *slots[0].shape[1:]]
+    if list(tensor.shape) != asked:
+        raise ConfigError(
+            f"{checkpoint}: tensor '{name}' has shape {list(tensor.shape)}, the config asks "
+            f"for {asked}"
+        )
+
+
+def _fill(slots: list[Slot], tensor: Tensor) -> None:
+    parts = torch.split(tensor, [slot.shape[0] for slot in slots])
+    for slot, part in zip(slots, parts, strict=True):
+        slot.put(part)
 
 
 _HOW_TO_TIE = "; if the model's head is its embedding, set tie_word_embeddings in config.json"
@@ -91,7 +113,7 @@ def _settle_head(model: Decoder, rules: _NameRules, files: list[Path]) -> None:
     stored = files_by_tensor(files)
     heads, embeddings = (
         [(stored[name], name) for name in rules.sources_of(target) if name in stored]
-        for target in ("lm_head", "embedding")
+        for target in ("lm_head.weight", "embedding")
     )
     for path, name in heads:
         if not embeddings:
@@ -135,13 +157,17 @@ class _NameRules:
         self._patterns.insert(0, (_compile(source), target))
 
     def sources_of(self, target: str) -> list[str]:
-        """The checkpoint names that NAMES maps to `target`. Wildcards are not expanded."""
-        return [source for source, there in self._names.items() if there == target]
+        """The checkpoint names that NAMES maps to `target`, a target without parts."""
+        matches = ((source, _compile(t).fullmatch(target)) for source, t in self._names.items())
+        return [_substitute(source, match.groups()) for source, match in matches if match]
 
-    def target_of(self, name: str) -> str | None:
-        """Where a checkpoint tensor goes; "" if no rule matches, None if it is ignored."""
-        if any(pattern.fullmatch(name) for pattern in self._ignored):
-            return None
+    def is_used(self, name: str) -> bool:
+        """Whether the tensor must have a place: not for IGNORED ones and derived buffers."""
+        is_ignored = any(pattern.fullmatch(name) for pattern in self._ignored)
+        return not is_ignored and not (is_derived(name) and not self.target_of(name))
+
+    def target_of(self, name: str) -> str:
+        """Where a checkpoint tensor goes; "" if no rule matches."""
         for pattern, target in self._patterns:
             match = pattern.fullmatch(name)
             if match:
@@ -150,11 +176,7 @@ class _NameRules:
 
     def source_of(self, target: str) -> str:
         """The checkpoint name that would have filled `target`, for error messages."""
-        for source, pattern in self._names.items():
-            match = _compile(pattern).fullmatch(target)
-            if match:
-                return _substitute(source, match.groups())
-        return target
+        return next(iter(self.sources_of(target)), target)
 
 
 def _slots_of(target: str) -> list[str]:
@@ -174,27 +196,18 @@ def _substitute(pattern: str, groups: tuple[str, ...]) -> str:
     return "".join(p + g for p, g in zip(pieces, [*groups, ""], strict=True))
 
 
-def _destinations(model: Decoder) -> dict[str, Tensor]:
+def _destinations(model: Decoder) -> dict[str, Slot]:
     """Every slot a tensor may fill: "path.weight" or, for fused parameters, "path.weight:part"."""
-    slots: dict[str, Tensor] = {}
+    slots: dict[str, Slot] = {}
     for path, module in model.named_modules():
-        for leaf, parameter in module.named_parameters(recurse=False):
-            name = f"{path}.{leaf}" if path else leaf
-            if isinstance(module, ExpertLinear):
-                for expert, matrix in enumerate(parameter.data):
-                    slots |= _slots_by_part(f"{path}.{expert}.{leaf}", matrix, module.parts)
-            elif isinstance(module, Linear):
-                slots |= _slots_by_part(name, parameter.data, module.parts)
-            else:
-                slots[name] = parameter.data
+        if isinstance(module, Matrix):
+            found = module.slots()
+        else:
+            own = module.named_parameters(recurse=False)
+            found = {name: TensorSlot(parameter.data) for name, parameter in own}
+        prefix = f"{path}." if path else ""
+        slots |= {prefix + name: slot for name, slot in found.items()}
     return slots
-
-
-def _slots_by_part(name: str, tensor: Tensor, parts: dict[str, int]) -> dict[str, Tensor]:
-    """Slot name -> the rows of this part. A layer that is not fused has one part, named ""."""
-    pieces = torch.split(tensor, list(parts.values()))
-    names = [f"{name}:{part}" if part else name for part in parts]
-    return dict(zip(names, pieces, strict=True))
 
 
 def _report(checkpoint: Path, what: str, names: list[str], way_out: str = "") -> None:

@@ -23,7 +23,7 @@ from compiledllm.log import log
 from compiledllm.models.build import build_model
 from compiledllm.models.cache_groups import choose_groups
 from compiledllm.models.decoder import Decoder
-from compiledllm.models.deterministic import make_deterministic
+from compiledllm.models.deterministic import fixed_order
 from compiledllm.models.registry import load_spec
 from compiledllm.models.source import resolve_checkpoint
 from compiledllm.models.spec import ModelSpec
@@ -214,6 +214,7 @@ class EngineCore:
         return dtype
 
     def _build_model(self) -> Decoder:
+        products = fixed_order(self.spec) if self.config.compile.deterministic else None
         default = torch.get_default_dtype()
         torch.set_default_dtype(self.dtype)
         try:
@@ -224,11 +225,10 @@ class EngineCore:
                     self._backend,
                     self.model_path,
                     dummy_seed=self.config.model.seed if is_dummy else None,
+                    products=products,
                 )
         finally:
             torch.set_default_dtype(default)
-        if self.config.compile.deterministic:
-            make_deterministic(model)
         return model.eval()
 
     def _build_runner(self, model: Decoder) -> tuple[ModelRunner, Scheduler]:

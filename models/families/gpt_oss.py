@@ -18,10 +18,8 @@ NAMES = llama.NAMES | {
     "model.layers.*.self_attn.sinks": "layers.*.attn.sinks",
     "model.layers.*.mlp.router.*": "layers.*.mlp.router.*",
     # Names that `unpack` yields.
-    f"{_EXPERT}.gate_up_proj": "layers.*.mlp.gate_up.*.weight:gate,up",
-    f"{_EXPERT}.gate_up_proj_bias": "layers.*.mlp.gate_up.*.bias:gate,up",
-    f"{_EXPERT}.down_proj": "layers.*.mlp.down.*.weight",
-    f"{_EXPERT}.down_proj_bias": "layers.*.mlp.down.*.bias",
+    f"{_EXPERT}.gate_up_proj.*": "layers.*.mlp.gate_up.*.*:gate,up",
+    f"{_EXPERT}.down_proj.*": "layers.*.mlp.down.*.*",
 }
 FORMATS = ("mxfp4",)
 
@@ -53,11 +51,12 @@ def unpack(
 
 
 def _one_by_one(name: str, experts: Iterable[Tensor]) -> Iterator[tuple[str, Tensor]]:
-    prefix, leaf = name.rsplit(".", 1)
+    prefix, matrix = name.removesuffix("_bias").rsplit(".", 1)
+    leaf = "bias" if name.endswith("_bias") else "weight"
     for index, expert in enumerate(experts):
-        if leaf.startswith("gate_up"):
+        if matrix.startswith("gate_up"):
             expert = torch.cat((expert[0::2], expert[1::2]))
-        yield f"{prefix}.{index}.{leaf}", expert
+        yield f"{prefix}.{index}.{matrix}.{leaf}", expert
 
 
 def spec_from_hf(hf: Any) -> ModelSpec:
