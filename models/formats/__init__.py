@@ -1,0 +1,1 @@
+"""Pure functions from a checkpoint's quantised tensors to `QuantizedMatrix`, a file per format."""
