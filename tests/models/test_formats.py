@@ -16,6 +16,9 @@ from compiledllm.models.formats.codes import (
     with_row_scales,
 )
 from compiledllm.models.formats.fp8 import from_fp8
+from compiledllm.models.formats.modelopt import from_modelopt_fp8, from_modelopt_nvfp4
+from compiledllm.models.formats.mxfp4 import from_mxfp4_blocks
+from compiledllm.models.mxfp4 import dequantize_mxfp4
 
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
@@ -162,3 +165,57 @@ def test_fp8_refuses_inconsistent_tensors_by_name(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         from_fp8(weight, scale, block, scale_field="s")
+
+
+# ModelOpt
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "columns"),
+    [((), 256, 384), ((1,), 256, 384), ((256,), 1, 384), ((2, 1, 3, 1), 128, 128)],
+    ids=str,
+)
+def test_modelopt_fp8(shape: tuple[int, ...], rows: int, columns: int) -> None:
+    weight, scale = fp8_codes(256, 384), torch.rand(shape)
+    spread = scale.reshape(256 // rows, -1).repeat_interleave(rows, 0)
+    expected = weight.float() * spread.repeat_interleave(columns, 1)
+    assert torch.equal(dequantize(from_modelopt_fp8(weight, scale)), expected)
+
+
+def test_modelopt_nvfp4_global_scale_multiplies() -> None:
+    """As `NVFP4QTensor.dequantize`: the scales' product first, then one product a value."""
+    every_byte = torch.arange(256, dtype=torch.uint8).repeat(64, 1)
+    scale = (torch.rand(64, 32) * 448).to(torch.float8_e4m3fn)
+    scale_2 = torch.tensor(0.37 / 2688)
+    values = torch.tensor([*E2M1, *(-value for value in E2M1)])
+    pairs = torch.stack((values[every_byte.int() % 16], values[every_byte.int() // 16]), -1)
+    per_block_scale = scale.float() * scale_2
+    expected = (pairs.view(64, -1, 16) * per_block_scale.unsqueeze(-1)).view(64, 512)
+    assert torch.equal(dequantize(from_modelopt_nvfp4(every_byte, scale, scale_2)), expected)
+    with pytest.raises(ValueError, match=r"weight_scale_2 has shape \[2\], expected \[1\]"):
+        from_modelopt_nvfp4(every_byte, scale, scale_2.repeat(2))
+
+
+# gpt-oss
+
+
+def test_mxfp4_blocks_are_the_matrix_that_dequantize_mxfp4_gives() -> None:
+    blocks = torch.arange(256, dtype=torch.uint8).view(16, 16).expand(2, 8, 16, 16)
+    scales = torch.arange(256).clamp(max=254).to(torch.uint8).view(2, 8, 16)
+    matrix = from_mxfp4_blocks(blocks, scales)
+    assert torch.equal(dequantize(matrix), dequantize_mxfp4(blocks, scales, torch.float32))
+    assert matrix.group == 32 and matrix.scales.element_size() == 1
+
+
+@pytest.mark.parametrize(
+    ("blocks", "scales", "message"),
+    [
+        ((2, 8, 4, 8), (2, 8, 4), r"blocks has shape \[2, 8, 4, 8\], expected \[experts, N"),
+        ((2, 8, 4, 16), (2, 8, 3), r"scales has shape \[2, 8, 3\], expected \[2, 8, 4\]"),
+    ],
+)
+def test_mxfp4_blocks_refuse_inconsistent_tensors_by_name(
+    blocks: tuple[int, ...], scales: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        from_mxfp4_blocks(torch.zeros(blocks).byte(), torch.zeros(scales).byte())
