@@ -62,6 +62,7 @@ def from_awq(
 
 def _unpack(words: Tensor) -> Tensor:
     """int32 [rows, N / 8] -> uint8 [N, rows]."""
-    n = words.shape[1] * _PER_WORD
-    nibbles = unpack_bits(words, 4, n).unflatten(-1, (-1, _PER_WORD))
-    return nibbles[..., _NIBBLE_OF_COLUMN].flatten(-2).T.contiguous()
+    rows, num_words = words.shape
+    nibbles = unpack_bits(words, 4, num_words * _PER_WORD).view(rows, num_words, _PER_WORD)
+    columns: Tensor = nibbles[..., _NIBBLE_OF_COLUMN]
+    return columns.flatten(-2).T.contiguous()

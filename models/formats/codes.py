@@ -89,10 +89,10 @@ def dequantize(matrix: QuantizedMatrix) -> Tensor:
     values = _code_values(matrix)
     if matrix.block:  # the last block may be partial
         values = F.pad(values, (0, -k % matrix.block))
-    values = values.unflatten(-1, (-1, matrix.group))  # [N, K / group, group]
+    values = values.view(*values.shape[:-1], -1, matrix.group)  # [N, K / group, group]
 
     def spread(part: Tensor) -> Tensor:  # [N / rows, K / group] -> [N, K / group, 1]
-        return part.float().repeat_interleave(matrix.rows, -2)[..., :n, :].unsqueeze(-1)
+        return _repeat_rows(part.float(), matrix.rows)[..., :n, :].unsqueeze(-1)
 
     if matrix.zeros is not None:
         values -= spread(matrix.zeros)
@@ -114,7 +114,7 @@ def with_row_scales(matrix: QuantizedMatrix) -> QuantizedMatrix:
     if matrix.block is None:
         return matrix
     n, k = matrix.codes.shape[-2:]
-    scales = matrix.scales.repeat_interleave(matrix.block, -2)[..., :n, :]
+    scales = _repeat_rows(matrix.scales, matrix.block)[..., :n, :]
     return replace(matrix, scales=even_groups(scales, k, matrix.block), block=None)
 
 
@@ -124,7 +124,14 @@ def even_groups(part: Tensor, k: int, group: int) -> Tensor:
     If the last group is partial, all groups are split into equal smaller ones with the same scale.
     """
     size = math.gcd(k, group)
-    return part.repeat_interleave(group // size, -1)[..., : k // size].contiguous()
+    repeated = part.unsqueeze(-1).expand(*part.shape, group // size).flatten(-2)
+    return repeated[..., : k // size].contiguous()
+
+
+def _repeat_rows(part: Tensor, times: int) -> Tensor:
+    """[..., rows, columns] -> [..., rows * times, columns], of every dtype; a view if times is 1."""
+    *batch, rows, columns = part.shape
+    return part.unsqueeze(-2).expand(*batch, rows, times, columns).flatten(-3, -2)
 
 
 def _code_values(matrix: QuantizedMatrix) -> Tensor:
@@ -144,8 +151,9 @@ def e2m1_values(codes: Tensor) -> Tensor:
     float16, whose exponent's bias is 14 larger.
     """
     bits = codes.to(torch.int16)
-    bits = (bits & 7) << 9 | (bits & 8) << 12
-    return bits.view(torch.float16).to(torch.float32) * 2.0**14
+    halves = ((bits & 7) << 9 | (bits & 8) << 12).view(torch.float16)
+    values: Tensor = halves.to(torch.float32) * 2.0**14
+    return values
 
 
 # Checks of what a file contains

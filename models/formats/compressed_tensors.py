@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from compiledllm.models.formats.codes import (
+    INT4_ZERO,
     SCALE_DTYPES,
     QuantizedMatrix,
     expect_dtype,
@@ -23,6 +24,7 @@ from compiledllm.models.formats.mxfp4 import e8m0_scales
 from compiledllm.models.formats.packing import (
     input_order,
     num_words,
+    signed,
     unpack_bits,
     unpack_nibble_bytes,
 )
@@ -54,7 +56,7 @@ def from_pack_quantized(
     expect_matrix("weight_packed", weight_packed, torch.int32)
     n, k = _shape(weight_shape)
     expect_shape("weight_packed", weight_packed, (n, num_words(k, num_bits)))
-    scales = _integer_scales(weight_scale, n, k, group_size)
+    scales = _group_scales(weight_scale, n, k, group_size)
     codes = unpack_bits(weight_packed, num_bits, k)
     zeros = None
     if weight_zero_point is not None:
@@ -83,7 +85,8 @@ def from_int_quantized(
     [N, K / group_size], or [N, 1] or [1] without a group size.
     """
     expect_matrix("weight", weight, torch.int8)
-    scales = _integer_scales(weight_scale, *weight.shape, group_size)
+    n, k = weight.shape
+    scales = _group_scales(weight_scale, n, k, group_size)
     zeros = weight_zero_point
     if zeros is not None:
         expect_dtype("weight_zero_point", zeros, torch.int8)
@@ -107,7 +110,8 @@ def from_float_quantized(
     if group_size is None:
         return from_fp8(weight, weight_scale, block_structure)
     expect_e4m3("weight", weight)
-    scales = _integer_scales(weight_scale, *weight.shape, group_size)
+    n, k = weight.shape
+    scales = _group_scales(weight_scale, n, k, group_size)
     return QuantizedMatrix("fp8", weight, scales)
 
 
@@ -167,7 +171,7 @@ def _shape(weight_shape: Tensor) -> tuple[int, int]:
     return n, k
 
 
-def _integer_scales(scale: Tensor, n: int, k: int, group_size: int | None) -> Tensor:
+def _group_scales(scale: Tensor, n: int, k: int, group_size: int | None) -> Tensor:
     """Scales [N, K / group_size], or [N, 1] if there is no group size."""
     expect_dtype("weight_scale", scale, *SCALE_DTYPES)
     expect_finite("weight_scale", scale)
@@ -187,13 +191,9 @@ def _from_offset(
     codes: Tensor, zeros: Tensor | None, num_bits: int
 ) -> tuple[str, Tensor, Tensor | None]:
     """Code, codes and zeros of numbers stored with the offset 2^(num_bits - 1)."""
+    offset = 2 ** (num_bits - 1)
     if num_bits > 4:
-        return "int8", _signed(codes, num_bits), None if zeros is None else _signed(zeros, num_bits)
+        return "int8", signed(codes, offset), None if zeros is None else signed(zeros, offset)
     if zeros is None:
-        codes = codes + (8 - 2 ** (num_bits - 1))  # so that the zero is 8 for all widths
+        codes = codes + (INT4_ZERO - offset)
     return "int4", codes, zeros
-
-
-def _signed(stored: Tensor, num_bits: int) -> Tensor:
-    """uint8 with the offset 2^(num_bits - 1) -> int8. The difference wraps around as it should."""
-    return (stored - 2 ** (num_bits - 1)).view(torch.int8)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from compiledllm.models.formats.codes import (
+    INT4_ZERO,
     SCALE_DTYPES,
     QuantizedMatrix,
     even_groups,
@@ -14,7 +15,7 @@ from compiledllm.models.formats.codes import (
     expect_matrix,
     expect_shape,
 )
-from compiledllm.models.formats.packing import input_order, num_words, unpack_bits
+from compiledllm.models.formats.packing import input_order, num_words, signed, unpack_bits
 
 # Bits -> what version 1 subtracted from each word of zeros: 1 from each number.
 _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
@@ -67,10 +68,10 @@ def from_gptq(
     codes = codes if order is None else codes[:, order]
     zeros = _zeros(qzeros, n, bits, is_symmetric, version)
     if bits == 8:  # remove the offset of both
-        codes = (codes - 128).view(torch.int8)
-        zeros = None if zeros is None else (zeros - 128).view(torch.int8)
-    elif bits == 2 and zeros is None:
-        codes = codes + 6  # so that the zero is 8
+        codes = signed(codes, 128)
+        zeros = None if zeros is None else signed(zeros, 128)
+    elif zeros is None:
+        codes = codes + (INT4_ZERO - 2 ** (bits - 1))
     zeros = None if zeros is None else even_groups(zeros, k, group)
     code = "int8" if bits == 8 else "int4"
     return QuantizedMatrix(code, codes, even_groups(scales.T, k, group), zeros, permutation=order)

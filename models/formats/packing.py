@@ -19,12 +19,14 @@ def unpack_bits(words: Tensor, num_bits: int, count: int) -> Tensor:
     mask = 2**num_bits - 1
     if 8 % num_bits == 0:
         shifts = torch.arange(0, 8, num_bits, dtype=torch.uint8, device=words.device)
-        return (bytes_.unsqueeze(-1) >> shifts & mask).flatten(-2)[:, :count].contiguous()
+        numbers = (bytes_.unsqueeze(-1) >> shifts).bitwise_and_(mask)
+        return numbers.flatten(-2)[:, :count].contiguous()
     starts = torch.arange(count, device=words.device) * num_bits
     pairs = bytes_.to(torch.int16)
     pairs[:, :-1] |= pairs[:, 1:].clone() << 8  # 16 bits from each byte on
     shifts = (starts % 8).to(torch.int16)
-    return (pairs[:, starts // 8] >> shifts & mask).to(torch.uint8)
+    spans: Tensor = pairs[:, starts // 8]
+    return spans.bitwise_right_shift_(shifts).bitwise_and_(mask).to(torch.uint8)
 
 
 def num_words(count: int, num_bits: int) -> int:
@@ -35,6 +37,11 @@ def num_words(count: int, num_bits: int) -> int:
 def unpack_nibble_bytes(packed: Tensor) -> Tensor:
     """uint8 [..., n] -> uint8 [..., 2 n], the low nibble of each byte first."""
     return torch.stack((packed & 0x0F, packed >> 4), dim=-1).flatten(-2)
+
+
+def signed(stored: Tensor, offset: int) -> Tensor:
+    """uint8 stored with an offset -> int8. The difference wraps around to the right value."""
+    return torch.sub(stored, offset).view(torch.int8)
 
 
 def input_order(field: str, g_idx: Tensor, k: int, group: int) -> Tensor | None:
