@@ -38,6 +38,10 @@ class QuantizedMatrix:
     zeros: None, or the codes' integer dtype, of the shape of `scales`. None means 8 for int4
     without minima, otherwise 0.
     minima: None, or float32 or float16 of the shape of `scales` (GGUF: w = code * scale + minimum).
+    super_scales: None, or floating-point [N, S]: then `scales` are small numbers (float8_e4m3fn,
+    int8, uint8), and the scale of a group is their product, rounded to float32, with the factor of
+    the K / S columns it lies in (NVFP4, GGUF's K types). `super_minima` likewise.
+    `one_level` multiplies both in, for kernels that know no second level.
     permutation: None, or int64 [K]: column k of the codes belongs to input permutation[k], so the
     product is `x[:, permutation] @ w.T` (GPTQ's act order).
     block: None, or the side of square blocks that share one scale (128). The last blocks may be
@@ -49,6 +53,8 @@ class QuantizedMatrix:
     scales: Tensor
     zeros: Tensor | None = None
     minima: Tensor | None = None
+    super_scales: Tensor | None = None
+    super_minima: Tensor | None = None
     permutation: Tensor | None = None
     block: int | None = None
 
@@ -64,6 +70,9 @@ class QuantizedMatrix:
         assert self.block or k == num_groups * self.group, "groups of equal size"
         for part in (self.zeros, self.minima):
             assert part is None or part.shape == self.scales.shape
+        for factors in (self.super_scales, self.super_minima):
+            assert factors is None or factors.shape[:-1] == (*batch, n)
+            assert factors is None or num_groups % factors.shape[-1] == 0
         assert self.permutation is None or self.permutation.shape == (k,)
 
     @property
@@ -85,6 +94,7 @@ def dequantize(matrix: QuantizedMatrix) -> Tensor:
     rounded once to that dtype, because the difference of two codes is exact in 16 bits and the
     product of the difference and a 16-bit scale is exact in float32.
     """
+    matrix = one_level(matrix)
     n, k = matrix.codes.shape[-2:]
     values = _code_values(matrix)
     if matrix.block:  # the last block may be partial
@@ -103,6 +113,26 @@ def dequantize(matrix: QuantizedMatrix) -> Tensor:
     if matrix.permutation is None:
         return values
     return torch.empty_like(values).index_copy_(-1, matrix.permutation, values)
+
+
+def one_level(matrix: QuantizedMatrix) -> QuantizedMatrix:
+    """The same matrix with float32 scales and minima, if it has `super_scales`."""
+    if matrix.super_scales is None:
+        return matrix
+    return replace(
+        matrix,
+        scales=_product(matrix.scales, matrix.super_scales),
+        minima=None if matrix.minima is None else _product(matrix.minima, matrix.super_minima),
+        super_scales=None,
+        super_minima=None,
+    )
+
+
+def _product(part: Tensor, factors: Tensor | None) -> Tensor:
+    """[N, groups] times [N, S] for the groups of each of S spans, rounded to float32 once."""
+    assert factors is not None
+    spans = part.to(torch.float64).view(*factors.shape, -1)  # [N, S, groups / S]
+    return (spans * factors.to(torch.float64).unsqueeze(-1)).to(torch.float32).flatten(-2)
 
 
 def with_row_scales(matrix: QuantizedMatrix) -> QuantizedMatrix:
@@ -129,7 +159,7 @@ def even_groups(part: Tensor, k: int, group: int) -> Tensor:
 
 
 def _repeat_rows(part: Tensor, times: int) -> Tensor:
-    """[..., rows, columns] -> [..., rows * times, columns], of every dtype; a view if times is 1."""
+    """[..., rows, columns] -> [..., rows * times, columns], of every dtype."""
     *batch, rows, columns = part.shape
     return part.unsqueeze(-2).expand(*batch, rows, times, columns).flatten(-3, -2)
 

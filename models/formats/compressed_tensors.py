@@ -121,13 +121,13 @@ def from_nvfp4_pack_quantized(
     """`nvfp4-pack-quantized`: w = e2m1 * (weight_scale / weight_global_scale).
 
     weight_packed: uint8 [N, K / 2], low nibble first. weight_scale: float8_e4m3fn [N, K / 16].
-    weight_global_scale: float32 [1]. The quotient is rounded to float32 before the product, as in
-    the library, and kept as the matrix's scales: exact in no smaller dtype.
+    weight_global_scale: float32 [1]. The library rounds the quotient to float32 before the product
+    with the code. `super_scales` is the reciprocal in float64: its product with a scale's four bits
+    errs by less than 2^-51, and no quotient of a scale and a float32 lies so near to the middle of
+    two float32 numbers (the nearest is 2^-49 away), so that both round to the same number.
     """
-    codes, scales = nvfp4_parts("weight_packed", weight_packed, weight_scale)
-    return QuantizedMatrix(
-        "fp4", codes, scales / one_number("weight_global_scale", weight_global_scale)
-    )
+    global_scale = one_number("weight_global_scale", weight_global_scale)
+    return nvfp4_matrix("weight_packed", weight_packed, weight_scale, 1 / global_scale.double())
 
 
 def from_mxfp4_pack_quantized(weight_packed: Tensor, weight_scale: Tensor) -> QuantizedMatrix:
@@ -143,15 +143,22 @@ def from_mxfp4_pack_quantized(weight_packed: Tensor, weight_scale: Tensor) -> Qu
     return QuantizedMatrix("fp4", unpack_nibble_bytes(weight_packed), scales)
 
 
-def nvfp4_parts(field: str, packed: Tensor, weight_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes uint8 [N, K] and scales float32 [N, K / 16], without the global scale."""
+def nvfp4_matrix(
+    field: str, packed: Tensor, weight_scale: Tensor, factor: Tensor
+) -> QuantizedMatrix:
+    """uint8 [N, K / 2], float8_e4m3fn [N, K / 16] and the factor of all scales."""
     expect_matrix(field, packed, torch.uint8)
     n, k = packed.shape[0], packed.shape[1] * 2
     _expect_groups(field, k, NVFP4_GROUP)
     expect_dtype("weight_scale", weight_scale, torch.float8_e4m3fn)
     expect_shape("weight_scale", weight_scale, (n, k // NVFP4_GROUP))
     expect_finite("weight_scale", weight_scale)
-    return unpack_nibble_bytes(packed), weight_scale.to(torch.float32)
+    return QuantizedMatrix(
+        "fp4",
+        unpack_nibble_bytes(packed),
+        weight_scale.contiguous(),
+        super_scales=factor.reshape(1, 1).expand(n, 1).contiguous(),
+    )
 
 
 def one_number(field: str, tensor: Tensor) -> Tensor:

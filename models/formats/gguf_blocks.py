@@ -19,15 +19,15 @@ from compiledllm.models.formats.packing import signed
 def from_gguf(data: Tensor, kind: str) -> QuantizedMatrix:
     """A tensor's bytes as they are in the file, uint8 [N, bytes of a row] -> [N, K].
 
-    kind: the name of the tensor's type, a key of `KINDS`. The result by kind, with d and m in
-    float16 and sub-scales multiplied into d and m (exact in float32):
+    kind: the name of the tensor's type, a key of `KINDS`. The result by kind, with d, m and dmin in
+    float16 and sc and mn as 8-bit integers (`super_scales`: d, `super_minima`: -dmin):
 
-        Q4_0         int4, zero 8, groups of 32, scales float16     w = (q - 8) * d
-        Q8_0         int8, groups of 32, scales float16             w = q * d
-        Q5_0         int8, groups of 32, scales float16             w = (q - 16) * d
-        Q4_1, Q5_1   int4, int8, groups of 32, minima float16       w = q * d + m
-        Q4_K, Q5_K   int4, int8, groups of 32, float32              w = q * (d * sc) - dmin * mn
-        Q6_K         int8, groups of 16, scales float32             w = (q - 32) * (d * sc)
+        Q4_0         int4, zero 8, groups of 32    w = (q - 8) * d
+        Q8_0         int8, groups of 32            w = q * d
+        Q5_0         int8, groups of 32            w = (q - 16) * d
+        Q4_1, Q5_1   int4, int8, groups of 32      w = q * d + m
+        Q4_K, Q5_K   int4, int8, groups of 32      w = q * (d * sc) - dmin * mn
+        Q6_K         int8, groups of 16            w = (q - 32) * (d * sc)
 
     Raises ValueError for another kind, for rows that are not whole blocks, and for infinities.
     """
@@ -40,11 +40,11 @@ def from_gguf(data: Tensor, kind: str) -> QuantizedMatrix:
             f"data has rows of {data.shape[1]} bytes, expected whole {kind} blocks of "
             f"{layout.num_bytes}"
         )
-    blocks = data.view(data.shape[0], -1, layout.num_bytes)  # [N, blocks, bytes]
+    blocks = data.reshape(data.shape[0], -1, layout.num_bytes)  # [N, blocks, bytes]
     matrix = layout.read(blocks)
-    expect_finite(f"{kind} scales", matrix.scales)
-    if matrix.minima is not None:
-        expect_finite(f"{kind} minima", matrix.minima)
+    for part in (matrix.scales, matrix.minima, matrix.super_scales, matrix.super_minima):
+        if part is not None:
+            expect_finite(f"{kind} data", part)
     return matrix
 
 
@@ -73,25 +73,21 @@ def _read_q8_0(blocks: Tensor) -> QuantizedMatrix:
 
 
 def _read_q4_k(blocks: Tensor) -> QuantizedMatrix:
-    scales, minima = _scales_and_minima(blocks)
-    return QuantizedMatrix("int4", _rows(_nibbles(blocks[..., 16:], 32)), scales, minima=minima)
+    return _with_sub_scales("int4", _nibbles(blocks[..., 16:], 32), blocks)
 
 
 def _read_q5_k(blocks: Tensor) -> QuantizedMatrix:
-    scales, minima = _scales_and_minima(blocks)
     low = _nibbles(blocks[..., 48:], 32)  # bit i of byte j is the fifth bit of number 32 * i + j
     high = blocks[..., None, 16:48] >> _shifts(blocks, 1, 8) & 1
-    codes = low | high.flatten(-2) << 4
-    return QuantizedMatrix("int8", _rows(signed(codes, 0)), scales, minima=minima)
+    return _with_sub_scales("int8", signed(low | high.flatten(-2) << 4, 0), blocks)
 
 
 def _read_q6_k(blocks: Tensor) -> QuantizedMatrix:
     low = _nibbles(blocks[..., :128], 64)
     high = blocks[..., 128:192].reshape(*blocks.shape[:-1], 2, 1, 32)
     codes = low | (high >> _shifts(blocks, 2, 4) & 3).flatten(-3) << 4
-    sub_scales = signed(blocks[..., 192:208], 0).to(torch.float32)
-    scales = _rows(_float16(blocks, 208).to(torch.float32).unsqueeze(-1) * sub_scales)
-    return QuantizedMatrix("int8", _rows(signed(codes, 32)), scales)
+    scales, d = signed(_rows(blocks[..., 192:208]), 0), _float16(blocks, 208)
+    return QuantizedMatrix("int8", _rows(signed(codes, 32)), scales, super_scales=d)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,15 +140,17 @@ def _bits(packed: Tensor) -> Tensor:
     return (packed.unsqueeze(-1) >> _shifts(packed, 1, 8).view(-1) & 1).flatten(-2)
 
 
-def _scales_and_minima(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """d * sc and -dmin * mn of Q4_K and Q5_K: float32 [N, blocks * 8].
+def _with_sub_scales(code: str, codes: Tensor, blocks: Tensor) -> QuantizedMatrix:
+    """The matrix of Q4_K or Q5_K, whose blocks begin with d, dmin, and sc and mn in twelve bytes.
 
-    Twelve bytes hold eight 6-bit pairs: the first four sc in the low bits of bytes 0 to 3 and the
-    first four mn in those of bytes 4 to 7; the other four of each have their low four bits in bytes
-    8 to 11 (sc low nibble, mn high nibble) and their high two bits on top of the first four.
+    The twelve bytes hold eight 6-bit pairs: the first four sc in the low bits of bytes 0 to 3 and
+    the first four mn in those of bytes 4 to 7; the other four of each have their low four bits in
+    bytes 8 to 11 (sc low nibble, mn high nibble) and their high two bits on top of the first four.
     """
     first_sc, first_mn, rest = blocks[..., 4:8], blocks[..., 8:12], blocks[..., 12:16]
     sc = torch.cat((first_sc & 0x3F, rest & 0x0F | first_sc >> 2 & 0x30), dim=-1)
     mn = torch.cat((first_mn & 0x3F, rest >> 4 | first_mn >> 2 & 0x30), dim=-1)
-    d, dmin = (_float16(blocks, start).to(torch.float32).unsqueeze(-1) for start in (0, 2))
-    return _rows(d * sc), _rows(-(dmin * mn))
+    d, dmin = _float16(blocks, 0), _float16(blocks, 2)
+    return QuantizedMatrix(
+        code, _rows(codes), _rows(sc), minima=_rows(mn), super_scales=d, super_minima=-dmin
+    )

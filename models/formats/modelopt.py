@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from compiledllm.models.formats.codes import QuantizedMatrix
-from compiledllm.models.formats.compressed_tensors import nvfp4_parts, one_number
+from compiledllm.models.formats.compressed_tensors import nvfp4_matrix, one_number
 from compiledllm.models.formats.fp8 import BLOCK, from_fp8
 
 
@@ -29,5 +29,5 @@ def from_modelopt_nvfp4(
     weight_scale_2: float32 [] or [1]. As in ModelOpt's `NVFP4QTensor.dequantize`, the scales'
     product is rounded to float32 before it multiplies the codes.
     """
-    codes, scales = nvfp4_parts("weight", weight, weight_scale)
-    return QuantizedMatrix("fp4", codes, scales * one_number("weight_scale_2", weight_scale_2))
+    factor = one_number("weight_scale_2", weight_scale_2)
+    return nvfp4_matrix("weight", weight, weight_scale, factor)

@@ -13,6 +13,7 @@ from compiledllm.models.formats.codes import (
     dequantize,
     e2m1_values,
     even_groups,
+    one_level,
     with_row_scales,
 )
 from compiledllm.models.formats.fp8 import from_fp8
@@ -25,6 +26,15 @@ E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
 def fp8_codes(n: int, k: int) -> Tensor:
     return (torch.randn(n, k) * 100).to(torch.float8_e4m3fn)
+
+
+def factor(
+    matrix: QuantizedMatrix, part: Tensor, factors: Tensor | None, at: tuple[int, int]
+) -> Tensor:
+    if factors is None:
+        return part[at].float()
+    span = part.shape[1] // factors.shape[1]
+    return (part[at].double() * factors[at[0], at[1] // span].double()).float()
 
 
 def element_by_element(matrix: QuantizedMatrix) -> Tensor:
@@ -42,9 +52,9 @@ def element_by_element(matrix: QuantizedMatrix) -> Tensor:
                 value = value - matrix.zeros[at].float()
             elif matrix.code == "int4" and matrix.minima is None:
                 value = value - 8
-            value = value * matrix.scales[at].float()
+            value = value * factor(matrix, matrix.scales, matrix.super_scales, at)
             if matrix.minima is not None:
-                value = value + matrix.minima[at].float()
+                value = value + factor(matrix, matrix.minima, matrix.super_minima, at)
             out[i, j if matrix.permutation is None else matrix.permutation[j]] = value
     return out
 
@@ -54,14 +64,15 @@ def element_by_element(matrix: QuantizedMatrix) -> Tensor:
     n=st.integers(1, 5),
     num_groups=st.integers(1, 4),
     group=st.integers(1, 6),
-    extras=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    extras=st.tuples(st.booleans(), st.booleans(), st.booleans(), st.booleans()),
     seed=st.integers(0, 2**16),
 )
 def test_every_combination_of_parts_means_what_the_docstring_says(
     code: str, n: int, num_groups: int, group: int, extras: tuple[bool, ...], seed: int
 ) -> None:
     draw = torch.Generator().manual_seed(seed)
-    has_zeros, has_minima, is_permuted = extras
+    has_zeros, has_minima, is_permuted, has_two_levels = extras
+    spans = 2 if num_groups % 2 == 0 else 1
     low, high, dtype = (-128, 128, torch.int8) if code == "int8" else (0, 16, torch.uint8)
     shape = n, num_groups
     matrix = QuantizedMatrix(
@@ -70,9 +81,13 @@ def test_every_combination_of_parts_means_what_the_docstring_says(
         torch.randn(shape, generator=draw),
         torch.randint(low, high, shape, generator=draw).to(dtype) if has_zeros else None,
         torch.randn(shape, generator=draw) if has_minima else None,
+        torch.randn(n, spans, generator=draw) if has_two_levels else None,
+        torch.randn(n, spans, generator=draw) if has_two_levels and has_minima else None,
         torch.randperm(num_groups * group, generator=draw) if is_permuted else None,
     )
     assert torch.equal(dequantize(matrix), element_by_element(matrix))
+    assert one_level(matrix).super_scales is None
+    assert torch.equal(dequantize(one_level(matrix)), dequantize(matrix))
 
 
 def test_permuted_matrix_multiplies_the_permuted_input() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compiledllm.models.formats.codes import QuantizedMatrix, dequantize
+from compiledllm.models.formats.codes import QuantizedMatrix, dequantize, one_level
 from compiledllm.models.formats.compressed_tensors import (
     from_float_quantized,
     from_int_quantized,
@@ -171,6 +171,16 @@ def test_nvfp4_global_scale_divides() -> None:
     assert_read_alike(matrix, expected)
     tensors["weight_global_scale"] *= 2
     assert torch.equal(dequantize(from_nvfp4_pack_quantized(**tensors)), dequantize(matrix) / 2)
+
+
+@given(st.floats(2.0**-40, 2.0**40, width=32))
+def test_nvfp4_scales_are_the_library_s_quotients(global_scale: float) -> None:
+    """Bit for bit, although the factor is a reciprocal (in float64)."""
+    every_scale = torch.arange(126, dtype=torch.uint8).add(1).view(torch.float8_e4m3fn).view(1, -1)
+    packed = torch.zeros(1, 126 * 8, dtype=torch.uint8)
+    divisor = torch.tensor([global_scale])
+    matrix = one_level(from_nvfp4_pack_quantized(packed, every_scale, divisor))
+    assert torch.equal(matrix.scales, every_scale.float() / divisor)
 
 
 def test_mxfp4_every_byte_under_every_scale() -> None:

@@ -38,6 +38,18 @@ def test_random_blocks_have_the_package_s_bits(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_packed_matrix_is_hardly_larger_than_the_file(kind: str) -> None:
+    """With 4-bit codes packed; Q5 and Q6 pay for being stored as 8 bits."""
+    data = torch.zeros(4, KINDS[kind].num_bytes * 2, dtype=torch.uint8)
+    matrix = from_gguf(data, kind)
+    num_bytes = matrix.codes.numel() / (2 if matrix.code == "int4" else 1)
+    parts = (matrix.scales, matrix.minima, matrix.super_scales, matrix.super_minima)
+    num_bytes += sum(part.nbytes for part in parts if part is not None)
+    grown = {"Q5": 3 / 8, "Q6": 2 / 8}.get(kind[:2], 0) * matrix.codes.numel()
+    assert num_bytes - grown <= 1.03 * data.numel()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_bytes_of_a_block_are_the_package_s(kind: str) -> None:
     _, num_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     assert KINDS[kind].num_bytes == num_bytes
@@ -50,5 +62,5 @@ def test_what_cannot_be_read_is_refused_by_name() -> None:
         from_gguf(torch.zeros(2, 35).byte(), "Q8_0")
     with pytest.raises(ValueError, match="data has dtype int8, expected uint8"):
         from_gguf(torch.zeros(2, 34, dtype=torch.int8), "Q8_0")
-    with pytest.raises(ValueError, match="Q8_0 scales holds an infinity or NaN"):
+    with pytest.raises(ValueError, match="Q8_0 data holds an infinity or NaN"):
         from_gguf(torch.full((2, 34), 255).byte(), "Q8_0")
