@@ -23,10 +23,14 @@ from compiledllm.models.formats.fp8 import BLOCK
 INT4_GROUP = 128
 _MIN_INT4_GROUP = 16
 _MAX_E4M3 = 448.0
-_CHUNK_NUMBERS = 2**23  # of the matrix at a time; some ten float32 copies of a chunk are alive
+# Numbers of the matrix at a time; some five float32 copies of a chunk are alive. They fit into a
+# CPU's cache, and keep a GPU busy.
+_CPU_CHUNK, _GPU_CHUNK = 2**18, 2**24
 # int4 tries these limits, as parts of a group's largest absolute value. The codes are -8..7 times
-# the scale, limit / 8, so that the limit 8/7 clips nothing on either side.
-_CLIPS = [*(step / 40 for step in range(24, 46)), 8 / 7]
+# the scale, limit / 8, so that the limit 8/7 clips nothing on either side. Three times as many
+# limits make the squared error of normal and of heavy-tailed numbers 1 % smaller; without clipping
+# it is 33 % larger.
+_CLIPS = (0.65, 0.72, 0.79, 0.86, 0.93, 1.0, 1.07, 8 / 7)
 
 
 def quantize(weight: Tensor, method: str) -> QuantizedMatrix:
@@ -52,7 +56,7 @@ def quantize_fp8_block(weight: Tensor) -> QuantizedMatrix:
     codes = torch.empty(n, k, dtype=torch.float8_e4m3fn, device=weight.device)
     num_blocks = math.ceil(k / BLOCK)
     scales = torch.empty(math.ceil(n / BLOCK), num_blocks, device=weight.device)
-    for rows in _chunks(n, k, BLOCK):
+    for rows in _chunks(weight, BLOCK):
         chunk = weight[rows].float()
         size = chunk.shape[0]
         padded = F.pad(chunk, (0, -k % BLOCK, 0, -size % BLOCK))
@@ -81,7 +85,7 @@ def quantize_int4(weight: Tensor) -> QuantizedMatrix:
         )
     codes = torch.empty(n, k, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(n, k // group, dtype=torch.bfloat16, device=weight.device)
-    for rows in _chunks(n, k):
+    for rows in _chunks(weight):
         groups = weight[rows].float().view(-1, k // group, group)
         scale = _best_int4_scale(groups)
         scales[rows] = scale.squeeze(-1).to(torch.bfloat16)
@@ -102,7 +106,7 @@ def _quantize_rows(weight: Tensor, code: str, limit: float) -> QuantizedMatrix:
     dtype = torch.float8_e4m3fn if code == "fp8" else torch.int8
     codes = torch.empty(n, k, dtype=dtype, device=weight.device)
     scales = torch.empty(n, 1, device=weight.device)
-    for rows in _chunks(n, k):
+    for rows in _chunks(weight):
         chunk = weight[rows].float()
         scales[rows] = scale = _scale(chunk.abs().amax(1, keepdim=True), limit)
         scaled = (chunk / scale).clamp_(-limit, limit)
@@ -139,9 +143,11 @@ def _shape(weight: Tensor) -> tuple[int, int]:
     return n, k
 
 
-def _chunks(n: int, k: int, multiple: int = 1) -> Iterator[slice]:
-    """Slices of rows that have about `_CHUNK_NUMBERS` numbers and are multiples of `multiple`."""
-    size = max(_CHUNK_NUMBERS // k // multiple, 1) * multiple
+def _chunks(weight: Tensor, multiple: int = 1) -> Iterator[slice]:
+    """Slices of rows that make up a chunk each; their starts are multiples of `multiple`."""
+    n, k = weight.shape
+    numbers = _CPU_CHUNK if weight.device.type == "cpu" else _GPU_CHUNK
+    size = max(numbers // k // multiple, 1) * multiple
     for start in range(0, n, size):
         yield slice(start, min(start + size, n))
 

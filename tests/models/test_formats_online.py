@@ -83,8 +83,8 @@ def test_zeros_stay_zeros_and_small_numbers_stay_finite(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_chunks_do_not_show_in_the_result(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(300, 160).bfloat16()
-    whole = quantize(weight, method)
-    monkeypatch.setattr(online, "_CHUNK_NUMBERS", 1000)
+    whole = quantize(weight, method)  # one chunk
+    monkeypatch.setattr(online, "_CPU_CHUNK", 1000)
     chunked = quantize(weight, method)
     assert torch.equal(dequantize(whole), dequantize(chunked))
 
