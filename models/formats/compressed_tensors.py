@@ -112,7 +112,7 @@ def from_float_quantized(
     expect_e4m3("weight", weight)
     n, k = weight.shape
     scales = _group_scales(weight_scale, n, k, group_size)
-    return QuantizedMatrix("fp8", weight, scales)
+    return QuantizedMatrix("fp8", weight.contiguous(), scales)
 
 
 def from_nvfp4_pack_quantized(

@@ -40,11 +40,11 @@ def from_fp8(
     expect_finite(scale_field, scale)
     n, k = weight.shape
     if block is None:
-        return QuantizedMatrix("fp8", weight, channel_scales(scale_field, scale, n))
+        return QuantizedMatrix("fp8", weight.contiguous(), channel_scales(scale_field, scale, n))
     if tuple(block) != (BLOCK, BLOCK):
         raise ValueError(f"weight_block_size is {list(block)}, supported: [{BLOCK}, {BLOCK}]")
     expect_shape(scale_field, scale, (math.ceil(n / BLOCK), math.ceil(k / BLOCK)))
-    return QuantizedMatrix("fp8", weight, scale, block=BLOCK)
+    return QuantizedMatrix("fp8", weight.contiguous(), scale.contiguous(), block=BLOCK)
 
 
 def expect_e4m3(field: str, tensor: Tensor) -> None:

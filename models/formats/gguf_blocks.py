@@ -117,7 +117,8 @@ def _rows(parts: Tensor) -> Tensor:
 
 def _float16(blocks: Tensor, start: int) -> Tensor:
     """The float16 at byte `start` of each block: [N, blocks]."""
-    return blocks[..., start : start + 2].contiguous().view(torch.float16).squeeze(-1)
+    pairs = blocks[..., start : start + 2].clone(memory_format=torch.contiguous_format)
+    return pairs.view(torch.float16).squeeze(-1)
 
 
 def _shifts(blocks: Tensor, step: int, count: int) -> Tensor:

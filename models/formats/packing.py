@@ -15,7 +15,9 @@ def unpack_bits(words: Tensor, num_bits: int, count: int) -> Tensor:
     i * num_bits on and may span two words. Memory: the result, and at most six times the result
     for widths that do not divide 8.
     """
-    bytes_ = words.contiguous().view(torch.uint8)  # of a little-endian machine
+    if words.stride(-1) != 1:  # contiguous() would keep the stride of a single column
+        words = words.clone(memory_format=torch.contiguous_format)
+    bytes_ = words.view(torch.uint8)  # of a little-endian machine
     mask = 2**num_bits - 1
     if 8 % num_bits == 0:
         shifts = torch.arange(0, 8, num_bits, dtype=torch.uint8, device=words.device)

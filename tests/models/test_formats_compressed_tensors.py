@@ -91,6 +91,23 @@ def test_pack_quantized(
     assert matrix.codes.is_contiguous() and matrix.scales.dtype == dtype
 
 
+@pytest.mark.parametrize("num_bits", range(1, 9))
+def test_smallest_matrix_whose_zeros_are_one_word(num_bits: int) -> None:
+    """torch keeps the strides of a transposed tensor with a single column."""
+    zeros = integers(num_bits, 2, 2)
+    matrix = from_pack_quantized(
+        pack_to_int32(integers(num_bits, 2, 2), num_bits),
+        torch.ones(2, 2),
+        torch.tensor([2, 2]),
+        num_bits=num_bits,
+        group_size=1,
+        weight_zero_point=pack_to_int32(zeros, num_bits, packed_dim=0).contiguous(),
+    )
+    assert matrix.zeros is not None
+    offset = 2 ** (num_bits - 1) if num_bits <= 4 else 0
+    assert torch.equal(matrix.zeros.to(torch.int8), zeros + offset)
+
+
 @pytest.mark.parametrize("num_bits", [4, 8])
 def test_pack_quantized_with_activation_order(num_bits: int) -> None:
     """Column k belongs to group g_idx[k]; the library wrote such files until August 2026."""

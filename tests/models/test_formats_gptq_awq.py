@@ -186,6 +186,20 @@ def test_awq(
     assert torch.equal(dequantize(matrix), exact.T.float())
 
 
+def test_awq_columns_are_where_compressed_tensors_converter_finds_them() -> None:
+    """The converter has AutoAWQ's `unpack_awq` and `reverse_awq_order`."""
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQConverter
+
+    words = torch.randint(-(2**31), 2**31, (32, 6)).int()
+    zeros = torch.randint(-(2**31), 2**31, (2, 6)).int()
+    unpacked = AutoAWQConverter.unpack_awq(words, zeros, 4)
+    weight, zero = (part & 15 for part in AutoAWQConverter.reverse_awq_order(*unpacked, 4))
+    matrix = from_awq(words, zeros, torch.ones(2, 48), group_size=16)
+    assert matrix.zeros is not None
+    assert torch.equal(matrix.codes.T, weight) and torch.equal(matrix.zeros.T, zero)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

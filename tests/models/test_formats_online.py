@@ -40,7 +40,7 @@ def test_error_is_within_half_a_step(
         bound = step / 2
         if matrix.code == "fp8":
             bound = torch.maximum(weight.float().abs() / 16, step * 2**-10)
-        assert (error <= bound * (1 + 1e-5)).all(), method
+        assert (error <= bound * (1 + 1e-4)).all(), method
 
 
 def test_largest_number_of_a_row_or_block_is_the_largest_code() -> None:
