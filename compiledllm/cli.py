@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from compiledllm.arguments import add_engine_options, count, engine_options
 from compiledllm.benchmarks.cli import add_bench_command
-from compiledllm.config import DTYPES, MODEL_IMPLS, CacheConfig, Choice, ConfigError
+from compiledllm.config import DTYPES, MODEL_IMPLS, QUANTIZATIONS, CacheConfig, Choice, ConfigError
 from compiledllm.outputs import RequestOutput
 from compiledllm.sampling_params import SamplingParams
 from compiledllm.server.options import add_server_options
@@ -130,7 +130,7 @@ def _info(arguments: argparse.Namespace) -> int:
     from compiledllm.platform import Platform
 
     path = resolve_checkpoint(arguments.model, arguments.revision, weights=False)
-    spec = load_spec(path, arguments.model_impl)
+    spec = load_spec(path, arguments.model_impl, arguments.quantization)
     platform = Platform.detect(arguments.device)
     dtype = platform.choose_dtype(arguments.dtype, spec.dtype)
     facts = _facts(path, spec, platform, dtype)
@@ -147,12 +147,13 @@ def _facts(path: Path, spec: ModelSpec, platform: Platform, dtype: Choice) -> di
     """Facts about a model on this machine, found without loading its weights."""
     from compiledllm.kernels.attention import REFERENCE, make_backend
     from compiledllm.models.cache_groups import choose_groups
+    from compiledllm.models.formats.size import dtype_of, weight_bytes
     from compiledllm.runner.kv_cache import CPU_MEMORY_SHARE
     from compiledllm.scheduler.kv_manager import num_blocks_needed
 
     itemsize = 4 if dtype.value == "float32" else 2
     layer = spec.layers[0]
-    weights = spec.num_parameters * itemsize
+    weights = weight_bytes(spec, dtype_of(str(dtype.value)))
     groups, _ = choose_groups(spec, spec.max_position, make_backend(REFERENCE))
     block_size = CacheConfig().block_size
     per_slot = groups.kv_bytes_per_token(spec, itemsize)
@@ -177,6 +178,7 @@ def _facts(path: Path, spec: ModelSpec, platform: Platform, dtype: Choice) -> di
         "parameters": spec.num_parameters,
         "checkpoint_dtype": spec.dtype,
         "dtype": str(dtype),
+        "quantization": spec.quantization or "none",
         "weight_bytes": weights,
         "kv_groups": str(groups),
         "kv_bytes_per_token": per_token,
@@ -223,6 +225,7 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--revision", help="branch, tag or commit on the hub")
     info.add_argument("--dtype", default="auto", choices=DTYPES, help="dtype to count bytes for")
     info.add_argument("--model-impl", default="auto", choices=MODEL_IMPLS, help="who runs it")
+    info.add_argument("--quantization", choices=QUANTIZATIONS, help="quantise while loading")
     info.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     info.add_argument("--json", action="store_true", help="print one JSON object")
     info.set_defaults(run=_info)

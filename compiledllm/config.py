@@ -22,6 +22,7 @@ LOAD_FORMATS = ("auto", "safetensors", "dummy")
 POLICIES = ("fcfs", "priority")
 GENERATION = ("auto", "off")
 COMPILE_WHEN = ("auto", "start", "background", "busy")
+QUANTIZATIONS = ("fp8", "fp8_block", "int8", "int4")
 MODEL_IMPLS = ("auto", "compiledllm", "transformers")
 BACKENDS = ("auto", "triton", "flashinfer", "torch")
 
@@ -64,6 +65,12 @@ class ModelConfig:
         "who runs the model; transformers: its module over our paged cache; auto: that, for an "
         "architecture without a family here",
         MODEL_IMPLS,
+    )
+    quantization: str | None = option(
+        None,
+        "quantise 16-bit weights while loading, lossy: fp8 and int8 per channel, fp8_block in "
+        "blocks of 128x128, int4 in groups of 128; quantised checkpoints need no option",
+        QUANTIZATIONS,
     )
     skip_tokenizer_init: bool = option(False, "token ids in, token ids out")
     seed: int = option(0, "seed of the engine: dummy weights and requests without a seed")
@@ -295,9 +302,9 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
 def _check_types_and_choices(group: object) -> None:
     for f in fields(group):  # type: ignore[arg-type]
         choices, value = f.metadata.get("choices"), getattr(group, f.name)
-        if choices and value not in choices:
-            raise ConfigError(f"{f.name} must be one of {', '.join(choices)}, got {value!r}")
         kind, _, optional = str(f.type).partition(" | ")
+        if choices and value not in choices and not (optional and value is None):
+            raise ConfigError(f"{f.name} must be one of {', '.join(choices)}, got {value!r}")
         types, words = _KINDS[kind]
         is_kind = isinstance(value, types) and (kind == "bool" or not isinstance(value, bool))
         if not is_kind and not (optional and value is None):

@@ -13,7 +13,7 @@ from compiledllm.models.layers.factory import Products
 from compiledllm.models.spec import ModelSpec
 from compiledllm.models.weights import fill_with_random_weights, load_weights
 
-_LEAST_BYTES = 0.5  # of a parameter in any format
+_LEAST_BYTES = 1 / 8  # of a parameter in any format
 
 
 def build_model(

@@ -45,6 +45,7 @@ class DecoderBlock(nn.Module):
     def __init__(self, spec: LayerSpec, backend: AttentionBackend, make: Factory) -> None:
         super().__init__()
         self.spec = spec
+        make = replace(make, formats=spec.formats)
 
         def norm(exists: bool) -> nn.Module | None:
             return make.norm(spec.norm, spec.hidden_size) if exists else None
@@ -124,7 +125,7 @@ class Decoder(nn.Module):
         self.spec = spec
         self.backend = backend
         self.takes_ends = backend.takes_ends
-        self._make = make = Factory(products or Products())
+        self._make = make = Factory(products or Products(), spec.formats)
         self.embedding = empty_parameter(spec.vocab_size, spec.embedding_width)
         self.lm_head = self._make_head(is_tied=spec.tie_word_embeddings)
         self.project_in = self.project_out = None

@@ -15,6 +15,11 @@ def fixed_order(spec: ModelSpec) -> Products:
     because the compiler chooses the order of sums by the number of tokens. All other operations are
     elementwise. Raises ConfigError if the model's norms, MLPs or positions have no such kernels.
     """
+    if spec.quantization:
+        raise ConfigError(
+            f"deterministic=True is not supported for quantised weights ({spec.quantization}); "
+            "leave it out, or use unquantised weights"
+        )
     _check(spec)
     from compiledllm.kernels.fixed_order_triton import linear, rms_norm
 

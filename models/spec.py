@@ -49,6 +49,30 @@ class NormSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class QuantSpec:
+    """How a quantised matrix is kept in memory.
+
+    code: "fp8" (E4M3), "int8", "int4" or "fp4" (E2M1). group: inputs that share a scale; 0: all.
+    rows: outputs that share a scale, 1 or 128. has_zeros: codes have zero points. is_permuted: the
+    inputs are reordered. scale_dtype: a name in torch. online: the method by which 16-bit weights
+    are quantised while loading, "" if the checkpoint stores codes.
+    """
+
+    code: str
+    group: int = 0
+    rows: int = 1
+    has_zeros: bool = False
+    is_permuted: bool = False
+    scale_dtype: str = "float32"
+    online: str = ""
+
+
+# Formats by the matrix's path within a block ("attn.qkv") or within the model ("lm_head").
+# Matrices that are not named have the model's dtype.
+Formats = tuple[tuple[str, QuantSpec], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionSpec:
     """Grouped-query attention. `scale` multiplies the logits.
 
@@ -183,6 +207,7 @@ class LayerSpec:
     """One decoder block.
 
     residual: a key of NORMS_BEFORE. residual_scale: multiplies what attention and MLP add to x.
+    formats: of the quantised matrices.
     """
 
     hidden_size: int
@@ -191,6 +216,7 @@ class LayerSpec:
     norm: NormSpec
     residual: str = "pre"
     residual_scale: float = 1.0
+    formats: Formats = ()
 
     @property
     def num_parameters(self) -> int:
@@ -218,7 +244,9 @@ class ModelSpec:
     row `first_position`; 0: no table. embedding_scale, logit_scale: multipliers. logit_soft_cap: 0
     is none. embedding_size: width of embedding and head in models that project between them and
     the blocks; 0: hidden_size. implementation: "compiledllm", or "transformers" for models that run
-    as transformers' modules, whose num_other_parameters the other fields do not describe.
+    as transformers' modules, whose num_other_parameters the other fields do not describe. formats:
+    of quantised matrices beside the blocks. quantization: what the weights are quantised to, for
+    reports; "": nothing.
     """
 
     architecture: str
@@ -240,6 +268,8 @@ class ModelSpec:
     embedding_size: int = 0
     implementation: str = "compiledllm"
     num_other_parameters: int = 0
+    formats: Formats = ()
+    quantization: str = ""
 
     @property
     def num_parameters(self) -> int:

@@ -72,7 +72,9 @@ class EngineCore:
             config.model.revision,
             weights=config.model.load_format != "dummy",
         )
-        self.spec: ModelSpec = load_spec(self.model_path, config.model.model_impl)
+        self.spec: ModelSpec = load_spec(
+            self.model_path, config.model.model_impl, config.model.quantization
+        )
         self.platform = Platform.detect(config.model.device)
         self.config, self.choices = config.resolve(
             self.platform.is_cuda, self.spec.max_position, self.platform.memory_bytes
@@ -348,6 +350,7 @@ class EngineCore:
             "tied head": self.choices.get("tie_word_embeddings"),
             "device": f"{self.platform.device} ({self.platform.name}; {self.platform.versions()})",
             "dtype": self.choices["dtype"],
+            "weights": spec.quantization or None,
             "attention": self.choices["attention_backend"],
             "memory": self.choices.get("memory"),
             "KV cache": self._describe_cache(),

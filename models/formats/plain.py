@@ -27,7 +27,7 @@ class Plain:
     ) -> dict[str, nn.Parameter | None]:
         return {"weight": empty_parameter(*lead, sum(parts.values()), in_features)}
 
-    def slots(self, parts: Mapping[str, int], params: Params) -> dict[str, Slot]:
+    def slots(self, parts: Mapping[str, int], in_features: int, params: Params) -> dict[str, Slot]:
         (weight,) = params
         assert weight is not None
         return slots_by_part("weight", parts, weight)

@@ -62,7 +62,7 @@ class WeightFormat(Protocol):
     ) -> dict[str, nn.Parameter | None]:
         """Uninitialised tensors on torch's default device. lead: (experts,) or ()."""
 
-    def slots(self, parts: Mapping[str, int], params: Params) -> dict[str, Slot]:
+    def slots(self, parts: Mapping[str, int], in_features: int, params: Params) -> dict[str, Slot]:
         """Where each part's matrix goes: {"weight:part": slot}; "weight" for a part named ""."""
 
     def finish(self, params: Params) -> None:

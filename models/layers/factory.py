@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
 from compiledllm.kernels.linear import linear
 from compiledllm.models.formats.plain import Plain
+from compiledllm.models.formats.quantized import Quantized
 from compiledllm.models.formats.weight_format import WeightFormat
 from compiledllm.models.layers.linear import ExpertLinear, Head, Linear
 from compiledllm.models.layers.norm import make_norm, rms_norm
-from compiledllm.models.spec import NormSpec
+from compiledllm.models.spec import Formats, NormSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +31,12 @@ class Products:
 class Factory:
     """What the modules of a model are made with, beside their specs.
 
-    formats: the formats of matrices that are not `Plain`, by the matrix's path ("attn.qkv").
+    formats: of the quantised matrices, as in a LayerSpec or ModelSpec.
     prefix: where the modules that this factory makes stand: "", "attn.", "mlp.shared.".
     """
 
     products: Products = Products()
-    formats: Mapping[str, WeightFormat] = field(default_factory=dict)
+    formats: Formats = ()
     prefix: str = ""
 
     def within(self, module: str) -> Factory:
@@ -64,4 +65,5 @@ class Factory:
         return make_norm(spec, shape, self.products.rms_norm)
 
     def _format(self, name: str) -> WeightFormat:
-        return self.formats.get(self.prefix + name) or Plain(self.products.linear)
+        spec = dict(self.formats).get(self.prefix + name)
+        return Plain(self.products.linear) if spec is None else Quantized(spec)

@@ -24,12 +24,14 @@ class Matrix(nn.Module):
 
     def __init__(
         self,
+        in_features: int,
         parts: dict[str, int],
         format: WeightFormat,
         params: Mapping[str, nn.Parameter | None],
         bias: nn.Parameter | None,
     ) -> None:
         super().__init__()
+        self.in_features = in_features
         self.parts = parts
         self.format = format
         self._names = tuple(params)
@@ -50,7 +52,7 @@ class Matrix(nn.Module):
         self.format.finish(self.params)
 
     def _slots_of(self, params: Params, bias: Tensor | None) -> dict[str, Slot]:
-        slots = self.format.slots(self.parts, params)
+        slots = self.format.slots(self.parts, self.in_features, params)
         return slots if bias is None else slots | slots_by_part("bias", self.parts, bias)
 
 
@@ -66,9 +68,8 @@ class Linear(Matrix):
         params: Mapping[str, nn.Parameter | None] | None = None,
     ) -> None:
         params = format.parameters(parts, in_features) if params is None else params
-        super().__init__(
-            parts, format, params, empty_parameter(sum(parts.values())) if bias else None
-        )
+        biases = empty_parameter(sum(parts.values())) if bias else None
+        super().__init__(in_features, parts, format, params, biases)
 
     def forward(self, x: Tensor, first_row: int = 0) -> Tensor:
         """x [rows, inputs] -> [rows, outputs from first_row on]."""
@@ -89,7 +90,7 @@ class ExpertLinear(Matrix):
     ) -> None:
         params = format.parameters(parts, in_features, (num_experts,))
         biases = empty_parameter(num_experts, sum(parts.values())) if bias else None
-        super().__init__(parts, format, params, biases)
+        super().__init__(in_features, parts, format, params, biases)
         self.num_experts = num_experts
 
     def slots(self) -> dict[str, Slot]:

@@ -94,6 +94,12 @@ def test_another_attention_is_refused() -> None:
         Engine("any", deterministic=True, attention_backend="flashinfer")
 
 
+def test_quantised_weights_are_refused(tiny_model: Callable[..., Path]) -> None:
+    spec = load_spec(tiny_model("llama"), quantization="int8")
+    with pytest.raises(ConfigError, match="not supported for quantised weights"):
+        fixed_order(spec)
+
+
 @pytest.mark.parametrize("family", ["gpt_neox", "gemma", "smollm3", "mixtral"])
 def test_models_without_such_kernels_are_refused(
     family: str, tiny_model: Callable[..., Path]

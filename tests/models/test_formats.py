@@ -19,7 +19,6 @@ from compiledllm.models.formats.codes import (
 from compiledllm.models.formats.fp8 import from_fp8
 from compiledllm.models.formats.modelopt import from_modelopt_fp8, from_modelopt_nvfp4
 from compiledllm.models.formats.mxfp4 import from_mxfp4_blocks
-from compiledllm.models.mxfp4 import dequantize_mxfp4
 
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
@@ -212,14 +211,6 @@ def test_modelopt_nvfp4_global_scale_multiplies() -> None:
 
 
 # gpt-oss
-
-
-def test_mxfp4_blocks_are_the_matrix_that_dequantize_mxfp4_gives() -> None:
-    blocks = torch.arange(256, dtype=torch.uint8).view(16, 16).expand(2, 8, 16, 16)
-    scales = torch.arange(256).clamp(max=254).to(torch.uint8).view(2, 8, 16)
-    matrix = from_mxfp4_blocks(blocks, scales)
-    assert torch.equal(dequantize(matrix), dequantize_mxfp4(blocks, scales, torch.float32))
-    assert matrix.group == 32 and matrix.scales.element_size() == 1
 
 
 @pytest.mark.parametrize(
