@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from compiledllm.config import ConfigError
 from compiledllm.log import log
@@ -76,7 +77,8 @@ def _stored(
 ) -> Iterator[tuple[str, Content]]:
     """The checkpoint's tensors that are used, by name, as the family's hooks turn them out."""
     tensors: Iterator[tuple[str, Content]] = read_tensors(files)
-    if scheme := scheme_of_checkpoint(files[0].parent):
+    scheme = scheme_of_checkpoint(files[0].parent)
+    if scheme is not None:
         quantized = {name for name, slot in slots.items() if isinstance(slot, MatrixSlot)}
 
         def is_matrix(name: str) -> bool:
@@ -89,8 +91,18 @@ def _stored(
         tensors = unpack(tensors)
     prepare = getattr(family, "prepare", None)
     for name, tensor in tensors:
+        if scheme is not None and _is_empty_bias(name, tensor, rules, slots):
+            continue
         if rules.is_used(name):
             yield name, tensor if prepare is None else prepare(name, tensor, model.spec)
+
+
+def _is_empty_bias(name: str, stored: Content, rules: NameRules, slots: Mapping[str, Slot]) -> bool:
+    """Whether it is a bias of zeros for a layer without one, as some GPTQ files have them."""
+    if not isinstance(stored, Tensor) or not name.endswith(".bias"):
+        return False
+    has_slot = any(slot in slots for slot in slots_of(rules.target_of(name)))
+    return not has_slot and not bool(stored.any())
 
 
 def _match(target: str, missing: dict[str, Slot]) -> list[Slot] | None:

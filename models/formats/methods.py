@@ -22,7 +22,10 @@ from compiledllm.models.formats.mxfp4 import from_mxfp4_blocks
 from compiledllm.models.formats.stored import Fields, Scheme, Stored, Uniform, matches
 from compiledllm.models.spec import QuantSpec
 
-FP8_UNUSED = (".input_scale", ".activation_scale", ".input_scale_inv")
+FP8_UNUSED = (
+    *(".input_scale", ".activation_scale", ".input_scale_inv", ".input_scale_ub"),
+    *(".k_scale", ".v_scale", ".output_scale"),
+)
 
 
 def fp8(fields: Fields, _scale_dtype: str) -> Scheme:
@@ -159,8 +162,7 @@ def modelopt(fields: Fields, _scale_dtype: str) -> Scheme:
     algorithm = fields.expect("quant_algo", *_MODELOPT)
     ignored = fields.names("ignore", "exclude_modules")
     spec, suffixes, read = _MODELOPT[algorithm]
-    unused = (*FP8_UNUSED, ".k_scale", ".v_scale")
-    stored = Stored(spec, tuple((suffix,) for suffix in suffixes), read, (), unused)
+    stored = Stored(spec, tuple((suffix,) for suffix in suffixes), read, (), FP8_UNUSED)
     return Uniform(f"modelopt {algorithm}", stored, _all_but(ignored))
 
 
@@ -185,6 +187,7 @@ _MODELOPT = {
 # quant_method -> (fields, dtype of the file's scales or of the model) -> Scheme.
 METHODS: dict[str, Callable[[Fields, str], Scheme]] = {
     "fp8": fp8,
+    "fbgemm_fp8": fp8,
     "compressed-tensors": compressed_tensors,
     "gptq": gptq,
     "awq": awq,

@@ -322,6 +322,20 @@ def test_tensors_of_a_matrix_may_lie_in_several_files(
     assert torch.equal(logits_in_chunks(load(packed), [3, 4, 5], [3]), expected)
 
 
+def test_biases_of_zeros_for_layers_without_one_are_let_pass(
+    checkpoints: Callable[..., tuple[Path, Path]],
+) -> None:
+    packed, _ = checkpoints("llama", "gptq")
+    tensors = load_file(packed / "model.safetensors")
+    for value in (0.0, 0.5):
+        tensors[f"{Q_PROJ}.bias"] = torch.full((64,), value)
+        save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})
+        if value == 0:
+            load(packed)
+    with pytest.raises(ConfigError, match=f"unexpected tensors: {Q_PROJ}.bias"):
+        load(packed)
+
+
 def test_modelopt_is_found_in_a_file_of_its_own(
     checkpoints: Callable[..., tuple[Path, Path]],
 ) -> None:
