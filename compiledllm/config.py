@@ -22,6 +22,7 @@ LOAD_FORMATS = ("auto", "safetensors", "dummy")
 POLICIES = ("fcfs", "priority")
 GENERATION = ("auto", "off")
 COMPILE_WHEN = ("auto", "start", "background", "busy")
+QUANTIZATIONS = ("fp8", "fp8_block", "int8", "int4")
 MODEL_IMPLS = ("auto", "compiledllm", "transformers")
 BACKENDS = ("auto", "triton", "flashinfer", "torch")
 
@@ -117,6 +118,12 @@ class ModelConfig:
     )
     max_logprobs: int = option(
         20, "most logprobs a request may ask for; -1: the vocabulary", kind="int"
+    )
+    quantization: str | None = option(
+        None,
+        "quantise 16-bit weights while loading, lossy: fp8 and int8 per channel, fp8_block in "
+        "blocks of 128x128, int4 in groups of 128; quantised checkpoints need no option",
+        QUANTIZATIONS,
     )
     generation_config: str = option(
         "off", "auto: requests without sampling parameters get generation_config.json's", GENERATION

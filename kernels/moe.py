@@ -6,6 +6,8 @@ grouped matmuls follow. On other devices plain torch computes one expert after t
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,11 +25,17 @@ def route_in_torch(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tenso
     return ids.int(), weights
 
 
+class Matrices(Protocol):
+    """A matrix for each expert: a tensor, or matrices that are made when asked for."""
+
+    def __getitem__(self, expert: int, /) -> Tensor: ...
+
+
 def experts_in_torch(
     x: Tensor,
     expert_ids: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
+    gate_up: Matrices,
+    down: Matrices,
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     alpha: float = 1.0,

@@ -9,19 +9,24 @@ from compiledllm.config import ConfigError
 from compiledllm.kernels.backend import AttentionBackend
 from compiledllm.models.checkpoint import files_by_tensor, weight_files
 from compiledllm.models.decoder import Decoder
+from compiledllm.models.layers.factory import Products
 from compiledllm.models.spec import ModelSpec
 from compiledllm.models.weights import fill_with_random_weights, load_weights
 
-_LEAST_BYTES = 0.5  # of a parameter in any format
+_LEAST_BYTES = 1 / 8  # of a parameter in any format
 
 
 def build_model(
-    spec: ModelSpec, backend: AttentionBackend, checkpoint: Path, dummy_seed: int | None
+    spec: ModelSpec,
+    backend: AttentionBackend,
+    checkpoint: Path,
+    dummy_seed: int | None,
+    products: Products | None = None,
 ) -> Decoder:
     """Build the model on torch's default device in torch's default dtype.
 
-    dummy_seed: seed of random weights; None loads the checkpoint's. Raises ConfigError for weights
-    that do not fit the spec.
+    dummy_seed: seed of random weights; None loads the checkpoint's. products: the kernels of matrix
+    products and norms. Raises ConfigError for weights that do not fit the spec.
     """
     if dummy_seed is None:
         _check_size(spec, checkpoint)
@@ -29,7 +34,7 @@ def build_model(
         from compiledllm.models.transformers_model import build_transformers_model
 
         return cast("Decoder", build_transformers_model(spec, backend, checkpoint, dummy_seed))
-    model = Decoder(spec, backend)
+    model = Decoder(spec, backend, products)
     if dummy_seed is None:
         load_weights(model, checkpoint)
     else:

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compiledllm.kernels.backend import AttentionBackend, AttentionMetadata
-from compiledllm.kernels.linear import linear
+from compiledllm.models.formats.weight_format import empty_parameter
 from compiledllm.models.layers.attention import PagedAttention
-from compiledllm.models.layers.linear import Linear, empty_parameter
+from compiledllm.models.layers.factory import Factory, Products
+from compiledllm.models.layers.linear import Head
 from compiledllm.models.layers.moe import make_mlp
-from compiledllm.models.layers.norm import make_norm
 from compiledllm.models.layers.rope import RotaryTable
 from compiledllm.models.spec import NORMS_BEFORE, NORMS_BEHIND, LayerSpec, ModelSpec
 
@@ -42,18 +42,19 @@ class SampledTokens(NamedTuple):
 class DecoderBlock(nn.Module):
     """x += due; x += attn(norm(x)); returns x and due = mlp(norm(x)), which the next block adds."""
 
-    def __init__(self, spec: LayerSpec, backend: AttentionBackend) -> None:
+    def __init__(self, spec: LayerSpec, backend: AttentionBackend, make: Factory) -> None:
         super().__init__()
         self.spec = spec
+        make = replace(make, formats=spec.formats)
 
         def norm(exists: bool) -> nn.Module | None:
-            return make_norm(spec.norm, spec.hidden_size) if exists else None
+            return make.norm(spec.norm, spec.hidden_size) if exists else None
 
         self.attn_norm = norm(NORMS_BEFORE[spec.residual] >= 1)
-        self.attn = PagedAttention(spec.hidden_size, spec.attn, backend)
+        self.attn = PagedAttention(spec.hidden_size, spec.attn, backend, make.within("attn"))
         self.attn_out_norm = norm(NORMS_BEHIND[spec.residual] >= 1)
         self.mlp_norm = norm(NORMS_BEFORE[spec.residual] >= 2)
-        self.mlp = make_mlp(spec.hidden_size, spec.mlp)
+        self.mlp = make_mlp(spec.hidden_size, spec.mlp, make.within("mlp"))
         self.mlp_out_norm = norm(NORMS_BEHIND[spec.residual] >= 2)
         self.is_parallel = spec.residual.startswith("parallel")
         self.norms_sums = spec.residual == "sums"
@@ -111,32 +112,33 @@ class Decoder(nn.Module):
     """A decoder-only transformer on a paged KV cache.
 
     `block_forward` runs a block, `enter` everything before the first block, `leave` everything
-    behind the last block. `compiledllm.graphs` replaces all three by compiled functions. `product`
-    multiplies by the output head. takes_sampled_tokens: whether `forward` accepts `SampledTokens`.
+    behind the last block. `compiledllm.graphs` replaces all three by compiled functions.
+    takes_sampled_tokens: whether `forward` accepts `SampledTokens`. products: kernels of matrix
+    products and norms.
     """
 
     edges = "enter", "leave"
-    product: Callable[..., Tensor] = staticmethod(linear)
 
-    def __init__(self, spec: ModelSpec, backend: AttentionBackend) -> None:
+    def __init__(
+        self, spec: ModelSpec, backend: AttentionBackend, products: Products | None = None
+    ) -> None:
         super().__init__()
         self.spec = spec
         self.backend = backend
         self.takes_sampled_tokens = backend.takes_sampled_tokens
+        self._make = make = Factory(products or Products(), spec.formats)
         self.embedding = empty_parameter(spec.vocab_size, spec.embedding_width)
+        self.lm_head = self._make_head(is_tied=spec.tie_word_embeddings)
         self.project_in = self.project_out = None
         if size := spec.embedding_size:
-            self.project_in = Linear(size, {"": spec.hidden_size}, bias=False)
-            self.project_out = Linear(spec.hidden_size, {"": size}, bias=False)
+            self.project_in = make.linear("project_in", size, {"": spec.hidden_size})
+            self.project_out = make.linear("project_out", spec.hidden_size, {"": size})
         scale = torch.tensor(spec.embedding_scale, dtype=self.embedding.dtype, device="cpu")
         self._embedding_scale = scale.item()  # rounded to the embedding's dtype
         size = spec.num_learned_positions
         self.positions = empty_parameter(size, spec.hidden_size) if size else None
-        self.layers = nn.ModuleList(DecoderBlock(layer, backend) for layer in spec.layers)
-        self.final_norm = make_norm(spec.final_norm, spec.hidden_size)
-        tied = spec.tie_word_embeddings
-        self.lm_head = None if tied else empty_parameter(spec.vocab_size, spec.embedding_width)
-        self.lm_head_bias = empty_parameter(spec.vocab_size) if spec.lm_head_bias else None
+        self.layers = nn.ModuleList(DecoderBlock(layer, backend, make) for layer in spec.layers)
+        self.final_norm = make.norm(spec.final_norm, spec.hidden_size)
         ropes = dict.fromkeys(layer.attn.rope for layer in spec.layers)
         self.rotary = nn.ModuleList(RotaryTable(rope) for rope in ropes)
         self._rotary_index = [list(ropes).index(layer.attn.rope) for layer in spec.layers]
@@ -173,7 +175,11 @@ class Decoder(nn.Module):
     def untie_head(self) -> None:
         """Give the output head an uninitialised matrix of its own, and update `spec`."""
         self.spec = replace(self.spec, tie_word_embeddings=False)
-        self.lm_head = empty_parameter(*self.embedding.shape)
+        self.lm_head = self._make_head(is_tied=False)
+
+    def _make_head(self, is_tied: bool) -> Head:
+        spec, embedding = self.spec, self.embedding if is_tied else None
+        return self._make.head(spec.embedding_width, spec.vocab_size, spec.lm_head_bias, embedding)
 
     def embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         x = F.embedding(input_ids, self.embedding)
@@ -187,12 +193,10 @@ class Decoder(nn.Module):
 
     def compute_logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """[tokens, hidden] -> [tokens, vocab], in the model's dtype; written to `out` if given."""
-        head, spec = self.embedding if self.lm_head is None else self.lm_head, self.spec
+        spec = self.spec
         if self.project_out is not None:
             hidden = self.project_out(hidden)
-        logits: Tensor = self.product(hidden, head, None, out)
-        if self.lm_head_bias is not None:
-            logits.add_(self.lm_head_bias)
+        logits = self.lm_head.into(out, hidden)
         if spec.logit_scale != 1:
             logits.mul_(spec.logit_scale)
         if spec.logit_soft_cap:

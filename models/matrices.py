@@ -5,23 +5,88 @@ A storage format applies to a matrix; all other parameters have the model's dtyp
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import NamedTuple
+
+import torch
+
+NIBBLE_INPUTS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class QuantSpec:
+    """How a quantised matrix is kept in memory.
+
+    code: "fp8" (E4M3), "int8", "int4" or "fp4" (E2M1). group: inputs that share a scale; 0: all.
+    rows: outputs that share a scale, 1 or 128. has_zeros: codes have zero points. is_permuted: the
+    inputs are reordered. scale_dtype: a name in torch. online: the method by which 16-bit weights
+    are quantised while loading, "" if the checkpoint stores codes.
+    """
+
+    code: str
+    group: int = 0
+    rows: int = 1
+    has_zeros: bool = False
+    is_permuted: bool = False
+    scale_dtype: str = "float32"
+    online: str = ""
+
+    @property
+    def is_nibbles(self) -> bool:
+        """Whether codes have four bits; their inputs are padded to NIBBLE_INPUTS in memory."""
+        return self.code in ("int4", "fp4")
+
+    def num_inputs_in_memory(self, num_inputs: int) -> int:
+        return num_inputs + -num_inputs % (NIBBLE_INPUTS if self.is_nibbles else 1)
+
+    def group_in_memory(self, num_inputs: int) -> int:
+        """Inputs that share a scale, as a divisor of the inputs in memory.
+
+        A group that does not divide the (padded) inputs is kept as several smaller ones.
+        """
+        group = math.gcd(num_inputs, self.group or num_inputs)
+        if self.is_nibbles and self.num_inputs_in_memory(num_inputs) % group:
+            group = math.gcd(group, NIBBLE_INPUTS)
+        return group
+
+    def num_bytes(self, num_outputs: int, num_inputs: int) -> int:
+        """Bytes of one matrix in memory: codes, scales, zeros and the order of inputs."""
+        width = self.num_inputs_in_memory(num_inputs)
+        num_groups = -(-num_outputs // self.rows) * width // self.group_in_memory(num_inputs)
+        scale_dtype: torch.dtype = getattr(torch, self.scale_dtype)
+        of_group = scale_dtype.itemsize + self.has_zeros
+        codes = num_outputs * width // (2 if self.is_nibbles else 1)
+        return codes + num_groups * of_group + self.is_permuted * 8 * num_inputs
+
+
+# Formats by the matrix's path within a block ("attn.qkv") or within the model ("lm_head").
+# Matrices that are not named have the model's dtype.
+Formats = tuple[tuple[str, QuantSpec], ...]
 
 
 class Matrix(NamedTuple):
     """A weight matrix, or the `num_experts` matrices of the same shape in a layer.
 
-    name: the module's path within a block ("attn.qkv") or within the model ("lm_head").
+    name: the module's path within a block ("attn.qkv") or within the model ("lm_head"). format:
+    None: the model's dtype.
     """
 
     name: str
     num_outputs: int
     num_inputs: int
     num_experts: int = 1
+    format: QuantSpec | None = None
 
     @property
     def num_parameters(self) -> int:
         return self.num_experts * self.num_outputs * self.num_inputs
+
+    def num_bytes(self, of_element: int) -> int:
+        """Bytes in memory. of_element: of the model's dtype."""
+        if self.format is None:
+            return self.num_parameters * of_element
+        return self.num_experts * self.format.num_bytes(self.num_outputs, self.num_inputs)
 
 
 class Weights(NamedTuple):
@@ -37,3 +102,11 @@ class Weights(NamedTuple):
     def plus(self, *parts: Weights) -> Weights:
         matrices = (matrix for part in (self, *parts) for matrix in part.matrices)
         return Weights(tuple(matrices), sum(part.num_others for part in (self, *parts)))
+
+    def stored_in(self, formats: Formats) -> Weights:
+        """The same weights, the named matrices in their formats."""
+        if not formats:
+            return self
+        by_name = dict(formats)
+        matrices = (m._replace(format=by_name.get(m.name)) for m in self.matrices)
+        return Weights(tuple(matrices), self.num_others)

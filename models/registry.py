@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -11,6 +11,11 @@ from types import ModuleType
 from typing import Any
 
 from compiledllm.config import ConfigError
+from compiledllm.models.checkpoint import files_by_tensor, opened, weight_files
+from compiledllm.models.formats.assign import quantized_as_stored, quantized_online
+from compiledllm.models.formats.methods import scheme_of
+from compiledllm.models.formats.stored import Scheme
+from compiledllm.models.names import NameRules
 from compiledllm.models.spec import ModelSpec
 
 # Architecture name in config.json -> module in compiledllm.models.families.
@@ -47,8 +52,7 @@ def family_of(architecture: str) -> ModuleType:
     """The family module of an architecture. Raises ConfigError if there is none.
 
     Every module has `spec_from_hf` and NAMES. Optional: `prepare`, `unpack`; IGNORED, the names of
-    tensors that the engine does not use; FORMATS, the values of `quant_method` that `unpack` turns
-    into ordinary weights.
+    tensors that the engine does not use.
     """
     if architecture not in FAMILIES:
         raise ConfigError(
@@ -57,31 +61,97 @@ def family_of(architecture: str) -> ModuleType:
     return import_module(f"compiledllm.models.families.{FAMILIES[architecture]}")
 
 
-def load_spec(checkpoint: Path, model_impl: str = "auto") -> ModelSpec:
-    """The ModelSpec of a checkpoint directory, from its config.json alone.
+def load_spec(
+    checkpoint: Path, model_impl: str = "auto", quantization: str | None = None
+) -> ModelSpec:
+    """The ModelSpec of a checkpoint directory, from its config and its weight files' headers.
 
     model_impl: "compiledllm", "transformers", or "auto", which means "compiledllm" if a family
-    implements the architecture and "transformers" otherwise. Raises ConfigError if `model_impl`
-    cannot run the model.
+    implements the architecture and "transformers" otherwise. quantization: how to quantise 16-bit
+    weights while loading, a key of `formats.assign.ONLINE`. Raises ConfigError if `model_impl`
+    cannot run the model, and for a quantised checkpoint of an unknown form.
     """
     raw = _read_json(checkpoint / "config.json")
     names = raw.get("architectures") or [f"(none; model_type={raw.get('model_type')!r})"]
     architecture = names if isinstance(names, str) else str(names[0])
     is_ours = architecture in FAMILIES
     if model_impl == "transformers" or (model_impl == "auto" and not is_ours):
+        _refuse_quantized(checkpoint, architecture, quantization)
         return _spec_by_probing(checkpoint, raw, architecture)
     family = family_of(architecture)
-    _check_format(checkpoint, raw.get("quantization_config"), getattr(family, "FORMATS", ()))
     with _as_config_errors(checkpoint):
         spec: ModelSpec = family.spec_from_hf(_hf_config(checkpoint))
-    return spec
+        return _with_formats(spec, family, checkpoint, quantization)
+
+
+def _with_formats(
+    spec: ModelSpec, family: ModuleType, checkpoint: Path, quantization: str | None
+) -> ModelSpec:
+    scheme = scheme_of_checkpoint(checkpoint)
+    if scheme is None:
+        return spec if quantization is None else quantized_online(spec, quantization)
+    if quantization is not None:
+        raise ConfigError(
+            f"quantization='{quantization}' quantises 16-bit weights, but {checkpoint} is "
+            f"quantised already ({scheme.title}); leave it out"
+        )
+    if hasattr(family, "prepare"):
+        raise ConfigError(
+            f"{checkpoint}: quantised checkpoints ({scheme.title}) of {spec.architecture} are not "
+            "supported, as it stores matrices in an order of its own; use the unquantised model"
+        )
+    rules = NameRules(family.NAMES, getattr(family, "IGNORED", ()))
+    return quantized_as_stored(spec, scheme, rules, _names_of_tensors(checkpoint))
+
+
+def scheme_of_checkpoint(checkpoint: Path) -> Scheme | None:
+    """How the checkpoint's matrices are quantised, by its config; None: not at all."""
+    fields = _quantization_config(checkpoint)
+    return None if fields is None else scheme_of(fields, _dtype_of_scales(checkpoint))
+
+
+def _quantization_config(checkpoint: Path) -> dict[str, Any] | None:
+    """The quantization_config, which may stand in several places; None: there is none."""
+    raw = _read_json(checkpoint / "config.json")
+    text = raw.get("text_config")
+    for config in (raw, text if isinstance(text, dict) else {}):
+        for name in ("quantization_config", "compression_config"):
+            found = config.get(name)
+            if found is not None and not isinstance(found, dict):
+                raise ConfigError(f"{checkpoint}: {name} must be an object, got {found!r:.40}")
+            if found:
+                return found
+    path = checkpoint / "hf_quant_config.json"
+    return {"quant_method": "modelopt"} | _read_json(path) if path.exists() else None
+
+
+_SCALES = (".scales", ".weight_scale", ".weight_scale_inv")
+_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+
+
+def _dtype_of_scales(checkpoint: Path) -> str:
+    """The dtype of the first scales in the weight files; float16 if there are none yet."""
+    for path in _files(checkpoint):
+        with opened(path) as file:
+            name = next((name for name in file.keys() if name.endswith(_SCALES)), None)  # noqa: SIM118
+            if name is not None:
+                return _DTYPES.get(file.get_slice(name).get_dtype(), "float32")
+    return "float16"
+
+
+def _names_of_tensors(checkpoint: Path) -> Collection[str]:
+    return files_by_tensor(_files(checkpoint))
+
+
+def _files(checkpoint: Path) -> list[Path]:
+    """The weight files; none if the directory holds the config alone."""
+    return weight_files(checkpoint) if any(checkpoint.glob("*.safetensors")) else []
 
 
 def _spec_by_probing(checkpoint: Path, raw: dict[str, Any], architecture: str) -> ModelSpec:
     """The ModelSpec of a model that transformers runs."""
     from compiledllm.models.transformers_probe import spec_by_probing
 
-    _check_format(checkpoint, raw.get("quantization_config"), ())
     if "auto_map" in raw and architecture not in FAMILIES:
         raise ConfigError(
             f"architecture '{architecture}' needs code of its own (auto_map in {checkpoint}), "
@@ -126,13 +196,15 @@ def _as_config_errors(checkpoint: Path) -> Iterator[None]:
         raise ConfigError(f"{checkpoint}/config.json is not a valid config: {error}") from error
 
 
-def _check_format(checkpoint: Path, quantization: Any, formats: tuple[str, ...]) -> None:
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else "unknown"
-    if quantization and method not in formats:
-        raise ConfigError(
-            f"{checkpoint}: quantised checkpoints ({method}) are not supported yet; "
-            "use the unquantised model or a .gguf file"
-        )
+def _refuse_quantized(checkpoint: Path, architecture: str, quantization: str | None) -> None:
+    fields = _quantization_config(checkpoint)
+    if fields is None and quantization is None:
+        return
+    method = quantization or (fields or {}).get("quant_method")
+    raise ConfigError(
+        f"{checkpoint}: quantised weights ({method}) are not supported for {architecture} as "
+        "transformers runs it; use unquantised weights"
+    )
 
 
 # Name in generation_config.json -> name of the sampling parameter.

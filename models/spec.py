@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from compiledllm.models.layer_cache import LayerCache, PagedKV
-from compiledllm.models.matrices import Matrix, Weights
+from compiledllm.models.matrices import Formats, Matrix, Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +209,7 @@ class LayerSpec:
     """One decoder block.
 
     residual: a key of NORMS_BEFORE. residual_scale: multiplies what attention and MLP add to x.
+    formats: of the quantised matrices.
     """
 
     hidden_size: int
@@ -217,15 +218,18 @@ class LayerSpec:
     norm: NormSpec
     residual: str = "pre"
     residual_scale: float = 1.0
+    formats: Formats = ()
 
     @property
     def weights(self) -> Weights:
-        return self._weights_beside_mlp.plus(self.mlp.weights(self.hidden_size))
+        weights = self._weights_beside_mlp.plus(self.mlp.weights(self.hidden_size))
+        return weights.stored_in(self.formats)
 
     @property
     def weights_used(self) -> Weights:
         """By one token."""
-        return self._weights_beside_mlp.plus(self.mlp.weights_used(self.hidden_size))
+        weights = self._weights_beside_mlp.plus(self.mlp.weights_used(self.hidden_size))
+        return weights.stored_in(self.formats)
 
     @property
     def _weights_beside_mlp(self) -> Weights:
@@ -246,7 +250,9 @@ class ModelSpec:
     row `first_position`; 0: no table. embedding_scale, logit_scale: multipliers. logit_soft_cap: 0
     is none. embedding_size: width of embedding and head in models that project between them and
     the blocks; 0: hidden_size. implementation: "compiledllm", or "transformers" for models that run
-    as transformers' modules, whose num_other_parameters the other fields do not describe.
+    as transformers' modules, whose num_other_parameters the other fields do not describe. formats:
+    of quantised matrices beside the blocks. quantization: what the weights are quantised to, for
+    reports; "": nothing.
 
     dtype: of weights and activations, a name in torch: the checkpoint's until `with_dtypes` sets
     the engine's. kv_dtype: of keys and values; "": dtype.
@@ -271,6 +277,8 @@ class ModelSpec:
     embedding_size: int = 0
     implementation: str = "compiledllm"
     num_other_parameters: int = 0
+    formats: Formats = ()
+    quantization: str = ""
     kv_dtype: str = ""
 
     def with_dtypes(self, dtype: str, kv_dtype: str = "") -> ModelSpec:
@@ -305,7 +313,7 @@ class ModelSpec:
         norm = self.final_norm.num_parameters(self.hidden_size)
         bias = self.lm_head_bias * self.vocab_size
         ends = Weights(tuple(matrices), positions + norm + bias + self.num_other_parameters)
-        return ends.plus(*(layer.weights for layer in self.layers))
+        return ends.stored_in(self.formats).plus(*(layer.weights for layer in self.layers))
 
     @property
     def weights_read(self) -> Weights:
@@ -313,7 +321,7 @@ class ModelSpec:
 
         Of a mixture of experts only the experts of one token count, as all tokens may share them.
         """
-        ends = Weights((self._head,), self.hidden_size)
+        ends = Weights((self._head,), self.hidden_size).stored_in(self.formats)
         return ends.plus(*(layer.weights_used for layer in self.layers))
 
     @property
@@ -326,12 +334,9 @@ class ModelSpec:
 
     def num_bytes(self, weights: Weights) -> int:
         """Bytes that weights of this model take in memory, each matrix in its storage format."""
-        of_matrices = sum(map(self._bytes_of_matrix, weights.matrices))
-        return of_matrices + weights.num_others * self.torch_dtype.itemsize
-
-    def _bytes_of_matrix(self, matrix: Matrix) -> int:
-        # The only storage format so far is the model's dtype.
-        return matrix.num_parameters * self.torch_dtype.itemsize
+        of_element = self.torch_dtype.itemsize
+        of_matrices = sum(matrix.num_bytes(of_element) for matrix in weights.matrices)
+        return of_matrices + weights.num_others * of_element
 
     @property
     def sparsity(self) -> int:

@@ -7,14 +7,16 @@ A family's NAMES maps checkpoint names to parameter names of the Decoder. `*` ma
 segment and stands for the same text on the right; `**`, in IGNORED, matches several segments.
 `:part` names a slice of a fused parameter, and `:a,b` says that the checkpoint tensor is the
 concatenation of the slices a and b. A family's `prepare(name, tensor, spec)` reorders or transposes
-a tensor that is stored differently. Its `unpack(tensors, dtype, device)` merges several stored
-tensors into one, or splits one into several.
+a tensor that is stored differently. Its `unpack(tensors)` merges several stored tensors into one,
+or splits one into several. The tensors of a quantised matrix are read together before that
+(`formats.gather`), and are one matrix from there on.
 """
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -24,14 +26,17 @@ from compiledllm.log import log
 from compiledllm.models.checkpoint import (
     are_equal,
     files_by_tensor,
-    is_derived,
     read_tensors,
     weight_files,
 )
 from compiledllm.models.decoder import Decoder
-from compiledllm.models.layers.linear import Linear
-from compiledllm.models.layers.moe import ExpertLinear
-from compiledllm.models.registry import family_of
+from compiledllm.models.formats.gather import Gatherer
+from compiledllm.models.formats.quantized import MatrixSlot, Quantized
+from compiledllm.models.formats.slicing import Content, shape_of, split_rows
+from compiledllm.models.formats.weight_format import Slot, TensorSlot
+from compiledllm.models.layers.linear import Matrix
+from compiledllm.models.names import NameRules, slots_of
+from compiledllm.models.registry import family_of, scheme_of_checkpoint
 
 
 def load_weights(model: Decoder, checkpoint: Path) -> None:
@@ -41,48 +46,95 @@ def load_weights(model: Decoder, checkpoint: Path) -> None:
     the embedding. Raises ConfigError for missing, unexpected or misshapen tensors.
     """
     family = family_of(model.spec.architecture)
-    rules = _NameRules(family.NAMES, getattr(family, "IGNORED", ()))
-    prepare = getattr(family, "prepare", None)
+    rules = NameRules(family.NAMES, getattr(family, "IGNORED", ()))
     files = weight_files(checkpoint)
     if model.spec.tie_word_embeddings:
         _settle_head(model, rules, files)
     missing = _destinations(model)
     unexpected: list[str] = []
-    tensors = read_tensors(files)
-    if (unpack := getattr(family, "unpack", None)) is not None:
-        tensors = unpack(tensors, model.embedding.dtype, model.embedding.device)
-    for name, tensor in tensors:
-        target = rules.target_of(name)
-        if target is None or (not target and is_derived(name)):
-            continue
-        if prepare is not None:
-            tensor = prepare(name, tensor, model.spec)
-        destinations = [missing.pop(slot, None) for slot in _slots_of(target)]
-        wanted = [slot.shape for slot in destinations if slot is not None]
-        if len(wanted) < len(destinations):
+    for name, stored in _stored(model, family, files, rules, missing):
+        slots = _match(rules.target_of(name), missing)
+        if slots is None:
             unexpected.append(name)
-            continue
-        if wanted[0][1:] != tensor.shape[1:] or sum(s[0] for s in wanted) != len(tensor):
-            asked = [sum(s[0] for s in wanted), *wanted[0][1:]]
-            raise ConfigError(
-                f"{checkpoint}: tensor '{name}' has shape {list(tensor.shape)}, the config asks "
-                f"for {asked}"
-            )
-        for slot, part in zip(
-            destinations, torch.split(tensor, [s[0] for s in wanted]), strict=True
-        ):
-            assert slot is not None
-            slot.copy_(part)
+        else:
+            _check(checkpoint, name, stored, slots)
+            _fill(checkpoint, name, stored, slots)
     _report(checkpoint, "unexpected tensors", unexpected)
     absent = [rules.source_of(target) for target in missing]
-    way_out = _HOW_TO_TIE if list(missing) == ["lm_head"] else ""
+    way_out = _HOW_TO_TIE if list(missing) == ["lm_head.weight"] else ""
     _report(checkpoint, "missing tensors", absent, way_out)
+    for module in model.modules():
+        if isinstance(module, Matrix):
+            module.finish()
+
+
+def _stored(
+    model: Decoder,
+    family: ModuleType,
+    files: list[Path],
+    rules: NameRules,
+    slots: Mapping[str, Slot],
+) -> Iterator[tuple[str, Content]]:
+    """The checkpoint's tensors that are used, by name, as the family's hooks turn them out."""
+    tensors: Iterator[tuple[str, Content]] = read_tensors(files)
+    scheme = scheme_of_checkpoint(files[0].parent)
+    if scheme is not None:
+        quantized = {name for name, slot in slots.items() if isinstance(slot, MatrixSlot)}
+
+        def is_matrix(name: str) -> bool:
+            return quantized.issuperset(slots_of(rules.target_of(f"{name}.weight")))
+
+        names, device = files_by_tensor(files), model.embedding.device
+        gatherer = Gatherer(files[0].parent, scheme, names, is_matrix, device)
+        tensors = gatherer.gather(read_tensors(files))
+    if (unpack := getattr(family, "unpack", None)) is not None:
+        tensors = unpack(tensors)
+    prepare = getattr(family, "prepare", None)
+    for name, tensor in tensors:
+        if scheme is not None and _is_empty_bias(name, tensor, rules, slots):
+            continue
+        if rules.is_used(name):
+            yield name, tensor if prepare is None else prepare(name, tensor, model.spec)
+
+
+def _is_empty_bias(name: str, stored: Content, rules: NameRules, slots: Mapping[str, Slot]) -> bool:
+    """Whether it is a bias of zeros for a layer without one, as some GPTQ files have them."""
+    if not isinstance(stored, Tensor) or not name.endswith(".bias"):
+        return False
+    has_slot = any(slot in slots for slot in slots_of(rules.target_of(name)))
+    return not has_slot and not bool(stored.any())
+
+
+def _match(target: str, missing: dict[str, Slot]) -> list[Slot] | None:
+    """Take the slots of a target out of `missing`; None if the model lacks one of them."""
+    slots = [missing.pop(slot, None) for slot in slots_of(target)]
+    found = [slot for slot in slots if slot is not None]
+    return found if len(found) == len(slots) else None
+
+
+def _check(checkpoint: Path, name: str, stored: Content, slots: list[Slot]) -> None:
+    """Raise ConfigError if the tensor does not have the slots' rows on top of each other."""
+    asked = [sum(slot.shape[0] for slot in slots), *slots[0].shape[1:]]
+    if shape_of(stored) != asked:
+        raise ConfigError(
+            f"{checkpoint}: tensor '{name}' has shape {shape_of(stored)}, the config asks "
+            f"for {asked}"
+        )
+
+
+def _fill(checkpoint: Path, name: str, stored: Content, slots: list[Slot]) -> None:
+    parts = split_rows(stored, [slot.shape[0] for slot in slots])
+    try:
+        for slot, part in zip(slots, parts, strict=True):
+            slot.put(part)
+    except ValueError as error:
+        raise ConfigError(f"{checkpoint}: tensor '{name}': {error}") from error
 
 
 _HOW_TO_TIE = "; if the model's head is its embedding, set tie_word_embeddings in config.json"
 
 
-def _settle_head(model: Decoder, rules: _NameRules, files: list[Path]) -> None:
+def _settle_head(model: Decoder, rules: NameRules, files: list[Path]) -> None:
     """Decide how to load the output head if the config ties it, as transformers does.
 
     A stored head that equals the embedding stays tied; a different one is loaded as a matrix of its
@@ -91,7 +143,7 @@ def _settle_head(model: Decoder, rules: _NameRules, files: list[Path]) -> None:
     stored = files_by_tensor(files)
     heads, embeddings = (
         [(stored[name], name) for name in rules.sources_of(target) if name in stored]
-        for target in ("lm_head", "embedding")
+        for target in ("lm_head.weight", "embedding")
     )
     for path, name in heads:
         if not embeddings:
@@ -108,93 +160,40 @@ def _settle_head(model: Decoder, rules: _NameRules, files: list[Path]) -> None:
 
 
 def fill_with_random_weights(model: Decoder, seed: int) -> None:
-    """Fill with dummy weights: normal with the spec's `initializer_range`, norms 1, biases 0."""
+    """Fill with dummy weights: normal with the spec's `initializer_range`, norms 1, biases 0.
+
+    Quantised matrices get random codes with scales to that effect.
+    """
+    spread = model.spec.initializer_range
+    done: set[str] = set()
     for index, (name, parameter) in enumerate(model.named_parameters()):
-        if parameter.dim() > 1 and not name.endswith("bias"):
-            generator = torch.Generator(parameter.device).manual_seed(
-                (seed * 100_003 + index) % 2**63
-            )
-            parameter.normal_(0, model.spec.initializer_range, generator=generator)
+        generator = torch.Generator(parameter.device).manual_seed((seed * 100_003 + index) % 2**63)
+        path = name.rpartition(".")[0]
+        module = model.get_submodule(path)
+        if name.endswith("bias"):
+            parameter.fill_(0.0)
+        elif isinstance(module, Matrix) and isinstance(module.format, Quantized):
+            if path not in done:
+                module.format.randomize(module.params, spread, generator)
+            done.add(path)
+        elif parameter.dim() > 1:
+            parameter.normal_(0, spread, generator=generator)
         else:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            parameter.fill_(1.0)
 
 
-class _NameRules:
-    """A family's NAMES and IGNORED, for look-ups in both directions."""
-
-    def __init__(self, names: dict[str, str], ignored: tuple[str, ...]) -> None:
-        self._names = names
-        self._patterns = [(_compile(source), target) for source, target in names.items()]
-        self._ignored = [_compile(source) for source in ignored]
-
-    def ignore(self, source: str) -> None:
-        self._ignored.append(_compile(source))
-
-    def rename(self, source: str, target: str) -> None:
-        """Map the checkpoint tensor `source` to `target`, overriding NAMES."""
-        self._patterns.insert(0, (_compile(source), target))
-
-    def sources_of(self, target: str) -> list[str]:
-        """The checkpoint names that NAMES maps to `target`. Wildcards are not expanded."""
-        return [source for source, there in self._names.items() if there == target]
-
-    def target_of(self, name: str) -> str | None:
-        """Where a checkpoint tensor goes; "" if no rule matches, None if it is ignored."""
-        if any(pattern.fullmatch(name) for pattern in self._ignored):
-            return None
-        for pattern, target in self._patterns:
-            match = pattern.fullmatch(name)
-            if match:
-                return _substitute(target, match.groups())
-        return ""
-
-    def source_of(self, target: str) -> str:
-        """The checkpoint name that would have filled `target`, for error messages."""
-        for source, pattern in self._names.items():
-            match = _compile(pattern).fullmatch(target)
-            if match:
-                return _substitute(source, match.groups())
-        return target
-
-
-def _slots_of(target: str) -> list[str]:
-    """Split a target into its slots: "x:a,b" -> "x:a", "x:b"."""
-    name, _, parts = target.partition(":")
-    return [f"{name}:{part}" for part in parts.split(",")] if parts else [name]
-
-
-def _compile(pattern: str) -> re.Pattern[str]:
-    pieces = re.split(r"(\*+)", pattern)
-    kinds = {"*": "([^.:]+)", "**": ".+"}
-    return re.compile("".join(kinds.get(piece) or re.escape(piece) for piece in pieces))
-
-
-def _substitute(pattern: str, groups: tuple[str, ...]) -> str:
-    pieces = pattern.split("*")
-    return "".join(p + g for p, g in zip(pieces, [*groups, ""], strict=True))
-
-
-def _destinations(model: Decoder) -> dict[str, Tensor]:
+def _destinations(model: Decoder) -> dict[str, Slot]:
     """Every slot a tensor may fill: "path.weight" or, for fused parameters, "path.weight:part"."""
-    slots: dict[str, Tensor] = {}
+    slots: dict[str, Slot] = {}
     for path, module in model.named_modules():
-        for leaf, parameter in module.named_parameters(recurse=False):
-            name = f"{path}.{leaf}" if path else leaf
-            if isinstance(module, ExpertLinear):
-                for expert, matrix in enumerate(parameter.data):
-                    slots |= _slots_by_part(f"{path}.{expert}.{leaf}", matrix, module.parts)
-            elif isinstance(module, Linear):
-                slots |= _slots_by_part(name, parameter.data, module.parts)
-            else:
-                slots[name] = parameter.data
+        if isinstance(module, Matrix):
+            found = module.slots()
+        else:
+            own = module.named_parameters(recurse=False)
+            found = {name: TensorSlot(parameter.data) for name, parameter in own}
+        prefix = f"{path}." if path else ""
+        slots |= {prefix + name: slot for name, slot in found.items()}
     return slots
-
-
-def _slots_by_part(name: str, tensor: Tensor, parts: dict[str, int]) -> dict[str, Tensor]:
-    """Slot name -> the rows of this part. A layer that is not fused has one part, named ""."""
-    pieces = torch.split(tensor, list(parts.values()))
-    names = [f"{name}:{part}" if part else name for part in parts]
-    return dict(zip(names, pieces, strict=True))
 
 
 def _report(checkpoint: Path, what: str, names: list[str], way_out: str = "") -> None:

@@ -28,7 +28,7 @@ def plan(config: EngineConfig) -> Plan:
     model = config.model
     has_weights = model.load_format != "dummy"
     checkpoint = resolve_checkpoint(model.model, model.revision, weights=has_weights)
-    stored = load_spec(checkpoint, model.model_impl)
+    stored = load_spec(checkpoint, model.model_impl, model.quantization)
     platform = Platform.detect(model.device)
     resolved, report = resolve(config, platform.is_cuda, stored.max_position, platform.memory_bytes)
     if stored.implementation == "transformers":

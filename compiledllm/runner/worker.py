@@ -20,7 +20,7 @@ import torch
 from compiledllm.config import Choice, Report
 from compiledllm.models.build import build_model
 from compiledllm.models.decoder import Decoder
-from compiledllm.models.deterministic import make_deterministic
+from compiledllm.models.deterministic import fixed_order
 from compiledllm.runner.kv_cache import allocate_kv_caches, plan_num_blocks
 from compiledllm.runner.memory import (
     check_gpu_is_free,
@@ -124,11 +124,10 @@ class Worker:
                     plan.backend,
                     plan.checkpoint,
                     dummy_seed=asked.model.seed if asked.model.load_format == "dummy" else None,
+                    products=fixed_order(plan.spec) if asked.compile.deterministic else None,
                 )
         finally:
             torch.set_default_dtype(default)
-        if asked.compile.deterministic:
-            make_deterministic(model)
         return model.eval()
 
     def _plan_memory(self) -> int:

@@ -15,7 +15,7 @@ NAMES = {
     "transformer.h.*.mlp.dense_h_to_4h.*": "layers.*.mlp.up.*",
     "transformer.h.*.mlp.dense_4h_to_h.*": "layers.*.mlp.down.*",
     "transformer.ln_f.*": "final_norm.*",
-    "lm_head.weight": "lm_head",
+    "lm_head.*": "lm_head.*",
 }
 
 

@@ -13,7 +13,7 @@ _NAMES = {name.removeprefix("model."): target for name, target in gemma2.NAMES.i
 NAMES = (
     {f"model.language_model.{name}": target for name, target in _NAMES.items()}
     | {f"language_model.model.{name}": target for name, target in _NAMES.items()}
-    | {"lm_head.weight": "lm_head", "language_model.lm_head.weight": "lm_head"}
+    | {"lm_head.*": "lm_head.*", "language_model.lm_head.*": "lm_head.*"}
 )
 IGNORED = (
     "model.vision_tower.**",

@@ -28,7 +28,7 @@ _NAMES = {
 }
 # Names in old checkpoints lack the prefix "transformer.".
 NAMES = {f"transformer.{name}": target for name, target in _NAMES.items()} | _NAMES
-NAMES["lm_head.weight"] = "lm_head"
+NAMES["lm_head.*"] = "lm_head.*"
 
 
 def prepare(name: str, tensor: Tensor, _spec: ModelSpec) -> Tensor:

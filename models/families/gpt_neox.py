@@ -18,7 +18,7 @@ NAMES = {
     "gpt_neox.layers.*.mlp.dense_h_to_4h.*": "layers.*.mlp.up.*",
     "gpt_neox.layers.*.mlp.dense_4h_to_h.*": "layers.*.mlp.down.*",
     "gpt_neox.final_layer_norm.*": "final_norm.*",
-    "embed_out.weight": "lm_head",
+    "embed_out.*": "lm_head.*",
 }
 
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from compiledllm.models.families import llama
 from compiledllm.models.families.hf import attention_of, expect, model_spec, window_of
-from compiledllm.models.mxfp4 import dequantize_mxfp4
+from compiledllm.models.formats.codes import QuantizedMatrix
+from compiledllm.models.formats.slicing import Content, even_then_odd_rows, experts_of
 from compiledllm.models.spec import LayerSpec, ModelSpec, MoeSpec, NormSpec
 
 _EXPERT = "model.layers.*.mlp.experts.*"
@@ -18,46 +16,36 @@ NAMES = llama.NAMES | {
     "model.layers.*.self_attn.sinks": "layers.*.attn.sinks",
     "model.layers.*.mlp.router.*": "layers.*.mlp.router.*",
     # Names that `unpack` yields.
-    f"{_EXPERT}.gate_up_proj": "layers.*.mlp.gate_up.*.weight:gate,up",
-    f"{_EXPERT}.gate_up_proj_bias": "layers.*.mlp.gate_up.*.bias:gate,up",
-    f"{_EXPERT}.down_proj": "layers.*.mlp.down.*.weight",
-    f"{_EXPERT}.down_proj_bias": "layers.*.mlp.down.*.bias",
+    f"{_EXPERT}.gate_up_proj.*": "layers.*.mlp.gate_up.*.*:gate,up",
+    f"{_EXPERT}.down_proj.*": "layers.*.mlp.down.*.*",
 }
-FORMATS = ("mxfp4",)
 
 
 def unpack(
-    tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, device: torch.device
-) -> Iterator[tuple[str, Tensor]]:
+    tensors: Iterable[tuple[str, Content]],
+) -> Iterator[tuple[str, Content]]:
     """Yield each expert's matrices as [outputs, inputs], gate before up; other tensors unchanged.
 
-    The checkpoint stores all experts in one tensor: [experts, inputs, outputs], or MXFP4 in
-    `*_blocks` and `*_scales` of [experts, outputs, ...]. Rows of gate and up alternate in both.
+    The checkpoint stores all experts in one tensor: [experts, inputs, outputs], or MXFP4 of
+    [experts, outputs, inputs]. Rows of gate and up alternate in both.
     """
-    halves: dict[str, tuple[str, Tensor]] = {}
     for name, tensor in tensors:
-        stem, _, kind = name.rpartition("_")
         if ".mlp.experts." not in name:
             yield name, tensor
-        elif kind == "bias":
-            yield from _one_by_one(name, tensor)
-        elif kind not in ("blocks", "scales"):
-            yield from _one_by_one(name, tensor.transpose(1, 2))
-        elif (other := halves.pop(stem, None)) is None:
-            halves[stem] = name, tensor
+        elif isinstance(tensor, QuantizedMatrix):
+            yield from _one_by_one(name.removesuffix(".weight"), experts_of(tensor))
         else:
-            pair = (tensor, other[1]) if kind == "blocks" else (other[1], tensor)
-            experts = zip(*(part.to(device) for part in pair), strict=True)
-            yield from _one_by_one(stem, (dequantize_mxfp4(b, s, dtype) for b, s in experts))
-    yield from halves.values()  # blocks without scales, or the reverse: the loader reports the name
+            is_bias = name.endswith("_bias")
+            yield from _one_by_one(name, tensor if is_bias else tensor.transpose(1, 2))
 
 
-def _one_by_one(name: str, experts: Iterable[Tensor]) -> Iterator[tuple[str, Tensor]]:
-    prefix, leaf = name.rsplit(".", 1)
+def _one_by_one(name: str, experts: Iterable[Content]) -> Iterator[tuple[str, Content]]:
+    prefix, matrix = name.removesuffix("_bias").rsplit(".", 1)
+    leaf = "bias" if name.endswith("_bias") else "weight"
     for index, expert in enumerate(experts):
-        if leaf.startswith("gate_up"):
-            expert = torch.cat((expert[0::2], expert[1::2]))
-        yield f"{prefix}.{index}.{leaf}", expert
+        if matrix.startswith("gate_up"):
+            expert = even_then_odd_rows(expert)
+        yield f"{prefix}.{index}.{matrix}.{leaf}", expert
 
 
 def spec_from_hf(hf: Any) -> ModelSpec:

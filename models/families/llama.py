@@ -21,7 +21,7 @@ NAMES = {
     "model.layers.*.mlp.up_proj.*": "layers.*.mlp.gate_up.*:up",
     "model.layers.*.mlp.down_proj.*": "layers.*.mlp.down.*",
     "model.norm.weight": "final_norm.weight",
-    "lm_head.weight": "lm_head",
+    "lm_head.*": "lm_head.*",
 }
 
 

@@ -12,10 +12,10 @@ from compiledllm.models.spec import LayerSpec, ModelSpec, MoeSpec
 
 _EXPERT = "model.layers.*.block_sparse_moe.experts.*"
 NAMES = llama.NAMES | {
-    "model.layers.*.block_sparse_moe.gate.weight": "layers.*.mlp.router.weight",
-    f"{_EXPERT}.w1.weight": "layers.*.mlp.gate_up.*.weight:gate",
-    f"{_EXPERT}.w3.weight": "layers.*.mlp.gate_up.*.weight:up",
-    f"{_EXPERT}.w2.weight": "layers.*.mlp.down.*.weight",
+    "model.layers.*.block_sparse_moe.gate.*": "layers.*.mlp.router.*",
+    f"{_EXPERT}.w1.*": "layers.*.mlp.gate_up.*.*:gate",
+    f"{_EXPERT}.w3.*": "layers.*.mlp.gate_up.*.*:up",
+    f"{_EXPERT}.w2.*": "layers.*.mlp.down.*.*",
 }
 
 

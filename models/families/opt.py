@@ -25,12 +25,12 @@ _NAMES = {
     "decoder.layers.*.fc1.*": "layers.*.mlp.up.*",
     "decoder.layers.*.fc2.*": "layers.*.mlp.down.*",
     "decoder.final_layer_norm.*": "final_norm.*",
-    "decoder.project_in.weight": "project_in.weight",
-    "decoder.project_out.weight": "project_out.weight",
+    "decoder.project_in.*": "project_in.*",
+    "decoder.project_out.*": "project_out.*",
 }
 # Names in old checkpoints lack the prefix "model.".
 NAMES = {f"model.{name}": target for name, target in _NAMES.items()} | _NAMES
-NAMES["lm_head.weight"] = "lm_head"
+NAMES["lm_head.*"] = "lm_head.*"
 _FIRST_POSITION = 2
 
 

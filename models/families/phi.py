@@ -16,7 +16,6 @@ NAMES = llama.NAMES | {
     "model.layers.*.mlp.fc1.*": "layers.*.mlp.up.*",
     "model.layers.*.mlp.fc2.*": "layers.*.mlp.down.*",
     "model.final_layernorm.*": "final_norm.*",
-    "lm_head.bias": "lm_head_bias",
 }
 
 

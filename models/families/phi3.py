@@ -10,8 +10,8 @@ from compiledllm.models.families.llama import with_attention
 from compiledllm.models.spec import ModelSpec
 
 NAMES = llama.NAMES | {
-    "model.layers.*.self_attn.qkv_proj.weight": "layers.*.attn.qkv.weight:q,k,v",
-    "model.layers.*.mlp.gate_up_proj.weight": "layers.*.mlp.gate_up.weight:gate,up",
+    "model.layers.*.self_attn.qkv_proj.*": "layers.*.attn.qkv.*:q,k,v",
+    "model.layers.*.mlp.gate_up_proj.*": "layers.*.mlp.gate_up.*:gate,up",
 }
 
 

@@ -11,10 +11,10 @@ from compiledllm.models.families.llama import with_attention
 from compiledllm.models.spec import LayerSpec, ModelSpec, MoeSpec
 
 EXPERTS = {
-    "model.layers.*.mlp.gate.weight": "layers.*.mlp.router.weight",
-    "model.layers.*.mlp.experts.*.gate_proj.weight": "layers.*.mlp.gate_up.*.weight:gate",
-    "model.layers.*.mlp.experts.*.up_proj.weight": "layers.*.mlp.gate_up.*.weight:up",
-    "model.layers.*.mlp.experts.*.down_proj.weight": "layers.*.mlp.down.*.weight",
+    "model.layers.*.mlp.gate.*": "layers.*.mlp.router.*",
+    "model.layers.*.mlp.experts.*.gate_proj.*": "layers.*.mlp.gate_up.*.*:gate",
+    "model.layers.*.mlp.experts.*.up_proj.*": "layers.*.mlp.gate_up.*.*:up",
+    "model.layers.*.mlp.experts.*.down_proj.*": "layers.*.mlp.down.*.*",
 }
 NAMES = (
     EXPERTS

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from compiledllm.models.families import llama
 from compiledllm.models.families.hf import activation_of, attention_of, model_spec
+from compiledllm.models.formats.slicing import Content
 from compiledllm.models.spec import LayerSpec, MlpSpec, ModelSpec, NormSpec
 
 NAMES = llama.NAMES | {
@@ -23,13 +24,13 @@ NAMES = llama.NAMES | {
 
 
 def unpack(
-    tensors: Iterable[tuple[str, Tensor]], _dtype: torch.dtype, _device: torch.device
-) -> Iterator[tuple[str, Tensor]]:
+    tensors: Iterable[tuple[str, Content]],
+) -> Iterator[tuple[str, Content]]:
     """Stack the norms of a layer's heads to [heads, head_dim]; yield other tensors unchanged."""
     heads: dict[str, dict[int, Tensor]] = {}
     for name, tensor in tensors:
         stem, _, rest = name.partition("_layernorm.norms.")
-        if rest:
+        if rest and isinstance(tensor, Tensor):
             heads.setdefault(stem, {})[int(rest.partition(".")[0])] = tensor
         else:
             yield name, tensor

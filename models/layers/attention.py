@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from compiledllm.kernels.attention import paged_attention, rotate_and_store, store_kv
 from compiledllm.kernels.backend import AttentionBackend, AttentionMetadata, ScoreOptions
-from compiledllm.models.layers.linear import Linear, empty_parameter
-from compiledllm.models.layers.norm import RMSNorm, make_norm
+from compiledllm.models.formats.weight_format import empty_parameter
+from compiledllm.models.layers.factory import Factory
+from compiledllm.models.layers.norm import RMSNorm
 from compiledllm.models.layers.rope import apply_rope
 from compiledllm.models.spec import AttentionSpec
 
@@ -20,19 +21,25 @@ _Norms = tuple[RMSNorm | None, RMSNorm | None]
 class PagedAttention(nn.Module):
     """Grouped-query attention: project, normalise, rotate, store keys and values, attend."""
 
-    def __init__(self, hidden_size: int, spec: AttentionSpec, backend: AttentionBackend) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        spec: AttentionSpec,
+        backend: AttentionBackend,
+        make: Factory,
+    ) -> None:
         super().__init__()
         self.spec = spec
         self.backend = backend
         self.is_fused = backend.fuses_rotation and can_fuse(spec)
         qkv_parts = {"q": spec.q_size, "k": spec.kv_size, "v": spec.kv_size}
-        self.qkv = Linear(hidden_size, qkv_parts, spec.qkv_bias)
+        self.qkv = make.linear("qkv", hidden_size, qkv_parts, spec.qkv_bias)
         self.q_norm = self.k_norm = None
         if spec.qk_norm is not None:
-            self.q_norm = make_norm(spec.qk_norm, *spec.qk_norm_shape(spec.num_heads))
-            self.k_norm = make_norm(spec.qk_norm, *spec.qk_norm_shape(spec.num_kv_heads))
+            self.q_norm = make.norm(spec.qk_norm, *spec.qk_norm_shape(spec.num_heads))
+            self.k_norm = make.norm(spec.qk_norm, *spec.qk_norm_shape(spec.num_kv_heads))
         self.sinks = empty_parameter(spec.num_heads) if spec.has_sinks else None
-        self.out = Linear(spec.q_size, {"": hidden_size}, spec.output_bias)
+        self.out = make.linear("out", spec.q_size, {"": hidden_size}, spec.output_bias)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: Tensor, attn: AttentionMetadata
@@ -56,8 +63,7 @@ class PagedAttention(nn.Module):
         self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
         """Store the keys and values of x [tokens, hidden], without queries and attention."""
-        weight, bias, first = self.qkv.weight, self.qkv.bias, self.spec.q_size
-        kv = self.qkv.product(x, weight[first:], None if bias is None else bias[first:])
+        kv: Tensor = self.qkv(x, first_row=self.spec.q_size)
         if self.is_fused:
             self._rotate_and_store(kv, cos, sin, kv_cache, slot_mapping, num_heads=0)
         else:

@@ -2,34 +2,130 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
-from compiledllm.kernels.linear import linear
+from compiledllm.models.formats.weight_format import (
+    Params,
+    Slot,
+    WeightFormat,
+    empty_parameter,
+    slots_by_part,
+)
 
 
-def empty_parameter(*shape: int) -> nn.Parameter:
-    """An uninitialised weight of this shape; the loader fills each weight exactly once."""
-    return nn.Parameter(torch.empty(*shape), requires_grad=False)
-
-
-class Linear(nn.Module):
-    """y = x W^T + b with W [sum(parts), in_features].
+class Matrix(nn.Module):
+    """One or several equally shaped matrices in a WeightFormat, with biases.
 
     parts: number of output rows of each fused matrix, by the part name in the family's NAMES; an
-    unfused layer has one part named "". product: (x, weight, bias) -> y.
+    unfused layer has one part named "". params: the format's tensors.
     """
 
-    product: Callable[..., Tensor] = staticmethod(linear)
-
-    def __init__(self, in_features: int, parts: dict[str, int], bias: bool) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        parts: dict[str, int],
+        format: WeightFormat,
+        params: Mapping[str, nn.Parameter | None],
+        bias: nn.Parameter | None,
+    ) -> None:
         super().__init__()
+        self.in_features = in_features
         self.parts = parts
-        out_features = sum(parts.values())
-        self.weight = empty_parameter(out_features, in_features)
-        self.bias = empty_parameter(out_features) if bias else None
+        self.format = format
+        self._names = tuple(params)
+        for name, parameter in params.items():
+            self.register_parameter(name, parameter)
+        self.bias = bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.product(x, self.weight, self.bias)
+    @property
+    def params(self) -> Params:
+        return [getattr(self, name) for name in self._names]
+
+    def slots(self) -> dict[str, Slot]:
+        """Every slot that a checkpoint fills, by its name below the layer: "weight:q", "bias"."""
+        return self._slots_of(self.params, self.bias)
+
+    def finish(self) -> None:
+        """Call once all slots have been filled."""
+        self.format.finish(self.params)
+
+    def _slots_of(self, params: Params, bias: Tensor | None) -> dict[str, Slot]:
+        slots = self.format.slots(self.parts, self.in_features, params)
+        return slots if bias is None else slots | slots_by_part("bias", self.parts, bias)
+
+
+class Linear(Matrix):
+    """y = x W^T + b with W [sum(parts), in_features]. params: None makes new ones."""
+
+    def __init__(
+        self,
+        in_features: int,
+        parts: dict[str, int],
+        bias: bool,
+        format: WeightFormat,
+        params: Mapping[str, nn.Parameter | None] | None = None,
+    ) -> None:
+        params = format.parameters(parts, in_features) if params is None else params
+        biases = empty_parameter(sum(parts.values())) if bias else None
+        super().__init__(in_features, parts, format, params, biases)
+
+    def forward(self, x: Tensor, first_row: int = 0) -> Tensor:
+        """x [rows, inputs] -> [rows, outputs from first_row on]."""
+        bias = self.bias[first_row:] if self.bias is not None and first_row else self.bias
+        return self.format.product(x, self.params, bias, first_row)
+
+
+class ExpertLinear(Matrix):
+    """The matrices of all experts, [experts, sum(parts), in_features]; biases without the last."""
+
+    def __init__(
+        self,
+        num_experts: int,
+        in_features: int,
+        parts: dict[str, int],
+        bias: bool,
+        format: WeightFormat,
+    ) -> None:
+        params = format.parameters(parts, in_features, (num_experts,))
+        biases = empty_parameter(num_experts, sum(parts.values())) if bias else None
+        super().__init__(in_features, parts, format, params, biases)
+        self.num_experts = num_experts
+
+    def slots(self) -> dict[str, Slot]:
+        """As `Matrix.slots`, each name behind the expert's index: "3.weight:gate"."""
+        found: dict[str, Slot] = {}
+        for expert in range(self.num_experts):
+            params = [None if p is None else p[expert] for p in self.params]
+            slots = self._slots_of(params, None if self.bias is None else self.bias[expert])
+            found |= {f"{expert}.{name}": slot for name, slot in slots.items()}
+        return found
+
+
+class Head(Linear):
+    """The output head. A tied head multiplies by the embedding and owns no matrix.
+
+    The bias is added by itself: the product rounds its result to the model's dtype first.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        vocab_size: int,
+        bias: bool,
+        format: WeightFormat,
+        embedding: nn.Parameter | None = None,
+    ) -> None:
+        params = None if embedding is None else {"weight": embedding}
+        super().__init__(in_features, {"": vocab_size}, bias, format, params)
+        self.is_tied = embedding is not None
+
+    def into(self, out: Tensor | None, hidden: Tensor) -> Tensor:
+        """hidden [rows, inputs] -> [rows, vocab], written to `out` if given."""
+        logits = self.format.product(hidden, self.params, None, out=out)
+        return logits if self.bias is None else logits.add_(self.bias)
+
+    def slots(self) -> dict[str, Slot]:
+        slots = super().slots()
+        return {n: s for n, s in slots.items() if n == "bias"} if self.is_tied else slots

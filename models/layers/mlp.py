@@ -8,7 +8,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compiledllm.models.layers.linear import Linear
+from compiledllm.models.layers.factory import Factory
 from compiledllm.models.spec import MlpSpec
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -22,12 +22,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class GatedMlp(nn.Module):
     """down(act(gate(x)) * up(x)); gate and up are one product. [tokens, hidden] -> the same."""
 
-    def __init__(self, hidden_size: int, spec: MlpSpec) -> None:
+    def __init__(self, hidden_size: int, spec: MlpSpec, make: Factory) -> None:
         super().__init__()
         size = spec.intermediate_size
         self.activation = ACTIVATIONS[spec.activation]
-        self.gate_up = Linear(hidden_size, {"gate": size, "up": size}, spec.bias)
-        self.down = Linear(size, {"": hidden_size}, spec.bias)
+        self.gate_up = make.linear("gate_up", hidden_size, {"gate": size, "up": size}, spec.bias)
+        self.down = make.linear("down", size, {"": hidden_size}, spec.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
@@ -38,11 +38,12 @@ class GatedMlp(nn.Module):
 class PlainMlp(nn.Module):
     """down(act(up(x))). [tokens, hidden] -> the same."""
 
-    def __init__(self, hidden_size: int, spec: MlpSpec) -> None:
+    def __init__(self, hidden_size: int, spec: MlpSpec, make: Factory) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[spec.activation]
-        self.up = Linear(hidden_size, {"": spec.intermediate_size}, spec.bias)
-        self.down = Linear(spec.intermediate_size, {"": hidden_size}, spec.bias)
+        size = spec.intermediate_size
+        self.up = make.linear("up", hidden_size, {"": size}, spec.bias)
+        self.down = make.linear("down", size, {"": hidden_size}, spec.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.down(self.activation(self.up(x)))

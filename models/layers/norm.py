@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compiledllm.models.layers.linear import empty_parameter
+from compiledllm.models.formats.weight_format import empty_parameter
 from compiledllm.models.spec import NormSpec
 
 
@@ -22,15 +22,17 @@ def _over_rms(x: Tensor, eps: float) -> Tensor:
     return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
 
 
+Normalize = Callable[[Tensor, Tensor, float], Tensor]
+
+
 class RMSNorm(nn.Module):
-    """`rms_norm` with a learned weight. `models.deterministic` replaces `normalize`."""
+    """`normalize`, by default `rms_norm`, with a learned weight."""
 
-    normalize: Callable[[Tensor, Tensor, float], Tensor] = staticmethod(rms_norm)
-
-    def __init__(self, shape: tuple[int, ...], eps: float) -> None:
+    def __init__(self, shape: tuple[int, ...], eps: float, normalize: Normalize = rms_norm) -> None:
         super().__init__()
         self.weight = empty_parameter(*shape)
         self.eps = eps
+        self.normalize = normalize
 
     def forward(self, x: Tensor) -> Tensor:
         return self.normalize(x, self.weight, self.eps)
@@ -57,11 +59,14 @@ class LayerNorm(nn.Module):
         return (wide if self.bias is None else wide + self.bias.float()).to(x.dtype)
 
 
-def make_norm(spec: NormSpec, *shape: int) -> nn.Module:
-    """The module of a NormSpec. shape: the shape of its weight."""
+def make_norm(spec: NormSpec, shape: tuple[int, ...], normalize: Normalize) -> nn.Module:
+    """The module of a NormSpec. shape: the shape of its weight. normalize: computes an RMSNorm."""
     if spec.kind == "none":
         return nn.Identity()
     if spec.kind == "layer":
         return LayerNorm(shape, spec.eps, spec.bias)
     assert not spec.bias, spec
-    return {"rms": RMSNorm, "rms_plus_one": PlusOneRMSNorm}[spec.kind](shape, spec.eps)
+    if spec.kind == "rms_plus_one":
+        return PlusOneRMSNorm(shape, spec.eps)
+    assert spec.kind == "rms", spec
+    return RMSNorm(shape, spec.eps, normalize)

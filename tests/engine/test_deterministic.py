@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from compiledllm import ConfigError, Engine, SamplingParams
-from compiledllm.kernels.attention import make_backend
-from compiledllm.models.decoder import Decoder
-from compiledllm.models.deterministic import make_deterministic
+from compiledllm.models.deterministic import fixed_order
 from compiledllm.models.registry import load_spec
 
 VOCAB_SIZE = 1000
@@ -96,11 +94,17 @@ def test_another_attention_is_refused() -> None:
         Engine("any", deterministic=True, attention_backend="flashinfer")
 
 
+def test_quantised_weights_are_refused(tiny_model: Callable[..., Path]) -> None:
+    spec = load_spec(tiny_model("llama"), quantization="int8")
+    with pytest.raises(ConfigError, match="not supported for quantised weights"):
+        fixed_order(spec)
+
+
 @pytest.mark.parametrize("family", ["gpt_neox", "gemma", "smollm3", "mixtral"])
 def test_models_without_such_kernels_are_refused(
     family: str, tiny_model: Callable[..., Path]
 ) -> None:
     changes = {"no_rope_layers": [1, 0, 1], "pad_token_id": 0} if family == "smollm3" else {}
-    model = Decoder(load_spec(tiny_model(family, **changes)), make_backend("torch"))
+    spec = load_spec(tiny_model(family, **changes))
     with pytest.raises(ConfigError, match="deterministic=True is not supported for"):
-        make_deterministic(model)
+        fixed_order(spec)

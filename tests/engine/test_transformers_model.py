@@ -233,7 +233,7 @@ REFUSED = [
     (
         {"model_type": "olmo3", "architectures": ["Olmo3ForCausalLM"]}
         | {"quantization_config": {"quant_method": "gptq"}},
-        r"quantised checkpoints \(gptq\)",
+        r"quantised weights \(gptq\) are not supported for Olmo3",
     ),
 ]
 

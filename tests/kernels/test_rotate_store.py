@@ -7,6 +7,7 @@ import torch
 
 from compiledllm.kernels.attention import kv_cache_shape, make_backend
 from compiledllm.models.layers.attention import PagedAttention
+from compiledllm.models.layers.factory import Factory
 from compiledllm.models.layers.rope import RotaryTable
 from compiledllm.models.spec import AttentionSpec, NormSpec, RopeSpec
 
@@ -33,7 +34,7 @@ def test_fused_equals_layer_by_layer(
     norm = NormSpec(1e-6) if with_norm else None
     rope = RopeSpec(tuple(0.9**n for n in range(rotary_dim // 2)))
     spec = AttentionSpec(num_heads, num_kv_heads, head_dim, 1.0, rope, qk_norm=norm)
-    layer = PagedAttention(8, spec, make_backend("triton")).to(DEVICE, dtype)
+    layer = PagedAttention(8, spec, make_backend("triton"), Factory()).to(DEVICE, dtype)
     for parameter in layer.parameters():
         parameter.normal_(1.0, 0.3)
     num_tokens = 5

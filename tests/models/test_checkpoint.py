@@ -76,7 +76,7 @@ def head_weight(model: Decoder) -> torch.Tensor:
     if model.spec.implementation == "transformers":
         weight: torch.Tensor = model.head.lm_head.weight
         return weight
-    return model.embedding if model.lm_head is None else model.lm_head
+    return model.lm_head.params[0]
 
 
 @pytest.mark.parametrize("model_type", NAMES)

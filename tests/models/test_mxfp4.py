@@ -15,9 +15,11 @@ from torch import Tensor
 from compiledllm.config import ConfigError
 from compiledllm.kernels.attention import make_backend
 from compiledllm.models.decoder import Decoder
-from compiledllm.models.mxfp4 import dequantize_mxfp4
+from compiledllm.models.formats.codes import dequantize
+from compiledllm.models.formats.mxfp4 import from_mxfp4_blocks
 from compiledllm.models.registry import load_spec
 from compiledllm.models.weights import load_weights
+from tests.models.test_families import logits_in_chunks
 
 CONFIG = {
     "head_dim": 16,
@@ -25,15 +27,10 @@ CONFIG = {
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
 }
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-def load(checkpoint: Path, dtype: torch.dtype = torch.float32) -> Decoder:
-    torch.set_default_dtype(dtype)
-    try:
-        model = Decoder(load_spec(checkpoint), make_backend("torch"))
-    finally:
-        torch.set_default_dtype(torch.float32)
+def load(checkpoint: Path) -> Decoder:
+    model = Decoder(load_spec(checkpoint), make_backend("torch"))
     load_weights(model, checkpoint)
     return model
 
@@ -45,22 +42,18 @@ def unpacked_by_transformers(blocks: Tensor, scales: Tensor, dtype: torch.dtype)
     return unpacked
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_byte_under_every_scale_has_transformers_bits(dtype: torch.dtype) -> None:
-    scales = torch.arange(256, dtype=torch.uint8).view(2, 8, 16)
+def test_every_byte_under_every_scale_has_transformers_bits() -> None:
+    scales = torch.arange(256).clamp(max=254).to(torch.uint8).view(2, 8, 16)
     blocks = torch.arange(256, dtype=torch.uint8).view(16, 16).expand(2, 8, 16, 16)
     blocks = torch.stack([blocks.roll(shift, 2) for shift in range(16)])  # each byte, each scale
-    scales = scales.expand(16, 2, 8, 16)
-    ours = dequantize_mxfp4(blocks, scales, dtype)
+    ours = torch.stack([dequantize(from_mxfp4_blocks(part, scales)) for part in blocks])
     theirs = torch.stack(
-        [unpacked_by_transformers(*pair, dtype) for pair in zip(blocks, scales, strict=True)]
+        [unpacked_by_transformers(part, scales, torch.float32) for part in blocks]
     ).transpose(2, 3)
-    assert ours.shape == (16, 2, 8, 512) and ours.dtype == dtype
-    bits = torch.int32 if dtype == torch.float32 else torch.int16
-    finite = theirs.isfinite()
-    assert finite.float().mean() > 0.1
-    assert torch.equal(ours.view(bits)[finite], theirs.contiguous().view(bits)[finite])
-    assert torch.equal(ours.nan_to_num(7.0), theirs.nan_to_num(7.0))  # infinities and NaN
+    assert ours.shape == (16, 2, 8, 512)
+    assert theirs.isfinite().float().mean() > 0.9
+    bits = ours.view(torch.int32), theirs.contiguous().view(torch.int32)
+    assert torch.equal(*bits)
 
 
 @pytest.fixture
@@ -89,14 +82,17 @@ def save(tensors: dict[str, Tensor], checkpoint: Path, **config: object) -> None
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_packed_checkpoint_is_the_bfloat16_one(
-    checkpoints: tuple[Path, Path], dtype: torch.dtype
+def test_packed_checkpoint_gives_the_logits_of_the_bfloat16_one(
+    checkpoints: tuple[Path, Path],
 ) -> None:
-    packed, dense = (load(checkpoint, dtype).state_dict() for checkpoint in checkpoints)
-    assert packed.keys() == dense.keys()
-    for name, tensor in packed.items():
-        assert tensor.dtype == dtype and torch.equal(tensor, dense[name]), name
+    packed, dense = map(load, checkpoints)
+    token_ids = torch.randint(0, 128, (40,)).tolist()
+    expected = logits_in_chunks(dense, token_ids, [40])
+    for chunks in ([40], [1] * 40):
+        actual = logits_in_chunks(packed, token_ids, chunks)
+        torch.testing.assert_close(actual, expected, atol=2e-4, rtol=1e-4)
+    experts = packed.layers[0].mlp.gate_up.weight
+    assert experts.dtype == torch.int32 and experts.shape == (4, 192, 16)  # inputs padded to 128
 
 
 def test_blocks_without_scales_are_named(checkpoints: tuple[Path, Path]) -> None:
@@ -105,17 +101,5 @@ def test_blocks_without_scales_are_named(checkpoints: tuple[Path, Path]) -> None
     tensors = load_file(packed / "model.safetensors")
     del tensors[f"{name}_scales"]
     save(tensors, packed)
-    with pytest.raises(ConfigError, match=f"unexpected tensors: {name}_blocks"):
+    with pytest.raises(ConfigError, match=f"missing tensors: {name}_scales"):
         load(packed)
-
-
-def test_other_families_and_methods_refuse(
-    checkpoints: tuple[Path, Path], tiny_llama: Callable[..., Path], tmp_path: Path
-) -> None:
-    llama = Path(shutil.copytree(tiny_llama(), tmp_path / "llama"))
-    for checkpoint, method in ((llama, "mxfp4"), (checkpoints[0], "gptq")):
-        path = checkpoint / "config.json"
-        config = json.loads(path.read_text()) | {"quantization_config": {"quant_method": method}}
-        path.write_text(json.dumps(config))
-        with pytest.raises(ConfigError, match=rf"quantised checkpoints \({method}\)"):
-            load_spec(checkpoint)

@@ -114,12 +114,6 @@ def test_unknown_architecture_lists_the_supported_ones(checkpoint: Path) -> None
         load_spec(checkpoint)
 
 
-def test_quantised_checkpoint_is_refused_by_method(checkpoint: Path) -> None:
-    edit_config(checkpoint, quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(ConfigError, match=r"quantised checkpoints \(gptq\)"):
-        load_spec(checkpoint)
-
-
 @pytest.mark.parametrize("text", ["", "{", "[]"])
 def test_broken_config_is_named(checkpoint: Path, text: str) -> None:
     (checkpoint / "config.json").write_text(text)

@@ -1,7 +1,7 @@
 """The table in models/README.md is the real one, families are tested, and their files are short.
 
-The table is made from the code: a docstring's first line, the tests' variants, the formats a family
-names, and the values its `expect` calls allow.
+The table is made from the code: a docstring's first line, the tests' variants, whether a family can
+read quantised matrices, and the values its `expect` calls allow.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def only(module: ModuleType) -> str:
 
 def formats(module: ModuleType, architectures: list[str]) -> str:
     has_gguf = set(architectures) & set(GGUF_ARCHITECTURES.values())
-    packed = [name.upper() for name in getattr(module, "FORMATS", ())]
+    packed = [] if hasattr(module, "prepare") else ["quantised"]
     return ", ".join(["safetensors", *packed, *(["GGUF"] if has_gguf else [])])
 
 

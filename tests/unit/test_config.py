@@ -71,8 +71,15 @@ def test_count_below_one_is_refused(name: str, value: int) -> None:
     assert refusal(**{name: value}) == f"{name} must be an integer >= 1, got {value}"
 
 
-@pytest.mark.parametrize("name", CHOSEN_FROM)
-@pytest.mark.parametrize("value", ["bogus", None, 1])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        (name, value)
+        for name in CHOSEN_FROM
+        for value in ("bogus", None, 1)
+        if (name, value) != ("quantization", None)
+    ],
+)
 def test_value_outside_the_choices_is_refused_with_the_choices(name: str, value: Any) -> None:
     choices = ", ".join(CHOSEN_FROM[name])
     assert refusal(**{name: value}) == f"{name} must be one of {choices}, got {value!r}"

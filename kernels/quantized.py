@@ -1,0 +1,134 @@
+"""Products with quantised matrices: the packed form in memory, and the ops that multiply by it.
+
+fp8, int8: codes [N outputs, K inputs] as they are. int4, fp4: int32 [N, K / 8], eight codes a word,
+with K padded to a multiple of 128 by zeros, and scales by zeros. scales: [N / rows, K / group] of
+any floating-point dtype, w = (code - zero) * scale; rows is 1 or 128, the last 128 perhaps partial.
+The group follows from the shapes: every group has the same number of (padded) inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from compiledllm.kernels.moe import experts_in_torch
+from compiledllm.kernels.ops import define
+
+NIBBLES = ("int4", "fp4")  # codes of four bits
+K_MULTIPLE = 128  # of the padded inputs of NIBBLES
+BLOCK_ROWS = 128
+_INT4_ZERO = 8  # without zeros, codes 0..15 stand for -8..7
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """uint8 [..., K], values 0..15 -> int32 [..., K / 8]; K is padded with zeros."""
+    codes = F.pad(codes, (0, -codes.shape[-1] % K_MULTIPLE))
+    pairs = codes[..., 0::2] | codes[..., 1::2] << 4
+    return pairs.contiguous().view(torch.int32)
+
+
+def unpack_nibbles(words: Tensor) -> Tensor:
+    """int32 [..., K / 8] -> uint8 [..., K], the inverse of `pack_nibbles` but for the padding."""
+    pairs = words.contiguous().view(torch.uint8)
+    return torch.stack((pairs & 0x0F, pairs >> 4), dim=-1).flatten(-2)
+
+
+def dequantize_packed(
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, code: str, num_inputs: int
+) -> Tensor:
+    """The packed matrix as float32 [N, num_inputs]."""
+    values = unpack_nibbles(codes) if code in NIBBLES else codes
+    values = _e2m1_values(values) if code == "fp4" else values.float()
+    if code == "int4" and zeros is None:
+        values = values - _INT4_ZERO
+    num_outputs, num_padded = values.shape
+    groups = values.view(num_outputs, scales.shape[1], -1)  # [N, K / group, group]
+    if zeros is not None:
+        groups = groups - _of_rows(zeros.float(), num_outputs)
+    groups = groups * _of_rows(scales.float(), num_outputs)
+    return groups.view(num_outputs, num_padded)[:, :num_inputs]
+
+
+def _of_rows(part: Tensor, num_outputs: int) -> Tensor:
+    """[N / rows, K / group] -> [N, K / group, 1]."""
+    if part.shape[0] != num_outputs:
+        part = part.repeat_interleave(BLOCK_ROWS, 0)[:num_outputs]
+    return part.unsqueeze(-1)
+
+
+def _e2m1_values(codes: Tensor) -> Tensor:
+    """The three low bits become the lowest exponent bits and the highest mantissa bit of a float16,
+    whose exponent's bias is 14 larger."""
+    bits = codes.short()
+    halves = ((bits & 7) << 9 | (bits & 8) << 12).view(torch.float16)
+    values: Tensor = halves.float() * 2.0**14
+    return values
+
+
+def _linear_fake(x: Tensor, codes: Tensor, *_: object) -> Tensor:
+    return x.new_empty((x.shape[0], codes.shape[0]))
+
+
+@define("quantized_linear", fake=_linear_fake)
+def quantized_linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    code: str,
+) -> Tensor:
+    """x [T, K] -> x @ W.T + bias, [T, N] in x's dtype. code: "fp8", "int8", "int4" or "fp4"."""
+    weight = dequantize_packed(codes, scales, zeros, code, x.shape[1]).to(x.dtype)
+    return F.linear(x, weight, bias)
+
+
+def _experts_fake(x: Tensor, expert_ids: Tensor, *_: object) -> Tensor:
+    return x.new_empty((*expert_ids.shape, x.shape[1]), dtype=torch.float32)
+
+
+@define("quantized_experts", fake=_experts_fake)
+def quantized_experts(
+    x: Tensor,
+    expert_ids: Tensor,
+    gate_up: Tensor,
+    gate_up_scales: Tensor,
+    gate_up_zeros: Tensor | None,
+    down: Tensor,
+    down_scales: Tensor,
+    down_zeros: Tensor | None,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    alpha: float,
+    limit: float,
+    code: str,
+) -> Tensor:
+    """`moe_experts` with packed matrices: codes, scales and zeros as above, for each expert."""
+    num_rows, hidden = gate_up.shape[1], x.shape[1]
+    matrices = (
+        _Dequantized(gate_up, gate_up_scales, gate_up_zeros, code, hidden, x.dtype),
+        _Dequantized(down, down_scales, down_zeros, code, num_rows // 2, x.dtype),
+    )
+    return experts_in_torch(x, expert_ids, *matrices, gate_up_bias, down_bias, alpha, limit)
+
+
+class _Dequantized:
+    """Packed matrices of experts, each of which is dequantised when asked for."""
+
+    def __init__(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None,
+        code: str,
+        num_inputs: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self._codes, self._scales, self._zeros = codes, scales, zeros
+        self._code, self._num_inputs, self._dtype = code, num_inputs, dtype
+
+    def __getitem__(self, expert: int) -> Tensor:
+        zeros = None if self._zeros is None else self._zeros[expert]
+        matrix = self._codes[expert], self._scales[expert], zeros
+        return dequantize_packed(*matrix, self._code, self._num_inputs).to(self._dtype)

@@ -1,0 +1,1 @@
+"""How matrices are stored in memory and in checkpoints, loaded and multiplied."""

@@ -1,0 +1,182 @@
+"""Reads the quantization_config of compressed-tensors (llm-compressor): groups of modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from compiledllm.models.formats.codes import QuantizedMatrix
+from compiledllm.models.formats.compressed_tensors import (
+    MXFP4_GROUP,
+    NVFP4_GROUP,
+    from_float_quantized,
+    from_int_quantized,
+    from_mxfp4_pack_quantized,
+    from_nvfp4_pack_quantized,
+    from_pack_quantized,
+)
+from compiledllm.models.formats.fp8 import BLOCK
+from compiledllm.models.formats.stored import Fields, Scheme, Stored, matches
+from compiledllm.models.matrices import QuantSpec
+
+_UNUSED = (
+    *(".input_scale", ".input_zero_point", ".input_global_scale", ".input_g_idx"),
+    *(".output_scale", ".output_zero_point", ".k_scale", ".v_scale"),
+)
+_FORMATS = (
+    "pack-quantized",
+    "int-quantized",
+    "naive-quantized",
+    "float-quantized",
+    "nvfp4-pack-quantized",
+    "mxfp4-pack-quantized",
+)
+
+
+def compressed_tensors(fields: Fields, scale_dtype: str) -> Scheme:
+    """Each group of modules has a format of its own; modules in no group are not quantised."""
+    fields.expect("quantization_status", "compressed", "frozen", default="compressed")
+    for name in ("sparsity_config", "transform_config"):
+        if fields.get(name):
+            raise fields.refusal(name, fields.get(name), "use a checkpoint without")
+    groups = [
+        (tuple(group.names("targets")), _stored_of(group, fields, scale_dtype))
+        for group in fields.section("config_groups").sections().values()
+    ]
+    titles = dict.fromkeys(f"{format.spec.code}" for _, format in groups)
+    title = f"compressed-tensors {', '.join(titles)}"
+    return _Groups(title, tuple(groups), tuple(fields.names("ignore")))
+
+
+@dataclass(frozen=True)
+class _Groups:
+    title: str
+    groups: tuple[tuple[tuple[str, ...], Stored], ...]
+    ignored: tuple[str, ...]
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        return tuple(suffix for _, format in self.groups for suffix in format.suffixes)
+
+    def stored(self, name: str) -> Stored | None:
+        if matches(name, self.ignored):
+            return None
+        by_name = (f for targets, f in self.groups if matches(name, targets))
+        by_class = (f for targets, f in self.groups if "Linear" in targets)
+        return next(by_name, None) or next(by_class, None)
+
+
+def _stored_of(group: Fields, fields: Fields, scale_dtype: str) -> Stored:
+    format = group.get("format") or fields.get("format")
+    weights = group.section("weights")
+    if format not in _FORMATS:
+        raise group.refusal("format", format, f"supported: {', '.join(_FORMATS)}")
+    kind = weights.expect("type", "int", "float", default="int")
+    if weights.get("dynamic"):
+        raise weights.refusal("dynamic", weights.get("dynamic"), "supported: false")
+    if format == "nvfp4-pack-quantized":
+        return _fp4(weights, NVFP4_GROUP, "float32")
+    if format == "mxfp4-pack-quantized":
+        return _fp4(weights, MXFP4_GROUP, "float8_e8m0fnu")
+    if format == "pack-quantized":
+        return _pack_quantized(weights, scale_dtype)
+    is_float = format == "float-quantized" or (format == "naive-quantized" and kind == "float")
+    weights.expect("num_bits", 8)
+    return _float_quantized(weights, scale_dtype) if is_float else _int_quantized(
+        weights, scale_dtype
+    )  # fmt: skip
+
+
+def _group_of(weights: Fields, *more: str) -> int:
+    """Inputs that share a scale; 0: all."""
+    strategy = weights.expect("strategy", "tensor", "channel", "group", *more)
+    return weights.group("group_size", default=-1) if strategy == "group" else 0
+
+
+def _pack_quantized(weights: Fields, scale_dtype: str) -> Stored:
+    num_bits = weights.integer("num_bits", default=4)
+    if not 1 <= num_bits <= 8:
+        raise weights.refusal("num_bits", num_bits, "supported: 1 to 8")
+    weights.expect("type", "int", default="int")
+    group = _group_of(weights)
+    is_symmetric = weights.flag("symmetric", default=True)
+    order = weights.get("actorder")
+    if order not in (None, False, True, "group", "weight", "static", "dynamic"):
+        raise weights.refusal("actorder", order, "supported: group, weight, null")
+    is_permuted = order in (True, "group", "dynamic") and group != 0
+    spec = QuantSpec(
+        "int8" if num_bits > 4 else "int4",
+        group,
+        has_zeros=not is_symmetric,
+        is_permuted=is_permuted,
+        scale_dtype=scale_dtype,
+    )
+
+    def read(tensors: Mapping[str, Tensor]) -> QuantizedMatrix:
+        return from_pack_quantized(**tensors, num_bits=num_bits, group_size=group or None)
+
+    required = [(".weight_packed",), (".weight_scale",), (".weight_shape",)]
+    if not is_symmetric:
+        required.append((".weight_zero_point",))
+    unused = (*_UNUSED, *((".weight_zero_point",) if is_symmetric else ()))
+    return Stored(spec, tuple(required), read, (".weight_g_idx",), unused)
+
+
+def _int_quantized(weights: Fields, scale_dtype: str) -> Stored:
+    group = _group_of(weights)
+    is_symmetric = weights.flag("symmetric", default=True)
+    spec = QuantSpec("int8", group, has_zeros=not is_symmetric, scale_dtype=scale_dtype)
+
+    def read(tensors: Mapping[str, Tensor]) -> QuantizedMatrix:
+        return from_int_quantized(**tensors, group_size=group or None)
+
+    required: list[tuple[str, ...]] = [(".weight",), (".weight_scale",)]
+    if not is_symmetric:
+        required.append((".weight_zero_point",))
+    unused = (*_UNUSED, *((".weight_zero_point",) if is_symmetric else ()))
+    return Stored(spec, tuple(required), read, (), unused)
+
+
+def _float_quantized(weights: Fields, scale_dtype: str) -> Stored:
+    strategy = weights.expect("strategy", "tensor", "channel", "group", "block")
+    weights.flag("symmetric", default=True)
+    block: Any = None
+    if strategy == "block":
+        block = weights.get("block_structure")
+        if block not in ([BLOCK, BLOCK], f"{BLOCK}x{BLOCK}"):
+            raise weights.refusal("block_structure", block, f"supported: [{BLOCK}, {BLOCK}]")
+        spec = QuantSpec("fp8", BLOCK, BLOCK, scale_dtype=scale_dtype)
+    else:
+        spec = QuantSpec("fp8", _group_of(weights), scale_dtype=scale_dtype)
+
+    def read(tensors: Mapping[str, Tensor]) -> QuantizedMatrix:
+        return from_float_quantized(
+            tensors["weight"],
+            tensors["weight_scale"],
+            block_structure=(BLOCK, BLOCK) if block else None,
+            group_size=spec.group if strategy == "group" else None,
+        )
+
+    required = ((".weight",), (".weight_scale",))
+    return Stored(spec, required, read, (), (*_UNUSED, ".weight_zero_point"))
+
+
+def _fp4(weights: Fields, group: int, scale_dtype: str) -> Stored:
+    if weights.get("group_size", default=group) != group:
+        raise weights.refusal("group_size", weights.get("group_size"), f"supported: {group}")
+    weights.expect("num_bits", 4)
+    spec = QuantSpec("fp4", group, scale_dtype=scale_dtype)
+
+    def read_nvfp4(tensors: Mapping[str, Tensor]) -> QuantizedMatrix:
+        return from_nvfp4_pack_quantized(**tensors)
+
+    def read_mxfp4(tensors: Mapping[str, Tensor]) -> QuantizedMatrix:
+        return from_mxfp4_pack_quantized(**tensors)
+
+    required: tuple[tuple[str, ...], ...] = ((".weight_packed",), (".weight_scale",))
+    if group == MXFP4_GROUP:
+        return Stored(spec, required, read_mxfp4, (), _UNUSED)
+    return Stored(spec, (*required, (".weight_global_scale",)), read_nvfp4, (), _UNUSED)

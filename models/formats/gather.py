@@ -1,0 +1,83 @@
+"""Turns a checkpoint's stream of tensors into one of tensors and whole quantised matrices."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from compiledllm.config import ConfigError
+from compiledllm.models.formats.codes import QuantizedMatrix
+from compiledllm.models.formats.stored import Scheme, Stored
+
+# Scales of a quantised KV cache, which the model's own cache does not use.
+_KV_SCALE = re.compile(
+    r".+\.(self_attn|attn|attention)(\.attn)?\.(q|k|v|kv|prob)_(scale|zero_point)"
+)
+
+
+class Gatherer:
+    """Reads the matrices of a scheme. is_matrix: whether the model keeps this matrix quantised.
+
+    names: of all tensors of the checkpoint. device: where codes are unpacked.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        scheme: Scheme,
+        names: Collection[str],
+        is_matrix: Callable[[str], bool],
+        device: torch.device,
+    ) -> None:
+        self._checkpoint, self._scheme, self._names = checkpoint, scheme, names
+        self._is_matrix, self._device = is_matrix, device
+        self._suffixes = sorted(set(scheme.suffixes), key=len, reverse=True)
+        self._pending: dict[str, dict[str, Tensor]] = {}
+
+    def gather(
+        self, tensors: Iterable[tuple[str, Tensor]]
+    ) -> Iterator[tuple[str, Tensor | QuantizedMatrix]]:
+        """Yield (name + ".weight", matrix) once its tensors have come; other tensors unchanged."""
+        for name, tensor in tensors:
+            matrix, suffix, stored = self._owner_of(name)
+            if stored is None:
+                if not _KV_SCALE.fullmatch(name):
+                    yield name, tensor
+            elif suffix not in stored.unused:
+                found = self._pending.setdefault(matrix, {})
+                found[suffix] = tensor
+                if len(found) == len(self._expected(matrix, stored)):
+                    yield f"{matrix}.weight", self._read(matrix, stored)
+
+    def _owner_of(self, name: str) -> tuple[str, str, Stored | None]:
+        """The matrix that a tensor belongs to, the rest of its name, and the matrix's format."""
+        for suffix in self._suffixes:
+            matrix = name.removesuffix(suffix)
+            if matrix != name and (suffix.startswith("_") or self._is_matrix(matrix)):
+                stored = self._scheme.stored(matrix)
+                if stored is not None and suffix in stored.suffixes:
+                    return matrix, suffix, stored
+        return "", "", None
+
+    def _expected(self, matrix: str, stored: Stored) -> list[str]:
+        """The suffixes of the tensors that there are. ConfigError if a required one is missing."""
+        there = [s for s in stored.suffixes if matrix + s in self._names]
+        if missing := stored.missing_of(there):
+            names = ", ".join(matrix + suffix for suffix in missing)
+            raise ConfigError(
+                f"{self._checkpoint}: missing tensors: {names}; the quantization_config asks for "
+                "them: download the checkpoint again"
+            )
+        return [suffix for suffix in there if suffix not in stored.unused]
+
+    def _read(self, matrix: str, stored: Stored) -> QuantizedMatrix:
+        tensors = self._pending.pop(matrix)
+        found = {suffix[1:]: tensor.to(self._device) for suffix, tensor in tensors.items()}
+        try:
+            return stored.read(found)
+        except ValueError as error:
+            raise ConfigError(f"{self._checkpoint}: matrix '{matrix}': {error}") from error

@@ -1,0 +1,227 @@
+"""Reads a checkpoint's quantization_config: the values of quant_method, and what each means.
+
+A new method is a function here (or in a file of its own) and a line in `METHODS`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from compiledllm.config import ConfigError
+from compiledllm.models.formats.awq import from_awq
+from compiledllm.models.formats.codes import QuantizedMatrix
+from compiledllm.models.formats.compressed_config import compressed_tensors
+from compiledllm.models.formats.fp8 import BLOCK, from_fp8
+from compiledllm.models.formats.gptq import from_gptq
+from compiledllm.models.formats.modelopt import from_modelopt_fp8, from_modelopt_nvfp4
+from compiledllm.models.formats.mxfp4 import from_mxfp4_blocks
+from compiledllm.models.formats.stored import Fields, Scheme, Stored, Uniform, matches
+from compiledllm.models.matrices import QuantSpec
+
+FP8_UNUSED = (
+    *(".input_scale", ".activation_scale", ".input_scale_inv", ".input_scale_ub"),
+    *(".k_scale", ".v_scale", ".output_scale"),
+)
+
+
+def fp8(fields: Fields, _scale_dtype: str) -> Scheme:
+    """FP8 of DeepSeek, Qwen and Mistral: per tensor, per channel, or in blocks of 128x128."""
+    fields.expect("activation_scheme", "dynamic", "static", default="dynamic")
+    fields.expect("fmt", "e4m3", "float8_e4m3fn", default="e4m3")
+    block = fields.get("weight_block_size")
+    if block is not None and block != [BLOCK, BLOCK]:
+        raise fields.refusal("weight_block_size", block, f"supported: [{BLOCK}, {BLOCK}]")
+    spec = QuantSpec("fp8") if block is None else QuantSpec("fp8", BLOCK, BLOCK)
+
+    def read(tensors: Mapping[str, Tensor]) -> QuantizedMatrix:
+        field = "weight_scale" if "weight_scale" in tensors else "weight_scale_inv"
+        return from_fp8(tensors["weight"], tensors[field], block, scale_field=field)
+
+    scales = (".weight_scale_inv", ".weight_scale")
+    stored = Stored(spec, ((".weight",), scales if block else scales[::-1]), read, (), FP8_UNUSED)
+    ignored = fields.names("modules_to_not_convert", "ignored_layers")
+    layout = "per tensor or channel" if block is None else "in blocks of 128x128"
+    return Uniform(f"fp8 {layout}", stored, _all_but(ignored))
+
+
+def gptq(fields: Fields, scale_dtype: str) -> Scheme:
+    """GPTQ, version 1 and 2, with overrides for some modules ("dynamic")."""
+    version = {"gptq": 1, "gptq_v2": 2}[
+        fields.expect("checkpoint_format", "gptq", "gptq_v2", default="gptq")
+    ]
+    base = _gptq_format(fields, fields, version, scale_dtype)
+    rules = [
+        (re.compile(pattern[2:] if pattern[:2] in ("-:", "+:") else pattern), pattern, changes)
+        for pattern, changes in fields.section("dynamic").sections().items()
+    ]
+    return _Gptq(
+        f"gptq {base.spec.code}",
+        base,
+        tuple(
+            (regex, None if p.startswith("-:") else _gptq_format(c, fields, version, scale_dtype))
+            for regex, p, c in rules
+        ),
+        fields.flag("lm_head", default=False),
+        tuple(_flat(fields.get("modules_in_block_to_quantize", default=[]))),
+    )
+
+
+@dataclass(frozen=True)
+class _Gptq:
+    title: str
+    base: Stored
+    overrides: tuple[tuple[re.Pattern[str], Stored | None], ...]
+    has_head: bool
+    in_block: tuple[str, ...]  # modules of a block that are quantised; empty: all
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        return self.base.suffixes
+
+    def stored(self, name: str) -> Stored | None:
+        if _is_head(name) and not self.has_head:
+            return None
+        for pattern, format in self.overrides:
+            if pattern.match(name):
+                return format
+        is_chosen = not self.in_block or _is_head(name) or matches(name, self.in_block)
+        return self.base if is_chosen else None
+
+
+def _gptq_format(changes: Fields, fields: Fields, version: int, scale_dtype: str) -> Stored:
+    bits = changes.integer("bits", default=fields.get("bits"))
+    if bits not in (2, 4, 8):
+        raise changes.refusal("bits", bits, "supported: 2, 4, 8")
+    group = changes.group("group_size", default=fields.get("group_size", default=128))
+    is_symmetric = changes.flag("sym", default=fields.flag("sym", default=True))
+    is_permuted = changes.flag("desc_act", default=fields.flag("desc_act", default=False))
+    code = "int8" if bits == 8 else "int4"
+    spec = QuantSpec(
+        code, group, has_zeros=not is_symmetric, is_permuted=is_permuted, scale_dtype=scale_dtype
+    )
+
+    def read(tensors: Mapping[str, Tensor]) -> QuantizedMatrix:
+        return from_gptq(
+            **tensors,
+            bits=bits,
+            group_size=group or -1,
+            is_symmetric=is_symmetric,
+            version=version,
+        )
+
+    return Stored(spec, ((".qweight",), (".qzeros",), (".scales",)), read, (".g_idx",))
+
+
+def awq(fields: Fields, scale_dtype: str) -> Scheme:
+    """AWQ in the layout of its `gemm` kernel."""
+    version = str(fields.get("version", default="gemm")).lower()
+    if version != "gemm":
+        raise fields.refusal("version", version, "a packing for another kernel; supported: gemm")
+    bits = fields.integer("bits", "w_bit", default=4)
+    if bits != 4:
+        raise fields.refusal("bits", bits, "supported: 4")
+    group = fields.group("group_size", "q_group_size", default=128)
+    has_zeros = fields.flag("zero_point", default=True)
+    spec = QuantSpec("int4", group, has_zeros=has_zeros, scale_dtype=scale_dtype)
+
+    def read(tensors: Mapping[str, Tensor]) -> QuantizedMatrix:
+        zeros = tensors.get("qzeros") if has_zeros else None
+        return from_awq(tensors["qweight"], zeros, tensors["scales"], group_size=group or -1)
+
+    required = ((".qweight",), (".qzeros",), (".scales",)) if has_zeros else (
+        (".qweight",), (".scales",)
+    )  # fmt: skip
+    stored = Stored(spec, required, read, unused=() if has_zeros else (".qzeros",))
+    ignored = fields.names("modules_to_not_convert")
+    return Uniform("awq int4", stored, _all_but(ignored))
+
+
+def mxfp4(fields: Fields, _scale_dtype: str) -> Scheme:
+    """gpt-oss: the experts are MXFP4, everything else is not quantised."""
+    spec = QuantSpec("fp4", 32, scale_dtype="float8_e8m0fnu")
+    stored = Stored(spec, (("_blocks",), ("_scales",)), _from_mxfp4)
+    ignored = fields.names("modules_to_not_convert")
+
+    def is_quantized(name: str) -> bool:
+        return ".mlp.experts." in name and not matches(name, ignored)
+
+    return Uniform("mxfp4 experts", stored, is_quantized)
+
+
+def _from_mxfp4(tensors: Mapping[str, Tensor]) -> QuantizedMatrix:
+    return from_mxfp4_blocks(tensors["blocks"], tensors["scales"])
+
+
+def modelopt(fields: Fields, _scale_dtype: str) -> Scheme:
+    """FP8 and NVFP4 of NVIDIA's ModelOpt."""
+    fields = fields.section("quantization") if fields.get("quantization") else fields
+    algorithm = fields.expect("quant_algo", *_MODELOPT)
+    ignored = fields.names("ignore", "exclude_modules")
+    spec, suffixes, read = _MODELOPT[algorithm]
+    stored = Stored(spec, tuple((suffix,) for suffix in suffixes), read, (), FP8_UNUSED)
+    return Uniform(f"modelopt {algorithm}", stored, _all_but(ignored))
+
+
+def _modelopt_fp8(tensors: Mapping[str, Tensor]) -> QuantizedMatrix:
+    return from_modelopt_fp8(tensors["weight"], tensors["weight_scale"])
+
+
+def _modelopt_nvfp4(tensors: Mapping[str, Tensor]) -> QuantizedMatrix:
+    return from_modelopt_nvfp4(
+        tensors["weight"], tensors["weight_scale"], tensors["weight_scale_2"]
+    )
+
+
+_SCALED = (".weight", ".weight_scale")
+_MODELOPT = {
+    "FP8": (QuantSpec("fp8"), _SCALED, _modelopt_fp8),
+    "FP8_PER_CHANNEL_PER_TOKEN": (QuantSpec("fp8"), _SCALED, _modelopt_fp8),
+    "FP8_PB_WO": (QuantSpec("fp8", BLOCK, BLOCK), _SCALED, _modelopt_fp8),
+    "NVFP4": (QuantSpec("fp4", 16), (*_SCALED, ".weight_scale_2"), _modelopt_nvfp4),
+}
+
+# quant_method -> (fields, dtype of the file's scales or of the model) -> Scheme.
+METHODS: dict[str, Callable[[Fields, str], Scheme]] = {
+    "fp8": fp8,
+    "fbgemm_fp8": fp8,
+    "compressed-tensors": compressed_tensors,
+    "gptq": gptq,
+    "awq": awq,
+    "mxfp4": mxfp4,
+    "modelopt": modelopt,
+}
+
+
+def scheme_of(fields: Mapping[str, object], scale_dtype: str) -> Scheme:
+    """Read a quantization_config. Raises ConfigError for what is not supported."""
+    method = fields.get("quant_method")
+    method = "modelopt" if method == "modelopt_fp4" else method
+    if not isinstance(method, str) or method not in METHODS:
+        raise ConfigError(
+            f"quantization_config: quant_method={method!r} is not supported (supported: "
+            f"{', '.join(METHODS)}); use the unquantised model and quantization='fp8' or another"
+        )
+    return METHODS[method](Fields(fields), scale_dtype)
+
+
+def _all_but(ignored: list[str]) -> Callable[[str], bool]:
+    """The output head is never quantised by these methods, whether the list names it or not."""
+
+    def is_quantized(name: str) -> bool:
+        return not _is_head(name) and not matches(name, ignored)
+
+    return is_quantized
+
+
+def _is_head(name: str) -> bool:
+    return name.rpartition(".")[2] in ("lm_head", "embed_out")
+
+
+def _flat(nested: object) -> list[str]:
+    if isinstance(nested, list):
+        return [name for part in nested for name in _flat(part)]
+    return [str(nested)]

@@ -1,0 +1,227 @@
+"""The format of quantised weights in memory: packed codes, scales, perhaps zeros and an order.
+
+Every checkpoint format is turned into a `QuantizedMatrix`, part by part, which a `MatrixSlot` packs
+and copies into its rows. `kernels.quantized` multiplies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compiledllm.kernels.quantized import (
+    BLOCK_ROWS,
+    K_MULTIPLE,
+    NIBBLES,
+    pack_nibbles,
+    quantized_experts,
+    quantized_linear,
+)
+from compiledllm.models.formats.codes import (
+    CODES,
+    INT4_ZERO,
+    QuantizedMatrix,
+    one_level,
+    with_row_scales,
+)
+from compiledllm.models.formats.online import quantize
+from compiledllm.models.formats.weight_format import Params, Slot, empty_parameter, slot_name
+from compiledllm.models.matrices import QuantSpec
+
+_UNSET = -1  # in a permutation that no part has set
+_ANY_ZERO = {"int4": INT4_ZERO, "int8": 0}  # the zero of a symmetric part beside asymmetric ones
+
+# Standard deviations of the values of random codes.
+_SPREADS = {"fp8": 0.6, "int8": 74.0, "int4": 4.6, "fp4": 2.9}
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """A quantised matrix; params: codes, scales, zeros or None, permutation or None."""
+
+    spec: QuantSpec
+
+    def bits(self, dtype: torch.dtype) -> float:
+        """Of large matrices: scales for each output or for the tensor do not count."""
+        spec = self.spec
+        code_bits = 4 if spec.code in NIBBLES else 8
+        scale_bits = 8 * getattr(torch, spec.scale_dtype).itemsize + code_bits * spec.has_zeros
+        return code_bits + (scale_bits / spec.group / spec.rows if spec.group else 0.0)
+
+    def parameters(
+        self, parts: Mapping[str, int], in_features: int, lead: tuple[int, ...] = ()
+    ) -> dict[str, nn.Parameter | None]:
+        spec, num_outputs, is_packed = self.spec, sum(parts.values()), self.spec.code in NIBBLES
+        num_inputs = in_features + -in_features % (K_MULTIPLE if is_packed else 1)
+        rows = num_outputs if self._rows(parts) == 1 else math.ceil(num_outputs / BLOCK_ROWS)
+        shape = *lead, rows, num_inputs // spec.group_in_memory(in_features)
+        width, dtype = num_inputs, CODES[spec.code]
+        if is_packed:
+            width, dtype = num_inputs // 8, torch.int32
+        scales = torch.zeros(shape, dtype=getattr(torch, spec.scale_dtype))
+        zeros = torch.zeros(shape, dtype=CODES[spec.code]) if spec.has_zeros else None
+        order = torch.full((*lead, in_features), _UNSET) if spec.is_permuted else None
+        return {
+            "weight": empty_parameter(*lead, num_outputs, width, dtype=dtype),
+            "weight_scale": _frozen(scales),
+            "weight_zero": None if zeros is None else _frozen(zeros),
+            "permutation": None if order is None else _frozen(order),
+        }
+
+    def slots(self, parts: Mapping[str, int], in_features: int, params: Params) -> dict[str, Slot]:
+        codes, scales, zeros, order = params
+        assert codes is not None and scales is not None
+        rows, start = self._rows(parts), 0
+        found: dict[str, Slot] = {}
+        for part, size in parts.items():
+            end = start + size
+            of_part = slice(start // rows, -(-end // rows))
+            found[slot_name("weight", part)] = MatrixSlot(
+                self.spec,
+                in_features,
+                codes[start:end],
+                scales[of_part],
+                None if zeros is None else zeros[of_part],
+                order,
+            )
+            start = end
+        return found
+
+    def _rows(self, parts: Mapping[str, int]) -> int:
+        """Outputs that share a scale: blocks of rows if all parts but the last are whole blocks."""
+        *others, _ = parts.values()
+        return 1 if any(size % self.spec.rows for size in others) else self.spec.rows
+
+    def randomize(self, params: Params, spread: float, generator: torch.Generator) -> None:
+        """Random codes, with the scale that makes them deviate from zero by about `spread`."""
+        codes, scales, zeros, order = params
+        assert codes is not None and scales is not None
+        codes.view(torch.uint8).random_(0, 256, generator=generator)
+        if self.spec.code == "fp8":
+            codes.view(torch.uint8).bitwise_and_(0xBF)  # below 2: neither NaN nor huge
+        scales.fill_(spread / _SPREADS[self.spec.code])
+        if zeros is not None:
+            zeros.fill_(_ANY_ZERO[self.spec.code])
+        if order is not None:
+            order.copy_(torch.arange(order.shape[-1], device=order.device).expand_as(order))
+
+    def finish(self, params: Params) -> None:
+        pass
+
+    def product(
+        self,
+        x: Tensor,
+        params: Params,
+        bias: Tensor | None,
+        first_row: int = 0,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        codes, scales, zeros, order = params
+        assert codes is not None and scales is not None
+        if order is not None:
+            x = x.index_select(1, order)
+        if first_row:
+            first = first_row // (1 if len(scales) == len(codes) else BLOCK_ROWS)
+            codes, scales = codes[first_row:], scales[first:]
+            zeros = None if zeros is None else zeros[first:]
+        y = quantized_linear(x, codes, scales, zeros, bias, self.spec.code)
+        return y if out is None else out.copy_(y)
+
+    def experts(
+        self,
+        x: Tensor,
+        expert_ids: Tensor,
+        gate_up: Params,
+        down: Params,
+        biases: tuple[Tensor | None, Tensor | None],
+        alpha: float,
+        limit: float,
+    ) -> Tensor:
+        up_codes, up_scales, up_zeros, _ = gate_up  # experts have no permutation
+        down_codes, down_scales, down_zeros, _ = down
+        assert up_codes is not None and up_scales is not None
+        assert down_codes is not None and down_scales is not None
+        up, down = (up_codes, up_scales, up_zeros), (down_codes, down_scales, down_zeros)
+        return quantized_experts(x, expert_ids, *up, *down, *biases, alpha, limit, self.spec.code)
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixSlot:
+    """The rows of a quantised layer that one matrix of a checkpoint fills."""
+
+    spec: QuantSpec
+    num_inputs: int
+    codes: Tensor  # packed
+    scales: Tensor
+    zeros: Tensor | None
+    permutation: Tensor | None
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.codes.shape[0], self.num_inputs))
+
+    def put(self, stored: Any) -> None:
+        """Pack a QuantizedMatrix, or a tensor to be quantised online. ValueError if it differs."""
+        if isinstance(stored, Tensor):
+            if not self.spec.online:
+                dtype = str(stored.dtype).removeprefix("torch.")
+                raise ValueError(
+                    f"it is not quantised but {dtype}; name it in the quantization_config's list "
+                    "of modules that are not converted"
+                )
+            stored = quantize(stored.to(self.codes.device), self.spec.online)
+        assert isinstance(stored, QuantizedMatrix)
+        stored = one_level(stored)
+        self._check(stored)
+        if stored.block and self.scales.shape[0] == self.codes.shape[0]:
+            stored = with_row_scales(stored)
+        packed = pack_nibbles(stored.codes) if self.spec.code in NIBBLES else stored.codes
+        self.codes.copy_(packed)
+        self._spread(stored.scales, stored, self.scales)
+        if self.zeros is not None and stored.zeros is None:
+            self.zeros.fill_(_ANY_ZERO[self.spec.code])
+        elif self.zeros is not None and stored.zeros is not None:
+            self._spread(stored.zeros, stored, self.zeros)
+        self._set_order(stored.permutation)
+
+    def _check(self, stored: QuantizedMatrix) -> None:
+        if stored.code != self.spec.code:
+            raise ValueError(f"its codes are {stored.code}, the config asks for {self.spec.code}")
+        if stored.zeros is not None and self.zeros is None:
+            raise ValueError("it has zero points, the config says that it is symmetric")
+
+    def _spread(self, part: Tensor, stored: QuantizedMatrix, into: Tensor) -> None:
+        """Copy scales or zeros, repeated if the groups in memory are smaller than the stored."""
+        times = stored.group // self.spec.group_in_memory(self.num_inputs)
+        if times > 1:
+            part = part.unsqueeze(-1).expand(*part.shape, times).flatten(-2)
+        part = part[:, : into.shape[1]]
+        target = into[:, : part.shape[1]]
+        target.copy_(part)
+        if part.dtype != into.dtype and not torch.equal(target.float().cpu(), part.float().cpu()):
+            names = (str(dtype).removeprefix("torch.") for dtype in (part.dtype, into.dtype))
+            raise ValueError("its scales have dtype {}, others {}".format(*names))
+
+    def _set_order(self, order: Tensor | None) -> None:
+        if self.permutation is None:
+            if order is not None:
+                raise ValueError("g_idx reorders the inputs, the config says that it does not")
+            return
+        if order is None:
+            order = torch.arange(len(self.permutation), device=self.permutation.device)
+        if self.permutation[0] == _UNSET:
+            self.permutation.copy_(order)
+        elif not torch.equal(self.permutation, order.to(self.permutation.device)):
+            raise ValueError(
+                "g_idx orders the inputs otherwise than in the other parts of the fused matrix; "
+                "use a checkpoint without desc_act"
+            )
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)

@@ -1,0 +1,66 @@
+"""Takes tensors and quantised matrices apart, alike: by rows and by experts."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compiledllm.models.formats.codes import QuantizedMatrix, with_row_scales
+
+_OF_SCALES = ("scales", "zeros", "minima", "super_scales", "super_minima")
+Content = Tensor | QuantizedMatrix  # of a checkpoint
+
+
+def shape_of(stored: Content) -> list[int]:
+    return list((stored if isinstance(stored, Tensor) else stored.codes).shape)
+
+
+def split_rows(stored: Content, sizes: Sequence[int]) -> Sequence[Content]:
+    """Parts of these numbers of rows, from the top."""
+    if isinstance(stored, Tensor):
+        return torch.split(stored, list(sizes))
+    if len(sizes) == 1:
+        return [stored]
+    if stored.block and any(size % stored.block for size in sizes[:-1]):
+        stored = with_row_scales(stored)
+    ends = itertools.accumulate(sizes)
+    return [_rows(stored, end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+
+def even_then_odd_rows(stored: Content) -> Content:
+    """Rows 0, 2, 4, ... and then 1, 3, 5, ..."""
+
+    def reorder(part: Tensor) -> Tensor:
+        return torch.cat((part[0::2], part[1::2]))
+
+    return reorder(stored) if isinstance(stored, Tensor) else _each(stored, reorder)
+
+
+def experts_of(stored: QuantizedMatrix) -> Iterator[QuantizedMatrix]:
+    """The matrices of a batch."""
+    return (_each(stored, itemgetter(expert)) for expert in range(len(stored.codes)))
+
+
+def _rows(matrix: QuantizedMatrix, start: int, end: int) -> QuantizedMatrix:
+    of_codes = itemgetter(slice(start, end))
+    of_scales = itemgetter(slice(start // matrix.rows, -(-end // matrix.rows)))
+    return _each(matrix, of_codes, of_scales)
+
+
+def _each(
+    matrix: QuantizedMatrix,
+    change: Callable[[Tensor], Tensor],
+    change_scales: Callable[[Tensor], Tensor] | None = None,
+) -> QuantizedMatrix:
+    """The matrix with all tensors that have rows changed; change_scales: all but the codes."""
+    parts = {name: getattr(matrix, name) for name in _OF_SCALES}
+    changed: dict[str, Any] = {
+        name: (change_scales or change)(part) for name, part in parts.items() if part is not None
+    }
+    return replace(matrix, codes=change(matrix.codes), **changed)

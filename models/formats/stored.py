@@ -1,0 +1,153 @@
+"""How a quantised checkpoint stores its matrices: the interface between config and loader.
+
+A method of `methods.py` reads a quantization_config into a `Scheme`, which knows for each matrix,
+by its name in the checkpoint without ".weight", whether and how it is quantised.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from compiledllm.config import ConfigError
+from compiledllm.models.formats.codes import QuantizedMatrix
+from compiledllm.models.matrices import QuantSpec
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The tensors of one matrix in a checkpoint, and how they are read.
+
+    required: what comes behind the matrix's name, with alternatives: ((".weight",), (".scale",
+    ".scale_inv")). optional: suffixes that `read` takes too. unused: suffixes of tensors that a
+    product with 16-bit activations does not need. read: suffixes' last parts -> the matrix; raises
+    ValueError naming the field. spec: how the matrix is kept in memory.
+    """
+
+    spec: QuantSpec
+    required: tuple[tuple[str, ...], ...]
+    read: Callable[[Mapping[str, Tensor]], QuantizedMatrix]
+    optional: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Of all tensors, the longest first."""
+        needed = (suffix for alternatives in self.required for suffix in alternatives)
+        return tuple(sorted((*needed, *self.optional, *self.unused), key=len, reverse=True))
+
+    def missing_of(self, found: Iterable[str]) -> list[str]:
+        """The required suffixes, the first of alternatives, that are not among `found`."""
+        present = set(found)
+        return [names[0] for names in self.required if not present.intersection(names)]
+
+
+class Scheme(Protocol):
+    """Which matrices of a checkpoint are quantised, and how. title: for reports, "gptq int4"."""
+
+    @property
+    def title(self) -> str: ...
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Of the tensors of all formats."""
+
+    def stored(self, name: str) -> Stored | None:
+        """How the matrix `name` is stored; None: in a floating-point dtype, not quantised."""
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """A scheme in which all matrices are alike, but for those that are not quantised."""
+
+    title: str
+    format: Stored
+    is_quantized: Callable[[str], bool]
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        return self.format.suffixes
+
+    def stored(self, name: str) -> Stored | None:
+        return self.format if self.is_quantized(name) else None
+
+
+class Fields:
+    """The fields of a quantization_config. Errors name the field, its value and the way out."""
+
+    def __init__(self, fields: Mapping[str, Any], where: str = "quantization_config") -> None:
+        self._fields, self.where = fields, where
+
+    def get(self, *names: str, default: Any = None) -> Any:
+        """The first of several names of one field; a null is an absent field."""
+        found = (self._fields[name] for name in names if self._fields.get(name) is not None)
+        return next(found, default)
+
+    def expect(self, name: str, *allowed: Any, default: Any = None) -> Any:
+        value = self.get(name, default=default)
+        if value not in allowed:
+            raise self.refusal(name, value, f"supported: {', '.join(map(repr, allowed))}")
+        return value
+
+    def names(self, *names: str) -> list[str]:
+        """A field that lists names; absent: empty."""
+        value = self.get(*names, default=[])
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            raise self.refusal(names[0], value, "it must be a list of names")
+        return value
+
+    def integer(self, *names: str, default: Any = None) -> int:
+        value = self.get(*names, default=default)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise self.refusal(names[0], value, "it must be an integer")
+        return value
+
+    def flag(self, *names: str, default: bool) -> bool:
+        value = self.get(*names, default=default)
+        if not isinstance(value, bool):
+            raise self.refusal(names[0], value, "it must be true or false")
+        return value
+
+    def group(self, *names: str, default: int) -> int:
+        """Inputs that share a scale; 0: all of them."""
+        value = self.integer(*names, default=default)
+        if value != -1 and value < 1:
+            raise self.refusal(names[0], value, "it must be positive, or -1 for all inputs")
+        return max(value, 0)
+
+    def section(self, name: str) -> Fields:
+        value = self.get(name, default={})
+        if not isinstance(value, dict):
+            raise self.refusal(name, value, "it must be an object")
+        return Fields(value, f"{self.where}.{name}")
+
+    def sections(self) -> dict[str, Fields]:
+        return {name: self.section(name) for name in self._fields}
+
+    def refusal(self, name: str, value: Any, way_out: str) -> ConfigError:
+        shown = repr(value)
+        shown = shown if len(shown) <= 80 else f"{shown[:80]}..."
+        return ConfigError(f"{self.where}: {name}={shown} is not supported ({way_out})")
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a list of module names has `name`.
+
+    A pattern is a regular expression ("re:..."), has wildcards ("model.layers.*.gate"), or is a
+    sequence of whole segments of the name: "lm_head", "mlp.gate", "model.layers.0".
+    """
+    return any(_matches(name, pattern) for pattern in patterns)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], name) is not None
+    pattern = pattern.strip(".")
+    if "*" in pattern:
+        return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
+    return f".{pattern}." in f".{name}."

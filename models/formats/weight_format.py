@@ -1,0 +1,107 @@
+"""The interface of a weight format: how a matrix is stored, loaded, repacked and multiplied.
+
+`Linear`, `ExpertLinear` and the output head hold one format each and know nothing else about their
+matrix. A format is an immutable value without tensors, so that layers with equal formats share a
+compiled block; the layer holds the tensors ("params") that `parameters` made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+Params = Sequence[Tensor | None]
+
+
+def empty_parameter(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
+    """An uninitialised weight of this shape; the loader fills each weight exactly once."""
+    return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
+
+
+class Slot(Protocol):
+    """A place in the model that one matrix or vector of a checkpoint fills."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape that the checkpoint must have: [outputs, inputs] for a matrix."""
+
+    def put(self, stored: Any) -> None:
+        """Convert and copy."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSlot:
+    """A slot for a tensor that is stored as it is, but for its dtype."""
+
+    tensor: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tensor.shape
+
+    def put(self, stored: Any) -> None:
+        self.tensor.copy_(stored)
+
+
+class WeightFormat(Protocol):
+    """How a matrix [outputs, inputs], fused of several parts, is kept.
+
+    parts: number of outputs of each fused matrix, by the part's name in the family's NAMES. params:
+    the tensors of `parameters`, in that order, perhaps of a single expert.
+    """
+
+    def bits(self, dtype: torch.dtype) -> float:
+        """Bits per weight in memory, scales included. dtype: the model's."""
+
+    def parameters(
+        self, parts: Mapping[str, int], in_features: int, lead: tuple[int, ...] = ()
+    ) -> dict[str, nn.Parameter | None]:
+        """Uninitialised tensors on torch's default device. lead: (experts,) or ()."""
+
+    def slots(self, parts: Mapping[str, int], in_features: int, params: Params) -> dict[str, Slot]:
+        """Where each part's matrix goes: {"weight:part": slot}; "weight" for a part named ""."""
+
+    def finish(self, params: Params) -> None:
+        """Repack in place, once, after all slots have been filled."""
+
+    def product(
+        self,
+        x: Tensor,
+        params: Params,
+        bias: Tensor | None,
+        first_row: int = 0,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """x [rows, inputs] -> [rows, outputs from first_row on]; written to `out` if given.
+
+        bias: of the same outputs. `out` must be None in compiled code or with a bias.
+        """
+
+    def experts(
+        self,
+        x: Tensor,
+        expert_ids: Tensor,
+        gate_up: Params,
+        down: Params,
+        biases: tuple[Tensor | None, Tensor | None],
+        alpha: float,
+        limit: float,
+    ) -> Tensor:
+        """The gated MLPs of the experts; see `kernels.moe.moe_experts`.
+
+        biases: of gate_up and of down.
+        """
+
+
+def slots_by_part(leaf: str, parts: Mapping[str, int], tensor: Tensor) -> dict[str, Slot]:
+    """{"leaf:part": the rows of this part}; a layer that is not fused has one part, named ""."""
+    pieces = torch.split(tensor, list(parts.values()))
+    return {slot_name(leaf, part): TensorSlot(p) for part, p in zip(parts, pieces, strict=True)}
+
+
+def slot_name(leaf: str, part: str) -> str:
+    return f"{leaf}:{part}" if part else leaf

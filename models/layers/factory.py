@@ -1,0 +1,70 @@
+"""Makes the linear layers and norms of a model, each in its format and with the chosen kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from compiledllm.kernels.linear import linear
+from compiledllm.models.formats.plain import Plain
+from compiledllm.models.formats.quantized import Quantized
+from compiledllm.models.formats.weight_format import WeightFormat
+from compiledllm.models.layers.linear import ExpertLinear, Head, Linear
+from compiledllm.models.layers.norm import make_norm, rms_norm
+from compiledllm.models.matrices import Formats
+from compiledllm.models.spec import NormSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Products:
+    """The kernels of products with unquantised matrices and of RMSNorm.
+
+    linear: (x, weight, bias, out) -> y, as `kernels.linear.linear`. rms_norm: (x, weight, eps).
+    """
+
+    linear: Callable[..., Tensor] = linear
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
+
+
+@dataclass(frozen=True, slots=True)
+class Factory:
+    """What the modules of a model are made with, beside their specs.
+
+    formats: of the quantised matrices, as in a LayerSpec or ModelSpec.
+    prefix: where the modules that this factory makes stand: "", "attn.", "mlp.shared.".
+    """
+
+    products: Products = Products()
+    formats: Formats = ()
+    prefix: str = ""
+
+    def within(self, module: str) -> Factory:
+        """The factory for the parts of a module."""
+        return replace(self, prefix=f"{self.prefix}{module}.")
+
+    def linear(
+        self, name: str, in_features: int, parts: dict[str, int], bias: bool = False
+    ) -> Linear:
+        return Linear(in_features, parts, bias, self._format(name))
+
+    def experts(
+        self, name: str, count: int, in_features: int, parts: dict[str, int], bias: bool
+    ) -> ExpertLinear:
+        return ExpertLinear(count, in_features, parts, bias, self._format(name))
+
+    def head(
+        self, in_features: int, vocab_size: int, bias: bool, embedding: nn.Parameter | None
+    ) -> Head:
+        """embedding: the matrix of a tied head."""
+        format = Plain(self.products.linear) if embedding is not None else self._format("lm_head")
+        return Head(in_features, vocab_size, bias, format, embedding)
+
+    def norm(self, spec: NormSpec, *shape: int) -> nn.Module:
+        """The module of a NormSpec. shape: the shape of its weight."""
+        return make_norm(spec, shape, self.products.rms_norm)
+
+    def _format(self, name: str) -> WeightFormat:
+        spec = dict(self.formats).get(self.prefix + name)
+        return Plain(self.products.linear) if spec is None else Quantized(spec)

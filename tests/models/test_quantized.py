@@ -1,0 +1,365 @@
+"""Quantised checkpoints: logits equal transformers' on the matrices that the files stand for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from compiledllm import ConfigError, cli
+from compiledllm.kernels.attention import make_backend
+from compiledllm.models.decoder import Decoder
+from compiledllm.models.formats.codes import dequantize
+from compiledllm.models.formats.online import quantize
+from compiledllm.models.registry import load_spec
+from compiledllm.models.weights import fill_with_random_weights, load_weights
+from tests.models.test_families import logits_in_chunks, logits_of_ends
+from tests.support.greedy import load_reference
+from tests.support.quantized import KINDS, edit_config, is_quantized, save_quantized
+
+NUM_TOKENS = 40
+# K in whole groups of 32, and rows in whole blocks of 128 for all parts of fused matrices.
+EVEN = {"intermediate_size": 128}
+BLOCKS = {"hidden_size": 256, "intermediate_size": 384}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 16}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", EVEN),
+    "blocks": ("llama", BLOCKS),
+    "tied, biased": ("llama", EVEN | {"tie_word_embeddings": True, "attention_bias": True}),
+    "fused": ("phi3", EVEN | {"pad_token_id": 0}),
+    "experts": ("qwen3_moe", EXPERTS),
+    "shared expert": ("qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 32}),
+    "not gated": ("starcoder2", EVEN),
+}
+CASES = [("llama", kind) for kind in KINDS] + [
+    ("blocks", "fp8 blocks"),
+    ("blocks", "float blocks"),
+    ("blocks", "gptq in order"),
+    ("tied, biased", "awq"),
+    ("tied, biased", "fp8 of tensors"),
+    ("fused", "fp8 of tensors"),
+    ("fused", "fp8 blocks"),
+    ("fused", "gptq in order"),
+    ("fused", "nvfp4"),
+    ("experts", "fp8 of channels"),
+    ("experts", "fp8 blocks"),
+    ("experts", "gptq"),
+    ("experts", "packed 4 bits, asymmetric"),
+    ("experts", "awq"),
+    ("experts", "modelopt nvfp4"),
+    ("shared expert", "int8"),
+    ("not gated", "gptq v2, asymmetric"),
+]
+
+
+def load(checkpoint: Path, quantization: str | None = None) -> Decoder:
+    model = Decoder(load_spec(checkpoint, "auto", quantization), make_backend("torch"))
+    load_weights(model, checkpoint)
+    return model
+
+
+@pytest.fixture
+def checkpoints(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> Callable[..., tuple[Path, Path]]:
+    """checkpoints(model, kind, **config) -> quantised, dense."""
+
+    def make(model: str, kind: str, **config: Any) -> tuple[Path, Path]:
+        family, changes = MODELS[model]
+        skipped = {"modules_to_not_convert": ["mlp.gate", "shared_expert_gate"]}
+        if "experts" in model or "expert" in model:
+            config = skipped | {"ignore": ["lm_head", "*.gate", "*.shared_expert_gate"]} | config
+        return save_quantized(tiny_model(family, **changes), tmp_path, kind, **config)
+
+    return make
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_logits_equal_transformers_on_the_dequantised_weights(
+    name: str, kind: str, checkpoints: Callable[..., tuple[Path, Path]]
+) -> None:
+    packed, dense = checkpoints(name, kind)
+    token_ids = torch.randint(0, 128, (NUM_TOKENS,)).tolist()
+    with torch.inference_mode():
+        expected = load_reference(dense)(torch.tensor([token_ids])).logits[0]
+    model = load(packed)
+    for chunks in ([NUM_TOKENS], [1] * NUM_TOKENS):
+        actual = logits_in_chunks(model, token_ids, chunks)
+        torch.testing.assert_close(actual, expected, atol=2e-4, rtol=1e-4)
+    ends = [0, 17, NUM_TOKENS - 1]
+    actual = logits_of_ends(model, token_ids, ends)
+    torch.testing.assert_close(actual, expected[ends], atol=2e-4, rtol=1e-4)
+
+
+def test_matrices_stay_quantised_in_memory(checkpoints: Callable[..., tuple[Path, Path]]) -> None:
+    model = load(checkpoints("llama", "packed 4 bits")[0])
+    params = dict(model.layers[0].attn.qkv.named_parameters())
+    assert params["weight"].dtype == torch.int32
+    assert params["weight"].shape == (128, 16)  # eight codes a word, inputs padded to 128
+    assert params["weight_scale"].shape == (128, 128 // 16)
+    assert model.lm_head.params[0].dtype == torch.float32
+    assert len(model.spec.distinct_layers) == 1
+
+
+@pytest.mark.parametrize("method", ["fp8", "fp8_block", "int8", "int4"])
+@pytest.mark.parametrize("name", ["llama", "fused", "experts"])
+def test_quantising_while_loading_is_quantising_each_part(
+    method: str, name: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    family, changes = MODELS[name]
+    source = tiny_model(family, **changes)
+    copy = Path(shutil.copytree(source, tmp_path / "copy"))
+    tensors = load_file(source / "model.safetensors")
+    for key, tensor in tensors.items():
+        if is_quantized(key, tensor):
+            parts = tensor.split([64, 32, 32]) if "qkv_proj" in key else [tensor]
+            tensors[key] = torch.cat([dequantize(quantize(part, method)) for part in parts])
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    token_ids = torch.randint(0, 128, (NUM_TOKENS,)).tolist()
+    expected = logits_in_chunks(load(copy), token_ids, [NUM_TOKENS])
+    actual = logits_in_chunks(load(source, method), token_ids, [NUM_TOKENS])
+    torch.testing.assert_close(actual, expected, atol=2e-4, rtol=1e-4)
+    plain = logits_in_chunks(load(source), token_ids, [NUM_TOKENS])
+    assert not torch.allclose(actual, plain, atol=1e-3)
+
+
+def test_a_module_is_quantised_or_not_by_the_config(
+    checkpoints: Callable[..., tuple[Path, Path]], tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Mixed layers: the second is not converted, nor is down_proj of the third."""
+    skipped = ["model.layers.1", "layers.2.mlp.down_proj", "lm_head"]
+
+    def choose(name: str, tensor: Tensor) -> bool:
+        is_matrix = tensor.dim() == 2 and name.startswith("model.layers.")
+        return is_matrix and ".layers.1." not in name and "2.mlp.down_proj" not in name
+
+    for kind, field in (("fp8 of channels", "modules_to_not_convert"), ("int8", "ignore")):
+        source = tiny_model("llama", **EVEN)
+        packed, dense = save_quantized(source, tmp_path / field, kind, choose, **{field: skipped})
+        spec = load_spec(packed)
+        assert [len(layer.formats) for layer in spec.layers] == [4, 0, 3]
+        with torch.inference_mode():
+            expected = load_reference(dense)(torch.tensor([[5, 6, 7]])).logits[0]
+        actual = logits_in_chunks(load(packed), [5, 6, 7], [3])
+        torch.testing.assert_close(actual, expected, atol=2e-4, rtol=1e-4)
+
+
+def test_gptq_overrides_for_some_modules(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    rules = {"-:.*layers\\.0\\..*": {}, "+:.*down_proj": {"group_size": 32}}
+    packed, _ = save_quantized(tiny_model("llama", **EVEN), tmp_path, "gptq", dynamic=rules)
+    first, second, _ = load_spec(packed).layers
+    assert first.formats == () and dict(second.formats)["mlp.down"].group == 32
+    assert dict(second.formats)["attn.qkv"].group == 16
+
+
+def test_info_tells_format_and_bytes_without_weights(
+    checkpoints: Callable[..., tuple[Path, Path]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    packed, _ = checkpoints("llama", "gptq")
+    (tmp_path / "config.json").write_bytes((packed / "config.json").read_bytes())
+    for folder, options, title in (
+        (packed, [], "gptq int4"),
+        (tmp_path, [], "gptq int4"),
+        (plain_config(packed, tmp_path), ["--quantization", "fp8"], "fp8, quantised while"),
+    ):
+        assert cli.main(["info", str(folder), "--json", "--dtype", "float32", *options]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        assert facts["quantization"].startswith(title)
+        assert facts["weight_bytes"] < 0.6 * 4 * facts["parameters"]
+    model = load(packed)
+    num_bytes = sum(p.numel() * p.itemsize for p in model.parameters())
+    assert cli.main(["info", str(packed), "--json", "--dtype", "float32"]) == 0
+    assert json.loads(capsys.readouterr().out)["weight_bytes"] == num_bytes
+
+
+def plain_config(packed: Path, tmp_path: Path) -> Path:
+    """The config of the same model, not quantised."""
+    folder = tmp_path / "plain"
+    folder.mkdir(exist_ok=True)
+    config = json.loads((packed / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+Q_PROJ = "model.layers.1.self_attn.q_proj"
+Edit = Callable[[dict[str, Tensor]], object]
+DAMAGED: list[tuple[str, Edit, str]] = [
+    (
+        "gptq",
+        lambda t: t.pop(f"{Q_PROJ}.scales"),
+        rf"missing tensors: {Q_PROJ}.scales; the quantization_config asks",
+    ),
+    ("gptq", lambda t: [t.pop(n) for n in list(t) if Q_PROJ in n], "missing tensors: .*q_proj"),
+    (
+        "gptq",
+        lambda t: t.update({f"{Q_PROJ}.scales": torch.zeros(3, 64).half()}),
+        rf"matrix '{Q_PROJ}': scales has shape \[3, 64\]",
+    ),
+    (
+        "gptq",
+        lambda t: t.update({f"{Q_PROJ}.qweight": torch.zeros(8, 32, dtype=torch.int32)}),
+        rf"matrix '{Q_PROJ}': qzeros has shape",
+    ),
+    (
+        "gptq",
+        lambda t: t.update({f"{Q_PROJ}.g_idx": torch.arange(64).flip(0).int() // 16}),
+        rf"tensor '{Q_PROJ}.weight': g_idx reorders the inputs",
+    ),
+    (
+        "gptq in order",
+        lambda t: t.update({f"{Q_PROJ}.g_idx": torch.arange(64).flip(0).int() // 16}),
+        "g_idx orders the inputs otherwise than in the other parts",
+    ),
+    (
+        "fp8 of channels",
+        lambda t: t.update({f"{Q_PROJ}.weight": torch.zeros(64, 64)}),
+        rf"matrix '{Q_PROJ}': weight has dtype float32",
+    ),
+    (
+        "fp8 of channels",
+        lambda t: t.update({f"{Q_PROJ}.weight_scale": torch.full((64, 1), torch.nan)}),
+        rf"matrix '{Q_PROJ}': weight_scale holds an infinity or NaN",
+    ),
+    (
+        "packed 4 bits",
+        lambda t: t.update({f"{Q_PROJ}.weight_shape": torch.tensor([32, 64])}),
+        rf"matrix '{Q_PROJ}': weight_packed has shape",
+    ),
+    (
+        "packed 4 bits",
+        lambda t: t.update({f"{Q_PROJ}.weight_scale_2": torch.zeros(1)}),
+        rf"unexpected tensors: {Q_PROJ}.weight_scale_2",
+    ),
+    (
+        "awq",
+        lambda t: [
+            [t.pop(n) for n in list(t) if Q_PROJ in n],
+            t.update({f"{Q_PROJ}.weight": torch.zeros(64, 64)}),
+        ],
+        rf"tensor '{Q_PROJ}.weight': it is not quantised but float32",
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "edit", "message"), DAMAGED)
+def test_inconsistent_tensors_are_one_line_that_names_them(
+    kind: str, edit: Edit, message: str, checkpoints: Callable[..., tuple[Path, Path]]
+) -> None:
+    packed, _ = checkpoints("llama", kind)
+    tensors = load_file(packed / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=message) as caught:
+        load(packed)
+    assert "\n" not in str(caught.value)
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"quant_method": "quip"}, "quant_method='quip' is not supported .*gptq"),
+    ({"quant_method": None}, "quant_method=None"),
+    ({"quant_method": "gptq", "bits": 3}, "bits=3 .*supported: 2, 4, 8"),
+    ({"quant_method": "gptq"}, "bits=None"),
+    ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "checkpoint_format='mar"),
+    ({"quant_method": "gptq", "bits": 4, "group_size": "all"}, "group_size='all'"),
+    ({"quant_method": "gptq", "bits": 4, "dynamic": {"+:.*q_proj": {"bits": 8}}}, "q_proj.*alike"),
+    ({"quant_method": "awq", "version": "gemv"}, "version='gemv' .*gemm"),
+    ({"quant_method": "fp8", "weight_block_size": [64, 128]}, r"weight_block_size=\[64, 128\]"),
+    ({"quant_method": "fp8", "activation_scheme": "odd"}, "activation_scheme='odd'"),
+    ({"quant_method": "fp8", "modules_to_not_convert": ["q_proj"]}, "q_proj.*k_proj.*alike"),
+    ({"quant_method": "fp8", "modules_to_not_convert": "q_proj"}, "must be a list of names"),
+    ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "quant_algo='W4A8_AWQ'"),
+    ({"quant_method": "compressed-tensors", "sparsity_config": {"a": 1}}, "sparsity_config"),
+    (
+        {
+            "quant_method": "compressed-tensors",
+            "config_groups": {"g": {"targets": ["Linear"], "format": "marlin-24"}},
+        },
+        "config_groups.g: format='marlin-24'",
+    ),
+    (
+        {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "config_groups": {"g": {"targets": ["Linear"], "weights": {"strategy": "token"}}},
+        },
+        "config_groups.g.weights: strategy='token'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("config", "message"), REFUSED)
+def test_unknown_variants_are_refused_by_field(
+    config: dict[str, Any], message: str, checkpoints: Callable[..., tuple[Path, Path]]
+) -> None:
+    packed, _ = checkpoints("llama", "fp8 of channels")
+    edit_config(packed, quantization_config=config)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_spec(packed)
+    assert "\n" not in str(caught.value)
+
+
+def test_tensors_of_a_matrix_may_lie_in_several_files(
+    checkpoints: Callable[..., tuple[Path, Path]],
+) -> None:
+    packed, _ = checkpoints("llama", "gptq v2, asymmetric")
+    tensors = load_file(packed / "model.safetensors")
+    expected = logits_in_chunks(load(packed), [3, 4, 5], [3])
+    (packed / "model.safetensors").unlink()
+    scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith(".scales")}
+    for number, content in ((1, tensors), (2, scales)):
+        path = packed / f"model-0000{number}-of-00002.safetensors"
+        save_file(content, path, metadata={"format": "pt"})
+    assert torch.equal(logits_in_chunks(load(packed), [3, 4, 5], [3]), expected)
+
+
+def test_biases_of_zeros_for_layers_without_one_are_let_pass(
+    checkpoints: Callable[..., tuple[Path, Path]],
+) -> None:
+    packed, _ = checkpoints("llama", "gptq")
+    tensors = load_file(packed / "model.safetensors")
+    for value in (0.0, 0.5):
+        tensors[f"{Q_PROJ}.bias"] = torch.full((64,), value)
+        save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})
+        if value == 0:
+            load(packed)
+    with pytest.raises(ConfigError, match=f"unexpected tensors: {Q_PROJ}.bias"):
+        load(packed)
+
+
+def test_modelopt_is_found_in_a_file_of_its_own(
+    checkpoints: Callable[..., tuple[Path, Path]],
+) -> None:
+    packed, _ = checkpoints("llama", "modelopt fp8")
+    edit_config(packed, quantization_config=None)
+    quantization = {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}
+    (packed / "hf_quant_config.json").write_text(json.dumps({"quantization": quantization}))
+    assert load(packed).spec.quantization == "modelopt FP8"
+
+
+def test_quantising_twice_is_refused(checkpoints: Callable[..., tuple[Path, Path]]) -> None:
+    packed, _ = checkpoints("llama", "awq")
+    with pytest.raises(ConfigError, match=r"quantization='fp8'.*quantised already \(awq int4\)"):
+        load_spec(packed, "auto", "fp8")
+
+
+def test_dummy_weights_of_a_quantised_model_are_finite(
+    checkpoints: Callable[..., tuple[Path, Path]],
+) -> None:
+    for kind in ("fp8 of channels", "gptq in order", "int8", "nvfp4", "mxfp4"):
+        packed, _ = checkpoints("llama", kind)
+        model = Decoder(load_spec(packed), make_backend("torch"))
+        fill_with_random_weights(model, seed=1)
+        logits = logits_in_chunks(model, [3, 4, 5], [3])
+        assert logits.isfinite().all() and logits.std() > 0
+        for folder in packed.parent.iterdir():
+            shutil.rmtree(folder)
