@@ -59,7 +59,7 @@ def tiling_for(num_items: int, num_experts: int, dtype: torch.dtype) -> Tiling:
     return Tiling(64, 128, 64, 4, 4) if rows <= 64 else Tiling(128, 128, 64, 8, 3)
 
 
-def _needs_sorting(num_tokens: int, top_k: int, num_experts: int) -> bool:
+def needs_sorting(num_tokens: int, top_k: int, num_experts: int) -> bool:
     """Whether enough items share an expert to make sorting worthwhile."""
     return num_tokens > 1 and 4 * num_tokens * top_k > num_experts
 
@@ -157,7 +157,7 @@ class Plan:
     @classmethod
     def of(cls, expert_ids: Tensor, num_experts: int, rows: int) -> Plan:
         num_tokens, top_k = expert_ids.shape
-        if not _needs_sorting(num_tokens, top_k, num_experts):
+        if not needs_sorting(num_tokens, top_k, num_experts):
             return cls(expert_ids.reshape(-1), None)
         items, block_experts = sort_items(expert_ids, num_experts, rows)
         return cls(block_experts, items)

@@ -10,6 +10,7 @@ from compiledllm.kernels.backend import AttentionBackend
 from compiledllm.models.checkpoint import files_by_tensor, weight_files
 from compiledllm.models.decoder import Decoder
 from compiledllm.models.layers.factory import Products
+from compiledllm.models.layers.linear import Matrix
 from compiledllm.models.spec import ModelSpec
 from compiledllm.models.weights import fill_with_random_weights, load_weights
 
@@ -39,6 +40,9 @@ def build_model(
         load_weights(model, checkpoint)
     else:
         fill_with_random_weights(model, dummy_seed)
+    for module in model.modules():
+        if isinstance(module, Matrix):
+            module.finish()
     return model
 
 

@@ -63,9 +63,6 @@ def load_weights(model: Decoder, checkpoint: Path) -> None:
     absent = [rules.source_of(target) for target in missing]
     way_out = _HOW_TO_TIE if list(missing) == ["lm_head.weight"] else ""
     _report(checkpoint, "missing tensors", absent, way_out)
-    for module in model.modules():
-        if isinstance(module, Matrix):
-            module.finish()
 
 
 def _stored(

@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from compiledllm.kernels.linear import linear
 from compiledllm.kernels.moe import moe_experts
-from compiledllm.models.formats.weight_format import Params, Slot, empty_parameter, slots_by_part
+from compiledllm.models.formats.weight_format import (
+    Params,
+    Slot,
+    WeightFormat,
+    empty_parameter,
+    slots_by_part,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +38,8 @@ class Plain:
         assert weight is not None
         return slots_by_part("weight", parts, weight)
 
-    def finish(self, params: Params) -> None:
-        pass
+    def finish(self, params: Params, in_features: int) -> None:
+        return None
 
     def product(
         self,
@@ -53,6 +59,7 @@ class Plain:
         expert_ids: Tensor,
         gate_up: Params,
         down: Params,
+        down_format: WeightFormat,
         biases: tuple[Tensor | None, Tensor | None],
         alpha: float,
         limit: float,

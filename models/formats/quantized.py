@@ -30,7 +30,14 @@ from compiledllm.models.formats.codes import (
     with_row_scales,
 )
 from compiledllm.models.formats.online import quantize
-from compiledllm.models.formats.weight_format import Params, Slot, empty_parameter, slot_name
+from compiledllm.models.formats.packed import for_device
+from compiledllm.models.formats.weight_format import (
+    Params,
+    Slot,
+    WeightFormat,
+    empty_parameter,
+    slot_name,
+)
 from compiledllm.models.matrices import QuantSpec
 
 _UNSET = -1  # in a permutation that no part has set
@@ -110,8 +117,10 @@ class Quantized:
         if order is not None:
             order.copy_(torch.arange(order.shape[-1], device=order.device).expand_as(order))
 
-    def finish(self, params: Params) -> None:
-        pass
+    def finish(
+        self, params: Params, in_features: int
+    ) -> tuple[WeightFormat, dict[str, Tensor | None]] | None:
+        return for_device(self.spec, params, in_features)
 
     def product(
         self,
@@ -138,6 +147,7 @@ class Quantized:
         expert_ids: Tensor,
         gate_up: Params,
         down: Params,
+        down_format: WeightFormat,
         biases: tuple[Tensor | None, Tensor | None],
         alpha: float,
         limit: float,

@@ -65,8 +65,13 @@ class WeightFormat(Protocol):
     def slots(self, parts: Mapping[str, int], in_features: int, params: Params) -> dict[str, Slot]:
         """Where each part's matrix goes: {"weight:part": slot}; "weight" for a part named ""."""
 
-    def finish(self, params: Params) -> None:
-        """Repack in place, once, after all slots have been filled."""
+    def finish(
+        self, params: Params, in_features: int
+    ) -> tuple[WeightFormat, dict[str, Tensor | None]] | None:
+        """The format and tensors to go on with once all slots have been filled; None: the same.
+
+        A layout that the device's kernels read faster may not be one that parts can be copied to.
+        """
 
     def product(
         self,
@@ -87,13 +92,14 @@ class WeightFormat(Protocol):
         expert_ids: Tensor,
         gate_up: Params,
         down: Params,
+        down_format: WeightFormat,
         biases: tuple[Tensor | None, Tensor | None],
         alpha: float,
         limit: float,
     ) -> Tensor:
         """The gated MLPs of the experts; see `kernels.moe.moe_experts`.
 
-        biases: of gate_up and of down.
+        down_format: of `down`; `gate_up` is in this format. biases: of gate_up and of down.
         """
 
 

@@ -49,7 +49,13 @@ class Matrix(nn.Module):
 
     def finish(self) -> None:
         """Call once all slots have been filled."""
-        self.format.finish(self.params)
+        finished = self.format.finish(self.params, self.in_features)
+        if finished is not None:
+            self.format, params = finished
+            self._names = tuple(params)
+            for name, tensor in params.items():
+                frozen = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+                self.register_parameter(name, frozen)
 
     def _slots_of(self, params: Params, bias: Tensor | None) -> dict[str, Slot]:
         slots = self.format.slots(self.parts, self.in_features, params)

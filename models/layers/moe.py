@@ -33,9 +33,8 @@ class MoeMlp(nn.Module):
         ids, weights = moe_route(self.router(x), self.spec.top_k, self.spec.renormalize)
         gate_up, down = self.gate_up, self.down
         biases = gate_up.bias, down.bias
-        parts = gate_up.format.experts(
-            x, ids, gate_up.params, down.params, biases, self.spec.alpha, self.spec.limit
-        )
+        params = gate_up.params, down.params, down.format
+        parts = gate_up.format.experts(x, ids, *params, biases, self.spec.alpha, self.spec.limit)
         out = (parts * weights.unsqueeze(-1)).sum(1).to(x.dtype)
         if self.shared is not None and self.shared_gate is not None:
             out = out + torch.sigmoid(self.shared_gate(x)) * self.shared(x)

@@ -1,0 +1,168 @@
+// Codes of quantised weights as 16-bit floats, in registers. Options: see linear.cu.
+
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+enum Code { FP8, INT8, INT4, FP4 };
+enum ScaleType { FLOAT32, BFLOAT16, FLOAT16, E8M0, E4M3 };
+
+#define NIBBLES (CODE == 2 || CODE == 3)
+constexpr int UNIT = 128, UNIT_BYTES = NIBBLES ? UNIT / 2 : UNIT;  // inputs; bytes of an output
+constexpr int LOADS = UNIT_BYTES / 64;  // of 16 bytes, by each of the four lanes that share an output
+// FP8 codes lie in the order of the inputs, as a library's product needs them: a lane's 16 bytes are
+// neighbours. In the order of all others, a lane's next 8 codes are 32 inputs further.
+constexpr bool IN_ORDER = CODE == FP8;
+constexpr int LANE_INPUTS = IN_ORDER ? 16 : 8;
+// The first of a unit's inputs in a quarter of a lane's codes, less LANE_INPUTS * lane.
+__device__ __forceinline__ constexpr int first_input(int quarter) {
+    return IN_ORDER ? 64 * (quarter / 2) + 8 * (quarter % 2) : 32 * quarter;
+}
+constexpr int SCALE_BYTES = SCALE == FLOAT32 ? 4 : SCALE == BFLOAT16 || SCALE == FLOAT16 ? 2 : 1;
+// Scales of 16 inputs multiply the codes, those of 32 and more multiply sums of products.
+constexpr bool SCALES_CODES = GROUPS == 8;
+
+// -- arithmetic on pairs of 16-bit floats ------------------------------------------------------------
+
+#if BF16
+#define PAIR "bf16x2"
+#define MMA_TYPES "f32.bf16.bf16.f32"
+#else
+#define PAIR "f16x2"
+#define MMA_TYPES "f32.f16.f16.f32"
+#endif
+
+__device__ __forceinline__ u32 subtract(u32 a, u32 b) {
+    u32 d;
+    asm("sub.rn." PAIR " %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+
+__device__ __forceinline__ u32 times(u32 a, u32 b) {
+    u32 d;
+    asm("mul.rn." PAIR " %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+
+__device__ __forceinline__ u32 pair_of(float low, float high) {
+    u32 d;
+    asm("cvt.rn." PAIR ".f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+    return d;
+}
+
+__device__ __forceinline__ float to_float(u16 v) {
+#if BF16
+    return __uint_as_float((u32)v << 16);
+#else
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
+    return f;
+#endif
+}
+
+// -- codes to floats -------------------------------------------------------------------------------
+
+// FP8 codes become floats that are too small by this power of two, which multiplies sums instead: an
+// error of 2^-29 in a sum of codes at most.
+constexpr float FP8_FACTOR = BF16 ? 1.329227995784916e36f : 256.f;  // 2^120, 2^8
+
+// Four 8-bit codes -> two pairs, exact.
+__device__ __forceinline__ void unpack_bytes(u32 codes, u32 zero, u32& first, u32& second) {
+    if constexpr (CODE == FP8) {
+        // Sign, four exponent and three mantissa bits move to their places in a 16-bit float, whose
+        // exponent's bias is larger by 120 or 8.
+        constexpr int SHIFT = BF16 ? 4 : 1;
+        constexpr u32 MASK = BF16 ? 0x07F007F0u : 0x3F803F80u;
+        u32 a = __byte_perm(codes, 0, 0x1404), b = __byte_perm(codes, 0, 0x3424);
+        first = (a & 0x80008000u) | ((a >> SHIFT) & MASK);
+        second = (b & 0x80008000u) | ((b >> SHIFT) & MASK);
+    } else {
+        u32 v = codes ^ 0x80808080u;  // code + 128
+#if BF16
+        const float OFFSET = 8388608.f + 128.f;  // 2^23: the code is the float's last bits
+        float f0 = __uint_as_float(__byte_perm(v, 0x4B000000u, 0x7440)) - OFFSET;
+        float f1 = __uint_as_float(__byte_perm(v, 0x4B000000u, 0x7441)) - OFFSET;
+        float f2 = __uint_as_float(__byte_perm(v, 0x4B000000u, 0x7442)) - OFFSET;
+        float f3 = __uint_as_float(__byte_perm(v, 0x4B000000u, 0x7443)) - OFFSET;
+        first = pair_of(f0, f1), second = pair_of(f2, f3);
+#else
+        first = subtract(__byte_perm(v, 0x64646464u, 0x4140), 0x64806480u);  // 1024 + 128
+        second = subtract(__byte_perm(v, 0x64646464u, 0x4342), 0x64806480u);
+#endif
+#if HAS_ZEROS
+        first = subtract(first, zero), second = subtract(second, zero);
+#endif
+    }
+}
+
+// Eight 4-bit codes -> four pairs, exact: nibbles (0, 4), (1, 5), (2, 6), (3, 7).
+__device__ __forceinline__ void unpack_nibbles(u32 codes, u32 zero, u32 (&pair)[4]) {
+#pragma unroll
+    for (int p = 0; p < 4; ++p) {
+        if constexpr (CODE == INT4) {  // 128 or 1024, with the code in the last bits
+            pair[p] = subtract(((codes >> (4 * p)) & 0x000F000Fu) | (BF16 ? 0x43004300u : 0x64006400u), zero);
+        } else {  // E2M1; the exponent's bias is larger by 126 or 14
+            constexpr u32 MASK = BF16 ? 0x01C001C0u : 0x0E000E00u, POWER = BF16 ? 0x7E807E80u : 0x74007400u;
+            const int up = (BF16 ? 6 : 9) - 4 * p;
+            u32 magnitude = (up >= 0 ? codes << max(up, 0) : codes >> max(-up, 0)) & MASK;
+            pair[p] = times(((codes << (12 - 4 * p)) & 0x80008000u) | magnitude, POWER);
+        }
+    }
+}
+
+// -- scales and zeros of an output and a unit --------------------------------------------------------
+
+template <int BYTES> struct Few {  // a few bytes, loaded at once
+    u32 word[(BYTES + 3) / 4];
+
+    __device__ __forceinline__ void load(const void* p) {
+        if constexpr (BYTES == 1) word[0] = *(const u8*)p;
+        else if constexpr (BYTES == 2) word[0] = *(const u16*)p;
+        else
+#pragma unroll
+            for (int i = 0; i < BYTES / 4; ++i) word[i] = ((const u32*)p)[i];
+    }
+    // At this place of the program, so that the load can be ahead of its use.
+    __device__ __forceinline__ void load_now(const void* p) {
+        if constexpr (BYTES == 1) word[0] = *(const volatile u8*)p;
+        else if constexpr (BYTES == 2) word[0] = *(const volatile u16*)p;
+        else
+#pragma unroll
+            for (int i = 0; i < BYTES / 4; ++i) word[i] = ((const volatile u32*)p)[i];
+    }
+    template <int SIZE> __device__ __forceinline__ u32 get(int i) const {
+        if constexpr (SIZE == 4) return word[i];
+        return (word[i * SIZE / 4] >> (8 * (i * SIZE % 4))) & (SIZE == 1 ? 0xFFu : 0xFFFFu);
+    }
+};
+
+constexpr int NUM_SCALES = GROUPS ? GROUPS : 1;
+typedef Few<NUM_SCALES * SCALE_BYTES> Scales;
+typedef Few<NUM_SCALES> Zeros;
+
+__device__ __forceinline__ float scale_of(const Scales& scales, int group) {
+    u32 bits = scales.get<SCALE_BYTES>(group);
+    if constexpr (SCALE == FLOAT32) return __uint_as_float(bits);
+    if constexpr (SCALE == BFLOAT16) return __uint_as_float(bits << 16);
+    if constexpr (SCALE == E8M0) return __uint_as_float(bits << 23);
+    if constexpr (SCALE == E4M3) return __uint_as_float((bits & 0x7Fu) << 20) * 1.329227995784916e36f;  // 2^120
+    float f;
+    asm("{.reg .b16 t; cvt.u16.u32 t, %1; cvt.f32.f16 %0, t;}" : "=f"(f) : "r"(bits));
+    return f;
+}
+
+// What unpacking subtracts: the zero, with int4's offset.
+__device__ __forceinline__ u32 zero_of(const Zeros& zeros, int group) {
+    u32 byte = zeros.get<1>(group);
+    if constexpr (CODE == INT4) return (BF16 ? 0x43004300u : 0x64006400u) + byte * 0x00010001u;
+    float f = (float)(signed char)byte;
+    return pair_of(f, f);
+}
+
+// A record has the codes of 16 outputs and a unit [2 halves, 8 outputs, 4 lanes, 16 bytes], then the
+// outputs' scales [8, 2 halves, GROUPS] and zeros.
+constexpr int SCALE_RECORD = GROUPS ? 16 * GROUPS * SCALE_BYTES : 0;
+constexpr int RECORD = 16 * UNIT_BYTES + SCALE_RECORD + (HAS_ZEROS ? 16 * NUM_SCALES : 0);

@@ -1,0 +1,316 @@
+// out[t, n] = sum over k of x[t, k] * w[n, k], for few rows t; w is stored in 8 or 4 bits.
+//
+// Reading w takes all the time. A warp owns 16 * ROW_TILES outputs and every K_WARPS-th unit of 128
+// inputs; codes become 16-bit floats in registers and are multiplied on the tensor cores, as the
+// left operand [16 outputs, 16 inputs]; x is the right operand [16 inputs, 8 rows]. The order of
+// inputs does not change a product, so a lane's codes need not be the inputs that the instruction
+// assigns to the lane, as long as x is read in the same order: each lane reads 16 bytes at a time.
+// The warps' sums are added through shared memory, in a fixed order.
+//
+// 8-bit codes lie in rows (INT8: in the order of `kernels/records.py: pack_bytes`). Lanes load them
+// into registers, DEPTH units ahead.
+// 4-bit codes lie in records of 16 outputs and a unit, with their scales and zeros
+// (`kernels/records.py: pack_records`). One thread of a warp copies CHUNK records at a time to
+// shared memory, DEPTH chunks ahead.
+//
+// With EXPERTS, gridDim.y blocks of TOKENS items share an expert each: `item_of_row` [blocks, TOKENS]
+// names the items (num_items and more: none), whose rows of x and out are item / items_per_row and
+// item. Without a list, each block is an item. Blocks of expert num_experts and more are empty.
+//
+// Defined by the compiler's options: CODE, BF16 (x and out are bfloat16, otherwise float16),
+// TOKEN_TILES (of 8 rows of x), ROW_TILES, N_WARPS, K_WARPS, DEPTH, CHUNK, GROUPS (scales of an output
+// per unit; 0: none), SCALE (their type), HAS_ZEROS, HAS_BIAS, TAIL (the last unit is partial),
+// EXPERTS, OUT32 (out is float), OVERLAP (programmatic dependent launch).
+
+#include "codes.cuh"
+
+constexpr int TILES = ROW_TILES * N_WARPS, OUTPUTS = 16 * TILES, TOKENS = 8 * TOKEN_TILES;
+constexpr int THREADS = 32 * N_WARPS * K_WARPS;
+
+// sum += weights [16, 16] * inputs [16, 8]
+__device__ __forceinline__ void multiply(float (&sum)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col." MMA_TYPES
+        " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+#if OUT32
+typedef float OUT;
+#else
+typedef u16 OUT;
+#endif
+
+struct Unit {  // what a lane multiplies: of outputs g and g + 8 of each tile
+    uint4 codes[ROW_TILES][2][LOADS];
+    Scales scales[ROW_TILES][2];
+    Zeros zeros[ROW_TILES][2];
+};
+
+// -- copies to shared memory (4-bit codes) -----------------------------------------------------------
+
+constexpr int SLOT = CHUNK * RECORD;
+
+__device__ __forceinline__ u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ void copy_to_shared(void* to, const u8* from, u32 bytes, u64* arrived) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(address(arrived)), "r"(bytes) : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(address(to)), "l"(from), "r"(bytes), "r"(address(arrived)) : "memory");
+}
+
+__device__ __forceinline__ void wait_for(u64* arrived, u32 parity) {
+    asm volatile("{.reg .pred p; again: mbarrier.try_wait.parity.shared.b64 p, [%0], %1; @!p bra again;}"
+                 ::"r"(address(arrived)), "r"(parity) : "memory");
+}
+
+__device__ __forceinline__ void read_record(Unit& unit, const u8* record, int lane) {
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const u8* p = record + r * SLOT;
+            const int output = 2 * (lane / 4) + half;  // both of a lane are neighbours
+            unit.codes[r][half][0] = *(const uint4*)(p + 512 * half + 16 * lane);
+            if constexpr (GROUPS > 0) unit.scales[r][half].load(p + 1024 + output * GROUPS * SCALE_BYTES);
+            if constexpr (HAS_ZEROS) unit.zeros[r][half].load(p + 1024 + SCALE_RECORD + output * NUM_SCALES);
+        }
+}
+
+// -- the kernel ------------------------------------------------------------------------------------
+
+// x [rows, num_inputs], x_stride apart. codes: rows of row_bytes, or records; expert_bytes apart.
+// scales, zeros (8-bit): [outputs / 2^scale_shift, scale_stride]. row_scales: float [outputs] or null.
+// bias [outputs]. out [rows, num_outputs]. With experts, row_scales and bias are [experts, outputs].
+extern "C" __global__ void __launch_bounds__(THREADS, 1) quantized_linear(
+    const u16* x, const u8* __restrict__ codes, const u8* __restrict__ scales, const u8* __restrict__ zeros,
+    const float* __restrict__ row_scales, const u16* __restrict__ bias, OUT* __restrict__ out,
+    int num_rows, int num_outputs, int num_inputs, long long x_stride, long long row_bytes, int scale_shift,
+    int scale_stride, const int* item_of_row, const int* expert_of_block, int num_items, int num_experts,
+    int items_per_row, long long expert_bytes) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int n_warp = warp % N_WARPS, k_warp = warp / N_WARPS;
+    const int g = lane / 4, l = lane % 4;
+    const int num_units = (num_inputs + UNIT - 1) / UNIT;
+    const int first_output = (blockIdx.x * TILES + n_warp * ROW_TILES) * 16;
+
+#if EXPERTS  // the routing is an input as well
+#if OVERLAP
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+    const int expert = expert_of_block[blockIdx.y];
+    if (expert >= num_experts) return;
+    codes += expert * expert_bytes;
+    if (row_scales) row_scales += (long long)expert * num_outputs;
+    if (HAS_BIAS) bias += (long long)expert * num_outputs;
+#endif
+
+#if EXPERTS
+    auto item_of = [&](int row) {
+        if (item_of_row) return item_of_row[blockIdx.y * TOKENS + row];
+        return row ? num_items : (int)blockIdx.y;
+    };
+#endif
+
+    // Start to read the weights.
+#if NIBBLES
+    extern __shared__ __align__(128) u8 ring[];  // [warps, DEPTH, ROW_TILES, SLOT]
+    __shared__ u64 arrived[N_WARPS * K_WARPS][DEPTH];
+    u8* const ring_of_warp = ring + warp * DEPTH * ROW_TILES * SLOT;
+    const int num_tiles = (num_outputs + 15) / 16, num_chunks = (num_units + CHUNK - 1) / CHUNK;
+    if (lane < DEPTH)
+        asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address(&arrived[warp][lane])), "r"(ROW_TILES));
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    __syncwarp();
+    auto load = [&](int chunk, int slot) {
+        if (chunk >= num_chunks || lane != 0) return;
+        const int num_records = min(CHUNK, num_units - chunk * CHUNK);
+#pragma unroll
+        for (int r = 0; r < ROW_TILES; ++r) {
+            const long long tile = min(first_output / 16 + r, num_tiles - 1);
+            copy_to_shared(ring_of_warp + (slot * ROW_TILES + r) * SLOT,
+                           codes + (tile * num_units + chunk * CHUNK) * RECORD, num_records * RECORD,
+                           &arrived[warp][slot]);
+        }
+    };
+#pragma unroll
+    for (int d = 0; d < DEPTH; ++d) load(k_warp + d * K_WARPS, d);
+#else
+    const u8* row[ROW_TILES][2];
+    int scale_row[ROW_TILES][2];
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int output = min(first_output + 16 * r + 8 * half + g, num_outputs - 1);
+            row[r][half] = codes + output * row_bytes + 16 * l;
+            scale_row[r][half] = output >> scale_shift;
+        }
+    auto load = [&](Unit& unit, int index) {
+        if (index >= num_units) return;
+#pragma unroll
+        for (int r = 0; r < ROW_TILES; ++r)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+#pragma unroll
+                for (int i = 0; i < LOADS; ++i) {
+                    // Beyond the last input x is zero, and any code of the row will do.
+                    const bool is_beyond = TAIL && IN_ORDER && index * UNIT + 64 * i + 16 * l >= num_inputs;
+                    const u8* p = is_beyond ? row[r][half] - 16 * l : row[r][half] + index * UNIT_BYTES + 64 * i;
+                    uint4& v = unit.codes[r][half][i];
+                    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+                }
+                const long long at = (long long)scale_row[r][half] * scale_stride + index * NUM_SCALES;
+                if constexpr (GROUPS > 0) unit.scales[r][half].load_now(scales + at * SCALE_BYTES);
+                if constexpr (HAS_ZEROS) unit.zeros[r][half].load_now(zeros + at);
+            }
+    };
+    Unit ahead[DEPTH];
+#pragma unroll
+    for (int d = 0; d < DEPTH; ++d) load(ahead[d], k_warp + d * K_WARPS);
+#endif
+
+#if OVERLAP
+#if !EXPERTS
+    asm volatile("griddepcontrol.wait;" ::: "memory");  // only the weights may be read before
+#endif
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+
+    const u16* x_of_lane[TOKEN_TILES];
+    bool is_row[TOKEN_TILES];
+#pragma unroll
+    for (int t = 0; t < TOKEN_TILES; ++t) {
+        long long row_of_x = 8 * t + g;
+        is_row[t] = row_of_x < num_rows;
+#if EXPERTS
+        const int item = item_of(8 * t + g);
+        is_row[t] = item < num_items, row_of_x = item / items_per_row;
+#endif
+        x_of_lane[t] = x + row_of_x * x_stride + LANE_INPUTS * l;
+    }
+
+    float total[ROW_TILES][TOKEN_TILES][4] = {};
+    auto multiply_unit = [&](const Unit& unit, int index) {
+        float sum[ROW_TILES][TOKEN_TILES][4] = {};  // of a group
+#pragma unroll
+        for (int q = 0; q < 4; ++q) {  // a quarter: 32 inputs, of which a lane has 8
+            const int within = first_input(q);
+            const bool is_inside = !TAIL || index * UNIT + within + LANE_INPUTS * l < num_inputs;
+            uint4 b[TOKEN_TILES];
+#pragma unroll
+            for (int t = 0; t < TOKEN_TILES; ++t) {
+                b[t] = make_uint4(0, 0, 0, 0);
+                if (is_row[t] && is_inside) b[t] = *(const uint4*)(x_of_lane[t] + index * UNIT + within);
+            }
+            const int group = SCALES_CODES ? 2 * q + l / 2 : q * NUM_SCALES / 4;
+#pragma unroll
+            for (int r = 0; r < ROW_TILES; ++r) {
+                u32 pair[2][4];
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    u32 zero = BF16 ? 0x43084308u : 0x64086408u;  // of symmetric int4: 8
+                    if constexpr (HAS_ZEROS) zero = zero_of(unit.zeros[r][half], group);
+                    const uint4& c = unit.codes[r][half][NIBBLES ? 0 : q / 2];
+                    if constexpr (NIBBLES) {
+                        unpack_nibbles(q == 0 ? c.x : q == 1 ? c.y : q == 2 ? c.z : c.w, zero, pair[half]);
+                    } else {
+                        unpack_bytes(q % 2 ? c.z : c.x, zero, pair[half][0], pair[half][1]);
+                        unpack_bytes(q % 2 ? c.w : c.y, zero, pair[half][2], pair[half][3]);
+                    }
+                    if constexpr (SCALES_CODES) {
+                        const float scale = scale_of(unit.scales[r][half], group);
+#pragma unroll
+                        for (int p = 0; p < 4; ++p) pair[half][p] = times(pair[half][p], pair_of(scale, scale));
+                    }
+                }
+                const u32 first[4] = {pair[0][0], pair[1][0], pair[0][1], pair[1][1]};
+                const u32 second[4] = {pair[0][2], pair[1][2], pair[0][3], pair[1][3]};
+                constexpr bool SCALES_SUMS = GROUPS > 0 && !SCALES_CODES;
+#pragma unroll
+                for (int t = 0; t < TOKEN_TILES; ++t) {
+                    float(&s)[4] = SCALES_SUMS ? sum[r][t] : total[r][t];
+                    multiply(s, first, b[t].x, b[t].y);
+                    multiply(s, second, b[t].z, b[t].w);
+                }
+                if (SCALES_SUMS && (q + 1) * NUM_SCALES % 4 == 0) {
+                    const float above = scale_of(unit.scales[r][0], group), below = scale_of(unit.scales[r][1], group);
+#pragma unroll
+                    for (int t = 0; t < TOKEN_TILES; ++t)
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) {
+                            total[r][t][i] += (i < 2 ? above : below) * sum[r][t][i];
+                            sum[r][t][i] = 0.f;
+                        }
+                }
+            }
+        }
+    };
+
+#if NIBBLES
+    int slot = 0;
+    u32 parity = 0;
+    for (int chunk = k_warp; chunk < num_chunks; chunk += K_WARPS) {
+        wait_for(&arrived[warp][slot], parity);
+        const u8* here = ring_of_warp + slot * ROW_TILES * SLOT;
+        Unit unit;
+        if ((chunk + 1) * CHUNK <= num_units) {
+#pragma unroll
+            for (int u = 0; u < CHUNK; ++u) {
+                read_record(unit, here + u * RECORD, lane);
+                multiply_unit(unit, chunk * CHUNK + u);
+            }
+        } else {
+            for (int u = 0; chunk * CHUNK + u < num_units; ++u) {
+                read_record(unit, here + u * RECORD, lane);
+                multiply_unit(unit, chunk * CHUNK + u);
+            }
+        }
+        __syncwarp();
+        load(chunk + DEPTH * K_WARPS, slot);
+        if (++slot == DEPTH) slot = 0, parity ^= 1;
+    }
+#else
+    for (int first = k_warp; first < num_units; first += DEPTH * K_WARPS) {
+#pragma unroll
+        for (int d = 0; d < DEPTH; ++d) {
+            const int index = first + d * K_WARPS;
+            if (index >= num_units) continue;
+            multiply_unit(ahead[d], index);
+            load(ahead[d], index + DEPTH * K_WARPS);
+        }
+    }
+#endif
+
+    // Add the sums of the warps that share outputs.
+    __shared__ float sums[K_WARPS][TOKENS][OUTPUTS + 4];
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r)
+#pragma unroll
+        for (int t = 0; t < TOKEN_TILES; ++t)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int output = (n_warp * ROW_TILES + r) * 16 + 8 * (i / 2) + g;
+                sums[k_warp][8 * t + 2 * l + i % 2][output] = total[r][t][i];
+            }
+    __syncthreads();
+    for (int i = threadIdx.x; i < OUTPUTS * TOKENS; i += THREADS) {
+        const int token = i / OUTPUTS, output = blockIdx.x * OUTPUTS + i % OUTPUTS;
+        long long row_of_out = token;
+#if EXPERTS
+        row_of_out = item_of(token);
+        if (row_of_out >= num_items || output >= num_outputs) continue;
+#else
+        if (token >= num_rows || output >= num_outputs) continue;
+#endif
+        float sum = 0.f;
+#pragma unroll
+        for (int k = 0; k < K_WARPS; ++k) sum += sums[k][token][i % OUTPUTS];
+        if constexpr (CODE == FP8) sum *= FP8_FACTOR;
+        if (row_scales) sum *= row_scales[output];
+        if constexpr (HAS_BIAS) sum += to_float(bias[output]);
+        if constexpr (sizeof(OUT) == 4) out[row_of_out * num_outputs + output] = sum;
+        else out[row_of_out * num_outputs + output] = (u16)pair_of(sum, 0.f);
+    }
+}

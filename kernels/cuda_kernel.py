@@ -1,0 +1,180 @@
+"""Compiles and launches kernels in CUDA C++, with NVRTC, which torch brings, and the GPU's driver.
+
+Triton cannot say which lane of a warp holds which element, which decoding 4- and 8-bit weights into
+the registers of a tensor-core instruction needs. Sources lie in `kernels/cuda/`. Compiled kernels
+are kept in a folder of the user's cache, by the hash of source and options.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compiledllm.platform import can_overlap_kernels
+
+SOURCES = Path(__file__).parent / "cuda"
+_MAX_DYNAMIC_SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+class CudaError(RuntimeError):
+    """A kernel cannot be compiled, loaded or launched."""
+
+
+class CudaKernel:
+    """The kernel `name` of `kernels/cuda/<source>`, compiled with `options` as macros."""
+
+    def __init__(self, source: str, name: str, options: Mapping[str, int], shared_bytes: int = 0):
+        code = _compiled(source, tuple(sorted(options.items())), _architecture())
+        self._shared_bytes = shared_bytes
+        module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
+        driver = _driver()
+        _check(driver.cuModuleLoadData(ctypes.byref(module), code))
+        _check(driver.cuModuleGetFunction(ctypes.byref(self._function), module, name.encode()))
+        if shared_bytes:
+            size = _MAX_DYNAMIC_SHARED_SIZE
+            _check(driver.cuFuncSetAttribute(self._function, size, shared_bytes))
+
+    def launch(
+        self, grid: Sequence[int], num_threads: int, arguments: Sequence[Tensor | _Scalar | None]
+    ) -> None:
+        """Launch on torch's current stream. A tensor is passed by its address, None as null.
+
+        The kernel may start before its predecessor has ended, if the GPU can, and must wait itself
+        (`griddepcontrol.wait`).
+        """
+        values = [_value_of(argument) for argument in arguments]
+        addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        config = _LaunchConfig(
+            (ctypes.c_uint * 3)(*grid, *(1,) * (3 - len(grid))),
+            (ctypes.c_uint * 3)(num_threads, 1, 1),
+            self._shared_bytes,
+            torch.cuda.current_stream().cuda_stream,
+            ctypes.addressof(_OVERLAP),
+            int(can_overlap_kernels()),
+        )
+        _check(_driver().cuLaunchKernelEx(ctypes.byref(config), self._function, addresses, None))
+
+
+_Scalar = ctypes.c_int | ctypes.c_longlong
+
+
+def _value_of(argument: Tensor | _Scalar | None) -> Any:
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    return ctypes.c_void_p(None) if argument is None else argument
+
+
+class _LaunchAttribute(ctypes.Structure):
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_int * 16))
+
+
+class _LaunchConfig(ctypes.Structure):
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("num_attributes", ctypes.c_uint),
+    )
+
+
+_OVERLAP = _LaunchAttribute(_STREAM_SERIALIZATION, b"", (ctypes.c_int * 16)(1))
+
+
+# -- compiling -------------------------------------------------------------------------------------
+
+
+def _compiled(source: str, options: tuple[tuple[str, int], ...], architecture: str) -> bytes:
+    """The machine code, from the cache if it is there."""
+    text = _with_includes((SOURCES / source).read_text(encoding="utf-8"))
+    macros = [f"-D{name}={int(value)}" for name, value in options]
+    flags = [f"--gpu-architecture={architecture}", "--std=c++17", *macros]
+    key = hashlib.sha256("\0".join([text, str(torch.version.cuda), *flags]).encode()).hexdigest()
+    path = _cache_folder() / f"{Path(source).stem}-{key[:32]}.cubin"
+    if path.is_file():
+        return path.read_bytes()
+    code = _compile(text, source, flags)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(code)
+    os.replace(file.name, path)
+    return code
+
+
+def _with_includes(text: str) -> str:
+    """The source with `#include "x"` replaced by the file's text."""
+
+    def insert(match: re.Match[str]) -> str:
+        return (SOURCES / match[1]).read_text(encoding="utf-8").replace("#pragma once\n", "")
+
+    return re.sub(r'^#include "([^"]+)"$', insert, text, flags=re.MULTILINE)
+
+
+def _compile(text: str, name: str, flags: Sequence[str]) -> bytes:
+    nvrtc, program, size = _nvrtc(), ctypes.c_void_p(), ctypes.c_size_t()
+    _check(
+        nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), name.encode(), 0, None, None)
+    )
+    encoded = (ctypes.c_char_p * len(flags))(*(flag.encode() for flag in flags))
+    if nvrtc.nvrtcCompileProgram(program, len(flags), encoded):
+        nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        log = ctypes.create_string_buffer(size.value)
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise CudaError(f"{name} with {' '.join(flags)} cannot be compiled: {log.value.decode()}")
+    _check(nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size)))
+    code = ctypes.create_string_buffer(size.value)
+    _check(nvrtc.nvrtcGetCUBIN(program, code))
+    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    return code.raw
+
+
+@functools.cache
+def _cache_folder() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(home) / "compiledllm" / "kernels"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError:
+        folder = Path(tempfile.mkdtemp(prefix="compiledllm-kernels-"))
+    return folder
+
+
+@functools.cache
+def _architecture() -> str:
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{major}{minor}"
+
+
+@functools.cache
+def _nvrtc() -> ctypes.CDLL:
+    major = str(torch.version.cuda).split(".")[0]
+    for name in (f"libnvrtc.so.{major}", "libnvrtc.so"):
+        try:
+            return ctypes.CDLL(name)  # loaded with torch
+        except OSError:
+            continue
+    raise CudaError(f"libnvrtc.so.{major}, a part of torch's CUDA packages, cannot be loaded")
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _check(status: int) -> None:
+    """Raise CudaError for a status of the driver or of NVRTC other than success."""
+    if status:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(status, ctypes.byref(text))
+        raise CudaError(f"CUDA reports {status}: {(text.value or b'unknown').decode()}")

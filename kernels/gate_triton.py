@@ -1,0 +1,52 @@
+"""The gate of expert MLPs as one kernel, between two products with quantised matrices."""
+
+# Triton infers a kernel's types from each call, which mypy cannot follow.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, attr-defined, no-untyped-call"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from compiledllm.kernels.launch import launch_options
+
+_COLUMNS = 1024
+
+
+@triton.jit
+def _gate_kernel(
+    both, out, size, alpha, limit, HAS_LIMIT: tl.constexpr, COLUMNS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < size
+    gate = tl.load(both + row * 2 * size + column, inside, other=0.0).to(tl.float32)
+    up = tl.load(both + row * 2 * size + size + column, inside, other=0.0).to(tl.float32)
+    if HAS_LIMIT:
+        gate = tl.minimum(gate, limit)
+        up = tl.minimum(tl.maximum(up, -limit), limit) + 1
+        gate = gate / (1 + tl.exp(-alpha * gate))
+    else:
+        gate = gate / (1 + tl.exp(-gate))
+    # Rounded to the output's dtype at the same point as in torch.
+    result = gate.to(out.dtype.element_ty).to(tl.float32) * up
+    tl.store(out + row * size + column, result.to(out.dtype.element_ty), inside)
+
+
+def gate(both: Tensor, alpha: float, limit: float) -> Tensor:
+    """silu(gate) * up, or the clamped form of `moe.moe_experts`.
+
+    both: [items, 2 * size], gate first, contiguous. Returns [items, size].
+    """
+    num_items, size = both.shape[0], both.shape[1] // 2
+    out = both.new_empty((num_items, size))
+    _gate_kernel[(num_items, triton.cdiv(size, _COLUMNS))](
+        both, out, size, alpha, limit, HAS_LIMIT=limit != 0, COLUMNS=_COLUMNS, **launch_options()
+    )
+    return out

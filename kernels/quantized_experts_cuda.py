@@ -1,0 +1,109 @@
+"""Expert MLPs with quantised matrices on a GPU: the products of `quantized_cuda`, item by item."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from compiledllm.kernels import moe_triton
+from compiledllm.kernels.gate_triton import gate
+from compiledllm.kernels.moe_routing_triton import sort_items
+from compiledllm.kernels.packed import Layout
+from compiledllm.kernels.quantized_cuda import (
+    Routing,
+    Tiling,
+    dequantized,
+    launch_product,
+)
+
+_MAX_ITEMS_OF_EXPERT = 32  # on average; with more, the experts are dequantised
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertMatrix:
+    """The matrices of all experts, as `packed.Packed`, each tensor with a dimension in front."""
+
+    codes: Tensor
+    scales: Tensor | None
+    zeros: Tensor | None
+    row_scales: Tensor  # float32 [experts, N]
+    bias: Tensor | None
+    layout: Layout
+
+    @property
+    def num_outputs(self) -> int:
+        return self.row_scales.shape[1]
+
+    def times(self, x: Tensor, out: Tensor, routing: Routing) -> Tensor:
+        parts = self.codes, self.scales, self.zeros, self.row_scales, self.bias
+        tiling = _tiling_for(self.layout.code, routing.rows)
+        return launch_product(x, *parts, self.layout, out, tiling, routing)
+
+    def dequantized(self, num_inputs: int, dtype: torch.dtype) -> Tensor:
+        """[experts, N, num_inputs]"""
+        num_experts = len(self.codes)
+        out = torch.empty(
+            num_experts, self.num_outputs, num_inputs, dtype=dtype, device=self.codes.device
+        )
+        for expert in range(num_experts):
+            parts = (
+                self.codes[expert],
+                None if self.scales is None else self.scales[expert],
+                None if self.zeros is None else self.zeros[expert],
+                self.row_scales[expert],
+            )
+            dequantized(*parts, self.layout, self.num_outputs, num_inputs, dtype, out[expert])
+        return out
+
+
+def _tiling_for(code: str, rows: int) -> Tiling:
+    if code in ("fp8", "int8"):
+        return Tiling(1, 1, 4, 1)
+    return Tiling(1, 1, 4, 2, 2) if rows <= 8 else Tiling(1, 1, 4, 2, 1)
+
+
+def experts(
+    x: Tensor,
+    expert_ids: Tensor,
+    gate_up: ExpertMatrix,
+    down: ExpertMatrix,
+    alpha: float,
+    limit: float,
+) -> Tensor:
+    """See `packed.packed_experts`."""
+    (num_tokens, hidden), (_, top_k) = x.shape, expert_ids.shape
+    num_items, num_experts = expert_ids.numel(), len(gate_up.codes)
+    size = gate_up.num_outputs // 2
+    if num_items > _MAX_ITEMS_OF_EXPERT * num_experts:
+        weights = gate_up.dequantized(hidden, x.dtype), down.dequantized(size, x.dtype)
+        biases = gate_up.bias, down.bias
+        return moe_triton.experts(x, expert_ids, *weights, *biases, alpha, limit)
+    routing = _route(expert_ids, num_experts)
+    both = gate_up.times(x, x.new_empty((num_items, 2 * size)), routing)
+    inner = gate(both, alpha, limit)
+    out = x.new_empty((num_items, hidden), dtype=torch.float32)
+    down.times(inner, out, _of_items(routing))
+    return out.view(num_tokens, top_k, hidden)
+
+
+def _route(expert_ids: Tensor, num_experts: int) -> Routing:
+    num_tokens, top_k = expert_ids.shape
+    num_items = num_tokens * top_k
+    if not moe_triton.needs_sorting(num_tokens, top_k, num_experts):
+        ids = expert_ids.reshape(-1)
+        return Routing(ids, None, 1, num_items, num_experts, top_k)
+    average = triton.cdiv(2 * num_items, num_experts)
+    rows = next((n for n in (8, 16, 32) if average <= n), 64)
+    items, block_experts = sort_items(expert_ids, num_experts, rows)
+    return Routing(block_experts, items, rows, num_items, num_experts, top_k)
+
+
+def _of_items(routing: Routing) -> Routing:
+    """The same blocks for inputs with a row for each item."""
+    return Routing(
+        routing.block_experts, routing.items, routing.rows, routing.num_items,
+        routing.num_experts, 1,
+    )  # fmt: skip

@@ -1,0 +1,91 @@
+"""The layouts of 4-bit and int8 weights in memory.
+
+4-bit codes lie in records of 16 outputs and 128 inputs, with their scales. A warp reads a record as
+one piece, see `cuda/linear.cu`. Bytes of a record:
+
+- codes, [2, 8, 4, 4] words of 32 bits: half, output in the half, lane, quarter. A word has eight
+  codes, of the inputs 32 * quarter + 8 * lane + (0 ... 7): inputs 0, 2, 4, 6 in the lower half of
+  the word, 1, 3, 5, 7 in the upper half, from the lowest bits up.
+- scales, [8, 2, groups]: output in the half, half, groups of the 128 inputs.
+- zeros, uint8, likewise.
+
+int8 codes lie in rows. Within 128 inputs, 16 bytes are a lane's codes of two quarters.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TILE = 16  # outputs
+UNIT = 128  # inputs
+_CODE_BYTES = TILE * UNIT // 2
+_SHIFTS = tuple(4 * (i // 2) + 16 * (i % 2) for i in range(8))  # of a lane's eight inputs
+
+
+def pack_records(codes: Tensor, scales: Tensor | None, zeros: Tensor | None) -> Tensor:
+    """uint8 codes 0..15 [N, K] -> uint8 [ceil(N / 16), ceil(K / 128), bytes of a record].
+
+    scales, zeros: [N, groups], for groups of 16, 32, 64 or 128 inputs of K rounded up to 128.
+    """
+    num_outputs, num_inputs = codes.shape
+    num_units = -(-num_inputs // UNIT)
+    codes = F.pad(codes, (0, -num_inputs % UNIT, 0, -num_outputs % TILE)).int()
+    eights = codes.view(-1, 2, 8, num_units, 4, 4, 8)  # tile, half, output, unit, quarter, lane
+    words = torch.zeros(eights.shape[:-1], dtype=torch.int32, device=codes.device)
+    for i, shift in enumerate(_SHIFTS):
+        words |= eights[..., i] << shift
+    words = words.permute(0, 3, 1, 2, 5, 4)  # tile, unit, half, output, lane, quarter
+    parts = [words.reshape(*words.shape[:2], -1).view(torch.uint8)]
+    for part in (scales, zeros):
+        if part is not None:
+            parts.append(_records_of_groups(part, num_units))
+    return torch.cat(parts, dim=-1)
+
+
+def _records_of_groups(part: Tensor, num_units: int) -> Tensor:
+    """[N, groups] -> the bytes of each tile and unit."""
+    part = part.contiguous().view(torch.uint8).view(part.shape[0], num_units, -1)
+    part = F.pad(part, (0, 0, 0, 0, 0, -part.shape[0] % TILE))
+    by_tile = part.view(-1, 2, 8, *part.shape[1:])  # tile, half, output, unit, bytes
+    return by_tile.permute(0, 3, 2, 1, 4).reshape(by_tile.shape[0], num_units, -1)
+
+
+def unpack_records(
+    records: Tensor, num_outputs: int, groups: int, scale_dtype: torch.dtype, has_zeros: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The inverse of `pack_records`: codes [N, K rounded up to 128], scales, zeros.
+
+    groups: of a unit; 0: the records have no scales.
+    """
+    num_units = records.shape[1]
+    words = records[..., :_CODE_BYTES].contiguous().view(torch.int32)
+    words = words.view(-1, num_units, 2, 8, 4, 4).permute(0, 2, 3, 1, 5, 4)
+    eights = torch.stack([words >> shift & 15 for shift in _SHIFTS], dim=-1)
+    codes = eights.to(torch.uint8).reshape(-1, num_units * UNIT)[:num_outputs]
+    end = _CODE_BYTES + TILE * groups * scale_dtype.itemsize
+
+    def of_outputs(part: Tensor, dtype: torch.dtype) -> Tensor:
+        rows = part.reshape(-1, num_units, 8, 2, part.shape[-1] // TILE).permute(0, 3, 2, 1, 4)
+        return rows.reshape(-1, num_units * rows.shape[-1]).view(dtype)[:num_outputs]
+
+    scales = of_outputs(records[..., _CODE_BYTES:end], scale_dtype) if groups else None
+    zeros = of_outputs(records[..., end:], torch.uint8) if has_zeros else None
+    return codes, scales, zeros
+
+
+def pack_bytes(codes: Tensor) -> Tensor:
+    """8-bit codes [N, K] -> [N, K rounded up to 128], in the order of the kernels."""
+    return _swap(F.pad(codes, (0, -codes.shape[1] % UNIT)), (2, 2, 4, 8))
+
+
+def unpack_bytes(codes: Tensor) -> Tensor:
+    """The inverse of `pack_bytes`, padding included."""
+    return _swap(codes, (2, 4, 2, 8))
+
+
+def _swap(codes: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Swap the middle two dimensions of each unit, which has this shape."""
+    units = codes.reshape(codes.shape[0], -1, *shape)
+    return units.transpose(3, 4).reshape(codes.shape)

@@ -1,0 +1,146 @@
+"""The format of quantised weights that a GPU's kernels read: a `kernels.packed.Packed` matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compiledllm.kernels.packed import (
+    Layout,
+    Packed,
+    can_pack,
+    fp8_linear,
+    pack,
+    packed_experts,
+    packed_linear,
+    takes_fp8_inputs,
+)
+from compiledllm.kernels.quantized import unpack_nibbles
+from compiledllm.kernels.records import TILE
+from compiledllm.models.formats.weight_format import Params, Slot, WeightFormat
+from compiledllm.models.matrices import QuantSpec
+
+
+@dataclass(frozen=True, slots=True)
+class PackedFormat:
+    """A packed matrix; params: codes, scales, zeros, permutation, row scales.
+
+    It replaces a `Quantized` format once all parts of a matrix have been loaded.
+    """
+
+    spec: QuantSpec
+    layout: Layout
+    num_outputs: int
+
+    def bits(self, dtype: torch.dtype) -> float:
+        return 8 * self.spec.num_bytes(2**14, 2**14) / 2**28
+
+    def parameters(
+        self, parts: Mapping[str, int], in_features: int, lead: tuple[int, ...] = ()
+    ) -> dict[str, nn.Parameter | None]:
+        raise NotImplementedError("a packed matrix is made of a loaded one")
+
+    def slots(self, parts: Mapping[str, int], in_features: int, params: Params) -> dict[str, Slot]:
+        return {}
+
+    def finish(self, params: Params, in_features: int) -> None:
+        return None
+
+    def product(
+        self,
+        x: Tensor,
+        params: Params,
+        bias: Tensor | None,
+        first_row: int = 0,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        codes, scales, zeros, order, row_scales = params
+        assert codes is not None and row_scales is not None
+        if order is not None:
+            x = x.index_select(1, order)
+        num_outputs = self.num_outputs - first_row
+        if first_row:
+            codes, scales, zeros = self._from(first_row, codes, scales, zeros)
+            row_scales = row_scales[first_row:]
+        if takes_fp8_inputs(x, self.layout, num_outputs):
+            y = fp8_linear(x, codes, scales, row_scales, bias)
+        else:
+            parts = codes, scales, zeros, row_scales, bias
+            y = packed_linear(x, *parts, str(self.layout), num_outputs)
+        return y if out is None else out.copy_(y)
+
+    def _from(
+        self, first_row: int, codes: Tensor, scales: Tensor | None, zeros: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The matrix from an output on: a multiple of the tile, as heads are."""
+        first = first_row // self.layout.block_rows
+        scales = None if scales is None else scales[first:]
+        zeros = None if zeros is None else zeros[first:]
+        if codes.dtype != torch.uint8:
+            return codes[first_row:], scales, zeros
+        assert first_row % TILE == 0, first_row
+        return codes[first_row // TILE :], scales, zeros
+
+    def experts(
+        self,
+        x: Tensor,
+        expert_ids: Tensor,
+        gate_up: Params,
+        down: Params,
+        down_format: WeightFormat,
+        biases: tuple[Tensor | None, Tensor | None],
+        alpha: float,
+        limit: float,
+    ) -> Tensor:
+        up_codes, up_scales, up_zeros, _, up_rows = gate_up  # experts have no permutation
+        down_codes, down_scales, down_zeros, _, down_rows = down
+        assert up_codes is not None and up_rows is not None
+        assert down_codes is not None and down_rows is not None
+        assert isinstance(down_format, PackedFormat)
+        up = up_codes, up_scales, up_zeros, up_rows, str(self.layout)
+        last = down_codes, down_scales, down_zeros, down_rows, str(down_format.layout)
+        return packed_experts(x, expert_ids, *up, *last, *biases, alpha, limit)
+
+
+def for_device(
+    spec: QuantSpec, params: Params, in_features: int
+) -> tuple[WeightFormat, dict[str, Tensor | None]] | None:
+    """Pack the tensors of a `Quantized` matrix, if their device has kernels for its groups."""
+    codes, scales, zeros, order = params
+    assert codes is not None and scales is not None
+    if not can_pack(codes.device):
+        return None
+    has_experts = codes.dim() == 3
+    matrices = []
+    for expert in range(len(codes) if has_experts else 1):
+        parts = [part[expert] if has_experts and part is not None else part for part in params[:3]]
+        packed = _packed(spec, parts[0], parts[1], parts[2], in_features)
+        if packed is None:
+            return None
+        matrices.append(packed)
+    first = matrices[0]
+    together: Any = _stacked if has_experts else lambda tensors: tensors[0]
+    format = PackedFormat(spec, first.layout, len(first.row_scales))
+    return format, {
+        "weight": together([m.codes for m in matrices]),
+        "weight_scale": together([m.scales for m in matrices]),
+        "weight_zero": together([m.zeros for m in matrices]),
+        "permutation": order,
+        "row_scale": together([m.row_scales for m in matrices]),
+    }
+
+
+def _packed(
+    spec: QuantSpec, codes: Any, scales: Any, zeros: Any, in_features: int
+) -> Packed | None:
+    codes = unpack_nibbles(codes) if spec.is_nibbles else codes
+    return pack(spec.code, codes, scales, zeros, in_features)
+
+
+def _stacked(tensors: list[Tensor | None]) -> Tensor | None:
+    found = [tensor for tensor in tensors if tensor is not None]
+    return torch.stack(found) if found else None
