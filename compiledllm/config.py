@@ -112,18 +112,18 @@ class ModelConfig:
         "architecture without a family here",
         MODEL_IMPLS,
     )
+    quantization: str | None = option(
+        None,
+        "quantise 16-bit weights while loading, lossy: fp8 and int8 per channel, fp8_block in "
+        "blocks of 128x128, int4 in groups of 128; quantised checkpoints need no option",
+        QUANTIZATIONS,
+    )
     skip_tokenizer_init: bool = option(False, "token ids in, token ids out", kind="bool")
     seed: int = option(
         0, "seed of the engine: dummy weights and requests without a seed", kind="int"
     )
     max_logprobs: int = option(
         20, "most logprobs a request may ask for; -1: the vocabulary", kind="int"
-    )
-    quantization: str | None = option(
-        None,
-        "quantise 16-bit weights while loading, lossy: fp8 and int8 per channel, fp8_block in "
-        "blocks of 128x128, int4 in groups of 128; quantised checkpoints need no option",
-        QUANTIZATIONS,
     )
     generation_config: str = option(
         "off", "auto: requests without sampling parameters get generation_config.json's", GENERATION

@@ -79,7 +79,7 @@ def pack(
     num_outputs = codes.shape[0]
     block_rows = 1 if len(scales) == num_outputs else _BLOCK
     group = codes.shape[1] // scales.shape[1]
-    ones = torch.ones(num_outputs, device=codes.device)
+    ones = torch.ones(num_outputs, dtype=torch.float32, device=codes.device)
     if codes.shape[1] % 16:
         return None
     if scales.shape[1] == 1 and zeros is None and block_rows == 1:
@@ -228,7 +228,7 @@ def fp8_product(x: Tensor, codes: Tensor) -> Tensor:
 
 @functools.cache
 def _one(device: torch.device) -> Tensor:
-    return torch.ones((), device=device)
+    return torch.ones((), dtype=torch.float32, device=device)
 
 
 def _block_product_fake(x: Tensor, _x_scales: Tensor, codes: Tensor, _scales: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ WINDOWS = {
 }
 # Options that say nothing about how the engine runs: None or "auto" is their meaning.
 MAY_BE_OPEN = {"model", "tokenizer", "revision", "mixed_prompt_tokens", "generation_config"}
+MAY_BE_OPEN |= {"quantization"}  # None: as the checkpoint is
 
 
 def without_weights(checkpoint: Path, folder: Path) -> Path:
