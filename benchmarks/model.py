@@ -43,7 +43,8 @@ class Model:
         path = resolve_checkpoint(options.get("model"), options.get("revision"), weights=not dummy)
         spec = None
         try:
-            spec = load_spec(path, options.get("model_impl", "auto"))
+            impl, quantization = options.get("model_impl", "auto"), options.get("quantization")
+            spec = load_spec(path, impl, quantization)
         except ConfigError:
             if "compiledllm" in engines:
                 raise
@@ -70,7 +71,10 @@ class Model:
 
     def identity(self) -> dict[str, Any]:
         """Facts that tell this model from another one in a report."""
-        known = {"parameters": self.spec.num_parameters} if self.spec else {}
+        known: dict[str, Any] = {}
+        if self.spec:
+            known["parameters"] = self.spec.num_parameters
+            known |= {"quantization": self.spec.quantization} if self.spec.quantization else {}
         return {"model": self.path.name, "dtype": self.dtype, **known}
 
     def check_length(self, num_tokens: int) -> None:
