@@ -222,20 +222,17 @@ class LayerSpec:
 
     @property
     def weights(self) -> Weights:
-        weights = self._weights_beside_mlp.plus(self.mlp.weights(self.hidden_size))
-        return weights.stored_in(self.formats)
+        return self._with_mlp(self.mlp.weights(self.hidden_size))
 
     @property
     def weights_used(self) -> Weights:
         """By one token."""
-        weights = self._weights_beside_mlp.plus(self.mlp.weights_used(self.hidden_size))
-        return weights.stored_in(self.formats)
+        return self._with_mlp(self.mlp.weights_used(self.hidden_size))
 
-    @property
-    def _weights_beside_mlp(self) -> Weights:
+    def _with_mlp(self, mlp: Weights) -> Weights:
         num_norms = NORMS_BEFORE[self.residual] + NORMS_BEHIND[self.residual]
         norms = Weights(num_others=num_norms * self.norm.num_parameters(self.hidden_size))
-        return self.attn.weights(self.hidden_size).plus(norms)
+        return self.attn.weights(self.hidden_size).plus(norms, mlp).stored_in(self.formats)
 
     @property
     def num_parameters(self) -> int:
@@ -334,9 +331,8 @@ class ModelSpec:
 
     def num_bytes(self, weights: Weights) -> int:
         """Bytes that weights of this model take in memory, each matrix in its storage format."""
-        of_element = self.torch_dtype.itemsize
-        of_matrices = sum(matrix.num_bytes(of_element) for matrix in weights.matrices)
-        return of_matrices + weights.num_others * of_element
+        size = self.torch_dtype.itemsize
+        return sum(m.num_bytes(size) for m in weights.matrices) + weights.num_others * size
 
     @property
     def sparsity(self) -> int:

@@ -36,9 +36,6 @@ class PackedFormat:
     layout: Layout
     num_outputs: int
 
-    def bits(self, dtype: torch.dtype) -> float:
-        return 8 * self.spec.num_bytes(2**14, 2**14) / 2**28
-
     def parameters(
         self, parts: Mapping[str, int], in_features: int, lead: tuple[int, ...] = ()
     ) -> dict[str, nn.Parameter | None]:

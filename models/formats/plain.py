@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from compiledllm.kernels.linear import linear
@@ -24,9 +23,6 @@ class Plain:
     """A matrix in the model's dtype. multiply: (x, weight, bias, out) -> y."""
 
     multiply: Callable[..., Tensor] = linear
-
-    def bits(self, dtype: torch.dtype) -> float:
-        return 8 * dtype.itemsize
 
     def parameters(
         self, parts: Mapping[str, int], in_features: int, lead: tuple[int, ...] = ()

@@ -53,13 +53,6 @@ class Quantized:
 
     spec: QuantSpec
 
-    def bits(self, dtype: torch.dtype) -> float:
-        """Of large matrices: scales for each output or for the tensor do not count."""
-        spec = self.spec
-        code_bits = 4 if spec.code in NIBBLES else 8
-        scale_bits = 8 * getattr(torch, spec.scale_dtype).itemsize + code_bits * spec.has_zeros
-        return code_bits + (scale_bits / spec.group / spec.rows if spec.group else 0.0)
-
     def parameters(
         self, parts: Mapping[str, int], in_features: int, lead: tuple[int, ...] = ()
     ) -> dict[str, nn.Parameter | None]:

@@ -54,9 +54,6 @@ class WeightFormat(Protocol):
     the tensors of `parameters`, in that order, perhaps of a single expert.
     """
 
-    def bits(self, dtype: torch.dtype) -> float:
-        """Bits per weight in memory, scales included. dtype: the model's."""
-
     def parameters(
         self, parts: Mapping[str, int], in_features: int, lead: tuple[int, ...] = ()
     ) -> dict[str, nn.Parameter | None]:
