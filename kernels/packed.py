@@ -19,6 +19,7 @@ from compiledllm.kernels.records import UNIT, pack_bytes, pack_records
 
 NIBBLES = ("int4", "fp4")
 MAX_ROWS_OF_16_BITS = 16  # from here on FP8 weights multiply FP8 inputs
+MAX_FEW_ROWS = 64  # from here on other weights are dequantised
 MAX_FP8 = 448.0
 _BLOCK = 128
 
@@ -181,13 +182,24 @@ def packed_experts(
 # -- FP8 inputs ------------------------------------------------------------------------------------
 
 
+def products_of(layout: Layout) -> str:
+    """Which kernels multiply which numbers of rows."""
+    if _may_take_fp8_inputs(layout):
+        return f"our kernel up to {MAX_ROWS_OF_16_BITS} rows, FP8 inputs for more in bfloat16"
+    return f"our kernel up to {MAX_FEW_ROWS} rows, dequantised for more"
+
+
+def _may_take_fp8_inputs(layout: Layout) -> bool:
+    return layout.code == "fp8" and (layout.groups == 0 or layout.block_rows == _BLOCK)
+
+
 def takes_fp8_inputs(x: Tensor, layout: Layout, num_outputs: int) -> bool:
     """Whether the product should be `fp8_linear`'s. In compiled code, known when it is traced."""
-    if layout.code != "fp8" or x.dtype != torch.bfloat16 or x.shape[0] <= MAX_ROWS_OF_16_BITS:
+    if not _may_take_fp8_inputs(layout) or x.dtype != torch.bfloat16:
         return False
     multiple = 16 if layout.groups == 0 else _BLOCK
-    is_block = layout.groups == 0 or layout.block_rows == _BLOCK
-    return is_block and num_outputs % multiple == 0 and x.shape[1] % multiple == 0
+    fits = num_outputs % multiple == 0 and x.shape[1] % multiple == 0
+    return fits and x.shape[0] > MAX_ROWS_OF_16_BITS
 
 
 def fp8_linear(

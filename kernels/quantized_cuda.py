@@ -17,10 +17,9 @@ from torch import Tensor
 from compiledllm.kernels.cuda_kernel import CudaKernel
 from compiledllm.kernels.launch import launch_options
 from compiledllm.kernels.linear import linear
-from compiledllm.kernels.packed import Layout
+from compiledllm.kernels.packed import MAX_FEW_ROWS, Layout
 from compiledllm.kernels.records import TILE, UNIT
 
-MAX_FEW_ROWS = 64
 _CODES = {"fp8": 0, "int8": 1, "int4": 2, "fp4": 3}
 _SCALES = {
     torch.float32: 0,

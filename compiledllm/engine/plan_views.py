@@ -62,6 +62,7 @@ def start_lines(plan: Plan, worker: Worker, startup_s: dict[str, float]) -> dict
         "device": f"{plan.platform.device} ({plan.platform.name}; {plan.platform.versions()})",
         "dtype": report["dtype"],
         "weights": spec.quantization or None,
+        "products": report["products"].value if report.get("products") else None,
         "attention": report["attention_backend"],
         "memory": report.get("memory"),
         "KV cache": _cache_line(plan, worker),

@@ -21,6 +21,7 @@ from compiledllm.config import Choice, Report
 from compiledllm.models.build import build_model
 from compiledllm.models.decoder import Decoder
 from compiledllm.models.deterministic import fixed_order
+from compiledllm.models.layers.linear import Matrix
 from compiledllm.runner.kv_cache import allocate_kv_caches, plan_num_blocks
 from compiledllm.runner.memory import (
     check_gpu_is_free,
@@ -69,6 +70,8 @@ class Worker:
         if self.spec.tie_word_embeddings != plan.spec.tie_word_embeddings:
             own_head = Choice(False, "the checkpoint has its own head")
             self.report.note("tie_word_embeddings", own_head)
+        if products := _products(self._model):
+            self.report.note("products", Choice(products, self.spec.quantization))
         self.startup_s["weights"] = time.perf_counter() - started
 
     # -- steps ---------------------------------------------------------------------------------
@@ -176,3 +179,9 @@ class Worker:
         self.startup_s["capture"] = graphs.seconds
         sizes = f"{len(graphs.shapes)} step sizes"
         self.report.note("capture", Choice(sizes, f"whole steps, {graphs.seconds:.1f} s"))
+
+
+def _products(model: Decoder) -> str:
+    """Which kernels multiply by the quantised matrices of the model; "": it has none."""
+    formats = {m.format.products for m in model.modules() if isinstance(m, Matrix)}
+    return "; ".join(sorted(formats - {""}))

@@ -17,6 +17,7 @@ from compiledllm.kernels.packed import (
     pack,
     packed_experts,
     packed_linear,
+    products_of,
     takes_fp8_inputs,
 )
 from compiledllm.kernels.quantized import unpack_nibbles
@@ -35,6 +36,10 @@ class PackedFormat:
     spec: QuantSpec
     layout: Layout
     num_outputs: int
+
+    @property
+    def products(self) -> str:
+        return f"{self.layout.code}: {products_of(self.layout)}"
 
     def parameters(
         self, parts: Mapping[str, int], in_features: int, lead: tuple[int, ...] = ()

@@ -23,6 +23,7 @@ class Plain:
     """A matrix in the model's dtype. multiply: (x, weight, bias, out) -> y."""
 
     multiply: Callable[..., Tensor] = linear
+    products = ""
 
     def parameters(
         self, parts: Mapping[str, int], in_features: int, lead: tuple[int, ...] = ()

@@ -53,6 +53,10 @@ class Quantized:
 
     spec: QuantSpec
 
+    @property
+    def products(self) -> str:
+        return f"{self.spec.code}: dequantised at each product"
+
     def parameters(
         self, parts: Mapping[str, int], in_features: int, lead: tuple[int, ...] = ()
     ) -> dict[str, nn.Parameter | None]:

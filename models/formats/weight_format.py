@@ -54,6 +54,10 @@ class WeightFormat(Protocol):
     the tensors of `parameters`, in that order, perhaps of a single expert.
     """
 
+    @property
+    def products(self) -> str:
+        """Which kernels multiply which numbers of rows, for reports; "": as unquantised."""
+
     def parameters(
         self, parts: Mapping[str, int], in_features: int, lead: tuple[int, ...] = ()
     ) -> dict[str, nn.Parameter | None]:
