@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from compiledllm.arguments import add_engine_options, count, engine_options
 from compiledllm.benchmarks.cli import add_bench_command
-from compiledllm.config import DTYPES, MODEL_IMPLS, QUANTIZATIONS, ConfigError, EngineConfig
+from compiledllm.config import (
+    DTYPES,
+    KV_CACHE_DTYPES,
+    MODEL_IMPLS,
+    QUANTIZATIONS,
+    ConfigError,
+    EngineConfig,
+)
 from compiledllm.outputs import RequestOutput
 from compiledllm.sampling_params import SamplingParams
 from compiledllm.server.options import add_server_options
@@ -125,7 +132,7 @@ def _info(arguments: argparse.Namespace) -> int:
     from compiledllm.engine.plan_views import facts
     from compiledllm.engine.startup import plan
 
-    names = ("model", "revision", "dtype", "model_impl", "quantization", "device")
+    names = ("model", "revision", "dtype", "model_impl", "quantization", "kv_cache_dtype", "device")
     options = {name: getattr(arguments, name) for name in names}
     # As for random weights, no weight files are needed.
     found = facts(plan(EngineConfig.from_options(**options, load_format="dummy")))
@@ -173,6 +180,9 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--dtype", default="auto", choices=DTYPES, help="dtype to count bytes for")
     info.add_argument("--model-impl", default="auto", choices=MODEL_IMPLS, help="who runs it")
     info.add_argument("--quantization", choices=QUANTIZATIONS, help="quantise while loading")
+    info.add_argument(
+        "--kv-cache-dtype", default="auto", choices=KV_CACHE_DTYPES, help="of the cache"
+    )
     info.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     info.add_argument("--json", action="store_true", help="print one JSON object")
     info.set_defaults(run=_info)

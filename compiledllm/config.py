@@ -24,6 +24,7 @@ GENERATION = ("auto", "off")
 COMPILE_WHEN = ("auto", "start", "background", "busy")
 QUANTIZATIONS = ("fp8", "fp8_block", "int8", "int4")
 MODEL_IMPLS = ("auto", "compiledllm", "transformers")
+KV_CACHE_DTYPES = (*DTYPES, "fp8", "fp8_e4m3")
 BACKENDS = ("auto", "triton", "flashinfer", "torch")
 
 
@@ -147,6 +148,12 @@ class CacheConfig:
     kv_cache_memory_bytes: int | None = option(None, "size of the KV cache in bytes", kind="int")
     num_kv_blocks: int | None = option(
         None, "size of the KV cache in blocks; wins over bytes", kind="int"
+    )
+    kv_cache_dtype: str = option(
+        "auto",
+        "dtype of keys and values; fp8 (fp8_e4m3): twice the tokens, with scales from the "
+        "checkpoint or measured at start; auto: that of the weights",
+        KV_CACHE_DTYPES,
     )
     enable_prefix_caching: bool = option(
         True, "reuse the KV of shared prompt prefixes", kind="bool"

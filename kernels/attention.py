@@ -7,6 +7,7 @@ for a machine; each backend says whether it can run a model (`AttentionBackend.w
 
     kv_cache   [2, num_blocks, block_size, num_kv_heads, head_dim]   0: keys, 1: values
     slot       block_id * block_size + offset;  -1 (padding) lands in the null block 0
+    kv_scales  [2], an FP8 cache's: keys are cache[0] * kv_scales[0], values cache[1] * kv_scales[1]
 """
 
 from __future__ import annotations
@@ -59,16 +60,30 @@ def kv_cache_shape(
 
 @define("store_kv", fake=lambda *_: None, mutates=("kv_cache",))
 def _store_kv(
-    key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor, backend: str
+    key: Tensor,
+    value: Tensor,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+    backend: str,
+    kv_scales: Tensor | None = None,
 ) -> None:
-    backend_class(backend).store_kv(key, value, kv_cache, slot_mapping)
+    backend_class(backend).store_kv(key, value, kv_cache, slot_mapping, kv_scales)
 
 
 def store_kv(
-    key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor, backend: AttentionBackend
+    key: Tensor,
+    value: Tensor,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+    backend: AttentionBackend,
+    kv_scales: Tensor | None = None,
 ) -> None:
-    """Write `key`, `value` [tokens, num_kv_heads, head_dim] to their slots. Mutates `kv_cache`."""
-    _store_kv(key, value, kv_cache, slot_mapping, backend.name)
+    """Write `key`, `value` [tokens, num_kv_heads, head_dim] to their slots. Mutates `kv_cache`.
+
+    kv_scales: float32 [2], which keys and values are divided by before they are clamped to the
+    range of an FP8 cache; None for a cache that is not FP8.
+    """
+    _store_kv(key, value, kv_cache, slot_mapping, backend.name, kv_scales)
 
 
 def _like_queries(query: Tensor, *_: object) -> Tensor:
@@ -87,10 +102,11 @@ def _paged_attention(
     sliding_window: int,
     soft_cap: float,
     sinks: Tensor | None,
+    kv_scales: Tensor | None,
     backend: str,
 ) -> Tensor:
     attn = AttentionMetadata(slot_mapping, block_tables, seq_lens, query_start_loc)
-    options = ScoreOptions(scale, sliding_window, soft_cap, sinks)
+    options = ScoreOptions(scale, sliding_window, soft_cap, sinks, kv_scales)
     return backend_class(backend).paged_attention(query, kv_cache, attn, options)
 
 
@@ -106,7 +122,10 @@ def paged_attention(
     query: [tokens, num_heads, head_dim]; the keys and values of the tokens must already be stored.
     Returns [tokens, num_heads, head_dim] in query's dtype, undefined for tokens outside every row.
     """
-    return _paged_attention(query, kv_cache, *attn, *options, backend.name)
+    scale, sliding_window, soft_cap, sinks, kv_scales = options
+    return _paged_attention(
+        *(query, kv_cache, *attn, scale, sliding_window, soft_cap, sinks, kv_scales, backend.name)
+    )
 
 
 def _queries_of_qkv(
@@ -119,6 +138,7 @@ def _queries_of_qkv(
     kv_cache: Tensor,
     slot_mapping: Tensor,
     num_heads: int,
+    kv_scales: Tensor | None = None,
 ) -> Tensor:
     return qkv.new_empty((qkv.shape[0], num_heads, kv_cache.shape[-1]))
 
@@ -134,15 +154,17 @@ def rotate_and_store(
     kv_cache: Tensor,
     slot_mapping: Tensor,
     num_heads: int,
+    kv_scales: Tensor | None = None,
 ) -> Tensor:
     """Split `qkv`, normalise and rotate queries and keys, store keys and values. Triton only.
 
     qkv: [tokens, (num_heads + 2 * num_kv_heads) * head_dim]. q_weight, k_weight: [head_dim], of the
-    heads' RMSNorm; None without one. cos, sin: [tokens, 1, rotary_dim]. Mutates `kv_cache`.
+    heads' RMSNorm; None without one. cos, sin: [tokens, 1, rotary_dim]. kv_scales: see `store_kv`.
+    Mutates `kv_cache`.
     Returns the queries, [tokens, num_heads, head_dim].
     """
     from compiledllm.kernels import rotate_store_triton
 
     return rotate_store_triton.rotate_and_store(
-        qkv, q_weight, k_weight, eps, cos, sin, kv_cache, slot_mapping, num_heads
+        qkv, q_weight, k_weight, eps, cos, sin, kv_cache, slot_mapping, num_heads, kv_scales
     )

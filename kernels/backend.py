@@ -15,6 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+FP8 = torch.float8_e4m3fn
+MAX_FP8 = 448.0  # the largest finite value; what overflows becomes NaN
+
 
 class AttentionMetadata(NamedTuple):
     """The attention ops' description of a step: tensors only, on the model's device.
@@ -38,6 +41,7 @@ class ScoreOptions(NamedTuple):
     sliding_window: int = 0  # number of latest positions a token sees, itself included; 0: all
     soft_cap: float = 0.0  # scores become soft_cap * tanh(scores / soft_cap); 0: off
     sinks: Tensor | None = None  # [num_heads], scores that only add to the softmax denominator
+    kv_scales: Tensor | None = None  # [2], multiply stored keys and values; None: not scaled
 
 
 class AttentionLayer(Protocol):
@@ -68,6 +72,8 @@ class AttentionBackend(ABC):
     """
 
     dtypes: Container[torch.dtype] = (torch.float32, torch.float16, torch.bfloat16)
+    # Of the KV cache, beside the dtype of queries, which every backend supports.
+    kv_dtypes: Container[torch.dtype] = (FP8,)
     head_dims: Container[int] = range(1, sys.maxsize)
     takes_sinks = True
     captures = True  # whether a CUDA graph can capture a step
@@ -80,8 +86,18 @@ class AttentionBackend(ABC):
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def why_not(self, layers: Iterable[AttentionLayer], dtype: torch.dtype) -> str | None:
-        """The reason why the backend cannot run these layers; None if it can run all of them."""
+    def why_not(
+        self,
+        layers: Iterable[AttentionLayer],
+        dtype: torch.dtype,
+        kv_dtype: torch.dtype | None = None,
+    ) -> str | None:
+        """The reason why the backend cannot run these layers; None if it can run all of them.
+
+        dtype: of queries. kv_dtype: of the KV cache; None: dtype.
+        """
+        if kv_dtype not in (None, dtype) and kv_dtype not in self.kv_dtypes:
+            return f"it has no kernels for a KV cache in {str(kv_dtype).removeprefix('torch.')}"
         if dtype not in self.dtypes:
             return f"it has no kernels for {str(dtype).removeprefix('torch.')}"
         for layer in layers:
@@ -93,7 +109,13 @@ class AttentionBackend(ABC):
 
     @staticmethod
     @abstractmethod
-    def store_kv(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
+    def store_kv(
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        slot_mapping: Tensor,
+        kv_scales: Tensor | None = None,
+    ) -> None:
         """See `attention.store_kv`."""
 
     @staticmethod

@@ -115,13 +115,14 @@ def _sum_of_splits(
 
 @triton.jit
 def _decode_kernel(
-    query, kv_cache, block_tables, seq_lens, query_start_loc, sinks, out, partial_out,
+    query, kv_cache, block_tables, seq_lens, query_start_loc, sinks, kv_scales, out, partial_out,
     partial_stats, arrivals, scale, window, soft_cap, query_stride, table_stride, value_offset,
     num_rows, max_extra, min_tiles, MAX_ROWS: tl.constexpr,
     GROUP: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     TOKEN_STRIDE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr,
-    HAS_SINKS: tl.constexpr, PADDED_DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    PADDED_GROUP: tl.constexpr, AT_ONCE: tl.constexpr, OVERLAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr, HAS_KV_SCALES: tl.constexpr, PADDED_DIM: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, PADDED_GROUP: tl.constexpr, AT_ONCE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Attention of rows with one token. arrivals: int32 [rows, KV heads], zero before and after.
 
@@ -162,6 +163,8 @@ def _decode_kernel(
         if split == 0:  # a sink counts once per row
             best, total = after_sinks(sinks + kv_head * GROUP + head, head < GROUP)
     acc = tl.zeros([ROWS, PADDED_DIM], tl.float32)
+    if HAS_KV_SCALES:
+        scale *= tl.load(kv_scales).to(tl.float32)
     for tile in range(low, high):
         tokens = tile * KEYS + tl.arange(0, KEYS)
         in_context = (tokens < length) & (tokens >= first)
@@ -173,6 +176,8 @@ def _decode_kernel(
     target = out + start.to(tl.int64) * NUM_HEADS * HEAD_DIM
     if num_splits == 1:
         result = acc / total[:, None]
+        if HAS_KV_SCALES:
+            result *= tl.load(kv_scales + 1).to(tl.float32)
         tl.store(target + head_dims, result.to(out.dtype.element_ty), inside)
         return
     part = item * NUM_HEADS + kv_head * GROUP + head
@@ -189,6 +194,8 @@ def _decode_kernel(
         partial_out, partial_stats, first_part, num_splits, NUM_HEADS, GROUP, HEAD_DIM,
         PADDED_GROUP, PADDED_DIM, AT_ONCE,
     )  # fmt: skip
+    if HAS_KV_SCALES:
+        result *= tl.load(kv_scales + 1).to(tl.float32)
     head = tl.arange(0, PADDED_GROUP)
     inside = (head < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
     head_dims = (kv_head * GROUP + head)[:, None] * HEAD_DIM + dim[None, :]
@@ -202,7 +209,7 @@ def attend_single_tokens(
     max_split_programs: int | None,
 ) -> None:
     """Launch `_decode_kernel`, which computes the rows with one token and skips the others."""
-    query, kv_cache, block_tables, _, _, _, _ = tensors
+    query, kv_cache, block_tables = tensors[:3]
     num_tokens, num_heads, head_dim = query.shape
     num_rows, num_kv_heads = len(block_tables), kv_cache.shape[3]
     max_singles = min(num_rows, num_tokens)  # a decode step has an empty row at the end

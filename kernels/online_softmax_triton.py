@@ -54,6 +54,7 @@ def attend_keys(
             there = there & in_context[:, None]
         k = tl.load(address, there, other=0.0)
         v = tl.load(address + value_offset, there, other=0.0)
+    k, v = k.to(q.dtype), v.to(q.dtype)  # exact for FP8; nothing to do for other caches
     logits = tl.dot(q, tl.trans(k), input_precision="ieee")
     if HAS_SOFT_CAP:
         logits = 1 - 2 / (1 + tl.exp2(logits * (scale * 2 * 1.4426950408889634 / soft_cap)))  # tanh
@@ -69,6 +70,14 @@ def attend_keys(
     decay = tl.exp2(best - shift)
     acc = acc * decay[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
     return higher, total * decay + tl.sum(weights, 1), acc
+
+
+@triton.jit
+def to_fp8(x, scale):
+    """x / scale as FP8 (e4m3), clamped, because an overflow would become NaN. NaN stays NaN."""
+    x = tl.div_rn(x.to(tl.float32), scale.to(tl.float32))
+    x = tl.clamp(x, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    return x.to(tl.float8e4nv)
 
 
 @triton.jit

@@ -38,6 +38,7 @@ class FlashInferBackend(AttentionBackend):
 
     dtypes = (torch.float16, torch.bfloat16)
     head_dims = (64, 128, 256)
+    kv_dtypes = ()
     takes_sinks = False
     captures_prompts = False  # wrappers of a captured step have a fixed number of tokens
     takes_sampled_tokens = False
@@ -65,11 +66,17 @@ class FlashInferBackend(AttentionBackend):
         self._plan(one, one, self._pages[:1], None)
 
     @staticmethod
-    def store_kv(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
+    def store_kv(
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        slot_mapping: Tensor,
+        kv_scales: Tensor | None = None,
+    ) -> None:
         """See `attention.store_kv`."""
         from compiledllm.kernels import paged_attention_triton
 
-        paged_attention_triton.store_kv(key, value, kv_cache, slot_mapping)
+        paged_attention_triton.store_kv(key, value, kv_cache, slot_mapping, kv_scales)
 
     @staticmethod
     def paged_attention(

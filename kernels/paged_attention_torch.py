@@ -11,10 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compiledllm.kernels.backend import AttentionBackend, AttentionMetadata, ScoreOptions
+from compiledllm.kernels.backend import (
+    MAX_FP8,
+    AttentionBackend,
+    AttentionMetadata,
+    ScoreOptions,
+)
 
 
-def store_kv(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
+def store_kv(
+    key: Tensor,
+    value: Tensor,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+    kv_scales: Tensor | None = None,
+) -> None:
     """See `attention.store_kv`. Stores nothing for slot -1.
 
     The null block stays zero, because masked positions read it and a mask does not stop a NaN.
@@ -23,14 +34,29 @@ def store_kv(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor)
     if (is_padding := slot_mapping < 0).any():
         there = ~is_padding
         key, value, slot_mapping = key[there], value[there], slot_mapping[there]
+    if kv_scales is not None:
+        key, value = (
+            (x.float() / scale).clamp(-MAX_FP8, MAX_FP8).to(kv_cache.dtype)
+            for x, scale in zip((key, value), kv_scales, strict=True)
+        )
     for part, new in ((kv_cache[0], key), (kv_cache[1], value)):
-        part.view(-1, num_kv_heads, head_dim).index_copy_(0, slot_mapping, new)
+        slots = _as_bytes(part).view(-1, num_kv_heads, head_dim)
+        slots.index_copy_(0, slot_mapping, _as_bytes(new))
+
+
+def _as_bytes(x: Tensor) -> Tensor:
+    """FP8 as uint8, since torch indexes few FP8 tensors; other tensors unchanged."""
+    return x.view(torch.uint8) if x.dtype.itemsize == 1 else x
 
 
 def paged_attention(
     query: Tensor, kv_cache: Tensor, attn: AttentionMetadata, options: ScoreOptions
 ) -> Tensor:
     """See `attention.paged_attention`."""
+    if options.kv_scales is not None:
+        key_scale, value_scale = options.kv_scales.tolist()
+        options = options._replace(scale=options.scale * key_scale, kv_scales=None)
+        return paged_attention(query, kv_cache, attn, options).mul_(value_scale)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     block_tables = attn.block_tables
     starts, lengths = attn.query_start_loc.tolist(), attn.seq_lens.tolist()
@@ -43,14 +69,14 @@ def paged_attention(
         if end - start == 1:
             groups.setdefault((lengths[row] - 1).bit_length(), []).append(row)
         elif end > start:
-            k, v = _gather(kv_cache, block_tables[row : row + 1], lengths[row])
+            k, v = _gather(kv_cache, block_tables[row : row + 1], lengths[row], query.dtype)
             out[start:end] = _prefill_row(query[start:end], k, v, options)
     for rows in groups.values():
         tokens = [starts[row] for row in rows]
         row_lengths = [lengths[row] for row in rows]
         decoded = _decode_rows(
             _pick(query, tokens),
-            *_gather(kv_cache, _pick(block_tables, rows), max(row_lengths)),
+            *_gather(kv_cache, _pick(block_tables, rows), max(row_lengths), query.dtype),
             row_lengths,
             options,
         )
@@ -83,15 +109,18 @@ def _pick(tensor: Tensor, rows: list[int]) -> Tensor:
     return tensor[rows]
 
 
-def _gather(kv_cache: Tensor, block_tables: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Keys and values, each [rows, num_kv_heads, length, head_dim]."""
+def _gather(
+    kv_cache: Tensor, block_tables: Tensor, length: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Keys and values in `dtype`, each [rows, num_kv_heads, length, head_dim]."""
     _, _, block_size, num_kv_heads, head_dim = kv_cache.shape
     num_rows, num_blocks = len(block_tables), -(-length // block_size)
     ids = block_tables[:, :num_blocks].reshape(-1)
 
     def rows_of(part: Tensor) -> Tensor:
-        flat = part.index_select(0, ids).view(num_rows, -1, num_kv_heads, head_dim)
-        return flat[:, :length].transpose(1, 2)
+        blocks = _as_bytes(part).index_select(0, ids).view(kv_cache.dtype)
+        flat = blocks.view(num_rows, -1, num_kv_heads, head_dim)
+        return flat[:, :length].transpose(1, 2).to(dtype)
 
     return rows_of(kv_cache[0]), rows_of(kv_cache[1])
 

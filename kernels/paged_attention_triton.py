@@ -10,32 +10,50 @@ and the host reads nothing back, so a captured call serves every length.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from compiledllm.kernels.backend import AttentionBackend, AttentionMetadata, ScoreOptions
+from compiledllm.kernels.backend import (
+    AttentionBackend,
+    AttentionLayer,
+    AttentionMetadata,
+    ScoreOptions,
+)
 from compiledllm.kernels.decode_attention_triton import attend_single_tokens
+from compiledllm.kernels.online_softmax_triton import to_fp8
 from compiledllm.kernels.prefill_attention_triton import attend_prompts
 
 
 @triton.jit
 def _store_kernel(
-    key, value, kv_cache, slot_mapping, key_stride, value_stride, value_offset,
-    WIDTH: tl.constexpr, PADDED: tl.constexpr,
+    key, value, kv_cache, slot_mapping, kv_scales, key_stride, value_stride, value_offset,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, HAS_KV_SCALES: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0)
     slot = tl.maximum(tl.load(slot_mapping + token), 0).to(tl.int64)
     column = tl.arange(0, PADDED)
     inside = column < WIDTH
     target = kv_cache + slot * WIDTH + column
-    tl.store(target, tl.load(key + token * key_stride + column, inside), inside)
+    key = tl.load(key + token * key_stride + column, inside)
     value = tl.load(value + token * value_stride + column, inside)
+    if HAS_KV_SCALES:
+        key = to_fp8(key, tl.load(kv_scales))
+        value = to_fp8(value, tl.load(kv_scales + 1))
+    tl.store(target, key, inside)
     tl.store(target + value_offset, value, inside)
 
 
-def store_kv(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
+def store_kv(
+    key: Tensor,
+    value: Tensor,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+    kv_scales: Tensor | None = None,
+) -> None:
     """See `attention.store_kv`. Slot -1 is written to slot 0, in the null block."""
     num_tokens, num_kv_heads, head_dim = key.shape
     if num_tokens == 0:
@@ -43,8 +61,9 @@ def store_kv(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor)
     width = num_kv_heads * head_dim
     key, value = (x if _is_packed(x) else x.contiguous() for x in (key, value))
     _store_kernel[(num_tokens,)](
-        key, value, kv_cache, slot_mapping, key.stride(0), value.stride(0), kv_cache.stride(0),
-        WIDTH=width, PADDED=triton.next_power_of_2(width),
+        key, value, kv_cache, slot_mapping, key if kv_scales is None else kv_scales,
+        key.stride(0), value.stride(0), kv_cache.stride(0),
+        WIDTH=width, PADDED=triton.next_power_of_2(width), HAS_KV_SCALES=kv_scales is not None,
     )  # fmt: skip
 
 
@@ -74,8 +93,8 @@ def paged_attention(
     query = query if _is_packed(query) else query.contiguous()
     _, _, block_size, num_kv_heads, _ = kv_cache.shape
     _, block_tables, seq_lens, query_start_loc = attn
-    any_tensor = query if options.sinks is None else options.sinks
-    tensors = query, kv_cache, block_tables, seq_lens, query_start_loc, any_tensor, out
+    sinks, kv_scales = (query if x is None else x for x in (options.sinks, options.kv_scales))
+    tensors = query, kv_cache, block_tables, seq_lens, query_start_loc, sinks, kv_scales, out
     scalars = (
         *(options.scale, options.sliding_window, options.soft_cap),
         *(query.stride(0), block_tables.stride(0), kv_cache.stride(0)),
@@ -84,7 +103,7 @@ def paged_attention(
         "GROUP": num_heads // num_kv_heads, "NUM_HEADS": num_heads, "HEAD_DIM": head_dim,
         "BLOCK_SIZE": block_size, "TOKEN_STRIDE": num_kv_heads * head_dim,
         "HAS_WINDOW": options.sliding_window > 0, "HAS_SOFT_CAP": options.soft_cap > 0,
-        "HAS_SINKS": options.sinks is not None,
+        "HAS_SINKS": options.sinks is not None, "HAS_KV_SCALES": options.kv_scales is not None,
         "PADDED_DIM": max(16, triton.next_power_of_2(head_dim)),
     }  # fmt: skip
     if not fixed_order:
@@ -98,3 +117,15 @@ class TritonBackend(AttentionBackend):
     head_dims = range(1, 257)
     store_kv = staticmethod(store_kv)
     paged_attention = staticmethod(paged_attention)
+
+    def why_not(
+        self,
+        layers: Iterable[AttentionLayer],
+        dtype: torch.dtype,
+        kv_dtype: torch.dtype | None = None,
+    ) -> str | None:
+        """See `AttentionBackend.why_not`. GPUs before compute capability 8.9 convert no FP8."""
+        is_fp8 = kv_dtype is not None and kv_dtype.itemsize == 1
+        if is_fp8 and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
+            return "an FP8 KV cache needs a GPU of compute capability 8.9 or later"
+        return super().why_not(layers, dtype, kv_dtype)

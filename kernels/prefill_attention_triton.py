@@ -38,12 +38,12 @@ def prefill_tiling(head_dim: int, group: int, dtype: torch.dtype, num_queries: i
 
 @triton.jit
 def _prefill_kernel(
-    query, kv_cache, block_tables, seq_lens, query_start_loc, sinks, out,
+    query, kv_cache, block_tables, seq_lens, query_start_loc, sinks, kv_scales, out,
     scale, window, soft_cap, query_stride, table_stride, value_offset, num_rows,
     GROUP: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     TOKEN_STRIDE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr,
-    HAS_SINKS: tl.constexpr, PADDED_DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    FIXED_ORDER: tl.constexpr, OVERLAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr, HAS_KV_SCALES: tl.constexpr, PADDED_DIM: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, FIXED_ORDER: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()
@@ -88,6 +88,8 @@ def _prefill_kernel(
     if HAS_SINKS:
         best, total = after_sinks(sinks + kv_head * GROUP + head, lane < TOKENS * GROUP)
     acc = tl.zeros([ROWS, PADDED_DIM], tl.float32)
+    if HAS_KV_SCALES:
+        scale *= tl.load(kv_scales).to(tl.float32)
     table = block_tables + row.to(tl.int64) * table_stride
     first = tl.maximum(context + first_query - window + 1, 0) if HAS_WINDOW else 0
     end = tl.minimum(context + first_query + TOKENS, length)
@@ -112,7 +114,10 @@ def _prefill_kernel(
             scale, soft_cap, value_offset,
             TOKEN_STRIDE, BLOCK_SIZE, HEAD_DIM, HAS_SOFT_CAP, PADDED_DIM, ALL_SEEN=False,
         )  # fmt: skip
-    result = (acc / total[:, None]).to(out.dtype.element_ty)
+    result = acc / total[:, None]
+    if HAS_KV_SCALES:
+        result *= tl.load(kv_scales + 1).to(tl.float32)
+    result = result.to(out.dtype.element_ty)
     tl.store(out + token_index * NUM_HEADS * HEAD_DIM + head_dims, result, inside)
 
 

@@ -16,16 +16,18 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from compiledllm.kernels.launch import launch_options
+from compiledllm.kernels.online_softmax_triton import to_fp8
 
 _HEADS = 8  # heads per program
 
 
 @triton.jit
 def _rotate_store_kernel(
-    qkv, q_weight, k_weight, cos, sin, slot_mapping, kv_cache, out, eps, token_stride, value_offset,
+    qkv, q_weight, k_weight, cos, sin, slot_mapping, kv_cache, kv_scales, out, eps, token_stride,
+    value_offset,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     ROTARY_DIM: tl.constexpr, HAS_NORM: tl.constexpr, HEADS: tl.constexpr, PADDED_DIM: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    HAS_KV_SCALES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()
@@ -72,6 +74,8 @@ def _rotate_store_kernel(
     kv_head = tl.where(is_value, head - NUM_KV_HEADS, head) - NUM_HEADS
     target = kv_cache + (slot * NUM_KV_HEADS + kv_head) * HEAD_DIM + dim
     target = target + tl.where(is_value, value_offset, 0)
+    if HAS_KV_SCALES:
+        result = to_fp8(result, tl.load(kv_scales + is_value.to(tl.int32)))
     tl.store(target, result, inside & (head >= NUM_HEADS))
 
 
@@ -85,6 +89,7 @@ def rotate_and_store(
     kv_cache: Tensor,
     slot_mapping: Tensor,
     num_heads: int,
+    kv_scales: Tensor | None = None,
 ) -> Tensor:
     """See `attention.rotate_and_store`."""
     num_tokens, rotary_dim = len(qkv), cos.shape[-1]
@@ -95,9 +100,10 @@ def rotate_and_store(
     grid = num_tokens, triton.cdiv(num_heads + 2 * num_kv_heads, _HEADS)
     _rotate_store_kernel[grid](
         qkv, qkv if q_weight is None else q_weight, qkv if k_weight is None else k_weight, cos, sin,
-        slot_mapping, kv_cache, out, eps, qkv.stride(0), kv_cache.stride(0),
+        slot_mapping, kv_cache, qkv if kv_scales is None else kv_scales, out, eps, qkv.stride(0),
+        kv_cache.stride(0),
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, ROTARY_DIM=rotary_dim,
         HAS_NORM=q_weight is not None, HEADS=_HEADS, PADDED_DIM=triton.next_power_of_2(head_dim),
-        **launch_options(),
+        HAS_KV_SCALES=kv_scales is not None, **launch_options(),
     )  # fmt: skip
     return out

@@ -172,6 +172,11 @@ class Decoder(nn.Module):
         x, due = self.block_forward(layer, x, due, cos, sin, kv_cache, metadata)
         return self.leave(self, x, due)
 
+    @property
+    def kv_scales(self) -> list[Tensor]:
+        """Per layer, the scales [2] of keys and values in an FP8 cache; to be written in place."""
+        return [cast("DecoderBlock", layer).attn.kv_scales for layer in self.layers]
+
     def untie_head(self) -> None:
         """Give the output head an uninitialised matrix of its own, and update `spec`."""
         self.spec = replace(self.spec, tie_word_embeddings=False)

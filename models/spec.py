@@ -288,6 +288,11 @@ class ModelSpec:
         return dtype
 
     @property
+    def torch_kv_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.kv_dtype or self.dtype)
+        return dtype
+
+    @property
     def embedding_width(self) -> int:
         return self.embedding_size or self.hidden_size
 
@@ -342,8 +347,7 @@ class ModelSpec:
 
     def cache_of(self, layer: LayerSpec) -> LayerCache:
         """What the layer keeps of the tokens that it has seen."""
-        dtype: torch.dtype = getattr(torch, self.kv_dtype or self.dtype)
-        return layer.attn.cache(dtype)
+        return layer.attn.cache(self.torch_kv_dtype)
 
     @property
     def layer_caches(self) -> tuple[LayerCache, ...]:

@@ -28,6 +28,7 @@ from compiledllm.kernels.attention import (
 from compiledllm.kernels.backend import AttentionBackend, AttentionMetadata, ScoreOptions
 from compiledllm.models.checkpoint import INDEX, is_derived, weight_files
 from compiledllm.models.decoder import Decoder
+from compiledllm.models.layers.attention import scales_for
 from compiledllm.models.spec import AttentionSpec, ModelSpec
 from compiledllm.models.weights import fill_with_random_weights
 
@@ -44,6 +45,7 @@ class _Paged(NamedTuple):
     attn: AttentionMetadata
     specs: tuple[AttentionSpec, ...]
     backend: AttentionBackend
+    kv_scales: Tensor  # [layers, 2]
 
 
 def _attend(
@@ -64,8 +66,9 @@ def _attend(
     index: Any = module.layer_idx
     kv_cache, spec, backend = paged.kv_caches[index], paged.specs[index], paged.backend
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    store_kv(k, v, kv_cache, paged.attn.slot_mapping, backend)
-    form = ScoreOptions(spec.scale, spec.sliding_window, spec.soft_cap, s_aux)
+    scales = scales_for(kv_cache, paged.kv_scales[index])
+    store_kv(k, v, kv_cache, paged.attn.slot_mapping, backend, scales)
+    form = ScoreOptions(spec.scale, spec.sliding_window, spec.soft_cap, s_aux, scales)
     out = paged_attention(q, kv_cache, paged.attn, form, backend)
     return out.unsqueeze(0), None
 
@@ -79,6 +82,9 @@ class _Body(nn.Module):
         self.spec = spec.architecture  # key of the compiled block: there is just one body
         self._attention = tuple(layer.attn for layer in spec.layers)
         self._backend = backend
+        self.kv_scales: Tensor
+        ones = torch.ones(len(spec.layers), 2, dtype=torch.float32)
+        self.register_buffer("kv_scales", ones, persistent=False)
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, kv_caches: list[Tensor], attn: AttentionMetadata
@@ -87,7 +93,7 @@ class _Body(nn.Module):
             input_ids=input_ids.unsqueeze(0),
             position_ids=positions.unsqueeze(0),
             use_cache=False,
-            paged=_Paged(kv_caches, attn, self._attention, self._backend),
+            paged=_Paged(kv_caches, attn, self._attention, self._backend, self.kv_scales),
         )
         hidden: Tensor = out[0].squeeze(0)
         return hidden
@@ -133,6 +139,11 @@ class TransformersModel(nn.Module):
         self.head = module
         self.block_forward: Callable[..., Tensor] = _Body.forward
         self.takes_sampled_tokens = False
+
+    @property
+    def kv_scales(self) -> list[Tensor]:
+        """See `Decoder.kv_scales`."""
+        return list(self.body.kv_scales)
 
     def forward(
         self,

@@ -31,6 +31,7 @@ from compiledllm.models.checkpoint import (
 )
 from compiledllm.models.decoder import Decoder
 from compiledllm.models.formats.gather import Gatherer
+from compiledllm.models.formats.kv_scales import parse_name
 from compiledllm.models.formats.quantized import MatrixSlot, Quantized
 from compiledllm.models.formats.slicing import Content, shape_of, split_rows
 from compiledllm.models.formats.weight_format import Slot, TensorSlot
@@ -90,7 +91,7 @@ def _stored(
     for name, tensor in tensors:
         if scheme is not None and _is_empty_bias(name, tensor, rules, slots):
             continue
-        if rules.is_used(name):
+        if rules.is_used(name) and parse_name(name) is None:  # see `formats.kv_scales`
             yield name, tensor if prepare is None else prepare(name, tensor, model.spec)
 
 

@@ -38,6 +38,7 @@ def facts(plan: Plan) -> dict[str, Any]:
         "attention_backend": str(plan.report["attention_backend"]),
         "quantization": spec.quantization or "none",
         "weight_bytes": weight_bytes,
+        "kv_cache_dtype": plan.options()["kv_cache_dtype"],
         "kv_groups": str(layout),
         "kv_bytes_per_token": layout.bytes_in_windows,
         "kv_bytes_per_token_past_windows": layout.bytes_past_windows,
@@ -66,6 +67,7 @@ def start_lines(plan: Plan, worker: Worker, startup_s: dict[str, float]) -> dict
         "attention": report["attention_backend"],
         "memory": report.get("memory"),
         "KV cache": _cache_line(plan, worker),
+        "KV scales": report.get("kv_scales"),
         "KV groups": report["kv_groups"] if has_windows else None,
         "context": report["max_model_len"],
         "batch": f"at most {limits.max_num_seqs} requests, "

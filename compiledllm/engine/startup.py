@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 
-from compiledllm.config import Choice, ConfigError, EngineConfig, Report
+from compiledllm.config import CacheConfig, Choice, ConfigError, EngineConfig, Report
 from compiledllm.kernels.backend import AttentionBackend
 from compiledllm.log import log
 from compiledllm.models.registry import load_spec
@@ -35,7 +35,7 @@ def plan(config: EngineConfig) -> Plan:
         _note_transformers(config, stored.architecture, report)
     dtype = platform.choose_dtype(model.dtype, stored.dtype)
     report.note("dtype", dtype)
-    spec = stored.with_dtypes(str(dtype.value))
+    spec = stored.with_dtypes(str(dtype.value), _kv_dtype(config.cache, str(dtype.value)))
     backend = _backend(resolved, spec, platform, report)
     if not backend.runs_ahead:
         reason = f"{backend.name} plans step by step"
@@ -55,6 +55,19 @@ def plan(config: EngineConfig) -> Plan:
         max_useful_blocks=_blocks_of_all(layout, resolved.limits),
         report=report,
         seconds=time.perf_counter() - started,
+    )
+
+
+def _kv_dtype(cache: CacheConfig, dtype: str) -> str:
+    """torch's name of the KV cache's dtype; "": the model's."""
+    asked = cache.kv_cache_dtype
+    if asked in ("auto", dtype):
+        return ""
+    if asked.startswith("fp8"):
+        return "float8_e4m3fn"
+    raise ConfigError(
+        f"kv_cache_dtype='{asked}' is neither the model's dtype ({dtype}) nor fp8; leave it out, "
+        f"use fp8, or set dtype='{asked}' too"
     )
 
 

@@ -48,7 +48,7 @@ def _prepare(
 ) -> str | None:
     """Prepare the backend; return the reason why it cannot run the model, or None."""
     layers, dtype = [layer.attn for layer in spec.layers], spec.torch_dtype
-    if obstacle := backend.why_not(layers, dtype):
+    if obstacle := backend.why_not(layers, dtype, spec.torch_kv_dtype):
         return obstacle
     try:
         max_pages = (limits.max_num_seqs + 1) * limits.blocks_per_request

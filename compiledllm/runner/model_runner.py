@@ -193,7 +193,7 @@ class ModelRunner:
     @torch.inference_mode()
     def capture(self, shapes: list[StepShape]) -> StepGraphs:
         """Capture a CUDA graph of a step for each shape. CUDA only."""
-        vocab_size, dtype = self.model.spec.vocab_size, self.kv_caches[0].dtype
+        vocab_size, dtype = self.model.spec.vocab_size, self.model.spec.torch_dtype
         max_rows = max(shape.num_rows for shape in shapes)
         self.logits = torch.empty(max_rows, vocab_size, dtype=dtype, device=self.device)
         padding = StepLayout.empty()
@@ -276,4 +276,4 @@ class ModelRunner:
         """Zero KV blocks that may hold NaN, since masking by a product with zero keeps a NaN."""
         index = to_device(np.array(block_ids), self.device)
         for kv_cache in {id(c): c for c in self.kv_caches}.values():  # layers may share a cache
-            kv_cache[:, index] = 0
+            kv_cache.view(torch.uint8)[:, index] = 0  # torch does not index all FP8 tensors

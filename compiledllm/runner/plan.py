@@ -43,12 +43,17 @@ class Plan:
     def block_bytes(self) -> int:
         return self.kv_layout.block_bytes(self.config.limits.block_size)
 
+    @property
+    def has_fp8_cache(self) -> bool:
+        return self.spec.torch_kv_dtype.itemsize == 1
+
     def options(self) -> dict[str, Any]:
         """All options by name, as resolved. The size of the KV cache is known by the worker."""
         is_dummy = self.config.asked.model.load_format == "dummy"
         return self.config.options() | {
             "load_format": "dummy" if is_dummy else "safetensors",
             "dtype": self.spec.dtype,
+            "kv_cache_dtype": "fp8" if self.has_fp8_cache else self.spec.dtype,
             "device": str(self.platform.device),
             "attention_backend": self.backend.name,
             "model_impl": self.spec.implementation,

@@ -21,8 +21,10 @@ from compiledllm.config import Choice, Report
 from compiledllm.models.build import build_model
 from compiledllm.models.decoder import Decoder
 from compiledllm.models.deterministic import fixed_order
+from compiledllm.models.formats.kv_scales import stored_kv_scales
 from compiledllm.models.layers.linear import Matrix
 from compiledllm.runner.kv_cache import allocate_kv_caches, plan_num_blocks
+from compiledllm.runner.kv_scales import set_kv_scales
 from compiledllm.runner.memory import (
     check_gpu_is_free,
     max_sampling_bytes,
@@ -72,6 +74,8 @@ class Worker:
             self.report.note("tie_word_embeddings", own_head)
         if products := _products(self._model):
             self.report.note("products", Choice(products, self.spec.quantization))
+        if plan.has_fp8_cache:
+            self.report.note("kv_scales", self._set_kv_scales())
         self.startup_s["weights"] = time.perf_counter() - started
 
     # -- steps ---------------------------------------------------------------------------------
@@ -132,6 +136,11 @@ class Worker:
         finally:
             torch.set_default_dtype(default)
         return model.eval()
+
+    def _set_kv_scales(self) -> Choice:
+        is_dummy = self.plan.config.asked.model.load_format == "dummy"
+        stored = {} if is_dummy else stored_kv_scales(self.plan.checkpoint)
+        return set_kv_scales(self._model, stored, self.plan.config.limits)
 
     def _plan_memory(self) -> int:
         """Bytes of the engine's share of a GPU that the KV cache cannot have."""

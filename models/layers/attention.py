@@ -39,6 +39,9 @@ class PagedAttention(nn.Module):
             self.q_norm = make.norm(spec.qk_norm, *spec.qk_norm_shape(spec.num_heads))
             self.k_norm = make.norm(spec.qk_norm, *spec.qk_norm_shape(spec.num_kv_heads))
         self.sinks = empty_parameter(spec.num_heads) if spec.has_sinks else None
+        # Read with an FP8 cache only. A tensor, so that layers of equal specs share compiled code.
+        self.kv_scales: Tensor
+        self.register_buffer("kv_scales", torch.ones(2, dtype=torch.float32), persistent=False)
         self.out = make.linear("out", spec.q_size, {"": hidden_size}, spec.output_bias)
 
     def forward(
@@ -54,7 +57,13 @@ class PagedAttention(nn.Module):
             q, k, v = torch.split(qkv, [spec.q_size, spec.kv_size, spec.kv_size], dim=-1)
             q = self._rotate(q, self.q_norm, cos, sin)
             self._rotate_then_store(k, v, cos, sin, kv_cache, attn.slot_mapping)
-        options = ScoreOptions(spec.scale, spec.sliding_window, spec.soft_cap, self.sinks)
+        options = ScoreOptions(
+            spec.scale,
+            spec.sliding_window,
+            spec.soft_cap,
+            self.sinks,
+            scales_for(kv_cache, self.kv_scales),
+        )
         context = paged_attention(q, kv_cache, attn, options, self.backend)
         out: Tensor = self.out(context.view(-1, spec.q_size))
         return out
@@ -91,6 +100,7 @@ class PagedAttention(nn.Module):
             kv_cache,
             slot_mapping,
             num_heads,
+            scales_for(kv_cache, self.kv_scales),
         )
 
     def _rotate_then_store(
@@ -104,7 +114,8 @@ class PagedAttention(nn.Module):
     ) -> None:
         """Rotate in plain torch, which the compiler fuses, then store. k, v: [tokens, kv_size]."""
         k = self._rotate(k, self.k_norm, cos, sin)
-        store_kv(k, v.view(k.shape), kv_cache, slot_mapping, self.backend)
+        scales = scales_for(kv_cache, self.kv_scales)
+        store_kv(k, v.view(k.shape), kv_cache, slot_mapping, self.backend, scales)
 
     def _rotate(self, part: Tensor, norm: nn.Module | None, cos: Tensor, sin: Tensor) -> Tensor:
         """Normalise and rotate [tokens, heads * head_dim]: [tokens, heads, head_dim]."""
@@ -115,6 +126,11 @@ class PagedAttention(nn.Module):
         if norm is not None and spec.qk_norm_over != "whole":
             part = norm(part)
         return apply_rope(part, cos, sin, spec.rope.interleaved) if spec.rope.rotary_dim else part
+
+
+def scales_for(kv_cache: Tensor, kv_scales: Tensor) -> Tensor | None:
+    """The scales if the cache is FP8; other caches hold keys and values as they are."""
+    return kv_scales if kv_cache.dtype.itemsize == 1 else None
 
 
 def can_fuse(spec: AttentionSpec) -> bool:

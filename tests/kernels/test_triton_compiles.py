@@ -52,7 +52,7 @@ TYPES = {
     "last_token_ids": "*i64", "num_computed_tokens": "*i64", "of_group": "*i32",
     "input_ids": "*i64", "lengths": "*i64", "indices": "*i64", "max_blocks": "i32",
     "sample_rows": "*i64", "drawn": "*i64", "padding_row": "i32", "num_samples": "i32",
-    "num_tokens": "i32",
+    "num_tokens": "i32", "kv_scales": "*fp32",
 }
 FLOATS = {
     "query", "key", "value", "kv_cache", "out", "logits", "qkv", "q_weight", "k_weight", "cos",
@@ -61,12 +61,20 @@ FLOATS = {
 
 
 def check(kernel, dtype, tiling=None, num_warps=4, **constants):
+    # A kernel that knows scales of the KV cache is also compiled for a cache in FP8.
+    if "HAS_KV_SCALES" in kernel.arg_names and "HAS_KV_SCALES" not in constants:
+        check(kernel, dtype, tiling, num_warps, HAS_KV_SCALES=False, **constants)
+        constants["HAS_KV_SCALES"] = True
+        if int(sys.argv[1]) < 90:  # no FP8 before 89
+            return
     constants["OVERLAP"] = int(sys.argv[1]) >= 90
     if tiling is not None:
         constants |= {name.upper(): size for name, size in dataclasses.asdict(tiling).items()}
     names = kernel.arg_names
     constants = {name: value for name, value in constants.items() if name in names}
     types = TYPES | {name: "*" + dtype for name in FLOATS}
+    if constants.get("HAS_KV_SCALES"):
+        types["kv_cache"] = "*fp8e4nv"
     if kernel is sampling._row_kernel:
         types["out"] = "*i64"
     signature = {name: "constexpr" if name in constants else types[name] for name in names}

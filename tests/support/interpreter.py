@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import torch
+
 
 def make_faster() -> None:
     """Replace the language at a launch, and at a function's first call for its own module."""
@@ -26,3 +29,27 @@ def make_faster() -> None:
             raise InterpreterError(repr(error)) from error
 
     interpreter.InterpretedFunction.__call__ = call
+
+
+def make_fp8_exact() -> None:
+    """Convert FP8 as GPUs and torch do: the interpreter rounds ties away and forgets the carry."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+    dtypes = {
+        tl.float8e4nv: torch.float8_e4m3fn,
+        tl.float16: torch.float16,
+        tl.bfloat16: torch.bfloat16,
+        tl.float32: torch.float32,
+    }
+
+    def convert_float(data: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if tl.float8e4nv not in (source, target) or not {source, target} <= dtypes.keys():
+            return convert(data, source, target, rounding)
+        bits = torch.from_numpy(np.frombuffer(bytearray(data.tobytes()), np.uint8))
+        out = bits.view(dtypes[source]).to(dtypes[target]).view(torch.uint8)
+        unsigned = getattr(np, f"uint{target.primitive_bitwidth}")
+        return out.numpy().view(unsigned).reshape(data.shape)
+
+    interpreter._convert_float = convert_float

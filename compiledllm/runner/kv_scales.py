@@ -1,0 +1,102 @@
+"""Sets the scales of an FP8 KV cache: the checkpoint's, or measured on a built-in prompt.
+
+FP8 (e4m3) ends at 448, and larger values are clamped. Scales of 1 fit many models and ruin some,
+e.g. those whose keys have a large bias, so a layer without scales is always measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from compiledllm.config import Choice
+from compiledllm.kernels.backend import MAX_FP8, AttentionMetadata
+from compiledllm.log import log
+from compiledllm.models.decoder import Decoder
+from compiledllm.resolved_config import StepLimits
+from compiledllm.runner.kv_cache import allocate_kv_caches
+from compiledllm.runner.kv_layout import whole_contexts
+
+MAX_CLIPPED = 0.001  # share of a layer's keys or values that a checkpoint's scales may clamp
+_MAX_PROMPT = 512  # tokens
+# Room above the largest value that was measured. FP8 has a floating point: 448 is 28672 times the
+# smallest normal number, so room costs no precision until values are thousands of times smaller.
+_ROOM = 4.0
+
+
+@torch.inference_mode()
+def set_kv_scales(model: Decoder, stored: Mapping[int, Tensor], limits: StepLimits) -> Choice:
+    """Set `model.kv_scales`. Returns where the scales came from.
+
+    stored: layer -> [2], the checkpoint's. A layer whose stored scales clamp more than MAX_CLIPPED
+    of the prompt's keys or values gets measured scales, with a warning.
+    """
+    num_stored = 0
+    for layer, cache in enumerate(_caches_of_prompt(model, limits)):
+        found = stored.get(layer)
+        if found is not None and (clipped := _share_clipped(cache, found)) > MAX_CLIPPED:
+            log.warning(
+                "layer %d: the checkpoint's KV scales %s clamp %.1f %% of the values of a test "
+                "prompt; measured scales are used",
+                *(layer, found.tolist(), clipped * 100),
+            )
+            found = None
+        num_stored += found is not None
+        model.kv_scales[layer].copy_(_measured(cache) if found is None else found)
+    num_layers = len(model.kv_scales)
+    if num_stored == num_layers:
+        return Choice("checkpoint", "its scales clamp next to nothing of a test prompt")
+    measured = f"measured on a prompt of {_prompt_length(limits)} tokens"
+    if not num_stored:
+        return Choice("measured", f"the checkpoint has no scales that fit; {measured}")
+    reason = f"{num_stored} of {num_layers} layers: the checkpoint's; others: {measured}"
+    return Choice("mixed", reason)
+
+
+def _prompt_length(limits: StepLimits) -> int:
+    return min(_MAX_PROMPT, limits.max_num_batched_tokens, limits.max_model_len)
+
+
+def _caches_of_prompt(model: Decoder, limits: StepLimits) -> list[Tensor]:
+    """Per layer, keys and values of the built-in prompt in the model's dtype, [2, tokens, ...].
+
+    The prompt is random token ids of the whole vocabulary, the same ones at every start.
+    """
+    num_tokens, size = _prompt_length(limits), limits.block_size
+    num_blocks = -(-num_tokens // size)
+    spec = model.spec.with_dtypes(model.spec.dtype)
+    device = next(model.parameters()).device
+    layout = whole_contexts(spec.layer_caches)
+    caches = allocate_kv_caches(layout, num_blocks, size, device)
+    generator = torch.Generator("cpu").manual_seed(0)
+    ids = torch.randint(spec.vocab_size, (num_tokens,), generator=generator, device="cpu")
+    positions = torch.arange(num_tokens, device=device)
+    attn = AttentionMetadata(
+        slot_mapping=positions + size,  # behind the null block
+        block_tables=torch.arange(1, num_blocks + 1, dtype=torch.int32, device=device)[None],
+        seq_lens=torch.tensor([num_tokens], dtype=torch.int32, device=device),
+        query_start_loc=torch.tensor([0, num_tokens], dtype=torch.int32, device=device),
+    )
+    model(ids.to(device), positions, caches, [attn] * len(caches))
+    return [cache.flatten(1, 2)[:, size : size + num_tokens] for cache in caches]
+
+
+def _share_clipped(cache: Tensor, scales: Tensor) -> float:
+    """The larger one of keys' and values' shares that would be clamped."""
+    limits = (scales * MAX_FP8).tolist()
+    parts = zip(cache, limits, strict=True)
+    return max(float((x.abs() > limit).float().mean()) for x, limit in parts)
+
+
+def _measured(cache: Tensor) -> Tensor:
+    """[2], powers of two, with which FP8 keeps the same digits as with any other scale."""
+    return torch.tensor([_power_of_two(x.abs().max().item()) for x in cache])
+
+
+def _power_of_two(largest: float) -> float:
+    if not 0 < largest < math.inf:  # also NaN: the model's trouble, which shows elsewhere
+        return 1.0
+    return 2.0 ** math.ceil(math.log2(largest * _ROOM / MAX_FP8))
