@@ -17,6 +17,8 @@ from compiledllm import ConfigError, Engine, SamplingParams
 from compiledllm.cli import main
 from compiledllm.config import Choice, EngineConfig
 from compiledllm.engine.startup import plan
+from compiledllm.kernels.attention import make_backend
+from compiledllm.models.registry import load_spec
 from compiledllm.platform import Platform
 
 CPU: dict[str, Any] = {
@@ -253,3 +255,14 @@ def test_options_that_cannot_be_had_are_refused_with_a_way_out(
         engine_of(tiny_model("llama"), kv_cache_dtype="fp8_e5m2")
     with pytest.raises(ConfigError, match=r"kv_cache_dtype='float16' is neither.*\(float32\).*use"):
         engine_of(tiny_model("llama"), kv_cache_dtype="float16")
+
+
+def test_a_backend_without_fp8_is_replaced(tiny_model: Callable[..., Path]) -> None:
+    layers = [layer.attn for layer in load_spec(tiny_model("llama")).layers]
+    flashinfer, others = make_backend("flashinfer"), ("torch", "triton", "fixed_order")
+    flashinfer.head_dims = (16,)
+    reason = flashinfer.why_not(layers, torch.bfloat16, torch.float8_e4m3fn)
+    assert reason == "it has no kernels for a KV cache in float8_e4m3fn"
+    assert flashinfer.why_not(layers, torch.bfloat16, torch.bfloat16) is None
+    for name in others:
+        assert make_backend(name).why_not(layers, torch.bfloat16, torch.float8_e4m3fn) is None
