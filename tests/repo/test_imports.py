@@ -392,7 +392,12 @@ def python(program: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "statement",
-    ["import compiledllm", "from compiledllm import SamplingParams", "import compiledllm.cli"],
+    [
+        "import compiledllm",
+        "from compiledllm import SamplingParams",
+        "from compiledllm import Engine; isinstance(0, Engine)",
+        "import compiledllm.cli",
+    ],
 )
 def test_light_import_loads_no_heavy_package(statement: str) -> None:
     heavy = "{'torch', 'numpy', 'transformers', 'triton', 'safetensors', 'prompt_toolkit'}"
