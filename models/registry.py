@@ -16,6 +16,7 @@ from compiledllm.models.formats.assign import quantized_as_stored, quantized_onl
 from compiledllm.models.formats.methods import scheme_of
 from compiledllm.models.formats.stored import Scheme
 from compiledllm.models.names import NameRules
+from compiledllm.models.plain_config import plain_config
 from compiledllm.models.spec import ModelSpec
 
 # Architecture name in config.json -> module in compiledllm.models.families.
@@ -80,7 +81,7 @@ def load_spec(
         return _spec_by_probing(checkpoint, raw, architecture)
     family = family_of(architecture)
     with _as_config_errors(checkpoint):
-        spec: ModelSpec = family.spec_from_hf(_hf_config(checkpoint))
+        spec: ModelSpec = family.spec_from_hf(_config(checkpoint, raw))
         return _with_formats(spec, family, checkpoint, quantization)
 
 
@@ -167,6 +168,15 @@ def _spec_by_probing(checkpoint: Path, raw: dict[str, Any], architecture: str) -
             f"architecture '{architecture}' is not supported; supported: {', '.join(FAMILIES)}; "
             f"others as transformers runs them, but {error}"
         ) from error
+
+
+def _config(checkpoint: Path, raw: dict[str, Any]) -> Any:
+    """The config, read as data if its meaning is certain, and otherwise by transformers."""
+    plain = plain_config(raw)
+    if plain is None:
+        return _hf_config(checkpoint)
+    _check_sizes(plain)
+    return plain
 
 
 def _hf_config(checkpoint: Path) -> Any:
