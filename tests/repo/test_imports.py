@@ -72,7 +72,7 @@ DOORS: dict[str, tuple[str, ...]] = {
         "compiledllm.models.source",
         "compiledllm.models.transformers_model",
         "compiledllm.models.transformers_probe",
-        "compiledllm.engine.tokenizer",
+        "compiledllm.engine.tokenizer_class",
         "compiledllm.benchmarks",
     ),
     "tokenizers": ("compiledllm.models.gguf", "compiledllm.engine.tokenizer"),
