@@ -405,6 +405,11 @@ def test_light_import_loads_no_heavy_package(statement: str) -> None:
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
 
 
+def test_http_process_answers_before_any_torch() -> None:
+    done = python("import sys, compiledllm.server.launch; print('torch' in sys.modules)")
+    assert (done.returncode, done.stdout.strip()) == (0, "False"), done.stderr
+
+
 @pytest.mark.parametrize("folder", ["graphs", "models", "benchmarks"])
 def test_folder_under_its_bare_name_is_refused_with_the_right_name(folder: str) -> None:
     done = python(f"import {folder}")
