@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -15,7 +14,9 @@ from compiledllm.models.checkpoint import files_by_tensor, opened, weight_files
 from compiledllm.models.formats.assign import quantized_as_stored, quantized_online
 from compiledllm.models.formats.methods import scheme_of
 from compiledllm.models.formats.stored import Scheme
+from compiledllm.models.json_file import read_json
 from compiledllm.models.names import NameRules
+from compiledllm.models.plain_config import plain_config
 from compiledllm.models.spec import ModelSpec
 
 # Architecture name in config.json -> module in compiledllm.models.families.
@@ -71,7 +72,7 @@ def load_spec(
     weights while loading, a key of `formats.assign.ONLINE`. Raises ConfigError if `model_impl`
     cannot run the model, and for a quantised checkpoint of an unknown form.
     """
-    raw = _read_json(checkpoint / "config.json")
+    raw = read_json(checkpoint / "config.json")
     names = raw.get("architectures") or [f"(none; model_type={raw.get('model_type')!r})"]
     architecture = names if isinstance(names, str) else str(names[0])
     is_ours = architecture in FAMILIES
@@ -80,7 +81,7 @@ def load_spec(
         return _spec_by_probing(checkpoint, raw, architecture)
     family = family_of(architecture)
     with _as_config_errors(checkpoint):
-        spec: ModelSpec = family.spec_from_hf(_hf_config(checkpoint))
+        spec: ModelSpec = family.spec_from_hf(_config(checkpoint, raw))
         return _with_formats(spec, family, checkpoint, quantization)
 
 
@@ -112,7 +113,7 @@ def scheme_of_checkpoint(checkpoint: Path) -> Scheme | None:
 
 def _quantization_config(checkpoint: Path) -> dict[str, Any] | None:
     """The quantization_config, which may stand in several places; None: there is none."""
-    raw = _read_json(checkpoint / "config.json")
+    raw = read_json(checkpoint / "config.json")
     text = raw.get("text_config")
     for config in (raw, text if isinstance(text, dict) else {}):
         for name in ("quantization_config", "compression_config"):
@@ -122,7 +123,7 @@ def _quantization_config(checkpoint: Path) -> dict[str, Any] | None:
             if found:
                 return found
     path = checkpoint / "hf_quant_config.json"
-    return {"quant_method": "modelopt"} | _read_json(path) if path.exists() else None
+    return {"quant_method": "modelopt"} | read_json(path) if path.exists() else None
 
 
 _SCALES = (".scales", ".weight_scale", ".weight_scale_inv")
@@ -169,6 +170,15 @@ def _spec_by_probing(checkpoint: Path, raw: dict[str, Any], architecture: str) -
         ) from error
 
 
+def _config(checkpoint: Path, raw: dict[str, Any]) -> Any:
+    """The config, read as data if its meaning is certain, and otherwise by transformers."""
+    plain = plain_config(raw)
+    if plain is None:
+        return _hf_config(checkpoint)
+    _check_sizes(plain)
+    return plain
+
+
 def _hf_config(checkpoint: Path) -> Any:
     from transformers import AutoConfig  # takes a second, so not at the top of the module
 
@@ -205,48 +215,3 @@ def _refuse_quantized(checkpoint: Path, architecture: str, quantization: str | N
         f"{checkpoint}: quantised weights ({method}) are not supported for {architecture} as "
         "transformers runs it; use unquantised weights"
     )
-
-
-# Name in generation_config.json -> name of the sampling parameter.
-_GENERATION_DEFAULTS = {
-    "temperature": "temperature",
-    "top_p": "top_p",
-    "top_k": "top_k",
-    "min_p": "min_p",
-    "repetition_penalty": "repetition_penalty",
-    "max_new_tokens": "max_tokens",
-}
-
-
-def generation_defaults(checkpoint: Path) -> dict[str, Any]:
-    """The sampling parameters that generation_config.json sets; empty if there is no such file."""
-    found = _generation_config(checkpoint)
-    defaults = {ours: found.get(theirs) for theirs, ours in _GENERATION_DEFAULTS.items()}
-    return {name: value for name, value in defaults.items() if value is not None}
-
-
-def generation_eos_token_ids(checkpoint: Path) -> tuple[int, ...]:
-    """End-of-sequence ids of generation_config.json, as transformers' `generate` uses them."""
-    path = checkpoint / "generation_config.json"
-    eos = _generation_config(checkpoint).get("eos_token_id")
-    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if not all(isinstance(token_id, int) for token_id in ids):
-        raise ConfigError(f"{path}: eos_token_id must be a token id or a list of them, got {eos!r}")
-    return tuple(ids)
-
-
-def _generation_config(checkpoint: Path) -> dict[str, Any]:
-    path = checkpoint / "generation_config.json"
-    return _read_json(path) if path.exists() else {}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist: not a model directory") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content

@@ -15,14 +15,10 @@ import math
 import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any
 
 from compiledllm.config import EngineConfig
-from compiledllm.engine.beam_search import beam_search
 from compiledllm.engine.conversation import Message
-from compiledllm.engine.core import EngineCore
 from compiledllm.engine.prompts import (
     Prompt,
     as_conversations,
@@ -30,14 +26,14 @@ from compiledllm.engine.prompts import (
     one_per_prompt,
 )
 from compiledllm.engine.request_state import OutputStream, RequestState
-from compiledllm.engine.requests import RequestFactory
-from compiledllm.engine.shared_core import SharedCore
-from compiledllm.engine.startup import plan
 from compiledllm.engine.tokenizer import Tokenizer
 from compiledllm.log import show_logs
 from compiledllm.models.source import resolve_checkpoint
 from compiledllm.outputs import BeamSearchOutput, PositionLogprobs, RequestOutput
 from compiledllm.sampling_params import ALL_TOKENS, BeamSearchParams, SamplingParams
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 class Engine:
@@ -54,6 +50,12 @@ class Engine:
     """
 
     def __init__(self, model: str | Path | None = None, **options: Any) -> None:
+        # These modules import torch, which takes seconds: importing the class must not.
+        from compiledllm.engine.core import EngineCore
+        from compiledllm.engine.requests import RequestFactory
+        from compiledllm.engine.shared_core import SharedCore
+        from compiledllm.engine.startup import plan
+
         show_logs()
         self.core = EngineCore(plan(EngineConfig.from_options(model=model, **options)))
         self.config = self.core.config
@@ -196,6 +198,8 @@ class Engine:
         self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams
     ) -> list[BeamSearchOutput]:
         """The likeliest continuations of each prompt, best first."""
+        from compiledllm.engine.beam_search import beam_search
+
         return beam_search(self._requests, self.next_token_logprobs, as_prompts(prompts), params)
 
     def next_token_logprobs(
@@ -268,5 +272,7 @@ def _as_batch(states: list[RequestState]) -> list[RequestState]:
 
 
 def _progress_bar(total: int, enabled: bool) -> tqdm[Any]:
+    from tqdm import tqdm
+
     disable = not enabled or not sys.stderr.isatty()
     return tqdm(total=total, desc="processed prompts", unit="prompt", disable=disable)

@@ -15,7 +15,7 @@ from compiledllm.engine.tokenizer import Tokenizer
 from compiledllm.grammars.grammar import Grammars
 from compiledllm.grammars.library import Vocabulary, require_llguidance
 from compiledllm.log import log
-from compiledllm.models.registry import generation_defaults, generation_eos_token_ids
+from compiledllm.models.generation_config import generation_defaults, generation_eos_token_ids
 from compiledllm.sampling_params import ALL_TOKENS, MAX_BAD_WORDS, SamplingParams
 from compiledllm.types import RequestSpec
 

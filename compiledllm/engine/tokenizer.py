@@ -11,6 +11,7 @@ from typing import Any
 from compiledllm.config import ConfigError
 from compiledllm.engine.conversation import Message, TemplateForms, plain_messages
 from compiledllm.engine.pieces import Pieces
+from compiledllm.engine.tokenizer_class import load_tokenizer
 
 REPLACEMENT = "\ufffd"  # what a decode shows for invalid bytes
 MAX_TEMPLATES = 64  # chat templates whose forms of content are cached
@@ -22,20 +23,13 @@ CHARACTERS_PER_PIECE = 2**16  # size of the pieces in which the tokens of a long
 MIN_REFUSED_CHARACTERS = 2**20  # shorter texts are tokenised, whatever the vocabulary
 
 
-def warm_up() -> None:
-    """Import the modules that the first tokenizer needs, which takes some seconds."""
-    from transformers import AutoTokenizer  # noqa: F401
-
-
 class Tokenizer:
     """A Hugging Face tokenizer, loaded from a directory."""
 
     def __init__(self, directory: Path) -> None:
-        from transformers import AutoTokenizer
-
         self._template_forms: dict[str, TemplateForms] = {}  # by chat template
         try:
-            self.hf = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+            self.hf = load_tokenizer(directory)
         except Exception as error:  # transformers raises many kinds for "no tokenizer here"
             cause = str(error).strip().partition("\n")[0]
             raise ConfigError(

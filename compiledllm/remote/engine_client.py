@@ -17,7 +17,7 @@ from typing import Any, Literal
 from compiledllm.config import ConfigError
 from compiledllm.engine.request_state import RequestState
 from compiledllm.engine.requests import RequestFactory
-from compiledllm.engine.tokenizer import warm_up
+from compiledllm.engine.tokenizer_class import warm_up
 from compiledllm.grammars.library import Vocabulary
 from compiledllm.log import log
 from compiledllm.remote.admission import Load, check_admission

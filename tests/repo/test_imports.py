@@ -72,7 +72,7 @@ DOORS: dict[str, tuple[str, ...]] = {
         "compiledllm.models.source",
         "compiledllm.models.transformers_model",
         "compiledllm.models.transformers_probe",
-        "compiledllm.engine.tokenizer",
+        "compiledllm.engine.tokenizer_class",
         "compiledllm.benchmarks",
     ),
     "tokenizers": ("compiledllm.models.gguf", "compiledllm.engine.tokenizer"),
@@ -392,12 +392,22 @@ def python(program: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "statement",
-    ["import compiledllm", "from compiledllm import SamplingParams", "import compiledllm.cli"],
+    [
+        "import compiledllm",
+        "from compiledllm import SamplingParams",
+        "from compiledllm import Engine; isinstance(0, Engine)",
+        "import compiledllm.cli",
+    ],
 )
 def test_light_import_loads_no_heavy_package(statement: str) -> None:
     heavy = "{'torch', 'numpy', 'transformers', 'triton', 'safetensors', 'prompt_toolkit'}"
     done = python(f"import sys\n{statement}\nprint(*sorted({heavy} & set(sys.modules)))")
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+
+
+def test_http_process_answers_before_any_torch() -> None:
+    done = python("import sys, compiledllm.server.launch; print('torch' in sys.modules)")
+    assert (done.returncode, done.stdout.strip()) == (0, "False"), done.stderr
 
 
 @pytest.mark.parametrize("folder", ["graphs", "models", "benchmarks"])

@@ -1,0 +1,76 @@
+"""The tokenizer loaded past AutoTokenizer is the one that AutoTokenizer loads."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from compiledllm.engine.tokenizer_class import is_as_stored, load_tokenizer
+from tests.support.tiny import copy_tokenizer
+
+TEXTS = [
+    "The capital of France is",
+    " two  spaces\n\ttab",
+    "<|im_start|>user\nHi<|im_end|>",
+    "日本 🙂 é",
+    "",
+]
+
+
+def write(path: Path, **fields: object) -> None:
+    path.write_text(json.dumps(fields))
+
+
+def test_tokenizer_of_the_default_model_is_that_of_auto_tokenizer(default_model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    assert is_as_stored(default_model)
+    ours, theirs = load_tokenizer(default_model), AutoTokenizer.from_pretrained(default_model)
+    assert type(ours) is type(theirs)
+    assert ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+    assert ours.init_kwargs.keys() == theirs.init_kwargs.keys()
+    for name in ("chat_template", "special_tokens_map", "eos_token_id", "padding_side"):
+        assert getattr(ours, name) == getattr(theirs, name)
+    for text in TEXTS:
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text)
+        assert ours.decode(ids) == theirs.decode(ids)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "model"),
+    [
+        ({"tokenizer_class": "Qwen2Tokenizer"}, {"model_type": "llama"}),
+        ({"tokenizer_class": "PreTrainedTokenizerFast", "auto_map": {}}, {"model_type": "llama"}),
+        ({"tokenizer_class": "PreTrainedTokenizerFast"}, {"model_type": "mistral"}),
+        ({"tokenizer_class": "PreTrainedTokenizerFast"}, {}),
+        ({"tokenizer_class": ["PreTrainedTokenizerFast"]}, {"model_type": "llama"}),
+        ({}, {"model_type": "llama"}),
+    ],
+    ids=str,
+)
+def test_any_other_tokenizer_is_left_to_auto_tokenizer(
+    tokenizer: dict[str, object], model: dict[str, object], default_model: Path, tmp_path: Path
+) -> None:
+    copy_tokenizer(default_model, tmp_path)
+    write(tmp_path / "config.json", model_type="llama")
+    write(tmp_path / "tokenizer_config.json", tokenizer_class="TokenizersBackend")
+    assert is_as_stored(tmp_path)
+    write(tmp_path / "config.json", **model)
+    write(tmp_path / "tokenizer_config.json", **tokenizer)
+    assert not is_as_stored(tmp_path)
+
+
+def test_start_of_the_default_model_imports_no_compiler(default_model: Path) -> None:
+    program = (
+        "import sys; from compiledllm import Engine, SamplingParams;"
+        f"Engine({str(default_model)!r}, device='cpu', max_model_len=64)"
+        ".generate('Hi', SamplingParams(max_tokens=1));"
+        "print(sorted({'torch._dynamo', 'torch._inductor', 'triton'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
