@@ -81,7 +81,8 @@ __device__ __forceinline__ void read_record(Unit& unit, const u8* record, int la
 
 // x [rows, num_inputs], x_stride apart. codes: rows of row_bytes, or records; expert_bytes apart.
 // scales, zeros (8-bit): [outputs / 2^scale_shift, scale_stride]. row_scales: float [outputs] or null.
-// bias [outputs]. out [rows, num_outputs]. With experts, row_scales and bias are [experts, outputs].
+// bias [outputs]. out [rows, num_outputs]. With experts, all tensors of the matrix but codes are
+// contiguous, with a first dimension of experts.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) quantized_linear(
     const u16* x, const u8* __restrict__ codes, const u8* __restrict__ scales, const u8* __restrict__ zeros,
     const float* __restrict__ row_scales, const u16* __restrict__ bias, OUT* __restrict__ out,
@@ -101,6 +102,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantized_linear(
     const int expert = expert_of_block[blockIdx.y];
     if (expert >= num_experts) return;
     codes += expert * expert_bytes;
+    const long long scales_before = (long long)expert * (((num_outputs - 1) >> scale_shift) + 1) * scale_stride;
+    if (scales) scales += scales_before * SCALE_BYTES;
+    if (zeros) zeros += scales_before;
     if (row_scales) row_scales += (long long)expert * num_outputs;
     if (HAS_BIAS) bias += (long long)expert * num_outputs;
 #endif

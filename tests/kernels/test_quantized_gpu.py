@@ -189,7 +189,9 @@ def test_fp8_inputs(is_block, num_rows):
 
 
 @pytest.mark.parametrize("limit", [0.0, 7.0])
-@pytest.mark.parametrize("kind", [KINDS[0], KINDS[6], KINDS[10]], ids=lambda kind: kind[0])
+@pytest.mark.parametrize(
+    "kind", [KINDS[i] for i in (0, 1, 4, 6, 10)], ids=lambda kind: "-".join(map(str, kind))
+)
 def test_experts(kind, limit):
     num_experts, hidden, size, top_k = 8, 384, 256, 2
 
@@ -197,7 +199,12 @@ def test_experts(kind, limit):
         found = [Matrix(kind, n, k) for _ in range(num_experts)]
         ones = torch.ones(n, device="cuda")
         rows = torch.stack([ones if m.row_scales is None else m.row_scales for m in found])
-        parts = [torch.stack([m.codes for m in found]), None, None, rows, str(found[0].layout)]
+        stacked = [
+            None if getattr(found[0], name) is None
+            else torch.stack([getattr(m, name) for m in found])
+            for name in ("codes", "scales", "zeros")
+        ]  # fmt: skip
+        parts = [*stacked, rows, str(found[0].layout)]
         return parts, torch.stack([m.values for m in found]).to(torch.bfloat16)
 
     up, up_values = packed(2 * size, hidden)
