@@ -157,8 +157,12 @@ class AsyncEngine:
         factory = await self._factory()
         params = factory.defaults if params is None else params
         request_id = f"async-{next(self._request_ids)}" if request_id is None else request_id
-        # In a thread, since long texts and grammars take long.
-        state = await asyncio.to_thread(_make, factory, prompt, params, request_id, priority)
+        # The engine knows a request by an id that is never used twice: news of an aborted request
+        # may still be under way when its caller uses the id again. The request is made in a
+        # thread, since long texts and grammars take long.
+        core_id = f"{next(self._request_ids)}-{request_id}"
+        state = await asyncio.to_thread(_make, factory, prompt, params, core_id, priority)
+        state.request_id = request_id
         await self.start()  # the engine may have ended meanwhile
         try:
             (live,) = self._client.admit([state])

@@ -25,6 +25,7 @@ from compiledllm import (
     RequestOutputKind,
     SamplingParams,
 )
+from compiledllm.types import StepNews
 
 FAKE_ENGINE = (sys.executable, str(Path(__file__).parents[1] / "server" / "fake_engine.py"))
 LONG = SamplingParams(temperature=0, max_tokens=1000, ignore_eos=True)
@@ -133,6 +134,28 @@ def test_what_is_wrong_with_a_request_is_said_at_once(engine: AsyncEngine, run: 
 
     run(twice())
     assert run(outputs_of(engine, "x", greedy(1), request_id="same"))[-1].request_id == "same"
+
+
+def test_news_of_an_aborted_request_are_not_those_of_the_next_with_its_id(
+    engine: AsyncEngine, run: Run
+) -> None:
+    async def play() -> tuple[list[RequestOutput], list[RequestOutput]]:
+        expected = await outputs_of(engine, [5, 6, 7], greedy(4))
+        live = engine._client.live
+        stream = engine.generate("x", LONG, "again")
+        await anext(stream)
+        old_ids = live.engine_ids
+        await stream.aclose()
+        again = asyncio.create_task(outputs_of(engine, [5, 6, 7], greedy(4), request_id="again"))
+        async with asyncio.timeout(60):
+            while live.get("again") is None:
+                await asyncio.sleep(0)
+        live.take(StepNews(dict.fromkeys(old_ids, 9)))  # was under way
+        return expected, await again
+
+    expected, found = run(play())
+    assert found[-1].request_id == "again"
+    assert found[-1].outputs[0].token_ids == expected[-1].outputs[0].token_ids
 
 
 def is_idle(engine: AsyncEngine) -> bool:
