@@ -45,8 +45,9 @@ class Book:
         return self._completions.keys()
 
     def open(self, state: RequestState) -> None:
-        """Enter a request. Raises ValueError if its id is in use."""
-        if state.request_id in self.states:
+        """Enter a request. Raises ValueError if its id, or one of its completions', is in use."""
+        core_ids = (completion.spec.request_id for completion in state.completions)
+        if state.request_id in self.states or any(i in self._completions for i in core_ids):
             raise ValueError(f"request_id '{state.request_id}' is already in use")
         self.states[state.request_id] = state
         self.expect(state)

@@ -69,6 +69,14 @@ def test_id_may_be_used_again_only_when_its_request_has_left() -> None:
     assert book.take(StepNews({"r": 97})).grown == [second]
 
 
+def test_id_of_another_requests_completion_is_in_use() -> None:
+    both = state_of("r", n=2)
+    book = book_of(both)
+    with pytest.raises(ValueError, match="'0_r' is already in use"):
+        book.open(state_of("0_r"))
+    assert book.take(StepNews({"0_r": 97})).grown == [both]
+
+
 def test_text_that_cannot_be_made_raises_in_its_own_call() -> None:
     ended: list[tuple[str, str]] = []
     steps = iter([StepNews({"broken": NO_LETTER, "whole": 97}), StepNews({"whole": 98})])
