@@ -13,6 +13,7 @@ import hashlib
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,10 +107,23 @@ def _compiled(source: str, options: tuple[tuple[str, int], ...], architecture: s
     if path.is_file():
         return path.read_bytes()
     code = _compile(text, source, flags)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(code)
-    os.replace(file.name, path)
+    _keep(code, path)
     return code
+
+
+def _keep(code: bytes, path: Path) -> None:
+    """Write a file of the cache whole, or leave it out where the folder cannot be written."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            try:
+                file.write(code)
+                file.flush()
+                os.replace(file.name, path)
+            except OSError:
+                os.unlink(file.name)
+                raise
+    except OSError as error:
+        warnings.warn(f"a compiled kernel is not kept for the next start: {error}", stacklevel=2)
 
 
 def _with_includes(text: str) -> str:
@@ -141,11 +155,11 @@ def _compile(text: str, name: str, flags: Sequence[str]) -> bytes:
 
 @functools.cache
 def _cache_folder() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(home) / "compiledllm" / "kernels"
     try:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(home) / "compiledllm" / "kernels"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home
         folder = Path(tempfile.mkdtemp(prefix="compiledllm-kernels-"))
     return folder
 

@@ -81,7 +81,7 @@ def pack(
     block_rows = 1 if len(scales) == num_outputs else _BLOCK
     group = codes.shape[1] // scales.shape[1]
     ones = torch.ones(num_outputs, dtype=torch.float32, device=codes.device)
-    if codes.shape[1] % 16:
+    if codes.shape[1] % 16 or num_inputs % 8:  # 16 bytes of codes, and of x, are loaded at once
         return None
     if scales.shape[1] == 1 and zeros is None and block_rows == 1:
         layout = Layout(code, 0, "float32", False)

@@ -205,7 +205,7 @@ def _routing_arguments(codes: Tensor, routing: Routing | None) -> tuple[Any, ...
 def _aligned(x: Tensor) -> Tensor:
     """x with rows that begin at multiples of 16 bytes."""
     is_aligned = x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
-    return x if is_aligned else x.contiguous()
+    return x if is_aligned else x.clone(memory_format=torch.contiguous_format)
 
 
 @functools.cache

@@ -25,6 +25,8 @@ from compiledllm.kernels.records import TILE
 from compiledllm.models.formats.weight_format import Params, Slot, WeightFormat
 from compiledllm.models.matrices import QuantSpec
 
+_DTYPES = (torch.bfloat16, torch.float16)  # of the kernels' inputs
+
 
 @dataclass(frozen=True, slots=True)
 class PackedFormat:
@@ -111,10 +113,13 @@ class PackedFormat:
 def for_device(
     spec: QuantSpec, params: Params, in_features: int
 ) -> tuple[WeightFormat, dict[str, Tensor | None]] | None:
-    """Pack the tensors of a `Quantized` matrix, if their device has kernels for its groups."""
+    """Pack the tensors of a `Quantized` matrix, if there are kernels for its groups.
+
+    The kernels must be the device's, and for the model's dtype, which is the default one now.
+    """
     codes, scales, zeros, order = params
     assert codes is not None and scales is not None
-    if not can_pack(codes.device):
+    if not can_pack(codes.device) or torch.get_default_dtype() not in _DTYPES:
         return None
     has_experts = codes.dim() == 3
     matrices = []
