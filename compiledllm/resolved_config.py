@@ -37,11 +37,10 @@ class StepLimits:
 
 @dataclass(frozen=True, slots=True)
 class ResolvedConfig:
-    """The options of one engine. asked: as the user gave them; for an option that may be left open
-    there, the field here has the value.
+    """The options of one engine: those that the user gave, and the values of those left open.
 
-    mixed_prompt_tokens: most prompt tokens in a step in which requests decode; None: as many as
-    their numbers suggest.
+    asked: the options as the user gave them. mixed_prompt_tokens: maximum number of prompt tokens
+    in a step in which requests decode; None: `scheduler.policy.Pace` decides in each step.
     """
 
     asked: EngineConfig

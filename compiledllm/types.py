@@ -39,7 +39,7 @@ class Grammar(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RequestSpec:
-    """What was asked of one generation. Made once, and sent as it is to the engine's process.
+    """The description of one generation. Made once, never changed, sent to the engine's process.
 
     A new field of a request is one line here and one where the field is used.
 

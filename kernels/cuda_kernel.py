@@ -1,8 +1,9 @@
-"""Compiles and launches kernels in CUDA C++, with NVRTC, which torch brings, and the GPU's driver.
+"""Compiles kernels in CUDA C++ with NVRTC, which torch brings, and launches them with the driver.
 
-Triton cannot say which lane of a warp holds which element, which decoding 4- and 8-bit weights into
-the registers of a tensor-core instruction needs. Sources lie in `kernels/cuda/`. Compiled kernels
-are kept in a folder of the user's cache, by the hash of source and options.
+Some kernels must control which lane of a warp holds which element, in order to decode 4- and 8-bit
+weights into the registers of a tensor-core instruction; Triton has no such control. Sources lie in
+`kernels/cuda/`. Machine code is cached in `compiledllm/kernels/` of $XDG_CACHE_HOME or ~/.cache,
+under a hash of the source, the CUDA version and the compiler's flags.
 """
 
 from __future__ import annotations
@@ -33,7 +34,11 @@ class CudaError(RuntimeError):
 
 
 class CudaKernel:
-    """The kernel `name` of `kernels/cuda/<source>`, compiled with `options` as macros."""
+    """The kernel `name` of `kernels/cuda/<source>`, compiled for the current device.
+
+    options: macros by name. shared_bytes: dynamic shared memory of a thread block. Raises CudaError
+    if the kernel cannot be compiled or loaded.
+    """
 
     def __init__(self, source: str, name: str, options: Mapping[str, int], shared_bytes: int = 0):
         code = _compiled(source, tuple(sorted(options.items())), _architecture())
@@ -49,10 +54,12 @@ class CudaKernel:
     def launch(
         self, grid: Sequence[int], num_threads: int, arguments: Sequence[Tensor | _Scalar | None]
     ) -> None:
-        """Launch on torch's current stream. A tensor is passed by its address, None as null.
+        """Launch on torch's current stream.
 
-        The kernel may start before its predecessor has ended, if the GPU can, and must wait itself
-        (`griddepcontrol.wait`).
+        grid: up to three numbers of thread blocks. num_threads: threads of a block. arguments: a
+        tensor is passed as its address, None as a null pointer. On a GPU with programmatic
+        dependent launch the kernel may start before its predecessor has ended, so its code must
+        wait (`griddepcontrol.wait`). Raises CudaError.
         """
         values = [_value_of(argument) for argument in arguments]
         addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))

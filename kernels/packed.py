@@ -1,8 +1,8 @@
-"""Quantised matrices in the layouts of the GPU kernels, and products with them.
+"""Quantised matrices in the layouts of the CUDA kernels, and products with them.
 
-`pack` turns a matrix as it was loaded into a `Packed` one, if there are kernels for it. Products
-are ops that the compiler sees as a whole; only FP8 products of many rows are traced, so that the
-compiler fuses the quantisation of their inputs with the operation before.
+`pack` rearranges a matrix from the layout of `kernels.quantized`, in which checkpoints are loaded,
+into a `Packed` one. Products are ops that are opaque to torch.compile, except for `fp8_linear`: the
+compiler traces it and fuses the quantisation of the inputs with the operation before.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ from compiledllm.kernels.ops import define
 from compiledllm.kernels.records import UNIT, pack_bytes, pack_records
 
 NIBBLES = ("int4", "fp4")
-MAX_ROWS_OF_16_BITS = 16  # from here on FP8 weights multiply FP8 inputs
-MAX_FEW_ROWS = 64  # from here on other weights are dequantised
-MAX_FP8 = 448.0
+MAX_ROWS_OF_16_BITS = 16  # with more rows, FP8 weights multiply FP8 inputs
+MAX_FEW_ROWS = 64  # with more rows, weights are dequantised to 16 bits first
+MAX_FP8 = 448.0  # largest finite value of float8_e4m3fn
 _BLOCK = 128
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How a matrix is stored. groups: scales of an output per 128 inputs; 0: one for all inputs.
+    """How a `Packed` matrix is stored.
 
-    scale_dtype: of groups, a name in torch. block_rows: outputs that share the scales of groups.
+    code: "fp8", "int8", "int4" or "fp4". groups: number of scales that an output has per 128
+    inputs; 0: none, `Packed.row_scales` are the only scales. scale_dtype: dtype of the groups'
+    scales, a name in torch. block_rows: number of outputs that share the groups' scales, 1 or 128.
     """
 
     code: str
@@ -44,17 +46,19 @@ class Layout:
     @staticmethod
     @functools.cache
     def parse(text: str) -> Layout:
-        """The inverse of `str`: ops take no objects."""
+        """The inverse of `str`. An op's arguments cannot be dataclasses, so ops get a text."""
         code, groups, scale_dtype, zeros, rows = text.split()
         return Layout(code, int(groups), scale_dtype, zeros == "1", int(rows))
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A matrix [N, K] for the kernels.
+    """A matrix [N outputs, K inputs] for the kernels: w = (code - zero) * scale * row_scale.
 
-    codes: fp8, int8: [N, K], int8 in the order of `pack_bytes`; int4, fp4: `pack_records`. scales,
-    zeros: of groups, [N / block_rows, groups of K]; None in records. row_scales: float32 [N].
+    codes: [N, K] for fp8; [N, K rounded up to 128] for int8, in the order of `pack_bytes`; uint8
+    records, which include scales and zeros, for int4 and fp4 (`pack_records`).
+    scales, zeros: [ceil(N / block_rows), groups * ceil(K / 128)]; None if there are none, and for
+    int4 and fp4. row_scales: float32 [N]; ones if the layout has groups.
     """
 
     layout: Layout
@@ -65,17 +69,17 @@ class Packed:
 
 
 def can_pack(device: torch.device) -> bool:
-    """Whether the device has the kernels: they use copies that came with compute capability 9."""
+    """Whether the device can run the kernels, whose bulk copies need compute capability 9.0."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def pack(
     code: str, codes: Tensor, scales: Tensor, zeros: Tensor | None, num_inputs: int
 ) -> Packed | None:
-    """Pack a matrix; None if there are no kernels for its groups.
+    """Pack a matrix; None if the kernels support neither its groups nor its number of inputs.
 
-    codes: [N, K], uint8 0..15 for int4 and fp4. scales, zeros: [N or N / 128, groups of K], where K
-    may have been padded to a multiple of 128.
+    codes: [N, K], uint8 0..15 for int4 and fp4. K: num_inputs, perhaps padded to a multiple of 128.
+    scales, zeros: [N or ceil(N / 128), K / group].
     """
     num_outputs = codes.shape[0]
     block_rows = 1 if len(scales) == num_outputs else _BLOCK
@@ -109,7 +113,10 @@ def _in_order(code: str, codes: Tensor, scales: Tensor | None, zeros: Tensor | N
 
 
 def _spread(part: Tensor, times: int, num_groups: int) -> Tensor:
-    """Repeat each column, and pad with zeros to so many columns. Of every dtype."""
+    """Repeat each column `times` times and pad with zeros to `num_groups` columns.
+
+    Works on bytes, because torch cannot repeat or pad tensors of every FP8 dtype.
+    """
     bits = part.view(torch.uint8).view(*part.shape, -1).repeat_interleave(times, 1)[:, :num_groups]
     bits = F.pad(bits, (0, 0, 0, num_groups - bits.shape[1])).contiguous()
     return bits.flatten(1).view(part.dtype)
@@ -136,7 +143,10 @@ def packed_linear(
     layout: str,
     num_outputs: int,
 ) -> Tensor:
-    """x [rows, K] -> [rows, num_outputs] in x's dtype, by a matrix of `Packed`'s tensors."""
+    """Multiply x [rows, K] by a matrix given as `Packed`'s tensors: [rows, num_outputs].
+
+    x is bfloat16 or float16, and so are bias and result. layout: `str` of a `Layout`.
+    """
     from compiledllm.kernels.quantized_cuda import quantized_product
 
     parts = codes, scales, zeros, row_scales
@@ -183,7 +193,7 @@ def packed_experts(
 
 
 def products_of(layout: Layout) -> str:
-    """Which kernels multiply which numbers of rows."""
+    """Describe, for the report at start, which kernels multiply which numbers of rows."""
     if _may_take_fp8_inputs(layout):
         return f"our kernel up to {MAX_ROWS_OF_16_BITS} rows, FP8 inputs for more in bfloat16"
     return f"our kernel up to {MAX_FEW_ROWS} rows, dequantised for more"
@@ -194,7 +204,11 @@ def _may_take_fp8_inputs(layout: Layout) -> bool:
 
 
 def takes_fp8_inputs(x: Tensor, layout: Layout, num_outputs: int) -> bool:
-    """Whether the product should be `fp8_linear`'s. In compiled code, known when it is traced."""
+    """Whether to multiply with `fp8_linear` instead of `packed_linear`.
+
+    Reads dtypes and shapes only. In compiled code the answer is therefore known while tracing, and
+    a variant for a range of row counts contains one of the two products.
+    """
     if not _may_take_fp8_inputs(layout) or x.dtype != torch.bfloat16:
         return False
     multiple = 16 if layout.groups == 0 else _BLOCK
@@ -209,9 +223,11 @@ def fp8_linear(
     row_scales: Tensor,
     bias: Tensor | None,
 ) -> Tensor:
-    """x bfloat16 [rows, K], quantised per row, or per row and 128 inputs if there are scales.
+    """Quantise x, bfloat16 [rows, K], to FP8 and multiply: bfloat16 [rows, N].
 
-    codes: float8_e4m3fn [N, K]. scales: float32 [N / 128, K / 128]. Traced by the compiler.
+    codes: float8_e4m3fn [N, K]. scales: float32 [N / 128, K / 128], or None. x gets a scale per row
+    and 128 inputs if there are `scales`, otherwise a scale per row. row_scales: float32 [N], used
+    only without `scales`. The compiler traces this function.
     """
     if scales is not None:
         groups = x.view(x.shape[0], -1, _BLOCK)
@@ -231,7 +247,7 @@ def _product_fake(x: Tensor, codes: Tensor) -> Tensor:
 
 @define("fp8_product", fake=_product_fake)
 def fp8_product(x: Tensor, codes: Tensor) -> Tensor:
-    """x, codes: float8_e4m3fn [rows, K], [N, K] -> bfloat16 [rows, N], without scales."""
+    """Multiply x [rows, K] by codes [N, K], both float8_e4m3fn: bfloat16 [rows, N], unscaled."""
     one = _one(x.device)
     return torch._scaled_mm(
         x, codes.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
@@ -249,7 +265,10 @@ def _block_product_fake(x: Tensor, _x_scales: Tensor, codes: Tensor, _scales: Te
 
 @define("fp8_block_product", fake=_block_product_fake)
 def fp8_block_product(x: Tensor, x_scales: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """The same with scales: x_scales [rows, K / 128], scales [N / 128, K / 128]."""
+    """Multiply x [rows, K] by codes [N, K], both float8_e4m3fn with scales: bfloat16 [rows, N].
+
+    x_scales: float32 [rows, K / 128]. scales: float32 [N / 128, K / 128].
+    """
     num_rows = x.shape[0]
     padding = -num_rows % 4  # a column of x_scales must be a multiple of 16 bytes
     if padding:

@@ -1,9 +1,14 @@
-"""Products with quantised matrices: the packed form in memory, and the ops that multiply by it.
+"""Quantised matrices as they are loaded, for every device, and ops in torch that multiply by them.
 
-fp8, int8: codes [N outputs, K inputs] as they are. int4, fp4: int32 [N, K / 8], eight codes a word,
-with K padded to a multiple of 128 by zeros, and scales by zeros. scales: [N / rows, K / group] of
-any floating-point dtype, w = (code - zero) * scale; rows is 1 or 128, the last 128 perhaps partial.
-The group follows from the shapes: every group has the same number of (padded) inputs.
+Each product dequantises the matrix first. `kernels.packed` has a second layout, for CUDA kernels.
+
+    w[n, k] = (code[n, k] - zero) * scale   with the zero and scale at [n // rows, k // group]
+
+codes: fp8, int8: [N outputs, K inputs]. int4, fp4: int32 [N, K / 8] with eight codes per word,
+where K is the number of inputs padded to a multiple of 128; padding codes and their scales are 0.
+scales: [ceil(N / rows), K / group] in any floating-point dtype; rows is 1 or 128. zeros: the same
+shape, or None: 8 for int4, otherwise 0. Ops derive the group from the shapes, as all groups have
+the same number of (padded) inputs.
 """
 
 from __future__ import annotations
@@ -37,7 +42,7 @@ def unpack_nibbles(words: Tensor) -> Tensor:
 def dequantize_packed(
     codes: Tensor, scales: Tensor, zeros: Tensor | None, code: str, num_inputs: int
 ) -> Tensor:
-    """The packed matrix as float32 [N, num_inputs]."""
+    """The matrix as float32 [N, num_inputs], without padding."""
     values = unpack_nibbles(codes) if code in NIBBLES else codes
     values = _e2m1_values(values) if code == "fp4" else values.float()
     if code == "int4" and zeros is None:
@@ -104,7 +109,7 @@ def quantized_experts(
     limit: float,
     code: str,
 ) -> Tensor:
-    """`moe_experts` with packed matrices: codes, scales and zeros as above, for each expert."""
+    """`moe.moe_experts` with quantised matrices: each tensor has a first dimension of experts."""
     num_rows, hidden = gate_up.shape[1], x.shape[1]
     matrices = (
         _Dequantized(gate_up, gate_up_scales, gate_up_zeros, code, hidden, x.dtype),
@@ -114,7 +119,7 @@ def quantized_experts(
 
 
 class _Dequantized:
-    """Packed matrices of experts, each of which is dequantised when asked for."""
+    """Quantised matrices of experts; indexing dequantises the matrix of one expert."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
-"""Products with quantised matrices on an NVIDIA GPU of compute capability 9.0 or more.
+"""Launches the CUDA kernels of quantised matrices; needs compute capability 9.0 or more.
 
-Up to `MAX_FEW_ROWS` rows are multiplied by `cuda/linear.cu`, which reads the codes once. For more
-rows the matrix is dequantised to 16 bits and multiplied by the library.
+Up to `MAX_FEW_ROWS` rows, `cuda/linear.cu` multiplies and reads each code once. For more rows,
+`cuda/dequantize.cu` writes the matrix in 16 bits and `kernels.linear` multiplies.
 """
 
 from __future__ import annotations
@@ -33,8 +33,12 @@ _SCALES = {
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """The work of a block: tiles of 16 outputs of a warp, warps beside each other over outputs and
-    over inputs, and units (8-bit) or chunks of units (4-bit) that are loaded ahead."""
+    """The work of a thread block of `cuda/linear.cu`; the kernel's macros have the same names.
+
+    row_tiles: tiles of 16 outputs per warp. n_warps, k_warps: warps that divide the outputs and
+    the inputs. depth: number of loads in flight per warp, each of one unit of 128 inputs for 8-bit
+    codes and of `chunk` units for 4-bit codes.
+    """
 
     row_tiles: int
     n_warps: int
@@ -44,6 +48,7 @@ class Tiling:
 
 
 def options_of(layout: Layout) -> dict[str, int]:
+    """The macros of `cuda/codes.cuh` for a layout."""
     scale = getattr(torch, layout.scale_dtype)
     return {
         "CODE": _CODES[layout.code],
@@ -54,9 +59,10 @@ def options_of(layout: Layout) -> dict[str, int]:
 
 
 def tiling_for(code: str, num_rows: int, num_outputs: int, num_inputs: int) -> Tiling:
-    """Fitted to the best of some 40 tilings on an H200, for the layers of an 8B model.
+    """Choose a tiling by rules fitted to the fastest of some 40 tilings on an H200.
 
-    Cold caches, share of the rate of a copy: 8 bits 65 to 89 % for one row, 4 bits 49 to 73 %.
+    Measured on the layers of an 8B model with cold caches. One row reads 8-bit weights at 65 to
+    89 % of the bandwidth of a copy, 4-bit weights at 49 to 73 %.
     """
     is_wide, is_long = num_outputs >= 16384, num_inputs >= 8192
     if num_rows > 32:
@@ -109,10 +115,11 @@ def _linear_kernel(
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """Blocks of `rows` items of one expert each.
+    """Which items each block of the grid multiplies. An item is a pair of a token and an expert.
 
-    items: int32 [blocks * rows], num_items and more: none; None: each item is a block.
-    block_experts: [blocks], num_experts and more: the block is empty.
+    block_experts: int32 [blocks], the expert of each block; num_experts or more: the block is
+    empty. items: int32 [blocks * rows], the items of each block; num_items or more: no item. None:
+    block i has item i only, and `rows` is 1.
     """
 
     block_experts: Tensor
@@ -120,7 +127,7 @@ class Routing:
     rows: int
     num_items: int
     num_experts: int
-    items_per_row: int  # of x
+    items_per_row: int  # items that share a row of x: top_k if rows are tokens, 1 if rows are items
 
 
 def quantized_product(
@@ -135,7 +142,10 @@ def quantized_product(
     tiling: Tiling | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """x [rows, K] -> [rows, num_outputs], in x's dtype, see `packed.Packed` for the matrix."""
+    """See `packed.packed_linear`. tiling: None chooses one.
+
+    out: [rows, num_outputs]; written and returned if given, but only for up to MAX_FEW_ROWS rows.
+    """
     num_rows, num_inputs = x.shape
     if num_rows > MAX_FEW_ROWS:
         weight = dequantized(
@@ -161,9 +171,11 @@ def launch_product(
     t: Tiling,
     routing: Routing | None = None,
 ) -> Tensor:
-    """Fill and return `out` [rows or items, outputs]: x's dtype or float32.
+    """Launch `cuda/linear.cu`. Fills and returns `out`, [rows, outputs] in x's dtype or float32.
 
-    With `routing` all tensors of the matrix have a first dimension of experts.
+    x: [rows, K] with up to MAX_FEW_ROWS rows that begin at multiples of 16 bytes. With `routing`,
+    `out` is [items, outputs], x may have any number of rows, and all tensors of the matrix have a
+    first dimension of experts.
     """
     (num_rows, num_inputs), num_outputs = x.shape, out.shape[1]
     rows_at_once = num_rows if routing is None else routing.rows
@@ -225,7 +237,10 @@ def dequantized(
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The matrix [num_outputs, num_inputs] in a 16-bit dtype, rounded once from float32."""
+    """Write a `Packed` matrix as [num_outputs, num_inputs] in a 16-bit dtype; returns `out`.
+
+    Each weight is computed in float32 and rounded once. out: None allocates the result.
+    """
     if out is None:
         out = torch.empty(num_outputs, num_inputs, dtype=dtype, device=codes.device)
     num_units = -(-num_inputs // UNIT)

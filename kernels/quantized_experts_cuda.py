@@ -1,4 +1,9 @@
-"""Expert MLPs with quantised matrices on a GPU: the products of `quantized_cuda`, item by item."""
+"""Expert MLPs with quantised matrices on a GPU.
+
+An item is a pair of a token and one of its experts, as in `moe_triton`. Few items per expert are
+multiplied by `quantized_cuda` in blocks of one expert each. For many items per expert all experts
+are dequantised to 16 bits and `moe_triton` multiplies.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +24,12 @@ from compiledllm.kernels.quantized_cuda import (
     launch_product,
 )
 
-_MAX_ITEMS_OF_EXPERT = 32  # on average; with more, the experts are dequantised
+_MAX_ITEMS_OF_EXPERT = 32  # on average over all experts; with more, they are dequantised
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertMatrix:
-    """The matrices of all experts, as `packed.Packed`, each tensor with a dimension in front."""
+    """The matrices of all experts: `packed.Packed`'s tensors with a first dimension of experts."""
 
     codes: Tensor
     scales: Tensor | None
@@ -38,12 +43,13 @@ class ExpertMatrix:
         return self.row_scales.shape[1]
 
     def times(self, x: Tensor, out: Tensor, routing: Routing) -> Tensor:
+        """Fill and return `out` [items, N]: each item's row of x times its expert's matrix."""
         parts = self.codes, self.scales, self.zeros, self.row_scales, self.bias
         tiling = _tiling_for(self.layout.code, routing.rows)
         return launch_product(x, *parts, self.layout, out, tiling, routing)
 
     def dequantized(self, num_inputs: int, dtype: torch.dtype) -> Tensor:
-        """[experts, N, num_inputs]"""
+        """All matrices in a 16-bit dtype, [experts, N, num_inputs]."""
         num_experts = len(self.codes)
         out = torch.empty(
             num_experts, self.num_outputs, num_inputs, dtype=dtype, device=self.codes.device
@@ -102,7 +108,7 @@ def _route(expert_ids: Tensor, num_experts: int) -> Routing:
 
 
 def _of_items(routing: Routing) -> Routing:
-    """The same blocks for inputs with a row for each item."""
+    """The same blocks for an x with a row per item instead of a row per token."""
     return Routing(
         routing.block_experts, routing.items, routing.rows, routing.num_items,
         routing.num_experts, 1,

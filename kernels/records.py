@@ -1,15 +1,17 @@
-"""The layouts of 4-bit and int8 weights in memory.
+"""The layouts of 4-bit and int8 weights in which `cuda/linear.cu` reads them.
 
-4-bit codes lie in records of 16 outputs and 128 inputs, with their scales. A warp reads a record as
-one piece, see `cuda/linear.cu`. Bytes of a record:
+4-bit codes lie in records of a tile (16 outputs) and a unit (128 inputs), together with their
+scales and zeros, so that a warp copies a record as one piece. Four lanes share an output, and a
+quarter is 32 of a unit's inputs, 8 for each of these lanes. A record consists of:
 
-- codes, [2, 8, 4, 4] words of 32 bits: half, output in the half, lane, quarter. A word has eight
-  codes, of the inputs 32 * quarter + 8 * lane + (0 ... 7): inputs 0, 2, 4, 6 in the lower half of
-  the word, 1, 3, 5, 7 in the upper half, from the lowest bits up.
-- scales, [8, 2, groups]: output in the half, half, groups of the 128 inputs.
-- zeros, uint8, likewise.
+- codes, [2, 8, 4, 4] words of 32 bits: half of the tile, output in the half, lane, quarter. A word
+  has the eight codes of inputs 32 * quarter + 8 * lane + (0 ... 7): inputs 0, 2, 4, 6 in its lower
+  16 bits and inputs 1, 3, 5, 7 in its upper 16 bits, from the lowest bits up.
+- scales, [8, 2, groups]: output in the half, half, group of the unit's inputs.
+- zeros, uint8 [8, 2, groups], if the codes have any.
 
-int8 codes lie in rows. Within 128 inputs, 16 bytes are a lane's codes of two quarters.
+int8 codes lie in rows, in units of [2 pairs of quarters, 4 lanes, 2 quarters, 8 inputs] bytes: 16
+bytes in a row are one lane's codes in two quarters.
 """
 
 from __future__ import annotations
@@ -25,9 +27,10 @@ _SHIFTS = tuple(4 * (i // 2) + 16 * (i % 2) for i in range(8))  # of a lane's ei
 
 
 def pack_records(codes: Tensor, scales: Tensor | None, zeros: Tensor | None) -> Tensor:
-    """uint8 codes 0..15 [N, K] -> uint8 [ceil(N / 16), ceil(K / 128), bytes of a record].
+    """Pack codes, uint8 [N, K] of 0..15: uint8 [ceil(N / 16), ceil(K / 128), bytes of a record].
 
-    scales, zeros: [N, groups], for groups of 16, 32, 64 or 128 inputs of K rounded up to 128.
+    scales (1 to 4 bytes each), zeros (uint8): [N, groups * ceil(K / 128)] with 1, 2, 4 or 8 groups
+    per 128 inputs, or None.
     """
     num_outputs, num_inputs = codes.shape
     num_units = -(-num_inputs // UNIT)
@@ -45,7 +48,7 @@ def pack_records(codes: Tensor, scales: Tensor | None, zeros: Tensor | None) -> 
 
 
 def _records_of_groups(part: Tensor, num_units: int) -> Tensor:
-    """[N, groups] -> the bytes of each tile and unit."""
+    """[N, groups of K] -> uint8 [tiles, units, bytes of 16 outputs and 128 inputs]."""
     part = part.contiguous().view(torch.uint8).view(part.shape[0], num_units, -1)
     part = F.pad(part, (0, 0, 0, 0, 0, -part.shape[0] % TILE))
     by_tile = part.view(-1, 2, 8, *part.shape[1:])  # tile, half, output, unit, bytes
@@ -55,9 +58,9 @@ def _records_of_groups(part: Tensor, num_units: int) -> Tensor:
 def unpack_records(
     records: Tensor, num_outputs: int, groups: int, scale_dtype: torch.dtype, has_zeros: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The inverse of `pack_records`: codes [N, K rounded up to 128], scales, zeros.
+    """The inverse of `pack_records`: codes uint8 [N, K rounded up to 128], scales and zeros.
 
-    groups: of a unit; 0: the records have no scales.
+    groups: number of groups per 128 inputs; 0: the records have no scales.
     """
     num_units = records.shape[1]
     words = records[..., :_CODE_BYTES].contiguous().view(torch.int32)
@@ -76,16 +79,16 @@ def unpack_records(
 
 
 def pack_bytes(codes: Tensor) -> Tensor:
-    """8-bit codes [N, K] -> [N, K rounded up to 128], in the order of the kernels."""
+    """Reorder int8 codes [N, K] as the module's docstring says: [N, K rounded up to 128]."""
     return _swap(F.pad(codes, (0, -codes.shape[1] % UNIT)), (2, 2, 4, 8))
 
 
 def unpack_bytes(codes: Tensor) -> Tensor:
-    """The inverse of `pack_bytes`, padding included."""
+    """The inverse of `pack_bytes`. The padding of the inputs stays."""
     return _swap(codes, (2, 4, 2, 8))
 
 
 def _swap(codes: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Swap the middle two dimensions of each unit, which has this shape."""
+    """View each unit of 128 codes in a shape of four dimensions and swap the middle two."""
     units = codes.reshape(codes.shape[0], -1, *shape)
     return units.transpose(3, 4).reshape(codes.shape)

@@ -1,8 +1,8 @@
-"""Folders that are made once and kept: made aside, checked when they are used, cleared up after.
+"""The cache of converted checkpoints: folders that appear complete or not at all.
 
-What is being made lies in a scratch folder, locked by its maker, so that whoever comes next can
-tell a killed maker from one at work, also on another machine. What is kept has a list of checksums,
-as a crash of the machine may leave zeros where data were.
+A folder is filled under a scratch name and then renamed. The process that fills it holds a file
+lock, by which other processes, also on other machines, tell a killed process from one at work. A
+finished folder has a list of checksums, because a crash of the machine may leave zeros in files.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from compiledllm.log import log
 
 DIGESTS = ".digests.json"
 _LOCK, _NEW_LOCK = ".lock", ".lock.new"
-_BLOCK = 2**24  # bytes of a checksum: blocks of a file are summed up in threads
+_BLOCK = 2**24  # bytes per checksum; threads compute the checksums of a file's blocks
 _MAX_THREADS = 8
 _SCRATCH = re.compile(r"\..+\.\d+\.[0-9a-f]{8}")  # as `temporary_name` makes them
-_ABANDONED_S = 3600.0  # without a change, and no lock to ask
+_ABANDONED_S = 3600.0  # a scratch folder without a lock counts as abandoned after this time
 
 
 def temporary_name(name: str) -> str:
+    """A hidden name that no other process makes, which `sweep` recognises."""
     return f".{name}.{os.getpid()}.{os.urandom(4).hex()}"
 
 
@@ -39,7 +40,7 @@ def temporary_name(name: str) -> str:
 
 @contextlib.contextmanager
 def scratch(parent: Path, name: str) -> Iterator[Path]:
-    """A folder to make something in; what is left of it afterwards is removed."""
+    """A new, locked folder to fill; removed at the end unless `publish` has renamed it."""
     folder = parent / temporary_name(name)
     folder.mkdir(parents=True)
     lock = _hold_lock(folder)
@@ -51,7 +52,7 @@ def scratch(parent: Path, name: str) -> Iterator[Path]:
 
 
 def publish(folder: Path, target: Path) -> None:
-    """Give a finished scratch folder its checksums and its name. OSError if `target` exists."""
+    """Write a scratch folder's checksums and rename it. Raises OSError if `target` exists."""
     _write_digests(folder)
     for name in (_LOCK, _NEW_LOCK):
         (folder / name).unlink(missing_ok=True)
@@ -59,7 +60,7 @@ def publish(folder: Path, target: Path) -> None:
 
 
 def sweep(*parents: Path) -> None:
-    """Remove scratch folders whose makers are gone."""
+    """Remove the scratch folders in `parents` whose processes have ended."""
     for parent in parents:
         with contextlib.suppress(OSError):
             for path in list(parent.iterdir()):
@@ -78,7 +79,7 @@ def _hold_lock(folder: Path) -> int:
 
 
 def _try_lock(lock: int) -> bool:
-    """Whether the lock could be had; OSError where files cannot be locked is the same as not."""
+    """Whether the lock could be taken; False, too, where the file system has no locks."""
     try:
         import fcntl
 
@@ -91,7 +92,7 @@ def _try_lock(lock: int) -> bool:
 def _is_abandoned(path: Path) -> bool:
     try:
         lock = os.open(path / _LOCK, os.O_RDWR)
-    except OSError:  # none, from where there are no locks: its maker may be on another machine
+    except OSError:  # no lock file: the file system of the maker's machine may have no locks
         newest = max(p.lstat().st_mtime for p in (path, *path.glob("*")))
         return time.time() - newest > _ABANDONED_S
     try:
@@ -115,9 +116,10 @@ def _write_digests(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """Which of the folder's files is not as it was written, and how; None: none is known to be.
+    """Describe a file that differs from its checksums or is missing; None if there is none.
 
-    Looked at once in a process, as long as no file changes.
+    A folder without checksums counts as undamaged. Each process checks a folder only once, unless
+    the size or time of a file changes.
     """
     names = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name != DIGESTS)
     stats = tuple((name, *_identity(folder / name)) for name in names)
@@ -125,7 +127,7 @@ def damage(folder: Path) -> str | None:
 
 
 def adopt(folder: Path) -> None:
-    """Give a folder from before there were checksums its own, where that may be written."""
+    """Write the checksums of a folder that an older version made, if the folder is writable."""
     if not (folder / DIGESTS).exists():
         with contextlib.suppress(OSError):
             _write_digests(folder)
@@ -154,7 +156,7 @@ def _damage(folder: Path, _stats: tuple[tuple[str, int, int], ...]) -> str | Non
 
 
 def _digest(path: Path) -> list[int]:
-    """Size, and CRC-32 of each block."""
+    """The size in bytes, then the CRC-32 of each block."""
     size = path.stat().st_size
     if not size:
         return [0]

@@ -16,12 +16,12 @@ NIBBLE_INPUTS = 128
 
 @dataclass(frozen=True, slots=True)
 class QuantSpec:
-    """How a quantised matrix is kept in memory.
+    """How a quantised matrix is kept in memory, before CUDA kernels pack it.
 
-    code: "fp8" (E4M3), "int8", "int4" or "fp4" (E2M1). group: inputs that share a scale; 0: all.
-    rows: outputs that share a scale, 1 or 128. has_zeros: codes have zero points. is_permuted: the
-    inputs are reordered. scale_dtype: a name in torch. online: the method by which 16-bit weights
-    are quantised while loading, "" if the checkpoint stores codes.
+    code: "fp8" (E4M3), "int8", "int4" or "fp4" (E2M1). group: number of inputs that share a scale;
+    0: all. rows: number of outputs that share a scale, 1 or 128. has_zeros: codes have zero points.
+    is_permuted: the inputs are reordered. scale_dtype: a name in torch. online: the method by which
+    16-bit weights are quantised while loading; "": the checkpoint stores codes.
     """
 
     code: str
@@ -38,10 +38,11 @@ class QuantSpec:
         return self.code in ("int4", "fp4")
 
     def num_inputs_in_memory(self, num_inputs: int) -> int:
+        """The number of inputs with padding."""
         return num_inputs + -num_inputs % (NIBBLE_INPUTS if self.is_nibbles else 1)
 
     def group_in_memory(self, num_inputs: int) -> int:
-        """Inputs that share a scale, as a divisor of the inputs in memory.
+        """Number of inputs that share a scale, always a divisor of `num_inputs_in_memory`.
 
         A group that does not divide the (padded) inputs is kept as several smaller ones.
         """

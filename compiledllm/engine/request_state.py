@@ -14,7 +14,7 @@ from compiledllm.types import Grammar, RequestSpec, RequestUpdate, TokenLogprobs
 
 
 class Completion:
-    """One output of a request: what was asked of the core, and what has come of it so far.
+    """One output of a request: its `RequestSpec`, and the tokens and text generated so far.
 
     spec: the core's request. params: the caller's sampling parameters, of which the text's fields
     matter here. Attributes: `token_ids`, `logprobs` (of the output), `prompt_logprobs`,
@@ -54,7 +54,7 @@ class Completion:
     # -- growing -------------------------------------------------------------------------------
 
     def push(self, token_id: int, now: float) -> str | None:
-        """Add a token. Returns the stop string that the token completed and thereby ended this."""
+        """Add a token. Returns the stop string that the token completed, which ends the text."""
         self.token_ids.append(token_id)
         self.last_token_time = now
         if self.first_token_time is None:

@@ -22,7 +22,7 @@ def check_admission(
 ) -> None:
     """Raise ValueError if `asked` could never be admitted, and Overloaded if not beside `present`.
 
-    num_waiting: present requests that do not run; they say when to come back.
+    num_waiting: number of present requests that do not run, from which `retry_after` follows.
     """
     max_requests = max_num_seqs + limits.queued_requests
     if asked.num_requests > max_requests:

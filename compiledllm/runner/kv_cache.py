@@ -23,9 +23,9 @@ def plan_num_blocks(
 ) -> tuple[int, Choice]:
     """Number of usable blocks (without the null block), and the reason for that number.
 
-    per_block: bytes of a block. bytes_in_use: on CUDA, the bytes of the engine's share that
-    weights, activations and sampling take. max_useful: the blocks of all requests that can run at
-    once; more blocks would stay idle.
+    per_block: bytes of a block. bytes_in_use: see `available_bytes`. max_useful: number of blocks
+    of all requests that can run at once; limits the cache on a CPU only, as a GPU's share is the
+    engine's anyway. Raises ConfigError if no block fits, or if an option asks for too much.
     """
     if cache.num_kv_blocks is not None:
         room, reason = (cache.num_kv_blocks + 1) * per_block, "num_kv_blocks"
@@ -51,7 +51,11 @@ def plan_num_blocks(
 
 
 def available_bytes(cache: CacheConfig, platform: Platform, bytes_in_use: int) -> tuple[int, str]:
-    """Bytes that the machine has for a KV cache, and the reason. Others hold `bytes_in_use`."""
+    """Bytes that the machine has for a KV cache, may be negative, and the reason for that number.
+
+    bytes_in_use: on CUDA, bytes of the engine's share that are not for the KV cache (weights,
+    activations, sampling); ignored on a CPU, where the available memory is measured.
+    """
     if platform.is_cuda:
         share = cache.gpu_memory_utilization
         reason = f"what {share:.0%} of the GPU leaves beside weights and activations"

@@ -21,10 +21,13 @@ from compiledllm.runner.kv_layout import KVLayout
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """checkpoint: directory with config.json. spec: in the dtypes of the run; stored_dtype: the
-    checkpoint's. backend: prepared to run the model. blocks_per_context: KV blocks that a request
-    of `max_model_len` tokens holds. max_useful_blocks: KV blocks of all requests that can run at
-    once; more would stay idle. report: the choices, with reasons. seconds: time that planning took.
+    """All decisions about an engine that need no weights. No option is open any more.
+
+    checkpoint: directory with config.json. spec: in the dtypes of the run. stored_dtype: dtype of
+    the checkpoint's weights, a name in torch. backend: prepared to run the model.
+    blocks_per_context: number of KV blocks that a request of `max_model_len` tokens holds.
+    max_useful_blocks: number of KV blocks of all requests that can run at once; more would stay
+    idle. report: the choices, with reasons. seconds: duration of planning.
     """
 
     config: ResolvedConfig
@@ -48,7 +51,7 @@ class Plan:
         return self.spec.torch_kv_dtype.itemsize == 1
 
     def options(self) -> dict[str, Any]:
-        """All options by name, as resolved. The size of the KV cache is known by the worker."""
+        """All options by name, resolved, but for the KV cache's size, which the worker measures."""
         is_dummy = self.config.asked.model.load_format == "dummy"
         return self.config.options() | {
             "load_format": "dummy" if is_dummy else "safetensors",
@@ -70,6 +73,7 @@ class Plan:
         return None
 
     def shapes_to_capture(self) -> list[StepShape]:
+        """The step shapes to capture as CUDA graphs; empty if there is a reason not to."""
         if self.why_not_capture():
             return []
         max_rows = self.config.max_cudagraph_capture_size

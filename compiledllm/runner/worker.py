@@ -52,8 +52,11 @@ class Worker:
     """The model of a plan on the plan's device.
 
     Attributes: `spec` (as loaded: the checkpoint may have a head of its own), `report` (choices
-    that needed the device), `startup_s` (phase -> seconds), `num_kv_blocks` and `runner` after
-    `start`.
+    that needed the device), `startup_s` (phase -> seconds), and after `start` `num_kv_blocks`
+    (without the null block) and `runner`.
+
+    The constructor loads the weights. Raises ConfigError if they do not fit the spec, or if other
+    processes hold the GPU's memory.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -98,7 +101,10 @@ class Worker:
     # -- start-up ------------------------------------------------------------------------------
 
     def count_kv_blocks(self) -> int:
-        """Number of KV blocks for which this device has room. On CUDA, runs the largest step."""
+        """Number of KV blocks for which this device has room, without the null block.
+
+        On CUDA, runs the largest step to measure activations. Raises ConfigError without room.
+        """
         plan = self.plan
         num_blocks, choice = plan_num_blocks(
             plan.config.asked.cache,

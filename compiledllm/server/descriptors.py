@@ -17,7 +17,10 @@ RESERVED_DESCRIPTORS = 128  # for files, the engine's socket, helper processes a
 
 
 def connection_limit(asked: int | None) -> int:
-    """The connection limit: the requested one, or as many as the descriptor limit allows."""
+    """The maximum number of connections: the requested one, or what the descriptor limit allows.
+
+    Raises ConfigError if the descriptor limit does not allow the requested number.
+    """
     descriptors = _raise_descriptor_limit()
     room = max(descriptors - _num_open() - RESERVED_DESCRIPTORS, descriptors // 3)
     if asked is None:

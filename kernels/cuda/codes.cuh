@@ -1,4 +1,4 @@
-// Codes of quantised weights as 16-bit floats, in registers. Options: see linear.cu.
+// Decodes quantised weights to 16-bit floats in registers. linear.cu explains the macros.
 
 #pragma once
 
@@ -13,8 +13,9 @@ enum ScaleType { FLOAT32, BFLOAT16, FLOAT16, E8M0, E4M3 };
 #define NIBBLES (CODE == 2 || CODE == 3)
 constexpr int UNIT = 128, UNIT_BYTES = NIBBLES ? UNIT / 2 : UNIT;  // inputs; bytes of an output
 constexpr int LOADS = UNIT_BYTES / 64;  // of 16 bytes, by each of the four lanes that share an output
-// FP8 codes lie in the order of the inputs, as a library's product needs them: a lane's 16 bytes are
-// neighbours. In the order of all others, a lane's next 8 codes are 32 inputs further.
+// FP8 codes lie in the order of the inputs, because cuBLASLt multiplies by the same tensor: a lane's 16
+// bytes are the codes of 16 consecutive inputs. In the layouts of the other codes (kernels/records.py) a
+// lane has 8 consecutive inputs, then 8 inputs that lie 32 further.
 constexpr bool IN_ORDER = CODE == FP8;
 constexpr int LANE_INPUTS = IN_ORDER ? 16 : 8;
 // The first of a unit's inputs in a quarter of a lane's codes, less LANE_INPUTS * lane.
@@ -22,7 +23,7 @@ __device__ __forceinline__ constexpr int first_input(int quarter) {
     return IN_ORDER ? 64 * (quarter / 2) + 8 * (quarter % 2) : 32 * quarter;
 }
 constexpr int SCALE_BYTES = SCALE == FLOAT32 ? 4 : SCALE == BFLOAT16 || SCALE == FLOAT16 ? 2 : 1;
-// Scales of 16 inputs multiply the codes, those of 32 and more multiply sums of products.
+// Scales of groups of 16 inputs multiply the codes; scales of larger groups multiply sums of products.
 constexpr bool SCALES_CODES = GROUPS == 8;
 
 // -- arithmetic on pairs of 16-bit floats ------------------------------------------------------------
@@ -65,8 +66,8 @@ __device__ __forceinline__ float to_float(u16 v) {
 
 // -- codes to floats -------------------------------------------------------------------------------
 
-// FP8 codes become floats that are too small by this power of two, which multiplies sums instead: an
-// error of 2^-29 in a sum of codes at most.
+// FP8 codes become floats that are too small by this power of two, by which the final sum is multiplied
+// instead. This changes a sum of codes by at most 2^-29.
 constexpr float FP8_FACTOR = BF16 ? 1.329227995784916e36f : 256.f;  // 2^120, 2^8
 
 // Four 8-bit codes -> two pairs, exact.
@@ -125,7 +126,7 @@ template <int BYTES> struct Few {  // a few bytes, loaded at once
 #pragma unroll
             for (int i = 0; i < BYTES / 4; ++i) word[i] = ((const u32*)p)[i];
     }
-    // At this place of the program, so that the load can be ahead of its use.
+    // Volatile, so that the compiler does not move the load down to its use.
     __device__ __forceinline__ void load_now(const void* p) {
         if constexpr (BYTES == 1) word[0] = *(const volatile u8*)p;
         else if constexpr (BYTES == 2) word[0] = *(const volatile u16*)p;
@@ -154,7 +155,7 @@ __device__ __forceinline__ float scale_of(const Scales& scales, int group) {
     return f;
 }
 
-// What unpacking subtracts: the zero, with int4's offset.
+// The number that unpacking subtracts, twice in a register: the zero, plus int4's offset (128 or 1024).
 __device__ __forceinline__ u32 zero_of(const Zeros& zeros, int group) {
     u32 byte = zeros.get<1>(group);
     if constexpr (CODE == INT4) return (BF16 ? 0x43004300u : 0x64006400u) + byte * 0x00010001u;

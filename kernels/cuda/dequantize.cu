@@ -1,5 +1,6 @@
-// w [outputs, inputs] in 16 bits, rounded once, from codes in rows or records. A warp has 16 outputs
-// and a unit of 128 inputs. Options: see linear.cu. gridDim.z: experts.
+// Writes the matrix out [num_outputs, num_inputs] in 16 bits; each weight is rounded once. Codes lie in
+// rows (8 bits) or records (4 bits), see linear.cu, which also explains the macros. A warp computes a
+// tile of 16 outputs and a unit of 128 inputs; blockIdx.x is the tile, blockIdx.y a group of units.
 
 #include "codes.cuh"
 

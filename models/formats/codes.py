@@ -138,8 +138,8 @@ def _product(part: Tensor, factors: Tensor | None) -> Tensor:
 def with_row_scales(matrix: QuantizedMatrix) -> QuantizedMatrix:
     """The same matrix with scales for each row instead of each block.
 
-    Parts of a fused matrix need it where one part's rows are not whole blocks. The groups of
-    columns become smaller if the last block is partial (`even_groups`).
+    A part of a fused matrix is converted if its rows are not whole blocks. Groups of columns
+    become smaller if the last block is partial (`even_groups`).
     """
     if matrix.block is None:
         return matrix

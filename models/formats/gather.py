@@ -1,4 +1,4 @@
-"""Turns a checkpoint's stream of tensors into one of tensors and whole quantised matrices."""
+"""Collects the tensors of each quantised matrix from a checkpoint's stream of tensors."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from compiledllm.config import ConfigError
 from compiledllm.models.formats.codes import QuantizedMatrix
 from compiledllm.models.formats.stored import Scheme, Stored
 
-# Scales of a quantised KV cache, which the model's own cache does not use.
+# Scales of a quantised KV cache are dropped here: `formats.kv_scales` reads them by themselves.
 _KV_SCALE = re.compile(
     r".+\.(self_attn|attn|attention)(\.attn)?\.(q|k|v|kv|prob)_(scale|zero_point)"
 )
 
 
 class Gatherer:
-    """Reads the matrices of a scheme. is_matrix: whether the model keeps this matrix quantised.
+    """Reads the quantised matrices of one checkpoint.
 
-    names: of all tensors of the checkpoint. device: where codes are unpacked.
+    names: of all tensors of the checkpoint. is_matrix: whether the model has a quantised matrix of
+    this name (without ".weight"). device: where codes are unpacked.
     """
 
     def __init__(
@@ -41,7 +42,11 @@ class Gatherer:
     def gather(
         self, tensors: Iterable[tuple[str, Tensor]]
     ) -> Iterator[tuple[str, Tensor | QuantizedMatrix]]:
-        """Yield (name + ".weight", matrix) once its tensors have come; other tensors unchanged."""
+        """Yield (matrix name + ".weight", matrix) after its last tensor; other tensors unchanged.
+
+        Scales of a KV cache and `Stored.unused` tensors are dropped. Raises ConfigError for missing
+        or malformed tensors of a matrix.
+        """
         for name, tensor in tensors:
             matrix, suffix, stored = self._owner_of(name)
             if stored is None:
@@ -64,7 +69,7 @@ class Gatherer:
         return "", "", None
 
     def _expected(self, matrix: str, stored: Stored) -> list[str]:
-        """The suffixes of the tensors that there are. ConfigError if a required one is missing."""
+        """Suffixes of the tensors to wait for. Raises ConfigError if a required one is missing."""
         there = [s for s in stored.suffixes if matrix + s in self._names]
         if missing := stored.missing_of(there):
             names = ", ".join(matrix + suffix for suffix in missing)

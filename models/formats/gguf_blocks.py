@@ -1,4 +1,6 @@
-"""Quantised tensors of GGUF files (ggml's block formats), kept quantised.
+"""Reads quantised tensors of GGUF files (ggml's block formats) without dequantising them.
+
+The loader does not use this module yet: `models.gguf` converts GGUF files to 16-bit checkpoints.
 
 Every row is a sequence of blocks of 32 or 256 numbers; the layouts are those of llama.cpp's
 ggml-common.h. `dequantize` gives the same float32 bits as `gguf.quants.dequantize`.

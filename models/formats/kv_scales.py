@@ -27,7 +27,7 @@ _NAME = re.compile(
 
 
 def parse_name(name: str) -> tuple[int, str] | None:
-    """(layer, "k", "v" or "kv") of a tensor that holds such a scale; None for other tensors."""
+    """(layer, "k", "v" or "kv") by the name of a KV scale's tensor; None for other names."""
     match = _NAME.fullmatch(name)
     if match is None:
         return None

@@ -12,7 +12,7 @@ _NAN = 255  # as E8M0
 
 
 def from_mxfp4_blocks(blocks: Tensor, scales: Tensor) -> QuantizedMatrix:
-    """w = e2m1 * 2^(scale - 127), which `models.mxfp4` computes to the same bits.
+    """w = e2m1 * 2^(scale - 127), the same bits as in transformers.
 
     blocks: uint8 [E, N, K / 32, 16], two numbers a byte, the low nibble first (`*_blocks`).
     scales: uint8 [E, N, K / 32] (`*_scales`). The result is a batch of E matrices [N, K].

@@ -30,9 +30,10 @@ _DTYPES = (torch.bfloat16, torch.float16)  # of the kernels' inputs
 
 @dataclass(frozen=True, slots=True)
 class PackedFormat:
-    """A packed matrix; params: codes, scales, zeros, permutation, row scales.
+    """A `kernels.packed.Packed` matrix. params: codes, scales, zeros, permutation, row scales.
 
-    It replaces a `Quantized` format once all parts of a matrix have been loaded.
+    `Quantized.finish` changes to this format once all parts of a matrix have been loaded. A
+    checkpoint cannot be loaded into it: `parameters` raises NotImplementedError.
     """
 
     spec: QuantSpec
@@ -80,7 +81,10 @@ class PackedFormat:
     def _from(
         self, first_row: int, codes: Tensor, scales: Tensor | None, zeros: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The matrix from an output on: a multiple of the tile, as heads are."""
+        """Codes, scales and zeros of the rows from `first_row` on.
+
+        For 4-bit codes `first_row` must be a multiple of the tile; callers skip whole query heads.
+        """
         first = first_row // self.layout.block_rows
         scales = None if scales is None else scales[first:]
         zeros = None if zeros is None else zeros[first:]

@@ -1,7 +1,8 @@
-"""The format of quantised weights in memory: packed codes, scales, perhaps zeros and an order.
+"""The weight format in which quantised checkpoints are loaded: the layout of `kernels.quantized`.
 
-Every checkpoint format is turned into a `QuantizedMatrix`, part by part, which a `MatrixSlot` packs
-and copies into its rows. `kernels.quantized` multiplies.
+Each part of a fused matrix arrives as a `QuantizedMatrix`, whatever the checkpoint's format, and a
+`MatrixSlot` copies it into its rows. After the last part, `finish` repacks the whole matrix to a
+`PackedFormat` if the device has kernels for it; otherwise `kernels.quantized` multiplies.
 """
 
 from __future__ import annotations

@@ -23,10 +23,11 @@ from compiledllm.models.matrices import QuantSpec
 class Stored:
     """The tensors of one matrix in a checkpoint, and how they are read.
 
-    required: what comes behind the matrix's name, with alternatives: ((".weight",), (".scale",
-    ".scale_inv")). optional: suffixes that `read` takes too. unused: suffixes of tensors that a
-    product with 16-bit activations does not need. read: suffixes' last parts -> the matrix; raises
-    ValueError naming the field. spec: how the matrix is kept in memory.
+    required: suffixes that the matrix's name needs, each with its alternatives: ((".weight",),
+    (".scale", ".scale_inv")). optional: suffixes that `read` takes if they exist. unused: suffixes
+    of tensors that a product with 16-bit activations does not need. read: makes the matrix of the
+    tensors by suffix, without the dot; raises ValueError naming the field. spec: how the matrix is
+    kept in memory.
     """
 
     spec: QuantSpec
@@ -37,12 +38,12 @@ class Stored:
 
     @property
     def suffixes(self) -> tuple[str, ...]:
-        """Of all tensors, the longest first."""
+        """The suffixes of all tensors of a matrix, the longest first."""
         needed = (suffix for alternatives in self.required for suffix in alternatives)
         return tuple(sorted((*needed, *self.optional, *self.unused), key=len, reverse=True))
 
     def missing_of(self, found: Iterable[str]) -> list[str]:
-        """The required suffixes, the first of alternatives, that are not among `found`."""
+        """First alternatives of the required suffixes that `found` lacks."""
         present = set(found)
         return [names[0] for names in self.required if not present.intersection(names)]
 

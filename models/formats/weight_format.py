@@ -30,7 +30,7 @@ class Slot(Protocol):
         """The shape that the checkpoint must have: [outputs, inputs] for a matrix."""
 
     def put(self, stored: Any) -> None:
-        """Convert and copy."""
+        """Convert the checkpoint's tensor or `QuantizedMatrix` and copy it to this place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +48,15 @@ class TensorSlot:
 
 
 class WeightFormat(Protocol):
-    """How a matrix [outputs, inputs], fused of several parts, is kept.
+    """How a matrix [outputs, inputs], fused of one or several parts, is stored and multiplied.
 
-    parts: number of outputs of each fused matrix, by the part's name in the family's NAMES. params:
-    the tensors of `parameters`, in that order, perhaps of a single expert.
+    parts: number of outputs of each part, by the part's name in the family's NAMES. params: the
+    tensors of `parameters` (or of `finish`), in that order.
     """
 
     @property
     def products(self) -> str:
-        """Which kernels multiply which numbers of rows, for reports; "": as unquantised."""
+        """For reports: which kernels multiply which numbers of rows; "": the matrix is 16-bit."""
 
     def parameters(
         self, parts: Mapping[str, int], in_features: int, lead: tuple[int, ...] = ()
@@ -69,9 +69,10 @@ class WeightFormat(Protocol):
     def finish(
         self, params: Params, in_features: int
     ) -> tuple[WeightFormat, dict[str, Tensor | None]] | None:
-        """The format and tensors to go on with once all slots have been filled; None: the same.
+        """Called once all slots have been filled. Returns a new format and its tensors, or None.
 
-        A layout that the device's kernels read faster may not be one that parts can be copied to.
+        None keeps the format. The device's kernels may read a layout faster into which parts cannot
+        be copied one by one.
         """
 
     def product(
