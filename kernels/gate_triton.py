@@ -1,4 +1,4 @@
-"""The gate of expert MLPs as one kernel, between two products with quantised matrices."""
+"""The gate of expert MLPs, for other kernels and as a kernel between two products."""
 
 # Triton infers a kernel's types from each call, which mypy cannot follow.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, attr-defined, no-untyped-call"
@@ -16,6 +16,21 @@ _COLUMNS = 1024
 
 
 @triton.jit
+def gated(gate, up, alpha, limit, dtype, HAS_LIMIT: tl.constexpr):
+    """silu(gate) * up in float32, or the clamped form of `moe.moe_experts`.
+
+    gate, up: float32, rounded to `dtype` as the result of silu is, at the same points as in torch.
+    """
+    if HAS_LIMIT:
+        gate = tl.minimum(gate, limit)
+        up = tl.minimum(tl.maximum(up, -limit), limit) + 1
+        gate = gate / (1 + tl.exp(-alpha * gate))
+    else:
+        gate = gate / (1 + tl.exp(-gate))
+    return gate.to(dtype).to(tl.float32) * up
+
+
+@triton.jit
 def _gate_kernel(
     both, out, size, alpha, limit, HAS_LIMIT: tl.constexpr, COLUMNS: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -28,14 +43,7 @@ def _gate_kernel(
     inside = column < size
     gate = tl.load(both + row * 2 * size + column, inside, other=0.0).to(tl.float32)
     up = tl.load(both + row * 2 * size + size + column, inside, other=0.0).to(tl.float32)
-    if HAS_LIMIT:
-        gate = tl.minimum(gate, limit)
-        up = tl.minimum(tl.maximum(up, -limit), limit) + 1
-        gate = gate / (1 + tl.exp(-alpha * gate))
-    else:
-        gate = gate / (1 + tl.exp(-gate))
-    # Rounded to the output's dtype at the same point as in torch.
-    result = gate.to(out.dtype.element_ty).to(tl.float32) * up
+    result = gated(gate, up, alpha, limit, out.dtype.element_ty, HAS_LIMIT)
     tl.store(out + row * size + column, result.to(out.dtype.element_ty), inside)
 
 

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from compiledllm.kernels.gate_triton import gated
 from compiledllm.kernels.launch import launch_options
 from compiledllm.kernels.moe_routing_triton import sort_items
 
@@ -73,13 +74,7 @@ def _gated(total, alpha, limit, dtype, HAS_LIMIT: tl.constexpr):
     # Round to the output dtype at the same points as torch.
     gate = tl.reshape(gate, [n, total.shape[1]]).to(dtype).to(tl.float32)
     up = tl.reshape(up, [n, total.shape[1]]).to(dtype).to(tl.float32)
-    if HAS_LIMIT:
-        gate = tl.minimum(gate, limit)
-        up = tl.minimum(tl.maximum(up, -limit), limit) + 1
-        gate = gate / (1 + tl.exp(-alpha * gate))
-    else:
-        gate = gate / (1 + tl.exp(-gate))
-    return gate.to(dtype).to(tl.float32) * up
+    return gated(gate, up, alpha, limit, dtype, HAS_LIMIT)
 
 
 @triton.jit(do_not_specialize=["num_items", "num_blocks"])
