@@ -79,11 +79,12 @@ def moe_route(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Te
     return route_in_torch(logits, top_k, renormalize)
 
 
-def _experts_fake(x: Tensor, expert_ids: Tensor, *_: object) -> Tensor:
+def experts_fake(x: Tensor, expert_ids: Tensor, *_: object) -> Tensor:
+    """The empty result of an op that computes experts, whatever the form of their matrices."""
     return x.new_empty((*expert_ids.shape, x.shape[1]), dtype=torch.float32)
 
 
-@define("moe_experts", fake=_experts_fake)
+@define("moe_experts", fake=experts_fake)
 def moe_experts(
     x: Tensor,
     expert_ids: Tensor,

@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from compiledllm.kernels.backend import MAX_FP8
+from compiledllm.kernels.moe import experts_fake
 from compiledllm.kernels.ops import define
+from compiledllm.kernels.quantized import BLOCK_ROWS, NIBBLES
 from compiledllm.kernels.records import UNIT, pack_bytes, pack_records
 
-NIBBLES = ("int4", "fp4")
 MAX_ROWS_OF_16_BITS = 16  # with more rows, FP8 weights multiply FP8 inputs
 MAX_FEW_ROWS = 64  # with more rows, weights are dequantised to 16 bits first
-MAX_FP8 = 448.0  # largest finite value of float8_e4m3fn
-_BLOCK = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ def pack(
     scales, zeros: [N or ceil(N / 128), K / group].
     """
     num_outputs = codes.shape[0]
-    block_rows = 1 if len(scales) == num_outputs else _BLOCK
+    block_rows = 1 if len(scales) == num_outputs else BLOCK_ROWS
     group = codes.shape[1] // scales.shape[1]
     ones = torch.ones(num_outputs, dtype=torch.float32, device=codes.device)
     if codes.shape[1] % 16 or num_inputs % 8:  # 16 bytes of codes, and of x, are loaded at once
@@ -153,11 +153,7 @@ def packed_linear(
     return quantized_product(x, *parts, bias, Layout.parse(layout), num_outputs)
 
 
-def _experts_fake(x: Tensor, expert_ids: Tensor, *_: object) -> Tensor:
-    return x.new_empty((*expert_ids.shape, x.shape[1]), dtype=torch.float32)
-
-
-@define("packed_experts", fake=_experts_fake)
+@define("packed_experts", fake=experts_fake)
 def packed_experts(
     x: Tensor,
     expert_ids: Tensor,
@@ -200,7 +196,7 @@ def products_of(layout: Layout) -> str:
 
 
 def _may_take_fp8_inputs(layout: Layout) -> bool:
-    return layout.code == "fp8" and (layout.groups == 0 or layout.block_rows == _BLOCK)
+    return layout.code == "fp8" and (layout.groups == 0 or layout.block_rows == BLOCK_ROWS)
 
 
 def takes_fp8_inputs(x: Tensor, layout: Layout, num_outputs: int) -> bool:
@@ -211,7 +207,7 @@ def takes_fp8_inputs(x: Tensor, layout: Layout, num_outputs: int) -> bool:
     """
     if not _may_take_fp8_inputs(layout) or x.dtype != torch.bfloat16:
         return False
-    multiple = 16 if layout.groups == 0 else _BLOCK
+    multiple = 16 if layout.groups == 0 else BLOCK_ROWS
     fits = num_outputs % multiple == 0 and x.shape[1] % multiple == 0
     return fits and x.shape[0] > MAX_ROWS_OF_16_BITS
 
@@ -230,15 +226,18 @@ def fp8_linear(
     only without `scales`. The compiler traces this function.
     """
     if scales is not None:
-        groups = x.view(x.shape[0], -1, _BLOCK)
-        scale = groups.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / MAX_FP8
-        quantized = (groups.float() / scale).to(torch.float8_e4m3fn).view(x.shape)
-        y = fp8_block_product(quantized, scale.squeeze(-1), codes, scales)
+        groups, scale = _to_fp8(x.view(x.shape[0], -1, BLOCK_ROWS))
+        y = fp8_block_product(groups.view(x.shape), scale.squeeze(-1), codes, scales)
         return y if bias is None else y + bias
-    scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / MAX_FP8
-    product = fp8_product((x.float() / scale).to(torch.float8_e4m3fn), codes)
-    y = product.float() * scale * row_scales
+    quantized, scale = _to_fp8(x)
+    y = fp8_product(quantized, codes).float() * scale * row_scales
     return (y if bias is None else y + bias).to(x.dtype)
+
+
+def _to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise with a scale for each vector of the last dimension: float8_e4m3fn, float32."""
+    scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / MAX_FP8
+    return (x.float() / scale).to(torch.float8_e4m3fn), scale
 
 
 def _product_fake(x: Tensor, codes: Tensor) -> Tensor:

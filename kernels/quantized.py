@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compiledllm.kernels.moe import experts_in_torch
+from compiledllm.kernels.moe import experts_fake, experts_in_torch
 from compiledllm.kernels.ops import define
 
 NIBBLES = ("int4", "fp4")  # codes of four bits
 K_MULTIPLE = 128  # of the padded inputs of NIBBLES
 BLOCK_ROWS = 128
-_INT4_ZERO = 8  # without zeros, codes 0..15 stand for -8..7
+INT4_ZERO = 8  # without zeros, codes 0..15 stand for -8..7
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
@@ -44,9 +44,9 @@ def dequantize_packed(
 ) -> Tensor:
     """The matrix as float32 [N, num_inputs], without padding."""
     values = unpack_nibbles(codes) if code in NIBBLES else codes
-    values = _e2m1_values(values) if code == "fp4" else values.float()
+    values = e2m1_values(values) if code == "fp4" else values.float()
     if code == "int4" and zeros is None:
-        values = values - _INT4_ZERO
+        values = values - INT4_ZERO
     num_outputs, num_padded = values.shape
     groups = values.view(num_outputs, scales.shape[1], -1)  # [N, K / group, group]
     if zeros is not None:
@@ -62,9 +62,12 @@ def _of_rows(part: Tensor, num_outputs: int) -> Tensor:
     return part.unsqueeze(-1)
 
 
-def _e2m1_values(codes: Tensor) -> Tensor:
-    """The three low bits become the lowest exponent bits and the highest mantissa bit of a float16,
-    whose exponent's bias is 14 larger."""
+def e2m1_values(codes: Tensor) -> Tensor:
+    """uint8 codes 0..15 -> their float32 values 0, 0.5, 1, 1.5, 2, 3, 4, 6 and the negatives.
+
+    The three low bits are moved to the lowest exponent bits and the highest mantissa bit of a
+    float16, whose exponent's bias is 14 larger.
+    """
     bits = codes.short()
     halves = ((bits & 7) << 9 | (bits & 8) << 12).view(torch.float16)
     values: Tensor = halves.float() * 2.0**14
@@ -89,11 +92,7 @@ def quantized_linear(
     return F.linear(x, weight, bias)
 
 
-def _experts_fake(x: Tensor, expert_ids: Tensor, *_: object) -> Tensor:
-    return x.new_empty((*expert_ids.shape, x.shape[1]), dtype=torch.float32)
-
-
-@define("quantized_experts", fake=_experts_fake)
+@define("quantized_experts", fake=experts_fake)
 def quantized_experts(
     x: Tensor,
     expert_ids: Tensor,

@@ -7,7 +7,7 @@ are dequantised to 16 bits and `moe_triton` multiplies.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -91,7 +91,7 @@ def experts(
     both = gate_up.times(x, x.new_empty((num_items, 2 * size)), routing)
     inner = gate(both, alpha, limit)
     out = x.new_empty((num_items, hidden), dtype=torch.float32)
-    down.times(inner, out, _of_items(routing))
+    down.times(inner, out, replace(routing, items_per_row=1))  # `inner` has a row per item
     return out.view(num_tokens, top_k, hidden)
 
 
@@ -105,11 +105,3 @@ def _route(expert_ids: Tensor, num_experts: int) -> Routing:
     rows = next((n for n in (8, 16, 32) if average <= n), 64)
     items, block_experts = sort_items(expert_ids, num_experts, rows)
     return Routing(block_experts, items, rows, num_items, num_experts, top_k)
-
-
-def _of_items(routing: Routing) -> Routing:
-    """The same blocks for an x with a row per item instead of a row per token."""
-    return Routing(
-        routing.block_experts, routing.items, routing.rows, routing.num_items,
-        routing.num_experts, 1,
-    )  # fmt: skip

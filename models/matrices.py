@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-NIBBLE_INPUTS = 128
+from compiledllm.kernels.quantized import K_MULTIPLE, NIBBLES
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +34,12 @@ class QuantSpec:
 
     @property
     def is_nibbles(self) -> bool:
-        """Whether codes have four bits; their inputs are padded to NIBBLE_INPUTS in memory."""
-        return self.code in ("int4", "fp4")
+        """Whether codes have four bits; their inputs are padded to K_MULTIPLE in memory."""
+        return self.code in NIBBLES
 
     def num_inputs_in_memory(self, num_inputs: int) -> int:
         """The number of inputs with padding."""
-        return num_inputs + -num_inputs % (NIBBLE_INPUTS if self.is_nibbles else 1)
+        return num_inputs + -num_inputs % (K_MULTIPLE if self.is_nibbles else 1)
 
     def group_in_memory(self, num_inputs: int) -> int:
         """Number of inputs that share a scale, always a divisor of `num_inputs_in_memory`.
@@ -48,7 +48,7 @@ class QuantSpec:
         """
         group = math.gcd(num_inputs, self.group or num_inputs)
         if self.is_nibbles and self.num_inputs_in_memory(num_inputs) % group:
-            group = math.gcd(group, NIBBLE_INPUTS)
+            group = math.gcd(group, K_MULTIPLE)
         return group
 
     def num_bytes(self, num_outputs: int, num_inputs: int) -> int:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from compiledllm.kernels.quantized import INT4_ZERO, e2m1_values
+
 # Code -> dtype of `QuantizedMatrix.codes`.
 CODES = {
     "fp8": torch.float8_e4m3fn,
@@ -20,7 +22,6 @@ CODES = {
     "int4": torch.uint8,
     "fp4": torch.uint8,
 }
-INT4_ZERO = 8  # of a symmetric int4 matrix: codes 0..15 stand for -8..7
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -171,18 +172,6 @@ def _code_values(matrix: QuantizedMatrix) -> Tensor:
     values = matrix.codes.to(torch.float32)
     if matrix.code == "int4" and matrix.zeros is None and matrix.minima is None:
         values -= INT4_ZERO
-    return values
-
-
-def e2m1_values(codes: Tensor) -> Tensor:
-    """uint8 codes 0..15 -> their float32 values 0, 0.5, 1, 1.5, 2, 3, 4, 6 and the negatives.
-
-    The three low bits are moved to the lowest exponent bits and the highest mantissa bit of a
-    float16, whose exponent's bias is 14 larger.
-    """
-    bits = codes.to(torch.int16)
-    halves = ((bits & 7) << 9 | (bits & 8) << 12).view(torch.float16)
-    values: Tensor = halves.to(torch.float32) * 2.0**14
     return values
 
 

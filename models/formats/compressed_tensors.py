@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compiledllm.kernels.quantized import INT4_ZERO
 from compiledllm.models.formats.codes import (
-    INT4_ZERO,
     SCALE_DTYPES,
     QuantizedMatrix,
     expect_dtype,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compiledllm.kernels.quantized import INT4_ZERO
 from compiledllm.models.formats.codes import (
-    INT4_ZERO,
     SCALE_DTYPES,
     QuantizedMatrix,
     even_groups,

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from compiledllm.kernels.backend import MAX_FP8
+from compiledllm.kernels.quantized import INT4_ZERO
 from compiledllm.models.formats.codes import (
-    INT4_ZERO,
     QuantizedMatrix,
     expect_matrix,
 )
@@ -22,7 +23,6 @@ from compiledllm.models.formats.fp8 import BLOCK
 
 INT4_GROUP = 128
 _MIN_INT4_GROUP = 16
-_MAX_E4M3 = 448.0
 # Numbers of the matrix at a time; some five float32 copies of a chunk are alive. They fit into a
 # CPU's cache, and keep a GPU busy.
 _CPU_CHUNK, _GPU_CHUNK = 2**18, 2**24
@@ -42,7 +42,7 @@ def quantize(weight: Tensor, method: str) -> QuantizedMatrix:
 
 def quantize_fp8(weight: Tensor) -> QuantizedMatrix:
     """E4M3 with a float32 scale for each row, its largest absolute value / 448."""
-    return _quantize_rows(weight, "fp8", _MAX_E4M3)
+    return _quantize_rows(weight, "fp8", MAX_FP8)
 
 
 def quantize_int8(weight: Tensor) -> QuantizedMatrix:
@@ -61,8 +61,8 @@ def quantize_fp8_block(weight: Tensor) -> QuantizedMatrix:
         size = chunk.shape[0]
         padded = F.pad(chunk, (0, -k % BLOCK, 0, -size % BLOCK))
         blocks = padded.view(-1, BLOCK, num_blocks, BLOCK)  # [row blocks, 128, column blocks, 128]
-        scale = _scale(blocks.abs().amax((1, 3), keepdim=True), _MAX_E4M3)
-        scaled = (blocks / scale).clamp_(-_MAX_E4M3, _MAX_E4M3).view_as(padded)
+        scale = _scale(blocks.abs().amax((1, 3), keepdim=True), MAX_FP8)
+        scaled = (blocks / scale).clamp_(-MAX_FP8, MAX_FP8).view_as(padded)
         codes[rows] = scaled[:size, :k].to(codes.dtype)
         first = rows.start // BLOCK
         scales[first : first + scale.shape[0]] = scale[:, 0, :, 0]

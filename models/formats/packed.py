@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from compiledllm.kernels.packed import (
     Layout,
@@ -22,7 +21,7 @@ from compiledllm.kernels.packed import (
 )
 from compiledllm.kernels.quantized import unpack_nibbles
 from compiledllm.kernels.records import TILE
-from compiledllm.models.formats.weight_format import Params, Slot, WeightFormat
+from compiledllm.models.formats.weight_format import MatrixFormat, Params
 from compiledllm.models.matrices import QuantSpec
 
 _DTYPES = (torch.bfloat16, torch.float16)  # of the kernels' inputs
@@ -32,8 +31,7 @@ _DTYPES = (torch.bfloat16, torch.float16)  # of the kernels' inputs
 class PackedFormat:
     """A `kernels.packed.Packed` matrix. params: codes, scales, zeros, permutation, row scales.
 
-    `Quantized.finish` changes to this format once all parts of a matrix have been loaded. A
-    checkpoint cannot be loaded into it: `parameters` raises NotImplementedError.
+    `Quantized.finish` changes to this format once all parts of a matrix have been loaded.
     """
 
     spec: QuantSpec
@@ -43,17 +41,6 @@ class PackedFormat:
     @property
     def products(self) -> str:
         return f"{self.layout.code}: {products_of(self.layout)}"
-
-    def parameters(
-        self, parts: Mapping[str, int], in_features: int, lead: tuple[int, ...] = ()
-    ) -> dict[str, nn.Parameter | None]:
-        raise NotImplementedError("a packed matrix is made of a loaded one")
-
-    def slots(self, parts: Mapping[str, int], in_features: int, params: Params) -> dict[str, Slot]:
-        return {}
-
-    def finish(self, params: Params, in_features: int) -> None:
-        return None
 
     def product(
         self,
@@ -99,7 +86,7 @@ class PackedFormat:
         expert_ids: Tensor,
         gate_up: Params,
         down: Params,
-        down_format: WeightFormat,
+        down_format: MatrixFormat,
         biases: tuple[Tensor | None, Tensor | None],
         alpha: float,
         limit: float,
@@ -116,7 +103,7 @@ class PackedFormat:
 
 def for_device(
     spec: QuantSpec, params: Params, in_features: int
-) -> tuple[WeightFormat, dict[str, Tensor | None]] | None:
+) -> tuple[MatrixFormat, dict[str, Tensor | None]] | None:
     """Pack the tensors of a `Quantized` matrix, if there are kernels for its groups.
 
     The kernels must be the device's, and for the model's dtype, which is the default one now.

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from compiledllm.kernels.linear import linear
 from compiledllm.kernels.moe import moe_experts
 from compiledllm.models.formats.weight_format import (
+    MatrixFormat,
     Params,
     Slot,
-    WeightFormat,
     empty_parameter,
     slots_by_part,
 )
@@ -56,7 +56,7 @@ class Plain:
         expert_ids: Tensor,
         gate_up: Params,
         down: Params,
-        down_format: WeightFormat,
+        down_format: MatrixFormat,
         biases: tuple[Tensor | None, Tensor | None],
         alpha: float,
         limit: float,

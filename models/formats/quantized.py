@@ -17,15 +17,13 @@ from torch import Tensor, nn
 
 from compiledllm.kernels.quantized import (
     BLOCK_ROWS,
-    K_MULTIPLE,
-    NIBBLES,
+    INT4_ZERO,
     pack_nibbles,
     quantized_experts,
     quantized_linear,
 )
 from compiledllm.models.formats.codes import (
     CODES,
-    INT4_ZERO,
     QuantizedMatrix,
     one_level,
     with_row_scales,
@@ -33,9 +31,9 @@ from compiledllm.models.formats.codes import (
 from compiledllm.models.formats.online import quantize
 from compiledllm.models.formats.packed import for_device
 from compiledllm.models.formats.weight_format import (
+    MatrixFormat,
     Params,
     Slot,
-    WeightFormat,
     empty_parameter,
     slot_name,
 )
@@ -61,12 +59,12 @@ class Quantized:
     def parameters(
         self, parts: Mapping[str, int], in_features: int, lead: tuple[int, ...] = ()
     ) -> dict[str, nn.Parameter | None]:
-        spec, num_outputs, is_packed = self.spec, sum(parts.values()), self.spec.code in NIBBLES
-        num_inputs = in_features + -in_features % (K_MULTIPLE if is_packed else 1)
+        spec, num_outputs = self.spec, sum(parts.values())
+        num_inputs = spec.num_inputs_in_memory(in_features)
         rows = num_outputs if self._rows(parts) == 1 else math.ceil(num_outputs / BLOCK_ROWS)
         shape = *lead, rows, num_inputs // spec.group_in_memory(in_features)
         width, dtype = num_inputs, CODES[spec.code]
-        if is_packed:
+        if spec.is_nibbles:
             width, dtype = num_inputs // 8, torch.int32
         scales = torch.zeros(shape, dtype=getattr(torch, spec.scale_dtype))
         zeros = torch.zeros(shape, dtype=CODES[spec.code]) if spec.has_zeros else None
@@ -117,7 +115,7 @@ class Quantized:
 
     def finish(
         self, params: Params, in_features: int
-    ) -> tuple[WeightFormat, dict[str, Tensor | None]] | None:
+    ) -> tuple[MatrixFormat, dict[str, Tensor | None]] | None:
         return for_device(self.spec, params, in_features)
 
     def product(
@@ -145,7 +143,7 @@ class Quantized:
         expert_ids: Tensor,
         gate_up: Params,
         down: Params,
-        down_format: WeightFormat,
+        down_format: MatrixFormat,
         biases: tuple[Tensor | None, Tensor | None],
         alpha: float,
         limit: float,
@@ -188,7 +186,7 @@ class MatrixSlot:
         self._check(stored)
         if stored.block and self.scales.shape[0] == self.codes.shape[0]:
             stored = with_row_scales(stored)
-        packed = pack_nibbles(stored.codes) if self.spec.code in NIBBLES else stored.codes
+        packed = pack_nibbles(stored.codes) if self.spec.is_nibbles else stored.codes
         self.codes.copy_(packed)
         self._spread(stored.scales, stored, self.scales)
         if self.zeros is not None and stored.zeros is None:

@@ -47,33 +47,12 @@ class TensorSlot:
         self.tensor.copy_(stored)
 
 
-class WeightFormat(Protocol):
-    """How a matrix [outputs, inputs], fused of one or several parts, is stored and multiplied.
-
-    parts: number of outputs of each part, by the part's name in the family's NAMES. params: the
-    tensors of `parameters` (or of `finish`), in that order.
-    """
+class MatrixFormat(Protocol):
+    """How a matrix [outputs, inputs] is kept in memory and multiplied. params: its tensors."""
 
     @property
     def products(self) -> str:
         """For reports: which kernels multiply which numbers of rows; "": the matrix is 16-bit."""
-
-    def parameters(
-        self, parts: Mapping[str, int], in_features: int, lead: tuple[int, ...] = ()
-    ) -> dict[str, nn.Parameter | None]:
-        """Uninitialised tensors on torch's default device. lead: (experts,) or ()."""
-
-    def slots(self, parts: Mapping[str, int], in_features: int, params: Params) -> dict[str, Slot]:
-        """Where each part's matrix goes: {"weight:part": slot}; "weight" for a part named ""."""
-
-    def finish(
-        self, params: Params, in_features: int
-    ) -> tuple[WeightFormat, dict[str, Tensor | None]] | None:
-        """Called once all slots have been filled. Returns a new format and its tensors, or None.
-
-        None keeps the format. The device's kernels may read a layout faster into which parts cannot
-        be copied one by one.
-        """
 
     def product(
         self,
@@ -94,7 +73,7 @@ class WeightFormat(Protocol):
         expert_ids: Tensor,
         gate_up: Params,
         down: Params,
-        down_format: WeightFormat,
+        down_format: MatrixFormat,
         biases: tuple[Tensor | None, Tensor | None],
         alpha: float,
         limit: float,
@@ -102,6 +81,31 @@ class WeightFormat(Protocol):
         """The gated MLPs of the experts; see `kernels.moe.moe_experts`.
 
         down_format: of `down`; `gate_up` is in this format. biases: of gate_up and of down.
+        """
+
+
+class WeightFormat(MatrixFormat, Protocol):
+    """A format into which a checkpoint's matrix, fused of one or several parts, is loaded.
+
+    parts: number of outputs of each part, by the part's name in the family's NAMES. params: the
+    tensors of `parameters`, in that order.
+    """
+
+    def parameters(
+        self, parts: Mapping[str, int], in_features: int, lead: tuple[int, ...] = ()
+    ) -> dict[str, nn.Parameter | None]:
+        """Uninitialised tensors on torch's default device. lead: (experts,) or ()."""
+
+    def slots(self, parts: Mapping[str, int], in_features: int, params: Params) -> dict[str, Slot]:
+        """Where each part's matrix goes: {"weight:part": slot}; "weight" for a part named ""."""
+
+    def finish(
+        self, params: Params, in_features: int
+    ) -> tuple[MatrixFormat, dict[str, Tensor | None]] | None:
+        """Called once all slots have been filled. Returns a new format and its tensors, or None.
+
+        None keeps the format. The device's kernels may read a layout faster into which parts cannot
+        be copied one by one.
         """
 
 

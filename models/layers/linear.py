@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from compiledllm.models.formats.weight_format import (
+    MatrixFormat,
     Params,
     Slot,
     WeightFormat,
@@ -33,7 +34,8 @@ class Matrix(nn.Module):
         super().__init__()
         self.in_features = in_features
         self.parts = parts
-        self.format = format
+        self.format: MatrixFormat = format
+        self._loaded_as: WeightFormat | None = format  # until `finish`
         self._names = tuple(params)
         for name, parameter in params.items():
             self.register_parameter(name, parameter)
@@ -49,7 +51,9 @@ class Matrix(nn.Module):
 
     def finish(self) -> None:
         """Call once all slots have been filled."""
-        finished = self.format.finish(self.params, self.in_features)
+        assert self._loaded_as is not None, "finished twice"
+        finished = self._loaded_as.finish(self.params, self.in_features)
+        self._loaded_as = None
         if finished is not None:
             self.format, params = finished
             self._names = tuple(params)
@@ -58,7 +62,8 @@ class Matrix(nn.Module):
                 self.register_parameter(name, frozen)
 
     def _slots_of(self, params: Params, bias: Tensor | None) -> dict[str, Slot]:
-        slots = self.format.slots(self.parts, self.in_features, params)
+        assert self._loaded_as is not None, "the matrix is finished"
+        slots = self._loaded_as.slots(self.parts, self.in_features, params)
         return slots if bias is None else slots | slots_by_part("bias", self.parts, bias)
 
 
