@@ -25,11 +25,20 @@ def ladder(max_size: int) -> list[int]:
 
 
 class StepShape(NamedTuple):
-    """Size of a step. is_decode: every row has one token, the one that was drawn last."""
+    """Size of a step.
+
+    max_row_tokens: 1 in a decode step, where every row has one token, the one that was drawn last.
+    0: rows have any number of tokens.
+    """
 
     num_tokens: int
     num_rows: int
-    is_decode: bool
+    max_row_tokens: int
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether the request rows hold all that the step needs: their lengths and last tokens."""
+        return self.max_row_tokens > 0
 
 
 # Token counts of captured steps with prompts. A padding token costs a large step as much as a token
@@ -48,13 +57,12 @@ _MIXED_ROWS = ((8, 768), (64, 1024), (192, 1024), (256, 2048))
 def step_shapes(max_rows: int, max_tokens: int) -> list[StepShape]:
     """The shapes to capture: decode steps of every bucket size, and steps with prompts.
 
-    A captured step with prompts has more tokens than rows, because kernels treat a step with fewer
-    tokens than metadata rows as a decode step.
+    A captured step with prompts has more tokens than rows, as nearly every step with prompts has.
     """
-    decode = [StepShape(size, size, True) for size in ladder(max_rows)]
+    decode = [StepShape(size, size, 1) for size in ladder(max_rows)]
     row_counts = [(rows, limit) for rows, limit in _MIXED_ROWS if rows < max_rows]
     mixed = [
-        StepShape(tokens, rows, False)
+        StepShape(tokens, rows, 0)
         for tokens in _MIXED_TOKENS
         for rows, limit in (*row_counts, (max_rows, max_tokens))
         if rows < tokens <= min(limit, max_tokens)
@@ -68,7 +76,7 @@ def shape_for(shape: StepShape, shapes: Iterable[StepShape]) -> StepShape | None
         (
             s
             for s in shapes
-            if s.is_decode == shape.is_decode
+            if s.max_row_tokens == shape.max_row_tokens
             and s.num_tokens >= shape.num_tokens
             and s.num_rows >= shape.num_rows
         ),

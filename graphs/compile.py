@@ -308,12 +308,18 @@ def _cached_for(variant: Variant) -> AbstractContextManager[None]:
 
 
 def _mark_token_and_row_counts_dynamic(example: Example) -> None:
-    """Mark the first dimension, tokens or rows, of all tensors but the KV cache as dynamic."""
+    """Mark the first dimension of all tensors but the KV cache as dynamic.
+
+    With a single token, tokens and rows are static. The bound of tokens per row is not, since the
+    token may be a prompt's.
+    """
     variant, tensors = example.variant, list(example.args)
-    if variant.max_tokens == 1:
-        return  # static
     if example.name == _BLOCK:
         *tensors, _, attn = tensors
+        torch._dynamo.mark_dynamic(attn.row_bound, 0)
+    if variant.max_tokens == 1:
+        return
+    if example.name == _BLOCK:
         tensors.append(attn.slot_mapping)
         for tensor in (attn.block_tables, attn.seq_lens, attn.query_start_loc):
             torch._dynamo.mark_dynamic(tensor, 0)

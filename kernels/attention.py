@@ -98,6 +98,7 @@ def _paged_attention(
     block_tables: Tensor,
     seq_lens: Tensor,
     query_start_loc: Tensor,
+    row_bound: Tensor,
     scale: float,
     sliding_window: int,
     soft_cap: float,
@@ -105,7 +106,7 @@ def _paged_attention(
     kv_scales: Tensor | None,
     backend: str,
 ) -> Tensor:
-    attn = AttentionMetadata(slot_mapping, block_tables, seq_lens, query_start_loc)
+    attn = AttentionMetadata(slot_mapping, block_tables, seq_lens, query_start_loc, row_bound)
     options = ScoreOptions(scale, sliding_window, soft_cap, sinks, kv_scales)
     return backend_class(backend).paged_attention(query, kv_cache, attn, options)
 

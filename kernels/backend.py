@@ -19,19 +19,38 @@ FP8 = torch.float8_e4m3fn
 MAX_FP8 = 448.0  # the largest finite value; what overflows becomes NaN
 
 
+# torch.compile would compile lengths 0 and 1 separately from all others.
+_SHORTEST_BOUND = 2
+
+
+def make_row_bound(max_row_tokens: int, device: torch.device | None = None) -> Tensor:
+    """The tensor that tells kernels how many tokens a row has at most; 0: any number.
+
+    Compiled code passes on tensors. A Python number would be a constant of the code, and each
+    maximum would be compiled separately; the length of a tensor is not.
+    """
+    return torch.empty(max_row_tokens + _SHORTEST_BOUND, dtype=torch.int8, device=device)
+
+
 class AttentionMetadata(NamedTuple):
     """The attention ops' description of a step: tensors only, on the model's device.
 
     Rows are ragged: a row is the contiguous tokens of one request in the flat token dimension.
-    Padding rows have no tokens and `seq_lens` 0. If there are fewer tokens than rows, no row has
-    more than one token. Block table entries for positions before a layer's window are stale: a
-    backend that `reads_groups` reads neither these entries nor the blocks they name.
+    Padding rows have no tokens and `seq_lens` 0. Block table entries for positions before a layer's
+    window are stale: a backend that `reads_groups` reads neither these entries nor the blocks they
+    name.
     """
 
     slot_mapping: Tensor  # int64 [tokens]
     block_tables: Tensor  # int32 [rows, max_blocks], 0-padded
     seq_lens: Tensor  # int32 [rows], context lengths including this step's tokens
     query_start_loc: Tensor  # int32 [rows + 1], prefix sums of tokens per row
+    row_bound: Tensor = make_row_bound(0)  # carries `max_row_tokens` in its length; never read
+
+    @property
+    def max_row_tokens(self) -> int:
+        """The maximum number of tokens of a row; 0: no maximum is known."""
+        return len(self.row_bound) - _SHORTEST_BOUND
 
 
 class ScoreOptions(NamedTuple):

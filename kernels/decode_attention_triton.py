@@ -1,4 +1,7 @@
-"""Paged attention of rows with one new token. A program computes all query heads of a KV head.
+"""Paged attention of rows with one or a few new tokens.
+
+A program computes all new tokens of a row and all query heads of a KV head, and reads the keys once
+for all of them.
 
 Long contexts are split over several programs, by lengths that only the device knows (split-KV). The
 last of a row's programs to finish adds up the partial results in a fixed order, so that equal
@@ -21,6 +24,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from compiledllm.kernels.launch import launch_options, num_multiprocessors
 from compiledllm.kernels.online_softmax_triton import Tiling, after_sinks, attend_keys
 
+MAX_TOGETHER = 8  # maximum number of new tokens per row
 _PROGRAMS_PER_SM = 8  # extra programs for long rows; several per SM hide latency
 # Up to this many programs, a split may be as small as one tile of keys, because the GPU would
 # otherwise be idle.
@@ -31,7 +35,7 @@ _counters: dict[torch.device, list[Tensor]] = {}
 
 
 def decode_tiling(head_dim: int, group: int, dtype: torch.dtype, num_programs: int) -> Tiling:
-    """group: query heads per KV head. num_programs: rows times KV heads.
+    """group: query heads per KV head, times tokens per row. num_programs: rows times KV heads.
 
     The fastest of 6 to 13 tilings on an H100 (bfloat16, contexts of 190 to 1088 tokens and contexts
     of chats, 1 to 466 rows, 3 to 8 KV heads). A few programs need many loads in flight each; many
@@ -48,31 +52,53 @@ def decode_tiling(head_dim: int, group: int, dtype: torch.dtype, num_programs: i
 
 
 @triton.jit
+def _first_seen(length, count, window, TOKENS: tl.constexpr):
+    """The first position that any of a row's `count` new tokens sees through the window."""
+    if TOKENS == 1:
+        return tl.maximum(length - window, 0)
+    return tl.maximum(length - count + 1 - window, 0)
+
+
+@triton.jit
+def _lanes(
+    count, NUM_LANES: tl.constexpr, TOKENS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """The token and the query head (of its KV head) of each lane, and whether they exist."""
+    lane = tl.arange(0, NUM_LANES)
+    if TOKENS == 1:
+        return lane * 0, lane, lane < GROUP
+    return lane // GROUP, lane % GROUP, lane < count * GROUP
+
+
+@triton.jit
 def _work_item(
     item, seq_lens, query_start_loc, num_rows, max_extra, window,
-    min_tiles, KEYS: tl.constexpr, HAS_WINDOW: tl.constexpr, MAX_ROWS: tl.constexpr,
+    min_tiles, TOKENS: tl.constexpr, KEYS: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    MAX_ROWS: tl.constexpr,
 ):  # fmt: skip
     """The item's row, the number of splits of this row, and the item's index among the splits.
 
-    A row >= num_rows means that no work is left. Rows without exactly one token are skipped. Rows
-    with one token are split so that no split has much more than an even share of all tiles of keys:
-    rows of similar length stay whole, and a long row among short rows is split. There are at most
-    num_rows + max_extra items. A padding row counts as one tile, so it does not affect the splits.
+    A row >= num_rows means that no work is left. Rows with no token or more than TOKENS are
+    skipped. The others are split so that no split has much more than an even share of all tiles of
+    keys: rows of similar length stay whole, and a long row among short rows is split. There are at
+    most num_rows + max_extra items. A padding row counts as one tile, so it does not affect the
+    splits.
     """
     row = tl.arange(0, MAX_ROWS)
     exists = row < num_rows
     length = tl.load(seq_lens + row, exists, other=0)
     start = tl.load(query_start_loc + row, exists, other=0)
-    is_single = tl.load(query_start_loc + row + 1, exists, other=0) - start == 1
+    count = tl.load(query_start_loc + row + 1, exists, other=0) - start
+    is_ours = (count == 1) if TOKENS == 1 else (count >= 1) & (count <= TOKENS)
     tiles = tl.cdiv(length, KEYS)
     if HAS_WINDOW:
-        tiles -= tl.maximum(length - window, 0) // KEYS
-    more_tiles = tl.where(is_single, tl.maximum(tiles - 1, 0), 0)  # tiles after the first
+        tiles -= _first_seen(length, count, window, TOKENS) // KEYS
+    more_tiles = tl.where(is_ours, tl.maximum(tiles - 1, 0), 0)  # tiles after the first
     share = tl.maximum(tl.cdiv(tl.sum(more_tiles, 0), max_extra), min_tiles)
     slack = share // 2
     its_row, num_splits, split = item, 1, 0
     if tl.max(more_tiles, 0) >= share + slack:
-        splits = tl.where(is_single, 1 + tl.maximum(more_tiles - slack, 0) // share, 0)
+        splits = tl.where(is_ours, 1 + tl.maximum(more_tiles - slack, 0) // share, 0)
         ends = tl.cumsum(splits, 0)
         its_row = tl.sum((ends <= item).to(tl.int32), 0)
         is_its = row == its_row
@@ -83,22 +109,24 @@ def _work_item(
 
 @triton.jit
 def _sum_of_splits(
-    partial_out, partial_stats, first_part, num_splits, NUM_HEADS: tl.constexpr,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_GROUP: tl.constexpr,
+    partial_out, partial_stats, first_part, lane_part, is_lane, num_splits,
+    SPLIT_PARTS: tl.constexpr, HEAD_DIM: tl.constexpr, NUM_LANES: tl.constexpr,
     PADDED_DIM: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Merge the splits of a row and KV head: float32 [PADDED_GROUP, PADDED_DIM].
+    """Merge the splits of a row and KV head: float32 [NUM_LANES, PADDED_DIM].
 
-    first_part: index of the partial result of the first split and the first query head.
+    first_part: index of the first partial result of the first split. lane_part, is_lane:
+    [NUM_LANES], index of each lane's partial result within a split, and whether the lane exists.
+    SPLIT_PARTS: partial results per split.
     """
-    head, dim = tl.arange(0, PADDED_GROUP), tl.arange(0, PADDED_DIM)
-    best = tl.full([PADDED_GROUP], float("-inf"), tl.float32)
-    total = tl.zeros([PADDED_GROUP], tl.float32)
-    acc = tl.zeros([PADDED_GROUP, PADDED_DIM], tl.float32)
+    dim = tl.arange(0, PADDED_DIM)
+    best = tl.full([NUM_LANES], float("-inf"), tl.float32)
+    total = tl.zeros([NUM_LANES], tl.float32)
+    acc = tl.zeros([NUM_LANES, PADDED_DIM], tl.float32)
     for first in range(0, num_splits, AT_ONCE):
         for index in tl.static_range(AT_ONCE):  # unrolled, so that all loads are in flight at once
-            part = first_part + (first + index) * NUM_HEADS + head
-            exists = (first + index < num_splits) & (head < GROUP)
+            part = first_part + (first + index) * SPLIT_PARTS + lane_part
+            exists = (first + index < num_splits) & is_lane
             stats = partial_stats + part * 2
             its_best = tl.load(stats, exists, other=float("-inf"), cache_modifier=".cg")
             its_total = tl.load(stats + 1, exists, other=0.0, cache_modifier=".cg")
@@ -117,14 +145,16 @@ def _sum_of_splits(
 def _decode_kernel(
     query, kv_cache, block_tables, seq_lens, query_start_loc, sinks, kv_scales, out, partial_out,
     partial_stats, arrivals, scale, window, soft_cap, query_stride, table_stride, value_offset,
-    num_rows, max_extra, min_tiles, MAX_ROWS: tl.constexpr,
+    num_rows, max_extra, min_tiles, MAX_ROWS: tl.constexpr, TOKENS: tl.constexpr,
     GROUP: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     TOKEN_STRIDE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr, HAS_KV_SCALES: tl.constexpr, PADDED_DIM: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, PADDED_GROUP: tl.constexpr, AT_ONCE: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, SUM_LANES: tl.constexpr, AT_ONCE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Attention of rows with one token. arrivals: int32 [rows, KV heads], zero before and after.
+    """Attention of rows with 1 to TOKENS tokens. A lane is a query head of a token.
+
+    arrivals: int32 [rows, KV heads], zero before and after.
 
     The last split of a row to finish merges all splits of the row, in split order.
     """
@@ -132,7 +162,7 @@ def _decode_kernel(
         gdc_launch_dependents()
     kv_head, item = tl.program_id(0), tl.program_id(1)  # programs without work come last
     row, num_splits, split = _work_item(
-        item, seq_lens, query_start_loc, num_rows, max_extra, window, min_tiles, KEYS,
+        item, seq_lens, query_start_loc, num_rows, max_extra, window, min_tiles, TOKENS, KEYS,
         HAS_WINDOW, MAX_ROWS,
     )  # fmt: skip
     # The kernel reads lengths before this wait. That is safe because a matmul runs between this
@@ -143,91 +173,104 @@ def _decode_kernel(
     if row >= num_rows:
         return
     start = tl.load(query_start_loc + row)
-    if tl.load(query_start_loc + row + 1) - start != 1:
+    count = tl.load(query_start_loc + row + 1) - start
+    if (count < 1) | (count > TOKENS):
         return
     length = tl.load(seq_lens + row)
-    first = tl.maximum(length - window, 0) if HAS_WINDOW else 0
+    first = _first_seen(length, count, window, TOKENS) if HAS_WINDOW else 0
     first_tile, end_tile = first // KEYS, tl.cdiv(length, KEYS)
     share = tl.cdiv(end_tile - first_tile, num_splits)
     low = first_tile + split * share
     high = tl.minimum(low + share, end_tile)
 
-    head = tl.arange(0, ROWS)
+    token, head, is_lane = _lanes(count, ROWS, TOKENS, GROUP)
     dim = tl.arange(0, PADDED_DIM)
-    inside = (head < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
-    head_dims = (kv_head * GROUP + head)[:, None] * HEAD_DIM + dim[None, :]
-    q = tl.load(query + start.to(tl.int64) * query_stride + head_dims, inside, other=0.0)
+    inside = is_lane[:, None] & (dim < HEAD_DIM)[None, :]
+    query_dims = (token * query_stride + (kv_head * GROUP + head) * HEAD_DIM)[:, None] + dim[
+        None, :
+    ]
+    q = tl.load(query + start.to(tl.int64) * query_stride + query_dims, inside, other=0.0)
     best = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     if HAS_SINKS:  # noqa: SIM102  (a constant: without sinks Triton generates no code)
         if split == 0:  # a sink counts once per row
-            best, total = after_sinks(sinks + kv_head * GROUP + head, head < GROUP)
+            best, total = after_sinks(sinks + kv_head * GROUP + head, is_lane)
     acc = tl.zeros([ROWS, PADDED_DIM], tl.float32)
     if HAS_KV_SCALES:
         scale *= tl.load(kv_scales).to(tl.float32)
     for tile in range(low, high):
         tokens = tile * KEYS + tl.arange(0, KEYS)
         in_context = (tokens < length) & (tokens >= first)
+        seen = in_context[None, :]
+        if TOKENS > 1:
+            position = (length - count + token)[:, None]
+            seen = seen & (tokens[None, :] <= position)
+            if HAS_WINDOW:
+                seen = seen & (tokens[None, :] > position - window)
         best, total, acc = attend_keys(
             q, best, total, acc, kv_cache, block_tables + row.to(tl.int64) * table_stride, tokens,
-            in_context, in_context[None, :], kv_head * HEAD_DIM, scale, soft_cap, value_offset,
+            in_context, seen, kv_head * HEAD_DIM, scale, soft_cap, value_offset,
             TOKEN_STRIDE, BLOCK_SIZE, HEAD_DIM, HAS_SOFT_CAP, PADDED_DIM, ALL_SEEN=False,
         )  # fmt: skip
     target = out + start.to(tl.int64) * NUM_HEADS * HEAD_DIM
+    lane_part = token * NUM_HEADS + kv_head * GROUP + head
     if num_splits == 1:
         result = acc / total[:, None]
         if HAS_KV_SCALES:
             result *= tl.load(kv_scales + 1).to(tl.float32)
-        tl.store(target + head_dims, result.to(out.dtype.element_ty), inside)
+        out_dims = lane_part[:, None] * HEAD_DIM + dim[None, :]
+        tl.store(target + out_dims, result.to(out.dtype.element_ty), inside)
         return
-    part = item * NUM_HEADS + kv_head * GROUP + head
-    tl.store(partial_stats + part * 2, best, head < GROUP)
-    tl.store(partial_stats + part * 2 + 1, total, head < GROUP)
+    SPLIT_PARTS: tl.constexpr = TOKENS * NUM_HEADS
+    part = item * SPLIT_PARTS + lane_part
+    tl.store(partial_stats + part * 2, best, is_lane)
+    tl.store(partial_stats + part * 2 + 1, total, is_lane)
     tl.store(partial_out + part[:, None] * HEAD_DIM + dim[None, :], acc, inside)
     tl.debug_barrier()  # all threads must have stored before the arrival is counted
     arrival = arrivals + row * (NUM_HEADS // GROUP) + kv_head
     if tl.atomic_add(arrival, 1, sem="acq_rel") < num_splits - 1:
         return
     tl.store(arrival, 0)
-    first_part = (item - split) * NUM_HEADS + kv_head * GROUP
+    token, head, is_lane = _lanes(count, SUM_LANES, TOKENS, GROUP)
+    lane_part = token * NUM_HEADS + kv_head * GROUP + head
     result = _sum_of_splits(
-        partial_out, partial_stats, first_part, num_splits, NUM_HEADS, GROUP, HEAD_DIM,
-        PADDED_GROUP, PADDED_DIM, AT_ONCE,
+        partial_out, partial_stats, (item - split) * SPLIT_PARTS, lane_part, is_lane, num_splits,
+        SPLIT_PARTS, HEAD_DIM, SUM_LANES, PADDED_DIM, AT_ONCE,
     )  # fmt: skip
     if HAS_KV_SCALES:
         result *= tl.load(kv_scales + 1).to(tl.float32)
-    head = tl.arange(0, PADDED_GROUP)
-    inside = (head < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
-    head_dims = (kv_head * GROUP + head)[:, None] * HEAD_DIM + dim[None, :]
-    tl.store(target + head_dims, result.to(out.dtype.element_ty), inside)
+    inside = is_lane[:, None] & (dim < HEAD_DIM)[None, :]
+    out_dims = lane_part[:, None] * HEAD_DIM + dim[None, :]
+    tl.store(target + out_dims, result.to(out.dtype.element_ty), inside)
 
 
-def attend_single_tokens(
+def attend_few_tokens(
     tensors: tuple[Tensor, ...],
     scalars: tuple[float, ...],
     constants: dict[str, Any],
+    max_row_tokens: int,
     max_split_programs: int | None,
 ) -> None:
-    """Launch `_decode_kernel`, which computes the rows with one token and skips the others."""
+    """Launch `_decode_kernel` for rows with 1 to `max_row_tokens` tokens; it skips the others."""
     query, kv_cache, block_tables = tensors[:3]
     num_tokens, num_heads, head_dim = query.shape
     num_rows, num_kv_heads = len(block_tables), kv_cache.shape[3]
-    max_singles = min(num_rows, num_tokens)  # a decode step has an empty row at the end
-    num_programs = max_singles * num_kv_heads
-    tiling = decode_tiling(head_dim, constants["GROUP"], query.dtype, num_programs)
+    max_rows = min(num_rows, num_tokens)  # a decode step has an empty row at the end
+    num_programs, num_lanes = max_rows * num_kv_heads, constants["GROUP"] * max_row_tokens
+    tiling = decode_tiling(head_dim, num_lanes, query.dtype, num_programs)
     if max_split_programs is None:
         max_split_programs = _PROGRAMS_PER_SM * num_multiprocessors()
     max_extra = max(max_split_programs // num_kv_heads, 1)
-    num_items = max_singles + max_extra
-    partial_out = query.new_empty((num_items, num_heads, head_dim), dtype=torch.float32)
-    partial_stats = query.new_empty((num_items, num_heads, 2), dtype=torch.float32)
+    num_items = max_rows + max_extra
+    parts = num_items, max_row_tokens, num_heads
+    partial_out = query.new_empty((*parts, head_dim), dtype=torch.float32)
+    partial_stats = query.new_empty((*parts, 2), dtype=torch.float32)
     arrivals = _arrivals(num_rows * num_kv_heads, query.device)
     min_tiles = 1 if num_programs <= _FEW_PROGRAMS else 2
-    padded_group = triton.next_power_of_2(constants["GROUP"])
     _decode_kernel[(num_kv_heads, num_items)](
         *tensors, partial_out, partial_stats, arrivals, *scalars, num_rows, max_extra,
-        min_tiles, MAX_ROWS=_padded_rows(num_rows),
-        ROWS=tiling.rows, KEYS=tiling.keys, PADDED_GROUP=padded_group,
+        min_tiles, MAX_ROWS=_padded_rows(num_rows), TOKENS=max_row_tokens,
+        ROWS=tiling.rows, KEYS=tiling.keys, SUM_LANES=triton.next_power_of_2(num_lanes),
         AT_ONCE=_SPLITS_SUMMED_AT_ONCE,
         num_warps=tiling.num_warps, num_stages=tiling.num_stages, **launch_options(), **constants,
     )  # fmt: skip

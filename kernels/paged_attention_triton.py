@@ -1,8 +1,9 @@
 """Paged attention in Triton: the default on GPUs.
 
 One kernel stores keys and values. Two kernels read the cache: `decode_attention_triton` for rows
-with one new token, `prefill_attention_triton` for rows with several. Grids follow from shapes alone
-and the host reads nothing back, so a captured call serves every length.
+with one new token, and for all rows of a step whose rows have at most `MAX_TOGETHER` tokens;
+`prefill_attention_triton` for the other rows. Grids follow from shapes alone and the host reads
+nothing back, so a captured call serves every length.
 """
 
 # Triton infers a kernel's types from each call, which mypy cannot follow.
@@ -23,7 +24,7 @@ from compiledllm.kernels.backend import (
     AttentionMetadata,
     ScoreOptions,
 )
-from compiledllm.kernels.decode_attention_triton import attend_single_tokens
+from compiledllm.kernels.decode_attention_triton import MAX_TOGETHER, attend_few_tokens
 from compiledllm.kernels.online_softmax_triton import to_fp8
 from compiledllm.kernels.prefill_attention_triton import attend_prompts
 
@@ -92,7 +93,7 @@ def paged_attention(
         return out
     query = query if _is_packed(query) else query.contiguous()
     _, _, block_size, num_kv_heads, _ = kv_cache.shape
-    _, block_tables, seq_lens, query_start_loc = attn
+    _, block_tables, seq_lens, query_start_loc, _ = attn
     sinks, kv_scales = (query if x is None else x for x in (options.sinks, options.kv_scales))
     tensors = query, kv_cache, block_tables, seq_lens, query_start_loc, sinks, kv_scales, out
     scalars = (
@@ -106,9 +107,11 @@ def paged_attention(
         "HAS_SINKS": options.sinks is not None, "HAS_KV_SCALES": options.kv_scales is not None,
         "PADDED_DIM": max(16, triton.next_power_of_2(head_dim)),
     }  # fmt: skip
+    are_few = 0 < attn.max_row_tokens <= MAX_TOGETHER
     if not fixed_order:
-        attend_single_tokens(tensors, scalars, constants, max_split_programs)
-    if fixed_order or num_tokens >= len(block_tables):  # otherwise no row has more than one token
+        together = attn.max_row_tokens if are_few else 1
+        attend_few_tokens(tensors, scalars, constants, together, max_split_programs)
+    if fixed_order or not are_few:
         attend_prompts(tensors, scalars, constants, fixed_order)
     return out
 

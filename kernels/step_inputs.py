@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compiledllm.kernels.backend import AttentionMetadata
+from compiledllm.kernels.backend import AttentionMetadata, make_row_bound
 
 
 class DecodeInputs(NamedTuple):
@@ -60,7 +60,8 @@ def decode_inputs(
         tables = with_empty_row(of_group[rows])
         blocks = tables[:-1].gather(1, (positions // block_size)[:, None]).squeeze(1)
         slots = slots_in(blocks, positions, block_size)
-        attn.append(AttentionMetadata(slots, tables, seq_lens, starts))
+        bound = make_row_bound(1, rows.device)
+        attn.append(AttentionMetadata(slots, tables, seq_lens, starts, bound))
     indices = starts[: len(rows)].long()
     return DecodeInputs(last_token_ids[rows], positions, positions + 1, indices, attn)
 
@@ -87,7 +88,8 @@ def mixed_inputs(
     for of_group in block_tables:
         slots = slots_in(of_group[row_of_token, positions // block_size], positions, block_size)
         tables = with_empty_row(of_group[table_rows])
-        attn.append(AttentionMetadata(slots, tables, seq_lens, starts))
+        bound = make_row_bound(0, rows.device)
+        attn.append(AttentionMetadata(slots, tables, seq_lens, starts, bound))
     input_ids = torch.where(ids < 0, last_token_ids[row_of_token], ids)
     return MixedInputs(input_ids, positions, attn)
 
@@ -110,6 +112,7 @@ def metadata_of_ends(
         block_tables=with_empty_row(of_group[rows]),
         seq_lens=F.pad(lengths, (0, 1)).int(),
         query_start_loc=one_token_each(rows),
+        row_bound=make_row_bound(1, rows.device),
     )
 
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from compiledllm.kernels.backend import AttentionMetadata
+from compiledllm.kernels.backend import AttentionMetadata, make_row_bound
 from compiledllm.kernels.step_inputs import DecodeInputs, MixedInputs
 
 _CHUNK = 1024  # block table entries per program
@@ -96,7 +96,8 @@ def gather(
             indices, seq_lens, starts, slots, tables, num_rows, max_blocks, BLOCK_SIZE=block_size,
             CHUNK=chunk,
         )  # fmt: skip
-        attn.append(AttentionMetadata(slots, tables, seq_lens, starts))
+        bound = make_row_bound(1, rows.device)
+        attn.append(AttentionMetadata(slots, tables, seq_lens, starts, bound))
     return DecodeInputs(input_ids, positions, lengths, indices, attn)
 
 
@@ -158,7 +159,8 @@ def unpack(
             tables, num_tokens, num_rows, max_blocks, BLOCK_SIZE=block_size, CHUNK=chunk,
             TOKENS=_TOKENS,
         )  # fmt: skip
-        attn.append(AttentionMetadata(slots, tables, seq_lens, starts))
+        bound = make_row_bound(0, rows.device)
+        attn.append(AttentionMetadata(slots, tables, seq_lens, starts, bound))
     return MixedInputs(input_ids, positions, attn)
 
 
@@ -192,7 +194,7 @@ def gather_ends(
         rows, lengths, of_group, seq_lens, starts, slots, tables, num_rows, max_blocks,
         BLOCK_SIZE=block_size, CHUNK=chunk,
     )  # fmt: skip
-    return AttentionMetadata(slots, tables, seq_lens, starts)
+    return AttentionMetadata(slots, tables, seq_lens, starts, make_row_bound(1, rows.device))
 
 
 def _chunks(max_blocks: int) -> tuple[int, int]:

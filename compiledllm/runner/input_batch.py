@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from compiledllm.graphs.buckets import StepShape
-from compiledllm.kernels.backend import AttentionMetadata
+from compiledllm.kernels.backend import AttentionMetadata, make_row_bound
 from compiledllm.kernels.step_inputs import (
     decode_inputs,
     metadata_of_ends,
@@ -54,14 +54,14 @@ class StepLayout:
         return cls([], none, none, none, np.empty(0, bool))
 
     @property
-    def is_decode(self) -> bool:
-        """Whether every request computes just its last drawn token and draws the next one."""
-        return bool(self.samples.all()) and int(self.counts.max()) == 1
+    def max_row_tokens(self) -> int:
+        """1 if every request computes just its last drawn token and draws the next one; else 0."""
+        return int(bool(self.samples.all()) and int(self.counts.max()) == 1)
 
     @property
     def shape(self) -> StepShape:
         """The step's size, without padding."""
-        return StepShape(int(self.counts.sum()), len(self.rows), self.is_decode)
+        return StepShape(int(self.counts.sum()), len(self.rows), self.max_row_tokens)
 
     @property
     def sample_rows(self) -> np.ndarray:
@@ -129,10 +129,9 @@ def packed_size(shape: StepShape) -> int:
 class InputBatch:
     """A step's inputs, ragged: the tokens of all requests lie one request after the other.
 
-    The metadata ends with an empty row, for two reasons. First, kernels recognise a decode step by
-    having fewer tokens than rows, which then holds exactly if every request has one token. Second,
-    torch.compile would specialise on a single row. No group's tensor is a view of another group's
-    tensor, since torch.compile would specialise on shared storage, too.
+    The metadata ends with an empty row, because torch.compile would specialise on a single row. No
+    group's tensor is a view of another group's tensor, since torch.compile would specialise on
+    shared storage, too.
     """
 
     input_ids: Tensor  # int64 [tokens]
@@ -222,7 +221,13 @@ class InputBatch:
         seq_lens = torch.tensor([1, 0], dtype=torch.int32, device=table.device)
         starts = torch.tensor([0, 1, 1], dtype=torch.int32, device=table.device)
         attn = [
-            AttentionMetadata(zeros - 1, with_empty_row(of_group[row]), seq_lens, starts)
+            AttentionMetadata(
+                zeros - 1,
+                with_empty_row(of_group[row]),
+                seq_lens,
+                starts,
+                make_row_bound(0, table.device),
+            )
             for of_group in table.block_tables
         ]
         # A copy, because Dynamo would guard on both arguments being the same tensor.

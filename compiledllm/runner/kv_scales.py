@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from compiledllm.config import Choice
-from compiledllm.kernels.backend import MAX_FP8, AttentionMetadata
+from compiledllm.kernels.backend import MAX_FP8, AttentionMetadata, make_row_bound
 from compiledllm.log import log
 from compiledllm.models.decoder import Decoder
 from compiledllm.resolved_config import StepLimits
@@ -79,6 +79,7 @@ def _caches_of_prompt(model: Decoder, limits: StepLimits) -> list[Tensor]:
         block_tables=torch.arange(1, num_blocks + 1, dtype=torch.int32, device=device)[None],
         seq_lens=torch.tensor([num_tokens], dtype=torch.int32, device=device),
         query_start_loc=torch.tensor([0, num_tokens], dtype=torch.int32, device=device),
+        row_bound=make_row_bound(0, device),
     )
     model(ids.to(device), positions, caches, [attn] * len(caches))
     return [cache.flatten(1, 2)[:, size : size + num_tokens] for cache in caches]

@@ -11,7 +11,7 @@ import torch
 from compiledllm.graphs.buckets import StepShape
 from compiledllm.graphs.cuda_graphs import StepGraphs
 
-SHAPES = [StepShape(n, n, True) for n in (1, 2, 4, 8)] + [StepShape(64, 8, False)]
+SHAPES = [StepShape(n, n, 1) for n in (1, 2, 4, 8)] + [StepShape(64, 8, 0)]
 
 
 class Recorder:
@@ -55,9 +55,9 @@ def test_without_memory_for_large_steps_the_small_ones_are_captured(
     assert "no memory to capture steps of more than 32 tokens" in messages[0]
     assert "no memory to capture steps of more than 4 tokens" in messages[-1]
     assert "Lower gpu_memory_utilization or max_num_seqs" in messages[-1]
-    assert graphs.shape_for(StepShape(3, 3, True)) == StepShape(4, 4, True)
-    assert graphs.shape_for(StepShape(5, 5, True)) is None
-    assert graphs.shape_for(StepShape(20, 2, False)) is None
+    assert graphs.shape_for(StepShape(3, 3, 1)) == StepShape(4, 4, 1)
+    assert graphs.shape_for(StepShape(5, 5, 1)) is None
+    assert graphs.shape_for(StepShape(20, 2, 0)) is None
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -66,4 +66,4 @@ def test_without_memory_for_any_step_nothing_is_captured(
 ) -> None:
     graphs = capture(0, device, monkeypatch)
     assert graphs.shapes == []
-    assert graphs.shape_for(StepShape(1, 1, True)) is None
+    assert graphs.shape_for(StepShape(1, 1, 1)) is None

@@ -16,7 +16,7 @@ from compiledllm.kernels.attention import (
     paged_attention,
     store_kv,
 )
-from compiledllm.kernels.backend import AttentionMetadata, ScoreOptions
+from compiledllm.kernels.backend import AttentionMetadata, ScoreOptions, make_row_bound
 
 BACKENDS = ["torch", "triton", "fixed_order"]
 CUDA = torch.cuda.is_available()
@@ -43,6 +43,7 @@ class Case:
     sliding_window: int = 0
     soft_cap: float = 0.0
     has_sinks: bool = False
+    max_row_tokens: int = 0  # as the metadata says; 0: any number
     num_unused_columns: int = 2  # of the block table, zeros behind each row's blocks
 
 
@@ -85,6 +86,7 @@ def make_step(case: Case, backend: str = "torch", seed: int = 0) -> Step:
         block_tables=block_tables,
         seq_lens=torch.tensor([context for _, context in case.rows], dtype=torch.int32),
         query_start_loc=torch.cat((torch.zeros(1), query_lengths.cumsum(0))).int(),
+        row_bound=make_row_bound(case.max_row_tokens),
     )
     query = torch.randn(int(query_lengths.sum()), num_heads, case.head_dim).to(dtype)
     sinks = (torch.randn(num_heads) * 3).to(dtype) if case.has_sinks else None
@@ -157,13 +159,30 @@ def mixed_rows(size: int) -> Rows:
     return [(7, 7), (1, size), (1, 1), (3, 2 * size + 1), (0, 0), (1, 3 * size), (0, 0)]
 
 
-ROWS = {"decode": decode_rows, "prefill": prefill_rows, "mixed": mixed_rows}
+def few_rows(size: int) -> Rows:
+    """Rows of one to eight tokens and a padding row, as when drafted tokens are verified."""
+    return [(5, 5), (1, 2 * size + 1), (3, size + 1), (0, 0), (8, 5 * size + 3)]
+
+
+ROWS = {"decode": decode_rows, "prefill": prefill_rows, "mixed": mixed_rows, "few": few_rows}
+MAX_ROW_TOKENS = {"decode": 1, "prefill": 0, "mixed": 0, "few": 8}
 # Two blocks at most: for what does not depend on how long the contexts are.
 SHORT_ROWS: dict[str, Rows] = {
     "decode": [(1, 17), (1, 3)],
     "prefill": [(17, 17), (5, 20)],
     "mixed": [(3, 18), (1, 17), (0, 0), (1, 2)],
+    "few": [(3, 18), (1, 17), (0, 0), (2, 2)],
 }
+
+
+def case_of(rows: str, size: int = 16, **options: Any) -> Case:
+    """Rows of a kind, with blocks of `size` tokens, as a step of this kind has them."""
+    return Case(ROWS[rows](size), block_size=size, max_row_tokens=MAX_ROW_TOKENS[rows], **options)
+
+
+def short_case_of(rows: str, **options: Any) -> Case:
+    return Case(SHORT_ROWS[rows], max_row_tokens=MAX_ROW_TOKENS[rows], **options)
+
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -189,10 +208,10 @@ def test_attention_equals_the_naive_reference(
     head_dim: int, heads: str, block_size: int, rows: str, half: bool, backend: str
 ) -> None:
     dtype = HALF[backend] if half else torch.float32
+    case = case_of(rows, block_size, head_dim=head_dim, heads=heads, dtype=dtype)
     if backend != "torch" and block_size != 16:  # one length of each kind is enough here
-        check(Case(ROWS[rows](block_size)[-2:], head_dim, heads, block_size, dtype), backend)
-    else:
-        check(Case(ROWS[rows](block_size), head_dim, heads, block_size, dtype), backend)
+        case = replace(case, rows=case.rows[-2:])
+    check(case, backend)
 
 
 @pytest.mark.pairwise
@@ -202,7 +221,7 @@ def test_attention_equals_the_naive_reference(
 def test_sliding_window_sees_the_latest_positions_only(
     sliding_window: int, heads: str, rows: str, backend: str
 ) -> None:
-    check(Case(ROWS[rows](16), heads=heads, sliding_window=sliding_window), backend)
+    check(case_of(rows, heads=heads, sliding_window=sliding_window), backend)
 
 
 @pytest.mark.pairwise
@@ -212,7 +231,7 @@ def test_sliding_window_sees_the_latest_positions_only(
 def test_soft_cap_bends_the_scores(
     sliding_window: int, heads: str, rows: str, backend: str
 ) -> None:
-    case = Case(ROWS[rows](16), heads=heads, soft_cap=1.5, sliding_window=sliding_window)
+    case = case_of(rows, heads=heads, soft_cap=1.5, sliding_window=sliding_window)
     check(case, backend)
 
 
@@ -223,7 +242,7 @@ def test_soft_cap_bends_the_scores(
 def test_sinks_take_their_share_of_the_weights(
     sliding_window: int, heads: str, rows: str, backend: str
 ) -> None:
-    case = Case(ROWS[rows](16), heads=heads, sliding_window=sliding_window, has_sinks=True)
+    case = case_of(rows, heads=heads, sliding_window=sliding_window, has_sinks=True)
     check(case, backend)
     short = replace(case, rows=SHORT_ROWS[rows], head_dim=80, dtype=HALF[backend])
     check(replace(short, soft_cap=1.5), backend)
@@ -244,8 +263,8 @@ def test_a_sink_may_take_nothing_or_all(logit: float, backend: str) -> None:
 @pytest.mark.parametrize("half", [False, True])
 def test_scale_is_the_one_given(rows: str, half: bool, backend: str) -> None:
     dtype = HALF[backend] if half else torch.float32
-    check(Case(SHORT_ROWS[rows], scale=0.31, dtype=dtype), backend)
-    check(Case(SHORT_ROWS[rows], scale=0.31, soft_cap=3.0, dtype=dtype), backend)
+    check(short_case_of(rows, scale=0.31, dtype=dtype), backend)
+    check(short_case_of(rows, scale=0.31, soft_cap=3.0, dtype=dtype), backend)
 
 
 @pytest.mark.parametrize("length", [1, 2])
@@ -301,7 +320,7 @@ def test_query_may_be_a_slice_of_a_wider_tensor(backend: str) -> None:
 
 @pytest.mark.parametrize("rows", ROWS)
 def test_nothing_of_unused_slots_and_blocks_leaks_in(rows: str, backend: str) -> None:
-    case = Case(ROWS[rows](16))
+    case = case_of(rows)
     step = make_step(case, backend)
     expected = run(case, step, backend)
     used = torch.zeros(step.kv_cache.shape[1:3], dtype=torch.bool)
@@ -329,10 +348,10 @@ def test_blocks_left_of_the_window_are_not_read(window: int, backend: str) -> No
 
 
 def test_extra_columns_of_the_block_table_change_nothing(backend: str) -> None:
-    for rows in ROWS.values():
-        narrow = make_step(Case(rows(16), num_unused_columns=0), backend)
-        wide = make_step(Case(rows(16), num_unused_columns=9), backend)
-        outs = [run(Case(rows(16)), step, backend) for step in (narrow, wide)]
+    for rows in ROWS:
+        narrow = make_step(case_of(rows, num_unused_columns=0), backend)
+        wide = make_step(case_of(rows, num_unused_columns=9), backend)
+        outs = [run(case_of(rows), step, backend) for step in (narrow, wide)]
         assert torch.equal(*outs)
 
 
@@ -405,7 +424,7 @@ def test_keys_and_values_may_be_slices_of_a_wider_tensor(backend: str) -> None:
 def test_paged_attention_is_a_sound_operator(
     rows: str, heads: str, soft_cap: float, has_sinks: bool, backend: str
 ) -> None:
-    case = Case(SHORT_ROWS[rows], heads=heads, has_sinks=has_sinks)
+    case = short_case_of(rows, heads=heads, has_sinks=has_sinks)
     step = make_step(case, backend)
     options = ScoreOptions(0.125, 0, soft_cap, step.sinks)
     arguments = (step.query, step.kv_cache, *step.attn, *options, backend)

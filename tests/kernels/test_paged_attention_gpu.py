@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from compiledllm.kernels import paged_attention_torch as oracle
-from compiledllm.kernels.backend import AttentionMetadata, ScoreOptions
+from compiledllm.kernels.backend import AttentionMetadata, ScoreOptions, make_row_bound
+from compiledllm.kernels.decode_attention_triton import MAX_TOGETHER
 from compiledllm.kernels.paged_attention_triton import paged_attention
 from compiledllm.kernels.prefill_attention_triton import prefill_tiling
 
@@ -28,6 +29,7 @@ def lengths(size: int) -> list[int]:
 ROWS = {
     "decode": [(1, n) for n in lengths(16)] + [(0, 0)],
     "prefill": [(n, n) for n in lengths(16)] + [(2, 17), (130, 700), (0, 0)],
+    "few": [(8, 8), (1, 900), (5, 17), (8, 2049), (0, 0), (3, 333), (2, 2), (0, 0)],
     "mixed": [(70, 70), (1, 900), (1, 1), (300, 1000), (0, 0), (1, 47), (0, 0)],
 }
 
@@ -35,7 +37,10 @@ ROWS = {
 def make_step(
     rows: list[tuple[int, int]], head_dim: int, heads: str, block_size: int, dtype: torch.dtype
 ) -> Step:
-    """Random queries over a cache whose unused slots hold NaN."""
+    """Random queries over a cache whose unused slots hold NaN.
+
+    Rows of at most `MAX_TOGETHER` tokens are computed together, by the decode kernel.
+    """
     num_heads, num_kv_heads = HEADS[heads]
     widths = [-(-context // block_size) for _, context in rows]
     total = sum(widths) + 3
@@ -53,11 +58,13 @@ def make_step(
             2, context, num_kv_heads, head_dim, dtype=dtype, device="cuda"
         )
     counts = torch.tensor([count for count, _ in rows])
+    most = int(counts.max())
+    bound = make_row_bound(most if most <= MAX_TOGETHER else 0, torch.device("cuda"))
     query = torch.randn(int(counts.sum()), num_heads, head_dim, dtype=dtype, device="cuda")
     starts = torch.cat((torch.zeros(1), counts.cumsum(0))).int().cuda()
     seq_lens = torch.tensor([context for _, context in rows], dtype=torch.int32).cuda()
     slots = torch.full((len(query),), -1).cuda()
-    return query, kv_cache, AttentionMetadata(slots, tables.cuda(), seq_lens, starts)
+    return query, kv_cache, AttentionMetadata(slots, tables.cuda(), seq_lens, starts, bound)
 
 
 def assert_equals_oracle(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -11,7 +12,7 @@ import triton.language as tl
 
 from compiledllm.kernels import decode_attention_triton as kernels
 from compiledllm.kernels import paged_attention_torch as oracle
-from compiledllm.kernels.backend import AttentionMetadata, ScoreOptions
+from compiledllm.kernels.backend import AttentionMetadata, ScoreOptions, make_row_bound
 from compiledllm.kernels.paged_attention_triton import paged_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there in Triton's interpreter
@@ -21,12 +22,12 @@ TOO_MANY = 1000 if DEVICE == "cuda" else 24  # programs: more than there are til
 
 @triton.jit
 def _list_kernel(  # type: ignore[no-untyped-def]
-    found, seq_lens, query_start_loc, num_rows, max_extra, min_tiles, window,
+    found, seq_lens, query_start_loc, num_rows, max_extra, min_tiles, window, TOKENS: tl.constexpr,
     KEYS: tl.constexpr, HAS_WINDOW: tl.constexpr, MAX_ROWS: tl.constexpr,
 ):  # fmt: skip
     item = tl.program_id(0)
     row, num_splits, split = kernels._work_item(
-        item, seq_lens, query_start_loc, num_rows, max_extra, window, min_tiles, KEYS,
+        item, seq_lens, query_start_loc, num_rows, max_extra, window, min_tiles, TOKENS, KEYS,
         HAS_WINDOW, MAX_ROWS,
     )  # fmt: skip
     tl.store(found + item * 3, row)
@@ -48,7 +49,7 @@ def work_items(
     found = torch.full((num_items, 3), -1, dtype=torch.int32, device=DEVICE)
     _list_kernel[(num_items,)](
         found, seq_lens, starts, len(rows), max_extra, min_tiles, window,
-        KEYS=KEYS, HAS_WINDOW=window > 0, MAX_ROWS=triton.next_power_of_2(len(rows)),
+        TOKENS=1, KEYS=KEYS, HAS_WINDOW=window > 0, MAX_ROWS=triton.next_power_of_2(len(rows)),
     )  # fmt: skip
     items = [(int(row), int(total), int(split)) for row, total, split in found.tolist()]
     num_real = sum(row < len(rows) for row, _, _ in items)
@@ -100,19 +101,20 @@ def test_padding_takes_nothing_from_the_others() -> None:
 
 @pytest.mark.parametrize("window", [0, 200])
 @pytest.mark.parametrize("has_sinks", [False, True])
-def test_a_long_row_among_short_ones(has_sinks: bool, window: int) -> None:
+@pytest.mark.parametrize("counts", [[1] * 5, [3, 4, 1, 0, 1]], ids=["single", "few"])
+def test_a_long_row_among_short_ones(counts: list[int], has_sinks: bool, window: int) -> None:
     torch.manual_seed(0)
     lengths = [20, 1500 if DEVICE == "cuda" else 700, 3, 90, 1]
     num_heads, num_kv_heads, head_dim, block_size = 4, 2, 64, 16
     width = -(-max(lengths) // block_size)
     kv_cache = torch.randn(2, len(lengths) * width + 1, block_size, num_kv_heads, head_dim)
     tables = torch.arange(len(lengths) * width, dtype=torch.int32).view(len(lengths), width) + 1
-    query = torch.randn(len(lengths), num_heads, head_dim)
+    query = torch.randn(sum(counts), num_heads, head_dim)
     seq_lens = torch.tensor(lengths, dtype=torch.int32)
-    starts = torch.arange(len(lengths) + 1, dtype=torch.int32)
+    starts = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32)
     sinks = torch.randn(num_heads) if has_sinks else None
-    slots = torch.full((len(lengths),), -1)
-    attn = AttentionMetadata(slots, tables, seq_lens, starts)
+    slots = torch.full((sum(counts),), -1)
+    attn = AttentionMetadata(slots, tables, seq_lens, starts, make_row_bound(max(counts)))
     expected = oracle.paged_attention(query, kv_cache, attn, ScoreOptions(0.1, window, 0.0, sinks))
     options = ScoreOptions(0.1, window, 0.0, None if sinks is None else sinks.to(DEVICE))
     there = AttentionMetadata(*(x.to(DEVICE) for x in attn))

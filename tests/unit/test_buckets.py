@@ -13,7 +13,7 @@ max_sizes = st.integers(1, 2000)
 
 def bucket_for(size: int, sizes: list[int]) -> int | None:
     """The batch size of the captured decode step for `size` requests."""
-    shape = shape_for(StepShape(size, size, True), [StepShape(s, s, True) for s in sizes])
+    shape = shape_for(StepShape(size, size, 1), [StepShape(s, s, 1) for s in sizes])
     return shape and shape.num_rows
 
 
@@ -86,7 +86,7 @@ def test_shapes_have_more_tokens_than_rows_unless_they_decode(rows: int, tokens:
 @pytest.mark.parametrize("tokens", [1024, 8192, 16384])
 def test_a_full_step_is_captured_whatever_its_rows(tokens: int) -> None:
     for rows in (1, 9, 200, 512):
-        found = shape_for(StepShape(tokens, rows, False), step_shapes(512, tokens))
+        found = shape_for(StepShape(tokens, rows, 0), step_shapes(512, tokens))
         assert found is not None and found.num_tokens == tokens
 
 
@@ -107,7 +107,7 @@ def test_a_step_gets_the_smallest_shape_of_its_kind(
 
 @given(st.integers(1, 512), st.integers(1024, 16384))
 def test_large_steps_are_padded_by_a_quarter_at_most(rows: int, tokens: int) -> None:
-    found = shape_for(StepShape(tokens, rows, False), step_shapes(512, 16384))
+    found = shape_for(StepShape(tokens, rows, 0), step_shapes(512, 16384))
     assert found is not None
     assert found.num_tokens <= tokens * (1.25 if tokens < 8192 else 1.125)
 

@@ -80,9 +80,9 @@ def test_a_step_of_one_token_each_is_a_decode_step_if_all_sample(samples: bool) 
     table = table_of(1)
     lines = [ScheduledRequest(f"r{i}", COMPUTED[i], 1, [], samples) for i in (2, 0)]
     layout = StepLayout.of(SchedulerOutput([], lines, []), table)
-    assert layout.shape == StepShape(2, 2, is_decode=samples)
+    assert layout.shape == StepShape(2, 2, max_row_tokens=int(samples))
     if samples:
-        inputs = layout.inputs(table, StepShape(4, 4, is_decode=True))
+        inputs = layout.inputs(table, StepShape(4, 4, max_row_tokens=1))
         assert inputs.tolist() == [2, 0, table.padding_row, table.padding_row]
     inputs = torch.from_numpy(layout.inputs(table, layout.shape))
     batch = InputBatch.of(layout.shape, inputs, 2, table, SIZE)
@@ -110,7 +110,7 @@ def test_padded_steps_and_their_ends_read_the_null_block(num_groups: int) -> Non
         ScheduledRequest("r2", COMPUTED[2], 2, [], True),
     ]
     layout = StepLayout.of(SchedulerOutput([], lines, []), table)
-    shape = StepShape(16, 4, is_decode=False)
+    shape = StepShape(16, 4, max_row_tokens=0)
     batch = InputBatch.unpack(torch.from_numpy(layout.pack(table, shape)), shape, 4, table, SIZE)
     assert batch.input_ids.tolist() == [7] * 11 + [0] * 5
     assert batch.positions.tolist() == [*range(34, 43), 5, 6] + [0] * 5
