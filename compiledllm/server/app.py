@@ -17,13 +17,16 @@ from starlette.exceptions import HTTPException
 from compiledllm.log import OneLine, log
 from compiledllm.remote.engine_client import EngineClient
 from compiledllm.remote.errors import Overloaded
+from compiledllm.server.anthropic.protocol import BODIES as ANTHROPIC_BODIES
+from compiledllm.server.anthropic.protocol import CountTokensRequest
+from compiledllm.server.anthropic.token_count import TokenCounter
 from compiledllm.server.client_left import ClientLeft
 from compiledllm.server.generation_routes import add_generation
 from compiledllm.server.metrics import Metrics
 from compiledllm.server.openai.answer import DEFAULT_SETTINGS, AnswerSettings
 from compiledllm.server.openai.errors import RAISED, ApiError
 from compiledllm.server.openai.jobs import JobMaker
-from compiledllm.server.openai.known_fields import KnownFields
+from compiledllm.server.openai.known_fields import KnownFields, ignored_header
 from compiledllm.server.openai.protocol import BODIES, DetokenizeRequest, TokenizeRequest
 from compiledllm.server.openai.serving import Serving
 from compiledllm.server.openai.text_tools import TextTools
@@ -70,7 +73,7 @@ class _App(FastAPI):
     def openapi(self) -> dict[str, Any]:
         """Add the schemas of bodies, because `bodies` reads them and FastAPI does not know them."""
         schema = super().openapi()
-        add_bodies(schema, tuple(BODIES.values()))
+        add_bodies(schema, (*BODIES.values(), *ANTHROPIC_BODIES.values()))
         return schema
 
 
@@ -90,6 +93,7 @@ def create_app(engine: EngineClient, options: AppOptions) -> FastAPI:
     )
     add_generation(app, jobs, Serving(engine, metrics))
     _add_text_tools(app, TextTools(jobs))
+    _add_token_count(app, TokenCounter(jobs, options.answers))
     _add_models(app, jobs)
     _add_state(app, engine, metrics)
     _add_errors(app, metrics)
@@ -125,6 +129,16 @@ def _add_text_tools(app: FastAPI, tools: TextTools) -> None:
     @app.post("/detokenize", openapi_extra=body_of(DetokenizeRequest))
     async def detokenize(request: Request) -> Response:
         return await respond(tools.detokenize, request)
+
+
+def _add_token_count(app: FastAPI, counter: TokenCounter) -> None:
+    @app.post("/v1/messages/count_tokens", openapi_extra=body_of(CountTokensRequest))
+    async def count_tokens(request: Request) -> Response:
+        data = await read_body(request)
+        answer, ignored = await counter.lanes.run(
+            len(data), request.receive, lambda: counter.count(data)
+        )
+        return Response(answer, headers=ignored_header(ignored), media_type="application/json")
 
 
 def _add_models(app: FastAPI, jobs: JobMaker) -> None:
@@ -201,13 +215,13 @@ def _add_errors(app: FastAPI, metrics: Metrics) -> None:
         headers = dict(error.headers or {})
         if error.status_code == 404:
             return error_response(
-                ApiError(404, _no_route(request.url.path, paths), code="no_route")
+                ApiError(404, _no_route(request.url.path, paths), code="no_route"), request.url.path
             )
         message = str(error.detail)
         if error.status_code == 405:
             allowed = headers.get("Allow", "another method")
             message = f"{request.url.path} takes {allowed}, got {request.method}"
-        return error_response(ApiError(error.status_code, message), headers)
+        return error_response(ApiError(error.status_code, message), request.url.path, headers)
 
     async def left(request: Request, error: Exception) -> Response:
         return Response(status_code=499)  # the client is gone, so the response has no body
@@ -215,7 +229,7 @@ def _add_errors(app: FastAPI, metrics: Metrics) -> None:
     async def other(request: Request, error: Exception) -> Response:
         if isinstance(error, Overloaded):
             metrics.rejections.inc()
-        response = response_to(error)
+        response = response_to(error, request.url.path)
         if response.status_code == 500:
             log.error("%s %s failed", request.method, request.url.path, exc_info=error)
         return response

@@ -9,6 +9,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from compiledllm.server.anthropic.messages_answer import MessagesAnswer
 from compiledllm.server.client_left import ClientLeft, unless_left
 from compiledllm.server.openai.answer import Answer
 from compiledllm.server.openai.chat_answer import ChatAnswer
@@ -41,6 +42,10 @@ def add_generation(app: FastAPI, jobs: JobMaker, serving: Serving) -> None:
     @app.post("/v1/completions", **_described(CompletionAnswer))
     async def completions(request: Request) -> Response:
         return await respond(CompletionAnswer, request)
+
+    @app.post("/v1/messages", **_described(MessagesAnswer))
+    async def messages(request: Request) -> Response:
+        return await respond(MessagesAnswer, request)
 
 
 def _described(kind: type[Answer[Any]]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ _ORIGIN = re.compile(
 )
 _DEFAULT_PORTS = {"http": "80", "https": "443"}
 _LOCAL_SUFFIXES = (".localhost", ".local", ".internal", ".lan", ".home.arpa")  # never in public DNS
-EXPOSED_HEADERS = ["x-request-id", "retry-after", "x-ignored-fields"]
+EXPOSED_HEADERS = ["x-request-id", "retry-after", "x-ignored-fields", "request-id"]
 
 
 @dataclass(frozen=True, slots=True)

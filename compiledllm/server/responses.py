@@ -9,21 +9,26 @@ from pydantic import BaseModel
 
 from compiledllm.grammars.compiler import CompilersBusy
 from compiledllm.remote.errors import Overloaded, Unavailable
+from compiledllm.server.anthropic.errors import anthropic_error_body, is_anthropic
 from compiledllm.server.openai.errors import ApiError, as_api_error, error_body
 
 
-def error_response(error: ApiError, headers: dict[str, str] | None = None) -> JSONResponse:
-    return JSONResponse(error_body(error), error.status, headers)
+def error_response(
+    error: ApiError, path: str, headers: dict[str, str] | None = None
+) -> JSONResponse:
+    """The error in the format of the API that the request's path belongs to."""
+    body = anthropic_error_body(error) if is_anthropic(path) else error_body(error)
+    return JSONResponse(body, error.status, headers)
 
 
-def response_to(error: Exception) -> JSONResponse:
+def response_to(error: Exception, path: str) -> JSONResponse:
     """The response to an exception of a handler; 500 for unexpected exceptions."""
     if isinstance(error, Overloaded | Unavailable):
         status = 429 if isinstance(error, Overloaded) else 503
         after = {"retry-after": str(error.retry_after)}
-        return error_response(ApiError(status, str(error)), after)
+        return error_response(ApiError(status, str(error)), path, after)
     headers = {"retry-after": "1"} if isinstance(error, CompilersBusy) else None
-    return error_response(as_api_error(error), headers)
+    return error_response(as_api_error(error), path, headers)
 
 
 class EngineHealth(BaseModel):

@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from compiledllm.log import log
+from compiledllm.server.anthropic.errors import is_anthropic
 from compiledllm.server.openai.errors import ApiError
 from compiledllm.server.origins import PageCheck
 from compiledllm.server.responses import error_response
@@ -60,13 +61,16 @@ class Guard:
         given = headers.get(b"x-request-id", b"")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()
         scope.setdefault("state", {})["request_id"] = request_id.decode()
+        ids = [(b"x-request-id", request_id)]
+        if is_anthropic(scope["path"]):
+            ids.append((b"request-id", request_id))
         is_begun = False
 
         async def send_with_id(message: MutableMapping[str, Any]) -> None:
             nonlocal is_begun
             if message["type"] == "http.response.start":
                 is_begun = True
-                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id)]
+                message["headers"] = [*message.get("headers", []), *ids]
             await send(message)
 
         scope["state"]["cache_salt"] = ""
@@ -75,7 +79,9 @@ class Guard:
             # For `/` the browser asks its user: any name, and the key as the password.
             kind = 'Basic realm="compiledllm"' if scope["path"] == "/" else "Bearer"
             extra = {"www-authenticate": kind} if problem.status == 401 else None
-            await error_response(problem, extra)(scope, receive, send_with_id)  # type: ignore[arg-type]
+            await error_response(problem, scope["path"], extra)(  # type: ignore[arg-type]
+                scope, receive, send_with_id
+            )
             return
         if scope["method"] == "POST":
             await self._turns.wait()
@@ -92,7 +98,9 @@ class Guard:
             if is_begun:
                 raise
             failure = ApiError(500, f"{type(error).__name__}: {error}")
-            await error_response(failure)(scope, receive, send_with_id)  # type: ignore[arg-type]
+            await error_response(failure, scope["path"])(  # type: ignore[arg-type]
+                scope, receive, send_with_id
+            )
 
     async def _app_with_long_body(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = _Body(receive, self._unfinished)
@@ -122,6 +130,8 @@ class Guard:
     def _key_of(self, headers: dict[bytes, bytes]) -> bytes | None:
         """The digest of the request's key; None if the key is missing or unknown."""
         kind, _, key = headers.get(b"authorization", b"").partition(b" ")
+        if not kind:
+            kind, key = b"bearer", headers.get(b"x-api-key", b"")  # as Anthropic's clients send it
         if kind.lower() == b"basic":
             key = _password(key)
         given = hashlib.sha256(key.strip()).digest()

@@ -111,10 +111,10 @@ WITHOUT_TORCH = (
 )
 # vLLM's names for ours.
 ALIASES = {"LLM": "Engine", "AsyncLLM": "AsyncEngine", "EngineDeadError": "EngineError"}
-# OpenAI's API stands below HTTP: it imports no package for HTTP, and of the server only these.
-WITHOUT_HTTP = "compiledllm.server.openai"
+# The APIs stand below HTTP: they import no package for HTTP, and of the server only these.
+WITHOUT_HTTP = ("compiledllm.server.openai", "compiledllm.server.anthropic")
 HTTP_PACKAGES = {"fastapi", "starlette", "uvicorn", "httptools", "pydantic"}
-BELOW_OPENAI = {"client_left", "lanes", "metrics", "openai"}
+BELOW_OPENAI = {"client_left", "lanes", "metrics", "openai", "anthropic"}
 UNREADABLE = "?"  # an `import_module` whose argument is computed
 
 
@@ -369,11 +369,11 @@ def test_what_decides_and_what_talks_imports_no_torch() -> None:
     assert not wrong, listed(wrong)
 
 
-def test_openai_answers_know_no_http() -> None:
+def test_answers_know_no_http() -> None:
     wrong = [
         edge
         for edge in EDGES
-        if is_within(edge.importer, (WITHOUT_HTTP,))
+        if is_within(edge.importer, WITHOUT_HTTP)
         and (edge.target.split(".")[0] in HTTP_PACKAGES or not is_below_openai(edge.target))
     ]
     assert not wrong, listed(wrong)

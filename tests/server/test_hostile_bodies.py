@@ -21,6 +21,7 @@ pytestmark = pytest.mark.real_model  # its tokenizer
 
 MIB = 2**20
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+MESSAGES, COUNT = "/v1/messages", "/v1/messages/count_tokens"
 MUTATIONS_S = float(os.environ.get("MUTATIONS_S", "6"))
 SECONDS_PER_MIB, SPARE_S = 1.0, 3.0
 # 0.3 s where the machine has nothing else to do; a slip of the kind these tests are for is seconds.
@@ -31,6 +32,8 @@ BODIES_OF_MEMORY, SPARE_MIB = 10, 48
 START = {
     CHAT: b'{"messages":[{"role":"user","content":"hi"}],"max_tokens":1',
     TEXT: b'{"prompt":"hi","max_tokens":1',
+    MESSAGES: b'{"messages":[{"role":"user","content":"hi"}],"max_tokens":1',
+    COUNT: b'{"messages":[{"role":"user","content":"hi"}]',
     "/tokenize": b'{"prompt":"hi"',
     "/detokenize": b'{"tokens":[1]',
 }
@@ -73,6 +76,8 @@ FIELDS = {
     CHAT: ["messages", "tools", "tool_choice", "structured_outputs", "response_format"],
     "/tokenize": ["messages", "chat_template_kwargs"],
     "/detokenize": ["tokens"],
+    MESSAGES: ["messages", "system", "tools", "tool_choice", "stop_sequences", "metadata"],
+    COUNT: ["messages", "system", "tools"],
 }
 FIELDS[TEXT] += ["stream_options", "unknown"]
 FIELDS[CHAT] += ["chat_template_kwargs", "unknown"]

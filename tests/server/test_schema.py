@@ -28,6 +28,7 @@ from compiledllm.sampling_params import MAX_N
 pytestmark = pytest.mark.real_model  # its tokenizer
 
 POSTS = ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"]
+POSTS += ["/v1/messages", "/v1/messages/count_tokens"]
 GETS = ["/v1/models", "/v1/models/{model}", "/health", "/ready", "/version", "/metrics", "/config"]
 CHECKS = [
     not_a_server_error,
@@ -63,7 +64,7 @@ def answers(api: Any, method: str, path: str, mode: GenerationMode) -> Counter[i
     @settings(suppress_health_check=list(HealthCheck))
     @given(api[path][method].as_strategy(generation_mode=mode), st.booleans())
     def ask(case: Case, is_streamed: bool) -> None:
-        if path.endswith("completions"):
+        if path.endswith(("completions", "messages")):
             shorten(case.body)
             if mode.is_positive:
                 case.body |= {"stream": is_streamed, "model": "tiny"}

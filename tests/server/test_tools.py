@@ -14,6 +14,7 @@ from typing import Any, Literal
 import jsonschema
 import openai
 import pytest
+from anthropic import Anthropic
 from openai import OpenAI
 from pydantic import BaseModel
 
@@ -94,6 +95,39 @@ def test_required_tools_are_called_as_their_schemas_say(temperature: int, client
         assert choice.finish_reason == "tool_calls"
         assert choice.message.content is None and len(choice.message.tool_calls) == 1
         check_calls(choice.message.tool_calls)
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_anthropics_client_gets_calls_and_sends_results(is_streamed: bool, server: Any) -> None:
+    client = Anthropic(base_url=server.url, api_key="none", max_retries=0)
+    fields: Any = {"model": "tiny", "messages": MESSAGES, "max_tokens": 200}
+    fields["tools"] = [{"name": name, "input_schema": schema} for name, schema in SCHEMAS.items()]
+    choice: Any = {"type": "tool", "name": "get_weather"}
+    if is_streamed:
+        with client.messages.stream(**fields, tool_choice=choice) as stream:
+            answer: Any = stream.get_final_message()
+    else:
+        answer = client.messages.create(**fields, tool_choice=choice)
+    (call,) = answer.content
+    assert answer.stop_reason == "tool_use" and (call.type, call.name) == (
+        "tool_use",
+        "get_weather",
+    )
+    jsonschema.validate(call.input, WEATHER)
+    result = {"type": "tool_result", "tool_use_id": call.id, "content": "sunny"}
+    more = [
+        {"role": "assistant", "content": answer.content},
+        {"role": "user", "content": [result]},
+    ]
+    first = client.messages.count_tokens(model="tiny", messages=MESSAGES, tools=fields["tools"])
+    fields |= {"messages": MESSAGES + more, "max_tokens": 4}
+    usage = client.messages.create(**fields, tool_choice={"type": "none"}).usage
+    without = client.messages.count_tokens(model="tiny", messages=fields["messages"]).input_tokens
+    assert usage.input_tokens + usage.cache_read_input_tokens == without
+    assert (
+        first.input_tokens
+        > client.messages.count_tokens(model="tiny", messages=MESSAGES).input_tokens
+    )
 
 
 def test_a_named_tool_is_the_one_that_is_called(client: OpenAI) -> None:

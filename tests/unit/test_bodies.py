@@ -10,11 +10,13 @@ import pytest
 
 pytest.importorskip("msgspec")
 
+from compiledllm.server.anthropic.protocol import BODIES as ANTHROPIC_BODIES
+from compiledllm.server.anthropic.protocol import CountTokensRequest, MessagesRequest
 from compiledllm.server.openai.bodies import Body, fields_of, parse
 from compiledllm.server.openai.body_budget import MAX_FREE_BYTES
 from compiledllm.server.openai.errors import ApiError
+from compiledllm.server.openai.protocol import BODIES as OPENAI_BODIES
 from compiledllm.server.openai.protocol import (
-    BODIES,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -23,12 +25,23 @@ from compiledllm.server.openai.protocol import (
 )
 from compiledllm.server.openapi import components
 
+BODIES = OPENAI_BODIES | ANTHROPIC_BODIES
 USER = {"role": "user", "content": "x"}
 LEAST: dict[type[Body], dict[str, Any]] = {
     ChatRequest: {"messages": [USER]},
     CompletionRequest: {"prompt": "x"},
     TokenizeRequest: {"prompt": "x"},
     DetokenizeRequest: {"tokens": [1]},
+    MessagesRequest: {"messages": [USER], "max_tokens": 1},
+    CountTokensRequest: {"messages": [USER]},
+}
+BLOCK = {"type": "text", "text": "x"}
+RESULT = {"type": "tool_result", "tool_use_id": "a", "content": [BLOCK]}
+INPUT = {
+    "messages": [{"role": "user", "content": [RESULT]}],
+    "tools": [{"name": "f", "input_schema": {}}],
+    "tool_choice": {"type": "auto"},
+    "thinking": {"type": "enabled"},
 }
 NAMED = {"type": "function", "function": {"name": "f"}}
 # What makes an optional field with fields of its own appear, and a path to each object.
@@ -43,6 +56,8 @@ WHOLE: dict[type[Body], dict[str, Any]] = {
         "tool_choice": NAMED,
     },
     TokenizeRequest: {"messages": [USER]},
+    MessagesRequest: INPUT | {"max_tokens": 1},
+    CountTokensRequest: INPUT,
 }
 
 
@@ -111,7 +126,7 @@ def all_kinds() -> set[type[Body]]:
             yield from below(sub)
 
     return {kind for kind in below(Body) if kind.__module__.endswith("protocol")} - {
-        kind for kind in below(Body) if kind.__name__ == "Generation"
+        kind for kind in below(Body) if kind.__name__ in ("Generation", "GenerationBase")
     }
 
 

@@ -15,9 +15,9 @@ from compiledllm.sampling_params import SamplingParams
 from compiledllm.server.openai.errors import ApiError, error_body
 from compiledllm.server.openai.events import DONE, event
 from compiledllm.server.openai.logprobs import prompt_logprobs
-from compiledllm.server.openai.protocol import Generation, StreamOptions
+from compiledllm.server.openai.protocol import Generation, GenerationBase, StreamOptions
 
-BodyT = TypeVar("BodyT", bound=Generation)
+BodyT = TypeVar("BodyT", bound=GenerationBase)
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,6 +62,10 @@ class ChatAnswer(Answer[ChatRequest]):
             self._reasoning = reasoning_mode(settings.reasoning_parser, template, prompt["prompt"])
         return [prompt]
 
+    def new_choice(self) -> Choice:
+        """A parser of the text of one choice; the prompt must have been made."""
+        return Choice(self._tool_use, self._reasoning)
+
     # -- whole -------------------------------------------------------------------------------------
 
     def whole(self, outputs: list[RequestOutput], num_output_tokens: int) -> dict[str, Any]:
@@ -71,7 +75,7 @@ class ChatAnswer(Answer[ChatRequest]):
         return envelope("chat.completion", self._context) | {"choices": choices, "usage": counts}
 
     def _whole_choice(self, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
-        choice = Choice(self._tool_use, self._reasoning)
+        choice = self.new_choice()
         message = choice.message(completion.text, completion.finish_reason == "stop")
         fields = {"index": completion.index} | _finish_fields(completion, choice)
         fields |= self._prompt_fields.of(output) | self._token_ids(completion)
@@ -106,7 +110,7 @@ class ChatAnswer(Answer[ChatRequest]):
         choice = self._choices.get(index)
         role = b""
         if choice is None:
-            choice = self._choices[index] = Choice(self._tool_use, self._reasoning)
+            choice = self._choices[index] = self.new_choice()
             role = self._role_event(index, output)
         elif self._template is not None and completion.text and choice.shows_as_is:
             return self._template.fill(

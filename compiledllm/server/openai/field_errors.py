@@ -6,10 +6,10 @@ import re
 
 from compiledllm.server.openai.bodies import fields_of
 from compiledllm.server.openai.errors import ApiError
-from compiledllm.server.openai.protocol import Generation
+from compiledllm.server.openai.protocol import GenerationBase
 
 
-def as_field_error(body: Generation, error: ValueError) -> ApiError:
+def as_field_error(body: GenerationBase, error: ValueError) -> ApiError:
     """An error about the request, with the name of the field concerned."""
     text = str(error)
     if text.startswith("structured_outputs"):

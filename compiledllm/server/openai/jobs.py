@@ -25,11 +25,11 @@ from compiledllm.server.openai.answer import (
     BodyT,
     Context,
 )
-from compiledllm.server.openai.bodies import parse
+from compiledllm.server.openai.bodies import Body, parse
 from compiledllm.server.openai.errors import ApiError
 from compiledllm.server.openai.field_errors import as_field_error, as_structured_error
 from compiledllm.server.openai.known_fields import KnownFields
-from compiledllm.server.openai.protocol import Generation
+from compiledllm.server.openai.protocol import GenerationBase
 
 
 @dataclass(slots=True)
@@ -84,6 +84,10 @@ class JobMaker:
             )
         return name or self.model_names[0]
 
+    def unknown_fields(self, body: Body) -> list[str]:
+        """The names of fields that the body's kind lacks. Raises ApiError in strict mode."""
+        return self._fields.unknown(body)
+
     async def job(
         self,
         kind: type[Answer[BodyT]],
@@ -122,7 +126,7 @@ class JobMaker:
         self, kind: type[Answer[BodyT]], body: BodyT, http_id: str, number: int, salt: str
     ) -> Job:
         requests, model = self.factory(), self.check_model(body.model)
-        ignored = self._fields.unknown(body)
+        ignored = self.unknown_fields(body)
         name = f"{kind.id_prefix}-{body.request_id or http_id}"
         try:
             answer = kind(body, Context(name, model, requests, self._settings))
@@ -136,7 +140,7 @@ class JobMaker:
         return job
 
     def _add_requests(
-        self, job: Job, prompts: list[Prompt], body: Generation, number: int, salt: str
+        self, job: Job, prompts: list[Prompt], body: GenerationBase, number: int, salt: str
     ) -> None:
         requests, params, num_tokens = job.requests, job.answer.params, 0
         for i, prompt in enumerate(prompts):
@@ -172,7 +176,7 @@ def _compile(job: Job) -> None:
         raise as_structured_error(job.answer.structured_field, error) from None
 
 
-def _check_context(body: Generation, num_prompt_tokens: int, max_model_len: int) -> None:
+def _check_context(body: GenerationBase, num_prompt_tokens: int, max_model_len: int) -> None:
     """Raise ValueError if the requested number of tokens does not fit after the prompt."""
     name, asked = body.asked_tokens
     if asked is not None and num_prompt_tokens + asked > max_model_len:

@@ -141,8 +141,8 @@ class RepetitionDetection(Body, kw_only=True):
     min_count: Annotated[int, Meta(ge=0, le=2**20)] = 0
 
 
-class Generation(Body, kw_only=True):
-    """The common fields of bodies that ask for generated tokens. None: the server's default.
+class GenerationBase(Body, kw_only=True):
+    """The fields that a job reads of every API's bodies. None: the server's default.
 
     prompt_field: the name of the field that has the prompt.
     """
@@ -150,6 +150,34 @@ class Generation(Body, kw_only=True):
     prompt_field: ClassVar[str]
 
     model: Annotated[str, Meta(max_length=1024)] | None = None
+    stream: bool = False
+    priority: Int32 = 0
+    request_id: RequestId | None = None
+    cache_salt: Name | None = None
+
+    @property
+    def asked_tokens(self) -> tuple[str, int | None]:
+        """The name and value of the field that limits the number of tokens to generate."""
+        raise NotImplementedError
+
+    @property
+    def num_prompts(self) -> int:
+        return 1
+
+    @property
+    def structured_field(self) -> str:
+        """The field that asks for structured output, if any does."""
+        raise NotImplementedError
+
+    @property
+    def is_made_at_once(self) -> bool:
+        """Whether making the request takes less time than handing it to a thread."""
+        return False
+
+
+class Generation(GenerationBase, kw_only=True):
+    """The common fields of OpenAI's bodies that ask for generated tokens."""
+
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
     logit_bias: (
@@ -161,7 +189,6 @@ class Generation(Body, kw_only=True):
     n: N | None = None
     seed: Int64 | None = None
     stop: Text | Annotated[list[Text], Meta(max_length=MAX_STOP_STRINGS)] | None = None
-    stream: bool = False
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
@@ -188,29 +215,11 @@ class Generation(Body, kw_only=True):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     repetition_detection: RepetitionDetection | None = None
-    priority: Int32 = 0
-    request_id: RequestId | None = None
-    cache_salt: Name | None = None
     return_token_ids: bool = False
 
     @property
-    def asked_tokens(self) -> tuple[str, int | None]:
-        """The name and value of the field that limits the number of tokens to generate."""
-        raise NotImplementedError
-
-    @property
-    def num_prompts(self) -> int:
-        return 1
-
-    @property
     def structured_field(self) -> str:
-        """The field that asks for structured output, if any does."""
         return "response_format" if self.structured_outputs is None else "structured_outputs"
-
-    @property
-    def is_made_at_once(self) -> bool:
-        """Whether making the request takes less time than handing it to a thread."""
-        return False
 
 
 class CompletionRequest(Generation, kw_only=True):
