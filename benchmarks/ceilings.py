@@ -28,14 +28,16 @@ def measure_ceilings(platform: Platform, dtype: torch.dtype) -> Ceilings:
     """
     device = platform.device
     source = torch.ones(_buffer_bytes(platform) // 4, dtype=torch.float32, device=device)
-    read = _best_seconds(lambda: source.sum(), device)
+    read_s = _fastest_run_s(lambda: source.sum(), device)
     target = torch.empty_like(source)
-    copied = _best_seconds(functools.partial(target.copy_, source), device)
+    copied_s = _fastest_run_s(functools.partial(target.copy_, source), device)
     del target  # frees memory for the matrices
     size = _CUDA_MATRIX_SIZE if platform.is_cuda else _CPU_MATRIX_SIZE
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    multiplied = _best_seconds(lambda: left @ right, device)
-    return Ceilings(source.nbytes / read, 2 * source.nbytes / copied, 2 * size**3 / multiplied)
+    multiplied_s = _fastest_run_s(lambda: left @ right, device)
+    return Ceilings(
+        source.nbytes / read_s, 2 * source.nbytes / copied_s, 2 * size**3 / multiplied_s
+    )
 
 
 @torch.inference_mode()
@@ -44,21 +46,21 @@ def measure_upload(platform: Platform) -> float:
     num_bytes = 2**30 if platform.is_cuda else _buffer_bytes(platform)
     source = torch.ones(num_bytes // 4, dtype=torch.float32, pin_memory=platform.is_cuda)
     target = torch.empty_like(source, device=platform.device, pin_memory=False)
-    return num_bytes / _best_seconds(lambda: target.copy_(source), platform.device)
+    return num_bytes / _fastest_run_s(lambda: target.copy_(source), platform.device)
 
 
-def _best_seconds(work: Callable[[], object], device: torch.device) -> float:
+def _fastest_run_s(work: Callable[[], object], device: torch.device) -> float:
     """Seconds of the fastest run. A GPU run is ten launches in a row, which hides launch cost."""
     in_a_row = 10 if device.type == "cuda" else 1
-    best = float("inf")
+    best_s = float("inf")
     for _ in range(_REPEATS + 1):  # the first run is the warm-up; it may count, as the minimum wins
         _synchronize(device)
         start = time.perf_counter()
         for _ in range(in_a_row):
             work()
         _synchronize(device)
-        best = min(best, (time.perf_counter() - start) / in_a_row)
-    return best
+        best_s = min(best_s, (time.perf_counter() - start) / in_a_row)
+    return best_s
 
 
 def _synchronize(device: torch.device) -> None:

@@ -112,7 +112,7 @@ class Outcome:
         }
 
 
-class Share(NamedTuple):
+class ClientShare(NamedTuple):
     """The requests of one process, and the seconds after the start at which each is sent."""
 
     target: Target
@@ -122,7 +122,7 @@ class Share(NamedTuple):
     max_concurrency: int
 
 
-class Sent(NamedTuple):
+class ClientOutcomes(NamedTuple):
     """The outcomes of a share. start, end: seconds of the monotonic clock, common to processes."""
 
     start: float
@@ -132,21 +132,27 @@ class Sent(NamedTuple):
 
 def deal(
     target: Target, model: str, requests: Sequence[SampleRequest], load: Load, num_clients: int
-) -> list[Share]:
+) -> list[ClientShare]:
     """Deal the requests to the processes round-robin.
 
     There are fewer processes where the concurrency limit does not give each of them a request."""
-    most = min(load.max_concurrency or len(requests), len(requests))
-    count, arrivals = min(num_clients, most), load.arrivals(len(requests))
+    max_concurrency = min(load.max_concurrency or len(requests), len(requests))
+    count, arrivals = min(num_clients, max_concurrency), load.arrivals(len(requests))
     while load.max_concurrency and load.max_concurrency % count:
         count -= 1
     return [
-        Share(target, model, requests[i::count], arrivals[i::count], len(range(i, most, count)))
+        ClientShare(
+            target,
+            model,
+            requests[i::count],
+            arrivals[i::count],
+            len(range(i, max_concurrency, count)),
+        )
         for i in range(count)
     ]
 
 
-def serve_share(connection: Connection, share: Share) -> None:
+def serve_share(connection: Connection, share: ClientShare) -> None:
     """Run in a child process: report ready, wait for the start signal, send back the outcomes."""
     import aiohttp  # noqa: F401
 
@@ -155,12 +161,14 @@ def serve_share(connection: Connection, share: Share) -> None:
     connection.send(asyncio.run(send_share(share)))
 
 
-async def send_share(share: Share, advance: Callable[[], None] = lambda: None) -> Sent:
+async def send_share(
+    share: ClientShare, advance: Callable[[], None] = lambda: None
+) -> ClientOutcomes:
     """advance: called with each finished request."""
     slots = asyncio.Semaphore(share.max_concurrency)
 
-    async def send_at(due: float, request: SampleRequest) -> Outcome:
-        await asyncio.sleep(due - time.monotonic())
+    async def send_at(send_time_s: float, request: SampleRequest) -> Outcome:
+        await asyncio.sleep(send_time_s - time.monotonic())
         async with slots:
             outcome = await send(session, share.target, share.model, request)
         advance()
@@ -168,9 +176,9 @@ async def send_share(share: Share, advance: Callable[[], None] = lambda: None) -
 
     async with open_session(share.target) as session:
         start = time.monotonic()
-        due = [start + seconds for seconds in share.arrivals]
-        outcomes = await asyncio.gather(*map(send_at, due, share.requests))
-        return Sent(start, time.monotonic(), outcomes)
+        send_times = [start + arrival for arrival in share.arrivals]
+        outcomes = await asyncio.gather(*map(send_at, send_times, share.requests))
+        return ClientOutcomes(start, time.monotonic(), outcomes)
 
 
 @contextlib.asynccontextmanager

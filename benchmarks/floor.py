@@ -46,10 +46,10 @@ class StepCost:
     def num_bytes(self) -> int:
         return self.weight_bytes + self.kv_bytes
 
-    def seconds(self, ceilings: Ceilings) -> float:
+    def floor_s(self, ceilings: Ceilings) -> float:
         """The floor: the longer of memory time and compute time, which may overlap."""
-        moving = self.num_bytes / ceilings.bytes_per_s
-        return max(moving, self.flops / ceilings.flops_per_s)
+        memory_s = self.num_bytes / ceilings.bytes_per_s
+        return max(memory_s, self.flops / ceilings.flops_per_s)
 
 
 def decode_cost(spec: ModelSpec, batch: int, context: int) -> StepCost:
@@ -92,7 +92,7 @@ def time_to_first_token_floor(
     spec: ModelSpec, ceilings: Ceilings, batch: int, input_len: int
 ) -> float:
     """Floor of TTFT in seconds: from `batch` prompts to the first token of each."""
-    return prefill_cost(spec, batch, input_len).seconds(ceilings)
+    return prefill_cost(spec, batch, input_len).floor_s(ceilings)
 
 
 def time_per_output_token_floor(
@@ -105,7 +105,7 @@ def time_per_output_token_floor(
     """Floor of TPOT in seconds, averaged over the tokens after the first, as contexts grow."""
     contexts = range(input_len + 1, input_len + output_len)
     steps = (decode_cost(spec, batch, context) for context in contexts)
-    return sum(step.seconds(ceilings) for step in steps) / len(contexts)
+    return sum(step.floor_s(ceilings) for step in steps) / len(contexts)
 
 
 def offline_floor(spec: ModelSpec, ceilings: Ceilings, lengths: Sequence[tuple[int, int]]) -> float:
@@ -116,8 +116,8 @@ def offline_floor(spec: ModelSpec, ceilings: Ceilings, lengths: Sequence[tuple[i
     its context. Memory time and compute time may overlap entirely. All requests are assumed to fit
     into memory at once.
     """
-    longest = max(output for _, output in lengths)
-    num_bytes = longest * spec.num_bytes(spec.weights_read)
+    max_output_len = max(output for _, output in lengths)
+    num_bytes = max_output_len * spec.num_bytes(spec.weights_read)
     flops = 0
     for input_len, output_len in lengths:
         flops += prefill_cost(spec, 1, input_len).flops

@@ -77,10 +77,10 @@ def _measure_cell(
         for peer in peers:
             tokens = cell.output_len if turn >= 0 else min(cell.output_len, _WARMUP_TOKENS)
             seed = grid.seed + 2 * turn
-            one = _seconds(peer, cell.requests(grid.vocab_size, seed, 1))
+            one = _run_s(peer, cell.requests(grid.vocab_size, seed, 1))
             all_ = one
             if tokens > 1:
-                all_ = _seconds(peer, cell.requests(grid.vocab_size, seed + 1, tokens))
+                all_ = _run_s(peer, cell.requests(grid.vocab_size, seed + 1, tokens))
             if turn >= 0:
                 first[peer.name].append(one)
                 whole[peer.name].append(all_)
@@ -90,7 +90,7 @@ def _measure_cell(
         advance(f"{peer.name}, batch {cell.batch}, input {cell.input_len}, single tokens")
 
 
-def _seconds(peer: Peer, requests: Sequence[SampleRequest]) -> float:
+def _run_s(peer: Peer, requests: Sequence[SampleRequest]) -> float:
     start = time.perf_counter()
     peer.generate(requests)
     return time.perf_counter() - start
@@ -100,10 +100,10 @@ def _row(
     peer: Peer, cell: Cell, grid: LatencyGrid, first: Sequence[float], whole: Sequence[float]
 ) -> Row:
     row: Row = {"engine": peer.name, **asdict(cell)}
-    row["ttft_ms"] = spread([seconds * 1e3 for seconds in first])
+    row["ttft_ms"] = spread([run_s * 1e3 for run_s in first])
     row["tpot_ms"] = row["itl_ms"] = row["step_ms"] = None
     tokens = cell.batch * cell.output_len
-    row["output_tokens_per_s"] = spread([tokens / seconds for seconds in whole])
+    row["output_tokens_per_s"] = spread([tokens / run_s for run_s in whole])
     if cell.output_len == 1:
         return row
     steps = cell.output_len - 1
@@ -114,8 +114,8 @@ def _row(
     row["itl_ms"] = gaps and percentiles([gap * 1e3 for gap in gaps])
     step = peer.step_times(requests)
     if step is not None:
-        seconds = {"host": step.host_s, "device": step.device_s, "between": step.between_s}
-        row["step_ms"] = {name: s and s * 1e3 for name, s in seconds.items()}
+        parts_s = {"host": step.host_s, "device": step.device_s, "between": step.between_s}
+        row["step_ms"] = {name: s and s * 1e3 for name, s in parts_s.items()}
     return row
 
 

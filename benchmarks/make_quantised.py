@@ -100,9 +100,9 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     for scheme in arguments.schemes:
-        seconds = make(arguments.checkpoint, arguments.folder, scheme)
-        print(f"{scheme}: {seconds:.0f} s", flush=True)
-        made = {"scheme": scheme, "seconds": round(seconds, 1), "versions": versions()}
+        duration_s = make(arguments.checkpoint, arguments.folder, scheme)
+        print(f"{scheme}: {duration_s:.0f} s", flush=True)
+        made = {"scheme": scheme, "seconds": round(duration_s, 1), "versions": versions()}
         (arguments.folder / scheme / "made.json").write_text(json.dumps(made))
 
 

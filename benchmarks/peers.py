@@ -93,8 +93,8 @@ class CompiledLLM:
     def _params(self, output_lens: Iterable[int]) -> list[SamplingParams]:
         """Sampling parameters of each request. "one-penalised" penalises the first request only."""
         plain = [_greedy(length) for length in output_lens]
-        asking = [replace(params, **SAMPLING[self.sampling]) for params in plain]
-        return asking[:1] + plain[1:] if self.sampling == "one-penalised" else asking
+        sampled = [replace(params, **SAMPLING[self.sampling]) for params in plain]
+        return sampled[:1] + plain[1:] if self.sampling == "one-penalised" else sampled
 
     def generate(self, requests: Sequence[SampleRequest]) -> None:
         params = self._params(request.output_len for request in requests)

@@ -44,15 +44,15 @@ def measure_step(step: Callable[[], object], device: torch.device) -> StepTimes:
     slows the host down, so the length of a step comes from the runs without the profiler. The timed
     runs end with as many steps in flight as they began with, so that no step counts twice.
     """
-    seconds = _seconds(step)
+    step_s = _run_s(step)
     events = _device_events(step, device)
-    busy = min(covered((e.start, e.end) for e in events) / 1e6 / _STEPS, seconds)
+    busy_s = min(covered((e.start, e.end) for e in events) / 1e6 / _STEPS, step_s)
     idle = between_steps(events)
-    between = sum(idle) / 1e6 / len(idle) if idle else None
-    return StepTimes(device_s=busy, host_s=seconds - busy, between_s=between)
+    between_s = sum(idle) / 1e6 / len(idle) if idle else None
+    return StepTimes(device_s=busy_s, host_s=step_s - busy_s, between_s=between_s)
 
 
-def _seconds(step: Callable[[], object]) -> float:
+def _run_s(step: Callable[[], object]) -> float:
     start = time.perf_counter()
     for _ in range(_TIMED_STEPS):
         step()

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
 from compiledllm.benchmarks.client import (
+    ClientOutcomes,
+    ClientShare,
     Load,
     Outcome,
-    Sent,
-    Share,
     Target,
     deal,
     first_model,
@@ -55,9 +55,9 @@ def measure_serving(
             advance(f"rate {load.request_rate:g}")
 
         sent = _send_all(shares, advance_load)
-        seconds = max(part.end for part in sent) - min(part.start for part in sent)
+        wall_s = max(part.end for part in sent) - min(part.start for part in sent)
         outcomes = [outcome for part in sent for outcome in part.outcomes]
-        rows.append(summarise(outcomes, load, seconds) | {"num_clients": len(shares)})
+        rows.append(summarise(outcomes, load, wall_s) | {"num_clients": len(shares)})
     return model, rows
 
 
@@ -89,7 +89,7 @@ async def _probe(target: Target, request: SampleRequest) -> str:
         return model
 
 
-def _send_all(shares: Sequence[Share], advance: Callable[[], None]) -> list[Sent]:
+def _send_all(shares: Sequence[ClientShare], advance: Callable[[], None]) -> list[ClientOutcomes]:
     """Send all shares at once: a single one in this process, several in a process each."""
     if len(shares) == 1:
         return [asyncio.run(send_share(shares[0], advance))]
@@ -119,7 +119,7 @@ def _send_all(shares: Sequence[Share], advance: Callable[[], None]) -> list[Sent
     return sent
 
 
-def summarise(outcomes: Sequence[Outcome], load: Load, seconds: float) -> Row:
+def summarise(outcomes: Sequence[Outcome], load: Load, wall_s: float) -> Row:
     """One row for all outcomes. Raises ConfigError with the commonest cause if all failed."""
     good = [outcome for outcome in outcomes if outcome.error is None]
     errors = Counter(outcome.error for outcome in outcomes if outcome.error is not None)
@@ -137,18 +137,18 @@ def summarise(outcomes: Sequence[Outcome], load: Load, seconds: float) -> Row:
         "request_rate": None if load.request_rate == float("inf") else load.request_rate,
         "burstiness": load.burstiness,
         "max_concurrency": load.max_concurrency,
-        "mean_concurrency": sum(o.ended - o.sent for o in good) / seconds,
+        "mean_concurrency": sum(o.ended - o.sent for o in good) / wall_s,
         "completed": len(good),
         "failed": len(outcomes) - len(good),
         "errors": dict(errors),
-        "seconds": seconds,
+        "seconds": wall_s,
         "input_tokens": sum(outcome.prompt_tokens for outcome in good),
         "output_tokens": tokens,
         "output_pieces": sum(len(outcome.stamps) for outcome in good),
-        "requests_per_s": len(good) / seconds,
-        "output_tokens_per_s": tokens / seconds,
+        "requests_per_s": len(good) / wall_s,
+        "output_tokens_per_s": tokens / wall_s,
         "goodput": dict(load.goodput),
-        "goodput_per_s": kept / seconds if load.goodput else None,
+        "goodput_per_s": kept / wall_s if load.goodput else None,
         **{f"{name}_ms": percentiles(columns[name]) if columns[name] else None for name in METRICS},
     }
 

@@ -135,7 +135,7 @@ def child(request: Mapping[str, Any], started: float) -> dict[str, float]:
     peer.generate([prompt])
     ended = time.monotonic()
     phases = dict.fromkeys(PHASES, 0.0)
-    phases |= {name: seconds for name, seconds in peer.startup_s.items() if name in PHASES}
+    phases |= {name: phase_s for name, phase_s in peer.startup_s.items() if name in PHASES}
     phases["rest"] = loaded - imported - sum(phases.values())
     phases["import"] += imported - started
     phases["first token"] = ended - loaded

@@ -28,18 +28,18 @@ def measure_throughput(
     for peer in peers:
         peer.generate(warmup)
         advance(f"{peer.name}, warm-up")
-    seconds: dict[str, list[float]] = {peer.name: [] for peer in peers}
+    runs_s: dict[str, list[float]] = {peer.name: [] for peer in peers}
     for _ in range(repeats):
         for peer in peers:
             start = time.perf_counter()
             peer.generate(requests)
-            seconds[peer.name].append(time.perf_counter() - start)
+            runs_s[peer.name].append(time.perf_counter() - start)
             advance(peer.name)
     for peer in peers:
-        yield _row(peer.name, requests, seconds[peer.name])
+        yield _row(peer.name, requests, runs_s[peer.name])
 
 
-def _row(name: str, requests: Sequence[SampleRequest], seconds: Sequence[float]) -> Row:
+def _row(name: str, requests: Sequence[SampleRequest], runs_s: Sequence[float]) -> Row:
     tokens_in = sum(len(request.prompt) for request in requests)
     tokens_out = sum(request.output_len for request in requests)
     return {
@@ -47,10 +47,10 @@ def _row(name: str, requests: Sequence[SampleRequest], seconds: Sequence[float])
         "requests": len(requests),
         "input_tokens": tokens_in,
         "output_tokens": tokens_out,
-        "seconds": spread(seconds),
-        "requests_per_s": spread([len(requests) / s for s in seconds]),
-        "output_tokens_per_s": spread([tokens_out / s for s in seconds]),
-        "total_tokens_per_s": spread([(tokens_in + tokens_out) / s for s in seconds]),
+        "seconds": spread(runs_s),
+        "requests_per_s": spread([len(requests) / s for s in runs_s]),
+        "output_tokens_per_s": spread([tokens_out / s for s in runs_s]),
+        "total_tokens_per_s": spread([(tokens_in + tokens_out) / s for s in runs_s]),
     }
 
 

@@ -39,11 +39,11 @@ class StepLimits:
 class ResolvedConfig:
     """The options of one engine: those that the user gave, and the values of those left open.
 
-    asked: the options as the user gave them. mixed_prompt_tokens: maximum number of prompt tokens
-    in a step in which requests decode; None: `scheduler.policy.Pace` decides in each step.
+    requested: the options as the user gave them. mixed_prompt_tokens: maximum number of prompt
+    tokens in a step in which requests decode; None: `scheduler.policy.Pace` decides in each step.
     """
 
-    asked: EngineConfig
+    requested: EngineConfig
     limits: StepLimits
     mixed_prompt_tokens: int | None
     compile_when: str
@@ -58,20 +58,24 @@ class ResolvedConfig:
             "max_model_len": self.limits.max_model_len,
         }
         names = "mixed_prompt_tokens compile_when async_scheduling max_cudagraph_capture_size"
-        return self.asked.options() | limits | {name: getattr(self, name) for name in names.split()}
+        return (
+            self.requested.options()
+            | limits
+            | {name: getattr(self, name) for name in names.split()}
+        )
 
 
 def resolve(
-    asked: EngineConfig, on_gpu: bool, max_position: int, memory_bytes: int = 0
+    requested: EngineConfig, on_gpu: bool, max_position: int, memory_bytes: int = 0
 ) -> tuple[ResolvedConfig, Report]:
     """The options with every open value filled in, and the reason for each value.
 
     max_position: the longest context that the model supports, in tokens. memory_bytes: memory of
     the device. Raises ConfigError for options that this model or machine cannot have.
     """
-    _check(asked, on_gpu, max_position)
+    _check(requested, on_gpu, max_position)
     report = Report()
-    given = asked.options()
+    given = requested.options()
 
     def chosen(name: str, default: Any, reason: str) -> Any:
         is_open = given[name] in (None, "auto")
@@ -82,7 +86,7 @@ def resolve(
     where = "the default on a GPU" if on_gpu else "the default on a CPU"
     seqs, tokens = _default_step(on_gpu, memory_bytes)
     limits = StepLimits(
-        block_size=asked.cache.block_size,
+        block_size=requested.cache.block_size,
         max_model_len=chosen("max_model_len", max_position, "the model's context"),
         max_num_seqs=chosen("max_num_seqs", seqs, where),
         max_num_batched_tokens=chosen("max_num_batched_tokens", tokens, where),
@@ -91,7 +95,7 @@ def resolve(
     captured = min(limits.max_num_seqs, _MAX_CAPTURED)
     why_captured = f"max_num_seqs, at most {_MAX_CAPTURED}"
     config = ResolvedConfig(
-        asked,
+        requested,
         limits,
         mixed_prompt_tokens=chosen("mixed_prompt_tokens", prompt_tokens, where),
         compile_when=chosen("compile_when", "start" if on_gpu else "busy", where),
@@ -107,14 +111,14 @@ def resolve(
     return config, report
 
 
-def _check(asked: EngineConfig, on_gpu: bool, max_position: int) -> None:
-    max_model_len = asked.model.max_model_len
+def _check(requested: EngineConfig, on_gpu: bool, max_position: int) -> None:
+    max_model_len = requested.model.max_model_len
     if max_model_len is not None and max_model_len > max_position:
         raise ConfigError(
             f"max_model_len={max_model_len} is more than the {max_position} positions of the "
             f"model; use at most {max_position}"
         )
-    if asked.compile.deterministic and not on_gpu:
+    if requested.compile.deterministic and not on_gpu:
         raise ConfigError(
             "deterministic=True needs a GPU: on a CPU the matrix library chooses the order of "
             "its sums by the batch; leave it out"

@@ -167,10 +167,10 @@ class SamplingParams:
             self.seed = None
 
     def _check_numbers(self) -> None:
-        for name, least, most in _RANGES:
+        for name, min_value, max_value in _RANGES:
             value = getattr(self, name)
-            ok = _is_finite(value) and least <= value <= most
-            _require(ok, name, value, f"in [{least:g}, {most:g}]")
+            ok = _is_finite(value) and min_value <= value <= max_value
+            _require(ok, name, value, f"in [{min_value:g}, {max_value:g}]")
         top_p, repetition = self.top_p, self.repetition_penalty
         _require(_is_finite(top_p) and 0 < top_p <= 1, "top_p", top_p, "in (0, 1]")
         ok = _is_finite(repetition) and repetition > 0
@@ -327,10 +327,13 @@ class BeamSearchParams:
     def __post_init__(self) -> None:
         _require_int(self, "beam_width", 1, 64)
         _require_int(self, "max_tokens", 1, 2**31)
-        for name, least, most in (("temperature", 0.0, 2.0), ("length_penalty", -100.0, 100.0)):
+        for name, min_value, max_value in (
+            ("temperature", 0.0, 2.0),
+            ("length_penalty", -100.0, 100.0),
+        ):
             value = getattr(self, name)
-            ok = _is_finite(value) and least <= value <= most
-            _require(ok, name, value, f"in [{least:g}, {most:g}]")
+            ok = _is_finite(value) and min_value <= value <= max_value
+            _require(ok, name, value, f"in [{min_value:g}, {max_value:g}]")
 
 
 _SWITCHES = (
@@ -358,10 +361,10 @@ def _require(ok: bool, name: str, value: object, must: str) -> None:
         raise ValueError(f"{name} must be {must}, got {value!r}")
 
 
-def _require_int(params: object, name: str, least: int, most: int) -> None:
+def _require_int(params: object, name: str, min_value: int, max_value: int) -> None:
     value = getattr(params, name)
-    ok = _is_int(value) and least <= value <= most
-    _require(ok, name, value, f"an integer from {least} to {most}")
+    ok = _is_int(value) and min_value <= value <= max_value
+    _require(ok, name, value, f"an integer from {min_value} to {max_value}")
 
 
 def _is_int(value: object) -> bool:
@@ -380,19 +383,19 @@ def _plain_number(value: Any) -> Any:
     return value.item() if getattr(value, "shape", None) == () else value
 
 
-def _strings(value: Any, name: str, most: int) -> list[str]:
+def _strings(value: Any, name: str, max_count: int) -> list[str]:
     texts = [value] if isinstance(value, str) else [] if value is None else value
     ok = isinstance(texts, (list, tuple)) and all(isinstance(s, str) and s for s in texts)
     _require(ok, name, value, "a non-empty string or a list of non-empty strings")
-    _require(len(texts) <= most, name, f"{len(texts)} strings", f"at most {most} strings")
+    _require(len(texts) <= max_count, name, f"{len(texts)} strings", f"at most {max_count} strings")
     return list(dict.fromkeys(texts))
 
 
-def _token_ids(value: Any, name: str, most: int) -> list[int]:
+def _token_ids(value: Any, name: str, max_count: int) -> list[int]:
     ids = [] if value is None else value
     ok = isinstance(ids, (list, tuple)) and all(_is_int(i) and i >= 0 for i in ids)
     _require(ok, name, value, "a list of token ids (integers >= 0)")
-    _require(len(ids) <= most, name, f"{len(ids)} token ids", f"at most {most} token ids")
+    _require(len(ids) <= max_count, name, f"{len(ids)} token ids", f"at most {max_count} token ids")
     return list(dict.fromkeys(ids))
 
 

@@ -164,10 +164,10 @@ def _check_bytes(text: str, name: str) -> None:
         raise ValueError(f"structured_outputs.{name} must be at most {MAX_BYTES} bytes, got {size}")
 
 
-def is_nested_deeper(value: Any, most: int) -> bool:
-    """Whether lists and objects are nested more than `most` levels deep."""
+def is_nested_deeper(value: Any, max_depth: int) -> bool:
+    """Whether lists and objects are nested more than `max_depth` levels deep."""
     level = [value]
-    for _ in range(most + 1):
+    for _ in range(max_depth + 1):
         level = [inner for outer in level for inner in _members(outer)]
         if not level:
             return False

@@ -74,10 +74,10 @@ class Chat:
         return True
 
     def _ask(self, question: str) -> None:
-        asked = [*self._history, {"role": "user", "content": question}]
-        answer = self._answer(self._system + asked)
+        messages = [*self._history, {"role": "user", "content": question}]
+        answer = self._answer(self._system + messages)
         if answer:
-            self._history = [*asked, {"role": "assistant", "content": answer}]
+            self._history = [*messages, {"role": "assistant", "content": answer}]
 
     def _answer(self, messages: list[Message]) -> str:
         """Print one answer as it streams. Returns its text, up to Ctrl-C; "" after an error."""

@@ -135,7 +135,7 @@ class BlockCompiler:
         self._threads_to_restore = 1
         self._busy_s_left = math.inf
         self.num_compiles = 0
-        self.seconds = 0.0
+        self.compile_s = 0.0
         self.error: str | None = None
 
     @property
@@ -180,13 +180,13 @@ class BlockCompiler:
         """Compile in the background once `count_work` has seen this many seconds of work."""
         self._busy_s_left = busy_s
 
-    def count_work(self, seconds: float) -> None:
+    def count_work(self, busy_s: float) -> None:
         """Add seconds of the model's work. The thread that runs steps calls this between steps."""
         if self._thread is not None and not self._thread.is_alive():
             self._thread = None
             torch.set_num_threads(self._threads_to_restore)
             self._switch_over()
-        self._busy_s_left -= seconds
+        self._busy_s_left -= busy_s
         if self._busy_s_left <= 0:
             self._busy_s_left = math.inf
             self.compile_in_background()
@@ -201,7 +201,7 @@ class BlockCompiler:
         if self.compiled is not None:
             self._warmed_up_at = self.num_compiles
             self.use(self.compiled)
-            log.info("compiled the decoder block in %.1f s", self.seconds)
+            log.info("compiled the decoder block in %.1f s", self.compile_s)
 
     def use(self, forwards: Mapping[str, Forward]) -> None:
         """Make the decoder call these functions: `self.eager` or `self.compiled`."""
@@ -257,7 +257,7 @@ class BlockCompiler:
             self.error = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
             log.warning("compilation failed, running eagerly (%s)", self.error)
             return
-        self.seconds = time.perf_counter() - start
+        self.compile_s = time.perf_counter() - start
         self.compiled = {name: _by_size(name, compiled) for name in self.eager}
 
     def _counting_inductor(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:

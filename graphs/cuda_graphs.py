@@ -44,7 +44,7 @@ class StepGraphs:
         self._on_device: tuple[StepShape, bytes] | None = None  # inputs of the last replay
         self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.shape_for = functools.lru_cache(_MAX_REMEMBERED_SIZES)(self._find_shape)
-        self.seconds = 0.0
+        self.capture_s = 0.0
 
     @property
     def shapes(self) -> list[StepShape]:
@@ -72,7 +72,7 @@ class StepGraphs:
                     "Lower gpu_memory_utilization or max_num_seqs",
                     limit,
                 )
-        self.seconds = time.perf_counter() - started
+        self.capture_s = time.perf_counter() - started
 
     def _capture_all(self, shapes: list[StepShape]) -> None:
         pool = torch.cuda.graph_pool_handle()

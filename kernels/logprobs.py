@@ -47,28 +47,28 @@ class Logprobs:
 
 
 def token_logprobs(
-    logits: Tensor, rows: Tensor, chosen: Tensor, num_best: int, asked_for: Tensor
+    logits: Tensor, rows: Tensor, chosen: Tensor, num_best: int, named_ids: Tensor
 ) -> Logprobs:
     """Log probabilities for `rows` of the logits.
 
     logits: [at least rows, vocab], any float dtype. rows, chosen: int64 [rows], row indices of the
     logits, and the chosen tokens (a negative token counts as 0). num_best: number of most likely
-    tokens to add. asked_for: int64 [rows, named], further token ids.
+    tokens to add. named_ids: int64 [rows, named], further token ids.
     """
     pack, num_best = _pack, min(num_best, logits.shape[-1])
     if logits.is_cuda and num_best <= MAX_IN_TRITON:
         from compiledllm.kernels.logprobs_triton import pack
-    return Logprobs(pack(logits, rows, chosen, num_best, asked_for))
+    return Logprobs(pack(logits, rows, chosen, num_best, named_ids))
 
 
-def _pack(logits: Tensor, rows: Tensor, chosen: Tensor, num_best: int, asked_for: Tensor) -> Tensor:
+def _pack(logits: Tensor, rows: Tensor, chosen: Tensor, num_best: int, named_ids: Tensor) -> Tensor:
     chosen = chosen.clamp(min=0)
-    at_once = max(1, WORKSPACE_BYTES // (12 * logits.shape[-1]))
-    starts = range(0, len(rows), at_once)
-    some = [slice(start, start + at_once) for start in starts]
-    parts = [_best_logits(logits[rows[s]].float(), chosen[s], num_best) for s in some]
+    chunk_size = max(1, WORKSPACE_BYTES // (12 * logits.shape[-1]))
+    starts = range(0, len(rows), chunk_size)
+    chunks = [slice(start, start + chunk_size) for start in starts]
+    parts = [_best_logits(logits[rows[s]].float(), chosen[s], num_best) for s in chunks]
     best, best_ids, total, ranks = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    named = torch.cat((chosen[:, None], asked_for), dim=1)
+    named = torch.cat((chosen[:, None], named_ids), dim=1)
     named_values = logits[rows[:, None], named].float()
     token_ids = torch.cat((named[:, :1], best_ids, named[:, 1:]), dim=1)
     values = torch.cat((named_values[:, :1], best, named_values[:, 1:]), dim=1) - total[:, None]

@@ -42,7 +42,7 @@ def _chunk_kernel(
 
 @triton.jit
 def _row_kernel(
-    logits, rows, chosen, asked_for, best, best_ids, peaks, masses, counts, packed, row_stride,
+    logits, rows, chosen, named_ids, best, best_ids, peaks, masses, counts, packed, row_stride,
     num_chunks, num_named, NUM_BEST: tl.constexpr, NAMED: tl.constexpr, CHUNKS: tl.constexpr,
     CANDIDATES: tl.constexpr,
 ):  # fmt: skip
@@ -76,15 +76,15 @@ def _row_kernel(
     if NAMED > 0:
         name = tl.arange(0, NAMED)
         inside = name < num_named
-        tokens = tl.load(asked_for + index * num_named + name, inside, other=0)
+        tokens = tl.load(named_ids + index * num_named + name, inside, other=0)
         named = tl.load(row_start + tokens, inside, other=0.0).to(tl.float32) - total
         tl.store(ids + 1 + NUM_BEST + name, tokens.to(tl.int32), inside)
         tl.store(values + 1 + NUM_BEST + name, named.to(tl.int32, bitcast=True), inside)
 
 
-def pack(logits: Tensor, rows: Tensor, chosen: Tensor, num_best: int, asked_for: Tensor) -> Tensor:
+def pack(logits: Tensor, rows: Tensor, chosen: Tensor, num_best: int, named_ids: Tensor) -> Tensor:
     """See `logprobs.token_logprobs`. Returns `Logprobs.packed`, int32 [rows, 2 * columns + 1]."""
-    (count, num_named), vocab = asked_for.shape, logits.shape[-1]
+    (count, num_named), vocab = named_ids.shape, logits.shape[-1]
     num_chunks = triton.cdiv(vocab, _CHUNK)
     peaks, masses = logits.new_empty((2, count, num_chunks), dtype=torch.float32)
     best = logits.new_empty((count, num_chunks, num_best), dtype=torch.float32)
@@ -92,13 +92,13 @@ def pack(logits: Tensor, rows: Tensor, chosen: Tensor, num_best: int, asked_for:
     best_ids = counts.new_empty((count, num_chunks, num_best))
     packed = counts.new_empty((count, 2 * (1 + num_best + num_named) + 1))
     assert logits.stride(1) == 1
-    assert rows.is_contiguous() and chosen.is_contiguous() and asked_for.is_contiguous()
+    assert rows.is_contiguous() and chosen.is_contiguous() and named_ids.is_contiguous()
     _chunk_kernel[(count, num_chunks)](
         logits, rows, chosen, best, best_ids, peaks, masses, counts, vocab, logits.stride(0),
         num_chunks, NUM_BEST=num_best, CHUNK=_CHUNK,
     )  # fmt: skip
     _row_kernel[(count,)](
-        logits, rows, chosen, asked_for, best, best_ids, peaks, masses, counts, packed,
+        logits, rows, chosen, named_ids, best, best_ids, peaks, masses, counts, packed,
         logits.stride(0), num_chunks, num_named, NUM_BEST=num_best,
         NAMED=triton.next_power_of_2(num_named) if num_named else 0,
         CHUNKS=triton.next_power_of_2(num_chunks),

@@ -39,23 +39,23 @@ class SamplingRows(NamedTuple):
         return SamplingRows(*(values[rows] for values in self))
 
 
-def draw_tokens(logits: Tensor, rows: Tensor, positions: Tensor, asked: SamplingRows) -> Tensor:
+def draw_tokens(logits: Tensor, rows: Tensor, positions: Tensor, params: SamplingRows) -> Tensor:
     """Draw token ids int64 [draws]; INVALID for a row with a NaN or +inf, or with -inf only.
 
     logits: [draws, vocab], any float dtype, -inf for a token that must not be drawn. rows: int64
-    [draws], request rows, which index `asked`. positions: int64 [draws], positions of the drawn
+    [draws], request rows, which index `params`. positions: int64 [draws], positions of the drawn
     tokens.
     """
     if logits.is_cuda:
         from compiledllm.kernels.sampling_triton import draw_tokens as draw
 
-        drawn: Tensor = draw(logits, rows, positions, asked)
+        drawn: Tensor = draw(logits, rows, positions, params)
         return drawn
-    asked = asked.take(rows)
+    params = params.take(rows)
     best, token_ids = logits.max(dim=-1)  # `best` is NaN for a row with a NaN
-    sampling = (asked.temperature > 0).nonzero().flatten()
+    sampling = (params.temperature > 0).nonzero().flatten()
     if len(sampling):
-        chosen = asked.take(sampling)
+        chosen = params.take(sampling)
         scores = logits[sampling].float()
         scores = scores.masked_fill(scores < threshold(scores, chosen)[:, None], -math.inf)
         noise = gumbel_noise(chosen.seeds, positions[sampling], scores.shape[-1])
@@ -63,38 +63,40 @@ def draw_tokens(logits: Tensor, rows: Tensor, positions: Tensor, asked: Sampling
     return token_ids.masked_fill_(~best.isfinite(), INVALID)
 
 
-def threshold(logits: Tensor, asked: SamplingRows) -> Tensor:
+def threshold(logits: Tensor, params: SamplingRows) -> Tensor:
     """float32 [rows]: the lowest logit that top_k, top_p and min_p keep; -inf keeps all.
 
-    logits: float32 [rows, vocab]. asked: parameters of the same rows; temperatures must be above 0.
+    logits: float32 [rows, vocab]. params: of the same rows, with temperatures above 0.
     """
-    min_kept = torch.full_like(asked.temperature, -math.inf)
-    top_k = asked.top_k.long()
+    min_kept = torch.full_like(params.temperature, -math.inf)
+    top_k = params.top_k.long()
     if bool(top_k.any()):
         k = torch.where(top_k > 0, top_k, logits.shape[-1]).clamp(max=logits.shape[-1])
         best = logits.topk(int(torch.where(top_k > 0, k, 1).max()), dim=-1).values
         kth = best.gather(-1, (k - 1).clamp(max=best.shape[-1] - 1)[:, None]).squeeze(-1)
         min_kept = torch.where(top_k > 0, kth, min_kept)
-    if bool((asked.top_p < 1).any()):
-        border = _top_p_border(logits, min_kept, asked)
-        min_kept = torch.where(asked.top_p < 1, torch.maximum(min_kept, border), min_kept)
-    if bool((asked.min_p > 0).any()):
-        min_kept = torch.maximum(min_kept, logits.amax(-1) + asked.temperature * asked.min_p.log())
+    if bool((params.top_p < 1).any()):
+        border = _top_p_border(logits, min_kept, params)
+        min_kept = torch.where(params.top_p < 1, torch.maximum(min_kept, border), min_kept)
+    if bool((params.min_p > 0).any()):
+        min_kept = torch.maximum(
+            min_kept, logits.amax(-1) + params.temperature * params.min_p.log()
+        )
     return min_kept
 
 
-def _top_p_border(logits: Tensor, min_kept: Tensor, asked: SamplingRows) -> Tensor:
+def _top_p_border(logits: Tensor, min_kept: Tensor, params: SamplingRows) -> Tensor:
     """float32 [rows]: lowest logit in the smallest set of tokens whose mass reaches top_p.
 
     Only tokens with logits of at least `min_kept`, float32 [rows], count.
     """
-    temperature = asked.temperature[:, None]
+    temperature = params.temperature[:, None]
     kept = logits.masked_fill(logits < min_kept[:, None], -math.inf)
     total = (kept / temperature).logsumexp(-1, keepdim=True)
     for count in (min(_CANDIDATES, logits.shape[-1]), logits.shape[-1]):
         best = kept.topk(count, dim=-1).values
         mass = (best / temperature - total).exp().cumsum(-1)
-        short = mass < asked.top_p[:, None]  # the tokens up to this one do not reach top_p
+        short = mass < params.top_p[:, None]  # the tokens up to this one do not reach top_p
         if not bool(short.all(dim=-1).any()):
             break
     last = short.sum(-1).clamp(max=best.shape[-1] - 1)

@@ -274,7 +274,7 @@ def _best_token(
     return best_token
 
 
-def draw_tokens(logits: Tensor, rows: Tensor, positions: Tensor, asked: SamplingRows) -> Tensor:
+def draw_tokens(logits: Tensor, rows: Tensor, positions: Tensor, params: SamplingRows) -> Tensor:
     """See `sampling.draw_tokens`."""
     num_draws, vocab = logits.shape
     num_chunks = triton.cdiv(vocab, _CHUNK)
@@ -286,11 +286,12 @@ def draw_tokens(logits: Tensor, rows: Tensor, positions: Tensor, asked: Sampling
     out = logits.new_empty(num_draws, dtype=torch.int64)
     assert positions.is_contiguous() and rows.is_contiguous() and logits.stride(1) == 1
     _chunk_kernel[(num_draws, num_chunks)](
-        logits, rows, positions, asked.temperature, asked.seeds, asked.top_k, best_scores, best_ids,
-        peaks, masses, group_peaks, vocab, logits.stride(0), num_chunks, CHUNK=_CHUNK, GROUP=_GROUP,
+        logits, rows, positions, params.temperature, params.seeds, params.top_k, best_scores,
+        best_ids, peaks, masses, group_peaks, vocab, logits.stride(0), num_chunks,
+        CHUNK=_CHUNK, GROUP=_GROUP,
     )  # fmt: skip
     _row_kernel[(num_draws,)](
-        logits, rows, positions, *asked, best_scores, best_ids, peaks, masses, group_peaks, groups,
+        logits, rows, positions, *params, best_scores, best_ids, peaks, masses, group_peaks, groups,
         out, vocab, logits.stride(0), num_chunks, CHUNKS=chunks, PER_CHUNK=per_chunk,
         GROUPS=min(_GROUPS, chunks * per_chunk), GROUP=_GROUP, KEY_BITS=_KEY_BITS[logits.dtype],
         num_warps=16,

@@ -14,7 +14,7 @@ from compiledllm.models.layers.linear import Matrix
 from compiledllm.models.spec import ModelSpec
 from compiledllm.models.weights import fill_with_random_weights, load_weights
 
-_LEAST_BYTES = 1 / 8  # of a parameter in any format
+_MIN_BYTES_PER_PARAMETER = 1 / 8  # in any format
 
 
 def build_model(
@@ -50,7 +50,7 @@ def _check_size(spec: ModelSpec, checkpoint: Path) -> None:
     """Refuse a config that asks for far more than there is, before memory is taken for it."""
     files = weight_files(checkpoint)
     num_bytes = sum(path.stat().st_size for path in files)
-    if spec.num_parameters > num_bytes / _LEAST_BYTES:
+    if spec.num_parameters > num_bytes / _MIN_BYTES_PER_PARAMETER:
         files_by_tensor(files)  # a truncated file is the likelier cause: its error names it
         raise ConfigError(
             f"{checkpoint}: the config asks for {spec.num_parameters} parameters and the weight "

@@ -1,8 +1,8 @@
 """The decoder of all families: embedding, blocks, final norm and logits, built from a ModelSpec.
 
-A block returns the residual stream `x` and a pending residual update `due`. The next block adds
-`due` to `x`, so that the addition fuses with its norm inside the compiled block. The module knows
-nothing of requests or scheduling.
+A block returns the residual stream `x` and `update`, the output of its last branch. The next block
+adds `update` to `x`, so that the addition fuses with its norm inside the compiled block. The module
+knows nothing of requests or scheduling.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from compiledllm.models.layers.rope import RotaryTable
 from compiledllm.models.spec import NORMS_BEFORE, NORMS_BEHIND, LayerSpec, ModelSpec
 
 BlockForward = Callable[..., tuple[Tensor, Tensor]]
-Entered = tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]
+BlockInputs = tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]
 
 
 class SampledTokens(NamedTuple):
@@ -40,7 +40,7 @@ class SampledTokens(NamedTuple):
 
 
 class DecoderBlock(nn.Module):
-    """x += due; x += attn(norm(x)); returns x and due = mlp(norm(x)), which the next block adds."""
+    """x += update; x += attn(norm(x)); returns x and the next block's update = mlp(norm(x))."""
 
     def __init__(self, spec: LayerSpec, backend: AttentionBackend, make: Factory) -> None:
         super().__init__()
@@ -62,13 +62,13 @@ class DecoderBlock(nn.Module):
     def forward(
         self,
         x: Tensor,  # [tokens, hidden]
-        due: Tensor,  # [tokens, hidden]
+        update: Tensor,  # [tokens, hidden]
         cos: Tensor,  # [tokens, 1, rotary_dim]
         sin: Tensor,
         kv_cache: Tensor,
         attn: AttentionMetadata,
     ) -> tuple[Tensor, Tensor]:
-        x = x + due
+        x = x + update
         if self.norms_sums:
             return self._forward_norming_sums(x, cos, sin, kv_cache, attn)
         attn_in = mlp_in = x if self.attn_norm is None else self.attn_norm(x)
@@ -77,20 +77,20 @@ class DecoderBlock(nn.Module):
             x = mlp_in = x + attended
         if self.mlp_norm is not None:
             mlp_in = self.mlp_norm(x)
-        due = self._scaled(self.mlp(mlp_in), self.mlp_out_norm)
-        return x, due + attended if self.is_parallel else due
+        update = self._scaled(self.mlp(mlp_in), self.mlp_out_norm)
+        return x, update + attended if self.is_parallel else update
 
     def store(
         self,
         x: Tensor,
-        due: Tensor,
+        update: Tensor,
         cos: Tensor,
         sin: Tensor,
         kv_cache: Tensor,
         slot_mapping: Tensor,
     ) -> None:
         """Store the keys and values of all tokens, as `forward` does, and compute nothing else."""
-        x = x + due
+        x = x + update
         attn_in = x if self.attn_norm is None or self.norms_sums else self.attn_norm(x)
         self.attn.store(attn_in, cos, sin, kv_cache, slot_mapping)
 
@@ -101,7 +101,7 @@ class DecoderBlock(nn.Module):
         assert self.attn_norm is not None and self.mlp_norm is not None
         x = self.attn_norm(x + self._scaled(self.attn(x, cos, sin, kv_cache, attn), None))
         x = self.mlp_norm(x + self._scaled(self.mlp(x), None))
-        return x, _nothing_due(x)
+        return x, _no_update(x)
 
     def _scaled(self, out: Tensor, norm: nn.Module | None) -> Tensor:
         out = out if norm is None else norm(out)
@@ -143,7 +143,7 @@ class Decoder(nn.Module):
         self.rotary = nn.ModuleList(RotaryTable(rope) for rope in ropes)
         self._rotary_index = [list(ropes).index(layer.attn.rope) for layer in spec.layers]
         self.block_forward: BlockForward = DecoderBlock.forward
-        self.enter: Callable[..., Entered] = _enter
+        self.enter: Callable[..., BlockInputs] = _enter
         self.leave: Callable[..., Tensor] = _leave
 
     def forward(
@@ -159,18 +159,18 @@ class Decoder(nn.Module):
         With `sampled`, returns the hidden states of these tokens only, [samples, hidden]. For other
         tokens the last block just stores keys and values.
         """
-        x, due, tables = self.enter(self, input_ids, positions)
+        x, update, tables = self.enter(self, input_ids, positions)
         *body, last = zip(self.layers, self._rotary_index, kv_caches, attn, strict=True)
         for layer, index, kv_cache, metadata in body:
-            x, due = self.block_forward(layer, x, due, *tables[index], kv_cache, metadata)
+            x, update = self.block_forward(layer, x, update, *tables[index], kv_cache, metadata)
         layer, index, kv_cache, metadata = last
         cos, sin = tables[index]
         if sampled is not None:
-            cast("DecoderBlock", layer).store(x, due, cos, sin, kv_cache, metadata.slot_mapping)
-            x, due, cos, sin = (part[sampled.indices] for part in (x, due, cos, sin))
+            cast("DecoderBlock", layer).store(x, update, cos, sin, kv_cache, metadata.slot_mapping)
+            x, update, cos, sin = (part[sampled.indices] for part in (x, update, cos, sin))
             metadata = sampled.attn
-        x, due = self.block_forward(layer, x, due, cos, sin, kv_cache, metadata)
-        return self.leave(self, x, due)
+        x, update = self.block_forward(layer, x, update, cos, sin, kv_cache, metadata)
+        return self.leave(self, x, update)
 
     @property
     def kv_scales(self) -> list[Tensor]:
@@ -209,19 +209,19 @@ class Decoder(nn.Module):
         return logits
 
 
-def _enter(decoder: Decoder, input_ids: Tensor, positions: Tensor) -> Entered:
-    """x and due of the first block, [tokens, hidden]; cos and sin of each rotary table."""
+def _enter(decoder: Decoder, input_ids: Tensor, positions: Tensor) -> BlockInputs:
+    """x and update of the first block, [tokens, hidden]; cos and sin of each rotary table."""
     x = decoder.embed(input_ids, positions)
-    return x, _nothing_due(x), [rotary(positions, x.dtype) for rotary in decoder.rotary]
+    return x, _no_update(x), [rotary(positions, x.dtype) for rotary in decoder.rotary]
 
 
-def _leave(decoder: Decoder, x: Tensor, due: Tensor) -> Tensor:
-    """Hidden states of the last block's x and due, behind the final norm; all [tokens, hidden]."""
-    hidden: Tensor = decoder.final_norm(x + due)
+def _leave(decoder: Decoder, x: Tensor, update: Tensor) -> Tensor:
+    """Hidden states behind the final norm, [tokens, hidden], from the last block's x and update."""
+    hidden: Tensor = decoder.final_norm(x + update)
     return hidden
 
 
-def _nothing_due(x: Tensor) -> Tensor:
+def _no_update(x: Tensor) -> Tensor:
     """Zeros, computed by the kernel that makes x.
 
     `zeros_like` would take a kernel of its own. Inductor's kernels that read nothing do not wait

@@ -112,11 +112,11 @@ def _match(target: str, missing: dict[str, Slot]) -> list[Slot] | None:
 
 def _check(checkpoint: Path, name: str, stored: Content, slots: list[Slot]) -> None:
     """Raise ConfigError if the tensor does not have the slots' rows on top of each other."""
-    asked = [sum(slot.shape[0] for slot in slots), *slots[0].shape[1:]]
-    if shape_of(stored) != asked:
+    expected = [sum(slot.shape[0] for slot in slots), *slots[0].shape[1:]]
+    if shape_of(stored) != expected:
         raise ConfigError(
             f"{checkpoint}: tensor '{name}' has shape {shape_of(stored)}, the config asks "
-            f"for {asked}"
+            f"for {expected}"
         )
 
 

@@ -55,11 +55,11 @@ class EngineCore:
         num_kv_blocks = self.worker.count_kv_blocks()
         self.scheduler = _scheduler(plan, num_kv_blocks)
         limits = plan.config.limits
-        longest = min(limits.max_model_len, self.scheduler.kv.max_request_tokens)
-        self.worker.start(num_kv_blocks, max_blocks=-(-longest // limits.block_size))
+        max_len = min(limits.max_model_len, self.scheduler.kv.max_request_tokens)
+        self.worker.start(num_kv_blocks, max_blocks=-(-max_len // limits.block_size))
         self.report: Report = plan.report | self.worker.report
-        self.startup_s = {"config": plan.seconds, **self.worker.startup_s}
-        self.startup_s["total"] = plan.seconds + time.perf_counter() - started
+        self.startup_s = {"config": plan.planning_s, **self.worker.startup_s}
+        self.startup_s["total"] = plan.planning_s + time.perf_counter() - started
         for topic, line in start_lines(plan, self.worker, self.startup_s).items():
             log.info("%-10s %s", topic, line)
 
@@ -173,7 +173,7 @@ class EngineCore:
     def served_model(self) -> ServedModel:
         """The facts that a `RequestFactory` needs about the model."""
         return ServedModel(
-            self.config.asked,
+            self.config.requested,
             self.config.limits.max_model_len,
             self.model_path,
             self.spec.vocab_size,
@@ -186,13 +186,13 @@ class EngineCore:
 def _scheduler(plan: Plan, num_kv_blocks: int) -> Scheduler:
     """Raises ConfigError if so few blocks hold no token in each group of layers."""
     config, limits, windows = plan.config, plan.config.limits, plan.kv_layout.windows
-    asked = config.asked
+    requested = config.requested
     scheduler = Scheduler(
-        BlockPool(num_kv_blocks, asked.cache.enable_prefix_caching),
+        BlockPool(num_kv_blocks, requested.cache.enable_prefix_caching),
         limits.block_size,
         limits.max_num_seqs,
         limits.max_num_batched_tokens,
-        asked.scheduler.scheduling_policy,
+        requested.scheduler.scheduling_policy,
         Pace(BALANCED_TOKENS * plan.spec.sparsity, config.mixed_prompt_tokens),
         windows,
     )

@@ -76,5 +76,5 @@ class Detokenizer:
 
 
 def _overlap(text: str, stop: str) -> int:
-    longest = min(len(stop) - 1, len(text))
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+    max_length = min(len(stop) - 1, len(text))
+    return next((n for n in range(max_length, 0, -1) if text.endswith(stop[:n])), 0)

@@ -60,8 +60,8 @@ class Engine:
         self.core = EngineCore(plan(EngineConfig.from_options(model=model, **options)))
         self.config = self.core.config
         self.tokenizer: Tokenizer | None = None
-        if not self.config.asked.model.skip_tokenizer_init:
-            other = self.config.asked.model.tokenizer
+        if not self.config.requested.model.skip_tokenizer_init:
+            other = self.config.requested.model.tokenizer
             self.tokenizer = Tokenizer(
                 resolve_checkpoint(other, weights=False) if other else self.core.model_path
             )

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from typing import Any
 
 _SPELT_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # a byte as byte fallback spells it
-_NEAR = 32  # bytes of unrecognised text that a search for the next token may skip
+_MAX_SKIPPED = 32  # bytes of unrecognised text that a search for the next token may skip
 _CONTINUATION = bytes(range(0x80, 0xC0))  # UTF-8's continuation bytes
-_MAX_LOOKED_AT = 20_000  # token ids tried in the search for an ordinary word
+_MAX_TRIED_IDS = 20_000  # token ids tried in the search for an ordinary word
 
 
 def _byte_of_letter() -> dict[str, int]:
@@ -70,7 +70,9 @@ class Pieces:
             piece = self.bytes_of(token_id)
             if position == 0 and piece[:1] == b" " and data[:1] != b" ":
                 piece = piece[1:]  # the tokenizer added this space
-            start = data.find(piece, position, position + len(piece) + _NEAR) if piece else -1
+            start = (
+                data.find(piece, position, position + len(piece) + _MAX_SKIPPED) if piece else -1
+            )
             starts.append(position if start < 0 else start)
             if start >= 0:
                 position = start + len(piece)
@@ -99,7 +101,7 @@ class Pieces:
 
     def _find_anchor(self) -> tuple[list[int], str]:
         """An ordinary word whose text stays the same when a token follows; empty without one."""
-        for token_id in range(min(len(self._hf), _MAX_LOOKED_AT)):
+        for token_id in range(min(len(self._hf), _MAX_TRIED_IDS)):
             name = (self._name(token_id) or "").lstrip("\u2581\u0120")
             if not (name.isascii() and name.isalpha()):
                 continue

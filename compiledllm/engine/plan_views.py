@@ -16,7 +16,7 @@ def facts(plan: Plan) -> dict[str, Any]:
     """
     spec, platform, layout = plan.spec, plan.platform, plan.kv_layout
     layer, weight_bytes = spec.layers[0], spec.num_bytes(spec.weights)
-    room, _ = available_bytes(plan.config.asked.cache, platform, bytes_in_use=weight_bytes)
+    room, _ = available_bytes(plan.config.requested.cache, platform, bytes_in_use=weight_bytes)
     context_bytes = plan.blocks_per_context * plan.block_bytes
     return {
         "model": str(plan.checkpoint),

@@ -146,8 +146,8 @@ class RequestFactory:
         return self.tokenizer
 
     def _stop_token_ids(self, params: SamplingParams) -> frozenset[int]:
-        asked = frozenset(params.stop_token_ids or ())
-        return asked if params.ignore_eos else asked | self.eos_token_ids
+        stop_ids = frozenset(params.stop_token_ids or ())
+        return stop_ids if params.ignore_eos else stop_ids | self.eos_token_ids
 
     def _max_tokens(self, params: SamplingParams, num_prompt_tokens: int) -> int:
         """`max_tokens` within the context; by default what the context and the KV cache hold."""
@@ -261,10 +261,10 @@ def check_params(params: SamplingParams, vocab_size: int, max_logprobs: int) -> 
                 )
     max_count = vocab_size if max_logprobs == ALL_TOKENS else max_logprobs
     for name in ("logprobs", "prompt_logprobs"):
-        asked = getattr(params, name)
-        if asked is not None and (vocab_size if asked == ALL_TOKENS else asked) > max_count:
+        value = getattr(params, name)
+        if value is not None and (vocab_size if value == ALL_TOKENS else value) > max_count:
             raise ValueError(
-                f"{name} must be at most {max_logprobs}, got {asked}; the engine option "
+                f"{name} must be at most {max_logprobs}, got {value}; the engine option "
                 "max_logprobs is the limit (-1: none)"
             )
 

@@ -54,28 +54,28 @@ def plan(config: EngineConfig) -> Plan:
         blocks_per_context=_blocks_of_one(layout, resolved.limits),
         max_useful_blocks=_blocks_of_all(layout, resolved.limits),
         report=report,
-        seconds=time.perf_counter() - started,
+        planning_s=time.perf_counter() - started,
     )
 
 
 def _kv_dtype(cache: CacheConfig, dtype: str) -> str:
     """torch's name of the KV cache's dtype; "": the model's."""
-    asked = cache.kv_cache_dtype
-    if asked in ("auto", dtype):
+    kv_dtype = cache.kv_cache_dtype
+    if kv_dtype in ("auto", dtype):
         return ""
-    if asked.startswith("fp8"):
+    if kv_dtype.startswith("fp8"):
         return "float8_e4m3fn"
     raise ConfigError(
-        f"kv_cache_dtype='{asked}' is neither the model's dtype ({dtype}) nor fp8; leave it out, "
-        f"use fp8, or set dtype='{asked}' too"
+        f"kv_cache_dtype='{kv_dtype}' is neither the model's dtype ({dtype}) nor fp8; leave it "
+        f"out, use fp8, or set dtype='{kv_dtype}' too"
     )
 
 
 def _backend(
     config: ResolvedConfig, spec: ModelSpec, platform: Platform, report: Report
 ) -> AttentionBackend:
-    asked = config.asked.compile
-    preferred = platform.choose_attention_backend(asked.attention_backend, asked.deterministic)
+    options = config.requested.compile
+    preferred = platform.choose_attention_backend(options.attention_backend, options.deterministic)
     choice, backend = choose_backend(preferred, spec, config.limits, platform.device)
     report.note("attention_backend", choice)
     return backend
@@ -87,8 +87,8 @@ def _note_transformers(config: EngineConfig, architecture: str, report: Report) 
             f"deterministic=True is not supported for {architecture} as transformers runs it; "
             "leave it out"
         )
-    is_asked = config.model.model_impl == "transformers"
-    reason = "as asked" if is_asked else f"there is no family for {architecture}"
+    is_requested = config.model.model_impl == "transformers"
+    reason = "as asked" if is_requested else f"there is no family for {architecture}"
     report.note("model_impl", Choice("transformers", reason))
     log.warning("transformers runs the model, over our paged attention (%s)", reason)
 

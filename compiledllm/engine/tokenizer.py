@@ -165,11 +165,11 @@ class Tokenizer:
         shrink = 4 if getattr(self.hf, "backend_tokenizer", None) is None else 1
         if shrink == 1 and self.hf.backend_tokenizer.normalizer is not None:
             shrink = 4
-        most = max(max_tokens * self._longest_token * shrink, MIN_REFUSED_CHARACTERS)
-        if num_characters > most:
+        max_characters = max(max_tokens * self._max_token_bytes * shrink, MIN_REFUSED_CHARACTERS)
+        if num_characters > max_characters:
             raise ValueError(
                 f"the prompt has {num_characters} characters, and {max_tokens} tokens, which is "
-                f"what fits, have at most {most}; shorten it"
+                f"what fits, have at most {max_characters}; shorten it"
             )
 
     def _refuse_long(self, text: str, max_tokens: int) -> None:
@@ -183,7 +183,7 @@ class Tokenizer:
         count = 0
         for start in range(0, len(text), CHARACTERS_PER_PIECE):
             piece = text[start : start + CHARACTERS_PER_PIECE]
-            count += len(self.encode(piece, add_special_tokens=False)) - self._longest_token
+            count += len(self.encode(piece, add_special_tokens=False)) - self._max_token_bytes
             if count > max_tokens:
                 raise ValueError(
                     f"the prompt has {len(text)} characters, of which the first "
@@ -192,7 +192,7 @@ class Tokenizer:
                 )
 
     @cached_property
-    def _longest_token(self) -> int:
+    def _max_token_bytes(self) -> int:
         """Length of the vocabulary's longest token, in bytes, special tokens included."""
         return max(len(token.encode()) for token in self.hf.get_vocab())
 

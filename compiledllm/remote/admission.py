@@ -18,33 +18,34 @@ class Load:
 
 
 def check_admission(
-    asked: Load, present: Load, limits: Limits, max_num_seqs: int, num_waiting: int
+    requested: Load, admitted: Load, limits: Limits, max_num_seqs: int, num_waiting: int
 ) -> None:
-    """Raise ValueError if `asked` could never be admitted, and Overloaded if not beside `present`.
+    """Raise ValueError for a load that never fits, and Overloaded for one that fits later.
 
-    num_waiting: number of present requests that do not run, from which `retry_after` follows.
+    requested: the load of the new requests. admitted: the load of the requests that run or wait.
+    num_waiting: number of admitted requests that do not run, from which `retry_after` follows.
     """
     max_requests = max_num_seqs + limits.queued_requests
-    if asked.num_requests > max_requests:
+    if requested.num_requests > max_requests:
         raise ValueError(
-            f"prompts times n (or best_of) are {asked.num_requests} sequences, and {max_requests} "
-            "may run or wait at once; ask for fewer, or raise --max-queued-requests"
+            f"prompts times n (or best_of) are {requested.num_requests} sequences, and "
+            f"{max_requests} may run or wait at once; ask for fewer, or raise --max-queued-requests"
         )
-    if asked.num_tokens > limits.queued_tokens and asked.num_requests > 1:
+    if requested.num_tokens > limits.queued_tokens and requested.num_requests > 1:
         raise ValueError(
-            f"the prompts times n (or best_of) are {asked.num_tokens} tokens, and "
+            f"the prompts times n (or best_of) are {requested.num_tokens} tokens, and "
             f"{limits.queued_tokens} may run or wait at once; ask for fewer, or raise "
             "--max-queued-tokens"
         )
     retry_after = min(1 + math.ceil(num_waiting / 32), 30)
-    if present.num_requests + asked.num_requests > max_requests:
+    if admitted.num_requests + requested.num_requests > max_requests:
         raise Overloaded(
-            f"{present.num_requests} requests are running or waiting, and {max_requests} may",
+            f"{admitted.num_requests} requests are running or waiting, and {max_requests} may",
             retry_after,
         )
-    if present.num_tokens and present.num_tokens + asked.num_tokens > limits.queued_tokens:
+    if admitted.num_tokens and admitted.num_tokens + requested.num_tokens > limits.queued_tokens:
         raise Overloaded(
-            f"prompts of {present.num_tokens} tokens are running or waiting, and "
+            f"prompts of {admitted.num_tokens} tokens are running or waiting, and "
             f"{limits.queued_tokens} may",
             retry_after,
         )

@@ -197,8 +197,8 @@ class EngineClient:
             reason = self.signs.why_lost()
             self._was_silent = reason is not None
             if self.signs.is_overdue:
-                seconds = self._limits.load_s
-                reason = f"loading took longer than {seconds:.0f} s (--load-timeout)"
+                limit_s = self._limits.load_s
+                reason = f"loading took longer than {limit_s:.0f} s (--load-timeout)"
             if reason is not None:
                 self._kill(child, reason)
                 return
@@ -327,11 +327,11 @@ class EngineClient:
         Inside, `live.take` raises EngineError if the request fails, and DeadlineExceeded if the
         request takes longer than the limit, counted from here.
         """
-        seconds = self._limits.request_s
-        late = DeadlineExceeded(f"the request took longer than {seconds:.0f} s")
+        limit_s = self._limits.request_s
+        late = DeadlineExceeded(f"the request took longer than {limit_s:.0f} s")
         loop = asyncio.get_running_loop()
-        is_limited = seconds < math.inf
-        timer = loop.call_later(seconds, self.live.expire, live, late) if is_limited else None
+        is_limited = limit_s < math.inf
+        timer = loop.call_later(limit_s, self.live.expire, live, late) if is_limited else None
         try:
             yield
         finally:

@@ -35,7 +35,7 @@ class Lifeline:
         self._connection = connection
         self._sending = threading.Lock()
         self._is_looping = False
-        self._asked: float | None = None  # when the first ping arrived since the loop's last turn
+        self._first_ping_at: float | None = None  # monotonic s; since the loop's last turn
 
     def start(self) -> None:
         threading.excepthook = self._on_thread_failure
@@ -43,7 +43,7 @@ class Lifeline:
 
     def turn(self) -> None:
         """Note that the engine's loop has started an iteration."""
-        self._is_looping, self._asked = True, None
+        self._is_looping, self._first_ping_at = True, None
 
     def send(self, message: FromEngine) -> None:
         raw = frame(message)
@@ -61,10 +61,10 @@ class Lifeline:
         os._exit(0)  # the client is gone
 
     def _loop_silence_s(self) -> float:
-        now, asked = time.monotonic(), self._asked
-        if asked is not None:
-            return now - asked
-        self._asked = now if self._is_looping else None
+        now, pinged_at = time.monotonic(), self._first_ping_at
+        if pinged_at is not None:
+            return now - pinged_at
+        self._first_ping_at = now if self._is_looping else None
         return 0.0
 
     def _on_thread_failure(self, failed: threading.ExceptHookArgs) -> None:

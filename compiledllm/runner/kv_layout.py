@@ -24,7 +24,7 @@ from compiledllm.models.layer_cache import LayerCache
 from compiledllm.models.spec import ModelSpec
 
 MAX_GROUPS = 8  # bounded, because every step gathers a block table per group
-NEARLY = 1.05  # accept up to this many times the minimum memory for fewer groups
+_MAX_MEMORY_FACTOR = 1.05  # times the minimum memory, accepted for fewer groups
 
 Caches = Sequence[LayerCache]  # one per layer
 
@@ -91,17 +91,19 @@ def kv_layout(caches: Caches, max_len: int) -> KVLayout:
     for index, cache in enumerate(caches):
         # A window of `max_len` tokens or more never fills.
         kinds.setdefault(cache.window if cache.window < max_len else 0, []).append(index)
-    single = _of([(0 if 0 in kinds else max(kinds), list(range(len(caches))))], caches)
+    single = _layout([(0 if 0 in kinds else max(kinds), list(range(len(caches))))], caches)
     if len(kinds) == 1 or not have_one_shape(caches):
         return single
-    found = [single]
+    layouts = [single]
     for size in range(1, max(map(len, kinds.values())) + 1):
         groups = [(window, part) for window in kinds for part in _parts(kinds[window], size)]
         if len(groups) <= MAX_GROUPS:
-            found.append(_of(groups, caches))
-    costs = [_layers_times_tokens(layout, max_len) for layout in found]
-    good = (g for g, cost in zip(found, costs, strict=True) if cost <= NEARLY * min(costs))
-    return min(good, key=lambda layout: len(layout.windows))
+            layouts.append(_layout(groups, caches))
+    costs = [_layers_times_tokens(layout, max_len) for layout in layouts]
+    affordable = (
+        g for g, cost in zip(layouts, costs, strict=True) if cost <= _MAX_MEMORY_FACTOR * min(costs)
+    )
+    return min(affordable, key=lambda layout: len(layout.windows))
 
 
 def choose_layout(
@@ -121,7 +123,7 @@ def choose_layout(
 
 def whole_contexts(caches: Caches) -> KVLayout:
     """A single group without a window: a request keeps all its blocks until it ends."""
-    return _of([(0, list(range(len(caches))))], caches)
+    return _layout([(0, list(range(len(caches))))], caches)
 
 
 def have_one_shape(caches: Caches) -> bool:
@@ -133,7 +135,7 @@ def _parts(layers: list[int], size: int) -> Iterator[list[int]]:
     return (layers[start : start + size] for start in range(0, len(layers), size))
 
 
-def _of(groups: list[tuple[int, list[int]]], caches: Caches) -> KVLayout:
+def _layout(groups: list[tuple[int, list[int]]], caches: Caches) -> KVLayout:
     """Build the layout from the window and the layer indices of each group."""
     places = {
         layer: Place(group, column)

@@ -27,7 +27,7 @@ class Plan:
     the checkpoint's weights, a name in torch. backend: prepared to run the model.
     blocks_per_context: number of KV blocks that a request of `max_model_len` tokens holds.
     max_useful_blocks: number of KV blocks of all requests that can run at once; more would stay
-    idle. report: the choices, with reasons. seconds: duration of planning.
+    idle. report: the choices, with reasons. planning_s: seconds that planning took.
     """
 
     config: ResolvedConfig
@@ -40,7 +40,7 @@ class Plan:
     blocks_per_context: int
     max_useful_blocks: int
     report: Report
-    seconds: float
+    planning_s: float
 
     @property
     def block_bytes(self) -> int:
@@ -52,7 +52,7 @@ class Plan:
 
     def options(self) -> dict[str, Any]:
         """All options by name, resolved, but for the KV cache's size, which the worker measures."""
-        is_dummy = self.config.asked.model.load_format == "dummy"
+        is_dummy = self.config.requested.model.load_format == "dummy"
         return self.config.options() | {
             "load_format": "dummy" if is_dummy else "safetensors",
             "dtype": self.spec.dtype,
@@ -66,7 +66,7 @@ class Plan:
         """The reason why steps cannot be captured as CUDA graphs, or None."""
         if not self.platform.is_cuda:
             return "CUDA graphs need a GPU"
-        if self.config.asked.compile.enforce_eager:
+        if self.config.requested.compile.enforce_eager:
             return "enforce_eager"
         if not self.backend.captures:
             return f"attention_backend='{self.backend.name}' asks the host"

@@ -28,7 +28,7 @@ class Sampler:
     def __init__(self, table: RequestTable, vocab_size: int) -> None:
         self._table = table
         self._vocab_size = vocab_size
-        self._rows_at_once = max(1, WORKSPACE_BYTES // (32 * vocab_size))
+        self._chunk_rows = max(1, WORKSPACE_BYTES // (32 * vocab_size))
         self._every_row = torch.arange(table.padding_row, device=table.device)
 
     def rows_to_draw(self, rows: np.ndarray, positions: np.ndarray) -> Tensor | None:
@@ -83,8 +83,8 @@ class Sampler:
     ) -> dict[str, str]:
         """Draw at the batch indices `with_rules`, in chunks. Returns errors by request id."""
         errors_by_id: dict[str, str] = {}
-        for start in range(0, len(with_rules), self._rows_at_once):
-            chunk = with_rules[start : start + self._rows_at_once]
+        for start in range(0, len(with_rules), self._chunk_rows):
+            chunk = with_rules[start : start + self._chunk_rows]
             errors = self._draw_by_rules(
                 drawn, logits, last_tokens, chunk, rows[chunk], positions[chunk]
             )
@@ -166,8 +166,8 @@ class Sampler:
         chosen = to_device(tokens[: len(hidden)], hidden.device)
         best = num_best(params.prompt_logprobs, self._vocab_size)
         chunks = []
-        for start in range(0, len(hidden), self._rows_at_once):
-            chunk = hidden[start : start + self._rows_at_once]
+        for start in range(0, len(hidden), self._chunk_rows):
+            chunk = hidden[start : start + self._chunk_rows]
             logits = compute_logits(chunk)
             rows = torch.arange(len(chunk), device=hidden.device)
             own = chosen[start : start + len(chunk)]
@@ -185,10 +185,10 @@ def _logprobs_of(
     """num_best, named: per row, the number of most likely tokens, and further token ids."""
     named = named or [[]] * len(num_best)
     width = max(map(len, named))
-    asked_for = rows.new_empty((len(named), 0))
+    named_ids = rows.new_empty((len(named), 0))
     if width:
         padded = np.array([ids + [0] * (width - len(ids)) for ids in named], np.int64)
-        asked_for = to_device(padded, logits.device)
-    found = token_logprobs(logits, rows, chosen, max(num_best), asked_for)
+        named_ids = to_device(padded, logits.device)
+    found = token_logprobs(logits, rows, chosen, max(num_best), named_ids)
     num_returned = [(best, len(ids)) for best, ids in zip(num_best, named, strict=True)]
     return LogprobsOf(found, max(num_best), num_returned)

@@ -66,7 +66,7 @@ class Worker:
         self.num_kv_blocks = 0
         self.runner: ModelRunner
         started = time.perf_counter()
-        cache = plan.config.asked.cache
+        cache = plan.config.requested.cache
         is_sized = cache.num_kv_blocks or cache.kv_cache_memory_bytes
         if plan.platform.is_cuda and not is_sized:
             check_gpu_is_free(plan.platform, cache.gpu_memory_utilization)
@@ -107,7 +107,7 @@ class Worker:
         """
         plan = self.plan
         num_blocks, choice = plan_num_blocks(
-            plan.config.asked.cache,
+            plan.config.requested.cache,
             plan.block_bytes,
             plan.platform,
             bytes_in_use=self._plan_memory() if plan.platform.is_cuda else 0,
@@ -127,7 +127,7 @@ class Worker:
         self._capture()
 
     def _build_model(self) -> Decoder:
-        plan, asked = self.plan, self.plan.config.asked
+        plan, options = self.plan, self.plan.config.requested
         default = torch.get_default_dtype()
         torch.set_default_dtype(plan.spec.torch_dtype)
         try:
@@ -136,15 +136,15 @@ class Worker:
                     plan.spec,
                     plan.backend,
                     plan.checkpoint,
-                    dummy_seed=asked.model.seed if asked.model.load_format == "dummy" else None,
-                    products=fixed_order(plan.spec) if asked.compile.deterministic else None,
+                    dummy_seed=options.model.seed if options.model.load_format == "dummy" else None,
+                    products=fixed_order(plan.spec) if options.compile.deterministic else None,
                 )
         finally:
             torch.set_default_dtype(default)
         return model.eval()
 
     def _set_kv_scales(self) -> Choice:
-        is_dummy = self.plan.config.asked.model.load_format == "dummy"
+        is_dummy = self.plan.config.requested.model.load_format == "dummy"
         stored = {} if is_dummy else stored_kv_scales(self.plan.checkpoint)
         return set_kv_scales(self._model, stored, self.plan.config.limits)
 
@@ -153,7 +153,7 @@ class Worker:
         plan, limits = self.plan, self.plan.config.limits
         budget = plan_memory(
             plan.platform,
-            plan.config.asked.cache.gpu_memory_utilization,
+            plan.config.requested.cache.gpu_memory_utilization,
             measure_activations(self._model, plan.kv_layout, limits, plan.platform),
             num_captures=len(plan.shapes_to_capture()),
             sampling=max_sampling_bytes(limits.max_num_seqs, self.spec.vocab_size),
@@ -169,9 +169,9 @@ class Worker:
     def _compile(self) -> tuple[str, str]:
         """Compile, or arrange for compiling later. Returns what is compiled, and why or when."""
         compiler, config = self.runner.compiler, self.plan.config
-        if config.asked.compile.enforce_eager:
+        if config.requested.compile.enforce_eager:
             return "nothing", "enforce_eager"
-        if config.asked.compile.deterministic:
+        if config.requested.compile.deterministic:
             return "nothing", "deterministic"
         if obstacle := self.plan.platform.why_not_compile():
             return "nothing, running eagerly", obstacle
@@ -191,9 +191,9 @@ class Worker:
             self.report.note("capture", Choice("nothing", obstacle))
             return
         graphs = self.runner.capture(self.plan.shapes_to_capture())
-        self.startup_s["capture"] = graphs.seconds
+        self.startup_s["capture"] = graphs.capture_s
         sizes = f"{len(graphs.shapes)} step sizes"
-        self.report.note("capture", Choice(sizes, f"whole steps, {graphs.seconds:.1f} s"))
+        self.report.note("capture", Choice(sizes, f"whole steps, {graphs.capture_s:.1f} s"))
 
 
 def _products(model: Decoder) -> str:

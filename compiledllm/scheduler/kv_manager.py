@@ -92,7 +92,7 @@ class KVManager:
 
     # -- room for a step's tokens --------------------------------------------------------------
 
-    def max_at_once(self, num_computed: int, count: int) -> int:
+    def max_chunk(self, num_computed: int, count: int) -> int:
         """`count`, or the number of tokens after `num_computed` that the whole pool can hold.
 
         Only windows reduce `count`: a prompt may fit in small chunks but not in a large one.

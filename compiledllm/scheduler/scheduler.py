@@ -224,7 +224,7 @@ class Scheduler:
             return True
         self.kv.trim(request)
         computed = request.num_computed_tokens
-        count = self.kv.max_at_once(computed, count)
+        count = self.kv.max_chunk(computed, count)
         missing = self.kv.num_missing_blocks(request.block_tables, computed + count)
         if missing > self.block_pool.num_free_blocks:
             count = min(count, self.kv.room_at_hand(request))
@@ -247,7 +247,7 @@ class Scheduler:
         prefix = kv.lookup_prefix(request)
         num_cached = len(prefix[0]) * kv.block_size
         wanted = request.num_tokens - num_cached
-        count = kv.max_at_once(num_cached, min(wanted, room))
+        count = kv.max_chunk(num_cached, min(wanted, room))
         missing = kv.num_missing_blocks(prefix, num_cached + count)
         if missing + pool.num_free_among(kv.seen_blocks(prefix)) > pool.num_free_blocks:
             return None

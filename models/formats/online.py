@@ -117,12 +117,13 @@ def _quantize_rows(weight: Tensor, code: str, limit: float) -> QuantizedMatrix:
 def _best_int4_scale(groups: Tensor) -> Tensor:
     """float32 [N, G, group] -> the scales [N, G, 1], exact in bfloat16, of least squared error."""
     limits = groups.abs().amax(-1, keepdim=True)
-    best, least = limits, torch.full_like(limits, math.inf)
+    best, min_error = limits, torch.full_like(limits, math.inf)
     for clip in _CLIPS:
         scale = _scale(limits * clip, 8.0).bfloat16().float()
         error = (_int4(groups, scale) * scale).sub_(groups).square_().sum(-1, keepdim=True)
-        is_better = error < least
-        best, least = torch.where(is_better, scale, best), torch.where(is_better, error, least)
+        is_better = error < min_error
+        best = torch.where(is_better, scale, best)
+        min_error = torch.where(is_better, error, min_error)
     return best
 
 

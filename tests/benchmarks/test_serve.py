@@ -265,7 +265,7 @@ def test_goodput_counts_what_stays_within_every_limit() -> None:
     slow = Outcome(sent=0.0, stamps=[0.1, 1.1, 2.1], ended=2.1, tokens=3)
     late = Outcome(sent=0.0, stamps=[0.9, 1.0, 1.1], ended=1.1, tokens=3)
     load = Load(float("inf"), None, goodput={"ttft": 500.0, "tpot": 150.0})
-    row = summarise([fast, slow, late], load, seconds=4.0)
+    row = summarise([fast, slow, late], load, wall_s=4.0)
     assert row["goodput_per_s"] == 0.25 and row["requests_per_s"] == 0.75
     assert row["tpot_ms"]["p50"] == pytest.approx(100.0)
     assert row["mean_concurrency"] == pytest.approx((0.3 + 2.1 + 1.1) / 4)

@@ -177,7 +177,7 @@ def test_prompt_logprobs_are_computed_a_few_tokens_at_a_time(
     model: Path, exact: Callable[[list[int]], Tensor]
 ) -> None:
     engine = make(model)
-    engine.core.runner.sampler._rows_at_once = 7
+    engine.core.runner.sampler._chunk_rows = 7
     (output,) = run(engine, [LONG], greedy(prompt_logprobs=0, max_tokens=1))
     assert output.prompt_logprobs is not None
     expected = exact(LONG)

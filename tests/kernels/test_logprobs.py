@@ -22,10 +22,12 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(logprobs_triton, "pack", logprobs._pack)
 
 
-def compute(logits: Tensor, rows: Tensor, chosen: Tensor, num_best: int, asked: Tensor) -> Logprobs:
-    tensors = (x.to(DEVICE) for x in (logits, rows, chosen, asked))
-    logits, rows, chosen, asked = tensors
-    return Logprobs(token_logprobs(logits, rows, chosen, num_best, asked).packed.cpu())
+def compute(
+    logits: Tensor, rows: Tensor, chosen: Tensor, num_best: int, named_ids: Tensor
+) -> Logprobs:
+    tensors = (x.to(DEVICE) for x in (logits, rows, chosen, named_ids))
+    logits, rows, chosen, named_ids = tensors
+    return Logprobs(token_logprobs(logits, rows, chosen, num_best, named_ids).packed.cpu())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -34,11 +36,11 @@ def test_they_are_those_of_a_float64_softmax(vocab: int, num_best: int, dtype: t
     torch.manual_seed(vocab)
     logits = (torch.randn(6, vocab) * 3).to(dtype)
     rows, chosen = torch.tensor([4, 0, 2]), torch.randint(vocab, (3,))
-    asked = torch.randint(vocab, (3, 2))
-    found = compute(logits, rows, chosen, num_best, asked)
+    named_ids = torch.randint(vocab, (3, 2))
+    found = compute(logits, rows, chosen, num_best, named_ids)
     exact = logits[rows].double().log_softmax(-1)
     assert found.token_ids[:, 0].tolist() == chosen.tolist()
-    assert found.token_ids[:, 1 + num_best :].tolist() == asked.tolist()
+    assert found.token_ids[:, 1 + num_best :].tolist() == named_ids.tolist()
     torch.testing.assert_close(
         found.values.double(), exact.gather(1, found.token_ids.long()), atol=1e-4, rtol=0
     )

@@ -46,7 +46,7 @@ TYPES = {
     "expert_ids": "*i32", "ids": "*i32", "weights": "*fp32", "alpha": "fp32", "limit": "fp32",
     "vocab": "i32", "row_stride": "i32", "num_chunks": "i32", "rows": "*i64", "top_k": "*i32",
     "top_p": "*fp32", "min_p": "*fp32", "peaks": "*fp32", "masses": "*fp32",
-    "chosen": "*i64", "best": "*fp32", "counts": "*i32", "asked_for": "*i64",
+    "chosen": "*i64", "best": "*fp32", "counts": "*i32", "named_ids": "*i64",
     "packed": "*i32", "num_named": "i32", "group_peaks": "*fp32",
     "tokens": "*i64", "groups": "*i32", "index": "*i64", "slots": "*i64", "amounts": "*fp32",
     "last_token_ids": "*i64", "num_computed_tokens": "*i64", "of_group": "*i32",

@@ -68,7 +68,7 @@ class FakeCore:
         do(os.environ.get("FAKE_IDLE_DEED", ""))
 
     def served_model(self) -> ServedModel:
-        return ServedModel(self.config.asked, 2048, self.model_path, 1000, (2,), 2048)
+        return ServedModel(self.config.requested, 2048, self.model_path, 1000, (2,), 2048)
 
     def has_unfinished(self) -> bool:
         return bool(self.scheduler.running or self.scheduler.waiting)

@@ -270,8 +270,8 @@ def test_open_values_are_filled_in_for_the_machine(
     ],
 )
 def test_given_values_are_kept_as_asked(name: str, value: Any) -> None:
-    asked = EngineConfig.from_options(**{name: value})
-    config, reasons = resolve(asked, on_gpu=False, max_position=2048)
+    requested = EngineConfig.from_options(**{name: value})
+    config, reasons = resolve(requested, on_gpu=False, max_position=2048)
     assert reasons[name] == Choice(value, "as asked")
     assert config.options()[name] == value
 
@@ -288,18 +288,18 @@ def test_resolved_config_leaves_nothing_open_but_what_the_memory_decides() -> No
 
 
 def test_resolving_keeps_the_other_options() -> None:
-    asked = EngineConfig.from_options(model="m", block_size=32, seed=5, dtype="float32")
-    config, _ = resolve(asked, on_gpu=False, max_position=64)
-    assert config.asked == asked and config.limits.block_size == 32
+    requested = EngineConfig.from_options(model="m", block_size=32, seed=5, dtype="float32")
+    config, _ = resolve(requested, on_gpu=False, max_position=64)
+    assert config.requested == requested and config.limits.block_size == 32
     assert {"model": "m", "block_size": 32, "seed": 5}.items() <= config.options().items()
     assert config.options()["dtype"] == "float32"
 
 
 def test_context_beyond_the_models_positions_is_refused_with_both_numbers() -> None:
-    asked = EngineConfig.from_options(max_model_len=4096)
+    requested = EngineConfig.from_options(max_model_len=4096)
     with pytest.raises(ConfigError, match="max_model_len=4096 is more than the 2048 positions"):
-        resolve(asked, on_gpu=False, max_position=2048)
-    config, _ = resolve(asked, on_gpu=False, max_position=4096)
+        resolve(requested, on_gpu=False, max_position=2048)
+    config, _ = resolve(requested, on_gpu=False, max_position=4096)
     assert config.limits.max_model_len == 4096
 
 
@@ -308,8 +308,8 @@ def test_choice_prints_its_value_and_reason() -> None:
 
 
 def test_no_larger_batch_is_captured_than_can_run() -> None:
-    asked = EngineConfig.from_options(max_num_seqs=8, max_cudagraph_capture_size=4)
-    assert resolve(asked, True, 64)[0].max_cudagraph_capture_size == 4
+    requested = EngineConfig.from_options(max_num_seqs=8, max_cudagraph_capture_size=4)
+    assert resolve(requested, True, 64)[0].max_cudagraph_capture_size == 4
     config, reasons = resolve(EngineConfig.from_options(max_num_seqs=8), True, 64)
     assert config.max_cudagraph_capture_size == 8
     assert str(reasons["max_cudagraph_capture_size"]) == "8 (max_num_seqs, at most 512)"

@@ -62,17 +62,17 @@ def test_decode_reads_weights_once_and_every_context(name: str) -> None:
 def test_published_floors_at_3_tb_per_s() -> None:
     """8B at batch 1 and 64, context 1024, on 3.0 TB/s and 790 TFLOP/s: 5.05 and 7.87 ms."""
     spec, h100 = MODELS["Llama-3.1-8B"][0], Ceilings(3.0e12, 3.0e12, 790e12)
-    assert decode_cost(spec, 1, 1024).seconds(h100) * 1e3 == pytest.approx(5.048, abs=0.001)
-    assert decode_cost(spec, 64, 1024).seconds(h100) * 1e3 == pytest.approx(7.866, abs=0.001)
-    assert prefill_cost(spec, 1, 128).seconds(h100) * 1e3 == pytest.approx(5.0, abs=0.05)
-    assert prefill_cost(spec, 1, 1024).seconds(h100) * 1e3 == pytest.approx(18.4, abs=0.1)
+    assert decode_cost(spec, 1, 1024).floor_s(h100) * 1e3 == pytest.approx(5.048, abs=0.001)
+    assert decode_cost(spec, 64, 1024).floor_s(h100) * 1e3 == pytest.approx(7.866, abs=0.001)
+    assert prefill_cost(spec, 1, 128).floor_s(h100) * 1e3 == pytest.approx(5.0, abs=0.05)
+    assert prefill_cost(spec, 1, 1024).floor_s(h100) * 1e3 == pytest.approx(18.4, abs=0.1)
 
 
 def test_the_longer_of_moving_and_computing_is_the_floor() -> None:
     spec = MODELS["SmolLM2-135M"][0]
     cost = decode_cost(spec, 1, 100)
-    assert cost.seconds(Ceilings(1.0, 1.0, 1e30)) == cost.num_bytes
-    assert cost.seconds(Ceilings(1e30, 1e30, 1.0)) == cost.flops
+    assert cost.floor_s(Ceilings(1.0, 1.0, 1e30)) == cost.num_bytes
+    assert cost.floor_s(Ceilings(1e30, 1e30, 1.0)) == cost.flops
 
 
 SLOW_MEMORY, SLOW_ARITHMETIC = Ceilings(1.0, 1.0, 1e30), Ceilings(1e30, 1e30, 1.0)

@@ -68,7 +68,7 @@ def test_a_chunk_is_as_long_as_the_pool_has_room_for(
         end = -(-(num_computed + chunk) // block_size)
         return sum(end - seen(w, num_computed)[0] // block_size for w in windows)
 
-    allowed = kv.max_at_once(num_computed, count)
+    allowed = kv.max_chunk(num_computed, count)
     if any(windows):
         assert allowed == count or held_with(allowed + 1) > num_blocks
         assert allowed < 1 or held_with(allowed) <= num_blocks

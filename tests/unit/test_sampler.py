@@ -81,15 +81,17 @@ def reference_filter(scores: Tensor, top_k: int, top_p: float, min_p: float) -> 
     return kept
 
 
-def asked_of(count: int, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> SamplingRows:
-    asked = SamplingRows.zeros(count, "cpu")
-    for values, value in zip(asked, (1.0, 7, top_k, top_p, min_p), strict=True):
+def sampling_rows(
+    count: int, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> SamplingRows:
+    params = SamplingRows.zeros(count, "cpu")
+    for values, value in zip(params, (1.0, 7, top_k, top_p, min_p), strict=True):
         values[:] = value
-    return asked
+    return params
 
 
 def run_filter(scores: Tensor, *filters: float) -> Tensor:
-    least = threshold(scores, asked_of(len(scores), *filters))  # type: ignore[arg-type]
+    least = threshold(scores, sampling_rows(len(scores), *filters))  # type: ignore[arg-type]
     return scores.masked_fill(scores < least[:, None], -math.inf)
 
 
@@ -153,13 +155,13 @@ def test_a_large_vocabulary_is_sorted_only_where_it_must_be() -> None:
 
 def test_every_row_has_its_own_filter() -> None:
     scores = random_logits(4, seed=2)
-    asked = asked_of(4)
-    asked.top_k[:] = torch.tensor([0, 3, 0, 5])
-    asked.top_p[:] = torch.tensor([1.0, 1.0, 0.4, 0.7])
-    asked.min_p[:] = torch.tensor([0.1, 0.0, 0.0, 0.0])
-    together = threshold(scores, asked)
+    params = sampling_rows(4)
+    params.top_k[:] = torch.tensor([0, 3, 0, 5])
+    params.top_p[:] = torch.tensor([1.0, 1.0, 0.4, 0.7])
+    params.min_p[:] = torch.tensor([0.1, 0.0, 0.0, 0.0])
+    together = threshold(scores, params)
     for row in range(4):
-        alone = threshold(scores[[row]], asked.take(torch.tensor([row])))
+        alone = threshold(scores[[row]], params.take(torch.tensor([row])))
         assert together[row] == alone[0]
 
 
@@ -233,9 +235,9 @@ class Shape:
 )
 def test_draws_follow_the_exact_distribution(shape: Shape, device: str) -> None:
     logits = random_logits(1, vocab=12, seed=3) / 2
-    asked = asked_of(1, shape.top_k, shape.top_p, shape.min_p)
-    asked.temperature[:] = shape.temperature
-    there = SamplingRows(*(values.to(device) for values in asked))
+    params = sampling_rows(1, shape.top_k, shape.top_p, shape.min_p)
+    params.temperature[:] = shape.temperature
+    there = SamplingRows(*(values.to(device) for values in params))
     rows = torch.zeros(NUM_DRAWS, dtype=torch.int64, device=device)
     positions = torch.arange(3, 3 + NUM_DRAWS, device=device)
     wide = logits.expand(NUM_DRAWS, -1).contiguous().to(device)
