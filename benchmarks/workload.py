@@ -91,12 +91,12 @@ def _json_line_requests(
         if not line.strip():
             continue
         try:
-            yield _request_of(json.loads(line), output_len)
+            yield _parse_request(json.loads(line), output_len)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
 
 
-def _request_of(entry: Any, output_len: int) -> SampleRequest:
+def _parse_request(entry: Any, output_len: int) -> SampleRequest:
     if not isinstance(entry, dict):
         raise ValueError(f"a request is a JSON object, got {type(entry).__name__}")
     prompt = entry.get("prompt_token_ids", entry.get("prompt"))

@@ -44,7 +44,7 @@ def count(text: str) -> int:
     return int(match[1]) * {"": 1, "k": 1000, "K": 1024}[match[2]]
 
 
-def _json_of(kind: str) -> Callable[[str], Any]:
+def _json_parser(kind: str) -> Callable[[str], Any]:
     types, words = KINDS[kind]
 
     def parse(text: str) -> Any:
@@ -64,6 +64,6 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "path": str,
     "int": count,
     "float": float,
-    "list": _json_of("list"),
-    "dict": _json_of("dict"),
+    "list": _json_parser("list"),
+    "dict": _json_parser("dict"),
 }

@@ -81,7 +81,7 @@ class RequestFactory:
         )
         _check_something_is_allowed(spec)
         names = (f"{i}_{request_id}" for i in range(1, params.num_candidates))
-        specs = [spec, *(sibling_of(spec, name, i) for i, name in enumerate(names, start=1))]
+        specs = [spec, *(make_sibling(spec, name, i) for i, name in enumerate(names, start=1))]
         completions = [Completion(i, s, params, self.tokenizer) for i, s in enumerate(specs)]
         state = RequestState(request_id, params, completions, text)
         if compiles:
@@ -288,7 +288,7 @@ def _for_core(params: SamplingParams) -> SamplingParams:
     return params.without_text()
 
 
-def sibling_of(first: RequestSpec, request_id: str, index: int) -> RequestSpec:
+def make_sibling(first: RequestSpec, request_id: str, index: int) -> RequestSpec:
     """Another request for the same prompt, with its own random stream; it shares prompt blocks.
 
     Only the first request returns the log probabilities of the prompt.

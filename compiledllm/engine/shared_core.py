@@ -58,7 +58,7 @@ class SharedCore:
                 if self._unseen.get(state.request_id) is state:
                     del self._unseen[state.request_id]
 
-        self._turns.soon(work)
+        self._turns.run_soon(work)
 
     def abort_id(self, request_id: str) -> None:
         """End a request; unknown ids are ignored."""

@@ -31,7 +31,7 @@ class Turns:
                 self._turn.release()
                 self._try_postponed()
 
-    def soon(self, work: Callable[[], None]) -> None:
+    def run_soon(self, work: Callable[[], None]) -> None:
         """Run `work` in a turn: now if no thread has the turn, else at the end of the current one.
 
         Never waits, as finalizers need: the garbage collector may call a finalizer in the thread

@@ -28,7 +28,7 @@ from compiledllm.remote.limits import Limits
 from compiledllm.remote.live_request import LiveRequest
 from compiledllm.remote.live_requests import LiveRequests
 from compiledllm.remote.restarts import Restarts
-from compiledllm.remote.served_text import factory_of, vocabulary_of
+from compiledllm.remote.served_text import load_vocabulary, make_request_factory
 from compiledllm.remote.vital_signs import VitalSigns
 from compiledllm.remote.wire import (
     Alive,
@@ -256,8 +256,8 @@ class EngineClient:
     async def _become_ready(self, message: Ready) -> None:
         requests = self.requests
         if requests is None:
-            requests = await asyncio.to_thread(factory_of, message)
-            self._vocabulary = await asyncio.to_thread(vocabulary_of, requests)
+            requests = await asyncio.to_thread(make_request_factory, message)
+            self._vocabulary = await asyncio.to_thread(load_vocabulary, requests)
             self.on_loaded()
         if self._vocabulary is not None:
             self._send(SetVocabulary(self._vocabulary))

@@ -160,9 +160,9 @@ class EngineLoop:
             for r in self._core.scheduler.running:
                 sizes = {"tokens": r.num_tokens, "computed": r.num_computed_tokens}
                 batch.append({"request_id": r.request_id, **sizes})
-            details["last_stats"] = asdict_of(self._stats(0, 0))
+            details["last_stats"] = stats_as_dict(self._stats(0, 0))
         self._lifeline.fail(error, [str(line["request_id"]) for line in batch], details)
 
 
-def asdict_of(stats: Stats) -> dict[str, float]:
+def stats_as_dict(stats: Stats) -> dict[str, float]:
     return {name: getattr(stats, name) for name in stats.__struct_fields__}

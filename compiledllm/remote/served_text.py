@@ -14,11 +14,11 @@ from compiledllm.models.source import resolve_checkpoint
 from compiledllm.remote.wire import Ready
 
 
-def factory_of(message: Ready) -> RequestFactory:
-    return RequestFactory(served_model_of(message), tokenizer_of(message))
+def make_request_factory(message: Ready) -> RequestFactory:
+    return RequestFactory(make_served_model(message), load_tokenizer(message))
 
 
-def served_model_of(message: Ready) -> ServedModel:
+def make_served_model(message: Ready) -> ServedModel:
     # The name of the backend in use need not be one that can be asked for.
     options = message.options | {"attention_backend": "auto"}
     return ServedModel(
@@ -32,7 +32,7 @@ def served_model_of(message: Ready) -> ServedModel:
     )
 
 
-def tokenizer_of(message: Ready) -> Tokenizer | None:
+def load_tokenizer(message: Ready) -> Tokenizer | None:
     if message.options["skip_tokenizer_init"]:
         return None
     other = message.options["tokenizer"]
@@ -41,7 +41,7 @@ def tokenizer_of(message: Ready) -> Tokenizer | None:
     )
 
 
-def vocabulary_of(requests: RequestFactory) -> Vocabulary | None:
+def load_vocabulary(requests: RequestFactory) -> Vocabulary | None:
     """The vocabulary for structured outputs; if there is none, log why and return None."""
     try:
         requests.grammars().compiler.start()

@@ -24,7 +24,7 @@ from compiledllm.runner.kv_layout import KVLayout
 from compiledllm.runner.pending import (
     MAX_IN_FLIGHT,
     Extras,
-    LogprobsOf,
+    LogprobsBatch,
     OutputRing,
     PendingOutput,
 )
@@ -245,13 +245,13 @@ class ModelRunner:
 
     def _prompt_logprobs(
         self, layout: StepLayout, hidden: Tensor
-    ) -> list[tuple[str, int, LogprobsOf]]:
+    ) -> list[tuple[str, int, LogprobsBatch]]:
         """Log probabilities of prompt tokens, for requests that want them.
 
         hidden: [tokens, hidden]. Returns (request id, first position, log probabilities) of each
         chunk of a request's tokens.
         """
-        found: list[tuple[str, int, LogprobsOf]] = []
+        found: list[tuple[str, int, LogprobsBatch]] = []
         row_ends = np.cumsum(layout.counts)
         for index in np.flatnonzero(self.table.wants_prompt_logprobs[layout.rows]):
             tokens = hidden[row_ends[index] - layout.counts[index] : row_ends[index]]

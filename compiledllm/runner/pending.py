@@ -14,7 +14,7 @@ MAX_IN_FLIGHT = 2  # maximum number of steps that are launched and not yet colle
 
 
 @dataclass(frozen=True, slots=True)
-class LogprobsOf:
+class LogprobsBatch:
     """Log probabilities at positions of one request, or at one position each of several requests.
 
     num_best: number of columns for the most likely tokens. num_returned: per position, how many of
@@ -25,7 +25,7 @@ class LogprobsOf:
     num_best: int
     num_returned: list[tuple[int, int]]
 
-    def to_host(self) -> LogprobsOf:
+    def to_host(self) -> LogprobsBatch:
         packed = self.logprobs.packed
         host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
         return replace(self, logprobs=Logprobs(host.copy_(packed, non_blocking=True)))
@@ -43,12 +43,12 @@ class LogprobsOf:
         chosen = {(k, m): (0, *range(1, 1 + k), *range(first, first + m)) for k, m in kinds}
         return [
             (
-                tuple(ids[c] for c in chosen[share]),
-                tuple(values[c] for c in chosen[share]),
+                tuple(ids[c] for c in chosen[returned]),
+                tuple(values[c] for c in chosen[returned]),
                 rank,
-                share[0],
+                returned[0],
             )
-            for ids, values, rank, share in lines
+            for ids, values, rank, returned in lines
         ]
 
 
@@ -60,8 +60,8 @@ class Extras:
     position, values). errors: messages by request id.
     """
 
-    logprobs: list[tuple[list[str], LogprobsOf]] = field(default_factory=list)
-    prompt_logprobs: list[tuple[str, int, LogprobsOf]] = field(default_factory=list)
+    logprobs: list[tuple[list[str], LogprobsBatch]] = field(default_factory=list)
+    prompt_logprobs: list[tuple[str, int, LogprobsBatch]] = field(default_factory=list)
     errors: dict[str, str] = field(default_factory=dict)
 
     def to_host(self) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from compiledllm.kernels.logprobs import MAX_IN_TRITON, token_logprobs
 from compiledllm.kernels.sampling import INVALID, draw_tokens
 from compiledllm.runner.device import to_device
-from compiledllm.runner.pending import Extras, LogprobsOf
+from compiledllm.runner.pending import Extras, LogprobsBatch
 from compiledllm.runner.request_table import RequestTable, num_best
 from compiledllm.runner.rule import Draw
 
@@ -128,7 +128,7 @@ class Sampler:
         rows: np.ndarray,
         with_logprobs: np.ndarray,
         request_ids: list[str],
-    ) -> list[tuple[list[str], LogprobsOf]]:
+    ) -> list[tuple[list[str], LogprobsBatch]]:
         """Log probabilities at the batch indices `with_logprobs`.
 
         Rows that want more than MAX_IN_TRITON tokens are computed apart from the other rows.
@@ -153,7 +153,7 @@ class Sampler:
         hidden: Tensor,
         first: int,
         compute_logits: Callable[[Tensor], Tensor],
-    ) -> list[tuple[int, LogprobsOf]]:
+    ) -> list[tuple[int, LogprobsBatch]]:
         """Log probabilities of a request's prompt tokens `first`, `first` + 1, ...
 
         hidden: [tokens, hidden]; element i predicts prompt token `first` + i. Returns (first
@@ -181,7 +181,7 @@ def _logprobs_of(
     chosen: Tensor,
     num_best: list[int],
     named: list[list[int]] | None = None,
-) -> LogprobsOf:
+) -> LogprobsBatch:
     """num_best, named: per row, the number of most likely tokens, and further token ids."""
     named = named or [[]] * len(num_best)
     width = max(map(len, named))
@@ -191,4 +191,4 @@ def _logprobs_of(
         named_ids = to_device(padded, logits.device)
     found = token_logprobs(logits, rows, chosen, max(num_best), named_ids)
     num_returned = [(best, len(ids)) for best, ids in zip(num_best, named, strict=True)]
-    return LogprobsOf(found, max(num_best), num_returned)
+    return LogprobsBatch(found, max(num_best), num_returned)

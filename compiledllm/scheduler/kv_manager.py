@@ -135,10 +135,10 @@ class KVManager:
         """Allocate `num_missing` blocks for `count` more tokens; returns their ids by group."""
         added: Tables = []
         if num_missing:
-            share = num_missing // self._num_groups
+            per_group = num_missing // self._num_groups
             block_ids = self.pool.allocate(num_missing)
             for group, table in enumerate(request.block_tables):
-                added.append(block_ids[group * share : (group + 1) * share])
+                added.append(block_ids[group * per_group : (group + 1) * per_group])
                 table += added[group]
         request.next_kv_check = len(request.block_tables[0]) * self.block_size
         if self._windowed and count > 1:  # after a chunk the next token has blocks to trim

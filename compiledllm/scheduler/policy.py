@@ -141,18 +141,18 @@ class WaitingQueue:
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
-    """What prompts get of a step in which requests decode.
+class PromptBudget:
+    """The prompts' part of a step in which requests decode.
 
-    prompt_tokens: budget of all prompts together. due_from: a batch's request with at least this
-    many tokens left to draw is due, and the budget does not limit its prompt.
+    num_tokens: prompt tokens of all prompts together. exempt_from: the budget does not limit the
+    prompt of a batch's request with at least this many tokens left to draw.
     """
 
-    prompt_tokens: int
-    due_from: float = math.inf
+    num_tokens: int
+    exempt_from: float = math.inf
 
-    def is_due(self, request: Request) -> bool:
-        return request.spec.waits_for_batch and request.num_tokens_left >= self.due_from
+    def is_exempt(self, request: Request) -> bool:
+        return request.spec.waits_for_batch and request.num_tokens_left >= self.exempt_from
 
 
 @dataclass(slots=True)
@@ -171,8 +171,8 @@ class Pace:
       computing gets no more efficient.
     - Callers that wait for a whole batch: prompts fill steps up to the balance, since the longest
       request takes as many steps as it has tokens, whatever the other requests do. Only a request
-      that would end last must not wait: it is due. max_tokens is the only estimate of a request's
-      length; once a request has ended earlier, no prompt waits any more.
+      that would end last must not wait: it is exempt from the budget. max_tokens is the only
+      estimate of a request's length; once a request has ended earlier, no prompt waits any more.
 
     prompt_tokens: if given, the prompts' budget in every step.
     """
@@ -181,28 +181,30 @@ class Pace:
     prompt_tokens: int | None = None
     lengths_are_known: bool = True
 
-    def share(self, prompt: Request, running: Sequence[Request], num_waiting: int) -> Share:
-        """The prompts' share of a step with the requests `running`, some of which decode.
+    def prompt_budget(
+        self, prompt: Request, running: Sequence[Request], num_waiting: int
+    ) -> PromptBudget:
+        """The prompts' budget in a step with the requests `running`, some of which decode.
 
         prompt: the best-ranked request whose prompt is not computed; it never starves.
         num_waiting: number of requests whose prompts are not computed, `prompt` included.
         """
         if self.prompt_tokens is not None:
-            return Share(self.prompt_tokens)
+            return PromptBudget(self.prompt_tokens)
         if prompt.spec.waits_for_batch:
-            return self._share_of_batch(prompt, running)
+            return self._budget_of_batch(prompt, running)
         rows = len(running)
         growth = min(_GROWTH_AT_PARITY * math.sqrt(num_waiting / rows), _MAX_GROWTH)
         times = max(growth, _MIN_TOKENS_PER_RUNNING * rows / self.balanced_tokens, 1)
         power = 2 ** math.ceil(math.log2(times))  # CUDA graphs exist for such step sizes
-        return Share(self.balanced_tokens * power - rows)
+        return PromptBudget(self.balanced_tokens * power - rows)
 
-    def _share_of_batch(self, prompt: Request, running: Sequence[Request]) -> Share:
+    def _budget_of_batch(self, prompt: Request, running: Sequence[Request]) -> PromptBudget:
         if not self.lengths_are_known or prompt.spec.sampling_params.max_tokens is None:
-            return Share(0, due_from=0)
+            return PromptBudget(0, exempt_from=0)
         decoding = (r.num_tokens_left for r in running if r.num_output_tokens)
         room = self.balanced_tokens - len(running)
-        return Share(max(room, 0), due_from=max(decoding, default=0))
+        return PromptBudget(max(room, 0), exempt_from=max(decoding, default=0))
 
     def note_end(self, request: Request, reason: FinishReason) -> None:
         """Learn, when a request ends, whether max_tokens still tells the lengths of requests."""

@@ -22,7 +22,7 @@ from compiledllm.log import log
 from compiledllm.outputs import FinishReason
 from compiledllm.scheduler.block_pool import BlockPool
 from compiledllm.scheduler.kv_manager import KVManager
-from compiledllm.scheduler.policy import POLICIES, Pace, Share, WaitingQueue
+from compiledllm.scheduler.policy import POLICIES, Pace, PromptBudget, WaitingQueue
 from compiledllm.scheduler.repetition import ends_in_repetition
 from compiledllm.types import (
     NewRequest,
@@ -51,12 +51,13 @@ def _decodes(request: Request) -> bool:
 class _StepBuilder:
     """A step while it is assembled.
 
-    budget: tokens that the step can still take; prompt_budget: how many of them prompts may take.
+    budget: tokens that the step can still take; prompt_tokens_left: how many of
+    these tokens prompts may take. prompt_budget: None until the first prompt asks for room.
     """
 
     budget: int
-    prompt_budget: int = 0
-    share: Share | None = None  # None until the first prompt asks for room
+    prompt_tokens_left: int = 0
+    prompt_budget: PromptBudget | None = None
     lines: list[ScheduledRequest] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)  # the request of each line
     has_preempted: bool = False
@@ -161,22 +162,21 @@ class Scheduler:
 
     def _room_for(self, request: Request, builder: _StepBuilder) -> int:
         """Number of prompt tokens that the step can grant. The best-ranked prompt asks first."""
-        if builder.share is None:
-            builder.share = self._share_for(request)
-            builder.prompt_budget = builder.share.prompt_tokens
-        if builder.share.is_due(request):
+        if builder.prompt_budget is None:
+            builder.prompt_budget = self._prompt_budget(request)
+            builder.prompt_tokens_left = builder.prompt_budget.num_tokens
+        if builder.prompt_budget.is_exempt(request):
             return builder.budget
-        return max(
-            min(builder.budget, builder.prompt_budget), 0
-        )  # requests that are due overdraw it
+        # Exempt requests overdraw the prompts' budget.
+        return max(min(builder.budget, builder.prompt_tokens_left), 0)
 
-    def _share_for(self, prompt: Request) -> Share:
-        """The prompts' share of this step: all of it if no request decodes."""
+    def _prompt_budget(self, prompt: Request) -> PromptBudget:
+        """The prompts' budget in this step: all its tokens if no request decodes."""
         running = self.running
         if not any(map(_decodes, running)):
-            return Share(self.max_num_batched_tokens)
+            return PromptBudget(self.max_num_batched_tokens)
         num_waiting = len(self.waiting) + (prompt.status is RequestStatus.RUNNING)
-        return self.pace.share(prompt, running, num_waiting)
+        return self.pace.prompt_budget(prompt, running, num_waiting)
 
     def _schedule_running(self, builder: _StepBuilder) -> None:
         """Give every running request tokens, best-ranked first; preempt from the other end."""
@@ -232,7 +232,7 @@ class Scheduler:
                 return False
             missing = self.kv.num_missing_blocks(request.block_tables, computed + count)
         if wanted > 1:
-            builder.prompt_budget -= count
+            builder.prompt_tokens_left -= count
         self._grant(request, builder, count, count == wanted, missing)
         return True
 
@@ -261,7 +261,7 @@ class Scheduler:
         request.status = RequestStatus.RUNNING
         self.running.append(request)
         self._is_sorted = False
-        builder.prompt_budget -= count
+        builder.prompt_tokens_left -= count
         self._grant(request, builder, count, count == wanted, missing, is_new=True)
         return NewRequest(request.spec, list(request.token_ids), request.grammar)
 
@@ -298,7 +298,7 @@ class Scheduler:
         that ended while the step ran (by an earlier token or an abort) get none.
         """
         news = StepNews()
-        some_left = False
+        has_ended = False
         finished, running = RequestStatus.FINISHED, RequestStatus.RUNNING
         for line, request in zip(step.scheduled, self._in_flight.popleft(), strict=True):
             if request.status is finished:
@@ -312,8 +312,8 @@ class Scheduler:
                 request.num_tokens_to_drop -= 1
             else:
                 self._take(request, output, news)
-            some_left |= request.status is not running
-        if some_left:
+            has_ended |= request.status is not running
+        if has_ended:
             self.running = [r for r in self.running if r.status is RequestStatus.RUNNING]
         return news
 
@@ -337,7 +337,7 @@ class Scheduler:
             or len(tokens) >= request.max_tokens_total
             or spec.sampling_params.repetition_detection
         ):
-            self._end_if_due(request, token_id)
+            self._end_if_complete(request, token_id)
         found = output.logprobs.get(request_id) if output.logprobs else None
         if is_first or request.finish_reason is not None:
             logprobs = [] if found is None else [found]
@@ -375,7 +375,7 @@ class Scheduler:
         if request.status is RequestStatus.RUNNING:
             self._preempt(request)
 
-    def _end_if_due(self, request: Request, token_id: int) -> None:
+    def _end_if_complete(self, request: Request, token_id: int) -> None:
         """End a request if its newest token is its last one."""
         spec, params = request.spec, request.spec.sampling_params
         is_long_enough = request.num_output_tokens >= params.min_tokens

@@ -148,8 +148,8 @@ def test_whoever_comes_gets_the_next_turn() -> None:
 def test_what_a_finalizer_asks_for_is_done_at_the_end_of_the_turn() -> None:
     turns, done = Turns(), []
     with turns.taken():
-        turns.soon(lambda: done.append(1))
+        turns.run_soon(lambda: done.append(1))
         assert not done
     assert done == [1]
-    turns.soon(lambda: done.append(2))
+    turns.run_soon(lambda: done.append(2))
     assert done == [1, 2]

@@ -504,5 +504,5 @@ def test_a_tokenizer_that_the_library_does_not_know_is_named_and_a_server_goes_w
 
     monkeypatch.setattr("compiledllm.log.log.propagate", True)
     with caplog.at_level("INFO", logger="compiledllm"):
-        assert served_text.vocabulary_of(Requests()) is None  # type: ignore[arg-type]
+        assert served_text.load_vocabulary(Requests()) is None  # type: ignore[arg-type]
     assert "none (structured_outputs: llguidance does not know" in caplog.text
