@@ -67,11 +67,11 @@ def _linear_kernel(
     column = tl.arange(0, COLUMNS)[None, :]
     total = tl.zeros([ROWS, OUTPUTS], tl.float32)
     for first in range(0, NUM_INPUTS, COLUMNS):
-        there = first + column < NUM_INPUTS
+        is_input = first + column < NUM_INPUTS
         inputs = x + row * x_stride + first + column
         weights = weight + output * weight_stride + first + column
-        a = tl.load(inputs, (row < num_rows) & there, other=0.0)
-        b = tl.load(weights, (output < num_outputs) & there, other=0.0)
+        a = tl.load(inputs, (row < num_rows) & is_input, other=0.0)
+        b = tl.load(weights, (output < num_outputs) & is_input, other=0.0)
         total = tl.dot(a, tl.trans(b), total, input_precision="ieee")
     output = tl.trans(output)
     inside = (row < num_rows) & (output < num_outputs)

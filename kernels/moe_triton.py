@@ -128,9 +128,9 @@ def _grouped_kernel(
             w = tl.load(weights + first)
             v = tl.load(inputs + first, is_item, other=0.0)
         else:
-            there = first + column < NUM_INPUTS
-            w = tl.load(weights + first, there[None, :], other=0.0)
-            v = tl.load(inputs + first, is_item & there[:, None], other=0.0)
+            is_input = first + column < NUM_INPUTS
+            w = tl.load(weights + first, is_input[None, :], other=0.0)
+            v = tl.load(inputs + first, is_item & is_input[:, None], other=0.0)
         total = tl.dot(w, v, total, input_precision="ieee")
 
     if HAS_BIAS:

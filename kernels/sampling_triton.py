@@ -151,17 +151,17 @@ def _row_kernel(
     if is_valid & (temperature > 0) & ((k > 0) | (p < 1) | (row_min_p > 0)):
         row_start = logits + index.to(tl.int64) * row_stride
         num_groups = num_chunks * PER_CHUNK
-        listed = groups + index * num_groups
+        row_groups = groups + index * num_groups
         floor = peak + temperature * tl.log(tl.maximum(row_min_p, 1e-37))
         min_key = _key(tl.where(row_min_p > 0, floor, float("-inf")))
         if k > 0:
-            of_row = group_peaks + index * num_groups
+            row_peaks = group_peaks + index * num_groups
             num_groups = _list_groups(
-                of_row, listed, num_groups, k, CHUNKS * PER_CHUNK, KEY_BITS
+                row_peaks, row_groups, num_groups, k, CHUNKS * PER_CHUNK, KEY_BITS
             )  # fmt: skip
-            kth = _kth_key(row_start, listed, num_groups, vocab, k, GROUPS, GROUP, KEY_BITS)
+            kth = _kth_key(row_start, row_groups, num_groups, vocab, k, GROUPS, GROUP, KEY_BITS)
             total = _mass(
-                row_start, listed, num_groups, k, vocab, kth, peak, temperature, GROUPS, GROUP
+                row_start, row_groups, num_groups, k, vocab, kth, peak, temperature, GROUPS, GROUP
             )
             min_key = tl.maximum(min_key, kth)
             is_kept = peak > float("inf")  # False: there is no candidate yet
@@ -173,14 +173,14 @@ def _row_kernel(
         while searching:
             if not is_kept:
                 token = _best_token(
-                    row_start, listed, num_groups, k, vocab, min_key, peak, temperature, seeds,
+                    row_start, row_groups, num_groups, k, vocab, min_key, peak, temperature, seeds,
                     positions, row, index, GROUPS, GROUP,
                 )  # fmt: skip
             searching = p < 1
             if searching:
                 min_key = _key(tl.load(row_start + token).to(tl.float32)) + 1
                 mass = _mass(
-                    row_start, listed, num_groups, k, vocab, min_key, peak, temperature,
+                    row_start, row_groups, num_groups, k, vocab, min_key, peak, temperature,
                     GROUPS, GROUP,
                 )  # fmt: skip
                 searching = (mass >= p * total) & (mass > 0)
@@ -269,8 +269,8 @@ def _best_token(
         ratio = tl.where(_key(x) >= min_key, _weight(x, peak, temperature) * noise, -1.0)
         best = tl.max(tl.max(ratio, 1), 0)
         if best > best_ratio:
-            of_best = tl.where(ratio == best, token, vocab)
-            best_ratio, best_token = best, tl.min(tl.min(of_best, 1), 0)
+            best_tokens = tl.where(ratio == best, token, vocab)
+            best_ratio, best_token = best, tl.min(tl.min(best_tokens, 1), 0)
     return best_token
 
 

@@ -93,16 +93,18 @@ def _few_rows_kernel(
     row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     tile = weight + output.to(tl.int64)[:, None] * row_stride + column[None, :]
     inputs = x + row[None, :] * x_stride + column[:, None]
-    there, is_row = column < NUM_INPUTS, (row < num_rows)[None, :]
-    w = tl.load(tile, inside & there[None, :], other=0.0, eviction_policy="evict_first")
+    is_input, is_row = column < NUM_INPUTS, (row < num_rows)[None, :]
+    w = tl.load(tile, inside & is_input[None, :], other=0.0, eviction_policy="evict_first")
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
-    total = tl.dot(w, tl.load(inputs, is_row & there[:, None], other=0.0))
+    total = tl.dot(w, tl.load(inputs, is_row & is_input[:, None], other=0.0))
     for first in range(COLUMNS, NUM_INPUTS, COLUMNS):
-        there = first + column < NUM_INPUTS
-        w = tl.load(tile + first, inside & there[None, :], other=0.0, eviction_policy="evict_first")
-        v = tl.load(inputs + first, is_row & there[:, None], other=0.0)
+        is_input = first + column < NUM_INPUTS
+        w = tl.load(
+            tile + first, inside & is_input[None, :], other=0.0, eviction_policy="evict_first"
+        )
+        v = tl.load(inputs + first, is_row & is_input[:, None], other=0.0)
         total = tl.dot(w, v, total)
     if HAS_BIAS:
         total += tl.load(bias + output[:, None], inside, other=0.0).to(tl.float32)

@@ -22,7 +22,7 @@ _GENERATION_DEFAULTS = {
 def generation_defaults(checkpoint: Path) -> dict[str, Any]:
     """The sampling parameters that generation_config.json sets; empty if there is no such file."""
     found = _generation_config(checkpoint)
-    defaults = {ours: found.get(theirs) for theirs, ours in _GENERATION_DEFAULTS.items()}
+    defaults = {name: found.get(hf_name) for hf_name, name in _GENERATION_DEFAULTS.items()}
     return {name: value for name, value in defaults.items() if value is not None}
 
 

@@ -56,9 +56,9 @@ class QuantSpec:
         width = self.num_inputs_in_memory(num_inputs)
         num_groups = -(-num_outputs // self.rows) * width // self.group_in_memory(num_inputs)
         scale_dtype: torch.dtype = getattr(torch, self.scale_dtype)
-        of_group = scale_dtype.itemsize + self.has_zeros
+        group_bytes = scale_dtype.itemsize + self.has_zeros
         codes = num_outputs * width // (2 if self.is_nibbles else 1)
-        return codes + num_groups * of_group + self.is_permuted * 8 * num_inputs
+        return codes + num_groups * group_bytes + self.is_permuted * 8 * num_inputs
 
 
 # Formats by the matrix's path within a block ("attn.qkv") or within the model ("lm_head").
@@ -83,10 +83,10 @@ class Matrix(NamedTuple):
     def num_parameters(self) -> int:
         return self.num_experts * self.num_outputs * self.num_inputs
 
-    def num_bytes(self, of_element: int) -> int:
-        """Bytes in memory. of_element: of the model's dtype."""
+    def num_bytes(self, element_bytes: int) -> int:
+        """Bytes in memory. element_bytes: of a value in the model's dtype."""
         if self.format is None:
-            return self.num_parameters * of_element
+            return self.num_parameters * element_bytes
         return self.num_experts * self.format.num_bytes(self.num_outputs, self.num_inputs)
 
 

@@ -27,8 +27,8 @@ class NameRules:
         path, _, part = target.partition(":")
         found = []
         for source, pattern in self._names.items():
-            ours, _, parts = pattern.partition(":")
-            match = _compile(ours).fullmatch(path)
+            name, _, parts = pattern.partition(":")
+            match = _compile(name).fullmatch(path)
             if match and part in parts.split(","):
                 found.append(_substitute(source, match.groups()))
         return found

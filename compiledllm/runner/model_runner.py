@@ -154,9 +154,9 @@ class ModelRunner:
             hidden = self.forward(batch) if keeps_all else self._forward_samples(batch)
         sample_rows = drawn = batch.sample_rows[:num_samples]
         if num_samples:
-            of_samples = hidden[batch.logits_indices] if keeps_all else hidden
+            sampled_hidden = hidden[batch.logits_indices] if keeps_all else hidden
             with self._products_of(num_samples):
-                logits = self.model.compute_logits(of_samples, logits)
+                logits = self.model.compute_logits(sampled_hidden, logits)
             rows = sample_rows if draw_rows is None else draw_rows
             drawn = draw_tokens(logits, rows, batch.sample_positions, table.sampling)
         advance(

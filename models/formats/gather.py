@@ -70,14 +70,14 @@ class Gatherer:
 
     def _expected(self, matrix: str, stored: Stored) -> list[str]:
         """Suffixes of the tensors to wait for. Raises ConfigError if a required one is missing."""
-        there = [s for s in stored.suffixes if matrix + s in self._names]
-        if missing := stored.missing_of(there):
+        present = [s for s in stored.suffixes if matrix + s in self._names]
+        if missing := stored.missing_of(present):
             names = ", ".join(matrix + suffix for suffix in missing)
             raise ConfigError(
                 f"{self._checkpoint}: missing tensors: {names}; the quantization_config asks for "
                 "them: download the checkpoint again"
             )
-        return [suffix for suffix in there if suffix not in stored.unused]
+        return [suffix for suffix in present if suffix not in stored.unused]
 
     def _read(self, matrix: str, stored: Stored) -> QuantizedMatrix:
         tensors = self._pending.pop(matrix)

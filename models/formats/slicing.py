@@ -48,9 +48,9 @@ def experts_of(stored: QuantizedMatrix) -> Iterator[QuantizedMatrix]:
 
 
 def _rows(matrix: QuantizedMatrix, start: int, end: int) -> QuantizedMatrix:
-    of_codes = itemgetter(slice(start, end))
-    of_scales = itemgetter(slice(start // matrix.rows, -(-end // matrix.rows)))
-    return _each(matrix, of_codes, of_scales)
+    code_rows = itemgetter(slice(start, end))
+    scale_rows = itemgetter(slice(start // matrix.rows, -(-end // matrix.rows)))
+    return _each(matrix, code_rows, scale_rows)
 
 
 def _each(
