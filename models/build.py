@@ -47,11 +47,14 @@ def build_model(
 
 
 def _check_size(spec: ModelSpec, checkpoint: Path) -> None:
-    """Refuse a config that asks for far more than there is, before memory is taken for it."""
+    """Raise ConfigError for a config with far more parameters than the files can hold.
+
+    The check comes before any memory is allocated for the parameters.
+    """
     files = weight_files(checkpoint)
     num_bytes = sum(path.stat().st_size for path in files)
     if spec.num_parameters > num_bytes / _MIN_BYTES_PER_PARAMETER:
-        files_by_tensor(files)  # a truncated file is the likelier cause: its error names it
+        files_by_tensor(files)  # raises an error that names a truncated file, the likelier cause
         raise ConfigError(
             f"{checkpoint}: the config asks for {spec.num_parameters} parameters and the weight "
             f"files have {num_bytes} bytes; they do not belong together"

@@ -70,8 +70,8 @@ def sweep(*parents: Path) -> None:
 
 
 def _hold_lock(folder: Path) -> int:
-    """A descriptor that holds the folder's lock; the system gives it up with the process."""
-    unlocked = folder / _NEW_LOCK  # nobody sees the lock before it is held
+    """A descriptor that holds the folder's lock; the system releases the lock with the process."""
+    unlocked = folder / _NEW_LOCK  # other processes find the lock file only once it is locked
     lock = os.open(unlocked, os.O_RDWR | os.O_CREAT, 0o600)
     if _try_lock(lock):
         unlocked.rename(folder / _LOCK)
@@ -79,7 +79,7 @@ def _hold_lock(folder: Path) -> int:
 
 
 def _try_lock(lock: int) -> bool:
-    """Whether the lock could be taken; False, too, where the file system has no locks."""
+    """Try to take the lock. False if another process holds it or the file system has no locks."""
     try:
         import fcntl
 
@@ -116,7 +116,7 @@ def _write_digests(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """Describe a file that differs from its checksums or is missing; None if there is none.
+    """Describe a file that differs from its checksums or is missing; None if all are as written.
 
     A folder without checksums counts as undamaged. Each process checks a folder only once, unless
     the size or time of a file changes.

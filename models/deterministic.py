@@ -13,7 +13,8 @@ def fixed_order(spec: ModelSpec) -> Products:
 
     The model's attention backend must be `FixedOrderBackend`. The model must not be compiled,
     because the compiler chooses the order of sums by the number of tokens. All other operations are
-    elementwise. Raises ConfigError if the model's norms, MLPs or positions have no such kernels.
+    elementwise. Raises ConfigError for quantised weights, and for norms, MLPs or positions without
+    kernels of a fixed order.
     """
     if spec.quantization:
         raise ConfigError(

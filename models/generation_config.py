@@ -1,4 +1,4 @@
-"""Reads generation_config.json. No torch: the HTTP process reads the file, too."""
+"""Reads generation_config.json. The module imports no torch, as the HTTP process uses it, too."""
 
 from __future__ import annotations
 

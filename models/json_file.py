@@ -10,7 +10,7 @@ from compiledllm.config import ConfigError
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file. Raises ConfigError if there is none."""
+    """The JSON object in a file. Raises ConfigError for a file that is missing or holds none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

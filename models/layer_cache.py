@@ -1,4 +1,4 @@
-"""What a layer keeps of the tokens that it has seen: the shape and the bytes of its cache.
+"""The kinds of cache that a layer keeps of the tokens it has seen: window, shape, dtype and bytes.
 
 `runner/kv_layout.py` puts layers with equal caches into groups and `runner/kv_cache.py` allocates
 the tensors. Both ask a cache for its window, shape, dtype and bytes, and never for its kind.

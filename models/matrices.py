@@ -91,7 +91,7 @@ class Matrix(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The weights of a part of a model. num_others: parameters of norms, biases and the like."""
+    """The weights of a part of a model. num_others: number of parameters that are in no matrix."""
 
     matrices: tuple[Matrix, ...] = ()
     num_others: int = 0

@@ -1,4 +1,4 @@
-"""Look-ups in a family's NAMES and IGNORED, which `weights.py` explains, in both directions."""
+"""Maps checkpoint names to the model's names and back; `weights.py` explains the patterns."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class NameRules:
         self._patterns.insert(0, (_compile(source), target))
 
     def sources_of(self, target: str) -> list[str]:
-        """The checkpoint names that NAMES maps to the slot `target`, perhaps with others."""
+        """The checkpoint names that NAMES maps to the slot `target`, alone or with other slots."""
         path, _, part = target.partition(":")
         found = []
         for source, pattern in self._names.items():
@@ -34,12 +34,12 @@ class NameRules:
         return found
 
     def is_used(self, name: str) -> bool:
-        """Whether the tensor must have a place: not for IGNORED ones and derived buffers."""
+        """Whether the model needs the tensor: false for IGNORED names and derived buffers."""
         is_ignored = any(pattern.fullmatch(name) for pattern in self._ignored)
         return not is_ignored and not (is_derived(name) and not self.target_of(name))
 
     def target_of(self, name: str) -> str:
-        """Where a checkpoint tensor goes; "" if no rule matches."""
+        """The target that NAMES gives a checkpoint tensor; "" if no pattern matches."""
         for pattern, target in self._patterns:
             match = pattern.fullmatch(name)
             if match:

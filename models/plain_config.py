@@ -68,12 +68,12 @@ _TYPES: dict[str, tuple[type, ...]] = {
 _MAY_BE_ZERO = {"max_window_layers", "eos_token_id"}
 _DTYPES = (None, "float32", "float16", "bfloat16")
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
-# Fields that change the meaning of others.
+# Fields that change the meaning of other fields.
 _LEFT_TO_TRANSFORMERS = {"text_config", "per_layer_config", "partial_rotary_factor", "auto_map"}
 
 
 def plain_config(raw: dict[str, Any]) -> SimpleNamespace | None:
-    """The attributes that families read of a config; None if transformers has to read the config.
+    """A config's attributes, as far as families read them; None if transformers has to read it.
 
     raw: the content of config.json.
     """
@@ -106,7 +106,7 @@ def _rope_theta(raw: dict[str, Any], default: float) -> Any:
 
 
 def _is_plain(name: str, value: Any, default: Any) -> bool:
-    """Whether transformers takes a field's value as it stands. True is no number here."""
+    """Whether transformers takes a field's value unchanged. A boolean is not a number here."""
     types = _TYPES.get(name) or ((int, _ABSENT) if default is None else (type(default),))
     if type(value) not in types:
         return False
@@ -120,7 +120,10 @@ def _is_plain(name: str, value: Any, default: Any) -> bool:
 
 
 def _completed(hf: SimpleNamespace) -> SimpleNamespace | None:
-    """Fill in the fields that transformers' classes compute of others."""
+    """Fill in the fields that transformers' classes compute from other fields.
+
+    None if transformers has to read the config.
+    """
     if hf.num_key_value_heads is None:
         hf.num_key_value_heads = hf.num_attention_heads
     if hasattr(hf, "head_dim") and hf.head_dim is None:
@@ -134,7 +137,7 @@ def _completed(hf: SimpleNamespace) -> SimpleNamespace | None:
         first = hf.num_hidden_layers if hf.sliding_window is None else hf.max_window_layers
         full = min(first, hf.num_hidden_layers)
         sliding = hf.num_hidden_layers - full
-        if max(full, sliding) > 10_000:  # more layers than `check_sizes` allows
+        if max(full, sliding) > 10_000:  # more layers than `registry._check_sizes` allows
             return None
         hf.layer_types = ["full_attention"] * full + ["sliding_attention"] * sliding
     is_valid = set(hf.layer_types) <= _LAYER_TYPES

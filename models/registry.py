@@ -68,15 +68,15 @@ def load_spec(
     """The ModelSpec of a checkpoint directory, from its config and its weight files' headers.
 
     model_impl: "compiledllm", "transformers", or "auto", which means "compiledllm" if a family
-    implements the architecture and "transformers" otherwise. quantization: how to quantise 16-bit
-    weights while loading, a key of `formats.assign.ONLINE`. Raises ConfigError if `model_impl`
-    cannot run the model, and for a quantised checkpoint of an unknown form.
+    implements the architecture and "transformers" otherwise. quantization: method by which 16-bit
+    weights are quantised while loading, a key of `formats.assign.ONLINE`. Raises ConfigError if
+    `model_impl` cannot run the model, and for unsupported quantised checkpoints.
     """
     raw = read_json(checkpoint / "config.json")
     names = raw.get("architectures") or [f"(none; model_type={raw.get('model_type')!r})"]
     architecture = names if isinstance(names, str) else str(names[0])
-    is_ours = architecture in FAMILIES
-    if model_impl == "transformers" or (model_impl == "auto" and not is_ours):
+    has_family = architecture in FAMILIES
+    if model_impl == "transformers" or (model_impl == "auto" and not has_family):
         _refuse_quantized(checkpoint, architecture, quantization)
         return _spec_by_probing(checkpoint, raw, architecture)
     family = family_of(architecture)
@@ -106,13 +106,13 @@ def _with_formats(
 
 
 def scheme_of_checkpoint(checkpoint: Path) -> Scheme | None:
-    """How the checkpoint's matrices are quantised, by its config; None: not at all."""
+    """The scheme of a quantised checkpoint, from its config; None for an unquantised one."""
     fields = _quantization_config(checkpoint)
     return None if fields is None else scheme_of(fields, _dtype_of_scales(checkpoint))
 
 
 def _quantization_config(checkpoint: Path) -> dict[str, Any] | None:
-    """The quantization_config, which may stand in several places; None: there is none."""
+    """The quantization_config, from wherever tools store it; None if the checkpoint has none."""
     raw = read_json(checkpoint / "config.json")
     text = raw.get("text_config")
     for config in (raw, text if isinstance(text, dict) else {}):
@@ -131,7 +131,7 @@ _DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
 
 def _dtype_of_scales(checkpoint: Path) -> str:
-    """The dtype of the first scales in the weight files; float16 if there are none yet."""
+    """The dtype of the first scales in the weight files; float16 without files or scales."""
     for path in _files(checkpoint):
         with opened(path) as file:
             name = next((name for name in file.keys() if name.endswith(_SCALES)), None)  # noqa: SIM118
@@ -145,7 +145,7 @@ def _names_of_tensors(checkpoint: Path) -> Collection[str]:
 
 
 def _files(checkpoint: Path) -> list[Path]:
-    """The weight files; none if the directory holds the config alone."""
+    """The weight files; [] for a directory without safetensors."""
     return weight_files(checkpoint) if any(checkpoint.glob("*.safetensors")) else []
 
 

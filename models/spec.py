@@ -159,7 +159,7 @@ class MoeSpec:
         return self._weights(hidden_size, self.num_experts)
 
     def weights_used(self, hidden_size: int) -> Weights:
-        """By one token."""
+        """The weights that one token uses."""
         return self._weights(hidden_size, self.top_k)
 
     def _weights(self, hidden_size: int, num_experts: int) -> Weights:
@@ -179,10 +179,10 @@ class MoeSpec:
 
 @dataclass(frozen=True, slots=True)
 class OpaqueSpec:
-    """The part beside attention of a block that transformers runs: counted, not described.
+    """All of a block but its attention, in a model that transformers runs: only parameter counts.
 
-    total, used: all parameters, and the parameters that one token uses. intermediate_size: 0 if
-    unknown.
+    total, used: number of all parameters, and of the parameters that one token uses.
+    intermediate_size: 0 if unknown.
     """
 
     total: int
@@ -208,8 +208,8 @@ NORMS_BEHIND = {"pre": 0, "post": 2, "sandwich": 2, "parallel": 0, "parallel_2":
 class LayerSpec:
     """One decoder block.
 
-    residual: a key of NORMS_BEFORE. residual_scale: multiplies what attention and MLP add to x.
-    formats: of the quantised matrices.
+    residual: a key of NORMS_BEFORE. residual_scale: multiplies the outputs of attention and MLP
+    before they are added to x. formats: the formats of the quantised matrices.
     """
 
     hidden_size: int
@@ -226,7 +226,7 @@ class LayerSpec:
 
     @property
     def weights_used(self) -> Weights:
-        """By one token."""
+        """The weights that one token uses."""
         return self._with_mlp(self.mlp.weights_used(self.hidden_size))
 
     def _with_mlp(self, mlp: Weights) -> Weights:
@@ -247,12 +247,12 @@ class ModelSpec:
     row `first_position`; 0: no table. embedding_scale, logit_scale: multipliers. logit_soft_cap: 0
     is none. embedding_size: width of embedding and head in models that project between them and
     the blocks; 0: hidden_size. implementation: "compiledllm", or "transformers" for models that run
-    as transformers' modules, whose num_other_parameters the other fields do not describe. formats:
-    of quantised matrices beside the blocks. quantization: what the weights are quantised to, for
-    reports; "": nothing.
+    as transformers' modules, with num_other_parameters that the other fields do not describe.
+    formats: the formats of the quantised matrices outside the blocks. quantization: name of the
+    quantisation in reports; "": none.
 
-    dtype: of weights and activations, a name in torch: the checkpoint's until `with_dtypes` sets
-    the engine's. kv_dtype: of keys and values; "": dtype.
+    dtype: the dtype of weights and activations, a name in torch: the checkpoint's until
+    `with_dtypes` sets the engine's. kv_dtype: the dtype of keys and values; "": as `dtype`.
     """
 
     architecture: str
@@ -279,7 +279,7 @@ class ModelSpec:
     kv_dtype: str = ""
 
     def with_dtypes(self, dtype: str, kv_dtype: str = "") -> ModelSpec:
-        """The spec of a model that runs in these dtypes; its bytes follow from them."""
+        """The spec of the model as it runs: in these dtypes, which determine its sizes in bytes."""
         return replace(self, dtype=dtype, kv_dtype=kv_dtype)
 
     @property
@@ -341,7 +341,7 @@ class ModelSpec:
 
     @property
     def sparsity(self) -> int:
-        """The blocks' parameters per parameter that a token uses, rounded to a power of two."""
+        """The blocks' parameters divided by those that one token uses, as a power of two."""
         used = sum(layer.weights_used.num_parameters for layer in self.layers)
         return 1 << round(math.log2(sum(layer.num_parameters for layer in self.layers) / used))
 

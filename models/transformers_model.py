@@ -1,6 +1,6 @@
 """Runs a transformers model on the paged KV cache, for architectures without a family module.
 
-`TransformersModel` has the interface of `Decoder`, so no other module has to know the difference.
+`TransformersModel` has the interface of `Decoder`, so other modules need not tell the two apart.
 `block_forward` runs the whole body (everything but the output head), which is compiled as one
 block. transformers' attention interface routes attention calls to `_attend`, with the step's
 metadata as an argument. `transformers_probe` decides which models can run this way.
@@ -99,8 +99,8 @@ class _Body(nn.Module):
         return hidden
 
 
-class _Given(nn.Module):
-    """Replaces the body inside the head's module: returns the hidden states it is given."""
+class _BodyStub(nn.Module):
+    """Stands for the body inside the head's module, and returns the hidden states it receives."""
 
     def forward(self, input_ids: None = None, *, inputs_embeds: Tensor, **_: Any) -> _BodyOutput:
         return _BodyOutput(inputs_embeds)
@@ -124,7 +124,7 @@ class TransformersModel(nn.Module):
     """A transformers module with the interface of `Decoder`.
 
     module: a causal model whose config names `_NAME` as its attention. The constructor takes the
-    body out of `module`. The rest, which makes logits of hidden states (head, scale, soft cap),
+    body out of `module`. The rest (head, scale, soft cap), which turns hidden states into logits,
     runs unchanged as `head`.
     """
 
@@ -135,7 +135,7 @@ class TransformersModel(nn.Module):
         self.spec = spec
         self.backend = backend
         self.body = _Body(module.base_model, spec, backend)
-        setattr(module, module.base_model_prefix, _Given())
+        setattr(module, module.base_model_prefix, _BodyStub())
         self.head = module
         self.block_forward: Callable[..., Tensor] = _Body.forward
         self.takes_sampled_tokens = False
@@ -184,7 +184,7 @@ def build_transformers_model(
 
 
 def _is_tied(module: Any) -> bool:
-    """Whether head and embedding share a matrix. transformers unties a head that differs."""
+    """Whether head and embedding share a matrix; transformers unties a stored head that differs."""
     head, embedding = module.get_output_embeddings(), module.get_input_embeddings()
     return head is not None and embedding is not None and head.weight is embedding.weight
 
@@ -202,7 +202,7 @@ def _empty(checkpoint: Path) -> Any:
 
 
 def _load(checkpoint: Path) -> Any:
-    """Load the weights by transformers, which renames and fuses tensors; safetensors only."""
+    """Load the module with transformers, which renames and fuses tensors, from safetensors only."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
@@ -251,7 +251,7 @@ _BLOCK = 16
 
 @torch.inference_mode()
 def _check_rows_are_apart(model: TransformersModel) -> None:
-    """Raise ConfigError if a token's hidden state depends on the rest of the step.
+    """Raise ConfigError if a token's hidden state depends on other requests or on chunking.
 
     A convolution or a shift over the tokens, or positions that are not taken from `position_ids`,
     would otherwise go unnoticed. The check runs two requests, then runs them again in reverse order

@@ -2,8 +2,8 @@
 
 The probe builds the module on the meta device, without weights or memory, and runs it once. The
 attention calls show the number of heads, their sizes and the windows. A forward pass that succeeds
-on the meta device never reads values on the host, so its steps can be captured. The module knows
-transformers' interfaces, no model.
+on the meta device never reads values on the host, so the model's steps can be captured. This module
+knows transformers' interfaces, but no model.
 """
 
 from __future__ import annotations
@@ -217,9 +217,9 @@ def _spec_of(hf: Any, architecture: str, module: Any, calls: list[AttentionSpec]
 
 
 def _parameters_by_layer(module: Any, hf: Any) -> list[tuple[int, int]]:
-    """(all parameters, parameters that one token uses) of each layer.
+    """Per layer, the numbers of (all parameters, parameters that one token uses).
 
-    A three-dimensional parameter with `num_experts` matrices is taken for experts' weights.
+    A three-dimensional parameter with `num_experts` matrices counts as the experts' weights.
     """
     count, top_k = (getattr(hf, name, None) for name in ("num_experts", "num_experts_per_tok"))
     sizes = [(0, 0)] * hf.num_hidden_layers

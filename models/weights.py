@@ -8,8 +8,8 @@ segment and stands for the same text on the right; `**`, in IGNORED, matches sev
 `:part` names a slice of a fused parameter, and `:a,b` says that the checkpoint tensor is the
 concatenation of the slices a and b. A family's `prepare(name, tensor, spec)` reorders or transposes
 a tensor that is stored differently. Its `unpack(tensors)` merges several stored tensors into one,
-or splits one into several. The tensors of a quantised matrix are read together before that
-(`formats.gather`), and are one matrix from there on.
+or splits one into several. Before `unpack`, `formats.gather` replaces the tensors of each quantised
+matrix by one `QuantizedMatrix`.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _stored(
     rules: NameRules,
     slots: Mapping[str, Slot],
 ) -> Iterator[tuple[str, Content]]:
-    """The checkpoint's tensors that are used, by name, as the family's hooks turn them out."""
+    """The checkpoint's used tensors, by name, after the family's `unpack` and `prepare`."""
     tensors: Iterator[tuple[str, Content]] = read_tensors(files)
     scheme = scheme_of_checkpoint(files[0].parent)
     if scheme is not None:
@@ -96,7 +96,7 @@ def _stored(
 
 
 def _is_empty_bias(name: str, stored: Content, rules: NameRules, slots: Mapping[str, Slot]) -> bool:
-    """Whether it is a bias of zeros for a layer without one, as some GPTQ files have them."""
+    """Whether the tensor is a bias of zeros for a layer without a bias, as in some GPTQ files."""
     if not isinstance(stored, Tensor) or not name.endswith(".bias"):
         return False
     has_slot = any(slot in slots for slot in slots_of(rules.target_of(name)))
@@ -111,7 +111,7 @@ def _match(target: str, missing: dict[str, Slot]) -> list[Slot] | None:
 
 
 def _check(checkpoint: Path, name: str, stored: Content, slots: list[Slot]) -> None:
-    """Raise ConfigError if the tensor does not have the slots' rows on top of each other."""
+    """Raise ConfigError unless the tensor has the shape of the slots' concatenated rows."""
     expected = [sum(slot.shape[0] for slot in slots), *slots[0].shape[1:]]
     if shape_of(stored) != expected:
         raise ConfigError(
@@ -160,7 +160,7 @@ def _settle_head(model: Decoder, rules: NameRules, files: list[Path]) -> None:
 def fill_with_random_weights(model: Decoder, seed: int) -> None:
     """Fill with dummy weights: normal with the spec's `initializer_range`, norms 1, biases 0.
 
-    Quantised matrices get random codes with scales to that effect.
+    Quantised matrices get random codes, with scales that give their values the same deviation.
     """
     spread = model.spec.initializer_range
     done: set[str] = set()
@@ -181,7 +181,7 @@ def fill_with_random_weights(model: Decoder, seed: int) -> None:
 
 
 def _destinations(model: Decoder) -> dict[str, Slot]:
-    """Every slot a tensor may fill: "path.weight" or, for fused parameters, "path.weight:part"."""
+    """Every slot of the model: "path.weight" or, for fused parameters, "path.weight:part"."""
     slots: dict[str, Slot] = {}
     for path, module in model.named_modules():
         if isinstance(module, Matrix):

@@ -1,4 +1,4 @@
-"""Chooses the attention backend of a model: the preferred one, or a stand-in that can run it."""
+"""Chooses a model's attention backend: the preferred one, or a stand-in that can run the model."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from compiledllm.models.layer_cache import LayerCache
 from compiledllm.platform import Platform
 from compiledllm.runner.kv_layout import KVLayout
 
-CPU_MEMORY_SHARE = 0.25
+CPU_MEMORY_SHARE = 0.25  # fraction of the available memory
 
 
 def plan_num_blocks(
@@ -24,8 +24,9 @@ def plan_num_blocks(
     """Number of usable blocks (without the null block), and the reason for that number.
 
     per_block: bytes of a block. bytes_in_use: see `available_bytes`. max_useful: number of blocks
-    of all requests that can run at once; limits the cache on a CPU only, as a GPU's share is the
-    engine's anyway. Raises ConfigError if no block fits, or if an option asks for too much.
+    of all requests that can run at once. `max_useful` limits the cache on a CPU only, because a
+    GPU's share is reserved for the engine in any case. Raises ConfigError if no block fits, or if
+    an option asks for more than the device's memory.
     """
     if cache.num_kv_blocks is not None:
         room, reason = (cache.num_kv_blocks + 1) * per_block, "num_kv_blocks"
@@ -51,7 +52,7 @@ def plan_num_blocks(
 
 
 def available_bytes(cache: CacheConfig, platform: Platform, bytes_in_use: int) -> tuple[int, str]:
-    """Bytes that the machine has for a KV cache, may be negative, and the reason for that number.
+    """Bytes for a KV cache (negative if there is no room), and the reason for that number.
 
     bytes_in_use: on CUDA, bytes of the engine's share that are not for the KV cache (weights,
     activations, sampling); ignored on a CPU, where the available memory is measured.

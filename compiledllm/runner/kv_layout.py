@@ -24,7 +24,7 @@ from compiledllm.models.layer_cache import LayerCache
 from compiledllm.models.spec import ModelSpec
 
 MAX_GROUPS = 8  # bounded, because every step gathers a block table per group
-_MAX_MEMORY_FACTOR = 1.05  # times the minimum memory, accepted for fewer groups
+_MAX_MEMORY_FACTOR = 1.05  # fewer groups may take this many times the minimum memory
 
 Caches = Sequence[LayerCache]  # one per layer
 
@@ -38,10 +38,10 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
-    """windows: per group, the number of latest tokens that its layers see; 0: all.
+    """How a model's layers are divided into groups and columns.
 
-    places: one per layer. columns: the cache of each column, whose layers all keep equal caches but
-    for their windows.
+    windows: per group, the number of latest tokens that its layers see; 0: all. places: one per
+    layer. columns: per column, the cache that all its layers keep, but for their windows.
     """
 
     windows: tuple[int, ...]

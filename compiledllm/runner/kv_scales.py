@@ -20,24 +20,24 @@ from compiledllm.resolved_config import StepLimits
 from compiledllm.runner.kv_cache import allocate_kv_caches
 from compiledllm.runner.kv_layout import whole_contexts
 
-MAX_CLIPPED = 0.001  # share of a layer's keys or values that a checkpoint's scales may clamp
+MAX_CLIPPED = 0.001  # fraction of a layer's keys or values that a checkpoint's scales may clamp
 _MAX_PROMPT = 512  # tokens
-# Room above the largest value that was measured. FP8 has a floating point: 448 is 28672 times the
-# smallest normal number, so room costs no precision until values are thousands of times smaller.
+# Headroom above the largest measured value, as a factor. In FP8 448 is 28672 times the smallest
+# normal number, so headroom costs precision only in values thousands of times below the largest.
 _ROOM = 4.0
 
 
 @torch.inference_mode()
 def set_kv_scales(model: Decoder, stored: Mapping[int, Tensor], limits: StepLimits) -> Choice:
-    """Set `model.kv_scales`. Returns where the scales came from.
+    """Set `model.kv_scales`. Returns the source of the scales, with the reason.
 
-    stored: layer -> [2], the checkpoint's. A layer whose stored scales clamp more than MAX_CLIPPED
-    of the prompt's keys or values gets measured scales, with a warning.
+    stored: layer -> [2], the checkpoint's scales. A layer whose stored scales clamp more than
+    MAX_CLIPPED of the prompt's keys or values gets measured scales, with a warning.
     """
     num_stored = 0
     for layer, cache in enumerate(_caches_of_prompt(model, limits)):
         found = stored.get(layer)
-        if found is not None and (clipped := _share_clipped(cache, found)) > MAX_CLIPPED:
+        if found is not None and (clipped := _clipped_fraction(cache, found)) > MAX_CLIPPED:
             log.warning(
                 "layer %d: the checkpoint's KV scales %s clamp %.1f %% of the values of a test "
                 "prompt; measured scales are used",
@@ -45,7 +45,7 @@ def set_kv_scales(model: Decoder, stored: Mapping[int, Tensor], limits: StepLimi
             )
             found = None
         num_stored += found is not None
-        model.kv_scales[layer].copy_(_measured(cache) if found is None else found)
+        model.kv_scales[layer].copy_(_measured_scales(cache) if found is None else found)
     num_layers = len(model.kv_scales)
     if num_stored == num_layers:
         return Choice("checkpoint", "its scales clamp next to nothing of a test prompt")
@@ -63,7 +63,7 @@ def _prompt_length(limits: StepLimits) -> int:
 def _caches_of_prompt(model: Decoder, limits: StepLimits) -> list[Tensor]:
     """Per layer, keys and values of the built-in prompt in the model's dtype, [2, tokens, ...].
 
-    The prompt is random token ids of the whole vocabulary, the same ones at every start.
+    The prompt consists of random token ids of the whole vocabulary, the same at every start.
     """
     num_tokens, size = _prompt_length(limits), limits.block_size
     num_blocks = -(-num_tokens // size)
@@ -85,19 +85,19 @@ def _caches_of_prompt(model: Decoder, limits: StepLimits) -> list[Tensor]:
     return [cache.flatten(1, 2)[:, size : size + num_tokens] for cache in caches]
 
 
-def _share_clipped(cache: Tensor, scales: Tensor) -> float:
-    """The larger one of keys' and values' shares that would be clamped."""
+def _clipped_fraction(cache: Tensor, scales: Tensor) -> float:
+    """The fraction of the keys or of the values, whichever is larger, that the scales clamp."""
     limits = (scales * MAX_FP8).tolist()
     parts = zip(cache, limits, strict=True)
     return max(float((x.abs() > limit).float().mean()) for x, limit in parts)
 
 
-def _measured(cache: Tensor) -> Tensor:
-    """[2], powers of two, with which FP8 keeps the same digits as with any other scale."""
+def _measured_scales(cache: Tensor) -> Tensor:
+    """Scales [2] of keys and values: powers of two, so that dividing by them rounds nothing."""
     return torch.tensor([_power_of_two(x.abs().max().item()) for x in cache])
 
 
 def _power_of_two(largest: float) -> float:
-    if not 0 < largest < math.inf:  # also NaN: the model's trouble, which shows elsewhere
+    if not 0 < largest < math.inf:  # NaN or infinity is the model's fault and shows in its logits
         return 1.0
     return 2.0 ** math.ceil(math.log2(largest * _ROOM / MAX_FP8))

@@ -1,7 +1,7 @@
 """Per-request changes to the logits before a token is drawn.
 
-Each kind of change is a `Rule` with state for the rows that ask for it. Rows without rules cost
-nothing.
+Each kind of change is a `Rule`, which keeps state for the rows of requests that ask for the change.
+Rows without rules cost nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class LogitsRules:
             GrammarRows(vocab_size, device),
         )
         self._rules_of: dict[int, list[Rule]] = {}  # request row -> its rules, in order
-        self._followers_of: dict[int, list[Rule]] = {}  # those of them that follow the output
+        self._followers_of: dict[int, list[Rule]] = {}  # of these, rules that follow the output
         self._edits_every_draw = np.zeros(num_rows, bool)
 
     @property
@@ -59,7 +59,7 @@ class LogitsRules:
         for rule in self._in_order:
             if rule.fill(row, request):
                 rules.append(rule)
-                self._rules_of[row] = rules  # at once, so that `release` finds them if one fails
+                self._rules_of[row] = rules  # now, so that `release` works if the next one fails
         self._edits_every_draw[row] = any(rule is not self._min_tokens for rule in rules)
         if followers := [rule for rule in rules if rule.follows_output]:
             self._followers_of[row] = followers
@@ -71,7 +71,7 @@ class LogitsRules:
         self._followers_of.pop(row, None)
 
     def record(self, row: int, token_id: int) -> None:
-        """Store a drawn token of the row that has reached the host."""
+        """Tell the row's rules of a drawn token, once the token has reached the host."""
         for rule in self._followers_of.get(row, ()):
             rule.record(row, token_id)
 

@@ -1,4 +1,4 @@
-"""Plans a GPU's memory: the KV cache gets what measured needs leave of the engine's share."""
+"""Plans a GPU's memory: the KV cache gets the engine's share minus all other, measured uses."""
 
 from __future__ import annotations
 
@@ -48,12 +48,15 @@ class MemoryBudget:
             "sampling": self.sampling,
             "KV cache": max(self.limit - self.in_use, 0),
         }
-        shares = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in parts.items())
-        return f"{self.limit / _GIB:.2f} GiB: {shares}"
+        sizes = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in parts.items())
+        return f"{self.limit / _GIB:.2f} GiB: {sizes}"
 
 
 def check_gpu_is_free(platform: Platform, share: float) -> None:
-    """Raise ConfigError if other processes leave less than `share` of the GPU's memory free."""
+    """Raise ConfigError if other processes leave too little memory free.
+
+    share: the fraction of the GPU's memory that the engine needs, (0, 1].
+    """
     free, total = torch.cuda.mem_get_info(platform.device)
     ours = torch.cuda.memory_reserved(platform.device)
     if total * share > free + ours:
@@ -90,14 +93,18 @@ def measure_activations(
 
 
 def max_sampling_bytes(max_num_seqs: int, vocab_size: int) -> int:
-    """Bytes of sampling if every request has penalties and asks for log probabilities."""
+    """Bytes that sampling takes if every request has penalties and wants log probabilities."""
     return WORKSPACE_BYTES + Penalties.max_bytes(max_num_seqs, vocab_size)
 
 
 def plan_memory(
     platform: Platform, share: float, activations: int, num_captures: int, sampling: int
 ) -> MemoryBudget:
-    """Add up the budget. Captured steps share one memory pool, as large as the largest step."""
+    """The budget of an engine. share: its fraction of the GPU's memory, (0, 1].
+
+    activations, sampling: bytes, see `MemoryBudget`. Captured steps share one memory pool, as large
+    as the largest step.
+    """
     return MemoryBudget(
         limit=int(platform.memory_bytes * share),
         held=torch.cuda.memory_allocated(platform.device),

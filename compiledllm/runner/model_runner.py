@@ -45,7 +45,7 @@ class StepResult(NamedTuple):
 
 
 class ModelRunner:
-    """Owns everything on the device: the model, its KV caches and the request rows.
+    """Owns the device's state: the model, its KV caches and the request rows.
 
     kv_layout: which layers share block tables. kv_caches: one per layer. max_blocks: width of
     the block tables, in blocks.
@@ -226,7 +226,10 @@ class ModelRunner:
         return hidden if num_tokens == num_samples else hidden[batch.logits_indices]
 
     def _plan(self, layout: StepLayout, rows: np.ndarray, graph: StepShape | None = None) -> None:
-        """Let the backend plan the step. rows: the layout's request rows, then padding rows."""
+        """Let the backend plan the step. rows: the layout's request rows, then padding rows.
+
+        graph: the shape whose captured graph will run the step; None: the step runs uncaptured.
+        """
         tables = self.table.block_tables
         self._backend.plan(rows, layout.computed, layout.counts, tables, graph)
 

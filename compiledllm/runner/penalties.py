@@ -1,4 +1,4 @@
-"""Penalties on tokens that a request has had already.
+"""Penalties on tokens that a request's prompt or output contains.
 
 Token counts live on the device, since the host often does not know the last token yet.
 """
@@ -20,8 +20,8 @@ _IN_PROMPT = 1 << 30  # flag bit next to a token's count in the output: the prom
 class Penalties(Rule):
     """Repetition, frequency and presence penalties.
 
-    Requests with penalties have a slot each: a row of the token counts, int32 [slots, vocab], which
-    grow up to `num_rows` slots.
+    Each request with penalties has a slot: a row of the token counts, int32 [slots, vocab]. Slots
+    are added as requests need them, up to `num_rows`.
     """
 
     def __init__(self, num_rows: int, vocab_size: int, device: torch.device) -> None:

@@ -18,7 +18,7 @@ class LogprobsBatch:
     """Log probabilities at positions of one request, or at one position each of several requests.
 
     num_best: number of columns for the most likely tokens. num_returned: per position, how many of
-    these columns and how many of the named tokens' columns behind them to return.
+    these columns to return, and how many of the columns behind them, which hold named tokens.
     """
 
     logprobs: Logprobs
@@ -36,9 +36,8 @@ class LogprobsBatch:
         arrays = (x.numpy().tolist() for x in (found.token_ids, found.values, found.ranks))
         lines = zip(*arrays, self.num_returned, strict=True)
         kinds, first = set(self.num_returned), 1 + self.num_best
-        if kinds == {
-            (self.num_best, found.num_columns - first)
-        }:  # all positions return all columns
+        every_column = self.num_best, found.num_columns - first
+        if kinds == {every_column}:
             return [(tuple(ids), tuple(values), rank, k) for ids, values, rank, (k, _) in lines]
         chosen = {(k, m): (0, *range(1, 1 + k), *range(first, first + m)) for k, m in kinds}
         return [

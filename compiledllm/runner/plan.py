@@ -1,7 +1,7 @@
-"""What an engine will be on this machine, decided before any weight is read.
+"""The decisions about an engine on this machine, made before any weight is read.
 
-`engine.startup.plan` makes a `Plan`. A `Worker` carries the plan out on one device, the core lays
-out its scheduler by the plan, and `compiledllm info` shows it.
+`engine.startup.plan` makes a `Plan`. A `Worker` carries the plan out on one device, the core sizes
+its scheduler by the plan, and `compiledllm info` shows the plan.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from compiledllm.runner.kv_layout import KVLayout
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All decisions about an engine that need no weights. No option is open any more.
+    """All decisions about an engine that need no weights. Every open option has a value.
 
-    checkpoint: directory with config.json. spec: in the dtypes of the run. stored_dtype: dtype of
-    the checkpoint's weights, a name in torch. backend: prepared to run the model.
+    checkpoint: directory with config.json. spec: the model, in the dtypes in which it runs.
+    stored_dtype: dtype of the checkpoint's weights, a name in torch. backend: the attention
+    backend, prepared to run the model.
     blocks_per_context: number of KV blocks that a request of `max_model_len` tokens holds.
     max_useful_blocks: number of KV blocks of all requests that can run at once; more would stay
     idle. report: the choices, with reasons. planning_s: seconds that planning took.
@@ -73,7 +74,7 @@ class Plan:
         return None
 
     def shapes_to_capture(self) -> list[StepShape]:
-        """The step shapes to capture as CUDA graphs; empty if there is a reason not to."""
+        """The step shapes to capture as CUDA graphs; [] if `why_not_capture` gives a reason."""
         if self.why_not_capture():
             return []
         max_rows = self.config.max_cudagraph_capture_size

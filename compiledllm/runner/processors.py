@@ -1,4 +1,4 @@
-"""Logits processors: functions of the caller that edit the logits of a request."""
+"""Logits processors: functions, supplied by the caller, that edit the logits of a request."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class _Processed:
 
 
 class Processors(Rule):
-    """Calls the logits processors of requests, each request's in their order."""
+    """Calls each request's logits processors, in the order in which the request lists them."""
 
     follows_output = True
 
@@ -61,7 +61,10 @@ class Processors(Rule):
 def _process(
     processor: LogitsProcessor, prompt: list[int], output: list[int], logits: Tensor
 ) -> Tensor:
-    """Call a processor and return the logits [vocab]. A result of None means edited in place."""
+    """Call a processor and return the logits [vocab]. A processor that edits in place returns None.
+
+    Raises ValueError if the processor returns anything else than logits of the same shape.
+    """
     arguments: tuple[Any, ...] = (prompt, output, logits)
     result = processor(*arguments[-num_arguments(processor) :])
     if result is None:

@@ -1,8 +1,8 @@
 """Device-resident state of running requests. A request keeps its row until finish or preemption.
 
-A step gathers its inputs from the rows. Only small diffs go to the device: parameters of new
-requests and new block ids. The sampler writes a drawn token into its row on the device, where the
-next step reads the token.
+A step gathers its inputs from the rows. The host sends only changes: the parameters of new requests
+and new block ids. A step writes each drawn token into its row on the device, where the next step
+reads the token.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class RequestTable:
 
     On the device there are `max_num_seqs` + 1 rows; the last row is for padding. block_tables:
     int32 [groups, rows, max_blocks], a table per group of layers. last_token_ids,
-    num_computed_tokens: int64 [rows]. sampling: sampling parameters.
+    num_computed_tokens: int64 [rows]. sampling: the sampling parameters, a tensor [rows] each.
     On the host, per row: the tokens known at admission, the log probabilities to return, and the
     rules for logits.
     """
@@ -76,7 +76,7 @@ class RequestTable:
             self._release(request_id)
 
     def record(self, request_id: str, token_id: int) -> None:
-        """Store a drawn token of the request that has reached the host."""
+        """Tell the request's rules of a drawn token, once the token has reached the host."""
         row = self._row_of.get(request_id)
         if row is not None:
             self.rules.record(row, token_id)
@@ -151,5 +151,5 @@ class RequestTable:
 
 
 def num_best(requested: int | None, vocab_size: int) -> int:
-    """The number of most likely tokens that `logprobs` or `prompt_logprobs` asks for."""
+    """The number of most likely tokens to return for a value of `logprobs` or `prompt_logprobs`."""
     return vocab_size if requested == ALL_TOKENS else min(requested or 0, vocab_size)

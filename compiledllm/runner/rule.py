@@ -1,4 +1,4 @@
-"""What a rule for logits does, and the rows that it edits together."""
+"""The interface of rules for logits, `Rule`, and the rows that rules edit together, `Draw`."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ class Rule(ABC):
 
     @abstractmethod
     def fill(self, row: int, request: NewRequest) -> bool:
-        """Take a request into a row. Returns whether the request asks for this kind of change."""
+        """Take a request into a row. Returns whether the request needs this kind of change."""
 
     @abstractmethod
     def release(self, row: int) -> None:
         """Drop the state of a row. Called only for rows for which `fill` returned true."""
 
     def record(self, row: int, token_id: int) -> None:  # noqa: B027
-        """Take a drawn token of the row that has reached the host; -1 if nothing was drawn."""
+        """Note a drawn token of the row, once it has reached the host; -1 if no token was drawn."""
 
     @abstractmethod
     def apply(self, logits: Tensor, draw: Draw) -> dict[int, str]:
@@ -58,18 +58,21 @@ class Rule(ABC):
 
 
 class KeptTensors(Generic[Tensors]):
-    """Device tensors that are made once for as long as the same rows draw."""
+    """Device tensors that are kept from draw to draw, as long as the same rows draw.
+
+    make: makes the tensors for the rows of a draw.
+    """
 
     def __init__(self, make: Callable[[Draw], Tensors]) -> None:
         self._make = make
         self._last: tuple[bytes, Tensors] | None = None
 
     def clear(self) -> None:
-        """Forget the tensors, as a row has another request."""
+        """Drop the tensors, because the request of a row has changed."""
         self._last = None
 
     def of(self, draw: Draw, key: bytes = b"") -> Tensors:
-        """The tensors for these rows. key: what else the tensors depend on."""
+        """The tensors for the rows of `draw`. key: bytes of other values they depend on."""
         if self._last is None or self._last[0] != draw.key + key:
             self._last = draw.key + key, self._make(draw)
         return self._last[1]

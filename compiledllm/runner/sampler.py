@@ -19,7 +19,7 @@ from compiledllm.runner.pending import Extras, LogprobsBatch
 from compiledllm.runner.request_table import RequestTable, num_best
 from compiledllm.runner.rule import Draw
 
-WORKSPACE_BYTES = 256 * 2**20  # edited copies of logits, or the logits of a prompt
+WORKSPACE_BYTES = 256 * 2**20  # maximum for edited copies of logits, or for a prompt's logits
 
 
 class Sampler:
@@ -53,10 +53,11 @@ class Sampler:
         last_tokens: Tensor | None,
         request_ids: list[str],
     ) -> Extras | None:
-        """Draw again for rows with rules; return log probabilities and errors, None without any.
+        """Draw again for rows with rules. Returns log probabilities and errors, or None.
 
-        drawn: int64 [rows], the step's draws; overwritten for rows with rules, as are the tokens in
-        the table. logits: [at least rows, vocab]. rows, positions: int64 [rows], request rows and
+        drawn: int64 [rows], the step's draws. The draws of rows with rules are overwritten, and so
+        are these rows' last tokens in the request table.
+        logits: [at least rows, vocab]. rows, positions: int64 [rows], request rows and
         the positions of the drawn tokens. last_tokens: int64 [rows], each sequence's last token
         before the draw; None if no rule reads last tokens.
         """
@@ -131,7 +132,7 @@ class Sampler:
     ) -> list[tuple[list[str], LogprobsBatch]]:
         """Log probabilities at the batch indices `with_logprobs`.
 
-        Rows that want more than MAX_IN_TRITON tokens are computed apart from the other rows.
+        Rows with more than MAX_IN_TRITON most likely tokens are computed apart from other rows.
         """
         is_many = self._table.num_logprobs[rows[with_logprobs]] > MAX_IN_TRITON
         results = []
@@ -182,7 +183,11 @@ def _logprobs_of(
     num_best: list[int],
     named: list[list[int]] | None = None,
 ) -> LogprobsBatch:
-    """num_best, named: per row, the number of most likely tokens, and further token ids."""
+    """Log probabilities of chosen tokens, and of other tokens in their place, per row.
+
+    logits: [at least rows, vocab]. rows, chosen: int64 [rows], row indices of the logits and chosen
+    tokens. num_best, named: per row, the number of most likely tokens, and further token ids.
+    """
     named = named or [[]] * len(num_best)
     width = max(map(len, named))
     named_ids = rows.new_empty((len(named), 0))

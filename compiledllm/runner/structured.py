@@ -1,8 +1,8 @@
-"""Structured output: the grammar state of request rows, and the mask of allowed next tokens.
+"""Structured output: the grammar state of request rows, and the masks of allowed next tokens.
 
 The host computes a bit mask over the vocabulary per row; the device applies the masks to all rows
-with a grammar at once. The state follows from the output tokens alone, so it is rebuilt when a
-request enters the table again: after a preemption, a failed step or a restart.
+with a grammar at once. A row's state follows from the output tokens alone, and is rebuilt from them
+when the request enters the table again: after a preemption, a failed step or a restart.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from compiledllm.types import Grammar, NewRequest
 
 
 class GrammarRows(Rule):
-    """The grammar matchers of request rows, and the token masks they allow."""
+    """Bans the tokens that a request's grammar does not allow next. Keeps a matcher per row."""
 
     follows_output = True
 
@@ -43,17 +43,17 @@ class GrammarRows(Rule):
         del self._matchers[row]
 
     def record(self, row: int, token_id: int) -> None:
-        """Advance the row's matcher by a token; a negative one (nothing was drawn) is ignored."""
+        """Advance the row's matcher by a token; -1, which means no token, is ignored."""
         if token_id >= 0:
             _, matcher = self._matchers[row]
             matcher.consume_token(token_id)
 
     def apply(self, logits: Tensor, draw: Draw) -> dict[int, str]:
-        """Set the logits of tokens that a grammar forbids to -inf. Returns errors by index.
+        """Set the logits of tokens that a grammar forbids to -inf. Returns errors by batch index.
 
         logits: float32 [rows, vocab], edited in place. If a row's output is complete, its logits
-        are flattened first, so that no other rule can keep the end-of-sequence token from being
-        drawn.
+        are set to 0 first, so that the end-of-sequence token, then the only one allowed, can be
+        drawn even if another rule banned it.
         """
         if not self._matchers or not (with_grammar := draw.among(self._matchers)):
             return {}
@@ -75,7 +75,7 @@ class GrammarRows(Rule):
         }
 
     def _compute(self, rows: list[tuple[Grammar, Any]]) -> np.ndarray:
-        """Compute masks in several threads: uint32 [rows, words], a bit per token, lowest first."""
+        """Compute masks uint32 [rows, words], a bit per token, lowest first, in several threads."""
         masks = np.zeros((len(rows), rows[0][0].num_mask_words), np.uint32)
         if len(rows) == 1:
             rows[0][1].unsafe_compute_mask_ptr(masks.ctypes.data, masks.nbytes)

@@ -1,6 +1,6 @@
 """Rules that name tokens: logit bias, allowed tokens, stop tokens that come too early, bad words.
 
-Each keeps index tensors on the device while the same rows draw.
+Each rule keeps its index tensors on the device as long as the same rows draw.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _INT, _FLOAT = torch.int64, torch.float32
 
 
 class LogitBias(Rule):
-    """Adds an amount to the logits of some tokens."""
+    """Adds to each token's logit the amount that the request's `logit_bias` names."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -101,7 +101,7 @@ class MinTokens(Rule):
         self._kept = KeptTensors(self._make)
 
     def is_early(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """bool [rows]: whether the row may not stop yet at its position."""
+        """bool [rows]: whether the output must not end with the token at the row's position."""
         early: np.ndarray = positions < self._first_stop_position[rows]
         return early
 
@@ -147,7 +147,11 @@ class _Words:
     token_ids: list[int]
 
     def completions(self, position: int) -> list[tuple[int, int]]:
-        """(last token, token to ban after it) of each longer word that may lack one token only."""
+        """The words of several tokens of which the output may already end with all but the last.
+
+        position: of the token to be drawn. Returns (last but one token, last token) of each word:
+        if the device finds the first in front of `position`, it must ban the second.
+        """
         known = self.token_ids[self.num_prompt_tokens : position - 1]
         return [
             (word[-2], word[-1])

@@ -1,4 +1,4 @@
-"""What one device does: builds the model of a plan, measures, allocates, compiles, runs steps.
+"""One device's part of an engine: builds a plan's model, measures, allocates, compiles, runs steps.
 
     worker = Worker(plan)            # the model and its weights
     num_blocks = worker.count_kv_blocks()
@@ -6,8 +6,8 @@
     pending = worker.launch(step)    # -> PendingOutput
     output = worker.collect(pending)
 
-Knows no requests but those of the current step, and no scheduler: the two numbers that the KV cache
-depends on come from outside, since devices that share a model must agree on them.
+A worker knows only the requests of the current step, and no scheduler. The caller of `start` gives
+the two sizes, since devices that share a model must agree on both.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ from compiledllm.runner.pending import PendingOutput
 from compiledllm.runner.plan import Plan
 from compiledllm.types import SchedulerOutput, StepOutput
 
-# On two CPU cores, compiling takes 10 to 30 s, during which the model has one core fewer, and makes
-# a step up to 14 % faster (16 requests; one request: no faster). Shorter work never gains from it.
+# Seconds of work before compiling in the background. On two CPU cores, compiling takes 10 to 30 s,
+# during which the model has one core fewer, and makes a step up to 14 % faster (16 requests; one
+# request: no faster). A shorter run never regains the time.
 BUSY_S = 60.0
 
 
@@ -149,7 +150,7 @@ class Worker:
         return set_kv_scales(self._model, stored, self.plan.config.limits)
 
     def _plan_memory(self) -> int:
-        """Bytes of the engine's share of a GPU that the KV cache cannot have."""
+        """Bytes of the engine's share of a GPU that other uses than the KV cache take."""
         plan, limits = self.plan, self.plan.config.limits
         budget = plan_memory(
             plan.platform,
@@ -197,6 +198,6 @@ class Worker:
 
 
 def _products(model: Decoder) -> str:
-    """Which kernels multiply by the quantised matrices of the model; "": it has none."""
+    """Describe the kernels that multiply by the model's quantised matrices; "" without any."""
     formats = {m.format.products for m in model.modules() if isinstance(m, Matrix)}
     return "; ".join(sorted(formats - {""}))

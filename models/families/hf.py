@@ -1,4 +1,4 @@
-"""Reads transformers configs: fields that all families share, and refusal of unsupported values."""
+"""Reads the fields of transformers configs that families share, and refuses unsupported values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROPE_SCALINGS = ("linear", "llama3", "yarn", "longrope")
 
 
 def expect(hf: Any, name: str, *allowed: object) -> None:
-    """Refuse to load a config whose field has a value the family does not implement."""
+    """Raise ConfigError if a field of the config has a value that the family does not implement."""
     value = getattr(hf, name, None)
     if value not in allowed:
         raise ConfigError(
@@ -24,7 +24,7 @@ def expect(hf: Any, name: str, *allowed: object) -> None:
 
 
 def dtype_of(hf: Any) -> str:
-    """The checkpoint's dtype as a name; float32 when the config does not say."""
+    """The checkpoint's dtype, a name in torch; float32 if the config names none."""
     dtype = getattr(hf, "dtype", None)
     return str(dtype).removeprefix("torch.") if dtype is not None else "float32"
 
@@ -39,7 +39,7 @@ def eos_token_ids(hf: Any) -> tuple[int, ...]:
 def model_spec(
     hf: Any, architecture: str, layers: Iterable[LayerSpec], final_norm: NormSpec, **more: Any
 ) -> ModelSpec:
-    """A ModelSpec from the fields that most configs name alike; `more` sets other fields."""
+    """A ModelSpec from the fields that most configs name alike. more: other fields of the spec."""
     return ModelSpec(
         architecture=architecture,
         vocab_size=hf.vocab_size,
@@ -91,7 +91,7 @@ def activation_of(hf: Any, name: str = "hidden_act") -> str:
 
 
 def window_of(hf: Any, layer: int) -> int:
-    """Tokens of a layer's sliding window; 0: none. Without `layer_types` all layers are alike."""
+    """Size of a layer's sliding window in tokens; 0: none. Without `layer_types` all are alike."""
     kinds = getattr(hf, "layer_types", None)
     if kinds is None:
         return hf.sliding_window or 0

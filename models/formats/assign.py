@@ -41,8 +41,8 @@ def quantized_as_stored(
 ) -> ModelSpec:
     """The spec with the formats of the checkpoint's matrices.
 
-    names: of the checkpoint's tensors; empty if they are not known. Raises ConfigError if the parts
-    of a fused matrix differ.
+    names: names of the checkpoint's tensors; empty if they are not known. Raises ConfigError if the
+    parts of a fused matrix have different formats.
     """
     known = {name.rpartition(".")[0] for name in names}
     reader = _Reader(scheme, rules, known)
@@ -55,6 +55,11 @@ def quantized_as_stored(
 
 
 class _Reader:
+    """Finds the formats of matrices by the names under which the checkpoint stores their parts.
+
+    known: the checkpoint's matrices by name, without ".weight"; empty if they are not known.
+    """
+
     def __init__(self, scheme: Scheme, rules: NameRules, known: Collection[str]) -> None:
         self._scheme, self._rules, self._known = scheme, rules, known
 
@@ -92,7 +97,7 @@ class _Reader:
         return None if first is None else first[1]
 
     def _name_of(self, slot: str) -> str:
-        """The matrix's name in the checkpoint, of several the one that is there."""
+        """The name under which the checkpoint stores the matrix, of several possible names."""
         names = [s.removesuffix(".weight") for s in self._rules.sources_of(slot)] or [slot]
         return next((name for name in names if name in self._known), names[0])
 
@@ -113,7 +118,7 @@ def _parts_of(layer: LayerSpec) -> dict[str, tuple[str, ...]]:
 
 
 def _check_experts(index: int, formats: dict[str, QuantSpec]) -> None:
-    """Both matrices of the experts go through one op."""
+    """Raise ConfigError for experts whose two matrices no single op can multiply."""
     gate_up, down = formats.get("mlp.gate_up"), formats.get("mlp.down")
     codes = [None if format is None else format.code for format in (gate_up, down)]
     if codes[0] != codes[1]:

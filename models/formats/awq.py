@@ -16,7 +16,8 @@ from compiledllm.models.formats.codes import (
 from compiledllm.models.formats.packing import unpack_bits
 
 _PER_WORD = 8
-# Nibble i of a word holds column [0, 2, 4, 6, 1, 3, 5, 7][i]; so column c is in this nibble:
+# Nibble i of a word holds column [0, 2, 4, 6, 1, 3, 5, 7][i]. This is the inverse: by column, the
+# nibble that holds it.
 _NIBBLE_OF_COLUMN = [0, 4, 1, 5, 2, 6, 3, 7]
 
 

@@ -1,4 +1,4 @@
-"""The canonical form of a quantised matrix, which every file format is turned into.
+"""The canonical form of a quantised matrix, into which every file format is converted.
 
 `dequantize` defines what a matrix means; tests compare it with each format's reference library. The
 module knows no file format and no packed layout of a kernel.
@@ -90,10 +90,10 @@ class QuantizedMatrix:
 def dequantize(matrix: QuantizedMatrix) -> Tensor:
     """The matrix as float32 [N, K], columns in the order of the inputs.
 
-    Every operation is one in float32: the zero is subtracted, the scale multiplied, the minimum
-    added. Where a reference library computes in the scale's 16-bit dtype, its result is this one
-    rounded once to that dtype, because the difference of two codes is exact in 16 bits and the
-    product of the difference and a 16-bit scale is exact in float32.
+    The zero is subtracted, the scale multiplied and the minimum added in float32. Where a reference
+    library computes in the scale's 16-bit dtype, the library's result is the float32 result rounded
+    once to that dtype, because the difference of two codes is exact in 16 bits and the product of
+    the difference and a 16-bit scale is exact in float32.
     """
     matrix = one_level(matrix)
     n, k = matrix.codes.shape[-2:]
@@ -175,11 +175,11 @@ def _code_values(matrix: QuantizedMatrix) -> Tensor:
     return values
 
 
-# Checks of what a file contains
+# Checks of the tensors in a file
 
 
 def expect_dtype(field: str, tensor: Tensor, *dtypes: torch.dtype) -> None:
-    """Raise ValueError naming the field unless its dtype is one of `dtypes`."""
+    """Raise ValueError naming the field unless the tensor's dtype is one of `dtypes`."""
     if tensor.dtype not in dtypes:
         expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         found = str(tensor.dtype).removeprefix("torch.")
@@ -187,20 +187,20 @@ def expect_dtype(field: str, tensor: Tensor, *dtypes: torch.dtype) -> None:
 
 
 def expect_shape(field: str, tensor: Tensor, *shapes: tuple[int, ...]) -> None:
-    """Raise ValueError naming the field unless its shape is one of `shapes`."""
+    """Raise ValueError naming the field unless the tensor's shape is one of `shapes`."""
     if tuple(tensor.shape) not in shapes:
         expected = " or ".join(str(list(shape)) for shape in shapes)
         raise ValueError(f"{field} has shape {list(tensor.shape)}, expected {expected}")
 
 
 def expect_matrix(field: str, tensor: Tensor, *dtypes: torch.dtype) -> None:
-    """Raise ValueError naming the field unless it is a non-empty matrix of one of `dtypes`."""
+    """Raise ValueError naming the field unless the tensor is a non-empty matrix in `dtypes`."""
     expect_dtype(field, tensor, *dtypes)
     if tensor.ndim != 2 or not tensor.numel():
         raise ValueError(f"{field} has shape {list(tensor.shape)}, expected a matrix [N, K]")
 
 
 def expect_finite(field: str, tensor: Tensor) -> None:
-    """Raise ValueError naming the field if it holds an infinity or NaN."""
+    """Raise ValueError naming the field if the tensor holds an infinity or NaN."""
     if not bool(tensor.float().isfinite().all()):
         raise ValueError(f"{field} holds an infinity or NaN; the file is damaged")

@@ -1,4 +1,7 @@
-"""Reads the quantization_config of compressed-tensors (llm-compressor): groups of modules."""
+"""Reads the quantization_config of compressed-tensors (llm-compressor).
+
+The config divides the modules into groups, and each group has a format of its own.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,10 @@ _FORMATS = (
 
 
 def compressed_tensors(fields: Fields, scale_dtype: str) -> Scheme:
-    """Each group of modules has a format of its own; modules in no group are not quantised."""
+    """The scheme of the config's groups; modules in no group are not quantised.
+
+    scale_dtype: a name in torch, for formats in which files store scales in any floating dtype.
+    """
     fields.expect("quantization_status", "compressed", "frozen", default="compressed")
     for name in ("sparsity_config", "transform_config"):
         if fields.get(name):
@@ -90,9 +96,9 @@ def _stored_of(group: Fields, fields: Fields, scale_dtype: str) -> Stored:
     )  # fmt: skip
 
 
-def _group_of(weights: Fields, *more: str) -> int:
-    """Inputs that share a scale; 0: all."""
-    strategy = weights.expect("strategy", "tensor", "channel", "group", *more)
+def _group_of(weights: Fields) -> int:
+    """Number of inputs that share a scale; 0: all."""
+    strategy = weights.expect("strategy", "tensor", "channel", "group")
     return weights.group("group_size", default=-1) if strategy == "group" else 0
 
 

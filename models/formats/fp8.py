@@ -26,7 +26,7 @@ def from_fp8(
     *,
     scale_field: str = "weight_scale",
 ) -> QuantizedMatrix:
-    """w = weight * scale, computed in float32 as the formats' own code does it.
+    """w = weight * scale in float32, as in the code of the tools that write these files.
 
     weight: float8_e4m3fn [N, K]. scale: float32, bfloat16, float16 or (E8M0) float8_e8m0fnu:
     without `block` [] or [1] or [1, 1] for the tensor, or [N] or [N, 1] for each channel; with
@@ -48,7 +48,7 @@ def from_fp8(
 
 
 def expect_e4m3(field: str, tensor: Tensor) -> None:
-    """Raise ValueError naming the field unless it is a float8_e4m3fn matrix."""
+    """Raise ValueError naming the field unless the tensor is a float8_e4m3fn matrix."""
     if tensor.dtype in (torch.float8_e4m3fnuz, torch.float8_e5m2fnuz):
         found = str(tensor.dtype).removeprefix("torch.")
         raise ValueError(

@@ -22,8 +22,8 @@ _KV_SCALE = re.compile(
 class Gatherer:
     """Reads the quantised matrices of one checkpoint.
 
-    names: of all tensors of the checkpoint. is_matrix: whether the model has a quantised matrix of
-    this name (without ".weight"). device: where codes are unpacked.
+    names: names of all tensors of the checkpoint. is_matrix: whether the model has a quantised
+    matrix of the given name (without ".weight"). device: the device on which codes are unpacked.
     """
 
     def __init__(

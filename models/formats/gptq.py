@@ -17,7 +17,8 @@ from compiledllm.models.formats.codes import (
 )
 from compiledllm.models.formats.packing import input_order, num_words, signed, unpack_bits
 
-# Bits -> what version 1 subtracted from each word of zeros: 1 from each number.
+# Bits per number -> the constant that version 1 subtracted from each word of zeros, which is 1 from
+# each number.
 _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 
 
@@ -39,8 +40,8 @@ def from_gptq(
     or none) stores each zero minus one, version 2 ("gptq_v2") as it is. scales: float16, bfloat16
     or float32 [G, N]. g_idx: int32 [K], the group of each input. group_size: -1 for one group.
 
-    The columns are sorted by group and `permutation` says how, if g_idx is not in order
-    (`desc_act`). If the last group is partial, the groups become smaller (`even_groups`). 2 and 4
+    If g_idx is not in order (`desc_act`), the columns are sorted by group, and `permutation` holds
+    their order. If the last group is partial, the groups become smaller (`even_groups`). 2 and 4
     bits become int4, 8 bits int8. The library multiplies in the scale's dtype, so its result is
     `dequantize(matrix).to(scales.dtype)`.
 
@@ -78,10 +79,10 @@ def from_gptq(
 
 
 def _zeros(qzeros: Tensor, n: int, bits: int, is_symmetric: bool, version: int) -> Tensor | None:
-    """uint8 [N, G] as they are subtracted, or None for a symmetric matrix.
+    """Zeros uint8 [N, G] without version 1's offset, or None for a symmetric matrix.
 
-    Version 1 is undone by adding to whole words, with carries, because GPTQModel subtracts from
-    whole words: a zero of 0 borrows from its neighbour, and only this addition gives both back.
+    The constant is added to whole words, with carries, because GPTQModel subtracts it from whole
+    words: a zero of 0 borrows from its neighbour, and only an addition with carries restores both.
     """
     if version == 1:
         qzeros = qzeros + _ONES[bits]  # wraps around at 32 bits

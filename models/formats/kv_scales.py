@@ -27,7 +27,7 @@ _NAME = re.compile(
 
 
 def parse_name(name: str) -> tuple[int, str] | None:
-    """(layer, "k", "v" or "kv") by the name of a KV scale's tensor; None for other names."""
+    """Parse the name of a KV scale into (layer, "k", "v" or "kv"); None for other names."""
     match = _NAME.fullmatch(name)
     if match is None:
         return None
@@ -37,7 +37,8 @@ def parse_name(name: str) -> tuple[int, str] | None:
 def stored_kv_scales(checkpoint: Path) -> dict[int, Tensor]:
     """Layer -> float32 [2], scales of keys and values; only layers with positive scales of both.
 
-    Of scales per head, the largest serves the layer. Scales of a cache other than FP8 are not used.
+    If a checkpoint has a scale for each head, the largest becomes the layer's. Scales of a cache
+    other than FP8 are not used.
     """
     if not _is_for_fp8(checkpoint):
         return {}
@@ -56,7 +57,7 @@ def stored_kv_scales(checkpoint: Path) -> dict[int, Tensor]:
 
 
 def _is_for_fp8(checkpoint: Path) -> bool:
-    """Whether the quantization_config says nothing of a KV cache, or says FP8."""
+    """Whether the quantization_config names FP8 as the KV cache's format, or names none."""
     fields = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     quantization: Any = fields.get("quantization_config") or {}
     scheme = quantization.get("kv_cache_scheme")

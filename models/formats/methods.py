@@ -1,4 +1,4 @@
-"""Reads a checkpoint's quantization_config: the values of quant_method, and what each means.
+"""Reads a checkpoint's quantization_config into a `Scheme`, with a function for each quant_method.
 
 A new method is a function here (or in a file of its own) and a line in `METHODS`.
 """
@@ -184,7 +184,7 @@ _MODELOPT = {
     "NVFP4": (QuantSpec("fp4", 16), (*_SCALED, ".weight_scale_2"), _modelopt_nvfp4),
 }
 
-# quant_method -> (fields, dtype of the file's scales or of the model) -> Scheme.
+# quant_method -> function of the fields and the scales' dtype (a name in torch) -> Scheme.
 METHODS: dict[str, Callable[[Fields, str], Scheme]] = {
     "fp8": fp8,
     "fbgemm_fp8": fp8,
@@ -197,7 +197,10 @@ METHODS: dict[str, Callable[[Fields, str], Scheme]] = {
 
 
 def scheme_of(fields: Mapping[str, object], scale_dtype: str) -> Scheme:
-    """Read a quantization_config. Raises ConfigError for what is not supported."""
+    """Read a quantization_config. Raises ConfigError for unsupported methods and values.
+
+    scale_dtype: dtype of the scales in memory, a name in torch, where the method does not fix it.
+    """
     method = fields.get("quant_method")
     method = "modelopt" if method == "modelopt_fp4" else method
     if not isinstance(method, str) or method not in METHODS:
@@ -209,7 +212,10 @@ def scheme_of(fields: Mapping[str, object], scale_dtype: str) -> Scheme:
 
 
 def _all_but(ignored: list[str]) -> Callable[[str], bool]:
-    """The output head is never quantised by these methods, whether the list names it or not."""
+    """Whether a matrix is quantised, by its name: all but the ignored ones and the output head.
+
+    Methods that use this function never quantise the head, whether the list names it or not.
+    """
 
     def is_quantized(name: str) -> bool:
         return not _is_head(name) and not matches(name, ignored)

@@ -8,7 +8,7 @@ from torch import Tensor
 from compiledllm.models.formats.codes import QuantizedMatrix, expect_dtype, expect_shape
 from compiledllm.models.formats.packing import unpack_nibble_bytes
 
-_NAN = 255  # as E8M0
+_NAN = 255  # the byte that means NaN in E8M0
 
 
 def from_mxfp4_blocks(blocks: Tensor, scales: Tensor) -> QuantizedMatrix:

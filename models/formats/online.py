@@ -1,7 +1,7 @@
-"""Quantises 16-bit matrices while they are loaded. Lossy: by round-to-nearest, without data.
+"""Quantises 16-bit matrices while they are loaded: round-to-nearest, without calibration data.
 
 Every function takes [N, K] in bfloat16, float16 or float32 and works through the rows in chunks, so
-that the memory beside input and result stays small. Matrices with infinities or NaN are refused.
+that the memory beside input and result stays small. ValueError for matrices with infinities or NaN.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from compiledllm.models.formats.fp8 import BLOCK
 
 INT4_GROUP = 128
 _MIN_INT4_GROUP = 16
-# Numbers of the matrix at a time; some five float32 copies of a chunk are alive. They fit into a
-# CPU's cache, and keep a GPU busy.
+# Numbers of the matrix per chunk. About five float32 copies of a chunk are alive at a time; they
+# fit into a CPU's cache, and a chunk keeps a GPU busy.
 _CPU_CHUNK, _GPU_CHUNK = 2**18, 2**24
-# int4 tries these limits, as parts of a group's largest absolute value. The codes are -8..7 times
-# the scale, limit / 8, so that the limit 8/7 clips nothing on either side. Three times as many
-# limits make the squared error of normal and of heavy-tailed numbers 1 % smaller; without clipping
-# it is 33 % larger.
+# int4 tries these limits, as fractions of a group's largest absolute value. The scale is limit / 8
+# and the codes are -8..7, so that the limit 8/7 clips neither sign. Three times as many limits make
+# the squared error of normal and of heavy-tailed numbers 1 % smaller; without clipping the error is
+# 33 % larger.
 _CLIPS = (0.65, 0.72, 0.79, 0.86, 0.93, 1.0, 1.07, 8 / 7)
 
 
 def quantize(weight: Tensor, method: str) -> QuantizedMatrix:
-    """Quantise [N, K] by one of `METHODS`. Raises ValueError for another, and as they do."""
+    """Quantise [N, K] by one of `METHODS`. Raises ValueError for other methods and bad matrices."""
     if method not in METHODS:
         raise ValueError(f"quantization '{method}' is unknown; known: {', '.join(METHODS)}")
     return METHODS[method](weight)
@@ -154,7 +154,7 @@ def _chunks(weight: Tensor, multiple: int = 1) -> Iterator[slice]:
 
 
 def _checked(matrix: QuantizedMatrix) -> QuantizedMatrix:
-    """Raise ValueError if the weight held an infinity or NaN: then its scale is none either."""
+    """Raise ValueError if a scale is an infinity or NaN, as it is if the weight holds one."""
     if not bool(matrix.scales.isfinite().all()):
         raise ValueError("weight holds an infinity or NaN, which cannot be quantised")
     return matrix

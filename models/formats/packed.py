@@ -104,9 +104,9 @@ class PackedFormat:
 def for_device(
     spec: QuantSpec, params: Params, in_features: int
 ) -> tuple[MatrixFormat, dict[str, Tensor | None]] | None:
-    """Pack the tensors of a `Quantized` matrix, if there are kernels for its groups.
+    """Pack the tensors of a `Quantized` matrix. None if no kernels of the device can read it.
 
-    The kernels must be the device's, and for the model's dtype, which is the default one now.
+    The kernels' inputs have the model's dtype, which is torch's default dtype while a model loads.
     """
     codes, scales, zeros, order = params
     assert codes is not None and scales is not None

@@ -1,4 +1,4 @@
-"""How files pack small integers into words and bytes, and how they note a reordering of inputs."""
+"""Unpacks the small integers and the orders of inputs that files store."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from compiledllm.models.formats.weight_format import (
 
 @dataclass(frozen=True, slots=True)
 class Plain:
-    """A matrix in the model's dtype. multiply: (x, weight, bias, out) -> y."""
+    """A matrix in the model's dtype. multiply: (x, weight, bias, out) -> y. params: the weight."""
 
     multiply: Callable[..., Tensor] = linear
     products = ""

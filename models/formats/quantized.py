@@ -172,7 +172,10 @@ class MatrixSlot:
         return torch.Size((self.codes.shape[0], self.num_inputs))
 
     def put(self, stored: Any) -> None:
-        """Pack a QuantizedMatrix, or a tensor to be quantised online. ValueError if it differs."""
+        """Pack a QuantizedMatrix, or quantise a tensor online and pack it.
+
+        Raises ValueError if the matrix does not have the codes, zeros and order of the spec.
+        """
         if isinstance(stored, Tensor):
             if not self.spec.online:
                 dtype = str(stored.dtype).removeprefix("torch.")
@@ -202,7 +205,7 @@ class MatrixSlot:
             raise ValueError("it has zero points, the config says that it is symmetric")
 
     def _spread(self, part: Tensor, stored: QuantizedMatrix, into: Tensor) -> None:
-        """Copy scales or zeros, repeated if the groups in memory are smaller than the stored."""
+        """Copy scales or zeros, repeated if groups are smaller in memory than in the file."""
         times = stored.group // self.spec.group_in_memory(self.num_inputs)
         if times > 1:
             part = part.unsqueeze(-1).expand(*part.shape, times).flatten(-2)

@@ -1,4 +1,4 @@
-"""Takes tensors and quantised matrices apart, alike: by rows and by experts."""
+"""Splits tensors and quantised matrices alike, by rows and by experts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from compiledllm.models.formats.codes import QuantizedMatrix, with_row_scales
 
 _OF_SCALES = ("scales", "zeros", "minima", "super_scales", "super_minima")
-Content = Tensor | QuantizedMatrix  # of a checkpoint
+Content = Tensor | QuantizedMatrix  # an entry of a checkpoint, after `gather`
 
 
 def shape_of(stored: Content) -> list[int]:
@@ -22,7 +22,7 @@ def shape_of(stored: Content) -> list[int]:
 
 
 def split_rows(stored: Content, sizes: Sequence[int]) -> Sequence[Content]:
-    """Parts of these numbers of rows, from the top."""
+    """Split into parts of `sizes` rows, from the top."""
     if isinstance(stored, Tensor):
         return torch.split(stored, list(sizes))
     if len(sizes) == 1:
@@ -34,7 +34,7 @@ def split_rows(stored: Content, sizes: Sequence[int]) -> Sequence[Content]:
 
 
 def even_then_odd_rows(stored: Content) -> Content:
-    """Rows 0, 2, 4, ... and then 1, 3, 5, ..."""
+    """Reorder the rows: 0, 2, 4, ... and then 1, 3, 5, ..."""
 
     def reorder(part: Tensor) -> Tensor:
         return torch.cat((part[0::2], part[1::2]))
@@ -43,7 +43,7 @@ def even_then_odd_rows(stored: Content) -> Content:
 
 
 def experts_of(stored: QuantizedMatrix) -> Iterator[QuantizedMatrix]:
-    """The matrices of a batch."""
+    """The matrix of each expert, from tensors with a leading dimension of experts."""
     return (_each(stored, itemgetter(expert)) for expert in range(len(stored.codes)))
 
 
@@ -58,7 +58,10 @@ def _each(
     change: Callable[[Tensor], Tensor],
     change_scales: Callable[[Tensor], Tensor] | None = None,
 ) -> QuantizedMatrix:
-    """The matrix with all tensors that have rows changed; change_scales: all but the codes."""
+    """The matrix with `change` applied to each tensor that has rows.
+
+    change_scales: applied instead of `change` to all tensors but the codes.
+    """
     parts = {name: getattr(matrix, name) for name in _OF_SCALES}
     changed: dict[str, Any] = {
         name: (change_scales or change)(part) for name, part in parts.items() if part is not None

@@ -49,14 +49,17 @@ class Stored:
 
 
 class Scheme(Protocol):
-    """Which matrices of a checkpoint are quantised, and how. title: for reports, "gptq int4"."""
+    """Which matrices of a checkpoint are quantised, and how.
+
+    title: the scheme's name in reports, such as "gptq int4".
+    """
 
     @property
     def title(self) -> str: ...
 
     @property
     def suffixes(self) -> tuple[str, ...]:
-        """Of the tensors of all formats."""
+        """The suffixes of the tensors of all formats."""
 
     def stored(self, name: str) -> Stored | None:
         """How the matrix `name` is stored; None: in a floating-point dtype, not quantised."""
@@ -64,7 +67,7 @@ class Scheme(Protocol):
 
 @dataclass(frozen=True)
 class Uniform:
-    """A scheme in which all matrices are alike, but for those that are not quantised."""
+    """A scheme in which all quantised matrices have the same format."""
 
     title: str
     format: Stored
@@ -115,7 +118,7 @@ class Fields:
         return value
 
     def group(self, *names: str, default: int) -> int:
-        """Inputs that share a scale; 0: all of them."""
+        """Number of inputs that share a scale; 0: all inputs."""
         value = self.integer(*names, default=default)
         if value != -1 and value < 1:
             raise self.refusal(names[0], value, "it must be positive, or -1 for all inputs")

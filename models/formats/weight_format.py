@@ -64,7 +64,7 @@ class MatrixFormat(Protocol):
     ) -> Tensor:
         """x [rows, inputs] -> [rows, outputs from first_row on]; written to `out` if given.
 
-        bias: of the same outputs. `out` must be None in compiled code or with a bias.
+        bias: the bias of the same outputs. `out` must be None in compiled code or with a bias.
         """
 
     def experts(
@@ -80,7 +80,8 @@ class MatrixFormat(Protocol):
     ) -> Tensor:
         """The gated MLPs of the experts; see `kernels.moe.moe_experts`.
 
-        down_format: of `down`; `gate_up` is in this format. biases: of gate_up and of down.
+        down_format: the format of `down`; `gate_up` has the format `self`. biases: the biases of
+        gate_up and of down.
         """
 
 
@@ -104,8 +105,8 @@ class WeightFormat(MatrixFormat, Protocol):
     ) -> tuple[MatrixFormat, dict[str, Tensor | None]] | None:
         """Called once all slots have been filled. Returns a new format and its tensors, or None.
 
-        None keeps the format. The device's kernels may read a layout faster into which parts cannot
-        be copied one by one.
+        None keeps the format. A new format suits kernels that read a layout into which the parts
+        cannot be copied one by one.
         """
 
 

@@ -39,7 +39,8 @@ class PagedAttention(nn.Module):
             self.q_norm = make.norm(spec.qk_norm, *spec.qk_norm_shape(spec.num_heads))
             self.k_norm = make.norm(spec.qk_norm, *spec.qk_norm_shape(spec.num_kv_heads))
         self.sinks = empty_parameter(spec.num_heads) if spec.has_sinks else None
-        # Read with an FP8 cache only. A tensor, so that layers of equal specs share compiled code.
+        # Used with an FP8 cache only. The scales are a tensor, not numbers, so that layers with
+        # equal specs share compiled code.
         self.kv_scales: Tensor
         self.register_buffer("kv_scales", torch.ones(2, dtype=torch.float32), persistent=False)
         self.out = make.linear("out", spec.q_size, {"": hidden_size}, spec.output_bias)
@@ -118,7 +119,7 @@ class PagedAttention(nn.Module):
         store_kv(k, v.view(k.shape), kv_cache, slot_mapping, self.backend, scales)
 
     def _rotate(self, part: Tensor, norm: nn.Module | None, cos: Tensor, sin: Tensor) -> Tensor:
-        """Normalise and rotate [tokens, heads * head_dim]: [tokens, heads, head_dim]."""
+        """Normalise and rotate: [tokens, heads * head_dim] -> [tokens, heads, head_dim]."""
         spec = self.spec
         if norm is not None and spec.qk_norm_over == "whole":
             part = norm(part)
@@ -129,12 +130,12 @@ class PagedAttention(nn.Module):
 
 
 def scales_for(kv_cache: Tensor, kv_scales: Tensor) -> Tensor | None:
-    """The scales if the cache is FP8; other caches hold keys and values as they are."""
+    """The scales if the cache is FP8, else None: other caches hold keys and values unscaled."""
     return kv_scales if kv_cache.dtype.itemsize == 1 else None
 
 
 def can_fuse(spec: AttentionSpec) -> bool:
-    """Whether `rotate_and_store` computes all that lies between the qkv product and attention."""
+    """Whether `rotate_and_store` can do all the work between the qkv product and attention."""
     norm, rope = spec.qk_norm, spec.rope
     is_plain_norm = norm is None or (norm.kind == "rms" and spec.qk_norm_over == "head")
     return is_plain_norm and rope.rotary_dim > 0 and not rope.interleaved

@@ -1,4 +1,4 @@
-"""Makes the linear layers and norms of a model, each in its format and with the chosen kernels."""
+"""Makes a model's linear layers and norms, with their weight formats and the chosen kernels."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Products:
 
 @dataclass(frozen=True, slots=True)
 class Factory:
-    """What the modules of a model are made with, beside their specs.
+    """Makes the linear layers and norms of a model.
 
-    formats: of the quantised matrices, as in a LayerSpec or ModelSpec.
-    prefix: where the modules that this factory makes stand: "", "attn.", "mlp.shared.".
+    formats: the formats of the quantised matrices, as in a LayerSpec or ModelSpec. prefix: the path
+    of the module whose parts the factory makes: "", "attn.", "mlp.shared.".
     """
 
     products: Products = Products()
@@ -57,7 +57,7 @@ class Factory:
     def head(
         self, in_features: int, vocab_size: int, bias: bool, embedding: nn.Parameter | None
     ) -> Head:
-        """embedding: the matrix of a tied head."""
+        """The output head. embedding: the matrix of a tied head; None: the head has its own."""
         format = Plain(self.products.linear) if embedding is not None else self._format("lm_head")
         return Head(in_features, vocab_size, bias, format, embedding)
 

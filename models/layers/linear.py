@@ -50,7 +50,7 @@ class Matrix(nn.Module):
         return self._slots_of(self.params, self.bias)
 
     def finish(self) -> None:
-        """Call once all slots have been filled."""
+        """Let the format repack the tensors. To be called once, after all slots are filled."""
         assert self._loaded_as is not None, "finished twice"
         finished = self._loaded_as.finish(self.params, self.in_features)
         self._loaded_as = None
@@ -68,7 +68,7 @@ class Matrix(nn.Module):
 
 
 class Linear(Matrix):
-    """y = x W^T + b with W [sum(parts), in_features]. params: None makes new ones."""
+    """y = x W^T + b with W [sum(parts), in_features]. params: existing tensors; None: new ones."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class ExpertLinear(Matrix):
         self.num_experts = num_experts
 
     def slots(self) -> dict[str, Slot]:
-        """As `Matrix.slots`, each name behind the expert's index: "3.weight:gate"."""
+        """As `Matrix.slots`, each name prefixed by the expert's index: "3.weight:gate"."""
         found: dict[str, Slot] = {}
         for expert in range(self.num_experts):
             params = [None if p is None else p[expert] for p in self.params]
@@ -117,7 +117,7 @@ class ExpertLinear(Matrix):
 class Head(Linear):
     """The output head. A tied head multiplies by the embedding and owns no matrix.
 
-    The bias is added by itself: the product rounds its result to the model's dtype first.
+    The bias is added separately, after the product has been rounded to the model's dtype.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class GatedMlp(nn.Module):
-    """down(act(gate(x)) * up(x)); gate and up are one product. [tokens, hidden] -> the same."""
+    """down(act(gate(x)) * up(x)), [tokens, hidden] -> [tokens, hidden]. Gate and up are fused."""
 
     def __init__(self, hidden_size: int, spec: MlpSpec, make: Factory) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class GatedMlp(nn.Module):
 
 
 class PlainMlp(nn.Module):
-    """down(act(up(x))). [tokens, hidden] -> the same."""
+    """down(act(up(x))), [tokens, hidden] -> [tokens, hidden]."""
 
     def __init__(self, hidden_size: int, spec: MlpSpec, make: Factory) -> None:
         super().__init__()

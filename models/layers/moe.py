@@ -12,9 +12,9 @@ from compiledllm.models.spec import MlpSpec, MoeSpec, OpaqueSpec
 
 
 class MoeMlp(nn.Module):
-    """Sends each token through its router's experts, and through the shared expert if there is one.
+    """Sends each token through its `top_k` experts, and through the shared expert if there is one.
 
-    [tokens, hidden] -> the same."""
+    [tokens, hidden] -> [tokens, hidden]."""
 
     def __init__(self, hidden_size: int, spec: MoeSpec, make: Factory) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ from compiledllm.models.spec import NormSpec
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight, computed in float32."""
+    """x / rms(x), in float32 and rounded to x's dtype, times weight."""
     return weight * _over_rms(x, eps).to(x.dtype)
 
 
@@ -26,7 +26,7 @@ Normalize = Callable[[Tensor, Tensor, float], Tensor]
 
 
 class RMSNorm(nn.Module):
-    """`normalize`, by default `rms_norm`, with a learned weight."""
+    """RMSNorm over the last dimension with a learned weight. normalize: computes the norm."""
 
     def __init__(self, shape: tuple[int, ...], eps: float, normalize: Normalize = rms_norm) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class RMSNorm(nn.Module):
 
 
 class PlusOneRMSNorm(RMSNorm):
-    """x / rms(x) * (1 + weight), all of it in float32 (Gemma)."""
+    """x / rms(x) * (1 + weight) in float32, rounded once at the end (Gemma)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return (_over_rms(x, self.eps) * (1 + self.weight.float())).to(x.dtype)

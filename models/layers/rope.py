@@ -9,7 +9,7 @@ from compiledllm.models.spec import RopeSpec
 
 
 class RotaryTable(nn.Module):
-    """positions -> (cos, sin), each [tokens, 1, rotary_dim] in the model's dtype."""
+    """int64 positions [tokens] -> (cos, sin), each [tokens, 1, rotary_dim] in the given dtype."""
 
     def __init__(self, spec: RopeSpec) -> None:
         super().__init__()
