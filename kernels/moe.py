@@ -26,7 +26,7 @@ def route_in_torch(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tenso
 
 
 class Matrices(Protocol):
-    """A matrix for each expert: a tensor, or matrices that are made when asked for."""
+    """One matrix per expert, by index: a tensor, or an object that makes each matrix on access."""
 
     def __getitem__(self, expert: int, /) -> Tensor: ...
 
@@ -80,7 +80,7 @@ def moe_route(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Te
 
 
 def experts_fake(x: Tensor, expert_ids: Tensor, *_: object) -> Tensor:
-    """The empty result of an op that computes experts, whatever the form of their matrices."""
+    """The fake (shape and dtype only) of ops that compute experts, in any weight format."""
     return x.new_empty((*expert_ids.shape, x.shape[1]), dtype=torch.float32)
 
 
@@ -99,8 +99,8 @@ def moe_experts(
 
     x: [tokens, hidden]. expert_ids: integers, [tokens, top_k].
     gate_up: [experts, 2 * intermediate, hidden], gate first; down: [experts, hidden, intermediate].
-    Biases: [experts, outputs]. limit: if not 0, the clamped form of gpt-oss: gate is clamped to at
-    most `limit`, up to [-limit, limit], and down's input is
+    Biases: [experts, outputs]. limit: if not 0, the clamped form of gpt-oss: `gate(x)` is clamped
+    to at most `limit` and `up(x)` to [-limit, limit], and the input of `down` is
     gate * sigmoid(alpha * gate) * (up + 1). Returns float32 [tokens, top_k, hidden]; the compiler
     fuses the weighted sum with the next op.
     """

@@ -18,7 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from compiledllm.kernels.launch import launch_options
 
 _MAX_SORTED_BY_COUNTING = 16384  # items; each expert's program reads all items twice
-_MIN_BINS = 32  # bins of a histogram: at least the threads of a warp
+_MIN_BINS = 32  # tl.histogram needs at least as many bins as a warp has threads
 
 
 @triton.jit
@@ -32,7 +32,9 @@ def _route_kernel(
     logits, ids, weights, row_stride, num_experts, TOP_K: tl.constexpr, RENORMALIZE: tl.constexpr,
     EXPERTS: tl.constexpr, PLACES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """The largest logits of a token and their weights. A NaN counts as inf: all weights are NaN.
+    """Choose the experts of a token's largest logits, and compute their weights.
+
+    A NaN logit counts as inf, so that all weights of the token become NaN.
 
     EXPERTS, PLACES: `num_experts` and TOP_K, rounded up to powers of two.
     """
@@ -56,14 +58,14 @@ def _route_kernel(
         key = tl.where(expert == index, taken, key)
     best_logits = _swap_order(best_keys).to(tl.float32, bitcast=True)
     highest = tl.max(tl.where(is_place, best_logits, float("-inf")), 0)
-    shares = tl.where(is_place, tl.exp(best_logits - highest), 0.0)
+    numerators = tl.where(is_place, tl.exp(best_logits - highest), 0.0)
     if RENORMALIZE:
-        total = tl.sum(shares, 0)
+        total = tl.sum(numerators, 0)
     else:
         total = tl.sum(tl.where(is_expert, tl.exp(logit - highest), 0.0), 0)
     target = token * TOP_K + place
     tl.store(ids + target, best_ids, is_place)
-    tl.store(weights + target, shares / total, is_place)
+    tl.store(weights + target, numerators / total, is_place)
 
 
 def route(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,8 @@ constexpr int LOADS = UNIT_BYTES / 64;  // of 16 bytes, by each of the four lane
 // lane has 8 consecutive inputs, then 8 inputs that lie 32 further.
 constexpr bool IN_ORDER = CODE == FP8;
 constexpr int LANE_INPUTS = IN_ORDER ? 16 : 8;
-// The first of a unit's inputs in a quarter of a lane's codes, less LANE_INPUTS * lane.
+// Index, within a unit, of the first input in a quarter of lane 0's codes; LANE_INPUTS * lane further
+// for other lanes.
 __device__ __forceinline__ constexpr int first_input(int quarter) {
     return IN_ORDER ? 64 * (quarter / 2) + 8 * (quarter % 2) : 32 * quarter;
 }
@@ -66,8 +67,8 @@ __device__ __forceinline__ float to_float(u16 v) {
 
 // -- codes to floats -------------------------------------------------------------------------------
 
-// FP8 codes become floats that are too small by this power of two, by which the final sum is multiplied
-// instead. This changes a sum of codes by at most 2^-29.
+// Unpacked FP8 codes are too small by this power of two, and the kernel multiplies the final sum by it.
+// This changes a sum of codes by at most 2^-29.
 constexpr float FP8_FACTOR = BF16 ? 1.329227995784916e36f : 256.f;  // 2^120, 2^8
 
 // Four 8-bit codes -> two pairs, exact.
@@ -116,7 +117,7 @@ __device__ __forceinline__ void unpack_nibbles(u32 codes, u32 zero, u32 (&pair)[
 
 // -- scales and zeros of an output and a unit --------------------------------------------------------
 
-template <int BYTES> struct Few {  // a few bytes, loaded at once
+template <int BYTES> struct Few {  // BYTES bytes in registers, loaded together
     u32 word[(BYTES + 3) / 4];
 
     __device__ __forceinline__ void load(const void* p) {
@@ -155,7 +156,7 @@ __device__ __forceinline__ float scale_of(const Scales& scales, int group) {
     return f;
 }
 
-// The number that unpacking subtracts, twice in a register: the zero, plus int4's offset (128 or 1024).
+// The zero that unpacking subtracts, as a pair of equal floats; for INT4 with the offset (128 or 1024).
 __device__ __forceinline__ u32 zero_of(const Zeros& zeros, int group) {
     u32 byte = zeros.get<1>(group);
     if constexpr (CODE == INT4) return (BF16 ? 0x43004300u : 0x64006400u) + byte * 0x00010001u;

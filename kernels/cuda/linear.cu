@@ -41,7 +41,7 @@ typedef float OUT;
 typedef u16 OUT;
 #endif
 
-struct Unit {  // what a lane multiplies: of outputs g and g + 8 of each tile
+struct Unit {  // a lane's codes, scales and zeros, of outputs g and g + 8 of each tile
     uint4 codes[ROW_TILES][2][LOADS];
     Scales scales[ROW_TILES][2];
     Zeros zeros[ROW_TILES][2];
@@ -70,7 +70,7 @@ __device__ __forceinline__ void read_record(Unit& unit, const u8* record, int la
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const u8* p = record + r * SLOT;
-            const int output = 2 * (lane / 4) + half;  // both of a lane are neighbours
+            const int output = 2 * (lane / 4) + half;  // a lane's two outputs are neighbours
             unit.codes[r][half][0] = *(const uint4*)(p + 512 * half + 16 * lane);
             if constexpr (GROUPS > 0) unit.scales[r][half].load(p + 1024 + output * GROUPS * SCALE_BYTES);
             if constexpr (HAS_ZEROS) unit.zeros[r][half].load(p + 1024 + SCALE_RECORD + output * NUM_SCALES);
@@ -95,7 +95,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantized_linear(
     const int num_units = (num_inputs + UNIT - 1) / UNIT;
     const int first_output = (blockIdx.x * TILES + n_warp * ROW_TILES) * 16;
 
-#if EXPERTS  // the routing is an input as well
+#if EXPERTS  // an earlier kernel writes the routing, so wait before reading it
 #if OVERLAP
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
@@ -177,7 +177,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantized_linear(
 
 #if OVERLAP
 #if !EXPERTS
-    asm volatile("griddepcontrol.wait;" ::: "memory");  // only the weights may be read before
+    asm volatile("griddepcontrol.wait;" ::: "memory");  // only the weights may be read before the wait
 #endif
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
@@ -197,7 +197,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantized_linear(
 
     float total[ROW_TILES][TOKEN_TILES][4] = {};
     auto multiply_unit = [&](const Unit& unit, int index) {
-        float sum[ROW_TILES][TOKEN_TILES][4] = {};  // of a group
+        float sum[ROW_TILES][TOKEN_TILES][4] = {};  // sums over a group's inputs
 #pragma unroll
         for (int q = 0; q < 4; ++q) {  // a quarter: 32 inputs, of which a lane has 8
             const int within = first_input(q);
@@ -214,7 +214,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantized_linear(
                 u32 pair[2][4];
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    u32 zero = BF16 ? 0x43084308u : 0x64086408u;  // of symmetric int4: 8
+                    u32 zero = BF16 ? 0x43084308u : 0x64086408u;  // the zero of symmetric int4 is 8
                     if constexpr (HAS_ZEROS) zero = zero_of(unit.zeros[r][half], group);
                     const uint4& c = unit.codes[r][half][NIBBLES ? 0 : q / 2];
                     if constexpr (NIBBLES) {
