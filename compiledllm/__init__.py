@@ -16,9 +16,12 @@ if TYPE_CHECKING:
         BeamSearchOutput,
         BeamSearchSequence,
         CompletionOutput,
+        EmbeddingOutput,
+        EmbeddingRequestOutput,
         Logprob,
         RequestOutput,
     )
+    from compiledllm.pooling_params import PoolingParams
     from compiledllm.remote.async_engine import AsyncEngine, AsyncLLM
     from compiledllm.remote.errors import EngineDeadError, EngineError
     from compiledllm.sampling_params import (
@@ -48,8 +51,11 @@ _HOMES = {
     "RepetitionDetectionParams": "compiledllm.sampling_params",
     "BeamSearchParams": "compiledllm.sampling_params",
     "StructuredOutputsParams": "compiledllm.structured_outputs",
+    "PoolingParams": "compiledllm.pooling_params",
     "RequestOutput": "compiledllm.outputs",
     "CompletionOutput": "compiledllm.outputs",
+    "EmbeddingOutput": "compiledllm.outputs",
+    "EmbeddingRequestOutput": "compiledllm.outputs",
     "Logprob": "compiledllm.outputs",
     "BeamSearchOutput": "compiledllm.outputs",
     "BeamSearchSequence": "compiledllm.outputs",
@@ -64,11 +70,14 @@ __all__ = [
     "BeamSearchSequence",
     "CompletionOutput",
     "ConfigError",
+    "EmbeddingOutput",
+    "EmbeddingRequestOutput",
     "Engine",
     "EngineConfig",
     "EngineDeadError",
     "EngineError",
     "Logprob",
+    "PoolingParams",
     "RepetitionDetectionParams",
     "RequestOutput",
     "RequestOutputKind",

@@ -11,6 +11,7 @@ from enum import Enum
 from typing import Any, NamedTuple, Protocol
 
 from compiledllm.outputs import FinishReason
+from compiledllm.pooling_params import PoolingKind
 from compiledllm.sampling_params import SamplingParams
 
 
@@ -48,7 +49,8 @@ class RequestSpec:
     cache_salt: requests share cached prefixes only if their salts are equal. grammar: text of the
     compiled grammar of structured_outputs (`Grammar.text`). sibling_id: with n > 1, the id of the
     first request, whose prompt blocks the others share. waits_for_batch: the caller sees no output
-    before its whole batch has ended.
+    before its whole batch has ended. pooling: how the prompt's hidden states become one vector; a
+    request that pools has max_tokens 0, which draws no token.
     """
 
     request_id: str
@@ -63,6 +65,7 @@ class RequestSpec:
     grammar: str | None = None
     sibling_id: str | None = None
     waits_for_batch: bool = False
+    pooling: PoolingKind | None = None
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -122,11 +125,12 @@ class Request:
     def num_tokens_to_compute(self) -> int:
         """Number of tokens whose KV is missing and can be computed now.
 
-        0 if the token in flight will be the last one, or must be known on the host first.
+        0 if the token in flight will be the last one, or must be known on the host first. Without
+        tokens to draw, what is in flight is the result of the whole prompt.
         """
         in_flight = self.num_tokens_in_flight
         num_tokens = len(self.token_ids) + in_flight
-        if num_tokens >= self.max_tokens_total or (in_flight and self.needs_last_token):
+        if in_flight and (num_tokens >= self.max_tokens_total or self.needs_last_token):
             return 0
         return num_tokens - self.num_computed_tokens
 
@@ -198,20 +202,23 @@ class StepOutput:
     """What a step produced, by request id: a token for each request that sampled.
 
     token_ids: negative if no token could be drawn; `errors` may say why. prompt_logprobs: the
-    position of a prompt token, and log probabilities from that token on.
+    position of a prompt token, and log probabilities from that token on. pooled: float32 vectors of
+    requests that pool, as bytes.
     """
 
     token_ids: dict[str, int]
     logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)
     prompt_logprobs: dict[str, tuple[int, list[TokenLogprobs]]] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
+    pooled: dict[str, bytes] = field(default_factory=dict)
 
 
 class RequestUpdate(NamedTuple):  # msgspec encodes a named tuple as an array: no names per request
     """What a request gained with its first token, or how it ended.
 
     num_cached_tokens: prompt tokens found in the prefix cache. prompt_logprobs: all of them, with
-    the request's first token.
+    the request's first token. pooled: the vector of a request that pools, float32 in the machine's
+    byte order.
     """
 
     request_id: str
@@ -221,10 +228,15 @@ class RequestUpdate(NamedTuple):  # msgspec encodes a named tuple as an array: n
     num_cached_tokens: int = 0
     logprobs: list[TokenLogprobs] = _NO_LOGPROBS
     prompt_logprobs: list[TokenLogprobs] = _NO_LOGPROBS
+    pooled: bytes | None = None
 
     @classmethod
     def of(
-        cls, request: Request, token_ids: list[int], logprobs: list[TokenLogprobs] = _NO_LOGPROBS
+        cls,
+        request: Request,
+        token_ids: list[int],
+        logprobs: list[TokenLogprobs] = _NO_LOGPROBS,
+        pooled: bytes | None = None,
     ) -> RequestUpdate:
         """The state of a request that has just got these tokens."""
         is_first = request.num_output_tokens == len(token_ids)
@@ -236,6 +248,7 @@ class RequestUpdate(NamedTuple):  # msgspec encodes a named tuple as an array: n
             max(request.num_cached_tokens, 0),
             logprobs,
             request.prompt_logprobs if is_first else _NO_LOGPROBS,
+            pooled,
         )
 
 

@@ -8,11 +8,14 @@ from compiledllm.models.checkpoint import is_derived
 
 
 class NameRules:
-    """A family's NAMES and IGNORED, for look-ups in both directions."""
+    """A family's NAMES and IGNORED, for look-ups in both directions.
+
+    Checkpoints of embedding models hold the model without its head, whose names lack "model.".
+    """
 
     def __init__(self, names: dict[str, str], ignored: tuple[str, ...]) -> None:
-        self._names = names
-        self._patterns = [(_compile(source), target) for source, target in names.items()]
+        self._names = names | {_without_prefix(source): names[source] for source in names}
+        self._patterns = [(_compile(source), target) for source, target in self._names.items()]
         self._ignored = [_compile(source) for source in ignored]
 
     def ignore(self, source: str) -> None:
@@ -55,6 +58,10 @@ def slots_of(target: str) -> list[str]:
     """Split a target into its slots: "x:a,b" -> "x:a", "x:b"."""
     name, _, parts = target.partition(":")
     return [f"{name}:{part}" for part in parts.split(",")] if parts else [name]
+
+
+def _without_prefix(source: str) -> str:
+    return source.removeprefix("model.")
 
 
 def _compile(pattern: str) -> re.Pattern[str]:

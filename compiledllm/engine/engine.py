@@ -29,7 +29,13 @@ from compiledllm.engine.request_state import OutputStream, RequestState
 from compiledllm.engine.tokenizer import Tokenizer
 from compiledllm.log import show_logs
 from compiledllm.models.source import resolve_checkpoint
-from compiledllm.outputs import BeamSearchOutput, PositionLogprobs, RequestOutput
+from compiledllm.outputs import (
+    BeamSearchOutput,
+    EmbeddingRequestOutput,
+    PositionLogprobs,
+    RequestOutput,
+)
+from compiledllm.pooling_params import PoolingParams
 from compiledllm.sampling_params import ALL_TOKENS, BeamSearchParams, SamplingParams
 
 if TYPE_CHECKING:
@@ -191,6 +197,37 @@ class Engine:
     def get_default_sampling_params(self) -> SamplingParams:
         """The sampling parameters of a request without any."""
         return dataclasses.replace(self._requests.defaults)
+
+    # -- vectors -------------------------------------------------------------------------------
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """The vector of each prompt, in the order of the prompts, from any decoder.
+
+        Without pooling_params, pooled as the checkpoint says, else by the normalised last token.
+        Raises ValueError for a bad prompt, which starts nothing, and ConfigError for a checkpoint
+        whose pooling is not supported.
+        """
+        from compiledllm.engine.pooling import embedding_output
+
+        listed, factory = as_prompts(prompts), self._requests
+        given = PoolingParams() if pooling_params is None else pooling_params
+        params = one_per_prompt(given, len(listed), "pooling_params")
+        priorities = one_per_prompt(0 if priority is None else priority, len(listed), "priority")
+        states = [
+            factory.make_pooling(self._next_request_id(), *arguments)
+            for arguments in zip(listed, params, priorities, strict=True)
+        ]
+        self._run(states, states, use_tqdm)
+        return [
+            embedding_output(state, factory.pooling, asked)
+            for state, asked in zip(states, params, strict=True)
+        ]
 
     # -- searching -----------------------------------------------------------------------------
 

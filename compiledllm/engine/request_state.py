@@ -18,7 +18,8 @@ class Completion:
 
     spec: the core's request. params: the caller's sampling parameters, of which the text's fields
     matter here. Attributes: `token_ids`, `logprobs` (of the output), `prompt_logprobs`,
-    `num_cached_tokens`, `finish_reason`, `stop_reason`, `first_token_time`, `last_token_time`.
+    `num_cached_tokens`, `finish_reason`, `stop_reason`, `first_token_time`, `last_token_time`,
+    `pooled` (the vector of a request that pools, float32).
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Completion:
         self.logprobs: list[TokenLogprobs] = []
         self.prompt_logprobs: list[TokenLogprobs] = []
         self.num_cached_tokens = 0
+        self.pooled: bytes | None = None
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self.first_token_time: float | None = None
@@ -72,6 +74,7 @@ class Completion:
     def apply(self, update: RequestUpdate, now: float) -> None:
         """Add what a step brought, up to a stop string."""
         self.num_cached_tokens = update.num_cached_tokens
+        self.pooled = update.pooled
         self.logprobs += update.logprobs
         self.prompt_logprobs += update.prompt_logprobs
         last = len(update.token_ids) - 1

@@ -16,7 +16,14 @@ from compiledllm.grammars.grammar import Grammars
 from compiledllm.grammars.library import Vocabulary, require_llguidance
 from compiledllm.log import log
 from compiledllm.models.generation_config import generation_defaults, generation_eos_token_ids
-from compiledllm.sampling_params import ALL_TOKENS, MAX_BAD_WORDS, SamplingParams
+from compiledllm.models.pooling import StoredPooling, stored_pooling
+from compiledllm.pooling_params import PoolingParams
+from compiledllm.sampling_params import (
+    ALL_TOKENS,
+    MAX_BAD_WORDS,
+    RequestOutputKind,
+    SamplingParams,
+)
 from compiledllm.types import RequestSpec
 
 MAX_TRUNCATED_TOKENS = 2**17  # of a text that is truncated to its end; takes some 50 MB
@@ -43,6 +50,7 @@ class RequestFactory:
         self.eos_token_ids = self._find_eos_token_ids(model.eos_token_ids)
         self.defaults = self._default_sampling_params()
         self._grammars: Grammars | None = None
+        self._pooling: StoredPooling | None = None
 
     def make(
         self,
@@ -63,7 +71,7 @@ class RequestFactory:
             raise ValueError(f"sampling_params must be SamplingParams, got {params!r}")
         self._check_priority(priority)
         params = dataclasses.replace(params)  # a checked copy, which the caller cannot change
-        text, token_ids = self._read_prompt(prompt, params)
+        text, token_ids = self._read_sampled_prompt(prompt, params)
         if max_logprobs is None:
             max_logprobs = self._config.model.max_logprobs
         check_params(params, self.vocab_size, max_logprobs)
@@ -88,6 +96,44 @@ class RequestFactory:
             self.compile(state)
         return state
 
+    def make_pooling(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: PoolingParams,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> RequestState:
+        """A request for the vector of a prompt, which draws no token. ValueError if impossible."""
+        if not isinstance(params, PoolingParams):
+            raise ValueError(f"pooling_params must be PoolingParams, got {params!r:.80}")
+        self._check_priority(priority)
+        text, token_ids = self._read_prompt(prompt, params.truncate_prompt_tokens, num_new=0)
+        kind = params.kind or self.pooling.kind
+        sampling = SamplingParams(
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            skip_reading_prefix_cache=params.skip_reading_prefix_cache or kind == "mean",
+        )
+        spec = RequestSpec(
+            request_id,
+            token_ids,
+            sampling,
+            max_tokens=0,
+            priority=priority,
+            cache_salt=cache_salt,
+            pooling=kind,
+        )
+        completion = Completion(0, spec, sampling, tokenizer=None)
+        return RequestState(request_id, sampling, [completion], text)
+
+    @property
+    def pooling(self) -> StoredPooling:
+        """The checkpoint's pooling. Raises ConfigError if the engine does not support it."""
+        if self._pooling is None:
+            self._pooling = stored_pooling(self._model_path)
+        return self._pooling
+
     def compile(self, state: RequestState) -> None:
         """Compile a request's structured_outputs, if set. Raises ValueError and CompilersBusy."""
         form = state.params.structured_outputs
@@ -99,7 +145,7 @@ class RequestFactory:
 
     def tokenized(self, prompt: Prompt, params: SamplingParams) -> dict[str, Any]:
         """A prompt in the form that `make` takes, with its token ids, truncated and checked."""
-        text, token_ids = self._read_prompt(prompt, params)
+        text, token_ids = self._read_sampled_prompt(prompt, params)
         return {"prompt": text, "prompt_token_ids": token_ids}
 
     def check_room(self, request: RequestSpec) -> None:
@@ -109,7 +155,7 @@ class RequestFactory:
         stored.
         """
         room = self._num_slots - request.num_prompt_tokens + 1
-        if request.max_tokens > room:
+        if max(request.max_tokens, 1) > room:
             way_out = f"max_tokens <= {room} would fit" if room > 0 else "shorten the prompt"
             raise ValueError(
                 f"a prompt of {request.num_prompt_tokens} tokens with max_tokens="
@@ -162,20 +208,24 @@ class RequestFactory:
         tokenizer = self.require_tokenizer("bad_words")
         return tokenize_bad_words(params.bad_words, tokenizer, self.vocab_size)
 
-    def _read_prompt(self, prompt: Prompt, params: SamplingParams) -> tuple[str | None, list[int]]:
-        """A prompt's text, unless unknown or cut, and its token ids, truncated and checked."""
-        text, token_ids = self._tokenize(prompt, params.truncate_prompt_tokens is not None)
-        kept = self._truncate(token_ids, params)
-        self._check_prompt(kept)
-        return (text if kept is token_ids else None), kept
+    def _read_sampled_prompt(
+        self, prompt: Prompt, params: SamplingParams
+    ) -> tuple[str | None, list[int]]:
+        return self._read_prompt(prompt, params.truncate_prompt_tokens, params.max_tokens or 1)
 
-    def _truncate(self, token_ids: list[int], params: SamplingParams) -> list[int]:
-        keep = params.truncate_prompt_tokens
-        if keep is None:
-            return token_ids
+    def _read_prompt(
+        self, prompt: Prompt, keep: int | None, num_new: int
+    ) -> tuple[str | None, list[int]]:
+        """A prompt's text, unless unknown or cut, and its token ids, truncated and checked.
+
+        keep: `truncate_prompt_tokens`. num_new: number of tokens to generate after the prompt.
+        """
+        text, token_ids = self._tokenize(prompt, keep is not None, num_new)
         if keep == -1:
-            keep = max(self.max_model_len - (params.max_tokens or 1), 1)
-        return token_ids[-keep:] if keep < len(token_ids) else token_ids
+            keep = max(self.max_model_len - num_new, 1)
+        kept = token_ids if keep is None or keep >= len(token_ids) else token_ids[-keep:]
+        self._check_prompt(kept, num_new)
+        return (text if kept is token_ids else None), kept
 
     def _check_priority(self, priority: int) -> None:
         if not isinstance(priority, int) or isinstance(priority, bool):
@@ -186,12 +236,14 @@ class RequestFactory:
                 f"'{self._config.scheduler.scheduling_policy}'; use scheduling_policy='priority'"
             )
 
-    def max_tokenized(self, is_truncated: bool) -> int:
+    def max_tokenized(self, is_truncated: bool, num_new: int = 1) -> int:
         """Largest number of tokens that a prompt may have, or a text to truncate to a prompt."""
-        max_tokens = self.max_model_len - 1
+        max_tokens = self.max_model_len - min(num_new, 1)
         return max(max_tokens, MAX_TRUNCATED_TOKENS) if is_truncated else max_tokens
 
-    def _tokenize(self, prompt: Prompt, is_truncated: bool) -> tuple[str | None, list[int]]:
+    def _tokenize(
+        self, prompt: Prompt, is_truncated: bool, num_new: int = 1
+    ) -> tuple[str | None, list[int]]:
         if isinstance(prompt, Mapping):
             if not prompt or set(prompt) - {"prompt", "prompt_token_ids"}:
                 raise ValueError(
@@ -203,10 +255,11 @@ class RequestFactory:
             prompt = prompt["prompt"]
         if isinstance(prompt, str):
             tokenizer = self.require_tokenizer("a text prompt")
-            return prompt, tokenizer.encode(prompt, True, self.max_tokenized(is_truncated))
+            max_tokens = self.max_tokenized(is_truncated, num_new)
+            return prompt, tokenizer.encode(prompt, True, max_tokens)
         return None, as_token_ids(prompt)
 
-    def _check_prompt(self, token_ids: list[int]) -> None:
+    def _check_prompt(self, token_ids: list[int], num_new: int = 1) -> None:
         if not token_ids:
             raise ValueError("the prompt is empty; give at least one token")
         vocab_size, max_len = self.vocab_size, self.max_model_len
@@ -216,10 +269,11 @@ class RequestFactory:
                 f"token id {token_ids[index]} at position {index} of the prompt is out of range; "
                 f"the vocabulary has ids 0 to {vocab_size - 1}"
             )
-        if len(token_ids) >= max_len:
+        if len(token_ids) + min(num_new, 1) > max_len:
+            room = f"{max_len - 1} (and one to generate)" if num_new else f"{max_len}"
             raise ValueError(
                 f"the prompt has {len(token_ids)} tokens and max_model_len={max_len} leaves room "
-                f"for {max_len - 1} (and one to generate); shorten it{self._longer}"
+                f"for {room}; shorten it{self._longer}"
             )
 
     def _default_sampling_params(self) -> SamplingParams:

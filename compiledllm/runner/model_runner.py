@@ -42,6 +42,8 @@ class StepResult(NamedTuple):
     drawn: Tensor  # int64 [samples], token ids
     logits: Tensor  # [samples, vocab]
     hidden: Tensor | None  # [tokens, hidden] if the step `keeps_all`
+    # [samples, hidden], last tokens' hidden states; a captured decode step does not keep them.
+    sampled: Tensor | None
 
 
 class ModelRunner:
@@ -75,6 +77,7 @@ class ModelRunner:
         self.compiler = BlockCompiler(model, self.run_dummy, variants)
         self.graphs: StepGraphs | None = None
         self.logits: Tensor  # [captured rows, vocab], written by every captured step
+        self.hidden: Tensor  # [captured rows, hidden], written by captured steps with prompts
 
     def launch(self, step: SchedulerOutput) -> PendingOutput:
         """Launch one step. A GPU may still be running the step when the method returns.
@@ -99,12 +102,19 @@ class ModelRunner:
         rows, positions = layout.sample_rows, layout.sample_positions
         request_ids = layout.sample_request_ids
         keeps_all = bool(table.wants_prompt_logprobs[layout.rows].any())
+        pools = None
+        if table.pooling.are_used:
+            pools = table.pooling.of(rows)
+            keeps_all |= bool(table.pooling.means[layout.rows].any())
         last_tokens = self._last_tokens(rows)
-        drawn, logits, hidden = self._run(layout, len(rows), keeps_all)
+        result = self._run(layout, len(rows), keeps_all, pools)
+        drawn, logits, hidden, sampled = result
         extras = self.sampler.finish(drawn, logits, rows, positions, last_tokens, request_ids)
         if hidden is not None and (prompts := self._prompt_logprobs(layout, hidden)):
             extras = extras or Extras()
             extras.prompt_logprobs = prompts
+        if pools is not None:
+            extras = self._pool(layout, result, pools, extras)
         return self.outputs.send(request_ids, drawn, extras)
 
     def collect(self, pending: PendingOutput) -> StepOutput:
@@ -117,22 +127,30 @@ class ModelRunner:
 
     # -- a step, replayed, run or recorded -----------------------------------------------------
 
-    def _run(self, layout: StepLayout, num_samples: int, keeps_all: bool) -> StepResult:
-        """Replay the captured graph that fits the step, or else run the step at its exact size."""
+    def _run(
+        self, layout: StepLayout, num_samples: int, keeps_all: bool, pools: np.ndarray | None
+    ) -> StepResult:
+        """Replay the captured graph that fits the step, or else run the step at its exact size.
+
+        pools: bool [samples], the samples whose hidden states are needed; None: no request pools.
+        """
         shape, captured = layout.shape, None
-        graphs = None if keeps_all else self.graphs
+        needs_hidden = pools is not None and bool(pools.any())
+        graphs = None if keeps_all or (needs_hidden and shape.is_decode) else self.graphs
         if graphs is not None:
             captured = graphs.shape_for(shape)
         inputs = layout.inputs(self.table, captured or shape)
         self._plan(layout, inputs if shape.is_decode else layout.rows, captured)
         if graphs is not None and captured is not None:
-            return StepResult(graphs.replay(captured, inputs)[:num_samples], self.logits, None)
+            drawn = graphs.replay(captured, inputs)[:num_samples]
+            return StepResult(drawn, self.logits, None, self.hidden[:num_samples])
         on_device = to_device(inputs, self.device)
         # Compiled code does not accept size 0, so a step without samples has one that is ignored.
         size = max(num_samples, 1)
         batch = InputBatch.of(shape, on_device, size, self.table, self.block_size)
         draw_rows = self.sampler.rows_to_draw(layout.sample_rows, layout.sample_positions)
-        return self._step(batch, num_samples, draw_rows, keeps_all=keeps_all)
+        draws = pools is None or not pools.all()
+        return self._step(batch, num_samples, draw_rows, keeps_all=keeps_all, draws=draws)
 
     def _step(
         self,
@@ -140,23 +158,25 @@ class ModelRunner:
         num_samples: int,
         draw_rows: Tensor | None = None,
         logits: Tensor | None = None,
+        hidden_out: Tensor | None = None,
         keeps_all: bool = False,
+        draws: bool = True,
     ) -> StepResult:
         """Run one step, from reading the request rows to updating them.
 
         Draws tokens for the first `num_samples` samples of the batch. draw_rows: int64
         [num_samples], the request rows whose sampling parameters apply; None: the sampled rows
-        themselves. logits: [num_samples, vocab], an output buffer. keeps_all: return the hidden
-        states of all tokens.
+        themselves. logits: [num_samples, vocab], hidden_out: [num_samples, hidden], output buffers.
+        keeps_all: return the hidden states of all tokens. draws: False if every sample pools.
         """
         table, num_tokens = self.table, len(batch.input_ids)
         with self._products_of(num_tokens):
-            hidden = self.forward(batch) if keeps_all else self._forward_samples(batch)
+            hidden = self.forward(batch) if keeps_all else self._forward_samples(batch, hidden_out)
         sample_rows = drawn = batch.sample_rows[:num_samples]
-        if num_samples:
-            sampled_hidden = hidden[batch.logits_indices] if keeps_all else hidden
+        sampled = hidden[batch.logits_indices] if keeps_all else hidden
+        if num_samples and draws:
             with self._products_of(num_samples):
-                logits = self.model.compute_logits(sampled_hidden, logits)
+                logits = self.model.compute_logits(sampled, logits)
             rows = sample_rows if draw_rows is None else draw_rows
             drawn = draw_tokens(logits, rows, batch.sample_positions, table.sampling)
         advance(
@@ -168,17 +188,20 @@ class ModelRunner:
             table.num_computed_tokens,
         )
         logits = hidden[:0] if logits is None else logits
-        return StepResult(drawn, logits, hidden if keeps_all else None)
+        return StepResult(drawn, logits, hidden if keeps_all else None, sampled)
 
     def _captured_step(self, shape: StepShape, inputs: Tensor) -> Tensor:
         """The step that `StepGraphs` records. Returns token ids int64 [rows]; writes `self.logits`.
 
+        A step with prompts also writes `self.hidden`, where it gathers the last tokens' hidden
+        states anyway. A decode step would need a copy for it, which every drawn token would pay.
         No other tensor outlives the step, because it would take memory of its own in every graph.
         """
         self._backend.select(shape)
         batch = InputBatch.of(shape, inputs, shape.num_rows, self.table, self.block_size)
         logits = self.logits[: shape.num_rows]
-        return self._step(batch, shape.num_rows, logits=logits).drawn
+        hidden = None if shape.is_decode else self.hidden[: shape.num_rows]
+        return self._step(batch, shape.num_rows, logits=logits, hidden_out=hidden).drawn
 
     @torch.inference_mode()
     def run_dummy(self, num_tokens: int, num_samples: int = 1) -> None:
@@ -193,9 +216,12 @@ class ModelRunner:
     @torch.inference_mode()
     def capture(self, shapes: list[StepShape]) -> StepGraphs:
         """Capture a CUDA graph of a step for each shape. CUDA only."""
-        vocab_size, dtype = self.model.spec.vocab_size, self.model.spec.torch_dtype
-        max_rows = max(shape.num_rows for shape in shapes)
-        self.logits = torch.empty(max_rows, vocab_size, dtype=dtype, device=self.device)
+        spec, max_rows = self.model.spec, max(shape.num_rows for shape in shapes)
+        sizes = spec.vocab_size, spec.hidden_size
+        self.logits, self.hidden = (
+            torch.empty(max_rows, size, dtype=spec.torch_dtype, device=self.device)
+            for size in sizes
+        )
         padding = StepLayout.empty()
         inputs = {shape: padding.inputs(self.table, shape) for shape in shapes}
         for shape in shapes:
@@ -215,15 +241,18 @@ class ModelRunner:
         hidden: Tensor = self.model(batch.input_ids, batch.positions, self.kv_caches, attn, *last)
         return hidden
 
-    def _forward_samples(self, batch: InputBatch) -> Tensor:
-        """Hidden states of the sampled tokens, [samples, hidden]."""
+    def _forward_samples(self, batch: InputBatch, out: Tensor | None = None) -> Tensor:
+        """Hidden states of the sampled tokens, [samples, hidden], written to `out` if given."""
         num_tokens, num_samples = len(batch.input_ids), len(batch.logits_indices)
         is_large = num_tokens >= max(_MIN_TOKENS_FOR_SAMPLED_ONLY, 4 * num_samples)
         if is_large and self.model.takes_sampled_tokens:
             sampled = batch.sampled_tokens(self.table, self._group_of_layer[-1], self.block_size)
-            return self.forward(batch, sampled)
+            hidden = self.forward(batch, sampled)
+            return hidden if out is None else out.copy_(hidden)
         hidden = self.forward(batch)
-        return hidden if num_tokens == num_samples else hidden[batch.logits_indices]
+        if out is None and num_tokens == num_samples:
+            return hidden
+        return torch.index_select(hidden, 0, batch.logits_indices, out=out)
 
     def _plan(self, layout: StepLayout, rows: np.ndarray, graph: StepShape | None = None) -> None:
         """Let the backend plan the step. rows: the layout's request rows, then padding rows.
@@ -268,6 +297,20 @@ class ModelRunner:
                 )
             ]
         return found
+
+    def _pool(
+        self, layout: StepLayout, result: StepResult, pools: np.ndarray, extras: Extras | None
+    ) -> Extras | None:
+        """Add the vectors of requests whose prompts end in this step to the step's extras."""
+        pooling = self.table.pooling
+        if result.hidden is not None and pooling.means[layout.rows].any():
+            pooling.add_to_sums(layout, result.hidden)
+        if not pools.any():
+            return extras
+        assert result.sampled is not None
+        extras = extras or Extras()
+        extras.pooled = pooling.pool(layout, result.sampled)
+        return extras
 
     # -- after a failure -----------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from compiledllm.kernels.logprobs import Logprobs
+from compiledllm.kernels.sampling import INVALID
 from compiledllm.types import StepOutput, TokenLogprobs
 
 MAX_IN_FLIGHT = 2  # maximum number of steps that are launched and not yet collected
@@ -56,12 +57,14 @@ class Extras:
     """A step's results besides tokens.
 
     logprobs: (request ids, values at one position each). prompt_logprobs: (request id, first
-    position, values). errors: messages by request id.
+    position, values). errors: messages by request id. pooled: (request ids, float32 vectors
+    [request ids, hidden]).
     """
 
     logprobs: list[tuple[list[str], LogprobsBatch]] = field(default_factory=list)
     prompt_logprobs: list[tuple[str, int, LogprobsBatch]] = field(default_factory=list)
     errors: dict[str, str] = field(default_factory=dict)
+    pooled: tuple[list[str], Tensor] | None = None
 
     def to_host(self) -> None:
         self.logprobs = [(ids, found.to_host()) for ids, found in self.logprobs]
@@ -69,6 +72,19 @@ class Extras:
             (request_id, position, found.to_host())
             for request_id, position, found in self.prompt_logprobs
         ]
+        if self.pooled is not None:
+            request_ids, vectors = self.pooled
+            host = torch.empty(vectors.shape, dtype=vectors.dtype, pin_memory=True)
+            self.pooled = request_ids, host.copy_(vectors, non_blocking=True)
+
+    def pooled_vectors(self) -> dict[str, bytes]:
+        """The vectors by request id, without vectors that hold NaN or infinity."""
+        if self.pooled is None:
+            return {}
+        request_ids, vectors = self.pooled
+        are_finite = vectors.isfinite().all(1).tolist()
+        lines = zip(request_ids, vectors.numpy(), are_finite, strict=True)
+        return {request_id: vector.tobytes() for request_id, vector, is_good in lines if is_good}
 
 
 class PendingOutput:
@@ -102,7 +118,11 @@ class PendingOutput:
         prompt_logprobs: dict[str, tuple[int, list[TokenLogprobs]]] = {}
         for request_id, first, found in extras.prompt_logprobs:
             prompt_logprobs.setdefault(request_id, (first, []))[1].extend(found.positions())
-        return StepOutput(tokens, logprobs, prompt_logprobs, extras.errors)
+        pooled = extras.pooled_vectors()
+        for request_id in extras.pooled[0] if extras.pooled else ():
+            if request_id not in pooled:
+                tokens[request_id] = INVALID
+        return StepOutput(tokens, logprobs, prompt_logprobs, extras.errors, pooled)
 
 
 class OutputRing:

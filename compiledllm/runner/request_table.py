@@ -15,6 +15,7 @@ import torch
 from compiledllm.kernels.sampling import SamplingRows
 from compiledllm.runner.device import to_device
 from compiledllm.runner.logits_rules import LogitsRules
+from compiledllm.runner.pooling import PoolingRows
 from compiledllm.sampling_params import ALL_TOKENS, SamplingParams
 from compiledllm.types import NewRequest, SchedulerOutput
 
@@ -25,8 +26,8 @@ class RequestTable:
     On the device there are `max_num_seqs` + 1 rows; the last row is for padding. block_tables:
     int32 [groups, rows, max_blocks], a table per group of layers. last_token_ids,
     num_computed_tokens: int64 [rows]. sampling: the sampling parameters, a tensor [rows] each.
-    On the host, per row: the tokens known at admission, the log probabilities to return, and the
-    rules for logits.
+    On the host, per row: the tokens known at admission, the log probabilities to return, the rules
+    for logits, and how the row pools.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class RequestTable:
         self.num_computed_tokens = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self.sampling = SamplingRows.zeros(num_rows, device)
         self.rules = LogitsRules(max_num_seqs, vocab_size, device)
+        self.pooling = PoolingRows(max_num_seqs, device)
         self.token_ids: list[np.ndarray] = [np.empty(0, np.int64)] * max_num_seqs
         self.params: list[SamplingParams | None] = [None] * max_num_seqs
         self.num_logprobs = np.zeros(max_num_seqs, np.int64)  # number of most likely tokens
@@ -84,6 +86,7 @@ class RequestTable:
     def _release(self, request_id: str) -> None:
         row = self._row_of.pop(request_id)
         self.rules.release(row)
+        self.pooling.release(row)
         self._free_rows.append(row)
 
     def _fill_all(self, step: SchedulerOutput) -> None:
@@ -128,6 +131,7 @@ class RequestTable:
         self.named_logprobs[row] = params.logprob_token_ids or []
         self.wants_prompt_logprobs[row] = params.prompt_logprobs is not None
         self.rules.fill(row, request)
+        self.pooling.fill(row, request.spec.pooling)
         self._num_blocks[row] = 0
         return row
 

@@ -78,7 +78,7 @@ class KVManager:
     def check_fits(self, request: Request) -> None:
         """Raise ValueError, saying what would fit, if the whole pool could not hold a request."""
         # The last sampled token's KV is never needed, hence the -1.
-        num_slots = request.num_prompt_tokens + request.spec.max_tokens - 1
+        num_slots = request.num_prompt_tokens + max(request.spec.max_tokens, 1) - 1
         if num_slots > self.max_request_tokens:
             needed = num_blocks_needed(self.windows, self.block_size, num_slots)
             room = self.max_request_tokens - request.num_prompt_tokens + 1

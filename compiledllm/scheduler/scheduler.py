@@ -331,6 +331,9 @@ class Scheduler:
             return
         spec, tokens = request.spec, request.token_ids
         is_first = len(tokens) == request.num_prompt_tokens
+        if is_first and spec.max_tokens == 0:
+            self._end_without_tokens(request, output.pooled.get(request_id), news)
+            return
         tokens.append(token_id)
         if (
             token_id in spec.stop_token_ids
@@ -346,6 +349,11 @@ class Scheduler:
         news.token_ids[request_id] = token_id
         if found is not None:
             news.logprobs[request_id] = found
+
+    def _end_without_tokens(self, request: Request, pooled: bytes | None, news: StepNews) -> None:
+        """End a request that asks for no token, now that its prompt is computed."""
+        self._end(request, "length" if request.spec.pooling is None else "stop")
+        news.updates.append(RequestUpdate.of(request, [], pooled=pooled))
 
     def _retry_or_fail(self, request: Request, error: str | None, news: StepNews) -> None:
         """Start a request over that got no token; end it if it has a rule's error or fails again.

@@ -7,16 +7,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from compiledllm import Engine, SamplingParams
 from compiledllm.config import Choice, ConfigError
 from compiledllm.engine.core import EngineCore
-from compiledllm.graphs.buckets import StepShape, shape_for, step_shapes
 from compiledllm.platform import Platform
-from compiledllm.runner.model_runner import ModelRunner
+from tests.support.captured import Uncaptured
 
 S, F = "sliding_attention", "full_attention"
 GEMMA: dict[str, Any] = {"head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": 20}
@@ -167,24 +165,6 @@ def test_compiled_blocks_are_shared_by_all_groups(
     assert greedy(engine) == expected
     assert [greedy(engine, [prompt]) for prompt in PROMPTS] == [[tokens] for tokens in expected]
     assert compiler.num_recompiles == 0
-
-
-class Uncaptured:
-    """Runs what would be captured, step by step: there are no graphs on a CPU."""
-
-    def __init__(self, runner: ModelRunner, max_tokens: int) -> None:
-        self._runner = runner
-        self._shapes = step_shapes(runner.table.padding_row, max_tokens)
-        vocab_size = runner.model.spec.vocab_size
-        runner.logits = torch.empty(runner.table.padding_row, vocab_size)
-        self.replayed: set[StepShape] = set()
-
-    def shape_for(self, shape: StepShape) -> StepShape | None:
-        return shape_for(shape, self._shapes)
-
-    def replay(self, shape: StepShape, inputs: np.ndarray) -> torch.Tensor:
-        self.replayed.add(shape)
-        return self._runner._captured_step(shape, torch.from_numpy(inputs))
 
 
 @pytest.mark.parametrize("max_tokens", [512, 48])

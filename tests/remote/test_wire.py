@@ -26,7 +26,7 @@ from compiledllm.types import RequestSpec, RequestUpdate, StepNews, TokenLogprob
 
 STATS = Stats(1, 2, 0.5, 3, 0, 0, 0.01, 7, 100, 50)
 LOGPROBS: TokenLogprobs = ((5, 6), (-0.5, -1.5), 1, 1)
-UPDATE = RequestUpdate("r", [1, 2], "stop", "END", 3, [LOGPROBS], [LOGPROBS] * 2)
+UPDATE = RequestUpdate("r", [1, 2], "stop", "END", 3, [LOGPROBS], [LOGPROBS] * 2, b"\0\xff")
 
 
 @pytest.mark.parametrize(
@@ -93,6 +93,7 @@ def test_a_request_arrives_as_it_was() -> None:
         grammar="start: x",
         sibling_id="0_r",
         waits_for_batch=True,
+        pooling="mean",
     )
     assert all(getattr(spec, f.name) != f.default for f in fields(spec)), "one is not tried"
     ours, theirs = socket.socketpair()

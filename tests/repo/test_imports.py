@@ -21,13 +21,13 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = ("compiledllm", "graphs", "kernels", "models", "benchmarks")
 
 LEAVES = {"checks", "structured_outputs", "sampling_params", "outputs", "types", "config"}
-LEAVES |= {"platform", "log", "version", "resolved_config"}
+LEAVES |= {"platform", "log", "version", "resolved_config", "pooling_params"}
 BELOW_ENGINE = {"scheduler", "grammars", "runner", "graphs", "models", "kernels", *LEAVES}
 # Layer -> layers it may import, itself aside. "root" is compiledllm/__init__; a name with a dot is
 # that module only. "benchmarks" is where `compiledllm bench` ends up.
 MAY_IMPORT: dict[str, set[str]] = {
     "root": {"engine.engine", "config", "sampling_params", "outputs", "structured_outputs"}
-    | {"version", "remote.async_engine", "remote.errors"},
+    | {"pooling_params", "version", "remote.async_engine", "remote.errors"},
     "cli": {"root", "arguments", "terminal_chat", "server", "benchmarks", "engine"} | BELOW_ENGINE,
     "terminal_chat": {"engine.engine", "sampling_params", "outputs"},
     "arguments": {"config"},
@@ -53,7 +53,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "platform": {"config", "types", "log"},
     "config": {"checks"},
     "resolved_config": {"config"},
-    "types": {"sampling_params", "outputs"},
+    "types": {"sampling_params", "pooling_params", "outputs"},
+    "pooling_params": {"checks"},
     "sampling_params": {"checks", "structured_outputs"},
     "structured_outputs": {"checks"},
     "outputs": set(),

@@ -1,0 +1,28 @@
+"""A stand-in for captured steps where there are no graphs."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from compiledllm.graphs.buckets import StepShape, shape_for, step_shapes
+from compiledllm.runner.model_runner import ModelRunner
+
+
+class Uncaptured:
+    """Runs what would be captured, step by step: there are no graphs on a CPU."""
+
+    def __init__(self, runner: ModelRunner, max_tokens: int) -> None:
+        self._runner = runner
+        self._shapes = step_shapes(runner.table.padding_row, max_tokens)
+        spec, max_rows = runner.model.spec, runner.table.padding_row
+        runner.logits = torch.empty(max_rows, spec.vocab_size)
+        runner.hidden = torch.empty(max_rows, spec.hidden_size)
+        self.replayed: set[StepShape] = set()
+
+    def shape_for(self, shape: StepShape) -> StepShape | None:
+        return shape_for(shape, self._shapes)
+
+    def replay(self, shape: StepShape, inputs: np.ndarray) -> torch.Tensor:
+        self.replayed.add(shape)
+        return self._runner._captured_step(shape, torch.from_numpy(inputs))
