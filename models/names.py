@@ -6,6 +6,8 @@ import re
 
 from compiledllm.models.checkpoint import is_derived
 
+SCORE_HEAD = "score.weight"  # head of models that classify texts, which `pooling` reads
+
 
 class NameRules:
     """A family's NAMES and IGNORED, for look-ups in both directions.
@@ -38,7 +40,7 @@ class NameRules:
 
     def is_used(self, name: str) -> bool:
         """Whether the model needs the tensor: false for IGNORED names and derived buffers."""
-        is_ignored = any(pattern.fullmatch(name) for pattern in self._ignored)
+        is_ignored = name == SCORE_HEAD or any(p.fullmatch(name) for p in self._ignored)
         return not is_ignored and not (is_derived(name) and not self.target_of(name))
 
     def target_of(self, name: str) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -49,6 +51,12 @@ FAMILIES = {
 }
 
 
+# Names of encoders, whose tokens attend to later tokens; the engine runs decoders only.
+_ENCODERS = re.compile(r"(?i).*(bert|electra|mpnet|deberta|t5encoder|erniem?model|newmodel|gtemodel)")
+# Endings of architectures that are a decoder without its output head.
+_HEADLESS = ("Model", "ForSequenceClassification")
+
+
 def family_of(architecture: str) -> ModuleType:
     """The family module of an architecture. Raises ConfigError if there is none.
 
@@ -74,7 +82,9 @@ def load_spec(
     """
     raw = read_json(checkpoint / "config.json")
     names = raw.get("architectures") or [f"(none; model_type={raw.get('model_type')!r})"]
-    architecture = names if isinstance(names, str) else str(names[0])
+    stored = names if isinstance(names, str) else str(names[0])
+    _refuse_looking_ahead(raw, stored)
+    architecture = _with_head(stored)
     has_family = architecture in FAMILIES
     if model_impl == "transformers" or (model_impl == "auto" and not has_family):
         _refuse_quantized(checkpoint, architecture, quantization)
@@ -82,7 +92,35 @@ def load_spec(
     family = family_of(architecture)
     with _as_config_errors(checkpoint):
         spec: ModelSpec = family.spec_from_hf(_config(checkpoint, raw))
+        if architecture != stored:  # nothing is stored that could be the head
+            spec = replace(spec, tie_word_embeddings=True)
         return _with_formats(spec, family, checkpoint, quantization)
+
+
+def _with_head(architecture: str) -> str:
+    """The architecture that a family implements, if `architecture` only lacks its output head."""
+    for ending in _HEADLESS:
+        if architecture.endswith(ending):
+            stem = architecture.removesuffix(ending).removesuffix("Text")
+            known = (f"{stem}{head}" for head in ("ForCausalLM", "LMHeadModel"))
+            return next((name for name in known if name in FAMILIES), architecture)
+    return architecture
+
+
+def _refuse_looking_ahead(raw: dict[str, Any], architecture: str) -> None:
+    """Raise ConfigError, by name, for encoders and for decoders that run as encoders."""
+    if _ENCODERS.match(architecture):
+        raise ConfigError(
+            f"architecture '{architecture:.80}' is an encoder, and compiledllm runs decoders only; "
+            "use an embedding model that is a decoder, such as Qwen/Qwen3-Embedding-0.6B"
+        )
+    for field, allowed in (("is_causal", True), ("use_bidirectional_attention", False)):
+        value = raw.get(field)
+        if isinstance(value, bool) and value is not allowed:
+            raise ConfigError(
+                f"config.json has {field}={value}: each token of this {architecture:.80} attends "
+                "to later tokens, which is not supported; use a model with causal attention"
+            )
 
 
 def _with_formats(

@@ -136,7 +136,7 @@ def test_captured_steps_give_the_same_vectors(
     stream = engine.stream([[1, 2, 3], [4, 5]], SamplingParams(max_tokens=60, ignore_eos=True))
     next(stream)
     assert_close(vectors(engine, PROMPTS, LAST), expected)
-    stream.close()
+    assert len(list(stream)[-1].outputs[0].token_ids) == 60
     assert_close(vectors(engine, PROMPTS, LAST), expected)
     assert_close(vectors(engine, PROMPTS[1:2], LAST), expected[1:2])
     assert {shape.is_decode for shape in graphs.replayed} == {True, False}
@@ -260,3 +260,51 @@ def test_bad_parameters_start_nothing(engine: Engine) -> None:
         with pytest.raises(ValueError, match=f"{field} must be"):
             PoolingParams(**{field: value})  # type: ignore[arg-type]
     assert not engine.core.has_unfinished()
+
+
+# -- which checkpoints ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config"),
+    [
+        ("qwen3", QWEN3_EMBEDDING),
+        ("mistral", {"sliding_window": 16}),
+        ("qwen2", {}),
+        ("gemma3_text", {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16}),
+    ],
+)
+def test_a_checkpoint_without_a_head_gives_vectors(
+    model_type: str, config: dict[str, Any], tmp_path: Path
+) -> None:
+    """As embedding models are stored: names without "model.", and no output head."""
+    import torch
+    from transformers import AutoModel
+
+    save_random_model(tmp_path / "causal", model_type, **config)
+    model = AutoModel.from_pretrained(tmp_path / "causal", dtype=torch.float32)
+    model.save_pretrained(tmp_path / "bare")
+    with torch.inference_mode():
+        expected = model(torch.tensor([PROMPTS[2]])).last_hidden_state[0, -1].numpy()
+    engine = Engine(tmp_path / "bare", **OPTIONS)
+    assert engine.core.spec.implementation == "compiledllm"
+    assert_close(vectors(engine, [PROMPTS[2]], LAST), [expected])
+
+
+@pytest.mark.parametrize(
+    "architecture", ["BertModel", "XLMRobertaForSequenceClassification", "ModernBertModel"]
+)
+def test_encoders_are_refused_by_name(architecture: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+    with pytest.raises(ConfigError, match=f"{architecture}.* is an encoder.*Qwen3-Embedding"):
+        Engine(tmp_path, load_format="dummy", device="cpu")
+
+
+@pytest.mark.parametrize("field", ["is_causal", "use_bidirectional_attention"])
+def test_decoders_that_look_ahead_are_refused_by_name(field: str, described: Path) -> None:
+    path = described / "config.json"
+    config = json.loads(path.read_text()) | {field: field != "is_causal"}
+    path.unlink()
+    path.write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=f"{field}=.* attends to later tokens"):
+        Engine(described, **OPTIONS)
