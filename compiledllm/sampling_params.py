@@ -85,7 +85,8 @@ class SamplingParams:
         output; presence_penalty once, frequency_penalty once per occurrence.
     repetition_penalty: above 0; divides positive logits and multiplies negative ones of tokens in
         the prompt or the output.
-    max_tokens: largest number of tokens to generate, >= 1; None: up to `max_model_len`.
+    max_tokens: largest number of tokens to generate; 0 computes only the prompt, for its log
+        probabilities or to cache it; None: up to `max_model_len`.
     min_tokens: end-of-sequence and stop rules have no effect before this many tokens.
     stop: string or up to 128 strings that end the text (matched on detokenised text, not included
         in the output unless `include_stop_str_in_output`).
@@ -184,10 +185,10 @@ class SamplingParams:
             _require_int(self, "best_of", self.n, MAX_N)
 
     def _check_lengths(self) -> None:
-        for name in ("max_tokens", "stream_interval"):
+        for name, smallest in (("max_tokens", 0), ("stream_interval", 1)):
             value = getattr(self, name)
-            ok = value is None or (_is_int(value) and value >= 1)
-            _require(ok, name, value, "an integer >= 1 or None")
+            ok = value is None or (_is_int(value) and value >= smallest)
+            _require(ok, name, value, f"an integer >= {smallest} or None")
         min_ok = _is_int(self.min_tokens) and self.min_tokens >= 0
         _require(min_ok, "min_tokens", self.min_tokens, "an integer >= 0")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:

@@ -21,8 +21,9 @@ _WAY_OUT = "compiledllm pools decoders by their last token or by the mean of all
 
 @dataclass(frozen=True, slots=True)
 class StoredPooling:
-    """The defaults of `PoolingParams` for a model."""
+    """The defaults of `PoolingParams` for a model. max_dimensions: size of a hidden state."""
 
+    max_dimensions: int
     kind: PoolingKind = "last"
     normalize: bool = True
 
@@ -32,9 +33,9 @@ def stored_pooling(checkpoint: Path) -> StoredPooling:
 
     Raises ConfigError for modules and poolings that are not supported.
     """
-    path = checkpoint / "modules.json"
+    path, size = checkpoint / "modules.json", _hidden_size(checkpoint)
     if not path.exists():
-        return StoredPooling()
+        return StoredPooling(size)
     kind: PoolingKind = "last"
     normalize = False
     for module in read_json_objects(path):
@@ -45,7 +46,16 @@ def stored_pooling(checkpoint: Path) -> StoredPooling:
             normalize = True
         elif name != "Transformer":
             raise ConfigError(f"{path}: the module '{name:.80}' is not supported; {_WAY_OUT}")
-    return StoredPooling(kind, normalize)
+    return StoredPooling(size, kind, normalize)
+
+
+def _hidden_size(checkpoint: Path) -> int:
+    """The size of a hidden state, by the names that configs have for it."""
+    config = read_json(checkpoint / "config.json")
+    text = config.get("text_config")
+    places = (config, text if isinstance(text, dict) else {})
+    sizes = (place.get(name) for place in places for name in ("hidden_size", "n_embd", "d_model"))
+    return next(size for size in sizes if isinstance(size, int))
 
 
 def _kind(path: Path) -> PoolingKind:

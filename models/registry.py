@@ -52,7 +52,9 @@ FAMILIES = {
 
 
 # Names of encoders, whose tokens attend to later tokens; the engine runs decoders only.
-_ENCODERS = re.compile(r"(?i).*(bert|electra|mpnet|deberta|t5encoder|erniem?model|newmodel|gtemodel)")
+_ENCODERS = re.compile(
+    r"(?i).*(bert|electra|mpnet|deberta|t5encoder|erniem?model|newmodel|gtemodel)"
+)
 # Endings of architectures that are a decoder without its output head.
 _HEADLESS = ("Model", "ForSequenceClassification")
 

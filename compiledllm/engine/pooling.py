@@ -15,18 +15,13 @@ _MIN_LENGTH = 1e-12  # a shorter vector is scaled as if it had this length, as i
 def vector_of(state: RequestState, stored: StoredPooling, params: PoolingParams) -> np.ndarray:
     """A finished request's vector, float32 [dimensions].
 
-    Raises ValueError if `dimensions` is more than the vector has, and RuntimeError if the request
-    ended with an error.
+    Raises RuntimeError if the request ended with an error.
     """
     (completion,) = state.completions
     if completion.pooled is None:
         cause = completion.stop_reason or completion.finish_reason
         raise RuntimeError(f"request '{state.request_id}' has no vector: {cause}")
-    vector = np.frombuffer(completion.pooled, np.float32)
-    size = params.dimensions or len(vector)
-    if size > len(vector):
-        raise ValueError(f"dimensions must be at most {len(vector)}, got {size}")
-    vector = vector[:size]
+    vector = np.frombuffer(completion.pooled, np.float32)[: params.dimensions]
     normalize = stored.normalize if params.normalize is None else params.normalize
     return normalized(vector) if normalize else vector
 

@@ -109,7 +109,10 @@ class RequestFactory:
             raise ValueError(f"pooling_params must be PoolingParams, got {params!r:.80}")
         self._check_priority(priority)
         text, token_ids = self._read_prompt(prompt, params.truncate_prompt_tokens, num_new=0)
-        kind = params.kind or self.pooling.kind
+        stored, size = self.pooling, params.dimensions
+        if size is not None and size > stored.max_dimensions:
+            raise ValueError(f"dimensions must be at most {stored.max_dimensions}, got {size}")
+        kind = params.kind or stored.kind
         sampling = SamplingParams(
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -211,7 +214,8 @@ class RequestFactory:
     def _read_sampled_prompt(
         self, prompt: Prompt, params: SamplingParams
     ) -> tuple[str | None, list[int]]:
-        return self._read_prompt(prompt, params.truncate_prompt_tokens, params.max_tokens or 1)
+        num_new = 1 if params.max_tokens is None else params.max_tokens
+        return self._read_prompt(prompt, params.truncate_prompt_tokens, num_new)
 
     def _read_prompt(
         self, prompt: Prompt, keep: int | None, num_new: int

@@ -27,11 +27,13 @@ from compiledllm.server.openai.answer import DEFAULT_SETTINGS, AnswerSettings
 from compiledllm.server.openai.errors import RAISED, ApiError
 from compiledllm.server.openai.jobs import JobMaker
 from compiledllm.server.openai.known_fields import KnownFields, ignored_header
+from compiledllm.server.openai.pooling_protocol import BODIES as POOLING_BODIES
 from compiledllm.server.openai.protocol import BODIES, DetokenizeRequest, TokenizeRequest
 from compiledllm.server.openai.serving import Serving
 from compiledllm.server.openai.text_tools import TextTools
 from compiledllm.server.openapi import add_bodies, body_of
 from compiledllm.server.origins import EXPOSED_HEADERS, Cors, PageCheck
+from compiledllm.server.pooling_routes import add_pooling
 from compiledllm.server.raw_body import read_body
 from compiledllm.server.responses import (
     EngineHealth,
@@ -73,7 +75,8 @@ class _App(FastAPI):
     def openapi(self) -> dict[str, Any]:
         """Add the schemas of bodies, because `bodies` reads them and FastAPI does not know them."""
         schema = super().openapi()
-        add_bodies(schema, (*BODIES.values(), *ANTHROPIC_BODIES.values()))
+        kinds = BODIES | ANTHROPIC_BODIES | POOLING_BODIES
+        add_bodies(schema, tuple(kinds.values()))
         return schema
 
 
@@ -91,7 +94,9 @@ def create_app(engine: EngineClient, options: AppOptions) -> FastAPI:
         options.logs_requests,
         options.answers,
     )
-    add_generation(app, jobs, Serving(engine, metrics))
+    serving = Serving(engine, metrics)
+    add_generation(app, jobs, serving)
+    add_pooling(app, jobs, serving)
     _add_text_tools(app, TextTools(jobs))
     _add_token_count(app, TokenCounter(jobs, options.answers))
     _add_models(app, jobs)

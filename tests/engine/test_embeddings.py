@@ -262,7 +262,7 @@ def test_bad_parameters_start_nothing(engine: Engine) -> None:
     assert not engine.core.has_unfinished()
 
 
-# -- which checkpoints ----------------------------------------------------------------------------
+# -- which checkpoints ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

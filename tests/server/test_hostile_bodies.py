@@ -22,6 +22,7 @@ pytestmark = pytest.mark.real_model  # its tokenizer
 MIB = 2**20
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 MESSAGES, COUNT = "/v1/messages", "/v1/messages/count_tokens"
+EMBED = "/v1/embeddings"
 MUTATIONS_S = float(os.environ.get("MUTATIONS_S", "6"))
 SECONDS_PER_MIB, SPARE_S = 1.0, 3.0
 # 0.3 s where the machine has nothing else to do; a slip of the kind these tests are for is seconds.
@@ -34,6 +35,7 @@ START = {
     TEXT: b'{"prompt":"hi","max_tokens":1',
     MESSAGES: b'{"messages":[{"role":"user","content":"hi"}],"max_tokens":1',
     COUNT: b'{"messages":[{"role":"user","content":"hi"}]',
+    EMBED: b'{"input":"hi"',
     "/tokenize": b'{"prompt":"hi"',
     "/detokenize": b'{"tokens":[1]',
 }
@@ -78,6 +80,7 @@ FIELDS = {
     "/detokenize": ["tokens"],
     MESSAGES: ["messages", "system", "tools", "tool_choice", "stop_sequences", "metadata"],
     COUNT: ["messages", "system", "tools"],
+    EMBED: ["input", "encoding_format", "dimensions", "truncate_prompt_tokens"],
 }
 FIELDS[TEXT] += ["stream_options", "unknown"]
 FIELDS[CHAT] += ["chat_template_kwargs", "unknown"]
@@ -128,6 +131,10 @@ def large_bodies() -> Iterator[tuple[str, str, bytes]]:
     yield "1M messages", CHAT, field(CHAT, "messages", many(b'{"role":"a"}', size))
     prompts = many(b"[5" + b",5" * 1999 + b"]", MIB)
     yield "65k sequences", TEXT, field(TEXT, "prompt", prompts + b',"n":128')
+    yield "16M ids to embed", EMBED, field(EMBED, "input", many(b"1", size))
+    yield "10M texts to embed", EMBED, field(EMBED, "input", many(b'""', size))
+    texts = b"[" + b",".join([b'"a b c"'] * 2048) + b"]"
+    yield "2048 texts to embed", EMBED, field(EMBED, "input", texts)
     yield "1M token ids to text", "/detokenize", field("/detokenize", "tokens", many(b"5", 2 * MIB))
     yield (
         "texts of tokens",
@@ -265,6 +272,7 @@ SEEDS: list[tuple[str, dict[str, Any]]] = [
             "structured_outputs": {"choice": ["a", "b"]},
         },
     ),
+    (EMBED, {"input": ["a", "b"], "dimensions": 3, "encoding_format": "base64"}),
     ("/tokenize", {"messages": [{"role": "user", "content": "a"}]}),
     ("/detokenize", {"tokens": [1, 2]}),
 ]

@@ -8,6 +8,7 @@ from typing import Any
 
 import openai
 import pytest
+import requests
 from openai import AsyncOpenAI, OpenAI
 
 pytestmark = pytest.mark.real_model  # its tokenizer
@@ -114,6 +115,62 @@ def test_prompts_may_be_token_ids(client: OpenAI) -> None:
     assert one.usage.prompt_tokens == 3
     many = complete(client, prompt=[ids, ids[:2]], temperature=0)
     assert many.choices[0].text == one.choices[0].text
+
+
+def embed(client: OpenAI, given: Any, **fields: Any) -> Any:
+    return client.embeddings.create(model="tiny", input=given, **fields)
+
+
+def test_embeddings_are_the_same_in_every_form(client: OpenAI) -> None:
+    """The client asks for base64 unless told otherwise, and returns floats either way."""
+    texts = ["Once upon a time", "Name three colours."]
+    both = embed(client, texts)
+    assert [item.index for item in both.data] == [0, 1]
+    ids = requests.post(f"{client.base_url}../tokenize", json={"prompt": texts[0]}).json()["tokens"]
+    for given in (texts[0], [texts[0]], ids, [ids]):
+        for form in ({}, {"encoding_format": "float"}):
+            answer = embed(client, given, **form)
+            assert answer.usage.prompt_tokens == answer.usage.total_tokens == len(ids)
+            assert answer.data[0].embedding == pytest.approx(both.data[0].embedding, abs=1e-5)
+    assert sum(value**2 for value in both.data[0].embedding) == pytest.approx(1)
+
+
+def test_dimensions_cut_a_vector_which_stays_of_length_one(client: OpenAI) -> None:
+    whole, cut = (
+        embed(client, "Hello", **more).data[0].embedding for more in ({}, {"dimensions": 8})
+    )
+    length = math.sqrt(sum(value**2 for value in whole[:8]))
+    assert cut == pytest.approx([value / length for value in whole[:8]], abs=1e-5)
+    raw = embed(client, "Hello", extra_body={"normalize": False}).data[0].embedding
+    assert sum(value**2 for value in raw) != pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"input": [], "model": "tiny"}, "input", "input must be"),
+        ({"input": "a", "dimensions": 65}, "dimensions", "dimensions must be at most 64, got 65"),
+        ({"input": "a", "extra_body": {"stream": True}}, "stream", "stream must be false"),
+        ({"input": [1] * 2049}, "input", "the prompt has 2049 tokens"),
+        ({"input": [[1], [50000]]}, "input", "token id 50000"),
+        ({"input": ["a"] * 2049}, "input", "at most 2048, got 2049 items"),
+    ],
+)
+def test_bad_inputs_to_embed_are_named(
+    fields: dict[str, Any], param: str, message: str, client: OpenAI
+) -> None:
+    with pytest.raises(openai.BadRequestError, match=message) as caught:
+        client.embeddings.create(**({"model": "tiny"} | fields))
+    assert caught.value.param == param
+
+
+def test_embeddings_beside_answers_that_are_generated(client: OpenAI) -> None:
+    alone = embed(client, "Hello").data[0].embedding
+    stream = complete(client, max_tokens=200, stream=True, extra_body={"ignore_eos": True})
+    next(iter(stream))
+    vectors = [item.embedding for item in embed(client, ["Hello"] * 40).data]
+    assert vectors == [pytest.approx(alone, abs=1e-5)] * 40
+    stream.close()
 
 
 @pytest.mark.parametrize("max_tokens", [0, 3])

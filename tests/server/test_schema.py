@@ -28,7 +28,7 @@ from compiledllm.sampling_params import MAX_N
 pytestmark = pytest.mark.real_model  # its tokenizer
 
 POSTS = ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"]
-POSTS += ["/v1/messages", "/v1/messages/count_tokens"]
+POSTS += ["/v1/messages", "/v1/messages/count_tokens", "/v1/embeddings"]
 GETS = ["/v1/models", "/v1/models/{model}", "/health", "/ready", "/version", "/metrics", "/config"]
 CHECKS = [
     not_a_server_error,

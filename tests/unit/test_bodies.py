@@ -15,6 +15,8 @@ from compiledllm.server.anthropic.protocol import CountTokensRequest, MessagesRe
 from compiledllm.server.openai.bodies import Body, fields_of, parse
 from compiledllm.server.openai.body_budget import MAX_FREE_BYTES
 from compiledllm.server.openai.errors import ApiError
+from compiledllm.server.openai.pooling_protocol import BODIES as POOLING_BODIES
+from compiledllm.server.openai.pooling_protocol import EmbeddingRequest
 from compiledllm.server.openai.protocol import BODIES as OPENAI_BODIES
 from compiledllm.server.openai.protocol import (
     ChatRequest,
@@ -25,13 +27,14 @@ from compiledllm.server.openai.protocol import (
 )
 from compiledllm.server.openapi import components
 
-BODIES = OPENAI_BODIES | ANTHROPIC_BODIES
+BODIES = OPENAI_BODIES | ANTHROPIC_BODIES | POOLING_BODIES
 USER = {"role": "user", "content": "x"}
 LEAST: dict[type[Body], dict[str, Any]] = {
     ChatRequest: {"messages": [USER]},
     CompletionRequest: {"prompt": "x"},
     TokenizeRequest: {"prompt": "x"},
     DetokenizeRequest: {"tokens": [1]},
+    EmbeddingRequest: {"input": "x"},
     MessagesRequest: {"messages": [USER], "max_tokens": 1},
     CountTokensRequest: {"messages": [USER]},
 }
@@ -126,7 +129,9 @@ def all_kinds() -> set[type[Body]]:
             yield from below(sub)
 
     return {kind for kind in below(Body) if kind.__module__.endswith("protocol")} - {
-        kind for kind in below(Body) if kind.__name__ in ("Generation", "GenerationBase")
+        kind
+        for kind in below(Body)
+        if kind.__name__ in ("Generation", "GenerationBase", "PoolingBase")
     }
 
 

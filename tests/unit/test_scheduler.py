@@ -1316,7 +1316,7 @@ arrivals = st.builds(
     prefix=st.integers(0, 1),
     prefix_length=st.sampled_from([0, 3, 4, 6, 8]),
     own_length=st.integers(0, 4),
-    max_tokens=st.integers(1, 9),
+    max_tokens=st.integers(0, 9),
     priority=st.integers(-1, 1),
     stop_token_ids=st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=1).map(tuple),
     min_tokens=st.integers(0, 3),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
 from compiledllm.engine.prompts import Prompt
+from compiledllm.engine.request_state import RequestState
 from compiledllm.engine.requests import RequestFactory
 from compiledllm.outputs import CompletionOutput, FinishReason, RequestOutput
 from compiledllm.sampling_params import SamplingParams
@@ -70,6 +71,13 @@ class Answer(ABC, Generic[BodyT]):
     @abstractmethod
     def prompts(self, body: BodyT) -> list[Prompt]:
         """The prompts to complete, in order. Called once, and may take long."""
+
+    def make_request(
+        self, request_id: str, prompt: Prompt, priority: int, cache_salt: str
+    ) -> RequestState:
+        """The engine's request for one of the prompts, in order. Raises ValueError."""
+        requests, params = self._context.requests, self.params
+        return requests.make(request_id, prompt, params, priority, None, cache_salt, compiles=False)
 
     @abstractmethod
     def whole(self, outputs: list[RequestOutput], num_output_tokens: int) -> dict[str, Any]:

@@ -28,10 +28,7 @@ _KIND = "text_completion"
 
 
 class CompletionAnswer(Answer[CompletionRequest]):
-    """Each choice is text, of one or several prompts, which `echo` repeats in front of the text.
-
-    With max_tokens=0 the engine makes one token, which is not shown.
-    """
+    """Each choice is text, of one or several prompts, which `echo` repeats in front of the text."""
 
     body_type = CompletionRequest
     id_prefix = "cmpl"
@@ -42,7 +39,6 @@ class CompletionAnswer(Answer[CompletionRequest]):
         self.keeps_prompt_text = body.echo
         self._tokenizer = context.requests.tokenizer
         self._num_top = body.logprobs  # besides the token's own; None: no log probabilities
-        self._hides_output = body.max_tokens == 0
         self._shows_token_ids = body.return_token_ids
         self._prompt_fields = PromptFields(body)
         self._usage = StreamUsage(body, context.settings.shows_cached_tokens)
@@ -71,8 +67,7 @@ class CompletionAnswer(Answer[CompletionRequest]):
             for prompt_index, output in enumerate(outputs)
             for completion in output.outputs
         ]
-        count = 0 if self._hides_output else num_output_tokens
-        counts = usage(outputs, count, self._context.settings.shows_cached_tokens)
+        counts = usage(outputs, num_output_tokens, self._context.settings.shows_cached_tokens)
         return envelope(_KIND, self._context) | {"choices": choices, "usage": counts}
 
     def _index(self, prompt_index: int, completion: CompletionOutput) -> int:
@@ -85,8 +80,6 @@ class CompletionAnswer(Answer[CompletionRequest]):
         completion: CompletionOutput,
         shows_prompt: bool = True,
     ) -> dict[str, Any]:
-        if self._hides_output:
-            completion = CompletionOutput(completion.index, "", [], finish_reason="length")
         choice: dict[str, Any] = {"index": index} | finish_fields(completion)
         if shows_prompt:
             choice |= self._prompt_fields.of(output)
@@ -134,7 +127,7 @@ class CompletionAnswer(Answer[CompletionRequest]):
 
     def begin(self) -> bytes:
         has_more = self._shows_token_ids or self.params.wants_logprobs or self._usage.in_events
-        if not (has_more or self._hides_output):
+        if not has_more:
             choice = {name: hole(name) for name in ("index", "finish_reason", "stop_reason")}
             chunk = self._chunk([choice | {"text": hole("text"), "logprobs": None}])
             self._template = Template(chunk | {"created": hole("created")})
@@ -146,8 +139,7 @@ class CompletionAnswer(Answer[CompletionRequest]):
     def grow(self, prompt_index: int, output: RequestOutput, completion: CompletionOutput) -> bytes:
         index = self._index(prompt_index, completion)
         if self._usage.is_asked:
-            count = 0 if self._hides_output else len(completion.token_ids)
-            self._usage.add(prompt_index, output, count)
+            self._usage.add(prompt_index, output, len(completion.token_ids))
         has_begun = index in self._num_shown
         if self._template is not None and has_begun and completion.text:
             return self._template.fill(
@@ -186,8 +178,7 @@ def _params(body: CompletionRequest, defaults: SamplingParams) -> SamplingParams
             "logprob_token_ids",
         )
     more: dict[str, Any] = {"best_of": body.best_of, "logprobs": body.logprobs}
-    limit = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-    more["max_tokens"] = max(limit, 1)  # the engine's minimum; hidden if max_tokens is 0
+    more["max_tokens"] = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     if body.echo and body.logprobs is not None and body.prompt_logprobs is None:
         more["prompt_logprobs"] = body.logprobs
     if body.max_tokens == 0:

@@ -149,9 +149,7 @@ class JobMaker:
                 prompt = requests.tokenized(prompt, params)
                 num_tokens += len(prompt["prompt_token_ids"]) * params.num_candidates
                 self.engine.check_admission(params.num_candidates * (i + 1), num_tokens)
-            state = requests.make(
-                request_id, prompt, params, body.priority, None, salt, compiles=False
-            )
+            state = job.answer.make_request(request_id, prompt, body.priority, salt)
             first = state.completions[0].spec
             _check_context(body, first.num_prompt_tokens, requests.max_model_len)
             requests.check_room(first)

@@ -28,15 +28,19 @@ class Serving:
 
     async def whole(self, job: Job) -> dict[str, Any]:
         """The complete answer. Raises the error that ended a request."""
+        outputs = await self.last_outputs(job)
+        total = sum(len(c.token_ids) for state in job.states for c in state.completions)
+        return job.answer.whole(outputs, total)
+
+    async def last_outputs(self, job: Job) -> list[RequestOutput]:
+        """The last output of each prompt. Raises the error that ended a request."""
         count = len(job.live_requests)
         tasks = [asyncio.create_task(self._last_output(job, i)) for i in range(count)]
         try:
-            outputs = await asyncio.gather(*tasks)
+            return await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
-        total = sum(len(c.token_ids) for state in job.states for c in state.completions)
-        return job.answer.whole(outputs, total)
 
     async def stream(self, job: Job) -> AsyncIterator[bytes]:
         """Yield server-sent events. An error on the way becomes an event of its own."""
