@@ -1345,7 +1345,8 @@ class Scenario:
         self.bench = bench
         self.arrivals = arrivals
         self.fits = [
-            max_held(bench, len(a.prompt(index)) + a.max_tokens - 1) <= bench.pool.num_blocks
+            max_held(bench, len(a.prompt(index)) + max(a.max_tokens, 1) - 1)
+            <= bench.pool.num_blocks
             for index, a in enumerate(arrivals)
         ]
 
