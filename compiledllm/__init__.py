@@ -20,6 +20,8 @@ if TYPE_CHECKING:
         EmbeddingRequestOutput,
         Logprob,
         RequestOutput,
+        ScoringOutput,
+        ScoringRequestOutput,
     )
     from compiledllm.pooling_params import PoolingParams
     from compiledllm.remote.async_engine import AsyncEngine, AsyncLLM
@@ -56,6 +58,8 @@ _HOMES = {
     "CompletionOutput": "compiledllm.outputs",
     "EmbeddingOutput": "compiledllm.outputs",
     "EmbeddingRequestOutput": "compiledllm.outputs",
+    "ScoringOutput": "compiledllm.outputs",
+    "ScoringRequestOutput": "compiledllm.outputs",
     "Logprob": "compiledllm.outputs",
     "BeamSearchOutput": "compiledllm.outputs",
     "BeamSearchSequence": "compiledllm.outputs",
@@ -82,6 +86,8 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "ScoringOutput",
+    "ScoringRequestOutput",
     "StructuredOutputsParams",
     "__version__",
 ]

@@ -122,10 +122,8 @@ class EmbeddingRequestOutput:
 
 @dataclass(slots=True)
 class ScoringRequestOutput:
-    """The score of one pair. prompt_token_ids: of both texts, as far as they were computed."""
+    """The score of one pair of texts."""
 
     request_id: str
     outputs: ScoringOutput
-    prompt_token_ids: list[int]
     finished: bool = True
-    num_cached_tokens: int = 0

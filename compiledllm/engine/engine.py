@@ -34,6 +34,7 @@ from compiledllm.outputs import (
     EmbeddingRequestOutput,
     PositionLogprobs,
     RequestOutput,
+    ScoringRequestOutput,
 )
 from compiledllm.pooling_params import PoolingParams
 from compiledllm.sampling_params import ALL_TOKENS, BeamSearchParams, SamplingParams
@@ -228,6 +229,30 @@ class Engine:
             embedding_output(state, factory.pooling, asked)
             for state, asked in zip(states, params, strict=True)
         ]
+
+    def score(
+        self,
+        queries: str | Sequence[str],
+        documents: str | Sequence[str],
+        use_tqdm: bool = True,
+        *,
+        instruction: str | None = None,
+        truncate_prompt_tokens: int | None = None,
+    ) -> list[ScoringRequestOutput]:
+        """How well documents answer queries: one query with each document, or pair by pair.
+
+        Rerankers give the probability that a document answers the query, 0 to 1; their prompt is
+        applied here, with `instruction` as the task. All other models give the cosine of the two
+        vectors. Raises ValueError for texts that cannot be scored, which starts nothing.
+        """
+        from compiledllm.engine.scoring import make_pairs, make_scorer, scoring_outputs
+
+        pairs = make_pairs(queries, documents)
+        scorer = make_scorer(self._requests, truncate_prompt_tokens, instruction)
+        prompts = scorer.prompts(pairs)
+        states = [scorer.make(self._next_request_id(), prompt) for prompt in prompts]
+        self._run(states, states, use_tqdm)
+        return scoring_outputs(scorer, pairs, states)
 
     # -- searching -----------------------------------------------------------------------------
 

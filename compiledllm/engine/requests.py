@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 from compiledllm.config import ConfigError
@@ -17,6 +18,7 @@ from compiledllm.grammars.library import Vocabulary, require_llguidance
 from compiledllm.log import log
 from compiledllm.models.generation_config import generation_defaults, generation_eos_token_ids
 from compiledllm.models.pooling import StoredPooling, stored_pooling
+from compiledllm.models.reranker import StoredReranker, stored_reranker
 from compiledllm.pooling_params import PoolingParams
 from compiledllm.sampling_params import (
     ALL_TOKENS,
@@ -50,7 +52,6 @@ class RequestFactory:
         self.eos_token_ids = self._find_eos_token_ids(model.eos_token_ids)
         self.defaults = self._default_sampling_params()
         self._grammars: Grammars | None = None
-        self._pooling: StoredPooling | None = None
 
     def make(
         self,
@@ -130,12 +131,15 @@ class RequestFactory:
         completion = Completion(0, spec, sampling, tokenizer=None)
         return RequestState(request_id, sampling, [completion], text)
 
-    @property
+    @cached_property
     def pooling(self) -> StoredPooling:
         """The checkpoint's pooling. Raises ConfigError if the engine does not support it."""
-        if self._pooling is None:
-            self._pooling = stored_pooling(self._model_path)
-        return self._pooling
+        return stored_pooling(self._model_path)
+
+    @cached_property
+    def reranker(self) -> StoredReranker | None:
+        """How the model judges pairs; None if it is no reranker. Raises ConfigError."""
+        return stored_reranker(self._model_path, self._config.model.model or "")
 
     def compile(self, state: RequestState) -> None:
         """Compile a request's structured_outputs, if set. Raises ValueError and CompilersBusy."""
