@@ -18,6 +18,7 @@ from compiledllm.pooling_params import PoolingParams
 from compiledllm.sampling_params import RequestOutputKind, SamplingParams
 
 Pair = tuple[str, str]  # query, document
+MAX_CHARACTERS = 2**24  # of all pairs at once, since each pair repeats its query
 
 # Qwen3-Reranker's prompt, as its model card gives it.
 _BEGINNING = (
@@ -133,6 +134,12 @@ class RerankScorer:
 
     def prompts(self, pairs: Sequence[Pair]) -> list[Prompt]:
         """Token ids of the model's prompt. A query that begins a chat already has the prompt."""
+        num_characters = sum(len(query) + len(document) for query, document in pairs)
+        if num_characters > MAX_CHARACTERS:
+            raise ValueError(
+                f"the prompts of all pairs have {num_characters} characters, and at most "
+                f"{MAX_CHARACTERS} are tokenised at once; score fewer pairs, or shorter texts"
+            )
         found: list[Prompt] = []
         for query, document in pairs:
             if query.startswith("<|im_start|>"):

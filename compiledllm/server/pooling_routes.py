@@ -12,6 +12,8 @@ from compiledllm.server.openai.embedding_answer import EmbeddingAnswer
 from compiledllm.server.openai.jobs import JobMaker
 from compiledllm.server.openai.known_fields import ignored_header
 from compiledllm.server.openai.pooling_answer import PoolingAnswer
+from compiledllm.server.openai.pooling_protocol import BODIES
+from compiledllm.server.openai.score_answer import RerankAnswer, ScoreAnswer
 from compiledllm.server.openai.serving import Serving
 from compiledllm.server.openapi import body_of
 from compiledllm.server.raw_body import read_body
@@ -30,6 +32,15 @@ def add_pooling(app: FastAPI, jobs: JobMaker, serving: Serving) -> None:
             serving.release(job)
         return Response(answer, headers=ignored_header(job.ignored), media_type="application/json")
 
-    @app.post("/v1/embeddings", openapi_extra=body_of(EmbeddingAnswer.body_type))
     async def embeddings(request: Request) -> Response:
         return await respond(EmbeddingAnswer, request)
+
+    async def score(request: Request) -> Response:
+        return await respond(ScoreAnswer, request)
+
+    async def rerank(request: Request) -> Response:
+        return await respond(RerankAnswer, request)
+
+    for path in BODIES:
+        handler = {"score": score, "rerank": rerank}.get(path.rpartition("/")[2], embeddings)
+        app.post(path, openapi_extra=body_of(BODIES[path]))(handler)

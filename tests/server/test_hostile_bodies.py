@@ -22,7 +22,7 @@ pytestmark = pytest.mark.real_model  # its tokenizer
 MIB = 2**20
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 MESSAGES, COUNT = "/v1/messages", "/v1/messages/count_tokens"
-EMBED = "/v1/embeddings"
+EMBED, SCORE, RERANK = "/v1/embeddings", "/score", "/v2/rerank"
 MUTATIONS_S = float(os.environ.get("MUTATIONS_S", "6"))
 SECONDS_PER_MIB, SPARE_S = 1.0, 3.0
 # 0.3 s where the machine has nothing else to do; a slip of the kind these tests are for is seconds.
@@ -36,6 +36,8 @@ START = {
     MESSAGES: b'{"messages":[{"role":"user","content":"hi"}],"max_tokens":1',
     COUNT: b'{"messages":[{"role":"user","content":"hi"}]',
     EMBED: b'{"input":"hi"',
+    SCORE: b'{"queries":"hi","documents":"ho"',
+    RERANK: b'{"query":"hi","documents":["ho"]',
     "/tokenize": b'{"prompt":"hi"',
     "/detokenize": b'{"tokens":[1]',
 }
@@ -81,6 +83,8 @@ FIELDS = {
     MESSAGES: ["messages", "system", "tools", "tool_choice", "stop_sequences", "metadata"],
     COUNT: ["messages", "system", "tools"],
     EMBED: ["input", "encoding_format", "dimensions", "truncate_prompt_tokens"],
+    SCORE: ["queries", "documents", "instruction"],
+    RERANK: ["query", "documents", "top_n"],
 }
 FIELDS[TEXT] += ["stream_options", "unknown"]
 FIELDS[CHAT] += ["chat_template_kwargs", "unknown"]
@@ -135,6 +139,8 @@ def large_bodies() -> Iterator[tuple[str, str, bytes]]:
     yield "10M texts to embed", EMBED, field(EMBED, "input", many(b'""', size))
     texts = b"[" + b",".join([b'"a b c"'] * 2048) + b"]"
     yield "2048 texts to embed", EMBED, field(EMBED, "input", texts)
+    yield "2M documents", RERANK, field(RERANK, "documents", many(b'{"text":""}', size))
+    yield "10M texts to score", SCORE, field(SCORE, "documents", many(b'""', size))
     yield "1M token ids to text", "/detokenize", field("/detokenize", "tokens", many(b"5", 2 * MIB))
     yield (
         "texts of tokens",
@@ -273,6 +279,8 @@ SEEDS: list[tuple[str, dict[str, Any]]] = [
         },
     ),
     (EMBED, {"input": ["a", "b"], "dimensions": 3, "encoding_format": "base64"}),
+    (SCORE, {"queries": ["a"], "documents": ["a", "b"]}),
+    (RERANK, {"query": "a", "documents": ["a", {"text": "b"}], "top_n": 1}),
     ("/tokenize", {"messages": [{"role": "user", "content": "a"}]}),
     ("/detokenize", {"tokens": [1, 2]}),
 ]

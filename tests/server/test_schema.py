@@ -29,6 +29,7 @@ pytestmark = pytest.mark.real_model  # its tokenizer
 
 POSTS = ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"]
 POSTS += ["/v1/messages", "/v1/messages/count_tokens", "/v1/embeddings"]
+POSTS += ["/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"]
 GETS = ["/v1/models", "/v1/models/{model}", "/health", "/ready", "/version", "/metrics", "/config"]
 CHECKS = [
     not_a_server_error,

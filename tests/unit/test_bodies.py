@@ -16,7 +16,7 @@ from compiledllm.server.openai.bodies import Body, fields_of, parse
 from compiledllm.server.openai.body_budget import MAX_FREE_BYTES
 from compiledllm.server.openai.errors import ApiError
 from compiledllm.server.openai.pooling_protocol import BODIES as POOLING_BODIES
-from compiledllm.server.openai.pooling_protocol import EmbeddingRequest
+from compiledllm.server.openai.pooling_protocol import EmbeddingRequest, RerankRequest, ScoreRequest
 from compiledllm.server.openai.protocol import BODIES as OPENAI_BODIES
 from compiledllm.server.openai.protocol import (
     ChatRequest,
@@ -35,6 +35,8 @@ LEAST: dict[type[Body], dict[str, Any]] = {
     TokenizeRequest: {"prompt": "x"},
     DetokenizeRequest: {"tokens": [1]},
     EmbeddingRequest: {"input": "x"},
+    ScoreRequest: {"queries": "x", "documents": "y"},
+    RerankRequest: {"query": "x", "documents": ["y"]},
     MessagesRequest: {"messages": [USER], "max_tokens": 1},
     CountTokensRequest: {"messages": [USER]},
 }
@@ -118,7 +120,7 @@ def test_every_kind_of_object_is_among_those_that_are_tried() -> None:
     assert (
         {kind.__name__ for kind in tried}
         == declared
-        == set(components(tuple(BODIES.values()))) - {"Part"}
+        == set(components(tuple(BODIES.values()))) - {"Part", "Document"}
     )
 
 
@@ -131,7 +133,7 @@ def all_kinds() -> set[type[Body]]:
     return {kind for kind in below(Body) if kind.__module__.endswith("protocol")} - {
         kind
         for kind in below(Body)
-        if kind.__name__ in ("Generation", "GenerationBase", "PoolingBase")
+        if kind.__name__ in ("Generation", "GenerationBase", "PoolingBase", "PairsBase")
     }
 
 
