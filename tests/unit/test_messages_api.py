@@ -172,6 +172,19 @@ def test_events_of_thinking_text_and_calls(size: int) -> None:
     assert events[-1] == {"type": "message_stop"}
 
 
+@pytest.mark.parametrize("size", range(1, 60))
+def test_text_behind_a_call_leaves_the_call_whole(size: int) -> None:
+    text = CALLED.partition("</think>")[2] + "\nThat was all."
+    pieces = [text[i : i + size] for i in range(0, len(text), size)]
+    texts = {"input_json_delta": "", "text_delta": ""}
+    for event in streamed(answer(tools=[TOOL]), pieces):
+        if event["type"] == "content_block_delta":
+            kind, more = event["delta"].values()
+            texts[kind] += more
+    assert json.loads(texts["input_json_delta"]) == {"a": 1}
+    assert texts["text_delta"].split() == ["I", "look.", "That", "was", "all."]
+
+
 def test_a_whole_answer_has_the_same_blocks() -> None:
     made = answer("leading", tools=[TOOL]).whole([output(CALLED, "stop")], 2)
     thinking, text, call = made["content"]
