@@ -21,13 +21,14 @@ from compiledllm.server.anthropic.protocol import BODIES as ANTHROPIC_BODIES
 from compiledllm.server.anthropic.protocol import CountTokensRequest
 from compiledllm.server.anthropic.token_count import TokenCounter
 from compiledllm.server.client_left import ClientLeft
-from compiledllm.server.generation_routes import add_generation
+from compiledllm.server.generation_routes import add_generation, add_stored_responses
 from compiledllm.server.metrics import Metrics
 from compiledllm.server.openai.answer import DEFAULT_SETTINGS, AnswerSettings
 from compiledllm.server.openai.errors import RAISED, ApiError
 from compiledllm.server.openai.jobs import JobMaker
 from compiledllm.server.openai.known_fields import KnownFields, ignored_header
 from compiledllm.server.openai.protocol import BODIES, DetokenizeRequest, TokenizeRequest
+from compiledllm.server.openai.responses_protocol import BODIES as RESPONSES_BODIES
 from compiledllm.server.openai.serving import Serving
 from compiledllm.server.openai.text_tools import TextTools
 from compiledllm.server.openapi import add_bodies, body_of
@@ -73,7 +74,8 @@ class _App(FastAPI):
     def openapi(self) -> dict[str, Any]:
         """Add the schemas of bodies, because `bodies` reads them and FastAPI does not know them."""
         schema = super().openapi()
-        add_bodies(schema, (*BODIES.values(), *ANTHROPIC_BODIES.values()))
+        bodies = BODIES | RESPONSES_BODIES | ANTHROPIC_BODIES
+        add_bodies(schema, tuple(bodies.values()))
         return schema
 
 
@@ -92,6 +94,7 @@ def create_app(engine: EngineClient, options: AppOptions) -> FastAPI:
         options.answers,
     )
     add_generation(app, jobs, Serving(engine, metrics))
+    add_stored_responses(app, options.answers.response_store)
     _add_text_tools(app, TextTools(jobs))
     _add_token_count(app, TokenCounter(jobs, options.answers))
     _add_models(app, jobs)

@@ -30,6 +30,7 @@ from compiledllm.server.connections import Connections, Deadlines
 from compiledllm.server.descriptors import connection_limit
 from compiledllm.server.http_protocol import LimitedHttp
 from compiledllm.server.openai.answer import AnswerSettings
+from compiledllm.server.openai.response_store import ResponseStore
 from compiledllm.server.origins import parse_cors
 
 LOG_LINE_INTERVAL_S = 10.0
@@ -243,6 +244,7 @@ def _app_options(arguments: argparse.Namespace, listener: socket.socket) -> AppO
             arguments.tool_call_parser,
             arguments.reasoning_parser,
             shows_cached_tokens=arguments.enable_prompt_tokens_details,
+            response_store=ResponseStore(arguments.responses_store),
         ),
     )
 

@@ -33,6 +33,8 @@ def add_server_options(group: argparse._ArgumentGroup) -> None:
     add("--tool-call-parser", choices=parsers, default="auto", help="auto: by the chat template")
     parsers = ["auto", "none", *REASONING]
     add("--reasoning-parser", choices=parsers, default="auto", help="auto: by the chat template")
+    kept = "keep the last N answers of /v1/responses in memory, for previous_response_id (0)"
+    add("--responses-store", type=count, default=0, metavar="N", help=kept)
     add("--max-queued-requests", type=count, default=1024, help="beyond those that run (1024)")
     add("--max-queued-tokens", type=count, default=4_000_000, help="of prompts (4000k)")
     add("--request-timeout", type=seconds, default=1800.0, help="seconds a request may take (1800)")

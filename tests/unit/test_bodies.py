@@ -23,9 +23,11 @@ from compiledllm.server.openai.protocol import (
     Message,
     TokenizeRequest,
 )
+from compiledllm.server.openai.responses_protocol import BODIES as RESPONSES_BODIES
+from compiledllm.server.openai.responses_protocol import ResponsesRequest
 from compiledllm.server.openapi import components
 
-BODIES = OPENAI_BODIES | ANTHROPIC_BODIES
+BODIES = OPENAI_BODIES | RESPONSES_BODIES | ANTHROPIC_BODIES
 USER = {"role": "user", "content": "x"}
 LEAST: dict[type[Body], dict[str, Any]] = {
     ChatRequest: {"messages": [USER]},
@@ -34,6 +36,7 @@ LEAST: dict[type[Body], dict[str, Any]] = {
     DetokenizeRequest: {"tokens": [1]},
     MessagesRequest: {"messages": [USER], "max_tokens": 1},
     CountTokensRequest: {"messages": [USER]},
+    ResponsesRequest: {"input": "x"},
 }
 BLOCK = {"type": "text", "text": "x"}
 RESULT = {"type": "tool_result", "tool_use_id": "a", "content": [BLOCK]}
@@ -58,6 +61,14 @@ WHOLE: dict[type[Body], dict[str, Any]] = {
     TokenizeRequest: {"messages": [USER]},
     MessagesRequest: INPUT | {"max_tokens": 1},
     CountTokensRequest: INPUT,
+    ResponsesRequest: {
+        "input": [USER | {"content": [BLOCK]}],
+        "tools": [{"type": "function", "name": "f"}],
+        "tool_choice": {"type": "function", "name": "f"},
+        "reasoning": {},
+        "text": {"format": {}},
+        "stream_options": {},
+    },
 }
 
 

@@ -19,7 +19,7 @@ from compiledllm.server.openai.answer import (
     usage,
 )
 from compiledllm.server.openai.chat_choice import Choice, reasoning_mode
-from compiledllm.server.openai.chat_prompt import Conversation, chat_prompt, knows_effort
+from compiledllm.server.openai.chat_prompt import Conversation, chat_prompt, effort_arguments
 from compiledllm.server.openai.errors import ApiError
 from compiledllm.server.openai.events import Template, event, hole
 from compiledllm.server.openai.logprobs import chat_logprobs
@@ -52,10 +52,11 @@ class ChatAnswer(Answer[ChatRequest]):
     def prompts(self, body: ChatRequest) -> list[Prompt]:
         """The rendered conversation, whose end also tells where reasoning begins."""
         requests, settings = self._context.requests, self._context.settings
-        if body.reasoning_effort is not None and not knows_effort(self._tokenizer):
+        effort = body.reasoning_effort
+        if effort is not None and not effort_arguments(self._tokenizer, effort):
             self.ignored.append("reasoning_effort")
         max_tokens = requests.max_tokenized(body.truncate_prompt_tokens is not None)
-        conversation = Conversation.from_body(body, max_tokens, body.reasoning_effort)
+        conversation = Conversation.from_body(body, max_tokens, effort)
         prompt = chat_prompt(conversation, self._tokenizer, self._tool_use)
         if self.params.structured_outputs is None:  # a grammar applies from the first token
             template = self._tokenizer.chat_template_text

@@ -100,7 +100,7 @@ class JobMaker:
 
         Work that may take long runs in a thread. http_id: the HTTP request's id, from the client or
         generated. receive: reports that the client has left, which raises ClientLeft. salt: the API
-        key's cache salt, put in front of the body's cache_salt.
+        key's cache salt, put in front of the body's cache_salt; the answer knows its key by it.
         """
         number = next(self._numbers)  # makes ids unique, as clients may repeat theirs
 
@@ -129,7 +129,7 @@ class JobMaker:
         ignored = self.unknown_fields(body)
         name = f"{kind.id_prefix}-{body.request_id or http_id}"
         try:
-            answer = kind(body, Context(name, model, requests, self._settings))
+            answer = kind(body, Context(name, model, requests, self._settings, salt))
             # A cheap check before tokenising.
             self.engine.check_admission(answer.params.num_candidates * body.num_prompts, 0)
             prompts = answer.prompts(body)
