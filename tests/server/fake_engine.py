@@ -39,12 +39,14 @@ def do(deed: str) -> None:
 
 
 class FakeCore:
+    max_model_len = 2048
+
     def __init__(self, config: EngineConfig) -> None:
         if os.environ.get("FAKE_CHILD"):  # as a compiler that the engine has started
             subprocess.Popen(["sleep", "1000"])
         time.sleep(float(os.environ.get("FAKE_LOAD_S", "0")))
         do(os.environ.get("FAKE_DEED", ""))
-        self.config, self.report = resolve(config, False, 2048, 2**30)
+        self.config, self.report = resolve(config, False, self.max_model_len, 2**30)
         self.options = self.config.options
         self.model_path, self.startup_s = Path("fake"), {"total": 0.0}
         self.platform = SimpleNamespace(is_cuda=True)  # so that a hanging step is not waited for

@@ -19,7 +19,7 @@ from typing import Any
 
 
 class Server:
-    """`python -m compiledllm.server` with options; its log is a file."""
+    """`python -m compiledllm.server` with options; its log is a file. module: instead of it."""
 
     def __init__(
         self,
@@ -27,12 +27,13 @@ class Server:
         folder: Path,
         *options: str,
         max_files: int | None = None,
+        module: str = "compiledllm.server",
         **environment: str,
     ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_path = folder / "server.log"
-        command = [sys.executable, "-m", "compiledllm.server", "--model", str(model)]
+        command = [sys.executable, "-m", module, "--model", str(model)]
         command += ["--served-model-name", "tiny", "other-name", "--port", str(self.port)]
         command += ["--enforce-eager", "--kv-cache-memory-bytes", str(2**26), *options]
         cache = {"COMPILEDLLM_CACHE_DIR": str(folder / "cache")}
