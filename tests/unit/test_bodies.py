@@ -45,6 +45,7 @@ INPUT = {
     "tools": [{"name": "f", "input_schema": {}}],
     "tool_choice": {"type": "auto"},
     "thinking": {"type": "enabled"},
+    "output_config": {"format": {"type": "json_schema", "schema": {}}},
 }
 NAMED = {"type": "function", "function": {"name": "f"}}
 # What makes an optional field with fields of its own appear, and a path to each object.

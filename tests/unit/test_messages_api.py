@@ -97,6 +97,14 @@ def test_thinking_is_switched_where_the_template_can() -> None:
     assert ignored == ["thinking"]
 
 
+def test_efforts_and_output_schemas_are_those_of_chats() -> None:
+    schema = {"type": "object"}
+    form = {"type": "json_schema", "schema": schema}
+    made = chat(output_config={"effort": "low", "format": form})
+    assert made.reasoning_effort == "low" and made.response_format.json_schema.schema_ == schema
+    assert answer(output_config={"format": form}).structured_field == "output_config.format"
+
+
 @pytest.mark.parametrize("kind", ["image", "document", "thinking", "new_kind"])
 def test_other_blocks_are_refused_by_place_and_type(kind: str) -> None:
     with pytest.raises(ApiError, match=f"messages.0.content.0.type must be .* got '{kind}'"):

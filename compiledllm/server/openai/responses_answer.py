@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 import uuid
-from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -17,6 +15,7 @@ from compiledllm.server.openai.answer_parser import END_THINK
 from compiledllm.server.openai.chat_answer import ChatAnswer
 from compiledllm.server.openai.chat_choice import Choice
 from compiledllm.server.openai.errors import ApiError, error_body
+from compiledllm.server.openai.field_errors import renamed_fields
 from compiledllm.server.openai.logprobs import chat_logprobs
 from compiledllm.server.openai.protocol import ChatRequest
 from compiledllm.server.openai.reasoning_count import ReasoningCount
@@ -34,7 +33,7 @@ from compiledllm.server.openai.responses_protocol import (
     ResponseTool,
 )
 
-# Fields of a chat request -> fields of the body, for errors.
+# Fields of the chat request -> fields of the body.
 _NAMES = {"response_format": "text.format", "reasoning_effort": "reasoning.effort"}
 _NAMES |= {"messages": "input", "max_tokens": "max_output_tokens"}
 
@@ -52,7 +51,7 @@ class ResponsesAnswer(Answer[ResponsesRequest]):
         earlier = _earlier_items(body, context)
         chat = chat_request(body, earlier, self.ignored)
         self._chat_body: ChatRequest | None = chat  # until the prompt is made
-        with _renamed_errors():
+        with renamed_fields(_NAMES):
             self._chat = ChatAnswer(chat, context)
         self.params = self._chat.params
         self._num_top = body.top_logprobs or 0
@@ -71,7 +70,7 @@ class ResponsesAnswer(Answer[ResponsesRequest]):
 
     def prompts(self, body: ResponsesRequest) -> list[Prompt]:
         assert self._chat_body is not None
-        with _renamed_errors():
+        with renamed_fields(_NAMES):
             prompts = self._chat.prompts(self._chat_body)
         self._chat_body = None
         self.ignored += [_NAMES.get(name, name) for name in self._chat.ignored]
@@ -162,19 +161,6 @@ class ResponsesAnswer(Answer[ResponsesRequest]):
         failed = {"error": {"code": code, "message": message}}
         events = self._output_items.close("incomplete")
         return events + self._writer.event("failed", response=self._shown("failed") | failed)
-
-
-@contextlib.contextmanager
-def _renamed_errors() -> Iterator[None]:
-    """Let errors of the chat request name the fields of the body."""
-    try:
-        yield
-    except ApiError as error:
-        if error.param not in _NAMES:
-            raise
-        name = _NAMES[error.param]
-        message = error.message.replace(error.param, name, 1)
-        raise ApiError(error.status, message, name, error.code) from None
 
 
 def _earlier_items(body: ResponsesRequest, context: Context) -> list[ResponseItem]:
