@@ -20,6 +20,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from compiledllm.kernels import chunked_delta_rule_triton as chunks
+from compiledllm.kernels import delta_rule_triton as delta
 from compiledllm.kernels import fixed_order_triton as fixed_order
 from compiledllm.kernels import logprobs_triton as logprobs
 from compiledllm.kernels import moe_routing_triton as routing
@@ -31,6 +33,7 @@ from compiledllm.kernels import prefill_attention_triton as prefill
 from compiledllm.kernels import penalties_triton as penalties
 from compiledllm.kernels import rotate_store_triton as rotation
 from compiledllm.kernels import sampling_triton as sampling
+from compiledllm.kernels import short_convolution_triton as convolution
 from compiledllm.kernels import skinny_triton as skinny
 
 TYPES = {
@@ -52,15 +55,16 @@ TYPES = {
     "last_token_ids": "*i64", "num_computed_tokens": "*i64", "of_group": "*i32",
     "input_ids": "*i64", "lengths": "*i64", "indices": "*i64", "max_blocks": "i32",
     "sample_rows": "*i64", "drawn": "*i64", "padding_row": "i32", "num_samples": "i32",
-    "num_tokens": "i32", "kv_scales": "*fp32",
+    "num_tokens": "i32", "kv_scales": "*fp32", "log_decay": "*fp32", "beta": "*fp32",
+    "factors": "*fp32", "state_stride": "i32", "channels": "i32",
 }
 FLOATS = {
     "query", "key", "value", "kv_cache", "out", "logits", "qkv", "q_weight", "k_weight", "cos",
-    "sin", "x", "weight", "bias", "sinks",
+    "sin", "x", "weight", "bias", "sinks", "inverses", "scores", "state",
 }
 
 
-def check(kernel, dtype, tiling=None, num_warps=4, **constants):
+def check(kernel, dtype, tiling=None, num_warps=4, max_shared=99 * 1024, **constants):
     # A kernel that knows scales of the KV cache is also compiled for a cache in FP8.
     if "HAS_KV_SCALES" in kernel.arg_names and "HAS_KV_SCALES" not in constants:
         check(kernel, dtype, tiling, num_warps, HAS_KV_SCALES=False, **constants)
@@ -81,12 +85,12 @@ def check(kernel, dtype, tiling=None, num_warps=4, **constants):
     values = {(names.index(name),): value for name, value in constants.items()}
     options = {"num_warps": num_warps}
     if tiling is not None:
-        options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
+        options = {"num_warps": tiling.num_warps, "num_stages": getattr(tiling, "num_stages", 3)}
         options["maxnreg"] = getattr(tiling, "max_registers", None)
     source = ASTSource(fn=kernel, signature=signature, constexprs=values)
     target = GPUTarget("cuda", int(sys.argv[1]), 32)
     compiled = triton.compile(source, target=target, options=options)
-    assert compiled.metadata.shared <= 99 * 1024, (kernel.__name__, compiled.metadata.shared)
+    assert compiled.metadata.shared <= max_shared, (kernel.__name__, compiled.metadata.shared)
 
 
 for experts, rows, tile in ((128, 16, 128), (32, 128, 1024), (128, 64, 1024)):
@@ -137,6 +141,16 @@ for dtype, of_torch in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         rotation._rotate_store_kernel, dtype, NUM_HEADS=16, NUM_KV_HEADS=8, HEAD_DIM=128,
         ROTARY_DIM=128, HAS_NORM=True, HEADS=8, PADDED_DIM=128,
     )
+    for width in (3, 4):
+        shape = {"WIDTH": width, "PADDED": 4, "HAS_BIAS": width == 3, "IS_SILU": width == 4}
+        check(convolution._step_kernel, dtype, CHANNELS=256, **shape)
+        check(convolution._ragged_kernel, dtype, TOKENS=16, CHANNELS=128, **shape)
+    shape = {"NUM_HEADS": 32, "GROUP": 2, "KEY_DIM": 128, "VALUE_DIM": 128, "EPS": 1e-6}
+    check(delta._step_kernel, dtype, delta.step_tiling(128), **shape)
+    check(chunks._chunk_kernel, dtype, chunks.chunk_tiling(of_torch), **shape)
+    for max_shared in (99 * 1024, 227 * 1024) if int(sys.argv[1]) == 90 else (99 * 1024,):
+        tiling = chunks.scan_tiling(of_torch, 128, max_shared)
+        check(chunks._scan_kernel, dtype, tiling, max_shared=max_shared, **shape)
     for head_dim, window in SHAPES[dtype]:
         shape = {
             "GROUP": 4, "NUM_HEADS": 32, "HEAD_DIM": head_dim, "BLOCK_SIZE": 16,

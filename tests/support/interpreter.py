@@ -31,8 +31,11 @@ def make_faster() -> None:
     interpreter.InterpretedFunction.__call__ = call
 
 
-def make_fp8_exact() -> None:
-    """Convert FP8 as GPUs and torch do: the interpreter rounds ties away and forgets the carry."""
+def make_conversions_exact() -> None:
+    """Convert FP8 and bfloat16 as GPUs and torch do.
+
+    The interpreter cuts bfloat16 off, and for FP8 it rounds ties away and forgets the carry.
+    """
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -45,7 +48,8 @@ def make_fp8_exact() -> None:
     }
 
     def convert_float(data: Any, source: Any, target: Any, rounding: Any) -> Any:
-        if tl.float8e4nv not in (source, target) or not {source, target} <= dtypes.keys():
+        both = {source, target}
+        if not both & {tl.float8e4nv, tl.bfloat16} or not both <= dtypes.keys():
             return convert(data, source, target, rounding)
         bits = torch.from_numpy(np.frombuffer(bytearray(data.tobytes()), np.uint8))
         out = bits.view(dtypes[source]).to(dtypes[target]).view(torch.uint8)
@@ -53,3 +57,22 @@ def make_fp8_exact() -> None:
         return out.numpy().view(unsigned).reshape(data.shape)
 
     interpreter._convert_float = convert_float
+
+
+def make_bf16_products_right() -> None:
+    """Multiply bfloat16 as float32: the interpreter would multiply the bits as integers."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    multiply = interpreter.InterpreterBuilder.create_dot
+
+    def widened(x: Any) -> Any:
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        data = (x.data.astype(np.uint32) << 16).view(np.float32)
+        return interpreter.TensorHandle(data, tl.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, *arguments: Any) -> Any:
+        return multiply(self, widened(a), widened(b), *arguments)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
