@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from compiledllm.kernels.chunked_delta_rule_triton import compute_chunks
+from compiledllm.kernels.chunked_delta_rule_triton import ChunkTiling, ScanTiling, compute_chunks
 from compiledllm.kernels.delta_rule import EPS, why_not_on_gpu
 from compiledllm.kernels.launch import launch_options
 
@@ -85,9 +85,11 @@ def delta_rule(
     rows: Tensor,
     query_start_loc: Tensor,
     seq_lens: Tensor,
-    tiling: StepTiling | None = None,
+    step: StepTiling | None = None,
+    chunk: ChunkTiling | None = None,
+    scan: ScanTiling | None = None,
 ) -> Tensor:
-    """See `delta_rule.gated_delta_rule`."""
+    """See `delta_rule.gated_delta_rule`. Tilings: None for those that are usually used."""
     num_tokens, num_heads, value_dim = value.shape
     out = value.new_empty(value.shape)
     if not num_tokens:
@@ -104,12 +106,12 @@ def delta_rule(
         "NUM_HEADS": num_heads, "GROUP": num_heads // num_key_heads, "KEY_DIM": key_dim,
         "VALUE_DIM": value_dim, "EPS": EPS, **launch_options(),
     }  # fmt: skip
-    t = tiling or step_tiling(value_dim)
+    t = step or step_tiling(value_dim)
     _step_kernel[(num_heads * (value_dim // t.columns), len(rows))](
         *tensors, *strides, COLUMNS=t.columns, num_warps=t.num_warps, **constants
     )
     if num_tokens >= len(query_start_loc) - 1:  # otherwise no row has more than one token
-        compute_chunks(tensors, strides, constants)
+        compute_chunks(tensors, strides, constants, chunk, scan)
     return out
 
 

@@ -80,7 +80,7 @@ def test_kernels_are_stable_where_the_system_is_hard(name: str, dtypes: str) -> 
     case = DeltaInputs([(130, 70), (64, 0)], (1, 2), (64, 64), *DTYPES[dtypes], DEVICE)
     HARD_CASES[name](case)
     # A difference of two logs of decays has the precision of their size, which is 3000 here.
-    assert_near(case, float32_error=1e-3 if name == "forgetting" else 1e-5)
+    assert_near(case, float32_error=1e-3 if name == "forgetting" else 3e-5)
 
 
 def test_kernels_of_a_prompt_in_pieces_continue_from_the_state() -> None:

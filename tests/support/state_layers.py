@@ -132,7 +132,7 @@ HARD_CASES: dict[str, Callable[[DeltaInputs], None]] = {
 }
 
 
-def assert_near(case: DeltaInputs, float32_error: float = 1e-5) -> None:
+def assert_near(case: DeltaInputs, float32_error: float = 3e-5) -> None:
     """Output and states of `delta_rule` are near those in float64, and no other state changes.
 
     The error's norm is at most `float32_error` of the exact result's in float32. In bfloat16, to
