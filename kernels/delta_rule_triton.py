@@ -48,16 +48,17 @@ def _step_kernel(
         gdc_launch_dependents()
         gdc_wait()
     row = tl.program_id(1)
-    token = tl.load(query_start_loc + row).to(tl.int64)
-    if tl.load(query_start_loc + row + 1) != token + 1:
+    token, end = tl.load(query_start_loc + row).to(tl.int64), tl.load(query_start_loc + row + 1)
+    slot, length = tl.load(rows + row).to(tl.int64), tl.load(seq_lens + row)
+    if end != token + 1:  # after the loads, which are in flight together
         return
     TILES: tl.constexpr = VALUE_DIM // COLUMNS
     head, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
     dim = tl.arange(0, KEY_DIM)
     column = tile * COLUMNS + tl.arange(0, COLUMNS)
-    own = state + tl.load(rows + row).to(tl.int64) * state_stride + head * KEY_DIM * VALUE_DIM
+    own = state + slot * state_stride + head * KEY_DIM * VALUE_DIM
     own = own + dim[:, None] * VALUE_DIM + column[None, :]
-    s = tl.load(own, tl.load(seq_lens + row) > 1, other=0.0).to(tl.float32)
+    s = tl.load(own, length > 1, other=0.0).to(tl.float32)
     key_dims = head // GROUP * KEY_DIM + dim
     q = tl.load(query + token * query_stride + key_dims).to(tl.float32)
     k = tl.load(key + token * key_stride + key_dims).to(tl.float32)

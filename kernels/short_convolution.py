@@ -39,7 +39,8 @@ def short_convolution(
     these tokens; both may have further rows without tokens. activation: "silu" or "none".
 
     A row without earlier tokens starts from zeros, whatever its state holds; a row without tokens
-    does nothing. Sums are in float32. Mutates `state`. Returns [tokens, channels] in x's dtype,
+    does nothing. Of batch rows that own the same request row, as padding does, outputs and state
+    are undefined. Sums are in float32. Mutates `state`. Returns [tokens, channels] in x's dtype,
     undefined for tokens outside every row.
     """
     assert activation in ACTIVATIONS, activation

@@ -35,15 +35,15 @@ def _step_kernel(
         gdc_launch_dependents()
         gdc_wait()
     row = tl.program_id(1)
-    token = tl.load(query_start_loc + row).to(tl.int64)
-    if tl.load(query_start_loc + row + 1) == token:
+    token, end = tl.load(query_start_loc + row).to(tl.int64), tl.load(query_start_loc + row + 1)
+    slot, length = tl.load(rows + row).to(tl.int64), tl.load(seq_lens + row)
+    if end == token:  # after the loads, which are in flight together
         return
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     entry = tl.arange(0, PADDED)
     is_channel, is_state = channel < channels, entry < WIDTH - 1
-    is_old = is_channel & (tl.load(seq_lens + row) > 1)
-    own = state + tl.load(rows + row).to(tl.int64) * state_stride
-    own = own + channel[:, None] * (WIDTH - 1) + entry[None, :]
+    is_old = is_channel & (length > 1)
+    own = state + slot * state_stride + channel[:, None] * (WIDTH - 1) + entry[None, :]
     inside = is_channel[:, None] & (entry < WIDTH)[None, :]
     old = tl.load(own, is_old[:, None] & is_state[None, :], other=0.0)
     new = tl.load(x + token * x_stride + channel, is_channel, other=0.0)
