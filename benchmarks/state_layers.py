@@ -27,6 +27,7 @@ from torch import Tensor
 from compiledllm.benchmarks.ceilings import measure_ceilings
 from compiledllm.benchmarks.floor import Ceilings
 from compiledllm.benchmarks.report import Row, command_line, commit, hardware_facts, versions
+from compiledllm.kernels.backend import make_row_bound
 from compiledllm.kernels.delta_rule import CHUNK, gated_delta_rule
 from compiledllm.kernels.short_convolution import short_convolution
 from compiledllm.platform import Platform
@@ -90,6 +91,7 @@ class Inputs:
         self.states = [torch.randn(matrix, device=device).to(state_dtype) for _ in range(layers)]
         self.windows = [torch.randn(window, device=device).to(dtype) for _ in range(layers)]
         self.metadata = step.metadata(device)
+        self.row_bound = make_row_bound(1 if step.count == 1 else 0, device)
 
     def delta_rules(self, **tilings: Any) -> Iterator[Callable[[], object]]:
         """A call for each layer."""
@@ -97,12 +99,13 @@ class Inputs:
         if tilings:
             from compiledllm.kernels.delta_rule_triton import delta_rule as rule
         for state in self.states:
-            yield functools.partial(rule, *self.tokens, state, *self.metadata, **tilings)
+            tensors = *self.tokens, state, *self.metadata, self.row_bound
+            yield functools.partial(rule, *tensors, **tilings)
 
     def convolutions(self) -> Iterator[Callable[[], object]]:
         for window in self.windows:
-            tensors = self.mixed, self.weight, None, window, *self.metadata, "silu"
-            yield functools.partial(short_convolution, *tensors)
+            tensors = self.mixed, self.weight, None, window, *self.metadata
+            yield functools.partial(short_convolution, *tensors, "silu", self.row_bound)
 
 
 def seconds_per_call(calls: list[Callable[[], object]], device: torch.device) -> float:

@@ -32,6 +32,11 @@ def make_row_bound(max_row_tokens: int, device: torch.device | None = None) -> T
     return torch.empty(max_row_tokens + _SHORTEST_BOUND, dtype=torch.int8, device=device)
 
 
+def max_row_tokens(row_bound: Tensor) -> int:
+    """The maximum number of tokens of a row, from `make_row_bound`; 0: no maximum is known."""
+    return len(row_bound) - _SHORTEST_BOUND
+
+
 class AttentionMetadata(NamedTuple):
     """The attention ops' description of a step: tensors only, on the model's device.
 
@@ -50,7 +55,7 @@ class AttentionMetadata(NamedTuple):
     @property
     def max_row_tokens(self) -> int:
         """The maximum number of tokens of a row; 0: no maximum is known."""
-        return len(self.row_bound) - _SHORTEST_BOUND
+        return max_row_tokens(self.row_bound)
 
 
 class ScoreOptions(NamedTuple):

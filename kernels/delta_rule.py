@@ -44,6 +44,7 @@ def gated_delta_rule(
     rows: Tensor,
     query_start_loc: Tensor,
     seq_lens: Tensor,
+    row_bound: Tensor | None = None,
 ) -> Tensor:
     """The gated delta rule over each row's tokens, from the row's state on.
 
@@ -51,10 +52,9 @@ def gated_delta_rule(
     and queries are scaled by key_dim ** -0.5. value: [tokens, value heads, value_dim]; value head h
     uses key head h // (value heads / key heads). log_decay (at most 0), beta: float32 [tokens,
     value heads]. state: float32 or bfloat16 [request rows, value heads, key_dim, value_dim]. rows,
-    query_start_loc, seq_lens: see `short_convolution`.
+    query_start_loc, seq_lens, row_bound: see `short_convolution`.
 
-    If there are fewer tokens than rows in `query_start_loc`, no row may have more than one token;
-    only the kernel for single tokens runs then. A row without earlier tokens starts from zeros,
+    A row without earlier tokens starts from zeros,
     whatever its state holds; a row without tokens does nothing. Mutates `state`. Returns
     [tokens, value heads, value_dim] in value's dtype, undefined for tokens outside every row.
     """
@@ -63,7 +63,7 @@ def gated_delta_rule(
         return gated_delta_rule_reference(*arguments)
     from compiledllm.kernels.delta_rule_triton import delta_rule
 
-    return delta_rule(*arguments)
+    return delta_rule(*arguments, row_bound)
 
 
 def gated_delta_rule_reference(

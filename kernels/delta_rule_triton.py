@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from compiledllm.kernels.backend import max_row_tokens
 from compiledllm.kernels.chunked_delta_rule_triton import ChunkTiling, ScanTiling, compute_chunks
 from compiledllm.kernels.delta_rule import EPS, why_not_on_gpu
 from compiledllm.kernels.launch import launch_options
@@ -86,6 +87,7 @@ def delta_rule(
     rows: Tensor,
     query_start_loc: Tensor,
     seq_lens: Tensor,
+    row_bound: Tensor | None = None,
     step: StepTiling | None = None,
     chunk: ChunkTiling | None = None,
     scan: ScanTiling | None = None,
@@ -111,7 +113,7 @@ def delta_rule(
     _step_kernel[(num_heads * (value_dim // t.columns), len(rows))](
         *tensors, *strides, COLUMNS=t.columns, num_warps=t.num_warps, **constants
     )
-    if num_tokens >= len(query_start_loc) - 1:  # otherwise no row has more than one token
+    if row_bound is None or max_row_tokens(row_bound) != 1:
         compute_chunks(tensors, strides, constants, chunk, scan)
     return out
 

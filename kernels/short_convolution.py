@@ -29,6 +29,7 @@ def short_convolution(
     query_start_loc: Tensor,
     seq_lens: Tensor,
     activation: str,
+    row_bound: Tensor | None = None,
 ) -> Tensor:
     """out[t] = activation(bias + sum over j of weight[:, j] * input[t - width + 1 + j]).
 
@@ -37,6 +38,7 @@ def short_convolution(
     inputs of each request, oldest first. rows: integers [rows], the request row whose state a batch
     row owns. query_start_loc: int32 [rows + 1]; seq_lens: int32 [rows], context lengths including
     these tokens; both may have further rows without tokens. activation: "silu" or "none".
+    row_bound: of `backend.make_row_bound`; steps with a maximum of 1 take a faster kernel.
 
     A row without earlier tokens starts from zeros, whatever its state holds; a row without tokens
     does nothing. Of batch rows that own the same request row, as padding does, outputs and state
@@ -47,7 +49,8 @@ def short_convolution(
     if x.is_cuda:
         from compiledllm.kernels.short_convolution_triton import convolve
 
-        return convolve(x, weight, bias, state, rows, query_start_loc, seq_lens, activation)
+        metadata = rows, query_start_loc, seq_lens
+        return convolve(x, weight, bias, state, *metadata, activation, row_bound)
     return short_convolution_reference(
         x, weight, bias, state, rows, query_start_loc, seq_lens, activation
     )

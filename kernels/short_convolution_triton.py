@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from compiledllm.kernels.backend import max_row_tokens
 from compiledllm.kernels.launch import launch_options
 from compiledllm.kernels.ragged_triton import row_of_piece
 
@@ -119,6 +120,7 @@ def convolve(
     query_start_loc: Tensor,
     seq_lens: Tensor,
     activation: str,
+    row_bound: Tensor | None = None,
 ) -> Tensor:
     """See `short_convolution.short_convolution`."""
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -133,7 +135,7 @@ def convolve(
         "WIDTH": width, "PADDED": triton.next_power_of_2(width), "HAS_BIAS": bias is not None,
         "IS_SILU": activation == "silu", **launch_options(),
     }  # fmt: skip
-    if num_tokens < len(query_start_loc) - 1:  # no row has more than one token
+    if row_bound is not None and max_row_tokens(row_bound) == 1:
         grid = triton.cdiv(channels, _STEP_CHANNELS), num_rows
         _step_kernel[grid](*tensors, out, *strides, CHANNELS=_STEP_CHANNELS, **constants)
     else:

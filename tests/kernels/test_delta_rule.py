@@ -66,7 +66,7 @@ def test_reference_of_a_prompt_in_pieces_equals_the_whole(cuts: list[int]) -> No
 @pytest.mark.pairwise
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128), (16, 32), (128, 64)], ids=str)
-@pytest.mark.parametrize("heads", [(1, 1), (1, 2), (2, 4), (3, 3), (4, 4)], ids=str)
+@pytest.mark.parametrize("heads", [(1, 1), (1, 2), (3, 3), (4, 8)], ids=str)
 @pytest.mark.parametrize("step", STEPS)
 def test_kernels_equal_the_reference(
     step: str, heads: tuple[int, int], dims: tuple[int, int], dtypes: str

@@ -107,7 +107,8 @@ def test_a_captured_call_serves_other_rows(kind: str) -> None:
     case.state.nan_to_num_()
 
     def call() -> tuple[Tensor, Tensor]:
-        convolved = short_convolution(mixed, weight, None, window, *case.rows, "silu")
+        tensors = mixed, weight, None, window, *case.rows
+        convolved = short_convolution(*tensors, "silu", case.row_bound)
         return gated_delta_rule(*case), convolved
 
     call()

@@ -16,6 +16,7 @@ from tests.support.state_layers import (
     make_rows,
     num_tokens,
     owned_by_nobody,
+    row_bound,
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there in Triton's interpreter
@@ -53,7 +54,8 @@ def test_kernels_equal_the_reference(
     expected_state = state.clone()
     expected = short_convolution_reference(*tensors, expected_state, *rows, activation)
     untouched = state[owned_by_nobody(rows)].clone()
-    out = convolve(*tensors, state, *rows, activation)
+    bound = row_bound(STEPS[step], DEVICE)
+    out = convolve(*tensors, state, *rows, activation, bound)
     torch.testing.assert_close(out, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     torch.testing.assert_close(state, expected_state, atol=0, rtol=0, equal_nan=True)
     torch.testing.assert_close(
@@ -98,6 +100,15 @@ def test_prompt_in_pieces_equals_the_whole(cuts: list[int]) -> None:
         done += cut
     torch.testing.assert_close(torch.cat(outputs), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(state[2], x[-3:].T)
+
+
+def test_decode_step_without_a_bound_is_computed_as_with_one() -> None:
+    *tensors, state, rows = make_inputs(STEPS["decode"], 96, 4, torch.float32)
+    states = state.clone()
+    out = convolve(*tensors, state, *rows, "silu")
+    expected = convolve(*tensors, states, *rows, "silu", row_bound(STEPS["decode"], DEVICE))
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(state, states, atol=0, rtol=0, equal_nan=True)
 
 
 def test_the_op_declares_what_it_does() -> None:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from compiledllm.kernels.backend import make_row_bound
 from compiledllm.kernels.delta_rule import gated_delta_rule_reference
 from compiledllm.kernels.delta_rule_triton import delta_rule
 
@@ -36,6 +37,12 @@ def make_rows(step: list[tuple[int, int]], device: str) -> Rows:
     lengths = torch.tensor([*(count + before for count, before in step), 0])
     owned = torch.randperm(NUM_REQUEST_ROWS)[: len(step)]
     return Rows(owned.to(device), counts.cumsum(0).int().to(device), lengths.int().to(device))
+
+
+def row_bound(step: list[tuple[int, int]], device: str) -> Tensor:
+    """At most one token, where that is so; otherwise any number."""
+    is_decode = max(count for count, _ in step) == 1
+    return make_row_bound(1 if is_decode else 0, torch.device(device))
 
 
 def num_tokens(step: list[tuple[int, int]]) -> int:
@@ -80,6 +87,7 @@ class DeltaInputs:
         shape = NUM_REQUEST_ROWS, num_values, key_dim, value_dim
         self.state = torch.randn(shape, device=device).mul(0.3).to(state_dtype)
         self.rows = make_rows(step, device)
+        self.row_bound = row_bound(step, device)
         for own, (_, before) in zip(self.rows.rows.tolist(), step, strict=True):
             if not before:
                 self.state[own] = float("nan")
@@ -90,7 +98,7 @@ class DeltaInputs:
         return [self.query, self.key, self.value, self.log_decay, self.beta]
 
     def __iter__(self) -> Iterator[Tensor]:
-        return iter((*self.tokens, self.state, *self.rows))
+        return iter((*self.tokens, self.state, *self.rows, self.row_bound))
 
     def exact(self) -> tuple[Tensor, Tensor]:
         """Output and states in float64, from the same inputs; leaves `state` as it is."""
