@@ -66,9 +66,20 @@ class QuantSpec:
         return codes + num_groups * group_bytes + factors + self.is_permuted * 8 * num_inputs
 
 
+@dataclass(frozen=True, slots=True)
+class MixedSpec:
+    """How a fused matrix is kept whose parts differ.
+
+    runs: neighbouring parts that are alike: their names, their number of outputs, and the format;
+    None: the model's dtype.
+    """
+
+    runs: tuple[tuple[tuple[str, ...], int, QuantSpec | None], ...]
+
+
 # Formats by the matrix's path within a block ("attn.qkv") or within the model ("lm_head").
 # Matrices that are not named have the model's dtype.
-Formats = tuple[tuple[str, QuantSpec], ...]
+Formats = tuple[tuple[str, QuantSpec | MixedSpec], ...]
 
 
 class Matrix(NamedTuple):
@@ -82,7 +93,7 @@ class Matrix(NamedTuple):
     num_outputs: int
     num_inputs: int
     num_experts: int = 1
-    format: QuantSpec | None = None
+    format: QuantSpec | MixedSpec | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -92,6 +103,9 @@ class Matrix(NamedTuple):
         """Bytes in memory. element_bytes: of a value in the model's dtype."""
         if self.format is None:
             return self.num_parameters * element_bytes
+        if isinstance(self.format, MixedSpec):
+            runs = (self._replace(num_outputs=n, format=f) for _, n, f in self.format.runs)
+            return sum(run.num_bytes(element_bytes) for run in runs)
         return self.num_experts * self.format.num_bytes(self.num_outputs, self.num_inputs)
 
 

@@ -199,5 +199,6 @@ class Worker:
 
 def _products(model: Decoder) -> str:
     """Describe the kernels that multiply by the model's quantised matrices; "" without any."""
-    formats = {m.format.products for m in model.modules() if isinstance(m, Matrix)}
-    return "; ".join(sorted(formats - {""}))
+    formats = (m.format.products for m in model.modules() if isinstance(m, Matrix))
+    products = {product for format in formats for product in format.split("; ")}
+    return "; ".join(sorted(products - {""}))

@@ -37,6 +37,7 @@ class PackedFormat:
     spec: QuantSpec
     layout: Layout
     num_outputs: int
+    num_params = 5
 
     @property
     def products(self) -> str:

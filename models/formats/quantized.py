@@ -51,6 +51,7 @@ class Quantized:
     """A quantised matrix; params: codes, scales, zeros, permutation, minima, factors or None."""
 
     spec: QuantSpec
+    num_params = 6
 
     @property
     def products(self) -> str:

@@ -51,6 +51,10 @@ class MatrixFormat(Protocol):
     """How a matrix [outputs, inputs] is kept in memory and multiplied. params: its tensors."""
 
     @property
+    def num_params(self) -> int:
+        """Number of `params`, with those that are None."""
+
+    @property
     def products(self) -> str:
         """For reports: which kernels multiply which numbers of rows; "": the matrix is 16-bit."""
 
@@ -99,6 +103,9 @@ class WeightFormat(MatrixFormat, Protocol):
 
     def slots(self, parts: Mapping[str, int], in_features: int, params: Params) -> dict[str, Slot]:
         """Where each part's matrix goes: {"weight:part": slot}; "weight" for a part named ""."""
+
+    def randomize(self, params: Params, spread: float, generator: torch.Generator) -> None:
+        """Fill with random weights that deviate from zero by about `spread`."""
 
     def finish(
         self, params: Params, in_features: int

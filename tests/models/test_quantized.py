@@ -151,6 +151,50 @@ def test_a_module_is_quantised_or_not_by_the_config(
         torch.testing.assert_close(actual, expected, atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "plain"),
+    [
+        ("llama", "fp8 of channels", "k_proj"),  # the kernel with keys and values only starts in it
+        ("tied, biased", "packed 4 bits", "v_proj"),
+        ("llama", "gptq in order", "up_proj"),
+    ],
+)
+def test_parts_of_a_fused_matrix_may_be_quantised_or_not(
+    name: str, kind: str, plain: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    def choose(name: str, tensor: Tensor) -> bool:
+        is_matrix = tensor.dim() == 2 and name.startswith("model.layers.")
+        return is_matrix and plain not in name
+
+    skipped = {"modules_to_not_convert": [plain], "ignore": [f"re:.*{plain}", "lm_head"]}
+    skipped["dynamic"] = {f"-:.*{plain}": {}}
+    family, changes = MODELS[name]
+    packed, dense = save_quantized(tiny_model(family, **changes), tmp_path, kind, choose, **skipped)
+    token_ids = torch.randint(0, 128, (NUM_TOKENS,)).tolist()
+    with torch.inference_mode():
+        expected = load_reference(dense)(torch.tensor([token_ids])).logits[0]
+    model = load(packed)
+    actual = logits_in_chunks(model, token_ids, [NUM_TOKENS])
+    torch.testing.assert_close(actual, expected, atol=2e-4, rtol=1e-4)
+    ends = [0, 17, NUM_TOKENS - 1]
+    actual = logits_of_ends(model, token_ids, ends)
+    torch.testing.assert_close(actual, expected[ends], atol=2e-4, rtol=1e-4)
+    num_bytes = sum(p.numel() * p.itemsize for p in model.parameters())
+    assert num_bytes == model.spec.num_bytes(model.spec.weights)
+    fill_with_random_weights(load(packed), seed=0)
+
+
+def test_experts_that_differ_are_refused_by_name(
+    checkpoints: Callable[..., tuple[Path, Path]],
+) -> None:
+    packed, _ = checkpoints("experts", "fp8 of channels")
+    skipped = ["mlp.gate", "experts.2.up_proj"]
+    fields = {"quant_method": "fp8", "modules_to_not_convert": skipped}
+    edit_config(packed, quantization_config=fields)
+    with pytest.raises(ConfigError, match=r"experts\.0\.gate.*experts\.2\.up_proj.*alike"):
+        load_spec(packed)
+
+
 def test_gptq_overrides_for_some_modules(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     rules = {"-:.*layers\\.0\\..*": {}, "+:.*down_proj": {"group_size": 32}}
     packed, _ = save_quantized(tiny_model("llama", **EVEN), tmp_path, "gptq", dynamic=rules)
@@ -271,11 +315,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"quant_method": "gptq"}, "bits=None"),
     ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "checkpoint_format='mar"),
     ({"quant_method": "gptq", "bits": 4, "group_size": "all"}, "group_size='all'"),
-    ({"quant_method": "gptq", "bits": 4, "dynamic": {"+:.*q_proj": {"bits": 8}}}, "q_proj.*alike"),
     ({"quant_method": "awq", "version": "gemv"}, "version='gemv' .*gemm"),
     ({"quant_method": "fp8", "weight_block_size": [64, 128]}, r"weight_block_size=\[64, 128\]"),
     ({"quant_method": "fp8", "activation_scheme": "odd"}, "activation_scheme='odd'"),
-    ({"quant_method": "fp8", "modules_to_not_convert": ["q_proj"]}, "q_proj.*k_proj.*alike"),
     ({"quant_method": "fp8", "modules_to_not_convert": "q_proj"}, "must be a list of names"),
     ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "quant_algo='W4A8_AWQ'"),
     ({"quant_method": "compressed-tensors", "sparsity_config": {"a": 1}}, "sparsity_config"),
