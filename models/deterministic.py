@@ -16,7 +16,7 @@ def fixed_order(spec: ModelSpec) -> Products:
     elementwise. Raises ConfigError for quantised weights, and for norms, MLPs or positions without
     kernels of a fixed order.
     """
-    if spec.quantization:
+    if spec.is_quantized:
         raise ConfigError(
             f"deterministic=True is not supported for quantised weights ({spec.quantization}); "
             "leave it out, or use unquantised weights"

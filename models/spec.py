@@ -300,6 +300,10 @@ class ModelSpec:
     def distinct_layers(self) -> Counter[LayerSpec]:
         return Counter(self.layers)
 
+    @property
+    def is_quantized(self) -> bool:
+        return bool(self.formats) or any(layer.formats for layer in self.layers)
+
     # -- weights -------------------------------------------------------------------------------
 
     @property

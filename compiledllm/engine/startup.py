@@ -27,7 +27,9 @@ def plan(config: EngineConfig) -> Plan:
     started = time.perf_counter()
     model = config.model
     has_weights = model.load_format != "dummy"
-    checkpoint = resolve_checkpoint(model.model, model.revision, weights=has_weights)
+    checkpoint = resolve_checkpoint(
+        model.model, model.revision, has_weights, keep_packed=model.model_impl != "transformers"
+    )
     stored = load_spec(checkpoint, model.model_impl, model.quantization)
     platform = Platform.detect(model.device)
     resolved, report = resolve(config, platform.is_cuda, stored.max_position, platform.memory_bytes)

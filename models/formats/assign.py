@@ -8,6 +8,7 @@ from dataclasses import replace
 from operator import itemgetter
 
 from compiledllm.config import ConfigError
+from compiledllm.models.formats.gguf_config import GgufScheme
 from compiledllm.models.formats.stored import Scheme
 from compiledllm.models.matrices import MixedSpec, QuantSpec
 from compiledllm.models.names import NameRules
@@ -43,12 +44,15 @@ def quantized_as_stored(
     experts of a layer have different formats.
     """
     known = {name.rpartition(".")[0] for name in names}
+    for suffix in scheme.suffixes:
+        if suffix.startswith("_"):
+            known |= {name.removesuffix(suffix) for name in names}
     reader = _Reader(scheme, rules, known)
     layers = tuple(reader.layer(index, layer) for index, layer in enumerate(spec.layers))
     head = None if spec.tie_word_embeddings else reader.format_of(HEAD, {"": spec.vocab_size})
     formats = () if head is None else ((HEAD, head),)
     is_quantized = bool(formats) or any(layer.formats for layer in layers)
-    title = scheme.title if is_quantized else ""
+    title = scheme.title if is_quantized or isinstance(scheme, GgufScheme) else ""
     return replace(spec, layers=layers, formats=formats, quantization=title)
 
 

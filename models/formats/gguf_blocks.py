@@ -6,7 +6,7 @@ ggml-common.h. `dequantize` gives the same float32 bits as `gguf.quants.dequanti
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,6 +34,11 @@ def from_gguf(data: Tensor, kind: str) -> QuantizedMatrix:
     """
     if kind not in KINDS:
         raise ValueError(f"GGUF's type {kind} cannot stay quantised; supported: {', '.join(KINDS)}")
+    return KINDS[kind].read(check_blocks(data, kind))
+
+
+def check_blocks(data: Tensor, kind: str) -> Tensor:
+    """A tensor's bytes by block, uint8 [N, blocks, bytes]. Raises ValueError as `from_gguf`."""
     layout = KINDS[kind]
     expect_matrix("data", data, torch.uint8)
     if data.shape[1] % layout.num_bytes:
@@ -41,17 +46,10 @@ def from_gguf(data: Tensor, kind: str) -> QuantizedMatrix:
             f"data has rows of {data.shape[1]} bytes, expected whole {kind} blocks of "
             f"{layout.num_bytes}"
         )
-    blocks = data.reshape(data.shape[0], -1, layout.num_bytes)  # [N, blocks, bytes]
-    matrix = layout.read(blocks)
-    for field, part in zip(layout.fields, _floats(matrix), strict=True):
-        expect_finite(f"field '{field}' of {kind} data", part)
-    return matrix
-
-
-def _floats(matrix: QuantizedMatrix) -> list[Tensor]:
-    """The tensors of the blocks' float16 numbers, in the order of `_Kind.fields`."""
-    parts = (matrix.scales, matrix.minima, matrix.super_scales, matrix.super_minima)
-    return [part for part in parts if part is not None and part.dtype == torch.float16]
+    blocks = data.reshape(data.shape[0], -1, layout.num_bytes)
+    for field, start in layout.floats.items():
+        expect_finite(f"field '{field}' of {kind} data", _float16(blocks, start))
+    return blocks
 
 
 def _read_q4_0(blocks: Tensor) -> QuantizedMatrix:
@@ -100,13 +98,13 @@ def _read_q6_k(blocks: Tensor) -> QuantizedMatrix:
 class _Kind:
     """A block format: bytes of a block, [N, blocks, bytes] -> matrix, and how that is kept.
 
-    fields: ggml's names of the float16 numbers of a block: of the scales, of the minima.
+    floats: ggml's name of each float16 number of a block -> at which byte it lies.
     """
 
     num_bytes: int
     read: Callable[[Tensor], QuantizedMatrix]
     spec: QuantSpec
-    fields: tuple[str, ...] = ("d",)
+    floats: Mapping[str, int]
 
 
 _INT4 = QuantSpec("int4", 32, scale_dtype="float16")
@@ -114,14 +112,14 @@ _INT8 = replace(_INT4, code="int8")
 _INT4_K = QuantSpec("int4", 32, scale_dtype="int8", has_minima=True, span=256)
 _INT8_K = replace(_INT4_K, code="int8")
 KINDS = {
-    "Q4_0": _Kind(18, _read_q4_0, _INT4),
-    "Q4_1": _Kind(20, _read_q4_1, replace(_INT4, has_minima=True), ("d", "m")),
-    "Q5_0": _Kind(22, _read_q5_0, _INT8),
-    "Q5_1": _Kind(24, _read_q5_1, replace(_INT8, has_minima=True), ("d", "m")),
-    "Q8_0": _Kind(34, _read_q8_0, _INT8),
-    "Q4_K": _Kind(144, _read_q4_k, _INT4_K, ("d", "dmin")),
-    "Q5_K": _Kind(176, _read_q5_k, _INT8_K, ("d", "dmin")),
-    "Q6_K": _Kind(210, _read_q6_k, replace(_INT8_K, group=16, has_minima=False)),
+    "Q4_0": _Kind(18, _read_q4_0, _INT4, {"d": 0}),
+    "Q4_1": _Kind(20, _read_q4_1, replace(_INT4, has_minima=True), {"d": 0, "m": 2}),
+    "Q5_0": _Kind(22, _read_q5_0, _INT8, {"d": 0}),
+    "Q5_1": _Kind(24, _read_q5_1, replace(_INT8, has_minima=True), {"d": 0, "m": 2}),
+    "Q8_0": _Kind(34, _read_q8_0, _INT8, {"d": 0}),
+    "Q4_K": _Kind(144, _read_q4_k, _INT4_K, {"d": 0, "dmin": 2}),
+    "Q5_K": _Kind(176, _read_q5_k, _INT8_K, {"d": 0, "dmin": 2}),
+    "Q6_K": _Kind(210, _read_q6_k, replace(_INT8_K, group=16, has_minima=False), {"d": 208}),
 }
 
 

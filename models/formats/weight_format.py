@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from compiledllm.models.formats.slicing import dequantize_into
+
 Params = Sequence[Tensor | None]
 
 
@@ -35,7 +37,7 @@ class Slot(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TensorSlot:
-    """A slot for a tensor that is stored as it is, but for its dtype."""
+    """A slot for a tensor in a floating-point dtype, whatever it is in the checkpoint."""
 
     tensor: Tensor
 
@@ -44,7 +46,10 @@ class TensorSlot:
         return self.tensor.shape
 
     def put(self, stored: Any) -> None:
-        self.tensor.copy_(stored)
+        if isinstance(stored, Tensor):
+            self.tensor.copy_(stored)
+        else:
+            dequantize_into(stored, self.tensor)
 
 
 class MatrixFormat(Protocol):

@@ -8,15 +8,12 @@ from torch import Tensor
 
 from compiledllm.models.formats.gguf_blocks import KINDS
 
-# Bytes at which a block has float16 numbers; 0 if not named.
-_FLOATS = dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)) | {"Q6_K": (208,)}
-
 
 def random_blocks(kind: str, n: int, num_blocks: int, seed: int, spread: float = 1.0) -> Tensor:
     """uint8 [n, bytes of a row]: random bits, with normal numbers where a block has float16."""
     draw = np.random.default_rng(seed)
     blocks = draw.integers(0, 256, (n, num_blocks, KINDS[kind].num_bytes), dtype=np.uint8)
-    for start in _FLOATS.get(kind, (0,)):
+    for start in KINDS[kind].floats.values():
         values = (draw.standard_normal((n, num_blocks, 1)) * spread).astype(np.float16)
         blocks[..., start : start + 2] = values.view(np.uint8)
     return torch.from_numpy(blocks.reshape(n, -1))
