@@ -14,7 +14,7 @@ from torch import Tensor
 from compiledllm.models.formats.codes import QuantizedMatrix, dequantize, with_row_scales
 
 _OF_SCALES = ("scales", "zeros", "minima", "super_scales", "super_minima")
-_CHUNK = 2**24  # numbers of a matrix that are dequantised at a time
+_CHUNK = 2**22  # numbers of a matrix that are dequantised at a time
 Content = Tensor | QuantizedMatrix  # an entry of a checkpoint, after `gather`
 
 
