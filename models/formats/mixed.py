@@ -6,7 +6,7 @@ that are not quantised may name one part only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -112,13 +112,15 @@ class Mixed:
     ) -> Tensor:
         raise AssertionError("gate and up of experts have one format")
 
-    def _split(self, params: Params) -> Iterator[tuple[Run, Params]]:
+    def _split(self, params: Params) -> list[tuple[Run, Params]]:
         """Each run with its tensors."""
+        found: list[tuple[Run, Params]] = []
         start = 0
         for run in self.runs:
             end = start + run.format.num_params
-            yield run, params[start:end]
+            found.append((run, params[start:end]))
             start = end
+        return found
 
 
 def mixed(spec: MixedSpec, multiply: Callable[..., Tensor]) -> Mixed:

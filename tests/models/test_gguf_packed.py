@@ -44,6 +44,9 @@ LONGROPE = {
 }
 
 
+TIED = {"tie_word_embeddings": True}
+
+
 def yarn(architecture: str) -> Callable[[Any], None]:
     def edit(writer: Any) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
@@ -77,8 +80,13 @@ MODELS: dict[str, Case] = {
     "llama, biased": ("llama", {"attention_bias": True} | theta(YARN), yarn("llama")),
     "mistral": ("mistral", {"sliding_window": 20}, window),
     "qwen2": ("qwen2", theta(YARN), yarn("qwen2")),
-    "qwen2, tied": ("qwen2", {"tie_word_embeddings": True}, lambda writer: None),
+    "qwen2, tied": ("qwen2", TIED, lambda writer: None),
     "qwen3": ("qwen3", {"head_dim": 128}, lambda writer: None),
+    "gemma3": (
+        "gemma3_text",
+        {"head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 20, **TIED},
+        window,
+    ),
     "phi3": ("phi3", {"sliding_window": 20}, window),
     "phi3, longrope": (
         "phi3",
@@ -163,6 +171,20 @@ def _assert_bits(model: Decoder, state: dict[str, Tensor], is_fused: bool) -> No
 def _matrix(linear: Linear) -> Tensor:
     unit = torch.eye(linear.in_features)
     return linear.format.product(unit, linear.params, None).T
+
+
+def test_compiler_traces_the_products_of_a_mixed_matrix_whole(
+    some_gguf: tuple[Path, dict[str, Tensor]],
+) -> None:
+    path, _ = some_gguf
+    convert.convert_gguf(path, path.with_suffix(""), keep_packed=True)
+    qkv = load(path.with_suffix("")).layers[0].attn.qkv
+    compiled = torch.compile(qkv, fullgraph=True, backend="aot_eager", dynamic=True)
+    x = torch.randn(3, 256)
+    for first_row in (0, 256, 300, 400, 448):
+        y = compiled(x, first_row)
+        assert torch.equal(y, qkv(x, first_row))
+        assert torch.allclose(y, qkv(x)[:, first_row:], atol=1e-4)
 
 
 def iq4_nl(num_rows: int, num_columns: int) -> np.ndarray:
