@@ -55,6 +55,15 @@ def save_random_model(folder: Path, model_type: str, **changes: Any) -> None:
     model.save_pretrained(folder)
 
 
+def save_first_layers(source: Path, folder: Path, count: int) -> None:
+    """A checkpoint of the source's first layers, its edges and its tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(source, num_hidden_layers=count)
+    model.save_pretrained(folder)
+    copy_tokenizer(source, folder)
+
+
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """A checkpoint's tokenizer and chat template."""
     for name in TOKENIZER_FILES:
