@@ -177,7 +177,7 @@ def test_shared_prefixes(shallow: Reference) -> None:
 
 def test_compiled(shallow: Reference) -> None:
     """Prefill, one-row and crowded decode through the compiled block, without recompiling."""
-    engine = make(shallow.checkpoint, compile_when="start", max_num_batched_tokens=256)
+    engine = make(shallow.checkpoint, compile_when="start")
     compiler = engine.core.runner.compiler
     assert compiler.is_ready and compiler.error is None
     shallow.assert_greedy(engine.generate(shallow.of(*LENGTHS[:16], 320), HALF))
