@@ -1,15 +1,113 @@
-"""Command-line options made from the fields of `compiledllm.config`, equal in all commands."""
+"""Command lines: options made from the fields of `compiledllm.config`, equal in all commands, and a
+parser that names the nearest option for a wrong one. vLLM's other options are accepted where they
+ask for nothing."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import json
 import re
-from collections.abc import Callable
-from typing import Any
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
 
-from compiledllm.config import KINDS, all_options
+from compiledllm.config import AUTO, KINDS, all_options
+from compiledllm.vllm_options import (
+    SAME_VALUES,
+    SHORT_FLAGS,
+    VLLM_OPTIONS,
+    check_vllm_option,
+    same_value,
+    value_of,
+)
+
+MAX_SHOWN = 80  # characters of a value in an error
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that takes underscores in option names, no abbreviations, and says in one
+    line what is wrong and which option is nearest. vLLM calls such a class FlexibleArgumentParser.
+    """
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        keywords.setdefault("allow_abbrev", False)
+        super().__init__(*arguments, **keywords)
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
+        return super().parse_known_args(
+            with_dashes(sys.argv[1:] if args is None else args), namespace
+        )
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
+        found, rest = self.parse_known_args(args, namespace)
+        self.refuse(rest)
+        return found
+
+    def refuse(self, unknown: Sequence[str]) -> None:
+        """End with an error about the first unknown argument, if there is one."""
+        if unknown:
+            wrong = next((text for text in unknown if text.startswith("-")), unknown[0])
+            if not wrong.startswith("-"):
+                self.error(f"one argument too many: '{wrong[:MAX_SHOWN]}'")
+            wrong = wrong.partition("=")[0][:MAX_SHOWN]
+            self.error(f"unknown option {wrong}{_nearest(wrong, self.shown_flags())}")
+
+    def shown_flags(self) -> list[str]:
+        """The options that --help shows."""
+        actions = [action for action in self._actions if action.help != argparse.SUPPRESS]
+        return [flag for action in actions for flag in action.option_strings]
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n(see '{self.prog} --help')\n")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        choices = None if action.choices is None else list(map(str, action.choices))
+        if choices is None or str(value) in choices:
+            return
+        shown, near = str(value)[:MAX_SHOWN], _nearest(str(value), choices)
+        if isinstance(action, argparse._SubParsersAction):
+            name = str(action.metavar).lower()
+            self.error(f"there is no {name} '{shown}'{near}; known: {', '.join(choices)}")
+        raise argparse.ArgumentError(
+            action, f"must be one of {', '.join(choices)}, got '{shown}'{near}"
+        )
+
+
+class CommandParser(Parser):
+    """The parser of a sub-command, which leaves no argument to its parent."""
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
+        found, rest = super().parse_known_args(args, namespace)
+        self.refuse(rest)
+        return found, rest
+
+
+def with_dashes(arguments: Iterable[str]) -> list[str]:
+    """Arguments with dashes for underscores in the names of options, up to a lone "--"."""
+    found, is_option = [], True
+    for text in arguments:
+        is_option = is_option and text != "--"
+        if is_option and text.startswith("--"):
+            name, equals, value = text.partition("=")
+            text = name.replace("_", "-") + equals + value
+        found.append(text)
+    return found
+
+
+def _nearest(wrong: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(wrong, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+# -- options ---------------------------------------------------------------------------------------
 
 
 def add_engine_options(group: argparse._ArgumentGroup) -> None:
@@ -20,20 +118,58 @@ def add_engine_options(group: argparse._ArgumentGroup) -> None:
 
 def add_option(group: argparse._ArgumentGroup, field: dataclasses.Field[Any]) -> None:
     """Add --block-size for block_size, and --no-... for switches. Lists and dictionaries: JSON."""
-    flag, kind = "--" + field.name.replace("_", "-"), field.metadata["kind"]
+    flags, kind = _OUR_SHORT_FLAGS.get(field.name, ()), field.metadata["kind"]
     keywords: dict[str, Any] = {"default": argparse.SUPPRESS, "help": field.metadata["help"]}
     if kind == "bool":
         keywords["action"] = argparse.BooleanOptionalAction
     else:
-        keywords["type"] = _PARSERS[kind]
+        keywords["type"] = _translated(field.name, _PARSERS[kind])
         keywords["choices"] = field.metadata["choices"]
-    group.add_argument(flag, **keywords)
+    group.add_argument(*flags, flag_of(field.name), **keywords)
+
+
+def add_vllm_options(parser: argparse.ArgumentParser) -> None:
+    """Accept vLLM's other options where they ask for nothing. --help does not show them."""
+    taken = parser._option_string_actions
+    for name, option in VLLM_OPTIONS.items():
+        flags = [flag_of(name), *SHORT_FLAGS.get(name, ())]
+        if option.is_switch:
+            flags.append(flag_of(f"no_{name}"))
+        flags = [flag for flag in flags if flag not in taken]
+        if flag_of(name) in flags:
+            nargs = 0 if option.is_switch else None
+            hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+            parser.add_argument(*flags, dest=name, action=_Neutral, nargs=nargs, **hidden)
+
+
+class _Neutral(argparse.Action):
+    """Checks an option of vLLM's, which sets nothing."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        is_on = not str(option_string).startswith("--no-")
+        try:
+            check_vllm_option(self.dest, is_on if self.nargs == 0 else value_of(values))
+        except ValueError as error:
+            parser.error(str(error))
 
 
 def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The engine options that were given, by name."""
     names = [field.name for _, field in all_options()]
     return {name: getattr(arguments, name) for name in names if name in arguments}
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+_OUR_SHORT_FLAGS = {"tensor_parallel_size": ("-tp",)}
 
 
 def count(text: str) -> int:
@@ -59,11 +195,26 @@ def _json_parser(kind: str) -> Callable[[str], Any]:
     return parse
 
 
+def _length(text: str) -> int | str:
+    return AUTO if text in (AUTO, "-1") else count(text)
+
+
+def _translated(name: str, parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A parser that also takes vLLM's values of an option."""
+    if name not in SAME_VALUES:
+        return parse
+    return lambda text: same_value(name, parse(text))
+
+
 _PARSERS: dict[str, Callable[[str], Any]] = {
     "str": str,
     "path": str,
     "int": count,
+    "length": _length,
     "float": float,
     "list": _json_parser("list"),
     "dict": _json_parser("dict"),
 }
+
+
+FlexibleArgumentParser = Parser  # vLLM's name

@@ -13,7 +13,14 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from compiledllm.arguments import add_engine_options, count, engine_options
+from compiledllm.arguments import (
+    CommandParser,
+    Parser,
+    add_engine_options,
+    add_vllm_options,
+    count,
+    engine_options,
+)
 from compiledllm.benchmarks.cli import add_bench_command
 from compiledllm.config import (
     DTYPES,
@@ -149,11 +156,9 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="compiledllm", description="A compiler-driven LLM inference engine."
-    )
+    parser = Parser(prog="compiledllm", description="A compiler-driven LLM inference engine.")
     parser.add_argument("--version", action="version", version=f"compiledllm {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=CommandParser)
 
     generate = commands.add_parser("generate", help="complete a prompt, streaming")
     generate.add_argument("prompt", help="the prompt; '-' reads it from standard input")
@@ -167,11 +172,13 @@ def _parser() -> argparse.ArgumentParser:
     for command in (generate, chat):
         _add_sampling_options(command.add_argument_group("sampling"))
         add_engine_options(command.add_argument_group("engine"))
+        add_vllm_options(command)
 
     serve = commands.add_parser("serve", help="an OpenAI-compatible server")
     serve.add_argument("model_name", nargs="?", metavar="MODEL", help="the same as --model")
     add_server_options(serve.add_argument_group("server"))
     add_engine_options(serve.add_argument_group("engine"))
+    add_vllm_options(serve)
     serve.set_defaults(run=_serve)
 
     info = commands.add_parser("info", help="what a model is and what fits on this machine")

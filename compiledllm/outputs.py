@@ -89,3 +89,25 @@ class BeamSearchOutput:
     """The `beam_width` best sequences of one prompt, best first."""
 
     sequences: list[BeamSearchSequence]
+
+
+@dataclass(slots=True)
+class Metric:
+    """A measurement of the engine. name: vLLM's."""
+
+    name: str
+    labels: dict[str, str]
+
+
+@dataclass(slots=True)
+class Counter(Metric):
+    """A number that only grows."""
+
+    value: int
+
+
+@dataclass(slots=True)
+class Gauge(Metric):
+    """A number that goes up and down."""
+
+    value: float

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, KeysView
 from pathlib import Path
 from typing import Any
 
-from compiledllm.config import ConfigError, Report
+from compiledllm.config import AUTO, Choice, ConfigError, Report
 from compiledllm.engine.isolation import Isolation
 from compiledllm.engine.plan_views import start_lines
 from compiledllm.engine.served_model import ServedModel
@@ -58,6 +58,8 @@ class EngineCore:
         max_len = min(limits.max_model_len, self.scheduler.kv.max_request_tokens)
         self.worker.start(num_kv_blocks, max_blocks=-(-max_len // limits.block_size))
         self.report: Report = plan.report | self.worker.report
+        if self.max_model_len < limits.max_model_len:
+            self.report.note("max_model_len", Choice(self.max_model_len, "what the KV cache holds"))
         self.startup_s = {"config": plan.planning_s, **self.worker.startup_s}
         self.startup_s["total"] = plan.planning_s + time.perf_counter() - started
         for topic, line in start_lines(plan, self.worker, self.startup_s).items():
@@ -66,6 +68,15 @@ class EngineCore:
     @property
     def config(self) -> ResolvedConfig:
         return self.plan.config
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of a request, prompt and output together; with "auto" what the cache holds.
+
+        Requests are checked against this limit. The device is laid out for the model's context.
+        """
+        limit, room = self.config.limits.max_model_len, self.scheduler.kv.max_request_tokens
+        return min(limit, room) if self.config.requested.model.max_model_len == AUTO else limit
 
     @property
     def model_path(self) -> Path:
@@ -88,6 +99,7 @@ class EngineCore:
         num_blocks = self.worker.num_kv_blocks
         num_bytes = (num_blocks + 1) * self.plan.block_bytes  # with the null block
         sizes = {"num_kv_blocks": num_blocks, "kv_cache_memory_bytes": num_bytes}
+        sizes["max_model_len"] = self.max_model_len
         return self.plan.options() | sizes
 
     # -- requests ------------------------------------------------------------------------------
@@ -154,6 +166,10 @@ class EngineCore:
         log.error("a step failed (%s: %s)", type(error).__name__, error)
         return isolation.after_failure(_ids_of(step), error)
 
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes; requests in progress keep their blocks."""
+        self.scheduler.block_pool.reset_prefix_cache()
+
     def isolate_failures(self) -> None:
         """From now on a failing step ends only the request to blame, and `step` does not raise."""
         self.isolation = Isolation(self.scheduler)
@@ -174,7 +190,7 @@ class EngineCore:
         """The facts that a `RequestFactory` needs about the model."""
         return ServedModel(
             self.config.requested,
-            self.config.limits.max_model_len,
+            self.max_model_len,
             self.model_path,
             self.spec.vocab_size,
             self.spec.eos_token_ids,

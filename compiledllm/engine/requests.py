@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from compiledllm.config import ConfigError
-from compiledllm.engine.prompts import Prompt, as_token_ids
+from compiledllm.engine.prompts import PROMPT_KEYS, Prompt, as_token_ids
 from compiledllm.engine.request_state import Completion, RequestState
 from compiledllm.engine.served_model import ServedModel
 from compiledllm.engine.tokenizer import Tokenizer
@@ -64,6 +64,8 @@ class RequestFactory:
         self._check_priority(priority)
         params = dataclasses.replace(params)  # a checked copy, which the caller cannot change
         text, token_ids = self._read_prompt(prompt, params)
+        if isinstance(prompt, Mapping):
+            cache_salt = cache_salt or str(prompt.get("cache_salt") or "")
         if max_logprobs is None:
             max_logprobs = self._config.model.max_logprobs
         check_params(params, self.vocab_size, max_logprobs)
@@ -193,9 +195,10 @@ class RequestFactory:
 
     def _tokenize(self, prompt: Prompt, is_truncated: bool) -> tuple[str | None, list[int]]:
         if isinstance(prompt, Mapping):
-            if not prompt or set(prompt) - {"prompt", "prompt_token_ids"}:
+            given = {name for name, value in prompt.items() if name in PROMPT_KEYS or value}
+            if given.isdisjoint(("prompt", "prompt_token_ids")) or given - set(PROMPT_KEYS):
                 raise ValueError(
-                    "a prompt dict takes 'prompt' (text) or 'prompt_token_ids', "
+                    "a prompt dict takes 'prompt' (text) or 'prompt_token_ids', and 'cache_salt', "
                     f"got keys {sorted(map(str, prompt))}"
                 )
             if "prompt_token_ids" in prompt:

@@ -6,6 +6,7 @@ import dataclasses
 import time
 
 from compiledllm.config import CacheConfig, Choice, ConfigError, EngineConfig, Report
+from compiledllm.engine.tokenizer import read_template
 from compiledllm.kernels.backend import AttentionBackend
 from compiledllm.log import log
 from compiledllm.models.registry import load_spec
@@ -26,6 +27,8 @@ def plan(config: EngineConfig) -> Plan:
     """
     started = time.perf_counter()
     model = config.model
+    if model.chat_template is not None:
+        read_template(model.chat_template)  # reports a wrong path before weights are loaded
     has_weights = model.load_format != "dummy"
     checkpoint = resolve_checkpoint(
         model.model, model.revision, has_weights, keep_packed=model.model_impl != "transformers"

@@ -36,6 +36,7 @@ from compiledllm.remote.wire import (
     FromEngine,
     Ping,
     Ready,
+    ResetPrefixCache,
     SetVocabulary,
     Start,
     Stats,
@@ -270,6 +271,10 @@ class EngineClient:
     def _send(self, message: ToEngine) -> None:
         if self._child is not None:
             self._child.send(message)
+
+    def reset_prefix_cache(self) -> None:
+        """Let the engine forget all cached prefixes, before any request that is admitted later."""
+        self._send(ResetPrefixCache())
 
     # -- requests ------------------------------------------------------------------------------
 

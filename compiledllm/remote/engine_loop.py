@@ -14,6 +14,7 @@ from compiledllm.remote.wire import (
     Add,
     Finish,
     Ready,
+    ResetPrefixCache,
     SetVocabulary,
     Stats,
     StepOutputs,
@@ -78,6 +79,8 @@ class EngineLoop:
                 self._add_compiled(message)
             elif isinstance(message, Finish):
                 self._finish(message)
+            elif isinstance(message, ResetPrefixCache):
+                self._core.reset_prefix_cache()
             self._core.check_when_idle()
 
     def _add(self, spec: RequestSpec, grammar: Grammar | None = None) -> None:

@@ -51,6 +51,10 @@ class Finish(msgspec.Struct, tag=True):
     reason: FinishReason
 
 
+class ResetPrefixCache(msgspec.Struct, tag=True):
+    """Forget all cached prefixes."""
+
+
 class Ping(msgspec.Struct, tag=True):
     """Asks for an `Alive`; sent at least every second, in every state."""
 
@@ -113,7 +117,7 @@ class Failed(msgspec.Struct, tag=True):
     is_recorded: bool = False
 
 
-ToEngine = Start | SetVocabulary | Add | Finish | Ping
+ToEngine = Start | SetVocabulary | Add | Finish | ResetPrefixCache | Ping
 FromEngine = Ready | StepOutputs | Failed | Alive
 
 _ENCODER = msgspec.msgpack.Encoder()

@@ -22,12 +22,11 @@ def add_server_options(group: argparse._ArgumentGroup) -> None:
     add("--allowed-origins", nargs="+", default=[], help="CORS: none unless given; * for all")
     add("--allowed-methods", nargs="+", default=["*"], help="CORS: of allowed origins (*)")
     add("--allowed-headers", nargs="+", default=["*"], help="CORS: of allowed origins (*)")
-    add("--allow-credentials", action="store_true", help="CORS: cookies, browsers' passwords")
-    add("--strict-fields", action="store_true", help="refuse unknown fields instead of naming them")
-    add("--enable-log-requests", action="store_true", help="ids and sizes, never prompts")
-    details = "--enable-prompt-tokens-details"
-    switch = argparse.BooleanOptionalAction
-    add(details, action=switch, default=True, help="cached_tokens in usage; --no-...: not told")
+    _add_switch(group, "--allow-credentials", False, "CORS: cookies, browsers' passwords")
+    _add_switch(group, "--strict-fields", False, "refuse unknown fields instead of naming them")
+    _add_switch(group, "--enable-log-requests", False, "ids and sizes, never prompts")
+    details = "cached_tokens in usage; --no-...: not told"
+    _add_switch(group, "--enable-prompt-tokens-details", True, details)
     add("--metrics-prefix", default="compiledllm:", help="vllm: suits vLLM's dashboards")
     parsers = ["auto", "none", *FORMATS]
     add("--tool-call-parser", choices=parsers, default="auto", help="auto: by the chat template")
@@ -47,6 +46,10 @@ def add_server_options(group: argparse._ArgumentGroup) -> None:
     idle = "seconds a connection may idle between requests; longer than a load balancer's (15)"
     add("--keep-alive-timeout", type=seconds, default=15.0, help=idle)
     add("--max-connections", type=count, help="default: as many as the limit on open files allows")
+
+
+def _add_switch(group: argparse._ArgumentGroup, flag: str, default: bool, help: str) -> None:
+    group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=help)
 
 
 def seconds(text: str) -> float:
