@@ -22,7 +22,9 @@ LOAD_FORMATS = ("auto", "safetensors", "dummy")
 POLICIES = ("fcfs", "priority")
 GENERATION = ("auto", "off")
 COMPILE_WHEN = ("auto", "start", "background", "busy")
-QUANTIZATIONS = ("fp8", "fp8_block", "int8", "int4")
+ONLINE = ("fp8", "fp8_block", "int8", "int4")  # methods of quantising while loading
+STORED = ("awq", "gptq", "compressed-tensors", "fbgemm_fp8", "modelopt", "mxfp4")  # of checkpoints
+QUANTIZATIONS = (*ONLINE, *STORED)
 MODEL_IMPLS = ("auto", "compiledllm", "transformers")
 KV_CACHE_DTYPES = (*DTYPES, "fp8", "fp8_e4m3")
 BACKENDS = ("auto", "triton", "flashinfer", "torch")
@@ -122,7 +124,8 @@ class ModelConfig:
     quantization: str | None = option(
         None,
         "quantise 16-bit weights while loading, lossy: fp8 and int8 per channel, fp8_block in "
-        "blocks of 128x128, int4 in groups of 128; quantised checkpoints need no option",
+        "blocks of 128x128, int4 in groups of 128; quantised checkpoints need no option, but may "
+        "be given their own method's name",
         QUANTIZATIONS,
     )
     skip_tokenizer_init: bool = option(False, "token ids in, token ids out", kind="bool")

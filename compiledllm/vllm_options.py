@@ -437,6 +437,13 @@ SAME_VALUES: dict[str, dict[object, str]] = {
     "dtype": {"half": "float16", "float": "float32"},
     "model_impl": {"vllm": "compiledllm"},
     "generation_config": {"vllm": "off"},
+    "quantization": {
+        "awq_marlin": "awq",
+        "auto_awq": "awq",
+        "gptq_marlin": "gptq",
+        "auto_gptq": "gptq",
+        "modelopt_fp4": "modelopt",
+    },
     "attention_backend": {"FLASHINFER": "flashinfer", "TRITON_ATTN": "triton"},
     "max_model_len": {-1: "auto"},
 }

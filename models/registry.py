@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from compiledllm.config import ConfigError
+from compiledllm.config import ONLINE, STORED, ConfigError
 from compiledllm.models.checkpoint import files_by_tensor, opened, weight_files
 from compiledllm.models.formats.assign import quantized_as_stored, quantized_online
 from compiledllm.models.formats.methods import scheme_of
@@ -90,8 +90,13 @@ def _with_formats(
 ) -> ModelSpec:
     scheme = scheme_of_checkpoint(checkpoint)
     if scheme is None:
+        if quantization in STORED:
+            raise ConfigError(
+                f"quantization='{quantization}' is of checkpoints that are stored so, and "
+                f"{checkpoint} is not quantised; use one of {', '.join(ONLINE)}, or leave it out"
+            )
         return spec if quantization is None else quantized_online(spec, quantization)
-    if quantization is not None:
+    if quantization not in (None, _method_of(checkpoint)):
         raise ConfigError(
             f"quantization='{quantization}' quantises 16-bit weights, but {checkpoint} is "
             f"quantised already ({scheme.title}); leave it out"
@@ -109,6 +114,12 @@ def scheme_of_checkpoint(checkpoint: Path) -> Scheme | None:
     """The scheme of a quantised checkpoint, from its config; None for an unquantised one."""
     fields = _quantization_config(checkpoint)
     return None if fields is None else scheme_of(fields, _dtype_of_scales(checkpoint))
+
+
+def _method_of(checkpoint: Path) -> str:
+    """The method by which a quantised checkpoint says that it was made, as the option names it."""
+    method = (_quantization_config(checkpoint) or {}).get("quant_method")
+    return str(method).removesuffix("_fp4")
 
 
 def _quantization_config(checkpoint: Path) -> dict[str, Any] | None:

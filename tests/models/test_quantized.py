@@ -394,6 +394,17 @@ def test_quantising_twice_is_refused(checkpoints: Callable[..., tuple[Path, Path
         load_spec(packed, "auto", "fp8")
 
 
+def test_the_method_of_a_checkpoint_may_be_named_and_no_other(
+    checkpoints: Callable[..., tuple[Path, Path]], tiny_llama: Callable[..., Path]
+) -> None:
+    packed, _ = checkpoints("llama", "awq")
+    assert load_spec(packed, "auto", "awq") == load_spec(packed)
+    with pytest.raises(ConfigError, match=r"quantization='gptq'.*quantised already \(awq int4\)"):
+        load_spec(packed, "auto", "gptq")
+    with pytest.raises(ConfigError, match="quantization='awq' is of checkpoints that are stored"):
+        load_spec(tiny_llama(), "auto", "awq")
+
+
 def test_dummy_weights_of_a_quantised_model_are_finite(
     checkpoints: Callable[..., tuple[Path, Path]],
 ) -> None:
