@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from compiledllm.config import EngineConfig
 from compiledllm.engine.conversation import Message
+from compiledllm.engine.forecast import forecast
 from compiledllm.engine.prompts import (
     Prompt,
     as_conversations,
@@ -67,6 +68,7 @@ class Engine:
         self._requests = RequestFactory(self.core.served_model(), self.tokenizer)
         self._shared = SharedCore(self.core)
         self._request_ids = itertools.count()
+        self._has_forecast = False
 
     @classmethod
     def from_engine_args(cls, engine_args: Any) -> Self:
@@ -277,8 +279,16 @@ class Engine:
         """Step until `states` are finished. queue: the same states, in the order to begin in."""
         with self._aborting_on_exit(states), _progress_bar(len(states), use_tqdm) as progress:
             self._shared.add(queue)
-            self._shared.run_until_finished(states, progress.update)
+            with self._forecast(states):
+                self._shared.run_until_finished(states, progress.update)
             return [state.output() for state in states]
+
+    def _forecast(self, states: list[RequestState]) -> contextlib.AbstractContextManager[None]:
+        """On a CPU, where an answer without a limit takes minutes, the first such call says so."""
+        if self.core.platform.is_cuda or self._has_forecast:
+            return contextlib.nullcontext()
+        self._has_forecast = any(state.params.max_tokens is None for state in states)
+        return forecast(states, lambda: self._shared.num_generated)
 
     def _make_states(
         self,

@@ -37,6 +37,11 @@ class SharedCore:
         """Live requests by id."""
         return self._book.states
 
+    @property
+    def num_generated(self) -> int:
+        """Tokens generated since the start."""
+        return self._counts.num_generated
+
     # -- calls -----------------------------------------------------------------------------------
 
     def add(self, states: list[RequestState]) -> None:
