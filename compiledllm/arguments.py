@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import itertools
 import json
 import re
 import sys
@@ -80,14 +81,73 @@ class Parser(argparse.ArgumentParser):
 
 
 class CommandParser(Parser):
-    """The parser of a sub-command, which leaves no argument to its parent."""
+    """The parser of a sub-command, which leaves no argument to its parent.
+
+    If the command has an option --config, its file sets options that the command line leaves out.
+    """
+
+    _where = ""  # the file that is being read, for errors
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
+        args = with_dashes(args or [])
+        if "--config" in self._option_string_actions and (path := _config_file(args)):
+            self._where = f"{path}: "
+            words = [word for name, value in self._read(path) for word in self._words(name, value)]
+            namespace, _ = super().parse_known_args(words, namespace)
+            self._where = ""
         found, rest = super().parse_known_args(args, namespace)
         self.refuse(rest)
         return found, rest
+
+    def error(self, message: str) -> NoReturn:
+        super().error(self._where + message)
+
+    def _read(self, path: str) -> list[tuple[str, Any]]:
+        """The options in a file, by name. YAML, of which JSON is a part."""
+        import yaml
+
+        try:
+            with open(path, encoding="utf-8") as file:
+                found = yaml.safe_load(file) or {}
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            self.error(f"cannot be read ({' '.join(str(error).split())[:200]})")
+        if not isinstance(found, dict):
+            self.error("must be options with values, such as 'port: 8000', one a line")
+        return [(str(name).replace("_", "-"), value) for name, value in found.items()]
+
+    def _words(self, name: str, value: Any) -> list[str]:
+        """An option of the file as words of a command line."""
+        flag = f"--{name}"
+        action = self._option_string_actions.get(flag)
+        if action is None or name == "config":
+            self.error(f"unknown option '{name}'{_nearest(flag, self.shown_flags())}")
+        if value is None:
+            return []
+        if action.nargs == 0:
+            if not isinstance(value, bool):
+                self.error(f"{name} must be true or false, got '{str(value)[:MAX_SHOWN]}'")
+            return [flag] if value else [f"--no-{name}"]
+        if isinstance(value, list) and action.nargs == "+":
+            return [flag, *map(str, value)]
+        if isinstance(value, list) and isinstance(action, argparse._AppendAction):
+            return [f"{flag}={item}" for item in value]
+        is_json = isinstance(value, (list, dict, bool))
+        return [f"{flag}={json.dumps(value) if is_json else value}"]
+
+
+def _config_file(arguments: Sequence[str]) -> str | None:
+    """The file that --config names; the last one counts."""
+    found = None
+    for word, following in itertools.zip_longest(arguments, arguments[1:]):
+        if word == "--":
+            break
+        if word == "--config":
+            found = following
+        elif word.startswith("--config="):
+            found = word.partition("=")[2]
+    return found
 
 
 def with_dashes(arguments: Iterable[str]) -> list[str]:

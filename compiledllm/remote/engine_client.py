@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -166,7 +167,8 @@ class EngineClient:
                 self.failure = Failed(f"its process cannot be started ({error})")
             else:
                 self.signs.begin()
-                child.send(Start(self._options, str(self._crash_folder)))
+                level = log.level or logging.INFO
+                child.send(Start(self._options, str(self._crash_folder), level))
                 await self._attend(child)
                 status = await child.end()
                 self.failure = self.failure or Failed(cause_of(status))

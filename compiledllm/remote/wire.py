@@ -8,6 +8,7 @@ engine itself uses (`compiledllm.types`).
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from typing import Any
 
@@ -26,10 +27,14 @@ class WireError(Exception):
 
 
 class Start(msgspec.Struct, tag=True):
-    """The first message: engine options by name, and the folder of crash records."""
+    """The first message: engine options by name, and the folder of crash records.
+
+    log_level: as in `logging`.
+    """
 
     options: dict[str, Any]
     crash_folder: str
+    log_level: int = logging.INFO
 
 
 class SetVocabulary(msgspec.Struct, tag=True):

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from compiledllm.outputs import RequestOutput
 from compiledllm.remote.engine_client import EngineClient
 from compiledllm.remote.wire import FromEngine, StepOutputs
+from compiledllm.server.access_log import note_end
 from compiledllm.server.log_line import LogLine
 from compiledllm.server.quick_histogram import QuickHistogram
 
@@ -153,6 +154,7 @@ class Metrics:
     def end(self, timing: _Timing, output: RequestOutput) -> None:
         """Record the end of a request."""
         now, count = time.monotonic(), timing.num_tokens
+        note_end(output, count)
         self.e2e.observe(now - timing.arrival)
         self.prompt_tokens.inc(len(output.prompt_token_ids))
         self.cached_tokens.inc(output.num_cached_tokens)

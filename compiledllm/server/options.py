@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import math
+from typing import Any
 
 from compiledllm.arguments import count
+from compiledllm.log import LOG_LEVELS
 from compiledllm.server.openai.tool_formats import FORMATS
 
 REASONING = ("qwen3", "deepseek_r1")  # meanings of <think>; see `openai.chat_choice.reasoning_mode`
@@ -14,17 +18,32 @@ REASONING = ("qwen3", "deepseek_r1")  # meanings of <think>; see `openai.chat_ch
 def add_server_options(group: argparse._ArgumentGroup) -> None:
     """Add the options of `serve` that are not engine options."""
     add = group.add_argument
+    add("--config", metavar="FILE", help="YAML with these options; the command line wins")
     add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     add("--port", type=int, default=8000, help="port to listen on (8000)")
+    add("--uds", metavar="PATH", help="listen on this Unix socket instead")
+    add("--root-path", type=root_path, default="", help="a proxy serves us below this path")
+    add("--ssl-certfile", metavar="FILE", help="speak TLS: the certificate with its chain, PEM")
+    add("--ssl-keyfile", metavar="FILE", help="the certificate's key, if it is in another file")
+    add("--ssl-ca-certs", metavar="FILE", help="who signs the certificates of clients")
+    ask = "clients' certificates: 0 not asked for, 1 optional, 2 required (0)"
+    add("--ssl-cert-reqs", type=int, choices=(0, 1, 2), default=0, help=ask)
+    add("--ssl-ciphers", help="OpenSSL's list of ciphers, for TLS 1.2")
     add("--served-model-name", nargs="+", help="names in the API; default: the model as given")
     add("--api-key", action="append", help="a key that requests must have (repeatable)")
     add("--api-key-file", help="a file with keys, one a line; also $COMPILEDLLM_API_KEY")
-    add("--allowed-origins", nargs="+", default=[], help="CORS: none unless given; * for all")
-    add("--allowed-methods", nargs="+", default=["*"], help="CORS: of allowed origins (*)")
-    add("--allowed-headers", nargs="+", default=["*"], help="CORS: of allowed origins (*)")
+    words: dict[str, Any] = {"nargs": "+", "action": Words}
+    add("--allowed-origins", default=[], help="CORS: none unless given; * for all", **words)
+    add("--allowed-methods", default=["*"], help="CORS: of allowed origins (*)", **words)
+    add("--allowed-headers", default=["*"], help="CORS: of allowed origins (*)", **words)
     _add_switch(group, "--allow-credentials", False, "CORS: cookies, browsers' passwords")
     _add_switch(group, "--strict-fields", False, "refuse unknown fields instead of naming them")
     _add_switch(group, "--enable-log-requests", False, "ids and sizes, never prompts")
+    _add_switch(
+        group, "--access-log", False, "a line an answer: status, tokens, time, how it ended"
+    )
+    add("--log-level", choices=list(LOG_LEVELS), default="info", help="least severe lines (info)")
+    _add_switch(group, "--disable-fastapi-docs", False, "no /docs and no /openapi.json")
     details = "cached_tokens in usage; --no-...: not told"
     _add_switch(group, "--enable-prompt-tokens-details", True, details)
     add("--metrics-prefix", default="compiledllm:", help="vllm: suits vLLM's dashboards")
@@ -50,6 +69,30 @@ def add_server_options(group: argparse._ArgumentGroup) -> None:
 
 def _add_switch(group: argparse._ArgumentGroup, flag: str, default: bool, help: str) -> None:
     group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=help)
+
+
+class Words(argparse.Action):
+    """Several words, or a single list as JSON, as vLLM has them."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if len(values) == 1 and values[0].startswith("["):
+            with contextlib.suppress(ValueError):
+                values = [str(word) for word in json.loads(values[0])]
+        setattr(namespace, self.dest, values)
+
+
+def root_path(text: str) -> str:
+    """Parse a path prefix: "" or "/llm"; a slash at its end is left out."""
+    path = text.rstrip("/")
+    if path and (not path.startswith("/") or not path.isascii() or "//" in path):
+        raise argparse.ArgumentTypeError(f"must be a path such as /llm, got '{text}'")
+    return path
 
 
 def seconds(text: str) -> float:

@@ -87,6 +87,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "aiohttp": ("compiledllm.benchmarks",),
     "rich": ("compiledllm.benchmarks",),
     "prompt_toolkit": ("compiledllm.terminal_chat",),
+    "yaml": ("compiledllm.arguments",),
     "matplotlib": ("compiledllm.benchmarks",),
     "vllm": ("compiledllm.benchmarks",),
     "fastapi": ("compiledllm.server",),

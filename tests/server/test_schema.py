@@ -30,6 +30,7 @@ pytestmark = pytest.mark.real_model  # its tokenizer
 POSTS = ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"]
 POSTS += ["/v1/messages", "/v1/messages/count_tokens", "/v1/responses"]
 GETS = ["/v1/models", "/v1/models/{model}", "/health", "/ready", "/version", "/metrics", "/config"]
+GETS += ["/ping", "/load"]
 STORED = "/v1/responses/{response_id}"
 OTHERS = [("GET", path) for path in (*GETS, STORED)] + [("DELETE", STORED)]
 CHECKS = [
