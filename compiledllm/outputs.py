@@ -54,6 +54,7 @@ class RequestMetrics:
     arrival_time: float
     first_token_time: float | None
     last_token_time: float
+    first_scheduled_time: float | None = None
 
 
 @dataclass(slots=True)

@@ -244,12 +244,15 @@ class StepNews:
     """What a step did to requests, as plain data.
 
     token_ids: by request id, for requests that gained one token and go on, as most do, with their
-    `logprobs` if requested. Decoding a list of updates instead takes ten times as long.
+    `logprobs` if requested. Decoding a list of updates instead takes ten times as long. started: by
+    request id, when requests first got room in a step, in seconds of `time.monotonic`, a clock that
+    processes share.
     """
 
     token_ids: dict[str, int] = field(default_factory=dict)
     logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)
     updates: list[RequestUpdate] = field(default_factory=list)
+    started: dict[str, float] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:

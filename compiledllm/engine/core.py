@@ -49,6 +49,7 @@ class EngineCore:
         self.num_step_tokens = 0  # tokens of the step scheduled last
         self.on_start: Callable[[Iterable[str]], None] | None = None
         self._last_idle_check = 0.0
+        self._started: dict[str, float] = {}  # of the news to come
         self._in_flight: deque[tuple[SchedulerOutput, PendingOutput]] = deque()
         started = time.perf_counter()
         self.worker = Worker(plan)
@@ -130,6 +131,12 @@ class EngineCore:
         With `async_scheduling` the tokens are those of the previous step: the device computes one
         step while the host processes the previous step and prepares the next.
         """
+        news = self._step()
+        if self._started:
+            news.started, self._started = self._started, {}
+        return news
+
+    def _step(self) -> StepNews:
         step = self.scheduler.schedule()
         self._note_start(step)
         try:
@@ -146,8 +153,11 @@ class EngineCore:
 
     def _note_start(self, step: SchedulerOutput) -> None:
         self.num_step_tokens = step.num_scheduled_tokens
-        if self.on_start is not None and step.new_requests:
-            self.on_start(new.spec.request_id for new in step.new_requests)
+        if step.new_requests:
+            ids = [new.spec.request_id for new in step.new_requests]
+            self._started |= dict.fromkeys(ids, time.monotonic())
+            if self.on_start is not None:
+                self.on_start(ids)
 
     def _recover(self, step: SchedulerOutput, error: BaseException) -> StepNews:
         """Abandon a failed step. With isolation, go on without the request to blame; else raise.

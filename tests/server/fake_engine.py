@@ -84,10 +84,11 @@ class FakeCore:
 
     def step(self) -> StepNews:
         running, waiting = self.scheduler.running, self.scheduler.waiting
-        limit = self.config.limits.max_num_seqs
+        limit, started = self.config.limits.max_num_seqs, {}
         while waiting and len(running) < limit:
             running.append(waiting.pop(0))
             self.on_start([running[-1].request_id])
+            started[running[-1].request_id] = time.monotonic()
         time.sleep(STEP_S)
         names = {token: deed for deed, token in DEEDS.items()}
         for request in running:
@@ -97,7 +98,7 @@ class FakeCore:
                 request.status, request.finish_reason = RequestStatus.FINISHED, "length"
         updates = [RequestUpdate.of(request, [65]) for request in running]
         running[:] = [request for request in running if not request.is_finished]
-        return StepNews(updates=updates)
+        return StepNews(updates=updates, started=started)
 
 
 if __name__ == "__main__":

@@ -183,6 +183,19 @@ def test_the_socket_goes_with_its_server(socket_server: tuple[Server, Path]) -> 
 # -- what any server shows ------------------------------------------------------------------------
 
 
+def test_the_cache_and_the_phases_of_requests_are_measured(server: Server) -> None:
+    server.post("/v1/completions", {"prompt": [5, 6], "max_tokens": 7, "n": 2})
+    text = server.get("/metrics")[1]
+    (cache,) = re.findall(r"^compiledllm:cache_config_info\{(.*)\} 1.0$", text, re.M)
+    assert 'block_size="16"' in cache and re.search(r'num_gpu_blocks="\d+"', cache)
+    assert 'enable_prefix_caching="True"' in cache
+    for name in ("queue_time", "prefill_time", "decode_time", "inference_time"):
+        (count,) = re.findall(rf"^compiledllm:request_{name}_seconds_count\S* (\S+)", text, re.M)
+        assert float(count) >= 1
+    sums = dict(re.findall(r"^compiledllm:request_params_(\w+)_sum\S* (\S+)$", text, re.M))
+    assert float(sums["n"]) >= 2 and float(sums["max_tokens"]) >= 7
+
+
 def test_ping_load_and_docs_are_there(server: Server) -> None:
     assert server.get("/ping") == server.post("/ping", {}) == server.get("/health")
     assert server.get("/load") == (200, {"server_load": 0})
