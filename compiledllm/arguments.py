@@ -18,10 +18,10 @@ from compiledllm.config import AUTO, KINDS, all_options
 from compiledllm.vllm_options import (
     SAME_VALUES,
     SHORT_FLAGS,
-    VLLM_OPTIONS,
     check_vllm_option,
     same_value,
     value_of,
+    vllm_options,
 )
 
 MAX_SHOWN = 80  # characters of a value in an error
@@ -84,14 +84,18 @@ class CommandParser(Parser):
     """The parser of a sub-command, which leaves no argument to its parent.
 
     If the command has an option --config, its file sets options that the command line leaves out.
+    takes_vllm_options: accept vLLM's other options, too; they are added when the command runs.
     """
 
+    takes_vllm_options = False
     _where = ""  # the file that is being read, for errors
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
         args = with_dashes(args or [])
+        if self.takes_vllm_options:
+            add_vllm_options(self)
         if "--config" in self._option_string_actions and (path := _config_file(args)):
             self._where = f"{path}: "
             words = [word for name, value in self._read(path) for word in self._words(name, value)]
@@ -191,7 +195,7 @@ def add_option(group: argparse._ArgumentGroup, field: dataclasses.Field[Any]) ->
 def add_vllm_options(parser: argparse.ArgumentParser) -> None:
     """Accept vLLM's other options where they ask for nothing. --help does not show them."""
     taken = parser._option_string_actions
-    for name, option in VLLM_OPTIONS.items():
+    for name, option in vllm_options().items():
         flags = [flag_of(name), *SHORT_FLAGS.get(name, ())]
         if option.is_switch:
             flags.append(flag_of(f"no_{name}"))

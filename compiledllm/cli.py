@@ -17,7 +17,6 @@ from compiledllm.arguments import (
     CommandParser,
     Parser,
     add_engine_options,
-    add_vllm_options,
     count,
     engine_options,
 )
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
     from compiledllm.engine.engine import Engine
 
 DEFAULT_MAX_TOKENS = 256
+SHELLS = ("bash", "zsh", "fish")  # that `completion` knows
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -152,6 +152,28 @@ def _info(arguments: argparse.Namespace) -> int:
     return 0
 
 
+# -- env, completion -------------------------------------------------------------------------------
+
+
+def _env(arguments: argparse.Namespace) -> int:
+    from compiledllm.environment import facts
+
+    found = facts()
+    if arguments.json:
+        print(json.dumps(found))
+        return 0
+    for name, value in found.items():
+        print(f"{name:20} {value}")
+    return 0
+
+
+def _completion(arguments: argparse.Namespace) -> int:
+    from compiledllm.shell_completion import script
+
+    print(script(_parser(), arguments.shell), end="")
+    return 0
+
+
 # -- options ---------------------------------------------------------------------------------------
 
 
@@ -172,13 +194,13 @@ def _parser() -> argparse.ArgumentParser:
     for command in (generate, chat):
         _add_sampling_options(command.add_argument_group("sampling"))
         add_engine_options(command.add_argument_group("engine"))
-        add_vllm_options(command)
+        command.takes_vllm_options = True
 
     serve = commands.add_parser("serve", help="an OpenAI-compatible server")
     serve.add_argument("model_name", nargs="?", metavar="MODEL", help="the same as --model")
     add_server_options(serve.add_argument_group("server"))
     add_engine_options(serve.add_argument_group("engine"))
-    add_vllm_options(serve)
+    serve.takes_vllm_options = True
     serve.set_defaults(run=_serve)
 
     info = commands.add_parser("info", help="what a model is and what fits on this machine")
@@ -195,6 +217,16 @@ def _parser() -> argparse.ArgumentParser:
     info.set_defaults(run=_info)
 
     add_bench_command(commands)
+
+    env = commands.add_parser("env", help="versions and devices, for a bug report")
+    env.add_argument("--json", action="store_true", help="print one JSON object")
+    env.set_defaults(run=_env)
+
+    completion = commands.add_parser(
+        "completion", help='complete in a shell: eval "$(compiledllm completion bash)"'
+    )
+    completion.add_argument("shell", choices=SHELLS, metavar="SHELL", help=", ".join(SHELLS))
+    completion.set_defaults(run=_completion)
     return parser
 
 

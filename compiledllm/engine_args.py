@@ -14,7 +14,7 @@ from typing import Any, Self
 from compiledllm.arguments import add_engine_options, add_vllm_options
 from compiledllm.checks import strict_fields
 from compiledllm.config import all_options
-from compiledllm.vllm_options import VLLM_OPTIONS
+from compiledllm.vllm_options import vllm_options
 
 
 class _FromCommandLine:
@@ -36,7 +36,7 @@ class _FromCommandLine:
 
 def _make(name: str) -> Any:
     defaults = {f.name: f.default for _, f in all_options()}
-    for other, option in VLLM_OPTIONS.items():
+    for other, option in vllm_options().items():
         defaults[other] = option.values[0] if option.values else None
     columns = [(n, Any, _field(default)) for n, default in defaults.items()]
     made = make_dataclass(name, columns, bases=(_FromCommandLine,))

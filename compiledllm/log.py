@@ -7,9 +7,6 @@ import logging
 log = logging.getLogger("compiledllm")
 
 MAX_LINE = 4096  # characters
-LOG_LEVELS = {
-    name: getattr(logging, name.upper()) for name in ("debug", "info", "warning", "error")
-}
 
 
 class OneLine(logging.Filter):

@@ -7,6 +7,7 @@ both have is in `config` or `server.options` instead, and `SAME_VALUES` translat
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
@@ -498,20 +499,17 @@ def _option(neutral: Any, why_not: str) -> VllmOption:
     return VllmOption(neutral.values if isinstance(neutral, _OneOf) else (neutral,), why_not)
 
 
-VLLM_OPTIONS: dict[str, VllmOption] = {
-    name: _option(neutral, f"{why_not}; leave it out")
-    for why_not, group in _MISSING.items()
-    for name, neutral in group.items()
-} | {name: _option(neutral, instead) for name, (neutral, instead) in _INSTEAD.items()}
-
-
-VLLM_ARGUMENTS = {name: _option(*row) for name, row in _ARGUMENTS.items()}
-VLLM_FIELDS = {name: _option(*row) for name, row in _FIELDS.items()}
+@functools.cache
+def vllm_options() -> dict[str, VllmOption]:
+    """vLLM's other options by name."""
+    groups = [(f"{why_not}; leave it out", group) for why_not, group in _MISSING.items()]
+    found = {name: _option(value, why) for why, group in groups for name, value in group.items()}
+    return found | {name: _option(*row) for name, row in _INSTEAD.items()}
 
 
 def check_vllm_option(name: str, value: object) -> None:
     """Raise ValueError if an option of vLLM's asks for something that is not supported here."""
-    _check("option", name, value, VLLM_OPTIONS)
+    _check("option", name, value, vllm_options()[name])
 
 
 def check_arguments(method: str, given: Mapping[str, object]) -> None:
@@ -520,23 +518,23 @@ def check_arguments(method: str, given: Mapping[str, object]) -> None:
     Raises TypeError, as Python does, for a name that is not one of vLLM's arguments.
     """
     for name, value in given.items():
-        if name not in VLLM_ARGUMENTS:
+        if name not in _ARGUMENTS:
             raise TypeError(f"{method}() got an unexpected keyword argument '{name}'")
-        _check(f"argument of {method}()", name, value, VLLM_ARGUMENTS)
+        _check(f"argument of {method}()", name, value, _option(*_ARGUMENTS[name]))
 
 
 def without_vllm_fields(given: Mapping[str, Any], known: Container[str]) -> dict[str, Any]:
     """Sampling fields without vLLM's others, which are checked. Raises ValueError."""
-    others = [name for name in given if name in VLLM_FIELDS and name not in known]
+    others = [name for name in given if name in _FIELDS and name not in known]
     for name in others:
-        _check("field", name, given[name], VLLM_FIELDS)
+        _check("field", name, given[name], _option(*_FIELDS[name]))
     return {name: value for name, value in given.items() if name not in others}
 
 
-def _check(what: str, name: str, value: object, table: Mapping[str, VllmOption]) -> None:
-    if not table[name].accepts(value):
+def _check(what: str, name: str, value: object, option: VllmOption) -> None:
+    if not option.accepts(value):
         raise ValueError(
-            f"{name}={value!r:.80} is vLLM's {what}, not supported here: {table[name].why_not}"
+            f"{name}={value!r:.80} is vLLM's {what}, not supported here: {option.why_not}"
         )
 
 
@@ -548,7 +546,7 @@ def without_vllm_options(options: Mapping[str, Any], known: Container[str]) -> d
     """
     kept: dict[str, Any] = {}
     for name, value in options.items():
-        if name in VLLM_OPTIONS and name not in known:
+        if name not in known and name in vllm_options():
             check_vllm_option(name, value)
         elif value is not None or name not in known:
             kept[name] = same_value(name, value)

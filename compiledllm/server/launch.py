@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import functools
 import gc
+import logging
 import os
 import signal
 import socket
@@ -19,7 +20,7 @@ import uvicorn
 
 from compiledllm.arguments import engine_options
 from compiledllm.config import EngineConfig
-from compiledllm.log import LOG_LEVELS, log, show_logs
+from compiledllm.log import log, show_logs
 from compiledllm.models.source import cache_dir
 from compiledllm.remote.engine_client import EngineClient
 from compiledllm.remote.limits import Limits
@@ -43,7 +44,7 @@ MAX_STANDSTILL_S = 0.5  # the event loop may block this long without a log line
 
 def serve(arguments: argparse.Namespace) -> int:
     """Serve until told to stop; return the exit status. A failure's cause is printed last."""
-    show_logs(LOG_LEVELS[arguments.log_level])
+    show_logs(logging.getLevelNamesMapping()[arguments.log_level.upper()])
     _return_large_blocks()
     options = engine_options(arguments)
     EngineConfig.from_options(**options)  # reports wrong options before anything is started

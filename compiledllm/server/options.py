@@ -9,9 +9,9 @@ import math
 from typing import Any
 
 from compiledllm.arguments import count
-from compiledllm.log import LOG_LEVELS
 from compiledllm.server.openai.tool_formats import FORMATS
 
+LOG_LEVELS = ("debug", "info", "warning", "error")  # of `logging`
 REASONING = ("qwen3", "deepseek_r1")  # meanings of <think>; see `openai.chat_choice.reasoning_mode`
 
 
@@ -42,7 +42,7 @@ def add_server_options(group: argparse._ArgumentGroup) -> None:
     _add_switch(
         group, "--access-log", False, "a line an answer: status, tokens, time, how it ended"
     )
-    add("--log-level", choices=list(LOG_LEVELS), default="info", help="least severe lines (info)")
+    add("--log-level", choices=LOG_LEVELS, default="info", help="least severe lines (info)")
     _add_switch(group, "--disable-fastapi-docs", False, "no /docs and no /openapi.json")
     details = "cached_tokens in usage; --no-...: not told"
     _add_switch(group, "--enable-prompt-tokens-details", True, details)

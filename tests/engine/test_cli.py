@@ -33,6 +33,22 @@ def test_every_engine_option_is_on_the_command_line(capsys: pytest.CaptureFixtur
     assert all("--" + field.name.replace("_", "-") in shown for _, field in all_options())
 
 
+def test_env_says_what_a_report_needs_and_no_secret(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("COMPILEDLLM_API_KEY", "hf_secret")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    assert cli.main(["env", "--json"]) == 0
+    shown = capsys.readouterr().out
+    found = json.loads(shown)
+    assert {"compiledllm", "python", "system", "cpu", "torch", "engine's device"} <= set(found)
+    assert found["$HF_TOKEN"] == found["$COMPILEDLLM_API_KEY"] == "(set)"
+    assert found["$CUDA_VISIBLE_DEVICES"] == "7" and "hf_secret" not in shown
+    assert cli.main(["env"]) == 0
+    assert "torch  " in capsys.readouterr().out
+
+
 def test_info_prints_what_fits_without_weights(
     tiny_llama: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -29,7 +29,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "root": {"engine.engine", "config", "sampling_params", "outputs", "structured_outputs"}
     | {"version", "remote.async_engine", "remote.errors", "arguments", "engine_args"}
     | {"engine.llm_engine", "engine.prompts"},
-    "cli": {"root", "arguments", "terminal_chat", "server", "benchmarks", "engine"} | BELOW_ENGINE,
+    "cli": {"root", "arguments", "terminal_chat", "server", "benchmarks", "engine"}
+    | {"environment", "shell_completion"}
+    | BELOW_ENGINE,
+    "environment": {"config", "models.source", "platform", "version"},
+    "shell_completion": set(),
     "terminal_chat": {"engine.engine", "sampling_params", "outputs"},
     "arguments": {"config", "vllm_options"},
     "engine_args": {"arguments", "checks", "config", "vllm_options"},
@@ -108,6 +112,7 @@ WITHOUT_TORCH = (
     "compiledllm.log",
     "compiledllm.cli",
     "compiledllm.arguments",
+    "compiledllm.shell_completion",
     "compiledllm.engine_args",
     "compiledllm.vllm_options",
     "compiledllm.terminal_chat",

@@ -16,7 +16,7 @@ from compiledllm.arguments import Parser
 from compiledllm.config import ConfigError, EngineConfig, all_options
 from compiledllm.engine_args import AsyncEngineArgs, EngineArgs
 from compiledllm.sampling_params import BeamSearchParams, SamplingParams
-from compiledllm.vllm_options import SHORT_FLAGS, VLLM_OPTIONS, check_arguments
+from compiledllm.vllm_options import SHORT_FLAGS, check_arguments, vllm_options
 
 OURS = {field.name: field for _, field in all_options()}
 # What a vLLM script may write out of LLM(...), because the value is the default.
@@ -96,10 +96,10 @@ def test_what_vllm_does_by_default_may_be_written_out() -> None:
 
 
 def test_every_accepted_value_is_accepted_and_none_leaves_open() -> None:
-    for name, option in VLLM_OPTIONS.items():
+    for name, option in vllm_options().items():
         for value in (*option.values, None):
             EngineConfig.from_options(**{name: value})
-    everything_open = dict.fromkeys([*VLLM_OPTIONS, *OURS])
+    everything_open = dict.fromkeys([*vllm_options(), *OURS])
     assert EngineConfig.from_options(**everything_open) == EngineConfig()
 
 
@@ -113,14 +113,14 @@ def test_what_asks_for_more_is_refused_with_a_way_out(name: str) -> None:
 
 def test_every_option_says_why_another_value_is_refused() -> None:
     other = object()
-    for name, option in VLLM_OPTIONS.items():
+    for name, option in vllm_options().items():
         if option.values and list(option.values) != [False, True]:
             assert option.why_not and "not supported here" in refusal(**{name: other})
 
 
 def test_no_option_is_both_ours_and_vllms_other() -> None:
-    assert not set(OURS) & set(VLLM_OPTIONS)
-    assert set(SHORT_FLAGS) <= set(VLLM_OPTIONS)
+    assert not set(OURS) & set(vllm_options())
+    assert set(SHORT_FLAGS) <= set(vllm_options())
 
 
 def test_a_long_value_is_shortened() -> None:
@@ -165,7 +165,7 @@ def test_vllms_command_line_is_understood(line: str) -> None:
 
 def test_every_neutral_value_can_be_written_on_the_command_line() -> None:
     words = []
-    for name, option in VLLM_OPTIONS.items():
+    for name, option in vllm_options().items():
         flag = "--" + name.replace("_", "-")
         default = option.values[0] if option.values else "whatever"
         if option.is_switch:
