@@ -50,6 +50,35 @@ def facts(plan: Plan) -> dict[str, Any]:
     }
 
 
+def readable(found: dict[str, Any]) -> dict[str, str]:
+    """The same facts with sizes in units that people read, under names in words."""
+    return {_in_words(name): _shown(name, value) for name, value in found.items()}
+
+
+def _in_words(name: str) -> str:
+    words = name.removesuffix("_bytes").replace("_bytes", "").split("_")
+    shown = " ".join("KV" if word == "kv" else word for word in words)
+    return {"weight": "weights"}.get(shown, shown)
+
+
+def _shown(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if "bytes" in name:
+        return size(value)
+    if name == "parameters":
+        return f"{value / 1e9:.2f} B" if value >= 1e9 else f"{value / 1e6:.1f} M"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def size(num_bytes: int) -> str:
+    """A number of bytes in the largest binary unit of which there is at least one."""
+    for unit, bits in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if num_bytes >= 2**bits:
+            return f"{num_bytes / 2**bits:.4g} {unit}"
+    return f"{num_bytes} bytes"
+
+
 def start_lines(plan: Plan, worker: Worker, startup_s: dict[str, float]) -> dict[str, str]:
     """What an engine is and why, by topic. startup_s: phase -> seconds."""
     spec, limits, report = worker.spec, plan.config.limits, plan.report | worker.report
