@@ -11,7 +11,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, NoReturn
 
 from compiledllm.config import AUTO, KINDS, all_options
@@ -96,6 +96,7 @@ class CommandParser(Parser):
         args = with_dashes(args or [])
         if self.takes_vllm_options:
             add_vllm_options(self)
+        args = with_joined_keys(args, self._option_string_actions)
         if "--config" in self._option_string_actions and (path := _config_file(args)):
             self._where = f"{path}: "
             words = [word for name, value in self._read(path) for word in self._words(name, value)]
@@ -160,10 +161,32 @@ def with_dashes(arguments: Iterable[str]) -> list[str]:
     for text in arguments:
         is_option = is_option and text != "--"
         if is_option and text.startswith("--"):
-            name, equals, value = text.partition("=")
-            text = name.replace("_", "-") + equals + value
+            name = re.split(r"[=.]", text, maxsplit=1)[0]
+            text = name.replace("_", "-") + text[len(name) :]
         found.append(text)
     return found
+
+
+def with_joined_keys(arguments: Sequence[str], known: Container[str]) -> list[str]:
+    """Arguments with `--option.key value`, which vLLM has for JSON, as `--option={"key": value}`.
+
+    known: the options. Several keys of an option become one dictionary.
+    """
+    found: list[str] = []
+    joined: dict[str, dict[str, Any]] = {}
+    words = iter(arguments)
+    for word in words:
+        name, equals, value = word.partition("=")
+        flag, dot, path = name.partition(".")
+        if not dot or flag not in known:
+            found.append(word)
+            continue
+        *outer, last = path.split(".")
+        place = joined.setdefault(flag, {})
+        for key in outer:
+            place = place.setdefault(key, {})
+        place[last] = value_of(value if equals else next(words, ""))
+    return [f"{flag}={json.dumps(keys)}" for flag, keys in joined.items()] + found
 
 
 def _nearest(wrong: str, known: Iterable[str]) -> str:
@@ -237,11 +260,16 @@ _OUR_SHORT_FLAGS = {"tensor_parallel_size": ("-tp",)}
 
 
 def count(text: str) -> int:
-    """Parse an integer, which may be written as 8k (8000) or 8K (8192)."""
-    match = re.fullmatch(r"(-?\d+)([kK]?)", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"must be an integer such as 4096, 4k or 4K, got '{text}'")
-    return int(match[1]) * {"": 1, "k": 1000, "K": 1024}[match[2]]
+    """Parse an integer, which may be written as 8k (8000), 25.6k (25600) or 8K (8192); m, g, t."""
+    match = re.fullmatch(r"(-?\d+(?:\.\d+)?)([kmgtKMGT]?)", text)
+    if match is not None:
+        from decimal import Decimal
+
+        power = " kmgt".index(match[2].lower() or " ")
+        value = Decimal(match[1]) * (1024 if match[2].isupper() else 1000) ** power
+        if value == int(value):
+            return int(value)
+    raise argparse.ArgumentTypeError(f"must be an integer such as 4096, 4k or 4K, got '{text}'")
 
 
 def _json_parser(kind: str) -> Callable[[str], Any]:

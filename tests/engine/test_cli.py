@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import subprocess
@@ -158,7 +159,12 @@ def test_a_quiet_answer_is_the_answer_alone(
 
 
 def test_counts_may_be_written_short() -> None:
-    assert [count(text) for text in ("12", "8k", "8K")] == [12, 8000, 8192]
+    assert count(str(2**62 + 1)) == 2**62 + 1
+    written = ("12", "8k", "8K", "25.6k", "2M", "3g", "-1")
+    assert [count(text) for text in written] == [12, 8000, 8192, 25600, 2**21, 3 * 10**9, -1]
+    for wrong in ("1.5", "k", "2x", "", "0.0001k", "1e3"):
+        with pytest.raises(argparse.ArgumentTypeError, match="must be an integer such as 4096"):
+            count(wrong)
 
 
 @pytest.mark.real_model

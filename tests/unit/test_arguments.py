@@ -83,6 +83,22 @@ def test_a_file_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -
     assert "/none.yaml: cannot be read ([Errno 2] No such file" in capsys.readouterr().err
 
 
+def test_keys_of_json_options_may_be_given_one_by_one() -> None:
+    words = "--default-chat-template-kwargs.enable_thinking false m --port=9"
+    words += " --default-chat-template-kwargs.a.b=[1] --compilation-config.mode 3"
+    found = arguments(*words.split())
+    assert found.default_chat_template_kwargs == {"enable_thinking": False, "a": {"b": [1]}}
+    assert (found.model_name, found.port) == ("m", 9)
+
+
+def test_a_key_of_an_option_that_does_not_exist_is_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        arguments("--defalt-chat-template-kwargs.x", "1")
+    assert "unknown option --defalt-chat-template-kwargs.x" in capsys.readouterr().err
+
+
 # -- listening ------------------------------------------------------------------------------------
 
 
