@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from compiledllm.arguments import add_engine_options, count
+from compiledllm.arguments import CommandParser, add_engine_options, count
 
 ENGINES = ("compiledllm", "vllm", "transformers")
 DATASETS = ("random", "sharegpt-like", "file")
@@ -120,7 +120,8 @@ def _runner(name: str) -> Callable[[argparse.Namespace], int]:
 # -- groups of options -----------------------------------------------------------------------------
 
 
-def _add_engines(parser: argparse.ArgumentParser) -> None:
+def _add_engines(parser: CommandParser) -> None:
+    parser.takes_vllm_options = True
     parser.add_argument(
         "--engine", nargs="+", choices=ENGINES, default=["compiledllm"],
         help="several take turns on the same work; ratios are the first one's to the others'",

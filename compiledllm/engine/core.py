@@ -58,9 +58,10 @@ class EngineCore:
         limits = plan.config.limits
         max_len = min(limits.max_model_len, self.scheduler.kv.max_request_tokens)
         self.worker.start(num_kv_blocks, max_blocks=-(-max_len // limits.block_size))
-        self.report: Report = plan.report | self.worker.report
         if self.max_model_len < limits.max_model_len:
-            self.report.note("max_model_len", Choice(self.max_model_len, "what the KV cache holds"))
+            choice = Choice(self.max_model_len, "what the KV cache holds")
+            self.worker.report.note("max_model_len", choice)
+        self.report: Report = plan.report | self.worker.report
         self.startup_s = {"config": plan.planning_s, **self.worker.startup_s}
         self.startup_s["total"] = plan.planning_s + time.perf_counter() - started
         for topic, line in start_lines(plan, self.worker, self.startup_s).items():

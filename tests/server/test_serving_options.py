@@ -96,6 +96,7 @@ def test_an_automatic_length_is_what_the_cache_holds(tls_server: Server) -> None
     options = tls_server.get("/config")[1]
     assert options["options"]["max_model_len"] == 160
     assert options["choices"]["max_model_len"] == "160 (what the KV cache holds)"
+    assert "context    160 (what the KV cache holds)" in tls_server.log
     long = {"prompt": [5] * 160, "max_tokens": 1}
     error = tls_server.post("/v1/completions", long)[1]["error"]
     assert "max_model_len=160" in error["message"]

@@ -157,6 +157,11 @@ def parse(*arguments: str) -> Mapping[str, Any]:
     return vars(cli._parser().parse_args(arguments))
 
 
+def test_benchmarks_take_vllms_options_too() -> None:
+    found = parse("bench", "latency", "--model", "m", "-tp", "1", "-pp", "1", "--batch-size", "2")
+    assert (found["model"], found["batch_size"]) == ("m", [2])
+
+
 @pytest.mark.parametrize("line", COMMAND_LINES)
 def test_vllms_command_line_is_understood(line: str) -> None:
     assert parse("serve", "org/model", *line.split())["model_name"] == "org/model"
