@@ -205,14 +205,14 @@ def add_engine_options(group: argparse._ArgumentGroup) -> None:
 
 def add_option(group: argparse._ArgumentGroup, field: dataclasses.Field[Any]) -> None:
     """Add --block-size for block_size, and --no-... for switches. Lists and dictionaries: JSON."""
-    flags, kind = _OUR_SHORT_FLAGS.get(field.name, ()), field.metadata["kind"]
+    flags, kind = _OTHER_FLAGS.get(field.name, ()), field.metadata["kind"]
     keywords: dict[str, Any] = {"default": argparse.SUPPRESS, "help": field.metadata["help"]}
     if kind == "bool":
         keywords["action"] = argparse.BooleanOptionalAction
     else:
         keywords["type"] = _translated(field.name, _PARSERS[kind])
         keywords["choices"] = field.metadata["choices"]
-    group.add_argument(*flags, flag_of(field.name), **keywords)
+    group.add_argument(flag_of(field.name), *flags, **keywords)
 
 
 def add_vllm_options(parser: argparse.ArgumentParser) -> None:
@@ -256,7 +256,11 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-_OUR_SHORT_FLAGS = {"tensor_parallel_size": ("-tp",)}
+# vLLM's other flags of options that both have.
+_OTHER_FLAGS = {
+    "tensor_parallel_size": ("-tp",),
+    "gpu_memory_utilization": ("--device-memory-utilization",),
+}
 
 
 def count(text: str) -> int:

@@ -35,6 +35,7 @@ from compiledllm.server.options import add_server_options
 from compiledllm.structured_outputs import StructuredOutputsParams
 from compiledllm.terminal_chat import SHORT_HELP, Chat, speed
 from compiledllm.version import __version__
+from compiledllm.vllm_options import same_value
 
 if TYPE_CHECKING:
     from compiledllm.engine.engine import Engine
@@ -206,6 +207,8 @@ def _parser() -> argparse.ArgumentParser:
     add_server_options(serve.add_argument_group("server"))
     add_engine_options(serve.add_argument_group("engine"))
     serve.takes_vllm_options = True
+    hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    serve.add_argument("-q", dest="quantization", type=_quantization, **hidden)  # vLLM's
     serve.set_defaults(run=_serve)
 
     info = commands.add_parser("info", help="what a model is and what fits on this machine")
@@ -256,6 +259,13 @@ def _add_sampling_options(group: argparse._ArgumentGroup) -> None:
     forms.add_argument("--json-schema", metavar="FILE", help="answer in JSON of this schema")
     forms.add_argument("--regex", metavar="PATTERN", help="answer a text that matches")
     forms.add_argument("--choice", nargs="+", metavar="TEXT", help="answer one of these")
+
+
+def _quantization(text: str) -> str:
+    name: str = same_value("quantization", text)
+    if name not in QUANTIZATIONS:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(QUANTIZATIONS)}, got '{text}'")
+    return name
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any, Self
 
 import torch
@@ -73,6 +74,18 @@ class LLMEngine:
     def model_config(self) -> ModelConfigView:
         """`max_model_len`, `dtype`, `model` and `get_vocab_size()`, as resolved."""
         return ModelConfigView(self._engine)
+
+    @property
+    def vllm_config(self) -> SimpleNamespace:
+        """`model_config`, and what scripts read of `cache_config` and `scheduler_config`."""
+        options = self._engine.core.options()
+        names = ("max_num_seqs", "max_num_batched_tokens", "scheduling_policy")
+        cache = {"block_size": options["block_size"], "num_gpu_blocks": options["num_kv_blocks"]}
+        return SimpleNamespace(
+            model_config=self.model_config,
+            cache_config=SimpleNamespace(**cache),
+            scheduler_config=SimpleNamespace(**{name: options[name] for name in names}),
+        )
 
 
 class ModelConfigView:

@@ -42,15 +42,18 @@ def add_server_options(group: argparse._ArgumentGroup) -> None:
     _add_switch(
         group, "--access-log", False, "a line an answer: status, tokens, time, how it ended"
     )
-    add("--log-level", choices=LOG_LEVELS, default="info", help="least severe lines (info)")
+    levels: dict[str, Any] = {"type": str.lower, "choices": LOG_LEVELS, "default": "info"}
+    add("--log-level", help="least severe lines (info)", **levels)
     _add_switch(group, "--disable-fastapi-docs", False, "no /docs and no /openapi.json")
     details = "cached_tokens in usage; --no-...: not told"
     _add_switch(group, "--enable-prompt-tokens-details", True, details)
     add("--metrics-prefix", default="compiledllm:", help="vllm: suits vLLM's dashboards")
     parsers = ["auto", "none", *FORMATS]
-    add("--tool-call-parser", choices=parsers, default="auto", help="auto: by the chat template")
+    auto: dict[str, Any] = {"type": lambda name: name or "auto", "default": "auto"}
+    auto["help"] = "auto: by the chat template"
+    add("--tool-call-parser", choices=parsers, **auto)
     parsers = ["auto", "none", *REASONING]
-    add("--reasoning-parser", choices=parsers, default="auto", help="auto: by the chat template")
+    add("--reasoning-parser", choices=parsers, **auto)
     kept = "keep the last N answers of /v1/responses in memory, for previous_response_id (0)"
     add("--responses-store", type=count, default=0, metavar="N", help=kept)
     add("--max-queued-requests", type=count, default=1024, help="beyond those that run (1024)")

@@ -30,7 +30,7 @@ PRINTED = {
     "logprobs": r"\[True, False, False, False\]\n(1 [23] True\n){3}True\n",
     "parallel_sampling": r"\[4, 2\] 1\n\[0, 1, 2, 3\]\n",
     "llm_engine": r"2048\n(finished [01]\n){2}0\n",
-    "engine_args": r"\[1, 1\]\n2048 2\n",
+    "engine_args": r"\[1, 1\]\n16 512\n2048 2\n",
     "prefix_caching": r"0 True\nTrue\n0\nvllm:num_requests_running \(gauge\) = 0.0\n"
     r"vllm:prefix_cache_hits \(counter\) > 0: True\n",
     "async_engine": r"\[[1-8], [1-8], [1-8]\]\nTrue\n",

@@ -157,6 +157,14 @@ def parse(*arguments: str) -> Mapping[str, Any]:
     return vars(cli._parser().parse_args(arguments))
 
 
+def test_vllms_other_flags_of_our_options_are_ours() -> None:
+    words = "-tp 1 --device-memory-utilization 0.5 -q awq_marlin --log-level DEBUG"
+    found = parse("serve", "m", *words.split(), "--reasoning-parser", "")
+    assert (found["tensor_parallel_size"], found["gpu_memory_utilization"]) == (1, 0.5)
+    assert (found["log_level"], found["reasoning_parser"]) == ("debug", "auto")
+    assert found["quantization"] == "awq"
+
+
 def test_benchmarks_take_vllms_options_too() -> None:
     found = parse("bench", "latency", "--model", "m", "-tp", "1", "-pp", "1", "--batch-size", "2")
     assert (found["model"], found["batch_size"]) == ("m", [2])
@@ -177,8 +185,6 @@ def test_every_neutral_value_can_be_written_on_the_command_line() -> None:
             words.append(flag if default else "--no-" + flag[2:])
         elif not isinstance(default, type(None)):
             words.append(f"{flag}={default}".replace("'", '"'))
-    words.remove("--reasoning-parser=")  # the server's own option
-    words.remove("--shutdown-timeout=0")
     assert len(words) > 100
     assert parse("serve", *words, "m")["model_name"] == "m"
 

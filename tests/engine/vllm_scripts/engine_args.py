@@ -30,4 +30,6 @@ print(
 
 engine_args = EngineArgs(model="google/gemma-3-4b-it", max_model_len=512, max_num_seqs=2)
 llm = LLM(**asdict(engine_args) | {"seed": 0})
+cache = llm.llm_engine.vllm_config.cache_config
+print(cache.block_size, cache.num_gpu_blocks)
 print(llm.llm_engine.model_config.max_model_len, llm.get_tokenizer().eos_token_id)
