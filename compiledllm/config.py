@@ -23,7 +23,8 @@ POLICIES = ("fcfs", "priority")
 GENERATION = ("auto", "off")
 COMPILE_WHEN = ("auto", "start", "background", "busy")
 ONLINE = ("fp8", "fp8_block", "int8", "int4")  # methods of quantising while loading
-STORED = ("awq", "gptq", "compressed-tensors", "fbgemm_fp8", "modelopt", "mxfp4")  # of checkpoints
+# Methods of checkpoints that are stored quantised.
+STORED = ("awq", "gptq", "gguf", "compressed-tensors", "fbgemm_fp8", "modelopt", "mxfp4")
 QUANTIZATIONS = (*ONLINE, *STORED)
 MODEL_IMPLS = ("auto", "compiledllm", "transformers")
 KV_CACHE_DTYPES = (*DTYPES, "fp8", "fp8_e4m3")

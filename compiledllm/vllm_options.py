@@ -447,6 +447,7 @@ SAME_VALUES: dict[str, dict[object, str]] = {
     },
     "attention_backend": {"FLASHINFER": "flashinfer", "TRITON_ATTN": "triton"},
     "max_model_len": {-1: "auto"},
+    "load_format": {"gguf": "auto"},
 }
 
 

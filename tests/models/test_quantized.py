@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compiledllm import ConfigError, cli
+from compiledllm.config import STORED
 from compiledllm.kernels.attention import make_backend
 from compiledllm.models.decoder import Decoder
 from compiledllm.models.formats.codes import dequantize
+from compiledllm.models.formats.methods import METHODS
 from compiledllm.models.formats.online import quantize
 from compiledllm.models.registry import load_spec
 from compiledllm.models.weights import fill_with_random_weights, load_weights
@@ -392,6 +394,10 @@ def test_quantising_twice_is_refused(checkpoints: Callable[..., tuple[Path, Path
     packed, _ = checkpoints("llama", "awq")
     with pytest.raises(ConfigError, match=r"quantization='fp8'.*quantised already \(awq int4\)"):
         load_spec(packed, "auto", "fp8")
+
+
+def test_every_method_of_a_checkpoint_can_be_named() -> None:
+    assert set(STORED) | {"fp8"} == set(METHODS)
 
 
 def test_the_method_of_a_checkpoint_may_be_named_and_no_other(
