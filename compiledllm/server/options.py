@@ -58,15 +58,20 @@ def add_server_options(group: argparse._ArgumentGroup) -> None:
     add("--responses-store", type=count, default=0, metavar="N", help=kept)
     add("--max-queued-requests", type=count, default=1024, help="beyond those that run (1024)")
     add("--max-queued-tokens", type=count, default=4_000_000, help="of prompts (4000k)")
-    add("--request-timeout", type=seconds, default=1800.0, help="seconds a request may take (1800)")
+    add(
+        "--request-timeout",
+        type=non_negative_s,
+        default=1800.0,
+        help="seconds a request may take (1800)",
+    )
     silence = "seconds without a sign of the engine's life: unhealthy; twice that: restarted (60)"
-    add("--stuck-timeout", type=some_seconds, default=60.0, help=silence)
-    add("--load-timeout", type=some_seconds, default=3600.0, help="seconds to load for (3600)")
-    add("--shutdown-timeout", type=seconds, default=30.0, help="seconds to drain for (30)")
+    add("--stuck-timeout", type=positive_s, default=60.0, help=silence)
+    add("--load-timeout", type=positive_s, default=3600.0, help="seconds to load for (3600)")
+    add("--shutdown-timeout", type=non_negative_s, default=30.0, help="seconds to drain for (30)")
     idle = "seconds a client may take for its headers, or send no more of a body, or read nothing"
-    add("--client-timeout", type=seconds, default=15.0, help=f"{idle} of its answer (15)")
+    add("--client-timeout", type=non_negative_s, default=15.0, help=f"{idle} of its answer (15)")
     idle = "seconds a connection may idle between requests; longer than a load balancer's (15)"
-    add("--keep-alive-timeout", type=seconds, default=15.0, help=idle)
+    add("--keep-alive-timeout", type=non_negative_s, default=15.0, help=idle)
     add("--max-connections", type=count, help="default: as many as the limit on open files allows")
 
 
@@ -98,7 +103,7 @@ def root_path(text: str) -> str:
     return path
 
 
-def seconds(text: str) -> float:
+def non_negative_s(text: str) -> float:
     """Parse a number of seconds, at least 0; inf: no limit."""
     try:
         value = float(text)
@@ -109,9 +114,9 @@ def seconds(text: str) -> float:
     return value
 
 
-def some_seconds(text: str) -> float:
+def positive_s(text: str) -> float:
     """Parse a number of seconds above 0; inf: no limit."""
-    value = seconds(text)
+    value = non_negative_s(text)
     if value == 0:
         raise argparse.ArgumentTypeError("must be more than 0 seconds")
     return value

@@ -49,7 +49,7 @@ def part(kind: str, text: str) -> dict[str, str]:
 def test_a_text_and_instructions_become_messages() -> None:
     made = chat(instructions="Be brief.", max_output_tokens=9, reasoning={"effort": "low"})
     assert [(m.role, m.content) for m in made.messages] == [("system", "Be brief."), ("user", "hi")]
-    assert made.asked_tokens[1] == 9 and made.reasoning_effort == "low"
+    assert made.requested_max_tokens[1] == 9 and made.reasoning_effort == "low"
 
 
 def test_items_of_one_answer_become_one_message() -> None:

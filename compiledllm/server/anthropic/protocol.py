@@ -106,7 +106,7 @@ class MessagesRequest(CountTokensRequest, kw_only=True):
     metadata: dict[str, Any] | None = None
 
     @property
-    def asked_tokens(self) -> tuple[str, int | None]:
+    def requested_max_tokens(self) -> tuple[str, int | None]:
         return "max_tokens", self.max_tokens
 
 

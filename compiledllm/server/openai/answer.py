@@ -126,7 +126,7 @@ class StreamUsage:
     def __init__(self, body: Generation, shows_cached: bool) -> None:
         options = body.stream_options or StreamOptions()
         self.at_end, self.in_events = options.include_usage, options.continuous_usage_stats
-        self.is_asked = self.at_end or self.in_events
+        self.is_requested = self.at_end or self.in_events
         self._shows_cached = shows_cached
         self._outputs: dict[int, RequestOutput] = {}  # the last one, by prompt
         self._num_tokens: dict[int, int] = {}  # by prompt

@@ -106,7 +106,7 @@ class ChatAnswer(Answer[ChatRequest]):
 
     def grow(self, prompt_index: int, output: RequestOutput, completion: CompletionOutput) -> bytes:
         index = completion.index
-        if self._usage.is_asked:
+        if self._usage.is_requested:
             self._usage.add(prompt_index, output, len(completion.token_ids))
         choice = self._choices.get(index)
         role = b""
@@ -159,7 +159,7 @@ def _params(body: ChatRequest, defaults: SamplingParams, use: ToolUse | None) ->
         raise ApiError(400, "chat_template in a request is not allowed", "chat_template")
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs=true", "top_logprobs")
-    limit = body.asked_tokens[1] or defaults.max_tokens
+    limit = body.requested_max_tokens[1] or defaults.max_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     more: dict[str, Any] = {}
     if use is None:
@@ -171,9 +171,9 @@ def _params(body: ChatRequest, defaults: SamplingParams, use: ToolUse | None) ->
 
 def _schema_beside_calls(body: ChatRequest) -> dict[str, Any] | None:
     """The JSON schema of an answer that may call tools instead; None: any text, or no tools."""
-    asked = structured_outputs_from(body)
-    if asked is None or not body.tools or body.tool_choice == "none":
+    outputs = structured_outputs_from(body)
+    if outputs is None or not body.tools or body.tool_choice == "none":
         return None
-    if asked.json is None and asked.json_object is None:
+    if outputs.json is None and outputs.json_object is None:
         raise ApiError(400, "tools go with JSON only: leave structured_outputs out", "tools")
-    return json_schema_of(asked)
+    return json_schema_of(outputs)

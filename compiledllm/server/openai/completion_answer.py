@@ -145,7 +145,7 @@ class CompletionAnswer(Answer[CompletionRequest]):
 
     def grow(self, prompt_index: int, output: RequestOutput, completion: CompletionOutput) -> bytes:
         index = self._index(prompt_index, completion)
-        if self._usage.is_asked:
+        if self._usage.is_requested:
             count = 0 if self._hides_output else len(completion.token_ids)
             self._usage.add(prompt_index, output, count)
         has_begun = index in self._num_shown

@@ -178,9 +178,9 @@ def _compile(job: Job) -> None:
 
 def _check_context(body: GenerationBase, num_prompt_tokens: int, max_model_len: int) -> None:
     """Raise ValueError if the requested number of tokens does not fit after the prompt."""
-    name, asked = body.asked_tokens
-    if asked is not None and num_prompt_tokens + asked > max_model_len:
+    name, requested = body.requested_max_tokens
+    if requested is not None and num_prompt_tokens + requested > max_model_len:
         raise ValueError(
             f"{name} must be at most {max_model_len - num_prompt_tokens} behind a prompt of "
-            f"{num_prompt_tokens} tokens, as max_model_len={max_model_len}, got {asked}"
+            f"{num_prompt_tokens} tokens, as max_model_len={max_model_len}, got {requested}"
         )

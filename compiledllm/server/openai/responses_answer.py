@@ -177,7 +177,7 @@ def _earlier_items(body: ResponsesRequest, context: Context) -> list[ResponseIte
 
 def _head(body: ResponsesRequest, context: Context) -> dict[str, Any]:
     """The fields that do not change. Instructions are not repeated, as they may be long."""
-    choice, asked = body.tool_choice, body.text.format if body.text else None
+    choice, form = body.tool_choice, body.text.format if body.text else None
     defaults = context.requests.defaults
     return {
         "id": f"resp_{uuid.uuid4().hex}",
@@ -199,7 +199,7 @@ def _head(body: ResponsesRequest, context: Context) -> dict[str, Any]:
         "service_tier": "default",
         "store": body.store and context.settings.response_store.capacity > 0,
         "temperature": defaults.temperature if body.temperature is None else body.temperature,
-        "text": {"format": asked.plain() if asked else {"type": "text"}},
+        "text": {"format": form.plain() if form else {"type": "text"}},
         "tool_choice": choice if isinstance(choice, str) else choice.plain() if choice else "auto",
         "tools": [_shown_tool(tool) for tool in body.tools or [] if tool.type == "function"],
         "top_logprobs": body.top_logprobs or 0,

@@ -239,10 +239,10 @@ def _tool(tool: ResponseTool, where: str) -> Tool:
 
 
 def _response_format(body: ResponsesRequest) -> ResponseFormat | None:
-    asked = body.text.format if body.text else None
-    if asked is None or asked.type != "json_schema":
-        return None if asked is None else ResponseFormat(type=asked.type)
-    if asked.schema_ is None:
+    form = body.text.format if body.text else None
+    if form is None or form.type != "json_schema":
+        return None if form is None else ResponseFormat(type=form.type)
+    if form.schema_ is None:
         path = "text.format.schema"
         raise ApiError(400, f"{path} is missing; type 'json_schema' needs it", path)
-    return ResponseFormat(type=asked.type, json_schema=JsonSchema(schema_=asked.schema_))
+    return ResponseFormat(type=form.type, json_schema=JsonSchema(schema_=form.schema_))

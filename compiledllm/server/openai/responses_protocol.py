@@ -136,7 +136,7 @@ class ResponsesRequest(GenerationBase, kw_only=True):
     chat_template_kwargs: dict[str, Any] | None = None
 
     @property
-    def asked_tokens(self) -> tuple[str, int | None]:
+    def requested_max_tokens(self) -> tuple[str, int | None]:
         return "max_output_tokens", self.max_output_tokens
 
     @property
