@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from compiledllm.models.layer_cache import LayerCache, PagedKV
+from compiledllm.models.layer_cache import LayerCache, PagedKV, State
 from compiledllm.models.matrices import Formats, Matrix, Weights
+from compiledllm.models.state_specs import StateSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,8 @@ class AttentionSpec:
     itself with one shared weight; "heads", each head with its own weight; "whole", all heads
     together. sliding_window: number of latest positions a token sees, itself included; 0: all.
     soft_cap: limit of the logits' tanh soft cap; 0: none. has_sinks: each head has a learned logit
-    that takes part in the softmax's denominator only.
+    that takes part in the softmax's denominator only. has_gate: the sigmoid of a projection
+    multiplies each head's output; the projection's rows follow the rows of the head's query.
     """
 
     num_heads: int
@@ -76,10 +78,16 @@ class AttentionSpec:
     sliding_window: int = 0
     soft_cap: float = 0.0
     has_sinks: bool = False
+    has_gate: bool = False
 
     @property
     def q_size(self) -> int:
         return self.num_heads * self.head_dim
+
+    @property
+    def q_rows(self) -> int:
+        """Number of the projection's rows that make queries, and gates if there are any."""
+        return self.q_size * (1 + self.has_gate)
 
     @property
     def kv_size(self) -> int:
@@ -98,12 +106,12 @@ class AttentionSpec:
         }
         return shapes[self.qk_norm_over]
 
-    def cache(self, dtype: torch.dtype) -> LayerCache:
-        """What the layer keeps of each token. dtype: of keys and values."""
-        return PagedKV(self.num_kv_heads, self.head_dim, self.sliding_window, dtype)
+    def cache(self, _dtype: torch.dtype, kv_dtype: torch.dtype) -> PagedKV:
+        """What the layer keeps of each token. kv_dtype: of keys and values."""
+        return PagedKV(self.num_kv_heads, self.head_dim, self.sliding_window, kv_dtype)
 
     def weights(self, hidden_size: int) -> Weights:
-        num_qkv = self.q_size + 2 * self.kv_size
+        num_qkv = self.q_rows + 2 * self.kv_size
         qkv = Matrix("attn.qkv", num_qkv, hidden_size)
         out = Matrix("attn.out", hidden_size, self.q_size)
         biases = self.qkv_bias * num_qkv + self.output_bias * hidden_size
@@ -208,12 +216,13 @@ NORMS_BEHIND = {"pre": 0, "post": 2, "sandwich": 2, "parallel": 0, "parallel_2":
 class LayerSpec:
     """One decoder block.
 
-    residual: a key of NORMS_BEFORE. residual_scale: multiplies the outputs of attention and MLP
-    before they are added to x. formats: the formats of the quantised matrices.
+    mixer: the spec of the part that mixes tokens. residual: a key of NORMS_BEFORE. residual_scale:
+    multiplies the outputs of mixer and MLP before they are added to x. formats: the formats of the
+    quantised matrices.
     """
 
     hidden_size: int
-    attn: AttentionSpec
+    mixer: AttentionSpec | StateSpec
     mlp: MlpSpec | MoeSpec | OpaqueSpec
     norm: NormSpec
     residual: str = "pre"
@@ -232,7 +241,7 @@ class LayerSpec:
     def _with_mlp(self, mlp: Weights) -> Weights:
         num_norms = NORMS_BEFORE[self.residual] + NORMS_BEHIND[self.residual]
         norms = Weights(num_others=num_norms * self.norm.num_parameters(self.hidden_size))
-        return self.attn.weights(self.hidden_size).plus(norms, mlp).stored_in(self.formats)
+        return self.mixer.weights(self.hidden_size).plus(norms, mlp).stored_in(self.formats)
 
     @property
     def num_parameters(self) -> int:
@@ -349,10 +358,30 @@ class ModelSpec:
         used = sum(layer.weights_used.num_parameters for layer in self.layers)
         return 1 << round(math.log2(sum(layer.num_parameters for layer in self.layers) / used))
 
-    def cache_of(self, layer: LayerSpec) -> LayerCache:
-        """What the layer keeps of the tokens that it has seen."""
-        return layer.attn.cache(self.torch_kv_dtype)
-
     @property
     def layer_caches(self) -> tuple[LayerCache, ...]:
-        return tuple(self.cache_of(layer) for layer in self.layers)
+        """What each layer keeps of the tokens that it has seen."""
+        dtypes = self.torch_dtype, self.torch_kv_dtype
+        return tuple(layer.mixer.cache(*dtypes) for layer in self.layers)
+
+    def kv_of(self, attention: AttentionSpec) -> PagedKV:
+        """What an attention layer keeps of each token."""
+        return attention.cache(self.torch_dtype, self.torch_kv_dtype)
+
+    @property
+    def bytes_per_request(self) -> int:
+        """Bytes that a request takes whatever its length."""
+        kept = self.layer_caches
+        return sum(cache.bytes_per_request for cache in kept if isinstance(cache, State))
+
+    @property
+    def attentions(self) -> tuple[AttentionSpec, ...]:
+        """Of the layers that attend, in their order."""
+        mixers = (layer.mixer for layer in self.layers)
+        return tuple(mixer for mixer in mixers if isinstance(mixer, AttentionSpec))
+
+    @property
+    def flops_of_states(self) -> int:
+        """FLOPs per token of the mixing in layers with a state; their matrices do not count."""
+        mixers = (layer.mixer for layer in self.layers)
+        return sum(m.flops_per_token() for m in mixers if not isinstance(m, AttentionSpec))

@@ -15,7 +15,7 @@ def facts(plan: Plan) -> dict[str, Any]:
     `kv_tokens_that_fit` and `full_contexts_that_fit` do not count activations.
     """
     spec, platform, layout = plan.spec, plan.platform, plan.kv_layout
-    layer, weight_bytes = spec.layers[0], spec.num_bytes(spec.weights)
+    layer, attn, weight_bytes = spec.layers[0], spec.attentions[0], spec.num_bytes(spec.weights)
     room, _ = available_bytes(plan.config.requested.cache, platform, bytes_in_use=weight_bytes)
     context_bytes = plan.blocks_per_context * plan.block_bytes
     return {
@@ -25,9 +25,9 @@ def facts(plan: Plan) -> dict[str, Any]:
         "layers": len(spec.layers),
         "distinct_layers": len(spec.distinct_layers),
         "hidden_size": spec.hidden_size,
-        "attention_heads": layer.attn.num_heads,
-        "kv_heads": layer.attn.num_kv_heads,
-        "head_dim": layer.attn.head_dim,
+        "attention_heads": attn.num_heads,
+        "kv_heads": attn.num_kv_heads,
+        "head_dim": attn.head_dim,
         "intermediate_size": layer.mlp.intermediate_size,
         "vocab_size": spec.vocab_size,
         "tied_embeddings": spec.tie_word_embeddings,
@@ -83,7 +83,7 @@ def start_lines(plan: Plan, worker: Worker, startup_s: dict[str, float]) -> dict
     """What an engine is and why, by topic. startup_s: phase -> seconds."""
     spec, limits, report = worker.spec, plan.config.limits, plan.report | worker.report
     num_layers, distinct = len(spec.layers), len(spec.distinct_layers)
-    has_windows = any(cache.window for cache in spec.layer_caches)
+    has_windows = any(attn.sliding_window for attn in spec.attentions)
     lines: dict[str, Any] = {
         "model": f"{plan.checkpoint} ({spec.architecture}, {num_layers} layers, "
         f"{spec.num_parameters / 1e6:.1f} M parameters)",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from compiledllm.config import CacheConfig, Choice, ConfigError
-from compiledllm.models.layer_cache import LayerCache
 from compiledllm.platform import Platform
 from compiledllm.runner.kv_layout import KVLayout
 
@@ -68,20 +69,22 @@ def available_bytes(cache: CacheConfig, platform: Platform, bytes_in_use: int) -
 def allocate_kv_caches(
     layout: KVLayout, num_blocks: int, block_size: int, device: torch.device
 ) -> list[Tensor]:
-    """One zeroed cache per layer: the null block, then `num_blocks` usable blocks.
+    """One zeroed cache per layer that has KV: the null block, then `num_blocks` usable blocks.
 
     Layers in the same column share a tensor, in which each layer owns different blocks. Caches are
     zeroed, because masked positions are multiplied by zero and garbage may be NaN.
     """
-    tensors = [_zeros(cache, num_blocks + 1, block_size, device) for cache in layout.columns]
+    tensors = [
+        lazy_zeros(cache.shape(num_blocks + 1, block_size), cache.dtype, device)
+        for cache in layout.columns
+    ]
     return [tensors[place.column] for place in layout.places]
 
 
-def _zeros(cache: LayerCache, num_blocks: int, block_size: int, device: torch.device) -> Tensor:
-    shape = cache.shape(num_blocks, block_size)
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":
-        return torch.zeros(shape, dtype=cache.dtype, device=device)
+        return torch.zeros(shape, dtype=dtype, device=device)
     # numpy leaves zeroing to the operating system, page by page on first use. torch.zeros would
     # write all pages now, which takes seconds for gigabytes that may never be used.
-    num_bytes = num_blocks * block_size * cache.bytes_per_token
-    return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(cache.dtype).view(shape)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(dtype).view(shape)

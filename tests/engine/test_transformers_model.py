@@ -157,9 +157,9 @@ def test_spec_tells_what_the_module_has(model_type: str, tiny_model: Callable[..
     model = load_reference(checkpoint)
     assert spec.num_parameters == sum(p.numel() for p in model.parameters())
     assert len(spec.layers) == 3 and spec.max_position == 512 and spec.vocab_size == 128
-    heads = {(layer.attn.num_heads, layer.attn.num_kv_heads) for layer in spec.layers}
+    heads = {(attn.num_heads, attn.num_kv_heads) for attn in spec.attentions}
     assert heads == {(4, {"gpt_bigcode": 1, "opt": 4}.get(model_type, 2))}
-    windows = [layer.attn.sliding_window for layer in spec.layers]
+    windows = [attn.sliding_window for attn in spec.attentions]
     assert windows == ([20, 0, 20] if "layer_types" in MODELS.get(model_type, {}) else [0, 0, 0])
     used = [layer.weights_used.num_parameters for layer in spec.layers]
     all_of_them = [layer.num_parameters for layer in spec.layers]
@@ -177,7 +177,7 @@ def test_info_and_floors_know_such_a_model(
     assert (facts["run_by"], facts["kv_heads"], facts["head_dim"]) == ("transformers", 2, 16)
     assert facts["intermediate_size"] == 112 and facts["kv_bytes_per_token"] == 3 * 2 * 2 * 16 * 4
     spec = load_spec(tmp_path)
-    assert any(cache.window for cache in spec.layer_caches)
+    assert any(attn.sliding_window for attn in spec.attentions)
     assert facts["kv_groups"] == "1 group of 3 layers"  # as the engine has it
     assert facts["kv_bytes_of_a_full_context"] == 512 * facts["kv_bytes_per_token"]
     embedding = 128 * 64

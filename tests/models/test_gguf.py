@@ -140,7 +140,7 @@ def test_gemma3_knows_its_layers_and_norms(
     torch.testing.assert_close(logits(load(checkpoint)), logits(model))
     spec = load_spec(checkpoint)
     assert spec.architecture == "Gemma3ForCausalLM"
-    windows = [layer.attn.sliding_window for layer in spec.layers]
+    windows = [attn.sliding_window for attn in spec.attentions]
     assert windows == [5, 5, 5, 5, 5, 0, 5]
 
 
