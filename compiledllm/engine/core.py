@@ -215,13 +215,14 @@ def _scheduler(plan: Plan, num_kv_blocks: int) -> Scheduler:
     config, limits, windows = plan.config, plan.config.limits, plan.kv_layout.windows
     requested = config.requested
     scheduler = Scheduler(
-        BlockPool(num_kv_blocks, requested.cache.enable_prefix_caching),
+        BlockPool(num_kv_blocks, plan.shares_prefixes),
         limits.block_size,
         limits.max_num_seqs,
         limits.max_num_batched_tokens,
         requested.scheduler.scheduling_policy,
         Pace(BALANCED_TOKENS * plan.spec.sparsity, config.mixed_prompt_tokens),
         windows,
+        shares_blocks=not plan.spec.bytes_per_request,
     )
     if scheduler.kv.max_request_tokens == 0:
         raise ConfigError(

@@ -16,7 +16,8 @@ def facts(plan: Plan) -> dict[str, Any]:
     """
     spec, platform, layout = plan.spec, plan.platform, plan.kv_layout
     layer, attn, weight_bytes = spec.layers[0], spec.attentions[0], spec.num_bytes(spec.weights)
-    room, _ = available_bytes(plan.config.requested.cache, platform, bytes_in_use=weight_bytes)
+    in_use = plan.state_bytes + (weight_bytes if platform.is_cuda else 0)
+    room, _ = available_bytes(plan.config.requested.cache, platform, in_use)
     context_bytes = plan.blocks_per_context * plan.block_bytes
     return {
         "model": str(plan.checkpoint),
@@ -43,6 +44,8 @@ def facts(plan: Plan) -> dict[str, Any]:
         "kv_bytes_per_token": layout.bytes_in_windows,
         "kv_bytes_per_token_past_windows": layout.bytes_past_windows,
         "kv_bytes_of_a_full_context": context_bytes,
+        "state_bytes_per_request": spec.bytes_per_request,
+        "max_num_seqs": plan.config.limits.max_num_seqs,
         "device": f"{platform.device} ({platform.name})",
         "memory_bytes": platform.memory_bytes,
         "kv_tokens_that_fit": max(room, 0) // layout.bytes_in_windows,
@@ -95,6 +98,7 @@ def start_lines(plan: Plan, worker: Worker, startup_s: dict[str, float]) -> dict
         "products": report["products"].value if report.get("products") else None,
         "attention": report["attention_backend"],
         "memory": report.get("memory"),
+        "states": report.get("states"),
         "KV cache": _cache_line(plan, worker),
         "KV scales": report.get("kv_scales"),
         "KV groups": report["kv_groups"] if has_windows else None,

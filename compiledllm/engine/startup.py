@@ -17,6 +17,7 @@ from compiledllm.resolved_config import ResolvedConfig, StepLimits, resolve
 from compiledllm.runner.choose_backend import choose_backend
 from compiledllm.runner.kv_layout import KVLayout, choose_layout
 from compiledllm.runner.plan import Plan
+from compiledllm.runner.state_plan import with_room_for_states
 from compiledllm.scheduler.kv_manager import max_blocks_in_use, num_blocks_needed
 
 
@@ -41,6 +42,10 @@ def plan(config: EngineConfig) -> Plan:
     dtype = platform.choose_dtype(model.dtype, stored.dtype)
     report.note("dtype", dtype)
     spec = stored.with_dtypes(str(dtype.value), _kv_dtype(config.cache, str(dtype.value)))
+    if spec.bytes_per_request:
+        resolved = with_room_for_states(resolved, spec, platform, report)
+        off = Choice(False, "KV is of no use without the states behind it")
+        report.note("enable_prefix_caching", off)
     backend = _backend(resolved, spec, platform, report)
     if not backend.runs_ahead:
         reason = f"{backend.name} plans step by step"

@@ -55,15 +55,16 @@ def plan_num_blocks(
 def available_bytes(cache: CacheConfig, platform: Platform, bytes_in_use: int) -> tuple[int, str]:
     """Bytes for a KV cache (negative if there is no room), and the reason for that number.
 
-    bytes_in_use: on CUDA, bytes of the engine's share that are not for the KV cache (weights,
-    activations, sampling); ignored on a CPU, where the available memory is measured.
+    bytes_in_use: bytes of the engine's share that are not for the KV cache. On CUDA these are
+    weights, activations, sampling and states. On a CPU, where the available memory is measured
+    beside the weights, these are states.
     """
     if platform.is_cuda:
         share = cache.gpu_memory_utilization
         reason = f"what {share:.0%} of the GPU leaves beside weights and activations"
         return int(platform.memory_bytes * share) - bytes_in_use, reason
     reason = f"{CPU_MEMORY_SHARE:.0%} of the available memory"
-    return int(platform.memory_bytes * CPU_MEMORY_SHARE), reason
+    return int(platform.memory_bytes * CPU_MEMORY_SHARE) - bytes_in_use, reason
 
 
 def allocate_kv_caches(

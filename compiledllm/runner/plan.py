@@ -48,6 +48,16 @@ class Plan:
         return self.kv_layout.block_bytes(self.config.limits.block_size)
 
     @property
+    def state_bytes(self) -> int:
+        """Bytes of the states of all request rows, the padding row included."""
+        return self.spec.bytes_per_request * (self.config.limits.max_num_seqs + 1)
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether a request may start from blocks of another one."""
+        return self.config.requested.cache.enable_prefix_caching and not self.spec.bytes_per_request
+
+    @property
     def has_fp8_cache(self) -> bool:
         return self.spec.torch_kv_dtype.itemsize == 1
 
@@ -56,6 +66,7 @@ class Plan:
         is_dummy = self.config.requested.model.load_format == "dummy"
         return self.config.options() | {
             "load_format": "dummy" if is_dummy else "safetensors",
+            "enable_prefix_caching": self.shares_prefixes,
             "dtype": self.spec.dtype,
             "kv_cache_dtype": "fp8" if self.has_fp8_cache else self.spec.dtype,
             "device": str(self.platform.device),

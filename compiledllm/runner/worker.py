@@ -111,7 +111,7 @@ class Worker:
             plan.config.requested.cache,
             plan.block_bytes,
             plan.platform,
-            bytes_in_use=self._plan_memory() if plan.platform.is_cuda else 0,
+            bytes_in_use=self._plan_memory() if plan.platform.is_cuda else plan.state_bytes,
             max_useful=plan.max_useful_blocks,
         )
         self.report.note("num_kv_blocks", choice)
@@ -158,6 +158,7 @@ class Worker:
             measure_activations(self._model, plan.kv_layout, limits, plan.platform),
             num_captures=len(plan.shapes_to_capture()),
             sampling=max_sampling_bytes(limits.max_num_seqs, self.spec.vocab_size),
+            states=plan.state_bytes,
         )
         self.report.note("memory", Choice(budget, "activations measured"))
         return budget.in_use

@@ -52,11 +52,19 @@ class KVManager:
     """Block tables of the requests, over one pool.
 
     block_size: tokens per block. windows: for each group of layers, the number of latest tokens
-    that a token sees, itself included; 0: all.
+    that a token sees, itself included; 0: all. shares_blocks: whether a request may start from
+    another one's blocks.
     """
 
-    def __init__(self, pool: BlockPool, block_size: int, windows: Sequence[int] = (0,)) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        block_size: int,
+        windows: Sequence[int] = (0,),
+        shares_blocks: bool = True,
+    ) -> None:
         self.pool = pool
+        self._shares_blocks = shares_blocks
         self.block_size = block_size
         self.windows = tuple(windows)
         self._num_groups = len(self.windows)
@@ -261,6 +269,8 @@ class KVManager:
         """Full blocks of the prompt that a running request with the same prompt has computed."""
         sibling = request.sibling
         if sibling is None or sibling.status is not RequestStatus.RUNNING:
+            return self._no_blocks()
+        if not self._shares_blocks:
             return self._no_blocks()
         num_computed = min(request.num_prompt_tokens - 1, sibling.num_computed_tokens)
         num_full = num_computed // self.block_size

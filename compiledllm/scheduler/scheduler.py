@@ -68,7 +68,7 @@ class Scheduler:
 
     max_num_seqs: largest number of requests in a step; max_num_batched_tokens: largest number of
     tokens in a step; pace: how much of a step prompts get while other requests decode, by default
-    all of it; windows: attention window of each group of layers, see `KVManager`.
+    all of it; windows, shares_blocks: see `KVManager`.
     """
 
     def __init__(
@@ -80,10 +80,11 @@ class Scheduler:
         policy: str = "fcfs",
         pace: Pace | None = None,
         windows: Sequence[int] = (0,),
+        shares_blocks: bool = True,
     ) -> None:
         self.pace = pace or Pace(max_num_batched_tokens, max_num_batched_tokens)
         self.block_pool = block_pool
-        self.kv = KVManager(block_pool, block_size, windows)
+        self.kv = KVManager(block_pool, block_size, windows, shares_blocks)
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.requests: dict[str, Request] = {}
