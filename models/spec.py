@@ -146,9 +146,12 @@ class MlpSpec:
 
 @dataclass(frozen=True, slots=True)
 class MoeSpec:
-    """Mixture of experts: each token goes through `top_k` gated MLPs, weighted by a softmax.
+    """Mixture of experts: each token goes through `top_k` gated MLPs, weighted by scores.
 
-    intermediate_size: of one expert. renormalize: the weights of the chosen experts sum to one.
+    intermediate_size: of one expert. scores: "softmax" or "sigmoid" of the router's logits.
+    has_score_bias: a learned bias takes part in the choice of experts, not in their weights; only
+    with "sigmoid", as `scale`, which multiplies the weights. renormalize: the weights of the chosen
+    experts sum to one, before `scale`.
     shared_size: intermediate size of a shared expert that every token uses, weighted by a sigmoid
     gate; 0: none. bias: experts and router have biases. alpha, limit: parameters of clamped
     experts, which `kernels.moe` explains.
@@ -162,6 +165,9 @@ class MoeSpec:
     bias: bool = False
     alpha: float = 1.0
     limit: float = 0.0
+    scores: str = "softmax"
+    has_score_bias: bool = False
+    scale: float = 1.0
 
     def weights(self, hidden_size: int) -> Weights:
         return self._weights(hidden_size, self.num_experts)
@@ -178,7 +184,7 @@ class MoeSpec:
             Matrix("mlp.down", hidden_size, size, num_experts),
         )
         biases = self.num_experts + num_experts * (2 * size + hidden_size)
-        experts = Weights(matrices, self.bias * biases)
+        experts = Weights(matrices, self.bias * biases + self.has_score_bias * self.num_experts)
         if not self.shared_size:
             return experts
         gate = Weights((Matrix("mlp.shared_gate", 1, hidden_size),))

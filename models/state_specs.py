@@ -45,6 +45,19 @@ class DeltaNetSpec:
         """Number of channels of the convolution."""
         return 2 * self.key_size + self.value_size
 
+    @property
+    def qkvz_parts(self) -> dict[str, int]:
+        """Parts of the projection to queries, keys and values, and to z, the gate of the output."""
+        return self._parts({"qkv": self.qkv_size, "z": self.value_size})
+
+    @property
+    def ba_parts(self) -> dict[str, int]:
+        """Parts of the projection from which beta and the decay follow."""
+        return self._parts({"b": self.num_value_heads, "a": self.num_value_heads})
+
+    def _parts(self, parts: dict[str, int]) -> dict[str, int]:
+        return {"": sum(parts.values())} if self.is_grouped else parts
+
     def cache(self, dtype: torch.dtype, _kv_dtype: torch.dtype) -> State:
         """What the layer keeps of a request: the convolution's last inputs, and the states."""
         heads = self.num_value_heads, self.key_dim, self.value_dim

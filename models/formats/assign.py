@@ -12,8 +12,10 @@ from compiledllm.models.formats.gguf_config import GgufScheme
 from compiledllm.models.formats.stored import Scheme
 from compiledllm.models.matrices import MixedSpec, QuantSpec
 from compiledllm.models.names import NameRules
-from compiledllm.models.spec import LayerSpec, ModelSpec, MoeSpec, OpaqueSpec
+from compiledllm.models.spec import AttentionSpec, LayerSpec, ModelSpec, MoeSpec, OpaqueSpec
+from compiledllm.models.state_specs import DeltaNetSpec, StateSpec
 
+_NOT_ONLINE = "attn.ba"  # of Gated DeltaNet: small, and exponents follow from it
 HEAD = "lm_head"
 
 # Value of the option `quantization` -> how the matrices are kept.
@@ -29,7 +31,8 @@ def quantized_online(spec: ModelSpec, method: str) -> ModelSpec:
     """The spec with all matrices of the blocks quantised while loading; the head stays as it is."""
 
     def quantized(layer: LayerSpec) -> LayerSpec:
-        return replace(layer, formats=tuple((path, ONLINE[method]) for path in _parts_of(layer)))
+        paths = (path for path in _parts_of(layer) if path != _NOT_ONLINE)
+        return replace(layer, formats=tuple((path, ONLINE[method]) for path in paths))
 
     layers = tuple(map(quantized, spec.layers))
     return replace(spec, layers=layers, quantization=f"{method}, quantised while loading")
@@ -126,14 +129,10 @@ def _parts_of(layer: LayerSpec) -> dict[str, dict[str, int]]:
 
     Router and gate of a shared expert are left out: they are never quantised.
     """
-    attn, mlp, hidden = layer.attn, layer.mlp, layer.hidden_size
+    mlp, hidden = layer.mlp, layer.hidden_size
     if isinstance(mlp, OpaqueSpec):
         return {}
-    found = {
-        "attn.qkv": {"q": attn.q_size, "k": attn.kv_size, "v": attn.kv_size},
-        "attn.out": {"": hidden},
-        "mlp.down": {"": hidden},
-    }
+    found = _parts_of_mixer(layer.mixer, hidden) | {"mlp.down": {"": hidden}}
     if isinstance(mlp, MoeSpec) or mlp.gated:
         found["mlp.gate_up"] = dict.fromkeys(("gate", "up"), mlp.intermediate_size)
     else:
@@ -142,6 +141,15 @@ def _parts_of(layer: LayerSpec) -> dict[str, dict[str, int]]:
         found["mlp.shared.gate_up"] = dict.fromkeys(("gate", "up"), mlp.shared_size)
         found["mlp.shared.down"] = {"": hidden}
     return found
+
+
+def _parts_of_mixer(mixer: AttentionSpec | StateSpec, hidden: int) -> dict[str, dict[str, int]]:
+    out = {"attn.out": {"": hidden}}
+    if isinstance(mixer, AttentionSpec):
+        return {"attn.qkv": {"q": mixer.q_rows, "k": mixer.kv_size, "v": mixer.kv_size}} | out
+    if isinstance(mixer, DeltaNetSpec):
+        return {"attn.qkvz": mixer.qkvz_parts, "attn.ba": mixer.ba_parts} | out
+    return {"attn.bcx": {"": 3 * mixer.width}} | out
 
 
 def _check_experts(index: int, formats: Mapping[str, QuantSpec | MixedSpec]) -> None:

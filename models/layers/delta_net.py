@@ -18,22 +18,19 @@ from compiledllm.models.state_specs import DeltaNetSpec
 class DeltaNet(nn.Module):
     """Project, convolve, update and read the states, normalise and gate each head, project.
 
-    Decay and its bias stay float32, because the decay's exponential is taken twice.
+    The decay rate and the bias of its time step stay float32, as an exponential of an exponential
+    would multiply their rounding.
     """
 
     def __init__(self, hidden_size: int, spec: DeltaNetSpec, make: Factory) -> None:
         super().__init__()
         self.spec = spec
         heads = spec.num_value_heads
-        qkvz = {"qkv": spec.qkv_size, "z": spec.value_size}
-        ba = {"b": heads, "a": heads}
-        if spec.is_grouped:
-            qkvz, ba = ({"": sum(parts.values())} for parts in (qkvz, ba))
-        self.qkvz = make.linear("qkvz", hidden_size, qkvz)
-        self.ba = make.linear("ba", hidden_size, ba)
+        self.qkvz = make.linear("qkvz", hidden_size, spec.qkvz_parts)
+        self.ba = make.linear("ba", hidden_size, spec.ba_parts)
         self.convolution = empty_parameter(spec.qkv_size, 1, spec.kernel_size)
-        self.log_decay = empty_parameter(heads, dtype=torch.float32)
-        self.decay_bias = empty_parameter(heads, dtype=torch.float32)
+        self.log_decay_rate = empty_parameter(heads, dtype=torch.float32)
+        self.step_bias = empty_parameter(heads, dtype=torch.float32)
         self.norm = empty_parameter(spec.value_dim)
         self.out = make.linear("out", spec.value_size, {"": hidden_size})
 
@@ -44,11 +41,11 @@ class DeltaNet(nn.Module):
         spec, (columns, heads) = self.spec, states
         qkv, z, b, a = self._project(x)
         weight = self.convolution.squeeze(1)
-        *rows, bound = metadata
+        rows, bound = metadata[:3], metadata.row_bound
         qkv = short_convolution(qkv, weight, None, columns, *rows, "silu", bound)
         q, k, v = torch.split(qkv, [spec.key_size, spec.key_size, spec.value_size], dim=-1)
         q, k, v = _heads(q, spec.key_dim), _heads(k, spec.key_dim), _heads(v, spec.value_dim)
-        decay = -self.log_decay.exp() * F.softplus(a.float() + self.decay_bias)
+        decay = -self.log_decay_rate.exp() * F.softplus(a.float() + self.step_bias)
         out = gated_delta_rule(q, k, v, decay, torch.sigmoid(b.float()), heads, *metadata)
         gated = rms_norm(out, self.norm, spec.eps).float() * F.silu(z.float())
         projected: Tensor = self.out(gated.to(x.dtype).flatten(1))

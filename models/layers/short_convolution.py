@@ -29,7 +29,7 @@ class ShortConvolution(nn.Module):
         (columns,) = states
         b, c, x = self.bcx(x).chunk(3, dim=-1)
         weight = self.weight.squeeze(1)
-        *rows, bound = metadata
+        rows, bound = metadata[:3], metadata.row_bound
         mixed = short_convolution(b * x, weight, self.bias, columns, *rows, "none", bound)
         out: Tensor = self.out(c * mixed)
         return out

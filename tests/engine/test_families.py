@@ -43,7 +43,10 @@ def test_greedy_tokens_are_those_of_transformers(
     assert greedy(engine) == greedy_by_transformers(checkpoint, PROMPTS, NUM_TOKENS)
 
 
-@pytest.mark.parametrize("family", ["cohere", "gemma2", "gpt_neox", "gpt_oss", "opt", "qwen3_moe"])
+COMPILED = ["cohere", "gemma2", "gpt_neox", "gpt_oss", "opt", "qwen3_moe", "lfm2", "qwen3_next"]
+
+
+@pytest.mark.parametrize("family", COMPILED)
 def test_compiled_blocks_give_the_same_tokens(
     family: str, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
