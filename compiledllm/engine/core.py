@@ -100,9 +100,13 @@ class EngineCore:
         """All options by name, with the values in use."""
         num_blocks = self.worker.num_kv_blocks
         num_bytes = (num_blocks + 1) * self.plan.block_bytes  # with the null block
-        sizes = {"num_kv_blocks": num_blocks, "kv_cache_memory_bytes": num_bytes}
-        sizes["max_model_len"] = self.max_model_len
-        return self.plan.options() | sizes
+        measured = {
+            "num_kv_blocks": num_blocks,
+            "kv_cache_memory_bytes": num_bytes,
+            "max_model_len": self.max_model_len,
+            "enable_prefix_caching": self.scheduler.block_pool.enable_prefix_caching,
+        }
+        return self.plan.options() | measured
 
     # -- requests ------------------------------------------------------------------------------
 
@@ -215,14 +219,14 @@ def _scheduler(plan: Plan, num_kv_blocks: int) -> Scheduler:
     config, limits, windows = plan.config, plan.config.limits, plan.kv_layout.windows
     requested = config.requested
     scheduler = Scheduler(
-        BlockPool(num_kv_blocks, plan.shares_prefixes),
+        BlockPool(num_kv_blocks, bool(plan.caches_prefixes(num_kv_blocks).value)),
         limits.block_size,
         limits.max_num_seqs,
         limits.max_num_batched_tokens,
         requested.scheduler.scheduling_policy,
         Pace(BALANCED_TOKENS * plan.spec.sparsity, config.mixed_prompt_tokens),
         windows,
-        shares_blocks=not plan.spec.bytes_per_request,
+        plan.num_snapshots(num_kv_blocks) if plan.spec.bytes_per_request else None,
     )
     if scheduler.kv.max_request_tokens == 0:
         raise ConfigError(

@@ -99,6 +99,7 @@ def start_lines(plan: Plan, worker: Worker, startup_s: dict[str, float]) -> dict
         "attention": report["attention_backend"],
         "memory": report.get("memory"),
         "states": report.get("states"),
+        "prefixes": report.get("enable_prefix_caching"),
         "KV cache": _cache_line(plan, worker),
         "KV scales": report.get("kv_scales"),
         "KV groups": report["kv_groups"] if has_windows else None,

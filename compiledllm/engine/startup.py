@@ -44,8 +44,6 @@ def plan(config: EngineConfig) -> Plan:
     spec = stored.with_dtypes(str(dtype.value), _kv_dtype(config.cache, str(dtype.value)))
     if spec.bytes_per_request:
         resolved = with_room_for_states(resolved, spec, platform, report)
-        off = Choice(False, "KV is of no use without the states behind it")
-        report.note("enable_prefix_caching", off)
     backend = _backend(resolved, spec, platform, report)
     if not backend.runs_ahead:
         reason = f"{backend.name} plans step by step"

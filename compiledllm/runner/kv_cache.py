@@ -21,13 +21,16 @@ def plan_num_blocks(
     platform: Platform,
     bytes_in_use: int,
     max_useful: int,
+    snapshot_share: float = 0.0,
 ) -> tuple[int, Choice]:
     """Number of usable blocks (without the null block), and the reason for that number.
 
     per_block: bytes of a block. bytes_in_use: see `available_bytes`. max_useful: number of blocks
     of all requests that can run at once. `max_useful` limits the cache on a CPU only, because a
-    GPU's share is reserved for the engine in any case. Raises ConfigError if no block fits, or if
-    an option asks for more than the device's memory.
+    GPU's share is reserved for the engine in any case. snapshot_share: memory of snapshots of
+    states, as a share of the blocks' memory; both are in the same room, unless the number of blocks
+    is given. Raises ConfigError if no block fits, or if an option asks for more than the device's
+    memory.
     """
     if cache.num_kv_blocks is not None:
         room, reason = (cache.num_kv_blocks + 1) * per_block, "num_kv_blocks"
@@ -37,6 +40,8 @@ def plan_num_blocks(
         room, reason = available_bytes(cache, platform, bytes_in_use)
         if not platform.is_cuda and max_useful * per_block < room:
             room, reason = (max_useful + 1) * per_block, "enough for max_num_seqs full contexts"
+    if cache.num_kv_blocks is None:
+        room = int(room / (1 + snapshot_share))
     num_blocks = room // per_block - 1
     if num_blocks < 1:
         raise ConfigError(

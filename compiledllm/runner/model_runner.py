@@ -49,7 +49,7 @@ class ModelRunner:
     """Owns the device's state: the model, its KV caches and the request rows.
 
     kv_layout: which layers share block tables. kv_caches: one per layer that has KV. max_blocks:
-    width of the block tables, in blocks.
+    width of the block tables, in blocks. num_snapshots: copies of states to make room for.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class ModelRunner:
         kv_caches: list[Tensor],
         limits: StepLimits,
         max_blocks: int,
+        num_snapshots: int = 0,
     ) -> None:
         self.model = model
         self._layout = kv_layout
@@ -68,7 +69,7 @@ class ModelRunner:
         self.device = kv_caches[0].device
         vocab_size, max_rows = model.spec.vocab_size, limits.max_num_seqs
         num_groups = len(kv_layout.windows)
-        self.states = StateCaches(kv_layout, max_rows, self.device)
+        self.states = StateCaches(kv_layout, max_rows, self.device, num_snapshots)
         self._caches = kv_layout.of_layers(kv_caches, self.states.tensors)
         self.table = RequestTable(max_rows, max_blocks, vocab_size, self.device, num_groups)
         self.sampler = Sampler(self.table, vocab_size)
@@ -96,6 +97,7 @@ class ModelRunner:
         table.apply(step)
         if step.spoilt_block_ids:
             self._zero_blocks(step.spoilt_block_ids)
+        self._copy_states(step)
         if not step.scheduled:
             return self.outputs.send([], table.last_token_ids[:0])
         layout = StepLayout.of(step, table)
@@ -109,6 +111,16 @@ class ModelRunner:
             extras = extras or Extras()
             extras.prompt_logprobs = prompts
         return self.outputs.send(request_ids, drawn, extras)
+
+    def _copy_states(self, step: SchedulerOutput) -> None:
+        """Copy states to snapshots, and snapshots to the rows of requests that start from them."""
+        for copy, pairs in (
+            (self.states.save, step.saved_states),
+            (self.states.restore, step.restored_states),
+        ):
+            if pairs:
+                request_ids, slots = zip(*pairs, strict=True)
+                copy(self.table.rows_of(request_ids), slots)
 
     def collect(self, pending: PendingOutput) -> StepOutput:
         """Wait for the results of a launched step. Steps must be collected in launch order."""

@@ -113,8 +113,11 @@ class Worker:
             plan.platform,
             bytes_in_use=self._plan_memory() if plan.platform.is_cuda else plan.state_bytes,
             max_useful=plan.max_useful_blocks,
+            snapshot_share=plan.snapshot_share,
         )
         self.report.note("num_kv_blocks", choice)
+        if plan.spec.bytes_per_request:
+            self.report.note("enable_prefix_caching", plan.caches_prefixes(num_blocks))
         return num_blocks
 
     def start(self, num_kv_blocks: int, max_blocks: int) -> None:
@@ -123,7 +126,14 @@ class Worker:
         device = self.plan.platform.device
         caches = allocate_kv_caches(layout, num_kv_blocks, limits.block_size, device)
         self.num_kv_blocks = num_kv_blocks
-        self.runner = ModelRunner(self._model, layout, caches, limits, max_blocks)
+        self.runner = ModelRunner(
+            self._model,
+            layout,
+            caches,
+            limits,
+            max_blocks,
+            self.plan.num_snapshots(num_kv_blocks),
+        )
         self._start_compiler()
         self._capture()
 
