@@ -108,6 +108,12 @@ class EngineCore:
         }
         return self.plan.options() | measured
 
+    @property
+    def snapshot_bytes(self) -> int:
+        """Bytes of all snapshots of states that a request could start from."""
+        states = self.scheduler.kv.states
+        return 0 if states is None else len(states.snapshots) * self.plan.spec.bytes_per_request
+
     # -- requests ------------------------------------------------------------------------------
 
     def add(self, spec: RequestSpec, grammar: Grammar | None = None) -> None:

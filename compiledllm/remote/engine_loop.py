@@ -139,6 +139,9 @@ class EngineLoop:
             num_tokens=num_tokens,
             prefix_queries=scheduler.num_prefix_queries,
             prefix_hits=scheduler.num_prefix_hits,
+            prefix_misses_of_state=scheduler.num_prefix_misses_of_state,
+            snapshot_hits=scheduler.num_snapshot_hits,
+            snapshot_bytes=self._core.snapshot_bytes,
         )
 
     def _ready(self) -> Ready:

@@ -101,6 +101,9 @@ class Stats(msgspec.Struct, array_like=True):
     num_tokens: int  # computed in this step
     prefix_queries: int  # prompt tokens looked up and found in the prefix cache since the start
     prefix_hits: int
+    prefix_misses_of_state: int = 0  # prompt tokens whose KV was found, without a state behind it
+    snapshot_hits: int = 0  # requests that started from a snapshot of a state
+    snapshot_bytes: int = 0
 
 
 class StepOutputs(msgspec.Struct, tag=True):

@@ -96,6 +96,8 @@ class Scheduler:
         self._held: dict[str, Request] = {}  # waiting requests that must not be scheduled
         self._is_sorted = True  # whether `running` is in order of rank
         self.num_prefix_queries = self.num_prefix_hits = 0  # prompt tokens looked up, tokens found
+        # Prompt tokens whose KV was found, but no snapshot of the state behind it.
+        self.num_prefix_misses_of_state = 0
         self.num_failed_rows = 0  # rows of logits from which no token could be drawn
         self._freed_request_ids: list[str] = []
         self._spoilt_block_ids: list[int] = []  # blocks of requests whose logits were NaN
@@ -143,6 +145,11 @@ class Scheduler:
 
     def has_unfinished(self) -> bool:
         return bool(self.requests)
+
+    @property
+    def num_snapshot_hits(self) -> int:
+        """Number of times that a request started from a snapshot of a state."""
+        return 0 if self.kv.states is None else self.kv.states.snapshots.num_hits
 
     # -- a step --------------------------------------------------------------------------------
 
@@ -275,6 +282,7 @@ class Scheduler:
             request.num_cached_tokens = num_cached
             self.num_prefix_queries += request.num_tokens
             self.num_prefix_hits += num_cached
+            self.num_prefix_misses_of_state += max(request.diverges_at - num_cached, 0)
         request.status = RequestStatus.RUNNING
         self.running.append(request)
         self._is_sorted = False

@@ -61,6 +61,11 @@ class Metrics:
         self.generation_tokens = counter("generation_tokens", "Tokens generated")
         self.prefix_queries = counter("prefix_cache_queries", "Prompt tokens looked up")
         self.prefix_hits = counter("prefix_cache_hits", "Prompt tokens found")
+        self.misses_of_state = counter(
+            "prefix_cache_misses_of_state", "Prompt tokens whose KV was found, without a state"
+        )
+        self.snapshot_hits = counter("state_snapshot_hits", "Requests that started from a snapshot")
+        self.snapshot_bytes = gauge("state_snapshot_bytes", "Snapshots of states, in bytes")
         self.preemptions = counter("num_preemptions", "Requests that had to be computed again")
         self.corrupted = counter("corrupted_requests", "Requests whose logits were NaN or infinite")
         self.rejections = counter("admission_rejections", "Requests refused: too many waited")
@@ -151,6 +156,9 @@ class Metrics:
         self._advance("recompiles", self.recompiles, stats.num_recompiles)
         self._advance("queries", self.prefix_queries, stats.prefix_queries)
         self._advance("hits", self.prefix_hits, stats.prefix_hits)
+        self._advance("misses", self.misses_of_state, stats.prefix_misses_of_state)
+        self._advance("snapshots", self.snapshot_hits, stats.snapshot_hits)
+        self.snapshot_bytes.set(stats.snapshot_bytes)
         if stats.num_tokens:
             self.steps.observe(stats.step_s)
             self.step_tokens.observe(stats.num_tokens)

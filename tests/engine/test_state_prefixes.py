@@ -98,7 +98,11 @@ def test_a_third_request_starts_where_the_second_left_the_first(model: Path) -> 
     one, two, three = (shared + tokens_of(200, seed) for seed in (1, 2, 3))
     assert talk.cached(one) == [0]
     assert talk.cached(two) == [0]  # KV of 288 tokens is there, and no state behind it
+    assert talk.engine.core.scheduler.num_prefix_misses_of_state == 288
     assert talk.cached(three) == [288]
+    core = talk.engine.core
+    assert core.scheduler.num_snapshot_hits == 1
+    assert core.snapshot_bytes == len(talk.keeper.snapshots) * core.spec.bytes_per_request > 0
     assert talk.cached(one, two, three) == [496, 496, 496]
 
 

@@ -61,7 +61,10 @@ class FakeCore:
             num_failed_rows=0,
             num_prefix_queries=0,
             num_prefix_hits=0,
+            num_prefix_misses_of_state=0,
+            num_snapshot_hits=0,
         )
+        self.snapshot_bytes = 0
 
     def isolate_failures(self) -> None:
         pass
