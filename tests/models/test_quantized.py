@@ -23,6 +23,7 @@ from compiledllm.models.formats.online import quantize
 from compiledllm.models.registry import load_spec
 from compiledllm.models.weights import fill_with_random_weights, load_weights
 from tests.models.test_families import logits_in_chunks, logits_of_ends
+from tests.support.families import DELTA_NET, LFM2
 from tests.support.greedy import load_reference
 from tests.support.quantized import KINDS, edit_config, is_quantized, save_quantized
 
@@ -31,6 +32,10 @@ NUM_TOKENS = 40
 EVEN = {"intermediate_size": 128}
 BLOCKS = {"hidden_size": 256, "intermediate_size": 384}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 16}
+HYBRID = {
+    "shared_expert_intermediate_size": 32,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", EVEN),
     "blocks": ("llama", BLOCKS),
@@ -39,6 +44,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "experts": ("qwen3_moe", EXPERTS),
     "shared expert": ("qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 32}),
     "not gated": ("starcoder2", EVEN),
+    "hybrid experts": ("qwen3_5_moe", DELTA_NET | EXPERTS | HYBRID),
+    "hybrid": ("qwen3_next", DELTA_NET | EVEN | EXPERTS | HYBRID | {"num_experts": 0}),
+    "convolutions": ("lfm2", LFM2 | {"layer_types": ["conv", "conv", "full_attention"]}),
 }
 CASES = [("llama", kind) for kind in KINDS] + [
     ("blocks", "fp8 blocks"),
@@ -58,6 +66,10 @@ CASES = [("llama", kind) for kind in KINDS] + [
     ("experts", "modelopt nvfp4"),
     ("shared expert", "int8"),
     ("not gated", "gptq v2, asymmetric"),
+    ("hybrid experts", "fp8 blocks"),
+    ("hybrid experts", "int8"),
+    ("hybrid", "fp8 of channels"),
+    ("convolutions", "fp8 of tensors"),
 ]
 
 
@@ -111,7 +123,7 @@ def test_matrices_stay_quantised_in_memory(checkpoints: Callable[..., tuple[Path
 
 
 @pytest.mark.parametrize("method", ["fp8", "fp8_block", "int8", "int4"])
-@pytest.mark.parametrize("name", ["llama", "fused", "experts"])
+@pytest.mark.parametrize("name", ["llama", "fused", "experts", "hybrid experts"])
 def test_quantising_while_loading_is_quantising_each_part(
     method: str, name: str, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -120,7 +132,8 @@ def test_quantising_while_loading_is_quantising_each_part(
     copy = Path(shutil.copytree(source, tmp_path / "copy"))
     tensors = load_file(source / "model.safetensors")
     for key, tensor in tensors.items():
-        if is_quantized(key, tensor):
+        is_gate = key.endswith(("in_proj_a.weight", "in_proj_b.weight"))
+        if is_quantized(key, tensor) and not is_gate:
             parts = tensor.split([64, 32, 32]) if "qkv_proj" in key else [tensor]
             tensors[key] = torch.cat([dequantize(quantize(part, method)) for part in parts])
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
