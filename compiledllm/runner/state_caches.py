@@ -51,10 +51,11 @@ class StateCaches:
     def metadata(self, rows: Tensor, attn: AttentionMetadata) -> list[StateMetadata]:
         """What each layer must know of a step, given the metadata of any attention layer.
 
-        rows: int64 [rows], request rows. The metadata ends with an empty row, as attention's does.
+        rows: int64 [rows], request rows. Further rows of `attn`, which are empty, are padding's.
         """
         if not self.tensors:
             return []
-        rows = F.pad(rows, (0, 1), value=self._padding_row)
+        num_empty = len(attn.seq_lens) - len(rows)
+        rows = F.pad(rows, (0, num_empty), value=self._padding_row)
         metadata = StateMetadata(rows, attn.query_start_loc, attn.seq_lens, attn.row_bound)
         return [metadata] * len(self.tensors)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from compiledllm.config import Choice, ConfigError, Report
+from compiledllm.kernels.delta_rule import why_not_on_gpu
 from compiledllm.log import log
 from compiledllm.models.spec import ModelSpec
+from compiledllm.models.state_specs import DeltaNetSpec
 from compiledllm.platform import Platform
 from compiledllm.resolved_config import ResolvedConfig
 from compiledllm.runner.kv_cache import available_bytes
@@ -19,8 +21,11 @@ def with_room_for_states(
 ) -> ResolvedConfig:
     """The config with `max_num_seqs` lowered to the states that fit; the report says how many.
 
-    Raises ConfigError if the state of a single request does not fit.
+    Raises ConfigError if the state of a single request does not fit, or if the GPU has no kernels
+    for a layer's heads.
     """
+    if platform.is_cuda:
+        _check_heads(spec)
     in_use = spec.num_bytes(spec.weights) if platform.is_cuda else 0
     room, _ = available_bytes(config.requested.cache, platform, in_use)
     mib = spec.bytes_per_request / 2**20
@@ -43,3 +48,14 @@ def with_room_for_states(
     num_rows = config.limits.max_num_seqs
     report.note("states", Choice(f"{num_rows} requests", f"{mib:.1f} MiB each"))
     return config
+
+
+def _check_heads(spec: ModelSpec) -> None:
+    for mixer in {layer.mixer for layer in spec.layers}:
+        if isinstance(mixer, DeltaNetSpec):
+            obstacle = why_not_on_gpu(mixer.key_dim, mixer.value_dim)
+            if obstacle is not None:
+                raise ConfigError(
+                    f"the gated delta rule of {spec.architecture} cannot run on a GPU: {obstacle}; "
+                    "use device='cpu'"
+                )

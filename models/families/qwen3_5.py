@@ -62,6 +62,6 @@ def spec_from_hf(hf: Any) -> ModelSpec:
         spec,
         architecture=architecture.replace("CausalLM", "ConditionalGeneration"),
         tie_word_embeddings=bool(hf.tie_word_embeddings),
-        dtype=dtype_of(hf),
+        dtype=spec.dtype if hf.dtype is None else dtype_of(hf),
         eos_token_ids=eos_token_ids(hf) or spec.eos_token_ids,
     )

@@ -13,6 +13,7 @@ import torch
 
 from compiledllm import Engine, SamplingParams
 from compiledllm.config import ConfigError
+from compiledllm.models.deterministic import fixed_order
 from compiledllm.platform import Platform
 from tests.support.families import IN_ENGINE, VARIANTS
 
@@ -107,3 +108,19 @@ def test_requests_are_as_many_as_states_fit(model: Path, monkeypatch: pytest.Mon
 def has_memory(patch: pytest.MonkeyPatch, num_bytes: int) -> None:
     platform = Platform(torch.device("cpu"), "pretended", num_bytes)
     patch.setattr(Platform, "detect", lambda _: platform)
+
+
+def test_an_fp8_cache_holds_the_keys_of_attention_layers_alone(model: Path) -> None:
+    engine = engine_of(model, kv_cache_dtype="fp8")
+    runner, spec = engine.core.runner, engine.core.spec
+    attending = [i for i, layer in enumerate(spec.layers) if layer.mixer in spec.attentions]
+    assert list(runner.model.kv_scales) == attending and len(runner.kv_caches) == len(attending)
+    assert {cache.dtype for cache in runner.kv_caches} == {torch.float8_e4m3fn}
+    assert engine.core.report["kv_scales"].value == "measured"
+    assert all(len(tokens) == NUM_TOKENS for tokens in greedy(engine))
+
+
+def test_deterministic_is_refused_by_name(model: Path) -> None:
+    spec = engine_of(model).core.spec
+    with pytest.raises(ConfigError, match="deterministic=True is not supported for"):
+        fixed_order(spec)
