@@ -114,13 +114,10 @@ class ModelRunner:
 
     def _copy_states(self, step: SchedulerOutput) -> None:
         """Copy states to snapshots, and snapshots to the rows of requests that start from them."""
-        for copy, pairs in (
-            (self.states.save, step.saved_states),
-            (self.states.restore, step.restored_states),
-        ):
-            if pairs:
-                request_ids, slots = zip(*pairs, strict=True)
-                copy(self.table.rows_of(request_ids), slots)
+        for request_id, slot in step.saved_states:
+            self.states.save(self.table.row_of(request_id), slot)
+        for request_id, slot in step.restored_states:
+            self.states.restore(self.table.row_of(request_id), slot)
 
     def collect(self, pending: PendingOutput) -> StepOutput:
         """Wait for the results of a launched step. Steps must be collected in launch order."""

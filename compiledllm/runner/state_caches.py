@@ -6,47 +6,53 @@ Snapshots lie behind the rows, so that they are copied within a tensor.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections import Counter
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from compiledllm.kernels.backend import AttentionMetadata, StateMetadata
-from compiledllm.runner.device import to_device
+from compiledllm.models.layer_cache import State
 from compiledllm.runner.kv_cache import lazy_zeros
 from compiledllm.runner.kv_layout import KVLayout
 
 
 class StateCaches:
-    """tensors: for each layer with a state, its tensors, [rows and slots of snapshots, ...]."""
+    """tensors: for each layer with a state, its tensors, [rows and slots of snapshots, ...].
+
+    Equal tensors of all layers lie in one buffer, [layers, rows and slots, ...], so that a state is
+    copied by one kernel for each kind of tensor.
+    """
 
     def __init__(
         self, layout: KVLayout, max_num_seqs: int, device: torch.device, num_snapshots: int = 0
     ) -> None:
-        self._device = device
         self._padding_row = max_num_seqs
         self._first_slot = max_num_seqs + 1
         size = self._first_slot + num_snapshots
+        kinds = Counter(part for state in layout.states.values() for part in _kinds(state))
+        self._buffers = {
+            kind: lazy_zeros((count, size, *kind.shape), kind.dtype, device)
+            for kind, count in kinds.items()
+        }
+        of_layers = {kind: iter(buffer) for kind, buffer in self._buffers.items()}
         self.tensors: list[list[Tensor]] = [
-            [lazy_zeros((size, *shape), dtype, device) for shape, dtype in state.parts]
-            for state in layout.states.values()
+            [next(of_layers[kind]) for kind in _kinds(state)] for state in layout.states.values()
         ]
 
-    def save(self, rows: np.ndarray, slots: Sequence[int]) -> None:
-        """Copy the states of request rows, int64 [slots], to slots of snapshots."""
-        self._copy(rows, np.array(slots) + self._first_slot)
+    def save(self, row: int, slot: int) -> None:
+        """Copy the state of a request row to the slot of a snapshot."""
+        self._copy(row, self._first_slot + slot)
 
-    def restore(self, rows: np.ndarray, slots: Sequence[int]) -> None:
-        """Copy snapshots to request rows, int64 [slots]."""
-        self._copy(np.array(slots) + self._first_slot, rows)
+    def restore(self, row: int, slot: int) -> None:
+        """Copy a snapshot to a request row."""
+        self._copy(self._first_slot + slot, row)
 
-    def _copy(self, sources: np.ndarray, targets: np.ndarray) -> None:
-        index = to_device(np.stack((sources, targets)), self._device)
-        for part in itertools.chain.from_iterable(self.tensors):
-            part.index_copy_(0, index[1], part.index_select(0, index[0]))
+    def _copy(self, source: int, target: int) -> None:
+        for buffer in self._buffers.values():
+            buffer[:, target].copy_(buffer[:, source])
 
     def metadata(self, rows: Tensor, attn: AttentionMetadata) -> list[StateMetadata]:
         """What each layer must know of a step, given the metadata of any attention layer.
@@ -59,3 +65,13 @@ class StateCaches:
         rows = F.pad(rows, (0, num_empty), value=self._padding_row)
         metadata = StateMetadata(rows, attn.query_start_loc, attn.seq_lens, attn.row_bound)
         return [metadata] * len(self.tensors)
+
+
+class _Kind(NamedTuple):
+    part: int  # of a layer's state, as two of its tensors must not share storage
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _kinds(state: State) -> list[_Kind]:
+    return [_Kind(index, *part) for index, part in enumerate(state.parts)]
