@@ -145,6 +145,9 @@ def test_info_tells_of_every_variant_without_its_weights(
         assert facts["run_by"] == "compiledllm" and facts["layers"] == 3
         assert facts["parameters"] == load_spec(tmp_path).num_parameters
         assert facts["kv_bytes_per_token"] > 0 and facts["kv_tokens_that_fit"] > 0
+        spec = load_spec(tmp_path)  # in the dtype of the run
+        assert facts["state_bytes_per_request"] == spec.bytes_per_request
+        assert facts["max_num_seqs"] > 0
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
