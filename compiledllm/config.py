@@ -28,6 +28,7 @@ STORED = ("awq", "gptq", "gguf", "compressed-tensors", "fbgemm_fp8", "modelopt",
 QUANTIZATIONS = (*ONLINE, *STORED)
 MODEL_IMPLS = ("auto", "compiledllm", "transformers")
 KV_CACHE_DTYPES = (*DTYPES, "fp8", "fp8_e4m3")
+STATE_DTYPES = ("float32", "bfloat16")
 BACKENDS = ("auto", "triton", "flashinfer", "torch")
 
 
@@ -170,6 +171,11 @@ class CacheConfig:
         "dtype of keys and values; fp8 (fp8_e4m3): twice the tokens, with scales from the "
         "checkpoint or measured at start; auto: that of the weights",
         KV_CACHE_DTYPES,
+    )
+    state_dtype: str = option(
+        "float32",
+        "dtype of the states of Gated DeltaNet; bfloat16: half the bytes, less exact",
+        STATE_DTYPES,
     )
     enable_prefix_caching: bool = option(
         True, "reuse the KV of shared prompt prefixes", kind="bool"

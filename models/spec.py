@@ -106,7 +106,9 @@ class AttentionSpec:
         }
         return shapes[self.qk_norm_over]
 
-    def cache(self, _dtype: torch.dtype, kv_dtype: torch.dtype) -> PagedKV:
+    def cache(
+        self, _dtype: torch.dtype, kv_dtype: torch.dtype, _state_dtype: torch.dtype
+    ) -> PagedKV:
         """What the layer keeps of each token. kv_dtype: of keys and values."""
         return PagedKV(self.num_kv_heads, self.head_dim, self.sliding_window, kv_dtype)
 
@@ -268,6 +270,7 @@ class ModelSpec:
 
     dtype: the dtype of weights and activations, a name in torch: the checkpoint's until
     `with_dtypes` sets the engine's. kv_dtype: the dtype of keys and values; "": as `dtype`.
+    state_dtype: the dtype of the states of Gated DeltaNet.
     """
 
     architecture: str
@@ -292,10 +295,13 @@ class ModelSpec:
     formats: Formats = ()
     quantization: str = ""
     kv_dtype: str = ""
+    state_dtype: str = "float32"
 
-    def with_dtypes(self, dtype: str, kv_dtype: str = "") -> ModelSpec:
+    def with_dtypes(
+        self, dtype: str, kv_dtype: str = "", state_dtype: str = "float32"
+    ) -> ModelSpec:
         """The spec of the model as it runs: in these dtypes, which determine its sizes in bytes."""
-        return replace(self, dtype=dtype, kv_dtype=kv_dtype)
+        return replace(self, dtype=dtype, kv_dtype=kv_dtype, state_dtype=state_dtype)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -367,12 +373,15 @@ class ModelSpec:
     @property
     def layer_caches(self) -> tuple[LayerCache, ...]:
         """What each layer keeps of the tokens that it has seen."""
-        dtypes = self.torch_dtype, self.torch_kv_dtype
-        return tuple(layer.mixer.cache(*dtypes) for layer in self.layers)
+        return tuple(layer.mixer.cache(*self._cache_dtypes) for layer in self.layers)
+
+    @property
+    def _cache_dtypes(self) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+        return self.torch_dtype, self.torch_kv_dtype, getattr(torch, self.state_dtype)
 
     def kv_of(self, attention: AttentionSpec) -> PagedKV:
         """What an attention layer keeps of each token."""
-        return attention.cache(self.torch_dtype, self.torch_kv_dtype)
+        return attention.cache(*self._cache_dtypes)
 
     @property
     def bytes_per_request(self) -> int:

@@ -58,11 +58,11 @@ class DeltaNetSpec:
     def _parts(self, parts: dict[str, int]) -> dict[str, int]:
         return {"": sum(parts.values())} if self.is_grouped else parts
 
-    def cache(self, dtype: torch.dtype, _kv_dtype: torch.dtype) -> State:
+    def cache(self, dtype: torch.dtype, _kv_dtype: torch.dtype, state_dtype: torch.dtype) -> State:
         """What the layer keeps of a request: the convolution's last inputs, and the states."""
         heads = self.num_value_heads, self.key_dim, self.value_dim
         columns = self.qkv_size, self.kernel_size - 1
-        return State(((columns, dtype), (heads, torch.float32)))
+        return State(((columns, dtype), (heads, state_dtype)))
 
     def weights(self, hidden_size: int) -> Weights:
         matrices = (
@@ -86,7 +86,7 @@ class ConvSpec:
     width: int
     bias: bool = False
 
-    def cache(self, dtype: torch.dtype, _kv_dtype: torch.dtype) -> State:
+    def cache(self, dtype: torch.dtype, _kv_dtype: torch.dtype, _state_dtype: torch.dtype) -> State:
         """What the layer keeps of a request: the convolution's last inputs."""
         return State((((self.width, self.kernel_size - 1), dtype),))
 

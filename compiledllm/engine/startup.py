@@ -41,7 +41,9 @@ def plan(config: EngineConfig) -> Plan:
         _note_transformers(config, stored.architecture, report)
     dtype = platform.choose_dtype(model.dtype, stored.dtype)
     report.note("dtype", dtype)
-    spec = stored.with_dtypes(str(dtype.value), _kv_dtype(config.cache, str(dtype.value)))
+    spec = stored.with_dtypes(
+        str(dtype.value), _kv_dtype(config.cache, str(dtype.value)), config.cache.state_dtype
+    )
     if spec.bytes_per_request:
         resolved = with_room_for_states(resolved, spec, platform, report)
     backend = _backend(resolved, spec, platform, report)

@@ -124,3 +124,22 @@ def test_deterministic_is_refused_by_name(model: Path) -> None:
     spec = engine_of(model).core.spec
     with pytest.raises(ConfigError, match="deterministic=True is not supported for"):
         fixed_order(spec)
+
+
+def test_states_in_bfloat16_take_half_and_are_nearly_as_exact(
+    tiny_model: Callable[..., Path],
+) -> None:
+    model = tiny_model("qwen3_next", **VARIANTS["qwen3_next", IN_ENGINE["qwen3_next"]])
+    exact, small = engine_of(model), engine_of(model, state_dtype="bfloat16")
+    dtypes = [[part.dtype for part in layer] for layer in small.core.runner.states.tensors]
+    assert dtypes == [[torch.float32, torch.bfloat16]] * 2  # inputs of convolutions, states
+    params = SamplingParams(temperature=0, max_tokens=1, logprobs=5)
+    for prompt in PROMPTS:
+        wanted, found = (
+            engine.generate([prompt], params, use_tqdm=False)[0].outputs[0].logprobs
+            for engine in (exact, small)
+        )
+        assert wanted and found
+        for token, value in wanted[0].items():
+            if token in found[0]:
+                assert abs(found[0][token].logprob - value.logprob) < 0.1
