@@ -189,7 +189,7 @@ class EngineCore:
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes; requests in progress keep their blocks."""
-        self.scheduler.block_pool.reset_prefix_cache()
+        self.scheduler.kv.reset_prefixes()
 
     def isolate_failures(self) -> None:
         """From now on a failing step ends only the request to blame, and `step` does not raise."""

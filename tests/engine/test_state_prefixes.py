@@ -81,6 +81,8 @@ def test_a_second_request_starts_behind_the_prompt_of_the_first(
     talk, shared = Talk(make_model(family), **options), tokens_of(500)
     assert talk.cached(shared) == [0]
     assert talk.cached(shared) == [496]
+    assert talk.engine.reset_prefix_cache() and len(talk.keeper.snapshots) == 0
+    assert talk.cached(shared) == [0]
     assert talk.cached(shared + tokens_of(40, 1), shared + tokens_of(70, 2)) == [496, 496]
 
 
