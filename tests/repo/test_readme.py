@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 # Sub-command -> what its output shows if it did what it is for.
 SHOWN = {
     "generate": r"\w+ \w+ \w+",
-    "chat": r"/help .*\n.*\w+",  # an answer behind the greeting
+    "chat": r"/help .*\n[\s\S]*\w+",  # an answer behind the greeting
     "info": r"parameters +134\.5 M\n",
     "bench": r'"tpot_ms": {"median": [\d.]+',
 }
