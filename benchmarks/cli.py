@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from compiledllm.arguments import add_engine_options, count
+from compiledllm.arguments import CommandParser, add_engine_options, count
 
 ENGINES = ("compiledllm", "vllm", "transformers")
 DATASETS = ("random", "sharegpt-like", "file")
@@ -41,7 +41,6 @@ def _add_latency(kinds: Any) -> None:
         help="what requests ask of their tokens: several take turns in one engine (greedy)",
     )  # fmt: skip
     _add_repeats(parser)
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a picture (SVG)")
     _add_engines(parser)
 
 
@@ -105,6 +104,7 @@ def _add_compare(kinds: Any) -> None:
     parser.add_argument("a", type=Path, metavar="A.json")
     parser.add_argument("b", type=Path, metavar="B.json")
     parser.add_argument("--force", action="store_true", help="even if hardware or work differ")
+    _add_plot(parser)
 
 
 def _runner(name: str) -> Callable[[argparse.Namespace], int]:
@@ -120,7 +120,8 @@ def _runner(name: str) -> Callable[[argparse.Namespace], int]:
 # -- groups of options -----------------------------------------------------------------------------
 
 
-def _add_engines(parser: argparse.ArgumentParser) -> None:
+def _add_engines(parser: CommandParser) -> None:
+    parser.takes_vllm_options = True
     parser.add_argument(
         "--engine", nargs="+", choices=ENGINES, default=["compiledllm"],
         help="several take turns on the same work; ratios are the first one's to the others'",
@@ -134,6 +135,11 @@ def _add_engines(parser: argparse.ArgumentParser) -> None:
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output-json", type=Path, metavar="FILE", help="default: standard output")
+    _add_plot(parser)
+
+
+def _add_plot(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="a picture; SVG, or by suffix")
 
 
 def _add_repeats(parser: argparse.ArgumentParser, warmups: bool = True) -> None:

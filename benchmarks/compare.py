@@ -20,6 +20,18 @@ _METRICS = {
     "serve": ("ttft_ms.p50", "ttft_ms.p99", "tpot_ms.p50", "itl_ms.p99", "output_tokens_per_s"),
     "startup": ("wall_s.median",),
 }
+METRIC_NAMES = {  # metric of a ratio -> its name in tables and plots
+    "ttft_ms.median": "TTFT",
+    "ttft_ms.p50": "TTFT p50",
+    "ttft_ms.p99": "TTFT p99",
+    "tpot_ms.median": "TPOT",
+    "tpot_ms.p50": "TPOT p50",
+    "itl_ms.p99": "ITL p99",
+    "output_tokens_per_s.median": "tokens/s",
+    "output_tokens_per_s": "tokens/s",
+    "seconds.median": "seconds",
+    "wall_s.median": "seconds",
+}
 # Hardware facts that must be equal in both reports. The driver is a version and may differ.
 _HARDWARE = ("device", "name", "cpu", "cores")
 

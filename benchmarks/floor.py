@@ -8,6 +8,7 @@ measurement is broken. The module knows specs and ceilings, no engine.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
@@ -36,7 +37,7 @@ class Ceilings:
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """The minimum work of a step, in bytes and FLOPs."""
+    """The minimum work of a step, in bytes and FLOPs. kv_bytes: of KV and of states."""
 
     weight_bytes: int
     kv_bytes: int
@@ -58,33 +59,37 @@ def decode_cost(spec: ModelSpec, batch: int, context: int) -> StepCost:
     The spec's dtypes are the engine's (`ModelSpec.with_dtypes`).
     """
     weights = spec.weights_read
-    seen = [layer.attn.num_seen(context) for layer in spec.layers]
-    kv_bytes = sum(
-        cache.bytes_per_token * count for cache, count in zip(spec.layer_caches, seen, strict=True)
-    )
-    attention = sum(
-        4 * count * layer.attn.q_size for layer, count in zip(spec.layers, seen, strict=True)
-    )
+    kv_bytes = attention = 0
+    for attn in spec.attentions:
+        seen = attn.num_seen(context)
+        kv_bytes += seen * spec.kv_of(attn).bytes_per_token
+        attention += 4 * seen * attn.q_size
     return StepCost(
         weight_bytes=spec.num_bytes(weights),
-        kv_bytes=batch * kv_bytes,
-        flops=batch * (2 * weights.num_parameters + attention),
+        kv_bytes=batch * (kv_bytes + _moved_of_states(spec)),
+        flops=batch * (2 * weights.num_parameters + attention + spec.flops_of_states),
     )
+
+
+def _moved_of_states(spec: ModelSpec) -> int:
+    """Bytes that a decode step moves for a request's states: it reads and writes each once."""
+    return 2 * spec.bytes_per_request
 
 
 def prefill_cost(spec: ModelSpec, batch: int, length: int) -> StepCost:
     """`batch` prompts of `length` tokens from nothing to their first token (causal attention)."""
     weights, head = spec.weights_read, spec.vocab_size * spec.embedding_width
     body = weights.num_parameters - head
-    attention = 0
-    for layer in spec.layers:
+    mixing = length * spec.flops_of_states
+    for attn in spec.attentions:
         # The last token sees `seen` positions, and each token before it one fewer.
-        seen = layer.attn.num_seen(length)
-        attention += (4 * seen * length - 2 * seen * seen) * layer.attn.q_size
+        seen = attn.num_seen(length)
+        mixing += (4 * seen * length - 2 * seen * seen) * attn.q_size
+    kv_bytes = length * sum(spec.kv_of(attn).bytes_per_token for attn in spec.attentions)
     return StepCost(
         weight_bytes=spec.num_bytes(weights),
-        kv_bytes=batch * length * sum(cache.bytes_per_token for cache in spec.layer_caches),
-        flops=batch * (2 * body * length + attention + 2 * head),
+        kv_bytes=batch * (kv_bytes + spec.bytes_per_request),
+        flops=batch * (2 * body * length + mixing + 2 * head),
     )
 
 
@@ -122,9 +127,10 @@ def offline_floor(spec: ModelSpec, ceilings: Ceilings, lengths: Sequence[tuple[i
     for input_len, output_len in lengths:
         flops += prefill_cost(spec, 1, input_len).flops
         flops += decode_cost(spec, output_len - 1, 0).flops
-        for layer, count in spec.distinct_layers.items():
+        num_bytes += (output_len - 1) * _moved_of_states(spec)
+        for attn, count in Counter(spec.attentions).items():
             contexts = range(input_len + 1, input_len + output_len)
-            seen = count * sum(map(layer.attn.num_seen, contexts))
-            num_bytes += seen * spec.cache_of(layer).bytes_per_token
-            flops += seen * 4 * layer.attn.q_size
+            seen = count * sum(map(attn.num_seen, contexts))
+            num_bytes += seen * spec.kv_of(attn).bytes_per_token
+            flops += seen * 4 * attn.q_size
     return max(num_bytes / ceilings.bytes_per_s, flops / ceilings.flops_per_s)

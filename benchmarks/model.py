@@ -40,7 +40,10 @@ class Model:
         """Resolve engine options to a model. Raises ConfigError for options that are wrong."""
         EngineConfig.from_options(**options)
         dummy = options.get("load_format") == "dummy"
-        path = resolve_checkpoint(options.get("model"), options.get("revision"), weights=not dummy)
+        is_ours = set(engines) == {"compiledllm"}  # others do not read what stays packed
+        path = resolve_checkpoint(
+            options.get("model"), options.get("revision"), not dummy, keep_packed=is_ours
+        )
         spec = None
         try:
             impl, quantization = options.get("model_impl", "auto"), options.get("quantization")

@@ -17,7 +17,7 @@ from compiledllm.benchmarks.compare import compare_reports, ratios_between_engin
 from compiledllm.benchmarks.floor import Ceilings, time_per_output_token_floor
 from compiledllm.benchmarks.model import Model
 from compiledllm.benchmarks.peers import CompiledLLM, Peer, make_peer
-from compiledllm.benchmarks.plot import check_plot, plot_report
+from compiledllm.benchmarks.plot import check_plot, plot_ratios, plot_report
 from compiledllm.benchmarks.report import (
     Report,
     Row,
@@ -66,15 +66,14 @@ def run_latency(arguments: Namespace) -> int:
     with progress(work.num_measurements(len(peers))) as advance:
         rows = latency.measure_grid(peers, work, advance)
         _collect(report, rows, model, latency.add_floors, arguments.output_json)
-    _emit(report, arguments.output_json)
-    if arguments.plot is not None:
-        plot_report(report, arguments.plot)
+    _emit(report, arguments.output_json, arguments.plot)
     return 0
 
 
 def run_throughput(arguments: Namespace) -> int:
     """`compiledllm bench throughput`."""
     check_output(arguments.output_json, "--output-json")
+    check_plot(arguments.plot)
     model = _model(arguments)
     requests = _requests(arguments, model.vocab_size, model.encode)
     requests = with_token_ids(requests, model.encode)
@@ -88,13 +87,14 @@ def run_throughput(arguments: Namespace) -> int:
     with progress(len(peers) * (arguments.num_iters + 1)) as advance:
         rows = throughput.measure_throughput(peers, requests, arguments.num_iters, advance)
         _collect(report, rows, model, add_floor, arguments.output_json)
-    _emit(report, arguments.output_json)
+    _emit(report, arguments.output_json, arguments.plot)
     return 0
 
 
 def run_startup(arguments: Namespace) -> int:
     """`compiledllm bench startup`."""
     check_output(arguments.output_json, "--output-json")
+    check_plot(arguments.plot)
     cold, warm, input_len = arguments.num_iters_cold, arguments.num_iters_warm, arguments.input_len
     if cold + warm == 0:
         raise ConfigError("nothing to measure: --num-iters-cold and --num-iters-warm are both 0")
@@ -107,13 +107,14 @@ def run_startup(arguments: Namespace) -> int:
         for row in startup.measure_startup(engines, model, input_len, cold, warm, advance):
             startup.add_floor(row, num_bytes, upload)
             report.rows.append(row)
-    _emit(report, arguments.output_json)
+    _emit(report, arguments.output_json, arguments.plot)
     return 0
 
 
 def run_serve(arguments: Namespace) -> int:
     """`compiledllm bench serve`."""
     check_output(arguments.output_json, "--output-json")
+    check_plot(arguments.plot)
     target = Target(
         serve.checked_url(arguments.base_url),
         arguments.endpoint,
@@ -144,14 +145,18 @@ def run_serve(arguments: Namespace) -> int:
     report.rows, report.ceilings = rows, asdict(ceilings) if ceilings else None
     for row in rows:
         _add_serving_floor(row, local, ceilings)
-    _emit(report, arguments.output_json)
+    _emit(report, arguments.output_json, arguments.plot)
     return 0
 
 
 def run_compare(arguments: Namespace) -> int:
     """`compiledllm bench compare`."""
+    check_plot(arguments.plot)
     a, b = load_report(arguments.a), load_report(arguments.b)
-    print_ratios(compare_reports(a, b, arguments.force))
+    ratios = compare_reports(a, b, arguments.force)
+    print_ratios(ratios)
+    if arguments.plot is not None:
+        plot_ratios(ratios, arguments.plot)
     return 0
 
 
@@ -263,8 +268,8 @@ def _collect(
         add_floors(row, model, ceilings)
 
 
-def _emit(report: Report, path: Path | None) -> None:
-    """Print the table; write the JSON to the file, or print it last."""
+def _emit(report: Report, path: Path | None, plot: Path | None) -> None:
+    """Print the table; write the JSON to the file, or print it last; draw the plot."""
     if len({row["engine"] for row in report.rows}) > 1:
         report.ratios = ratios_between_engines(report.benchmark, report.rows)
     report.complete = True
@@ -274,3 +279,5 @@ def _emit(report: Report, path: Path | None) -> None:
     else:
         report.save(path)
         print(f"JSON: {path}")
+    if plot is not None:
+        plot_report(report, plot)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from compiledllm.benchmarks.compare import METRIC_NAMES
 from compiledllm.benchmarks.report import Report, Row
 
-_WIDTH = 200  # columns where the output is no terminal, so that no cell is cut
+_WIDTH = 120  # columns where the output is no terminal; every table fits
 _BROKEN = "faster than the floor or not above zero: a broken measurement"
 
 
@@ -46,7 +48,8 @@ def _console() -> Console:
 
 def _ratio_table(ratios: list[Row]) -> Table:
     metrics = [name for name in ratios[0] if name not in ("engine", "to", "cell")]
-    table = _table("ratio (times: below 1 is better; rates: above 1)", "work", "engine", *metrics)
+    names = [METRIC_NAMES.get(metric, metric) for metric in metrics]
+    table = _table("ratio (times: below 1 is better; rates: above 1)", "work", "engine", *names)
     for row in ratios:
         values = (_number(row[metric], 3) for metric in metrics)
         table.add_row(row["cell"], f"{row['engine']} / {row['to']}", *values)
@@ -69,78 +72,80 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
 
 def _latency_table(rows: list[Row]) -> Table:
     table = _table(
-        "latency, ms: median (lowest-highest)",
-        "batch", "input", "output", "engine", "TTFT", "floor", "% of floor", "TPOT", "floor",
-        "% of floor", "ITL p50/p90/p99", "step: device + host", "tokens/s",
+        "latency, ms: median ± half the spread; floor and what % it is",
+        "batch", "in", "engine", "TTFT", "floor", "%", "TPOT", "floor", "%", "ITL p50/90/99",
+        "device+host", "tokens/s",
     )  # fmt: skip
     for row in rows:
         table.add_row(
-            *(str(row[name]) for name in ("batch", "input_len", "output_len")),
+            *(str(row[name]) for name in ("batch", "input_len")),
             row["engine"],
             *_measured(row["ttft_ms"], row["ttft_floor_ms"]),
             *_measured(row["tpot_ms"], row.get("tpot_floor_ms")),
             _percentiles(row["itl_ms"]),
             _step(row["step_ms"]),
-            _spread(row["output_tokens_per_s"], 0),
+            _spread(row["output_tokens_per_s"]),
         )
     return table
 
 
 def _throughput_table(rows: list[Row]) -> Table:
     table = _table(
-        "throughput: median (lowest-highest)",
-        "engine", "requests", "tokens in", "tokens out", "seconds", "floor", "% of floor",
-        "requests/s", "output tokens/s", "total tokens/s",
+        "throughput: median ± half the spread; floor and what % it is",
+        "engine", "requests", "tokens in", "out", "seconds", "floor", "%", "requests/s",
+        "output tokens/s", "all tokens/s",
     )  # fmt: skip
     for row in rows:
         table.add_row(
             row["engine"],
             *(f"{row[name]:,}" for name in ("requests", "input_tokens", "output_tokens")),
             *_measured(row["seconds"], row["floor_s"]),
-            _spread(row["requests_per_s"], 2),
-            _spread(row["output_tokens_per_s"], 0),
-            _spread(row["total_tokens_per_s"], 0),
+            _spread(row["requests_per_s"]),
+            _spread(row["output_tokens_per_s"]),
+            _spread(row["total_tokens_per_s"]),
         )
     return table
 
 
 def _serve_table(rows: list[Row]) -> Table:
     table = _table(
-        "serving, ms: p50/p90/p99",
-        "rate", "concurrency", "done", "failed", "TTFT", "TPOT", "floor", "% of floor", "ITL",
-        "end to end", "requests/s", "output tokens/s", "good requests/s",
+        "serving, p50/p90/p99: ms, and end to end in s; floor and what % it is",
+        "rate", "at once", "done", "TTFT", "TPOT", "floor", "%", "ITL", "end to end", "req/s",
+        "tokens/s", "good/s",
     )  # fmt: skip
     for row in rows:
         tpot = row["tpot_ms"]
         _, floor, percent = _measured(tpot and {"median": tpot["p50"]}, row["tpot_floor_ms"])
+        failed = f" ({row['failed']} failed)" if row["failed"] else ""
+        most = f" of {row['max_concurrency']}" if row["max_concurrency"] else ""
         table.add_row(
-            "all at once" if row["request_rate"] is None else f"{row['request_rate']:g}/s",
-            f"{row['mean_concurrency']:.1f} (most {row['max_concurrency'] or 'any'})",
-            str(row["completed"]),
-            str(row["failed"]),
+            "all" if row["request_rate"] is None else f"{row['request_rate']:g}/s",
+            f"{row['mean_concurrency']:.1f}{most}",
+            f"{row['completed']}{failed}",
             _percentiles(row["ttft_ms"]),
             _percentiles(tpot),
             floor,
             percent,
             _percentiles(row["itl_ms"]),
-            _percentiles(row["e2el_ms"]),
-            f"{row['requests_per_s']:.2f}",
-            f"{row['output_tokens_per_s']:,.0f}",
-            _number(row["goodput_per_s"], 2),
+            _percentiles(row["e2el_ms"], 1e3),
+            _number(row["requests_per_s"]),
+            _number(row["output_tokens_per_s"]),
+            _number(row["goodput_per_s"]),
         )
     return table
 
 
 def _startup_table(rows: list[Row]) -> Table:
-    phases = list(rows[0]["phases_s"])
+    """Phases one below the other, as there are more of them than starts."""
+    runs = [f"{row['engine']}, {row['start']}" for row in rows]
     table = _table(
-        "process start to first token, seconds: median (lowest-highest)",
-        "engine", "start", "wall", *phases, "floor", "% of floor",
-    )  # fmt: skip
-    for row in rows:
-        values = (_number(row["phases_s"].get(phase), 2) for phase in phases)
-        wall, floor, percent = _measured(row["wall_s"], row["floor_s"])
-        table.add_row(row["engine"], row["start"], wall, *values, floor, percent)
+        "process start to first token, seconds: median ± half the spread", "phase", *runs
+    )
+    for phase in rows[0]["phases_s"]:
+        table.add_row(phase, *(_number(row["phases_s"].get(phase)) for row in rows))
+    cells = [_measured(row["wall_s"], row["floor_s"]) for row in rows]
+    for name, index in (("in all", 0), ("floor", 1), ("% of floor", 2)):
+        table.add_row(name, *(cell[index] for cell in cells))
     return table
 
 
@@ -156,10 +161,12 @@ _TABLES: dict[str, Callable[[list[Row]], Table]] = {
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.padding = (0, 0)
     for column in columns:
-        is_text = column in ("engine", "work", "start")
-        table.add_column(column, justify="left" if is_text else "right", no_wrap=is_text)
+        is_text = column in ("engine", "work", "phase")
+        justify: Literal["left", "right"] = "left" if is_text else "right"
+        table.add_column(column, justify=justify, no_wrap=is_text, overflow="fold")
     return table
 
 
@@ -170,31 +177,36 @@ def _measured(
     if value is None:
         return "-", "-", "-"
     if floor is None or floor["floor"] is None:
-        return _spread(value, 2), "-", "-"
-    percent = _number(floor["percent"], 1) + (" !" if floor["broken"] else "")
-    return _spread(value, 2), _number(floor["floor"], 2), percent
+        return _spread(value), "-", "-"
+    percent = "-" if floor["percent"] is None else f"{floor['percent']:.0f}"
+    return _spread(value), _number(floor["floor"]), percent + "!" * bool(floor["broken"])
 
 
-def _spread(value: Mapping[str, Any], digits: int) -> str:
-    shown = _number(value["median"], digits)
-    if len(value.get("values", ())) < 2:
+def _spread(value: Mapping[str, Any]) -> str:
+    """The median, with half the distance of the extremes as a percentage of the median."""
+    shown = _number(value["median"])
+    if len(value.get("values", ())) < 2 or not value["median"]:
         return shown
-    return f"{shown} ({_number(value['min'], digits)}-{_number(value['max'], digits)})"
+    half = (value["max"] - value["min"]) / 2 / abs(value["median"])
+    return f"{shown} ±{half:.0%}"
 
 
-def _percentiles(value: Mapping[str, float] | None) -> str:
-    return "/".join(f"{v:.2f}" for v in value.values()) if value else "-"
+def _percentiles(value: Mapping[str, float] | None, unit: float = 1.0) -> str:
+    """Percentiles in units of `unit`."""
+    return "/".join(_number(v / unit).replace(",", "") for v in value.values()) if value else "-"
 
 
 def _step(value: Mapping[str, float] | None) -> str:
-    return f"{value['device']:.2f} + {value['host']:.2f}" if value else "-"
+    return f"{_number(value['device'])}+{value['host']:.2f}" if value else "-"
 
 
-def _number(value: float | None, digits: int) -> str:
+def _number(value: float | None, digits: int = 3) -> str:
+    """A number with so many significant digits, and all those before the point."""
     if value is None:
         return "-"
-    small = 0 < abs(value) < 10**-digits
-    return f"{value:.2g}" if small else f"{value:,.{digits}f}"
+    if abs(value) >= 10 ** (digits - 1):
+        return f"{value:,.0f}"
+    return f"{value:#.{digits}g}" if value else "0"
 
 
 def _joined(values: Mapping[str, Any]) -> str:

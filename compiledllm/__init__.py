@@ -10,8 +10,12 @@ from typing import TYPE_CHECKING
 from compiledllm.version import __version__
 
 if TYPE_CHECKING:
+    from compiledllm.arguments import FlexibleArgumentParser
     from compiledllm.config import ConfigError, EngineConfig
     from compiledllm.engine.engine import LLM, Engine
+    from compiledllm.engine.llm_engine import LLMEngine
+    from compiledllm.engine.prompts import TextPrompt, TokensPrompt
+    from compiledllm.engine_args import AsyncEngineArgs, EngineArgs
     from compiledllm.outputs import (
         BeamSearchOutput,
         BeamSearchSequence,
@@ -24,7 +28,7 @@ if TYPE_CHECKING:
         ScoringRequestOutput,
     )
     from compiledllm.pooling_params import PoolingParams
-    from compiledllm.remote.async_engine import AsyncEngine, AsyncLLM
+    from compiledllm.remote.async_engine import AsyncEngine, AsyncLLM, AsyncLLMEngine
     from compiledllm.remote.errors import EngineDeadError, EngineError
     from compiledllm.sampling_params import (
         BeamSearchParams,
@@ -44,6 +48,13 @@ _HOMES = {
     "LLM": "compiledllm.engine.engine",
     "AsyncEngine": "compiledllm.remote.async_engine",
     "AsyncLLM": "compiledllm.remote.async_engine",
+    "AsyncLLMEngine": "compiledllm.remote.async_engine",
+    "LLMEngine": "compiledllm.engine.llm_engine",
+    "EngineArgs": "compiledllm.engine_args",
+    "AsyncEngineArgs": "compiledllm.engine_args",
+    "FlexibleArgumentParser": "compiledllm.arguments",
+    "TextPrompt": "compiledllm.engine.prompts",
+    "TokensPrompt": "compiledllm.engine.prompts",
     "EngineError": "compiledllm.remote.errors",
     "EngineDeadError": "compiledllm.remote.errors",
     "EngineConfig": "compiledllm.config",
@@ -68,7 +79,9 @@ _HOMES = {
 __all__ = [
     "LLM",
     "AsyncEngine",
+    "AsyncEngineArgs",
     "AsyncLLM",
+    "AsyncLLMEngine",
     "BeamSearchOutput",
     "BeamSearchParams",
     "BeamSearchSequence",
@@ -77,9 +90,12 @@ __all__ = [
     "EmbeddingOutput",
     "EmbeddingRequestOutput",
     "Engine",
+    "EngineArgs",
     "EngineConfig",
     "EngineDeadError",
     "EngineError",
+    "FlexibleArgumentParser",
+    "LLMEngine",
     "Logprob",
     "PoolingParams",
     "RepetitionDetectionParams",
@@ -89,6 +105,8 @@ __all__ = [
     "ScoringOutput",
     "ScoringRequestOutput",
     "StructuredOutputsParams",
+    "TextPrompt",
+    "TokensPrompt",
     "__version__",
 ]
 

@@ -19,14 +19,21 @@ def reject_unknown(names: Iterable[str], known: Sequence[str], what: str) -> Non
             raise ValueError(f"unknown {what} '{name}'; {hint}known: {', '.join(sorted(known))}")
 
 
-def strict_fields(what: str) -> Callable[[type[T]], type[T]]:
-    """Class decorator: a keyword argument that is no field raises ValueError with its name."""
+def strict_fields(
+    what: str, known_elsewhere: Callable[[dict[str, Any], list[str]], dict[str, Any]] | None = None
+) -> Callable[[type[T]], type[T]]:
+    """Class decorator: a keyword argument that is no field raises ValueError with its name.
+
+    known_elsewhere: takes the arguments and the names of fields, returns the arguments to use.
+    """
 
     def decorate(cls: type[T]) -> type[T]:
         generated_init: Callable[..., None] = cls.__init__
         known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
 
         def __init__(self: T, *args: Any, **kwargs: Any) -> None:
+            if known_elsewhere is not None:
+                kwargs = known_elsewhere(kwargs, known)
             reject_unknown(kwargs, known, what)
             generated_init(self, *args, **kwargs)
 

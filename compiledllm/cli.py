@@ -13,7 +13,13 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from compiledllm.arguments import add_engine_options, count, engine_options
+from compiledllm.arguments import (
+    CommandParser,
+    Parser,
+    add_engine_options,
+    count,
+    engine_options,
+)
 from compiledllm.benchmarks.cli import add_bench_command
 from compiledllm.config import (
     DTYPES,
@@ -26,13 +32,16 @@ from compiledllm.config import (
 from compiledllm.outputs import RequestOutput
 from compiledllm.sampling_params import SamplingParams
 from compiledllm.server.options import add_server_options
+from compiledllm.structured_outputs import StructuredOutputsParams
 from compiledllm.terminal_chat import SHORT_HELP, Chat, speed
 from compiledllm.version import __version__
+from compiledllm.vllm_options import same_value
 
 if TYPE_CHECKING:
     from compiledllm.engine.engine import Engine
 
 DEFAULT_MAX_TOKENS = 256
+SHELLS = ("bash", "zsh", "fish")  # that `completion` knows
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,18 +68,20 @@ def _generate(arguments: argparse.Namespace) -> int:
     params = _sampling_params(arguments, max_tokens=DEFAULT_MAX_TOKENS)
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     engine = _make_engine(arguments)
-    if arguments.chat:
-        outputs = engine.stream_chat([{"role": "user", "content": prompt}], params)
+    if arguments.chat or arguments.system:
+        system = [{"role": "system", "content": arguments.system}] if arguments.system else []
+        outputs = engine.stream_chat([*system, {"role": "user", "content": prompt}], params)
     else:
         outputs = engine.stream(prompt, params)
-        if not arguments.json:
+        if not arguments.json and not arguments.quiet:
             print(prompt, end="", flush=True)
     if arguments.json:
         last = list(outputs)[-1]
         print(json.dumps(_as_json(last), ensure_ascii=False))
         return 0
     last = _print_stream(outputs)
-    print(speed(last), file=sys.stderr)
+    if not arguments.quiet:
+        print(speed(last), file=sys.stderr)
     return 0
 
 
@@ -105,8 +116,9 @@ def _as_json(output: RequestOutput) -> dict[str, Any]:
 def _chat(arguments: argparse.Namespace) -> int:
     params = _sampling_params(arguments, max_tokens=None)
     engine = _make_engine(arguments)
-    print(f"compiledllm {__version__}, {engine.model_path.name}. {SHORT_HELP}")
-    Chat(engine, params).run()
+    if not arguments.quiet:
+        print(f"compiledllm {__version__}, {engine.model_path.name}. {SHORT_HELP}")
+    Chat(engine, params, arguments.system, shows_speed=not arguments.quiet).run()
     return 0
 
 
@@ -120,16 +132,14 @@ def _serve(arguments: argparse.Namespace) -> int:
         raise ConfigError(
             f"the server needs more packages ({error}): pip install 'compiledllm[server]'"
         ) from None
-    if arguments.model_name is not None:
-        arguments.model = arguments.model_name
-    return serve(arguments)
+    return serve(_with_model(arguments))
 
 
 # -- info ------------------------------------------------------------------------------------------
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    from compiledllm.engine.plan_views import facts
+    from compiledllm.engine.plan_views import facts, readable
     from compiledllm.engine.startup import plan
 
     names = ("model", "revision", "dtype", "model_impl", "quantization", "kv_cache_dtype", "device")
@@ -139,9 +149,30 @@ def _info(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(found))
         return 0
+    for name, value in readable(found).items():
+        print(f"{name:28} {value}")
+    return 0
+
+
+# -- env, completion -------------------------------------------------------------------------------
+
+
+def _env(arguments: argparse.Namespace) -> int:
+    from compiledllm.environment import facts
+
+    found = facts()
+    if arguments.json:
+        print(json.dumps(found))
+        return 0
     for name, value in found.items():
-        shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
-        print(f"{name:32} {shown}")
+        print(f"{name:20} {value}")
+    return 0
+
+
+def _completion(arguments: argparse.Namespace) -> int:
+    from compiledllm.shell_completion import script
+
+    print(script(_parser(), arguments.shell), end="")
     return 0
 
 
@@ -149,29 +180,35 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="compiledllm", description="A compiler-driven LLM inference engine."
-    )
+    parser = Parser(prog="compiledllm", description="A compiler-driven LLM inference engine.")
     parser.add_argument("--version", action="version", version=f"compiledllm {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=CommandParser)
 
     generate = commands.add_parser("generate", help="complete a prompt, streaming")
+    _add_model(generate)
     generate.add_argument("prompt", help="the prompt; '-' reads it from standard input")
     generate.add_argument("--chat", action="store_true", help="put it through the chat template")
     generate.add_argument("--json", action="store_true", help="print one JSON object at the end")
     generate.set_defaults(run=_generate)
 
     chat = commands.add_parser("chat", help="talk to a model in the terminal")
+    _add_model(chat)
     chat.set_defaults(run=_chat)
 
     for command in (generate, chat):
+        command.add_argument("--system", metavar="TEXT", help="the system prompt of the chat")
+        command.add_argument("-q", "--quiet", action="store_true", help="print answers alone")
         _add_sampling_options(command.add_argument_group("sampling"))
         add_engine_options(command.add_argument_group("engine"))
+        command.takes_vllm_options = True
 
     serve = commands.add_parser("serve", help="an OpenAI-compatible server")
-    serve.add_argument("model_name", nargs="?", metavar="MODEL", help="the same as --model")
+    _add_model(serve)
     add_server_options(serve.add_argument_group("server"))
     add_engine_options(serve.add_argument_group("engine"))
+    serve.takes_vllm_options = True
+    hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    serve.add_argument("-q", dest="quantization", type=_quantization, **hidden)  # vLLM's
     serve.set_defaults(run=_serve)
 
     info = commands.add_parser("info", help="what a model is and what fits on this machine")
@@ -188,6 +225,16 @@ def _parser() -> argparse.ArgumentParser:
     info.set_defaults(run=_info)
 
     add_bench_command(commands)
+
+    env = commands.add_parser("env", help="versions and devices, for a bug report")
+    env.add_argument("--json", action="store_true", help="print one JSON object")
+    env.set_defaults(run=_env)
+
+    completion = commands.add_parser(
+        "completion", help='complete in a shell: eval "$(compiledllm completion bash)"'
+    )
+    completion.add_argument("shell", choices=SHELLS, metavar="SHELL", help=", ".join(SHELLS))
+    completion.set_defaults(run=_completion)
     return parser
 
 
@@ -195,29 +242,78 @@ def _add_sampling_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default 0.7)")
     group.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling, (0, 1]")
     group.add_argument("--top-k", type=int, default=0, help="0: all tokens")
+    group.add_argument("--min-p", type=float, default=0.0, help="least share of the likeliest")
+    penalty = "[-2, 2]; of tokens in the answer"
+    group.add_argument("--presence-penalty", type=float, default=0.0, metavar="X", help=penalty)
+    penalty = "[-2, 2]; times how often they are there"
+    group.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X", help=penalty)
+    penalty = "above 1: of all tokens so far (1)"
+    group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help=penalty)
     group.add_argument("--max-tokens", type=count, default=None, help="most tokens to generate")
     group.add_argument("--min-tokens", type=count, default=0, help="fewest tokens to generate")
     group.add_argument("--stop", action="append", help="stop at this text (repeatable)")
+    group.add_argument("--stop-token-ids", type=int, nargs="+", metavar="ID", help="stop at these")
+    group.add_argument("--bad-words", nargs="+", metavar="WORD", help="texts that never come")
     group.add_argument("--ignore-eos", action="store_true", help="go on past end of sequence")
+    forms = group.add_mutually_exclusive_group()
+    forms.add_argument("--json-schema", metavar="FILE", help="answer in JSON of this schema")
+    forms.add_argument("--regex", metavar="PATTERN", help="answer a text that matches")
+    forms.add_argument("--choice", nargs="+", metavar="TEXT", help="answer one of these")
+
+
+def _quantization(text: str) -> str:
+    name: str = same_value("quantization", text)
+    if name not in QUANTIZATIONS:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(QUANTIZATIONS)}, got '{text}'")
+    return name
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model_name", nargs="?", metavar="MODEL", help="the same as --model")
+
+
+def _with_model(arguments: argparse.Namespace) -> argparse.Namespace:
+    """The arguments with MODEL as --model, over which it wins."""
+    if arguments.model_name is not None:
+        arguments.model = arguments.model_name
+    return arguments
 
 
 def _sampling_params(arguments: argparse.Namespace, max_tokens: int | None) -> SamplingParams:
+    same = [
+        *("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty"),
+        *("repetition_penalty", "min_tokens", "stop", "stop_token_ids", "bad_words", "ignore_eos"),
+    ]
     return SamplingParams(
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        top_k=arguments.top_k,
         seed=arguments.seed if "seed" in arguments else secrets.randbits(62),
         max_tokens=max_tokens if arguments.max_tokens is None else arguments.max_tokens,
-        min_tokens=arguments.min_tokens,
-        stop=arguments.stop,
-        ignore_eos=arguments.ignore_eos,
+        structured_outputs=_form(arguments),
+        **{name: getattr(arguments, name) for name in same},
     )
 
 
+def _form(arguments: argparse.Namespace) -> StructuredOutputsParams | None:
+    """What the answer must look like. Raises ValueError for a schema that cannot be read."""
+    schema = arguments.json_schema
+    if schema is not None:
+        try:
+            with open(schema, encoding="utf-8") as file:
+                schema = file.read()
+        except OSError as error:
+            raise ConfigError(f"--json-schema {schema} cannot be read: {error}") from None
+    forms = {"json": schema, "regex": arguments.regex, "choice": arguments.choice}
+    given = {name: form for name, form in forms.items() if form is not None}
+    return StructuredOutputsParams(**given) if given else None
+
+
 def _make_engine(arguments: argparse.Namespace) -> Engine:
+    import logging
+
     from compiledllm.engine.engine import Engine
 
-    return Engine(**engine_options(arguments))
+    if arguments.quiet:
+        logging.getLogger("compiledllm").setLevel(logging.WARNING)
+    return Engine(**engine_options(_with_model(arguments)))
 
 
 if __name__ == "__main__":

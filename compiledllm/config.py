@@ -13,18 +13,22 @@ from pathlib import PurePath
 from typing import Any
 
 from compiledllm.checks import reject_unknown
+from compiledllm.vllm_options import without_vllm_options
 
 MAX_NUM_SEQS = 32768
 DTYPES = ("auto", "float32", "float16", "bfloat16")
-_DTYPE_ALIASES = {"half": "float16", "float": "float32"}
-_DTYPE_NAMES = (*DTYPES, *_DTYPE_ALIASES)
+AUTO = "auto"
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 POLICIES = ("fcfs", "priority")
 GENERATION = ("auto", "off")
 COMPILE_WHEN = ("auto", "start", "background", "busy")
-QUANTIZATIONS = ("fp8", "fp8_block", "int8", "int4")
+ONLINE = ("fp8", "fp8_block", "int8", "int4")  # methods of quantising while loading
+# Methods of checkpoints that are stored quantised.
+STORED = ("awq", "gptq", "gguf", "compressed-tensors", "fbgemm_fp8", "modelopt", "mxfp4")
+QUANTIZATIONS = (*ONLINE, *STORED)
 MODEL_IMPLS = ("auto", "compiledllm", "transformers")
 KV_CACHE_DTYPES = (*DTYPES, "fp8", "fp8_e4m3")
+STATE_DTYPES = ("float32", "bfloat16")
 BACKENDS = ("auto", "triton", "flashinfer", "torch")
 
 
@@ -72,6 +76,7 @@ KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "str": ((str,), "a string"),
     "path": ((str, PurePath), "a string"),
     "int": ((int,), "an integer"),
+    "length": ((int, str), f"an integer or '{AUTO}'"),
     "float": ((int, float), "a number"),
     "bool": ((bool,), "True or False"),
     "list": ((list, tuple), "a list"),
@@ -105,7 +110,12 @@ class ModelConfig:
     revision: str | None = option(None, "branch, tag or commit on the hub")
     dtype: str = option("auto", "dtype of weights and activations", DTYPES)
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
-    max_model_len: int | None = option(None, "longest prompt + output, in tokens", kind="int")
+    max_model_len: int | str | None = option(
+        None,
+        "longest prompt + output, in tokens; default: the model's context; auto: as much of that "
+        "as the KV cache holds",
+        kind="length",
+    )
     load_format: str = option("auto", "dummy: random weights from config.json alone", LOAD_FORMATS)
     model_impl: str = option(
         "auto",
@@ -116,10 +126,17 @@ class ModelConfig:
     quantization: str | None = option(
         None,
         "quantise 16-bit weights while loading, lossy: fp8 and int8 per channel, fp8_block in "
-        "blocks of 128x128, int4 in groups of 128; quantised checkpoints need no option",
+        "blocks of 128x128, int4 in groups of 128; quantised checkpoints need no option, but may "
+        "be given their own method's name",
         QUANTIZATIONS,
     )
     skip_tokenizer_init: bool = option(False, "token ids in, token ids out", kind="bool")
+    chat_template: str | None = option(
+        None, "a Jinja chat template, or the file that holds one; default: the model's", kind="path"
+    )
+    default_chat_template_kwargs: dict[str, Any] | None = option(
+        None, "variables of the chat template, unless a request sets them itself", kind="dict"
+    )
     seed: int = option(
         0, "seed of the engine: dummy weights and requests without a seed", kind="int"
     )
@@ -154,6 +171,11 @@ class CacheConfig:
         "dtype of keys and values; fp8 (fp8_e4m3): twice the tokens, with scales from the "
         "checkpoint or measured at start; auto: that of the weights",
         KV_CACHE_DTYPES,
+    )
+    state_dtype: str = option(
+        "float32",
+        "dtype of the states of Gated DeltaNet; bfloat16: half the bytes, less exact",
+        STATE_DTYPES,
     )
     enable_prefix_caching: bool = option(
         True, "reuse the KV of shared prompt prefixes", kind="bool"
@@ -207,7 +229,7 @@ class CompileConfig:
 class EngineConfig:
     """All options of an engine.
 
-    `EngineConfig.from_options(model=..., block_size=32)` takes flat options. Paths become strings.
+    `EngineConfig.from_options(model=..., block_size=32)` takes flat options.
     """
 
     model: ModelConfig = ModelConfig()
@@ -220,18 +242,8 @@ class EngineConfig:
         """Sort flat options into groups. Raises ConfigError for an unknown name or a bad value."""
         groups = option_groups()
         owners = {f.name: group for group, kind in groups.items() for f in fields(kind)}
-        kinds = {f.name: f.metadata["kind"] for _, f in all_options()}
-        try:
-            reject_unknown(options, list(owners), "engine option")
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
         chosen: dict[str, dict[str, Any]] = {group: {} for group in groups}
-        for name, value in options.items():
-            if name == "dtype":  # torch.bfloat16 and vLLM's short names are accepted
-                text = str(value).removeprefix("torch.")
-                value = _DTYPE_ALIASES.get(text, text) if text in _DTYPE_NAMES else value
-            if isinstance(value, PurePath) and kinds[name] == "path":
-                value = str(value)
+        for name, value in own_options(options).items():
             chosen[owners[name]][name] = value
         config = cls(**{group: kind(**chosen[group]) for group, kind in groups.items()})
         config.check()
@@ -240,8 +252,8 @@ class EngineConfig:
     def check(self) -> None:
         """Raise ConfigError for a value that is wrong for every model and machine."""
         model, cache, scheduler = self.model, self.cache, self.scheduler
-        positive = {
-            "max_model_len": model.max_model_len,
+        positive: dict[str, Any] = {
+            "max_model_len": None if model.max_model_len == AUTO else model.max_model_len,
             "kv_cache_memory_bytes": cache.kv_cache_memory_bytes,
             "num_kv_blocks": cache.num_kv_blocks,
             "max_num_seqs": scheduler.max_num_seqs,
@@ -252,7 +264,8 @@ class EngineConfig:
         for name, value in positive.items():
             is_int = isinstance(value, int) and not isinstance(value, bool)
             if value is not None and (not is_int or value < 1):
-                raise ConfigError(f"{name} must be an integer >= 1, got {value!r}")
+                or_auto = f" or '{AUTO}'" if name == "max_model_len" else ""
+                raise ConfigError(f"{name} must be an integer >= 1{or_auto}, got {value!r}")
         for group in option_groups():
             check_types_and_choices(getattr(self, group))
         self._check_unsupported()
@@ -315,6 +328,25 @@ def option_groups() -> dict[str, type]:
 def all_options() -> list[tuple[str, dataclasses.Field[Any]]]:
     """(group name, field) of every option."""
     return [(group, f) for group, kind in option_groups().items() for f in fields(kind)]
+
+
+def own_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat options as ours alone, with our values.
+
+    None leaves an option open. Paths and dtypes become strings, and vLLM's other options are
+    dropped where they ask for nothing. Raises ConfigError for an unknown name, and for an option of
+    vLLM's that is not supported.
+    """
+    kinds = {f.name: f.metadata["kind"] for _, f in all_options()}
+    try:
+        own = without_vllm_options(options, kinds)
+        reject_unknown(own, list(kinds), "engine option")
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    for name, value in own.items():
+        if isinstance(value, PurePath) and kinds[name] == "path":
+            own[name] = str(value)
+    return own
 
 
 def check_types_and_choices(group: object) -> None:

@@ -54,6 +54,7 @@ class RequestMetrics:
     arrival_time: float
     first_token_time: float | None
     last_token_time: float
+    first_scheduled_time: float | None = None
 
 
 @dataclass(slots=True)
@@ -127,3 +128,25 @@ class ScoringRequestOutput:
     request_id: str
     outputs: ScoringOutput
     finished: bool = True
+
+
+@dataclass(slots=True)
+class Metric:
+    """A measurement of the engine. name: vLLM's."""
+
+    name: str
+    labels: dict[str, str]
+
+
+@dataclass(slots=True)
+class Counter(Metric):
+    """A number that only grows."""
+
+    value: int
+
+
+@dataclass(slots=True)
+class Gauge(Metric):
+    """A number that goes up and down."""
+
+    value: float

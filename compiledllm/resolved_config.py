@@ -113,7 +113,7 @@ def resolve(
 
 def _check(requested: EngineConfig, on_gpu: bool, max_position: int) -> None:
     max_model_len = requested.model.max_model_len
-    if max_model_len is not None and max_model_len > max_position:
+    if isinstance(max_model_len, int) and max_model_len > max_position:
         raise ConfigError(
             f"max_model_len={max_model_len} is more than the {max_position} positions of the "
             f"model; use at most {max_position}"

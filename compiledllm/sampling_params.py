@@ -13,6 +13,7 @@ from typing import Any
 
 from compiledllm.checks import strict_fields
 from compiledllm.structured_outputs import StructuredOutputsParams
+from compiledllm.vllm_options import without_vllm_fields
 
 LogitsProcessor = Callable[..., Any]
 
@@ -65,7 +66,7 @@ class RepetitionDetectionParams:
         _require(ok, "min_count", self.min_count, "at least 2")
 
 
-@strict_fields("sampling field")
+@strict_fields("sampling field", without_vllm_fields)
 @dataclass(slots=True)
 class SamplingParams:
     """How the next token is chosen, when a request ends, and what its outputs contain.
@@ -115,6 +116,7 @@ class SamplingParams:
     spaces_between_special_tokens: accepted as True only; the tokenizer decides.
     output_kind: what each output of a stream holds.
     stream_interval: tokens between two outputs of a stream, >= 1; the first output comes at once.
+    extra_args: kept for the caller, who may read it again; the engine does not.
 
     Raises ValueError naming the field, the value and the range.
     """
@@ -151,6 +153,7 @@ class SamplingParams:
     structured_outputs: StructuredOutputsParams | None = None
     truncate_prompt_tokens: int | None = None
     skip_reading_prefix_cache: bool | None = None
+    extra_args: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name in _NUMBERS:
@@ -248,6 +251,9 @@ class SamplingParams:
             False,
             "True (the tokenizer decides about spaces)",
         )
+        extra = self.extra_args
+        ok = extra is None or isinstance(extra, Mapping)
+        _require(ok, "extra_args", extra, "a mapping or None")
         skip = self.skip_reading_prefix_cache
         _require(skip in (None, True, False), "skip_reading_prefix_cache", skip, "True or False")
 
@@ -264,12 +270,18 @@ class SamplingParams:
                     f"ends; leave it out, got {getattr(self, name)}"
                 )
 
+    def clone(self) -> SamplingParams:
+        """A copy whose lists and mappings are its own; logits processors are shared."""
+        memo = {id(processor): processor for processor in self.logits_processors or ()}
+        return copy.deepcopy(self, memo)
+
     def without_text(self) -> SamplingParams:
         """The parameters without texts (stop strings, words, forms), as the engine's core needs."""
-        if not (self.stop or self.bad_words or self.structured_outputs):
+        if not (self.stop or self.bad_words or self.structured_outputs or self.extra_args):
             return self
         params = copy.copy(self)
         params.stop, params.bad_words, params.structured_outputs = [], [], None
+        params.extra_args = None
         return params
 
     @property
@@ -306,7 +318,7 @@ class SamplingParams:
         return not self.skip_reading_prefix_cache and self.prompt_logprobs is None
 
 
-@strict_fields("beam search field")
+@strict_fields("beam search field", without_vllm_fields)
 @dataclass(slots=True)
 class BeamSearchParams:
     """A search for the likeliest continuations. Names are vLLM's.

@@ -39,10 +39,17 @@ Message = dict[str, str]
 class Chat:
     """The conversation so far, which each turn of the user extends or changes."""
 
-    def __init__(self, engine: Engine, params: SamplingParams) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        params: SamplingParams,
+        system: str | None = None,
+        shows_speed: bool = True,
+    ) -> None:
         self._engine = engine
         self._params = params
-        self._system: list[Message] = []
+        self._shows_speed = shows_speed
+        self._system = _system(system)
         self._history: list[Message] = []
 
     def run(self) -> None:
@@ -66,7 +73,7 @@ class Chat:
             self._history = []
             print("(a new conversation)")
         elif command == "/system":
-            self._system = [{"role": "system", "content": rest}] if rest else []
+            self._system = _system(rest)
         elif command in ("/help", "/?"):
             print(HELP)
         else:
@@ -96,9 +103,13 @@ class Chat:
         except ValueError as error:
             print(f"error: {error}; /clear starts a new conversation", file=sys.stderr)
             return ""
-        if output is not None:
+        if output is not None and self._shows_speed:
             print(speed(output), file=sys.stderr)
         return text
+
+
+def _system(text: str | None) -> list[Message]:
+    return [{"role": "system", "content": text}] if text else []
 
 
 def speed(output: RequestOutput) -> str:

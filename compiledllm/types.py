@@ -104,6 +104,12 @@ class Request:
     next_kv_check: int = 0
     block_hashes: list[bytes] = field(default_factory=list)
     num_registered_blocks: int = 0
+    # Of models with states: number of tokens up to the last snapshot at a fixed point, up to the
+    # last snapshot of all, and of the prompt's beginning whose KV another request had computed.
+    state_kept_at: int = 0
+    latest_state_at: int = 0
+    diverges_at: int = 0
+    latest_state: bytes = b""  # hash of the block before the snapshot that moves along
     num_cached_tokens: int = -1  # prefix-cache hit at first admission; -1 until then
     num_preemptions: int = 0
     finish_reason: FinishReason | None = None
@@ -183,6 +189,9 @@ class SchedulerOutput:
     scheduled: list[ScheduledRequest]
     freed_request_ids: list[str]  # finished or preempted since the last step: rows to release
     spoilt_block_ids: list[int] = field(default_factory=list)  # blocks with NaN, to zero first
+    # Copies of states before the step, all saves first: (request id, slot of the snapshot).
+    saved_states: list[tuple[str, int]] = field(default_factory=list)
+    restored_states: list[tuple[str, int]] = field(default_factory=list)
 
     @property
     def num_scheduled_tokens(self) -> int:
@@ -257,12 +266,15 @@ class StepNews:
     """What a step did to requests, as plain data.
 
     token_ids: by request id, for requests that gained one token and go on, as most do, with their
-    `logprobs` if requested. Decoding a list of updates instead takes ten times as long.
+    `logprobs` if requested. Decoding a list of updates instead takes ten times as long. started: by
+    request id, when requests first got room in a step, in seconds of `time.monotonic`, a clock that
+    processes share.
     """
 
     token_ids: dict[str, int] = field(default_factory=dict)
     logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)
     updates: list[RequestUpdate] = field(default_factory=list)
+    started: dict[str, float] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:

@@ -95,11 +95,12 @@ def edge_variants(variants: Sequence[Variant]) -> dict[Variant, Variant]:
 
 
 class Decoder(Protocol):
-    """A model to compile. `block_forward(block, *tensors, kv_cache, attn)` runs one block.
+    """A model to compile. `block_forward(block, *tensors, cache, metadata)` runs one block.
 
-    tensors: each [tokens, ...]. kv_cache: a tensor or a list of tensors. Blocks with equal `spec`
-    share a compilation. edges: names of further attributes to compile, each called once per step as
-    `edge(decoder, *tensors)`.
+    tensors: each [tokens, ...]. cache: a tensor or a list of tensors. metadata: its `of_tokens` are
+    tensors [tokens, ...], the first dimensions of its `of_rows` follow the number of rows. Blocks
+    with equal `spec` share a compilation. edges: names of further attributes to compile, each
+    called once per step as `edge(decoder, *tensors)`.
     """
 
     block_forward: Forward
@@ -308,20 +309,21 @@ def _cached_for(variant: Variant) -> AbstractContextManager[None]:
 
 
 def _mark_token_and_row_counts_dynamic(example: Example) -> None:
-    """Mark the first dimension of all tensors but the KV cache as dynamic.
+    """Mark the first dimension of all tensors but the cache as dynamic.
 
     With a single token, tokens and rows are static. The bound of tokens per row is not, since the
     token may be a prompt's.
     """
     variant, tensors = example.variant, list(example.args)
     if example.name == _BLOCK:
-        *tensors, _, attn = tensors
-        torch._dynamo.mark_dynamic(attn.row_bound, 0)
+        *tensors, _, metadata = tensors
+        for tensor in metadata.of_bounds:
+            torch._dynamo.mark_dynamic(tensor, 0)
     if variant.max_tokens == 1:
         return
     if example.name == _BLOCK:
-        tensors.append(attn.slot_mapping)
-        for tensor in (attn.block_tables, attn.seq_lens, attn.query_start_loc):
+        tensors += metadata.of_tokens
+        for tensor in metadata.of_rows:
             torch._dynamo.mark_dynamic(tensor, 0)
     for tensor in tensors:
         torch._dynamo.mark_dynamic(tensor, 0, min=variant.min_tokens, max=variant.max_tokens)

@@ -32,6 +32,11 @@ def make_row_bound(max_row_tokens: int, device: torch.device | None = None) -> T
     return torch.empty(max_row_tokens + _SHORTEST_BOUND, dtype=torch.int8, device=device)
 
 
+def max_row_tokens(row_bound: Tensor) -> int:
+    """The maximum number of tokens of a row, from `make_row_bound`; 0: no maximum is known."""
+    return len(row_bound) - _SHORTEST_BOUND
+
+
 class AttentionMetadata(NamedTuple):
     """The attention ops' description of a step: tensors only, on the model's device.
 
@@ -50,7 +55,47 @@ class AttentionMetadata(NamedTuple):
     @property
     def max_row_tokens(self) -> int:
         """The maximum number of tokens of a row; 0: no maximum is known."""
-        return len(self.row_bound) - _SHORTEST_BOUND
+        return max_row_tokens(self.row_bound)
+
+    @property
+    def of_tokens(self) -> tuple[Tensor, ...]:
+        """The tensors whose first dimension is the tokens."""
+        return (self.slot_mapping,)
+
+    @property
+    def of_rows(self) -> tuple[Tensor, ...]:
+        """The tensors whose first dimension follows the number of rows."""
+        return self.block_tables, self.seq_lens, self.query_start_loc
+
+    @property
+    def of_bounds(self) -> tuple[Tensor, ...]:
+        """The tensors whose lengths are bounds."""
+        return (self.row_bound,)
+
+
+class StateMetadata(NamedTuple):
+    """What layers with a state for each request must know of a step, as `AttentionMetadata`.
+
+    A row without tokens leaves its state alone. A row whose context is all in this step starts from
+    zeros, whatever its state holds.
+    """
+
+    rows: Tensor  # int64 [rows], the index of each row's state
+    query_start_loc: Tensor  # int32 [rows + 1], prefix sums of tokens per row
+    seq_lens: Tensor  # int32 [rows], context lengths including this step's tokens
+    row_bound: Tensor  # of `make_row_bound`
+
+    @property
+    def of_tokens(self) -> tuple[Tensor, ...]:
+        return ()
+
+    @property
+    def of_rows(self) -> tuple[Tensor, ...]:
+        return self.rows, self.query_start_loc, self.seq_lens
+
+    @property
+    def of_bounds(self) -> tuple[Tensor, ...]:
+        return (self.row_bound,)
 
 
 class ScoreOptions(NamedTuple):

@@ -21,6 +21,20 @@ def num_multiprocessors() -> int:
 
 
 @functools.cache
+def max_shared_memory() -> int:
+    """Bytes of shared memory that a program may use on the current device.
+
+    Unlimited in Triton's interpreter.
+    """
+    if not torch.cuda.is_available():
+        return 2**30
+    from triton.runtime import driver
+
+    properties = driver.active.utils.get_device_properties(torch.cuda.current_device())
+    return int(properties["max_shared_mem"])
+
+
+@functools.cache
 def launch_options() -> dict[str, bool]:
     """Keyword arguments of every launch. OVERLAP: whether programmatic dependent launch is used.
 

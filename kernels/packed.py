@@ -18,7 +18,7 @@ from compiledllm.kernels.backend import MAX_FP8
 from compiledllm.kernels.moe import experts_fake
 from compiledllm.kernels.ops import define
 from compiledllm.kernels.quantized import BLOCK_ROWS, NIBBLES
-from compiledllm.kernels.records import UNIT, pack_bytes, pack_records
+from compiledllm.kernels.records import UNIT, pack_bytes, pack_records, with_minima
 
 MAX_ROWS_OF_16_BITS = 16  # with more rows, FP8 weights multiply FP8 inputs
 MAX_FEW_ROWS = 64  # with more rows, weights are dequantised to 16 bits first
@@ -31,6 +31,8 @@ class Layout:
     code: "fp8", "int8", "int4" or "fp4". groups: number of scales that an output has per 128
     inputs; 0: none, `Packed.row_scales` are the only scales. scale_dtype: dtype of the groups'
     scales, a name in torch. block_rows: number of outputs that share the groups' scales, 1 or 128.
+    has_minima: each group has a minimum beside its scale. has_factors: scales and minima are int8
+    and multiplied by float16 factors.
     """
 
     code: str
@@ -38,27 +40,33 @@ class Layout:
     scale_dtype: str
     has_zeros: bool
     block_rows: int = 1
+    has_minima: bool = False
+    has_factors: bool = False
 
     def __str__(self) -> str:
-        zeros = int(self.has_zeros)
-        return f"{self.code} {self.groups} {self.scale_dtype} {zeros} {self.block_rows}"
+        flags = "".join(str(int(f)) for f in (self.has_zeros, self.has_minima, self.has_factors))
+        return f"{self.code} {self.groups} {self.scale_dtype} {flags} {self.block_rows}"
 
     @staticmethod
     @functools.cache
     def parse(text: str) -> Layout:
         """The inverse of `str`. An op's arguments cannot be dataclasses, so ops get a text."""
-        code, groups, scale_dtype, zeros, rows = text.split()
-        return Layout(code, int(groups), scale_dtype, zeros == "1", int(rows))
+        code, groups, scale_dtype, flags, rows = text.split()
+        zeros, minima, factors = (flag == "1" for flag in flags)
+        return Layout(code, int(groups), scale_dtype, zeros, int(rows), minima, factors)
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A matrix [N outputs, K inputs] for the kernels: w = (code - zero) * scale * row_scale.
+    """A matrix [N outputs, K inputs] for the kernels.
+
+    w = (code - zero) * scale * row_scale + minimum
 
     codes: [N, K] for fp8; [N, K rounded up to 128] for int8, in the order of `pack_bytes`; uint8
     records, which include scales and zeros, for int4 and fp4 (`pack_records`).
     scales, zeros: [ceil(N / block_rows), groups * ceil(K / 128)]; None if there are none, and for
-    int4 and fp4. row_scales: float32 [N]; ones if the layout has groups.
+    int4 and fp4. With minima or factors, `scales` has these too (`records.with_minima`).
+    row_scales: float32 [N]; ones if the layout has groups.
     """
 
     layout: Layout
@@ -74,12 +82,18 @@ def can_pack(device: torch.device) -> bool:
 
 
 def pack(
-    code: str, codes: Tensor, scales: Tensor, zeros: Tensor | None, num_inputs: int
+    code: str,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    num_inputs: int,
+    minima: Tensor | None = None,
+    factors: Tensor | None = None,
 ) -> Packed | None:
     """Pack a matrix; None if the kernels support neither its groups nor its number of inputs.
 
     codes: [N, K], uint8 0..15 for int4 and fp4. K: num_inputs, perhaps padded to a multiple of 128.
-    scales, zeros: [N or ceil(N / 128), K / group].
+    scales, zeros, minima: [N or ceil(N / 128), K / group]. factors: float16 [N, S, 2], or None.
     """
     num_outputs = codes.shape[0]
     block_rows = 1 if len(scales) == num_outputs else BLOCK_ROWS
@@ -87,23 +101,37 @@ def pack(
     ones = torch.ones(num_outputs, dtype=torch.float32, device=codes.device)
     if codes.shape[1] % 16 or num_inputs % 8:  # 16 bytes of codes, and of x, are loaded at once
         return None
-    if scales.shape[1] == 1 and zeros is None and block_rows == 1:
+    has_minima, has_factors = minima is not None, factors is not None
+    is_plain = zeros is None and not has_minima and not has_factors
+    if scales.shape[1] == 1 and block_rows == 1 and is_plain:
         layout = Layout(code, 0, "float32", False)
         return Packed(layout, _in_order(code, codes, None, None), None, None, scales[:, 0].float())
-    if group % UNIT == 0:
-        groups, times = 1, group // UNIT
-    elif group in (32, 64) and code != "fp8" or (group, code) == (16, "fp4"):
-        groups, times = UNIT // group, 1
-    else:
+    if not _has_groups(code, group, has_minima):
         return None
-    num_groups = -(-num_inputs // UNIT) * groups
+    groups, times = max(UNIT // group, 1), max(group // UNIT, 1)
+    num_units = -(-num_inputs // UNIT)
+    if factors is not None and (groups < 4 or num_units % factors.shape[1]):
+        return None  # whole words, and factors of whole units
+    num_groups = num_units * groups
     scales = _spread(scales, times, num_groups)
     zeros = None if zeros is None else _spread(zeros, times, num_groups)
+    minima = None if minima is None else _spread(minima, times, num_groups)
     dtype = str(scales.dtype).removeprefix("torch.")
-    layout = Layout(code, groups, dtype, zeros is not None, block_rows)
+    layout = Layout(code, groups, dtype, zeros is not None, block_rows, has_minima, has_factors)
+    if has_minima or has_factors:
+        scales = with_minima(scales, minima, factors, num_units)
     packed = _in_order(code, codes, scales, zeros)
     is_record = code in NIBBLES
     return Packed(layout, packed, None if is_record else scales, None if is_record else zeros, ones)
+
+
+def _has_groups(code: str, group: int, has_minima: bool) -> bool:
+    """Whether the kernels support groups of this size."""
+    if group in (32, 64):
+        return code != "fp8"
+    if group == 16:
+        return code == "fp4" or (code == "int8" and not has_minima)
+    return group % UNIT == 0
 
 
 def _in_order(code: str, codes: Tensor, scales: Tensor | None, zeros: Tensor | None) -> Tensor:

@@ -15,6 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from compiledllm.kernels.launch import launch_options, num_multiprocessors
 from compiledllm.kernels.online_softmax_triton import Tiling, after_sinks, attend_keys
+from compiledllm.kernels.ragged_triton import row_of_piece
 
 
 def prefill_tiling(head_dim: int, group: int, dtype: torch.dtype, num_queries: int) -> Tiling:
@@ -52,18 +53,10 @@ def _prefill_kernel(
     NUM_KV_HEADS: tl.constexpr = NUM_HEADS // GROUP
     program = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest programs start first
     index, kv_head = program // NUM_KV_HEADS, program % NUM_KV_HEADS
-    # The programs of row r begin at query_start_loc[r] // TOKENS + r; they cover all its tokens.
-    low, high = 0, num_rows
-    while low < high:
-        middle = (low + high) // 2
-        if tl.load(query_start_loc + middle) // TOKENS + middle <= index:
-            low = middle + 1
-        else:
-            high = middle
-    row = low - 1
+    row, first_piece = row_of_piece(index, query_start_loc, num_rows, TOKENS)
     start = tl.load(query_start_loc + row)
     count = tl.load(query_start_loc + row + 1) - start
-    first_query = (index - (start // TOKENS + row)) * TOKENS
+    first_query = (index - first_piece) * TOKENS
     is_done = first_query >= count
     if not FIXED_ORDER:
         is_done = is_done | (count == 1)  # _decode_kernel computes this row

@@ -2,13 +2,15 @@
 
 Each product dequantises the matrix first. `kernels.packed` has a second layout, for CUDA kernels.
 
-    w[n, k] = (code[n, k] - zero) * scale   with the zero and scale at [n // rows, k // group]
+    w[n, k] = (code[n, k] - zero) * scale + minimum   with all three at [n // rows, k // group]
 
 codes: fp8, int8: [N outputs, K inputs]. int4, fp4: int32 [N, K / 8] with eight codes per word,
 where K is the number of inputs padded to a multiple of 128; padding codes and their scales are 0.
 scales: [ceil(N / rows), K / group] in any floating-point dtype; rows is 1 or 128. zeros: the same
-shape, or None: 8 for int4, otherwise 0. Ops derive the group from the shapes, as all groups have
-the same number of (padded) inputs.
+shape, or None: 8 for int4 without minima, otherwise 0. minima: shape and dtype of the scales, or
+None. factors: None, or float16 [N, S, 2], which multiply the scales and the minima of each K / S
+inputs; scales and minima are then int8 (GGUF's K types). Ops derive the group from the shapes, as
+all groups have the same number of (padded) inputs.
 """
 
 from __future__ import annotations
@@ -40,19 +42,35 @@ def unpack_nibbles(words: Tensor) -> Tensor:
 
 
 def dequantize_packed(
-    codes: Tensor, scales: Tensor, zeros: Tensor | None, code: str, num_inputs: int
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    code: str,
+    num_inputs: int,
+    minima: Tensor | None = None,
+    factors: Tensor | None = None,
 ) -> Tensor:
     """The matrix as float32 [N, num_inputs], without padding."""
     values = unpack_nibbles(codes) if code in NIBBLES else codes
     values = e2m1_values(values) if code == "fp4" else values.float()
-    if code == "int4" and zeros is None:
+    if code == "int4" and zeros is None and minima is None:
         values = values - INT4_ZERO
     num_outputs, num_padded = values.shape
     groups = values.view(num_outputs, scales.shape[1], -1)  # [N, K / group, group]
     if zeros is not None:
         groups = groups - _of_rows(zeros.float(), num_outputs)
-    groups = groups * _of_rows(scales.float(), num_outputs)
+    groups = groups * _of_rows(_multiplied(scales, factors, 0), num_outputs)
+    if minima is not None:
+        groups = groups + _of_rows(_multiplied(minima, factors, 1), num_outputs)
     return groups.view(num_outputs, num_padded)[:, :num_inputs]
+
+
+def _multiplied(part: Tensor, factors: Tensor | None, which: int) -> Tensor:
+    """Scales or minima [N, groups] in float32, multiplied by their factors [N, S, which]."""
+    if factors is None:
+        return part.float()
+    spans = part.float().view(*factors.shape[:2], -1)
+    return (spans * factors[..., which].float().unsqueeze(-1)).flatten(1)
 
 
 def _of_rows(part: Tensor, num_outputs: int) -> Tensor:
@@ -86,9 +104,12 @@ def quantized_linear(
     zeros: Tensor | None,
     bias: Tensor | None,
     code: str,
+    minima: Tensor | None = None,
+    factors: Tensor | None = None,
 ) -> Tensor:
     """x [T, K] -> x @ W.T + bias, [T, N] in x's dtype. code: "fp8", "int8", "int4" or "fp4"."""
-    weight = dequantize_packed(codes, scales, zeros, code, x.shape[1]).to(x.dtype)
+    weight = dequantize_packed(codes, scales, zeros, code, x.shape[1], minima, factors)
+    weight = weight.to(x.dtype)
     return F.linear(x, weight, bias)
 
 

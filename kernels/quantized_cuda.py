@@ -28,6 +28,7 @@ _SCALES = {
     torch.float8_e8m0fnu: 3,
     torch.uint8: 3,
     torch.float8_e4m3fn: 4,
+    torch.int8: 5,
 }
 
 
@@ -55,6 +56,8 @@ def options_of(layout: Layout) -> dict[str, int]:
         "GROUPS": layout.groups,
         "SCALE": _SCALES[scale] if layout.groups else 0,
         "HAS_ZEROS": layout.has_zeros,
+        "HAS_MINIMA": layout.has_minima,
+        "HAS_FACTORS": layout.has_factors,
     }
 
 

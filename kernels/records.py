@@ -7,7 +7,8 @@ quarter is 32 of a unit's inputs, 8 for each of these lanes. A record consists o
 - codes, [2, 8, 4, 4] words of 32 bits: half of the tile, output in the half, lane, quarter. A word
   has the eight codes of inputs 32 * quarter + 8 * lane + (0 ... 7): inputs 0, 2, 4, 6 in its lower
   16 bits and inputs 1, 3, 5, 7 in its upper 16 bits, from the lowest bits up.
-- scales, [8, 2, groups]: output in the half, half, group of the unit's inputs.
+- scales, [8, 2, groups]: output in the half, half, group of the unit's inputs. With minima or
+  factors (`with_minima`), these follow the scales of each output.
 - zeros, uint8 [8, 2, groups], if the codes have any.
 
 int8 codes lie in rows, in units of [2 pairs of quarters, 4 lanes, 2 quarters, 8 inputs] bytes: 16
@@ -45,6 +46,23 @@ def pack_records(codes: Tensor, scales: Tensor | None, zeros: Tensor | None) -> 
         if part is not None:
             parts.append(_records_of_groups(part, num_units))
     return torch.cat(parts, dim=-1)
+
+
+def with_minima(
+    scales: Tensor, minima: Tensor | None, factors: Tensor | None, num_units: int
+) -> Tensor:
+    """Scales as the kernels read them: of an output and a unit the scales, minima and factors.
+
+    scales, minima: [N, groups * num_units] of one dtype, int8 with factors. factors: float16
+    [N, S, 2], of num_units / S units each, or None. Returns [N, numbers * num_units] in the scales'
+    dtype; factors count as four numbers.
+    """
+    num_outputs = scales.shape[0]
+    parts = [p.reshape(num_outputs, num_units, -1) for p in (scales, minima) if p is not None]
+    if factors is not None:
+        of_unit = factors.repeat_interleave(num_units // factors.shape[1], 1)
+        parts.append(of_unit.contiguous().view(torch.int8))
+    return torch.cat(parts, dim=-1).flatten(1)
 
 
 def _records_of_groups(part: Tensor, num_units: int) -> Tensor:

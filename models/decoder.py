@@ -7,7 +7,7 @@ knows nothing of requests or scheduling.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple, cast
 
@@ -15,16 +15,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compiledllm.kernels.backend import AttentionBackend, AttentionMetadata
+from compiledllm.kernels.backend import AttentionBackend, AttentionMetadata, StateMetadata
 from compiledllm.models.formats.weight_format import empty_parameter
 from compiledllm.models.layers.attention import PagedAttention
 from compiledllm.models.layers.factory import Factory, Products
 from compiledllm.models.layers.linear import Head
+from compiledllm.models.layers.mixer import make_mixer
 from compiledllm.models.layers.moe import make_mlp
 from compiledllm.models.layers.rope import RotaryTable
-from compiledllm.models.spec import NORMS_BEFORE, NORMS_BEHIND, LayerSpec, ModelSpec
+from compiledllm.models.spec import (
+    NORMS_BEFORE,
+    NORMS_BEHIND,
+    AttentionSpec,
+    LayerSpec,
+    ModelSpec,
+)
 
 BlockForward = Callable[..., tuple[Tensor, Tensor]]
+# Of a layer: its KV cache with attention's metadata, or the tensors of its states with theirs.
+Cache = Tensor | list[Tensor]
+Metadata = AttentionMetadata | StateMetadata
 BlockInputs = tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]
 
 
@@ -40,7 +50,7 @@ class SampledTokens(NamedTuple):
 
 
 class DecoderBlock(nn.Module):
-    """x += update; x += attn(norm(x)); returns x and the next block's update = mlp(norm(x))."""
+    """x += update; x += mix(norm(x)); returns x and the next block's update = mlp(norm(x))."""
 
     def __init__(self, spec: LayerSpec, backend: AttentionBackend, make: Factory) -> None:
         super().__init__()
@@ -51,7 +61,7 @@ class DecoderBlock(nn.Module):
             return make.norm(spec.norm, spec.hidden_size) if exists else None
 
         self.attn_norm = norm(NORMS_BEFORE[spec.residual] >= 1)
-        self.attn = PagedAttention(spec.hidden_size, spec.attn, backend, make.within("attn"))
+        self.attn = make_mixer(spec.hidden_size, spec.mixer, backend, make.within("attn"))
         self.attn_out_norm = norm(NORMS_BEHIND[spec.residual] >= 1)
         self.mlp_norm = norm(NORMS_BEFORE[spec.residual] >= 2)
         self.mlp = make_mlp(spec.hidden_size, spec.mlp, make.within("mlp"))
@@ -65,14 +75,14 @@ class DecoderBlock(nn.Module):
         update: Tensor,  # [tokens, hidden]
         cos: Tensor,  # [tokens, 1, rotary_dim]
         sin: Tensor,
-        kv_cache: Tensor,
-        attn: AttentionMetadata,
+        cache: Cache,
+        attn: Metadata,
     ) -> tuple[Tensor, Tensor]:
         x = x + update
         if self.norms_sums:
-            return self._forward_norming_sums(x, cos, sin, kv_cache, attn)
+            return self._forward_norming_sums(x, cos, sin, cache, attn)
         attn_in = mlp_in = x if self.attn_norm is None else self.attn_norm(x)
-        attended = self._scaled(self.attn(attn_in, cos, sin, kv_cache, attn), self.attn_out_norm)
+        attended = self._scaled(self.attn(attn_in, cos, sin, cache, attn), self.attn_out_norm)
         if not self.is_parallel:
             x = mlp_in = x + attended
         if self.mlp_norm is not None:
@@ -90,16 +100,17 @@ class DecoderBlock(nn.Module):
         slot_mapping: Tensor,
     ) -> None:
         """Store the keys and values of all tokens, as `forward` does, and compute nothing else."""
+        assert isinstance(self.attn, PagedAttention)
         x = x + update
         attn_in = x if self.attn_norm is None or self.norms_sums else self.attn_norm(x)
         self.attn.store(attn_in, cos, sin, kv_cache, slot_mapping)
 
     def _forward_norming_sums(
-        self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: Tensor, attn: AttentionMetadata
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache, attn: Metadata
     ) -> tuple[Tensor, Tensor]:
         """The post-norm block: it normalises each sum, and leaves no pending residual update."""
         assert self.attn_norm is not None and self.mlp_norm is not None
-        x = self.attn_norm(x + self._scaled(self.attn(x, cos, sin, kv_cache, attn), None))
+        x = self.attn_norm(x + self._scaled(self.attn(x, cos, sin, cache, attn), None))
         x = self.mlp_norm(x + self._scaled(self.mlp(x), None))
         return x, _no_update(x)
 
@@ -125,7 +136,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.spec = spec
         self.backend = backend
-        self.takes_sampled_tokens = backend.takes_sampled_tokens
+        last_attends = isinstance(spec.layers[-1].mixer, AttentionSpec)
+        self.takes_sampled_tokens = backend.takes_sampled_tokens and last_attends
         self._make = make = Factory(products or Products(), spec.formats)
         self.embedding = empty_parameter(spec.vocab_size, spec.embedding_width)
         self.lm_head = self._make_head(is_tied=spec.tie_word_embeddings)
@@ -139,9 +151,13 @@ class Decoder(nn.Module):
         self.positions = empty_parameter(size, spec.hidden_size) if size else None
         self.layers = nn.ModuleList(DecoderBlock(layer, backend, make) for layer in spec.layers)
         self.final_norm = make.norm(spec.final_norm, spec.hidden_size)
-        ropes = dict.fromkeys(layer.attn.rope for layer in spec.layers)
+        ropes = list(dict.fromkeys(attention.rope for attention in spec.attentions))
         self.rotary = nn.ModuleList(RotaryTable(rope) for rope in ropes)
-        self._rotary_index = [list(ropes).index(layer.attn.rope) for layer in spec.layers]
+        # Layers with a state get the first table, as all blocks are called alike, and ignore it.
+        self._rotary_index = [
+            ropes.index(layer.mixer.rope) if isinstance(layer.mixer, AttentionSpec) else 0
+            for layer in spec.layers
+        ]
         self.block_forward: BlockForward = DecoderBlock.forward
         self.enter: Callable[..., BlockInputs] = _enter
         self.leave: Callable[..., Tensor] = _leave
@@ -150,32 +166,38 @@ class Decoder(nn.Module):
         self,
         input_ids: Tensor,  # int64 [tokens]
         positions: Tensor,  # int64 [tokens]
-        kv_caches: list[Tensor],
-        attn: list[AttentionMetadata],
+        caches: Sequence[Cache],
+        attn: Sequence[Metadata],
         sampled: SampledTokens | None = None,
     ) -> Tensor:
-        """Hidden states behind the final norm, [tokens, hidden]. kv_caches, attn: one per layer.
+        """Hidden states behind the final norm, [tokens, hidden]. caches, attn: one per layer.
 
         With `sampled`, returns the hidden states of these tokens only, [samples, hidden]. For other
         tokens the last block just stores keys and values.
         """
         x, update, tables = self.enter(self, input_ids, positions)
-        *body, last = zip(self.layers, self._rotary_index, kv_caches, attn, strict=True)
-        for layer, index, kv_cache, metadata in body:
-            x, update = self.block_forward(layer, x, update, *tables[index], kv_cache, metadata)
-        layer, index, kv_cache, metadata = last
+        *body, last = zip(self.layers, self._rotary_index, caches, attn, strict=True)
+        for layer, index, cache, metadata in body:
+            x, update = self.block_forward(layer, x, update, *tables[index], cache, metadata)
+        layer, index, cache, metadata = last
         cos, sin = tables[index]
         if sampled is not None:
-            cast("DecoderBlock", layer).store(x, update, cos, sin, kv_cache, metadata.slot_mapping)
+            assert isinstance(cache, Tensor) and isinstance(metadata, AttentionMetadata)
+            cast("DecoderBlock", layer).store(x, update, cos, sin, cache, metadata.slot_mapping)
             x, update, cos, sin = (part[sampled.indices] for part in (x, update, cos, sin))
             metadata = sampled.attn
-        x, update = self.block_forward(layer, x, update, cos, sin, kv_cache, metadata)
+        x, update = self.block_forward(layer, x, update, cos, sin, cache, metadata)
         return self.leave(self, x, update)
 
     @property
-    def kv_scales(self) -> list[Tensor]:
-        """Per layer, the scales [2] of keys and values in an FP8 cache; to be written in place."""
-        return [cast("DecoderBlock", layer).attn.kv_scales for layer in self.layers]
+    def kv_scales(self) -> dict[int, Tensor]:
+        """By layer, the scales [2] of keys and values in an FP8 cache; to be written in place."""
+        mixers = (cast("DecoderBlock", layer).attn for layer in self.layers)
+        return {
+            index: mixer.kv_scales
+            for index, mixer in enumerate(mixers)
+            if isinstance(mixer, PagedAttention)
+        }
 
     def untie_head(self) -> None:
         """Give the output head an uninitialised matrix of its own, and update `spec`."""

@@ -16,7 +16,7 @@ def fixed_order(spec: ModelSpec) -> Products:
     elementwise. Raises ConfigError for quantised weights, and for norms, MLPs or positions without
     kernels of a fixed order.
     """
-    if spec.quantization:
+    if spec.is_quantized:
         raise ConfigError(
             f"deterministic=True is not supported for quantised weights ({spec.quantization}); "
             "leave it out, or use unquantised weights"
@@ -31,9 +31,10 @@ def _check(spec: ModelSpec) -> None:
     norms = [layer.norm for layer in spec.layers] + [spec.final_norm]
     is_rms = all(norm.kind == "rms" for norm in norms)
     is_dense = all(isinstance(layer.mlp, MlpSpec) for layer in spec.layers)
-    if not (is_rms and is_dense and all(can_fuse(layer.attn) for layer in spec.layers)):
+    all_attend = len(spec.attentions) == len(spec.layers)
+    if not (is_rms and is_dense and all_attend and all(map(can_fuse, spec.attentions))):
         raise ConfigError(
             f"deterministic=True is not supported for {spec.architecture}: only dense MLPs, "
-            "RMSNorm, and positions by rotating halves of each head, have kernels of one order; "
-            "leave it out"
+            "RMSNorm, attention, and positions by rotating halves of each head, have kernels of "
+            "one order; leave it out"
         )

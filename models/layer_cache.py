@@ -1,14 +1,14 @@
 """The kinds of cache that a layer keeps of the tokens it has seen: window, shape, dtype and bytes.
 
-`runner/kv_layout.py` puts layers with equal caches into groups and `runner/kv_cache.py` allocates
-the tensors. Both ask a cache for its window, shape, dtype and bytes, and never for its kind.
+`PagedKV` grows with a request's tokens, and lies in blocks. `runner/kv_layout.py` puts layers with
+equal `PagedKV` into groups and `runner/kv_cache.py` allocates the tensors. A `State` has the same
+size whatever a request's length; `runner/state_caches.py` allocates one for each request row.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -20,14 +20,13 @@ class PagedKV:
     """Keys and values of each token, in blocks. The only owner of their size in bytes.
 
     window: number of latest tokens that a token sees, itself included; 0: all. dtype: of keys and
-    values. bytes_per_request: bytes that a request takes whatever its length.
+    values.
     """
 
     num_heads: int
     head_dim: int
     window: int
     dtype: torch.dtype
-    bytes_per_request: ClassVar[int] = 0
 
     @property
     def bytes_per_token(self) -> int:
@@ -38,4 +37,15 @@ class PagedKV:
         return kv_cache_shape(num_blocks, block_size, self.num_heads, self.head_dim)
 
 
-LayerCache = PagedKV  # becomes a union of kinds with the same interface
+@dataclass(frozen=True, slots=True)
+class State:
+    """Tensors of a fixed size for each request. parts: shape and dtype of each tensor."""
+
+    parts: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+
+    @property
+    def bytes_per_request(self) -> int:
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.parts)
+
+
+LayerCache = PagedKV | State

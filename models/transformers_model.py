@@ -80,7 +80,7 @@ class _Body(nn.Module):
         super().__init__()
         self.base = base
         self.spec = spec.architecture  # key of the compiled block: there is just one body
-        self._attention = tuple(layer.attn for layer in spec.layers)
+        self._attention = spec.attentions
         self._backend = backend
         self.kv_scales: Tensor
         ones = torch.ones(len(spec.layers), 2, dtype=torch.float32)
@@ -141,9 +141,9 @@ class TransformersModel(nn.Module):
         self.takes_sampled_tokens = False
 
     @property
-    def kv_scales(self) -> list[Tensor]:
+    def kv_scales(self) -> dict[int, Tensor]:
         """See `Decoder.kv_scales`."""
-        return list(self.body.kv_scales)
+        return dict(enumerate(self.body.kv_scales))
 
     def forward(
         self,
@@ -278,7 +278,7 @@ class _TwoRows:
 
     def __init__(self, body: _Body, spec: ModelSpec) -> None:
         self._body, self._vocab_size = body, spec.vocab_size
-        shapes = [cache.shape(len(_ROWS) + 1, _BLOCK) for cache in spec.layer_caches]
+        shapes = [spec.kv_of(attn).shape(len(_ROWS) + 1, _BLOCK) for attn in spec.attentions]
         self._kv_caches = [torch.zeros(shape) for shape in shapes]
 
     def __call__(self, *parts: tuple[int, int, int]) -> list[Tensor]:

@@ -32,6 +32,7 @@ from compiledllm.models.checkpoint import (
 from compiledllm.models.decoder import Decoder
 from compiledllm.models.formats.gather import Gatherer
 from compiledllm.models.formats.kv_scales import parse_name
+from compiledllm.models.formats.mixed import Mixed
 from compiledllm.models.formats.quantized import MatrixSlot, Quantized
 from compiledllm.models.formats.slicing import Content, shape_of, split_rows
 from compiledllm.models.formats.weight_format import Slot, TensorSlot
@@ -170,7 +171,7 @@ def fill_with_random_weights(model: Decoder, seed: int) -> None:
         module = model.get_submodule(path)
         if name.endswith("bias"):
             parameter.fill_(0.0)
-        elif isinstance(module, Matrix) and isinstance(module.format, Quantized):
+        elif isinstance(module, Matrix) and isinstance(module.format, Quantized | Mixed):
             if path not in done:
                 module.format.randomize(module.params, spread, generator)
             done.add(path)

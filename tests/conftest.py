@@ -41,7 +41,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 def pytest_configure() -> None:
     if INTERPRETING:
         interpreter.make_faster()
-        interpreter.make_fp8_exact()
+        interpreter.make_conversions_exact()
+        interpreter.make_bf16_products_right()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

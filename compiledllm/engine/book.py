@@ -74,6 +74,9 @@ class Book:
     def take(self, news: StepNews) -> Growth:
         """Add a step's tokens to their requests. News of requests not in the book are ignored."""
         growth, now, completions = Growth(), time.monotonic(), self._completions
+        for request_id, moment in news.started.items():
+            if request_id in completions:
+                completions[request_id][0].note_start(moment)
         grown, logprobs = growth.grown, news.logprobs
         for request_id, token_id in news.token_ids.items():
             if request_id in completions:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, KeysView
 from pathlib import Path
 from typing import Any
 
-from compiledllm.config import ConfigError, Report
+from compiledllm.config import AUTO, Choice, ConfigError, Report
 from compiledllm.engine.isolation import Isolation
 from compiledllm.engine.plan_views import start_lines
 from compiledllm.engine.served_model import ServedModel
@@ -49,6 +49,7 @@ class EngineCore:
         self.num_step_tokens = 0  # tokens of the step scheduled last
         self.on_start: Callable[[Iterable[str]], None] | None = None
         self._last_idle_check = 0.0
+        self._started: dict[str, float] = {}  # of the news to come
         self._in_flight: deque[tuple[SchedulerOutput, PendingOutput]] = deque()
         started = time.perf_counter()
         self.worker = Worker(plan)
@@ -57,6 +58,9 @@ class EngineCore:
         limits = plan.config.limits
         max_len = min(limits.max_model_len, self.scheduler.kv.max_request_tokens)
         self.worker.start(num_kv_blocks, max_blocks=-(-max_len // limits.block_size))
+        if self.max_model_len < limits.max_model_len:
+            choice = Choice(self.max_model_len, "what the KV cache holds")
+            self.worker.report.note("max_model_len", choice)
         self.report: Report = plan.report | self.worker.report
         self.startup_s = {"config": plan.planning_s, **self.worker.startup_s}
         self.startup_s["total"] = plan.planning_s + time.perf_counter() - started
@@ -66,6 +70,15 @@ class EngineCore:
     @property
     def config(self) -> ResolvedConfig:
         return self.plan.config
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of a request, prompt and output together; with "auto" what the cache holds.
+
+        Requests are checked against this limit. The device is laid out for the model's context.
+        """
+        limit, room = self.config.limits.max_model_len, self.scheduler.kv.max_request_tokens
+        return min(limit, room) if self.config.requested.model.max_model_len == AUTO else limit
 
     @property
     def model_path(self) -> Path:
@@ -87,8 +100,19 @@ class EngineCore:
         """All options by name, with the values in use."""
         num_blocks = self.worker.num_kv_blocks
         num_bytes = (num_blocks + 1) * self.plan.block_bytes  # with the null block
-        sizes = {"num_kv_blocks": num_blocks, "kv_cache_memory_bytes": num_bytes}
-        return self.plan.options() | sizes
+        measured = {
+            "num_kv_blocks": num_blocks,
+            "kv_cache_memory_bytes": num_bytes,
+            "max_model_len": self.max_model_len,
+            "enable_prefix_caching": self.scheduler.block_pool.enable_prefix_caching,
+        }
+        return self.plan.options() | measured
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """Bytes of all snapshots of states that a request could start from."""
+        states = self.scheduler.kv.states
+        return 0 if states is None else len(states.snapshots) * self.plan.spec.bytes_per_request
 
     # -- requests ------------------------------------------------------------------------------
 
@@ -118,6 +142,12 @@ class EngineCore:
         With `async_scheduling` the tokens are those of the previous step: the device computes one
         step while the host processes the previous step and prepares the next.
         """
+        news = self._step()
+        if self._started:
+            news.started, self._started = self._started, {}
+        return news
+
+    def _step(self) -> StepNews:
         step = self.scheduler.schedule()
         self._note_start(step)
         try:
@@ -134,8 +164,11 @@ class EngineCore:
 
     def _note_start(self, step: SchedulerOutput) -> None:
         self.num_step_tokens = step.num_scheduled_tokens
-        if self.on_start is not None and step.new_requests:
-            self.on_start(new.spec.request_id for new in step.new_requests)
+        if step.new_requests:
+            ids = [new.spec.request_id for new in step.new_requests]
+            self._started |= dict.fromkeys(ids, time.monotonic())
+            if self.on_start is not None:
+                self.on_start(ids)
 
     def _recover(self, step: SchedulerOutput, error: BaseException) -> StepNews:
         """Abandon a failed step. With isolation, go on without the request to blame; else raise.
@@ -153,6 +186,10 @@ class EngineCore:
         self._abandon(step, failed=False)
         log.error("a step failed (%s: %s)", type(error).__name__, error)
         return isolation.after_failure(_ids_of(step), error)
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes; requests in progress keep their blocks."""
+        self.scheduler.kv.reset_prefixes()
 
     def isolate_failures(self) -> None:
         """From now on a failing step ends only the request to blame, and `step` does not raise."""
@@ -174,7 +211,7 @@ class EngineCore:
         """The facts that a `RequestFactory` needs about the model."""
         return ServedModel(
             self.config.requested,
-            self.config.limits.max_model_len,
+            self.max_model_len,
             self.model_path,
             self.spec.vocab_size,
             self.spec.eos_token_ids,
@@ -188,13 +225,14 @@ def _scheduler(plan: Plan, num_kv_blocks: int) -> Scheduler:
     config, limits, windows = plan.config, plan.config.limits, plan.kv_layout.windows
     requested = config.requested
     scheduler = Scheduler(
-        BlockPool(num_kv_blocks, requested.cache.enable_prefix_caching),
+        BlockPool(num_kv_blocks, bool(plan.caches_prefixes(num_kv_blocks).value)),
         limits.block_size,
         limits.max_num_seqs,
         limits.max_num_batched_tokens,
         requested.scheduler.scheduling_policy,
         Pace(BALANCED_TOKENS * plan.spec.sparsity, config.mixed_prompt_tokens),
         windows,
+        plan.num_snapshots(num_kv_blocks) if plan.spec.bytes_per_request else None,
     )
     if scheduler.kv.max_request_tokens == 0:
         raise ConfigError(

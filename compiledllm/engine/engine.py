@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import itertools
 import math
 import sys
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from compiledllm.config import EngineConfig
 from compiledllm.engine.conversation import Message
+from compiledllm.engine.forecast import forecast
 from compiledllm.engine.prompts import (
     Prompt,
     as_conversations,
@@ -26,21 +28,25 @@ from compiledllm.engine.prompts import (
     one_per_prompt,
 )
 from compiledllm.engine.request_state import OutputStream, RequestState
-from compiledllm.engine.tokenizer import Tokenizer
+from compiledllm.engine.tokenizer import load
+from compiledllm.engine_args import options_of
 from compiledllm.log import show_logs
-from compiledllm.models.source import resolve_checkpoint
 from compiledllm.outputs import (
     BeamSearchOutput,
     EmbeddingRequestOutput,
+    Metric,
     PositionLogprobs,
     RequestOutput,
     ScoringRequestOutput,
 )
 from compiledllm.pooling_params import PoolingParams
 from compiledllm.sampling_params import ALL_TOKENS, BeamSearchParams, SamplingParams
+from compiledllm.vllm_options import check_arguments
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+
+    from compiledllm.engine.llm_engine import LLMEngine
 
 
 class Engine:
@@ -66,15 +72,21 @@ class Engine:
         show_logs()
         self.core = EngineCore(plan(EngineConfig.from_options(model=model, **options)))
         self.config = self.core.config
-        self.tokenizer: Tokenizer | None = None
-        if not self.config.requested.model.skip_tokenizer_init:
-            other = self.config.requested.model.tokenizer
-            self.tokenizer = Tokenizer(
-                resolve_checkpoint(other, weights=False) if other else self.core.model_path
-            )
+        self.tokenizer = load(self.config.requested.model, self.core.model_path)
         self._requests = RequestFactory(self.core.served_model(), self.tokenizer)
         self._shared = SharedCore(self.core)
         self._request_ids = itertools.count()
+        self._has_forecast = False
+
+    @classmethod
+    def from_engine_args(cls, engine_args: Any) -> Self:
+        """An engine from options as a mapping, or as an object with the options as attributes."""
+        return cls(**options_of(engine_args))
+
+    @property
+    def num_requests_for_step(self) -> int:
+        """Number of requests of `add_request` that have not ended."""
+        return sum(state.is_for_step for state in list(self._shared.states.values()))
 
     @property
     def model_path(self) -> Path:
@@ -91,15 +103,18 @@ class Engine:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        use_tqdm: bool = True,
+        use_tqdm: bool | Callable[..., tqdm[Any]] = True,
         priority: Sequence[int] | None = None,
+        **others: Any,
     ) -> list[RequestOutput]:
         """Complete one or many prompts; the outputs are in the order of the prompts.
 
-        sampling_params: one for all, or one per prompt. priority: one per prompt, lower first, with
-        scheduling_policy="priority". All prompts are checked before any is run: a bad one raises
-        ValueError and starts nothing.
+        sampling_params: one for all, or one per prompt. use_tqdm: whether to show the progress in a
+        terminal, or what makes the progress bar. priority: one per prompt, lower first, with
+        scheduling_policy="priority". others: vLLM's other arguments, which must ask for nothing.
+        All prompts are checked before any is run: a bad one raises ValueError and starts nothing.
         """
+        check_arguments("generate", others)
         states = self._make_states(
             as_prompts(prompts), sampling_params, priority, waits_for_batch=True
         )
@@ -109,18 +124,21 @@ class Engine:
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        use_tqdm: bool = True,
+        use_tqdm: bool | Callable[..., tqdm[Any]] = True,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        priority: Sequence[int] | None = None,
+        **others: Any,
     ) -> list[RequestOutput]:
         """Answer one conversation or many, each a list of {"role": ..., "content": ...}.
 
         tools: passed to the chat template, in OpenAI's format; tool calls stay in the output's text
-        as the model writes them.
+        as the model writes them. priority, others: as in `generate`.
         """
+        check_arguments("chat", others)
         conversations = as_conversations(messages)
         tokenizer = self._requests.require_tokenizer("chat()")
         prompts = []
@@ -133,7 +151,7 @@ class Engine:
                 **({"tools": list(tools)} if tools else {}) | dict(chat_template_kwargs or {}),
             )
             prompts.append({"prompt": text, "prompt_token_ids": token_ids})
-        return self.generate(prompts, sampling_params, use_tqdm)
+        return self.generate(prompts, sampling_params, use_tqdm, priority)
 
     # -- token by token ------------------------------------------------------------------------
 
@@ -254,12 +272,50 @@ class Engine:
         self._run(states, states, use_tqdm)
         return scoring_outputs(scorer, pairs, states)
 
+    # -- state ---------------------------------------------------------------------------------
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes; returns True. Requests in progress keep their blocks."""
+        self._shared.reset_prefix_cache()
+        return True
+
+    def get_metrics(self) -> list[Metric]:
+        """What the engine has counted since it started, by vLLM's names."""
+        return self._shared.metrics(self.core.config.requested.model.model or "default")
+
+    @property
+    def llm_engine(self) -> LLMEngine:
+        """vLLM's view of this engine, for scripts that add and step requests themselves."""
+        from compiledllm.engine.llm_engine import LLMEngine
+
+        return LLMEngine(self)
+
+    def shutdown(self) -> None:
+        """End all requests and let go of the model, so that its memory can be used again.
+
+        Calls in other threads raise, and so does every later call.
+        """
+        self._shared.shut_down()
+        del self.core, self._shared, self._requests
+        self.tokenizer = None
+        gc.collect()
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("core", "_shared", "_requests"):
+            raise ValueError("the engine was shut down; make a new one")
+        raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+
     # -- searching -----------------------------------------------------------------------------
 
     def beam_search(
-        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        use_tqdm: bool = False,
+        **others: Any,
     ) -> list[BeamSearchOutput]:
-        """The likeliest continuations of each prompt, best first."""
+        """The likeliest continuations of each prompt, best first. use_tqdm: has no effect."""
+        check_arguments("beam_search", others)
         from compiledllm.engine.beam_search import beam_search
 
         return beam_search(self._requests, self.next_token_logprobs, as_prompts(prompts), params)
@@ -278,13 +334,24 @@ class Engine:
     # -- inside --------------------------------------------------------------------------------
 
     def _run(
-        self, states: list[RequestState], queue: list[RequestState], use_tqdm: bool
+        self,
+        states: list[RequestState],
+        queue: list[RequestState],
+        use_tqdm: bool | Callable[..., tqdm[Any]],
     ) -> list[RequestOutput]:
         """Step until `states` are finished. queue: the same states, in the order to begin in."""
         with self._aborting_on_exit(states), _progress_bar(len(states), use_tqdm) as progress:
             self._shared.add(queue)
-            self._shared.run_until_finished(states, progress.update)
+            with self._forecast(states):
+                self._shared.run_until_finished(states, progress.update)
             return [state.output() for state in states]
+
+    def _forecast(self, states: list[RequestState]) -> contextlib.AbstractContextManager[None]:
+        """On a CPU, where an answer without a limit takes minutes, the first such call says so."""
+        if self.core.platform.is_cuda or self._has_forecast:
+            return contextlib.nullcontext()
+        self._has_forecast = any(state.params.max_tokens is None for state in states)
+        return forecast(states, lambda: self._shared.num_generated)
 
     def _make_states(
         self,
@@ -333,8 +400,9 @@ def _as_batch(states: list[RequestState]) -> list[RequestState]:
     return sorted(states, key=max_tokens, reverse=True)
 
 
-def _progress_bar(total: int, enabled: bool) -> tqdm[Any]:
+def _progress_bar(total: int, use_tqdm: bool | Callable[..., tqdm[Any]]) -> tqdm[Any]:
     from tqdm import tqdm
 
-    disable = not enabled or not sys.stderr.isatty()
-    return tqdm(total=total, desc="processed prompts", unit="prompt", disable=disable)
+    disable = not use_tqdm or not sys.stderr.isatty()
+    make = use_tqdm if callable(use_tqdm) else tqdm
+    return make(total=total, desc="processed prompts", unit="prompt", disable=disable)

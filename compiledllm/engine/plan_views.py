@@ -15,8 +15,9 @@ def facts(plan: Plan) -> dict[str, Any]:
     `kv_tokens_that_fit` and `full_contexts_that_fit` do not count activations.
     """
     spec, platform, layout = plan.spec, plan.platform, plan.kv_layout
-    layer, weight_bytes = spec.layers[0], spec.num_bytes(spec.weights)
-    room, _ = available_bytes(plan.config.requested.cache, platform, bytes_in_use=weight_bytes)
+    layer, attn, weight_bytes = spec.layers[0], spec.attentions[0], spec.num_bytes(spec.weights)
+    in_use = plan.state_bytes + (weight_bytes if platform.is_cuda else 0)
+    room, _ = available_bytes(plan.config.requested.cache, platform, in_use)
     context_bytes = plan.blocks_per_context * plan.block_bytes
     return {
         "model": str(plan.checkpoint),
@@ -25,9 +26,9 @@ def facts(plan: Plan) -> dict[str, Any]:
         "layers": len(spec.layers),
         "distinct_layers": len(spec.distinct_layers),
         "hidden_size": spec.hidden_size,
-        "attention_heads": layer.attn.num_heads,
-        "kv_heads": layer.attn.num_kv_heads,
-        "head_dim": layer.attn.head_dim,
+        "attention_heads": attn.num_heads,
+        "kv_heads": attn.num_kv_heads,
+        "head_dim": attn.head_dim,
         "intermediate_size": layer.mlp.intermediate_size,
         "vocab_size": spec.vocab_size,
         "tied_embeddings": spec.tie_word_embeddings,
@@ -43,6 +44,8 @@ def facts(plan: Plan) -> dict[str, Any]:
         "kv_bytes_per_token": layout.bytes_in_windows,
         "kv_bytes_per_token_past_windows": layout.bytes_past_windows,
         "kv_bytes_of_a_full_context": context_bytes,
+        "state_bytes_per_request": spec.bytes_per_request,
+        "max_num_seqs": plan.config.limits.max_num_seqs,
         "device": f"{platform.device} ({platform.name})",
         "memory_bytes": platform.memory_bytes,
         "kv_tokens_that_fit": max(room, 0) // layout.bytes_in_windows,
@@ -50,11 +53,40 @@ def facts(plan: Plan) -> dict[str, Any]:
     }
 
 
+def readable(found: dict[str, Any]) -> dict[str, str]:
+    """The same facts with sizes in units that people read, under names in words."""
+    return {_in_words(name): _shown(name, value) for name, value in found.items()}
+
+
+def _in_words(name: str) -> str:
+    words = name.removesuffix("_bytes").replace("_bytes", "").split("_")
+    shown = " ".join("KV" if word == "kv" else word for word in words)
+    return {"weight": "weights"}.get(shown, shown)
+
+
+def _shown(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if "bytes" in name:
+        return size(value)
+    if name == "parameters":
+        return f"{value / 1e9:.2f} B" if value >= 1e9 else f"{value / 1e6:.1f} M"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def size(num_bytes: int) -> str:
+    """A number of bytes in the largest binary unit of which there is at least one."""
+    for unit, bits in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if num_bytes >= 2**bits:
+            return f"{num_bytes / 2**bits:.4g} {unit}"
+    return f"{num_bytes} bytes"
+
+
 def start_lines(plan: Plan, worker: Worker, startup_s: dict[str, float]) -> dict[str, str]:
     """What an engine is and why, by topic. startup_s: phase -> seconds."""
     spec, limits, report = worker.spec, plan.config.limits, plan.report | worker.report
     num_layers, distinct = len(spec.layers), len(spec.distinct_layers)
-    has_windows = any(cache.window for cache in spec.layer_caches)
+    has_windows = any(attn.sliding_window for attn in spec.attentions)
     lines: dict[str, Any] = {
         "model": f"{plan.checkpoint} ({spec.architecture}, {num_layers} layers, "
         f"{spec.num_parameters / 1e6:.1f} M parameters)",
@@ -66,6 +98,8 @@ def start_lines(plan: Plan, worker: Worker, startup_s: dict[str, float]) -> dict
         "products": report["products"].value if report.get("products") else None,
         "attention": report["attention_backend"],
         "memory": report.get("memory"),
+        "states": report.get("states"),
+        "prefixes": report.get("enable_prefix_caching"),
         "KV cache": _cache_line(plan, worker),
         "KV scales": report.get("kv_scales"),
         "KV groups": report["kv_groups"] if has_windows else None,

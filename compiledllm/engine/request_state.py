@@ -159,6 +159,7 @@ class RequestState:
         self.prompt = prompt
         self.grammar: Grammar | None = None
         self.arrival_time = time.monotonic()
+        self._first_scheduled_time: float | None = None
         self.is_for_step = False  # `add_request` made it; `step` returns its outputs
         self.params = params
         self._tokenizer = completions[0]._tokenizer
@@ -221,10 +222,18 @@ class RequestState:
             self.is_finished,
             first.num_cached_tokens,
             RequestMetrics(
-                self.arrival_time, first.first_token_time, max(times, default=self.arrival_time)
+                self.arrival_time,
+                first.first_token_time,
+                max(times, default=self.arrival_time),
+                self._first_scheduled_time,
             ),
             self._prompt_logprobs(),
         )
+
+    def note_start(self, moment: float) -> None:
+        """A completion has got room in a step. Only the first start counts."""
+        if self._first_scheduled_time is None:
+            self._first_scheduled_time = moment
 
     def _best(self) -> list[Completion]:
         ordered = sorted(self.completions, key=lambda c: c.cumulative_logprob or 0.0, reverse=True)

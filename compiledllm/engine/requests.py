@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from compiledllm.config import ConfigError
-from compiledllm.engine.prompts import Prompt, as_token_ids
+from compiledllm.engine.prompts import PROMPT_KEYS, Prompt, as_token_ids
 from compiledllm.engine.request_state import Completion, RequestState
 from compiledllm.engine.served_model import ServedModel
 from compiledllm.engine.tokenizer import Tokenizer
@@ -73,6 +73,7 @@ class RequestFactory:
         self._check_priority(priority)
         params = dataclasses.replace(params)  # a checked copy, which the caller cannot change
         text, token_ids = self._read_sampled_prompt(prompt, params)
+        cache_salt = cache_salt or _salt_of(prompt)
         if max_logprobs is None:
             max_logprobs = self._config.model.max_logprobs
         check_params(params, self.vocab_size, max_logprobs)
@@ -125,7 +126,7 @@ class RequestFactory:
             sampling,
             max_tokens=0,
             priority=priority,
-            cache_salt=cache_salt,
+            cache_salt=cache_salt or _salt_of(prompt),
             pooling=kind,
         )
         completion = Completion(0, spec, sampling, tokenizer=None)
@@ -253,9 +254,10 @@ class RequestFactory:
         self, prompt: Prompt, is_truncated: bool, num_new: int = 1
     ) -> tuple[str | None, list[int]]:
         if isinstance(prompt, Mapping):
-            if not prompt or set(prompt) - {"prompt", "prompt_token_ids"}:
+            given = {name for name, value in prompt.items() if name in PROMPT_KEYS or value}
+            if given.isdisjoint(("prompt", "prompt_token_ids")) or given - set(PROMPT_KEYS):
                 raise ValueError(
-                    "a prompt dict takes 'prompt' (text) or 'prompt_token_ids', "
+                    "a prompt dict takes 'prompt' (text) or 'prompt_token_ids', and 'cache_salt', "
                     f"got keys {sorted(map(str, prompt))}"
                 )
             if "prompt_token_ids" in prompt:
@@ -386,3 +388,7 @@ def tokenize_bad_words(
     if len(found) > 2 * MAX_BAD_WORDS or any(i >= vocab_size for ids in found for i in ids):
         raise ValueError("bad_words has tokens that the model does not know")
     return tuple(found)
+
+
+def _salt_of(prompt: Prompt) -> str:
+    return str(prompt.get("cache_salt") or "") if isinstance(prompt, Mapping) else ""

@@ -9,9 +9,10 @@ from collections.abc import Callable, Generator, Iterable
 
 from compiledllm.engine.book import Book, Growth
 from compiledllm.engine.core import EngineCore
+from compiledllm.engine.counts import Counts
 from compiledllm.engine.request_state import RequestState
 from compiledllm.engine.turns import Turns
-from compiledllm.outputs import FinishReason, RequestOutput
+from compiledllm.outputs import FinishReason, Metric, RequestOutput
 from compiledllm.types import RequestUpdate, StepNews
 
 
@@ -29,11 +30,17 @@ class SharedCore:
         self._failures: dict[str, Exception] = {}  # by request id: the error that ended it
         self._num_steps = 0
         self._num_ended = 0  # requests
+        self._counts = Counts()
 
     @property
     def states(self) -> dict[str, RequestState]:
         """Live requests by id."""
         return self._book.states
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens generated since the start."""
+        return self._counts.num_generated
 
     # -- calls -----------------------------------------------------------------------------------
 
@@ -111,6 +118,23 @@ class SharedCore:
         waiting = list(self.states.values())
         return bool(self._unseen) or any(state.is_for_step for state in waiting)
 
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes, between two steps."""
+        with self._turns.taken():
+            self.core.reset_prefix_cache()
+
+    def metrics(self, model: str) -> list[Metric]:
+        """What was counted since the start, and how much is going on."""
+        with self._turns.taken():
+            return self._counts.metrics(model, self.core.scheduler)
+
+    def shut_down(self) -> None:
+        """End all requests; their calls raise."""
+        with self._turns.taken():
+            for state in list(self.states.values()):
+                self._failures[state.request_id] = ValueError("the engine was shut down")
+                self._end(state)
+
     # -- in a turn -------------------------------------------------------------------------------
 
     def _add(self, state: RequestState) -> None:
@@ -142,6 +166,7 @@ class SharedCore:
             self._num_ended += 1  # so that calls look for failures, whatever else still runs
         else:
             growth = self._book.take(news)
+            self._counts.num_generated += news.num_tokens
         self._note(growth)
         self.core.check_when_idle()
 
@@ -155,6 +180,7 @@ class SharedCore:
                 self._end(state, "error")
                 growth.grown.append(state)
         self._num_ended += len(growth.finished)
+        self._counts.note_finished(growth.finished)
         for state in growth.grown:
             if state.is_for_step:
                 self._unseen[state.request_id] = state

@@ -6,6 +6,7 @@ import dataclasses
 import time
 
 from compiledllm.config import CacheConfig, Choice, ConfigError, EngineConfig, Report
+from compiledllm.engine.tokenizer import read_template
 from compiledllm.kernels.backend import AttentionBackend
 from compiledllm.log import log
 from compiledllm.models.registry import load_spec
@@ -16,6 +17,7 @@ from compiledllm.resolved_config import ResolvedConfig, StepLimits, resolve
 from compiledllm.runner.choose_backend import choose_backend
 from compiledllm.runner.kv_layout import KVLayout, choose_layout
 from compiledllm.runner.plan import Plan
+from compiledllm.runner.state_plan import with_room_for_states
 from compiledllm.scheduler.kv_manager import max_blocks_in_use, num_blocks_needed
 
 
@@ -26,8 +28,12 @@ def plan(config: EngineConfig) -> Plan:
     """
     started = time.perf_counter()
     model = config.model
+    if model.chat_template is not None:
+        read_template(model.chat_template)  # reports a wrong path before weights are loaded
     has_weights = model.load_format != "dummy"
-    checkpoint = resolve_checkpoint(model.model, model.revision, weights=has_weights)
+    checkpoint = resolve_checkpoint(
+        model.model, model.revision, has_weights, keep_packed=model.model_impl != "transformers"
+    )
     stored = load_spec(checkpoint, model.model_impl, model.quantization)
     platform = Platform.detect(model.device)
     resolved, report = resolve(config, platform.is_cuda, stored.max_position, platform.memory_bytes)
@@ -35,7 +41,11 @@ def plan(config: EngineConfig) -> Plan:
         _note_transformers(config, stored.architecture, report)
     dtype = platform.choose_dtype(model.dtype, stored.dtype)
     report.note("dtype", dtype)
-    spec = stored.with_dtypes(str(dtype.value), _kv_dtype(config.cache, str(dtype.value)))
+    spec = stored.with_dtypes(
+        str(dtype.value), _kv_dtype(config.cache, str(dtype.value)), config.cache.state_dtype
+    )
+    if spec.bytes_per_request:
+        resolved = with_room_for_states(resolved, spec, platform, report)
     backend = _backend(resolved, spec, platform, report)
     if not backend.runs_ahead:
         reason = f"{backend.name} plans step by step"

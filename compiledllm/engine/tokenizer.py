@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from compiledllm.config import ConfigError
+from compiledllm.config import ConfigError, ModelConfig
 from compiledllm.engine.conversation import Message, TemplateForms, plain_messages
 from compiledllm.engine.pieces import Pieces
 from compiledllm.engine.tokenizer_class import load_tokenizer
+from compiledllm.models.source import resolve_checkpoint
 
 REPLACEMENT = "\ufffd"  # what a decode shows for invalid bytes
 MAX_TEMPLATES = 64  # chat templates whose forms of content are cached
@@ -23,10 +24,28 @@ CHARACTERS_PER_PIECE = 2**16  # size of the pieces in which the tokens of a long
 MIN_REFUSED_CHARACTERS = 2**20  # shorter texts are tokenised, whatever the vocabulary
 
 
-class Tokenizer:
-    """A Hugging Face tokenizer, loaded from a directory."""
+def load(model: ModelConfig, checkpoint: Path) -> Tokenizer | None:
+    """The tokenizer that the options ask for; None with skip_tokenizer_init. Raises ConfigError."""
+    if model.skip_tokenizer_init:
+        return None
+    other = model.tokenizer
+    directory = resolve_checkpoint(other, weights=False) if other else checkpoint
+    return Tokenizer(directory, model.chat_template, model.default_chat_template_kwargs)
 
-    def __init__(self, directory: Path) -> None:
+
+class Tokenizer:
+    """A Hugging Face tokenizer, loaded from a directory.
+
+    chat_template: a template, or the file that holds one, instead of the directory's own.
+    template_defaults: variables of the template, unless `encode_chat` is given them.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        chat_template: str | None = None,
+        template_defaults: Mapping[str, Any] | None = None,
+    ) -> None:
         self._template_forms: dict[str, TemplateForms] = {}  # by chat template
         try:
             self.hf = load_tokenizer(directory)
@@ -36,6 +55,9 @@ class Tokenizer:
                 f"no tokenizer could be loaded from '{directory}' ({cause}); name one with "
                 "tokenizer=..., or use skip_tokenizer_init=True and token ids"
             ) from error
+        if chat_template is not None:
+            self.hf.chat_template = read_template(chat_template)
+        self._template_defaults = dict(template_defaults or {})
         self.pieces = Pieces(self.hf)
 
     @property
@@ -143,6 +165,7 @@ class Tokenizer:
                 "the tokenizer has no chat template; pass chat_template=... or use generate()"
             )
         plain = plain_messages(messages)
+        options = self._template_defaults | options
         try:
             template: str = self.hf.get_chat_template(chat_template, options.get("tools"))
             forms = self._forms(template, options)
@@ -221,6 +244,20 @@ class Tokenizer:
     def stream(self, prompt_token_ids: Sequence[int], skip_special_tokens: bool) -> TokenStream:
         """A streaming decoder that continues after a prompt."""
         return TokenStream(self.hf, prompt_token_ids, skip_special_tokens)
+
+
+def read_template(template: str) -> str:
+    """The text of a chat template that is given as text or as a file. Raises ConfigError."""
+    if any(mark in template for mark in ("{{", "{%", "{#", "\n")):
+        return template
+    path = Path(template).expanduser()
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"chat_template='{template}' is neither a Jinja template nor a file that can be read "
+            f"({error}); give a path, or the template's text"
+        ) from None
 
 
 def _check_unicode(text: str) -> None:

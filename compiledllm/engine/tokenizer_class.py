@@ -6,6 +6,7 @@ AutoTokenizer reads the model's config first, for which transformers imports tor
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,20 @@ from typing import Any
 _AS_STORED = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
+# transformers replaces its own module at the end of its import. A thread that meanwhile waits for
+# the same import gets the module from before, which has no tokenizers.
+_IMPORT = threading.Lock()
+
+
 def warm_up() -> None:
     """Import the modules that the first tokenizer needs, which takes some seconds."""
-    from transformers import PreTrainedTokenizerFast  # noqa: F401
+    with _IMPORT:
+        from transformers import PreTrainedTokenizerFast  # noqa: F401
 
 
 def load_tokenizer(directory: Path) -> Any:
     """The tokenizer that AutoTokenizer gives. Raises whatever transformers raises."""
+    warm_up()
     if is_as_stored(directory):
         from transformers import PreTrainedTokenizerFast
 

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable
 from pathlib import Path
 from typing import Any, Self
 
-from compiledllm.config import ConfigError, EngineConfig, all_options
+from compiledllm.config import ConfigError, EngineConfig, own_options
 from compiledllm.engine.prompts import Prompt
 from compiledllm.engine.request_state import RequestState
 from compiledllm.engine.requests import RequestFactory
+from compiledllm.engine_args import options_of
 from compiledllm.log import show_logs
 from compiledllm.models.source import cache_dir
 from compiledllm.outputs import RequestOutput
@@ -26,6 +27,7 @@ from compiledllm.remote.errors import EngineError, Unavailable
 from compiledllm.remote.limits import Limits
 from compiledllm.remote.live_request import LiveRequest
 from compiledllm.sampling_params import SamplingParams
+from compiledllm.vllm_options import check_arguments
 
 _UNLIMITED = Limits(queued_requests=2**62, queued_tokens=2**62)
 
@@ -44,17 +46,17 @@ class AsyncEngine:
 
     def __init__(self, model: str | Path | None = None, **options: Any) -> None:
         show_logs()
-        named = {"model": model, "tokenizer": options.pop("tokenizer", None)}
-        options |= {name: str(path) for name, path in named.items() if path is not None}
-        self._client = EngineClient(_plain(options), _UNLIMITED, cache_dir() / "crashes")
+        self._client = EngineClient(
+            _plain({"model": model, **options}), _UNLIMITED, cache_dir() / "crashes"
+        )
         self._is_started = self._is_closed = False
         self._request_ids = itertools.count()
 
     @classmethod
-    def from_engine_args(cls, engine_args: Any) -> Self:
+    def from_engine_args(cls, engine_args: Any, **others: Any) -> Self:
         """An engine from options as a mapping, or as an object with the options as attributes."""
-        options = engine_args if isinstance(engine_args, Mapping) else vars(engine_args)
-        return cls(**options)
+        check_arguments("from_engine_args", others)
+        return cls(**options_of(engine_args))
 
     # -- requests ------------------------------------------------------------------------------
 
@@ -65,6 +67,7 @@ class AsyncEngine:
         request_id: str | None = None,
         *,
         priority: int = 0,
+        **others: Any,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Iterate over a request's output whenever it grows, the finished one last.
 
@@ -72,6 +75,7 @@ class AsyncEngine:
         with more tokens. Leaving or cancelling the iteration aborts the request. Raises ValueError
         for a bad prompt, bad parameters or a request_id in use, and EngineError if the engine ends.
         """
+        check_arguments("generate", others)
         live = await self._submit(prompt, sampling_params, request_id, priority)
         with self._client.following(live):
             while not live.state.is_over:
@@ -87,6 +91,12 @@ class AsyncEngine:
     async def get_tokenizer(self) -> Any:
         """The transformers tokenizer."""
         return (await self._factory()).require_tokenizer("get_tokenizer()").hf
+
+    async def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes; returns True. Requests in progress keep their blocks."""
+        await self.start()
+        self._client.reset_prefix_cache()
+        return True
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -171,7 +181,7 @@ class AsyncEngine:
         return live
 
 
-AsyncLLM = AsyncEngine  # vLLM's name
+AsyncLLM = AsyncLLMEngine = AsyncEngine  # vLLM's names
 
 
 def _make(
@@ -192,6 +202,5 @@ def _make(
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:
     """Checked options as plain data, so that they can be sent. Raises ConfigError."""
-    config = EngineConfig.from_options(**options)
-    groups = {f.name: getattr(config, group) for group, f in all_options()}
-    return {name: getattr(groups[name], name) for name in options}
+    EngineConfig.from_options(**options)
+    return own_options(options)

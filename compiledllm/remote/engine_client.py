@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +37,7 @@ from compiledllm.remote.wire import (
     FromEngine,
     Ping,
     Ready,
+    ResetPrefixCache,
     SetVocabulary,
     Start,
     Stats,
@@ -165,7 +167,8 @@ class EngineClient:
                 self.failure = Failed(f"its process cannot be started ({error})")
             else:
                 self.signs.begin()
-                child.send(Start(self._options, str(self._crash_folder)))
+                level = log.level or logging.INFO
+                child.send(Start(self._options, str(self._crash_folder), level))
                 await self._attend(child)
                 status = await child.end()
                 self.failure = self.failure or Failed(cause_of(status))
@@ -270,6 +273,10 @@ class EngineClient:
     def _send(self, message: ToEngine) -> None:
         if self._child is not None:
             self._child.send(message)
+
+    def reset_prefix_cache(self) -> None:
+        """Let the engine forget all cached prefixes, before any request that is admitted later."""
+        self._send(ResetPrefixCache())
 
     # -- requests ------------------------------------------------------------------------------
 

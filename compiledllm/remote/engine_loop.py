@@ -14,6 +14,7 @@ from compiledllm.remote.wire import (
     Add,
     Finish,
     Ready,
+    ResetPrefixCache,
     SetVocabulary,
     Stats,
     StepOutputs,
@@ -78,6 +79,8 @@ class EngineLoop:
                 self._add_compiled(message)
             elif isinstance(message, Finish):
                 self._finish(message)
+            elif isinstance(message, ResetPrefixCache):
+                self._core.reset_prefix_cache()
             self._core.check_when_idle()
 
     def _add(self, spec: RequestSpec, grammar: Grammar | None = None) -> None:
@@ -136,6 +139,9 @@ class EngineLoop:
             num_tokens=num_tokens,
             prefix_queries=scheduler.num_prefix_queries,
             prefix_hits=scheduler.num_prefix_hits,
+            prefix_misses_of_state=scheduler.num_prefix_misses_of_state,
+            snapshot_hits=scheduler.num_snapshot_hits,
+            snapshot_bytes=self._core.snapshot_bytes,
         )
 
     def _ready(self) -> Ready:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compiledllm.config import ConfigError, EngineConfig
-from compiledllm.log import show_logs
+from compiledllm.log import log, show_logs
 from compiledllm.remote.guardian import start_guardian
 from compiledllm.remote.lifeline import Lifeline
 from compiledllm.remote.running_log import RunningLog
@@ -40,6 +40,7 @@ def run(load: Callable[[EngineConfig], EngineCore]) -> None:
         start_guardian(connection.fileno())
         lifeline.start()
         start = _first_message(lifeline)
+        log.setLevel(start.log_level)
         core = load(EngineConfig.from_options(**start.options))
         gc.collect()
         gc.freeze()  # models, kernels and graphs are permanent, so collections skip them

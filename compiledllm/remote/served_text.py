@@ -7,15 +7,15 @@ from pathlib import Path
 from compiledllm.config import EngineConfig
 from compiledllm.engine.requests import RequestFactory
 from compiledllm.engine.served_model import ServedModel
-from compiledllm.engine.tokenizer import Tokenizer
+from compiledllm.engine.tokenizer import load
 from compiledllm.grammars.library import Vocabulary
 from compiledllm.log import log
-from compiledllm.models.source import resolve_checkpoint
 from compiledllm.remote.wire import Ready
 
 
 def make_request_factory(message: Ready) -> RequestFactory:
-    return RequestFactory(make_served_model(message), load_tokenizer(message))
+    model = make_served_model(message)
+    return RequestFactory(model, load(model.config.model, model.model_path))
 
 
 def make_served_model(message: Ready) -> ServedModel:
@@ -29,15 +29,6 @@ def make_served_model(message: Ready) -> ServedModel:
         eos_token_ids=tuple(message.eos_token_ids),
         num_slots=message.num_slots,
         max_position=message.max_position,
-    )
-
-
-def load_tokenizer(message: Ready) -> Tokenizer | None:
-    if message.options["skip_tokenizer_init"]:
-        return None
-    other = message.options["tokenizer"]
-    return Tokenizer(
-        resolve_checkpoint(other, weights=False) if other else Path(message.model_path)
     )
 
 

@@ -8,6 +8,7 @@ engine itself uses (`compiledllm.types`).
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from typing import Any
 
@@ -26,10 +27,14 @@ class WireError(Exception):
 
 
 class Start(msgspec.Struct, tag=True):
-    """The first message: engine options by name, and the folder of crash records."""
+    """The first message: engine options by name, and the folder of crash records.
+
+    log_level: as in `logging`.
+    """
 
     options: dict[str, Any]
     crash_folder: str
+    log_level: int = logging.INFO
 
 
 class SetVocabulary(msgspec.Struct, tag=True):
@@ -49,6 +54,10 @@ class Finish(msgspec.Struct, tag=True):
 
     request_ids: list[str]
     reason: FinishReason
+
+
+class ResetPrefixCache(msgspec.Struct, tag=True):
+    """Forget all cached prefixes."""
 
 
 class Ping(msgspec.Struct, tag=True):
@@ -92,6 +101,9 @@ class Stats(msgspec.Struct, array_like=True):
     num_tokens: int  # computed in this step
     prefix_queries: int  # prompt tokens looked up and found in the prefix cache since the start
     prefix_hits: int
+    prefix_misses_of_state: int = 0  # prompt tokens whose KV was found, without a state behind it
+    snapshot_hits: int = 0  # requests that started from a snapshot of a state
+    snapshot_bytes: int = 0
 
 
 class StepOutputs(msgspec.Struct, tag=True):
@@ -113,7 +125,7 @@ class Failed(msgspec.Struct, tag=True):
     is_recorded: bool = False
 
 
-ToEngine = Start | SetVocabulary | Add | Finish | Ping
+ToEngine = Start | SetVocabulary | Add | Finish | ResetPrefixCache | Ping
 FromEngine = Ready | StepOutputs | Failed | Alive
 
 _ENCODER = msgspec.msgpack.Encoder()

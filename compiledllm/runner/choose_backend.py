@@ -47,7 +47,7 @@ def _prepare(
     device: torch.device,
 ) -> str | None:
     """Prepare the backend; return the reason why it cannot run the model, or None."""
-    layers, dtype = [layer.attn for layer in spec.layers], spec.torch_dtype
+    layers, dtype = spec.attentions, spec.torch_dtype
     if obstacle := backend.why_not(layers, dtype, spec.torch_kv_dtype):
         return obstacle
     try:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from compiledllm.config import CacheConfig, Choice, ConfigError
-from compiledllm.models.layer_cache import LayerCache
 from compiledllm.platform import Platform
 from compiledllm.runner.kv_layout import KVLayout
 
@@ -20,13 +21,16 @@ def plan_num_blocks(
     platform: Platform,
     bytes_in_use: int,
     max_useful: int,
+    snapshot_share: float = 0.0,
 ) -> tuple[int, Choice]:
     """Number of usable blocks (without the null block), and the reason for that number.
 
     per_block: bytes of a block. bytes_in_use: see `available_bytes`. max_useful: number of blocks
     of all requests that can run at once. `max_useful` limits the cache on a CPU only, because a
-    GPU's share is reserved for the engine in any case. Raises ConfigError if no block fits, or if
-    an option asks for more than the device's memory.
+    GPU's share is reserved for the engine in any case. snapshot_share: memory of snapshots of
+    states, as a share of the blocks' memory; both are in the same room, unless the number of blocks
+    is given. Raises ConfigError if no block fits, or if an option asks for more than the device's
+    memory.
     """
     if cache.num_kv_blocks is not None:
         room, reason = (cache.num_kv_blocks + 1) * per_block, "num_kv_blocks"
@@ -36,6 +40,8 @@ def plan_num_blocks(
         room, reason = available_bytes(cache, platform, bytes_in_use)
         if not platform.is_cuda and max_useful * per_block < room:
             room, reason = (max_useful + 1) * per_block, "enough for max_num_seqs full contexts"
+    if cache.num_kv_blocks is None:
+        room = int(room / (1 + snapshot_share))
     num_blocks = room // per_block - 1
     if num_blocks < 1:
         raise ConfigError(
@@ -54,34 +60,37 @@ def plan_num_blocks(
 def available_bytes(cache: CacheConfig, platform: Platform, bytes_in_use: int) -> tuple[int, str]:
     """Bytes for a KV cache (negative if there is no room), and the reason for that number.
 
-    bytes_in_use: on CUDA, bytes of the engine's share that are not for the KV cache (weights,
-    activations, sampling); ignored on a CPU, where the available memory is measured.
+    bytes_in_use: bytes of the engine's share that are not for the KV cache. On CUDA these are
+    weights, activations, sampling and states. On a CPU, where the available memory is measured
+    beside the weights, these are states.
     """
     if platform.is_cuda:
         share = cache.gpu_memory_utilization
         reason = f"what {share:.0%} of the GPU leaves beside weights and activations"
         return int(platform.memory_bytes * share) - bytes_in_use, reason
     reason = f"{CPU_MEMORY_SHARE:.0%} of the available memory"
-    return int(platform.memory_bytes * CPU_MEMORY_SHARE), reason
+    return int(platform.memory_bytes * CPU_MEMORY_SHARE) - bytes_in_use, reason
 
 
 def allocate_kv_caches(
     layout: KVLayout, num_blocks: int, block_size: int, device: torch.device
 ) -> list[Tensor]:
-    """One zeroed cache per layer: the null block, then `num_blocks` usable blocks.
+    """One zeroed cache per layer that has KV: the null block, then `num_blocks` usable blocks.
 
     Layers in the same column share a tensor, in which each layer owns different blocks. Caches are
     zeroed, because masked positions are multiplied by zero and garbage may be NaN.
     """
-    tensors = [_zeros(cache, num_blocks + 1, block_size, device) for cache in layout.columns]
+    tensors = [
+        lazy_zeros(cache.shape(num_blocks + 1, block_size), cache.dtype, device)
+        for cache in layout.columns
+    ]
     return [tensors[place.column] for place in layout.places]
 
 
-def _zeros(cache: LayerCache, num_blocks: int, block_size: int, device: torch.device) -> Tensor:
-    shape = cache.shape(num_blocks, block_size)
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":
-        return torch.zeros(shape, dtype=cache.dtype, device=device)
+        return torch.zeros(shape, dtype=dtype, device=device)
     # numpy leaves zeroing to the operating system, page by page on first use. torch.zeros would
     # write all pages now, which takes seconds for gigabytes that may never be used.
-    num_bytes = num_blocks * block_size * cache.bytes_per_token
-    return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(cache.dtype).view(shape)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(dtype).view(shape)

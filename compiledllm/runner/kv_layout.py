@@ -9,24 +9,28 @@ groups.
     group 0       L0   L1   L3       window of 1024 tokens: holds only the blocks in the window
     group 1       L4   L6   L7       window of 1024 tokens
     group 2       L2   L5    -       full attention
+
+Layers that keep a state for each request have no place in the table.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
 
-from compiledllm.config import Choice
+from compiledllm.config import Choice, ConfigError
 from compiledllm.kernels.backend import AttentionBackend
-from compiledllm.models.layer_cache import LayerCache
+from compiledllm.models.layer_cache import LayerCache, PagedKV, State
 from compiledllm.models.spec import ModelSpec
 
 MAX_GROUPS = 8  # bounded, because every step gathers a block table per group
 _MAX_MEMORY_FACTOR = 1.05  # fewer groups may take this many times the minimum memory
 
 Caches = Sequence[LayerCache]  # one per layer
+_Paged = TypeVar("_Paged")
+_State = TypeVar("_State")
 
 
 class Place(NamedTuple):
@@ -41,12 +45,14 @@ class KVLayout:
     """How a model's layers are divided into groups and columns.
 
     windows: per group, the number of latest tokens that its layers see; 0: all. places: one per
-    layer. columns: per column, the cache that all its layers keep, but for their windows.
+    layer that has KV. columns: per column, the cache that all its layers keep, but for their
+    windows. states: by layer, for layers that keep a state instead.
     """
 
     windows: tuple[int, ...]
     places: tuple[Place, ...]
-    columns: tuple[LayerCache, ...]
+    columns: tuple[PagedKV, ...]
+    states: dict[int, State] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -68,6 +74,17 @@ class KVLayout:
         """Bytes that a token still takes when it has left every window."""
         return self.bytes_per_token * self.windows.count(0)
 
+    @property
+    def bytes_per_request(self) -> int:
+        """Bytes of one request's states, whatever its length."""
+        return sum(state.bytes_per_request for state in self.states.values())
+
+    def of_layers(self, paged: Iterable[_Paged], states: Iterable[_State]) -> list[_Paged | _State]:
+        """One item per layer, from the items of the layers with KV and of those with a state."""
+        of_paged, of_states = iter(paged), iter(states)
+        layers = range(len(self.places) + len(self.states))
+        return [next(of_states) if i in self.states else next(of_paged) for i in layers]
+
     def block_bytes(self, block_size: int) -> int:
         """Bytes of one block, which holds `block_size` tokens of all layers of a group."""
         return self.bytes_per_token * block_size
@@ -88,10 +105,10 @@ def kv_layout(caches: Caches, max_len: int) -> KVLayout:
     layers' caches differ in shape or dtype.
     """
     kinds: dict[int, list[int]] = {}  # window -> layers
-    for index, cache in enumerate(caches):
+    for index, cache in _paged(caches).items():
         # A window of `max_len` tokens or more never fills.
         kinds.setdefault(cache.window if cache.window < max_len else 0, []).append(index)
-    single = _layout([(0 if 0 in kinds else max(kinds), list(range(len(caches))))], caches)
+    single = _layout([(0 if 0 in kinds else max(kinds), list(_paged(caches)))], caches)
     if len(kinds) == 1 or not have_one_shape(caches):
         return single
     layouts = [single]
@@ -111,6 +128,8 @@ def choose_layout(
 ) -> tuple[KVLayout, Choice]:
     """The layout of the model's KV cache, and the reason for the choice."""
     caches = spec.layer_caches
+    if not spec.attentions:
+        raise ConfigError(f"{spec.architecture} without any attention layer is not supported")
     layout, reason = kv_layout(caches, max_len), "layers that see equally far share a block table"
     if not backend.reads_groups:
         layout, reason = whole_contexts(caches), f"{backend.name} reads whole contexts"
@@ -123,12 +142,18 @@ def choose_layout(
 
 def whole_contexts(caches: Caches) -> KVLayout:
     """A single group without a window: a request keeps all its blocks until it ends."""
-    return _layout([(0, list(range(len(caches))))], caches)
+    return _layout([(0, list(_paged(caches)))], caches)
 
 
 def have_one_shape(caches: Caches) -> bool:
-    """Whether the caches are equal but for their windows, so that they can share a tensor."""
-    return len({(cache.shape(num_blocks=1, block_size=1), cache.dtype) for cache in caches}) == 1
+    """Whether all KV is equal but for the windows, so that layers can share a tensor."""
+    paged = _paged(caches).values()
+    return len({(cache.shape(num_blocks=1, block_size=1), cache.dtype) for cache in paged}) == 1
+
+
+def _paged(caches: Caches) -> dict[int, PagedKV]:
+    """The caches with KV, by layer."""
+    return {index: cache for index, cache in enumerate(caches) if isinstance(cache, PagedKV)}
 
 
 def _parts(layers: list[int], size: int) -> Iterator[list[int]]:
@@ -142,11 +167,13 @@ def _layout(groups: list[tuple[int, list[int]]], caches: Caches) -> KVLayout:
         for group, (_, layers) in enumerate(groups)
         for column, layer in enumerate(layers)
     }
-    columns = {place.column: caches[layer] for layer, place in places.items()}
+    paged = _paged(caches)
+    columns = {place.column: paged[layer] for layer, place in places.items()}
     return KVLayout(
         windows=tuple(window for window, _ in groups),
         places=tuple(places[layer] for layer in sorted(places)),
         columns=tuple(columns[column] for column in sorted(columns)),
+        states={i: cache for i, cache in enumerate(caches) if isinstance(cache, State)},
     )
 
 

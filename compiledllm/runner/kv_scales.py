@@ -19,6 +19,7 @@ from compiledllm.models.decoder import Decoder
 from compiledllm.resolved_config import StepLimits
 from compiledllm.runner.kv_cache import allocate_kv_caches
 from compiledllm.runner.kv_layout import whole_contexts
+from compiledllm.runner.state_caches import StateCaches
 
 MAX_CLIPPED = 0.001  # fraction of a layer's keys or values that a checkpoint's scales may clamp
 _MAX_PROMPT = 512  # tokens
@@ -35,7 +36,7 @@ def set_kv_scales(model: Decoder, stored: Mapping[int, Tensor], limits: StepLimi
     MAX_CLIPPED of the prompt's keys or values gets measured scales, with a warning.
     """
     num_stored = 0
-    for layer, cache in enumerate(_caches_of_prompt(model, limits)):
+    for layer, cache in _caches_of_prompt(model, limits).items():
         found = stored.get(layer)
         if found is not None and (clipped := _clipped_fraction(cache, found)) > MAX_CLIPPED:
             log.warning(
@@ -60,8 +61,8 @@ def _prompt_length(limits: StepLimits) -> int:
     return min(_MAX_PROMPT, limits.max_num_batched_tokens, limits.max_model_len)
 
 
-def _caches_of_prompt(model: Decoder, limits: StepLimits) -> list[Tensor]:
-    """Per layer, keys and values of the built-in prompt in the model's dtype, [2, tokens, ...].
+def _caches_of_prompt(model: Decoder, limits: StepLimits) -> dict[int, Tensor]:
+    """By layer, keys and values of the built-in prompt in the model's dtype, [2, tokens, ...].
 
     The prompt consists of random token ids of the whole vocabulary, the same at every start.
     """
@@ -81,8 +82,13 @@ def _caches_of_prompt(model: Decoder, limits: StepLimits) -> list[Tensor]:
         query_start_loc=torch.tensor([0, num_tokens], dtype=torch.int32, device=device),
         row_bound=make_row_bound(0, device),
     )
-    model(ids.to(device), positions, caches, [attn] * len(caches))
-    return [cache.flatten(1, 2)[:, size : size + num_tokens] for cache in caches]
+    states = StateCaches(layout, 1, device)
+    of_states = states.metadata(torch.zeros_like(positions[:1]), attn)
+    metadata = layout.of_layers([attn] * len(caches), of_states)
+    model(ids.to(device), positions, layout.of_layers(caches, states.tensors), metadata)
+    layers = (layer for layer in range(len(metadata)) if layer not in layout.states)
+    kept = (cache.flatten(1, 2)[:, size : size + num_tokens] for cache in caches)
+    return dict(zip(layers, kept, strict=True))
 
 
 def _clipped_fraction(cache: Tensor, scales: Tensor) -> float:

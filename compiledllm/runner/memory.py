@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,7 @@ class MemoryBudget:
 
     limit: the engine's share. held: weights and the process's other tensors. activations: measured
     peak of the largest step. captures: the memory pool and the graphs of captured steps. sampling:
-    the maximum that penalties and log probabilities take.
+    the maximum that penalties and log probabilities take. states: of layers without KV.
     """
 
     limit: int
@@ -35,10 +36,11 @@ class MemoryBudget:
     activations: int
     captures: int
     sampling: int
+    states: int = 0
 
     @property
     def in_use(self) -> int:
-        return self.held + self.activations + self.captures + self.sampling
+        return self.held + self.activations + self.captures + self.sampling + self.states
 
     def __str__(self) -> str:
         parts = {
@@ -46,6 +48,7 @@ class MemoryBudget:
             "activations": self.activations,
             "captured steps": self.captures,
             "sampling": self.sampling,
+            **({"states": self.states} if self.states else {}),
             "KV cache": max(self.limit - self.in_use, 0),
         }
         sizes = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in parts.items())
@@ -88,6 +91,9 @@ def measure_activations(
     probe.run_dummy(limits.max_num_batched_tokens, num_samples=limits.max_num_seqs)
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device)
+    if kv_layout.states:  # they are large, and the probe is part of a cycle of references
+        del probe, kv_caches
+        gc.collect()
     torch.cuda.empty_cache()
     return peak - before
 
@@ -98,7 +104,12 @@ def max_sampling_bytes(max_num_seqs: int, vocab_size: int) -> int:
 
 
 def plan_memory(
-    platform: Platform, share: float, activations: int, num_captures: int, sampling: int
+    platform: Platform,
+    share: float,
+    activations: int,
+    num_captures: int,
+    sampling: int,
+    states: int = 0,
 ) -> MemoryBudget:
     """The budget of an engine. share: its fraction of the GPU's memory, (0, 1].
 
@@ -111,4 +122,5 @@ def plan_memory(
         activations=activations,
         captures=(activations + num_captures * _BYTES_PER_GRAPH) if num_captures else 0,
         sampling=sampling,
+        states=states,
     )

@@ -30,6 +30,7 @@ from compiledllm.runner.pending import (
 )
 from compiledllm.runner.request_table import RequestTable
 from compiledllm.runner.sampler import Sampler
+from compiledllm.runner.state_caches import StateCaches
 from compiledllm.types import SchedulerOutput, StepOutput
 
 # Below this many tokens per step, running the last block for sampled tokens only saves no time.
@@ -49,8 +50,8 @@ class StepResult(NamedTuple):
 class ModelRunner:
     """Owns the device's state: the model, its KV caches and the request rows.
 
-    kv_layout: which layers share block tables. kv_caches: one per layer. max_blocks: width of
-    the block tables, in blocks.
+    kv_layout: which layers share block tables. kv_caches: one per layer that has KV. max_blocks:
+    width of the block tables, in blocks. num_snapshots: copies of states to make room for.
     """
 
     def __init__(
@@ -60,15 +61,18 @@ class ModelRunner:
         kv_caches: list[Tensor],
         limits: StepLimits,
         max_blocks: int,
+        num_snapshots: int = 0,
     ) -> None:
         self.model = model
-        self._group_of_layer = [place.group for place in kv_layout.places]
+        self._layout = kv_layout
         self._backend = model.backend
         self.kv_caches = kv_caches
         self.block_size = limits.block_size
         self.device = kv_caches[0].device
         vocab_size, max_rows = model.spec.vocab_size, limits.max_num_seqs
         num_groups = len(kv_layout.windows)
+        self.states = StateCaches(kv_layout, max_rows, self.device, num_snapshots)
+        self._caches = kv_layout.of_layers(kv_caches, self.states.tensors)
         self.table = RequestTable(max_rows, max_blocks, vocab_size, self.device, num_groups)
         self.sampler = Sampler(self.table, vocab_size)
         self.outputs = OutputRing(MAX_IN_FLIGHT + 1, max_rows, self.device)
@@ -96,6 +100,7 @@ class ModelRunner:
         table.apply(step)
         if step.spoilt_block_ids:
             self._zero_blocks(step.spoilt_block_ids)
+        self._copy_states(step)
         if not step.scheduled:
             return self.outputs.send([], table.last_token_ids[:0])
         layout = StepLayout.of(step, table)
@@ -116,6 +121,13 @@ class ModelRunner:
         if pools is not None:
             extras = self._pool(layout, result, pools, extras)
         return self.outputs.send(request_ids, drawn, extras)
+
+    def _copy_states(self, step: SchedulerOutput) -> None:
+        """Copy states to snapshots, and snapshots to the rows of requests that start from them."""
+        for request_id, slot in step.saved_states:
+            self.states.save(self.table.row_of(request_id), slot)
+        for request_id, slot in step.restored_states:
+            self.states.restore(self.table.row_of(request_id), slot)
 
     def collect(self, pending: PendingOutput) -> StepOutput:
         """Wait for the results of a launched step. Steps must be collected in launch order."""
@@ -236,9 +248,11 @@ class ModelRunner:
 
         Stores the keys and values of all tokens either way.
         """
-        attn = [batch.attn[group] for group in self._group_of_layer]
+        paged = (batch.attn[place.group] for place in self._layout.places)
+        states = self.states.metadata(batch.rows, batch.attn[0])
+        attn = self._layout.of_layers(paged, states)
         last = () if sampled is None else (sampled,)
-        hidden: Tensor = self.model(batch.input_ids, batch.positions, self.kv_caches, attn, *last)
+        hidden: Tensor = self.model(batch.input_ids, batch.positions, self._caches, attn, *last)
         return hidden
 
     def _forward_samples(self, batch: InputBatch, out: Tensor | None = None) -> Tensor:
@@ -246,7 +260,9 @@ class ModelRunner:
         num_tokens, num_samples = len(batch.input_ids), len(batch.logits_indices)
         is_large = num_tokens >= max(_MIN_TOKENS_FOR_SAMPLED_ONLY, 4 * num_samples)
         if is_large and self.model.takes_sampled_tokens:
-            sampled = batch.sampled_tokens(self.table, self._group_of_layer[-1], self.block_size)
+            sampled = batch.sampled_tokens(
+                self.table, self._layout.places[-1].group, self.block_size
+            )
             hidden = self.forward(batch, sampled)
             return hidden if out is None else out.copy_(hidden)
         hidden = self.forward(batch)

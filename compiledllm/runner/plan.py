@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compiledllm.config import Report
+from compiledllm.config import Choice, Report
 from compiledllm.graphs.buckets import StepShape, step_shapes
 from compiledllm.kernels.backend import AttentionBackend
 from compiledllm.models.spec import ModelSpec
 from compiledllm.platform import Platform
 from compiledllm.resolved_config import ResolvedConfig
 from compiledllm.runner.kv_layout import KVLayout
+
+SNAPSHOT_SHARE = 0.1  # memory for snapshots of states, as a share of the KV blocks' memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,33 @@ class Plan:
     @property
     def block_bytes(self) -> int:
         return self.kv_layout.block_bytes(self.config.limits.block_size)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the states of all request rows, the padding row included."""
+        return self.spec.bytes_per_request * (self.config.limits.max_num_seqs + 1)
+
+    @property
+    def snapshot_share(self) -> float:
+        """Memory for snapshots of states, as a share of the KV blocks' memory."""
+        is_wanted = self.config.requested.cache.enable_prefix_caching
+        return SNAPSHOT_SHARE if self.spec.bytes_per_request and is_wanted else 0.0
+
+    def num_snapshots(self, num_kv_blocks: int) -> int:
+        """Number of snapshots of states that go with a KV cache of this size."""
+        num_bytes = int(self.snapshot_share * num_kv_blocks * self.block_bytes)
+        return num_bytes // self.spec.bytes_per_request if num_bytes else 0
+
+    def caches_prefixes(self, num_kv_blocks: int) -> Choice:
+        """Whether prefixes are cached. KV is of no use without the states behind it, if any."""
+        is_wanted = self.config.requested.cache.enable_prefix_caching
+        if not is_wanted or not self.spec.bytes_per_request:
+            return Choice(is_wanted, "as asked" if not is_wanted else "the default")
+        mib = self.spec.bytes_per_request / 2**20
+        if count := self.num_snapshots(num_kv_blocks):
+            return Choice(True, f"{count} snapshots of states, {mib:.1f} MiB each")
+        reason = f"{SNAPSHOT_SHARE:.0%} of the KV cache hold no snapshot of {mib:.1f} MiB"
+        return Choice(False, f"{reason}; give the cache more room")
 
     @property
     def has_fp8_cache(self) -> bool:

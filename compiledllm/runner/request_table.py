@@ -60,6 +60,9 @@ class RequestTable:
         self._row_of: dict[str, int] = {}
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
 
+    def row_of(self, request_id: str) -> int:
+        return self._row_of[request_id]
+
     def rows_of(self, request_ids: Sequence[str]) -> np.ndarray:
         """The rows of these requests, int64 [request_ids]."""
         return np.array(list(map(self._row_of.__getitem__, request_ids)), np.int64)

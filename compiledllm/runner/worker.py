@@ -111,10 +111,13 @@ class Worker:
             plan.config.requested.cache,
             plan.block_bytes,
             plan.platform,
-            bytes_in_use=self._plan_memory() if plan.platform.is_cuda else 0,
+            bytes_in_use=self._plan_memory() if plan.platform.is_cuda else plan.state_bytes,
             max_useful=plan.max_useful_blocks,
+            snapshot_share=plan.snapshot_share,
         )
         self.report.note("num_kv_blocks", choice)
+        if plan.spec.bytes_per_request:
+            self.report.note("enable_prefix_caching", plan.caches_prefixes(num_blocks))
         return num_blocks
 
     def start(self, num_kv_blocks: int, max_blocks: int) -> None:
@@ -123,7 +126,14 @@ class Worker:
         device = self.plan.platform.device
         caches = allocate_kv_caches(layout, num_kv_blocks, limits.block_size, device)
         self.num_kv_blocks = num_kv_blocks
-        self.runner = ModelRunner(self._model, layout, caches, limits, max_blocks)
+        self.runner = ModelRunner(
+            self._model,
+            layout,
+            caches,
+            limits,
+            max_blocks,
+            self.plan.num_snapshots(num_kv_blocks),
+        )
         self._start_compiler()
         self._capture()
 
@@ -158,6 +168,7 @@ class Worker:
             measure_activations(self._model, plan.kv_layout, limits, plan.platform),
             num_captures=len(plan.shapes_to_capture()),
             sampling=max_sampling_bytes(limits.max_num_seqs, self.spec.vocab_size),
+            states=plan.state_bytes,
         )
         self.report.note("memory", Choice(budget, "activations measured"))
         return budget.in_use
@@ -199,5 +210,6 @@ class Worker:
 
 def _products(model: Decoder) -> str:
     """Describe the kernels that multiply by the model's quantised matrices; "" without any."""
-    formats = {m.format.products for m in model.modules() if isinstance(m, Matrix)}
-    return "; ".join(sorted(formats - {""}))
+    formats = (m.format.products for m in model.modules() if isinstance(m, Matrix))
+    products = {product for format in formats for product in format.split("; ")}
+    return "; ".join(sorted(products - {""}))

@@ -17,6 +17,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 
 from compiledllm.scheduler.block_pool import NULL_BLOCK, BlockPool, hash_block
+from compiledllm.scheduler.state_keeper import StateKeeper
 from compiledllm.types import Request, RequestStatus
 
 ANY_NUMBER = 2**40  # tokens, more than any context: stands for "no limit"
@@ -52,11 +53,21 @@ class KVManager:
     """Block tables of the requests, over one pool.
 
     block_size: tokens per block. windows: for each group of layers, the number of latest tokens
-    that a token sees, itself included; 0: all.
+    that a token sees, itself included; 0: all. num_snapshots: for models that keep a state for each
+    request, the number of snapshots that the device has room for; None: the model has no states.
+    states: decides about snapshots; None: there are none.
     """
 
-    def __init__(self, pool: BlockPool, block_size: int, windows: Sequence[int] = (0,)) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        block_size: int,
+        windows: Sequence[int] = (0,),
+        num_snapshots: int | None = None,
+    ) -> None:
         self.pool = pool
+        self._has_states = num_snapshots is not None
+        self.states = StateKeeper(num_snapshots, block_size) if num_snapshots else None
         self.block_size = block_size
         self.windows = tuple(windows)
         self._num_groups = len(self.windows)
@@ -153,11 +164,13 @@ class KVManager:
         request.num_registered_blocks = request.next_kv_check = 0
 
     def forget_blocks(self, request: Request) -> list[int]:
-        """Remove a request's blocks, which may hold NaN, from the prefix index.
+        """Remove a request's blocks, which may hold NaN, from the prefix index, and all snapshots.
 
         Returns the blocks to zero: blocks that no other request holds. Blocks that the request has
         already freed may hold NaN too and are included.
         """
+        if self.states is not None:
+            self.states.snapshots.reset()
         held: list[int] = []
         given_back: list[int] = []
         for table, first in zip(request.block_tables, request.first_owned_blocks, strict=True):
@@ -166,6 +179,26 @@ class KVManager:
         return self.pool.forget(held) + self.pool.forget(given_back, num_holders=0)
 
     # -- prefixes ------------------------------------------------------------------------------
+
+    def max_until_snapshot(self, request: Request, start: int, count: int) -> int:
+        """`count`, or the number of tokens from `start` on after which the state is kept."""
+        if self.states is None:
+            return count
+        self._extend_hashes(request, request.num_tokens)
+        return self.states.max_until_point(request, start, count)
+
+    def slot_to_save(self, request: Request, num_running: int) -> int | None:
+        """The slot to copy a request's state to before its next step; None: no copy."""
+        if self.states is None or request.num_computed_tokens > request.num_tokens:
+            return None
+        self._extend_hashes(request, request.num_tokens)
+        return self.states.slot_to_save(request, num_running)
+
+    def reset_prefixes(self) -> None:
+        """Forget all cached prefixes."""
+        self.pool.reset_prefix_cache()
+        if self.states is not None:
+            self.states.snapshots.reset()
 
     def lookup_prefix(self, request: Request) -> Tables:
         """Cached blocks of the request's beginning; at least one token is left to compute.
@@ -179,7 +212,19 @@ class KVManager:
             return self._blocks_of_sibling(request)
         self._extend_hashes(request, request.num_tokens)
         usable = (request.num_tokens - 1) // self.block_size
-        return self._lookup(request.block_hashes[:usable])
+        found = self._lookup(request.block_hashes[:usable])
+        return found if self.states is None else self._with_state(request, self.states, found)
+
+    def _with_state(self, request: Request, states: StateKeeper, found: Tables) -> Tables:
+        """The longest part of a prefix that has a snapshot of the state behind it."""
+        length = len(found[0])
+        request.diverges_at = length * self.block_size
+        while length := states.longest_prefix(request, length):
+            found = self._lookup(request.block_hashes[:length])
+            if len(found[0]) == length:
+                return found
+            length = len(found[0])  # blocks in windows have been evicted
+        return self._no_blocks()
 
     def seen_blocks(self, prefix: Tables) -> list[int]:
         """The blocks of a prefix that the next token sees; a request with the prefix holds them."""
@@ -262,6 +307,8 @@ class KVManager:
         sibling = request.sibling
         if sibling is None or sibling.status is not RequestStatus.RUNNING:
             return self._no_blocks()
+        if self._has_states:
+            return self._no_blocks()
         num_computed = min(request.num_prompt_tokens - 1, sibling.num_computed_tokens)
         num_full = num_computed // self.block_size
         firsts = self._firsts(num_full)
@@ -280,6 +327,8 @@ class KVManager:
 
     def check_invariants(self, alive: list[Request]) -> None:
         """Raise AssertionError if the pool's reference counts and the requests' tables differ."""
+        if self.states is not None:
+            self.states.snapshots.check_invariants()
         self.pool.check_invariants(
             table[first:]
             for request in alive

@@ -60,6 +60,8 @@ class _StepBuilder:
     prompt_budget: PromptBudget | None = None
     lines: list[ScheduledRequest] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)  # the request of each line
+    saved_states: list[tuple[str, int]] = field(default_factory=list)
+    restored_states: list[tuple[str, int]] = field(default_factory=list)
     has_preempted: bool = False
 
 
@@ -68,7 +70,7 @@ class Scheduler:
 
     max_num_seqs: largest number of requests in a step; max_num_batched_tokens: largest number of
     tokens in a step; pace: how much of a step prompts get while other requests decode, by default
-    all of it; windows: attention window of each group of layers, see `KVManager`.
+    all of it; windows, num_snapshots: see `KVManager`.
     """
 
     def __init__(
@@ -80,10 +82,11 @@ class Scheduler:
         policy: str = "fcfs",
         pace: Pace | None = None,
         windows: Sequence[int] = (0,),
+        num_snapshots: int | None = None,
     ) -> None:
         self.pace = pace or Pace(max_num_batched_tokens, max_num_batched_tokens)
         self.block_pool = block_pool
-        self.kv = KVManager(block_pool, block_size, windows)
+        self.kv = KVManager(block_pool, block_size, windows, num_snapshots)
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.requests: dict[str, Request] = {}
@@ -93,6 +96,8 @@ class Scheduler:
         self._held: dict[str, Request] = {}  # waiting requests that must not be scheduled
         self._is_sorted = True  # whether `running` is in order of rank
         self.num_prefix_queries = self.num_prefix_hits = 0  # prompt tokens looked up, tokens found
+        # Prompt tokens whose KV was found, but no snapshot of the state behind it.
+        self.num_prefix_misses_of_state = 0
         self.num_failed_rows = 0  # rows of logits from which no token could be drawn
         self._freed_request_ids: list[str] = []
         self._spoilt_block_ids: list[int] = []  # blocks of requests whose logits were NaN
@@ -141,6 +146,11 @@ class Scheduler:
     def has_unfinished(self) -> bool:
         return bool(self.requests)
 
+    @property
+    def num_snapshot_hits(self) -> int:
+        """Number of times that a request started from a snapshot of a state."""
+        return 0 if self.kv.states is None else self.kv.states.snapshots.num_hits
+
     # -- a step --------------------------------------------------------------------------------
 
     def schedule(self) -> SchedulerOutput:
@@ -158,7 +168,8 @@ class Scheduler:
         freed, self._freed_request_ids = self._freed_request_ids, []
         spoilt, self._spoilt_block_ids = self._spoilt_block_ids, []
         self._in_flight.append(builder.requests)
-        return SchedulerOutput(new_requests, builder.lines, freed, spoilt)
+        states = builder.saved_states, builder.restored_states
+        return SchedulerOutput(new_requests, builder.lines, freed, spoilt, *states)
 
     def _room_for(self, request: Request, builder: _StepBuilder) -> int:
         """Number of prompt tokens that the step can grant. The best-ranked prompt asks first."""
@@ -225,6 +236,8 @@ class Scheduler:
         self.kv.trim(request)
         computed = request.num_computed_tokens
         count = self.kv.max_chunk(computed, count)
+        if wanted > 1:
+            count = self.kv.max_until_snapshot(request, computed, count)
         missing = self.kv.num_missing_blocks(request.block_tables, computed + count)
         if missing > self.block_pool.num_free_blocks:
             count = min(count, self.kv.room_at_hand(request))
@@ -233,6 +246,9 @@ class Scheduler:
             missing = self.kv.num_missing_blocks(request.block_tables, computed + count)
         if wanted > 1:
             builder.prompt_tokens_left -= count
+        slot = self.kv.slot_to_save(request, len(self.running))
+        if slot is not None:
+            builder.saved_states.append((request.request_id, slot))
         self._grant(request, builder, count, count == wanted, missing)
         return True
 
@@ -243,21 +259,30 @@ class Scheduler:
         """
         if len(self.running) >= self.max_num_seqs or request.num_tokens_in_flight:
             return None
-        kv, pool = self.kv, self.block_pool
+        kv, pool, states = self.kv, self.block_pool, self.kv.states
+        if states is not None and states.waits_for_sibling(request):
+            return None
         prefix = kv.lookup_prefix(request)
         num_cached = len(prefix[0]) * kv.block_size
         wanted = request.num_tokens - num_cached
         count = kv.max_chunk(num_cached, min(wanted, room))
+        if states is not None:
+            states.begin(request, num_cached)
+            count = kv.max_until_snapshot(request, num_cached, count)
         missing = kv.num_missing_blocks(prefix, num_cached + count)
         if missing + pool.num_free_among(kv.seen_blocks(prefix)) > pool.num_free_blocks:
             return None
         self.waiting.pop()
         kv.adopt_prefix(request, prefix)
         request.num_computed_tokens = num_cached
+        slot = states.slot_to_restore(request) if states is not None else None
+        if slot is not None:
+            builder.restored_states.append((request.request_id, slot))
         if request.num_cached_tokens < 0:
             request.num_cached_tokens = num_cached
             self.num_prefix_queries += request.num_tokens
             self.num_prefix_hits += num_cached
+            self.num_prefix_misses_of_state += max(request.diverges_at - num_cached, 0)
         request.status = RequestStatus.RUNNING
         self.running.append(request)
         self._is_sorted = False
@@ -363,7 +388,7 @@ class Scheduler:
         if error is None:  # no rule of the request failed, so its KV may hold NaN
             self._spoilt_block_ids += self.kv.forget_blocks(request)
             if request.status is not RequestStatus.RUNNING:  # preempted: its blocks are unknown
-                self.block_pool.reset_prefix_cache()
+                self.kv.reset_prefixes()
         if error is None and not request.is_second_try:
             self._try_again(request)
             return
@@ -403,7 +428,7 @@ class Scheduler:
         with `failed`, the requests of the step end with "error" instead. The prefix cache is
         emptied, since blocks may have been written only in part.
         """
-        self.block_pool.reset_prefix_cache()
+        self.kv.reset_prefixes()
         self._in_flight.clear()
         for request in self.requests.values():
             request.num_tokens_in_flight = request.num_tokens_to_drop = 0

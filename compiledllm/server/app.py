@@ -10,18 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from compiledllm.log import OneLine, log
 from compiledllm.remote.engine_client import EngineClient
 from compiledllm.remote.errors import Overloaded
+from compiledllm.server.access_log import AccessLog
 from compiledllm.server.anthropic.protocol import BODIES as ANTHROPIC_BODIES
 from compiledllm.server.anthropic.protocol import CountTokensRequest
 from compiledllm.server.anthropic.token_count import TokenCounter
 from compiledllm.server.client_left import ClientLeft
-from compiledllm.server.generation_routes import add_generation
+from compiledllm.server.docs_page import docs_page
+from compiledllm.server.generation_routes import add_generation, add_stored_responses
 from compiledllm.server.metrics import Metrics
 from compiledllm.server.openai.answer import DEFAULT_SETTINGS, AnswerSettings
 from compiledllm.server.openai.errors import RAISED, ApiError
@@ -29,6 +31,7 @@ from compiledllm.server.openai.jobs import JobMaker
 from compiledllm.server.openai.known_fields import KnownFields, ignored_header
 from compiledllm.server.openai.pooling_protocol import BODIES as POOLING_BODIES
 from compiledllm.server.openai.protocol import BODIES, DetokenizeRequest, TokenizeRequest
+from compiledllm.server.openai.responses_protocol import BODIES as RESPONSES_BODIES
 from compiledllm.server.openai.serving import Serving
 from compiledllm.server.openai.text_tools import TextTools
 from compiledllm.server.openapi import add_bodies, body_of
@@ -42,6 +45,7 @@ from compiledllm.server.responses import (
     error_response,
     response_to,
 )
+from compiledllm.server.root_path import BelowRoot
 from compiledllm.server.security import Guard
 from compiledllm.version import __version__
 
@@ -67,6 +71,9 @@ class AppOptions:
     serves_only_local: bool = False  # the listening address is a loopback address
     strict_fields: bool = False
     logs_requests: bool = False
+    logs_access: bool = False
+    has_docs: bool = True
+    root_path: str = ""  # where a proxy serves us, such as /llm
     metrics_prefix: str = "compiledllm:"
     answers: AnswerSettings = DEFAULT_SETTINGS
 
@@ -75,15 +82,21 @@ class _App(FastAPI):
     def openapi(self) -> dict[str, Any]:
         """Add the schemas of bodies, because `bodies` reads them and FastAPI does not know them."""
         schema = super().openapi()
-        kinds = BODIES | ANTHROPIC_BODIES | POOLING_BODIES
-        add_bodies(schema, tuple(kinds.values()))
+        bodies = BODIES | RESPONSES_BODIES | ANTHROPIC_BODIES | POOLING_BODIES
+        add_bodies(schema, tuple(bodies.values()))
         return schema
 
 
 def create_app(engine: EngineClient, options: AppOptions) -> FastAPI:
     """Make the application; its `state.metrics` writes the periodic log line."""
     app = _App(
-        title="compiledllm", version=__version__, docs_url=None, redoc_url=None, responses=_ERRORS
+        title="compiledllm",
+        version=__version__,
+        servers=[{"url": options.root_path}] if options.root_path else None,
+        openapi_url="/openapi.json" if options.has_docs else None,
+        docs_url=None,
+        redoc_url=None,
+        responses=_ERRORS,
     )
     metrics = Metrics(options.metrics_prefix, options.model_names[0], engine)
     app.state.metrics = metrics
@@ -97,10 +110,13 @@ def create_app(engine: EngineClient, options: AppOptions) -> FastAPI:
     serving = Serving(engine, metrics)
     add_generation(app, jobs, serving)
     add_pooling(app, jobs, serving)
+    add_stored_responses(app, options.answers.response_store)
     _add_text_tools(app, TextTools(jobs))
     _add_token_count(app, TokenCounter(jobs, options.answers))
     _add_models(app, jobs)
     _add_state(app, engine, metrics)
+    if options.has_docs:
+        _add_docs(app)
     _add_errors(app, metrics)
     pages = PageCheck(
         options.cors.origins, is_local=options.serves_only_local and not options.api_keys
@@ -117,6 +133,10 @@ def create_app(engine: EngineClient, options: AppOptions) -> FastAPI:
             allow_credentials=options.cors.credentials,
             expose_headers=EXPOSED_HEADERS,
         )
+    if options.logs_access:
+        app.add_middleware(AccessLog)
+    if options.root_path:
+        app.add_middleware(BelowRoot, root_path=options.root_path)
     logging.getLogger("uvicorn.error").addFilter(OneLine())  # its tracebacks quote clients, too
     return app
 
@@ -184,6 +204,15 @@ def _add_state(app: FastAPI, engine: EngineClient, metrics: Metrics) -> None:
         body = {"ready": is_ready, "engine": engine.state}
         return JSONResponse(body, 200 if is_ready else 503)
 
+    # SageMaker's name for it, whose checks may be POSTs.
+    app.add_api_route("/ping", health, responses=_state_of(EngineHealth))
+    app.add_api_route("/ping", health, methods=["POST"], include_in_schema=False)
+
+    @app.get("/load")
+    async def load() -> dict[str, int]:
+        """The number of requests that are being answered or wait."""
+        return {"server_load": len(engine.live)}
+
     @app.get("/version")
     async def version() -> dict[str, str]:
         return {"version": __version__}
@@ -204,6 +233,16 @@ def _add_state(app: FastAPI, engine: EngineClient, metrics: Metrics) -> None:
     @app.get("/", response_class=FileResponse, include_in_schema=False)
     async def page() -> FileResponse:
         return FileResponse(_PAGE, headers={"content-security-policy": _CONTENT_POLICY})
+
+
+def _add_docs(app: FastAPI) -> None:
+    page: list[str] = []  # made once
+
+    @app.get("/docs", response_class=HTMLResponse, include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        if not page:
+            page.append(docs_page(app.openapi()))
+        return HTMLResponse(page[0], headers={"content-security-policy": _CONTENT_POLICY})
 
 
 _CONTENT_POLICY = (

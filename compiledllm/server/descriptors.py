@@ -16,21 +16,21 @@ MAX_CONNECTIONS = 8192  # default limit; each connection may hold a request of i
 RESERVED_DESCRIPTORS = 128  # for files, the engine's socket, helper processes and spare connections
 
 
-def connection_limit(asked: int | None) -> int:
+def connection_limit(requested: int | None) -> int:
     """The maximum number of connections: the requested one, or what the descriptor limit allows.
 
     Raises ConfigError if the descriptor limit does not allow the requested number.
     """
     descriptors = _raise_descriptor_limit()
     room = max(descriptors - _num_open() - RESERVED_DESCRIPTORS, descriptors // 3)
-    if asked is None:
+    if requested is None:
         return min(room, MAX_CONNECTIONS)
-    if not 1 <= asked <= room:
+    if not 1 <= requested <= room:
         raise ConfigError(
             f"--max-connections must be between 1 and {room} where {descriptors} files may be open "
-            f"(`ulimit -n`), got {asked}"
+            f"(`ulimit -n`), got {requested}"
         )
-    return asked
+    return requested
 
 
 def _raise_descriptor_limit() -> int:

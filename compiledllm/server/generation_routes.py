@@ -16,6 +16,8 @@ from compiledllm.server.openai.chat_answer import ChatAnswer
 from compiledllm.server.openai.completion_answer import CompletionAnswer
 from compiledllm.server.openai.jobs import Job, JobMaker
 from compiledllm.server.openai.known_fields import ignored_header
+from compiledllm.server.openai.response_store import ResponseStore
+from compiledllm.server.openai.responses_answer import ResponsesAnswer
 from compiledllm.server.openai.serving import Serving
 from compiledllm.server.openapi import body_of
 from compiledllm.server.raw_body import read_body
@@ -43,9 +45,28 @@ def add_generation(app: FastAPI, jobs: JobMaker, serving: Serving) -> None:
     async def completions(request: Request) -> Response:
         return await respond(CompletionAnswer, request)
 
+    @app.post("/v1/responses", **_described(ResponsesAnswer))
+    async def responses(request: Request) -> Response:
+        return await respond(ResponsesAnswer, request)
+
     @app.post("/v1/messages", **_described(MessagesAnswer))
     async def messages(request: Request) -> Response:
         return await respond(MessagesAnswer, request)
+
+
+def add_stored_responses(app: FastAPI, store: ResponseStore) -> None:
+    """The routes of responses that were kept, each for the key that asked for it."""
+    path = "/v1/responses/{response_id}"
+
+    @app.get(path, response_class=Response, responses={200: {"content": {"application/json": {}}}})
+    async def stored(response_id: str, request: Request) -> Response:
+        found = store.get(request.scope["state"]["cache_salt"], response_id)
+        return Response(found.response, media_type="application/json")
+
+    @app.delete(path)
+    async def remove(response_id: str, request: Request) -> dict[str, Any]:
+        store.remove(request.scope["state"]["cache_salt"], response_id)
+        return {"id": response_id, "object": "response", "deleted": True}
 
 
 def _described(kind: type[Answer[Any]]) -> dict[str, Any]:

@@ -25,7 +25,9 @@ MAX_PARSED_BYTES = 8 * 1024  # per parser call, so at most this much after an un
 MAX_HELD_BYTES = 1024 * 1024  # of requests that wait for an unanswered one
 MAX_DISCARDED_BYTES = 64 * 1024 * 1024  # of a body that was answered without being read
 LINGER_S = 2.0  # for a client to read why its request was refused
-ALWAYS_ANSWERED = frozenset({b"/health", b"/ready", b"/metrics"})  # also on spare connections
+ALWAYS_ANSWERED = frozenset(
+    {b"/health", b"/ping", b"/ready", b"/metrics"}
+)  # also on spare connections
 
 
 class LimitedHttp(HttpToolsProtocol):

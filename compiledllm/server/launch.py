@@ -8,7 +8,7 @@ import contextlib
 import ctypes
 import functools
 import gc
-import ipaddress
+import logging
 import os
 import signal
 import socket
@@ -19,7 +19,7 @@ from typing import Any
 import uvicorn
 
 from compiledllm.arguments import engine_options
-from compiledllm.config import ConfigError, EngineConfig
+from compiledllm.config import EngineConfig
 from compiledllm.log import log, show_logs
 from compiledllm.models.source import cache_dir
 from compiledllm.remote.engine_client import EngineClient
@@ -29,34 +29,37 @@ from compiledllm.server.app import AppOptions, create_app
 from compiledllm.server.connections import Connections, Deadlines
 from compiledllm.server.descriptors import connection_limit
 from compiledllm.server.http_protocol import LimitedHttp
+from compiledllm.server.listening import close, is_local, listen, tls_options, way_to_try
 from compiledllm.server.openai.answer import AnswerSettings
+from compiledllm.server.openai.response_store import ResponseStore
 from compiledllm.server.origins import parse_cors
 
 LOG_LINE_INTERVAL_S = 10.0
-SEND_BUFFER_BYTES = 2**18  # per socket; limits kernel memory for a client that does not read
 THREADS_END_S = 2.0  # for working threads to finish at the end of the process
 YOUNG_OBJECTS = 20_000  # new objects between garbage collections; a request makes about a thousand
 LARGE_BLOCK_BYTES = 2**20  # allocations from this size on are returned to the system when freed
+MAX_HANDSHAKE_S = 60.0  # for a client to finish its TLS handshake, whatever --client-timeout says
 MAX_STANDSTILL_S = 0.5  # the event loop may block this long without a log line
 
 
 def serve(arguments: argparse.Namespace) -> int:
     """Serve until told to stop; return the exit status. A failure's cause is printed last."""
-    show_logs()
+    show_logs(logging.getLevelNamesMapping()[arguments.log_level.upper()])
     _return_large_blocks()
     options = engine_options(arguments)
     EngineConfig.from_options(**options)  # reports wrong options before anything is started
     deadlines = Deadlines(arguments.client_timeout, arguments.keep_alive_timeout)
     connections = Connections(connection_limit(arguments.max_connections), deadlines)
-    listener = _bind(arguments.host, arguments.port)
+    tls = tls_options(arguments)
+    listener = listen(arguments)
     try:
         app_options = _app_options(arguments, listener)
         engine = EngineClient(options, _limits(arguments), cache_dir() / "crashes")
         engine.on_loaded = _spare_collector
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            return runner.run(_run(engine, app_options, listener, connections, arguments))
+            return runner.run(_run(engine, app_options, listener, connections, arguments, tls))
     finally:
-        listener.close()
+        close(listener, arguments.uds)
 
 
 async def _run(
@@ -65,6 +68,7 @@ async def _run(
     listener: socket.socket,
     connections: Connections,
     arguments: argparse.Namespace,
+    tls: dict[str, Any],
 ) -> int:
     app = create_app(engine, options)
     http: Any = functools.partial(LimitedHttp, connections=connections)
@@ -77,16 +81,21 @@ async def _run(
         ws="none",
         lifespan="off",
         server_header=False,
+        **tls,
     )
     server = _Server(config)
     loop = asyncio.get_running_loop()
+    if tls:
+        _limit_handshakes(loop, arguments.client_timeout)
     ending = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _on_signal, ending, server)
     engine.start()
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     lines = asyncio.create_task(_log_lines(app.state.metrics))
-    watch = asyncio.create_task(_announce(engine, listener))
+    watch = asyncio.create_task(
+        _announce(engine, way_to_try(listener, bool(tls), options.root_path))
+    )
     sweeps = asyncio.create_task(connections.watch())
     standstills = asyncio.create_task(_watch_for_standstills())
     status = await _until_end(engine, ending, {serving, lines, sweeps, standstills})
@@ -177,12 +186,18 @@ async def _until_end(engine: EngineClient, ending: asyncio.Event, tasks: set[Any
     return 2 if is_config else 1
 
 
-async def _announce(engine: EngineClient, listener: socket.socket) -> None:
+def _limit_handshakes(loop: asyncio.AbstractEventLoop, seconds: float) -> None:
+    """End connections whose TLS handshake takes longer: `Connections` sees them only afterwards."""
+    limited = functools.partial(
+        loop.create_server, ssl_handshake_timeout=min(seconds, MAX_HANDSHAKE_S)
+    )
+    loop.create_server = limited  # type: ignore[method-assign]  # uvicorn passes no such limit
+
+
+async def _announce(engine: EngineClient, way: str) -> None:
     await engine.wait_until_settled()
     if engine.state == "ready":
-        host, port = listener.getsockname()[:2]
-        url = f"http://{host}:{port}"
-        log.info("ready at %s  (try: curl %s/v1/models)", url, url)
+        log.info("ready at %s", way)
 
 
 async def _log_lines(metrics: Any) -> None:
@@ -202,23 +217,6 @@ async def _watch_for_standstills() -> None:
             log.warning("the HTTP process stood still for %.1f s", late_s)
 
 
-def _bind(host: str, port: int) -> socket.socket:
-    """Listen at once, so that a port in use is reported before a model is loaded."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-        listener.bind((host, port))
-        listener.listen(2048)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot listen on {host}:{port} ({error.strerror}); choose another --port or --host"
-        ) from None
-    listener.set_inheritable(False)
-    return listener
-
-
 def _app_options(arguments: argparse.Namespace, listener: socket.socket) -> AppOptions:
     options = engine_options(arguments)
     names = arguments.served_model_name or [str(options.get("model") or "SmolLM2-135M-Instruct")]
@@ -235,7 +233,10 @@ def _app_options(arguments: argparse.Namespace, listener: socket.socket) -> AppO
             arguments.allowed_headers,
             arguments.allow_credentials,
         ),
-        serves_only_local=ipaddress.ip_address(listener.getsockname()[0]).is_loopback,
+        root_path=arguments.root_path,
+        has_docs=not arguments.disable_fastapi_docs,
+        logs_access=arguments.access_log,
+        serves_only_local=is_local(listener),
         strict_fields=arguments.strict_fields,
         logs_requests=arguments.enable_log_requests,
         metrics_prefix=arguments.metrics_prefix,
@@ -243,6 +244,7 @@ def _app_options(arguments: argparse.Namespace, listener: socket.socket) -> AppO
             arguments.tool_call_parser,
             arguments.reasoning_parser,
             shows_cached_tokens=arguments.enable_prompt_tokens_details,
+            response_store=ResponseStore(arguments.responses_store),
         ),
     )
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from compiledllm.outputs import RequestOutput
+from compiledllm.outputs import RequestMetrics, RequestOutput
 from compiledllm.remote.engine_client import EngineClient
-from compiledllm.remote.wire import FromEngine, StepOutputs
+from compiledllm.remote.wire import FromEngine, Ready, StepOutputs
+from compiledllm.sampling_params import SamplingParams
+from compiledllm.server.access_log import note_end
 from compiledllm.server.log_line import LogLine
 from compiledllm.server.quick_histogram import QuickHistogram
 
@@ -17,6 +20,16 @@ _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.
 _LONG = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 240.0)
 _BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 1.0, 2.5)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
+_OUTPUTS = (1, 2, 5, 10, 20)
+# Label of `cache_config_info`, as vLLM has it -> our option.
+_CACHE_OPTIONS = {
+    "block_size": "block_size",
+    "num_gpu_blocks": "num_kv_blocks",
+    "cache_dtype": "kv_cache_dtype",
+    "enable_prefix_caching": "enable_prefix_caching",
+    "gpu_memory_utilization": "gpu_memory_utilization",
+    "kv_cache_memory_bytes": "kv_cache_memory_bytes",
+}
 
 
 @dataclass(slots=True)
@@ -24,6 +37,7 @@ class _Timing:
     """A request in progress; times in seconds of `time.monotonic`."""
 
     arrival: float
+    params: SamplingParams
     last: float | None = None
     num_tokens: int = 0
 
@@ -47,6 +61,11 @@ class Metrics:
         self.generation_tokens = counter("generation_tokens", "Tokens generated")
         self.prefix_queries = counter("prefix_cache_queries", "Prompt tokens looked up")
         self.prefix_hits = counter("prefix_cache_hits", "Prompt tokens found")
+        self.misses_of_state = counter(
+            "prefix_cache_misses_of_state", "Prompt tokens whose KV was found, without a state"
+        )
+        self.snapshot_hits = counter("state_snapshot_hits", "Requests that started from a snapshot")
+        self.snapshot_bytes = gauge("state_snapshot_bytes", "Snapshots of states, in bytes")
         self.preemptions = counter("num_preemptions", "Requests that had to be computed again")
         self.corrupted = counter("corrupted_requests", "Requests whose logits were NaN or infinite")
         self.rejections = counter("admission_rejections", "Requests refused: too many waited")
@@ -64,6 +83,20 @@ class Metrics:
             "Mean time between a request's tokens",
             _BETWEEN,
         )
+        self.queued = histogram("request_queue_time_seconds", "Until a request's first step", _LONG)
+        self.prefill = histogram(
+            "request_prefill_time_seconds", "From the first step to the first token", _LONG
+        )
+        self.decode = histogram(
+            "request_decode_time_seconds", "From the first token to the last one", _LONG
+        )
+        self.inference = histogram(
+            "request_inference_time_seconds", "From the first step to the last token", _LONG
+        )
+        self.params_n = histogram("request_params_n", "Outputs asked for", _OUTPUTS)
+        self.params_max_tokens = histogram(
+            "request_params_max_tokens", "max_tokens, where it was set", _TOKENS
+        )
         self.e2e = histogram("e2e_request_latency_seconds", "Of whole requests", _LONG)
         self.prompt_lengths = histogram("request_prompt_tokens", "Length of prompts", _TOKENS)
         self.output_lengths = histogram("request_generation_tokens", "Length of outputs", _TOKENS)
@@ -71,6 +104,12 @@ class Metrics:
             f"{prefix}request_success",
             "Finished requests",
             ["model_name", "finished_reason"],
+            registry=self.registry,
+        )
+        self._cache_info = Gauge(
+            f"{prefix}cache_config_info",
+            "The KV cache's options, as labels; always 1",
+            ["model_name", *_CACHE_OPTIONS],
             registry=self.registry,
         )
         self._seen: dict[str, float] = {}
@@ -103,6 +142,8 @@ class Metrics:
     def _observe(self, message: FromEngine) -> None:
         if not isinstance(message, StepOutputs):
             self._seen.clear()  # a new engine counts from zero
+            if isinstance(message, Ready):
+                self._show_cache(message.options)
             return
         stats = message.stats
         self.running.set(stats.num_running)
@@ -115,6 +156,9 @@ class Metrics:
         self._advance("recompiles", self.recompiles, stats.num_recompiles)
         self._advance("queries", self.prefix_queries, stats.prefix_queries)
         self._advance("hits", self.prefix_hits, stats.prefix_hits)
+        self._advance("misses", self.misses_of_state, stats.prefix_misses_of_state)
+        self._advance("snapshots", self.snapshot_hits, stats.snapshot_hits)
+        self.snapshot_bytes.set(stats.snapshot_bytes)
         if stats.num_tokens:
             self.steps.observe(stats.step_s)
             self.step_tokens.observe(stats.num_tokens)
@@ -129,10 +173,16 @@ class Metrics:
         """Log what happened since the last call, if anything did."""
         self._line.show(self._engine)
 
+    def _show_cache(self, options: dict[str, Any]) -> None:
+        """Show the options of an engine that is ready, with vLLM's names of labels."""
+        values = [str(options.get(name)) for name in _CACHE_OPTIONS.values()]
+        self._cache_info.clear()
+        self._cache_info.labels(self._model, *values).set(1)
+
     # -- requests ------------------------------------------------------------------------------
 
-    def begin(self) -> _Timing:
-        return _Timing(time.monotonic())
+    def begin(self, params: SamplingParams) -> _Timing:
+        return _Timing(time.monotonic(), params)
 
     def grow(self, timing: _Timing, output: RequestOutput) -> None:
         """Record an output of a request."""
@@ -153,6 +203,7 @@ class Metrics:
     def end(self, timing: _Timing, output: RequestOutput) -> None:
         """Record the end of a request."""
         now, count = time.monotonic(), timing.num_tokens
+        note_end(output, count)
         self.e2e.observe(now - timing.arrival)
         self.prompt_tokens.inc(len(output.prompt_token_ids))
         self.cached_tokens.inc(output.num_cached_tokens)
@@ -162,5 +213,20 @@ class Metrics:
         assert times is not None
         if times.first_token_time is not None and count > 1:
             self.tpot.observe((times.last_token_time - times.first_token_time) / (count - 1))
+        self._observe_phases(times)
+        self.params_n.observe(timing.params.n)
+        if timing.params.max_tokens is not None:
+            self.params_max_tokens.observe(timing.params.max_tokens)
         for completion in output.outputs:
             self.success.labels(self._model, str(completion.finish_reason)).inc()
+
+    def _observe_phases(self, times: RequestMetrics) -> None:
+        """Record the phases that a request has reached."""
+        start, first = times.first_scheduled_time, times.first_token_time
+        if start is None:
+            return
+        self.queued.observe(max(start - times.arrival_time, 0.0))
+        if first is not None:
+            self.prefill.observe(max(first - start, 0.0))
+            self.decode.observe(times.last_token_time - first)
+            self.inference.observe(max(times.last_token_time - start, 0.0))

@@ -3,51 +3,107 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import math
+from typing import Any
 
 from compiledllm.arguments import count
 from compiledllm.server.openai.tool_formats import FORMATS
 
+LOG_LEVELS = ("debug", "info", "warning", "error")  # of `logging`
 REASONING = ("qwen3", "deepseek_r1")  # meanings of <think>; see `openai.chat_choice.reasoning_mode`
 
 
 def add_server_options(group: argparse._ArgumentGroup) -> None:
     """Add the options of `serve` that are not engine options."""
     add = group.add_argument
+    add("--config", metavar="FILE", help="YAML with these options; the command line wins")
     add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     add("--port", type=int, default=8000, help="port to listen on (8000)")
+    add("--uds", metavar="PATH", help="listen on this Unix socket instead")
+    add("--root-path", type=root_path, default="", help="a proxy serves us below this path")
+    add("--ssl-certfile", metavar="FILE", help="speak TLS: the certificate with its chain, PEM")
+    add("--ssl-keyfile", metavar="FILE", help="the certificate's key, if it is in another file")
+    add("--ssl-ca-certs", metavar="FILE", help="who signs the certificates of clients")
+    ask = "clients' certificates: 0 not asked for, 1 optional, 2 required (0)"
+    add("--ssl-cert-reqs", type=int, choices=(0, 1, 2), default=0, help=ask)
+    add("--ssl-ciphers", help="OpenSSL's list of ciphers, for TLS 1.2")
     add("--served-model-name", nargs="+", help="names in the API; default: the model as given")
     add("--api-key", action="append", help="a key that requests must have (repeatable)")
     add("--api-key-file", help="a file with keys, one a line; also $COMPILEDLLM_API_KEY")
-    add("--allowed-origins", nargs="+", default=[], help="CORS: none unless given; * for all")
-    add("--allowed-methods", nargs="+", default=["*"], help="CORS: of allowed origins (*)")
-    add("--allowed-headers", nargs="+", default=["*"], help="CORS: of allowed origins (*)")
-    add("--allow-credentials", action="store_true", help="CORS: cookies, browsers' passwords")
-    add("--strict-fields", action="store_true", help="refuse unknown fields instead of naming them")
-    add("--enable-log-requests", action="store_true", help="ids and sizes, never prompts")
-    details = "--enable-prompt-tokens-details"
-    switch = argparse.BooleanOptionalAction
-    add(details, action=switch, default=True, help="cached_tokens in usage; --no-...: not told")
+    words: dict[str, Any] = {"nargs": "+", "action": Words}
+    add("--allowed-origins", default=[], help="CORS: none unless given; * for all", **words)
+    add("--allowed-methods", default=["*"], help="CORS: of allowed origins (*)", **words)
+    add("--allowed-headers", default=["*"], help="CORS: of allowed origins (*)", **words)
+    _add_switch(group, "--allow-credentials", False, "CORS: cookies, browsers' passwords")
+    _add_switch(group, "--strict-fields", False, "refuse unknown fields instead of naming them")
+    _add_switch(group, "--enable-log-requests", False, "ids and sizes, never prompts")
+    _add_switch(
+        group, "--access-log", False, "a line an answer: status, tokens, time, how it ended"
+    )
+    levels: dict[str, Any] = {"type": str.lower, "choices": LOG_LEVELS, "default": "info"}
+    add("--log-level", help="least severe lines (info)", **levels)
+    _add_switch(group, "--disable-fastapi-docs", False, "no /docs and no /openapi.json")
+    details = "cached_tokens in usage; --no-...: not told"
+    _add_switch(group, "--enable-prompt-tokens-details", True, details)
     add("--metrics-prefix", default="compiledllm:", help="vllm: suits vLLM's dashboards")
     parsers = ["auto", "none", *FORMATS]
-    add("--tool-call-parser", choices=parsers, default="auto", help="auto: by the chat template")
+    auto: dict[str, Any] = {"type": lambda name: name or "auto", "default": "auto"}
+    auto["help"] = "auto: by the chat template"
+    add("--tool-call-parser", choices=parsers, **auto)
     parsers = ["auto", "none", *REASONING]
-    add("--reasoning-parser", choices=parsers, default="auto", help="auto: by the chat template")
+    add("--reasoning-parser", choices=parsers, **auto)
+    kept = "keep the last N answers of /v1/responses in memory, for previous_response_id (0)"
+    add("--responses-store", type=count, default=0, metavar="N", help=kept)
     add("--max-queued-requests", type=count, default=1024, help="beyond those that run (1024)")
     add("--max-queued-tokens", type=count, default=4_000_000, help="of prompts (4000k)")
-    add("--request-timeout", type=seconds, default=1800.0, help="seconds a request may take (1800)")
+    add(
+        "--request-timeout",
+        type=non_negative_s,
+        default=1800.0,
+        help="seconds a request may take (1800)",
+    )
     silence = "seconds without a sign of the engine's life: unhealthy; twice that: restarted (60)"
-    add("--stuck-timeout", type=some_seconds, default=60.0, help=silence)
-    add("--load-timeout", type=some_seconds, default=3600.0, help="seconds to load for (3600)")
-    add("--shutdown-timeout", type=seconds, default=30.0, help="seconds to drain for (30)")
+    add("--stuck-timeout", type=positive_s, default=60.0, help=silence)
+    add("--load-timeout", type=positive_s, default=3600.0, help="seconds to load for (3600)")
+    add("--shutdown-timeout", type=non_negative_s, default=30.0, help="seconds to drain for (30)")
     idle = "seconds a client may take for its headers, or send no more of a body, or read nothing"
-    add("--client-timeout", type=seconds, default=15.0, help=f"{idle} of its answer (15)")
+    add("--client-timeout", type=non_negative_s, default=15.0, help=f"{idle} of its answer (15)")
     idle = "seconds a connection may idle between requests; longer than a load balancer's (15)"
-    add("--keep-alive-timeout", type=seconds, default=15.0, help=idle)
+    add("--keep-alive-timeout", type=non_negative_s, default=15.0, help=idle)
     add("--max-connections", type=count, help="default: as many as the limit on open files allows")
 
 
-def seconds(text: str) -> float:
+def _add_switch(group: argparse._ArgumentGroup, flag: str, default: bool, help: str) -> None:
+    group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=help)
+
+
+class Words(argparse.Action):
+    """Several words, or a single list as JSON, as vLLM has them."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if len(values) == 1 and values[0].startswith("["):
+            with contextlib.suppress(ValueError):
+                values = [str(word) for word in json.loads(values[0])]
+        setattr(namespace, self.dest, values)
+
+
+def root_path(text: str) -> str:
+    """Parse a path prefix: "" or "/llm"; a slash at its end is left out."""
+    path = text.rstrip("/")
+    if path and (not path.startswith("/") or not path.isascii() or "//" in path):
+        raise argparse.ArgumentTypeError(f"must be a path such as /llm, got '{text}'")
+    return path
+
+
+def non_negative_s(text: str) -> float:
     """Parse a number of seconds, at least 0; inf: no limit."""
     try:
         value = float(text)
@@ -58,9 +114,9 @@ def seconds(text: str) -> float:
     return value
 
 
-def some_seconds(text: str) -> float:
+def positive_s(text: str) -> float:
     """Parse a number of seconds above 0; inf: no limit."""
-    value = seconds(text)
+    value = non_negative_s(text)
     if value == 0:
         raise argparse.ArgumentTypeError("must be more than 0 seconds")
     return value

@@ -29,7 +29,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-OPEN_PATHS = frozenset({"/health", "/ready"})
+OPEN_PATHS = frozenset({"/health", "/ready", "/ping"})
 MAX_BODY_BYTES = 32 * 2**20
 MAX_UNFINISHED_BYTES = 512 * 2**20  # of all bodies that are being received
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")

@@ -8,7 +8,7 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 enum Code { FP8, INT8, INT4, FP4 };
-enum ScaleType { FLOAT32, BFLOAT16, FLOAT16, E8M0, E4M3 };
+enum ScaleType { FLOAT32, BFLOAT16, FLOAT16, E8M0, E4M3, INTEGER8 };
 
 #define NIBBLES (CODE == 2 || CODE == 3)
 constexpr int UNIT = 128, UNIT_BYTES = NIBBLES ? UNIT / 2 : UNIT;  // inputs; bytes of an output
@@ -26,6 +26,9 @@ __device__ __forceinline__ constexpr int first_input(int quarter) {
 constexpr int SCALE_BYTES = SCALE == FLOAT32 ? 4 : SCALE == BFLOAT16 || SCALE == FLOAT16 ? 2 : 1;
 // Scales of groups of 16 inputs multiply the codes; scales of larger groups multiply sums of products.
 constexpr bool SCALES_CODES = GROUPS == 8;
+// Without zeros, twice in a register: what unpacking int4 subtracts. The zero is 8, with minima 0.
+constexpr u32 NO_ZERO = (BF16 ? 0x43004300u : 0x64006400u) + (HAS_MINIMA ? 0u : 0x00080008u);
+constexpr u32 ONES = BF16 ? 0x3F803F80u : 0x3C003C00u;
 
 // -- arithmetic on pairs of 16-bit floats ------------------------------------------------------------
 
@@ -142,18 +145,41 @@ template <int BYTES> struct Few {  // BYTES bytes in registers, loaded together
 };
 
 constexpr int NUM_SCALES = GROUPS ? GROUPS : 1;
-typedef Few<NUM_SCALES * SCALE_BYTES> Scales;
+// The scales, perhaps the minima, and perhaps two float16 factors: of the scales, of the minima.
+constexpr int UNIT_SCALES = NUM_SCALES * (1 + HAS_MINIMA) + 4 * HAS_FACTORS;
+typedef Few<UNIT_SCALES * SCALE_BYTES> Scales;
 typedef Few<NUM_SCALES> Zeros;
 
-__device__ __forceinline__ float scale_of(const Scales& scales, int group) {
-    u32 bits = scales.get<SCALE_BYTES>(group);
+__device__ __forceinline__ float half_to_float(u32 bits) {
+    float f;
+    asm("{.reg .b16 t; cvt.u16.u32 t, %1; cvt.f32.f16 %0, t;}" : "=f"(f) : "r"(bits));
+    return f;
+}
+
+__device__ __forceinline__ float scale_at(const Scales& scales, int index) {
+    u32 bits = scales.get<SCALE_BYTES>(index);
     if constexpr (SCALE == FLOAT32) return __uint_as_float(bits);
     if constexpr (SCALE == BFLOAT16) return __uint_as_float(bits << 16);
     if constexpr (SCALE == E8M0) return __uint_as_float(bits << 23);
     if constexpr (SCALE == E4M3) return __uint_as_float((bits & 0x7Fu) << 20) * 1.329227995784916e36f;  // 2^120
-    float f;
-    asm("{.reg .b16 t; cvt.u16.u32 t, %1; cvt.f32.f16 %0, t;}" : "=f"(f) : "r"(bits));
-    return f;
+    if constexpr (SCALE == INTEGER8) return (float)(signed char)bits;
+    return half_to_float(bits);
+}
+
+__device__ __forceinline__ float scale_of(const Scales& scales, int group) {
+    if constexpr (!HAS_FACTORS) return scale_at(scales, group);
+    return scale_at(scales, group) * half_to_float(scales.get<2>(UNIT_SCALES / 2 - 2));  // exact
+}
+
+__device__ __forceinline__ float minimum_of(const Scales& scales, int group) {
+    if constexpr (!HAS_FACTORS) return scale_at(scales, NUM_SCALES + group);
+    return scale_at(scales, NUM_SCALES + group) * half_to_float(scales.get<2>(UNIT_SCALES / 2 - 1));
+}
+
+// Two weights, rounded once for int8; E2M1 codes times a scale of E4M3 are exact.
+__device__ __forceinline__ u32 scaled(u32 pair, float scale) {
+    if constexpr (CODE == INT8) return pair_of(to_float(pair & 0xFFFFu) * scale, to_float(pair >> 16) * scale);
+    return times(pair, pair_of(scale, scale));
 }
 
 // The zero that unpacking subtracts, as a pair of equal floats; for INT4 with the offset (128 or 1024).
@@ -165,6 +191,6 @@ __device__ __forceinline__ u32 zero_of(const Zeros& zeros, int group) {
 }
 
 // A record has the codes of 16 outputs and a unit [2 halves, 8 outputs, 4 lanes, 16 bytes], then the
-// outputs' scales [8, 2 halves, GROUPS] and zeros.
-constexpr int SCALE_RECORD = GROUPS ? 16 * GROUPS * SCALE_BYTES : 0;
+// outputs' scales [8, 2 halves, UNIT_SCALES] and zeros.
+constexpr int SCALE_RECORD = GROUPS ? 16 * UNIT_SCALES * SCALE_BYTES : 0;
 constexpr int RECORD = 16 * UNIT_BYTES + SCALE_RECORD + (HAS_ZEROS ? 16 * NUM_SCALES : 0);

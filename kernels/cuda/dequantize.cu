@@ -24,13 +24,13 @@ extern "C" __global__ void dequantize(
 #if NIBBLES
         const u8* record = codes + ((long long)tile * num_units + unit) * RECORD;
         loaded[0] = *(const uint4*)(record + 512 * half + 16 * lane);
-        if (GROUPS > 0) scale.load(record + 1024 + (2 * g + half) * GROUPS * SCALE_BYTES);
+        if (GROUPS > 0) scale.load(record + 1024 + (2 * g + half) * UNIT_SCALES * SCALE_BYTES);
         if (HAS_ZEROS) zero_code.load(record + 1024 + SCALE_RECORD + (2 * g + half) * NUM_SCALES);
 #else
         for (int i = 0; i < LOADS; ++i)
             if (!IN_ORDER || unit * UNIT + 64 * i + 16 * l < num_inputs)
                 loaded[i] = *(const uint4*)(codes + output * row_bytes + unit * UNIT + 64 * i + 16 * l);
-        const long long at = (long long)(output >> scale_shift) * scale_stride + unit * NUM_SCALES;
+        const long long at = (long long)(output >> scale_shift) * scale_stride + unit * UNIT_SCALES;
         if (GROUPS > 0) scale.load(scales + at * SCALE_BYTES);
         if (HAS_ZEROS) zero_code.load(zeros + at);
 #endif
@@ -38,7 +38,7 @@ extern "C" __global__ void dequantize(
 #pragma unroll
         for (int q = 0; q < 4; ++q) {
             const int group = SCALES_CODES ? 2 * q + l / 2 : q * NUM_SCALES / 4;
-            u32 zero = BF16 ? 0x43084308u : 0x64086408u, pair[4];
+            u32 zero = NO_ZERO, pair[4];
             if (HAS_ZEROS) zero = zero_of(zero_code, group);
             const uint4& c = loaded[NIBBLES ? 0 : q / 2];
 #if NIBBLES
@@ -48,9 +48,11 @@ extern "C" __global__ void dequantize(
             unpack_bytes(q % 2 ? c.w : c.y, zero, pair[2], pair[3]);
 #endif
             const float s = (GROUPS > 0 ? scale_of(scale, group) : 1.f) * of_row;
+            const float minimum = HAS_MINIMA ? minimum_of(scale, group) : -0.f;  // x + -0 is x
 #pragma unroll
             for (int p = 0; p < 4; ++p)
-                pair[p] = pair_of(to_float(pair[p] & 0xFFFFu) * factor * s, to_float(pair[p] >> 16) * factor * s);
+                pair[p] = pair_of(to_float(pair[p] & 0xFFFFu) * factor * s + minimum,
+                                  to_float(pair[p] >> 16) * factor * s + minimum);
             const int input = unit * UNIT + first_input(q) + LANE_INPUTS * l;
             if (input < num_inputs)
                 *(uint4*)(out + (long long)output * num_inputs + input) = make_uint4(pair[0], pair[1], pair[2], pair[3]);

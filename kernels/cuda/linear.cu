@@ -19,8 +19,9 @@
 //
 // Defined by the compiler's options: CODE, BF16 (x and out are bfloat16, otherwise float16),
 // TOKEN_TILES (of 8 rows of x), ROW_TILES, N_WARPS, K_WARPS, DEPTH, CHUNK, GROUPS (scales of an output
-// per unit; 0: none), SCALE (their type), HAS_ZEROS, HAS_BIAS, TAIL (the last unit is partial),
-// EXPERTS, OUT32 (out is float), OVERLAP (programmatic dependent launch).
+// per unit; 0: none), SCALE (their type), HAS_ZEROS, HAS_MINIMA and HAS_FACTORS (which follow the scales of
+// an output and a unit), HAS_BIAS, TAIL (the last unit is partial), EXPERTS, OUT32 (out is float), OVERLAP
+// (programmatic dependent launch).
 
 #include "codes.cuh"
 
@@ -72,7 +73,7 @@ __device__ __forceinline__ void read_record(Unit& unit, const u8* record, int la
             const u8* p = record + r * SLOT;
             const int output = 2 * (lane / 4) + half;  // a lane's two outputs are neighbours
             unit.codes[r][half][0] = *(const uint4*)(p + 512 * half + 16 * lane);
-            if constexpr (GROUPS > 0) unit.scales[r][half].load(p + 1024 + output * GROUPS * SCALE_BYTES);
+            if constexpr (GROUPS > 0) unit.scales[r][half].load(p + 1024 + output * UNIT_SCALES * SCALE_BYTES);
             if constexpr (HAS_ZEROS) unit.zeros[r][half].load(p + 1024 + SCALE_RECORD + output * NUM_SCALES);
         }
 }
@@ -165,7 +166,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantized_linear(
                     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
                 }
-                const long long at = (long long)scale_row[r][half] * scale_stride + index * NUM_SCALES;
+                const long long at = (long long)scale_row[r][half] * scale_stride + index * UNIT_SCALES;
                 if constexpr (GROUPS > 0) unit.scales[r][half].load_now(scales + at * SCALE_BYTES);
                 if constexpr (HAS_ZEROS) unit.zeros[r][half].load_now(zeros + at);
             }
@@ -209,12 +210,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantized_linear(
                 if (is_row[t] && is_inside) b[t] = *(const uint4*)(x_of_lane[t] + index * UNIT + within);
             }
             const int group = SCALES_CODES ? 2 * q + l / 2 : q * NUM_SCALES / 4;
+            if constexpr (HAS_MINIMA) {  // A minimum multiplies the sum of its inputs.
+                const u32 ones[4] = {ONES, ONES, ONES, ONES};
+#pragma unroll
+                for (int t = 0; t < TOKEN_TILES; ++t) {
+                    float s[4] = {};
+                    multiply(s, ones, b[t].x, b[t].y);
+                    multiply(s, ones, b[t].z, b[t].w);
+#pragma unroll
+                    for (int r = 0; r < ROW_TILES; ++r)
+#pragma unroll
+                        for (int i = 0; i < 4; ++i)
+                            total[r][t][i] += minimum_of(unit.scales[r][i / 2], group) * s[i];
+                }
+            }
 #pragma unroll
             for (int r = 0; r < ROW_TILES; ++r) {
                 u32 pair[2][4];
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    u32 zero = BF16 ? 0x43084308u : 0x64086408u;  // the zero of symmetric int4 is 8
+                    u32 zero = NO_ZERO;
                     if constexpr (HAS_ZEROS) zero = zero_of(unit.zeros[r][half], group);
                     const uint4& c = unit.codes[r][half][NIBBLES ? 0 : q / 2];
                     if constexpr (NIBBLES) {
@@ -226,7 +241,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantized_linear(
                     if constexpr (SCALES_CODES) {
                         const float scale = scale_of(unit.scales[r][half], group);
 #pragma unroll
-                        for (int p = 0; p < 4; ++p) pair[half][p] = times(pair[half][p], pair_of(scale, scale));
+                        for (int p = 0; p < 4; ++p) pair[half][p] = scaled(pair[half][p], scale);
                     }
                 }
                 const u32 first[4] = {pair[0][0], pair[1][0], pair[0][1], pair[1][1]};

@@ -49,7 +49,7 @@ def spec_from_hf(hf: Any) -> ModelSpec:
         changes: dict[str, Any] = {"sliding_window": window_of(hf, index)}
         if has_qk_norm:
             changes["rope"] = rope_from_hf(hf, hf.head_dim, hf.layer_types[index])
-        return replace(layer, attn=replace(attn, **changes))
+        return replace(layer, mixer=replace(attn, **changes))
 
     return model_spec(
         hf,

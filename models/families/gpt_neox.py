@@ -26,7 +26,7 @@ def prepare(name: str, tensor: Tensor, spec: ModelSpec) -> Tensor:
     """Reorder the fused projection, which is stored head by head, to all q, all k, all v."""
     if "query_key_value" not in name:
         return tensor
-    by_head = tensor.view(spec.layers[0].attn.num_heads, 3, -1, *tensor.shape[1:])
+    by_head = tensor.view(spec.attentions[0].num_heads, 3, -1, *tensor.shape[1:])
     return by_head.transpose(0, 1).reshape(tensor.shape)
 
 

@@ -34,7 +34,7 @@ def spec_from_hf(hf: Any) -> ModelSpec:
     norm = NormSpec(hf.rms_norm_eps)
     layer = LayerSpec(
         hidden_size=hf.hidden_size,
-        attn=attention_of(
+        mixer=attention_of(
             hf, getattr(hf, "head_dim", None), qkv_bias=has_bias, output_bias=has_bias
         ),
         mlp=MlpSpec(
@@ -60,4 +60,4 @@ def adapted(
 
 
 def with_attention(layer: LayerSpec, **changes: Any) -> LayerSpec:
-    return replace(layer, attn=replace(layer.attn, **changes))
+    return replace(layer, mixer=replace(layer.mixer, **changes))

@@ -16,7 +16,7 @@ def spec_from_hf(hf: Any) -> ModelSpec:
     """ModelSpec of a transformers SmolLM3Config."""
 
     def adapt(layer: LayerSpec, index: int) -> LayerSpec:
-        rope = layer.attn.rope if hf.no_rope_layers[index] else RopeSpec(())
-        return with_attention(layer, rope=rope, sliding_window=window_of(hf, index))
+        changes = {} if hf.no_rope_layers[index] else {"rope": RopeSpec(())}
+        return with_attention(layer, sliding_window=window_of(hf, index), **changes)
 
     return llama.adapted(hf, "SmolLM3ForCausalLM", adapt)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import itertools
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
+from operator import itemgetter
 
 from compiledllm.config import ConfigError
+from compiledllm.models.formats.gguf_config import GgufScheme
 from compiledllm.models.formats.stored import Scheme
-from compiledllm.models.matrices import QuantSpec
+from compiledllm.models.matrices import MixedSpec, QuantSpec
 from compiledllm.models.names import NameRules
-from compiledllm.models.spec import LayerSpec, ModelSpec, MoeSpec, OpaqueSpec
+from compiledllm.models.spec import AttentionSpec, LayerSpec, ModelSpec, MoeSpec, OpaqueSpec
+from compiledllm.models.state_specs import DeltaNetSpec, StateSpec
 
-# Path of a matrix within a block -> the parts that it is fused of. Router and gate of a shared
-# expert are left out: they are never quantised.
-_ATTENTION = {"attn.qkv": ("q", "k", "v"), "attn.out": ("",)}
-_GATE_UP = ("gate", "up")
+_NOT_ONLINE = "attn.ba"  # of Gated DeltaNet: small, and exponents follow from it
 HEAD = "lm_head"
 
 # Value of the option `quantization` -> how the matrices are kept.
@@ -30,7 +31,8 @@ def quantized_online(spec: ModelSpec, method: str) -> ModelSpec:
     """The spec with all matrices of the blocks quantised while loading; the head stays as it is."""
 
     def quantized(layer: LayerSpec) -> LayerSpec:
-        return replace(layer, formats=tuple((path, ONLINE[method]) for path in _parts_of(layer)))
+        paths = (path for path in _parts_of(layer) if path != _NOT_ONLINE)
+        return replace(layer, formats=tuple((path, ONLINE[method]) for path in paths))
 
     layers = tuple(map(quantized, spec.layers))
     return replace(spec, layers=layers, quantization=f"{method}, quantised while loading")
@@ -42,15 +44,18 @@ def quantized_as_stored(
     """The spec with the formats of the checkpoint's matrices.
 
     names: names of the checkpoint's tensors; empty if they are not known. Raises ConfigError if the
-    parts of a fused matrix have different formats.
+    experts of a layer have different formats.
     """
     known = {name.rpartition(".")[0] for name in names}
+    for suffix in scheme.suffixes:
+        if suffix.startswith("_"):
+            known |= {name.removesuffix(suffix) for name in names}
     reader = _Reader(scheme, rules, known)
     layers = tuple(reader.layer(index, layer) for index, layer in enumerate(spec.layers))
-    head = None if spec.tie_word_embeddings else reader.format_of(HEAD, ("",))
+    head = None if spec.tie_word_embeddings else reader.format_of(HEAD, {"": spec.vocab_size})
     formats = () if head is None else ((HEAD, head),)
     is_quantized = bool(formats) or any(layer.formats for layer in layers)
-    title = scheme.title if is_quantized else ""
+    title = scheme.title if is_quantized or isinstance(scheme, GgufScheme) else ""
     return replace(spec, layers=layers, formats=formats, quantization=title)
 
 
@@ -65,36 +70,49 @@ class _Reader:
 
     def layer(self, index: int, layer: LayerSpec) -> LayerSpec:
         experts = layer.mlp.num_experts if isinstance(layer.mlp, MoeSpec) else 0
-        formats: dict[str, QuantSpec] = {}
+        formats: dict[str, QuantSpec | MixedSpec] = {}
         for path, parts in _parts_of(layer).items():
+            where = f"layers.{index}.{path}"
             is_expert = experts > 0 and path in ("mlp.gate_up", "mlp.down")
-            count = range(experts) if is_expert else None
-            format = self.format_of(f"layers.{index}.{path}", parts, count)
-            if format is not None:
+            count = experts if is_expert else 0
+            if (format := self.format_of(where, parts, count)) is not None:
                 formats[path] = format
         if experts:
             _check_experts(index, formats)
         return replace(layer, formats=tuple(formats.items()))
 
     def format_of(
-        self, path: str, parts: tuple[str, ...], experts: range | None = None
-    ) -> QuantSpec | None:
-        """The format that all parts, and all experts, of a matrix share; None: not quantised."""
-        middles = [""] if experts is None else [f".{expert}" for expert in experts]
-        suffixes = [f":{part}" if part else "" for part in parts]
-        first: tuple[str, QuantSpec | None] | None = None
-        for slot in (f"{path}{middle}.weight{suffix}" for middle in middles for suffix in suffixes):
-            name = self._name_of(slot)
-            stored = self._scheme.stored(name)
-            format = None if stored is None else stored.spec
-            if first is not None and first[1] != format:
+        self, path: str, parts: Mapping[str, int], experts: int = 0
+    ) -> QuantSpec | MixedSpec | None:
+        """The format of a matrix, or of the matrices of all experts; None: not quantised."""
+        if experts:
+            return self._of_experts(path, parts, experts)
+        formats = [self._stored(_slot(path, part))[1] for part in parts]
+        sized = zip(parts.items(), formats, strict=True)
+        grouped = itertools.groupby(sized, key=itemgetter(1))
+        runs = [(dict(part for part, _ in run), format) for format, run in grouped]
+        if len(runs) == 1:
+            return formats[0]
+        return MixedSpec(tuple((tuple(run), sum(run.values()), format) for run, format in runs))
+
+    def _of_experts(self, path: str, parts: Iterable[str], count: int) -> QuantSpec | None:
+        """The format that all parts of all experts share; None: not quantised."""
+        slots = [_slot(f"{path}.{expert}", part) for expert in range(count) for part in parts]
+        first, format = self._stored(slots[0])
+        for name, other in map(self._stored, slots):
+            if other != format:
                 raise ConfigError(
-                    f"'{first[0]}' ({_title(first[1])}) and '{name}' ({_title(format)}) are one "
-                    "matrix here and must be quantised alike: use another checkpoint, or change "
-                    "the quantization_config if the weights are in fact alike"
+                    f"'{first}' ({_title(format)}) and '{name}' ({_title(other)}) are one matrix "
+                    "here and must be quantised alike: use another checkpoint, or change the "
+                    "quantization_config if the weights are in fact alike"
                 )
-            first = first or (name, format)
-        return None if first is None else first[1]
+        return format
+
+    def _stored(self, slot: str) -> tuple[str, QuantSpec | None]:
+        """The matrix's name in the checkpoint, and its format."""
+        name = self._name_of(slot)
+        stored = self._scheme.stored(name)
+        return name, None if stored is None else stored.spec
 
     def _name_of(self, slot: str) -> str:
         """The name under which the checkpoint stores the matrix, of several possible names."""
@@ -102,24 +120,42 @@ class _Reader:
         return next((name for name in names if name in self._known), names[0])
 
 
-def _parts_of(layer: LayerSpec) -> dict[str, tuple[str, ...]]:
-    """Path -> parts of the matrices of a block that may be quantised."""
-    if isinstance(layer.mlp, OpaqueSpec):
+def _slot(path: str, part: str) -> str:
+    return f"{path}.weight:{part}" if part else f"{path}.weight"
+
+
+def _parts_of(layer: LayerSpec) -> dict[str, dict[str, int]]:
+    """Path -> parts, with their outputs, of the matrices of a block that may be quantised.
+
+    Router and gate of a shared expert are left out: they are never quantised.
+    """
+    mlp, hidden = layer.mlp, layer.hidden_size
+    if isinstance(mlp, OpaqueSpec):
         return {}
-    found = dict(_ATTENTION)
-    if isinstance(layer.mlp, MoeSpec) or layer.mlp.gated:
-        found["mlp.gate_up"] = _GATE_UP
+    found = _parts_of_mixer(layer.mixer, hidden) | {"mlp.down": {"": hidden}}
+    if isinstance(mlp, MoeSpec) or mlp.gated:
+        found["mlp.gate_up"] = dict.fromkeys(("gate", "up"), mlp.intermediate_size)
     else:
-        found["mlp.up"] = ("",)
-    found["mlp.down"] = ("",)
-    if isinstance(layer.mlp, MoeSpec) and layer.mlp.shared_size:
-        found |= {"mlp.shared.gate_up": _GATE_UP, "mlp.shared.down": ("",)}
+        found["mlp.up"] = {"": mlp.intermediate_size}
+    if isinstance(mlp, MoeSpec) and mlp.shared_size:
+        found["mlp.shared.gate_up"] = dict.fromkeys(("gate", "up"), mlp.shared_size)
+        found["mlp.shared.down"] = {"": hidden}
     return found
 
 
-def _check_experts(index: int, formats: dict[str, QuantSpec]) -> None:
+def _parts_of_mixer(mixer: AttentionSpec | StateSpec, hidden: int) -> dict[str, dict[str, int]]:
+    out = {"attn.out": {"": hidden}}
+    if isinstance(mixer, AttentionSpec):
+        return {"attn.qkv": {"q": mixer.q_rows, "k": mixer.kv_size, "v": mixer.kv_size}} | out
+    if isinstance(mixer, DeltaNetSpec):
+        return {"attn.qkvz": mixer.qkvz_parts, "attn.ba": mixer.ba_parts} | out
+    return {"attn.bcx": {"": 3 * mixer.width}} | out
+
+
+def _check_experts(index: int, formats: Mapping[str, QuantSpec | MixedSpec]) -> None:
     """Raise ConfigError for experts whose two matrices no single op can multiply."""
-    gate_up, down = formats.get("mlp.gate_up"), formats.get("mlp.down")
+    gate_up, down = (formats.get(path) for path in ("mlp.gate_up", "mlp.down"))
+    assert not isinstance(gate_up, MixedSpec) and not isinstance(down, MixedSpec)
     codes = [None if format is None else format.code for format in (gate_up, down)]
     if codes[0] != codes[1]:
         raise ConfigError(

@@ -40,7 +40,7 @@ class QuantizedMatrix:
     without minima, otherwise 0.
     minima: None, or float32 or float16 of the shape of `scales` (GGUF: w = code * scale + minimum).
     super_scales: None, or floating-point [N, S]: then `scales` are small numbers (float8_e4m3fn,
-    int8, uint8), and the scale of a group is their product, rounded to float32, with the factor of
+    int8), and the scale of a group is their product, rounded to float32, with the factor of
     the K / S columns it lies in (NVFP4, GGUF's K types). `super_minima` likewise.
     `one_level` multiplies both in, for kernels that know no second level.
     permutation: None, or int64 [K]: column k of the codes belongs to input permutation[k], so the

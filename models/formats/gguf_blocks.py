@@ -1,28 +1,27 @@
 """Reads quantised tensors of GGUF files (ggml's block formats) without dequantising them.
 
-The loader does not use this module yet: `models.gguf` converts GGUF files to 16-bit checkpoints.
-
 Every row is a sequence of blocks of 32 or 256 numbers; the layouts are those of llama.cpp's
 ggml-common.h. `dequantize` gives the same float32 bits as `gguf.quants.dequantize`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from compiledllm.models.formats.codes import QuantizedMatrix, expect_finite, expect_matrix
 from compiledllm.models.formats.packing import signed
+from compiledllm.models.matrices import QuantSpec
 
 
 def from_gguf(data: Tensor, kind: str) -> QuantizedMatrix:
     """A tensor's bytes as they are in the file, uint8 [N, bytes of a row] -> [N, K].
 
     kind: the name of the tensor's type, a key of `KINDS`. The result by kind, with d, m and dmin in
-    float16 and sc and mn as 8-bit integers (`super_scales`: d, `super_minima`: -dmin):
+    float16 and sc and mn as int8 (`super_scales`: d, `super_minima`: -dmin):
 
         Q4_0         int4, zero 8, groups of 32    w = (q - 8) * d
         Q8_0         int8, groups of 32            w = q * d
@@ -35,6 +34,11 @@ def from_gguf(data: Tensor, kind: str) -> QuantizedMatrix:
     """
     if kind not in KINDS:
         raise ValueError(f"GGUF's type {kind} cannot stay quantised; supported: {', '.join(KINDS)}")
+    return KINDS[kind].read(check_blocks(data, kind))
+
+
+def check_blocks(data: Tensor, kind: str) -> Tensor:
+    """A tensor's bytes by block, uint8 [N, blocks, bytes]. Raises ValueError as `from_gguf`."""
     layout = KINDS[kind]
     expect_matrix("data", data, torch.uint8)
     if data.shape[1] % layout.num_bytes:
@@ -42,12 +46,10 @@ def from_gguf(data: Tensor, kind: str) -> QuantizedMatrix:
             f"data has rows of {data.shape[1]} bytes, expected whole {kind} blocks of "
             f"{layout.num_bytes}"
         )
-    blocks = data.reshape(data.shape[0], -1, layout.num_bytes)  # [N, blocks, bytes]
-    matrix = layout.read(blocks)
-    for part in (matrix.scales, matrix.minima, matrix.super_scales, matrix.super_minima):
-        if part is not None:
-            expect_finite(f"{kind} data", part)
-    return matrix
+    blocks = data.reshape(data.shape[0], -1, layout.num_bytes)
+    for field, start in layout.floats.items():
+        expect_finite(f"field '{field}' of {kind} data", _float16(blocks, start))
+    return blocks
 
 
 def _read_q4_0(blocks: Tensor) -> QuantizedMatrix:
@@ -94,21 +96,30 @@ def _read_q6_k(blocks: Tensor) -> QuantizedMatrix:
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """A block format: bytes of a block, and [N, blocks, bytes] -> matrix."""
+    """A block format: bytes of a block, [N, blocks, bytes] -> matrix, and how that is kept.
+
+    floats: ggml's name of each float16 number of a block -> at which byte it lies.
+    """
 
     num_bytes: int
     read: Callable[[Tensor], QuantizedMatrix]
+    spec: QuantSpec
+    floats: Mapping[str, int]
 
 
+_INT4 = QuantSpec("int4", 32, scale_dtype="float16")
+_INT8 = replace(_INT4, code="int8")
+_INT4_K = QuantSpec("int4", 32, scale_dtype="int8", has_minima=True, span=256)
+_INT8_K = replace(_INT4_K, code="int8")
 KINDS = {
-    "Q4_0": _Kind(18, _read_q4_0),
-    "Q4_1": _Kind(20, _read_q4_1),
-    "Q5_0": _Kind(22, _read_q5_0),
-    "Q5_1": _Kind(24, _read_q5_1),
-    "Q8_0": _Kind(34, _read_q8_0),
-    "Q4_K": _Kind(144, _read_q4_k),
-    "Q5_K": _Kind(176, _read_q5_k),
-    "Q6_K": _Kind(210, _read_q6_k),
+    "Q4_0": _Kind(18, _read_q4_0, _INT4, {"d": 0}),
+    "Q4_1": _Kind(20, _read_q4_1, replace(_INT4, has_minima=True), {"d": 0, "m": 2}),
+    "Q5_0": _Kind(22, _read_q5_0, _INT8, {"d": 0}),
+    "Q5_1": _Kind(24, _read_q5_1, replace(_INT8, has_minima=True), {"d": 0, "m": 2}),
+    "Q8_0": _Kind(34, _read_q8_0, _INT8, {"d": 0}),
+    "Q4_K": _Kind(144, _read_q4_k, _INT4_K, {"d": 0, "dmin": 2}),
+    "Q5_K": _Kind(176, _read_q5_k, _INT8_K, {"d": 0, "dmin": 2}),
+    "Q6_K": _Kind(210, _read_q6_k, replace(_INT8_K, group=16, has_minima=False), {"d": 208}),
 }
 
 
@@ -155,5 +166,10 @@ def _with_sub_scales(code: str, codes: Tensor, blocks: Tensor) -> QuantizedMatri
     mn = torch.cat((first_mn & 0x3F, rest >> 4 | first_mn >> 2 & 0x30), dim=-1)
     d, dmin = _float16(blocks, 0), _float16(blocks, 2)
     return QuantizedMatrix(
-        code, _rows(codes), _rows(sc), minima=_rows(mn), super_scales=d, super_minima=-dmin
+        code,
+        _rows(codes),
+        _rows(sc.view(torch.int8)),
+        minima=_rows(mn.view(torch.int8)),
+        super_scales=d,
+        super_minima=-dmin,
     )

@@ -16,6 +16,7 @@ from compiledllm.models.formats.awq import from_awq
 from compiledllm.models.formats.codes import QuantizedMatrix
 from compiledllm.models.formats.compressed_config import compressed_tensors
 from compiledllm.models.formats.fp8 import BLOCK, from_fp8
+from compiledllm.models.formats.gguf_config import METHOD, gguf
 from compiledllm.models.formats.gptq import from_gptq
 from compiledllm.models.formats.modelopt import from_modelopt_fp8, from_modelopt_nvfp4
 from compiledllm.models.formats.mxfp4 import from_mxfp4_blocks
@@ -193,6 +194,7 @@ METHODS: dict[str, Callable[[Fields, str], Scheme]] = {
     "awq": awq,
     "mxfp4": mxfp4,
     "modelopt": modelopt,
+    METHOD: gguf,
 }
 
 

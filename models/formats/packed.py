@@ -37,6 +37,7 @@ class PackedFormat:
     spec: QuantSpec
     layout: Layout
     num_outputs: int
+    num_params = 5
 
     @property
     def products(self) -> str:
@@ -108,15 +109,16 @@ def for_device(
 
     The kernels' inputs have the model's dtype, which is torch's default dtype while a model loads.
     """
-    codes, scales, zeros, order = params
+    codes, scales, zeros, order, minima, factors = params
     assert codes is not None and scales is not None
     if not can_pack(codes.device) or torch.get_default_dtype() not in _DTYPES:
         return None
     has_experts = codes.dim() == 3
     matrices = []
     for expert in range(len(codes) if has_experts else 1):
-        parts = [part[expert] if has_experts and part is not None else part for part in params[:3]]
-        packed = _packed(spec, parts[0], parts[1], parts[2], in_features)
+        all_parts = codes, scales, zeros, minima, factors
+        parts = [p[expert] if has_experts and p is not None else p for p in all_parts]
+        packed = _packed(spec, in_features, *parts)
         if packed is None:
             return None
         matrices.append(packed)
@@ -133,10 +135,16 @@ def for_device(
 
 
 def _packed(
-    spec: QuantSpec, codes: Any, scales: Any, zeros: Any, in_features: int
+    spec: QuantSpec,
+    in_features: int,
+    codes: Any,
+    scales: Any,
+    zeros: Any,
+    minima: Any,
+    factors: Any,
 ) -> Packed | None:
     codes = unpack_nibbles(codes) if spec.is_nibbles else codes
-    return pack(spec.code, codes, scales, zeros, in_features)
+    return pack(spec.code, codes, scales, zeros, in_features, minima, factors)
 
 
 def _stacked(tensors: list[Tensor | None]) -> Tensor | None:

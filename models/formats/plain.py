@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from compiledllm.kernels.linear import linear
@@ -24,6 +25,7 @@ class Plain:
 
     multiply: Callable[..., Tensor] = linear
     products = ""
+    num_params = 1
 
     def parameters(
         self, parts: Mapping[str, int], in_features: int, lead: tuple[int, ...] = ()
@@ -34,6 +36,11 @@ class Plain:
         (weight,) = params
         assert weight is not None
         return slots_by_part("weight", parts, weight)
+
+    def randomize(self, params: Params, spread: float, generator: torch.Generator) -> None:
+        (weight,) = params
+        assert weight is not None
+        weight.normal_(0, spread, generator=generator)
 
     def finish(self, params: Params, in_features: int) -> None:
         return None

@@ -48,9 +48,10 @@ _SPREADS = {"fp8": 0.6, "int8": 74.0, "int4": 4.6, "fp4": 2.9}
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """A quantised matrix; params: codes, scales, zeros or None, permutation or None."""
+    """A quantised matrix; params: codes, scales, zeros, permutation, minima, factors or None."""
 
     spec: QuantSpec
+    num_params = 6
 
     @property
     def products(self) -> str:
@@ -68,16 +69,22 @@ class Quantized:
             width, dtype = num_inputs // 8, torch.int32
         scales = torch.zeros(shape, dtype=getattr(torch, spec.scale_dtype))
         zeros = torch.zeros(shape, dtype=CODES[spec.code]) if spec.has_zeros else None
+        minima = torch.zeros_like(scales) if spec.has_minima else None
         order = torch.full((*lead, in_features), _UNSET) if spec.is_permuted else None
+        factors = None
+        if spec.span:
+            factors = torch.zeros(*lead, rows, num_inputs // spec.span, 2, dtype=torch.float16)
         return {
             "weight": empty_parameter(*lead, num_outputs, width, dtype=dtype),
             "weight_scale": _frozen(scales),
-            "weight_zero": None if zeros is None else _frozen(zeros),
-            "permutation": None if order is None else _frozen(order),
+            "weight_zero": _frozen(zeros),
+            "permutation": _frozen(order),
+            "weight_minimum": _frozen(minima),
+            "weight_factor": _frozen(factors),
         }
 
     def slots(self, parts: Mapping[str, int], in_features: int, params: Params) -> dict[str, Slot]:
-        codes, scales, zeros, order = params
+        codes, scales, zeros, order, minima, factors = params
         assert codes is not None and scales is not None
         rows, start = self._rows(parts), 0
         found: dict[str, Slot] = {}
@@ -90,6 +97,8 @@ class Quantized:
                 codes[start:end],
                 scales[of_part],
                 None if zeros is None else zeros[of_part],
+                None if minima is None else minima[of_part],
+                None if factors is None else factors[of_part],
                 order,
             )
             start = end
@@ -102,14 +111,20 @@ class Quantized:
 
     def randomize(self, params: Params, spread: float, generator: torch.Generator) -> None:
         """Random codes, with the scale that makes them deviate from zero by about `spread`."""
-        codes, scales, zeros, order = params
+        codes, scales, zeros, order, minima, factors = params
         assert codes is not None and scales is not None
         codes.view(torch.uint8).random_(0, 256, generator=generator)
         if self.spec.code == "fp8":
             codes.view(torch.uint8).bitwise_and_(0xBF)  # below 2: neither NaN nor huge
-        scales.fill_(spread / _SPREADS[self.spec.code])
+        scale, zero = spread / _SPREADS[self.spec.code], _ANY_ZERO.get(self.spec.code, 0)
+        if factors is not None:
+            factors.fill_(scale)
+            scale = 1
+        scales.fill_(scale)
         if zeros is not None:
-            zeros.fill_(_ANY_ZERO[self.spec.code])
+            zeros.fill_(zero)
+        if minima is not None:
+            minima.fill_(-zero * scale)
         if order is not None:
             order.copy_(torch.arange(order.shape[-1], device=order.device).expand_as(order))
 
@@ -126,15 +141,16 @@ class Quantized:
         first_row: int = 0,
         out: Tensor | None = None,
     ) -> Tensor:
-        codes, scales, zeros, order = params
+        codes, scales, zeros, order, minima, factors = params
         assert codes is not None and scales is not None
         if order is not None:
             x = x.index_select(1, order)
         if first_row:
             first = first_row // (1 if len(scales) == len(codes) else BLOCK_ROWS)
             codes, scales = codes[first_row:], scales[first:]
-            zeros = None if zeros is None else zeros[first:]
-        y = quantized_linear(x, codes, scales, zeros, bias, self.spec.code)
+            others = (None if p is None else p[first:] for p in (zeros, minima, factors))
+            zeros, minima, factors = others
+        y = quantized_linear(x, codes, scales, zeros, bias, self.spec.code, minima, factors)
         return y if out is None else out.copy_(y)
 
     def experts(
@@ -148,8 +164,8 @@ class Quantized:
         alpha: float,
         limit: float,
     ) -> Tensor:
-        up_codes, up_scales, up_zeros, _ = gate_up  # experts have no permutation
-        down_codes, down_scales, down_zeros, _ = down
+        up_codes, up_scales, up_zeros, *_ = gate_up  # experts have no permutation and no minima
+        down_codes, down_scales, down_zeros, *_ = down
         assert up_codes is not None and up_scales is not None
         assert down_codes is not None and down_scales is not None
         up, down = (up_codes, up_scales, up_zeros), (down_codes, down_scales, down_zeros)
@@ -165,6 +181,8 @@ class MatrixSlot:
     codes: Tensor  # packed
     scales: Tensor
     zeros: Tensor | None
+    minima: Tensor | None
+    factors: Tensor | None
     permutation: Tensor | None
 
     @property
@@ -185,7 +203,7 @@ class MatrixSlot:
                 )
             stored = quantize(stored.to(self.codes.device), self.spec.online)
         assert isinstance(stored, QuantizedMatrix)
-        stored = one_level(stored)
+        stored = stored if self.factors is not None else one_level(stored)
         self._check(stored)
         if stored.block and self.scales.shape[0] == self.codes.shape[0]:
             stored = with_row_scales(stored)
@@ -196,6 +214,10 @@ class MatrixSlot:
             self.zeros.fill_(_ANY_ZERO[self.spec.code])
         elif self.zeros is not None and stored.zeros is not None:
             self._spread(stored.zeros, stored, self.zeros)
+        if self.minima is not None and stored.minima is not None:
+            self._spread(stored.minima, stored, self.minima)
+        if self.factors is not None:
+            self._set_factors(stored, self.factors)
         self._set_order(stored.permutation)
 
     def _check(self, stored: QuantizedMatrix) -> None:
@@ -203,6 +225,8 @@ class MatrixSlot:
             raise ValueError(f"its codes are {stored.code}, the config asks for {self.spec.code}")
         if stored.zeros is not None and self.zeros is None:
             raise ValueError("it has zero points, the config says that it is symmetric")
+        if (stored.minima is None) != (self.minima is None):
+            raise ValueError("some of its parts have minima beside their scales, others have none")
 
     def _spread(self, part: Tensor, stored: QuantizedMatrix, into: Tensor) -> None:
         """Copy scales or zeros, repeated if groups are smaller in memory than in the file."""
@@ -215,6 +239,12 @@ class MatrixSlot:
         if part.dtype != into.dtype and not torch.equal(target.float().cpu(), part.float().cpu()):
             names = (str(dtype).removeprefix("torch.") for dtype in (part.dtype, into.dtype))
             raise ValueError("its scales have dtype {}, others {}".format(*names))
+
+    def _set_factors(self, stored: QuantizedMatrix, into: Tensor) -> None:
+        found = stored.super_scales, stored.super_minima
+        for which, factors in enumerate(found):
+            if factors is not None:
+                into[..., which].copy_(factors)
 
     def _set_order(self, order: Tensor | None) -> None:
         if self.permutation is None:
@@ -232,5 +262,5 @@ class MatrixSlot:
             )
 
 
-def _frozen(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)
+def _frozen(tensor: Tensor | None) -> nn.Parameter | None:
+    return None if tensor is None else nn.Parameter(tensor, requires_grad=False)

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compiledllm.models.formats.codes import QuantizedMatrix, with_row_scales
+from compiledllm.models.formats.codes import QuantizedMatrix, dequantize, with_row_scales
 
 _OF_SCALES = ("scales", "zeros", "minima", "super_scales", "super_minima")
+_CHUNK = 2**22  # numbers of a matrix that are dequantised at a time
 Content = Tensor | QuantizedMatrix  # an entry of a checkpoint, after `gather`
 
 
@@ -31,6 +32,15 @@ def split_rows(stored: Content, sizes: Sequence[int]) -> Sequence[Content]:
         stored = with_row_scales(stored)
     ends = itertools.accumulate(sizes)
     return [_rows(stored, end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+
+def dequantize_into(matrix: QuantizedMatrix, out: Tensor) -> None:
+    """Write a matrix in floating point, some rows at a time to save memory."""
+    num_rows, num_columns = matrix.codes.shape
+    size = max(_CHUNK // num_columns // matrix.rows, 1) * matrix.rows
+    for start in range(0, num_rows, size):
+        end = min(start + size, num_rows)
+        out[start:end].copy_(dequantize(_rows(matrix, start, end)))
 
 
 def even_then_odd_rows(stored: Content) -> Content:

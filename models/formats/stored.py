@@ -130,6 +130,13 @@ class Fields:
             raise self.refusal(name, value, "it must be an object")
         return Fields(value, f"{self.where}.{name}")
 
+    def texts(self) -> dict[str, str]:
+        """All fields, which must be texts."""
+        for name, value in self._fields.items():
+            if not isinstance(value, str):
+                raise self.refusal(name, value, "it must be a text")
+        return dict(self._fields)
+
     def sections(self) -> dict[str, Fields]:
         return {name: self.section(name) for name in self._fields}
 

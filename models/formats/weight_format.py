@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from compiledllm.models.formats.slicing import dequantize_into
+
 Params = Sequence[Tensor | None]
 
 
@@ -35,7 +37,7 @@ class Slot(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TensorSlot:
-    """A slot for a tensor that is stored as it is, but for its dtype."""
+    """A slot for a tensor in a floating-point dtype, whatever it is in the checkpoint."""
 
     tensor: Tensor
 
@@ -44,11 +46,18 @@ class TensorSlot:
         return self.tensor.shape
 
     def put(self, stored: Any) -> None:
-        self.tensor.copy_(stored)
+        if isinstance(stored, Tensor):
+            self.tensor.copy_(stored)
+        else:
+            dequantize_into(stored, self.tensor)
 
 
 class MatrixFormat(Protocol):
     """How a matrix [outputs, inputs] is kept in memory and multiplied. params: its tensors."""
+
+    @property
+    def num_params(self) -> int:
+        """Number of `params`, with those that are None."""
 
     @property
     def products(self) -> str:
@@ -99,6 +108,9 @@ class WeightFormat(MatrixFormat, Protocol):
 
     def slots(self, parts: Mapping[str, int], in_features: int, params: Params) -> dict[str, Slot]:
         """Where each part's matrix goes: {"weight:part": slot}; "weight" for a part named ""."""
+
+    def randomize(self, params: Params, spread: float, generator: torch.Generator) -> None:
+        """Fill with random weights that deviate from zero by about `spread`."""
 
     def finish(
         self, params: Params, in_features: int

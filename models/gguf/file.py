@@ -17,6 +17,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
 FloatArray: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"
+ByteArray: TypeAlias = "np.ndarray[Any, np.dtype[np.uint8]]"
 
 _STRING, _ARRAY, _UINT64 = 8, 9, 10  # types of metadata values
 _SCALARS = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True))  # type -> struct format
@@ -49,12 +50,17 @@ class GgufFile:
             raise ValueError("tensor 'token_embd.weight' is missing")
         return self.tensors["token_embd.weight"].shape[0]
 
+    def raw(self, name: str) -> ByteArray:
+        """One tensor's bytes as they are in the file, by rows; read-only."""
+        tensor = self.tensors[name]
+        raw = np.frombuffer(self.data, np.uint8, tensor.num_bytes, tensor.offset)
+        return raw.reshape(*tensor.shape[:-1], -1)
+
     def load(self, name: str) -> FloatArray:
         """Dequantise one tensor into a new float32 array."""
         tensor = self.tensors[name]
-        raw = np.frombuffer(self.data, np.uint8, tensor.num_bytes, tensor.offset)
         try:
-            values = dequantize(raw.reshape(*tensor.shape[:-1], -1), tensor.kind)
+            values = dequantize(self.raw(name), tensor.kind)
         except NotImplementedError:
             raise ValueError(
                 f"tensor '{name}' is stored as {tensor.kind.name}, which the gguf package cannot "
@@ -189,6 +195,11 @@ def read_gguf(path: Path) -> GgufFile:
         raise ValueError(f"general.alignment must be a positive integer, got {brief(alignment)}")
     start = -(-header.position // alignment) * alignment
     for name, tensor in tensors.items():
+        if tensor.offset % alignment:
+            raise ValueError(
+                f"the header is damaged: tensor '{name}' begins at byte {tensor.offset}, which is "
+                f"no multiple of {alignment}; download it again"
+            )
         if (end := start + tensor.offset + tensor.num_bytes) > len(data):
             raise ValueError(
                 f"the file is truncated or damaged: tensor '{name}' ends at byte {end}, the file "

@@ -10,14 +10,25 @@ from __future__ import annotations
 from typing import Any
 
 from compiledllm.models.gguf.file import GgufFile
-from compiledllm.models.gguf.rules import Rule, common_config, ends_rules, shortest
+from compiledllm.models.gguf.rules import (
+    COMMON_KEYS,
+    LLAMA_BLOCK,
+    QK_NORMS,
+    Rule,
+    common_config,
+    rules_of,
+    shortest,
+)
 
-KEYS = (
-    *("attention.head_count", "attention.head_count_kv", "attention.key_length"),
-    *("attention.layer_norm_rms_epsilon", "attention.sliding_window", "attention.value_length"),
-    *("block_count", "context_length", "embedding_length", "feed_forward_length"),
-    *("rope.dimension_count", "rope.freq_base", "rope.freq_base_swa", "rope.scaling.factor"),
-    *("rope.scaling.type", "vocab_size"),
+KEYS = (*COMMON_KEYS, "attention.sliding_window", "rope.freq_base_swa")
+_BLOCK = (
+    LLAMA_BLOCK
+    | QK_NORMS
+    | {
+        "post_attention_norm": "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+    }
 )
 _FULL_EVERY = 6
 _LAYERS_OF_27B = 62
@@ -61,27 +72,4 @@ def _rope_parameters(file: GgufFile) -> dict[str, dict[str, Any]]:
 
 
 def rules(config: dict[str, Any]) -> dict[str, Rule]:
-    """Tensor name in the file -> rule, in the order of the written safetensors file."""
-    hidden, ffn, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
-    q, kv = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
-    found = ends_rules(config, norm_offset=-1.0)
-    for layer in range(config["num_hidden_layers"]):
-        for theirs, ours, shape in (
-            ("attn_norm", "input_layernorm", (hidden,)),
-            ("attn_q", "self_attn.q_proj", (q, hidden)),
-            ("attn_k", "self_attn.k_proj", (kv, hidden)),
-            ("attn_v", "self_attn.v_proj", (kv, hidden)),
-            ("attn_q_norm", "self_attn.q_norm", (head_dim,)),
-            ("attn_k_norm", "self_attn.k_norm", (head_dim,)),
-            ("attn_output", "self_attn.o_proj", (hidden, q)),
-            ("post_attention_norm", "post_attention_layernorm", (hidden,)),
-            ("ffn_norm", "pre_feedforward_layernorm", (hidden,)),
-            ("ffn_gate", "mlp.gate_proj", (ffn, hidden)),
-            ("ffn_up", "mlp.up_proj", (ffn, hidden)),
-            ("ffn_down", "mlp.down_proj", (hidden, ffn)),
-            ("post_ffw_norm", "post_feedforward_layernorm", (hidden,)),
-        ):
-            name = f"model.layers.{layer}.{ours}.weight"
-            offset = -1.0 if theirs.endswith("norm") else 0.0
-            found[f"blk.{layer}.{theirs}.weight"] = Rule(name, shape, offset=offset)
-    return found
+    return rules_of(config, _BLOCK, norm_offset=-1.0)

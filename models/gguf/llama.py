@@ -1,7 +1,7 @@
-"""Conversion rules for Llama.
+"""Conversion rules for Llama and Mistral.
 
 llama.cpp interleaves the rows of q and k, and stores Llama 3's RoPE scaling as a tensor of
-frequency divisors.
+frequency divisors. Its files of Mistral models name the architecture llama, and have no window.
 """
 
 from __future__ import annotations
@@ -12,27 +12,21 @@ from typing import Any
 import numpy as np
 
 from compiledllm.models.gguf.file import FloatArray, GgufFile
-from compiledllm.models.gguf.rules import Rule, common_config, ends_rules, shortest
-
-KEYS = (
-    "attention.head_count",
-    "attention.head_count_kv",
-    "attention.key_length",
-    "attention.layer_norm_rms_epsilon",
-    "attention.value_length",
-    "block_count",
-    "context_length",
-    "embedding_length",
-    "feed_forward_length",
-    "rope.dimension_count",
-    "rope.freq_base",
-    "rope.scaling.factor",
-    "rope.scaling.finetuned",
-    "rope.scaling.original_context_length",
-    "rope.scaling.type",
-    "tensor_data_layout",
-    "vocab_size",
+from compiledllm.models.gguf.rules import (
+    COMMON_KEYS,
+    LLAMA_BLOCK,
+    YARN_KEYS,
+    Rule,
+    common_config,
+    rope_scaling,
+    rope_theta,
+    rules_of,
+    shortest,
 )
+
+KEYS = (*COMMON_KEYS, *YARN_KEYS, "tensor_data_layout")
+ROPE_TENSORS = ("rope_freqs.weight",)
+_BIASES = ("attn_q", "attn_k", "attn_v", "attn_output")
 _LLAMA3_ROPE = {  # the same in Llama 3.1 to 3.3; GGUF files store the resulting divisors only
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -43,11 +37,12 @@ _LLAMA3_ROPE = {  # the same in Llama 3.1 to 3.3; GGUF files store the resulting
 def config(file: GgufFile) -> dict[str, Any]:
     """The config.json of a LlamaForCausalLM."""
     common = common_config(file, "llama")
-    theta = shortest(file.number("llama.rope.freq_base", 10000.0))
+    theta = rope_theta(file, "llama")
     return common | {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_act": "silu",
+        "attention_bias": all(f"blk.0.{name}.bias" in file.tensors for name in _BIASES),
         "mlp_bias": False,
         "rope_theta": theta,
         "rope_scaling": _rope_scaling(file, common["head_dim"], theta),
@@ -56,15 +51,14 @@ def config(file: GgufFile) -> dict[str, Any]:
 
 def _rope_scaling(file: GgufFile, head_dim: int, theta: float) -> dict[str, Any] | None:
     """The config entry for the file's RoPE scaling. Raises ValueError if no entry is equivalent."""
-    kind = file.metadata.get("llama.rope.scaling.type", "linear")
-    has_factor = file.metadata.get("llama.rope.scaling.factor")  # 0 means no scaling
-    factor = shortest(file.number("llama.rope.scaling.factor")) if has_factor else 1.0
-    is_scaled = kind != "none" and factor != 1.0
-    has_divisors = "rope_freqs.weight" in file.tensors
-    if kind not in ("none", "linear") or (is_scaled and has_divisors):
-        raise ValueError(f"RoPE scaling {kind!r} with factor {factor} is not supported")
-    if not has_divisors:
-        return {"rope_type": "linear", "factor": factor} if is_scaled else None
+    scaling = rope_scaling(file, "llama")
+    if "rope_freqs.weight" not in file.tensors:
+        return scaling
+    if scaling is not None:
+        raise ValueError(
+            f"RoPE scaling {scaling['rope_type']!r} with factor {scaling['factor']} is not "
+            "supported beside tensor 'rope_freqs.weight'"
+        )
     divisors = file.load("rope_freqs.weight")
     scaling = {"rope_type": "llama3", "factor": shortest(divisors.max()), **_LLAMA3_ROPE}
     expected = _llama3_divisors(scaling, head_dim, theta)
@@ -83,23 +77,5 @@ def _llama3_divisors(scaling: dict[str, Any], head_dim: int, theta: float) -> Fl
 
 
 def rules(config: dict[str, Any]) -> dict[str, Rule]:
-    """Tensor name in the file -> rule, in the order of the written safetensors file."""
-    hidden, ffn = config["hidden_size"], config["intermediate_size"]
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    q, kv = heads * config["head_dim"], kv_heads * config["head_dim"]
-    found = ends_rules(config)
-    for layer in range(config["num_hidden_layers"]):
-        for theirs, ours, shape, num_heads in (
-            ("attn_norm", "input_layernorm", (hidden,), 0),
-            ("attn_q", "self_attn.q_proj", (q, hidden), heads),
-            ("attn_k", "self_attn.k_proj", (kv, hidden), kv_heads),
-            ("attn_v", "self_attn.v_proj", (kv, hidden), 0),
-            ("attn_output", "self_attn.o_proj", (hidden, q), 0),
-            ("ffn_norm", "post_attention_layernorm", (hidden,), 0),
-            ("ffn_gate", "mlp.gate_proj", (ffn, hidden), 0),
-            ("ffn_up", "mlp.up_proj", (ffn, hidden), 0),
-            ("ffn_down", "mlp.down_proj", (hidden, ffn), 0),
-        ):
-            name = f"model.layers.{layer}.{ours}.weight"
-            found[f"blk.{layer}.{theirs}.weight"] = Rule(name, shape, num_heads)
-    return found
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    return rules_of(config, LLAMA_BLOCK, _BIASES if config["attention_bias"] else (), heads)

@@ -7,6 +7,7 @@ architecture; of the weights it reads only the number of embeddings.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
@@ -16,24 +17,75 @@ from compiledllm.models.gguf.file import GgufFile
 
 _CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6  # values of tokenizer.ggml.token_type
 _SPACE = "▁"  # stands for a space in SentencePiece tokens
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Phi-3's special tokens swallow the spaces behind them, but for these.
+_PHI3_UNSTRIPPED = ("<unk>", "<s>", "<|endoftext|>")
+# Regular expressions that split a text into words, as in the models' tokenizer.json.
+_ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASES = (  # words in which upper case comes before lower case
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+",
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*",
 )
-_LLAMA3_NAMES = ("llama-bpe", "llama-v3", "llama3")
+_SIGNS, _SPACES = r" ?[^\s\p{L}\p{N}]+[\r\n]*", r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_SIGNS_WITH_SLASH = r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
+_GPT4 = "|".join((_ENDINGS, _WORDS, r"\p{N}{1,3}", _SIGNS, _SPACES))
+_QWEN = "|".join((_ENDINGS, _WORDS, r"\p{N}", _SIGNS, _SPACES))
+_GPT4O = "|".join(
+    (*(f"{word}{_ENDINGS}?" for word in _CASES), r"\p{N}{1,3}", _SIGNS_WITH_SLASH, _SPACES)
+)
+_TEKKEN = "|".join((*_CASES, r"\p{N}", _SIGNS_WITH_SLASH, _SPACES))
 
 
-def _pre_tokenizer(name: object) -> pre.PreTokenizer:
-    """The pre-tokenizer for llama.cpp's name of the scheme."""
-    if name == "gpt-2":
-        return pre.ByteLevel(add_prefix_space=False)
-    if name == "smollm":
-        return pre.Sequence([pre.Digits(individual_digits=True), _pre_tokenizer("gpt-2")])
-    if name in _LLAMA3_NAMES:
-        split = pre.Split(Regex(_LLAMA3_SPLIT), "isolated")
-        return pre.Sequence([split, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
-    known = ", ".join(("gpt-2", "smollm", *_LLAMA3_NAMES))
-    raise ValueError(f"tokenizer.ggml.pre {name!r} is not supported; supported: {known}")
+@dataclass(frozen=True, slots=True)
+class _Scheme:
+    """A pre-tokenizer by its name in llama.cpp.
+
+    split: None is GPT-2's. takes_whole_words: a word that is a token becomes this token, without
+    applying merges. adds_bos: unless the file says otherwise. is_nfc: the text is normalised first.
+    """
+
+    split: str | None = None
+    single_digits: bool = False
+    takes_whole_words: bool = False
+    adds_bos: bool = False
+    is_nfc: bool = False
+
+
+_LLAMA3 = _Scheme(_GPT4, takes_whole_words=True, adds_bos=True)
+_QWEN2 = _Scheme(_QWEN, is_nfc=True)
+_SCHEMES = {
+    "gpt-2": _Scheme(),
+    "smollm": _Scheme(single_digits=True),
+    "llama-bpe": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "llama3": _LLAMA3,
+    "dbrx": _Scheme(_GPT4),
+    "smaug-bpe": _Scheme(_GPT4),
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
+    "gpt-4o": _Scheme(_GPT4O),
+    "tekken": _Scheme(_TEKKEN, takes_whole_words=True, adds_bos=True),
+}
+
+
+def _scheme_of(file: GgufFile) -> _Scheme:
+    """The scheme of a byte-level BPE."""
+    name = file.metadata.get("tokenizer.ggml.pre")
+    if not isinstance(name, str) or name not in _SCHEMES:
+        known = ", ".join(_SCHEMES)
+        raise ValueError(f"tokenizer.ggml.pre {name!r} is not supported; supported: {known}")
+    return _SCHEMES[name]
+
+
+def _pre_tokenizer(scheme: _Scheme) -> pre.PreTokenizer:
+    steps: list[pre.PreTokenizer] = []
+    if scheme.single_digits:
+        steps.append(pre.Digits(individual_digits=True))
+    if scheme.split is not None:
+        steps.append(pre.Split(Regex(scheme.split), "isolated"))
+    steps.append(pre.ByteLevel(add_prefix_space=False, use_regex=scheme.split is None))
+    return pre.Sequence(steps) if len(steps) > 1 else steps[0]
 
 
 def build_tokenizer(file: GgufFile) -> Tokenizer:
@@ -60,9 +112,15 @@ def build_tokenizer(file: GgufFile) -> Tokenizer:
         raise
     except Exception as error:  # tokenizers raises plain Exception
         raise ValueError(f"the merges do not fit the vocabulary: {error}") from error
+    strips = model == "llama" and file.metadata.get("general.architecture") == "phi3"
     tokenizer.add_tokens(
         [
-            AddedToken(token, special=kind == _CONTROL, normalized=False)
+            AddedToken(
+                token,
+                special=kind == _CONTROL,
+                normalized=False,
+                rstrip=strips and token not in _PHI3_UNSTRIPPED,
+            )
             for token, kind in zip(vocab, types, strict=True)
             if kind in (_CONTROL, _USER_DEFINED)
         ]
@@ -72,21 +130,24 @@ def build_tokenizer(file: GgufFile) -> Tokenizer:
 
 
 def _byte_level(file: GgufFile, vocab: dict[str, int], _types: list[int]) -> Tokenizer:
-    scheme = file.metadata.get("tokenizer.ggml.pre")
+    scheme = _scheme_of(file)
     parts = (merge.partition(" ") for merge in file.strings("tokenizer.ggml.merges"))
     merges = [(left, right) for left, _, right in parts]
-    # Llama 3 encodes a piece that is a token as this token, without applying merges.
-    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=scheme in _LLAMA3_NAMES))
+    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=scheme.takes_whole_words))
+    if scheme.is_nfc:
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = _pre_tokenizer(scheme)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
 def _sentence_piece(file: GgufFile, vocab: dict[str, int], types: list[int]) -> Tokenizer:
-    """SentencePiece BPE as in Gemma: spaces are letters, no prefix space, byte fallback."""
-    for key, default in (("add_space_prefix", True), ("remove_extra_whitespaces", False)):
-        if file.metadata.get(f"tokenizer.ggml.{key}", default):
-            raise ValueError(f"tokenizer.ggml.{key} = True is not supported")
+    """SentencePiece BPE as in Llama 2 and Gemma: spaces are letters, byte fallback.
+
+    Llama's puts a space before the text, and before the text behind each special token.
+    """
+    if file.metadata.get("tokenizer.ggml.remove_extra_whitespaces"):
+        raise ValueError("tokenizer.ggml.remove_extra_whitespaces = True is not supported")
     if file.metadata.get("tokenizer.ggml.precompiled_charsmap"):
         raise ValueError("tokenizer.ggml.precompiled_charsmap is not supported")
     if types.count(_BYTE) != 256:
@@ -95,10 +156,14 @@ def _sentence_piece(file: GgufFile, vocab: dict[str, int], types: list[int]) -> 
     merges = _merges_by_score(file, vocab, types)
     bpe = models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(bpe)
-    tokenizer.normalizer = normalizers.Replace(" ", _SPACE)
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
+    spaces = normalizers.Replace(" ", _SPACE)
+    parts = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if file.metadata.get("tokenizer.ggml.add_space_prefix", True):
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), spaces])
+        parts.append(decoders.Strip(" ", 1, 0))
+    else:
+        tokenizer.normalizer = spaces
+    tokenizer.decoder = decoders.Sequence(parts)
     return tokenizer
 
 
@@ -151,8 +216,8 @@ def _vocabulary(file: GgufFile) -> dict[str, int]:
 
 def _is_added(file: GgufFile, role: str) -> bool:
     """Whether encoding adds the bos or eos token. The default is llama.cpp's."""
-    kind, scheme = (file.metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
-    default = role == "bos" and (kind == "llama" or scheme in _LLAMA3_NAMES)
+    is_sentence_piece = file.metadata.get("tokenizer.ggml.model") == "llama"
+    default = role == "bos" and (is_sentence_piece or _scheme_of(file).adds_bos)
     is_wanted = file.metadata.get(f"tokenizer.ggml.add_{role}_token", default)
     return bool(is_wanted) and file.token_id(role) is not None
 

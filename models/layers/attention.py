@@ -32,7 +32,7 @@ class PagedAttention(nn.Module):
         self.spec = spec
         self.backend = backend
         self.is_fused = backend.fuses_rotation and can_fuse(spec)
-        qkv_parts = {"q": spec.q_size, "k": spec.kv_size, "v": spec.kv_size}
+        qkv_parts = {"q": spec.q_rows, "k": spec.kv_size, "v": spec.kv_size}
         self.qkv = make.linear("qkv", hidden_size, qkv_parts, spec.qkv_bias)
         self.q_norm = self.k_norm = None
         if spec.qk_norm is not None:
@@ -51,11 +51,14 @@ class PagedAttention(nn.Module):
         """x [tokens, hidden] -> [tokens, hidden]. cos, sin: [tokens, 1, rotary_dim]."""
         spec = self.spec
         qkv: Tensor = self.qkv(x)
+        gate = None
         if self.is_fused:
             slots = attn.slot_mapping
             q = self._rotate_and_store(qkv, cos, sin, kv_cache, slots, spec.num_heads)
         else:
-            q, k, v = torch.split(qkv, [spec.q_size, spec.kv_size, spec.kv_size], dim=-1)
+            q, k, v = torch.split(qkv, [spec.q_rows, spec.kv_size, spec.kv_size], dim=-1)
+            if spec.has_gate:
+                q, gate = q.view(-1, spec.num_heads, 2, spec.head_dim).unbind(2)
             q = self._rotate(q, self.q_norm, cos, sin)
             self._rotate_then_store(k, v, cos, sin, kv_cache, attn.slot_mapping)
         options = ScoreOptions(
@@ -66,6 +69,8 @@ class PagedAttention(nn.Module):
             scales_for(kv_cache, self.kv_scales),
         )
         context = paged_attention(q, kv_cache, attn, options, self.backend)
+        if gate is not None:
+            context = context * torch.sigmoid(gate)
         out: Tensor = self.out(context.view(-1, spec.q_size))
         return out
 
@@ -73,7 +78,7 @@ class PagedAttention(nn.Module):
         self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
         """Store the keys and values of x [tokens, hidden], without queries and attention."""
-        kv: Tensor = self.qkv(x, first_row=self.spec.q_size)
+        kv: Tensor = self.qkv(x, first_row=self.spec.q_rows)
         if self.is_fused:
             self._rotate_and_store(kv, cos, sin, kv_cache, slot_mapping, num_heads=0)
         else:
@@ -138,4 +143,5 @@ def can_fuse(spec: AttentionSpec) -> bool:
     """Whether `rotate_and_store` can do all the work between the qkv product and attention."""
     norm, rope = spec.qk_norm, spec.rope
     is_plain_norm = norm is None or (norm.kind == "rms" and spec.qk_norm_over == "head")
-    return is_plain_norm and rope.rotary_dim > 0 and not rope.interleaved
+    is_rotated_by_halves = rope.rotary_dim > 0 and not rope.interleaved
+    return is_plain_norm and is_rotated_by_halves and not spec.has_gate

@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from compiledllm.kernels.linear import linear
+from compiledllm.models.formats.mixed import mixed
 from compiledllm.models.formats.plain import Plain
 from compiledllm.models.formats.quantized import Quantized
 from compiledllm.models.formats.weight_format import WeightFormat
 from compiledllm.models.layers.linear import ExpertLinear, Head, Linear
 from compiledllm.models.layers.norm import make_norm, rms_norm
-from compiledllm.models.matrices import Formats
+from compiledllm.models.matrices import Formats, MixedSpec
 from compiledllm.models.spec import NormSpec
 
 
@@ -67,4 +68,6 @@ class Factory:
 
     def _format(self, name: str) -> WeightFormat:
         spec = dict(self.formats).get(self.prefix + name)
+        if isinstance(spec, MixedSpec):
+            return mixed(spec, self.products.linear)
         return Plain(self.products.linear) if spec is None else Quantized(spec)

@@ -6,9 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from compiledllm.kernels.moe import moe_route
+from compiledllm.models.formats.weight_format import empty_parameter
 from compiledllm.models.layers.factory import Factory
 from compiledllm.models.layers.mlp import GatedMlp, PlainMlp
 from compiledllm.models.spec import MlpSpec, MoeSpec, OpaqueSpec
+
+_EPS = 1e-6  # added to sums of sigmoid scores
 
 
 class MoeMlp(nn.Module):
@@ -24,13 +27,15 @@ class MoeMlp(nn.Module):
         self.router = make.linear("router", hidden_size, {"": count}, spec.bias)
         self.gate_up = make.experts("gate_up", count, hidden_size, gate_up, spec.bias)
         self.down = make.experts("down", count, size, {"": hidden_size}, spec.bias)
+        has_bias = spec.has_score_bias
+        self.score_bias = empty_parameter(count, dtype=torch.float32) if has_bias else None
         self.shared = self.shared_gate = None
         if spec.shared_size:
             self.shared = GatedMlp(hidden_size, MlpSpec(spec.shared_size), make.within("shared"))
             self.shared_gate = make.linear("shared_gate", hidden_size, {"": 1})
 
     def forward(self, x: Tensor) -> Tensor:
-        ids, weights = moe_route(self.router(x), self.spec.top_k, self.spec.renormalize)
+        ids, weights = self._route(self.router(x))
         gate_up, down = self.gate_up, self.down
         biases = gate_up.bias, down.bias
         params = gate_up.params, down.params, down.format
@@ -39,6 +44,19 @@ class MoeMlp(nn.Module):
         if self.shared is not None and self.shared_gate is not None:
             out = out + torch.sigmoid(self.shared_gate(x)) * self.shared(x)
         return out
+
+    def _route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids and float32 weights of each token's experts, [tokens, top_k]."""
+        spec = self.spec
+        if spec.scores == "softmax":
+            return moe_route(logits, spec.top_k, spec.renormalize)
+        scores = torch.sigmoid(logits.float())
+        ranked = scores if self.score_bias is None else scores + self.score_bias
+        ids = ranked.topk(spec.top_k, dim=-1).indices
+        weights = scores.gather(-1, ids)
+        if spec.renormalize:
+            weights = weights / (weights.sum(-1, keepdim=True) + _EPS)
+        return ids.int(), weights * spec.scale
 
 
 def make_mlp(hidden_size: int, spec: MlpSpec | MoeSpec | OpaqueSpec, make: Factory) -> nn.Module:

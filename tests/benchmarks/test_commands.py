@@ -89,7 +89,9 @@ def test_throughput_of_a_mix(tiny: list[str], tmp_path: Path) -> None:
     lines = [{"prompt_token_ids": [5] * n, "output_len": 1 + n % 4} for n in range(1, 20)]
     data.write_text("\n".join(map(json.dumps, lines)))
     dataset = ["--dataset-name", "file", "--dataset-path", str(data)]
-    assert bench("throughput", *tiny, *dataset, "--output-json", str(out)) == 0
+    files = ["--output-json", str(out), "--plot", str(tmp_path / "b.png")]
+    assert bench("throughput", *tiny, *dataset, *files) == 0
+    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
     for row in load_report(out).rows:
         assert (row["requests"], row["input_tokens"]) == (19, sum(range(1, 20)))
         assert row["output_tokens"] == sum(1 + n % 4 for n in range(1, 20))
@@ -109,7 +111,9 @@ def test_startup_parts_sum_to_the_wall(tiny: list[str], tmp_path: Path) -> None:
         "--compile-when",
         "start",
     ]
-    assert bench("startup", *options, "--output-json", str(out)) == 0
+    files = ["--output-json", str(out), "--plot", str(tmp_path / "c.svg")]
+    assert bench("startup", *options, *files) == 0
+    assert "first token" in (tmp_path / "c.svg").read_text()
     rows = load_report(out).rows
     assert [row["start"] for row in rows] == ["cold", "warm"]
     for row in rows:
@@ -125,8 +129,9 @@ def test_compare(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[
         output = ["--output-len", output_len, "--output-json", path]
         assert bench("latency", *tiny[:5], *size, *output) == 0
     capsys.readouterr()
-    assert bench("compare", files[0], files[0]) == 0
-    assert "1.000" in capsys.readouterr().out
+    plot = tmp_path / "c.svg"
+    assert bench("compare", files[0], files[0], "--plot", str(plot)) == 0
+    assert "1.00" in capsys.readouterr().out and plot.exists()
     assert bench("compare", *files) == 2
     assert "work: output_len is 3 in A and 4 in B" in capsys.readouterr().err
     assert bench("compare", *files, "--force") == 2  # other cells: nothing in common
@@ -141,6 +146,9 @@ def test_compare(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[
         (["startup", "--model", "/no/such"], "model path does not exist"),
         (["latency", "--block-size", "24"], "multiple of 16, got 24"),
         (["latency", "--plot", "/no/such/x.svg"], "the folder /no/such does not exist"),
+        (["throughput", "--plot", "/no/such/x.svg"], "the folder /no/such does not exist"),
+        (["startup", "--plot", "/no/such/x.svg"], "the folder /no/such does not exist"),
+        (["serve", "--plot", "/no/such/x.svg"], "the folder /no/such does not exist"),
         (["latency", "--plot", "x.svg", "--output-len", "1"], "it needs --output-len >= 2"),
         (["throughput", "--dataset-name", "file"], "go together"),
         (["startup", "--num-iters-cold", "0", "--num-iters-warm", "0"], "nothing to measure"),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from compiledllm.benchmarks.compare import compare_reports, ratios_between_engines
+from compiledllm.benchmarks.plot import plot_ratios, plot_report
 from compiledllm.benchmarks.profile import covered
 from compiledllm.benchmarks.report import (
     KINDS,
@@ -22,6 +23,7 @@ from compiledllm.benchmarks.report import (
     spread,
     without_folder,
 )
+from compiledllm.benchmarks.startup import PHASES
 from compiledllm.benchmarks.tables import print_report
 
 
@@ -177,10 +179,56 @@ def test_the_table_shows_floor_percent_and_flags_a_broken_row(
     good, broken = latency_row("compiledllm", 1, 4.0), latency_row("vllm", 1, 1.0)
     print_report(make_report(good))
     shown = capsys.readouterr().out
-    assert "50.0" in shown and "30.0 GB/s read" in shown and "broken" not in shown
+    assert " 50 " in shown and "30.0 GB/s read" in shown and "broken" not in shown
     print_report(make_report(good, broken))
     shown = capsys.readouterr().out
-    assert "200.0 !" in shown and "a broken measurement" in shown
+    assert " 200! " in shown and "a broken measurement" in shown
+
+
+def startup_report() -> Report:
+    """One as `bench startup` makes it: committed results have none."""
+    rows = [
+        {
+            "engine": engine,
+            "start": start,
+            "wall_s": spread([wall, wall + 1]),
+            "phases_s": {name: wall / len(PHASES) for name in PHASES},
+            "floor_s": against_floor(1.5, wall),
+        }
+        for engine, start, wall in (("compiledllm", "cold", 31.0), ("vllm", "warm", 40.0))
+    ]
+    report = make_report(benchmark="startup")
+    report.rows = rows
+    return report
+
+
+def reports_of_all_kinds() -> list[Report]:
+    folder = Path(__file__).parents[2] / "benchmarks" / "results"
+    found = [load_report(path) for path in sorted(folder.glob("*.json"))]
+    return [*found, startup_report()]
+
+
+def test_every_table_fits_120_columns_and_no_cell_is_cut(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for report in reports_of_all_kinds():
+        print_report(report)
+        shown = capsys.readouterr().out
+        assert max(map(len, shown.splitlines())) <= 120 and "…" not in shown
+        assert "─" * 30 in shown
+
+
+@pytest.mark.parametrize("kind", ["latency", "throughput", "serve", "startup"])
+def test_every_benchmark_has_a_picture_with_plain_numbers(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    report = next(r for r in reports_of_all_kinds() if r.benchmark == kind)
+    path = tmp_path / "plot.svg"
+    plot_report(report, path)
+    text = path.read_text()
+    assert "<svg" in text and "mathdefault" not in text  # how powers of ten are written
+    if report.ratios:
+        plot_ratios(report.ratios, path)
+        assert "<!-- TTFT -->" in path.read_text() or kind != "latency"
 
 
 def test_committed_results_are_reports_of_todays_schema() -> None:

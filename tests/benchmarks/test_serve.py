@@ -120,7 +120,7 @@ def test_a_run_against_a_server(server: StubServer, tmp_path: Path) -> None:
 def test_several_clients_share_the_load(server: StubServer, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     work = ["--num-prompts", "11", "--input-len", "7", "--output-len", "4", "--num-clients", "3"]
-    load = ["--max-concurrency", "6", "--output-json", str(out)]
+    load = ["--max-concurrency", "6", "--output-json", str(out), "--plot", f"{out}.svg"]
     assert bench("--base-url", server.url, *work, *load) == 0
     (row,) = load_report(out).rows
     assert (row["num_clients"], row["completed"], row["failed"]) == (3, 11, 0)

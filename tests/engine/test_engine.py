@@ -392,7 +392,7 @@ def test_priority_without_its_policy_is_refused(engine: Engine) -> None:
         (5, "prompts must be"),
         (b"bytes", "prompts must be"),
         ([{1, 2}], "text, token ids or a dict"),
-        ([{"prompt_token_ids": [1], "multi_modal_data": {}}], "multi_modal_data"),
+        ([{"prompt_token_ids": [1], "multi_modal_data": {"image": "i"}}], "multi_modal_data"),
     ],
 )
 def test_bad_prompt_is_refused_by_name(engine: Engine, prompt: Any, message: str) -> None:

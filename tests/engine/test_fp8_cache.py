@@ -48,7 +48,7 @@ def tokens_of(engine: Engine) -> list[list[int]]:
 
 
 def scales_of(engine: Engine) -> list[list[float]]:
-    return [scales.tolist() for scales in engine.core.runner.model.kv_scales]
+    return [scales.tolist() for scales in engine.core.runner.model.kv_scales.values()]
 
 
 def with_tensors(model: Path, folder: Path, tensors: dict[str, float], **config: Any) -> Path:
@@ -258,7 +258,7 @@ def test_options_that_cannot_be_had_are_refused_with_a_way_out(
 
 
 def test_a_backend_without_fp8_is_replaced(tiny_model: Callable[..., Path]) -> None:
-    layers = [layer.attn for layer in load_spec(tiny_model("llama")).layers]
+    layers = load_spec(tiny_model("llama")).attentions
     flashinfer, others = make_backend("flashinfer"), ("torch", "triton", "fixed_order")
     flashinfer.head_dims = (16,)
     reason = flashinfer.why_not(layers, torch.bfloat16, torch.float8_e4m3fn)

@@ -1,8 +1,9 @@
 """Greedy output of the real default model equals transformers', however the engine gets there.
 
-float32, 20 prompts of 1 to 600 tokens with 64 new tokens each where all run at once, and fewer of
-both where a test is about how the engine gets there. transformers judges a prompt and its answer in
-one forward: each new token must have the largest logit of its position, up to TIE.
+float32, 20 prompts of 1 to 600 tokens with 64 new tokens each where all run at once. Where a test
+is about how the engine gets there, fewer of both, and of the model's layers the first six of 30.
+transformers judges a prompt and its answer in one forward: each new token must have the largest
+logit of its position, up to TIE.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from compiledllm import Engine, SamplingParams
 from compiledllm.outputs import RequestOutput
 from tests.support.greedy import load_reference
+from tests.support.tiny import save_first_layers
 
 pytestmark = pytest.mark.real_model
 
@@ -41,6 +43,7 @@ HALF = SamplingParams(temperature=0, max_tokens=NUM_NEW // 2)
 class Reference:
     """transformers on the same checkpoint. Prompts are known by their lengths, which differ."""
 
+    checkpoint: Path
     model: Any
     prompts: dict[int, list[int]]
     judged: dict[int, list[list[int]]] = field(default_factory=dict)  # answers that are greedy
@@ -85,7 +88,7 @@ class Reference:
 
 
 @pytest.fixture(scope="module")
-def reference(default_model: Path) -> Reference:
+def whole(default_model: Path) -> Reference:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(default_model)
@@ -94,7 +97,15 @@ def reference(default_model: Path) -> Reference:
         ids: list[int] = tokenizer.encode(TEXTS[index % len(TEXTS)] * 60)
         prompts[length] = ids[index : index + length]
         assert len(prompts[length]) == length
-    return Reference(load_reference(default_model), prompts)
+    return Reference(default_model, load_reference(default_model), prompts)
+
+
+@pytest.fixture(scope="module")
+def shallow(whole: Reference, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """Of the model's first layers."""
+    folder = tmp_path_factory.mktemp("first_layers")
+    save_first_layers(whole.checkpoint, folder, 6)
+    return Reference(folder, load_reference(folder), whole.prompts)
 
 
 @pytest.fixture(scope="module")
@@ -102,33 +113,31 @@ def eager(default_model: Path) -> Iterator[Engine]:
     yield make(default_model, enforce_eager=True, enable_prefix_caching=False)
 
 
-def make(default_model: Path, **options: Any) -> Engine:
-    return Engine(default_model, device="cpu", dtype="float32", **options)
+def make(checkpoint: Path, **options: Any) -> Engine:
+    return Engine(checkpoint, device="cpu", dtype="float32", **options)
 
 
-def test_all_at_once(eager: Engine, reference: Reference) -> None:
-    reference.assert_greedy(eager.generate(reference.of(*LENGTHS), GREEDY))
+def test_all_at_once(eager: Engine, whole: Reference) -> None:
+    whole.assert_greedy(eager.generate(whole.of(*LENGTHS), GREEDY))
 
 
-def test_alone(eager: Engine, reference: Reference) -> None:
+def test_alone(eager: Engine, whole: Reference) -> None:
     """One row takes a step for each token, so that these are few."""
     few = SamplingParams(temperature=0, max_tokens=10)
-    prompts = reference.of(1, 2, 3, 15, 16, 17, 100, 600)
-    reference.assert_greedy(
-        [output for prompt in prompts for output in eager.generate(prompt, few)]
-    )
+    prompts = whole.of(1, 2, 3, 15, 16, 17, 100, 600)
+    whole.assert_greedy([output for prompt in prompts for output in eager.generate(prompt, few)])
 
 
-def test_chunked_prefill(default_model: Path, reference: Reference) -> None:
-    engine = make(default_model, enforce_eager=True, max_num_batched_tokens=32)
-    prompts = reference.of(1, 5, 15, 16, 17, 31, 32, 33, 64, 255)
-    reference.assert_greedy(engine.generate(prompts, HALF))
+def test_chunked_prefill(shallow: Reference) -> None:
+    engine = make(shallow.checkpoint, enforce_eager=True, max_num_batched_tokens=32)
+    prompts = shallow.of(1, 5, 15, 16, 17, 31, 32, 33, 64, 255)
+    shallow.assert_greedy(engine.generate(prompts, HALF))
     engine.core.scheduler.check_invariants()
 
 
-def test_perplexity(eager: Engine, reference: Reference) -> None:
+def test_perplexity(eager: Engine, whole: Reference) -> None:
     """Of all prompts together, as the engine's log probabilities of prompts tell it."""
-    prompts = reference.of(*LENGTHS[1:])
+    prompts = whole.of(*LENGTHS[1:])
     outputs = eager.generate(prompts, SamplingParams(max_tokens=1, prompt_logprobs=0))
     ours, theirs, count = 0.0, 0.0, 0
     for prompt, output in zip(prompts, outputs, strict=True):
@@ -136,27 +145,27 @@ def test_perplexity(eager: Engine, reference: Reference) -> None:
         assert found is not None and len(found) == len(prompt)
         pairs = list(zip(prompt[1:], found[1:], strict=True))
         ours -= sum(position[token].logprob for token, position in pairs if position is not None)
-        theirs += reference.loss_of(len(prompt))
+        theirs += whole.loss_of(len(prompt))
         count += len(pairs)
     perplexities = math.exp(ours / count), math.exp(theirs / count)
     assert count > 2000 and perplexities[0] == pytest.approx(perplexities[1], rel=1e-4)
 
 
-def test_preemption(default_model: Path, reference: Reference) -> None:
-    engine = make(default_model, enforce_eager=True, num_kv_blocks=40)
-    reference.assert_greedy(engine.generate(reference.of(*LENGTHS[:16]), HALF))
+def test_preemption(shallow: Reference) -> None:
+    engine = make(shallow.checkpoint, enforce_eager=True, num_kv_blocks=40)
+    shallow.assert_greedy(engine.generate(shallow.of(*LENGTHS[:16]), HALF))
     assert engine.core.scheduler.num_preemptions > 0
     engine.core.scheduler.check_invariants()
 
 
-def test_shared_prefixes(default_model: Path, reference: Reference) -> None:
+def test_shared_prefixes(shallow: Reference) -> None:
     """The second round finds every full block of its prompts, and of what was generated."""
-    engine = make(default_model, enforce_eager=True)
+    engine = make(shallow.checkpoint, enforce_eager=True)
     lengths = (1, 2, 15, 16, 17, 31, 32, 33, 48, 64, 100, 255)
-    prompts = reference.of(*lengths)
-    reference.assert_greedy(engine.generate(prompts, HALF))
+    prompts = shallow.of(*lengths)
+    shallow.assert_greedy(engine.generate(prompts, HALF))
     again = engine.generate(prompts, HALF)
-    reference.assert_greedy(again)
+    shallow.assert_greedy(again)
     assert [output.num_cached_tokens for output in again] == [
         (length - 1) // 16 * 16 for length in lengths
     ]
@@ -166,13 +175,13 @@ def test_shared_prefixes(default_model: Path, reference: Reference) -> None:
     assert longer.num_cached_tokens > len(prompt)
 
 
-def test_compiled(default_model: Path, reference: Reference) -> None:
+def test_compiled(shallow: Reference) -> None:
     """Prefill, one-row and crowded decode through the compiled block, without recompiling."""
-    engine = make(default_model, compile_when="start", max_num_batched_tokens=256)
+    engine = make(shallow.checkpoint, compile_when="start")
     compiler = engine.core.runner.compiler
     assert compiler.is_ready and compiler.error is None
-    reference.assert_greedy(engine.generate(reference.of(*LENGTHS[:16], 320), HALF))
+    shallow.assert_greedy(engine.generate(shallow.of(*LENGTHS[:16], 320), HALF))
     few = SamplingParams(temperature=0, max_tokens=16)
-    alone = [engine.generate(prompt, few)[0] for prompt in reference.of(1, 16, 320)]
-    reference.assert_greedy(alone)
+    alone = [engine.generate(prompt, few)[0] for prompt in shallow.of(1, 16, 320)]
+    shallow.assert_greedy(alone)
     assert compiler.num_recompiles == 0

@@ -56,6 +56,7 @@ class Model:
     tokenizer: Any
     engine: Engine
     checkpoint: Path  # the conversion
+    file: Path
 
     def ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text).input_ids)
@@ -97,7 +98,7 @@ def model(
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     options = {"dtype": "float32", "device": "cpu", "enforce_eager": True, "num_kv_blocks": 300}
     engine = Engine(checkpoint, max_num_batched_tokens=256, **options)
-    yield Model(reference, tokenizer, engine, checkpoint)
+    yield Model(reference, tokenizer, engine, checkpoint, path)
 
 
 def test_perplexity_is_that_of_transformers(model: Model) -> None:
@@ -106,6 +107,20 @@ def test_perplexity_is_that_of_transformers(model: Model) -> None:
     actual, expected = perplexity(model.engine, ids), reference_perplexity(model.reference, ids)
     print(f"perplexity {actual:.4f}, transformers' {expected:.4f}, of {len(ids)} tokens")
     assert abs(actual / expected - 1) < MAX_CHANGE
+
+
+def test_perplexity_of_packed_weights_is_that_of_transformers(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are exactly what transformers dequantises."""
+    monkeypatch.setenv("COMPILEDLLM_CACHE_DIR", str(tmp_path))
+    options = {"dtype": "float32", "device": "cpu", "enforce_eager": True, "num_kv_blocks": 300}
+    engine = Engine(model.file, max_num_batched_tokens=512, **options)
+    assert engine.core.worker.spec.quantization.startswith("gguf Q")
+    ids = model.ids(TEXT)
+    actual, expected = perplexity(engine, ids), reference_perplexity(model.reference, ids)
+    print(f"perplexity {actual:.4f}, transformers' {expected:.4f}, of {len(ids)} tokens")
+    assert abs(actual / expected - 1) < MAX_CHANGE / 10
 
 
 def perplexity(engine: Engine, ids: list[int]) -> float:

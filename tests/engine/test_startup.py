@@ -19,7 +19,15 @@ WINDOWS = {
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }
 # Options that say nothing about how the engine runs: None or "auto" is their meaning.
-MAY_BE_OPEN = {"model", "tokenizer", "revision", "mixed_prompt_tokens", "generation_config"}
+MAY_BE_OPEN = {
+    "chat_template",
+    "default_chat_template_kwargs",
+    "model",
+    "tokenizer",
+    "revision",
+    "mixed_prompt_tokens",
+    "generation_config",
+}
 MAY_BE_OPEN |= {"quantization"}  # None: as the checkpoint is
 
 

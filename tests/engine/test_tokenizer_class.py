@@ -74,3 +74,18 @@ def test_start_of_the_default_model_imports_no_compiler(default_model: Path) -> 
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_a_tokenizer_can_be_loaded_while_its_modules_are_imported(default_model: Path) -> None:
+    code = f"""
+import sys, threading, time
+from pathlib import Path
+from compiledllm.engine.tokenizer_class import load_tokenizer, warm_up
+thread = threading.Thread(target=warm_up)
+thread.start()
+while "transformers" not in sys.modules:
+    time.sleep(0.001)
+load_tokenizer(Path({str(default_model)!r}))
+thread.join()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

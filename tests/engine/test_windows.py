@@ -33,7 +33,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
         (0, 33, 33),
     ),
 }
-NUM_TOKENS = 24
+NUM_TOKENS = 17  # one more than a block's, so that every row begins another
 SHARED = [random.Random(0).randrange(3, 128) for _ in range(130)]
 PROMPTS = [[random.Random(n).randrange(3, 128) for _ in range(n)] for n in (1, 15, 40, 100, 276)]
 PROMPTS += [[*SHARED[:n], *range(3, 8)] for n in (130, 96, 20)]  # hits, far past a window and not
@@ -107,7 +107,7 @@ def test_preempted_requests_get_the_same_tokens(
 ) -> None:
     """In a pool that holds the longest request, and little else."""
     core = make(checkpoint).core
-    num_blocks = blocks_needed(core, 300) + 2
+    num_blocks = blocks_needed(core, 276 + NUM_TOKENS) + 2
     engine = make(
         checkpoint,
         num_kv_blocks=num_blocks,

@@ -94,8 +94,11 @@ def test_all_layers_share_one_graph_of_each_kind(engine: Engine) -> None:
     assert engine.core.runner.compiler.num_compiles == 2 + 2 * 2
 
 
-def test_every_engine_of_a_process_compiles(tiny_llama: Callable[..., Path]) -> None:
-    """The compiler keeps at most eight graphs for a function: each engine has one of its own."""
+def test_every_engine_of_a_process_compiles(
+    tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dynamo keeps at most eight graphs for a function: each engine has a function of its own."""
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, *_, **__: graph)
     engines = [
         Engine(tiny_llama(), device="cpu", skip_tokenizer_init=True, compile_when="start")
         for _ in range(5)  # of two graphs each
@@ -103,15 +106,18 @@ def test_every_engine_of_a_process_compiles(tiny_llama: Callable[..., Path]) -> 
     assert all(engine.core.runner.compiler.is_ready for engine in engines)
 
 
-def test_what_other_engines_compiled_changes_nothing(tiny_llama: Callable[..., Path]) -> None:
+def test_what_other_engines_compiled_changes_nothing(
+    tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The compiler remembers which sizes differed at a line of code, and makes those dynamic."""
+    monkeypatch.setattr(model_runner, "variants_for", lambda *_: [Variant(2, 2**30, 2)])
     for shape in ({"hidden_size": 96}, {"head_dim": 32}, {"num_key_value_heads": 1}, {}):
         engine = Engine(
             tiny_llama(**shape), device="cpu", skip_tokenizer_init=True, compile_when="start"
         )
         compiler = engine.core.runner.compiler
         assert compiler.is_ready, compiler.error
-        assert compiler.num_compiles == 2 + 2 * 2
+        assert compiler.num_compiles == 1 + 2
 
 
 def test_what_was_compiled_for_fewer_tokens_is_not_found_again(

@@ -60,8 +60,12 @@ class Step:
 
 
 def make_step(case: Case, backend: str = "torch", seed: int = 0) -> Step:
-    """Random rows in a cache of garbage, their blocks scattered over it, stored by `store_kv`."""
+    """Random rows in a cache of garbage, their blocks scattered over it, stored by `store_kv`.
+
+    On a CPU by torch's, as the tests of storing below are enough for the slow interpreter.
+    """
     torch.manual_seed(seed)
+    store_there = make_backend(backend if CUDA else "torch")
     num_heads, num_kv_heads = HEADS[case.heads]
     size, dtype = case.block_size, case.dtype
     blocks_per_row = [-(-context // size) for _, context in case.rows]
@@ -79,7 +83,7 @@ def make_step(case: Case, backend: str = "torch", seed: int = 0) -> Step:
         values.append(torch.randn(context, num_kv_heads, case.head_dim).to(dtype))
         positions = torch.arange(context)
         slots = block_tables[row].long()[positions // size] * size + positions % size
-        store_kv(keys[-1], values[-1], kv_cache, slots, make_backend(backend))
+        store_kv(keys[-1], values[-1], kv_cache, slots, store_there)
     query_lengths = torch.tensor([length for length, _ in case.rows])
     attn = AttentionMetadata(
         slot_mapping=torch.full((int(query_lengths.sum()),), -1),

@@ -8,6 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from compiledllm.models.formats.codes import dequantize
+from compiledllm.models.formats.gguf_blocks import KINDS as BLOCKS
+from compiledllm.models.formats.gguf_blocks import from_gguf
+from compiledllm.models.formats.quantized import Quantized
+from tests.support.gguf_blocks import random_blocks
+
 pytestmark = pytest.mark.gpu
 
 if torch.cuda.is_available():
@@ -216,6 +222,35 @@ def test_experts(kind, limit):
         result = packed_experts(x, ids, *up, *down, *biases, 1.7, limit)
         expected = experts_in_torch(x, ids, up_values, down_values, *biases, 1.7, limit)
         assert (result - expected).norm() / expected.norm() < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_blocks_of_gguf(kind, dtype, monkeypatch):
+    """Minima, and scales of two levels: the matrix is rounded once, and products are near."""
+    monkeypatch.setattr(torch, "get_default_dtype", lambda: dtype)
+    for n, k in [(17, 256), (576, 512), (1000, 2048), (4096, 1536)]:
+        num_blocks = k // (256 if "K" in kind else 32)
+        blocks = random_blocks(kind, n, num_blocks, seed=n, spread=0.003)
+        matrix = from_gguf(blocks.cuda(), kind)
+        format = Quantized(BLOCKS[kind].spec)
+        with torch.device("cuda"):
+            params = [*format.parameters({"": n}, k).values()]
+        format.slots({"": n}, k, params)["weight"].put(matrix)
+        found, tensors = format.finish(params, k)
+        codes, scales, zeros, _, row_scales = params = [*tensors.values()]
+        weight = dequantize(matrix)
+        result = dequantized(codes, scales, zeros, row_scales, found.layout, n, k, dtype)
+        assert torch.equal(result, weight.to(dtype))
+        for num_rows in (1, 8, 11, 30, 64, 70):
+            x = torch.randn(num_rows, k, device="cuda", dtype=dtype) + 0.5
+            bias = torch.randn(n, device="cuda", dtype=dtype)
+            expected = x.double() @ weight.double().T + bias.double()
+            y = found.product(x, params, bias).double()
+            error = (y - expected).abs().max() / expected.abs().max()
+            bound = 4e-3 if dtype == torch.bfloat16 else 6e-4
+            # Weights rounded to 16 bits: of more than 64 rows, and scaled in groups of 16.
+            assert error < bound * (1 + (num_rows > 64 or kind == "Q6_K")), (n, k, num_rows, error)
 
 
 @pytest.mark.parametrize("code", ["fp8", "int8", "int4", "fp4"])

@@ -59,6 +59,8 @@ def check_metadata(
         column = torch.arange(of_torch.block_tables.shape[1])
         needed = column * block_size < of_torch.seq_lens[:, None]
         of_torch = of_torch._replace(block_tables=of_torch.block_tables * needed)
+        assert of_found.max_row_tokens == of_torch.max_row_tokens
+        of_found.row_bound.zero_(), of_torch.row_bound.zero_()  # only the length counts
         for name, wanted in of_torch._asdict().items():
             tensor = getattr(of_found, name)
             torch.testing.assert_close(tensor.cpu(), wanted, msg=name)

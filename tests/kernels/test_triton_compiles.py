@@ -20,6 +20,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from compiledllm.kernels import chunked_delta_rule_triton as chunks
+from compiledllm.kernels import delta_rule_triton as delta
 from compiledllm.kernels import fixed_order_triton as fixed_order
 from compiledllm.kernels import logprobs_triton as logprobs
 from compiledllm.kernels import moe_routing_triton as routing
@@ -31,6 +33,7 @@ from compiledllm.kernels import prefill_attention_triton as prefill
 from compiledllm.kernels import penalties_triton as penalties
 from compiledllm.kernels import rotate_store_triton as rotation
 from compiledllm.kernels import sampling_triton as sampling
+from compiledllm.kernels import short_convolution_triton as convolution
 from compiledllm.kernels import skinny_triton as skinny
 
 TYPES = {
@@ -52,15 +55,16 @@ TYPES = {
     "last_token_ids": "*i64", "num_computed_tokens": "*i64", "of_group": "*i32",
     "input_ids": "*i64", "lengths": "*i64", "indices": "*i64", "max_blocks": "i32",
     "sample_rows": "*i64", "drawn": "*i64", "padding_row": "i32", "num_samples": "i32",
-    "num_tokens": "i32", "kv_scales": "*fp32",
+    "num_tokens": "i32", "kv_scales": "*fp32", "log_decay": "*fp32", "beta": "*fp32",
+    "factors": "*fp32", "state_stride": "i32", "channels": "i32",
 }
 FLOATS = {
     "query", "key", "value", "kv_cache", "out", "logits", "qkv", "q_weight", "k_weight", "cos",
-    "sin", "x", "weight", "bias", "sinks",
+    "sin", "x", "weight", "bias", "sinks", "inverses", "scores", "state",
 }
 
 
-def check(kernel, dtype, tiling=None, num_warps=4, **constants):
+def check(kernel, dtype, tiling=None, num_warps=4, max_shared=99 * 1024, **constants):
     # A kernel that knows scales of the KV cache is also compiled for a cache in FP8.
     if "HAS_KV_SCALES" in kernel.arg_names and "HAS_KV_SCALES" not in constants:
         check(kernel, dtype, tiling, num_warps, HAS_KV_SCALES=False, **constants)
@@ -81,12 +85,12 @@ def check(kernel, dtype, tiling=None, num_warps=4, **constants):
     values = {(names.index(name),): value for name, value in constants.items()}
     options = {"num_warps": num_warps}
     if tiling is not None:
-        options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
+        options = {"num_warps": tiling.num_warps, "num_stages": getattr(tiling, "num_stages", 3)}
         options["maxnreg"] = getattr(tiling, "max_registers", None)
     source = ASTSource(fn=kernel, signature=signature, constexprs=values)
     target = GPUTarget("cuda", int(sys.argv[1]), 32)
     compiled = triton.compile(source, target=target, options=options)
-    assert compiled.metadata.shared <= 99 * 1024, (kernel.__name__, compiled.metadata.shared)
+    assert compiled.metadata.shared <= max_shared, (kernel.__name__, compiled.metadata.shared)
 
 
 for experts, rows, tile in ((128, 16, 128), (32, 128, 1024), (128, 64, 1024)):
@@ -96,6 +100,7 @@ check(penalties._count_kernel, "fp32")
 for kernel in (inputs._gather_kernel, inputs._unpack_kernel, inputs._ends_kernel):
     check(kernel, "fp32", BLOCK_SIZE=16, CHUNK=1024, TOKENS=128)
 check(inputs._scatter_kernel, "fp32", ROWS=128)
+GATES = ((False, False), (True, False), (True, True), (False, True))
 SHAPES = {"bf16": ((128, False), (80, True), (256, False)), "fp32": ((128, False),)}
 for dtype, of_torch in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
     check(attention._store_kernel, dtype, WIDTH=1024, PADDED=1024)
@@ -121,14 +126,16 @@ for dtype, of_torch in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
             kernel, dtype, tiling, NUM_INPUTS=3072, HAS_BIAS=True,
             PADDED_OUTPUTS=max(16, tiling.outputs), ROWS=rows,
         )
-    for items in (8, 512, 1500, 4000, 60000):
+    # Every tiling for every dtype and GPU, of which each takes another turn of the gates.
+    turn = 2 * (dtype == "fp32") + (int(sys.argv[1]) >= 90)
+    for index, items in enumerate((8, 512, 1500, 4000, 60000)):
         tiling = moe.tiling_for(items, 128, of_torch)
-        for gated, clamped in ((False, False), (True, False), (True, True), (False, True)):
-            check(
-                moe._grouped_kernel, dtype, tiling, NUM_OUTPUTS=768,
-                NUM_INPUTS=2880 if clamped else 2048, ITEMS_PER_ROW=8, IS_SORTED=items > 8,
-                IS_GATED=gated, HAS_BIAS=clamped, HAS_LIMIT=clamped and gated,
-            )
+        gated, clamped = GATES[(index + turn) % len(GATES)]
+        check(
+            moe._grouped_kernel, dtype, tiling, NUM_OUTPUTS=768,
+            NUM_INPUTS=2880 if clamped else 2048, ITEMS_PER_ROW=8, IS_SORTED=items > 8,
+            IS_GATED=gated, HAS_BIAS=clamped, HAS_LIMIT=clamped and gated,
+        )
     check(fixed_order._rms_norm_kernel, dtype, SIZE=576, PADDED=1024)
     for rows, outputs in ((8, 1024), (8, 6144), (500, 1024)):
         tiling = fixed_order.tiling_for(rows, outputs, of_torch)
@@ -137,17 +144,28 @@ for dtype, of_torch in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         rotation._rotate_store_kernel, dtype, NUM_HEADS=16, NUM_KV_HEADS=8, HEAD_DIM=128,
         ROTARY_DIM=128, HAS_NORM=True, HEADS=8, PADDED_DIM=128,
     )
+    for width in (3, 4):
+        shape = {"WIDTH": width, "PADDED": 4, "HAS_BIAS": width == 3, "IS_SILU": width == 4}
+        check(convolution._step_kernel, dtype, CHANNELS=256, **shape)
+        check(convolution._ragged_kernel, dtype, TOKENS=16, CHANNELS=128, **shape)
+    dim = 128 if dtype == "bf16" else 64  # float32 takes the compiler long
+    shape = {"NUM_HEADS": 32, "GROUP": 2, "KEY_DIM": dim, "VALUE_DIM": dim, "EPS": 1e-6}
+    check(delta._step_kernel, dtype, delta.step_tiling(dim), **shape)
+    check(chunks._chunk_kernel, dtype, chunks.chunk_tiling(of_torch), **shape)
+    for max_shared in (99 * 1024, 227 * 1024) if int(sys.argv[1]) == 90 else (99 * 1024,):
+        tiling = chunks.scan_tiling(of_torch, dim, max_shared)
+        check(chunks._scan_kernel, dtype, tiling, max_shared=max_shared, **shape)
     for head_dim, window in SHAPES[dtype]:
         shape = {
             "GROUP": 4, "NUM_HEADS": 32, "HEAD_DIM": head_dim, "BLOCK_SIZE": 16,
             "TOKEN_STRIDE": 8 * head_dim, "HAS_WINDOW": window, "HAS_SOFT_CAP": window,
             "HAS_SINKS": window, "PADDED_DIM": triton.next_power_of_2(head_dim),
         }
-        for programs in (8, 100, 1024):
-            tiling = decode.decode_tiling(head_dim, 4, of_torch, programs)
+        for programs, tokens in ((8, 1), (100, 4), (1024, 1)):
+            tiling = decode.decode_tiling(head_dim, 4 * tokens, of_torch, programs)
             check(
-                decode._decode_kernel, dtype, tiling, MAX_ROWS=512, PADDED_GROUP=4,
-                AT_ONCE=16, **shape
+                decode._decode_kernel, dtype, tiling, MAX_ROWS=512, TOKENS=tokens,
+                SUM_LANES=4 * tokens, AT_ONCE=16, **shape
             )
         for queries, fixed in ((0, False), (0, True), (10**6, False)):
             tiling = prefill.prefill_tiling(head_dim, 4, of_torch, queries)

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import pre_tokenizers
 
 from compiledllm.config import ConfigError
 from compiledllm.models.registry import load_spec
@@ -21,13 +20,11 @@ from compiledllm.models.source import resolve_checkpoint
 
 gguf = pytest.importorskip("gguf")
 convert = pytest.importorskip("compiledllm.models.gguf.convert")
+support = pytest.importorskip("tests.support.gguf_files")
+TOKENS, gguf_tensors, write_gguf = support.TOKENS, support.gguf_tensors, support.write_gguf
 
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-MERGES = ["h e", "Ġ t", "Ġ Ġ", "Ġt he"]
-MERGED = ["he", "Ġt", "ĠĠ", "Ġthe", "xyz"]  # no merge leads to the last
-TOKENS = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *MERGED]
 LLAMA: dict[str, Any] = {
-    "vocab_size": 288,  # more rows than tokens, as in many checkpoints
+    "vocab_size": support.VOCAB,
     "intermediate_size": 96,  # whole blocks of every quantisation here
     "max_position_embeddings": 16384,
     "tie_word_embeddings": True,
@@ -39,74 +36,6 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-
-
-def interleave(rows: np.ndarray, num_heads: int) -> np.ndarray:
-    """llama.cpp's order of q and k rows: the two halves of each head alternate."""
-    halves = rows.reshape(num_heads, 2, -1, *rows.shape[1:])
-    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)
-
-
-def gguf_tensors(model: Any) -> dict[str, np.ndarray]:
-    """The model's weights as llama.cpp's converter names and orders them."""
-    config, tensors = model.config, {}
-    is_gemma = config.model_type == "gemma3_text"
-    kind = gguf.MODEL_ARCH.GEMMA3 if is_gemma else gguf.MODEL_ARCH.LLAMA
-    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
-    for name, weight in model.state_dict().items():
-        values = weight.numpy()
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        if is_gemma and name.endswith("norm.weight"):
-            values = values + 1
-        if "q_proj" in name and not is_gemma:
-            values = interleave(values, config.num_attention_heads)
-        if "k_proj" in name and not is_gemma:
-            values = interleave(values, config.num_key_value_heads)
-        tensors[names.get_name(name, try_suffixes=(".weight",))] = values
-    return tensors
-
-
-def write_gguf(
-    path: Path,
-    tensors: dict[str, np.ndarray],
-    kind: str = "F32",
-    architecture: str = "llama",
-    edit: Callable[[Any], None] = lambda writer: None,
-    pre: str = "smollm",
-    num_layers: int = 3,
-) -> Path:
-    """A GGUF of `LLAMA`'s shape; `edit` may add metadata, `kind` is how matrices are stored."""
-    writer = gguf.GGUFWriter(str(path), architecture)
-    writer.add_context_length(16384)
-    writer.add_embedding_length(64)
-    writer.add_block_count(num_layers)
-    writer.add_feed_forward_length(96)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(16)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(TOKENS)
-    writer.add_token_types([3] * len(SPECIAL) + [1] * (len(TOKENS) - len(SPECIAL)))
-    writer.add_token_merges(MERGES)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_chat_template("{{ messages[0]['content'] }}")
-    edit(writer)
-    stored = gguf.GGMLQuantizationType[kind]
-    for name, values in tensors.items():
-        if values.ndim == 1 or kind == "F32":
-            writer.add_tensor(name, values)
-        else:
-            writer.add_tensor(name, gguf.quants.quantize(values, stored), raw_dtype=stored)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -211,7 +140,7 @@ def test_gemma3_knows_its_layers_and_norms(
     torch.testing.assert_close(logits(load(checkpoint)), logits(model))
     spec = load_spec(checkpoint)
     assert spec.architecture == "Gemma3ForCausalLM"
-    windows = [layer.attn.sliding_window for layer in spec.layers]
+    windows = [attn.sliding_window for attn in spec.attentions]
     assert windows == [5, 5, 5, 5, 5, 0, 5]
 
 
@@ -266,10 +195,41 @@ def test_a_sentence_piece_tokenizer_merges_by_score(llama: Any, tmp_path: Path) 
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
+def test_a_sentence_piece_tokenizer_may_begin_each_text_with_a_space(
+    llama: Any, tmp_path: Path
+) -> None:
+    """As in Llama 2 and Mistral, which is llama.cpp's default."""
+    edit = sentence_piece(lambda keys: keys.pop("add_space_prefix"))
+    tokenizer = load_tokenizer(
+        converted(write_gguf(tmp_path / "x.gguf", gguf_tensors(llama), edit=edit))
+    )
+
+    def pieces(text: str) -> list[str]:
+        return tokenizer.convert_ids_to_tokens(tokenizer(text).input_ids)
+
+    assert pieces("ab ab") == ["<bos>", "▁ab", "▁ab"]
+    assert pieces("b<turn>ab") == ["<bos>", "▁", "b", "<turn>", "▁ab"]
+    text = "ab é\na "
+    ids = tokenizer(text).input_ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_special_tokens_of_phi3_swallow_the_spaces_behind_them(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = load(tiny_model("phi3", **LLAMA | {"pad_token_id": None}))
+    edit = sentence_piece(lambda keys: None)
+    path = write_gguf(tmp_path / "x.gguf", gguf_tensors(model), architecture="phi3", edit=edit)
+    checkpoint = converted(path)
+    torch.testing.assert_close(logits(load(checkpoint)), logits(model))
+    tokenizer = load_tokenizer(checkpoint)
+    ids = tokenizer("<turn>\n ab<unk> ab").input_ids
+    assert tokenizer.convert_ids_to_tokens(ids) == ["<bos>", "<turn>", "ab", "<unk>", "▁ab"]
+
+
 @pytest.mark.parametrize(
     ("edit", "match"),
     [
-        (lambda k: k.pop("add_space_prefix"), "add_space_prefix = True is not supported"),
         (lambda k: k.update(remove_extra_whitespaces=True), "remove_extra_whitespaces = True"),
         (lambda k: k.update(scores=SP_SCORES[1:]), "scores' must have a number per token"),
         (lambda k: k.update(token_type=SP_TYPES[:-1]), "token_type' must have a number per token"),
@@ -335,6 +295,35 @@ def test_a_llama3_tokenizer_adds_bos_and_splits_digits_by_three(llama: Any, tmp_
     assert [piece for piece, _ in pieces] == ["a", "Ġ", "123", "4"]
     generation = json.loads((checkpoint / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [2, 0]
+
+
+SAMPLE = "They'LL pay 12345€ for HelloWorld's e\u0301 /a/b\n\n  if x:\r\n\t 你好１２ don't  "
+PIECES = {  # the parts that differ between the schemes
+    "llama-bpe": ["'LL", "Ġ", "123", "45", "ĠHelloWorld", "'s", "Ġ/", "a", "/b"],
+    "dbrx": ["'LL", "Ġ", "123", "45", "ĠHelloWorld", "'s", "Ġ/", "a", "/b"],
+    "qwen2": ["'LL", "Ġ", "1", "2", "3", "4", "5", "ĠHelloWorld", "'s", "ĠÃ©", "Ġ/", "a", "/b"],
+    "gpt-4o": ["They'LL", "Ġ", "123", "45", "ĠHello", "World's", "Ġ/", "a", "/b"],
+    "tekken": ["They", "'LL", "1", "2", "ĠHello", "World", "'s", "Ġ/", "a", "/b"],
+}
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_pre_tokenizers_split_words_as_the_models_do(name: str, llama: Any, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "x.gguf", gguf_tensors(llama), pre=name)
+    backend = load_tokenizer(converted(path)).backend_tokenizer
+    text = backend.normalizer.normalize_str(SAMPLE) if backend.normalizer else SAMPLE
+    pieces = [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+    assert [piece for piece in PIECES[name] if piece not in pieces] == []
+    assert ("<|im_start|>" in load_tokenizer(path.with_suffix(""))("a").tokens()) == (
+        name in ("llama-bpe", "tekken")
+    )
+    if name == "qwen2":
+        from transformers import Qwen2Tokenizer
+
+        own = Qwen2Tokenizer(vocab={token: i for i, token in enumerate(TOKENS)}, merges=[])
+        splits = own.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
+        assert pieces == [piece for piece, _ in splits]
+        assert own.backend_tokenizer.normalizer.normalize_str(SAMPLE) == text
 
 
 def test_a_gguf_the_user_names_is_complete_after_one_conversion(

@@ -14,13 +14,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compiledllm import ConfigError, cli
+from compiledllm.config import STORED
 from compiledllm.kernels.attention import make_backend
 from compiledllm.models.decoder import Decoder
 from compiledllm.models.formats.codes import dequantize
+from compiledllm.models.formats.methods import METHODS
 from compiledllm.models.formats.online import quantize
 from compiledllm.models.registry import load_spec
 from compiledllm.models.weights import fill_with_random_weights, load_weights
 from tests.models.test_families import logits_in_chunks, logits_of_ends
+from tests.support.families import DELTA_NET, LFM2
 from tests.support.greedy import load_reference
 from tests.support.quantized import KINDS, edit_config, is_quantized, save_quantized
 
@@ -29,6 +32,10 @@ NUM_TOKENS = 40
 EVEN = {"intermediate_size": 128}
 BLOCKS = {"hidden_size": 256, "intermediate_size": 384}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 16}
+HYBRID = {
+    "shared_expert_intermediate_size": 32,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", EVEN),
     "blocks": ("llama", BLOCKS),
@@ -37,6 +44,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "experts": ("qwen3_moe", EXPERTS),
     "shared expert": ("qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 32}),
     "not gated": ("starcoder2", EVEN),
+    "hybrid experts": ("qwen3_5_moe", DELTA_NET | EXPERTS | HYBRID),
+    "hybrid": ("qwen3_next", DELTA_NET | EVEN | EXPERTS | HYBRID | {"num_experts": 0}),
+    "convolutions": ("lfm2", LFM2 | {"layer_types": ["conv", "conv", "full_attention"]}),
 }
 CASES = [("llama", kind) for kind in KINDS] + [
     ("blocks", "fp8 blocks"),
@@ -56,6 +66,10 @@ CASES = [("llama", kind) for kind in KINDS] + [
     ("experts", "modelopt nvfp4"),
     ("shared expert", "int8"),
     ("not gated", "gptq v2, asymmetric"),
+    ("hybrid experts", "fp8 blocks"),
+    ("hybrid experts", "int8"),
+    ("hybrid", "fp8 of channels"),
+    ("convolutions", "fp8 of tensors"),
 ]
 
 
@@ -109,7 +123,7 @@ def test_matrices_stay_quantised_in_memory(checkpoints: Callable[..., tuple[Path
 
 
 @pytest.mark.parametrize("method", ["fp8", "fp8_block", "int8", "int4"])
-@pytest.mark.parametrize("name", ["llama", "fused", "experts"])
+@pytest.mark.parametrize("name", ["llama", "fused", "experts", "hybrid experts"])
 def test_quantising_while_loading_is_quantising_each_part(
     method: str, name: str, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -118,7 +132,8 @@ def test_quantising_while_loading_is_quantising_each_part(
     copy = Path(shutil.copytree(source, tmp_path / "copy"))
     tensors = load_file(source / "model.safetensors")
     for key, tensor in tensors.items():
-        if is_quantized(key, tensor):
+        is_gate = key.endswith(("in_proj_a.weight", "in_proj_b.weight"))
+        if is_quantized(key, tensor) and not is_gate:
             parts = tensor.split([64, 32, 32]) if "qkv_proj" in key else [tensor]
             tensors[key] = torch.cat([dequantize(quantize(part, method)) for part in parts])
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
@@ -149,6 +164,50 @@ def test_a_module_is_quantised_or_not_by_the_config(
             expected = load_reference(dense)(torch.tensor([[5, 6, 7]])).logits[0]
         actual = logits_in_chunks(load(packed), [5, 6, 7], [3])
         torch.testing.assert_close(actual, expected, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "plain"),
+    [
+        ("llama", "fp8 of channels", "k_proj"),  # the kernel with keys and values only starts in it
+        ("tied, biased", "packed 4 bits", "v_proj"),
+        ("llama", "gptq in order", "up_proj"),
+    ],
+)
+def test_parts_of_a_fused_matrix_may_be_quantised_or_not(
+    name: str, kind: str, plain: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    def choose(name: str, tensor: Tensor) -> bool:
+        is_matrix = tensor.dim() == 2 and name.startswith("model.layers.")
+        return is_matrix and plain not in name
+
+    skipped = {"modules_to_not_convert": [plain], "ignore": [f"re:.*{plain}", "lm_head"]}
+    skipped["dynamic"] = {f"-:.*{plain}": {}}
+    family, changes = MODELS[name]
+    packed, dense = save_quantized(tiny_model(family, **changes), tmp_path, kind, choose, **skipped)
+    token_ids = torch.randint(0, 128, (NUM_TOKENS,)).tolist()
+    with torch.inference_mode():
+        expected = load_reference(dense)(torch.tensor([token_ids])).logits[0]
+    model = load(packed)
+    actual = logits_in_chunks(model, token_ids, [NUM_TOKENS])
+    torch.testing.assert_close(actual, expected, atol=2e-4, rtol=1e-4)
+    ends = [0, 17, NUM_TOKENS - 1]
+    actual = logits_of_ends(model, token_ids, ends)
+    torch.testing.assert_close(actual, expected[ends], atol=2e-4, rtol=1e-4)
+    num_bytes = sum(p.numel() * p.itemsize for p in model.parameters())
+    assert num_bytes == model.spec.num_bytes(model.spec.weights)
+    fill_with_random_weights(load(packed), seed=0)
+
+
+def test_experts_that_differ_are_refused_by_name(
+    checkpoints: Callable[..., tuple[Path, Path]],
+) -> None:
+    packed, _ = checkpoints("experts", "fp8 of channels")
+    skipped = ["mlp.gate", "experts.2.up_proj"]
+    fields = {"quant_method": "fp8", "modules_to_not_convert": skipped}
+    edit_config(packed, quantization_config=fields)
+    with pytest.raises(ConfigError, match=r"experts\.0\.gate.*experts\.2\.up_proj.*alike"):
+        load_spec(packed)
 
 
 def test_gptq_overrides_for_some_modules(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
@@ -271,11 +330,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"quant_method": "gptq"}, "bits=None"),
     ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "checkpoint_format='mar"),
     ({"quant_method": "gptq", "bits": 4, "group_size": "all"}, "group_size='all'"),
-    ({"quant_method": "gptq", "bits": 4, "dynamic": {"+:.*q_proj": {"bits": 8}}}, "q_proj.*alike"),
     ({"quant_method": "awq", "version": "gemv"}, "version='gemv' .*gemm"),
     ({"quant_method": "fp8", "weight_block_size": [64, 128]}, r"weight_block_size=\[64, 128\]"),
     ({"quant_method": "fp8", "activation_scheme": "odd"}, "activation_scheme='odd'"),
-    ({"quant_method": "fp8", "modules_to_not_convert": ["q_proj"]}, "q_proj.*k_proj.*alike"),
     ({"quant_method": "fp8", "modules_to_not_convert": "q_proj"}, "must be a list of names"),
     ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "quant_algo='W4A8_AWQ'"),
     ({"quant_method": "compressed-tensors", "sparsity_config": {"a": 1}}, "sparsity_config"),
@@ -350,6 +407,21 @@ def test_quantising_twice_is_refused(checkpoints: Callable[..., tuple[Path, Path
     packed, _ = checkpoints("llama", "awq")
     with pytest.raises(ConfigError, match=r"quantization='fp8'.*quantised already \(awq int4\)"):
         load_spec(packed, "auto", "fp8")
+
+
+def test_every_method_of_a_checkpoint_can_be_named() -> None:
+    assert set(STORED) | {"fp8"} == set(METHODS)
+
+
+def test_the_method_of_a_checkpoint_may_be_named_and_no_other(
+    checkpoints: Callable[..., tuple[Path, Path]], tiny_llama: Callable[..., Path]
+) -> None:
+    packed, _ = checkpoints("llama", "awq")
+    assert load_spec(packed, "auto", "awq") == load_spec(packed)
+    with pytest.raises(ConfigError, match=r"quantization='gptq'.*quantised already \(awq int4\)"):
+        load_spec(packed, "auto", "gptq")
+    with pytest.raises(ConfigError, match="quantization='awq' is of checkpoints that are stored"):
+        load_spec(tiny_llama(), "auto", "awq")
 
 
 def test_dummy_weights_of_a_quantised_model_are_finite(

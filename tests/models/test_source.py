@@ -53,7 +53,7 @@ class Converter:
         self.num_calls = 0
         self.instead: Callable[[Path], None] = fill
 
-    def __call__(self, gguf: Path, target: Path) -> None:
+    def __call__(self, gguf: Path, target: Path, keep_packed: bool = False) -> None:
         self.num_calls += 1
         self.instead(target)
 

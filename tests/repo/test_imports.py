@@ -21,16 +21,24 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = ("compiledllm", "graphs", "kernels", "models", "benchmarks")
 
 LEAVES = {"checks", "structured_outputs", "sampling_params", "outputs", "types", "config"}
-LEAVES |= {"platform", "log", "version", "resolved_config", "pooling_params"}
+LEAVES |= {"platform", "log", "version", "resolved_config", "vllm_options", "engine_args"}
+LEAVES |= {"pooling_params"}
 BELOW_ENGINE = {"scheduler", "grammars", "runner", "graphs", "models", "kernels", *LEAVES}
 # Layer -> layers it may import, itself aside. "root" is compiledllm/__init__; a name with a dot is
 # that module only. "benchmarks" is where `compiledllm bench` ends up.
 MAY_IMPORT: dict[str, set[str]] = {
     "root": {"engine.engine", "config", "sampling_params", "outputs", "structured_outputs"}
-    | {"pooling_params", "version", "remote.async_engine", "remote.errors"},
-    "cli": {"root", "arguments", "terminal_chat", "server", "benchmarks", "engine"} | BELOW_ENGINE,
+    | {"version", "remote.async_engine", "remote.errors", "arguments", "engine_args"}
+    | {"engine.llm_engine", "engine.prompts", "pooling_params"},
+    "cli": {"root", "arguments", "terminal_chat", "server", "benchmarks", "engine"}
+    | {"environment", "shell_completion"}
+    | BELOW_ENGINE,
+    "environment": {"config", "models.source", "platform", "version"},
+    "shell_completion": set(),
     "terminal_chat": {"engine.engine", "sampling_params", "outputs"},
-    "arguments": {"config"},
+    "arguments": {"config", "vllm_options"},
+    "engine_args": {"arguments", "checks", "config", "vllm_options"},
+    "vllm_options": set(),
     "server": {"root", "cli", "arguments", "remote", "engine", *BELOW_ENGINE},
     "remote": {"engine", "grammars", "models.source", *LEAVES},
     "engine": BELOW_ENGINE,
@@ -51,11 +59,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         *LEAVES,
     },
     "platform": {"config", "types", "log"},
-    "config": {"checks"},
+    "config": {"checks", "vllm_options"},
     "resolved_config": {"config"},
     "types": {"sampling_params", "pooling_params", "outputs"},
     "pooling_params": {"checks"},
-    "sampling_params": {"checks", "structured_outputs"},
+    "sampling_params": {"checks", "structured_outputs", "vllm_options"},
     "structured_outputs": {"checks"},
     "outputs": set(),
     "checks": set(),
@@ -85,6 +93,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "aiohttp": ("compiledllm.benchmarks",),
     "rich": ("compiledllm.benchmarks",),
     "prompt_toolkit": ("compiledllm.terminal_chat",),
+    "yaml": ("compiledllm.arguments",),
     "matplotlib": ("compiledllm.benchmarks",),
     "vllm": ("compiledllm.benchmarks",),
     "fastapi": ("compiledllm.server",),
@@ -105,6 +114,9 @@ WITHOUT_TORCH = (
     "compiledllm.log",
     "compiledllm.cli",
     "compiledllm.arguments",
+    "compiledllm.shell_completion",
+    "compiledllm.engine_args",
+    "compiledllm.vllm_options",
     "compiledllm.terminal_chat",
     "compiledllm.benchmarks.cli",
     "compiledllm.scheduler",
@@ -112,6 +124,7 @@ WITHOUT_TORCH = (
 )
 # vLLM's names for ours.
 ALIASES = {"LLM": "Engine", "AsyncLLM": "AsyncEngine", "EngineDeadError": "EngineError"}
+ALIASES |= {"AsyncLLMEngine": "AsyncEngine", "FlexibleArgumentParser": "Parser"}
 # The APIs stand below HTTP: they import no package for HTTP, and of the server only these.
 WITHOUT_HTTP = ("compiledllm.server.openai", "compiledllm.server.anthropic")
 HTTP_PACKAGES = {"fastapi", "starlette", "uvicorn", "httptools", "pydantic"}

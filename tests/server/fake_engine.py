@@ -39,12 +39,14 @@ def do(deed: str) -> None:
 
 
 class FakeCore:
+    max_model_len = 2048
+
     def __init__(self, config: EngineConfig) -> None:
         if os.environ.get("FAKE_CHILD"):  # as a compiler that the engine has started
             subprocess.Popen(["sleep", "1000"])
         time.sleep(float(os.environ.get("FAKE_LOAD_S", "0")))
         do(os.environ.get("FAKE_DEED", ""))
-        self.config, self.report = resolve(config, False, 2048, 2**30)
+        self.config, self.report = resolve(config, False, self.max_model_len, 2**30)
         self.options = self.config.options
         self.model_path, self.startup_s = Path("fake"), {"total": 0.0}
         self.platform = SimpleNamespace(is_cuda=True)  # so that a hanging step is not waited for
@@ -59,7 +61,10 @@ class FakeCore:
             num_failed_rows=0,
             num_prefix_queries=0,
             num_prefix_hits=0,
+            num_prefix_misses_of_state=0,
+            num_snapshot_hits=0,
         )
+        self.snapshot_bytes = 0
 
     def isolate_failures(self) -> None:
         pass
@@ -82,10 +87,11 @@ class FakeCore:
 
     def step(self) -> StepNews:
         running, waiting = self.scheduler.running, self.scheduler.waiting
-        limit = self.config.limits.max_num_seqs
+        limit, started = self.config.limits.max_num_seqs, {}
         while waiting and len(running) < limit:
             running.append(waiting.pop(0))
             self.on_start([running[-1].request_id])
+            started[running[-1].request_id] = time.monotonic()
         time.sleep(STEP_S)
         names = {token: deed for deed, token in DEEDS.items()}
         for request in running:
@@ -95,7 +101,7 @@ class FakeCore:
                 request.status, request.finish_reason = RequestStatus.FINISHED, "length"
         updates = [RequestUpdate.of(request, [65]) for request in running]
         running[:] = [request for request in running if not request.is_finished]
-        return StepNews(updates=updates)
+        return StepNews(updates=updates, started=started)
 
 
 if __name__ == "__main__":

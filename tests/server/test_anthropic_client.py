@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import anthropic
 import pytest
 from anthropic import Anthropic
+from pydantic import BaseModel
 
 pytestmark = pytest.mark.real_model  # its tokenizer
 
@@ -56,6 +57,18 @@ def test_streams_add_up_to_the_whole_message(client: Anthropic) -> None:
     assert num_input(events[0].message.usage) == count == num_input(whole.usage)
 
 
+class Weather(BaseModel):
+    city: Literal["Paris", "Rome"]
+    is_sunny: bool
+
+
+def test_answers_follow_the_schema_of_a_model(client: Anthropic) -> None:
+    answer = client.messages.parse(
+        model="tiny", messages=MESSAGES, max_tokens=100, output_format=Weather
+    )
+    assert isinstance(answer.parsed_output, Weather)
+
+
 def test_stop_sequences_end_the_text_and_are_named(client: Anthropic) -> None:
     text = ask(client, max_tokens=30).content[0].text
     stop = text[10:14]
@@ -74,12 +87,15 @@ def test_fields_without_effect_are_named(client: Anthropic) -> None:
         tools=[SEARCH],
         thinking={"type": "enabled", "budget_tokens": 1024},
         service_tier="auto",
+        output_config={"effort": "low"},
     )
     ignored = raw.headers["x-ignored-fields"].split(",")
-    assert ignored == ["service_tier", "tools.0:web_search_20250305", "thinking"]
+    tools = "tools.0:web_search_20250305"
+    assert ignored == ["service_tier", tools, "thinking", "output_config.effort"]
     assert raw.headers["request-id"] == raw.headers["x-request-id"]
 
 
+WRONG: Any = {"type": "json_schema", "schema": {"type": "x"}}
 IMAGE: Any = {"type": "image", "source": {"type": "url", "url": "http://127.0.0.1/a.png"}}
 
 
@@ -94,6 +110,7 @@ IMAGE: Any = {"type": "image", "source": {"type": "url", "url": "http://127.0.0.
         ({"tools": [TOOL]}, "template knows no tools"),
         ({"tool_choice": {"type": "any"}}, "tool_choice needs tools"),
         ({"max_tokens": 5000}, "max_model_len=2048"),
+        ({"output_config": {"format": WRONG}}, "output_config.format: the schema at #"),
     ],
 )
 def test_bad_fields_are_refused_by_name(

@@ -23,6 +23,7 @@ MIB = 2**20
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 MESSAGES, COUNT = "/v1/messages", "/v1/messages/count_tokens"
 EMBED, SCORE, RERANK = "/v1/embeddings", "/score", "/v2/rerank"
+RESPONSES = "/v1/responses"
 MUTATIONS_S = float(os.environ.get("MUTATIONS_S", "6"))
 SECONDS_PER_MIB, SPARE_S = 1.0, 3.0
 # 0.3 s where the machine has nothing else to do; a slip of the kind these tests are for is seconds.
@@ -38,6 +39,7 @@ START = {
     EMBED: b'{"input":"hi"',
     SCORE: b'{"queries":"hi","documents":"ho"',
     RERANK: b'{"query":"hi","documents":["ho"]',
+    RESPONSES: b'{"input":"hi","max_output_tokens":1',
     "/tokenize": b'{"prompt":"hi"',
     "/detokenize": b'{"tokens":[1]',
 }
@@ -85,6 +87,7 @@ FIELDS = {
     EMBED: ["input", "encoding_format", "dimensions", "truncate_prompt_tokens"],
     SCORE: ["queries", "documents", "instruction"],
     RERANK: ["query", "documents", "top_n"],
+    RESPONSES: ["input", "tools", "tool_choice", "text", "metadata", "include", "conversation"],
 }
 FIELDS[TEXT] += ["stream_options", "unknown"]
 FIELDS[CHAT] += ["chat_template_kwargs", "unknown"]
@@ -132,6 +135,10 @@ def large_bodies() -> Iterator[tuple[str, str, bytes]]:
         b'{"function":{"name":"f"}}', 2**11
     )
     yield "1M calls", CHAT, field(CHAT, "messages", many(calls, size))
+    items = many(b'{"type":"function_call","call_id":"a","name":"f","arguments":""}', size)
+    yield "500k items", RESPONSES, field(RESPONSES, "input", items)
+    item = b'{"role":"user","content":%s}' % many(b'{"type":"input_text","text":""}', 2**14)
+    yield "1M parts of items", RESPONSES, field(RESPONSES, "input", many(item, size))
     yield "1M messages", CHAT, field(CHAT, "messages", many(b'{"role":"a"}', size))
     prompts = many(b"[5" + b",5" * 1999 + b"]", MIB)
     yield "65k sequences", TEXT, field(TEXT, "prompt", prompts + b',"n":128')
@@ -281,6 +288,30 @@ SEEDS: list[tuple[str, dict[str, Any]]] = [
     (EMBED, {"input": ["a", "b"], "dimensions": 3, "encoding_format": "base64"}),
     (SCORE, {"queries": ["a"], "documents": ["a", "b"]}),
     (RERANK, {"query": "a", "documents": ["a", {"text": "b"}], "top_n": 1}),
+    (
+        RESPONSES,
+        {
+            "input": [
+                {"role": "user", "content": [{"type": "input_text", "text": "a"}]},
+                {"type": "reasoning", "summary": [{"type": "summary_text", "text": "a"}]},
+                {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+                {"type": "function_call_output", "call_id": "c", "output": "a"},
+            ],
+            "max_output_tokens": 2,
+            "stream": True,
+            "text": {"format": {"type": "text"}},
+            "tools": [{"type": "web_search"}],
+        },
+    ),
+    (
+        MESSAGES,
+        {
+            "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}],
+            "max_tokens": 2,
+            "stream": True,
+            "stop_sequences": ["a"],
+        },
+    ),
     ("/tokenize", {"messages": [{"role": "user", "content": "a"}]}),
     ("/detokenize", {"tokens": [1, 2]}),
 ]

@@ -28,9 +28,12 @@ from compiledllm.sampling_params import MAX_N
 pytestmark = pytest.mark.real_model  # its tokenizer
 
 POSTS = ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"]
-POSTS += ["/v1/messages", "/v1/messages/count_tokens", "/v1/embeddings"]
+POSTS += ["/v1/messages", "/v1/messages/count_tokens", "/v1/responses", "/v1/embeddings"]
 POSTS += ["/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"]
 GETS = ["/v1/models", "/v1/models/{model}", "/health", "/ready", "/version", "/metrics", "/config"]
+GETS += ["/ping", "/load"]
+STORED = "/v1/responses/{response_id}"
+OTHERS = [("GET", path) for path in (*GETS, STORED)] + [("DELETE", STORED)]
 CHECKS = [
     not_a_server_error,
     status_code_conformance,
@@ -39,7 +42,8 @@ CHECKS = [
     negative_data_rejection,
 ]
 # By field: how much is asked for here, and the most that the schema allows.
-MOST = {"max_tokens": (4, 2**31 - 1), "max_completion_tokens": (4, 2**31 - 1)}
+LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+MOST = dict.fromkeys(LIMITS, (4, 2**31 - 1))
 MOST |= {"min_tokens": (2, 2**31 - 1), "n": (2, MAX_N), "best_of": (2, MAX_N)}
 
 
@@ -48,10 +52,10 @@ def api(server: Any) -> Any:
     return schemathesis.openapi.from_url(f"{server.url}/openapi.json")
 
 
-def shorten(body: Any) -> None:
+def shorten(body: Any, limit: str) -> None:
     """Few tokens to generate. What the schema does not allow stays as it is."""
     if isinstance(body, dict):
-        body.setdefault("max_tokens", 2)
+        body.setdefault(limit, 2)
         for name, (most, allowed) in MOST.items():
             if type(value := body.get(name)) is int and most < value <= allowed:
                 body[name] = most
@@ -65,8 +69,8 @@ def answers(api: Any, method: str, path: str, mode: GenerationMode) -> Counter[i
     @settings(suppress_health_check=list(HealthCheck))
     @given(api[path][method].as_strategy(generation_mode=mode), st.booleans())
     def ask(case: Case, is_streamed: bool) -> None:
-        if path.endswith(("completions", "messages")):
-            shorten(case.body)
+        if path.endswith(("completions", "messages", "responses")):
+            shorten(case.body, "max_output_tokens" if "responses" in path else "max_tokens")
             if mode.is_positive:
                 case.body |= {"stream": is_streamed, "model": "tiny"}
         response = case.call(session=session, timeout=60)
@@ -79,7 +83,7 @@ def answers(api: Any, method: str, path: str, mode: GenerationMode) -> Counter[i
 
 def test_no_route_is_left_out(api: Any) -> None:
     found = [(item.ok().method.upper(), item.ok().path) for item in api.get_all_operations()]
-    assert sorted(found) == sorted([("POST", p) for p in POSTS] + [("GET", p) for p in GETS])
+    assert sorted(found) == sorted([("POST", path) for path in POSTS] + OTHERS)
 
 
 @pytest.mark.parametrize("path", POSTS)
@@ -96,8 +100,9 @@ def test_bodies_that_do_not_fit(path: str, api: Any, server: Any) -> None:
     assert server.get("/health")[0] == 200
 
 
-@pytest.mark.parametrize("path", GETS)
-def test_routes_without_a_body(path: str, api: Any, server: Any) -> None:
-    statuses = answers(api, "GET", path, GenerationMode.POSITIVE)
-    assert set(statuses) <= {200, 404}, statuses
+@pytest.mark.parametrize(("method", "path"), OTHERS)
+def test_routes_without_a_body(method: str, path: str, api: Any, server: Any) -> None:
+    statuses = answers(api, method, path, GenerationMode.POSITIVE)
+    allowed = {400, 404} if path == STORED else {200, 404}  # this server keeps no responses
+    assert set(statuses) <= allowed, statuses
     assert server.get("/health")[0] == 200

@@ -60,7 +60,7 @@ def server(
     model = tmp_path_factory.mktemp("tools") / "model"
     shutil.copytree(tiny_chat_model, model)
     (model / "chat_template.jinja").write_text(TEMPLATE)
-    return start_server(model=model).wait_until_ready()
+    return start_server("--responses-store", "3", model=model).wait_until_ready()
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +128,68 @@ def test_anthropics_client_gets_calls_and_sends_results(is_streamed: bool, serve
         first.input_tokens
         > client.messages.count_tokens(model="tiny", messages=MESSAGES).input_tokens
     )
+
+
+FUNCTIONS: Any = [
+    {"type": "function", "name": name, "parameters": schema, "strict": True}
+    for name, schema in SCHEMAS.items()
+]
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_a_response_calls_tools_and_takes_their_results(is_streamed: bool, client: OpenAI) -> None:
+    asked: Any = {"model": "tiny", "input": "Weather?", "tools": FUNCTIONS}
+    asked["tool_choice"] = {"type": "function", "name": "get_weather"}
+    if is_streamed:
+        with client.responses.stream(**asked) as stream:
+            kinds = [event.type for event in stream]
+            answer: Any = stream.get_final_response()
+        assert "response.function_call_arguments.delta" in kinds
+    else:
+        answer = client.responses.create(**asked)
+    (call,) = answer.output
+    assert answer.status == "completed" and (call.type, call.name) == (
+        "function_call",
+        "get_weather",
+    )
+    jsonschema.validate(json.loads(call.arguments), WEATHER)
+    result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}
+    more: Any = {"model": "tiny", "tools": FUNCTIONS, "max_output_tokens": 4}
+    whole = client.responses.create(
+        input=[{"role": "user", "content": "Weather?"}, call, result], **more
+    )
+    rest = client.responses.create(input=[result], previous_response_id=answer.id, **more)
+    assert rest.usage is not None and whole.usage is not None
+    assert rest.usage.input_tokens == whole.usage.input_tokens > answer.usage.total_tokens
+
+
+def test_kept_responses_are_found_until_they_are_deleted_or_old(client: OpenAI) -> None:
+    fields: Any = {"model": "tiny", "input": "hi", "max_output_tokens": 1}
+    first, unkept, *others = [
+        client.responses.create(**fields, store=number != 1) for number in range(5)
+    ]
+    for missing in (first, unkept):  # three are kept, and there were four
+        with pytest.raises(openai.NotFoundError, match="the server keeps the last 3"):
+            client.responses.retrieve(missing.id)
+    for response in others:
+        assert client.responses.retrieve(response.id).output_text == response.output_text
+    client.responses.delete(others[0].id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.delete(others[0].id)
+
+
+def test_reasoning_of_a_response(client: OpenAI) -> None:
+    """The tiny model never ends its reasoning, so the answer is nothing else."""
+    fields: Any = {"model": "tiny", "input": "hi", "max_output_tokens": 6}
+    thinks: Any = {"chat_template_kwargs": {"thinks": True}}
+    for summary in (None, "auto"):
+        answer: Any = client.responses.create(
+            **fields, reasoning={"effort": "low", "summary": summary}, extra_body=thinks
+        )
+        (item,) = answer.output
+        (shown,) = item.summary or item.content
+        assert item.type == "reasoning" and bool(item.summary) == bool(summary) and shown.text
+        assert answer.usage.output_tokens_details.reasoning_tokens == 6
 
 
 def test_a_named_tool_is_the_one_that_is_called(client: OpenAI) -> None:

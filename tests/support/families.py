@@ -50,6 +50,16 @@ GPT_OSS = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
 HALF_SLIDING = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+DELTA_NET = {
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+SHARED = {"shared_expert_intermediate_size": 40}
+LFM2 = {"norm_eps": 1e-5, "layer_types": ["conv", "full_attention", "conv"]}
 # Family and variant -> config changes.
 VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
     ("llama", "gqa"): {},
@@ -177,6 +187,24 @@ VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
     },
     ("gpt2", "plain"): {"n_positions": 512},
     ("gpt2", "n_inner"): {"n_positions": 512, "n_inner": 80},
+    ("qwen3_next", "experts"): DELTA_NET | EXPERTS | SHARED,
+    ("qwen3_next", "some dense, attention last"): DELTA_NET
+    | EXPERTS
+    | SHARED
+    | {"decoder_sparse_step": 2, "norm_topk_prob": False, "attention_bias": True}
+    | {"layer_types": ["linear_attention", "linear_attention", "full_attention"]},
+    ("qwen3_5_text", "dense"): DELTA_NET | {"linear_num_key_heads": 4},
+    ("qwen3_5", "text of a multimodal model"): DELTA_NET | {"linear_conv_kernel_dim": 3},
+    ("qwen3_5_moe", "text of a multimodal model"): DELTA_NET | EXPERTS | SHARED,
+    ("lfm2", "adjusted size"): LFM2,
+    ("lfm2", "bias, attention last"): LFM2
+    | {"conv_bias": True, "conv_L_cache": 4, "block_auto_adjust_ff_dim": False}
+    | {"layer_types": ["conv", "conv", "full_attention"], "tie_word_embeddings": True},
+    ("lfm2_moe", "experts"): LFM2 | EXPERTS | {"num_dense_layers": 1},
+    ("lfm2_moe", "no bias"): LFM2
+    | EXPERTS
+    | {"num_dense_layers": 2, "use_expert_bias": False, "norm_topk_prob": False}
+    | {"routed_scaling_factor": 1.7},
     ("falcon", "7b"): {"ffn_hidden_size": 112},
     ("falcon", "bias"): {"ffn_hidden_size": 112, "bias": True},
 }
@@ -193,10 +221,15 @@ IN_ENGINE = {
     "gpt_neox": "parallel",
     "gpt_oss": "yarn, clamped",
     "granite": "multipliers",
+    "lfm2": "bias, attention last",
+    "lfm2_moe": "experts",
     "llama": "gqa",
     "mistral": "window",
     "mixtral": "experts",
     "qwen3_moe": "renormalised",
+    "qwen3_next": "experts",
+    "qwen3_5": "text of a multimodal model",
+    "qwen3_5_moe": "text of a multimodal model",
     "olmo2": "gqa",
     "opt": "350m",
     "phi": "gqa",

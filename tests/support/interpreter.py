@@ -2,10 +2,14 @@
 
 To run a kernel the interpreter replaces the functions of `triton.language`: at a launch, until its
 end, and again at every call of a `@triton.jit` function within, though nothing is left to replace.
+It checks every sum and product of 32-bit integers for overflow, which GPUs do not without `debug`.
+And it derives again, for each value, what depends on its dtype and its shape alone.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +18,13 @@ import torch
 
 
 def make_faster() -> None:
-    """Replace the language at a launch, and at a function's first call for its own module."""
+    _replace_the_language_once()
+    _check_no_overflow()
+    _remember_dtypes_and_shapes()
+
+
+def _replace_the_language_once() -> None:
+    """At a launch, and at a function's first call for its own module."""
     from triton.runtime import InterpreterError, interpreter
 
     seen: set[Callable[..., Any]] = set()
@@ -31,8 +41,62 @@ def make_faster() -> None:
     interpreter.InterpretedFunction.__call__ = call
 
 
-def make_fp8_exact() -> None:
-    """Convert FP8 as GPUs and torch do: the interpreter rounds ties away and forgets the carry."""
+def _check_no_overflow() -> None:
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+
+def _remember_dtypes_and_shapes() -> None:
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    dtype_of = functools.cache(interpreter._get_np_dtype)
+
+    def np_dtype(dtype: Any) -> Any:
+        is_pointer = isinstance(dtype.scalar, tl.pointer_type)
+        return np.dtype(np.uint64) if is_pointer else dtype_of(dtype.scalar)
+
+    interpreter._get_np_dtype = np_dtype
+    # The attributes that the constructors derive, by what they are derived from.
+    _remember(
+        tl.tensor,
+        lambda handle, type: type.shape if type.is_block() else (),
+        ("numel", "shape"),
+        lambda self, handle, type: vars(self).update(handle=handle, type=type, dtype=type.scalar),
+    )
+    _remember(
+        tl.block_type,
+        lambda element_ty, shape: (element_ty.name, *shape),
+        ("shape", "numel", "name"),
+        lambda self, element_ty, shape: vars(self).update(element_ty=element_ty),
+    )
+
+
+def _remember(
+    kind: Any, key_of: Callable[..., Any], derived: tuple[str, ...], set_given: Callable[..., None]
+) -> None:
+    """Let constructions of equal keys share the `derived` attributes, which nothing changes."""
+    construct, known = kind.__init__, dict[Any, dict[str, Any]]()
+
+    def init(self: Any, *given: Any) -> None:
+        key = key_of(*given)
+        if key not in known:
+            construct(self, *given)
+            known[key] = {name: getattr(self, name) for name in derived}
+        else:
+            set_given(self, *given)
+            vars(self).update(known[key])
+
+    kind.__init__ = init
+
+
+def make_conversions_exact() -> None:
+    """Convert FP8 and bfloat16 as GPUs and torch do.
+
+    The interpreter cuts bfloat16 off, and for FP8 it rounds ties away and forgets the carry.
+    """
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -45,7 +109,8 @@ def make_fp8_exact() -> None:
     }
 
     def convert_float(data: Any, source: Any, target: Any, rounding: Any) -> Any:
-        if tl.float8e4nv not in (source, target) or not {source, target} <= dtypes.keys():
+        both = {source, target}
+        if not both & {tl.float8e4nv, tl.bfloat16} or not both <= dtypes.keys():
             return convert(data, source, target, rounding)
         bits = torch.from_numpy(np.frombuffer(bytearray(data.tobytes()), np.uint8))
         out = bits.view(dtypes[source]).to(dtypes[target]).view(torch.uint8)
@@ -53,3 +118,22 @@ def make_fp8_exact() -> None:
         return out.numpy().view(unsigned).reshape(data.shape)
 
     interpreter._convert_float = convert_float
+
+
+def make_bf16_products_right() -> None:
+    """Multiply bfloat16 as float32: the interpreter would multiply the bits as integers."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    multiply = interpreter.InterpreterBuilder.create_dot
+
+    def widened(x: Any) -> Any:
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        data = (x.data.astype(np.uint32) << 16).view(np.float32)
+        return interpreter.TensorHandle(data, tl.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, *arguments: Any) -> Any:
+        return multiply(self, widened(a), widened(b), *arguments)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot

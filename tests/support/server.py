@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -19,7 +20,12 @@ from typing import Any
 
 
 class Server:
-    """`python -m compiledllm.server` with options; its log is a file."""
+    """`python -m compiledllm.server` with options; its log is a file. module: instead of it.
+
+    context: for a server that speaks TLS, with `url` changed.
+    """
+
+    context: ssl.SSLContext | None = None
 
     def __init__(
         self,
@@ -27,12 +33,13 @@ class Server:
         folder: Path,
         *options: str,
         max_files: int | None = None,
+        module: str = "compiledllm.server",
         **environment: str,
     ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_path = folder / "server.log"
-        command = [sys.executable, "-m", "compiledllm.server", "--model", str(model)]
+        command = [sys.executable, "-m", module, "--model", str(model)]
         command += ["--served-model-name", "tiny", "other-name", "--port", str(self.port)]
         command += ["--enforce-eager", "--kv-cache-memory-bytes", str(2**26), *options]
         cache = {"COMPILEDLLM_CACHE_DIR": str(folder / "cache")}
@@ -68,7 +75,7 @@ class Server:
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         request = urllib.request.Request(self.url + path, body, named)
         try:
-            with urllib.request.urlopen(request, timeout=150) as response:
+            with urllib.request.urlopen(request, timeout=150, context=self.context) as response:
                 return response.status, parsed(response.read())
         except urllib.error.HTTPError as error:
             return error.code, parsed(error.read())

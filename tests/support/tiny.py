@@ -29,6 +29,14 @@ VISION = {
     "image_size": 28,
     "patch_size": 14,
 }
+QWEN_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "depth": 1,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+    "num_position_embeddings": 16,
+}
 # For a model that chats: what the default model's tokenizer and template need.
 CHAT = {"vocab_size": 49152, "max_position_embeddings": 2048, "eos_token_id": 2}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -37,22 +45,36 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 def save_random_model(folder: Path, model_type: str, **changes: Any) -> None:
     """A random float32 checkpoint, the same for the same arguments."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     key = repr((model_type, sorted(changes.items())))
     torch.manual_seed(zlib.crc32(key.encode()))  # whichever tests came before
     options = TINY | changes
+    if model_type in ("qwen3_5", "qwen3_5_moe"):
+        options = {"text_config": options, "vision_config": QWEN_VISION}
     if model_type == "gemma3":  # of two parts, of which the text's is looked at
         options = {"text_config": options | TIED, "vision_config": VISION} | TIED
         options["mm_tokens_per_image"] = 4
     config = AutoConfig.for_model(model_type, **options)
-    model = AutoModelForCausalLM.from_config(config).float()
+    has_text_alone = model_type not in ("qwen3_5", "qwen3_5_moe")
+    auto = AutoModelForCausalLM if has_text_alone else AutoModelForImageTextToText
+    model = auto.from_config(config).float()
     with torch.no_grad():  # larger than the default 0.02, so that tokens differ clearly
         for name, parameter in model.named_parameters():
             spread = 0.3 if name.endswith("bias") else 0.15
             is_norm = name.endswith("weight") and ("norm" in name or ".ln_" in name)
-            parameter.normal_(1.0 if is_norm else 0.0, spread)
+            mean = -2.0 if name.endswith("A_log") else float(is_norm)  # states decay slowly
+            parameter.normal_(mean, spread)
     model.save_pretrained(folder)
+
+
+def save_first_layers(source: Path, folder: Path, count: int) -> None:
+    """A checkpoint of the source's first layers, its edges and its tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(source, num_hidden_layers=count)
+    model.save_pretrained(folder)
+    copy_tokenizer(source, folder)
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:

@@ -25,9 +25,11 @@ from compiledllm.server.openai.protocol import (
     Message,
     TokenizeRequest,
 )
+from compiledllm.server.openai.responses_protocol import BODIES as RESPONSES_BODIES
+from compiledllm.server.openai.responses_protocol import ResponsesRequest
 from compiledllm.server.openapi import components
 
-BODIES = OPENAI_BODIES | ANTHROPIC_BODIES | POOLING_BODIES
+BODIES = OPENAI_BODIES | RESPONSES_BODIES | ANTHROPIC_BODIES | POOLING_BODIES
 USER = {"role": "user", "content": "x"}
 LEAST: dict[type[Body], dict[str, Any]] = {
     ChatRequest: {"messages": [USER]},
@@ -39,6 +41,7 @@ LEAST: dict[type[Body], dict[str, Any]] = {
     RerankRequest: {"query": "x", "documents": ["y"]},
     MessagesRequest: {"messages": [USER], "max_tokens": 1},
     CountTokensRequest: {"messages": [USER]},
+    ResponsesRequest: {"input": "x"},
 }
 BLOCK = {"type": "text", "text": "x"}
 RESULT = {"type": "tool_result", "tool_use_id": "a", "content": [BLOCK]}
@@ -47,6 +50,7 @@ INPUT = {
     "tools": [{"name": "f", "input_schema": {}}],
     "tool_choice": {"type": "auto"},
     "thinking": {"type": "enabled"},
+    "output_config": {"format": {"type": "json_schema", "schema": {}}},
 }
 NAMED = {"type": "function", "function": {"name": "f"}}
 # What makes an optional field with fields of its own appear, and a path to each object.
@@ -63,6 +67,14 @@ WHOLE: dict[type[Body], dict[str, Any]] = {
     TokenizeRequest: {"messages": [USER]},
     MessagesRequest: INPUT | {"max_tokens": 1},
     CountTokensRequest: INPUT,
+    ResponsesRequest: {
+        "input": [USER | {"content": [BLOCK]}],
+        "tools": [{"type": "function", "name": "f"}],
+        "tool_choice": {"type": "function", "name": "f"},
+        "reasoning": {},
+        "text": {"format": {}},
+        "stream_options": {},
+    },
 }
 
 

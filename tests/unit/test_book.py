@@ -49,6 +49,15 @@ def test_news_grow_finish_stop_and_fail_requests() -> None:
     assert list(book.states) == ["grows", "fails"]  # the owner closes what failed
 
 
+def test_a_request_starts_with_the_first_of_its_completions() -> None:
+    state = state_of(n=2)
+    book = book_of(state)
+    for started in ({"1_r": 5.0}, {"0_r": 7.0, "unknown": 1.0}):
+        assert not book.take(StepNews(started=started)).grown
+    metrics = state.output().metrics
+    assert metrics is not None and metrics.first_scheduled_time == 5.0
+
+
 def test_request_with_several_completions_is_finished_with_the_last() -> None:
     state = state_of(n=2)
     book = book_of(state)

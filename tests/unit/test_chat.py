@@ -1,11 +1,15 @@
-"""A chat's choices: where reasoning is looked for, and messages beside their deltas."""
+"""A chat's choices: where reasoning is looked for, its effort, messages beside their deltas."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from compiledllm.outputs import CompletionOutput
 from compiledllm.server.openai.chat_choice import Choice, reasoning_mode
+from compiledllm.server.openai.chat_prompt import effort_arguments
 from compiledllm.server.openai.errors import as_api_error
 from compiledllm.server.openai.serving import failure_of
 from compiledllm.server.openai.tool_formats import FORMATS
@@ -39,6 +43,22 @@ def test_reasoning_is_looked_for_where_it_may_be(
     parser: str, template: str, prompt: str, mode: str
 ) -> None:
     assert reasoning_mode(parser, template, prompt) == mode
+
+
+@pytest.mark.parametrize(
+    ("template", "effort", "expected"),
+    [
+        ("{{ reasoning_effort }} {{ enable_thinking }}", "none", {"reasoning_effort": "none"}),
+        ("{{ enable_thinking }}", "none", {"enable_thinking": False}),
+        ("{{ enable_thinking }}", "low", {}),
+        ("no word of it", "none", {}),
+    ],
+)
+def test_efforts_reach_the_variables_that_a_template_has(
+    template: str, effort: str, expected: dict[str, Any]
+) -> None:
+    tokenizer = cast(Any, SimpleNamespace(chat_template_text=template))
+    assert effort_arguments(tokenizer, effort) == expected
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 1000])

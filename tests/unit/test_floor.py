@@ -55,7 +55,7 @@ def test_decode_reads_weights_once_and_every_context(name: str) -> None:
     cost = decode_cost(spec, batch=8, context=1024)
     assert cost.weight_bytes == 2 * parameters
     assert cost.kv_bytes == 8 * 1024 * kv_bytes
-    attention = 4 * 1024 * spec.layers[0].attn.q_size * len(spec.layers)
+    attention = 4 * 1024 * spec.attentions[0].q_size * len(spec.layers)
     assert cost.flops == 8 * (2 * parameters + attention)
 
 
@@ -84,7 +84,7 @@ def test_time_per_output_token_follows_the_growing_context(name: str) -> None:
     spec, parameters, kv_bytes = MODELS[name]
     floor = time_per_output_token_floor(spec, SLOW_MEMORY, 2, 3, 4)
     assert floor == pytest.approx(2 * parameters + 2 * 5 * kv_bytes)
-    attention = sum(4 * 5 * layer.attn.q_size for layer in spec.layers)
+    attention = sum(4 * 5 * attn.q_size for attn in spec.attentions)
     floor = time_per_output_token_floor(spec, SLOW_ARITHMETIC, 2, 3, 4)
     assert floor == pytest.approx(2 * (2 * parameters + attention))
 
@@ -95,7 +95,7 @@ def test_offline_floor_reads_weights_for_the_longest_output_only(name: str) -> N
     spec, parameters, kv_bytes = MODELS[name]
     floor = offline_floor(spec, SLOW_MEMORY, [(3, 3), (5, 1)])
     assert floor == 3 * 2 * parameters + (4 + 5) * kv_bytes
-    width = sum(layer.attn.q_size for layer in spec.layers)
+    width = sum(attn.q_size for attn in spec.attentions)
     prompts = prefill_cost(spec, 1, 3).flops + prefill_cost(spec, 1, 5).flops
     floor = offline_floor(spec, SLOW_ARITHMETIC, [(3, 3), (5, 1)])
     assert floor == prompts + 2 * 2 * parameters + 4 * (4 + 5) * width
@@ -104,7 +104,7 @@ def test_offline_floor_reads_weights_for_the_longest_output_only(name: str) -> N
 def test_layers_with_a_window_read_no_more_than_it() -> None:
     """Two layers of one KV head of 4, one of which sees 10 tokens; counted token by token."""
     spec = llama(8, 2, 1, 1, 4, 16, 50)
-    windowed = replace(spec.layers[0], attn=replace(spec.layers[0].attn, sliding_window=10))
+    windowed = replace(spec.layers[0], mixer=replace(spec.attentions[0], sliding_window=10))
     spec = replace(spec, layers=(windowed, spec.layers[1]))
     assert decode_cost(spec, 3, 8).kv_bytes == 3 * (8 + 8) * 16
     assert decode_cost(spec, 3, 70).kv_bytes == 3 * (10 + 70) * 16

@@ -27,7 +27,7 @@ LAYER = LayerSpec(32, ATTENTION, MlpSpec(64), NormSpec(1e-5))
 def model(windows: list[int], head_dims: list[int] | None = None) -> ModelSpec:
     layers = tuple(
         dataclasses.replace(
-            LAYER, attn=dataclasses.replace(ATTENTION, sliding_window=w, head_dim=d)
+            LAYER, mixer=dataclasses.replace(ATTENTION, sliding_window=w, head_dim=d)
         )
         for w, d in zip(windows, head_dims or [8] * len(windows), strict=True)
     )

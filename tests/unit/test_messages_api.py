@@ -97,6 +97,14 @@ def test_thinking_is_switched_where_the_template_can() -> None:
     assert ignored == ["thinking"]
 
 
+def test_efforts_and_output_schemas_are_those_of_chats() -> None:
+    schema = {"type": "object"}
+    form = {"type": "json_schema", "schema": schema}
+    made = chat(output_config={"effort": "low", "format": form})
+    assert made.reasoning_effort == "low" and made.response_format.json_schema.schema_ == schema
+    assert answer(output_config={"format": form}).structured_field == "output_config.format"
+
+
 @pytest.mark.parametrize("kind", ["image", "document", "thinking", "new_kind"])
 def test_other_blocks_are_refused_by_place_and_type(kind: str) -> None:
     with pytest.raises(ApiError, match=f"messages.0.content.0.type must be .* got '{kind}'"):
@@ -170,6 +178,19 @@ def test_events_of_thinking_text_and_calls(size: int) -> None:
     assert events[-2]["delta"] == {"stop_reason": "tool_use", "stop_sequence": None}
     assert events[-2]["usage"]["output_tokens"] == 2 * len(pieces)
     assert events[-1] == {"type": "message_stop"}
+
+
+@pytest.mark.parametrize("size", range(1, 60))
+def test_text_behind_a_call_leaves_the_call_whole(size: int) -> None:
+    text = CALLED.partition("</think>")[2] + "\nThat was all."
+    pieces = [text[i : i + size] for i in range(0, len(text), size)]
+    texts = {"input_json_delta": "", "text_delta": ""}
+    for event in streamed(answer(tools=[TOOL]), pieces):
+        if event["type"] == "content_block_delta":
+            kind, more = event["delta"].values()
+            texts[kind] += more
+    assert json.loads(texts["input_json_delta"]) == {"a": 1}
+    assert texts["text_delta"].split() == ["I", "look.", "That", "was", "all."]
 
 
 def test_a_whole_answer_has_the_same_blocks() -> None:

@@ -100,6 +100,27 @@ def completion_body(**more: Any) -> CompletionRequest:
     return CompletionRequest(prompt=[1, 1], stream=True, **more)
 
 
+def test_phases_and_parameters_of_a_request_are_counted() -> None:
+    async def run() -> None:
+        stream = Stream(completion_body())
+        (live,) = stream.live_requests
+        live.state.note_start(live.state.arrival_time + 0.25)
+        stream.grow("ab", ends=True)
+        while await stream.next() != "[DONE]":
+            pass
+        found = dict(
+            line.replace('{model_name="m"}', "").split(" ")
+            for line in stream.metrics.text().decode().splitlines()
+            if line.startswith("p:request_") and "_bucket" not in line and "success" not in line
+        )
+        for phase in ("queue", "prefill", "decode", "inference"):
+            assert found[f"p:request_{phase}_time_seconds_count"] == "1.0"
+        assert float(found["p:request_queue_time_seconds_sum"]) == pytest.approx(0.25)
+        assert found["p:request_params_n_sum"] == "1.0"
+
+    asyncio.run(run())
+
+
 def test_tokens_that_came_together_are_one_event() -> None:
     async def run() -> None:
         stream = Stream(completion_body(stream_options=USAGE))

@@ -130,6 +130,18 @@ def test_a_conversation_keeps_what_was_said_and_commands_are_not_said() -> None:
     ]
 
 
+def test_a_quiet_chat_prints_answers_alone_and_has_its_system_prompt(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    engine = FakeEngine()
+    chat = Chat(engine, SamplingParams(), "be kind", shows_speed=False)  # type: ignore[arg-type]
+    for text in ("one", "/clear", "two"):
+        chat.take(text)
+    assert [seen[0] for seen in engine.seen] == [("system", "be kind")] * 2
+    shown = capsys.readouterr()
+    assert shown.err == "" and shown.out.startswith("n2\n")
+
+
 @pytest.mark.parametrize("command", ["/clear", "/new"])
 def test_a_new_conversation_forgets(command: str) -> None:
     engine = FakeEngine()

@@ -32,15 +32,18 @@ class BlockEvents:
     def add(self, delta: dict[str, Any]) -> bytes:
         """The events of a delta of `Choice`."""
         events = b""
+        calls = delta.get("tool_calls", [])
+        if calls and "id" not in calls[0]:  # the rest of the open call
+            events += self._delta(calls[0]["function"]["arguments"])
+            calls = calls[1:]
         if reasoning := delta.get("reasoning"):
             events += self.text("thinking", reasoning)
         if content := delta.get("content"):
             events += self.text("text", content)
-        for call in delta.get("tool_calls", ()):
+        for call in calls:
             function = call["function"]
-            if "id" in call:
-                block = {"id": call["id"], "name": function["name"], "input": {}}
-                events += self.close() + self._begin("tool_use", block)
+            block = {"id": call["id"], "name": function["name"], "input": {}}
+            events += self.close() + self._begin("tool_use", block)
             if function["arguments"]:
                 events += self._delta(function["arguments"])
         return events

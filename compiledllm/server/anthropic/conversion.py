@@ -10,6 +10,7 @@ from compiledllm.server.anthropic.protocol import (
     InputMessage,
     InputTool,
     MessagesRequest,
+    OutputConfig,
     TextBlock,
 )
 from compiledllm.server.openai.errors import ApiError
@@ -18,9 +19,11 @@ from compiledllm.server.openai.protocol import (
     ChatRequest,
     Function,
     FunctionChoice,
+    JsonSchema,
     Message,
     NamedTool,
     Part,
+    ResponseFormat,
     Tool,
     ToolCall,
 )
@@ -38,6 +41,8 @@ def chat_request(body: CountTokensRequest, chat_template: str, ignored: list[str
     if body.messages[-1].role == "assistant" and not fields["messages"][-1].tool_calls:
         fields |= {"add_generation_prompt": False, "continue_final_message": True}
     fields |= _tools(body, ignored) | _thinking(body, chat_template, ignored)
+    if body.output_config is not None:
+        fields |= _output(body.output_config)
     if isinstance(body, MessagesRequest):
         fields |= {"max_tokens": body.max_tokens, "stop": body.stop_sequences}
         fields |= {name: getattr(body, name) for name in ("temperature", "top_p", "top_k")}
@@ -170,3 +175,12 @@ def _thinking(body: CountTokensRequest, chat_template: str, ignored: list[str]) 
     if body.thinking.budget_tokens is not None:
         ignored.append("thinking.budget_tokens")
     return {"chat_template_kwargs": {"enable_thinking": body.thinking.type != "disabled"}}
+
+
+def _output(config: OutputConfig) -> dict[str, Any]:
+    """The fields of the chat request about the answer's effort and form."""
+    fields: dict[str, Any] = {"reasoning_effort": config.effort}
+    if config.format is not None:
+        schema = JsonSchema(schema_=config.format.schema_)
+        fields["response_format"] = ResponseFormat(type="json_schema", json_schema=schema)
+    return fields

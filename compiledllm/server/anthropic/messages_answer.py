@@ -15,7 +15,11 @@ from compiledllm.server.openai.answer import Answer, Context
 from compiledllm.server.openai.chat_answer import ChatAnswer
 from compiledllm.server.openai.chat_choice import Choice
 from compiledllm.server.openai.errors import ApiError
+from compiledllm.server.openai.field_errors import renamed_fields
 from compiledllm.server.openai.protocol import ChatRequest
+
+# Fields of the chat request -> fields of the body.
+_NAMES = {"response_format": "output_config.format", "reasoning_effort": "output_config.effort"}
 
 
 class MessagesAnswer(Answer[MessagesRequest]):
@@ -30,7 +34,8 @@ class MessagesAnswer(Answer[MessagesRequest]):
         tokenizer = context.requests.require_tokenizer("a conversation")
         chat = chat_request(body, tokenizer.chat_template_text, self.ignored)
         self._chat_body: ChatRequest | None = chat  # until the prompt is made
-        self._chat = ChatAnswer(chat, context)
+        with renamed_fields(_NAMES):
+            self._chat = ChatAnswer(chat, context)
         self.params = self._chat.params
         self._choice: Choice | None = None  # once the stream has begun
         self._blocks = BlockEvents()
@@ -42,6 +47,7 @@ class MessagesAnswer(Answer[MessagesRequest]):
         assert self._chat_body is not None
         prompts = self._chat.prompts(self._chat_body)
         self._chat_body = None
+        self.ignored += [_NAMES.get(name, name) for name in self._chat.ignored]
         return prompts
 
     def whole(self, outputs: list[RequestOutput], num_output_tokens: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
+import msgspec
 from msgspec import Meta
 
 from compiledllm.sampling_params import MAX_STOP_STRINGS
@@ -67,6 +68,16 @@ class Thinking(Body, kw_only=True):
     budget_tokens: Count | None = None
 
 
+class OutputFormat(Body, kw_only=True):
+    type: Literal["json_schema"]
+    schema_: dict[str, Any] = msgspec.field(name="schema")
+
+
+class OutputConfig(Body, kw_only=True):
+    effort: Annotated[str, Meta(max_length=32)] | None = None
+    format: OutputFormat | None = None
+
+
 class CountTokensRequest(GenerationBase, kw_only=True):
     """`POST /v1/messages/count_tokens`."""
 
@@ -77,10 +88,11 @@ class CountTokensRequest(GenerationBase, kw_only=True):
     tools: Annotated[list[InputTool], Meta(max_length=MAX_TOOLS)] | None = None
     tool_choice: InputToolChoice | None = None
     thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
 
     @property
     def structured_field(self) -> str:
-        return "tools"
+        return "tools" if self.tools else "output_config.format"
 
 
 class MessagesRequest(CountTokensRequest, kw_only=True):
@@ -94,7 +106,7 @@ class MessagesRequest(CountTokensRequest, kw_only=True):
     metadata: dict[str, Any] | None = None
 
     @property
-    def asked_tokens(self) -> tuple[str, int | None]:
+    def requested_max_tokens(self) -> tuple[str, int | None]:
         return "max_tokens", self.max_tokens
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
 from compiledllm.engine.prompts import Prompt
@@ -17,17 +17,22 @@ from compiledllm.server.openai.errors import ApiError, error_body
 from compiledllm.server.openai.events import DONE, event
 from compiledllm.server.openai.logprobs import prompt_logprobs
 from compiledllm.server.openai.protocol import Generation, GenerationBase, StreamOptions
+from compiledllm.server.openai.response_store import ResponseStore
 
 BodyT = TypeVar("BodyT", bound=GenerationBase)
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerSettings:
-    """The server's options about answers; the parsers are values of the command-line options."""
+    """The server's options about answers; the parsers are values of the command-line options.
+
+    response_store: what it keeps, later answers and requests can refer to.
+    """
 
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"
     shows_cached_tokens: bool = True
+    response_store: ResponseStore = field(default_factory=ResponseStore)
 
 
 DEFAULT_SETTINGS = AnswerSettings()
@@ -35,12 +40,16 @@ DEFAULT_SETTINGS = AnswerSettings()
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """Everything that an answer knows besides the body. model: the name that the answer shows."""
+    """Everything that an answer knows besides the body.
+
+    model: the name that the answer shows. owner: stands for the API key; empty if there is one key.
+    """
 
     request_id: str
     model: str
     requests: RequestFactory
     settings: AnswerSettings = DEFAULT_SETTINGS
+    owner: str = ""
 
 
 class Answer(ABC, Generic[BodyT]):
@@ -125,7 +134,7 @@ class StreamUsage:
     def __init__(self, body: Generation, shows_cached: bool) -> None:
         options = body.stream_options or StreamOptions()
         self.at_end, self.in_events = options.include_usage, options.continuous_usage_stats
-        self.is_asked = self.at_end or self.in_events
+        self.is_requested = self.at_end or self.in_events
         self._shows_cached = shows_cached
         self._outputs: dict[int, RequestOutput] = {}  # the last one, by prompt
         self._num_tokens: dict[int, int] = {}  # by prompt

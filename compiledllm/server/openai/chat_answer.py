@@ -19,7 +19,7 @@ from compiledllm.server.openai.answer import (
     usage,
 )
 from compiledllm.server.openai.chat_choice import Choice, reasoning_mode
-from compiledllm.server.openai.chat_prompt import Conversation, chat_prompt, knows_effort
+from compiledllm.server.openai.chat_prompt import Conversation, chat_prompt, effort_arguments
 from compiledllm.server.openai.errors import ApiError
 from compiledllm.server.openai.events import Template, event, hole
 from compiledllm.server.openai.logprobs import chat_logprobs
@@ -52,10 +52,11 @@ class ChatAnswer(Answer[ChatRequest]):
     def prompts(self, body: ChatRequest) -> list[Prompt]:
         """The rendered conversation, whose end also tells where reasoning begins."""
         requests, settings = self._context.requests, self._context.settings
-        if body.reasoning_effort is not None and not knows_effort(self._tokenizer):
+        effort = body.reasoning_effort
+        if effort is not None and not effort_arguments(self._tokenizer, effort):
             self.ignored.append("reasoning_effort")
         max_tokens = requests.max_tokenized(body.truncate_prompt_tokens is not None)
-        conversation = Conversation.from_body(body, max_tokens, body.reasoning_effort)
+        conversation = Conversation.from_body(body, max_tokens, effort)
         prompt = chat_prompt(conversation, self._tokenizer, self._tool_use)
         if self.params.structured_outputs is None:  # a grammar applies from the first token
             template = self._tokenizer.chat_template_text
@@ -105,7 +106,7 @@ class ChatAnswer(Answer[ChatRequest]):
 
     def grow(self, prompt_index: int, output: RequestOutput, completion: CompletionOutput) -> bytes:
         index = completion.index
-        if self._usage.is_asked:
+        if self._usage.is_requested:
             self._usage.add(prompt_index, output, len(completion.token_ids))
         choice = self._choices.get(index)
         role = b""
@@ -158,7 +159,7 @@ def _params(body: ChatRequest, defaults: SamplingParams, use: ToolUse | None) ->
         raise ApiError(400, "chat_template in a request is not allowed", "chat_template")
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs=true", "top_logprobs")
-    limit = body.asked_tokens[1] or defaults.max_tokens
+    limit = body.requested_max_tokens[1] or defaults.max_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     more: dict[str, Any] = {}
     if use is None:
@@ -170,9 +171,9 @@ def _params(body: ChatRequest, defaults: SamplingParams, use: ToolUse | None) ->
 
 def _schema_beside_calls(body: ChatRequest) -> dict[str, Any] | None:
     """The JSON schema of an answer that may call tools instead; None: any text, or no tools."""
-    asked = structured_outputs_from(body)
-    if asked is None or not body.tools or body.tool_choice == "none":
+    outputs = structured_outputs_from(body)
+    if outputs is None or not body.tools or body.tool_choice == "none":
         return None
-    if asked.json is None and asked.json_object is None:
+    if outputs.json is None and outputs.json_object is None:
         raise ApiError(400, "tools go with JSON only: leave structured_outputs out", "tools")
-    return json_schema_of(asked)
+    return json_schema_of(outputs)

@@ -21,8 +21,8 @@ _RESERVED |= {"self", "max_tokens"}
 class Conversation:
     """The input of a chat template.
 
-    reasoning_effort: passed only to templates that use the variable. max_tokens: a longer prompt is
-    an error.
+    reasoning_effort: has an effect only if the template has a variable for it. max_tokens: a longer
+    prompt is an error.
     """
 
     messages: list[Message]
@@ -62,8 +62,8 @@ def chat_prompt(
     messages, max_tokens = conversation.messages, conversation.max_tokens
     tokenizer.check_length(sum(message.num_characters for message in messages), max_tokens)
     more: dict[str, Any] = {} if tool_use is None else {"tools": tool_use.tools}
-    if knows_effort(tokenizer) and conversation.reasoning_effort is not None:
-        more["reasoning_effort"] = conversation.reasoning_effort
+    if conversation.reasoning_effort is not None:
+        more |= effort_arguments(tokenizer, conversation.reasoning_effort)
     text, token_ids = tokenizer.encode_chat(
         [plain_message(message) for message in messages],
         max_tokens=max_tokens,
@@ -74,6 +74,11 @@ def chat_prompt(
     return {"prompt": text, "prompt_token_ids": token_ids}
 
 
-def knows_effort(tokenizer: Tokenizer) -> bool:
-    """Whether the chat template uses reasoning_effort."""
-    return "reasoning_effort" in tokenizer.chat_template_text
+def effort_arguments(tokenizer: Tokenizer, effort: str) -> dict[str, Any]:
+    """The chat template's arguments for this reasoning effort; empty if the template has none."""
+    template = tokenizer.chat_template_text
+    if "reasoning_effort" in template:
+        return {"reasoning_effort": effort}
+    if effort == "none" and "enable_thinking" in template:
+        return {"enable_thinking": False}
+    return {}

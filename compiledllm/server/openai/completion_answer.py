@@ -138,7 +138,7 @@ class CompletionAnswer(Answer[CompletionRequest]):
 
     def grow(self, prompt_index: int, output: RequestOutput, completion: CompletionOutput) -> bytes:
         index = self._index(prompt_index, completion)
-        if self._usage.is_asked:
+        if self._usage.is_requested:
             self._usage.add(prompt_index, output, len(completion.token_ids))
         has_begun = index in self._num_shown
         if self._template is not None and has_begun and completion.text:

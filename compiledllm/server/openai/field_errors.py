@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 
 from compiledllm.server.openai.bodies import fields_of
 from compiledllm.server.openai.errors import ApiError
@@ -24,3 +26,16 @@ def as_field_error(body: GenerationBase, error: ValueError) -> ApiError:
 def as_structured_error(field: str, error: ValueError) -> ApiError:
     """An error about structured output, with the name of the field that asked for it."""
     return ApiError(400, str(error).replace("structured_outputs", field, 1), field)
+
+
+@contextlib.contextmanager
+def renamed_fields(names: dict[str, str]) -> Iterator[None]:
+    """Let errors name the fields of the client's body. names: from the chat request's fields."""
+    try:
+        yield
+    except ApiError as error:
+        if error.param not in names:
+            raise
+        name = names[error.param]
+        message = error.message.replace(error.param, name, 1)
+        raise ApiError(error.status, message, name, error.code) from None

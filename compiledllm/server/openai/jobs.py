@@ -100,7 +100,7 @@ class JobMaker:
 
         Work that may take long runs in a thread. http_id: the HTTP request's id, from the client or
         generated. receive: reports that the client has left, which raises ClientLeft. salt: the API
-        key's cache salt, put in front of the body's cache_salt.
+        key's cache salt, put in front of the body's cache_salt; the answer knows its key by it.
         """
         number = next(self._numbers)  # makes ids unique, as clients may repeat theirs
 
@@ -129,7 +129,7 @@ class JobMaker:
         ignored = self.unknown_fields(body)
         name = f"{kind.id_prefix}-{body.request_id or http_id}"
         try:
-            answer = kind(body, Context(name, model, requests, self._settings))
+            answer = kind(body, Context(name, model, requests, self._settings, salt))
             # A cheap check before tokenising.
             self.engine.check_admission(answer.params.num_candidates * body.num_prompts, 0)
             prompts = answer.prompts(body)
@@ -176,9 +176,9 @@ def _compile(job: Job) -> None:
 
 def _check_context(body: GenerationBase, num_prompt_tokens: int, max_model_len: int) -> None:
     """Raise ValueError if the requested number of tokens does not fit after the prompt."""
-    name, asked = body.asked_tokens
-    if asked is not None and num_prompt_tokens + asked > max_model_len:
+    name, requested = body.requested_max_tokens
+    if requested is not None and num_prompt_tokens + requested > max_model_len:
         raise ValueError(
             f"{name} must be at most {max_model_len - num_prompt_tokens} behind a prompt of "
-            f"{num_prompt_tokens} tokens, as max_model_len={max_model_len}, got {asked}"
+            f"{num_prompt_tokens} tokens, as max_model_len={max_model_len}, got {requested}"
         )

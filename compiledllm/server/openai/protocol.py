@@ -156,7 +156,7 @@ class GenerationBase(Body, kw_only=True):
     cache_salt: Name | None = None
 
     @property
-    def asked_tokens(self) -> tuple[str, int | None]:
+    def requested_max_tokens(self) -> tuple[str, int | None]:
         """The name and value of the field that limits the number of tokens to generate."""
         raise NotImplementedError
 
@@ -242,7 +242,7 @@ class CompletionRequest(Generation, kw_only=True):
     add_special_tokens: bool = True
 
     @property
-    def asked_tokens(self) -> tuple[str, int | None]:
+    def requested_max_tokens(self) -> tuple[str, int | None]:
         return "max_tokens", self.max_tokens
 
     @property
@@ -316,7 +316,7 @@ class ChatRequest(Generation, kw_only=True):
     chat_template_kwargs: dict[str, Any] | None = None
 
     @property
-    def asked_tokens(self) -> tuple[str, int | None]:
+    def requested_max_tokens(self) -> tuple[str, int | None]:
         if self.max_completion_tokens is not None:
             return "max_completion_tokens", self.max_completion_tokens
         return "max_tokens", self.max_tokens

@@ -67,7 +67,8 @@ class Serving:
         self, job: Job, prompt_index: int
     ) -> AsyncGenerator[tuple[int, RequestOutput]]:
         """Yield the outputs of one prompt of a job, each with the index of the prompt."""
-        timing, live_request = self.metrics.begin(), job.live_requests[prompt_index]
+        live_request = job.live_requests[prompt_index]
+        timing = self.metrics.begin(live_request.state.params)
         with self.engine.following(live_request):
             while not live_request.state.is_over:
                 output = await live_request.take()

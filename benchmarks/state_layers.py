@@ -1,0 +1,267 @@
+"""Measures the ops of state layers, beside the machine's ceilings.
+
+    python -m compiledllm.benchmarks.state_layers --output-json FILE
+    python -m compiledllm.benchmarks.state_layers --sweep
+
+Shapes are those of Qwen3.5-9B and Qwen3.6-35B-A3B, which are equal: 16 key heads and 32 value heads
+of 128, convolutions of width 4. Calls for several layers, each with its own states, follow one
+another in a CUDA graph as in a model's step, so that states come from memory and not from a cache.
+`--sweep` also measures other tilings of the delta rule's kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compiledllm.benchmarks.ceilings import measure_ceilings
+from compiledllm.benchmarks.floor import Ceilings
+from compiledllm.benchmarks.report import Row, command_line, commit, hardware_facts, versions
+from compiledllm.kernels.backend import make_row_bound
+from compiledllm.kernels.delta_rule import CHUNK, gated_delta_rule
+from compiledllm.kernels.short_convolution import short_convolution
+from compiledllm.platform import Platform
+
+_REPEATS = 5
+_MIN_SECONDS = 0.02  # of a repeat
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    key_heads: int = 16
+    value_heads: int = 32
+    dim: int = 128
+    width: int = 4
+
+    @property
+    def channels(self) -> int:
+        return (2 * self.key_heads + self.value_heads) * self.dim
+
+    def state_bytes(self, state_dtype: torch.dtype) -> int:
+        return self.value_heads * self.dim**2 * state_dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The work of a call: `count` tokens for each of `rows` rows."""
+
+    rows: int
+    count: int
+
+    def metadata(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """rows, query_start_loc and seq_lens, all with earlier tokens and an empty row."""
+        own = torch.arange(self.rows, device=device)
+        starts = [min(row, self.rows) * self.count for row in range(self.rows + 2)]
+        lengths = torch.full((self.rows + 1,), self.count + 100, device=device)
+        return own, torch.tensor(starts, dtype=torch.int32, device=device), lengths.int()
+
+
+class Inputs:
+    """Inputs of a step, shared by all layers, and states for each layer."""
+
+    def __init__(
+        self,
+        shape: Shape,
+        step: Step,
+        layers: int,
+        state_dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        tokens, dtype = step.rows * step.count, torch.bfloat16
+        sizes = [n * shape.dim for n in (shape.key_heads, shape.key_heads, shape.value_heads)]
+        self.mixed = torch.randn(tokens, shape.channels, device=device).to(dtype)
+        q, k, v = torch.split(self.mixed, sizes, dim=1)
+        heads = shape.key_heads, shape.key_heads, shape.value_heads
+        self.tokens = [x.view(tokens, n, shape.dim) for x, n in zip((q, k, v), heads, strict=True)]
+        gates = torch.rand(2, tokens, shape.value_heads, device=device)
+        self.tokens += [-gates[0], gates[1]]
+        self.weight = torch.randn(shape.channels, shape.width, device=device).to(dtype)
+        matrix = step.rows, shape.value_heads, shape.dim, shape.dim
+        window = step.rows, shape.channels, shape.width - 1
+        self.states = [torch.randn(matrix, device=device).to(state_dtype) for _ in range(layers)]
+        self.windows = [torch.randn(window, device=device).to(dtype) for _ in range(layers)]
+        self.metadata = step.metadata(device)
+        self.row_bound = make_row_bound(1 if step.count == 1 else 0, device)
+
+    def delta_rules(self, **tilings: Any) -> Iterator[Callable[[], object]]:
+        """A call for each layer."""
+        rule: Callable[..., object] = gated_delta_rule
+        if tilings:
+            from compiledllm.kernels.delta_rule_triton import delta_rule as rule
+        for state in self.states:
+            tensors = *self.tokens, state, *self.metadata, self.row_bound
+            yield functools.partial(rule, *tensors, **tilings)
+
+    def convolutions(self) -> Iterator[Callable[[], object]]:
+        for window in self.windows:
+            tensors = self.mixed, self.weight, None, window, *self.metadata
+            yield functools.partial(short_convolution, *tensors, "silu", self.row_bound)
+
+
+def seconds_per_call(calls: list[Callable[[], object]], device: torch.device) -> float:
+    """Seconds of the fastest of several repeats. On a GPU the calls are replayed from a graph."""
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    run()  # compiles
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        run = graph.replay
+    once, best = _seconds(run, 1, device), float("inf")
+    times = max(1, int(_MIN_SECONDS / once))
+    for _ in range(_REPEATS):
+        best = min(best, _seconds(run, times, device))
+    return best / len(calls)
+
+
+def _seconds(run: Callable[[], object], times: int, device: torch.device) -> float:
+    _synchronize(device)
+    start = time.perf_counter()
+    for _ in range(times):
+        run()
+    _synchronize(device)
+    return (time.perf_counter() - start) / times
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def delta_rule_cost(shape: Shape, step: Step, state_dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes that must be moved, and FLOPs: of the recurrence, or of chunks of CHUNK tokens.
+
+    Per token and value head a chunk has three products with the state, and four with the chunk's
+    other tokens: keys and queries with keys, the inverse and the scores with values. Inverting is
+    not counted.
+    """
+    tokens, per_token = step.rows * step.count, (shape.channels + shape.value_heads * shape.dim) * 2
+    num_bytes = 2 * step.rows * shape.state_bytes(state_dtype) + tokens * per_token
+    products = 3 * shape.dim**2 + (4 * CHUNK * shape.dim if step.count > 1 else 0)
+    return num_bytes, 2 * products * shape.value_heads * tokens
+
+
+def convolution_cost(shape: Shape, step: Step) -> tuple[int, int]:
+    """Bytes that must be moved (states, weights, inputs, outputs), and FLOPs."""
+    tokens = step.rows * step.count
+    per_channel = 2 * tokens + 2 * step.rows * (shape.width - 1) + shape.width
+    return 2 * shape.channels * per_channel, 2 * shape.width * shape.channels * tokens
+
+
+def row_of(
+    op: str, step: Step, seconds: float, cost: tuple[int, int], ceilings: Ceilings, **facts: Any
+) -> Row:
+    num_bytes, flops = cost
+    return {
+        "op": op,
+        **asdict(step),
+        **facts,
+        "us": round(seconds * 1e6, 2),
+        "bytes": num_bytes,
+        "share_of_copy_rate": round(num_bytes / seconds / ceilings.copy_bytes_per_s, 3),
+        "flops": flops,
+        "tflops_per_s": round(flops / seconds / 1e12, 2),
+    }
+
+
+def tilings(step: Step) -> Iterator[dict[str, Any]]:
+    """Other tilings of the kernels that a step takes, one kernel at a time."""
+    from compiledllm.kernels.chunked_delta_rule_triton import ChunkTiling, ScanTiling
+    from compiledllm.kernels.delta_rule_triton import StepTiling
+
+    if step.count == 1:
+        for columns in (8, 16, 32, 64, 128):
+            for warps in (1, 2, 4, 8):
+                yield {"step": StepTiling(columns, warps)}
+        return
+    for warps in (4, 8):
+        for precision in ("tf32", "tf32x3"):
+            yield {"chunk": ChunkTiling(warps, precision)}
+    for columns in (16, 32, 64, 128):
+        for warps in (4, 8):
+            for stages in (1, 2, 3):
+                yield {"scan": ScanTiling(columns, warps, stages)}
+
+
+def measure(arguments: argparse.Namespace, platform: Platform, ceilings: Ceilings) -> Iterator[Row]:
+    shape, device = Shape(), platform.device
+    steps = [Step(rows, 1) for rows in arguments.rows] + arguments.prompts
+    for step in steps:
+        layers = arguments.layers if step.count == 1 else min(arguments.layers, 4)
+        for state_dtype in (torch.float32, torch.bfloat16):
+            inputs = Inputs(shape, step, layers, state_dtype, device)
+            cost = delta_rule_cost(shape, step, state_dtype)
+            name = str(state_dtype).removeprefix("torch.")
+            seconds = seconds_per_call(list(inputs.delta_rules()), device)
+            yield row_of("gated_delta_rule", step, seconds, cost, ceilings, state=name)
+            if state_dtype != torch.float32:
+                continue
+            seconds = seconds_per_call(list(inputs.convolutions()), device)
+            cost_of_convolution = convolution_cost(shape, step)
+            yield row_of("short_convolution", step, seconds, cost_of_convolution, ceilings)
+            for tiling in tilings(step) if arguments.sweep else ():
+                facts = {"state": name, "tiling": repr(next(iter(tiling.values())))}
+                try:
+                    seconds = seconds_per_call(list(inputs.delta_rules(**tiling)), device)
+                except Exception as error:  # more registers or shared memory than there are
+                    yield {"op": "gated_delta_rule", **asdict(step), **facts, "error": repr(error)}
+                    continue
+                yield row_of("gated_delta_rule", step, seconds, cost, ceilings, **facts)
+
+
+def _prompts(text: str) -> Step:
+    rows, _, count = text.partition("x")
+    return Step(int(rows), int(count))
+
+
+@torch.inference_mode()
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    add = parser.add_argument
+    add("--rows", type=int, nargs="*", default=[1, 8, 64], help="of decode steps")
+    default = [Step(1, 1024), Step(1, 8192), Step(8, 8192)]
+    add("--prompts", type=_prompts, nargs="*", default=default, help="ROWSxTOKENS")
+    add("--layers", type=int, default=24, help="with states of their own (24)")
+    add("--sweep", action="store_true", help="measure other tilings too (CUDA only)")
+    add("--output-json", type=Path, help="default: standard output")
+    options = parser.parse_args(arguments)
+    platform = Platform.detect()
+    ceilings = measure_ceilings(platform, torch.bfloat16)
+    rows = []
+    for row in measure(options, platform, ceilings):
+        rows.append(row)
+        print(json.dumps(row), file=sys.stderr, flush=True)
+    report = {
+        "benchmark": "state_layers",
+        "hardware": hardware_facts(platform),
+        "versions": versions(),
+        "commit": commit(),
+        "command": command_line(sys.argv),
+        "ceilings": asdict(ceilings),
+        "shape": asdict(Shape()),
+        "rows": rows,
+    }
+    text = json.dumps(report, indent=1) + "\n"
+    if options.output_json is None:
+        print(text, end="")
+    else:
+        options.output_json.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,99 @@
+"""Decides where copies of requests' states are taken, and from which copy a request starts.
+
+A step that continues a request at a block border may begin with a copy of the request's state,
+which is the state behind the border. There are two kinds of copies:
+
+- at fixed points: behind the last full block of the prompt, and where the request leaves the blocks
+  that another one has computed before. A chunk of the prompt ends at these points;
+- at the latest border. The copy moves along with the request, and is the one from which the next
+  turn of a conversation starts when the request has ended.
+"""
+
+from __future__ import annotations
+
+from compiledllm.scheduler.snapshots import Snapshots
+from compiledllm.types import Request, RequestStatus
+
+MIN_TOKENS = 64  # that a copy at a fixed point must save; fewer are not worth a step of their own
+# Copies take memory bandwidth from decoding, so with more requests they move in larger strides.
+# Past half of the slots, running requests would take the slots from each other.
+_MAX_REQUESTS_IN_SINGLE_STRIDES = 8
+_STRIDE = 4  # blocks
+_SLOTS_PER_REQUEST = 2
+
+
+class StateKeeper:
+    """Takes snapshots of the states of requests whose blocks hold `block_size` tokens."""
+
+    def __init__(self, num_slots: int, block_size: int) -> None:
+        self.snapshots = Snapshots(num_slots)
+        self._block_size = block_size
+
+    def max_until_point(self, request: Request, start: int, count: int) -> int:
+        """`count`, or the number of tokens from `start` on up to the first point among them."""
+        for point in sorted(self._points(request)):
+            if start < point < start + count and self._is_worth_a_step(request, point):
+                return point - start
+        return count
+
+    def slot_to_save(self, request: Request, num_running: int) -> int | None:
+        """The slot to copy a running request's state to before its next step; None: no copy.
+
+        The hashes of all blocks before the request's next token must be known.
+        """
+        computed = request.num_computed_tokens
+        if computed == 0 or computed % self._block_size:
+            return None
+        is_point = computed in self._points(request)
+        if is_point and computed - request.state_kept_at >= MIN_TOKENS:
+            request.state_kept_at = computed
+        elif computed - request.latest_state_at >= self._stride(num_running):
+            self.snapshots.forget(request.latest_state)
+            request.latest_state = self._hash_before(request, computed)
+        else:
+            return None
+        request.latest_state_at = computed
+        key = self._hash_before(request, computed)
+        return None if key in self.snapshots else self.snapshots.add(key)
+
+    def longest_prefix(self, request: Request, num_blocks: int) -> int:
+        """Of the request's first blocks, how many have a snapshot behind them."""
+        return self.snapshots.longest(request.block_hashes[:num_blocks])
+
+    def begin(self, request: Request, start: int) -> None:
+        """Note that a request will start from the state after its first `start` tokens."""
+        request.state_kept_at = request.latest_state_at = start
+
+    def slot_to_restore(self, request: Request) -> int | None:
+        """The slot of the state that a request starts from; None if it starts from nothing."""
+        start = request.num_computed_tokens
+        return self.snapshots.use(self._hash_before(request, start)) if start else None
+
+    def waits_for_sibling(self, request: Request) -> bool:
+        """Whether a request with the same prompt is about to keep the state behind the prompt."""
+        sibling, point = request.sibling, self._prompt_end(request)
+        if sibling is None or sibling.status is not RequestStatus.RUNNING or point < MIN_TOKENS:
+            return False
+        return sibling.state_kept_at < point and sibling.num_computed_tokens <= point
+
+    def _points(self, request: Request) -> tuple[int, int]:
+        return request.diverges_at, self._prompt_end(request)
+
+    def _prompt_end(self, request: Request) -> int:
+        """The last block border before the last token of the prompt."""
+        return (request.num_prompt_tokens - 1) // self._block_size * self._block_size
+
+    def _is_worth_a_step(self, request: Request, point: int) -> bool:
+        if point - request.state_kept_at < MIN_TOKENS:
+            return False
+        return self._hash_before(request, point) not in self.snapshots
+
+    def _stride(self, num_running: int) -> float:
+        """Number of tokens by which the copy at the latest border moves."""
+        if num_running * _SLOTS_PER_REQUEST > self.snapshots.num_slots:
+            return float("inf")
+        is_single = num_running <= _MAX_REQUESTS_IN_SINGLE_STRIDES
+        return self._block_size * (1 if is_single else _STRIDE)
+
+    def _hash_before(self, request: Request, num_tokens: int) -> bytes:
+        return request.block_hashes[num_tokens // self._block_size - 1]

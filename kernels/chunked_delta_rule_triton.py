@@ -1,0 +1,238 @@
+"""The gated delta rule in Triton for rows with several tokens, in chunks of 64 tokens.
+
+`_chunk_kernel` computes, for all chunks and heads at once, the parts that do not depend on the
+state. `_scan_kernel` then goes through the chunks of a row in order, with some columns of one
+head's state in registers. With the state S before a chunk and a token's decays since the chunk
+began (in) and until it ends (out), both kernels together compute
+
+    update = inverse @ (value - in * (key @ S)),  inverse = (I + L)^-1 diag(beta)
+    out    = in * (query @ S) + scores @ update
+    S      = S * decay + (out * key)^T @ update
+
+where L (strictly lower) and scores (lower) are products of keys with keys and of queries with keys,
+times the decay between the two tokens. The pieces of a chunk are addressed as in `ragged_triton`.
+"""
+
+# Triton infers a kernel's types from each call, which mypy cannot follow.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, attr-defined, no-untyped-call"
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from compiledllm.kernels.delta_rule import CHUNK
+from compiledllm.kernels.launch import max_shared_memory
+from compiledllm.kernels.ragged_triton import row_of_piece
+
+_NUM_FACTORS = 4  # per token: of query @ S, of key @ S, of key^T @ update; the chunk's decay
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkTiling:
+    """The program of `_chunk_kernel`. precision: `input_precision` of the inverse's products."""
+
+    num_warps: int
+    precision: str
+
+
+@dataclass(frozen=True, slots=True)
+class ScanTiling:
+    """The program of `_scan_kernel`. columns: of the state, that is value dimensions."""
+
+    columns: int
+    num_warps: int
+    num_stages: int
+
+
+def chunk_tiling(dtype: torch.dtype) -> ChunkTiling:
+    """TF32 has three bits more than bfloat16, to which the inverse is rounded for its use."""
+    return ChunkTiling(4, "tf32" if dtype.itemsize == 2 else "tf32x3")
+
+
+def scan_tiling(dtype: torch.dtype, value_dim: int, shared_memory: int) -> ScanTiling:
+    """shared_memory: bytes that a program may use; three stages of 64 columns need 185 KiB.
+
+    With two stages the compiler would wait for a chunk right after the load has begun.
+    """
+    if dtype.itemsize == 2 and shared_memory >= 200 * 1024:
+        return ScanTiling(min(64, value_dim), 4, 3)
+    return ScanTiling(min(32, value_dim), 4, 1)
+
+
+@triton.jit
+def _product(x, y):
+    """x @ y in float32; float32 inputs are not rounded to TF32."""
+    return tl.dot(x, y, input_precision="tf32x3")
+
+
+@triton.jit
+def _merged(inverse, lower, row, column, LEVEL: tl.constexpr, PRECISION: tl.constexpr):
+    """Inverses of blocks of 2 ** (LEVEL + 1), from those of their halves on the diagonal.
+
+    Where A and B are the halves on the diagonal and C is below A, the inverse of their block has
+    -B^-1 C A^-1 in C's place.
+    """
+    in_block = (row >> (LEVEL + 1)) == (column >> (LEVEL + 1))
+    below = tl.where(in_block & ((row >> LEVEL) != (column >> LEVEL)), lower, 0.0)
+    halves = tl.dot(below, inverse, input_precision=PRECISION)
+    return inverse - tl.dot(inverse, halves, input_precision=PRECISION)
+
+
+@triton.jit
+def _inverse(lower, PRECISION: tl.constexpr):
+    """(I + lower)^-1 of a strictly lower [64, 64], by merging inverses of diagonal blocks.
+
+    The four blocks of 16 are computed at once, a warp each.
+    """
+    block = tl.arange(0, 4)
+    own = block[:, None, None, None] == block[None, None, :, None]
+    diagonal = tl.sum(tl.where(own, tl.reshape(lower, [4, 16, 4, 16]), 0.0), 2)  # [4, 16, 16]
+    row, column = tl.arange(0, 16)[None, :, None], tl.arange(0, 16)[None, None, :]
+    small = tl.where(row == column, 1.0, 0.0) - tl.where(row // 2 == column // 2, diagonal, 0.0)
+    small = _merged(small, diagonal, row, column, 1, PRECISION)
+    small = _merged(small, diagonal, row, column, 2, PRECISION)
+    small = _merged(small, diagonal, row, column, 3, PRECISION)
+    inverse = tl.reshape(tl.where(own, small[:, :, None, :], 0.0), [64, 64])
+    row, column = tl.arange(0, 64)[:, None], tl.arange(0, 64)[None, :]
+    inverse = _merged(inverse, lower, row, column, 4, PRECISION)
+    return _merged(inverse, lower, row, column, 5, PRECISION)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _chunk_kernel(
+    query, key, log_decay, beta, query_start_loc, inverses, scores, factors,
+    query_stride, key_stride, num_rows,
+    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, KEY_DIM: tl.constexpr, EPS: tl.constexpr,
+    PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """One chunk of one value head. PRECISION: of the products in `_inverse`."""
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
+    index, head = tl.program_id(0) // NUM_HEADS, tl.program_id(0) % NUM_HEADS
+    row, first_piece = row_of_piece(index, query_start_loc, num_rows, 64)
+    start = tl.load(query_start_loc + row)
+    count = tl.load(query_start_loc + row + 1) - start
+    first = (index - first_piece) * 64
+    if (first >= count) | (count == 1):  # `_step_kernel` computes rows with one token
+        return
+    lane, dim = tl.arange(0, 64), tl.arange(0, KEY_DIM)
+    is_token, token = first + lane < count, (start + first + lane).to(tl.int64)
+    key_dims = head // GROUP * KEY_DIM + dim[None, :]
+    k = tl.load(key + token[:, None] * key_stride + key_dims, is_token[:, None], other=0.0)
+    q = tl.load(query + token[:, None] * query_stride + key_dims, is_token[:, None], other=0.0)
+    gates = tl.load(log_decay + token * NUM_HEADS + head, is_token, other=0.0)
+    rates = tl.load(beta + token * NUM_HEADS + head, is_token, other=0.0)
+    wide = k.to(tl.float32)
+    k_factor = tl.rsqrt(tl.sum(wide * wide, 1) + EPS)
+    wide = q.to(tl.float32)
+    q_factor = tl.rsqrt(tl.sum(wide * wide, 1) + EPS) * KEY_DIM**-0.5
+    total, chunk_total = tl.cumsum(gates, 0), tl.sum(gates, 0)
+    item = tl.program_id(0).to(tl.int64)
+    factor = factors + item * 256 + lane
+    tl.store(factor, q_factor * tl.exp(total))
+    tl.store(factor + 64, k_factor * tl.exp(total))
+    tl.store(factor + 128, k_factor * tl.exp(chunk_total - total))
+    tl.store(factor + 192, tl.zeros_like(total) + tl.exp(chunk_total))
+
+    late, early = lane[:, None], lane[None, :]
+    square = item * 4096 + late * 64 + early
+    between = tl.where(late >= early, total[:, None] - total[None, :], float("-inf"))
+    decay = tl.exp(between) * k_factor[None, :]
+    score = _product(q, tl.trans(k)) * q_factor[:, None] * decay
+    tl.store(scores + square, score.to(scores.dtype.element_ty))
+    lower = _product(k, tl.trans(k)) * (k_factor * rates)[:, None] * decay
+    inverse = _inverse(tl.where(late > early, lower, 0.0), PRECISION) * rates[None, :]
+    tl.store(inverses + square, inverse.to(inverses.dtype.element_ty))
+
+
+@triton.jit
+def _scan_kernel(
+    query, key, value, state, rows, query_start_loc, seq_lens, inverses, scores, factors, out,
+    query_stride, key_stride, value_stride, state_stride,
+    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    COLUMNS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Some columns of one head of a row, chunk after chunk."""
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
+    row = tl.program_id(1)
+    start = tl.load(query_start_loc + row)
+    count = tl.load(query_start_loc + row + 1) - start
+    if count <= 1:  # `_step_kernel` computes rows with one token
+        return
+    TILES: tl.constexpr = VALUE_DIM // COLUMNS
+    head, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
+    dim, lane = tl.arange(0, KEY_DIM), tl.arange(0, 64)
+    column = tile * COLUMNS + tl.arange(0, COLUMNS)
+    own = state + tl.load(rows + row).to(tl.int64) * state_stride + head * KEY_DIM * VALUE_DIM
+    own = own + dim[:, None] * VALUE_DIM + column[None, :]
+    s = tl.load(own, tl.load(seq_lens + row) > count, other=0.0).to(tl.float32)
+    item = (start // 64 + row).to(tl.int64) * NUM_HEADS + head
+    square = lane[:, None] * 64 + lane[None, :]
+    start = start.to(tl.int64)
+    dtype = query.dtype.element_ty
+    for first in range(0, count, 64):
+        token = first + lane
+        is_token = (token < count)[:, None]
+        place = (start + token)[:, None]
+        key_dims = head // GROUP * KEY_DIM + dim[None, :]
+        columns = head * VALUE_DIM + column[None, :]
+        k = tl.load(key + place * key_stride + key_dims, is_token, other=0.0)
+        q = tl.load(query + place * query_stride + key_dims, is_token, other=0.0)
+        v = tl.load(value + place * value_stride + columns, is_token, other=0.0)
+        inverse = tl.load(inverses + item * 4096 + square)
+        score = tl.load(scores + item * 4096 + square)
+        factor = factors + item * 256 + lane
+        before = s.to(dtype)
+        known = _product(k, before) * tl.load(factor + 64)[:, None]
+        update = _product(inverse, (v.to(tl.float32) - known).to(dtype))
+        result = _product(q, before) * tl.load(factor)[:, None]
+        result += _product(score, update.to(dtype))
+        target = out + place * (NUM_HEADS * VALUE_DIM) + columns
+        tl.store(target, result.to(out.dtype.element_ty), is_token)
+        update *= tl.load(factor + 128)[:, None]
+        s = s * tl.load(factors + item * 256 + 192) + _product(tl.trans(k), update.to(dtype))
+        item += NUM_HEADS
+    tl.store(own, s.to(state.dtype.element_ty))
+
+
+def compute_chunks(
+    tensors: tuple[Tensor, ...],
+    strides: tuple[int, ...],
+    constants: dict[str, Any],
+    chunk: ChunkTiling | None = None,
+    scan: ScanTiling | None = None,
+) -> None:
+    """Compute the rows with several tokens. Arguments as `_scan_kernel`'s, and gates.
+
+    tensors: query, key, value, log_decay, beta, state, rows, query_start_loc, seq_lens, out.
+    """
+    query, key, value, log_decay, beta, state, rows, query_start_loc, seq_lens, out = tensors
+    (num_tokens, num_heads, value_dim), num_rows = value.shape, len(rows)
+    num_pieces = num_tokens // CHUNK + num_rows
+    items = num_pieces, num_heads
+    inverses, scores = (query.new_empty((*items, CHUNK, CHUNK)) for _ in range(2))
+    factors = query.new_empty((*items, _NUM_FACTORS, CHUNK), dtype=torch.float32)
+    sizes = {name: constants[name] for name in ("NUM_HEADS", "GROUP", "KEY_DIM")}
+    launch = {name: constants[name] for name in ("OVERLAP", "launch_pdl")}
+    c = chunk or chunk_tiling(query.dtype)
+    _chunk_kernel[(num_pieces * num_heads,)](
+        query, key, log_decay, beta, query_start_loc, inverses, scores, factors, *strides[:2],
+        num_rows, EPS=constants["EPS"], PRECISION=c.precision, num_warps=c.num_warps, **sizes,
+        **launch,
+    )  # fmt: skip
+    s = scan or scan_tiling(query.dtype, value_dim, max_shared_memory())
+    _scan_kernel[(num_heads * (value_dim // s.columns), num_rows)](
+        query, key, value, state, rows, query_start_loc, seq_lens, inverses, scores, factors, out,
+        *strides, VALUE_DIM=value_dim, COLUMNS=s.columns, num_warps=s.num_warps,
+        num_stages=s.num_stages, **sizes, **launch,
+    )  # fmt: skip

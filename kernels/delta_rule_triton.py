@@ -1,0 +1,123 @@
+"""The gated delta rule in Triton: one step of the recurrence for rows with one token.
+
+Such a step is memory-bound: a program reads and writes some columns of one head's state once and
+computes in float32. Rows with several tokens go to `chunked_delta_rule_triton`. Grids follow from
+shapes alone and the host reads nothing back, so a captured call serves every row.
+"""
+
+# Triton infers a kernel's types from each call, which mypy cannot follow.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, attr-defined, no-untyped-call"
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from compiledllm.kernels.backend import max_row_tokens
+from compiledllm.kernels.chunked_delta_rule_triton import ChunkTiling, ScanTiling, compute_chunks
+from compiledllm.kernels.delta_rule import EPS, why_not_on_gpu
+from compiledllm.kernels.launch import launch_options
+
+
+@dataclass(frozen=True, slots=True)
+class StepTiling:
+    """columns: of the state, that is value dimensions, per program."""
+
+    columns: int
+    num_warps: int
+
+
+def step_tiling(value_dim: int) -> StepTiling:
+    """Not yet measured against others: four warps, 128 bytes of each of the state's rows."""
+    return StepTiling(min(32, value_dim), 4)
+
+
+@triton.jit
+def _step_kernel(
+    query, key, value, log_decay, beta, state, rows, query_start_loc, seq_lens, out,
+    query_stride, key_stride, value_stride, state_stride,
+    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    EPS: tl.constexpr, COLUMNS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Some columns of one head of a row with one token. GROUP: value heads for each key head."""
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
+    row = tl.program_id(1)
+    token, end = tl.load(query_start_loc + row).to(tl.int64), tl.load(query_start_loc + row + 1)
+    slot, length = tl.load(rows + row).to(tl.int64), tl.load(seq_lens + row)
+    if end != token + 1:  # after the loads, which are in flight together
+        return
+    TILES: tl.constexpr = VALUE_DIM // COLUMNS
+    head, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
+    dim = tl.arange(0, KEY_DIM)
+    column = tile * COLUMNS + tl.arange(0, COLUMNS)
+    own = state + slot * state_stride + head * KEY_DIM * VALUE_DIM
+    own = own + dim[:, None] * VALUE_DIM + column[None, :]
+    s = tl.load(own, length > 1, other=0.0).to(tl.float32)
+    key_dims = head // GROUP * KEY_DIM + dim
+    q = tl.load(query + token * query_stride + key_dims).to(tl.float32)
+    k = tl.load(key + token * key_stride + key_dims).to(tl.float32)
+    v = tl.load(value + token * value_stride + head * VALUE_DIM + column).to(tl.float32)
+    decay = tl.exp(tl.load(log_decay + token * NUM_HEADS + head))
+    rate = tl.load(beta + token * NUM_HEADS + head)
+    q *= tl.rsqrt(tl.sum(q * q, 0) + EPS) * KEY_DIM**-0.5
+    k *= tl.rsqrt(tl.sum(k * k, 0) + EPS)
+    # query^T (S + key update) needs no second pass over the new state.
+    s *= decay
+    update = rate * (v - tl.sum(s * k[:, None], 0))
+    result = tl.sum(s * q[:, None], 0) + tl.sum(q * k, 0) * update
+    tl.store(own, (s + k[:, None] * update[None, :]).to(state.dtype.element_ty))
+    target = out + (token * NUM_HEADS + head) * VALUE_DIM + column
+    tl.store(target, result.to(out.dtype.element_ty))
+
+
+def delta_rule(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    rows: Tensor,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    row_bound: Tensor | None = None,
+    step: StepTiling | None = None,
+    chunk: ChunkTiling | None = None,
+    scan: ScanTiling | None = None,
+) -> Tensor:
+    """See `delta_rule.gated_delta_rule`. Tilings: None for those that are usually used."""
+    num_tokens, num_heads, value_dim = value.shape
+    out = value.new_empty(value.shape)
+    if not num_tokens:
+        return out
+    num_key_heads, key_dim = key.shape[1:]
+    assert why_not_on_gpu(key_dim, value_dim) is None, (key_dim, value_dim)
+    assert num_heads % num_key_heads == 0 and state[0].is_contiguous()
+    assert log_decay.dtype == beta.dtype == torch.float32
+    query, key, value = (x if _is_packed(x) else x.contiguous() for x in (query, key, value))
+    log_decay, beta = log_decay.contiguous(), beta.contiguous()
+    tensors = query, key, value, log_decay, beta, state, rows, query_start_loc, seq_lens, out
+    strides = query.stride(0), key.stride(0), value.stride(0), state.stride(0)
+    constants = {
+        "NUM_HEADS": num_heads, "GROUP": num_heads // num_key_heads, "KEY_DIM": key_dim,
+        "VALUE_DIM": value_dim, "EPS": EPS, **launch_options(),
+    }  # fmt: skip
+    t = step or step_tiling(value_dim)
+    _step_kernel[(num_heads * (value_dim // t.columns), len(rows))](
+        *tensors, *strides, COLUMNS=t.columns, num_warps=t.num_warps, **constants
+    )
+    if row_bound is None or max_row_tokens(row_bound) != 1:
+        compute_chunks(tensors, strides, constants, chunk, scan)
+    return out
+
+
+def _is_packed(x: Tensor) -> bool:
+    """Whether the heads of a token are contiguous. The token dimension may have any stride."""
+    return x.stride(-1) == 1 and x.stride(-2) == x.shape[-1]

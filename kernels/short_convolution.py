@@ -1,0 +1,96 @@
+"""The causal depthwise convolution over a request's tokens, whose state is the last inputs.
+
+State layers (Gated DeltaNet, LFM2's short convolution) mix each channel with its last few inputs.
+On a GPU a Triton kernel computes all rows; on other devices plain torch does.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from compiledllm.kernels.ops import define
+
+ACTIVATIONS = ("none", "silu")
+
+
+def _convolution_fake(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@define("short_convolution", fake=_convolution_fake, mutates=("state",))
+def short_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor,
+    rows: Tensor,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    activation: str,
+    row_bound: Tensor | None = None,
+) -> Tensor:
+    """out[t] = activation(bias + sum over j of weight[:, j] * input[t - width + 1 + j]).
+
+    x: [tokens, channels], rows of tokens one after the other. weight: [channels, width], width at
+    least 2; bias: [channels]. state: [request rows, channels, width - 1] in x's dtype, the last
+    inputs of each request, oldest first. rows: integers [rows], the request row whose state a batch
+    row owns. query_start_loc: int32 [rows + 1]; seq_lens: int32 [rows], context lengths including
+    these tokens; both may have further rows without tokens. activation: "silu" or "none".
+    row_bound: of `backend.make_row_bound`; steps with a maximum of 1 take a faster kernel.
+
+    A row without earlier tokens starts from zeros, whatever its state holds; a row without tokens
+    does nothing. Of batch rows that own the same request row, as padding does, outputs and state
+    are undefined. Sums are in float32. Mutates `state`. Returns [tokens, channels] in x's dtype,
+    undefined for tokens outside every row.
+    """
+    assert activation in ACTIVATIONS, activation
+    if x.is_cuda:
+        from compiledllm.kernels.short_convolution_triton import convolve
+
+        metadata = rows, query_start_loc, seq_lens
+        return convolve(x, weight, bias, state, *metadata, activation, row_bound)
+    return short_convolution_reference(
+        x, weight, bias, state, rows, query_start_loc, seq_lens, activation
+    )
+
+
+def short_convolution_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor,
+    rows: Tensor,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    activation: str,
+) -> Tensor:
+    """See `short_convolution`. Rows with the same number of tokens are computed together."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    for count, batch in rows_by_count(query_start_loc, len(rows)).items():
+        first, own = query_start_loc[batch].long(), rows[batch].long()
+        tokens = first[:, None] + torch.arange(count, device=x.device)  # [rows, count]
+        is_new = (seq_lens[batch] == count)[:, None, None]
+        before = state[own].masked_fill(is_new, 0)
+        inputs = torch.cat((before, x[tokens].mT.to(state.dtype)), dim=-1)
+        state[own] = inputs[:, :, count:]
+        mixed = F.conv1d(inputs.to(dtype), weight[:, None], bias, groups=len(weight)).mT
+        out[tokens] = (F.silu(mixed) if activation == "silu" else mixed).to(x.dtype)
+    return out
+
+
+def rows_by_count(query_start_loc: Tensor, num_rows: int) -> dict[int, Tensor]:
+    """Number of tokens -> indices of the batch rows that have so many; rows without are left out.
+
+    Reads `query_start_loc` on the host.
+    """
+    counts = query_start_loc.diff()[:num_rows].tolist()
+    found: dict[int, list[int]] = {}
+    for row, count in enumerate(counts):
+        if count:
+            found.setdefault(count, []).append(row)
+    device = query_start_loc.device
+    return {count: torch.tensor(batch, device=device) for count, batch in found.items()}

@@ -1,0 +1,140 @@
+"""The format of a fused matrix whose parts are kept differently: a product for each kind of part.
+
+llama.cpp keeps some values' matrices in more bits than queries' and keys', and lists of modules
+that are not quantised may name one part only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from compiledllm.models.formats.plain import Plain
+from compiledllm.models.formats.quantized import Quantized
+from compiledllm.models.formats.weight_format import MatrixFormat, Params, Slot, WeightFormat
+from compiledllm.models.matrices import MixedSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Neighbouring parts of a fused matrix that have one format."""
+
+    parts: tuple[str, ...]
+    num_outputs: int
+    format: MatrixFormat
+
+    @property
+    def loaded_as(self) -> WeightFormat:
+        """The format until `finish`."""
+        assert isinstance(self.format, Plain | Quantized)
+        return self.format
+
+    def sizes(self, parts: Mapping[str, int]) -> dict[str, int]:
+        return {part: parts[part] for part in self.parts}
+
+
+@dataclass(frozen=True, slots=True)
+class Mixed:
+    """A fused matrix of several runs. params: those of the first run's format, then the others'."""
+
+    runs: tuple[Run, ...]
+
+    @property
+    def num_params(self) -> int:
+        return sum(run.format.num_params for run in self.runs)
+
+    @property
+    def products(self) -> str:
+        return "; ".join(sorted({run.format.products for run in self.runs} - {""}))
+
+    def parameters(
+        self, parts: Mapping[str, int], in_features: int, lead: tuple[int, ...] = ()
+    ) -> dict[str, nn.Parameter | None]:
+        found: dict[str, nn.Parameter | None] = {}
+        for index, run in enumerate(self.runs):
+            own = run.loaded_as.parameters(run.sizes(parts), in_features, lead)
+            found |= {_name(index, i): parameter for i, parameter in enumerate(own.values())}
+        return found
+
+    def slots(self, parts: Mapping[str, int], in_features: int, params: Params) -> dict[str, Slot]:
+        found: dict[str, Slot] = {}
+        for run, own in self._split(params):
+            found |= run.loaded_as.slots(run.sizes(parts), in_features, own)
+        return found
+
+    def randomize(self, params: Params, spread: float, generator: torch.Generator) -> None:
+        for run, own in self._split(params):
+            run.loaded_as.randomize(own, spread, generator)
+
+    def finish(
+        self, params: Params, in_features: int
+    ) -> tuple[MatrixFormat, dict[str, Tensor | None]]:
+        runs: list[Run] = []
+        tensors: dict[str, Tensor | None] = {}
+        for index, (run, own) in enumerate(self._split(params)):
+            finished = run.loaded_as.finish(own, in_features)
+            format, kept = (run.format, own) if finished is None else _values(finished)
+            runs.append(replace(run, format=format))
+            tensors |= {_name(index, i): tensor for i, tensor in enumerate(kept)}
+        return Mixed(tuple(runs)), tensors
+
+    def product(
+        self,
+        x: Tensor,
+        params: Params,
+        bias: Tensor | None,
+        first_row: int = 0,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        products, row = [], 0
+        for run, own in self._split(params):
+            first, row = max(first_row - row, 0), row + run.num_outputs
+            if first < run.num_outputs:
+                end = row - first_row
+                of_run = None if bias is None else bias[end - run.num_outputs + first : end]
+                products.append(run.format.product(x, own, of_run, first))
+        y = torch.cat(products, dim=-1)
+        return y if out is None else out.copy_(y)
+
+    def experts(
+        self,
+        x: Tensor,
+        expert_ids: Tensor,
+        gate_up: Params,
+        down: Params,
+        down_format: MatrixFormat,
+        biases: tuple[Tensor | None, Tensor | None],
+        alpha: float,
+        limit: float,
+    ) -> Tensor:
+        raise AssertionError("gate and up of experts have one format")
+
+    def _split(self, params: Params) -> list[tuple[Run, Params]]:
+        """Each run with its tensors."""
+        found: list[tuple[Run, Params]] = []
+        start = 0
+        for run in self.runs:
+            end = start + run.format.num_params
+            found.append((run, params[start:end]))
+            start = end
+        return found
+
+
+def mixed(spec: MixedSpec, multiply: Callable[..., Tensor]) -> Mixed:
+    """The format of a MixedSpec. multiply: the kernel of unquantised parts."""
+    runs = (
+        Run(parts, size, Plain(multiply) if format is None else Quantized(format))
+        for parts, size, format in spec.runs
+    )
+    return Mixed(tuple(runs))
+
+
+def _name(run: int, index: int) -> str:
+    return f"run_{run}_{index}"
+
+
+def _values(finished: tuple[MatrixFormat, dict[str, Tensor | None]]) -> tuple[MatrixFormat, Params]:
+    return finished[0], [*finished[1].values()]

@@ -1,0 +1,71 @@
+"""Gated DeltaNet: linear attention over a state of fixed size for each request."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compiledllm.kernels.backend import StateMetadata
+from compiledllm.kernels.delta_rule import gated_delta_rule
+from compiledllm.kernels.short_convolution import short_convolution
+from compiledllm.models.formats.weight_format import empty_parameter
+from compiledllm.models.layers.factory import Factory
+from compiledllm.models.layers.norm import rms_norm
+from compiledllm.models.state_specs import DeltaNetSpec
+
+
+class DeltaNet(nn.Module):
+    """Project, convolve, update and read the states, normalise and gate each head, project.
+
+    The decay rate and the bias of its time step stay float32, as an exponential of an exponential
+    would multiply their rounding.
+    """
+
+    def __init__(self, hidden_size: int, spec: DeltaNetSpec, make: Factory) -> None:
+        super().__init__()
+        self.spec = spec
+        heads = spec.num_value_heads
+        self.qkvz = make.linear("qkvz", hidden_size, spec.qkvz_parts)
+        self.ba = make.linear("ba", hidden_size, spec.ba_parts)
+        self.convolution = empty_parameter(spec.qkv_size, 1, spec.kernel_size)
+        self.log_decay_rate = empty_parameter(heads, dtype=torch.float32)
+        self.step_bias = empty_parameter(heads, dtype=torch.float32)
+        self.norm = empty_parameter(spec.value_dim)
+        self.out = make.linear("out", spec.value_size, {"": hidden_size})
+
+    def forward(
+        self, x: Tensor, _cos: Tensor, _sin: Tensor, states: list[Tensor], metadata: StateMetadata
+    ) -> Tensor:
+        """x [tokens, hidden] -> [tokens, hidden]. states: of `DeltaNetSpec.cache`, mutated."""
+        spec, (columns, heads) = self.spec, states
+        qkv, z, b, a = self._project(x)
+        weight = self.convolution.squeeze(1)
+        rows, bound = metadata[:3], metadata.row_bound
+        qkv = short_convolution(qkv, weight, None, columns, *rows, "silu", bound)
+        q, k, v = torch.split(qkv, [spec.key_size, spec.key_size, spec.value_size], dim=-1)
+        q, k, v = _heads(q, spec.key_dim), _heads(k, spec.key_dim), _heads(v, spec.value_dim)
+        decay = -self.log_decay_rate.exp() * F.softplus(a.float() + self.step_bias)
+        out = gated_delta_rule(q, k, v, decay, torch.sigmoid(b.float()), heads, *metadata)
+        gated = rms_norm(out, self.norm, spec.eps).float() * F.silu(z.float())
+        projected: Tensor = self.out(gated.to(x.dtype).flatten(1))
+        return projected
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """qkv [tokens, qkv_size], z [tokens, heads, value_dim], and b and a [tokens, heads]."""
+        spec, qkvz, ba = self.spec, self.qkvz(x), self.ba(x)
+        if not spec.is_grouped:
+            qkv, z = torch.split(qkvz, [spec.qkv_size, spec.value_size], dim=-1)
+            b, a = ba.chunk(2, dim=-1)
+            return qkv, _heads(z, spec.value_dim), b, a
+        of_group = spec.value_size // spec.num_key_heads
+        parts = [spec.key_dim, spec.key_dim, of_group, of_group]
+        q, k, v, z = torch.split(_heads(qkvz, sum(parts)), parts, dim=-1)
+        b, a = _heads(ba, 2 * spec.num_value_heads // spec.num_key_heads).chunk(2, dim=-1)
+        qkv = torch.cat([part.flatten(1) for part in (q, k, v)], dim=-1)
+        return qkv, _heads(z.flatten(1), spec.value_dim), b.flatten(1), a.flatten(1)
+
+
+def _heads(x: Tensor, size: int) -> Tensor:
+    """[tokens, heads * size] -> [tokens, heads, size]."""
+    return x.view(x.shape[0], -1, size)

@@ -1,0 +1,106 @@
+"""Layers that keep a state of fixed size for each request, in place of keys and values: as data.
+
+Like `spec.AttentionSpec`, each spec says what mixes the tokens of a block, which weights that takes
+and what the layer keeps of the tokens that it has seen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from compiledllm.models.layer_cache import State
+from compiledllm.models.matrices import Matrix, Weights
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaNetSpec:
+    """Gated DeltaNet: linear attention whose state the gated delta rule updates.
+
+    Queries, keys and values go through a causal convolution over the last `kernel_size` tokens.
+    Each of `num_value_heads` has a state [key_dim, value_dim]; consecutive value heads share a key
+    head. eps: of the gated RMSNorm on each head's output. is_grouped: the rows of the projections
+    are ordered by key head (Qwen3-Next), otherwise by part.
+    """
+
+    num_key_heads: int
+    num_value_heads: int
+    key_dim: int
+    value_dim: int
+    kernel_size: int
+    eps: float
+    is_grouped: bool = False
+
+    @property
+    def key_size(self) -> int:
+        return self.num_key_heads * self.key_dim
+
+    @property
+    def value_size(self) -> int:
+        return self.num_value_heads * self.value_dim
+
+    @property
+    def qkv_size(self) -> int:
+        """Number of channels of the convolution."""
+        return 2 * self.key_size + self.value_size
+
+    @property
+    def qkvz_parts(self) -> dict[str, int]:
+        """Parts of the projection to queries, keys and values, and to z, the gate of the output."""
+        return self._parts({"qkv": self.qkv_size, "z": self.value_size})
+
+    @property
+    def ba_parts(self) -> dict[str, int]:
+        """Parts of the projection from which beta and the decay follow."""
+        return self._parts({"b": self.num_value_heads, "a": self.num_value_heads})
+
+    def _parts(self, parts: dict[str, int]) -> dict[str, int]:
+        return {"": sum(parts.values())} if self.is_grouped else parts
+
+    def cache(self, dtype: torch.dtype, _kv_dtype: torch.dtype, state_dtype: torch.dtype) -> State:
+        """What the layer keeps of a request: the convolution's last inputs, and the states."""
+        heads = self.num_value_heads, self.key_dim, self.value_dim
+        columns = self.qkv_size, self.kernel_size - 1
+        return State(((columns, dtype), (heads, state_dtype)))
+
+    def weights(self, hidden_size: int) -> Weights:
+        matrices = (
+            Matrix("attn.qkvz", self.qkv_size + self.value_size, hidden_size),
+            Matrix("attn.ba", 2 * self.num_value_heads, hidden_size),
+            Matrix("attn.out", hidden_size, self.value_size),
+        )
+        num_convolution = self.qkv_size * self.kernel_size
+        return Weights(matrices, num_convolution + 2 * self.num_value_heads + self.value_dim)
+
+    def flops_per_token(self) -> int:
+        """Of the delta rule: decay, prediction, update and output of each head's state."""
+        return 8 * self.num_value_heads * self.key_dim * self.value_dim
+
+
+@dataclass(frozen=True, slots=True)
+class ConvSpec:
+    """Gated short convolution (LFM2): out(c * convolution(b * x)); b, c and x are projections."""
+
+    kernel_size: int
+    width: int
+    bias: bool = False
+
+    def cache(self, dtype: torch.dtype, _kv_dtype: torch.dtype, _state_dtype: torch.dtype) -> State:
+        """What the layer keeps of a request: the convolution's last inputs."""
+        return State((((self.width, self.kernel_size - 1), dtype),))
+
+    def weights(self, hidden_size: int) -> Weights:
+        matrices = (
+            Matrix("attn.bcx", 3 * self.width, hidden_size),
+            Matrix("attn.out", hidden_size, self.width),
+        )
+        biases = 4 * self.width + hidden_size
+        return Weights(matrices, self.width * self.kernel_size + self.bias * biases)
+
+    def flops_per_token(self) -> int:
+        """Of the convolution."""
+        return 2 * self.width * self.kernel_size
+
+
+StateSpec = DeltaNetSpec | ConvSpec

@@ -1,0 +1,1 @@
+"""Clients too heavy for the test suite, against a server whose model replays fixed answers."""

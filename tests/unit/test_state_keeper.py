@@ -1,0 +1,163 @@
+"""When copies of states are taken, where they lie, and which of them give way."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+
+import pytest
+
+from compiledllm.sampling_params import SamplingParams
+from compiledllm.scheduler.block_pool import BlockPool
+from compiledllm.scheduler.scheduler import Scheduler
+from compiledllm.scheduler.snapshots import Snapshots
+from compiledllm.types import Request, RequestSpec, SchedulerOutput, StepOutput
+
+
+class Device:
+    """Follows states: a row or a slot holds the tokens that the state is the one after.
+
+    ahead: number of steps that are launched before the tokens of a step are known.
+    """
+
+    def __init__(self, num_snapshots: int, ahead: int = 0, **options: int) -> None:
+        sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 256} | options
+        pool = BlockPool(sizes.pop("num_blocks", 200))
+        self.scheduler = Scheduler(pool, 16, **sizes, num_snapshots=num_snapshots)
+        self.num_saves = 0
+        self._ahead = ahead
+        self._in_flight: deque[tuple[SchedulerOutput, StepOutput]] = deque()
+        self._tokens: dict[str, list[int]] = {}  # of each row's request, drawn ones included
+        self._rows: dict[str, list[int]] = {}
+        self._slots: dict[int, list[int]] = {}
+
+    def add(self, request_id: str, prompt: list[int], max_tokens: int) -> Request:
+        params = SamplingParams(max_tokens=max_tokens)
+        request = Request(RequestSpec(request_id, prompt, params, max_tokens))
+        self.scheduler.add(request)
+        return request
+
+    def step(self) -> SchedulerOutput:
+        """Run a step; the token drawn is the request's number of tokens, modulo 100."""
+        step = self.scheduler.schedule()
+        self._copy_states(step)
+        drawn = {}
+        for line in step.scheduled:
+            tokens, state = self._tokens[line.request_id], self._rows[line.request_id]
+            start, end = line.num_computed_tokens, line.num_computed_tokens
+            end += line.num_scheduled_tokens
+            assert state == tokens[:start], "a state after other tokens"
+            state += tokens[start:end]
+            if line.samples:
+                drawn[line.request_id] = len(tokens) % 100
+                tokens.append(len(tokens) % 100)
+        self._in_flight.append((step, StepOutput(drawn)))
+        if len(self._in_flight) > self._ahead:
+            self.scheduler.update(*self._in_flight.popleft())
+        self.scheduler.check_invariants()
+        return step
+
+    def _copy_states(self, step: SchedulerOutput) -> None:
+        for request_id in step.freed_request_ids:
+            del self._rows[request_id]
+        for new in step.new_requests:
+            self._tokens[new.spec.request_id] = list(new.token_ids)
+            self._rows[new.spec.request_id] = []
+        for request_id, slot in step.saved_states:
+            self._slots[slot] = list(self._rows[request_id])
+            self.num_saves += 1
+        for request_id, slot in step.restored_states:
+            self._rows[request_id] = list(self._slots[slot])
+
+    def run(self) -> None:
+        while self.scheduler.has_unfinished():
+            self.step()
+
+
+def prompt_of(count: int, seed: int = 0) -> list[int]:
+    return random.Random(seed).choices(range(100), k=count)
+
+
+def test_slots_are_those_of_the_least_recently_used() -> None:
+    snapshots = Snapshots(2)
+    assert {snapshots.add(b"a"), snapshots.add(b"b")} == {0, 1}
+    slot_of_a = snapshots.use(b"a")
+    assert snapshots.add(b"c") != slot_of_a and b"b" not in snapshots
+    assert snapshots.longest([b"a", b"b", b"c", b"d"]) == 3
+    snapshots.forget(b"a")
+    snapshots.forget(b"a")
+    assert snapshots.add(b"e") == slot_of_a and len(snapshots) == 2
+    snapshots.check_invariants()
+    snapshots.reset()
+    snapshots.check_invariants()
+
+
+def test_a_chunk_ends_behind_the_last_full_block_of_a_prompt() -> None:
+    device = Device(num_snapshots=8)
+    device.add("one", prompt_of(200), 2)
+    assert device.step().scheduled[0].num_scheduled_tokens == 192
+    step = device.step()
+    assert [request_id for request_id, _ in step.saved_states] == ["one"]
+    assert step.scheduled[0].num_scheduled_tokens == 8 and step.scheduled[0].samples
+    device.run()
+    again = device.add("two", prompt_of(200), 2)
+    step = device.step()  # in one step, as the state is kept already
+    assert step.restored_states and step.scheduled[0].num_scheduled_tokens == 8
+    assert again.num_cached_tokens == 192
+
+
+@pytest.mark.parametrize(("num_running", "distance"), [(4, 16), (10, 64)])
+def test_the_latest_copy_moves_in_strides_that_grow_with_the_batch(
+    num_running: int, distance: int
+) -> None:
+    device = Device(num_snapshots=40, max_num_seqs=16)
+    for index in range(num_running):
+        device.add(str(index), prompt_of(20, index), 140)
+    device.run()
+    borders = range(distance, 20 + 140, distance)  # of which the prompt is past 16
+    assert device.num_saves == num_running * len([border for border in borders if border > 20])
+    states = device.scheduler.kv.states
+    assert states is not None and len(states.snapshots) == num_running
+
+
+def test_requests_that_run_do_not_take_slots_from_each_other() -> None:
+    device = Device(num_snapshots=4, max_num_seqs=8)
+    for index in range(8):
+        device.add(str(index), prompt_of(20, index), 100)
+    for _ in range(60):
+        device.step()
+    assert device.num_saves == 0
+
+
+def test_a_request_waits_for_a_sibling_that_computes_the_same_prompt() -> None:
+    device = Device(num_snapshots=8)
+    device.add("first", prompt_of(300), 4)
+    params = SamplingParams(max_tokens=4)
+    spec = RequestSpec("second", prompt_of(300), params, 4, sibling_id="first")
+    sibling = Request(spec)
+    device.scheduler.add(sibling)
+    device.run()
+    assert sibling.num_cached_tokens == 288
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_states_are_those_after_the_tokens_whatever_happens(ahead: int) -> None:
+    num_hits = num_preemptions = 0
+    for seed in range(20):
+        rng, known = random.Random(seed), [prompt_of(150)]
+        device = Device(rng.randint(1, 8), ahead, num_blocks=rng.choice([40, 200]))
+        scheduler = device.scheduler
+        for index in range(40):
+            base = rng.choice(known)[: rng.randint(1, 150)]
+            prompt = base + prompt_of(rng.randint(1, 120), rng.randrange(10**6))
+            known.append(prompt)
+            device.add(str(index), prompt[:250], rng.randint(1, 80))
+            for _ in range(rng.randint(0, 8)):
+                if scheduler.has_unfinished():
+                    device.step()
+            if rng.random() < 0.2 and scheduler.requests:
+                scheduler.finish(rng.choice(list(scheduler.requests)), "abort")
+        device.run()
+        num_hits += scheduler.num_snapshot_hits
+        num_preemptions += scheduler.num_preemptions
+    assert num_hits > 20 and num_preemptions > 20
