@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 
 from compiledllm.models.checkpoint import is_derived
-
-SCORE_HEAD = "score.weight"  # head of models that classify texts, which `pooling` reads
+from compiledllm.models.reranker import SCORE_HEAD
 
 
 class NameRules:

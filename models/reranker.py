@@ -14,8 +14,8 @@ import numpy as np
 
 from compiledllm.config import ConfigError
 from compiledllm.models.json_file import read_json
-from compiledllm.models.names import SCORE_HEAD
 
+SCORE_HEAD = "score.weight"  # head of models that classify texts
 _CLASSIFIERS = "ForSequenceClassification"
 _DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _MAX_HEADER_BYTES = 2**27

@@ -244,8 +244,8 @@ class Engine:
         ]
         self._run(states, states, use_tqdm)
         return [
-            embedding_output(state, factory.pooling, asked)
-            for state, asked in zip(states, params, strict=True)
+            embedding_output(state, factory.pooling, given)
+            for state, given in zip(states, params, strict=True)
         ]
 
     def score(

@@ -21,7 +21,7 @@ class PoolingBase(GenerationBase, kw_only=True):
     truncate_prompt_tokens: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
 
     @property
-    def asked_tokens(self) -> tuple[str, int | None]:
+    def requested_max_tokens(self) -> tuple[str, int | None]:
         return "max_tokens", None
 
     @property
