@@ -422,7 +422,7 @@ def test_an_engine_that_ends_without_a_culprit_is_given_up(
         assert await rig.health() == (503, "RuntimeError: the device is lost")
         assert rig.client.num_restarts == 2
 
-    live(play)
+    live(play, settles=False)  # it may be given up before anybody saw it ready
 
 
 def test_a_step_that_hangs_ends_with_its_engine(live: Callable[..., None]) -> None:

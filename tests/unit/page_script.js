@@ -26,7 +26,7 @@ function browser() {
   const byId = (id) => (nodes[id] ??= new Node());
   byId("max_tokens").value = "512"; byId("temperature").value = "0.7";
   const fetch = async (path, options) => {
-    if (path === "/v1/models") return { ok: true, json: async () => ({ data: [{ id: "m" }] }) };
+    if (path === "v1/models") return { ok: true, json: async () => ({ data: [{ id: "m" }] }) };
     asked.push(JSON.parse(options.body));
     const answer = {};
     answer.body = new ReadableStream({ start(controller) { answer.controller = controller; } });
