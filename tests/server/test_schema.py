@@ -28,8 +28,9 @@ from compiledllm.sampling_params import MAX_N
 pytestmark = pytest.mark.real_model  # its tokenizer
 
 POSTS = ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"]
-POSTS += ["/v1/messages", "/v1/messages/count_tokens", "/v1/responses", "/v1/embeddings"]
-POSTS += ["/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"]
+POSTS += ["/v1/messages", "/v1/messages/count_tokens", "/v1/responses"]
+POOLING = ["/v1/embeddings", "/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"]
+POSTS += POOLING
 GETS = ["/v1/models", "/v1/models/{model}", "/health", "/ready", "/version", "/metrics", "/config"]
 GETS += ["/ping", "/load"]
 STORED = "/v1/responses/{response_id}"
@@ -73,6 +74,10 @@ def answers(api: Any, method: str, path: str, mode: GenerationMode) -> Counter[i
             shorten(case.body, "max_output_tokens" if "responses" in path else "max_tokens")
             if mode.is_positive:
                 case.body |= {"stream": is_streamed, "model": "tiny"}
+        if path in POOLING and mode.is_positive:
+            case.body |= {"stream": False, "model": "tiny", "truncate_prompt_tokens": None}
+            if path.endswith("score"):  # the schema does not say that one pair of names is needed
+                case.body |= {"queries": "a", "documents": ["b"], "text_1": None, "text_2": None}
         response = case.call(session=session, timeout=60)
         statuses[response.status_code] += 1
         case.validate_response(response, checks=CHECKS)
