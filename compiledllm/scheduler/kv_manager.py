@@ -305,9 +305,7 @@ class KVManager:
     def _blocks_of_sibling(self, request: Request) -> Tables:
         """Full blocks of the prompt that a running request with the same prompt has computed."""
         sibling = request.sibling
-        if sibling is None or sibling.status is not RequestStatus.RUNNING:
-            return self._no_blocks()
-        if self._has_states:
+        if sibling is None or sibling.status is not RequestStatus.RUNNING or self._has_states:
             return self._no_blocks()
         num_computed = min(request.num_prompt_tokens - 1, sibling.num_computed_tokens)
         num_full = num_computed // self.block_size

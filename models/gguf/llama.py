@@ -17,11 +17,9 @@ from compiledllm.models.gguf.rules import (
     LLAMA_BLOCK,
     YARN_KEYS,
     Rule,
-    common_config,
-    rope_scaling,
-    rope_theta,
     rules_of,
     shortest,
+    silu_config,
 )
 
 KEYS = (*COMMON_KEYS, *YARN_KEYS, "tensor_data_layout")
@@ -36,22 +34,20 @@ _LLAMA3_ROPE = {  # the same in Llama 3.1 to 3.3; GGUF files store the resulting
 
 def config(file: GgufFile) -> dict[str, Any]:
     """The config.json of a LlamaForCausalLM."""
-    common = common_config(file, "llama")
-    theta = rope_theta(file, "llama")
-    return common | {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
+    found = silu_config(file, "llama", "LlamaForCausalLM")
+    return found | {
         "attention_bias": all(f"blk.0.{name}.bias" in file.tensors for name in _BIASES),
         "mlp_bias": False,
-        "rope_theta": theta,
-        "rope_scaling": _rope_scaling(file, common["head_dim"], theta),
+        "rope_scaling": _rope_scaling(file, found),
     }
 
 
-def _rope_scaling(file: GgufFile, head_dim: int, theta: float) -> dict[str, Any] | None:
-    """The config entry for the file's RoPE scaling. Raises ValueError if no entry is equivalent."""
-    scaling = rope_scaling(file, "llama")
+def _rope_scaling(file: GgufFile, found: dict[str, Any]) -> dict[str, Any] | None:
+    """The config entry for the file's RoPE scaling. Raises ValueError if no entry is equivalent.
+
+    found: the config without Llama 3's scaling, which only a tensor tells.
+    """
+    scaling: dict[str, Any] | None = found["rope_scaling"]
     if "rope_freqs.weight" not in file.tensors:
         return scaling
     if scaling is not None:
@@ -61,7 +57,7 @@ def _rope_scaling(file: GgufFile, head_dim: int, theta: float) -> dict[str, Any]
         )
     divisors = file.load("rope_freqs.weight")
     scaling = {"rope_type": "llama3", "factor": shortest(divisors.max()), **_LLAMA3_ROPE}
-    expected = _llama3_divisors(scaling, head_dim, theta)
+    expected = _llama3_divisors(scaling, found["head_dim"], found["rope_theta"])
     if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
         raise ValueError("tensor 'rope_freqs.weight' is a RoPE scaling other than Llama 3's")
     return scaling

@@ -10,9 +10,8 @@ from compiledllm.models.gguf.rules import (
     COMMON_KEYS,
     YARN_KEYS,
     Rule,
-    common_config,
-    rope_scaling,
-    rope_theta,
+    silu_config,
+    sliding_window,
 )
 
 KEYS = (*COMMON_KEYS, *YARN_KEYS, "attention.sliding_window")
@@ -20,15 +19,8 @@ KEYS = (*COMMON_KEYS, *YARN_KEYS, "attention.sliding_window")
 
 def config(file: GgufFile) -> dict[str, Any]:
     """The config.json of a MistralForCausalLM."""
-    window = "mistral.attention.sliding_window"
-    return common_config(file, "mistral") | {
-        "architectures": ["MistralForCausalLM"],
-        "model_type": "mistral",
-        "hidden_act": "silu",
-        "sliding_window": file.integer(window) if file.metadata.get(window) else None,
-        "rope_theta": rope_theta(file, "mistral"),
-        "rope_scaling": rope_scaling(file, "mistral"),
-    }
+    window = {"sliding_window": sliding_window(file, "mistral")}
+    return silu_config(file, "mistral", "MistralForCausalLM") | window
 
 
 def rules(config: dict[str, Any]) -> dict[str, Rule]:

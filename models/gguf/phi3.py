@@ -16,6 +16,7 @@ from compiledllm.models.gguf.rules import (
     rope_theta,
     rules_of,
     shortest,
+    sliding_window,
 )
 
 KEYS = (*COMMON_KEYS, "attention.sliding_window", "rope.scaling.attn_factor")
@@ -37,12 +38,11 @@ def config(file: GgufFile) -> dict[str, Any]:
     rotary_dim = file.integer("phi3.rope.dimension_count", head_dim)
     if rotary_dim > head_dim or rotary_dim % 2:
         raise ValueError(f"phi3.rope.dimension_count = {rotary_dim} of {head_dim} is impossible")
-    window = "phi3.attention.sliding_window"
     return common | {
         "architectures": ["Phi3ForCausalLM"],
         "model_type": "phi3",
         "hidden_act": "silu",
-        "sliding_window": file.integer(window) if file.metadata.get(window) else None,
+        "sliding_window": sliding_window(file, "phi3"),
         "partial_rotary_factor": rotary_dim / head_dim,
         "original_max_position_embeddings": file.integer(
             "phi3.rope.scaling.original_context_length", context

@@ -10,10 +10,8 @@ from compiledllm.models.gguf.rules import (
     LLAMA_BLOCK,
     YARN_KEYS,
     Rule,
-    common_config,
-    rope_scaling,
-    rope_theta,
     rules_of,
+    silu_config,
 )
 
 KEYS = (*COMMON_KEYS, *YARN_KEYS)
@@ -21,14 +19,7 @@ KEYS = (*COMMON_KEYS, *YARN_KEYS)
 
 def config(file: GgufFile) -> dict[str, Any]:
     """The config.json of a Qwen2ForCausalLM."""
-    return common_config(file, "qwen2") | {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "hidden_act": "silu",
-        "use_sliding_window": False,
-        "rope_theta": rope_theta(file, "qwen2"),
-        "rope_scaling": rope_scaling(file, "qwen2"),
-    }
+    return silu_config(file, "qwen2", "Qwen2ForCausalLM") | {"use_sliding_window": False}
 
 
 def rules(config: dict[str, Any]) -> dict[str, Rule]:

@@ -11,10 +11,8 @@ from compiledllm.models.gguf.rules import (
     QK_NORMS,
     YARN_KEYS,
     Rule,
-    common_config,
-    rope_scaling,
-    rope_theta,
     rules_of,
+    silu_config,
 )
 
 KEYS = (*COMMON_KEYS, *YARN_KEYS)
@@ -22,14 +20,7 @@ KEYS = (*COMMON_KEYS, *YARN_KEYS)
 
 def config(file: GgufFile) -> dict[str, Any]:
     """The config.json of a Qwen3ForCausalLM."""
-    return common_config(file, "qwen3") | {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "hidden_act": "silu",
-        "use_sliding_window": False,
-        "rope_theta": rope_theta(file, "qwen3"),
-        "rope_scaling": rope_scaling(file, "qwen3"),
-    }
+    return silu_config(file, "qwen3", "Qwen3ForCausalLM") | {"use_sliding_window": False}
 
 
 def rules(config: dict[str, Any]) -> dict[str, Rule]:

@@ -85,6 +85,23 @@ def common_config(file: GgufFile, prefix: str, is_rotary_partial: bool = False) 
     }
 
 
+def silu_config(file: GgufFile, prefix: str, architecture: str) -> dict[str, Any]:
+    """The config.json of architectures with SiLU whose RoPE is plain, linear or YaRN."""
+    return common_config(file, prefix) | {
+        "architectures": [architecture],
+        "model_type": prefix,
+        "hidden_act": "silu",
+        "rope_theta": rope_theta(file, prefix),
+        "rope_scaling": rope_scaling(file, prefix),
+    }
+
+
+def sliding_window(file: GgufFile, prefix: str) -> int | None:
+    """The config entry for the window; None: every token sees its whole context."""
+    key = f"{prefix}.attention.sliding_window"
+    return file.integer(key) if file.metadata.get(key) else None
+
+
 def rope_theta(file: GgufFile, prefix: str) -> float:
     return shortest(file.number(f"{prefix}.rope.freq_base", 10000.0))
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 
@@ -31,9 +30,6 @@ class PoolingAnswer(Answer[BodyT]):
             max_tokens=0, truncate_prompt_tokens=body.truncate_prompt_tokens, detokenize=False
         )
         self.states: list[RequestState] = []
-
-    @abstractmethod
-    def whole(self, outputs: list[RequestOutput], num_output_tokens: int) -> dict[str, Any]: ...
 
     def encoded(self, outputs: list[RequestOutput]) -> bytes:
         """The JSON of the complete answer."""

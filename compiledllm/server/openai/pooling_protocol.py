@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from compiledllm.server.openai.bodies import Body
-from compiledllm.server.openai.protocol import GenerationBase, Ids, PositiveCount
+from compiledllm.server.openai.protocol import GenerationBase, Ids, PositiveCount, has_many
 
 MAX_INPUTS = 2048  # OpenAI's limit
 MAX_INSTRUCTION = 10_000  # characters
@@ -47,7 +47,7 @@ class EmbeddingRequest(PoolingBase, kw_only=True):
 
     @property
     def has_many_prompts(self) -> bool:
-        return isinstance(self.input, list) and not isinstance(self.input[0], int)
+        return has_many(self.input)
 
     @property
     def num_prompts(self) -> int:

@@ -222,6 +222,11 @@ class Generation(GenerationBase, kw_only=True):
         return "response_format" if self.structured_outputs is None else "structured_outputs"
 
 
+def has_many(prompts: str | list[str] | Ids | list[Ids]) -> bool:
+    """Whether these are several prompts, rather than one text or the ids of one prompt."""
+    return isinstance(prompts, list) and not isinstance(prompts[0], int)
+
+
 class CompletionRequest(Generation, kw_only=True):
     """`POST /v1/completions`."""
 
@@ -247,7 +252,7 @@ class CompletionRequest(Generation, kw_only=True):
 
     @property
     def has_many_prompts(self) -> bool:
-        return isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
+        return has_many(self.prompt)
 
     @property
     def num_prompts(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import msgspec
@@ -30,7 +31,7 @@ class EventWriter:
         return b"%s%d%s" % (head, self._number, rest)
 
 
-class Item:
+class Item(ABC):
     """An item that grows.
 
     text_event, part_event: what the names of the events of its text and of its part begin with.
@@ -49,13 +50,13 @@ class Item:
         self.logprobs: list[Any] = []
         self.place = {"item_id": self.id, "output_index": index} | self.part_index
 
+    @abstractmethod
     def part(self, text: str) -> dict[str, Any] | None:
         """The item's only part, with this text; None if the item has no parts."""
-        raise NotImplementedError
 
+    @abstractmethod
     def shown(self, status: str, text: str, parts: list[dict[str, Any]]) -> dict[str, Any]:
         """The item as an answer has it. parts: the part, or nothing before it is added."""
-        raise NotImplementedError
 
     def done(self, text: str) -> dict[str, Any]:
         """The fields of the event that ends the text."""
