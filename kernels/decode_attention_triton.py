@@ -25,10 +25,7 @@ from compiledllm.kernels.launch import launch_options, num_multiprocessors
 from compiledllm.kernels.online_softmax_triton import Tiling, after_sinks, attend_keys
 
 MAX_TOGETHER = 8  # maximum number of new tokens per row
-_PROGRAMS_PER_SM = 8  # extra programs for long rows; several per SM hide latency
-# Up to this many programs, a split may be as small as one tile of keys, because the GPU would
-# otherwise be idle.
-_FEW_PROGRAMS = 32
+_FEW_PROGRAMS = 32  # programs that leave most of the GPU idle
 _SPLITS_SUMMED_AT_ONCE = 8
 _USUAL_ARRIVALS = 2**16  # initial number of counters, one per row and KV head
 _counters: dict[torch.device, list[Tensor]] = {}
@@ -37,18 +34,34 @@ _counters: dict[torch.device, list[Tensor]] = {}
 def decode_tiling(head_dim: int, group: int, dtype: torch.dtype, num_programs: int) -> Tiling:
     """group: query heads per KV head, times tokens per row. num_programs: rows times KV heads.
 
-    The fastest of 6 to 13 tilings on an H100 (bfloat16, contexts of 190 to 1088 tokens and contexts
-    of chats, 1 to 466 rows, 3 to 8 KV heads). A few programs need many loads in flight each; many
-    programs hide each other's latency.
+    The fastest of 12 to 26 tilings on an H200 (bfloat16, 1 to 60 rows of 128 to 32768 tokens, 2 to
+    8 KV heads), and for most programs on an H100 (chats, up to 466 rows). A few programs need many
+    loads in flight each; many programs hide each other's latency.
     """
     rows = max(16, triton.next_power_of_2(group))
-    if dtype == torch.float32 or head_dim > 128:
+    if dtype == torch.float32:
         return Tiling(rows, 32, 4, 2)
-    if num_programs >= (1024 if head_dim > 64 else 512):
-        return Tiling(rows, 64, 2, 4)
-    if head_dim > 64 and num_programs > _FEW_PROGRAMS:
-        return Tiling(rows, 64, 4, 3)
-    return Tiling(rows, 128, 4, 4 if num_programs >= 96 else 2)
+    if head_dim > 128:
+        return Tiling(rows, 64 if head_dim <= 256 else 32, 8, 2)
+    if num_programs <= _FEW_PROGRAMS:
+        return Tiling(rows, 128, 4, 2)
+    num_warps = 2 if rows == 16 else 4
+    if head_dim <= 64 and num_programs < 512:
+        return Tiling(rows, 128, num_warps, 3)
+    return Tiling(rows, 64, num_warps, 4)
+
+
+def _splits_per_sm(head_dim: int, num_programs: int) -> int:
+    """Extra programs for splits of long rows, per multiprocessor.
+
+    The programs of a step should run all at once: a second wave of programs would wait for the
+    first. Where rows alone are more than a wave, smaller splits even out rows of unequal length.
+    """
+    if head_dim > 128:
+        return 2
+    if num_programs <= _FEW_PROGRAMS:
+        return 3
+    return 4 if num_programs < 1024 else 8
 
 
 @triton.jit
@@ -72,9 +85,8 @@ def _lanes(
 
 @triton.jit
 def _work_item(
-    item, seq_lens, query_start_loc, num_rows, max_extra, window,
-    min_tiles, TOKENS: tl.constexpr, KEYS: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    MAX_ROWS: tl.constexpr,
+    item, seq_lens, query_start_loc, num_rows, max_extra, window, TOKENS: tl.constexpr,
+    KEYS: tl.constexpr, HAS_WINDOW: tl.constexpr, MAX_ROWS: tl.constexpr,
 ):  # fmt: skip
     """The item's row, the number of splits of this row, and the item's index among the splits.
 
@@ -94,7 +106,7 @@ def _work_item(
     if HAS_WINDOW:
         tiles -= _first_seen(length, count, window, TOKENS) // KEYS
     more_tiles = tl.where(is_ours, tl.maximum(tiles - 1, 0), 0)  # tiles after the first
-    share = tl.maximum(tl.cdiv(tl.sum(more_tiles, 0), max_extra), min_tiles)
+    share = tl.maximum(tl.cdiv(tl.sum(more_tiles, 0), max_extra), 1)
     slack = share // 2
     its_row, num_splits, split = item, 1, 0
     if tl.max(more_tiles, 0) >= share + slack:
@@ -141,11 +153,15 @@ def _sum_of_splits(
     return acc / total[:, None]
 
 
-@triton.jit
+# Each of these would compile the kernel again for 1 and for multiples of 16.
+_COUNTS = ["window", "table_stride", "num_rows", "max_extra"]
+
+
+@triton.jit(do_not_specialize=_COUNTS)
 def _decode_kernel(
     query, kv_cache, block_tables, seq_lens, query_start_loc, sinks, kv_scales, out, partial_out,
     partial_stats, arrivals, scale, window, soft_cap, query_stride, table_stride, value_offset,
-    num_rows, max_extra, min_tiles, MAX_ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    num_rows, max_extra, MAX_ROWS: tl.constexpr, TOKENS: tl.constexpr,
     GROUP: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     TOKEN_STRIDE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr, HAS_KV_SCALES: tl.constexpr, PADDED_DIM: tl.constexpr,
@@ -162,8 +178,8 @@ def _decode_kernel(
         gdc_launch_dependents()
     kv_head, item = tl.program_id(0), tl.program_id(1)  # programs without work come last
     row, num_splits, split = _work_item(
-        item, seq_lens, query_start_loc, num_rows, max_extra, window, min_tiles, TOKENS, KEYS,
-        HAS_WINDOW, MAX_ROWS,
+        item, seq_lens, query_start_loc, num_rows, max_extra, window, TOKENS, KEYS, HAS_WINDOW,
+        MAX_ROWS,
     )  # fmt: skip
     # The kernel reads lengths before this wait. That is safe because a matmul runs between this
     # kernel and the kernel that writes lengths, and a matmul releases its successor after its own
@@ -259,18 +275,17 @@ def attend_few_tokens(
     num_programs, num_lanes = max_rows * num_kv_heads, constants["GROUP"] * max_row_tokens
     tiling = decode_tiling(head_dim, num_lanes, query.dtype, num_programs)
     if max_split_programs is None:
-        max_split_programs = _PROGRAMS_PER_SM * num_multiprocessors()
+        max_split_programs = _splits_per_sm(head_dim, num_programs) * num_multiprocessors()
     max_extra = max(max_split_programs // num_kv_heads, 1)
     num_items = max_rows + max_extra
     parts = num_items, max_row_tokens, num_heads
     partial_out = query.new_empty((*parts, head_dim), dtype=torch.float32)
     partial_stats = query.new_empty((*parts, 2), dtype=torch.float32)
     arrivals = _arrivals(num_rows * num_kv_heads, query.device)
-    min_tiles = 1 if num_programs <= _FEW_PROGRAMS else 2
     _decode_kernel[(num_kv_heads, num_items)](
         *tensors, partial_out, partial_stats, arrivals, *scalars, num_rows, max_extra,
-        min_tiles, MAX_ROWS=_padded_rows(num_rows), TOKENS=max_row_tokens,
-        ROWS=tiling.rows, KEYS=tiling.keys, SUM_LANES=triton.next_power_of_2(num_lanes),
+        MAX_ROWS=_padded_rows(num_rows), TOKENS=max_row_tokens, ROWS=tiling.rows,
+        KEYS=tiling.keys, SUM_LANES=triton.next_power_of_2(num_lanes),
         AT_ONCE=_SPLITS_SUMMED_AT_ONCE,
         num_warps=tiling.num_warps, num_stages=tiling.num_stages, **launch_options(), **constants,
     )  # fmt: skip

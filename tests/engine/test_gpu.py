@@ -6,10 +6,13 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from compiledllm import Engine, SamplingParams
+from compiledllm.pooling_params import PoolingParams
 from compiledllm.runner import model_runner
+from tests.support.families import IN_ENGINE, VARIANTS
 
 pytestmark = pytest.mark.gpu
 
@@ -126,6 +129,47 @@ def test_captured_steps_of_other_models_give_the_eager_tokens(
         found.append(tokens(engine, prompts[:12]))
     assert found[0] == found[1]
     assert engine.core.runner.compiler.num_recompiles == 0
+
+
+CHUNKS = {"max_num_batched_tokens": 70, "max_num_seqs": 5}
+
+
+@pytest.mark.parametrize("options", [{}, CHUNKS], ids=str)
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5", "lfm2", "lfm2_moe"])
+def test_captured_steps_keep_states(
+    family: str,
+    options: dict[str, object],
+    tiny_model: Callable[..., Path],
+    prompts: list[list[int]],
+) -> None:
+    shape = VARIANTS[family, IN_ENGINE[family]]
+    if "linear_value_head_dim" in shape:
+        shape = shape | {"linear_value_head_dim": 16}  # the least that GPU kernels take
+    checkpoint = tiny_model(family, **shape)
+    fixed = {"dtype": "float32", "skip_tokenizer_init": True, "kv_cache_memory_bytes": 2**28}
+    reference = Engine(checkpoint, device="cpu", enforce_eager=True, **fixed)
+    engine = Engine(checkpoint, **(fixed | options))
+    assert engine.core.runner.graphs is not None
+    expected = tokens(reference, prompts[:16])
+    assert tokens(engine, prompts[:16]) == expected
+    assert tokens(engine, prompts[:16]) == expected  # from snapshots, where there are some
+    assert engine.core.runner.compiler.num_recompiles == 0
+    engine.core.scheduler.check_invariants()
+
+
+def test_captured_steps_keep_hidden_states_for_pooling(
+    tiny_llama: Callable[..., Path], prompts: list[list[int]]
+) -> None:
+    reference = make(tiny_llama, attention_backend="torch", enforce_eager=True)
+    engine = make(tiny_llama, max_num_batched_tokens=32)
+    for params in (
+        PoolingParams(kind="last", normalize=False),
+        PoolingParams(kind="mean", normalize=False),
+    ):
+        expected = reference.embed(prompts[:12], params)
+        for output, wanted in zip(engine.embed(prompts[:12], params), expected, strict=True):
+            found = output.outputs.embedding
+            np.testing.assert_allclose(found, wanted.outputs.embedding, atol=2e-3)
 
 
 def test_sampled_and_greedy_requests_share_a_batch(
