@@ -150,7 +150,8 @@ for dtype, of_torch in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         check(convolution._ragged_kernel, dtype, TOKENS=16, CHANNELS=128, **shape)
     dim = 128 if dtype == "bf16" else 64  # float32 takes the compiler long
     shape = {"NUM_HEADS": 32, "GROUP": 2, "KEY_DIM": dim, "VALUE_DIM": dim, "EPS": 1e-6}
-    check(delta._step_kernel, dtype, delta.step_tiling(dim), **shape)
+    for programs in (32, 2048):
+        check(delta._step_kernel, dtype, delta.step_tiling(dim, of_torch, programs), **shape)
     check(chunks._chunk_kernel, dtype, chunks.chunk_tiling(of_torch), **shape)
     for max_shared in (99 * 1024, 227 * 1024) if int(sys.argv[1]) == 90 else (99 * 1024,):
         tiling = chunks.scan_tiling(of_torch, dim, max_shared)
