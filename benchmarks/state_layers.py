@@ -83,8 +83,9 @@ class Inputs:
         q, k, v = torch.split(self.mixed, sizes, dim=1)
         heads = shape.key_heads, shape.key_heads, shape.value_heads
         self.tokens = [x.view(tokens, n, shape.dim) for x, n in zip((q, k, v), heads, strict=True)]
-        gates = torch.rand(2, tokens, shape.value_heads, device=device)
-        self.tokens += [-gates[0], gates[1]]
+        gates = torch.randn(tokens, 2 * shape.value_heads, device=device).to(dtype)
+        self.tokens += gates.chunk(2, dim=1)
+        self.of_heads = torch.randn(2, shape.value_heads, device=device).unbind()
         self.weight = torch.randn(shape.channels, shape.width, device=device).to(dtype)
         matrix = step.rows, shape.value_heads, shape.dim, shape.dim
         window = step.rows, shape.channels, shape.width - 1
@@ -99,7 +100,7 @@ class Inputs:
         if tilings:
             from compiledllm.kernels.delta_rule_triton import delta_rule as rule
         for state in self.states:
-            tensors = *self.tokens, state, *self.metadata, self.row_bound
+            tensors = *self.tokens, *self.of_heads, state, *self.metadata, self.row_bound
             yield functools.partial(rule, *tensors, **tilings)
 
     def convolutions(self) -> Iterator[Callable[[], object]]:

@@ -68,6 +68,17 @@ def scan_tiling(dtype: torch.dtype, value_dim: int, shared_memory: int) -> ScanT
 
 
 @triton.jit
+def activated_gates(a, b, log_decay_rate, step_bias):
+    """log_decay and beta of tokens in float32. See `delta_rule.gated_delta_rule`."""
+    step = a.to(tl.float32) + step_bias
+    above = tl.exp(tl.minimum(step, 20.0))
+    total = 1 + above  # where it is rounded, the quotient corrects the logarithm
+    softplus = tl.where(total == 1, above, tl.log(total) * (above / (total - 1)))
+    softplus = tl.where(step > 20, step, softplus)
+    return -tl.exp(log_decay_rate) * softplus, 1 / (1 + tl.exp(-b.to(tl.float32)))
+
+
+@triton.jit
 def _product(x, y):
     """x @ y in float32; float32 inputs are not rounded to TF32."""
     return tl.dot(x, y, input_precision="tf32x3")
@@ -108,8 +119,8 @@ def _inverse(lower, PRECISION: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _chunk_kernel(
-    query, key, log_decay, beta, query_start_loc, inverses, scores, factors,
-    query_stride, key_stride, num_rows,
+    query, key, a, b, log_decay_rate, step_bias, query_start_loc, inverses, scores, factors,
+    query_stride, key_stride, a_stride, b_stride, num_rows,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, KEY_DIM: tl.constexpr, EPS: tl.constexpr,
     PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -129,8 +140,12 @@ def _chunk_kernel(
     key_dims = head // GROUP * KEY_DIM + dim[None, :]
     k = tl.load(key + token[:, None] * key_stride + key_dims, is_token[:, None], other=0.0)
     q = tl.load(query + token[:, None] * query_stride + key_dims, is_token[:, None], other=0.0)
-    gates = tl.load(log_decay + token * NUM_HEADS + head, is_token, other=0.0)
-    rates = tl.load(beta + token * NUM_HEADS + head, is_token, other=0.0)
+    gates, rates = activated_gates(
+        tl.load(a + token * a_stride + head, is_token, other=0.0),
+        tl.load(b + token * b_stride + head, is_token, other=0.0),
+        tl.load(log_decay_rate + head), tl.load(step_bias + head),
+    )  # fmt: skip
+    gates, rates = tl.where(is_token, gates, 0.0), tl.where(is_token, rates, 0.0)
     wide = k.to(tl.float32)
     k_factor = tl.rsqrt(tl.sum(wide * wide, 1) + EPS)
     wide = q.to(tl.float32)
@@ -215,9 +230,11 @@ def compute_chunks(
 ) -> None:
     """Compute the rows with several tokens. Arguments as `_scan_kernel`'s, and gates.
 
-    tensors: query, key, value, log_decay, beta, state, rows, query_start_loc, seq_lens, out.
+    tensors: query, key, value, a, b, log_decay_rate, step_bias, state, rows, query_start_loc,
+    seq_lens, out. strides: of a token in query, key and value, of a row in state, of a token in a
+    and b.
     """
-    query, key, value, log_decay, beta, state, rows, query_start_loc, seq_lens, out = tensors
+    query, key, value, *gates, state, rows, query_start_loc, seq_lens, out = tensors
     (num_tokens, num_heads, value_dim), num_rows = value.shape, len(rows)
     num_pieces = num_tokens // CHUNK + num_rows
     items = num_pieces, num_heads
@@ -227,13 +244,13 @@ def compute_chunks(
     launch = {name: constants[name] for name in ("OVERLAP", "launch_pdl")}
     c = chunk or chunk_tiling(query.dtype)
     _chunk_kernel[(num_pieces * num_heads,)](
-        query, key, log_decay, beta, query_start_loc, inverses, scores, factors, *strides[:2],
+        query, key, *gates, query_start_loc, inverses, scores, factors, *strides[:2], *strides[4:],
         num_rows, EPS=constants["EPS"], PRECISION=c.precision, num_warps=c.num_warps, **sizes,
         **launch,
     )  # fmt: skip
     s = scan or scan_tiling(query.dtype, value_dim, max_shared_memory())
     _scan_kernel[(num_heads * (value_dim // s.columns), num_rows)](
         query, key, value, state, rows, query_start_loc, seq_lens, inverses, scores, factors, out,
-        *strides, VALUE_DIM=value_dim, COLUMNS=s.columns, num_warps=s.num_warps,
+        *strides[:4], VALUE_DIM=value_dim, COLUMNS=s.columns, num_warps=s.num_warps,
         num_stages=s.num_stages, **sizes, **launch,
     )  # fmt: skip

@@ -2,6 +2,8 @@
 
     S = S * exp(log_decay);  S += key (beta * (value - key^T S));  out = query^T S
 
+where log_decay = -exp(log_decay_rate) * softplus(a + step_bias) and beta = sigmoid(b).
+
 A decode step takes one step of the recurrence. Prompts are computed in chunks of CHUNK tokens:
 within a chunk the updates are the solution of a triangular system, and only chunks follow one
 another. On a GPU, Triton kernels do both (`delta_rule_triton`, `chunked_delta_rule_triton`); on
@@ -11,6 +13,7 @@ other devices plain torch does.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from compiledllm.kernels.ops import define
@@ -38,8 +41,10 @@ def gated_delta_rule(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    log_decay: Tensor,
-    beta: Tensor,
+    a: Tensor,
+    b: Tensor,
+    log_decay_rate: Tensor,
+    step_bias: Tensor,
     state: Tensor,
     rows: Tensor,
     query_start_loc: Tensor,
@@ -50,28 +55,44 @@ def gated_delta_rule(
 
     query, key: [tokens, key heads, key_dim], not yet normalised: each is divided by its L2 norm,
     and queries are scaled by key_dim ** -0.5. value: [tokens, value heads, value_dim]; value head h
-    uses key head h // (value heads / key heads). log_decay (at most 0), beta: float32 [tokens,
-    value heads]. state: float32 or bfloat16 [request rows, value heads, key_dim, value_dim]. rows,
-    query_start_loc, seq_lens, row_bound: see `short_convolution`.
+    uses key head h // (value heads / key heads). a, b: [tokens, value heads], not yet activated.
+    log_decay_rate, step_bias: float32 [value heads]. state: float32 or bfloat16 [request rows,
+    value heads, key_dim, value_dim]. rows, query_start_loc, seq_lens, row_bound: see
+    `short_convolution`.
 
-    A row without earlier tokens starts from zeros,
-    whatever its state holds; a row without tokens does nothing. Mutates `state`. Returns
-    [tokens, value heads, value_dim] in value's dtype, undefined for tokens outside every row.
+    A row without earlier tokens starts from zeros, whatever its state holds; a row without tokens
+    does nothing. Mutates `state`. Returns [tokens, value heads, value_dim] in value's dtype,
+    undefined for tokens outside every row.
     """
-    arguments = query, key, value, log_decay, beta, state, rows, query_start_loc, seq_lens
+    tokens, gates = (query, key, value, a, b), (log_decay_rate, step_bias)
+    rows_of_step = rows, query_start_loc, seq_lens
     if not value.is_cuda:
-        return gated_delta_rule_reference(*arguments)
+        return gated_delta_rule_reference(*tokens, *gates, state, *rows_of_step)
     from compiledllm.kernels.delta_rule_triton import delta_rule
 
-    return delta_rule(*arguments, row_bound)
+    return delta_rule(*tokens, *gates, state, *rows_of_step, row_bound)
+
+
+def activated_gates(
+    a: Tensor, b: Tensor, log_decay_rate: Tensor, step_bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """log_decay and beta, [tokens, value heads], in the dtype of `log_decay_rate` or a wider one.
+
+    The decay is an exponential of an exponential, which would multiply the rounding of 16 bits.
+    """
+    dtype = torch.promote_types(a.dtype, log_decay_rate.dtype)
+    log_decay = -log_decay_rate.exp() * F.softplus(a.to(dtype) + step_bias)
+    return log_decay, torch.sigmoid(b.to(dtype))
 
 
 def gated_delta_rule_reference(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    log_decay: Tensor,
-    beta: Tensor,
+    a: Tensor,
+    b: Tensor,
+    log_decay_rate: Tensor,
+    step_bias: Tensor,
     state: Tensor,
     rows: Tensor,
     query_start_loc: Tensor,
@@ -83,6 +104,7 @@ def gated_delta_rule_reference(
     """
     out = torch.empty_like(value, memory_format=torch.contiguous_format)
     dtype = torch.promote_types(value.dtype, torch.float32)
+    log_decay, beta = activated_gates(a, b, log_decay_rate, step_bias)
     group = value.shape[1] // key.shape[1]
     query = _normalized(query.to(dtype)) * query.shape[-1] ** -0.5
     key = _normalized(key.to(dtype))
@@ -94,9 +116,9 @@ def gated_delta_rule_reference(
         for part in torch.split(tokens, CHUNK, dim=1):
             # [rows, tokens, heads, ...] -> [rows, heads, tokens, ...]
             q, k = (x[part].repeat_interleave(group, 2).transpose(1, 2) for x in (query, key))
-            v, g, b = (x[part].to(dtype).transpose(1, 2) for x in (value, log_decay, beta))
+            v, d, u = (x[part].to(dtype).transpose(1, 2) for x in (value, log_decay, beta))
             mixed = _step if count == 1 else _chunk
-            result, current = mixed(q, k, v, g, b, current)
+            result, current = mixed(q, k, v, d, u, current)
             out[part] = result.transpose(1, 2).to(out.dtype)
         state[own] = current.to(state.dtype)
     return out
@@ -125,9 +147,8 @@ def _chunk(
     before i. With S, the state before the chunk, and D, the decay since then, this is the system
     (I + L) u = beta (v - D k^T S), where L_ij = beta_i (D_i / D_j) k_i^T k_j for i > j.
     """
-    total = log_decay.cumsum(
-        -1
-    )  # [rows, heads, tokens], the log of the decay since the chunk began
+    # [rows, heads, tokens], the log of the decay since the chunk began.
+    total = log_decay.cumsum(-1)
     later = torch.ones(key.shape[-2:-1] * 2, dtype=torch.bool, device=key.device).triu(1)
     between = (total[..., :, None] - total[..., None, :]).masked_fill(later, float("-inf")).exp()
     since_start, until_end = total.exp()[..., None], (total[..., -1:] - total).exp()[..., None]

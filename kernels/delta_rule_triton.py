@@ -19,7 +19,12 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from compiledllm.kernels.backend import max_row_tokens
-from compiledllm.kernels.chunked_delta_rule_triton import ChunkTiling, ScanTiling, compute_chunks
+from compiledllm.kernels.chunked_delta_rule_triton import (
+    ChunkTiling,
+    ScanTiling,
+    activated_gates,
+    compute_chunks,
+)
 from compiledllm.kernels.delta_rule import EPS, why_not_on_gpu
 from compiledllm.kernels.launch import launch_options
 
@@ -35,18 +40,17 @@ class StepTiling:
 def step_tiling(value_dim: int, state_dtype: torch.dtype, num_programs: int) -> StepTiling:
     """num_programs: rows times value heads.
 
-    The fastest of 20 tilings on an H200 (float32 states, 32 value heads of 128, 1, 8 and 64 rows):
-    128 bytes of each of the state's rows, and half of that where there are few programs.
+    The fastest of 8 to 20 tilings on an H200 (32 value heads of 128, 1, 4, 8 and 64 rows).
     """
-    if num_programs <= 128:
+    if num_programs <= 128 and state_dtype.itemsize == 4:
         return StepTiling(min(16, value_dim), 1)
-    return StepTiling(min(128 // state_dtype.itemsize, value_dim), 2)
+    return StepTiling(min(32, value_dim), 2 if state_dtype.itemsize == 4 else 1)
 
 
 @triton.jit
 def _step_kernel(
-    query, key, value, log_decay, beta, state, rows, query_start_loc, seq_lens, out,
-    query_stride, key_stride, value_stride, state_stride,
+    query, key, value, a, b, log_decay_rate, step_bias, state, rows, query_start_loc, seq_lens,
+    out, query_stride, key_stride, value_stride, state_stride, a_stride, b_stride,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     EPS: tl.constexpr, COLUMNS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -70,12 +74,14 @@ def _step_kernel(
     q = tl.load(query + token * query_stride + key_dims).to(tl.float32)
     k = tl.load(key + token * key_stride + key_dims).to(tl.float32)
     v = tl.load(value + token * value_stride + head * VALUE_DIM + column).to(tl.float32)
-    decay = tl.exp(tl.load(log_decay + token * NUM_HEADS + head))
-    rate = tl.load(beta + token * NUM_HEADS + head)
+    log_decay, rate = activated_gates(
+        tl.load(a + token * a_stride + head), tl.load(b + token * b_stride + head),
+        tl.load(log_decay_rate + head), tl.load(step_bias + head),
+    )  # fmt: skip
     q *= tl.rsqrt(tl.sum(q * q, 0) + EPS) * KEY_DIM**-0.5
     k *= tl.rsqrt(tl.sum(k * k, 0) + EPS)
     # query^T (S + key update) needs no second pass over the new state.
-    s *= decay
+    s *= tl.exp(log_decay)
     update = rate * (v - tl.sum(s * k[:, None], 0))
     result = tl.sum(s * q[:, None], 0) + tl.sum(q * k, 0) * update
     tl.store(own, (s + k[:, None] * update[None, :]).to(state.dtype.element_ty))
@@ -87,8 +93,10 @@ def delta_rule(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    log_decay: Tensor,
-    beta: Tensor,
+    a: Tensor,
+    b: Tensor,
+    log_decay_rate: Tensor,
+    step_bias: Tensor,
     state: Tensor,
     rows: Tensor,
     query_start_loc: Tensor,
@@ -106,11 +114,12 @@ def delta_rule(
     num_key_heads, key_dim = key.shape[1:]
     assert why_not_on_gpu(key_dim, value_dim) is None, (key_dim, value_dim)
     assert num_heads % num_key_heads == 0 and state[0].is_contiguous()
-    assert log_decay.dtype == beta.dtype == torch.float32
+    assert log_decay_rate.dtype == step_bias.dtype == torch.float32
     query, key, value = (x if _is_packed(x) else x.contiguous() for x in (query, key, value))
-    log_decay, beta = log_decay.contiguous(), beta.contiguous()
-    tensors = query, key, value, log_decay, beta, state, rows, query_start_loc, seq_lens, out
-    strides = query.stride(0), key.stride(0), value.stride(0), state.stride(0)
+    a, b = (x if x.stride(1) == 1 else x.contiguous() for x in (a, b))
+    gates = a, b, log_decay_rate, step_bias
+    tensors = query, key, value, *gates, state, rows, query_start_loc, seq_lens, out
+    strides = tuple(x.stride(0) for x in (query, key, value, state, a, b))
     constants = {
         "NUM_HEADS": num_heads, "GROUP": num_heads // num_key_heads, "KEY_DIM": key_dim,
         "VALUE_DIM": value_dim, "EPS": EPS, **launch_options(),

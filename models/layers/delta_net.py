@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compiledllm.kernels.backend import StateMetadata
 from compiledllm.kernels.delta_rule import gated_delta_rule
+from compiledllm.kernels.gated_norm import gated_rms_norm
 from compiledllm.kernels.short_convolution import short_convolution
 from compiledllm.models.formats.weight_format import empty_parameter
 from compiledllm.models.layers.factory import Factory
-from compiledllm.models.layers.norm import rms_norm
 from compiledllm.models.state_specs import DeltaNetSpec
 
 
@@ -45,10 +44,10 @@ class DeltaNet(nn.Module):
         qkv = short_convolution(qkv, weight, None, columns, *rows, "silu", bound)
         q, k, v = torch.split(qkv, [spec.key_size, spec.key_size, spec.value_size], dim=-1)
         q, k, v = _heads(q, spec.key_dim), _heads(k, spec.key_dim), _heads(v, spec.value_dim)
-        decay = -self.log_decay_rate.exp() * F.softplus(a.float() + self.step_bias)
-        out = gated_delta_rule(q, k, v, decay, torch.sigmoid(b.float()), heads, *metadata)
-        gated = rms_norm(out, self.norm, spec.eps).float() * F.silu(z.float())
-        projected: Tensor = self.out(gated.to(x.dtype).flatten(1))
+        gates = a, b, self.log_decay_rate, self.step_bias
+        out = gated_delta_rule(q, k, v, *gates, heads, *metadata)
+        gated = gated_rms_norm(out, z, self.norm, spec.eps)
+        projected: Tensor = self.out(gated.flatten(1))
         return projected
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compiledllm.kernels.delta_rule import gated_delta_rule
+from compiledllm.kernels.delta_rule import activated_gates, gated_delta_rule
 from compiledllm.kernels.delta_rule_triton import delta_rule
 from tests.support.state_layers import (
     HARD_CASES,
@@ -38,7 +38,8 @@ def test_reference_is_the_rule_of_transformers(
     initial = case.state[case.rows.rows] if before else None
     # Early transformers 5 repeats the heads of keys outside these functions.
     keys = [x.repeat_interleave(heads[1] // heads[0], 1) for x in (case.query, case.key)]
-    batched = [x[None] for x in (*keys, case.value, case.log_decay, case.beta)]
+    gates = activated_gates(case.a, case.b, case.log_decay_rate, case.step_bias)
+    batched = [x[None] for x in (*keys, case.value, *gates)]
     out = gated_delta_rule(*case)
     for rule in (torch_recurrent_gated_delta_rule, torch_chunk_gated_delta_rule):
         expected, state = rule(
@@ -57,7 +58,7 @@ def test_reference_of_a_prompt_in_pieces_equals_the_whole(cuts: list[int]) -> No
     for cut in cuts:
         rows = make_rows([(cut, done)], "cpu")._replace(rows=case.rows.rows)
         part = [x[done : done + cut] for x in case.tokens]
-        outputs.append(gated_delta_rule(*part, state, *rows))
+        outputs.append(gated_delta_rule(*part, *case.of_heads, state, *rows))
         done += cut
     torch.testing.assert_close(torch.cat(outputs), expected, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(
@@ -92,7 +93,7 @@ def test_kernels_of_a_prompt_in_pieces_continue_from_the_state() -> None:
     for cut in (70, 1, 64, 1, 2, 12):
         rows = make_rows([(cut, done)], DEVICE)._replace(rows=case.rows.rows)
         part = [x[done : done + cut] for x in case.tokens]
-        outputs.append(delta_rule(*part, case.state, *rows))
+        outputs.append(delta_rule(*part, *case.of_heads, case.state, *rows))
         done += cut
     own = case.rows.rows
     torch.testing.assert_close(torch.cat(outputs).double(), expected, atol=1e-5, rtol=1e-4)
@@ -105,7 +106,7 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
     out = delta_rule(*together)
     alone = [x[69:] for x in together.tokens]
     rows = make_rows([(200, 1)], DEVICE)._replace(rows=together.rows.rows[3:])
-    assert torch.equal(delta_rule(*alone, states, *rows), out[69:])
+    assert torch.equal(delta_rule(*alone, *together.of_heads, states, *rows), out[69:])
     assert torch.equal(states[rows.rows], together.state[rows.rows])
 
 

@@ -33,6 +33,7 @@ from compiledllm.kernels import prefill_attention_triton as prefill
 from compiledllm.kernels import penalties_triton as penalties
 from compiledllm.kernels import rotate_store_triton as rotation
 from compiledllm.kernels import sampling_triton as sampling
+from compiledllm.kernels import gated_norm_triton as gated_norm
 from compiledllm.kernels import short_convolution_triton as convolution
 from compiledllm.kernels import skinny_triton as skinny
 
@@ -55,12 +56,14 @@ TYPES = {
     "last_token_ids": "*i64", "num_computed_tokens": "*i64", "of_group": "*i32",
     "input_ids": "*i64", "lengths": "*i64", "indices": "*i64", "max_blocks": "i32",
     "sample_rows": "*i64", "drawn": "*i64", "padding_row": "i32", "num_samples": "i32",
-    "num_tokens": "i32", "kv_scales": "*fp32", "log_decay": "*fp32", "beta": "*fp32",
-    "factors": "*fp32", "state_stride": "i32", "channels": "i32",
+    "num_tokens": "i32", "kv_scales": "*fp32", "log_decay_rate": "*fp32",
+    "step_bias": "*fp32", "a_stride": "i32", "b_stride": "i32", "gate_stride": "i32",
+    "num_heads": "i32", "factors": "*fp32", "state_stride": "i32", "channels": "i32",
 }
 FLOATS = {
     "query", "key", "value", "kv_cache", "out", "logits", "qkv", "q_weight", "k_weight", "cos",
     "sin", "x", "weight", "bias", "sinks", "inverses", "scores", "state",
+    "a", "b", "gate",
 }
 
 
@@ -150,8 +153,9 @@ for dtype, of_torch in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         check(convolution._ragged_kernel, dtype, TOKENS=16, CHANNELS=128, **shape)
     dim = 128 if dtype == "bf16" else 64  # float32 takes the compiler long
     shape = {"NUM_HEADS": 32, "GROUP": 2, "KEY_DIM": dim, "VALUE_DIM": dim, "EPS": 1e-6}
+    check(gated_norm._gated_norm_kernel, dtype, DIM=dim, PADDED=dim, HEADS=8)
     for programs in (32, 2048):
-        check(delta._step_kernel, dtype, delta.step_tiling(dim, of_torch, programs), **shape)
+        check(delta._step_kernel, dtype, delta.step_tiling(dim, torch.float32, programs), **shape)
     check(chunks._chunk_kernel, dtype, chunks.chunk_tiling(of_torch), **shape)
     for max_shared in (99 * 1024, 227 * 1024) if int(sys.argv[1]) == 90 else (99 * 1024,):
         tiling = chunks.scan_tiling(of_torch, dim, max_shared)

@@ -81,9 +81,10 @@ class DeltaInputs:
         self.query, self.key = (x.view(tokens, num_keys, key_dim) for x in (q, k))
         self.value = v.view(tokens, num_values, value_dim)
         # Decays as trained models have them: some heads forget at once, others hardly at all.
-        rate = torch.rand(num_values, device=device).mul(6).sub(4).exp()
-        self.log_decay = -rate * torch.rand(tokens, num_values, device=device)
-        self.beta = torch.rand(tokens, num_values, device=device)
+        self.log_decay_rate = torch.rand(num_values, device=device).mul(6).sub(4)
+        self.step_bias = torch.randn(num_values, device=device)
+        gates = torch.randn(tokens, 2 * num_values, device=device).mul(2).to(dtype)
+        self.b, self.a = gates.chunk(2, dim=1)
         shape = NUM_REQUEST_ROWS, num_values, key_dim, value_dim
         self.state = torch.randn(shape, device=device).mul(0.3).to(state_dtype)
         self.rows = make_rows(step, device)
@@ -95,40 +96,44 @@ class DeltaInputs:
     @property
     def tokens(self) -> list[Tensor]:
         """The arguments of which a token has a part."""
-        return [self.query, self.key, self.value, self.log_decay, self.beta]
+        return [self.query, self.key, self.value, self.a, self.b]
+
+    @property
+    def of_heads(self) -> list[Tensor]:
+        return [self.log_decay_rate, self.step_bias]
 
     def __iter__(self) -> Iterator[Tensor]:
-        return iter((*self.tokens, self.state, *self.rows, self.row_bound))
+        return iter((*self.tokens, *self.of_heads, self.state, *self.rows, self.row_bound))
 
     def exact(self) -> tuple[Tensor, Tensor]:
         """Output and states in float64, from the same inputs; leaves `state` as it is."""
         state = self.state.double()
-        tokens = [x.double() for x in self.tokens]
-        return gated_delta_rule_reference(*tokens, state, *self.rows), state
+        inputs = [x.double() for x in (*self.tokens, *self.of_heads)]
+        return gated_delta_rule_reference(*inputs, state, *self.rows), state
 
 
 def _same_keys(case: DeltaInputs) -> None:
     """One token again and again, written at full rate and never forgotten."""
     case.key.copy_(case.key[:1].clone())
-    case.beta.fill_(1)
-    case.log_decay.zero_()
+    case.b.fill_(100)
+    case.a.fill_(-300)
 
 
 def _similar_keys(case: DeltaInputs) -> None:
     case.key.copy_(case.key[:1] + 0.1 * case.key)
-    case.beta.fill_(1)
-    case.log_decay.mul_(1e-3)
+    case.b.fill_(100)
+    case.log_decay_rate.sub_(7)
 
 
 def _forgetting(case: DeltaInputs) -> None:
     """Some tokens forget everything: exp of their decay, or of its inverse, is out of range."""
-    case.log_decay[::7] = -300.0
+    case.a[::7] = 300 / case.log_decay_rate.exp()
 
 
 def _zero_keys(case: DeltaInputs) -> None:
     case.key[::3] = 0
     case.query[::5] = 0
-    case.beta[::4] = 0
+    case.b[::4] = -1000
 
 
 # What makes the triangular system of a chunk hard to invert, or its decays to represent.
