@@ -140,6 +140,7 @@ def _queries_of_qkv(
     slot_mapping: Tensor,
     num_heads: int,
     kv_scales: Tensor | None = None,
+    *_options: bool,
 ) -> Tensor:
     return qkv.new_empty((qkv.shape[0], num_heads, kv_cache.shape[-1]))
 
@@ -156,16 +157,20 @@ def rotate_and_store(
     slot_mapping: Tensor,
     num_heads: int,
     kv_scales: Tensor | None = None,
+    has_gate: bool = False,
+    plus_one: bool = False,
 ) -> Tensor:
     """Split `qkv`, normalise and rotate queries and keys, store keys and values. Triton only.
 
-    qkv: [tokens, (num_heads + 2 * num_kv_heads) * head_dim]. q_weight, k_weight: [head_dim], of the
-    heads' RMSNorm; None without one. cos, sin: [tokens, 1, rotary_dim]. kv_scales: see `store_kv`.
-    Mutates `kv_cache`.
-    Returns the queries, [tokens, num_heads, head_dim].
+    qkv: [tokens, (num_heads + 2 * num_kv_heads) * head_dim]; with has_gate, a query head has its
+    gate behind it, which is skipped. q_weight, k_weight: [head_dim], of the heads' RMSNorm; None
+    without one. plus_one: the norm multiplies by 1 + weight in float32. cos, sin: [tokens, 1,
+    rotary_dim]. kv_scales: see `store_kv`. Mutates `kv_cache`. Returns the queries, [tokens,
+    num_heads, head_dim].
     """
     from compiledllm.kernels import rotate_store_triton
 
     return rotate_store_triton.rotate_and_store(
-        qkv, q_weight, k_weight, eps, cos, sin, kv_cache, slot_mapping, num_heads, kv_scales
+        *(qkv, q_weight, k_weight, eps, cos, sin, kv_cache, slot_mapping, num_heads, kv_scales),
+        *(has_gate, plus_one),
     )

@@ -26,7 +26,8 @@ def _rotate_store_kernel(
     qkv, q_weight, k_weight, cos, sin, slot_mapping, kv_cache, kv_scales, out, eps, token_stride,
     value_offset,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    ROTARY_DIM: tl.constexpr, HAS_NORM: tl.constexpr, HEADS: tl.constexpr, PADDED_DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr, HAS_NORM: tl.constexpr, PLUS_ONE: tl.constexpr,
+    HAS_GATE: tl.constexpr, HEADS: tl.constexpr, PADDED_DIM: tl.constexpr,
     HAS_KV_SCALES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
@@ -43,7 +44,10 @@ def _rotate_store_kernel(
     # Each dimension's partner in the rotation; the dimension itself if it is not rotated.
     partner = tl.where(dim < half, dim + half, tl.where(is_rotated, dim - half, dim))
 
-    row = qkv + token * token_stride + head * HEAD_DIM
+    place = head
+    if HAS_GATE:  # a query's gate follows the query
+        place += tl.minimum(head, NUM_HEADS)
+    row = qkv + token * token_stride + place * HEAD_DIM
     x = tl.load(row + dim, inside, other=0.0)
     y = tl.load(row + partner, inside, other=0.0)
     dtype = x.dtype
@@ -61,8 +65,12 @@ def _rotate_store_kernel(
             tl.load(q_weight + partner, in_dim, other=0.0),
             tl.load(k_weight + partner, in_dim, other=0.0),
         )
-        x = (x * scale).to(dtype).to(tl.float32) * x_weight
-        y = (y * scale).to(dtype).to(tl.float32) * y_weight
+        if PLUS_ONE:
+            x = (x * scale * (1 + x_weight.to(tl.float32))).to(dtype).to(tl.float32)
+            y = (y * scale * (1 + y_weight.to(tl.float32))).to(dtype).to(tl.float32)
+        else:
+            x = (x * scale).to(dtype).to(tl.float32) * x_weight
+            y = (y * scale).to(dtype).to(tl.float32) * y_weight
     angle = token * ROTARY_DIM + dim
     c = tl.load(cos + angle, is_rotated, other=1.0).to(tl.float32)
     s = tl.load(sin + angle, is_rotated, other=0.0).to(tl.float32)
@@ -90,6 +98,8 @@ def rotate_and_store(
     slot_mapping: Tensor,
     num_heads: int,
     kv_scales: Tensor | None = None,
+    has_gate: bool = False,
+    plus_one: bool = False,
 ) -> Tensor:
     """See `attention.rotate_and_store`."""
     num_tokens, rotary_dim = len(qkv), cos.shape[-1]
@@ -103,7 +113,8 @@ def rotate_and_store(
         slot_mapping, kv_cache, qkv if kv_scales is None else kv_scales, out, eps, qkv.stride(0),
         kv_cache.stride(0),
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, ROTARY_DIM=rotary_dim,
-        HAS_NORM=q_weight is not None, HEADS=_HEADS, PADDED_DIM=triton.next_power_of_2(head_dim),
-        HAS_KV_SCALES=kv_scales is not None, **launch_options(),
+        HAS_NORM=q_weight is not None, PLUS_ONE=plus_one, HAS_GATE=has_gate, HEADS=_HEADS,
+        PADDED_DIM=triton.next_power_of_2(head_dim), HAS_KV_SCALES=kv_scales is not None,
+        **launch_options(),
     )  # fmt: skip
     return out

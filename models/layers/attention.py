@@ -11,7 +11,7 @@ from compiledllm.kernels.attention import paged_attention, rotate_and_store, sto
 from compiledllm.kernels.backend import AttentionBackend, AttentionMetadata, ScoreOptions
 from compiledllm.models.formats.weight_format import empty_parameter
 from compiledllm.models.layers.factory import Factory
-from compiledllm.models.layers.norm import RMSNorm
+from compiledllm.models.layers.norm import PlusOneRMSNorm, RMSNorm
 from compiledllm.models.layers.rope import apply_rope
 from compiledllm.models.spec import AttentionSpec
 
@@ -51,14 +51,14 @@ class PagedAttention(nn.Module):
         """x [tokens, hidden] -> [tokens, hidden]. cos, sin: [tokens, 1, rotary_dim]."""
         spec = self.spec
         qkv: Tensor = self.qkv(x)
+        q, k, v = torch.split(qkv, [spec.q_rows, spec.kv_size, spec.kv_size], dim=-1)
         gate = None
+        if spec.has_gate:
+            q, gate = q.view(-1, spec.num_heads, 2, spec.head_dim).unbind(2)
         if self.is_fused:
             slots = attn.slot_mapping
             q = self._rotate_and_store(qkv, cos, sin, kv_cache, slots, spec.num_heads)
         else:
-            q, k, v = torch.split(qkv, [spec.q_rows, spec.kv_size, spec.kv_size], dim=-1)
-            if spec.has_gate:
-                q, gate = q.view(-1, spec.num_heads, 2, spec.head_dim).unbind(2)
             q = self._rotate(q, self.q_norm, cos, sin)
             self._rotate_then_store(k, v, cos, sin, kv_cache, attn.slot_mapping)
         options = ScoreOptions(
@@ -107,6 +107,8 @@ class PagedAttention(nn.Module):
             slot_mapping,
             num_heads,
             scales_for(kv_cache, self.kv_scales),
+            self.spec.has_gate and num_heads > 0,
+            isinstance(k_norm, PlusOneRMSNorm),
         )
 
     def _rotate_then_store(
@@ -142,6 +144,6 @@ def scales_for(kv_cache: Tensor, kv_scales: Tensor) -> Tensor | None:
 def can_fuse(spec: AttentionSpec) -> bool:
     """Whether `rotate_and_store` can do all the work between the qkv product and attention."""
     norm, rope = spec.qk_norm, spec.rope
-    is_plain_norm = norm is None or (norm.kind == "rms" and spec.qk_norm_over == "head")
-    is_rotated_by_halves = rope.rotary_dim > 0 and not rope.interleaved
-    return is_plain_norm and is_rotated_by_halves and not spec.has_gate
+    is_rms = norm is None or norm.kind in ("rms", "rms_plus_one")
+    is_of_heads = norm is None or spec.qk_norm_over == "head"
+    return is_rms and is_of_heads and rope.rotary_dim > 0 and not rope.interleaved

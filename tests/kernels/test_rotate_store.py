@@ -17,23 +17,29 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
 
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("with_norm", [False, True])
+@pytest.mark.parametrize("norm_kind", [None, "rms", "rms_plus_one"])
 @pytest.mark.parametrize(
-    ("num_heads", "num_kv_heads", "head_dim", "rotary_dim"),
-    [(4, 2, 64, 64), (3, 3, 80, 80), (8, 1, 128, 32), (7, 1, 16, 16)],
+    ("num_heads", "num_kv_heads", "head_dim", "rotary_dim", "has_gate"),
+    [
+        *((4, 2, 64, 64, False), (3, 3, 80, 80, True), (8, 1, 128, 32, False)),
+        *((7, 1, 16, 16, False), (5, 1, 32, 8, True)),
+    ],
 )
 def test_fused_equals_layer_by_layer(
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
     rotary_dim: int,
-    with_norm: bool,
+    has_gate: bool,
+    norm_kind: str | None,
     dtype: torch.dtype,
 ) -> None:
     torch.manual_seed(0)
-    norm = NormSpec(1e-6) if with_norm else None
+    norm = NormSpec(1e-6, norm_kind) if norm_kind else None
     rope = RopeSpec(tuple(0.9**n for n in range(rotary_dim // 2)))
-    spec = AttentionSpec(num_heads, num_kv_heads, head_dim, 1.0, rope, qk_norm=norm)
+    spec = AttentionSpec(
+        num_heads, num_kv_heads, head_dim, 1.0, rope, qk_norm=norm, has_gate=has_gate
+    )
     layer = PagedAttention(8, spec, make_backend("triton"), Factory()).to(DEVICE, dtype)
     for parameter in layer.parameters():
         parameter.normal_(1.0, 0.3)
@@ -41,15 +47,17 @@ def test_fused_equals_layer_by_layer(
     positions = torch.tensor([0, 7, 31, 500, 3], device=DEVICE)
     cos, sin = RotaryTable(rope).to(DEVICE)(positions, dtype)
     slots = torch.tensor([17, 40, -1, 63, 16], device=DEVICE)
-    width = (num_heads + 2 * num_kv_heads) * head_dim
+    width = spec.q_rows + 2 * spec.kv_size
     qkv = torch.randn(num_tokens, width + 3, device=DEVICE).to(dtype)[:, :width]
     shape = kv_cache_shape(4, 16, num_kv_heads, head_dim)
     caches = [torch.zeros(shape, dtype=dtype, device=DEVICE) for _ in range(3)]
     fused = layer._rotate_and_store(qkv, cos, sin, caches[0], slots, num_heads)
-    only_stored = qkv[:, num_heads * head_dim :]
+    only_stored = qkv[:, spec.q_rows :]
     layer._rotate_and_store(only_stored, cos, sin, caches[1], slots, num_heads=0)
     layer.backend = make_backend("torch")
-    q, k, v = qkv.split([spec.q_size, spec.kv_size, spec.kv_size], dim=-1)
+    q, k, v = qkv.split([spec.q_rows, spec.kv_size, spec.kv_size], dim=-1)
+    if has_gate:
+        q = q.view(num_tokens, num_heads, 2, head_dim)[:, :, 0].flatten(1)
     expected = layer._rotate(q, layer.q_norm, cos, sin)
     layer._rotate_then_store(k, v, cos, sin, caches[2], slots)
     tolerance = TOLERANCE[dtype]

@@ -143,10 +143,11 @@ for dtype, of_torch in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
     for rows, outputs in ((8, 1024), (8, 6144), (500, 1024)):
         tiling = fixed_order.tiling_for(rows, outputs, of_torch)
         check(fixed_order._linear_kernel, dtype, tiling, NUM_INPUTS=3072, HAS_BIAS=True)
-    check(
-        rotation._rotate_store_kernel, dtype, NUM_HEADS=16, NUM_KV_HEADS=8, HEAD_DIM=128,
-        ROTARY_DIM=128, HAS_NORM=True, HEADS=8, PADDED_DIM=128,
-    )
+    for gated in (False, True):
+        check(
+            rotation._rotate_store_kernel, dtype, NUM_HEADS=16, NUM_KV_HEADS=8, HEAD_DIM=128,
+            ROTARY_DIM=128, HAS_NORM=True, PLUS_ONE=gated, HAS_GATE=gated, HEADS=8, PADDED_DIM=128,
+        )
     for width in (3, 4):
         shape = {"WIDTH": width, "PADDED": 4, "HAS_BIAS": width == 3, "IS_SILU": width == 4}
         check(convolution._step_kernel, dtype, CHANNELS=256, **shape)
