@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 
-from compiledllm.engine.tokenizer import TokenStream
+from compiledllm.engine.token_stream import TokenStream
 from compiledllm.sampling_params import SamplingParams
 
 

@@ -84,7 +84,7 @@ DOORS: dict[str, tuple[str, ...]] = {
         "compiledllm.engine.tokenizer_class",
         "compiledllm.benchmarks",
     ),
-    "tokenizers": ("compiledllm.models.gguf", "compiledllm.engine.tokenizer"),
+    "tokenizers": ("compiledllm.models.gguf", "compiledllm.engine.token_stream"),
     "safetensors": ("compiledllm.models", "compiledllm.benchmarks.quantised"),
     "compressed_tensors": ("compiledllm.benchmarks.quantised",),
     "llmcompressor": ("compiledllm.benchmarks.make_quantised",),

@@ -21,7 +21,8 @@ from tokenizers.decoders import DecodeStream
 
 from compiledllm.config import ConfigError
 from compiledllm.engine.detokenizer import Detokenizer
-from compiledllm.engine.tokenizer import Tokenizer, TokenStream
+from compiledllm.engine.token_stream import TokenStream
+from compiledllm.engine.tokenizer import Tokenizer
 from compiledllm.sampling_params import SamplingParams
 
 CORPUS = [
