@@ -16,7 +16,8 @@ from importlib.util import find_spec
 
 import torch
 
-from compiledllm.config import Choice, ConfigError
+from compiledllm.choices import Choice
+from compiledllm.config import ConfigError
 
 _OLDEST_TORCH = (2, 11)
 _OLDEST_COMPUTE_CAPABILITY = 8

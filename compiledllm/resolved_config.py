@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from compiledllm.config import Choice, ConfigError, EngineConfig, Report
+from compiledllm.choices import Choice, Report
+from compiledllm.config import ConfigError, EngineConfig
 
 _LARGE_GPU = 64 * 2**30  # bytes; GPUs with this much memory get larger steps and more requests
 _MAX_CAPTURED = 512  # requests; larger decode steps take longer than the host's launches

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, KeysView
 from pathlib import Path
 from typing import Any
 
-from compiledllm.config import AUTO, Choice, ConfigError, Report
+from compiledllm.choices import Choice, Report
+from compiledllm.config import AUTO, ConfigError
 from compiledllm.engine.isolation import Isolation
 from compiledllm.engine.plan_views import start_lines
 from compiledllm.engine.served_model import ServedModel

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import time
 
-from compiledllm.config import CacheConfig, Choice, ConfigError, EngineConfig, Report
+from compiledllm.choices import Choice, Report
+from compiledllm.config import CacheConfig, ConfigError, EngineConfig
 from compiledllm.engine.tokenizer import read_template
 from compiledllm.kernels.backend import AttentionBackend
 from compiledllm.log import log

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from compiledllm.config import Choice, ConfigError
+from compiledllm.choices import Choice
+from compiledllm.config import ConfigError
 from compiledllm.kernels.attention import STAND_INS, make_backend
 from compiledllm.kernels.backend import AttentionBackend
 from compiledllm.log import log

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compiledllm.config import CacheConfig, Choice, ConfigError
+from compiledllm.choices import Choice
+from compiledllm.config import CacheConfig, ConfigError
 from compiledllm.platform import Platform
 from compiledllm.runner.kv_layout import KVLayout
 

@@ -20,7 +20,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
-from compiledllm.config import Choice, ConfigError
+from compiledllm.choices import Choice
+from compiledllm.config import ConfigError
 from compiledllm.kernels.backend import AttentionBackend
 from compiledllm.models.layer_cache import LayerCache, PagedKV, State
 from compiledllm.models.spec import ModelSpec

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from compiledllm.config import Choice
+from compiledllm.choices import Choice
 from compiledllm.kernels.backend import MAX_FP8, AttentionMetadata, make_row_bound
 from compiledllm.log import log
 from compiledllm.models.decoder import Decoder

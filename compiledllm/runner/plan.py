@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compiledllm.config import Choice, Report
+from compiledllm.choices import Choice, Report
 from compiledllm.graphs.buckets import StepShape, step_shapes
 from compiledllm.kernels.backend import AttentionBackend
 from compiledllm.models.spec import ModelSpec

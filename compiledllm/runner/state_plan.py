@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from compiledllm.config import Choice, ConfigError, Report
+from compiledllm.choices import Choice, Report
+from compiledllm.config import ConfigError
 from compiledllm.kernels.delta_rule import why_not_on_gpu
 from compiledllm.log import log
 from compiledllm.models.spec import ModelSpec

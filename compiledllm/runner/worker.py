@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from compiledllm.config import Choice, Report
+from compiledllm.choices import Choice, Report
 from compiledllm.models.build import build_model
 from compiledllm.models.decoder import Decoder
 from compiledllm.models.deterministic import fixed_order

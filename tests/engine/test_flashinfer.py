@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from compiledllm import Engine, SamplingParams
-from compiledllm.config import Choice, ConfigError
+from compiledllm.choices import Choice
+from compiledllm.config import ConfigError
 from compiledllm.kernels import paged_attention_torch as oracle
 from compiledllm.kernels.backend import AttentionMetadata, ScoreOptions
 from compiledllm.models.registry import load_spec

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compiledllm import ConfigError, Engine, SamplingParams
+from compiledllm.choices import Choice
 from compiledllm.cli import main
-from compiledllm.config import Choice, EngineConfig
+from compiledllm.config import EngineConfig
 from compiledllm.engine.startup import plan
 from compiledllm.kernels.attention import make_backend
 from compiledllm.models.registry import load_spec

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from compiledllm import Engine, SamplingParams
-from compiledllm.config import Choice, ConfigError
+from compiledllm.choices import Choice
+from compiledllm.config import ConfigError
 from compiledllm.engine.core import EngineCore
 from compiledllm.platform import Platform
 from tests.support.captured import Uncaptured

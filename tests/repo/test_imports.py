@@ -22,7 +22,7 @@ FOLDERS = ("compiledllm", "graphs", "kernels", "models", "benchmarks")
 
 LEAVES = {"checks", "structured_outputs", "sampling_params", "outputs", "types", "config"}
 LEAVES |= {"platform", "log", "version", "resolved_config", "vllm_options", "engine_args"}
-LEAVES |= {"pooling_params"}
+LEAVES |= {"pooling_params", "choices"}
 BELOW_ENGINE = {"scheduler", "grammars", "runner", "graphs", "models", "kernels", *LEAVES}
 # Layer -> layers it may import, itself aside. "root" is compiledllm/__init__; a name with a dot is
 # that module only. "benchmarks" is where `compiledllm bench` ends up.
@@ -58,9 +58,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         "kernels",
         *LEAVES,
     },
-    "platform": {"config", "types", "log"},
+    "platform": {"choices", "config", "types", "log"},
     "config": {"checks", "vllm_options"},
-    "resolved_config": {"config"},
+    "resolved_config": {"choices", "config"},
+    "choices": set(),
     "types": {"sampling_params", "pooling_params", "outputs"},
     "pooling_params": {"checks"},
     "sampling_params": {"checks", "structured_outputs", "vllm_options"},
@@ -110,6 +111,7 @@ WITHOUT_TORCH = (
     "compiledllm.sampling_params",
     "compiledllm.outputs",
     "compiledllm.config",
+    "compiledllm.choices",
     "compiledllm.resolved_config",
     "compiledllm.log",
     "compiledllm.cli",

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from compiledllm.arguments import add_option
+from compiledllm.choices import Choice
 from compiledllm.config import (
     CacheConfig,
-    Choice,
     ConfigError,
     EngineConfig,
     ModelConfig,
