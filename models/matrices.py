@@ -82,7 +82,7 @@ class MixedSpec:
 Formats = tuple[tuple[str, QuantSpec | MixedSpec], ...]
 
 
-class Matrix(NamedTuple):
+class MatrixSpec(NamedTuple):
     """A weight matrix, or the `num_experts` matrices of the same shape in a layer.
 
     name: the module's path within a block ("attn.qkv") or within the model ("lm_head"). format:
@@ -112,7 +112,7 @@ class Matrix(NamedTuple):
 class Weights(NamedTuple):
     """The weights of a part of a model. num_others: number of parameters that are in no matrix."""
 
-    matrices: tuple[Matrix, ...] = ()
+    matrices: tuple[MatrixSpec, ...] = ()
     num_others: int = 0
 
     @property

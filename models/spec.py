@@ -13,8 +13,23 @@ from dataclasses import dataclass, replace
 import torch
 
 from compiledllm.models.layer_cache import LayerCache, PagedKV, State
-from compiledllm.models.matrices import Formats, Matrix, Weights
+from compiledllm.models.matrices import Formats, MatrixSpec, Weights
+from compiledllm.models.mlp_specs import MlpSpec, MoeSpec, OpaqueSpec
 from compiledllm.models.state_specs import StateSpec
+
+# All that the spec of a decoder with attention takes; `state_specs` has the other mixers.
+__all__ = [
+    "NORMS_BEFORE",
+    "NORMS_BEHIND",
+    "AttentionSpec",
+    "LayerSpec",
+    "MlpSpec",
+    "ModelSpec",
+    "MoeSpec",
+    "NormSpec",
+    "OpaqueSpec",
+    "RopeSpec",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +129,8 @@ class AttentionSpec:
 
     def weights(self, hidden_size: int) -> Weights:
         num_qkv = self.q_rows + 2 * self.kv_size
-        qkv = Matrix("attn.qkv", num_qkv, hidden_size)
-        out = Matrix("attn.out", hidden_size, self.q_size)
+        qkv = MatrixSpec("attn.qkv", num_qkv, hidden_size)
+        out = MatrixSpec("attn.out", hidden_size, self.q_size)
         biases = self.qkv_bias * num_qkv + self.output_bias * hidden_size
         sinks = self.has_sinks * self.num_heads
         return Weights((qkv, out), biases + sinks + self._num_parameters_of_norms)
@@ -126,90 +141,6 @@ class AttentionSpec:
             return 0
         shapes = map(self.qk_norm_shape, (self.num_heads, self.num_kv_heads))
         return sum(self.qk_norm.num_parameters(math.prod(shape)) for shape in shapes)
-
-
-@dataclass(frozen=True, slots=True)
-class MlpSpec:
-    """down(act(gate(x)) * up(x)), or ungated down(act(up(x))). activation: a key of ACTIVATIONS."""
-
-    intermediate_size: int
-    bias: bool = False
-    activation: str = "silu"
-    gated: bool = True
-
-    def weights(self, hidden_size: int, path: str = "mlp") -> Weights:
-        num_up = (1 + self.gated) * self.intermediate_size
-        up = Matrix(f"{path}.gate_up" if self.gated else f"{path}.up", num_up, hidden_size)
-        down = Matrix(f"{path}.down", hidden_size, self.intermediate_size)
-        return Weights((up, down), self.bias * (num_up + hidden_size))
-
-    weights_used = weights
-
-
-@dataclass(frozen=True, slots=True)
-class MoeSpec:
-    """Mixture of experts: each token goes through `top_k` gated MLPs, weighted by scores.
-
-    intermediate_size: of one expert. scores: "softmax" or "sigmoid" of the router's logits.
-    has_score_bias: a learned bias takes part in the choice of experts, not in their weights; only
-    with "sigmoid", as `scale`, which multiplies the weights. renormalize: the weights of the chosen
-    experts sum to one, before `scale`.
-    shared_size: intermediate size of a shared expert that every token uses, weighted by a sigmoid
-    gate; 0: none. bias: experts and router have biases. alpha, limit: parameters of clamped
-    experts, which `kernels.moe` explains.
-    """
-
-    intermediate_size: int
-    num_experts: int
-    top_k: int
-    renormalize: bool = True
-    shared_size: int = 0
-    bias: bool = False
-    alpha: float = 1.0
-    limit: float = 0.0
-    scores: str = "softmax"
-    has_score_bias: bool = False
-    scale: float = 1.0
-
-    def weights(self, hidden_size: int) -> Weights:
-        return self._weights(hidden_size, self.num_experts)
-
-    def weights_used(self, hidden_size: int) -> Weights:
-        """The weights that one token uses."""
-        return self._weights(hidden_size, self.top_k)
-
-    def _weights(self, hidden_size: int, num_experts: int) -> Weights:
-        size = self.intermediate_size
-        matrices = (
-            Matrix("mlp.router", self.num_experts, hidden_size),
-            Matrix("mlp.gate_up", 2 * size, hidden_size, num_experts),
-            Matrix("mlp.down", hidden_size, size, num_experts),
-        )
-        biases = self.num_experts + num_experts * (2 * size + hidden_size)
-        experts = Weights(matrices, self.bias * biases + self.has_score_bias * self.num_experts)
-        if not self.shared_size:
-            return experts
-        gate = Weights((Matrix("mlp.shared_gate", 1, hidden_size),))
-        return experts.plus(MlpSpec(self.shared_size).weights(hidden_size, "mlp.shared"), gate)
-
-
-@dataclass(frozen=True, slots=True)
-class OpaqueSpec:
-    """All of a block but its attention, in a model that transformers runs: only parameter counts.
-
-    total, used: number of all parameters, and of the parameters that one token uses.
-    intermediate_size: 0 if unknown.
-    """
-
-    total: int
-    used: int
-    intermediate_size: int = 0
-
-    def weights(self, _hidden_size: int) -> Weights:
-        return Weights(num_others=self.total)
-
-    def weights_used(self, _hidden_size: int) -> Weights:
-        return Weights(num_others=self.used)
 
 
 # Kinds of residual connection, with the number of norms before and after attention and MLP.
@@ -330,12 +261,12 @@ class ModelSpec:
     @property
     def weights(self) -> Weights:
         """All weights. A tied output head is the embedding and does not count again."""
-        matrices = [Matrix("embedding", self.vocab_size, self.embedding_width)]
+        matrices = [MatrixSpec("embedding", self.vocab_size, self.embedding_width)]
         if not self.tie_word_embeddings:
             matrices.append(self._head)
         if size := self.embedding_size:
-            matrices.append(Matrix("project_in", self.hidden_size, size))
-            matrices.append(Matrix("project_out", size, self.hidden_size))
+            matrices.append(MatrixSpec("project_in", self.hidden_size, size))
+            matrices.append(MatrixSpec("project_out", size, self.hidden_size))
         positions = self.num_learned_positions * self.hidden_size
         norm = self.final_norm.num_parameters(self.hidden_size)
         bias = self.lm_head_bias * self.vocab_size
@@ -352,8 +283,8 @@ class ModelSpec:
         return ends.plus(*(layer.weights_used for layer in self.layers))
 
     @property
-    def _head(self) -> Matrix:
-        return Matrix("lm_head", self.vocab_size, self.embedding_width)
+    def _head(self) -> MatrixSpec:
+        return MatrixSpec("lm_head", self.vocab_size, self.embedding_width)
 
     @property
     def num_parameters(self) -> int:

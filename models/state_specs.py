@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from compiledllm.models.layer_cache import State
-from compiledllm.models.matrices import Matrix, Weights
+from compiledllm.models.matrices import MatrixSpec, Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +66,9 @@ class DeltaNetSpec:
 
     def weights(self, hidden_size: int) -> Weights:
         matrices = (
-            Matrix("attn.qkvz", self.qkv_size + self.value_size, hidden_size),
-            Matrix("attn.ba", 2 * self.num_value_heads, hidden_size),
-            Matrix("attn.out", hidden_size, self.value_size),
+            MatrixSpec("attn.qkvz", self.qkv_size + self.value_size, hidden_size),
+            MatrixSpec("attn.ba", 2 * self.num_value_heads, hidden_size),
+            MatrixSpec("attn.out", hidden_size, self.value_size),
         )
         num_convolution = self.qkv_size * self.kernel_size
         return Weights(matrices, num_convolution + 2 * self.num_value_heads + self.value_dim)
@@ -92,8 +92,8 @@ class ConvSpec:
 
     def weights(self, hidden_size: int) -> Weights:
         matrices = (
-            Matrix("attn.bcx", 3 * self.width, hidden_size),
-            Matrix("attn.out", hidden_size, self.width),
+            MatrixSpec("attn.bcx", 3 * self.width, hidden_size),
+            MatrixSpec("attn.out", hidden_size, self.width),
         )
         biases = 4 * self.width + hidden_size
         return Weights(matrices, self.width * self.kernel_size + self.bias * biases)

@@ -1,0 +1,94 @@
+"""What follows the mixer in a decoder block, as data: an MLP, or a mixture of experts.
+
+Each spec says which weights the layer takes, and which of these weights one token uses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from compiledllm.models.matrices import MatrixSpec, Weights
+
+
+@dataclass(frozen=True, slots=True)
+class MlpSpec:
+    """down(act(gate(x)) * up(x)), or ungated down(act(up(x))). activation: a key of ACTIVATIONS."""
+
+    intermediate_size: int
+    bias: bool = False
+    activation: str = "silu"
+    gated: bool = True
+
+    def weights(self, hidden_size: int, path: str = "mlp") -> Weights:
+        num_up = (1 + self.gated) * self.intermediate_size
+        up = MatrixSpec(f"{path}.gate_up" if self.gated else f"{path}.up", num_up, hidden_size)
+        down = MatrixSpec(f"{path}.down", hidden_size, self.intermediate_size)
+        return Weights((up, down), self.bias * (num_up + hidden_size))
+
+    weights_used = weights
+
+
+@dataclass(frozen=True, slots=True)
+class MoeSpec:
+    """Mixture of experts: each token goes through `top_k` gated MLPs, weighted by scores.
+
+    intermediate_size: of one expert. scores: "softmax" or "sigmoid" of the router's logits.
+    has_score_bias: a learned bias takes part in the choice of experts, not in their weights; only
+    with "sigmoid", as `scale`, which multiplies the weights. renormalize: the weights of the chosen
+    experts sum to one, before `scale`.
+    shared_size: intermediate size of a shared expert that every token uses, weighted by a sigmoid
+    gate; 0: none. bias: experts and router have biases. alpha, limit: parameters of clamped
+    experts, which `kernels.moe` explains.
+    """
+
+    intermediate_size: int
+    num_experts: int
+    top_k: int
+    renormalize: bool = True
+    shared_size: int = 0
+    bias: bool = False
+    alpha: float = 1.0
+    limit: float = 0.0
+    scores: str = "softmax"
+    has_score_bias: bool = False
+    scale: float = 1.0
+
+    def weights(self, hidden_size: int) -> Weights:
+        return self._weights(hidden_size, self.num_experts)
+
+    def weights_used(self, hidden_size: int) -> Weights:
+        """The weights that one token uses."""
+        return self._weights(hidden_size, self.top_k)
+
+    def _weights(self, hidden_size: int, num_experts: int) -> Weights:
+        size = self.intermediate_size
+        matrices = (
+            MatrixSpec("mlp.router", self.num_experts, hidden_size),
+            MatrixSpec("mlp.gate_up", 2 * size, hidden_size, num_experts),
+            MatrixSpec("mlp.down", hidden_size, size, num_experts),
+        )
+        biases = self.num_experts + num_experts * (2 * size + hidden_size)
+        experts = Weights(matrices, self.bias * biases + self.has_score_bias * self.num_experts)
+        if not self.shared_size:
+            return experts
+        gate = Weights((MatrixSpec("mlp.shared_gate", 1, hidden_size),))
+        return experts.plus(MlpSpec(self.shared_size).weights(hidden_size, "mlp.shared"), gate)
+
+
+@dataclass(frozen=True, slots=True)
+class OpaqueSpec:
+    """All of a block but its attention, in a model that transformers runs: only parameter counts.
+
+    total, used: number of all parameters, and of the parameters that one token uses.
+    intermediate_size: 0 if unknown.
+    """
+
+    total: int
+    used: int
+    intermediate_size: int = 0
+
+    def weights(self, _hidden_size: int) -> Weights:
+        return Weights(num_others=self.total)
+
+    def weights_used(self, _hidden_size: int) -> Weights:
+        return Weights(num_others=self.used)
