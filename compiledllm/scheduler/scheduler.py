@@ -16,53 +16,25 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 
 from compiledllm.log import log
 from compiledllm.outputs import FinishReason
 from compiledllm.scheduler.block_pool import BlockPool
+from compiledllm.scheduler.finish_rules import reason_to_finish
 from compiledllm.scheduler.kv_manager import KVManager
-from compiledllm.scheduler.policy import POLICIES, Pace, PromptBudget, WaitingQueue
-from compiledllm.scheduler.repetition import ends_in_repetition
+from compiledllm.scheduler.policy import POLICIES, Pace, WaitingQueue
+from compiledllm.scheduler.step_builder import StepBuilder
 from compiledllm.types import (
     NewRequest,
     Request,
     RequestStatus,
     RequestUpdate,
-    ScheduledRequest,
     SchedulerOutput,
     StepNews,
     StepOutput,
 )
 
 NO_TOKEN = "no token could be drawn: the logits are NaN or infinite, or every token is banned"
-
-
-_NO_BLOCKS: list[list[int]] = []  # shared by many lines, so it must never be modified
-
-
-def _decodes(request: Request) -> bool:
-    """Whether the request has an output token, or one in flight that is not its last."""
-    left = request.max_tokens_total - len(request.token_ids)
-    return request.num_output_tokens > 0 or 0 < request.num_tokens_in_flight < left
-
-
-@dataclass(slots=True)
-class _StepBuilder:
-    """A step while it is assembled.
-
-    budget: tokens that the step can still take; prompt_tokens_left: how many of
-    these tokens prompts may take. prompt_budget: None until the first prompt asks for room.
-    """
-
-    budget: int
-    prompt_tokens_left: int = 0
-    prompt_budget: PromptBudget | None = None
-    lines: list[ScheduledRequest] = field(default_factory=list)
-    requests: list[Request] = field(default_factory=list)  # the request of each line
-    saved_states: list[tuple[str, int]] = field(default_factory=list)
-    restored_states: list[tuple[str, int]] = field(default_factory=list)
-    has_preempted: bool = False
 
 
 class Scheduler:
@@ -155,12 +127,14 @@ class Scheduler:
 
     def schedule(self) -> SchedulerOutput:
         """Choose this step's work, allocate its blocks, and list the changes since the last."""
-        builder = _StepBuilder(self.max_num_batched_tokens)
-        self._schedule_running(builder)
+        builder = StepBuilder(
+            self.kv, self.pace, self.running, self.waiting, self.max_num_batched_tokens
+        )
+        has_preempted = self._schedule_running(builder)
         new_requests: list[NewRequest] = []
         # A step that preempts admits no request, which would take the freed blocks right back.
-        while not builder.has_preempted and self.waiting:
-            room = self._room_for(self.waiting.peek(), builder)
+        while not has_preempted and self.waiting:
+            room = builder.room_for(self.waiting.peek())
             admitted = self._admit(self.waiting.peek(), builder, room) if room else None
             if admitted is None:
                 break
@@ -171,88 +145,25 @@ class Scheduler:
         states = builder.saved_states, builder.restored_states
         return SchedulerOutput(new_requests, builder.lines, freed, spoilt, *states)
 
-    def _room_for(self, request: Request, builder: _StepBuilder) -> int:
-        """Number of prompt tokens that the step can grant. The best-ranked prompt asks first."""
-        if builder.prompt_budget is None:
-            builder.prompt_budget = self._prompt_budget(request)
-            builder.prompt_tokens_left = builder.prompt_budget.num_tokens
-        if builder.prompt_budget.is_exempt(request):
-            return builder.budget
-        # Exempt requests overdraw the prompts' budget.
-        return max(min(builder.budget, builder.prompt_tokens_left), 0)
+    def _schedule_running(self, builder: StepBuilder) -> bool:
+        """Give every running request tokens, best-ranked first; preempt from the other end.
 
-    def _prompt_budget(self, prompt: Request) -> PromptBudget:
-        """The prompts' budget in this step: all its tokens if no request decodes."""
-        running = self.running
-        if not any(map(_decodes, running)):
-            return PromptBudget(self.max_num_batched_tokens)
-        num_waiting = len(self.waiting) + (prompt.status is RequestStatus.RUNNING)
-        return self.pace.prompt_budget(prompt, running, num_waiting)
-
-    def _schedule_running(self, builder: _StepBuilder) -> None:
-        """Give every running request tokens, best-ranked first; preempt from the other end."""
+        Returns whether a request was preempted.
+        """
         if not self._is_sorted:
             self.running.sort(key=self.waiting.rank)
             self._is_sorted = True
-        index = 0
+        index, has_preempted = 0, False
         while index < len(self.running) and builder.budget > 0:
             request = self.running[index]
-            if self._grant_next_token(request, builder) or self._grant_running(request, builder):
+            if builder.grant_next_token(request) or builder.grant_running(request):
                 index += 1
             else:  # the lowest-ranked request loses its blocks; it may be this request itself
                 self._preempt(self.running.pop())
-                builder.has_preempted = True
+                has_preempted = True
+        return has_preempted
 
-    def _grant_next_token(self, request: Request, builder: _StepBuilder) -> bool:
-        """Fast path of `_grant_running`, with the same effect: one token, in an allocated block.
-
-        Blocks outside a window are freed later, once the request needs its next block. Returns
-        False, with no effect, for a request in any other state.
-        """
-        known, in_flight = len(request.token_ids), request.num_tokens_in_flight
-        num_tokens, computed = known + in_flight, request.num_computed_tokens
-        if (
-            num_tokens - computed != 1
-            or num_tokens >= request.max_tokens_total
-            or computed >= request.next_kv_check
-            or (in_flight and request.needs_last_token)
-        ):
-            return False
-        request.num_computed_tokens = num_tokens
-        request.num_tokens_in_flight = in_flight + 1
-        if known // self.kv.block_size > request.num_registered_blocks:
-            self.kv.register_full_blocks(request)
-        builder.lines.append(ScheduledRequest(request.request_id, computed, 1, _NO_BLOCKS, True))
-        builder.requests.append(request)
-        builder.budget -= 1
-        return True
-
-    def _grant_running(self, request: Request, builder: _StepBuilder) -> bool:
-        """Grant a running request the tokens it needs, or as many as fit; False without blocks."""
-        wanted = request.num_tokens_to_compute
-        count = min(wanted, builder.budget if wanted <= 1 else self._room_for(request, builder))
-        if count == 0:  # it waits for a token in flight, or the prompt budget is used up
-            return True
-        self.kv.trim(request)
-        computed = request.num_computed_tokens
-        count = self.kv.max_chunk(computed, count)
-        if wanted > 1:
-            count = self.kv.max_until_snapshot(request, computed, count)
-        missing = self.kv.num_missing_blocks(request.block_tables, computed + count)
-        if missing > self.block_pool.num_free_blocks:
-            count = min(count, self.kv.room_at_hand(request))
-            if count == 0:
-                return False
-            missing = self.kv.num_missing_blocks(request.block_tables, computed + count)
-        if wanted > 1:
-            builder.prompt_tokens_left -= count
-        slot = self.kv.slot_to_save(request, len(self.running))
-        if slot is not None:
-            builder.saved_states.append((request.request_id, slot))
-        self._grant(request, builder, count, count == wanted, missing)
-        return True
-
-    def _admit(self, request: Request, builder: _StepBuilder, room: int) -> NewRequest | None:
+    def _admit(self, request: Request, builder: StepBuilder, room: int) -> NewRequest | None:
         """Start or resume a waiting request, reusing cached blocks; None if it must wait.
 
         room: largest number of tokens to grant.
@@ -286,35 +197,8 @@ class Scheduler:
         request.status = RequestStatus.RUNNING
         self.running.append(request)
         self._is_sorted = False
-        builder.prompt_tokens_left -= count
-        self._grant(request, builder, count, count == wanted, missing, is_new=True)
+        builder.grant_new(request, count, count == wanted, missing)
         return NewRequest(request.spec, list(request.token_ids), request.grammar)
-
-    def _grant(
-        self,
-        request: Request,
-        builder: _StepBuilder,
-        count: int,
-        samples: bool,
-        missing: int,
-        is_new: bool = False,
-    ) -> None:
-        """Allocate `missing` blocks for `count` more tokens; add the request's line to the step.
-
-        Blocks that this step fills are registered now: within a step each layer stores all KV
-        before it reads any, so a later request of the same step may already share these blocks.
-        """
-        new_block_ids = self.kv.extend(request, count, missing)
-        if is_new:  # the device does not know the blocks of the prefix yet
-            new_block_ids = [list(table) for table in request.block_tables]
-        num_computed = request.num_computed_tokens
-        request.num_computed_tokens += count
-        request.num_tokens_in_flight += samples
-        self.kv.register_full_blocks(request)
-        line = ScheduledRequest(request.request_id, num_computed, count, new_block_ids, samples)
-        builder.lines.append(line)
-        builder.requests.append(request)
-        builder.budget -= count
 
     def update(self, step: SchedulerOutput, output: StepOutput) -> StepNews:
         """Record a step's results. Steps are updated in the order in which they were scheduled.
@@ -365,7 +249,9 @@ class Scheduler:
             or len(tokens) >= request.max_tokens_total
             or spec.sampling_params.repetition_detection
         ):
-            self._end_if_complete(request, token_id)
+            reason = reason_to_finish(request, token_id)
+            if reason is not None:
+                self._end(request, *reason)
         found = output.logprobs.get(request_id) if output.logprobs else None
         if is_first or request.finish_reason is not None:
             logprobs = [] if found is None else [found]
@@ -407,19 +293,6 @@ class Scheduler:
         request.prompt_logprobs = []
         if request.status is RequestStatus.RUNNING:
             self._preempt(request)
-
-    def _end_if_complete(self, request: Request, token_id: int) -> None:
-        """End a request if its newest token is its last one."""
-        spec, params = request.spec, request.spec.sampling_params
-        is_long_enough = request.num_output_tokens >= params.min_tokens
-        if token_id in spec.stop_token_ids and is_long_enough:
-            # As in vLLM, only an explicit stop token is reported; end of sequence is None.
-            explicit = token_id in (params.stop_token_ids or ())
-            self._end(request, "stop", token_id if explicit else None)
-        elif len(request.token_ids) >= request.max_tokens_total:
-            self._end(request, "length")
-        elif params.repetition_detection and is_long_enough and ends_in_repetition(request):
-            self._end(request, "repetition")
 
     def abandon_step(self, step: SchedulerOutput, failed: bool) -> None:
         """Drop a step that was not executed, or only in part, and all tokens in flight.

@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 
 from compiledllm.sampling_params import RepetitionDetectionParams, SamplingParams
 from compiledllm.scheduler.block_pool import NULL_BLOCK, BlockPool
+from compiledllm.scheduler.finish_rules import ends_in_repetition
 from compiledllm.scheduler.policy import MAX_PASSED_OVER, POLICIES, Pace, WaitingQueue
-from compiledllm.scheduler.repetition import ends_in_repetition
 from compiledllm.scheduler.scheduler import Scheduler
+from compiledllm.scheduler.step_builder import StepBuilder
 from compiledllm.types import (
     Request,
     RequestStatus,
@@ -1468,9 +1469,10 @@ def test_the_fast_path_of_a_next_token_schedules_what_the_slow_one_does(
     taken = []
     for has_fast_path in (True, False):
         bench = Bench(**options)
-        if not has_fast_path:
-            bench.scheduler._grant_next_token = lambda *_: False  # type: ignore[method-assign]
-        Scenario(bench, arrivals).run(run_ahead=run_ahead)
+        with pytest.MonkeyPatch.context() as patch:
+            if not has_fast_path:
+                patch.setattr(StepBuilder, "grant_next_token", lambda *_: False)
+            Scenario(bench, arrivals).run(run_ahead=run_ahead)
         lines = [(step.scheduled, step.freed_request_ids) for step in bench.steps]
         taken.append((lines, bench.pool.num_cached_blocks))
     assert "windows" in options or taken[0] == taken[1]
