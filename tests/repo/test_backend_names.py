@@ -10,6 +10,7 @@ NAMES = {"torch", "triton", "flashinfer", "fixed_order"}
 # The option's values, the machine's preference, and the list of backends.
 MAY_NAME = {
     "compiledllm/environment.py",  # as names of packages
+    "compiledllm/vllm_features.py",
     "compiledllm/vllm_options.py",
     "compiledllm/config.py",
     "compiledllm/platform.py",

@@ -22,7 +22,7 @@ FOLDERS = ("compiledllm", "graphs", "kernels", "models", "benchmarks")
 
 LEAVES = {"checks", "structured_outputs", "sampling_params", "outputs", "types", "config"}
 LEAVES |= {"platform", "log", "version", "resolved_config", "vllm_options", "engine_args"}
-LEAVES |= {"pooling_params", "choices"}
+LEAVES |= {"pooling_params", "choices", "vllm_features"}
 BELOW_ENGINE = {"scheduler", "grammars", "runner", "graphs", "models", "kernels", *LEAVES}
 # Layer -> layers it may import, itself aside. "root" is compiledllm/__init__; a name with a dot is
 # that module only. "benchmarks" is where `compiledllm bench` ends up.
@@ -38,7 +38,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "terminal_chat": {"engine.engine", "sampling_params", "outputs"},
     "arguments": {"config", "vllm_options"},
     "engine_args": {"arguments", "checks", "config", "vllm_options"},
-    "vllm_options": set(),
+    "vllm_options": {"vllm_features"},
+    "vllm_features": set(),
     "server": {"root", "cli", "arguments", "remote", "engine", *BELOW_ENGINE},
     "remote": {"engine", "grammars", "models.source", *LEAVES},
     "engine": BELOW_ENGINE,
@@ -119,6 +120,7 @@ WITHOUT_TORCH = (
     "compiledllm.shell_completion",
     "compiledllm.engine_args",
     "compiledllm.vllm_options",
+    "compiledllm.vllm_features",
     "compiledllm.terminal_chat",
     "compiledllm.benchmarks.cli",
     "compiledllm.scheduler",
