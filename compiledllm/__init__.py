@@ -11,6 +11,7 @@ from compiledllm.version import __version__
 
 if TYPE_CHECKING:
     from compiledllm.arguments import FlexibleArgumentParser
+    from compiledllm.beam_search_params import BeamSearchParams
     from compiledllm.config import ConfigError, EngineConfig
     from compiledllm.engine.engine import LLM, Engine
     from compiledllm.engine.llm_engine import LLMEngine
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from compiledllm.remote.async_engine import AsyncEngine, AsyncLLM, AsyncLLMEngine
     from compiledllm.remote.errors import EngineDeadError, EngineError
     from compiledllm.sampling_params import (
-        BeamSearchParams,
         RepetitionDetectionParams,
         RequestOutputKind,
         SamplingParams,
@@ -62,7 +62,7 @@ _HOMES = {
     "SamplingParams": "compiledllm.sampling_params",
     "RequestOutputKind": "compiledllm.sampling_params",
     "RepetitionDetectionParams": "compiledllm.sampling_params",
-    "BeamSearchParams": "compiledllm.sampling_params",
+    "BeamSearchParams": "compiledllm.beam_search_params",
     "StructuredOutputsParams": "compiledllm.structured_outputs",
     "PoolingParams": "compiledllm.pooling_params",
     "RequestOutput": "compiledllm.outputs",

@@ -1,9 +1,9 @@
-"""Rejects unknown names and suggests the nearest known one."""
+"""Checks of what callers give: unknown names, with the nearest known one, and values of fields."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -41,3 +41,65 @@ def strict_fields(
         return cls
 
     return decorate
+
+
+def require(ok: bool, name: str, value: object, must: str) -> None:
+    """Raise ValueError, with the value of the field `name`, if it is not what it must be."""
+    if not ok:
+        raise ValueError(f"{name} must be {must}, got {value!r:.80}")
+
+
+def require_int(params: object, name: str, min_value: int, max_value: int) -> None:
+    """Raise ValueError if the field `name` of `params` is no integer of the range."""
+    value = getattr(params, name)
+    ok = is_int(value) and min_value <= value <= max_value
+    require(ok, name, value, f"an integer from {min_value} to {max_value}")
+
+
+def is_int(value: object) -> bool:
+    """Whether this is an integer; False for booleans."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_finite(value: object) -> bool:
+    """Whether this is a number that float32 can hold; False for NaN."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and abs(value) <= 1e38  # type: ignore[arg-type]
+
+
+def plain_number(value: Any) -> Any:
+    """A NumPy or torch scalar as a Python number; any other value unchanged."""
+    if isinstance(value, (int, float)) or not hasattr(value, "item"):
+        return value
+    return value.item() if getattr(value, "shape", None) == () else value
+
+
+def string_list(value: Any, name: str, max_count: int) -> list[str]:
+    """A field that takes one string or several as a list without duplicates. None: no string."""
+    texts = [value] if isinstance(value, str) else [] if value is None else value
+    ok = isinstance(texts, (list, tuple)) and all(isinstance(s, str) and s for s in texts)
+    require(ok, name, value, "a non-empty string or a list of non-empty strings")
+    require(len(texts) <= max_count, name, f"{len(texts)} strings", f"at most {max_count} strings")
+    return list(dict.fromkeys(texts))
+
+
+def token_id_list(value: Any, name: str, max_count: int) -> list[int]:
+    """A field of token ids as a list without duplicates. None: no token id."""
+    ids = [] if value is None else value
+    ok = isinstance(ids, (list, tuple)) and all(is_int(i) and i >= 0 for i in ids)
+    require(ok, name, value, "a list of token ids (integers >= 0)")
+    require(len(ids) <= max_count, name, f"{len(ids)} token ids", f"at most {max_count} token ids")
+    return list(dict.fromkeys(ids))
+
+
+def token_biases(value: Any, name: str, max_count: int) -> dict[int, float]:
+    """A field of numbers by token id, clamped to -100 to 100. Keys may be strings, as in JSON."""
+    require(isinstance(value, Mapping), name, value, "a mapping of token ids to numbers")
+    require(len(value) <= max_count, name, f"{len(value)} entries", f"at most {max_count}")
+    biases: dict[int, float] = {}
+    for key, bias in value.items():
+        text = str(key)
+        require(text.isdecimal(), name, key, "keyed by token ids (integers >= 0)")
+        require(is_finite(bias), name, bias, "of finite numbers")
+        biases[int(text)] = min(max(float(bias), -100.0), 100.0)
+    return biases

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from compiledllm.checks import strict_fields
+from compiledllm.checks import is_int, require, strict_fields
 
 PoolingKind = Literal["last", "mean"]
 
@@ -36,22 +36,13 @@ class PoolingParams:
 
     def __post_init__(self) -> None:
         keep, size = self.truncate_prompt_tokens, self.dimensions
-        _require(self.kind in (None, "last", "mean"), "kind", self.kind, "'last' or 'mean'")
+        require(self.kind in (None, "last", "mean"), "kind", self.kind, "'last' or 'mean'")
         ok = self.normalize is None or isinstance(self.normalize, bool)
-        _require(ok, "normalize", self.normalize, "True, False or None")
+        require(ok, "normalize", self.normalize, "True, False or None")
         ok = isinstance(self.skip_reading_prefix_cache, bool)
         name = "skip_reading_prefix_cache"
-        _require(ok, name, self.skip_reading_prefix_cache, "True or False")
-        ok = size is None or (_is_int(size) and size >= 1)
-        _require(ok, "dimensions", size, "an integer >= 1 or None")
-        ok = keep is None or (_is_int(keep) and (keep == -1 or keep >= 1))
-        _require(ok, "truncate_prompt_tokens", keep, "an integer >= 1, -1 or None")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _require(ok: bool, name: str, value: object, allowed: str) -> None:
-    if not ok:
-        raise ValueError(f"{name} must be {allowed}, got {value!r:.80}")
+        require(ok, name, self.skip_reading_prefix_cache, "True or False")
+        ok = size is None or (is_int(size) and size >= 1)
+        require(ok, "dimensions", size, "an integer >= 1 or None")
+        ok = keep is None or (is_int(keep) and (keep == -1 or keep >= 1))
+        require(ok, "truncate_prompt_tokens", keep, "an integer >= 1, -1 or None")

@@ -11,7 +11,18 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from compiledllm.checks import strict_fields
+from compiledllm.beam_search_params import BeamSearchParams as BeamSearchParams  # as in vLLM
+from compiledllm.checks import (
+    is_finite,
+    is_int,
+    plain_number,
+    require,
+    require_int,
+    strict_fields,
+    string_list,
+    token_biases,
+    token_id_list,
+)
 from compiledllm.structured_outputs import StructuredOutputsParams
 from compiledllm.vllm_options import without_vllm_fields
 
@@ -57,13 +68,13 @@ class RepetitionDetectionParams:
 
     def __post_init__(self) -> None:
         for name in ("max_pattern_size", "min_pattern_size", "min_count"):
-            _require_int(self, name, 0, 2**31)
+            require_int(self, name, 0, 2**31)
         sizes = self.min_pattern_size, self.max_pattern_size
-        _require(
+        require(
             sizes[0] <= sizes[1], "min_pattern_size", sizes[0], f"at most {sizes[1]}, the largest"
         )
         ok = self.max_pattern_size == 0 or self.min_count >= 2
-        _require(ok, "min_count", self.min_count, "at least 2")
+        require(ok, "min_count", self.min_count, "at least 2")
 
 
 @strict_fields("sampling field", without_vllm_fields)
@@ -157,10 +168,10 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name in _NUMBERS:
-            setattr(self, name, _plain_number(getattr(self, name)))
+            setattr(self, name, plain_number(getattr(self, name)))
         for name in _SWITCHES:
             value = getattr(self, name)
-            _require(isinstance(value, bool), name, value, "True or False")
+            require(isinstance(value, bool), name, value, "True or False")
         self._check_numbers()
         self._check_lengths()
         self._check_logprobs()
@@ -173,96 +184,95 @@ class SamplingParams:
     def _check_numbers(self) -> None:
         for name, min_value, max_value in _RANGES:
             value = getattr(self, name)
-            ok = _is_finite(value) and min_value <= value <= max_value
-            _require(ok, name, value, f"in [{min_value:g}, {max_value:g}]")
+            ok = is_finite(value) and min_value <= value <= max_value
+            require(ok, name, value, f"in [{min_value:g}, {max_value:g}]")
         top_p, repetition = self.top_p, self.repetition_penalty
-        _require(_is_finite(top_p) and 0 < top_p <= 1, "top_p", top_p, "in (0, 1]")
-        ok = _is_finite(repetition) and repetition > 0
-        _require(ok, "repetition_penalty", repetition, "a finite number above 0")
-        top_k_ok = _is_int(self.top_k) and -1 <= self.top_k < 2**63
-        _require(top_k_ok, "top_k", self.top_k, "an integer >= 1, or 0 or -1 for all tokens")
-        seed_ok = self.seed is None or (_is_int(self.seed) and -(2**63) <= self.seed < 2**63)
-        _require(seed_ok, "seed", self.seed, "None or a 64-bit integer")
-        _require_int(self, "n", 1, MAX_N)
+        require(is_finite(top_p) and 0 < top_p <= 1, "top_p", top_p, "in (0, 1]")
+        ok = is_finite(repetition) and repetition > 0
+        require(ok, "repetition_penalty", repetition, "a finite number above 0")
+        top_k_ok = is_int(self.top_k) and -1 <= self.top_k < 2**63
+        require(top_k_ok, "top_k", self.top_k, "an integer >= 1, or 0 or -1 for all tokens")
+        seed_ok = self.seed is None or (is_int(self.seed) and -(2**63) <= self.seed < 2**63)
+        require(seed_ok, "seed", self.seed, "None or a 64-bit integer")
+        require_int(self, "n", 1, MAX_N)
         if self.best_of is not None:
-            _require_int(self, "best_of", self.n, MAX_N)
+            require_int(self, "best_of", self.n, MAX_N)
 
     def _check_lengths(self) -> None:
         for name, smallest in (("max_tokens", 0), ("stream_interval", 1)):
             value = getattr(self, name)
-            ok = value is None or (_is_int(value) and value >= smallest)
-            _require(ok, name, value, f"an integer >= {smallest} or None")
-        min_ok = _is_int(self.min_tokens) and self.min_tokens >= 0
-        _require(min_ok, "min_tokens", self.min_tokens, "an integer >= 0")
+            ok = value is None or (is_int(value) and value >= smallest)
+            require(ok, name, value, f"an integer >= {smallest} or None")
+        min_ok = is_int(self.min_tokens) and self.min_tokens >= 0
+        require(min_ok, "min_tokens", self.min_tokens, "an integer >= 0")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(
                 f"min_tokens must be at most max_tokens={self.max_tokens}, got {self.min_tokens}"
             )
         keep = self.truncate_prompt_tokens
-        ok = keep is None or (_is_int(keep) and (keep == -1 or keep >= 1))
-        _require(ok, "truncate_prompt_tokens", keep, "an integer >= 1, -1 or None")
+        ok = keep is None or (is_int(keep) and (keep == -1 or keep >= 1))
+        require(ok, "truncate_prompt_tokens", keep, "an integer >= 1, -1 or None")
 
     def _check_logprobs(self) -> None:
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             if isinstance(value, bool):  # OpenAI's chat API has a boolean here
                 setattr(self, name, value := int(value) or None)
-            ok = value is None or (_is_int(value) and value >= ALL_TOKENS)
-            _require(ok, name, value, "an integer >= 0, or -1 for the whole vocabulary")
+            ok = value is None or (is_int(value) and value >= ALL_TOKENS)
+            require(ok, name, value, "an integer >= 0, or -1 for the whole vocabulary")
 
     def _check_strings(self) -> None:
-        self.stop = _strings(self.stop, "stop", MAX_STOP_STRINGS)
+        self.stop = string_list(self.stop, "stop", MAX_STOP_STRINGS)
         long = [text for text in self.stop if len(text) > MAX_STOP_LENGTH]
-        _require(not long, "stop", long and len(long[0]), f"at most {MAX_STOP_LENGTH} characters")
-        self.bad_words = _strings(self.bad_words, "bad_words", MAX_BAD_WORDS)
+        require(not long, "stop", long and len(long[0]), f"at most {MAX_STOP_LENGTH} characters")
+        self.bad_words = string_list(self.bad_words, "bad_words", MAX_BAD_WORDS)
         if self.stop and not self.detokenize:
             raise ValueError("stop strings need detokenize=True; use stop_token_ids instead")
 
     def _check_token_ids(self) -> None:
-        self.stop_token_ids = _token_ids(self.stop_token_ids, "stop_token_ids", MAX_STOP_TOKEN_IDS)
+        self.stop_token_ids = token_id_list(
+            self.stop_token_ids, "stop_token_ids", MAX_STOP_TOKEN_IDS
+        )
         if self.allowed_token_ids is not None:
-            ids = _token_ids(self.allowed_token_ids, "allowed_token_ids", MAX_ALLOWED_TOKEN_IDS)
-            _require(bool(ids), "allowed_token_ids", ids, "None or at least one token id")
+            ids = token_id_list(self.allowed_token_ids, "allowed_token_ids", MAX_ALLOWED_TOKEN_IDS)
+            require(bool(ids), "allowed_token_ids", ids, "None or at least one token id")
             self.allowed_token_ids = ids
         if self.logprob_token_ids is not None:
-            self.logprob_token_ids = _token_ids(
+            self.logprob_token_ids = token_id_list(
                 self.logprob_token_ids, "logprob_token_ids", MAX_LOGPROB_TOKEN_IDS
             )
         if self.logit_bias is not None:
-            self.logit_bias = _checked_bias(self.logit_bias)
+            self.logit_bias = token_biases(self.logit_bias, "logit_bias", MAX_LOGIT_BIAS)
 
     def _check_kinds(self) -> None:
         processors = self.logits_processors
         if processors is not None:
             ok = isinstance(processors, (list, tuple)) and all(map(callable, processors))
-            _require(ok, "logits_processors", processors, "a list of callables")
+            require(ok, "logits_processors", processors, "a list of callables")
             self.logits_processors = list(processors) or None
         if isinstance(self.repetition_detection, Mapping):
             self.repetition_detection = RepetitionDetectionParams(**self.repetition_detection)
         rule = self.repetition_detection
         ok = rule is None or isinstance(rule, RepetitionDetectionParams)
-        _require(ok, "repetition_detection", rule, "a RepetitionDetectionParams or None")
+        require(ok, "repetition_detection", rule, "a RepetitionDetectionParams or None")
         self._check_structured_outputs()
         kind = self.output_kind
-        _require(isinstance(kind, RequestOutputKind), "output_kind", kind, "a RequestOutputKind")
-        _require(
-            self.spaces_between_special_tokens,
-            "spaces_between_special_tokens",
-            False,
-            "True (the tokenizer decides about spaces)",
-        )
+        require(isinstance(kind, RequestOutputKind), "output_kind", kind, "a RequestOutputKind")
+        spaces = self.spaces_between_special_tokens
+        must = "True (the tokenizer decides about spaces)"
+        require(spaces, "spaces_between_special_tokens", spaces, must)
         extra = self.extra_args
         ok = extra is None or isinstance(extra, Mapping)
-        _require(ok, "extra_args", extra, "a mapping or None")
+        require(ok, "extra_args", extra, "a mapping or None")
         skip = self.skip_reading_prefix_cache
-        _require(skip in (None, True, False), "skip_reading_prefix_cache", skip, "True or False")
+        require(skip in (None, True, False), "skip_reading_prefix_cache", skip, "True or False")
 
     def _check_structured_outputs(self) -> None:
         if isinstance(self.structured_outputs, Mapping):
             self.structured_outputs = StructuredOutputsParams(**self.structured_outputs)
         form = self.structured_outputs
         ok = form is None or isinstance(form, StructuredOutputsParams)
-        _require(ok, "structured_outputs", form, "a StructuredOutputsParams or None")
+        require(ok, "structured_outputs", form, "a StructuredOutputsParams or None")
         for name in ("min_tokens", "ignore_eos"):
             if form is not None and getattr(self, name):
                 raise ValueError(
@@ -318,37 +328,6 @@ class SamplingParams:
         return not self.skip_reading_prefix_cache and self.prompt_logprobs is None
 
 
-@strict_fields("beam search field", without_vllm_fields)
-@dataclass(slots=True)
-class BeamSearchParams:
-    """A search for the likeliest continuations. Names are vLLM's.
-
-    beam_width: number of sequences kept in each round, 1 to 64. max_tokens: largest number of
-    tokens to generate, >= 1. ignore_eos: go on past the end-of-sequence token. temperature: 0 to 2;
-    0 ranks by the model's own probabilities. length_penalty: a sequence's score is its cumulative
-    logprob divided by its length (without the end-of-sequence token) to this power.
-    include_stop_str_in_output: keep the end-of-sequence token in the text.
-    """
-
-    beam_width: int
-    max_tokens: int
-    ignore_eos: bool = False
-    temperature: float = 0.0
-    length_penalty: float = 1.0
-    include_stop_str_in_output: bool = False
-
-    def __post_init__(self) -> None:
-        _require_int(self, "beam_width", 1, 64)
-        _require_int(self, "max_tokens", 1, 2**31)
-        for name, min_value, max_value in (
-            ("temperature", 0.0, 2.0),
-            ("length_penalty", -100.0, 100.0),
-        ):
-            value = getattr(self, name)
-            ok = _is_finite(value) and min_value <= value <= max_value
-            _require(ok, name, value, f"in [{min_value:g}, {max_value:g}]")
-
-
 _SWITCHES = (
     "ignore_eos",
     "include_stop_str_in_output",
@@ -367,64 +346,3 @@ _NUMBERS = (
     *("n", "best_of", "top_k", "top_p", "seed", "max_tokens", "min_tokens", "repetition_penalty"),
     *("logprobs", "prompt_logprobs", "stream_interval", "truncate_prompt_tokens"),
 )
-
-
-def _require(ok: bool, name: str, value: object, must: str) -> None:
-    if not ok:
-        raise ValueError(f"{name} must be {must}, got {value!r}")
-
-
-def _require_int(params: object, name: str, min_value: int, max_value: int) -> None:
-    value = getattr(params, name)
-    ok = _is_int(value) and min_value <= value <= max_value
-    _require(ok, name, value, f"an integer from {min_value} to {max_value}")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_finite(value: object) -> bool:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and abs(value) <= 1e38  # type: ignore[arg-type]  # in float32; False for NaN
-
-
-def _plain_number(value: Any) -> Any:
-    """A NumPy or torch scalar as a Python number; any other value unchanged."""
-    if isinstance(value, (int, float)) or not hasattr(value, "item"):
-        return value
-    return value.item() if getattr(value, "shape", None) == () else value
-
-
-def _strings(value: Any, name: str, max_count: int) -> list[str]:
-    texts = [value] if isinstance(value, str) else [] if value is None else value
-    ok = isinstance(texts, (list, tuple)) and all(isinstance(s, str) and s for s in texts)
-    _require(ok, name, value, "a non-empty string or a list of non-empty strings")
-    _require(len(texts) <= max_count, name, f"{len(texts)} strings", f"at most {max_count} strings")
-    return list(dict.fromkeys(texts))
-
-
-def _token_ids(value: Any, name: str, max_count: int) -> list[int]:
-    ids = [] if value is None else value
-    ok = isinstance(ids, (list, tuple)) and all(_is_int(i) and i >= 0 for i in ids)
-    _require(ok, name, value, "a list of token ids (integers >= 0)")
-    _require(len(ids) <= max_count, name, f"{len(ids)} token ids", f"at most {max_count} token ids")
-    return list(dict.fromkeys(ids))
-
-
-def _checked_bias(bias: Any) -> dict[int, float]:
-    """A checked `logit_bias`: keys may be strings, as in JSON; values are clamped to +-100."""
-    _require(isinstance(bias, Mapping), "logit_bias", bias, "a mapping of token ids to numbers")
-    _require(
-        len(bias) <= MAX_LOGIT_BIAS,
-        "logit_bias",
-        f"{len(bias)} entries",
-        f"at most {MAX_LOGIT_BIAS}",
-    )
-    checked: dict[int, float] = {}
-    for key, value in bias.items():
-        text = str(key)
-        _require(text.isdecimal(), "logit_bias", key, "keyed by token ids (integers >= 0)")
-        _require(_is_finite(value), "logit_bias", value, "of finite numbers")
-        checked[int(text)] = min(max(float(value), -100.0), 100.0)
-    return checked

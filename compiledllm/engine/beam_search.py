@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from compiledllm.beam_search_params import BeamSearchParams
 from compiledllm.engine.prompts import Prompt
 from compiledllm.engine.requests import RequestFactory
 from compiledllm.engine.tokenizer import Tokenizer
 from compiledllm.outputs import BeamSearchOutput, BeamSearchSequence, PositionLogprobs
-from compiledllm.sampling_params import BeamSearchParams, SamplingParams
+from compiledllm.sampling_params import SamplingParams
 
 
 @dataclass(slots=True)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from compiledllm.beam_search_params import BeamSearchParams
 from compiledllm.config import EngineConfig
 from compiledllm.engine.conversation import Message
 from compiledllm.engine.forecast import forecast
@@ -40,7 +41,7 @@ from compiledllm.outputs import (
     ScoringRequestOutput,
 )
 from compiledllm.pooling_params import PoolingParams
-from compiledllm.sampling_params import ALL_TOKENS, BeamSearchParams, SamplingParams
+from compiledllm.sampling_params import ALL_TOKENS, SamplingParams
 from compiledllm.vllm_options import check_arguments
 
 if TYPE_CHECKING:

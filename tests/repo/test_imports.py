@@ -22,14 +22,14 @@ FOLDERS = ("compiledllm", "graphs", "kernels", "models", "benchmarks")
 
 LEAVES = {"checks", "structured_outputs", "sampling_params", "outputs", "types", "config"}
 LEAVES |= {"platform", "log", "version", "resolved_config", "vllm_options", "engine_args"}
-LEAVES |= {"pooling_params", "choices", "vllm_features"}
+LEAVES |= {"pooling_params", "beam_search_params", "choices", "vllm_features"}
 BELOW_ENGINE = {"scheduler", "grammars", "runner", "graphs", "models", "kernels", *LEAVES}
 # Layer -> layers it may import, itself aside. "root" is compiledllm/__init__; a name with a dot is
 # that module only. "benchmarks" is where `compiledllm bench` ends up.
 MAY_IMPORT: dict[str, set[str]] = {
     "root": {"engine.engine", "config", "sampling_params", "outputs", "structured_outputs"}
     | {"version", "remote.async_engine", "remote.errors", "arguments", "engine_args"}
-    | {"engine.llm_engine", "engine.prompts", "pooling_params"},
+    | {"engine.llm_engine", "engine.prompts", "pooling_params", "beam_search_params"},
     "cli": {"root", "arguments", "terminal_chat", "server", "benchmarks", "engine"}
     | {"environment", "shell_completion"}
     | BELOW_ENGINE,
@@ -64,8 +64,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "resolved_config": {"choices", "config"},
     "choices": set(),
     "types": {"sampling_params", "pooling_params", "outputs"},
+    "beam_search_params": {"checks", "vllm_options"},
     "pooling_params": {"checks"},
-    "sampling_params": {"checks", "structured_outputs", "vllm_options"},
+    "sampling_params": {"beam_search_params", "checks", "structured_outputs", "vllm_options"},
     "structured_outputs": {"checks"},
     "outputs": set(),
     "checks": set(),
@@ -110,6 +111,7 @@ WITHOUT_TORCH = (
     "compiledllm.types",
     "compiledllm.structured_outputs",
     "compiledllm.sampling_params",
+    "compiledllm.beam_search_params",
     "compiledllm.outputs",
     "compiledllm.config",
     "compiledllm.choices",
