@@ -9,6 +9,12 @@ from functools import cached_property
 from typing import Any
 
 from compiledllm.config import ConfigError
+from compiledllm.engine.params import (
+    check_params,
+    check_some_token_is_allowed,
+    params_for_core,
+    tokenize_bad_words,
+)
 from compiledllm.engine.prompts import PROMPT_KEYS, Prompt, as_token_ids
 from compiledllm.engine.request_state import Completion, RequestState
 from compiledllm.engine.served_model import ServedModel
@@ -20,12 +26,7 @@ from compiledllm.models.generation_config import generation_defaults, generation
 from compiledllm.models.pooling import StoredPooling, stored_pooling
 from compiledllm.models.reranker import StoredReranker, stored_reranker
 from compiledllm.pooling_params import PoolingParams
-from compiledllm.sampling_params import (
-    ALL_TOKENS,
-    MAX_BAD_WORDS,
-    RequestOutputKind,
-    SamplingParams,
-)
+from compiledllm.sampling_params import RequestOutputKind, SamplingParams
 from compiledllm.types import RequestSpec
 
 MAX_TRUNCATED_TOKENS = 2**17  # of a text that is truncated to its end; takes some 50 MB
@@ -80,7 +81,7 @@ class RequestFactory:
         spec = RequestSpec(
             request_id=request_id if params.num_candidates == 1 else f"0_{request_id}",
             prompt_token_ids=token_ids,
-            sampling_params=_for_core(params),
+            sampling_params=params_for_core(params),
             max_tokens=self._max_tokens(params, len(token_ids)),
             stop_token_ids=self._stop_token_ids(params),
             seed=self._random.getrandbits(63) if params.seed is None else params.seed,
@@ -89,7 +90,7 @@ class RequestFactory:
             cache_salt=cache_salt,
             waits_for_batch=waits_for_batch,
         )
-        _check_something_is_allowed(spec)
+        check_some_token_is_allowed(spec)
         names = (f"{i}_{request_id}" for i in range(1, params.num_candidates))
         specs = [spec, *(make_sibling(spec, name, i) for i, name in enumerate(names, start=1))]
         completions = [Completion(i, s, params, self.tokenizer) for i, s in enumerate(specs)]
@@ -309,49 +310,6 @@ class RequestFactory:
         return frozenset(i for i in known if i < self.vocab_size)
 
 
-def check_params(params: SamplingParams, vocab_size: int, max_logprobs: int) -> None:
-    """Raise ValueError for parameters that this model cannot serve."""
-    ids = {
-        "stop_token_ids": params.stop_token_ids,
-        "allowed_token_ids": params.allowed_token_ids,
-        "logprob_token_ids": params.logprob_token_ids,
-        "logit_bias": params.logit_bias,
-    }
-    for name, values in ids.items():
-        for token_id in values or ():
-            if token_id >= vocab_size:
-                raise ValueError(
-                    f"{name} has {token_id}; the vocabulary has ids 0 to {vocab_size - 1}"
-                )
-    max_count = vocab_size if max_logprobs == ALL_TOKENS else max_logprobs
-    for name in ("logprobs", "prompt_logprobs"):
-        value = getattr(params, name)
-        if value is not None and (vocab_size if value == ALL_TOKENS else value) > max_count:
-            raise ValueError(
-                f"{name} must be at most {max_logprobs}, got {value}; the engine option "
-                "max_logprobs is the limit (-1: none)"
-            )
-
-
-def _check_something_is_allowed(request: RequestSpec) -> None:
-    """Raise ValueError if every token that is allowed as the first token is also banned."""
-    params = request.sampling_params
-    if params.allowed_token_ids is not None:
-        banned = {word[0] for word in request.bad_words if len(word) == 1}
-        banned |= request.stop_token_ids if params.min_tokens else set()
-        if banned.issuperset(params.allowed_token_ids):
-            raise ValueError(
-                "allowed_token_ids has only tokens that bad_words or min_tokens ban; allow another"
-            )
-
-
-def _for_core(params: SamplingParams) -> SamplingParams:
-    """The parameters that the core needs. Candidates are ranked by their log probabilities."""
-    if params.num_candidates > params.n and not params.wants_logprobs:
-        params = dataclasses.replace(params, logprobs=0)
-    return params.without_text()
-
-
 def make_sibling(first: RequestSpec, request_id: str, index: int) -> RequestSpec:
     """Another request for the same prompt, with its own random stream; it shares prompt blocks.
 
@@ -367,27 +325,6 @@ def make_sibling(first: RequestSpec, request_id: str, index: int) -> RequestSpec
         seed=(first.seed + index + 2**63) % 2**64 - 2**63,  # wraps like an int64
         sibling_id=first.request_id,
     )
-
-
-def tokenize_bad_words(
-    words: list[str], tokenizer: Tokenizer, vocab_size: int
-) -> tuple[tuple[int, ...], ...]:
-    """Token ids of each word at the beginning of a text, and after a space.
-
-    As in vLLM, the second variant is left out unless the space merges into the word's first token.
-    """
-    found: dict[tuple[int, ...], None] = {}
-    for word in words:
-        bare = tuple(tokenizer.encode(word.lstrip(), add_special_tokens=False))
-        spaced = tuple(tokenizer.encode(" " + word.lstrip(), add_special_tokens=False))
-        if not bare:
-            raise ValueError(f"bad_words has {word!r}, which is no token")
-        found[bare] = None
-        if spaced and spaced[0] != bare[0] and len(spaced) == len(bare):
-            found[spaced] = None
-    if len(found) > 2 * MAX_BAD_WORDS or any(i >= vocab_size for ids in found for i in ids):
-        raise ValueError("bad_words has tokens that the model does not know")
-    return tuple(found)
 
 
 def _salt_of(prompt: Prompt) -> str:
