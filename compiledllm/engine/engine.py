@@ -8,27 +8,22 @@ for output in engine.generate(["The capital of France is"], SamplingParams(tempe
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import gc
-import itertools
-import math
-import sys
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from compiledllm.beam_search_params import BeamSearchParams
 from compiledllm.config import EngineConfig
 from compiledllm.engine.conversation import Message
-from compiledllm.engine.forecast import forecast
 from compiledllm.engine.prompts import (
     Prompt,
     as_conversations,
     as_prompts,
     one_per_prompt,
 )
-from compiledllm.engine.request_state import OutputStream, RequestState
+from compiledllm.engine.request_state import OutputStream
 from compiledllm.engine.tokenizer import load
 from compiledllm.engine_args import options_of
 from compiledllm.log import show_logs
@@ -65,6 +60,7 @@ class Engine:
 
     def __init__(self, model: str | Path | None = None, **options: Any) -> None:
         # These modules import torch, which takes seconds: importing the class must not.
+        from compiledllm.engine.calls import Calls
         from compiledllm.engine.core import EngineCore
         from compiledllm.engine.requests import RequestFactory
         from compiledllm.engine.shared_core import SharedCore
@@ -76,8 +72,8 @@ class Engine:
         self.tokenizer = load(self.config.requested.model, self.core.model_path)
         self._requests = RequestFactory(self.core.served_model(), self.tokenizer)
         self._shared = SharedCore(self.core)
-        self._request_ids = itertools.count()
-        self._has_forecast = False
+        # On a CPU an answer without a limit takes minutes.
+        self._calls = Calls(self._requests, self._shared, not self.core.platform.is_cuda)
 
     @classmethod
     def from_engine_args(cls, engine_args: Any) -> Self:
@@ -116,10 +112,9 @@ class Engine:
         All prompts are checked before any is run: a bad one raises ValueError and starts nothing.
         """
         check_arguments("generate", others)
-        states = self._make_states(
-            as_prompts(prompts), sampling_params, priority, waits_for_batch=True
-        )
-        return self._run(states, _as_batch(states), use_tqdm)
+        listed = as_prompts(prompts)
+        states = self._calls.make(listed, sampling_params, priority, waits_for_batch=True)
+        return self._calls.run(states, use_tqdm, is_batch=True)
 
     def chat(
         self,
@@ -168,9 +163,9 @@ class Engine:
         prompts raise at once, before the first item is requested. Closing the iterator aborts the
         unfinished requests.
         """
-        states = self._make_states(as_prompts(prompts), sampling_params, priority)
+        states = self._calls.make(as_prompts(prompts), sampling_params, priority)
         self._shared.add(states)
-        return OutputStream(self._stream(states), lambda: self._shared.abort(states))
+        return OutputStream(self._calls.stream(states), lambda: self._shared.abort(states))
 
     def stream_chat(
         self, messages: Sequence[Message], sampling_params: SamplingParams | None = None
@@ -180,10 +175,6 @@ class Engine:
         (conversation,) = as_conversations(messages)
         text, token_ids = tokenizer.encode_chat(conversation, add_generation_prompt=True)
         return self.stream({"prompt": text, "prompt_token_ids": token_ids}, sampling_params)
-
-    def _stream(self, states: list[RequestState]) -> Generator[RequestOutput]:
-        with self._aborting_on_exit(states):
-            yield from self._shared.stream(states)
 
     # -- one step at a time --------------------------------------------------------------------
 
@@ -196,7 +187,7 @@ class Engine:
     ) -> str:
         """Queue one request for `step`; returns its id. Raises ValueError for a bad one."""
         params = self._requests.defaults if sampling_params is None else sampling_params
-        request_id = self._next_request_id() if request_id is None else request_id
+        request_id = self._calls.next_request_id() if request_id is None else request_id
         state = self._requests.make(request_id, prompt, params, priority)
         state.is_for_step = True
         self._shared.add([state])
@@ -240,10 +231,10 @@ class Engine:
         params = one_per_prompt(given, len(listed), "pooling_params")
         priorities = one_per_prompt(0 if priority is None else priority, len(listed), "priority")
         states = [
-            factory.make_pooling(self._next_request_id(), *arguments)
+            factory.make_pooling(self._calls.next_request_id(), *arguments)
             for arguments in zip(listed, params, priorities, strict=True)
         ]
-        self._run(states, states, use_tqdm)
+        self._calls.run(states, use_tqdm)
         return [
             embedding_output(state, factory.pooling, given)
             for state, given in zip(states, params, strict=True)
@@ -269,8 +260,8 @@ class Engine:
         pairs = make_pairs(queries, documents)
         scorer = make_scorer(self._requests, truncate_prompt_tokens, instruction)
         prompts = scorer.prompts(pairs)
-        states = [scorer.make(self._next_request_id(), prompt) for prompt in prompts]
-        self._run(states, states, use_tqdm)
+        states = [scorer.make(self._calls.next_request_id(), prompt) for prompt in prompts]
+        self._calls.run(states, use_tqdm)
         return scoring_outputs(scorer, pairs, states)
 
     # -- state ---------------------------------------------------------------------------------
@@ -297,12 +288,12 @@ class Engine:
         Calls in other threads raise, and so does every later call.
         """
         self._shared.shut_down()
-        del self.core, self._shared, self._requests
+        del self.core, self._calls, self._shared, self._requests
         self.tokenizer = None
         gc.collect()
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("core", "_shared", "_requests"):
+        if name in ("core", "_calls", "_shared", "_requests"):
             raise ValueError("the engine was shut down; make a new one")
         raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
 
@@ -325,85 +316,10 @@ class Engine:
         self, prompts: list[list[int]], params: SamplingParams
     ) -> list[PositionLogprobs]:
         """Log probabilities of the first token after each prompt, not limited by `max_logprobs`."""
-        states = [
-            self._requests.make(self._next_request_id(), prompt, params, max_logprobs=ALL_TOKENS)
-            for prompt in prompts
-        ]
-        outputs = [output.outputs[0] for output in self._run(states, states, use_tqdm=False)]
+        next_id, make = self._calls.next_request_id, self._requests.make
+        states = [make(next_id(), prompt, params, max_logprobs=ALL_TOKENS) for prompt in prompts]
+        outputs = [output.outputs[0] for output in self._calls.run(states, use_tqdm=False)]
         return [output.logprobs[0] if output.logprobs else {} for output in outputs]
-
-    # -- inside --------------------------------------------------------------------------------
-
-    def _run(
-        self,
-        states: list[RequestState],
-        queue: list[RequestState],
-        use_tqdm: bool | Callable[..., tqdm[Any]],
-    ) -> list[RequestOutput]:
-        """Step until `states` are finished. queue: the same states, in the order to begin in."""
-        with self._aborting_on_exit(states), _progress_bar(len(states), use_tqdm) as progress:
-            self._shared.add(queue)
-            with self._forecast(states):
-                self._shared.run_until_finished(states, progress.update)
-            return [state.output() for state in states]
-
-    def _forecast(self, states: list[RequestState]) -> contextlib.AbstractContextManager[None]:
-        """On a CPU, where an answer without a limit takes minutes, the first such call says so."""
-        if self.core.platform.is_cuda or self._has_forecast:
-            return contextlib.nullcontext()
-        self._has_forecast = any(state.params.max_tokens is None for state in states)
-        return forecast(states, lambda: self._shared.num_generated)
-
-    def _make_states(
-        self,
-        prompts: list[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-        priority: Sequence[int] | None,
-        waits_for_batch: bool = False,
-    ) -> list[RequestState]:
-        if sampling_params is None:
-            sampling_params = self._requests.defaults
-        params = one_per_prompt(sampling_params, len(prompts), "sampling_params")
-        priorities = one_per_prompt(0 if priority is None else priority, len(prompts), "priority")
-        return [
-            self._requests.make(
-                self._next_request_id(), *arguments, waits_for_batch=waits_for_batch
-            )
-            for arguments in zip(prompts, params, priorities, strict=True)
-        ]
-
-    def _next_request_id(self) -> str:
-        ids = map(str, self._request_ids)
-        return next(request_id for request_id in ids if request_id not in self._shared.states)
-
-    @contextlib.contextmanager
-    def _aborting_on_exit(self, states: list[RequestState]) -> Iterator[None]:
-        """End the requests if the block ends early (an error, Ctrl-C, a closed iterator)."""
-        try:
-            yield
-        finally:
-            self._shared.abort(states)
 
 
 LLM = Engine  # vLLM's name
-
-
-def _as_batch(states: list[RequestState]) -> list[RequestState]:
-    """Let requests arrive together. Returns them, those with the most tokens to generate first."""
-    arrival = min((state.arrival_time for state in states), default=0.0)
-    for state in states:
-        state.arrival_time = arrival
-
-    def max_tokens(state: RequestState) -> float:
-        is_open = state.params.max_tokens is None
-        return math.inf if is_open else state.completions[0].spec.max_tokens
-
-    return sorted(states, key=max_tokens, reverse=True)
-
-
-def _progress_bar(total: int, use_tqdm: bool | Callable[..., tqdm[Any]]) -> tqdm[Any]:
-    from tqdm import tqdm
-
-    disable = not use_tqdm or not sys.stderr.isatty()
-    make = use_tqdm if callable(use_tqdm) else tqdm
-    return make(total=total, desc="processed prompts", unit="prompt", disable=disable)
