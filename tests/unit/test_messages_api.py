@@ -19,7 +19,7 @@ from compiledllm.server.anthropic.protocol import MessagesRequest
 from compiledllm.server.openai.answer import Context
 from compiledllm.server.openai.bodies import parse
 from compiledllm.server.openai.errors import ApiError
-from compiledllm.server.openai.protocol import NamedTool
+from compiledllm.server.openai.tool_protocol import NamedTool
 from compiledllm.server.security import Guard
 
 USER = {"role": "user", "content": "hi"}

@@ -18,12 +18,12 @@ from compiledllm.server.openai import response_store
 from compiledllm.server.openai.answer import AnswerSettings, Context
 from compiledllm.server.openai.bodies import parse
 from compiledllm.server.openai.errors import ApiError
-from compiledllm.server.openai.protocol import NamedTool
 from compiledllm.server.openai.reasoning_count import ReasoningCount
 from compiledllm.server.openai.response_store import ResponseStore, StoredResponse
 from compiledllm.server.openai.responses_answer import ResponsesAnswer
 from compiledllm.server.openai.responses_input import chat_request
 from compiledllm.server.openai.responses_protocol import ResponsesRequest
+from compiledllm.server.openai.tool_protocol import NamedTool
 
 USER = {"role": "user", "content": "hi"}
 TOOL = {"type": "function", "name": "f", "description": "It.", "parameters": {"type": "object"}}

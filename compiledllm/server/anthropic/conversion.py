@@ -15,15 +15,17 @@ from compiledllm.server.anthropic.protocol import (
 )
 from compiledllm.server.openai.errors import ApiError
 from compiledllm.server.openai.protocol import (
-    CalledFunction,
     ChatRequest,
-    Function,
-    FunctionChoice,
     JsonSchema,
     Message,
-    NamedTool,
     Part,
     ResponseFormat,
+)
+from compiledllm.server.openai.tool_protocol import (
+    CalledFunction,
+    Function,
+    FunctionChoice,
+    NamedTool,
     Tool,
     ToolCall,
 )

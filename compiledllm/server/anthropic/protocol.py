@@ -9,16 +9,16 @@ from msgspec import Meta
 
 from compiledllm.sampling_params import MAX_STOP_STRINGS
 from compiledllm.server.openai.bodies import Body
-from compiledllm.server.openai.protocol import (
+from compiledllm.server.openai.field_types import (
     MAX_MESSAGES,
     MAX_PARTS,
     MAX_TOOLS,
     Count,
-    GenerationBase,
     Name,
     PositiveCount,
     Text,
 )
+from compiledllm.server.openai.protocol import GenerationBase
 
 BlockType = Annotated[str, Meta(min_length=1, max_length=64)]
 

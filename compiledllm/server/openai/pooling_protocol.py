@@ -8,7 +8,8 @@ import msgspec
 from msgspec import Meta
 
 from compiledllm.server.openai.bodies import Body
-from compiledllm.server.openai.protocol import GenerationBase, Ids, PositiveCount, has_many
+from compiledllm.server.openai.field_types import Ids, PositiveCount
+from compiledllm.server.openai.protocol import GenerationBase, has_many
 
 MAX_INPUTS = 2048  # OpenAI's limit
 MAX_INSTRUCTION = 10_000  # characters

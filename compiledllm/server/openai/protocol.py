@@ -16,39 +16,34 @@ from compiledllm.sampling_params import (
     MAX_BAD_WORDS,
     MAX_LOGIT_BIAS,
     MAX_LOGPROB_TOKEN_IDS,
-    MAX_N,
-    MAX_STOP_LENGTH,
     MAX_STOP_STRINGS,
     MAX_STOP_TOKEN_IDS,
 )
 from compiledllm.server.openai.bodies import Body
-from compiledllm.server.openai.body_budget import MAX_NUMBERS
+from compiledllm.server.openai.field_types import (
+    MAX_MESSAGES,
+    MAX_PARTS,
+    MAX_PROMPTS,
+    MAX_TOOLS,
+    Count,
+    Fraction,
+    Ids,
+    Int32,
+    Int64,
+    N,
+    Name,
+    PatternSize,
+    Penalty,
+    PositiveCount,
+    RequestId,
+    Text,
+    TokenId,
+    TopLogprobs,
+)
+from compiledllm.server.openai.tool_protocol import NamedTool, Tool, ToolCall
 from compiledllm.structured_outputs import MAX_CHOICES
 
-MAX_PROMPTS = 256
-MAX_MESSAGES = 4096
-MAX_PARTS = 4096
-MAX_TOP_LOGPROBS = 20
-MAX_TOOLS = 128
 MAX_IDS_AT_ONCE = 8192  # token ids of a prompt, whose check takes about a millisecond
-
-Int32 = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
-Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
-Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
-PositiveCount = Annotated[int, Meta(ge=1, le=2**31 - 1)]
-TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
-Text = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_LENGTH)]
-# Request ids reach logs and headers and are therefore printable ASCII.
-Name = Annotated[str, Meta(min_length=1, max_length=256)]
-RequestId = Annotated[
-    str, Meta(pattern=r"^[ -~]{1,128}(?!\n)$", description="1 to 128 printable ASCII characters")
-]
-Ids = Annotated[list[int], Meta(min_length=1, max_length=MAX_NUMBERS)]  # token ids of a prompt
-Penalty = Annotated[float, Meta(ge=-2, le=2)]
-Fraction = Annotated[float, Meta(ge=0, le=1)]
-N = Annotated[int, Meta(ge=1, le=MAX_N)]
-TopLogprobs = Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)]
-PatternSize = Annotated[int, Meta(ge=0, le=1024)]
 
 
 class StreamOptions(Body, kw_only=True):
@@ -84,55 +79,6 @@ class StructuredOutputs(Body, kw_only=True):
     disable_any_whitespace: bool = False
     disable_additional_properties: bool = False
     whitespace_pattern: str | None = None
-
-
-FunctionName = Annotated[
-    str,
-    Meta(
-        pattern=r"^[a-zA-Z0-9_.-]{1,64}(?!\n)$",
-        description="1 to 64 letters, digits, dots, hyphens and underscores",
-    ),
-]
-
-
-class Function(Body, kw_only=True):
-    keeps_more: ClassVar[bool] = True
-
-    name: FunctionName
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class Tool(Body, kw_only=True):
-    keeps_more: ClassVar[bool] = True
-
-    type: Literal["function"] = "function"
-    function: Function
-
-
-class FunctionChoice(Body, kw_only=True):
-    name: FunctionName
-
-
-class NamedTool(Body, kw_only=True):
-    type: Literal["function"] = "function"
-    function: FunctionChoice
-
-
-class CalledFunction(Body, kw_only=True):
-    keeps_more: ClassVar[bool] = True
-
-    name: Name
-    arguments: str | dict[str, Any] | None = None
-
-
-class ToolCall(Body, kw_only=True):
-    keeps_more: ClassVar[bool] = True
-
-    id: Annotated[str, Meta(max_length=256)] | None = None
-    type: Literal["function"] = "function"
-    function: CalledFunction
 
 
 class RepetitionDetection(Body, kw_only=True):

@@ -6,23 +6,25 @@ from typing import Any
 
 from compiledllm.server.openai.errors import ApiError
 from compiledllm.server.openai.protocol import (
-    CalledFunction,
     ChatRequest,
-    Function,
-    FunctionChoice,
     JsonSchema,
     Message,
-    NamedTool,
     Part,
     ResponseFormat,
-    Tool,
-    ToolCall,
 )
 from compiledllm.server.openai.responses_protocol import (
     Content,
     ResponseItem,
     ResponsesRequest,
     ResponseTool,
+)
+from compiledllm.server.openai.tool_protocol import (
+    CalledFunction,
+    Function,
+    FunctionChoice,
+    NamedTool,
+    Tool,
+    ToolCall,
 )
 
 LOGPROBS = "message.output_text.logprobs"  # the member of `include` that asks for them

@@ -8,20 +8,19 @@ import msgspec
 from msgspec import Meta
 
 from compiledllm.server.openai.bodies import Body
-from compiledllm.server.openai.protocol import (
+from compiledllm.server.openai.field_types import (
     MAX_MESSAGES,
     MAX_PARTS,
     MAX_TOOLS,
     Fraction,
     FunctionName,
-    GenerationBase,
     Int64,
     Name,
     Penalty,
     PositiveCount,
-    StreamOptions,
     TopLogprobs,
 )
+from compiledllm.server.openai.protocol import GenerationBase, StreamOptions
 
 MAX_INCLUDED = 16
 MAX_METADATA = 16

@@ -9,8 +9,9 @@ from typing import Any
 
 from compiledllm.engine.tokenizer import Tokenizer
 from compiledllm.server.openai.errors import ApiError
-from compiledllm.server.openai.protocol import ChatRequest, Message, NamedTool, Tool
+from compiledllm.server.openai.protocol import ChatRequest, Message
 from compiledllm.server.openai.tool_formats import FORMATS, ToolFormat, call_grammar, find_format
+from compiledllm.server.openai.tool_protocol import NamedTool, Tool
 from compiledllm.structured_outputs import (
     MAX_NESTING,
     StructuredOutputsParams,
