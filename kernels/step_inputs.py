@@ -56,8 +56,8 @@ def decode_inputs(
     seq_lens = F.pad(positions + 1, (0, 1)).int()
     starts = one_token_each(rows)
     attn = []
-    for of_group in block_tables:
-        tables = with_empty_row(of_group[rows])
+    for group_table in block_tables:
+        tables = with_empty_row(group_table[rows])
         blocks = tables[:-1].gather(1, (positions // block_size)[:, None]).squeeze(1)
         slots = slots_in(blocks, positions, block_size)
         bound = make_row_bound(1, rows.device)
@@ -85,31 +85,31 @@ def mixed_inputs(
     seq_lens = F.pad(lengths, (0, 1)).int()
     starts = torch.cat((F.pad(ends, (1, 0)), ends[-1:])).int()
     attn = []
-    for of_group in block_tables:
-        slots = slots_in(of_group[row_of_token, positions // block_size], positions, block_size)
-        tables = with_empty_row(of_group[table_rows])
+    for group_table in block_tables:
+        slots = slots_in(group_table[row_of_token, positions // block_size], positions, block_size)
+        tables = with_empty_row(group_table[table_rows])
         bound = make_row_bound(0, rows.device)
         attn.append(AttentionMetadata(slots, tables, seq_lens, starts, bound))
     input_ids = torch.where(ids < 0, last_token_ids[row_of_token], ids)
     return MixedInputs(input_ids, positions, attn)
 
 
-def metadata_of_ends(
-    rows: Tensor, lengths: Tensor, of_group: Tensor, block_size: int
+def last_token_metadata(
+    rows: Tensor, lengths: Tensor, group_table: Tensor, block_size: int
 ) -> AttentionMetadata:
     """Attention metadata of one token per row: the last token of a context that is stored already.
 
-    rows, lengths: int64 [rows], request rows and their context lengths, at least 1. of_group: int32
-    [request rows, max_blocks], the block table of a group of layers.
+    rows, lengths: int64 [rows], request rows and their context lengths, at least 1. group_table:
+    int32 [request rows, max_blocks], the block table of a cache group.
     """
     if rows.is_cuda:
-        from compiledllm.kernels.step_inputs_triton import gather_ends
+        from compiledllm.kernels.step_inputs_triton import gather_last_tokens
 
-        found: AttentionMetadata = gather_ends(rows, lengths, of_group, block_size)
+        found: AttentionMetadata = gather_last_tokens(rows, lengths, group_table, block_size)
         return found
     return AttentionMetadata(
         slot_mapping=torch.full_like(rows, -1),
-        block_tables=with_empty_row(of_group[rows]),
+        block_tables=with_empty_row(group_table[rows]),
         seq_lens=F.pad(lengths, (0, 1)).int(),
         query_start_loc=one_token_each(rows),
         row_bound=make_row_bound(1, rows.device),

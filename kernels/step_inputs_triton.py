@@ -25,8 +25,8 @@ _TOKENS = 128  # tokens per program
 
 @triton.jit
 def _write_row(
-    index, chunk, row, length, start, of_group, block_tables, seq_lens, query_start_loc, num_rows,
-    max_blocks, BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr,
+    index, chunk, row, length, start, group_table, block_tables, seq_lens, query_start_loc,
+    num_rows, max_blocks, BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Write a chunk of a row's block table, 0 past the context; chunk 0 also writes the metadata.
 
@@ -35,7 +35,7 @@ def _write_row(
     column = chunk * CHUNK + tl.arange(0, CHUNK)
     inside = column < max_blocks
     is_used = inside & (column * BLOCK_SIZE < length)
-    blocks = tl.load(of_group + row * max_blocks + column, is_used, other=0)
+    blocks = tl.load(group_table + row * max_blocks + column, is_used, other=0)
     tl.store(block_tables + index * max_blocks + column, blocks, inside)
     if chunk == 0:
         tl.store(seq_lens + index, length.to(tl.int32))
@@ -45,15 +45,15 @@ def _write_row(
 
 
 @triton.jit
-def _slots(of_group, row, position, exists, max_blocks, BLOCK_SIZE: tl.constexpr):
+def _slots(group_table, row, position, exists, max_blocks, BLOCK_SIZE: tl.constexpr):
     """The cache slots of tokens, given their rows and positions."""
-    block = tl.load(of_group + row * max_blocks + position // BLOCK_SIZE, exists, other=0)
+    block = tl.load(group_table + row * max_blocks + position // BLOCK_SIZE, exists, other=0)
     return block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _gather_kernel(
-    rows, last_token_ids, num_computed_tokens, of_group, input_ids, positions, lengths, indices,
+    rows, last_token_ids, num_computed_tokens, group_table, input_ids, positions, lengths, indices,
     seq_lens, query_start_loc, slot_mapping, block_tables, num_rows, max_blocks,
     BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -63,15 +63,15 @@ def _gather_kernel(
     row = tl.load(rows + index, exists, other=0)
     position = tl.load(num_computed_tokens + row, exists, other=-1)
     _write_row(
-        index, chunk, row, position + 1, index, of_group, block_tables, seq_lens, query_start_loc,
-        num_rows, max_blocks, BLOCK_SIZE, CHUNK,
+        index, chunk, row, position + 1, index, group_table, block_tables, seq_lens,
+        query_start_loc, num_rows, max_blocks, BLOCK_SIZE, CHUNK,
     )  # fmt: skip
     exists = exists & (chunk == 0)
     tl.store(input_ids + index, tl.load(last_token_ids + row, exists, other=0), exists)
     tl.store(positions + index, position, exists)
     tl.store(lengths + index, position + 1, exists)
     tl.store(indices + index, index, exists)
-    slot = _slots(of_group, row, position, exists, max_blocks, BLOCK_SIZE)
+    slot = _slots(group_table, row, position, exists, max_blocks, BLOCK_SIZE)
     tl.store(slot_mapping + index, slot, exists)
 
 
@@ -89,10 +89,10 @@ def gather(
     seq_lens, starts = (rows.new_empty(num_rows + n, dtype=torch.int32) for n in (1, 2))
     chunk, num_chunks = _chunks(max_blocks)
     attn = []
-    for of_group in block_tables:
-        slots, tables = torch.empty_like(rows), of_group.new_empty((num_rows + 1, max_blocks))
+    for group_table in block_tables:
+        slots, tables = torch.empty_like(rows), group_table.new_empty((num_rows + 1, max_blocks))
         _gather_kernel[(num_rows + 1, num_chunks)](
-            rows, last_token_ids, num_computed_tokens, of_group, input_ids, positions, lengths,
+            rows, last_token_ids, num_computed_tokens, group_table, input_ids, positions, lengths,
             indices, seq_lens, starts, slots, tables, num_rows, max_blocks, BLOCK_SIZE=block_size,
             CHUNK=chunk,
         )  # fmt: skip
@@ -103,7 +103,7 @@ def gather(
 
 @triton.jit
 def _write_tokens(
-    index, tokens, last_token_ids, of_group, input_ids, positions, slot_mapping, num_tokens,
+    index, tokens, last_token_ids, group_table, input_ids, positions, slot_mapping, num_tokens,
     max_blocks, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     exists = index < num_tokens
@@ -113,13 +113,13 @@ def _write_tokens(
     drawn = tl.load(last_token_ids + row, exists & (known < 0), other=0)
     tl.store(input_ids + index, tl.where(known < 0, drawn, known), exists)
     tl.store(positions + index, position, exists)
-    slots = _slots(of_group, row, position, exists, max_blocks, BLOCK_SIZE)
+    slots = _slots(group_table, row, position, exists, max_blocks, BLOCK_SIZE)
     tl.store(slot_mapping + index, slots, exists)
 
 
 @triton.jit(do_not_specialize=["tokens", "rows", "num_tokens", "num_rows"])
 def _unpack_kernel(
-    tokens, rows, last_token_ids, of_group, input_ids, positions, seq_lens, query_start_loc,
+    tokens, rows, last_token_ids, group_table, input_ids, positions, seq_lens, query_start_loc,
     slot_mapping, block_tables, num_tokens, num_rows, max_blocks,
     BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
@@ -131,13 +131,13 @@ def _unpack_kernel(
         length = tl.load(rows + num_rows + index, exists, other=0)
         start = tl.load(rows + 2 * num_rows + index - 1, index > 0, other=0)
         _write_row(
-            index, chunk, row, length, start, of_group, block_tables, seq_lens, query_start_loc,
+            index, chunk, row, length, start, group_table, block_tables, seq_lens, query_start_loc,
             num_rows, max_blocks, BLOCK_SIZE, CHUNK,
         )  # fmt: skip
     elif chunk == 0:
         _write_tokens(
             (index - num_rows - 1) * TOKENS + tl.arange(0, TOKENS), tokens, last_token_ids,
-            of_group, input_ids, positions, slot_mapping, num_tokens, max_blocks, BLOCK_SIZE,
+            group_table, input_ids, positions, slot_mapping, num_tokens, max_blocks, BLOCK_SIZE,
         )  # fmt: skip
 
 
@@ -151,12 +151,12 @@ def unpack(
     seq_lens, starts = (rows.new_empty(num_rows + n, dtype=torch.int32) for n in (1, 2))
     chunk, num_chunks = _chunks(max_blocks)
     attn = []
-    for of_group in block_tables:
+    for group_table in block_tables:
         slots = torch.empty_like(positions)
-        tables = of_group.new_empty((num_rows + 1, max_blocks))
+        tables = group_table.new_empty((num_rows + 1, max_blocks))
         _unpack_kernel[(num_rows + 1 + triton.cdiv(num_tokens, _TOKENS), num_chunks)](
-            tokens, rows, last_token_ids, of_group, input_ids, positions, seq_lens, starts, slots,
-            tables, num_tokens, num_rows, max_blocks, BLOCK_SIZE=block_size, CHUNK=chunk,
+            tokens, rows, last_token_ids, group_table, input_ids, positions, seq_lens, starts,
+            slots, tables, num_tokens, num_rows, max_blocks, BLOCK_SIZE=block_size, CHUNK=chunk,
             TOKENS=_TOKENS,
         )  # fmt: skip
         bound = make_row_bound(0, rows.device)
@@ -165,8 +165,8 @@ def unpack(
 
 
 @triton.jit(do_not_specialize=["rows", "lengths", "num_rows"])
-def _ends_kernel(
-    rows, lengths, of_group, seq_lens, query_start_loc, slot_mapping, block_tables, num_rows,
+def _last_tokens_kernel(
+    rows, lengths, group_table, seq_lens, query_start_loc, slot_mapping, block_tables, num_rows,
     max_blocks, BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One program writes a chunk of a row's block table; chunk 0 also writes its other inputs."""
@@ -175,23 +175,23 @@ def _ends_kernel(
     row = tl.load(rows + index, exists, other=0)
     length = tl.load(lengths + index, exists, other=0)
     _write_row(
-        index, chunk, row, length, index, of_group, block_tables, seq_lens, query_start_loc,
+        index, chunk, row, length, index, group_table, block_tables, seq_lens, query_start_loc,
         num_rows, max_blocks, BLOCK_SIZE, CHUNK,
     )  # fmt: skip
     tl.store(slot_mapping + index, -1, exists & (chunk == 0))
 
 
-def gather_ends(
-    rows: Tensor, lengths: Tensor, of_group: Tensor, block_size: int
+def gather_last_tokens(
+    rows: Tensor, lengths: Tensor, group_table: Tensor, block_size: int
 ) -> AttentionMetadata:
-    """See `step_inputs.metadata_of_ends`."""
-    num_rows, max_blocks = len(rows), of_group.shape[-1]
-    assert all(x.is_contiguous() for x in (rows, lengths, of_group))
+    """See `step_inputs.last_token_metadata`."""
+    num_rows, max_blocks = len(rows), group_table.shape[-1]
+    assert all(x.is_contiguous() for x in (rows, lengths, group_table))
     seq_lens, starts = (rows.new_empty(num_rows + n, dtype=torch.int32) for n in (1, 2))
-    slots, tables = torch.empty_like(rows), of_group.new_empty((num_rows + 1, max_blocks))
+    slots, tables = torch.empty_like(rows), group_table.new_empty((num_rows + 1, max_blocks))
     chunk, num_chunks = _chunks(max_blocks)
-    _ends_kernel[(num_rows + 1, num_chunks)](
-        rows, lengths, of_group, seq_lens, starts, slots, tables, num_rows, max_blocks,
+    _last_tokens_kernel[(num_rows + 1, num_chunks)](
+        rows, lengths, group_table, seq_lens, starts, slots, tables, num_rows, max_blocks,
         BLOCK_SIZE=block_size, CHUNK=chunk,
     )  # fmt: skip
     return AttentionMetadata(slots, tables, seq_lens, starts, make_row_bound(1, rows.device))

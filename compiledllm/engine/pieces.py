@@ -26,7 +26,7 @@ def _byte_of_letter() -> dict[str, int]:
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     table = {chr(byte): byte for byte in range(256)}
-    return table | {chr(256 + place): byte for place, byte in enumerate(others)}
+    return table | {chr(256 + offset): byte for offset, byte in enumerate(others)}
 
 
 _BYTE_OF_LETTER = _byte_of_letter()

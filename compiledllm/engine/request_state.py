@@ -210,8 +210,8 @@ class RequestState:
         if delta and len(chosen) > 1:
             chosen = [c for c in chosen if c.has_news] or chosen
         outputs: list[CompletionOutput] = []
-        for place, c in enumerate(chosen):
-            index = place if self._is_choosing else c.index
+        for rank, c in enumerate(chosen):
+            index = rank if self._is_choosing else c.index
             outputs.append(c.output(index, self._shows_logprobs, delta))
         times = [c.last_token_time for c in self.completions if c.last_token_time is not None]
         return RequestOutput(

@@ -40,8 +40,8 @@ def tidy_crash_records(folder: Path) -> None:
         folder.chmod(0o700)
         dated = sorted((path.stat().st_mtime, path) for path in folder.glob("crash-*.json"))
         oldest = time.time() - MAX_AGE_S
-        for place, (written, path) in enumerate(reversed(dated)):
-            if place >= MAX_RECORDS or written < oldest:
+        for index, (written, path) in enumerate(reversed(dated)):
+            if index >= MAX_RECORDS or written < oldest:
                 path.unlink(missing_ok=True)
             else:
                 path.chmod(0o600)

@@ -18,7 +18,7 @@ from compiledllm.graphs.buckets import StepShape
 from compiledllm.kernels.backend import AttentionMetadata, make_row_bound
 from compiledllm.kernels.step_inputs import (
     decode_inputs,
-    metadata_of_ends,
+    last_token_metadata,
     mixed_inputs,
     with_empty_row,
 )
@@ -206,8 +206,9 @@ class InputBatch:
 
     def sampled_tokens(self, table: RequestTable, group: int, block_size: int) -> SampledTokens:
         """The sampled tokens, with attention metadata for a group of layers."""
-        group_tables = table.block_tables[group]
-        attn = metadata_of_ends(self.sample_rows, self.sample_positions, group_tables, block_size)
+        group_table = table.block_tables[group]
+        rows, positions = self.sample_rows, self.sample_positions
+        attn = last_token_metadata(rows, positions, group_table, block_size)
         return SampledTokens(self.logits_indices, attn)
 
     @classmethod
@@ -223,12 +224,12 @@ class InputBatch:
         attn = [
             AttentionMetadata(
                 zeros - 1,
-                with_empty_row(of_group[row]),
+                with_empty_row(group_table[row]),
                 seq_lens,
                 starts,
                 make_row_bound(0, table.device),
             )
-            for of_group in table.block_tables
+            for group_table in table.block_tables
         ]
         # A copy, because Dynamo would guard on both arguments being the same tensor.
         positions = zeros.clone()

@@ -91,12 +91,12 @@ class Penalties(Rule):
         return slot
 
     def _penalize(self, logits: Tensor, index: Tensor, slots: Tensor, amounts: Tensor) -> None:
-        for place, slot, (repetition, frequency, presence) in zip(
+        for row_index, slot, (repetition, frequency, presence) in zip(
             index.tolist(), slots.tolist(), amounts.t().tolist(), strict=True
         ):
             seen = self._counts[slot].numpy()
             tokens = np.flatnonzero(seen)  # usually few of the vocabulary's tokens
-            counts, row = seen[tokens] & (_IN_PROMPT - 1), logits[place].numpy()
+            counts, row = seen[tokens] & (_IN_PROMPT - 1), logits[row_index].numpy()
             x = row[tokens]
             x = np.where(x > 0, x / np.float32(repetition), x * np.float32(repetition))
             row[tokens] = x - frequency * counts - presence * (counts > 0)

@@ -57,8 +57,8 @@ class DeltaNet(nn.Module):
             qkv, z = torch.split(qkvz, [spec.qkv_size, spec.value_size], dim=-1)
             b, a = ba.chunk(2, dim=-1)
             return qkv, _heads(z, spec.value_dim), b, a
-        of_group = spec.value_size // spec.num_key_heads
-        parts = [spec.key_dim, spec.key_dim, of_group, of_group]
+        values = spec.value_size // spec.num_key_heads  # of the value heads of a key head
+        parts = [spec.key_dim, spec.key_dim, values, values]
         q, k, v, z = torch.split(_heads(qkvz, sum(parts)), parts, dim=-1)
         b, a = _heads(ba, 2 * spec.num_value_heads // spec.num_key_heads).chunk(2, dim=-1)
         qkv = torch.cat([part.flatten(1) for part in (q, k, v)], dim=-1)

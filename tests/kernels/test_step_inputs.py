@@ -13,7 +13,7 @@ from compiledllm.kernels.backend import AttentionMetadata
 from compiledllm.kernels.step_inputs import (
     advance,
     decode_inputs,
-    metadata_of_ends,
+    last_token_metadata,
     mixed_inputs,
 )
 
@@ -123,8 +123,8 @@ def test_ends_metadata_is_that_of_torch(rows: list[int], max_blocks: int, block_
     _, computed, tables = state(2, max_blocks, block_size)
     index = torch.tensor(rows)
     arguments = index, computed[index] + 1, tables[1]
-    expected = metadata_of_ends(*arguments, block_size)
-    found = step_inputs_triton.gather_ends(*(x.to(DEVICE) for x in arguments), block_size)
+    expected = last_token_metadata(*arguments, block_size)
+    found = step_inputs_triton.gather_last_tokens(*(x.to(DEVICE) for x in arguments), block_size)
     check_metadata([found], [expected], block_size)
 
 

@@ -53,7 +53,7 @@ TYPES = {
     "chosen": "*i64", "best": "*fp32", "counts": "*i32", "named_ids": "*i64",
     "packed": "*i32", "num_named": "i32", "group_peaks": "*fp32",
     "tokens": "*i64", "groups": "*i32", "index": "*i64", "slots": "*i64", "amounts": "*fp32",
-    "last_token_ids": "*i64", "num_computed_tokens": "*i64", "of_group": "*i32",
+    "last_token_ids": "*i64", "num_computed_tokens": "*i64", "group_table": "*i32",
     "input_ids": "*i64", "lengths": "*i64", "indices": "*i64", "max_blocks": "i32",
     "sample_rows": "*i64", "drawn": "*i64", "padding_row": "i32", "num_samples": "i32",
     "num_tokens": "i32", "kv_scales": "*fp32", "log_decay_rate": "*fp32",
@@ -100,7 +100,7 @@ for experts, rows, tile in ((128, 16, 128), (32, 128, 1024), (128, 64, 1024)):
     check(routing._sort_kernel, "fp32", EXPERTS=experts, ROWS=rows, TILE=tile)
 check(penalties._penalize_kernel, "fp32", IN_PROMPT=1 << 30, CHUNK=2048)
 check(penalties._count_kernel, "fp32")
-for kernel in (inputs._gather_kernel, inputs._unpack_kernel, inputs._ends_kernel):
+for kernel in (inputs._gather_kernel, inputs._unpack_kernel, inputs._last_tokens_kernel):
     check(kernel, "fp32", BLOCK_SIZE=16, CHUNK=1024, TOKENS=128)
 check(inputs._scatter_kernel, "fp32", ROWS=128)
 GATES = ((False, False), (True, False), (True, True), (False, True))
