@@ -164,7 +164,7 @@ def convolution_cost(shape: Shape, step: Step) -> tuple[int, int]:
     return 2 * shape.channels * per_channel, 2 * shape.width * shape.channels * tokens
 
 
-def row_of(
+def make_row(
     op: str, step: Step, seconds: float, cost: tuple[int, int], ceilings: Ceilings, **facts: Any
 ) -> Row:
     num_bytes, flops = cost
@@ -209,12 +209,12 @@ def measure(arguments: argparse.Namespace, platform: Platform, ceilings: Ceiling
             cost = delta_rule_cost(shape, step, state_dtype)
             name = str(state_dtype).removeprefix("torch.")
             seconds = seconds_per_call(list(inputs.delta_rules()), device)
-            yield row_of("gated_delta_rule", step, seconds, cost, ceilings, state=name)
+            yield make_row("gated_delta_rule", step, seconds, cost, ceilings, state=name)
             if state_dtype != torch.float32:
                 continue
             seconds = seconds_per_call(list(inputs.convolutions()), device)
             cost_of_convolution = convolution_cost(shape, step)
-            yield row_of("short_convolution", step, seconds, cost_of_convolution, ceilings)
+            yield make_row("short_convolution", step, seconds, cost_of_convolution, ceilings)
             for tiling in tilings(step) if arguments.sweep else ():
                 facts = {"state": name, "tiling": repr(next(iter(tiling.values())))}
                 try:
@@ -222,7 +222,7 @@ def measure(arguments: argparse.Namespace, platform: Platform, ceilings: Ceiling
                 except Exception as error:  # more registers or shared memory than there are
                     yield {"op": "gated_delta_rule", **asdict(step), **facts, "error": repr(error)}
                     continue
-                yield row_of("gated_delta_rule", step, seconds, cost, ceilings, **facts)
+                yield make_row("gated_delta_rule", step, seconds, cost, ceilings, **facts)
 
 
 def _prompts(text: str) -> Step:

@@ -53,6 +53,6 @@ EngineArgs = _make("EngineArgs")
 AsyncEngineArgs = _make("AsyncEngineArgs")
 
 
-def options_of(engine_args: Any) -> dict[str, Any]:
+def options_from(engine_args: Any) -> dict[str, Any]:
     """Options by name, of a mapping or of an object that has them as attributes."""
     return dict(engine_args if isinstance(engine_args, Mapping) else vars(engine_args))

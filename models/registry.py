@@ -14,7 +14,7 @@ from typing import Any
 from compiledllm.config import ONLINE, STORED, ConfigError
 from compiledllm.models.checkpoint import files_by_tensor, opened, weight_files
 from compiledllm.models.formats.assign import quantized_as_stored, quantized_online
-from compiledllm.models.formats.methods import scheme_of
+from compiledllm.models.formats.methods import make_scheme
 from compiledllm.models.formats.stored import Scheme
 from compiledllm.models.json_file import read_json
 from compiledllm.models.names import NameRules
@@ -160,7 +160,7 @@ def _with_formats(
 def scheme_of_checkpoint(checkpoint: Path) -> Scheme | None:
     """The scheme of a quantised checkpoint, from its config; None for an unquantised one."""
     fields = _quantization_config(checkpoint)
-    return None if fields is None else scheme_of(fields, _dtype_of_scales(checkpoint))
+    return None if fields is None else make_scheme(fields, _dtype_of_scales(checkpoint))
 
 
 def _method_of(checkpoint: Path) -> str:

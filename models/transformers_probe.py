@@ -55,7 +55,7 @@ def spec_by_probing(hf: Any, architecture: str) -> ModelSpec:
     try:
         module = _meta_module(hf, architecture)
         calls = _attention_calls(module, hf)
-        return _spec_of(hf, architecture, module, calls)
+        return _make_spec(hf, architecture, module, calls)
     except _CannotRun as error:
         raise ConfigError(f"transformers' {architecture} cannot run here: {error}") from None
 
@@ -188,7 +188,7 @@ def _window_of(mask: Tensor | None) -> int:
     return int(window)
 
 
-def _spec_of(hf: Any, architecture: str, module: Any, calls: list[AttentionSpec]) -> ModelSpec:
+def _make_spec(hf: Any, architecture: str, module: Any, calls: list[AttentionSpec]) -> ModelSpec:
     max_position = getattr(hf, "max_position_embeddings", None)
     if not isinstance(max_position, int):
         raise _CannotRun("its config gives no max_position_embeddings")

@@ -25,7 +25,7 @@ from compiledllm.engine.prompts import (
 )
 from compiledllm.engine.request_state import OutputStream
 from compiledllm.engine.tokenizer import load
-from compiledllm.engine_args import options_of
+from compiledllm.engine_args import options_from
 from compiledllm.log import show_logs
 from compiledllm.outputs import (
     BeamSearchOutput,
@@ -78,7 +78,7 @@ class Engine:
     @classmethod
     def from_engine_args(cls, engine_args: Any) -> Self:
         """An engine from options as a mapping, or as an object with the options as attributes."""
-        return cls(**options_of(engine_args))
+        return cls(**options_from(engine_args))
 
     @property
     def num_requests_for_step(self) -> int:

@@ -18,7 +18,7 @@ from compiledllm.config import ConfigError, EngineConfig, own_options
 from compiledllm.engine.prompts import Prompt
 from compiledllm.engine.request_state import RequestState
 from compiledllm.engine.requests import RequestFactory
-from compiledllm.engine_args import options_of
+from compiledllm.engine_args import options_from
 from compiledllm.log import show_logs
 from compiledllm.models.source import cache_dir
 from compiledllm.outputs import RequestOutput
@@ -56,7 +56,7 @@ class AsyncEngine:
     def from_engine_args(cls, engine_args: Any, **others: Any) -> Self:
         """An engine from options as a mapping, or as an object with the options as attributes."""
         check_arguments("from_engine_args", others)
-        return cls(**options_of(engine_args))
+        return cls(**options_from(engine_args))
 
     # -- requests ------------------------------------------------------------------------------
 

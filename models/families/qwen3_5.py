@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compiledllm.models.families import qwen3, qwen_moe
 from compiledllm.models.families.hf import activation_of, dtype_of, eos_token_ids
-from compiledllm.models.families.qwen3_next import DELTA_NET, experts_of, hybrid_spec
+from compiledllm.models.families.qwen3_next import DELTA_NET, hybrid_spec, moe_spec
 from compiledllm.models.formats.slicing import Content
 from compiledllm.models.spec import MlpSpec, ModelSpec, MoeSpec
 
@@ -49,7 +49,7 @@ def spec_from_hf(hf: Any) -> ModelSpec:
     text = hf.get_text_config()
     is_moe = text.model_type == "qwen3_5_moe_text"
     mlp: MlpSpec | MoeSpec = (
-        experts_of(text, renormalize=True)
+        moe_spec(text, renormalize=True)
         if is_moe
         else MlpSpec(text.intermediate_size, activation=activation_of(text))
     )

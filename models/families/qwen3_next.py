@@ -38,7 +38,7 @@ IGNORED = ("mtp.**",)  # the head that predicts further tokens
 def spec_from_hf(hf: Any) -> ModelSpec:
     """ModelSpec of a transformers Qwen3NextConfig."""
     dense = MlpSpec(hf.intermediate_size, activation=activation_of(hf))
-    experts = experts_of(hf, renormalize=hf.norm_topk_prob)
+    experts = moe_spec(hf, renormalize=hf.norm_topk_prob)
 
     def is_sparse(index: int) -> bool:
         is_due = (index + 1) % hf.decoder_sparse_step == 0 and hf.num_experts > 0
@@ -48,7 +48,7 @@ def spec_from_hf(hf: Any) -> ModelSpec:
     return hybrid_spec(hf, "Qwen3NextForCausalLM", mlps, is_grouped=True)
 
 
-def experts_of(hf: Any, renormalize: bool) -> MoeSpec:
+def moe_spec(hf: Any, renormalize: bool) -> MoeSpec:
     expect(hf, "hidden_act", "silu")
     return MoeSpec(
         hf.moe_intermediate_size,

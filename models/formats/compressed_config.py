@@ -49,7 +49,7 @@ def compressed_tensors(fields: Fields, scale_dtype: str) -> Scheme:
         if fields.get(name):
             raise fields.refusal(name, fields.get(name), "use a checkpoint without")
     groups = [
-        (tuple(group.names("targets")), _stored_of(group, fields, scale_dtype))
+        (tuple(group.names("targets")), _make_stored(group, fields, scale_dtype))
         for group in fields.section("config_groups").sections().values()
     ]
     titles = dict.fromkeys(f"{format.spec.code}" for _, format in groups)
@@ -75,7 +75,7 @@ class _Groups:
         return next(by_name, None) or next(by_class, None)
 
 
-def _stored_of(group: Fields, fields: Fields, scale_dtype: str) -> Stored:
+def _make_stored(group: Fields, fields: Fields, scale_dtype: str) -> Stored:
     format = group.get("format") or fields.get("format")
     weights = group.section("weights")
     if format not in _FORMATS:

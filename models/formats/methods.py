@@ -198,7 +198,7 @@ METHODS: dict[str, Callable[[Fields, str], Scheme]] = {
 }
 
 
-def scheme_of(fields: Mapping[str, object], scale_dtype: str) -> Scheme:
+def make_scheme(fields: Mapping[str, object], scale_dtype: str) -> Scheme:
     """Read a quantization_config. Raises ConfigError for unsupported methods and values.
 
     scale_dtype: dtype of the scales in memory, a name in torch, where the method does not fix it.

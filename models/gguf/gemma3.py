@@ -16,7 +16,7 @@ from compiledllm.models.gguf.rules import (
     QK_NORMS,
     Rule,
     common_config,
-    rules_of,
+    make_rules,
     shortest,
 )
 
@@ -72,4 +72,4 @@ def _rope_parameters(file: GgufFile) -> dict[str, dict[str, Any]]:
 
 
 def rules(config: dict[str, Any]) -> dict[str, Rule]:
-    return rules_of(config, _BLOCK, norm_offset=-1.0)
+    return make_rules(config, _BLOCK, norm_offset=-1.0)

@@ -17,7 +17,7 @@ from compiledllm.models.gguf.rules import (
     LLAMA_BLOCK,
     YARN_KEYS,
     Rule,
-    rules_of,
+    make_rules,
     shortest,
     silu_config,
 )
@@ -74,4 +74,4 @@ def _llama3_divisors(scaling: dict[str, Any], head_dim: int, theta: float) -> Fl
 
 def rules(config: dict[str, Any]) -> dict[str, Rule]:
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    return rules_of(config, LLAMA_BLOCK, _BIASES if config["attention_bias"] else (), heads)
+    return make_rules(config, LLAMA_BLOCK, _BIASES if config["attention_bias"] else (), heads)

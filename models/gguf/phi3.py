@@ -13,8 +13,8 @@ from compiledllm.models.gguf.rules import (
     LLAMA_BLOCK,
     Rule,
     common_config,
+    make_rules,
     rope_theta,
-    rules_of,
     shortest,
     sliding_window,
 )
@@ -79,7 +79,7 @@ def _rope_scaling(file: GgufFile, rotary_dim: int) -> dict[str, Any] | None:
 
 
 def rules(config: dict[str, Any]) -> dict[str, Rule]:
-    found = rules_of(config, _BLOCK)
+    found = make_rules(config, _BLOCK)
     gate_up = (2 * config["intermediate_size"], config["hidden_size"])
     for layer in range(config["num_hidden_layers"]):
         name = f"blk.{layer}.ffn_up.weight"

@@ -10,7 +10,7 @@ from compiledllm.models.gguf.rules import (
     LLAMA_BLOCK,
     YARN_KEYS,
     Rule,
-    rules_of,
+    make_rules,
     silu_config,
 )
 
@@ -23,4 +23,4 @@ def config(file: GgufFile) -> dict[str, Any]:
 
 
 def rules(config: dict[str, Any]) -> dict[str, Rule]:
-    return rules_of(config, LLAMA_BLOCK, biases=("attn_q", "attn_k", "attn_v"))
+    return make_rules(config, LLAMA_BLOCK, biases=("attn_q", "attn_k", "attn_v"))

@@ -11,7 +11,7 @@ from compiledllm.models.gguf.rules import (
     QK_NORMS,
     YARN_KEYS,
     Rule,
-    rules_of,
+    make_rules,
     silu_config,
 )
 
@@ -24,4 +24,4 @@ def config(file: GgufFile) -> dict[str, Any]:
 
 
 def rules(config: dict[str, Any]) -> dict[str, Rule]:
-    return rules_of(config, LLAMA_BLOCK | QK_NORMS)
+    return make_rules(config, LLAMA_BLOCK | QK_NORMS)

@@ -138,7 +138,7 @@ def ends_rules(config: dict[str, Any], norm_offset: float = 0.0) -> dict[str, Ru
     return rules
 
 
-def rules_of(
+def make_rules(
     config: dict[str, Any],
     block: Mapping[str, str],
     biases: Collection[str] = (),

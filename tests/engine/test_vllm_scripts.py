@@ -16,7 +16,7 @@ import pytest
 import compiledllm
 from compiledllm import Engine
 from compiledllm.config import EngineConfig
-from compiledllm.engine_args import options_of
+from compiledllm.engine_args import options_from
 
 FOLDER = Path(__file__).with_name("vllm_scripts")
 # Script -> what it prints, as a pattern.
@@ -80,7 +80,7 @@ def test_script_runs_with_the_import_changed(
 
     init_async = compiledllm.AsyncEngine.__init__
     monkeypatch.setattr(compiledllm, "LLM", shared, raising=False)
-    monkeypatch.setattr(Engine, "from_engine_args", lambda args: shared(**options_of(args)))
+    monkeypatch.setattr(Engine, "from_engine_args", lambda args: shared(**options_from(args)))
     monkeypatch.setattr(compiledllm.AsyncEngine, "__init__", start_async)
     monkeypatch.setattr(sys, "argv", [f"{name}.py"])
     source = (FOLDER / f"{name}.py").read_text()
