@@ -97,10 +97,11 @@ def edge_variants(variants: Sequence[Variant]) -> dict[Variant, Variant]:
 class Decoder(Protocol):
     """A model to compile. `block_forward(block, *tensors, cache, metadata)` runs one block.
 
-    tensors: each [tokens, ...]. cache: a tensor or a list of tensors. metadata: its `of_tokens` are
-    tensors [tokens, ...], the first dimensions of its `of_rows` follow the number of rows. Blocks
-    with equal `spec` share a compilation. edges: names of further attributes to compile, each
-    called once per step as `edge(decoder, *tensors)`.
+    tensors: each [tokens, ...]. cache: a tensor or a list of tensors. metadata: its `token_tensors`
+    are tensors [tokens, ...]; the first dimensions of its `row_tensors` follow the number of rows,
+    and the lengths of its `bound_tensors` are bounds. Blocks with equal `spec` share a compilation.
+    edges: names of further attributes to compile, each called once per step as
+    `edge(decoder, *tensors)`.
     """
 
     block_forward: Forward
@@ -212,10 +213,10 @@ class BlockCompiler:
     def _record_examples(self) -> list[Example]:
         """Record the first call of each distinct block and edge per variant, largest first."""
         examples: list[Example] = []
-        of_edges = edge_variants(self._variants)
+        edge_variant = edge_variants(self._variants)
         for variant in reversed(self._variants):
-            of_name = dict.fromkeys(self.eager, of_edges.get(variant)) | {_BLOCK: variant}
-            recorders = {n: self._recorder(n, v, examples) for n, v in of_name.items() if v}
+            variants = dict.fromkeys(self.eager, edge_variant.get(variant)) | {_BLOCK: variant}
+            recorders = {n: self._recorder(n, v, examples) for n, v in variants.items() if v}
             self.use(self.eager | recorders)
             try:
                 self._run_dummy(variant.example)
@@ -252,8 +253,8 @@ class BlockCompiler:
                 _mark_token_and_row_counts_dynamic(example)
                 with _cached_for(example.variant):
                     forward(example.module, *example.args)
-                of_key = compiled.setdefault((example.name, example.spec), [])
-                of_key.insert(0, (example.variant.max_tokens, forward))
+                forwards = compiled.setdefault((example.name, example.spec), [])
+                forwards.insert(0, (example.variant.max_tokens, forward))
         except Exception as error:  # after any compiler error the eager model still serves
             self.error = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
             log.warning("compilation failed, running eagerly (%s)", self.error)
@@ -317,13 +318,13 @@ def _mark_token_and_row_counts_dynamic(example: Example) -> None:
     variant, tensors = example.variant, list(example.args)
     if example.name == _BLOCK:
         *tensors, _, metadata = tensors
-        for tensor in metadata.of_bounds:
+        for tensor in metadata.bound_tensors:
             torch._dynamo.mark_dynamic(tensor, 0)
     if variant.max_tokens == 1:
         return
     if example.name == _BLOCK:
-        tensors += metadata.of_tokens
-        for tensor in metadata.of_rows:
+        tensors += metadata.token_tensors
+        for tensor in metadata.row_tensors:
             torch._dynamo.mark_dynamic(tensor, 0)
     for tensor in tensors:
         torch._dynamo.mark_dynamic(tensor, 0, min=variant.min_tokens, max=variant.max_tokens)

@@ -58,17 +58,17 @@ class AttentionMetadata(NamedTuple):
         return max_row_tokens(self.row_bound)
 
     @property
-    def of_tokens(self) -> tuple[Tensor, ...]:
+    def token_tensors(self) -> tuple[Tensor, ...]:
         """The tensors whose first dimension is the tokens."""
         return (self.slot_mapping,)
 
     @property
-    def of_rows(self) -> tuple[Tensor, ...]:
+    def row_tensors(self) -> tuple[Tensor, ...]:
         """The tensors whose first dimension follows the number of rows."""
         return self.block_tables, self.seq_lens, self.query_start_loc
 
     @property
-    def of_bounds(self) -> tuple[Tensor, ...]:
+    def bound_tensors(self) -> tuple[Tensor, ...]:
         """The tensors whose lengths are bounds."""
         return (self.row_bound,)
 
@@ -86,15 +86,15 @@ class StateMetadata(NamedTuple):
     row_bound: Tensor  # of `make_row_bound`
 
     @property
-    def of_tokens(self) -> tuple[Tensor, ...]:
+    def token_tensors(self) -> tuple[Tensor, ...]:
         return ()
 
     @property
-    def of_rows(self) -> tuple[Tensor, ...]:
+    def row_tensors(self) -> tuple[Tensor, ...]:
         return self.rows, self.query_start_loc, self.seq_lens
 
     @property
-    def of_bounds(self) -> tuple[Tensor, ...]:
+    def bound_tensors(self) -> tuple[Tensor, ...]:
         return (self.row_bound,)
 
 

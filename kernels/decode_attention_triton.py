@@ -32,11 +32,12 @@ _counters: dict[torch.device, list[Tensor]] = {}
 
 
 def decode_tiling(head_dim: int, group: int, dtype: torch.dtype, num_programs: int) -> Tiling:
-    """group: query heads per KV head, times tokens per row. num_programs: rows times KV heads.
+    """The tile sizes for a step; lanes are query heads of tokens.
 
-    The fastest of 12 to 26 tilings on an H200 (bfloat16, 1 to 60 rows of 128 to 32768 tokens, 2 to
-    8 KV heads), and for most programs on an H100 (chats, up to 466 rows). A few programs need many
-    loads in flight each; many programs hide each other's latency.
+    group: query heads per KV head, times tokens per row. num_programs: rows times KV heads. These
+    tilings are the fastest of 12 to 26 tilings on an H200 (bfloat16, 1 to 60 rows of 128 to 32768
+    tokens, 2 to 8 KV heads), and for most programs on an H100 (chats, up to 466 rows). A few
+    programs need many loads in flight each; many programs hide each other's latency.
     """
     rows = max(16, triton.next_power_of_2(group))
     if dtype == torch.float32:
@@ -153,7 +154,8 @@ def _sum_of_splits(
     return acc / total[:, None]
 
 
-# Each of these would compile the kernel again for 1 and for multiples of 16.
+# Triton must not specialise on these counts: each would compile the kernel again for 1 and for
+# multiples of 16.
 _COUNTS = ["window", "table_stride", "num_rows", "max_extra"]
 
 

@@ -111,7 +111,7 @@ def pack(
     groups, times = max(UNIT // group, 1), max(group // UNIT, 1)
     num_units = -(-num_inputs // UNIT)
     if factors is not None and (groups < 4 or num_units % factors.shape[1]):
-        return None  # whole words, and factors of whole units
+        return None  # the kernels read whole words of scales, and factors of whole units
     num_groups = num_units * groups
     scales = _spread(scales, times, num_groups)
     zeros = None if zeros is None else _spread(zeros, times, num_groups)

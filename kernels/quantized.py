@@ -58,10 +58,10 @@ def dequantize_packed(
     num_outputs, num_padded = values.shape
     groups = values.view(num_outputs, scales.shape[1], -1)  # [N, K / group, group]
     if zeros is not None:
-        groups = groups - _of_rows(zeros.float(), num_outputs)
-    groups = groups * _of_rows(_multiplied(scales, factors, 0), num_outputs)
+        groups = groups - _for_each_output(zeros.float(), num_outputs)
+    groups = groups * _for_each_output(_multiplied(scales, factors, 0), num_outputs)
     if minima is not None:
-        groups = groups + _of_rows(_multiplied(minima, factors, 1), num_outputs)
+        groups = groups + _for_each_output(_multiplied(minima, factors, 1), num_outputs)
     return groups.view(num_outputs, num_padded)[:, :num_inputs]
 
 
@@ -73,7 +73,7 @@ def _multiplied(part: Tensor, factors: Tensor | None, which: int) -> Tensor:
     return (spans * factors[..., which].float().unsqueeze(-1)).flatten(1)
 
 
-def _of_rows(part: Tensor, num_outputs: int) -> Tensor:
+def _for_each_output(part: Tensor, num_outputs: int) -> Tensor:
     """[N / rows, K / group] -> [N, K / group, 1]."""
     if part.shape[0] != num_outputs:
         part = part.repeat_interleave(BLOCK_ROWS, 0)[:num_outputs]

@@ -23,8 +23,9 @@ from torch import Tensor
 
 TILE = 16  # outputs
 UNIT = 128  # inputs
-_CODE_BYTES = TILE * UNIT // 2
-_SHIFTS = tuple(4 * (i // 2) + 16 * (i % 2) for i in range(8))  # of a lane's eight inputs
+_CODE_BYTES = TILE * UNIT // 2  # of a record
+# Lowest bit of each of a lane's eight codes in their word.
+_SHIFTS = tuple(4 * (i // 2) + 16 * (i % 2) for i in range(8))
 
 
 def pack_records(codes: Tensor, scales: Tensor | None, zeros: Tensor | None) -> Tensor:
@@ -60,8 +61,8 @@ def with_minima(
     num_outputs = scales.shape[0]
     parts = [p.reshape(num_outputs, num_units, -1) for p in (scales, minima) if p is not None]
     if factors is not None:
-        of_unit = factors.repeat_interleave(num_units // factors.shape[1], 1)
-        parts.append(of_unit.contiguous().view(torch.int8))
+        unit_factors = factors.repeat_interleave(num_units // factors.shape[1], 1)
+        parts.append(unit_factors.contiguous().view(torch.int8))
     return torch.cat(parts, dim=-1).flatten(1)
 
 
@@ -87,12 +88,12 @@ def unpack_records(
     codes = eights.to(torch.uint8).reshape(-1, num_units * UNIT)[:num_outputs]
     end = _CODE_BYTES + TILE * groups * scale_dtype.itemsize
 
-    def of_outputs(part: Tensor, dtype: torch.dtype) -> Tensor:
+    def by_output(part: Tensor, dtype: torch.dtype) -> Tensor:
         rows = part.reshape(-1, num_units, 8, 2, part.shape[-1] // TILE).permute(0, 3, 2, 1, 4)
         return rows.reshape(-1, num_units * rows.shape[-1]).view(dtype)[:num_outputs]
 
-    scales = of_outputs(records[..., _CODE_BYTES:end], scale_dtype) if groups else None
-    zeros = of_outputs(records[..., end:], torch.uint8) if has_zeros else None
+    scales = by_output(records[..., _CODE_BYTES:end], scale_dtype) if groups else None
+    zeros = by_output(records[..., end:], torch.uint8) if has_zeros else None
     return codes, scales, zeros
 
 

@@ -80,11 +80,13 @@ class KVLayout:
         """Bytes of one request's states, whatever its length."""
         return sum(state.bytes_per_request for state in self.states.values())
 
-    def of_layers(self, paged: Iterable[_Paged], states: Iterable[_State]) -> list[_Paged | _State]:
+    def in_layer_order(
+        self, paged: Iterable[_Paged], states: Iterable[_State]
+    ) -> list[_Paged | _State]:
         """One item per layer, from the items of the layers with KV and of those with a state."""
-        of_paged, of_states = iter(paged), iter(states)
+        paged_items, state_items = iter(paged), iter(states)
         layers = range(len(self.places) + len(self.states))
-        return [next(of_states) if i in self.states else next(of_paged) for i in layers]
+        return [next(state_items) if i in self.states else next(paged_items) for i in layers]
 
     def block_bytes(self, block_size: int) -> int:
         """Bytes of one block, which holds `block_size` tokens of all layers of a group."""

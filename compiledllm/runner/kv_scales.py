@@ -83,9 +83,9 @@ def _caches_of_prompt(model: Decoder, limits: StepLimits) -> dict[int, Tensor]:
         row_bound=make_row_bound(0, device),
     )
     states = StateCaches(layout, 1, device)
-    of_states = states.metadata(torch.zeros_like(positions[:1]), attn)
-    metadata = layout.of_layers([attn] * len(caches), of_states)
-    model(ids.to(device), positions, layout.of_layers(caches, states.tensors), metadata)
+    state_metadata = states.metadata(torch.zeros_like(positions[:1]), attn)
+    metadata = layout.in_layer_order([attn] * len(caches), state_metadata)
+    model(ids.to(device), positions, layout.in_layer_order(caches, states.tensors), metadata)
     layers = (layer for layer in range(len(metadata)) if layer not in layout.states)
     kept = (cache.flatten(1, 2)[:, size : size + num_tokens] for cache in caches)
     return dict(zip(layers, kept, strict=True))

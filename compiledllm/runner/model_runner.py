@@ -72,7 +72,7 @@ class ModelRunner:
         vocab_size, max_rows = model.spec.vocab_size, limits.max_num_seqs
         num_groups = len(kv_layout.windows)
         self.states = StateCaches(kv_layout, max_rows, self.device, num_snapshots)
-        self._caches = kv_layout.of_layers(kv_caches, self.states.tensors)
+        self._caches = kv_layout.in_layer_order(kv_caches, self.states.tensors)
         self.table = RequestTable(max_rows, max_blocks, vocab_size, self.device, num_groups)
         self.sampler = Sampler(self.table, vocab_size)
         self.outputs = OutputRing(MAX_IN_FLIGHT + 1, max_rows, self.device)
@@ -250,7 +250,7 @@ class ModelRunner:
         """
         paged = (batch.attn[place.group] for place in self._layout.places)
         states = self.states.metadata(batch.rows, batch.attn[0])
-        attn = self._layout.of_layers(paged, states)
+        attn = self._layout.in_layer_order(paged, states)
         last = () if sampled is None else (sampled,)
         hidden: Tensor = self.model(batch.input_ids, batch.positions, self._caches, attn, *last)
         return hidden

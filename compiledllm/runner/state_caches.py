@@ -37,9 +37,9 @@ class StateCaches:
             kind: lazy_zeros((count, size, *kind.shape), kind.dtype, device)
             for kind, count in kinds.items()
         }
-        of_layers = {kind: iter(buffer) for kind, buffer in self._buffers.items()}
+        layers = {kind: iter(buffer) for kind, buffer in self._buffers.items()}
         self.tensors: list[list[Tensor]] = [
-            [next(of_layers[kind]) for kind in _kinds(state)] for state in layout.states.values()
+            [next(layers[kind]) for kind in _kinds(state)] for state in layout.states.values()
         ]
 
     def save(self, row: int, slot: int) -> None:

@@ -94,8 +94,8 @@ class Mixed:
             first, row = max(first_row - row, 0), row + run.num_outputs
             if first < run.num_outputs:
                 end = row - first_row
-                of_run = None if bias is None else bias[end - run.num_outputs + first : end]
-                products.append(run.format.product(x, own, of_run, first))
+                run_bias = None if bias is None else bias[end - run.num_outputs + first : end]
+                products.append(run.format.product(x, own, run_bias, first))
         y = torch.cat(products, dim=-1)
         return y if out is None else out.copy_(y)
 

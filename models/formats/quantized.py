@@ -90,15 +90,15 @@ class Quantized:
         found: dict[str, Slot] = {}
         for part, size in parts.items():
             end = start + size
-            of_part = slice(start // rows, -(-end // rows))
+            part_rows = slice(start // rows, -(-end // rows))
             found[slot_name("weight", part)] = MatrixSlot(
                 self.spec,
                 in_features,
                 codes[start:end],
-                scales[of_part],
-                None if zeros is None else zeros[of_part],
-                None if minima is None else minima[of_part],
-                None if factors is None else factors[of_part],
+                scales[part_rows],
+                None if zeros is None else zeros[part_rows],
+                None if minima is None else minima[part_rows],
+                None if factors is None else factors[part_rows],
                 order,
             )
             start = end

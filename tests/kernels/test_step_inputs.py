@@ -73,17 +73,17 @@ Line = tuple[int, int, bool]  # tokens of a row, where they begin, whether the l
 def mixed_step(lines: list[Line], padding: tuple[int, int], room: int) -> tuple[Tensor, Tensor]:
     """tokens and rows of a step, with so many tokens and rows of padding behind them."""
     rows = torch.randperm(REQUESTS)[: len(lines)].tolist()
-    tokens, of_rows, end = [], [], 0
+    tokens, row_parts, end = [], [], 0
     for row, (count, place, last_is_drawn) in zip(rows, lines, strict=True):
         start, end = place % (room - count + 1), end + count
         ids = torch.randint(50000, (count,))
         if last_is_drawn:
             ids[-1] = -1
         tokens.append(torch.stack((torch.full_like(ids, row), start + torch.arange(count), ids)))
-        of_rows.append((row, start + count, end))
+        row_parts.append((row, start + count, end))
     tokens.append(torch.tensor([REQUESTS, 0, 0])[:, None].expand(-1, padding[0]))
-    of_rows += [(REQUESTS, 0, end)] * padding[1]
-    return torch.cat(tokens, 1), torch.tensor(of_rows).T.contiguous()
+    row_parts += [(REQUESTS, 0, end)] * padding[1]
+    return torch.cat(tokens, 1), torch.tensor(row_parts).T.contiguous()
 
 
 @settings(max_examples=settings.default.max_examples // 4)  # slow in the interpreter

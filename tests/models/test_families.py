@@ -47,11 +47,11 @@ class Caches:
         for part in itertools.chain(*self._states.tensors):
             part.fill_(float("nan"))  # as left behind by another request
 
-    def of_layers(self, attn: AttentionMetadata) -> tuple[Any, Any]:
+    def per_layer(self, attn: AttentionMetadata) -> tuple[Any, Any]:
         """The cache and the metadata of each layer."""
         states = self._states.metadata(torch.tensor([0]), attn)
-        metadata = self._layout.of_layers([attn] * len(self._kv), states)
-        return self._layout.of_layers(self._kv, self._states.tensors), metadata
+        metadata = self._layout.in_layer_order([attn] * len(self._kv), states)
+        return self._layout.in_layer_order(self._kv, self._states.tensors), metadata
 
 
 @torch.inference_mode()
@@ -71,7 +71,7 @@ def logits_in_chunks(model: Decoder, token_ids: list[int], chunks: list[int]) ->
             query_start_loc=torch.tensor([0, size, size], dtype=torch.int32),
         )
         ids = torch.tensor(token_ids[start : start + size])
-        outputs.append(model.compute_logits(model(ids, positions, *caches.of_layers(attn))))
+        outputs.append(model.compute_logits(model(ids, positions, *caches.per_layer(attn))))
         start += size
     return torch.cat(outputs)
 
@@ -96,7 +96,7 @@ def logits_of_ends(model: Decoder, token_ids: list[int], indices: list[int]) -> 
         query_start_loc=torch.arange(len(indices) + 1).int(),
     )
     hidden = model(
-        torch.tensor(token_ids), positions, *caches.of_layers(attn), SampledTokens(at, rows)
+        torch.tensor(token_ids), positions, *caches.per_layer(attn), SampledTokens(at, rows)
     )
     return model.compute_logits(hidden)
 

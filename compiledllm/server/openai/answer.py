@@ -143,7 +143,7 @@ class StreamUsage:
         self._outputs[prompt_index] = output
         self._num_tokens[prompt_index] = self._num_tokens.get(prompt_index, 0) + num_tokens
 
-    def of_prompt(self, prompt_index: int) -> dict[str, Any]:
+    def for_prompt(self, prompt_index: int) -> dict[str, Any]:
         output = self._outputs[prompt_index]
         return usage([output], self._num_tokens[prompt_index], self._shows_cached)
 

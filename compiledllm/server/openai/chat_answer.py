@@ -119,7 +119,7 @@ class ChatAnswer(Answer[ChatRequest]):
             )
         chunk = self._chunk(self._new_part(choice, completion))
         if self._usage.in_events:
-            chunk["usage"] = self._usage.of_prompt(prompt_index)
+            chunk["usage"] = self._usage.for_prompt(prompt_index)
         return role + event(chunk)
 
     def _role_event(self, index: int, output: RequestOutput) -> bytes:

@@ -149,7 +149,7 @@ class CompletionAnswer(Answer[CompletionRequest]):
         self._continue(choice)
         chunk = self._chunk([choice])
         if self._usage.in_events:
-            chunk["usage"] = self._usage.of_prompt(prompt_index)
+            chunk["usage"] = self._usage.for_prompt(prompt_index)
         return event(chunk)
 
     def _continue(self, choice: dict[str, Any]) -> None:
