@@ -26,6 +26,7 @@ from compiledllm.kernels.online_softmax_triton import Tiling, after_sinks, atten
 
 MAX_TOGETHER = 8  # maximum number of new tokens per row
 _FEW_PROGRAMS = 32  # programs that leave most of the GPU idle
+_MAX_SPLITS_PER_SM = 8  # smaller splits even out rows of unequal length
 _SPLITS_SUMMED_AT_ONCE = 8
 _USUAL_ARRIVALS = 2**16  # initial number of counters, one per row and KV head
 _counters: dict[torch.device, list[Tensor]] = {}
@@ -52,17 +53,16 @@ def decode_tiling(head_dim: int, group: int, dtype: torch.dtype, num_programs: i
     return Tiling(rows, 64, num_warps, 4)
 
 
-def _splits_per_sm(head_dim: int, num_programs: int) -> int:
-    """Extra programs for splits of long rows, per multiprocessor.
+def _even_splits_per_sm(head_dim: int, num_programs: int) -> int:
+    """Extra programs for splits of long rows of similar length, per multiprocessor.
 
-    The programs of a step should run all at once: a second wave of programs would wait for the
-    first. Where rows alone are more than a wave, smaller splits even out rows of unequal length.
+    All programs of such a step should run at once: a second wave would wait for the first.
     """
     if head_dim > 128:
         return 2
     if num_programs <= _FEW_PROGRAMS:
         return 3
-    return 4 if num_programs < 1024 else 8
+    return 4 if num_programs < 1024 else _MAX_SPLITS_PER_SM
 
 
 @triton.jit
@@ -86,16 +86,16 @@ def _lanes(
 
 @triton.jit
 def _work_item(
-    item, seq_lens, query_start_loc, num_rows, max_extra, window, TOKENS: tl.constexpr,
-    KEYS: tl.constexpr, HAS_WINDOW: tl.constexpr, MAX_ROWS: tl.constexpr,
+    item, seq_lens, query_start_loc, num_rows, max_extra, even_extra, window,
+    TOKENS: tl.constexpr, KEYS: tl.constexpr, HAS_WINDOW: tl.constexpr, MAX_ROWS: tl.constexpr,
 ):  # fmt: skip
     """The item's row, the number of splits of this row, and the item's index among the splits.
 
     A row >= num_rows means that no work is left. Rows with no token or more than TOKENS are
     skipped. The others are split so that no split has much more than an even share of all tiles of
     keys: rows of similar length stay whole, and a long row among short rows is split. There are at
-    most num_rows + max_extra items. A padding row counts as one tile, so it does not affect the
-    splits.
+    most num_rows + max_extra items, and num_rows + even_extra where the longest row has at most 1.5
+    times the mean. A padding row counts as one tile, so it does not affect the splits.
     """
     row = tl.arange(0, MAX_ROWS)
     exists = row < num_rows
@@ -107,10 +107,12 @@ def _work_item(
     if HAS_WINDOW:
         tiles -= _first_seen(length, count, window, TOKENS) // KEYS
     more_tiles = tl.where(is_ours, tl.maximum(tiles - 1, 0), 0)  # tiles after the first
-    share = tl.maximum(tl.cdiv(tl.sum(more_tiles, 0), max_extra), 1)
+    total, most = tl.sum(more_tiles, 0), tl.max(more_tiles, 0)
+    is_even = 2 * most * tl.sum((more_tiles > 0).to(tl.int32), 0) <= 3 * total
+    share = tl.maximum(tl.cdiv(total, tl.where(is_even, even_extra, max_extra)), 1)
     slack = share // 2
     its_row, num_splits, split = item, 1, 0
-    if tl.max(more_tiles, 0) >= share + slack:
+    if most >= share + slack:
         splits = tl.where(is_ours, 1 + tl.maximum(more_tiles - slack, 0) // share, 0)
         ends = tl.cumsum(splits, 0)
         its_row = tl.sum((ends <= item).to(tl.int32), 0)
@@ -156,14 +158,14 @@ def _sum_of_splits(
 
 # Triton must not specialise on these counts: each would compile the kernel again for 1 and for
 # multiples of 16.
-_COUNTS = ["window", "table_stride", "num_rows", "max_extra"]
+_COUNTS = ["window", "table_stride", "num_rows", "max_extra", "even_extra"]
 
 
 @triton.jit(do_not_specialize=_COUNTS)
 def _decode_kernel(
     query, kv_cache, block_tables, seq_lens, query_start_loc, sinks, kv_scales, out, partial_out,
     partial_stats, arrivals, scale, window, soft_cap, query_stride, table_stride, value_offset,
-    num_rows, max_extra, MAX_ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    num_rows, max_extra, even_extra, MAX_ROWS: tl.constexpr, TOKENS: tl.constexpr,
     GROUP: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     TOKEN_STRIDE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr, HAS_KV_SCALES: tl.constexpr, PADDED_DIM: tl.constexpr,
@@ -180,8 +182,8 @@ def _decode_kernel(
         gdc_launch_dependents()
     kv_head, item = tl.program_id(0), tl.program_id(1)  # programs without work come last
     row, num_splits, split = _work_item(
-        item, seq_lens, query_start_loc, num_rows, max_extra, window, TOKENS, KEYS, HAS_WINDOW,
-        MAX_ROWS,
+        item, seq_lens, query_start_loc, num_rows, max_extra, even_extra, window, TOKENS, KEYS,
+        HAS_WINDOW, MAX_ROWS,
     )  # fmt: skip
     # The kernel reads lengths before this wait. That is safe because a matmul runs between this
     # kernel and the kernel that writes lengths, and a matmul releases its successor after its own
@@ -276,16 +278,19 @@ def attend_few_tokens(
     max_rows = min(num_rows, num_tokens)  # a decode step has an empty row at the end
     num_programs, num_lanes = max_rows * num_kv_heads, constants["GROUP"] * max_row_tokens
     tiling = decode_tiling(head_dim, num_lanes, query.dtype, num_programs)
+    even_splits = _even_splits_per_sm(head_dim, num_programs) * num_multiprocessors()
     if max_split_programs is None:
-        max_split_programs = _splits_per_sm(head_dim, num_programs) * num_multiprocessors()
+        many = _MAX_SPLITS_PER_SM * num_multiprocessors()
+        max_split_programs = many if max_rows > 1 else even_splits
     max_extra = max(max_split_programs // num_kv_heads, 1)
+    even_extra = min(max(even_splits // num_kv_heads, 1), max_extra)
     num_items = max_rows + max_extra
     parts = num_items, max_row_tokens, num_heads
     partial_out = query.new_empty((*parts, head_dim), dtype=torch.float32)
     partial_stats = query.new_empty((*parts, 2), dtype=torch.float32)
     arrivals = _arrivals(num_rows * num_kv_heads, query.device)
     _decode_kernel[(num_kv_heads, num_items)](
-        *tensors, partial_out, partial_stats, arrivals, *scalars, num_rows, max_extra,
+        *tensors, partial_out, partial_stats, arrivals, *scalars, num_rows, max_extra, even_extra,
         MAX_ROWS=_padded_rows(num_rows), TOKENS=max_row_tokens, ROWS=tiling.rows,
         KEYS=tiling.keys, SUM_LANES=triton.next_power_of_2(num_lanes),
         AT_ONCE=_SPLITS_SUMMED_AT_ONCE,
