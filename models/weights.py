@@ -36,7 +36,7 @@ from compiledllm.models.formats.mixed import Mixed
 from compiledllm.models.formats.quantized import MatrixSlot, Quantized
 from compiledllm.models.formats.slicing import Content, shape_of, split_rows
 from compiledllm.models.formats.weight_format import Slot, TensorSlot
-from compiledllm.models.layers.linear import Matrix
+from compiledllm.models.layers.linear import Matrix, SharedExpert
 from compiledllm.models.names import NameRules, slots_of
 from compiledllm.models.registry import family_of, scheme_of_checkpoint
 
@@ -185,7 +185,7 @@ def _destinations(model: Decoder) -> dict[str, Slot]:
     """Every slot of the model: "path.weight" or, for fused parameters, "path.weight:part"."""
     slots: dict[str, Slot] = {}
     for path, module in model.named_modules():
-        if isinstance(module, Matrix):
+        if isinstance(module, Matrix | SharedExpert):
             found = module.slots()
         else:
             own = module.named_parameters(recurse=False)

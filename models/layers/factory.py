@@ -51,9 +51,20 @@ class Factory:
         return Linear(in_features, parts, bias, self._format(name))
 
     def experts(
-        self, name: str, count: int, in_features: int, parts: dict[str, int], bias: bool
+        self,
+        name: str,
+        count: int,
+        in_features: int,
+        parts: dict[str, int],
+        bias: bool,
+        num_unnamed: int = 0,
     ) -> ExpertLinear:
-        return ExpertLinear(count, in_features, parts, bias, self._format(name))
+        return ExpertLinear(count, in_features, parts, bias, self._format(name), num_unnamed)
+
+    def are_alike(self, name: str, other: str) -> bool:
+        """Whether two matrices have the same format."""
+        formats = dict(self.formats)
+        return formats.get(self.prefix + name) == formats.get(self.prefix + other)
 
     def head(
         self, in_features: int, vocab_size: int, bias: bool, embedding: nn.Parameter | None

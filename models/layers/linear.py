@@ -89,7 +89,10 @@ class Linear(Matrix):
 
 
 class ExpertLinear(Matrix):
-    """The matrices of all experts, [experts, sum(parts), in_features]; biases without the last."""
+    """The matrices of all experts, [experts, sum(parts), in_features]; biases without the last.
+
+    num_unnamed: further experts behind the others, whose slots have names elsewhere.
+    """
 
     def __init__(
         self,
@@ -98,9 +101,11 @@ class ExpertLinear(Matrix):
         parts: dict[str, int],
         bias: bool,
         format: WeightFormat,
+        num_unnamed: int = 0,
     ) -> None:
-        params = format.parameters(parts, in_features, (num_experts,))
-        biases = empty_parameter(num_experts, sum(parts.values())) if bias else None
+        total = num_experts + num_unnamed
+        params = format.parameters(parts, in_features, (total,))
+        biases = empty_parameter(total, sum(parts.values())) if bias else None
         super().__init__(in_features, parts, format, params, biases)
         self.num_experts = num_experts
 
@@ -108,10 +113,28 @@ class ExpertLinear(Matrix):
         """As `Matrix.slots`, each name prefixed by the expert's index: "3.weight:gate"."""
         found: dict[str, Slot] = {}
         for expert in range(self.num_experts):
-            params = [None if p is None else p[expert] for p in self.params]
-            slots = self._slots_of(params, None if self.bias is None else self.bias[expert])
+            slots = self.slots_of_expert(expert)
             found |= {f"{expert}.{name}": slot for name, slot in slots.items()}
         return found
+
+    def slots_of_expert(self, expert: int) -> dict[str, Slot]:
+        params = [None if p is None else p[expert] for p in self.params]
+        return self._slots_of(params, None if self.bias is None else self.bias[expert])
+
+
+class SharedExpert(nn.Module):
+    """The slots of the expert behind the named ones, "gate_up.weight:gate". It owns no tensors."""
+
+    def __init__(self, **matrices: ExpertLinear) -> None:
+        super().__init__()
+        self._matrices = tuple(matrices.items())  # which are not modules of this module
+
+    def slots(self) -> dict[str, Slot]:
+        return {
+            f"{name}.{slot}": tensors
+            for name, matrix in self._matrices
+            for slot, tensors in matrix.slots_of_expert(matrix.num_experts).items()
+        }
 
 
 class Head(Linear):

@@ -33,7 +33,7 @@ EVEN = {"intermediate_size": 128}
 BLOCKS = {"hidden_size": 256, "intermediate_size": 384}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 16}
 HYBRID = {
-    "shared_expert_intermediate_size": 32,
+    "shared_expert_intermediate_size": 64,  # as large as the other experts
     "layer_types": ["linear_attention", "linear_attention", "full_attention"],
 }
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -59,6 +59,7 @@ DELTA_NET = {
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
 }
 SHARED = {"shared_expert_intermediate_size": 40}
+JOINED = {"shared_expert_intermediate_size": 48}  # as large as the other experts
 LFM2 = {"norm_eps": 1e-5, "layer_types": ["conv", "full_attention", "conv"]}
 # Family and variant -> config changes.
 VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
@@ -195,7 +196,7 @@ VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
     | {"layer_types": ["linear_attention", "linear_attention", "full_attention"]},
     ("qwen3_5_text", "dense"): DELTA_NET | {"linear_num_key_heads": 4},
     ("qwen3_5", "text of a multimodal model"): DELTA_NET | {"linear_conv_kernel_dim": 3},
-    ("qwen3_5_moe", "text of a multimodal model"): DELTA_NET | EXPERTS | SHARED,
+    ("qwen3_5_moe", "text of a multimodal model"): DELTA_NET | EXPERTS | JOINED,
     ("lfm2", "adjusted size"): LFM2,
     ("lfm2", "bias, attention last"): LFM2
     | {"conv_bias": True, "conv_L_cache": 4, "block_auto_adjust_ff_dim": False}
