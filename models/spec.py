@@ -38,12 +38,15 @@ class RopeSpec:
 
     inverse_frequencies: one per pair of dimensions, exact float32 values; () disables the rotation.
     scale: multiplies cosines and sines. interleaved: pairs are neighbouring dimensions, otherwise
-    dimensions that lie rotary_dim / 2 apart.
+    dimensions that lie rotary_dim / 2 apart. growth: (factor, length), by which queries at position
+    p grow to 1 + factor * log(1 + floor(p / length)) times themselves, as temperatures of long
+    contexts; only where all dimensions are rotated; None: they do not grow.
     """
 
     inverse_frequencies: tuple[float, ...]
     scale: float = 1.0
     interleaved: bool = False
+    growth: tuple[float, int] | None = None
 
     @property
     def rotary_dim(self) -> int:

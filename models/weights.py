@@ -7,9 +7,9 @@ A family's NAMES maps checkpoint names to parameter names of the Decoder. `*` ma
 segment and stands for the same text on the right; `**`, in IGNORED, matches several segments.
 `:part` names a slice of a fused parameter, and `:a,b` says that the checkpoint tensor is the
 concatenation of the slices a and b. A family's `prepare(name, tensor, spec)` reorders or transposes
-a tensor that is stored differently. Its `unpack(tensors)` merges several stored tensors into one,
-or splits one into several. Before `unpack`, `formats.gather` replaces the tensors of each quantised
-matrix by one `QuantizedMatrix`.
+a tensor that is stored differently. Its `unpack(tensors, spec)` merges several stored tensors into
+one, or splits one into several. Before `unpack`, `formats.gather` replaces the tensors of each
+quantised matrix by one `QuantizedMatrix`.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _stored(
         gatherer = Gatherer(files[0].parent, scheme, names, is_matrix, device)
         tensors = gatherer.gather(read_tensors(files))
     if (unpack := getattr(family, "unpack", None)) is not None:
-        tensors = unpack(tensors)
+        tensors = unpack(tensors, model.spec)
     prepare = getattr(family, "prepare", None)
     for name, tensor in tensors:
         if scheme is not None and _is_empty_bias(name, tensor, rules, slots):

@@ -93,7 +93,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """tiny_model(model_type, **config) -> directory of a random float32 model, made once each."""
     made: dict[str, Path] = {}
 
-    def make(model_type: str, **changes: Any) -> Path:
+    def make(model_type: str, /, **changes: Any) -> Path:
         key = repr((model_type, sorted(changes.items())))
         if key not in made:
             made[key] = tmp_path_factory.mktemp(f"tiny_{model_type}")

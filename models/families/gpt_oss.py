@@ -22,7 +22,7 @@ NAMES = llama.NAMES | {
 
 
 def unpack(
-    tensors: Iterable[tuple[str, Content]],
+    tensors: Iterable[tuple[str, Content]], _spec: ModelSpec
 ) -> Iterator[tuple[str, Content]]:
     """Yield each expert's matrices as [outputs, inputs], gate before up; other tensors unchanged.
 

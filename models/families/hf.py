@@ -46,7 +46,7 @@ def model_spec(
         hidden_size=hf.hidden_size,
         layers=tuple(layers),
         final_norm=final_norm,
-        tie_word_embeddings=hf.tie_word_embeddings,
+        tie_word_embeddings=bool(getattr(hf, "tie_word_embeddings", False)),
         max_position=hf.max_position_embeddings,
         dtype=dtype_of(hf),
         eos_token_ids=eos_token_ids(hf),
@@ -94,7 +94,7 @@ def window_of(hf: Any, layer: int) -> int:
     """Size of a layer's sliding window in tokens; 0: none. Without `layer_types` all are alike."""
     kinds = getattr(hf, "layer_types", None)
     if kinds is None:
-        return hf.sliding_window or 0
+        return getattr(hf, "sliding_window", None) or 0
     if kinds[layer] not in ("full_attention", "sliding_attention"):
         raise ConfigError(f"{hf.model_type}: layer_types has {kinds[layer]!r}: not supported")
     return hf.sliding_window or 0 if kinds[layer] == "sliding_attention" else 0

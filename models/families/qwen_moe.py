@@ -31,12 +31,12 @@ NAMES = (
 def spec_from_hf(hf: Any) -> ModelSpec:
     """ModelSpec of a transformers Qwen2MoeConfig or Qwen3MoeConfig."""
     expect(hf, "hidden_act", "silu")
-    is_qwen3 = hf.model_type == "qwen3_moe"
+    is_qwen3 = hf.model_type.startswith("qwen3")
     moe = MoeSpec(
         hf.moe_intermediate_size,
         hf.num_experts,
         hf.num_experts_per_tok,
-        renormalize=hf.norm_topk_prob,
+        renormalize=getattr(hf, "norm_topk_prob", True),
         shared_size=0 if is_qwen3 else hf.shared_expert_intermediate_size,
     )
 

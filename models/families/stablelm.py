@@ -24,7 +24,7 @@ NAMES = llama.NAMES | {
 
 
 def unpack(
-    tensors: Iterable[tuple[str, Content]],
+    tensors: Iterable[tuple[str, Content]], _spec: ModelSpec
 ) -> Iterator[tuple[str, Content]]:
     """Stack the norms of a layer's heads to [heads, head_dim]; yield other tensors unchanged."""
     heads: dict[str, dict[int, Tensor]] = {}

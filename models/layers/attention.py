@@ -48,7 +48,7 @@ class PagedAttention(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: Tensor, attn: AttentionMetadata
     ) -> Tensor:
-        """x [tokens, hidden] -> [tokens, hidden]. cos, sin: [tokens, 1, rotary_dim]."""
+        """x [tokens, hidden] -> [tokens, hidden]. cos, sin: of RotaryTable."""
         spec = self.spec
         qkv: Tensor = self.qkv(x)
         q, k, v = torch.split(qkv, [spec.q_rows, spec.kv_size, spec.kv_size], dim=-1)
@@ -59,7 +59,7 @@ class PagedAttention(nn.Module):
             slots = attn.slot_mapping
             q = self._rotate_and_store(qkv, cos, sin, kv_cache, slots, spec.num_heads)
         else:
-            q = self._rotate(q, self.q_norm, cos, sin)
+            q = self._rotate(q, self.q_norm, cos[:, :1], sin[:, :1])
             self._rotate_then_store(k, v, cos, sin, kv_cache, attn.slot_mapping)
         options = ScoreOptions(
             spec.scale,
@@ -121,7 +121,7 @@ class PagedAttention(nn.Module):
         slot_mapping: Tensor,
     ) -> None:
         """Rotate in plain torch, which the compiler fuses, then store. k, v: [tokens, kv_size]."""
-        k = self._rotate(k, self.k_norm, cos, sin)
+        k = self._rotate(k, self.k_norm, cos[:, -1:], sin[:, -1:])
         scales = scales_for(kv_cache, self.kv_scales)
         store_kv(k, v.view(k.shape), kv_cache, slot_mapping, self.backend, scales)
 
@@ -146,4 +146,5 @@ def can_fuse(spec: AttentionSpec) -> bool:
     norm, rope = spec.qk_norm, spec.rope
     is_rms = norm is None or norm.kind in ("rms", "rms_plus_one")
     is_of_heads = norm is None or spec.qk_norm_over == "head"
-    return is_rms and is_of_heads and rope.rotary_dim > 0 and not rope.interleaved
+    is_rotated_by_halves = rope.rotary_dim > 0 and not rope.interleaved and rope.growth is None
+    return is_rms and is_of_heads and is_rotated_by_halves

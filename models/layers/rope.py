@@ -9,7 +9,11 @@ from compiledllm.models.spec import RopeSpec
 
 
 class RotaryTable(nn.Module):
-    """int64 positions [tokens] -> (cos, sin), each [tokens, 1, rotary_dim] in the given dtype."""
+    """int64 positions [tokens] -> (cos, sin), each [tokens, 1, rotary_dim] in the given dtype.
+
+    Where queries grow with their position, the tables are [tokens, 2, rotary_dim]: for queries, and
+    for keys.
+    """
 
     def __init__(self, spec: RopeSpec) -> None:
         super().__init__()
@@ -24,7 +28,11 @@ class RotaryTable(nn.Module):
             angles = angles.repeat_interleave(2, dim=-1).unsqueeze(1)
         else:
             angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
-        scale = self.spec.scale
+        scale: float | Tensor = self.spec.scale
+        if self.spec.growth is not None:
+            factor, length = self.spec.growth
+            growth = 1 + factor * torch.log1p(torch.floor(positions.float() / length))
+            scale = scale * torch.stack((growth, torch.ones_like(growth)), dim=-1)[..., None]
         return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
 

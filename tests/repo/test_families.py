@@ -27,9 +27,11 @@ MAX_LINES = 110
 
 def families_of(model_types: Iterable[str]) -> list[str]:
     """The families' modules that transformers' model types go to."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto import modeling_auto as auto
 
-    return [FAMILIES[MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]] for model_type in model_types]
+    multimodal = auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    names = multimodal | auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return [FAMILIES[names[model_type]] for model_type in model_types]
 
 
 def only(module: ModuleType) -> str:

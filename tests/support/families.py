@@ -42,6 +42,15 @@ LONGROPE = {
     "long_factor": [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5],
     "original_max_position_embeddings": 64,
 }
+MINISTRAL3_ROPE = YARN | {
+    "original_max_position_embeddings": 24,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.3,
+}
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
 GPT_OSS = {
     "head_dim": 16,
     "sliding_window": 20,
@@ -95,6 +104,14 @@ VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
     ("mistral", "full"): {"sliding_window": None, "head_dim": 32},
     ("mistral", "window"): {"sliding_window": 20},
     ("ministral", "window"): {"sliding_window": 20, "head_dim": 16} | HALF_SLIDING,
+    ("ministral3", "queries that grow"): {"head_dim": 16, "rope_parameters": MINISTRAL3_ROPE},
+    ("mistral3", "text of a multimodal model"): {"model_type": "mistral", "head_dim": 32},
+    ("mistral3", "ministral 3"): {"model_type": "ministral3", "head_dim": 16}
+    | {"rope_parameters": MINISTRAL3_ROPE},
+    ("qwen2_5_vl", "text of a multimodal model"): {"rope_parameters": MROPE},
+    ("qwen3_vl", "text of a multimodal model"): {"head_dim": 16, "rope_parameters": MROPE},
+    ("qwen3_vl_moe", "text of a multimodal model"): EXPERTS
+    | {"head_dim": 16, "mlp_only_layers": [1], "rope_parameters": MROPE},
     ("smollm3", "nope"): {"no_rope_layers": [1, 0, 1], "pad_token_id": 0},
     ("granite", "multipliers"): {
         "embedding_multiplier": 3.0,
@@ -226,7 +243,10 @@ IN_ENGINE = {
     "lfm2_moe": "experts",
     "llama": "gqa",
     "mistral": "window",
+    "mistral3": "ministral 3",
     "mixtral": "experts",
+    "qwen2_5_vl": "text of a multimodal model",
+    "qwen3_vl_moe": "text of a multimodal model",
     "qwen3_moe": "renormalised",
     "qwen3_next": "experts",
     "qwen3_5": "text of a multimodal model",

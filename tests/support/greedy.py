@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,14 @@ import torch
 
 def load_reference(checkpoint: Path) -> Any:
     """transformers' model in float32."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     # "eager", as older versions leave out Gemma 2's soft-caps in their fused attention.
     options = {"dtype": torch.float32, "attn_implementation": "eager"}
-    return AutoModelForCausalLM.from_pretrained(checkpoint, **options).eval()
+    architecture = json.loads((checkpoint / "config.json").read_text())["architectures"][0]
+    has_vision = architecture.endswith("ForConditionalGeneration")
+    auto = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
+    return auto.from_pretrained(checkpoint, **options).eval()
 
 
 @torch.inference_mode()

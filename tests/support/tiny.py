@@ -37,12 +37,24 @@ QWEN_VISION = {
     "out_hidden_size": 64,
     "num_position_embeddings": 16,
 }
+QWEN_VL_VISION = QWEN_VISION | {"deepstack_visual_indexes": [0]}
+PIXTRAL = VISION | {"model_type": "pixtral", "num_channels": 3}
+# Model type of a model of two parts, of which the text's is looked at -> the other part's options.
+VISION_OF: dict[str, dict[str, Any]] = {
+    "gemma3": VISION,
+    "mistral3": PIXTRAL,
+    "qwen2_5_vl": QWEN_VISION,
+    "qwen3_5": QWEN_VISION,
+    "qwen3_5_moe": QWEN_VISION,
+    "qwen3_vl": QWEN_VL_VISION,
+    "qwen3_vl_moe": QWEN_VL_VISION,
+}
 # For a model that chats: what the default model's tokenizer and template need.
 CHAT = {"vocab_size": 49152, "max_position_embeddings": 2048, "eos_token_id": 2}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
-def save_random_model(folder: Path, model_type: str, **changes: Any) -> None:
+def save_random_model(folder: Path, model_type: str, /, **changes: Any) -> None:
     """A random float32 checkpoint, the same for the same arguments."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
@@ -50,14 +62,13 @@ def save_random_model(folder: Path, model_type: str, **changes: Any) -> None:
     key = repr((model_type, sorted(changes.items())))
     torch.manual_seed(zlib.crc32(key.encode()))  # whichever tests came before
     options = TINY | changes
-    if model_type in ("qwen3_5", "qwen3_5_moe"):
-        options = {"text_config": options, "vision_config": QWEN_VISION}
-    if model_type == "gemma3":  # of two parts, of which the text's is looked at
-        options = {"text_config": options | TIED, "vision_config": VISION} | TIED
+    if model_type in VISION_OF:
+        tied = TIED if model_type == "gemma3" else {"tie_word_embeddings": False}
+        options = {"text_config": options | tied, "vision_config": VISION_OF[model_type]} | tied
+    if model_type == "gemma3":
         options["mm_tokens_per_image"] = 4
     config = AutoConfig.for_model(model_type, **options)
-    has_text_alone = model_type not in ("qwen3_5", "qwen3_5_moe")
-    auto = AutoModelForCausalLM if has_text_alone else AutoModelForImageTextToText
+    auto = AutoModelForImageTextToText if model_type in VISION_OF else AutoModelForCausalLM
     model = auto.from_config(config).float()
     with torch.no_grad():  # larger than the default 0.02, so that tokens differ clearly
         for name, parameter in model.named_parameters():

@@ -1,0 +1,21 @@
+"""The text model of Mistral Small 3.1, 3.2 and Ministral 3; images are not supported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from compiledllm.config import ConfigError
+from compiledllm.models.families import mistral
+from compiledllm.models.families.wrapper import TOWERS, spec_of_text, wrapped
+from compiledllm.models.spec import ModelSpec
+
+NAMES = wrapped(mistral.NAMES)
+IGNORED = TOWERS
+
+
+def spec_from_hf(hf: Any) -> ModelSpec:
+    """ModelSpec of a transformers Mistral3Config."""
+    kind = hf.text_config.model_type
+    if kind not in ("mistral", "ministral", "ministral3"):
+        raise ConfigError(f"mistral3: text_config has model_type={kind!r}: not supported")
+    return spec_of_text(hf, mistral.spec_from_hf, "Mistral3ForConditionalGeneration")
