@@ -15,14 +15,39 @@ from torch import Tensor
 from compiledllm.kernels.ops import define
 
 
-def route_in_torch(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+def route_in_torch(
+    logits: Tensor,
+    top_k: int,
+    renormalize: bool,
+    bias: Tensor | None = None,
+    scores: str = "softmax",
+    num_groups: int = 1,
+    top_groups: int = 1,
+    eps: float = 0.0,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
     """See `moe_route`."""
     logits = logits.float()
-    ids = logits.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
-    weights = logits.softmax(-1).gather(-1, ids)
+    score = logits.softmax(-1) if scores == "softmax" else logits.sigmoid()
+    ranked = logits if scores == "softmax" else score
+    if bias is not None:
+        ranked = score + bias
+    if num_groups > 1:
+        ranked = _within_best_groups(ranked, num_groups, top_groups)
+    ids = ranked.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    weights = score.gather(-1, ids)
     if renormalize:
-        weights = weights / weights.sum(-1, keepdim=True)
-    return ids.int(), weights
+        weights = weights / (weights.sum(-1, keepdim=True) + eps)
+    return ids.int(), weights * scale
+
+
+def _within_best_groups(ranked: Tensor, num_groups: int, top_groups: int) -> Tensor:
+    """-inf for the experts of all groups but the best: those with the largest sum of two ranks."""
+    grouped = ranked.view(len(ranked), num_groups, -1)
+    sums = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
+    best = sums.sort(dim=-1, descending=True, stable=True).indices[:, :top_groups]
+    is_best = torch.zeros_like(sums, dtype=torch.bool).scatter(-1, best, True)
+    return grouped.masked_fill(~is_best.unsqueeze(-1), float("-inf")).view_as(ranked)
 
 
 class Matrices(Protocol):
@@ -59,24 +84,39 @@ def _swiglu(gate: Tensor, up: Tensor, alpha: float, limit: float) -> Tensor:
     return gate * torch.sigmoid(alpha * gate) * (up.clamp(-limit, limit) + 1)
 
 
-def _route_fake(logits: Tensor, top_k: int, _: bool) -> tuple[Tensor, Tensor]:
+def _route_fake(logits: Tensor, top_k: int, *_: object) -> tuple[Tensor, Tensor]:
     shape = logits.shape[0], top_k
     return logits.new_empty(shape, dtype=torch.int32), logits.new_empty(shape, dtype=torch.float32)
 
 
 @define("moe_route", fake=_route_fake)
-def moe_route(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
-    """Choose the `top_k` experts with the largest logits, and their weights. Ties: lowest index.
+def moe_route(
+    logits: Tensor,
+    top_k: int,
+    renormalize: bool,
+    bias: Tensor | None = None,
+    scores: str = "softmax",
+    num_groups: int = 1,
+    top_groups: int = 1,
+    eps: float = 0.0,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Choose the `top_k` experts with the largest scores, and their weights. Ties: lowest index.
 
-    logits: [tokens, experts]. Weights are the float32 softmax over all experts; with `renormalize`,
-    the softmax over the chosen experts. A token with a NaN logit has NaN weights. Returns ids int32
-    and weights float32, [tokens, top_k], by descending weight.
+    logits: [tokens, experts]. scores: "softmax" or "sigmoid" of the logits, in float32, from which
+    the weights are taken; with `renormalize`, they are divided by their sum plus `eps`. Then
+    `scale` multiplies them. bias: float32 [experts], added to the scores for the choice only.
+    num_groups, top_groups: only experts of some of the equal groups of neighbours are chosen: of
+    those whose two largest scores, with their biases, have the largest sums. A token with a NaN
+    logit has a NaN weight. Returns ids int32 and weights float32, [tokens, top_k], by descending
+    choice.
     """
+    options = bias, scores, num_groups, top_groups, eps, scale
     if logits.is_cuda:
         from compiledllm.kernels.moe_routing_triton import route
 
-        return route(logits, top_k, renormalize)
-    return route_in_torch(logits, top_k, renormalize)
+        return route(logits, top_k, renormalize, *options)
+    return route_in_torch(logits, top_k, renormalize, *options)
 
 
 def experts_fake(x: Tensor, expert_ids: Tensor, *_: object) -> Tensor:

@@ -28,15 +28,48 @@ def _swap_order(bits):
 
 
 @triton.jit
-def _route_kernel(
-    logits, ids, weights, row_stride, num_experts, TOP_K: tl.constexpr, RENORMALIZE: tl.constexpr,
-    EXPERTS: tl.constexpr, PLACES: tl.constexpr, OVERLAP: tl.constexpr,
+def _ordered(rank):
+    """float32 -> int32 in the same order. NaN counts as inf, and -0.0 equals 0.0."""
+    rank = tl.where(rank == rank, rank, float("inf"))
+    return _swap_order(tl.where(rank == 0, 0.0, rank).to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def _within_best_groups(
+    rank, expert, num_experts, NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Choose the experts of a token's largest logits, and compute their weights.
+    """-inf for the experts of all groups but the best, as in `moe._within_best_groups`.
 
-    A NaN logit counts as inf, so that all weights of the token become NaN.
+    GROUPS: NUM_GROUPS, rounded up to a power of two.
+    """
+    taken = -0x80000000
+    own, group = expert // (num_experts // NUM_GROUPS), tl.arange(0, GROUPS)
+    keys = tl.full([GROUPS], taken, tl.int32)
+    for g in tl.static_range(NUM_GROUPS):
+        member = tl.where(own == g, rank, float("-inf"))
+        best, index = tl.max(member, 0, return_indices=True)
+        second = tl.max(tl.where(expert == index, float("-inf"), member), 0)
+        second = tl.where(num_experts > NUM_GROUPS, second, 0.0)
+        keys = tl.where(group == g, _ordered(best + second), keys)
+    is_chosen = expert < 0
+    for _ in tl.static_range(TOP_GROUPS):
+        _, index = tl.max(keys, 0, return_indices=True, return_indices_tie_break_left=True)
+        is_chosen = is_chosen | (own == index)
+        keys = tl.where(group == index, taken, keys)
+    return tl.where(is_chosen, rank, float("-inf"))
 
-    EXPERTS, PLACES: `num_experts` and TOP_K, rounded up to powers of two.
+
+@triton.jit
+def _route_kernel(
+    logits, bias, ids, weights, row_stride, num_experts, eps, scale, TOP_K: tl.constexpr,
+    RENORMALIZE: tl.constexpr, IS_SIGMOID: tl.constexpr, HAS_BIAS: tl.constexpr,
+    NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, EXPERTS: tl.constexpr,
+    PLACES: tl.constexpr, GROUPS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Choose a token's experts, and compute their weights. See `moe.moe_route`.
+
+    EXPERTS, PLACES, GROUPS: `num_experts`, TOP_K and NUM_GROUPS, rounded up to powers of two.
     """
     if OVERLAP:
         gdc_launch_dependents()
@@ -45,30 +78,50 @@ def _route_kernel(
     expert, place = tl.arange(0, EXPERTS), tl.arange(0, PLACES)
     is_expert, is_place = expert < num_experts, place < TOP_K
     logit = tl.load(logits + token * row_stride + expert, is_expert, other=0.0).to(tl.float32)
-    logit = tl.where(logit == logit, logit, float("inf"))
-    logit = tl.where(logit == 0, 0.0, logit)  # -0.0 becomes 0.0, so that both compare as equal
+    if IS_SIGMOID:
+        score = 1 / (1 + tl.exp(-logit))
+        all_scores = 1.0
+        rank = score
+    else:
+        highest = tl.max(tl.where(is_expert, logit, float("-inf")), 0)
+        score = tl.exp(logit - highest)  # times a factor that all experts share
+        all_scores = tl.sum(tl.where(is_expert, score, 0.0), 0)
+        rank = logit
+    if HAS_BIAS:
+        rank = score / all_scores + tl.load(bias + expert, is_expert, other=0.0)
+    if NUM_GROUPS > 1:
+        rank = tl.where(rank == rank, rank, float("inf"))
+        rank = tl.where(is_expert, rank, float("-inf"))
+        rank = _within_best_groups(rank, expert, num_experts, NUM_GROUPS, TOP_GROUPS, GROUPS)
     taken = -0x80000000  # below -inf, so that no expert is chosen twice
-    key = tl.where(is_expert, _swap_order(logit.to(tl.int32, bitcast=True)), taken)
-    best_keys = tl.full([PLACES], taken, tl.int32)
+    key = tl.where(is_expert, _ordered(rank), taken)
+    best_scores = tl.zeros([PLACES], tl.float32)
     best_ids = tl.zeros([PLACES], tl.int32)
     for k in tl.static_range(TOP_K):
-        best, index = tl.max(key, 0, return_indices=True, return_indices_tie_break_left=True)
-        best_keys = tl.where(place == k, best, best_keys)
+        _, index = tl.max(key, 0, return_indices=True, return_indices_tie_break_left=True)
+        best_score = tl.sum(tl.where(expert == index, score, 0.0), 0)
+        best_scores = tl.where(place == k, best_score, best_scores)
         best_ids = tl.where(place == k, index, best_ids)
         key = tl.where(expert == index, taken, key)
-    best_logits = _swap_order(best_keys).to(tl.float32, bitcast=True)
-    highest = tl.max(tl.where(is_place, best_logits, float("-inf")), 0)
-    numerators = tl.where(is_place, tl.exp(best_logits - highest), 0.0)
+    total = all_scores
     if RENORMALIZE:
-        total = tl.sum(numerators, 0)
-    else:
-        total = tl.sum(tl.where(is_expert, tl.exp(logit - highest), 0.0), 0)
+        total = tl.sum(best_scores, 0) + eps * all_scores
     target = token * TOP_K + place
     tl.store(ids + target, best_ids, is_place)
-    tl.store(weights + target, numerators / total, is_place)
+    tl.store(weights + target, best_scores / total * scale, is_place)
 
 
-def route(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+def route(
+    logits: Tensor,
+    top_k: int,
+    renormalize: bool,
+    bias: Tensor | None = None,
+    scores: str = "softmax",
+    num_groups: int = 1,
+    top_groups: int = 1,
+    eps: float = 0.0,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
     """See `moe.moe_route`."""
     num_tokens, num_experts = logits.shape
     assert top_k <= num_experts and logits.stride(1) == 1
@@ -76,9 +129,11 @@ def route(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor
     weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=logits.device)
     if num_tokens:
         _route_kernel[(num_tokens,)](
-            logits, ids, weights, logits.stride(0), num_experts, TOP_K=top_k,
-            RENORMALIZE=renormalize, EXPERTS=triton.next_power_of_2(num_experts),
-            PLACES=triton.next_power_of_2(top_k), num_warps=1, **launch_options(),
+            logits, logits if bias is None else bias, ids, weights, logits.stride(0), num_experts,
+            eps, scale, TOP_K=top_k, RENORMALIZE=renormalize, IS_SIGMOID=scores == "sigmoid",
+            HAS_BIAS=bias is not None, NUM_GROUPS=num_groups, TOP_GROUPS=top_groups,
+            EXPERTS=triton.next_power_of_2(num_experts), PLACES=triton.next_power_of_2(top_k),
+            GROUPS=triton.next_power_of_2(num_groups), num_warps=1, **launch_options(),
         )  # fmt: skip
     return ids, weights
 

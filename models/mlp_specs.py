@@ -12,7 +12,10 @@ from compiledllm.models.matrices import MatrixSpec, Weights
 
 @dataclass(frozen=True, slots=True)
 class MlpSpec:
-    """down(act(gate(x)) * up(x)), or ungated down(act(up(x))). activation: a key of ACTIVATIONS."""
+    """down(act(gate(x)) * up(x)), or ungated down(act(up(x))).
+
+    activation: a key of ACTIVATIONS, or "xielu", which has parameters.
+    """
 
     intermediate_size: int
     bias: bool = False
@@ -23,35 +26,51 @@ class MlpSpec:
         num_up = (1 + self.gated) * self.intermediate_size
         up = MatrixSpec(f"{path}.gate_up" if self.gated else f"{path}.up", num_up, hidden_size)
         down = MatrixSpec(f"{path}.down", hidden_size, self.intermediate_size)
-        return Weights((up, down), self.bias * (num_up + hidden_size))
+        num_of_activation = 4 * (self.activation == "xielu")
+        return Weights((up, down), self.bias * (num_up + hidden_size) + num_of_activation)
 
     weights_used = weights
 
 
 @dataclass(frozen=True, slots=True)
-class MoeSpec:
-    """Mixture of experts: each token goes through `top_k` gated MLPs, weighted by scores.
+class RouterSpec:
+    """How the logits of a router become a token's experts and their weights.
 
-    intermediate_size: of one expert. scores: "softmax" or "sigmoid" of the router's logits.
-    has_score_bias: a learned bias takes part in the choice of experts, not in their weights; only
-    with "sigmoid", as `scale`, which multiplies the weights. renormalize: the weights of the chosen
-    experts sum to one, before `scale`.
-    shared_size: intermediate size of a shared expert that every token uses, weighted by a sigmoid
-    gate; 0: none. bias: experts and router have biases. alpha, limit: parameters of clamped
-    experts, which `kernels.moe` explains.
+    scores: "softmax" or "sigmoid" of the logits; the weights are the scores of the chosen experts.
+    has_bias: a learned bias is added to the scores for the choice, not for the weights. num_groups,
+    top_groups: neighbouring experts form groups of equal size, and only experts of the `top_groups`
+    groups whose two best experts have the largest sum are chosen. renormalize: the weights are
+    divided by their sum plus `eps`. scale: multiplies the weights after that.
+    """
+
+    scores: str = "softmax"
+    renormalize: bool = True
+    has_bias: bool = False
+    num_groups: int = 1
+    top_groups: int = 1
+    eps: float = 0.0
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class MoeSpec:
+    """Mixture of experts: each token goes through `top_k` gated MLPs, weighted by a router.
+
+    intermediate_size: of one expert. shared_size: intermediate size of a shared expert that every
+    token uses; 0: none. has_shared_gate: a sigmoid gate weights the shared expert. bias: experts
+    and router have biases. alpha, limit: parameters of clamped experts, which `kernels.moe`
+    explains.
     """
 
     intermediate_size: int
     num_experts: int
     top_k: int
-    renormalize: bool = True
+    router: RouterSpec = RouterSpec()
     shared_size: int = 0
+    has_shared_gate: bool = True
     bias: bool = False
     alpha: float = 1.0
     limit: float = 0.0
-    scores: str = "softmax"
-    has_score_bias: bool = False
-    scale: float = 1.0
 
     def weights(self, hidden_size: int) -> Weights:
         return self._weights(hidden_size, self.num_experts)
@@ -68,10 +87,10 @@ class MoeSpec:
             MatrixSpec("mlp.down", hidden_size, size, num_experts),
         )
         biases = self.num_experts + num_experts * (2 * size + hidden_size)
-        experts = Weights(matrices, self.bias * biases + self.has_score_bias * self.num_experts)
+        experts = Weights(matrices, self.bias * biases + self.router.has_bias * self.num_experts)
         if not self.shared_size:
             return experts
-        gate = Weights((MatrixSpec("mlp.shared_gate", 1, hidden_size),))
+        gate = Weights((MatrixSpec("mlp.shared_gate", 1, hidden_size),) * self.has_shared_gate)
         return experts.plus(MlpSpec(self.shared_size).weights(hidden_size, "mlp.shared"), gate)
 
 

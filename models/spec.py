@@ -14,7 +14,7 @@ import torch
 
 from compiledllm.models.layer_cache import LayerCache, PagedKV, State
 from compiledllm.models.matrices import Formats, MatrixSpec, Weights
-from compiledllm.models.mlp_specs import MlpSpec, MoeSpec, OpaqueSpec
+from compiledllm.models.mlp_specs import MlpSpec, MoeSpec, OpaqueSpec, RouterSpec
 from compiledllm.models.state_specs import StateSpec
 
 # All that the spec of a decoder with attention takes; `state_specs` has the other mixers.
@@ -29,6 +29,7 @@ __all__ = [
     "NormSpec",
     "OpaqueSpec",
     "RopeSpec",
+    "RouterSpec",
 ]
 
 
@@ -76,9 +77,10 @@ class NormSpec:
 class AttentionSpec:
     """Grouped-query attention. `scale` multiplies the logits.
 
-    qk_norm: normalises queries and keys before the rotation. qk_norm_over: "head", each head by
-    itself with one shared weight; "heads", each head with its own weight; "whole", all heads
-    together. sliding_window: number of latest positions a token sees, itself included; 0: all.
+    qk_norm: normalises queries and keys before the rotation, or after the rotation if
+    `norms_rotated`. qk_norm_over: "head", each head by itself with one shared weight; "heads", each
+    head with its own weight; "whole", all heads together, before the rotation only.
+    sliding_window: number of latest positions a token sees, itself included; 0: all.
     soft_cap: limit of the logits' tanh soft cap; 0: none. has_sinks: each head has a learned logit
     that takes part in the softmax's denominator only. has_gate: the sigmoid of a projection
     multiplies each head's output; the projection's rows follow the rows of the head's query.
@@ -93,6 +95,7 @@ class AttentionSpec:
     output_bias: bool = False
     qk_norm: NormSpec | None = None
     qk_norm_over: str = "head"
+    norms_rotated: bool = False
     sliding_window: int = 0
     soft_cap: float = 0.0
     has_sinks: bool = False

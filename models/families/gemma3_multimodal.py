@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from compiledllm.models.families import gemma2
-from compiledllm.models.families.wrapper import TOWERS, spec_of_text, wrapped
+from compiledllm.models.families.wrapper import TOWERS, make_text_spec, wrapped
 from compiledllm.models.spec import ModelSpec
 
 NAMES = wrapped(gemma2.NAMES)
@@ -14,4 +14,4 @@ IGNORED = TOWERS
 
 def spec_from_hf(hf: Any) -> ModelSpec:
     """ModelSpec of a transformers Gemma3Config."""
-    return spec_of_text(hf, gemma2.spec_from_hf, "Gemma3ForConditionalGeneration")
+    return make_text_spec(hf, gemma2.spec_from_hf, "Gemma3ForConditionalGeneration")

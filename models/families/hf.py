@@ -81,6 +81,7 @@ ACTIVATIONS = {
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
+    "xielu": "xielu",
 }
 
 
@@ -111,8 +112,7 @@ def rope_from_hf(hf: Any, head_dim: int, kind: str | None = None) -> RopeSpec:
     scaling = rope.get("rope_type", "default")
     rotary_dim = int(head_dim * rope.get("partial_rotary_factor", 1.0))
     if scaling in ("default", "dynamic"):
-        exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64).float() / rotary_dim
-        return RopeSpec(tuple((1.0 / (rope["rope_theta"] ** exponents)).tolist()))
+        return rope_from_base(rope["rope_theta"], rotary_dim)
     if scaling not in ROPE_SCALINGS:
         supported = ", ".join(map(repr, ("default", "dynamic", *ROPE_SCALINGS)))
         raise ConfigError(
@@ -124,3 +124,9 @@ def rope_from_hf(hf: Any, head_dim: int, kind: str | None = None) -> RopeSpec:
     length = hf.max_position_embeddings
     frequencies, scale = ROPE_INIT_FUNCTIONS[scaling](hf, "cpu", seq_len=length, **arguments)
     return RopeSpec(tuple(frequencies.tolist()), float(scale))
+
+
+def rope_from_base(base: float, rotary_dim: int) -> RopeSpec:
+    """RopeSpec of unscaled frequencies."""
+    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64).float() / rotary_dim
+    return RopeSpec(tuple((1.0 / (base**exponents)).tolist()))

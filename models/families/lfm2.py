@@ -13,6 +13,7 @@ from compiledllm.models.spec import (
     ModelSpec,
     MoeSpec,
     NormSpec,
+    RouterSpec,
 )
 from compiledllm.models.state_specs import ConvSpec, StateSpec
 
@@ -68,10 +69,13 @@ def _experts(hf: Any) -> MoeSpec:
         hf.moe_intermediate_size,
         hf.num_experts,
         hf.num_experts_per_tok,
-        renormalize=hf.norm_topk_prob,
-        scores="sigmoid",
-        has_score_bias=hf.use_expert_bias,
-        scale=hf.routed_scaling_factor,
+        RouterSpec(
+            scores="sigmoid",
+            renormalize=hf.norm_topk_prob,
+            has_bias=hf.use_expert_bias,
+            eps=1e-6,
+            scale=hf.routed_scaling_factor,
+        ),
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from compiledllm.models.families.hf import activation_of, attention_of, model_spec
-from compiledllm.models.spec import LayerSpec, MlpSpec, ModelSpec, NormSpec
+from compiledllm.models.spec import LayerSpec, MlpSpec, ModelSpec, NormSpec, RopeSpec
 
 NAMES = {
     "model.embed_tokens.weight": "embedding",
@@ -25,17 +25,17 @@ NAMES = {
 }
 
 
-def spec_from_hf(hf: Any) -> ModelSpec:
+def spec_from_hf(hf: Any, rope: RopeSpec | None = None) -> ModelSpec:
     """ModelSpec of a transformers LlamaConfig, or of a config with the same fields.
 
-    Raises ConfigError for an unsupported variant.
+    rope: of all layers; None: as the config says. Raises ConfigError for an unsupported variant.
     """
     has_bias = getattr(hf, "attention_bias", False)
     norm = NormSpec(hf.rms_norm_eps)
     layer = LayerSpec(
         hidden_size=hf.hidden_size,
         mixer=attention_of(
-            hf, getattr(hf, "head_dim", None), qkv_bias=has_bias, output_bias=has_bias
+            hf, getattr(hf, "head_dim", None), rope, qkv_bias=has_bias, output_bias=has_bias
         ),
         mlp=MlpSpec(
             hf.intermediate_size,
@@ -48,13 +48,18 @@ def spec_from_hf(hf: Any) -> ModelSpec:
 
 
 def adapted(
-    hf: Any, architecture: str, adapt: Callable[[LayerSpec, int], LayerSpec], **changes: Any
+    hf: Any,
+    architecture: str,
+    adapt: Callable[[LayerSpec, int], LayerSpec],
+    rope: RopeSpec | None = None,
+    **changes: Any,
 ) -> ModelSpec:
     """The spec of a Llama-like config with changed layers.
 
-    adapt: (Llama's layer, layer index) -> the family's layer. changes: fields of the ModelSpec.
+    adapt: (Llama's layer, layer index) -> the family's layer. rope: of Llama's layers, as in
+    `spec_from_hf`. changes: fields of the ModelSpec.
     """
-    like_llama = spec_from_hf(hf)
+    like_llama = spec_from_hf(hf, rope)
     layers = tuple(adapt(layer, index) for index, layer in enumerate(like_llama.layers))
     return replace(like_llama, architecture=architecture, layers=layers, **changes)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from compiledllm.config import ConfigError
 from compiledllm.models.families import mistral
-from compiledllm.models.families.wrapper import TOWERS, spec_of_text, wrapped
+from compiledllm.models.families.wrapper import TOWERS, make_text_spec, wrapped
 from compiledllm.models.spec import ModelSpec
 
 NAMES = wrapped(mistral.NAMES)
@@ -18,4 +18,4 @@ def spec_from_hf(hf: Any) -> ModelSpec:
     kind = hf.text_config.model_type
     if kind not in ("mistral", "ministral", "ministral3"):
         raise ConfigError(f"mistral3: text_config has model_type={kind!r}: not supported")
-    return spec_of_text(hf, mistral.spec_from_hf, "Mistral3ForConditionalGeneration")
+    return make_text_spec(hf, mistral.spec_from_hf, "Mistral3ForConditionalGeneration")

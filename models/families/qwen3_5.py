@@ -11,7 +11,7 @@ from compiledllm.models.families.wrapper import (
     EXPERTS_ONE_BY_ONE,
     TOWERS,
     experts_one_by_one,
-    spec_of_text,
+    make_text_spec,
     wrapped,
 )
 from compiledllm.models.spec import MlpSpec, ModelSpec, MoeSpec
@@ -36,7 +36,7 @@ def spec_from_hf(hf: Any) -> ModelSpec:
     """ModelSpec of a transformers Qwen3_5Config, its MoE variant, or the config of a text model."""
     if hf.get_text_config() is not hf:
         architecture = hf.model_type.replace("qwen3_5", "Qwen3_5").replace("_moe", "Moe")
-        return spec_of_text(hf, spec_from_hf, f"{architecture}ForConditionalGeneration")
+        return make_text_spec(hf, spec_from_hf, f"{architecture}ForConditionalGeneration")
     is_moe = hf.model_type == "qwen3_5_moe_text"
     mlp: MlpSpec | MoeSpec = (
         moe_spec(hf, renormalize=True)

@@ -14,6 +14,7 @@ from compiledllm.models.spec import (
     ModelSpec,
     MoeSpec,
     NormSpec,
+    RouterSpec,
 )
 from compiledllm.models.state_specs import DeltaNetSpec, StateSpec
 
@@ -54,7 +55,7 @@ def moe_spec(hf: Any, renormalize: bool) -> MoeSpec:
         hf.moe_intermediate_size,
         hf.num_experts,
         hf.num_experts_per_tok,
-        renormalize=renormalize,
+        RouterSpec(renormalize=renormalize),
         shared_size=hf.shared_expert_intermediate_size,
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 from compiledllm.models.families import llama, qwen3
 from compiledllm.models.families.hf import expect, window_of
 from compiledllm.models.families.llama import with_attention
-from compiledllm.models.spec import LayerSpec, ModelSpec, MoeSpec
+from compiledllm.models.spec import LayerSpec, ModelSpec, MoeSpec, RouterSpec
 
 EXPERTS = {
     "model.layers.*.mlp.gate.*": "layers.*.mlp.router.*",
@@ -36,7 +36,7 @@ def spec_from_hf(hf: Any) -> ModelSpec:
         hf.moe_intermediate_size,
         hf.num_experts,
         hf.num_experts_per_tok,
-        renormalize=getattr(hf, "norm_topk_prob", True),
+        RouterSpec(renormalize=getattr(hf, "norm_topk_prob", True)),
         shared_size=0 if is_qwen3 else hf.shared_expert_intermediate_size,
     )
 

@@ -16,7 +16,7 @@ from compiledllm.models.families.wrapper import (
     EXPERTS_ONE_BY_ONE,
     TOWERS,
     experts_one_by_one,
-    spec_of_text,
+    make_text_spec,
     wrapped,
 )
 from compiledllm.models.formats.slicing import Content, shape_of
@@ -49,4 +49,4 @@ def unpack(
 
 def spec_from_hf(hf: Any) -> ModelSpec:
     """ModelSpec of a transformers Qwen2_5_VLConfig, Qwen3VLConfig or Qwen3VLMoeConfig."""
-    return spec_of_text(hf, *_TEXTS[hf.text_config.model_type])
+    return make_text_spec(hf, *_TEXTS[hf.text_config.model_type])

@@ -25,7 +25,9 @@ def wrapped(names: dict[str, str]) -> dict[str, str]:
     return found | {"language_model.lm_head.*": "lm_head.*"} | names
 
 
-def spec_of_text(hf: Any, spec_from_hf: Callable[[Any], ModelSpec], architecture: str) -> ModelSpec:
+def make_text_spec(
+    hf: Any, spec_from_hf: Callable[[Any], ModelSpec], architecture: str
+) -> ModelSpec:
     """The spec that `spec_from_hf` makes of hf.text_config, with the fields of the whole model.
 
     architecture: the name of the whole model.

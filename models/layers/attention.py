@@ -129,11 +129,13 @@ class PagedAttention(nn.Module):
         """Normalise and rotate: [tokens, heads * head_dim] -> [tokens, heads, head_dim]."""
         spec = self.spec
         if norm is not None and spec.qk_norm_over == "whole":
-            part = norm(part)
+            part, norm = norm(part), None
         part = part.view(len(part), -1, spec.head_dim)
-        if norm is not None and spec.qk_norm_over != "whole":
+        if norm is not None and not spec.norms_rotated:
             part = norm(part)
-        return apply_rope(part, cos, sin, spec.rope.interleaved) if spec.rope.rotary_dim else part
+        if spec.rope.rotary_dim:
+            part = apply_rope(part, cos, sin, spec.rope.interleaved)
+        return norm(part) if norm is not None and spec.norms_rotated else part
 
 
 def scales_for(kv_cache: Tensor, kv_scales: Tensor) -> Tensor | None:
@@ -145,6 +147,6 @@ def can_fuse(spec: AttentionSpec) -> bool:
     """Whether `rotate_and_store` can do all the work between the qkv product and attention."""
     norm, rope = spec.qk_norm, spec.rope
     is_rms = norm is None or norm.kind in ("rms", "rms_plus_one")
-    is_of_heads = norm is None or spec.qk_norm_over == "head"
+    is_of_heads = norm is None or (spec.qk_norm_over == "head" and not spec.norms_rotated)
     is_rotated_by_halves = rope.rotary_dim > 0 and not rope.interleaved and rope.growth is None
     return is_rms and is_of_heads and is_rotated_by_halves

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compiledllm.models.formats.weight_format import empty_parameter
 from compiledllm.models.layers.factory import Factory
 from compiledllm.models.spec import MlpSpec
 
@@ -19,13 +21,34 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class Xielu(nn.Module):
+    """Piecewise: a parabola for x > 0, an exponential below, whose shapes are learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alpha_p, self.alpha_n = empty_parameter(1), empty_parameter(1)
+        self.beta, self.eps = empty_parameter(1), empty_parameter(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        above, below = F.softplus(self.alpha_p), self.beta + F.softplus(self.alpha_n)
+        curve = torch.where(
+            x > 0, above * x * x, (torch.expm1(torch.minimum(x, self.eps)) - x) * below
+        )
+        return curve + self.beta * x
+
+
+def make_activation(name: str) -> Callable[[Tensor], Tensor]:
+    """name: of an `MlpSpec`."""
+    return Xielu() if name == "xielu" else ACTIVATIONS[name]
+
+
 class GatedMlp(nn.Module):
     """down(act(gate(x)) * up(x)), [tokens, hidden] -> [tokens, hidden]. Gate and up are fused."""
 
     def __init__(self, hidden_size: int, spec: MlpSpec, make: Factory) -> None:
         super().__init__()
         size = spec.intermediate_size
-        self.activation = ACTIVATIONS[spec.activation]
+        self.activation = make_activation(spec.activation)
         self.gate_up = make.linear("gate_up", hidden_size, {"gate": size, "up": size}, spec.bias)
         self.down = make.linear("down", size, {"": hidden_size}, spec.bias)
 
@@ -40,7 +63,7 @@ class PlainMlp(nn.Module):
 
     def __init__(self, hidden_size: int, spec: MlpSpec, make: Factory) -> None:
         super().__init__()
-        self.activation = ACTIVATIONS[spec.activation]
+        self.activation = make_activation(spec.activation)
         size = spec.intermediate_size
         self.up = make.linear("up", hidden_size, {"": size}, spec.bias)
         self.down = make.linear("down", size, {"": hidden_size}, spec.bias)

@@ -12,8 +12,6 @@ from compiledllm.models.layers.linear import Linear, SharedExpert
 from compiledllm.models.layers.mlp import GatedMlp, PlainMlp
 from compiledllm.models.spec import MlpSpec, MoeSpec, OpaqueSpec
 
-_EPS = 1e-6  # added to sums of sigmoid scores
-
 
 class MoeMlp(nn.Module):
     """Sends each token through its `top_k` experts, and through the shared expert if there is one.
@@ -33,7 +31,7 @@ class MoeMlp(nn.Module):
         self.gate_up = make.experts("gate_up", count, *inner)
         outer = size, {"": hidden_size}, spec.bias, int(self.joins_experts)
         self.down = make.experts("down", count, *outer)
-        has_bias = spec.has_score_bias
+        has_bias = spec.router.has_bias
         self.score_bias = empty_parameter(count, dtype=torch.float32) if has_bias else None
         self.shared: nn.Module | None = None
         self.shared_gate: Linear | None = None
@@ -41,36 +39,40 @@ class MoeMlp(nn.Module):
             self.shared = SharedExpert(gate_up=self.gate_up, down=self.down)
         elif spec.shared_size:
             self.shared = GatedMlp(hidden_size, MlpSpec(spec.shared_size), make.within("shared"))
-        if spec.shared_size:
+        if spec.shared_size and spec.has_shared_gate:
             self.shared_gate = make.linear("shared_gate", hidden_size, {"": 1})
 
     def forward(self, x: Tensor) -> Tensor:
         ids, weights = self._route(self.router(x))
         share = None if self.shared_gate is None else torch.sigmoid(self.shared_gate(x))
-        if share is not None and self.joins_experts:
+        if self.joins_experts:
             ids = torch.cat((ids, torch.full_like(ids[:, :1], self.spec.num_experts)), dim=1)
-            weights = torch.cat((weights, share.float()), dim=1)
+            own = torch.ones_like(weights[:, :1]) if share is None else share.float()
+            weights = torch.cat((weights, own), dim=1)
         gate_up, down = self.gate_up, self.down
         biases = gate_up.bias, down.bias
         params = gate_up.params, down.params, down.format
         parts = gate_up.format.experts(x, ids, *params, biases, self.spec.alpha, self.spec.limit)
         out = (parts * weights.unsqueeze(-1)).sum(1).to(x.dtype)
-        if share is not None and self.shared is not None and not self.joins_experts:
-            out = out + share * self.shared(x)
-        return out
+        if self.shared is None or self.joins_experts:
+            return out
+        shared = self.shared(x)
+        return out + (shared if share is None else share * shared)
 
     def _route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Ids and float32 weights of each token's experts, [tokens, top_k]."""
-        spec = self.spec
-        if spec.scores == "softmax":
-            return moe_route(logits, spec.top_k, spec.renormalize)
-        scores = torch.sigmoid(logits.float())
-        ranked = scores if self.score_bias is None else scores + self.score_bias
-        ids = ranked.topk(spec.top_k, dim=-1).indices
-        weights = scores.gather(-1, ids)
-        if spec.renormalize:
-            weights = weights / (weights.sum(-1, keepdim=True) + _EPS)
-        return ids.int(), weights * spec.scale
+        router = self.spec.router
+        return moe_route(
+            logits,
+            self.spec.top_k,
+            router.renormalize,
+            self.score_bias,
+            router.scores,
+            router.num_groups,
+            router.top_groups,
+            router.eps,
+            router.scale,
+        )
 
 
 def _can_join_experts(spec: MoeSpec, make: Factory) -> bool:

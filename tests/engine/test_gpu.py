@@ -108,7 +108,7 @@ SLIDING = {"sliding_window": 40, "layer_types": ["sliding_attention", "full_atte
     ("model_type", "changes"),
     [
         ("gpt_oss", {"num_local_experts": 6, "num_experts_per_tok": 2, "swiglu_limit": 0.6}),
-        ("olmo3", {"pad_token_id": 0}),  # run by transformers
+        ("cwm", {"pad_token_id": 0, "head_dim": 16}),  # run by transformers
     ],
 )
 def test_captured_steps_of_other_models_give_the_eager_tokens(

@@ -29,9 +29,9 @@ SLIDING = {
 }
 # Architectures without a family here.
 MODELS: dict[str, dict[str, Any]] = {
-    "olmo3": {"pad_token_id": 0} | SLIDING,
-    "exaone4": SLIDING,
-    "glm4": {"head_dim": 16, "pad_token_id": 0},
+    "cwm": {"pad_token_id": 0, "head_dim": 16} | SLIDING,
+    "arcee": {},
+    "helium": {"head_dim": 16, "pad_token_id": 0},
     "cohere2": {"pad_token_id": 0, "logit_scale": 0.3} | SLIDING,  # scales its logits
     "vaultgemma": {"head_dim": 32, "query_pre_attn_scalar": 24} | SLIDING,  # caps them
     "olmoe": {"num_experts": 6, "num_experts_per_tok": 2, "pad_token_id": 0},
@@ -80,7 +80,7 @@ def test_greedy_tokens_are_those_of_transformers(
 
 
 def test_preempted_requests_get_the_same_tokens(tiny_model: Callable[..., Path]) -> None:
-    checkpoint = tiny_model("olmo3", **MODELS["olmo3"])
+    checkpoint = tiny_model("cwm", **MODELS["cwm"])
     long = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
     prompts = [prompt[:20] for prompt in PROMPTS]
     tokens = []
@@ -92,7 +92,7 @@ def test_preempted_requests_get_the_same_tokens(tiny_model: Callable[..., Path])
     assert tokens[0] == tokens[1]
 
 
-@pytest.mark.parametrize("model_type", ["olmo3", "glm4", "vaultgemma"])
+@pytest.mark.parametrize("model_type", ["cwm", "helium", "vaultgemma"])
 def test_compiled_body_gives_the_same_tokens(
     model_type: str,
     tiny_model: Callable[..., Path],
@@ -103,7 +103,7 @@ def test_compiled_body_gives_the_same_tokens(
 
     For one of the models also for single tokens, which no step here has.
     """
-    if model_type != "olmo3":
+    if model_type != "cwm":
         monkeypatch.setattr(model_runner, "variants_for", lambda *_: [Variant(2, 2**30, 2)])
     changes = MODELS[model_type] | {"num_hidden_layers": 2}
     if kinds := changes.get("layer_types"):
@@ -126,7 +126,7 @@ def test_what_does_not_compile_runs_eagerly_and_says_why(
         raise RuntimeError("a graph break")
 
     monkeypatch.setattr(torch, "compile", fail)
-    checkpoint = tiny_model("olmo3", **MODELS["olmo3"])
+    checkpoint = tiny_model("cwm", **MODELS["cwm"])
     engine = make(checkpoint, **STEPS["compiled"])
     assert "running eagerly (RuntimeError: a graph break)" in caplog.text
     assert greedy(engine) == expected(checkpoint)
@@ -170,7 +170,7 @@ def test_spec_tells_what_the_module_has(model_type: str, tiny_model: Callable[..
 def test_info_and_floors_know_such_a_model(
     tiny_model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = tiny_model("olmo3", **MODELS["olmo3"]) / "config.json"
+    config = tiny_model("cwm", **MODELS["cwm"]) / "config.json"
     (tmp_path / "config.json").write_bytes(config.read_bytes())
     assert cli.main(["info", str(tmp_path), "--json", "--dtype", "float32"]) == 0
     facts = json.loads(capsys.readouterr().out)
@@ -188,7 +188,7 @@ def test_info_and_floors_know_such_a_model(
 
 
 def test_dummy_weights_come_from_the_seed(tiny_model: Callable[..., Path]) -> None:
-    checkpoint = tiny_model("olmo3", **MODELS["olmo3"])
+    checkpoint = tiny_model("cwm", **MODELS["cwm"])
     options = {"load_format": "dummy", "num_kv_blocks": 100}
     assert greedy(make(checkpoint, seed=3, **options)) == greedy(
         make(checkpoint, seed=3, **options)
@@ -232,8 +232,8 @@ REFUSED = [
         "cannot run here",
     ),
     (
-        {"model_type": "olmo3", "architectures": ["Olmo3ForSequenceClassification"]},
-        "is Olmo3ForCausalLM",
+        {"model_type": "cwm", "architectures": ["CwmForSequenceClassification"]},
+        "is CwmForCausalLM",
     ),
     (
         {"model_type": "my_own", "architectures": ["MyForCausalLM"]}
@@ -241,9 +241,9 @@ REFUSED = [
         "never run",
     ),
     (
-        {"model_type": "olmo3", "architectures": ["Olmo3ForCausalLM"]}
+        {"model_type": "cwm", "architectures": ["CwmForCausalLM"]}
         | {"quantization_config": {"quant_method": "gptq"}},
-        r"quantised weights \(gptq\) are not supported for Olmo3",
+        r"quantised weights \(gptq\) are not supported for Cwm",
     ),
 ]
 
@@ -260,19 +260,17 @@ def test_a_model_that_mixes_tokens_is_refused(
     tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As by a convolution over the tokens: the probe sees shapes only."""
-    from transformers.models.olmo3.modeling_olmo3 import Olmo3MLP
+    from transformers.models.cwm.modeling_cwm import CwmMLP
 
-    plain = Olmo3MLP.forward
+    plain = CwmMLP.forward
     shifted = lambda self, x: plain(self, x + 0.5 * x.roll(1, dims=1))  # noqa: E731
-    monkeypatch.setattr(Olmo3MLP, "forward", shifted)
+    monkeypatch.setattr(CwmMLP, "forward", shifted)
     with pytest.raises(ConfigError, match="something beside attention looks across tokens"):
-        make(tiny_model("olmo3", **MODELS["olmo3"]), num_kv_blocks=9)
+        make(tiny_model("cwm", **MODELS["cwm"]), num_kv_blocks=9)
 
 
 def test_weights_that_do_not_fit_are_named(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    checkpoint = Path(
-        shutil.copytree(tiny_model("olmo3", **MODELS["olmo3"]), tmp_path / "checkpoint")
-    )
+    checkpoint = Path(shutil.copytree(tiny_model("cwm", **MODELS["cwm"]), tmp_path / "checkpoint"))
     path, name = checkpoint / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
     tensors = load_file(path)
     extra = tensors.pop(name)
@@ -293,7 +291,7 @@ def test_deterministic_is_refused(tiny_model: Callable[..., Path]) -> None:
     from compiledllm.engine.startup import plan
 
     config = EngineConfig.from_options(
-        model=str(tiny_model("olmo3", **MODELS["olmo3"])), device="cpu", deterministic=True
+        model=str(tiny_model("cwm", **MODELS["cwm"])), device="cpu", deterministic=True
     )
     with pytest.raises(ConfigError, match="deterministic=True"):
         EngineCore(plan(config))

@@ -38,6 +38,38 @@ def test_the_route_is_that_of_torch(
     torch.testing.assert_close(weights, shares)
 
 
+@pytest.mark.pairwise
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize(
+    ("num_experts", "top_k", "num_groups", "top_groups"),
+    [(8, 3, 1, 1), (60, 4, 6, 2), (64, 8, 8, 4), (6, 2, 6, 3), (256, 8, 8, 4)],
+)
+def test_scores_biases_and_groups_choose_as_in_torch(
+    num_experts: int,
+    top_k: int,
+    num_groups: int,
+    top_groups: int,
+    has_bias: bool,
+    scores: str,
+    renormalize: bool,
+) -> None:
+    torch.manual_seed(num_experts)
+    logits = 2 * torch.randn(19, num_experts, device=DEVICE)
+    logits[3] = 0.0  # nothing but ties
+    logits[4, 2] = math.nan
+    bias = torch.rand(num_experts, device=DEVICE) if has_bias else None
+    options = bias, scores, num_groups, top_groups, 1e-6, 1.7
+    ids, weights = routing.route(logits, top_k, renormalize, *options)
+    expected = route_in_torch(logits, top_k, renormalize, *options)
+    torch.testing.assert_close(ids, expected[0])
+    torch.testing.assert_close(weights, expected[1], equal_nan=True)
+    assert weights[4].isnan().any() and not weights[5:].isnan().any()
+    groups = ids[5:] // (num_experts // num_groups)
+    assert max(len(set(row)) for row in groups.tolist()) <= top_groups
+
+
 def odd_logits() -> Tensor:
     """Rows of 12: equal, zeros of both signs, with and of NaN, with and of each infinity."""
     logits = torch.zeros(8, 12, device=DEVICE)
@@ -66,7 +98,10 @@ def test_odd_logits_route_as_in_torch_and_to_experts_that_exist(renormalize: boo
 def test_the_op_routes() -> None:
     logits = torch.randn(3, 8, device=DEVICE)
     torch.testing.assert_close(moe_route(logits, 2, True), route_in_torch(logits, 2, True))
-    torch.library.opcheck(torch.ops.compiledllm.moe_route.default, (logits, 2, True))
+    bias = torch.rand(8, device=DEVICE)
+    options = logits, 2, True, bias, "sigmoid", 4, 2, 1e-20, 2.5
+    torch.testing.assert_close(moe_route(*options), route_in_torch(*options))
+    torch.library.opcheck(torch.ops.compiledllm.moe_route.default, options)
 
 
 @pytest.mark.parametrize("rows", [16, 64])

@@ -121,7 +121,8 @@ for dtype, of_torch in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
     for experts, top_k, renormalize in ((128, 8, True), (64, 4, False), (8, 2, True)):
         check(
             routing._route_kernel, dtype, num_warps=1, TOP_K=top_k, RENORMALIZE=renormalize,
-            EXPERTS=experts, PLACES=top_k,
+            EXPERTS=experts, PLACES=top_k, IS_SIGMOID=renormalize, HAS_BIAS=renormalize,
+            NUM_GROUPS=8 if renormalize else 1, TOP_GROUPS=4, GROUPS=8,
         )
     for rows in (1, 16, 32) if dtype == "bf16" else ():
         kernel = skinny._few_rows_kernel if rows > 1 else skinny._one_row_kernel

@@ -32,7 +32,7 @@ NAMES = {
     "gemma3": ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"),
     "cohere": (EMBEDDING, HEAD),
     "qwen3": (EMBEDDING, HEAD),
-    "olmo3": (EMBEDDING, HEAD),  # which transformers runs
+    "cwm": (EMBEDDING, HEAD),  # which transformers runs
 }
 CHANGES = {
     "gpt2": {"n_positions": 512},
@@ -40,7 +40,7 @@ CHANGES = {
     "opt": {"ffn_dim": 112, "word_embed_proj_dim": 40, "pad_token_id": 1},
     "gemma3": {"head_dim": 16},
     "cohere": {"pad_token_id": 0},
-    "olmo3": {"pad_token_id": 0},
+    "cwm": {"pad_token_id": 0, "head_dim": 16},
 }
 
 
@@ -246,7 +246,7 @@ OLD_BUFFERS = {
     "gpt_neox": ["gpt_neox.layers.0.attention.bias", "gpt_neox.layers.1.attention.masked_bias"],
     "falcon": ["transformer.h.0.self_attention.rotary_emb.inv_freq"],
     "opt": ["decoder.version", "model.decoder.embed_positions.position_ids"],
-    "olmo3": ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.position_ids"],
+    "cwm": ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.position_ids"],
 }
 
 
@@ -265,7 +265,7 @@ def test_buffers_of_old_checkpoints_are_ignored(
 def test_transformers_reads_the_same_file_and_says_what_is_broken(
     tied: Callable[[str], Path],
 ) -> None:
-    checkpoint = tied("olmo3")
+    checkpoint = tied("cwm")
     touch(checkpoint, "adapter_model.safetensors")
     load(checkpoint)
     (checkpoint / "adapter_model.safetensors").unlink()

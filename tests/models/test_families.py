@@ -156,6 +156,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gpt_oss", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
     ("falcon", {"alibi": True}, "alibi=True"),
     ("falcon", {"new_decoder_architecture": True}, "new_decoder_architecture=True"),
+    ("ernie4_5", {"use_bias": True}, "use_bias=True"),
     ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine=False"),
     ("stablelm", {"hidden_act": "tanh"}, "hidden_act='tanh'"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),

@@ -1,4 +1,4 @@
-"""Checkpoints with towers, in other forms than transformers writes; tensors of unknown parts."""
+"""Checkpoints with further parts, in forms that transformers does not write; unknown parts."""
 
 from __future__ import annotations
 
@@ -74,4 +74,18 @@ def test_other_forms_load_and_unknown_tensors_are_refused(
     other["model.audio.weight"] = torch.ones(2)
     save_file(other, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"unexpected tensors: model\.audio\.weight"):
+        load(tmp_path)
+
+
+def test_layers_that_predict_further_tokens_are_left_out(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = tiny_model("glm4_moe", **VARIANTS["glm4_moe", "groups"])
+    tensors = load_file(source / "model.safetensors")
+    tensors |= {f"model.layers.3.{name}": torch.ones(2) for name in ("eh_proj.weight", "enorm.w")}
+    shutil.copy(source / "config.json", tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    load(tmp_path)
+    save_file(tensors | {"model.layers.4.x": torch.ones(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"unexpected tensors: model\.layers\.4\.x"):
         load(tmp_path)

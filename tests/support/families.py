@@ -51,6 +51,17 @@ MINISTRAL3_ROPE = YARN | {
     "llama_4_scaling_beta": 0.3,
 }
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+GLM_MROPE = MROPE | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
+GLM4_MOE = {
+    "head_dim": 16,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 48,
+    "n_shared_experts": 2,
+    "routed_scaling_factor": 1.7,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+}
 GPT_OSS = {
     "head_dim": 16,
     "sliding_window": 20,
@@ -112,6 +123,37 @@ VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
     ("qwen3_vl", "text of a multimodal model"): {"head_dim": 16, "rope_parameters": MROPE},
     ("qwen3_vl_moe", "text of a multimodal model"): EXPERTS
     | {"head_dim": 16, "mlp_only_layers": [1], "rope_parameters": MROPE},
+    ("olmo3", "windows, yarn"): {
+        "pad_token_id": 0,
+        "sliding_window": 20,
+        "rope_parameters": {"full_attention": YARN, "sliding_attention": DEFAULT_ROPE},
+    }
+    | HALF_SLIDING,
+    ("exaone4", "windows"): {"sliding_window": 20} | HALF_SLIDING,
+    ("exaone4", "full"): {"sliding_window": None, "layer_types": ["full_attention"] * 3},
+    ("glm", "partial rotary"): {"head_dim": 16, "pad_token_id": 0, "attention_bias": True},
+    ("glm4", "partial rotary"): {"head_dim": 16, "pad_token_id": 0, "attention_bias": True},
+    ("glm4_moe", "groups"): GLM4_MOE | {"n_group": 3, "topk_group": 2, "use_qk_norm": True},
+    ("glm4_moe", "not renormalised, bias"): GLM4_MOE
+    | {"norm_topk_prob": False, "attention_bias": True, "head_dim": 32},
+    ("glm4v", "text of a multimodal model"): {"rope_parameters": GLM_MROPE},
+    ("glm46v", "text of a multimodal model"): {"model_type": "glm4v_text"}
+    | {"rope_parameters": GLM_MROPE},
+    ("glm4v_moe", "text of a multimodal model"): GLM4_MOE | {"rope_parameters": GLM_MROPE},
+    ("minimax_m2", "experts"): {"head_dim": 32, "num_local_experts": 6, "num_experts_per_tok": 3}
+    | {"rope_parameters": DEFAULT_ROPE | {"partial_rotary_factor": 0.5}},
+    ("ernie4_5", "tied"): {"head_dim": 32, "tie_word_embeddings": True},
+    ("ernie4_5_moe", "some dense"): {
+        "moe_num_experts": 6,
+        "moe_k": 3,
+        "moe_intermediate_size": 48,
+    },
+    ("hunyuan_v1_dense", "alpha"): {
+        "head_dim": 32,
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 1, "alpha": 50.0},
+    },
+    ("seed_oss", "biases"): {"head_dim": 32, "attention_out_bias": True},
+    ("apertus", "xielu"): {"dtype": "float32", "rope_parameters": LLAMA3_ROPE},
     ("smollm3", "nope"): {"no_rope_layers": [1, 0, 1], "pad_token_id": 0},
     ("granite", "multipliers"): {
         "embedding_multiplier": 3.0,
@@ -229,19 +271,27 @@ VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
 
 # Family -> the variant that runs through a whole engine.
 IN_ENGINE = {
+    "apertus": "xielu",
     "cohere": "qk_norm",
+    "ernie4_5_moe": "some dense",
+    "exaone4": "windows",
     "falcon": "7b",
     "gemma": "mqa",
     "gemma2": "windows",
     "gemma3_text": "windows",
     "gemma3": "text of a multimodal model",
+    "glm4": "partial rotary",
+    "glm4_moe": "groups",
+    "glm4v_moe": "text of a multimodal model",
     "gpt2": "plain",
     "gpt_neox": "parallel",
     "gpt_oss": "yarn, clamped",
     "granite": "multipliers",
+    "hunyuan_v1_dense": "alpha",
     "lfm2": "bias, attention last",
     "lfm2_moe": "experts",
     "llama": "gqa",
+    "minimax_m2": "experts",
     "mistral": "window",
     "mistral3": "ministral 3",
     "mixtral": "experts",
@@ -251,12 +301,13 @@ IN_ENGINE = {
     "qwen3_next": "experts",
     "qwen3_5": "text of a multimodal model",
     "qwen3_5_moe": "text of a multimodal model",
-    "olmo2": "gqa",
+    "olmo3": "windows, yarn",
     "opt": "350m",
     "phi": "gqa",
     "phi3": "window, partial",
     "qwen2": "window",
     "qwen3": "gqa",
+    "seed_oss": "biases",
     "smollm3": "nope",
     "stablelm": "qk norms",
     "starcoder2": "window",

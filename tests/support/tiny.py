@@ -39,9 +39,13 @@ QWEN_VISION = {
 }
 QWEN_VL_VISION = QWEN_VISION | {"deepstack_visual_indexes": [0]}
 PIXTRAL = VISION | {"model_type": "pixtral", "num_channels": 3}
+GLM_VISION = QWEN_VISION | {"image_size": 28, "patch_size": 14}
 # Model type of a model of two parts, of which the text's is looked at -> the other part's options.
 VISION_OF: dict[str, dict[str, Any]] = {
     "gemma3": VISION,
+    "glm46v": GLM_VISION | {"model_type": "glm4v_vision"},
+    "glm4v": GLM_VISION,
+    "glm4v_moe": GLM_VISION,
     "mistral3": PIXTRAL,
     "qwen2_5_vl": QWEN_VISION,
     "qwen3_5": QWEN_VISION,

@@ -1,0 +1,27 @@
+"""MiniMax-M2: Mixtral with sigmoid scores and a bias, and an RMSNorm over all heads of q and k."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from compiledllm.models.families import llama, mixtral, qwen3
+from compiledllm.models.families.hf import expect
+from compiledllm.models.families.llama import with_attention
+from compiledllm.models.spec import LayerSpec, ModelSpec, MoeSpec, RouterSpec
+
+_SCORE_BIAS = "model.layers.*.block_sparse_moe.e_score_correction_bias"
+NAMES = mixtral.NAMES | qwen3.NAMES | {_SCORE_BIAS: "layers.*.mlp.score_bias"}
+
+
+def spec_from_hf(hf: Any) -> ModelSpec:
+    """ModelSpec of a transformers MiniMaxM2Config."""
+    expect(hf, "hidden_act", "silu")
+    router = RouterSpec(scores="sigmoid", has_bias=True)
+    moe = MoeSpec(hf.intermediate_size, hf.num_local_experts, hf.num_experts_per_tok, router)
+
+    def adapt(layer: LayerSpec, _index: int) -> LayerSpec:
+        layer = with_attention(layer, qk_norm=layer.norm, qk_norm_over="whole")
+        return replace(layer, mlp=moe)
+
+    return llama.adapted(hf, "MiniMaxM2ForCausalLM", adapt)
