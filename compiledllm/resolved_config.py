@@ -54,6 +54,7 @@ class ResolvedConfig:
     def options(self) -> dict[str, Any]:
         """All options by name, with the resolved values where there are any."""
         limits = {
+            "block_size": self.limits.block_size,
             "max_num_seqs": self.limits.max_num_seqs,
             "max_num_batched_tokens": self.limits.max_num_batched_tokens,
             "max_model_len": self.limits.max_model_len,

@@ -97,10 +97,10 @@ def edge_variants(variants: Sequence[Variant]) -> dict[Variant, Variant]:
 class Decoder(Protocol):
     """A model to compile. `block_forward(block, *tensors, cache, metadata)` runs one block.
 
-    tensors: each [tokens, ...]. cache: a tensor or a list of tensors. metadata: its `token_tensors`
-    are tensors [tokens, ...]; the first dimensions of its `row_tensors` follow the number of rows,
-    and the lengths of its `bound_tensors` are bounds. Blocks with equal `spec` share a compilation.
-    edges: names of further attributes to compile, each called once per step as
+    tensors: each [tokens, ...], or None. cache: a tensor or a list of tensors. metadata: its
+    `token_tensors` are tensors [tokens, ...]; the first dimensions of its `row_tensors` follow the
+    number of rows, and the lengths of its `bound_tensors` are bounds. Blocks with equal `spec`
+    share a compilation. edges: names of further attributes to compile, each called once per step as
     `edge(decoder, *tensors)`.
     """
 
@@ -318,6 +318,7 @@ def _mark_token_and_row_counts_dynamic(example: Example) -> None:
     variant, tensors = example.variant, list(example.args)
     if example.name == _BLOCK:
         *tensors, _, metadata = tensors
+        tensors = [tensor for tensor in tensors if tensor is not None]
         for tensor in metadata.bound_tensors:
             torch._dynamo.mark_dynamic(tensor, 0)
     if variant.max_tokens == 1:

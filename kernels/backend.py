@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Container, Hashable, Iterable
+from collections.abc import Container, Hashable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -207,16 +207,16 @@ class AttentionBackend(ABC):
         rows: np.ndarray,
         computed: np.ndarray,
         counts: np.ndarray,
-        block_tables: Tensor,
+        block_tables: Sequence[Tensor],
         graph: Hashable = None,
     ) -> None:
         """Called before every step, for backends that divide a step's work on the host.
 
         rows: int64, the step's request rows; rows past the end of `computed` and `counts` are
         padding with one token each. computed, counts: int64, tokens in the cache and new tokens.
-        block_tables: int32 [groups, request rows, max_blocks]. graph: identifies the captured step
-        that will run, whose numbers of rows and tokens are fixed; None for a step that is not
-        captured.
+        block_tables: per group of layers, int32 [request rows, blocks]. graph: identifies the
+        captured step that will run, whose numbers of rows and tokens are fixed; None for a step
+        that is not captured.
         """
 
     def select(self, graph: Hashable) -> None:  # noqa: B027

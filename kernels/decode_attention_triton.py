@@ -42,7 +42,7 @@ def decode_tiling(head_dim: int, group: int, dtype: torch.dtype, num_programs: i
     """
     rows = max(16, triton.next_power_of_2(group))
     if dtype == torch.float32:
-        return Tiling(rows, 32, 4, 2)
+        return Tiling(rows, 32 if head_dim <= 256 else 16, 4, 2)
     if head_dim > 128:
         return Tiling(rows, 64 if head_dim <= 256 else 32, 8, 2)
     if num_programs <= _FEW_PROGRAMS:

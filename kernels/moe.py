@@ -65,6 +65,7 @@ def experts_in_torch(
     down_bias: Tensor | None = None,
     alpha: float = 1.0,
     limit: float = 0.0,
+    activation: str = "silu",
 ) -> Tensor:
     """See `moe_experts`."""
     out = x.new_empty((*expert_ids.shape, x.shape[1]), dtype=torch.float32)
@@ -72,12 +73,15 @@ def experts_in_torch(
         token, place = (expert_ids == expert).nonzero(as_tuple=True)
         biases = [None if b is None else b[expert] for b in (gate_up_bias, down_bias)]
         gate, up = F.linear(x[token], gate_up[expert], biases[0]).chunk(2, dim=-1)
-        result = F.linear(_swiglu(gate, up, alpha, limit), down[expert], biases[1])
+        result = F.linear(_gated(gate, up, alpha, limit, activation), down[expert], biases[1])
         out[token, place] = result.float()
     return out
 
 
-def _swiglu(gate: Tensor, up: Tensor, alpha: float, limit: float) -> Tensor:
+def _gated(gate: Tensor, up: Tensor, alpha: float, limit: float, activation: str) -> Tensor:
+    if activation == "gelu_tanh":
+        return F.gelu(gate, approximate="tanh") * up
+    assert activation == "silu", activation
     if not limit:
         return F.silu(gate) * up
     gate = gate.clamp(max=limit)
@@ -134,6 +138,7 @@ def moe_experts(
     down_bias: Tensor | None = None,
     alpha: float = 1.0,
     limit: float = 0.0,
+    activation: str = "silu",
 ) -> Tensor:
     """down(silu(gate(x)) * up(x)) for each expert of a token, not yet weighted and summed.
 
@@ -141,10 +146,11 @@ def moe_experts(
     gate_up: [experts, 2 * intermediate, hidden], gate first; down: [experts, hidden, intermediate].
     Biases: [experts, outputs]. limit: if not 0, the clamped form of gpt-oss: `gate(x)` is clamped
     to at most `limit` and `up(x)` to [-limit, limit], and the input of `down` is
-    gate * sigmoid(alpha * gate) * (up + 1). Returns float32 [tokens, top_k, hidden]; the compiler
-    fuses the weighted sum with the next op.
+    gate * sigmoid(alpha * gate) * (up + 1). activation: "silu", or "gelu_tanh" in its place.
+    Returns float32 [tokens, top_k, hidden]; the compiler fuses the weighted sum with the next op.
     """
-    arguments = x, expert_ids, gate_up, down, gate_up_bias, down_bias, alpha, limit
+    biases = gate_up_bias, down_bias
+    arguments = x, expert_ids, gate_up, down, *biases, alpha, limit, activation
     if x.is_cuda:
         from compiledllm.kernels.moe_triton import experts
 

@@ -66,15 +66,15 @@ def needs_sorting(num_tokens: int, top_k: int, num_experts: int) -> bool:
 
 
 @triton.jit
-def _gated(total, alpha, limit, dtype, HAS_LIMIT: tl.constexpr):
-    """silu(gate) * up, [n, rows]. total: [2 * n, rows], alternately 8 gate and 8 up outputs."""
+def _gated(total, alpha, limit, dtype, HAS_LIMIT: tl.constexpr, IS_GELU: tl.constexpr):
+    """`gate_triton.gated`, [n, rows]. total: [2 * n, rows], alternately 8 gate and 8 up outputs."""
     n: tl.constexpr = total.shape[0] // 2
     parts = tl.reshape(total, [n // 8, 2, 8, total.shape[1]])
     gate, up = tl.split(tl.permute(parts, [0, 2, 3, 1]))
     # Round to the output dtype at the same points as torch.
     gate = tl.reshape(gate, [n, total.shape[1]]).to(dtype).to(tl.float32)
     up = tl.reshape(up, [n, total.shape[1]]).to(dtype).to(tl.float32)
-    return gated(gate, up, alpha, limit, dtype, HAS_LIMIT)
+    return gated(gate, up, alpha, limit, dtype, HAS_LIMIT, IS_GELU)
 
 
 @triton.jit(do_not_specialize=["num_items", "num_blocks"])
@@ -82,13 +82,13 @@ def _grouped_kernel(
     x, weight, bias, out, items, block_experts, num_items, num_blocks, num_experts, x_stride, alpha,
     limit, NUM_OUTPUTS: tl.constexpr, NUM_INPUTS: tl.constexpr, ITEMS_PER_ROW: tl.constexpr,
     IS_SORTED: tl.constexpr, IS_GATED: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_LIMIT: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr,
-    GROUP: tl.constexpr, OVERLAP: tl.constexpr,
+    HAS_LIMIT: tl.constexpr, IS_GELU: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr,
+    COLUMNS: tl.constexpr, GROUP: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out[item] = x[item // ITEMS_PER_ROW] @ weight[expert].T + bias[expert].
 
     IS_GATED: out is silu(gate) * up, where weight rows 0 to NUM_OUTPUTS - 1 of an expert give gate
-    and the NUM_OUTPUTS rows behind them give up. HAS_LIMIT: the clamped form, see
+    and the NUM_OUTPUTS rows behind them give up. HAS_LIMIT, IS_GELU: other forms, see
     `moe.moe_experts`. Without IS_SORTED, each item is a block and `block_experts` holds the items'
     experts.
     """
@@ -136,7 +136,7 @@ def _grouped_kernel(
     if HAS_BIAS:
         total += tl.load(bias + row).to(tl.float32)[:, None]
     if IS_GATED:
-        total = _gated(total, alpha, limit, out.dtype.element_ty, HAS_LIMIT)
+        total = _gated(total, alpha, limit, out.dtype.element_ty, HAS_LIMIT, IS_GELU)
     output = tile * outputs_at_once + tl.arange(0, outputs_at_once)
     target = out + item.to(tl.int64)[None, :] * NUM_OUTPUTS + output[:, None]
     tl.store(target, total.to(out.dtype.element_ty), (output < NUM_OUTPUTS)[:, None] & is_item)
@@ -168,6 +168,7 @@ def grouped_product(
     is_gated: bool = False,
     alpha: float = 1.0,
     limit: float = 0.0,
+    activation: str = "silu",
 ) -> Tensor:
     """Run one grouped matmul. Fills and returns `out`, [items, outputs].
 
@@ -184,7 +185,8 @@ def grouped_product(
         num_items, num_blocks, num_experts, x.stride(0), alpha, limit,
         NUM_OUTPUTS=num_outputs, NUM_INPUTS=num_inputs, ITEMS_PER_ROW=num_items // len(x),
         IS_SORTED=plan.items is not None, IS_GATED=is_gated, HAS_BIAS=bias is not None,
-        HAS_LIMIT=limit != 0, ROWS=t.rows, OUTPUTS=t.outputs, COLUMNS=t.columns, GROUP=t.group,
+        HAS_LIMIT=limit != 0, IS_GELU=activation == "gelu_tanh", ROWS=t.rows, OUTPUTS=t.outputs,
+        COLUMNS=t.columns, GROUP=t.group,
         num_warps=t.num_warps, num_stages=t.num_stages, **launch_options(),
     )  # fmt: skip
     return out
@@ -199,6 +201,7 @@ def experts(
     down_bias: Tensor | None = None,
     alpha: float = 1.0,
     limit: float = 0.0,
+    activation: str = "silu",
 ) -> Tensor:
     """See `moe.moe_experts`."""
     (num_tokens, hidden), top_k = x.shape, expert_ids.shape[1]
@@ -211,6 +214,6 @@ def experts(
     t = tiling_for(num_items, num_experts, x.dtype)
     plan = Plan.of(expert_ids, num_experts, t.rows)
     inner = x.new_empty((num_items, size))
-    grouped_product(x, gate_up, gate_up_bias, inner, plan, t, True, alpha, limit)
+    grouped_product(x, gate_up, gate_up_bias, inner, plan, t, True, alpha, limit, activation)
     grouped_product(inner, down, down_bias, out.view(num_items, hidden), plan, t)
     return out

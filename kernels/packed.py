@@ -199,6 +199,7 @@ def packed_experts(
     down_bias: Tensor | None,
     alpha: float,
     limit: float,
+    activation: str = "silu",
 ) -> Tensor:
     """`moe.moe_experts` with `Packed` matrices, each tensor with a first dimension of experts."""
     from compiledllm.kernels.quantized_experts_cuda import ExpertMatrix, experts
@@ -210,7 +211,7 @@ def packed_experts(
     last = ExpertMatrix(
         down, down_scales, down_zeros, down_row_scales, down_bias, Layout.parse(down_layout)
     )
-    return experts(x, expert_ids, up, last, alpha, limit)
+    return experts(x, expert_ids, up, last, alpha, limit, activation)
 
 
 # -- FP8 inputs ------------------------------------------------------------------------------------

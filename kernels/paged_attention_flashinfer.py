@@ -7,7 +7,7 @@ on first use, which needs nvcc: `prepare` triggers the compilation and raises it
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -96,7 +96,7 @@ class FlashInferBackend(AttentionBackend):
         rows: np.ndarray,
         computed: np.ndarray,
         counts: np.ndarray,
-        block_tables: Tensor,
+        block_tables: Sequence[Tensor],
         graph: Hashable = None,
     ) -> None:
         """See `AttentionBackend.plan`."""

@@ -117,7 +117,7 @@ def paged_attention(
 
 
 class TritonBackend(AttentionBackend):
-    head_dims = range(1, 257)
+    head_dims = range(1, 513)
     store_kv = staticmethod(store_kv)
     paged_attention = staticmethod(paged_attention)
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from compiledllm.kernels.launch import launch_options, num_multiprocessors
+from compiledllm.kernels.launch import launch_options, max_shared_memory, num_multiprocessors
 from compiledllm.kernels.online_softmax_triton import Tiling, after_sinks, attend_keys
 from compiledllm.kernels.ragged_triton import row_of_piece
 
@@ -29,6 +29,8 @@ def prefill_tiling(head_dim: int, group: int, dtype: torch.dtype, num_queries: i
     time.
     """
     min_rows = triton.next_power_of_2(group)
+    if head_dim > 256:
+        return tiling_of_wide_heads(min_rows, dtype, max_shared_memory())
     if dtype == torch.float32:
         return Tiling(max(32, min_rows), 32, 4, 2)
     if head_dim > 128:
@@ -36,6 +38,19 @@ def prefill_tiling(head_dim: int, group: int, dtype: torch.dtype, num_queries: i
     if head_dim > 64 and num_queries >= 3 * 128 * num_multiprocessors():
         return Tiling(max(128, min_rows), 64, 8, 2, max_registers=128)
     return Tiling(max(64, min_rows), 64, 4, 2)
+
+
+def tiling_of_wide_heads(min_rows: int, dtype: torch.dtype, max_shared: int) -> Tiling:
+    """For head_dim 512: the largest tile whose queries, keys and values fit in shared memory.
+
+    Eight warps hold the float32 sums of 64 rows in 128 registers per thread. max_shared: bytes.
+    """
+    row_bytes = 512 * dtype.itemsize
+    for rows, keys in ((64, 64), (64, 32), (32, 32)):
+        rows = max(rows, min_rows)
+        if (rows + 2 * keys) * row_bytes <= max_shared:
+            return Tiling(rows, keys, 8, 1)
+    return Tiling(max(16, min_rows), 16, 4, 1)
 
 
 @triton.jit

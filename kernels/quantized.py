@@ -128,6 +128,7 @@ def quantized_experts(
     alpha: float,
     limit: float,
     code: str,
+    activation: str = "silu",
 ) -> Tensor:
     """`moe.moe_experts` with quantised matrices: each tensor has a first dimension of experts."""
     num_rows, hidden = gate_up.shape[1], x.shape[1]
@@ -135,7 +136,8 @@ def quantized_experts(
         _Dequantized(gate_up, gate_up_scales, gate_up_zeros, code, hidden, x.dtype),
         _Dequantized(down, down_scales, down_zeros, code, num_rows // 2, x.dtype),
     )
-    return experts_in_torch(x, expert_ids, *matrices, gate_up_bias, down_bias, alpha, limit)
+    biases = gate_up_bias, down_bias
+    return experts_in_torch(x, expert_ids, *matrices, *biases, alpha, limit, activation)
 
 
 class _Dequantized:

@@ -78,6 +78,7 @@ def experts(
     down: ExpertMatrix,
     alpha: float,
     limit: float,
+    activation: str = "silu",
 ) -> Tensor:
     """See `packed.packed_experts`."""
     (num_tokens, hidden), (_, top_k) = x.shape, expert_ids.shape
@@ -86,10 +87,10 @@ def experts(
     if num_items > _MAX_ITEMS_OF_EXPERT * num_experts:
         weights = gate_up.dequantized(hidden, x.dtype), down.dequantized(size, x.dtype)
         biases = gate_up.bias, down.bias
-        return moe_triton.experts(x, expert_ids, *weights, *biases, alpha, limit)
+        return moe_triton.experts(x, expert_ids, *weights, *biases, alpha, limit, activation)
     routing = _route(expert_ids, num_experts)
     both = gate_up.times(x, x.new_empty((num_items, 2 * size)), routing)
-    inner = gate(both, alpha, limit)
+    inner = gate(both, alpha, limit, activation)
     out = x.new_empty((num_items, hidden), dtype=torch.float32)
     down.times(inner, out, replace(routing, items_per_row=1))  # `inner` has a row per item
     return out.view(num_tokens, top_k, hidden)

@@ -6,6 +6,7 @@ costs time even in a captured step. On other devices plain torch does the same.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,26 +38,27 @@ def decode_inputs(
     rows: Tensor,
     last_token_ids: Tensor,
     num_computed_tokens: Tensor,
-    block_tables: Tensor,
-    block_size: int,
+    block_tables: Sequence[Tensor],
+    block_sizes: Sequence[int],
 ) -> DecodeInputs:
     """Gather the inputs of a decode step of `rows`, int64 [rows], from all request rows.
 
-    last_token_ids, num_computed_tokens: int64 [request rows]. block_tables: int32 [groups, request
-    rows, max_blocks]. Slots and tables of different groups do not share storage.
+    last_token_ids, num_computed_tokens: int64 [request rows]. block_tables, block_sizes: for each
+    group of layers, int32 [request rows, blocks] and the tokens of a block. Slots and tables of
+    different groups do not share storage.
     """
     if rows.is_cuda:
         from compiledllm.kernels.step_inputs_triton import gather
 
         found: DecodeInputs = gather(
-            rows, last_token_ids, num_computed_tokens, block_tables, block_size
+            rows, last_token_ids, num_computed_tokens, block_tables, block_sizes
         )
         return found
     positions = num_computed_tokens[rows]
     seq_lens = F.pad(positions + 1, (0, 1)).int()
     starts = one_token_each(rows)
     attn = []
-    for group_table in block_tables:
+    for group_table, block_size in zip(block_tables, block_sizes, strict=True):
         tables = with_empty_row(group_table[rows])
         blocks = tables[:-1].gather(1, (positions // block_size)[:, None]).squeeze(1)
         slots = slots_in(blocks, positions, block_size)
@@ -67,7 +69,11 @@ def decode_inputs(
 
 
 def mixed_inputs(
-    tokens: Tensor, rows: Tensor, last_token_ids: Tensor, block_tables: Tensor, block_size: int
+    tokens: Tensor,
+    rows: Tensor,
+    last_token_ids: Tensor,
+    block_tables: Sequence[Tensor],
+    block_sizes: Sequence[int],
 ) -> MixedInputs:
     """Gather the inputs of a ragged step: the tokens of all rows lie row after row.
 
@@ -78,14 +84,14 @@ def mixed_inputs(
     if rows.is_cuda:
         from compiledllm.kernels.step_inputs_triton import unpack
 
-        found: MixedInputs = unpack(tokens, rows, last_token_ids, block_tables, block_size)
+        found: MixedInputs = unpack(tokens, rows, last_token_ids, block_tables, block_sizes)
         return found
     row_of_token, positions, ids = tokens
     table_rows, lengths, ends = rows
     seq_lens = F.pad(lengths, (0, 1)).int()
     starts = torch.cat((F.pad(ends, (1, 0)), ends[-1:])).int()
     attn = []
-    for group_table in block_tables:
+    for group_table, block_size in zip(block_tables, block_sizes, strict=True):
         slots = slots_in(group_table[row_of_token, positions // block_size], positions, block_size)
         tables = with_empty_row(group_table[table_rows])
         bound = make_row_bound(0, rows.device)

@@ -10,6 +10,8 @@ again and again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -79,17 +81,18 @@ def gather(
     rows: Tensor,
     last_token_ids: Tensor,
     num_computed_tokens: Tensor,
-    block_tables: Tensor,
-    block_size: int,
+    block_tables: Sequence[Tensor],
+    block_sizes: Sequence[int],
 ) -> DecodeInputs:
     """See `step_inputs.decode_inputs`. One launch per group; all write the same tokens."""
-    num_rows, max_blocks = len(rows), block_tables.shape[-1]
-    assert rows.is_contiguous() and block_tables.is_contiguous()
+    num_rows = len(rows)
+    assert all(x.is_contiguous() for x in (rows, *block_tables))
     input_ids, positions, lengths, indices = (torch.empty_like(rows) for _ in range(4))
     seq_lens, starts = (rows.new_empty(num_rows + n, dtype=torch.int32) for n in (1, 2))
-    chunk, num_chunks = _chunks(max_blocks)
     attn = []
-    for group_table in block_tables:
+    for group_table, block_size in zip(block_tables, block_sizes, strict=True):
+        max_blocks = group_table.shape[-1]
+        chunk, num_chunks = _chunks(max_blocks)
         slots, tables = torch.empty_like(rows), group_table.new_empty((num_rows + 1, max_blocks))
         _gather_kernel[(num_rows + 1, num_chunks)](
             rows, last_token_ids, num_computed_tokens, group_table, input_ids, positions, lengths,
@@ -142,16 +145,21 @@ def _unpack_kernel(
 
 
 def unpack(
-    tokens: Tensor, rows: Tensor, last_token_ids: Tensor, block_tables: Tensor, block_size: int
+    tokens: Tensor,
+    rows: Tensor,
+    last_token_ids: Tensor,
+    block_tables: Sequence[Tensor],
+    block_sizes: Sequence[int],
 ) -> MixedInputs:
     """See `step_inputs.mixed_inputs`. One launch per group; all write the same tokens."""
-    num_tokens, num_rows, max_blocks = tokens.shape[1], rows.shape[1], block_tables.shape[-1]
-    assert all(x.is_contiguous() for x in (tokens, rows, block_tables))
+    num_tokens, num_rows = tokens.shape[1], rows.shape[1]
+    assert all(x.is_contiguous() for x in (tokens, rows, *block_tables))
     input_ids, positions = (tokens.new_empty(num_tokens) for _ in range(2))
     seq_lens, starts = (rows.new_empty(num_rows + n, dtype=torch.int32) for n in (1, 2))
-    chunk, num_chunks = _chunks(max_blocks)
     attn = []
-    for group_table in block_tables:
+    for group_table, block_size in zip(block_tables, block_sizes, strict=True):
+        max_blocks = group_table.shape[-1]
+        chunk, num_chunks = _chunks(max_blocks)
         slots = torch.empty_like(positions)
         tables = group_table.new_empty((num_rows + 1, max_blocks))
         _unpack_kernel[(num_rows + 1 + triton.cdiv(num_tokens, _TOKENS), num_chunks)](

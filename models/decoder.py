@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from compiledllm.kernels.backend import AttentionBackend, AttentionMetadata, StateMetadata
 from compiledllm.models.formats.weight_format import empty_parameter
+from compiledllm.models.layer_cache import SharedKV
 from compiledllm.models.layers.attention import PagedAttention
 from compiledllm.models.layers.factory import Factory, Products
 from compiledllm.models.layers.linear import Head
 from compiledllm.models.layers.mixer import make_mixer
-from compiledllm.models.layers.moe import make_mlp
+from compiledllm.models.layers.moe import ExpertsBesideMlp, make_mlp
 from compiledllm.models.layers.rope import RotaryTable
+from compiledllm.models.layers.token_input import TokenInputGate, TokenInputs
 from compiledllm.models.spec import (
     NORMS_BEFORE,
     NORMS_BEHIND,
@@ -35,18 +37,22 @@ BlockForward = Callable[..., tuple[Tensor, Tensor]]
 # Of a layer: its KV cache with attention's metadata, or the tensors of its states with theirs.
 Cache = Tensor | list[Tensor]
 Metadata = AttentionMetadata | StateMetadata
-BlockInputs = tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]
+Tables = list[tuple[Tensor, Tensor]]  # cos and sin of each rotary table
+BlockInputs = tuple[Tensor, Tensor, Tables, Tensor | None]
+# A layer, the index of its rotary table, its own input of the tokens, its cache and metadata.
+LayerStep = tuple[nn.Module, int, Tensor | None, Cache, Metadata]
 
 
 class SampledTokens(NamedTuple):
     """The tokens of a step whose hidden states are needed, normally the sampled tokens.
 
-    attn: metadata for the last layer, with one row per needed token over the token's whole context.
-    The slots are padding, because the keys and values of all tokens are stored separately.
+    attn: metadata for each of the last `Decoder.num_sampled_layers` layers, with one row per needed
+    token over the token's whole context. The slots are padding, because the keys and values of all
+    tokens are stored separately.
     """
 
     indices: Tensor  # int64 [samples], into the step's tokens
-    attn: AttentionMetadata
+    attn: Sequence[AttentionMetadata]
 
 
 class DecoderBlock(nn.Module):
@@ -65,7 +71,14 @@ class DecoderBlock(nn.Module):
         self.attn_out_norm = norm(NORMS_BEHIND[spec.residual] >= 1)
         self.mlp_norm = norm(NORMS_BEFORE[spec.residual] >= 2)
         self.mlp = make_mlp(spec.hidden_size, spec.mlp, make.within("mlp"))
+        self.experts = self.token_input = None
+        if spec.experts is not None:
+            make_experts = make.within("experts")
+            self.experts = ExpertsBesideMlp(spec.hidden_size, spec.experts, spec.norm, make_experts)
         self.mlp_out_norm = norm(NORMS_BEHIND[spec.residual] >= 2)
+        if spec.token_size:
+            self.token_input = TokenInputGate(spec, make.within("token_input"))
+        self.scalar = empty_parameter(1) if spec.has_scalar else None
         self.is_parallel = spec.residual.startswith("parallel")
         self.norms_sums = spec.residual == "sums"
 
@@ -75,6 +88,7 @@ class DecoderBlock(nn.Module):
         update: Tensor,  # [tokens, hidden]
         cos: Tensor,  # [tokens, 1, rotary_dim]
         sin: Tensor,
+        token_input: Tensor | None,  # [tokens, token_size], where the spec has a token_size
         cache: Cache,
         attn: Metadata,
     ) -> tuple[Tensor, Tensor]:
@@ -87,8 +101,23 @@ class DecoderBlock(nn.Module):
             x = mlp_in = x + attended
         if self.mlp_norm is not None:
             mlp_in = self.mlp_norm(x)
-        update = self._scaled(self.mlp(mlp_in), self.mlp_out_norm)
-        return x, update + attended if self.is_parallel else update
+        update = self.mlp(mlp_in)
+        if self.experts is not None:
+            update = self.experts(x, update)
+        update = self._scaled(update, self.mlp_out_norm)
+        if self.is_parallel:
+            update = update + attended
+        return self._with_token_input(x, update, token_input)
+
+    def _with_token_input(
+        self, x: Tensor, update: Tensor, token_input: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if self.token_input is not None:
+            x = x + update
+            update = self.token_input(x, token_input)
+        if self.scalar is not None:
+            x, update = x * self.scalar, update * self.scalar
+        return x, update
 
     def store(
         self,
@@ -124,8 +153,9 @@ class Decoder(nn.Module):
 
     `block_forward` runs a block, `enter` everything before the first block, `leave` everything
     behind the last block. `compiledllm.graphs` replaces all three by compiled functions.
-    takes_sampled_tokens: whether `forward` accepts `SampledTokens`. products: kernels of matrix
-    products and norms.
+    takes_sampled_tokens: whether `forward` accepts `SampledTokens`. num_sampled_layers: number of
+    layers that run for these tokens only: the last one that stores keys and values, and those
+    behind it. products: kernels of matrix products and norms.
     """
 
     edges = "enter", "leave"
@@ -136,8 +166,10 @@ class Decoder(nn.Module):
         super().__init__()
         self.spec = spec
         self.backend = backend
-        last_attends = isinstance(spec.layers[-1].mixer, AttentionSpec)
-        self.takes_sampled_tokens = backend.takes_sampled_tokens and last_attends
+        self.num_sampled_layers = _num_behind_last_stored(spec) + 1
+        last_mixers = (layer.mixer for layer in spec.layers[-self.num_sampled_layers :])
+        last_attend = all(isinstance(mixer, AttentionSpec) for mixer in last_mixers)
+        self.takes_sampled_tokens = backend.takes_sampled_tokens and last_attend
         self._make = make = Factory(products or Products(), spec.formats)
         self.embedding = empty_parameter(spec.vocab_size, spec.embedding_width)
         self.lm_head = self._make_head(is_tied=spec.tie_word_embeddings)
@@ -150,7 +182,11 @@ class Decoder(nn.Module):
         size = spec.num_learned_positions
         self.positions = empty_parameter(size, spec.hidden_size) if size else None
         self.layers = nn.ModuleList(DecoderBlock(layer, backend, make) for layer in spec.layers)
+        self._share_kv_scales()
         self.final_norm = make.norm(spec.final_norm, spec.hidden_size)
+        self.token_inputs = None
+        if spec.token_size:
+            self.token_inputs = TokenInputs(spec, make.within("token_inputs"))
         ropes = list(dict.fromkeys(attention.rope for attention in spec.attentions))
         self.rotary = nn.ModuleList(RotaryTable(rope) for rope in ropes)
         # Layers with a state get the first table, as all blocks are called alike, and ignore it.
@@ -173,30 +209,62 @@ class Decoder(nn.Module):
         """Hidden states behind the final norm, [tokens, hidden]. caches, attn: one per layer.
 
         With `sampled`, returns the hidden states of these tokens only, [samples, hidden]. For other
-        tokens the last block just stores keys and values.
+        tokens the first of the last `num_sampled_layers` blocks just stores keys and values.
         """
-        x, update, tables = self.enter(self, input_ids, positions)
-        *body, last = zip(self.layers, self._rotary_index, caches, attn, strict=True)
-        for layer, index, cache, metadata in body:
-            x, update = self.block_forward(layer, x, update, *tables[index], cache, metadata)
-        layer, index, cache, metadata = last
-        cos, sin = tables[index]
+        x, update, tables, inputs = self.enter(self, input_ids, positions)
+        layer_inputs = inputs if inputs is not None else [None] * len(self.layers)
+        steps = list(zip(self.layers, self._rotary_index, layer_inputs, caches, attn, strict=True))
         if sampled is not None:
-            assert isinstance(cache, Tensor) and isinstance(metadata, AttentionMetadata)
-            cast("DecoderBlock", layer).store(x, update, cos, sin, cache, metadata.slot_mapping)
-            x, update, cos, sin = (part[sampled.indices] for part in (x, update, cos, sin))
-            metadata = sampled.attn
-        x, update = self.block_forward(layer, x, update, cos, sin, cache, metadata)
+            cut = len(steps) - self.num_sampled_layers
+            x, update = self._run(steps[:cut], x, update, tables)
+            self._store(steps[cut], x, update, tables)
+            x, update = x[sampled.indices], update[sampled.indices]
+            tables = [(cos[sampled.indices], sin[sampled.indices]) for cos, sin in tables]
+            steps = [
+                (layer, index, None if part is None else part[sampled.indices], cache, metadata)
+                for (layer, index, part, cache, _), metadata in zip(
+                    steps[cut:], sampled.attn, strict=True
+                )
+            ]
+        x, update = self._run(steps, x, update, tables)
         return self.leave(self, x, update)
+
+    def _run(
+        self, steps: list[LayerStep], x: Tensor, update: Tensor, tables: Tables
+    ) -> tuple[Tensor, Tensor]:
+        for layer, index, token_input, cache, metadata in steps:
+            x, update = self.block_forward(
+                layer, x, update, *tables[index], token_input, cache, metadata
+            )
+        return x, update
+
+    def _store(self, step: LayerStep, x: Tensor, update: Tensor, tables: Tables) -> None:
+        layer, index, _, cache, metadata = step
+        assert isinstance(cache, Tensor) and isinstance(metadata, AttentionMetadata)
+        slots = metadata.slot_mapping
+        cast("DecoderBlock", layer).store(x, update, *tables[index], cache, slots)
+
+    def _share_kv_scales(self) -> None:
+        """Give layers that read other layers' keys and values the scales of these layers."""
+        blocks = cast("list[DecoderBlock]", list(self.layers))
+        for block in blocks:
+            attention = block.attn
+            if isinstance(attention, PagedAttention) and attention.spec.kv_layer is not None:
+                source = blocks[attention.spec.kv_layer].attn
+                assert isinstance(source, PagedAttention)
+                attention.kv_scales = source.kv_scales
 
     @property
     def kv_scales(self) -> dict[int, Tensor]:
-        """By layer, the scales [2] of keys and values in an FP8 cache; to be written in place."""
+        """By layer that stores keys and values, their scales [2] in an FP8 cache.
+
+        To be written in place.
+        """
         mixers = (cast("DecoderBlock", layer).attn for layer in self.layers)
         return {
             index: mixer.kv_scales
             for index, mixer in enumerate(mixers)
-            if isinstance(mixer, PagedAttention)
+            if isinstance(mixer, PagedAttention) and mixer.spec.kv_layer is None
         }
 
     def untie_head(self) -> None:
@@ -232,9 +300,14 @@ class Decoder(nn.Module):
 
 
 def _enter(decoder: Decoder, input_ids: Tensor, positions: Tensor) -> BlockInputs:
-    """x and update of the first block, [tokens, hidden]; cos and sin of each rotary table."""
+    """x and update of the first block, [tokens, hidden]; cos and sin of each rotary table.
+
+    Also the layers' own inputs, [layers, tokens, token_size]; None if they have none.
+    """
     x = decoder.embed(input_ids, positions)
-    return x, _no_update(x), [rotary(positions, x.dtype) for rotary in decoder.rotary]
+    tables = [rotary(positions, x.dtype) for rotary in decoder.rotary]
+    inputs = None if decoder.token_inputs is None else decoder.token_inputs(input_ids, x)
+    return x, _no_update(x), tables, inputs
 
 
 def _leave(decoder: Decoder, x: Tensor, update: Tensor) -> Tensor:
@@ -250,3 +323,9 @@ def _no_update(x: Tensor) -> Tensor:
     for their predecessor, but later kernels rely on that wait. Inductor simplifies x * 0 to zeros.
     """
     return x.clamp(0, 0)
+
+
+def _num_behind_last_stored(spec: ModelSpec) -> int:
+    """Number of layers behind the last one that keeps something of the tokens it has seen."""
+    keeps = [not isinstance(cache, SharedKV) for cache in spec.layer_caches]
+    return keeps[::-1].index(True)

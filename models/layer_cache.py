@@ -1,8 +1,9 @@
 """The kinds of cache that a layer keeps of the tokens it has seen: window, shape, dtype and bytes.
 
-`PagedKV` grows with a request's tokens, and lies in blocks. `runner/kv_layout.py` puts layers with
-equal `PagedKV` into groups and `runner/kv_cache.py` allocates the tensors. A `State` has the same
-size whatever a request's length; `runner/state_caches.py` allocates one for each request row.
+`PagedKV` grows with a request's tokens, and lies in blocks. `runner/kv_layout.py` puts layers into
+groups and `runner/kv_cache.py` allocates the tensors. A layer with `SharedKV` reads the KV of an
+earlier layer. A `State` has the same size whatever a request's length; `runner/state_caches.py`
+allocates one for each request row.
 """
 
 from __future__ import annotations
@@ -48,4 +49,11 @@ class State:
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.parts)
 
 
-LayerCache = PagedKV | State
+@dataclass(frozen=True, slots=True)
+class SharedKV:
+    """Nothing of its own: the layer reads the keys and values of the earlier layer `layer`."""
+
+    layer: int
+
+
+LayerCache = PagedKV | State | SharedKV

@@ -40,7 +40,8 @@ class RouterSpec:
     has_bias: a learned bias is added to the scores for the choice, not for the weights. num_groups,
     top_groups: neighbouring experts form groups of equal size, and only experts of the `top_groups`
     groups whose two best experts have the largest sum are chosen. renormalize: the weights are
-    divided by their sum plus `eps`. scale: multiplies the weights after that.
+    divided by their sum plus `eps`. scale: multiplies the weights after that. has_expert_scales:
+    so does a learned number of each expert.
     """
 
     scores: str = "softmax"
@@ -50,6 +51,7 @@ class RouterSpec:
     top_groups: int = 1
     eps: float = 0.0
     scale: float = 1.0
+    has_expert_scales: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +60,8 @@ class MoeSpec:
 
     intermediate_size: of one expert. shared_size: intermediate size of a shared expert that every
     token uses; 0: none. has_shared_gate: a sigmoid gate weights the shared expert. bias: experts
-    and router have biases. alpha, limit: parameters of clamped experts, which `kernels.moe`
-    explains.
+    and router have biases. activation: "silu" or "gelu_tanh". alpha, limit: parameters of clamped
+    experts, which `kernels.moe` explains.
     """
 
     intermediate_size: int
@@ -69,29 +71,33 @@ class MoeSpec:
     shared_size: int = 0
     has_shared_gate: bool = True
     bias: bool = False
+    activation: str = "silu"
     alpha: float = 1.0
     limit: float = 0.0
 
-    def weights(self, hidden_size: int) -> Weights:
-        return self._weights(hidden_size, self.num_experts)
+    def weights(self, hidden_size: int, path: str = "mlp") -> Weights:
+        """path: of the layer within its block."""
+        return self._weights(hidden_size, self.num_experts, path)
 
-    def weights_used(self, hidden_size: int) -> Weights:
+    def weights_used(self, hidden_size: int, path: str = "mlp") -> Weights:
         """The weights that one token uses."""
-        return self._weights(hidden_size, self.top_k)
+        return self._weights(hidden_size, self.top_k, path)
 
-    def _weights(self, hidden_size: int, num_experts: int) -> Weights:
-        size = self.intermediate_size
+    def _weights(self, hidden_size: int, num_experts: int, path: str) -> Weights:
+        size, router = self.intermediate_size, self.router
         matrices = (
-            MatrixSpec("mlp.router", self.num_experts, hidden_size),
-            MatrixSpec("mlp.gate_up", 2 * size, hidden_size, num_experts),
-            MatrixSpec("mlp.down", hidden_size, size, num_experts),
+            MatrixSpec(f"{path}.router", self.num_experts, hidden_size),
+            MatrixSpec(f"{path}.gate_up", 2 * size, hidden_size, num_experts),
+            MatrixSpec(f"{path}.down", hidden_size, size, num_experts),
         )
         biases = self.num_experts + num_experts * (2 * size + hidden_size)
-        experts = Weights(matrices, self.bias * biases + self.router.has_bias * self.num_experts)
+        num_router_others = self.num_experts * (router.has_bias + router.has_expert_scales)
+        experts = Weights(matrices, self.bias * biases + num_router_others)
         if not self.shared_size:
             return experts
-        gate = Weights((MatrixSpec("mlp.shared_gate", 1, hidden_size),) * self.has_shared_gate)
-        return experts.plus(MlpSpec(self.shared_size).weights(hidden_size, "mlp.shared"), gate)
+        gate = (MatrixSpec(f"{path}.shared_gate", 1, hidden_size),) * self.has_shared_gate
+        shared = MlpSpec(self.shared_size).weights(hidden_size, f"{path}.shared")
+        return experts.plus(shared, Weights(gate))
 
 
 @dataclass(frozen=True, slots=True)

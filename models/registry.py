@@ -34,6 +34,8 @@ FAMILIES = {
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma2",
     "Gemma3ForConditionalGeneration": "gemma3_multimodal",
+    "Gemma4ForCausalLM": "gemma4",
+    "Gemma4ForConditionalGeneration": "gemma4",
     "GemmaForCausalLM": "gemma",
     "Glm46VForConditionalGeneration": "glm4v",
     "Glm4ForCausalLM": "glm4",

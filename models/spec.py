@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from compiledllm.models.layer_cache import LayerCache, PagedKV, State
+from compiledllm.models.layer_cache import LayerCache, PagedKV, SharedKV, State
 from compiledllm.models.matrices import Formats, MatrixSpec, Weights
 from compiledllm.models.mlp_specs import MlpSpec, MoeSpec, OpaqueSpec, RouterSpec
 from compiledllm.models.state_specs import StateSpec
 
 # All that the spec of a decoder with attention takes; `state_specs` has the other mixers.
 __all__ = [
+    "EXPERTS",
     "NORMS_BEFORE",
     "NORMS_BEHIND",
     "AttentionSpec",
@@ -30,6 +31,7 @@ __all__ = [
     "OpaqueSpec",
     "RopeSpec",
     "RouterSpec",
+    "TOKEN_PROJECTION",
 ]
 
 
@@ -61,8 +63,8 @@ class RopeSpec:
 class NormSpec:
     """A normalisation layer.
 
-    kind: "rms"; "rms_plus_one", an RMSNorm whose weight is stored minus one; "layer", a LayerNorm,
-    with a bias if `bias`; "none", the identity.
+    kind: "rms"; "rms_plus_one", an RMSNorm whose weight is stored minus one; "rms_unscaled", an
+    RMSNorm without a weight; "layer", a LayerNorm, with a bias if `bias`; "none", the identity.
     """
 
     eps: float
@@ -70,7 +72,7 @@ class NormSpec:
     bias: bool = False
 
     def num_parameters(self, size: int) -> int:
-        return 0 if self.kind == "none" else size * (1 + self.bias)
+        return 0 if self.kind in ("none", "rms_unscaled") else size * (1 + self.bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,9 @@ class AttentionSpec:
     soft_cap: limit of the logits' tanh soft cap; 0: none. has_sinks: each head has a learned logit
     that takes part in the softmax's denominator only. has_gate: the sigmoid of a projection
     multiplies each head's output; the projection's rows follow the rows of the head's query.
+    v_norm: normalises each head of the values. keys_are_values: values are the projected keys, as
+    they are before norm and rotation. kv_layer: the earlier layer, with the same heads and window,
+    whose keys and values the layer reads, storing none; None: it stores its own.
     """
 
     num_heads: int
@@ -100,6 +105,9 @@ class AttentionSpec:
     soft_cap: float = 0.0
     has_sinks: bool = False
     has_gate: bool = False
+    v_norm: NormSpec | None = None
+    keys_are_values: bool = False
+    kv_layer: int | None = None
 
     @property
     def q_size(self) -> int:
@@ -113,6 +121,14 @@ class AttentionSpec:
     @property
     def kv_size(self) -> int:
         return self.num_kv_heads * self.head_dim
+
+    @property
+    def qkv_parts(self) -> dict[str, int]:
+        """Parts of the projection, with their rows."""
+        if self.kv_layer is not None:
+            return {"q": self.q_rows}
+        parts = {"q": self.q_rows, "k": self.kv_size}
+        return parts if self.keys_are_values else parts | {"v": self.kv_size}
 
     def num_seen(self, num_tokens: int) -> int:
         """Number of positions that the last of `num_tokens` tokens sees, itself included."""
@@ -129,12 +145,16 @@ class AttentionSpec:
 
     def cache(
         self, _dtype: torch.dtype, kv_dtype: torch.dtype, _state_dtype: torch.dtype
-    ) -> PagedKV:
+    ) -> PagedKV | SharedKV:
         """What the layer keeps of each token. kv_dtype: of keys and values."""
-        return PagedKV(self.num_kv_heads, self.head_dim, self.sliding_window, kv_dtype)
+        return self.kv(kv_dtype) if self.kv_layer is None else SharedKV(self.kv_layer)
+
+    def kv(self, dtype: torch.dtype) -> PagedKV:
+        """What the layer reads of each token: its own keys and values, or those of `kv_layer`."""
+        return PagedKV(self.num_kv_heads, self.head_dim, self.sliding_window, dtype)
 
     def weights(self, hidden_size: int) -> Weights:
-        num_qkv = self.q_rows + 2 * self.kv_size
+        num_qkv = sum(self.qkv_parts.values())
         qkv = MatrixSpec("attn.qkv", num_qkv, hidden_size)
         out = MatrixSpec("attn.out", hidden_size, self.q_size)
         biases = self.qkv_bias * num_qkv + self.output_bias * hidden_size
@@ -145,9 +165,13 @@ class AttentionSpec:
     def _num_parameters_of_norms(self) -> int:
         if self.qk_norm is None:
             return 0
-        shapes = map(self.qk_norm_shape, (self.num_heads, self.num_kv_heads))
+        heads = (self.num_heads, self.num_kv_heads)[: 2 if self.kv_layer is None else 1]
+        shapes = map(self.qk_norm_shape, heads)
         return sum(self.qk_norm.num_parameters(math.prod(shape)) for shape in shapes)
 
+
+EXPERTS = "experts.moe"  # path of the experts beside a dense MLP, within a block
+TOKEN_PROJECTION = "token_inputs.projection"  # path within a model
 
 # Kinds of residual connection, with the number of norms before and after attention and MLP.
 # pre: x += f(norm(x)). post: x += norm(f(x)). sandwich: x += norm(f(norm(x))). sums:
@@ -162,7 +186,10 @@ class LayerSpec:
     """One decoder block.
 
     mixer: the spec of the part that mixes tokens. residual: a key of NORMS_BEFORE. residual_scale:
-    multiplies the outputs of mixer and MLP before they are added to x. formats: the formats of the
+    multiplies the outputs of mixer and MLP before they are added to x. experts: experts beside a
+    dense MLP, with four more norms: x += norm(norm(mlp) + norm(experts)). token_size: width of an
+    input of the layer's own for each token, which a gate of x lets in behind the MLP; 0: none.
+    has_scalar: a learned number multiplies the block's output. formats: the formats of the
     quantised matrices.
     """
 
@@ -172,21 +199,35 @@ class LayerSpec:
     norm: NormSpec
     residual: str = "pre"
     residual_scale: float = 1.0
+    experts: MoeSpec | None = None
+    token_size: int = 0
+    has_scalar: bool = False
     formats: Formats = ()
 
     @property
     def weights(self) -> Weights:
-        return self._with_mlp(self.mlp.weights(self.hidden_size))
+        parts = [self.mlp.weights(self.hidden_size)]
+        if self.experts is not None:
+            parts.append(self.experts.weights(self.hidden_size, EXPERTS))
+        return self._with_others(*parts)
 
     @property
     def weights_used(self) -> Weights:
         """The weights that one token uses."""
-        return self._with_mlp(self.mlp.weights_used(self.hidden_size))
+        parts = [self.mlp.weights_used(self.hidden_size)]
+        if self.experts is not None:
+            parts.append(self.experts.weights_used(self.hidden_size, EXPERTS))
+        return self._with_others(*parts)
 
-    def _with_mlp(self, mlp: Weights) -> Weights:
+    def _with_others(self, *mlps: Weights) -> Weights:
+        hidden, size = self.hidden_size, self.token_size
         num_norms = NORMS_BEFORE[self.residual] + NORMS_BEHIND[self.residual]
-        norms = Weights(num_others=num_norms * self.norm.num_parameters(self.hidden_size))
-        return self.mixer.weights(self.hidden_size).plus(norms, mlp).stored_in(self.formats)
+        num_norms += 4 * (self.experts is not None) + (size > 0)
+        others = num_norms * self.norm.num_parameters(hidden) + self.has_scalar
+        gate = MatrixSpec("token_input.gate", size, hidden)
+        inputs = (gate, MatrixSpec("token_input.out", hidden, size)) if size else ()
+        found = self.mixer.weights(hidden).plus(Weights(inputs, others), *mlps)
+        return found.stored_in(self.formats)
 
     @property
     def num_parameters(self) -> int:
@@ -200,7 +241,8 @@ class ModelSpec:
     num_learned_positions: rows of a position table that is added to the embedding; position 0 is
     row `first_position`; 0: no table. embedding_scale, logit_scale: multipliers. logit_soft_cap: 0
     is none. embedding_size: width of embedding and head in models that project between them and
-    the blocks; 0: hidden_size. implementation: "compiledllm", or "transformers" for models that run
+    the blocks; 0: hidden_size. token_vocab_size: rows of the table of the layers' own inputs (see
+    `LayerSpec.token_size`). implementation: "compiledllm", or "transformers" for models that run
     as transformers' modules, with num_other_parameters that the other fields do not describe.
     formats: the formats of the quantised matrices outside the blocks. quantization: name of the
     quantisation in reports; "": none.
@@ -227,6 +269,7 @@ class ModelSpec:
     logit_soft_cap: float = 0.0
     lm_head_bias: bool = False
     embedding_size: int = 0
+    token_vocab_size: int = 0
     implementation: str = "compiledllm"
     num_other_parameters: int = 0
     formats: Formats = ()
@@ -273,7 +316,10 @@ class ModelSpec:
         if size := self.embedding_size:
             matrices.append(MatrixSpec("project_in", self.hidden_size, size))
             matrices.append(MatrixSpec("project_out", size, self.hidden_size))
-        positions = self.num_learned_positions * self.hidden_size
+        if width := self.token_size * len(self.layers):
+            matrices.append(MatrixSpec("token_inputs.table", self.token_vocab_size, width))
+            matrices.append(MatrixSpec(TOKEN_PROJECTION, width, self.hidden_size))
+        positions = self.num_learned_positions * self.hidden_size + self.token_size
         norm = self.final_norm.num_parameters(self.hidden_size)
         bias = self.lm_head_bias * self.vocab_size
         ends = Weights(tuple(matrices), positions + norm + bias + self.num_other_parameters)
@@ -285,7 +331,9 @@ class ModelSpec:
 
         Of a mixture of experts only the experts of one token count, as all tokens may share them.
         """
-        ends = Weights((self._head,), self.hidden_size).stored_in(self.formats)
+        width = self.token_size * len(self.layers)
+        inputs = (MatrixSpec(TOKEN_PROJECTION, width, self.hidden_size),) if width else ()
+        ends = Weights((self._head, *inputs), self.hidden_size).stored_in(self.formats)
         return ends.plus(*(layer.weights_used for layer in self.layers))
 
     @property
@@ -317,8 +365,13 @@ class ModelSpec:
         return self.torch_dtype, self.torch_kv_dtype, getattr(torch, self.state_dtype)
 
     def kv_of(self, attention: AttentionSpec) -> PagedKV:
-        """What an attention layer keeps of each token."""
-        return attention.cache(*self._cache_dtypes)
+        """What an attention layer reads of each token."""
+        return attention.kv(self.torch_kv_dtype)
+
+    @property
+    def token_size(self) -> int:
+        """Width of each layer's own input of a token; 0: there are none."""
+        return self.layers[0].token_size
 
     @property
     def bytes_per_request(self) -> int:

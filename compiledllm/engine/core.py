@@ -223,7 +223,7 @@ class EngineCore:
 
 def _scheduler(plan: Plan, num_kv_blocks: int) -> Scheduler:
     """Raises ConfigError if so few blocks hold no token in each group of layers."""
-    config, limits, windows = plan.config, plan.config.limits, plan.kv_layout.windows
+    config, limits, windows = plan.config, plan.config.limits, plan.kv_layout.windows_of_tables
     requested = config.requested
     scheduler = Scheduler(
         BlockPool(num_kv_blocks, bool(plan.caches_prefixes(num_kv_blocks).value)),
@@ -237,7 +237,8 @@ def _scheduler(plan: Plan, num_kv_blocks: int) -> Scheduler:
     )
     if scheduler.kv.max_request_tokens == 0:
         raise ConfigError(
-            f"{num_kv_blocks} KV blocks hold no token in each of {len(windows)} groups of layers; "
+            f"{num_kv_blocks} KV blocks hold no token in each of "
+            f"{len(plan.kv_layout.windows)} groups of layers; "
             f"{plan.blocks_per_context} hold a whole context: give the cache more room "
             "(num_kv_blocks, kv_cache_memory_bytes)"
         )

@@ -54,6 +54,7 @@ def plan(config: EngineConfig) -> Plan:
         resolved = dataclasses.replace(resolved, async_scheduling=False)
     layout, choice = choose_layout(spec, resolved.limits.max_model_len, backend)
     report.note("kv_groups", choice)
+    resolved = _with_whole_blocks(resolved, layout, report)
     return Plan(
         resolved,
         checkpoint,
@@ -104,13 +105,24 @@ def _note_transformers(config: EngineConfig, architecture: str, report: Report) 
     log.warning("transformers runs the model, over our paged attention (%s)", reason)
 
 
+def _with_whole_blocks(config: ResolvedConfig, layout: KVLayout, report: Report) -> ResolvedConfig:
+    """The same options, with blocks of `block_size` tokens of the layers with the largest KV."""
+    largest, asked = max(layout.splits), config.requested.cache.block_size
+    if largest == 1:
+        return config
+    size, reason = largest * asked, f"{asked} tokens of the layers with the largest KV"
+    report.note("block_size", Choice(size, reason))
+    limits = dataclasses.replace(config.limits, block_size=size)
+    return dataclasses.replace(config, limits=limits)
+
+
 def _blocks_of_one(layout: KVLayout, limits: StepLimits) -> int:
-    return num_blocks_needed(layout.windows, limits.block_size, limits.max_model_len)
+    return num_blocks_needed(layout.windows_of_tables, limits.block_size, limits.max_model_len)
 
 
 def _blocks_of_all(layout: KVLayout, limits: StepLimits) -> int:
     return max_blocks_in_use(
-        layout.windows,
+        layout.windows_of_tables,
         limits.block_size,
         limits.max_num_seqs,
         limits.max_num_batched_tokens,

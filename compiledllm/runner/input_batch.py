@@ -8,6 +8,7 @@ device derives from the packed array.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -150,15 +151,16 @@ class InputBatch:
         inputs: Tensor,
         num_samples: int,
         table: RequestTable,
-        block_size: int,
+        block_sizes: Sequence[int],
     ) -> InputBatch:
         """Build the batch from the array of `StepLayout.inputs`, on the device.
 
-        No host code depends on the array's values, so that a captured step serves all values.
+        block_sizes: per group of layers, the tokens of a block. No host code depends on the
+        array's values, so that a captured step serves all values.
         """
         if shape.is_decode:
-            return cls.decode(inputs, table, block_size)
-        return cls.unpack(inputs, shape, num_samples, table, block_size)
+            return cls.decode(inputs, table, block_sizes)
+        return cls.unpack(inputs, shape, num_samples, table, block_sizes)
 
     @classmethod
     def unpack(
@@ -167,14 +169,14 @@ class InputBatch:
         shape: StepShape,
         num_samples: int,
         table: RequestTable,
-        block_size: int,
+        block_sizes: Sequence[int],
     ) -> InputBatch:
         """Build the batch from the array of `StepLayout.pack`; no host code reads its values."""
         split = 3 * shape.num_tokens
         tokens, per_row = packed[:split].view(3, -1), packed[split:].view(6, -1)
         rows, lengths, _, indices, sample_rows, sample_positions = per_row
         input_ids, positions, attn = mixed_inputs(
-            tokens, per_row[:3], table.last_token_ids, table.block_tables, block_size
+            tokens, per_row[:3], table.last_token_ids, table.block_tables, block_sizes
         )
         return cls(
             input_ids=input_ids,
@@ -188,10 +190,10 @@ class InputBatch:
         )
 
     @classmethod
-    def decode(cls, rows: Tensor, table: RequestTable, block_size: int) -> InputBatch:
+    def decode(cls, rows: Tensor, table: RequestTable, block_sizes: Sequence[int]) -> InputBatch:
         """Build a decode step of `rows`, int64 [rows], from the state of the request rows alone."""
         input_ids, positions, lengths, indices, attn = decode_inputs(
-            rows, table.last_token_ids, table.num_computed_tokens, table.block_tables, block_size
+            rows, table.last_token_ids, table.num_computed_tokens, table.block_tables, block_sizes
         )
         return cls(
             input_ids=input_ids,
@@ -204,12 +206,18 @@ class InputBatch:
             sample_positions=lengths,
         )
 
-    def sampled_tokens(self, table: RequestTable, group: int, block_size: int) -> SampledTokens:
-        """The sampled tokens, with attention metadata for a group of layers."""
-        group_table = table.block_tables[group]
+    def sampled_tokens(
+        self, table: RequestTable, groups: Sequence[int], block_sizes: Sequence[int]
+    ) -> SampledTokens:
+        """The sampled tokens, with attention metadata for layers of these groups."""
         rows, positions = self.sample_rows, self.sample_positions
-        attn = last_token_metadata(rows, positions, group_table, block_size)
-        return SampledTokens(self.logits_indices, attn)
+        attn = {
+            group: last_token_metadata(
+                rows, positions, table.block_tables[group], block_sizes[group]
+            )
+            for group in set(groups)
+        }
+        return SampledTokens(self.logits_indices, [attn[group] for group in groups])
 
     @classmethod
     def dummy(cls, num_tokens: int, table: RequestTable, num_samples: int = 1) -> InputBatch:

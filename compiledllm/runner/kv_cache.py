@@ -78,14 +78,21 @@ def allocate_kv_caches(
 ) -> list[Tensor]:
     """One zeroed cache per layer that has KV: the null block, then `num_blocks` usable blocks.
 
-    Layers in the same column share a tensor, in which each layer owns different blocks. Caches are
-    zeroed, because masked positions are multiplied by zero and garbage may be NaN.
+    Layers in the same column share memory, in which each layer owns different blocks. Layers of
+    equal shape share a tensor. Caches are zeroed, because masked positions are multiplied by zero
+    and garbage may be NaN.
     """
-    tensors = [
-        lazy_zeros(cache.shape(num_blocks + 1, block_size), cache.dtype, device)
-        for cache in layout.columns
-    ]
-    return [tensors[place.column] for place in layout.places]
+    columns: dict[int, Tensor] = {}
+    views: dict[tuple[int, tuple[int, ...]], Tensor] = {}
+    found, sizes = [], layout.block_sizes(block_size)
+    for place, cache in zip(layout.places, layout.caches, strict=True):
+        shape = cache.shape(num_blocks + 1, sizes[place.group])
+        if place.column not in columns:
+            columns[place.column] = lazy_zeros(shape, cache.dtype, device)
+        column = columns[place.column]
+        view = column if column.shape == shape else column.view(shape)
+        found.append(views.setdefault((place.column, shape), view))
+    return found
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

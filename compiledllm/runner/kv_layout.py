@@ -5,12 +5,17 @@ to one group and holds `block_size` tokens of each layer of the group. The layer
 of the table below share a tensor. All blocks therefore have the same size, and one pool serves all
 groups.
 
+Layers whose KV is k times as large as others' are in groups of their own, whose blocks hold a k-th
+of the tokens. Such a group has k block tables, of which each has a block where another group's
+table has one: the scheduler knows tables only. Attention reads the k tables as one, alternately.
+
     column         0    1    2       one cache tensor per column
     group 0       L0   L1   L3       window of 1024 tokens: holds only the blocks in the window
     group 1       L4   L6   L7       window of 1024 tokens
     group 2       L2   L5    -       full attention
 
-Layers that keep a state for each request have no place in the table.
+Layers that keep a state for each request have no place in the table. Layers that read the KV of an
+earlier layer have its place.
 """
 
 from __future__ import annotations
@@ -23,10 +28,11 @@ from typing import NamedTuple, TypeVar
 from compiledllm.choices import Choice
 from compiledllm.config import ConfigError
 from compiledllm.kernels.backend import AttentionBackend
-from compiledllm.models.layer_cache import LayerCache, PagedKV, State
+from compiledllm.models.layer_cache import LayerCache, PagedKV, SharedKV, State
 from compiledllm.models.spec import ModelSpec
 
 MAX_GROUPS = 8  # bounded, because every step gathers a block table per group
+_SPLITS = (1, 2, 4, 8)
 _MAX_MEMORY_FACTOR = 1.05  # fewer groups may take this many times the minimum memory
 
 Caches = Sequence[LayerCache]  # one per layer
@@ -37,7 +43,7 @@ _State = TypeVar("_State")
 class Place(NamedTuple):
     """The location of a layer's keys and values."""
 
-    group: int  # index of the block table
+    group: int  # index of the group
     column: int  # index of the cache tensor
 
 
@@ -45,14 +51,17 @@ class Place(NamedTuple):
 class KVLayout:
     """How a model's layers are divided into groups and columns.
 
-    windows: per group, the number of latest tokens that its layers see; 0: all. places: one per
-    layer that has KV. columns: per column, the cache that all its layers keep, but for their
-    windows. states: by layer, for layers that keep a state instead.
+    windows: per group, the number of latest tokens that its layers see; 0: all. splits: per group,
+    the number of its block tables, by which a block holds fewer tokens. places, caches: one per
+    layer that has KV, and what the layer keeps. columns: per column, the bytes that a block has for
+    each of `block_size` tokens. states: by layer, for layers that keep a state instead.
     """
 
     windows: tuple[int, ...]
+    splits: tuple[int, ...]
     places: tuple[Place, ...]
-    columns: tuple[PagedKV, ...]
+    caches: tuple[PagedKV, ...]
+    columns: tuple[int, ...]
     states: dict[int, State] = field(default_factory=dict)
 
     @property
@@ -62,18 +71,28 @@ class KVLayout:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of one token over all layers of a group."""
-        return sum(cache.bytes_per_token for cache in self.columns)
+        """Bytes of one token over all layers of a group with one block table."""
+        return sum(self.columns)
+
+    @property
+    def windows_of_tables(self) -> tuple[int, ...]:
+        """Per block table, the window of its group."""
+        pairs = zip(self.windows, self.splits, strict=True)
+        return tuple(window for window, split in pairs for _ in range(split))
+
+    def block_sizes(self, block_size: int) -> list[int]:
+        """Per group, the tokens of one of its blocks."""
+        return [block_size // split for split in self.splits]
 
     @property
     def bytes_in_windows(self) -> int:
         """Bytes that a token takes in all groups while every window covers it."""
-        return self.bytes_per_token * len(self.windows)
+        return self.bytes_per_token * len(self.windows_of_tables)
 
     @property
     def bytes_past_windows(self) -> int:
         """Bytes that a token still takes when it has left every window."""
-        return self.bytes_per_token * self.windows.count(0)
+        return self.bytes_per_token * self.windows_of_tables.count(0)
 
     @property
     def bytes_per_request(self) -> int:
@@ -89,7 +108,7 @@ class KVLayout:
         return [next(state_items) if i in self.states else next(paged_items) for i in layers]
 
     def block_bytes(self, block_size: int) -> int:
-        """Bytes of one block, which holds `block_size` tokens of all layers of a group."""
+        """Bytes of one block. Of a group with one table, it holds `block_size` tokens."""
         return self.bytes_per_token * block_size
 
     def __str__(self) -> str:
@@ -104,22 +123,25 @@ def kv_layout(caches: Caches, max_len: int) -> KVLayout:
     """The fewest groups with which a request of `max_len` tokens takes nearly the least memory.
 
     All groups have the same size, so the last group of a window may have empty columns. A model
-    gets a single group, with the largest window of its layers, if all windows are equal or the
-    layers' caches differ in shape or dtype.
+    gets a single group, with the largest window of its layers, if all windows are equal or blocks
+    of the layers cannot be equally large.
     """
-    kinds: dict[int, list[int]] = {}  # window -> layers
-    for index, cache in _paged(caches).items():
+    paged, splits = _paged(caches), _splits(caches)
+    kinds: dict[tuple[int, int], list[int]] = {}  # window and split -> layers
+    for index, cache in paged.items():
         # A window of `max_len` tokens or more never fills.
-        kinds.setdefault(cache.window if cache.window < max_len else 0, []).append(index)
-    single = _layout([(0 if 0 in kinds else max(kinds), list(_paged(caches)))], caches)
-    if len(kinds) == 1 or not have_one_shape(caches):
+        window = cache.window if cache.window < max_len else 0
+        kinds.setdefault((window, splits.get(index, 1)), []).append(index)
+    windows = {window for window, _ in kinds}
+    single = _layout([(0 if 0 in windows else max(windows), 1, list(paged))], caches)
+    if len(windows) == 1 or not splits:
         return single
     layouts = [single]
     for size in range(1, max(map(len, kinds.values())) + 1):
-        groups = [(window, part) for window in kinds for part in _parts(kinds[window], size)]
+        groups = [(*kind, part) for kind in kinds for part in _parts(kinds[kind], size)]
         if len(groups) <= MAX_GROUPS:
             layouts.append(_layout(groups, caches))
-    costs = [_layers_times_tokens(layout, max_len) for layout in layouts]
+    costs = [_bytes_of_request(layout, max_len) for layout in layouts]
     affordable = (
         g for g, cost in zip(layouts, costs, strict=True) if cost <= _MAX_MEMORY_FACTOR * min(costs)
     )
@@ -138,20 +160,26 @@ def choose_layout(
         layout, reason = whole_contexts(caches), f"{backend.name} reads whole contexts"
     elif spec.implementation == "transformers":
         layout, reason = whole_contexts(caches), "transformers' module is given one block table"
-    elif not have_one_shape(caches):
-        reason = "one block table, as the layers' KV differ in shape"
+    elif not _splits(caches):
+        reason = "one block table, as blocks of the layers cannot be equally large"
+    elif max(layout.splits) > 1:
+        reason = "blocks of equal bytes for layers whose KV differ in size"
     return layout, Choice(layout, reason)
 
 
 def whole_contexts(caches: Caches) -> KVLayout:
     """A single group without a window: a request keeps all its blocks until it ends."""
-    return _layout([(0, list(_paged(caches)))], caches)
+    return _layout([(0, 1, list(_paged(caches)))], caches)
 
 
-def have_one_shape(caches: Caches) -> bool:
-    """Whether all KV is equal but for the windows, so that layers can share a tensor."""
-    paged = _paged(caches).values()
-    return len({(cache.shape(num_blocks=1, block_size=1), cache.dtype) for cache in paged}) == 1
+def _splits(caches: Caches) -> dict[int, int]:
+    """By layer with KV, how many times the smallest layer's bytes it takes; {} if no few times."""
+    paged = _paged(caches)
+    smallest = min(cache.bytes_per_token for cache in paged.values())
+    splits = {index: cache.bytes_per_token / smallest for index, cache in paged.items()}
+    are_whole = all(split in _SPLITS for split in splits.values())
+    have_one_dtype = len({cache.dtype for cache in paged.values()}) == 1
+    return {i: int(split) for i, split in splits.items()} if are_whole and have_one_dtype else {}
 
 
 def _paged(caches: Caches) -> dict[int, PagedKV]:
@@ -163,23 +191,31 @@ def _parts(layers: list[int], size: int) -> Iterator[list[int]]:
     return (layers[start : start + size] for start in range(0, len(layers), size))
 
 
-def _layout(groups: list[tuple[int, list[int]]], caches: Caches) -> KVLayout:
-    """Build the layout from the window and the layer indices of each group."""
+def _layout(groups: list[tuple[int, int, list[int]]], caches: Caches) -> KVLayout:
+    """Build the layout from the window, the split and the layer indices of each group."""
+    paged = _paged(caches)
     places = {
         layer: Place(group, column)
-        for group, (_, layers) in enumerate(groups)
+        for group, (_, _, layers) in enumerate(groups)
         for column, layer in enumerate(layers)
     }
-    paged = _paged(caches)
-    columns = {place.column: paged[layer] for layer, place in places.items()}
+    columns = {
+        places[layer].column: paged[layer].bytes_per_token // split
+        for _, split, layers in groups
+        for layer in layers
+    }
+    sources = {i: cache.layer for i, cache in enumerate(caches) if isinstance(cache, SharedKV)}
+    layers = {layer: layer for layer in places} | sources
     return KVLayout(
-        windows=tuple(window for window, _ in groups),
-        places=tuple(places[layer] for layer in sorted(places)),
+        windows=tuple(window for window, _, _ in groups),
+        splits=tuple(split for _, split, _ in groups),
+        places=tuple(places[layers[layer]] for layer in sorted(layers)),
+        caches=tuple(paged[layers[layer]] for layer in sorted(layers)),
         columns=tuple(columns[column] for column in sorted(columns)),
         states={i: cache for i, cache in enumerate(caches) if isinstance(cache, State)},
     )
 
 
-def _layers_times_tokens(layout: KVLayout, max_len: int) -> int:
-    """KV memory of a request of `max_len` tokens, in units of one token of one layer."""
-    return layout.size * sum(window or max_len for window in layout.windows)
+def _bytes_of_request(layout: KVLayout, max_len: int) -> int:
+    """KV memory of a request of `max_len` tokens."""
+    return layout.bytes_per_token * sum(window or max_len for window in layout.windows_of_tables)

@@ -88,7 +88,8 @@ def _caches_of_prompt(model: Decoder, limits: StepLimits) -> dict[int, Tensor]:
     model(ids.to(device), positions, layout.in_layer_order(caches, states.tensors), metadata)
     layers = (layer for layer in range(len(metadata)) if layer not in layout.states)
     kept = (cache.flatten(1, 2)[:, size : size + num_tokens] for cache in caches)
-    return dict(zip(layers, kept, strict=True))
+    found = dict(zip(layers, kept, strict=True))
+    return {layer: found[layer] for layer in model.kv_scales}
 
 
 def _clipped_fraction(cache: Tensor, scales: Tensor) -> float:

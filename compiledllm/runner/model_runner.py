@@ -67,13 +67,12 @@ class ModelRunner:
         self._layout = kv_layout
         self._backend = model.backend
         self.kv_caches = kv_caches
-        self.block_size = limits.block_size
+        self.block_sizes = kv_layout.block_sizes(limits.block_size)
         self.device = kv_caches[0].device
         vocab_size, max_rows = model.spec.vocab_size, limits.max_num_seqs
-        num_groups = len(kv_layout.windows)
         self.states = StateCaches(kv_layout, max_rows, self.device, num_snapshots)
         self._caches = kv_layout.in_layer_order(kv_caches, self.states.tensors)
-        self.table = RequestTable(max_rows, max_blocks, vocab_size, self.device, num_groups)
+        self.table = RequestTable(max_rows, max_blocks, vocab_size, self.device, kv_layout.splits)
         self.sampler = Sampler(self.table, vocab_size)
         self.outputs = OutputRing(MAX_IN_FLIGHT + 1, max_rows, self.device)
         max_tokens = max(limits.max_num_batched_tokens, max_rows)
@@ -159,7 +158,7 @@ class ModelRunner:
         on_device = to_device(inputs, self.device)
         # Compiled code does not accept size 0, so a step without samples has one that is ignored.
         size = max(num_samples, 1)
-        batch = InputBatch.of(shape, on_device, size, self.table, self.block_size)
+        batch = InputBatch.of(shape, on_device, size, self.table, self.block_sizes)
         draw_rows = self.sampler.rows_to_draw(layout.sample_rows, layout.sample_positions)
         draws = pools is None or not pools.all()
         return self._step(batch, num_samples, draw_rows, keeps_all=keeps_all, draws=draws)
@@ -210,7 +209,7 @@ class ModelRunner:
         No other tensor outlives the step, because it would take memory of its own in every graph.
         """
         self._backend.select(shape)
-        batch = InputBatch.of(shape, inputs, shape.num_rows, self.table, self.block_size)
+        batch = InputBatch.of(shape, inputs, shape.num_rows, self.table, self.block_sizes)
         logits = self.logits[: shape.num_rows]
         hidden = None if shape.is_decode else self.hidden[: shape.num_rows]
         return self._step(batch, shape.num_rows, logits=logits, hidden_out=hidden).drawn
@@ -260,9 +259,9 @@ class ModelRunner:
         num_tokens, num_samples = len(batch.input_ids), len(batch.logits_indices)
         is_large = num_tokens >= max(_MIN_TOKENS_FOR_SAMPLED_ONLY, 4 * num_samples)
         if is_large and self.model.takes_sampled_tokens:
-            sampled = batch.sampled_tokens(
-                self.table, self._layout.places[-1].group, self.block_size
-            )
+            places = self._layout.places[-self.model.num_sampled_layers :]
+            groups = [place.group for place in places]
+            sampled = batch.sampled_tokens(self.table, groups, self.block_sizes)
             hidden = self.forward(batch, sampled)
             return hidden if out is None else out.copy_(hidden)
         hidden = self.forward(batch)

@@ -23,8 +23,9 @@ from compiledllm.types import NewRequest, SchedulerOutput
 class RequestTable:
     """Rows of request state, in tensors whose addresses never change.
 
-    On the device there are `max_num_seqs` + 1 rows; the last row is for padding. block_tables:
-    int32 [groups, rows, max_blocks], a table per group of layers. last_token_ids,
+    On the device there are `max_num_seqs` + 1 rows; the last row is for padding. splits: of a
+    KVLayout. block_tables: per group of layers int32 [rows, split * max_blocks], in which the
+    group's tables take turns. last_token_ids,
     num_computed_tokens: int64 [rows]. sampling: the sampling parameters, a tensor [rows] each.
     On the host, per row: the tokens known at admission, the log probabilities to return, the rules
     for logits, and how the row pools.
@@ -36,14 +37,25 @@ class RequestTable:
         max_blocks: int,
         vocab_size: int,
         device: torch.device,
-        num_groups: int = 1,
+        splits: Sequence[int] = (1,),
     ) -> None:
         self.device = device
         self.padding_row = max_num_seqs
         self._vocab_size = vocab_size
         num_rows = max_num_seqs + 1
-        shape = num_groups, num_rows, max_blocks
-        self.block_tables = torch.zeros(shape, dtype=torch.int32, device=device)
+        widths = [split * max_blocks for split in splits]
+        sizes = [num_rows * width for width in widths]
+        self._block_ids = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
+        self.block_tables = [
+            entries.view(num_rows, width)
+            for entries, width in zip(torch.split(self._block_ids, sizes), widths, strict=True)
+        ]
+        # By table: where its first entry is in `_block_ids`, the width of a row, and the split.
+        self._tables = [
+            (sum(sizes[:group]) + turn, widths[group], split)
+            for group, split in enumerate(splits)
+            for turn in range(split)
+        ]
         self.last_token_ids = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self.num_computed_tokens = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self.sampling = SamplingRows.zeros(num_rows, device)
@@ -139,22 +151,21 @@ class RequestTable:
         return row
 
     def _append_blocks(self, step: SchedulerOutput) -> None:
-        rows: list[int] = []  # row indices into the tables of all groups, stacked
-        columns: list[int] = []
+        entries: list[int] = []  # indices into `_block_ids`
         block_ids: list[int] = []
-        num_rows = self.padding_row + 1
         for line in step.scheduled:
             if line.new_block_ids:
                 row, count = self._row_of[line.request_id], len(line.new_block_ids[0])
                 first = self._num_blocks[row]
-                for group, new in enumerate(line.new_block_ids):
-                    rows += [group * num_rows + row] * count
-                    columns += range(first, first + count)
+                tables = zip(self._tables, line.new_block_ids, strict=True)
+                for (start, width, split), new in tables:
+                    begin = start + row * width + first * split
+                    entries += range(begin, begin + count * split, split)
                     block_ids += new
                 self._num_blocks[row] += count
-        if rows:
-            packed = to_device(np.array([rows, columns, block_ids]), self.device)
-            self.block_tables.flatten(0, 1)[packed[0], packed[1]] = packed[2].int()
+        if entries:
+            packed = to_device(np.array([entries, block_ids]), self.device)
+            self._block_ids[packed[0]] = packed[1].int()
 
 
 def num_best(requested: int | None, vocab_size: int) -> int:

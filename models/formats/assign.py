@@ -10,9 +10,17 @@ from operator import itemgetter
 from compiledllm.config import ConfigError
 from compiledllm.models.formats.gguf_config import GgufScheme
 from compiledllm.models.formats.stored import Scheme
-from compiledllm.models.matrices import MixedSpec, QuantSpec
+from compiledllm.models.matrices import Formats, MixedSpec, QuantSpec
 from compiledllm.models.names import NameRules
-from compiledllm.models.spec import AttentionSpec, LayerSpec, ModelSpec, MoeSpec, OpaqueSpec
+from compiledllm.models.spec import (
+    EXPERTS,
+    TOKEN_PROJECTION,
+    AttentionSpec,
+    LayerSpec,
+    ModelSpec,
+    MoeSpec,
+    OpaqueSpec,
+)
 from compiledllm.models.state_specs import DeltaNetSpec, StateSpec
 
 _NOT_ONLINE = "attn.ba"  # of Gated DeltaNet: small, and exponents follow from it
@@ -53,7 +61,10 @@ def quantized_as_stored(
     reader = _Reader(scheme, rules, known)
     layers = tuple(reader.layer(index, layer) for index, layer in enumerate(spec.layers))
     head = None if spec.tie_word_embeddings else reader.format_of(HEAD, {"": spec.vocab_size})
-    formats = () if head is None else ((HEAD, head),)
+    formats: Formats = () if head is None else ((HEAD, head),)
+    if width := spec.token_size * len(layers):
+        format = reader.format_of(TOKEN_PROJECTION, {"": width})
+        formats += () if format is None else ((TOKEN_PROJECTION, format),)
     is_quantized = bool(formats) or any(layer.formats for layer in layers)
     title = scheme.title if is_quantized or isinstance(scheme, GgufScheme) else ""
     return replace(spec, layers=layers, formats=formats, quantization=title)
@@ -69,16 +80,14 @@ class _Reader:
         self._scheme, self._rules, self._known = scheme, rules, known
 
     def layer(self, index: int, layer: LayerSpec) -> LayerSpec:
-        experts = layer.mlp.num_experts if isinstance(layer.mlp, MoeSpec) else 0
+        experts = _paths_of_experts(layer)
         formats: dict[str, QuantSpec | MixedSpec] = {}
         for path, parts in _parts_of(layer).items():
             where = f"layers.{index}.{path}"
-            is_expert = experts > 0 and path in ("mlp.gate_up", "mlp.down")
-            count = experts if is_expert else 0
-            if (format := self.format_of(where, parts, count)) is not None:
+            if (format := self.format_of(where, parts, experts.get(path, 0))) is not None:
                 formats[path] = format
         if experts:
-            _check_experts(index, formats)
+            _check_experts(index, *map(formats.get, experts))
         return replace(layer, formats=tuple(formats.items()))
 
     def format_of(
@@ -140,21 +149,36 @@ def _parts_of(layer: LayerSpec) -> dict[str, dict[str, int]]:
     if isinstance(mlp, MoeSpec) and mlp.shared_size:
         found["mlp.shared.gate_up"] = dict.fromkeys(("gate", "up"), mlp.shared_size)
         found["mlp.shared.down"] = {"": hidden}
+    if layer.experts is not None:
+        up = dict.fromkeys(("gate", "up"), layer.experts.intermediate_size)
+        found |= {f"{EXPERTS}.gate_up": up, f"{EXPERTS}.down": {"": hidden}}
+    if size := layer.token_size:
+        found |= {"token_input.gate": {"": size}, "token_input.out": {"": hidden}}
     return found
+
+
+def _paths_of_experts(layer: LayerSpec) -> dict[str, int]:
+    """Path -> number of experts, of the matrices gate_up and down of experts."""
+    at = {"mlp": layer.mlp, EXPERTS: layer.experts}
+    path, spec = next(((p, s) for p, s in at.items() if isinstance(s, MoeSpec)), ("", None))
+    return (
+        {} if spec is None else dict.fromkeys((f"{path}.gate_up", f"{path}.down"), spec.num_experts)
+    )
 
 
 def _parts_of_mixer(mixer: AttentionSpec | StateSpec, hidden: int) -> dict[str, dict[str, int]]:
     out = {"attn.out": {"": hidden}}
     if isinstance(mixer, AttentionSpec):
-        return {"attn.qkv": {"q": mixer.q_rows, "k": mixer.kv_size, "v": mixer.kv_size}} | out
+        return {"attn.qkv": mixer.qkv_parts} | out
     if isinstance(mixer, DeltaNetSpec):
         return {"attn.qkvz": mixer.qkvz_parts, "attn.ba": mixer.ba_parts} | out
     return {"attn.bcx": {"": 3 * mixer.width}} | out
 
 
-def _check_experts(index: int, formats: Mapping[str, QuantSpec | MixedSpec]) -> None:
+def _check_experts(
+    index: int, gate_up: QuantSpec | MixedSpec | None, down: QuantSpec | MixedSpec | None
+) -> None:
     """Raise ConfigError for experts whose two matrices no single op can multiply."""
-    gate_up, down = (formats.get(path) for path in ("mlp.gate_up", "mlp.down"))
     assert not isinstance(gate_up, MixedSpec) and not isinstance(down, MixedSpec)
     codes = [None if format is None else format.code for format in (gate_up, down)]
     if codes[0] != codes[1]:

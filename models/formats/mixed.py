@@ -109,6 +109,7 @@ class Mixed:
         biases: tuple[Tensor | None, Tensor | None],
         alpha: float,
         limit: float,
+        activation: str,
     ) -> Tensor:
         raise AssertionError("gate and up of experts have one format")
 

@@ -91,6 +91,7 @@ class PackedFormat:
         biases: tuple[Tensor | None, Tensor | None],
         alpha: float,
         limit: float,
+        activation: str,
     ) -> Tensor:
         up_codes, up_scales, up_zeros, _, up_rows = gate_up  # experts have no permutation
         down_codes, down_scales, down_zeros, _, down_rows = down
@@ -99,7 +100,7 @@ class PackedFormat:
         assert isinstance(down_format, PackedFormat)
         up = up_codes, up_scales, up_zeros, up_rows, str(self.layout)
         last = down_codes, down_scales, down_zeros, down_rows, str(down_format.layout)
-        return packed_experts(x, expert_ids, *up, *last, *biases, alpha, limit)
+        return packed_experts(x, expert_ids, *up, *last, *biases, alpha, limit, activation)
 
 
 def for_device(

@@ -67,7 +67,8 @@ class Plain:
         biases: tuple[Tensor | None, Tensor | None],
         alpha: float,
         limit: float,
+        activation: str,
     ) -> Tensor:
         (up_weight,), (down_weight,) = gate_up, down
         assert up_weight is not None and down_weight is not None
-        return moe_experts(x, expert_ids, up_weight, down_weight, *biases, alpha, limit)
+        return moe_experts(x, expert_ids, up_weight, down_weight, *biases, alpha, limit, activation)

@@ -163,13 +163,15 @@ class Quantized:
         biases: tuple[Tensor | None, Tensor | None],
         alpha: float,
         limit: float,
+        activation: str,
     ) -> Tensor:
         up_codes, up_scales, up_zeros, *_ = gate_up  # experts have no permutation and no minima
         down_codes, down_scales, down_zeros, *_ = down
         assert up_codes is not None and up_scales is not None
         assert down_codes is not None and down_scales is not None
         up, down = (up_codes, up_scales, up_zeros), (down_codes, down_scales, down_zeros)
-        return quantized_experts(x, expert_ids, *up, *down, *biases, alpha, limit, self.spec.code)
+        tensors = x, expert_ids, *up, *down, *biases
+        return quantized_experts(*tensors, alpha, limit, self.spec.code, activation)
 
 
 @dataclass(frozen=True, slots=True)

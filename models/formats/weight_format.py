@@ -86,6 +86,7 @@ class MatrixFormat(Protocol):
         biases: tuple[Tensor | None, Tensor | None],
         alpha: float,
         limit: float,
+        activation: str,
     ) -> Tensor:
         """The gated MLPs of the experts; see `kernels.moe.moe_experts`.
 

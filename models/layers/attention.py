@@ -32,12 +32,14 @@ class PagedAttention(nn.Module):
         self.spec = spec
         self.backend = backend
         self.is_fused = backend.fuses_rotation and can_fuse(spec)
-        qkv_parts = {"q": spec.q_rows, "k": spec.kv_size, "v": spec.kv_size}
-        self.qkv = make.linear("qkv", hidden_size, qkv_parts, spec.qkv_bias)
-        self.q_norm = self.k_norm = None
+        self.qkv = make.linear("qkv", hidden_size, spec.qkv_parts, spec.qkv_bias)
+        self.q_norm = self.k_norm = self.v_norm = None
         if spec.qk_norm is not None:
             self.q_norm = make.norm(spec.qk_norm, *spec.qk_norm_shape(spec.num_heads))
-            self.k_norm = make.norm(spec.qk_norm, *spec.qk_norm_shape(spec.num_kv_heads))
+            if spec.kv_layer is None:
+                self.k_norm = make.norm(spec.qk_norm, *spec.qk_norm_shape(spec.num_kv_heads))
+        if spec.v_norm is not None:
+            self.v_norm = make.norm(spec.v_norm, spec.head_dim)
         self.sinks = empty_parameter(spec.num_heads) if spec.has_sinks else None
         # Used with an FP8 cache only. The scales are a tensor, not numbers, so that layers with
         # equal specs share compiled code.
@@ -51,7 +53,7 @@ class PagedAttention(nn.Module):
         """x [tokens, hidden] -> [tokens, hidden]. cos, sin: of RotaryTable."""
         spec = self.spec
         qkv: Tensor = self.qkv(x)
-        q, k, v = torch.split(qkv, [spec.q_rows, spec.kv_size, spec.kv_size], dim=-1)
+        q, kv = qkv[:, : spec.q_rows], qkv[:, spec.q_rows :]
         gate = None
         if spec.has_gate:
             q, gate = q.view(-1, spec.num_heads, 2, spec.head_dim).unbind(2)
@@ -60,7 +62,8 @@ class PagedAttention(nn.Module):
             q = self._rotate_and_store(qkv, cos, sin, kv_cache, slots, spec.num_heads)
         else:
             q = self._rotate(q, self.q_norm, cos[:, :1], sin[:, :1])
-            self._rotate_then_store(k, v, cos, sin, kv_cache, attn.slot_mapping)
+            if spec.kv_layer is None:
+                self._rotate_then_store(kv, cos, sin, kv_cache, attn.slot_mapping)
         options = ScoreOptions(
             spec.scale,
             spec.sliding_window,
@@ -82,8 +85,7 @@ class PagedAttention(nn.Module):
         if self.is_fused:
             self._rotate_and_store(kv, cos, sin, kv_cache, slot_mapping, num_heads=0)
         else:
-            k, v = kv.chunk(2, dim=-1)
-            self._rotate_then_store(k, v, cos, sin, kv_cache, slot_mapping)
+            self._rotate_then_store(kv, cos, sin, kv_cache, slot_mapping)
 
     def _rotate_and_store(
         self,
@@ -112,18 +114,20 @@ class PagedAttention(nn.Module):
         )
 
     def _rotate_then_store(
-        self,
-        k: Tensor,
-        v: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        kv_cache: Tensor,
-        slot_mapping: Tensor,
+        self, kv: Tensor, cos: Tensor, sin: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
-        """Rotate in plain torch, which the compiler fuses, then store. k, v: [tokens, kv_size]."""
+        """Rotate in plain torch, which the compiler fuses, then store.
+
+        kv: [tokens, kv_size or 2 * kv_size], keys and perhaps values, as they were projected.
+        """
+        size = self.spec.kv_size
+        k, v = kv[:, :size], kv[:, -size:]
+        v = v.view(len(v), -1, self.spec.head_dim)
+        if self.v_norm is not None:
+            v = self.v_norm(v)
         k = self._rotate(k, self.k_norm, cos[:, -1:], sin[:, -1:])
         scales = scales_for(kv_cache, self.kv_scales)
-        store_kv(k, v.view(k.shape), kv_cache, slot_mapping, self.backend, scales)
+        store_kv(k, v, kv_cache, slot_mapping, self.backend, scales)
 
     def _rotate(self, part: Tensor, norm: nn.Module | None, cos: Tensor, sin: Tensor) -> Tensor:
         """Normalise and rotate: [tokens, heads * head_dim] -> [tokens, heads, head_dim]."""
@@ -149,4 +153,5 @@ def can_fuse(spec: AttentionSpec) -> bool:
     is_rms = norm is None or norm.kind in ("rms", "rms_plus_one")
     is_of_heads = norm is None or (spec.qk_norm_over == "head" and not spec.norms_rotated)
     is_rotated_by_halves = rope.rotary_dim > 0 and not rope.interleaved and rope.growth is None
-    return is_rms and is_of_heads and is_rotated_by_halves
+    has_plain_values = spec.v_norm is None and len(spec.qkv_parts) == 3
+    return is_rms and is_of_heads and is_rotated_by_halves and has_plain_values

@@ -10,7 +10,7 @@ from compiledllm.models.formats.weight_format import empty_parameter
 from compiledllm.models.layers.factory import Factory
 from compiledllm.models.layers.linear import Linear, SharedExpert
 from compiledllm.models.layers.mlp import GatedMlp, PlainMlp
-from compiledllm.models.spec import MlpSpec, MoeSpec, OpaqueSpec
+from compiledllm.models.spec import MlpSpec, MoeSpec, NormSpec, OpaqueSpec
 
 
 class MoeMlp(nn.Module):
@@ -33,6 +33,8 @@ class MoeMlp(nn.Module):
         self.down = make.experts("down", count, *outer)
         has_bias = spec.router.has_bias
         self.score_bias = empty_parameter(count, dtype=torch.float32) if has_bias else None
+        has_scales = spec.router.has_expert_scales
+        self.expert_scales = empty_parameter(count) if has_scales else None
         self.shared: nn.Module | None = None
         self.shared_gate: Linear | None = None
         if self.joins_experts:
@@ -42,8 +44,9 @@ class MoeMlp(nn.Module):
         if spec.shared_size and spec.has_shared_gate:
             self.shared_gate = make.linear("shared_gate", hidden_size, {"": 1})
 
-    def forward(self, x: Tensor) -> Tensor:
-        ids, weights = self._route(self.router(x))
+    def forward(self, x: Tensor, routed: Tensor | None = None) -> Tensor:
+        """routed: the router's input, [tokens, hidden]; None: x."""
+        ids, weights = self._route(self.router(x if routed is None else routed))
         share = None if self.shared_gate is None else torch.sigmoid(self.shared_gate(x))
         if self.joins_experts:
             ids = torch.cat((ids, torch.full_like(ids[:, :1], self.spec.num_experts)), dim=1)
@@ -52,7 +55,8 @@ class MoeMlp(nn.Module):
         gate_up, down = self.gate_up, self.down
         biases = gate_up.bias, down.bias
         params = gate_up.params, down.params, down.format
-        parts = gate_up.format.experts(x, ids, *params, biases, self.spec.alpha, self.spec.limit)
+        gate = self.spec.alpha, self.spec.limit, self.spec.activation
+        parts = gate_up.format.experts(x, ids, *params, biases, *gate)
         out = (parts * weights.unsqueeze(-1)).sum(1).to(x.dtype)
         if self.shared is None or self.joins_experts:
             return out
@@ -62,7 +66,7 @@ class MoeMlp(nn.Module):
     def _route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Ids and float32 weights of each token's experts, [tokens, top_k]."""
         router = self.spec.router
-        return moe_route(
+        ids, weights = moe_route(
             logits,
             self.spec.top_k,
             router.renormalize,
@@ -73,6 +77,25 @@ class MoeMlp(nn.Module):
             router.eps,
             router.scale,
         )
+        return ids, weights if self.expert_scales is None else weights * self.expert_scales[ids]
+
+
+class ExpertsBesideMlp(nn.Module):
+    """norm(out of the dense MLP) + norm(out of experts), whose router reads the residual stream."""
+
+    def __init__(self, hidden_size: int, spec: MoeSpec, norm: NormSpec, make: Factory) -> None:
+        super().__init__()
+        self.norm, self.out_norm, self.dense_norm, self.router_norm = (
+            make.norm(norm, hidden_size) for _ in range(4)
+        )
+        self.router_scale = hidden_size**-0.5
+        self.moe = MoeMlp(hidden_size, spec, make.within("moe"))
+
+    def forward(self, x: Tensor, dense: Tensor) -> Tensor:
+        """x, dense: the residual stream and the dense MLP's output, [tokens, hidden]."""
+        routed = self.router_norm(x) * self.router_scale
+        out: Tensor = self.dense_norm(dense) + self.out_norm(self.moe(self.norm(x), routed))
+        return out
 
 
 def _can_join_experts(spec: MoeSpec, make: Factory) -> bool:

@@ -45,6 +45,17 @@ class PlusOneRMSNorm(RMSNorm):
         return (_over_rms(x, self.eps) * (1 + self.weight.float())).to(x.dtype)
 
 
+class UnscaledRMSNorm(nn.Module):
+    """x / rms(x) over the last dimension, in float32 and rounded to x's dtype."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _over_rms(x, self.eps).to(x.dtype)
+
+
 class LayerNorm(nn.Module):
     """(x - mean) / deviation * weight + bias over the last dimension, computed in float32."""
 
@@ -63,6 +74,8 @@ def make_norm(spec: NormSpec, shape: tuple[int, ...], normalize: Normalize) -> n
     """The module of a NormSpec. shape: the shape of its weight. normalize: computes an RMSNorm."""
     if spec.kind == "none":
         return nn.Identity()
+    if spec.kind == "rms_unscaled":
+        return UnscaledRMSNorm(spec.eps)
     if spec.kind == "layer":
         return LayerNorm(shape, spec.eps, spec.bias)
     assert not spec.bias, spec

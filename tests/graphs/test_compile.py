@@ -60,8 +60,8 @@ def test_compiled_equals_eager_at_every_shape(engine: Engine, lengths: list[int]
     runner.table.apply(step)
     layout = StepLayout.of(step, runner.table)
     packed = torch.from_numpy(layout.pack(runner.table, layout.shape))
-    size = runner.block_size
-    batch = InputBatch.unpack(packed, layout.shape, len(lengths), runner.table, size)
+    sizes = runner.block_sizes
+    batch = InputBatch.unpack(packed, layout.shape, len(lengths), runner.table, sizes)
     hidden = {}
     for name, forwards in (("eager", compiler.eager), ("compiled", compiler.compiled)):
         compiler.use(forwards)
@@ -151,11 +151,11 @@ def test_layers_that_see_unequally_far_are_compiled_once(
     options |= {"max_model_len": 512, "num_kv_blocks": 512, "compile_when": "start"}
     engine = Engine(model, **options)
     runner = engine.core.runner
-    assert 2 * runner.table.block_tables.shape[-1] == example and runner.compiler.is_ready
+    assert 2 * runner.table.block_tables[0].shape[-1] == example and runner.compiler.is_ready
     with torch.inference_mode():
         for size in (example, 65, 9):
             rows = torch.full((size,), runner.table.padding_row)
-            runner.forward(InputBatch.decode(rows, runner.table, runner.block_size))
+            runner.forward(InputBatch.decode(rows, runner.table, runner.block_sizes))
     prompts = [{"prompt_token_ids": list(range(5, 5 + n))} for n in (70, 3, 40, 41)]
     found = [o.outputs[0].token_ids for o in engine.generate(prompts, PARAMS, use_tqdm=False)]
     assert runner.compiler.num_recompiles == 0

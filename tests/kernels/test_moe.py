@@ -146,7 +146,7 @@ def check_sorted(ids: Tensor, num_experts: int, rows: int) -> None:
 
 
 @pytest.mark.pairwise
-@pytest.mark.parametrize("form", ["plain", "biased", "clamped"])
+@pytest.mark.parametrize("form", ["plain", "biased", "clamped", "gelu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("num_tokens", [0, 1, 5, 70, 300])
 @pytest.mark.parametrize(("hidden", "size"), [(64, 48), (100, 130)])
@@ -183,6 +183,8 @@ def check_experts(
         rest = [torch.randn(num_experts, n, device=DEVICE).to(dtype) for n in (2 * size, hidden)]
     if form == "clamped":
         rest += [1.7, 0.6]
+    if form == "gelu":
+        rest += [1.0, 0.0, "gelu_tanh"]
     expected = experts_in_torch(x, ids, gate_up, down, *rest)
     actual = moe_triton.experts(x, ids.int(), gate_up, down, *rest)
     assert actual.shape == (num_tokens, top_k, hidden)

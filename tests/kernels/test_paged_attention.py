@@ -218,6 +218,11 @@ def test_attention_equals_the_naive_reference(
     check(case, backend)
 
 
+@pytest.mark.parametrize("rows", ["decode", "mixed"])
+def test_heads_may_have_512_dimensions(rows: str, backend: str) -> None:
+    check(short_case_of(rows, head_dim=512, dtype=HALF[backend], scale=1 / 512), backend)
+
+
 @pytest.mark.pairwise
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("heads", HEADS)

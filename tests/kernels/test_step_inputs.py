@@ -41,10 +41,11 @@ def test_inputs_are_those_of_torch(
     rows: list[int], num_groups: int, max_blocks: int, block_size: int
 ) -> None:
     torch.manual_seed(max_blocks)
+    sizes = [block_size] * num_groups
     index, tensors = torch.tensor(rows), state(num_groups, max_blocks, block_size)
-    expected = decode_inputs(index, *tensors, block_size)
+    expected = decode_inputs(index, *tensors, sizes)
     there = [x.to(DEVICE) for x in (index, *tensors)]
-    found = step_inputs_triton.gather(*there, block_size)
+    found = step_inputs_triton.gather(*there, sizes)
     for name in ("input_ids", "positions", "lengths", "indices"):
         torch.testing.assert_close(getattr(found, name).cpu(), getattr(expected, name), msg=name)
     check_metadata(found.attn, expected.attn, block_size)
@@ -102,11 +103,11 @@ def test_inputs_with_prompts_are_those_of_torch(
     """Prompts, chunks of them and single tokens; padding alone is what a capture runs on."""
     torch.manual_seed(max_blocks)
     last_token_ids, _, tables = state(num_groups, max_blocks, block_size)
-    padding = padding if lines else (33, 2)
+    padding, sizes = padding if lines else (33, 2), [block_size] * num_groups
     tokens, rows = mixed_step(lines, padding, max_blocks * block_size)
     arguments = tokens, rows, last_token_ids, tables
-    expected = mixed_inputs(*arguments, block_size)
-    found = step_inputs_triton.unpack(*(x.to(DEVICE) for x in arguments), block_size)
+    expected = mixed_inputs(*arguments, sizes)
+    found = step_inputs_triton.unpack(*(x.to(DEVICE) for x in arguments), sizes)
     for name in ("input_ids", "positions"):
         tensor = getattr(found, name)
         torch.testing.assert_close(tensor.cpu(), getattr(expected, name), msg=name)

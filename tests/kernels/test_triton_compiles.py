@@ -140,6 +140,7 @@ for dtype, of_torch in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
             moe._grouped_kernel, dtype, tiling, NUM_OUTPUTS=768,
             NUM_INPUTS=2880 if clamped else 2048, ITEMS_PER_ROW=8, IS_SORTED=items > 8,
             IS_GATED=gated, HAS_BIAS=clamped, HAS_LIMIT=clamped and gated,
+            IS_GELU=gated and not clamped,
         )
     check(fixed_order._rms_norm_kernel, dtype, SIZE=576, PADDED=1024)
     for rows, outputs in ((8, 1024), (8, 6144), (500, 1024)):
@@ -178,6 +179,12 @@ for dtype, of_torch in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         for queries, fixed in ((0, False), (0, True), (10**6, False)):
             tiling = prefill.prefill_tiling(head_dim, 4, of_torch, queries)
             check(prefill._prefill_kernel, dtype, tiling, FIXED_ORDER=fixed, **shape)
+    if dtype == "bf16" and int(sys.argv[1]) == 90:
+        max_shared = 227 * 1024
+        tiling = prefill.tiling_of_wide_heads(4, of_torch, max_shared)
+        shape |= {"HEAD_DIM": 512, "TOKEN_STRIDE": 1024, "PADDED_DIM": 512, "HAS_KV_SCALES": False}
+        shape |= {"FIXED_ORDER": False}
+        check(prefill._prefill_kernel, dtype, tiling, max_shared=max_shared, **shape)
 """
 
 

@@ -95,9 +95,8 @@ def logits_of_ends(model: Decoder, token_ids: list[int], indices: list[int]) -> 
         seq_lens=(at + 1).int(),
         query_start_loc=torch.arange(len(indices) + 1).int(),
     )
-    hidden = model(
-        torch.tensor(token_ids), positions, *caches.per_layer(attn), SampledTokens(at, rows)
-    )
+    sampled = SampledTokens(at, [rows] * model.num_sampled_layers)
+    hidden = model(torch.tensor(token_ids), positions, *caches.per_layer(attn), sampled)
     return model.compute_logits(hidden)
 
 
@@ -142,7 +141,8 @@ def test_info_tells_of_every_variant_without_its_weights(
         (tmp_path / "config.json").write_bytes(config.read_bytes())
         assert cli.main(["info", str(tmp_path), "--json"]) == 0, (family, variant)
         facts = json.loads(capsys.readouterr().out)
-        assert facts["run_by"] == "compiledllm" and facts["layers"] == 3
+        assert facts["run_by"] == "compiledllm"
+        assert facts["layers"] == changes.get("num_hidden_layers", 3)
         assert facts["parameters"] == load_spec(tmp_path).num_parameters
         assert facts["kv_bytes_per_token"] > 0 and facts["kv_tokens_that_fit"] > 0
         spec = load_spec(tmp_path)  # in the dtype of the run

@@ -50,8 +50,9 @@ MINISTRAL3_ROPE = YARN | {
     "mscale_all_dim": 1.0,
     "llama_4_scaling_beta": 0.3,
 }
-MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
 DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+
 GLM_MROPE = MROPE | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
 GLM4_MOE = {
     "head_dim": 16,
@@ -61,6 +62,32 @@ GLM4_MOE = {
     "n_shared_experts": 2,
     "routed_scaling_factor": 1.7,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+}
+GEMMA4 = {
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "sliding_window": 20,
+    "vocab_size_per_layer_input": 128,
+    "hidden_size_per_layer_input": 0,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rope_parameters": {
+        "sliding_attention": DEFAULT_ROPE,
+        "full_attention": DEFAULT_ROPE
+        | {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
+    },
+}
+GEMMA4_SHARED = {
+    "num_hidden_layers": 6,
+    "num_kv_shared_layers": 3,
+    "use_double_wide_mlp": True,
+    "final_logit_softcapping": 3.0,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+}
+GEMMA4_DENSE = {
+    "attention_k_eq_v": True,
+    "num_global_key_value_heads": 1,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
 }
 GPT_OSS = {
     "head_dim": 16,
@@ -202,6 +229,11 @@ VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
         "query_pre_attn_scalar": 24,
     }
     | HALF_SLIDING,
+    ("gemma4_text", "e4b"): GEMMA4 | GEMMA4_SHARED | {"hidden_size_per_layer_input": 16},
+    ("gemma4_text", "31b"): GEMMA4 | GEMMA4_DENSE,
+    ("gemma4", "26b, text of a multimodal model"): GEMMA4
+    | GEMMA4_DENSE
+    | {"enable_moe_block": True, "num_experts": 6, "top_k_experts": 3, "moe_intermediate_size": 48},
     ("gpt_oss", "windows"): GPT_OSS,
     ("gpt_oss", "yarn, clamped"): GPT_OSS
     | {
@@ -283,6 +315,8 @@ IN_ENGINE = {
     "glm4": "partial rotary",
     "glm4_moe": "groups",
     "glm4v_moe": "text of a multimodal model",
+    "gemma4": "26b, text of a multimodal model",
+    "gemma4_text": "e4b",
     "gpt2": "plain",
     "gpt_neox": "parallel",
     "gpt_oss": "yarn, clamped",

@@ -43,6 +43,7 @@ GLM_VISION = QWEN_VISION | {"image_size": 28, "patch_size": 14}
 # Model type of a model of two parts, of which the text's is looked at -> the other part's options.
 VISION_OF: dict[str, dict[str, Any]] = {
     "gemma3": VISION,
+    "gemma4": VISION | {"head_dim": 16, "num_key_value_heads": 2},
     "glm46v": GLM_VISION | {"model_type": "glm4v_vision"},
     "glm4v": GLM_VISION,
     "glm4v_moe": GLM_VISION,
@@ -67,7 +68,7 @@ def save_random_model(folder: Path, model_type: str, /, **changes: Any) -> None:
     torch.manual_seed(zlib.crc32(key.encode()))  # whichever tests came before
     options = TINY | changes
     if model_type in VISION_OF:
-        tied = TIED if model_type == "gemma3" else {"tie_word_embeddings": False}
+        tied = TIED if model_type in ("gemma3", "gemma4") else {"tie_word_embeddings": False}
         options = {"text_config": options | tied, "vision_config": VISION_OF[model_type]} | tied
     if model_type == "gemma3":
         options["mm_tokens_per_image"] = 4
@@ -80,6 +81,9 @@ def save_random_model(folder: Path, model_type: str, /, **changes: Any) -> None:
             is_norm = name.endswith("weight") and ("norm" in name or ".ln_" in name)
             mean = -2.0 if name.endswith("A_log") else float(is_norm)  # states decay slowly
             parameter.normal_(mean, spread)
+        for name, buffer in model.named_buffers():
+            if name.endswith(("layer_scalar", "e_score_correction_bias")):
+                buffer.normal_(float(name.endswith("scalar")), 0.15)
     model.save_pretrained(folder)
 
 

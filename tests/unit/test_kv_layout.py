@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from compiledllm.models.layer_cache import PagedKV
 from compiledllm.models.spec import (
     AttentionSpec,
     LayerSpec,
@@ -19,6 +20,7 @@ from compiledllm.models.spec import (
 )
 from compiledllm.runner.kv_cache import allocate_kv_caches
 from compiledllm.runner.kv_layout import MAX_GROUPS, kv_layout, whole_contexts
+from compiledllm.scheduler.kv_manager import num_blocks_needed
 
 ATTENTION = AttentionSpec(4, 2, 8, 1.0, RopeSpec((1.0,) * 4))
 LAYER = LayerSpec(32, ATTENTION, MlpSpec(64), NormSpec(1e-5))
@@ -63,14 +65,72 @@ def test_published_layouts(
 
 
 def test_layers_with_kv_of_several_shapes_have_one_table() -> None:
-    kept = model([64, 0, 64, 32], [8, 16, 8, 8]).layer_caches
+    kept = model([64, 0, 64, 32], [8, 24, 8, 8]).layer_caches  # not a few times as large
     assert kv_layout(kept, 1024) == whole_contexts(kept)
-    windowed = model([64, 32], [8, 16]).layer_caches
+    windowed = model([64, 32], [8, 24]).layer_caches
     assert kv_layout(windowed, 1024).windows == (64,)  # as far as any of them sees
     caches = allocate_kv_caches(kv_layout(kept, 1024), 3, 16, torch.device("cpu"))
-    assert [cache.shape[-1] for cache in caches] == [8, 16, 8, 8]
+    assert [cache.shape[-1] for cache in caches] == [8, 24, 8, 8]
     assert len({cache.data_ptr() for cache in caches}) == 4
-    assert kv_layout(kept, 1024).bytes_per_token == (8 + 16 + 8 + 8) * 2 * 2 * 4
+    assert kv_layout(kept, 1024).bytes_per_token == (8 + 24 + 8 + 8) * 2 * 2 * 4
+
+
+def gemma4(
+    num_layers: int, every: int, window: int, heads: tuple[int, int], num_shared: int
+) -> ModelSpec:
+    """Heads of 256 with a window, of 512 without. heads: KV heads of the two kinds of layer."""
+    layers: list[LayerSpec] = []
+    for index, w in enumerate(pattern(num_layers, window, every)):
+        attention = dataclasses.replace(
+            ATTENTION,
+            num_kv_heads=heads[w == 0],
+            head_dim=256 if w else 512,
+            sliding_window=w,
+        )
+        if index >= num_layers - num_shared:
+            source = max(i for i in range(num_layers - num_shared) if layers[i].mixer == attention)
+            attention = dataclasses.replace(attention, kv_layer=source)
+        layers.append(dataclasses.replace(LAYER, mixer=attention))
+    return dataclasses.replace(model([0]), layers=tuple(layers)).with_dtypes("bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("spec", "size", "windows", "splits"),
+    [
+        (gemma4(30, 6, 1024, (8, 2), 0), 5, (1024,) * 5 + (0,), (2,) * 5 + (1,)),  # 26B-A4B
+        (gemma4(60, 6, 1024, (16, 4), 0), 10, (1024,) * 5 + (0,), (2,) * 5 + (1,)),  # 31B
+        (gemma4(42, 6, 512, (2, 2), 18), 4, (512,) * 5 + (0,), (1,) * 5 + (2,)),  # E4B
+        (gemma4(35, 5, 512, (1, 1), 20), 3, (512,) * 4 + (0,), (1,) * 4 + (2,)),  # E2B
+    ],
+    ids=["26B-A4B", "31B", "E4B", "E2B"],
+)
+def test_kv_of_two_shapes_lies_in_blocks_of_equal_bytes(
+    spec: ModelSpec, size: int, windows: tuple[int, ...], splits: tuple[int, ...]
+) -> None:
+    length, block_size = 32768, 32
+    layout = kv_layout(spec.layer_caches, length)
+    assert (layout.size, layout.windows, layout.splits) == (size, windows, splits)
+    needed = num_blocks_needed(layout.windows_of_tables, block_size, length)
+    kept = [cache for cache in spec.layer_caches if isinstance(cache, PagedKV)]
+    least = sum(cache.bytes_per_token * (cache.window or length) for cache in kept)
+    assert least < needed * layout.block_bytes(block_size) < 1.05 * least
+    caches = allocate_kv_caches(layout, 3, block_size, torch.device("meta"))
+    sizes = {16 if split == 2 else 32 for split in splits}
+    assert {cache.shape[2] for cache in caches} == sizes
+    assert len(caches) == len(spec.layers) == len(layout.places)
+    for index, layer in enumerate(spec.layers):
+        source = layer.mixer.kv_layer if isinstance(layer.mixer, AttentionSpec) else None
+        if source is not None:
+            assert layout.places[index] == layout.places[source]
+
+
+def test_a_block_is_the_same_bytes_in_every_shape() -> None:
+    layout = kv_layout(model([64, 0, 64, 64], [16, 8, 16, 16]).layer_caches, 1024)
+    assert layout.splits == (2, 2, 2, 1)
+    wide, narrow, *_ = allocate_kv_caches(layout, 5, 32, torch.device("cpu"))
+    assert (wide.shape, narrow.shape) == ((2, 6, 16, 2, 16), (2, 6, 32, 2, 8))
+    wide[:, 3] = 1
+    assert narrow[:, 3].eq(1).all() and narrow.sum() == narrow[:, 3].numel()
 
 
 def test_layers_with_kv_of_several_dtypes_have_one_table() -> None:
