@@ -60,7 +60,7 @@ class MoeMlp(nn.Module):
         out = (parts * weights.unsqueeze(-1)).sum(1).to(x.dtype)
         if self.shared is None or self.joins_experts:
             return out
-        shared = self.shared(x)
+        shared: Tensor = self.shared(x)
         return out + (shared if share is None else share * shared)
 
     def _route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
