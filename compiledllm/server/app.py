@@ -6,11 +6,10 @@ import difflib
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
@@ -21,6 +20,7 @@ from compiledllm.server.access_log import AccessLog
 from compiledllm.server.anthropic.protocol import BODIES as ANTHROPIC_BODIES
 from compiledllm.server.anthropic.protocol import CountTokensRequest
 from compiledllm.server.anthropic.token_count import TokenCounter
+from compiledllm.server.chat_page import chat_page
 from compiledllm.server.client_left import ClientLeft
 from compiledllm.server.docs_page import docs_page
 from compiledllm.server.generation_routes import add_generation, add_stored_responses
@@ -49,7 +49,6 @@ from compiledllm.server.root_path import BelowRoot
 from compiledllm.server.security import Guard
 from compiledllm.version import __version__
 
-_PAGE = Path(__file__).with_name("page.html")
 _Responses = dict[int | str, dict[str, Any]]  # of a route, by status, for OpenAPI
 _STATUSES = (400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504)
 _ERRORS: _Responses = {status: {"model": ErrorResponse} for status in _STATUSES}
@@ -115,6 +114,7 @@ def create_app(engine: EngineClient, options: AppOptions) -> FastAPI:
     _add_token_count(app, TokenCounter(jobs, options.answers))
     _add_models(app, jobs)
     _add_state(app, engine, metrics)
+    _add_chat_page(app)
     if options.has_docs:
         _add_docs(app)
     _add_errors(app, metrics)
@@ -230,9 +230,17 @@ def _add_state(app: FastAPI, engine: EngineClient, metrics: Metrics) -> None:
             return {"options": {}, "choices": {}}
         return {"options": engine.ready.options, "choices": engine.ready.choices}
 
-    @app.get("/", response_class=FileResponse, include_in_schema=False)
-    async def page() -> FileResponse:
-        return FileResponse(_PAGE, headers={"content-security-policy": _CONTENT_POLICY})
+
+def _add_chat_page(app: FastAPI) -> None:
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def page(request: Request) -> Response:
+        found = chat_page()
+        if request.headers.get("if-none-match") == found.headers["etag"]:
+            return Response(status_code=304, headers=found.headers)
+        if "gzip" in request.headers.get("accept-encoding", ""):
+            encoding = {"content-encoding": "gzip"}
+            return HTMLResponse(found.compressed, headers=found.headers | encoding)
+        return HTMLResponse(found.document, headers=found.headers)
 
 
 def _add_docs(app: FastAPI) -> None:
@@ -242,13 +250,10 @@ def _add_docs(app: FastAPI) -> None:
     async def docs() -> HTMLResponse:
         if not page:
             page.append(docs_page(app.openapi()))
-        return HTMLResponse(page[0], headers={"content-security-policy": _CONTENT_POLICY})
+        return HTMLResponse(page[0], headers={"content-security-policy": _DOCS_POLICY})
 
 
-_CONTENT_POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'"
-)
+_DOCS_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
 def _add_errors(app: FastAPI, metrics: Metrics) -> None:

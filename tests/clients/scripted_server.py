@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -20,12 +21,17 @@ from tests.clients.scripted_engine import SCRIPT, TEMPLATE
 from tests.support.server import Server
 from tests.support.tiny import copy_tokenizer
 
-ENGINE = [sys.executable, "-m", "tests.clients.scripted_engine"]
+ENGINE = "tests.clients.scripted_engine"
 
 
 @contextlib.contextmanager
-def scripted_server(steps: list[dict[str, Any]], *options: str) -> Iterator[Server]:
-    """A running server whose model follows these steps. Its log is printed if a test fails."""
+def scripted_server(
+    steps: list[dict[str, Any]], *options: str, engine: str = ENGINE
+) -> Iterator[Server]:
+    """A running server whose model follows these steps. Its log is printed if a test fails.
+
+    engine: the module that is the engine's process.
+    """
     with tempfile.TemporaryDirectory() as name:
         model = Path(name) / "model"
         model.mkdir()
@@ -34,7 +40,7 @@ def scripted_server(steps: list[dict[str, Any]], *options: str) -> Iterator[Serv
         shutil.copy(source / "config.json", model)
         (model / "chat_template.jinja").write_text(TEMPLATE)
         (model / SCRIPT).write_text(json.dumps(steps))
-        server = Server(model, Path(name), *options, module=__name__)
+        server = Server(model, Path(name), *options, module=__name__, SCRIPTED_ENGINE=engine)
         try:
             yield server.wait_until_ready()
         except BaseException:
@@ -66,7 +72,8 @@ def create_app(*arguments: Any) -> Any:
 
 
 if __name__ == "__main__":
-    with_script = functools.partial(launch.EngineClient, command=ENGINE)
+    command = [sys.executable, "-m", os.environ["SCRIPTED_ENGINE"]]
+    with_script = functools.partial(launch.EngineClient, command=command)
     launch.EngineClient = with_script  # type: ignore[misc,assignment]
     launch.create_app = create_app
     sys.exit(main(["serve", *sys.argv[1:]]))
