@@ -41,32 +41,35 @@ def server() -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
+def window() -> Iterator[Any]:
+    """A browser's window, of which all pages are tabs."""
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield browser
+        permissions = ["clipboard-read", "clipboard-write"]
+        window = browser.new_context(viewport=DESK, permissions=permissions)
+        window.set_default_timeout(20_000)
+        yield window
         browser.close()
 
 
 @pytest.fixture
-def open_page(browser: Any, server: Server) -> Iterator[Callable[..., Any]]:
-    """open_page(beside=None, script=None, **context) -> a page; nothing may go wrong on it.
+def open_page(window: Any, server: Server) -> Iterator[Callable[..., Any]]:
+    """open_page(script=None) -> a page, on which nothing may go wrong.
 
-    beside: a page of whose browser window it is another tab. script: runs before the page's own.
+    script: runs before the page's own. The first page of a test finds nothing in the storage.
     """
     pages: list[Any] = []
 
-    def open_one(beside: Any = None, script: str | None = None, **options: Any) -> Any:
-        context = beside.context if beside else browser.new_context(viewport=DESK, **options)
-        context.set_default_timeout(10_000)
-        page = context.new_page()
+    def open_one(script: str = "") -> Any:
+        page = window.new_page()
         page.asked, page.problems = [], []
         page.on("request", lambda request: page.asked.append(request.url))
         page.on("pageerror", lambda error: page.problems.append(str(error)))
         page.on("console", lambda line: note(page, line))
-        page.add_init_script(CHECKS)
-        if script is not None:
-            page.add_init_script(script)
+        page.add_init_script(CHECKS + script)
+        if not pages:
+            what = {"origin": server.url, "storageTypes": "local_storage"}
+            window.new_cdp_session(page).send("Storage.clearDataForOrigin", what)
         page.goto(server.url)
         expect(page.locator("#model")).to_contain_text("tiny")
         pages.append(page)
@@ -74,11 +77,10 @@ def open_page(browser: Any, server: Server) -> Iterator[Callable[..., Any]]:
 
     yield open_one
     for page in pages:
+        page.close()
         assert page.problems == []
         allowed = (server.url, "data:", "blob:")
         assert all(url.startswith(allowed) for url in page.asked), page.asked
-    for context in {page.context for page in pages}:
-        context.close()
 
 
 def note(page: Any, line: Any) -> None:
@@ -332,8 +334,8 @@ def test_an_answer_that_broke_off_is_kept_until_it_is_tried_again(scripted: Any)
     assert shown(scripted) == [user("go"), assistant("whole")]
 
 
-def test_a_server_that_wants_a_key_gets_one(open_page: Callable[..., Any]) -> None:
-    page = open_page(script=FROM_TEST)
+def test_a_server_that_wants_a_key_gets_one(scripted: Any) -> None:
+    page = scripted
     begin(page, "hello")
     answer(page, 0, """answer.refuse(401, '{"error": {"message": "the API key is missing"}}')""")
     page.fill(".key-form input", "sécret-key\u200b")  # a header cannot have all of it
@@ -456,8 +458,8 @@ def test_a_conversation_is_exported_and_imported(page: Any, tmp_path: Path) -> N
     expect(page.locator("#toast")).to_contain_text("holds no conversations")
 
 
-def test_settings_are_kept_and_sent(open_page: Callable[..., Any]) -> None:
-    page = open_page(script=FROM_TEST)
+def test_settings_are_kept_and_sent(scripted: Any) -> None:
+    page = scripted
     set_fields(page, system="Be brief.", top_k="5", max_tokens="9", further='{"stop": ["END"]}')
     page.select_option("#model", "other-name")
     page.reload()
@@ -468,9 +470,13 @@ def test_settings_are_kept_and_sent(open_page: Callable[..., Any]) -> None:
     assert (body["top_k"], body["max_completion_tokens"], body["stop"]) == (5, 9, ["END"])
     assert body["model"] == "other-name"
     answer(page, 0, 'answer.whole("x")')
+    page.click("#clear")
     set_fields(page, further="{stop", system="Be long.")
     begin(page, "more")
     assert "further fields are no JSON" in shown(page)[-1][1]
+    page.click(".open-chat >> text=hi")
+    expect(page.locator("#system")).to_have_value("Be brief.")
+    set_fields(page, top_p="0.5")
     page.click("#clear")
     expect(page.locator("#system")).to_have_value("Be long.")
 
@@ -507,7 +513,7 @@ def test_tabs_do_not_destroy_each_others_conversations(open_page: Callable[..., 
     first = open_page(script=FROM_TEST)
     begin(first, "shared")
     answer(first, 0, 'answer.whole("yes")')
-    second = open_page(beside=first, script=FROM_TEST)
+    second = open_page(script=FROM_TEST)
     begin(second, "of the second")
     answer(second, 0, 'answer.whole("yes")')
     expect(first.locator(".open-chat")).to_have_count(2)
@@ -528,8 +534,7 @@ def test_tabs_do_not_destroy_each_others_conversations(open_page: Callable[..., 
     expect(first.locator(".open-chat")).to_have_count(2)
 
 
-def test_what_others_wrote_into_the_storage_is_no_hindrance(open_page: Callable[..., Any]) -> None:
-    page = open_page()
+def test_what_others_wrote_into_the_storage_is_no_hindrance(page: Any) -> None:
     ask(page, "mine")
     calls = {"role": "assistant", "tool_calls": [None, {"function": 5}], "figures": {"tokens": "x"}}
     chat = json.dumps({"messages": [None, 3, {"role": "root"}, calls]})
@@ -648,8 +653,7 @@ def test_markdown_is_shown_the_same_whether_it_comes_whole_or_in_pieces(page: An
         assert whole == MARKDOWN.get(text, whole)
 
 
-def test_code_is_highlighted_and_copied(open_page: Callable[..., Any]) -> None:
-    page = open_page(permissions=["clipboard-read", "clipboard-write"])
+def test_code_is_highlighted_and_copied(page: Any) -> None:
     code = "def f():\n    return '<b>' & \"x\""
     ask(page, f"```python\n{code}\n```\n\n```unknown\n{code}\n```")
     assert page.locator(".code").first.locator(".hljs-keyword").all_inner_texts() == [
@@ -683,14 +687,13 @@ def test_an_answer_is_shown_once_a_frame_at_most(scripted: Any) -> None:
 
 
 def test_hostile_text_does_not_freeze_the_page(page: Any) -> None:
-    assert page.evaluate("hostileTextsNotShown()") == []
+    assert page.evaluate("hostileTextsNotShown()") == [], "nothing, or after more than 10 s"
 
 
 # -- how it looks and is used ---------------------------------------------------------------------
 
 
-def test_nothing_is_wider_than_a_phone(open_page: Callable[..., Any]) -> None:
-    page = open_page(has_touch=True)
+def test_nothing_is_wider_than_a_phone(page: Any) -> None:
     page.set_viewport_size(PHONE)
     width = "document.documentElement.scrollWidth"
     long = "a" * 300
@@ -708,6 +711,21 @@ def test_nothing_is_wider_than_a_phone(open_page: Callable[..., Any]) -> None:
     assert page.locator("#chats").is_hidden()
 
 
+TOUCH = """{ const real = matchMedia; window.matchMedia = (query) =>
+    (query.includes("coarse") ? { matches: true } : real.call(window, query)); }"""
+
+
+def test_a_keyboard_on_the_screen_begins_lines(open_page: Callable[..., Any]) -> None:
+    page = open_page(script=FROM_TEST + TOUCH)
+    page.fill("#prompt", "one")
+    page.press("#prompt", "Enter")
+    page.keyboard.type("two")
+    page.click("#send")
+    assert asked(page, 0) == [user("one\ntwo")]
+    answer(page, 0, 'answer.whole("x")')
+    assert page.evaluate("document.activeElement.id") != "prompt", "it would cover the answer"
+
+
 def test_everything_that_can_be_used_has_a_name(page: Any) -> None:
     set_fields(page, further=json.dumps(WEATHER))
     call = json.dumps({"name": "weather", "arguments": {}})
@@ -723,8 +741,7 @@ def test_everything_that_can_be_used_has_a_name(page: Any) -> None:
     assert page.evaluate("document.activeElement.id") == "prompt"
 
 
-def test_colours_follow_the_system(open_page: Callable[..., Any]) -> None:
-    page = open_page()
+def test_colours_follow_the_system(page: Any) -> None:
     ground = "getComputedStyle(document.body).backgroundColor"
     page.emulate_media(color_scheme="light")
     light = page.evaluate(ground)

@@ -27,6 +27,9 @@ class Values {
   }
 }
 
+const values = new Values(openStorage("localStorage"));
+const secrets = new Values(openStorage("sessionStorage")); // of this tab
+
 // -- conversations -------------------------------------------------------------------------------
 
 const textOf = (value) => (typeof value === "string" ? value : "");

@@ -51,11 +51,12 @@ async function copyText(text) {
 
 /** Shows on a button for a moment that its text was copied. */
 async function copyFrom(node, text) {
-  const isDone = await copyText(text);
   const use = node.querySelector("use"), before = use ? use.getAttribute("href") : node.textContent;
   const show = (icon, label) => (use ? use.setAttribute("href", icon) : (node.textContent = label));
+  node.disabled = true;
+  const isDone = await copyText(text);
   show(isDone ? "#icon-done" : before, isDone ? "Copied" : "Not copied");
-  setTimeout(() => show(before, before), 1500);
+  setTimeout(() => { show(before, before); node.disabled = false; }, 1500);
 }
 
 // -- a message -----------------------------------------------------------------------------------
@@ -223,11 +224,12 @@ function renameIn(row, title, renamed) {
     isDone = true;
     field.replaceWith(open);
     const text = field.value.trim();
-    if (isKept && text && text !== title) renamed(text);
     open.focus();
+    if (isKept && text && text !== title) renamed(text);
   };
   field.addEventListener("keydown", (event) => {
     if (isComposing(event) || !["Enter", "Escape"].includes(event.key)) return;
+    event.preventDefault(); // or Enter presses the button that gets the focus
     event.stopPropagation();
     end(event.key === "Enter");
   });
