@@ -19,6 +19,7 @@ _PART = re.compile(
     r'<link rel="stylesheet" href="(?P<style>[\w./]+)">|<script src="(?P<script>[\w./]+)"></script>'
 )
 _SOURCE_MAP = re.compile(r"^//# sourceMappingURL=.*\n?", re.MULTILINE)
+_COMMENT = re.compile(r"^ *(?://|/\*\*| \* | \*/).*\n", re.MULTILINE)  # on lines of its own
 _MARKUP = re.compile(r"<(?=!--|/?script)", re.IGNORECASE)  # an HTML parser would act upon it
 _POLICY = (
     "default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; "
@@ -68,5 +69,6 @@ def _text_of(name: str) -> str:
     text = (_FOLDER / name).read_text(encoding="utf-8")
     if name.endswith(".css"):
         return text
+    text = _SOURCE_MAP.sub("", text) if name.startswith("vendor/") else _COMMENT.sub("", text)
     # In strings and regular expressions, where scripts have such text, \x3C is the same.
-    return _MARKUP.sub(r"\\x3C", _SOURCE_MAP.sub("", text))
+    return _MARKUP.sub(r"\\x3C", text)

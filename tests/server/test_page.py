@@ -18,7 +18,7 @@ import pytest
 from tests.clients.scripted_server import scripted_server
 from tests.support.server import Server, wait_for
 
-sync_api = pytest.importorskip("playwright.sync_api")
+sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 expect = sync_api.expect
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 FOLDER = Path(__file__).parent
@@ -30,7 +30,7 @@ WEATHER = {"tools": [{"type": "function", "function": {"name": "weather", "param
 
 pytestmark = [
     pytest.mark.real_model,  # its tokenizer
-    pytest.mark.skipif(BROWSER is None, reason="no chromium here"),
+    pytest.mark.skipif(BROWSER is None, reason="needs chromium or google-chrome"),
 ]
 
 

@@ -33,7 +33,7 @@ def test_the_page_is_one_file_whose_parts_its_policy_allows_by_hash() -> None:
         assert not re.search(r"<!--|<script|sourceMappingURL", content, re.IGNORECASE)
     markup = TAG.sub("", text)
     assert not re.search(r'(src|href)="(?!#|data:|docs")', markup), "nothing is loaded"
-    assert len(page.document) < 250 * 1024
+    assert len(page.document) < 250_000
     assert gzip.decompress(page.compressed) == page.document
 
 
