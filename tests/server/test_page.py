@@ -36,7 +36,8 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with scripted_server([], engine="tests.server.echo_engine") as server:
+    options = ("--root-path", "/llm")
+    with scripted_server([], *options, engine="tests.server.echo_engine") as server:
         yield server
 
 
@@ -71,7 +72,7 @@ def open_page(window: Any, server: Server) -> Iterator[Callable[..., Any]]:
             what = {"origin": server.url, "storageTypes": "local_storage"}
             window.new_cdp_session(page).send("Storage.clearDataForOrigin", what)
         page.goto(server.url)
-        expect(page.locator("#model")).to_contain_text("tiny")
+        expect(page.locator("#model")).to_have_text("tiny")
         pages.append(page)
         return page
 
@@ -157,7 +158,7 @@ def error(text: str) -> tuple[str, str]:
 
 
 def test_an_answer_streams_with_its_figures(page: Any) -> None:
-    expect(page.locator("#model")).to_have_value("tiny")
+    expect(page.locator("#model")).to_have_text("tiny")
     ask(page, "Hello there")
     assert page.locator(".user").inner_text() == "Hello there"
     assert page.locator(".assistant").inner_text() == "Hello there"
@@ -178,6 +179,16 @@ def test_a_page_that_has_not_changed_is_not_sent_again(page: Any, server: Server
     etag = page.goto(page.url).headers["etag"]
     assert server.get("/", if_none_match=etag) == (304, "")
     assert server.get("/", if_none_match='"another"')[1].startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize("path", ["/llm", "/llm/"])
+def test_the_page_works_below_a_path(page: Any, server: Server, path: str) -> None:
+    page.asked.clear()
+    page.goto(server.url + path)
+    ask(page, "Hello")
+    assert shown(page) == [user("Hello"), assistant("Hello")]
+    asked = [url.removeprefix(server.url) for url in page.asked if "/v1/" in url]
+    assert asked == ["/llm/v1/models", "/llm/v1/chat/completions"]
 
 
 def test_tokens_of_the_prefix_cache_are_shown(scripted: Any) -> None:
@@ -356,7 +367,7 @@ def test_a_server_that_comes_back_is_noticed(page: Any) -> None:
     expect(page.locator("#notice")).to_have_text("the server cannot be reached")
     page.unroute("**/v1/models")
     expect(page.locator("#notice")).to_be_hidden()
-    expect(page.locator("#model")).to_have_value("tiny")
+    expect(page.locator("#model")).to_have_text("tiny")
 
 
 # -- conversations --------------------------------------------------------------------------------
@@ -461,9 +472,9 @@ def test_a_conversation_is_exported_and_imported(page: Any, tmp_path: Path) -> N
 def test_settings_are_kept_and_sent(scripted: Any) -> None:
     page = scripted
     set_fields(page, system="Be brief.", top_k="5", max_tokens="9", further='{"stop": ["END"]}')
-    page.select_option("#model", "other-name")
+    page.select_option("#models", "other-name")
     page.reload()
-    expect(page.locator("#model")).to_have_value("other-name")
+    expect(page.locator("#model")).to_have_text("other-name")
     begin(page, "hi")
     body = page.evaluate("answers[0].asked")
     assert body["messages"][0] == {"role": "system", "content": "Be brief."}

@@ -15,7 +15,7 @@ function ask(conversation) {
   if (turns.has(conversation)) return;
   problems.delete(conversation);
   try {
-    const body = requestBody(conversation, settings(), $("model").options.length > 1 ? $("model").value : "");
+    const body = requestBody(conversation, settings(), $("models").hidden ? "" : $("models").value);
     turns.set(conversation, new Turn(conversation, body, apiKey(), changed, ended));
     $("progress").textContent = "The answer is coming";
   } catch (problem) {

@@ -45,10 +45,11 @@ async function showModels() {
     notify("server", problem.message, ...(isKey ? [" ", keyForm(actions.useKey)] : []));
     if (!isKey) modelsTimer = setTimeout(showModels, POLL_MS);
   }
-  const chosen = $("model").value || values.get("model");
-  $("model").replaceChildren(...names.map((name) => element("option", "", name)));
-  if (names.includes(chosen)) $("model").value = chosen;
-  $("model").disabled = names.length < 2;
+  const picker = $("models"), chosen = picker.value || values.get("model");
+  picker.replaceChildren(...names.map((name) => element("option", "", name)));
+  if (names.includes(chosen)) picker.value = chosen;
+  picker.hidden = names.length < 2;
+  $("model").textContent = picker.value;
 }
 
 const notices = { server: [], storage: [] };
@@ -67,7 +68,10 @@ function notifyOfStorage() {
   notify("storage", chats.isFull && `this browser's storage is full: new ${loss}. Export or delete some.`);
 }
 
-$("model").addEventListener("change", () => values.set("model", $("model").value));
+$("models").addEventListener("change", () => {
+  $("model").textContent = $("models").value;
+  values.set("model", $("models").value);
+});
 for (const kind of ["input", "change"]) $("settings").addEventListener(kind, saveSettings);
 $("settings").addEventListener("reset", () => setTimeout(() => saveSettings({ target: $("system") })));
 $("key").addEventListener("change", showModels);
