@@ -561,7 +561,7 @@ def test_what_others_wrote_into_the_storage_is_no_hindrance(page: Any) -> None:
 
 # -- what models write ----------------------------------------------------------------------------
 
-ATTACKS = (FOLDER / "page_attacks.md").read_text()
+ATTACKS = (FOLDER / "page_attacks.txt").read_text()
 TAGS = {f"h{depth}" for depth in range(1, 7)} | {
     *("a", "b", "blockquote", "br", "button", "code", "del", "div", "em", "hr", "i", "kbd", "li"),
     *("mark", "ol", "p", "pre", "s", "span", "strong", "sub", "sup", "table", "tbody", "td", "th"),
