@@ -17,13 +17,13 @@ from compiledllm.log import OneLine, log
 from compiledllm.remote.engine_client import EngineClient
 from compiledllm.remote.errors import Overloaded
 from compiledllm.server.access_log import AccessLog
+from compiledllm.server.answer_routes import add_answers, add_stored_responses
 from compiledllm.server.anthropic.protocol import BODIES as ANTHROPIC_BODIES
 from compiledllm.server.anthropic.protocol import CountTokensRequest
 from compiledllm.server.anthropic.token_count import TokenCounter
 from compiledllm.server.chat_page import chat_page
 from compiledllm.server.client_left import ClientLeft
 from compiledllm.server.docs_page import docs_page
-from compiledllm.server.generation_routes import add_generation, add_stored_responses
 from compiledllm.server.metrics import Metrics
 from compiledllm.server.openai.answer import DEFAULT_SETTINGS, AnswerSettings
 from compiledllm.server.openai.errors import RAISED, ApiError
@@ -36,7 +36,6 @@ from compiledllm.server.openai.serving import Serving
 from compiledllm.server.openai.text_tools import TextTools
 from compiledllm.server.openapi import add_bodies, body_of
 from compiledllm.server.origins import EXPOSED_HEADERS, Cors, PageCheck
-from compiledllm.server.pooling_routes import add_pooling
 from compiledllm.server.raw_body import read_body
 from compiledllm.server.responses import (
     EngineHealth,
@@ -107,8 +106,7 @@ def create_app(engine: EngineClient, options: AppOptions) -> FastAPI:
         options.answers,
     )
     serving = Serving(engine, metrics)
-    add_generation(app, jobs, serving)
-    add_pooling(app, jobs, serving)
+    add_answers(app, jobs, serving)
     add_stored_responses(app, options.answers.response_store)
     _add_text_tools(app, TextTools(jobs))
     _add_token_count(app, TokenCounter(jobs, options.answers))

@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import ctypes
 import functools
-import gc
 import logging
 import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import uvicorn
@@ -32,12 +30,16 @@ from compiledllm.server.http_protocol import LimitedHttp
 from compiledllm.server.listening import close, is_local, listen, tls_options, way_to_try
 from compiledllm.server.openai.answer import AnswerSettings
 from compiledllm.server.openai.response_store import ResponseStore
+from compiledllm.server.options import served_names
 from compiledllm.server.origins import parse_cors
+from compiledllm.server.process import (
+    end_threads,
+    loop_factory,
+    return_large_blocks,
+    spare_collector,
+)
 
 LOG_LINE_INTERVAL_S = 10.0
-THREADS_END_S = 2.0  # for working threads to finish at the end of the process
-YOUNG_OBJECTS = 20_000  # new objects between garbage collections; a request makes about a thousand
-LARGE_BLOCK_BYTES = 2**20  # allocations from this size on are returned to the system when freed
 MAX_HANDSHAKE_S = 60.0  # for a client to finish its TLS handshake, whatever --client-timeout says
 MAX_STANDSTILL_S = 0.5  # the event loop may block this long without a log line
 
@@ -45,7 +47,7 @@ MAX_STANDSTILL_S = 0.5  # the event loop may block this long without a log line
 def serve(arguments: argparse.Namespace) -> int:
     """Serve until told to stop; return the exit status. A failure's cause is printed last."""
     show_logs(logging.getLevelNamesMapping()[arguments.log_level.upper()])
-    _return_large_blocks()
+    return_large_blocks()
     options = engine_options(arguments)
     EngineConfig.from_options(**options)  # reports wrong options before anything is started
     deadlines = Deadlines(arguments.client_timeout, arguments.keep_alive_timeout)
@@ -55,8 +57,8 @@ def serve(arguments: argparse.Namespace) -> int:
     try:
         app_options = _app_options(arguments, listener)
         engine = EngineClient(options, _limits(arguments), cache_dir() / "crashes")
-        engine.on_loaded = _spare_collector
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        engine.on_loaded = spare_collector
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
             return runner.run(_run(engine, app_options, listener, connections, arguments, tls))
     finally:
         close(listener, arguments.uds)
@@ -109,48 +111,8 @@ async def _run(
     await engine.stop()
     if status and engine.failure is not None:
         print(f"error: {engine.failure.error}", file=sys.stderr, flush=True)
-    await _end_threads(status)
+    await end_threads(status)
     return status
-
-
-def _spare_collector() -> None:
-    """Let the garbage collector skip what lives as long as the process, and run less often."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(YOUNG_OBJECTS)
-
-
-async def _end_threads(status: int) -> None:
-    """Exit the process at once if its threads (a long text, an import) do not finish in time."""
-    ending = asyncio.create_task(asyncio.get_running_loop().shutdown_default_executor())
-    _, unfinished = await asyncio.wait({ending}, timeout=THREADS_END_S)
-    if unfinished:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-
-
-_M_MMAP_THRESHOLD = -3
-
-
-def _return_large_blocks() -> None:
-    """Make glibc return the memory of large bodies to the system when it is freed.
-
-    By default glibc raises its threshold for returning a block, up to 32 MiB, as large blocks are
-    freed.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop's loop factory if uvloop is installed: it writes to many sockets faster."""
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
-    return factory
 
 
 class _Server(uvicorn.Server):
@@ -219,9 +181,8 @@ async def _watch_for_standstills() -> None:
 
 def _app_options(arguments: argparse.Namespace, listener: socket.socket) -> AppOptions:
     options = engine_options(arguments)
-    names = arguments.served_model_name or [str(options.get("model") or "SmolLM2-135M-Instruct")]
     return AppOptions(
-        model_names=names,
+        model_names=served_names(arguments, options),
         api_keys=read_keys(
             arguments.api_key or [],
             arguments.api_key_file,

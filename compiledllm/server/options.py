@@ -29,7 +29,6 @@ def add_server_options(group: argparse._ArgumentGroup) -> None:
     ask = "clients' certificates: 0 not asked for, 1 optional, 2 required (0)"
     add("--ssl-cert-reqs", type=int, choices=(0, 1, 2), default=0, help=ask)
     add("--ssl-ciphers", help="OpenSSL's list of ciphers, for TLS 1.2")
-    add("--served-model-name", nargs="+", help="names in the API; default: the model as given")
     add("--api-key", action="append", help="a key that requests must have (repeatable)")
     add("--api-key-file", help="a file with keys, one a line; also $COMPILEDLLM_API_KEY")
     words: dict[str, Any] = {"nargs": "+", "action": Words}
@@ -37,23 +36,12 @@ def add_server_options(group: argparse._ArgumentGroup) -> None:
     add("--allowed-methods", default=["*"], help="CORS: of allowed origins (*)", **words)
     add("--allowed-headers", default=["*"], help="CORS: of allowed origins (*)", **words)
     _add_switch(group, "--allow-credentials", False, "CORS: cookies, browsers' passwords")
-    _add_switch(group, "--strict-fields", False, "refuse unknown fields instead of naming them")
-    _add_switch(group, "--enable-log-requests", False, "ids and sizes, never prompts")
     _add_switch(
         group, "--access-log", False, "a line an answer: status, tokens, time, how it ended"
     )
-    levels: dict[str, Any] = {"type": str.lower, "choices": LOG_LEVELS, "default": "info"}
-    add("--log-level", help="least severe lines (info)", **levels)
     _add_switch(group, "--disable-fastapi-docs", False, "no /docs and no /openapi.json")
-    details = "cached_tokens in usage; --no-...: not told"
-    _add_switch(group, "--enable-prompt-tokens-details", True, details)
     add("--metrics-prefix", default="compiledllm:", help="vllm: suits vLLM's dashboards")
-    parsers = ["auto", "none", *FORMATS]
-    auto: dict[str, Any] = {"type": lambda name: name or "auto", "default": "auto"}
-    auto["help"] = "auto: by the chat template"
-    add("--tool-call-parser", choices=parsers, **auto)
-    parsers = ["auto", "none", *REASONING]
-    add("--reasoning-parser", choices=parsers, **auto)
+    _add_answer_options(group)
     kept = "keep the last N answers of /v1/responses in memory, for previous_response_id (0)"
     add("--responses-store", type=count, default=0, metavar="N", help=kept)
     add("--max-queued-requests", type=count, default=1024, help="beyond those that run (1024)")
@@ -64,15 +52,49 @@ def add_server_options(group: argparse._ArgumentGroup) -> None:
         default=1800.0,
         help="seconds a request may take (1800)",
     )
-    silence = "seconds without a sign of the engine's life: unhealthy; twice that: restarted (60)"
-    add("--stuck-timeout", type=positive_s, default=60.0, help=silence)
-    add("--load-timeout", type=positive_s, default=3600.0, help="seconds to load for (3600)")
     add("--shutdown-timeout", type=non_negative_s, default=30.0, help="seconds to drain for (30)")
     idle = "seconds a client may take for its headers, or send no more of a body, or read nothing"
     add("--client-timeout", type=non_negative_s, default=15.0, help=f"{idle} of its answer (15)")
     idle = "seconds a connection may idle between requests; longer than a load balancer's (15)"
     add("--keep-alive-timeout", type=non_negative_s, default=15.0, help=idle)
     add("--max-connections", type=count, help="default: as many as the limit on open files allows")
+
+
+def add_batch_options(group: argparse._ArgumentGroup) -> None:
+    """Add the options of `run-batch` that are not engine options."""
+    add = group.add_argument
+    add("--config", metavar="FILE", help="YAML with these options; the command line wins")
+    add("-i", "--input-file", metavar="FILE", help="requests, one a line; -: standard input")
+    add("-o", "--output-file", metavar="FILE", help="answers, added to those there; -: stdout")
+    _add_switch(group, "--overwrite", False, "begin again, without the answers that are there")
+    add("--output-tmp-dir", help=argparse.SUPPRESS)  # vLLM's, for uploads
+    _add_answer_options(group)
+
+
+def _add_answer_options(group: argparse._ArgumentGroup) -> None:
+    """Add the options about answers and about the engine's process."""
+    add = group.add_argument
+    add("--served-model-name", nargs="+", help="names in the API; default: the model as given")
+    _add_switch(group, "--strict-fields", False, "refuse unknown fields instead of naming them")
+    _add_switch(group, "--enable-log-requests", False, "ids and sizes, never prompts")
+    levels: dict[str, Any] = {"type": str.lower, "choices": LOG_LEVELS, "default": "info"}
+    add("--log-level", help="least severe lines (info)", **levels)
+    details = "cached_tokens in usage; --no-...: not told"
+    _add_switch(group, "--enable-prompt-tokens-details", True, details)
+    parsers = ["auto", "none", *FORMATS]
+    auto: dict[str, Any] = {"type": lambda name: name or "auto", "default": "auto"}
+    auto["help"] = "auto: by the chat template"
+    add("--tool-call-parser", choices=parsers, **auto)
+    parsers = ["auto", "none", *REASONING]
+    add("--reasoning-parser", choices=parsers, **auto)
+    silence = "seconds without a sign of the engine's life: unhealthy; twice that: restarted (60)"
+    add("--stuck-timeout", type=positive_s, default=60.0, help=silence)
+    add("--load-timeout", type=positive_s, default=3600.0, help="seconds to load for (3600)")
+
+
+def served_names(arguments: argparse.Namespace, options: dict[str, Any]) -> list[str]:
+    """The model's names in the API. options: the engine's."""
+    return arguments.served_model_name or [str(options.get("model") or "SmolLM2-135M-Instruct")]
 
 
 def _add_switch(group: argparse._ArgumentGroup, flag: str, default: bool, help: str) -> None:

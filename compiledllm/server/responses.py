@@ -9,16 +9,15 @@ from pydantic import BaseModel
 
 from compiledllm.grammars.compiler import CompilersBusy
 from compiledllm.remote.errors import Overloaded, Unavailable
-from compiledllm.server.anthropic.errors import anthropic_error_body, is_anthropic
-from compiledllm.server.openai.errors import ApiError, as_api_error, error_body
+from compiledllm.server.anthropic.errors import error_body_for
+from compiledllm.server.openai.errors import ApiError, as_api_error
 
 
 def error_response(
     error: ApiError, path: str, headers: dict[str, str] | None = None
 ) -> JSONResponse:
     """The error in the format of the API that the request's path belongs to."""
-    body = anthropic_error_body(error) if is_anthropic(path) else error_body(error)
-    return JSONResponse(body, error.status, headers)
+    return JSONResponse(error_body_for(error, path), error.status, headers)
 
 
 def response_to(error: Exception, path: str) -> JSONResponse:

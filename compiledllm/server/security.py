@@ -19,6 +19,7 @@ from starlette.requests import ClientDisconnect
 
 from compiledllm.log import log
 from compiledllm.server.anthropic.errors import is_anthropic
+from compiledllm.server.openai.body_budget import MAX_BODY_BYTES
 from compiledllm.server.openai.errors import ApiError
 from compiledllm.server.origins import PageCheck
 from compiledllm.server.responses import error_response
@@ -30,7 +31,6 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/ping"})
-MAX_BODY_BYTES = 32 * 2**20
 MAX_UNFINISHED_BYTES = 512 * 2**20  # of all bodies that are being received
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 REQUESTS_PER_PASS = 8  # per pass of the event loop: some ms, like one token of 256 streams

@@ -18,8 +18,8 @@ from compiledllm.remote.limits import Limits
 from compiledllm.server import security
 from compiledllm.server.api_keys import read_keys
 from compiledllm.server.app import AppOptions, create_app
+from compiledllm.server.openai.body_budget import MAX_BODY_BYTES
 from compiledllm.server.origins import Cors
-from compiledllm.server.security import MAX_BODY_BYTES
 
 # -- keys -----------------------------------------------------------------------------------------
 

@@ -27,6 +27,11 @@ def anthropic_error_body(error: ApiError) -> dict[str, Any]:
     return {"type": "error", "error": {"type": kind, "message": message}}
 
 
+def error_body_for(error: ApiError, path: str) -> dict[str, Any]:
+    """The body of an error in the format of the API that a request's path belongs to."""
+    return anthropic_error_body(error) if is_anthropic(path) else error_body(error)
+
+
 def is_anthropic(path: str) -> bool:
     """Whether errors of this path have Anthropic's format."""
     return path == PATH or path.startswith(f"{PATH}/")

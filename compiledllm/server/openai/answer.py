@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
+import msgspec
+
 from compiledllm.engine.prompts import Prompt
 from compiledllm.engine.request_state import RequestState
 from compiledllm.engine.requests import RequestFactory
@@ -62,11 +64,14 @@ class Answer(ABC, Generic[BodyT]):
 
     ignored: names of known fields that had no effect. keeps_prompt_text: the outputs must have the
     prompt's text. prompt_index: the index in `prompts` of the prompt that an output continues.
+    streams: whether there can be events. takes_long_to_encode: `encoded` runs in a thread.
     """
 
     body_type: type[BodyT]
     id_prefix: ClassVar[str]
     last_event: ClassVar[bytes] = DONE  # also sent after an error
+    streams: ClassVar[bool] = True
+    takes_long_to_encode: ClassVar[bool] = False
 
     params: SamplingParams
     keeps_prompt_text: bool = False
@@ -91,6 +96,10 @@ class Answer(ABC, Generic[BodyT]):
     @abstractmethod
     def whole(self, outputs: list[RequestOutput], num_output_tokens: int) -> dict[str, Any]:
         """The JSON of a complete answer. outputs: the last output of each prompt."""
+
+    def encoded(self, outputs: list[RequestOutput], num_output_tokens: int) -> bytes:
+        """`whole` as JSON."""
+        return msgspec.json.encode(self.whole(outputs, num_output_tokens))
 
     def begin(self) -> bytes:
         """The events before any output; may be empty."""

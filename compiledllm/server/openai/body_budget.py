@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from compiledllm.server.openai.errors import ApiError
 
+MAX_BODY_BYTES = 32 * 2**20
 MAX_FREE_BYTES = 2**19  # bytes of all free-form objects (schemas, arguments) of a body together
 MAX_OBJECTS = 2**15  # messages, content parts, tools and calls of a body
 MAX_NUMBERS = 2**21  # token ids of a body

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-
-import msgspec
+from typing import ClassVar, TypeVar
 
 from compiledllm.engine.request_state import RequestState
 from compiledllm.outputs import CompletionOutput, RequestOutput
@@ -19,8 +17,11 @@ BodyT = TypeVar("BodyT", bound=PoolingBase)
 class PoolingAnswer(Answer[BodyT]):
     """An answer made of the results in its requests' states, once all are finished.
 
-    states: the requests, in the order of the prompts. `encoded` may take long and runs in a thread.
+    states: the requests, in the order of the prompts.
     """
+
+    streams: ClassVar[bool] = False
+    takes_long_to_encode: ClassVar[bool] = True
 
     def __init__(self, body: BodyT, context: Context) -> None:
         super().__init__(body, context)
@@ -30,10 +31,6 @@ class PoolingAnswer(Answer[BodyT]):
             max_tokens=0, truncate_prompt_tokens=body.truncate_prompt_tokens, detokenize=False
         )
         self.states: list[RequestState] = []
-
-    def encoded(self, outputs: list[RequestOutput]) -> bytes:
-        """The JSON of the complete answer."""
-        return msgspec.json.encode(self.whole(outputs, 0))
 
     def grow(self, prompt_index: int, output: RequestOutput, completion: CompletionOutput) -> bytes:
         raise AssertionError("a pooling answer is not streamed")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator
-from typing import Any
 
 from compiledllm.outputs import CompletionOutput, RequestOutput
 from compiledllm.remote.engine_client import EngineClient
@@ -26,13 +25,15 @@ class Serving:
         """Abort a job's unfinished requests, because nobody waits for the answer."""
         self.engine.release(job.live_requests)
 
-    async def whole(self, job: Job) -> dict[str, Any]:
-        """The complete answer. Raises the error that ended a request."""
-        outputs = await self.last_outputs(job)
+    async def encoded(self, job: Job) -> bytes:
+        """The JSON of the complete answer. Raises the error that ended a request."""
+        outputs, answer = await self._last_outputs(job), job.answer
         total = sum(len(c.token_ids) for state in job.states for c in state.completions)
-        return job.answer.whole(outputs, total)
+        if answer.takes_long_to_encode:
+            return await asyncio.to_thread(answer.encoded, outputs, total)
+        return answer.encoded(outputs, total)
 
-    async def last_outputs(self, job: Job) -> list[RequestOutput]:
+    async def _last_outputs(self, job: Job) -> list[RequestOutput]:
         """The last output of each prompt. Raises the error that ended a request."""
         count = len(job.live_requests)
         tasks = [asyncio.create_task(self._last_output(job, i)) for i in range(count)]

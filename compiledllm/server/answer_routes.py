@@ -1,29 +1,27 @@
-"""The routes that generate: from a request's body to its answer, whole or as a stream of events."""
+"""The routes that run the model: from a request's body to its answer, whole or as events."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from compiledllm.server.anthropic.messages_answer import MessagesAnswer
 from compiledllm.server.client_left import ClientLeft, unless_left
+from compiledllm.server.endpoints import ENDPOINTS
 from compiledllm.server.openai.answer import Answer
-from compiledllm.server.openai.chat_answer import ChatAnswer
-from compiledllm.server.openai.completion_answer import CompletionAnswer
 from compiledllm.server.openai.jobs import Job, JobMaker
 from compiledllm.server.openai.known_fields import ignored_header
 from compiledllm.server.openai.response_store import ResponseStore
-from compiledllm.server.openai.responses_answer import ResponsesAnswer
 from compiledllm.server.openai.serving import Serving
 from compiledllm.server.openapi import body_of
 from compiledllm.server.raw_body import read_body
 
 
-def add_generation(app: FastAPI, jobs: JobMaker, serving: Serving) -> None:
+def add_answers(app: FastAPI, jobs: JobMaker, serving: Serving) -> None:
     async def respond(kind: type[Answer[Any]], request: Request) -> Response:
         state, receive = request.scope["state"], request.receive
         data = await read_body(request)
@@ -32,26 +30,19 @@ def add_generation(app: FastAPI, jobs: JobMaker, serving: Serving) -> None:
         if job.is_streamed:
             return _EventStream(serving, job, headers | {"cache-control": "no-cache"})
         try:
-            answer = await unless_left(receive, serving.whole(job))
+            answer = await unless_left(receive, serving.encoded(job))
         finally:
             serving.release(job)
-        return JSONResponse(answer, headers=headers)
+        return Response(answer, headers=headers, media_type="application/json")
 
-    @app.post("/v1/chat/completions", **_described(ChatAnswer))
-    async def chat_completions(request: Request) -> Response:
-        return await respond(ChatAnswer, request)
+    def route(kind: type[Answer[Any]]) -> Callable[[Request], Awaitable[Response]]:
+        async def handler(request: Request) -> Response:
+            return await respond(kind, request)
 
-    @app.post("/v1/completions", **_described(CompletionAnswer))
-    async def completions(request: Request) -> Response:
-        return await respond(CompletionAnswer, request)
+        return handler
 
-    @app.post("/v1/responses", **_described(ResponsesAnswer))
-    async def responses(request: Request) -> Response:
-        return await respond(ResponsesAnswer, request)
-
-    @app.post("/v1/messages", **_described(MessagesAnswer))
-    async def messages(request: Request) -> Response:
-        return await respond(MessagesAnswer, request)
+    for path, kind in ENDPOINTS.items():
+        app.post(path, name=path.rpartition("/")[2], **_described(kind))(route(kind))
 
 
 def add_stored_responses(app: FastAPI, store: ResponseStore) -> None:
@@ -70,9 +61,9 @@ def add_stored_responses(app: FastAPI, store: ResponseStore) -> None:
 
 
 def _described(kind: type[Answer[Any]]) -> dict[str, Any]:
-    """What OpenAPI says about a route that generates: its body, and events as well as JSON."""
+    """What OpenAPI says about a route: its body, and events beside JSON where it streams."""
     events: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
-    return {"responses": events, "openapi_extra": body_of(kind.body_type)}
+    return {"responses": events if kind.streams else {}, "openapi_extra": body_of(kind.body_type)}
 
 
 class _EventStream(StreamingResponse):

@@ -1,0 +1,55 @@
+"""Settings of a process that handles many requests: its loop, memory, collector and end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import gc
+import os
+import sys
+from collections.abc import Callable
+
+THREADS_END_S = 2.0  # for working threads to finish at the end of the process
+YOUNG_OBJECTS = 20_000  # new objects between garbage collections; a request makes about a thousand
+LARGE_BLOCK_BYTES = 2**20  # allocations from this size on are returned to the system when freed
+
+
+def spare_collector() -> None:
+    """Let the garbage collector skip what lives as long as the process, and run less often."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(YOUNG_OBJECTS)
+
+
+async def end_threads(status: int) -> None:
+    """Exit the process at once if its threads (a long text, an import) do not finish in time."""
+    ending = asyncio.create_task(asyncio.get_running_loop().shutdown_default_executor())
+    _, unfinished = await asyncio.wait({ending}, timeout=THREADS_END_S)
+    if unfinished:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+_M_MMAP_THRESHOLD = -3
+
+
+def return_large_blocks() -> None:
+    """Make glibc return the memory of large bodies to the system when it is freed.
+
+    By default glibc raises its threshold for returning a block, up to 32 MiB, as large blocks are
+    freed.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
+
+
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's loop factory if uvloop is installed: it writes to many sockets faster."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
