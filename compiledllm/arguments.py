@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import itertools
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Container, Iterable, Sequence
@@ -97,6 +98,7 @@ class CommandParser(Parser):
         if self.takes_vllm_options:
             add_vllm_options(self)
         args = with_joined_keys(args, self._option_string_actions)
+        args = with_positionals_last(args, self)
         if "--config" in self._option_string_actions and (path := _config_file(args)):
             self._where = f"{path}: "
             words = [word for name, value in self._read(path) for word in self._words(name, value)]
@@ -187,6 +189,48 @@ def with_joined_keys(arguments: Sequence[str], known: Container[str]) -> list[st
             place = place.setdefault(key, {})
         place[last] = value_of(value if equals else next(words, ""))
     return [f"{flag}={json.dumps(keys)}" for flag, keys in joined.items()] + found
+
+
+def with_positionals_last(arguments: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
+    """Arguments with all options in front, as argparse misreads positionals between options.
+
+    Commands with sub-commands stay as they are: what follows a sub-command is its own.
+    """
+    if any(action.nargs in (argparse.PARSER, argparse.REMAINDER) for action in parser._actions):
+        return list(arguments)
+    options: list[str] = []
+    positionals: list[str] = []
+    num_values = 0.0  # that still belong to the last option
+    for index, word in enumerate(arguments):
+        if word == "--":
+            positionals += arguments[index + 1 :]
+            break
+        if _is_option(word, parser):
+            options.append(word)
+            num_values = _num_values(parser._option_string_actions.get(word))
+        elif num_values:
+            options.append(word)
+            num_values -= 1
+        else:
+            positionals.append(word)
+    return [*options, "--", *positionals] if positionals else options
+
+
+def _is_option(word: str, parser: argparse.ArgumentParser) -> bool:
+    """Whether argparse takes a word for an option."""
+    if word.partition("=")[0] in parser._option_string_actions:
+        return True
+    is_number = parser._negative_number_matcher.match(word) is not None
+    return word.startswith("-") and word != "-" and " " not in word and not is_number
+
+
+def _num_values(option: argparse.Action | None) -> float:
+    """The most values that may follow an option."""
+    if option is None:  # unknown, or with its value behind an =
+        return 0
+    if isinstance(option.nargs, int):
+        return option.nargs
+    return {None: 1, "?": 1}.get(option.nargs, math.inf)
 
 
 def _nearest(wrong: str, known: Iterable[str]) -> str:

@@ -188,3 +188,58 @@ def test_the_examples_of_deployment_are_command_lines_of_ours() -> None:
         for w in json.loads(line)
     ]
     assert words[0] == "compiledllm" and cli._parser().parse_args(words[1:]).host == "0.0.0.0"
+
+
+# -- the order of words ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "model", "prompt"),
+    [
+        (["m", "--max-tokens", "5", "hi"], "m", "hi"),
+        (["--max-tokens", "5", "m", "-q", "hi"], "m", "hi"),
+        (["m", "hi", "--max-tokens=5"], "m", "hi"),
+        (["m", "-q", "hi", "--max-tokens", "5", "--no-enforce-eager"], "m", "hi"),
+        (["--max-tokens", "5", "hi"], None, "hi"),
+        (["hi", "--bad-words", "a", "b", "--max-tokens", "5"], None, "hi"),
+        (["--max-tokens", "5", "--bad-words", "a", "b", "--", "m", "hi"], "m", "hi"),
+        (["m", "--max-tokens", "5", "-"], "m", "-"),
+        (["m", "--max-tokens", "5", "-3"], "m", "-3"),
+        (["m", "--max-tokens", "5", "- a list"], "m", "- a list"),
+        (["m", "--max-tokens", "5", "--", "--hi"], "m", "--hi"),
+        (["--compilation-config.mode", "3", "m", "--max-tokens", "5", "hi"], "m", "hi"),
+    ],
+    ids=str,
+)
+def test_options_may_stand_anywhere(words: list[str], model: str | None, prompt: str) -> None:
+    found = cli._parser().parse_args(["generate", *words])
+    assert (found.model_name, found.prompt, found.max_tokens) == (model, prompt, 5)
+
+
+@pytest.mark.parametrize("command", ["chat", "serve", "run-batch"])
+def test_the_model_may_stand_behind_options(command: str) -> None:
+    found = cli._parser().parse_args([command, "--max-num-seqs", "5", "m", "--block-size", "32"])
+    assert (found.model_name, found.max_num_seqs, found.block_size) == ("m", 5, 32)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["m", "--max-tokens", "5", "hi", "ho"], "one argument too many: 'ho'"),
+        (["m", "--max-tokes", "5", "hi"], "unknown option --max-tokes; did you mean --max-tokens?"),
+        (["--max-tokens", "5"], "the following arguments are required: prompt"),
+        (["m", "hi", "--max-tokens"], "argument --max-tokens: expected one argument"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_with_the_words_is_said(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli._parser().parse_args(["generate", *words])
+    assert message in capsys.readouterr().err
+
+
+def test_words_behind_a_sub_command_are_its_own() -> None:
+    found = cli._parser().parse_args(["bench", "latency", "--batch-size", "2"])
+    assert found.batch_size in (2, [2])
