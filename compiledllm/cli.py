@@ -6,11 +6,12 @@ Heavy modules are imported only when a sub-command runs, so that --help answers 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import secrets
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from compiledllm.arguments import (
@@ -31,7 +32,7 @@ from compiledllm.config import (
 )
 from compiledllm.outputs import RequestOutput
 from compiledllm.sampling_params import SamplingParams
-from compiledllm.server.options import add_server_options
+from compiledllm.server.options import add_batch_options, add_server_options
 from compiledllm.structured_outputs import StructuredOutputsParams
 from compiledllm.terminal_chat import SHORT_HELP, Chat, speed
 from compiledllm.version import __version__
@@ -122,17 +123,30 @@ def _chat(arguments: argparse.Namespace) -> int:
     return 0
 
 
-# -- serve -----------------------------------------------------------------------------------------
+# -- serve, run-batch ------------------------------------------------------------------------------
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    try:
+    with _server_packages():
         from compiledllm.server.launch import serve
+    return serve(_with_model(arguments))
+
+
+def _run_batch(arguments: argparse.Namespace) -> int:
+    with _server_packages():
+        from compiledllm.server.run_batch import run_batch
+    return run_batch(_with_model(arguments))
+
+
+@contextlib.contextmanager
+def _server_packages() -> Iterator[None]:
+    """For imports of what needs the extra `server`; raises ConfigError if a package is missing."""
+    try:
+        yield
     except ImportError as error:
         raise ConfigError(
             f"the server needs more packages ({error}): pip install 'compiledllm[server]'"
         ) from None
-    return serve(_with_model(arguments))
 
 
 # -- info ------------------------------------------------------------------------------------------
@@ -203,13 +217,19 @@ def _parser() -> argparse.ArgumentParser:
         command.takes_vllm_options = True
 
     serve = commands.add_parser("serve", help="an OpenAI-compatible server")
-    _add_model(serve)
     add_server_options(serve.add_argument_group("server"))
-    add_engine_options(serve.add_argument_group("engine"))
-    serve.takes_vllm_options = True
-    hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
-    serve.add_argument("-q", dest="quantization", type=_quantization, **hidden)  # vLLM's
     serve.set_defaults(run=_serve)
+
+    batch = commands.add_parser("run-batch", help="answer a file of OpenAI's batch requests")
+    add_batch_options(batch.add_argument_group("batch"))
+    batch.set_defaults(run=_run_batch)
+
+    for command in (serve, batch):
+        _add_model(command)
+        add_engine_options(command.add_argument_group("engine"))
+        command.takes_vllm_options = True
+        hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        command.add_argument("-q", dest="quantization", type=_quantization, **hidden)  # vLLM's
 
     info = commands.add_parser("info", help="what a model is and what fits on this machine")
     info.add_argument("model", nargs="?", help="local directory, .gguf file or Hugging Face id")

@@ -432,6 +432,13 @@ def test_http_process_answers_before_any_torch() -> None:
     assert (done.returncode, done.stdout.strip()) == (0, "False"), done.stderr
 
 
+def test_a_batch_knows_neither_torch_nor_http() -> None:
+    heavy = "{'torch', 'fastapi', 'starlette', 'uvicorn', 'httptools', 'pydantic'}"
+    program = f"import sys, compiledllm.server.run_batch; print({heavy} & set(sys.modules))"
+    done = python(program)
+    assert (done.returncode, done.stdout.strip()) == (0, "set()"), done.stderr
+
+
 @pytest.mark.parametrize("folder", ["graphs", "models", "benchmarks"])
 def test_folder_under_its_bare_name_is_refused_with_the_right_name(folder: str) -> None:
     done = python(f"import {folder}")
