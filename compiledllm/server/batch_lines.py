@@ -14,6 +14,7 @@ from typing import BinaryIO
 import msgspec
 from msgspec import DecodeError, Raw
 
+from compiledllm.config import ConfigError
 from compiledllm.server.endpoints import ENDPOINTS
 from compiledllm.server.openai.body_budget import MAX_BODY_BYTES
 from compiledllm.server.openai.body_errors import shown
@@ -59,7 +60,10 @@ class LineError(Exception):
 
 
 class Lines:
-    """The lines of a file that is read once, in a thread, since a pipe may be slow."""
+    """The lines of a file that is read once, in a thread, since a pipe may be slow.
+
+    Raises ConfigError if reading fails.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file  # unbuffered: `read` returns what there is
@@ -68,11 +72,17 @@ class Lines:
         self._num_bytes = 0
 
     async def __aiter__(self) -> AsyncIterator[Line]:
-        while chunk := await asyncio.to_thread(self._file.read, _CHUNK_BYTES):
+        while chunk := await asyncio.to_thread(self._read):
             for line in self._split(chunk):
                 yield line
         for line in self._split(b"\n"):  # the last line may lack its end
             yield line
+
+    def _read(self) -> bytes:
+        try:
+            return self._file.read(_CHUNK_BYTES)
+        except OSError as error:
+            raise ConfigError(f"the input cannot be read on: {error.strerror}") from None
 
     def _split(self, chunk: bytes) -> Iterator[Line]:
         start = 0
@@ -101,13 +111,9 @@ class Lines:
 
 
 def count_lines(path: str) -> int:
-    """The number of lines of a file, blank ones included."""
-    count, last = 0, b"\n"
-    with open(path, "rb", buffering=0) as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            count += chunk.count(b"\n")
-            last = chunk[-1:]
-    return count + (last != b"\n")
+    """The number of lines of a file that are not blank."""
+    with open(path, "rb") as file:
+        return sum(not line.isspace() for line in file)
 
 
 def read_request(line: Line) -> BatchRequest:

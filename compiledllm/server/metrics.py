@@ -112,7 +112,10 @@ class Metrics:
             ["model_name", *_CACHE_OPTIONS],
             registry=self.registry,
         )
+        self.is_ready.set_function(lambda: engine.state == "ready")
+        self.silence.set_function(lambda: engine.signs.silence_s)
         self._seen: dict[str, float] = {}
+        self._num_restarts = 0
         self._line = LogLine()
         engine.observe = self._observe
 
@@ -132,9 +135,7 @@ class Metrics:
 
     def text(self) -> bytes:
         """All metrics in Prometheus's text format."""
-        self.is_ready.set(self._engine.state == "ready")
-        self.silence.set(self._engine.signs.silence_s)
-        self._advance("restarts", self.restarts, self._engine.num_restarts)
+        self._count_restarts()
         return generate_latest(self.registry)
 
     # -- the engine ----------------------------------------------------------------------------
@@ -142,6 +143,7 @@ class Metrics:
     def _observe(self, message: FromEngine) -> None:
         if not isinstance(message, StepOutputs):
             self._seen.clear()  # a new engine counts from zero
+            self._count_restarts()
             if isinstance(message, Ready):
                 self._show_cache(message.options)
             return
@@ -163,6 +165,10 @@ class Metrics:
             self.steps.observe(stats.step_s)
             self.step_tokens.observe(stats.num_tokens)
         self._line.add(stats, count)
+
+    def _count_restarts(self) -> None:
+        self.restarts.inc(self._engine.num_restarts - self._num_restarts)
+        self._num_restarts = self._engine.num_restarts
 
     def _advance(self, name: str, counter: Counter, value: float) -> None:
         """Advance a counter to the engine's own count, which starts at zero with each engine."""

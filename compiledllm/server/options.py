@@ -67,6 +67,9 @@ def add_batch_options(group: argparse._ArgumentGroup) -> None:
     add("-i", "--input-file", metavar="FILE", help="requests, one a line; -: standard input")
     add("-o", "--output-file", metavar="FILE", help="answers, added to those there; -: stdout")
     _add_switch(group, "--overwrite", False, "begin again, without the answers that are there")
+    _add_switch(group, "--enable-metrics", False, "serve /metrics while the batch runs")
+    add("--host", "--url", default="127.0.0.1", help="address of /metrics (127.0.0.1)")
+    add("--port", type=int, default=8000, help="port of /metrics (8000)")
     add("--output-tmp-dir", help=argparse.SUPPRESS)  # vLLM's, for uploads
     _add_answer_options(group)
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from typing import Any
+
+from prometheus_client import start_http_server
 
 from compiledllm.arguments import engine_options
 from compiledllm.config import ConfigError, EngineConfig
@@ -77,7 +81,8 @@ async def _run(
         asyncio.create_task(_count(arguments.input_file, progress)),
     ]
     told = _on_signals(work)
-    await asyncio.wait({work})
+    with _serving_metrics(arguments, metrics):
+        await asyncio.wait({work})
     for task in beside:
         task.cancel()
     progress.close()
@@ -112,6 +117,24 @@ def _on_signals(work: asyncio.Task[None]) -> list[int]:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop, number)
     return told
+
+
+@contextlib.contextmanager
+def _serving_metrics(arguments: argparse.Namespace, metrics: Metrics) -> Iterator[None]:
+    """Serve the metrics over HTTP, if asked to. A port in use is no reason to stop."""
+    if not arguments.enable_metrics:
+        yield
+        return
+    try:
+        server, _ = start_http_server(arguments.port, arguments.host, metrics.registry)
+    except OSError as error:
+        log.warning("no metrics: port %d: %s", arguments.port, error.strerror)
+        yield
+        return
+    log.info("metrics at http://%s:%d/metrics", arguments.host, arguments.port)
+    yield
+    server.shutdown()
+    server.server_close()
 
 
 async def _count(path: str, progress: BatchProgress) -> None:

@@ -297,6 +297,7 @@ def test_an_engine_killed_in_any_state_is_started_again(live: Callable[..., None
         old = rig.pid
         rig.signal(signal.SIGKILL)  # idle
         await rig.until_started_again(old)
+        assert await rig.metric("engine_restarts_total") == 1
         old, waiting = rig.pid, await rig.asked(5, 100)
         streaming = rig.ask(5, 500, stream=True)
         await rig.until(lambda: any(each.was_shown for each in rig.client.live))

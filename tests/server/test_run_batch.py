@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from compiledllm import cli
 from compiledllm.remote.engine_client import EngineClient
 from compiledllm.server import batch, batch_lines, run_batch
 from compiledllm.server.batch_answers import AnswerFile
-from tests.support.server import wait_for
+from tests.support.server import free_port, wait_for
 
 FAKE = [sys.executable, str(Path(__file__).with_name("fake_engine.py"))]
 KILL = 901  # a prompt that ends the engine
@@ -367,6 +368,22 @@ def test_a_pipe_is_answered_while_it_is_open(tmp_path: Path) -> None:
         assert json.loads(process.stdout.readline())["custom_id"] == name
     process.stdin.close()
     assert process.stdout.read() == b"" and process.wait(60) == OK
+
+
+def test_metrics_are_served_while_the_batch_runs(tmp_path: Path) -> None:
+    port = str(free_port())
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = start(tmp_path, "-i", "-", "-o", "-", "--enable-metrics", "--port", port, **pipes)
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(as_line(completion("a")) + b"\n")
+    process.stdin.flush()
+    process.stdout.readline()
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as response:
+        text = response.read().decode()
+    assert 'compiledllm:engine_ready{model_name="fake"} 1.0' in text
+    assert 'compiledllm:generation_tokens_total{model_name="fake"} 3.0' in text
+    process.stdin.close()
+    assert process.wait(60) == OK
 
 
 def test_a_reader_that_leaves_ends_the_batch(tmp_path: Path) -> None:
