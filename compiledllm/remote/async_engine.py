@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from compiledllm.config import ConfigError, EngineConfig, own_options
-from compiledllm.engine.prompts import Prompt
+from compiledllm.engine.pooling import embedding_output
+from compiledllm.engine.prompts import Prompt, as_prompts, one_per_prompt
 from compiledllm.engine.request_state import RequestState
 from compiledllm.engine.requests import RequestFactory
+from compiledllm.engine.scoring import make_pairs, make_scorer, scoring_outputs
 from compiledllm.engine_args import options_from
 from compiledllm.log import show_logs
 from compiledllm.models.source import cache_dir
-from compiledllm.outputs import RequestOutput
+from compiledllm.outputs import EmbeddingRequestOutput, RequestOutput, ScoringRequestOutput
+from compiledllm.pooling_params import PoolingParams
 from compiledllm.remote.engine_client import EngineClient
 from compiledllm.remote.errors import EngineError, Unavailable
 from compiledllm.remote.limits import Limits
@@ -80,6 +83,62 @@ class AsyncEngine:
         with self._client.following(live):
             while not live.state.is_over:
                 yield await live.take()
+
+    async def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        *,
+        priority: int = 0,
+    ) -> list[EmbeddingRequestOutput]:
+        """The vector of each prompt, in the order of the prompts, as `Engine.embed` gives them.
+
+        Raises ValueError for a bad prompt, which starts nothing, ConfigError for a checkpoint whose
+        pooling is not supported, and EngineError if the engine ends.
+        """
+        listed, factory = as_prompts(prompts), await self._factory()
+        given = PoolingParams() if pooling_params is None else pooling_params
+        params = one_per_prompt(given, len(listed), "pooling_params")
+
+        def make() -> list[RequestState]:
+            return [
+                factory.make_pooling(f"embed-{next(self._request_ids)}", *arguments, priority)
+                for arguments in zip(listed, params, strict=True)
+            ]
+
+        def show(states: list[RequestState]) -> list[EmbeddingRequestOutput]:
+            return [
+                embedding_output(state, factory.pooling, used)
+                for state, used in zip(states, params, strict=True)
+            ]
+
+        return await asyncio.to_thread(show, await self._finished(factory, make))
+
+    async def score(
+        self,
+        queries: str | Sequence[str],
+        documents: str | Sequence[str],
+        *,
+        instruction: str | None = None,
+        truncate_prompt_tokens: int | None = None,
+        priority: int = 0,
+    ) -> list[ScoringRequestOutput]:
+        """How well documents answer queries, as `Engine.score` tells it.
+
+        Raises ValueError for texts that cannot be scored, which starts nothing, and EngineError if
+        the engine ends.
+        """
+        pairs, factory = make_pairs(queries, documents), await self._factory()
+        scorer = await asyncio.to_thread(make_scorer, factory, truncate_prompt_tokens, instruction)
+
+        def make() -> list[RequestState]:
+            return [
+                scorer.make(f"score-{next(self._request_ids)}", prompt, priority)
+                for prompt in scorer.prompts(pairs)
+            ]
+
+        states = await self._finished(factory, make)
+        return await asyncio.to_thread(scoring_outputs, scorer, pairs, states)
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """End requests; their last output has finish_reason "abort". Unknown ids are ignored."""
@@ -173,12 +232,32 @@ class AsyncEngine:
         core_id = f"{next(self._request_ids)}-{request_id}"
         state = await asyncio.to_thread(_make, factory, prompt, params, core_id, priority)
         state.request_id = request_id
-        await self.start()  # the engine may have ended meanwhile
+        (live,) = await self._admit([state])
+        return live
+
+    async def _admit(self, states: list[RequestState]) -> list[LiveRequest]:
+        """Send requests to the engine, which may have ended since they were made."""
+        await self.start()
         try:
-            (live,) = self._client.admit([state])
+            return self._client.admit(states)
         except Unavailable as error:
             raise EngineError(str(error)) from None
-        return live
+
+    async def _finished(
+        self, factory: RequestFactory, make: Callable[[], list[RequestState]]
+    ) -> list[RequestState]:
+        """Requests that are made in a thread, once all are finished; leaving early aborts them."""
+        states = await asyncio.to_thread(make)
+        for state in states:
+            factory.check_room(state.completions[0].spec)
+        live_requests = await self._admit(states)
+        try:
+            for live in live_requests:
+                while not live.state.is_over:
+                    await live.take()
+        finally:
+            self._client.release(live_requests)
+        return states
 
 
 AsyncLLM = AsyncLLMEngine = AsyncEngine  # vLLM's names

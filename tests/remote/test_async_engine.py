@@ -19,8 +19,10 @@ pytest.importorskip("msgspec")
 from compiledllm import (
     AsyncEngine,
     ConfigError,
+    Engine,
     EngineDeadError,
     EngineError,
+    PoolingParams,
     RequestOutput,
     RequestOutputKind,
     SamplingParams,
@@ -109,6 +111,62 @@ def test_an_answer_has_the_form_that_was_asked_for(engine: AsyncEngine, run: Run
     pytest.importorskip("llguidance")
     params = SamplingParams(temperature=0, structured_outputs={"choice": ["yes", "no"]})
     assert run(outputs_of(engine, "x", params))[-1].outputs[0].text in ("yes", "no")
+
+
+def test_vectors_and_scores_are_those_of_the_offline_engine(
+    engine: AsyncEngine, run: Run, tiny_chat_model: Path
+) -> None:
+    offline = Engine(tiny_chat_model, enforce_eager=True, num_kv_blocks=64)
+    params = [PoolingParams(dimensions=8), PoolingParams("mean"), PoolingParams(normalize=False)]
+    prompts: list[Any] = ["The capital of France is", [5, 6, 7], {"prompt": "Once"}]
+
+    async def ask() -> tuple[Any, Any, Any]:
+        beside = asyncio.create_task(outputs_of(engine, "x", greedy(30)))
+        vectors = await engine.embed(prompts, params)
+        one = await engine.embed("Once")
+        scores = await engine.score("France", ["Paris", "Rome", "France"])
+        assert len((await beside)[-1].outputs[0].token_ids) == 30
+        return vectors, one, scores
+
+    vectors, one, scores = run(ask())
+    for found, expected in zip(vectors, offline.embed(prompts, params), strict=True):
+        assert found.prompt_token_ids == expected.prompt_token_ids and found.finished
+        assert found.outputs.embedding == pytest.approx(expected.outputs.embedding, abs=1e-5)
+    assert one[0].outputs.embedding == pytest.approx(
+        offline.embed("Once")[0].outputs.embedding, abs=1e-5
+    )
+    expected = [o.outputs.score for o in offline.score("France", ["Paris", "Rome", "France"])]
+    assert [output.outputs.score for output in scores] == pytest.approx(expected, abs=1e-5)
+    assert expected[2] == pytest.approx(1, abs=1e-5)
+
+
+def test_prompts_without_a_vector_are_refused_and_cancelled_ones_end(
+    engine: AsyncEngine, run: Run
+) -> None:
+    for prompts, params, message in (
+        ("", None, "the prompt is empty"),
+        ([[5], [10**6]], None, "out of range"),
+        ([5], PoolingParams(dimensions=10**6), "dimensions must be at most"),
+        (["a", "b"], [PoolingParams()], "pooling_params has 1 entries for 2 prompts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(engine.embed(prompts, params))
+    with pytest.raises(ValueError, match="make no pairs"):
+        run(engine.score(["a", "b"], ["c"] * 3))
+    with pytest.raises(ValueError, match="instruction is for rerankers"):
+        run(engine.score("a", "b", instruction="judge"))
+
+    async def cancel() -> None:
+        asking = asyncio.create_task(engine.embed([[5] * 1500] * 64))
+        async with asyncio.timeout(60):
+            while not engine._client.live:
+                await asyncio.sleep(0)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        await until_idle(engine)
+
+    run(cancel())
 
 
 def test_what_is_wrong_with_a_request_is_said_at_once(engine: AsyncEngine, run: Run) -> None:
