@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from compiledllm import Engine, SamplingParams
+from compiledllm import Engine, PoolingParams, SamplingParams
 from compiledllm.config import ConfigError
 from compiledllm.models.deterministic import fixed_order
 from compiledllm.platform import Platform
@@ -143,3 +143,77 @@ def test_states_in_bfloat16_take_half_and_are_nearly_as_exact(
         for token, value in wanted[0].items():
             if token in found[0]:
                 assert abs(found[0][token].logprob - value.logprob) < 0.1
+
+
+# -- vectors ---------------------------------------------------------------------------------------
+
+LAST, MEAN = (PoolingParams(kind, normalize=False) for kind in ("last", "mean"))
+LONG = random.Random(7).choices(range(3, 128), k=300)
+
+
+@functools.cache
+def hidden_states(checkpoint: Path) -> list[torch.Tensor]:
+    """transformers' hidden states of PROMPTS and LONG, float32 [tokens, hidden]."""
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(checkpoint, dtype=torch.float32)
+    with torch.inference_mode():
+        return [model(torch.tensor([ids])).last_hidden_state[0] for ids in [*PROMPTS, LONG]]
+
+
+def assert_vectors(engine: Engine, params: PoolingParams, expected: list[torch.Tensor]) -> None:
+    outputs = engine.embed([*PROMPTS, LONG], params)
+    engine.core.scheduler.check_invariants()
+    for output, vector in zip(outputs, expected, strict=True):
+        found = torch.tensor(output.outputs.embedding)
+        torch.testing.assert_close(found, vector, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_num_batched_tokens": 37, "max_num_seqs": 5},  # chunks, rows used again
+        {"num_kv_blocks": 26, "max_num_batched_tokens": 64},  # preempted
+        {"async_scheduling": True, "max_num_seqs": 3},
+    ],
+    ids=str,
+)
+def test_vectors_are_those_of_transformers(model: Path, options: dict[str, Any]) -> None:
+    engine, hidden = engine_of(model, **options), hidden_states(model)
+    for params, expected in (
+        (MEAN, [states.mean(0) for states in hidden]),
+        (LAST, [states[-1] for states in hidden]),
+    ):
+        assert_vectors(engine, params, expected)
+        assert_vectors(engine, params, expected)  # prefixes are found now
+
+
+@pytest.mark.parametrize("max_tokens", [37, 512])
+def test_a_vector_behind_a_cached_prefix_is_the_same(model: Path, max_tokens: int) -> None:
+    engine, hidden = engine_of(model, max_num_batched_tokens=max_tokens), hidden_states(model)
+    (first,) = engine.embed([LONG], LAST)
+    (again,) = engine.embed([LONG], LAST)
+    assert (first.num_cached_tokens, again.num_cached_tokens) == (0, 288)
+    (mean,) = engine.embed([LONG], MEAN)
+    assert mean.num_cached_tokens == 0, "cached tokens have no hidden states to average"
+    (longer,) = engine.embed([LONG + [5]], LAST)
+    (plain,) = engine_of(model, enable_prefix_caching=False).embed([LONG + [5]], LAST)
+    assert longer.num_cached_tokens == 288
+    for found, expected in (
+        (first, hidden[-1][-1]),
+        (again, hidden[-1][-1]),
+        (mean, hidden[-1].mean(0)),
+        (longer, torch.tensor(plain.outputs.embedding)),
+    ):
+        vector = torch.tensor(found.outputs.embedding)
+        torch.testing.assert_close(vector, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_prompts_are_pooled_beside_answers(model: Path, expected: Expected) -> None:
+    engine, hidden = engine_of(model, max_num_batched_tokens=64), hidden_states(model)
+    stream = engine.stream(PROMPTS, GREEDY)
+    next(stream)
+    assert_vectors(engine, LAST, [states[-1] for states in hidden])
+    finished = {tuple(o.prompt_token_ids): o.outputs[0].token_ids for o in stream if o.finished}
+    assert [finished[tuple(prompt)] for prompt in PROMPTS] == expected(model)
