@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compiledllm.models.source import resolve_checkpoint
 from tests.clients.scripted_engine import call, step
 from tests.clients.scripted_server import scripted_server
 from tests.support.server import Server
+from tests.support.tiny import CHAT, copy_tokenizer, save_random_model
 
 HERE = Path(__file__).parent
 CLIENT_S = 300
@@ -75,6 +77,21 @@ def python_client(name: str) -> Callable[[Tools, Path], None]:
             check_statuses(server)
 
     return client
+
+
+def cohere(tools: Tools, folder: Path) -> None:
+    """With a real model, since a scripted one has no vectors."""
+    model = folder / "model"
+    save_random_model(model, "llama", **CHAT)
+    copy_tokenizer(resolve_checkpoint(None), model)
+    server = Server(model, folder)
+    try:
+        run(
+            [str(tools.python), str(HERE / "cohere_client.py"), server.wait_until_ready().url],
+            folder,
+        )
+    finally:
+        server.stop()
 
 
 def openai_js(tools: Tools, folder: Path) -> None:
@@ -168,6 +185,7 @@ CLIENTS: dict[str, Callable[[Tools, Path], None]] = {
     "agents": python_client("agents_sdk.py"),
     "litellm": python_client("litellm_client.py"),
     "frameworks": python_client("frameworks.py"),
+    "cohere": cohere,
     "openai-js": openai_js,
     "codex": codex,
     "claude": claude,

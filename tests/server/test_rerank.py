@@ -48,6 +48,28 @@ def test_documents_come_back_best_first(path: str, server: Any) -> None:
         for item in results[:2]
     ]
     assert len(server.post(path, body | {"top_n": 9})[1]["results"]) == 3
+    assert answer["meta"]["tokens"]["input_tokens"] == answer["usage"]["prompt_tokens"]
+
+
+def test_documents_are_cut_where_the_body_says_so(server: Any) -> None:
+    def ask(documents: list[str], **more: Any) -> list[Any]:
+        body = {"query": QUERY, "documents": documents, **more}
+        status, answer = server.post("/v2/rerank", body)
+        assert status == 200, answer
+        return sorted(answer["results"], key=lambda item: int(item["index"]))
+
+    long = [text + " and so on" * 3000 for text in (QUERY, DOCUMENTS[0])]
+    assert server.post("/v2/rerank", {"query": QUERY, "documents": long})[0] == 400
+    num_tokens = len(server.post("/tokenize", {"prompt": QUERY})[1]["tokens"])
+    first, second = ask(long, max_tokens_per_doc=num_tokens)
+    assert first["relevance_score"] == pytest.approx(1, abs=1e-3)
+    assert second["relevance_score"] < 0.9
+    assert first["document"]["text"] == long[0], "as it was sent"
+    scores = [
+        [item["relevance_score"] for item in ask(DOCUMENTS, max_tokens_per_doc=limit)]
+        for limit in (0, 100)
+    ]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-3)
 
 
 @pytest.mark.parametrize(

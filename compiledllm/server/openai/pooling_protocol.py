@@ -95,6 +95,7 @@ class RerankRequest(PairsBase, kw_only=True):
     query: str
     documents: Annotated[list[str | Document], Meta(min_length=1, max_length=MAX_INPUTS)]
     top_n: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
+    max_tokens_per_doc: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None  # 0: no limit
     return_documents: bool = True
 
     @property

@@ -86,12 +86,26 @@ class RerankAnswer(PairsAnswer[RerankRequest]):
     def __init__(self, body: RerankRequest, context: Context) -> None:
         super().__init__(body, context)
         self._num_shown = body.top_n or len(self._pairs)
-        self._shows_documents = body.return_documents
+        self._documents = [text for _, text in self._pairs] if body.return_documents else []
 
     def _read_pairs(self, body: RerankRequest) -> list[Pair]:
         given = body.documents
         texts = (item if isinstance(item, str) else item.text for item in given)
         return [(body.query, text) for text in texts]
+
+    def prompts(self, body: RerankRequest) -> list[Prompt]:
+        if limit := body.max_tokens_per_doc:
+            self._pairs = [(query, self._beginning(text, limit)) for query, text in self._pairs]
+        return super().prompts(body)
+
+    def _beginning(self, text: str, num_tokens: int) -> str:
+        """At most so many tokens of a document."""
+        requests = self._context.requests
+        tokenizer = requests.require_tokenizer("max_tokens_per_doc")
+        token_ids = tokenizer.encode(text, False, requests.max_tokenized(is_truncated=True))
+        if len(token_ids) <= num_tokens:
+            return text
+        return tokenizer.decode(token_ids[:num_tokens], False).rstrip("\ufffd")
 
     def whole(self, outputs: list[RequestOutput], num_output_tokens: int) -> dict[str, Any]:
         scores = self._scores()
@@ -100,8 +114,10 @@ class RerankAnswer(PairsAnswer[RerankRequest]):
             {"index": index, "relevance_score": scores[index]} | self._document(index)
             for index in ranked[: self._num_shown]
         ]
+        usage = pooling_usage(outputs)
+        tokens = {"input_tokens": usage["prompt_tokens"], "output_tokens": 0}
         head = {"id": self._context.request_id, "model": self._context.model}
-        return head | {"results": results, "usage": pooling_usage(outputs)}
+        return head | {"results": results, "usage": usage, "meta": {"tokens": tokens}}
 
     def _document(self, index: int) -> dict[str, Any]:
-        return {"document": {"text": self._pairs[index][1]}} if self._shows_documents else {}
+        return {"document": {"text": self._documents[index]}} if self._documents else {}
