@@ -304,6 +304,7 @@ def flag_of(name: str) -> str:
 _OTHER_FLAGS = {
     "tensor_parallel_size": ("-tp",),
     "gpu_memory_utilization": ("--device-memory-utilization",),
+    "state_dtype": ("--mamba-ssm-cache-dtype",),
 }
 
 

@@ -201,7 +201,7 @@ MISSING: dict[str, dict[str, Any]] = {
         "disable_hybrid_kv_cache_manager": False,
         "swa_bounded_replay": EITHER,
     },
-    "models keep keys and values only": {
+    "states of layers have no such setting": {
         "mamba_config": None,
         "mamba_backend": "triton",
         "mamba_block_size": None,
@@ -239,10 +239,10 @@ MISSING: dict[str, dict[str, Any]] = {
         "jit_monitor_verbose": False,
         "fail_on_environ_validation": False,
     },
-    "models generate text": {
-        "runner": one_of("auto", "generate"),
-        "task": one_of("auto", "generate"),
-        "convert": one_of("auto", "none"),
+    "models generate text, vectors and scores, whichever is asked for": {
+        "runner": one_of("auto", "generate", "pooling"),
+        "task": one_of("auto", "generate", "embed", "embedding", "score"),
+        "convert": one_of("auto", "none", "embed"),
         "pooler_config": None,
         "override_pooler_config": None,
         "enable_flash_late_interaction": EITHER,

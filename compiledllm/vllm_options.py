@@ -105,6 +105,9 @@ SHORT_FLAGS: dict[str, tuple[str, ...]] = {
     "api_server_count": ("-asc",),
 }
 
+# vLLM's names of options that both have -> ours. Its "auto" is our default.
+OTHER_NAMES = {"mamba_ssm_cache_dtype": "state_dtype"}
+
 # Values of options that both have: our option -> vLLM's value -> ours.
 SAME_VALUES: dict[str, dict[object, str]] = {
     "dtype": {"half": "float16", "float": "float32"},
@@ -120,6 +123,7 @@ SAME_VALUES: dict[str, dict[object, str]] = {
     "attention_backend": {"FLASHINFER": "flashinfer", "TRITON_ATTN": "triton"},
     "max_model_len": {-1: "auto"},
     "load_format": {"gguf": "auto"},
+    "state_dtype": {"auto": "float32"},
 }
 
 
@@ -219,6 +223,8 @@ def without_vllm_options(options: Mapping[str, Any], known: Container[str]) -> d
     """
     kept: dict[str, Any] = {}
     for name, value in options.items():
+        if value != "auto":
+            name = OTHER_NAMES.get(name, name)
         if name not in known and name in vllm_options():
             check_vllm_option(name, value)
         elif value is not None or name not in known:

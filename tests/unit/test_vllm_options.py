@@ -16,7 +16,7 @@ from compiledllm.arguments import Parser
 from compiledllm.config import ConfigError, EngineConfig, all_options
 from compiledllm.engine_args import AsyncEngineArgs, EngineArgs
 from compiledllm.sampling_params import BeamSearchParams, SamplingParams
-from compiledllm.vllm_options import SHORT_FLAGS, check_arguments, vllm_options
+from compiledllm.vllm_options import OTHER_NAMES, SHORT_FLAGS, check_arguments, vllm_options
 
 OURS = {field.name: field for _, field in all_options()}
 # What a vLLM script may write out of LLM(...), because the value is the default.
@@ -60,7 +60,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "download_dir": ("/models", "HF_HOME"),
     "hf_token": ("hf_x", "HF_TOKEN"),
     "logits_processors": (["a.B"], "SamplingParams"),
-    "runner": ("pooling", "generate text"),
+    "runner": ("draft", "generate text"),
     "enable_chunked_prefill": (False, "leave it out"),
     "max_num_queued_reqs": (5, "--max-queued-requests"),
     "logprobs_mode": ("raw_logits", "leave it out"),
@@ -114,7 +114,7 @@ def test_what_asks_for_more_is_refused_with_a_way_out(name: str) -> None:
 def test_every_option_says_why_another_value_is_refused() -> None:
     other = object()
     for name, option in vllm_options().items():
-        if option.values and list(option.values) != [False, True]:
+        if option.values and list(option.values) != [False, True] and name not in OTHER_NAMES:
             assert option.why_not and "not supported here" in refusal(**{name: other})
 
 
@@ -163,6 +163,16 @@ def test_vllms_other_flags_of_our_options_are_ours() -> None:
     assert (found["tensor_parallel_size"], found["gpu_memory_utilization"]) == (1, 0.5)
     assert (found["log_level"], found["reasoning_parser"]) == ("debug", "auto")
     assert found["quantization"] == "awq"
+
+
+def test_vllms_name_of_the_dtype_of_states_is_ours() -> None:
+    for value, expected in (("bfloat16", "bfloat16"), ("float32", "float32"), ("auto", "float32")):
+        config = EngineConfig.from_options(**asdict(EngineArgs(mamba_ssm_cache_dtype=value)))
+        assert config.cache.state_dtype == expected
+        words = ["serve", "m", "--mamba-ssm-cache-dtype", value]
+        assert cli._parser().parse_args(words).state_dtype == expected
+    with pytest.raises(ConfigError, match="state_dtype must be one of .*float16"):
+        EngineConfig.from_options(mamba_ssm_cache_dtype="float16")
 
 
 def test_benchmarks_take_vllms_options_too() -> None:
