@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import socket
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -188,6 +190,17 @@ def test_the_examples_of_deployment_are_command_lines_of_ours() -> None:
         for w in json.loads(line)
     ]
     assert words[0] == "compiledllm" and cli._parser().parse_args(words[1:]).host == "0.0.0.0"
+
+
+def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd is not installed")
+    unit = Path(cli.__file__).parent / "server" / "examples" / "compiledllm.service"
+    text = unit.read_text().replace("/opt/compiledllm/bin/compiledllm", "/bin/sh")  # must exist
+    (tmp_path / unit.name).write_text(text)
+    command = ["systemd-analyze", "verify", "--man=no", str(tmp_path / unit.name)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.count(unit.name)) == (0, 0), done.stderr
 
 
 # -- the order of words ----------------------------------------------------------------------------
