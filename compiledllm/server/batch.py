@@ -108,14 +108,12 @@ class Batch:
         """A request to answer and its fingerprint; None if the line is settled."""
         try:
             request = read_request(line)
-            key = digest(request.custom_id.encode())
-            if key in self._custom_ids:
-                message = f"custom_id '{request.custom_id[:80]}' was on an earlier line"
-                raise LineError("duplicate_custom_id", message, "custom_id", request.custom_id)
+            key = self._claim(request.custom_id)
         except LineError as error:
+            if error.custom_id is not None:
+                self._custom_ids.add(digest(error.custom_id.encode()))
             await self._refuse(line, error)
             return None
-        self._custom_ids.add(key)
         request_id = digest(self._model, line.data)
         earlier = self._answers.earlier.pop(key, None)
         if earlier is None:
@@ -128,6 +126,15 @@ class Batch:
             )
         self._progress.add(key not in self._answers.failed, is_new=False)
         return None
+
+    def _claim(self, custom_id: str) -> bytes:
+        """The digest of an id that no earlier line has. Raises LineError."""
+        key = digest(custom_id.encode())
+        if key in self._custom_ids:
+            message = f"custom_id '{custom_id[:80]}' was on an earlier line"
+            raise LineError("duplicate_custom_id", message, "custom_id", custom_id)
+        self._custom_ids.add(key)
+        return key
 
     async def _refuse(self, line: Line, error: LineError) -> None:
         is_new = line.number not in self._answers.refused

@@ -19,6 +19,7 @@ import msgspec
 from msgspec import Raw
 
 from compiledllm.config import ConfigError
+from compiledllm.log import log
 
 STANDARD_STREAM = "-"
 _ID = "batch_req_"
@@ -119,6 +120,8 @@ class AnswerFile:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"another batch writes to {self.path}") from None
+        except OSError as error:  # not every file system has locks
+            log.debug("%s has no lock: %s", self.path, error.strerror)
 
     # -- what is there -------------------------------------------------------------------------
 
@@ -131,7 +134,8 @@ class AnswerFile:
                     self._check_torn(line.rstrip(b"\0"), number)
                     return end
                 end += len(line)
-                self._note(line, number)
+                if not line.isspace():
+                    self._note(line, number)
         return end
 
     def _note(self, line: bytes, number: int) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 import msgspec
-from msgspec import DecodeError, Raw
+from msgspec import Raw
 
 from compiledllm.config import ConfigError
 from compiledllm.server.endpoints import ENDPOINTS
@@ -125,6 +125,8 @@ def read_request(line: Line) -> BatchRequest:
     except ApiError as error:
         message = error.message.replace("the body", "the line", 1)
         raise LineError("invalid_json_line", message) from None
+    except ValueError as error:  # a name that is not UTF-8
+        raise LineError("invalid_json_line", f"the line is not valid JSON: {error}") from None
     custom_id = _text(fields, "custom_id", None)
     if not 1 <= len(custom_id) <= MAX_ID_LENGTH:
         message = f"custom_id must have 1 to {MAX_ID_LENGTH} characters, got {len(custom_id)}"
@@ -153,6 +155,6 @@ def _text(fields: dict[str, Raw], name: str, custom_id: str | None) -> str:
     value = _given(fields, name, custom_id)
     try:
         return msgspec.json.decode(value, type=str)
-    except DecodeError:
+    except ValueError:
         message = f"{name} must be text, got {shown(value)}"
         raise LineError(f"invalid_{name}", message, name, custom_id) from None

@@ -39,7 +39,7 @@ def as_line(given: Any) -> bytes:
 
 
 def records_in(path: Path) -> list[Any]:
-    return [json.loads(line) for line in path.read_bytes().splitlines()]
+    return [json.loads(line) for line in path.read_bytes().splitlines() if line]
 
 
 @pytest.fixture
@@ -110,6 +110,12 @@ NO_REQUESTS: list[tuple[Any, str, str | None]] = [
         *("missing_required_parameter", "y"),
     ),
     (completion("good"), "duplicate_custom_id", "good"),
+    (completion("u"), "duplicate_custom_id", "u"),  # of a line that was refused
+    (b'{"custom_id": "\\ud800", "method": "POST"}', "invalid_json_line", None),
+    (b'{"custom_id": "z", "method": "POST", "url": "\xff", "body": {}}', "invalid_url", "z"),
+    (b'{"\xff": 1}', "invalid_json_line", None),
+    (b'{"custom_id": "\xff"}', "invalid_custom_id", None),
+    (b"{" + b",".join(b'"%d":1' % i for i in range(300)) + b"}", "invalid_json_line", None),
 ]
 
 
@@ -207,10 +213,10 @@ def test_what_is_answered_is_not_computed_again(run: Run, tmp_path: Path) -> Non
     assert run(lines) == (SOME_FAILED, first), "not even the engine is started"
     assert run([*lines, completion("d")])[1][:-1] == first
     output = tmp_path / "out.jsonl"
-    kept = [line for line in output.read_bytes().splitlines(True) if b'"c"' not in line]
-    output.write_bytes(b"".join(kept))
-    status, again = run([*lines[:4], completion("c"), completion("d")])
-    assert [record["custom_id"] for record in again[len(kept) :]] == ["c"], "it was taken out"
+    kept = [line for line in output.read_bytes().splitlines(True) if b'"d"' not in line]
+    output.write_bytes(b"\n".join(kept))  # as after an editor
+    *others, last = run([*lines, completion("d")])[1]
+    assert others == first and last["custom_id"] == "d", "it was taken out"
 
 
 @pytest.mark.parametrize("num_bytes", [1, 12, 30, 200])
