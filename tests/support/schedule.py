@@ -31,7 +31,7 @@ _FIRST_TO_LAST = (
     "tests/kernels/",
     "",
 )
-_SHARE_NOTHING = ("tests/kernels/", "tests/server/test_faults.py")
+_SHARE_NOTHING = ("tests/kernels/", "tests/server/test_faults.py", "tests/server/test_run_batch.py")
 
 
 def group_of(node_id: str) -> str:
