@@ -42,10 +42,9 @@ class BatchProgress:
 
     def __str__(self) -> str:
         total = "" if self._total is None else f" of {self._total}"
-        return (
-            f"{self.num_done}{total} lines are answered, {self.num_earlier} of them before; "
-            f"{self.num_failed} failed"
-        )
+        earlier = f", {self.num_earlier} of them before" if self.num_earlier else ""
+        failed = f"; {self.num_failed} failed" if self.num_failed else ""
+        return f"{self.num_done}{total} lines are answered{earlier}{failed}"
 
     def close(self) -> None:
         self._bar.close()
