@@ -9,10 +9,10 @@ import math
 from typing import Any
 
 from compiledllm.arguments import count
+from compiledllm.server.openai.reasoning_formats import REASONING
 from compiledllm.server.openai.tool_formats import FORMATS
 
 LOG_LEVELS = ("debug", "info", "warning", "error")  # of `logging`
-REASONING = ("qwen3", "deepseek_r1")  # meanings of <think>; see `openai.chat_choice.reasoning_mode`
 
 
 def add_server_options(group: argparse._ArgumentGroup) -> None:

@@ -12,20 +12,21 @@ from hypothesis import strategies as st
 
 from compiledllm.server.openai.answer_parser import AnswerParser
 from compiledllm.server.openai.call_scanner import MAX_BUFFERED, MAX_NESTING
+from compiledllm.server.openai.reasoning_formats import THINK, Mode, Reasoning
 from compiledllm.server.openai.tool_formats import FORMATS, find_format
 
-NAMES = frozenset({"f", "get"})
+NAMES = {"f": None, "get": None}
 
 
 def parse(
     pieces: list[str],
     form: str | None,
     most: int | None = None,
-    reasoning: str = "off",
+    reasoning: Mode = "off",
     is_whole: bool = True,
 ) -> tuple[str, str, list[tuple[str, str]]]:
     """Reasoning, content and calls (name, arguments) of a text in pieces."""
-    parser = AnswerParser(FORMATS[form] if form else None, NAMES, most, reasoning)
+    parser = AnswerParser(FORMATS[form] if form else None, NAMES, most, Reasoning(THINK, reasoning))
     thought = content = ""
     calls: dict[int, tuple[str, str]] = {}
     for step in [*pieces, None]:
@@ -273,7 +274,7 @@ def begun_by(text: str, form: str) -> bool:
 def test_no_marker_is_shown_behind_the_beginning_of_a_call(
     start: str, rest: str, form: str, is_whole: bool
 ) -> None:
-    key = FORMATS[form].arguments_key
+    key = "parameters" if form == "llama3_json" else "arguments"
     text = f'{start}{MARKERS[form][0]}{{"name": "f", "{key}": {{"a": 1}}{rest}'
     content = parse([text], form, is_whole=is_whole)[1]
     assert not any(marker in content for marker in MARKERS[form])
@@ -362,6 +363,6 @@ def test_formats_are_found_by_the_chat_template(template: str, name: str | None)
 
 @pytest.mark.parametrize("cut", ["<think>1 <", "<think>1 </thi", "<think>1 </think"])
 def test_reasoning_that_ends_in_half_a_marker_is_kept(cut: str) -> None:
-    parser = AnswerParser(None, reasoning="leading")
+    parser = AnswerParser(None, reasoning=Reasoning(THINK, "leading"))
     shown = parser.feed(cut).reasoning + parser.finish(is_whole=True).reasoning
     assert shown == cut.removeprefix("<think>")

@@ -8,9 +8,10 @@ from typing import Any, cast
 import pytest
 
 from compiledllm.outputs import CompletionOutput
-from compiledllm.server.openai.chat_choice import Choice, reasoning_mode
+from compiledllm.server.openai.chat_choice import Choice
 from compiledllm.server.openai.chat_prompt import effort_arguments
 from compiledllm.server.openai.errors import as_api_error
+from compiledllm.server.openai.reasoning_formats import THINK, Reasoning, find_reasoning
 from compiledllm.server.openai.serving import failure_of
 from compiledllm.server.openai.tool_formats import FORMATS
 from compiledllm.server.openai.tools import ToolUse
@@ -23,7 +24,7 @@ ANSWER = (
 
 
 def use(name: str = "hermes", max_calls: int | None = None) -> ToolUse:
-    return ToolUse(FORMATS[name], frozenset({"f"}), [], None, max_calls)
+    return ToolUse(FORMATS[name], {"f": None}, [], None, max_calls)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,8 @@ def use(name: str = "hermes", max_calls: int | None = None) -> ToolUse:
 def test_reasoning_is_looked_for_where_it_may_be(
     parser: str, template: str, prompt: str, mode: str
 ) -> None:
-    assert reasoning_mode(parser, template, prompt) == mode
+    form = find_reasoning(parser, template)
+    assert (form.mode(prompt) if form else "off") == mode
 
 
 @pytest.mark.parametrize(
@@ -63,8 +65,8 @@ def test_efforts_reach_the_variables_that_a_template_has(
 
 @pytest.mark.parametrize("size", [1, 3, 7, 1000])
 def test_deltas_add_up_to_the_message(size: int) -> None:
-    message = Choice(use(), "leading").message(ANSWER)
-    choice, added = Choice(use(), "leading"), {"content": "", "reasoning": ""}
+    message = Choice(use(), Reasoning(THINK, "leading")).message(ANSWER)
+    choice, added = Choice(use(), Reasoning(THINK, "leading")), {"content": "", "reasoning": ""}
     calls: dict[int, dict[str, str]] = {}
     pieces = [ANSWER[i : i + size] for i in range(0, len(ANSWER), size)]
     for i, piece in enumerate(pieces):
@@ -84,9 +86,9 @@ def test_deltas_add_up_to_the_message(size: int) -> None:
 
 
 def test_plain_answers_have_content_only() -> None:
-    message = Choice(None, "off").message("Hi. ")
+    message = Choice(None, Reasoning()).message("Hi. ")
     assert message == {"role": "assistant", "content": "Hi. ", "refusal": None}
-    assert Choice(None, "off").delta("", is_last=False) == {}
+    assert Choice(None, Reasoning()).delta("", is_last=False) == {}
 
 
 def test_ids_are_as_templates_want_them() -> None:

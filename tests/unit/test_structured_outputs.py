@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
 from typing import Any
 
 import jsonschema
@@ -23,7 +22,6 @@ from compiledllm.grammars.library import Vocabulary
 from compiledllm.remote import served_text
 from compiledllm.runner.rule import Draw
 from compiledllm.runner.structured import GrammarRows
-from compiledllm.server.openai.tool_formats import FORMATS, call_grammar
 from compiledllm.structured_outputs import MAX_BYTES
 from compiledllm.types import NewRequest
 from tests.support.requests import make_new_request
@@ -226,48 +224,6 @@ def test_structural_tags_hold_behind_their_trigger(grammars: Grammars) -> None:
     written = [TOKEN_OF[char] for char in "free <g>2! and <f>1"]
     rows.fill(0, request(grammars.compile(form), written))
     assert allowed(rows, [0]) == [{TOKEN_OF["<"]}]  # of </f>
-
-
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("has_markers", [True, False])
-def test_grammars_of_calls_give_what_parsers_read(
-    name: str, has_markers: bool, grammars: Grammars
-) -> None:
-    from compiledllm.server.openai.answer_parser import AnswerParser
-
-    tools = [
-        {
-            "name": "f",
-            "parameters": {
-                "type": "object",
-                "properties": {"a": {"enum": [1, "x"]}},
-                "required": ["a"],
-                "additionalProperties": False,
-            },
-        },
-        {
-            "name": "g-1.b",
-            "parameters": {"type": "object", "properties": {}, "additionalProperties": False},
-        },
-    ]
-    for most in (1, None):
-        token_id: Callable[[str], int | None] = (
-            TOKENIZER.token_to_id if has_markers else lambda text: None
-        )
-        text = "start: calls\n" + call_grammar(FORMATS[name], tools, token_id, most)
-        counts = set()
-        for seed in range(8):
-            answer = write(grammars, StructuredOutputsParams(grammar=text), seed, 400)
-            if answer is None:
-                continue
-            parser = AnswerParser(FORMATS[name], frozenset({"f", "g-1.b"}))
-            calls = parser.feed(answer).calls
-            assert calls and not parser.finish().content
-            for call in calls:
-                schema = next(tool["parameters"] for tool in tools if tool["name"] == call.name)
-                jsonschema.validate(json.loads(call.arguments), schema)
-            counts.add(len(calls))
-        assert counts == {1} if most else max(counts) > 1
 
 
 def test_rows_stand_where_their_outputs_do(grammars: Grammars) -> None:

@@ -6,13 +6,13 @@ result does not depend on how the text is cut into pieces.
 
 from __future__ import annotations
 
-from collections.abc import Set
-
-from compiledllm.server.openai.answer_parts import HeldSpace, Parts, hold_back
+from compiledllm.server.openai.answer_parts import Parts
+from compiledllm.server.openai.call_readers import Names
+from compiledllm.server.openai.channel_scanner import ChannelScanner
+from compiledllm.server.openai.reasoning_formats import Reasoning
+from compiledllm.server.openai.reasoning_scanner import ReasoningScanner
 from compiledllm.server.openai.tool_formats import ToolFormat
 from compiledllm.server.openai.tool_scanner import ToolScanner
-
-THINK, END_THINK = "<think>", "</think>"
 
 
 class AnswerParser:
@@ -20,22 +20,26 @@ class AnswerParser:
 
     The parts of a truncated answer are a prefix of the parts of the complete answer.
 
-    tool_format: None if there are no tools. tool_names: the functions that may be called; a call of
-    another name is content. max_calls: calls beyond this number are dropped. reasoning: "off",
-    "leading" (the answer may begin with <think>) or "begun" (the prompt ends with <think>).
+    tool_format: None if there are no tools. names: the functions that may be called, with the
+    schemas of their arguments; a call of another name is content. max_calls: calls beyond this
+    number are dropped.
     """
 
     def __init__(
         self,
         tool_format: ToolFormat | None,
-        tool_names: Set[str] = frozenset(),
+        names: Names | None = None,
         max_calls: int | None = None,
-        reasoning: str = "off",
+        reasoning: Reasoning | None = None,
     ) -> None:
-        self._reasoning = _ReasoningScanner(reasoning)
-        self._calls: ToolScanner | None = None
-        if tool_format is not None:
-            self._calls = ToolScanner(tool_format, tool_names, max_calls)
+        names, reasoning = names or {}, reasoning or Reasoning()
+        is_told, has_channels = reasoning.mode != "off", reasoning.mode == "channels"
+        self._reasoning = ReasoningScanner(reasoning)
+        self._calls: ToolScanner | ChannelScanner | None = None
+        if has_channels or (tool_format is not None and tool_format.syntax == "channels"):
+            self._calls = ChannelScanner(names, max_calls, is_told)
+        elif tool_format is not None:
+            self._calls = ToolScanner(tool_format, names, max_calls)
 
     @property
     def num_calls(self) -> int:
@@ -69,53 +73,3 @@ class AnswerParser:
             self._calls.feed(rest, parts)
             self._calls.finish(parts, is_whole)
         return parts
-
-
-class _ReasoningScanner:
-    """Takes out the text between leading <think> and </think>, without surrounding white space."""
-
-    def __init__(self, mode: str) -> None:
-        self._state = {"off": "content", "leading": "start", "begun": "inside"}[mode]
-        self._leading: list[str] = []  # white space before the first word
-        self._pending = ""  # text that may be the beginning of a marker
-        self._space = HeldSpace(drops_leading=True)
-
-    @property
-    def is_over(self) -> bool:
-        return self._state == "content"
-
-    def feed(self, text: str, parts: Parts) -> str:
-        """Add reasoning to `parts` and return the text that is not reasoning."""
-        if self._state == "content":
-            return text
-        text = self._pending + text
-        self._pending = ""
-        if self._state == "start":
-            word = text.lstrip()
-            self._leading.append(text[: len(text) - len(word)])
-            if len(word) < len(THINK) and THINK.startswith(word):
-                self._pending = word
-                return ""
-            if not word.startswith(THINK):
-                self._state = "content"
-                return "".join(self._leading) + word
-            self._state, text = "inside", word[len(THINK) :]
-        if self._state == "inside":
-            end = text.find(END_THINK)
-            if end < 0:
-                text, self._pending = hold_back(text, [END_THINK])
-                parts.reasoning += self._space.push(text)
-                return ""
-            parts.reasoning += self._space.push(text[:end])
-            self._state, text = "behind", text[end + len(END_THINK) :]
-        text = text.lstrip()  # white space between </think> and the first word is dropped
-        if text:
-            self._state = "content"
-        return text
-
-    def finish(self, parts: Parts, is_whole: bool) -> str:
-        """Add the reasoning that was held back and return the text that turns out to be content."""
-        pending = self._pending if is_whole else ""
-        if self._state == "inside":
-            parts.reasoning += self._space.push(pending)
-        return "".join(self._leading) + pending if self._state == "start" else ""

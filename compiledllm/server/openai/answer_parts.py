@@ -8,11 +8,15 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class CallPart:
-    """A piece of a tool call: part of the arguments' text; the first piece also has the name."""
+    """A piece of a tool call: part of the arguments' text; the first piece also has the name.
+
+    call_id: with the name, if the model has written one.
+    """
 
     index: int
     name: str | None = None
     arguments: str = ""
+    call_id: str | None = None
 
 
 @dataclass(slots=True)

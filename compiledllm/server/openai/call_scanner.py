@@ -7,7 +7,7 @@ does not validate: the arguments are the model's own text between matching brack
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Set
+from collections.abc import Callable, Container
 from typing import Literal
 
 MAX_BUFFERED = 2**16  # characters of a call whose name is not known yet
@@ -24,10 +24,12 @@ class CallScanner:
 
     state: "open" while the call continues, "done" after its end, "failed" if the text is not a
     call. is_known: the name and the beginning of the arguments have been read; after that, "failed"
-    means that the call breaks off. raw: all characters read before the call is known.
+    means that the call breaks off. is_tentative: what is read may turn out to be no call at all.
     """
 
-    def __init__(self, names: Set[str], name: str | None = None, is_bare: bool = False) -> None:
+    def __init__(
+        self, names: Container[str], name: str | None = None, is_bare: bool = False
+    ) -> None:
         """name: the function's name if the object holds only the arguments. is_bare: the call has
         no marker, so its first key must tell it from other JSON.
         """
@@ -36,7 +38,8 @@ class CallScanner:
         self.name = name
         self.state: Literal["open", "done", "failed"] = "open"
         self.is_known = False
-        self.raw: list[str] = []
+        self.is_tentative = is_bare
+        self._raw: list[str] = []  # all characters read before the call is known
         self._fragments: list[str] = []  # the text of the arguments that has not been taken yet
         self._has_arguments = False
         self._is_arguments = name is not None
@@ -46,13 +49,35 @@ class CallScanner:
         self._is_escaped = False
         self._step: Callable[[str], None] = self._on_value if self._is_arguments else self._on_start
 
-    def feed(self, char: str) -> None:
+    def feed(self, text: str, position: int) -> int:
+        """Read on from `position`, and return the position of the first character not read."""
+        while position < len(text) and self.state == "open":
+            self._feed(text[position])
+            if self.is_known and self._is_broken():
+                break  # the character that breaks a call off is no part of the call
+            position += 1
+        return position
+
+    def _is_broken(self) -> bool:
+        return self.state == "failed"
+
+    def _feed(self, char: str) -> None:
         if not self.is_known:
-            self.raw.append(char)
-            if len(self.raw) > MAX_BUFFERED:
+            self._raw.append(char)
+            if len(self._raw) > MAX_BUFFERED:
                 self.state = "failed"
                 return
         self._step(char)
+
+    def finish(self) -> None:
+        """The text ends here: the arguments stay as far as they go."""
+
+    def raw(self) -> str:
+        """All text that has been read, while the call is not known."""
+        return "".join(self._raw)
+
+    def unread(self) -> str:
+        return ""  # each character is decided at once
 
     @property
     def missing_brackets(self) -> str:
@@ -215,7 +240,7 @@ class CallScanner:
         """Mark the call as known if its name and arguments have been seen."""
         if self.state == "open" and self.name in self._names and self._has_arguments:
             self.is_known = True
-            self.raw.clear()
+            self._raw.clear()
 
     def _go(self, step: Callable[[str], None]) -> None:
         if self.state == "open":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 from compiledllm.engine.prompts import Prompt
@@ -18,12 +19,18 @@ from compiledllm.server.openai.answer import (
     shown_reason,
     usage,
 )
-from compiledllm.server.openai.chat_choice import Choice, reasoning_mode
+from compiledllm.server.openai.chat_choice import Choice
 from compiledllm.server.openai.chat_prompt import Conversation, chat_prompt, effort_arguments
 from compiledllm.server.openai.errors import ApiError
 from compiledllm.server.openai.events import Template, event, hole
 from compiledllm.server.openai.logprobs import chat_logprobs
 from compiledllm.server.openai.protocol import ChatRequest
+from compiledllm.server.openai.reasoning_formats import (
+    Mode,
+    Reasoning,
+    ReasoningFormat,
+    find_reasoning,
+)
 from compiledllm.server.openai.sampling import sampling_params, structured_outputs_from
 from compiledllm.server.openai.tools import ToolUse, tool_use
 
@@ -45,27 +52,52 @@ class ChatAnswer(Answer[ChatRequest]):
         self._shows_token_ids = body.return_token_ids
         self._prompt_fields = PromptFields(body)
         self._usage = StreamUsage(body, context.settings.shows_cached_tokens)
-        self._reasoning = "off"
+        self._reasoning: Mode = "off"
         self._choices: dict[int, Choice] = {}  # those that the stream has begun, by index
         self._template: Template | None = None  # for a choice's events after the first
 
     def prompts(self, body: ChatRequest) -> list[Prompt]:
         """The rendered conversation, whose end also tells where reasoning begins."""
-        requests, settings = self._context.requests, self._context.settings
+        requests = self._context.requests
         effort = body.reasoning_effort
         if effort is not None and not effort_arguments(self._tokenizer, effort):
             self.ignored.append("reasoning_effort")
         max_tokens = requests.max_tokenized(body.truncate_prompt_tokens is not None)
         conversation = Conversation.from_body(body, max_tokens, effort)
         prompt = chat_prompt(conversation, self._tokenizer, self._tool_use)
-        if self.params.structured_outputs is None:  # a grammar applies from the first token
-            template = self._tokenizer.chat_template_text
-            self._reasoning = reasoning_mode(settings.reasoning_parser, template, prompt["prompt"])
+        form, has_grammar = self._reasoning_form, self.params.structured_outputs is not None
+        # A grammar applies from the first token, and only those of channels have reasoning.
+        if form is not None and (form.has_channels or not has_grammar):
+            self._reasoning = form.mode(prompt["prompt"])
+        self._show_markers()
         return [prompt]
+
+    def _show_markers(self) -> None:
+        """Show special tokens if reasoning has some, and end where the model's calls end."""
+        marker = self.reasoning_end_id
+        if marker is not None and not self._tokenizer.decode([marker]):
+            self.params.skip_special_tokens = False
+        if self._tool_use is not None and (texts := self._tool_use.format.stops):
+            ids = {self._tokenizer.token_id(text) for text in texts}
+            known = {None, *self._context.requests.eos_token_ids}
+            stops = [token_id for token_id in ids - known if token_id is not None]
+            self.params.stop_token_ids = [*(self.params.stop_token_ids or ()), *stops]
+
+    @cached_property
+    def _reasoning_form(self) -> ReasoningFormat | None:
+        parser = self._context.settings.reasoning_parser
+        return find_reasoning(parser, self._tokenizer.chat_template_text)
+
+    @property
+    def reasoning_end_id(self) -> int | None:
+        """The token that ends reasoning; None if there is none."""
+        form = self._reasoning_form
+        return None if form is None else self._tokenizer.token_id(form.end)
 
     def new_choice(self) -> Choice:
         """A parser of the text of one choice; the prompt must have been made."""
-        return Choice(self._tool_use, self._reasoning)
+        form = None if self._reasoning == "off" else self._reasoning_form
+        return Choice(self._tool_use, Reasoning(form, self._reasoning) if form else Reasoning())
 
     # -- whole -------------------------------------------------------------------------------------
 

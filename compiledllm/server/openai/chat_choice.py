@@ -4,33 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from compiledllm.server.openai.answer_parser import END_THINK, THINK, AnswerParser
+from compiledllm.server.openai.answer_parser import AnswerParser
 from compiledllm.server.openai.answer_parts import CallPart, Parts
+from compiledllm.server.openai.reasoning_formats import Reasoning
 from compiledllm.server.openai.tools import ToolUse
-
-
-def reasoning_mode(parser: str, chat_template: str, prompt: str) -> str:
-    """How `AnswerParser` treats reasoning in the answer to this prompt.
-
-    parser is the value of `--reasoning-parser`. qwen3: the answer may begin with <think>, or the
-    prompt ends with <think>. deepseek_r1: the answer begins inside <think>. auto: qwen3 if the chat
-    template contains </think>.
-    """
-    if parser == "none" or (parser == "auto" and END_THINK not in chat_template):
-        return "off"
-    end = prompt[-100:].rstrip()
-    if end.endswith(END_THINK):
-        return "off"
-    return "begun" if parser == "deepseek_r1" or end.endswith(THINK) else "leading"
 
 
 class Choice:
     """Turns the text of a choice, piece by piece, into the parts of a message.
 
-    use: None without tools. reasoning: as in `AnswerParser`.
+    use: None without tools.
     """
 
-    def __init__(self, use: ToolUse | None, reasoning: str) -> None:
+    def __init__(self, use: ToolUse | None, reasoning: Reasoning) -> None:
         self._use = use
         if use is None:
             self._parser = AnswerParser(None, reasoning=reasoning)
@@ -78,7 +64,7 @@ class Choice:
         if part.name is None:
             return {"function": function}
         assert self._use is not None
-        call = {"id": self._use.new_call_id(), "type": "function"}
+        call = {"id": part.call_id or self._use.new_call_id(), "type": "function"}
         return call | {"function": {"name": part.name} | function}
 
 

@@ -11,7 +11,6 @@ import msgspec
 from compiledllm.engine.prompts import Prompt
 from compiledllm.outputs import CompletionOutput, RequestOutput
 from compiledllm.server.openai.answer import Answer, Context, usage
-from compiledllm.server.openai.answer_parser import END_THINK
 from compiledllm.server.openai.chat_answer import ChatAnswer
 from compiledllm.server.openai.chat_choice import Choice
 from compiledllm.server.openai.errors import ApiError, error_body
@@ -63,7 +62,7 @@ class ResponsesAnswer(Answer[ResponsesRequest]):
         kind = ReasoningItem if summary in (None, "none") else SummaryItem
         self._output_items = OutputItems(self._writer, kind)
         self._choice: Choice | None = None  # once there is an output
-        self._reasoning = ReasoningCount(self._tokenizer.token_id(END_THINK))
+        self._reasoning = ReasoningCount(self._chat.reasoning_end_id)
         self._output: RequestOutput | None = None  # the last one
         self._num_tokens = 0
         self._finish_reason: str | None = None

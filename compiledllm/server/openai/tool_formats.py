@@ -1,102 +1,370 @@
-"""The formats in which models write tool calls, and a grammar of calls in each format."""
+"""The formats in which models write tool calls, as data for scanners and grammars.
+
+An answer with calls is `begin`, the calls with `separator` between them, and `end`. A call is
+`open`, `head` with the function's name, the arguments, and `close`. A new format is a row, and a
+reader in `call_readers` if it has a syntax of its own for arguments.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+import functools
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
+
+Syntax = Literal["object", "json", "tags", "gemma", "python", "channels"]
 
 
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
-    """A call is `open`, an object with "name" and `arguments_key`, then `close`.
+    """A format of tool calls.
 
-    marks: a chat template that contains one of them, and none of `other_marks`, uses this format.
-    is_bare: an answer may also begin with the object itself. id_length: length of a call's id, with
-    "call_" in front if it is long; a few templates require nine letters and digits.
+    names: of `--tool-call-parser`, as in vLLM. syntax: "object" is a JSON object that has name and
+    arguments, and its head and close are parts of the object; "json", "tags", "gemma" and "python"
+    are ways to write arguments behind a head; "channels" are gpt-oss's. marks: a chat template that
+    contains one of them, and none of `other_marks`, uses this format. parameter: an argument of
+    "tags". extra_openers, extra_closers: markers that may also stand before and behind calls. bare:
+    the character with which an answer may begin a call without a marker. id_length: length of a
+    call's id, with "call_" in front if it is long; a few templates require nine letters and digits.
+    has_ids: the head begins with the call's id. stops: special tokens that end an answer, even if
+    the checkpoint does not say so.
     """
 
-    open: str
-    close: str
-    arguments_key: str
+    names: tuple[str, ...]
+    syntax: Syntax
     marks: tuple[str, ...]
     other_marks: tuple[str, ...] = ()
-    is_bare: bool = False
+    begin: str = ""
+    open: str = ""
+    head: str = "{name}"
+    close: str = ""
+    separator: str = ""
+    end: str = ""
+    parameter: str = ""
+    extra_openers: tuple[str, ...] = ()
+    extra_closers: tuple[str, ...] = ()
+    bare: str = ""
     id_length: int = 24
+    has_ids: bool = False
+    stops: tuple[str, ...] = ()
+
+    def is_of(self, chat_template: str) -> bool:
+        has = any(mark in chat_template for mark in self.marks)
+        return has and not any(mark in chat_template for mark in self.other_marks)
 
 
-FORMATS = {
-    "hermes": ToolFormat(
-        "<tool_call>",
-        "</tool_call>",
-        "arguments",
-        marks=("<tool_call>",),
-        other_marks=("<function=", "<arg_key>"),  # calls written as XML
-    ),
-    "llama3_json": ToolFormat(
-        "<|python_tag|>",
-        "",
-        "parameters",
-        marks=("<|python_tag|>", '"parameters": dictionary of argument name'),
-        is_bare=True,
-    ),
-    "mistral": ToolFormat("[TOOL_CALLS]", "", "arguments", marks=("[TOOL_CALLS]",), id_length=9),
-}
-"""Names of `--tool-call-parser`."""
+_OBJECT = '{"name": "{name}", "arguments": '
+_XML = ("<function=", "<arg_key>")  # marks of calls in tags
 
+_HERMES = ToolFormat(
+    ("hermes",),
+    "object",
+    marks=("<tool_call>",),
+    other_marks=_XML,
+    open="<tool_call>\n",
+    head=_OBJECT,
+    close="}\n</tool_call>",
+    separator="\n",
+)
+_QWEN = ToolFormat(
+    ("qwen3_coder", "qwen3_xml"),
+    "tags",
+    marks=("<function=",),
+    other_marks=("<seed:tool_call>",),
+    open="<tool_call>\n<function=",
+    head="{name}>\n",
+    close="</function>\n</tool_call>",
+    separator="\n",
+    parameter="<parameter={key}>\n{value}\n</parameter>\n",
+)
+_SEED = ToolFormat(
+    ("seed_oss",),
+    "tags",
+    marks=("<seed:tool_call>",),
+    begin="<seed:tool_call>\n",
+    open="<function=",
+    head="{name}>\n",
+    close="</function>\n",
+    end="</seed:tool_call>",
+    parameter="<parameter={key}>{value}</parameter>\n",
+)
+_GLM47 = ToolFormat(
+    ("glm47",),
+    "tags",
+    marks=("</arg_key><arg_value>",),
+    open="<tool_call>",
+    close="</tool_call>",
+    parameter="<arg_key>{key}</arg_key><arg_value>{value}</arg_value>",
+)
+_GLM45 = ToolFormat(
+    ("glm45",),
+    "tags",
+    marks=("<arg_key>",),
+    other_marks=_GLM47.marks,
+    open="<tool_call>",
+    head="{name}\n",
+    close="</tool_call>",
+    separator="\n",
+    parameter="<arg_key>{key}</arg_key>\n<arg_value>{value}</arg_value>\n",
+)
+_MINIMAX = ToolFormat(
+    ("minimax_m2",),
+    "tags",
+    marks=("<minimax:tool_call>",),
+    begin="<minimax:tool_call>\n",
+    open='<invoke name="',
+    head='{name}">\n',
+    close="</invoke>\n",
+    end="</minimax:tool_call>",
+    parameter='<parameter name="{key}">{value}</parameter>\n',
+)
+_DEEPSEEK_V32 = ToolFormat(
+    ("deepseek_v32",),
+    "tags",
+    marks=("<｜DSML｜function_calls>", "｜DSML｜"),
+    other_marks=("DSML｜tool_calls",),
+    begin="<｜DSML｜function_calls>\n",
+    open='<｜DSML｜invoke name="',
+    head='{name}">\n',
+    close="</｜DSML｜invoke>\n",
+    end="</｜DSML｜function_calls>",
+    parameter='<｜DSML｜parameter name="{key}" string="{is_string}">{value}</｜DSML｜parameter>\n',
+)
+_DEEPSEEK_V4 = ToolFormat(
+    ("deepseek_v4",),
+    "tags",
+    marks=("DSML｜tool_calls",),
+    begin="<｜DSML｜tool_calls>\n",
+    open=_DEEPSEEK_V32.open,
+    head=_DEEPSEEK_V32.head,
+    close=_DEEPSEEK_V32.close,
+    end="</｜DSML｜tool_calls>",
+    parameter=_DEEPSEEK_V32.parameter,
+)
+_DEEPSEEK_V3 = ToolFormat(
+    ("deepseek_v3",),
+    "json",
+    marks=("<｜tool▁call▁begin｜>",),
+    begin="<｜tool▁calls▁begin｜>",
+    open="<｜tool▁call▁begin｜>",
+    head="function<｜tool▁sep｜>{name}\n```json\n",
+    close="\n```<｜tool▁call▁end｜>",
+    separator="\n",
+    end="<｜tool▁calls▁end｜>",
+)
+_DEEPSEEK_V31 = ToolFormat(
+    ("deepseek_v31",),
+    "json",
+    marks=_DEEPSEEK_V3.marks,
+    other_marks=("```json",),
+    begin=_DEEPSEEK_V3.begin,
+    open=_DEEPSEEK_V3.open,
+    head="{name}<｜tool▁sep｜>",
+    close="<｜tool▁call▁end｜>",
+    end=_DEEPSEEK_V3.end,
+)
+_KIMI = ToolFormat(
+    ("kimi_k2",),
+    "json",
+    marks=("<|tool_calls_section_begin|>",),
+    begin="<|tool_calls_section_begin|>",
+    open="<|tool_call_begin|>",
+    head="functions.{name}:{number}<|tool_call_argument_begin|>",
+    close="<|tool_call_end|>",
+    end="<|tool_calls_section_end|>",
+    has_ids=True,  # templates show the ids, which tell results apart
+)
+_GEMMA = ToolFormat(
+    ("gemma4",),
+    "gemma",
+    marks=("<|tool_call>",),
+    open="<|tool_call>",
+    head="call:{name}",
+    close="<tool_call|>",
+    stops=("<|tool_response>",),
+)
+_GPT_OSS = ToolFormat(
+    ("openai",),
+    "channels",
+    marks=("<|channel|>",),
+    open="<|channel|>commentary to=functions.",
+    head="{name} <|constrain|>json<|message|>",
+    close="<|call|>",
+    separator="<|start|>assistant",
+    stops=("<|call|>", "<|return|>"),
+)
+_LFM2 = ToolFormat(
+    ("lfm2",),
+    "python",
+    marks=("<|tool_call_start|>", "<|tool_list_start|>"),
+    begin="<|tool_call_start|>[",
+    separator=", ",
+    end="]<|tool_call_end|>",
+)
+_OLMO3 = ToolFormat(
+    ("olmo3",),
+    "python",
+    marks=("<function_calls>",),
+    begin="<function_calls>",
+    separator="\n",
+    end="</function_calls>",
+)
+_PYTHONIC = ToolFormat(
+    ("pythonic", "llama4_pythonic"),
+    "python",
+    marks=("<|python_start|>", "func_name1(params_name1="),
+    begin="[",
+    separator=", ",
+    end="]",
+    extra_openers=("<|python_start|>",),
+    extra_closers=("<|python_end|>",),
+    bare="[",
+)
+_LLAMA3 = ToolFormat(
+    ("llama3_json", "llama4_json"),
+    "object",
+    marks=("<|python_tag|>", '"parameters": dictionary of argument name'),
+    head=_OBJECT.replace("arguments", "parameters"),
+    close="}",
+    separator="; ",
+    extra_openers=("<|python_tag|>",),
+    bare="{",
+)
+_MISTRAL = ToolFormat(
+    ("mistral",),
+    "object",
+    marks=("[TOOL_CALLS]",),
+    other_marks=("[ARGS]",),
+    begin="[TOOL_CALLS][",
+    head=_OBJECT,
+    close="}",
+    separator=", ",
+    end="]",
+    id_length=9,
+)
+_MISTRAL_ARGS = ToolFormat(
+    ("mistral",),
+    "json",
+    marks=("[ARGS]",),
+    open="[TOOL_CALLS]",
+    head="{name}[ARGS]",
+    id_length=9,
+)
 
-# White space as chat templates and therefore models write it: `{"a": 1, "b": 2}`.
-_AS_IN_TEMPLATES = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# A template may have marks of several rows; the first one is meant.
+ROWS = (
+    *(_DEEPSEEK_V4, _DEEPSEEK_V32, _DEEPSEEK_V31, _DEEPSEEK_V3, _KIMI, _MINIMAX, _SEED, _QWEN),
+    *(_GLM47, _GLM45, _GEMMA, _GPT_OSS, _LFM2, _OLMO3, _PYTHONIC, _HERMES, _LLAMA3),
+    *(_MISTRAL, _MISTRAL_ARGS),
+)
+FORMATS = {name: row for row in reversed(ROWS) for name in row.names}
+"""Names of `--tool-call-parser`; of formats with the same name the first one."""
 
 
 def find_format(name: str, chat_template: str) -> ToolFormat | None:
     """The format of a name, or for "auto" of the chat template; None if there is none."""
     if name == "none":
         return None
-    if name != "auto":
-        return FORMATS[name]
-    for candidate in FORMATS.values():
-        has = any(mark in chat_template for mark in candidate.marks)
-        if has and not any(mark in chat_template for mark in candidate.other_marks):
-            return candidate
-    return None
+    rows = [row for row in ROWS if name in ("auto", *row.names)]
+    found = next((row for row in rows if row.is_of(chat_template)), None)
+    return FORMATS[name] if found is None and name != "auto" else found
 
 
-def call_grammar(
-    tool_format: ToolFormat,
-    tools: Sequence[dict[str, Any]],
-    token_id: Callable[[str], int | None],
-    max_calls: int | None,
-) -> str:
-    """Rules of a Lark grammar in which `calls` is one or more calls of OpenAI's tool objects.
+# -- what a scanner looks for ---------------------------------------------------------------------
 
-    token_id: the id of a marker that is a single token, else None.
+# A marker, or the beginning of one.
+MARKER = re.compile(r"<[^<>]*>?|\[[A-Z_]+\]")
+_SPACE = " \t\n\r"
+
+
+@dataclass(frozen=True, slots=True)
+class Markers:
+    """The markers of a format.
+
+    openers may begin a call, closers end one or stand behind it; inner ones belong to calls only.
+    separators: characters that may stand between markers and calls. junk: characters between a
+    call's arguments and its closer. head_ends: characters that end a head.
     """
-    names = range(len(tools))
-    lines = [f"body: {' | '.join(f'tool_{i}' for i in names)}"]
-    for i, tool in zip(names, tools, strict=True):
-        head = f'{{"name": {json.dumps(tool["name"])}, "{tool_format.arguments_key}": '
-        lines.append(f'tool_{i}: {_literal(head)} args_{i} "}}"')
-        schema = (tool.get("parameters") or {"type": "object"}) | {"x-guidance": _AS_IN_TEMPLATES}
-        lines.append(f"args_{i}: %json {json.dumps(schema)}")
-    more = "" if max_calls == 1 else "*"
-    return "\n".join([_calls(tool_format, token_id, more), *lines])
+
+    openers: tuple[str, ...]
+    closers: tuple[str, ...]
+    inner: tuple[str, ...]
+    separators: str
+    junk: str
+    head: re.Pattern[str]
+    head_ends: str
 
 
-def _calls(tool_format: ToolFormat, token_id: Callable[[str], int | None], more: str) -> str:
-    def marker(text: str) -> str:
-        number = token_id(text)
-        return _literal(text) if number is None else f"<[{number}]>"
+@functools.cache
+def markers_of(form: ToolFormat) -> Markers:
+    head = "{name}" if form.syntax == "object" else form.head
+    inner = (
+        m for text in re.split(r"\{\w+\}", head + form.parameter) for m in MARKER.findall(text)
+    )
+    is_python = form.syntax == "python"
+    return Markers(
+        openers=(*MARKER.findall(form.begin + form.open), *form.extra_openers),
+        closers=(*MARKER.findall(form.close + form.end), *form.extra_closers),
+        inner=tuple(inner),
+        separators=_SPACE + ",;[" + ("" if is_python else "]"),
+        junk="" if is_python else "}" + form.close.partition("<")[0].strip(),
+        head=_head_pattern(head.partition("{name}")[0]),
+        head_ends={"tags": '<>"', "python": "("}.get(form.syntax, "{"),
+    )
 
-    if tool_format is FORMATS["hermes"]:
-        call = f'call: {marker(tool_format.open)} "\\n" body "\\n" {marker(tool_format.close)}'
-        return "calls: call" + (' ("\\n" call)*' if more else "") + "\n" + call
-    if tool_format is FORMATS["mistral"]:
-        others = ' (", " body)*' if more else ""
-        return f'calls: {marker(tool_format.open)} "[" body{others} "]"'
-    return "calls: body" + (' ("; " body)*' if more else "")
+
+def _head_pattern(before: str) -> re.Pattern[str]:
+    """Matches what stands between opener and arguments, more generously than `head` says."""
+    call_id = rf"(?P<id>(?:{re.escape(before)})?(?P<name>[\w.-]+?)(?::\d+)?)"
+    return re.compile(rf"[\s,;\[\]]*{call_id}(?:\s*[^\w\s.({{-]\S*)?\s*")
 
 
-def _literal(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+@dataclass(frozen=True, slots=True)
+class Tags:
+    """An argument in tags: key_open, key, key_close, value_open, value, value_close.
+
+    value_ends: texts that end a value, as models may forget value_close. markers: those that may
+    stand between arguments: key_open and what ends the call. marker, value_start, value_end: match
+    markers, value_open or markers, and value_ends. trims: a newline on either side of a value is
+    not part of the value.
+    """
+
+    key_open: str
+    key_close: str
+    value_open: str
+    value_close: str
+    value_ends: tuple[str, ...]
+    markers: tuple[str, ...]
+    marker: re.Pattern[str]
+    value_start: re.Pattern[str]
+    value_end: re.Pattern[str]
+    trims: bool
+
+
+@functools.cache
+def tags_of(form: ToolFormat) -> Tags:
+    key_open, _, rest = form.parameter.partition("{key}")
+    between, _, behind = rest.partition("{value}")
+    key_close, value_open = MARKER.findall(between) or (">", "")
+    (value_close,) = MARKER.findall(behind)
+    trims, markers = between.endswith("\n"), (key_open, *markers_of(form).closers)
+    value_ends = [("\n" if trims else "") + text for text in (value_close, *markers)]
+    value_ends += [value_close] if trims else []
+    return Tags(
+        key_open,
+        key_close,
+        value_open,
+        value_close,
+        tuple(value_ends),
+        markers,
+        any_of(markers),
+        any_of([value_open, *markers]),
+        any_of(value_ends),
+        trims,
+    )
+
+
+def any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Matches any of the texts; if there are none, nothing."""
+    return re.compile("|".join(map(re.escape, texts)) or r"(?!)")

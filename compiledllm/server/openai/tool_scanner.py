@@ -1,34 +1,31 @@
-"""Takes tool calls out of an answer's text, in any of the formats of `tool_formats`.
+"""Takes tool calls out of an answer's text, in the formats of `tool_formats` that have markers.
 
-A marker that no object follows is text and stays unchanged. A marker that an object follows begins
-a call; from then on no marker is text, however broken the call is.
+A marker that no call follows is text and stays unchanged. A marker that a call or an object follows
+begins a call; from then on no marker is text, however broken the call is.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Set
-
 from compiledllm.server.openai.answer_parts import CallPart, HeldSpace, Parts, hold_back
+from compiledllm.server.openai.call_readers import CallReader, Names, reader_of
 from compiledllm.server.openai.call_scanner import CallScanner
-from compiledllm.server.openai.tool_formats import ToolFormat
+from compiledllm.server.openai.tool_formats import ToolFormat, any_of, markers_of
 
 _MAX_HEAD = 256  # characters of a function's name between a marker and the arguments
-_SEPARATORS = " \t\n\r,;[]"  # between a marker and the object
-_NAME = re.compile(r"[\w.-]+")
 
 
 class ToolScanner:
     """Splits text into content and calls. White space at the end is dropped if there are calls."""
 
-    def __init__(self, tool_format: ToolFormat, names: Set[str], max_calls: int | None) -> None:
+    def __init__(self, tool_format: ToolFormat, names: Names, max_calls: int | None) -> None:
         self._format = tool_format
         self._names = names
         self._max_calls = max_calls
         self.num_calls = 0
-        self._markers = [marker for marker in (tool_format.open, tool_format.close) if marker]
-        self._pattern = re.compile("|".join(map(re.escape, self._markers)))
-        self._opening = re.compile(re.escape(tool_format.open))
+        markers = self._markers = markers_of(tool_format)
+        self._all = [*markers.openers, *markers.closers, *markers.inner]
+        self._pattern = any_of(self._all)
+        self._opening = any_of(markers.openers)
         self._space = HeldSpace(drops_leading=False)
         self._text = ""  # undecided characters of the last piece, then the present piece
         self._buffer = ""  # the last characters, if their meaning depends on the next piece
@@ -37,10 +34,11 @@ class ToolScanner:
         self._opened: list[str] = []
         self._skipped: list[str] = []
         self._has_begun = False  # whether a call has begun, even an unfinished one
-        self._call: CallScanner | None = None
+        self._call: CallReader | None = None
+        self._call_id: str | None = None  # of the present call, as the model writes it
         self._is_announced = False  # whether the name of the present call has been reported
         self._closers = ""  # brackets that the present call's arguments lack where they broke off
-        self._step = self._at_beginning if tool_format.is_bare else self._in_content
+        self._step = self._at_beginning if tool_format.bare else self._in_content
 
     def feed(self, text: str, parts: Parts) -> None:
         self._text, self._buffer = self._buffer + text, ""
@@ -54,7 +52,10 @@ class ToolScanner:
         if self._step == self._in_head:
             undecided = self._unused(self._buffer)
         elif self._call is not None and not self._call.is_known:
-            undecided = self._unused("".join(self._call.raw))
+            undecided = self._unused(self._call.raw())
+        elif self._call is not None and is_whole:
+            self._call.finish()
+            self._show(self._call, parts)
         if is_whole:
             parts.content += self._space.push(undecided)
         elif undecided:
@@ -72,10 +73,14 @@ class ToolScanner:
         if char.isspace():
             self._skipped.append(char)
             return position + 1
-        if char == "{":
+        if char != self._format.bare:
+            self._give_up(parts)
+        elif char == "{":
             self._begin(CallScanner(self._names, is_bare=True), parts)
         else:
-            self._give_up(parts)
+            self._step = self._in_head
+            self._skipped.append(char)
+            position += 1
         return position
 
     def _in_content(self, position: int, parts: Parts) -> int:
@@ -83,13 +88,13 @@ class ToolScanner:
         pattern = self._pattern if self._has_begun else self._opening
         found = pattern.search(self._text, position)
         if found is None:
-            markers = self._markers if self._has_begun else [self._format.open]
+            markers = self._all if self._has_begun else self._markers.openers
             said, self._buffer = hold_back(self._text[position:], markers)
             parts.content += self._space.push(said)
             return len(self._text)
         parts.content += self._space.push(self._text[position : found.start()])
-        if found.group() == self._format.open:
-            self._open()
+        if found.group() in self._markers.openers:
+            self._open(found.group())
         return found.end()
 
     def _behind_marker(self, position: int, parts: Parts) -> int:
@@ -99,64 +104,74 @@ class ToolScanner:
         char = self._text[position]
         if char == "{":
             self._begin(CallScanner(self._names), parts)
-        elif char.isspace() or char in _SEPARATORS:
+        elif char.isspace() or char in self._markers.separators:
             self._skipped.append(char)
             return position + 1
-        elif not self._skipped:
-            self._step = self._in_head
         else:
-            self._give_up(parts)
+            self._step = self._in_head
         return position
 
     def _in_head(self, position: int, parts: Parts) -> int:
-        """Right after a marker: a name, optional text in brackets, then the arguments."""
+        """After a marker: the function's name and more, then the arguments."""
         if (end := self._pass_marker(position, parts)) is not None:
             return end
         char = self._text[position]
-        if char == "{":
-            name = "".join(self._skipped).partition("[")[0]
-            if name in self._names:
-                self._skipped = []
-                self._begin(CallScanner(self._names, name), parts)
-                return position
-            if _NAME.fullmatch(name):
-                self._has_begun, self._skipped = True, [name]
-            self._give_up(parts)
+        if char in self._markers.head_ends:
+            self._end_head(parts)
             return position
         self._skipped.append(char)
         if len(self._skipped) > _MAX_HEAD:
             self._give_up(parts)
         return position + 1
 
+    def _end_head(self, parts: Parts) -> None:
+        """The arguments follow: of a call, if the head names a function."""
+        if (name := self._named()) in self._names:
+            assert name is not None
+            self._begin(reader_of(self._format, self._names, name), parts)
+            return
+        if name and self._opened:  # a call of a function that there is not
+            self._has_begun, self._skipped = True, [name]
+        self._give_up(parts)
+
+    def _named(self) -> str | None:
+        """The function's name in the head that has been read; None if that is no head."""
+        found = self._markers.head.fullmatch("".join(self._skipped))
+        self._call_id = found["id"] if found and self._format.has_ids else None
+        return found["name"] if found else None
+
     def _in_call(self, position: int, parts: Parts) -> int:
-        call, text = self._call, self._text
+        call = self._call
         assert call is not None
-        while position < len(text) and call.state == "open":
-            call.feed(text[position])
-            position += 1
+        position = call.feed(self._text, position)
         self._show(call, parts)
         if call.state == "open":
             return position
         self._call = None
         if not call.is_known:
-            said, rest = hold_back("".join(call.raw), self._markers)
-            self._give_up(parts, said)
+            raw = call.raw()
+            rest = call.unread() or hold_back(raw, self._all)[1]
+            self._give_up(parts, raw.removesuffix(rest))
             return self._back(position, rest)
         self._opened, self._skipped, self._closers = [], [], call.missing_brackets
         self._step = self._in_junk if self._closers else self._behind_call
-        # A character that breaks the call is scanned again.
-        return position if call.state == "done" else position - 1
+        return self._back(position, call.unread())
 
     def _behind_call(self, position: int, parts: Parts) -> int:
         """After a call: another call, a marker or text follows; surplus brackets are dropped."""
         if (end := self._pass_marker(position, parts)) is not None:
             return end
-        char = self._text[position]
-        if char == "{":
+        char, is_python = self._text[position], self._format.syntax == "python"
+        if char == "{" and not is_python:
             self._begin(CallScanner(self._names), parts)
-        elif char.isspace() or char in _SEPARATORS or char == "}":
+        elif char.isspace() or char in self._markers.separators + self._markers.junk:
             self._skipped += [char] if char.isspace() else []
             return position + 1
+        elif is_python and char == "]":
+            self._give_up(parts)  # the end of the list of calls
+            return position + 1
+        elif is_python:
+            self._step = self._in_head
         else:
             self._give_up(parts)
         return position
@@ -165,10 +180,10 @@ class ToolScanner:
         """Drop text after broken-off arguments, up to a marker; a closing marker completes them."""
         found = self._pattern.search(self._text, position)
         if found is None:
-            junk, self._buffer = hold_back(self._text[position:], self._markers)
+            junk, self._buffer = hold_back(self._text[position:], self._all)
             self._closers = "" if junk else self._closers
             return len(self._text)
-        if found.start() == position and found.group() == self._format.close:
+        if found.start() == position and found.group() in self._markers.closers:
             self._add(CallPart(self.num_calls - 1, None, self._closers), parts)
         self._step = self._behind_call
         return found.start()
@@ -178,9 +193,10 @@ class ToolScanner:
     def _pass_marker(self, position: int, parts: Parts) -> int | None:
         """The index after a marker at `position`, the text's end if undecided, None without one."""
         may_begin = False
-        for marker in self._markers:
+        for marker in (*self._markers.openers, *self._markers.closers):
             if self._text.startswith(marker, position):
-                self._open() if marker == self._format.open else self._close(parts)
+                is_opener = marker in self._markers.openers
+                self._open(marker) if is_opener else self._close(marker, parts)
                 return position + len(marker)
             may_begin |= marker.startswith(self._text[position : position + len(marker)])
         if not may_begin:
@@ -188,22 +204,42 @@ class ToolScanner:
         self._buffer = self._text[position:]
         return len(self._text)
 
-    def _open(self) -> None:
-        self._opened += [*self._skipped, self._format.open]
-        self._skipped, self._step = [], self._behind_marker
+    def _open(self, marker: str) -> None:
+        self._opened += [*self._skipped, marker]
+        self._skipped, self._call_id, self._step = [], None, self._behind_marker
 
-    def _close(self, parts: Parts) -> None:
+    def _close(self, marker: str, parts: Parts) -> None:
         """Handle a closing marker; white space between a call and the marker is dropped."""
         if self._step == self._behind_call:
             self._skipped = []
-        self._give_up(parts, self._format.close)
+        elif self._step == self._in_head and self._begin_empty(parts):
+            return
+        self._give_up(parts, marker)
 
-    def _begin(self, call: CallScanner, parts: Parts) -> None:
+    def _begin_empty(self, parts: Parts) -> bool:
+        """Whether only a name stands between the markers, which is a call without arguments."""
+        name = self._named() if self._format.syntax in ("json", "tags") else None
+        if name not in self._names:
+            return False
+        call = CallScanner(self._names, name)
+        call.feed("{}", 0)
+        self._begin(call, parts)
+        self._show(call, parts)
+        self._call, self._step = None, self._behind_call
+        return True
+
+    def _begin(self, call: CallReader, parts: Parts) -> None:
+        self._call, self._is_announced, self._step = call, False, self._in_call
+        if not call.is_tentative:
+            self._claim(parts)
+
+    def _claim(self, parts: Parts) -> None:
+        """It is a call: what stands between its markers is not content, text before them is."""
+        self._skipped = []
         if self._opened:
             self._has_begun = True
-            parts.content += self._space.push(self._unused().strip(_SEPARATORS))
-            self._opened, self._skipped = [], []
-        self._call, self._is_announced, self._step = call, False, self._in_call
+            parts.content += self._space.push(self._unused().strip(self._markers.separators))
+            self._opened = []
 
     def _unused(self, more: str = "") -> str:
         """The text held back for a possible call; without its markers if a call has begun."""
@@ -221,16 +257,18 @@ class ToolScanner:
             self._text, position = rest + self._text[position:], len(rest)
         return position - len(rest)
 
-    def _show(self, call: CallScanner, parts: Parts) -> None:
+    def _show(self, call: CallReader, parts: Parts) -> None:
         """Report the new parts of a call whose name is known."""
         if not call.is_known:
             return
         arguments = call.take_arguments()
         name = None if self._is_announced else call.name
         if not self._is_announced:
+            self._claim(parts)
             self._is_announced = self._has_begun = True
             self.num_calls += 1
-        self._add(CallPart(self.num_calls - 1, name, arguments), parts)
+        call_id = self._call_id if name else None
+        self._add(CallPart(self.num_calls - 1, name, arguments, call_id), parts)
 
     def _add(self, part: CallPart, parts: Parts) -> None:
         """Add a part, unless the call exceeds `max_calls`."""

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from compiledllm.engine.tokenizer import Tokenizer
+from compiledllm.server.openai.call_grammars import call_grammar
 from compiledllm.server.openai.errors import ApiError
 from compiledllm.server.openai.protocol import ChatRequest, Message
-from compiledllm.server.openai.tool_formats import FORMATS, ToolFormat, call_grammar, find_format
+from compiledllm.server.openai.tool_formats import FORMATS, ToolFormat, find_format
 from compiledllm.server.openai.tool_protocol import NamedTool, Tool
 from compiledllm.structured_outputs import (
     MAX_NESTING,
@@ -25,12 +26,13 @@ MAX_TOOLS_BYTES = 2**18  # of the JSON of all tools together
 class ToolUse:
     """The tools that an answer may or must call.
 
-    tools: as the chat template gets them. structured_outputs: None for free text. max_calls: None
+    names: those of the functions, with the schemas of their arguments, if there are some. tools: as
+    the chat template gets them. structured_outputs: None for free text. max_calls: None
     for any number.
     """
 
     format: ToolFormat
-    names: frozenset[str]
+    names: dict[str, Any]
     tools: list[dict[str, Any]]
     structured_outputs: StructuredOutputsParams | None
     max_calls: int | None
@@ -70,7 +72,7 @@ def tool_use(
     if start is not None:
         calls = call_grammar(tool_format, functions, tokenizer.token_id, max_calls)
         structured_outputs = _grammar_params(f"{start}\n{calls}")
-    names = frozenset(tool.function.name for tool in body.tools)
+    names = {tool.function.name: tool.function.parameters for tool in body.tools}
     return ToolUse(tool_format, names, plain, structured_outputs, max_calls)
 
 

@@ -1,0 +1,118 @@
+"""Values of arguments that a model writes without JSON's quotes, by the tool's schema."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+TYPES = frozenset({"string", "number", "boolean", "null", "object", "array"})
+STRING = frozenset({"string"})
+_MAX_REFS = 16
+
+# Strings, words, and what JSON writes otherwise. A string without an end reaches to the text's end,
+# so that the time is linear.
+_TOKEN = re.compile(
+    r'"""(?s:.*?)(?:"""|\Z)|"(?:\\(?s:.)|[^"\\])*"?'
+    r"|'''(?s:.*?)(?:'''|\Z)|'(?:\\(?s:.)|[^'\\])*'?"
+    r"|[A-Za-z_]\w*|,(?=\s*[\])}])|[()]"
+)
+_WORDS = {"true": "true", "false": "false", "none": "null", "null": "null"}
+_BRACKETS = {"(": "[", ")": "]", ",": ""}
+_ESCAPE = re.compile(r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|(?s:.))")
+_ESCAPED = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "0": "\0", "\n": ""}
+_FIRST = {'"': "string", "{": "object", "[": "array", "t": "boolean", "f": "boolean", "n": "null"}
+
+
+def types_of(schema: Any, root: Any, num_refs: int = 0) -> frozenset[str]:
+    """The JSON types that a schema allows, integers as "number". root: where references lead."""
+    if not isinstance(schema, Mapping):
+        return TYPES
+    schema = resolved(schema, root)
+    types = TYPES
+    if (named := schema.get("type")) is not None:
+        names = [named] if isinstance(named, str) else named
+        types &= {"number" if name == "integer" else name for name in names}
+    values = [schema["const"]] if "const" in schema else schema.get("enum")
+    if isinstance(values, list):
+        types &= {type_of(json.dumps(value)) for value in values}
+    if num_refs < _MAX_REFS:
+        for name in ("anyOf", "oneOf"):
+            if isinstance(schema.get(name), list):
+                inner = (types_of(one, root, num_refs + 1) for one in schema[name])
+                types &= frozenset().union(*inner)
+        for one in schema.get("allOf") or ():
+            types &= types_of(one, root, num_refs + 1)
+    return types or TYPES
+
+
+def resolved(schema: Mapping[str, Any], root: Any) -> Mapping[str, Any]:
+    """The schema that a chain of local references leads to; {} if to none."""
+    for _ in range(_MAX_REFS):
+        reference = schema.get("$ref")
+        if not isinstance(reference, str):
+            return schema
+        found: Any = root if reference.startswith("#") else None
+        for name in filter(None, reference[1:].split("/")):
+            name = name.replace("~1", "/").replace("~0", "~")
+            found = found.get(name) if isinstance(found, Mapping) else None
+        schema = found if isinstance(found, Mapping) else {}
+    return {}
+
+
+def type_of(text: str) -> str:
+    """The type of a value in JSON."""
+    return _FIRST.get(text[0], "number")
+
+
+def json_of(text: str, types: Iterable[str] = TYPES) -> str:
+    """The JSON of a value that is written as it is if it is a string, and as JSON otherwise.
+
+    Python's spelling of JSON's values counts as well. What fits none of the types is a string.
+    """
+    if set(types) != STRING:
+        found = as_json(text.strip())
+        kind = type_of(found) if found else "string"
+        if found and ("string" not in types or (kind in types and kind != "string")):
+            return found
+    return quoted(text)
+
+
+def as_json(text: str) -> str | None:
+    """The text if it is JSON, or the JSON of a Python literal; None for anything else."""
+    for candidate in (text, _TOKEN.sub(_in_json, text)):
+        try:
+            json.loads(candidate, parse_constant=_refuse)
+        except (ValueError, RecursionError):
+            continue
+        return candidate
+    return None
+
+
+def quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"JSON has no {name}")
+
+
+def _in_json(match: re.Match[str]) -> str:
+    token = match[0]
+    if token in _BRACKETS:
+        return _BRACKETS[token]
+    if token[0] not in "\"'":
+        return _WORDS.get(token.lower(), token)
+    quotes = token[0] * (3 if token[:3] in ('"""', "'''") and len(token) > 5 else 1)
+    if len(token) < 2 * len(quotes) or not token.endswith(quotes):
+        return token
+    return json.dumps(_ESCAPE.sub(_unescaped, token[len(quotes) : -len(quotes)]))
+
+
+def _unescaped(match: re.Match[str]) -> str:
+    name = match[1]
+    if len(name) > 1:
+        number = int(name[1:], 16)
+        return chr(number) if number < 0x110000 else match[0]
+    return _ESCAPED.get(name, name if name in "\\'\"" else match[0])

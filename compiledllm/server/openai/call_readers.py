@@ -1,0 +1,63 @@
+"""Readers of one tool call's arguments, for each syntax of `tool_formats`.
+
+A reader turns what the model writes into the text of a JSON object, piece by piece. How the text is
+cut into pieces makes no difference, and the time is linear in the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from compiledllm.server.openai.call_scanner import CallScanner
+from compiledllm.server.openai.held_reader import State
+from compiledllm.server.openai.literal_readers import GemmaReader, PythonReader
+from compiledllm.server.openai.tag_reader import TagReader
+from compiledllm.server.openai.tool_formats import ToolFormat, tags_of
+
+Names = Mapping[str, Any]
+"""The functions that may be called: name -> JSON schema of the arguments, or None."""
+
+
+class CallReader(Protocol):
+    """What the readers have in common.
+
+    state: "open" while the call continues, "done" after its end, "failed" if the text is not a
+    call. is_known: it is a call; after that, "failed" means that the call breaks off, and
+    missing_brackets would complete its arguments. is_tentative: what is read may turn out to be no
+    call at all.
+    """
+
+    state: State
+    is_known: bool
+    is_tentative: bool
+    name: str | None
+
+    @property
+    def missing_brackets(self) -> str: ...
+
+    def feed(self, text: str, position: int) -> int:
+        """Read on from `position`, and return the position of the first character not read."""
+
+    def finish(self) -> None:
+        """The model ends the text here: complete the arguments if they can be."""
+
+    def raw(self) -> str:
+        """All text that has been read, while the call is not known."""
+
+    def unread(self) -> str:
+        """Text of earlier pieces that turns out not to belong to the call."""
+
+    def take_arguments(self) -> str:
+        """The arguments' text since the last call of this method; "" before the call is known."""
+
+
+def reader_of(form: ToolFormat, names: Names, name: str) -> CallReader:
+    """A reader of a call of this function, whose first text is the character that ends the head."""
+    if form.syntax == "tags":
+        return TagReader(tags_of(form), name, names[name])
+    if form.syntax == "gemma":
+        return GemmaReader(name)
+    if form.syntax == "python":
+        return PythonReader(name)
+    return CallScanner(names, name)

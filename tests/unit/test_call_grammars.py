@@ -1,0 +1,138 @@
+"""Grammars of tool calls: random answers that they allow are read as calls that fit the schemas."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import jsonschema
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from compiledllm import StructuredOutputsParams
+from compiledllm.grammars.library import Vocabulary, make_tokenizer
+from compiledllm.grammars.matcher import initial_matcher
+from compiledllm.grammars.text import Writer
+from compiledllm.server.openai.answer_parser import AnswerParser
+from compiledllm.server.openai.call_grammars import call_grammar
+from compiledllm.server.openai.tool_formats import ROWS, ToolFormat, markers_of, tags_of
+
+EOS = "<eos>"
+CLOSED = {"type": "object", "additionalProperties": False}
+SCHEMAS: dict[str, Any] = {
+    "all": CLOSED
+    | {
+        "properties": {
+            "free": {"type": "string"},
+            "unit": {"$ref": "#/$defs/Unit"},
+            "number": {"type": "integer", "minimum": -5, "maximum": 20},
+            "code": {"type": "string", "minLength": 2, "maxLength": 3},
+            "mixed": {"enum": [1, "x", None, "y z"]},
+            "flag": {"type": ["boolean", "null"]},
+            "either": {"anyOf": [{"type": "string"}, {"type": "integer"}]},
+            "list": {"type": "array", "items": {"type": "boolean"}, "minItems": 1, "maxItems": 2},
+            "point": CLOSED
+            | {"properties": {"x": {"type": "integer"}, "n": {"const": "é"}}, "required": ["x"]},
+        },
+        "required": ["unit", "number", "mixed"],
+        "$defs": {"Unit": {"type": "string", "enum": ["c", "f"]}},
+    },
+    "none-1": CLOSED | {"properties": {}},
+    "bare": None,
+    "map": {"type": "object", "additionalProperties": {"type": "integer", "maximum": 9}},
+    "free_list": CLOSED
+    | {"properties": {"a": {"type": "array", "maxItems": 1}}, "required": ["a"]},
+}
+TOOLS = [{"name": name, "parameters": schema} for name, schema in SCHEMAS.items()]
+IDS = [row.names[0] + ("_args" if "[ARGS]" in row.marks else "") for row in ROWS]
+
+
+def markers(row: ToolFormat) -> list[str]:
+    found = markers_of(row)
+    channels = ["<|message|>", "<|end|>", "<|start|>"] if row.syntax == "channels" else []
+    return [*found.openers, *found.closers, *found.inner, *channels, '<|"|>']
+
+
+@cache
+def tokenizer_of(row: ToolFormat, has_markers: bool) -> tuple[Tokenizer, Any]:
+    """All bytes are tokens; so are the format's markers, half of them as special ones."""
+    vocab = {EOS: 0}
+    for piece in sorted(pre_tokenizers.ByteLevel.alphabet()):
+        vocab[piece] = len(vocab)
+    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([EOS])
+    if has_markers:
+        single = [text for text in dict.fromkeys(markers(row)) if text.endswith((">", "]"))]
+        tokenizer.add_tokens([AddedToken(text) for text in single[::2]])
+        tokenizer.add_special_tokens([AddedToken(text) for text in single[1::2]])
+    size = tokenizer.get_vocab_size()
+    return tokenizer, make_tokenizer(Vocabulary(tokenizer.to_str(), size, (0,)))
+
+
+def write(row: ToolFormat, has_markers: bool, start: Any, seed: int) -> str:
+    """An answer drawn from what the grammar allows; where any text may stand, a short one."""
+    tokenizer, _ = tokenizer_of(row, has_markers)
+    draw, output, matcher = random.Random(seed), [], start.deep_copy()
+    ends = [tokenizer.encode(end).ids for end in _ends(row)]
+    rest: list[int] = []  # of an end that is being spelled
+    for _ in range(3000):
+        mask = int.from_bytes(matcher.compute_bitmask(), "little")
+        choices = [i for i in range(tokenizer.get_vocab_size()) if mask >> i & 1]
+        assert choices, matcher.get_error()
+        special = [i for i in choices if i > 256]
+        if not rest and len(choices) > 100 and draw.random() < 0.6:
+            rest = draw.choice(ends)
+        token_id = draw.choice(special if special and draw.random() < 0.2 else choices)
+        if rest and not (special and token_id in special):
+            token_id, rest = (rest[0], rest[1:]) if rest[0] in choices else (token_id, [])
+        if token_id == 0:
+            return str(tokenizer.decode(output, skip_special_tokens=False))
+        output.append(token_id)
+        assert matcher.consume_token(token_id), tokenizer.decode(output)[-300:]
+    raise AssertionError("does not end: " + ascii(tokenizer.decode(output))[-300:])
+
+
+def _ends(row: ToolFormat) -> list[str]:
+    """Texts that may end free text."""
+    if row.syntax == "tags":
+        return ['"', *tags_of(row).value_ends]
+    return ['"', '<|"|>', "<|end|>"]
+
+
+def grammar_of(
+    row: ToolFormat, has_markers: bool, tools: list[dict[str, Any]], most: int | None
+) -> Any:
+    tokenizer, library = tokenizer_of(row, has_markers)
+    token_id: Callable[[str], int | None] = tokenizer.token_to_id
+    text = "start: calls\n" + call_grammar(row, tools, token_id, most)
+    params = StructuredOutputsParams(grammar=text)
+    return initial_matcher(Writer(library).text_of(params), library)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=IDS)
+@pytest.mark.parametrize("has_markers", [True, False])
+def test_what_a_grammar_allows_is_read_as_calls(row: ToolFormat, has_markers: bool) -> None:
+    for most in (1, None):
+        start, counts, names = grammar_of(row, has_markers, TOOLS, most), set(), set()
+        for seed in range(6):
+            answer = write(row, has_markers, start, seed)
+            parser = AnswerParser(row, SCHEMAS)
+            parts, more = parser.feed(answer), parser.finish(is_whole=True)
+            arguments = {part.index: part for part in parts.calls}
+            for part in more.calls:
+                arguments[part.index].arguments += part.arguments
+            assert arguments and not more.content, answer
+            assert row.syntax == "channels" or not parts.content, answer
+            for call in arguments.values():
+                schema = SCHEMAS[call.name or ""] or {"type": "object"}
+                jsonschema.validate(json.loads(call.arguments), schema)
+                names.add(call.name)
+            counts.add(len(arguments))
+        is_one = most == 1 or row.syntax == "channels"
+        assert counts == {1} if is_one else max(counts) > 1
+        assert len(names) > 1
