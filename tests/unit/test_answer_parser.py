@@ -348,8 +348,20 @@ def test_calls_with_any_json_come_out_as_they_went_in(
     ("template", "name"),
     [
         ("... <tool_call>\n{json}</tool_call>", "hermes"),
-        ("<tool_call><function=f>", None),  # Qwen3-Coder's XML
-        ("<tool_call>f<arg_key>", None),  # GLM's
+        ("<tool_call>\n<function=example_name>\n<parameter=a>", "qwen3_coder"),
+        ("<seed:tool_call>\n<function=f>", "seed_oss"),
+        ("<tool_call>{name}\n<arg_key>{k}</arg_key>\n<arg_value>{v}</arg_value>", "glm45"),
+        ("<tool_call>{name}<arg_key>{k}</arg_key><arg_value>{v}</arg_value>", "glm47"),
+        ("{%- set begin = '<minimax:tool_call>' -%}", "minimax_m2"),
+        ("'<｜tool▁call▁begin｜>' + type + '<｜tool▁sep｜>' + name + '\\n```json'", "deepseek_v3"),
+        ("'<｜tool▁call▁begin｜>' + name + '<｜tool▁sep｜>' + arguments", "deepseek_v31"),
+        ("<｜DSML｜function_calls>", "deepseek_v32"),
+        ("<｜DSML｜tool_calls>", "deepseek_v4"),
+        ("<|tool_calls_section_begin|><|tool_call_begin|>", "kimi_k2"),
+        ("'<|tool_call>call:' + function['name'] + '{'", "gemma4"),
+        ("<|start|>assistant<|channel|>analysis<|message|>", "openai"),
+        ("<|tool_list_start|>", "lfm2"),
+        ("[func_name1(params_name1=params_value1), func_name2(params)]", "pythonic"),
         ("<|python_tag|>", "llama3_json"),
         ("[AVAILABLE_TOOLS] [TOOL_CALLS]", "mistral"),
         ("{{ messages }}", None),

@@ -12,11 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compiledllm.server.openai.answer_parser import AnswerParser
-from compiledllm.server.openai.reasoning_formats import (
-    CHANNELS,
-    Reasoning,
-)
-from compiledllm.server.openai.tool_formats import FORMATS, ROWS, ToolFormat
+from compiledllm.server.openai.reasoning_formats import CHANNELS, Reasoning, find_reasoning
+from compiledllm.server.openai.tool_formats import FORMATS, ROWS, ToolFormat, find_format
 
 SCHEMA = {
     "type": "object",
@@ -61,7 +58,7 @@ class Told:
 
 def parse(
     pieces: list[str],
-    form: str | ToolFormat,
+    form: str | ToolFormat | None,
     reasoning: Reasoning | None = None,
     is_whole: bool = True,
     most: int | None = None,
@@ -372,3 +369,148 @@ def test_markup_without_end_comes_to_an_end() -> None:
     for row in ROWS:
         for piece in PIECES[row]:
             parse([piece * 600], row, CHANNELLED if row.syntax == "channels" else None)
+
+
+# -- what is not the models' own fault ------------------------------------------------------------
+
+
+def test_formats_have_vllms_names() -> None:
+    names = {"hermes", "llama3_json", "llama4_json", "llama4_pythonic", "pythonic", "mistral"}
+    names |= {"qwen3_coder", "qwen3_xml", "openai", "gemma4", "glm45", "glm47", "seed_oss"}
+    names |= {"deepseek_v3", "deepseek_v31", "deepseek_v32", "deepseek_v4", "kimi_k2", "lfm2"}
+    assert set(FORMATS) == names | {"minimax_m2", "olmo3"}
+    assert find_format("mistral", "{{ '[TOOL_CALLS]' + name + '[ARGS]' }}") is ROWS[-1]
+    assert find_format("mistral", "") is FORMATS["mistral"]
+
+
+def test_calls_keep_the_ids_that_the_template_shows() -> None:
+    assert parse([ANSWERS["kimi_k2"][1]], "kimi_k2").ids == [
+        "functions.get_weather:0",
+        "functions.now:1",
+    ]
+    assert parse([ANSWERS["glm47"][1]], "glm47").ids == [None, None]
+
+
+def qwen(key: str, value: str) -> str:
+    parameter = f"<parameter={key}>\n{value}\n</parameter>"
+    return f"<tool_call>\n<function=get_weather>\n{parameter}\n</function>\n</tool_call>"
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("city", "5", "5"),
+        ("city", "null", "null"),
+        ("city", '"quoted"', '"quoted"'),
+        ("city", "", ""),
+        ("days", "5", 5),
+        ("days", " 5 ", 5),
+        ("days", "5.5", 5.5),
+        ("days", "soon", "soon"),
+        ("days", "NaN", "NaN"),
+        ("hot", "True", True),
+        ("hot", "false", False),
+        ("tags", "['a', \"it's\", 'b\\'c', u]", "['a', \"it's\", 'b\\'c', u]"),
+        ("tags", "['a', \"it's\", 'b\\'c', ('x',), ]", ["a", "it's", "b'c", ["x"]]),
+        ("tags", '["</parameter>", "\\n<parameter=x>"]', ["</parameter>", "\n<parameter=x>"]),
+        ("more", '{"a": {"b": [1, 2.5, null]}}', {"a": {"b": [1, 2.5, None]}}),
+        ("more", "{'a': None, 'b': True, 'c': 'None'}", {"a": None, "b": True, "c": "None"}),
+        ("more", "{", "{"),
+        ("unit", "c", "c"),
+        ("unit", "null", None),
+        ("unit", "5", "5"),
+        ("limit", "5", 5),
+        ("limit", "none", "none"),
+        ("unknown", "5", "5"),
+    ],
+)
+def test_values_in_tags_follow_the_schema(key: str, text: str, value: Any) -> None:
+    ((_, arguments),) = parse([qwen(key, text)], "qwen3_coder").calls
+    assert json.loads(arguments) == {key: value}
+
+
+def test_strings_in_tags_are_shown_as_they_are_written() -> None:
+    parser = AnswerParser(FORMATS["qwen3_coder"], NAMES)
+    parser.feed("<tool_call>\n<function=get_weather>\n<parameter=city>\nSão")
+    (part,) = parser.feed(' "Paulo"\n').calls
+    assert part.arguments == ' \\"Paulo\\"'
+
+
+@pytest.mark.parametrize(
+    ("form", "text"),
+    [
+        ("qwen3_coder", "Write <function=get_weather> and so on"),
+        ("qwen3_coder", "Use `<tool_call>` or <parameter=city>, </function>."),
+        ("qwen3_coder", "<function=nope_"),
+        ("glm45", "a <tool_call> b c <arg_key>"),
+        ("minimax_m2", '<invoke name="get_weather"> is how'),
+        ("pythonic", "[now is the time, (said) x]"),
+        ("pythonic", "[1, 2]"),
+        ("pythonic", "[nope(a=1)] text"),
+        ("pythonic", "[get_weather(5)] text"),
+        ("pythonic", "See [now()]"),
+        ("gemma4", "a <|tool_call> b"),
+        ("openai", "no channels, <b>bold</b>"),
+        ("kimi_k2", "x <|tool_call_end|> y"),
+    ],
+)
+def test_markup_without_a_call_is_text(form: str, text: str) -> None:
+    for pieces in ([text], list(text)):
+        told = parse(pieces, form, reasoning_of(form))
+        assert (told.content, told.calls) == (text, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "text", "expected"),
+    [
+        ("qwen3", "assistant\n<think>\n", "Hm.\n</think>\n\nYes", ("Hm.", "Yes")),
+        ("qwen3", "assistant\n<think>\n", "<think>\nHm.</think>Yes", ("Hm.", "Yes")),
+        ("qwen3", "assistant\n<think>\n\n</think>\n\n", "Yes </think>", ("", "Yes </think>")),
+        ("glm45", "<|assistant|>\n<think></think>", "Yes", ("", "Yes")),
+        ("glm45", "<|assistant|>", "\n<think>Hm</think>\nYes", ("Hm", "Yes")),
+        ("deepseek_v3", "<｜Assistant｜></think>", "Yes", ("", "Yes")),
+        ("deepseek_r1", "<｜Assistant｜>", "<think>\nHm</think>Yes", ("Hm", "Yes")),
+        ("deepseek_r1", "<｜Assistant｜>", "<", ("<", "")),
+        ("minimax_m2", "]~b]ai\n<think>\n", "Hm</think>\nYes", ("Hm", "Yes")),
+        ("mistral", "[/INST]", "[THINK]Hm[/THINK]Yes", ("Hm", "Yes")),
+        ("gemma4", "<|turn>model\n", "<|channel>thought\nHm<channel|>Yes", ("Hm", "Yes")),
+        ("gemma4", "model\n<|channel>thought\n<channel|>", "Yes", ("", "Yes")),
+        ("seed_oss", "assistant\n", "<seed:think>Hm</seed:think>Yes", ("Hm", "Yes")),
+        (
+            "openai_gptoss",
+            "<|start|>assistant",
+            "<|channel|>analysis<|message|>Hm<|end|><|start|>assistant<|channel|>analysis<|message|>"
+            "so<|end|><|start|>assistant<|channel|>final<|message|>Yes",
+            ("Hm\nso", "Yes"),
+        ),
+    ],
+)
+def test_reasoning_forms(name: str, prompt: str, text: str, expected: tuple[str, str]) -> None:
+    form = find_reasoning(name, "")
+    assert form is not None
+    reasoning = Reasoning(form, form.mode(prompt))
+    for pieces in ([text], list(text), [text[:7], text[7:]]):
+        told = parse(pieces, None, reasoning)
+        assert (told.reasoning, told.content) == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "name"),
+    [
+        ("</think>", "qwen3"),
+        ("[THINK] [/THINK]", "mistral"),
+        ("<|channel>thought\n<channel|>", "gemma4"),
+        ("</seed:think>", "seed_oss"),
+        ("<|channel|>analysis<|message|>", "openai_gptoss"),
+        ("{{ messages }}", "none"),
+    ],
+)
+def test_reasoning_is_found_by_the_chat_template(template: str, name: str) -> None:
+    assert find_reasoning("auto", template) is find_reasoning(name, "")
+
+
+def test_gpt_oss_without_a_parser_of_reasoning_shows_it_as_text() -> None:
+    form, text, _, _ = ANSWERS["openai"]
+    told = parse([text], form)
+    assert (told.reasoning, told.content) == ("", "Think <b>.\nI look.")
+    assert len(told.calls) == 2
