@@ -193,6 +193,12 @@ def test_text_behind_a_call_leaves_the_call_whole(size: int) -> None:
     assert texts["text_delta"].split() == ["I", "look.", "That", "was", "all."]
 
 
+def test_text_behind_a_call_stays_behind_it_in_a_whole_answer() -> None:
+    made = answer("leading", tools=[TOOL]).whole([output(CALLED + "\nThat was all.", "stop")], 2)
+    assert [block["type"] for block in made["content"]] == ["thinking", "text", "tool_use", "text"]
+    assert made["content"][-1]["text"].strip() == "That was all."
+
+
 def test_a_whole_answer_has_the_same_blocks() -> None:
     made = answer("leading", tools=[TOOL]).whole([output(CALLED, "stop")], 2)
     thinking, text, call = made["content"]

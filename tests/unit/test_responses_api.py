@@ -257,9 +257,10 @@ def test_text_behind_a_call_leaves_the_call_whole(size: int) -> None:
     assert calls == [{"a": 1}, {}] and said.split() == ["I", "look.", "That", "was", "all."]
 
 
-def test_a_whole_answer_has_the_items_of_the_stream() -> None:
-    whole = answer("leading", tools=[TOOL]).whole([output(CALLED, "stop")], 2)
-    last = streamed(answer("leading", tools=[TOOL]), list(CALLED))[-1]["response"]
+@pytest.mark.parametrize("text", [CALLED, CALLED + "\nThat was all."])
+def test_a_whole_answer_has_the_items_of_the_stream(text: str) -> None:
+    whole = answer("leading", tools=[TOOL]).whole([output(text, "stop")], 2)
+    last = streamed(answer("leading", tools=[TOOL]), list(text))[-1]["response"]
 
     def without_ids(response: dict[str, Any]) -> str:
         return re.sub(r'"[a-z]+_[0-9a-f]{24,}"', "", json.dumps(response["output"]))
@@ -267,7 +268,7 @@ def test_a_whole_answer_has_the_items_of_the_stream() -> None:
     assert without_ids(whole) == without_ids(last)
     assert set(whole) == set(last) and whole["status"] == last["status"] == "completed"
     assert whole["usage"]["input_tokens_details"]["cached_tokens"] == 4
-    assert last["usage"]["output_tokens"] == 2 * len(CALLED)
+    assert last["usage"]["output_tokens"] == 2 * len(text)
 
 
 def test_a_truncated_answer_is_incomplete() -> None:

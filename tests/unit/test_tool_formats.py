@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compiledllm.server.openai.answer_parser import AnswerParser
+from compiledllm.server.openai.chat_choice import Choice
 from compiledllm.server.openai.reasoning_formats import CHANNELS, Reasoning, find_reasoning
 from compiledllm.server.openai.tool_formats import FORMATS, ROWS, ToolFormat, find_format
+from compiledllm.server.openai.tools import ToolUse
 
 SCHEMA = {
     "type": "object",
@@ -514,3 +516,22 @@ def test_gpt_oss_without_a_parser_of_reasoning_shows_it_as_text() -> None:
     told = parse([text], form)
     assert (told.reasoning, told.content) == ("", "Think <b>.\nI look.")
     assert len(told.calls) == 2
+
+
+@pytest.mark.parametrize("case", ["hermes", "qwen3_coder", "deepseek_v3", "lfm2", "openai"])
+def test_a_whole_answer_has_the_order_of_its_text(case: str) -> None:
+    form, text, content, calls = ANSWERS[case]
+    use = ToolUse(FORMATS[form], NAMES, [], None, None)
+    for size in (1, 7, 10_000):
+        choice, kinds = Choice(use, reasoning_of(form) or Reasoning()), []
+        pieces = [text[i : i + size] for i in range(0, len(text), size)]
+        for i, piece in enumerate(pieces):
+            for delta in choice.deltas(piece, i == len(pieces) - 1, is_whole=True):
+                kinds += [name for name in ("reasoning", "content") if name in delta]
+                kinds += ["call" for call in delta.get("tool_calls", ()) if "id" in call]
+        told = [kind for kind, _ in itertools.groupby(kinds)]
+        before = [] if text.startswith("<") else ["content"]
+        after = [] if content in ("", "Hm.", "I look.") else ["content"]
+        before = ["reasoning", "content"] if form == "openai" else before
+        assert told == [*before, "call", *after]
+        assert kinds.count("call") == len(calls)

@@ -54,9 +54,9 @@ class MessagesAnswer(Answer[MessagesRequest]):
         (output,) = outputs
         (completion,) = output.outputs
         choice = self._chat.new_choice()
-        message = choice.message(completion.text, completion.finish_reason == "stop")
+        deltas = choice.deltas(completion.text, True, completion.finish_reason == "stop")
         more = _stop_fields(completion, choice) | {"usage": self._usage(output, num_output_tokens)}
-        return self._envelope() | {"content": _blocks_of(message)} | more
+        return self._envelope() | {"content": _blocks_of(deltas)} | more
 
     # -- streams -----------------------------------------------------------------------------------
 
@@ -70,8 +70,8 @@ class MessagesAnswer(Answer[MessagesRequest]):
         if choice.shows_as_is:
             events = self._blocks.text("text", completion.text) if completion.text else b""
         else:
-            delta = choice.delta(completion.text, reason is not None, reason == "stop")
-            events = self._blocks.add(delta)
+            deltas = choice.deltas(completion.text, reason is not None, reason == "stop")
+            events = b"".join(map(self._blocks.add, deltas))
         if reason is not None:
             self._stop = _stop_fields(completion, choice)
         return start + events
@@ -127,17 +127,18 @@ def _stop_fields(completion: CompletionOutput, choice: Choice) -> dict[str, str 
     return {"stop_reason": reason, "stop_sequence": sequence}
 
 
-def _blocks_of(message: dict[str, Any]) -> list[dict[str, Any]]:
-    """The content blocks of a chat's message."""
+def _blocks_of(deltas: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The content blocks of a complete answer's deltas."""
     blocks: list[dict[str, Any]] = []
-    if reasoning := message.get("reasoning"):
-        blocks.append({"type": "thinking", "thinking": reasoning, "signature": ""})
-    if content := message["content"]:
-        blocks.append({"type": "text", "text": content})
-    for call in message.get("tool_calls", ()):
-        function = call["function"]
-        block = {"type": "tool_use", "id": call["id"], "name": function["name"]}
-        blocks.append(block | {"input": _input(function["arguments"])})
+    for delta in deltas:
+        if reasoning := delta.get("reasoning"):
+            blocks.append({"type": "thinking", "thinking": reasoning, "signature": ""})
+        if content := delta.get("content"):
+            blocks.append({"type": "text", "text": content})
+        for call in delta.get("tool_calls", ()):
+            function = call["function"]
+            block = {"type": "tool_use", "id": call["id"], "name": function["name"]}
+            blocks.append(block | {"input": _input(function["arguments"])})
     return blocks
 
 

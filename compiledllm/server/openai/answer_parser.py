@@ -54,7 +54,7 @@ class AnswerParser:
         parts = Parts()
         rest = self._reasoning.feed(text, parts)
         if self._calls is None:
-            parts.content += rest
+            parts.say(rest)
         else:
             self._calls.feed(rest, parts)
         return parts
@@ -68,7 +68,7 @@ class AnswerParser:
         parts = Parts()
         rest = self._reasoning.finish(parts, is_whole)
         if self._calls is None:
-            parts.content += rest
+            parts.say(rest)
         else:
             self._calls.feed(rest, parts)
             self._calls.finish(parts, is_whole)

@@ -20,19 +20,70 @@ class CallPart:
 
 
 @dataclass(slots=True)
-class Parts:
-    """The parts that a piece of an answer's text adds to the answer."""
+class Step:
+    """Reasoning, content and calls, in this order; the rest of an earlier call comes first."""
 
     reasoning: str = ""
     content: str = ""
     calls: list[CallPart] = field(default_factory=list)
 
+
+class Parts:
+    """The parts that a piece of an answer's text adds to the answer.
+
+    steps: in the order of the text; what does not fit the order of a step begins another one.
+    """
+
+    __slots__ = ("steps",)
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+
+    @property
+    def reasoning(self) -> str:
+        return "".join([step.reasoning for step in self.steps])
+
+    @property
+    def content(self) -> str:
+        return "".join([step.content for step in self.steps])
+
+    @property
+    def calls(self) -> list[CallPart]:
+        return [part for step in self.steps for part in step.calls]
+
+    def think(self, text: str) -> None:
+        if text:
+            step = self._last()
+            (self._next() if step.content or step.calls else step).reasoning += text
+
+    def say(self, text: str) -> None:
+        if text:
+            step = self._last()
+            (self._next() if step.calls else step).content += text
+
     def add_call(self, part: CallPart) -> None:
         """Append a piece of a call, merging consecutive pieces of the same call."""
-        if self.calls and self.calls[-1].index == part.index:
-            self.calls[-1].arguments += part.arguments
+        step = self._last()
+        if step.calls and step.calls[-1].index == part.index:
+            step.calls[-1].arguments += part.arguments
+        elif part.name is None and (step.reasoning or step.content or step.calls):
+            self._next().calls.append(part)
         else:
-            self.calls.append(part)
+            step.calls.append(part)
+
+    def extend(self, more: Parts) -> None:
+        for step in more.steps:
+            self.think(step.reasoning)
+            self.say(step.content)
+            for part in step.calls:
+                self.add_call(part)
+
+    def _last(self) -> Step:
+        return self.steps[-1] if self.steps else self._next()
+
+    def _next(self) -> Step:
+        self.steps.append(Step())
+        return self.steps[-1]
 
 
 class HeldSpace:

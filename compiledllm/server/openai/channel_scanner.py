@@ -57,7 +57,7 @@ class ChannelScanner:
         if is_text or self._step in (self._at_beginning, self._in_content):
             self._say(held, parts)
         elif self._step == self._in_reasoning:
-            parts.reasoning += self._reasoning.push(held)
+            parts.think(self._reasoning.push(held))
         elif self._step == self._behind_call and self._call is not None:
             self._add(None, self._call.missing_brackets, parts)
 
@@ -103,7 +103,7 @@ class ChannelScanner:
 
     def _in_reasoning(self, text: str, position: int, parts: Parts) -> int:
         said, position = self._up_to_end(text, position)
-        parts.reasoning += self._reasoning.push(said)
+        parts.think(self._reasoning.push(said))
         return position
 
     def _in_content(self, text: str, position: int, parts: Parts) -> int:
@@ -161,7 +161,7 @@ class ChannelScanner:
 
     def _say(self, text: str, parts: Parts) -> None:
         if text:
-            parts.content += self._separator + text
+            parts.say(self._separator + text)
             self._separator, self._has_content = "", True
 
     def _show(self, call: CallScanner, parts: Parts) -> None:

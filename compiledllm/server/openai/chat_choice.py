@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from compiledllm.server.openai.answer_parser import AnswerParser
-from compiledllm.server.openai.answer_parts import CallPart, Parts
+from compiledllm.server.openai.answer_parts import CallPart, Parts, Step
 from compiledllm.server.openai.reasoning_formats import Reasoning
 from compiledllm.server.openai.tools import ToolUse
 
@@ -34,8 +34,7 @@ class Choice:
 
     def message(self, text: str, is_whole: bool = False) -> dict[str, Any]:
         """The message of a complete text. is_whole: the answer was not truncated."""
-        parts = self._parser.feed(text)
-        _extend(parts, self._parser.finish(is_whole))
+        parts = self._parts(text, True, is_whole)
         message: dict[str, Any] = {"role": "assistant", "content": parts.content, "refusal": None}
         if parts.calls:
             message["content"] = parts.content or None
@@ -43,9 +42,19 @@ class Choice:
 
     def delta(self, text: str, is_last: bool, is_whole: bool = False) -> dict[str, Any]:
         """The delta of the next piece. is_whole: the piece ends an answer that is not truncated."""
+        return self._delta(self._parts(text, is_last, is_whole))
+
+    def deltas(self, text: str, is_last: bool, is_whole: bool = False) -> list[dict[str, Any]]:
+        """As `delta`, but what follows calls, or is reasoning behind content, in further deltas."""
+        return [self._delta(step) for step in self._parts(text, is_last, is_whole).steps]
+
+    def _parts(self, text: str, is_last: bool, is_whole: bool) -> Parts:
         parts = self._parser.feed(text)
         if is_last:
-            _extend(parts, self._parser.finish(is_whole))
+            parts.extend(self._parser.finish(is_whole))
+        return parts
+
+    def _delta(self, parts: Parts | Step) -> dict[str, Any]:
         delta = {"content": parts.content} if parts.content else {}
         more = self._more(parts)
         if "tool_calls" in more:
@@ -53,7 +62,7 @@ class Choice:
             more["tool_calls"] = [{"index": part.index} | call for part, call in calls]
         return delta | more
 
-    def _more(self, parts: Parts) -> dict[str, Any]:
+    def _more(self, parts: Parts | Step) -> dict[str, Any]:
         more: dict[str, Any] = {"reasoning": parts.reasoning} if parts.reasoning else {}
         if parts.calls:
             more["tool_calls"] = [self._call(part) for part in parts.calls]
@@ -66,10 +75,3 @@ class Choice:
         assert self._use is not None
         call = {"id": part.call_id or self._use.new_call_id(), "type": "function"}
         return call | {"function": {"name": part.name} | function}
-
-
-def _extend(parts: Parts, more: Parts) -> None:
-    parts.reasoning += more.reasoning
-    parts.content += more.content
-    for part in more.calls:
-        parts.add_call(part)

@@ -21,16 +21,17 @@ class ReasoningCount:
     def total(self) -> int:
         return self._count if self._is_reasoning else 0
 
-    def add(self, token_ids: list[int], delta: dict[str, Any]) -> int:
+    def add(self, token_ids: list[int], *deltas: dict[str, Any]) -> int:
         """How many of the piece's first tokens are of the reasoning."""
         if self._is_over:
             return 0
-        reasoning, content = delta.get("reasoning", ""), delta.get("content", "")
+        reasoning = "".join(delta.get("reasoning", "") for delta in deltas)
+        content = "".join(delta.get("content", "") for delta in deltas)
         self._is_reasoning |= bool(reasoning)
         num = len(token_ids)
         if self._is_reasoning and self._end_id in token_ids:
             num, self._is_over = token_ids.index(self._end_id) + 1, True
-        elif content or "tool_calls" in delta:
+        elif content or any("tool_calls" in delta for delta in deltas):
             num = round(num * len(reasoning) / max(1, len(reasoning) + len(content)))
             self._is_over = True
         self._count += num

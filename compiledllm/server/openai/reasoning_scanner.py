@@ -46,9 +46,9 @@ class ReasoningScanner:
             end = text.find(self._end)
             if end < 0:
                 text, self._pending = hold_back(text, [self._end])
-                parts.reasoning += self._space.push(text)
+                parts.think(self._space.push(text))
                 return ""
-            parts.reasoning += self._space.push(text[:end])
+            parts.think(self._space.push(text[:end]))
             self._state, text = "behind", text[end + len(self._end) :]
         text = text.lstrip()  # white space between the marker and the first word is dropped
         if text:
@@ -59,6 +59,6 @@ class ReasoningScanner:
         """Add the reasoning that was held back and return the text that turns out to be content."""
         pending = self._pending if is_whole else ""
         if self._state == "inside" or self._is_begun:
-            parts.reasoning += self._space.push(pending)
+            parts.think(self._space.push(pending))
             return ""
         return "".join(self._leading) + pending if self._state == "start" else ""

@@ -90,11 +90,11 @@ class ResponsesAnswer(Answer[ResponsesRequest]):
         reason = self._finish_reason = completion.finish_reason
         if self._choice is None:
             self._choice = self._chat.new_choice()
-        delta = self._choice.delta(completion.text, reason is not None, reason == "stop")
-        num_reasoning = self._reasoning.add(completion.token_ids, delta)
+        deltas = self._choice.deltas(completion.text, reason is not None, reason == "stop")
+        num_reasoning = self._reasoning.add(completion.token_ids, *deltas)
         logprobs = chat_logprobs(completion, self._num_top, self._tokenizer)
         content = logprobs["content"][num_reasoning:] if logprobs else []
-        return self._output_items.grow(delta, content)
+        return self._output_items.grow(deltas, content)
 
     @property
     def _status(self) -> str:

@@ -141,10 +141,21 @@ class OutputItems:
     def is_in_text(self) -> bool:
         return type(self._open) is TextItem
 
-    def grow(self, delta: dict[str, Any], logprobs: list[Any]) -> bytes:
-        """The events of a chat's delta. logprobs: of the tokens behind the reasoning."""
+    def grow(self, deltas: list[dict[str, Any]], logprobs: list[Any]) -> bytes:
+        """The events of a chat's deltas. logprobs: of the tokens behind the reasoning.
+
+        Content and calls do not share out the tokens of one piece: the first content has them all.
+        """
+        deltas = deltas or [{}]
+        first = next((delta for delta in deltas if delta.get("content")), deltas[0])
+        events = b""
+        for delta in deltas:
+            self._early_logprobs += logprobs if delta is first else []
+            events += self._grow(delta)
+        return events
+
+    def _grow(self, delta: dict[str, Any]) -> bytes:
         events = []
-        self._early_logprobs += logprobs
         calls = delta.get("tool_calls", [])
         if calls and "name" not in calls[0]["function"]:  # the rest of the open call
             events.append(self.add(calls[0]["function"]["arguments"]))

@@ -57,13 +57,13 @@ class ToolScanner:
             self._call.finish()
             self._show(self._call, parts)
         if is_whole:
-            parts.content += self._space.push(undecided)
+            parts.say(self._space.push(undecided))
         elif undecided:
             return
         if self._step == self._at_beginning:
-            parts.content += "".join(self._skipped)
+            parts.say("".join(self._skipped))
         if not (self._has_begun or self._opened):
-            parts.content += "".join(self._space.held)
+            parts.say("".join(self._space.held))
 
     # -- states: each takes some of the text from `position` on and returns the position behind ----
 
@@ -90,9 +90,9 @@ class ToolScanner:
         if found is None:
             markers = self._all if self._has_begun else self._markers.openers
             said, self._buffer = hold_back(self._text[position:], markers)
-            parts.content += self._space.push(said)
+            parts.say(self._space.push(said))
             return len(self._text)
-        parts.content += self._space.push(self._text[position : found.start()])
+        parts.say(self._space.push(self._text[position : found.start()]))
         if found.group() in self._markers.openers:
             self._open(found.group())
         return found.end()
@@ -238,7 +238,7 @@ class ToolScanner:
         self._skipped = []
         if self._opened:
             self._has_begun = True
-            parts.content += self._space.push(self._unused().strip(self._markers.separators))
+            parts.say(self._space.push(self._unused().strip(self._markers.separators)))
             self._opened = []
 
     def _unused(self, more: str = "") -> str:
@@ -248,7 +248,7 @@ class ToolScanner:
 
     def _give_up(self, parts: Parts, more: str = "") -> None:
         """Turn the text held back for a possible call into content."""
-        parts.content += self._space.push(self._unused(more))
+        parts.say(self._space.push(self._unused(more)))
         self._opened, self._skipped, self._step = [], [], self._in_content
 
     def _back(self, position: int, rest: str) -> int:
