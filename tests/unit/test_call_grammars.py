@@ -19,8 +19,10 @@ from compiledllm.grammars.text import Writer
 from compiledllm.server.openai.answer_parser import AnswerParser
 from compiledllm.server.openai.call_grammars import call_grammar
 from compiledllm.server.openai.tool_formats import ROWS, ToolFormat, markers_of, tags_of
+from compiledllm.structured_outputs import MAX_BYTES
 
 EOS = "<eos>"
+NUM_PLAIN = 257  # tokens that are not markers
 CLOSED = {"type": "object", "additionalProperties": False}
 SCHEMAS: dict[str, Any] = {
     "all": CLOSED
@@ -45,6 +47,18 @@ SCHEMAS: dict[str, Any] = {
     "map": {"type": "object", "additionalProperties": {"type": "integer", "maximum": 9}},
     "free_list": CLOSED
     | {"properties": {"a": {"type": "array", "maxItems": 1}}, "required": ["a"]},
+}
+NODE = CLOSED | {
+    "properties": {
+        "value": {"type": "integer", "maximum": 9},
+        "next": {"anyOf": [{"$ref": "#/$defs/Node"}, {"type": "null"}]},
+    },
+    "required": ["value", "next"],
+}
+SCHEMAS["tree"] = CLOSED | {
+    "properties": {"root": {"$ref": "#/$defs/Node"}, "all": {"type": "array", "maxItems": 0}},
+    "required": ["root"],
+    "$defs": {"Node": NODE},
 }
 TOOLS = [{"name": name, "parameters": schema} for name, schema in SCHEMAS.items()]
 IDS = [row.names[0] + ("_args" if "[ARGS]" in row.marks else "") for row in ROWS]
@@ -74,6 +88,15 @@ def tokenizer_of(row: ToolFormat, has_markers: bool) -> tuple[Tokenizer, Any]:
     return tokenizer, make_tokenizer(Vocabulary(tokenizer.to_str(), size, (0,)))
 
 
+def one_of(mask: int, draw: random.Random) -> int:
+    """A random token whose bit is set."""
+    if mask.bit_count() < 32:
+        return draw.choice([i for i in range(mask.bit_length()) if mask >> i & 1])
+    skip = draw.randrange(mask.bit_length())
+    rest = mask >> skip
+    return (rest & -rest).bit_length() - 1 + skip
+
+
 def write(row: ToolFormat, has_markers: bool, start: Any, seed: int) -> str:
     """An answer drawn from what the grammar allows; where any text may stand, a short one."""
     tokenizer, _ = tokenizer_of(row, has_markers)
@@ -82,14 +105,17 @@ def write(row: ToolFormat, has_markers: bool, start: Any, seed: int) -> str:
     rest: list[int] = []  # of an end that is being spelled
     for _ in range(3000):
         mask = int.from_bytes(matcher.compute_bitmask(), "little")
-        choices = [i for i in range(tokenizer.get_vocab_size()) if mask >> i & 1]
-        assert choices, matcher.get_error()
-        special = [i for i in choices if i > 256]
-        if not rest and len(choices) > 100 and draw.random() < 0.6:
+        assert mask, matcher.get_error()
+        special = mask >> NUM_PLAIN << NUM_PLAIN
+        if not rest and mask.bit_count() > 100 and draw.random() < 0.6:
             rest = draw.choice(ends)
-        token_id = draw.choice(special if special and draw.random() < 0.2 else choices)
-        if rest and not (special and token_id in special):
-            token_id, rest = (rest[0], rest[1:]) if rest[0] in choices else (token_id, [])
+        has_special = special and draw.random() < 0.2
+        if mask & 1 and draw.random() < 0.3:
+            return str(tokenizer.decode(output, skip_special_tokens=False))
+        if rest and mask >> rest[0] & 1 and not has_special:
+            token_id, rest = rest[0], rest[1:]
+        else:
+            token_id, rest = one_of(special if has_special else mask & ~1 or mask, draw), []
         if token_id == 0:
             return str(tokenizer.decode(output, skip_special_tokens=False))
         output.append(token_id)
@@ -121,7 +147,7 @@ def test_what_a_grammar_allows_is_read_as_calls(row: ToolFormat, has_markers: bo
         start, counts, names = grammar_of(row, has_markers, TOOLS, most), set(), set()
         is_one = most == 1 or row.syntax == "channels"
         for seed in range(30):
-            if seed >= 5 and len(names) > 1 and (is_one or max(counts) > 1):
+            if seed >= 3 and len(names) > 1 and (is_one or max(counts) > 1):
                 break
             answer = write(row, has_markers, start, seed)
             parser = AnswerParser(row, SCHEMAS)
@@ -138,3 +164,20 @@ def test_what_a_grammar_allows_is_read_as_calls(row: ToolFormat, has_markers: bo
             counts.add(len(arguments))
         assert counts == {1} if is_one else max(counts) > 1
         assert len(names) > 1
+
+
+@pytest.mark.parametrize("row", ROWS, ids=IDS)
+def test_hostile_schemas_make_no_long_grammars(row: ToolFormat) -> None:
+    loop: Any = {"anyOf": [{"$ref": "#/$defs/a"}] * 40, "allOf": [{"$ref": "#/$defs/a"}] * 40}
+    wide = {f"p{i}": {"$ref": "#/$defs/b"} for i in range(400)}
+    defs = {"a": loop, "b": CLOSED | {"properties": wide}}
+    tool = {"name": "f", "parameters": CLOSED | {"properties": {"x": loop} | wide, "$defs": defs}}
+    assert len(call_grammar(row, [tool], lambda text: None, None)) <= MAX_BYTES
+    tools = [
+        {
+            "name": "f",
+            "parameters": {"properties": {"x": {"enum": [f"{i:045}" for i in range(3000)]}}},
+        }
+    ]
+    with pytest.raises(ValueError, match="a grammar of more than"):
+        call_grammar(row, [tool, *tools], lambda text: None, None)

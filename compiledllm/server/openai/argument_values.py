@@ -25,11 +25,23 @@ _ESCAPED = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "0": "\0", "\
 _FIRST = {'"': "string", "{": "object", "[": "array", "t": "boolean", "f": "boolean", "n": "null"}
 
 
-def types_of(schema: Any, root: Any, num_refs: int = 0) -> frozenset[str]:
-    """The JSON types that a schema allows, integers as "number". root: where references lead."""
-    if not isinstance(schema, Mapping):
-        return TYPES
-    schema = resolved(schema, root)
+Memo = dict[int, frozenset[str]]
+
+
+def types_of(schema: Any, root: Any, memo: Memo | None = None) -> frozenset[str]:
+    """The JSON types that a schema allows, integers as "number". root: where references lead.
+
+    memo: the types of schemas by their ids, as each is looked at once.
+    """
+    schema = resolved(schema, root) if isinstance(schema, Mapping) else {}
+    memo = {} if memo is None else memo
+    if id(schema) not in memo:
+        memo[id(schema)] = frozenset()  # while its own parts are looked at
+        memo[id(schema)] = _types_of(schema, root, memo) or TYPES
+    return memo[id(schema)]
+
+
+def _types_of(schema: Mapping[str, Any], root: Any, memo: Memo) -> frozenset[str]:
     types = TYPES
     if (named := schema.get("type")) is not None:
         names = [named] if isinstance(named, str) else named
@@ -37,14 +49,12 @@ def types_of(schema: Any, root: Any, num_refs: int = 0) -> frozenset[str]:
     values = [schema["const"]] if "const" in schema else schema.get("enum")
     if isinstance(values, list):
         types &= {type_of(json.dumps(value)) for value in values}
-    if num_refs < _MAX_REFS:
-        for name in ("anyOf", "oneOf"):
-            if isinstance(schema.get(name), list):
-                inner = (types_of(one, root, num_refs + 1) for one in schema[name])
-                types &= frozenset().union(*inner)
-        for one in schema.get("allOf") or ():
-            types &= types_of(one, root, num_refs + 1)
-    return types or TYPES
+    for name in ("anyOf", "oneOf"):
+        if isinstance(schema.get(name), list):
+            types &= frozenset().union(*(types_of(one, root, memo) for one in schema[name]))
+    for one in schema.get("allOf") or ():
+        types &= types_of(one, root, memo)
+    return types
 
 
 def resolved(schema: Mapping[str, Any], root: Any) -> Mapping[str, Any]:

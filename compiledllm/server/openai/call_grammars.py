@@ -20,11 +20,13 @@ from compiledllm.server.openai.argument_values import (
     types_of,
 )
 from compiledllm.server.openai.tool_formats import MARKER, ToolFormat, tags_of
+from compiledllm.structured_outputs import MAX_BYTES
 
 # White space as chat templates and therefore models write it: `{"a": 1, "b": 2}`.
 _AS_IN_TEMPLATES = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _ANY_KEY = "/[a-zA-Z_][a-zA-Z0-9_]{0,63}/"
-_DEFINITIONS = ("$defs", "definitions")
+_REFERENCE = re.compile(r'"\$ref": "([^"]*)"')
+_DEFINITION = re.compile(r"#/(\$defs|definitions)/([^/]+)")  # a reference that can be copied
 _GEMMA_QUOTE = '<|"|>'
 
 
@@ -36,7 +38,8 @@ def call_grammar(
 ) -> str:
     """Rules of a grammar in which `calls` is one or more calls of OpenAI's tool objects.
 
-    token_id: the id of a marker that is a single token, else None.
+    token_id: the id of a marker that is a single token, else None. Raises ValueError if the rules
+    are too long.
     """
     make = {"tags": _TagGrammar, "python": _PythonGrammar, "gemma": _GemmaGrammar}
     grammar = make.get(form.syntax, _Grammar)(form, token_id)
@@ -58,15 +61,24 @@ class _Grammar:
         self.rules: list[str] = []
         self._token_id = token_id
         self._schema: Mapping[str, Any] = {}  # of the present tool, where references lead
+        self._known: dict[Any, str] = {}  # bodies of rules, and arguments of texts -> their names
+        self._used: dict[tuple[int, frozenset[str]], dict[str, Any]] = {}
+        self._size = 0
 
     # -- pieces of rules -------------------------------------------------------------------------
 
     def rule(self, name: str, body: str) -> str:
         self.rules.append(f"{name}: {body}")
+        self._size += len(self.rules[-1])
+        if self._size > MAX_BYTES:
+            raise ValueError(f"they make a grammar of more than {MAX_BYTES} bytes; give fewer")
         return name
 
     def new_rule(self, body: str) -> str:
-        return self.rule(f"part_{len(self.rules)}", body)
+        """The name of a rule with this body; equal rules are one."""
+        if body not in self._known:
+            self._known[body] = self.rule(f"part_{len(self.rules)}", body)
+        return self._known[body]
 
     def text(self, text: str) -> str:
         """A fixed text, in which markers that are tokens are these tokens."""
@@ -83,22 +95,45 @@ class _Grammar:
 
         length: a regular expression's quantifier.
         """
-        texts = "|".join(map(_escaped, without))
-        token_id = self._token_id(marker)
-        name = f"TEXT_{len(self.rules)}"
+        key = (before, marker, length)
+        if key in self._known:
+            return self._known[key]
+        texts, token_id = "|".join(map(_escaped, without)), self._token_id(marker)
         body = f"(?s:.{length})" + ("" if token_id is None else _escaped(before))
-        self.rule(name, f"/{body}/ & ~/(?s:.*)({texts})(?s:.*)/")
-        if token_id is not None:
-            return f"{name} <[{token_id}]>"
-        self.rules.append(f"{name.lower()}[suffix={quoted(before + marker)}]: {name}")
-        return name.lower()
+        name = self.rule(f"TEXT_{len(self.rules)}", f"/{body}/ & ~/(?s:.*)({texts})(?s:.*)/")
+        if token_id is None:
+            end = self.rule(f"{name.lower()}[suffix={quoted(before + marker)}]", name)
+            self._known[key] = end.partition("[")[0]
+        else:
+            self._known[key] = f"{name} <[{token_id}]>"
+        return self._known[key]
 
     def json(self, schema: Any) -> str:
-        if not isinstance(schema, Mapping):
-            schema = {}
-        used = {n: self._schema[n] for n in _DEFINITIONS if n in self._schema}
-        schema = {**(used if "$ref" in json.dumps(schema) else {}), **schema}
-        return self.new_rule(f"%json {json.dumps(schema | {'x-guidance': _AS_IN_TEMPLATES})}")
+        schema = schema if isinstance(schema, Mapping) else {}
+        key = (id(self._schema), json.dumps(schema))
+        if key not in self._known:
+            if schema is not self._schema:
+                schema = self._definitions(_references(schema)) | schema
+            text = json.dumps({**schema, "x-guidance": _AS_IN_TEMPLATES})
+            self._known[key] = self.new_rule(f"%json {text}")
+        return self._known[key]
+
+    def _definitions(self, references: frozenset[str]) -> dict[str, Any]:
+        """The present schema's definitions that references lead to, directly or not."""
+        key = (id(self._schema), references)
+        if key not in self._used:
+            used: dict[str, dict[str, Any]] = {}
+            todo = sorted(references)
+            while todo:
+                if (match := _DEFINITION.match(todo.pop())) is None:
+                    continue
+                place, name = match.groups()
+                found = self._schema.get(place)
+                if isinstance(found, Mapping) and name in found and name not in used.get(place, ()):
+                    used.setdefault(place, {})[name] = found[name]
+                    todo += _references(found[name])
+            self._used[key] = used
+        return dict(self._used[key])
 
     # -- calls -----------------------------------------------------------------------------------
 
@@ -165,7 +200,7 @@ class _TagGrammar(_Grammar):
         ends = self.form.parameter.partition("{value}")[2]
         if values := self._values(schema, types):
             return [self._form(key, is_string, self.text(v + ends)) for v, is_string in values]
-        if "string" not in types and _has_known_references(schema):
+        if "string" not in types and _can_be_copied(schema):
             return [self._form(key, False, f"{self.json(schema)} {self.text(ends)}")]
         length = _length(resolved(schema, self._schema)) if types == STRING else "*"
         tags = tags_of(self.form)
@@ -208,10 +243,6 @@ class _PythonGrammar(_Grammar):
 
 
 class _GemmaGrammar(_Grammar):
-    def __init__(self, form: ToolFormat, token_id: Callable[[str], int | None]) -> None:
-        super().__init__(form, token_id)
-        self._depth = 0
-
     def arguments(self) -> str:
         return self._object(resolved(self._schema, self._schema))
 
@@ -223,28 +254,30 @@ class _GemmaGrammar(_Grammar):
         return f'"{{" {self.members(schema, ",")} "}}"'
 
     def _value(self, schema: Any) -> str:
-        self._depth += 1
-        try:
-            return self._bounded_value(schema) if self._depth < _MAX_DEPTH else self._any()
-        finally:
-            self._depth -= 1
+        """The name of a rule of a value. Schemas may contain themselves, and so may rules."""
+        if not isinstance(schema, Mapping) or not schema:
+            return self._any()
+        schema = resolved(schema, self._schema)
+        if id(schema) not in self._known:
+            self._known[id(schema)] = name = f"value_{len(self._known)}"
+            self.rule(name, self._value_body(schema))
+        return self._known[id(schema)]
 
-    def _bounded_value(self, schema: Any) -> str:
+    def _value_body(self, schema: Mapping[str, Any]) -> str:
         types = types_of(schema, self._schema)
-        schema = resolved(schema, self._schema) if isinstance(schema, Mapping) else {}
         values = [schema["const"]] if "const" in schema else schema.get("enum")
         if isinstance(values, list):
-            return self.new_rule(" | ".join(self.text(_in_gemma(value)) for value in values))
+            return " | ".join(self.text(_in_gemma(value)) for value in values)
         if types == STRING:
             return self._string(_length(schema))
         if types == {"object"}:
-            return self.new_rule(self._object(schema))
+            return self._object(schema)
         if types == {"array"}:
-            return self.new_rule(self._array(schema))
-        if not types & {"string", "object", "array"} and _has_known_references(schema):
+            return self._array(schema)
+        if not types & {"string", "object", "array"} and _can_be_copied(schema):
             return self.json(schema)
         options = [self._value(one) for name in ("anyOf", "oneOf") for one in schema.get(name, ())]
-        return self.new_rule(" | ".join(options)) if options else self._any()
+        return " | ".join(options) or self._any()
 
     def _array(self, schema: Mapping[str, Any]) -> str:
         item = self._value(schema.get("items"))
@@ -258,21 +291,16 @@ class _GemmaGrammar(_Grammar):
 
     def _string(self, length: str = "*") -> str:
         text = self.free_text("", _GEMMA_QUOTE, [_GEMMA_QUOTE], length)
-        return self.new_rule(f"{self.text(_GEMMA_QUOTE)} {text}")
+        return f"{self.text(_GEMMA_QUOTE)} {text}"
 
     def _any(self) -> str:
         """The name of a rule of any value."""
-        if not any(rule.startswith("any:") for rule in self.rules):
-            self.rules.append("any: part_any")  # holds the place, as the rule refers to itself
-            plain = self.json({"type": ["number", "boolean", "null"]})
+        if "any" not in self._known:
+            plain, text = self.json({"type": ["number", "boolean", "null"]}), self._string()
             member = f'{_ANY_KEY} ":" any'
-            text = self._string()
             objects = f'"{{" ({member} ("," {member})*)? "}}" | "[" (any ("," any)*)? "]"'
-            self.rule("part_any", f"{plain} | {text} | {objects}")
+            self._known["any"] = self.rule("any", f"{plain} | {text} | {objects}")
         return "any"
-
-
-_MAX_DEPTH = 8  # of a value whose schema is followed
 
 
 def _in_gemma(value: Any) -> str:
@@ -289,10 +317,9 @@ def _properties(schema: Mapping[str, Any], root: Any) -> tuple[dict[str, Any], s
     """An object's properties and the names of those that it must have."""
     properties, required = dict(schema.get("properties") or {}), set(schema.get("required") or ())
     for one in schema.get("allOf") or ():
-        more, needed = (
-            _properties(resolved(one, root), root) if isinstance(one, Mapping) else ({}, ())
-        )
-        properties, required = more | properties, required | set(needed)
+        part = resolved(one, root) if isinstance(one, Mapping) else {}
+        properties = dict(part.get("properties") or {}) | properties
+        required |= set(part.get("required") or ())
     properties |= {name: {} for name in sorted(required) if name not in properties}
     return {name: one for name, one in properties.items() if one is not False}, required
 
@@ -305,10 +332,13 @@ def _length(schema: Mapping[str, Any]) -> str:
     return f"{{{least},{'' if most is None else most}}}"
 
 
-def _has_known_references(schema: Any) -> bool:
-    """Whether references lead to definitions, and so can be copied along with the schema."""
-    found = re.findall(r'"\$ref": "([^"]*)"', json.dumps(schema))
-    return all(one.startswith(tuple(f"#/{name}/" for name in _DEFINITIONS)) for one in found)
+def _references(schema: Any) -> frozenset[str]:
+    return frozenset(_REFERENCE.findall(json.dumps(schema)))
+
+
+def _can_be_copied(schema: Any) -> bool:
+    """Whether references lead to definitions, which are copied along with the schema."""
+    return all(map(_DEFINITION.match, _references(schema)))
 
 
 def _escaped(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,8 +71,11 @@ def tool_use(
         start = f"start: calls | answer\nanswer: %json {json.dumps(schema)}"
     structured_outputs = None
     if start is not None:
-        calls = call_grammar(tool_format, functions, tokenizer.token_id, max_calls)
-        structured_outputs = _grammar_params(f"{start}\n{calls}")
+        structured_outputs = _grammar_params(
+            lambda: (
+                f"{start}\n" + call_grammar(tool_format, functions, tokenizer.token_id, max_calls)
+            )
+        )
     names = {tool.function.name: tool.function.parameters for tool in body.tools}
     return ToolUse(tool_format, names, plain, structured_outputs, max_calls)
 
@@ -130,9 +134,9 @@ def _find_format(parser: str, tokenizer: Tokenizer) -> ToolFormat:
     return found
 
 
-def _grammar_params(grammar: str) -> StructuredOutputsParams:
+def _grammar_params(make: Callable[[], str]) -> StructuredOutputsParams:
     try:
-        return StructuredOutputsParams(grammar=grammar)
+        return StructuredOutputsParams(grammar=make())
     except ValueError as error:
         raise ApiError(400, f"tools with this tool_choice: {error}", "tools") from None
 
