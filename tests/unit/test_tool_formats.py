@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from compiledllm.server.openai.answer_parser import AnswerParser
 from compiledllm.server.openai.chat_choice import Choice
-from compiledllm.server.openai.reasoning_formats import CHANNELS, Reasoning, find_reasoning
+from compiledllm.server.openai.reasoning_formats import CHANNELS, THINK, Reasoning, find_reasoning
 from compiledllm.server.openai.tool_formats import FORMATS, ROWS, ToolFormat, find_format
 from compiledllm.server.openai.tools import ToolUse
 
@@ -535,3 +535,16 @@ def test_a_whole_answer_has_the_order_of_its_text(case: str) -> None:
         before = ["reasoning", "content"] if form == "openai" else before
         assert told == [*before, "call", *after]
         assert kinds.count("call") == len(calls)
+
+
+@pytest.mark.parametrize(
+    "case", ["kimi_k2", "minimax_m2", "deepseek_v31", "lfm2", "seed_oss", "mistral"]
+)
+def test_the_marker_of_all_calls_ends_reasoning_too(case: str) -> None:
+    form, text, _, calls = ANSWERS[case]
+    row = FORMATS[form]
+    text = "Hm </b>" + text[text.index(row.begin.rstrip("\n[")) :]
+    for pieces in ([text], list(text), [text[:9], text[9:]]):
+        told = parse(pieces, form, Reasoning(THINK, "begun"))
+        assert told.reasoning == "Hm </b>"
+        assert [name for name, _ in told.calls] == [name for name, _ in calls]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from compiledllm.server.openai.answer_parts import HeldSpace, Parts, hold_back
 from compiledllm.server.openai.reasoning_formats import Reasoning
 
@@ -11,11 +13,14 @@ _STATES = {"off": "content", "channels": "content", "leading": "start", "begun":
 class ReasoningScanner:
     """Takes out the text up to the end marker, without surrounding white space.
 
-    Reasoning that the prompt has begun may begin with the start marker once more.
+    Reasoning that the prompt has begun may begin with the start marker once more. begin_calls: a
+    marker that begins all calls of an answer, and so ends the reasoning as well; "" if none does.
     """
 
-    def __init__(self, reasoning: Reasoning) -> None:
+    def __init__(self, reasoning: Reasoning, begin_calls: str = "") -> None:
         self._start, self._end = reasoning.form.start, reasoning.form.end
+        self._ends = [self._end, begin_calls] if begin_calls else [self._end]
+        self._any_end = re.compile("|".join(map(re.escape, self._ends)))
         self._is_begun = reasoning.mode == "begun"
         self._state = _STATES[reasoning.mode]
         self._leading: list[str] = []  # white space before the first word
@@ -43,13 +48,14 @@ class ReasoningScanner:
                 return "".join(self._leading) + word
             self._state, text = "inside", word.removeprefix(self._start)
         if self._state == "inside":
-            end = text.find(self._end)
-            if end < 0:
-                text, self._pending = hold_back(text, [self._end])
+            found = self._any_end.search(text)
+            if found is None:
+                text, self._pending = hold_back(text, self._ends)
                 parts.think(self._space.push(text))
                 return ""
-            parts.think(self._space.push(text[:end]))
-            self._state, text = "behind", text[end + len(self._end) :]
+            parts.think(self._space.push(text[: found.start()]))
+            self._state = "behind"
+            text = text[found.start() :].removeprefix(self._end)
         text = text.lstrip()  # white space between the marker and the first word is dropped
         if text:
             self._state = "content"
