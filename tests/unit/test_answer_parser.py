@@ -362,6 +362,7 @@ def test_calls_with_any_json_come_out_as_they_went_in(
         ("<|start|>assistant<|channel|>analysis<|message|>", "openai"),
         ("<|tool_list_start|>", "lfm2"),
         ("[func_name1(params_name1=params_value1), func_name2(params)]", "pythonic"),
+        ("Use exact format: [func_name1(param1=value1), func_name2(...)]", "pythonic"),
         ("<|python_tag|>", "llama3_json"),
         ("[AVAILABLE_TOOLS] [TOOL_CALLS]", "mistral"),
         ("{{ messages }}", None),

@@ -213,7 +213,7 @@ _OLMO3 = ToolFormat(
 _PYTHONIC = ToolFormat(
     ("pythonic", "llama4_pythonic"),
     "python",
-    marks=("<|python_start|>", "func_name1(params_name1="),
+    marks=("<|python_start|>", "[func_name1("),
     begin="[",
     separator=", ",
     end="]",
