@@ -18,7 +18,8 @@ from compiledllm.grammars.matcher import initial_matcher
 from compiledllm.grammars.text import Writer
 from compiledllm.server.openai.answer_parser import AnswerParser
 from compiledllm.server.openai.call_grammars import call_grammar
-from compiledllm.server.openai.tool_formats import ROWS, ToolFormat, markers_of, tags_of
+from compiledllm.server.openai.format_markers import markers_of, tags_of
+from compiledllm.server.openai.tool_formats import ROWS, ToolFormat
 from compiledllm.structured_outputs import MAX_BYTES
 
 EOS = "<eos>"

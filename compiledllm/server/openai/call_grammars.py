@@ -19,7 +19,8 @@ from compiledllm.server.openai.argument_values import (
     resolved,
     types_of,
 )
-from compiledllm.server.openai.tool_formats import MARKER, ToolFormat, tags_of
+from compiledllm.server.openai.format_markers import MARKER, tags_of
+from compiledllm.server.openai.tool_formats import ToolFormat
 from compiledllm.structured_outputs import MAX_BYTES
 
 # White space as chat templates and therefore models write it: `{"a": 1, "b": 2}`.

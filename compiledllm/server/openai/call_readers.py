@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from compiledllm.server.openai.call_scanner import CallScanner
+from compiledllm.server.openai.format_markers import tags_of
 from compiledllm.server.openai.held_reader import State
 from compiledllm.server.openai.literal_readers import GemmaReader, PythonReader
 from compiledllm.server.openai.tag_reader import TagReader
-from compiledllm.server.openai.tool_formats import ToolFormat, tags_of
+from compiledllm.server.openai.tool_formats import ToolFormat
 
 Names = Mapping[str, Any]
 """The functions that may be called: name -> JSON schema of the arguments, or None."""

@@ -7,8 +7,8 @@ from typing import Any
 
 from compiledllm.server.openai.answer_parts import hold_back
 from compiledllm.server.openai.argument_values import STRING, TYPES, json_of, quoted, types_of
+from compiledllm.server.openai.format_markers import Tags
 from compiledllm.server.openai.held_reader import HeldReader
-from compiledllm.server.openai.tool_formats import Tags
 
 _MAX_KEY = 1024  # characters
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from compiledllm.server.openai.answer_parts import CallPart, HeldSpace, Parts, hold_back
 from compiledllm.server.openai.call_readers import CallReader, Names, reader_of
 from compiledllm.server.openai.call_scanner import CallScanner
-from compiledllm.server.openai.tool_formats import ToolFormat, any_of, markers_of
+from compiledllm.server.openai.format_markers import any_of, markers_of
+from compiledllm.server.openai.tool_formats import ToolFormat
 
 _MAX_HEAD = 256  # characters of a function's name between a marker and the arguments
 
