@@ -14,7 +14,7 @@ from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
 from compiledllm.models.source import cache_dir
-from tests.support import interpreter, schedule
+from tests.support import schedule
 from tests.support.pairwise import pairwise_cover
 from tests.support.tiny import CHAT, copy_tokenizer, save_random_model
 
@@ -38,8 +38,11 @@ settings.register_profile("nightly", PLAIN, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 
-def pytest_configure() -> None:
-    if INTERPRETING:
+def pytest_configure(config: pytest.Config) -> None:
+    deals_out = getattr(config.option, "numprocesses", None)  # xdist's; it runs no test itself
+    if INTERPRETING and not deals_out:
+        from tests.support import interpreter
+
         interpreter.make_faster()
         interpreter.make_conversions_exact()
         interpreter.make_bf16_products_right()
