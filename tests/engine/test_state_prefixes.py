@@ -68,7 +68,6 @@ class Talk:
 
 
 BEHIND_THE_PROMPT = [
-    ("qwen3_next", {}),
     ("qwen3_next", {"async_scheduling": True}),
     ("lfm2", {"max_num_batched_tokens": 96}),
 ]
@@ -143,8 +142,7 @@ def traffic(seed: int) -> list[list[list[int]]]:
     return batches
 
 
-MIXED_TRAFFIC = [
-    ("qwen3_next", {}, None),
+MIXED_TRAFFIC: list[tuple[str, dict[str, Any], int]] = [
     ("lfm2", {}, 3),  # evicted
     ("qwen3_next", {"num_kv_blocks": 40, "max_num_batched_tokens": 80}, 4),  # preempted
     ("lfm2", {"num_kv_blocks": 40, "async_scheduling": True, "max_num_seqs": 3}, 6),
@@ -155,19 +153,18 @@ MIXED_TRAFFIC = [
 def test_no_slot_leaks_and_no_token_changes_under_mixed_traffic(
     family: str,
     options: dict[str, Any],
-    num_slots: int | None,
+    num_slots: int,
     make_model: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if num_slots is not None:
-        monkeypatch.setattr(
-            "compiledllm.runner.plan.Plan.num_snapshots",
-            lambda plan, _: num_slots if plan.snapshot_share else 0,
-        )
+    monkeypatch.setattr(
+        "compiledllm.runner.plan.Plan.num_snapshots",
+        lambda plan, _: num_slots if plan.snapshot_share else 0,
+    )
     talk = Talk(make_model(family), **options)
     for batch in traffic(len(str(options))):
         talk.ask(*batch)
     snapshots, scheduler = talk.keeper.snapshots, talk.engine.core.scheduler
     assert snapshots.num_hits > 0 and scheduler.num_prefix_hits > 0
-    assert len(snapshots) <= snapshots.num_slots == (num_slots or snapshots.num_slots)
+    assert len(snapshots) <= snapshots.num_slots == num_slots
     assert scheduler.block_pool.num_free_blocks == scheduler.block_pool.num_blocks

@@ -22,6 +22,7 @@ FAMILIES = ["qwen3_next", "lfm2"]
 LENGTHS, NUM_TOKENS = [1, 15, 16, 17, 33, 64, 90, 140], 24
 PROMPTS = [[random.Random(n).randrange(3, 128) for _ in range(n)] for n in LENGTHS]
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+FEW = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 
 
 @pytest.fixture(params=FAMILIES)
@@ -70,18 +71,18 @@ def test_a_row_that_an_aborted_request_left_starts_from_nothing(
     model: Path, is_async: bool
 ) -> None:
     engine = engine_of(model, max_num_seqs=1, async_scheduling=is_async)
-    wanted = engine.generate(PROMPTS[3], GREEDY, use_tqdm=False)[0].outputs[0].token_ids
+    wanted = engine.generate(PROMPTS[3], FEW, use_tqdm=False)[0].outputs[0].token_ids
     for num_steps in (1, 2, 3, 5):
-        request_id = engine.add_request({"prompt_token_ids": PROMPTS[5]}, GREEDY)
+        request_id = engine.add_request({"prompt_token_ids": PROMPTS[5]}, FEW)
         for _ in range(num_steps):
             engine.step()
         engine.abort_request(request_id)
-        again = engine.generate(PROMPTS[3], GREEDY, use_tqdm=False)[0].outputs[0].token_ids
+        again = engine.generate(PROMPTS[3], FEW, use_tqdm=False)[0].outputs[0].token_ids
         assert again == wanted
 
 
 def test_completions_of_one_prompt_have_states_of_their_own(model: Path) -> None:
-    sampled = SamplingParams(temperature=1.5, seed=3, n=4, max_tokens=NUM_TOKENS, ignore_eos=True)
+    sampled = SamplingParams(temperature=1.5, seed=3, n=4, max_tokens=8, ignore_eos=True)
     together = engine_of(model, max_num_batched_tokens=64)
     alone = engine_of(model, max_num_seqs=1)
     (output,) = together.generate(PROMPTS[6], sampled, use_tqdm=False)
