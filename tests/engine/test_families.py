@@ -43,7 +43,8 @@ def test_greedy_tokens_are_those_of_transformers(
     assert greedy(engine) == greedy_by_transformers(checkpoint, PROMPTS, NUM_TOKENS)
 
 
-COMPILED = ["cohere", "gemma2", "gpt_neox", "gpt_oss", "opt", "qwen3_moe", "lfm2", "qwen3_next"]
+# Each has layers that no other has. tests/engine/test_windows.py compiles Gemma's.
+COMPILED = ["cohere", "gpt_neox", "gpt_oss", "opt", "lfm2", "qwen3_next"]
 
 
 @pytest.mark.parametrize("family", COMPILED)

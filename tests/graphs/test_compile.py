@@ -94,11 +94,16 @@ def test_all_layers_share_one_graph_of_each_kind(engine: Engine) -> None:
     assert engine.core.runner.compiler.num_compiles == 2 + 2 * 2
 
 
+def trace_only(patch: pytest.MonkeyPatch) -> None:
+    """Let graphs run as they were traced, where a test is about tracing."""
+    patch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, *_, **__: graph)
+
+
 def test_every_engine_of_a_process_compiles(
     tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Dynamo keeps at most eight graphs for a function: each engine has a function of its own."""
-    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, *_, **__: graph)
+    trace_only(monkeypatch)
     engines = [
         Engine(tiny_llama(), device="cpu", skip_tokenizer_init=True, compile_when="start")
         for _ in range(5)  # of two graphs each
@@ -109,7 +114,8 @@ def test_every_engine_of_a_process_compiles(
 def test_what_other_engines_compiled_changes_nothing(
     tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The compiler remembers which sizes differed at a line of code, and makes those dynamic."""
+    """The tracer remembers which sizes differed at a line of code, and makes those dynamic."""
+    trace_only(monkeypatch)
     monkeypatch.setattr(model_runner, "variants_for", lambda *_: [Variant(2, 2**30, 2)])
     for shape in ({"hidden_size": 96}, {"head_dim": 32}, {"num_key_value_heads": 1}, {}):
         engine = Engine(
@@ -121,9 +127,10 @@ def test_what_other_engines_compiled_changes_nothing(
 
 
 def test_what_was_compiled_for_fewer_tokens_is_not_found_again(
-    tiny_llama: Callable[..., Path],
+    tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The compiler's cache on disk does not ask for how many tokens something was compiled."""
+    monkeypatch.setattr("compiledllm.graphs.compile._CPU_VARIANTS", (Variant(2, 2**30, 2),))
     for most in (96, 512):
         engine = Engine(
             tiny_llama(num_attention_heads=2),
