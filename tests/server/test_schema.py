@@ -1,6 +1,7 @@
 """Every route of /openapi.json answers as it says there, to bodies that fit their schema or do not.
 
-schemathesis draws the bodies and judges the answers. What decides how long an answer takes is made
+schemathesis draws the bodies and judges the answers, of each route and kind a quarter of the
+profile's number of examples, as each takes a request. What decides how long an answer takes is made
 small, and the model of a body that fits is the one that is served.
 """
 
@@ -29,8 +30,9 @@ pytestmark = pytest.mark.real_model  # its tokenizer
 
 POSTS = ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"]
 POSTS += ["/v1/messages", "/v1/messages/count_tokens", "/v1/responses"]
-POOLING = ["/v1/embeddings", "/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"]
+POOLING = ["/v1/embeddings", "/score", "/rerank"]
 POSTS += POOLING
+OTHER_NAMES = {"/v1/score": "/score", "/v1/rerank": "/rerank", "/v2/rerank": "/rerank"}
 GETS = ["/v1/models", "/v1/models/{model}", "/health", "/ready", "/version", "/metrics", "/config"]
 GETS += ["/ping", "/load"]
 STORED = "/v1/responses/{response_id}"
@@ -67,7 +69,10 @@ def answers(api: Any, method: str, path: str, mode: GenerationMode) -> Counter[i
     statuses: Counter[int] = Counter()
     session = requests.Session()
 
-    @settings(suppress_health_check=list(HealthCheck))
+    @settings(
+        suppress_health_check=list(HealthCheck),
+        max_examples=settings.default.max_examples // 4,
+    )
     @given(api[path][method].as_strategy(generation_mode=mode), st.booleans())
     def ask(case: Case, is_streamed: bool) -> None:
         if path.endswith(("completions", "messages", "responses")):
@@ -88,7 +93,18 @@ def answers(api: Any, method: str, path: str, mode: GenerationMode) -> Counter[i
 
 def test_no_route_is_left_out(api: Any) -> None:
     found = [(item.ok().method.upper(), item.ok().path) for item in api.get_all_operations()]
-    assert sorted(found) == sorted([("POST", path) for path in POSTS] + OTHERS)
+    posts = [("POST", path) for path in (*POSTS, *OTHER_NAMES)]
+    assert sorted(found) == sorted(posts + OTHERS)
+
+
+@pytest.mark.parametrize("path", OTHER_NAMES)
+def test_other_names_of_a_route_say_the_same(path: str, api: Any) -> None:
+    """tests/server/test_rerank.py shows that they do the same."""
+    said, wanted = (
+        dict(api.raw_schema["paths"][name]["post"]) for name in (path, OTHER_NAMES[path])
+    )
+    assert said.pop("operationId") != wanted.pop("operationId")
+    assert said == wanted
 
 
 @pytest.mark.parametrize("path", POSTS)
