@@ -110,7 +110,9 @@ def test_logits_equal_transformers(
     with torch.inference_mode():
         expected = reference(torch.tensor([token_ids])).logits[0]
     model = load(checkpoint)
-    for chunks in ([NUM_TOKENS], [1] * NUM_TOKENS, [7, 1, 64, 1, 1, 26]):
+    # Single tokens from the first one on, past the window's end, and where long contexts begin.
+    singles = [*[1] * 24, 34, *[1] * 12, 30]
+    for chunks in ([NUM_TOKENS], singles, [7, 1, 64, 1, 1, 26]):
         actual = logits_in_chunks(model, token_ids, chunks)
         torch.testing.assert_close(actual, expected, atol=2e-4, rtol=1e-4)
     if not model.takes_sampled_tokens:
