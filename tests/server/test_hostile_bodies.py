@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.server import cpu_seconds, memory_mib
+from tests.support.server import OwnSeconds, memory_mib
 
 pytestmark = pytest.mark.real_model  # its tokenizer
 
@@ -157,11 +157,7 @@ def large_bodies() -> Iterator[tuple[str, str, bytes]]:
 
 
 class Watch(threading.Thread):
-    """Asks /health all the time; `longest` is the longest answer, in seconds.
-
-    Of seconds in which the server's process did not compute, a tenth counts: in most of them others
-    had the machine.
-    """
+    """Asks /health all the time; `longest` is the longest answer, in seconds of the server."""
 
     def __init__(self, server: Any) -> None:
         super().__init__(daemon=True)
@@ -172,14 +168,13 @@ class Watch(threading.Thread):
     def run(self) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=60)
         while not self._ends:
-            start, computed = time.monotonic(), cpu_seconds(self._pid)
+            taken = OwnSeconds(self._pid)
             connection.request("GET", "/health")
             response = connection.getresponse()
             response.read()
             if response.status != 200:
                 self.failures.append(response.status)
-            waited, computed = time.monotonic() - start, cpu_seconds(self._pid) - computed
-            self.longest = max(self.longest, min(waited, computed + waited / 10))
+            self.longest = max(self.longest, taken.so_far())
             self.num_answers += 1
             time.sleep(0.005)
 
@@ -207,9 +202,9 @@ def check(server: Any, watch: Watch, name: str, path: str, body: bytes) -> int:
     before = memory_mib(pid, "VmRSS")
     Path(f"/proc/{pid}/clear_refs").write_text("5")  # VmHWM begins anew
     watch.longest = 0.0
-    start = time.monotonic()
+    taken = OwnSeconds(*server.pids().values())
     status, answer = server.post(path, body)
-    seconds = time.monotonic() - start
+    seconds = taken.so_far()
     watch.wait()
     assert status in (200, 400), (name, status, answer)
     if status == 400:
