@@ -41,7 +41,7 @@ def _devices() -> dict[str, str]:
     """The devices as torch and as the driver see them."""
     import torch
 
-    from compiledllm.models.source import cache_dir
+    from compiledllm.caches import cache_dir
     from compiledllm.platform import Platform, cpu_name
 
     found = {"cpu": cpu_name()}

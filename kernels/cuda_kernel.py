@@ -2,8 +2,8 @@
 
 Some kernels must control which lane of a warp holds which element, in order to decode 4- and 8-bit
 weights into the registers of a tensor-core instruction; Triton has no such control. Sources lie in
-`kernels/cuda/`. Machine code is cached in `compiledllm/kernels/` of $XDG_CACHE_HOME or ~/.cache,
-under a hash of the source, the CUDA version and the compiler's flags.
+`kernels/cuda/`. Machine code is kept in our folder of compiled code, under a hash of the source,
+the CUDA version and the compiler's flags.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compiledllm.caches import writable_folder
 from compiledllm.platform import can_overlap_kernels
 
 SOURCES = Path(__file__).parent / "cuda"
@@ -110,7 +111,7 @@ def _compiled(source: str, options: tuple[tuple[str, int], ...], architecture: s
     macros = [f"-D{name}={int(value)}" for name, value in options]
     flags = [f"--gpu-architecture={architecture}", "--std=c++17", *macros]
     key = hashlib.sha256("\0".join([text, str(torch.version.cuda), *flags]).encode()).hexdigest()
-    path = _cache_folder() / f"{Path(source).stem}-{key[:32]}.cubin"
+    path = writable_folder("nvrtc") / f"{Path(source).stem}-{key[:32]}.cubin"
     if path.is_file():
         return path.read_bytes()
     code = _compile(text, source, flags)
@@ -158,17 +159,6 @@ def _compile(text: str, name: str, flags: Sequence[str]) -> bytes:
     _check(nvrtc.nvrtcGetCUBIN(program, code))
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
     return code.raw
-
-
-@functools.cache
-def _cache_folder() -> Path:
-    try:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = Path(home) / "compiledllm" / "kernels"
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except (OSError, RuntimeError):  # RuntimeError: a user without a home
-        folder = Path(tempfile.mkdtemp(prefix="compiledllm-kernels-"))
-    return folder
 
 
 @functools.cache

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import shutil
 import sys
 from pathlib import Path
 
+from compiledllm.caches import cache_dir
 from compiledllm.config import ConfigError
 from compiledllm.log import log
 from compiledllm.models.cache import adopt, damage, publish, scratch, sweep, temporary_name
@@ -29,13 +29,6 @@ _CONVERTER_VERSION = 1  # increment when convert_gguf's output changes; old entr
 _HUB_PROBE_TIMEOUT_S = 2.0
 _WANTED_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.jinja", "*.model"]
 _UNWANTED_FILES = ["original/*", "consolidated*"]  # second copies of the weights
-
-
-def cache_dir() -> Path:
-    """$COMPILEDLLM_CACHE_DIR, or else `compiledllm` in $XDG_CACHE_HOME or in ~/.cache."""
-    if chosen := os.environ.get("COMPILEDLLM_CACHE_DIR"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "compiledllm"
 
 
 def resolve_checkpoint(

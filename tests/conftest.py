@@ -13,7 +13,7 @@ import pytest
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
-from compiledllm.models.source import cache_dir
+from compiledllm.caches import cache_dir
 from tests.support import schedule
 from tests.support.pairwise import pairwise_cover
 from tests.support.tiny import CHAT, copy_tokenizer, save_random_model

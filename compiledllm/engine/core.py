@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, KeysView
 from pathlib import Path
 from typing import Any
 
+from compiledllm.caches import use_compiler_caches
 from compiledllm.choices import Choice, Report
 from compiledllm.config import AUTO, ConfigError
 from compiledllm.engine.isolation import Isolation
@@ -45,6 +46,7 @@ class EngineCore:
     """
 
     def __init__(self, plan: Plan) -> None:
+        use_compiler_caches()
         self.plan = plan
         self.isolation: Isolation | None = None
         self.num_step_tokens = 0  # tokens of the step scheduled last

@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from compiledllm.caches import cache_dir
 from compiledllm.config import ConfigError, EngineConfig, own_options
 from compiledllm.engine.pooling import embedding_output
 from compiledllm.engine.prompts import Prompt, as_prompts, one_per_prompt
@@ -22,7 +23,6 @@ from compiledllm.engine.requests import RequestFactory
 from compiledllm.engine.scoring import make_pairs, make_scorer, scoring_outputs
 from compiledllm.engine_args import options_from
 from compiledllm.log import show_logs
-from compiledllm.models.source import cache_dir
 from compiledllm.outputs import EmbeddingRequestOutput, RequestOutput, ScoringRequestOutput
 from compiledllm.pooling_params import PoolingParams
 from compiledllm.remote.engine_client import EngineClient

@@ -17,9 +17,9 @@ from typing import Any
 import uvicorn
 
 from compiledllm.arguments import engine_options
+from compiledllm.caches import cache_dir
 from compiledllm.config import EngineConfig
 from compiledllm.log import log, show_logs
-from compiledllm.models.source import cache_dir
 from compiledllm.remote.engine_client import EngineClient
 from compiledllm.remote.limits import Limits
 from compiledllm.server.api_keys import read_keys

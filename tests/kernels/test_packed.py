@@ -91,10 +91,10 @@ def test_kernel_is_used_where_the_cache_cannot_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cuda_kernel, "_compile", lambda text, name, flags: b"code")
-    monkeypatch.setattr(cuda_kernel, "_cache_folder", lambda: tmp_path / "not there")
+    monkeypatch.setattr(cuda_kernel, "writable_folder", lambda _: tmp_path / "not there")
     with pytest.warns(UserWarning, match="is not kept for the next start"):
         assert cuda_kernel._compiled("dequantize.cu", (("CODE", 1),), "sm_90") == b"code"
-    monkeypatch.setattr(cuda_kernel, "_cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(cuda_kernel, "writable_folder", lambda _: tmp_path)
     assert cuda_kernel._compiled("dequantize.cu", (("CODE", 1),), "sm_90") == b"code"
     (kept,) = tmp_path.iterdir()
     assert kept.suffix == ".cubin" and kept.read_bytes() == b"code"

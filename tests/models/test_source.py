@@ -159,14 +159,6 @@ def test_config_of_a_hub_model_needs_no_weights_and_no_network(tmp_path: Path) -
     assert path.endswith("a" * 40) and "has no safetensors" in error
 
 
-def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("COMPILEDLLM_CACHE_DIR")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert source.cache_dir() == Path("/x/compiledllm")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert source.cache_dir() == Path.home() / ".cache" / "compiledllm"
-
-
 # The default model
 
 

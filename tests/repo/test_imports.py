@@ -22,7 +22,7 @@ FOLDERS = ("compiledllm", "graphs", "kernels", "models", "benchmarks")
 
 LEAVES = {"checks", "structured_outputs", "sampling_params", "outputs", "types", "config"}
 LEAVES |= {"platform", "log", "version", "resolved_config", "vllm_options", "engine_args"}
-LEAVES |= {"pooling_params", "beam_search_params", "choices", "vllm_features"}
+LEAVES |= {"pooling_params", "beam_search_params", "choices", "vllm_features", "caches"}
 BELOW_ENGINE = {"scheduler", "grammars", "runner", "graphs", "models", "kernels", *LEAVES}
 # Layer -> layers it may import, itself aside. "root" is compiledllm/__init__; a name with a dot is
 # that module only. "benchmarks" is where `compiledllm bench` ends up.
@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": {"root", "arguments", "terminal_chat", "server", "benchmarks", "engine"}
     | {"environment", "shell_completion"}
     | BELOW_ENGINE,
-    "environment": {"config", "models.source", "platform", "version"},
+    "environment": {"caches", "config", "platform", "version"},
     "shell_completion": set(),
     "terminal_chat": {"engine.engine", "sampling_params", "outputs"},
     "arguments": {"config", "vllm_options"},
@@ -41,14 +41,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "vllm_options": {"vllm_features"},
     "vllm_features": set(),
     "server": {"root", "cli", "arguments", "remote", "engine", *BELOW_ENGINE},
-    "remote": {"engine", "grammars", "models.source", *LEAVES},
+    "remote": {"engine", "grammars", *LEAVES},
     "engine": BELOW_ENGINE,
     "scheduler": {"types", "sampling_params", "outputs", "config", "log"},
     "runner": {"grammars", "graphs", "models", "kernels", *LEAVES},
     "grammars": {"structured_outputs", "log"},
     "graphs": LEAVES,
     "models": {"kernels", *LEAVES},
-    "kernels": {"platform"},
+    "kernels": {"platform", "caches"},
     "benchmarks": {
         "root",
         "arguments",
@@ -70,6 +70,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "structured_outputs": {"checks"},
     "outputs": set(),
     "checks": set(),
+    "caches": {"log"},
     "log": set(),
     "version": set(),
 }
@@ -115,6 +116,7 @@ WITHOUT_TORCH = (
     "compiledllm.outputs",
     "compiledllm.config",
     "compiledllm.choices",
+    "compiledllm.caches",
     "compiledllm.resolved_config",
     "compiledllm.log",
     "compiledllm.cli",

@@ -1,0 +1,97 @@
+"""The folders in which this user's compiled code and converted models are kept. Knows no torch.
+
+Whoever can write to a folder of compiled code can run code as this user, so a folder is used only
+if nobody else can. A folder that cannot be used costs a warning and a cold start, never the engine.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import os
+import shutil
+import stat
+import tempfile
+from pathlib import Path
+
+from compiledllm.log import log
+
+# The compilers' variables, and their folders in ours. Inductor sets Triton's variable for the whole
+# process, to a folder in the system's temporary directory, where a reboot would lose all kernels.
+COMPILERS = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+_MIN_FREE_BYTES = 64 * 2**20  # a compiler needs some room even for a small model
+
+
+def cache_dir() -> Path:
+    """$COMPILEDLLM_CACHE_DIR, or else `compiledllm` in $XDG_CACHE_HOME or in ~/.cache."""
+    if chosen := os.environ.get("COMPILEDLLM_CACHE_DIR"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "compiledllm"
+
+
+def compiled_dir() -> Path:
+    """Where compiled code is kept."""
+    return cache_dir() / "compiled"
+
+
+def use_compiler_caches() -> None:
+    """Make Inductor and Triton keep their files in our folder, unless the user chose folders.
+
+    Both compilers read their variable at each use, so the call must only precede the first compile.
+    """
+    for variable, name in COMPILERS.items():
+        if not os.environ.get(variable):
+            with contextlib.suppress(OSError):  # the compilers say themselves that there is no room
+                os.environ[variable] = str(writable_folder(name))
+
+
+def writable_folder(name: str) -> Path:
+    """The folder `name` of compiled code, or a temporary folder of this process, with a warning.
+
+    Raises OSError if there is no room even for a temporary folder.
+    """
+    return _usable(compiled_dir() / name)
+
+
+@functools.cache
+def _usable(folder: Path) -> Path:
+    reason = why_not_writable(folder)
+    if reason is None:
+        return folder
+    _warn_once(reason)
+    temporary = tempfile.mkdtemp(prefix=f"compiledllm-{folder.name}-")
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    return Path(temporary)
+
+
+def why_not_writable(folder: Path) -> str | None:
+    """Make a private folder, if it does not exist. The reason why it cannot be used, or None."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if reason := why_not_trusted(folder):
+            return reason
+        if not os.access(folder, os.W_OK | os.X_OK):
+            return f"{folder} is read-only"
+        free = shutil.disk_usage(folder).free
+    except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
+        return str(error)
+    return None if free >= _MIN_FREE_BYTES else f"the disk of {folder} is full"
+
+
+def why_not_trusted(path: Path) -> str | None:
+    """The reason why code in this file or folder may be another user's, or None.
+
+    The owner must be this user or the administrator, and nobody else may write.
+    """
+    found = path.stat()
+    if found.st_uid not in (os.geteuid(), 0):
+        return f"{path} belongs to another user (uid {found.st_uid})"
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"others may write to {path} (chmod go-w would mend that)"
+    return None
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    log.warning("what is compiled is not kept for the next start: %s", reason)
