@@ -95,6 +95,12 @@ def _add_startup(kinds: Any) -> None:
         "--num-iters-cold", type=_non_negative, default=1, help="starts with empty caches"
     )
     parser.add_argument("--num-iters-warm", type=_non_negative, default=3, help="starts after that")
+    parser.add_argument(
+        "--num-iters-built",
+        type=_non_negative,
+        default=0,
+        help="starts from `compiledllm build`, with empty caches and no compiler",
+    )
     _add_engines(parser)
 
 

@@ -81,7 +81,9 @@ class CompiledLLM:
         options = defaults | dict(model.options)
         device = str(model.platform.device)
         self.engine = Engine(model.path, device=device, dtype=model.dtype, **options)
-        self.startup_s = self.engine.core.startup_s | {"import": imported}
+        seconds = self.engine.core.ledger.close()
+        seconds["import"] += imported
+        self.startup_s = seconds
         self._device = model.platform.device
 
     def sampling_as(self, sampling: str) -> CompiledLLM:

@@ -95,16 +95,20 @@ def run_startup(arguments: Namespace) -> int:
     """`compiledllm bench startup`."""
     check_output(arguments.output_json, "--output-json")
     check_plot(arguments.plot)
-    cold, warm, input_len = arguments.num_iters_cold, arguments.num_iters_warm, arguments.input_len
-    if cold + warm == 0:
-        raise ConfigError("nothing to measure: --num-iters-cold and --num-iters-warm are both 0")
+    input_len = arguments.input_len
+    kinds = ("cold", "warm", "built")
+    counts = {kind: getattr(arguments, f"num_iters_{kind}") for kind in kinds}
+    if not any(counts.values()):
+        raise ConfigError("nothing to measure: all of --num-iters-cold, -warm and -built are 0")
     model = _model(arguments)
     model.check_length(input_len + 1)
     report = _report("startup", model, arguments, input_len=input_len)
     upload, engines = measure_upload(model.platform), list(dict.fromkeys(arguments.engine))
     num_bytes = model.spec.num_bytes(model.spec.weights) if model.spec else None
-    with progress(len(engines) * (max(cold, 1) + warm)) as advance:
-        for row in startup.measure_startup(engines, model, input_len, cold, warm, advance):
+    per_engine = max(counts["cold"], 1) + counts["warm"]
+    built = counts["built"] * engines.count("compiledllm")
+    with progress(len(engines) * per_engine + built) as advance:
+        for row in startup.measure_startup(engines, model, input_len, counts, advance):
             startup.add_floor(row, num_bytes, upload)
             report.rows.append(row)
     _emit(report, arguments.output_json, arguments.plot)

@@ -1,9 +1,10 @@
-"""Time from process start to the first token, cold (empty compile caches) and warm."""
+"""Time from process start to the first token: cold (empty caches), warm, and from a build."""
 
 from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -12,37 +13,42 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compiledllm import ledger
 from compiledllm.benchmarks.report import Row, against_floor, spread
+from compiledllm.benchmarks.startup_child import MARK
 
 if TYPE_CHECKING:
     from compiledllm.benchmarks.model import Model
 
 # Variables that name the caches of engines and compilers. Caches elsewhere stay, also when cold.
 _CACHES = {
+    "COMPILEDLLM_CACHE_DIR": "compiledllm",
     "TORCHINDUCTOR_CACHE_DIR": "inductor",
     "TRITON_CACHE_DIR": "triton",
     "FLASHINFER_WORKSPACE_BASE": "flashinfer",
     "VLLM_CACHE_ROOT": "vllm",
     "CUDA_CACHE_PATH": "cuda",
+    "TMPDIR": "tmp",
 }
-_MARK = "compiledllm startup: "  # marks the child's line among the engines' own output
-# "import": the interpreter and the engine's package. "config": finding the model and reading its
-# config, which imports a part of transformers. "rest": time that the engine does not attribute.
-PHASES = ("import", "config", "weights", "compile", "capture", "rest", "first token")
+_NO_COMPILER = {"CC": "/no/compiler", "CXX": "/no/compiler"}
+# "process": the interpreter's start. The phases of the ledger follow, "rest" among them: what no
+# phase covers, and what a peer does not tell apart.
+PHASES = ("process", *ledger.PHASES, "first token")
 
 
 def measure_startup(
     engines: Sequence[str],
     model: Model,
     input_len: int,
-    num_cold: int,
-    num_warm: int,
+    counts: Mapping[str, int],
     advance: Callable[[str], None],
 ) -> Iterator[Row]:
     """Yield a row for each engine and kind of start, without floors.
 
-    Warm starts use the caches that the last cold start filled. The model's files are in the
-    operating system's page cache in both.
+    counts: number of starts by kind. "cold": every cache is empty. "warm": with the caches that the
+    last cold start filled. "built": every cache is empty and no C++ compiler is found, but
+    `compiledllm build` has made an artifact; ours only. The model's files are in the operating
+    system's page cache in all of them.
     """
     setup = {
         "path": str(model.path),
@@ -53,57 +59,120 @@ def measure_startup(
         "input_len": input_len,
     }
     for engine in engines:
-        kept = tempfile.TemporaryDirectory(prefix="compiledllm-startup-")
-        with kept as folder:
-            cold = []
-            for index in range(max(num_cold, 1)):
-                caches = Path(folder) / str(index)
-                cold.append(_start(engine, setup, caches))
-                advance(f"{engine}, cold")
-            warm = []
-            for _ in range(num_warm):
-                warm.append(_start(engine, setup, caches))
-                advance(f"{engine}, warm")
-        for start, runs in (("cold", cold[:num_cold]), ("warm", warm)):
+        with tempfile.TemporaryDirectory(prefix="compiledllm-startup-") as folder:
+            starts = _Starts(engine, setup, Path(folder), advance)
+            cold = [starts.run("cold") for _ in range(max(counts["cold"], 1))]
+            warm = [starts.run("warm") for _ in range(counts["warm"])]
+            built = []
+            if counts["built"] and engine == "compiledllm":
+                starts.build()
+                built = [starts.run("built") for _ in range(counts["built"])]
+        for kind, runs in (("cold", cold[: counts["cold"]]), ("warm", warm), ("built", built)):
             if runs:
-                yield _row(engine, start, runs)
+                yield _row(engine, kind, runs)
 
 
-def _start(engine: str, setup: Mapping[str, Any], caches: Path) -> dict[str, float]:
-    """Seconds of each phase in a fresh process, and "wall" as measured by this process."""
-    folders = {name: str(caches / folder) for name, folder in _CACHES.items()}
-    request = json.dumps({"engine": engine, **setup})
+class _Starts:
+    """Starts an engine in fresh processes, with caches in folders below `folder`."""
+
+    def __init__(
+        self, engine: str, setup: dict[str, Any], folder: Path, advance: Callable[[str], None]
+    ) -> None:
+        self._request = {"engine": engine, **setup}
+        self._folder = folder
+        self._advance = advance
+        self._count = 0
+        self._warm = folder
+
+    def run(self, kind: str) -> dict[str, Any]:
+        request, environment = self._request, {}
+        caches = self._warm
+        if kind != "warm":
+            caches = self._new_caches()
+        if kind == "cold":
+            self._warm = caches
+        if kind == "built":
+            options = request["options"] | {"artifact_dir": str(self._folder / "built")}
+            request, environment = request | {"options": options}, _NO_COMPILER
+        found = _start(request, _environment(caches) | environment)
+        self._advance(f"{request['engine']}, {kind}")
+        return found
+
+    def build(self) -> None:
+        request = self._request
+        given = request["options"] | {name: request[name] for name in ("device", "dtype")}
+        options = json.dumps({"model": request["path"], **given})
+        command = [sys.executable, "-m", "compiledllm.artifact_builder", options]
+        done = subprocess.run(
+            [*command, str(self._folder / "built")],
+            env=_environment(self._new_caches()),
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            last = done.stderr.strip().splitlines()[-1:] or ["it printed no error"]
+            raise ValueError(f"compiledllm build failed: {last[0]}")
+
+    def _new_caches(self) -> Path:
+        self._count += 1
+        return self._folder / str(self._count)
+
+
+def _environment(caches: Path) -> dict[str, str]:
+    folders = {name: caches / folder for name, folder in _CACHES.items()}
+    for folder in folders.values():
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return os.environ | {name: str(folder) for name, folder in folders.items()}
+
+
+def _start(request: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
+    """What the fresh process tells, and "wall_s" as measured by this process."""
     started = time.monotonic()
-    command = [sys.executable, "-m", "compiledllm.benchmarks.startup", request, repr(started)]
-    phases: dict[str, float] = {}
+    command = [sys.executable, "-m", "compiledllm.benchmarks.startup_child"]
+    found: dict[str, Any] = {}
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(
-            command, env=os.environ | folders, stdout=subprocess.PIPE, stderr=errors, text=True
+            [*command, json.dumps(request), repr(started)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
         ) as process,
     ):
         assert process.stdout is not None
         for line in process.stdout:
-            if line.startswith(_MARK):
-                wall = time.monotonic() - started
-                phases = json.loads(line.removeprefix(_MARK)) | {"wall": wall}
+            if line.startswith(MARK):
+                found = json.loads(line.removeprefix(MARK))
+                found["wall_s"] = time.monotonic() - started
         process.wait()
-        if not phases:
+        if not found:
             errors.seek(0)
             last = errors.read().strip().splitlines()[-1:] or ["it printed no error"]
             status = process.returncode
-            raise ValueError(f"{engine} did not start (exit status {status}): {last[0]}")
-    return phases
+            raise ValueError(f"{request['engine']} did not start (exit status {status}): {last[0]}")
+    phases = {name: found["phases_s"].get(name, 0.0) for name in PHASES}
+    phases["rest"] += found["wall_s"] - sum(phases.values())
+    return found | {"phases_s": phases}
 
 
-def _row(engine: str, start: str, runs: Sequence[Mapping[str, float]]) -> Row:
-    """One row. Its phases are those of the median run, as medians of phases would not sum up."""
-    middle = sorted(runs, key=lambda run: run["wall"])[(len(runs) - 1) // 2]
+def _row(engine: str, kind: str, runs: Sequence[Mapping[str, Any]]) -> Row:
+    """One row. Its phases are those of the median run, as medians of phases would not sum up.
+
+    cpu_s: seconds of the process on all cores together. imported: heavy packages that the median
+    run had imported by its first token.
+    """
+    middle = sorted(runs, key=lambda run: run["wall_s"])[(len(runs) - 1) // 2]
+    weights_s = middle["phases_s"]["weights"]
     return {
         "engine": engine,
-        "start": start,
-        "wall_s": spread([run["wall"] for run in runs]),
-        "phases_s": {name: middle[name] for name in PHASES},
+        "start": kind,
+        "wall_s": spread([run["wall_s"] for run in runs]),
+        "cpu_s": statistics.median(run["cpu_s"] for run in runs),
+        "phases_s": middle["phases_s"],
+        "weights_bytes_per_s": middle["weight_bytes"] / weights_s if weights_s else 0.0,
+        "compile": middle["compile"],
+        "imported": middle["imported"],
     }
 
 
@@ -111,37 +180,3 @@ def add_floor(row: Row, weight_bytes: int | None, upload_bytes_per_s: float) -> 
     """Add "floor_s" to the row: the seconds of one upload of the weights."""
     floor = None if weight_bytes is None else weight_bytes / upload_bytes_per_s
     row["floor_s"] = against_floor(floor, row["wall_s"]["median"])
-
-
-def child(request: Mapping[str, Any], started: float) -> dict[str, float]:
-    """Run in the fresh process: load the engine, generate one token, print the phases' seconds."""
-    from compiledllm.benchmarks.model import Model
-    from compiledllm.benchmarks.peers import make_peer
-    from compiledllm.benchmarks.workload import random_requests
-    from compiledllm.platform import Platform
-
-    model = Model(
-        path=Path(request["path"]),
-        spec=None,
-        vocab_size=request["vocab_size"],
-        platform=Platform.detect(request["device"]),
-        dtype=request["dtype"],
-        options=request["options"],
-    )
-    (prompt,) = random_requests(1, request["input_len"], 1, request["vocab_size"], seed=1)
-    imported = time.monotonic()
-    peer = make_peer(request["engine"], model)
-    loaded = time.monotonic()
-    peer.generate([prompt])
-    ended = time.monotonic()
-    phases = dict.fromkeys(PHASES, 0.0)
-    phases |= {name: phase_s for name, phase_s in peer.startup_s.items() if name in PHASES}
-    phases["rest"] = loaded - imported - sum(phases.values())
-    phases["import"] += imported - started
-    phases["first token"] = ended - loaded
-    return phases
-
-
-if __name__ == "__main__":
-    result = child(json.loads(sys.argv[1]), float(sys.argv[2]))
-    print("\n" + _MARK + json.dumps(result), flush=True)

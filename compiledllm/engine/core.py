@@ -1,6 +1,6 @@
 """The engine's core loop: schedule, launch, collect, update. Knows token ids, no text.
 
-core = EngineCore(plan(config))
+core = EngineCore(plan(config), ledger)
 core.add(spec)
 while core.has_unfinished():
     news = core.step()
@@ -20,6 +20,7 @@ from compiledllm.config import AUTO, ConfigError
 from compiledllm.engine.isolation import Isolation
 from compiledllm.engine.plan_views import start_lines
 from compiledllm.engine.served_model import ServedModel
+from compiledllm.ledger import Ledger
 from compiledllm.log import log
 from compiledllm.models.spec import ModelSpec
 from compiledllm.outputs import FinishReason
@@ -40,12 +41,12 @@ IDLE_CHECK_INTERVAL_S = 10.0
 class EngineCore:
     """A scheduler, the worker that runs its steps, and the requests. Single-threaded.
 
-    Attributes: `plan`, `scheduler`, `worker`, `report` (option -> value and reason), `startup_s`
-    (phase -> seconds), `on_start` (called with the ids of requests that begin to run, before the
-    first step that has them).
+    ledger: of the start so far; None: the start begins here. Attributes: `plan`, `scheduler`,
+    `worker`, `report` (option -> value and reason), `startup_s` (phase -> seconds), `on_start`
+    (called with the ids of requests that begin to run, before the first step that has them).
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, ledger: Ledger | None = None) -> None:
         use_compiler_caches()
         self.plan = plan
         self.isolation: Isolation | None = None
@@ -54,8 +55,8 @@ class EngineCore:
         self._last_idle_check = 0.0
         self._started: dict[str, float] = {}  # of the news to come
         self._in_flight: deque[tuple[SchedulerOutput, PendingOutput]] = deque()
-        started = time.perf_counter()
-        self.worker = Worker(plan)
+        self.ledger = ledger or Ledger()
+        self.worker = Worker(plan, self.ledger)
         num_kv_blocks = self.worker.count_kv_blocks()
         self.scheduler = _scheduler(plan, num_kv_blocks)
         limits = plan.config.limits
@@ -65,9 +66,8 @@ class EngineCore:
             choice = Choice(self.max_model_len, "what the KV cache holds")
             self.worker.report.note("max_model_len", choice)
         self.report: Report = plan.report | self.worker.report
-        self.startup_s = {"config": plan.planning_s, **self.worker.startup_s}
-        self.startup_s["total"] = plan.planning_s + time.perf_counter() - started
-        for topic, line in start_lines(plan, self.worker, self.startup_s).items():
+        self.startup_s = self.ledger.close()
+        for topic, line in start_lines(plan, self.worker).items():
             log.info("%-10s %s", topic, line)
 
     @property

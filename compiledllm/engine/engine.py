@@ -26,6 +26,7 @@ from compiledllm.engine.prompts import (
 from compiledllm.engine.request_state import OutputStream
 from compiledllm.engine.tokenizer import load
 from compiledllm.engine_args import options_from
+from compiledllm.ledger import Ledger
 from compiledllm.log import show_logs
 from compiledllm.outputs import (
     BeamSearchOutput,
@@ -59,17 +60,22 @@ class Engine:
     """
 
     def __init__(self, model: str | Path | None = None, **options: Any) -> None:
-        # These modules import torch, which takes seconds: importing the class must not.
-        from compiledllm.engine.calls import Calls
-        from compiledllm.engine.core import EngineCore
-        from compiledllm.engine.requests import RequestFactory
-        from compiledllm.engine.shared_core import SharedCore
-        from compiledllm.engine.startup import plan
-
         show_logs()
-        self.core = EngineCore(plan(EngineConfig.from_options(model=model, **options)))
+        ledger = Ledger()
+        with ledger.phase("import"):
+            # These modules import torch, which takes seconds: importing the class must not.
+            from compiledllm.engine.calls import Calls
+            from compiledllm.engine.core import EngineCore
+            from compiledllm.engine.requests import RequestFactory
+            from compiledllm.engine.shared_core import SharedCore
+            from compiledllm.engine.startup import plan
+
+        with ledger.phase("plan"):
+            planned = plan(EngineConfig.from_options(model=model, **options))
+        self.core = EngineCore(planned, ledger)
         self.config = self.core.config
-        self.tokenizer = load(self.config.requested.model, self.core.model_path)
+        with ledger.phase("tokenizer"):
+            self.tokenizer = load(self.config.requested.model, self.core.model_path)
         self._requests = RequestFactory(self.core.served_model(), self.tokenizer)
         self._shared = SharedCore(self.core)
         # On a CPU an answer without a limit takes minutes.

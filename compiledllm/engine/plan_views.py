@@ -82,8 +82,8 @@ def size(num_bytes: int) -> str:
     return f"{num_bytes} bytes"
 
 
-def start_lines(plan: Plan, worker: Worker, startup_s: dict[str, float]) -> dict[str, str]:
-    """What an engine is and why, by topic. startup_s: phase -> seconds."""
+def start_lines(plan: Plan, worker: Worker) -> dict[str, str]:
+    """What an engine is and why, by topic."""
     spec, limits, report = worker.spec, plan.config.limits, plan.report | worker.report
     num_layers, distinct = len(spec.layers), len(spec.distinct_layers)
     has_windows = any(attn.sliding_window for attn in spec.attentions)
@@ -108,7 +108,7 @@ def start_lines(plan: Plan, worker: Worker, startup_s: dict[str, float]) -> dict
         f"{report['max_num_batched_tokens']} tokens a step",
         "compile": f"{report['compile']}, {distinct} distinct of {num_layers}",
         "capture": report["capture"],
-        "ready in": f"{startup_s['total']:.1f} s (weights {startup_s['weights']:.1f} s)",
+        "ready in": worker.ledger.line(),
     }
     return {topic: str(line) for topic, line in lines.items() if line is not None}
 

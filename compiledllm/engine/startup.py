@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 
 from compiledllm.choices import Choice, Report
 from compiledllm.config import CacheConfig, ConfigError, EngineConfig
@@ -27,7 +26,6 @@ def plan(config: EngineConfig) -> Plan:
 
     Raises ConfigError for options that the model or the machine cannot have.
     """
-    started = time.perf_counter()
     model = config.model
     if model.chat_template is not None:
         read_template(model.chat_template)  # reports a wrong path before weights are loaded
@@ -66,7 +64,6 @@ def plan(config: EngineConfig) -> Plan:
         blocks_per_context=_blocks_of_one(layout, resolved.limits),
         max_useful_blocks=_blocks_of_all(layout, resolved.limits),
         report=report,
-        planning_s=time.perf_counter() - started,
     )
 
 

@@ -64,10 +64,16 @@ def _first_message(lifeline: Lifeline) -> Start:
 
 
 def load_core(config: EngineConfig) -> EngineCore:
-    from compiledllm.engine.core import EngineCore
-    from compiledllm.engine.startup import plan
+    from compiledllm.ledger import Ledger
 
-    return EngineCore(plan(config))
+    ledger = Ledger()
+    with ledger.phase("import"):
+        from compiledllm.engine.core import EngineCore
+        from compiledllm.engine.startup import plan
+
+    with ledger.phase("plan"):
+        planned = plan(config)
+    return EngineCore(planned, ledger)
 
 
 if __name__ == "__main__":

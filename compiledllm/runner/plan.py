@@ -30,7 +30,7 @@ class Plan:
     backend, prepared to run the model.
     blocks_per_context: number of KV blocks that a request of `max_model_len` tokens holds.
     max_useful_blocks: number of KV blocks of all requests that can run at once; more would stay
-    idle. report: the choices, with reasons. planning_s: seconds that planning took.
+    idle. report: the choices, with reasons.
     """
 
     config: ResolvedConfig
@@ -43,7 +43,6 @@ class Plan:
     blocks_per_context: int
     max_useful_blocks: int
     report: Report
-    planning_s: float
 
     @property
     def block_bytes(self) -> int:

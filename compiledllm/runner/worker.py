@@ -12,12 +12,12 @@ the two sizes, since devices that share a model must agree on both.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import torch
 
 from compiledllm.choices import Choice, Report
+from compiledllm.ledger import Ledger
 from compiledllm.models.build import build_model
 from compiledllm.models.decoder import Decoder
 from compiledllm.models.deterministic import fixed_order
@@ -53,25 +53,25 @@ class Worker:
     """The model of a plan on the plan's device.
 
     Attributes: `spec` (as loaded: the checkpoint may have a head of its own), `report` (choices
-    that needed the device), `startup_s` (phase -> seconds), and after `start` `num_kv_blocks`
-    (without the null block) and `runner`.
+    that needed the device), `ledger` (seconds by phase), and after `start` `num_kv_blocks` (without
+    the null block) and `runner`.
 
     The constructor loads the weights. Raises ConfigError if they do not fit the spec, or if other
     processes hold the GPU's memory.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, ledger: Ledger) -> None:
         self.plan = plan
         self.report = Report()
-        self.startup_s: dict[str, float] = {}
+        self.ledger = ledger
         self.num_kv_blocks = 0
         self.runner: ModelRunner
-        started = time.perf_counter()
         cache = plan.config.requested.cache
         is_sized = cache.num_kv_blocks or cache.kv_cache_memory_bytes
         if plan.platform.is_cuda and not is_sized:
             check_gpu_is_free(plan.platform, cache.gpu_memory_utilization)
-        self._model = self._build_model()
+        with ledger.phase("weights"):
+            self._model = self._build_model()
         self.spec = self._model.spec
         if self.spec.tie_word_embeddings != plan.spec.tie_word_embeddings:
             own_head = Choice(False, "the checkpoint has its own head")
@@ -80,7 +80,6 @@ class Worker:
             self.report.note("products", Choice(products, self.spec.quantization))
         if plan.has_fp8_cache:
             self.report.note("kv_scales", self._set_kv_scales())
-        self.startup_s["weights"] = time.perf_counter() - started
 
     # -- steps ---------------------------------------------------------------------------------
 
@@ -107,11 +106,13 @@ class Worker:
         On CUDA, runs the largest step to measure activations. Raises ConfigError without room.
         """
         plan = self.plan
+        with self.ledger.phase("memory"):
+            in_use = self._plan_memory() if plan.platform.is_cuda else plan.state_bytes
         num_blocks, choice = plan_num_blocks(
             plan.config.requested.cache,
             plan.block_bytes,
             plan.platform,
-            bytes_in_use=self._plan_memory() if plan.platform.is_cuda else plan.state_bytes,
+            bytes_in_use=in_use,
             max_useful=plan.max_useful_blocks,
             snapshot_share=plan.snapshot_share,
         )
@@ -124,18 +125,17 @@ class Worker:
         """Allocate the KV cache, compile and capture. max_blocks: width of the block tables."""
         layout, limits = self.plan.kv_layout, self.plan.config.limits
         device = self.plan.platform.device
-        caches = allocate_kv_caches(layout, num_kv_blocks, limits.block_size, device)
         self.num_kv_blocks = num_kv_blocks
-        self.runner = ModelRunner(
-            self._model,
-            layout,
-            caches,
-            limits,
-            max_blocks,
-            self.plan.num_snapshots(num_kv_blocks),
-        )
-        self._start_compiler()
-        self._capture()
+        with self.ledger.phase("memory"):
+            caches = allocate_kv_caches(layout, num_kv_blocks, limits.block_size, device)
+            num_snapshots = self.plan.num_snapshots(num_kv_blocks)
+            self.runner = ModelRunner(
+                self._model, layout, caches, limits, max_blocks, num_snapshots
+            )
+        with self.ledger.phase("compile"):
+            self.report.note("compile", Choice(*self._compile()))
+        with self.ledger.phase("capture"):
+            self._capture()
 
     def _build_model(self) -> Decoder:
         plan, options = self.plan, self.plan.config.requested
@@ -173,11 +173,6 @@ class Worker:
         self.report.note("memory", Choice(budget, "activations measured"))
         return budget.in_use
 
-    def _start_compiler(self) -> None:
-        started = time.perf_counter()
-        self.report.note("compile", Choice(*self._compile()))
-        self.startup_s["compile"] = time.perf_counter() - started
-
     def _compile(self) -> tuple[str, str]:
         """Compile, or arrange for compiling later. Returns what is compiled, and why or when."""
         compiler, config = self.runner.compiler, self.plan.config
@@ -203,7 +198,6 @@ class Worker:
             self.report.note("capture", Choice("nothing", obstacle))
             return
         graphs = self.runner.capture(self.plan.shapes_to_capture())
-        self.startup_s["capture"] = graphs.capture_s
         sizes = f"{len(graphs.shapes)} step sizes"
         self.report.note("capture", Choice(sizes, f"whole steps, {graphs.capture_s:.1f} s"))
 

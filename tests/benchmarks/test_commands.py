@@ -120,6 +120,7 @@ def test_startup_parts_sum_to_the_wall(tiny: list[str], tmp_path: Path) -> None:
         assert tuple(row["phases_s"]) == PHASES and row["phases_s"]["compile"] > 0
         assert min(row["phases_s"].values()) >= 0
         assert sum(row["phases_s"].values()) == pytest.approx(row["wall_s"]["median"], rel=0.02)
+        assert row["phases_s"]["rest"] < 0.05 * row["wall_s"]["median"]
 
 
 def test_compare(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

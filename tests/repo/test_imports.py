@@ -22,7 +22,7 @@ FOLDERS = ("compiledllm", "graphs", "kernels", "models", "benchmarks")
 
 LEAVES = {"checks", "structured_outputs", "sampling_params", "outputs", "types", "config"}
 LEAVES |= {"platform", "log", "version", "resolved_config", "vllm_options", "engine_args"}
-LEAVES |= {"pooling_params", "beam_search_params", "choices", "vllm_features", "caches"}
+LEAVES |= {"pooling_params", "beam_search_params", "choices", "vllm_features", "caches", "ledger"}
 BELOW_ENGINE = {"scheduler", "grammars", "runner", "graphs", "models", "kernels", *LEAVES}
 # Layer -> layers it may import, itself aside. "root" is compiledllm/__init__; a name with a dot is
 # that module only. "benchmarks" is where `compiledllm bench` ends up.
@@ -71,6 +71,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "outputs": set(),
     "checks": set(),
     "caches": {"log"},
+    "ledger": set(),
     "log": set(),
     "version": set(),
 }
@@ -117,6 +118,7 @@ WITHOUT_TORCH = (
     "compiledllm.config",
     "compiledllm.choices",
     "compiledllm.caches",
+    "compiledllm.ledger",
     "compiledllm.resolved_config",
     "compiledllm.log",
     "compiledllm.cli",
