@@ -102,9 +102,10 @@ class _Starts:
         request = self._request
         given = request["options"] | {name: request[name] for name in ("device", "dtype")}
         options = json.dumps({"model": request["path"], **given})
-        command = [sys.executable, "-m", "compiledllm.artifact_builder", options]
+        program = "import json, pathlib, sys; from compiledllm.engine.build import build"
+        program += "; build(json.loads(sys.argv[1]), pathlib.Path(sys.argv[2]))"
         done = subprocess.run(
-            [*command, str(self._folder / "built")],
+            [sys.executable, "-c", program, options, str(self._folder / "built")],
             env=_environment(self._new_caches()),
             capture_output=True,
             text=True,

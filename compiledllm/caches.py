@@ -79,13 +79,14 @@ def why_not_writable(folder: Path) -> str | None:
     return None if free >= _MIN_FREE_BYTES else f"the disk of {folder} is full"
 
 
-def why_not_trusted(path: Path) -> str | None:
+def why_not_trusted(path: Path, any_owner: bool = False) -> str | None:
     """The reason why code in this file or folder may be another user's, or None.
 
-    The owner must be this user or the administrator, and nobody else may write.
+    Nobody but the owner may write. The owner must be this user or the administrator; any_owner:
+    or whoever owns the folder that this user has named. Raises OSError if there is no such path.
     """
     found = path.stat()
-    if found.st_uid not in (os.geteuid(), 0):
+    if not any_owner and found.st_uid not in (os.geteuid(), 0):
         return f"{path} belongs to another user (uid {found.st_uid})"
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         return f"others may write to {path} (chmod go-w would mend that)"

@@ -12,6 +12,7 @@ import os
 import secrets
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compiledllm.arguments import (
@@ -168,6 +169,29 @@ def _info(arguments: argparse.Namespace) -> int:
     return 0
 
 
+# -- build, cache ----------------------------------------------------------------------------------
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    from compiledllm.engine.build import build
+
+    print(build(engine_options(_with_model(arguments)), arguments.out))
+    return 0
+
+
+def _cache(arguments: argparse.Namespace) -> int:
+    from compiledllm.engine import build
+
+    if arguments.action == "list":
+        for line in build.lines_of_list(arguments.artifact_dir):
+            print(line)
+    elif arguments.action == "clear":
+        print(build.clear())
+    else:
+        print(build.explanation(engine_options(_with_model(arguments))))
+    return 0
+
+
 # -- env, completion -------------------------------------------------------------------------------
 
 
@@ -245,6 +269,27 @@ def _parser() -> argparse.ArgumentParser:
     info.set_defaults(run=_info)
 
     add_bench_command(commands)
+
+    build = commands.add_parser("build", help="compile a model now, so that its starts need not")
+    _add_model(build)
+    build.add_argument(
+        "--out", type=Path, metavar="DIR", help="where the artifact goes (the cache)"
+    )
+    add_engine_options(build.add_argument_group("engine"))
+    build.takes_vllm_options = True
+    build.set_defaults(run=_build)
+
+    cache = commands.add_parser("cache", help="what earlier starts left, and why a start misses it")
+    actions = cache.add_subparsers(required=True, metavar="ACTION", parser_class=CommandParser)
+    kept = actions.add_parser("list", help="the kept artifacts")
+    kept.add_argument("--artifact-dir", metavar="DIR", help="a folder of `compiledllm build`, too")
+    explain = actions.add_parser("explain", help="whether a start would compile, and why")
+    _add_model(explain)
+    add_engine_options(explain.add_argument_group("engine"))
+    explain.takes_vllm_options = True
+    clear = actions.add_parser("clear", help="remove all compiled code from the cache")
+    for name, action in (("list", kept), ("explain", explain), ("clear", clear)):
+        action.set_defaults(run=_cache, action=name)
 
     env = commands.add_parser("env", help="versions and devices, for a bug report")
     env.add_argument("--json", action="store_true", help="print one JSON object")

@@ -182,6 +182,12 @@ class CompileConfig:
         kind="int",
     )
     attention_backend: str = option("auto", "implementation of paged attention", BACKENDS)
+    artifact_dir: str | None = option(
+        None,
+        "folder that `compiledllm build` has filled: the engine starts without compiling; default: "
+        "what an earlier start left in the cache",
+        kind="path",
+    )
     deterministic: bool = option(
         False,
         "a request's tokens do not depend, to the last bit, on what else is in the batch; slower, "

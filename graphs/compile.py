@@ -14,14 +14,16 @@ import math
 import threading
 import time
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from compiledllm.graphs.inductor_output import CannotSave, Recording
+from compiledllm.graphs.saved_graph import SavedGraph, restore
 from compiledllm.platform import can_overlap_kernels
 
 log = logging.getLogger("compiledllm")
@@ -58,6 +60,7 @@ class Example:
 
 
 _BLOCK = "block_forward"
+_BLOCKS_DIM = 1  # of a KV cache
 _ANY = 2**30
 _CPU_VARIANTS = (Variant(1, 1, 1), Variant(2, _ANY, 2))
 _GPU_VARIANTS = (
@@ -128,7 +131,11 @@ class BlockCompiler:
         self._decoder = decoder
         self._variants = variants
         self._run_dummy = run_dummy
-        self._inductor_options = {"triton.enable_pdl": can_overlap_kernels()}
+        # Inductor's own launcher keeps no machine code that could be saved.
+        self._inductor_options = {
+            "triton.enable_pdl": can_overlap_kernels(),
+            "use_static_cuda_launcher": False,
+        }
         names: tuple[str, ...] = (_BLOCK, *decoder.edges)
         self.eager: dict[str, Forward] = {name: getattr(decoder, name) for name in names}
         self._warmed_up_at: int | None = None
@@ -139,6 +146,9 @@ class BlockCompiler:
         self.num_compiles = 0
         self.compile_s = 0.0
         self.error: str | None = None
+        self.saved: list[SavedGraph] = []  # complete if `why_not_saved` is None
+        self.why_not_saved: str | None = None
+        self._when_ready: Callable[[], None] = lambda: None
 
     @property
     def is_ready(self) -> bool:
@@ -204,6 +214,14 @@ class BlockCompiler:
             self._warmed_up_at = self.num_compiles
             self.use(self.compiled)
             log.info("compiled the decoder block in %.1f s", self.compile_s)
+            self._when_ready()
+
+    def call_when_ready(self, function: Callable[[], None]) -> None:
+        """Call a function once the decoder runs compiled: now, or after a later compilation."""
+        if self.is_ready:
+            function()
+        else:
+            self._when_ready = function
 
     def use(self, forwards: Mapping[str, Forward]) -> None:
         """Make the decoder call these functions: `self.eager` or `self.compiled`."""
@@ -236,23 +254,30 @@ class BlockCompiler:
 
         return record
 
+    def restore(self, saved: Sequence[SavedGraph]) -> None:
+        """Switch over to functions that another engine has compiled.
+
+        Raises an exception of any kind if they cannot be loaded or do not cover the decoder.
+        """
+        started = time.perf_counter()
+        modules: Iterable[Any] = cast("nn.Module", self._decoder).modules()
+        specs = {repr(m.spec): m.spec for m in modules if hasattr(m, "spec")} | {"": None}
+        compiled: dict[tuple[str, Any], list[tuple[float, Forward]]] = {}
+        for graph in sorted(saved, key=lambda graph: graph.max_tokens):
+            of_key = compiled.setdefault((graph.name, specs[graph.spec]), [])
+            of_key.append((graph.max_tokens, restore(graph)))
+        self.compiled = {name: _by_size(name, compiled) for name in self.eager}
+        self.compile_s = time.perf_counter() - started
+        self._warmed_up_at = self.num_compiles
+        self.use(self.compiled)
+
     @torch.inference_mode()
     def _compile_examples(self, examples: list[Example]) -> None:
         start = time.perf_counter()
         compiled: dict[tuple[str, Any], list[tuple[float, Forward]]] = {}
         try:
             for example in examples:
-                forward = torch.compile(
-                    _own_copy(self.eager[example.name]),
-                    fullgraph=True,
-                    # Only the dimensions marked below are dynamic, not dimensions that differed
-                    # between earlier engines.
-                    dynamic=False,
-                    backend=self._counting_inductor,
-                )
-                _mark_token_and_row_counts_dynamic(example)
-                with _cached_for(example.variant):
-                    forward(example.module, *example.args)
+                forward = self._compile_example(example)
                 forwards = compiled.setdefault((example.name, example.spec), [])
                 forwards.insert(0, (example.variant.max_tokens, forward))
         except Exception as error:  # after any compiler error the eager model still serves
@@ -262,13 +287,46 @@ class BlockCompiler:
         self.compile_s = time.perf_counter() - start
         self.compiled = {name: _by_size(name, compiled) for name in self.eager}
 
-    def _counting_inductor(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        from torch._inductor.compile_fx import compile_fx
+    def _compile_example(self, example: Example) -> Forward:
+        recording = Recording()
 
-        self.num_compiles += 1
-        if self.is_ready:
-            log.warning("the decoder block was compiled again after warm-up: this is a bug")
-        return compile_fx(graph, inputs, config_patches=self._inductor_options)
+        def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+            self.num_compiles += 1
+            if self.is_ready:
+                log.warning("the decoder block was compiled again after warm-up: this is a bug")
+            return recording.compile(graph, inputs, self._inductor_options)
+
+        function = _own_copy(self.eager[example.name])
+        # Only the dimensions marked below are dynamic, not dimensions that differed between earlier
+        # engines.
+        forward = torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
+        _mark_dynamic_sizes(example)
+        with _cached_for(example.variant):
+            result = forward(example.module, *example.args)
+        try:
+            return self._save(example, recording, result)
+        except Exception as error:  # the compiled function itself still runs
+            self.why_not_saved = f"{type(error).__name__}: {str(error).strip()[:200]}"
+            log.info("%s cannot be kept for the next start (%s)", example.name, self.why_not_saved)
+            return forward
+
+    def _save(self, example: Example, recording: Recording, result: Any) -> Forward:
+        """Keep the compiled function as data. Returns the function that the data gives.
+
+        From then on the engine runs the same function as an engine that finds the data. Raises an
+        exception if the function gives another result.
+        """
+        code = self.eager[example.name].__code__
+        parameters = list(code.co_varnames[: code.co_argcount])
+        spec = "" if example.spec is None else repr(example.spec)
+        max_tokens = example.variant.max_tokens
+        saved = recording.saved(example.name, spec, max_tokens, parameters, result)
+        restored = restore(saved)
+        found = _defined(example, restored(example.module, *example.args))
+        if not all(map(_are_equal, found, _defined(example, result))):
+            raise CannotSave("the saved function gives another result")
+        self.saved.append(saved)
+        return restored
 
 
 def _by_size(name: str, compiled: dict[tuple[str, Any], list[tuple[float, Forward]]]) -> Forward:
@@ -281,6 +339,23 @@ def _by_size(name: str, compiled: dict[tuple[str, Any], list[tuple[float, Forwar
         return forward(module, first, *args)
 
     return run
+
+
+def _defined(example: Example, result: Any) -> list[Tensor]:
+    """The tensors of a result, without tokens outside of all rows, whose values are undefined."""
+    if isinstance(result, Tensor):
+        num_tokens = len(result)
+        if example.name == _BLOCK:
+            num_tokens = int(example.args[-1].query_start_loc[-1])
+        return [result[:num_tokens]]
+    return [tensor for part in result for tensor in _defined(example, part)]
+
+
+def _are_equal(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors are equal to the last bit, NaN included."""
+    return first.shape == second.shape and torch.equal(
+        first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8)
+    )
 
 
 def _own_copy(forward: Forward) -> Forward:
@@ -309,16 +384,18 @@ def _cached_for(variant: Variant) -> AbstractContextManager[None]:
     return patched
 
 
-def _mark_token_and_row_counts_dynamic(example: Example) -> None:
-    """Mark the first dimension of all tensors but the cache as dynamic.
+def _mark_dynamic_sizes(example: Example) -> None:
+    """Mark the first dimension of all tensors but the cache as dynamic, and the cache's blocks.
 
     With a single token, tokens and rows are static. The bound of tokens per row is not, since the
-    token may be a prompt's.
+    token may be a prompt's. The number of blocks follows from free memory and options.
     """
     variant, tensors = example.variant, list(example.args)
     if example.name == _BLOCK:
-        *tensors, _, metadata = tensors
+        *tensors, cache, metadata = tensors
         tensors = [tensor for tensor in tensors if tensor is not None]
+        if isinstance(cache, Tensor):
+            torch._dynamo.mark_dynamic(cache, _BLOCKS_DIM)
         for tensor in metadata.bound_tensors:
             torch._dynamo.mark_dynamic(tensor, 0)
     if variant.max_tokens == 1:

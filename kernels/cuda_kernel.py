@@ -23,15 +23,19 @@ import torch
 from torch import Tensor
 
 from compiledllm.caches import writable_folder
+from compiledllm.kernels.machine_code import (
+    OVERLAP,
+    CudaError,
+    LaunchConfig,
+    check,
+    driver,
+    load,
+)
 from compiledllm.platform import can_overlap_kernels
 
 SOURCES = Path(__file__).parent / "cuda"
-_MAX_DYNAMIC_SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-
-
-class CudaError(RuntimeError):
-    """A kernel cannot be compiled, loaded or launched."""
+# By file name in the cache: the code that this process has used, or was given by an artifact.
+known_code: dict[str, bytes] = {}
 
 
 class CudaKernel:
@@ -44,13 +48,7 @@ class CudaKernel:
     def __init__(self, source: str, name: str, options: Mapping[str, int], shared_bytes: int = 0):
         code = _compiled(source, tuple(sorted(options.items())), _architecture())
         self._shared_bytes = shared_bytes
-        module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
-        driver = _driver()
-        _check(driver.cuModuleLoadData(ctypes.byref(module), code))
-        _check(driver.cuModuleGetFunction(ctypes.byref(self._function), module, name.encode()))
-        if shared_bytes:
-            size = _MAX_DYNAMIC_SHARED_SIZE
-            _check(driver.cuFuncSetAttribute(self._function, size, shared_bytes))
+        self._function = load(code, name, shared_bytes)
 
     def launch(
         self, grid: Sequence[int], num_threads: int, arguments: Sequence[Tensor | _Scalar | None]
@@ -64,15 +62,15 @@ class CudaKernel:
         """
         values = [_value_of(argument) for argument in arguments]
         addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
-        config = _LaunchConfig(
+        config = LaunchConfig(
             (ctypes.c_uint * 3)(*grid, *(1,) * (3 - len(grid))),
             (ctypes.c_uint * 3)(num_threads, 1, 1),
             self._shared_bytes,
             torch.cuda.current_stream().cuda_stream,
-            ctypes.addressof(_OVERLAP),
+            ctypes.addressof(OVERLAP),
             int(can_overlap_kernels()),
         )
-        _check(_driver().cuLaunchKernelEx(ctypes.byref(config), self._function, addresses, None))
+        check(driver().cuLaunchKernelEx(ctypes.byref(config), self._function, addresses, None))
 
 
 _Scalar = ctypes.c_int | ctypes.c_longlong
@@ -84,24 +82,6 @@ def _value_of(argument: Tensor | _Scalar | None) -> Any:
     return ctypes.c_void_p(None) if argument is None else argument
 
 
-class _LaunchAttribute(ctypes.Structure):
-    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_int * 16))
-
-
-class _LaunchConfig(ctypes.Structure):
-    _fields_ = (
-        ("grid", ctypes.c_uint * 3),
-        ("block", ctypes.c_uint * 3),
-        ("shared_bytes", ctypes.c_uint),
-        ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.c_void_p),
-        ("num_attributes", ctypes.c_uint),
-    )
-
-
-_OVERLAP = _LaunchAttribute(_STREAM_SERIALIZATION, b"", (ctypes.c_int * 16)(1))
-
-
 # -- compiling -------------------------------------------------------------------------------------
 
 
@@ -111,12 +91,15 @@ def _compiled(source: str, options: tuple[tuple[str, int], ...], architecture: s
     macros = [f"-D{name}={int(value)}" for name, value in options]
     flags = [f"--gpu-architecture={architecture}", "--std=c++17", *macros]
     key = hashlib.sha256("\0".join([text, str(torch.version.cuda), *flags]).encode()).hexdigest()
-    path = writable_folder("nvrtc") / f"{Path(source).stem}-{key[:32]}.cubin"
-    if path.is_file():
-        return path.read_bytes()
-    code = _compile(text, source, flags)
-    _keep(code, path)
-    return code
+    name = f"{Path(source).stem}-{key[:32]}.cubin"
+    if name not in known_code:
+        path = writable_folder("nvrtc") / name
+        if path.is_file():
+            known_code[name] = path.read_bytes()
+        else:
+            known_code[name] = _compile(text, source, flags)
+            _keep(known_code[name], path)
+    return known_code[name]
 
 
 def _keep(code: bytes, path: Path) -> None:
@@ -145,7 +128,7 @@ def _with_includes(text: str) -> str:
 
 def _compile(text: str, name: str, flags: Sequence[str]) -> bytes:
     nvrtc, program, size = _nvrtc(), ctypes.c_void_p(), ctypes.c_size_t()
-    _check(
+    check(
         nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), name.encode(), 0, None, None)
     )
     encoded = (ctypes.c_char_p * len(flags))(*(flag.encode() for flag in flags))
@@ -154,9 +137,9 @@ def _compile(text: str, name: str, flags: Sequence[str]) -> bytes:
         log = ctypes.create_string_buffer(size.value)
         nvrtc.nvrtcGetProgramLog(program, log)
         raise CudaError(f"{name} with {' '.join(flags)} cannot be compiled: {log.value.decode()}")
-    _check(nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size)))
+    check(nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size)))
     code = ctypes.create_string_buffer(size.value)
-    _check(nvrtc.nvrtcGetCUBIN(program, code))
+    check(nvrtc.nvrtcGetCUBIN(program, code))
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
     return code.raw
 
@@ -176,16 +159,3 @@ def _nvrtc() -> ctypes.CDLL:
         except OSError:
             continue
     raise CudaError(f"libnvrtc.so.{major}, a part of torch's CUDA packages, cannot be loaded")
-
-
-@functools.cache
-def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
-
-
-def _check(status: int) -> None:
-    """Raise CudaError for a status of the driver or of NVRTC other than success."""
-    if status:
-        text = ctypes.c_char_p()
-        _driver().cuGetErrorString(status, ctypes.byref(text))
-        raise CudaError(f"CUDA reports {status}: {(text.value or b'unknown').decode()}")

@@ -26,6 +26,8 @@ if schedule.IS_WORKER:
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+# Engines of tests compile, also if an earlier test has kept the same: tests of artifacts use them.
+os.environ.setdefault("COMPILEDLLM_DISABLE_CACHE", "1")
 # What was compiled is kept between runs. tests/graphs/test_compile.py starts without it.
 for name, folder in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
     os.environ.setdefault(name, str(cache_dir() / "tests" / folder))

@@ -71,18 +71,29 @@ def check_gpu_is_free(platform: Platform, share: float) -> None:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Bytes of GPU memory that steps take. activations: the peak of the largest step. workspaces:
+    what libraries hold on to from the first step on.
+    """
+
+    activations: int
+    workspaces: int
+
+
 @torch.inference_mode()
 def measure_activations(
     model: Decoder,
     kv_layout: KVLayout,
     limits: StepLimits,
     platform: Platform,
-) -> int:
+) -> Measured:
     """Peak bytes of the largest step, uncompiled, without weights and KV cache.
 
     The step runs on a KV cache of one block. Only the allocations of this process count.
     """
     device = platform.device
+    base = torch.cuda.memory_allocated(device)
     kv_caches = allocate_kv_caches(kv_layout, 1, limits.block_size, device)
     probe = ModelRunner(model, kv_layout, kv_caches, limits, max_blocks=1)
     torch.cuda.synchronize(device)
@@ -91,11 +102,11 @@ def measure_activations(
     probe.run_dummy(limits.max_num_batched_tokens, num_samples=limits.max_num_seqs)
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device)
-    if kv_layout.states:  # they are large, and the probe is part of a cycle of references
-        del probe, kv_caches
-        gc.collect()
+    del probe, kv_caches  # the probe is part of a cycle of references
+    gc.collect()
     torch.cuda.empty_cache()
-    return peak - before
+    retained = torch.cuda.memory_allocated(device) - base
+    return Measured(peak - before, max(retained, 0))
 
 
 def max_sampling_bytes(max_num_seqs: int, vocab_size: int) -> int:
@@ -110,15 +121,17 @@ def plan_memory(
     num_captures: int,
     sampling: int,
     states: int = 0,
+    workspaces: int = 0,
 ) -> MemoryBudget:
     """The budget of an engine. share: its fraction of the GPU's memory, (0, 1].
 
-    activations, sampling: bytes, see `MemoryBudget`. Captured steps share one memory pool, as large
+    activations, sampling: bytes, see `MemoryBudget`. workspaces: bytes that the process does not
+    hold yet, because another process has measured. Captured steps share one memory pool, as large
     as the largest step.
     """
     return MemoryBudget(
         limit=int(platform.memory_bytes * share),
-        held=torch.cuda.memory_allocated(platform.device),
+        held=torch.cuda.memory_allocated(platform.device) + workspaces,
         activations=activations,
         captures=(activations + num_captures * _BYTES_PER_GRAPH) if num_captures else 0,
         sampling=sampling,

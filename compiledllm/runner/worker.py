@@ -12,12 +12,14 @@ the two sizes, since devices that share a model must agree on both.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
 from compiledllm.choices import Choice, Report
+from compiledllm.graphs.artifact import Artifact
 from compiledllm.ledger import Ledger
+from compiledllm.log import log
 from compiledllm.models.build import build_model
 from compiledllm.models.decoder import Decoder
 from compiledllm.models.deterministic import fixed_order
@@ -26,6 +28,7 @@ from compiledllm.models.layers.linear import Matrix
 from compiledllm.runner.kv_cache import allocate_kv_caches, plan_num_blocks
 from compiledllm.runner.kv_scales import set_kv_scales
 from compiledllm.runner.memory import (
+    Measured,
     check_gpu_is_free,
     max_sampling_bytes,
     measure_activations,
@@ -34,6 +37,7 @@ from compiledllm.runner.memory import (
 from compiledllm.runner.model_runner import ModelRunner
 from compiledllm.runner.pending import PendingOutput
 from compiledllm.runner.plan import Plan
+from compiledllm.runner.start_cache import StartCache, label_of, why_not_cached
 from compiledllm.types import SchedulerOutput, StepOutput
 
 # Seconds of work before compiling in the background. On two CPU cores, compiling takes 10 to 30 s,
@@ -66,6 +70,9 @@ class Worker:
         self.ledger = ledger
         self.num_kv_blocks = 0
         self.runner: ModelRunner
+        self.cache = StartCache(plan)
+        self._measured: Measured | None = None
+        self._is_restored = False
         cache = plan.config.requested.cache
         is_sized = cache.num_kv_blocks or cache.kv_cache_memory_bytes
         if plan.platform.is_cuda and not is_sized:
@@ -136,6 +143,8 @@ class Worker:
             self.report.note("compile", Choice(*self._compile()))
         with self.ledger.phase("capture"):
             self._capture()
+        if not self._is_restored:
+            self.runner.compiler.call_when_ready(self._keep)
 
     def _build_model(self) -> Decoder:
         plan, options = self.plan, self.plan.config.requested
@@ -162,15 +171,22 @@ class Worker:
     def _plan_memory(self) -> int:
         """Bytes of the engine's share of a GPU that other uses than the KV cache take."""
         plan, limits = self.plan, self.plan.config.limits
+        known = artifact.memory if (artifact := self.cache.artifact()) else {}
+        if known:
+            self._measured, reason = Measured(**known), "activations measured by an earlier start"
+        else:
+            found = measure_activations(self._model, plan.kv_layout, limits, plan.platform)
+            self._measured, reason = found, "activations measured"
         budget = plan_memory(
             plan.platform,
             plan.config.requested.cache.gpu_memory_utilization,
-            measure_activations(self._model, plan.kv_layout, limits, plan.platform),
+            self._measured.activations,
             num_captures=len(plan.shapes_to_capture()),
             sampling=max_sampling_bytes(limits.max_num_seqs, self.spec.vocab_size),
             states=plan.state_bytes,
+            workspaces=self._measured.workspaces if known else 0,
         )
-        self.report.note("memory", Choice(budget, "activations measured"))
+        self.report.note("memory", Choice(budget, reason))
         return budget.in_use
 
     def _compile(self) -> tuple[str, str]:
@@ -180,6 +196,8 @@ class Worker:
             return "nothing", "enforce_eager"
         if config.requested.compile.deterministic:
             return "nothing", "deterministic"
+        if self._restore():
+            return "decoder block", f"by an earlier start, {self.cache.reason}"
         if obstacle := self.plan.platform.why_not_compile():
             return "nothing, running eagerly", obstacle
         if config.compile_when == "busy":
@@ -191,6 +209,44 @@ class Worker:
         if compiler.compile():
             return "decoder block", "before the first request"
         return "nothing, running eagerly", str(compiler.error)
+
+    def _restore(self) -> bool:
+        """Take over the compiled functions of an earlier start, if there are any that load."""
+        artifact = self.cache.artifact()
+        if artifact is None:
+            return False
+        try:
+            self.runner.compiler.restore(artifact.graphs)
+        except Exception as error:  # foreign code may fail in any way; this start compiles
+            reason = f"{type(error).__name__}: {error}"
+            log.warning("%s cannot be loaded (%s): compiling", self.cache.reason, reason)
+            return False
+        self._is_restored = True
+        return True
+
+    def _keep(self) -> None:
+        """Leave what this start compiled for the next one."""
+        if (artifact := self.make_artifact()) is not None:
+            self.cache.keep(artifact)
+
+    def make_artifact(self) -> Artifact | None:
+        """What this start compiled or took over, for others; None if it did neither."""
+        compiler = self.runner.compiler
+        if why_not_cached(self.plan) or not compiler.is_ready or compiler.why_not_saved:
+            return None
+        if self._is_restored:
+            return self.cache.artifact()
+        return Artifact(
+            self.cache.key,
+            label_of(self.plan),
+            compiler.saved,
+            {} if self._measured is None else asdict(self._measured),
+            self._captured(),
+        )
+
+    def _captured(self) -> list[tuple[int, int, int]]:
+        graphs = self.runner.graphs
+        return [] if graphs is None else [(*shape,) for shape in graphs.shapes]
 
     def _capture(self) -> None:
         """Capture steps as CUDA graphs, if the device and the attention backend allow it."""

@@ -91,9 +91,11 @@ def test_kernel_is_used_where_the_cache_cannot_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cuda_kernel, "_compile", lambda text, name, flags: b"code")
+    monkeypatch.setattr(cuda_kernel, "known_code", {})
     monkeypatch.setattr(cuda_kernel, "writable_folder", lambda _: tmp_path / "not there")
     with pytest.warns(UserWarning, match="is not kept for the next start"):
         assert cuda_kernel._compiled("dequantize.cu", (("CODE", 1),), "sm_90") == b"code"
+    cuda_kernel.known_code.clear()
     monkeypatch.setattr(cuda_kernel, "writable_folder", lambda _: tmp_path)
     assert cuda_kernel._compiled("dequantize.cu", (("CODE", 1),), "sm_90") == b"code"
     (kept,) = tmp_path.iterdir()

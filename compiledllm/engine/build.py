@@ -1,0 +1,75 @@
+"""`compiledllm build` and `compiledllm cache`: making, listing and explaining artifacts."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from compiledllm.caches import compiled_dir
+from compiledllm.config import ConfigError, EngineConfig
+from compiledllm.engine.plan_views import size
+from compiledllm.engine.startup import plan
+from compiledllm.graphs.artifact import explain, file_name, listed
+from compiledllm.log import show_logs
+from compiledllm.runner.artifact_key import key_of
+from compiledllm.runner.start_cache import (
+    artifacts_dir,
+    folders_of,
+    label_of,
+    why_not_cached,
+)
+
+
+def build(options: Mapping[str, Any], out: Path | None) -> Path:
+    """Start an engine, write its artifact into the folder `out` (default: the cache), and end.
+
+    Raises ConfigError if the engine cannot start or its compiled functions cannot be saved.
+    """
+    from compiledllm.engine.core import EngineCore
+
+    show_logs()
+    planned = plan(EngineConfig.from_options(**{**options, "compile_when": "start"}))
+    if reason := why_not_cached(planned):
+        raise ConfigError(f"there is nothing to build with {reason}; leave it out")
+    worker = EngineCore(planned).worker
+    artifact = worker.make_artifact()
+    if artifact is None:
+        compiler = worker.runner.compiler
+        reason = compiler.error or compiler.why_not_saved or "nothing was compiled"
+        raise ConfigError(f"the model runs, but what was compiled cannot be kept: {reason}")
+    try:
+        return worker.cache.write(artifact, out or artifacts_dir())
+    except OSError as error:
+        raise ConfigError(f"--out {out or artifacts_dir()} cannot be written: {error}") from None
+
+
+def lines_of_list(named: str | None) -> Iterator[str]:
+    """One line for each kept artifact: file, size, age, model and what else tells them apart."""
+    for path, manifest in listed(folders_of(named)):
+        if not isinstance(manifest, dict):
+            yield f"{path}  cannot be used: {manifest}"
+            continue
+        key, hours = manifest["key"], (time.time() - manifest["created"]) / 3600
+        facts = ", ".join(key[name] for name in ("dtype", "device", "torch") if name in key)
+        yield f"{path}  {size(path.stat().st_size)}  {hours:.1f} h  {manifest['label']} ({facts})"
+
+
+def explanation(options: Mapping[str, Any]) -> str:
+    """Whether a start with these options finds its artifact, and if not, what differs."""
+    planned = plan(EngineConfig.from_options(**options, load_format="dummy"))
+    if reason := why_not_cached(planned):
+        return f"miss: {reason}"
+    key, folders = key_of(planned), folders_of(planned.config.requested.compile.artifact_dir)
+    found = explain(key, label_of(planned), folders)
+    return f"hit: {found}" if file_name(key) in found else f"miss: {found}"
+
+
+def clear() -> str:
+    """Remove all compiled code of the cache. Returns a line that says how much this freed."""
+    folder = compiled_dir()
+    num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    shutil.rmtree(folder, ignore_errors=True)
+    return f"{size(num_bytes)} freed in {folder}"

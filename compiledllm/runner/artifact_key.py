@@ -1,0 +1,144 @@
+"""The key of a start's artifact: a list of all that decides what is compiled and measured."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform as system
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import compiledllm.graphs
+import compiledllm.kernels
+import compiledllm.models
+import compiledllm.runner
+from compiledllm.platform import Platform
+from compiledllm.runner.plan import Plan
+
+# Fields of the model's spec that decide the code of blocks and edges, or the size of a step.
+_SPEC_FIELDS = (
+    *("vocab_size", "hidden_size", "final_norm", "num_learned_positions", "first_position"),
+    *("embedding_scale", "embedding_size", "logit_scale", "logit_soft_cap", "lm_head_bias"),
+    *("implementation", "formats", "dtype", "kv_dtype", "state_dtype"),
+)
+_COMPILERS_VARIABLES = ("TORCHINDUCTOR_", "TORCH_COMPILE_", "TRITON_", "PYTORCH_")
+_FOLDER_VARIABLES = ("_DIR", "_HOME", "_PATH")  # they say where files lie, not what is in them
+_MAX_SHOWN = 60  # characters of a value in the key; longer values are shown as digests
+
+
+def key_of(plan: Plan) -> dict[str, str]:
+    """Name of a deciding fact -> its value."""
+    spec, limits = plan.spec, plan.config.limits
+    layers = list(dict.fromkeys(spec.layers))
+    facts: dict[str, Any] = {
+        "source": source_digest(),
+        **_software(),
+        **(_gpu(plan.platform) if plan.platform.is_cuda else _cpu()),
+        "architecture": spec.architecture,
+        "layers": layers,
+        **{name: getattr(spec, name) for name in _SPEC_FIELDS},
+        "attention_backend": plan.backend.name,
+        "kv_groups": plan.kv_layout.windows,
+        "block_size": limits.block_size,
+        "max_num_seqs": limits.max_num_seqs,
+        "max_num_batched_tokens": limits.max_num_batched_tokens,
+        "max_model_len": limits.max_model_len,
+        "captured": plan.shapes_to_capture(),
+    }
+    return {name: _shown(value) for name, value in facts.items()}
+
+
+def _software() -> dict[str, Any]:
+    return {
+        "python": f"{sys.implementation.cache_tag} {system.machine()}",
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "compilers_variables": _variables(os.environ),
+    }
+
+
+def _gpu(platform: Platform) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(platform.device)
+    return {
+        "device": f"cuda:{platform.device.index or 0}",
+        "gpu": platform.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "cuda": torch.version.cuda,
+        "driver": _driver_version(),
+    }
+
+
+def _driver_version() -> Any:
+    """The newest CUDA version that the driver supports, as a number."""
+    driver: Any = torch._C
+    return driver._cuda_getDriverVersion()
+
+
+def _cpu() -> dict[str, Any]:
+    """Inductor compiles for the very CPU, and divides loops by the number of threads."""
+    return {
+        "device": "cpu",
+        "cpu": _cpu_flags(),
+        "threads": torch.get_num_threads(),
+        "libc": os.confstr("CS_GNU_LIBC_VERSION") if hasattr(os, "confstr") else None,
+    }
+
+
+@functools.cache
+def _cpu_flags() -> str:
+    """A digest of the CPU's instruction sets, or its name where the system does not list them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return system.processor()
+    kinds = ("model name", "flags", "Features")
+    first = {line.split(":")[0].strip(): line for line in reversed(lines) if ":" in line}
+    return _digest("".join(first.get(kind, "") for kind in kinds))
+
+
+def _variables(environment: Mapping[str, str]) -> dict[str, str]:
+    return {
+        name: value
+        for name, value in sorted(environment.items())
+        if name.startswith(_COMPILERS_VARIABLES) and not name.endswith(_FOLDER_VARIABLES)
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+@functools.cache
+def source_digest() -> str:
+    """A digest of our code that decides what is compiled and measured."""
+    found = hashlib.sha256()
+    for package in (
+        compiledllm.graphs,
+        compiledllm.kernels,
+        compiledllm.models,
+        compiledllm.runner,
+    ):
+        folder = Path(next(iter(package.__path__)))
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in (".py", ".cu", ".cuh", ".h"):
+                found.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
+    return found.hexdigest()[:12]
+
+
+def _shown(value: Any) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"digest {_digest(text)}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

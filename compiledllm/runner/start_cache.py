@@ -1,0 +1,142 @@
+"""What a worker takes over from an earlier start, and what it leaves for the next one.
+
+    cache = StartCache(plan)      # begins to read in a thread
+    artifact = cache.artifact()   # waits; None: this start must compile
+    cache.keep(artifact)          # writes in a thread
+
+The engine runs without any of it: a file that is missing, damaged or unwritable costs time only.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+from compiledllm.caches import compiled_dir, why_not_writable
+from compiledllm.graphs import artifact as files
+from compiledllm.graphs.artifact import Artifact, Folder
+from compiledllm.kernels import cuda_kernel
+from compiledllm.log import log
+from compiledllm.runner.artifact_key import key_of
+from compiledllm.runner.plan import Plan
+
+_TRITON, _NVRTC = "triton/", "nvrtc/"  # folders of binaries in an artifact
+
+
+def artifacts_dir() -> Path:
+    return compiled_dir() / "artifacts"
+
+
+def folders_of(named: str | None) -> list[Folder]:
+    """Where artifacts are looked for. named: the option `artifact_dir`."""
+    ours = Folder(artifacts_dir())
+    return [Folder(Path(named), is_named=True), ours] if named else [ours]
+
+
+def label_of(plan: Plan) -> str:
+    """The model's name, for people: artifacts of equal names are compared."""
+    model = plan.config.requested.model.model
+    return Path(model).name if model else "the default model"
+
+
+class StartCache:
+    """The artifact of a plan.
+
+    Attributes: `reason`, why there is no artifact or where it comes from.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._found: Artifact | str = ""
+        self._thread: threading.Thread | None = None
+        if reason := why_not_cached(plan):
+            self._found = reason
+            return
+        self.key = key_of(plan)
+        if self._has_triton:
+            from compiledllm.kernels import triton_cache
+
+            triton_cache.note_entries()
+        self._thread = threading.Thread(target=self._read, name="artifact", daemon=True)
+        self._thread.start()
+
+    @property
+    def _has_triton(self) -> bool:
+        return self._plan.platform.is_cuda and self._plan.backend.name != "torch"
+
+    def artifact(self) -> Artifact | None:
+        """Wait for the artifact; its kernels' binaries are in their caches then."""
+        if self._thread is not None:
+            self._thread.join()
+        return self._found if isinstance(self._found, Artifact) else None
+
+    @property
+    def reason(self) -> str:
+        """Why there is no artifact, or that there is one."""
+        found = self._found
+        return found if isinstance(found, str) else files.file_name(found.key)
+
+    def _read(self) -> None:
+        named = self._plan.config.requested.compile.artifact_dir
+        try:
+            found = files.find(self.key, label_of(self._plan), folders_of(named))
+            if isinstance(found, Artifact):
+                self._provide(found)
+            elif named:
+                log.warning("artifact_dir=%s has nothing for this start: %s", named, found)
+            self._found = found
+        except Exception as error:  # any file system or file may fail in its own way
+            self._found = f"{type(error).__name__}: {error}"
+            log.warning("no artifact of an earlier start is used (%s)", self._found)
+
+    def _provide(self, artifact: Artifact) -> None:
+        """Put the kernels' binaries where the kernels' libraries look for them."""
+        cuda_kernel.known_code.update(_within(_NVRTC, artifact.binaries))
+        if self._has_triton:
+            from compiledllm.kernels import triton_cache
+
+            triton_cache.provide(_within(_TRITON, artifact.binaries))
+
+    def keep(self, artifact: Artifact) -> None:
+        """Write an artifact into the cache, in a thread which the process's end waits for."""
+        threading.Thread(target=self._keep, args=(artifact,), name="keep").start()
+
+    def _keep(self, artifact: Artifact) -> None:
+        folder = artifacts_dir()
+        try:
+            if reason := why_not_writable(folder):
+                log.info("nothing is kept for the next start: %s", reason)
+                return
+            self.write(artifact, folder)
+        except Exception as error:  # whatever fails, this engine runs on
+            log.warning("nothing is kept for the next start: %s: %s", type(error).__name__, error)
+
+    def write(self, artifact: Artifact, folder: Path) -> Path:
+        """Write an artifact, with the binaries that this process used, into a folder."""
+        binaries = {_NVRTC + name: code for name, code in cuda_kernel.known_code.items()}
+        if self._has_triton:
+            from compiledllm.kernels import triton_cache
+
+            entries = triton_cache.entries()
+            binaries |= {_TRITON + name: content for name, content in entries.items()}
+        artifact.binaries = binaries
+        path = files.write(artifact, folder)
+        log.info("kept for the next start: %s", path)
+        return path
+
+
+def why_not_cached(plan: Plan) -> str | None:
+    """Why a start neither uses nor leaves an artifact, or None."""
+    options = plan.config.requested.compile
+    if options.enforce_eager:
+        return "enforce_eager"
+    if options.deterministic:
+        return "deterministic"
+    if os.environ.get("COMPILEDLLM_DISABLE_CACHE", "") not in ("", "0"):
+        return "COMPILEDLLM_DISABLE_CACHE is set"
+    return None
+
+
+def _within(prefix: str, binaries: dict[str, bytes]) -> dict[str, bytes]:
+    return {n.removeprefix(prefix): code for n, code in binaries.items() if n.startswith(prefix)}

@@ -1,0 +1,237 @@
+"""The artifact of a start: one file with what a start compiled, measured and chose.
+
+A file appears whole or not at all, under a name made of its key, so builders that work at the same
+time replace each other's equal file. The key is an allow-list of all that decides the content: with
+an equal key the content fits, on this machine or on another of the same kind. A file that cannot be
+used is named with the reason and made again. Loading an artifact runs its code, so a file that
+others may write is not read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from compiledllm.caches import why_not_trusted
+from compiledllm.graphs.saved_graph import Kernel, SavedGraph
+from compiledllm.log import log
+
+FORMAT = 1  # of files and keys; files of another format are not read
+SUFFIX = ".artifact"
+_MANIFEST = "manifest.json"
+_MAX_FILES = 64  # of a folder; the files that were used longest ago make room
+_ABANDONED_S = 3600.0  # an unfinished file of this age has no writer any more
+
+
+class BadArtifact(Exception):
+    """A file that cannot be used, with the reason."""
+
+
+@dataclass(slots=True)
+class Artifact:
+    """What a start leaves for the next one.
+
+    key: names of deciding facts -> their values. label: the model, for people. memory: measured
+    bytes by name. shapes: the step shapes that were captured. binaries: path -> machine code of
+    kernels outside of the graphs.
+    """
+
+    key: dict[str, str]
+    label: str
+    graphs: list[SavedGraph] = field(default_factory=list)
+    memory: dict[str, int] = field(default_factory=dict)
+    shapes: list[tuple[int, int, int]] = field(default_factory=list)
+    binaries: dict[str, bytes] = field(default_factory=dict)
+    created: float = field(default_factory=time.time)
+
+
+def file_name(key: Mapping[str, str]) -> str:
+    text = json.dumps([FORMAT, sorted(key.items())])
+    return hashlib.sha256(text.encode()).hexdigest()[:32] + SUFFIX
+
+
+# -- writing ---------------------------------------------------------------------------------------
+
+
+def write(artifact: Artifact, folder: Path) -> Path:
+    """Write an artifact into a folder, and remove surplus files there. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    target = folder / file_name(artifact.key)
+    unfinished = folder / f".{os.getpid()}.{os.urandom(4).hex()}{SUFFIX}"
+    try:
+        file = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        with open(file, "wb") as writer:
+            _write_zip(artifact, writer)
+            writer.flush()
+            os.fsync(writer.fileno())
+        unfinished.replace(target)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    _remove_surplus(folder)
+    return target
+
+
+def _write_zip(artifact: Artifact, writer: Any) -> None:
+    contents = {f"binaries/{path}": code for path, code in artifact.binaries.items()}
+    graphs = []
+    for index, graph in enumerate(artifact.graphs):
+        kernels = {}
+        for name, kernel in graph.kernels.items():
+            kernels[name] = kernel.launch
+            contents[f"kernels/{index}/{name}"] = kernel.code
+        graphs.append(asdict(graph) | {"kernels": kernels})
+    manifest = {
+        "format": FORMAT,
+        "key": artifact.key,
+        "label": artifact.label,
+        "created": artifact.created,
+        "memory": artifact.memory,
+        "shapes": artifact.shapes,
+        "graphs": graphs,
+        "digests": {path: _digest(code) for path, code in contents.items()},
+    }
+    with zipfile.ZipFile(writer, "w") as file:
+        file.writestr(_MANIFEST, json.dumps(manifest))
+        for path, code in contents.items():
+            file.writestr(path, code)
+
+
+def _remove_surplus(folder: Path) -> None:
+    """Remove files that were used longest ago, and those that a killed process left unfinished."""
+    with contextlib.suppress(OSError):
+        found = [(path.stat().st_mtime, path) for path in folder.glob(f"*{SUFFIX}")]
+        finished = sorted(pair for pair in found if not pair[1].name.startswith("."))
+        old = time.time() - _ABANDONED_S
+        left = [path for used, path in found if path.name.startswith(".") and used < old]
+        for path in [*left, *(path for _, path in finished[:-_MAX_FILES])]:
+            path.unlink(missing_ok=True)
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+def read(path: Path, any_owner: bool = False) -> Artifact:
+    """Read an artifact and check its digests. Raises BadArtifact, or FileNotFoundError.
+
+    any_owner: whether the file may belong to another user, because this user has named its folder.
+    """
+    with _opened(path, any_owner) as file:
+        manifest = _manifest(file)
+        contents = {}
+        for name, digest in manifest["digests"].items():
+            contents[name] = file.read(name)
+            if _digest(contents[name]) != digest:
+                raise BadArtifact(f"{name} differs from its checksum")
+        graphs = []
+        for index, saved in enumerate(manifest["graphs"]):
+            launches = saved.pop("kernels").items()
+            kernels = {
+                n: Kernel(contents[f"kernels/{index}/{n}"], launch) for n, launch in launches
+            }
+            graphs.append(SavedGraph(**saved, kernels=kernels))
+    prefix = "binaries/"
+    with contextlib.suppress(OSError):  # a folder of somebody else, or read-only
+        os.utime(path)
+    return Artifact(
+        manifest["key"],
+        manifest["label"],
+        graphs,
+        manifest["memory"],
+        [tuple(shape) for shape in manifest["shapes"]],
+        {n.removeprefix(prefix): c for n, c in contents.items() if n.startswith(prefix)},
+        manifest["created"],
+    )
+
+
+def read_manifest(path: Path, any_owner: bool = False) -> dict[str, Any]:
+    """The manifest alone. Raises BadArtifact, or FileNotFoundError."""
+    with _opened(path, any_owner) as file:
+        return _manifest(file)
+
+
+@contextlib.contextmanager
+def _opened(path: Path, any_owner: bool) -> Iterator[zipfile.ZipFile]:
+    for place in (path, path.parent):
+        if reason := why_not_trusted(place, any_owner):
+            raise BadArtifact(reason)
+    try:
+        with zipfile.ZipFile(path) as file:
+            yield file
+    except FileNotFoundError:
+        raise
+    except (zipfile.BadZipFile, OSError, EOFError, LookupError, TypeError, ValueError) as error:
+        raise BadArtifact(f"it is damaged ({error})") from error
+
+
+def _manifest(file: zipfile.ZipFile) -> dict[str, Any]:
+    manifest: dict[str, Any] = json.loads(file.read(_MANIFEST))
+    if manifest["format"] != FORMAT:
+        raise BadArtifact(f"it has format {manifest['format']}, and this version reads {FORMAT}")
+    return manifest
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+# -- finding ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A folder of artifacts. is_named: the user has named the folder, so owners do not matter."""
+
+    path: Path
+    is_named: bool = False
+
+
+def find(key: Mapping[str, str], label: str, folders: Sequence[Folder]) -> Artifact | str:
+    """The artifact of this key in the first folder that has a usable one, or why there is none."""
+    name = file_name(key)
+    for folder in folders:
+        try:
+            return read(folder.path / name, folder.is_named)
+        except FileNotFoundError:
+            continue
+        except BadArtifact as error:
+            log.warning("%s is not used: %s", folder.path / name, error)
+    return explain(key, label, folders)
+
+
+def explain(key: Mapping[str, str], label: str, folders: Sequence[Folder]) -> str:
+    """One line that says whether a start finds its artifact, or what differs in the nearest one."""
+    nearest: tuple[int, str] | None = None
+    for path, manifest in listed(folders):
+        if not isinstance(manifest, dict) or manifest["label"] != label:
+            continue
+        if not (differing := differences(key, manifest["key"])):
+            return f"{path} fits"
+        line = f"{path.name} differs: {'; '.join(differing)}"
+        nearest = min(nearest or (len(differing), line), (len(differing), line))
+    return nearest[1] if nearest else f"none is kept for {label}"
+
+
+def differences(key: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
+    """The fields in which a kept key differs from the one that is needed."""
+    names = [name for name in {**key, **other} if key.get(name) != other.get(name)]
+    return [f"{name} is {key.get(name)}, not {other.get(name)}" for name in names]
+
+
+def listed(folders: Sequence[Folder]) -> Iterator[tuple[Path, dict[str, Any] | str]]:
+    """All artifacts: the path, and the manifest or the reason why the file cannot be used."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            for path in sorted(folder.path.glob(f"[!.]*{SUFFIX}")):
+                try:
+                    yield path, read_manifest(path, folder.is_named)
+                except BadArtifact as error:
+                    yield path, str(error)
