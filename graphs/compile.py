@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from compiledllm.graphs.inductor_output import CannotSave, Recording
 from compiledllm.graphs.saved_graph import SavedGraph, restore
+from compiledllm.kernels import late_compiles
 from compiledllm.platform import can_overlap_kernels
 
 log = logging.getLogger("compiledllm")
@@ -293,7 +294,7 @@ class BlockCompiler:
         def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
             self.num_compiles += 1
             if self.is_ready:
-                log.warning("the decoder block was compiled again after warm-up: this is a bug")
+                late_compiles.report(f"the decoder's {example.name}")
             return recording.compile(graph, inputs, self._inductor_options)
 
         function = _own_copy(self.eager[example.name])

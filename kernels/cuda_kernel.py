@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from compiledllm.caches import writable_folder
+from compiledllm.kernels import late_compiles
 from compiledllm.kernels.machine_code import (
     OVERLAP,
     CudaError,
@@ -97,6 +98,7 @@ def _compiled(source: str, options: tuple[tuple[str, int], ...], architecture: s
         if path.is_file():
             known_code[name] = path.read_bytes()
         else:
+            late_compiles.note(source)
             known_code[name] = _compile(text, source, flags)
             _keep(known_code[name], path)
     return known_code[name]

@@ -20,6 +20,8 @@ from compiledllm.config import AUTO, ConfigError
 from compiledllm.engine.isolation import Isolation
 from compiledllm.engine.plan_views import start_lines
 from compiledllm.engine.served_model import ServedModel
+from compiledllm.engine.warm_up import warm_up
+from compiledllm.kernels import late_compiles
 from compiledllm.ledger import Ledger
 from compiledllm.log import log
 from compiledllm.models.spec import ModelSpec
@@ -29,6 +31,7 @@ from compiledllm.resolved_config import ResolvedConfig
 from compiledllm.runner.model_runner import ModelRunner
 from compiledllm.runner.pending import PendingOutput
 from compiledllm.runner.plan import Plan
+from compiledllm.runner.start_cache import why_not_cached
 from compiledllm.runner.worker import Worker
 from compiledllm.scheduler.block_pool import BlockPool
 from compiledllm.scheduler.policy import BALANCED_TOKENS, Pace
@@ -56,19 +59,27 @@ class EngineCore:
         self._started: dict[str, float] = {}  # of the news to come
         self._in_flight: deque[tuple[SchedulerOutput, PendingOutput]] = deque()
         self.ledger = ledger or Ledger()
-        self.worker = Worker(plan, self.ledger)
-        num_kv_blocks = self.worker.count_kv_blocks()
-        self.scheduler = _scheduler(plan, num_kv_blocks)
-        limits = plan.config.limits
-        max_len = min(limits.max_model_len, self.scheduler.kv.max_request_tokens)
-        self.worker.start(num_kv_blocks, max_blocks=-(-max_len // limits.block_size))
-        if self.max_model_len < limits.max_model_len:
+        with late_compiles.starting():
+            self._start(plan)
+        if self.max_model_len < plan.config.limits.max_model_len:
             choice = Choice(self.max_model_len, "what the KV cache holds")
             self.worker.report.note("max_model_len", choice)
         self.report: Report = plan.report | self.worker.report
         self.startup_s = self.ledger.close()
         for topic, line in start_lines(plan, self.worker).items():
             log.info("%-10s %s", topic, line)
+
+    def _start(self, plan: Plan) -> None:
+        self.worker = Worker(plan, self.ledger)
+        num_kv_blocks = self.worker.count_kv_blocks()
+        self.scheduler = _scheduler(plan, num_kv_blocks)
+        limits = plan.config.limits
+        max_len = min(limits.max_model_len, self.scheduler.kv.max_request_tokens)
+        self.worker.start(num_kv_blocks, max_blocks=-(-max_len // limits.block_size))
+        if plan.platform.is_cuda and not self.worker.is_restored and not why_not_cached(plan):
+            with self.ledger.phase("compile"):
+                warm_up(self)
+        self.worker.finish_start()
 
     @property
     def config(self) -> ResolvedConfig:

@@ -16,7 +16,7 @@ from pathlib import Path
 from compiledllm.caches import compiled_dir, why_not_writable
 from compiledllm.graphs import artifact as files
 from compiledllm.graphs.artifact import Artifact, Folder
-from compiledllm.kernels import cuda_kernel
+from compiledllm.kernels import cuda_kernel, late_compiles
 from compiledllm.log import log
 from compiledllm.runner.artifact_key import key_of
 from compiledllm.runner.plan import Plan
@@ -58,6 +58,7 @@ class StartCache:
             from compiledllm.kernels import triton_cache
 
             triton_cache.note_entries()
+            late_compiles.watch_triton()
         self._thread = threading.Thread(target=self._read, name="artifact", daemon=True)
         self._thread.start()
 

@@ -18,6 +18,7 @@ import torch
 
 from compiledllm.choices import Choice, Report
 from compiledllm.graphs.artifact import Artifact
+from compiledllm.kernels import late_compiles
 from compiledllm.ledger import Ledger
 from compiledllm.log import log
 from compiledllm.models.build import build_model
@@ -57,8 +58,8 @@ class Worker:
     """The model of a plan on the plan's device.
 
     Attributes: `spec` (as loaded: the checkpoint may have a head of its own), `report` (choices
-    that needed the device), `ledger` (seconds by phase), and after `start` `num_kv_blocks` (without
-    the null block) and `runner`.
+    that needed the device), `ledger` (seconds by phase), `is_restored` (whether an earlier start
+    compiled), and after `start` `num_kv_blocks` (without the null block) and `runner`.
 
     The constructor loads the weights. Raises ConfigError if they do not fit the spec, or if other
     processes hold the GPU's memory.
@@ -72,7 +73,7 @@ class Worker:
         self.runner: ModelRunner
         self.cache = StartCache(plan)
         self._measured: Measured | None = None
-        self._is_restored = False
+        self.is_restored = False
         cache = plan.config.requested.cache
         is_sized = cache.num_kv_blocks or cache.kv_cache_memory_bytes
         if plan.platform.is_cuda and not is_sized:
@@ -103,7 +104,8 @@ class Worker:
         self.runner.reset()
 
     def stats(self) -> WorkerStats:
-        return WorkerStats(self.runner.compiler.num_recompiles)
+        late = self.runner.compiler.num_recompiles + late_compiles.num_kernels
+        return WorkerStats(late)
 
     # -- start-up ------------------------------------------------------------------------------
 
@@ -143,8 +145,6 @@ class Worker:
             self.report.note("compile", Choice(*self._compile()))
         with self.ledger.phase("capture"):
             self._capture()
-        if not self._is_restored:
-            self.runner.compiler.call_when_ready(self._keep)
 
     def _build_model(self) -> Decoder:
         plan, options = self.plan, self.plan.config.requested
@@ -210,6 +210,11 @@ class Worker:
             return "decoder block", "before the first request"
         return "nothing, running eagerly", str(compiler.error)
 
+    def finish_start(self) -> None:
+        """Leave an artifact, now or once the compiler is ready. To be called after a warm-up."""
+        if not self.is_restored:
+            self.runner.compiler.call_when_ready(self._keep)
+
     def _restore(self) -> bool:
         """Take over the compiled functions of an earlier start, if there are any that load."""
         artifact = self.cache.artifact()
@@ -221,7 +226,7 @@ class Worker:
             reason = f"{type(error).__name__}: {error}"
             log.warning("%s cannot be loaded (%s): compiling", self.cache.reason, reason)
             return False
-        self._is_restored = True
+        self.is_restored = True
         return True
 
     def _keep(self) -> None:
@@ -234,7 +239,7 @@ class Worker:
         compiler = self.runner.compiler
         if why_not_cached(self.plan) or not compiler.is_ready or compiler.why_not_saved:
             return None
-        if self._is_restored:
+        if self.is_restored:
             return self.cache.artifact()
         return Artifact(
             self.cache.key,

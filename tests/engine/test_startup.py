@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from compiledllm import Engine
+from compiledllm import Engine, SamplingParams
 from compiledllm.config import ConfigError, EngineConfig
 from compiledllm.engine.startup import plan
+from compiledllm.engine.warm_up import KINDS, warm_up
 
 TINY = {"device": "cpu", "dtype": "bfloat16", "skip_tokenizer_init": True, "enforce_eager": True}
 WINDOWS = {
@@ -20,6 +21,7 @@ WINDOWS = {
 }
 # Options that say nothing about how the engine runs: None or "auto" is their meaning.
 MAY_BE_OPEN = {
+    "artifact_dir",
     "chat_template",
     "default_chat_template_kwargs",
     "model",
@@ -69,3 +71,39 @@ def test_options_in_use_make_the_same_engine_again(
     again = Engine(**options).core
     assert again.options() == options
     assert again.scheduler.kv.windows == core.scheduler.kv.windows
+
+
+def test_warm_up_runs_every_kind_of_request_and_leaves_no_trace(
+    tiny_llama: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = Engine(tiny_llama(), **TINY)
+    core, params = engine.core, SamplingParams(temperature=0, max_tokens=5)
+    expected = engine.generate([[3] * 40], params, use_tqdm=False)[0].outputs[0].token_ids
+    ran: list[int] = []
+    launch = core.worker.launch
+    core.worker.launch = lambda step: ran.append(len(step.scheduled)) or launch(step)
+    warm_up(core)
+    assert max(ran) == 2 * len(KINDS) and "warm-up failed" not in caplog.text
+    assert not core.has_unfinished() and core.scheduler.block_pool.usage == 0
+    core.scheduler.check_invariants()
+    found = engine.generate([[3] * 40], params, use_tqdm=False)[0].outputs[0].token_ids
+    assert found == expected
+
+
+def test_failing_warm_up_does_not_end_a_start(
+    tiny_llama: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("compiledllm.log.log.propagate", True)
+    engine = Engine(tiny_llama(), **TINY)
+
+    def fail(_: object) -> None:
+        raise RuntimeError("no such kernel")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.core.worker, "launch", fail)
+        warm_up(engine.core)
+    assert "the warm-up failed (RuntimeError: no such kernel)" in caplog.text
+    (output,) = engine.generate([[5, 6, 7]], SamplingParams(max_tokens=2), use_tqdm=False)
+    assert output.finished

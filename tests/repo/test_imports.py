@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "scheduler": {"types", "sampling_params", "outputs", "config", "log"},
     "runner": {"grammars", "graphs", "models", "kernels", *LEAVES},
     "grammars": {"structured_outputs", "log"},
-    "graphs": {"kernels.machine_code", *LEAVES},
+    "graphs": {"kernels.machine_code", "kernels.late_compiles", *LEAVES},
     "models": {"kernels", *LEAVES},
     "kernels": {"platform", "caches"},
     "benchmarks": {
