@@ -53,6 +53,9 @@ _MIXED_TOKENS = (
 # captured. Logits are computed for all rows, padding included, which a large step hardly notices.
 _MIXED_ROWS = ((8, 768), (64, 1024), (192, 1024), (256, 2048))
 
+# Steps of at most this size are captured before the first request.
+_FIRST_ROWS, _FIRST_TOKENS = 8, 512
+
 
 def step_shapes(max_rows: int, max_tokens: int) -> list[StepShape]:
     """The shapes to capture: decode steps of every bucket size, and steps with prompts.
@@ -68,6 +71,11 @@ def step_shapes(max_rows: int, max_tokens: int) -> list[StepShape]:
         if rows < tokens <= min(limit, max_tokens)
     ]
     return decode + mixed
+
+
+def is_needed_first(shape: StepShape) -> bool:
+    """Whether a start captures this shape at once: small batches, and prompts that come alone."""
+    return shape.num_rows <= _FIRST_ROWS and shape.num_tokens <= _FIRST_TOKENS
 
 
 def shape_for(shape: StepShape, shapes: Iterable[StepShape]) -> StepShape | None:

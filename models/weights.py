@@ -15,6 +15,7 @@ quantised matrix by one `QuantizedMatrix`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from types import ModuleType
 
@@ -39,6 +40,7 @@ from compiledllm.models.formats.weight_format import Slot, TensorSlot
 from compiledllm.models.layers.linear import Matrix, SharedExpert
 from compiledllm.models.names import NameRules, slots_of
 from compiledllm.models.registry import family_of, scheme_of_checkpoint
+from compiledllm.models.staging import Copier, make_copier
 
 
 def load_weights(model: Decoder, checkpoint: Path) -> None:
@@ -54,13 +56,14 @@ def load_weights(model: Decoder, checkpoint: Path) -> None:
         _settle_head(model, rules, files)
     missing = _destinations(model)
     unexpected: list[str] = []
-    for name, stored in _stored(model, family, files, rules, missing):
-        slots = _match(rules.target_of(name), missing)
-        if slots is None:
-            unexpected.append(name)
-        else:
-            _check(checkpoint, name, stored, slots)
-            _fill(checkpoint, name, stored, slots)
+    with closing(make_copier(model.embedding.device)) as copier:
+        for name, stored in _stored(model, family, files, rules, missing):
+            slots = _match(rules.target_of(name), missing)
+            if slots is None:
+                unexpected.append(name)
+            else:
+                _check(checkpoint, name, stored, slots)
+                _fill(checkpoint, name, stored, slots, copier)
     _report(checkpoint, "unexpected tensors", unexpected)
     absent = [rules.source_of(target) for target in missing]
     way_out = _HOW_TO_TIE if list(missing) == ["lm_head.weight"] else ""
@@ -121,11 +124,14 @@ def _check(checkpoint: Path, name: str, stored: Content, slots: list[Slot]) -> N
         )
 
 
-def _fill(checkpoint: Path, name: str, stored: Content, slots: list[Slot]) -> None:
+def _fill(checkpoint: Path, name: str, stored: Content, slots: list[Slot], copier: Copier) -> None:
     parts = split_rows(stored, [slot.shape[0] for slot in slots])
     try:
         for slot, part in zip(slots, parts, strict=True):
-            slot.put(part)
+            if isinstance(slot, TensorSlot) and isinstance(part, Tensor) and part.is_cpu:
+                copier.copy(slot.tensor, part)
+            else:
+                slot.put(part)
     except ValueError as error:
         raise ConfigError(f"{checkpoint}: tensor '{name}': {error}") from error
 

@@ -66,6 +66,8 @@ class EngineLoop:
         """Handle all messages that have arrived; if the engine is idle, wait for one."""
         self._lifeline.turn()
         must_wait = not self._core.has_unfinished()
+        while must_wait and self._inbox.empty() and self._core.worker.use_idle_time():
+            self._lifeline.turn()
         while True:
             try:
                 message = self._inbox.get(block=must_wait)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -89,6 +90,8 @@ class ModelRunner:
         the output of this step is collected.
         """
         started = time.perf_counter()
+        if self.graphs is not None:
+            self.graphs.capture_wanted()
         output = self._launch(step)
         self.compiler.count_work(time.perf_counter() - started)
         return output
@@ -225,8 +228,13 @@ class ModelRunner:
         self._step(batch, num_samples, keeps_all=True)
 
     @torch.inference_mode()
-    def capture(self, shapes: list[StepShape]) -> StepGraphs:
-        """Capture a CUDA graph of a step for each shape. CUDA only."""
+    def capture(
+        self, shapes: list[StepShape], first: Callable[[StepShape], bool] | None = None
+    ) -> StepGraphs:
+        """Capture a CUDA graph of a step for each shape. CUDA only.
+
+        first: which shapes to capture now; the others follow when idle or needed. None: all.
+        """
         spec, max_rows = self.model.spec, max(shape.num_rows for shape in shapes)
         sizes = spec.vocab_size, spec.hidden_size
         self.logits, self.hidden = (
@@ -238,7 +246,7 @@ class ModelRunner:
         for shape in shapes:
             self._plan(padding, inputs[shape], shape)
         graphs = StepGraphs(self._captured_step, inputs, self.device)
-        graphs.capture()
+        graphs.capture(first)
         self.graphs = graphs
         return graphs
 

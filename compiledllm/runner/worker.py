@@ -18,10 +18,12 @@ import torch
 
 from compiledllm.choices import Choice, Report
 from compiledllm.graphs.artifact import Artifact
+from compiledllm.graphs.buckets import is_needed_first
 from compiledllm.kernels import late_compiles
 from compiledllm.ledger import Ledger
 from compiledllm.log import log
 from compiledllm.models.build import build_model
+from compiledllm.models.checkpoint import weight_files
 from compiledllm.models.decoder import Decoder
 from compiledllm.models.deterministic import fixed_order
 from compiledllm.models.formats.kv_scales import stored_kv_scales
@@ -80,6 +82,8 @@ class Worker:
             check_gpu_is_free(plan.platform, cache.gpu_memory_utilization)
         with ledger.phase("weights"):
             self._model = self._build_model()
+        if plan.config.requested.model.load_format != "dummy":
+            ledger.weight_bytes = sum(f.stat().st_size for f in weight_files(plan.checkpoint))
         self.spec = self._model.spec
         if self.spec.tie_word_embeddings != plan.spec.tie_word_embeddings:
             own_head = Choice(False, "the checkpoint has its own head")
@@ -210,6 +214,11 @@ class Worker:
             return "decoder block", "before the first request"
         return "nothing, running eagerly", str(compiler.error)
 
+    def use_idle_time(self) -> bool:
+        """Do a piece of a start's work that was put off. False if nothing is left to do."""
+        graphs = self.runner.graphs
+        return graphs is not None and graphs.capture_next()
+
     def finish_start(self) -> None:
         """Leave an artifact, now or once the compiler is ready. To be called after a warm-up."""
         if not self.is_restored:
@@ -258,8 +267,14 @@ class Worker:
         if obstacle := self.plan.why_not_capture():
             self.report.note("capture", Choice("nothing", obstacle))
             return
-        graphs = self.runner.capture(self.plan.shapes_to_capture())
+        # With compiled kernels, capturing a step takes milliseconds and can wait. A backend that
+        # plans each step on the host plans all captures at once.
+        can_wait = self.is_restored and self.plan.backend.runs_ahead
+        first = is_needed_first if can_wait else None
+        graphs = self.runner.capture(self.plan.shapes_to_capture(), first)
         sizes = f"{len(graphs.shapes)} step sizes"
+        if graphs.num_waiting:
+            sizes += f" now, {graphs.num_waiting} when idle or needed"
         self.report.note("capture", Choice(sizes, f"whole steps, {graphs.capture_s:.1f} s"))
 
 

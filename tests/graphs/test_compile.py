@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
 import re
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,11 +30,20 @@ PARAMS = SamplingParams(temperature=0, max_tokens=4)
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_llama: Callable[..., Path]) -> Engine:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the fixture `engine` leaves its artifact."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_llama: Callable[..., Path], cache: Path) -> Engine:
     """Its code is generated anew: the others find what an earlier run left on disk."""
     before = counters["inductor"]["fxgraph_cache_hit"]
     no_graphs = torch._inductor.config.patch(fx_graph_cache=False)
-    with no_graphs, torch._functorch.config.patch(enable_autograd_cache=False):
+    no_autograd = torch._functorch.config.patch(enable_autograd_cache=False)
+    with no_graphs, no_autograd, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COMPILEDLLM_CACHE_DIR", str(cache))
+        patch.delenv("COMPILEDLLM_DISABLE_CACHE")
         engine = Engine(
             tiny_llama(),
             device="cpu",
@@ -37,6 +51,9 @@ def engine(tiny_llama: Callable[..., Path]) -> Engine:
             compile_when="start",
             num_kv_blocks=4096,
         )
+        for thread in threading.enumerate():
+            if thread.name == "keep":
+                thread.join()
     assert engine.core.runner.compiler.is_ready
     assert counters["inductor"]["fxgraph_cache_hit"] == before
     return engine
@@ -52,6 +69,58 @@ def step_of(lengths: list[int], prefix: str) -> SchedulerOutput:
         lines.append(ScheduledRequest(name, 0, length, [list(range(block, block + count))], True))
         block += count
     return SchedulerOutput(new, lines, [])
+
+
+# Answers requests of random lengths, from the artifact of another process.
+PROGRAM = """
+import json, random, sys
+from compiledllm import Engine, SamplingParams
+model, options = json.loads(sys.argv[1])
+engine = Engine(model, **options)
+compiler = engine.core.runner.compiler
+print(engine.core.report["compile"], file=sys.stderr)
+draw = random.Random(5)
+lengths = [draw.choice([1, 2, 3, 17, 60]) for _ in range(24)]
+prompts = [[draw.randrange(3, 120) for _ in range(length)] for length in lengths]
+params = [SamplingParams(temperature=0, max_tokens=draw.randrange(1, 9)) for _ in prompts]
+found = engine.generate(prompts, params, use_tqdm=False)
+found += [engine.generate(prompts[i], params[i], use_tqdm=False)[0] for i in range(4)]
+heavy = [name for name in ("torch._dynamo", "torch._inductor") if name in sys.modules]
+tokens = [output.outputs[0].token_ids for output in found]
+print(json.dumps([compiler.is_ready, compiler.num_compiles, heavy, tokens]))
+"""
+OPTIONS = {"device": "cpu", "skip_tokenizer_init": True}
+
+
+def run_program(model: Path, cache: Path, **options: object) -> tuple[object, ...]:
+    environment = os.environ | {
+        "COMPILEDLLM_CACHE_DIR": str(cache),
+        "COMPILEDLLM_DISABLE_CACHE": "",
+        "COMPILEDLLM_LATE_COMPILE": "error",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        "CXX": "/no/compiler",
+        "CC": "/no/compiler",
+        "TORCHINDUCTOR_CACHE_DIR": "",
+        "TRITON_CACHE_DIR": "",
+    }
+    request = json.dumps([str(model), OPTIONS | options])
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, request], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    is_ready, num_compiles, heavy, tokens = json.loads(done.stdout.splitlines()[-1])
+    return is_ready, num_compiles, heavy, tokens
+
+
+def test_next_start_compiles_nothing_and_imports_no_compiler(
+    engine: Engine, cache: Path, tiny_llama: Callable[..., Path]
+) -> None:
+    """With other numbers of KV blocks, under a random load, without a C++ compiler."""
+    warm = run_program(tiny_llama(), cache, num_kv_blocks=1234)
+    assert warm[:3] == (True, 0, [])
+    eager = run_program(tiny_llama(), cache, enforce_eager=True)
+    assert eager[:3] == (False, 0, [])
+    assert warm[3] == eager[3]
 
 
 @torch.inference_mode()

@@ -50,7 +50,9 @@ class FakeCore:
         self.options = self.config.options
         self.model_path, self.startup_s = Path("fake"), {"total": 0.0}
         self.platform = SimpleNamespace(is_cuda=True)  # so that a hanging step is not waited for
-        self.worker = SimpleNamespace(stats=lambda: SimpleNamespace(num_recompiles=0))
+        self.worker = SimpleNamespace(
+            stats=lambda: SimpleNamespace(num_recompiles=0), use_idle_time=lambda: False
+        )
         self.num_step_tokens = 0
         self.on_start: Any = None
         self.scheduler = SimpleNamespace(

@@ -23,6 +23,9 @@ class Uncaptured:
     def shape_for(self, shape: StepShape) -> StepShape | None:
         return shape_for(shape, self._shapes)
 
+    def capture_wanted(self) -> None:
+        pass
+
     def replay(self, shape: StepShape, inputs: np.ndarray) -> torch.Tensor:
         self.replayed.add(shape)
         return self._runner._captured_step(shape, torch.from_numpy(inputs))
