@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 _GROUP = "__grp__"  # prefix of files that list the files of a group, with absolute paths
+# Stages on the way to machine code, for people. Triton does without those that are not there.
+_STAGES = (".source", ".ttir", ".ttgir", ".llir", ".ptx")
 _used: set[str] = set()
 
 
@@ -35,11 +37,13 @@ def note_entries() -> None:
 
 
 def entries() -> dict[str, bytes]:
-    """Path below Triton's folder -> content, of all entries that were noted."""
+    """Path below Triton's folder -> content, of what it takes to run all noted entries."""
     folder = _folder()
     files = (path for name in _used for path in (folder / name).glob("*") if path.is_file())
     return {
-        str(path.relative_to(folder)): path.read_bytes() for path in files if path.name != "lock"
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in files
+        if path.name != "lock" and path.suffix not in _STAGES
     }
 
 

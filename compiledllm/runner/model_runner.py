@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from compiledllm.graphs.buckets import StepShape
-from compiledllm.graphs.compile import BlockCompiler, variants_for
+from compiledllm.graphs.compile import BlockCompiler
 from compiledllm.graphs.cuda_graphs import StepGraphs
+from compiledllm.graphs.variants import variants_for
 from compiledllm.kernels.sampling import draw_tokens
 from compiledllm.kernels.step_inputs import advance
 from compiledllm.models.decoder import Decoder, SampledTokens

@@ -80,6 +80,8 @@ class Worker:
         is_sized = cache.num_kv_blocks or cache.kv_cache_memory_bytes
         if plan.platform.is_cuda and not is_sized:
             check_gpu_is_free(plan.platform, cache.gpu_memory_utilization)
+        if plan.spec.is_quantized:
+            self.cache.artifact()  # has the kernels that repack weights
         with ledger.phase("weights"):
             self._model = self._build_model()
         if plan.config.requested.model.load_format != "dummy":

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from compiledllm import Engine, SamplingParams
-from compiledllm.graphs.compile import Variant
+from compiledllm.graphs.variants import Variant
 from compiledllm.runner import model_runner
 from tests.support.families import IN_ENGINE, VARIANTS
 

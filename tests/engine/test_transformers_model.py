@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from compiledllm import Engine, SamplingParams, cli
 from compiledllm.benchmarks.floor import decode_cost
 from compiledllm.config import ConfigError
-from compiledllm.graphs.compile import Variant
+from compiledllm.graphs.variants import Variant
 from compiledllm.models.registry import load_spec
 from compiledllm.models.transformers_model import TransformersModel
 from compiledllm.runner import model_runner

@@ -20,7 +20,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
 from compiledllm import Engine, SamplingParams
-from compiledllm.graphs.compile import Variant, variants_for
+from compiledllm.graphs.variants import Variant, variants_for
 from compiledllm.runner import model_runner
 from compiledllm.runner.input_batch import InputBatch, StepLayout
 from compiledllm.types import ScheduledRequest, SchedulerOutput

@@ -64,7 +64,8 @@ def test_entries_of_tritons_cache_are_moved_to_another_folder(
     triton_cache.note_entries()
     make = triton.runtime.cache.get_cache_manager
     one = make("ab12")
-    one.put_group("k.json", {"k.cubin": one.put(b"code", "k.cubin")})
+    parts = {name: one.put(b"code", name) for name in ("k.cubin", "k.ptx")}
+    one.put_group("k.json", parts)
     (tmp_path / "a" / "unused").mkdir()
     (tmp_path / "a" / "unused" / "x").write_bytes(b"")
     files = triton_cache.entries()
