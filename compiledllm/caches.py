@@ -60,7 +60,12 @@ def _usable(folder: Path) -> Path:
     if reason is None:
         return folder
     _warn_once(reason)
-    temporary = tempfile.mkdtemp(prefix=f"compiledllm-{folder.name}-")
+    return temporary_folder(folder.name)
+
+
+def temporary_folder(name: str) -> Path:
+    """A new private folder, which the end of the process removes. Raises OSError."""
+    temporary = tempfile.mkdtemp(prefix=f"compiledllm-{name}-")
     atexit.register(shutil.rmtree, temporary, ignore_errors=True)
     return Path(temporary)
 

@@ -95,7 +95,7 @@ class Recording:
 def _source(placeholder: Any) -> str | None:
     """Where Dynamo finds the value of an input, as a Python expression in the arguments."""
     argument: Any = placeholder.meta.get("grapharg")
-    source: Any = getattr(argument, "source", None)
+    source: Any = getattr(argument, "source", getattr(placeholder, "_dynamo_source", None))
     name: Any = getattr(source, "name", None)
     text = name() if callable(name) else name  # a method up to torch 2.12
     return text if isinstance(text, str) and text.startswith("L[") else None
@@ -117,9 +117,10 @@ def _expression(result: Any, places: dict[int, int]) -> str:
 def _module_scope(code: Any) -> dict[str, Any]:
     """The names of the module that Inductor generated and imported."""
     runner = code.compiled_fn_runner
-    if runner is None:
-        raise CannotSave("Inductor's module has no runner")
-    scope: dict[str, Any] = type(runner).call.__globals__
+    function = code.current_callable if runner is None else type(runner).call
+    scope: dict[str, Any] = getattr(function, "__globals__", {})
+    if "call" not in scope:
+        raise CannotSave("Inductor's module is not found")
     return scope
 
 

@@ -1,7 +1,7 @@
 """Compilations that hold up requests, because they happen after a start has ended: there are none.
 
 The set of kernels is closed at the end of a start. A later compilation is a fault of ours: it is
-counted and logged, and with COMPILEDLLM_LATE_COMPILE=error, as in our tests, it is an error.
+counted and logged, and with COMPILEDLLM_LATE_COMPILE=error, as in tests, it is an error.
 """
 
 from __future__ import annotations

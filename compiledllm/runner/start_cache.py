@@ -13,7 +13,7 @@ import os
 import threading
 from pathlib import Path
 
-from compiledllm.caches import compiled_dir, why_not_writable
+from compiledllm.caches import compiled_dir, temporary_folder, why_not_writable
 from compiledllm.graphs import artifact as files
 from compiledllm.graphs.artifact import Artifact, Folder
 from compiledllm.kernels import cuda_kernel, late_compiles
@@ -97,7 +97,12 @@ class StartCache:
         if self._has_triton:
             from compiledllm.kernels import triton_cache
 
-            triton_cache.provide(_within(_TRITON, artifact.binaries))
+            entries = _within(_TRITON, artifact.binaries)
+            try:
+                triton_cache.provide(entries)
+            except OSError:  # the user's own folder for Triton may be read-only
+                os.environ["TRITON_CACHE_DIR"] = str(temporary_folder("triton"))
+                triton_cache.provide(entries)
 
     def keep(self, artifact: Artifact) -> None:
         """Write an artifact into the cache, in a thread which the process's end waits for."""
