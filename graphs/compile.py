@@ -219,8 +219,10 @@ class BlockCompiler:
         specs = {repr(m.spec): m.spec for m in modules if hasattr(m, "spec")} | {"": None}
         compiled: dict[tuple[str, Any], list[tuple[float, Forward]]] = {}
         for graph in sorted(saved, key=lambda graph: graph.max_tokens):
-            of_key = compiled.setdefault((graph.name, specs[graph.spec]), [])
-            of_key.append((graph.max_tokens, restore(graph)))
+            forwards = compiled.setdefault((graph.name, specs[graph.spec]), [])
+            forwards.append((graph.max_tokens, restore(graph)))
+        if missing := set(self.eager) - {name for name, _ in compiled}:
+            raise ValueError(f"there is no compiled {', '.join(sorted(missing))}")
         self.compiled = {name: _by_size(name, compiled) for name in self.eager}
         self.compile_s = time.perf_counter() - started
         self._warmed_up_at = self.num_compiles

@@ -93,7 +93,8 @@ class Worker:
         if products := _products(self._model):
             self.report.note("products", Choice(products, self.spec.quantization))
         if plan.has_fp8_cache:
-            self.report.note("kv_scales", self._set_kv_scales())
+            with ledger.phase("memory"):
+                self.report.note("kv_scales", self._set_kv_scales())
 
     # -- steps ---------------------------------------------------------------------------------
 

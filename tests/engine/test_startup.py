@@ -10,8 +10,13 @@ import pytest
 
 from compiledllm import Engine, SamplingParams
 from compiledllm.config import ConfigError, EngineConfig
+from compiledllm.engine.core import EngineCore
 from compiledllm.engine.startup import plan
 from compiledllm.engine.warm_up import KINDS, warm_up
+from compiledllm.graphs.artifact import Artifact, write
+from compiledllm.graphs.saved_graph import SavedGraph
+from compiledllm.runner.artifact_key import key_of
+from compiledllm.runner.start_cache import label_of
 
 TINY = {"device": "cpu", "dtype": "bfloat16", "skip_tokenizer_init": True, "enforce_eager": True}
 WINDOWS = {
@@ -107,3 +112,40 @@ def test_failing_warm_up_does_not_end_a_start(
     assert "the warm-up failed (RuntimeError: no such kernel)" in caplog.text
     (output,) = engine.generate([[5, 6, 7]], SamplingParams(max_tokens=2), use_tqdm=False)
     assert output.finished
+
+
+def test_artifact_that_cannot_be_loaded_costs_a_warning(
+    tiny_llama: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Its key and digests are right, but this machine cannot run what is in it."""
+    monkeypatch.setattr("compiledllm.log.log.propagate", True)
+    monkeypatch.setenv("COMPILEDLLM_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("COMPILEDLLM_DISABLE_CACHE", "0")
+    options = TINY | {"enforce_eager": False, "artifact_dir": str(tmp_path / "named")}
+    planned = plan(EngineConfig.from_options(model=tiny_llama(), **options))
+    graph = SavedGraph("enter", "", 1, ["self"], [], "out", [], [], "import nothing_of_this_name")
+    write(Artifact(key_of(planned), label_of(planned), [graph]), tmp_path / "named")
+    core = EngineCore(planned)
+    assert "cannot be loaded (ModuleNotFoundError" in caplog.text
+    assert not core.worker.is_restored and "by an earlier start" not in str(core.report["compile"])
+    assert core.worker.make_artifact() is None
+
+
+def test_folder_without_the_artifact_says_what_differs(
+    tiny_llama: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("compiledllm.log.log.propagate", True)
+    monkeypatch.setenv("COMPILEDLLM_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("COMPILEDLLM_DISABLE_CACHE", "0")
+    options = TINY | {"enforce_eager": False, "artifact_dir": str(tmp_path / "named")}
+    planned = plan(EngineConfig.from_options(model=tiny_llama(), **options))
+    other = key_of(planned) | {"torch": "2.0.0"}
+    write(Artifact(other, label_of(planned)), tmp_path / "named")
+    EngineCore(planned)
+    assert "has nothing for this start" in caplog.text and "not 2.0.0" in caplog.text
