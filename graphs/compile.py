@@ -300,6 +300,8 @@ def _by_size(name: str, compiled: dict[tuple[str, Any], list[tuple[float, Forwar
 
 def _defined(example: Example, result: Any) -> list[Tensor]:
     """The tensors of a result, without tokens outside of all rows, whose values are undefined."""
+    if result is None:
+        return []
     if isinstance(result, Tensor):
         num_tokens = len(result)
         if example.name == _BLOCK:

@@ -106,6 +106,8 @@ def _expression(result: Any, places: dict[int, int]) -> str:
     if isinstance(result, tuple | list):
         parts = ", ".join(_expression(part, places) for part in result)
         return f"[{parts}]" if isinstance(result, list) else f"({parts}{',' * (len(result) == 1)})"
+    if result is None:
+        return "None"
     if id(result) not in places:
         raise CannotSave("a result is not an output of the graph")
     return f"out[{places[id(result)]}]"

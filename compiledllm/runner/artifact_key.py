@@ -24,7 +24,14 @@ from compiledllm.runner.plan import Plan
 # Fields of the model's spec that decide the code of blocks and edges, or the size of a step.
 _SPEC_FIELDS = (
     *("vocab_size", "hidden_size", "final_norm", "num_learned_positions", "first_position"),
-    *("embedding_scale", "embedding_size", "logit_scale", "logit_soft_cap", "lm_head_bias"),
+    *(
+        "embedding_scale",
+        "embedding_size",
+        "token_vocab_size",
+        "logit_scale",
+        "logit_soft_cap",
+        "lm_head_bias",
+    ),
     *("implementation", "formats", "dtype", "kv_dtype", "state_dtype"),
 )
 _COMPILERS_VARIABLES = ("TORCHINDUCTOR_", "TORCH_COMPILE_", "TRITON_", "PYTORCH_")
@@ -44,7 +51,7 @@ def key_of(plan: Plan) -> dict[str, str]:
         "layers": layers,
         **{name: getattr(spec, name) for name in _SPEC_FIELDS},
         "attention_backend": plan.backend.name,
-        "kv_groups": plan.kv_layout.windows,
+        "kv_groups": (plan.kv_layout.windows, plan.kv_layout.splits),
         "block_size": limits.block_size,
         "max_num_seqs": limits.max_num_seqs,
         "max_num_batched_tokens": limits.max_num_batched_tokens,

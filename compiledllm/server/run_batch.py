@@ -15,9 +15,9 @@ from typing import Any
 from prometheus_client import start_http_server
 
 from compiledllm.arguments import engine_options
+from compiledllm.caches import cache_dir
 from compiledllm.config import ConfigError, EngineConfig
 from compiledllm.log import log, show_logs
-from compiledllm.models.source import cache_dir
 from compiledllm.remote.engine_client import EngineClient
 from compiledllm.remote.errors import EngineError
 from compiledllm.remote.limits import Limits

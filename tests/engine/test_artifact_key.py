@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from compiledllm.config import EngineConfig
 from compiledllm.engine.startup import plan
 from compiledllm.graphs.artifact import differences
+from compiledllm.models.spec import ModelSpec
 from compiledllm.runner import artifact_key
 from compiledllm.runner.artifact_key import key_of
 
@@ -117,6 +119,17 @@ def test_nothing_else_changes_the_key(
     for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TRITON_HOME", "HOME_X"):
         monkeypatch.setenv(variable, "/elsewhere")
     assert differences(before, key(model)) == []
+
+
+# Fields of a model's spec that decide neither compiled code nor the size of a step.
+NOT_DECIDING = {"architecture", "layers"}  # in the key themselves
+NOT_DECIDING |= {"tie_word_embeddings", "max_position", "eos_token_ids", "initializer_range"}
+NOT_DECIDING |= {"num_other_parameters", "quantization"}
+
+
+def test_every_field_of_the_spec_is_known_to_decide_or_not() -> None:
+    names = {field.name for field in fields(ModelSpec)}
+    assert names == NOT_DECIDING | set(artifact_key._SPEC_FIELDS)
 
 
 def test_another_process_finds_the_same_key(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

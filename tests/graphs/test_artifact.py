@@ -237,6 +237,18 @@ def test_restored_graph_takes_the_arguments_apart_and_puts_outputs_together() ->
     assert total.tolist() == [3, 4, 5] and product.tolist() == [0, 3, 6]
 
 
+def test_result_of_any_structure_is_put_together_again() -> None:
+    from compiledllm.graphs.inductor_output import CannotSave, _expression
+
+    a, b = object(), object()
+    places = {id(a): 0, id(b): 1}
+    result = (b, [(a,), []], None)
+    text = _expression(result, places)
+    assert eval(text, {"out": (a, b)}) == result
+    with pytest.raises(CannotSave, match="not an output"):
+        _expression((a, object()), places)
+
+
 def test_inputs_at_odd_addresses_are_copied_and_written_back() -> None:
     import torch
 
