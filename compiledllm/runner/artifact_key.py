@@ -24,15 +24,9 @@ from compiledllm.runner.plan import Plan
 # Fields of the model's spec that decide the code of blocks and edges, or the size of a step.
 _SPEC_FIELDS = (
     *("vocab_size", "hidden_size", "final_norm", "num_learned_positions", "first_position"),
-    *(
-        "embedding_scale",
-        "embedding_size",
-        "token_vocab_size",
-        "logit_scale",
-        "logit_soft_cap",
-        "lm_head_bias",
-    ),
-    *("implementation", "formats", "dtype", "kv_dtype", "state_dtype"),
+    *("embedding_scale", "embedding_size", "token_vocab_size", "lm_head_bias"),
+    *("logit_scale", "logit_soft_cap", "implementation", "formats"),
+    *("dtype", "kv_dtype", "state_dtype"),
 )
 _COMPILERS_VARIABLES = ("TORCHINDUCTOR_", "TORCH_COMPILE_", "TRITON_", "PYTORCH_")
 _FOLDER_VARIABLES = ("_DIR", "_HOME", "_PATH")  # they say where files lie, not what is in them

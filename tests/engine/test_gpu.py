@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -184,3 +185,48 @@ def test_sampled_and_greedy_requests_share_a_batch(
             assert output.outputs[0].token_ids == expected[index]
     alone = engine.generate([prompts[0]], [sampled], use_tqdm=False)[0]
     assert alone.outputs[0].token_ids == outputs[0].outputs[0].token_ids
+
+
+KINDS = (
+    {"temperature": 0},
+    {"temperature": 0.9, "top_k": 7, "top_p": 0.9, "min_p": 0.02, "seed": 3},
+    {"temperature": 0, "frequency_penalty": 0.4, "repetition_penalty": 1.2},
+    {"temperature": 0, "logprobs": 3},
+    {"temperature": 0, "prompt_logprobs": 2},
+    {"temperature": 0, "logit_bias": {5: 2.0}, "min_tokens": 3},
+)
+
+
+def test_second_start_compiles_nothing_before_or_after_it_is_ready(
+    tiny_llama: Callable[..., Path],
+    prompts: list[list[int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Under a random load; with the graphs that are captured only as steps ask for them."""
+    monkeypatch.setenv("COMPILEDLLM_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("COMPILEDLLM_DISABLE_CACHE", "0")
+    monkeypatch.setenv("COMPILEDLLM_LATE_COMPILE", "error")
+    draw = random.Random(11)
+    params = [
+        SamplingParams(max_tokens=draw.randrange(1, 30), ignore_eos=True, **draw.choice(KINDS))
+        for _ in prompts
+    ]
+    found = []
+    for is_second in (False, True):
+        engine = make(tiny_llama)
+        for thread in threading.enumerate():
+            if thread.name == "keep":
+                thread.join()
+        core = engine.core
+        assert core.worker.is_restored == is_second
+        assert core.runner.graphs is not None
+        assert bool(core.runner.graphs.num_waiting) == is_second
+        outputs = engine.generate(prompts, params, use_tqdm=False)
+        outputs += engine.generate(prompts[:5], params[:5], use_tqdm=False)
+        found.append([output.outputs[0].token_ids for output in outputs])
+        assert core.worker.stats().num_recompiles == 0
+        while core.worker.use_idle_time():
+            pass
+        assert core.runner.graphs.num_waiting == 0
+    assert found[0] == found[1]
