@@ -16,12 +16,18 @@ import time
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from compiledllm.graphs.examples import (
+    BLOCK,
+    Example,
+    are_equal,
+    defined,
+    mark_dynamic_sizes,
+)
 from compiledllm.graphs.inductor_output import CannotSave, Recording
 from compiledllm.graphs.saved_graph import SavedGraph, restore
 from compiledllm.graphs.variants import Variant, edge_variants
@@ -31,25 +37,6 @@ from compiledllm.platform import can_overlap_kernels
 log = logging.getLogger("compiledllm")
 
 Forward = Callable[..., Any]
-Args = tuple[Any, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """A recorded call, from which one variant of a block or an edge is compiled.
-
-    name: the decoder's attribute that was called. spec: the spec of the block, None for an edge.
-    """
-
-    name: str
-    spec: Any
-    variant: Variant
-    module: nn.Module
-    args: Args
-
-
-_BLOCK = "block_forward"
-_BLOCKS_DIM = 1  # of a KV cache
 
 
 class Decoder(Protocol):
@@ -91,7 +78,7 @@ class BlockCompiler:
             "triton.enable_pdl": can_overlap_kernels(),
             "use_static_cuda_launcher": False,
         }
-        names: tuple[str, ...] = (_BLOCK, *decoder.edges)
+        names: tuple[str, ...] = (BLOCK, *decoder.edges)
         self.eager: dict[str, Forward] = {name: getattr(decoder, name) for name in names}
         self._warmed_up_at: int | None = None
         self.compiled: dict[str, Forward] | None = None
@@ -188,7 +175,7 @@ class BlockCompiler:
         examples: list[Example] = []
         edge_variant = edge_variants(self._variants)
         for variant in reversed(self._variants):
-            variants = dict.fromkeys(self.eager, edge_variant.get(variant)) | {_BLOCK: variant}
+            variants = dict.fromkeys(self.eager, edge_variant.get(variant)) | {BLOCK: variant}
             recorders = {n: self._recorder(n, v, examples) for n, v in variants.items() if v}
             self.use(self.eager | recorders)
             try:
@@ -201,7 +188,7 @@ class BlockCompiler:
         eager, seen = self.eager[name], set()
 
         def record(module: Any, *args: Any) -> Any:
-            spec = module.spec if name == _BLOCK else None
+            spec = module.spec if name == BLOCK else None
             if spec not in seen:
                 seen.add(spec)
                 examples.append(Example(name, spec, variant, module, args))
@@ -257,7 +244,7 @@ class BlockCompiler:
         # Only the dimensions marked below are dynamic, not dimensions that differed between earlier
         # engines.
         forward = torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
-        _mark_dynamic_sizes(example)
+        mark_dynamic_sizes(example)
         with _cached_for(example.variant):
             result = forward(example.module, *example.args)
         try:
@@ -279,8 +266,8 @@ class BlockCompiler:
         max_tokens = example.variant.max_tokens
         saved = recording.saved(example.name, spec, max_tokens, parameters, result)
         restored = restore(saved)
-        found = _defined(example, restored(example.module, *example.args))
-        if not all(map(_are_equal, found, _defined(example, result))):
+        found = defined(example, restored(example.module, *example.args))
+        if not all(map(are_equal, found, defined(example, result))):
             raise CannotSave("the saved function gives another result")
         self.saved.append(saved)
         return restored
@@ -288,7 +275,7 @@ class BlockCompiler:
 
 def _by_size(name: str, compiled: dict[tuple[str, Any], list[tuple[float, Forward]]]) -> Forward:
     """A function that calls the variant for the module's spec and the number of tokens."""
-    is_block = name == _BLOCK
+    is_block = name == BLOCK
 
     def run(module: Any, first: Tensor, *args: Any) -> Any:
         sizes = compiled[name, module.spec if is_block else None]
@@ -296,31 +283,6 @@ def _by_size(name: str, compiled: dict[tuple[str, Any], list[tuple[float, Forwar
         return forward(module, first, *args)
 
     return run
-
-
-def _defined(example: Example, result: Any) -> list[Tensor]:
-    """The tensors of a result, without tokens outside of all rows, whose values are undefined."""
-    if result is None:
-        return []
-    if isinstance(result, Tensor):
-        num_tokens = len(result)
-        if example.name == _BLOCK:
-            num_tokens = int(example.args[-1].query_start_loc[-1])
-        return [result[:num_tokens]]
-    return [tensor for part in result for tensor in _defined(example, part)]
-
-
-def _are_equal(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors are equal but for rounding, NaN included.
-
-    Libraries' sums differ in their order with the values of tokens outside of all rows, by which a
-    mixture of experts groups the other tokens.
-    """
-    try:
-        torch.testing.assert_close(first, second, equal_nan=True)
-    except AssertionError:
-        return False
-    return True
 
 
 def _own_copy(forward: Forward) -> Forward:
@@ -347,27 +309,3 @@ def _cached_for(variant: Variant) -> AbstractContextManager[None]:
     config: Any = torch.compiler.config
     patched: AbstractContextManager[None] = config.patch(cache_key_tag=tag)
     return patched
-
-
-def _mark_dynamic_sizes(example: Example) -> None:
-    """Mark the first dimension of all tensors but the cache as dynamic, and the cache's blocks.
-
-    With a single token, tokens and rows are static. The bound of tokens per row is not, since the
-    token may be a prompt's. The number of blocks follows from free memory and options.
-    """
-    variant, tensors = example.variant, list(example.args)
-    if example.name == _BLOCK:
-        *tensors, cache, metadata = tensors
-        tensors = [tensor for tensor in tensors if tensor is not None]
-        if isinstance(cache, Tensor):
-            torch._dynamo.mark_dynamic(cache, _BLOCKS_DIM)
-        for tensor in metadata.bound_tensors:
-            torch._dynamo.mark_dynamic(tensor, 0)
-    if variant.max_tokens == 1:
-        return
-    if example.name == _BLOCK:
-        tensors += metadata.token_tensors
-        for tensor in metadata.row_tensors:
-            torch._dynamo.mark_dynamic(tensor, 0)
-    for tensor in tensors:
-        torch._dynamo.mark_dynamic(tensor, 0, min=variant.min_tokens, max=variant.max_tokens)
