@@ -147,6 +147,13 @@ def driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 
 
+def driver_version() -> int:
+    """The newest version of CUDA that the driver supports: 13000 for 13.0. Raises CudaError."""
+    version = ctypes.c_int()
+    check(driver().cuDriverGetVersion(ctypes.byref(version)))
+    return version.value
+
+
 def check(status: int) -> None:
     """Raise CudaError for a status of the driver or of NVRTC other than success."""
     if status:

@@ -18,6 +18,7 @@ import compiledllm.graphs
 import compiledllm.kernels
 import compiledllm.models
 import compiledllm.runner
+from compiledllm.kernels.machine_code import driver_version
 from compiledllm.platform import Platform
 from compiledllm.runner.plan import Plan
 
@@ -72,14 +73,8 @@ def _gpu(platform: Platform) -> dict[str, Any]:
         "compute_capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
         "cuda": torch.version.cuda,
-        "driver": _driver_version(),
+        "driver": driver_version(),
     }
-
-
-def _driver_version() -> Any:
-    """The newest CUDA version that the driver supports, as a number."""
-    driver: Any = torch._C
-    return driver._cuda_getDriverVersion()
 
 
 def _cpu() -> dict[str, Any]:

@@ -43,24 +43,40 @@ def label_of(plan: Plan) -> str:
 class StartCache:
     """The artifact of a plan.
 
-    Attributes: `reason`, why there is no artifact or where it comes from.
+    Attributes: `key`, {} if this start neither uses nor leaves an artifact; `reason`, why there is
+    none, or its name.
     """
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._found: Artifact | str = ""
         self._thread: threading.Thread | None = None
-        if reason := why_not_cached(plan):
-            self._found = reason
+        self.key: dict[str, str] = {}
+        self._found: Artifact | str = why_not_cached(plan) or self._make_key()
+        if not self.key:
             return
-        self.key = key_of(plan)
         if self._has_triton:
-            from compiledllm.kernels import triton_cache
-
-            triton_cache.note_entries()
-            late_compiles.watch_triton()
+            self._watch_triton()
         self._thread = threading.Thread(target=self._read, name="artifact", daemon=True)
         self._thread.start()
+
+    def _make_key(self) -> str:
+        """Set the key. Returns a reason why that failed, or ""."""
+        try:
+            self.key = key_of(self._plan)
+        except Exception as error:  # a start never fails for what only saves time
+            log.warning("no artifact is used or left: %s: %s", type(error).__name__, error)
+            return str(error)
+        return ""
+
+    def _watch_triton(self) -> None:
+        """Note which entries of Triton's cache are used, and what it compiles."""
+        from compiledllm.kernels import triton_cache
+
+        try:
+            triton_cache.note_entries()
+            late_compiles.watch_triton()
+        except (ImportError, AttributeError) as error:  # another version of Triton
+            log.warning("an artifact of this start will lack our kernels: %s", error)
 
     @property
     def _has_triton(self) -> bool:

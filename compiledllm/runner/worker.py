@@ -40,7 +40,7 @@ from compiledllm.runner.memory import (
 from compiledllm.runner.model_runner import ModelRunner
 from compiledllm.runner.pending import PendingOutput
 from compiledllm.runner.plan import Plan
-from compiledllm.runner.start_cache import StartCache, label_of, why_not_cached
+from compiledllm.runner.start_cache import StartCache, label_of
 from compiledllm.types import SchedulerOutput, StepOutput
 
 # Seconds of work before compiling in the background. On two CPU cores, compiling takes 10 to 30 s,
@@ -249,7 +249,7 @@ class Worker:
     def make_artifact(self) -> Artifact | None:
         """What this start compiled or took over, for others; None if it did neither."""
         compiler = self.runner.compiler
-        if why_not_cached(self.plan) or not compiler.is_ready or compiler.why_not_saved:
+        if not self.cache.key or not compiler.is_ready or compiler.why_not_saved:
             return None
         if self.is_restored:
             return self.cache.artifact()

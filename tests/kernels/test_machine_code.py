@@ -43,6 +43,10 @@ class Driver:
         self.loaded.append(value)
         return 0
 
+    def cuDriverGetVersion(self, version: Any) -> int:  # noqa: N802
+        version._obj.value = 13000
+        return 0
+
     def cuGetErrorString(self, status: int, text: Any) -> None:  # noqa: N802
         text._obj.value = b"out of luck"
 
@@ -112,3 +116,7 @@ def test_failed_launch_is_an_error(driver: Driver) -> None:
 def test_type_that_cannot_be_passed_is_refused(driver: Driver) -> None:
     with pytest.raises(KeyError, match="fp16"):
         TritonBinary(b"code", **(LAUNCH | {"parameters": [["x", "fp16"]]}))
+
+
+def test_version_of_the_driver(driver: Driver) -> None:
+    assert machine_code.driver_version() == 13000
