@@ -202,7 +202,7 @@ def test_what_was_compiled_for_fewer_tokens_is_not_found_again(
     tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The compiler's cache on disk does not ask for how many tokens something was compiled."""
-    monkeypatch.setattr("compiledllm.graphs.compile._CPU_VARIANTS", (Variant(2, 2**30, 2),))
+    monkeypatch.setattr("compiledllm.graphs.variants._CPU_VARIANTS", (Variant(2, 2**30, 2),))
     for most in (96, 512):
         engine = Engine(
             tiny_llama(num_attention_heads=2),
