@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch._functorch.config
 import torch._inductor.config
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
