@@ -23,7 +23,16 @@ from compiledllm.models.formats.online import quantize
 from compiledllm.models.registry import load_spec
 from compiledllm.models.weights import fill_with_random_weights, load_weights
 from tests.models.test_families import logits_in_chunks, logits_of_ends
-from tests.support.families import DELTA_NET, LFM2
+from tests.support.families import (
+    DELTA_NET,
+    GEMMA4,
+    GEMMA4_DENSE,
+    GEMMA4_SHARED,
+    GLM4_MOE,
+    GLM_MROPE,
+    LFM2,
+    MROPE,
+)
 from tests.support.greedy import load_reference
 from tests.support.quantized import KINDS, edit_config, is_quantized, save_quantized
 
@@ -32,6 +41,9 @@ NUM_TOKENS = 40
 EVEN = {"intermediate_size": 128}
 BLOCKS = {"hidden_size": 256, "intermediate_size": 384}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 16}
+GLM_EXPERTS = {"n_routed_experts": 4, "moe_intermediate_size": 64, "n_shared_experts": 1}
+ERNIE_EXPERTS = {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64}
+TOKEN_INPUTS = {"hidden_size_per_layer_input": 32}
 HYBRID = {
     "shared_expert_intermediate_size": 64,  # as large as the other experts
     "layer_types": ["linear_attention", "linear_attention", "full_attention"],
@@ -47,6 +59,27 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "hybrid experts": ("qwen3_5_moe", DELTA_NET | EXPERTS | HYBRID),
     "hybrid": ("qwen3_next", DELTA_NET | EVEN | EXPERTS | HYBRID | {"num_experts": 0}),
     "convolutions": ("lfm2", LFM2 | {"layer_types": ["conv", "conv", "full_attention"]}),
+    "gemma 4, shared": ("gemma4_text", GEMMA4 | GEMMA4_SHARED | EVEN | TOKEN_INPUTS),
+    "gemma 4, keys as values": ("gemma4", GEMMA4 | GEMMA4_DENSE | EVEN),
+    "grouped experts": ("glm4_moe", GLM4_MOE | EVEN | GLM_EXPERTS),
+    "sigmoid experts": ("minimax_m2", EVEN | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "biased experts": ("ernie4_5_moe", EVEN | ERNIE_EXPERTS),
+    "glm": ("glm4v", EVEN | {"rope_parameters": GLM_MROPE}),
+    "text of qwen": ("qwen2_5_vl", EVEN | {"rope_parameters": MROPE}),
+    "text of mistral": ("mistral3", EVEN | {"model_type": "ministral3", "head_dim": 16}),
+    "xielu": ("apertus", EVEN | {"dtype": "float32"}),
+}
+# The families of today: each in a few formats, and each format in a few of them.
+OF_TODAY = {
+    "gemma 4, shared": ("fp8 of channels", "packed 4 bits", "int8"),
+    "gemma 4, keys as values": ("fp8 of tensors", "gptq in order", "awq"),
+    "grouped experts": ("fp8 blocks", "packed 4 bits, asymmetric"),
+    "sigmoid experts": ("fp8 of channels", "gptq"),
+    "biased experts": ("float blocks", "awq"),
+    "glm": ("nvfp4", "gptq v2, asymmetric"),
+    "text of qwen": ("awq", "modelopt nvfp4"),
+    "text of mistral": ("fp8 of tensors", "packed 4 bits"),
+    "xielu": ("int8",),
 }
 CASES = [("llama", kind) for kind in KINDS] + [
     ("blocks", "fp8 blocks"),
@@ -70,6 +103,7 @@ CASES = [("llama", kind) for kind in KINDS] + [
     ("hybrid experts", "int8"),
     ("hybrid", "fp8 of channels"),
     ("convolutions", "fp8 of tensors"),
+    *((name, kind) for name, kinds in OF_TODAY.items() for kind in kinds),
 ]
 
 
@@ -87,7 +121,8 @@ def checkpoints(
 
     def make(model: str, kind: str, **config: Any) -> tuple[Path, Path]:
         family, changes = MODELS[model]
-        skipped = {"modules_to_not_convert": ["mlp.gate", "shared_expert_gate"]}
+        skipped = {"modules_to_not_convert": ["mlp.gate", "block_sparse_moe.gate"]}
+        skipped["modules_to_not_convert"].append("shared_expert_gate")
         if "experts" in model or "expert" in model:
             config = skipped | {"ignore": ["lm_head", "*.gate", "*.shared_expert_gate"]} | config
         return save_quantized(tiny_model(family, **changes), tmp_path, kind, **config)
