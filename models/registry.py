@@ -36,6 +36,8 @@ FAMILIES = {
     "Gemma3ForConditionalGeneration": "gemma3_multimodal",
     "Gemma4ForCausalLM": "gemma4",
     "Gemma4ForConditionalGeneration": "gemma4",
+    "Gemma4UnifiedForCausalLM": "gemma4",
+    "Gemma4UnifiedForConditionalGeneration": "gemma4",
     "GemmaForCausalLM": "gemma",
     "Glm46VForConditionalGeneration": "glm4v",
     "Glm4ForCausalLM": "glm4",

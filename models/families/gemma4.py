@@ -63,17 +63,21 @@ NAMES = wrapped(
         f"{_LAYER}.experts.*.down_proj": f"{_MOE}.down.*.weight",
     }
 )
-IGNORED = (*TOWERS, "model.embed_vision.**", "model.embed_audio.**")
+_TOWERS = ("embed_vision", "embed_audio", "vision_embedder")
+IGNORED = (*TOWERS, *(f"model.{tower}.**" for tower in _TOWERS))
 unpack = experts_one_by_one
 
 
 def spec_from_hf(hf: Any) -> ModelSpec:
-    """ModelSpec of a transformers Gemma4Config or Gemma4TextConfig."""
-    if hf.model_type == "gemma4":
-        return make_text_spec(hf, spec_from_hf, "Gemma4ForConditionalGeneration")
+    """ModelSpec of a transformers Gemma4Config, Gemma4UnifiedConfig, or the config of a text."""
+    name = "Gemma4Unified" if hf.model_type.startswith("gemma4_unified") else "Gemma4"
+    if hf.get_text_config() is not hf:
+        return make_text_spec(hf, spec_from_hf, f"{name}ForConditionalGeneration")
     expect(hf, "use_bidirectional_attention", None, "vision")
     norm = NormSpec(hf.rms_norm_eps)
     mixers = _attentions(hf, norm)
+    token_size = getattr(hf, "hidden_size_per_layer_input", None) or 0
+    experts = _experts(hf) if getattr(hf, "enable_moe_block", False) else None
 
     def layer(index: int) -> LayerSpec:
         is_wide = hf.use_double_wide_mlp and mixers[index].kv_layer is not None
@@ -84,19 +88,19 @@ def spec_from_hf(hf: Any) -> ModelSpec:
             MlpSpec(size, activation=activation_of(hf, "hidden_activation")),
             norm,
             residual="sandwich",
-            experts=_experts(hf) if hf.enable_moe_block else None,
-            token_size=hf.hidden_size_per_layer_input or 0,
+            experts=experts,
+            token_size=token_size,
             has_scalar=True,
         )
 
     return model_spec(
         hf,
-        "Gemma4ForCausalLM",
+        f"{name}ForCausalLM",
         map(layer, range(hf.num_hidden_layers)),
         norm,
         embedding_scale=hf.hidden_size**0.5,
         logit_soft_cap=hf.final_logit_softcapping or 0.0,
-        token_vocab_size=hf.vocab_size_per_layer_input if hf.hidden_size_per_layer_input else 0,
+        token_vocab_size=hf.vocab_size_per_layer_input if token_size else 0,
     )
 
 

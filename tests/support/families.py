@@ -231,6 +231,7 @@ VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
     | HALF_SLIDING,
     ("gemma4_text", "e4b"): GEMMA4 | GEMMA4_SHARED | {"hidden_size_per_layer_input": 16},
     ("gemma4_text", "31b"): GEMMA4 | GEMMA4_DENSE,
+    ("gemma4_unified", "12b, text of a multimodal model"): GEMMA4 | GEMMA4_DENSE,
     ("gemma4", "26b, text of a multimodal model"): GEMMA4
     | GEMMA4_DENSE
     | {"enable_moe_block": True, "num_experts": 6, "top_k_experts": 3, "moe_intermediate_size": 48},

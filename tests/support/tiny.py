@@ -44,6 +44,7 @@ GLM_VISION = QWEN_VISION | {"image_size": 28, "patch_size": 14}
 VISION_OF: dict[str, dict[str, Any]] = {
     "gemma3": VISION,
     "gemma4": VISION | {"head_dim": 16, "num_key_value_heads": 2},
+    "gemma4_unified": {"patch_size": 2, "mm_embed_dim": 32, "output_proj_dims": 32},
     "glm46v": GLM_VISION | {"model_type": "glm4v_vision"},
     "glm4v": GLM_VISION,
     "glm4v_moe": GLM_VISION,
@@ -68,7 +69,7 @@ def save_random_model(folder: Path, model_type: str, /, **changes: Any) -> None:
     torch.manual_seed(zlib.crc32(key.encode()))  # whichever tests came before
     options = TINY | changes
     if model_type in VISION_OF:
-        tied = TIED if model_type in ("gemma3", "gemma4") else {"tie_word_embeddings": False}
+        tied = TIED if model_type.startswith("gemma") else {"tie_word_embeddings": False}
         options = {"text_config": options | tied, "vision_config": VISION_OF[model_type]} | tied
     if model_type == "gemma3":
         options["mm_tokens_per_image"] = 4
