@@ -7,6 +7,8 @@ heads if their keys are their values, and rotate some of the dimensions only.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +29,7 @@ from compiledllm.models.families.wrapper import (
     make_text_spec,
     wrapped,
 )
+from compiledllm.models.formats.slicing import Content
 from compiledllm.models.spec import (
     AttentionSpec,
     LayerSpec,
@@ -65,7 +68,21 @@ NAMES = wrapped(
 )
 _TOWERS = ("embed_vision", "embed_audio", "vision_embedder")
 IGNORED = (*TOWERS, *(f"model.{tower}.**" for tower in _TOWERS))
-unpack = experts_one_by_one
+_UNUSED = re.compile(r".*\.layers\.(\d+)\.self_attn\.[kv]_(proj|norm)\..*")
+
+
+def unpack(
+    tensors: Iterable[tuple[str, Content]], spec: ModelSpec
+) -> Iterator[tuple[str, Content]]:
+    """Yield each expert's matrices by themselves, and nothing of KV that layers do not compute.
+
+    Published checkpoints have projections of keys and values also for layers that share KV.
+    """
+    for name, tensor in experts_one_by_one(tensors, spec):
+        match = _UNUSED.fullmatch(name)
+        mixer = spec.layers[int(match[1])].mixer if match else None
+        if not (isinstance(mixer, AttentionSpec) and mixer.kv_layer is not None):
+            yield name, tensor
 
 
 def spec_from_hf(hf: Any) -> ModelSpec:

@@ -15,7 +15,7 @@ from compiledllm.models.formats.stored import Fields, Stored
 
 METHOD = "gguf"  # value of quant_method
 BLOCKS = "_blocks"  # ends the name of a tensor of blocks, uint8 [N, bytes of a row]
-EMBEDDING = "model.embed_tokens"
+EMBEDDINGS = ("model.embed_tokens", "model.embed_tokens_per_layer")  # not packed in memory
 
 
 def gguf(fields: Fields, _scale_dtype: str) -> GgufScheme:
@@ -48,7 +48,7 @@ class GgufScheme:
 
 def _title(kinds: Mapping[str, str], dequantized: Mapping[str, tuple[int, int]]) -> str:
     """For reports: "gguf Q4_K x 20, Q6_K x 8; dequantised: IQ3_S x 2 (3.1 MiB)"."""
-    packed = Counter(kind for name, kind in kinds.items() if name != EMBEDDING)
+    packed = Counter(kind for name, kind in kinds.items() if name not in EMBEDDINGS)
     counts = ", ".join(f"{kind} x {count}" for kind, count in sorted(packed.items()))
     title = f"gguf {counts or 'without packed matrices'}"
     if not dequantized:

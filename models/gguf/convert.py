@@ -13,6 +13,7 @@ import json
 import math
 import os
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -24,8 +25,8 @@ from tqdm import tqdm
 
 from compiledllm.config import ConfigError
 from compiledllm.models.formats.gguf_blocks import KINDS, check_blocks
-from compiledllm.models.formats.gguf_config import BLOCKS, EMBEDDING, METHOD
-from compiledllm.models.gguf import gemma3, llama, mistral, phi3, qwen2, qwen3
+from compiledllm.models.formats.gguf_config import BLOCKS, EMBEDDINGS, METHOD
+from compiledllm.models.gguf import gemma3, gemma4, llama, mistral, phi3, qwen2, qwen3
 from compiledllm.models.gguf.file import GgufFile, brief, read_gguf
 from compiledllm.models.gguf.rules import Rule
 from compiledllm.models.gguf.tokenizer import build_tokenizer, tokenizer_config
@@ -33,6 +34,7 @@ from compiledllm.models.gguf.tokenizer import build_tokenizer, tokenizer_config
 # general.architecture in the file -> architecture in the written config.json.
 ARCHITECTURES = {
     "gemma3": "Gemma3ForCausalLM",
+    "gemma4": "Gemma4ForCausalLM",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "phi3": "Phi3ForCausalLM",
@@ -41,6 +43,7 @@ ARCHITECTURES = {
 }
 _MODULES: dict[str, ModuleType] = {
     "gemma3": gemma3,
+    "gemma4": gemma4,
     "llama": llama,
     "mistral": mistral,
     "phi3": phi3,
@@ -65,7 +68,10 @@ def convert_gguf(gguf_path: Path, target_dir: Path, keep_packed: bool = False) -
         architecture = _architecture_of(file)
         config = architecture.config(file)
         rules = architecture.rules(config)
-        _check_tensors(file, rules, getattr(architecture, "ROPE_TENSORS", ()))
+        others = [*getattr(architecture, "ROPE_TENSORS", ())]
+        if (unused := getattr(architecture, "unused", None)) is not None:
+            others += unused(config)
+        _check_tensors(file, rules, others)
         if keep_packed and (quantization := _quantization_config(file, rules)):
             config["quantization_config"] = quantization
         tokenizer = build_tokenizer(file)
@@ -85,7 +91,8 @@ def convert_gguf(gguf_path: Path, target_dir: Path, keep_packed: bool = False) -
 
 
 def _architecture_of(file: GgufFile) -> ModuleType:
-    """The architecture's module: KEYS, `config`, `rules`, perhaps ROPE_TENSORS for the config.
+    """The architecture's module: KEYS, `config`, `rules`, perhaps ROPE_TENSORS for the config,
+    and `unused(config)`, names of further tensors that a file may have.
 
     Raises ValueError if the file is one part of a split model, or if its metadata has an unknown
     key, which might change the model's computation.
@@ -123,7 +130,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 # The weights
 
 
-def _check_tensors(file: GgufFile, rules: dict[str, Rule], others: tuple[str, ...]) -> None:
+def _check_tensors(file: GgufFile, rules: dict[str, Rule], others: Iterable[str]) -> None:
     """Raise ValueError for a missing, unknown or misshapen tensor. others: known without a rule."""
     present = file.tensors.keys() - set(others)
     for what, names in (("missing", rules.keys() - present), ("unknown", present - rules.keys())):
@@ -147,7 +154,7 @@ def _quantization_config(file: GgufFile, rules: dict[str, Rule]) -> dict[str, An
         kind, matrix = file.tensors[name].kind.name, rule.name.removesuffix(".weight")
         if is_packed := _stays_packed(file, name):
             kinds[matrix] = kind
-        if kind not in _FLOATS and (not is_packed or matrix == EMBEDDING):
+        if kind not in _FLOATS and (not is_packed or matrix in EMBEDDINGS):
             count = dequantized.setdefault(kind, {"tensors": 0, "numbers": 0})
             count["tensors"] += 1
             count["numbers"] += math.prod(rule.shape)

@@ -64,7 +64,7 @@ def common_config(file: GgufFile, prefix: str, is_rotary_partial: bool = False) 
         raise ValueError(f"{num_layers} layers cannot be in {len(file.tensors)} tensors")
     if head_dim % 2 or heads % kv_heads:
         raise ValueError(f"{heads} heads of {head_dim} with {kv_heads} KV heads are impossible")
-    dtype = _stored_dtype(file)
+    dtype = stored_dtype(file)
     return {
         "vocab_size": file.num_embeddings,
         "hidden_size": hidden,
@@ -189,7 +189,8 @@ def shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _stored_dtype(file: GgufFile) -> str:
+def stored_dtype(file: GgufFile) -> str:
+    """The dtype of the converted checkpoint, a name in torch."""
     kinds = {tensor.kind for tensor in file.tensors.values()}
     if kinds == {GGMLQuantizationType.F32}:
         return "float32"

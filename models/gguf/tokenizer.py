@@ -90,17 +90,17 @@ def _pre_tokenizer(scheme: _Scheme) -> pre.PreTokenizer:
 
 def build_tokenizer(file: GgufFile) -> Tokenizer:
     """Build the tokenizer. Raises ValueError for an unsupported scheme or inconsistent metadata."""
-    makers = {"gpt2": _byte_level, "llama": _sentence_piece}
+    makers = {"gpt2": _byte_level, "llama": _sentence_piece, "gemma4": _sentence_piece}
     model = file.metadata.get("tokenizer.ggml.model")
     if not isinstance(model, str) or model not in makers:
         raise ValueError(
-            f"tokenizer.ggml.model {model!r} is not supported (gpt2, byte-level BPE, and llama, "
-            "SentencePiece, are); use the model's Hugging Face checkpoint"
+            f"tokenizer.ggml.model {model!r} is not supported (gpt2, byte-level BPE, and llama "
+            "and gemma4, SentencePiece, are); use the model's Hugging Face checkpoint"
         )
     vocab, types = _vocabulary(file), file.metadata.get("tokenizer.ggml.token_type")
     if not isinstance(types, list) or len(types) != len(vocab):
         raise ValueError("metadata key 'tokenizer.ggml.token_type' must have a number per token")
-    if model == "llama":  # user-defined tokens contain plain spaces
+    if model != "gpt2":  # user-defined tokens contain plain spaces
         kinds = zip(vocab, types, strict=True)
         texts = [t.replace(" ", _SPACE) if kind == _USER_DEFINED else t for t, kind in kinds]
         vocab = {text: index for index, text in enumerate(texts)}
@@ -131,8 +131,7 @@ def build_tokenizer(file: GgufFile) -> Tokenizer:
 
 def _byte_level(file: GgufFile, vocab: dict[str, int], _types: list[int]) -> Tokenizer:
     scheme = _scheme_of(file)
-    parts = (merge.partition(" ") for merge in file.strings("tokenizer.ggml.merges"))
-    merges = [(left, right) for left, _, right in parts]
+    merges = _listed_merges(file)
     tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=scheme.takes_whole_words))
     if scheme.is_nfc:
         tokenizer.normalizer = normalizers.NFC()
@@ -153,7 +152,8 @@ def _sentence_piece(file: GgufFile, vocab: dict[str, int], types: list[int]) -> 
     if types.count(_BYTE) != 256:
         raise ValueError(f"{types.count(_BYTE)} of 256 bytes are tokens; others are not supported")
     unknown = file.token("unknown")
-    merges = _merges_by_score(file, vocab, types)
+    has_merges = file.metadata.get("tokenizer.ggml.model") == "gemma4"
+    merges = _listed_merges(file) if has_merges else _merges_by_score(file, vocab, types)
     bpe = models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(bpe)
     spaces = normalizers.Replace(" ", _SPACE)
@@ -165,6 +165,11 @@ def _sentence_piece(file: GgufFile, vocab: dict[str, int], types: list[int]) -> 
         tokenizer.normalizer = spaces
     tokenizer.decoder = decoders.Sequence(parts)
     return tokenizer
+
+
+def _listed_merges(file: GgufFile) -> list[tuple[str, str]]:
+    parts = (merge.partition(" ") for merge in file.strings("tokenizer.ggml.merges"))
+    return [(left, right) for left, _, right in parts]
 
 
 def _merges_by_score(
@@ -216,7 +221,7 @@ def _vocabulary(file: GgufFile) -> dict[str, int]:
 
 def _is_added(file: GgufFile, role: str) -> bool:
     """Whether encoding adds the bos or eos token. The default is llama.cpp's."""
-    is_sentence_piece = file.metadata.get("tokenizer.ggml.model") == "llama"
+    is_sentence_piece = file.metadata.get("tokenizer.ggml.model") in ("llama", "gemma4")
     default = role == "bos" and (is_sentence_piece or _scheme_of(file).adds_bos)
     is_wanted = file.metadata.get(f"tokenizer.ggml.add_{role}_token", default)
     return bool(is_wanted) and file.token_id(role) is not None

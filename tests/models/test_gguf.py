@@ -195,6 +195,17 @@ def test_a_sentence_piece_tokenizer_merges_by_score(llama: Any, tmp_path: Path) 
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
+def test_gemma4s_tokenizer_merges_as_the_file_lists(llama: Any, tmp_path: Path) -> None:
+    merges = ["a b", "▁ a", "ab a"]
+    edit = sentence_piece(lambda keys: keys.update(model="gemma4", merges=merges))
+    checkpoint = converted(write_gguf(tmp_path / "x.gguf", gguf_tensors(llama), edit=edit))
+    tokenizer = load_tokenizer(checkpoint)
+    ids = tokenizer(" aba é").input_ids
+    pieces = ["<bos>", "▁", "aba", "▁", "<0xC3>", "<0xA9>"]  # where the scores make ▁ab and a
+    assert tokenizer.convert_ids_to_tokens(ids) == pieces
+    assert tokenizer.decode(ids, skip_special_tokens=True) == " aba é"
+
+
 def test_a_sentence_piece_tokenizer_may_begin_each_text_with_a_space(
     llama: Any, tmp_path: Path
 ) -> None:
@@ -415,7 +426,7 @@ def test_wrong_metadata_never_gets_past_config_error(
 
 def test_an_unknown_architecture_is_named(llama: Any, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "x.gguf", gguf_tensors(llama), architecture="mamba")
-    refused(path, "architecture 'mamba' is not supported; supported: gemma3, llama")
+    refused(path, "architecture 'mamba' is not supported; supported: gemma3, gemma4, llama")
 
 
 def test_a_part_of_a_split_model_is_refused(llama: Any, tmp_path: Path) -> None:

@@ -316,3 +316,89 @@ def test_unknown_types_and_wrong_blocks_of_a_conversion_are_named(
         (folder / "config.json").write_text(json.dumps(config))
         with pytest.raises(ConfigError, match=match):
             load(folder)
+
+
+GEMMA4 = {
+    "head_dim": 64,
+    "global_head_dim": 128,
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 20,
+    "vocab_size_per_layer_input": 288,
+    "hidden_size_per_layer_input": 0,
+    "num_global_key_value_heads": 1,
+    "final_logit_softcapping": 3.0,
+}
+GEMMA4_VARIANTS: dict[str, dict[str, Any]] = {
+    "keys as values, experts": {
+        "attention_k_eq_v": True,
+        "enable_moe_block": True,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 256,
+    },
+    "shared": {
+        "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 256,
+        "use_double_wide_mlp": True,
+    },
+}
+
+
+def gemma4_keys(config: Any) -> Callable[[Any], None]:
+    """As llama.cpp's converter writes them."""
+    sliding = [kind == "sliding_attention" for kind in config.layer_types]
+    first_shared = len(sliding) - config.num_kv_shared_layers
+
+    def edit(writer: Any) -> None:
+        for key in ("attention.head_count_kv", "feed_forward_length", "attention.key_length"):
+            writer.kv_data[0].pop(f"gemma4.{key}")
+        for key in ("attention.value_length", "rope.dimension_count"):
+            writer.kv_data[0].pop(f"gemma4.{key}")
+        num_kv = 1 if config.attention_k_eq_v else 2
+        writer.add_head_count_kv([2 if is_sliding else num_kv for is_sliding in sliding])
+        wide = 2 if config.use_double_wide_mlp else 1
+        writer.add_feed_forward_length([512 * (wide if i >= first_shared else 1) for i in range(4)])
+        writer.add_key_length(128)
+        writer.add_value_length(128)
+        writer.add_key_length_swa(64)
+        writer.add_value_length_swa(64)
+        writer.add_rope_dimension_count(128)
+        writer.add_rope_dimension_count_swa(64)
+        writer.add_sliding_window(20)
+        writer.add_sliding_window_pattern(sliding)
+        writer.add_shared_kv_layers(config.num_kv_shared_layers)
+        writer.add_embedding_length_per_layer_input(config.hidden_size_per_layer_input)
+        writer.add_final_logit_softcapping(3.0)
+        writer.add_tensor("rope_freqs.weight", np.array([1.0] * 16 + [1e30] * 48, np.float32))
+        if config.enable_moe_block:
+            writer.add_expert_count(4)
+            writer.add_expert_used_count(2)
+            writer.add_expert_feed_forward_length(256)
+        if first_shared < 4:  # tensors that published checkpoints have, too
+            writer.add_tensor("blk.3.attn_k_norm.weight", np.ones(128, np.float32))
+
+    return edit
+
+
+@pytest.mark.parametrize("variant", GEMMA4_VARIANTS)
+def test_gemma4_has_the_logits_of_the_dequantised_weights(
+    variant: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    rope = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        "full_attention": {"rope_type": "proportional", "rope_theta": 10000.0}
+        | {"partial_rotary_factor": 0.25},
+    }
+    changes = SIZES | GEMMA4 | TIED | GEMMA4_VARIANTS[variant] | {"rope_parameters": rope}
+    folder, path = tiny_model("gemma4_text", **changes), tmp_path / "x.gguf"
+    model = load_reference(folder)
+    kinds, edit = kind_of("Q4_K_M"), gemma4_keys(model.config)
+    state = support.write_quantized(path, model, kinds, edit=edit, head_dim=64)
+    convert.convert_gguf(path, tmp_path / "out", keep_packed=True)
+    ours = load(tmp_path / "out")
+    token_ids = torch.randint(0, 264, (NUM_TOKENS,)).tolist()
+    with torch.inference_mode():
+        expected = reference_of(folder, state)(torch.tensor([token_ids])).logits[0]
+    actual = logits_in_chunks(ours, token_ids, [NUM_TOKENS - 1, 1])
+    torch.testing.assert_close(actual, expected, atol=5e-4, rtol=2e-4)

@@ -89,3 +89,21 @@ def test_layers_that_predict_further_tokens_are_left_out(
     save_file(tensors | {"model.layers.4.x": torch.ones(2)}, tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match=r"unexpected tensors: model\.layers\.4\.x"):
         load(tmp_path)
+
+
+def test_projections_of_kv_that_layers_share_are_left_out(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = tiny_model("gemma4_text", **VARIANTS["gemma4_text", "e4b"])
+    tensors = load_file(source / "model.safetensors")
+    tensors |= {
+        f"model.layers.5.self_attn.{name}.weight": torch.ones(2)
+        for name in ("k_proj", "v_proj", "k_norm")
+    }
+    shutil.copy(source / "config.json", tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    load(tmp_path)
+    more = tensors | {"model.layers.1.self_attn.v_norm.weight": torch.ones(2)}
+    save_file(more, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"unexpected tensors: model\.layers\.1\..*v_norm"):
+        load(tmp_path)

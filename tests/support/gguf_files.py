@@ -21,7 +21,12 @@ MERGES = ["h e", "Ġ t", "Ġ Ġ", "Ġt he"]
 MERGED = ["he", "Ġt", "ĠĠ", "Ġthe", "xyz"]  # no merge leads to the last
 TOKENS = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *MERGED]
 VOCAB = 288  # more rows than tokens, as in many checkpoints
-ARCHITECTURES = {"gemma3_text": "gemma3"}  # of a model_type, if not the same
+ARCHITECTURES = {
+    "gemma3_text": "gemma3",
+    "gemma4_text": "gemma4",
+}  # of a model_type, if not the same
+# Of Gemma 4's routers.
+_SCALES = {"scale": "ffn_gate_inp", "per_expert_scale": "ffn_down_exps"}
 # Architectures whose q and k llama.cpp permutes. Its files of Mistral models name Llama.
 _INTERLEAVED = ("llama", "mistral")
 # Largest codes times largest small scales: by which blocks of a type exceed their float16 numbers.
@@ -63,6 +68,11 @@ def _names(architecture: str, num_layers: int) -> Any:
 
 def gguf_name(name: str, config: Any) -> str:
     names = _names(architecture_of(config), config.num_hidden_layers)
+    block, _, scale = name.replace("model.layers", "blk").partition(".router.")
+    if scale in _SCALES:
+        return f"{block}.{_SCALES[scale]}.scale"
+    if name.endswith(("layer_scalar", "experts.gate_up_proj", "experts.down_proj")):
+        name += ".weight"
     found = names.get_name(name, try_suffixes=(".weight", ".bias"))
     assert found is not None, name
     return str(found)
@@ -168,12 +178,13 @@ def write_quantized(
         state[name] = torch.from_numpy(values)
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    own_head_dim = options.get("head_dim") or getattr(config, "head_dim", None)
     sizes = {
         "architecture": architecture_of(config),
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
         "num_layers": config.num_hidden_layers,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // 4,
+        "head_dim": own_head_dim or config.hidden_size // 4,
     }
     write_gguf(path, tensors, kinds=kinds, **sizes | options)
     return state
