@@ -29,6 +29,7 @@ QUANTIZATIONS = (*ONLINE, *STORED)
 MODEL_IMPLS = ("auto", "compiledllm", "transformers")
 KV_CACHE_DTYPES = (*DTYPES, "fp8", "fp8_e4m3")
 STATE_DTYPES = ("float32", "bfloat16")
+EXECUTORS = ("auto", "mp", "ray", "uni")
 BACKENDS = ("auto", "triton", "flashinfer", "torch")
 
 
@@ -114,8 +115,12 @@ class ModelConfig:
     trust_remote_code: bool = option(
         False, "code from a checkpoint is never run: must be False", kind="bool"
     )
-    tensor_parallel_size: int = option(
-        1, "GPUs to split the model over: must be 1 so far", kind="int"
+    tensor_parallel_size: int = option(1, "GPUs that the model is divided among", kind="int")
+    distributed_executor_backend: str = option(
+        "auto",
+        "who starts the processes of the other GPUs: mp: this machine; ray: a Ray cluster; auto: "
+        "mp; uni: no other GPUs",
+        EXECUTORS,
     )
 
 
@@ -225,6 +230,7 @@ class EngineConfig:
         model, cache, scheduler = self.model, self.cache, self.scheduler
         positive: dict[str, Any] = {
             "max_model_len": None if model.max_model_len == AUTO else model.max_model_len,
+            "tensor_parallel_size": model.tensor_parallel_size,
             "kv_cache_memory_bytes": cache.kv_cache_memory_bytes,
             "num_kv_blocks": cache.num_kv_blocks,
             "max_num_seqs": scheduler.max_num_seqs,
@@ -253,11 +259,8 @@ class EngineConfig:
         model, max_num_seqs = self.model, self.scheduler.max_num_seqs
         if model.trust_remote_code:
             raise ConfigError("trust_remote_code=True is not supported: leave it out")
-        if model.tensor_parallel_size != 1:
-            raise ConfigError(
-                f"tensor_parallel_size must be 1, got {model.tensor_parallel_size}: models are not "
-                "split over GPUs yet"
-            )
+        if model.tensor_parallel_size > 1:
+            self._check_parallel(model.tensor_parallel_size)
         if not -(2**63) <= model.seed < 2**63:
             raise ConfigError(f"seed must be a 64-bit integer, got {model.seed}")
         if model.max_logprobs < -1:
@@ -276,6 +279,24 @@ class EngineConfig:
             )
         if max_num_seqs is not None and max_num_seqs > MAX_NUM_SEQS:
             raise ConfigError(f"max_num_seqs must be at most {MAX_NUM_SEQS}, got {max_num_seqs}")
+
+    def _check_parallel(self, num_ranks: int) -> None:
+        model = self.model
+        if model.distributed_executor_backend == "uni":
+            raise ConfigError(
+                f"distributed_executor_backend='uni' is one process, and tensor_parallel_size="
+                f"{num_ranks} needs one for each GPU; leave one of them out"
+            )
+        if self.compile.deterministic:
+            raise ConfigError(
+                f"deterministic=True is not supported with tensor_parallel_size={num_ranks}: the "
+                "order in which GPUs add depends on the batch; leave one of them out"
+            )
+        if ":" in model.device:
+            raise ConfigError(
+                f"device='{model.device}' names one GPU, and tensor_parallel_size={num_ranks} "
+                "takes the first ones; use device='cuda' and CUDA_VISIBLE_DEVICES"
+            )
 
     def replace(self, **options: Any) -> EngineConfig:
         """A copy with some flat options changed, checked again."""

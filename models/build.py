@@ -23,11 +23,13 @@ def build_model(
     checkpoint: Path,
     dummy_seed: int | None,
     products: Products | None = None,
+    rank: int = 0,
 ) -> Decoder:
     """Build the model on torch's default device in torch's default dtype.
 
     dummy_seed: seed of random weights; None loads the checkpoint's. products: the kernels of matrix
-    products and norms. Raises ConfigError for weights that do not fit the spec.
+    products and norms. rank: which of the spec's ranks the process is. Raises ConfigError for
+    weights that do not fit the spec.
     """
     if dummy_seed is None:
         _check_size(spec, checkpoint)
@@ -35,7 +37,7 @@ def build_model(
         from compiledllm.models.transformers_model import build_transformers_model
 
         return cast("Decoder", build_transformers_model(spec, backend, checkpoint, dummy_seed))
-    model = Decoder(spec, backend, products)
+    model = Decoder(spec, backend, products, rank)
     if dummy_seed is None:
         load_weights(model, checkpoint)
     else:

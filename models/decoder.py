@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compiledllm.kernels.backend import AttentionBackend, AttentionMetadata, StateMetadata
+from compiledllm.kernels.collectives import all_gather, all_reduce
 from compiledllm.models.formats.weight_format import empty_parameter
 from compiledllm.models.layer_cache import SharedKV
 from compiledllm.models.layers.attention import PagedAttention
@@ -25,6 +26,7 @@ from compiledllm.models.layers.mixer import make_mixer
 from compiledllm.models.layers.moe import ExpertsBesideMlp, make_mlp
 from compiledllm.models.layers.rope import RotaryTable
 from compiledllm.models.layers.token_input import TokenInputGate, TokenInputs
+from compiledllm.models.shards import Ranks
 from compiledllm.models.spec import (
     NORMS_BEFORE,
     NORMS_BEHIND,
@@ -81,6 +83,7 @@ class DecoderBlock(nn.Module):
         self.scalar = empty_parameter(1) if spec.has_scalar else None
         self.is_parallel = spec.residual.startswith("parallel")
         self.norms_sums = spec.residual == "sums"
+        self.num_ranks = spec.num_ranks
 
     def forward(
         self,
@@ -96,18 +99,17 @@ class DecoderBlock(nn.Module):
         if self.norms_sums:
             return self._forward_norming_sums(x, cos, sin, cache, attn)
         attn_in = mlp_in = x if self.attn_norm is None else self.attn_norm(x)
-        attended = self._scaled(self.attn(attn_in, cos, sin, cache, attn), self.attn_out_norm)
-        if not self.is_parallel:
-            x = mlp_in = x + attended
+        attended = self.attn(attn_in, cos, sin, cache, attn)
+        if self.is_parallel:
+            mlp_in = mlp_in if self.mlp_norm is None else self.mlp_norm(x)
+            update = self._over_ranks(self._scaled(self.mlp(mlp_in)) + self._scaled(attended))
+            return self._with_token_input(x, update, token_input)
+        x = mlp_in = x + self._scaled(self._over_ranks(attended), self.attn_out_norm)
         if self.mlp_norm is not None:
             mlp_in = self.mlp_norm(x)
         update = self.mlp(mlp_in)
-        if self.experts is not None:
-            update = self.experts(x, update)
-        update = self._scaled(update, self.mlp_out_norm)
-        if self.is_parallel:
-            update = update + attended
-        return self._with_token_input(x, update, token_input)
+        update = self._over_ranks(update) if self.experts is None else self.experts(x, update)
+        return self._with_token_input(x, self._scaled(update, self.mlp_out_norm), token_input)
 
     def _with_token_input(
         self, x: Tensor, update: Tensor, token_input: Tensor | None
@@ -139,11 +141,16 @@ class DecoderBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The post-norm block: it normalises each sum, and leaves no pending residual update."""
         assert self.attn_norm is not None and self.mlp_norm is not None
-        x = self.attn_norm(x + self._scaled(self.attn(x, cos, sin, cache, attn), None))
-        x = self.mlp_norm(x + self._scaled(self.mlp(x), None))
+        attended = self._over_ranks(self.attn(x, cos, sin, cache, attn))
+        x = self.attn_norm(x + self._scaled(attended))
+        x = self.mlp_norm(x + self._scaled(self._over_ranks(self.mlp(x))))
         return x, _no_update(x)
 
-    def _scaled(self, out: Tensor, norm: nn.Module | None) -> Tensor:
+    def _over_ranks(self, part: Tensor) -> Tensor:
+        """The sum of all ranks' outputs of a half of the block."""
+        return all_reduce(part) if self.num_ranks > 1 else part
+
+    def _scaled(self, out: Tensor, norm: nn.Module | None = None) -> Tensor:
         out = out if norm is None else norm(out)
         return out if self.spec.residual_scale == 1 else out * self.spec.residual_scale
 
@@ -155,23 +162,31 @@ class Decoder(nn.Module):
     behind the last block. `compiledllm.graphs` replaces all three by compiled functions.
     takes_sampled_tokens: whether `forward` accepts `SampledTokens`. num_sampled_layers: number of
     layers that run for these tokens only: the last one that stores keys and values, and those
-    behind it. products: kernels of matrix products and norms.
+    behind it. products: kernels of matrix products and norms. rank: which of the spec's ranks the
+    process is.
     """
 
     edges = "enter", "leave"
 
     def __init__(
-        self, spec: ModelSpec, backend: AttentionBackend, products: Products | None = None
+        self,
+        spec: ModelSpec,
+        backend: AttentionBackend,
+        products: Products | None = None,
+        rank: int = 0,
     ) -> None:
         super().__init__()
         self.spec = spec
+        ranks = Ranks(rank, spec.num_ranks)
+        self._vocab = ranks.shard_of_rows(spec.vocab_size, spec.vocab_rows)
+        self.shards = {"embedding": self._vocab} if ranks.are_many else {}
         self.backend = backend
         self.num_sampled_layers = _num_behind_last_stored(spec) + 1
         last_mixers = (layer.mixer for layer in spec.layers[-self.num_sampled_layers :])
         last_attend = all(isinstance(mixer, AttentionSpec) for mixer in last_mixers)
         self.takes_sampled_tokens = backend.takes_sampled_tokens and last_attend
-        self._make = make = Factory(products or Products(), spec.formats)
-        self.embedding = empty_parameter(spec.vocab_size, spec.embedding_width)
+        self._make = make = Factory(products or Products(), spec.formats, ranks=ranks)
+        self.embedding = empty_parameter(spec.vocab_rows, spec.embedding_width)
         self.lm_head = self._make_head(is_tied=spec.tie_word_embeddings)
         self.project_in = self.project_out = None
         if size := spec.embedding_size:
@@ -274,10 +289,14 @@ class Decoder(nn.Module):
 
     def _make_head(self, is_tied: bool) -> Head:
         spec, embedding = self.spec, self.embedding if is_tied else None
-        return self._make.head(spec.embedding_width, spec.vocab_size, spec.lm_head_bias, embedding)
+        rows, bias = spec.vocab_rows, spec.lm_head_bias
+        return self._make.head(spec.embedding_width, rows, bias, embedding, self._vocab)
 
     def embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        x = F.embedding(input_ids, self.embedding)
+        if self.spec.num_ranks > 1:
+            x = self._embed_over_ranks(input_ids)
+        else:
+            x = F.embedding(input_ids, self.embedding)
         if self._embedding_scale != 1:
             x = x * self._embedding_scale
         if self.project_in is not None:
@@ -286,17 +305,34 @@ class Decoder(nn.Module):
             x = x + F.embedding(positions + self.spec.first_position, self.positions)
         return x
 
+    def _embed_over_ranks(self, input_ids: Tensor) -> Tensor:
+        """Each rank looks up its own rows of the vocabulary; the others' are zero."""
+        ((start, end),) = self._vocab.ranges
+        is_here = (input_ids >= start) & (input_ids < end)
+        rows = F.embedding(torch.where(is_here, input_ids - start, 0), self.embedding)
+        return all_reduce(rows.masked_fill(~is_here.unsqueeze(-1), 0))
+
     def compute_logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """[tokens, hidden] -> [tokens, vocab], in the model's dtype; written to `out` if given."""
         spec = self.spec
         if self.project_out is not None:
             hidden = self.project_out(hidden)
-        logits = self.lm_head.into(out, hidden)
+        if spec.num_ranks > 1:
+            logits = self._logits_of_ranks(hidden, out)
+        else:
+            logits = self.lm_head.into(out, hidden)
         if spec.logit_scale != 1:
             logits.mul_(spec.logit_scale)
         if spec.logit_soft_cap:
             logits.div_(spec.logit_soft_cap).tanh_().mul_(spec.logit_soft_cap)
         return logits
+
+    def _logits_of_ranks(self, hidden: Tensor, out: Tensor | None) -> Tensor:
+        """The logits of the whole vocabulary, the same bits on every rank."""
+        spec = self.spec
+        parts = all_gather(self.lm_head.into(None, hidden), spec.num_ranks)  # [ranks, rows, part]
+        logits = parts.transpose(0, 1).flatten(1)[:, : spec.vocab_size]
+        return logits.contiguous() if out is None else out.copy_(logits)
 
 
 def _enter(decoder: Decoder, input_ids: Tensor, positions: Tensor) -> BlockInputs:

@@ -88,7 +88,8 @@ class AttentionSpec:
     multiplies each head's output; the projection's rows follow the rows of the head's query.
     v_norm: normalises each head of the values. keys_are_values: values are the projected keys, as
     they are before norm and rotation. kv_layer: the earlier layer, with the same heads and window,
-    whose keys and values the layer reads, storing none; None: it stores its own.
+    whose keys and values the layer reads, storing none; None: it stores its own. kv_replicas:
+    number of ranks that hold the same key and value heads, in a tensor-parallel model.
     """
 
     num_heads: int
@@ -108,6 +109,7 @@ class AttentionSpec:
     v_norm: NormSpec | None = None
     keys_are_values: bool = False
     kv_layer: int | None = None
+    kv_replicas: int = 1
 
     @property
     def q_size(self) -> int:
@@ -173,6 +175,8 @@ class AttentionSpec:
 EXPERTS = "experts.moe"  # path of the experts beside a dense MLP, within a block
 TOKEN_PROJECTION = "token_inputs.projection"  # path within a model
 
+_VOCAB_MULTIPLE = 8  # rows of a rank's head, so that its logits begin on borders of 16 bytes
+
 # Kinds of residual connection, with the number of norms before and after attention and MLP.
 # pre: x += f(norm(x)). post: x += norm(f(x)). sandwich: x += norm(f(norm(x))). sums:
 # x = norm(x + f(x)). parallel: attention and MLP read the same normalised input; parallel_2: each
@@ -190,7 +194,8 @@ class LayerSpec:
     dense MLP, with four more norms: x += norm(norm(mlp) + norm(experts)). token_size: width of an
     input of the layer's own for each token, which a gate of x lets in behind the MLP; 0: none.
     has_scalar: a learned number multiplies the block's output. formats: the formats of the
-    quantised matrices.
+    quantised matrices. num_ranks: number of processes whose outputs of mixer and MLP add up to the
+    layer's, each with sizes as given here (`sharded_spec`).
     """
 
     hidden_size: int
@@ -203,6 +208,7 @@ class LayerSpec:
     token_size: int = 0
     has_scalar: bool = False
     formats: Formats = ()
+    num_ranks: int = 1
 
     @property
     def weights(self) -> Weights:
@@ -249,7 +255,9 @@ class ModelSpec:
 
     dtype: the dtype of weights and activations, a name in torch: the checkpoint's until
     `with_dtypes` sets the engine's. kv_dtype: the dtype of keys and values; "": as `dtype`.
-    state_dtype: the dtype of the states of Gated DeltaNet.
+    state_dtype: the dtype of the states of Gated DeltaNet. num_ranks: number of processes that hold
+    a part of this size each; vocab_size is of the whole model. part_of: the spec of the whole
+    model; None: this one.
     """
 
     architecture: str
@@ -276,6 +284,8 @@ class ModelSpec:
     quantization: str = ""
     kv_dtype: str = ""
     state_dtype: str = "float32"
+    num_ranks: int = 1
+    part_of: ModelSpec | None = None
 
     def with_dtypes(
         self, dtype: str, kv_dtype: str = "", state_dtype: str = "float32"
@@ -294,6 +304,18 @@ class ModelSpec:
         return dtype
 
     @property
+    def whole(self) -> ModelSpec:
+        """The spec of the whole model, of which a rank holds a part."""
+        return self.part_of or self
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the embedding and of the head in a process, with padding if they are divided."""
+        if self.num_ranks == 1:
+            return self.vocab_size
+        return -(-self.vocab_size // (self.num_ranks * _VOCAB_MULTIPLE)) * _VOCAB_MULTIPLE
+
+    @property
     def embedding_width(self) -> int:
         return self.embedding_size or self.hidden_size
 
@@ -310,7 +332,7 @@ class ModelSpec:
     @property
     def weights(self) -> Weights:
         """All weights. A tied output head is the embedding and does not count again."""
-        matrices = [MatrixSpec("embedding", self.vocab_size, self.embedding_width)]
+        matrices = [MatrixSpec("embedding", self.vocab_rows, self.embedding_width)]
         if not self.tie_word_embeddings:
             matrices.append(self._head)
         if size := self.embedding_size:
@@ -321,7 +343,7 @@ class ModelSpec:
             matrices.append(MatrixSpec(TOKEN_PROJECTION, width, self.hidden_size))
         positions = self.num_learned_positions * self.hidden_size + self.token_size
         norm = self.final_norm.num_parameters(self.hidden_size)
-        bias = self.lm_head_bias * self.vocab_size
+        bias = self.lm_head_bias * self.vocab_rows
         ends = Weights(tuple(matrices), positions + norm + bias + self.num_other_parameters)
         return ends.stored_in(self.formats).plus(*(layer.weights for layer in self.layers))
 
@@ -338,7 +360,7 @@ class ModelSpec:
 
     @property
     def _head(self) -> MatrixSpec:
-        return MatrixSpec("lm_head", self.vocab_size, self.embedding_width)
+        return MatrixSpec("lm_head", self.vocab_rows, self.embedding_width)
 
     @property
     def num_parameters(self) -> int:

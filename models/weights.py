@@ -36,7 +36,7 @@ from compiledllm.models.formats.kv_scales import parse_name
 from compiledllm.models.formats.mixed import Mixed
 from compiledllm.models.formats.quantized import MatrixSlot, Quantized
 from compiledllm.models.formats.slicing import Content, shape_of, split_rows
-from compiledllm.models.formats.weight_format import Slot, TensorSlot
+from compiledllm.models.formats.weight_format import ShardSlot, Slot, TensorSlot
 from compiledllm.models.layers.linear import Matrix, SharedExpert
 from compiledllm.models.names import NameRules, slots_of
 from compiledllm.models.registry import family_of, scheme_of_checkpoint
@@ -81,7 +81,7 @@ def _stored(
     tensors: Iterator[tuple[str, Content]] = read_tensors(files)
     scheme = scheme_of_checkpoint(files[0].parent)
     if scheme is not None:
-        quantized = {name for name, slot in slots.items() if isinstance(slot, MatrixSlot)}
+        quantized = {name for name, slot in slots.items() if _is_quantized(slot)}
 
         def is_matrix(name: str) -> bool:
             return quantized.issuperset(slots_of(rules.target_of(f"{name}.weight")))
@@ -90,13 +90,17 @@ def _stored(
         gatherer = Gatherer(files[0].parent, scheme, names, is_matrix, device)
         tensors = gatherer.gather(read_tensors(files))
     if (unpack := getattr(family, "unpack", None)) is not None:
-        tensors = unpack(tensors, model.spec)
+        tensors = unpack(tensors, model.spec.whole)
     prepare = getattr(family, "prepare", None)
     for name, tensor in tensors:
         if scheme is not None and _is_empty_bias(name, tensor, rules, slots):
             continue
         if rules.is_used(name) and parse_name(name) is None:  # see `formats.kv_scales`
-            yield name, tensor if prepare is None else prepare(name, tensor, model.spec)
+            yield name, tensor if prepare is None else prepare(name, tensor, model.spec.whole)
+
+
+def _is_quantized(slot: Slot) -> bool:
+    return isinstance(slot.slot if isinstance(slot, ShardSlot) else slot, MatrixSlot)
 
 
 def _is_empty_bias(name: str, stored: Content, rules: NameRules, slots: Mapping[str, Slot]) -> bool:
@@ -196,6 +200,8 @@ def _destinations(model: Decoder) -> dict[str, Slot]:
         else:
             own = module.named_parameters(recurse=False)
             found = {name: TensorSlot(parameter.data) for name, parameter in own}
+            shards = getattr(module, "shards", {}) if model.spec.num_ranks > 1 else {}
+            found |= {n: ShardSlot(found[n], s, 0) for n, s in shards.items() if n in found}
         prefix = f"{path}." if path else ""
         slots |= {prefix + name: slot for name, slot in found.items()}
     return slots

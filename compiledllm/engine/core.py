@@ -17,6 +17,7 @@ from typing import Any
 from compiledllm.caches import use_compiler_caches
 from compiledllm.choices import Choice, Report
 from compiledllm.config import AUTO, ConfigError
+from compiledllm.engine.executor import make_executor
 from compiledllm.engine.isolation import Isolation
 from compiledllm.engine.plan_views import start_lines
 from compiledllm.engine.served_model import ServedModel
@@ -32,7 +33,6 @@ from compiledllm.runner.model_runner import ModelRunner
 from compiledllm.runner.pending import PendingOutput
 from compiledllm.runner.plan import Plan
 from compiledllm.runner.start_cache import why_not_cached
-from compiledllm.runner.worker import Worker
 from compiledllm.scheduler.block_pool import BlockPool
 from compiledllm.scheduler.policy import BALANCED_TOKENS, Pace
 from compiledllm.scheduler.scheduler import Scheduler
@@ -70,7 +70,7 @@ class EngineCore:
             log.info("%-10s %s", topic, line)
 
     def _start(self, plan: Plan) -> None:
-        self.worker = Worker(plan, self.ledger)
+        self.worker = make_executor(plan, self.ledger)
         num_kv_blocks = self.worker.count_kv_blocks()
         self.scheduler = _scheduler(plan, num_kv_blocks)
         limits = plan.config.limits
@@ -193,7 +193,7 @@ class EngineCore:
         if not isinstance(error, Exception):
             self._abandon(step, failed=False)
             raise error
-        isolation = None if is_fatal(error) else self.isolation
+        isolation = None if is_fatal(error) or self.worker.is_broken else self.isolation
         if isolation is None or isolation.is_hopeless:
             self._abandon(step, failed=True)
             raise error

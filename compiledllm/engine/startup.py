@@ -10,6 +10,8 @@ from compiledllm.engine.tokenizer import read_template
 from compiledllm.kernels.backend import AttentionBackend
 from compiledllm.log import log
 from compiledllm.models.registry import load_spec
+from compiledllm.models.sharded_spec import sharded
+from compiledllm.models.shards import Ranks
 from compiledllm.models.source import resolve_checkpoint
 from compiledllm.models.spec import ModelSpec
 from compiledllm.platform import Platform
@@ -21,10 +23,11 @@ from compiledllm.runner.state_plan import with_room_for_states
 from compiledllm.scheduler.kv_manager import max_blocks_in_use, num_blocks_needed
 
 
-def plan(config: EngineConfig) -> Plan:
+def plan(config: EngineConfig, rank: int = 0, device: str | None = None) -> Plan:
     """Plan an engine for this machine. With load_format="dummy" no weight file need exist.
 
-    Raises ConfigError for options that the model or the machine cannot have.
+    rank: which of `tensor_parallel_size` processes plans. device: the process's; None: the GPU of
+    its rank. Raises ConfigError for options that the model or the machine cannot have.
     """
     model = config.model
     if model.chat_template is not None:
@@ -34,7 +37,8 @@ def plan(config: EngineConfig) -> Plan:
         model.model, model.revision, has_weights, keep_packed=model.model_impl != "transformers"
     )
     stored = load_spec(checkpoint, model.model_impl, model.quantization)
-    platform = Platform.detect(model.device)
+    ranks = Ranks(rank, model.tensor_parallel_size)
+    platform = _platform(model.device, ranks, device)
     resolved, report = resolve(config, platform.is_cuda, stored.max_position, platform.memory_bytes)
     if stored.implementation == "transformers":
         _note_transformers(config, stored.architecture, report)
@@ -43,6 +47,9 @@ def plan(config: EngineConfig) -> Plan:
     spec = stored.with_dtypes(
         str(dtype.value), _kv_dtype(config.cache, str(dtype.value)), config.cache.state_dtype
     )
+    spec = sharded(spec, ranks.count)
+    if ranks.are_many:
+        report.note("tensor_parallel_size", Choice(ranks.count, "as asked"))
     if spec.bytes_per_request:
         resolved = with_room_for_states(resolved, spec, platform, report)
     backend = _backend(resolved, spec, platform, report)
@@ -64,7 +71,18 @@ def plan(config: EngineConfig) -> Plan:
         blocks_per_context=_blocks_of_one(layout, resolved.limits),
         max_useful_blocks=_blocks_of_all(layout, resolved.limits),
         report=report,
+        ranks=ranks,
     )
+
+
+def _platform(device: str, ranks: Ranks, own: str | None) -> Platform:
+    """The rank's GPU, or its share of the CPU's memory."""
+    if not ranks.are_many:
+        return Platform.detect(device)
+    platform = Platform.detect(own or device)
+    if platform.is_cuda:
+        return Platform.detect(own or f"cuda:{ranks.index}")
+    return dataclasses.replace(platform, memory_bytes=platform.memory_bytes // ranks.count)
 
 
 def _kv_dtype(cache: CacheConfig, dtype: str) -> str:

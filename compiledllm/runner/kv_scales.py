@@ -14,6 +14,7 @@ from torch import Tensor
 
 from compiledllm.choices import Choice
 from compiledllm.kernels.backend import MAX_FP8, AttentionMetadata, make_row_bound
+from compiledllm.kernels.collectives import max_over_ranks
 from compiledllm.log import log
 from compiledllm.models.decoder import Decoder
 from compiledllm.resolved_config import StepLimits
@@ -35,10 +36,10 @@ def set_kv_scales(model: Decoder, stored: Mapping[int, Tensor], limits: StepLimi
     stored: layer -> [2], the checkpoint's scales. A layer whose stored scales clamp more than
     MAX_CLIPPED of the prompt's keys or values gets measured scales, with a warning.
     """
-    num_stored = 0
+    num_stored, many = 0, model.spec.num_ranks > 1
     for layer, cache in _caches_of_prompt(model, limits).items():
         found = stored.get(layer)
-        if found is not None and (clipped := _clipped_fraction(cache, found)) > MAX_CLIPPED:
+        if found is not None and (clipped := _clipped_fraction(cache, found, many)) > MAX_CLIPPED:
             log.warning(
                 "layer %d: the checkpoint's KV scales %s clamp %.1f %% of the values of a test "
                 "prompt; measured scales are used",
@@ -46,7 +47,8 @@ def set_kv_scales(model: Decoder, stored: Mapping[int, Tensor], limits: StepLimi
             )
             found = None
         num_stored += found is not None
-        model.kv_scales[layer].copy_(_measured_scales(cache) if found is None else found)
+        scales = _measured_scales(cache, many) if found is None else found
+        model.kv_scales[layer].copy_(scales)
     num_layers = len(model.kv_scales)
     if num_stored == num_layers:
         return Choice("checkpoint", "its scales clamp next to nothing of a test prompt")
@@ -92,16 +94,20 @@ def _caches_of_prompt(model: Decoder, limits: StepLimits) -> dict[int, Tensor]:
     return {layer: found[layer] for layer in model.kv_scales}
 
 
-def _clipped_fraction(cache: Tensor, scales: Tensor) -> float:
+def _clipped_fraction(cache: Tensor, scales: Tensor, has_ranks: bool) -> float:
     """The fraction of the keys or of the values, whichever is larger, that the scales clamp."""
     limits = (scales * MAX_FP8).tolist()
     parts = zip(cache, limits, strict=True)
-    return max(float((x.abs() > limit).float().mean()) for x, limit in parts)
+    fraction = max(float((x.abs() > limit).float().mean()) for x, limit in parts)
+    return max_over_ranks(fraction, cache.device) if has_ranks else fraction
 
 
-def _measured_scales(cache: Tensor) -> Tensor:
+def _measured_scales(cache: Tensor, has_ranks: bool) -> Tensor:
     """Scales [2] of keys and values: powers of two, so that dividing by them rounds nothing."""
-    return torch.tensor([_power_of_two(x.abs().max().item()) for x in cache])
+    largest = [x.abs().max().item() for x in cache]
+    if has_ranks:
+        largest = [max_over_ranks(value, cache.device) for value in largest]
+    return torch.tensor([_power_of_two(value) for value in largest])
 
 
 def _power_of_two(largest: float) -> float:

@@ -75,7 +75,7 @@ class ModelRunner:
         self.states = StateCaches(kv_layout, max_rows, self.device, num_snapshots)
         self._caches = kv_layout.in_layer_order(kv_caches, self.states.tensors)
         self.table = RequestTable(max_rows, max_blocks, vocab_size, self.device, kv_layout.splits)
-        self.sampler = Sampler(self.table, vocab_size)
+        self.sampler = Sampler(self.table, vocab_size, model.spec.num_ranks)
         self.outputs = OutputRing(MAX_IN_FLIGHT + 1, max_rows, self.device)
         max_tokens = max(limits.max_num_batched_tokens, max_rows)
         variants = variants_for(max_tokens, self.device.type == "cuda")

@@ -102,6 +102,11 @@ class PendingOutput:
         self._arrived = arrived
         self._extras = extras
 
+    @property
+    def has_arrived(self) -> bool:
+        """Whether `collect` would not wait."""
+        return self._arrived is None or bool(self._arrived.query())  # type: ignore[no-untyped-call]
+
     def collect(self) -> StepOutput:
         """Wait for the step and return its results."""
         if self._arrived is not None:

@@ -13,6 +13,7 @@ from typing import Any
 from compiledllm.choices import Choice, Report
 from compiledllm.graphs.buckets import StepShape, step_shapes
 from compiledllm.kernels.backend import AttentionBackend
+from compiledllm.models.shards import Ranks
 from compiledllm.models.spec import ModelSpec
 from compiledllm.platform import Platform
 from compiledllm.resolved_config import ResolvedConfig
@@ -25,7 +26,8 @@ SNAPSHOT_SHARE = 0.1  # memory for snapshots of states, as a share of the KV blo
 class Plan:
     """All decisions about an engine that need no weights. Every open option has a value.
 
-    checkpoint: directory with config.json. spec: the model, in the dtypes in which it runs.
+    checkpoint: directory with config.json. spec: the model, in the dtypes in which it runs, or the
+    part of it that each rank holds. ranks: which of the model's processes carries out the plan.
     stored_dtype: dtype of the checkpoint's weights, a name in torch. backend: the attention
     backend, prepared to run the model.
     blocks_per_context: number of KV blocks that a request of `max_model_len` tokens holds.
@@ -43,6 +45,16 @@ class Plan:
     blocks_per_context: int
     max_useful_blocks: int
     report: Report
+    ranks: Ranks = Ranks()
+
+    @property
+    def agreement(self) -> str:
+        """What the ranks of a model must plan alike, in words."""
+        limits = self.config.limits
+        return (
+            f"{limits}, {self.kv_layout}, {self.backend.name}, {self.spec.dtype}, "
+            f"{len(self.shapes_to_capture())} step sizes to capture"
+        )
 
     @property
     def block_bytes(self) -> int:

@@ -68,6 +68,8 @@ class RequestTable:
         self.num_prompt_tokens = np.zeros(max_num_seqs, np.int64)
         self.wants_logprobs = np.zeros(max_num_seqs, bool)
         self.wants_prompt_logprobs = np.zeros(max_num_seqs, bool)
+        # Grammars and logits processors are known to a model's first rank only.
+        self.draws_on_first_rank = np.zeros(max_num_seqs, bool)
         self._num_blocks = [0] * max_num_seqs
         self._row_of: dict[str, int] = {}
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
@@ -145,6 +147,9 @@ class RequestTable:
         self.num_logprobs[row] = num_best(params.logprobs, self._vocab_size)
         self.named_logprobs[row] = params.logprob_token_ids or []
         self.wants_prompt_logprobs[row] = params.prompt_logprobs is not None
+        self.draws_on_first_rank[row] = (
+            request.spec.grammar is not None or params.logits_processors is not None
+        )
         self.rules.fill(row, request)
         self.pooling.fill(row, request.spec.pooling)
         self._num_blocks[row] = 0

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compiledllm.kernels.collectives import broadcast
 from compiledllm.kernels.logprobs import MAX_IN_TRITON, token_logprobs
 from compiledllm.kernels.sampling import INVALID, draw_tokens
 from compiledllm.runner.device import to_device
@@ -23,10 +24,14 @@ WORKSPACE_BYTES = 256 * 2**20  # maximum for edited copies of logits, or for a p
 
 
 class Sampler:
-    """Draws the next tokens of request rows with rules, and computes log probabilities."""
+    """Draws the next tokens of request rows with rules, and computes log probabilities.
 
-    def __init__(self, table: RequestTable, vocab_size: int) -> None:
+    num_ranks: number of processes that draw the same tokens from the same logits.
+    """
+
+    def __init__(self, table: RequestTable, vocab_size: int, num_ranks: int = 1) -> None:
         self._table = table
+        self._num_ranks = num_ranks
         self._vocab_size = vocab_size
         self._chunk_rows = max(1, WORKSPACE_BYTES // (32 * vocab_size))
         self._every_row = torch.arange(table.padding_row, device=table.device)
@@ -67,10 +72,17 @@ class Sampler:
             extras.errors = self._draw_for_all_rules(
                 drawn, logits, with_rules, rows, positions, last_tokens, request_ids
             )
+        if self._num_ranks > 1 and self._table.draws_on_first_rank[rows].any():
+            self._take_from_first_rank(drawn, rows)
         with_logprobs = np.flatnonzero(self._table.wants_logprobs[rows])
         if len(with_logprobs):
             extras.logprobs = self._logprobs(drawn, logits, rows, with_logprobs, request_ids)
         return extras if len(with_rules) or len(with_logprobs) else None
+
+    def _take_from_first_rank(self, drawn: Tensor, rows: np.ndarray) -> None:
+        """Replace the draws, int64 [rows], and the rows' last tokens by those of rank 0."""
+        broadcast(drawn)
+        self._table.last_token_ids[to_device(rows, drawn.device)] = drawn.clamp(min=0)
 
     def _draw_for_all_rules(
         self,

@@ -155,6 +155,8 @@ def why_not_cached(plan: Plan) -> str | None:
         return "enforce_eager"
     if options.deterministic:
         return "deterministic"
+    if plan.ranks.are_many:
+        return "tensor_parallel_size"
     if os.environ.get("COMPILEDLLM_DISABLE_CACHE", "") not in ("", "0"):
         return "COMPILEDLLM_DISABLE_CACHE is set"
     return None

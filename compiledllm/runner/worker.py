@@ -63,9 +63,11 @@ class Worker:
     that needed the device), `ledger` (seconds by phase), `is_restored` (whether an earlier start
     compiled), and after `start` `num_kv_blocks` (without the null block) and `runner`.
 
-    The constructor loads the weights. Raises ConfigError if they do not fit the spec, or if other
-    processes hold the GPU's memory.
+    The constructor loads the weights, without waiting for other ranks. Raises ConfigError if they
+    do not fit the spec, or if other processes hold the GPU's memory.
     """
+
+    is_broken = False  # a worker of its own can always run another step
 
     def __init__(self, plan: Plan, ledger: Ledger) -> None:
         self.plan = plan
@@ -92,9 +94,6 @@ class Worker:
             self.report.note("tie_word_embeddings", own_head)
         if products := _products(self._model):
             self.report.note("products", Choice(products, self.spec.quantization))
-        if plan.has_fp8_cache:
-            with ledger.phase("memory"):
-                self.report.note("kv_scales", self._set_kv_scales())
 
     # -- steps ---------------------------------------------------------------------------------
 
@@ -119,10 +118,13 @@ class Worker:
     def count_kv_blocks(self) -> int:
         """Number of KV blocks for which this device has room, without the null block.
 
-        On CUDA, runs the largest step to measure activations. Raises ConfigError without room.
+        Measures the scales of an FP8 cache first. On CUDA, runs the largest step to measure
+        activations. Raises ConfigError without room.
         """
         plan = self.plan
         with self.ledger.phase("memory"):
+            if plan.has_fp8_cache:
+                self.report.note("kv_scales", self._set_kv_scales())
             in_use = self._plan_memory() if plan.platform.is_cuda else plan.state_bytes
         num_blocks, choice = plan_num_blocks(
             plan.config.requested.cache,
@@ -165,6 +167,7 @@ class Worker:
                     plan.checkpoint,
                     dummy_seed=options.model.seed if options.model.load_format == "dummy" else None,
                     products=fixed_order(plan.spec) if options.compile.deterministic else None,
+                    rank=plan.ranks.index,
                 )
         finally:
             torch.set_default_dtype(default)
@@ -207,6 +210,9 @@ class Worker:
             return "decoder block", f"by an earlier start, {self.cache.reason}"
         if obstacle := self.plan.platform.why_not_compile():
             return "nothing, running eagerly", obstacle
+        if self.plan.ranks.are_many and config.compile_when != "start":
+            reason = f"ranks do not compile at the same time with '{config.compile_when}'"
+            return "nothing, running eagerly", f"{reason}; use compile_when='start'"
         if config.compile_when == "busy":
             compiler.compile_after(BUSY_S)
             return "decoder block", f"after {BUSY_S:.0f} s of work, when it pays; eager until then"

@@ -39,7 +39,7 @@ def quantized_online(spec: ModelSpec, method: str) -> ModelSpec:
     """The spec with all matrices of the blocks quantised while loading; the head stays as it is."""
 
     def quantized(layer: LayerSpec) -> LayerSpec:
-        paths = (path for path in _parts_of(layer) if path != _NOT_ONLINE)
+        paths = (path for path in parts_of(layer) if path != _NOT_ONLINE)
         return replace(layer, formats=tuple((path, ONLINE[method]) for path in paths))
 
     layers = tuple(map(quantized, spec.layers))
@@ -82,7 +82,7 @@ class _Reader:
     def layer(self, index: int, layer: LayerSpec) -> LayerSpec:
         experts = _paths_of_experts(layer)
         formats: dict[str, QuantSpec | MixedSpec] = {}
-        for path, parts in _parts_of(layer).items():
+        for path, parts in parts_of(layer).items():
             where = f"layers.{index}.{path}"
             if (format := self.format_of(where, parts, experts.get(path, 0))) is not None:
                 formats[path] = format
@@ -133,7 +133,7 @@ def _slot(path: str, part: str) -> str:
     return f"{path}.weight:{part}" if part else f"{path}.weight"
 
 
-def _parts_of(layer: LayerSpec) -> dict[str, dict[str, int]]:
+def parts_of(layer: LayerSpec) -> dict[str, dict[str, int]]:
     """Path -> parts, with their outputs, of the matrices of a block that may be quantised.
 
     Router and gate of a shared expert are left out: they are never quantised.

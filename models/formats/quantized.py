@@ -191,11 +191,12 @@ class MatrixSlot:
     def shape(self) -> torch.Size:
         return torch.Size((self.codes.shape[0], self.num_inputs))
 
-    def put(self, stored: Any) -> None:
-        """Pack a QuantizedMatrix, or quantise a tensor online and pack it.
+    def before_division(self, stored: Any, dim: int) -> Any:
+        """What a rank takes its rows (dim 0) or columns (dim 1) of: codes, if scales span ranks."""
+        return self.prepared(stored) if dim == 1 or self.spec.rows > 1 else stored
 
-        Raises ValueError if the matrix does not have the codes, zeros and order of the spec.
-        """
+    def prepared(self, stored: Any) -> QuantizedMatrix:
+        """The QuantizedMatrix itself, or a tensor quantised online. Raises ValueError."""
         if isinstance(stored, Tensor):
             if not self.spec.online:
                 dtype = str(stored.dtype).removeprefix("torch.")
@@ -205,10 +206,23 @@ class MatrixSlot:
                 )
             stored = quantize(stored.to(self.codes.device), self.spec.online)
         assert isinstance(stored, QuantizedMatrix)
+        return stored
+
+    def put(self, stored: Any) -> None:
+        """Pack a QuantizedMatrix, or quantise a tensor online and pack it.
+
+        Raises ValueError if the matrix does not have the codes, zeros and order of the spec.
+        """
+        stored = self.prepared(stored)
         stored = stored if self.factors is not None else one_level(stored)
         self._check(stored)
-        if stored.block and self.scales.shape[0] == self.codes.shape[0]:
+        has_row_scales = self.scales.shape[0] == self.codes.shape[0]
+        if stored.block and has_row_scales:
             stored = with_row_scales(stored)
+        if self.spec.rows > 1 and not stored.block and not has_row_scales:
+            raise ValueError(
+                "a rank's part is not whole blocks; use a smaller tensor_parallel_size"
+            )
         packed = pack_nibbles(stored.codes) if self.spec.is_nibbles else stored.codes
         self.codes.copy_(packed)
         self._spread(stored.scales, stored, self.scales)

@@ -1,4 +1,4 @@
-"""Splits tensors and quantised matrices alike, by rows and by experts."""
+"""Splits tensors and quantised matrices alike: by rows, by experts and by ranks."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from compiledllm.models.formats.codes import QuantizedMatrix, dequantize, with_row_scales
+from compiledllm.models.shards import Shard
 
 _OF_SCALES = ("scales", "zeros", "minima", "super_scales", "super_minima")
 _CHUNK = 2**22  # numbers of a matrix that are dequantised at a time
@@ -32,6 +33,57 @@ def split_rows(stored: Content, sizes: Sequence[int]) -> Sequence[Content]:
         stored = with_row_scales(stored)
     ends = itertools.accumulate(sizes)
     return [_rows(stored, end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+
+def take(stored: Content, shard: Shard, dim: int) -> Content:
+    """A rank's part of the rows (dim 0) or columns (dim 1), with zeros for the shard's padding."""
+    if isinstance(stored, QuantizedMatrix):
+        return _take_rows(stored, shard) if dim == 0 else _columns(stored, *shard.ranges[0])
+    if dim == 1:
+        ((start, end),) = shard.ranges
+        return stored[:, start:end]
+    return _joined(stored, shard.ranges, shard.held)
+
+
+def _take_rows(stored: QuantizedMatrix, shard: Shard) -> QuantizedMatrix:
+    size = stored.rows
+    if any(start % size or (end % size and end < shard.size) for start, end in shard.ranges):
+        stored, size = with_row_scales(stored), 1
+    of_scales = [(start // size, -(-end // size)) for start, end in shard.ranges]
+    return _each(
+        stored,
+        lambda codes: _joined(codes, shard.ranges, shard.held),
+        lambda scales: _joined(scales, of_scales, -(-shard.held // size)),
+    )
+
+
+def _joined(tensor: Tensor, ranges: Sequence[tuple[int, int]], num_rows: int) -> Tensor:
+    """The ranges of rows, one behind the other, and zeros up to `num_rows`."""
+    parts = [tensor[start:end] for start, end in ranges]
+    if len(parts) == 1 and len(parts[0]) == num_rows:
+        return parts[0]
+    shape = num_rows, *tensor.shape[1:]
+    joined = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
+    first = 0
+    for part in parts:  # not all dtypes can be concatenated
+        joined[first : first + len(part)].copy_(part)
+        first += len(part)
+    return joined
+
+
+def _columns(matrix: QuantizedMatrix, start: int, end: int) -> QuantizedMatrix:
+    """The columns from `start` to `end`, which are borders of groups."""
+    assert matrix.permutation is None, "sharded_spec refuses permutations"
+    num_columns = matrix.codes.shape[-1]
+
+    def of_group(part: Tensor) -> Tensor:
+        size = matrix.group if part.shape == matrix.scales.shape else num_columns // part.shape[-1]
+        if size >= num_columns:
+            return part
+        assert start % size == 0 and (end % size == 0 or end == num_columns), (start, end, size)
+        return part[..., start // size : -(-end // size)]
+
+    return _each(matrix, lambda codes: codes[..., start:end], of_group)
 
 
 def dequantize_into(matrix: QuantizedMatrix, out: Tensor) -> None:

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from compiledllm.models.formats.slicing import dequantize_into
+from compiledllm.models.formats.slicing import dequantize_into, take
+from compiledllm.models.shards import Shard
 
 Params = Sequence[Tensor | None]
 
@@ -50,6 +51,41 @@ class TensorSlot:
             self.tensor.copy_(stored)
         else:
             dequantize_into(stored, self.tensor)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSlot:
+    """The part of a slot that a rank holds. dim: the divided dimension, 0 or 1."""
+
+    slot: Slot
+    shard: Shard
+    dim: int
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the whole: what the checkpoint has."""
+        shape = list(self.slot.shape)
+        shape[self.dim] = self.shard.size
+        return torch.Size(shape)
+
+    def put(self, stored: Any) -> None:
+        prepare = getattr(self.slot, "before_division", None)
+        stored = stored if prepare is None else prepare(stored, self.dim)
+        self.slot.put(take(stored, self.shard, self.dim))
+
+
+@dataclass(frozen=True, slots=True)
+class ZeroSlot:
+    """A slot that is zero whatever the checkpoint has: the summand of all ranks but the first."""
+
+    slot: TensorSlot
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.slot.shape
+
+    def put(self, stored: Any) -> None:
+        self.slot.tensor.zero_()
 
 
 class MatrixFormat(Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from compiledllm.kernels.attention import paged_attention, rotate_and_store, sto
 from compiledllm.kernels.backend import AttentionBackend, AttentionMetadata, ScoreOptions
 from compiledllm.models.formats.weight_format import empty_parameter
 from compiledllm.models.layers.factory import Factory
-from compiledllm.models.layers.norm import PlusOneRMSNorm, RMSNorm
+from compiledllm.models.layers.norm import DividedRMSNorm, PlusOneRMSNorm, RMSNorm
 from compiledllm.models.layers.rope import apply_rope
 from compiledllm.models.spec import AttentionSpec
 
@@ -32,20 +32,23 @@ class PagedAttention(nn.Module):
         self.spec = spec
         self.backend = backend
         self.is_fused = backend.fuses_rotation and can_fuse(spec)
-        self.qkv = make.linear("qkv", hidden_size, spec.qkv_parts, spec.qkv_bias)
-        self.q_norm = self.k_norm = self.v_norm = None
-        if spec.qk_norm is not None:
-            self.q_norm = make.norm(spec.qk_norm, *spec.qk_norm_shape(spec.num_heads))
-            if spec.kv_layer is None:
-                self.k_norm = make.norm(spec.qk_norm, *spec.qk_norm_shape(spec.num_kv_heads))
+        replicas = dict.fromkeys(("k", "v"), spec.kv_replicas)
+        division = make.by_outputs(spec.qkv_parts, replicas=replicas)
+        self.qkv = make.linear("qkv", hidden_size, spec.qkv_parts, spec.qkv_bias, division)
+        self.q_norm = _make_norm(spec, spec.num_heads, make)
+        self.k_norm = self.v_norm = None
+        if spec.kv_layer is None:
+            self.k_norm = _make_norm(spec, spec.num_kv_heads, make, spec.kv_replicas)
         if spec.v_norm is not None:
             self.v_norm = make.norm(spec.v_norm, spec.head_dim)
         self.sinks = empty_parameter(spec.num_heads) if spec.has_sinks else None
+        self.shards = {"sinks": make.ranks.shard(spec.num_heads)}
         # Used with an FP8 cache only. The scales are a tensor, not numbers, so that layers with
         # equal specs share compiled code.
         self.kv_scales: Tensor
         self.register_buffer("kv_scales", torch.ones(2, dtype=torch.float32), persistent=False)
-        self.out = make.linear("out", spec.q_size, {"": hidden_size}, spec.output_bias)
+        division = make.by_inputs(spec.q_size)
+        self.out = make.linear("out", spec.q_size, {"": hidden_size}, spec.output_bias, division)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: Tensor, attn: AttentionMetadata
@@ -140,6 +143,25 @@ class PagedAttention(nn.Module):
         if spec.rope.rotary_dim:
             part = apply_rope(part, cos, sin, spec.rope.interleaved)
         return norm(part) if norm is not None and spec.norms_rotated else part
+
+
+def _make_norm(
+    spec: AttentionSpec, num_heads: int, make: Factory, replicas: int = 1
+) -> nn.Module | None:
+    """The norm of queries or keys of `num_heads` heads, which `replicas` ranks share."""
+    if spec.qk_norm is None:
+        return None
+    shape = spec.qk_norm_shape(num_heads)
+    is_divided = spec.qk_norm_over != "head" and make.ranks.are_many
+    if not is_divided:
+        return make.norm(spec.qk_norm, *shape)
+    norm = make.norm(spec.qk_norm, *shape)
+    if spec.qk_norm_over == "whole":
+        assert spec.qk_norm.kind == "rms", spec
+        norm = DividedRMSNorm(shape, spec.qk_norm.eps, make.ranks.count)
+    shard = make.ranks.shard(shape[0], replicas=replicas)
+    cast("Any", norm).shards = {"weight": shard, "bias": shard}
+    return norm
 
 
 def scales_for(kv_cache: Tensor, kv_scales: Tensor) -> Tensor | None:

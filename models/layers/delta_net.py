@@ -25,13 +25,19 @@ class DeltaNet(nn.Module):
         super().__init__()
         self.spec = spec
         heads = spec.num_value_heads
-        self.qkvz = make.linear("qkvz", hidden_size, spec.qkvz_parts)
-        self.ba = make.linear("ba", hidden_size, spec.ba_parts)
+        qkv = spec.key_size, spec.key_size, spec.value_size
+        of_qkvz = make.by_outputs(spec.qkvz_parts, sections={"qkv": qkv})
+        self.qkvz = make.linear("qkvz", hidden_size, spec.qkvz_parts, division=of_qkvz)
+        of_ba = make.by_outputs(spec.ba_parts)
+        self.ba = make.linear("ba", hidden_size, spec.ba_parts, division=of_ba)
         self.convolution = empty_parameter(spec.qkv_size, 1, spec.kernel_size)
         self.log_decay_rate = empty_parameter(heads, dtype=torch.float32)
         self.step_bias = empty_parameter(heads, dtype=torch.float32)
         self.norm = empty_parameter(spec.value_dim)
-        self.out = make.linear("out", spec.value_size, {"": hidden_size})
+        self.shards = dict.fromkeys(("log_decay_rate", "step_bias"), make.ranks.shard(heads))
+        self.shards["convolution"] = make.ranks.shard(*qkv)
+        division = make.by_inputs(spec.value_size)
+        self.out = make.linear("out", spec.value_size, {"": hidden_size}, division=division)
 
     def forward(
         self, x: Tensor, _cos: Tensor, _sin: Tensor, states: list[Tensor], metadata: StateMetadata

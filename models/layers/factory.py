@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -12,9 +12,10 @@ from compiledllm.models.formats.mixed import mixed
 from compiledllm.models.formats.plain import Plain
 from compiledllm.models.formats.quantized import Quantized
 from compiledllm.models.formats.weight_format import WeightFormat
-from compiledllm.models.layers.linear import ExpertLinear, Head, Linear
+from compiledllm.models.layers.linear import WHOLE, Division, ExpertLinear, Head, Linear
 from compiledllm.models.layers.norm import make_norm, rms_norm
 from compiledllm.models.matrices import Formats, MixedSpec
+from compiledllm.models.shards import Ranks, Shard
 from compiledllm.models.spec import NormSpec
 
 
@@ -34,21 +35,29 @@ class Factory:
     """Makes the linear layers and norms of a model.
 
     formats: the formats of the quantised matrices, as in a LayerSpec or ModelSpec. prefix: the path
-    of the module whose parts the factory makes: "", "attn.", "mlp.shared.".
+    of the module whose parts the factory makes: "", "attn.", "mlp.shared.". ranks: which process
+    of a tensor-parallel model makes its part.
     """
 
     products: Products = Products()
     formats: Formats = ()
     prefix: str = ""
+    ranks: Ranks = Ranks()
 
     def within(self, module: str) -> Factory:
         """The factory for the parts of a module."""
         return replace(self, prefix=f"{self.prefix}{module}.")
 
     def linear(
-        self, name: str, in_features: int, parts: dict[str, int], bias: bool = False
+        self,
+        name: str,
+        in_features: int,
+        parts: dict[str, int],
+        bias: bool = False,
+        division: Division = WHOLE,
     ) -> Linear:
-        return Linear(in_features, parts, bias, self._format(name))
+        """A layer with all its outputs on every rank, unless a division says otherwise."""
+        return Linear(in_features, parts, bias, self._format(name), division=division)
 
     def experts(
         self,
@@ -58,8 +67,36 @@ class Factory:
         parts: dict[str, int],
         bias: bool,
         num_unnamed: int = 0,
+        division: Division = WHOLE,
     ) -> ExpertLinear:
-        return ExpertLinear(count, in_features, parts, bias, self._format(name), num_unnamed)
+        format = self._format(name)
+        return ExpertLinear(count, in_features, parts, bias, format, num_unnamed, division)
+
+    def by_outputs(
+        self,
+        parts: Mapping[str, int],
+        sections: Mapping[str, tuple[int, ...]] | None = None,
+        replicas: Mapping[str, int] | None = None,
+    ) -> Division:
+        """Each rank has its share of the outputs of each part.
+
+        parts: the rank's sizes. sections: of parts that consist of several, the rank's size of
+        each. replicas: by part, the number of neighbouring ranks with the same outputs.
+        """
+        if not self.ranks.are_many:
+            return WHOLE
+        sections, replicas = sections or {}, replicas or {}
+        shards = {
+            part: self.ranks.shard(*sections.get(part, (size,)), replicas=replicas.get(part, 1))
+            for part, size in parts.items()
+        }
+        return Division(self.ranks, shards)
+
+    def by_inputs(self, in_features: int) -> Division:
+        """Each rank has its share of the inputs. in_features: their number."""
+        if not self.ranks.are_many:
+            return WHOLE
+        return Division(self.ranks, inputs=self.ranks.shard(in_features))
 
     def are_alike(self, name: str, other: str) -> bool:
         """Whether two matrices have the same format."""
@@ -67,11 +104,20 @@ class Factory:
         return formats.get(self.prefix + name) == formats.get(self.prefix + other)
 
     def head(
-        self, in_features: int, vocab_size: int, bias: bool, embedding: nn.Parameter | None
+        self,
+        in_features: int,
+        num_rows: int,
+        bias: bool,
+        embedding: nn.Parameter | None,
+        rows: Shard,
     ) -> Head:
-        """The output head. embedding: the matrix of a tied head; None: the head has its own."""
+        """The output head. embedding: the matrix of a tied head; None: the head has its own.
+
+        rows: the rank's rows of the vocabulary, `num_rows` with padding.
+        """
         format = Plain(self.products.linear) if embedding is not None else self._format("lm_head")
-        return Head(in_features, vocab_size, bias, format, embedding)
+        division = Division(self.ranks, {"": rows}) if self.ranks.are_many else WHOLE
+        return Head(in_features, num_rows, bias, format, embedding, division)
 
     def norm(self, spec: NormSpec, *shape: int) -> nn.Module:
         """The module of a NormSpec. shape: the shape of its weight."""

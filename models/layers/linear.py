@@ -3,24 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from compiledllm.models.formats.weight_format import (
     MatrixFormat,
     Params,
+    ShardSlot,
     Slot,
+    TensorSlot,
     WeightFormat,
+    ZeroSlot,
     empty_parameter,
+    slot_name,
     slots_by_part,
 )
+from compiledllm.models.shards import Ranks, Shard
+
+
+@dataclass(frozen=True, slots=True)
+class Division:
+    """How a matrix is divided among ranks: by outputs, by inputs, or not at all.
+
+    outputs: the rank's shard of each part. inputs: the rank's shard of the inputs; the products of
+    all ranks add up to the whole, and only the first rank adds a bias.
+    """
+
+    ranks: Ranks = Ranks()
+    outputs: Mapping[str, Shard] = field(default_factory=dict)
+    inputs: Shard | None = None
+
+    def of_weight(self, part: str, slot: Slot) -> Slot:
+        if part in self.outputs:
+            return ShardSlot(slot, self.outputs[part], 0)
+        return slot if self.inputs is None else ShardSlot(slot, self.inputs, 1)
+
+    def of_bias(self, part: str, slot: Slot) -> Slot:
+        if part in self.outputs:
+            return ShardSlot(slot, self.outputs[part], 0)
+        is_summand = self.inputs is not None and self.ranks.index > 0
+        return ZeroSlot(slot) if is_summand and isinstance(slot, TensorSlot) else slot
+
+
+WHOLE = Division()
 
 
 class Matrix(nn.Module):
     """One or several equally shaped matrices in a WeightFormat, with biases.
 
     parts: number of output rows of each fused matrix, by the part name in the family's NAMES; an
-    unfused layer has one part named "". params: the format's tensors.
+    unfused layer has one part named "". params: the format's tensors. division: which part of the
+    checkpoint's matrices they are; `parts` and `in_features` are sizes of that part.
     """
 
     def __init__(
@@ -30,8 +64,10 @@ class Matrix(nn.Module):
         format: WeightFormat,
         params: Mapping[str, nn.Parameter | None],
         bias: nn.Parameter | None,
+        division: Division = WHOLE,
     ) -> None:
         super().__init__()
+        self._division = division
         self.in_features = in_features
         self.parts = parts
         self.format: MatrixFormat = format
@@ -64,7 +100,13 @@ class Matrix(nn.Module):
     def _slots_of(self, params: Params, bias: Tensor | None) -> dict[str, Slot]:
         assert self._loaded_as is not None, "the matrix is finished"
         slots = self._loaded_as.slots(self.parts, self.in_features, params)
-        return slots if bias is None else slots | slots_by_part("bias", self.parts, bias)
+        biases = {} if bias is None else slots_by_part("bias", self.parts, bias)
+        for part in self.parts if self._division is not WHOLE else ():
+            weight, name = slot_name("weight", part), slot_name("bias", part)
+            slots[weight] = self._division.of_weight(part, slots[weight])
+            if name in biases:
+                biases[name] = self._division.of_bias(part, biases[name])
+        return slots | biases
 
 
 class Linear(Matrix):
@@ -77,10 +119,11 @@ class Linear(Matrix):
         bias: bool,
         format: WeightFormat,
         params: Mapping[str, nn.Parameter | None] | None = None,
+        division: Division = WHOLE,
     ) -> None:
         params = format.parameters(parts, in_features) if params is None else params
         biases = empty_parameter(sum(parts.values())) if bias else None
-        super().__init__(in_features, parts, format, params, biases)
+        super().__init__(in_features, parts, format, params, biases, division)
 
     def forward(self, x: Tensor, first_row: int = 0) -> Tensor:
         """x [rows, inputs] -> [rows, outputs from first_row on]."""
@@ -102,11 +145,12 @@ class ExpertLinear(Matrix):
         bias: bool,
         format: WeightFormat,
         num_unnamed: int = 0,
+        division: Division = WHOLE,
     ) -> None:
         total = num_experts + num_unnamed
         params = format.parameters(parts, in_features, (total,))
         biases = empty_parameter(total, sum(parts.values())) if bias else None
-        super().__init__(in_features, parts, format, params, biases)
+        super().__init__(in_features, parts, format, params, biases, division)
         self.num_experts = num_experts
 
     def slots(self) -> dict[str, Slot]:
@@ -150,9 +194,10 @@ class Head(Linear):
         bias: bool,
         format: WeightFormat,
         embedding: nn.Parameter | None = None,
+        division: Division = WHOLE,
     ) -> None:
         params = None if embedding is None else {"weight": embedding}
-        super().__init__(in_features, {"": vocab_size}, bias, format, params)
+        super().__init__(in_features, {"": vocab_size}, bias, format, params, division)
         self.is_tied = embedding is not None
 
     def into(self, out: Tensor | None, hidden: Tensor) -> Tensor:

@@ -49,8 +49,9 @@ class GatedMlp(nn.Module):
         super().__init__()
         size = spec.intermediate_size
         self.activation = make_activation(spec.activation)
-        self.gate_up = make.linear("gate_up", hidden_size, {"gate": size, "up": size}, spec.bias)
-        self.down = make.linear("down", size, {"": hidden_size}, spec.bias)
+        parts = {"gate": size, "up": size}
+        self.gate_up = make.linear("gate_up", hidden_size, parts, spec.bias, make.by_outputs(parts))
+        self.down = make.linear("down", size, {"": hidden_size}, spec.bias, make.by_inputs(size))
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
@@ -65,8 +66,8 @@ class PlainMlp(nn.Module):
         super().__init__()
         self.activation = make_activation(spec.activation)
         size = spec.intermediate_size
-        self.up = make.linear("up", hidden_size, {"": size}, spec.bias)
-        self.down = make.linear("down", size, {"": hidden_size}, spec.bias)
+        self.up = make.linear("up", hidden_size, {"": size}, spec.bias, make.by_outputs({"": size}))
+        self.down = make.linear("down", size, {"": hidden_size}, spec.bias, make.by_inputs(size))
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.down(self.activation(self.up(x)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from compiledllm.kernels.collectives import all_reduce
 from compiledllm.kernels.moe import moe_route
 from compiledllm.models.formats.weight_format import empty_parameter
 from compiledllm.models.layers.factory import Factory
@@ -28,9 +29,9 @@ class MoeMlp(nn.Module):
         self.router = make.linear("router", hidden_size, {"": count}, spec.bias)
         self.joins_experts = _can_join_experts(spec, make)
         inner = hidden_size, gate_up, spec.bias, int(self.joins_experts)
-        self.gate_up = make.experts("gate_up", count, *inner)
+        self.gate_up = make.experts("gate_up", count, *inner, make.by_outputs(gate_up))
         outer = size, {"": hidden_size}, spec.bias, int(self.joins_experts)
-        self.down = make.experts("down", count, *outer)
+        self.down = make.experts("down", count, *outer, make.by_inputs(size))
         has_bias = spec.router.has_bias
         self.score_bias = empty_parameter(count, dtype=torch.float32) if has_bias else None
         has_scales = spec.router.has_expert_scales
@@ -89,12 +90,19 @@ class ExpertsBesideMlp(nn.Module):
             make.norm(norm, hidden_size) for _ in range(4)
         )
         self.router_scale = hidden_size**-0.5
+        self.has_ranks = make.ranks.are_many
         self.moe = MoeMlp(hidden_size, spec, make.within("moe"))
 
     def forward(self, x: Tensor, dense: Tensor) -> Tensor:
-        """x, dense: the residual stream and the dense MLP's output, [tokens, hidden]."""
+        """x, dense: the residual stream and the dense MLP's output, [tokens, hidden].
+
+        Among several ranks, `dense` is the rank's summand; the result is the whole.
+        """
         routed = self.router_norm(x) * self.router_scale
-        out: Tensor = self.dense_norm(dense) + self.out_norm(self.moe(self.norm(x), routed))
+        experts = self.moe(self.norm(x), routed)
+        if self.has_ranks:
+            dense, experts = all_reduce(torch.stack((dense, experts))).unbind()
+        out: Tensor = self.dense_norm(dense) + self.out_norm(experts)
         return out
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compiledllm.kernels.collectives import all_reduce
 from compiledllm.models.formats.weight_format import empty_parameter
 from compiledllm.models.spec import NormSpec
 
@@ -36,6 +37,22 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.normalize(x, self.weight, self.eps)
+
+
+class DividedRMSNorm(RMSNorm):
+    """RMSNorm over the parts of a dimension that all ranks hold, each with its part of the weight.
+
+    Parts that several ranks hold count as often in the sum of squares as in the size.
+    """
+
+    def __init__(self, shape: tuple[int, ...], eps: float, num_ranks: int) -> None:
+        super().__init__(shape, eps)
+        self.size = num_ranks * shape[-1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        total = all_reduce(wide.pow(2).sum(-1, keepdim=True))
+        return self.weight * (wide * torch.rsqrt(total / self.size + self.eps)).to(x.dtype)
 
 
 class PlusOneRMSNorm(RMSNorm):

@@ -17,10 +17,14 @@ class ShortConvolution(nn.Module):
     def __init__(self, hidden_size: int, spec: ConvSpec, make: Factory) -> None:
         super().__init__()
         self.spec = spec
-        self.bcx = make.linear("bcx", hidden_size, {"": 3 * spec.width}, spec.bias)
+        parts = {"": 3 * spec.width}
+        division = make.by_outputs(parts, sections={"": (spec.width,) * 3})
+        self.bcx = make.linear("bcx", hidden_size, parts, spec.bias, division)
         self.weight = empty_parameter(spec.width, 1, spec.kernel_size)
         self.bias = empty_parameter(spec.width) if spec.bias else None
-        self.out = make.linear("out", spec.width, {"": hidden_size}, spec.bias)
+        self.shards = dict.fromkeys(("weight", "bias"), make.ranks.shard(spec.width))
+        division = make.by_inputs(spec.width)
+        self.out = make.linear("out", spec.width, {"": hidden_size}, spec.bias, division)
 
     def forward(
         self, x: Tensor, _cos: Tensor, _sin: Tensor, states: list[Tensor], metadata: StateMetadata

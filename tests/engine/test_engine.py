@@ -439,7 +439,7 @@ def test_request_that_can_never_fit_is_refused_with_what_would(make: Callable[..
         ({"max_num_seqs": 10**9}, "max_num_seqs must be at most 32768"),
         ({"max_model_len": 1}, "max_model_len must be at least 2"),
         ({"trust_remote_code": True}, "trust_remote_code=True is not supported"),
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size must be 1, got 2"),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size must be an integer >= 1, got 0"),
     ],
 )
 def test_bad_option_is_refused_by_name(

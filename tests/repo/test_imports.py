@@ -105,7 +105,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "starlette": ("compiledllm.server",),
     "uvicorn": ("compiledllm.server",),
     "pydantic": ("compiledllm.server",),
-    "msgspec": ("compiledllm.server", "compiledllm.remote"),
+    "msgspec": ("compiledllm.server", "compiledllm.remote", "compiledllm.engine.rank_frames"),
     "prometheus_client": ("compiledllm.server",),
     "llguidance": ("compiledllm.grammars", "compiledllm.runner.structured"),
 }

@@ -1,0 +1,211 @@
+"""Who carries out a plan: a worker in this process, or the first of a group of ranks.
+
+An executor has a `Worker`'s methods. One scheduler decides for all ranks; each rank has its part of
+the weights and of every KV block, runs the same steps and draws the same tokens.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from compiledllm.choices import Choice, Report
+from compiledllm.config import ConfigError
+from compiledllm.graphs.artifact import Artifact
+from compiledllm.ledger import Ledger
+from compiledllm.models.spec import ModelSpec
+from compiledllm.runner.model_runner import ModelRunner
+from compiledllm.runner.pending import PendingOutput
+from compiledllm.runner.plan import Plan
+from compiledllm.runner.start_cache import StartCache
+from compiledllm.runner.worker import Worker, WorkerStats
+from compiledllm.types import SchedulerOutput, StepOutput
+
+if TYPE_CHECKING:
+    from compiledllm.engine.rank_processes import RankGroup
+
+
+class Executor(Protocol):
+    """What an `EngineCore` needs of a `Worker`, or of what stands in its place."""
+
+    report: Report
+    ledger: Ledger
+
+    @property
+    def cache(self) -> StartCache: ...
+
+    @property
+    def is_restored(self) -> bool: ...
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+    @property
+    def num_kv_blocks(self) -> int: ...
+
+    @property
+    def runner(self) -> ModelRunner: ...
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether no step can be run any more."""
+
+    def count_kv_blocks(self) -> int: ...
+
+    def start(self, num_kv_blocks: int, max_blocks: int) -> None: ...
+
+    def launch(self, step: SchedulerOutput) -> PendingOutput: ...
+
+    def collect(self, pending: PendingOutput) -> StepOutput: ...
+
+    def reset(self) -> None: ...
+
+    def stats(self) -> WorkerStats: ...
+
+    def finish_start(self) -> None: ...
+
+    def use_idle_time(self) -> bool: ...
+
+    def make_artifact(self) -> Artifact | None: ...
+
+
+def make_executor(plan: Plan, ledger: Ledger) -> Executor:
+    """Load the model of a plan, in as many processes as it has ranks. Raises ConfigError."""
+    if plan.ranks.are_many:
+        return FirstRank(plan, start_ranks(plan), ledger)
+    return Worker(plan, ledger)
+
+
+def start_ranks(plan: Plan) -> RankGroup:
+    """Start the processes of all ranks but the first. Raises ConfigError without enough GPUs."""
+    from compiledllm.engine.rank_processes import RankGroup
+
+    num_ranks, is_cuda = plan.ranks.count, plan.platform.is_cuda
+    if plan.config.requested.model.distributed_executor_backend == "ray":
+        raise ConfigError("distributed_executor_backend='ray' is not supported yet; use 'mp'")
+    num_gpus = torch.cuda.device_count() if is_cuda else 0
+    if is_cuda and num_ranks > num_gpus:
+        raise ConfigError(
+            f"tensor_parallel_size={num_ranks} needs as many GPUs, and there are {num_gpus}; use "
+            f"at most {num_gpus}"
+        )
+    return RankGroup(num_ranks, lambda rank: f"cuda:{rank}" if is_cuda else "cpu")
+
+
+class FirstRank:
+    """The worker of rank 0, and the other ranks, which do as rank 0 does.
+
+    Once a step has failed in any process, the ranks may stand at different places: the executor
+    is broken, and the engine must be started again.
+    """
+
+    def __init__(self, plan: Plan, group: RankGroup, ledger: Ledger) -> None:
+        from compiledllm.engine.rank_frames import Build
+
+        self.is_broken = False
+        self._group = group
+        self._num_in_flight = 0
+        self._end = weakref.finalize(self, group.end)
+        try:
+            group.send(Build(plan.config.options() | {"device": plan.platform.device.type}))
+            self._worker = Worker(plan, ledger)
+            self._check_agreement(plan)
+        except BaseException:
+            self._end()
+            raise
+        self.report, self.ledger = self._worker.report, ledger
+        self.report.note("all_reduce", Choice(group.sums_by, f"{plan.ranks.count} ranks"))
+
+    @property
+    def cache(self) -> StartCache:
+        return self._worker.cache
+
+    @property
+    def is_restored(self) -> bool:
+        return self._worker.is_restored
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._worker.spec
+
+    @property
+    def num_kv_blocks(self) -> int:
+        return self._worker.num_kv_blocks
+
+    @property
+    def runner(self) -> ModelRunner:
+        return self._worker.runner
+
+    def count_kv_blocks(self) -> int:
+        """The least number of blocks for which a rank has room."""
+        from compiledllm.engine.rank_frames import CountBlocks
+
+        self._group.send(CountBlocks())
+        own = self._worker.count_kv_blocks()
+        least = min(answer.num_kv_blocks for answer in self._group.answers())
+        if least < own:
+            self.report.note("num_kv_blocks", Choice(least, "what the fullest GPU has room for"))
+        return min(own, least)
+
+    def start(self, num_kv_blocks: int, max_blocks: int) -> None:
+        from compiledllm.engine.rank_frames import Run
+
+        self._group.send(Run(num_kv_blocks, max_blocks))
+        self._worker.start(num_kv_blocks, max_blocks)
+        self._group.answers()
+
+    def launch(self, step: SchedulerOutput) -> PendingOutput:
+        """Launch one step on all ranks. Raises RankError if one has ended."""
+        from compiledllm.engine.rank_frames import Step
+
+        was_broken, self.is_broken = self.is_broken, True  # until the step has been launched
+        self._group.send(Step.of(step, self._num_in_flight))
+        pending = self._worker.launch(step)
+        self._num_in_flight += 1
+        self.is_broken = was_broken
+        return pending
+
+    def collect(self, pending: PendingOutput) -> StepOutput:
+        """Wait for the results of a launched step. Raises RankError if a rank has ended."""
+        self.is_broken = True
+        while not pending.has_arrived:
+            self._group.check()
+        output = self._worker.collect(pending)
+        self._num_in_flight -= 1
+        self.is_broken = False
+        return output
+
+    def reset(self) -> None:
+        """Forget all requests after a failed step, or end the ranks if none can follow."""
+        from compiledllm.engine.rank_frames import Reset
+
+        if self.is_broken:
+            self._end()
+            return
+        self._num_in_flight = 0
+        self._group.send(Reset())
+        self._worker.reset()
+        self._group.answers()
+
+    def stats(self) -> WorkerStats:
+        return self._worker.stats()
+
+    def finish_start(self) -> None:
+        """Nothing: what the ranks compiled is not kept."""
+
+    def use_idle_time(self) -> bool:
+        """Nothing is put off, since all ranks capture the same steps at the same time."""
+        return False
+
+    def make_artifact(self) -> Artifact | None:
+        return None
+
+    def _check_agreement(self, plan: Plan) -> None:
+        for answer in self._group.answers():
+            if answer.agreement != plan.agreement:
+                raise ConfigError(
+                    f"the GPUs of a model must be alike: one rank planned {answer.agreement}, the "
+                    f"first {plan.agreement}"
+                )

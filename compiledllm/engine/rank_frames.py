@@ -1,0 +1,165 @@
+"""Messages between the first rank of a model and the others: msgpack frames over a socket.
+
+Frames are msgpack and not pickle, because reading a frame must not run code. A step travels once,
+as the scheduler made it; every rank packs its inputs and draws its tokens by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+
+from compiledllm.types import NewRequest, RequestSpec, ScheduledRequest, SchedulerOutput
+
+_LENGTH_BYTES = 4
+MAX_FRAME_BYTES = 2**31 - 1
+
+
+class Join(msgspec.Struct, tag=True):
+    """Join the group of ranks at the store (host, port).
+
+    device: the rank's, as torch names it. num_threads: of torch on a CPU.
+    """
+
+    rank: int
+    num_ranks: int
+    host: str
+    port: int
+    device: str
+    num_threads: int
+
+
+class Build(msgspec.Struct, tag=True):
+    """Make a plan of these options, by name and resolved, and load the rank's weights."""
+
+    options: dict[str, Any]
+
+
+class CountBlocks(msgspec.Struct, tag=True):
+    """Say for how many KV blocks there is room, together with all other ranks."""
+
+
+class Run(msgspec.Struct, tag=True):
+    """Allocate this many KV blocks and get ready for steps."""
+
+    num_kv_blocks: int
+    max_blocks: int
+
+
+class New(msgspec.Struct, array_like=True):
+    """A `NewRequest` without its grammar. outputs: its tokens behind the prompt."""
+
+    spec: RequestSpec
+    outputs: list[int]
+
+
+class Step(msgspec.Struct, tag=True):
+    """Launch a step, after collecting all launched steps but the last `num_in_flight`."""
+
+    num_in_flight: int
+    new_requests: list[New]
+    scheduled: list[ScheduledRequest]
+    freed_request_ids: list[str]
+    spoilt_block_ids: list[int]
+    saved_states: list[tuple[str, int]]
+    restored_states: list[tuple[str, int]]
+
+    @classmethod
+    def of(cls, step: SchedulerOutput, num_in_flight: int) -> Step:
+        return cls(
+            num_in_flight,
+            [_new(request) for request in step.new_requests],
+            step.scheduled,
+            step.freed_request_ids,
+            step.spoilt_block_ids,
+            step.saved_states,
+            step.restored_states,
+        )
+
+    def to_run(self) -> SchedulerOutput:
+        new = [
+            NewRequest(one.spec, one.spec.prompt_token_ids + one.outputs)
+            for one in self.new_requests
+        ]
+        others = self.spoilt_block_ids, self.saved_states, self.restored_states
+        return SchedulerOutput(new, self.scheduled, self.freed_request_ids, *others)
+
+
+class Reset(msgspec.Struct, tag=True):
+    """Forget all requests, and all steps that were launched."""
+
+
+class Ready(msgspec.Struct, tag=True):
+    """A message but a step has been carried out.
+
+    agreement: what the rank planned (`Plan.agreement`). num_kv_blocks: the answer to `CountBlocks`.
+    """
+
+    agreement: str = ""
+    num_kv_blocks: int = 0
+
+
+class Failed(msgspec.Struct, tag=True):
+    """The rank's process ends. is_config: the options are wrong."""
+
+    error: str
+    is_config: bool = False
+
+
+ToRank = Join | Build | CountBlocks | Run | Step | Reset
+FromRank = Ready | Failed
+
+_ENCODER = msgspec.msgpack.Encoder()
+_TO_RANK: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(ToRank)
+_FROM_RANK: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(FromRank)
+
+
+def _new(request: NewRequest) -> New:
+    """What only the first rank has, a grammar or functions, becomes an empty grammar."""
+    spec = request.spec
+    params = spec.sampling_params
+    if spec.grammar is not None or params.logits_processors is not None:
+        spec = replace(spec, grammar="", sampling_params=replace(params, logits_processors=None))
+    return New(spec, request.token_ids[spec.num_prompt_tokens :])
+
+
+def frame(message: ToRank | FromRank) -> bytes:
+    body = _ENCODER.encode(message)
+    assert len(body) <= MAX_FRAME_BYTES, len(body)
+    return len(body).to_bytes(_LENGTH_BYTES, "big") + body
+
+
+def receive_by_rank(connection: socket.socket) -> ToRank | None:
+    """Wait for the next message; None once the first rank has gone."""
+    body = _read_body(connection)
+    message: ToRank | None = None if body is None else _TO_RANK.decode(body)
+    return message
+
+
+def receive_from_rank(connection: socket.socket) -> FromRank | None:
+    """Wait for the next message; None once the rank has gone."""
+    body = _read_body(connection)
+    message: FromRank | None = None if body is None else _FROM_RANK.decode(body)
+    return message
+
+
+def _read_body(connection: socket.socket) -> bytes | None:
+    head = _read(connection, _LENGTH_BYTES)
+    return None if head is None else _read(connection, int.from_bytes(head, "big"))
+
+
+def _read(connection: socket.socket, count: int) -> bytes | None:
+    buffer = bytearray(count)
+    view = memoryview(buffer)
+    while view:
+        size = 0
+        with contextlib.suppress(OSError):
+            size = connection.recv_into(view)
+        if not size:
+            return None
+        view = view[size:]
+    return bytes(buffer)

@@ -1,0 +1,179 @@
+"""The processes of a model's ranks but the first, as the first rank's process handles them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+
+import torch
+
+from compiledllm.config import ConfigError
+from compiledllm.engine.rank_frames import (
+    Failed,
+    FromRank,
+    Join,
+    Ready,
+    ToRank,
+    frame,
+    receive_from_rank,
+)
+from compiledllm.kernels.collectives import JOIN_TIMEOUT_S, TIMEOUT_S, join, leave, make_store
+from compiledllm.log import log
+
+COMMAND = (sys.executable, "-m", "compiledllm.engine.rank_process")
+_END_S = 5.0  # for a process to exit after its connection is closed
+
+
+class RankError(RuntimeError):
+    """A rank has failed or ended: the model cannot run any more, only be started again."""
+
+
+class RankProcess:
+    """One rank as a child process. A thread reads its messages."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [*COMMAND, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env=os.environ | {"TQDM_DISABLE": "1"},
+            )
+        self.connection = ours
+        self.pid = self._process.pid
+
+    def end(self) -> str:
+        """Close the connection and wait for the process. Returns how it ended."""
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
+        try:
+            self._process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self.connection.close()
+        return f"its process ended with status {self._process.returncode}"
+
+
+class RankGroup:
+    """The ranks of a model, seen from the first: sends messages, waits for answers, notes ends.
+
+    start_rank: starts the process of a rank. host: the first rank's address. device: of a rank.
+    A rank that fails or ends sets `failure`, and raises RankError in the thread that heard of it:
+    in an engine's process, which a thread's failure ends, the first rank may be waiting for the
+    others in a kernel that nothing else interrupts.
+    """
+
+    def __init__(
+        self,
+        num_ranks: int,
+        device: Callable[[int], str],
+        start_rank: Callable[[int], RankProcess] = RankProcess,
+        host: str = "127.0.0.1",
+    ) -> None:
+        self.num_ranks = num_ranks
+        self.failure: Failed | None = None
+        self._is_ended = False
+        self._answers: queue.SimpleQueue[FromRank] = queue.SimpleQueue()
+        self.ranks: list[RankProcess] = []
+        try:
+            for rank in range(1, num_ranks):
+                self.ranks.append(start_rank(rank))
+            for process in self.ranks:
+                name = f"rank {process.rank}"
+                threading.Thread(target=self._read, args=[process], name=name, daemon=True).start()
+            self.sums_by = self._join(device, host)
+        except BaseException:
+            self.end()
+            raise
+
+    def _join(self, device: Callable[[int], str], host: str) -> str:
+        own = torch.device(device(0))
+        num_threads = max(1, (os.cpu_count() or 1) // self.num_ranks)
+        if own.type == "cpu":
+            torch.set_num_threads(num_threads)
+        store = make_store(self.num_ranks, host)
+        for process in self.ranks:
+            self._send(
+                process,
+                Join(
+                    process.rank,
+                    self.num_ranks,
+                    host,
+                    store.port,
+                    device(process.rank),
+                    num_threads,
+                ),
+            )
+        sums_by = join(0, self.num_ranks, store, own)
+        self.answers(JOIN_TIMEOUT_S)
+        return sums_by
+
+    def send(self, message: ToRank) -> None:
+        """Send a message to every rank. Raises RankError if one has ended."""
+        self.check()
+        raw = frame(message)
+        for process in self.ranks:
+            self._send_raw(process, raw)
+
+    def answers(self, timeout_s: float = TIMEOUT_S) -> list[Ready]:
+        """Wait for an answer of every rank. Raises the first failure: ConfigError or RankError."""
+        found: list[Ready] = []
+        while len(found) < len(self.ranks):
+            try:
+                answer = self._answers.get(timeout=timeout_s)
+            except queue.Empty:
+                raise RankError(f"a rank did not answer within {timeout_s:.0f} s") from None
+            if isinstance(answer, Failed):
+                raise ConfigError(answer.error) if answer.is_config else RankError(answer.error)
+            found.append(answer)
+        return found
+
+    def check(self) -> None:
+        """Raise RankError if a rank has failed."""
+        if self.failure is not None:
+            raise RankError(self.failure.error)
+
+    def end(self) -> None:
+        """End the processes and leave the group of ranks."""
+        self._is_ended = True
+        self.failure = self.failure or Failed("the ranks have been ended")
+        for process in self.ranks:
+            process.end()
+        self.ranks = []
+        with contextlib.suppress(Exception):
+            leave()
+
+    def _send(self, process: RankProcess, message: ToRank) -> None:
+        self._send_raw(process, frame(message))
+
+    def _send_raw(self, process: RankProcess, raw: bytes) -> None:
+        try:
+            process.connection.sendall(raw)
+        except OSError:
+            raise RankError(f"rank {process.rank} has ended") from None
+
+    def _read(self, process: RankProcess) -> None:
+        last: FromRank | None = None
+        while (message := receive_from_rank(process.connection)) is not None:
+            last = message
+            self._answers.put(message)
+        if self._is_ended:
+            return
+        how = last if isinstance(last, Failed) else Failed(process.end())
+        error = f"rank {process.rank}: {how.error}"
+        if self.failure is None:
+            self.failure = Failed(error, how.is_config)
+        if last is not how:
+            self._answers.put(self.failure)
+        if not how.is_config:
+            raise RankError(error)
+        log.error(error)

@@ -1,0 +1,57 @@
+"""The processes of ranks: what their end does to an engine."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compiledllm import Engine, SamplingParams
+from compiledllm.engine.rank_processes import RankError
+
+GREEDY = {"temperature": 0, "max_tokens": 6, "ignore_eos": True}
+PROMPTS = [[random.Random(n).randrange(3, 128) for _ in range(n)] for n in (1, 40, 90)]
+FIXED: dict[str, Any] = {
+    "device": "cpu",
+    "dtype": "float32",
+    "skip_tokenizer_init": True,
+    "enforce_eager": True,
+    "num_kv_blocks": 64,
+}
+
+
+@pytest.mark.parametrize("moment", ["idle", "at work"])
+def test_a_killed_rank_ends_the_engine(
+    moment: str, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[BaseException | None] = []
+    monkeypatch.setattr(threading, "excepthook", lambda failed: heard.append(failed.exc_value))
+    engine = Engine(tiny_model("llama"), **FIXED, tensor_parallel_size=2)
+    (rank,) = engine.core.worker._group.ranks
+    params = SamplingParams(**GREEDY)
+
+    def kill() -> None:
+        os.kill(rank.pid, signal.SIGKILL)
+
+    if moment == "idle":
+        kill()
+    else:
+        threading.Timer(0.05, kill).start()
+        params = SamplingParams(**GREEDY | {"max_tokens": 400})
+    with pytest.raises(RuntimeError):
+        while True:
+            engine.generate(PROMPTS, params, use_tqdm=False)
+    assert engine.core.worker.is_broken
+    with pytest.raises(RankError):
+        engine.generate(PROMPTS, params, use_tqdm=False)
+    deadline = time.monotonic() + 60
+    while not heard and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert isinstance(heard[0], RankError), "an engine's process ends by this"
