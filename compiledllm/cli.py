@@ -157,8 +157,10 @@ def _info(arguments: argparse.Namespace) -> int:
     from compiledllm.engine.plan_views import facts, readable
     from compiledllm.engine.startup import plan
 
-    names = ("model", "revision", "dtype", "model_impl", "quantization", "kv_cache_dtype", "device")
-    options = {name: getattr(arguments, name) for name in names}
+    names = (
+        "model revision dtype model_impl quantization kv_cache_dtype device tensor_parallel_size"
+    )
+    options = {name: getattr(arguments, name) for name in names.split()}
     # As for random weights, no weight files are needed.
     found = facts(plan(EngineConfig.from_options(**options, load_format="dummy")))
     if arguments.json:
@@ -265,6 +267,9 @@ def _parser() -> argparse.ArgumentParser:
         "--kv-cache-dtype", default="auto", choices=KV_CACHE_DTYPES, help="of the cache"
     )
     info.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    info.add_argument(
+        "--tensor-parallel-size", "-tp", type=int, default=1, help="what each of N GPUs holds"
+    )
     info.add_argument("--json", action="store_true", help="print one JSON object")
     info.set_defaults(run=_info)
 

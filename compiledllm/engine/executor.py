@@ -116,7 +116,8 @@ class FirstRank:
             self._end()
             raise
         self.report, self.ledger = self._worker.report, ledger
-        self.report.note("all_reduce", Choice(group.sums_by, f"{plan.ranks.count} ranks"))
+        divided = f"among {plan.ranks.count} processes"
+        self.report.note("all_reduce", Choice(divided, f"{group.sums_by} adds up their parts"))
 
     @property
     def cache(self) -> StartCache:

@@ -12,10 +12,11 @@ from compiledllm.runner.plan import Plan
 def facts(plan: Plan) -> dict[str, Any]:
     """Facts about a model on this machine, found without loading its weights.
 
-    `kv_tokens_that_fit` and `full_contexts_that_fit` do not count activations.
+    `kv_tokens_that_fit` and `full_contexts_that_fit` do not count activations. Of a model that is
+    divided among GPUs, sizes in bytes are of each GPU.
     """
-    spec, platform, layout = plan.spec, plan.platform, plan.kv_layout
-    layer, attn, weight_bytes = spec.layers[0], spec.attentions[0], spec.num_bytes(spec.weights)
+    spec, platform, layout, whole = plan.spec, plan.platform, plan.kv_layout, plan.spec.whole
+    layer, attn, weight_bytes = whole.layers[0], whole.attentions[0], spec.num_bytes(spec.weights)
     in_use = plan.state_bytes + (weight_bytes if platform.is_cuda else 0)
     room, _ = available_bytes(plan.config.requested.cache, platform, in_use)
     context_bytes = plan.blocks_per_context * plan.block_bytes
@@ -33,7 +34,8 @@ def facts(plan: Plan) -> dict[str, Any]:
         "vocab_size": spec.vocab_size,
         "tied_embeddings": spec.tie_word_embeddings,
         "context": spec.max_position,
-        "parameters": spec.num_parameters,
+        "parameters": whole.num_parameters,
+        **(_facts_of_ranks(plan) if plan.ranks.are_many else {}),
         "checkpoint_dtype": plan.stored_dtype,
         "dtype": str(plan.report["dtype"]),
         "attention_backend": str(plan.report["attention_backend"]),
@@ -53,6 +55,19 @@ def facts(plan: Plan) -> dict[str, Any]:
     }
 
 
+def _facts_of_ranks(plan: Plan) -> dict[str, Any]:
+    """What each of several GPUs holds."""
+    attn, experts = plan.spec.attentions[0], plan.spec.layers[-1].mlp.intermediate_size
+    shared = f", each by {attn.kv_replicas} GPUs" if attn.kv_replicas > 1 else ""
+    return {
+        "tensor_parallel_size": plan.ranks.count,
+        "attention_heads_of_a_gpu": attn.num_heads,
+        "kv_heads_of_a_gpu": f"{attn.num_kv_heads}{shared}",
+        "intermediate_size_of_a_gpu": experts,
+        "parameters_of_a_gpu": plan.spec.num_parameters,
+    }
+
+
 def readable(found: dict[str, Any]) -> dict[str, str]:
     """The same facts with sizes in units that people read, under names in words."""
     return {_in_words(name): _shown(name, value) for name, value in found.items()}
@@ -69,7 +84,7 @@ def _shown(name: str, value: Any) -> str:
         return "yes" if value else "no"
     if "bytes" in name:
         return size(value)
-    if name == "parameters":
+    if name.startswith("parameters"):
         return f"{value / 1e9:.2f} B" if value >= 1e9 else f"{value / 1e6:.1f} M"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
@@ -89,7 +104,8 @@ def start_lines(plan: Plan, worker: Executor) -> dict[str, str]:
     has_windows = any(attn.sliding_window for attn in spec.attentions)
     lines: dict[str, Any] = {
         "model": f"{plan.checkpoint} ({spec.architecture}, {num_layers} layers, "
-        f"{spec.num_parameters / 1e6:.1f} M parameters)",
+        f"{spec.whole.num_parameters / 1e6:.1f} M parameters)",
+        "divided": report.get("all_reduce"),
         "run by": report.get("model_impl"),
         "tied head": report.get("tie_word_embeddings"),
         "device": f"{plan.platform.device} ({plan.platform.name}; {plan.platform.versions()})",

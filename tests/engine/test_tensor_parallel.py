@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from compiledllm import (
     SamplingParams,
     StructuredOutputsParams,
 )
+from compiledllm.cli import main
 from compiledllm.kernels.attention import make_backend
 from compiledllm.models.decoder import Decoder, DecoderBlock
 from compiledllm.models.gguf.convert import convert_gguf
@@ -259,6 +261,25 @@ def test_the_least_room_of_a_rank_counts(
     assert part.num_kv_blocks + 1 == 2 * (whole.num_kv_blocks + 1)
     assert part.spec.whole == whole.spec
     assert part.spec.num_parameters < 0.6 * whole.spec.num_parameters
+
+
+def test_info_tells_what_each_gpu_holds(
+    tiny_model: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = []
+    for size in (1, 4):
+        options = ["--device", "cpu", "--json", "--tensor-parallel-size", str(size)]
+        assert main(["info", str(tiny_model("llama")), *options]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    whole, part = found
+    assert part["parameters"] == whole["parameters"] and part["kv_heads"] == 2
+    assert part["attention_heads_of_a_gpu"] == 1
+    assert part["kv_heads_of_a_gpu"] == "1, each by 2 GPUs"
+    assert part["parameters_of_a_gpu"] < 0.4 * whole["parameters"]
+    assert part["weight_bytes"] < 0.4 * whole["weight_bytes"]
+    assert part["kv_bytes_per_token"] == whole["kv_bytes_per_token"] // 2
+    assert main(["info", str(tiny_model("llama")), "--tensor-parallel-size", "3"]) != 0
+    assert "use one of 1, 2, 4" in capsys.readouterr().err
 
 
 # -- what cannot be divided -----------------------------------------------------------------------
