@@ -33,7 +33,6 @@ EITHER = one_of(False, True)  # a switch that makes no difference
 MISSING: dict[str, dict[str, Any]] = {
     "one device runs the model": {
         "pipeline_parallel_size": 1,
-        "data_parallel_size": 1,
         "data_parallel_size_local": 1,
         "data_parallel_rank": 0,
         "data_parallel_start_rank": 0,

@@ -73,6 +73,7 @@ _INSTEAD: dict[str, tuple[Any, str]] = {
     "stream_interval": (1, "use SamplingParams(stream_interval=...)"),
     # Options of `compiledllm serve`, which vLLM's constructors take as well.
     "served_model_name": (ANY, ""),
+    "data_parallel_size": (1, "use --data-parallel-size of `compiledllm serve`"),
     "enable_log_requests": (False, "use --enable-log-requests of `compiledllm serve`"),
     "shutdown_timeout": (0, "use --shutdown-timeout of `compiledllm serve`"),
     "reasoning_parser": ("", "use --reasoning-parser of `compiledllm serve`"),
@@ -86,7 +87,6 @@ SHORT_FLAGS: dict[str, tuple[str, ...]] = {
     "node_rank": ("-r",),
     "decode_context_parallel_size": ("-dcp",),
     "prefill_context_parallel_size": ("-pcp",),
-    "data_parallel_size": ("-dp",),
     "data_parallel_rank": ("-dpn",),
     "data_parallel_start_rank": ("-dpr",),
     "data_parallel_size_local": ("-dpl",),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from compiledllm.remote.running_log import RunningLog
 from compiledllm.remote.wire import FromEngine, ToEngine, frame, receive_async
@@ -34,14 +35,22 @@ class EngineChild:
         self._exit.add_done_callback(self._hang_up)
 
     @classmethod
-    async def spawn(cls, command: Sequence[str]) -> EngineChild:
-        """Start a process. Raises OSError if the system cannot start one now."""
+    async def spawn(
+        cls, command: Sequence[str], environment: Mapping[str, str] | None = None
+    ) -> EngineChild:
+        """Start a process. Raises OSError if the system cannot start one now.
+
+        environment: variables besides this process's own.
+        """
         ours, theirs = socket.socketpair()
         running = RunningLog.create()
         fds = [theirs.fileno(), running.fd]
         try:
             process = await asyncio.create_subprocess_exec(
-                *(*command, *map(str, fds)), pass_fds=fds, stdin=asyncio.subprocess.DEVNULL
+                *(*command, *map(str, fds)),
+                pass_fds=fds,
+                stdin=asyncio.subprocess.DEVNULL,
+                env=os.environ | dict(environment or {}),
             )
         except BaseException:
             ours.close()

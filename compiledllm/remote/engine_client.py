@@ -11,7 +11,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,7 +54,8 @@ MAX_UNREAD_BYTES = 2**24  # bytes the engine has not read; beyond this limit no 
 class EngineClient:
     """Starts the engine's process and talks to it.
 
-    command: starts such a process; two file descriptors are appended as arguments. Attributes:
+    command: starts such a process; two file descriptors are appended as arguments. environment:
+    variables of the process besides this process's own. Attributes:
     `state`, `requests` (the request factory, once the engine is ready), `ready` (the engine's last
     `Ready` message), `stats` (after its last step), `live` (the requests in progress), `signs` (the
     signs of life), `observe` (called with each message), `on_loaded` (called once, when tokenizer
@@ -67,8 +68,10 @@ class EngineClient:
         limits: Limits,
         crash_folder: Path,
         command: Sequence[str] = ENGINE_COMMAND,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self._options = options
+        self._environment = environment
         self._limits = limits
         self._crash_folder = crash_folder
         self._command = command
@@ -162,7 +165,7 @@ class EngineClient:
             self.failure, self._was_silent = None, False
             started: set[str] = set()
             try:
-                self._child = child = await EngineChild.spawn(self._command)
+                self._child = child = await EngineChild.spawn(self._command, self._environment)
             except OSError as error:
                 self.failure = Failed(f"its process cannot be started ({error})")
             else:
@@ -257,18 +260,22 @@ class EngineClient:
             self.failure = message
 
     async def _become_ready(self, message: Ready) -> None:
-        requests = self.requests
-        if requests is None:
+        if self.requests is None:
             requests = await asyncio.to_thread(make_request_factory, message)
             self._vocabulary = await asyncio.to_thread(load_vocabulary, requests)
+            self.requests = requests
             self.on_loaded()
         if self._vocabulary is not None:
             self._send(SetVocabulary(self._vocabulary))
-        self.requests = requests
         self.ready = message
         self.live.replay()
         if self.state == "loading":
             self._set("ready")
+
+    def share_texts(self, other: EngineClient) -> None:
+        """Use the tokenizer and grammars that the client of an equal engine has loaded."""
+        if self.requests is None:
+            self.requests, self._vocabulary = other.requests, other._vocabulary
 
     def _send(self, message: ToEngine) -> None:
         if self._child is not None:

@@ -14,8 +14,8 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from compiledllm.log import OneLine, log
-from compiledllm.remote.engine_client import EngineClient
 from compiledllm.remote.errors import Overloaded
+from compiledllm.remote.replicas import ServedEngine, clients_of
 from compiledllm.server.access_log import AccessLog
 from compiledllm.server.answer_routes import add_answers, add_stored_responses
 from compiledllm.server.anthropic.protocol import BODIES as ANTHROPIC_BODIES
@@ -85,7 +85,7 @@ class _App(FastAPI):
         return schema
 
 
-def create_app(engine: EngineClient, options: AppOptions) -> FastAPI:
+def create_app(engine: ServedEngine, options: AppOptions) -> FastAPI:
     """Make the application; its `state.metrics` writes the periodic log line."""
     app = _App(
         title="compiledllm",
@@ -184,14 +184,17 @@ def _add_models(app: FastAPI, jobs: JobMaker) -> None:
         return card(jobs.check_model(model))
 
 
-def _add_state(app: FastAPI, engine: EngineClient, metrics: Metrics) -> None:
+def _add_state(app: FastAPI, engine: ServedEngine, metrics: Metrics) -> None:
     @app.get("/health", responses=_state_of(EngineHealth))
     async def health() -> JSONResponse:
         """Whether the engine is alive; 503 if the engine is dead or silent for too long."""
         problem = engine.why_unhealthy()
-        body = {"status": "unhealthy" if problem else "ok", "engine": engine.state}
+        status = "unhealthy" if problem else "ok"
+        body: dict[str, Any] = {"status": status, "engine": engine.state}
         if problem:
             body["reason"] = problem
+        if len(clients := clients_of(engine)) > 1:
+            body["replicas"] = [client.state for client in clients]
         return JSONResponse(body, 503 if problem else 200)
 
     @app.get("/ready", responses=_state_of(EngineReadiness))

@@ -22,6 +22,7 @@ from compiledllm.config import EngineConfig
 from compiledllm.log import log, show_logs
 from compiledllm.remote.engine_client import EngineClient
 from compiledllm.remote.limits import Limits
+from compiledllm.remote.replicas import Replicas, ServedEngine, gpus_of_replicas
 from compiledllm.server.api_keys import read_keys
 from compiledllm.server.app import AppOptions, create_app
 from compiledllm.server.connections import Connections, Deadlines
@@ -56,7 +57,7 @@ def serve(arguments: argparse.Namespace) -> int:
     listener = listen(arguments)
     try:
         app_options = _app_options(arguments, listener)
-        engine = EngineClient(options, _limits(arguments), cache_dir() / "crashes")
+        engine = _make_engine(options, arguments)
         engine.on_loaded = spare_collector
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
             return runner.run(_run(engine, app_options, listener, connections, arguments, tls))
@@ -65,7 +66,7 @@ def serve(arguments: argparse.Namespace) -> int:
 
 
 async def _run(
-    engine: EngineClient,
+    engine: ServedEngine,
     options: AppOptions,
     listener: socket.socket,
     connections: Connections,
@@ -130,7 +131,7 @@ def _on_signal(ending: asyncio.Event, server: uvicorn.Server) -> None:
     ending.set()
 
 
-async def _until_end(engine: EngineClient, ending: asyncio.Event, tasks: set[Any]) -> int:
+async def _until_end(engine: ServedEngine, ending: asyncio.Event, tasks: set[Any]) -> int:
     """Wait for the end: 0 when told to stop, 2 for a wrong config, 1 for a lost engine.
 
     tasks: run as long as the server; the status is also 1 when one of them ends.
@@ -156,7 +157,7 @@ def _limit_handshakes(loop: asyncio.AbstractEventLoop, seconds: float) -> None:
     loop.create_server = limited  # type: ignore[method-assign]  # uvicorn passes no such limit
 
 
-async def _announce(engine: EngineClient, way: str) -> None:
+async def _announce(engine: ServedEngine, way: str) -> None:
     await engine.wait_until_settled()
     if engine.state == "ready":
         log.info("ready at %s", way)
@@ -207,6 +208,20 @@ def _app_options(arguments: argparse.Namespace, listener: socket.socket) -> AppO
             shows_cached_tokens=arguments.enable_prompt_tokens_details,
             response_store=ResponseStore(arguments.responses_store),
         ),
+    )
+
+
+def _make_engine(options: dict[str, Any], arguments: argparse.Namespace) -> ServedEngine:
+    """The client of the engine, or of as many as `data_parallel_size` says."""
+    limits, crashes = _limits(arguments), cache_dir() / "crashes"
+    count: int = arguments.data_parallel_size
+    if count == 1:
+        return EngineClient(options, limits, crashes)
+    gpus = gpus_of_replicas(
+        count, int(options.get("tensor_parallel_size") or 1), os.environ.get("CUDA_VISIBLE_DEVICES")
+    )
+    return Replicas(
+        [EngineClient(options, limits, crashes, environment=variables) for variables in gpus]
     )
 
 

@@ -5,39 +5,39 @@ from __future__ import annotations
 import time
 
 from compiledllm.log import log
-from compiledllm.remote.engine_client import EngineClient
 from compiledllm.remote.wire import Stats
 
 
 class LogLine:
-    """Adds up steps, and logs rates since the last line."""
+    """Adds up the steps of all engines, and logs rates since the last line."""
 
     def __init__(self) -> None:
         self._since = time.monotonic()
         self._generated = self._computed = 0
-        self._stats: Stats | None = None
+        self._stats: dict[int, Stats] = {}  # by engine
         self._hits = (0, 0)
 
-    def add(self, stats: Stats, num_generated: int) -> None:
-        self._stats = stats
+    def add(self, stats: Stats, num_generated: int, engine: int = 0) -> None:
+        self._stats[engine] = stats
         self._generated += num_generated
         self._computed += stats.num_tokens
 
-    def show(self, engine: EngineClient) -> None:
-        stats, seconds = self._stats, time.monotonic() - self._since
+    def show(self) -> None:
+        every, seconds = list(self._stats.values()), time.monotonic() - self._since
         self._since = time.monotonic()
         generated, computed, self._generated, self._computed = self._generated, self._computed, 0, 0
-        if stats is None or not computed:
+        if not computed:
             return
-        queries, hits = stats.prefix_queries - self._hits[0], stats.prefix_hits - self._hits[1]
-        self._hits = (stats.prefix_queries, stats.prefix_hits)
+        found = sum(s.prefix_queries for s in every), sum(s.prefix_hits for s in every)
+        queries, hits = found[0] - self._hits[0], found[1] - self._hits[1]
+        self._hits = found
         log.info(
             "%.1f tokens/s generated, %.1f computed, %d running, %d waiting, KV %.1f%%, "
             "prefix hits %.1f%%",
             generated / seconds,
             computed / seconds,
-            stats.num_running,
-            stats.num_waiting,
-            100 * stats.kv_usage,
-            100 * hits / queries if queries else 0.0,
+            sum(stats.num_running for stats in every),
+            sum(stats.num_waiting for stats in every),
+            100 * max(stats.kv_usage for stats in every),
+            100 * hits / queries if queries > 0 else 0.0,
         )

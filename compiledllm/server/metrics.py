@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 
 from compiledllm.outputs import RequestMetrics, RequestOutput
-from compiledllm.remote.engine_client import EngineClient
-from compiledllm.remote.wire import FromEngine, Ready, StepOutputs
+from compiledllm.remote.replicas import ServedEngine
 from compiledllm.sampling_params import SamplingParams
 from compiledllm.server.access_log import note_end
-from compiledllm.server.log_line import LogLine
+from compiledllm.server.engine_metrics import EngineMetrics
 from compiledllm.server.quick_histogram import QuickHistogram
 
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5)
@@ -21,15 +19,6 @@ _LONG = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 5
 _BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 1.0, 2.5)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 _OUTPUTS = (1, 2, 5, 10, 20)
-# Label of `cache_config_info`, as vLLM has it -> our option.
-_CACHE_OPTIONS = {
-    "block_size": "block_size",
-    "num_gpu_blocks": "num_kv_blocks",
-    "cache_dtype": "kv_cache_dtype",
-    "enable_prefix_caching": "enable_prefix_caching",
-    "gpu_memory_utilization": "gpu_memory_utilization",
-    "kv_cache_memory_bytes": "kv_cache_memory_bytes",
-}
 
 
 @dataclass(slots=True)
@@ -45,34 +34,14 @@ class _Timing:
 class Metrics:
     """Metrics of the engine's reports and of the requests' latencies."""
 
-    def __init__(self, prefix: str, model: str, engine: EngineClient) -> None:
+    def __init__(self, prefix: str, model: str, engine: ServedEngine) -> None:
         self.registry = CollectorRegistry()
-        self._engine = engine
         self._model = model
         self._prefix = prefix
-        gauge, counter, histogram = self._gauge, self._counter, self._histogram
-        self.running = gauge("num_requests_running", "Requests in the batch")
-        self.waiting = gauge("num_requests_waiting", "Requests that wait for room")
-        self.kv_usage = gauge("kv_cache_usage_perc", "Share of the KV blocks in use, 0 to 1")
-        self.is_ready = gauge("engine_ready", "1 if requests are taken")
-        self.silence = gauge("engine_seconds_without_step", "Since its last sign of life")
+        counter, histogram = self._counter, self._histogram
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of finished requests")
         self.cached_tokens = counter("prompt_tokens_cached", "Of those, found in the prefix cache")
-        self.generation_tokens = counter("generation_tokens", "Tokens generated")
-        self.prefix_queries = counter("prefix_cache_queries", "Prompt tokens looked up")
-        self.prefix_hits = counter("prefix_cache_hits", "Prompt tokens found")
-        self.misses_of_state = counter(
-            "prefix_cache_misses_of_state", "Prompt tokens whose KV was found, without a state"
-        )
-        self.snapshot_hits = counter("state_snapshot_hits", "Requests that started from a snapshot")
-        self.snapshot_bytes = gauge("state_snapshot_bytes", "Snapshots of states, in bytes")
-        self.preemptions = counter("num_preemptions", "Requests that had to be computed again")
-        self.corrupted = counter("corrupted_requests", "Requests whose logits were NaN or infinite")
         self.rejections = counter("admission_rejections", "Requests refused: too many waited")
-        self.restarts = counter("engine_restarts", "Starts of the engine after its end")
-        self.recompiles = counter("recompiles", "Compilations after warm-up: always 0")
-        self.steps = histogram("engine_step_seconds", "Time of a step", _SECONDS)
-        self.step_tokens = histogram("iteration_tokens_total", "Tokens computed in a step", _TOKENS)
         self.ttft = histogram("time_to_first_token_seconds", "Until the first token", _SECONDS)
         self.itl = QuickHistogram(
             f"{prefix}inter_token_latency_seconds", "Between tokens", model, _BETWEEN
@@ -106,22 +75,7 @@ class Metrics:
             ["model_name", "finished_reason"],
             registry=self.registry,
         )
-        self._cache_info = Gauge(
-            f"{prefix}cache_config_info",
-            "The KV cache's options, as labels; always 1",
-            ["model_name", *_CACHE_OPTIONS],
-            registry=self.registry,
-        )
-        self.is_ready.set_function(lambda: engine.state == "ready")
-        self.silence.set_function(lambda: engine.signs.silence_s)
-        self._seen: dict[str, float] = {}
-        self._num_restarts = 0
-        self._line = LogLine()
-        engine.observe = self._observe
-
-    def _gauge(self, name: str, text: str) -> Gauge:
-        made = Gauge(self._prefix + name, text, ["model_name"], registry=self.registry)
-        return made.labels(self._model)
+        self._of_engines = EngineMetrics(self.registry, prefix, model, engine)
 
     def _counter(self, name: str, text: str) -> Counter:
         made = Counter(self._prefix + name, text, ["model_name"], registry=self.registry)
@@ -135,55 +89,12 @@ class Metrics:
 
     def text(self) -> bytes:
         """All metrics in Prometheus's text format."""
-        self._count_restarts()
+        self._of_engines.count_restarts()
         return generate_latest(self.registry)
-
-    # -- the engine ----------------------------------------------------------------------------
-
-    def _observe(self, message: FromEngine) -> None:
-        if not isinstance(message, StepOutputs):
-            self._seen.clear()  # a new engine counts from zero
-            self._count_restarts()
-            if isinstance(message, Ready):
-                self._show_cache(message.options)
-            return
-        stats = message.stats
-        self.running.set(stats.num_running)
-        self.waiting.set(stats.num_waiting)
-        self.kv_usage.set(stats.kv_usage)
-        count = message.news.num_tokens
-        self.generation_tokens.inc(count)
-        self._advance("preemptions", self.preemptions, stats.num_preemptions)
-        self._advance("corrupted", self.corrupted, stats.num_failed_rows)
-        self._advance("recompiles", self.recompiles, stats.num_recompiles)
-        self._advance("queries", self.prefix_queries, stats.prefix_queries)
-        self._advance("hits", self.prefix_hits, stats.prefix_hits)
-        self._advance("misses", self.misses_of_state, stats.prefix_misses_of_state)
-        self._advance("snapshots", self.snapshot_hits, stats.snapshot_hits)
-        self.snapshot_bytes.set(stats.snapshot_bytes)
-        if stats.num_tokens:
-            self.steps.observe(stats.step_s)
-            self.step_tokens.observe(stats.num_tokens)
-        self._line.add(stats, count)
-
-    def _count_restarts(self) -> None:
-        self.restarts.inc(self._engine.num_restarts - self._num_restarts)
-        self._num_restarts = self._engine.num_restarts
-
-    def _advance(self, name: str, counter: Counter, value: float) -> None:
-        """Advance a counter to the engine's own count, which starts at zero with each engine."""
-        counter.inc(max(value - self._seen.get(name, 0), 0))
-        self._seen[name] = value
 
     def log_line(self) -> None:
         """Log what happened since the last call, if anything did."""
-        self._line.show(self._engine)
-
-    def _show_cache(self, options: dict[str, Any]) -> None:
-        """Show the options of an engine that is ready, with vLLM's names of labels."""
-        values = [str(options.get(name)) for name in _CACHE_OPTIONS.values()]
-        self._cache_info.clear()
-        self._cache_info.labels(self._model, *values).set(1)
+        self._of_engines.line.show()
 
     # -- requests ------------------------------------------------------------------------------
 

@@ -44,6 +44,8 @@ def add_server_options(group: argparse._ArgumentGroup) -> None:
     _add_answer_options(group)
     kept = "keep the last N answers of /v1/responses in memory, for previous_response_id (0)"
     add("--responses-store", type=count, default=0, metavar="N", help=kept)
+    replicas = "engines with a copy of the model each, on GPUs of their own (1)"
+    add("--data-parallel-size", "-dp", type=positive, default=1, metavar="N", help=replicas)
     add("--max-queued-requests", type=count, default=1024, help="beyond those that run (1024)")
     add("--max-queued-tokens", type=count, default=4_000_000, help="of prompts (4000k)")
     add(
@@ -118,6 +120,13 @@ class Words(argparse.Action):
             with contextlib.suppress(ValueError):
                 values = [str(word) for word in json.loads(values[0])]
         setattr(namespace, self.dest, values)
+
+
+def positive(text: str) -> int:
+    """Parse a number of at least 1."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got '{text}'")
+    return int(text)
 
 
 def root_path(text: str) -> str:

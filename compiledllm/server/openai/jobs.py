@@ -14,8 +14,8 @@ from compiledllm.engine.prompts import Prompt
 from compiledllm.engine.request_state import RequestState
 from compiledllm.engine.requests import RequestFactory
 from compiledllm.log import log
-from compiledllm.remote.engine_client import EngineClient
 from compiledllm.remote.live_request import LiveRequest
+from compiledllm.remote.replicas import ServedEngine
 from compiledllm.server.client_left import Receive
 from compiledllm.server.lanes import SHORT_BYTES, Lanes
 from compiledllm.server.openai.answer import (
@@ -57,7 +57,7 @@ class JobMaker:
 
     def __init__(
         self,
-        engine: EngineClient,
+        engine: ServedEngine,
         model_names: list[str],
         fields: KnownFields,
         logs_requests: bool = False,

@@ -7,8 +7,8 @@ import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator
 
 from compiledllm.outputs import CompletionOutput, RequestOutput
-from compiledllm.remote.engine_client import EngineClient
 from compiledllm.remote.errors import EngineError
+from compiledllm.remote.replicas import ServedEngine
 from compiledllm.server.metrics import Metrics
 from compiledllm.server.openai.errors import ApiError, as_api_error
 from compiledllm.server.openai.jobs import Job
@@ -17,7 +17,7 @@ from compiledllm.server.openai.jobs import Job
 class Serving:
     """Follows the requests of jobs. This class knows no endpoint."""
 
-    def __init__(self, engine: EngineClient, metrics: Metrics) -> None:
+    def __init__(self, engine: ServedEngine, metrics: Metrics) -> None:
         self.engine = engine
         self.metrics = metrics
 

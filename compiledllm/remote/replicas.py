@@ -1,0 +1,236 @@
+"""Several engines of one model behind one server, each a process of its own: `data_parallel_size`.
+
+`Replicas` stands where the server otherwise has an `EngineClient`. Every request goes to one
+replica and stays there; each replica is watched, restarted and given up by itself, and the server
+goes on as long as one of them does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import TypeVar
+
+from compiledllm.config import ConfigError
+from compiledllm.engine.request_state import RequestState
+from compiledllm.engine.requests import RequestFactory
+from compiledllm.remote.engine_client import EngineClient, State
+from compiledllm.remote.errors import Overloaded, Unavailable
+from compiledllm.remote.live_request import LiveRequest
+from compiledllm.remote.routing import PrefixRouter
+from compiledllm.remote.wire import Failed, Ready, Stats
+
+_Result = TypeVar("_Result")
+# Tokens that a request is expected to generate, in the unit of prompt tokens' work.
+_OUTPUT_TOKENS = 256
+
+
+class Replicas:
+    """clients: one for each replica, not yet started."""
+
+    def __init__(self, clients: list[EngineClient]) -> None:
+        self.clients = clients
+        self._router = PrefixRouter(len(clients))
+        self._num_restarts = [0] * len(clients)
+        self.on_loaded: Callable[[], None] = lambda: None
+        self.live = _AllLive(clients)
+        for client in clients:
+            client.on_loaded = self._share_texts
+
+    # -- life and death ------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start all replicas in the background."""
+        for client in self.clients:
+            client.start()
+
+    @property
+    def state(self) -> State:
+        """The state of the replica that is best off."""
+        states = [client.state for client in self.clients]
+        order: tuple[State, ...] = ("ready", "draining", "loading", "dead")
+        return next(state for state in order if state in states)
+
+    @property
+    def failure(self) -> Failed | None:
+        """Why no replica will serve any more; None as long as one may."""
+        failures = [c.failure for c in self.clients if c.state == "dead" and c.failure]
+        return failures[0] if len(failures) == len(self.clients) else None
+
+    @property
+    def num_restarts(self) -> int:
+        return sum(client.num_restarts for client in self.clients)
+
+    async def wait_until_settled(self) -> None:
+        """Return once one replica is ready, or all have failed for good."""
+        waits = {asyncio.create_task(client.wait_until_settled()) for client in self.clients}
+        try:
+            while waits and self.state == "loading":
+                _, waits = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+
+    async def wait_until_dead(self) -> None:
+        """Return once all replicas have ended and none will be restarted."""
+        await asyncio.gather(*(client.wait_until_dead() for client in self.clients))
+
+    async def drain(self, timeout_s: float) -> None:
+        """Admit no more requests; return when all are finished or `timeout_s` have passed."""
+        await asyncio.gather(*(client.drain(timeout_s) for client in self.clients))
+
+    async def stop(self) -> None:
+        """End all processes, whatever they are doing."""
+        await asyncio.gather(*(client.stop() for client in self.clients))
+
+    def why_unhealthy(self) -> str | None:
+        """None as long as one replica is well."""
+        reasons = [client.why_unhealthy() for client in self.clients]
+        return None if None in reasons else "; ".join(r for r in reasons if r is not None)
+
+    def _share_texts(self) -> None:
+        """One replica has loaded the tokenizer: the others need not."""
+        first = next(client for client in self.clients if client.requests is not None)
+        for client in self.clients:
+            client.share_texts(first)
+        self.on_loaded()
+        self.on_loaded = lambda: None
+
+    # -- what the replicas have in common ------------------------------------------------------
+
+    @property
+    def requests(self) -> RequestFactory | None:
+        return next((c.requests for c in self.clients if c.requests is not None), None)
+
+    @property
+    def ready(self) -> Ready | None:
+        return next((client.ready for client in self.clients if client.ready is not None), None)
+
+    @property
+    def stats(self) -> Stats | None:
+        return next((client.stats for client in self.clients if client.stats is not None), None)
+
+    def reset_prefix_cache(self) -> None:
+        """Let all replicas forget all cached prefixes."""
+        self._router.forget()
+        for client in self.clients:
+            client.reset_prefix_cache()
+
+    # -- requests ------------------------------------------------------------------------------
+
+    def require_ready(self) -> RequestFactory:
+        """The request factory. Raises Unavailable if no replica accepts requests now."""
+        return self._first_that(lambda client: client.require_ready())
+
+    def check_admission(self, num_requests: int, num_tokens: int) -> None:
+        """As of the replica with the most room; see `EngineClient.check_admission`."""
+        self._first_that(lambda client: client.check_admission(num_requests, num_tokens))
+
+    def _first_that(self, ask: Callable[[EngineClient], _Result]) -> _Result:
+        """The first replica's answer that is no refusal. Raises the refusal that says most."""
+        refusal: Exception | None = None
+        for client in sorted(self.clients, key=_load_of):
+            try:
+                return ask(client)
+            except (Unavailable, Overloaded) as error:
+                if refusal is None or isinstance(error, Overloaded):
+                    refusal = error
+        assert refusal is not None
+        raise refusal
+
+    def admit(self, states: list[RequestState]) -> list[LiveRequest]:
+        """Admit all of these requests or none, each by the replica that suits its prompt best."""
+        admitted: list[LiveRequest] = []
+        try:
+            for state in states:
+                admitted += self._admit(state)
+        except BaseException:
+            self.release(admitted)
+            raise
+        return admitted
+
+    def _admit(self, state: RequestState) -> list[LiveRequest]:
+        spec = state.completions[0].spec
+        self._forget_restarted()
+        prompt, salt = spec.prompt_token_ids, spec.cache_salt
+        refusal: Exception = Unavailable(f"the engine is {self.state}", 5)
+        for index in self._router.choose(prompt, salt, self._outstanding()):
+            try:
+                admitted = self.clients[index].admit([state])
+            except (Unavailable, Overloaded) as error:
+                refusal = error
+                continue
+            self._router.note(prompt, salt, index)
+            return admitted
+        raise refusal
+
+    def _outstanding(self) -> list[int | None]:
+        """By replica, about how many tokens it has yet to compute; None: it is not ready."""
+        return [_load_of(client) if client.state == "ready" else None for client in self.clients]
+
+    def _forget_restarted(self) -> None:
+        for index, client in enumerate(self.clients):
+            if client.num_restarts != self._num_restarts[index]:
+                self._num_restarts[index] = client.num_restarts
+                self._router.forget(index)
+
+    def release(self, live_requests: list[LiveRequest]) -> None:
+        """Abort the unfinished ones of these requests, because nobody waits for their output."""
+        for live in live_requests:
+            self._client_of(live).release([live])
+
+    def following(self, live: LiveRequest) -> AbstractContextManager[None]:
+        """A context for taking a request's outputs; see `EngineClient.following`."""
+        return self._client_of(live).following(live)
+
+    def _client_of(self, live: LiveRequest) -> EngineClient:
+        """The client that has the request; of a request that has ended, any."""
+        name = live.state.request_id
+        found = (client for client in self.clients if client.live.get(name) is live)
+        return next(found, self.clients[0])
+
+
+ServedEngine = EngineClient | Replicas
+
+
+def gpus_of_replicas(count: int, num_ranks: int, visible: str | None) -> list[dict[str, str]]:
+    """For each replica the environment variables that give it GPUs of its own.
+
+    num_ranks: GPUs of a replica. visible: this process's CUDA_VISIBLE_DEVICES. Raises ConfigError
+    if there are fewer GPUs than needed.
+    """
+    needed = count * num_ranks
+    gpus = [str(i) for i in range(needed)] if not visible else visible.split(",")
+    if len(gpus) < needed:
+        raise ConfigError(
+            f"data_parallel_size={count} with tensor_parallel_size={num_ranks} needs {needed} "
+            f"GPUs, and CUDA_VISIBLE_DEVICES={visible} names {len(gpus)}; at most "
+            f"{len(gpus) // num_ranks} replicas fit"
+        )
+    parts = (gpus[i * num_ranks : (i + 1) * num_ranks] for i in range(count))
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(part)} for part in parts]
+
+
+def clients_of(engine: ServedEngine) -> list[EngineClient]:
+    """The clients of all engines behind a server."""
+    return engine.clients if isinstance(engine, Replicas) else [engine]
+
+
+def _load_of(client: EngineClient) -> int:
+    """About how many tokens an engine has yet to compute."""
+    return client.live.num_tokens + _OUTPUT_TOKENS * client.live.num_completions
+
+
+class _AllLive:
+    """The requests in progress of all replicas."""
+
+    def __init__(self, clients: list[EngineClient]) -> None:
+        self._clients = clients
+
+    def __len__(self) -> int:
+        return sum(len(client.live) for client in self._clients)
+
+    def __iter__(self) -> Iterator[LiveRequest]:
+        for client in self._clients:
+            yield from client.live
