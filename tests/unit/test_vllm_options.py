@@ -49,7 +49,6 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "enable_lora": (True, "LoRA"),
     "pipeline_parallel_size": (2, "one device"),
     "data_parallel_size": (4, "of `compiledllm serve`"),
-    "distributed_executor_backend": ("ray", "one device"),
     "speculative_config": ({"method": "ngram"}, "speculative"),
     "limit_mm_per_prompt": ({"image": 2}, "text only"),
     "cpu_offload_gb": (4, "stay on the device"),
