@@ -84,7 +84,7 @@ def start_ranks(plan: Plan) -> RankGroup:
 
     num_ranks, is_cuda = plan.ranks.count, plan.platform.is_cuda
     if plan.config.requested.model.distributed_executor_backend == "ray":
-        raise ConfigError("distributed_executor_backend='ray' is not supported yet; use 'mp'")
+        return _start_in_ray(num_ranks, is_cuda)
     num_gpus = torch.cuda.device_count() if is_cuda else 0
     if is_cuda and num_ranks > num_gpus:
         raise ConfigError(
@@ -92,6 +92,25 @@ def start_ranks(plan: Plan) -> RankGroup:
             f"at most {num_gpus}"
         )
     return RankGroup(num_ranks, lambda rank: f"cuda:{rank}" if is_cuda else "cpu")
+
+
+def _start_in_ray(num_ranks: int, is_cuda: bool) -> RankGroup:
+    from compiledllm.engine.rank_processes import RankGroup
+    from compiledllm.engine.ray_ranks import RayPlaces
+
+    places = RayPlaces(num_ranks, is_cuda)
+    try:
+        if places.gpu not in ("", "0"):
+            raise ConfigError(
+                f"Ray has GPU {places.gpu} left on this machine, and the engine's process takes "
+                f"the first that it sees; set CUDA_VISIBLE_DEVICES={places.gpu}"
+            )
+        # A worker of Ray's sees its own GPU only, as the first.
+        device = "cuda:0" if is_cuda else "cpu"
+        return RankGroup(num_ranks, lambda _: device, places.start_rank, places.host)
+    except BaseException:
+        places.give_back()
+        raise
 
 
 class FirstRank:

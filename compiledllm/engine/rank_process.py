@@ -6,6 +6,7 @@ is doing, or after a failure. It has no scheduler: it runs the steps that it is 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -123,7 +124,8 @@ class Rank:
 
 def main(connection: socket.socket) -> None:
     """The whole life of a rank."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is for the first rank
+    with contextlib.suppress(ValueError):  # not the main thread of a worker of Ray's
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is for the first rank
     show_logs()
     log.setLevel(logging.WARNING)  # the first rank tells of the start
     Rank(connection).run()

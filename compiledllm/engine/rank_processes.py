@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
@@ -32,6 +33,16 @@ _END_S = 5.0  # for a process to exit after its connection is closed
 
 class RankError(RuntimeError):
     """A rank has failed or ended: the model cannot run any more, only be started again."""
+
+
+class OtherRank(Protocol):
+    """A rank but the first, wherever it runs. connection: to it, for the frames."""
+
+    rank: int
+    connection: socket.socket
+
+    def end(self) -> str:
+        """Close the connection and wait for the end. Returns how the rank ended."""
 
 
 class RankProcess:
@@ -66,7 +77,8 @@ class RankProcess:
 class RankGroup:
     """The ranks of a model, seen from the first: sends messages, waits for answers, notes ends.
 
-    start_rank: starts the process of a rank. host: the first rank's address. device: of a rank.
+    device: of a rank. start_rank: starts a rank; None: as a child process. host: the first rank's
+    address.
     A rank that fails or ends sets `failure`, and raises RankError in the thread that heard of it:
     in an engine's process, which a thread's failure ends, the first rank may be waiting for the
     others in a kernel that nothing else interrupts.
@@ -76,17 +88,17 @@ class RankGroup:
         self,
         num_ranks: int,
         device: Callable[[int], str],
-        start_rank: Callable[[int], RankProcess] = RankProcess,
+        start_rank: Callable[[int], OtherRank] | None = None,
         host: str = "127.0.0.1",
     ) -> None:
         self.num_ranks = num_ranks
         self.failure: Failed | None = None
         self._is_ended = False
         self._answers: queue.SimpleQueue[FromRank] = queue.SimpleQueue()
-        self.ranks: list[RankProcess] = []
+        self.ranks: list[OtherRank] = []
         try:
             for rank in range(1, num_ranks):
-                self.ranks.append(start_rank(rank))
+                self.ranks.append((start_rank or RankProcess)(rank))
             for process in self.ranks:
                 name = f"rank {process.rank}"
                 threading.Thread(target=self._read, args=[process], name=name, daemon=True).start()
@@ -152,16 +164,16 @@ class RankGroup:
         with contextlib.suppress(Exception):
             leave()
 
-    def _send(self, process: RankProcess, message: ToRank) -> None:
+    def _send(self, process: OtherRank, message: ToRank) -> None:
         self._send_raw(process, frame(message))
 
-    def _send_raw(self, process: RankProcess, raw: bytes) -> None:
+    def _send_raw(self, process: OtherRank, raw: bytes) -> None:
         try:
             process.connection.sendall(raw)
         except OSError:
             raise RankError(f"rank {process.rank} has ended") from None
 
-    def _read(self, process: RankProcess) -> None:
+    def _read(self, process: OtherRank) -> None:
         last: FromRank | None = None
         while (message := receive_from_rank(process.connection)) is not None:
             last = message

@@ -101,6 +101,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "yaml": ("compiledllm.arguments",),
     "matplotlib": ("compiledllm.benchmarks",),
     "vllm": ("compiledllm.benchmarks",),
+    "ray": ("compiledllm.engine.ray_ranks",),
     "fastapi": ("compiledllm.server",),
     "starlette": ("compiledllm.server",),
     "uvicorn": ("compiledllm.server",),
