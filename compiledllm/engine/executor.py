@@ -7,7 +7,7 @@ the weights and of every KV block, runs the same steps and draws the same tokens
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -128,7 +128,10 @@ class FirstRank:
         self._num_in_flight = 0
         self._end = weakref.finalize(self, group.end)
         try:
-            group.send(Build(plan.config.options() | {"device": plan.platform.device.type}))
+            # The plan may have enlarged the blocks, as every rank's plan will.
+            asked: dict[str, Any] = {"block_size": plan.config.requested.cache.block_size}
+            asked["device"] = plan.platform.device.type
+            group.send(Build(plan.config.options() | asked))
             self._worker = Worker(plan, ledger)
             self._check_agreement(plan)
         except BaseException:

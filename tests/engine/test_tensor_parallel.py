@@ -92,7 +92,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 # Families whose parts are divided in all ways: fewer KV heads than ranks, norms over heads,
 # experts, states, sums of both halves of a block, a head with padding.
-IN_FOUR = ["falcon", "gpt_oss", "lfm2_moe", "olmo2", "opt", "qwen3_next", "stablelm"]
+IN_FOUR = ["falcon", "gemma4", "gpt_oss", "lfm2_moe", "olmo3", "opt", "qwen3_next", "stablelm"]
 
 
 @pytest.mark.parametrize("family", IN_ENGINE)
@@ -228,7 +228,10 @@ class Recorded(Exception):
 
 @pytest.mark.parametrize(("family", "num_sums"), [("llama", 2), ("cohere", 1), ("opt", 2)])
 def test_the_compiler_sees_one_opaque_sum_for_each_half_of_a_block(
-    family: str, num_sums: int, tiny_model: Callable[..., Path]
+    family: str,
+    num_sums: int,
+    tiny_model: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     checkpoint = tiny_model(family, **VARIANTS[family, IN_ENGINE[family]])
     model = Decoder(sharded(load_spec(checkpoint), 2), make_backend("torch"), rank=1)
@@ -239,11 +242,10 @@ def test_the_compiler_sees_one_opaque_sum_for_each_half_of_a_block(
         graphs.append(graph)
         raise Recorded
 
-    def enter(_model: Decoder, ids: torch.Tensor, positions: torch.Tensor) -> Any:
-        x = torch.zeros(len(ids), model.spec.hidden_size)
-        return x, x, [rotary(positions, x.dtype) for rotary in model.rotary]
+    def embed(model: Decoder, ids: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(ids), model.spec.embedding_width)
 
-    model.enter = enter
+    monkeypatch.setattr(Decoder, "_embed_over_ranks", embed)
     model.block_forward = torch.compile(DecoderBlock.forward, fullgraph=True, backend=record)
     with pytest.raises(BackendCompilerFailed, match="Recorded"):
         logits_in_chunks(model, [5, 6, 7], [3])
