@@ -12,6 +12,7 @@ import torch
 
 from compiledllm.config import ConfigError, EngineConfig
 from compiledllm.models.registry import load_spec
+from compiledllm.models.sharded_spec import sharded
 from compiledllm.models.source import resolve_checkpoint
 from compiledllm.models.spec import ModelSpec
 from compiledllm.platform import Platform
@@ -24,8 +25,8 @@ _FIELDS = ("model", "revision", "tokenizer", "device", "dtype")
 class Model:
     """The checkpoint that all engines load.
 
-    spec: in the dtypes of the run; None for an architecture that only the peers know, which has no
-    floors. options: all other engine options, as the user gave them.
+    spec: in the dtypes of the run, the part of each GPU; None for an architecture that only the
+    peers know, which has no floors. options: all other engine options, as the user gave them.
     """
 
     path: Path
@@ -53,10 +54,11 @@ class Model:
                 raise
         platform = Platform.detect(options.get("device", "auto"))
         stored = spec.dtype if spec else "bfloat16"
+        num_ranks = options.get("tensor_parallel_size") or 1
         dtype = str(platform.choose_dtype(options.get("dtype", "auto"), stored).value)
         return cls(
             path=path,
-            spec=spec.with_dtypes(dtype) if spec else None,
+            spec=sharded(spec.with_dtypes(dtype), num_ranks) if spec else None,
             vocab_size=spec.vocab_size if spec else _vocab_size(path),
             platform=platform,
             dtype=dtype,
@@ -76,7 +78,7 @@ class Model:
         """Facts that tell this model from another one in a report."""
         known: dict[str, Any] = {}
         if self.spec:
-            known["parameters"] = self.spec.num_parameters
+            known["parameters"] = self.spec.whole.num_parameters
             known |= {"quantization": self.spec.quantization} if self.spec.quantization else {}
         return {"model": self.path.name, "dtype": self.dtype, **known}
 

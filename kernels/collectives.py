@@ -77,14 +77,25 @@ def join(rank: int, size: int, store: Any, device: torch.device) -> str:
     return reason
 
 
+def is_member() -> bool:
+    """Whether the process belongs to a group."""
+    return _group is not None
+
+
 def leave() -> None:
-    """Leave the group. Does nothing in a process that belongs to none."""
+    """Leave the group, without waiting for ranks that may have ended.
+
+    Does nothing in a process that belongs to none.
+    """
     import torch.distributed as dist
 
     global _group
-    if _group is not None:
-        _group = None
-        dist.destroy_process_group()
+    if _group is None:
+        return
+    _group = None
+    is_nccl = dist.get_backend() == "nccl"
+    abort = getattr(dist.distributed_c10d, "_abort_process_group", None) if is_nccl else None
+    (abort or dist.destroy_process_group)()
 
 
 def _symmetric_buffer(device: torch.device, group_name: str) -> tuple[Tensor | None, str]:

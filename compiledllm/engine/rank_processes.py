@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import queue
 import socket
@@ -24,7 +25,14 @@ from compiledllm.engine.rank_frames import (
     frame,
     receive_from_rank,
 )
-from compiledllm.kernels.collectives import JOIN_TIMEOUT_S, TIMEOUT_S, join, leave, make_store
+from compiledllm.kernels.collectives import (
+    JOIN_TIMEOUT_S,
+    TIMEOUT_S,
+    is_member,
+    join,
+    leave,
+    make_store,
+)
 from compiledllm.log import log
 
 COMMAND = (sys.executable, "-m", "compiledllm.engine.rank_process")
@@ -91,6 +99,13 @@ class RankGroup:
         start_rank: Callable[[int], OtherRank] | None = None,
         host: str = "127.0.0.1",
     ) -> None:
+        if is_member():
+            gc.collect()  # an engine that nobody uses any more may hold its ranks
+        if is_member():
+            raise ConfigError(
+                "a process has one engine with tensor_parallel_size > 1 at a time; call the "
+                "other's shutdown() first"
+            )
         self.num_ranks = num_ranks
         self.failure: Failed | None = None
         self._is_ended = False

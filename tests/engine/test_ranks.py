@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from compiledllm import Engine, SamplingParams
+from compiledllm import ConfigError, Engine, SamplingParams
 from compiledllm.engine.rank_processes import RankError
 
 GREEDY = {"temperature": 0, "max_tokens": 6, "ignore_eos": True}
@@ -55,3 +55,14 @@ def test_a_killed_rank_ends_the_engine(
     while not heard and time.monotonic() < deadline:
         time.sleep(0.01)
     assert isinstance(heard[0], RankError), "an engine's process ends by this"
+
+
+def test_one_divided_model_a_process_at_a_time(tiny_model: Callable[..., Path]) -> None:
+    model, options = tiny_model("llama"), FIXED | {"tensor_parallel_size": 2}
+    first = Engine(model, **options)
+    with pytest.raises(ConfigError, match=r"call the other's shutdown\(\) first"):
+        Engine(model, **options)
+    tokens = first.generate(PROMPTS, SamplingParams(**GREEDY), use_tqdm=False)
+    first.shutdown()
+    again = Engine(model, **options).generate(PROMPTS, SamplingParams(**GREEDY), use_tqdm=False)
+    assert [o.outputs[0].token_ids for o in again] == [o.outputs[0].token_ids for o in tokens]

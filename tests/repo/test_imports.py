@@ -55,6 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "engine",
         "models.spec",
         "models.registry",
+        "models.sharded_spec",
         "models.source",
         "kernels",
         *LEAVES,
