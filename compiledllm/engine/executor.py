@@ -185,7 +185,11 @@ class FirstRank:
 
         was_broken, self.is_broken = self.is_broken, True  # until the step has been launched
         self._group.send(Step.of(step, self._num_in_flight))
-        pending = self._worker.launch(step)
+        try:
+            pending = self._worker.launch(step)
+        except RuntimeError:
+            self._group.wait_for_failure()  # which is the cause, if there is one
+            raise
         self._num_in_flight += 1
         self.is_broken = was_broken
         return pending

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -36,6 +37,7 @@ from compiledllm.kernels.collectives import (
 from compiledllm.log import log
 
 COMMAND = (sys.executable, "-m", "compiledllm.engine.rank_process")
+_NOTICE_S = 2.0  # for a thread to hear of a rank's end
 _END_S = 5.0  # for a process to exit after its connection is closed
 
 
@@ -168,6 +170,13 @@ class RankGroup:
         """Raise RankError if a rank has failed."""
         if self.failure is not None:
             raise RankError(self.failure.error)
+
+    def wait_for_failure(self) -> None:
+        """Raise RankError if a rank fails now: the first rank may notice before its reader does."""
+        deadline = time.monotonic() + _NOTICE_S
+        while self.failure is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self.check()
 
     def end(self) -> None:
         """End the processes and leave the group of ranks."""
