@@ -125,6 +125,7 @@ def test_nothing_else_changes_the_key(
 NOT_DECIDING = {"architecture", "layers"}  # in the key themselves
 NOT_DECIDING |= {"tie_word_embeddings", "max_position", "eos_token_ids", "initializer_range"}
 NOT_DECIDING |= {"num_other_parameters", "quantization"}
+NOT_DECIDING |= {"num_ranks", "part_of"}  # nothing is kept for several ranks
 
 
 def test_every_field_of_the_spec_is_known_to_decide_or_not() -> None:
