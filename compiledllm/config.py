@@ -164,6 +164,12 @@ class SchedulerConfig:
         "between their tokens; default: by how many decode and wait on a GPU, 128 on a CPU",
         kind="int",
     )
+    target_itl_ms: float | None = option(
+        None,
+        "bound on the time between a request's tokens: beside decoding requests, prompts get as "
+        "many tokens of a step as fit, by step times measured at start and while running",
+        kind="float",
+    )
     async_scheduling: bool | None = option(
         None, "launch a step before the last one's tokens are known; default: on a GPU", kind="bool"
     )
@@ -261,6 +267,7 @@ class EngineConfig:
             raise ConfigError("trust_remote_code=True is not supported: leave it out")
         if model.tensor_parallel_size > 1:
             self._check_parallel(model.tensor_parallel_size)
+        self._check_target()
         if not -(2**63) <= model.seed < 2**63:
             raise ConfigError(f"seed must be a 64-bit integer, got {model.seed}")
         if model.max_logprobs < -1:
@@ -296,6 +303,31 @@ class EngineConfig:
             raise ConfigError(
                 f"device='{model.device}' names one GPU, and tensor_parallel_size={num_ranks} "
                 "takes the first ones; use device='cuda' and CUDA_VISIBLE_DEVICES"
+            )
+
+    def _check_target(self) -> None:
+        target_ms = self.scheduler.target_itl_ms
+        if target_ms is None:
+            return
+        if not 0 < target_ms < float("inf"):
+            raise ConfigError(f"target_itl_ms must be a number above 0, got {target_ms}")
+        if self.model.tensor_parallel_size > 1:
+            raise ConfigError(
+                f"target_itl_ms={target_ms} is not supported with tensor_parallel_size="
+                f"{self.model.tensor_parallel_size}: each GPU measures its own steps; use "
+                "mixed_prompt_tokens"
+            )
+        if self.scheduler.mixed_prompt_tokens is not None:
+            raise ConfigError(
+                f"target_itl_ms={target_ms} chooses the prompt tokens of each step, but "
+                f"mixed_prompt_tokens={self.scheduler.mixed_prompt_tokens} fixes them; leave one "
+                "of them out"
+            )
+        if self.compile.deterministic:
+            raise ConfigError(
+                f"target_itl_ms={target_ms} makes steps depend on measured times, which "
+                "deterministic=True rules out; leave one of them out, or bound the prompt tokens "
+                "of a step by mixed_prompt_tokens"
             )
 
     def replace(self, **options: Any) -> EngineConfig:

@@ -93,13 +93,17 @@ def resolve(
         max_num_seqs=chosen("max_num_seqs", seqs, where),
         max_num_batched_tokens=chosen("max_num_batched_tokens", tokens, where),
     )
-    prompt_tokens = None if on_gpu else min(128, limits.max_num_batched_tokens)
+    has_target = requested.scheduler.target_itl_ms is not None
+    is_measured = on_gpu or has_target
+    prompt_tokens = None if is_measured else min(128, limits.max_num_batched_tokens)
     captured = min(limits.max_num_seqs, _MAX_CAPTURED)
     why_captured = f"max_num_seqs, at most {_MAX_CAPTURED}"
     config = ResolvedConfig(
         requested,
         limits,
-        mixed_prompt_tokens=chosen("mixed_prompt_tokens", prompt_tokens, where),
+        mixed_prompt_tokens=chosen(
+            "mixed_prompt_tokens", prompt_tokens, "target_itl_ms" if has_target else where
+        ),
         compile_when=chosen("compile_when", "start" if on_gpu else "busy", where),
         async_scheduling=chosen("async_scheduling", on_gpu, where),
         max_cudagraph_capture_size=chosen("max_cudagraph_capture_size", captured, why_captured),

@@ -198,6 +198,21 @@ class SchedulerOutput:
         return sum([line.num_scheduled_tokens for line in self.scheduled])
 
 
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """How long steps take on this device, as measured at start.
+
+    sizes: (tokens, seconds) of a step with one prompt chunk of so many tokens at position 0,
+    ascending; the first entry is a decode step of one request. read_s: seconds per token of context
+    that a decoding request reads. pair_s: seconds per pair of a prompt token and an earlier token
+    of the request that an earlier step computed.
+    """
+
+    sizes: tuple[tuple[int, float], ...]
+    read_s: float
+    pair_s: float
+
+
 # Log probabilities at one position: token ids, their log probabilities, the rank of the position's
 # own token (1: the most likely), and the number of top tokens. The position's own token comes
 # first, then the top tokens, then tokens requested by id. These are plain tuples since there may be

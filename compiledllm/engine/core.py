@@ -8,6 +8,7 @@ while core.has_unfinished():
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, KeysView
@@ -35,6 +36,7 @@ from compiledllm.runner.plan import Plan
 from compiledllm.runner.start_cache import why_not_cached
 from compiledllm.scheduler.block_pool import BlockPool
 from compiledllm.scheduler.policy import BALANCED_TOKENS, Pace
+from compiledllm.scheduler.prompt_budget import ItlTarget
 from compiledllm.scheduler.scheduler import Scheduler
 from compiledllm.types import Grammar, Request, RequestSpec, SchedulerOutput, StepNews
 
@@ -57,7 +59,9 @@ class EngineCore:
         self.on_start: Callable[[Iterable[str]], None] | None = None
         self._last_idle_check = 0.0
         self._started: dict[str, float] = {}  # of the news to come
-        self._in_flight: deque[tuple[SchedulerOutput, PendingOutput]] = deque()
+        # Steps launched and not collected, with the time of the launch.
+        self._in_flight: deque[tuple[SchedulerOutput, PendingOutput, float]] = deque()
+        self._collected_s = 0.0  # time of the last collection
         self.ledger = ledger or Ledger()
         with late_compiles.starting():
             self._start(plan)
@@ -80,6 +84,9 @@ class EngineCore:
             with self.ledger.phase("compile"):
                 warm_up(self)
         self.worker.finish_start()
+        if self.worker.step_times is not None:
+            target_ms = plan.config.requested.scheduler.target_itl_ms or 0.0
+            self.scheduler.pace.target = ItlTarget(target_ms / 1e3, self.worker.step_times)
 
     @property
     def config(self) -> ResolvedConfig:
@@ -165,11 +172,14 @@ class EngineCore:
         step = self.scheduler.schedule()
         self._note_start(step)
         try:
-            self._in_flight.append((step, self.worker.launch(step)))
+            launched_s = time.perf_counter()
+            self._in_flight.append((step, self.worker.launch(step), launched_s))
             if len(self._in_flight) <= self.config.async_scheduling:
                 return StepNews()
-            step, output = self._in_flight.popleft()
-            news = self.scheduler.update(step, self.worker.collect(output))
+            step, output, launched_s = self._in_flight.popleft()
+            collected = self.worker.collect(output)
+            self._note_time(step, launched_s)
+            news = self.scheduler.update(step, collected)
         except BaseException as error:
             return self._recover(step, error)
         if self.isolation is not None:
@@ -183,6 +193,16 @@ class EngineCore:
             self._started |= dict.fromkeys(ids, time.monotonic())
             if self.on_start is not None:
                 self.on_start(ids)
+
+    def _note_time(self, step: SchedulerOutput, launched_s: float) -> None:
+        """Tell the target of ITL, if there is one, how long a step took that is now collected.
+
+        The device begins a step when it is launched, or when the step before it is done.
+        """
+        began_s = max(launched_s, self._collected_s)
+        self._collected_s = time.perf_counter()
+        if self.scheduler.pace.target is not None:
+            self.scheduler.pace.target.learn(step, self._collected_s - began_s)
 
     def _recover(self, step: SchedulerOutput, error: BaseException) -> StepNews:
         """Abandon a failed step. With isolation, go on without the request to blame; else raise.
@@ -244,7 +264,11 @@ def _scheduler(plan: Plan, num_kv_blocks: int) -> Scheduler:
         limits.max_num_seqs,
         limits.max_num_batched_tokens,
         requested.scheduler.scheduling_policy,
-        Pace(BALANCED_TOKENS * plan.spec.sparsity, config.mixed_prompt_tokens),
+        Pace(
+            BALANCED_TOKENS * plan.spec.sparsity,
+            config.mixed_prompt_tokens,
+            _attention_parity(plan.spec),
+        ),
         windows,
         plan.num_snapshots(num_kv_blocks) if plan.spec.bytes_per_request else None,
     )
@@ -256,6 +280,15 @@ def _scheduler(plan: Plan, num_kv_blocks: int) -> Scheduler:
             "(num_kv_blocks, kv_cache_memory_bytes)"
         )
     return scheduler
+
+
+def _attention_parity(spec: ModelSpec) -> float:
+    """The position from which a token's attention takes as long as its products with weights.
+
+    Attention counts two products, over the layers that see everything, at half of the rate.
+    """
+    pair_flops = 4 * sum(attn.q_size for attn in spec.attentions if not attn.sliding_window)
+    return spec.weights_read.num_parameters / pair_flops if pair_flops else math.inf
 
 
 def _ids_of(step: SchedulerOutput) -> list[str]:

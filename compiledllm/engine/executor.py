@@ -21,7 +21,7 @@ from compiledllm.runner.pending import PendingOutput
 from compiledllm.runner.plan import Plan
 from compiledllm.runner.start_cache import StartCache
 from compiledllm.runner.worker import Worker, WorkerStats
-from compiledllm.types import SchedulerOutput, StepOutput
+from compiledllm.types import SchedulerOutput, StepOutput, StepTimes
 
 if TYPE_CHECKING:
     from compiledllm.engine.rank_processes import RankGroup
@@ -38,6 +38,9 @@ class Executor(Protocol):
 
     @property
     def is_restored(self) -> bool: ...
+
+    @property
+    def step_times(self) -> StepTimes | None: ...
 
     @property
     def spec(self) -> ModelSpec: ...
@@ -148,6 +151,10 @@ class FirstRank:
     @property
     def is_restored(self) -> bool:
         return self._worker.is_restored
+
+    @property
+    def step_times(self) -> StepTimes | None:
+        return None  # no option asks a divided model for them
 
     @property
     def spec(self) -> ModelSpec:

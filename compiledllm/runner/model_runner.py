@@ -70,6 +70,7 @@ class ModelRunner:
         self._backend = model.backend
         self.kv_caches = kv_caches
         self.block_sizes = kv_layout.block_sizes(limits.block_size)
+        self.num_block_tables = len(kv_layout.windows_of_tables)
         self.device = kv_caches[0].device
         vocab_size, max_rows = model.spec.vocab_size, limits.max_num_seqs
         self.states = StateCaches(kv_layout, max_rows, self.device, num_snapshots)

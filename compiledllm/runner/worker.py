@@ -41,7 +41,8 @@ from compiledllm.runner.model_runner import ModelRunner
 from compiledllm.runner.pending import PendingOutput
 from compiledllm.runner.plan import Plan
 from compiledllm.runner.start_cache import StartCache, label_of
-from compiledllm.types import SchedulerOutput, StepOutput
+from compiledllm.runner.step_times import measure_step_times
+from compiledllm.types import SchedulerOutput, StepOutput, StepTimes
 
 # Seconds of work before compiling in the background. On two CPU cores, compiling takes 10 to 30 s,
 # during which the model has one core fewer, and makes a step up to 14 % faster (16 requests; one
@@ -78,6 +79,7 @@ class Worker:
         self.cache = StartCache(plan)
         self._measured: Measured | None = None
         self.is_restored = False
+        self.step_times: StepTimes | None = None  # measured by `start`, if target_itl_ms is given
         cache = plan.config.requested.cache
         is_sized = cache.num_kv_blocks or cache.kv_cache_memory_bytes
         if plan.platform.is_cuda and not is_sized:
@@ -154,6 +156,8 @@ class Worker:
             self.report.note("compile", Choice(*self._compile()))
         with self.ledger.phase("capture"):
             self._capture()
+            if target_ms := self.plan.config.requested.scheduler.target_itl_ms:
+                self._measure_steps(target_ms / 1e3, max_blocks)
 
     def _build_model(self) -> Decoder:
         plan, options = self.plan, self.plan.config.requested
@@ -285,6 +289,25 @@ class Worker:
         if graphs.num_waiting:
             sizes += f" now, {graphs.num_waiting} when idle or needed"
         self.report.note("capture", Choice(sizes, f"whole steps, {graphs.capture_s:.1f} s"))
+
+    def _measure_steps(self, target_s: float, max_blocks: int) -> None:
+        """Measure how long steps take, for `target_itl_ms`, and report which of them fit."""
+        limits, shapes = self.plan.config.limits, self.plan.shapes_to_capture()
+        captured = [shape.num_tokens for shape in shapes if not shape.is_decode]
+        self.step_times = measure_step_times(self.runner, limits, max_blocks, captured, target_s)
+        self.report.note(
+            "target_itl_ms", Choice(target_s * 1e3, _which_fit(self.step_times, target_s))
+        )
+
+
+def _which_fit(times: StepTimes, target_s: float) -> str:
+    """Describe the largest measured step within a target; warn if not even a decode step is."""
+    fitting = [(tokens, seconds) for tokens, seconds in times.sizes if seconds <= target_s]
+    if fitting:
+        return f"{fitting[-1][0]} tokens take {fitting[-1][1] * 1e3:.1f} ms"
+    decode_ms = times.sizes[0][1] * 1e3
+    log.warning("target_itl_ms cannot be held: one request's decode step takes %.1f ms", decode_ms)
+    return f"cannot be held: one request's decode step takes {decode_ms:.1f} ms"
 
 
 def _products(model: Decoder) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from compiledllm.outputs import FinishReason
+from compiledllm.scheduler.prompt_budget import ItlTarget, PromptBudget
 from compiledllm.types import Request
 
 SortKey = tuple[float, ...]
@@ -140,21 +141,6 @@ class WaitingQueue:
         return sorted(filter(self._is_valid, heap))  # a sorted list is a heap
 
 
-@dataclass(frozen=True, slots=True)
-class PromptBudget:
-    """The prompts' part of a step in which requests decode.
-
-    num_tokens: prompt tokens of all prompts together. exempt_from: the budget does not limit the
-    prompt of a batch's request with at least this many tokens left to draw.
-    """
-
-    num_tokens: int
-    exempt_from: float = math.inf
-
-    def is_exempt(self, request: Request) -> bool:
-        return request.spec.waits_for_batch and request.num_tokens_left >= self.exempt_from
-
-
 @dataclass(slots=True)
 class Pace:
     """Splits steps between prompts and requests that decode.
@@ -174,11 +160,18 @@ class Pace:
       that would end last must not wait: it is exempt from the budget. max_tokens is the only
       estimate of a request's length; once a request has ended earlier, no prompt waits any more.
 
-    prompt_tokens: if given, the prompts' budget in every step.
+    Attention makes a prompt token at a late position cost more: 1 + position / `parity` times as
+    much. A step larger than the balance shrinks until it costs no more than at position 0.
+
+    prompt_tokens: if given, the prompts' budget in every step. parity: the position from which a
+    prompt token costs double. target: if given, chooses the budget where callers wait for each
+    token.
     """
 
     balanced_tokens: int
     prompt_tokens: int | None = None
+    parity: float = math.inf
+    target: ItlTarget | None = None
     lengths_are_known: bool = True
 
     def prompt_budget(
@@ -193,10 +186,15 @@ class Pace:
             return PromptBudget(self.prompt_tokens)
         if prompt.spec.waits_for_batch:
             return self._budget_of_batch(prompt, running)
+        if self.target is not None:
+            return self.target.prompt_budget(running)
         rows = len(running)
         growth = min(_GROWTH_AT_PARITY * math.sqrt(num_waiting / rows), _MAX_GROWTH)
         times = max(growth, _MIN_TOKENS_PER_RUNNING * rows / self.balanced_tokens, 1)
         power = 2 ** math.ceil(math.log2(times))  # CUDA graphs exist for such step sizes
+        max_cost = max(power, _MAX_GROWTH)
+        while power > 1 and power * (1 + prompt.num_computed_tokens / self.parity) > max_cost:
+            power //= 2
         return PromptBudget(self.balanced_tokens * power - rows)
 
     def _budget_of_batch(self, prompt: Request, running: Sequence[Request]) -> PromptBudget:

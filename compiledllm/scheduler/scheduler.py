@@ -134,8 +134,8 @@ class Scheduler:
         new_requests: list[NewRequest] = []
         # A step that preempts admits no request, which would take the freed blocks right back.
         while not has_preempted and self.waiting:
-            room = builder.room_for(self.waiting.peek())
-            admitted = self._admit(self.waiting.peek(), builder, room) if room else None
+            request = self.waiting.peek()
+            admitted = self._admit(request, builder) if builder.room_for(request, 0) else None
             if admitted is None:
                 break
             new_requests.append(admitted)
@@ -163,11 +163,8 @@ class Scheduler:
                 has_preempted = True
         return has_preempted
 
-    def _admit(self, request: Request, builder: StepBuilder, room: int) -> NewRequest | None:
-        """Start or resume a waiting request, reusing cached blocks; None if it must wait.
-
-        room: largest number of tokens to grant.
-        """
+    def _admit(self, request: Request, builder: StepBuilder) -> NewRequest | None:
+        """Start or resume a waiting request, reusing cached blocks; None if it must wait."""
         if len(self.running) >= self.max_num_seqs or request.num_tokens_in_flight:
             return None
         kv, pool, states = self.kv, self.block_pool, self.kv.states
@@ -176,10 +173,13 @@ class Scheduler:
         prefix = kv.lookup_prefix(request)
         num_cached = len(prefix[0]) * kv.block_size
         wanted = request.num_tokens - num_cached
-        count = kv.max_chunk(num_cached, min(wanted, room))
+        count = min(wanted, builder.room_for(request, num_cached))
+        count = kv.max_chunk(num_cached, count)
         if states is not None:
             states.begin(request, num_cached)
             count = kv.max_until_snapshot(request, num_cached, count)
+        if count < 1:  # there was room, but not behind so long a prefix
+            return None
         missing = kv.num_missing_blocks(prefix, num_cached + count)
         if missing + pool.num_free_among(kv.seen_blocks(prefix)) > pool.num_free_blocks:
             return None

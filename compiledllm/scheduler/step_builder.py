@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from compiledllm.scheduler.kv_manager import KVManager
-from compiledllm.scheduler.policy import Pace, PromptBudget, WaitingQueue
+from compiledllm.scheduler.policy import Pace, WaitingQueue
+from compiledllm.scheduler.prompt_budget import PromptBudget
 from compiledllm.types import Request, RequestStatus, ScheduledRequest
 
 _NO_BLOCKS: list[list[int]] = []  # shared by many lines, so it must never be modified
@@ -26,8 +27,7 @@ class StepBuilder:
     """Grants tokens to requests until the step is full.
 
     running, waiting: the scheduler's. budget: tokens that the step can still take, at first all;
-    prompt_tokens_left: how many of these tokens prompts may take. prompt_budget: None until the
-    first prompt asks for room.
+    prompt_budget: how many of them prompts may take; None until the first prompt asks for room.
     """
 
     kv: KVManager
@@ -35,22 +35,26 @@ class StepBuilder:
     running: list[Request]
     waiting: WaitingQueue
     budget: int
-    prompt_tokens_left: int = 0
     prompt_budget: PromptBudget | None = None
     lines: list[ScheduledRequest] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)  # the request of each line
     saved_states: list[tuple[str, int]] = field(default_factory=list)
     restored_states: list[tuple[str, int]] = field(default_factory=list)
 
-    def room_for(self, request: Request) -> int:
-        """Number of prompt tokens that the step can grant. The best-ranked prompt asks first."""
+    def room_for(self, request: Request, position: int) -> int:
+        """Number of prompt tokens that the step can grant behind `position` tokens.
+
+        The best-ranked prompt asks first.
+        """
         if self.prompt_budget is None:
             self.prompt_budget = self._prompt_budget(request)
-            self.prompt_tokens_left = self.prompt_budget.num_tokens
         if self.prompt_budget.is_exempt(request):
             return self.budget
-        # Exempt requests overdraw the prompts' budget.
-        return max(min(self.budget, self.prompt_tokens_left), 0)
+        return min(self.budget, self.prompt_budget.room(position))
+
+    def _take_prompt_tokens(self, position: int, count: int) -> None:
+        assert self.prompt_budget is not None
+        self.prompt_budget.take(position, count)
 
     def _prompt_budget(self, prompt: Request) -> PromptBudget:
         """The prompts' budget in this step: all its tokens if no request decodes."""
@@ -86,11 +90,11 @@ class StepBuilder:
     def grant_running(self, request: Request) -> bool:
         """Grant a running request the tokens it needs, or as many as fit; False without blocks."""
         kv, wanted = self.kv, request.num_tokens_to_compute
-        count = min(wanted, self.budget if wanted <= 1 else self.room_for(request))
+        computed = request.num_computed_tokens
+        count = min(wanted, self.budget if wanted <= 1 else self.room_for(request, computed))
         if count == 0:  # it waits for a token in flight, or the prompt budget is used up
             return True
         kv.trim(request)
-        computed = request.num_computed_tokens
         count = kv.max_chunk(computed, count)
         if wanted > 1:
             count = kv.max_until_snapshot(request, computed, count)
@@ -101,7 +105,7 @@ class StepBuilder:
                 return False
             missing = kv.num_missing_blocks(request.block_tables, computed + count)
         if wanted > 1:
-            self.prompt_tokens_left -= count
+            self._take_prompt_tokens(computed, count)
         slot = kv.slot_to_save(request, len(self.running))
         if slot is not None:
             self.saved_states.append((request.request_id, slot))
@@ -110,7 +114,7 @@ class StepBuilder:
 
     def grant_new(self, request: Request, count: int, samples: bool, missing: int) -> None:
         """Grant `count` tokens, which need `missing` blocks, to a request just admitted."""
-        self.prompt_tokens_left -= count
+        self._take_prompt_tokens(request.num_computed_tokens, count)
         self._grant(request, count, samples, missing, is_new=True)
 
     def _grant(

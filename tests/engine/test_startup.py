@@ -17,6 +17,7 @@ from compiledllm.graphs.artifact import Artifact, write
 from compiledllm.graphs.saved_graph import SavedGraph
 from compiledllm.runner.artifact_key import key_of
 from compiledllm.runner.start_cache import label_of
+from tests.support.families import LFM2
 
 TINY = {"device": "cpu", "dtype": "bfloat16", "skip_tokenizer_init": True, "enforce_eager": True}
 WINDOWS = {
@@ -33,6 +34,7 @@ MAY_BE_OPEN = {
     "tokenizer",
     "revision",
     "mixed_prompt_tokens",
+    "target_itl_ms",
     "generation_config",
 }
 MAY_BE_OPEN |= {"quantization"}  # None: as the checkpoint is
@@ -150,3 +152,45 @@ def test_folder_without_the_artifact_says_what_differs(
     write(Artifact(other, label_of(planned)), tmp_path / "named")
     EngineCore(planned)
     assert "has nothing for this start" in caplog.text and "not 2.0.0" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"), [("llama", {}), ("ministral", WINDOWS), ("lfm2", LFM2)]
+)
+def test_steps_measured_at_start_leave_no_trace(
+    family: str, changes: dict[str, Any], tiny_model: Callable[..., Path]
+) -> None:
+    model = tiny_model(family, **changes)
+    options = TINY | {"dtype": "float32", "num_kv_blocks": 64}
+    prompts = [{"prompt_token_ids": [3 + i % 50 for i in range(n)]} for n in (70, 5, 200)]
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    expected = Engine(model, **options).generate(prompts, params)
+    engine = Engine(model, **options, target_itl_ms=500)
+    times = engine.core.worker.step_times
+    assert times is not None and times.read_s >= 0 and times.pair_s >= 0
+    sizes, seconds = zip(*times.sizes, strict=True)
+    assert sizes[:4] == (1, 16, 32, 64) and sizes[-1] <= 512
+    assert list(seconds) == sorted(seconds) and seconds[0] > 0
+    assert "tokens take" in engine.core.report["target_itl_ms"].reason
+    found = engine.generate(prompts, params)
+    assert [o.outputs[0].token_ids for o in found] == [o.outputs[0].token_ids for o in expected]
+
+
+def test_a_target_below_a_decode_step_is_told(
+    tiny_llama: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = Engine(tiny_llama(), num_kv_blocks=64, target_itl_ms=1e-6, **TINY)
+    assert "cannot be held" in engine.core.report["target_itl_ms"].reason
+    assert "target_itl_ms cannot be held" in caplog.text
+
+
+def test_streams_learn_from_their_steps(tiny_llama: Callable[..., Path]) -> None:
+    """The times of steps with prompts reach the target; a decode step says nothing."""
+    engine = Engine(tiny_llama(), num_kv_blocks=64, target_itl_ms=500, **TINY)
+    target = engine.core.scheduler.pace.target
+    assert target is not None and target.slowdown == 1
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    engine.add_request({"prompt_token_ids": [3] * 200}, params)
+    while engine.has_unfinished_requests():
+        engine.step()
+    assert target.slowdown != 1
