@@ -33,9 +33,9 @@ def _add_latency(kinds: Any) -> None:
     parser = kinds.add_parser("latency", help="a batch that starts together: TTFT, TPOT, ITL")
     parser.set_defaults(run=_runner("latency"))
     add = parser.add_argument
-    add("--batch-size", type=_positive, nargs="+", default=[1, 8], metavar="N", help="(1 8)")
-    add("--input-len", type=_positive, nargs="+", default=[128], metavar="N", help="tokens (128)")
-    add("--output-len", type=_positive, default=129, metavar="N", help="tokens (129)")
+    add("--batch-size", type=positive, nargs="+", default=[1, 8], metavar="N", help="(1 8)")
+    add("--input-len", type=positive, nargs="+", default=[128], metavar="N", help="tokens (128)")
+    add("--output-len", type=positive, default=129, metavar="N", help="tokens (129)")
     add(
         "--sampling", nargs="+", choices=SAMPLING, default=["greedy"],
         help="what requests ask of their tokens: several take turns in one engine (greedy)",
@@ -72,9 +72,9 @@ def _add_serve(kinds: Any) -> None:
     parser.add_argument(
         "--burstiness", type=_rate, default=1.0, help="below 1: burstier than Poisson"
     )
-    parser.add_argument("--max-concurrency", type=_positive, help="most requests in flight")
+    parser.add_argument("--max-concurrency", type=positive, help="most requests in flight")
     parser.add_argument(
-        "--num-clients", type=_positive, default=1, metavar="N",
+        "--num-clients", type=positive, default=1, metavar="N",
         help="processes that share the requests, where one cannot keep up (1)",
     )  # fmt: skip
     parser.add_argument(
@@ -90,7 +90,7 @@ def _add_serve(kinds: Any) -> None:
 def _add_startup(kinds: Any) -> None:
     parser = kinds.add_parser("startup", help="process start to first token, phase by phase")
     parser.set_defaults(run=_runner("startup"))
-    parser.add_argument("--input-len", type=_positive, default=32, metavar="N", help="tokens (32)")
+    parser.add_argument("--input-len", type=positive, default=32, metavar="N", help="tokens (32)")
     parser.add_argument(
         "--num-iters-cold", type=_non_negative, default=1, help="starts with empty caches"
     )
@@ -133,7 +133,7 @@ def _add_engines(parser: CommandParser) -> None:
         help="several take turns on the same work; ratios are the first one's to the others'",
     )  # fmt: skip
     parser.add_argument(
-        "--hf-max-batch-size", type=_positive, default=16, help="of transformers' generate"
+        "--hf-max-batch-size", type=positive, default=16, help="of transformers' generate"
     )
     _add_report(parser)
     add_engine_options(parser.add_argument_group("engine"))
@@ -149,7 +149,7 @@ def _add_plot(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_repeats(parser: argparse.ArgumentParser, warmups: bool = True) -> None:
-    parser.add_argument("--num-iters", type=_positive, default=3, help="measurements of each row")
+    parser.add_argument("--num-iters", type=positive, default=3, help="measurements of each row")
     if warmups:
         parser.add_argument(
             "--num-iters-warmup", type=_non_negative, default=1, help="rounds before them"
@@ -166,13 +166,13 @@ def _add_dataset(parser: argparse.ArgumentParser, default: str) -> None:
         help='JSON lines with "prompt" or "prompt_token_ids", or a ShareGPT array',
     )  # fmt: skip
     parser.add_argument(
-        "--num-prompts", type=_positive, help="default: 512, or the whole file", metavar="N"
+        "--num-prompts", type=positive, help="default: 512, or the whole file", metavar="N"
     )
     parser.add_argument(
-        "--input-len", type=_positive, default=1024, metavar="N", help="tokens of random prompts"
+        "--input-len", type=positive, default=1024, metavar="N", help="tokens of random prompts"
     )
     parser.add_argument(
-        "--output-len", type=_positive, default=128, metavar="N",
+        "--output-len", type=positive, default=128, metavar="N",
         help="tokens out, where the dataset does not say",
     )  # fmt: skip
 
@@ -180,7 +180,7 @@ def _add_dataset(parser: argparse.ArgumentParser, default: str) -> None:
 # -- values ----------------------------------------------------------------------------------------
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     return _at_least(1, text)
 
 

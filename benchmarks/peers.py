@@ -10,16 +10,17 @@ import copy
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from compiledllm import SamplingParams
 from compiledllm.benchmarks.model import Model
-from compiledllm.benchmarks.profile import StepTimes, measure_step
+from compiledllm.benchmarks.profile import StepProfile, StepTimes
 from compiledllm.benchmarks.workload import SampleRequest
 from compiledllm.config import ConfigError
 
+T = TypeVar("T")
 # Engine options that vLLM shares under the same name and meaning.
 _VLLM_OPTIONS = (
     "max_model_len",
@@ -115,7 +116,15 @@ class CompiledLLM:
         return gaps
 
     def step_times(self, requests: Sequence[SampleRequest]) -> StepTimes:
-        """Host and device seconds of a decode step in which every request takes part.
+        """Host and device seconds of a decode step in which every request takes part."""
+        return self.while_decoding(
+            requests, lambda step: StepProfile.of(step, self._device).times()
+        )
+
+    def while_decoding(
+        self, requests: Sequence[SampleRequest], measure: Callable[[Callable[[], object]], T]
+    ) -> T:
+        """What `measure` makes of a function that runs a decode step of all the requests.
 
         As in `generate`, no output is made before the requests are finished.
         """
@@ -128,7 +137,7 @@ class CompiledLLM:
             prompts_left = set(ids)
             while prompts_left:
                 prompts_left -= {output.request_id for output in engine.step()}
-            return measure_step(engine.step, self._device)
+            return measure(engine.step)
         finally:
             for request_id in ids:
                 engine.abort_request(request_id)

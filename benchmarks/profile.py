@@ -6,7 +6,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
@@ -37,19 +37,34 @@ class Event(NamedTuple):
     name: str
 
 
-def measure_step(step: Callable[[], object], device: torch.device) -> StepTimes:
-    """Run `step` 40 times: most runs are timed, the others are recorded by torch.profiler.
+@dataclass(frozen=True, slots=True)
+class StepProfile:
+    """Steps of the same kind: the seconds of one, and what ran on the device during others.
 
-    Device time is the time of the kernels on a GPU, and of tensor operators on a CPU. The profiler
-    slows the host down, so the length of a step comes from the runs without the profiler. The timed
-    runs end with as many steps in flight as they began with, so that no step counts twice.
+    Events are kernels on a GPU, and tensor operators on a CPU. The profiler slows the host down, so
+    the length of a step comes from the runs without the profiler. The timed runs end with as many
+    steps in flight as they began with, so that no step counts twice.
     """
-    step_s = _run_s(step)
-    events = _device_events(step, device)
-    busy_s = min(covered((e.start, e.end) for e in events) / 1e6 / _STEPS, step_s)
-    idle = between_steps(events)
-    between_s = sum(idle) / 1e6 / len(idle) if idle else None
-    return StepTimes(device_s=busy_s, host_s=step_s - busy_s, between_s=between_s)
+
+    NUM_STEPS: ClassVar[int] = _TIMED_STEPS + _STEPS  # all that `of` runs
+
+    step_s: float
+    events: list[Event]
+    num_recorded: int  # steps during which the events were recorded
+
+    @classmethod
+    def of(cls, step: Callable[[], object], device: torch.device) -> StepProfile:
+        """Run `step` 40 times: most runs are timed, the others are recorded by torch.profiler."""
+        step_s = _run_s(step)
+        return cls(step_s, _device_events(step, device), _STEPS)
+
+    def times(self) -> StepTimes:
+        """How a step's time splits between the device and the host."""
+        spans = ((e.start, e.end) for e in self.events)
+        busy_s = min(covered(spans) / 1e6 / self.num_recorded, self.step_s)
+        idle = between_steps(self.events)
+        between_s = sum(idle) / 1e6 / len(idle) if idle else None
+        return StepTimes(device_s=busy_s, host_s=self.step_s - busy_s, between_s=between_s)
 
 
 def _run_s(step: Callable[[], object]) -> float:

@@ -22,7 +22,7 @@ from compiledllm.arguments import (
     count,
     engine_options,
 )
-from compiledllm.benchmarks.cli import add_bench_command
+from compiledllm.benchmarks.cli import add_bench_command, positive
 from compiledllm.config import (
     DTYPES,
     KV_CACHE_DTYPES,
@@ -161,6 +161,8 @@ def _info(arguments: argparse.Namespace) -> int:
         "model revision dtype model_impl quantization kv_cache_dtype device tensor_parallel_size"
     )
     options = {name: getattr(arguments, name) for name in names.split()}
+    if arguments.kernels is not None:
+        return _info_kernels(arguments, options)
     # As for random weights, no weight files are needed.
     found = facts(plan(EngineConfig.from_options(**options, load_format="dummy")))
     if arguments.json:
@@ -168,6 +170,24 @@ def _info(arguments: argparse.Namespace) -> int:
         return 0
     for name, value in readable(found).items():
         print(f"{name:28} {value}")
+    return 0
+
+
+def _info_kernels(arguments: argparse.Namespace, options: dict[str, Any]) -> int:
+    from compiledllm.benchmarks.kernels import lines_of, measure_kernels
+
+    if arguments.tensor_parallel_size != 1:
+        raise ConfigError(
+            f"--kernels measures a model on one GPU, and --tensor-parallel-size "
+            f"{arguments.tensor_parallel_size} divides it; leave one of them out"
+        )
+    rows = arguments.kernels or [1, 8, 32]
+    steps = measure_kernels(options, rows, arguments.context_len)
+    if arguments.json:
+        print(json.dumps([step.facts() for step in steps]))
+        return 0
+    for step in steps:
+        print("\n".join(lines_of(step)))
     return 0
 
 
@@ -270,6 +290,18 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument(
         "--tensor-parallel-size", "-tp", type=int, default=1, help="what each of N GPUs holds"
     )
+    info.add_argument(
+        "--kernels",
+        type=positive,
+        nargs="*",
+        metavar="N",
+        help="run decode steps of N requests with random weights (1 8 32), and print the times of "
+        "their kernels (on a CPU, operators) beside what the hardware allows",
+    )
+    info.add_argument(
+        "--context-len", type=positive, default=1024, metavar="N",
+        help="tokens of each of these requests (1024)",
+    )  # fmt: skip
     info.add_argument("--json", action="store_true", help="print one JSON object")
     info.set_defaults(run=_info)
 

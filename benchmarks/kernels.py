@@ -1,0 +1,193 @@
+"""The kernels of a decode step, with their time beside what the hardware allows.
+
+The profiler tells the time of each kernel but not the bytes that it moves. Bytes and floors are
+therefore those of the step's parts, which follow from the model's spec: products read the weights,
+attention reads the KV, and layers with states read and write these.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from compiledllm.benchmarks.ceilings import measure_ceilings
+from compiledllm.benchmarks.floor import Ceilings, decode_cost
+from compiledllm.benchmarks.model import Model
+from compiledllm.benchmarks.peers import CompiledLLM
+from compiledllm.benchmarks.profile import Event, StepProfile
+from compiledllm.benchmarks.workload import random_requests
+from compiledllm.models.spec import ModelSpec
+from compiledllm.platform import Platform
+
+PRODUCTS, ATTENTION, OTHER = "products", "attention and states", "other"
+# Parts of kernels' names (on a CPU of operators' names), in the order in which they are looked for.
+_KINDS = (
+    (ATTENTION, r"attention|_decode_kernel|_prefill_kernel|_step_kernel|_ragged_kernel"),
+    (ATTENTION, r"_scan_kernel|BatchDecode|BatchPrefill|flash|delta_rule|short_convolution"),
+    (PRODUCTS, r"_one_row_kernel|_few_rows_kernel|_grouped_kernel|_linear_kernel|triton_tem"),
+    (PRODUCTS, r"quantized_linear|dequantize|gemm|gemv|splitK|nvjet|cutlass|xmma|scaled_mm"),
+    (PRODUCTS, r"aten::(b?mm|addmm|baddbmm|linear|matmul)|onednn|mkldnn|skinny|experts"),
+)
+_NAME_LENGTH = 60  # characters of a kernel's name; names of C++ templates have thousands
+_VOCABULARY_SEED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A kernel of a step. calls, us: per step; several kernels may run at the same time."""
+
+    name: str
+    kind: str
+    calls: float
+    us: float
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """All kernels of a kind. floor_us: None for what needs no time of its own."""
+
+    kind: str
+    us: float
+    num_bytes: int
+    floor_us: float | None
+
+    @property
+    def share_of_floor(self) -> float | None:
+        return self.floor_us / self.us if self.floor_us is not None and self.us else None
+
+
+@dataclass(frozen=True, slots=True)
+class StepKernels:
+    """A decode step of `rows` requests. context: tokens of each request, halfway through.
+
+    bucket: rows of the captured step that ran; None: the step was not captured. wall_us: of a step
+    that is not profiled. busy_us: of these, how long any kernel ran.
+    """
+
+    rows: int
+    bucket: int | None
+    context: int
+    wall_us: float
+    busy_us: float
+    floor_us: float
+    parts: list[Part]
+    kernels: list[Kernel]
+
+    def facts(self) -> dict[str, Any]:
+        parts = [asdict(part) | {"share_of_floor": part.share_of_floor} for part in self.parts]
+        return asdict(self) | {"parts": parts, "share_of_floor": self.floor_us / self.wall_us}
+
+
+def measure_kernels(
+    options: dict[str, Any], row_counts: Sequence[int], context: int
+) -> list[StepKernels]:
+    """Measure a decode step for each number of requests, with dummy weights.
+
+    options: of an engine. context: tokens of each prompt. Raises ConfigError for options that
+    cannot be, and for prompts that are too long.
+    """
+    own = {"max_num_seqs": max(row_counts), "load_format": "dummy"}
+    model = Model.from_options(options | own, ("compiledllm",))
+    model.check_length(context + StepProfile.NUM_STEPS + 1)
+    ceilings = measure_ceilings(model.platform, model.torch_dtype)  # before the engine's memory
+    if model.platform.is_cuda:
+        torch.cuda.empty_cache()
+    engine = CompiledLLM(model)
+    return [_measure(engine, rows, context, ceilings, model.platform) for rows in row_counts]
+
+
+def _measure(
+    engine: CompiledLLM, rows: int, context: int, ceilings: Ceilings, platform: Platform
+) -> StepKernels:
+    core = engine.engine.core
+    requests = random_requests(rows, context, 1, core.spec.vocab_size, _VOCABULARY_SEED)
+    profile = engine.while_decoding(requests, lambda step: StepProfile.of(step, platform.device))
+    graphs = core.runner.graphs
+    buckets = [] if graphs is None else [s.num_rows for s in graphs.shapes if s.is_decode]
+    bucket = min((size for size in buckets if size >= rows), default=None)
+    kernels = kernels_of(profile.events, profile.num_recorded)
+    middle = context + StepProfile.NUM_STEPS // 2
+    parts = parts_of(kernels, core.spec, rows, middle, ceilings)
+    return StepKernels(
+        rows,
+        bucket,
+        middle,
+        wall_us=profile.step_s * 1e6,
+        busy_us=profile.times().device_s * 1e6,
+        floor_us=decode_cost(core.spec, rows, middle).floor_s(ceilings) * 1e6,
+        parts=parts,
+        kernels=kernels,
+    )
+
+
+def kernels_of(events: Iterable[Event], num_steps: int) -> list[Kernel]:
+    """The kernels of `num_steps` steps' events, those that take longest first."""
+    spans: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for event in events:
+        spans[_short(event.name), kind_of(event.name)].append(event.end - event.start)
+    kernels = [
+        Kernel(*name, calls=len(us) / num_steps, us=sum(us) / num_steps)
+        for name, us in spans.items()
+    ]
+    return sorted(kernels, key=lambda kernel: -kernel.us)
+
+
+def kind_of(name: str) -> str:
+    """The part of a step to which the kernel with this whole name belongs."""
+    return next((kind for kind, pattern in _KINDS if re.search(pattern, name)), OTHER)
+
+
+def parts_of(
+    kernels: Sequence[Kernel], spec: ModelSpec, rows: int, context: int, ceilings: Ceilings
+) -> list[Part]:
+    """The step's parts, each with the bytes that it moves at least and the time for them."""
+    cost, empty = decode_cost(spec, rows, context), decode_cost(spec, rows, 0)
+    flops = 2 * rows * spec.weights_read.num_parameters
+    products_s = max(cost.weight_bytes / ceilings.bytes_per_s, flops / ceilings.flops_per_s)
+    mixed_flops = cost.flops - empty.flops
+    mixed_s = max(cost.kv_bytes / ceilings.bytes_per_s, mixed_flops / ceilings.flops_per_s)
+    floors = {
+        PRODUCTS: (cost.weight_bytes, products_s * 1e6),
+        ATTENTION: (cost.kv_bytes, mixed_s * 1e6),
+        OTHER: (0, None),
+    }
+    return [
+        Part(kind, sum(k.us for k in kernels if k.kind == kind), *floor)
+        for kind, floor in floors.items()
+    ]
+
+
+def _short(name: str) -> str:
+    name = re.sub(r"^void |<.*|\(.*", "", name, flags=re.DOTALL)
+    return name if len(name) <= _NAME_LENGTH else name[: _NAME_LENGTH - 1] + "…"
+
+
+def lines_of(step: StepKernels, max_kernels: int = 24) -> list[str]:
+    """A table for the terminal: the step, its parts, and its longest kernels."""
+    captured = f"captured for {step.bucket}" if step.bucket else "not captured"
+    rows = f"{step.rows} request{'s' * (step.rows > 1)}"
+    lines = [
+        f"decode step of {rows}, {step.context} tokens each ({captured}): {step.wall_us:.0f} us, "
+        f"device busy {step.busy_us:.0f}, floor {step.floor_us:.0f} "
+        f"({step.floor_us / step.wall_us:.0%})",
+        "",
+        f"  {'part':{_NAME_LENGTH}} {'us':>9} {'MB':>9} {'floor us':>9} {'of floor':>9}",
+    ]
+    for part in step.parts:
+        floor = "-" if part.floor_us is None else f"{part.floor_us:.1f}"
+        share = "-" if part.share_of_floor is None else f"{part.share_of_floor:.0%}"
+        line = f"  {part.kind:{_NAME_LENGTH}} {part.us:9.1f} {part.num_bytes / 1e6:9.1f}"
+        lines.append(f"{line} {floor:>9} {share:>9}")
+    lines += ["", f"  {'kernel':{_NAME_LENGTH}} {'us':>9} {'calls':>9} {'us/call':>9}  part"]
+    for k in step.kernels[:max_kernels]:
+        line = f"  {k.name:{_NAME_LENGTH}} {k.us:9.1f} {k.calls:9.1f} {k.us / k.calls:9.2f}"
+        lines.append(f"{line}  {k.kind}")
+    if rest := step.kernels[max_kernels:]:
+        us, calls = sum(k.us for k in rest), sum(k.calls for k in rest)
+        lines.append(f"  {f'{len(rest)} more kernels':{_NAME_LENGTH}} {us:9.1f} {calls:9.1f}")
+    return [*lines, ""]
