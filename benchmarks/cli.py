@@ -26,6 +26,7 @@ def add_bench_command(commands: Any) -> None:
     _add_throughput(kinds)
     _add_serve(kinds)
     _add_startup(kinds)
+    _add_tilings(kinds)
     _add_compare(kinds)
 
 
@@ -113,6 +114,22 @@ def _add_compare(kinds: Any) -> None:
     _add_plot(parser)
 
 
+def _add_tilings(kinds: Any) -> None:
+    parser = kinds.add_parser("tilings", help="products of few rows: tilings for this GPU")
+    parser.set_defaults(run=_runner("tilings"))
+    parser.add_argument(
+        "models", nargs="+", metavar="MODEL", help="whose products to measure; no weights are read"
+    )
+    parser.add_argument(
+        "--rows", type=_few_rows, nargs="+", default=[1, 8, 24], metavar="N",
+        help="of inputs: one for each of 1, 2 to 16 and 17 to 32 (1 8 24)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output-json", type=Path, metavar="FILE",
+        help="default: where engines on this machine look for it",
+    )  # fmt: skip
+
+
 def _runner(name: str) -> Callable[[argparse.Namespace], int]:
     def run(arguments: argparse.Namespace) -> int:
         from compiledllm.benchmarks import run as runs
@@ -192,6 +209,13 @@ def _at_least(minimum: int, text: str) -> int:
     value = count(text)
     if value < minimum:
         raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {value}")
+    return value
+
+
+def _few_rows(text: str) -> int:
+    value = positive(text)
+    if value > 32:
+        raise argparse.ArgumentTypeError(f"must be at most 32, got {value}: a library has the rest")
     return value
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from compiledllm.arguments import engine_options
-from compiledllm.benchmarks import latency, serve, startup, throughput
+from compiledllm.benchmarks import latency, serve, startup, throughput, tilings
 from compiledllm.benchmarks.ceilings import measure_ceilings, measure_upload
 from compiledllm.benchmarks.client import Load, Target
 from compiledllm.benchmarks.compare import compare_reports, ratios_between_engines
@@ -233,6 +233,21 @@ def _add_serving_floor(row: Row, local: Model | None, ceilings: Ceilings | None)
 
 
 # -- the report ------------------------------------------------------------------------------------
+
+
+def run_tilings(arguments: Namespace) -> int:
+    """`compiledllm bench tilings`."""
+    platform = Platform.detect()
+    tilings.check_gpu(platform)
+    check_output(arguments.output_json, "--output-json")
+    path = arguments.output_json or tilings.own_table()
+    shapes = tilings.products_of(arguments.models)
+    measured = [(rows, shape) for rows in arguments.rows for shape in shapes]
+    with progress(len(measured)) as advance:
+        entries = tilings.measure_products(shapes, arguments.rows, advance)
+    tilings.write_table(path, entries, measured, platform)
+    print(f"{path}: {len(entries)} of {len(measured)} products are faster than by the rules")
+    return 0
 
 
 def check_output(path: Path | None, option: str) -> None:

@@ -13,6 +13,7 @@ inputs give equal bits.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,11 +22,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from compiledllm.kernels.launch import launch_options, num_multiprocessors
+from compiledllm.kernels.launch import launch_options, num_multiprocessors, stages_that_fit
 from compiledllm.kernels.online_softmax_triton import Tiling, after_sinks, attend_keys
 
 MAX_TOGETHER = 8  # maximum number of new tokens per row
-_FEW_PROGRAMS = 32  # programs that leave most of the GPU idle
+_FEW_PROGRAMS_PER_SM = 0.25  # programs that leave most of the GPU idle
+_MANY_PROGRAMS_PER_SM = 8
 _MAX_SPLITS_PER_SM = 8  # smaller splits even out rows of unequal length
 _SPLITS_SUMMED_AT_ONCE = 8
 _USUAL_ARRIVALS = 2**16  # initial number of counters, one per row and KV head
@@ -33,6 +35,13 @@ _counters: dict[torch.device, list[Tensor]] = {}
 
 
 def decode_tiling(head_dim: int, group: int, dtype: torch.dtype, num_programs: int) -> Tiling:
+    """The tile sizes for a step, within the GPU's shared memory; see `_tiling_rule`."""
+    t = _tiling_rule(head_dim, group, dtype, num_programs)
+    stage_bytes = 2 * t.keys * triton.next_power_of_2(head_dim) * dtype.itemsize
+    return replace(t, num_stages=stages_that_fit(t.num_stages, stage_bytes))
+
+
+def _tiling_rule(head_dim: int, group: int, dtype: torch.dtype, num_programs: int) -> Tiling:
     """The tile sizes for a step; lanes are query heads of tokens.
 
     group: query heads per KV head, times tokens per row. num_programs: rows times KV heads. These
@@ -45,10 +54,11 @@ def decode_tiling(head_dim: int, group: int, dtype: torch.dtype, num_programs: i
         return Tiling(rows, 32 if head_dim <= 256 else 16, 4, 2)
     if head_dim > 128:
         return Tiling(rows, 64 if head_dim <= 256 else 32, 8, 2)
-    if num_programs <= _FEW_PROGRAMS:
+    per_sm = num_programs / num_multiprocessors()
+    if per_sm <= _FEW_PROGRAMS_PER_SM:
         return Tiling(rows, 128, 4, 2)
     num_warps = 2 if rows == 16 else 4
-    if head_dim <= 64 and num_programs < 512:
+    if head_dim <= 64 and per_sm < _MANY_PROGRAMS_PER_SM / 2:
         return Tiling(rows, 128, num_warps, 3)
     return Tiling(rows, 64, num_warps, 4)
 
@@ -60,9 +70,10 @@ def _even_splits_per_sm(head_dim: int, num_programs: int) -> int:
     """
     if head_dim > 128:
         return 2
-    if num_programs <= _FEW_PROGRAMS:
+    per_sm = num_programs / num_multiprocessors()
+    if per_sm <= _FEW_PROGRAMS_PER_SM:
         return 3
-    return 4 if num_programs < 1024 else _MAX_SPLITS_PER_SM
+    return 4 if per_sm < _MANY_PROGRAMS_PER_SM else _MAX_SPLITS_PER_SM
 
 
 @triton.jit

@@ -34,6 +34,22 @@ def max_shared_memory() -> int:
     return int(properties["max_shared_mem"])
 
 
+def out_of_resources() -> type[Exception]:
+    """What a launch raises whose program needs more than a multiprocessor has."""
+    from triton.runtime.errors import OutOfResources
+
+    error: type[Exception] = OutOfResources
+    return error
+
+
+def stages_that_fit(num_stages: int, stage_bytes: int) -> int:
+    """`num_stages` of a pipelined loop, or fewer, so that the GPU's shared memory holds them.
+
+    stage_bytes: bytes of the tiles that an iteration loads.
+    """
+    return max(min(num_stages, max_shared_memory() // stage_bytes), 1)
+
+
 @functools.cache
 def launch_options() -> dict[str, bool]:
     """Keyword arguments of every launch. OVERLAP: whether programmatic dependent launch is used.

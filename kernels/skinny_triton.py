@@ -12,7 +12,7 @@ order.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -20,8 +20,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from compiledllm.kernels.launch import launch_options
+from compiledllm.kernels.launch import launch_options, stages_that_fit
 from compiledllm.kernels.linear import MAX_SKINNY_ROWS
+from compiledllm.kernels.tables import padded_rows, product_tiling
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,16 @@ class Tiling:
 
 
 def tiling_for(num_rows: int, num_outputs: int, num_inputs: int) -> Tiling:
+    """The tiling in the GPU's table, or else by the rules, within the GPU's shared memory."""
+    measured = product_tiling(num_rows, num_outputs, num_inputs)
+    t = Tiling(*measured) if measured else rule_for(num_rows, num_outputs, num_inputs)
+    if num_rows == 1:
+        return t  # the kernel of one row keeps its tiles in registers
+    stage_bytes = 2 * t.columns * (max(16, t.outputs) + padded_rows(num_rows))
+    return replace(t, num_stages=stages_that_fit(t.num_stages, stage_bytes))
+
+
+def rule_for(num_rows: int, num_outputs: int, num_inputs: int) -> Tiling:
     """Choose few outputs per program if there are few in all, so that all multiprocessors work.
 
     For up to 16 rows fitted to the best of 10 to 45 tilings on an H200, for the layers and heads of
@@ -144,7 +155,7 @@ def skinny_linear(
     else:
         _few_rows_kernel[grid](
             *tensors, num_rows, num_outputs, x.stride(0), weight.stride(0),
-            PADDED_OUTPUTS=max(16, t.outputs), ROWS=16 if num_rows <= 16 else 32,
+            PADDED_OUTPUTS=max(16, t.outputs), ROWS=padded_rows(num_rows),
             num_stages=t.num_stages, **constants,
         )  # fmt: skip
     return out

@@ -18,7 +18,9 @@ import compiledllm.graphs
 import compiledllm.kernels
 import compiledllm.models
 import compiledllm.runner
+from compiledllm.caches import cache_dir
 from compiledllm.kernels.machine_code import driver_version
+from compiledllm.kernels.tables import file_name
 from compiledllm.platform import Platform
 from compiledllm.runner.plan import Plan
 
@@ -74,6 +76,7 @@ def _gpu(platform: Platform) -> dict[str, Any]:
         "multiprocessors": properties.multi_processor_count,
         "cuda": torch.version.cuda,
         "driver": driver_version(),
+        "tilings": own_tilings_digest(platform.name),
     }
 
 
@@ -114,6 +117,12 @@ def _version(package: str) -> str:
         return "none"
 
 
+def own_tilings_digest(gpu: str) -> str:
+    """A digest of the machine's own table of tilings for a GPU; "none" without one."""
+    path = cache_dir() / "tilings" / file_name(gpu)
+    return _digest(path.read_text(encoding="utf-8")) if path.is_file() else "none"
+
+
 @functools.cache
 def source_digest() -> str:
     """A digest of our code that decides what is compiled and measured."""
@@ -126,7 +135,7 @@ def source_digest() -> str:
     ):
         folder = Path(next(iter(package.__path__)))
         for path in sorted(folder.rglob("*")):
-            if path.suffix in (".py", ".cu", ".cuh", ".h"):
+            if path.suffix in (".py", ".cu", ".cuh", ".h", ".json"):
                 found.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
     return found.hexdigest()[:12]
 

@@ -16,10 +16,12 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from compiledllm.caches import cache_dir
 from compiledllm.choices import Choice, Report
 from compiledllm.graphs.artifact import Artifact
 from compiledllm.graphs.buckets import is_needed_first
 from compiledllm.kernels import late_compiles
+from compiledllm.kernels.tables import use_folder
 from compiledllm.ledger import Ledger
 from compiledllm.log import log
 from compiledllm.models.build import build_model
@@ -80,6 +82,7 @@ class Worker:
         self._measured: Measured | None = None
         self.is_restored = False
         self.step_times: StepTimes | None = None  # measured by `start`, if target_itl_ms is given
+        use_folder(cache_dir() / "tilings")
         cache = plan.config.requested.cache
         is_sized = cache.num_kv_blocks or cache.kv_cache_memory_bytes
         if plan.platform.is_cuda and not is_sized:

@@ -1,0 +1,189 @@
+"""Measures tilings of products of few rows, and writes a table of those that beat the rules.
+
+Caches are cold: each repeat of a graph multiplies by more copies of a matrix than the last-level
+cache holds. Tilings are compiled by several processes first, as compiling takes most of the time.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import itertools
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compiledllm.benchmarks.state_layers import seconds_per_call
+from compiledllm.caches import cache_dir
+from compiledllm.config import ConfigError
+from compiledllm.kernels.launch import out_of_resources
+from compiledllm.kernels.tables import file_name, padded_rows
+from compiledllm.models.registry import load_spec
+from compiledllm.models.source import resolve_checkpoint
+from compiledllm.platform import Platform
+
+Shape = tuple[int, int]  # outputs, inputs
+Fields = tuple[int, int, int, int]  # of a tiling: outputs, columns, num_warps, num_stages
+
+_MIN_GAIN = 0.03  # share of the rule's time that an entry of the table saves at least
+_COLD_BYTES = 4e8  # of all copies of a matrix; several times any last-level cache
+_MAX_COPIES = 40
+_BATCH = 64  # tilings that a process compiles in a row
+
+
+def own_table() -> Path:
+    """Where the machine's own table of its GPU lies, from which engines read it."""
+    return cache_dir() / "tilings" / file_name(torch.cuda.get_device_name())
+
+
+def products_of(models: Iterable[str]) -> list[Shape]:
+    """The shapes of 16-bit products in these models' steps, each once. No weights are needed."""
+    shapes = dict[Shape, None]()
+    for model in models:
+        spec = load_spec(resolve_checkpoint(model, weights=False))
+        for matrix in spec.weights_read.matrices:
+            if matrix.format is None and matrix.num_experts == 1:
+                shapes[matrix.num_outputs, matrix.num_inputs] = None
+    return list(shapes)
+
+
+def candidates(num_rows: int, num_inputs: int) -> Iterator[Fields]:
+    """Tilings worth measuring: enough loads in flight for each thread, and few enough registers."""
+    if num_rows == 1:
+        sizes = itertools.product((1, 2, 4, 8), (256, 512, 1024, 2048, 4096), (1, 2, 4, 8))
+        for outputs, columns, num_warps in sizes:
+            threads = num_warps * 32
+            row_loads = columns // threads  # elements of a row per thread
+            fits = 8 <= outputs * columns // threads <= 64 and columns < 2 * num_inputs
+            if fits and row_loads >= (8 if outputs == 1 else 4):
+                yield outputs, columns, num_warps, 4
+        return
+    tiles = ((16, 256), (32, 128), (32, 256), (64, 64), (64, 128))
+    for (outputs, columns), num_warps, num_stages in itertools.product(tiles, (2, 4), (4, 5, 6)):
+        if outputs * columns <= 128 * num_warps * 32:
+            yield outputs, columns, num_warps, num_stages
+
+
+def measure_products(
+    shapes: Sequence[Shape], row_counts: Sequence[int], advance: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """An entry for each product that some tiling computes at least 3 % faster than the rule's.
+
+    advance: called with a description of each product that has been measured.
+    """
+    from compiledllm.kernels.skinny_triton import rule_for
+
+    depths = {num_inputs for _, num_inputs in shapes}
+    _compile_all([(m, k, t) for m in row_counts for k in depths for t in candidates(m, k)])
+    entries = []
+    for num_rows, (num_outputs, num_inputs) in itertools.product(row_counts, shapes):
+        rule = rule_for(num_rows, num_outputs, num_inputs)
+        of_rule = rule.outputs, rule.columns, rule.num_warps, rule.num_stages
+        tilings = dict.fromkeys([of_rule, *candidates(num_rows, num_inputs)])
+        seconds = _measure(num_rows, (num_outputs, num_inputs), tilings)
+        if entry := entry_of(num_rows, (num_outputs, num_inputs), seconds, of_rule):
+            entries.append(entry)
+        advance(f"{num_rows} x {num_outputs} x {num_inputs}")
+    return entries
+
+
+def entry_of(
+    num_rows: int, shape: Shape, seconds: dict[Fields, float], rule: Fields
+) -> dict[str, Any] | None:
+    """The table's entry for a product, or None where the rule's tiling is good enough."""
+    best = min(seconds, key=seconds.__getitem__)
+    rule_s = seconds.get(rule)  # None: the GPU has no room for it
+    if rule_s is not None and seconds[best] > (1 - _MIN_GAIN) * rule_s:
+        return None
+    return {
+        "rows": num_rows,
+        "outputs": shape[0],
+        "inputs": shape[1],
+        "tiling": list(best),
+        "us": round(seconds[best] * 1e6, 2),
+        "rule_us": None if rule_s is None else round(rule_s * 1e6, 2),
+    }
+
+
+def _measure(num_rows: int, shape: Shape, tilings: Iterable[Fields]) -> dict[Fields, float]:
+    """Seconds of a product by each tiling that the GPU has room for."""
+    from compiledllm.kernels.skinny_triton import Tiling, skinny_linear
+
+    device = torch.device("cuda")
+    copies = max(4, min(_MAX_COPIES, int(_COLD_BYTES / (2 * shape[0] * shape[1])) + 1))
+    x = torch.randn(num_rows, shape[1], device=device, dtype=torch.bfloat16)
+    weights: list[Tensor] = [
+        torch.randn(shape, device=device, dtype=torch.bfloat16) * 0.02 for _ in range(copies)
+    ]
+    found = {}
+    for fields in tilings:
+        run = functools.partial(skinny_linear, tiling=Tiling(*fields))
+        try:
+            found[fields] = seconds_per_call(
+                [functools.partial(run, x, w, None) for w in weights], device
+            )
+        except out_of_resources():
+            continue
+    return found
+
+
+def _compile_all(jobs: list[tuple[int, int, Fields]]) -> None:
+    """Compile tilings into Triton's cache, by as many processes as there are processors."""
+    batches = [jobs[i : i + _BATCH] for i in range(0, len(jobs), _BATCH)]
+    spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=spawn) as pool:
+        list(pool.map(_compile, batches))
+
+
+def _compile(jobs: Sequence[tuple[int, int, Fields]]) -> None:
+    from compiledllm.kernels.skinny_triton import Tiling, skinny_linear
+
+    for num_rows, num_inputs, fields in jobs:
+        x, weight = (
+            torch.zeros(n, num_inputs, device="cuda", dtype=torch.bfloat16) for n in (num_rows, 256)
+        )
+        try:
+            skinny_linear(x, weight, None, Tiling(*fields))
+        except out_of_resources():
+            continue
+
+
+def write_table(
+    path: Path,
+    entries: Iterable[dict[str, Any]],
+    measured: Iterable[tuple[int, Shape]],
+    platform: Platform,
+) -> None:
+    """Write a table. Entries of an earlier one stay, but for those of `measured` products.
+
+    measured: (rows, shape) of each.
+    """
+    kept = {}
+    if path.is_file():
+        kept = {_key(e): e for e in json.loads(path.read_text(encoding="utf-8"))["products"]}
+    for num_rows, (num_outputs, num_inputs) in measured:
+        kept.pop((padded_rows(num_rows), num_inputs, num_outputs), None)
+    kept |= {_key(e): e for e in entries}
+    lines = ",\n".join(f"    {json.dumps(kept[key])}" for key in sorted(kept))
+    facts = {"gpu": platform.name, "versions": platform.versions()}
+    head = "".join(f"  {json.dumps(k)}: {json.dumps(v)},\n" for k, v in facts.items())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{{\n{head}  "products": [\n{lines}\n  ]\n}}\n', encoding="utf-8")
+
+
+def _key(entry: dict[str, Any]) -> tuple[int, int, int]:
+    return padded_rows(entry["rows"]), entry["inputs"], entry["outputs"]
+
+
+def check_gpu(platform: Platform) -> None:
+    if not platform.is_cuda:
+        raise ConfigError(
+            "bench tilings measures kernels of a GPU, and there is none here: run it on a machine "
+            "with an NVIDIA GPU"
+        )

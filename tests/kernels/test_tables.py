@@ -1,0 +1,136 @@
+"""Tables of tilings: where they come from, and what a bad one does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compiledllm.kernels import decode_attention_triton, launch, skinny_triton, tables
+from compiledllm.kernels.skinny_triton import Tiling, rule_for, tiling_for
+
+SHIPPED = sorted(Path(tables.__file__).with_name("tilings").glob("*.json"))
+
+
+@pytest.fixture
+def h200(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """As if the current device were an H200. Gives the folder of the machine's own tables."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    monkeypatch.setattr(launch, "max_shared_memory", lambda: 227 * 1024)
+    tables.use_folder(tmp_path)
+    yield tmp_path
+    tables.use_folder(tmp_path / "none")
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_tables_are_worth_their_entries(path: Path) -> None:
+    table = json.loads(path.read_text(encoding="utf-8"))
+    assert tables.file_name(table["gpu"]) == path.name
+    assert len(tables.parse_products(table)) == len(table["products"]), "a shape stands twice"
+    for entry in table["products"]:
+        assert entry["us"] < 0.97 * entry["rule_us"], entry
+        rule = rule_for(entry["rows"], entry["outputs"], entry["inputs"])
+        fields = [rule.outputs, rule.columns, rule.num_warps, rule.num_stages]
+        assert entry["tiling"] != fields, f"the rule has caught up with {entry}"
+
+
+def test_measured_shapes_have_their_tilings_and_others_the_rules(h200: Path) -> None:
+    assert tiling_for(1, 2048, 8192) == Tiling(2, 4096, 8) != rule_for(1, 2048, 8192)
+    assert tiling_for(9, 12288, 4096) == Tiling(32, 128, 2, 4)
+    for shape in ((1, 2048, 8193), (17, 2048, 8192), (20, 12288, 4096)):
+        assert tiling_for(*shape) == rule_for(*shape)
+
+
+def test_the_machines_own_table_goes_first(h200: Path) -> None:
+    entries = [
+        {"rows": 1, "outputs": 2048, "inputs": 8192, "tiling": [8, 64, 1, 4]},
+        {"rows": 24, "outputs": 100, "inputs": 200, "tiling": [16, 128, 2, 3]},
+    ]
+    (h200 / "nvidia-h200.json").write_text(json.dumps({"products": entries}))
+    assert tiling_for(1, 2048, 8192) == Tiling(8, 64, 1, 4)
+    assert tiling_for(32, 100, 200) == Tiling(16, 128, 2, 3)
+    assert tiling_for(9, 12288, 4096) == Tiling(32, 128, 2, 4)  # as shipped
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"products": [{"rows": 1}]}',
+        '{"products": [{"rows": 1, "outputs": 1, "inputs": 1, "tiling": [1, 48, 4, 4]}]}',
+        '{"products": [{"rows": 1, "outputs": 1, "inputs": 1, "tiling": [1, 64, 4]}]}',
+    ],
+)
+def test_a_broken_table_is_named_and_left_out(
+    text: str, h200: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (h200 / "nvidia-h200.json").write_text(text)
+    assert tiling_for(1, 2048, 8192) == Tiling(2, 4096, 8)
+    assert "is no table of tilings" in caplog.text and "bench tilings" in caplog.text
+
+
+def test_without_a_gpu_there_are_only_rules() -> None:
+    if not torch.cuda.is_available():
+        assert tables.product_tiling(1, 2048, 8192) is None
+
+
+@pytest.mark.parametrize("kib", [99, 163, 227])
+def test_tiles_fit_in_the_gpus_shared_memory(kib: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "max_shared_memory", lambda: kib * 1024)
+    for num_rows in (8, 24):
+        for shape in ((4096, 14336), (4096, 4096), (28672, 4096), (576, 576)):
+            t = tiling_for(num_rows, *shape)
+            rows = tables.padded_rows(num_rows)
+            assert (
+                t.num_stages >= 1
+                and 2 * t.columns * (t.outputs + rows) * t.num_stages <= kib * 1024
+            )
+    attention: Any = decode_attention_triton
+    for head_dim in (64, 128, 256):
+        for num_programs in (1, 64, 4096):
+            t = attention.decode_tiling(head_dim, 4, torch.bfloat16, num_programs)
+            assert 4 * t.keys * head_dim * t.num_stages <= kib * 1024
+
+
+def test_the_choice_of_attention_tiles_follows_the_number_of_multiprocessors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same load of each multiprocessor gives the same tiles."""
+    module: Any = decode_attention_triton
+    found = []
+    for num_sms in (66, 132):
+        monkeypatch.setattr(module, "num_multiprocessors", lambda n=num_sms: n)
+        loads = [num_sms * share // 8 for share in (1, 3, 8, 31, 33, 65)]
+        tilings = [module.decode_tiling(64, 4, torch.bfloat16, n) for n in loads]
+        found.append((tilings, [module._even_splits_per_sm(64, n) for n in loads]))
+    assert found[0] == found[1]
+    assert len(set(found[0][0])) == 3 and len(set(found[0][1])) == 3
+
+
+def test_rows_share_the_tiling_of_the_product_they_are_padded_to() -> None:
+    assert [tables.padded_rows(n) for n in (1, 2, 16, 17, 32)] == [1, 16, 16, 32, 32]
+    assert skinny_triton.MAX_SKINNY_ROWS == 32
+
+
+def test_the_machines_own_table_decides_which_compiled_code_fits(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from compiledllm.runner.artifact_key import own_tilings_digest
+
+    monkeypatch.setenv("COMPILEDLLM_CACHE_DIR", str(tmp_path))
+    assert own_tilings_digest("NVIDIA H200") == "none"
+    path = tmp_path / "tilings" / tables.file_name("NVIDIA H200")
+    path.parent.mkdir()
+    digests = set()
+    for text in ("{}", "[]"):
+        path.write_text(text)
+        digests.add(own_tilings_digest("NVIDIA H200"))
+    assert len(digests) == 2 and own_tilings_digest("NVIDIA H100") == "none"
