@@ -80,7 +80,7 @@ class StartCache:
 
     @property
     def _has_triton(self) -> bool:
-        return self._plan.platform.is_cuda and self._plan.backend.name != "torch"
+        return self._plan.platform.is_cuda
 
     def artifact(self) -> Artifact | None:
         """Wait for the artifact; its kernels' binaries are in their caches then."""
