@@ -1,1 +1,1 @@
-"""The modules that a decoder block consists of."""
+"""The decoder block, and the modules that it consists of."""

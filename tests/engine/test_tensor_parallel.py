@@ -22,8 +22,9 @@ from compiledllm import (
 )
 from compiledllm.cli import main
 from compiledllm.kernels.attention import make_backend
-from compiledllm.models.decoder import Decoder, DecoderBlock
+from compiledllm.models.decoder import Decoder
 from compiledllm.models.gguf.convert import convert_gguf
+from compiledllm.models.layers.block import DecoderBlock
 from compiledllm.models.registry import load_spec
 from compiledllm.models.sharded_spec import sharded
 from compiledllm.models.weights import load_weights
