@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import json
 import os
-import secrets
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,7 +18,6 @@ from compiledllm.arguments import (
     CommandParser,
     Parser,
     add_engine_options,
-    count,
     engine_options,
 )
 from compiledllm.benchmarks.cli import add_bench_command, positive
@@ -32,9 +30,8 @@ from compiledllm.config import (
     EngineConfig,
 )
 from compiledllm.outputs import RequestOutput
-from compiledllm.sampling_params import SamplingParams
+from compiledllm.sampling_options import add_sampling_options, sampling_params_of
 from compiledllm.server.options import add_batch_options, add_server_options
-from compiledllm.structured_outputs import StructuredOutputsParams
 from compiledllm.terminal_chat import SHORT_HELP, Chat, speed
 from compiledllm.version import __version__
 from compiledllm.vllm_options import same_value
@@ -67,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    params = _sampling_params(arguments, max_tokens=DEFAULT_MAX_TOKENS)
+    params = sampling_params_of(arguments, max_tokens=DEFAULT_MAX_TOKENS)
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     engine = _make_engine(arguments)
     if arguments.chat or arguments.system:
@@ -116,7 +113,7 @@ def _as_json(output: RequestOutput) -> dict[str, Any]:
 
 
 def _chat(arguments: argparse.Namespace) -> int:
-    params = _sampling_params(arguments, max_tokens=None)
+    params = sampling_params_of(arguments, max_tokens=None)
     engine = _make_engine(arguments)
     if not arguments.quiet:
         print(f"compiledllm {__version__}, {engine.model_path.name}. {SHORT_HELP}")
@@ -258,7 +255,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (generate, chat):
         command.add_argument("--system", metavar="TEXT", help="the system prompt of the chat")
         command.add_argument("-q", "--quiet", action="store_true", help="print answers alone")
-        _add_sampling_options(command.add_argument_group("sampling"))
+        add_sampling_options(command.add_argument_group("sampling"))
         add_engine_options(command.add_argument_group("engine"))
         command.takes_vllm_options = True
 
@@ -340,29 +337,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_sampling_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default 0.7)")
-    group.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling, (0, 1]")
-    group.add_argument("--top-k", type=int, default=0, help="0: all tokens")
-    group.add_argument("--min-p", type=float, default=0.0, help="least share of the likeliest")
-    penalty = "[-2, 2]; of tokens in the answer"
-    group.add_argument("--presence-penalty", type=float, default=0.0, metavar="X", help=penalty)
-    penalty = "[-2, 2]; times how often they are there"
-    group.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X", help=penalty)
-    penalty = "above 1: of all tokens so far (1)"
-    group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help=penalty)
-    group.add_argument("--max-tokens", type=count, default=None, help="most tokens to generate")
-    group.add_argument("--min-tokens", type=count, default=0, help="fewest tokens to generate")
-    group.add_argument("--stop", action="append", help="stop at this text (repeatable)")
-    group.add_argument("--stop-token-ids", type=int, nargs="+", metavar="ID", help="stop at these")
-    group.add_argument("--bad-words", nargs="+", metavar="WORD", help="texts that never come")
-    group.add_argument("--ignore-eos", action="store_true", help="go on past end of sequence")
-    forms = group.add_mutually_exclusive_group()
-    forms.add_argument("--json-schema", metavar="FILE", help="answer in JSON of this schema")
-    forms.add_argument("--regex", metavar="PATTERN", help="answer a text that matches")
-    forms.add_argument("--choice", nargs="+", metavar="TEXT", help="answer one of these")
-
-
 def _quantization(text: str) -> str:
     name: str = same_value("quantization", text)
     if name not in QUANTIZATIONS:
@@ -379,33 +353,6 @@ def _with_model(arguments: argparse.Namespace) -> argparse.Namespace:
     if arguments.model_name is not None:
         arguments.model = arguments.model_name
     return arguments
-
-
-def _sampling_params(arguments: argparse.Namespace, max_tokens: int | None) -> SamplingParams:
-    same = [
-        *("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty"),
-        *("repetition_penalty", "min_tokens", "stop", "stop_token_ids", "bad_words", "ignore_eos"),
-    ]
-    return SamplingParams(
-        seed=arguments.seed if "seed" in arguments else secrets.randbits(62),
-        max_tokens=max_tokens if arguments.max_tokens is None else arguments.max_tokens,
-        structured_outputs=_form(arguments),
-        **{name: getattr(arguments, name) for name in same},
-    )
-
-
-def _form(arguments: argparse.Namespace) -> StructuredOutputsParams | None:
-    """What the answer must look like. Raises ValueError for a schema that cannot be read."""
-    schema = arguments.json_schema
-    if schema is not None:
-        try:
-            with open(schema, encoding="utf-8") as file:
-                schema = file.read()
-        except OSError as error:
-            raise ConfigError(f"--json-schema {schema} cannot be read: {error}") from None
-    forms = {"json": schema, "regex": arguments.regex, "choice": arguments.choice}
-    given = {name: form for name, form in forms.items() if form is not None}
-    return StructuredOutputsParams(**given) if given else None
 
 
 def _make_engine(arguments: argparse.Namespace) -> Engine:

@@ -17,6 +17,7 @@ from compiledllm.arguments import count
 from compiledllm.config import all_options
 from compiledllm.engine.plan_views import size
 from compiledllm.log import log
+from compiledllm.sampling_options import sampling_params_of
 from compiledllm.sampling_params import SamplingParams
 from compiledllm.structured_outputs import StructuredOutputsParams
 
@@ -136,7 +137,7 @@ def test_sampling_flags_are_sampling_parameters(tmp_path: Path) -> None:
     words += (
         f" --seed 7 --stop x --stop-token-ids 5 6 --bad-words no --json-schema {tmp_path}/s.json"
     )
-    found = cli._sampling_params(cli._parser().parse_args(["chat", *words.split()]), None)
+    found = sampling_params_of(cli._parser().parse_args(["chat", *words.split()]), None)
     assert found == SamplingParams(
         temperature=0.7, min_p=0.1, presence_penalty=1, frequency_penalty=-1,
         repetition_penalty=1.1, seed=7, stop=["x"], stop_token_ids=[5, 6], bad_words=["no"],

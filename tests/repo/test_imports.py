@@ -31,12 +31,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"version", "remote.async_engine", "remote.errors", "arguments", "engine_args"}
     | {"engine.llm_engine", "engine.prompts", "pooling_params", "beam_search_params"},
     "cli": {"root", "arguments", "terminal_chat", "server", "benchmarks", "engine"}
-    | {"environment", "shell_completion"}
+    | {"environment", "sampling_options", "shell_completion"}
     | BELOW_ENGINE,
     "environment": {"caches", "config", "platform", "version"},
     "shell_completion": set(),
     "terminal_chat": {"engine.engine", "sampling_params", "outputs"},
-    "arguments": {"config", "vllm_options"},
+    "sampling_options": {"arguments", "config", "sampling_params", "structured_outputs"},
+    "arguments": {"argument_words", "config", "vllm_options"},
+    "argument_words": {"vllm_options"},
     "engine_args": {"arguments", "checks", "config", "vllm_options"},
     "vllm_options": {"vllm_features"},
     "vllm_features": set(),
@@ -125,6 +127,8 @@ WITHOUT_TORCH = (
     "compiledllm.log",
     "compiledllm.cli",
     "compiledllm.arguments",
+    "compiledllm.argument_words",
+    "compiledllm.sampling_options",
     "compiledllm.shell_completion",
     "compiledllm.engine_args",
     "compiledllm.vllm_options",
