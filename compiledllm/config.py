@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import PurePath
 from typing import Any
 
-from compiledllm.checks import reject_unknown
+from compiledllm.checks import is_int, reject_unknown
 from compiledllm.vllm_options import without_vllm_options
 
 MAX_NUM_SEQS = 32768
@@ -245,8 +245,7 @@ class EngineConfig:
             "max_cudagraph_capture_size": self.compile.max_cudagraph_capture_size,
         }
         for name, value in positive.items():
-            is_int = isinstance(value, int) and not isinstance(value, bool)
-            if value is not None and (not is_int or value < 1):
+            if value is not None and not (is_int(value) and value >= 1):
                 or_auto = f" or '{AUTO}'" if name == "max_model_len" else ""
                 raise ConfigError(f"{name} must be an integer >= 1{or_auto}, got {value!r}")
         for group in option_groups():
@@ -341,12 +340,7 @@ class EngineConfig:
 
 def option_groups() -> dict[str, type]:
     """Group name -> the dataclass with its options, in display order."""
-    return {
-        "model": ModelConfig,
-        "cache": CacheConfig,
-        "scheduler": SchedulerConfig,
-        "compile": CompileConfig,
-    }
+    return {f.name: type(f.default) for f in fields(EngineConfig)}
 
 
 def all_options() -> list[tuple[str, dataclasses.Field[Any]]]:
