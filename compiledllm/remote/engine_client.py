@@ -9,9 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +23,7 @@ from compiledllm.log import log
 from compiledllm.remote.admission import Load, check_admission
 from compiledllm.remote.crash_records import tidy_crash_records, write_crash_record
 from compiledllm.remote.engine_child import ENGINE_COMMAND, EngineChild, cause_of
-from compiledllm.remote.errors import DeadlineExceeded, EngineError, Unavailable
+from compiledllm.remote.errors import EngineError, Unavailable
 from compiledllm.remote.limits import Limits
 from compiledllm.remote.live_request import LiveRequest
 from compiledllm.remote.live_requests import LiveRequests
@@ -334,21 +333,10 @@ class EngineClient:
             num_waiting=self.stats.num_waiting if self.stats else 0,
         )
 
-    @contextlib.contextmanager
-    def following(self, live: LiveRequest) -> Iterator[None]:
+    def following(self, live: LiveRequest) -> contextlib.AbstractContextManager[None]:
         """A context for taking a request's outputs; leaving early aborts the request.
 
         Inside, `live.take` raises EngineError if the request fails, and DeadlineExceeded if the
         request takes longer than the limit, counted from here.
         """
-        limit_s = self._limits.request_s
-        late = DeadlineExceeded(f"the request took longer than {limit_s:.0f} s")
-        loop = asyncio.get_running_loop()
-        is_limited = limit_s < math.inf
-        timer = loop.call_later(limit_s, self.live.expire, live, late) if is_limited else None
-        try:
-            yield
-        finally:
-            if timer is not None:
-                timer.cancel()
-            self.live.abort(live)
+        return self.live.following(live, self._limits.request_s)

@@ -6,12 +6,15 @@ fails. After an engine has ended, the requests start over in the next engine, if
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import math
 from collections.abc import Callable, Iterator
 
 from compiledllm.engine.book import Book
 from compiledllm.engine.request_state import RequestState
 from compiledllm.log import log
-from compiledllm.remote.errors import EngineError
+from compiledllm.remote.errors import DeadlineExceeded, EngineError
 from compiledllm.remote.live_request import LiveRequest
 from compiledllm.remote.replay import Replay
 from compiledllm.remote.wire import Add, Finish, ToEngine
@@ -152,6 +155,19 @@ class LiveRequests:
             if not completion.is_finished:
                 completion.end("abort")
         live.wake()
+
+    @contextlib.contextmanager
+    def following(self, live: LiveRequest, limit_s: float) -> Iterator[None]:
+        """Abort the request at the end of the context, and expire it after `limit_s` inside."""
+        late = DeadlineExceeded(f"the request took longer than {limit_s:.0f} s")
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(limit_s, self.expire, live, late) if limit_s < math.inf else None
+        try:
+            yield
+        finally:
+            if timer is not None:
+                timer.cancel()
+            self.abort(live)
 
     def expire(self, live: LiveRequest, error: Exception) -> None:
         """End a request with an error and stop computing it, even if nobody reads the error."""
