@@ -6,8 +6,10 @@ are opaque to torch.compile and take a layer's whole cache. `compiledllm.platfor
 for a machine; each backend says whether it can run a model (`AttentionBackend.why_not`).
 
     kv_cache   [2, num_blocks, block_size, num_kv_heads, head_dim]   0: keys, 1: values
-    slot       block_id * block_size + offset;  -1 (padding) lands in the null block 0
-    kv_scales  [2], an FP8 cache's: keys are cache[0] * kv_scales[0], values cache[1] * kv_scales[1]
+    slot       block_id * block_size + offset;  -1: padding. A backend stores padding in the null
+               block 0, or not at all.
+    kv_scales  float32 [2], only for an FP8 cache: keys are cache[0] * kv_scales[0], values are
+               cache[1] * kv_scales[1]
 """
 
 from __future__ import annotations
@@ -80,8 +82,8 @@ def store_kv(
 ) -> None:
     """Write `key`, `value` [tokens, num_kv_heads, head_dim] to their slots. Mutates `kv_cache`.
 
-    kv_scales: float32 [2], which keys and values are divided by before they are clamped to the
-    range of an FP8 cache; None for a cache that is not FP8.
+    slot_mapping: int64 [tokens]. kv_scales: float32 [2], only for an FP8 cache: keys are divided by
+    the first scale and values by the second, and the quotients are clamped to the range of FP8.
     """
     _store_kv(key, value, kv_cache, slot_mapping, backend.name, kv_scales)
 
@@ -162,11 +164,12 @@ def rotate_and_store(
 ) -> Tensor:
     """Split `qkv`, normalise and rotate queries and keys, store keys and values. Triton only.
 
-    qkv: [tokens, (num_heads + 2 * num_kv_heads) * head_dim]; with has_gate, a query head has its
-    gate behind it, which is skipped. q_weight, k_weight: [head_dim], of the heads' RMSNorm; None
-    without one. plus_one: the norm multiplies by 1 + weight in float32. cos, sin: [tokens, 1,
-    rotary_dim]. kv_scales: see `store_kv`. Mutates `kv_cache`. Returns the queries, [tokens,
-    num_heads, head_dim].
+    qkv: [tokens, (num_heads + 2 * num_kv_heads) * head_dim]; with has_gate [tokens, (2 * num_heads
+    + 2 * num_kv_heads) * head_dim], where each query head is followed by its gate, which this op
+    ignores. q_weight, k_weight: [head_dim], weights of the RMSNorm of each query and key head;
+    None: there is no norm. plus_one: the norm multiplies by 1 + weight in float32. cos, sin:
+    [tokens, 1, rotary_dim]. slot_mapping, kv_scales: see `store_kv`. Mutates `kv_cache`. Returns
+    the queries, [tokens, num_heads, head_dim].
     """
     from compiledllm.kernels import rotate_store_triton
 

@@ -16,18 +16,19 @@ import torch
 from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
-MAX_FP8 = 448.0  # the largest finite value; what overflows becomes NaN
+MAX_FP8 = 448.0  # the largest finite value; a cast of a larger value gives NaN
 
 
-# torch.compile would compile lengths 0 and 1 separately from all others.
+# torch.compile would compile lengths 0 and 1 separately from all other lengths.
 _SHORTEST_BOUND = 2
 
 
 def make_row_bound(max_row_tokens: int, device: torch.device | None = None) -> Tensor:
-    """The tensor that tells kernels how many tokens a row has at most; 0: any number.
+    """A tensor whose length carries `max_row_tokens` to the kernels; its values mean nothing.
 
-    Compiled code passes on tensors. A Python number would be a constant of the code, and each
-    maximum would be compiled separately; the length of a tensor is not.
+    max_row_tokens: the maximum number of tokens of a row; 0: no maximum is known. A Python number
+    would be a constant of the compiled code, so that each maximum would be compiled separately; the
+    length of a tensor can be a dynamic size.
     """
     return torch.empty(max_row_tokens + _SHORTEST_BOUND, dtype=torch.int8, device=device)
 
@@ -74,16 +75,17 @@ class AttentionMetadata(NamedTuple):
 
 
 class StateMetadata(NamedTuple):
-    """What layers with a state for each request must know of a step, as `AttentionMetadata`.
+    """The description of a step for layers that keep one state per request instead of a KV cache.
 
-    A row without tokens leaves its state alone. A row whose context is all in this step starts from
-    zeros, whatever its state holds.
+    A row without tokens leaves its state unchanged. A row without earlier tokens (its context
+    length is its number of tokens in this step) starts from a state of zeros and ignores the stored
+    state.
     """
 
-    rows: Tensor  # int64 [rows], the index of each row's state
+    rows: Tensor  # int64 [rows], request rows: the index of each row's state
     query_start_loc: Tensor  # int32 [rows + 1], prefix sums of tokens per row
     seq_lens: Tensor  # int32 [rows], context lengths including this step's tokens
-    row_bound: Tensor  # of `make_row_bound`
+    row_bound: Tensor  # see `make_row_bound`
 
     @property
     def token_tensors(self) -> tuple[Tensor, ...]:
@@ -136,7 +138,7 @@ class AttentionBackend(ABC):
     """
 
     dtypes: Container[torch.dtype] = (torch.float32, torch.float16, torch.bfloat16)
-    # Of the KV cache, beside the dtype of queries, which every backend supports.
+    # KV cache dtypes other than the dtype of queries. Every backend supports the dtype of queries.
     kv_dtypes: Container[torch.dtype] = (FP8,)
     head_dims: Container[int] = range(1, sys.maxsize)
     takes_sinks = True
@@ -158,7 +160,7 @@ class AttentionBackend(ABC):
     ) -> str | None:
         """The reason why the backend cannot run these layers; None if it can run all of them.
 
-        dtype: of queries. kv_dtype: of the KV cache; None: dtype.
+        dtype: the dtype of queries. kv_dtype: the dtype of the KV cache; None: the same as `dtype`.
         """
         if kv_dtype not in (None, dtype) and kv_dtype not in self.kv_dtypes:
             return f"it has no kernels for a KV cache in {str(kv_dtype).removeprefix('torch.')}"

@@ -26,10 +26,10 @@ from compiledllm.kernels.launch import launch_options, num_multiprocessors, stag
 from compiledllm.kernels.online_softmax_triton import Tiling, after_sinks, attend_keys
 
 MAX_TOGETHER = 8  # maximum number of new tokens per row
-_FEW_PROGRAMS_PER_SM = 0.25  # programs that leave most of the GPU idle
+_FEW_PROGRAMS_PER_SM = 0.25  # so few programs leave most of the GPU idle
 _MANY_PROGRAMS_PER_SM = 8
-_MAX_SPLITS_PER_SM = 8  # smaller splits even out rows of unequal length
-_SPLITS_SUMMED_AT_ONCE = 8
+_MAX_SPLITS_PER_SM = 8  # many small splits balance the load if rows have unequal lengths
+_SPLITS_SUMMED_AT_ONCE = 8  # number of splits whose loads are in flight together
 _USUAL_ARRIVALS = 2**16  # initial number of counters, one per row and KV head
 _counters: dict[torch.device, list[Tensor]] = {}
 
@@ -42,7 +42,7 @@ def decode_tiling(head_dim: int, group: int, dtype: torch.dtype, num_programs: i
 
 
 def _tiling_rule(head_dim: int, group: int, dtype: torch.dtype, num_programs: int) -> Tiling:
-    """The tile sizes for a step; lanes are query heads of tokens.
+    """The tile sizes for a step. A lane of a tile is one query head of one token.
 
     group: query heads per KV head, times tokens per row. num_programs: rows times KV heads. These
     tilings are the fastest of 12 to 26 tilings on an H200 (bfloat16, 1 to 60 rows of 128 to 32768
@@ -64,7 +64,7 @@ def _tiling_rule(head_dim: int, group: int, dtype: torch.dtype, num_programs: in
 
 
 def _even_splits_per_sm(head_dim: int, num_programs: int) -> int:
-    """Extra programs for splits of long rows of similar length, per multiprocessor.
+    """Extra programs per multiprocessor for a step whose rows are long and of similar length.
 
     All programs of such a step should run at once: a second wave would wait for the first.
     """
@@ -282,7 +282,12 @@ def attend_few_tokens(
     max_row_tokens: int,
     max_split_programs: int | None,
 ) -> None:
-    """Launch `_decode_kernel` for rows with 1 to `max_row_tokens` tokens; it skips the others."""
+    """Launch `_decode_kernel` for rows with 1 to `max_row_tokens` tokens; it skips other rows.
+
+    tensors, scalars, constants: arguments that `_decode_kernel` shares with `_prefill_kernel`, in
+    its order: tensors from `query` to `out`, scalars from `scale` to `value_offset`.
+    max_split_programs: see `paged_attention_triton.paged_attention`.
+    """
     query, kv_cache, block_tables = tensors[:3]
     num_tokens, num_heads, head_dim = query.shape
     num_rows, num_kv_heads = len(block_tables), kv_cache.shape[3]

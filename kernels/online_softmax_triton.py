@@ -1,4 +1,4 @@
-"""Code that the paged attention kernels share: a step of online softmax, and `Tiling`."""
+"""Code that the paged attention kernels share: a step of online softmax, FP8, and `Tiling`."""
 
 # Triton infers a kernel's types from each call, which mypy cannot follow.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, attr-defined, no-untyped-call"
@@ -40,6 +40,7 @@ def attend_keys(
     broadcast to [queries, keys], whether a query sees a key. With ALL_SEEN every query sees every
     key, and the kernel ignores both masks.
     """
+    # `best` holds logits in base 2: query-key products times scale and log2(e).
     dim = tl.arange(0, PADDED_DIM)
     entry = table + tokens.to(tl.uint32) // BLOCK_SIZE
     block = (tl.load(entry) if ALL_SEEN else tl.load(entry, in_context, other=0)).to(tl.int64)

@@ -41,9 +41,11 @@ def prefill_tiling(head_dim: int, group: int, dtype: torch.dtype, num_queries: i
 
 
 def tiling_of_wide_heads(min_rows: int, dtype: torch.dtype, max_shared: int) -> Tiling:
-    """For head_dim 512: the largest tile whose queries, keys and values fit in shared memory.
+    """For head_dim 257 to 512: the largest tile of queries, keys and values that fits on a GPU.
 
-    Eight warps hold the float32 sums of 64 rows in 128 registers per thread. max_shared: bytes.
+    Eight warps hold the float32 sums of 64 rows in 128 registers per thread. min_rows: query heads
+    per KV head, rounded up to a power of two. max_shared: the GPU's bytes of shared memory per
+    program.
     """
     row_bytes = 512 * dtype.itemsize
     for rows, keys in ((64, 64), (64, 32), (32, 32)):
@@ -66,6 +68,8 @@ def _prefill_kernel(
     if OVERLAP:
         gdc_launch_dependents()
     TOKENS: tl.constexpr = ROWS // GROUP  # query tokens per program
+    # A window needs masks from the first key on. With FIXED_ORDER all tiles of keys are masked, so
+    # that a key is treated alike wherever a chunk of the prompt begins.
     ALL_MASKED: tl.constexpr = HAS_WINDOW or FIXED_ORDER
     NUM_KV_HEADS: tl.constexpr = NUM_HEADS // GROUP
     program = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest programs start first
@@ -137,7 +141,12 @@ def attend_prompts(
     constants: dict[str, Any],
     fixed_order: bool,
 ) -> None:
-    """Launch `_prefill_kernel` for rows with several tokens; with `fixed_order` for all rows."""
+    """Launch `_prefill_kernel` for rows with several tokens.
+
+    tensors, scalars, constants: as in `decode_attention_triton.attend_few_tokens`. fixed_order:
+    compute rows with one token, too, and sum over keys in an order that does not depend on other
+    rows. The tiling then must not depend on the number of tokens in the step.
+    """
     query, kv_cache, block_tables = tensors[:3]
     (num_tokens, num_heads, head_dim), num_rows = query.shape, len(block_tables)
     group, num_queries = constants["GROUP"], 0 if fixed_order else num_tokens * num_heads
