@@ -1,7 +1,12 @@
 """Gathers a step's inputs from the request rows, and writes the step's results back to the rows.
 
+A request row is a request's place in the tensors that hold the state of all running requests: last
+token, number of computed tokens, block tables. A row of a step is one request of the step.
+
 On a GPU, one Triton kernel per group of layers gathers and one kernel writes, because every launch
 costs time even in a captured step. On other devices plain torch does the same.
+
+All metadata ends with an empty row, because torch.compile would specialise on a single row.
 """
 
 from __future__ import annotations
@@ -17,12 +22,12 @@ from compiledllm.kernels.backend import AttentionMetadata, make_row_bound
 
 
 class DecodeInputs(NamedTuple):
-    """Inputs of a step in which every row has one token, its last drawn token."""
+    """Inputs of a step in which every row has one token, the row's last drawn token."""
 
     input_ids: Tensor  # int64 [rows]
     positions: Tensor  # int64 [rows]
     lengths: Tensor  # int64 [rows], context lengths including these tokens
-    indices: Tensor  # int64 [rows], 0, 1, 2, ...
+    indices: Tensor  # int64 [rows], 0, 1, 2, ...: index of each row's only token in the step
     attn: list[AttentionMetadata]  # for each group of layers, with an empty row at the end
 
 
@@ -44,8 +49,9 @@ def decode_inputs(
     """Gather the inputs of a decode step of `rows`, int64 [rows], from all request rows.
 
     last_token_ids, num_computed_tokens: int64 [request rows]. block_tables, block_sizes: for each
-    group of layers, int32 [request rows, blocks] and the tokens of a block. Slots and tables of
-    different groups do not share storage.
+    group of layers, int32 [request rows, max_blocks] and the number of tokens per block. The slots
+    and block tables of different groups do not share storage, since torch.compile would specialise
+    on shared storage.
     """
     if rows.is_cuda:
         from compiledllm.kernels.step_inputs_triton import gather
@@ -104,6 +110,8 @@ def last_token_metadata(
     rows: Tensor, lengths: Tensor, group_table: Tensor, block_size: int
 ) -> AttentionMetadata:
     """Attention metadata of one token per row: the last token of a context that is stored already.
+
+    No token is stored again, so all slots are padding (-1).
 
     rows, lengths: int64 [rows], request rows and their context lengths, at least 1. group_table:
     int32 [request rows, max_blocks], the block table of a cache group.

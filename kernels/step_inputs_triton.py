@@ -84,7 +84,7 @@ def gather(
     block_tables: Sequence[Tensor],
     block_sizes: Sequence[int],
 ) -> DecodeInputs:
-    """See `step_inputs.decode_inputs`. One launch per group; all write the same tokens."""
+    """See `step_inputs.decode_inputs`. The launches of all groups write the same token tensors."""
     num_rows = len(rows)
     assert all(x.is_contiguous() for x in (rows, *block_tables))
     input_ids, positions, lengths, indices = (torch.empty_like(rows) for _ in range(4))
@@ -151,7 +151,7 @@ def unpack(
     block_tables: Sequence[Tensor],
     block_sizes: Sequence[int],
 ) -> MixedInputs:
-    """See `step_inputs.mixed_inputs`. One launch per group; all write the same tokens."""
+    """See `step_inputs.mixed_inputs`. The launches of all groups write the same token tensors."""
     num_tokens, num_rows = tokens.shape[1], rows.shape[1]
     assert all(x.is_contiguous() for x in (tokens, rows, *block_tables))
     input_ids, positions = (tokens.new_empty(num_tokens) for _ in range(2))
