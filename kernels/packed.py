@@ -1,8 +1,9 @@
-"""Quantised matrices in the layouts of the CUDA kernels, and products with them.
+"""Quantised matrices in the layouts of the CUDA kernels, and products with these matrices.
 
 `pack` rearranges a matrix from the layout of `kernels.quantized`, in which checkpoints are loaded,
-into a `Packed` one. Products are ops that are opaque to torch.compile, except for `fp8_linear`: the
-compiler traces it and fuses the quantisation of the inputs with the operation before.
+into a `Packed` matrix. Products are ops that are opaque to torch.compile, except for `fp8_linear`:
+the compiler traces `fp8_linear` and fuses the quantisation of the inputs with the preceding
+operation.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from compiledllm.kernels.ops import define
 from compiledllm.kernels.quantized import BLOCK_ROWS, NIBBLES
 from compiledllm.kernels.records import UNIT, pack_bytes, pack_records, with_minima
 
-MAX_ROWS_OF_16_BITS = 16  # with more rows, FP8 weights multiply FP8 inputs
-MAX_FEW_ROWS = 64  # with more rows, weights are dequantised to 16 bits first
+# With more rows, bfloat16 inputs of FP8 matrices are quantised to FP8 (`takes_fp8_inputs`).
+MAX_ROWS_OF_16_BITS = 16
+MAX_FEW_ROWS = 64  # with more rows, the matrix is dequantised to 16 bits first
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +32,9 @@ class Layout:
 
     code: "fp8", "int8", "int4" or "fp4". groups: number of scales that an output has per 128
     inputs; 0: none, `Packed.row_scales` are the only scales. scale_dtype: dtype of the groups'
-    scales, a name in torch. block_rows: number of outputs that share the groups' scales, 1 or 128.
-    has_minima: each group has a minimum beside its scale. has_factors: scales and minima are int8
-    and multiplied by float16 factors.
+    scales, a name in torch. has_zeros: each group has a zero point beside its scale. block_rows:
+    number of outputs that share the groups' scales, 1 or 128. has_minima: each group has a minimum
+    beside its scale. has_factors: scales and minima are int8 and multiplied by float16 factors.
     """
 
     code: str
@@ -50,7 +52,7 @@ class Layout:
     @staticmethod
     @functools.cache
     def parse(text: str) -> Layout:
-        """The inverse of `str`. An op's arguments cannot be dataclasses, so ops get a text."""
+        """The inverse of `str`. An op's arguments cannot be dataclasses, so ops take a string."""
         code, groups, scale_dtype, flags, rows = text.split()
         zeros, minima, factors = (flag == "1" for flag in flags)
         return Layout(code, int(groups), scale_dtype, zeros, int(rows), minima, factors)
@@ -58,14 +60,17 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A matrix [N outputs, K inputs] for the kernels.
+    """A matrix [N outputs, K inputs] in the layout of the CUDA kernels.
 
     w = (code - zero) * scale * row_scale + minimum
 
+    zero, scale and minimum belong to the weight's group, row_scale to the weight's output.
+
     codes: [N, K] for fp8; [N, K rounded up to 128] for int8, in the order of `pack_bytes`; uint8
     records, which include scales and zeros, for int4 and fp4 (`pack_records`).
-    scales, zeros: [ceil(N / block_rows), groups * ceil(K / 128)]; None if there are none, and for
-    int4 and fp4. With minima or factors, `scales` has these too (`records.with_minima`).
+    scales, zeros: [ceil(N / block_rows), groups * ceil(K / 128)]; None if the layout has none, and
+    for int4 and fp4. With minima or factors, `scales` also contains the minima and factors, as
+    arranged by `records.with_minima`.
     row_scales: float32 [N]; ones if the layout has groups.
     """
 
@@ -77,7 +82,7 @@ class Packed:
 
 
 def can_pack(device: torch.device) -> bool:
-    """Whether the device can run the kernels, whose bulk copies need compute capability 9.0."""
+    """Whether the device can run the kernels. Their bulk copies need compute capability 9.0."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
@@ -218,7 +223,7 @@ def packed_experts(
 
 
 def products_of(layout: Layout) -> str:
-    """Describe, for the report at start, which kernels multiply which numbers of rows."""
+    """For the report at the start: which kernels multiply, depending on the number of rows."""
     if _may_take_fp8_inputs(layout):
         return f"our kernel up to {MAX_ROWS_OF_16_BITS} rows, FP8 inputs for more in bfloat16"
     return f"our kernel up to {MAX_FEW_ROWS} rows, dequantised for more"

@@ -1,16 +1,21 @@
-"""Quantised matrices as they are loaded, for every device, and ops in torch that multiply by them.
+"""Quantised matrices in the layout in which they are loaded, and products with them in torch.
 
-Each product dequantises the matrix first. `kernels.packed` has a second layout, for CUDA kernels.
+The ops run on every device and dequantise the whole matrix before each product. `kernels.packed`
+has a second layout, which is faster but needs CUDA kernels.
 
-    w[n, k] = (code[n, k] - zero) * scale + minimum   with all three at [n // rows, k // group]
+    w[n, k] = (code[n, k] - zero) * scale + minimum
+
+zero, scale and minimum are those of the group: index [n // rows, k // group], where `rows` is 1 or
+128.
 
 codes: fp8, int8: [N outputs, K inputs]. int4, fp4: int32 [N, K / 8] with eight codes per word,
 where K is the number of inputs padded to a multiple of 128; padding codes and their scales are 0.
-scales: [ceil(N / rows), K / group] in any floating-point dtype; rows is 1 or 128. zeros: the same
-shape, or None: 8 for int4 without minima, otherwise 0. minima: shape and dtype of the scales, or
-None. factors: None, or float16 [N, S, 2], which multiply the scales and the minima of each K / S
-inputs; scales and minima are then int8 (GGUF's K types). Ops derive the group from the shapes, as
-all groups have the same number of (padded) inputs.
+scales: [ceil(N / rows), K / group] in any floating-point dtype. zeros: the same shape; None: all
+are 8 for int4 without minima, otherwise 0. minima: shape and dtype of the scales; None: all are 0.
+factors: only for GGUF's k-quants, whose scales and minima are int8: float16 [N, S, 2] for S
+super-blocks of K / S inputs; factors[..., 0] multiplies the scales of a super-block and
+factors[..., 1] its minima. Ops derive the group size from the shapes, as all groups have the same
+number of (padded) inputs.
 """
 
 from __future__ import annotations
@@ -23,8 +28,8 @@ from compiledllm.kernels.moe import experts_fake, experts_in_torch
 from compiledllm.kernels.ops import define
 
 NIBBLES = ("int4", "fp4")  # codes of four bits
-K_MULTIPLE = 128  # of the padded inputs of NIBBLES
-BLOCK_ROWS = 128
+K_MULTIPLE = 128  # matrices with NIBBLES are padded to a multiple of this number of inputs
+BLOCK_ROWS = 128  # outputs that share scales, if scales are not per output
 INT4_ZERO = 8  # without zeros, codes 0..15 stand for -8..7
 
 
@@ -36,7 +41,7 @@ def pack_nibbles(codes: Tensor) -> Tensor:
 
 
 def unpack_nibbles(words: Tensor) -> Tensor:
-    """int32 [..., K / 8] -> uint8 [..., K], the inverse of `pack_nibbles` but for the padding."""
+    """int32 [..., K / 8] -> uint8 [..., K], the inverse of `pack_nibbles`. The padding stays."""
     pairs = words.contiguous().view(torch.uint8)
     return torch.stack((pairs & 0x0F, pairs >> 4), dim=-1).flatten(-2)
 
@@ -66,7 +71,7 @@ def dequantize_packed(
 
 
 def _multiplied(part: Tensor, factors: Tensor | None, which: int) -> Tensor:
-    """Scales or minima [N, groups] in float32, multiplied by their factors [N, S, which]."""
+    """Scales or minima [N, groups] in float32, multiplied by `factors[..., which]`, [N, S]."""
     if factors is None:
         return part.float()
     spans = part.float().view(*factors.shape[:2], -1)
@@ -107,7 +112,10 @@ def quantized_linear(
     minima: Tensor | None = None,
     factors: Tensor | None = None,
 ) -> Tensor:
-    """x [T, K] -> x @ W.T + bias, [T, N] in x's dtype. code: "fp8", "int8", "int4" or "fp4"."""
+    """x [tokens, K] -> x @ W.T + bias, [tokens, N] in x's dtype.
+
+    code: "fp8", "int8", "int4" or "fp4". The module's docstring describes the matrix's tensors.
+    """
     weight = dequantize_packed(codes, scales, zeros, code, x.shape[1], minima, factors)
     weight = weight.to(x.dtype)
     return F.linear(x, weight, bias)
@@ -130,7 +138,10 @@ def quantized_experts(
     code: str,
     activation: str = "silu",
 ) -> Tensor:
-    """`moe.moe_experts` with quantised matrices: each tensor has a first dimension of experts."""
+    """`moe.moe_experts` with quantised matrices, which have no minima and no factors.
+
+    Each tensor of the matrices has a further first dimension, the experts.
+    """
     num_rows, hidden = gate_up.shape[1], x.shape[1]
     matrices = (
         _Dequantized(gate_up, gate_up_scales, gate_up_zeros, code, hidden, x.dtype),

@@ -1,7 +1,7 @@
-"""Launches the CUDA kernels of quantised matrices; needs compute capability 9.0 or more.
+"""Launches the CUDA kernels that multiply by a `Packed` matrix. Needs compute capability 9.0.
 
-Up to `MAX_FEW_ROWS` rows, `cuda/linear.cu` multiplies and reads each code once. For more rows,
-`cuda/dequantize.cu` writes the matrix in 16 bits and `kernels.linear` multiplies.
+For up to `MAX_FEW_ROWS` rows of x, `cuda/linear.cu` multiplies and reads each code once. For more
+rows, `cuda/dequantize.cu` writes the matrix in 16 bits and `kernels.linear` multiplies.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from compiledllm.kernels.linear import linear
 from compiledllm.kernels.packed import MAX_FEW_ROWS, Layout
 from compiledllm.kernels.records import TILE, UNIT
 
+# Values of the enums `Code` and `ScaleType` in `cuda/codes.cuh`.
 _CODES = {"fp8": 0, "int8": 1, "int4": 2, "fp4": 3}
 _SCALES = {
     torch.float32: 0,
     torch.bfloat16: 1,
     torch.float16: 2,
     torch.float8_e8m0fnu: 3,
-    torch.uint8: 3,
+    torch.uint8: 3,  # the bits of float8_e8m0fnu
     torch.float8_e4m3fn: 4,
     torch.int8: 5,
 }
@@ -36,9 +37,9 @@ _SCALES = {
 class Tiling:
     """The work of a thread block of `cuda/linear.cu`; the kernel's macros have the same names.
 
-    row_tiles: tiles of 16 outputs per warp. n_warps, k_warps: warps that divide the outputs and
-    the inputs. depth: number of loads in flight per warp, each of one unit of 128 inputs for 8-bit
-    codes and of `chunk` units for 4-bit codes.
+    row_tiles: tiles of 16 outputs per warp. n_warps: warps along the outputs. k_warps: warps along
+    the inputs, whose partial sums are added at the end. depth: number of loads in flight per warp.
+    A load is one unit of 128 inputs for 8-bit codes and `chunk` units for 4-bit codes.
     """
 
     row_tiles: int
@@ -62,10 +63,11 @@ def options_of(layout: Layout) -> dict[str, int]:
 
 
 def tiling_for(code: str, num_rows: int, num_outputs: int, num_inputs: int) -> Tiling:
-    """Choose a tiling by rules fitted to the fastest of some 40 tilings on an H200.
+    """Choose a tiling by rules that were fitted to the fastest of some 40 tilings on an H200.
 
-    Measured on the layers of an 8B model with cold caches. One row reads 8-bit weights at 65 to
-    89 % of the bandwidth of a copy, 4-bit weights at 49 to 73 %.
+    The measurements used the layers of an 8B model, with cold caches. For one row of x, the kernel
+    reads 8-bit weights at 65 to 89 % of the bandwidth of a device-to-device copy, and 4-bit weights
+    at 49 to 73 %.
     """
     is_wide, is_long = num_outputs >= 16384, num_inputs >= 8192
     if num_rows > 32:
@@ -121,8 +123,8 @@ class Routing:
     """Which items each block of the grid multiplies. An item is a pair of a token and an expert.
 
     block_experts: int32 [blocks], the expert of each block; num_experts or more: the block is
-    empty. items: int32 [blocks * rows], the items of each block; num_items or more: no item. None:
-    block i has item i only, and `rows` is 1.
+    empty. items: int32 [blocks * rows], indices of each block's items, where num_items or more
+    means no item; None: block i has only item i, and `rows` is 1. rows: items per block.
     """
 
     block_experts: Tensor
@@ -145,9 +147,10 @@ def quantized_product(
     tiling: Tiling | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """See `packed.packed_linear`. tiling: None chooses one.
+    """See `packed.packed_linear`. tiling: None: `tiling_for` chooses.
 
-    out: [rows, num_outputs]; written and returned if given, but only for up to MAX_FEW_ROWS rows.
+    out: [rows, num_outputs], filled and returned; None: a new tensor. `out` is ignored for more
+    than MAX_FEW_ROWS rows.
     """
     num_rows, num_inputs = x.shape
     if num_rows > MAX_FEW_ROWS:

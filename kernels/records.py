@@ -1,18 +1,19 @@
 """The layouts of 4-bit and int8 weights in which `cuda/linear.cu` reads them.
 
-4-bit codes lie in records of a tile (16 outputs) and a unit (128 inputs), together with their
-scales and zeros, so that a warp copies a record as one piece. Four lanes share an output, and a
-quarter is 32 of a unit's inputs, 8 for each of these lanes. A record consists of:
+A matrix is divided into tiles of 16 outputs and units of 128 inputs. A record holds the 4-bit codes
+of one tile and one unit, together with their scales and zeros, so that a warp copies the record as
+one piece. Four lanes of a warp share an output. A quarter is 32 of a unit's inputs, 8 for each of
+these four lanes. A record consists of:
 
 - codes, [2, 8, 4, 4] words of 32 bits: half of the tile, output in the half, lane, quarter. A word
   has the eight codes of inputs 32 * quarter + 8 * lane + (0 ... 7): inputs 0, 2, 4, 6 in its lower
   16 bits and inputs 1, 3, 5, 7 in its upper 16 bits, from the lowest bits up.
-- scales, [8, 2, groups]: output in the half, half, group of the unit's inputs. With minima or
-  factors (`with_minima`), these follow the scales of each output.
+- scales, [8, 2, groups]: output in the half, half, group of the unit's inputs. Minima and factors,
+  if there are any, follow the scales of each output (`with_minima`).
 - zeros, uint8 [8, 2, groups], if the codes have any.
 
-int8 codes lie in rows, in units of [2 pairs of quarters, 4 lanes, 2 quarters, 8 inputs] bytes: 16
-bytes in a row are one lane's codes in two quarters.
+int8 codes are not in records but in rows, one row per output, in units of [2 pairs of quarters, 4
+lanes, 2 quarters, 8 inputs] bytes: 16 consecutive bytes are one lane's codes in two quarters.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 
 TILE = 16  # outputs
 UNIT = 128  # inputs
-_CODE_BYTES = TILE * UNIT // 2  # of a record
+_CODE_BYTES = TILE * UNIT // 2  # bytes of codes in a record
 # Lowest bit of each of a lane's eight codes in their word.
 _SHIFTS = tuple(4 * (i // 2) + 16 * (i % 2) for i in range(8))
 
@@ -52,11 +53,13 @@ def pack_records(codes: Tensor, scales: Tensor | None, zeros: Tensor | None) -> 
 def with_minima(
     scales: Tensor, minima: Tensor | None, factors: Tensor | None, num_units: int
 ) -> Tensor:
-    """Scales as the kernels read them: of an output and a unit the scales, minima and factors.
+    """Join scales, minima and factors in the order in which the kernels read them.
 
-    scales, minima: [N, groups * num_units] of one dtype, int8 with factors. factors: float16
-    [N, S, 2], of num_units / S units each, or None. Returns [N, numbers * num_units] in the scales'
-    dtype; factors count as four numbers.
+    For each output and unit, the result has the scales of the unit's groups, then the groups'
+    minima, then the two factors. scales, minima: [N, groups * num_units] of one dtype, which is
+    int8 if there are factors. factors: float16 [N, S, 2], each pair for num_units / S units; or
+    None. Returns [N, numbers * num_units] in the scales' dtype, where the two factors of a unit
+    take the place of four int8 numbers.
     """
     num_outputs = scales.shape[0]
     parts = [p.reshape(num_outputs, num_units, -1) for p in (scales, minima) if p is not None]
