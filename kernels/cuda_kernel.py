@@ -1,9 +1,9 @@
-"""Compiles kernels in CUDA C++ with NVRTC, which torch brings, and launches them with the driver.
+"""Compiles CUDA C++ kernels with NVRTC, which is part of torch, and launches them with the driver.
 
 Some kernels must control which lane of a warp holds which element, in order to decode 4- and 8-bit
-weights into the registers of a tensor-core instruction; Triton has no such control. Sources lie in
-`kernels/cuda/`. Machine code is kept in our folder of compiled code, under a hash of the source,
-the CUDA version and the compiler's flags.
+weights into the registers of a tensor-core instruction; Triton has no such control. The sources lie
+in `kernels/cuda/`. Machine code is cached in the folder `nvrtc` of `compiledllm.caches`, under a
+hash of the source, the CUDA version and the compiler's flags.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from compiledllm.kernels.machine_code import (
 from compiledllm.platform import can_overlap_kernels
 
 SOURCES = Path(__file__).parent / "cuda"
-# By file name in the cache: the code that this process has used, or was given by an artifact.
+# File name in the cache -> machine code that this process has used, or has read from an artifact.
 known_code: dict[str, bytes] = {}
 
 
 class CudaKernel:
     """The kernel `name` of `kernels/cuda/<source>`, compiled for the current device.
 
-    options: macros by name. shared_bytes: dynamic shared memory of a thread block. Raises CudaError
-    if the kernel cannot be compiled or loaded.
+    options: values of the source's macros, by name. shared_bytes: dynamic shared memory of a thread
+    block. Raises CudaError if the kernel cannot be compiled or loaded.
     """
 
     def __init__(self, source: str, name: str, options: Mapping[str, int], shared_bytes: int = 0):
@@ -56,10 +56,10 @@ class CudaKernel:
     ) -> None:
         """Launch on torch's current stream.
 
-        grid: up to three numbers of thread blocks. num_threads: threads of a block. arguments: a
-        tensor is passed as its address, None as a null pointer. On a GPU with programmatic
-        dependent launch the kernel may start before its predecessor has ended, so its code must
-        wait (`griddepcontrol.wait`). Raises CudaError.
+        grid: number of thread blocks in up to three dimensions. num_threads: threads per block.
+        arguments: a tensor is passed as its address, None as a null pointer. On a GPU with
+        programmatic dependent launch the kernel may start before its predecessor has ended, so its
+        code must wait (`griddepcontrol.wait`). Raises CudaError.
         """
         values = [_value_of(argument) for argument in arguments]
         addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
@@ -87,7 +87,7 @@ def _value_of(argument: Tensor | _Scalar | None) -> Any:
 
 
 def _compiled(source: str, options: tuple[tuple[str, int], ...], architecture: str) -> bytes:
-    """The machine code, from the cache if it is there."""
+    """The machine code, from the cache or else compiled and added to the cache."""
     text = _with_includes((SOURCES / source).read_text(encoding="utf-8"))
     macros = [f"-D{name}={int(value)}" for name, value in options]
     flags = [f"--gpu-architecture={architecture}", "--std=c++17", *macros]
@@ -105,7 +105,7 @@ def _compiled(source: str, options: tuple[tuple[str, int], ...], architecture: s
 
 
 def _keep(code: bytes, path: Path) -> None:
-    """Write a file of the cache whole, or leave it out where the folder cannot be written."""
+    """Write a file of the cache atomically. Only warn if the folder cannot be written."""
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             try:

@@ -1,7 +1,8 @@
-"""Compilations that hold up requests, because they happen after a start has ended: there are none.
+"""Detects late compilations: those after the start of an engine, which would delay requests.
 
-The set of kernels is closed at the end of a start. A later compilation is a fault of ours: it is
-counted and logged, and with COMPILEDLLM_LATE_COMPILE=error, as in tests, it is an error.
+Every kernel is compiled during the start, so a late compilation is a bug of ours. Late compilations
+are logged, and those of kernels are counted. With COMPILEDLLM_LATE_COMPILE=error, as in tests, a
+late compilation raises `LateCompile`.
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ from typing import Any
 
 log = logging.getLogger("compiledllm")
 
-num_kernels = 0  # compiled late by Triton or NVRTC, in this process
-_num_starting = 0
+num_kernels = 0  # number of kernels that Triton or NVRTC compiled late, in this process
+_num_starting = 0  # number of engines of this process that are starting
 
 
 class LateCompile(RuntimeError):
-    """Something was compiled while requests may wait, which this process does not allow."""
+    """A late compilation in a process that does not allow late compilations."""
 
 
 @contextmanager
 def starting() -> Iterator[None]:
-    """While the block runs, an engine of this process starts, and may compile."""
+    """A context in which an engine of this process starts, so that no compilation is late."""
     global _num_starting
     _num_starting += 1
     try:
@@ -34,7 +35,7 @@ def starting() -> Iterator[None]:
 
 
 def note(kernel: str) -> None:
-    """A kernel is being compiled."""
+    """Note that a kernel is being compiled. Counts and reports the kernel if that is late."""
     global num_kernels
     if not _num_starting:
         num_kernels += 1
@@ -42,7 +43,7 @@ def note(kernel: str) -> None:
 
 
 def report(what: str) -> None:
-    """Something was compiled late. Raises LateCompile if this process does not allow it."""
+    """Report a late compilation of `what`. Raises LateCompile if this process allows none."""
     line = f"{what} was compiled after the start: this is a bug, please report it"
     if os.environ.get("COMPILEDLLM_LATE_COMPILE") == "error":
         raise LateCompile(line)
@@ -50,7 +51,7 @@ def report(what: str) -> None:
 
 
 def watch_triton() -> None:
-    """From now on, note what Triton compiles. Kernels from its cache are not compiled."""
+    """From now on, note each kernel that Triton compiles, but no kernel from Triton's cache."""
     from triton import knobs
 
     if getattr(knobs.compilation.listener, "is_ours", False):

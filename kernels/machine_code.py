@@ -1,6 +1,7 @@
 """Loads machine code with the CUDA driver and launches it. Imports no compiler.
 
-`cuda_kernel` launches what NVRTC made, and `TritonBinary` what Triton made in an earlier process.
+`cuda_kernel` uses this module for code from NVRTC. `TritonBinary` launches code that Triton
+compiled in an earlier process.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 _MAX_DYNAMIC_SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _WARP_SIZE = 32
-# Triton's types of parameters; "*" and a type is a pointer.
+# Triton's types of kernel parameters. A type that begins with "*" is a pointer.
 _TYPES: dict[str, Any] = {
     "i1": ctypes.c_int8,
     "i8": ctypes.c_int8,
@@ -33,10 +34,12 @@ class CudaError(RuntimeError):
     """A kernel cannot be compiled, loaded or launched."""
 
 
+# `CUlaunchAttribute` of the driver's cuda.h.
 class LaunchAttribute(ctypes.Structure):
     _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_int * 16))
 
 
+# `CUlaunchConfig` of the driver's cuda.h.
 class LaunchConfig(ctypes.Structure):
     _fields_ = (
         ("grid", ctypes.c_uint * 3),
@@ -48,14 +51,14 @@ class LaunchConfig(ctypes.Structure):
     )
 
 
-# The kernel may start before its predecessor has ended.
+# Programmatic dependent launch: the kernel may start before its predecessor has ended.
 OVERLAP = LaunchAttribute(_STREAM_SERIALIZATION, b"", (ctypes.c_int * 16)(1))
 
 
 def load(code: bytes, name: str, shared_bytes: int) -> ctypes.c_void_p:
-    """The kernel `name` of machine code, on the current device. Raises CudaError.
+    """Load the kernel `name` of `code`, a cubin, on the current device. Raises CudaError.
 
-    shared_bytes: the maximum of dynamic shared memory of a thread block.
+    shared_bytes: dynamic shared memory of a thread block.
     """
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     check(driver().cuModuleLoadData(ctypes.byref(module), code))
@@ -68,11 +71,14 @@ def load(code: bytes, name: str, shared_bytes: int) -> ctypes.c_void_p:
 class TritonBinary:
     """A kernel that Triton compiled, called as the modules that Inductor generates call kernels.
 
-    entry: the kernel's name in the code. arguments: names of the arguments of `run`. parameters:
-    (argument, Triton's type) of those that the machine code takes. grid: Python statements and
-    three expressions in the arguments, from which the number of thread blocks follows. overlap:
-    whether the kernel may start before its predecessor has ended. Raises CudaError, or KeyError for
-    a type that cannot be passed. One thread at a time may launch.
+    `run(*arguments, stream)` launches the kernel. One thread at a time may launch.
+
+    code: a cubin. entry: the kernel's name in the code. arguments: names of the arguments of `run`.
+    parameters: (argument, Triton's type) for each argument that the machine code takes. grid: three
+    Python expressions in the arguments, the number of thread blocks in each dimension. statements:
+    Python statements that run before the expressions and define names for them. shared_bytes:
+    dynamic shared memory of a thread block. overlap: whether the kernel may start before its
+    predecessor has ended. Raises CudaError, or KeyError for a type that cannot be passed.
     """
 
     def __init__(
@@ -129,7 +135,7 @@ def _launcher(
     statements: Sequence[str],
     grid: Sequence[str],
 ) -> Callable[..., None]:
-    """`run(*arguments, stream)`, which computes the grid and passes on the kernel's parameters."""
+    """`run(*arguments, stream)`: computes the grid and calls `launch` with the parameters."""
     passed = (f"{n}.data_ptr()" if kind.startswith("*") else n for n, kind in parameters)
     lines = [
         f"def run({', '.join([*arguments, 'stream'])}):",

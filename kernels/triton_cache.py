@@ -1,8 +1,12 @@
-"""Our Triton kernels' binaries: which of Triton's cache entries this process used, and given ones.
+"""Reads and writes Triton's cache on disk, so that an artifact can contain our Triton kernels.
 
-An entry is a folder with the stages of a kernel or a shared library that launches it. Triton makes
-them with its own compiler and a C compiler. Only Triton's file names are used, through the cache
-manager that Triton lets users replace.
+`note_entries` records which cache entries this process uses, `entries` reads these entries for an
+artifact, and `provide` puts the entries of an artifact into the cache of a later process.
+
+An entry is a folder with a kernel's intermediate representations and machine code, or with a shared
+library that launches kernels. Triton makes entries with its own compiler and a C compiler. This
+module relies only on Triton's file names and on the cache manager class, which Triton lets users
+replace.
 """
 
 from __future__ import annotations
@@ -14,18 +18,21 @@ from collections.abc import Mapping
 from pathlib import Path
 
 _GROUP = "__grp__"  # prefix of files that list the files of a group, with absolute paths
-# Stages on the way to machine code, for people. Triton does without those that are not there.
+# Source and intermediate representations, for people to read. Triton runs without these files.
 _STAGES = (".source", ".ttir", ".ttgir", ".llir", ".ptx")
-_used: set[str] = set()
+_used: set[str] = set()  # names of the noted entries
 
 
 def note_entries() -> None:
-    """From now on, note the entries that Triton reads or writes."""
+    """From now on, note the cache entries that Triton reads or writes.
+
+    Does nothing if the user has replaced Triton's cache manager.
+    """
     from triton import knobs
     from triton.runtime.cache import FileCacheManager
 
     if knobs.cache.manager_class is not None:
-        return  # ours, or the user's
+        return  # replaced already, by an earlier call or by the user
 
     class NotingManager(FileCacheManager):  # type: ignore[misc]
         def __init__(self, key: str, override: bool = False, dump: bool = False) -> None:
@@ -37,7 +44,7 @@ def note_entries() -> None:
 
 
 def entries() -> dict[str, bytes]:
-    """Path below Triton's folder -> content, of what it takes to run all noted entries."""
+    """The files that are needed to run all noted entries: path in Triton's folder -> content."""
     folder = _folder()
     files = (path for name in _used for path in (folder / name).glob("*") if path.is_file())
     return {
@@ -48,7 +55,7 @@ def entries() -> dict[str, bytes]:
 
 
 def provide(files: Mapping[str, bytes]) -> None:
-    """Put entries into Triton's folder, as far as they are not there. Raises OSError."""
+    """Write the files of `entries` into Triton's folder unless they exist. Raises OSError."""
     folder = _folder()
     for name, content in files.items():
         path = folder / name
@@ -63,7 +70,7 @@ def provide(files: Mapping[str, bytes]) -> None:
 
 
 def _moved(group: bytes, folder: Path) -> bytes:
-    """The list of a group's files with their paths in `folder`."""
+    """The content of a group's file, with the paths of the group's files in `folder`."""
     listed = json.loads(group)
     listed["child_paths"] = {name: str(folder / name) for name in listed["child_paths"]}
     return json.dumps(listed).encode()
