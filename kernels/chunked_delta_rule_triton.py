@@ -2,15 +2,17 @@
 
 `_chunk_kernel` computes, for all chunks and heads at once, the parts that do not depend on the
 state. `_scan_kernel` then goes through the chunks of a row in order, with some columns of one
-head's state in registers. With the state S before a chunk and a token's decays since the chunk
-began (in) and until it ends (out), both kernels together compute
+head's state in registers. Both kernels together compute
 
-    update = inverse @ (value - in * (key @ S)),  inverse = (I + L)^-1 diag(beta)
-    out    = in * (query @ S) + scores @ update
-    S      = S * decay + (out * key)^T @ update
+    update = inverse @ (value - since * (key @ S)),  inverse = (I + L)^-1 diag(beta)
+    output = since * (query @ S) + scores @ update
+    S      = S * decay + (until * key)^T @ update
 
-where L (strictly lower) and scores (lower) are products of keys with keys and of queries with keys,
-times the decay between the two tokens. The pieces of a chunk are addressed as in `ragged_triton`.
+S is the state before the chunk. since and until, [tokens, 1], are the decays from the start of the
+chunk to each token and from the token to the end of the chunk; decay is that of the whole chunk. L
+(strictly lower triangular) has the products of keys with keys, times beta and the decay between the
+two tokens; scores (lower triangular) has the products of queries with keys, times the decay between
+the two tokens. Queries and keys are normalised. A chunk is a piece of `ragged_triton`.
 """
 
 # Triton infers a kernel's types from each call, which mypy cannot follow.
@@ -31,7 +33,9 @@ from compiledllm.kernels.delta_rule import CHUNK
 from compiledllm.kernels.launch import max_shared_memory
 from compiledllm.kernels.ragged_triton import row_of_piece
 
-_NUM_FACTORS = 4  # per token: of query @ S, of key @ S, of key^T @ update; the chunk's decay
+# Per token: the factors of query @ S, of key @ S and of key^T @ update, and the chunk's decay. The
+# first three include the normalisation of the query or key.
+_NUM_FACTORS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +48,7 @@ class ChunkTiling:
 
 @dataclass(frozen=True, slots=True)
 class ScanTiling:
-    """The program of `_scan_kernel`. columns: of the state, that is value dimensions."""
+    """The program of `_scan_kernel`. columns: columns of the state, which are value dimensions."""
 
     columns: int
     num_warps: int
@@ -52,7 +56,10 @@ class ScanTiling:
 
 
 def chunk_tiling(dtype: torch.dtype) -> ChunkTiling:
-    """TF32 has three bits more than bfloat16, to which the inverse is rounded for its use."""
+    """TF32 suffices for 16-bit dtypes, since the inverse is rounded to the dtype before its use.
+
+    A TF32 mantissa has as many bits as a float16 mantissa and three more than a bfloat16 mantissa.
+    """
     return ChunkTiling(4, "tf32" if dtype.itemsize == 2 else "tf32x3")
 
 
@@ -228,11 +235,12 @@ def compute_chunks(
     chunk: ChunkTiling | None = None,
     scan: ScanTiling | None = None,
 ) -> None:
-    """Compute the rows with several tokens. Arguments as `_scan_kernel`'s, and gates.
+    """Compute the rows with several tokens; fill their tokens in `out`, update their states.
 
     tensors: query, key, value, a, b, log_decay_rate, step_bias, state, rows, query_start_loc,
     seq_lens, out. strides: of a token in query, key and value, of a row in state, of a token in a
-    and b.
+    and b. constants: NUM_HEADS, GROUP, KEY_DIM, EPS and `launch.launch_options`. chunk, scan: None
+    chooses the usual tiling.
     """
     query, key, value, *gates, state, rows, query_start_loc, seq_lens, out = tensors
     (num_tokens, num_heads, value_dim), num_rows = value.shape, len(rows)

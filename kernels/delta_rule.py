@@ -4,10 +4,10 @@
 
 where log_decay = -exp(log_decay_rate) * softplus(a + step_bias) and beta = sigmoid(b).
 
-A decode step takes one step of the recurrence. Prompts are computed in chunks of CHUNK tokens:
-within a chunk the updates are the solution of a triangular system, and only chunks follow one
-another. On a GPU, Triton kernels do both (`delta_rule_triton`, `chunked_delta_rule_triton`); on
-other devices plain torch does.
+A decode step takes one step of the recurrence. Prompts are computed in chunks of CHUNK tokens: the
+updates of all tokens in a chunk are the solution of one triangular system, so only the chunks must
+be computed in order. On a GPU, Triton kernels compute steps (`delta_rule_triton`) and chunks
+(`chunked_delta_rule_triton`); on other devices plain torch computes both.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from compiledllm.kernels.ops import define
 from compiledllm.kernels.short_convolution import rows_by_count
 
 CHUNK = 64  # tokens
-EPS = 1e-6  # of the L2 norms of queries and keys
+EPS = 1e-6  # added to the squared L2 norms of queries and keys
 GPU_DIMS = (16, 32, 64, 128)  # head dimensions that the kernels for GPUs can compute
 
 
@@ -58,7 +58,7 @@ def gated_delta_rule(
     uses key head h // (value heads / key heads). a, b: [tokens, value heads], not yet activated.
     log_decay_rate, step_bias: float32 [value heads]. state: float32 or bfloat16 [request rows,
     value heads, key_dim, value_dim]. rows, query_start_loc, seq_lens, row_bound: see
-    `short_convolution`.
+    `short_convolution.short_convolution`.
 
     A row without earlier tokens starts from zeros, whatever its state holds; a row without tokens
     does nothing. Mutates `state`. Returns [tokens, value heads, value_dim] in value's dtype,
@@ -78,7 +78,8 @@ def activated_gates(
 ) -> tuple[Tensor, Tensor]:
     """log_decay and beta, [tokens, value heads], in the dtype of `log_decay_rate` or a wider one.
 
-    The decay is an exponential of an exponential, which would multiply the rounding of 16 bits.
+    16 bits do not suffice: the decay is an exponential of an exponential, which would amplify the
+    rounding errors.
     """
     dtype = torch.promote_types(a.dtype, log_decay_rate.dtype)
     log_decay = -log_decay_rate.exp() * F.softplus(a.to(dtype) + step_bias)
@@ -147,13 +148,13 @@ def _chunk(
     before i. With S, the state before the chunk, and D, the decay since then, this is the system
     (I + L) u = beta (v - D k^T S), where L_ij = beta_i (D_i / D_j) k_i^T k_j for i > j.
     """
-    # [rows, heads, tokens], the log of the decay since the chunk began.
+    # [rows, heads, tokens]: log of the decay since the chunk began, the token's own included.
     total = log_decay.cumsum(-1)
     later = torch.ones(key.shape[-2:-1] * 2, dtype=torch.bool, device=key.device).triu(1)
     between = (total[..., :, None] - total[..., None, :]).masked_fill(later, float("-inf")).exp()
     since_start, until_end = total.exp()[..., None], (total[..., -1:] - total).exp()[..., None]
     beta = beta[..., None]
-    system = beta * between * (key @ key.mT)  # the diagonal is taken for ones
+    system = beta * between * (key @ key.mT)  # the solver replaces the diagonal by ones
     update = torch.linalg.solve_triangular(
         system, beta * (value - since_start * (key @ state)), upper=False, unitriangular=True
     )

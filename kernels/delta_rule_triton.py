@@ -1,8 +1,9 @@
-"""The gated delta rule in Triton: one step of the recurrence for rows with one token.
+"""The gated delta rule in Triton: the launcher, and the kernel for rows with one token.
 
-Such a step is memory-bound: a program reads and writes some columns of one head's state once and
-computes in float32. Rows with several tokens go to `chunked_delta_rule_triton`. Grids follow from
-shapes alone and the host reads nothing back, so a captured call serves every row.
+The kernel takes one step of the recurrence. A step is memory-bound: a program reads and writes some
+columns of one head's state once and computes in float32. `chunked_delta_rule_triton` computes rows
+with several tokens. Grids follow from shapes alone and the host reads nothing back, so a captured
+call serves rows of any length.
 """
 
 # Triton infers a kernel's types from each call, which mypy cannot follow.
@@ -31,16 +32,16 @@ from compiledllm.kernels.launch import launch_options
 
 @dataclass(frozen=True, slots=True)
 class StepTiling:
-    """columns: of the state, that is value dimensions, per program."""
+    """The program of `_step_kernel`. columns: columns of the state, which are value dimensions."""
 
     columns: int
     num_warps: int
 
 
 def step_tiling(value_dim: int, state_dtype: torch.dtype, num_programs: int) -> StepTiling:
-    """num_programs: rows times value heads.
+    """The fastest of 8 to 20 tilings on an H200 (32 value heads of 128; 1, 4, 8 and 64 rows).
 
-    The fastest of 8 to 20 tilings on an H200 (32 value heads of 128, 1, 4, 8 and 64 rows).
+    num_programs: rows times value heads.
     """
     if num_programs <= 128 and state_dtype.itemsize == 4:
         return StepTiling(min(16, value_dim), 1)
@@ -106,7 +107,7 @@ def delta_rule(
     chunk: ChunkTiling | None = None,
     scan: ScanTiling | None = None,
 ) -> Tensor:
-    """See `delta_rule.gated_delta_rule`. Tilings: None for those that are usually used."""
+    """See `delta_rule.gated_delta_rule`. step, chunk, scan: None chooses the usual tiling."""
     num_tokens, num_heads, value_dim = value.shape
     out = value.new_empty(value.shape)
     if not num_tokens:

@@ -1,7 +1,7 @@
 """RMSNorm of each head, times the SiLU of a gate: the end of a Gated DeltaNet layer.
 
-On a GPU one Triton kernel computes both, where the compiler would write the norm's statistics to
-memory in between; on other devices plain torch does.
+On a GPU one Triton kernel computes the norm and the gate. Inductor would use two kernels and write
+the norm's statistics to memory between them. On other devices plain torch computes both.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ def _gated_norm_fake(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Ten
 
 @define("gated_rms_norm", fake=_gated_norm_fake)
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight * (x / rms(x)) * silu(gate), in float32 from the weight on.
+    """weight * (x / rms(x)) * silu(gate), with rms over the last dimension.
 
-    x, gate: [tokens, heads, dim]; weight: [dim]. x / rms(x) and its product with the weight are
-    rounded to x's dtype, as in transformers. Returns [tokens, heads, dim] in x's dtype.
+    x, gate: [tokens, heads, dim]; weight: [dim] in x's dtype. Computed in float32, but x / rms(x)
+    and its product with the weight are rounded to x's dtype, as in transformers. Returns [tokens,
+    heads, dim] in x's dtype.
     """
     if x.is_cuda:
         from compiledllm.kernels.gated_norm_triton import gated_norm
