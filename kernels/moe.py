@@ -42,7 +42,10 @@ def route_in_torch(
 
 
 def _within_best_groups(ranked: Tensor, num_groups: int, top_groups: int) -> Tensor:
-    """-inf for the experts of all groups but the best: those with the largest sum of two ranks."""
+    """`ranked` [tokens, experts], but -inf for all experts outside the best `top_groups` groups.
+
+    The best groups have the largest sums of their two largest values.
+    """
     grouped = ranked.view(len(ranked), num_groups, -1)
     sums = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
     best = sums.sort(dim=-1, descending=True, stable=True).indices[:, :top_groups]
@@ -107,13 +110,16 @@ def moe_route(
 ) -> tuple[Tensor, Tensor]:
     """Choose the `top_k` experts with the largest scores, and their weights. Ties: lowest index.
 
-    logits: [tokens, experts]. scores: "softmax" or "sigmoid" of the logits, in float32, from which
-    the weights are taken; with `renormalize`, they are divided by their sum plus `eps`. Then
-    `scale` multiplies them. bias: float32 [experts], added to the scores for the choice only.
-    num_groups, top_groups: only experts of some of the equal groups of neighbours are chosen: of
-    those whose two largest scores, with their biases, have the largest sums. A token with a NaN
-    logit has a NaN weight. Returns ids int32 and weights float32, [tokens, top_k], by descending
-    choice.
+    logits: [tokens, experts]. scores: "softmax" or "sigmoid", the function that turns logits into
+    scores, in float32. bias: float32 [experts], added to the scores for the choice, but not for the
+    weights. num_groups, top_groups: the experts form `num_groups` groups of equally many
+    consecutive experts, and only experts of `top_groups` groups are chosen: of the groups whose two
+    largest scores, biases included, have the largest sums.
+
+    The weights are the scores of the chosen experts. With `renormalize`, the weights are divided by
+    their sum plus `eps`. Then the weights are multiplied by `scale`. A token with a NaN logit has a
+    NaN weight. Returns ids int32 and weights float32, both [tokens, top_k] in the order of the
+    choice, the best expert first.
     """
     options = bias, scores, num_groups, top_groups, eps, scale
     if logits.is_cuda:
@@ -124,7 +130,7 @@ def moe_route(
 
 
 def experts_fake(x: Tensor, expert_ids: Tensor, *_: object) -> Tensor:
-    """The fake (shape and dtype only) of ops that compute experts, in any weight format."""
+    """The fake (shape and dtype of the result) of ops that compute experts in any weight format."""
     return x.new_empty((*expert_ids.shape, x.shape[1]), dtype=torch.float32)
 
 
@@ -146,8 +152,9 @@ def moe_experts(
     gate_up: [experts, 2 * intermediate, hidden], gate first; down: [experts, hidden, intermediate].
     Biases: [experts, outputs]. limit: if not 0, the clamped form of gpt-oss: `gate(x)` is clamped
     to at most `limit` and `up(x)` to [-limit, limit], and the input of `down` is
-    gate * sigmoid(alpha * gate) * (up + 1). activation: "silu", or "gelu_tanh" in its place.
-    Returns float32 [tokens, top_k, hidden]; the compiler fuses the weighted sum with the next op.
+    gate * sigmoid(alpha * gate) * (up + 1). alpha is used only by this form. activation: "silu", or
+    "gelu_tanh", which replaces silu and ignores `limit`. Returns float32 [tokens, top_k, hidden];
+    the compiler fuses the weighted sum with the next op.
     """
     biases = gate_up_bias, down_bias
     arguments = x, expert_ids, gate_up, down, *biases, alpha, limit, activation

@@ -1,7 +1,7 @@
 """Mixture-of-experts routing in Triton: the choice of experts, and the items sorted by expert.
 
 An item is a pair of a token and one of its experts. The choice runs one program per token, the sort
-one program per expert. The host reads no results, so a captured call serves any routing.
+one program per expert. The host reads no results, so a captured call serves any choice of experts.
 """
 
 # Triton infers a kernel's types from each call, which mypy cannot follow.
@@ -17,7 +17,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from compiledllm.kernels.launch import launch_options
 
-_MAX_SORTED_BY_COUNTING = 16384  # items; each expert's program reads all items twice
+# Items. `_sort_kernel` reads all items twice per expert, so torch sorts more items than this.
+_MAX_SORTED_BY_COUNTING = 16384
 _MIN_BINS = 32  # tl.histogram needs at least as many bins as a warp has threads
 
 

@@ -43,12 +43,13 @@ class Tiling:
 
 
 def tiling_for(num_items: int, num_experts: int, dtype: torch.dtype) -> Tiling:
-    """Choose rows for twice an expert's average items: a second block reads the weights again.
+    """Choose rows for twice the average number of items per expert, or the next power of two.
 
-    With few items the matmuls are bound by reading weights: two programs per multiprocessor have up
-    to 96 KiB of loads in flight each. For 14 shapes on an H100 (1 to 64 tokens; 8, 32 and 128
-    experts) the tiling is the fastest or within 4 % of the fastest: 2.3 TB/s for 8 small experts,
-    2.9 to 3.1 TB/s for larger weights.
+    An expert with more items needs a second block, which reads the expert's weights again. With few
+    items the matmuls are bound by reading weights: each of two programs per multiprocessor has up
+    to 96 KiB of loads in flight. For 14 shapes on an H100 (1 to 64 tokens; 8, 32 and 128 experts)
+    the tiling is the fastest or within 4 % of the fastest: weights are read at 2.3 TB/s for 8 small
+    experts and at 2.9 to 3.1 TB/s for larger weights.
     """
     rows = triton.next_power_of_2(triton.cdiv(2 * num_items, num_experts))
     if dtype == torch.float32:
@@ -144,7 +145,11 @@ def _grouped_kernel(
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The order of a step's items, see `sort_items`. items: None if the items are not sorted."""
+    """Which items and which expert each block has, see `moe_routing_triton.sort_items`.
+
+    items: None if the items are not sorted. Then block i has item i only, and `block_experts`
+    contains the items' experts.
+    """
 
     block_experts: Tensor
     items: Tensor | None
@@ -173,7 +178,8 @@ def grouped_product(
     """Run one grouped matmul. Fills and returns `out`, [items, outputs].
 
     x: [tokens or items, inputs]. weight: [experts, outputs, inputs], or [experts, 2 * outputs,
-    inputs] if gated. bias: [experts, rows of weight].
+    inputs] if gated. bias: [experts, weight.shape[1]]. t.rows: the `rows` of the plan. is_gated,
+    alpha, limit, activation: apply the gate of `moe.moe_experts` to the product.
     """
     num_experts, num_rows, num_inputs = weight.shape
     num_items, num_outputs = out.shape
