@@ -1,8 +1,9 @@
 """Sums and gathers tensors over the ranks of a tensor-parallel model: ops opaque to the compiler.
 
 A process belongs to at most one group of ranks, from `join` to `leave`. On a CPU the group uses
-gloo. On GPUs it uses torch's operators on symmetric memory where they can be had, else NCCL; CUDA
-graphs record both. Every rank must call the same ops in the same order.
+gloo. On GPUs the group gathers with NCCL, and sums with torch's operators on symmetric memory where
+these are available and the tensor fits, otherwise with NCCL; CUDA graphs can capture both. Every
+rank must call the same ops in the same order.
 """
 
 from __future__ import annotations
@@ -19,17 +20,18 @@ from compiledllm.kernels.ops import define
 
 JOIN_TIMEOUT_S = 300.0  # for a rank to import torch and to connect
 TIMEOUT_S = 1800.0  # for the slowest rank to arrive at a collective, such as after compiling
-# Of symmetric memory, for the sums of a step of 2,048 tokens of width 4,096 in 16 bits.
+# Size of the symmetric memory: 2,048 tokens of width 4,096 in 16 bits.
 _MAX_SYMMETRIC_BYTES = 16 * 2**20
-# Up to this size every rank reads all parts of its peers, above it a share of each and then the
-# sums: on two H200s one step is faster at 8 rows of width 4,096, two steps from 32 rows on.
+# Up to this size a sum is one-shot: every rank reads the whole tensors of all ranks. A larger sum
+# is two-shot: every rank sums a share of the elements, then reads the shares of the other ranks. On
+# two H200s one-shot is faster at 8 rows of width 4,096, and two-shot from 32 rows on.
 _MAX_ONE_SHOT_BYTES = 128 * 2**10
-_ALIGNMENT = 16  # bytes of the loads of the operators on symmetric memory
+_ALIGNMENT = 16  # bytes per load of the operators on symmetric memory
 
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """buffer: symmetric memory, uint8; None: NCCL or gloo do all the work."""
+    """The group of this process. buffer: symmetric memory, uint8; None: sums need NCCL or gloo."""
 
     rank: int
     size: int
@@ -41,7 +43,11 @@ _group: _Group | None = None
 
 
 def make_store(size: int, host: str, port: int | None = None) -> Any:
-    """The store through which ranks find each other. port: None: rank 0 listens, at any `.port`."""
+    """The store through which `size` ranks find each other.
+
+    port: the port at which rank 0 listens; None: this process is rank 0 and listens at a free port,
+    which is the `port` of the returned store.
+    """
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     timeout = timedelta(seconds=JOIN_TIMEOUT_S)
@@ -52,9 +58,9 @@ def make_store(size: int, host: str, port: int | None = None) -> Any:
 
 
 def join(rank: int, size: int, store: Any, device: torch.device) -> str:
-    """Join the group of ranks. Returns what sums tensors, for reports.
+    """Join the group of ranks. Returns the name of the implementation of sums, for reports.
 
-    store: of `make_store`. Waits for the other ranks; raises RuntimeError if they do not come.
+    store: see `make_store`. Waits for the other ranks; raises RuntimeError if a rank does not join.
     """
     import torch.distributed as dist
 
@@ -85,7 +91,7 @@ def is_member() -> bool:
 def leave() -> None:
     """Leave the group, without waiting for ranks that may have ended.
 
-    Does nothing in a process that belongs to none.
+    Does nothing in a process that belongs to no group.
     """
     import torch.distributed as dist
 
@@ -99,9 +105,9 @@ def leave() -> None:
 
 
 def _symmetric_buffer(device: torch.device, group_name: str) -> tuple[Tensor | None, str]:
-    """Memory that the group's GPUs map into each other, or None; and what will sum tensors.
+    """Memory that the group's GPUs map into each other, or None; the name of what sums, see `join`.
 
-    All ranks must have the memory or none, so that they agree on how to sum.
+    If one rank cannot have the memory, no rank uses it, because all ranks must sum in the same way.
     """
     import torch.distributed as dist
 
@@ -125,7 +131,7 @@ def _all_reduce_fake(x: Tensor) -> Tensor:
 
 @define("all_reduce", fake=_all_reduce_fake)
 def all_reduce(x: Tensor) -> Tensor:
-    """The sum over the ranks, the same bits on every rank."""
+    """The sum of x over all ranks, a new tensor with the same bits on every rank."""
     import torch.distributed as dist
 
     assert _group is not None, "the process belongs to no group of ranks"
@@ -139,7 +145,10 @@ def all_reduce(x: Tensor) -> Tensor:
 
 
 def _sum_in_symmetric_memory(x: Tensor, part: Tensor, group: _Group) -> Tensor:
-    """The operators wait for all ranks before and after, so that the memory can be used again."""
+    """The sum of x over all ranks. part: the beginning of the symmetric memory, as large as x.
+
+    The operators wait for all ranks before and after the sum, so that the memory can be used again.
+    """
     ops: Any = torch.ops.symm_mem
     part = part.view(x.shape)
     part.copy_(x)
@@ -164,7 +173,7 @@ def all_gather(x: Tensor, size: int) -> Tensor:
 
 
 def broadcast(x: Tensor) -> None:
-    """Overwrite x with rank 0's."""
+    """Overwrite x with rank 0's x."""
     import torch.distributed as dist
 
     dist.broadcast(x, src=0)
