@@ -1,10 +1,11 @@
 """The artifact of a start: one file with what a start compiled, measured and chose.
 
-A file appears whole or not at all, under a name made of its key, so builders that work at the same
-time replace each other's equal file. The key is an allow-list of all that decides the content: with
-an equal key the content fits, on this machine or on another of the same kind. A file that cannot be
-used is named with the reason and made again. Loading an artifact runs its code, so a file that
-others may write is not read.
+Files are written atomically, under a name that is a hash of the artifact's key. Processes that
+build the same artifact at the same time therefore replace one complete file by another that is
+equally good. The key is an allow-list of the facts that decide the content. If the keys are equal,
+the content fits, on this machine or on another machine of the same kind. If a file cannot be used,
+a warning says why, and the start builds the artifact again. Loading an artifact runs its code, so a
+file that other users may write is not read.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from compiledllm.caches import why_not_trusted
 from compiledllm.graphs.saved_graph import Kernel, SavedGraph
 from compiledllm.log import log
 
-FORMAT = 1  # of files and keys; files of another format are not read
+FORMAT = 1  # version of the layout of files and keys; files of another format are not read
 SUFFIX = ".artifact"
 _MANIFEST = "manifest.json"
-_MAX_FILES = 64  # of a folder; the files that were used longest ago make room
-_ABANDONED_S = 3600.0  # an unfinished file of this age has no writer any more
+_MAX_FILES = 64  # per folder; beyond that, the least recently used files are removed
+_ABANDONED_S = 3600.0  # the writer of an unfinished file of this age has died
 
 
 class BadArtifact(Exception):
@@ -37,11 +38,12 @@ class BadArtifact(Exception):
 
 @dataclass(slots=True)
 class Artifact:
-    """What a start leaves for the next one.
+    """What a start leaves for later starts.
 
-    key: names of deciding facts -> their values. label: the model, for people. memory: measured
-    bytes by name. shapes: the step shapes that were captured. binaries: path -> machine code of
-    kernels outside of the graphs.
+    key: each fact that decides the content, name -> value. label: the model's name, for people.
+    graphs: the compiled blocks and edges. memory: measured bytes by name. shapes: the step shapes
+    that were captured, as in `buckets.StepShape`. binaries: path -> machine code of kernels that no
+    graph contains. created: seconds since the epoch.
     """
 
     key: dict[str, str]
@@ -62,7 +64,7 @@ def file_name(key: Mapping[str, str]) -> str:
 
 
 def write(artifact: Artifact, folder: Path) -> Path:
-    """Write an artifact into a folder, and remove surplus files there. Raises OSError."""
+    """Write an artifact into a folder, and remove the folder's oldest files. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     target = folder / file_name(artifact.key)
     unfinished = folder / f".{os.getpid()}.{os.urandom(4).hex()}{SUFFIX}"
@@ -106,7 +108,7 @@ def _write_zip(artifact: Artifact, writer: Any) -> None:
 
 
 def _remove_surplus(folder: Path) -> None:
-    """Remove files that were used longest ago, and those that a killed process left unfinished."""
+    """Remove the least recently used files, and files that a killed process left unfinished."""
     with contextlib.suppress(OSError):
         found = [(path.stat().st_mtime, path) for path in folder.glob(f"*{SUFFIX}")]
         finished = sorted(pair for pair in found if not pair[1].name.startswith("."))
@@ -139,7 +141,8 @@ def read(path: Path, any_owner: bool = False) -> Artifact:
             }
             graphs.append(SavedGraph(**saved, kernels=kernels))
     prefix = "binaries/"
-    with contextlib.suppress(OSError):  # a folder of somebody else, or read-only
+    # The time of modification is the time of the last use. The folder may be read-only.
+    with contextlib.suppress(OSError):
         os.utime(path)
     return Artifact(
         manifest["key"],
@@ -153,7 +156,7 @@ def read(path: Path, any_owner: bool = False) -> Artifact:
 
 
 def read_manifest(path: Path, any_owner: bool = False) -> dict[str, Any]:
-    """The manifest alone. Raises BadArtifact, or FileNotFoundError."""
+    """Read the manifest without the rest. Raises BadArtifact, or FileNotFoundError."""
     with _opened(path, any_owner) as file:
         return _manifest(file)
 
@@ -188,14 +191,14 @@ def _digest(content: bytes) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """A folder of artifacts. is_named: the user has named the folder, so owners do not matter."""
+    """A folder of artifacts. is_named: the user has named it, so files may have any owner."""
 
     path: Path
     is_named: bool = False
 
 
 def find(key: Mapping[str, str], label: str, folders: Sequence[Folder]) -> Artifact | str:
-    """The artifact of this key in the first folder that has a usable one, or why there is none."""
+    """The artifact of this key from the first folder with a usable file, or why there is none."""
     name = file_name(key)
     for folder in folders:
         try:
@@ -208,7 +211,7 @@ def find(key: Mapping[str, str], label: str, folders: Sequence[Folder]) -> Artif
 
 
 def explain(key: Mapping[str, str], label: str, folders: Sequence[Folder]) -> str:
-    """One line that says whether a start finds its artifact, or what differs in the nearest one."""
+    """One line: which file fits the key, or how the most similar one of this label differs."""
     nearest: tuple[int, str] | None = None
     for path, manifest in listed(folders):
         if not isinstance(manifest, dict) or manifest["label"] != label:
@@ -221,13 +224,13 @@ def explain(key: Mapping[str, str], label: str, folders: Sequence[Folder]) -> st
 
 
 def differences(key: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
-    """The fields in which a kept key differs from the one that is needed."""
+    """Each fact in which the key of a file, `other`, differs from the needed `key`, as text."""
     names = [name for name in {**key, **other} if key.get(name) != other.get(name)]
     return [f"{name} is {key.get(name)}, not {other.get(name)}" for name in names]
 
 
 def listed(folders: Sequence[Folder]) -> Iterator[tuple[Path, dict[str, Any] | str]]:
-    """All artifacts: the path, and the manifest or the reason why the file cannot be used."""
+    """All files: the path, and the manifest or the reason why the file cannot be used."""
     for folder in folders:
         with contextlib.suppress(OSError):
             for path in sorted(folder.path.glob(f"[!.]*{SUFFIX}")):

@@ -1,10 +1,10 @@
 """Compiles the decoder block, once per distinct layer spec, and the decoder's edges.
 
-Layers with equal specs share a compiled block. The edges are the functions that run before the
-first block and behind the last block. Blocks and edges are compiled in variants: one token (a
-static shape, for single-row decode) and ranges of token counts. A compilation after warm-up is a
-recompile, which must never happen: recompiles are counted, and tests require zero. The module knows
-a decoder with blocks, a `block_forward` and edges, but no model by name.
+Layers with equal specs share a compiled block. The edges are the decoder's functions that run
+before the first block and after the last block. Blocks and edges are compiled in variants: one
+token (a static shape, for single-row decode) and ranges of token counts. A compilation after
+warm-up is a recompile, which must never happen: recompiles are counted, and tests require zero. The
+module knows a decoder with blocks, a `block_forward` and edges, but no model by name.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ class BlockCompiler:
     """Replaces a decoder's `block_forward` and edges by compiled functions.
 
     run_dummy: runs a step with the given number of padding tokens. variants: in ascending order,
-    the first for one token, the last without an upper bound of its own. `compile` waits for the
-    compiler. After `compile_in_background` or `compile_after`, the decoder runs eagerly until
-    compilation is done.
+    from one token up to the largest step (`variants_for`). `compile` waits for the compiler. After
+    `compile_in_background` or `compile_after`, the decoder runs eagerly until compilation is done.
+    `restore` uses functions that an earlier engine has compiled and saved.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class BlockCompiler:
         self._decoder = decoder
         self._variants = variants
         self._run_dummy = run_dummy
-        # Inductor's own launcher keeps no machine code that could be saved.
+        # Inductor's static launcher would keep no machine code that could be saved.
         self._inductor_options = {
             "triton.enable_pdl": can_overlap_kernels(),
             "use_static_cuda_launcher": False,
@@ -102,7 +102,7 @@ class BlockCompiler:
         return self.num_compiles - self._warmed_up_at if self._warmed_up_at is not None else 0
 
     def compile(self) -> bool:
-        """Compile and switch over. Returns False after a failure; the decoder then stays eager."""
+        """Compile and switch over. Returns False if that failed; the decoder then stays eager."""
         if not self.is_ready:
             self._compile_examples(self._record_examples())
             self._switch_over()
@@ -159,7 +159,7 @@ class BlockCompiler:
             self._when_ready()
 
     def call_when_ready(self, function: Callable[[], None]) -> None:
-        """Call a function once the decoder runs compiled: now, or after a later compilation."""
+        """Call a function once the decoder runs compiled code: now, or when compilation ends."""
         if self.is_ready:
             function()
         else:
@@ -171,7 +171,10 @@ class BlockCompiler:
             setattr(self._decoder, name, forward)
 
     def _record_examples(self) -> list[Example]:
-        """Record the first call of each distinct block and edge per variant, largest first."""
+        """Record, per variant, the first call of each distinct block and of each edge.
+
+        The largest variant comes first.
+        """
         examples: list[Example] = []
         edge_variant = edge_variants(self._variants)
         for variant in reversed(self._variants):
@@ -197,9 +200,9 @@ class BlockCompiler:
         return record
 
     def restore(self, saved: Sequence[SavedGraph]) -> None:
-        """Switch over to functions that another engine has compiled.
+        """Switch over to functions that another engine has compiled, usually in another process.
 
-        Raises an exception of any kind if they cannot be loaded or do not cover the decoder.
+        Raises an exception of any kind if a function cannot be loaded or is missing.
         """
         started = time.perf_counter()
         modules: Iterable[Any] = cast("nn.Module", self._decoder).modules()
@@ -255,10 +258,10 @@ class BlockCompiler:
             return forward
 
     def _save(self, example: Example, recording: Recording, result: Any) -> Forward:
-        """Keep the compiled function as data. Returns the function that the data gives.
+        """Append the compiled function to `self.saved`. Returns the function restored from there.
 
-        From then on the engine runs the same function as an engine that finds the data. Raises an
-        exception if the function gives another result.
+        This engine then runs the same function as a later engine that restores the saved one.
+        Raises an exception if the restored function gives another result than the compiled one.
         """
         code = self.eager[example.name].__code__
         parameters = list(code.co_varnames[: code.co_argcount])
@@ -274,7 +277,10 @@ class BlockCompiler:
 
 
 def _by_size(name: str, compiled: dict[tuple[str, Any], list[tuple[float, Forward]]]) -> Forward:
-    """A function that calls the variant for the module's spec and the number of tokens."""
+    """A function that calls the variant for the module's spec and the number of tokens.
+
+    compiled: (name, spec) -> (maximum number of tokens, function), in ascending order.
+    """
     is_block = name == BLOCK
 
     def run(module: Any, first: Tensor, *args: Any) -> Any:
@@ -302,8 +308,8 @@ def _own_copy(forward: Forward) -> Forward:
 def _cached_for(variant: Variant) -> AbstractContextManager[None]:
     """A context in which the key of the compiler's disk cache contains the variant's token range.
 
-    The default key contains no ranges: the compiler would find a compilation for fewer tokens and
-    then reject it.
+    The default key contains no ranges: the compiler would find the cached code of another range and
+    then reject that code.
     """
     tag = f"{variant.min_tokens} to {variant.max_tokens} tokens"
     config: Any = torch.compiler.config

@@ -1,4 +1,4 @@
-"""Recorded calls from which blocks and edges are compiled, and saved functions are checked."""
+"""Recorded calls: blocks and edges are compiled from them and saved functions checked with them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ class Example:
     """A recorded call, from which one variant of a block or an edge is compiled.
 
     name: the decoder's attribute that was called. spec: the spec of the block, None for an edge.
+    module: the block, or the decoder for an edge. args: the further arguments of the call; for a
+    block, the last two are the cache and the metadata.
     """
 
     name: str
@@ -28,14 +30,16 @@ class Example:
 
 
 BLOCK = "block_forward"
-_BLOCKS_DIM = 1  # of a KV cache
+_BLOCKS_DIM = 1  # the dimension of a KV cache that counts blocks
 
 
 def mark_dynamic_sizes(example: Example) -> None:
-    """Mark the first dimension of all tensors but the cache as dynamic, and the cache's blocks.
+    """Tell Dynamo which sizes differ between calls of a variant: tokens, rows, bounds and blocks.
 
-    With a single token, tokens and rows are static. The bound of tokens per row is not, since the
-    token may be a prompt's. The number of blocks follows from free memory and options.
+    Numbers of tokens and rows are first dimensions. They are static in the variant for one token.
+    The bound of tokens per row is dynamic there, too, since the token may be the end of a prompt.
+    The number of blocks in a KV cache follows from free memory and options, so code that is saved
+    must run with any number.
     """
     variant, tensors = example.variant, list(example.args)
     if example.name == BLOCK:
@@ -56,7 +60,7 @@ def mark_dynamic_sizes(example: Example) -> None:
 
 
 def defined(example: Example, result: Any) -> list[Tensor]:
-    """The tensors of a result, without tokens outside of all rows, whose values are undefined."""
+    """The tensors of a result, without tokens outside every row, whose values are undefined."""
     if result is None:
         return []
     if isinstance(result, Tensor):
@@ -68,10 +72,11 @@ def defined(example: Example, result: Any) -> list[Tensor]:
 
 
 def are_equal(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors are equal but for rounding, NaN included.
+    """Whether two tensors are equal up to rounding errors, where NaN equals NaN.
 
-    Libraries' sums differ in their order with the values of tokens outside of all rows, by which a
-    mixture of experts groups the other tokens.
+    Two correct results may differ in rounding: tokens outside every row have undefined values, so a
+    mixture of experts may route these tokens to any expert. They change how many tokens an expert
+    computes together, and with that the order in which a library's matmul sums.
     """
     try:
         torch.testing.assert_close(first, second, equal_nan=True)
