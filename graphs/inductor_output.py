@@ -1,12 +1,13 @@
-"""Makes a `SavedGraph` of what Inductor has compiled in this process.
+"""Turns a function that Inductor has compiled in this process into a `SavedGraph`.
 
     recording = Recording()
-    compiled = recording.compile(graph, inputs, options)   # in the place of compile_fx
-    result = function_around(compiled)(*arguments)          # the first call, from Dynamo's code
+    compiled = recording.compile(graph, inputs, options)   # in Dynamo's backend, for compile_fx
+    result = function(*arguments)                           # Dynamo's function, calls `compiled`
     saved = recording.saved(name, spec, max_tokens, parameters, result)
 
-Only this module knows how Inductor's modules, CPU kernels and autotuners look inside. Whatever it
-does not know makes the graph impossible to save (`CannotSave`), never wrong: the caller compares.
+Only this module knows the internals of Inductor's modules, CPU kernels and autotuners. It raises
+`CannotSave` for anything that it does not know. Callers must compare the results of the saved
+function with `result`, so that no wrong function is saved.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from torch import Tensor
 
 from compiledllm.graphs.saved_graph import Kernel, SavedGraph
 
-# What a generated module may import. Compilers' modules are dropped, and `restore` stands in.
+# What a generated module may import. Imports of compilers are dropped: `saved_graph.restore`
+# defines the names that the module needs from them.
 _KEPT_MODULES = ("ctypes", "torch", "math", "random", "os", "tempfile", "cmath")
 _DROPPED_MODULES = ("torch._inductor", "triton")
 _DROPPED_FUNCTIONS = ("benchmark_compiled_module", "get_args")
@@ -34,7 +36,7 @@ class CannotSave(Exception):
 
 
 class Recording:
-    """One compilation, as seen by the compiler's backend."""
+    """Records one compilation: the sources of its inputs, Inductor's result and its outputs."""
 
     def __init__(self) -> None:
         self._sources: list[str | None] = []
@@ -44,7 +46,7 @@ class Recording:
     def compile(
         self, graph: torch.fx.GraphModule, inputs: list[Tensor], options: dict[str, Any]
     ) -> Callable[..., Any]:
-        """Compile with Inductor. The returned function notes its outputs."""
+        """Compile with Inductor. The returned function records its outputs for `saved`."""
         import torch._functorch.config
         from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
@@ -66,7 +68,11 @@ class Recording:
     def saved(
         self, name: str, spec: str, max_tokens: int, parameters: list[str], result: Any
     ) -> SavedGraph:
-        """The compiled function as data. result: of the first call. Raises CannotSave."""
+        """The compiled function as data. Raises CannotSave.
+
+        name, spec, max_tokens, parameters: see `SavedGraph`. result: what Dynamo's function
+        returned when it last called the compiled function.
+        """
         code, outputs = self._code, self._outputs
         self._outputs = ()  # the tensors need not live on
         if code is None:
@@ -93,7 +99,7 @@ class Recording:
 
 
 def _source(placeholder: Any) -> str | None:
-    """Where Dynamo finds the value of an input, as a Python expression in the arguments."""
+    """The expression by which Dynamo reads an input from the arguments; None if it does not."""
     argument: Any = placeholder.meta.get("grapharg")
     source: Any = getattr(argument, "source", getattr(placeholder, "_dynamo_source", None))
     name: Any = getattr(source, "name", None)
@@ -102,7 +108,10 @@ def _source(placeholder: Any) -> str | None:
 
 
 def _expression(result: Any, places: dict[int, int]) -> str:
-    """A Python expression that makes the result's structure of the graph's outputs."""
+    """A Python expression that builds the result from `out`, the outputs of the graph.
+
+    places: id of an output -> its index.
+    """
     if isinstance(result, tuple | list):
         parts = ", ".join(_expression(part, places) for part in result)
         return f"[{parts}]" if isinstance(result, list) else f"({parts}{',' * (len(result) == 1)})"
@@ -127,7 +136,7 @@ def _module_scope(code: Any) -> dict[str, Any]:
 
 
 def _without_compilers(source: str) -> tuple[str, list[str]]:
-    """The module without imports of compilers and compilations; names of the compiled kernels."""
+    """The module's source without compilers and compilations; names of the compiled kernels."""
     tree = ast.parse(source)
     kept, kernels = [], []
     for node in tree.body:

@@ -1,9 +1,10 @@
-"""Compiled functions as data, which run again without the compiler.
+"""Compiled functions as data, which another process can run without the compiler.
 
 Inductor's result is a Python module that allocates buffers and calls kernels. A `SavedGraph` holds
-this module without the parts that compile, the kernels' machine code, and how a block's arguments
-become the module's inputs and its outputs the block's. `restore` makes a function of these. The
-function has no guards: whoever restores a graph must know that it fits.
+this module without the parts that compile, the kernels' machine code, and expressions that compute
+the module's inputs from the function's arguments and the function's result from the module's
+outputs. `restore` makes a function of these parts. The function has no guards: its callers must
+know that the graph fits the arguments.
 """
 
 from __future__ import annotations
@@ -27,7 +28,11 @@ ALIGNMENT = 16  # bytes; compiled kernels rely on this alignment of their inputs
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """A kernel's machine code. launch: of a Triton kernel; None: an extension module of Python."""
+    """A kernel's machine code.
+
+    launch: the keyword arguments of `TritonBinary` for a Triton kernel. None: `code` is a Python
+    extension module, which contains a kernel for CPUs.
+    """
 
     code: bytes
     launch: dict[str, Any] | None = None
@@ -37,10 +42,12 @@ class Kernel:
 class SavedGraph:
     """A compiled function of a block or of an edge, for steps of at most `max_tokens` tokens.
 
-    name: the decoder's attribute. spec: the block's spec as text, "" for an edge. parameters: the
-    function's. inputs: Python expressions in the parameters. output: a Python expression in `out`,
-    the tuple of the module's outputs. checked: inputs that must be aligned. mutated: inputs that
-    the module writes. module: Python code that defines `call(inputs)`.
+    name: the decoder's attribute that the function replaces. spec: the block's spec as text, "" for
+    an edge. parameters: names of the function's parameters. inputs: a Python expression in the
+    parameters for each input of the module. output: a Python expression in `out`, the tuple of the
+    module's outputs. checked: indices of inputs that must be aligned. mutated: indices of inputs
+    that the module writes. module: Python code that defines `call(inputs)`. kernels: by the name
+    under which the module calls them.
     """
 
     name: str
@@ -57,6 +64,7 @@ class SavedGraph:
 
 def restore(graph: SavedGraph) -> Callable[..., Any]:
     """The compiled function. Raises an exception of any kind if this machine cannot run it."""
+    # Names that the module would import from Inductor.
     scope: dict[str, Any] = {
         "extern_kernels": _Library,
         "run_intermediate_hooks": lambda *_: None,
@@ -69,7 +77,7 @@ def restore(graph: SavedGraph) -> Callable[..., Any]:
 
 
 def _adapt(graph: SavedGraph, call: Callable[[list[Any]], Any]) -> Callable[..., Any]:
-    """The function with a block's parameters around the module's function."""
+    """A function with the graph's parameters that calls the module's function, `call`."""
     inputs = ", ".join(graph.inputs)
     if graph.checked:
         call = _aligning(call, graph.checked, graph.mutated)
@@ -87,7 +95,10 @@ def _adapt(graph: SavedGraph, call: Callable[[list[Any]], Any]) -> Callable[...,
 def _aligning(
     call: Callable[[list[Any]], Any], checked: list[int], mutated: list[int]
 ) -> Callable[[list[Any]], Any]:
-    """Call with copies in place of inputs at odd addresses, as the compiler's own function does."""
+    """Call with aligned copies of misaligned inputs, as Inductor's own function does.
+
+    Copies of mutated inputs are copied back after the call.
+    """
 
     def run(inputs: list[Any]) -> Any:
         written: list[tuple[Tensor, Tensor]] = []
@@ -117,7 +128,7 @@ class _Library:
 
     @staticmethod
     def bias_addmm(bias: Tensor, a: Tensor, b: Tensor, **options: Any) -> Tensor:
-        """addmm whose bias is a row in all rows; cuBLAS has a faster kernel for the row itself."""
+        """addmm with a bias whose rows may all be the same; cuBLAS is faster for one row alone."""
         is_row = bias.size(0) == 1 or (bias.size(0) > 1 and bias.stride(0) == 0)
         return torch.addmm(bias[0] if is_row else bias, a, b, **options)
 
@@ -131,7 +142,7 @@ def _kernel(kernel: Kernel) -> Any:
 def _extension(code: bytes) -> Any:
     """Load an extension module that Inductor compiled, from memory.
 
-    The module asks the environment for the address of a function of torch.
+    The module reads the address of a function of torch from an environment variable.
     """
     guards: Any = torch._C._dynamo.guards
     address = guards._torchinductor_pyobject_tensor_data_ptr
