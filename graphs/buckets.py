@@ -1,4 +1,4 @@
-"""Chooses the step sizes to capture: pure functions of the largest batch and step."""
+"""Chooses the step sizes to capture: pure functions of the maximum numbers of rows and tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _STEPS = ((8, 1), (16, 2), (32, 4), (128, 8), (256, 16), (384, 64), (432, 48), (
 
 
 def ladder(max_size: int) -> list[int]:
-    """Ascending bucket sizes; the last is `max_size` itself (past 512 they are 128 apart)."""
+    """Ascending bucket sizes, 128 apart beyond 512. The last size is `max_size` itself."""
     if max_size < 1:
         raise ValueError(f"the largest bucket must be at least 1, got {max_size}")
     sizes: list[int] = []
@@ -25,9 +25,9 @@ def ladder(max_size: int) -> list[int]:
 
 
 class StepShape(NamedTuple):
-    """Size of a step.
+    """Size and kind of a step.
 
-    max_row_tokens: 1 in a decode step, where every row has one token, the one that was drawn last.
+    max_row_tokens: 1 in a decode step, where every row has one token, the row's last drawn token.
     0: rows have any number of tokens.
     """
 
@@ -37,7 +37,7 @@ class StepShape(NamedTuple):
 
     @property
     def is_decode(self) -> bool:
-        """Whether the request rows hold all that the step needs: their lengths and last tokens."""
+        """Whether the step reads all its tokens and lengths from the request rows on the device."""
         return self.max_row_tokens > 0
 
 
@@ -74,7 +74,7 @@ def step_shapes(max_rows: int, max_tokens: int) -> list[StepShape]:
 
 
 def is_needed_first(shape: StepShape) -> bool:
-    """Whether a start captures this shape at once: small batches, and prompts that come alone."""
+    """Whether to capture this shape before the first request: small batches and short prompts."""
     return shape.num_rows <= _FIRST_ROWS and shape.num_tokens <= _FIRST_TOKENS
 
 

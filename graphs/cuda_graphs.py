@@ -1,8 +1,8 @@
 """Captures whole steps as CUDA graphs, one per step shape, and replays them.
 
-All shapes are captured at the start, or first those that a start needs and the rest while the
-engine is idle or once a step asks for them. The module knows a step function, shapes and a static
-input buffer, but no model and no requests.
+Either all shapes are captured at the start, or the start captures the shapes that it needs, and the
+other shapes are captured while the engine is idle or when a step could use them. The module knows a
+step function, shapes and a static input buffer, but no model and no requests.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ Step = Callable[[StepShape, Tensor], Tensor]
 class StepGraphs:
     """Captures `step` for a set of shapes and replays it.
 
-    inputs: for each shape, the inputs of a step of padding, of the size that `replay` will be
-    given.
+    inputs: for each shape, the inputs of a step that consists of padding. `replay` must be given
+    inputs of the same size.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class StepGraphs:
         self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool: Any = None
         self._waiting: set[StepShape] = set()  # shapes to capture later
-        self._wanted: StepShape | None = None  # one of them, for which a step has asked
+        self._wanted: StepShape | None = None  # the waiting shape that a step could have used
         self._bucket_for = functools.lru_cache(_MAX_REMEMBERED_SIZES)(self._find_bucket)
         self.capture_s = 0.0
 
@@ -65,9 +65,10 @@ class StepGraphs:
     def capture(self, first: Callable[[StepShape], bool] | None = None) -> None:
         """Capture shapes, the largest first, in one shared memory pool.
 
-        first: the largest shape and those for which this is true are captured now; None: all. If
-        memory runs out, the capture is tried again with shapes of at most half the largest number
-        of tokens. Larger steps then run without a graph, and a warning is logged.
+        first: whether to capture a shape now; None: capture all shapes now. The largest shape is
+        always captured now. If memory runs out, the capture is tried again with shapes of at most
+        half the largest number of tokens. Larger steps then run without a graph, and a warning is
+        logged.
         """
         started = time.perf_counter()
         shapes = sorted(self._padding)
@@ -89,7 +90,7 @@ class StepGraphs:
             self._capture_later(shape)
 
     def capture_next(self) -> bool:
-        """Capture the smallest shape that waits. False if none does."""
+        """Capture the smallest waiting shape, if any. Returns whether more shapes are waiting."""
         if self._waiting:
             self._capture_later(min(self._waiting))
         return bool(self._waiting)
@@ -133,9 +134,10 @@ class StepGraphs:
         self._graphs[shape] = graph, drawn
 
     def shape_for(self, shape: StepShape) -> StepShape | None:
-        """The captured shape in whose graph a step of this size runs, or None.
+        """The captured shape whose graph runs a step of this size; None: run the step uncaptured.
 
-        A step whose shape is yet to be captured runs uncaptured, and not in a larger graph.
+        If the smallest fitting shape is still waiting, the result is None instead of a larger
+        captured shape, and `capture_wanted` will capture the waiting shape.
         """
         bucket = self._bucket_for(shape)
         if bucket is None or bucket in self._graphs:
