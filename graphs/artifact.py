@@ -1,4 +1,4 @@
-"""The artifact of a start: one file with what a start compiled, measured and chose.
+"""The artifact of a start: one file with the code, measurements and step shapes of the start.
 
 Files are written atomically, under a name that is a hash of the artifact's key. Processes that
 build the same artifact at the same time therefore replace one complete file by another that is
@@ -38,7 +38,7 @@ class BadArtifact(Exception):
 
 @dataclass(slots=True)
 class Artifact:
-    """What a start leaves for later starts.
+    """The results of a start that later starts can use again.
 
     key: each fact that decides the content, name -> value. label: the model's name, for people.
     graphs: the compiled blocks and edges. memory: measured bytes by name. shapes: the step shapes
@@ -64,7 +64,7 @@ def file_name(key: Mapping[str, str]) -> str:
 
 
 def write(artifact: Artifact, folder: Path) -> Path:
-    """Write an artifact into a folder, and remove the folder's oldest files. Raises OSError."""
+    """Write an artifact into a folder, and remove surplus old files. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     target = folder / file_name(artifact.key)
     unfinished = folder / f".{os.getpid()}.{os.urandom(4).hex()}{SUFFIX}"

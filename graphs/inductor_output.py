@@ -70,8 +70,8 @@ class Recording:
     ) -> SavedGraph:
         """The compiled function as data. Raises CannotSave.
 
-        name, spec, max_tokens, parameters: see `SavedGraph`. result: what Dynamo's function
-        returned when it last called the compiled function.
+        name, spec, max_tokens, parameters: see `SavedGraph`. result: the value that Dynamo's
+        function returned in the last call.
         """
         code, outputs = self._code, self._outputs
         self._outputs = ()  # the tensors need not live on
@@ -99,7 +99,7 @@ class Recording:
 
 
 def _source(placeholder: Any) -> str | None:
-    """The expression by which Dynamo reads an input from the arguments; None if it does not."""
+    """A Python expression in the arguments for an input; None if it is not part of them."""
     argument: Any = placeholder.meta.get("grapharg")
     source: Any = getattr(argument, "source", getattr(placeholder, "_dynamo_source", None))
     name: Any = getattr(source, "name", None)

@@ -105,7 +105,7 @@ def leave() -> None:
 
 
 def _symmetric_buffer(device: torch.device, group_name: str) -> tuple[Tensor | None, str]:
-    """Memory that the group's GPUs map into each other, or None; the name of what sums, see `join`.
+    """Memory that the group's GPUs map into each other, or None; and the name that `join` returns.
 
     If one rank cannot have the memory, no rank uses it, because all ranks must sum in the same way.
     """

@@ -12,7 +12,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from compiledllm.kernels.launch import launch_options
 
-_ELEMENTS = 1024  # about so many elements per program, which computes whole heads
+_ELEMENTS = 1024  # elements per program, rounded to whole heads
 
 
 @triton.jit(do_not_specialize=["num_heads"])

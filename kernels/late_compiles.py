@@ -1,7 +1,7 @@
-"""Detects late compilations: those after the start of an engine, which would delay requests.
+"""Detects late compilations: compilations after the start of an engine, which delay requests.
 
 Every kernel is compiled during the start, so a late compilation is a bug of ours. Late compilations
-are logged, and those of kernels are counted. With COMPILEDLLM_LATE_COMPILE=error, as in tests, a
+are logged, and late kernels are counted. With COMPILEDLLM_LATE_COMPILE=error, as in tests, a
 late compilation raises `LateCompile`.
 """
 

@@ -5,8 +5,8 @@ has a second layout, which is faster but needs CUDA kernels.
 
     w[n, k] = (code[n, k] - zero) * scale + minimum
 
-zero, scale and minimum are those of the group: index [n // rows, k // group], where `rows` is 1 or
-128.
+zero, scale and minimum belong to the weight's group and have the index [n // rows, k // group],
+where `rows` is 1 or 128.
 
 codes: fp8, int8: [N outputs, K inputs]. int4, fp4: int32 [N, K / 8] with eight codes per word,
 where K is the number of inputs padded to a multiple of 128; padding codes and their scales are 0.

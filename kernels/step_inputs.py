@@ -81,7 +81,7 @@ def mixed_inputs(
     block_tables: Sequence[Tensor],
     block_sizes: Sequence[int],
 ) -> MixedInputs:
-    """Gather the inputs of a ragged step: the tokens of all rows lie row after row.
+    """Gather the inputs of a ragged step, in which the tokens of each row are contiguous.
 
     tokens: int64 [3, tokens]: request row, position and token id; a negative id stands for the
     row's last drawn token. rows: int64 [3, rows]: request row, context length including the step's
@@ -156,7 +156,7 @@ def advance(
 
 
 def one_token_each(rows: Tensor) -> Tensor:
-    """The `query_start_loc` of rows with one token each and the empty row behind them."""
+    """The `query_start_loc` of rows with one token each, followed by the empty row."""
     starts = torch.arange(len(rows) + 1, dtype=torch.int32, device=rows.device)
     return torch.cat((starts, starts[-1:]))
 
