@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from compiledllm.choices import Choice, Report
-from compiledllm.config import ConfigError, EngineConfig
+from compiledllm.config import AUTO, ConfigError, EngineConfig
 
 _LARGE_GPU = 64 * 2**30  # bytes; GPUs with this much memory get larger steps and more requests
 _MAX_CAPTURED = 512  # requests; larger decode steps take longer than the host's launches
@@ -60,9 +60,14 @@ class ResolvedConfig:
             "max_model_len": self.limits.max_model_len,
         }
         names = "mixed_prompt_tokens compile_when async_scheduling max_cudagraph_capture_size"
+        model = self.requested.model
+        executor = model.distributed_executor_backend
+        if executor == AUTO:
+            executor = "mp" if model.tensor_parallel_size > 1 else "uni"
         return (
             self.requested.options()
             | limits
+            | {"distributed_executor_backend": executor}
             | {name: getattr(self, name) for name in names.split()}
         )
 

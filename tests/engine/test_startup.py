@@ -38,7 +38,6 @@ MAY_BE_OPEN = {
     "generation_config",
 }
 MAY_BE_OPEN |= {"quantization"}  # None: as the checkpoint is
-MAY_BE_OPEN |= {"distributed_executor_backend"}  # "auto": processes, if there are several ranks
 
 
 def without_weights(checkpoint: Path, folder: Path) -> Path:

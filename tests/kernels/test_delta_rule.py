@@ -112,5 +112,6 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
 
 def test_the_op_declares_what_it_does() -> None:
     case = DeltaInputs(STEPS["short"], (1, 2), (16, 16), device="cpu")
-    arguments = (*(x.contiguous() for x in case.tokens), case.state.nan_to_num(), *case.rows)
+    tokens = [x.contiguous() for x in case.tokens]
+    arguments = *tokens, *case.of_heads, case.state.nan_to_num(), *case.rows
     torch.library.opcheck(torch.ops.compiledllm.gated_delta_rule.default, arguments)
