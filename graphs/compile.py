@@ -61,7 +61,8 @@ class BlockCompiler:
     run_dummy: runs a step with the given number of padding tokens. variants: in ascending order,
     from one token up to the largest step (`variants_for`). `compile` waits for the compiler. After
     `compile_in_background` or `compile_after`, the decoder runs eagerly until compilation is done.
-    `restore` uses functions that an earlier engine has compiled and saved.
+    `restore` uses functions that an earlier engine has compiled and saved. saves: an attribute,
+    whether functions are saved for later engines.
     """
 
     def __init__(
@@ -73,11 +74,8 @@ class BlockCompiler:
         self._decoder = decoder
         self._variants = variants
         self._run_dummy = run_dummy
-        # Inductor's static launcher would keep no machine code that could be saved.
-        self._inductor_options = {
-            "triton.enable_pdl": can_overlap_kernels(),
-            "use_static_cuda_launcher": False,
-        }
+        self._inductor_options = {"triton.enable_pdl": can_overlap_kernels()}
+        self.saves = True
         names: tuple[str, ...] = (BLOCK, *decoder.edges)
         self.eager: dict[str, Forward] = {name: getattr(decoder, name) for name in names}
         self._warmed_up_at: int | None = None
@@ -235,13 +233,19 @@ class BlockCompiler:
         self.compiled = {name: _by_size(name, compiled) for name in self.eager}
 
     def _compile_example(self, example: Example) -> Forward:
+        from torch._inductor.compile_fx import compile_fx
+
         recording = Recording()
 
         def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
             self.num_compiles += 1
             if self.is_ready:
                 late_compiles.report(f"the decoder's {example.name}")
-            return recording.compile(graph, inputs, self._inductor_options)
+            if not self.saves:
+                return compile_fx(graph, inputs, config_patches=self._inductor_options)
+            # Inductor's static launcher would keep no machine code that could be saved.
+            options = self._inductor_options | {"use_static_cuda_launcher": False}
+            return recording.compile(graph, inputs, options)
 
         function = _own_copy(self.eager[example.name])
         # Only the dimensions marked below are dynamic, not dimensions that differed between earlier
@@ -250,6 +254,8 @@ class BlockCompiler:
         mark_dynamic_sizes(example)
         with _cached_for(example.variant):
             result = forward(example.module, *example.args)
+        if not self.saves:
+            return forward
         try:
             return self._save(example, recording, result)
         except Exception as error:  # the compiled function itself still runs

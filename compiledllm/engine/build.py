@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ from compiledllm.graphs.artifact import explain, file_name, listed
 from compiledllm.log import show_logs
 from compiledllm.runner.artifact_key import key_of
 from compiledllm.runner.start_cache import (
+    GPU_CACHE,
     artifacts_dir,
     folders_of,
     label_of,
@@ -31,6 +33,7 @@ def build(options: Mapping[str, Any], out: Path | None) -> Path:
     from compiledllm.engine.core import EngineCore
 
     show_logs()
+    os.environ.setdefault(GPU_CACHE, "1")
     planned = plan(EngineConfig.from_options(**{**options, "compile_when": "start"}))
     if reason := why_not_cached(planned):
         raise ConfigError(f"there is nothing to build with {reason}; leave it out")

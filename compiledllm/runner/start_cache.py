@@ -21,6 +21,7 @@ from compiledllm.log import log
 from compiledllm.runner.artifact_key import key_of
 from compiledllm.runner.plan import Plan
 
+GPU_CACHE = "COMPILEDLLM_GPU_CACHE"  # environment: keep and use what was compiled for a GPU
 _TRITON, _NVRTC = "triton/", "nvrtc/"  # folders of binaries in an artifact
 
 
@@ -157,9 +158,15 @@ def why_not_cached(plan: Plan) -> str | None:
         return "deterministic"
     if plan.ranks.are_many:
         return "tensor_parallel_size"
-    if os.environ.get("COMPILEDLLM_DISABLE_CACHE", "") not in ("", "0"):
+    if plan.platform.is_cuda and not options.artifact_dir and not _is_set(GPU_CACHE):
+        return f"{GPU_CACHE} is not set"  # new, and hardly tried on GPUs
+    if _is_set("COMPILEDLLM_DISABLE_CACHE"):
         return "COMPILEDLLM_DISABLE_CACHE is set"
     return None
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "") not in ("", "0")
 
 
 def _within(prefix: str, binaries: dict[str, bytes]) -> dict[str, bytes]:

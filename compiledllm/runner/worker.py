@@ -156,6 +156,7 @@ class Worker:
                 self._model, layout, caches, limits, max_blocks, num_snapshots
             )
         with self.ledger.phase("compile"):
+            self.runner.compiler.saves = bool(self.cache.key)
             self.report.note("compile", Choice(*self._compile()))
         with self.ledger.phase("capture"):
             self._capture()

@@ -206,6 +206,7 @@ def test_second_start_compiles_nothing_before_or_after_it_is_ready(
     """Under a random load; with the graphs that are captured only as steps ask for them."""
     monkeypatch.setenv("COMPILEDLLM_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("COMPILEDLLM_DISABLE_CACHE", "0")
+    monkeypatch.setenv("COMPILEDLLM_GPU_CACHE", "1")
     monkeypatch.setenv("COMPILEDLLM_LATE_COMPILE", "error")
     draw = random.Random(11)
     params = [
