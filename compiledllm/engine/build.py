@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import time
@@ -33,6 +34,9 @@ def build(options: Mapping[str, Any], out: Path | None) -> Path:
     from compiledllm.engine.core import EngineCore
 
     show_logs()
+    folder = out or artifacts_dir()
+    with _writing(folder):  # before minutes of compiling
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     os.environ.setdefault(GPU_CACHE, "1")
     planned = plan(EngineConfig.from_options(**{**options, "compile_when": "start"}))
     if reason := why_not_cached(planned):
@@ -43,10 +47,16 @@ def build(options: Mapping[str, Any], out: Path | None) -> Path:
         compiler = worker.runner.compiler
         reason = compiler.error or compiler.why_not_saved or "nothing was compiled"
         raise ConfigError(f"the model runs, but what was compiled cannot be kept: {reason}")
+    with _writing(folder):
+        return worker.cache.write(artifact, folder)
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
     try:
-        return worker.cache.write(artifact, out or artifacts_dir())
+        yield
     except OSError as error:
-        raise ConfigError(f"--out {out or artifacts_dir()} cannot be written: {error}") from None
+        raise ConfigError(f"--out {folder} cannot be written: {error}") from None
 
 
 def lines_of_list(named: str | None) -> Iterator[str]:
