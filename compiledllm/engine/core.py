@@ -33,7 +33,6 @@ from compiledllm.resolved_config import ResolvedConfig
 from compiledllm.runner.model_runner import ModelRunner
 from compiledllm.runner.pending import PendingOutput
 from compiledllm.runner.plan import Plan
-from compiledllm.runner.start_cache import why_not_cached
 from compiledllm.scheduler.block_pool import BlockPool
 from compiledllm.scheduler.policy import BALANCED_TOKENS, Pace
 from compiledllm.scheduler.prompt_budget import ItlTarget
@@ -80,7 +79,7 @@ class EngineCore:
         limits = plan.config.limits
         max_len = min(limits.max_model_len, self.scheduler.kv.max_request_tokens)
         self.worker.start(num_kv_blocks, max_blocks=-(-max_len // limits.block_size))
-        if plan.platform.is_cuda and not self.worker.is_restored and not why_not_cached(plan):
+        if plan.platform.is_cuda and self.worker.cache.key and not self.worker.is_restored:
             with self.ledger.phase("compile"):
                 warm_up(self)
         self.worker.finish_start()

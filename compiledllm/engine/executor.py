@@ -1,80 +1,29 @@
 """Who carries out a plan: a worker in this process, or the first of a group of ranks.
 
-An executor has a `Worker`'s methods. One scheduler decides for all ranks; each rank has its part of
-the weights and of every KV block, runs the same steps and draws the same tokens.
+One scheduler decides for all ranks; each rank has its part of the weights and of every KV block,
+runs the same steps and draws the same tokens.
 """
 
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compiledllm.choices import Choice, Report
+from compiledllm.choices import Choice
 from compiledllm.config import ConfigError
-from compiledllm.graphs.artifact import Artifact
 from compiledllm.ledger import Ledger
-from compiledllm.models.spec import ModelSpec
-from compiledllm.runner.model_runner import ModelRunner
 from compiledllm.runner.pending import PendingOutput
 from compiledllm.runner.plan import Plan
-from compiledllm.runner.start_cache import StartCache
-from compiledllm.runner.worker import Worker, WorkerStats
-from compiledllm.types import SchedulerOutput, StepOutput, StepTimes
+from compiledllm.runner.worker import Worker
+from compiledllm.types import SchedulerOutput, StepOutput
 
 if TYPE_CHECKING:
     from compiledllm.engine.rank_processes import RankGroup
 
 
-class Executor(Protocol):
-    """What an `EngineCore` needs of a `Worker`, or of what stands in its place."""
-
-    report: Report
-    ledger: Ledger
-
-    @property
-    def cache(self) -> StartCache: ...
-
-    @property
-    def is_restored(self) -> bool: ...
-
-    @property
-    def step_times(self) -> StepTimes | None: ...
-
-    @property
-    def spec(self) -> ModelSpec: ...
-
-    @property
-    def num_kv_blocks(self) -> int: ...
-
-    @property
-    def runner(self) -> ModelRunner: ...
-
-    @property
-    def is_broken(self) -> bool:
-        """Whether no step can be run any more."""
-
-    def count_kv_blocks(self) -> int: ...
-
-    def start(self, num_kv_blocks: int, max_blocks: int) -> None: ...
-
-    def launch(self, step: SchedulerOutput) -> PendingOutput: ...
-
-    def collect(self, pending: PendingOutput) -> StepOutput: ...
-
-    def reset(self) -> None: ...
-
-    def stats(self) -> WorkerStats: ...
-
-    def finish_start(self) -> None: ...
-
-    def use_idle_time(self) -> bool: ...
-
-    def make_artifact(self) -> Artifact | None: ...
-
-
-def make_executor(plan: Plan, ledger: Ledger) -> Executor:
+def make_executor(plan: Plan, ledger: Ledger) -> Worker:
     """Load the model of a plan, in as many processes as it has ranks. Raises ConfigError."""
     if plan.ranks.are_many:
         return FirstRank(plan, start_ranks(plan), ledger)
@@ -116,11 +65,11 @@ def _start_in_ray(num_ranks: int, is_cuda: bool) -> RankGroup:
         raise
 
 
-class FirstRank:
+class FirstRank(Worker):
     """The worker of rank 0, and the other ranks, which do as rank 0 does.
 
-    Once a step has failed in any process, the ranks may stand at different places: the executor
-    is broken, and the engine must be started again.
+    Once a step has failed in any process, the ranks may stand at different places: this worker is
+    broken, and the engine must be started again.
     """
 
     def __init__(self, plan: Plan, group: RankGroup, ledger: Ledger) -> None:
@@ -135,45 +84,20 @@ class FirstRank:
             asked: dict[str, Any] = {"block_size": plan.config.requested.cache.block_size}
             asked["device"] = plan.platform.device.type
             group.send(Build(plan.config.options() | asked))
-            self._worker = Worker(plan, ledger)
-            self._check_agreement(plan)
+            super().__init__(plan, ledger)
+            self._check_agreement()
         except BaseException:
             self._end()
             raise
-        self.report, self.ledger = self._worker.report, ledger
         divided = f"among {plan.ranks.count} processes"
         self.report.note("all_reduce", Choice(divided, f"{group.sums_by} adds up their parts"))
-
-    @property
-    def cache(self) -> StartCache:
-        return self._worker.cache
-
-    @property
-    def is_restored(self) -> bool:
-        return self._worker.is_restored
-
-    @property
-    def step_times(self) -> StepTimes | None:
-        return None  # no option asks a divided model for them
-
-    @property
-    def spec(self) -> ModelSpec:
-        return self._worker.spec
-
-    @property
-    def num_kv_blocks(self) -> int:
-        return self._worker.num_kv_blocks
-
-    @property
-    def runner(self) -> ModelRunner:
-        return self._worker.runner
 
     def count_kv_blocks(self) -> int:
         """The least number of blocks for which a rank has room."""
         from compiledllm.engine.rank_frames import CountBlocks
 
         self._group.send(CountBlocks())
-        own = self._worker.count_kv_blocks()
+        own = super().count_kv_blocks()
         least = min(answer.num_kv_blocks for answer in self._group.answers())
         if least < own:
             self.report.note("num_kv_blocks", Choice(least, "what the fullest GPU has room for"))
@@ -183,7 +107,7 @@ class FirstRank:
         from compiledllm.engine.rank_frames import Run
 
         self._group.send(Run(num_kv_blocks, max_blocks))
-        self._worker.start(num_kv_blocks, max_blocks)
+        super().start(num_kv_blocks, max_blocks)
         self._group.answers()
 
     def launch(self, step: SchedulerOutput) -> PendingOutput:
@@ -193,7 +117,7 @@ class FirstRank:
         was_broken, self.is_broken = self.is_broken, True  # until the step has been launched
         self._group.send(Step.of(step, self._num_in_flight))
         try:
-            pending = self._worker.launch(step)
+            pending = super().launch(step)
         except RuntimeError:
             self._group.wait_for_failure()  # which is the cause, if there is one
             raise
@@ -206,7 +130,7 @@ class FirstRank:
         self.is_broken = True
         while not pending.has_arrived:
             self._group.check()
-        output = self._worker.collect(pending)
+        output = super().collect(pending)
         self._num_in_flight -= 1
         self.is_broken = False
         return output
@@ -220,26 +144,14 @@ class FirstRank:
             return
         self._num_in_flight = 0
         self._group.send(Reset())
-        self._worker.reset()
+        super().reset()
         self._group.answers()
 
-    def stats(self) -> WorkerStats:
-        return self._worker.stats()
-
-    def finish_start(self) -> None:
-        """Nothing: what the ranks compiled is not kept."""
-
-    def use_idle_time(self) -> bool:
-        """Nothing is put off, since all ranks capture the same steps at the same time."""
-        return False
-
-    def make_artifact(self) -> Artifact | None:
-        return None
-
-    def _check_agreement(self, plan: Plan) -> None:
+    def _check_agreement(self) -> None:
+        own = self.plan.agreement
         for answer in self._group.answers():
-            if answer.agreement != plan.agreement:
+            if answer.agreement != own:
                 raise ConfigError(
                     f"the GPUs of a model must be alike: one rank planned {answer.agreement}, the "
-                    f"first {plan.agreement}"
+                    f"first {own}"
                 )

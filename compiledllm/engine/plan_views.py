@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from compiledllm.engine.executor import Executor
 from compiledllm.runner.kv_cache import available_bytes
 from compiledllm.runner.plan import Plan
+from compiledllm.runner.worker import Worker
 
 
 def facts(plan: Plan) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def size(num_bytes: int) -> str:
     return f"{num_bytes} bytes"
 
 
-def start_lines(plan: Plan, worker: Executor) -> dict[str, str]:
+def start_lines(plan: Plan, worker: Worker) -> dict[str, str]:
     """What an engine is and why, by topic."""
     spec, limits, report = worker.spec, plan.config.limits, plan.report | worker.report
     num_layers, distinct = len(spec.layers), len(spec.distinct_layers)
@@ -129,7 +129,7 @@ def start_lines(plan: Plan, worker: Executor) -> dict[str, str]:
     return {topic: str(line) for topic, line in lines.items() if line is not None}
 
 
-def _cache_line(plan: Plan, worker: Executor) -> str:
+def _cache_line(plan: Plan, worker: Worker) -> str:
     size, blocks = plan.config.limits.block_size, worker.num_kv_blocks
     room = f"= {blocks * size} tokens"
     if plan.kv_layout.windows != (0,):
