@@ -27,7 +27,7 @@ from compiledllm.kernels.chunked_delta_rule_triton import (
     compute_chunks,
 )
 from compiledllm.kernels.delta_rule import EPS, why_not_on_gpu
-from compiledllm.kernels.launch import launch_options
+from compiledllm.kernels.launch import launch_options, with_packed_heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ def delta_rule(
     assert why_not_on_gpu(key_dim, value_dim) is None, (key_dim, value_dim)
     assert num_heads % num_key_heads == 0 and state[0].is_contiguous()
     assert log_decay_rate.dtype == step_bias.dtype == torch.float32
-    query, key, value = (x if _is_packed(x) else x.contiguous() for x in (query, key, value))
+    query, key, value = map(with_packed_heads, (query, key, value))
     a, b = (x if x.stride(1) == 1 else x.contiguous() for x in (a, b))
     gates = a, b, log_decay_rate, step_bias
     tensors = query, key, value, *gates, state, rows, query_start_loc, seq_lens, out
@@ -132,8 +132,3 @@ def delta_rule(
     if row_bound is None or max_row_tokens(row_bound) != 1:
         compute_chunks(tensors, strides, constants, chunk, scan)
     return out
-
-
-def _is_packed(x: Tensor) -> bool:
-    """Whether the heads of a token are contiguous. The token dimension may have any stride."""
-    return x.stride(-1) == 1 and x.stride(-2) == x.shape[-1]

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from compiledllm.kernels.launch import launch_options
+from compiledllm.kernels.launch import launch_options, with_packed_heads
 
 _ELEMENTS = 1024  # elements per program, rounded to whole heads
 
@@ -43,7 +43,7 @@ def _gated_norm_kernel(
 def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `gated_norm.gated_rms_norm`."""
     num_tokens, num_heads, dim = x.shape
-    x, gate = (t if _is_packed(t) else t.contiguous() for t in (x, gate))
+    x, gate = map(with_packed_heads, (x, gate))
     out = x.new_empty(x.shape)
     if not num_tokens:
         return out
@@ -54,8 +54,3 @@ def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
         HEADS=heads, num_warps=4, **launch_options(),
     )  # fmt: skip
     return out
-
-
-def _is_packed(x: Tensor) -> bool:
-    """Whether the heads of a token are contiguous. The token dimension may have any stride."""
-    return x.stride(2) == 1 and x.stride(1) == x.shape[2]

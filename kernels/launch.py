@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import torch
+from torch import Tensor
 
 from compiledllm.platform import can_overlap_kernels
 
@@ -64,3 +65,12 @@ def launch_options() -> dict[str, bool]:
     """
     overlap = can_overlap_kernels()
     return {"OVERLAP": overlap, "launch_pdl": overlap}
+
+
+def with_packed_heads(x: Tensor) -> Tensor:
+    """`x` [tokens, heads, dim], or a copy, in which the heads of a token are contiguous.
+
+    The token dimension may have any stride.
+    """
+    is_packed = x.stride(-1) == 1 and x.stride(-2) == x.shape[-1]
+    return x if is_packed else x.contiguous()

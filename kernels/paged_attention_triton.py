@@ -25,6 +25,7 @@ from compiledllm.kernels.backend import (
     ScoreOptions,
 )
 from compiledllm.kernels.decode_attention_triton import MAX_TOGETHER, attend_few_tokens
+from compiledllm.kernels.launch import with_packed_heads
 from compiledllm.kernels.online_softmax_triton import to_fp8
 from compiledllm.kernels.prefill_attention_triton import attend_prompts
 
@@ -60,17 +61,12 @@ def store_kv(
     if num_tokens == 0:
         return
     width = num_kv_heads * head_dim
-    key, value = (x if _is_packed(x) else x.contiguous() for x in (key, value))
+    key, value = map(with_packed_heads, (key, value))
     _store_kernel[(num_tokens,)](
         key, value, kv_cache, slot_mapping, key if kv_scales is None else kv_scales,
         key.stride(0), value.stride(0), kv_cache.stride(0),
         WIDTH=width, PADDED=triton.next_power_of_2(width), HAS_KV_SCALES=kv_scales is not None,
     )  # fmt: skip
-
-
-def _is_packed(x: Tensor) -> bool:
-    """Whether the heads of a token are contiguous. The token dimension may have any stride."""
-    return x.stride(-1) == 1 and x.stride(-2) == x.shape[-1]
 
 
 def paged_attention(
@@ -91,7 +87,7 @@ def paged_attention(
     num_tokens, num_heads, head_dim = query.shape
     if num_tokens == 0:
         return out
-    query = query if _is_packed(query) else query.contiguous()
+    query = with_packed_heads(query)
     _, _, block_size, num_kv_heads, _ = kv_cache.shape
     _, block_tables, seq_lens, query_start_loc, _ = attn
     sinks, kv_scales = (query if x is None else x for x in (options.sinks, options.kv_scales))
