@@ -21,7 +21,7 @@ from compiledllm.models.gguf.rules import (
 )
 
 KEYS = (*COMMON_KEYS, "attention.sliding_window", "rope.freq_base_swa")
-_BLOCK = (
+BLOCK = (
     LLAMA_BLOCK
     | QK_NORMS
     | {
@@ -72,4 +72,4 @@ def _rope_parameters(file: GgufFile) -> dict[str, dict[str, Any]]:
 
 
 def rules(config: dict[str, Any]) -> dict[str, Rule]:
-    return make_rules(config, _BLOCK, norm_offset=-1.0)
+    return make_rules(config, BLOCK, norm_offset=-1.0)

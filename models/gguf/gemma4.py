@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from compiledllm.models.gguf import gemma3
 from compiledllm.models.gguf.file import GgufFile, brief
 from compiledllm.models.gguf.rules import (
     COMMON_KEYS,
-    LLAMA_BLOCK,
-    QK_NORMS,
     Rule,
     ends_rules,
+    shapes_of_block,
     shortest,
     stored_dtype,
 )
@@ -33,15 +33,6 @@ KEYS = (
 _ROPE = "rope_freqs.weight"
 ROPE_TENSORS = (_ROPE,)
 _NOT_ROTATED = 1e20
-_BLOCK = (
-    LLAMA_BLOCK
-    | QK_NORMS
-    | {
-        "post_attention_norm": "post_attention_layernorm",
-        "ffn_norm": "pre_feedforward_layernorm",
-        "post_ffw_norm": "post_feedforward_layernorm",
-    }
-)
 _TOKEN_INPUT = {
     "inp_gate": "per_layer_input_gate",
     "proj": "per_layer_projection",
@@ -162,7 +153,7 @@ def rules(config: dict[str, Any]) -> dict[str, Rule]:
         }
     for index in range(num_layers):
         shapes = _shapes(config, index)
-        block = dict(_BLOCK) | (_TOKEN_INPUT if size else {})
+        block = dict(gemma3.BLOCK) | (_TOKEN_INPUT if size else {})
         for theirs in _absent(config, index):
             del block[theirs]
         for theirs, ours in block.items():
@@ -196,23 +187,15 @@ def _shapes(config: dict[str, Any], index: int) -> dict[str, tuple[int, ...]]:
     is_full = config["layer_types"][index] == "full_attention"
     head_dim = config["global_head_dim" if is_full else "head_dim"]
     own_heads = config["num_global_key_value_heads"] if is_full else None
-    kv = (own_heads or config["num_key_value_heads"]) * head_dim
-    q = config["num_attention_heads"] * head_dim
     is_shared = index >= config["num_hidden_layers"] - config["num_kv_shared_layers"]
-    ffn = config["intermediate_size"] * (2 if is_shared and config["use_double_wide_mlp"] else 1)
-    return {
-        "attn_q": (q, hidden),
-        "attn_k": (kv, hidden),
-        "attn_v": (kv, hidden),
-        "attn_output": (hidden, q),
-        "attn_q_norm": (head_dim,),
-        "attn_k_norm": (head_dim,),
-        "ffn_gate": (ffn, hidden),
-        "ffn_up": (ffn, hidden),
-        "ffn_down": (hidden, ffn),
-        "inp_gate": (size, hidden),
-        "proj": (hidden, size),
+    factor = 2 if is_shared and config["use_double_wide_mlp"] else 1
+    of_layer = {
+        "head_dim": head_dim,
+        "num_key_value_heads": own_heads or config["num_key_value_heads"],
+        "intermediate_size": config["intermediate_size"] * factor,
     }
+    token_inputs = {"inp_gate": (size, hidden), "proj": (hidden, size)}
+    return shapes_of_block(config | of_layer) | token_inputs
 
 
 def _rules_of_experts(config: dict[str, Any], index: int) -> dict[str, Rule]:

@@ -150,7 +150,7 @@ def make_rules(
     block: tensors of a block, as `LLAMA_BLOCK`. biases: those of them that have one. interleaved:
     those whose rows llama.cpp interleaves -> number of heads. norm_offset: added to all norms.
     """
-    found, shapes = ends_rules(config, norm_offset), _shapes_of_block(config)
+    found, shapes = ends_rules(config, norm_offset), shapes_of_block(config)
     for layer in range(config["num_hidden_layers"]):
         for theirs, ours in block.items():
             rule = Rule(
@@ -166,7 +166,7 @@ def make_rules(
     return found
 
 
-def _shapes_of_block(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+def shapes_of_block(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Shapes of all tensors but those of norms over the hidden size."""
     hidden, ffn, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     q, kv = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
