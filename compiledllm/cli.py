@@ -274,6 +274,23 @@ def _parser() -> argparse.ArgumentParser:
         hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
         command.add_argument("-q", dest="quantization", type=_quantization, **hidden)  # vLLM's
 
+    _add_info(commands)
+    add_bench_command(commands)
+    _add_build(commands)
+
+    env = commands.add_parser("env", help="versions and devices, for a bug report")
+    env.add_argument("--json", action="store_true", help="print one JSON object")
+    env.set_defaults(run=_env)
+
+    completion = commands.add_parser(
+        "completion", help='complete in a shell: eval "$(compiledllm completion bash)"'
+    )
+    completion.add_argument("shell", choices=SHELLS, metavar="SHELL", help=", ".join(SHELLS))
+    completion.set_defaults(run=_completion)
+    return parser
+
+
+def _add_info(commands: Any) -> None:
     info = commands.add_parser("info", help="what a model is and what fits on this machine")
     info.add_argument("model", nargs="?", help="local directory, .gguf file or Hugging Face id")
     info.add_argument("--revision", help="branch, tag or commit on the hub")
@@ -302,8 +319,9 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true", help="print one JSON object")
     info.set_defaults(run=_info)
 
-    add_bench_command(commands)
 
+def _add_build(commands: Any) -> None:
+    """`build` and `cache`, which are about what starts leave."""
     build = commands.add_parser("build", help="compile a model now, so that its starts need not")
     _add_model(build)
     build.add_argument(
@@ -324,17 +342,6 @@ def _parser() -> argparse.ArgumentParser:
     clear = actions.add_parser("clear", help="remove all compiled code from the cache")
     for name, action in (("list", kept), ("explain", explain), ("clear", clear)):
         action.set_defaults(run=_cache, action=name)
-
-    env = commands.add_parser("env", help="versions and devices, for a bug report")
-    env.add_argument("--json", action="store_true", help="print one JSON object")
-    env.set_defaults(run=_env)
-
-    completion = commands.add_parser(
-        "completion", help='complete in a shell: eval "$(compiledllm completion bash)"'
-    )
-    completion.add_argument("shell", choices=SHELLS, metavar="SHELL", help=", ".join(SHELLS))
-    completion.set_defaults(run=_completion)
-    return parser
 
 
 def _quantization(text: str) -> str:
