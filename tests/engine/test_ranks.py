@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from compiledllm import ConfigError, Engine, SamplingParams
 from compiledllm.engine.rank_processes import RankError
-
-GREEDY = {"temperature": 0, "max_tokens": 6, "ignore_eos": True}
-PROMPTS = [[random.Random(n).randrange(3, 128) for _ in range(n)] for n in (1, 40, 90)]
-FIXED: dict[str, Any] = {
-    "device": "cpu",
-    "dtype": "float32",
-    "skip_tokenizer_init": True,
-    "enforce_eager": True,
-    "num_kv_blocks": 64,
-}
+from tests.support.ranks import FIXED, GREEDY, PROMPTS
 
 
 @pytest.mark.parametrize("moment", ["idle", "at work"])

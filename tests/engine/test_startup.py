@@ -16,6 +16,7 @@ from compiledllm.engine.warm_up import KINDS, warm_up
 from compiledllm.graphs.artifact import Artifact, write
 from compiledllm.graphs.saved_graph import SavedGraph
 from compiledllm.runner.artifact_key import key_of
+from compiledllm.runner.plan import Plan
 from compiledllm.runner.start_cache import label_of
 from tests.support.families import LFM2
 
@@ -116,18 +117,22 @@ def test_failing_warm_up_does_not_end_a_start(
     assert output.finished
 
 
-def test_artifact_that_cannot_be_loaded_costs_a_warning(
-    tiny_llama: Callable[..., Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """Its key and digests are right, but this machine cannot run what is in it."""
+@pytest.fixture
+def planned(
+    tiny_llama: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Plan:
+    """A start that uses artifacts, also those of the folder "named"."""
     monkeypatch.setattr("compiledllm.log.log.propagate", True)
     monkeypatch.setenv("COMPILEDLLM_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("COMPILEDLLM_DISABLE_CACHE", "0")
     options = TINY | {"enforce_eager": False, "artifact_dir": str(tmp_path / "named")}
-    planned = plan(EngineConfig.from_options(model=tiny_llama(), **options))
+    return plan(EngineConfig.from_options(model=tiny_llama(), **options))
+
+
+def test_artifact_that_cannot_be_loaded_costs_a_warning(
+    planned: Plan, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its key and digests are right, but this machine cannot run what is in it."""
     graph = SavedGraph("enter", "", 1, ["self"], [], "out", [], [], "import nothing_of_this_name")
     write(Artifact(key_of(planned), label_of(planned), [graph]), tmp_path / "named")
     core = EngineCore(planned)
@@ -137,16 +142,8 @@ def test_artifact_that_cannot_be_loaded_costs_a_warning(
 
 
 def test_folder_without_the_artifact_says_what_differs(
-    tiny_llama: Callable[..., Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    planned: Plan, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("compiledllm.log.log.propagate", True)
-    monkeypatch.setenv("COMPILEDLLM_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("COMPILEDLLM_DISABLE_CACHE", "0")
-    options = TINY | {"enforce_eager": False, "artifact_dir": str(tmp_path / "named")}
-    planned = plan(EngineConfig.from_options(model=tiny_llama(), **options))
     other = key_of(planned) | {"torch": "2.0.0"}
     write(Artifact(other, label_of(planned)), tmp_path / "named")
     EngineCore(planned)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,22 +28,14 @@ from compiledllm.models.registry import load_spec
 from compiledllm.models.sharded_spec import sharded
 from compiledllm.models.weights import load_weights
 from tests.models.test_families import logits_in_chunks
+from tests.support import ranks as ranks_support
 from tests.support.families import DELTA_NET, EXPERTS, IN_ENGINE, SHARED, VARIANTS
 from tests.support.gguf_files import write_quantized
 from tests.support.greedy import load_reference
 from tests.support.quantized import KINDS, save_quantized
-from tests.support.ranks import LastingRanks, lasting_ranks
+from tests.support.ranks import GREEDY, PROMPTS, LastingRanks, lasting_ranks
 
-GREEDY = {"temperature": 0, "max_tokens": 6, "ignore_eos": True}
-PROMPTS = [[random.Random(n).randrange(3, 128) for _ in range(n)] for n in (1, 40, 90)]
-FIXED: dict[str, Any] = {
-    "device": "cpu",
-    "dtype": "float32",
-    "skip_tokenizer_init": True,
-    "enforce_eager": True,
-    "num_kv_blocks": 64,
-    "max_num_batched_tokens": 48,
-}
+FIXED = ranks_support.FIXED | {"max_num_batched_tokens": 48}
 NUM_BEST = 8
 Outputs = list[RequestOutput]
 

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
 from compiledllm.engine import executor
 from compiledllm.engine.rank_processes import RankGroup
+
+GREEDY = {"temperature": 0, "max_tokens": 6, "ignore_eos": True}
+PROMPTS = [[random.Random(n).randrange(3, 128) for _ in range(n)] for n in (1, 40, 90)]
+FIXED: dict[str, Any] = {
+    "device": "cpu",
+    "dtype": "float32",
+    "skip_tokenizer_init": True,
+    "enforce_eager": True,
+    "num_kv_blocks": 64,
+}
 
 
 class LastingRanks(RankGroup):
