@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -149,12 +150,18 @@ def _start(request: Mapping[str, Any], environment: Mapping[str, str]) -> dict[s
         process.wait()
         if not found:
             errors.seek(0)
-            last = errors.read().strip().splitlines()[-1:] or ["it printed no error"]
-            status = process.returncode
-            raise ValueError(f"{request['engine']} did not start (exit status {status}): {last[0]}")
+            why = f"{request['engine']} did not start (exit status {process.returncode}): "
+            raise ValueError(why + _named_error(errors.read()))
     phases = {name: found["phases_s"].get(name, 0.0) for name in PHASES}
     phases["rest"] += found["wall_s"] - sum(phases.values())
     return found | {"phases_s": phases}
+
+
+def _named_error(text: str) -> str:
+    """The last line that names an exception: CUDA's errors end in lines of advice."""
+    lines = text.strip().splitlines()
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
+    return (named or lines or ["it printed no error"])[-1]
 
 
 def _row(engine: str, kind: str, runs: Sequence[Mapping[str, Any]]) -> Row:

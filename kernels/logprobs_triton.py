@@ -10,13 +10,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from compiledllm.kernels.logprobs import MAX_IN_TRITON
+
 _CHUNK = 4096  # tokens of the vocabulary per program
+_NAMED = 128  # named tokens looked up together
+# What requests ask for decides no variant of the kernels: none is compiled after the start.
+_AS_ASKED = {
+    "do_not_specialize": ["num_best", "num_named"],
+    "do_not_specialize_on_alignment": ["rows", "chosen"],
+}
 
 
-@triton.jit
+@triton.jit(**_AS_ASKED)
 def _chunk_kernel(
     logits, rows, chosen, best, best_ids, peaks, masses, counts, vocab, row_stride, num_chunks,
-    NUM_BEST: tl.constexpr, CHUNK: tl.constexpr,
+    num_best, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One chunk of a row: best tokens, mass, and number of tokens above the chosen token.
 
@@ -33,22 +41,22 @@ def _chunk_kernel(
     tl.store(counts + at, tl.sum((x > own).to(tl.int32), 0))
     tl.store(peaks + at, peak)
     tl.store(masses + at, tl.sum(tl.where(x > float("-inf"), tl.exp(x - peak), 0.0), 0))
-    for place in tl.static_range(NUM_BEST):
+    for place in range(num_best):
         value, where = tl.max(x, 0, return_indices=True)
-        tl.store(best + at * NUM_BEST + place, value)
-        tl.store(best_ids + at * NUM_BEST + place, chunk * CHUNK + where)
+        tl.store(best + at * num_best + place, value)
+        tl.store(best_ids + at * num_best + place, chunk * CHUNK + where)
         x = tl.where(lane == where, float("-inf"), x)
 
 
-@triton.jit
+@triton.jit(**_AS_ASKED)
 def _row_kernel(
     logits, rows, chosen, named_ids, best, best_ids, peaks, masses, counts, packed, row_stride,
-    num_chunks, num_named, NUM_BEST: tl.constexpr, NAMED: tl.constexpr, CHUNKS: tl.constexpr,
+    num_chunks, num_best, num_named, NAMED: tl.constexpr, CHUNKS: tl.constexpr,
     CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """Merge a row's chunks, look up the named tokens, and write `Logprobs.packed` of the row."""
     index, chunk = tl.program_id(0), tl.arange(0, CHUNKS)
-    num_columns = 1 + NUM_BEST + num_named
+    num_columns = 1 + num_best + num_named
     ids = packed + index * (2 * num_columns + 1)
     values = ids + num_columns
     at, inside = index * num_chunks + chunk, chunk < num_chunks
@@ -65,21 +73,21 @@ def _row_kernel(
     tl.store(ids, token.to(tl.int32))
     tl.store(values, value.to(tl.int32, bitcast=True))
     lane = tl.arange(0, CANDIDATES)
-    start = index * num_chunks * NUM_BEST
-    x = tl.load(best + start + lane, lane < num_chunks * NUM_BEST, other=float("-inf"))
-    for place in tl.static_range(NUM_BEST):
+    start = index * num_chunks * num_best
+    x = tl.load(best + start + lane, lane < num_chunks * num_best, other=float("-inf"))
+    for place in range(num_best):
         highest_left, where = tl.max(x, 0, return_indices=True)
         value = highest_left - total
         tl.store(ids + 1 + place, tl.load(best_ids + start + where))
         tl.store(values + 1 + place, value.to(tl.int32, bitcast=True))
         x = tl.where(lane == where, float("-inf"), x)
-    if NAMED > 0:
-        name = tl.arange(0, NAMED)
+    for first in range(0, num_named, NAMED):
+        name = first + tl.arange(0, NAMED)
         inside = name < num_named
         tokens = tl.load(named_ids + index * num_named + name, inside, other=0)
         named = tl.load(row_start + tokens, inside, other=0.0).to(tl.float32) - total
-        tl.store(ids + 1 + NUM_BEST + name, tokens.to(tl.int32), inside)
-        tl.store(values + 1 + NUM_BEST + name, named.to(tl.int32, bitcast=True), inside)
+        tl.store(ids + 1 + num_best + name, tokens.to(tl.int32), inside)
+        tl.store(values + 1 + num_best + name, named.to(tl.int32, bitcast=True), inside)
 
 
 def pack(logits: Tensor, rows: Tensor, chosen: Tensor, num_best: int, named_ids: Tensor) -> Tensor:
@@ -95,13 +103,12 @@ def pack(logits: Tensor, rows: Tensor, chosen: Tensor, num_best: int, named_ids:
     assert rows.is_contiguous() and chosen.is_contiguous() and named_ids.is_contiguous()
     _chunk_kernel[(count, num_chunks)](
         logits, rows, chosen, best, best_ids, peaks, masses, counts, vocab, logits.stride(0),
-        num_chunks, NUM_BEST=num_best, CHUNK=_CHUNK,
+        num_chunks, num_best, CHUNK=_CHUNK,
     )  # fmt: skip
     _row_kernel[(count,)](
         logits, rows, chosen, named_ids, best, best_ids, peaks, masses, counts, packed,
-        logits.stride(0), num_chunks, num_named, NUM_BEST=num_best,
-        NAMED=triton.next_power_of_2(num_named) if num_named else 0,
+        logits.stride(0), num_chunks, num_best, num_named, NAMED=_NAMED,
         CHUNKS=triton.next_power_of_2(num_chunks),
-        CANDIDATES=triton.next_power_of_2(max(num_chunks * num_best, 1)),
+        CANDIDATES=triton.next_power_of_2(num_chunks * MAX_IN_TRITON),
     )  # fmt: skip
     return packed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -17,13 +16,7 @@ from compiledllm.engine.startup import plan
 from compiledllm.graphs.artifact import explain, file_name, listed
 from compiledllm.log import show_logs
 from compiledllm.runner.artifact_key import key_of
-from compiledllm.runner.start_cache import (
-    GPU_CACHE,
-    artifacts_dir,
-    folders_of,
-    label_of,
-    why_not_cached,
-)
+from compiledllm.runner.start_cache import artifacts_dir, folders_of, label_of, why_not_cached
 
 
 def build(options: Mapping[str, Any], out: Path | None) -> Path:
@@ -37,7 +30,6 @@ def build(options: Mapping[str, Any], out: Path | None) -> Path:
     folder = out or artifacts_dir()
     with _writing(folder):  # before minutes of compiling
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    os.environ.setdefault(GPU_CACHE, "1")
     planned = plan(EngineConfig.from_options(**{**options, "compile_when": "start"}))
     if reason := why_not_cached(planned):
         raise ConfigError(f"there is nothing to build with {reason}; leave it out")

@@ -21,7 +21,6 @@ from compiledllm.log import log
 from compiledllm.runner.artifact_key import key_of
 from compiledllm.runner.plan import Plan
 
-GPU_CACHE = "COMPILEDLLM_GPU_CACHE"  # environment: keep and use what was compiled for a GPU
 _TRITON, _NVRTC = "triton/", "nvrtc/"  # folders of binaries in an artifact
 
 
@@ -158,8 +157,6 @@ def why_not_cached(plan: Plan) -> str | None:
         return "deterministic"
     if plan.ranks.are_many:
         return "tensor_parallel_size"
-    if plan.platform.is_cuda and not options.artifact_dir and not _is_set(GPU_CACHE):
-        return f"{GPU_CACHE} is not set"  # new, and hardly tried on GPUs
     if _is_set("COMPILEDLLM_DISABLE_CACHE"):
         return "COMPILEDLLM_DISABLE_CACHE is set"
     return None

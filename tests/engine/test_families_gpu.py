@@ -1,8 +1,10 @@
-"""Every family on a GPU: compiled and captured steps give the tokens of the CPU's eager ones."""
+"""Every family on a GPU, after a cold and a warm start, gives the tokens of the eager CPU path."""
 
 from __future__ import annotations
 
+import gc
 import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,17 +34,31 @@ def prompts() -> list[list[int]]:
     return [[draw.randrange(3, 128) for _ in range(length)] for length in lengths]
 
 
+@pytest.fixture(autouse=True)
+def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMPILEDLLM_CACHE_DIR", str(tmp_path / "caches"))
+    monkeypatch.setenv("COMPILEDLLM_DISABLE_CACHE", "0")
+    monkeypatch.setenv("COMPILEDLLM_LATE_COMPILE", "error")
+
+
 def assert_tokens_of_the_cpu(checkpoint: Path, prompts: list[list[int]]) -> None:
-    """Also from the prefix cache, in every size of a batch, without a late compilation."""
+    """After a start that compiles and after one from its artifact; also from the prefix cache."""
     reference = Engine(checkpoint, device="cpu", enforce_eager=True, **FIXED)
-    engine = Engine(checkpoint, **FIXED)
-    assert engine.core.runner.graphs is not None
     expected = tokens(reference, prompts)
-    assert tokens(engine, prompts) == expected
-    assert tokens(engine, prompts) == expected
-    assert [tokens(engine, [prompt])[0] for prompt in prompts[:6]] == expected[:6]
-    assert engine.core.runner.compiler.num_recompiles == 0
-    engine.core.scheduler.check_invariants()
+    for is_restored in (False, True):
+        engine = Engine(checkpoint, **FIXED)
+        for thread in threading.enumerate():
+            if thread.name == "keep":
+                thread.join()
+        assert engine.core.worker.is_restored == is_restored
+        assert engine.core.runner.graphs is not None
+        assert tokens(engine, prompts) == expected
+        assert tokens(engine, prompts) == expected
+        assert [tokens(engine, [prompt])[0] for prompt in prompts[:6]] == expected[:6]
+        assert engine.core.worker.stats().num_recompiles == 0
+        engine.core.scheduler.check_invariants()
+        del engine
+        gc.collect()
 
 
 def tokens(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:

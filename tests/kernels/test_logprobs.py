@@ -31,12 +31,16 @@ def compute(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize(("vocab", "num_best"), [(11, 3), (5000, 0), (9000, 5), (4096, 20)])
-def test_they_are_those_of_a_float64_softmax(vocab: int, num_best: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("vocab", "num_best", "num_named"), [(11, 3, 2), (5000, 0, 0), (9000, 5, 1), (4096, 20, 130)]
+)
+def test_they_are_those_of_a_float64_softmax(
+    vocab: int, num_best: int, num_named: int, dtype: torch.dtype
+) -> None:
     torch.manual_seed(vocab)
     logits = (torch.randn(6, vocab) * 3).to(dtype)
     rows, chosen = torch.tensor([4, 0, 2]), torch.randint(vocab, (3,))
-    named_ids = torch.randint(vocab, (3, 2))
+    named_ids = torch.randint(vocab, (3, num_named))
     found = compute(logits, rows, chosen, num_best, named_ids)
     exact = logits[rows].double().log_softmax(-1)
     assert found.token_ids[:, 0].tolist() == chosen.tolist()

@@ -60,6 +60,7 @@ TYPES = {
     "last_token_ids": "*i64", "num_computed_tokens": "*i64", "group_table": "*i32",
     "input_ids": "*i64", "lengths": "*i64", "indices": "*i64", "max_blocks": "i32",
     "sample_rows": "*i64", "drawn": "*i64", "padding_row": "i32", "num_samples": "i32",
+    "num_best": "i32",
     "num_tokens": "i32", "kv_scales": "*fp32", "log_decay_rate": "*fp32",
     "step_bias": "*fp32", "a_stride": "i32", "b_stride": "i32", "gate_stride": "i32",
     "num_heads": "i32", "factors": "*fp32", "state_stride": "i32", "channels": "i32",
@@ -121,11 +122,8 @@ for dtype, of_torch in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
     turn = 2 * (dtype == "fp32") + (CAPABILITY >= 90)
     check(attention._store_kernel, dtype, WIDTH=1024, PADDED=1024)
     check(sampling._chunk_kernel, dtype, CHUNK=4096, GROUP=64)
-    check(logprobs._chunk_kernel, dtype, CHUNK=4096, NUM_BEST=20)
-    for named in (0, 8):
-        check(
-            logprobs._row_kernel, dtype, NUM_BEST=20, NAMED=named, CHUNKS=64, CANDIDATES=1024
-        )
+    check(logprobs._chunk_kernel, dtype, CHUNK=4096)
+    check(logprobs._row_kernel, dtype, NAMED=128, CHUNKS=64, CANDIDATES=2048)
     check(
         sampling._row_kernel, dtype, num_warps=16, CHUNKS=64, PER_CHUNK=64,
         GROUPS=256 if turn in (0, 3) else 64, GROUP=64,  # 256 take the compiler long
