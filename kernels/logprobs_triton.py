@@ -83,11 +83,11 @@ def _row_kernel(
         x = tl.where(lane == where, float("-inf"), x)
     for first in range(0, num_named, NAMED):
         name = first + tl.arange(0, NAMED)
-        inside = name < num_named
-        tokens = tl.load(named_ids + index * num_named + name, inside, other=0)
-        named = tl.load(row_start + tokens, inside, other=0.0).to(tl.float32) - total
-        tl.store(ids + 1 + num_best + name, tokens.to(tl.int32), inside)
-        tl.store(values + 1 + num_best + name, named.to(tl.int32, bitcast=True), inside)
+        is_named = name < num_named
+        tokens = tl.load(named_ids + index * num_named + name, is_named, other=0)
+        named = tl.load(row_start + tokens, is_named, other=0.0).to(tl.float32) - total
+        tl.store(ids + 1 + num_best + name, tokens.to(tl.int32), is_named)
+        tl.store(values + 1 + num_best + name, named.to(tl.int32, bitcast=True), is_named)
 
 
 def pack(logits: Tensor, rows: Tensor, chosen: Tensor, num_best: int, named_ids: Tensor) -> Tensor:
