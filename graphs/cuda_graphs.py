@@ -83,6 +83,13 @@ class StepGraphs:
                 shapes = self._without_large(shapes)
         self.capture_s = time.perf_counter() - started
 
+    def rehearse(self) -> None:
+        """Capture all shapes and forget the captures: a step's kernels are named, and none runs."""
+        self._pool = torch.cuda.graph_pool_handle()
+        for shape in sorted(self._padding, reverse=True):
+            self._capture_one(shape)
+        self._graphs.clear()
+
     def capture_wanted(self) -> None:
         """Capture the shape for which the last uncaptured step has asked, if any."""
         if self._wanted is not None:

@@ -12,6 +12,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, KeysView
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ class EngineCore:
         self._in_flight: deque[tuple[SchedulerOutput, PendingOutput, float]] = deque()
         self._collected_s = 0.0  # time of the last collection
         self.ledger = ledger or Ledger()
-        with late_compiles.starting():
+        with late_compiles.starting(), _compiling_in_threads(plan):
             self._start(plan)
         if self.max_model_len < plan.config.limits.max_model_len:
             choice = Choice(self.max_model_len, "what the KV cache holds")
@@ -251,6 +252,14 @@ class EngineCore:
             num_slots=self.scheduler.kv.max_request_tokens,
             max_position=self.spec.max_position,
         )
+
+
+def _compiling_in_threads(plan: Plan) -> AbstractContextManager[None]:
+    if not plan.platform.is_cuda:
+        return nullcontext()
+    from compiledllm.kernels.compile_ahead import in_threads
+
+    return in_threads()
 
 
 def _scheduler(plan: Plan, num_kv_blocks: int) -> Scheduler:

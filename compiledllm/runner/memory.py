@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from compiledllm.config import ConfigError
+from compiledllm.graphs.buckets import StepShape
 from compiledllm.models.decoder import Decoder
 from compiledllm.platform import Platform
 from compiledllm.resolved_config import StepLimits
@@ -87,15 +88,20 @@ def measure_activations(
     kv_layout: KVLayout,
     limits: StepLimits,
     platform: Platform,
+    shapes: list[StepShape],
 ) -> Measured:
     """Peak bytes of the largest step, uncompiled, without weights and KV cache.
 
-    The step runs on a KV cache of one block. Only the allocations of this process count.
+    The step runs on a KV cache of one block. Only the allocations of this process count. shapes:
+    steps to be captured later, whose kernels are compiled in other threads from here on.
     """
     device = platform.device
     base = torch.cuda.memory_allocated(device)
     kv_caches = allocate_kv_caches(kv_layout, 1, limits.block_size, device)
-    probe = ModelRunner(model, kv_layout, kv_caches, limits, max_blocks=1)
+    max_blocks = -(-limits.max_model_len // limits.block_size)
+    probe = ModelRunner(model, kv_layout, kv_caches, limits, max_blocks)
+    if shapes:
+        probe.rehearse(shapes)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

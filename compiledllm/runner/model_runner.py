@@ -15,6 +15,7 @@ from compiledllm.graphs.buckets import StepShape
 from compiledllm.graphs.compile import BlockCompiler
 from compiledllm.graphs.cuda_graphs import StepGraphs
 from compiledllm.graphs.variants import variants_for
+from compiledllm.kernels import compile_ahead
 from compiledllm.kernels.sampling import draw_tokens
 from compiledllm.kernels.step_inputs import advance
 from compiledllm.models.decoder import Decoder, SampledTokens
@@ -237,6 +238,19 @@ class ModelRunner:
 
         first: which shapes to capture now; the others follow when idle or needed. None: all.
         """
+        graphs = self._step_graphs(shapes)
+        graphs.capture(first)
+        self.graphs = graphs
+        return graphs
+
+    @torch.inference_mode()
+    def rehearse(self, shapes: list[StepShape]) -> None:
+        """Ask for the kernels of a step of each shape; other threads compile them. CUDA only."""
+        with compile_ahead.asking():
+            self._step_graphs(shapes).rehearse()
+
+    def _step_graphs(self, shapes: list[StepShape]) -> StepGraphs:
+        """Graphs to be captured. Allocates `self.logits` and `self.hidden` for their results."""
         spec, max_rows = self.model.spec, max(shape.num_rows for shape in shapes)
         sizes = spec.vocab_size, spec.hidden_size
         self.logits, self.hidden = (
@@ -247,10 +261,7 @@ class ModelRunner:
         inputs = {shape: padding.inputs(self.table, shape) for shape in shapes}
         for shape in shapes:
             self._plan(padding, inputs[shape], shape)
-        graphs = StepGraphs(self._captured_step, inputs, self.device)
-        graphs.capture(first)
-        self.graphs = graphs
-        return graphs
+        return StepGraphs(self._captured_step, inputs, self.device)
 
     def forward(self, batch: InputBatch, sampled: SampledTokens | None = None) -> Tensor:
         """Hidden states of all tokens, [tokens, hidden], or of `sampled` only, [samples, hidden].

@@ -19,7 +19,7 @@ import torch
 from compiledllm.caches import cache_dir
 from compiledllm.choices import Choice, Report
 from compiledllm.graphs.artifact import Artifact
-from compiledllm.graphs.buckets import is_needed_first
+from compiledllm.graphs.buckets import StepShape, is_needed_first
 from compiledllm.kernels import late_compiles
 from compiledllm.kernels.tables import use_folder
 from compiledllm.ledger import Ledger
@@ -193,7 +193,9 @@ class Worker:
         if known:
             self._measured, reason = Measured(**known), "activations measured by an earlier start"
         else:
-            found = measure_activations(self._model, plan.kv_layout, limits, plan.platform)
+            found = measure_activations(
+                self._model, plan.kv_layout, limits, plan.platform, self._shapes_to_rehearse()
+            )
             self._measured, reason = found, "activations measured"
         budget = plan_memory(
             plan.platform,
@@ -206,6 +208,12 @@ class Worker:
         )
         self.report.note("memory", Choice(budget, reason))
         return budget.in_use
+
+    def _shapes_to_rehearse(self) -> list[StepShape]:
+        """The shapes to capture, unless a step also needs the host or other ranks."""
+        plan = self.plan
+        can_rehearse = plan.backend.runs_ahead and not plan.ranks.are_many
+        return plan.shapes_to_capture() if can_rehearse else []
 
     def _compile(self) -> tuple[str, str]:
         """Compile, or arrange for compiling later. Returns what is compiled, and why or when."""

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from compiledllm import Engine, SamplingParams
+from compiledllm.graphs.cuda_graphs import StepGraphs
 from compiledllm.pooling_params import PoolingParams
 from compiledllm.runner import model_runner
 from tests.support.families import IN_ENGINE, VARIANTS
@@ -33,8 +34,10 @@ def expected(tiny_llama: Callable[..., Path], prompts: list[list[int]]) -> list[
     return tokens(engine, prompts)
 
 
-def make(tiny_llama: Callable[..., Path], **options: object) -> Engine:
-    shape = {"hidden_size": 256, "head_dim": 64}
+def make(
+    tiny_llama: Callable[..., Path], hidden_size: int = 256, head_dim: int = 64, **options: object
+) -> Engine:
+    shape = {"hidden_size": hidden_size, "head_dim": head_dim}
     fixed = {"dtype": "float32", "skip_tokenizer_init": True, "kv_cache_memory_bytes": 2**28}
     engine = Engine(tiny_llama(**shape), **(fixed | {"max_num_seqs": 72} | options))
     assert engine.core.runner.compiler.is_ready or options.get("enforce_eager")
@@ -185,6 +188,36 @@ def test_sampled_and_greedy_requests_share_a_batch(
             assert output.outputs[0].token_ids == expected[index]
     alone = engine.generate([prompts[0]], [sampled], use_tqdm=False)[0]
     assert alone.outputs[0].token_ids == outputs[0].outputs[0].token_ids
+
+
+def test_kernels_of_captured_steps_are_asked_for_ahead(
+    tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton.runtime.jit import JITFunction
+
+    is_ahead, asked, late = [False], set(), set()
+    compile_kernel, rehearse = JITFunction._do_compile, StepGraphs.rehearse
+
+    def noting(kernel: JITFunction, key: str, *args: object) -> object:
+        (asked if is_ahead[0] else late).add((kernel.__name__, key))
+        return compile_kernel(kernel, key, *args)
+
+    def rehearsing(graphs: StepGraphs) -> None:
+        is_ahead[0] = True
+        rehearse(graphs)
+        is_ahead[0] = False
+        late.clear()
+
+    def capturing(graphs: StepGraphs, first: object = None) -> None:
+        late.clear()
+        capture(graphs, first)
+        assert asked and late <= asked
+
+    capture = StepGraphs.capture
+    monkeypatch.setattr(JITFunction, "_do_compile", noting)
+    monkeypatch.setattr(StepGraphs, "rehearse", rehearsing)
+    monkeypatch.setattr(StepGraphs, "capture", capturing)
+    make(tiny_llama, hidden_size=320, head_dim=80)  # kernels that no other test has compiled
 
 
 KINDS = (

@@ -1,0 +1,53 @@
+"""Compiles Triton kernels in threads, ahead of the steps that run them.
+
+    with in_threads():
+        with asking():
+            step()  # asks for the step's kernels and launches none of them
+        step()  # waits for each kernel
+
+Triton compiles one kernel after another, each in a second or so, when a step launches the kernel
+for the first time. Most of that time the compiler does not hold Python's lock.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+_MAX_THREADS = 16
+
+
+@contextmanager
+def in_threads() -> Iterator[None]:
+    """A context in which the calling thread's kernels are compiled by other threads.
+
+    A launch waits for its kernel. The end of the context waits for all kernels.
+    """
+    from triton import AsyncCompileMode
+
+    num_threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)))
+    with (
+        ThreadPoolExecutor(num_threads, thread_name_prefix="compile") as threads,
+        AsyncCompileMode(threads, ignore_errors=True),
+    ):
+        yield
+
+
+@contextmanager
+def asking() -> Iterator[None]:
+    """A context within `in_threads` in which a launch only asks for its kernel."""
+    from triton.runtime.jit import JITFunction
+
+    run = JITFunction.run
+
+    def ask(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        return run(self, *args, grid=grid, warmup=True, **kwargs)
+
+    JITFunction.run = ask
+    try:
+        yield
+    finally:
+        JITFunction.run = run
