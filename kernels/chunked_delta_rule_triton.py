@@ -176,7 +176,7 @@ def _chunk_kernel(
     tl.store(inverses + square, inverse.to(inverses.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows"])
 def _scan_kernel(
     query, key, value, state, rows, query_start_loc, seq_lens, inverses, scores, factors, out,
     query_stride, key_stride, value_stride, state_stride,

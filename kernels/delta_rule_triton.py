@@ -48,7 +48,7 @@ def step_tiling(value_dim: int, state_dtype: torch.dtype, num_programs: int) -> 
     return StepTiling(min(32, value_dim), 2 if state_dtype.itemsize == 4 else 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows"])
 def _step_kernel(
     query, key, value, a, b, log_decay_rate, step_bias, state, rows, query_start_loc, seq_lens,
     out, query_stride, key_stride, value_stride, state_stride, a_stride, b_stride,

@@ -14,14 +14,15 @@ from compiledllm.kernels.logprobs import MAX_IN_TRITON
 
 _CHUNK = 4096  # tokens of the vocabulary per program
 _NAMED = 128  # named tokens looked up together
-# What requests ask for decides no variant of the kernels: none is compiled after the start.
-_AS_ASKED = {
+# Neither numbers that requests ask for nor the place where a slice begins make a variant of a
+# kernel, so that none is compiled after the start.
+_ONE_VARIANT = {
     "do_not_specialize": ["num_best", "num_named"],
-    "do_not_specialize_on_alignment": ["rows", "chosen"],
+    "do_not_specialize_on_alignment": ["rows", "chosen", "peaks", "masses"],
 }
 
 
-@triton.jit(**_AS_ASKED)
+@triton.jit(**_ONE_VARIANT)
 def _chunk_kernel(
     logits, rows, chosen, best, best_ids, peaks, masses, counts, vocab, row_stride, num_chunks,
     num_best, CHUNK: tl.constexpr,
@@ -48,7 +49,7 @@ def _chunk_kernel(
         x = tl.where(lane == where, float("-inf"), x)
 
 
-@triton.jit(**_AS_ASKED)
+@triton.jit(**_ONE_VARIANT)
 def _row_kernel(
     logits, rows, chosen, named_ids, best, best_ids, peaks, masses, counts, packed, row_stride,
     num_chunks, num_best, num_named, NAMED: tl.constexpr, CHUNKS: tl.constexpr,

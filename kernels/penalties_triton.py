@@ -12,7 +12,7 @@ from torch import Tensor
 _CHUNK = 2048  # tokens of the vocabulary per program
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _penalize_kernel(
     logits, index, slots, amounts, counts, num_rows, vocab, IN_PROMPT: tl.constexpr,
     CHUNK: tl.constexpr,

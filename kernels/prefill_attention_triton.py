@@ -55,7 +55,7 @@ def tiling_of_wide_heads(min_rows: int, dtype: torch.dtype, max_shared: int) -> 
     return Tiling(max(16, min_rows), 16, 4, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _prefill_kernel(
     query, kv_cache, block_tables, seq_lens, query_start_loc, sinks, kv_scales, out,
     scale, window, soft_cap, query_stride, table_stride, value_offset, num_rows,

@@ -31,6 +31,9 @@ _GROUP = 64  # tokens per group, which has one peak
 _GROUPS = 256  # groups that a row's program reads per iteration
 # Number of leading bits in which the keys of a dtype can differ.
 _KEY_BITS = {torch.bfloat16: 16, torch.float16: 19, torch.float32: 32}
+# Slices of larger tensors. The place where one begins makes no variant of a kernel, so that none is
+# compiled after the start.
+_SLICES = ["rows", "positions", "best_scores", "peaks", "masses"]
 
 
 @triton.jit
@@ -88,7 +91,7 @@ def _key(x):
     return (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_SLICES)
 def _chunk_kernel(
     logits, rows, positions, temperatures, seeds, top_k, best_scores, best_ids, peaks, masses,
     group_peaks, vocab, row_stride, num_chunks, CHUNK: tl.constexpr, GROUP: tl.constexpr,
@@ -127,7 +130,7 @@ def _chunk_kernel(
         tl.store(best_ids + at, tl.min(tl.where(ratio == best, token, vocab), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_SLICES)
 def _row_kernel(
     logits, rows, positions, temperatures, seeds, top_k, top_p, min_p, best_scores, best_ids, peaks,
     masses, group_peaks, groups, out, vocab, row_stride, num_chunks,

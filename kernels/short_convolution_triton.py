@@ -25,7 +25,7 @@ def _activated(x, IS_SILU: tl.constexpr):
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows"])
 def _step_kernel(
     x, weight, bias, state, rows, query_start_loc, seq_lens, out, channels, x_stride, state_stride,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, HAS_BIAS: tl.constexpr, IS_SILU: tl.constexpr,
@@ -59,7 +59,7 @@ def _step_kernel(
     tl.store(own - 1, window, inside & (entry > 0)[None, :])
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["rows"])
 def _ragged_kernel(
     x, weight, bias, state, rows, query_start_loc, seq_lens, out, channels, x_stride, state_stride,
     num_rows, WIDTH: tl.constexpr, PADDED: tl.constexpr, HAS_BIAS: tl.constexpr,
