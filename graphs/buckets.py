@@ -54,7 +54,7 @@ _MIXED_TOKENS = (
 _MIXED_ROWS = ((8, 768), (64, 1024), (192, 1024), (256, 2048))
 
 # Steps of at most this size are captured before the first request.
-_FIRST_ROWS, _FIRST_TOKENS = 8, 512
+_FIRST_ROWS, _FIRST_TOKENS = 4, 128
 
 
 def step_shapes(max_rows: int, max_tokens: int) -> list[StepShape]:
@@ -75,7 +75,8 @@ def step_shapes(max_rows: int, max_tokens: int) -> list[StepShape]:
 
 def is_needed_first(shape: StepShape) -> bool:
     """Whether to capture this shape before the first request: small batches and short prompts."""
-    return shape.num_rows <= _FIRST_ROWS and shape.num_tokens <= _FIRST_TOKENS
+    max_rows = _FIRST_ROWS if shape.is_decode else _MIXED_ROWS[0][0]
+    return shape.num_rows <= max_rows and shape.num_tokens <= _FIRST_TOKENS
 
 
 def shape_for(shape: StepShape, shapes: Iterable[StepShape]) -> StepShape | None:

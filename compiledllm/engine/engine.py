@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from compiledllm.beam_search_params import BeamSearchParams
 from compiledllm.config import EngineConfig
+from compiledllm.engine import cuda_context
 from compiledllm.engine.conversation import Message
 from compiledllm.engine.prompts import (
     Prompt,
@@ -63,6 +64,7 @@ class Engine:
         show_logs()
         ledger = Ledger()
         with ledger.phase("import"):
+            cuda_context.make_in_thread(options.get("device", "auto"))
             # These modules import torch, which takes seconds: importing the class must not.
             from compiledllm.engine.calls import Calls
             from compiledllm.engine.core import EngineCore

@@ -64,10 +64,12 @@ def _first_message(lifeline: Lifeline) -> Start:
 
 
 def load_core(config: EngineConfig) -> EngineCore:
+    from compiledllm.engine import cuda_context
     from compiledllm.ledger import Ledger
 
     ledger = Ledger()
     with ledger.phase("import"):
+        cuda_context.make_in_thread(config.model.device)
         from compiledllm.engine.core import EngineCore
         from compiledllm.engine.startup import plan
 
