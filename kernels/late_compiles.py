@@ -62,7 +62,21 @@ def watch_triton() -> None:
         if others is not None:
             others(src=src, cache_hit=cache_hit, **facts)
         if not cache_hit:
-            note(str(getattr(src, "name", src)))
+            note(_described(src))
 
     listener.is_ours = True  # type: ignore[attr-defined]
     knobs.compilation.listener = listener
+
+
+def _described(src: Any) -> str:
+    """A kernel's name and the variant of it: what a report of a late compilation needs."""
+    names = list(getattr(src, "signature", {}))
+    constants = [f"{_at(names, at)}={value}" for at, value in getattr(src, "constants", {}).items()]
+    aligned = [_at(names, at) for at in getattr(src, "attrs", {})]
+    variant = ", ".join(constants) + "; divisible by 16: " + ", ".join(aligned)
+    return f"{getattr(src, 'name', src)} ({variant[:300]})"
+
+
+def _at(names: list[str], at: object) -> str:
+    """The name of a parameter, which Triton knows as (its number,)."""
+    return names[at[0]] if isinstance(at, tuple) and len(at) == 1 else str(at)

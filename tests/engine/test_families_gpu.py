@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from compiledllm import Engine, SamplingParams
+from compiledllm.kernels import late_compiles
 from tests.support.families import GEMMA4, GEMMA4_DENSE, GEMMA4_SHARED, IN_ENGINE, VARIANTS
 
 pytestmark = pytest.mark.gpu
@@ -39,6 +40,7 @@ def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COMPILEDLLM_CACHE_DIR", str(tmp_path / "caches"))
     monkeypatch.setenv("COMPILEDLLM_DISABLE_CACHE", "0")
     monkeypatch.setenv("COMPILEDLLM_LATE_COMPILE", "error")
+    monkeypatch.setattr(late_compiles, "num_kernels", 0)  # counts for the whole process
 
 
 def assert_tokens_of_the_cpu(checkpoint: Path, prompts: list[list[int]]) -> None:

@@ -39,17 +39,25 @@ def test_late_compilation_is_an_error_where_the_process_says_so(
         note("a")
 
 
-def test_only_what_triton_compiles_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_triton_compiles_counts(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     triton = pytest.importorskip("triton")
     heard: list[bool] = []
     knobs = triton.knobs.compilation
     monkeypatch.setattr(knobs, "listener", lambda *, cache_hit, **_: heard.append(cache_hit))
     late_compiles.watch_triton()
     late_compiles.watch_triton()
-    source = SimpleNamespace(name="kernel")
+    source = SimpleNamespace(
+        name="kernel",
+        signature={"x": "*fp32", "SIZE": "constexpr"},
+        constants={(1,): 8},
+        attrs={(0,): [["tt.divisibility", 16]]},
+    )
     for cache_hit in (True, False):
         knobs.listener(src=source, metadata={}, metadata_group={}, times=None, cache_hit=cache_hit)
     assert late_compiles.num_kernels == 1 and heard == [True, False]
+    assert "kernel (SIZE=8; divisible by 16: x)" in caplog.text
 
 
 def test_entries_of_tritons_cache_are_moved_to_another_folder(
