@@ -90,6 +90,12 @@ class StepGraphs:
             self._capture_one(shape)
         self._graphs.clear()
 
+    def forget(self) -> None:
+        """Free all graphs. Steps run uncaptured from now on."""
+        self._graphs.clear()
+        self._waiting.clear()
+        self._bucket_for.cache_clear()
+
     def capture_wanted(self) -> None:
         """Capture the shape for which the last uncaptured step has asked, if any."""
         if self._wanted is not None:

@@ -108,6 +108,7 @@ class FirstRank(Worker):
 
         self._group.send(Run(num_kv_blocks, max_blocks))
         super().start(num_kv_blocks, max_blocks)
+        self._group.graphs = self.runner.graphs
         self._group.answers()
 
     def launch(self, step: SchedulerOutput) -> PendingOutput:

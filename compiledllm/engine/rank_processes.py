@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -35,6 +35,9 @@ from compiledllm.kernels.collectives import (
     make_store,
 )
 from compiledllm.log import log
+
+if TYPE_CHECKING:
+    from compiledllm.graphs.cuda_graphs import StepGraphs
 
 COMMAND = (sys.executable, "-m", "compiledllm.engine.rank_process")
 _NOTICE_S = 2.0  # for a thread to hear of a rank's end
@@ -110,6 +113,7 @@ class RankGroup:
             )
         self.num_ranks = num_ranks
         self.failure: Failed | None = None
+        self.graphs: StepGraphs | None = None  # of the first rank, which sum over all ranks
         self._is_ended = False
         self._answers: queue.SimpleQueue[FromRank] = queue.SimpleQueue()
         self.ranks: list[OtherRank] = []
@@ -185,6 +189,8 @@ class RankGroup:
         for process in self.ranks:
             process.end()
         self.ranks = []
+        if self.graphs is not None:
+            self.graphs.forget()  # NCCL waits for graphs with its kernels before it leaves
         with contextlib.suppress(Exception):
             leave()
 
