@@ -12,6 +12,7 @@ for the first time. Most of that time the compiler does not hold Python's lock.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -38,13 +39,14 @@ def in_threads() -> Iterator[None]:
 
 @contextmanager
 def asking() -> Iterator[None]:
-    """A context within `in_threads` in which a launch only asks for its kernel."""
+    """A context within `in_threads` in which the calling thread's launches only ask for kernels."""
     from triton.runtime.jit import JITFunction
 
-    run = JITFunction.run
+    run, thread = JITFunction.run, threading.get_ident()
 
     def ask(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        return run(self, *args, grid=grid, warmup=True, **kwargs)
+        warmup = warmup or threading.get_ident() == thread  # other threads may run other engines
+        return run(self, *args, grid=grid, warmup=warmup, **kwargs)
 
     JITFunction.run = ask
     try:
