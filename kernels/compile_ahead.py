@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from typing import Any
 
 _MAX_THREADS = 16
+_one_at_a_time = threading.Lock()  # for contexts that replace a method of Triton's class
 
 
 @contextmanager
@@ -42,14 +43,16 @@ def asking() -> Iterator[None]:
     """A context within `in_threads` in which the calling thread's launches only ask for kernels."""
     from triton.runtime.jit import JITFunction
 
-    run, thread = JITFunction.run, threading.get_ident()
+    thread = threading.get_ident()
+    with _one_at_a_time:
+        run = JITFunction.run
 
-    def ask(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        warmup = warmup or threading.get_ident() == thread  # other threads may run other engines
-        return run(self, *args, grid=grid, warmup=warmup, **kwargs)
+        def ask(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+            warmup = warmup or threading.get_ident() == thread  # other threads run other engines
+            return run(self, *args, grid=grid, warmup=warmup, **kwargs)
 
-    JITFunction.run = ask
-    try:
-        yield
-    finally:
-        JITFunction.run = run
+        JITFunction.run = ask
+        try:
+            yield
+        finally:
+            JITFunction.run = run
