@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 # In the order of a start. "import": torch and our modules. "plan": everything before the weights.
+# "ranks": starting the processes of other ranks, and waiting for what they do as this one does.
 # "memory": measuring how much memory steps take, and allocating the KV cache. "compile": compiling
 # the decoder's blocks, or loading compiled ones. "rest": what no other phase covers.
-PHASES = ("import", "plan", "weights", "memory", "compile", "capture", "tokenizer", "rest")
+PHASES = ("import", "plan", "ranks", "weights", "memory", "compile", "capture", "tokenizer", "rest")
 
 
 class Ledger:

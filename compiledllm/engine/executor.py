@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 def make_executor(plan: Plan, ledger: Ledger) -> Worker:
     """Load the model of a plan, in as many processes as it has ranks. Raises ConfigError."""
     if plan.ranks.are_many:
-        return FirstRank(plan, start_ranks(plan), ledger)
+        with ledger.phase("ranks"):
+            group = start_ranks(plan)
+        return FirstRank(plan, group, ledger)
     return Worker(plan, ledger)
 
 
@@ -85,7 +87,8 @@ class FirstRank(Worker):
             asked["device"] = plan.platform.device.type
             group.send(Build(plan.config.options() | asked))
             super().__init__(plan, ledger)
-            self._check_agreement()
+            with ledger.phase("ranks"):
+                self._check_agreement()
         except BaseException:
             self._end()
             raise
@@ -98,7 +101,8 @@ class FirstRank(Worker):
 
         self._group.send(CountBlocks())
         own = super().count_kv_blocks()
-        least = min(answer.num_kv_blocks for answer in self._group.answers())
+        with self.ledger.phase("ranks"):
+            least = min(answer.num_kv_blocks for answer in self._group.answers())
         if least < own:
             self.report.note("num_kv_blocks", Choice(least, "what the fullest GPU has room for"))
         return min(own, least)
@@ -109,7 +113,8 @@ class FirstRank(Worker):
         self._group.send(Run(num_kv_blocks, max_blocks))
         super().start(num_kv_blocks, max_blocks)
         self._group.graphs = self.runner.graphs
-        self._group.answers()
+        with self.ledger.phase("ranks"):
+            self._group.answers()
 
     def launch(self, step: SchedulerOutput) -> PendingOutput:
         """Launch one step on all ranks. Raises RankError if one has ended."""
