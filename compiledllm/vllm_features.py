@@ -81,7 +81,6 @@ MISSING: dict[str, dict[str, Any]] = {
         "enable_shm_tensor_arena": False,
         "enable_fault_tolerance": False,
         "fault_tolerance_config": None,
-        "api_server_count": 1,
         "headless": False,
         "grpc": False,
         "data_parallel_supervisor_port": 9256,

@@ -74,6 +74,7 @@ _INSTEAD: dict[str, tuple[Any, str]] = {
     # Options of `compiledllm serve`, which vLLM's constructors take as well.
     "served_model_name": (ANY, ""),
     "data_parallel_size": (1, "use --data-parallel-size of `compiledllm serve`"),
+    "api_server_count": (1, "use --api-server-count of `compiledllm serve`"),
     "enable_log_requests": (False, "use --enable-log-requests of `compiledllm serve`"),
     "shutdown_timeout": (0, "use --shutdown-timeout of `compiledllm serve`"),
     "reasoning_parser": ("", "use --reasoning-parser of `compiledllm serve`"),
@@ -102,7 +103,6 @@ SHORT_FLAGS: dict[str, tuple[str, ...]] = {
     "compilation_config": ("-cc",),
     "attention_config": ("-ac",),
     "optimization_level": ("-O",),
-    "api_server_count": ("-asc",),
 }
 
 # vLLM's names of options that both have -> ours. Its "auto" is our default.

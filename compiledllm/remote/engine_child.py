@@ -68,12 +68,17 @@ class EngineChild:
 
     def send(self, message: ToEngine) -> None:
         """Queue a message. The message is dropped if the connection is closed."""
+        self.send_frame(frame(message))
+
+    def send_frame(self, raw: bytes) -> None:
+        """Queue a message that is a frame already."""
         if not self._writer.is_closing():
-            self._writer.write(frame(message))
+            self._writer.write(raw)
 
     async def receive(self) -> FromEngine | None:
         """Wait for the next message; None once the process has ended. Raises WireError."""
-        return await receive_async(self._reader)
+        message: FromEngine | None = await receive_async(self._reader)
+        return message
 
     def kill(self) -> None:
         """Kill the process, even a stopped one; the guardian kills its child processes."""

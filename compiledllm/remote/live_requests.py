@@ -22,13 +22,18 @@ from compiledllm.types import StepNews
 
 
 class LiveRequests:
-    """send: sends a message to the engine. num_tokens: sum of all prompts' tokens."""
+    """send: sends a message to the engine.
+
+    Attributes: `num_tokens` (sum of all prompts' tokens), `on_change` (called when a request has
+    been entered or has left), `trial` (what a new engine is given, and when).
+    """
 
     def __init__(self, send: Callable[[ToEngine], None]) -> None:
         self._send = send
+        self.on_change: Callable[[], None] | None = None
         self.num_tokens = 0
         self.num_finished = 0  # requests that finished since the start
-        self._replay = Replay(self._tell, self._is_live)
+        self.trial = Replay(self._tell, self._is_live)
         self._book = Book()
         self._live_requests: dict[str, LiveRequest] = {}  # by the caller's id
 
@@ -56,10 +61,10 @@ class LiveRequests:
         live = LiveRequest(state)
         self._put(live)
         try:
-            if self._replay.is_over:
+            if self.trial.is_over:
                 self._tell(live)
             else:
-                self._replay.hold(live)
+                self.trial.hold(live)
         except BaseException:
             self.abort(live)
             raise
@@ -69,6 +74,8 @@ class LiveRequests:
         self._book.open(live.state)
         self._live_requests[live.state.request_id] = live
         self.num_tokens += live.num_tokens
+        if self.on_change is not None:
+            self.on_change()
 
     def _tell(self, live: LiveRequest) -> None:
         """Send a request to the engine."""
@@ -87,7 +94,7 @@ class LiveRequests:
         ended gets a second engine but not a third, unless another request is found to be the cause.
         started: ids of all requests that the engine began to run.
         """
-        replay = self._replay
+        replay = self.trial
         running = {live for live in self if _was_running(live, started)}
         found = replay.on_trial in running
         blamed = {live for live in running if live.ran_at_crash and replay.is_over}
@@ -107,7 +114,7 @@ class LiveRequests:
     def replay(self) -> None:
         """Give the unfinished requests to a new engine."""
         suspects = [live for live in self if live.ran_at_crash]
-        self._replay.begin(suspects, [live for live in self if not live.ran_at_crash])
+        self.trial.begin(suspects, [live for live in self if not live.ran_at_crash])
 
     def _start_over(self, live: LiveRequest) -> None:
         for completion in live.state.completions:
@@ -131,8 +138,8 @@ class LiveRequests:
             if (live := live_requests.get(state.request_id)) is not None:
                 self.num_finished += 1
                 self._forget(live)
-        if not self._replay.is_over:
-            self._replay.go_on()
+        if not self.trial.is_over:
+            self.trial.go_on()
 
     def _give_up(self, live: LiveRequest, error: Exception) -> None:
         """End a request whose tokens cannot be turned into text, so that all others go on."""
@@ -190,6 +197,8 @@ class LiveRequests:
         if self._is_live(live):
             del self._live_requests[live.state.request_id]
             self.num_tokens -= live.num_tokens
+            if self.on_change is not None:
+                self.on_change()
 
 
 def _was_running(live: LiveRequest, started: set[str]) -> bool:

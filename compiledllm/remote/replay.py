@@ -3,6 +3,9 @@
 Requests that were running are suspects. Suspects are sent one at a time, each once the one before
 has proved harmless; all other requests follow. If the engine ends in the meantime, the suspect that
 was sent last is the cause.
+
+Of an engine that several processes use, each process tries its suspects in its turn, and the other
+requests follow once all have had theirs.
 """
 
 from __future__ import annotations
@@ -29,18 +32,33 @@ class Replay:
         self._others: list[LiveRequest] = []
         self.on_trial: LiveRequest | None = None
         self.is_over = True
+        self._on_tried: Callable[[], None] | None = None
+        self._has_turn = True
+
+    def take_turns(self, on_tried: Callable[[], None]) -> None:
+        """Try suspects only in a turn; `on_tried` is called at its end, and then `finish`."""
+        self._on_tried, self._has_turn = on_tried, False
 
     def begin(self, suspects: Iterable[LiveRequest], others: Iterable[LiveRequest]) -> None:
         """Start with a new engine."""
         self._suspects, self._others = deque(suspects), list(others)
-        self.on_trial, self.is_over = None, False
+        self.on_trial, self.is_over = None, not (self._suspects or self._others)
         self.go_on()
+
+    def begin_turn(self) -> None:
+        """Try the suspects, if there are any."""
+        self._has_turn = True
+        if self.is_over:
+            self._end_turn()
+        else:
+            self.go_on()
 
     def stop(self) -> None:
         """Stop, because the engine has ended."""
         self._suspects.clear()
         self._others.clear()
         self.on_trial, self.is_over = None, True
+        self._has_turn = self._on_tried is None
 
     def hold(self, live: LiveRequest) -> None:
         """Keep a new request until the suspects are done."""
@@ -48,6 +66,8 @@ class Replay:
 
     def go_on(self) -> None:
         """Send the next requests if possible. Called after each step until `is_over`."""
+        if self.is_over or not self._has_turn:
+            return
         if self.on_trial is not None and self._is_suspect(self.on_trial):
             return
         self.on_trial = None
@@ -57,10 +77,22 @@ class Replay:
                 self.on_trial = suspect
                 self._tell(suspect)
         if self.on_trial is None:
-            self.is_over, others, self._others = True, self._others, []
-            for live in others:
-                if self._is_live(live):
-                    self._tell(live)
+            self._end_turn()
+
+    def _end_turn(self) -> None:
+        if self._on_tried is None:
+            self.finish()
+        else:
+            self._has_turn = False
+            self._on_tried()
+
+    def finish(self) -> None:
+        """Send all requests that wait."""
+        waiting = [*self._suspects, *self._others]
+        self.stop()
+        for live in waiting:
+            if self._is_live(live):
+                self._tell(live)
 
     def _is_suspect(self, live: LiveRequest) -> bool:
         return self._is_live(live) and any(

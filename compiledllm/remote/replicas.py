@@ -1,8 +1,8 @@
 """Several engines of one model behind one server, each a process of its own: `data_parallel_size`.
 
-`Replicas` stands where the server otherwise has an `EngineClient`. Every request goes to one
-replica and stays there; each replica is watched, restarted and given up by itself, and the server
-goes on as long as one of them does.
+`Replicas` stands where the server otherwise has one engine. Every request goes to one replica and
+stays there; each replica is watched, restarted and given up by itself, and the server goes on as
+long as one of them does.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import TypeVar
 from compiledllm.config import ConfigError
 from compiledllm.engine.request_state import RequestState
 from compiledllm.engine.requests import RequestFactory
-from compiledllm.remote.engine_client import EngineClient, State
+from compiledllm.remote.engine_requests import EngineRequests
+from compiledllm.remote.engine_state import State
 from compiledllm.remote.errors import Overloaded, Unavailable
 from compiledllm.remote.live_request import LiveRequest
-from compiledllm.remote.routing import PrefixRouter
+from compiledllm.remote.routing import PrefixRouter, hashes
 from compiledllm.remote.wire import Failed, Ready, Stats
 
 _Result = TypeVar("_Result")
@@ -27,13 +28,18 @@ _OUTPUT_TOKENS = 256
 
 
 class Replicas:
-    """clients: one for each replica, not yet started."""
+    """clients: one for each replica, not yet started.
 
-    def __init__(self, clients: list[EngineClient]) -> None:
+    Attributes, besides a client's: `on_route` (called with the keys of each prompt and the number
+    of its replica, for other processes with the same engines).
+    """
+
+    def __init__(self, clients: list[EngineRequests]) -> None:
         self.clients = clients
         self._router = PrefixRouter(len(clients))
         self._num_restarts = [0] * len(clients)
         self.on_loaded: Callable[[], None] = lambda: None
+        self.on_route: Callable[[list[int], int], None] | None = None
         self.live = _AllLive(clients)
         for client in clients:
             client.on_loaded = self._share_texts
@@ -97,6 +103,10 @@ class Replicas:
         self.on_loaded()
         self.on_loaded = lambda: None
 
+    @property
+    def id_prefix(self) -> str:
+        return self.clients[0].id_prefix
+
     # -- what the replicas have in common ------------------------------------------------------
 
     @property
@@ -124,10 +134,10 @@ class Replicas:
         return self._first_that(lambda client: client.require_ready())
 
     def check_admission(self, num_requests: int, num_tokens: int) -> None:
-        """As of the replica with the most room; see `EngineClient.check_admission`."""
+        """As of the replica with the most room; see `EngineRequests.check_admission`."""
         self._first_that(lambda client: client.check_admission(num_requests, num_tokens))
 
-    def _first_that(self, ask: Callable[[EngineClient], _Result]) -> _Result:
+    def _first_that(self, ask: Callable[[EngineRequests], _Result]) -> _Result:
         """The first replica's answer that is no refusal. Raises the refusal that says most."""
         refusal: Exception | None = None
         for client in sorted(self.clients, key=_load_of):
@@ -162,8 +172,15 @@ class Replicas:
                 refusal = error
                 continue
             self._router.note(prompt, salt, index)
+            if self.on_route is not None:
+                self.on_route(list(hashes(prompt, salt)), index)
             return admitted
         raise refusal
+
+    def note_route(self, keys: list[int], index: int) -> None:
+        """Note to which replica another process has sent a prompt."""
+        self._forget_restarted()
+        self._router.note_keys(keys, index)
 
     def _outstanding(self) -> list[int | None]:
         """By replica, about how many tokens it has yet to compute; None: it is not ready."""
@@ -181,17 +198,17 @@ class Replicas:
             self._client_of(live).release([live])
 
     def following(self, live: LiveRequest) -> AbstractContextManager[None]:
-        """A context for taking a request's outputs; see `EngineClient.following`."""
+        """A context for taking a request's outputs; see `EngineRequests.following`."""
         return self._client_of(live).following(live)
 
-    def _client_of(self, live: LiveRequest) -> EngineClient:
+    def _client_of(self, live: LiveRequest) -> EngineRequests:
         """The client that has the request; of a request that has ended, any."""
         name = live.state.request_id
         found = (client for client in self.clients if client.live.get(name) is live)
         return next(found, self.clients[0])
 
 
-ServedEngine = EngineClient | Replicas
+ServedEngine = EngineRequests | Replicas
 
 
 def gpus_of_replicas(count: int, num_ranks: int, visible: str | None) -> list[dict[str, str]]:
@@ -212,20 +229,21 @@ def gpus_of_replicas(count: int, num_ranks: int, visible: str | None) -> list[di
     return [{"CUDA_VISIBLE_DEVICES": ",".join(part)} for part in parts]
 
 
-def clients_of(engine: ServedEngine) -> list[EngineClient]:
+def clients_of(engine: ServedEngine) -> list[EngineRequests]:
     """The clients of all engines behind a server."""
     return engine.clients if isinstance(engine, Replicas) else [engine]
 
 
-def _load_of(client: EngineClient) -> int:
+def _load_of(client: EngineRequests) -> int:
     """About how many tokens an engine has yet to compute."""
-    return client.live.num_tokens + _OUTPUT_TOKENS * client.live.num_completions
+    load = client.load
+    return load.num_tokens + _OUTPUT_TOKENS * load.num_requests
 
 
 class _AllLive:
     """The requests in progress of all replicas."""
 
-    def __init__(self, clients: list[EngineClient]) -> None:
+    def __init__(self, clients: list[EngineRequests]) -> None:
         self._clients = clients
 
     def __len__(self) -> int:

@@ -7,8 +7,9 @@ them; a wrong guess costs the computation of a prompt and nothing else.
 
 from __future__ import annotations
 
+import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 PIECE = 16  # tokens; a chat is told from others with the same system prompt by its first piece
@@ -51,7 +52,11 @@ class PrefixRouter:
 
     def note(self, token_ids: Sequence[int], salt: str, replica: int) -> None:
         """Remember that a replica has been given this prompt."""
-        for key in _hashes(token_ids, salt):
+        self.note_keys(hashes(token_ids, salt), replica)
+
+    def note_keys(self, keys: Iterable[int], replica: int) -> None:
+        """Remember a prompt by its `hashes`, which are the same in all processes."""
+        for key in keys:
             piece = self._pieces.setdefault(key, _Piece())
             piece.replicas |= 1 << replica
             piece.num_prompts += 1
@@ -73,7 +78,7 @@ class PrefixRouter:
         """
         known, home = [0] * self._num_replicas, None
         still = (1 << self._num_replicas) - 1
-        for count, key in enumerate(_hashes(token_ids, salt), start=1):
+        for count, key in enumerate(hashes(token_ids, salt), start=1):
             piece = self._pieces.get(key)
             still &= 0 if piece is None else piece.replicas
             if piece is None or not still:
@@ -85,9 +90,13 @@ class PrefixRouter:
         return known, home
 
 
-def _hashes(token_ids: Sequence[int], salt: str) -> Iterator[int]:
+def hashes(token_ids: Sequence[int], salt: str) -> Iterator[int]:
     """The hash of each whole piece and all before it."""
-    last, limit = hash(salt), min(len(token_ids), MAX_PIECES_OF_A_PROMPT * PIECE)
+    # Of texts, Python's own hash differs between processes; of integers it does not.
+    last, limit = (
+        zlib.crc32(salt.encode(errors="replace")),
+        min(len(token_ids), MAX_PIECES_OF_A_PROMPT * PIECE),
+    )
     for start in range(0, limit - PIECE + 1, PIECE):
         last = hash((last, tuple(token_ids[start : start + PIECE])))
         yield last

@@ -133,9 +133,12 @@ _TO_ENGINE: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(ToEngine)
 _FROM_ENGINE: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(FromEngine)
 
 
-def frame(message: ToEngine | FromEngine) -> bytes:
-    body = _ENCODER.encode(message)
-    return _checked(len(body)).to_bytes(_LENGTH_BYTES, "big") + body
+def encoded(message: msgspec.Struct) -> bytes:
+    return _ENCODER.encode(message)
+
+
+def frame(message: msgspec.Struct) -> bytes:
+    return framed(_ENCODER.encode(message))
 
 
 def receive(connection: socket.socket) -> ToEngine | None:
@@ -146,18 +149,24 @@ def receive(connection: socket.socket) -> ToEngine | None:
     return message
 
 
-async def receive_async(reader: asyncio.StreamReader) -> FromEngine | None:
+async def receive_async(
+    reader: asyncio.StreamReader, decoder: msgspec.msgpack.Decoder[Any] = _FROM_ENGINE
+) -> Any:
     """Wait for a frame in the client's process; None at the end, even within a frame.
 
-    Raises WireError.
+    decoder: of the messages that may come; without one, those of an engine. Raises WireError.
     """
     try:
         head = await reader.readexactly(_LENGTH_BYTES)
         body = await reader.readexactly(_checked(int.from_bytes(head, "big")))
     except (asyncio.IncompleteReadError, ConnectionError):
         return None
-    message: FromEngine = _decoded(_FROM_ENGINE, body)
-    return message
+    return _decoded(decoder, body)
+
+
+def framed(body: bytes | msgspec.Raw) -> bytes:
+    """A frame around a message that has been encoded before."""
+    return _checked(len(body)).to_bytes(_LENGTH_BYTES, "big") + body
 
 
 def _checked(num_bytes: int) -> int:

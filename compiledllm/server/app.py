@@ -46,6 +46,7 @@ from compiledllm.server.responses import (
 )
 from compiledllm.server.root_path import BelowRoot
 from compiledllm.server.security import Guard
+from compiledllm.server.whole_server import OneProcess, WholeServer
 from compiledllm.version import __version__
 
 _Responses = dict[int | str, dict[str, Any]]  # of a route, by status, for OpenAPI
@@ -85,8 +86,13 @@ class _App(FastAPI):
         return schema
 
 
-def create_app(engine: ServedEngine, options: AppOptions) -> FastAPI:
-    """Make the application; its `state.metrics` writes the periodic log line."""
+def create_app(
+    engine: ServedEngine, options: AppOptions, whole: WholeServer | None = None
+) -> FastAPI:
+    """Make the application; its `state.metrics` writes the periodic log line.
+
+    whole: all HTTP processes of the server; None: this one is the only one.
+    """
     app = _App(
         title="compiledllm",
         version=__version__,
@@ -111,7 +117,7 @@ def create_app(engine: ServedEngine, options: AppOptions) -> FastAPI:
     _add_text_tools(app, TextTools(jobs))
     _add_token_count(app, TokenCounter(jobs, options.answers))
     _add_models(app, jobs)
-    _add_state(app, engine, metrics)
+    _add_state(app, engine, whole or OneProcess(engine, metrics))
     _add_chat_page(app)
     if options.has_docs:
         _add_docs(app)
@@ -184,7 +190,7 @@ def _add_models(app: FastAPI, jobs: JobMaker) -> None:
         return card(jobs.check_model(model))
 
 
-def _add_state(app: FastAPI, engine: ServedEngine, metrics: Metrics) -> None:
+def _add_state(app: FastAPI, engine: ServedEngine, whole: WholeServer) -> None:
     @app.get("/health", responses=_state_of(EngineHealth))
     async def health() -> JSONResponse:
         """Whether the engine is alive; 503 if the engine is dead or silent for too long."""
@@ -195,13 +201,14 @@ def _add_state(app: FastAPI, engine: ServedEngine, metrics: Metrics) -> None:
             body["reason"] = problem
         if len(clients := clients_of(engine)) > 1:
             body["replicas"] = [client.state for client in clients]
+        if states := whole.process_states():
+            body["http_processes"] = states
         return JSONResponse(body, 503 if problem else 200)
 
     @app.get("/ready", responses=_state_of(EngineReadiness))
     async def ready() -> JSONResponse:
         """Whether the server accepts requests now."""
-        problem = engine.why_unhealthy()
-        is_ready = engine.state == "ready" and problem is None
+        is_ready = whole.is_ready()
         body = {"ready": is_ready, "engine": engine.state}
         return JSONResponse(body, 200 if is_ready else 503)
 
@@ -212,7 +219,7 @@ def _add_state(app: FastAPI, engine: ServedEngine, metrics: Metrics) -> None:
     @app.get("/load")
     async def load() -> dict[str, int]:
         """The number of requests that are being answered or wait."""
-        return {"server_load": len(engine.live)}
+        return {"server_load": whole.num_live()}
 
     @app.get("/version")
     async def version() -> dict[str, str]:
@@ -222,7 +229,9 @@ def _add_state(app: FastAPI, engine: ServedEngine, metrics: Metrics) -> None:
         "/metrics", response_class=Response, responses={200: {"content": {"text/plain": _TEXT}}}
     )
     async def prometheus() -> Response:
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(
+            await whole.metrics_text(), media_type="text/plain; version=0.0.4; charset=utf-8"
+        )
 
     @app.get("/config")
     async def config() -> dict[str, Any]:

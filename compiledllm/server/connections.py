@@ -75,7 +75,7 @@ class Connections:
         oldest one.
         """
         self._all.add(connection)
-        if len(self._all) <= self._max or self._close_an_idle_one():
+        if self.num_open <= self._max or self._close_an_idle_one():
             return True
         self._spare[connection] = None
         self._num_refused += 1
@@ -84,6 +84,11 @@ class Connections:
             del self._spare[oldest]
             oldest.abort()
         return False
+
+    @property
+    def num_open(self) -> int:
+        """The number of connections that count towards the limit."""
+        return len(self._all)
 
     def discard(self, connection: Connection) -> None:
         self._all.discard(connection)
@@ -103,7 +108,7 @@ class Connections:
             cause = connection.end_if_overdue(now, self._deadlines)
             if cause is not None:
                 self._ended[cause] += 1
-        is_nearly_full = len(self._all) >= self._max * NEARLY_FULL
+        is_nearly_full = self.num_open >= self._max * NEARLY_FULL
         self._idle = self._idle_ones(now) if is_nearly_full else deque()
         if self._ended and now >= self._next_lines_at[0]:
             self._next_lines_at[0] = now + LOG_INTERVAL_S
@@ -135,7 +140,7 @@ class Connections:
         log.warning(
             "%d connections are open and %d may be (%d were beyond that); see --max-connections, "
             "--client-timeout and `ulimit -n`",
-            len(self._all),
+            self.num_open,
             self._max,
             self._num_refused,
         )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from compiledllm.remote.engine_client import EngineClient
-from compiledllm.remote.replicas import ServedEngine, clients_of
+from compiledllm.remote.engine_life import EngineLife
 from compiledllm.remote.wire import FromEngine, Ready, StepOutputs
 from compiledllm.server.log_line import LogLine
 
@@ -50,10 +50,9 @@ class EngineMetrics:
     """
 
     def __init__(
-        self, registry: CollectorRegistry, prefix: str, model: str, engine: ServedEngine
+        self, registry: CollectorRegistry, prefix: str, model: str, engines: Sequence[EngineLife]
     ) -> None:
-        clients = clients_of(engine)
-        names = ["model_name", *(["engine"] if len(clients) > 1 else [])]
+        names = ["model_name", *(["engine"] if len(engines) > 1 else [])]
 
         def family(kind: Any, name: str, text: str, **more: Any) -> Any:
             return kind(prefix + name, text, names, registry=registry, **more)
@@ -72,11 +71,11 @@ class EngineMetrics:
         )
         self.line = LogLine()
         self._all = []
-        for index, client in enumerate(clients):
+        for index, engine in enumerate(engines):
             labels = [model, str(index)][: len(names)]
             of_one = {name: family.labels(*labels) for name, family in families.items()}
-            one = _OfEngine(client, index, of_one, cache, labels, self.line)
-            client.observe = one.observe
+            one = _OfEngine(engine, index, of_one, cache, labels, self.line)
+            engine.observe = one.observe
             self._all.append(one)
 
     def count_restarts(self) -> None:
@@ -90,24 +89,24 @@ class _OfEngine:
 
     def __init__(
         self,
-        client: EngineClient,
+        engine: EngineLife,
         index: int,
         metrics: dict[str, Any],
         cache: Gauge,
         labels: list[str],
         line: LogLine,
     ) -> None:
-        self._client, self._index, self._line = client, index, line
+        self._engine, self._index, self._line = engine, index, line
         self._metrics, self._cache, self._labels = metrics, cache, labels
         self._seen: dict[str, float] = {}
         self._num_restarts = 0
         self._cache_labels: list[str] = []
-        metrics["engine_ready"].set_function(lambda: client.state == "ready")
-        metrics["engine_seconds_without_step"].set_function(lambda: client.signs.silence_s)
+        metrics["engine_ready"].set_function(lambda: engine.state == "ready")
+        metrics["engine_seconds_without_step"].set_function(lambda: engine.signs.silence_s)
 
     def count_restarts(self) -> None:
-        self._metrics["engine_restarts"].inc(self._client.num_restarts - self._num_restarts)
-        self._num_restarts = self._client.num_restarts
+        self._metrics["engine_restarts"].inc(self._engine.num_restarts - self._num_restarts)
+        self._num_restarts = self._engine.num_restarts
 
     def observe(self, message: FromEngine) -> None:
         if not isinstance(message, StepOutputs):

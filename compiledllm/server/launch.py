@@ -4,45 +4,32 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
-import functools
 import logging
 import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
 from typing import Any
-
-import uvicorn
 
 from compiledllm.arguments import engine_options
 from compiledllm.caches import cache_dir
 from compiledllm.config import EngineConfig
 from compiledllm.log import log, show_logs
 from compiledllm.remote.engine_client import EngineClient
-from compiledllm.remote.limits import Limits
 from compiledllm.remote.replicas import Replicas, ServedEngine, gpus_of_replicas
-from compiledllm.server.api_keys import read_keys
 from compiledllm.server.app import AppOptions, create_app
+from compiledllm.server.app_options import api_keys_of, app_options_of, limits_of
 from compiledllm.server.connections import Connections, Deadlines
 from compiledllm.server.descriptors import connection_limit
-from compiledllm.server.http_protocol import LimitedHttp
+from compiledllm.server.http_server import make_http_server, watch_for_standstills
 from compiledllm.server.listening import close, is_local, listen, tls_options, way_to_try
-from compiledllm.server.openai.answer import AnswerSettings
-from compiledllm.server.openai.response_store import ResponseStore
-from compiledllm.server.options import served_names
-from compiledllm.server.origins import parse_cors
+from compiledllm.server.log_line import log_lines
 from compiledllm.server.process import (
     end_threads,
     loop_factory,
     return_large_blocks,
     spare_collector,
 )
-
-LOG_LINE_INTERVAL_S = 10.0
-MAX_HANDSHAKE_S = 60.0  # for a client to finish its TLS handshake, whatever --client-timeout says
-MAX_STANDSTILL_S = 0.5  # the event loop may block this long without a log line
 
 
 def serve(arguments: argparse.Namespace) -> int:
@@ -54,9 +41,13 @@ def serve(arguments: argparse.Namespace) -> int:
     deadlines = Deadlines(arguments.client_timeout, arguments.keep_alive_timeout)
     connections = Connections(connection_limit(arguments.max_connections), deadlines)
     tls = tls_options(arguments)
+    if arguments.api_server_count > 1:
+        from compiledllm.server.launch_processes import serve_in_processes
+
+        return serve_in_processes(arguments, bool(tls))
     listener = listen(arguments)
     try:
-        app_options = _app_options(arguments, listener)
+        app_options = app_options_of(arguments, api_keys_of(arguments), is_local(listener))
         engine = _make_engine(options, arguments)
         engine.on_loaded = spare_collector
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
@@ -74,33 +65,19 @@ async def _run(
     tls: dict[str, Any],
 ) -> int:
     app = create_app(engine, options)
-    http: Any = functools.partial(LimitedHttp, connections=connections)
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,
-        timeout_keep_alive=arguments.keep_alive_timeout,
-        http=http,
-        ws="none",
-        lifespan="off",
-        server_header=False,
-        **tls,
-    )
-    server = _Server(config)
+    server = make_http_server(app, connections, arguments, tls)
     loop = asyncio.get_running_loop()
-    if tls:
-        _limit_handshakes(loop, arguments.client_timeout)
     ending = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, _on_signal, ending, server)
+        loop.add_signal_handler(number, on_signal, ending)
     engine.start()
     serving = asyncio.create_task(server.serve(sockets=[listener]))
-    lines = asyncio.create_task(_log_lines(app.state.metrics))
+    lines = asyncio.create_task(log_lines(app.state.metrics))
     watch = asyncio.create_task(
         _announce(engine, way_to_try(listener, bool(tls), options.root_path))
     )
     sweeps = asyncio.create_task(connections.watch())
-    standstills = asyncio.create_task(_watch_for_standstills())
+    standstills = asyncio.create_task(watch_for_standstills())
     status = await _until_end(engine, ending, {serving, lines, sweeps, standstills})
     if status == 0:
         log.info("draining: %d requests live", len(engine.live))
@@ -116,15 +93,8 @@ async def _run(
     return status
 
 
-class _Server(uvicorn.Server):
-    """A server that leaves signals to this module: the first drains, the second ends at once."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-def _on_signal(ending: asyncio.Event, server: uvicorn.Server) -> None:
+def on_signal(ending: asyncio.Event) -> None:
+    """Take a signal: the first one drains, the second one ends the process at once."""
     if ending.is_set():
         log.warning("stopping at once")
         os._exit(130)
@@ -149,87 +119,28 @@ async def _until_end(engine: ServedEngine, ending: asyncio.Event, tasks: set[Any
     return 2 if is_config else 1
 
 
-def _limit_handshakes(loop: asyncio.AbstractEventLoop, seconds: float) -> None:
-    """End connections whose TLS handshake takes longer: `Connections` sees them only afterwards."""
-    limited = functools.partial(
-        loop.create_server, ssl_handshake_timeout=min(seconds, MAX_HANDSHAKE_S)
-    )
-    loop.create_server = limited  # type: ignore[method-assign]  # uvicorn passes no such limit
-
-
 async def _announce(engine: ServedEngine, way: str) -> None:
     await engine.wait_until_settled()
     if engine.state == "ready":
         log.info("ready at %s", way)
 
 
-async def _log_lines(metrics: Any) -> None:
-    while True:
-        await asyncio.sleep(LOG_LINE_INTERVAL_S)
-        metrics.log_line()
-
-
-async def _watch_for_standstills() -> None:
-    """Log when the event loop was blocked for long, because all streams share that loop."""
-    interval, loop = MAX_STANDSTILL_S / 2, asyncio.get_running_loop()
-    while True:
-        expected_at = loop.time() + interval
-        await asyncio.sleep(interval)
-        late_s = loop.time() - expected_at
-        if late_s > MAX_STANDSTILL_S:
-            log.warning("the HTTP process stood still for %.1f s", late_s)
-
-
-def _app_options(arguments: argparse.Namespace, listener: socket.socket) -> AppOptions:
-    options = engine_options(arguments)
-    return AppOptions(
-        model_names=served_names(arguments, options),
-        api_keys=read_keys(
-            arguments.api_key or [],
-            arguments.api_key_file,
-            os.environ.get("COMPILEDLLM_API_KEY"),
-        ),
-        cors=parse_cors(
-            arguments.allowed_origins,
-            arguments.allowed_methods,
-            arguments.allowed_headers,
-            arguments.allow_credentials,
-        ),
-        root_path=arguments.root_path,
-        has_docs=not arguments.disable_fastapi_docs,
-        logs_access=arguments.access_log,
-        serves_only_local=is_local(listener),
-        strict_fields=arguments.strict_fields,
-        logs_requests=arguments.enable_log_requests,
-        metrics_prefix=arguments.metrics_prefix,
-        answers=AnswerSettings(
-            arguments.tool_call_parser,
-            arguments.reasoning_parser,
-            shows_cached_tokens=arguments.enable_prompt_tokens_details,
-            response_store=ResponseStore(arguments.responses_store),
-        ),
-    )
+def environments_of(
+    options: dict[str, Any], arguments: argparse.Namespace
+) -> list[dict[str, str] | None]:
+    """For each engine the variables of its process. Raises ConfigError for too few GPUs."""
+    count: int = arguments.data_parallel_size
+    if count == 1:
+        return [None]
+    num_ranks = int(options.get("tensor_parallel_size") or 1)
+    return [*gpus_of_replicas(count, num_ranks, os.environ.get("CUDA_VISIBLE_DEVICES"))]
 
 
 def _make_engine(options: dict[str, Any], arguments: argparse.Namespace) -> ServedEngine:
     """The client of the engine, or of as many as `data_parallel_size` says."""
-    limits, crashes = _limits(arguments), cache_dir() / "crashes"
-    count: int = arguments.data_parallel_size
-    if count == 1:
-        return EngineClient(options, limits, crashes)
-    gpus = gpus_of_replicas(
-        count, int(options.get("tensor_parallel_size") or 1), os.environ.get("CUDA_VISIBLE_DEVICES")
-    )
-    return Replicas(
-        [EngineClient(options, limits, crashes, environment=variables) for variables in gpus]
-    )
-
-
-def _limits(arguments: argparse.Namespace) -> Limits:
-    return Limits(
-        queued_requests=arguments.max_queued_requests,
-        queued_tokens=arguments.max_queued_tokens,
-        request_s=arguments.request_timeout,
-        stuck_s=arguments.stuck_timeout,
-        load_s=arguments.load_timeout,
-    )
+    limits, crashes = limits_of(arguments), cache_dir() / "crashes"
+    clients = [
+        EngineClient(options, limits, crashes, environment=variables)
+        for variables in environments_of(options, arguments)
+    ]
+    return clients[0] if len(clients) == 1 else Replicas([*clients])

@@ -23,17 +23,44 @@ def listen(arguments: argparse.Namespace) -> socket.socket:
     Raises ConfigError if nobody can listen there.
     """
     uds, host, port = arguments.uds, arguments.host, arguments.port
-    where = uds or f"{host}:{port}"
     try:
         listener = _unix_socket(uds) if uds else _bound(host, port)
         listener.listen(BACKLOG)
     except OSError as error:
         way_out = "choose another --uds" if uds else "choose another --port or --host"
-        raise ConfigError(
-            f"cannot listen on {where} ({error.strerror or error}); {way_out}"
-        ) from None
+        raise _no_place(uds or f"{host}:{port}", error, way_out) from None
     listener.set_inheritable(False)
     return listener
+
+
+def reserve(host: str, port: int) -> socket.socket:
+    """Bind a socket that keeps an address for the processes that `listen_beside` each other there.
+
+    The socket itself does not listen. Raises ConfigError if others have the address.
+    """
+    try:
+        with _bound(host, port) as alone:  # fails if another server listens, with peers or without
+            port = alone.getsockname()[1]
+        return _bound(host, port, has_peers=True)
+    except OSError as error:
+        raise _no_place(f"{host}:{port}", error, "choose another --port or --host") from None
+
+
+def listen_beside(host: str, port: int) -> socket.socket:
+    """Listen at an address where others do as well: the kernel deals connections out by a hash.
+
+    Raises ConfigError if nobody can listen there.
+    """
+    try:
+        listener = _bound(host, port, has_peers=True)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        raise _no_place(f"{host}:{port}", error, "choose another --port or --host") from None
+    return listener
+
+
+def _no_place(where: str, error: OSError, way_out: str) -> ConfigError:
+    return ConfigError(f"cannot listen on {where} ({error.strerror or error}); {way_out}")
 
 
 def close(listener: socket.socket, uds: str | None) -> None:
@@ -93,9 +120,11 @@ def _check_tls(given: dict[str, Any]) -> None:
         context.set_ciphers(given["ssl_ciphers"])
 
 
-def _bound(host: str, port: int) -> socket.socket:
+def _bound(host: str, port: int, has_peers: bool = False) -> socket.socket:
     family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
     listener = socket.socket(family, socket.SOCK_STREAM)
+    if has_peers:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
     listener.bind((host, port))

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from typing import Protocol
 
 from compiledllm.log import log
 from compiledllm.remote.wire import Stats
+
+LOG_LINE_INTERVAL_S = 10.0
+
+
+class HasLogLine(Protocol):
+    def log_line(self) -> None:
+        """Log what happened since the last call, if anything did."""
+
+
+async def log_lines(metrics: HasLogLine) -> None:
+    """Log lines until cancelled."""
+    while True:
+        await asyncio.sleep(LOG_LINE_INTERVAL_S)
+        metrics.log_line()
 
 
 class LogLine:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 
 from compiledllm.outputs import RequestMetrics, RequestOutput
-from compiledllm.remote.replicas import ServedEngine
+from compiledllm.remote.engine_life import EngineLife
+from compiledllm.remote.replicas import ServedEngine, clients_of
 from compiledllm.sampling_params import SamplingParams
 from compiledllm.server.access_log import note_end
 from compiledllm.server.engine_metrics import EngineMetrics
@@ -32,7 +33,7 @@ class _Timing:
 
 
 class Metrics:
-    """Metrics of the engine's reports and of the requests' latencies."""
+    """Metrics of requests' latencies, and of the reports of engines that this process owns."""
 
     def __init__(self, prefix: str, model: str, engine: ServedEngine) -> None:
         self.registry = CollectorRegistry()
@@ -75,7 +76,8 @@ class Metrics:
             ["model_name", "finished_reason"],
             registry=self.registry,
         )
-        self._of_engines = EngineMetrics(self.registry, prefix, model, engine)
+        owned = [client for client in clients_of(engine) if isinstance(client, EngineLife)]
+        self._of_engines = EngineMetrics(self.registry, prefix, model, owned) if owned else None
 
     def _counter(self, name: str, text: str) -> Counter:
         made = Counter(self._prefix + name, text, ["model_name"], registry=self.registry)
@@ -89,12 +91,14 @@ class Metrics:
 
     def text(self) -> bytes:
         """All metrics in Prometheus's text format."""
-        self._of_engines.count_restarts()
+        if self._of_engines is not None:
+            self._of_engines.count_restarts()
         return generate_latest(self.registry)
 
     def log_line(self) -> None:
         """Log what happened since the last call, if anything did."""
-        self._of_engines.line.show()
+        if self._of_engines is not None:
+            self._of_engines.line.show()
 
     # -- requests ------------------------------------------------------------------------------
 

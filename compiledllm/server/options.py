@@ -46,6 +46,8 @@ def add_server_options(group: argparse._ArgumentGroup) -> None:
     add("--responses-store", type=count, default=0, metavar="N", help=kept)
     replicas = "engines with a copy of the model each, on GPUs of their own (1)"
     add("--data-parallel-size", "-dp", type=positive, default=1, metavar="N", help=replicas)
+    processes = "HTTP processes that share the port, in front of the same engines (1)"
+    add("--api-server-count", "-asc", type=positive, default=1, metavar="N", help=processes)
     add("--max-queued-requests", type=count, default=1024, help="beyond those that run (1024)")
     add("--max-queued-tokens", type=count, default=4_000_000, help="of prompts (4000k)")
     add(

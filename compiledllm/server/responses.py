@@ -31,12 +31,13 @@ def response_to(error: Exception, path: str) -> JSONResponse:
 
 
 class EngineHealth(BaseModel):
-    """`GET /health`. reason: why it is unhealthy. replicas: their states, if several."""
+    """`GET /health`. reason: why it is unhealthy. replicas, http_processes: states, if several."""
 
     status: Literal["ok", "unhealthy"]
     engine: str
     reason: str | None = None
     replicas: list[str] | None = None
+    http_processes: list[str] | None = None
 
 
 class EngineReadiness(BaseModel):

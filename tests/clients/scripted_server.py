@@ -16,11 +16,12 @@ from typing import Any
 from compiledllm.cli import main
 from compiledllm.models.source import resolve_checkpoint
 from compiledllm.server import app as app_module
-from compiledllm.server import launch
+from compiledllm.server import launch, launch_processes
 from tests.clients.scripted_engine import SCRIPT, TEMPLATE
 from tests.support.server import Server
 from tests.support.tiny import copy_tokenizer
 
+MODULE = "tests.clients.scripted_server"
 ENGINE = "tests.clients.scripted_engine"
 
 
@@ -40,7 +41,7 @@ def scripted_server(
         shutil.copy(source / "config.json", model)
         (model / "chat_template.jinja").write_text(TEMPLATE)
         (model / SCRIPT).write_text(json.dumps(steps))
-        server = Server(model, Path(name), *options, module=__name__, SCRIPTED_ENGINE=engine)
+        server = Server(model, Path(name), *options, module=MODULE, SCRIPTED_ENGINE=engine)
         try:
             yield server.wait_until_ready()
         except BaseException:
@@ -76,4 +77,6 @@ if __name__ == "__main__":
     with_script = functools.partial(launch.EngineClient, command=command)
     launch.EngineClient = with_script  # type: ignore[misc,assignment]
     launch.create_app = create_app
+    shared = functools.partial(launch_processes.SharedEngineLife, command=command)
+    launch_processes.SharedEngineLife = shared  # type: ignore[misc,assignment]
     sys.exit(main(["serve", *sys.argv[1:]]))

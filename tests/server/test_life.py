@@ -26,7 +26,8 @@ import jsonschema
 import pytest
 
 from compiledllm.remote import restarts, vital_signs
-from compiledllm.remote.engine_client import MAX_UNREAD_BYTES, EngineClient
+from compiledllm.remote.engine_client import EngineClient
+from compiledllm.remote.engine_requests import MAX_UNREAD_BYTES
 from compiledllm.remote.limits import Limits
 from compiledllm.server.app import AppOptions, create_app
 from tests.support.server import free_port, is_alive, wait_for

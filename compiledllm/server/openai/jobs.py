@@ -144,7 +144,7 @@ class JobMaker:
     ) -> None:
         requests, params, num_tokens = job.requests, job.answer.params, 0
         for i, prompt in enumerate(prompts):
-            request_id = f"{job.request_id}-{number}-{i}"
+            request_id = f"{job.request_id}-{self.engine.id_prefix}{number}-{i}"
             if len(prompts) > 1 or params.num_candidates > 1:
                 prompt = requests.tokenized(prompt, params)
                 num_tokens += len(prompt["prompt_token_ids"]) * params.num_candidates

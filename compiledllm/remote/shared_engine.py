@@ -1,0 +1,158 @@
+"""An engine that another process owns, as a process among several that use it sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine
+
+import msgspec
+
+from compiledllm.remote.admission import Load
+from compiledllm.remote.client_link import OwnerLink
+from compiledllm.remote.engine_requests import EngineRequests
+from compiledllm.remote.errors import EngineError
+from compiledllm.remote.limits import Limits
+from compiledllm.remote.shared_table import SharedTable
+from compiledllm.remote.shared_wire import (
+    BeginTurn,
+    EndTurn,
+    EngineEnded,
+    EngineNews,
+    EngineReady,
+    EngineReport,
+    OfEngine,
+    Relay,
+    TurnsOver,
+)
+from compiledllm.remote.wire import Add, Finish, SetVocabulary, ToEngine, encoded
+
+# Columns of the shared table, of each engine: its requests, the tokens of their prompts, and the
+# callers' requests, which may have several outputs.
+COLUMNS_PER_ENGINE = 3
+MIN_QUIET_S = 5.0  # the owner reports every second, and may be this late
+
+
+class SharedEngine(EngineRequests):
+    """number: the engine's, of the owner's. id_prefix: makes the ids of this process's requests
+    different from those of all others, also of earlier ones. row: this process's in `table`.
+    """
+
+    def __init__(
+        self, number: int, limits: Limits, link: OwnerLink, table: SharedTable, row: int, name: str
+    ) -> None:
+        self._number, self._link = number, link
+        self._table, self._row = table, row
+        super().__init__(limits)
+        self.id_prefix = f"{name}."
+        self.live.on_change = self._publish
+        self.live.trial.take_turns(self._end_turn)
+        self._generation = 0
+        self._welcome: EngineReady | None = None  # of the engine that is up
+        self._is_loading = False
+        self._report: EngineReport | None = None
+        self._num_quiet_s = 0  # since the owner's last report
+
+    def start(self) -> None:
+        """Nothing: the owner starts the engine."""
+
+    async def stop(self) -> None:
+        """Nothing: the owner stops the engine."""
+
+    async def wait_until_dead(self) -> None:
+        while self.state != "dead":
+            self._changed.clear()
+            await self._changed.wait()
+
+    # -- the owner's messages ------------------------------------------------------------------
+
+    def take(self, message: OfEngine) -> Coroutine[None, None, None] | None:
+        """Take a message. A coroutine that is returned goes on with it and may take seconds."""
+        if isinstance(message, EngineNews):
+            self.live.take(message.news)
+        elif isinstance(message, EngineReport):
+            self._take_report(message)
+        elif isinstance(message, EngineReady):
+            return self._take_ready(message)
+        elif isinstance(message, EngineEnded):
+            self._take_end(message)
+        elif message.generation == self._generation and isinstance(message, BeginTurn):
+            self.live.trial.begin_turn()
+        elif message.generation == self._generation and isinstance(message, TurnsOver):
+            self.live.trial.finish()
+        return None
+
+    def _take_ready(self, message: EngineReady) -> Coroutine[None, None, None] | None:
+        self._generation, self._welcome = message.generation, message
+        if self.requests is not None:
+            self._become_ready(message.ready)
+            return None
+        if self._is_loading:
+            return None
+        self._is_loading = True
+        return self._load(message)
+
+    async def _load(self, message: EngineReady) -> None:
+        await self._load_texts(message.ready)
+        self._is_loading = False
+        if self._welcome is not None and self._welcome.ready is not self.ready:
+            self._become_ready(self._welcome.ready)
+
+    def _take_end(self, message: EngineEnded) -> None:
+        self._welcome, self._generation = None, message.generation
+        if self.state == "ready":
+            self._set("loading")
+        self.live.on_engine_end(message.cause, set(message.started))
+
+    def _take_report(self, message: EngineReport) -> None:
+        self._report, self._num_quiet_s = message, 0
+        self.num_restarts, self.failure = message.num_restarts, message.failure
+        self.stats = message.stats
+        if message.state in ("dead", "draining") and self.state not in ("dead", message.state):
+            self._set(message.state)
+            if message.state == "dead":
+                cause = message.failure.error if message.failure else "the engine has ended"
+                self.live.end_all(EngineError(cause))
+
+    def tick(self) -> None:
+        """Note that a second has passed."""
+        self._num_quiet_s += 1
+
+    def why_unhealthy(self) -> str | None:
+        if self._num_quiet_s > max(self._limits.stuck_s, MIN_QUIET_S):
+            return f"the owner of the engine gave no sign of life for {self._num_quiet_s} s"
+        return self._report.problem if self._report else None
+
+    # -- requests ------------------------------------------------------------------------------
+
+    @property
+    def num_unread_bytes(self) -> int:
+        of_engine = self._report.num_unread_bytes if self._report else 0
+        return of_engine + self._link.num_unread_bytes
+
+    @property
+    def load(self) -> Load:
+        first = COLUMNS_PER_ENGINE * self._number
+        return Load(self._table.total(first), self._table.total(first + 1))
+
+    @property
+    def num_live(self) -> int:
+        """The number of requests of all clients."""
+        return self._table.total(COLUMNS_PER_ENGINE * self._number + 2)
+
+    def _publish(self) -> None:
+        first = COLUMNS_PER_ENGINE * self._number
+        self._table.write(self._row, first, self.live.num_completions)
+        self._table.write(self._row, first + 1, self.live.num_tokens)
+        self._table.write(self._row, first + 2, len(self.live))
+
+    def _end_turn(self) -> None:
+        self._link.send(EndTurn(self._number, self._generation))
+
+    def _send(self, message: ToEngine) -> None:
+        relay = Relay(self._number, self._generation, msgspec.Raw(encoded(message)))
+        if isinstance(message, Add):
+            relay.opened = [message.spec.request_id]
+        elif isinstance(message, Finish):
+            relay.closed = message.request_ids
+            relay.num_finished = len(relay.closed) if message.reason == "stop" else 0
+        relay.is_vocabulary = isinstance(message, SetVocabulary)
+        self._link.send(relay)

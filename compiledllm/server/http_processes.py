@@ -1,0 +1,199 @@
+"""The HTTP processes of a server as their owner sees them: started, watched, restarted and drained.
+
+Their messages to engines go to the hub; their figures are added up here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from compiledllm.log import log
+from compiledllm.remote.engine_child import cause_of
+from compiledllm.remote.hub import Hub
+from compiledllm.remote.limits import Limits
+from compiledllm.remote.restarts import Restarts
+from compiledllm.remote.shared_table import SharedTable
+from compiledllm.remote.shared_wire import AllFigures, AskFigures, Drain, Figures, ToOwner
+from compiledllm.remote.vital_signs import KILL_FACTOR
+from compiledllm.remote.wire import Failed, WireError
+from compiledllm.server.http_child import HttpChild
+from compiledllm.server.owner_metrics import OwnerMetrics
+from compiledllm.server.process_settings import ProcessSettings, ProcessState, state_column
+
+MAX_UNREAD_BYTES = 2**28  # that a process has not read of its news; beyond it the process is killed
+FIGURES_S = 1.0  # for the processes to report their figures when asked
+END_S = 10.0  # for a process to exit, beyond the time to drain
+MIN_KILL_S = 10.0  # a process may be silent for this long, whatever --stuck-timeout says
+START_S = 300.0  # for a process to import its libraries on a busy machine
+
+
+@dataclass(eq=False, slots=True)
+class _Question:
+    """Figures that were asked for. missing: who has not answered."""
+
+    missing: set[HttpChild]
+    answered: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def note(self, child: HttpChild) -> None:
+        self.missing.discard(child)
+        if not self.missing:
+            self.answered.set()
+
+
+class HttpProcesses:
+    """settings_of: of the process with this row, name and `is_late`. Attribute: `failure`, why one
+    of the processes cannot go on.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        settings_of: Callable[[int, str, bool], ProcessSettings],
+        hub: Hub,
+        table: SharedTable,
+        metrics: OwnerMetrics,
+        limits: Limits,
+    ) -> None:
+        self.failure: Failed | None = None
+        self._count, self._settings_of = count, settings_of
+        self._hub, self._table, self._metrics = hub, table, metrics
+        self._max_silent_s = max(KILL_FACTOR * limits.stuck_s, MIN_KILL_S)
+        self._children: list[HttpChild] = []
+        self._numbers = itertools.count(1)
+        self._questions: dict[int, _Question] = {}
+        self._telling: set[asyncio.Task[None]] = set()
+        self._keeping: list[asyncio.Task[None]] = []
+        self._is_ending = False
+
+    # -- life ----------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Keep all processes running; return once one cannot go on (`failure`)."""
+        self._keeping = [asyncio.create_task(self._keep(row)) for row in range(self._count)]
+        done, _ = await asyncio.wait(self._keeping, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+
+    def states(self) -> list[ProcessState]:
+        column = state_column(len(self._hub.engines))
+        return [ProcessState(number) for number in self._table.column(column)]
+
+    async def _keep(self, row: int) -> None:
+        """Start the process of a row again as often as it ends."""
+        restarts = Restarts()
+        while True:
+            await asyncio.sleep(restarts.delay_s)
+            try:
+                cause, failure, was_ready = await self._run_one(row)
+            except OSError as error:
+                cause, failure, was_ready = f"it cannot be started: {error}", None, False
+            if self._is_ending:
+                return
+            if was_ready:
+                restarts.note_success()
+            if failure is not None and failure.is_config:
+                self.failure = failure
+                return
+            if not restarts.note_crash(is_explained=False):
+                self.failure = failure or Failed(f"HTTP processes end again and again ({cause})")
+                return
+            log.error("HTTP process %d ended (%s); starting it again", row, cause)
+            self._metrics.restarts.inc()
+
+    async def _run_one(self, row: int) -> tuple[str, Failed | None, bool]:
+        """The life of one process; returns why it ended, and whether it took requests before."""
+        is_late = ProcessState.READY in self.states()
+        settings = self._settings_of(row, str(next(self._numbers)), is_late)
+        child = await HttpChild.spawn(settings, self._table.fd)
+        self._children.append(child)
+        self._hub.connect(child.link)
+        if self._is_ending:
+            child.kill()
+        try:
+            await self._attend(child)
+            status = await child.end()
+        finally:
+            self._children.remove(child)
+            self._hub.disconnect(child.link)
+            self._metrics.figures.retire(settings.name)
+            for question in self._questions.values():
+                question.note(child)
+            was_ready = self.states()[row] is ProcessState.READY
+            self._table.clear(row)
+        return cause_of(status), child.failure, was_ready
+
+    async def _attend(self, child: HttpChild) -> None:
+        """Take the process's messages until it ends."""
+        try:
+            while (message := await child.link.receive()) is not None:
+                self._take(child, message)
+        except WireError as error:
+            log.error("killing an HTTP process: %s", error)
+            child.kill()
+
+    def sweep(self) -> None:
+        """Kill processes that show no sign of life or do not read; call every second."""
+        for child in self._children:
+            child.num_silent_s += 1
+            limit_s = self._max_silent_s if child.has_reported else START_S
+            if child.num_silent_s > limit_s:
+                log.error("killing an HTTP process: it gave no sign of life for %.0f s", limit_s)
+                child.kill()
+            elif child.link.num_unread_bytes > MAX_UNREAD_BYTES:
+                log.error("killing an HTTP process: it does not read what it is sent")
+                child.kill()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Let all processes finish their requests for so long, and end them."""
+        self._is_ending = True
+        for child in self._children:
+            if self.states()[child.settings.row] is ProcessState.STARTING:
+                child.kill()  # it has no requests, and may have much to import
+            else:
+                child.link.send(Drain(timeout_s))
+        deadline = time.monotonic() + timeout_s + END_S
+        while self._children and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        for child in self._children:
+            log.error("killing an HTTP process: it does not end")
+            child.kill()
+        for task in self._keeping:
+            task.cancel()
+        await asyncio.gather(*self._keeping, return_exceptions=True)
+
+    # -- messages ------------------------------------------------------------------------------
+
+    def _take(self, child: HttpChild, message: ToOwner) -> None:
+        if isinstance(message, Figures):
+            child.note_report()
+            self._metrics.figures.put(child.settings.name, message.families)
+            if (question := self._questions.get(message.number)) is not None:
+                question.note(child)
+        elif isinstance(message, AskFigures):
+            telling = asyncio.create_task(self._tell_figures(child, message.number))
+            self._telling.add(telling)
+            telling.add_done_callback(self._telling.discard)
+        elif isinstance(message, Failed):
+            child.failure = message
+        else:
+            self._hub.take(child.link, message)
+
+    async def _tell_figures(self, child: HttpChild, asked_as: int) -> None:
+        """Tell a process the figures of all; of those that do not answer, their last ones."""
+        number = next(self._numbers)
+        question = self._questions[number] = _Question(set(self._children))
+        try:
+            for each in self._children:
+                each.link.send(AskFigures(number))
+            async with asyncio.timeout(FIGURES_S):
+                await question.answered.wait()
+        except TimeoutError:
+            pass
+        finally:
+            del self._questions[number]
+        self._metrics.set_processes(self.states())
+        child.link.send(AllFigures(asked_as, self._metrics.text()))

@@ -1,0 +1,78 @@
+"""Prometheus metrics of several processes, added up.
+
+Counts of a process that has ended are kept as last reported, since counters must not fall.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from compiledllm.remote.shared_wire import Family
+
+_Sample = tuple[str, tuple[tuple[str, str], ...]]  # name, labels
+
+
+def families_of(registry: CollectorRegistry) -> list[Family]:
+    """What a registry holds, as plain data."""
+    return [
+        Family(
+            metric.name,
+            metric.documentation,
+            metric.type,  # type: ignore[arg-type]  # the kinds in use
+            [(sample.name, sample.labels, sample.value) for sample in metric.samples],
+        )
+        for metric in registry.collect()
+    ]
+
+
+class ProcessFigures(Collector):
+    """The sum of the latest figures of all processes."""
+
+    def __init__(self) -> None:
+        self._latest: dict[str, list[Family]] = {}  # by process
+        self._ended: list[Family] = []  # of all processes that have ended
+
+    def put(self, process: str, families: list[Family]) -> None:
+        """Replace a process's figures."""
+        self._latest[process] = families
+
+    def retire(self, process: str) -> None:
+        """Keep the figures of a process that has ended."""
+        of_process = self._latest.pop(process, [])
+        self._ended = added_up([self._ended, of_process])
+
+    def collect(self) -> Iterator[Metric]:
+        for family in added_up([self._ended, *self._latest.values()]):
+            metric = Metric(family.name, family.text, family.kind)
+            for sample in family.samples:
+                metric.add_sample(*sample)
+            yield metric
+
+
+def added_up(reports: Iterable[list[Family]]) -> list[Family]:
+    """One report of the sums; a counter's time of creation is the earliest."""
+    first: dict[str, Family] = {}
+    sums: dict[str, dict[_Sample, float]] = {}
+    for families in reports:
+        for family in families:
+            first.setdefault(family.name, family)
+            of_family = sums.setdefault(family.name, {})
+            for name, labels, value in family.samples:
+                key = name, tuple(labels.items())
+                if name.endswith("_created"):
+                    of_family[key] = min(value, of_family.get(key, value))
+                else:
+                    of_family[key] = of_family.get(key, 0.0) + value
+    return [
+        Family(
+            name,
+            family.text,
+            family.kind,
+            [(sample, dict(labels), value) for (sample, labels), value in sums[name].items()],
+        )
+        for name, family in first.items()
+    ]
