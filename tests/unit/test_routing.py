@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -10,7 +13,13 @@ import pytest
 from compiledllm.config import ConfigError
 from compiledllm.remote import routing
 from compiledllm.remote.replicas import gpus_of_replicas
-from compiledllm.remote.routing import KNOWN_TOKEN_WEIGHT, MAX_LEAD, PIECE, PrefixRouter
+from compiledllm.remote.routing import (
+    KNOWN_TOKEN_WEIGHT,
+    MAX_LEAD,
+    PIECE,
+    PrefixRouter,
+    hashes,
+)
 
 OUTPUT = 200  # tokens of each answer
 
@@ -37,6 +46,17 @@ def test_the_longest_known_prefix_decides() -> None:
     assert router.choose(first, "", [0, 0]) == [0, 1]
     router.forget()
     assert router.choose(first, "", [1, 0]) == [1, 0]
+
+
+def test_routers_of_other_processes_know_a_prompt_by_its_keys() -> None:
+    router, known = PrefixRouter(2), prompt(0, 3 * PIECE)
+    router.note_keys(list(hashes(known, "a key's")), 1)
+    assert router.choose(known, "a key's", [0, 0]) == [1, 0]
+    assert router.choose(known, "another key's", [0, 0]) == [0, 1]
+    code = "from compiledllm.remote.routing import hashes; print(*hashes([1] * 40, 'salt'))"
+    environment = os.environ | {"PYTHONHASHSEED": "7"}
+    shown = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
+    assert shown.split() == [str(key) for key in hashes([1] * 40, "salt")]
 
 
 def test_too_long_a_queue_outweighs_a_known_prefix() -> None:
