@@ -27,8 +27,10 @@ from compiledllm.kernels import late_compiles
 from compiledllm.kernels.machine_code import (
     OVERLAP,
     CudaError,
+    LaunchAttribute,
     LaunchConfig,
     check,
+    cluster_of,
     driver,
     load,
 )
@@ -52,32 +54,44 @@ class CudaKernel:
         self._function = load(code, name, shared_bytes)
 
     def launch(
-        self, grid: Sequence[int], num_threads: int, arguments: Sequence[Tensor | _Scalar | None]
+        self,
+        grid: Sequence[int],
+        num_threads: int,
+        arguments: Sequence[Tensor | ctypes.Structure | _Scalar | None],
+        cluster: int = 1,
     ) -> None:
         """Launch on torch's current stream.
 
         grid: number of thread blocks in up to three dimensions. num_threads: threads per block.
-        arguments: a tensor is passed as its address, None as a null pointer. On a GPU with
-        programmatic dependent launch the kernel may start before its predecessor has ended, so its
-        code must wait (`griddepcontrol.wait`). Raises CudaError.
+        arguments: a tensor is passed as its address, None as a null pointer. cluster: number of
+        thread blocks of a cluster, see `machine_code.cluster_of`. On a GPU with programmatic
+        dependent launch the kernel may start before its predecessor has ended, so its code must
+        wait (`griddepcontrol.wait`). Raises CudaError.
         """
         values = [_value_of(argument) for argument in arguments]
         addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        attributes = _attributes(cluster)
         config = LaunchConfig(
             (ctypes.c_uint * 3)(*grid, *(1,) * (3 - len(grid))),
             (ctypes.c_uint * 3)(num_threads, 1, 1),
             self._shared_bytes,
             torch.cuda.current_stream().cuda_stream,
-            ctypes.addressof(OVERLAP),
-            int(can_overlap_kernels()),
+            ctypes.addressof(attributes),
+            len(attributes),
         )
         check(driver().cuLaunchKernelEx(ctypes.byref(config), self._function, addresses, None))
 
 
-_Scalar = ctypes.c_int | ctypes.c_longlong
+_Scalar = ctypes.c_int | ctypes.c_longlong | ctypes.c_float
 
 
-def _value_of(argument: Tensor | _Scalar | None) -> Any:
+@functools.cache
+def _attributes(cluster: int) -> ctypes.Array[LaunchAttribute]:
+    found = [OVERLAP] * can_overlap_kernels() + [cluster_of(cluster)] * (cluster > 1)
+    return (LaunchAttribute * len(found))(*found)
+
+
+def _value_of(argument: Tensor | ctypes.Structure | _Scalar | None) -> Any:
     if isinstance(argument, Tensor):
         return ctypes.c_void_p(argument.data_ptr())
     return ctypes.c_void_p(None) if argument is None else argument
@@ -149,7 +163,7 @@ def _compile(text: str, name: str, flags: Sequence[str]) -> bytes:
 @functools.cache
 def _architecture() -> str:
     major, minor = torch.cuda.get_device_capability()
-    return f"sm_{major}{minor}"
+    return f"sm_{major}{minor}a" if major == 9 else f"sm_{major}{minor}"
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 _MAX_DYNAMIC_SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 _STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _WARP_SIZE = 32
 # Triton's types of kernel parameters. A type that begins with "*" is a pointer.
@@ -53,6 +54,14 @@ class LaunchConfig(ctypes.Structure):
 
 # Programmatic dependent launch: the kernel may start before its predecessor has ended.
 OVERLAP = LaunchAttribute(_STREAM_SERIALIZATION, b"", (ctypes.c_int * 16)(1))
+
+
+def cluster_of(num_blocks: int) -> LaunchAttribute:
+    """Consecutive thread blocks form clusters, each of which runs on neighbouring multiprocessors.
+
+    num_blocks: 1 to 8; the grid's first dimension must be a multiple.
+    """
+    return LaunchAttribute(_CLUSTER_DIMENSION, b"", (ctypes.c_int * 16)(num_blocks, 1, 1))
 
 
 def load(code: bytes, name: str, shared_bytes: int) -> ctypes.c_void_p:
