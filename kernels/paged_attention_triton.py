@@ -2,8 +2,8 @@
 
 One kernel stores keys and values. Two kernels read the cache: `decode_attention_triton` for rows
 with one new token, and for all rows of a step whose rows have at most `MAX_TOGETHER` tokens;
-`prefill_attention_triton` for the other rows. Grids follow from shapes alone and the host reads
-nothing back, so a captured call serves every length.
+`prefill_attention_triton`, or on Hopper `prefill_attention_cuda`, for the other rows. Grids follow
+from shapes alone and the host reads nothing back, so a captured call serves every length.
 """
 
 # Triton infers a kernel's types from each call, which mypy cannot follow.
@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from compiledllm.kernels import prefill_attention_cuda
 from compiledllm.kernels.backend import (
     AttentionBackend,
     AttentionLayer,
@@ -107,8 +108,13 @@ def paged_attention(
     if not fixed_order:
         together = attn.max_row_tokens if are_few else 1
         attend_few_tokens(tensors, scalars, constants, together, max_split_programs)
-    if fixed_order or not are_few:
-        attend_prompts(tensors, scalars, constants, fixed_order)
+        if are_few:
+            return out
+        num_rows = len(block_tables)
+        if kernel := prefill_attention_cuda.kernel_for(query, kv_cache, options, num_rows):
+            prefill_attention_cuda.attend_prompts(kernel, query, kv_cache, attn, options, out)
+            return out
+    attend_prompts(tensors, scalars, constants, fixed_order)
     return out
 
 

@@ -1,0 +1,237 @@
+// What a kernel needs of compute capability 9.0: barriers and copies in shared memory, products of a
+// warpgroup (128 threads) on the tensor cores. Addresses of shared memory are 32 bits wide.
+//
+// Defined before: BF16 (16-bit numbers are bfloat16, otherwise float16).
+
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+#if BF16
+#define TYPES "bf16"
+#else
+#define TYPES "f16"
+#endif
+
+#define INFINITE __int_as_float(0x7f800000)
+
+// -- barriers ------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+// A barrier of 8 bytes in shared memory. It completes a phase when `arrivals` threads have arrived and the
+// bytes that were announced have been copied. Phases have parity 0, 1, 0, ...; waiting for parity 1 before
+// the first phase ends at once.
+__device__ __forceinline__ void init(u32 barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void publish_barriers() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+__device__ __forceinline__ void arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void expect(u32 barrier, u32 bytes) {  // arrives, too
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void wait(u32 barrier, u32 parity) {
+    asm volatile("{.reg .pred p; again: mbarrier.try_wait.parity.shared.b64 p, [%0], %1; @!p bra again;}"
+                 ::"r"(barrier), "r"(parity) : "memory");
+}
+// One of the 16 barriers of a block, numbered `id`, of `threads` threads. `pass` arrives without waiting.
+__device__ __forceinline__ void meet(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void pass(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// -- memory --------------------------------------------------------------------------------------------
+
+struct alignas(64) TensorMap { u64 words[16]; };
+
+// Copy a box of a tensor; `barrier` counts its bytes. Zeros replace what lies outside the tensor.
+__device__ __forceinline__ void copy_box(
+    u32 to, const TensorMap* map, u32 barrier, int x0, int x1, int x2, int x3, int x4) {
+    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+                 " [%0], [%1, {%2, %3, %4, %5, %6}], [%7];"
+                 ::"r"(to), "l"(map), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(x4), "r"(barrier) : "memory");
+}
+__device__ __forceinline__ void store_16_bytes(u32 to, uint4 x) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
+__device__ __forceinline__ void store_8_bytes(u32 to, float x, float y) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(x), "f"(y) : "memory");
+}
+// What this thread has stored in shared memory may be read by the tensor cores after the next barrier.
+__device__ __forceinline__ void publish_to_tensor_cores() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// Blocks of a cluster run at the same time and can read each other's shared memory.
+__device__ __forceinline__ int cluster_size() {
+    int size;
+    asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(size));
+    return size;
+}
+__device__ __forceinline__ int rank_in_cluster() {
+    int rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+__device__ __forceinline__ void meet_cluster() {  // all threads of the cluster that have not ended
+    asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+__device__ __forceinline__ float4 load_of_rank(int rank, u32 at) {
+    float4 x;
+    asm volatile("{.reg .b32 a; mapa.shared::cluster.u32 a, %4, %5;"
+                 "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [a];}"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(at), "r"(rank) : "memory");
+    return x;
+}
+
+// Programmatic dependent launch: the next kernel may start; wait until the previous kernel has ended.
+__device__ __forceinline__ void release_next_kernel() {
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+__device__ __forceinline__ void wait_for_previous_kernel() {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+// The registers of each thread of this warpgroup from now on.
+template <int N> __device__ __forceinline__ void shrink_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
+template <int N> __device__ __forceinline__ void grow_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}
+
+// -- numbers -------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ u32 pack(float low, float high) {
+    u32 both;
+    asm("cvt.rn." TYPES "x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+}
+__device__ __forceinline__ float unpack(u16 bits) {
+#if BF16
+    return __uint_as_float((u32)bits << 16);
+#else
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+    return x;
+#endif
+}
+__device__ __forceinline__ float exp2(float x) {
+    asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
+    return x;
+}
+
+// -- products ------------------------------------------------------------------------------------------
+
+// Products run while the thread goes on. `begin_products` comes after the last change of a register that
+// they use, `commit_products` ends a group of them.
+__device__ __forceinline__ void begin_products() {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void commit_products() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+// Wait until at most PENDING groups run.
+template <int PENDING> __device__ __forceinline__ void wait_products() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+// The compiler does not move uses of these registers over this point, as products write or read them.
+template <int N> __device__ __forceinline__ void settle(float (&x)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) asm volatile("" : "+f"(x[i])::"memory");
+}
+template <int N> __device__ __forceinline__ void settle(u32 (&x)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) asm volatile("" : "+r"(x[i])::"memory");
+}
+// Make the compiler compute x, which is never negative, before this point: it may have to be stored.
+__device__ __forceinline__ void compute_now(float x, u32 anywhere) {
+    if (x < 0.f) asm volatile("st.shared.b32 [%0], %1;" ::"r"(anywhere), "f"(x) : "memory");
+}
+
+// A matrix in shared memory, of rows of 64 numbers (128 bytes) whose 16-byte pieces are exchanged by the
+// row's number modulo 8; at: a multiple of 1024, and the first of 16 columns or rows further. stride:
+// bytes between parts of 64 columns, for b of `multiply` with weights.
+__device__ __forceinline__ u64 matrix(u32 at, u32 stride) {
+    return (u64)((at & 0x3FFFF) >> 4) | (u64)(stride >> 4) << 16 | (u64)(1024 >> 4) << 32 | 1ull << 62;
+}
+
+// sum += a * b. sum: 64 rows of 64, 128 or 176 columns. Thread t has, of the rows t / 32 * 16 + t % 32 / 4 (half
+// 0) and 8 further (half 1), columns 8 * j + 2 * (t % 4) + {0, 1} in sum[4 * j + 2 * half + {0, 1}].
+// a and b in shared memory, 16 columns each: sum[i, j] += a[i, :] * b[j, :]; without `add` sum = a * b.
+// a in registers, as numbers of a sum that were packed in pairs, b in shared memory, 16 rows:
+// sum[i, j] += a[i, :] * b[:, j].
+#define SUMS4(x, i) "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3])
+#define SUMS8(x, i) SUMS4(x, i), SUMS4(x, i + 4)
+
+__device__ __forceinline__ void multiply(float (&sum)[32], u64 a, u64 b, int add) {
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, %34, 0;"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPES "." TYPES " "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15,"
+        " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        "%32, %33, p, 1, 1, 0, 0;}"
+        : SUMS8(sum, 0), SUMS8(sum, 8), SUMS8(sum, 16), SUMS8(sum, 24)
+        : "l"(a), "l"(b), "r"(add));
+}
+__device__ __forceinline__ void multiply(float (&sum)[64], u64 a, u64 b, int add) {
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, %66, 0;"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPES "." TYPES " "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15,"
+        " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31,"
+        " %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47,"
+        " %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+        "%64, %65, p, 1, 1, 0, 0;}"
+        : SUMS8(sum, 0), SUMS8(sum, 8), SUMS8(sum, 16), SUMS8(sum, 24), SUMS8(sum, 32), SUMS8(sum, 40),
+          SUMS8(sum, 48), SUMS8(sum, 56)
+        : "l"(a), "l"(b), "r"(add));
+}
+__device__ __forceinline__ void multiply(float (&sum)[88], u64 a, u64 b, int add) {
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, %90, 0;"
+        "wgmma.mma_async.sync.aligned.m64n176k16.f32." TYPES "." TYPES " "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15,"
+        " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31,"
+        " %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47,"
+        " %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63,"
+        " %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79,"
+        " %80, %81, %82, %83, %84, %85, %86, %87}, "
+        "%88, %89, p, 1, 1, 0, 0;}"
+        : SUMS8(sum, 0), SUMS8(sum, 8), SUMS8(sum, 16), SUMS8(sum, 24), SUMS8(sum, 32), SUMS8(sum, 40),
+          SUMS8(sum, 48), SUMS8(sum, 56), SUMS8(sum, 64), SUMS8(sum, 72), SUMS8(sum, 80)
+        : "l"(a), "l"(b), "r"(add));
+}
+__device__ __forceinline__ void multiply(float (&sum)[32], const u32* a, u64 b) {
+    asm volatile(
+        "{.reg .pred p; setp.eq.b32 p, 0, 0;"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPES "." TYPES " "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15,"
+        " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        "{%32, %33, %34, %35}, %36, p, 1, 1, 1;}"
+        : SUMS8(sum, 0), SUMS8(sum, 8), SUMS8(sum, 16), SUMS8(sum, 24)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+__device__ __forceinline__ void multiply(float (&sum)[64], const u32* a, u64 b) {
+    asm volatile(
+        "{.reg .pred p; setp.eq.b32 p, 0, 0;"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPES "." TYPES " "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15,"
+        " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31,"
+        " %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47,"
+        " %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+        "{%64, %65, %66, %67}, %68, p, 1, 1, 1;}"
+        : SUMS8(sum, 0), SUMS8(sum, 8), SUMS8(sum, 16), SUMS8(sum, 24), SUMS8(sum, 32), SUMS8(sum, 40),
+          SUMS8(sum, 48), SUMS8(sum, 56)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}

@@ -1,0 +1,196 @@
+"""Launches `cuda/prefill_attention.cu`: rows with several new tokens on Hopper GPUs."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+from ctypes import c_float, c_int, c_longlong
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compiledllm.kernels.backend import AttentionMetadata, ScoreOptions
+from compiledllm.kernels.cuda_kernel import CudaKernel
+from compiledllm.kernels.launch import launch_options, num_multiprocessors
+from compiledllm.kernels.machine_code import CudaError, check, driver
+
+log = logging.getLogger("compiledllm")
+
+ROWS = 128  # query tokens times heads of a thread block
+_THREADS = 384
+_PART_COLUMNS = 64  # 128 bytes, the widest row that the copies can swizzle
+_LONG_KEYS = 176  # of a tile, for prompts of at least _LONG_PROMPT tokens in a step
+_LONG_PROMPT = 2048
+# Thread blocks that share a context: 1, 2, 4 or 8. More than 1 has run in the emulator only.
+_MAX_CLUSTER = 1
+# Values of the driver's enums for `cuTensorMapEncodeTiled`.
+_FLOAT16, _BFLOAT16 = 6, 9
+_SWIZZLE_128B, _PROMOTE_256B = 3, 3
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """keys: KV tokens per iteration. stages: tiles of keys and of values in shared memory."""
+
+    keys: int
+    stages: int
+
+    def shared_bytes(self, head_dim: int) -> int:
+        columns = -(-head_dim // _PART_COLUMNS) * _PART_COLUMNS
+        tiles = (ROWS + 2 * self.stages * self.keys) * columns * 2
+        return tiles + 4 * self.stages * 8 + 1024  # barriers, alignment
+
+
+def tilings_for(head_dim: int, block_size: int) -> tuple[Tiling, Tiling]:
+    """The tile sizes for short and for long prompts, which the registers of two warpgroups bound.
+
+    A short prompt's tiles are mostly masked, and smaller tiles have fewer masked keys.
+    """
+    if head_dim > 128:
+        return Tiling(64, 2), Tiling(64, 2)
+    return Tiling(128, 2), Tiling(128 if _LONG_KEYS % block_size else _LONG_KEYS, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How the work of a step is divided.
+
+    pieces: of rows, at most `ROWS // group` tokens each. splits: thread blocks that share the keys
+    of a piece in a KV head. heads_first: whether all pieces of a KV head come before the next head.
+    """
+
+    pieces: int
+    splits: int
+    heads_first: bool
+
+
+def launch_for(num_tokens: int, num_rows: int, num_kv_heads: int, group: int) -> Launch:
+    """Divide a step's work by what the host knows; lengths are on the device.
+
+    Blocks split the keys where one block per piece and KV head would leave multiprocessors idle;
+    the kernel splits long contexts only. Where the pieces of one head keep all multiprocessors
+    busy, heads come one after another, since the keys and values of one are more likely to fit into
+    the L2 cache. Otherwise the longest pieces come first.
+    """
+    tokens = ROWS // group  # of a piece
+    pieces = num_tokens // tokens + num_rows
+    num_busy = max(num_tokens // tokens, num_rows) * num_kv_heads
+    splits = _MAX_CLUSTER
+    while splits > 1 and splits * num_busy > num_multiprocessors():
+        splits //= 2
+    return Launch(pieces, splits, pieces >= num_multiprocessors())
+
+
+def kernel_for(
+    query: Tensor, kv_cache: Tensor, options: ScoreOptions, num_rows: int
+) -> CudaKernel | None:
+    """The kernel for these queries and this cache on the current device; None: there is none."""
+    block_size, num_kv_heads, head_dim = kv_cache.shape[2:]
+    sink_bytes = 0 if options.sinks is None else options.sinks.itemsize
+    if not _is_hopper() or query.dtype != kv_cache.dtype or query.dtype.itemsize != 2:
+        return None
+    if any(x.stride(0) % 8 or x.data_ptr() % 16 for x in (query, kv_cache)):  # read by 16 bytes
+        return None
+    kernels = _kernels(
+        query.dtype, head_dim, query.shape[1] // num_kv_heads, num_kv_heads, block_size,
+        options.sliding_window > 0, options.soft_cap > 0, sink_bytes,
+    )  # fmt: skip
+    return None if kernels is None else kernels[len(query) >= _LONG_PROMPT * num_rows]
+
+
+@functools.cache
+def _is_hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+
+
+@functools.cache
+def _kernels(
+    dtype: torch.dtype, head_dim: int, group: int, num_kv_heads: int, block_size: int,
+    has_window: bool, has_soft_cap: bool, sink_bytes: int,
+) -> tuple[CudaKernel, ...] | None:  # fmt: skip
+    """The kernels for short and for long prompts, both compiled at the start of an engine."""
+    if head_dim not in range(64, 257, 8) or block_size not in (8, 16, 32, 64) or group > ROWS:
+        return None
+    macros = {
+        "BF16": dtype == torch.bfloat16, "HEAD_DIM": head_dim, "GROUP": group,
+        "NUM_KV_HEADS": num_kv_heads, "BLOCK_SIZE": block_size, "HAS_WINDOW": has_window,
+        "HAS_SOFT_CAP": has_soft_cap, "SINK_BYTES": sink_bytes,
+        "OVERLAP": launch_options()["OVERLAP"],
+    }  # fmt: skip
+    try:
+        return tuple(
+            CudaKernel(
+                "prefill_attention.cu", "prefill_attention",
+                macros | {"KEYS": tiling.keys, "STAGES": tiling.stages},
+                tiling.shared_bytes(head_dim),
+            )
+            for tiling in tilings_for(head_dim, block_size)
+        )  # fmt: skip
+    except CudaError as error:
+        log.warning("Triton's kernel, which is slower, computes prompts' attention: %s", error)
+        return None
+
+
+def attend_prompts(
+    kernel: CudaKernel,
+    query: Tensor,
+    kv_cache: Tensor,
+    attn: AttentionMetadata,
+    options: ScoreOptions,
+    out: Tensor,
+) -> None:
+    """Write the attention of rows with two or more tokens to `out`.
+
+    kernel: from `kernel_for`. query: [tokens, num_heads, head_dim], with contiguous heads. out: of
+    query's shape, contiguous.
+    """
+    _, num_blocks, _, num_kv_heads, _ = kv_cache.shape
+    _, block_tables, seq_lens, query_start_loc, _ = attn
+    num_rows, group = len(block_tables), query.shape[1] // num_kv_heads
+    launch = launch_for(len(query), num_rows, num_kv_heads, group)
+    arguments = (
+        _map_of(kv_cache), query, block_tables, seq_lens, query_start_loc, options.sinks, out,
+        c_float(options.scale), c_int(options.sliding_window), c_float(options.soft_cap),
+        c_longlong(query.stride(0)), c_longlong(block_tables.stride(0)), c_int(num_blocks),
+        c_int(num_rows), c_int(launch.heads_first),
+    )  # fmt: skip
+    grid = (launch.pieces * num_kv_heads * launch.splits,)
+    kernel.launch(grid, _THREADS, arguments, launch.splits)
+
+
+class _TensorMap(ctypes.Structure):
+    """`CUtensorMap`, which describes a tensor to the tensor memory accelerator."""
+
+    _fields_ = (("words", ctypes.c_uint64 * 16),)
+
+
+def _map_of(kv_cache: Tensor) -> _TensorMap:
+    shape = tuple(kv_cache.shape)
+    return _encode(kv_cache.data_ptr(), kv_cache.dtype, shape, kv_cache.stride(0))
+
+
+@functools.lru_cache(maxsize=4096)
+def _encode(
+    address: int, dtype: torch.dtype, shape: tuple[int, ...], value_offset: int
+) -> _TensorMap:
+    """The map of a cache, whose boxes are 64 columns of one page's tokens in one head."""
+    kinds, num_blocks, block_size, num_kv_heads, head_dim = shape
+    token_bytes = num_kv_heads * head_dim * 2
+    sizes = (ctypes.c_uint64 * 5)(head_dim, block_size, num_kv_heads, num_blocks, kinds)
+    strides = (ctypes.c_uint64 * 4)(
+        token_bytes, head_dim * 2, block_size * token_bytes, value_offset * 2
+    )
+    box = (ctypes.c_uint32 * 5)(_PART_COLUMNS, block_size, 1, 1, 1)
+    steps = (ctypes.c_uint32 * 5)(1, 1, 1, 1, 1)
+    memory = ctypes.create_string_buffer(128 + 63)
+    made = _TensorMap.from_buffer(memory, -ctypes.addressof(memory) % 64)  # 64-byte aligned
+    check(
+        driver().cuTensorMapEncodeTiled(
+            ctypes.byref(made), _BFLOAT16 if dtype == torch.bfloat16 else _FLOAT16, 5,
+            ctypes.c_void_p(address), sizes, strides, box, steps,
+            0, _SWIZZLE_128B, _PROMOTE_256B, 0,
+        )
+    )  # fmt: skip
+    return made

@@ -1,0 +1,256 @@
+"""The CUDA kernel of prompts' attention against the torch backend, on a CPU.
+
+A C++ compiler builds the kernel with `emulated_hopper.h` in the place of the header that has the
+GPU's instructions. Values, masks, barriers and layouts in shared memory are those of the GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from compiledllm.kernels import cuda_kernel, prefill_attention_cuda
+from compiledllm.kernels import paged_attention_torch as oracle
+from compiledllm.kernels.backend import FP8, AttentionMetadata, ScoreOptions, make_row_bound
+from compiledllm.kernels.machine_code import CudaError
+from compiledllm.kernels.paged_attention_triton import paged_attention
+
+HERE = Path(__file__).parent
+INCLUDE = '#include "hopper.cuh"'
+LAUNCH = """
+extern "C" int emulate(int blocks, int cluster, void** arguments) {
+    return launch(&%s, blocks, cluster, arguments);
+}
+"""
+STALE = 10**6  # an entry of a block table that must not be read
+ROWS = [(1, 1), (15, 15), (17, 40), (2, 300), (70, 150), (0, 0), (1, 50), (40, 333)]
+Step = tuple[Tensor, Tensor, AttentionMetadata]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("emulated")
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("needs a C++ compiler")
+    kernel = functools.partial(EmulatedKernel, folder)
+    monkeypatch.setattr(prefill_attention_cuda, "CudaKernel", kernel)
+    monkeypatch.setattr(prefill_attention_cuda, "_is_hopper", lambda: True)
+    monkeypatch.setattr(prefill_attention_cuda, "driver", Driver)
+    for cached in (prefill_attention_cuda._kernels, prefill_attention_cuda._encode):
+        cached.cache_clear()
+
+
+class EmulatedKernel:
+    """As `cuda_kernel.CudaKernel`, but compiled by the first launch."""
+
+    def __init__(
+        self, folder: Path, source: str, name: str, options: Mapping[str, int], shared_bytes: int
+    ) -> None:
+        assert shared_bytes <= 227 * 1024
+        text = (cuda_kernel.SOURCES / source).read_text(encoding="utf-8")
+        assert INCLUDE in text
+        self._text = text.replace(INCLUDE, '#include "emulated_hopper.h"') + LAUNCH % name
+        self._macros = [f"-D{macro}={int(value)}" for macro, value in options.items()]
+        key = hashlib.sha256(" ".join([self._text, *self._macros]).encode()).hexdigest()[:16]
+        self._path = folder / key
+
+    def launch(
+        self, grid: Sequence[int], num_threads: int, arguments: Sequence[Any], cluster: int
+    ) -> None:
+        assert num_threads == 384
+        values = [cuda_kernel._value_of(argument) for argument in arguments]
+        addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        stuck = self._library.emulate(*grid, cluster, addresses)
+        assert not stuck, f"block {stuck - 1} waits for ever"
+
+    @functools.cached_property
+    def _library(self) -> ctypes.CDLL:
+        if not self._path.is_file():
+            source = self._path.with_suffix(".cpp")
+            source.write_text(self._text, encoding="utf-8")
+            flags = ["-O2", "-std=c++17", "-shared", "-fPIC", "-w", f"-I{HERE}", *self._macros]
+            command = ["g++", *flags, str(source), "-o", str(self._path)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[-2000:]
+        return ctypes.CDLL(str(self._path))
+
+
+class Driver:
+    """Encodes a tensor map as `emulated_hopper.h` reads it."""
+
+    def cuTensorMapEncodeTiled(  # noqa: N802
+        self, made: Any, _kind: int, rank: int, address: Any, sizes: Any, strides: Any, box: Any,
+        *_: Any,
+    ) -> int:  # fmt: skip
+        assert rank == 5 and not any(stride % 16 for stride in strides) and address.value % 16 == 0
+        words = [address.value, *sizes, *strides, *box[:2]]
+        made._obj.words[: len(words)] = words
+        return 0
+
+
+def make_step(
+    rows: Sequence[tuple[int, int]],
+    heads: tuple[int, int],
+    head_dim: int,
+    block_size: int,
+    dtype: torch.dtype,
+) -> Step:
+    """Random queries over a cache whose unused slots hold NaN. rows: (new tokens, length)."""
+    widths = [-(-length // block_size) for _, length in rows]
+    shape = 2, sum(widths) + 3, block_size, heads[1], head_dim
+    kv_cache = torch.full(shape, float("nan"), dtype=dtype)
+    free = (torch.randperm(shape[1] - 1) + 1).int().split([*widths, 2])
+    tables = torch.full((len(rows), max(widths) + 2), STALE, dtype=torch.int32)
+    for row, (_, length) in enumerate(rows):
+        tables[row, : widths[row]] = free[row]
+        at = torch.arange(length)
+        slots = tables[row].long()[at // block_size] * block_size + at % block_size
+        new = torch.randn(2, length, heads[1], head_dim).to(dtype)
+        kv_cache.view(2, -1, heads[1], head_dim)[:, slots] = new
+    counts = torch.tensor([count for count, _ in rows])
+    query = torch.randn(int(counts.sum()), heads[0], head_dim).to(dtype)
+    starts = torch.cat((torch.zeros(1), counts.cumsum(0))).int()
+    lengths = torch.tensor([length for _, length in rows], dtype=torch.int32)
+    slots = torch.full((len(query),), -1)
+    return query, kv_cache, AttentionMetadata(slots, tables, lengths, starts, make_row_bound(0))
+
+
+def without_stale_pages(step: Step, window: int) -> AttentionMetadata:
+    """The metadata with stale entries for the blocks before the windows of all queries."""
+    query, kv_cache, attn = step
+    tables, block_size = attn.block_tables.clone(), kv_cache.shape[2]
+    counts = attn.query_start_loc.diff()
+    for row, (length, count) in enumerate(zip(attn.seq_lens, counts, strict=True)):
+        tables[row, : max(0, int(length - count) - window + 1) // block_size] = STALE
+    return attn._replace(block_tables=tables)
+
+
+def assert_equals_oracle(step: Step, options: ScoreOptions) -> None:
+    """Rows of one token must stay as they are, since the decode kernel computes them."""
+    query, kv_cache, attn = step
+    out = torch.full_like(query, 7.0)
+    seen = without_stale_pages(step, options.sliding_window) if options.sliding_window else attn
+    num_rows = len(attn.seq_lens)
+    kernel = prefill_attention_cuda.kernel_for(query, kv_cache, options, num_rows)
+    assert kernel is not None
+    prefill_attention_cuda.attend_prompts(kernel, query, kv_cache, seen, options, out)
+    wide = kv_cache.float().nan_to_num(0.0)
+    there = attn._replace(block_tables=attn.block_tables.where(attn.block_tables < STALE, 0))
+    sinks = None if options.sinks is None else options.sinks.float()
+    expected = oracle.paged_attention(query.float(), wide, there, options._replace(sinks=sinks))
+    counts = attn.query_start_loc.diff()
+    is_prompt = torch.repeat_interleave(counts > 1, counts)
+    assert (out[~is_prompt] == 7.0).all()
+    difference = (out.float() - expected)[is_prompt]
+    bound = 4e-3 if query.dtype == torch.bfloat16 else 6e-4
+    assert difference.norm() < bound * expected[is_prompt].norm()
+    assert difference.abs().max() < 8 * bound * expected[is_prompt].abs().max()
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "block_size", "dtype", "options"),
+    [
+        ((8, 2), 128, 16, torch.bfloat16, ScoreOptions(0.09)),
+        ((4, 1), 128, 32, torch.float16, ScoreOptions(0.2, sliding_window=33)),
+        ((4, 2), 80, 16, torch.bfloat16, ScoreOptions(0.1)),
+        ((7, 1), 64, 8, torch.bfloat16, ScoreOptions(0.2, soft_cap=5.0, sinks=torch.randn(7))),
+        ((3, 3), 256, 64, torch.bfloat16, ScoreOptions(0.06, sliding_window=100)),
+        ((6, 2), 64, 16, torch.float16, ScoreOptions(0.2, 1, sinks=torch.randn(6).half())),
+    ],
+)
+def test_values(
+    heads: tuple[int, int],
+    head_dim: int,
+    block_size: int,
+    dtype: torch.dtype,
+    options: ScoreOptions,
+) -> None:
+    assert_equals_oracle(make_step(ROWS, heads, head_dim, block_size, dtype), options)
+
+
+def test_tiles_for_long_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill_attention_cuda, "_LONG_PROMPT", 0)
+    step = make_step([(40, 500), (1, 50), (30, 30)], (4, 2), 128, 16, torch.float16)
+    assert_equals_oracle(step, ScoreOptions(0.09, sliding_window=200))
+
+
+@pytest.mark.parametrize("multiprocessors", [8, 40])
+def test_blocks_that_share_a_context(multiprocessors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 and 8 blocks of a cluster; contexts of one tile are not shared."""
+    monkeypatch.setattr(prefill_attention_cuda, "num_multiprocessors", lambda: multiprocessors)
+    monkeypatch.setattr(prefill_attention_cuda, "_MAX_CLUSTER", 8)
+    rows = [(9, 1300), (20, 70), (2, 600), (3, 4200)]
+    step = make_step(rows, (4, 1), 64, 16, torch.bfloat16)
+    assert_equals_oracle(step, ScoreOptions(0.2, sinks=torch.randn(4)))
+
+
+def test_a_mixed_step_through_the_op() -> None:
+    """The decode kernel computes rows of one token. Both kernels write to the same tensor."""
+    query, kv_cache, attn = make_step(ROWS, (4, 2), 64, 16, torch.bfloat16)
+    kv_cache.nan_to_num_(0.0)
+    there = attn._replace(block_tables=attn.block_tables.where(attn.block_tables < STALE, 0))
+    options = ScoreOptions(0.1)
+    out = paged_attention(query, kv_cache, there, options)
+    expected = oracle.paged_attention(query.float(), kv_cache.float(), there, options)
+    torch.testing.assert_close(out.float(), expected, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_rows", "splits", "heads_first"),
+    [
+        (8192, 1, 1, True),
+        (2048, 1, 1, False),
+        (128, 1, 4, False),
+        (16, 1, 8, False),
+        (64, 16, 1, False),
+    ],
+)
+def test_how_work_is_divided(
+    num_tokens: int, num_rows: int, splits: int, heads_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefill_attention_cuda, "num_multiprocessors", lambda: 132)
+    monkeypatch.setattr(prefill_attention_cuda, "_MAX_CLUSTER", 8)
+    launch = prefill_attention_cuda.launch_for(num_tokens, num_rows, 8, 4)
+    assert (launch.splits, launch.heads_first) == (splits, heads_first)
+    assert launch.pieces >= sum(-(-num_tokens // num_rows // 32) for _ in range(num_rows))
+
+
+def test_what_the_kernel_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel_for = prefill_attention_cuda.kernel_for
+    query, kv_cache, _ = make_step([(4, 4)], (4, 2), 64, 16, torch.bfloat16)
+    assert kernel_for(query, kv_cache, ScoreOptions(0.1), 1) is not None
+    assert kernel_for(query, kv_cache.to(FP8), ScoreOptions(0.1), 1) is None
+    assert kernel_for(query.float(), kv_cache.float(), ScoreOptions(0.1), 1) is None
+    narrow = torch.zeros(2, 3, 16, 2, 60, dtype=query.dtype)
+    assert kernel_for(query[..., :60], narrow, ScoreOptions(0.1), 1) is None
+    odd = torch.zeros(query.numel() + 8, dtype=query.dtype)[1 : query.numel() + 1].view_as(query)
+    assert kernel_for(odd, kv_cache, ScoreOptions(0.1), 1) is None
+    monkeypatch.setattr(prefill_attention_cuda, "_is_hopper", lambda: False)
+    assert kernel_for(query, kv_cache, ScoreOptions(0.1), 1) is None
+
+
+def test_triton_stands_in_for_a_kernel_that_cannot_be_compiled(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: object) -> None:
+        raise CudaError("no compiler")
+
+    monkeypatch.setattr(prefill_attention_cuda, "CudaKernel", fails)
+    query, kv_cache, _ = make_step([(4, 4)], (4, 2), 64, 16, torch.bfloat16)
+    for _ in range(2):
+        assert prefill_attention_cuda.kernel_for(query, kv_cache, ScoreOptions(0.1), 1) is None
+    assert caplog.text.count("no compiler") == 1
