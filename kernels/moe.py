@@ -29,7 +29,8 @@ def route_in_torch(
     """See `moe_route`."""
     logits = logits.float()
     score = logits.softmax(-1) if scores == "softmax" else logits.sigmoid()
-    ranked = logits if scores == "softmax" else score
+    # Logits have the order of their softmax, without its rounding; groups add up scores.
+    ranked = logits if scores == "softmax" and num_groups == 1 else score
     if bias is not None:
         ranked = score + bias
     if num_groups > 1:

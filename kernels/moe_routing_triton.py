@@ -88,6 +88,8 @@ def _route_kernel(
         score = tl.exp(logit - highest)  # times a factor that all experts share
         all_scores = tl.sum(tl.where(is_expert, score, 0.0), 0)
         rank = logit
+    if NUM_GROUPS > 1:
+        rank = score / all_scores
     if HAS_BIAS:
         rank = score / all_scores + tl.load(bias + expert, is_expert, other=0.0)
     if NUM_GROUPS > 1:

@@ -86,7 +86,7 @@ class MatrixSpec(NamedTuple):
     """A weight matrix, or the `num_experts` matrices of the same shape in a layer.
 
     name: the module's path within a block ("attn.qkv") or within the model ("lm_head"). format:
-    None: the model's dtype.
+    None: the model's dtype, or float32 if `is_float32`.
     """
 
     name: str
@@ -94,6 +94,7 @@ class MatrixSpec(NamedTuple):
     num_inputs: int
     num_experts: int = 1
     format: QuantSpec | MixedSpec | None = None
+    is_float32: bool = False
 
     @property
     def num_parameters(self) -> int:
@@ -102,7 +103,7 @@ class MatrixSpec(NamedTuple):
     def num_bytes(self, element_bytes: int) -> int:
         """Bytes in memory. element_bytes: of a value in the model's dtype."""
         if self.format is None:
-            return self.num_parameters * element_bytes
+            return self.num_parameters * (4 if self.is_float32 else element_bytes)
         if isinstance(self.format, MixedSpec):
             runs = (self._replace(num_outputs=n, format=f) for _, n, f in self.format.runs)
             return sum(run.num_bytes(element_bytes) for run in runs)

@@ -41,7 +41,8 @@ class RouterSpec:
     top_groups: neighbouring experts form groups of equal size, and only experts of the `top_groups`
     groups whose two best experts have the largest sum are chosen. renormalize: the weights are
     divided by their sum plus `eps`. scale: multiplies the weights after that. has_expert_scales:
-    so does a learned number of each expert.
+    so does a learned number of each expert. in_float32: the router's weights are kept, and its
+    logits computed, in float32 whatever the model's dtype.
     """
 
     scores: str = "softmax"
@@ -52,6 +53,7 @@ class RouterSpec:
     eps: float = 0.0
     scale: float = 1.0
     has_expert_scales: bool = False
+    in_float32: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,9 @@ class MoeSpec:
     def _weights(self, hidden_size: int, num_experts: int, path: str) -> Weights:
         size, router = self.intermediate_size, self.router
         matrices = (
-            MatrixSpec(f"{path}.router", self.num_experts, hidden_size),
+            MatrixSpec(
+                f"{path}.router", self.num_experts, hidden_size, is_float32=router.in_float32
+            ),
             MatrixSpec(f"{path}.gate_up", 2 * size, hidden_size, num_experts),
             MatrixSpec(f"{path}.down", hidden_size, size, num_experts),
         )

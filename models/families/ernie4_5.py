@@ -56,7 +56,7 @@ def _experts(hf: Any) -> MoeSpec:
         hf.moe_intermediate_size,
         hf.moe_num_experts,
         hf.moe_k,
-        RouterSpec(has_bias=True),
+        RouterSpec(has_bias=True, in_float32=True),
         shared_size=hf.moe_intermediate_size * hf.moe_num_shared_experts,
         has_shared_gate=False,
     )

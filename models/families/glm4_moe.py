@@ -61,6 +61,7 @@ def moe_spec(hf: Any) -> MoeSpec:
             top_groups=hf.topk_group,
             eps=1e-20,
             scale=hf.routed_scaling_factor,
+            in_float32=True,
         ),
         shared_size=hf.moe_intermediate_size * hf.n_shared_experts,
         has_shared_gate=False,

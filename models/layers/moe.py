@@ -27,6 +27,8 @@ class MoeMlp(nn.Module):
         size, count = spec.intermediate_size, spec.num_experts
         gate_up = {"gate": size, "up": size}
         self.router = make.linear("router", hidden_size, {"": count}, spec.bias)
+        if spec.router.in_float32:
+            self.router.float()
         self.joins_experts = _can_join_experts(spec, make)
         inner = hidden_size, gate_up, spec.bias, int(self.joins_experts)
         self.gate_up = make.experts("gate_up", count, *inner, make.by_outputs(gate_up))
@@ -47,7 +49,7 @@ class MoeMlp(nn.Module):
 
     def forward(self, x: Tensor, routed: Tensor | None = None) -> Tensor:
         """routed: the router's input, [tokens, hidden]; None: x."""
-        ids, weights = self._route(self.router(x if routed is None else routed))
+        ids, weights = self._route(x if routed is None else routed)
         share = None if self.shared_gate is None else torch.sigmoid(self.shared_gate(x))
         if self.joins_experts:
             ids = torch.cat((ids, torch.full_like(ids[:, :1], self.spec.num_experts)), dim=1)
@@ -64,11 +66,11 @@ class MoeMlp(nn.Module):
         shared: Tensor = self.shared(x)
         return out + (shared if share is None else share * shared)
 
-    def _route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Ids and float32 weights of each token's experts, [tokens, top_k]."""
         router = self.spec.router
         ids, weights = moe_route(
-            logits,
+            self.router(x.float() if router.in_float32 else x),
             self.spec.top_k,
             router.renormalize,
             self.score_bias,
