@@ -15,6 +15,7 @@ from compiledllm.config import ONLINE, STORED, ConfigError
 from compiledllm.models.checkpoint import files_by_tensor, opened, weight_files
 from compiledllm.models.formats.assign import quantized_as_stored, quantized_online
 from compiledllm.models.formats.methods import make_scheme
+from compiledllm.models.formats.stacked import StackedExperts
 from compiledllm.models.formats.stored import Scheme
 from compiledllm.models.json_file import read_json
 from compiledllm.models.names import NameRules
@@ -177,7 +178,10 @@ def _with_formats(
             "supported, as it stores matrices in an order of its own; use the unquantised model"
         )
     rules = NameRules(family.NAMES, getattr(family, "IGNORED", ()))
-    return quantized_as_stored(spec, scheme, rules, _names_of_tensors(checkpoint))
+    names = _names_of_tensors(checkpoint)
+    return quantized_as_stored(
+        spec, scheme, rules, StackedExperts(names, scheme, spec).names(names)
+    )
 
 
 def scheme_of_checkpoint(checkpoint: Path) -> Scheme | None:

@@ -36,6 +36,7 @@ from compiledllm.models.formats.kv_scales import parse_name
 from compiledllm.models.formats.mixed import Mixed
 from compiledllm.models.formats.quantized import MatrixSlot, Quantized
 from compiledllm.models.formats.slicing import Content, shape_of, split_rows
+from compiledllm.models.formats.stacked import StackedExperts
 from compiledllm.models.formats.weight_format import ShardSlot, Slot, TensorSlot
 from compiledllm.models.layers.linear import Matrix, SharedExpert
 from compiledllm.models.names import NameRules, slots_of
@@ -87,8 +88,10 @@ def _stored(
             return quantized.issuperset(slots_of(rules.target_of(f"{name}.weight")))
 
         names, device = files_by_tensor(files), model.embedding.device
-        gatherer = Gatherer(files[0].parent, scheme, names, is_matrix, device)
-        tensors = gatherer.gather(read_tensors(files))
+        stacked = StackedExperts(names, scheme, model.spec.whole)
+        parts = set(stacked.names(names))
+        gatherer = Gatherer(files[0].parent, scheme, parts, is_matrix, device)
+        tensors = gatherer.gather(stacked.one_by_one(read_tensors(files)))
     if (unpack := getattr(family, "unpack", None)) is not None:
         tensors = unpack(tensors, model.spec.whole)
     prepare = getattr(family, "prepare", None)

@@ -61,9 +61,8 @@ NAMES = wrapped(
         f"{_LAYER}.experts.*.gate_proj.*": f"{_MOE}.gate_up.*.*:gate",
         f"{_LAYER}.experts.*.up_proj.*": f"{_MOE}.gate_up.*.*:up",
         f"{_LAYER}.experts.*.down_proj.*": f"{_MOE}.down.*.*",
-        # Names that `unpack` yields.
-        f"{_LAYER}.experts.*.gate_up_proj": f"{_MOE}.gate_up.*.weight:gate,up",
-        f"{_LAYER}.experts.*.down_proj": f"{_MOE}.down.*.weight",
+        # The name that `unpack` yields.
+        f"{_LAYER}.experts.*.gate_up_proj.*": f"{_MOE}.gate_up.*.*:gate,up",
     }
 )
 _TOWERS = ("embed_vision", "embed_audio", "vision_embedder")

@@ -8,7 +8,6 @@ from compiledllm.models.families import qwen3, qwen_moe
 from compiledllm.models.families.hf import activation_of
 from compiledllm.models.families.qwen3_next import DELTA_NET, hybrid_spec, moe_spec
 from compiledllm.models.families.wrapper import (
-    EXPERTS_ONE_BY_ONE,
     TOWERS,
     experts_one_by_one,
     make_text_spec,
@@ -27,7 +26,7 @@ _TEXT = (
         "model.layers.*.linear_attn.in_proj_a.*": "layers.*.attn.ba.*:a",
     }
 )
-NAMES = wrapped(_TEXT | EXPERTS_ONE_BY_ONE)
+NAMES = wrapped(_TEXT)
 IGNORED = ("mtp.**", *TOWERS)  # prediction of further tokens, images
 unpack = experts_one_by_one
 

@@ -5,7 +5,6 @@ The three rotary sections of a token of text have the same position, which makes
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -13,16 +12,15 @@ from torch import Tensor
 
 from compiledllm.models.families import qwen2, qwen3, qwen_moe
 from compiledllm.models.families.wrapper import (
-    EXPERTS_ONE_BY_ONE,
     TOWERS,
     experts_one_by_one,
     make_text_spec,
     wrapped,
 )
-from compiledllm.models.formats.slicing import Content, shape_of
+from compiledllm.models.formats.slicing import Content
 from compiledllm.models.spec import ModelSpec
 
-NAMES = wrapped(qwen_moe.NAMES | EXPERTS_ONE_BY_ONE)
+NAMES = wrapped(qwen_moe.NAMES)
 IGNORED = TOWERS
 # Type of the text's config -> what reads it, and the name of the whole model.
 _TEXTS = {
@@ -40,11 +38,15 @@ def unpack(
     Published checkpoints hold all experts' in a tensor [experts, inputs, outputs]. transformers
     writes [experts, outputs, inputs] as well.
     """
-    is_expert = re.compile(r".*\.mlp\.experts\.\d+\.(gate_up|down)_proj").fullmatch
-    for name, tensor in experts_one_by_one(tensors, spec):
-        hidden_at = 0 if name.endswith("gate_up_proj") else 1  # where the inputs come first
-        is_transposed = is_expert(name) and shape_of(tensor)[hidden_at] == spec.hidden_size
-        yield name, tensor.t() if is_transposed and isinstance(tensor, Tensor) else tensor
+    turned = ((name, _outputs_first(name, tensor, spec)) for name, tensor in tensors)
+    return experts_one_by_one(turned, spec)
+
+
+def _outputs_first(name: str, tensor: Content, spec: ModelSpec) -> Content:
+    hidden_at = {"gate_up_proj": 1, "down_proj": 2}.get(name.rpartition(".experts.")[2])
+    if hidden_at is None or not isinstance(tensor, Tensor) or tensor.dim() != 3:
+        return tensor
+    return tensor.transpose(1, 2) if tensor.shape[hidden_at] == spec.hidden_size else tensor
 
 
 def spec_from_hf(hf: Any) -> ModelSpec:

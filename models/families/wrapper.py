@@ -47,20 +47,13 @@ def experts_one_by_one(
 ) -> Iterator[tuple[str, Content]]:
     """Yield each expert's matrices by themselves where a tensor holds those of all experts.
 
-    Tensors "X.experts.gate_up_proj" [experts, outputs, inputs] become "X.experts.0.gate_up_proj"
-    and so on.
+    Tensors "X.experts.gate_up_proj" [experts, outputs, inputs] become
+    "X.experts.0.gate_up_proj.weight" and so on.
     """
     for name, tensor in tensors:
         prefix, _, matrix = name.rpartition(".experts.")
         if prefix and matrix in ("gate_up_proj", "down_proj") and isinstance(tensor, Tensor):
             for index, expert in enumerate(tensor):
-                yield f"{prefix}.experts.{index}.{matrix}", expert
+                yield f"{prefix}.experts.{index}.{matrix}.weight", expert
         else:
             yield name, tensor
-
-
-# Names that `experts_one_by_one` yields.
-EXPERTS_ONE_BY_ONE = {
-    "model.layers.*.mlp.experts.*.gate_up_proj": "layers.*.mlp.gate_up.*.weight:gate,up",
-    "model.layers.*.mlp.experts.*.down_proj": "layers.*.mlp.down.*.weight",
-}

@@ -1,0 +1,93 @@
+"""Quantised experts that a checkpoint stores in one tensor for all, taken apart expert by expert.
+
+Tools name the tensors of such a matrix "X.experts.gate_up_proj" with "X.experts.gate_up_proj_scale"
+(FBGEMM), "..._scale_inv" (transformers' FP8), "..._weight_scale" and "..._weight_scale_2"
+(ModelOpt), or with a dot instead of the underscore. Here each expert's part gets the name that it
+has in checkpoints with a tensor for each expert: "X.experts.3.gate_up_proj.weight_scale".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator
+
+from torch import Tensor
+
+from compiledllm.models.formats.stored import Scheme
+from compiledllm.models.spec import ModelSpec, MoeSpec
+
+_STACKED = re.compile(r"(.+\.experts)\.((?:gate_up|gate|up|down)_proj)(?:[._](\w+))?")
+# What follows the matrix's name in a stack's name -> what follows an expert's matrix.
+_LEAVES: dict[str | None, str] = {
+    None: "weight",
+    "scale": "weight_scale",
+    "scale_inv": "weight_scale_inv",
+    "activation_scale": "input_scale",
+    **{
+        leaf: leaf
+        for leaf in ("weight", "weight_packed", "weight_scale", "weight_scale_inv")
+        + ("weight_scale_2", "weight_global_scale", "input_scale", "input_global_scale")
+    },
+}
+_CODES = ("weight", "weight_packed")
+
+
+class StackedExperts:
+    """Takes the stacks of one checkpoint apart: of experts that the scheme says are quantised.
+
+    names: names of all tensors of the checkpoint. spec: of the whole model.
+    """
+
+    def __init__(self, names: Collection[str], scheme: Scheme, spec: ModelSpec) -> None:
+        self._scheme, self._hidden_size = scheme, spec.hidden_size
+        mlps = (mlp for layer in spec.layers for mlp in (layer.mlp, layer.experts))
+        self._experts = next((mlp for mlp in mlps if isinstance(mlp, MoeSpec)), None)
+        found = [m for name in names if (m := _STACKED.fullmatch(name)) and m[3] in _LEAVES]
+        self._scaled = {(m[1], m[2]) for m in found if _LEAVES[m[3]].startswith("weight_scale")}
+
+    def names(self, names: Iterable[str]) -> list[str]:
+        """The names of all tensors, once stacks are taken apart."""
+        return [part for name in names for part in self._names_of(name) or (name,)]
+
+    def one_by_one(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the parts of a stack expert by expert, outputs first; other tensors unchanged."""
+        for name, tensor in tensors:
+            if names := self._names_of(name):
+                yield from zip(names, self._parts(name, tensor), strict=True)
+            else:
+                yield name, tensor
+
+    def _names_of(self, name: str) -> list[str]:
+        """The names of a stack's parts; [] for a tensor that is not a quantised stack."""
+        match = _STACKED.fullmatch(name)
+        if match is None or (match[1], match[2]) not in self._scaled or self._experts is None:
+            return []
+        if match[3] not in _LEAVES or self._scheme.stored(f"{match[1]}.0.{match[2]}") is None:
+            return []
+        experts = range(self._experts.num_experts)
+        return [f"{match[1]}.{index}.{match[2]}.{_LEAVES[match[3]]}" for index in experts]
+
+    def _parts(self, name: str, stack: Tensor) -> list[Tensor]:
+        match, moe = _STACKED.fullmatch(name), self._experts
+        assert match is not None and moe is not None
+        if stack.numel() == 1 or len(stack) != moe.num_experts:  # one number, or a damaged file
+            return [stack] * moe.num_experts
+        stored = self._scheme.stored(f"{match[1]}.0.{match[2]}")
+        assert stored is not None
+        outputs = {"gate_up_proj": 2 * moe.intermediate_size, "down_proj": self._hidden_size}
+        num_outputs = outputs.get(match[2], moe.intermediate_size)
+        if _LEAVES[match[3]] in _CODES:
+            return [_outputs_first(part, num_outputs) for part in stack]
+        return [_scales(part, num_outputs, stored.spec.rows) for part in stack]
+
+
+def _outputs_first(part: Tensor, num_rows: int) -> Tensor:
+    is_transposed = part.dim() == 2 and part.shape[0] != num_rows == part.shape[1]
+    return part.t() if is_transposed else part
+
+
+def _scales(part: Tensor, num_outputs: int, rows: int) -> Tensor:
+    """One expert's scales, outputs first. rows: number of outputs that share a scale."""
+    if rows == 1 and part.shape == (2, 1):  # one for the gate, and one for up
+        return part.repeat_interleave(num_outputs // 2, dim=0)
+    return _outputs_first(part, -(-num_outputs // rows))
