@@ -161,19 +161,25 @@ def rotate_and_store(
     kv_scales: Tensor | None = None,
     has_gate: bool = False,
     plus_one: bool = False,
+    norms_values: bool = False,
+    keys_are_values: bool = False,
+    stores_kv: bool = True,
 ) -> Tensor:
     """Split `qkv`, normalise and rotate queries and keys, store keys and values. Triton only.
 
     qkv: [tokens, (num_heads + 2 * num_kv_heads) * head_dim]; with has_gate [tokens, (2 * num_heads
     + 2 * num_kv_heads) * head_dim], where each query head is followed by its gate, which this op
     ignores. q_weight, k_weight: [head_dim], weights of the RMSNorm of each query and key head;
-    None: there is no norm. plus_one: the norm multiplies by 1 + weight in float32. cos, sin:
-    [tokens, 1, rotary_dim]. slot_mapping, kv_scales: see `store_kv`. Mutates `kv_cache`. Returns
-    the queries, [tokens, num_heads, head_dim].
+    None: there is no norm. plus_one: the norm multiplies by 1 + weight in float32. norms_values:
+    each head of the values is normalised by an RMSNorm without a weight, with the same eps.
+    keys_are_values: `qkv` has no values, which are the keys before norm and rotation. stores_kv:
+    False: `qkv` has queries only, and nothing is stored. cos, sin: [tokens, 1, rotary_dim].
+    slot_mapping, kv_scales: see `store_kv`. Mutates `kv_cache`. Returns the queries, [tokens,
+    num_heads, head_dim].
     """
     from compiledllm.kernels import rotate_store_triton
 
     return rotate_store_triton.rotate_and_store(
         *(qkv, q_weight, k_weight, eps, cos, sin, kv_cache, slot_mapping, num_heads, kv_scales),
-        *(has_gate, plus_one),
+        *(has_gate, plus_one, norms_values, keys_are_values, stores_kv),
     )

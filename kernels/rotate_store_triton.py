@@ -1,7 +1,9 @@
 """Everything between the qkv matmul and attention, in one Triton kernel instead of four.
 
 The kernel normalises each head of queries and keys (if the model has q and k norms), rotates the
-heads (RoPE), writes queries to a new tensor, and writes keys and values to the paged cache.
+heads (RoPE), writes queries to a new tensor, and writes keys and values to the paged cache. Values
+may be normalised too, or be the keys as they were projected, and a layer that reads the keys and
+values of an earlier one has queries only.
 """
 
 # Triton infers a kernel's types from each call, which mypy cannot follow.
@@ -18,7 +20,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from compiledllm.kernels.launch import launch_options
 from compiledllm.kernels.online_softmax_triton import to_fp8
 
-_HEADS = 8  # heads per program
+_MAX_HEADS = 8  # heads per program
+_MAX_ELEMENTS = 2048  # of all heads of a program, which are kept in registers
 
 
 @triton.jit
@@ -27,8 +30,8 @@ def _rotate_store_kernel(
     value_offset,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     ROTARY_DIM: tl.constexpr, HAS_NORM: tl.constexpr, PLUS_ONE: tl.constexpr,
-    HAS_GATE: tl.constexpr, HEADS: tl.constexpr, PADDED_DIM: tl.constexpr,
-    HAS_KV_SCALES: tl.constexpr, OVERLAP: tl.constexpr,
+    HAS_GATE: tl.constexpr, NORMS_VALUES: tl.constexpr, KEYS_ARE_VALUES: tl.constexpr,
+    HEADS: tl.constexpr, PADDED_DIM: tl.constexpr, HAS_KV_SCALES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()
@@ -47,13 +50,18 @@ def _rotate_store_kernel(
     place = head
     if HAS_GATE:  # a query's gate follows the query
         place += tl.minimum(head, NUM_HEADS)
+    if KEYS_ARE_VALUES:
+        place = tl.where(is_value, place - NUM_KV_HEADS, place)
     row = qkv + token * token_stride + place * HEAD_DIM
     x = tl.load(row + dim, inside, other=0.0)
     y = tl.load(row + partner, inside, other=0.0)
     dtype = x.dtype
     raw, x, y = x, x.to(tl.float32), y.to(tl.float32)
-    if HAS_NORM:
+    if HAS_NORM or NORMS_VALUES:
         scale = tl.rsqrt(tl.sum(x * x, 1)[:, None] / HEAD_DIM + eps)
+    if NORMS_VALUES:
+        raw = (x * scale).to(dtype)
+    if HAS_NORM:
         in_dim = dim < HEAD_DIM
         x_weight = tl.where(
             is_query,
@@ -100,21 +108,27 @@ def rotate_and_store(
     kv_scales: Tensor | None = None,
     has_gate: bool = False,
     plus_one: bool = False,
+    norms_values: bool = False,
+    keys_are_values: bool = False,
+    stores_kv: bool = True,
 ) -> Tensor:
     """See `attention.rotate_and_store`."""
     num_tokens, rotary_dim = len(qkv), cos.shape[-1]
     num_kv_heads, head_dim = kv_cache.shape[-2:]
+    num_kv_heads = num_kv_heads if stores_kv else 0
     out = torch.empty(num_tokens, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     if num_tokens == 0:
         return out
-    grid = num_tokens, triton.cdiv(num_heads + 2 * num_kv_heads, _HEADS)
+    padded_dim = triton.next_power_of_2(head_dim)
+    heads = min(_MAX_HEADS, max(_MAX_ELEMENTS // padded_dim, 1))
+    grid = num_tokens, triton.cdiv(num_heads + 2 * num_kv_heads, heads)
     _rotate_store_kernel[grid](
         qkv, qkv if q_weight is None else q_weight, qkv if k_weight is None else k_weight, cos, sin,
         slot_mapping, kv_cache, qkv if kv_scales is None else kv_scales, out, eps, qkv.stride(0),
         kv_cache.stride(0),
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, ROTARY_DIM=rotary_dim,
-        HAS_NORM=q_weight is not None, PLUS_ONE=plus_one, HAS_GATE=has_gate, HEADS=_HEADS,
-        PADDED_DIM=triton.next_power_of_2(head_dim), HAS_KV_SCALES=kv_scales is not None,
-        **launch_options(),
+        HAS_NORM=q_weight is not None, PLUS_ONE=plus_one, HAS_GATE=has_gate,
+        NORMS_VALUES=norms_values, KEYS_ARE_VALUES=keys_are_values, HEADS=heads,
+        PADDED_DIM=padded_dim, HAS_KV_SCALES=kv_scales is not None, **launch_options(),
     )  # fmt: skip
     return out

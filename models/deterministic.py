@@ -32,7 +32,9 @@ def _check(spec: ModelSpec) -> None:
     is_rms = all(norm.kind == "rms" for norm in norms)
     is_dense = all(isinstance(layer.mlp, MlpSpec) for layer in spec.layers)
     all_attend = len(spec.attentions) == len(spec.layers)
-    if not (is_rms and is_dense and all_attend and all(map(can_fuse, spec.attentions))):
+    have_plain_kv = all(a.v_norm is None and len(a.qkv_parts) == 3 for a in spec.attentions)
+    all_fuse = have_plain_kv and all(map(can_fuse, spec.attentions))
+    if not (is_rms and is_dense and all_attend and all_fuse):
         raise ConfigError(
             f"deterministic=True is not supported for {spec.architecture}: only dense MLPs, "
             "RMSNorm, attention, and positions by rotating halves of each head, have kernels of "

@@ -101,11 +101,12 @@ class PagedAttention(nn.Module):
     ) -> Tensor:
         """Normalise, rotate and store in one kernel. Returns [tokens, num_heads, head_dim]."""
         q_norm, k_norm = cast("_Norms", (self.q_norm, self.k_norm))
+        eps_of = q_norm if self.v_norm is None else self.v_norm
         return rotate_and_store(
             qkv,
             None if q_norm is None else q_norm.weight,
             None if k_norm is None else k_norm.weight,
-            0.0 if q_norm is None else q_norm.eps,
+            0.0 if eps_of is None else cast("RMSNorm", eps_of).eps,
             cos,
             sin,
             kv_cache,
@@ -113,7 +114,10 @@ class PagedAttention(nn.Module):
             num_heads,
             scales_for(kv_cache, self.kv_scales),
             self.spec.has_gate and num_heads > 0,
-            isinstance(k_norm, PlusOneRMSNorm),
+            isinstance(q_norm, PlusOneRMSNorm),
+            self.v_norm is not None,
+            self.spec.keys_are_values,
+            self.spec.kv_layer is None,
         )
 
     def _rotate_then_store(
@@ -175,5 +179,7 @@ def can_fuse(spec: AttentionSpec) -> bool:
     is_rms = norm is None or norm.kind in ("rms", "rms_plus_one")
     is_of_heads = norm is None or (spec.qk_norm_over == "head" and not spec.norms_rotated)
     is_rotated_by_halves = rope.rotary_dim > 0 and not rope.interleaved and rope.growth is None
-    has_plain_values = spec.v_norm is None and len(spec.qkv_parts) == 3
-    return is_rms and is_of_heads and is_rotated_by_halves and has_plain_values
+    v_norm = spec.v_norm
+    has_one_eps = v_norm is None or norm is None or v_norm.eps == norm.eps
+    norms_values_plainly = v_norm is None or v_norm.kind == "rms_unscaled"
+    return is_rms and is_of_heads and is_rotated_by_halves and has_one_eps and norms_values_plainly

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from compiledllm.kernels.attention import kv_cache_shape, make_backend
-from compiledllm.models.layers.attention import PagedAttention
+from compiledllm.models.layers.attention import PagedAttention, can_fuse
 from compiledllm.models.layers.factory import Factory
 from compiledllm.models.layers.rope import RotaryTable
 from compiledllm.models.spec import AttentionSpec, NormSpec, RopeSpec
@@ -64,4 +66,58 @@ def test_fused_equals_layer_by_layer(
     torch.testing.assert_close(fused, expected, atol=tolerance, rtol=tolerance)
     caches = [cache[:, 1:] for cache in caches]  # without the null block
     assert torch.equal(caches[0], caches[1])
+    torch.testing.assert_close(caches[0], caches[2], atol=tolerance, rtol=tolerance)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim", "keys_are_values", "qk_norm"),
+    [(8, 2, 32, False, True), (5, 1, 512, True, True), (3, 3, 24, True, False)],
+)
+def test_normalised_values_and_keys_as_values(
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    keys_are_values: bool,
+    qk_norm: bool,
+    dtype: torch.dtype,
+) -> None:
+    """Layers of Gemma 4, also those that read another layer's keys and values."""
+    torch.manual_seed(0)
+    half = head_dim // 2
+    rope = RopeSpec((*(0.9**n for n in range(half // 4)), *[0.0] * (half - half // 4)))
+    spec = AttentionSpec(
+        *(num_heads, num_kv_heads, head_dim, 1.0, rope),
+        qk_norm=NormSpec(1e-4) if qk_norm else None,
+        v_norm=NormSpec(1e-4, "rms_unscaled"),
+        keys_are_values=keys_are_values,
+    )
+    assert can_fuse(spec)
+    layer = PagedAttention(8, spec, make_backend("triton"), Factory()).to(DEVICE, dtype)
+    for parameter in layer.parameters():
+        parameter.normal_(1.0, 0.3)
+    cos, sin = RotaryTable(rope).to(DEVICE)(torch.tensor([0, 7, 500], device=DEVICE), dtype)
+    slots = torch.tensor([17, -1, 63], device=DEVICE)
+    qkv = (3 * torch.randn(3, sum(spec.qkv_parts.values()), device=DEVICE)).to(dtype)
+    shape = kv_cache_shape(4, 16, num_kv_heads, head_dim)
+    caches = [torch.zeros(shape, dtype=dtype, device=DEVICE) for _ in range(4)]
+    fused = layer._rotate_and_store(qkv, cos, sin, caches[0], slots, num_heads)
+    kv = qkv[:, spec.q_rows :]
+    layer._rotate_and_store(kv, cos, sin, caches[1], slots, num_heads=0)
+    reader_spec = replace(spec, kv_layer=0, v_norm=None, keys_are_values=False)
+    reader = PagedAttention(8, reader_spec, layer.backend, Factory()).to(DEVICE, dtype)
+    if qk_norm:
+        reader.q_norm.weight.copy_(layer.q_norm.weight)
+    assert reader.is_fused
+    q = qkv[:, : spec.q_rows]
+    shared = reader._rotate_and_store(q.contiguous(), cos, sin, caches[3], slots, num_heads)
+    layer.backend = make_backend("torch")
+    expected = layer._rotate(q, layer.q_norm, cos, sin)
+    layer._rotate_then_store(kv, cos, sin, caches[2], slots)
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(fused, expected, atol=tolerance, rtol=tolerance)
+    assert torch.equal(shared, fused)
+    caches = [cache[:, 1:] for cache in caches]  # without the null block
+    assert torch.equal(caches[0], caches[1]) and not caches[3].any()
     torch.testing.assert_close(caches[0], caches[2], atol=tolerance, rtol=tolerance)

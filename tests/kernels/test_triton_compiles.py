@@ -160,6 +160,15 @@ for dtype, of_torch in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         check(
             rotation._rotate_store_kernel, dtype, NUM_HEADS=16, NUM_KV_HEADS=8, HEAD_DIM=128,
             ROTARY_DIM=128, HAS_NORM=True, PLUS_ONE=gated, HAS_GATE=gated, HEADS=8, PADDED_DIM=128,
+            NORMS_VALUES=False, KEYS_ARE_VALUES=False,
+        )
+    of_gemma = ((8, 256), (4, 512), (0, 512)) if turn == 1 else ()
+    for num_kv_heads, dim in of_gemma:
+        check(
+            rotation._rotate_store_kernel, dtype, NUM_HEADS=32, NUM_KV_HEADS=num_kv_heads,
+            HEAD_DIM=dim, ROTARY_DIM=dim, HAS_NORM=True, PLUS_ONE=False, HAS_GATE=False,
+            HEADS=2048 // dim, PADDED_DIM=dim, NORMS_VALUES=num_kv_heads > 0,
+            KEYS_ARE_VALUES=num_kv_heads == 4,
         )
     for width in (3, 4):
         shape = {"WIDTH": width, "PADDED": 4, "HAS_BIAS": width == 3, "IS_SILU": width == 4}
