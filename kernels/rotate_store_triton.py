@@ -31,7 +31,8 @@ def _rotate_store_kernel(
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     ROTARY_DIM: tl.constexpr, HAS_NORM: tl.constexpr, PLUS_ONE: tl.constexpr,
     HAS_GATE: tl.constexpr, NORMS_VALUES: tl.constexpr, KEYS_ARE_VALUES: tl.constexpr,
-    HEADS: tl.constexpr, PADDED_DIM: tl.constexpr, HAS_KV_SCALES: tl.constexpr, OVERLAP: tl.constexpr,
+    HEADS: tl.constexpr, PADDED_DIM: tl.constexpr, HAS_KV_SCALES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()

@@ -17,6 +17,7 @@ from compiledllm.kernels.backend import AttentionBackend, AttentionMetadata
 from compiledllm.kernels.collectives import all_gather, all_reduce
 from compiledllm.models.formats.weight_format import empty_parameter
 from compiledllm.models.layer_cache import SharedKV
+from compiledllm.models.layers.altup import Streams, make_block
 from compiledllm.models.layers.attention import PagedAttention
 from compiledllm.models.layers.block import Cache, DecoderBlock, Metadata, no_update
 from compiledllm.models.layers.factory import Factory, Products
@@ -86,12 +87,13 @@ class Decoder(nn.Module):
         self._embedding_scale = scale.item()  # rounded to the embedding's dtype
         size = spec.num_learned_positions
         self.positions = empty_parameter(size, spec.hidden_size) if size else None
-        self.layers = nn.ModuleList(DecoderBlock(layer, backend, make) for layer in spec.layers)
+        self.layers = nn.ModuleList(make_block(layer, backend, make) for layer in spec.layers)
         self._share_kv_scales()
         self.final_norm = make.norm(spec.final_norm, spec.hidden_size)
         self.token_inputs = None
         if spec.token_size:
             self.token_inputs = TokenInputs(spec, make.within("token_inputs"))
+        self.streams = Streams(spec, make.within("streams")) if spec.num_streams > 1 else None
         ropes = list(dict.fromkeys(attention.rope for attention in spec.attentions))
         self.rotary = nn.ModuleList(RotaryTable(rope) for rope in ropes)
         # Layers with a state get the first table, as all blocks are called alike, and ignore it.
@@ -99,7 +101,7 @@ class Decoder(nn.Module):
             ropes.index(layer.mixer.rope) if isinstance(layer.mixer, AttentionSpec) else 0
             for layer in spec.layers
         ]
-        self.block_forward: BlockForward = DecoderBlock.forward
+        self.block_forward: BlockForward = type(self.layers[0]).forward
         self.enter: Callable[..., BlockInputs] = _enter
         self.leave: Callable[..., Tensor] = _leave
 
@@ -117,7 +119,7 @@ class Decoder(nn.Module):
         tokens the first of the last `num_sampled_layers` blocks just stores keys and values.
         """
         x, update, tables, inputs = self.enter(self, input_ids, positions)
-        layer_inputs = inputs if inputs is not None else [None] * len(self.layers)
+        layer_inputs = [None] * len(self.layers) if inputs is None else list(inputs)
         steps = list(zip(self.layers, self._rotary_index, layer_inputs, caches, attn, strict=True))
         if sampled is not None:
             cut = len(steps) - self.num_sampled_layers
@@ -125,11 +127,13 @@ class Decoder(nn.Module):
             self._store(steps[cut], x, update, tables)
             x, update = x[sampled.indices], update[sampled.indices]
             tables = [(cos[sampled.indices], sin[sampled.indices]) for cos, sin in tables]
+            if inputs is not None:
+                # Of all layers: compiled code wants parts that do not begin the tensor, as above.
+                layer_inputs = list(inputs[:, sampled.indices])
+            parts = zip(steps[cut:], layer_inputs[cut:], sampled.attn, strict=True)
             steps = [
-                (layer, index, None if part is None else part[sampled.indices], cache, metadata)
-                for (layer, index, part, cache, _), metadata in zip(
-                    steps[cut:], sampled.attn, strict=True
-                )
+                (layer, index, part, cache, metadata)
+                for (layer, index, _, cache, _), part, metadata in parts
             ]
         x, update = self._run(steps, x, update, tables)
         return self.leave(self, x, update)
@@ -228,17 +232,20 @@ class Decoder(nn.Module):
 def _enter(decoder: Decoder, input_ids: Tensor, positions: Tensor) -> BlockInputs:
     """x and update of the first block, [tokens, hidden]; cos and sin of each rotary table.
 
+    Where there are several residual streams, x is [tokens, streams, hidden].
     Also the layers' own inputs, [layers, tokens, token_size]; None if they have none.
     """
     x = decoder.embed(input_ids, positions)
     tables = [rotary(positions, x.dtype) for rotary in decoder.rotary]
     inputs = None if decoder.token_inputs is None else decoder.token_inputs(input_ids, x)
-    return x, no_update(x), tables, inputs
+    update = no_update(x)
+    return x if decoder.streams is None else decoder.streams.begin(x), update, tables, inputs
 
 
 def _leave(decoder: Decoder, x: Tensor, update: Tensor) -> Tensor:
     """Hidden states behind the final norm, [tokens, hidden], from the last block's x and update."""
-    hidden: Tensor = decoder.final_norm(x + update)
+    x = x + update if decoder.streams is None else decoder.streams.end(x, update)
+    hidden: Tensor = decoder.final_norm(x)
     return hidden
 
 

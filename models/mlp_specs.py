@@ -14,13 +14,16 @@ from compiledllm.models.matrices import MatrixSpec, Weights
 class MlpSpec:
     """down(act(gate(x)) * up(x)), or ungated down(act(up(x))).
 
-    activation: a key of ACTIVATIONS, or "xielu", which has parameters.
+    activation: a key of ACTIVATIONS, or "xielu", which has parameters. sparsity: share of a token's
+    gates that are cut to zero before the activation, as of a normal distribution with the gates'
+    mean and deviation; only the rest above the cut is kept. Only of gated MLPs; 0: none.
     """
 
     intermediate_size: int
     bias: bool = False
     activation: str = "silu"
     gated: bool = True
+    sparsity: float = 0.0
 
     def weights(self, hidden_size: int, path: str = "mlp") -> Weights:
         num_up = (1 + self.gated) * self.intermediate_size

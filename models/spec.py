@@ -56,9 +56,12 @@ class LayerSpec:
     multiplies the outputs of mixer and MLP before they are added to x. experts: experts beside a
     dense MLP, with four more norms: x += norm(norm(mlp) + norm(experts)). token_size: width of an
     input of the layer's own for each token, which a gate of x lets in behind the MLP; 0: none.
-    has_scalar: a learned number multiplies the block's output. formats: the formats of the
-    quantised matrices. num_ranks: number of processes whose outputs of mixer and MLP add up to the
-    layer's, each with sizes as given here (`sharded_spec`).
+    has_scalar: a learned number multiplies the block's output. num_streams: number of residual
+    streams, of which mixer and MLP read and write the first, and a learned mix of all of them is
+    each one's next value (`layers.altup`). laurel_rank: rank of a linear map beside the mixer;
+    0: none. Both only together, in a block whose residual is "sandwich". formats: the formats of
+    the quantised matrices. num_ranks: number of processes whose outputs of mixer and MLP add up to
+    the layer's, each with sizes as given here (`sharded_spec`).
     """
 
     hidden_size: int
@@ -70,6 +73,8 @@ class LayerSpec:
     experts: MoeSpec | None = None
     token_size: int = 0
     has_scalar: bool = False
+    num_streams: int = 1
+    laurel_rank: int = 0
     formats: Formats = ()
     num_ranks: int = 1
 
@@ -95,8 +100,22 @@ class LayerSpec:
         others = num_norms * self.norm.num_parameters(hidden) + self.has_scalar
         gate = MatrixSpec("token_input.gate", size, hidden)
         inputs = (gate, MatrixSpec("token_input.out", hidden, size)) if size else ()
-        found = self.mixer.weights(hidden).plus(Weights(inputs, others), *mlps)
+        parts = (Weights(inputs, others), self._of_streams, *mlps)
+        found = self.mixer.weights(hidden).plus(*parts)
         return found.stored_in(self.formats)
+
+    @property
+    def _of_streams(self) -> Weights:
+        hidden, count, rank = self.hidden_size, self.num_streams, self.laurel_rank
+        if count == 1:
+            return Weights()
+        matrices = (
+            MatrixSpec("altup.router", count, hidden),
+            MatrixSpec("laurel.left", rank, hidden),
+            MatrixSpec("laurel.right", hidden, rank),
+        )
+        num_norms = 2 * self.norm.num_parameters(hidden)
+        return Weights(matrices, num_norms + count**3 + count**2 + hidden)
 
     @property
     def num_parameters(self) -> int:
@@ -204,6 +223,7 @@ class ModelSpec:
         if width := self.token_size * len(self.layers):
             matrices.append(MatrixSpec("token_inputs.table", self.token_vocab_size, width))
             matrices.append(MatrixSpec(TOKEN_PROJECTION, width, self.hidden_size))
+        matrices += self._of_streams
         positions = self.num_learned_positions * self.hidden_size + self.token_size
         norm = self.final_norm.num_parameters(self.hidden_size)
         bias = self.lm_head_bias * self.vocab_rows
@@ -218,8 +238,16 @@ class ModelSpec:
         """
         width = self.token_size * len(self.layers)
         inputs = (MatrixSpec(TOKEN_PROJECTION, width, self.hidden_size),) if width else ()
-        ends = Weights((self._head, *inputs), self.hidden_size).stored_in(self.formats)
+        read = (self._head, *inputs, *self._of_streams)
+        ends = Weights(read, self.hidden_size).stored_in(self.formats)
         return ends.plus(*(layer.weights_used for layer in self.layers))
+
+    @property
+    def _of_streams(self) -> list[MatrixSpec]:
+        """The matrices that make the residual streams of one, and one of them."""
+        size, others = self.hidden_size, range(self.num_streams - 1)
+        paths = (f"streams.{way}.{index}" for way in ("split", "join") for index in others)
+        return [MatrixSpec(path, size, size) for path in paths]
 
     @property
     def _head(self) -> MatrixSpec:
@@ -257,6 +285,11 @@ class ModelSpec:
     def token_size(self) -> int:
         """Width of each layer's own input of a token; 0: there are none."""
         return self.layers[0].token_size
+
+    @property
+    def num_streams(self) -> int:
+        """Number of residual streams of every layer."""
+        return self.layers[0].num_streams
 
     @property
     def bytes_per_request(self) -> int:

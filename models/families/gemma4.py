@@ -91,7 +91,8 @@ def spec_from_hf(hf: Any) -> ModelSpec:
         return make_text_spec(hf, spec_from_hf, f"{name}ForConditionalGeneration")
     expect(hf, "use_bidirectional_attention", None, "vision")
     norm = NormSpec(hf.rms_norm_eps)
-    mixers = _attentions(hf, norm)
+    attentions = [_attention(hf, index, norm) for index in range(hf.num_hidden_layers)]
+    mixers = with_shared_kv(hf, attentions)
     token_size = getattr(hf, "hidden_size_per_layer_input", None) or 0
     experts = _experts(hf) if getattr(hf, "enable_moe_block", False) else None
 
@@ -120,18 +121,17 @@ def spec_from_hf(hf: Any) -> ModelSpec:
     )
 
 
-def _attentions(hf: Any, norm: NormSpec) -> list[AttentionSpec]:
-    """Of each layer. The last layers read the KV of the last layer of their kind before them."""
-    found: list[AttentionSpec] = []
+def with_shared_kv(hf: Any, attentions: list[AttentionSpec]) -> list[AttentionSpec]:
+    """The layers' attention, where the last ones read the last layer of their kind before them."""
+    found = list(attentions)
     first_shared = hf.num_hidden_layers - (hf.num_kv_shared_layers or 0)
-    for index, kind in enumerate(hf.layer_types):
-        attention = _attention(hf, index, norm)
-        if index >= first_shared:
-            same = [i for i in range(first_shared) if hf.layer_types[i] == kind]
-            if not same:
-                raise ConfigError(f"gemma4: no layer with {kind!r} stores keys and values")
-            attention = replace(attention, kv_layer=same[-1], v_norm=None, keys_are_values=False)
-        found.append(attention)
+    for index, kind in enumerate(hf.layer_types[first_shared:], first_shared):
+        same = [i for i in range(first_shared) if hf.layer_types[i] == kind]
+        if not same:
+            raise ConfigError(f"{hf.model_type}: no layer with {kind!r} stores keys and values")
+        found[index] = replace(
+            attentions[index], kv_layer=same[-1], v_norm=None, keys_are_values=False
+        )
     return found
 
 

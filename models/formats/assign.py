@@ -154,6 +154,8 @@ def parts_of(layer: LayerSpec) -> dict[str, dict[str, int]]:
         found |= {f"{EXPERTS}.gate_up": up, f"{EXPERTS}.down": {"": hidden}}
     if size := layer.token_size:
         found |= {"token_input.gate": {"": size}, "token_input.out": {"": hidden}}
+    if rank := layer.laurel_rank:
+        found |= {"laurel.left": {"": rank}, "laurel.right": {"": hidden}}
     return found
 
 

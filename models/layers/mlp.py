@@ -49,14 +49,29 @@ class GatedMlp(nn.Module):
         super().__init__()
         size = spec.intermediate_size
         self.activation = make_activation(spec.activation)
+        self.cut = _deviations_below(spec.sparsity) if spec.sparsity else None
         parts = {"gate": size, "up": size}
         self.gate_up = make.linear("gate_up", hidden_size, parts, spec.bias, make.by_outputs(parts))
         self.down = make.linear("down", size, {"": hidden_size}, spec.bias, make.by_inputs(size))
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
+        if self.cut is not None:
+            gate = _above_the_cut(gate, self.cut)
         out: Tensor = self.down(self.activation(gate) * up)
         return out
+
+
+def _deviations_below(share: float) -> float:
+    """How many deviations above the mean the cut lies that is above a share of all values."""
+    share_below = torch.tensor(share, dtype=torch.float32, device="cpu")
+    return float(torch.special.ndtri(share_below))
+
+
+def _above_the_cut(gate: Tensor, cut: float) -> Tensor:
+    """What is above `cut` deviations over the mean of a token's gates, [tokens, size]."""
+    mean, deviation = gate.mean(-1, keepdim=True), gate.std(-1, keepdim=True, unbiased=False)
+    return F.relu(gate - (mean + deviation * cut))
 
 
 class PlainMlp(nn.Module):

@@ -23,12 +23,15 @@ class TokenInputs(nn.Module):
         self.projection = make.linear("projection", spec.hidden_size, {"": width})
         self.norm = make.norm(spec.final_norm, self.size)
         self.projection_scale = spec.hidden_size**-0.5
+        self.is_whole = spec.token_vocab_size >= spec.vocab_size
         scale = torch.tensor(self.size**0.5, dtype=self.table.dtype, device="cpu")
         self.table_scale = scale.item()  # rounded to the table's dtype
 
     def forward(self, input_ids: Tensor, x: Tensor) -> Tensor:
         """input_ids [tokens], their embeddings x [tokens, hidden] -> [layers, tokens, size]."""
         projected = self.norm(self._by_layer(self.projection(x) * self.projection_scale))
+        if not self.is_whole:  # tokens without a row, which stand for images, have the first
+            input_ids = torch.where(input_ids < len(self.table), input_ids, 0)
         looked_up = self._by_layer(F.embedding(input_ids, self.table) * self.table_scale)
         total: Tensor = (projected + looked_up) * 2**-0.5
         return total.transpose(0, 1).contiguous()

@@ -44,7 +44,7 @@ def test_greedy_tokens_are_those_of_transformers(
 
 
 # Each has layers that no other has. tests/engine/test_windows.py compiles Gemma's.
-COMPILED = ["cohere", "gpt_neox", "gpt_oss", "opt", "lfm2", "qwen3_next"]
+COMPILED = ["cohere", "gpt_neox", "gpt_oss", "opt", "lfm2", "qwen3_next", "gemma3n_text"]
 
 
 @pytest.mark.parametrize("family", COMPILED)

@@ -25,6 +25,7 @@ from compiledllm.models.weights import fill_with_random_weights, load_weights
 from tests.models.test_families import logits_in_chunks, logits_of_ends
 from tests.support.families import (
     DELTA_NET,
+    GEMMA3N,
     GEMMA4,
     GEMMA4_DENSE,
     GEMMA4_SHARED,
@@ -67,6 +68,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "glm": ("glm4v", EVEN | {"rope_parameters": GLM_MROPE}),
     "text of qwen": ("qwen2_5_vl", EVEN | {"rope_parameters": MROPE}),
     "text of mistral": ("mistral3", EVEN | {"model_type": "ministral3", "head_dim": 16}),
+    "streams": ("gemma3n_text", GEMMA3N | {"laurel_rank": 32, "intermediate_size": [128] * 6}),
     "xielu": ("apertus", EVEN | {"dtype": "float32"}),
 }
 # The families of today: each in a few formats, and each format in a few of them.
@@ -79,6 +81,7 @@ OF_TODAY = {
     "glm": ("nvfp4", "gptq v2, asymmetric"),
     "text of qwen": ("awq", "modelopt nvfp4"),
     "text of mistral": ("fp8 of tensors", "packed 4 bits"),
+    "streams": ("fp8 of channels", "packed 4 bits"),
     "xielu": ("int8",),
 }
 CASES = [("llama", kind) for kind in KINDS] + [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -75,6 +76,43 @@ def test_other_forms_load_and_unknown_tensors_are_refused(
     save_file(other, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"unexpected tensors: model\.audio\.weight"):
         load(tmp_path)
+
+
+# Wrappers whose towers need packages that are not here: the text's tensors under their names.
+TOWERS_OF = {
+    "gemma3n_text": ("gemma3n", ("model.vision_tower", "model.audio_tower", "model.embed_audio")),
+}
+
+
+def save_wrapped(source: Path, folder: Path, model_type: str, towers: tuple[str, ...]) -> None:
+    """A text checkpoint as the published wrapper has it, with a tensor of each tower."""
+    text = json.loads((source / "config.json").read_text())
+    architecture = text.pop("architectures")[0].replace("ForCausalLM", "ForConditionalGeneration")
+    config = {"architectures": [architecture], "model_type": model_type, "text_config": text}
+    ends = {name: text[name] for name in ("tie_word_embeddings", "eos_token_id")}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config | ends))
+    tensors = renamed(
+        load_file(source / "model.safetensors"), (r"model\.", "model.language_model.")
+    )
+    tensors |= {f"{tower}.blocks.0.weight": torch.ones(2) for tower in towers}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("family", TOWERS_OF)
+def test_published_wrappers_run_as_their_text(
+    family: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = tiny_model(family, **VARIANTS[family, IN_ENGINE[family]])
+    folder = tmp_path / "wrapped"
+    save_wrapped(source, folder, *TOWERS_OF[family])
+    model = load(folder)
+    assert model.spec.architecture.endswith("ForConditionalGeneration")
+    expected = logits_in_chunks(load(source), TOKEN_IDS, [20])
+    torch.testing.assert_close(logits_in_chunks(model, TOKEN_IDS, [20]), expected)
+    save_wrapped(source, tmp_path / "more", TOWERS_OF[family][0], ("model.other_tower",))
+    with pytest.raises(ConfigError, match=r"unexpected tensors: model\.other_tower"):
+        load(tmp_path / "more")
 
 
 def test_layers_that_predict_further_tokens_are_left_out(

@@ -89,6 +89,19 @@ GEMMA4_DENSE = {
     "num_global_key_value_heads": 1,
     "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
 }
+GEMMA3N = {
+    "head_dim": 16,
+    "sliding_window": 20,
+    "num_hidden_layers": 6,
+    "num_kv_shared_layers": 3,
+    "vocab_size_per_layer_input": 120,  # some tokens have no row
+    "hidden_size_per_layer_input": 16,
+    "laurel_rank": 8,
+    "intermediate_size": [112, 112, 96, 112, 112, 112],
+    "activation_sparsity_pattern": [0.95, 0.5, 0.0, 0.0, 0.9, 0.0],
+    "final_logit_softcapping": 3.0,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+}
 GPT_OSS = {
     "head_dim": 16,
     "sliding_window": 20,
@@ -229,6 +242,8 @@ VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
         "query_pre_attn_scalar": 24,
     }
     | HALF_SLIDING,
+    ("gemma3n_text", "e4b"): GEMMA3N,
+    ("gemma3n_text", "two streams"): GEMMA3N | {"altup_num_inputs": 2, "num_kv_shared_layers": 0},
     ("gemma4_text", "e4b"): GEMMA4 | GEMMA4_SHARED | {"hidden_size_per_layer_input": 16},
     ("gemma4_text", "31b"): GEMMA4 | GEMMA4_DENSE,
     ("gemma4_unified", "12b, text of a multimodal model"): GEMMA4 | GEMMA4_DENSE,
@@ -317,6 +332,7 @@ IN_ENGINE = {
     "glm4_moe": "groups",
     "glm4v_moe": "text of a multimodal model",
     "gemma4": "26b, text of a multimodal model",
+    "gemma3n_text": "e4b",
     "gemma4_text": "e4b",
     "gpt2": "plain",
     "gpt_neox": "parallel",

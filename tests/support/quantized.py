@@ -252,7 +252,8 @@ def is_quantized(name: str, tensor: Tensor) -> bool:
     """Whether a tensor is a matrix of a block, but no router; or makes the blocks' own inputs."""
     is_router = name.endswith((".gate.weight", ".shared_expert_gate.weight", ".router.proj.weight"))
     is_of_block = ".layers." in name or "per_layer_model_projection" in name
-    return tensor.dim() == 2 and is_of_block and name.endswith(".weight") and not is_router
+    is_plain = is_router or ".altup." in name
+    return tensor.dim() == 2 and is_of_block and name.endswith(".weight") and not is_plain
 
 
 def save_quantized(
