@@ -106,10 +106,11 @@ def _paged_attention(
     soft_cap: float,
     sinks: Tensor | None,
     kv_scales: Tensor | None,
+    in_chunks: bool,
     backend: str,
 ) -> Tensor:
     attn = AttentionMetadata(slot_mapping, block_tables, seq_lens, query_start_loc, row_bound)
-    options = ScoreOptions(scale, sliding_window, soft_cap, sinks, kv_scales)
+    options = ScoreOptions(scale, sliding_window, soft_cap, sinks, kv_scales, in_chunks)
     return backend_class(backend).paged_attention(query, kv_cache, attn, options)
 
 
@@ -125,9 +126,10 @@ def paged_attention(
     query: [tokens, num_heads, head_dim]; the keys and values of the tokens must already be stored.
     Returns [tokens, num_heads, head_dim] in query's dtype, undefined for tokens outside every row.
     """
-    scale, sliding_window, soft_cap, sinks, kv_scales = options
+    scale, sliding_window, soft_cap, sinks, kv_scales, in_chunks = options
     return _paged_attention(
-        *(query, kv_cache, *attn, scale, sliding_window, soft_cap, sinks, kv_scales, backend.name)
+        *(query, kv_cache, *attn, scale, sliding_window, soft_cap, sinks, kv_scales, in_chunks),
+        backend.name,
     )
 
 

@@ -108,6 +108,7 @@ class ScoreOptions(NamedTuple):
     soft_cap: float = 0.0  # scores become soft_cap * tanh(scores / soft_cap); 0: off
     sinks: Tensor | None = None  # [num_heads], scores that only add to the softmax denominator
     kv_scales: Tensor | None = None  # [2], multiply stored keys and values; None: not scaled
+    in_chunks: bool = False  # a token sees its chunk of `sliding_window` positions up to itself
 
 
 class AttentionLayer(Protocol):
@@ -127,6 +128,8 @@ class AttentionLayer(Protocol):
     def soft_cap(self) -> float: ...
     @property
     def has_sinks(self) -> bool: ...
+    @property
+    def in_chunks(self) -> bool: ...
 
 
 class AttentionBackend(ABC):
@@ -142,6 +145,7 @@ class AttentionBackend(ABC):
     kv_dtypes: Container[torch.dtype] = (FP8,)
     head_dims: Container[int] = range(1, sys.maxsize)
     takes_sinks = True
+    takes_chunks = True  # whether a token may see the positions of its chunk only
     captures = True  # whether a CUDA graph can capture a step
     captures_prompts = True  # whether a graph can capture a step with several tokens per row
     fuses_rotation = True  # whether the model may call `attention.rotate_and_store`
@@ -171,6 +175,8 @@ class AttentionBackend(ABC):
                 return f"it has no kernels for head_dim={layer.head_dim}"
             if layer.has_sinks and not self.takes_sinks:
                 return "its kernels know no attention sinks"
+            if layer.in_chunks and not self.takes_chunks:
+                return "its kernels know no attention in chunks of the context"
         return None
 
     @staticmethod

@@ -23,7 +23,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from compiledllm.kernels.launch import launch_options, num_multiprocessors, stages_that_fit
-from compiledllm.kernels.online_softmax_triton import Tiling, after_sinks, attend_keys
+from compiledllm.kernels.online_softmax_triton import Tiling, after_sinks, attend_keys, first_seen
 
 MAX_TOGETHER = 8  # maximum number of new tokens per row
 _FEW_PROGRAMS_PER_SM = 0.25  # so few programs leave most of the GPU idle
@@ -77,14 +77,6 @@ def _even_splits_per_sm(head_dim: int, num_programs: int) -> int:
 
 
 @triton.jit
-def _first_seen(length, count, window, TOKENS: tl.constexpr):
-    """The first position that any of a row's `count` new tokens sees through the window."""
-    if TOKENS == 1:
-        return tl.maximum(length - window, 0)
-    return tl.maximum(length - count + 1 - window, 0)
-
-
-@triton.jit
 def _lanes(
     count, NUM_LANES: tl.constexpr, TOKENS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -98,7 +90,8 @@ def _lanes(
 @triton.jit
 def _work_item(
     item, seq_lens, query_start_loc, num_rows, max_extra, even_extra, window,
-    TOKENS: tl.constexpr, KEYS: tl.constexpr, HAS_WINDOW: tl.constexpr, MAX_ROWS: tl.constexpr,
+    TOKENS: tl.constexpr, KEYS: tl.constexpr, HAS_WINDOW: tl.constexpr, IN_CHUNKS: tl.constexpr,
+    MAX_ROWS: tl.constexpr,
 ):  # fmt: skip
     """The item's row, the number of splits of this row, and the item's index among the splits.
 
@@ -116,7 +109,8 @@ def _work_item(
     is_ours = (count == 1) if TOKENS == 1 else (count >= 1) & (count <= TOKENS)
     tiles = tl.cdiv(length, KEYS)
     if HAS_WINDOW:
-        tiles -= _first_seen(length, count, window, TOKENS) // KEYS
+        oldest = length - (1 if TOKENS == 1 else count)
+        tiles -= first_seen(oldest, window, IN_CHUNKS) // KEYS
     more_tiles = tl.where(is_ours, tl.maximum(tiles - 1, 0), 0)  # tiles after the first
     total, most = tl.sum(more_tiles, 0), tl.max(more_tiles, 0)
     is_even = 2 * most * tl.sum((more_tiles > 0).to(tl.int32), 0) <= 3 * total
@@ -178,7 +172,8 @@ def _decode_kernel(
     partial_stats, arrivals, scale, window, soft_cap, query_stride, table_stride, value_offset,
     num_rows, max_extra, even_extra, MAX_ROWS: tl.constexpr, TOKENS: tl.constexpr,
     GROUP: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    TOKEN_STRIDE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr,
+    TOKEN_STRIDE: tl.constexpr, HAS_WINDOW: tl.constexpr, IN_CHUNKS: tl.constexpr,
+    HAS_SOFT_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr, HAS_KV_SCALES: tl.constexpr, PADDED_DIM: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, SUM_LANES: tl.constexpr, AT_ONCE: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -194,7 +189,7 @@ def _decode_kernel(
     kv_head, item = tl.program_id(0), tl.program_id(1)  # programs without work come last
     row, num_splits, split = _work_item(
         item, seq_lens, query_start_loc, num_rows, max_extra, even_extra, window, TOKENS, KEYS,
-        HAS_WINDOW, MAX_ROWS,
+        HAS_WINDOW, IN_CHUNKS, MAX_ROWS,
     )  # fmt: skip
     # The kernel reads lengths before this wait. That is safe because a matmul runs between this
     # kernel and the kernel that writes lengths, and a matmul releases its successor after its own
@@ -208,7 +203,7 @@ def _decode_kernel(
     if (count < 1) | (count > TOKENS):
         return
     length = tl.load(seq_lens + row)
-    first = _first_seen(length, count, window, TOKENS) if HAS_WINDOW else 0
+    first = first_seen(length - count, window, IN_CHUNKS) if HAS_WINDOW else 0
     first_tile, end_tile = first // KEYS, tl.cdiv(length, KEYS)
     share = tl.cdiv(end_tile - first_tile, num_splits)
     low = first_tile + split * share
@@ -237,7 +232,7 @@ def _decode_kernel(
             position = (length - count + token)[:, None]
             seen = seen & (tokens[None, :] <= position)
             if HAS_WINDOW:
-                seen = seen & (tokens[None, :] > position - window)
+                seen = seen & (tokens[None, :] >= first_seen(position, window, IN_CHUNKS))
         best, total, acc = attend_keys(
             q, best, total, acc, kv_cache, block_tables + row.to(tl.int64) * table_stride, tokens,
             in_context, seen, kv_head * HEAD_DIM, scale, soft_cap, value_offset,

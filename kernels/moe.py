@@ -29,8 +29,8 @@ def route_in_torch(
     """See `moe_route`."""
     logits = logits.float()
     score = logits.softmax(-1) if scores == "softmax" else logits.sigmoid()
-    # Logits have the order of their softmax, without its rounding; groups add up scores.
-    ranked = logits if scores == "softmax" and num_groups == 1 else score
+    # Logits have the order of their scores, without the rounding; groups add up scores.
+    ranked = score if num_groups > 1 else logits
     if bias is not None:
         ranked = score + bias
     if num_groups > 1:

@@ -82,12 +82,11 @@ def _route_kernel(
     if IS_SIGMOID:
         score = 1 / (1 + tl.exp(-logit))
         all_scores = 1.0
-        rank = score
     else:
         highest = tl.max(tl.where(is_expert, logit, float("-inf")), 0)
         score = tl.exp(logit - highest)  # times a factor that all experts share
         all_scores = tl.sum(tl.where(is_expert, score, 0.0), 0)
-        rank = logit
+    rank = logit  # which has the order of the scores, without their rounding
     if NUM_GROUPS > 1:
         rank = score / all_scores
     if HAS_BIAS:

@@ -27,6 +27,14 @@ class Tiling:
 
 
 @triton.jit
+def first_seen(position, window, IN_CHUNKS: tl.constexpr):
+    """The first position that the token at `position` sees: of its window, or of its chunk."""
+    if IN_CHUNKS:
+        return position // window * window
+    return tl.maximum(position - window + 1, 0)
+
+
+@triton.jit
 def attend_keys(
     q, best, total, acc, kv_cache, table, tokens, in_context, seen, head_offset, scale, soft_cap,
     value_offset,

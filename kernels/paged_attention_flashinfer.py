@@ -40,6 +40,7 @@ class FlashInferBackend(AttentionBackend):
     head_dims = (64, 128, 256)
     kv_dtypes = ()
     takes_sinks = False
+    takes_chunks = False
     captures_prompts = False  # wrappers of a captured step have a fixed number of tokens
     takes_sampled_tokens = False
     reads_groups = False

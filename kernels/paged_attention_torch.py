@@ -7,6 +7,8 @@ over tokens.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -60,9 +62,12 @@ def paged_attention(
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     block_tables = attn.block_tables
     starts, lengths = attn.query_start_loc.tolist(), attn.seq_lens.tolist()
+    skipped = [0] * len(lengths)
     if options.sliding_window:
-        sizes = options.sliding_window, kv_cache.shape[2]
-        block_tables, lengths = _in_window(block_tables, lengths, starts, *sizes)
+        block_tables, skipped = _in_window(
+            block_tables, lengths, starts, options, kv_cache.shape[2]
+        )
+        lengths = [length - n for length, n in zip(lengths, skipped, strict=True)]
     # Decode rows, grouped so that lengths in a group differ by less than a factor of two.
     groups: dict[int, list[int]] = {}
     for row, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
@@ -70,7 +75,7 @@ def paged_attention(
             groups.setdefault((lengths[row] - 1).bit_length(), []).append(row)
         elif end > start:
             k, v = _gather(kv_cache, block_tables[row : row + 1], lengths[row], query.dtype)
-            out[start:end] = _prefill_row(query[start:end], k, v, options)
+            out[start:end] = _prefill_row(query[start:end], k, v, skipped[row], options)
     for rows in groups.values():
         tokens = [starts[row] for row in rows]
         row_lengths = [lengths[row] for row in rows]
@@ -78,6 +83,7 @@ def paged_attention(
             _pick(query, tokens),
             *_gather(kv_cache, _pick(block_tables, rows), max(row_lengths), query.dtype),
             row_lengths,
+            [skipped[row] for row in rows],
             options,
         )
         if len(tokens) == len(query):
@@ -86,20 +92,32 @@ def paged_attention(
     return out
 
 
+def _first_seen(position: Any, options: ScoreOptions) -> Any:
+    """The first position that tokens at `position` see, a number or a tensor; perhaps negative."""
+    window = options.sliding_window
+    return position // window * window if options.in_chunks else position - window + 1
+
+
 def _in_window(
-    block_tables: Tensor, lengths: list[int], starts: list[int], window: int, block_size: int
+    block_tables: Tensor,
+    lengths: list[int],
+    starts: list[int],
+    options: ScoreOptions,
+    block_size: int,
 ) -> tuple[Tensor, list[int]]:
-    """Block tables and lengths without the leading blocks that are outside the window."""
-    skipped = [
-        max(length - (end - start) - window + 1, 0) // block_size
+    """Block tables without the leading blocks that no token sees, and how many tokens these are."""
+    oldest = (
+        length - (end - start)
         for length, start, end in zip(lengths, starts, starts[1:], strict=False)
-    ]
+    )
+    skipped = [max(_first_seen(position, options), 0) // block_size for position in oldest]
     if not any(skipped):
-        return block_tables, lengths
-    lengths = [length - n * block_size for length, n in zip(lengths, skipped, strict=True)]
-    columns = torch.arange(-(-max(lengths) // block_size), device=block_tables.device)
+        return block_tables, [0] * len(lengths)
+    longest = max(length - n * block_size for length, n in zip(lengths, skipped, strict=True))
+    columns = torch.arange(-(-longest // block_size), device=block_tables.device)
     columns = torch.tensor(skipped, device=block_tables.device)[:, None] + columns
-    return block_tables.gather(1, columns.clamp(max=block_tables.shape[1] - 1)), lengths
+    block_tables = block_tables.gather(1, columns.clamp(max=block_tables.shape[1] - 1))
+    return block_tables, [n * block_size for n in skipped]
 
 
 def _pick(tensor: Tensor, rows: list[int]) -> Tensor:
@@ -130,6 +148,7 @@ def _decode_rows(
     k: Tensor,
     v: Tensor,
     lengths: list[int],
+    skipped: list[int],  # tokens before k and v
     options: ScoreOptions,
 ) -> Tensor:
     num_rows, num_heads, head_dim = query.shape
@@ -142,7 +161,8 @@ def _decode_rows(
         position = torch.arange(max_length, device=query.device)
         mask = position < end  # [rows, 1, 1, max_length]
         if options.sliding_window:
-            mask &= position >= end - options.sliding_window
+            before = torch.tensor(skipped, device=query.device).view(-1, 1, 1, 1)
+            mask &= position >= _first_seen(end - 1 + before, options) - before
     return _attend(q, k, v, mask, False, options).reshape(query.shape)
 
 
@@ -150,6 +170,7 @@ def _prefill_row(
     query: Tensor,  # [tokens, num_heads, head_dim] of one row
     k: Tensor,
     v: Tensor,
+    skipped: int,  # tokens before k and v
     options: ScoreOptions,
 ) -> Tensor:
     num_tokens, num_heads, _ = query.shape
@@ -165,7 +186,7 @@ def _prefill_row(
         last = torch.arange(length - num_tokens, length, device=query.device)[:, None]
         mask = position <= last  # [tokens, length]
         if options.sliding_window:
-            mask &= position > last - options.sliding_window
+            mask &= position >= _first_seen(last + skipped, options) - skipped
     return _attend(q, k, v, mask, is_causal, options).squeeze(0).transpose(0, 1)
 
 

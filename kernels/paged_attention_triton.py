@@ -100,7 +100,8 @@ def paged_attention(
     constants = {
         "GROUP": num_heads // num_kv_heads, "NUM_HEADS": num_heads, "HEAD_DIM": head_dim,
         "BLOCK_SIZE": block_size, "TOKEN_STRIDE": num_kv_heads * head_dim,
-        "HAS_WINDOW": options.sliding_window > 0, "HAS_SOFT_CAP": options.soft_cap > 0,
+        "HAS_WINDOW": options.sliding_window > 0, "IN_CHUNKS": options.in_chunks,
+        "HAS_SOFT_CAP": options.soft_cap > 0,
         "HAS_SINKS": options.sinks is not None, "HAS_KV_SCALES": options.kv_scales is not None,
         "PADDED_DIM": max(16, triton.next_power_of_2(head_dim)),
     }  # fmt: skip

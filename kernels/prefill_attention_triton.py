@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from compiledllm.kernels.launch import launch_options, max_shared_memory, num_multiprocessors
-from compiledllm.kernels.online_softmax_triton import Tiling, after_sinks, attend_keys
+from compiledllm.kernels.online_softmax_triton import Tiling, after_sinks, attend_keys, first_seen
 from compiledllm.kernels.ragged_triton import row_of_piece
 
 
@@ -60,7 +60,8 @@ def _prefill_kernel(
     query, kv_cache, block_tables, seq_lens, query_start_loc, sinks, kv_scales, out,
     scale, window, soft_cap, query_stride, table_stride, value_offset, num_rows,
     GROUP: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    TOKEN_STRIDE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr,
+    TOKEN_STRIDE: tl.constexpr, HAS_WINDOW: tl.constexpr, IN_CHUNKS: tl.constexpr,
+    HAS_SOFT_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr, HAS_KV_SCALES: tl.constexpr, PADDED_DIM: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, FIXED_ORDER: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -105,7 +106,7 @@ def _prefill_kernel(
     if HAS_KV_SCALES:
         scale *= tl.load(kv_scales).to(tl.float32)
     table = block_tables + row.to(tl.int64) * table_stride
-    first = tl.maximum(context + first_query - window + 1, 0) if HAS_WINDOW else 0
+    first = first_seen(context + first_query, window, IN_CHUNKS) if HAS_WINDOW else 0
     end = tl.minimum(context + first_query + TOKENS, length)
     # All queries see all keys before the first query. Only the diagonal and a window need masks.
     diagonal = first // KEYS if ALL_MASKED else (context + first_query + 1) // KEYS
@@ -122,7 +123,7 @@ def _prefill_kernel(
         seen = tokens[None, :] <= position
         if HAS_WINDOW:
             in_context = in_context & (tokens >= first)
-            seen = seen & (tokens[None, :] > position - window)
+            seen = seen & (tokens[None, :] >= first_seen(position, window, IN_CHUNKS))
         best, total, acc = attend_keys(
             q, best, total, acc, kv_cache, table, tokens, in_context, seen, kv_head * HEAD_DIM,
             scale, soft_cap, value_offset,

@@ -19,13 +19,15 @@ class RopeSpec:
     scale: multiplies cosines and sines. interleaved: pairs are neighbouring dimensions, otherwise
     dimensions that lie rotary_dim / 2 apart. growth: (factor, length), by which queries at position
     p grow to 1 + factor * log(1 + floor(p / length)) times themselves, as temperatures of long
-    contexts; only where all dimensions are rotated; None: they do not grow.
+    contexts; only where all dimensions are rotated, perhaps by frequencies of zero; None: they do
+    not grow. first_position: number of the first position in this formula.
     """
 
     inverse_frequencies: tuple[float, ...]
     scale: float = 1.0
     interleaved: bool = False
     growth: tuple[float, int] | None = None
+    first_position: int = 0
 
     @property
     def rotary_dim(self) -> int:
@@ -58,7 +60,9 @@ class AttentionSpec:
     qk_norm: normalises queries and keys before the rotation, or after the rotation if
     `norms_rotated`. qk_norm_over: "head", each head by itself with one shared weight; "heads", each
     head with its own weight; "whole", all heads together, before the rotation only.
-    sliding_window: number of latest positions a token sees, itself included; 0: all.
+    sliding_window: number of latest positions a token sees, itself included; 0: all. in_chunks: the
+    context consists of chunks of `sliding_window` positions, and a token sees those of its own
+    chunk, up to itself.
     soft_cap: limit of the logits' tanh soft cap; 0: none. has_sinks: each head has a learned logit
     that takes part in the softmax's denominator only. has_gate: the sigmoid of a projection
     multiplies each head's output; the projection's rows follow the rows of the head's query.
@@ -86,6 +90,7 @@ class AttentionSpec:
     keys_are_values: bool = False
     kv_layer: int | None = None
     kv_replicas: int = 1
+    in_chunks: bool = False
 
     @property
     def q_size(self) -> int:

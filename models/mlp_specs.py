@@ -66,7 +66,8 @@ class MoeSpec:
     intermediate_size: of one expert. shared_size: intermediate size of a shared expert that every
     token uses; 0: none. has_shared_gate: a sigmoid gate weights the shared expert. bias: experts
     and router have biases. activation: "silu" or "gelu_tanh". alpha, limit: parameters of clamped
-    experts, which `kernels.moe` explains.
+    experts, which `kernels.moe` explains. scales_inputs: the router's weights multiply what goes
+    into the experts, not what comes out.
     """
 
     intermediate_size: int
@@ -79,6 +80,7 @@ class MoeSpec:
     activation: str = "silu"
     alpha: float = 1.0
     limit: float = 0.0
+    scales_inputs: bool = False
 
     def weights(self, hidden_size: int, path: str = "mlp") -> Weights:
         """path: of the layer within its block."""

@@ -73,6 +73,7 @@ class PagedAttention(nn.Module):
             spec.soft_cap,
             self.sinks,
             scales_for(kv_cache, self.kv_scales),
+            spec.in_chunks,
         )
         context = paged_attention(q, kv_cache, attn, options, self.backend)
         if gate is not None:

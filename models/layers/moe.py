@@ -59,8 +59,13 @@ class MoeMlp(nn.Module):
         biases = gate_up.bias, down.bias
         params = gate_up.params, down.params, down.format
         gate = self.spec.alpha, self.spec.limit, self.spec.activation
-        parts = gate_up.format.experts(x, ids, *params, biases, *gate)
-        out = (parts * weights.unsqueeze(-1)).sum(1).to(x.dtype)
+        if self.spec.scales_inputs:
+            scaled = (x.unsqueeze(1) * weights.unsqueeze(-1).to(x.dtype)).flatten(0, 1)
+            parts = gate_up.format.experts(scaled, ids.view(-1, 1), *params, biases, *gate)
+            out = parts.view(*ids.shape, -1).sum(1).to(x.dtype)
+        else:
+            parts = gate_up.format.experts(x, ids, *params, biases, *gate)
+            out = (parts * weights.unsqueeze(-1)).sum(1).to(x.dtype)
         if self.shared is None or self.joins_experts:
             return out
         shared: Tensor = self.shared(x)

@@ -31,7 +31,8 @@ class RotaryTable(nn.Module):
         scale: float | Tensor = self.spec.scale
         if self.spec.growth is not None:
             factor, length = self.spec.growth
-            growth = 1 + factor * torch.log1p(torch.floor(positions.float() / length))
+            counted = positions.float() + self.spec.first_position
+            growth = 1 + factor * torch.log1p(torch.floor(counted / length))
             scale = scale * torch.stack((growth, torch.ones_like(growth)), dim=-1)[..., None]
         return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 

@@ -44,6 +44,7 @@ class Case:
     soft_cap: float = 0.0
     has_sinks: bool = False
     max_row_tokens: int = 0  # as the metadata says; 0: any number
+    in_chunks: bool = False
     num_unused_columns: int = 2  # of the block table, zeros behind each row's blocks
 
 
@@ -109,6 +110,8 @@ def reference(case: Case, step: Step) -> Tensor:
     for row, (length, context) in enumerate(case.rows):
         for position in range(context - length, context):
             first = max(0, position + 1 - case.sliding_window) if case.sliding_window else 0
+            if case.in_chunks:
+                first = position - position % case.sliding_window
             for head in range(num_heads):
                 kv_head = head // (num_heads // num_kv_heads)
                 q = step.query[token, head].double()
@@ -128,6 +131,7 @@ def reference(case: Case, step: Step) -> Tensor:
 
 def run(case: Case, step: Step, backend: str) -> Tensor:
     options = ScoreOptions(scale_of(case), case.sliding_window, case.soft_cap, step.sinks)
+    options = options._replace(in_chunks=case.in_chunks)
     return paged_attention(step.query, step.kv_cache, step.attn, options, make_backend(backend))
 
 
@@ -338,6 +342,18 @@ def test_nothing_of_unused_slots_and_blocks_leaks_in(rows: str, backend: str) ->
             used[step.attn.block_tables[row, position // 16], position % 16] = True
     step.kv_cache[:, ~used] = 1e6
     assert torch.equal(run(case, step, backend), expected)
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("chunk", [1, 5, 16, 48, 1000])
+def test_in_chunks_a_token_sees_its_chunk_only(
+    chunk: int, heads: str, rows: str, backend: str
+) -> None:
+    if not make_backend(backend).takes_chunks:
+        pytest.skip("the backend refuses such layers")
+    check(case_of(rows, heads=heads, sliding_window=chunk, in_chunks=True), backend)
 
 
 @pytest.mark.parametrize("window", [1, 16, 33])

@@ -28,7 +28,7 @@ def _list_kernel(  # type: ignore[no-untyped-def]
     item = tl.program_id(0)
     row, num_splits, split = kernels._work_item(
         item, seq_lens, query_start_loc, num_rows, max_extra, even_extra, window, TOKENS, KEYS,
-        HAS_WINDOW, MAX_ROWS,
+        HAS_WINDOW, False, MAX_ROWS,
     )  # fmt: skip
     tl.store(found + item * 3, row)
     tl.store(found + item * 3 + 1, num_splits)

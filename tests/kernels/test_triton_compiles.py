@@ -187,7 +187,8 @@ for dtype, of_torch in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         shape = {
             "GROUP": 4, "NUM_HEADS": 32, "HEAD_DIM": head_dim, "BLOCK_SIZE": 16,
             "TOKEN_STRIDE": 8 * head_dim, "HAS_WINDOW": window, "HAS_SOFT_CAP": window,
-            "HAS_SINKS": window, "PADDED_DIM": triton.next_power_of_2(head_dim),
+            "IN_CHUNKS": window and CAPABILITY >= 90, "HAS_SINKS": window,
+            "PADDED_DIM": triton.next_power_of_2(head_dim),
         }
         for programs, tokens in every_second((8, 1), (100, 4), (1024, 1)):
             tiling = decode.decode_tiling(head_dim, 4 * tokens, of_torch, programs)

@@ -109,6 +109,18 @@ GPT_OSS = {
     "num_experts_per_tok": 3,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
+LLAMA4 = {
+    "head_dim": 16,
+    "intermediate_size": 48,
+    "intermediate_size_mlp": 112,
+    "num_local_experts": 6,
+    "num_hidden_layers": 4,
+    "no_rope_layers": [1, 1, 0, 1],
+    "attention_chunk_size": 24,  # no whole blocks of 16
+    "floor_scale": 16,
+    "attn_scale": 0.5,
+    "rope_parameters": LLAMA3_ROPE,
+}
 HALF_SLIDING = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 DELTA_NET = {
     "head_dim": 32,
@@ -250,6 +262,10 @@ VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
     ("gemma4", "26b, text of a multimodal model"): GEMMA4
     | GEMMA4_DENSE
     | {"enable_moe_block": True, "num_experts": 6, "top_k_experts": 3, "moe_intermediate_size": 48},
+    ("llama4_text", "scout"): LLAMA4 | {"attention_chunk_size": 32},
+    ("llama4_text", "two experts, no temperatures or norms"): LLAMA4
+    | {"num_experts_per_tok": 2, "attn_temperature_tuning": False, "use_qk_norm": False},
+    ("llama4", "text of a multimodal model"): LLAMA4 | {"interleave_moe_layer_step": 2},
     ("gpt_oss", "windows"): GPT_OSS,
     ("gpt_oss", "yarn, clamped"): GPT_OSS
     | {
@@ -342,6 +358,7 @@ IN_ENGINE = {
     "lfm2": "bias, attention last",
     "lfm2_moe": "experts",
     "llama": "gqa",
+    "llama4": "text of a multimodal model",
     "minimax_m2": "experts",
     "mistral": "window",
     "mistral3": "ministral 3",

@@ -48,6 +48,9 @@ VISION_OF: dict[str, dict[str, Any]] = {
     "glm46v": GLM_VISION | {"model_type": "glm4v_vision"},
     "glm4v": GLM_VISION,
     "glm4v_moe": GLM_VISION,
+    "llama4": VISION
+    | {"projector_input_dim": 32, "projector_output_dim": 32}
+    | {"vision_output_dim": 32, "model_type": "llama4_vision_model"},
     "mistral3": PIXTRAL,
     "qwen2_5_vl": QWEN_VISION,
     "qwen3_5": QWEN_VISION,
