@@ -16,6 +16,7 @@ from compiledllm.config import ConfigError
 from compiledllm.engine.core import EngineCore
 from compiledllm.platform import Platform
 from tests.support.captured import Uncaptured
+from tests.support.families import GEMMA3N, LLAMA4
 
 S, F = "sliding_attention", "full_attention"
 GEMMA: dict[str, Any] = {"head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": 20}
@@ -33,6 +34,8 @@ MODELS: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
         {"sliding_window": 33, "head_dim": 16, "layer_types": [F, S, S], "num_hidden_layers": 3},
         (0, 33, 33),
     ),
+    "gemma3n": ("gemma3n_text", GEMMA3N, (20, 20, 0)),
+    "llama4": ("llama4_text", LLAMA4 | {"attention_chunk_size": 20}, (20, 20, 20, 0)),
 }
 NUM_TOKENS = 17  # one more than a block's, so that every row begins another
 SHARED = [random.Random(0).randrange(3, 128) for _ in range(130)]

@@ -16,7 +16,7 @@ from torch import Tensor
 from compiledllm.config import ConfigError
 from compiledllm.models.registry import load_spec
 from tests.models.test_families import load, logits_in_chunks
-from tests.support.families import DELTA_NET, GEMMA4, GEMMA4_DENSE, MROPE
+from tests.support.families import DELTA_NET, GEMMA4, GEMMA4_DENSE, LLAMA4, MROPE
 from tests.support.greedy import load_reference
 from tests.support.quantized import KINDS, Writer, edit_config
 
@@ -26,6 +26,7 @@ SHARED = {"shared_expert_intermediate_size": 96}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3.5": ("qwen3_5_moe", DELTA_NET | EXPERTS | SHARED),
     "qwen3-vl": ("qwen3_vl_moe", EXPERTS | {"head_dim": 16, "rope_parameters": MROPE}),
+    "llama 4": ("llama4_text", LLAMA4 | {"num_local_experts": 4, "intermediate_size": 96}),
     "gemma 4": (
         "gemma4",
         GEMMA4
@@ -160,6 +161,8 @@ CASES = [
     *(("qwen3.5", layout) for layout in LAYOUTS),
     ("gemma 4", "transformers, blocks"),
     ("gemma 4", "modelopt nvfp4"),
+    ("llama 4", "fbgemm"),
+    ("llama 4", "modelopt nvfp4"),
     ("qwen3-vl", "fbgemm"),
     ("qwen3-vl", "modelopt fp8"),
 ]
