@@ -12,12 +12,21 @@ class NameRules:
     """A family's NAMES and IGNORED, for look-ups in both directions.
 
     Checkpoints of embedding models hold the model without its head, whose names lack "model.".
+    Look-ups are remembered without the numbers of layers and experts, since a model with experts
+    has tens of thousands of names.
     """
 
     def __init__(self, names: dict[str, str], ignored: tuple[str, ...]) -> None:
-        self._names = names | {_without_prefix(source): names[source] for source in names}
-        self._patterns = [(_compile(source), target) for source, target in self._names.items()]
+        names = names | {_without_prefix(source): names[source] for source in names}
+        self._patterns = [(_compile(source), target) for source, target in names.items()]
+        self._sources = [
+            (_compile(name), parts.split(","), source)
+            for source, target in names.items()
+            for name, _, parts in [target.partition(":")]
+        ]
         self._ignored = [_compile(source) for source in ignored]
+        self._targets_found: dict[str, str] = {}
+        self._sources_found: dict[str, list[str]] = {}
 
     def ignore(self, source: str) -> None:
         self._ignored.append(_compile(source))
@@ -25,17 +34,22 @@ class NameRules:
     def rename(self, source: str, target: str) -> None:
         """Map the checkpoint tensor `source` to `target`, overriding NAMES."""
         self._patterns.insert(0, (_compile(source), target))
+        self._targets_found.clear()
 
     def sources_of(self, target: str) -> list[str]:
         """The checkpoint names that NAMES maps to the slot `target`, alone or with other slots."""
+        key, numbers = _without_numbers(target)
+        if key not in self._sources_found:
+            self._sources_found[key] = self._find_sources(key)
+        return [_with_numbers(source, numbers) for source in self._sources_found[key]]
+
+    def _find_sources(self, target: str) -> list[str]:
         path, _, part = target.partition(":")
-        found = []
-        for source, pattern in self._names.items():
-            name, _, parts = pattern.partition(":")
-            match = _compile(name).fullmatch(path)
-            if match and part in parts.split(","):
-                found.append(_substitute(source, match.groups()))
-        return found
+        return [
+            _substitute(source, match.groups())
+            for name, parts, source in self._sources
+            if part in parts and (match := name.fullmatch(path))
+        ]
 
     def is_used(self, name: str) -> bool:
         """Whether the model needs the tensor: false for IGNORED names and derived buffers."""
@@ -44,11 +58,12 @@ class NameRules:
 
     def target_of(self, name: str) -> str:
         """The target that NAMES gives a checkpoint tensor; "" if no pattern matches."""
-        for pattern, target in self._patterns:
-            match = pattern.fullmatch(name)
-            if match:
-                return _substitute(target, match.groups())
-        return ""
+        key, numbers = _without_numbers(name)
+        if key not in self._targets_found:
+            found = ((p.fullmatch(key), target) for p, target in self._patterns)
+            targets = (_substitute(target, m.groups()) for m, target in found if m)
+            self._targets_found[key] = next(targets, "")
+        return _with_numbers(self._targets_found[key], numbers)
 
     def source_of(self, target: str) -> str:
         """The checkpoint name that would have filled `target`, for error messages."""
@@ -59,6 +74,23 @@ def slots_of(target: str) -> list[str]:
     """Split a target into its slots: "x:a,b" -> "x:a", "x:b"."""
     name, _, parts = target.partition(":")
     return [f"{name}:{part}" for part in parts.split(",")] if parts else [name]
+
+
+def _without_numbers(name: str) -> tuple[str, list[str]]:
+    """The name with a placeholder for each segment that is a number, and these numbers."""
+    segments = name.split(".")
+    numbers: list[str] = []
+    for index, segment in enumerate(segments):
+        if segment.isdecimal():
+            segments[index] = f"<{len(numbers)}>"
+            numbers.append(segment)
+    return ".".join(segments), numbers
+
+
+def _with_numbers(name: str, numbers: list[str]) -> str:
+    for index, number in enumerate(numbers):
+        name = name.replace(f"<{index}>", number)
+    return name
 
 
 def _without_prefix(source: str) -> str:

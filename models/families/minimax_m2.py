@@ -17,7 +17,8 @@ NAMES = mixtral.NAMES | qwen3.NAMES | {_SCORE_BIAS: "layers.*.mlp.score_bias"}
 def spec_from_hf(hf: Any) -> ModelSpec:
     """ModelSpec of a transformers MiniMaxM2Config."""
     expect(hf, "hidden_act", "silu")
-    router = RouterSpec(scores="sigmoid", has_bias=True)
+    # Checkpoints have the router in float32, and its dtype is that of the logits.
+    router = RouterSpec(scores="sigmoid", has_bias=True, in_float32=True)
     moe = MoeSpec(hf.intermediate_size, hf.num_local_experts, hf.num_experts_per_tok, router)
 
     def adapt(layer: LayerSpec, _index: int) -> LayerSpec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from compiledllm.config import ConfigError
@@ -18,4 +19,7 @@ def spec_from_hf(hf: Any) -> ModelSpec:
     kind = hf.text_config.model_type
     if kind not in ("mistral", "ministral", "ministral3"):
         raise ConfigError(f"mistral3: text_config has model_type={kind!r}: not supported")
-    return make_text_spec(hf, mistral.spec_from_hf, "Mistral3ForConditionalGeneration")
+    spec = make_text_spec(hf, mistral.spec_from_hf, "Mistral3ForConditionalGeneration")
+    # Published configs leave the field to the text: the whole model's class ties by default.
+    is_tied = spec.tie_word_embeddings and bool(hf.text_config.tie_word_embeddings)
+    return replace(spec, tie_word_embeddings=is_tied)

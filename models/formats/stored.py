@@ -7,6 +7,7 @@ by its name in the checkpoint without ".weight", whether and how it is quantised
 from __future__ import annotations
 
 import fnmatch
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -152,13 +153,24 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     A pattern is a regular expression ("re:..."), has wildcards ("model.layers.*.gate"), or is a
     sequence of whole segments of the name: "lm_head", "mlp.gate", "model.layers.0".
     """
-    return any(_matches(name, pattern) for pattern in patterns)
+    plain, expressions = _compiled(tuple(patterns))
+    segments = name.split(".")
+    ends = range(1, len(segments) + 1)
+    runs = (".".join(segments[start:end]) for end in ends for start in range(end))
+    return any(run in plain for run in runs) or any(e.match(name) for e in expressions)
 
 
-def _matches(name: str, pattern: str) -> bool:
-    if pattern.startswith("re:"):
-        return re.match(pattern[3:], name) is not None
-    pattern = pattern.strip(".")
-    if "*" in pattern:
-        return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
-    return f".{pattern}." in f".{name}."
+@functools.lru_cache(maxsize=64)
+def _compiled(patterns: tuple[str, ...]) -> tuple[frozenset[str], tuple[re.Pattern[str], ...]]:
+    """Sequences of segments, and regular expressions. Lists have hundreds, for 30,000 names."""
+    plain, expressions = set(), []
+    for pattern in patterns:
+        stripped = pattern.strip(".")
+        if pattern.startswith("re:"):
+            expressions.append(re.compile(pattern[3:]))
+        elif "*" in stripped:
+            whole = fnmatch.translate(stripped), fnmatch.translate(f"{stripped}.*")
+            expressions += [re.compile(expression) for expression in whole]
+        elif stripped:
+            plain.add(stripped)
+    return frozenset(plain), tuple(expressions)
