@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from compiledllm.config import ConfigError
-from compiledllm.models.families import llama
+from compiledllm.models.families import qwen_moe
 from compiledllm.models.families.hf import activation_of, attention_of, expect, model_spec
 from compiledllm.models.families.wrapper import (
     TOWERS,
@@ -33,23 +33,9 @@ from compiledllm.models.spec import (
     RouterSpec,
 )
 
-_FFN, _EXPERT = "model.layers.*.feed_forward", "model.layers.*.feed_forward.experts.*"
+_ROUTER = {"model.layers.*.feed_forward.router.*": "layers.*.mlp.router.*"}
 NAMES = wrapped(
-    llama.NAMES
-    | {
-        f"{_FFN}.gate_proj.*": "layers.*.mlp.gate_up.*:gate",
-        f"{_FFN}.up_proj.*": "layers.*.mlp.gate_up.*:up",
-        f"{_FFN}.down_proj.*": "layers.*.mlp.down.*",
-        f"{_FFN}.router.*": "layers.*.mlp.router.*",
-        f"{_FFN}.shared_expert.gate_proj.*": "layers.*.mlp.shared.gate_up.*:gate",
-        f"{_FFN}.shared_expert.up_proj.*": "layers.*.mlp.shared.gate_up.*:up",
-        f"{_FFN}.shared_expert.down_proj.*": "layers.*.mlp.shared.down.*",
-        f"{_EXPERT}.gate_proj.*": "layers.*.mlp.gate_up.*.*:gate",
-        f"{_EXPERT}.up_proj.*": "layers.*.mlp.gate_up.*.*:up",
-        f"{_EXPERT}.down_proj.*": "layers.*.mlp.down.*.*",
-        # Of checkpoints with one tensor for all experts, which the loader or `unpack` takes apart.
-        f"{_EXPERT}.gate_up_proj.*": "layers.*.mlp.gate_up.*.*:gate,up",
-    }
+    _ROUTER | {name.replace(".mlp.", ".feed_forward."): to for name, to in qwen_moe.NAMES.items()}
 )
 IGNORED = (*TOWERS, "vision_model.**", "model.vision_model.**")
 

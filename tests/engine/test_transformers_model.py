@@ -35,6 +35,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "cohere2": {"pad_token_id": 0, "logit_scale": 0.3} | SLIDING,  # scales its logits
     "vaultgemma": {"head_dim": 32, "query_pre_attn_scalar": 24} | SLIDING,  # caps them
     "olmoe": {"num_experts": 6, "num_experts_per_tok": 2, "pad_token_id": 0},
+    # GLM-4.7-Flash, whose compressed keys and values are cached as heads of equal sizes.
+    "glm4_moe_lite": {"kv_lora_rank": 16, "q_lora_rank": 24, "n_routed_experts": 6}
+    | {"qk_nope_head_dim": 24, "qk_rope_head_dim": 8, "v_head_dim": 32, "n_shared_experts": 1}
+    | {"num_experts_per_tok": 2, "moe_intermediate_size": 48, "first_k_dense_replace": 1}
+    | {"num_key_value_heads": 4, "pad_token_id": 0},
     "gpt_bigcode": {"n_positions": 512, "n_inner": 112},  # one KV head, learned positions
 }
 LENGTHS, NUM_TOKENS = [1, 5, 17, 40, 100, 170], 8
@@ -158,12 +163,12 @@ def test_spec_tells_what_the_module_has(model_type: str, tiny_model: Callable[..
     assert spec.num_parameters == sum(p.numel() for p in model.parameters())
     assert len(spec.layers) == 3 and spec.max_position == 512 and spec.vocab_size == 128
     heads = {(attn.num_heads, attn.num_kv_heads) for attn in spec.attentions}
-    assert heads == {(4, {"gpt_bigcode": 1, "opt": 4}.get(model_type, 2))}
+    assert heads == {(4, {"gpt_bigcode": 1, "opt": 4, "glm4_moe_lite": 4}.get(model_type, 2))}
     windows = [attn.sliding_window for attn in spec.attentions]
     assert windows == ([20, 0, 20] if "layer_types" in MODELS.get(model_type, {}) else [0, 0, 0])
     used = [layer.weights_used.num_parameters for layer in spec.layers]
     all_of_them = [layer.num_parameters for layer in spec.layers]
-    assert used == all_of_them or model_type == "olmoe"
+    assert used == all_of_them or model_type in ("olmoe", "glm4_moe_lite")
     assert model_type != "olmoe" or max(used) < min(all_of_them)
 
 
