@@ -29,6 +29,15 @@ def test_equals_the_exact_product(
     torch.testing.assert_close(out.double(), exact, atol=2e-2, rtol=2e-3)
 
 
+def test_one_row_in_float32_is_not_rounded() -> None:
+    torch.manual_seed(3)
+    x, weight = torch.randn(1, 2050, device=DEVICE), torch.randn(160, 2050, device=DEVICE)
+    out = skinny_linear(x, weight, None)
+    assert out.dtype == torch.float32
+    exact = x.double() @ weight.double().T
+    torch.testing.assert_close(out.double(), exact, atol=2e-4, rtol=1e-5)
+
+
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
     torch.manual_seed(2)
     weight = torch.randn(64, 512, device=DEVICE).bfloat16()
