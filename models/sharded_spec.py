@@ -104,8 +104,6 @@ def _mlp(mlp: object, num_ranks: int) -> MlpSpec | MoeSpec:
     assert isinstance(mlp, MlpSpec | MoeSpec), mlp
     if isinstance(mlp, MoeSpec):
         return _experts(mlp, num_ranks)
-    if mlp.sparsity:
-        raise _Indivisible("the gates, of which a token keeps those far above their mean,")
     size = _part("intermediate size", mlp.intermediate_size, num_ranks)
     return replace(mlp, intermediate_size=size)
 

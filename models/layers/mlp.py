@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compiledllm.kernels.collectives import all_reduce
 from compiledllm.models.formats.weight_format import empty_parameter
 from compiledllm.models.layers.factory import Factory
 from compiledllm.models.spec import MlpSpec
@@ -49,29 +50,44 @@ class GatedMlp(nn.Module):
         super().__init__()
         size = spec.intermediate_size
         self.activation = make_activation(spec.activation)
-        self.cut = _deviations_below(spec.sparsity) if spec.sparsity else None
+        self.sparse = None
+        if spec.sparsity:
+            self.sparse = SparseGates(spec.sparsity, size, make.ranks.count)
         parts = {"gate": size, "up": size}
         self.gate_up = make.linear("gate_up", hidden_size, parts, spec.bias, make.by_outputs(parts))
         self.down = make.linear("down", size, {"": hidden_size}, spec.bias, make.by_inputs(size))
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        if self.cut is not None:
-            gate = _above_the_cut(gate, self.cut)
+        if self.sparse is not None:
+            gate = self.sparse(gate)
         out: Tensor = self.down(self.activation(gate) * up)
         return out
 
 
-def _deviations_below(share: float) -> float:
-    """How many deviations above the mean the cut lies that is above a share of all values."""
-    share_below = torch.tensor(share, dtype=torch.float32, device="cpu")
-    return float(torch.special.ndtri(share_below))
+class SparseGates(nn.Module):
+    """What is above a cut that leaves a share of a token's gates below, as if they were normal.
 
+    [tokens, size] -> [tokens, size], zero below the cut. Ranks hold equal parts of the gates.
+    """
 
-def _above_the_cut(gate: Tensor, cut: float) -> Tensor:
-    """What is above `cut` deviations over the mean of a token's gates, [tokens, size]."""
-    mean, deviation = gate.mean(-1, keepdim=True), gate.std(-1, keepdim=True, unbiased=False)
-    return F.relu(gate - (mean + deviation * cut))
+    def __init__(self, share: float, size: int, num_ranks: int) -> None:
+        super().__init__()
+        share_below = torch.tensor(share, dtype=torch.float32, device="cpu")
+        self.cut = float(torch.special.ndtri(share_below))  # in deviations above the mean
+        self.size, self.has_ranks = size * num_ranks, num_ranks > 1
+
+    def forward(self, gate: Tensor) -> Tensor:
+        if self.has_ranks:
+            mean = self._mean_over_ranks(gate)
+            deviation = self._mean_over_ranks((gate - mean).square()).sqrt()
+        else:
+            mean = gate.mean(-1, keepdim=True)
+            deviation = gate.std(-1, keepdim=True, unbiased=False)
+        return F.relu(gate - (mean + deviation * self.cut))
+
+    def _mean_over_ranks(self, part: Tensor) -> Tensor:
+        return all_reduce(part.sum(-1, keepdim=True)) / self.size
 
 
 class PlainMlp(nn.Module):
