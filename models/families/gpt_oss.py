@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -15,6 +16,9 @@ _EXPERT = "model.layers.*.mlp.experts.*"
 NAMES = llama.NAMES | {
     "model.layers.*.self_attn.sinks": "layers.*.attn.sinks",
     "model.layers.*.mlp.router.*": "layers.*.mlp.router.*",
+    # Of files that tools have quantised expert by expert.
+    f"{_EXPERT}.gate_proj.*": "layers.*.mlp.gate_up.*.*:gate",
+    f"{_EXPERT}.up_proj.*": "layers.*.mlp.gate_up.*.*:up",
     # Names that `unpack` yields.
     f"{_EXPERT}.gate_up_proj.*": "layers.*.mlp.gate_up.*.*:gate,up",
     f"{_EXPERT}.down_proj.*": "layers.*.mlp.down.*.*",
@@ -27,16 +31,20 @@ def unpack(
     """Yield each expert's matrices as [outputs, inputs], gate before up; other tensors unchanged.
 
     The checkpoint stores all experts in one tensor: [experts, inputs, outputs], or MXFP4 of
-    [experts, outputs, inputs]. Rows of gate and up alternate in both.
+    [experts, outputs, inputs]. Rows of gate and up alternate in both, but are apart in files that
+    have tensors for each expert.
     """
     for name, tensor in tensors:
-        if ".mlp.experts." not in name:
+        if ".mlp.experts." not in name or _of_one_expert(name):
             yield name, tensor
         elif isinstance(tensor, QuantizedMatrix):
             yield from _one_by_one(name.removesuffix(".weight"), experts_of(tensor))
         else:
             is_bias = name.endswith("_bias")
             yield from _one_by_one(name, tensor if is_bias else tensor.transpose(1, 2))
+
+
+_of_one_expert = re.compile(r".*\.mlp\.experts\.\d+\.(gate|up|down)_proj\.\w+").fullmatch
 
 
 def _one_by_one(name: str, experts: Iterable[Content]) -> Iterator[tuple[str, Content]]:

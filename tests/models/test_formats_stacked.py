@@ -16,7 +16,7 @@ from torch import Tensor
 from compiledllm.config import ConfigError
 from compiledllm.models.registry import load_spec
 from tests.models.test_families import load, logits_in_chunks
-from tests.support.families import DELTA_NET, GEMMA4, GEMMA4_DENSE, LLAMA4, MROPE
+from tests.support.families import DELTA_NET, GEMMA4, GEMMA4_DENSE, GPT_OSS, LLAMA4, MROPE
 from tests.support.greedy import load_reference
 from tests.support.quantized import KINDS, Writer, edit_config
 
@@ -181,6 +181,43 @@ def test_logits_equal_transformers_on_the_dequantised_weights(
     assert spec.quantization and any(layer.formats for layer in spec.layers)
     actual = logits_in_chunks(load(packed), token_ids, [24])
     torch.testing.assert_close(actual, expected, atol=3e-4, rtol=1e-4)
+
+
+def test_experts_of_gpt_oss_that_a_tool_has_quantised_one_by_one(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Gate and up are apart there, where the stacks of published files have alternating rows."""
+    source = tiny_model("gpt_oss", **GPT_OSS | {"num_local_experts": 4})
+    config, write = KINDS["float of channels"]
+    dense = load_file(source / FILE)
+    packed = {name: tensor for name, tensor in dense.items() if ".experts." not in name}
+    for name in [n for n in dense if n.endswith("down_proj")]:
+        stack, prefix = dense[name], name.removesuffix("down_proj")
+        gate_up, bias = dense[f"{prefix}gate_up_proj"], dense[f"{prefix}gate_up_proj_bias"]
+        for expert in range(4):
+            parts = {
+                "gate_proj": (gate_up[expert][:, 0::2], bias[expert][0::2]),
+                "up_proj": (gate_up[expert][:, 1::2], bias[expert][1::2]),
+                "down_proj": (stack[expert], dense[f"{name}_bias"][expert]),
+            }
+            for part, (matrix, part_bias) in parts.items():
+                tensors, values = write(matrix.shape[1], matrix.shape[0])
+                matrix.copy_(values.T)
+                tensors |= {"bias": part_bias.contiguous()}
+                packed |= {f"{prefix}{expert}.{part}.{f}": t for f, t in tensors.items()}
+    for path, tensors in ((tmp_path / "packed", packed), (tmp_path / "dense", dense)):
+        shutil.copytree(source, path)
+        save_file(tensors, path / FILE, metadata={"format": "pt"})
+    skipped = ["lm_head", "re:.*self_attn", "re:.*router"]
+    edit_config(tmp_path / "packed", quantization_config=config | {"ignore": skipped})
+    token_ids = torch.randint(0, 128, (24,)).tolist()
+    with torch.inference_mode():
+        expected = load_reference(tmp_path / "dense")(torch.tensor([token_ids])).logits[0]
+    model = load(tmp_path / "packed")
+    assert dict(model.spec.layers[0].formats).keys() == {"mlp.gate_up", "mlp.down"}
+    torch.testing.assert_close(
+        logits_in_chunks(model, token_ids, [24]), expected, atol=3e-4, rtol=1e-4
+    )
 
 
 def test_a_stack_without_scales_or_with_unknown_tensors_is_refused_by_name(
