@@ -232,11 +232,6 @@ REFUSED = [
         "arguments do not reach its attention",
     ),
     (
-        {"model_type": "llama4_text", "architectures": ["Llama4ForCausalLM"]}
-        | {"num_hidden_layers": 2, "num_local_experts": 2},
-        "cannot run here",
-    ),
-    (
         {"model_type": "cwm", "architectures": ["CwmForSequenceClassification"]},
         "is CwmForCausalLM",
     ),
