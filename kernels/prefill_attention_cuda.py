@@ -91,6 +91,8 @@ def kernel_for(
     sink_bytes = 0 if options.sinks is None else options.sinks.itemsize
     if not _is_hopper() or query.dtype != kv_cache.dtype or query.dtype.itemsize != 2:
         return None
+    if options.in_chunks:
+        return None
     if any(x.stride(0) % 8 or x.data_ptr() % 16 for x in (query, kv_cache)):  # read by 16 bytes
         return None
     kernels = _kernels(
