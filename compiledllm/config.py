@@ -139,7 +139,8 @@ class CacheConfig:
     kv_cache_dtype: str = option(
         "auto",
         "dtype of keys and values; fp8 (fp8_e4m3): twice the tokens, with scales from the "
-        "checkpoint or measured at start; auto: that of the weights",
+        "checkpoint or measured at start; auto: as the checkpoint's quantization says, or that of "
+        "the weights",
         KV_CACHE_DTYPES,
     )
     state_dtype: str = option(

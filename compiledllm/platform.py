@@ -35,6 +35,11 @@ class Platform:
     def is_cuda(self) -> bool:
         return self.device.type == "cuda"
 
+    @property
+    def converts_fp8(self) -> bool:
+        """Whether kernels of the device can convert FP8, as they do for an FP8 KV cache."""
+        return not self.is_cuda or torch.cuda.get_device_capability(self.device) >= (8, 9)
+
     @classmethod
     def detect(cls, device: str = "auto") -> Platform:
         """The platform of "auto", "cpu", "cuda" or "cuda:N". ConfigError if there is none."""

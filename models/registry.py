@@ -16,7 +16,7 @@ from compiledllm.models.checkpoint import files_by_tensor, opened, weight_files
 from compiledllm.models.formats.assign import quantized_as_stored, quantized_online
 from compiledllm.models.formats.methods import make_scheme
 from compiledllm.models.formats.stacked import StackedExperts
-from compiledllm.models.formats.stored import Scheme
+from compiledllm.models.formats.stored import Scheme, quantization_config
 from compiledllm.models.json_file import read_json
 from compiledllm.models.names import NameRules
 from compiledllm.models.plain_config import plain_config
@@ -190,29 +190,14 @@ def _with_formats(
 
 def scheme_of_checkpoint(checkpoint: Path) -> Scheme | None:
     """The scheme of a quantised checkpoint, from its config; None for an unquantised one."""
-    fields = _quantization_config(checkpoint)
+    fields = quantization_config(checkpoint)
     return None if fields is None else make_scheme(fields, _dtype_of_scales(checkpoint))
 
 
 def _method_of(checkpoint: Path) -> str:
     """The method by which a quantised checkpoint says that it was made, as the option names it."""
-    method = (_quantization_config(checkpoint) or {}).get("quant_method")
+    method = (quantization_config(checkpoint) or {}).get("quant_method")
     return str(method).removesuffix("_fp4")
-
-
-def _quantization_config(checkpoint: Path) -> dict[str, Any] | None:
-    """The quantization_config, from wherever tools store it; None if the checkpoint has none."""
-    raw = read_json(checkpoint / "config.json")
-    text = raw.get("text_config")
-    for config in (raw, text if isinstance(text, dict) else {}):
-        for name in ("quantization_config", "compression_config"):
-            found = config.get(name)
-            if found is not None and not isinstance(found, dict):
-                raise ConfigError(f"{checkpoint}: {name} must be an object, got {found!r:.40}")
-            if found:
-                return found
-    path = checkpoint / "hf_quant_config.json"
-    return {"quant_method": "modelopt"} | read_json(path) if path.exists() else None
 
 
 _SCALES = (".scales", ".weight_scale", ".weight_scale_inv")
@@ -296,7 +281,7 @@ def _as_config_errors(checkpoint: Path) -> Iterator[None]:
 
 
 def _refuse_quantized(checkpoint: Path, architecture: str, quantization: str | None) -> None:
-    fields = _quantization_config(checkpoint)
+    fields = quantization_config(checkpoint)
     if fields is None and quantization is None:
         return
     method = quantization or (fields or {}).get("quant_method")

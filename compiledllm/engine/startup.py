@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 from compiledllm.choices import Choice, Report
 from compiledllm.config import CacheConfig, ConfigError, EngineConfig
 from compiledllm.engine.tokenizer import read_template
 from compiledllm.kernels.backend import AttentionBackend
 from compiledllm.log import log
+from compiledllm.models.formats.kv_scales import stored_kv_format
 from compiledllm.models.registry import load_spec
 from compiledllm.models.sharded_spec import sharded
 from compiledllm.models.shards import Ranks
@@ -44,8 +46,12 @@ def plan(config: EngineConfig, rank: int = 0, device: str | None = None) -> Plan
         _note_transformers(config, stored.architecture, report)
     dtype = platform.choose_dtype(model.dtype, stored.dtype)
     report.note("dtype", dtype)
+    kv_dtype = _kv_dtype(config.cache, str(dtype.value), checkpoint, platform)
+    report.note("kv_cache_dtype", kv_dtype)
     spec = stored.with_dtypes(
-        str(dtype.value), _kv_dtype(config.cache, str(dtype.value)), config.cache.state_dtype
+        str(dtype.value),
+        "float8_e4m3fn" if kv_dtype.value == "fp8" else "",
+        config.cache.state_dtype,
     )
     spec = sharded(spec, ranks.count)
     if ranks.are_many:
@@ -85,17 +91,29 @@ def _platform(device: str, ranks: Ranks, own: str | None) -> Platform:
     return dataclasses.replace(platform, memory_bytes=platform.memory_bytes // ranks.count)
 
 
-def _kv_dtype(cache: CacheConfig, dtype: str) -> str:
-    """torch's name of the KV cache's dtype; "": the model's."""
-    kv_dtype = cache.kv_cache_dtype
-    if kv_dtype in ("auto", dtype):
-        return ""
-    if kv_dtype.startswith("fp8"):
-        return "float8_e4m3fn"
-    raise ConfigError(
-        f"kv_cache_dtype='{kv_dtype}' is neither the model's dtype ({dtype}) nor fp8; leave it "
-        f"out, use fp8, or set dtype='{kv_dtype}' too"
-    )
+def _kv_dtype(cache: CacheConfig, dtype: str, checkpoint: Path, platform: Platform) -> Choice:
+    """The KV cache's dtype: "fp8", or `dtype`, which is the model's."""
+    asked = cache.kv_cache_dtype
+    if asked == "auto":
+        return _stored_kv_dtype(dtype, checkpoint, platform)
+    if asked != dtype and not asked.startswith("fp8"):
+        raise ConfigError(
+            f"kv_cache_dtype='{asked}' is neither the model's dtype ({dtype}) nor fp8; leave it "
+            f"out, use fp8, or set dtype='{asked}' too"
+        )
+    return Choice("fp8" if asked.startswith("fp8") else dtype, "as asked")
+
+
+def _stored_kv_dtype(dtype: str, checkpoint: Path, platform: Platform) -> Choice:
+    """The dtype that the checkpoint's quantization_config asks for, where the engine has it."""
+    stored = stored_kv_format(checkpoint)
+    if not stored:
+        return Choice(dtype, "the model's")
+    if stored != "fp8":
+        return Choice(dtype, f"the checkpoint's format, {stored}, is not supported")
+    if not platform.converts_fp8:
+        return Choice(dtype, "the checkpoint asks for fp8, which this GPU does not convert")
+    return Choice("fp8", "the checkpoint's")
 
 
 def _backend(

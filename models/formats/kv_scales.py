@@ -1,4 +1,4 @@
-"""Reads the scales of an FP8 KV cache from a checkpoint, under the names that tools give them.
+"""Reads the KV cache's format from a checkpoint, and its scales under the names tools give them.
 
 self_attn.k_scale, self_attn.attn.k_scale, k_proj.k_scale, k_proj.output_scale     keys
 the same with v                                                                    values
@@ -7,16 +7,14 @@ self_attn.kv_scale                                                              
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from compiledllm.models.checkpoint import files_by_tensor, opened, weight_files
+from compiledllm.models.formats.stored import quantization_config
 
 _NAME = re.compile(
     r"(?:.+\.)?(?P<layer>\d+)\.(?:self_attn|self_attention|attn|attention)\.(?:"
@@ -40,7 +38,7 @@ def stored_kv_scales(checkpoint: Path) -> dict[int, Tensor]:
     If a checkpoint has a scale for each head, the largest becomes the layer's. Scales of a cache
     other than FP8 are not used.
     """
-    if not _is_for_fp8(checkpoint):
+    if stored_kv_format(checkpoint) not in ("", "fp8"):
         return {}
     found: dict[int, dict[str, float]] = {}
     for name, path in files_by_tensor(weight_files(checkpoint)).items():
@@ -56,11 +54,18 @@ def stored_kv_scales(checkpoint: Path) -> dict[int, Tensor]:
     }
 
 
-def _is_for_fp8(checkpoint: Path) -> bool:
-    """Whether the quantization_config names FP8 as the KV cache's format, or names none."""
-    fields = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    quantization: Any = fields.get("quantization_config") or {}
-    scheme = quantization.get("kv_cache_scheme")
-    if isinstance(scheme, Mapping):
-        return scheme.get("type") == "float" and scheme.get("num_bits") == 8
-    return quantization.get("kv_cache_quant_algo") in (None, "FP8")
+def stored_kv_format(checkpoint: Path) -> str:
+    """The format in which the quantization_config wants the KV cache: "fp8", or "" for none.
+
+    Other formats, which the engine does not have, are named as the config names them.
+    """
+    fields = quantization_config(checkpoint) or {}
+    nested = fields.get("quantization")  # where ModelOpt's own file has all fields
+    fields = nested if isinstance(nested, dict) else fields
+    scheme = fields.get("kv_cache_scheme")
+    if isinstance(scheme, dict):
+        kind, num_bits = scheme.get("type"), scheme.get("num_bits")
+        return "fp8" if (kind, num_bits) == ("float", 8) else f"{kind} of {num_bits} bits"
+    algorithm = fields.get("kv_cache_quant_algo")
+    named = "" if algorithm is None else str(algorithm)
+    return {"fp8": "fp8", "none": ""}.get(named.lower(), named)

@@ -11,12 +11,14 @@ import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from compiledllm.config import ConfigError
 from compiledllm.models.formats.codes import QuantizedMatrix
+from compiledllm.models.json_file import read_json
 from compiledllm.models.matrices import QuantSpec
 
 
@@ -145,6 +147,21 @@ class Fields:
         shown = repr(value)
         shown = shown if len(shown) <= 80 else f"{shown[:80]}..."
         return ConfigError(f"{self.where}: {name}={shown} is not supported ({way_out})")
+
+
+def quantization_config(checkpoint: Path) -> dict[str, Any] | None:
+    """The quantization_config, from wherever tools store it; None if the checkpoint has none."""
+    raw = read_json(checkpoint / "config.json")
+    text = raw.get("text_config")
+    for config in (raw, text if isinstance(text, dict) else {}):
+        for name in ("quantization_config", "compression_config"):
+            found = config.get(name)
+            if found is not None and not isinstance(found, dict):
+                raise ConfigError(f"{checkpoint}: {name} must be an object, got {found!r:.40}")
+            if found:
+                return found
+    path = checkpoint / "hf_quant_config.json"
+    return {"quant_method": "modelopt"} | read_json(path) if path.exists() else None
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

@@ -223,6 +223,67 @@ def test_scales_of_another_dtype_are_not_used(
     assert engine_of(model).core.report["kv_scales"].value == "measured"
 
 
+# -- what the checkpoint asks for ------------------------------------------------------------------
+
+_IN_FP8 = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+_MODELOPT = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["*"]}
+_COMPRESSED = {"quant_method": "compressed-tensors", "format": "dense", "config_groups": {}}
+STORED = {
+    "compressed-tensors": (_COMPRESSED | {"kv_cache_scheme": _IN_FP8}, "fp8 (the checkpoint's)"),
+    "modelopt": (_MODELOPT | {"kv_cache_quant_algo": "FP8"}, "fp8 (the checkpoint's)"),
+    "modelopt's scheme": (_MODELOPT | {"kv_cache_scheme": _IN_FP8}, "fp8 (the checkpoint's)"),
+    "none": (_MODELOPT | {"kv_cache_quant_algo": None}, "float32 (the model's)"),
+    "int8": (
+        _COMPRESSED | {"kv_cache_scheme": _IN_FP8 | {"type": "int"}},
+        "float32 (the checkpoint's format, int of 8 bits, is not supported)",
+    ),
+    "NVFP4": (
+        _MODELOPT | {"kv_cache_quant_algo": "NVFP4"},
+        "float32 (the checkpoint's format, NVFP4, is not supported)",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", STORED)
+@pytest.mark.parametrize("asked", ["auto", "fp8", "float32"])
+def test_auto_is_what_the_checkpoint_says(
+    asked: str, kind: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    fields, expected = STORED[kind]
+    model = with_tensors(tiny_model("llama"), tmp_path / "m", {}, quantization_config=fields)
+    found = plan(EngineConfig.from_options(model=model, **CPU | {"kv_cache_dtype": asked}))
+    assert str(found.report["kv_cache_dtype"]) == (
+        expected if asked == "auto" else f"{asked} (as asked)"
+    )
+    kv_dtype = torch.float8_e4m3fn if "fp8 (" in str(found.report["kv_cache_dtype"]) else None
+    assert found.spec.torch_kv_dtype == (kv_dtype or torch.float32)
+
+
+def test_auto_reads_modelopts_own_file_and_uses_the_scales(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    names = [f"model.layers.{n}.self_attn.{p}_proj.{p}_scale" for n in range(3) for p in "kv"]
+    scales = {name: 0.25 + 0.125 * index for index, name in enumerate(names)}
+    model = with_tensors(tiny_model("llama"), tmp_path / "modelopt", scales)
+    algorithms = {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["*"]}
+    (model / "hf_quant_config.json").write_text(json.dumps({"quantization": algorithms}))
+    engine = engine_of(model, kv_cache_dtype="auto")
+    assert {cache.dtype for cache in engine.core.runner.kv_caches} == {torch.float8_e4m3fn}
+    assert sum(scales_of(engine), []) == list(scales.values())
+    assert engine.core.report["kv_scales"].value == "checkpoint"
+
+
+def test_auto_stays_in_16_bits_where_the_gpu_converts_no_fp8(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields, _ = STORED["modelopt"]
+    model = with_tensors(tiny_model("llama"), tmp_path / "m", {}, quantization_config=fields)
+    monkeypatch.setattr(Platform, "converts_fp8", False)
+    found = plan(EngineConfig.from_options(model=model, **CPU))
+    assert found.spec.torch_kv_dtype == torch.float32
+    assert "which this GPU does not convert" in found.report["kv_cache_dtype"].reason
+
+
 # -- options ---------------------------------------------------------------------------------------
 
 
@@ -246,7 +307,8 @@ def test_info_counts_half_the_bytes(
         main(["info", str(tiny_model("llama")), "--json", *options])
         shown.append(json.loads(capsys.readouterr().out))
     wide, narrow = shown
-    assert (wide["kv_cache_dtype"], narrow["kv_cache_dtype"]) == ("bfloat16", "fp8")
+    assert wide["kv_cache_dtype"] == "bfloat16 (the model's)"
+    assert narrow["kv_cache_dtype"] == "fp8 (as asked)"
     assert wide["kv_bytes_per_token"] == 2 * narrow["kv_bytes_per_token"]
 
 
