@@ -1,11 +1,7 @@
-// Decodes quantised weights to 16-bit floats in registers. linear.cu explains the macros.
+// Decodes quantised weights to 16-bit floats in registers. linear.cu explains the macros, and includes
+// ptx.cuh before this file.
 
 #pragma once
-
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
 
 enum Code { FP8, INT8, INT4, FP4 };
 enum ScaleType { FLOAT32, BFLOAT16, FLOAT16, E8M0, E4M3, INTEGER8 };
@@ -30,41 +26,11 @@ constexpr bool SCALES_CODES = GROUPS == 8;
 constexpr u32 NO_ZERO = (BF16 ? 0x43004300u : 0x64006400u) + (HAS_MINIMA ? 0u : 0x00080008u);
 constexpr u32 ONES = BF16 ? 0x3F803F80u : 0x3C003C00u;
 
-// -- arithmetic on pairs of 16-bit floats ------------------------------------------------------------
-
-#if BF16
-#define PAIR "bf16x2"
-#define MMA_TYPES "f32.bf16.bf16.f32"
-#else
-#define PAIR "f16x2"
-#define MMA_TYPES "f32.f16.f16.f32"
-#endif
-
-__device__ __forceinline__ u32 subtract(u32 a, u32 b) {
-    u32 d;
-    asm("sub.rn." PAIR " %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-    return d;
-}
-
-__device__ __forceinline__ u32 times(u32 a, u32 b) {
-    u32 d;
-    asm("mul.rn." PAIR " %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-    return d;
-}
-
-__device__ __forceinline__ u32 pair_of(float low, float high) {
-    u32 d;
-    asm("cvt.rn." PAIR ".f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
-    return d;
-}
-
 __device__ __forceinline__ float to_float(u16 v) {
 #if BF16
     return __uint_as_float((u32)v << 16);
 #else
-    float f;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
-    return f;
+    return half_to_float(v);
 #endif
 }
 
@@ -149,12 +115,6 @@ constexpr int NUM_SCALES = GROUPS ? GROUPS : 1;
 constexpr int UNIT_SCALES = NUM_SCALES * (1 + HAS_MINIMA) + 4 * HAS_FACTORS;
 typedef Few<UNIT_SCALES * SCALE_BYTES> Scales;
 typedef Few<NUM_SCALES> Zeros;
-
-__device__ __forceinline__ float half_to_float(u32 bits) {
-    float f;
-    asm("{.reg .b16 t; cvt.u16.u32 t, %1; cvt.f32.f16 %0, t;}" : "=f"(f) : "r"(bits));
-    return f;
-}
 
 __device__ __forceinline__ float scale_at(const Scales& scales, int index) {
     u32 bits = scales.get<SCALE_BYTES>(index);

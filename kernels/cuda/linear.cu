@@ -23,18 +23,11 @@
 // an output and a unit), HAS_BIAS, TAIL (the last unit is partial), EXPERTS, OUT32 (out is float), OVERLAP
 // (programmatic dependent launch).
 
+#include "ptx.cuh"
 #include "codes.cuh"
 
 constexpr int TILES = ROW_TILES * N_WARPS, OUTPUTS = 16 * TILES, TOKENS = 8 * TOKEN_TILES;
 constexpr int THREADS = 32 * N_WARPS * K_WARPS;
-
-// sum += weights [16, 16] * inputs [16, 8]
-__device__ __forceinline__ void multiply(float (&sum)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col." MMA_TYPES
-        " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
 
 #if OUT32
 typedef float OUT;
@@ -51,19 +44,6 @@ struct Unit {  // a lane's codes, scales and zeros, of outputs g and g + 8 of ea
 // -- copies to shared memory (4-bit codes) -----------------------------------------------------------
 
 constexpr int SLOT = CHUNK * RECORD;
-
-__device__ __forceinline__ u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ void copy_to_shared(void* to, const u8* from, u32 bytes, u64* arrived) {
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(address(arrived)), "r"(bytes) : "memory");
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                 ::"r"(address(to)), "l"(from), "r"(bytes), "r"(address(arrived)) : "memory");
-}
-
-__device__ __forceinline__ void wait_for(u64* arrived, u32 parity) {
-    asm volatile("{.reg .pred p; again: mbarrier.try_wait.parity.shared.b64 p, [%0], %1; @!p bra again;}"
-                 ::"r"(address(arrived)), "r"(parity) : "memory");
-}
 
 __device__ __forceinline__ void read_record(Unit& unit, const u8* record, int lane) {
 #pragma unroll
@@ -98,7 +78,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantized_linear(
 
 #if EXPERTS  // an earlier kernel writes the routing, so wait before reading it
 #if OVERLAP
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    wait_for_predecessor();
 #endif
     const int expert = expert_of_block[blockIdx.y];
     if (expert >= num_experts) return;
@@ -124,8 +104,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantized_linear(
     u8* const ring_of_warp = ring + warp * DEPTH * ROW_TILES * SLOT;
     const int num_tiles = (num_outputs + 15) / 16, num_chunks = (num_units + CHUNK - 1) / CHUNK;
     if (lane < DEPTH)
-        asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address(&arrived[warp][lane])), "r"(ROW_TILES));
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        make_barrier(&arrived[warp][lane], ROW_TILES);
+    publish_barriers();
     __syncwarp();
     auto load = [&](int chunk, int slot) {
         if (chunk >= num_chunks || lane != 0) return;
@@ -162,9 +142,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantized_linear(
                     // Beyond the last input x is zero, and any code of the row will do.
                     const bool is_beyond = TAIL && IN_ORDER && index * UNIT + 64 * i + 16 * l >= num_inputs;
                     const u8* p = is_beyond ? row[r][half] - 16 * l : row[r][half] + index * UNIT_BYTES + 64 * i;
-                    uint4& v = unit.codes[r][half][i];
-                    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+                    unit.codes[r][half][i] = load_once(p);
                 }
                 const long long at = (long long)scale_row[r][half] * scale_stride + index * UNIT_SCALES;
                 if constexpr (GROUPS > 0) unit.scales[r][half].load_now(scales + at * SCALE_BYTES);
@@ -178,9 +156,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantized_linear(
 
 #if OVERLAP
 #if !EXPERTS
-    asm volatile("griddepcontrol.wait;" ::: "memory");  // only the weights may be read before the wait
+    wait_for_predecessor();  // only the weights may be read before the wait
 #endif
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    release_successor();
 #endif
 
     const u16* x_of_lane[TOKEN_TILES];

@@ -1,0 +1,91 @@
+// The instructions that the kernels need and C++ has no name for. tests/support/cuda_on_cpu.py replaces
+// this file, so that the kernels' arithmetic runs on a CPU.
+
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#if BF16
+#define PAIR "bf16x2"
+#define MMA_TYPES "f32.bf16.bf16.f32"
+#else
+#define PAIR "f16x2"
+#define MMA_TYPES "f32.f16.f16.f32"
+#endif
+
+// -- programmatic dependent launch -------------------------------------------------------------------
+
+__device__ __forceinline__ void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+__device__ __forceinline__ void release_successor() {
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// -- arithmetic on pairs of 16-bit floats ------------------------------------------------------------
+
+__device__ __forceinline__ u32 subtract(u32 a, u32 b) {
+    u32 d;
+    asm("sub.rn." PAIR " %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+
+__device__ __forceinline__ u32 times(u32 a, u32 b) {
+    u32 d;
+    asm("mul.rn." PAIR " %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+
+__device__ __forceinline__ u32 pair_of(float low, float high) {
+    u32 d;
+    asm("cvt.rn." PAIR ".f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+    return d;
+}
+
+__device__ __forceinline__ float half_to_float(u32 bits) {
+    float f;
+    asm("{.reg .b16 t; cvt.u16.u32 t, %1; cvt.f32.f16 %0, t;}" : "=f"(f) : "r"(bits));
+    return f;
+}
+
+// sum += weights [16, 16] * inputs [16, 8]
+__device__ __forceinline__ void multiply(float (&sum)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col." MMA_TYPES
+        " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// -- memory ------------------------------------------------------------------------------------------
+
+// 16 bytes that are read once.
+__device__ __forceinline__ uint4 load_once(const u8* p) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+}
+
+__device__ __forceinline__ u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+// A barrier in shared memory that opens after `count` copies.
+__device__ __forceinline__ void make_barrier(u64* barrier, u32 count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address(barrier)), "r"(count));
+}
+
+__device__ __forceinline__ void publish_barriers() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void copy_to_shared(void* to, const u8* from, u32 bytes, u64* arrived) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(address(arrived)), "r"(bytes) : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(address(to)), "l"(from), "r"(bytes), "r"(address(arrived)) : "memory");
+}
+
+__device__ __forceinline__ void wait_for(u64* arrived, u32 parity) {
+    asm volatile("{.reg .pred p; again: mbarrier.try_wait.parity.shared.b64 p, [%0], %1; @!p bra again;}"
+                 ::"r"(address(arrived)), "r"(parity) : "memory");
+}

@@ -1,0 +1,78 @@
+"""Kernels of `kernels/cuda/` compiled for a CPU, in place of `CudaKernel`: values without a GPU.
+
+`ptx.cuh` is replaced by `cuda_on_cpu.h`; all other code is the kernels' own. A g++ is needed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compiledllm.caches import writable_folder
+from compiledllm.kernels.cuda_kernel import SOURCES, _value_of
+
+_HEADER = Path(__file__).with_name("cuda_on_cpu.h")
+_LAUNCH = """
+extern "C" void launch(unsigned x, unsigned y, unsigned count, unsigned shared, void** arguments) {
+    run_grid(call(%s, arguments), x, y, count, shared);
+}
+"""
+
+
+class CpuKernel:
+    """As `cuda_kernel.CudaKernel`."""
+
+    def __init__(self, source: str, name: str, options: Mapping[str, int], shared_bytes: int = 0):
+        self._launch = _compiled(source, name, tuple(sorted(options.items())))
+        self._shared_bytes = shared_bytes
+
+    def launch(self, grid: Sequence[int], num_threads: int, arguments: Sequence[Any]) -> None:
+        values = [_value_of(argument) for argument in arguments]
+        addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        x, y = (*grid, 1)[:2]
+        self._launch(x, y, num_threads, self._shared_bytes, addresses)
+
+
+@functools.cache
+def _compiled(source: str, name: str, options: tuple[tuple[str, int], ...]) -> Any:
+    text = (SOURCES / source).read_text(encoding="utf-8") + _LAUNCH % name
+    text = re.sub(r"extern __shared__ .* u8 ring\[\];", "u8* const ring = dynamic_memory;", text)
+    replaced = {"ptx.cuh": _HEADER, "codes.cuh": SOURCES / "codes.cuh"}
+    for include, path in replaced.items():
+        content = path.read_text(encoding="utf-8").replace("#pragma once", "")
+        text = text.replace(f'#include "{include}"', content)
+    macros = [f"-D{key}={int(value)}" for key, value in options]
+    flags = ["-O1", "-std=c++17", "-shared", "-fPIC", "-w", "-fno-strict-aliasing", *macros]
+    key = hashlib.sha256("\0".join([text, *flags]).encode()).hexdigest()[:32]
+    library = writable_folder("cuda-on-cpu") / f"{key}.so"
+    if not library.exists():
+        unfinished = library.with_suffix(f".{os.getpid()}")
+        command = ["g++", "-x", "c++", "-", *flags, "-o", str(unfinished)]
+        subprocess.run(command, input=text, text=True, check=True, stderr=sys.stderr)
+        unfinished.replace(library)
+    return ctypes.CDLL(str(library)).launch
+
+
+def use_cuda_kernels_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pack quantised matrices as on a GPU, and multiply by the CUDA kernels."""
+    if shutil.which("g++") is None or torch.cuda.is_available():
+        pytest.skip("runs CUDA kernels on a CPU, with g++, where there is no GPU")
+    from compiledllm.kernels import quantized_cuda
+    from compiledllm.models.formats import packed
+
+    monkeypatch.setattr(quantized_cuda, "CudaKernel", CpuKernel)
+    monkeypatch.setattr(packed, "can_pack", lambda device: True)
+    for cached in (quantized_cuda._linear_kernel, quantized_cuda._dequantize_kernel):
+        cached.cache_clear()
