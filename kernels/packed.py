@@ -71,7 +71,7 @@ class Packed:
     scales, zeros: [ceil(N / block_rows), groups * ceil(K / 128)]; None if the layout has none, and
     for int4 and fp4. With minima or factors, `scales` also contains the minima and factors, as
     arranged by `records.with_minima`.
-    row_scales: float32 [N]; ones if the layout has groups.
+    row_scales: float32 [N]; if the layout has groups, ones or NVFP4's factors.
     """
 
     layout: Layout
@@ -98,7 +98,8 @@ def pack(
     """Pack a matrix; None if the kernels support neither its groups nor its number of inputs.
 
     codes: [N, K], uint8 0..15 for int4 and fp4. K: num_inputs, perhaps padded to a multiple of 128.
-    scales, zeros, minima: [N or ceil(N / 128), K / group]. factors: float16 [N, S, 2], or None.
+    scales, zeros, minima: [N or ceil(N / 128), K / group]. factors: float16 [N, S, 2], float64
+    [N, 1, 1], or None.
     """
     num_outputs = codes.shape[0]
     block_rows = 1 if len(scales) == num_outputs else BLOCK_ROWS
@@ -106,6 +107,8 @@ def pack(
     ones = torch.ones(num_outputs, dtype=torch.float32, device=codes.device)
     if codes.shape[1] % 16 or num_inputs % 8:  # 16 bytes of codes, and of x, are loaded at once
         return None
+    if factors is not None and factors.dtype == torch.float64:  # one for each output
+        ones, factors = factors[:, 0, 0].float(), None
     has_minima, has_factors = minima is not None, factors is not None
     is_plain = zeros is None and not has_minima and not has_factors
     if scales.shape[1] == 1 and block_rows == 1 and is_plain:
@@ -184,6 +187,51 @@ def packed_linear(
 
     parts = codes, scales, zeros, row_scales
     return quantized_product(x, *parts, bias, Layout.parse(layout), num_outputs)
+
+
+def packed_linear_into(
+    out: Tensor,
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    row_scales: Tensor,
+    bias: Tensor | None,
+    layout: Layout,
+) -> Tensor:
+    """`packed_linear` that writes to `out` [rows, N], contiguous, for code that is not compiled."""
+    from compiledllm.kernels.quantized_cuda import quantized_product
+
+    parts = codes, scales, zeros, row_scales
+    return quantized_product(x, *parts, bias, layout, out.shape[1], out=out)
+
+
+def _rows_fake(
+    ids: Tensor, _codes: Tensor, _scales: Tensor | None, _zeros: Tensor | None,
+    _row_scales: Tensor, _layout: str, num_inputs: int, dtype: str,
+) -> Tensor:  # fmt: skip
+    return ids.new_empty((ids.shape[0], num_inputs), dtype=getattr(torch, dtype))
+
+
+@define("packed_rows", fake=_rows_fake)
+def packed_rows(
+    ids: Tensor,
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    row_scales: Tensor,
+    layout: str,
+    num_inputs: int,
+    dtype: str,
+) -> Tensor:
+    """Dequantise the rows `ids`, int64 [tokens], of a matrix: [tokens, num_inputs].
+
+    dtype: "bfloat16" or "float16". Each weight is computed in float32 and rounded once.
+    """
+    from compiledllm.kernels.quantized_cuda import dequantized
+
+    parts = codes, scales, zeros, row_scales, Layout.parse(layout)
+    return dequantized(*parts, len(ids), num_inputs, getattr(torch, dtype), ids=ids)
 
 
 @define("packed_experts", fake=experts_fake)

@@ -12,9 +12,10 @@ codes: fp8, int8: [N outputs, K inputs]. int4, fp4: int32 [N, K / 8] with eight 
 where K is the number of inputs padded to a multiple of 128; padding codes and their scales are 0.
 scales: [ceil(N / rows), K / group] in any floating-point dtype. zeros: the same shape; None: all
 are 8 for int4 without minima, otherwise 0. minima: shape and dtype of the scales; None: all are 0.
-factors: only for GGUF's k-quants, whose scales and minima are int8: float16 [N, S, 2] for S
-super-blocks of K / S inputs; factors[..., 0] multiplies the scales of a super-block and
-factors[..., 1] its minima. Ops derive the group size from the shapes, as all groups have the same
+factors: of GGUF's k-quants, whose scales and minima are int8: float16 [N, S, 2] for S super-blocks
+of K / S inputs; factors[..., 0] multiplies the scales of a super-block and factors[..., 1] its
+minima. Of NVFP4, whose scales are float8_e4m3fn: float64 [N, 1, 1]; the product of a scale and the
+factor is rounded to float32. Ops derive the group size from the shapes, as all groups have the same
 number of (padded) inputs.
 """
 
@@ -74,8 +75,9 @@ def _multiplied(part: Tensor, factors: Tensor | None, which: int) -> Tensor:
     """Scales or minima [N, groups] in float32, multiplied by `factors[..., which]`, [N, S]."""
     if factors is None:
         return part.float()
-    spans = part.float().view(*factors.shape[:2], -1)
-    return (spans * factors[..., which].float().unsqueeze(-1)).flatten(1)
+    dtype = torch.promote_types(factors.dtype, torch.float32)
+    spans = part.to(dtype).view(*factors.shape[:2], -1)
+    return (spans * factors[..., which].to(dtype).unsqueeze(-1)).flatten(1).float()
 
 
 def _for_each_output(part: Tensor, num_outputs: int) -> Tensor:
@@ -121,6 +123,46 @@ def quantized_linear(
     return F.linear(x, weight, bias)
 
 
+def _rows_fake(
+    ids: Tensor, _codes: Tensor, _scales: Tensor, _zeros: Tensor | None, _code: str,
+    num_inputs: int, dtype: str, *_: object,
+) -> Tensor:  # fmt: skip
+    return ids.new_empty((ids.shape[0], num_inputs), dtype=getattr(torch, dtype))
+
+
+@define("quantized_rows", fake=_rows_fake)
+def quantized_rows(
+    ids: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    code: str,
+    num_inputs: int,
+    dtype: str,
+    minima: Tensor | None = None,
+    factors: Tensor | None = None,
+) -> Tensor:
+    """Dequantise the rows `ids`, int64 [tokens], of a matrix: [tokens, num_inputs] in `dtype`.
+
+    dtype: a name in torch. Each weight is computed in float32 and rounded once.
+    """
+    has_blocks = scales.shape[0] != codes.shape[0]
+    of_scales = ids // BLOCK_ROWS if has_blocks else ids
+    row_zeros, row_minima, row_factors = (
+        None if part is None else _rows(part, of_scales) for part in (zeros, minima, factors)
+    )
+    matrix = _rows(codes, ids), _rows(scales, of_scales), row_zeros
+    rows = dequantize_packed(*matrix, code, num_inputs, row_minima, row_factors)
+    return rows.to(getattr(torch, dtype))
+
+
+def _rows(part: Tensor, ids: Tensor) -> Tensor:
+    """The rows of a tensor of any dtype; torch cannot index all FP8 dtypes."""
+    if part.dtype.itemsize > 1:
+        return part[ids]
+    return part.view(torch.uint8)[ids].view(part.dtype)
+
+
 @define("quantized_experts", fake=experts_fake)
 def quantized_experts(
     x: Tensor,
@@ -137,15 +179,19 @@ def quantized_experts(
     limit: float,
     code: str,
     activation: str = "silu",
+    gate_up_factors: Tensor | None = None,
+    down_factors: Tensor | None = None,
 ) -> Tensor:
-    """`moe.moe_experts` with quantised matrices, which have no minima and no factors.
+    """`moe.moe_experts` with quantised matrices, which have no minima.
 
     Each tensor of the matrices has a further first dimension, the experts.
     """
     num_rows, hidden = gate_up.shape[1], x.shape[1]
+    up = gate_up, gate_up_scales, gate_up_zeros, gate_up_factors
+    last = down, down_scales, down_zeros, down_factors
     matrices = (
-        _Dequantized(gate_up, gate_up_scales, gate_up_zeros, code, hidden, x.dtype),
-        _Dequantized(down, down_scales, down_zeros, code, num_rows // 2, x.dtype),
+        _Dequantized(*up, code, hidden, x.dtype),
+        _Dequantized(*last, code, num_rows // 2, x.dtype),
     )
     biases = gate_up_bias, down_bias
     return experts_in_torch(x, expert_ids, *matrices, *biases, alpha, limit, activation)
@@ -159,14 +205,15 @@ class _Dequantized:
         codes: Tensor,
         scales: Tensor,
         zeros: Tensor | None,
+        factors: Tensor | None,
         code: str,
         num_inputs: int,
         dtype: torch.dtype,
     ) -> None:
-        self._codes, self._scales, self._zeros = codes, scales, zeros
+        self._codes, self._scales, self._zeros, self._factors = codes, scales, zeros, factors
         self._code, self._num_inputs, self._dtype = code, num_inputs, dtype
 
     def __getitem__(self, expert: int) -> Tensor:
-        zeros = None if self._zeros is None else self._zeros[expert]
-        matrix = self._codes[expert], self._scales[expert], zeros
-        return dequantize_packed(*matrix, self._code, self._num_inputs).to(self._dtype)
+        zeros, factors = (None if p is None else p[expert] for p in (self._zeros, self._factors))
+        matrix = self._codes[expert], self._scales[expert], zeros, self._code, self._num_inputs
+        return dequantize_packed(*matrix, factors=factors).to(self._dtype)

@@ -18,8 +18,10 @@ from compiledllm.kernels.cuda_kernel import CudaKernel
 from compiledllm.kernels.launch import launch_options
 from compiledllm.kernels.linear import linear
 from compiledllm.kernels.packed import MAX_FEW_ROWS, Layout
+from compiledllm.kernels.quantized import BLOCK_ROWS
 from compiledllm.kernels.records import TILE, UNIT
 
+_MAX_DEQUANTIZED = 2**28  # weights of one matrix that are dequantised at a time
 # Values of the enums `Code` and `ScaleType` in `cuda/codes.cuh`.
 _CODES = {"fp8": 0, "int8": 1, "int4": 2, "fp4": 3}
 _SCALES = {
@@ -149,20 +151,56 @@ def quantized_product(
 ) -> Tensor:
     """See `packed.packed_linear`. tiling: None: `tiling_for` chooses.
 
-    out: [rows, num_outputs], filled and returned; None: a new tensor. `out` is ignored for more
-    than MAX_FEW_ROWS rows.
+    out: [rows, num_outputs], filled and returned; None: a new tensor.
     """
     num_rows, num_inputs = x.shape
     if num_rows > MAX_FEW_ROWS:
-        weight = dequantized(
-            codes, scales, zeros, row_scales, layout, num_outputs, num_inputs, x.dtype
-        )
-        return linear(x, weight, bias)
+        matrix = codes, scales, zeros, row_scales
+        return _dequantized_product(x, matrix, bias, layout, num_outputs, out)
     if out is None:
         out = x.new_empty((num_rows, num_outputs))
     parts = codes, scales, zeros, row_scales, bias
     t = tiling or tiling_for(layout.code, num_rows, num_outputs, num_inputs)
     return launch_product(_aligned(x), *parts, layout, out, t)
+
+
+_Parts = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
+def _dequantized_product(
+    x: Tensor,
+    parts: _Parts,
+    bias: Tensor | None,
+    layout: Layout,
+    num_outputs: int,
+    out: Tensor | None,
+) -> Tensor:
+    """A product of many rows. Large matrices, such as heads, are dequantised slice by slice."""
+    num_inputs = x.shape[1]
+    size = max(_MAX_DEQUANTIZED // num_inputs // BLOCK_ROWS, 1) * BLOCK_ROWS
+    if size >= num_outputs and (out is None or bias is None):
+        weight = dequantized(*parts, layout, num_outputs, num_inputs, x.dtype)
+        return linear(x, weight, bias, out)
+    out = x.new_empty((x.shape[0], num_outputs)) if out is None else out
+    for first in range(0, num_outputs, size):
+        count = min(size, num_outputs - first)
+        rows = _rows_from(first, parts, layout)
+        weight = dequantized(*rows, layout, count, num_inputs, x.dtype)
+        linear(x, weight, out=out[:, first : first + count])
+    return out if bias is None else out.add_(bias)
+
+
+def _rows_from(first: int, parts: _Parts, layout: Layout) -> _Parts:
+    """The parts of a matrix from the output `first` on, a multiple of BLOCK_ROWS."""
+    codes, scales, zeros, row_scales = parts
+    first_code = first // TILE if codes.dtype == torch.uint8 else first
+    scale_row = first // layout.block_rows
+    return (
+        codes[first_code:],
+        None if scales is None else scales[scale_row:],
+        None if zeros is None else zeros[scale_row:],
+        None if row_scales is None else row_scales[first:],
+    )
 
 
 def launch_product(
@@ -227,8 +265,8 @@ def _aligned(x: Tensor) -> Tensor:
 
 
 @functools.cache
-def _dequantize_kernel(layout: Layout, dtype: torch.dtype) -> CudaKernel:
-    options = options_of(layout) | {"BF16": dtype == torch.bfloat16}
+def _dequantize_kernel(layout: Layout, dtype: torch.dtype, has_ids: bool) -> CudaKernel:
+    options = options_of(layout) | {"BF16": dtype == torch.bfloat16, "HAS_IDS": has_ids}
     return CudaKernel("dequantize.cu", "dequantize", options)
 
 
@@ -242,19 +280,21 @@ def dequantized(
     num_inputs: int,
     dtype: torch.dtype,
     out: Tensor | None = None,
+    ids: Tensor | None = None,
 ) -> Tensor:
     """Write a `Packed` matrix as [num_outputs, num_inputs] in a 16-bit dtype; returns `out`.
 
-    Each weight is computed in float32 and rounded once. out: None allocates the result.
+    Each weight is computed in float32 and rounded once. out: None allocates the result. ids: int64
+    [num_outputs], the rows to write; None: all.
     """
     if out is None:
         out = torch.empty(num_outputs, num_inputs, dtype=dtype, device=codes.device)
     num_units = -(-num_inputs // UNIT)
-    _dequantize_kernel(layout, dtype).launch(
+    _dequantize_kernel(layout, dtype, ids is not None).launch(
         (-(-num_outputs // TILE), -(-num_units // 8)),
         256,
         (
-            codes, scales, zeros, row_scales, out, c_int(num_outputs), c_int(num_inputs),
+            codes, scales, zeros, row_scales, ids, out, c_int(num_outputs), c_int(num_inputs),
             c_longlong(0 if codes.dtype == torch.uint8 else codes.stride(0)),
             c_int(layout.block_rows.bit_length() - 1),
             c_int(0 if scales is None else scales.shape[1]),

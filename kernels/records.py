@@ -24,6 +24,7 @@ from torch import Tensor
 
 TILE = 16  # outputs
 UNIT = 128  # inputs
+_CHUNK = 2**24  # codes that are packed at a time
 _CODE_BYTES = TILE * UNIT // 2  # bytes of codes in a record
 # Lowest bit of each of a lane's eight codes in their word.
 _SHIFTS = tuple(4 * (i // 2) + 16 * (i % 2) for i in range(8))
@@ -33,8 +34,23 @@ def pack_records(codes: Tensor, scales: Tensor | None, zeros: Tensor | None) -> 
     """Pack codes, uint8 [N, K] of 0..15: uint8 [ceil(N / 16), ceil(K / 128), bytes of a record].
 
     scales (1 to 4 bytes each), zeros (uint8): [N, groups * ceil(K / 128)] with 1, 2, 4 or 8 groups
-    per 128 inputs, or None.
+    per 128 inputs, or None. Works through the rows in chunks, to save memory.
     """
+    num_outputs, num_inputs = codes.shape
+    size = max(_CHUNK // num_inputs // TILE, 1) * TILE
+    records: Tensor | None = None
+    for start in range(0, num_outputs, size):
+        rows = slice(start, start + size)
+        groups = (None if part is None else part[rows] for part in (scales, zeros))
+        chunk = _pack_chunk(codes[rows], *groups)
+        if records is None:
+            records = chunk.new_empty(-(-num_outputs // TILE), *chunk.shape[1:])
+        records[start // TILE :][: len(chunk)] = chunk
+    assert records is not None, "a matrix has outputs"
+    return records
+
+
+def _pack_chunk(codes: Tensor, scales: Tensor | None, zeros: Tensor | None) -> Tensor:
     num_outputs, num_inputs = codes.shape
     num_units = -(-num_inputs // UNIT)
     codes = F.pad(codes, (0, -num_inputs % UNIT, 0, -num_outputs % TILE)).int()

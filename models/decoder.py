@@ -70,14 +70,15 @@ class Decoder(nn.Module):
         self.spec = spec
         ranks = Ranks(rank, spec.num_ranks)
         self._vocab = ranks.shard_of_rows(spec.vocab_size, spec.vocab_rows)
-        self.shards = {"embedding": self._vocab} if ranks.are_many else {}
         self.backend = backend
         self.num_sampled_layers = _num_behind_last_stored(spec) + 1
         last_mixers = (layer.mixer for layer in spec.layers[-self.num_sampled_layers :])
         last_attend = all(isinstance(mixer, AttentionSpec) for mixer in last_mixers)
         self.takes_sampled_tokens = backend.takes_sampled_tokens and last_attend
         self._make = make = Factory(products or Products(), spec.formats, ranks=ranks)
-        self.embedding = empty_parameter(spec.vocab_rows, spec.embedding_width)
+        self.embedding = make.embedding(
+            "embedding", spec.vocab_rows, spec.embedding_width, self._vocab
+        )
         self.lm_head = self._make_head(is_tied=spec.tie_word_embeddings)
         self.project_in = self.project_out = None
         if size := spec.embedding_size:
@@ -190,7 +191,7 @@ class Decoder(nn.Module):
         if self.spec.num_ranks > 1:
             x = self._embed_over_ranks(input_ids)
         else:
-            x = F.embedding(input_ids, self.embedding)
+            x = self.embedding(input_ids)
         if self._embedding_scale != 1:
             x = x * self._embedding_scale
         if self.project_in is not None:
@@ -203,7 +204,7 @@ class Decoder(nn.Module):
         """Each rank looks up its own rows of the vocabulary; the others' are zero."""
         ((start, end),) = self._vocab.ranges
         is_here = (input_ids >= start) & (input_ids < end)
-        rows = F.embedding(torch.where(is_here, input_ids - start, 0), self.embedding)
+        rows = self.embedding(torch.where(is_here, input_ids - start, 0))
         return all_reduce(rows.masked_fill(~is_here.unsqueeze(-1), 0))
 
     def compute_logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:

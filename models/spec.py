@@ -20,6 +20,7 @@ from compiledllm.models.state_specs import StateSpec
 
 # All that the spec of a decoder with attention takes; `state_specs` has the other mixers.
 __all__ = [
+    "EMBEDDING",
     "EXPERTS",
     "NORMS_BEFORE",
     "NORMS_BEHIND",
@@ -33,10 +34,14 @@ __all__ = [
     "RopeSpec",
     "RouterSpec",
     "TOKEN_PROJECTION",
+    "TOKEN_TABLE",
 ]
 
 EXPERTS = "experts.moe"  # path of the experts beside a dense MLP, within a block
-TOKEN_PROJECTION = "token_inputs.projection"  # path within a model
+# Paths within a model.
+EMBEDDING = "embedding"
+TOKEN_TABLE = "token_inputs.table"
+TOKEN_PROJECTION = "token_inputs.projection"
 
 _VOCAB_MULTIPLE = 8  # rows of a rank's head, so that its logits begin on borders of 16 bytes
 
@@ -214,14 +219,14 @@ class ModelSpec:
     @property
     def weights(self) -> Weights:
         """All weights. A tied output head is the embedding and does not count again."""
-        matrices = [MatrixSpec("embedding", self.vocab_rows, self.embedding_width)]
+        matrices = [MatrixSpec(EMBEDDING, self.vocab_rows, self.embedding_width)]
         if not self.tie_word_embeddings:
             matrices.append(self._head)
         if size := self.embedding_size:
             matrices.append(MatrixSpec("project_in", self.hidden_size, size))
             matrices.append(MatrixSpec("project_out", size, self.hidden_size))
         if width := self.token_size * len(self.layers):
-            matrices.append(MatrixSpec("token_inputs.table", self.token_vocab_size, width))
+            matrices.append(MatrixSpec(TOKEN_TABLE, self.token_vocab_size, width))
             matrices.append(MatrixSpec(TOKEN_PROJECTION, width, self.hidden_size))
         matrices += self._of_streams
         positions = self.num_learned_positions * self.hidden_size + self.token_size
@@ -251,7 +256,8 @@ class ModelSpec:
 
     @property
     def _head(self) -> MatrixSpec:
-        return MatrixSpec("lm_head", self.vocab_rows, self.embedding_width)
+        name = EMBEDDING if self.tie_word_embeddings else "lm_head"
+        return MatrixSpec(name, self.vocab_rows, self.embedding_width)
 
     @property
     def num_parameters(self) -> int:

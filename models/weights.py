@@ -34,6 +34,7 @@ from compiledllm.models.decoder import Decoder
 from compiledllm.models.formats.gather import Gatherer
 from compiledllm.models.formats.kv_scales import parse_name
 from compiledllm.models.formats.mixed import Mixed
+from compiledllm.models.formats.plain import Plain
 from compiledllm.models.formats.quantized import MatrixSlot, Quantized
 from compiledllm.models.formats.slicing import Content, shape_of, split_rows
 from compiledllm.models.formats.stacked import StackedExperts
@@ -150,24 +151,26 @@ def _settle_head(model: Decoder, rules: NameRules, files: list[Path]) -> None:
     """Decide how to load the output head if the config ties it, as transformers does.
 
     A stored head that equals the embedding stays tied; a different one is loaded as a matrix of its
-    own. If the checkpoint stores a head but no embedding, the head is loaded as the embedding.
+    own, as is any head beside a quantised embedding. If the checkpoint stores a head but no
+    embedding, the head is loaded as the embedding.
     """
+    is_quantized = not isinstance(model.embedding.format, Plain)
     stored = files_by_tensor(files)
     heads, embeddings = (
         [(stored[name], name) for name in rules.sources_of(target) if name in stored]
         for target in ("lm_head.weight", "embedding")
     )
     for path, name in heads:
-        if not embeddings:
+        if not embeddings and not is_quantized:
             rules.rename(name, "embedding")
-        elif are_equal((path, name), embeddings[0], model.embedding.dtype):
+        elif embeddings and are_equal((path, name), embeddings[0], model.embedding.dtype):
             rules.ignore(name)
         else:
             model.untie_head()
             log.warning(
                 "the config ties the head to the embedding, but %s in %s differs from %s: it is "
                 "used, as in transformers (tie_word_embeddings=false would say so)",
-                *(name, path.name, embeddings[0][1]),
+                *(name, path.name, rules.source_of("embedding")),
             )
 
 
@@ -205,8 +208,7 @@ def _destinations(model: Decoder) -> dict[str, Slot]:
             found = {name: TensorSlot(parameter.data) for name, parameter in own}
             shards = getattr(module, "shards", {}) if model.spec.num_ranks > 1 else {}
             found |= {n: ShardSlot(found[n], s, 0) for n, s in shards.items() if n in found}
-        prefix = f"{path}." if path else ""
-        slots |= {prefix + name: slot for name, slot in found.items()}
+        slots |= {".".join(filter(None, (path, name))): slot for name, slot in found.items()}
     return slots
 
 

@@ -1,35 +1,39 @@
-// Writes the matrix out [num_outputs, num_inputs] in 16 bits; each weight is rounded once. Codes lie in
-// rows (8 bits) or records (4 bits), see linear.cu, which also explains the macros. A warp computes a
-// tile of 16 outputs and a unit of 128 inputs; blockIdx.x is the tile, blockIdx.y a group of units.
+// Writes rows of a matrix in 16 bits, out [num_rows, num_inputs]; each weight is rounded once. Codes lie
+// in rows (8 bits) or records (4 bits), see linear.cu, which also explains the macros. A warp computes 16
+// rows and a unit of 128 inputs; blockIdx.x is the group of rows, blockIdx.y a group of units. With
+// HAS_IDS, row i of out is row ids[i] of the matrix, otherwise row i.
 
+#include "ptx.cuh"
 #include "codes.cuh"
 
 extern "C" __global__ void dequantize(
     const u8* __restrict__ codes, const u8* __restrict__ scales, const u8* __restrict__ zeros,
-    const float* __restrict__ row_scales, u16* __restrict__ out, int num_outputs, int num_inputs,
-    long long row_bytes, int scale_shift, int scale_stride) {
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    const float* __restrict__ row_scales, const long long* ids, u16* __restrict__ out, int num_rows,
+    int num_inputs, long long row_bytes, int scale_shift, int scale_stride) {
+    wait_for_predecessor();
+    release_successor();
     const int lane = threadIdx.x % 32, g = lane / 4, l = lane % 4;
     const int num_units = (num_inputs + UNIT - 1) / UNIT;
-    const int tile = blockIdx.x, unit = blockIdx.y * (blockDim.x / 32) + threadIdx.x / 32;
+    const int unit = blockIdx.y * (blockDim.x / 32) + threadIdx.x / 32;
     if (unit >= num_units) return;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        const int output = 16 * tile + 8 * half + g;
-        if (output >= num_outputs) continue;
+        const int row = 16 * blockIdx.x + 8 * half + g;
+        if (row >= num_rows) continue;
+        const int output = HAS_IDS ? (int)ids[row] : row;
         uint4 loaded[LOADS];
         Scales scale;
         Zeros zero_code;
 #if NIBBLES
-        const u8* record = codes + ((long long)tile * num_units + unit) * RECORD;
-        loaded[0] = *(const uint4*)(record + 512 * half + 16 * lane);
-        if (GROUPS > 0) scale.load(record + 1024 + (2 * g + half) * UNIT_SCALES * SCALE_BYTES);
-        if (HAS_ZEROS) zero_code.load(record + 1024 + SCALE_RECORD + (2 * g + half) * NUM_SCALES);
+        const u8* record = codes + ((long long)(output / 16) * num_units + unit) * RECORD;
+        const int place = 2 * (output % 8) + output / 8 % 2;  // of the output's scales in the record
+        loaded[0] = *(const uint4*)(record + 64 * (output % 16) + 16 * l);
+        if (GROUPS > 0) scale.load(record + 1024 + place * UNIT_SCALES * SCALE_BYTES);
+        if (HAS_ZEROS) zero_code.load(record + 1024 + SCALE_RECORD + place * NUM_SCALES);
 #else
         for (int i = 0; i < LOADS; ++i)
             if (!IN_ORDER || unit * UNIT + 64 * i + 16 * l < num_inputs)
-                loaded[i] = *(const uint4*)(codes + output * row_bytes + unit * UNIT + 64 * i + 16 * l);
+                loaded[i] = *(const uint4*)(codes + (long long)output * row_bytes + unit * UNIT + 64 * i + 16 * l);
         const long long at = (long long)(output >> scale_shift) * scale_stride + unit * UNIT_SCALES;
         if (GROUPS > 0) scale.load(scales + at * SCALE_BYTES);
         if (HAS_ZEROS) zero_code.load(zeros + at);
@@ -55,7 +59,7 @@ extern "C" __global__ void dequantize(
                                   to_float(pair[p] >> 16) * factor * s + minimum);
             const int input = unit * UNIT + first_input(q) + LANE_INPUTS * l;
             if (input < num_inputs)
-                *(uint4*)(out + (long long)output * num_inputs + input) = make_uint4(pair[0], pair[1], pair[2], pair[3]);
+                *(uint4*)(out + (long long)row * num_inputs + input) = make_uint4(pair[0], pair[1], pair[2], pair[3]);
         }
     }
 }

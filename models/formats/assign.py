@@ -10,11 +10,13 @@ from operator import itemgetter
 from compiledllm.config import ConfigError
 from compiledllm.models.formats.gguf_config import GgufScheme
 from compiledllm.models.formats.stored import Scheme
-from compiledllm.models.matrices import Formats, MixedSpec, QuantSpec
+from compiledllm.models.matrices import MixedSpec, QuantSpec
 from compiledllm.models.names import NameRules
 from compiledllm.models.spec import (
+    EMBEDDING,
     EXPERTS,
     TOKEN_PROJECTION,
+    TOKEN_TABLE,
     AttentionSpec,
     LayerSpec,
     ModelSpec,
@@ -60,11 +62,12 @@ def quantized_as_stored(
             known |= {name.removesuffix(suffix) for name in names}
     reader = _Reader(scheme, rules, known)
     layers = tuple(reader.layer(index, layer) for index, layer in enumerate(spec.layers))
-    head = None if spec.tie_word_embeddings else reader.format_of(HEAD, {"": spec.vocab_size})
-    formats: Formats = () if head is None else ((HEAD, head),)
-    if width := spec.token_size * len(layers):
-        format = reader.format_of(TOKEN_PROJECTION, {"": width})
-        formats += () if format is None else ((TOKEN_PROJECTION, format),)
+    if spec.tie_word_embeddings and reader.has(HEAD):
+        spec = replace(spec, tie_word_embeddings=False)
+    paths = [EMBEDDING] if spec.tie_word_embeddings else [EMBEDDING, HEAD]
+    paths += [TOKEN_TABLE, TOKEN_PROJECTION] if spec.token_size else []
+    found = ((path, reader.format_at(path)) for path in paths)
+    formats = tuple((path, format) for path, format in found if format is not None)
     is_quantized = bool(formats) or any(layer.formats for layer in layers)
     title = scheme.title if is_quantized or isinstance(scheme, GgufScheme) else ""
     return replace(spec, layers=layers, formats=formats, quantization=title)
@@ -104,6 +107,15 @@ class _Reader:
             return formats[0]
         return MixedSpec(tuple((tuple(run), sum(run.values()), format) for run, format in runs))
 
+    def format_at(self, path: str) -> QuantSpec | None:
+        """The format of a matrix outside the blocks; None: not quantised."""
+        return self._stored(_slot_outside(path))[1]
+
+    def has(self, path: str) -> bool:
+        """Whether the checkpoint is known to store a matrix outside the blocks, quantised."""
+        name, format = self._stored(_slot_outside(path))
+        return format is not None and name in self._known
+
     def _of_experts(self, path: str, parts: Iterable[str], count: int) -> QuantSpec | None:
         """The format that all parts of all experts share; None: not quantised."""
         slots = [_slot(f"{path}.{expert}", part) for expert in range(count) for part in parts]
@@ -127,6 +139,10 @@ class _Reader:
         """The name under which the checkpoint stores the matrix, of several possible names."""
         names = [s.removesuffix(".weight") for s in self._rules.sources_of(slot)] or [slot]
         return next((name for name in names if name in self._known), names[0])
+
+
+def _slot_outside(path: str) -> str:
+    return path if path in (EMBEDDING, TOKEN_TABLE) else _slot(path, "")
 
 
 def _slot(path: str, part: str) -> str:

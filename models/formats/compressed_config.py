@@ -22,9 +22,11 @@ from compiledllm.models.formats.compressed_tensors import (
     from_pack_quantized,
 )
 from compiledllm.models.formats.fp8 import BLOCK
-from compiledllm.models.formats.stored import Fields, Scheme, Stored, matches
+from compiledllm.models.formats.stored import Fields, Scheme, Stored, is_embedding, matches
 from compiledllm.models.matrices import QuantSpec
 
+NVFP4 = QuantSpec("fp4", NVFP4_GROUP, scale_dtype="float8_e4m3fn", has_row_factor=True)
+MXFP4 = QuantSpec("fp4", MXFP4_GROUP, scale_dtype="float8_e8m0fnu")
 _UNUSED = (
     *(".input_scale", ".input_zero_point", ".input_global_scale", ".input_g_idx"),
     *(".output_scale", ".output_zero_point", ".k_scale", ".v_scale"),
@@ -71,7 +73,8 @@ class _Groups:
         if matches(name, self.ignored):
             return None
         by_name = (f for targets, f in self.groups if matches(name, targets))
-        by_class = (f for targets, f in self.groups if "Linear" in targets)
+        kind = "Embedding" if is_embedding(name) else "Linear"
+        by_class = (f for targets, f in self.groups if kind in targets)
         return next(by_name, None) or next(by_class, None)
 
 
@@ -84,9 +87,9 @@ def _make_stored(group: Fields, fields: Fields, scale_dtype: str) -> Stored:
     if weights.get("dynamic"):
         raise weights.refusal("dynamic", weights.get("dynamic"), "supported: false")
     if format == "nvfp4-pack-quantized":
-        return _fp4(weights, NVFP4_GROUP, "float32")
+        return _fp4(weights, NVFP4)
     if format == "mxfp4-pack-quantized":
-        return _fp4(weights, MXFP4_GROUP, "float8_e8m0fnu")
+        return _fp4(weights, MXFP4)
     if format == "pack-quantized":
         return _pack_quantized(weights, scale_dtype)
     is_float = format == "float-quantized" or (format == "naive-quantized" and kind == "float")
@@ -170,11 +173,11 @@ def _float_quantized(weights: Fields, scale_dtype: str) -> Stored:
     return Stored(spec, required, read, (), (*_UNUSED, ".weight_zero_point"))
 
 
-def _fp4(weights: Fields, group: int, scale_dtype: str) -> Stored:
+def _fp4(weights: Fields, spec: QuantSpec) -> Stored:
+    group = spec.group
     if weights.get("group_size", default=group) != group:
         raise weights.refusal("group_size", weights.get("group_size"), f"supported: {group}")
     weights.expect("num_bits", 4)
-    spec = QuantSpec("fp4", group, scale_dtype=scale_dtype)
 
     def read_nvfp4(tensors: Mapping[str, Tensor]) -> QuantizedMatrix:
         return from_nvfp4_pack_quantized(**tensors)
@@ -183,6 +186,6 @@ def _fp4(weights: Fields, group: int, scale_dtype: str) -> Stored:
         return from_mxfp4_pack_quantized(**tensors)
 
     required: tuple[tuple[str, ...], ...] = ((".weight_packed",), (".weight_scale",))
-    if group == MXFP4_GROUP:
+    if spec == MXFP4:
         return Stored(spec, required, read_mxfp4, (), _UNUSED)
     return Stored(spec, (*required, (".weight_global_scale",)), read_nvfp4, (), _UNUSED)

@@ -15,14 +15,13 @@ from compiledllm.models.formats.stored import Fields, Stored
 
 METHOD = "gguf"  # value of quant_method
 BLOCKS = "_blocks"  # ends the name of a tensor of blocks, uint8 [N, bytes of a row]
-EMBEDDINGS = ("model.embed_tokens", "model.embed_tokens_per_layer")  # not packed in memory
 
 
 def gguf(fields: Fields, _scale_dtype: str) -> GgufScheme:
     """Matrices in their GGUF types.
 
     kinds: name of a matrix -> its type. dequantized: type -> how many tensors and numbers of that
-    type are not packed in memory: the embedding, and types that cannot be.
+    type are not packed in memory, as the engine cannot multiply by them.
     """
     kinds = fields.section("kinds").texts()
     for name, kind in kinds.items():
@@ -48,7 +47,7 @@ class GgufScheme:
 
 def _title(kinds: Mapping[str, str], dequantized: Mapping[str, tuple[int, int]]) -> str:
     """For reports: "gguf Q4_K x 20, Q6_K x 8; dequantised: IQ3_S x 2 (3.1 MiB)"."""
-    packed = Counter(kind for name, kind in kinds.items() if name not in EMBEDDINGS)
+    packed = Counter(kinds.values())
     counts = ", ".join(f"{kind} x {count}" for kind, count in sorted(packed.items()))
     title = f"gguf {counts or 'without packed matrices'}"
     if not dequantized:

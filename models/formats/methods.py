@@ -14,13 +14,13 @@ from torch import Tensor
 from compiledllm.config import ConfigError
 from compiledllm.models.formats.awq import from_awq
 from compiledllm.models.formats.codes import QuantizedMatrix
-from compiledllm.models.formats.compressed_config import compressed_tensors
+from compiledllm.models.formats.compressed_config import NVFP4, compressed_tensors
 from compiledllm.models.formats.fp8 import BLOCK, from_fp8
 from compiledllm.models.formats.gguf_config import METHOD, gguf
 from compiledllm.models.formats.gptq import from_gptq
 from compiledllm.models.formats.modelopt import from_modelopt_fp8, from_modelopt_nvfp4
 from compiledllm.models.formats.mxfp4 import from_mxfp4_blocks
-from compiledllm.models.formats.stored import Fields, Scheme, Stored, Uniform, matches
+from compiledllm.models.formats.stored import Fields, Scheme, Stored, Uniform, is_embedding, matches
 from compiledllm.models.matrices import QuantSpec
 
 FP8_UNUSED = (
@@ -84,7 +84,7 @@ class _Gptq:
         return self.base.suffixes
 
     def stored(self, name: str) -> Stored | None:
-        if _is_head(name) and not self.has_head:
+        if is_embedding(name) or (_is_head(name) and not self.has_head):
             return None
         for pattern, format in self.overrides:
             if pattern.match(name):
@@ -182,7 +182,7 @@ _MODELOPT = {
     "FP8": (QuantSpec("fp8"), _SCALED, _modelopt_fp8),
     "FP8_PER_CHANNEL_PER_TOKEN": (QuantSpec("fp8"), _SCALED, _modelopt_fp8),
     "FP8_PB_WO": (QuantSpec("fp8", BLOCK, BLOCK), _SCALED, _modelopt_fp8),
-    "NVFP4": (QuantSpec("fp4", 16), (*_SCALED, ".weight_scale_2"), _modelopt_nvfp4),
+    "NVFP4": (NVFP4, (*_SCALED, ".weight_scale_2"), _modelopt_nvfp4),
 }
 
 # quant_method -> function of the fields and the scales' dtype (a name in torch) -> Scheme.
@@ -214,13 +214,13 @@ def make_scheme(fields: Mapping[str, object], scale_dtype: str) -> Scheme:
 
 
 def _all_but(ignored: list[str]) -> Callable[[str], bool]:
-    """Whether a matrix is quantised, by its name: all but the ignored ones and the output head.
+    """Whether a matrix is quantised, by its name: all but the ignored ones, embedding and head.
 
-    Methods that use this function never quantise the head, whether the list names it or not.
+    Methods that use this function never quantise these two, whether the list names them or not.
     """
 
     def is_quantized(name: str) -> bool:
-        return not _is_head(name) and not matches(name, ignored)
+        return not _is_head(name) and not is_embedding(name) and not matches(name, ignored)
 
     return is_quantized
 

@@ -99,6 +99,9 @@ class Mixed:
         y = torch.cat(products, dim=-1)
         return y if out is None else out.copy_(y)
 
+    def rows(self, ids: Tensor, params: Params, in_features: int, dtype: torch.dtype) -> Tensor:
+        raise AssertionError("an embedding is one part")
+
     def experts(
         self,
         x: Tensor,

@@ -16,12 +16,14 @@ from compiledllm.kernels.packed import (
     pack,
     packed_experts,
     packed_linear,
+    packed_linear_into,
+    packed_rows,
     products_of,
     takes_fp8_inputs,
 )
 from compiledllm.kernels.quantized import unpack_nibbles
 from compiledllm.kernels.records import TILE
-from compiledllm.models.formats.weight_format import MatrixFormat, Params
+from compiledllm.models.formats.weight_format import MatrixFormat, Params, in_input_order
 from compiledllm.models.matrices import QuantSpec
 
 _DTYPES = (torch.bfloat16, torch.float16)  # of the kernels' inputs
@@ -61,10 +63,18 @@ class PackedFormat:
             row_scales = row_scales[first_row:]
         if takes_fp8_inputs(x, self.layout, num_outputs):
             y = fp8_linear(x, codes, scales, row_scales, bias)
-        else:
-            parts = codes, scales, zeros, row_scales, bias
-            y = packed_linear(x, *parts, str(self.layout), num_outputs)
-        return y if out is None else out.copy_(y)
+            return y if out is None else out.copy_(y)
+        parts = codes, scales, zeros, row_scales, bias
+        if out is None:
+            return packed_linear(x, *parts, str(self.layout), num_outputs)
+        return packed_linear_into(out, x, *parts, self.layout)
+
+    def rows(self, ids: Tensor, params: Params, in_features: int, dtype: torch.dtype) -> Tensor:
+        codes, scales, zeros, order, row_scales = params
+        assert codes is not None and row_scales is not None
+        parts = codes, scales, zeros, row_scales, str(self.layout), in_features
+        found = packed_rows(ids, *parts, str(dtype).removeprefix("torch."))
+        return in_input_order(found, order)
 
     def _from(
         self, first_row: int, codes: Tensor, scales: Tensor | None, zeros: Tensor | None

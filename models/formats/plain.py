@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compiledllm.kernels.linear import linear
@@ -56,6 +57,11 @@ class Plain:
         (weight,) = params
         assert weight is not None
         return self.multiply(x, weight[first_row:] if first_row else weight, bias, out)
+
+    def rows(self, ids: Tensor, params: Params, in_features: int, dtype: torch.dtype) -> Tensor:
+        (weight,) = params
+        assert weight is not None
+        return F.embedding(ids, weight)
 
     def experts(
         self,

@@ -21,6 +21,7 @@ from compiledllm.kernels.quantized import (
     pack_nibbles,
     quantized_experts,
     quantized_linear,
+    quantized_rows,
 )
 from compiledllm.models.formats.codes import (
     CODES,
@@ -35,6 +36,7 @@ from compiledllm.models.formats.weight_format import (
     Params,
     Slot,
     empty_parameter,
+    in_input_order,
     slot_name,
 )
 from compiledllm.models.matrices import QuantSpec
@@ -72,8 +74,8 @@ class Quantized:
         minima = torch.zeros_like(scales) if spec.has_minima else None
         order = torch.full((*lead, in_features), _UNSET) if spec.is_permuted else None
         factors = None
-        if spec.span:
-            factors = torch.zeros(*lead, rows, num_inputs // spec.span, 2, dtype=torch.float16)
+        if factor_shape := spec.factor_shape(in_features):
+            factors = torch.zeros(*lead, rows, *factor_shape, dtype=spec.factor_dtype)
         return {
             "weight": empty_parameter(*lead, num_outputs, width, dtype=dtype),
             "weight_scale": _frozen(scales),
@@ -153,6 +155,14 @@ class Quantized:
         y = quantized_linear(x, codes, scales, zeros, bias, self.spec.code, minima, factors)
         return y if out is None else out.copy_(y)
 
+    def rows(self, ids: Tensor, params: Params, in_features: int, dtype: torch.dtype) -> Tensor:
+        codes, scales, zeros, order, minima, factors = params
+        assert codes is not None and scales is not None
+        name = str(dtype).removeprefix("torch.")
+        parts = codes, scales, zeros, self.spec.code, in_features, name, minima, factors
+        found = quantized_rows(ids, *parts)
+        return in_input_order(found, order)
+
     def experts(
         self,
         x: Tensor,
@@ -165,13 +175,15 @@ class Quantized:
         limit: float,
         activation: str,
     ) -> Tensor:
-        up_codes, up_scales, up_zeros, *_ = gate_up  # experts have no permutation and no minima
-        down_codes, down_scales, down_zeros, *_ = down
+        # Experts have no permutation and no minima.
+        up_codes, up_scales, up_zeros, _, _, up_factors = gate_up
+        down_codes, down_scales, down_zeros, _, _, down_factors = down
         assert up_codes is not None and up_scales is not None
         assert down_codes is not None and down_scales is not None
         up, down = (up_codes, up_scales, up_zeros), (down_codes, down_scales, down_zeros)
         tensors = x, expert_ids, *up, *down, *biases
-        return quantized_experts(*tensors, alpha, limit, self.spec.code, activation)
+        factors = up_factors, down_factors
+        return quantized_experts(*tensors, alpha, limit, self.spec.code, activation, *factors)
 
 
 @dataclass(frozen=True, slots=True)

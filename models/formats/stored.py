@@ -51,6 +51,18 @@ class Stored:
         return [names[0] for names in self.required if not present.intersection(names)]
 
 
+# Last segments of the names that checkpoints give to embeddings and other tables of tokens.
+_EMBEDDINGS = (
+    *("embed_tokens", "embed_tokens_per_layer", "word_embeddings", "wte", "embed_in"),
+    *("tok_embeddings", "embeddings", "embedding"),
+)
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a matrix, by its name in a checkpoint, is a table of tokens and no linear layer."""
+    return name.rpartition(".")[2] in _EMBEDDINGS
+
+
 class Scheme(Protocol):
     """Which matrices of a checkpoint are quantised, and how.
 

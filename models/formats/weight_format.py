@@ -112,6 +112,9 @@ class MatrixFormat(Protocol):
         bias: the bias of the same outputs. `out` must be None in compiled code or with a bias.
         """
 
+    def rows(self, ids: Tensor, params: Params, in_features: int, dtype: torch.dtype) -> Tensor:
+        """The matrix's rows `ids` [tokens], for an embedding: [tokens, inputs] in `dtype`."""
+
     def experts(
         self,
         x: Tensor,
@@ -157,6 +160,11 @@ class WeightFormat(MatrixFormat, Protocol):
         None keeps the format. A new format suits kernels that read a layout into which the parts
         cannot be copied one by one.
         """
+
+
+def in_input_order(columns: Tensor, order: Tensor | None) -> Tensor:
+    """Columns [rows, inputs] that lie in the order of a permutation, put back."""
+    return columns if order is None else torch.empty_like(columns).index_copy_(1, order, columns)
 
 
 def slots_by_part(leaf: str, parts: Mapping[str, int], tensor: Tensor) -> dict[str, Slot]:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from compiledllm.config import ConfigError
 from compiledllm.models.formats.gguf_blocks import KINDS, check_blocks
-from compiledllm.models.formats.gguf_config import BLOCKS, EMBEDDINGS, METHOD
+from compiledllm.models.formats.gguf_config import BLOCKS, METHOD
 from compiledllm.models.gguf import gemma3, gemma4, llama, mistral, phi3, qwen2, qwen3
 from compiledllm.models.gguf.file import GgufFile, brief, read_gguf
 from compiledllm.models.gguf.rules import Rule
@@ -152,9 +152,9 @@ def _quantization_config(file: GgufFile, rules: dict[str, Rule]) -> dict[str, An
     dequantized: dict[str, dict[str, int]] = {}
     for name, rule in rules.items():
         kind, matrix = file.tensors[name].kind.name, rule.name.removesuffix(".weight")
-        if is_packed := _stays_packed(file, name):
+        if _stays_packed(file, name):
             kinds[matrix] = kind
-        if kind not in _FLOATS and (not is_packed or matrix in EMBEDDINGS):
+        elif kind not in _FLOATS:
             count = dequantized.setdefault(kind, {"tensors": 0, "numbers": 0})
             count["tensors"] += 1
             count["numbers"] += math.prod(rule.shape)

@@ -12,7 +12,14 @@ from compiledllm.models.formats.mixed import mixed
 from compiledllm.models.formats.plain import Plain
 from compiledllm.models.formats.quantized import Quantized
 from compiledllm.models.formats.weight_format import WeightFormat
-from compiledllm.models.layers.linear import WHOLE, Division, ExpertLinear, Head, Linear
+from compiledllm.models.layers.linear import (
+    WHOLE,
+    Division,
+    Embedding,
+    ExpertLinear,
+    Head,
+    Linear,
+)
 from compiledllm.models.layers.norm import make_norm, rms_norm
 from compiledllm.models.matrices import Formats, MixedSpec
 from compiledllm.models.shards import Ranks, Shard
@@ -108,16 +115,25 @@ class Factory:
         in_features: int,
         num_rows: int,
         bias: bool,
-        embedding: nn.Parameter | None,
+        embedding: Embedding | None,
         rows: Shard,
     ) -> Head:
-        """The output head. embedding: the matrix of a tied head; None: the head has its own.
+        """The output head. embedding: that of a tied head; None: the head has its own matrix.
 
         rows: the rank's rows of the vocabulary, `num_rows` with padding.
         """
-        format = Plain(self.products.linear) if embedding is not None else self._format("lm_head")
-        division = Division(self.ranks, {"": rows}) if self.ranks.are_many else WHOLE
-        return Head(in_features, num_rows, bias, format, embedding, division)
+        format = self._format("lm_head" if embedding is None else "embedding")
+        return Head(in_features, num_rows, bias, format, embedding, self._by_rows(rows))
+
+    def embedding(
+        self, name: str, num_rows: int, width: int, rows: Shard | None = None
+    ) -> Embedding:
+        """A table of rows. rows: as for `head`; None: each rank has the whole table."""
+        division = WHOLE if rows is None else self._by_rows(rows)
+        return Embedding(num_rows, width, self._format(name), division)
+
+    def _by_rows(self, rows: Shard) -> Division:
+        return Division(self.ranks, {"": rows}) if self.ranks.are_many else WHOLE
 
     def norm(self, spec: NormSpec, *shape: int) -> nn.Module:
         """The module of a NormSpec. shape: the shape of its weight."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from compiledllm.models.formats.weight_format import (
@@ -72,14 +73,17 @@ class Matrix(nn.Module):
         self.parts = parts
         self.format: MatrixFormat = format
         self._loaded_as: WeightFormat | None = format  # until `finish`
-        self._names = tuple(params)
-        for name, parameter in params.items():
-            self.register_parameter(name, parameter)
+        self._names: tuple[str, ...] = ()
+        self._register(params)
         self.bias = bias
 
     @property
     def params(self) -> Params:
         return [getattr(self, name) for name in self._names]
+
+    @property
+    def named_params(self) -> dict[str, nn.Parameter | None]:
+        return {name: getattr(self, name) for name in self._names}
 
     def slots(self) -> dict[str, Slot]:
         """Every slot that a checkpoint fills, by its name below the layer: "weight:q", "bias"."""
@@ -92,10 +96,19 @@ class Matrix(nn.Module):
         self._loaded_as = None
         if finished is not None:
             self.format, params = finished
-            self._names = tuple(params)
-            for name, tensor in params.items():
-                frozen = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
-                self.register_parameter(name, frozen)
+            frozen = {
+                name: None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+                for name, tensor in params.items()
+            }
+            self._register(frozen)
+
+    def _register(self, params: Mapping[str, nn.Parameter | None]) -> None:
+        """Replace the format's tensors."""
+        for name in self._names:
+            del self._parameters[name]
+        self._names = tuple(params)
+        for name, parameter in params.items():
+            self.register_parameter(name, parameter)
 
     def _slots_of(self, params: Params, bias: Tensor | None) -> dict[str, Slot]:
         assert self._loaded_as is not None, "the matrix is finished"
@@ -181,6 +194,32 @@ class SharedExpert(nn.Module):
         }
 
 
+class Embedding(Matrix):
+    """A table [num_rows, width] of which a step looks up a row for each token.
+
+    dtype: of the looked up rows; the table may be quantised.
+    """
+
+    def __init__(
+        self, num_rows: int, width: int, format: WeightFormat, division: Division = WHOLE
+    ) -> None:
+        parts = {"": num_rows}
+        super().__init__(width, parts, format, format.parameters(parts, width), None, division)
+        self.dtype = torch.get_default_dtype()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [tokens], int64 -> [tokens, width]."""
+        return self.format.rows(ids, self.params, self.in_features, self.dtype)
+
+    def slots(self) -> dict[str, Slot]:
+        """The table's slot has the module's own name."""
+        return {"": super().slots()["weight"]}
+
+
 class Head(Linear):
     """The output head. A tied head multiplies by the embedding and owns no matrix.
 
@@ -193,12 +232,24 @@ class Head(Linear):
         vocab_size: int,
         bias: bool,
         format: WeightFormat,
-        embedding: nn.Parameter | None = None,
+        embedding: Embedding | None = None,
         division: Division = WHOLE,
     ) -> None:
-        params = None if embedding is None else {"weight": embedding}
+        params = None if embedding is None else embedding.named_params
         super().__init__(in_features, {"": vocab_size}, bias, format, params, division)
-        self.is_tied = embedding is not None
+        self._tied_to = () if embedding is None else (embedding,)  # not a module of this module
+
+    @property
+    def is_tied(self) -> bool:
+        return bool(self._tied_to)
+
+    def finish(self) -> None:
+        """Take the embedding's tensors if tied; to be called after the embedding's `finish`."""
+        if not self._tied_to:
+            super().finish()
+        for embedding in self._tied_to:
+            self.format = embedding.format
+            self._register(embedding.named_params)
 
     def into(self, out: Tensor | None, hidden: Tensor) -> Tensor:
         """hidden [rows, inputs] -> [rows, vocab], written to `out` if given."""

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compiledllm.models.formats.weight_format import empty_parameter
 from compiledllm.models.layers.factory import Factory
 from compiledllm.models.layers.mlp import ACTIVATIONS
 from compiledllm.models.spec import LayerSpec, ModelSpec
@@ -19,11 +17,12 @@ class TokenInputs(nn.Module):
         super().__init__()
         self.num_layers, self.size = len(spec.layers), spec.token_size
         width = self.num_layers * self.size
-        self.table = empty_parameter(spec.token_vocab_size, width)
+        self.table = make.embedding("table", spec.token_vocab_size, width)
         self.projection = make.linear("projection", spec.hidden_size, {"": width})
         self.norm = make.norm(spec.final_norm, self.size)
         self.projection_scale = spec.hidden_size**-0.5
-        self.is_whole = spec.token_vocab_size >= spec.vocab_size
+        self.num_rows = spec.token_vocab_size
+        self.is_whole = self.num_rows >= spec.vocab_size
         scale = torch.tensor(self.size**0.5, dtype=self.table.dtype, device="cpu")
         self.table_scale = scale.item()  # rounded to the table's dtype
 
@@ -31,8 +30,8 @@ class TokenInputs(nn.Module):
         """input_ids [tokens], their embeddings x [tokens, hidden] -> [layers, tokens, size]."""
         projected = self.norm(self._by_layer(self.projection(x) * self.projection_scale))
         if not self.is_whole:  # tokens without a row, which stand for images, have the first
-            input_ids = torch.where(input_ids < len(self.table), input_ids, 0)
-        looked_up = self._by_layer(F.embedding(input_ids, self.table) * self.table_scale)
+            input_ids = torch.where(input_ids < self.num_rows, input_ids, 0)
+        looked_up = self._by_layer(self.table(input_ids) * self.table_scale)
         total: Tensor = (projected + looked_up) * 2**-0.5
         return total.transpose(0, 1).contiguous()
 

@@ -177,7 +177,7 @@ def test_a_vector_that_is_not_finite_is_an_error(checkpoint: Path) -> None:
 
     engine = Engine(checkpoint, **OPTIONS)
     with torch.inference_mode():
-        engine.core.runner.model.embedding[3] = float("nan")
+        engine.core.runner.model.embedding.weight[3] = float("nan")
     for params in (LAST, MEAN):
         with pytest.raises(RuntimeError, match="no vector"):
             engine.embed([[3, 4]], params)

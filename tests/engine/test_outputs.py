@@ -396,7 +396,7 @@ def test_a_failing_processor_fails_its_request_and_no_other(run_ahead: bool, mod
 
 def break_token(engine: Engine, token_id: int) -> None:
     with torch.inference_mode():
-        engine.core.runner.model.embedding[token_id] = math.nan
+        engine.core.runner.model.embedding.weight[token_id] = math.nan
 
 
 @pytest.mark.parametrize("device", DEVICES)

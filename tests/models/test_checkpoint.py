@@ -122,7 +122,7 @@ def test_a_tied_checkpoint_may_store_the_head_alone(tied: Callable[[str], Path])
     reference = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     model = load(checkpoint)
     assert model.spec.tie_word_embeddings
-    assert torch.equal(model.embedding, reference.get_input_embeddings().weight)
+    assert torch.equal(model.embedding.weight, reference.get_input_embeddings().weight)
 
 
 def test_a_missing_head_is_refused_and_the_config_named(
