@@ -16,6 +16,11 @@ ENGINES = ("compiledllm", "vllm", "transformers")
 DATASETS = ("random", "sharegpt-like", "file")
 SAMPLING = ("greedy", "temperature", "filtered", "one-penalised", "logprobs")
 GOODPUT = ("ttft", "tpot", "e2el")
+# Keys of `quantized_tilings.FORMATS`.
+QUANTIZED_FORMATS = (
+    *("fp8", "fp8_block", "int8", "int4", "mxfp4", "nvfp4"),
+    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"),
+)
 
 
 def add_bench_command(commands: Any) -> None:
@@ -122,7 +127,13 @@ def _add_tilings(kinds: Any) -> None:
     )
     parser.add_argument(
         "--rows", type=_few_rows, nargs="+", default=[1, 8, 24], metavar="N",
-        help="of inputs: one for each of 1, 2 to 16 and 17 to 32 (1 8 24)",
+        help="of inputs: one for each of 1, 2 to 16 and 17 to 32 (1 8 24); of quantised products "
+        "one for each of 1, 2 to 8, 9 to 16, 17 to 32 and 33 to 64",
+    )  # fmt: skip
+    parser.add_argument(
+        "--formats", nargs="+", choices=QUANTIZED_FORMATS, default=[], metavar="FORMAT",
+        help="measure products with quantised matrices of these shapes instead: "
+        f"{', '.join(QUANTIZED_FORMATS)} (the models' own)",
     )  # fmt: skip
     parser.add_argument(
         "--output-json", type=Path, metavar="FILE",
@@ -214,8 +225,8 @@ def _at_least(minimum: int, text: str) -> int:
 
 def _few_rows(text: str) -> int:
     value = positive(text)
-    if value > 32:
-        raise argparse.ArgumentTypeError(f"must be at most 32, got {value}: a library has the rest")
+    if value > 64:
+        raise argparse.ArgumentTypeError(f"must be at most 64, got {value}: a library has the rest")
     return value
 
 

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from compiledllm.arguments import engine_options
-from compiledllm.benchmarks import latency, serve, startup, throughput, tilings
+from compiledllm.benchmarks import (
+    latency,
+    quantized_tilings,
+    serve,
+    startup,
+    throughput,
+    tilings,
+)
 from compiledllm.benchmarks.ceilings import measure_ceilings, measure_upload
 from compiledllm.benchmarks.client import Load, Target
 from compiledllm.benchmarks.compare import compare_reports, ratios_between_engines
@@ -37,6 +44,7 @@ from compiledllm.benchmarks.workload import (
     with_token_ids,
 )
 from compiledllm.config import ConfigError
+from compiledllm.kernels.linear import MAX_SKINNY_ROWS
 from compiledllm.platform import Platform
 
 DEFAULT_SEED = 4242
@@ -241,12 +249,18 @@ def run_tilings(arguments: Namespace) -> int:
     tilings.check_gpu(platform)
     check_output(arguments.output_json, "--output-json")
     path = arguments.output_json or tilings.own_table()
-    shapes = tilings.products_of(arguments.models)
-    measured = [(rows, shape) for rows in arguments.rows for shape in shapes]
-    with progress(len(measured)) as advance:
-        entries = tilings.measure_products(shapes, arguments.rows, advance)
-    tilings.write_table(path, entries, measured, platform)
-    print(f"{path}: {len(entries)} of {len(measured)} products are faster than by the rules")
+    models, formats = arguments.models, arguments.formats
+    shapes = [] if formats else tilings.products_of(models)
+    few_rows = [rows for rows in arguments.rows if rows <= MAX_SKINNY_ROWS]
+    measured = [(rows, shape) for rows in few_rows for shape in shapes]
+    products = quantized_tilings.products_of(models, formats, arguments.rows)
+    with progress(len(measured) + len(products)) as advance:
+        entries = tilings.measure_products(shapes, few_rows, advance) if measured else []
+        others = quantized_tilings.measure_products(products, advance) if products else {}
+    tilings.write_table(path, entries, measured, platform, others)
+    count = len(entries) + sum(entry is not None for entry in others.values())
+    num_measured = len(measured) + len(products)
+    print(f"{path}: {count} of {num_measured} products are faster than by the rules")
     return 0
 
 

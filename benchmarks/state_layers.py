@@ -16,7 +16,7 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -109,8 +109,16 @@ class Inputs:
             yield functools.partial(short_convolution, *tensors, "silu", self.row_bound)
 
 
-def seconds_per_call(calls: list[Callable[[], object]], device: torch.device) -> float:
-    """Seconds of the fastest of several repeats. On a GPU the calls are replayed from a graph."""
+def seconds_per_call(
+    calls: Sequence[Callable[[], object]],
+    device: torch.device,
+    num_repeats: int = _REPEATS,
+    min_s: float = _MIN_SECONDS,
+) -> float:
+    """Seconds of the fastest of several repeats. On a GPU the calls are replayed from a graph.
+
+    min_s: duration of a repeat.
+    """
 
     def run() -> None:
         for call in calls:
@@ -124,8 +132,8 @@ def seconds_per_call(calls: list[Callable[[], object]], device: torch.device) ->
             run()
         run = graph.replay
     once, best = _seconds(run, 1, device), float("inf")
-    times = max(1, int(_MIN_SECONDS / once))
-    for _ in range(_REPEATS):
+    times = max(1, int(min_s / once))
+    for _ in range(num_repeats):
         best = min(best, _seconds(run, times, device))
     return best / len(calls)
 

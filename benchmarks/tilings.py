@@ -12,9 +12,9 @@ import itertools
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,15 +23,17 @@ from compiledllm.benchmarks.state_layers import seconds_per_call
 from compiledllm.caches import cache_dir
 from compiledllm.config import ConfigError
 from compiledllm.kernels.launch import out_of_resources
-from compiledllm.kernels.tables import file_name, padded_rows
+from compiledllm.kernels.tables import file_name, padded_rows, padded_rows_of_quantized
 from compiledllm.models.registry import load_spec
 from compiledllm.models.source import resolve_checkpoint
 from compiledllm.platform import Platform
 
 Shape = tuple[int, int]  # outputs, inputs
 Fields = tuple[int, int, int, int]  # of a tiling: outputs, columns, num_warps, num_stages
+QuantizedKey = tuple[str, int, int, int]  # layout, padded rows, inputs, outputs
+_Job = TypeVar("_Job")
 
-_MIN_GAIN = 0.03  # share of the rule's time that an entry of the table saves at least
+MIN_GAIN = 0.03  # share of the rule's time that an entry of the table saves at least
 _COLD_BYTES = 4e8  # of all copies of a matrix; several times any last-level cache
 _MAX_COPIES = 40
 _BATCH = 64  # tilings that a process compiles in a row
@@ -80,7 +82,8 @@ def measure_products(
     from compiledllm.kernels.skinny_triton import rule_for
 
     depths = {num_inputs for _, num_inputs in shapes}
-    _compile_all([(m, k, t) for m in row_counts for k in depths for t in candidates(m, k)])
+    jobs = [(m, k, t) for m in row_counts for k in depths for t in candidates(m, k)]
+    compile_in_processes(_compile, jobs)
     entries = []
     for num_rows, (num_outputs, num_inputs) in itertools.product(row_counts, shapes):
         rule = rule_for(num_rows, num_outputs, num_inputs)
@@ -99,7 +102,7 @@ def entry_of(
     """The table's entry for a product, or None where the rule's tiling is good enough."""
     best = min(seconds, key=seconds.__getitem__)
     rule_s = seconds.get(rule)  # None: the GPU has no room for it
-    if rule_s is not None and seconds[best] > (1 - _MIN_GAIN) * rule_s:
+    if rule_s is not None and seconds[best] > (1 - MIN_GAIN) * rule_s:
         return None
     return {
         "rows": num_rows,
@@ -116,7 +119,7 @@ def _measure(num_rows: int, shape: Shape, tilings: Iterable[Fields]) -> dict[Fie
     from compiledllm.kernels.skinny_triton import Tiling, skinny_linear
 
     device = torch.device("cuda")
-    copies = max(4, min(_MAX_COPIES, int(_COLD_BYTES / (2 * shape[0] * shape[1])) + 1))
+    copies = num_copies(2 * shape[0] * shape[1])
     x = torch.randn(num_rows, shape[1], device=device, dtype=torch.bfloat16)
     weights: list[Tensor] = [
         torch.randn(shape, device=device, dtype=torch.bfloat16) * 0.02 for _ in range(copies)
@@ -133,12 +136,22 @@ def _measure(num_rows: int, shape: Shape, tilings: Iterable[Fields]) -> dict[Fie
     return found
 
 
-def _compile_all(jobs: list[tuple[int, int, Fields]]) -> None:
-    """Compile tilings into Triton's cache, by as many processes as there are processors."""
-    batches = [jobs[i : i + _BATCH] for i in range(0, len(jobs), _BATCH)]
+def num_copies(num_bytes: int) -> int:
+    """How many copies of a matrix of this size are read in turn, so that caches are cold."""
+    return max(4, min(_MAX_COPIES, int(_COLD_BYTES / num_bytes) + 1))
+
+
+def compile_in_processes(function: Callable[[Sequence[_Job]], None], jobs: Sequence[_Job]) -> None:
+    """Call `function` with shares of the jobs, in as many processes as there are processors.
+
+    It compiles kernels, which then lie in the compilers' caches.
+    """
+    count = os.cpu_count() or 1
+    size = max(min(_BATCH, -(-len(jobs) // count)), 1)
+    batches = [jobs[i : i + size] for i in range(0, len(jobs), size)]
     spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=spawn) as pool:
-        list(pool.map(_compile, batches))
+    with concurrent.futures.ProcessPoolExecutor(count, mp_context=spawn) as pool:
+        list(pool.map(function, batches))
 
 
 def _compile(jobs: Sequence[tuple[int, int, Fields]]) -> None:
@@ -159,26 +172,40 @@ def write_table(
     entries: Iterable[dict[str, Any]],
     measured: Iterable[tuple[int, Shape]],
     platform: Platform,
+    quantized: Mapping[QuantizedKey, dict[str, Any] | None] | None = None,
 ) -> None:
-    """Write a table. Entries of an earlier one stay, but for those of `measured` products.
+    """Write a table. Entries of an earlier one stay, but for those of measured products.
 
-    measured: (rows, shape) of each.
+    measured: (rows, shape) of each. quantized: the measured products with quantised matrices, with
+    their entries; None: the rule is good enough.
     """
-    kept = {}
-    if path.is_file():
-        kept = {_key(e): e for e in json.loads(path.read_text(encoding="utf-8"))["products"]}
+    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    kept = {_key(e): e for e in old.get("products", ())}
     for num_rows, (num_outputs, num_inputs) in measured:
         kept.pop((padded_rows(num_rows), num_inputs, num_outputs), None)
     kept |= {_key(e): e for e in entries}
-    lines = ",\n".join(f"    {json.dumps(kept[key])}" for key in sorted(kept))
+    others = {quantized_key(e): e for e in old.get("quantized", ())} | dict(quantized or {})
+    kept_others = {key: entry for key, entry in others.items() if entry is not None}
     facts = {"gpu": platform.name, "versions": platform.versions()}
-    head = "".join(f"  {json.dumps(k)}: {json.dumps(v)},\n" for k, v in facts.items())
+    parts = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in facts.items()]
+    parts += [_list("products", kept), _list("quantized", kept_others)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'{{\n{head}  "products": [\n{lines}\n  ]\n}}\n', encoding="utf-8")
+    path.write_text("{\n" + ",\n".join(filter(None, parts)) + "\n}\n", encoding="utf-8")
+
+
+def _list(name: str, entries: Mapping[Any, dict[str, Any]]) -> str:
+    """A list in a table, an entry a line; only the list of products may be empty."""
+    lines = ",\n".join(f"    {json.dumps(entries[key])}" for key in sorted(entries))
+    return f'  "{name}": [\n{lines}\n  ]' if entries or name == "products" else ""
 
 
 def _key(entry: dict[str, Any]) -> tuple[int, int, int]:
     return padded_rows(entry["rows"]), entry["inputs"], entry["outputs"]
+
+
+def quantized_key(entry: Mapping[str, Any]) -> QuantizedKey:
+    rows = padded_rows_of_quantized(entry["rows"])
+    return entry["layout"], rows, entry["inputs"], entry["outputs"]
 
 
 def check_gpu(platform: Platform) -> None:

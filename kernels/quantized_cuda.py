@@ -20,6 +20,7 @@ from compiledllm.kernels.linear import linear
 from compiledllm.kernels.packed import MAX_FEW_ROWS, Layout
 from compiledllm.kernels.quantized import BLOCK_ROWS
 from compiledllm.kernels.records import TILE, UNIT
+from compiledllm.kernels.tables import quantized_tiling
 
 _MAX_DEQUANTIZED = 2**28  # weights of one matrix that are dequantised at a time
 # Values of the enums `Code` and `ScaleType` in `cuda/codes.cuh`.
@@ -64,7 +65,13 @@ def options_of(layout: Layout) -> dict[str, int]:
     }
 
 
-def tiling_for(code: str, num_rows: int, num_outputs: int, num_inputs: int) -> Tiling:
+def tiling_for(layout: Layout, num_rows: int, num_outputs: int, num_inputs: int) -> Tiling:
+    """The tiling in the GPU's table, or else by the rules."""
+    measured = quantized_tiling(str(layout), num_rows, num_outputs, num_inputs)
+    return Tiling(*measured) if measured else rule_for(layout, num_rows, num_outputs, num_inputs)
+
+
+def rule_for(layout: Layout, num_rows: int, num_outputs: int, num_inputs: int) -> Tiling:
     """Choose a tiling by rules that were fitted to the fastest of some 40 tilings on an H200.
 
     The measurements used the layers of an 8B model, with cold caches. For one row of x, the kernel
@@ -74,7 +81,7 @@ def tiling_for(code: str, num_rows: int, num_outputs: int, num_inputs: int) -> T
     is_wide, is_long = num_outputs >= 16384, num_inputs >= 8192
     if num_rows > 32:
         return Tiling(2, 1, 4, 2) if is_wide else Tiling(1, 1, 4, 2)
-    if code in ("fp8", "int8"):
+    if layout.code in ("fp8", "int8"):
         if num_rows > 16:
             return Tiling(2, 2, 4, 1) if is_wide else Tiling(2, 1, 8, 1)
         if num_rows > 8:
@@ -160,7 +167,7 @@ def quantized_product(
     if out is None:
         out = x.new_empty((num_rows, num_outputs))
     parts = codes, scales, zeros, row_scales, bias
-    t = tiling or tiling_for(layout.code, num_rows, num_outputs, num_inputs)
+    t = tiling or tiling_for(layout, num_rows, num_outputs, num_inputs)
     return launch_product(_aligned(x), *parts, layout, out, t)
 
 

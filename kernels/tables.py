@@ -11,7 +11,7 @@ import json
 import logging
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,8 +20,20 @@ log = logging.getLogger("compiledllm")
 _SHIPPED = Path(__file__).with_name("tilings")
 # (padded rows, outputs, inputs) -> the fields of a `skinny_triton.Tiling`
 Products = dict[tuple[int, int, int], tuple[int, ...]]
+# (layout, padded rows, outputs, inputs) -> the fields of a `quantized_cuda.Tiling`
+QuantizedProducts = dict[tuple[str, int, int, int], tuple[int, ...]]
+_MAX_WARPS = 32  # of a thread block
+
+
+class Table(NamedTuple):
+    """What was measured on one GPU. quantized: products with a quantised matrix, by its layout."""
+
+    products: Products
+    quantized: QuantizedProducts
+
+
 _own_folder: Path | None = None
-_products: dict[str, Products] = {}  # by the GPU's name
+_tables: dict[str, Table] = {}  # by the GPU's name
 
 
 def file_name(gpu: str) -> str:
@@ -34,31 +46,51 @@ def padded_rows(num_rows: int) -> int:
     return 1 if num_rows == 1 else 16 if num_rows <= 16 else 32
 
 
+def padded_rows_of_quantized(num_rows: int) -> int:
+    """As `padded_rows` for quantised matrices and 1 to 64 rows: 1, 8, 16, 32 or 64."""
+    return next(n for n in (1, 8, 16, 32, 64) if num_rows <= n)
+
+
 def use_folder(folder: Path) -> None:
     """From now on read the machine's own tables from here, too."""
     global _own_folder
     _own_folder = folder
-    _products.clear()
+    _tables.clear()
 
 
 def product_tiling(num_rows: int, num_outputs: int, num_inputs: int) -> tuple[int, ...] | None:
     """The fields of the tiling measured for a product on the current GPU; None: not measured."""
+    table = _table()
+    return table and table.products.get((padded_rows(num_rows), num_outputs, num_inputs))
+
+
+def quantized_tiling(
+    layout: str, num_rows: int, num_outputs: int, num_inputs: int
+) -> tuple[int, ...] | None:
+    """As `product_tiling`, for a quantised matrix. layout: `str` of a `packed.Layout`."""
+    table, rows = _table(), padded_rows_of_quantized(num_rows)
+    return table and table.quantized.get((layout, rows, num_outputs, num_inputs))
+
+
+def _table() -> Table | None:
+    """The table of the current GPU; None: there is no GPU."""
     if not torch.cuda.is_available():
         return None
     gpu = torch.cuda.get_device_name(torch.cuda.current_device())
-    if gpu not in _products:
-        _products[gpu] = _read_products(gpu)
-    return _products[gpu].get((padded_rows(num_rows), num_outputs, num_inputs))
+    if gpu not in _tables:
+        _tables[gpu] = _read(gpu)
+    return _tables[gpu]
 
 
-def _read_products(gpu: str) -> Products:
-    found: Products = {}
+def _read(gpu: str) -> Table:
+    found = Table({}, {})
     for folder in (_SHIPPED, _own_folder):
         path = folder / file_name(gpu) if folder else None
         if path is None or not path.is_file():
             continue
         try:
-            found |= parse_products(json.loads(path.read_text(encoding="utf-8")))
+            content = json.loads(path.read_text(encoding="utf-8"))
+            products, quantized = parse_products(content), parse_quantized(content)
         except (ValueError, TypeError, LookupError) as error:
             log.warning(
                 "%s is no table of tilings (%s); delete it, or make it again with "
@@ -66,6 +98,9 @@ def _read_products(gpu: str) -> Products:
                 path,
                 error,
             )
+        else:
+            found.products.update(products)
+            found.quantized.update(quantized)
     return found
 
 
@@ -78,4 +113,18 @@ def parse_products(table: dict[str, Any]) -> Products:
         if min(outputs, columns, num_warps, num_stages) < 1 or columns & (columns - 1):
             raise ValueError(f"tiling {entry['tiling']} of {shape}")
         found[shape] = outputs, columns, num_warps, num_stages
+    return found
+
+
+def parse_quantized(table: dict[str, Any]) -> QuantizedProducts:
+    """A table's products with quantised matrices, if it has any. Raises as `parse_products`."""
+    found: QuantizedProducts = {}
+    for entry in table.get("quantized", ()):
+        rows = padded_rows_of_quantized(entry["rows"])
+        key = str(entry["layout"]), rows, int(entry["outputs"]), int(entry["inputs"])
+        row_tiles, n_warps, k_warps, depth, chunk = map(int, entry["tiling"])
+        fields = row_tiles, n_warps, k_warps, depth, chunk
+        if min(fields) < 1 or n_warps * k_warps > _MAX_WARPS:
+            raise ValueError(f"tiling {entry['tiling']} of {key}")
+        found[key] = fields
     return found

@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from compiledllm import cli
-from compiledllm.benchmarks import tilings
-from compiledllm.kernels.tables import parse_products
+from compiledllm.benchmarks import quantized_tilings, tilings
+from compiledllm.benchmarks.cli import QUANTIZED_FORMATS
+from compiledllm.kernels.packed import Layout
+from compiledllm.kernels.quantized_cuda import Tiling
+from compiledllm.kernels.tables import parse_products, parse_quantized
+from compiledllm.models.formats.assign import ONLINE
 from compiledllm.platform import Platform
+from tests.support.cuda_on_cpu import use_cuda_kernels_on_cpu
 
 PLATFORM = Platform(torch.device("cpu"), "NVIDIA H200", 0)
 
@@ -63,5 +69,85 @@ def test_without_a_gpu_it_is_refused(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_rows_beyond_the_kernels_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        cli.main(["bench", "tilings", "m", "--rows", "64"])
-    assert "must be at most 32" in capsys.readouterr().err
+        cli.main(["bench", "tilings", "m", "--rows", "65"])
+    assert "must be at most 64" in capsys.readouterr().err
+
+
+# -- quantised products ----------------------------------------------------------------------------
+
+LAYOUTS = {
+    "fp8": Layout("fp8", 0, "float32", False),
+    "int4": Layout("int4", 1, "bfloat16", False),
+    "Q6_K": Layout("int8", 8, "int8", False, has_factors=True),
+}
+
+
+@pytest.mark.parametrize("num_rows", [1, 8, 16, 64])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_candidates_of_quantised_products_may_be_in_a_table(name: str, num_rows: int) -> None:
+    layout = LAYOUTS[name]
+    found = list(quantized_tilings.candidates(layout, num_rows))
+    assert 8 <= len(found) == len(set(found))
+    entries = [
+        {"layout": str(layout), "rows": num_rows, "outputs": 64, "inputs": 128 * i, "tiling": t}
+        for i, t in enumerate(found)
+    ]
+    parsed = parse_quantized({"products": [], "quantized": entries})
+    assert list(parsed.values()) == found
+
+
+def test_quantised_products_are_those_of_the_kernel(
+    tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also the head's. FP8 of more rows goes to the library; GGUF's types have 256 inputs."""
+    assert tuple(quantized_tilings.FORMATS) == QUANTIZED_FORMATS
+    monkeypatch.setattr(quantized_tilings, "_layout", lambda spec, num_inputs: LAYOUTS["fp8"])
+    model = [str(tiny_llama())]
+    found = quantized_tilings.products_of(model, ["fp8", "Q6_K"], [1, 16, 64])
+    assert {p[1:3] for p in found} == {(128, 64), (64, 64), (224, 64), (64, 112)}
+    assert {p.spec.code for p in found} == {"fp8"}
+    assert {p.rows for p in found if p.num_outputs % 16 == 0} == {1, 16}
+    assert quantized_tilings.products_of(model, [], [1]) == []  # the model's own are 16-bit
+
+
+def test_a_table_of_quantised_products_keeps_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    one, two, new = (
+        {"layout": "fp8 0 float32 000 1", "rows": rows, "outputs": 64, "inputs": 128}
+        | {"tiling": [1, 1, 4, depth, 1], "us": 1.0, "rule_us": 1.5}
+        for rows, depth in ((1, 1), (16, 1), (12, 2))
+    )
+    key = tilings.quantized_key
+    tilings.write_table(path, [], [], PLATFORM, {key(one): one, key(two): two})
+    tilings.write_table(path, [], [], PLATFORM, {key(new): new, ("x", 1, 1, 1): None})
+    table = json.loads(path.read_text())
+    assert table["quantized"] == [one, new] and table["products"] == []
+    tilings.write_table(path, [], [], PLATFORM, {key(one): None, key(new): None})
+    assert "quantized" not in json.loads(path.read_text())
+
+
+def test_every_candidate_is_measured_and_the_best_becomes_an_entry(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the kernels compiled for a CPU; times are made up."""
+    use_cuda_kernels_on_cpu(monkeypatch)
+    monkeypatch.setattr(quantized_tilings, "_DEVICE", "cpu")
+    monkeypatch.setattr(quantized_tilings, "num_copies", lambda num_bytes: 1)
+    monkeypatch.setattr(quantized_tilings, "compile_in_processes", lambda function, jobs: None)
+    fast, slow = (1, 1, 4, 2, 1), (1, 1, 8, 2, 1)
+    monkeypatch.setattr(quantized_tilings, "candidates", lambda layout, rows: [slow, fast])
+
+    def seconds(calls: list[Any], device: Any, **how: Any) -> float:
+        assert all(call().shape == (3, 32) for call in calls)
+        return 1e-6 if calls[0].keywords["tiling"] == Tiling(*fast) else 2e-6
+
+    monkeypatch.setattr(quantized_tilings, "seconds_per_call", seconds)
+    quantized_tilings._layout.cache_clear()
+    product = quantized_tilings.Product(ONLINE["int4"], 32, 256, 3)
+    shown: list[str] = []
+    found = quantized_tilings.measure_products([product], shown.append)
+    quantized_tilings._layout.cache_clear()
+    entry = {"layout": "int4 1 bfloat16 000 1", "rows": 3, "outputs": 32, "inputs": 256}
+    entry |= {"tiling": list(fast), "us": 1.0, "rule_us": 2.0}
+    assert found == {("int4 1 bfloat16 000 1", 8, 256, 32): entry}
+    assert shown == ["3 x 32 x 256 in int4"]

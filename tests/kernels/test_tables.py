@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from compiledllm.kernels import decode_attention_triton, launch, skinny_triton, tables
+from compiledllm.kernels import (
+    decode_attention_triton,
+    launch,
+    quantized_cuda,
+    skinny_triton,
+    tables,
+)
+from compiledllm.kernels.packed import Layout
 from compiledllm.kernels.skinny_triton import Tiling, rule_for, tiling_for
 
 SHIPPED = sorted(Path(tables.__file__).with_name("tilings").glob("*.json"))
@@ -38,6 +46,7 @@ def test_shipped_tables_are_worth_their_entries(path: Path) -> None:
         rule = rule_for(entry["rows"], entry["outputs"], entry["inputs"])
         fields = [rule.outputs, rule.columns, rule.num_warps, rule.num_stages]
         assert entry["tiling"] != fields, f"the rule has caught up with {entry}"
+    assert len(tables.parse_quantized(table)) == len(table.get("quantized", ()))
 
 
 def test_measured_shapes_have_their_tilings_and_others_the_rules(h200: Path) -> None:
@@ -134,3 +143,23 @@ def test_the_machines_own_table_decides_which_compiled_code_fits(
         path.write_text(text)
         digests.add(own_tilings_digest("NVIDIA H200"))
     assert len(digests) == 2 and own_tilings_digest("NVIDIA H100") == "none"
+
+
+def test_measured_quantised_products_have_their_tilings(h200: Path) -> None:
+    layout = Layout("int4", 1, "bfloat16", False)
+    entry = {"layout": str(layout), "rows": 5, "outputs": 64, "inputs": 256}
+    table = {"products": [], "quantized": [entry | {"tiling": [1, 2, 2, 3, 1]}]}
+    (h200 / "nvidia-h200.json").write_text(json.dumps(table))
+    found = [quantized_cuda.tiling_for(layout, rows, 64, 256) for rows in (2, 8)]
+    assert found == [quantized_cuda.Tiling(1, 2, 2, 3, 1)] * 2
+    for rows, other in ((1, layout), (9, layout), (8, replace(layout, scale_dtype="float16"))):
+        expected = quantized_cuda.rule_for(other, rows, 64, 256)
+        assert quantized_cuda.tiling_for(other, rows, 64, 256) == expected
+    assert tiling_for(1, 2048, 8192) == Tiling(2, 4096, 8)  # as shipped
+
+
+@pytest.mark.parametrize("tiling", [[1, 1, 4, 1], [1, 8, 8, 1, 1], [0, 1, 4, 1, 1], "text"])
+def test_a_quantised_entry_that_no_kernel_takes_is_no_table(tiling: object) -> None:
+    entry = {"layout": "x", "rows": 1, "outputs": 1, "inputs": 1, "tiling": tiling}
+    with pytest.raises((ValueError, TypeError)):
+        tables.parse_quantized({"quantized": [entry]})
