@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compiledllm.kernels.quantized import INT4_ZERO
 from compiledllm.models.formats.codes import (
     SCALE_DTYPES,
     QuantizedMatrix,
@@ -26,6 +27,7 @@ def from_awq(
     qzeros: Tensor | None,
     scales: Tensor,
     *,
+    is_symmetric: bool = False,
     bits: int = 4,
     group_size: int,
     version: str = "gemm",
@@ -34,7 +36,8 @@ def from_awq(
 
     qweight: int32 [K, N / 8], packed along N in AWQ's order. qzeros: int32 [K / group_size, N / 8]
     in the same order and without GPTQ's minus one; None if all zeros are 8. scales: float16 (or
-    bfloat16, float32) [K / group_size, N]. group_size: -1 for one group of all inputs.
+    bfloat16, float32) [K / group_size, N]. is_symmetric: the zeros must all be 8, or absent (0).
+    group_size: -1 for one group of all inputs.
 
     AutoAWQ multiplies in the scale's dtype, so its result is `dequantize(matrix).to(scales.dtype)`,
     transposed. Raises ValueError for other shapes, dtypes, bits and layouts.
@@ -58,6 +61,10 @@ def from_awq(
         expect_dtype("qzeros", qzeros, torch.int32)
         expect_shape("qzeros", qzeros, (k // group, n // _PER_WORD))
         zeros = _unpack(qzeros)
+    if is_symmetric and zeros is not None:
+        if not bool((zeros == INT4_ZERO).all() | (zeros == 0).all()):
+            raise ValueError("qzeros are not all 8, the config says 'zero_point' is false")
+        zeros = None
     return QuantizedMatrix("int4", _unpack(qweight), scales.T.contiguous(), zeros)
 
 

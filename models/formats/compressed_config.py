@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from compiledllm.models.formats.codes import QuantizedMatrix
+from compiledllm.models.formats.codes import QuantizedMatrix, expect_shape
 from compiledllm.models.formats.compressed_tensors import (
     MXFP4_GROUP,
     NVFP4_GROUP,
@@ -101,8 +101,19 @@ def _make_stored(group: Fields, fields: Fields, scale_dtype: str) -> Stored:
 
 def _group_of(weights: Fields) -> int:
     """Number of inputs that share a scale; 0: all."""
-    strategy = weights.expect("strategy", "tensor", "channel", "group")
-    return weights.group("group_size", default=-1) if strategy == "group" else 0
+    if weights.expect("strategy", "tensor", "channel", "group") != "group":
+        return 0
+    if weights.get("group_size") is None:
+        raise weights.refusal("group_size", None, "strategy 'group' needs it")
+    return weights.group("group_size", default=-1)
+
+
+def _check_scales(strategy: str, scale: Tensor, weight: Tensor) -> None:
+    """Raise ValueError for scales that are not those of the config's strategy."""
+    if strategy == "channel" and weight.ndim == 2:
+        expect_shape("weight_scale", scale, (*weight.shape[:1], 1), weight.shape[:1])
+    if strategy == "tensor":
+        expect_shape("weight_scale", scale, (1,), (), (1, 1))
 
 
 def _pack_quantized(weights: Fields, scale_dtype: str) -> Stored:
@@ -110,7 +121,7 @@ def _pack_quantized(weights: Fields, scale_dtype: str) -> Stored:
     if not 1 <= num_bits <= 8:
         raise weights.refusal("num_bits", num_bits, "supported: 1 to 8")
     weights.expect("type", "int", default="int")
-    group = _group_of(weights)
+    group, strategy = _group_of(weights), weights.get("strategy")
     is_symmetric = weights.flag("symmetric", default=True)
     order = weights.get("actorder")
     if order not in (None, False, True, "group", "weight", "static", "dynamic"):
@@ -125,28 +136,30 @@ def _pack_quantized(weights: Fields, scale_dtype: str) -> Stored:
     )
 
     def read(tensors: Mapping[str, Tensor]) -> QuantizedMatrix:
-        return from_pack_quantized(**tensors, num_bits=num_bits, group_size=group or None)
+        _check_scales(strategy, tensors["weight_scale"], tensors["weight_packed"])
+        return from_pack_quantized(
+            **tensors, num_bits=num_bits, group_size=group or None, is_symmetric=is_symmetric
+        )
 
-    required = [(".weight_packed",), (".weight_scale",), (".weight_shape",)]
-    if not is_symmetric:
-        required.append((".weight_zero_point",))
-    unused = (*_UNUSED, *((".weight_zero_point",) if is_symmetric else ()))
-    return Stored(spec, tuple(required), read, (".weight_g_idx",), unused)
+    required = (".weight_packed",), (".weight_scale",), (".weight_shape",)
+    if is_symmetric:
+        return Stored(spec, required, read, (".weight_g_idx", ".weight_zero_point"), _UNUSED)
+    return Stored(spec, (*required, (".weight_zero_point",)), read, (".weight_g_idx",), _UNUSED)
 
 
 def _int_quantized(weights: Fields, scale_dtype: str) -> Stored:
-    group = _group_of(weights)
+    group, strategy = _group_of(weights), weights.get("strategy")
     is_symmetric = weights.flag("symmetric", default=True)
     spec = QuantSpec("int8", group, has_zeros=not is_symmetric, scale_dtype=scale_dtype)
 
     def read(tensors: Mapping[str, Tensor]) -> QuantizedMatrix:
-        return from_int_quantized(**tensors, group_size=group or None)
+        _check_scales(strategy, tensors["weight_scale"], tensors["weight"])
+        return from_int_quantized(**tensors, group_size=group or None, is_symmetric=is_symmetric)
 
-    required: list[tuple[str, ...]] = [(".weight",), (".weight_scale",)]
-    if not is_symmetric:
-        required.append((".weight_zero_point",))
-    unused = (*_UNUSED, *((".weight_zero_point",) if is_symmetric else ()))
-    return Stored(spec, tuple(required), read, (), unused)
+    required = (".weight",), (".weight_scale",)
+    if is_symmetric:
+        return Stored(spec, required, read, (".weight_zero_point",), _UNUSED)
+    return Stored(spec, (*required, (".weight_zero_point",)), read, (), _UNUSED)
 
 
 def _float_quantized(weights: Fields, scale_dtype: str) -> Stored:
@@ -162,11 +175,12 @@ def _float_quantized(weights: Fields, scale_dtype: str) -> Stored:
         spec = QuantSpec("fp8", _group_of(weights), scale_dtype=scale_dtype)
 
     def read(tensors: Mapping[str, Tensor]) -> QuantizedMatrix:
+        _check_scales(strategy, tensors["weight_scale"], tensors["weight"])
         return from_float_quantized(
             tensors["weight"],
             tensors["weight_scale"],
             block_structure=(BLOCK, BLOCK) if block else None,
-            group_size=spec.group if strategy == "group" else None,
+            group_size=spec.group or None if strategy == "group" else None,
         )
 
     required = ((".weight",), (".weight_scale",))

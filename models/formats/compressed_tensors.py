@@ -30,6 +30,7 @@ from compiledllm.models.formats.packing import (
 )
 
 NVFP4_GROUP = 16
+_LARGEST_E4M3 = 0x7E  # bits of 448; larger bytes are negative, or a NaN
 MXFP4_GROUP = 32
 
 
@@ -42,14 +43,15 @@ def from_pack_quantized(
     group_size: int | None = None,
     weight_zero_point: Tensor | None = None,
     weight_g_idx: Tensor | None = None,
+    is_symmetric: bool = False,
 ) -> QuantizedMatrix:
     """`pack-quantized`: integers of 1 to 8 bits as one stream of bits a row.
 
     weight_packed: int32 [N, ceil(K * num_bits / 32)], value + 2^(num_bits - 1). weight_scale:
     [N, K / group_size], or [N, 1] or [1] without a group size. weight_shape: int64 [2], N and K.
     weight_zero_point: int32 [ceil(N * num_bits / 32), groups], packed along N with the same offset;
-    None if symmetric. weight_g_idx: int32 [K] of old files with activation order.
-    Up to 4 bits become int4, more become int8.
+    None if symmetric. weight_g_idx: int32 [K] of old files with activation order. is_symmetric:
+    any zero points must be neutral. Up to 4 bits become int4, more become int8.
     """
     if not 1 <= num_bits <= 8:
         raise ValueError(f"num_bits is {num_bits}, expected 1 to 8")
@@ -59,6 +61,11 @@ def from_pack_quantized(
     scales = _group_scales(weight_scale, n, k, group_size)
     codes = unpack_bits(weight_packed, num_bits, k)
     zeros = None
+    if is_symmetric and weight_zero_point is not None:
+        middle = sum(2 ** (num_bits - 1) << shift for shift in range(0, 32, num_bits))
+        is_packed = num_bits in (2, 4, 8) and weight_zero_point.dtype == torch.int32
+        _expect_neutral(weight_zero_point, middle if is_packed else 0)
+        weight_zero_point = None
     if weight_zero_point is not None:
         expect_dtype("weight_zero_point", weight_zero_point, torch.int32)
         shape = num_words(n, num_bits), scales.shape[1]
@@ -78,6 +85,7 @@ def from_int_quantized(
     *,
     group_size: int | None = None,
     weight_zero_point: Tensor | None = None,
+    is_symmetric: bool = False,
 ) -> QuantizedMatrix:
     """`int-quantized` (W8A8): w = (weight - zero) * scale.
 
@@ -88,6 +96,9 @@ def from_int_quantized(
     n, k = weight.shape
     scales = _group_scales(weight_scale, n, k, group_size)
     zeros = weight_zero_point
+    if is_symmetric and zeros is not None:
+        _expect_neutral(zeros, 0)
+        zeros = None
     if zeros is not None:
         expect_dtype("weight_zero_point", zeros, torch.int8)
         expect_shape("weight_zero_point", zeros, tuple(weight_scale.shape))
@@ -153,6 +164,8 @@ def nvfp4_matrix(
     expect_dtype("weight_scale", weight_scale, torch.float8_e4m3fn)
     expect_shape("weight_scale", weight_scale, (n, k // NVFP4_GROUP))
     expect_finite("weight_scale", weight_scale)
+    if bool((weight_scale.view(torch.uint8) > _LARGEST_E4M3).any()):
+        raise ValueError("weight_scale holds a negative number; the file is damaged")
     return QuantizedMatrix(
         "fp4",
         unpack_nibble_bytes(packed),
@@ -162,13 +175,23 @@ def nvfp4_matrix(
 
 
 def one_number(field: str, tensor: Tensor) -> Tensor:
-    """A finite float32 scalar other than zero, of a tensor [] or [1]."""
+    """A positive, finite float32 scalar, of a tensor [] or [1]."""
     expect_dtype(field, tensor, torch.float32)
     expect_shape(field, tensor, (1,), ())
     expect_finite(field, tensor)
-    if not bool(tensor.all()):
-        raise ValueError(f"{field} is 0; the file is damaged")
+    if not bool((tensor > 0).all()):
+        raise ValueError(f"{field} is {tensor.item():g}, expected more than 0; the file is damaged")
     return tensor.reshape(())
+
+
+def _expect_neutral(zero_point: Tensor, neutral: int) -> None:
+    """Raise ValueError unless the zero points of a symmetric matrix are `neutral` or 0.
+
+    neutral: as an integer of 32 bits without a sign.
+    """
+    zeros = zero_point.long() & 0xFFFFFFFF
+    if bool(((zeros != neutral) & (zeros != 0)).any()):
+        raise ValueError("weight_zero_point is not neutral, the config says 'symmetric'")
 
 
 def _shape(weight_shape: Tensor) -> tuple[int, int]:

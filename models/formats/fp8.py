@@ -17,6 +17,7 @@ from compiledllm.models.formats.codes import (
 )
 
 BLOCK = 128
+_NAN = 0x7F  # bits of a NaN, but for the sign
 
 
 def from_fp8(
@@ -56,6 +57,8 @@ def expect_e4m3(field: str, tensor: Tensor) -> None:
             "use a checkpoint in float8_e4m3fn"
         )
     expect_matrix(field, tensor, torch.float8_e4m3fn)
+    if bool((tensor.view(torch.uint8).bitwise_and(_NAN) == _NAN).any()):
+        raise ValueError(f"{field} holds a NaN; the file is damaged")
 
 
 def channel_scales(field: str, scale: Tensor, n: int) -> Tensor:

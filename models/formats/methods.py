@@ -55,9 +55,10 @@ def gptq(fields: Fields, scale_dtype: str) -> Scheme:
         fields.expect("checkpoint_format", "gptq", "gptq_v2", default="gptq")
     ]
     base = _gptq_format(fields, fields, version, scale_dtype)
+    dynamic = fields.section("dynamic")
     rules = [
-        (re.compile(pattern[2:] if pattern[:2] in ("-:", "+:") else pattern), pattern, changes)
-        for pattern, changes in fields.section("dynamic").sections().items()
+        (dynamic.pattern(name, name[2:] if name[:2] in ("-:", "+:") else name), name, changes)
+        for name, changes in dynamic.sections().items()
     ]
     return _Gptq(
         f"gptq {base.spec.code}",
@@ -114,7 +115,10 @@ def _gptq_format(changes: Fields, fields: Fields, version: int, scale_dtype: str
             version=version,
         )
 
-    return Stored(spec, ((".qweight",), (".qzeros",), (".scales",)), read, (".g_idx",))
+    required = ((".qweight",), (".qzeros",), (".scales",))
+    if is_permuted and group:
+        return Stored(spec, (*required, (".g_idx",)), read)
+    return Stored(spec, required, read, (".g_idx",))
 
 
 def awq(fields: Fields, scale_dtype: str) -> Scheme:
@@ -130,13 +134,14 @@ def awq(fields: Fields, scale_dtype: str) -> Scheme:
     spec = QuantSpec("int4", group, has_zeros=has_zeros, scale_dtype=scale_dtype)
 
     def read(tensors: Mapping[str, Tensor]) -> QuantizedMatrix:
-        zeros = tensors.get("qzeros") if has_zeros else None
-        return from_awq(tensors["qweight"], zeros, tensors["scales"], group_size=group or -1)
+        parts = tensors["qweight"], tensors.get("qzeros"), tensors["scales"]
+        return from_awq(*parts, group_size=group or -1, is_symmetric=not has_zeros)
 
-    required = ((".qweight",), (".qzeros",), (".scales",)) if has_zeros else (
-        (".qweight",), (".scales",)
-    )  # fmt: skip
-    stored = Stored(spec, required, read, unused=() if has_zeros else (".qzeros",))
+    required = (".qweight",), (".scales",)
+    if has_zeros:
+        stored = Stored(spec, (*required, (".qzeros",)), read)
+    else:
+        stored = Stored(spec, required, read, (".qzeros",))
     ignored = fields.names("modules_to_not_convert")
     return Uniform("awq int4", stored, _all_but(ignored))
 

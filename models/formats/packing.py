@@ -50,14 +50,14 @@ def input_order(field: str, g_idx: Tensor, k: int, group: int) -> Tensor | None:
     """The permutation of inputs after which each group's columns are adjacent, in stable order.
 
     g_idx: integers [K], the group of each input. None if the columns need no reordering: groups in
-    order, all zeros, or a negative number, by which files say that there is no order. Raises
-    ValueError unless each of the ceil(K / group) groups has `group` inputs, the last one perhaps
+    order, all zeros, or all -1, by which files say that there is no order. Raises ValueError
+    unless each of the ceil(K / group) groups has `group` inputs, the last one perhaps
     fewer.
     """
     expect_dtype(field, g_idx, torch.int32, torch.int64)
     expect_shape(field, g_idx, (k,))
     in_order = torch.arange(k, device=g_idx.device) // group
-    if bool((g_idx == in_order).all() | (g_idx == 0).all() | (g_idx < 0).any()):
+    if bool((g_idx == in_order).all() | (g_idx == 0).all() | (g_idx == -1).all()):
         return None
     order = torch.argsort(g_idx, stable=True)
     if not torch.equal(g_idx[order].long(), in_order):

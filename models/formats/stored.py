@@ -118,7 +118,17 @@ class Fields:
         value = self.get(*names, default=[])
         if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
             raise self.refusal(names[0], value, "it must be a list of names")
+        for name in value:
+            if name.startswith("re:"):
+                self.pattern(names[0], name.removeprefix("re:"))
         return value
+
+    def pattern(self, name: str, text: str) -> re.Pattern[str]:
+        """A regular expression in the field `name`."""
+        try:
+            return re.compile(text)
+        except re.error as error:
+            raise self.refusal(name, text, f"no regular expression: {error}") from None
 
     def integer(self, *names: str, default: Any = None) -> int:
         value = self.get(*names, default=default)
