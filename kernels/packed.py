@@ -18,7 +18,7 @@ from torch import Tensor
 from compiledllm.kernels.backend import MAX_FP8
 from compiledllm.kernels.moe import experts_fake
 from compiledllm.kernels.ops import define
-from compiledllm.kernels.quantized import BLOCK_ROWS, NIBBLES
+from compiledllm.kernels.quantized import BLOCK_ROWS, PACKED_BITS
 from compiledllm.kernels.records import UNIT, pack_bytes, pack_records, with_minima
 
 # With more rows, bfloat16 inputs of FP8 matrices are quantised to FP8 (`takes_fp8_inputs`).
@@ -30,8 +30,8 @@ MAX_FEW_ROWS = 64  # with more rows, the matrix is dequantised to 16 bits first
 class Layout:
     """How a `Packed` matrix is stored.
 
-    code: "fp8", "int8", "int4" or "fp4". groups: number of scales that an output has per 128
-    inputs; 0: none, `Packed.row_scales` are the only scales. scale_dtype: dtype of the groups'
+    code: "fp8", "int8", "int6", "int4" or "fp4". groups: number of scales that an output has per
+    128 inputs; 0: none, `Packed.row_scales` are the only scales. scale_dtype: dtype of the groups'
     scales, a name in torch. has_zeros: each group has a zero point beside its scale. block_rows:
     number of outputs that share the groups' scales, 1 or 128. has_minima: each group has a minimum
     beside its scale. has_factors: scales and minima are int8 and multiplied by float16 factors.
@@ -67,9 +67,9 @@ class Packed:
     zero, scale and minimum belong to the weight's group, row_scale to the weight's output.
 
     codes: [N, K] for fp8; [N, K rounded up to 128] for int8, in the order of `pack_bytes`; uint8
-    records, which include scales and zeros, for int4 and fp4 (`pack_records`).
+    records, which include scales and zeros, for other codes (`pack_records`).
     scales, zeros: [ceil(N / block_rows), groups * ceil(K / 128)]; None if the layout has none, and
-    for int4 and fp4. With minima or factors, `scales` also contains the minima and factors, as
+    for codes in records. With minima or factors, `scales` also contains the minima and factors, as
     arranged by `records.with_minima`.
     row_scales: float32 [N]; if the layout has groups, ones or NVFP4's factors.
     """
@@ -129,12 +129,14 @@ def pack(
     if has_minima or has_factors:
         scales = with_minima(scales, minima, factors, num_units)
     packed = _in_order(code, codes, scales, zeros)
-    is_record = code in NIBBLES
+    is_record = code in PACKED_BITS
     return Packed(layout, packed, None if is_record else scales, None if is_record else zeros, ones)
 
 
 def _has_groups(code: str, group: int, has_minima: bool) -> bool:
     """Whether the kernels support groups of this size."""
+    if code == "int6":
+        return group == 16
     if group in (32, 64):
         return code != "fp8"
     if group == 16:
@@ -143,8 +145,8 @@ def _has_groups(code: str, group: int, has_minima: bool) -> bool:
 
 
 def _in_order(code: str, codes: Tensor, scales: Tensor | None, zeros: Tensor | None) -> Tensor:
-    if code in NIBBLES:
-        return pack_records(codes, scales, zeros)
+    if code in PACKED_BITS:
+        return pack_records(codes, scales, zeros, PACKED_BITS[code])
     return pack_bytes(codes) if code == "int8" else codes
 
 

@@ -10,8 +10,11 @@ where `rows` is 1 or 128.
 
 codes: fp8, int8: [N outputs, K inputs]. int4, fp4: int32 [N, K / 8] with eight codes per word,
 where K is the number of inputs padded to a multiple of 128; padding codes and their scales are 0.
+int6: uint8 [N, K * 3 / 4], K padded likewise: pairs of low halves of four bits, then fours of the
+high two bits.
 scales: [ceil(N / rows), K / group] in any floating-point dtype. zeros: the same shape; None: all
-are 8 for int4 without minima, otherwise 0. minima: shape and dtype of the scales; None: all are 0.
+are 8 for int4 without minima, 32 for int6, otherwise 0. minima: shape and dtype of the scales;
+None: all are 0.
 factors: of GGUF's k-quants, whose scales and minima are int8: float16 [N, S, 2] for S super-blocks
 of K / S inputs; factors[..., 0] multiplies the scales of a super-block and factors[..., 1] its
 minima. Of NVFP4, whose scales are float8_e4m3fn: float64 [N, 1, 1]; the product of a scale and the
@@ -29,9 +32,42 @@ from compiledllm.kernels.moe import experts_fake, experts_in_torch
 from compiledllm.kernels.ops import define
 
 NIBBLES = ("int4", "fp4")  # codes of four bits
-K_MULTIPLE = 128  # matrices with NIBBLES are padded to a multiple of this number of inputs
+# Bits of the codes that are packed, for which inputs are padded to a multiple of K_MULTIPLE.
+PACKED_BITS = {"int4": 4, "fp4": 4, "int6": 6}
+K_MULTIPLE = 128
 BLOCK_ROWS = 128  # outputs that share scales, if scales are not per output
 INT4_ZERO = 8  # without zeros, codes 0..15 stand for -8..7
+INT6_ZERO = 32  # codes 0..63 stand for -32..31
+
+
+def pack_codes(code: str, codes: Tensor) -> Tensor:
+    """Codes [..., K] in the layout of the module's docstring; `unpack_codes` is the inverse."""
+    if code not in PACKED_BITS:
+        return codes
+    return pack_sixes(codes) if code == "int6" else pack_nibbles(codes)
+
+
+def unpack_codes(code: str, packed: Tensor) -> Tensor:
+    """The codes one by one, uint8 where they were packed. The padding stays."""
+    if code not in PACKED_BITS:
+        return packed
+    return unpack_sixes(packed) if code == "int6" else unpack_nibbles(packed)
+
+
+def pack_sixes(codes: Tensor) -> Tensor:
+    """uint8 [..., K], values 0..63 -> uint8 [..., K * 3 / 4]; K is padded with zeros."""
+    low = pack_nibbles(codes & 15).view(torch.uint8)
+    high = F.pad(codes >> 4, (0, -codes.shape[-1] % K_MULTIPLE))
+    fours = high[..., 0::4] | high[..., 1::4] << 2 | high[..., 2::4] << 4 | high[..., 3::4] << 6
+    return torch.cat((low, fours), dim=-1)
+
+
+def unpack_sixes(packed: Tensor) -> Tensor:
+    """uint8 [..., K * 3 / 4] -> uint8 [..., K], the inverse of `pack_sixes`."""
+    middle = packed.shape[-1] // 3 * 2
+    low, fours = packed[..., :middle], packed[..., middle:]
+    high = torch.stack([fours >> shift & 3 for shift in (0, 2, 4, 6)], dim=-1).flatten(-2)
+    return unpack_nibbles(low) | high << 4
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
@@ -57,10 +93,12 @@ def dequantize_packed(
     factors: Tensor | None = None,
 ) -> Tensor:
     """The matrix as float32 [N, num_inputs], without padding."""
-    values = unpack_nibbles(codes) if code in NIBBLES else codes
+    values = unpack_codes(code, codes)
     values = e2m1_values(values) if code == "fp4" else values.float()
     if code == "int4" and zeros is None and minima is None:
         values = values - INT4_ZERO
+    if code == "int6":
+        values = values - INT6_ZERO
     num_outputs, num_padded = values.shape
     groups = values.view(num_outputs, scales.shape[1], -1)  # [N, K / group, group]
     if zeros is not None:

@@ -24,7 +24,7 @@ from compiledllm.kernels.tables import quantized_tiling
 
 _MAX_DEQUANTIZED = 2**28  # weights of one matrix that are dequantised at a time
 # Values of the enums `Code` and `ScaleType` in `cuda/codes.cuh`.
-_CODES = {"fp8": 0, "int8": 1, "int4": 2, "fp4": 3}
+_CODES = {"fp8": 0, "int8": 1, "int4": 2, "fp4": 3, "int6": 4}
 _SCALES = {
     torch.float32: 0,
     torch.bfloat16: 1,
@@ -42,7 +42,7 @@ class Tiling:
 
     row_tiles: tiles of 16 outputs per warp. n_warps: warps along the outputs. k_warps: warps along
     the inputs, whose partial sums are added at the end. depth: number of loads in flight per warp.
-    A load is one unit of 128 inputs for 8-bit codes and `chunk` units for 4-bit codes.
+    A load is one unit of 128 inputs for 8-bit codes and `chunk` units for codes in records.
     """
 
     row_tiles: int

@@ -1,4 +1,4 @@
-"""The layouts of 4-bit and int8 weights in which `cuda/linear.cu` reads them.
+"""The layouts of 4-bit, 6-bit and int8 weights in which `cuda/linear.cu` reads them.
 
 A matrix is divided into tiles of 16 outputs and units of 128 inputs. A record holds the 4-bit codes
 of one tile and one unit, together with their scales and zeros, so that a warp copies the record as
@@ -7,7 +7,11 @@ these four lanes. A record consists of:
 
 - codes, [2, 8, 4, 4] words of 32 bits: half of the tile, output in the half, lane, quarter. A word
   has the eight codes of inputs 32 * quarter + 8 * lane + (0 ... 7): inputs 0, 2, 4, 6 in its lower
-  16 bits and inputs 1, 3, 5, 7 in its upper 16 bits, from the lowest bits up.
+  16 bits and inputs 1, 3, 5, 7 in its upper 16 bits, from the lowest bits up. With 6-bit codes,
+  a lane's inputs are 4 * lane + (0 ... 3) of either half of the quarter, as each half has a scale.
+- for 6-bit codes, whose lower four bits lie as above, the upper two, [2, 8, 4, 2] words: half of
+  the tile, output in the half, lane, half of the unit. Of a word's lower and upper 16 bits, each 8
+  belong to one quarter, two bits a code, in the order of the lower bits.
 - scales, [8, 2, groups]: output in the half, half, group of the unit's inputs. Minima and factors,
   if there are any, follow the scales of each output (`with_minima`).
 - zeros, uint8 [8, 2, groups], if the codes have any.
@@ -25,13 +29,14 @@ from torch import Tensor
 TILE = 16  # outputs
 UNIT = 128  # inputs
 _CHUNK = 2**24  # codes that are packed at a time
-_CODE_BYTES = TILE * UNIT // 2  # bytes of codes in a record
 # Lowest bit of each of a lane's eight codes in their word.
 _SHIFTS = tuple(4 * (i // 2) + 16 * (i % 2) for i in range(8))
 
 
-def pack_records(codes: Tensor, scales: Tensor | None, zeros: Tensor | None) -> Tensor:
-    """Pack codes, uint8 [N, K] of 0..15: uint8 [ceil(N / 16), ceil(K / 128), bytes of a record].
+def pack_records(
+    codes: Tensor, scales: Tensor | None, zeros: Tensor | None, num_bits: int = 4
+) -> Tensor:
+    """Pack codes, uint8 [N, K] of 4 or 6 bits: uint8 [ceil(N / 16), ceil(K / 128), record bytes].
 
     scales (1 to 4 bytes each), zeros (uint8): [N, groups * ceil(K / 128)] with 1, 2, 4 or 8 groups
     per 128 inputs, or None. Works through the rows in chunks, to save memory.
@@ -41,8 +46,8 @@ def pack_records(codes: Tensor, scales: Tensor | None, zeros: Tensor | None) -> 
     records: Tensor | None = None
     for start in range(0, num_outputs, size):
         rows = slice(start, start + size)
-        groups = (None if part is None else part[rows] for part in (scales, zeros))
-        chunk = _pack_chunk(codes[rows], *groups)
+        own_scales, own_zeros = (None if p is None else p[rows] for p in (scales, zeros))
+        chunk = _pack_chunk(codes[rows], own_scales, own_zeros, num_bits)
         if records is None:
             records = chunk.new_empty(-(-num_outputs // TILE), *chunk.shape[1:])
         records[start // TILE :][: len(chunk)] = chunk
@@ -50,20 +55,42 @@ def pack_records(codes: Tensor, scales: Tensor | None, zeros: Tensor | None) -> 
     return records
 
 
-def _pack_chunk(codes: Tensor, scales: Tensor | None, zeros: Tensor | None) -> Tensor:
+def _pack_chunk(
+    codes: Tensor, scales: Tensor | None, zeros: Tensor | None, num_bits: int
+) -> Tensor:
     num_outputs, num_inputs = codes.shape
     num_units = -(-num_inputs // UNIT)
     codes = F.pad(codes, (0, -num_inputs % UNIT, 0, -num_outputs % TILE)).int()
-    eights = codes.view(-1, 2, 8, num_units, 4, 4, 8)  # tile, half, output, unit, quarter, lane
+    eights = _by_lane(codes.view(-1, 2, 8, num_units, 4, 32), num_bits)
     words = torch.zeros(eights.shape[:-1], dtype=torch.int32, device=codes.device)
     for i, shift in enumerate(_SHIFTS):
-        words |= eights[..., i] << shift
+        words |= (eights[..., i] & 15) << shift
     words = words.permute(0, 3, 1, 2, 5, 4)  # tile, unit, half, output, lane, quarter
     parts = [words.reshape(*words.shape[:2], -1).view(torch.uint8)]
+    if num_bits == 6:
+        parts.append(_upper_bits(eights >> 4))
     for part in (scales, zeros):
         if part is not None:
             parts.append(_records_of_groups(part, num_units))
     return torch.cat(parts, dim=-1)
+
+
+def _by_lane(quarters: Tensor, num_bits: int) -> Tensor:
+    """[..., 32 inputs of a quarter] -> [..., lane, 8]: the inputs of each of four lanes."""
+    shape = quarters.shape[:-1]
+    if num_bits == 4:
+        return quarters.view(*shape, 4, 8)
+    return quarters.view(*shape, 2, 4, 4).transpose(-3, -2).flatten(-2)
+
+
+def _upper_bits(eights: Tensor) -> Tensor:
+    """Two bits of [tile, half, output, unit, quarter, lane, 8] -> uint8 [tile, unit, bytes]."""
+    words = torch.zeros(eights.shape[:-1], dtype=torch.int32, device=eights.device)
+    for i in range(8):
+        words |= eights[..., i] << 2 * (i // 2) + 16 * (i % 2)
+    words = words[..., 0::2, :] | words[..., 1::2, :] << 8  # tile, half, output, unit, half, lane
+    words = words.permute(0, 3, 1, 2, 5, 4)
+    return words.reshape(*words.shape[:2], -1).view(torch.uint8)
 
 
 def with_minima(
@@ -93,40 +120,8 @@ def _records_of_groups(part: Tensor, num_units: int) -> Tensor:
     return by_tile.permute(0, 3, 2, 1, 4).reshape(by_tile.shape[0], num_units, -1)
 
 
-def unpack_records(
-    records: Tensor, num_outputs: int, groups: int, scale_dtype: torch.dtype, has_zeros: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The inverse of `pack_records`: codes uint8 [N, K rounded up to 128], scales and zeros.
-
-    groups: number of groups per 128 inputs; 0: the records have no scales.
-    """
-    num_units = records.shape[1]
-    words = records[..., :_CODE_BYTES].contiguous().view(torch.int32)
-    words = words.view(-1, num_units, 2, 8, 4, 4).permute(0, 2, 3, 1, 5, 4)
-    eights = torch.stack([words >> shift & 15 for shift in _SHIFTS], dim=-1)
-    codes = eights.to(torch.uint8).reshape(-1, num_units * UNIT)[:num_outputs]
-    end = _CODE_BYTES + TILE * groups * scale_dtype.itemsize
-
-    def by_output(part: Tensor, dtype: torch.dtype) -> Tensor:
-        rows = part.reshape(-1, num_units, 8, 2, part.shape[-1] // TILE).permute(0, 3, 2, 1, 4)
-        return rows.reshape(-1, num_units * rows.shape[-1]).view(dtype)[:num_outputs]
-
-    scales = by_output(records[..., _CODE_BYTES:end], scale_dtype) if groups else None
-    zeros = by_output(records[..., end:], torch.uint8) if has_zeros else None
-    return codes, scales, zeros
-
-
 def pack_bytes(codes: Tensor) -> Tensor:
     """Reorder int8 codes [N, K] as the module's docstring says: [N, K rounded up to 128]."""
-    return _swap(F.pad(codes, (0, -codes.shape[1] % UNIT)), (2, 2, 4, 8))
-
-
-def unpack_bytes(codes: Tensor) -> Tensor:
-    """The inverse of `pack_bytes`. The padding of the inputs stays."""
-    return _swap(codes, (2, 4, 2, 8))
-
-
-def _swap(codes: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """View each unit of 128 codes in a shape of four dimensions and swap the middle two."""
-    units = codes.reshape(codes.shape[0], -1, *shape)
+    codes = F.pad(codes, (0, -codes.shape[1] % UNIT))
+    units = codes.view(len(codes), -1, 2, 2, 4, 8)  # pair of quarters, quarter, lane
     return units.transpose(3, 4).reshape(codes.shape)

@@ -11,19 +11,20 @@ from typing import NamedTuple
 
 import torch
 
-from compiledllm.kernels.quantized import K_MULTIPLE, NIBBLES
+from compiledllm.kernels.quantized import K_MULTIPLE, PACKED_BITS
 
 
 @dataclass(frozen=True, slots=True)
 class QuantSpec:
     """How a quantised matrix is kept in memory, before CUDA kernels pack it.
 
-    code: "fp8" (E4M3), "int8", "int4" or "fp4" (E2M1). group: number of inputs that share a scale;
-    0: all. rows: number of outputs that share a scale, 1 or 128. has_zeros: codes have zero points.
-    is_permuted: the inputs are reordered. scale_dtype: a name in torch. online: the method by which
-    16-bit weights are quantised while loading; "": the checkpoint stores codes. has_minima: each
-    group has a minimum beside its scale, in the same dtype. span: number of inputs that share two
-    float16 factors, by which int8 scales and minima are multiplied; 0: there are none.
+    code: "fp8" (E4M3), "int8", "int6", "int4" or "fp4" (E2M1). group: number of inputs that share
+    a scale; 0: all. rows: number of outputs that share a scale, 1 or 128. has_zeros: codes have
+    zero points. is_permuted: the inputs are reordered. scale_dtype: a name in torch. online: the
+    method by which 16-bit weights are quantised while loading; "": the checkpoint stores codes.
+    has_minima: each group has a minimum beside its scale, in the same dtype. span: number of inputs
+    that share two float16 factors, by which int8 scales and minima are multiplied; 0: there are
+    none.
     has_row_factor: each output has a float64 factor, by which its float8_e4m3fn scales are
     multiplied (NVFP4).
     """
@@ -40,13 +41,13 @@ class QuantSpec:
     has_row_factor: bool = False
 
     @property
-    def is_nibbles(self) -> bool:
-        """Whether codes have four bits; their inputs are padded to K_MULTIPLE in memory."""
-        return self.code in NIBBLES
+    def is_packed(self) -> bool:
+        """Whether codes have less than 8 bits; inputs are padded to K_MULTIPLE in memory."""
+        return self.code in PACKED_BITS
 
     def num_inputs_in_memory(self, num_inputs: int) -> int:
         """The number of inputs with padding."""
-        return num_inputs + -num_inputs % (K_MULTIPLE if self.is_nibbles else 1)
+        return num_inputs + -num_inputs % (K_MULTIPLE if self.is_packed else 1)
 
     def group_in_memory(self, num_inputs: int) -> int:
         """Number of inputs that share a scale, always a divisor of `num_inputs_in_memory`.
@@ -54,7 +55,7 @@ class QuantSpec:
         A group that does not divide the (padded) inputs is kept as several smaller ones.
         """
         group = math.gcd(num_inputs, self.group or num_inputs)
-        if self.is_nibbles and self.num_inputs_in_memory(num_inputs) % group:
+        if self.is_packed and self.num_inputs_in_memory(num_inputs) % group:
             group = math.gcd(group, K_MULTIPLE)
         return group
 
@@ -74,7 +75,7 @@ class QuantSpec:
         num_groups = -(-num_outputs // self.rows) * width // self.group_in_memory(num_inputs)
         scale_dtype: torch.dtype = getattr(torch, self.scale_dtype)
         group_bytes = scale_dtype.itemsize * (1 + self.has_minima) + self.has_zeros
-        codes = num_outputs * width // (2 if self.is_nibbles else 1)
+        codes = num_outputs * width * PACKED_BITS.get(self.code, 8) // 8
         shape = self.factor_shape(num_inputs)
         factors = num_outputs * math.prod(shape) * self.factor_dtype.itemsize if shape else 0
         return codes + num_groups * group_bytes + factors + self.is_permuted * 8 * num_inputs

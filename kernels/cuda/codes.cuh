@@ -3,25 +3,28 @@
 
 #pragma once
 
-enum Code { FP8, INT8, INT4, FP4 };
+enum Code { FP8, INT8, INT4, FP4, INT6 };
 enum ScaleType { FLOAT32, BFLOAT16, FLOAT16, E8M0, E4M3, INTEGER8 };
 
-#define NIBBLES (CODE == 2 || CODE == 3)
+#define NIBBLES (CODE == 2 || CODE == 3 || CODE == 4)  // four bits of a code, of INT6 the lower ones, in records
 constexpr int UNIT = 128, UNIT_BYTES = NIBBLES ? UNIT / 2 : UNIT;  // inputs; bytes of an output
+constexpr int UPPER_BYTES = CODE == INT6 ? UNIT / 4 : 0;  // of an output's upper two bits
 constexpr int LOADS = UNIT_BYTES / 64;  // of 16 bytes, by each of the four lanes that share an output
 // FP8 codes lie in the order of the inputs, because cuBLASLt multiplies by the same tensor: a lane's 16
 // bytes are the codes of 16 consecutive inputs. In the layouts of the other codes (kernels/records.py) a
-// lane has 8 consecutive inputs, then 8 inputs that lie 32 further.
+// lane has 8 consecutive inputs, then 8 inputs that lie 32 further; of INT6 4 inputs, 4 that lie 16 further,
+// and so on.
 constexpr bool IN_ORDER = CODE == FP8;
-constexpr int LANE_INPUTS = IN_ORDER ? 16 : 8;
+constexpr int LANE_INPUTS = IN_ORDER ? 16 : CODE == INT6 ? 4 : 8;
 // Index, within a unit, of the first input in a quarter of lane 0's codes; LANE_INPUTS * lane further
 // for other lanes.
 __device__ __forceinline__ constexpr int first_input(int quarter) {
     return IN_ORDER ? 64 * (quarter / 2) + 8 * (quarter % 2) : 32 * quarter;
 }
 constexpr int SCALE_BYTES = SCALE == FLOAT32 ? 4 : SCALE == BFLOAT16 || SCALE == FLOAT16 ? 2 : 1;
-// Scales of groups of 16 inputs multiply the codes; scales of larger groups multiply sums of products.
-constexpr bool SCALES_CODES = GROUPS == 8;
+// Scales of groups of 16 inputs multiply the codes; scales of larger groups multiply sums of products. INT6
+// has its inputs in such an order that an instruction multiplies one group.
+constexpr bool SCALES_CODES = GROUPS == 8 && CODE != INT6;
 // Without zeros, twice in a register: what unpacking int4 subtracts. The zero is 8, with minima 0.
 constexpr u32 NO_ZERO = (BF16 ? 0x43004300u : 0x64006400u) + (HAS_MINIMA ? 0u : 0x00080008u);
 constexpr u32 ONES = BF16 ? 0x3F803F80u : 0x3C003C00u;
@@ -66,6 +69,18 @@ __device__ __forceinline__ void unpack_bytes(u32 codes, u32 zero, u32& first, u3
 #if HAS_ZEROS
         first = subtract(first, zero), second = subtract(second, zero);
 #endif
+    }
+}
+
+// Eight 6-bit codes -> four pairs, exact: 128 or 1024 with the code in the last bits, minus that and 32.
+// upper: the upper bits of two quarters, of which this one is `quarter`.
+__device__ __forceinline__ void unpack_sixes(u32 lower, u32 upper, int quarter, u32 (&pair)[4]) {
+#pragma unroll
+    for (int p = 0; p < 4; ++p) {
+        const int down = 8 * quarter + 2 * p - 4;
+        const u32 above = (down >= 0 ? upper >> max(down, 0) : upper << max(-down, 0)) & 0x00300030u;
+        const u32 bits = ((lower >> (4 * p)) & 0x000F000Fu) | above | (BF16 ? 0x43004300u : 0x64006400u);
+        pair[p] = subtract(bits, (BF16 ? 0x43004300u : 0x64006400u) + 0x00200020u);
     }
 }
 
@@ -150,7 +165,9 @@ __device__ __forceinline__ u32 zero_of(const Zeros& zeros, int group) {
     return pair_of(f, f);
 }
 
-// A record has the codes of 16 outputs and a unit [2 halves, 8 outputs, 4 lanes, 16 bytes], then the
-// outputs' scales [8, 2 halves, UNIT_SCALES] and zeros.
+// A record has the codes of 16 outputs and a unit [2 halves, 8 outputs, 4 lanes, 16 bytes], perhaps their
+// upper bits [2 halves, 8 outputs, 4 lanes, 8 bytes], then the outputs' scales [8, 2 halves, UNIT_SCALES] and
+// zeros.
+constexpr int CODE_RECORD = 16 * (UNIT_BYTES + UPPER_BYTES);
 constexpr int SCALE_RECORD = GROUPS ? 16 * UNIT_SCALES * SCALE_BYTES : 0;
-constexpr int RECORD = 16 * UNIT_BYTES + SCALE_RECORD + (HAS_ZEROS ? 16 * NUM_SCALES : 0);
+constexpr int RECORD = CODE_RECORD + SCALE_RECORD + (HAS_ZEROS ? 16 * NUM_SCALES : 0);

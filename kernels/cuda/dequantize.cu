@@ -22,14 +22,16 @@ extern "C" __global__ void dequantize(
         if (row >= num_rows) continue;
         const int output = HAS_IDS ? (int)ids[row] : row;
         uint4 loaded[LOADS];
+        uint2 upper = make_uint2(0, 0);
         Scales scale;
         Zeros zero_code;
 #if NIBBLES
         const u8* record = codes + ((long long)(output / 16) * num_units + unit) * RECORD;
         const int place = 2 * (output % 8) + output / 8 % 2;  // of the output's scales in the record
         loaded[0] = *(const uint4*)(record + 64 * (output % 16) + 16 * l);
-        if (GROUPS > 0) scale.load(record + 1024 + place * UNIT_SCALES * SCALE_BYTES);
-        if (HAS_ZEROS) zero_code.load(record + 1024 + SCALE_RECORD + place * NUM_SCALES);
+        if (CODE == INT6) upper = *(const uint2*)(record + 1024 + 32 * (output % 16) + 8 * l);
+        if (GROUPS > 0) scale.load(record + CODE_RECORD + place * UNIT_SCALES * SCALE_BYTES);
+        if (HAS_ZEROS) zero_code.load(record + CODE_RECORD + SCALE_RECORD + place * NUM_SCALES);
 #else
         for (int i = 0; i < LOADS; ++i)
             if (!IN_ORDER || unit * UNIT + 64 * i + 16 * l < num_inputs)
@@ -43,10 +45,26 @@ extern "C" __global__ void dequantize(
         for (int q = 0; q < 4; ++q) {
             const int group = SCALES_CODES ? 2 * q + l / 2 : q * NUM_SCALES / 4;
             u32 zero = NO_ZERO, pair[4];
+            const u32 word = q == 0 ? loaded[0].x : q == 1 ? loaded[0].y : q == 2 ? loaded[0].z : loaded[0].w;
+            if constexpr (CODE == INT6) {
+                unpack_sixes(word, q < 2 ? upper.x : upper.y, q % 2, pair);
+#pragma unroll
+                for (int p = 0; p < 4; ++p) {
+                    const float s = scale_of(scale, 2 * q + p / 2) * (row_scales ? row_scales[output] : 1.f);
+                    pair[p] = pair_of(to_float(pair[p] & 0xFFFFu) * s, to_float(pair[p] >> 16) * s);
+                }
+#pragma unroll
+                for (int group = 0; group < 2; ++group) {
+                    const int input = unit * UNIT + 32 * q + 16 * group + 4 * l;
+                    if (input < num_inputs)
+                        *(uint2*)(out + (long long)row * num_inputs + input) = make_uint2(pair[2 * group], pair[2 * group + 1]);
+                }
+                continue;
+            }
             if (HAS_ZEROS) zero = zero_of(zero_code, group);
             const uint4& c = loaded[NIBBLES ? 0 : q / 2];
 #if NIBBLES
-            unpack_nibbles(q == 0 ? c.x : q == 1 ? c.y : q == 2 ? c.z : c.w, zero, pair);
+            unpack_nibbles(word, zero, pair);
 #else
             unpack_bytes(q % 2 ? c.z : c.x, zero, pair[0], pair[1]);
             unpack_bytes(q % 2 ? c.w : c.y, zero, pair[2], pair[3]);

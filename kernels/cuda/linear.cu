@@ -9,7 +9,7 @@
 //
 // 8-bit codes lie in rows (INT8: in the order of `kernels/records.py: pack_bytes`). Lanes load them
 // into registers, DEPTH units ahead.
-// 4-bit codes lie in records of 16 outputs and a unit, with their scales and zeros
+// 4- and 6-bit codes lie in records of 16 outputs and a unit, with their scales and zeros
 // (`kernels/records.py: pack_records`). One thread of a warp copies CHUNK records at a time to
 // shared memory, DEPTH chunks ahead.
 //
@@ -37,6 +37,7 @@ typedef u16 OUT;
 
 struct Unit {  // a lane's codes, scales and zeros, of outputs g and g + 8 of each tile
     uint4 codes[ROW_TILES][2][LOADS];
+    uint2 upper[ROW_TILES][2];  // of INT6
     Scales scales[ROW_TILES][2];
     Zeros zeros[ROW_TILES][2];
 };
@@ -53,8 +54,9 @@ __device__ __forceinline__ void read_record(Unit& unit, const u8* record, int la
             const u8* p = record + r * SLOT;
             const int output = 2 * (lane / 4) + half;  // a lane's two outputs are neighbours
             unit.codes[r][half][0] = *(const uint4*)(p + 512 * half + 16 * lane);
-            if constexpr (GROUPS > 0) unit.scales[r][half].load(p + 1024 + output * UNIT_SCALES * SCALE_BYTES);
-            if constexpr (HAS_ZEROS) unit.zeros[r][half].load(p + 1024 + SCALE_RECORD + output * NUM_SCALES);
+            if constexpr (CODE == INT6) unit.upper[r][half] = *(const uint2*)(p + 1024 + 256 * half + 8 * lane);
+            if constexpr (GROUPS > 0) unit.scales[r][half].load(p + CODE_RECORD + output * UNIT_SCALES * SCALE_BYTES);
+            if constexpr (HAS_ZEROS) unit.zeros[r][half].load(p + CODE_RECORD + SCALE_RECORD + output * NUM_SCALES);
         }
 }
 
@@ -185,7 +187,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantized_linear(
 #pragma unroll
             for (int t = 0; t < TOKEN_TILES; ++t) {
                 b[t] = make_uint4(0, 0, 0, 0);
-                if (is_row[t] && is_inside) b[t] = *(const uint4*)(x_of_lane[t] + index * UNIT + within);
+                const u16* p = x_of_lane[t] + index * UNIT + within;
+                if constexpr (CODE == INT6) {  // four inputs of either group of 16
+                    if (is_row[t] && is_inside) {
+                        const uint2 low = *(const uint2*)p, high = *(const uint2*)(p + 16);
+                        b[t] = make_uint4(low.x, low.y, high.x, high.y);
+                    }
+                } else if (is_row[t] && is_inside) b[t] = *(const uint4*)p;
             }
             const int group = SCALES_CODES ? 2 * q + l / 2 : q * NUM_SCALES / 4;
             if constexpr (HAS_MINIMA) {  // A minimum multiplies the sum of its inputs.
@@ -210,7 +218,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantized_linear(
                     u32 zero = NO_ZERO;
                     if constexpr (HAS_ZEROS) zero = zero_of(unit.zeros[r][half], group);
                     const uint4& c = unit.codes[r][half][NIBBLES ? 0 : q / 2];
-                    if constexpr (NIBBLES) {
+                    if constexpr (CODE == INT6) {
+                        const uint2& upper = unit.upper[r][half];
+                        unpack_sixes(q == 0 ? c.x : q == 1 ? c.y : q == 2 ? c.z : c.w, q < 2 ? upper.x : upper.y,
+                                     q % 2, pair[half]);
+                    } else if constexpr (NIBBLES) {
                         unpack_nibbles(q == 0 ? c.x : q == 1 ? c.y : q == 2 ? c.z : c.w, zero, pair[half]);
                     } else {
                         unpack_bytes(q % 2 ? c.z : c.x, zero, pair[half][0], pair[half][1]);
@@ -224,6 +236,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantized_linear(
                 }
                 const u32 first[4] = {pair[0][0], pair[1][0], pair[0][1], pair[1][1]};
                 const u32 second[4] = {pair[0][2], pair[1][2], pair[0][3], pair[1][3]};
+                if constexpr (CODE == INT6) {  // each instruction multiplies a group
+                    const Scales &above = unit.scales[r][0], &below = unit.scales[r][1];
+#pragma unroll
+                    for (int t = 0; t < TOKEN_TILES; ++t) {
+                        float low[4] = {}, high[4] = {};
+                        multiply(low, first, b[t].x, b[t].y);
+                        multiply(high, second, b[t].z, b[t].w);
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) {
+                            total[r][t][i] += scale_of(i < 2 ? above : below, 2 * q) * low[i];
+                            total[r][t][i] += scale_of(i < 2 ? above : below, 2 * q + 1) * high[i];
+                        }
+                    }
+                    continue;
+                }
                 constexpr bool SCALES_SUMS = GROUPS > 0 && !SCALES_CODES;
 #pragma unroll
                 for (int t = 0; t < TOKEN_TILES; ++t) {

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compiledllm.kernels.quantized import INT4_ZERO, e2m1_values
+from compiledllm.kernels.quantized import INT4_ZERO, INT6_ZERO, e2m1_values
 
 # Code -> dtype of `QuantizedMatrix.codes`.
 CODES = {
     "fp8": torch.float8_e4m3fn,
     "int8": torch.int8,
+    "int6": torch.uint8,
     "int4": torch.uint8,
     "fp4": torch.uint8,
 }
@@ -32,8 +33,9 @@ class QuantizedMatrix:
     w[n, k] = (code[n, k] - zero) * scale + minimum, with the zero, scale and minimum at
     [n // rows, k // group]. All tensors may have the same leading dimensions (experts).
 
-    codes: "fp8": float8_e4m3fn; "int8": int8, offsets removed; "int4": uint8 0..15, the file's
-    offset kept; "fp4": uint8 0..15, an E2M1 number (sign, two exponent bits, one mantissa bit).
+    codes: "fp8": float8_e4m3fn; "int8": int8, offsets removed; "int6": uint8 0..63, with a zero of
+    32; "int4": uint8 0..15, the file's offset kept; "fp4": uint8 0..15, an E2M1 number (sign, two
+    exponent bits, one mantissa bit).
     scales: [N / rows, K / group], rounded up for blocks; float32, or bfloat16, float16 or
     float8_e8m0fnu where the file has these and they are exact.
     zeros: None, or the codes' integer dtype, of the shape of `scales`. None means 8 for int4
@@ -172,6 +174,8 @@ def _code_values(matrix: QuantizedMatrix) -> Tensor:
     values = matrix.codes.to(torch.float32)
     if matrix.code == "int4" and matrix.zeros is None and matrix.minima is None:
         values -= INT4_ZERO
+    if matrix.code == "int6":
+        values -= INT6_ZERO
     return values
 
 

@@ -28,7 +28,7 @@ def from_gguf(data: Tensor, kind: str) -> QuantizedMatrix:
         Q5_0         int8, groups of 32            w = (q - 16) * d
         Q4_1, Q5_1   int4, int8, groups of 32      w = q * d + m
         Q4_K, Q5_K   int4, int8, groups of 32      w = q * (d * sc) - dmin * mn
-        Q6_K         int8, groups of 16            w = (q - 32) * (d * sc)
+        Q6_K         int6, groups of 16            w = (q - 32) * (d * sc)
 
     Raises ValueError for another kind, for rows that are not whole blocks, and for infinities.
     """
@@ -91,7 +91,7 @@ def _read_q6_k(blocks: Tensor) -> QuantizedMatrix:
     high = blocks[..., 128:192].reshape(*blocks.shape[:-1], 2, 1, 32)
     codes = low | (high >> _shifts(blocks, 2, 4) & 3).flatten(-3) << 4
     scales, d = signed(_rows(blocks[..., 192:208]), 0), _float16(blocks, 208)
-    return QuantizedMatrix("int8", _rows(signed(codes, 32)), scales, super_scales=d)
+    return QuantizedMatrix("int6", _rows(codes), scales, super_scales=d)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +111,7 @@ _INT4 = QuantSpec("int4", 32, scale_dtype="float16")
 _INT8 = replace(_INT4, code="int8")
 _INT4_K = QuantSpec("int4", 32, scale_dtype="int8", has_minima=True, span=256)
 _INT8_K = replace(_INT4_K, code="int8")
+_INT6_K = replace(_INT4_K, code="int6", group=16, has_minima=False)
 KINDS = {
     "Q4_0": _Kind(18, _read_q4_0, _INT4, {"d": 0}),
     "Q4_1": _Kind(20, _read_q4_1, replace(_INT4, has_minima=True), {"d": 0, "m": 2}),
@@ -119,7 +120,7 @@ KINDS = {
     "Q8_0": _Kind(34, _read_q8_0, _INT8, {"d": 0}),
     "Q4_K": _Kind(144, _read_q4_k, _INT4_K, {"d": 0, "dmin": 2}),
     "Q5_K": _Kind(176, _read_q5_k, _INT8_K, {"d": 0, "dmin": 2}),
-    "Q6_K": _Kind(210, _read_q6_k, replace(_INT8_K, group=16, has_minima=False), {"d": 208}),
+    "Q6_K": _Kind(210, _read_q6_k, _INT6_K, {"d": 208}),
 }
 
 

@@ -21,7 +21,7 @@ from compiledllm.kernels.packed import (
     products_of,
     takes_fp8_inputs,
 )
-from compiledllm.kernels.quantized import unpack_nibbles
+from compiledllm.kernels.quantized import unpack_codes
 from compiledllm.kernels.records import TILE
 from compiledllm.models.formats.weight_format import MatrixFormat, Params, in_input_order
 from compiledllm.models.matrices import QuantSpec
@@ -154,7 +154,7 @@ def _packed(
     minima: Any,
     factors: Any,
 ) -> Packed | None:
-    codes = unpack_nibbles(codes) if spec.is_nibbles else codes
+    codes = unpack_codes(spec.code, codes)
     return pack(spec.code, codes, scales, zeros, in_features, minima, factors)
 
 

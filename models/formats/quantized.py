@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from compiledllm.kernels.quantized import (
     BLOCK_ROWS,
     INT4_ZERO,
-    pack_nibbles,
+    pack_codes,
     quantized_experts,
     quantized_linear,
     quantized_rows,
@@ -45,7 +45,7 @@ _UNSET = -1  # in a permutation that no part has set
 _ANY_ZERO = {"int4": INT4_ZERO, "int8": 0}  # the zero of a symmetric part beside asymmetric ones
 
 # Standard deviations of the values of random codes.
-_SPREADS = {"fp8": 0.6, "int8": 74.0, "int4": 4.6, "fp4": 2.9}
+_SPREADS = {"fp8": 0.6, "int8": 74.0, "int6": 18.5, "int4": 4.6, "fp4": 2.9}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,9 @@ class Quantized:
         rows = num_outputs if self._rows(parts) == 1 else math.ceil(num_outputs / BLOCK_ROWS)
         shape = *lead, rows, num_inputs // spec.group_in_memory(in_features)
         width, dtype = num_inputs, CODES[spec.code]
-        if spec.is_nibbles:
+        if spec.code == "int6":
+            width = num_inputs * 3 // 4
+        elif spec.is_packed:
             width, dtype = num_inputs // 8, torch.int32
         scales = torch.zeros(shape, dtype=getattr(torch, spec.scale_dtype))
         zeros = torch.zeros(shape, dtype=CODES[spec.code]) if spec.has_zeros else None
@@ -235,8 +237,7 @@ class MatrixSlot:
             raise ValueError(
                 "a rank's part is not whole blocks; use a smaller tensor_parallel_size"
             )
-        packed = pack_nibbles(stored.codes) if self.spec.is_nibbles else stored.codes
-        self.codes.copy_(packed)
+        self.codes.copy_(pack_codes(self.spec.code, stored.codes))
         self._spread(stored.scales, stored, self.scales)
         if self.zeros is not None and stored.zeros is None:
             self.zeros.fill_(_ANY_ZERO[self.spec.code])

@@ -8,15 +8,10 @@ import pytest
 import torch
 
 from compiledllm.kernels import cuda_kernel
-from compiledllm.kernels.packed import Layout, pack
-from compiledllm.kernels.records import unpack_bytes, unpack_records
+from compiledllm.kernels.packed import pack
 from compiledllm.models.formats import packed
-from compiledllm.models.formats.codes import dequantize
-from compiledllm.models.formats.gguf_blocks import KINDS, from_gguf
 from compiledllm.models.formats.packed import for_device
-from compiledllm.models.formats.quantized import Quantized
 from compiledllm.models.matrices import QuantSpec
-from tests.support.gguf_blocks import random_blocks
 
 
 @pytest.mark.parametrize("num_inputs", [120, 124])
@@ -41,39 +36,6 @@ def test_matrices_of_a_float32_model_are_not_packed(
     finally:
         torch.set_default_dtype(default)
     assert (found is None) == (dtype == torch.float32)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_packed_blocks_of_gguf_have_all_their_numbers(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Reads the layout as `cuda/codes.cuh` does: scales, minima and factors of output and unit."""
-    monkeypatch.setattr(packed, "can_pack", lambda device: True)
-    monkeypatch.setattr(torch, "get_default_dtype", lambda: torch.bfloat16)
-    n, k = 21, 512
-    matrix = from_gguf(random_blocks(kind, n, k // (256 if "K" in kind else 32), seed=3), kind)
-    format = Quantized(KINDS[kind].spec)
-    params = [*format.parameters({"": n}, k).values()]
-    format.slots({"": n}, k, params)["weight"].put(matrix)
-    found, tensors = for_device(format.spec, params, k)
-    layout, dtype = found.layout, getattr(torch, found.layout.scale_dtype)
-    assert Layout.parse(str(layout)) == layout
-    numbers = layout.groups * (1 + layout.has_minima) + 4 * layout.has_factors
-    codes, scales = tensors["weight"], tensors["weight_scale"]
-    if codes.dtype == torch.uint8:
-        codes, scales, _ = unpack_records(codes, n, numbers, dtype, False)
-        codes = codes - (0 if layout.has_minima else 8.0)
-    else:
-        codes = unpack_bytes(codes).float()
-    scales = scales.view(n, k // 128, numbers)
-    factors = scales[..., -4:].contiguous().view(torch.float16).float()
-    values = codes.view(n, k // 128, layout.groups, -1)
-    for which, is_there in enumerate((True, layout.has_minima)):
-        part = scales[..., which * layout.groups :][..., : layout.groups].float()
-        part = part * factors[..., which, None] if layout.has_factors else part
-        if is_there:
-            values = values + part[..., None] if which else values * part[..., None]
-    assert torch.equal(values.reshape(n, k), dequantize(matrix))
 
 
 def test_inputs_at_odd_addresses_are_copied() -> None:

@@ -29,6 +29,10 @@ struct Place {
 
 using std::max;
 using std::min;
+struct uint2 {
+    u32 x, y;
+};
+inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 
 // -- threads -----------------------------------------------------------------------------------------
