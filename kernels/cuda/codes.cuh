@@ -39,9 +39,15 @@ __device__ __forceinline__ float to_float(u16 v) {
 
 // -- codes to floats -------------------------------------------------------------------------------
 
-// Unpacked FP8 codes are too small by this power of two, and the kernel multiplies the final sum by it.
-// This changes a sum of codes by at most 2^-29.
-constexpr float FP8_FACTOR = BF16 ? 1.329227995784916e36f : 256.f;  // 2^120, 2^8
+// Unpacked FP8 codes, and NVFP4 codes times their scales, are too small by a power of two, by which the
+// kernel multiplies the final sum. This changes a sum of codes by at most 2^-29.
+constexpr bool IS_NVFP4 = CODE == FP4 && GROUPS == 8 && SCALE == E4M3;
+constexpr float FACTOR = CODE == FP8 ? (BF16 ? 1.329227995784916e36f : 256.f)  // 2^120, 2^8
+                         : IS_NVFP4  ? (BF16 ? 6.646139978924579e35f : 16384.f)  // 2^119, 2^14
+                                     : 1.f;
+// Makes a scale of the E4M3 bits in a float's exponent. NVFP4's are too large by 2^7 for BF16, so that
+// products with codes are exact: codes are too small by 2^126.
+constexpr float E4M3_POWER = IS_NVFP4 && BF16 ? 1.7014118346046923e38f : 1.329227995784916e36f;  // 2^127, 2^120
 
 // Four 8-bit codes -> two pairs, exact.
 __device__ __forceinline__ void unpack_bytes(u32 codes, u32 zero, u32& first, u32& second) {
@@ -84,7 +90,7 @@ __device__ __forceinline__ void unpack_sixes(u32 lower, u32 upper, int quarter, 
     }
 }
 
-// Eight 4-bit codes -> four pairs, exact: nibbles (0, 4), (1, 5), (2, 6), (3, 7).
+// Eight 4-bit codes -> four pairs, exact but for FACTOR: nibbles (0, 4), (1, 5), (2, 6), (3, 7).
 __device__ __forceinline__ void unpack_nibbles(u32 codes, u32 zero, u32 (&pair)[4]) {
 #pragma unroll
     for (int p = 0; p < 4; ++p) {
@@ -94,7 +100,8 @@ __device__ __forceinline__ void unpack_nibbles(u32 codes, u32 zero, u32 (&pair)[
             constexpr u32 MASK = BF16 ? 0x01C001C0u : 0x0E000E00u, POWER = BF16 ? 0x7E807E80u : 0x74007400u;
             const int up = (BF16 ? 6 : 9) - 4 * p;
             u32 magnitude = (up >= 0 ? codes << max(up, 0) : codes >> max(-up, 0)) & MASK;
-            pair[p] = times(((codes << (12 - 4 * p)) & 0x80008000u) | magnitude, POWER);
+            pair[p] = ((codes << (12 - 4 * p)) & 0x80008000u) | magnitude;
+            if constexpr (!IS_NVFP4) pair[p] = times(pair[p], POWER);
         }
     }
 }
@@ -136,7 +143,7 @@ __device__ __forceinline__ float scale_at(const Scales& scales, int index) {
     if constexpr (SCALE == FLOAT32) return __uint_as_float(bits);
     if constexpr (SCALE == BFLOAT16) return __uint_as_float(bits << 16);
     if constexpr (SCALE == E8M0) return __uint_as_float(bits << 23);
-    if constexpr (SCALE == E4M3) return __uint_as_float((bits & 0x7Fu) << 20) * 1.329227995784916e36f;  // 2^120
+    if constexpr (SCALE == E4M3) return __uint_as_float((bits & 0x7Fu) << 20) * E4M3_POWER;
     if constexpr (SCALE == INTEGER8) return (float)(signed char)bits;
     return half_to_float(bits);
 }

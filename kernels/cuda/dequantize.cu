@@ -40,7 +40,7 @@ extern "C" __global__ void dequantize(
         if (GROUPS > 0) scale.load(scales + at * SCALE_BYTES);
         if (HAS_ZEROS) zero_code.load(zeros + at);
 #endif
-        const float of_row = row_scales ? row_scales[output] : 1.f, factor = CODE == FP8 ? FP8_FACTOR : 1.f;
+        const float of_row = row_scales ? row_scales[output] : 1.f;
 #pragma unroll
         for (int q = 0; q < 4; ++q) {
             const int group = SCALES_CODES ? 2 * q + l / 2 : q * NUM_SCALES / 4;
@@ -73,8 +73,8 @@ extern "C" __global__ void dequantize(
             const float minimum = HAS_MINIMA ? minimum_of(scale, group) : -0.f;  // x + -0 is x
 #pragma unroll
             for (int p = 0; p < 4; ++p)
-                pair[p] = pair_of(to_float(pair[p] & 0xFFFFu) * factor * s + minimum,
-                                  to_float(pair[p] >> 16) * factor * s + minimum);
+                pair[p] = pair_of(to_float(pair[p] & 0xFFFFu) * FACTOR * s + minimum,
+                                  to_float(pair[p] >> 16) * FACTOR * s + minimum);
             const int input = unit * UNIT + first_input(q) + LANE_INPUTS * l;
             if (input < num_inputs)
                 *(uint4*)(out + (long long)row * num_inputs + input) = make_uint4(pair[0], pair[1], pair[2], pair[3]);

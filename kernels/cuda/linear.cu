@@ -331,7 +331,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantized_linear(
         float sum = 0.f;
 #pragma unroll
         for (int k = 0; k < K_WARPS; ++k) sum += sums[k][token][i % OUTPUTS];
-        if constexpr (CODE == FP8) sum *= FP8_FACTOR;
+        if constexpr (FACTOR != 1.f) sum *= FACTOR;
         if (row_scales) sum *= row_scales[output];
         if constexpr (HAS_BIAS) sum += to_float(bias[output]);
         if constexpr (sizeof(OUT) == 4) out[row_of_out * num_outputs + output] = sum;
