@@ -146,7 +146,7 @@ def _has_groups(code: str, group: int, has_minima: bool) -> bool:
 
 def _in_order(code: str, codes: Tensor, scales: Tensor | None, zeros: Tensor | None) -> Tensor:
     if code in PACKED_BITS:
-        return pack_records(codes, scales, zeros, PACKED_BITS[code])
+        return pack_records(codes, scales, zeros, code)
     return pack_bytes(codes) if code == "int8" else codes
 
 

@@ -7,7 +7,8 @@ these four lanes. A record consists of:
 
 - codes, [2, 8, 4, 4] words of 32 bits: half of the tile, output in the half, lane, quarter. A word
   has the eight codes of inputs 32 * quarter + 8 * lane + (0 ... 7): inputs 0, 2, 4, 6 in its lower
-  16 bits and inputs 1, 3, 5, 7 in its upper 16 bits, from the lowest bits up. With 6-bit codes,
+  16 bits and inputs 1, 3, 5, 7 in its upper 16 bits, from the lowest bits up; E2M1 codes bit by bit
+  as `_E2M1_BITS` says. With 6-bit codes,
   a lane's inputs are 4 * lane + (0 ... 3) of either half of the quarter, as each half has a scale.
 - for 6-bit codes, whose lower four bits lie as above, the upper two, [2, 8, 4, 2] words: half of
   the tile, output in the half, lane, half of the unit. Of a word's lower and upper 16 bits, each 8
@@ -29,14 +30,17 @@ from torch import Tensor
 TILE = 16  # outputs
 UNIT = 128  # inputs
 _CHUNK = 2**24  # codes that are packed at a time
-# Lowest bit of each of a lane's eight codes in their word.
-_SHIFTS = tuple(4 * (i // 2) + 16 * (i % 2) for i in range(8))
+# Where the four bits of an E2M1 code lie, the lowest first, by its place among the four codes of 16
+# bits: where few instructions make bfloat16 of them (`unpack_nibbles` in `cuda/codes.cuh`).
+_E2M1_BITS = ((6, 7, 8, 15), (0, 1, 2, 9), (3, 4, 5, 12), (10, 11, 13, 14))
 
 
 def pack_records(
-    codes: Tensor, scales: Tensor | None, zeros: Tensor | None, num_bits: int = 4
+    codes: Tensor, scales: Tensor | None, zeros: Tensor | None, code: str = "int4"
 ) -> Tensor:
     """Pack codes, uint8 [N, K] of 4 or 6 bits: uint8 [ceil(N / 16), ceil(K / 128), record bytes].
+
+    code: "int4", "fp4" or "int6".
 
     scales (1 to 4 bytes each), zeros (uint8): [N, groups * ceil(K / 128)] with 1, 2, 4 or 8 groups
     per 128 inputs, or None. Works through the rows in chunks, to save memory.
@@ -47,7 +51,7 @@ def pack_records(
     for start in range(0, num_outputs, size):
         rows = slice(start, start + size)
         own_scales, own_zeros = (None if p is None else p[rows] for p in (scales, zeros))
-        chunk = _pack_chunk(codes[rows], own_scales, own_zeros, num_bits)
+        chunk = _pack_chunk(codes[rows], own_scales, own_zeros, code)
         if records is None:
             records = chunk.new_empty(-(-num_outputs // TILE), *chunk.shape[1:])
         records[start // TILE :][: len(chunk)] = chunk
@@ -55,19 +59,17 @@ def pack_records(
     return records
 
 
-def _pack_chunk(
-    codes: Tensor, scales: Tensor | None, zeros: Tensor | None, num_bits: int
-) -> Tensor:
+def _pack_chunk(codes: Tensor, scales: Tensor | None, zeros: Tensor | None, code: str) -> Tensor:
     num_outputs, num_inputs = codes.shape
     num_units = -(-num_inputs // UNIT)
     codes = F.pad(codes, (0, -num_inputs % UNIT, 0, -num_outputs % TILE)).int()
-    eights = _by_lane(codes.view(-1, 2, 8, num_units, 4, 32), num_bits)
+    eights = _by_lane(codes.view(-1, 2, 8, num_units, 4, 32), code)
     words = torch.zeros(eights.shape[:-1], dtype=torch.int32, device=codes.device)
-    for i, shift in enumerate(_SHIFTS):
-        words |= (eights[..., i] & 15) << shift
+    for i in range(8):
+        words |= _in_half(eights[..., i], i // 2, code) << 16 * (i % 2)
     words = words.permute(0, 3, 1, 2, 5, 4)  # tile, unit, half, output, lane, quarter
     parts = [words.reshape(*words.shape[:2], -1).view(torch.uint8)]
-    if num_bits == 6:
+    if code == "int6":
         parts.append(_upper_bits(eights >> 4))
     for part in (scales, zeros):
         if part is not None:
@@ -75,10 +77,20 @@ def _pack_chunk(
     return torch.cat(parts, dim=-1)
 
 
-def _by_lane(quarters: Tensor, num_bits: int) -> Tensor:
+def _in_half(codes: Tensor, place: int, code: str) -> Tensor:
+    """Codes, int32, or their lower four bits, in their places among the four of 16 bits."""
+    if code != "fp4":
+        return (codes & 15) << 4 * place
+    found = torch.zeros_like(codes)
+    for bit, to in enumerate(_E2M1_BITS[place]):
+        found |= (codes >> bit & 1) << to
+    return found
+
+
+def _by_lane(quarters: Tensor, code: str) -> Tensor:
     """[..., 32 inputs of a quarter] -> [..., lane, 8]: the inputs of each of four lanes."""
     shape = quarters.shape[:-1]
-    if num_bits == 4:
+    if code != "int6":
         return quarters.view(*shape, 4, 8)
     return quarters.view(*shape, 2, 4, 4).transpose(-3, -2).flatten(-2)
 

@@ -78,29 +78,41 @@ __device__ __forceinline__ void unpack_bytes(u32 codes, u32 zero, u32& first, u3
     }
 }
 
+__device__ __forceinline__ constexpr u32 shifted(u32 bits, int up) {
+    return up >= 0 ? bits << max(up, 0) : bits >> max(-up, 0);
+}
+
 // Eight 6-bit codes -> four pairs, exact: 128 or 1024 with the code in the last bits, minus that and 32.
 // upper: the upper bits of two quarters, of which this one is `quarter`.
 __device__ __forceinline__ void unpack_sixes(u32 lower, u32 upper, int quarter, u32 (&pair)[4]) {
 #pragma unroll
     for (int p = 0; p < 4; ++p) {
         const int down = 8 * quarter + 2 * p - 4;
-        const u32 above = (down >= 0 ? upper >> max(down, 0) : upper << max(-down, 0)) & 0x00300030u;
+        const u32 above = shifted(upper, -down) & 0x00300030u;
         const u32 bits = ((lower >> (4 * p)) & 0x000F000Fu) | above | (BF16 ? 0x43004300u : 0x64006400u);
         pair[p] = subtract(bits, (BF16 ? 0x43004300u : 0x64006400u) + 0x00200020u);
     }
 }
 
-// Eight 4-bit codes -> four pairs, exact but for FACTOR: nibbles (0, 4), (1, 5), (2, 6), (3, 7).
+// Eight 4-bit codes -> four pairs, exact but for FACTOR. Either 16 bits have one code of each pair: of INT4 at
+// bits 0, 4, 8 and 12. E2M1 codes lie where few instructions bring them to their places in a bfloat16: three
+// bits of magnitude from bit 6, 0 or 3 on, with the sign nine bits above the first; of the last code in bits
+// 10, 11, 13 and, the sign, 14.
 __device__ __forceinline__ void unpack_nibbles(u32 codes, u32 zero, u32 (&pair)[4]) {
 #pragma unroll
     for (int p = 0; p < 4; ++p) {
         if constexpr (CODE == INT4) {  // 128 or 1024, with the code in the last bits
             pair[p] = subtract(((codes >> (4 * p)) & 0x000F000Fu) | (BF16 ? 0x43004300u : 0x64006400u), zero);
-        } else {  // E2M1; the exponent's bias is larger by 126 or 14
-            constexpr u32 MASK = BF16 ? 0x01C001C0u : 0x0E000E00u, POWER = BF16 ? 0x7E807E80u : 0x74007400u;
-            const int up = (BF16 ? 6 : 9) - 4 * p;
-            u32 magnitude = (up >= 0 ? codes << max(up, 0) : codes >> max(-up, 0)) & MASK;
-            pair[p] = ((codes << (12 - 4 * p)) & 0x80008000u) | magnitude;
+        } else {  // the exponent's bias is larger by 126 or 14
+            constexpr u32 SIGN = 0x80008000u, POWER = BF16 ? 0x7E807E80u : 0x74007400u;
+            constexpr u32 ONE = 0x00010001u;
+            constexpr int TO = BF16 ? 6 : 9;  // the lowest bit of the magnitude
+            const int from = p == 0 ? 6 : 3 * (p - 1);
+            if (p < 3)
+                pair[p] = (shifted(codes, TO - from) & ONE * (7u << TO)) | (shifted(codes, 6 - from) & SIGN);
+            else
+                pair[p] = (shifted(codes, TO - 10) & ONE * (3u << TO)) | (shifted(codes, TO - 11) & ONE * (4u << TO))
+                          | (codes << 1 & SIGN);
             if constexpr (!IS_NVFP4) pair[p] = times(pair[p], POWER);
         }
     }

@@ -69,7 +69,7 @@ class Matrix:
         self._apply(code, group, rows)
         self.codes = codes
         if code in ("int4", "fp4"):
-            self.codes = pack_records(codes, self.scales, self.zeros)
+            self.codes = pack_records(codes, self.scales, self.zeros, code)
             self.scales = self.zeros = None
         if code == "int8":
             self.codes = pack_bytes(codes)
