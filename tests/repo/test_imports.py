@@ -55,6 +55,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "root",
         "arguments",
         "engine",
+        "models.formats",
+        "models.matrices",
         "models.spec",
         "models.registry",
         "models.sharded_spec",
