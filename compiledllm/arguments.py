@@ -11,7 +11,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from compiledllm.argument_words import with_dashes, with_joined_keys, with_positionals_last
@@ -101,8 +101,7 @@ class CommandParser(Parser):
         args = with_positionals_last(args, self)
         if "--config" in self._option_string_actions and (path := _config_file(args)):
             self._where = f"{path}: "
-            words = [word for name, value in self._read(path) for word in self._words(name, value)]
-            namespace, _ = super().parse_known_args(words, namespace)
+            namespace, _ = super().parse_known_args(self.words_of(self._read(path)), namespace)
             self._where = ""
         found, rest = super().parse_known_args(args, namespace)
         self.refuse(rest)
@@ -111,7 +110,15 @@ class CommandParser(Parser):
     def error(self, message: str) -> NoReturn:
         super().error(self._where + message)
 
-    def _read(self, path: str) -> list[tuple[str, Any]]:
+    def words_of(self, options: Mapping[str, Any]) -> list[str]:
+        """Options by name, with dashes or underscores, as words of a command line."""
+        return [
+            word
+            for name, value in options.items()
+            for word in self._words(str(name).replace("_", "-"), value)
+        ]
+
+    def _read(self, path: str) -> dict[str, Any]:
         """The options in a file, by name. YAML, of which JSON is a part."""
         import yaml
 
@@ -122,7 +129,7 @@ class CommandParser(Parser):
             self.error(f"cannot be read ({' '.join(str(error).split())[:200]})")
         if not isinstance(found, dict):
             self.error("must be options with values, such as 'port: 8000', one a line")
-        return [(str(name).replace("_", "-"), value) for name, value in found.items()]
+        return found
 
     def _words(self, name: str, value: Any) -> list[str]:
         """An option of the file as words of a command line."""

@@ -48,7 +48,7 @@ def serve(arguments: argparse.Namespace) -> int:
     listener = listen(arguments)
     try:
         app_options = app_options_of(arguments, api_keys_of(arguments), is_local(listener))
-        engine = _make_engine(options, arguments)
+        engine = make_engine(options, arguments)
         engine.on_loaded = spare_collector
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
             return runner.run(_run(engine, app_options, listener, connections, arguments, tls))
@@ -136,7 +136,7 @@ def environments_of(
     return [*gpus_of_replicas(count, num_ranks, os.environ.get("CUDA_VISIBLE_DEVICES"))]
 
 
-def _make_engine(options: dict[str, Any], arguments: argparse.Namespace) -> ServedEngine:
+def make_engine(options: dict[str, Any], arguments: argparse.Namespace) -> ServedEngine:
     """The client of the engine, or of as many as `data_parallel_size` says."""
     limits, crashes = limits_of(arguments), cache_dir() / "crashes"
     clients = [

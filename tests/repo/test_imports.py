@@ -106,7 +106,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "yaml": ("compiledllm.arguments",),
     "matplotlib": ("compiledllm.benchmarks",),
     "vllm": ("compiledllm.benchmarks",),
-    "ray": ("compiledllm.engine.ray_ranks",),
+    "ray": ("compiledllm.engine.ray_ranks", "compiledllm.server.ray_serve"),
     "fastapi": ("compiledllm.server",),
     "starlette": ("compiledllm.server",),
     "uvicorn": ("compiledllm.server",),
