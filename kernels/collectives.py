@@ -8,6 +8,12 @@ rank must call the same ops in the same order.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import socket
+import struct
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import import_module
@@ -26,6 +32,8 @@ _MAX_SYMMETRIC_BYTES = 16 * 2**20
 # is two-shot: every rank sums a share of the elements, then reads the shares of the other ranks. On
 # two H200s one-shot is faster at 8 rows of width 4,096, and two-shot from 32 rows on.
 _MAX_ONE_SHOT_BYTES = 128 * 2**10
+_GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+_SIOCGIFADDR = 0x8915  # Linux: the address of an interface
 _ALIGNMENT = 16  # bytes per load of the operators on symmetric memory
 
 
@@ -69,18 +77,59 @@ def join(rank: int, size: int, store: Any, device: torch.device) -> str:
     is_cuda = device.type == "cuda"
     if is_cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        "nccl" if is_cuda else "gloo",
-        store=store,
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(seconds=TIMEOUT_S),
-        device_id=device if is_cuda else None,
-    )
+    with _gloo_on(interface_to(store.host)):
+        dist.init_process_group(
+            "nccl" if is_cuda else "gloo",
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=TIMEOUT_S),
+            device_id=device if is_cuda else None,
+        )
     name = dist.group.WORLD.group_name  # type: ignore[union-attr]
     buffer, reason = _symmetric_buffer(device, name) if is_cuda else (None, "gloo")
     _group = _Group(rank, size, name, buffer)
     return reason
+
+
+def interface_to(host: str) -> str | None:
+    """The network interface through which this machine reaches a host; None if it is not known.
+
+    Only Linux tells, and only for the first IPv4 address of each interface.
+    """
+    if sys.platform != "linux":
+        return None
+    import fcntl
+
+    with (
+        contextlib.suppress(OSError),
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe,
+    ):
+        probe.connect((host, 1))  # sends nothing, but chooses this end's address
+        own = socket.inet_aton(probe.getsockname()[0])
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # an interface without an address
+                asked = struct.pack("256s", name.encode())
+                if fcntl.ioctl(probe, _SIOCGIFADDR, asked)[20:24] == own:
+                    return name
+    return None
+
+
+@contextlib.contextmanager
+def _gloo_on(interface: str | None) -> Iterator[None]:
+    """Inside the context, gloo connects through this interface, unless the environment names one.
+
+    By itself gloo takes the address of this machine's name, which is often the loopback's, where no
+    other machine finds the rank.
+    """
+    if interface is None or _GLOO_INTERFACE in os.environ:
+        yield
+        return
+    os.environ[_GLOO_INTERFACE] = interface
+    try:
+        yield
+    finally:
+        del os.environ[_GLOO_INTERFACE]
 
 
 def is_member() -> bool:

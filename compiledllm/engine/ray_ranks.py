@@ -2,25 +2,33 @@
 
 Ray only places the ranks, starts them and says when they have ended: an actor connects to the first
 rank, and the same messages follow as between processes of one machine. The first rank stays in the
-engine's own process, on a GPU of this machine that a further actor reserves.
+engine's own process, on a GPU of its machine that a further actor reserves. An engine that is
+itself placed by Ray (`remote/ray_engines.py`) finds room for its ranks reserved.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import socket
+import time
 from importlib import import_module
 from typing import Any
 
 from compiledllm.config import ConfigError
 
 START_TIMEOUT_S = 600.0  # for Ray to find room, and for a worker to import what a rank needs
-_TOKEN_BYTES = 32
+TOKEN_BYTES = 32
+# The placement group that was made for the engine of this process: "namespace/name".
+GROUP_VARIABLE = "COMPILEDLLM_RAY_GROUP"
 _END_S = 5.0
+_LOOK_S = 2.0  # between looks at the cluster, while there is no room
+_MAX_SILENCE_S = 30  # of a machine that does not acknowledge; then its connections end
+_PROBE_S = 10  # between probes of an idle connection
 
 
-def load_ray() -> Any:
+def load_ray(namespace: str | None = None) -> Any:
     """Ray, connected to its cluster. Raises ConfigError if the package or a cluster is missing."""
     try:
         ray: Any = import_module("ray")
@@ -31,56 +39,103 @@ def load_ray() -> Any:
         ) from None
     if not ray.is_initialized():
         try:
-            ray.init(log_to_driver=True, logging_level="warning")
+            ray.init(log_to_driver=True, logging_level="warning", namespace=namespace)
         except Exception as error:
             raise ConfigError(f"Ray's cluster cannot be reached: {error}") from error
     return ray
 
 
-class RayPlaces:
-    """Room for the ranks of a model in a Ray cluster, one GPU (or CPU) each.
+def has_gpus(ray: Any, device: str) -> bool:
+    """Whether engines with this option `device` run on the GPUs of the cluster."""
+    return device != "cpu" and bool(ray.cluster_resources().get("GPU"))
 
-    Raises ConfigError if the cluster does not have so many.
-    """
 
-    def __init__(self, num_ranks: int, is_cuda: bool) -> None:
-        self.ray = load_ray()
-        self._resource = "GPU" if is_cuda else "CPU"
-        total = int(self.ray.cluster_resources().get(self._resource, 0))
-        if total < num_ranks:
-            raise ConfigError(
-                f"tensor_parallel_size={num_ranks} needs as many {self._resource}s, and Ray's "
-                f"cluster has {total}; use at most {total}"
-            )
-        self.host: str = self.ray.util.get_node_ip_address()
-        bundles: list[dict[str, float]] = [{self._resource: 1.0} for _ in range(num_ranks)]
-        bundles[0][f"node:{self.host}"] = 0.001  # the first rank is here
-        self._group = self.ray.util.placement_group(bundles, strategy="PACK")
-        if not self._group.wait(START_TIMEOUT_S):
-            self.give_back()
-            raise ConfigError(
-                f"Ray has not found {num_ranks} free {self._resource}s, one of them on this "
-                f"machine, within {START_TIMEOUT_S:.0f} s"
-            )
-        self._reserved = self.actor(_Reserved, 0)
-        self.gpu: str = self.ray.get(self._reserved.gpu.remote())
+class Room:
+    """A placement group: room for the ranks of one engine, one GPU (or CPU) each."""
+
+    def __init__(self, ray: Any, group: Any, resource: str) -> None:
+        self.ray, self.group, self.resource = ray, group, resource
+
+    @classmethod
+    def reserve(cls, ray: Any, num_ranks: int, resource: str, host: str | None = None) -> Room:
+        """Ask Ray for room, which may take a while. host: the first rank's address, if it matters.
+
+        The room has a name, so that an engine can find it.
+        """
+        bundles: list[dict[str, float]] = [{resource: 1.0} for _ in range(num_ranks)]
+        if host is not None:
+            bundles[0][f"node:{host}"] = 0.001
+        name = f"compiledllm-{secrets.token_hex(8)}"
+        return cls(ray, ray.util.placement_group(bundles, strategy="PACK", name=name), resource)
 
     def actor(self, kind: type, rank: int) -> Any:
         """An actor in the place of a rank."""
         strategies: Any = import_module("ray.util.scheduling_strategies")
         strategy = strategies.PlacementGroupSchedulingStrategy(
-            self._group, placement_group_bundle_index=rank
+            self.group, placement_group_bundle_index=rank
         )
-        resources = {"num_gpus" if self._resource == "GPU" else "num_cpus": 1}
-        remote = self.ray.remote(**resources, max_restarts=0, scheduling_strategy=strategy)(kind)
+        counts = {"num_cpus": 0, "num_gpus": 0} | {f"num_{self.resource.lower()}s": 1}
+        remote = self.ray.remote(**counts, max_restarts=0, scheduling_strategy=strategy)(kind)
         return remote.remote()
+
+    def give_back(self) -> None:
+        with contextlib.suppress(Exception):  # the cluster may be gone
+            self.ray.util.remove_placement_group(self.group)
+
+
+class RayPlaces:
+    """Room for the ranks of the engine in this process.
+
+    Raises ConfigError if the cluster does not have so much.
+    """
+
+    def __init__(self, num_ranks: int, is_cuda: bool) -> None:
+        resource, given = "GPU" if is_cuda else "CPU", os.environ.get(GROUP_VARIABLE)
+        namespace, _, name = (given or "").partition("/")
+        self.ray = load_ray(namespace or None)
+        self.host: str = self.ray.util.get_node_ip_address()
+        self.gpu = ""  # the first rank's, if Ray has chosen it here
+        self._is_ours = given is None
+        if not self._is_ours:
+            self._room = Room(self.ray, self.ray.util.get_placement_group(name), resource)
+            return
+        self._check_size(num_ranks, resource)
+        self._room = Room.reserve(self.ray, num_ranks, resource, self.host)
+        try:
+            self._wait_for_room(num_ranks, resource)
+        except BaseException:
+            self.give_back()
+            raise
+        self._reserved = self._room.actor(_Reserved, 0)
+        self.gpu = self.ray.get(self._reserved.gpu.remote())
+
+    def _check_size(self, num_ranks: int, resource: str) -> None:
+        total = int(self.ray.cluster_resources().get(resource, 0))
+        if total < num_ranks:
+            raise ConfigError(
+                f"tensor_parallel_size={num_ranks} needs as many {resource}s, and Ray's "
+                f"cluster has {total}; use at most {total}"
+            )
+
+    def _wait_for_room(self, num_ranks: int, resource: str) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not self._room.group.wait(_LOOK_S):
+            self._check_size(num_ranks, resource)  # a machine may have been lost meanwhile
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"Ray has not found {num_ranks} free {resource}s, one of them on this "
+                    f"machine, within {START_TIMEOUT_S:.0f} s"
+                )
 
     def start_rank(self, rank: int) -> RayRank:
         return RayRank(self, rank)
 
+    def actor(self, kind: type, rank: int) -> Any:
+        return self._room.actor(kind, rank)
+
     def give_back(self) -> None:
-        with contextlib.suppress(Exception):  # the cluster may be gone
-            self.ray.util.remove_placement_group(self._group)
+        if self._is_ours:
+            self._room.give_back()
 
 
 class _Reserved:
@@ -97,11 +152,7 @@ class _Actor:
     def run(self, host: str, port: int, token: bytes) -> None:
         from compiledllm.engine.rank_process import main
 
-        connection = socket.create_connection((host, port), timeout=START_TIMEOUT_S)
-        connection.settimeout(None)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.sendall(token)
-        main(connection)
+        main(connect(host, port, token))
 
 
 class RayRank:
@@ -109,13 +160,12 @@ class RayRank:
 
     def __init__(self, places: RayPlaces, rank: int) -> None:
         self.rank, self._places = rank, places
-        token = secrets.token_bytes(_TOKEN_BYTES)
+        token = secrets.token_bytes(TOKEN_BYTES)
         with socket.create_server((places.host, 0)) as listener:
             listener.settimeout(START_TIMEOUT_S)
             self._actor = places.actor(_Actor, rank)
             self._actor.run.remote(*listener.getsockname()[:2], token)
-            self.connection = _accepted(listener, token)
-        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.connection = accepted(listener, token)
 
     def end(self) -> str:
         """Close the connection and end the actor. Returns how it ended."""
@@ -128,8 +178,18 @@ class RayRank:
         return "its actor has ended"
 
 
-def _accepted(listener: socket.socket, token: bytes) -> socket.socket:
-    """The first connection that brings the token."""
+# -- connections between machines ------------------------------------------------------------------
+
+
+def connect(host: str, port: int, token: bytes) -> socket.socket:
+    """Connect to the process that waits in `accepted` for the token."""
+    connection = socket.create_connection((host, port), timeout=START_TIMEOUT_S)
+    connection.sendall(token)
+    return _between_machines(connection)
+
+
+def accepted(listener: socket.socket, token: bytes) -> socket.socket:
+    """The first connection that brings the token. Raises TimeoutError as the listener does."""
     while True:
         connection, _ = listener.accept()
         connection.settimeout(_END_S)
@@ -137,6 +197,19 @@ def _accepted(listener: socket.socket, token: bytes) -> socket.socket:
         with contextlib.suppress(OSError):
             found = connection.recv(len(token), socket.MSG_WAITALL)
         if secrets.compare_digest(found, token):
-            connection.settimeout(None)
-            return connection
+            return _between_machines(connection)
         connection.close()
+
+
+def _between_machines(connection: socket.socket) -> socket.socket:
+    """Send small frames at once, and end the connection when the other machine is gone."""
+    connection.settimeout(None)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    with contextlib.suppress(AttributeError, OSError):  # another system than Linux
+        tcp = socket.IPPROTO_TCP
+        connection.setsockopt(tcp, socket.TCP_KEEPIDLE, _PROBE_S)
+        connection.setsockopt(tcp, socket.TCP_KEEPINTVL, _PROBE_S)
+        connection.setsockopt(tcp, socket.TCP_KEEPCNT, _MAX_SILENCE_S // _PROBE_S)
+        connection.setsockopt(tcp, socket.TCP_USER_TIMEOUT, _MAX_SILENCE_S * 1000)
+    return connection

@@ -8,7 +8,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Protocol
 
 from compiledllm.remote.running_log import RunningLog
 from compiledllm.remote.wire import FromEngine, ToEngine, frame, receive_async
@@ -18,19 +19,50 @@ _LAST_WORDS_S = 1.0  # for reading what an ended process has already written
 _END_S = 5.0  # for a process to exit after its connection is closed
 
 
+class EngineProcess(Protocol):
+    """An engine's process, on whatever machine."""
+
+    async def wait(self) -> str:
+        """Wait for the end. Returns how the process ended."""
+
+    def kill(self) -> None:
+        """Kill the process, even a stopped one; its guardian kills its child processes."""
+
+    def take_started(self) -> set[str]:
+        """The ids of all requests that began to run. Call once, after the end."""
+
+
+class LocalProcess:
+    """A child of this process."""
+
+    def __init__(self, process: asyncio.subprocess.Process, running: RunningLog) -> None:
+        self._process, self._running = process, running
+        self.pid = process.pid
+
+    async def wait(self) -> str:
+        return how_it_ended(await self._process.wait())
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+
+    def take_started(self) -> set[str]:
+        names = self._running.read()
+        self._running.close()
+        return names
+
+
 class EngineChild:
-    """One engine process, from `spawn` to `end`."""
+    """One engine process with its connection, from `spawn` to `end`."""
 
     def __init__(
         self,
-        process: asyncio.subprocess.Process,
+        process: EngineProcess,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
-        running: RunningLog,
     ) -> None:
         self.process = process
         self._reader, self._writer = reader, writer
-        self._running = running
         self._exit = asyncio.create_task(process.wait())
         self._exit.add_done_callback(self._hang_up)
 
@@ -38,7 +70,7 @@ class EngineChild:
     async def spawn(
         cls, command: Sequence[str], environment: Mapping[str, str] | None = None
     ) -> EngineChild:
-        """Start a process. Raises OSError if the system cannot start one now.
+        """Start a process on this machine. Raises OSError if the system cannot start one now.
 
         environment: variables besides this process's own.
         """
@@ -59,7 +91,7 @@ class EngineChild:
         finally:
             theirs.close()
         reader, writer = await asyncio.open_connection(sock=ours)
-        return cls(process, reader, writer, running)
+        return cls(LocalProcess(process, running), reader, writer)
 
     @property
     def num_unread_bytes(self) -> int:
@@ -82,11 +114,10 @@ class EngineChild:
 
     def kill(self) -> None:
         """Kill the process, even a stopped one; the guardian kills its child processes."""
-        with contextlib.suppress(ProcessLookupError):
-            self.process.kill()
+        self.process.kill()
 
-    async def end(self) -> int:
-        """Close the connection, wait for the process and return its exit status."""
+    async def end(self) -> str:
+        """Close the connection, wait for the process and return how it ended."""
         self._writer.close()
         with contextlib.suppress(TimeoutError):
             return await asyncio.wait_for(asyncio.shield(self._exit), _END_S)
@@ -95,9 +126,7 @@ class EngineChild:
 
     def take_started(self) -> set[str]:
         """The ids of all requests that began to run. Call once, after the process has ended."""
-        names = self._running.read()
-        self._running.close()
-        return names
+        return self.process.take_started()
 
     def _hang_up(self, _exit: object) -> None:
         """Close the connection of an ended process, which a descendant may still hold open."""
@@ -105,7 +134,10 @@ class EngineChild:
         loop.call_later(_LAST_WORDS_S, self._writer.transport.abort)
 
 
-def cause_of(status: int) -> str:
+Spawn = Callable[[Sequence[str], Mapping[str, str] | None], Awaitable[EngineChild]]
+
+
+def how_it_ended(status: int) -> str:
     """An exit status as a sentence."""
     if status >= 0:
         return f"its process ended with status {status}"

@@ -45,5 +45,8 @@ class EngineClient(EngineLife, EngineRequests):
     def _on_engine_end(self, cause: str, started: set[str]) -> bool:
         return self.live.on_engine_end(cause, started)
 
+    def _give_requests_away(self) -> None:
+        self.on_loss()
+
     def _end_all(self, error: Exception) -> None:
         self.live.end_all(error)

@@ -17,7 +17,7 @@ from typing import Any
 from compiledllm.config import ConfigError
 from compiledllm.log import log
 from compiledllm.remote.crash_records import tidy_crash_records, write_crash_record
-from compiledllm.remote.engine_child import ENGINE_COMMAND, EngineChild, cause_of
+from compiledllm.remote.engine_child import ENGINE_COMMAND, EngineChild, Spawn
 from compiledllm.remote.engine_state import EngineState
 from compiledllm.remote.errors import EngineError
 from compiledllm.remote.limits import Limits
@@ -43,7 +43,8 @@ class EngineLife(EngineState, ABC):
     """Starts the engine's process and watches it.
 
     command: starts such a process; two file descriptors are appended as arguments. environment:
-    variables of the process besides this process's own. Attributes, besides the state's: `signs`
+    variables of the process besides this process's own. spawn: starts the process, on whatever
+    machine; see `EngineChild.spawn`. Attributes, besides the state's: `signs`
     (the signs of life), `observe` (called with each message).
     """
 
@@ -54,8 +55,10 @@ class EngineLife(EngineState, ABC):
         crash_folder: Path,
         command: Sequence[str] = ENGINE_COMMAND,
         environment: Mapping[str, str] | None = None,
+        spawn: Spawn = EngineChild.spawn,
     ) -> None:
         super().__init__(limits)
+        self._spawn = spawn
         self._options = options
         self._environment = environment
         self._crash_folder = crash_folder
@@ -99,6 +102,9 @@ class EngineLife(EngineState, ABC):
 
         started: the engine's ids of all requests that the engine began to run.
         """
+
+    def _give_requests_away(self) -> None:
+        """Let other engines have what they can compute instead of this one, if there are any."""
 
     @abstractmethod
     def _end_all(self, error: Exception) -> None:
@@ -160,7 +166,7 @@ class EngineLife(EngineState, ABC):
             self.failure, self._was_silent = None, False
             started: set[str] = set()
             try:
-                self._child = child = await EngineChild.spawn(self._command, self._environment)
+                self._child = child = await self._spawn(self._command, self._environment)
             except OSError as error:
                 self.failure = Failed(f"its process cannot be started ({error})")
             else:
@@ -168,8 +174,8 @@ class EngineLife(EngineState, ABC):
                 level = log.level or logging.INFO
                 child.send(Start(self._options, str(self._crash_folder), level))
                 await self._attend(child)
-                status = await child.end()
-                self.failure = self.failure or Failed(cause_of(status))
+                how = await child.end()
+                self.failure = self.failure or Failed(how)
                 started = set(self.failure.blamed) or child.take_started()
             goes_on = self._mourn(self.failure, started)
 
@@ -227,6 +233,7 @@ class EngineLife(EngineState, ABC):
         self.num_restarts += 1
         if self.state != "draining":
             self._set("loading")
+            self._give_requests_away()
         return True
 
     def _write_record(self, failure: Failed, started: set[str]) -> None:
@@ -238,6 +245,7 @@ class EngineLife(EngineState, ABC):
     def _give_up(self, failure: Failed) -> None:
         self.failure = failure
         self._set("dead")
+        self._give_requests_away()
         self._end_all(EngineError(failure.error))
 
     # -- messages ------------------------------------------------------------------------------

@@ -32,7 +32,8 @@ class EngineRequests(EngineState, ABC):
 
     Attributes: `requests` (the request factory, once the engine is ready), `live` (the requests in
     progress), `on_loaded` (called once, when tokenizer and grammars have been loaded in this
-    process), `id_prefix` (stands in the ids of this process's requests).
+    process), `on_loss` (called after the engine has ended, before its requests fail or wait for its
+    next start), `id_prefix` (stands in the ids of this process's requests).
     """
 
     id_prefix = ""
@@ -41,6 +42,7 @@ class EngineRequests(EngineState, ABC):
         super().__init__(limits)
         self.requests: RequestFactory | None = None
         self.on_loaded: Callable[[], None] = lambda: None
+        self.on_loss: Callable[[], None] = lambda: None
         self.live = LiveRequests(self._send)
         self._vocabulary: Vocabulary | None = None  # None: no structured outputs
 

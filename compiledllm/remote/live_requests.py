@@ -59,6 +59,10 @@ class LiveRequests:
     def add(self, state: RequestState) -> LiveRequest:
         """Enter a request and send it. Raises ValueError if its id is in use."""
         live = LiveRequest(state)
+        self._enter(live)
+        return live
+
+    def _enter(self, live: LiveRequest) -> None:
         self._put(live)
         try:
             if self.trial.is_over:
@@ -68,7 +72,6 @@ class LiveRequests:
         except BaseException:
             self.abort(live)
             raise
-        return live
 
     def _put(self, live: LiveRequest) -> None:
         self._book.open(live.state)
@@ -110,6 +113,23 @@ class LiveRequests:
                 self._start_over(live)
         replay.stop()
         return bool(running)
+
+    def give_away(self) -> list[LiveRequest]:
+        """Let go of the requests that another engine may compute instead of an ended one.
+
+        They are those that have shown nothing, did not run when an engine ended, and have not moved
+        before.
+        """
+        found = [live for live in self if not (live.was_shown or live.ran_at_crash)]
+        found = [live for live in found if not live.has_moved]
+        for live in found:
+            self._forget(live)
+        return found
+
+    def take_over(self, live: LiveRequest) -> None:
+        """Enter and send a request that another engine's client has given away."""
+        live.has_moved = True
+        self._enter(live)
 
     def replay(self) -> None:
         """Give the unfinished requests to a new engine."""

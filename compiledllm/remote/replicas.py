@@ -8,8 +8,9 @@ long as one of them does.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from typing import TypeVar
 
 from compiledllm.config import ConfigError
@@ -43,6 +44,7 @@ class Replicas:
         self.live = _AllLive(clients)
         for client in clients:
             client.on_loaded = self._share_texts
+            client.on_loss = functools.partial(self._move_requests_of, client)
 
     # -- life and death ------------------------------------------------------------------------
 
@@ -161,11 +163,9 @@ class Replicas:
         return admitted
 
     def _admit(self, state: RequestState) -> list[LiveRequest]:
-        spec = state.completions[0].spec
-        self._forget_restarted()
-        prompt, salt = spec.prompt_token_ids, spec.cache_salt
         refusal: Exception = Unavailable(f"the engine is {self.state}", 5)
-        for index in self._router.choose(prompt, salt, self._outstanding()):
+        prompt, salt = _prompt_of(state)
+        for index in self._choose(state):
             try:
                 admitted = self.clients[index].admit([state])
             except (Unavailable, Overloaded) as error:
@@ -182,6 +182,20 @@ class Replicas:
         self._forget_restarted()
         self._router.note_keys(keys, index)
 
+    def _choose(self, state: RequestState) -> list[int]:
+        """The replicas that are ready, the best for the request first."""
+        self._forget_restarted()
+        return self._router.choose(*_prompt_of(state), self._outstanding())
+
+    def _move_requests_of(self, ended: EngineRequests) -> None:
+        """Give requests of an ended engine to others: its next start may take long or fail."""
+        if all(client.state != "ready" for client in self.clients):
+            return
+        for live in ended.live.give_away():
+            index = self._choose(live.state)[0]
+            self.clients[index].live.take_over(live)
+            self._router.note(*_prompt_of(live.state), index)
+
     def _outstanding(self) -> list[int | None]:
         """By replica, about how many tokens it has yet to compute; None: it is not ready."""
         return [_load_of(client) if client.state == "ready" else None for client in self.clients]
@@ -197,9 +211,15 @@ class Replicas:
         for live in live_requests:
             self._client_of(live).release([live])
 
-    def following(self, live: LiveRequest) -> AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def following(self, live: LiveRequest) -> Iterator[None]:
         """A context for taking a request's outputs; see `EngineRequests.following`."""
-        return self._client_of(live).following(live)
+        try:
+            with self._client_of(live).following(live):
+                yield
+        finally:
+            if live.has_moved:
+                self.release([live])
 
     def _client_of(self, live: LiveRequest) -> EngineRequests:
         """The client that has the request; of a request that has ended, any."""
@@ -232,6 +252,12 @@ def gpus_of_replicas(count: int, num_ranks: int, visible: str | None) -> list[di
 def clients_of(engine: ServedEngine) -> list[EngineRequests]:
     """The clients of all engines behind a server."""
     return engine.clients if isinstance(engine, Replicas) else [engine]
+
+
+def _prompt_of(state: RequestState) -> tuple[list[int], str]:
+    """What the router looks at: the prompt's tokens, and the salt of its cache."""
+    spec = state.completions[0].spec
+    return spec.prompt_token_ids, spec.cache_salt
 
 
 def _load_of(client: EngineRequests) -> int:

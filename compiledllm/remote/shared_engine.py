@@ -101,6 +101,7 @@ class SharedEngine(EngineRequests):
         if self.state == "ready":
             self._set("loading")
         self.live.on_engine_end(message.cause, set(message.started))
+        self.on_loss()
 
     def _take_report(self, message: EngineReport) -> None:
         self._report, self._num_quiet_s = message, 0
@@ -110,6 +111,7 @@ class SharedEngine(EngineRequests):
             self._set(message.state)
             if message.state == "dead":
                 cause = message.failure.error if message.failure else "the engine has ended"
+                self.on_loss()
                 self.live.end_all(EngineError(cause))
 
     def tick(self) -> None:

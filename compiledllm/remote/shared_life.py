@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from compiledllm.remote.client_link import ClientLink
-from compiledllm.remote.engine_child import ENGINE_COMMAND
+from compiledllm.remote.engine_child import ENGINE_COMMAND, EngineChild, Spawn
 from compiledllm.remote.engine_life import EngineLife
 from compiledllm.remote.engine_state import State
 from compiledllm.remote.limits import Limits
@@ -41,8 +41,9 @@ class SharedEngineLife(EngineLife):
         crash_folder: Path,
         command: Sequence[str] = ENGINE_COMMAND,
         environment: Mapping[str, str] | None = None,
+        spawn: Spawn = EngineChild.spawn,
     ) -> None:
-        super().__init__(options, limits, crash_folder, command, environment)
+        super().__init__(options, limits, crash_folder, command, environment, spawn)
         self.number = number
         self._links: list[ClientLink] = []
         self._owners: dict[str, ClientLink] = {}  # of unfinished requests, by the engine's ids

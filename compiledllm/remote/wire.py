@@ -159,7 +159,7 @@ async def receive_async(
     try:
         head = await reader.readexactly(_LENGTH_BYTES)
         body = await reader.readexactly(_checked(int.from_bytes(head, "big")))
-    except (asyncio.IncompleteReadError, ConnectionError):
+    except (asyncio.IncompleteReadError, OSError):
         return None
     return _decoded(decoder, body)
 
@@ -187,7 +187,7 @@ def _read(connection: socket.socket, count: int) -> bytes | None:
     while len(buffer) < count:
         try:
             piece = connection.recv(min(count - len(buffer), 2**20))
-        except ConnectionError:
+        except OSError:  # reset, or the other machine is gone
             return None
         if not piece:
             return None

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from compiledllm.log import log
-from compiledllm.remote.engine_child import cause_of
+from compiledllm.remote.engine_child import how_it_ended
 from compiledllm.remote.hub import Hub
 from compiledllm.remote.limits import Limits
 from compiledllm.remote.restarts import Restarts
@@ -124,7 +124,7 @@ class HttpProcesses:
                 question.note(child)
             was_ready = self.states()[row] is ProcessState.READY
             self._table.clear(row)
-        return cause_of(status), child.failure, was_ready
+        return how_it_ended(status), child.failure, was_ready
 
     async def _attend(self, child: HttpChild) -> None:
         """Take the process's messages until it ends."""

@@ -9,12 +9,14 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compiledllm.arguments import engine_options
 from compiledllm.caches import cache_dir
 from compiledllm.config import EngineConfig
 from compiledllm.log import log, show_logs
+from compiledllm.remote.engine_child import EngineChild, Spawn
 from compiledllm.remote.engine_client import EngineClient
 from compiledllm.remote.replicas import Replicas, ServedEngine, gpus_of_replicas
 from compiledllm.server.app import AppOptions, create_app
@@ -125,22 +127,34 @@ async def _announce(engine: ServedEngine, way: str) -> None:
         log.info("ready at %s", way)
 
 
-def environments_of(
-    options: dict[str, Any], arguments: argparse.Namespace
-) -> list[dict[str, str] | None]:
-    """For each engine the variables of its process. Raises ConfigError for too few GPUs."""
+def spawns_of(options: dict[str, Any], arguments: argparse.Namespace) -> list[Spawn]:
+    """For each engine what starts its process. Raises ConfigError for too few GPUs."""
     count: int = arguments.data_parallel_size
     if count == 1:
-        return [None]
+        return [EngineChild.spawn]
     num_ranks = int(options.get("tensor_parallel_size") or 1)
-    return [*gpus_of_replicas(count, num_ranks, os.environ.get("CUDA_VISIBLE_DEVICES"))]
+    if options.get("distributed_executor_backend") == "ray":
+        from compiledllm.remote.ray_engines import RayEngines
+
+        return [RayEngines(count, num_ranks, options.get("device", "auto")).spawn] * count
+    gpus = gpus_of_replicas(count, num_ranks, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return [_spawn_with(variables) for variables in gpus]
+
+
+def _spawn_with(variables: dict[str, str]) -> Spawn:
+    async def spawn(
+        command: Sequence[str], environment: Mapping[str, str] | None = None
+    ) -> EngineChild:
+        return await EngineChild.spawn(command, variables | dict(environment or {}))
+
+    return spawn
 
 
 def make_engine(options: dict[str, Any], arguments: argparse.Namespace) -> ServedEngine:
     """The client of the engine, or of as many as `data_parallel_size` says."""
     limits, crashes = limits_of(arguments), cache_dir() / "crashes"
     clients = [
-        EngineClient(options, limits, crashes, environment=variables)
-        for variables in environments_of(options, arguments)
+        EngineClient(options, limits, crashes, spawn=spawn)
+        for spawn in spawns_of(options, arguments)
     ]
     return clients[0] if len(clients) == 1 else Replicas([*clients])

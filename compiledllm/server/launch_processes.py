@@ -23,7 +23,7 @@ from compiledllm.remote.shared_table import SharedTable
 from compiledllm.remote.wire import Failed
 from compiledllm.server.app_options import api_keys_of, app_options_of, limits_of
 from compiledllm.server.http_processes import HttpProcesses
-from compiledllm.server.launch import environments_of, on_signal
+from compiledllm.server.launch import on_signal, spawns_of
 from compiledllm.server.listening import is_local, reserve, way_to_try
 from compiledllm.server.log_line import log_lines
 from compiledllm.server.options import served_names
@@ -40,8 +40,8 @@ def serve_in_processes(arguments: argparse.Namespace, is_tls: bool) -> int:
     api_keys = api_keys_of(arguments)
     options, limits = engine_options(arguments), limits_of(arguments)
     engines = [
-        SharedEngineLife(number, options, limits, cache_dir() / "crashes", environment=variables)
-        for number, variables in enumerate(environments_of(options, arguments))
+        SharedEngineLife(number, options, limits, cache_dir() / "crashes", spawn=spawn)
+        for number, spawn in enumerate(spawns_of(options, arguments))
     ]
     with reserve(arguments.host, arguments.port) as place:
         app_options_of(arguments, api_keys, is_local(place))  # reports wrong options here

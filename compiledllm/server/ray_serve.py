@@ -18,6 +18,7 @@ from fastapi import FastAPI
 
 from compiledllm.arguments import CommandParser, add_engine_options, engine_options
 from compiledllm.config import ConfigError, EngineConfig
+from compiledllm.engine.ray_ranks import has_gpus
 from compiledllm.remote.replicas import ServedEngine
 from compiledllm.server.app import create_app
 from compiledllm.server.app_options import api_keys_of, app_options_of
@@ -124,9 +125,8 @@ async def _start(engine: ServedEngine) -> None:
 
 def _num_gpus(arguments: argparse.Namespace) -> int:
     """GPUs of a replica: none on a cluster without any, or if the options ask for a CPU."""
-    ray: Any = import_module("ray")
     options = engine_options(arguments)
-    if options.get("device") == "cpu" or not ray.cluster_resources().get("GPU"):
+    if not has_gpus(import_module("ray"), options.get("device", "auto")):
         return 0
     ranks = int(options.get("tensor_parallel_size") or 1)
     return ranks * int(arguments.data_parallel_size)

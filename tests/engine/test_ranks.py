@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -55,3 +56,10 @@ def test_one_divided_model_a_process_at_a_time(tiny_model: Callable[..., Path]) 
     first.shutdown()
     again = Engine(model, **options).generate(PROMPTS, SamplingParams(**GREEDY), use_tqdm=False)
     assert [o.outputs[0].token_ids for o in again] == [o.outputs[0].token_ids for o in tokens]
+
+
+def test_gloo_is_told_the_interface_that_leads_to_the_first_rank() -> None:
+    from compiledllm.kernels.collectives import interface_to
+
+    assert interface_to("127.0.0.1") == ("lo" if sys.platform == "linux" else None)
+    assert interface_to("no such host") is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -12,19 +13,27 @@ import pytest
 
 from compiledllm import ConfigError, Engine, SamplingParams
 from compiledllm.engine.rank_processes import RankError
-from tests.engine.test_ranks import FIXED, GREEDY, PROMPTS
+from tests.support.ranks import FIXED, GREEDY, PROMPTS
 
-HAS_RAY = find_spec("ray") is not None
-needs_ray = pytest.mark.skipif(not HAS_RAY, reason="needs Ray")
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="needs Ray")
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
+    """Two machines with room for one rank each, as far as Ray knows."""
     import ray
+    from ray.cluster_utils import Cluster
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield ray
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_worker_niceness", "0")
+        patch.setenv("RAY_health_check_period_ms", "500")
+        cluster = Cluster(True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        cluster.add_node(num_cpus=1)
+        cluster.connect()
+        yield cluster
+        ray.shutdown()
+        cluster.shutdown()
 
 
 def tokens_of(engine: Engine) -> list[list[int]]:
@@ -33,23 +42,38 @@ def tokens_of(engine: Engine) -> list[list[int]]:
 
 
 @needs_ray
-def test_actors_give_the_tokens_of_one_process_until_one_is_killed(
+def test_ranks_on_two_machines_give_the_tokens_of_one_process_until_one_is_lost(
     cluster: Any, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import ray
+
     heard: list[BaseException | None] = []
     monkeypatch.setattr(threading, "excepthook", lambda failed: heard.append(failed.exc_value))
     model = tiny_model("llama")
     options = {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"}
     engine = Engine(model, **FIXED | options)
     assert tokens_of(engine) == tokens_of(Engine(model, **FIXED))
-    (rank,) = engine.core.worker._group.ranks
-    cluster.kill(rank._actor)
+    (rank,), (machine,) = engine.core.worker._group.ranks, cluster.worker_nodes
+    ray.kill(rank._actor)
+    cluster.remove_node(machine, allow_graceful=False)
     with pytest.raises(RuntimeError):
         while True:
             tokens_of(engine)
     assert engine.core.worker.is_broken
     with pytest.raises(RankError):
         tokens_of(engine)
+    engine.shutdown()
+    with pytest.raises(ConfigError, match="needs as many CPUs, and Ray's cluster has 1; use"):
+        Engine(model, **FIXED | options)
+    cluster.add_node(num_cpus=1)
+
+
+@needs_ray
+def test_heads_that_cannot_be_divided(cluster: Any, tiny_model: Callable[..., Path]) -> None:
+    options = {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"}
+    model = tiny_model("llama", num_attention_heads=3, num_key_value_heads=3, hidden_size=48)
+    with pytest.raises(ConfigError, match="tensor_parallel_size"):
+        Engine(model, **FIXED | options)
 
 
 @needs_ray
@@ -61,8 +85,10 @@ def test_more_ranks_than_the_cluster_has_room_for(
         Engine(tiny_model("llama"), **FIXED | options)
 
 
-@pytest.mark.skipif(HAS_RAY, reason="Ray is installed")
-def test_without_ray_the_error_says_how_to_get_it(tiny_model: Callable[..., Path]) -> None:
+def test_without_ray_the_error_says_how_to_get_it(
+    tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
     options = {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"}
     with pytest.raises(ConfigError, match=r"pip install 'compiledllm\[ray\]', or use 'mp'"):
         Engine(tiny_model("llama"), **FIXED | options)

@@ -34,8 +34,9 @@ def client(tiny_chat_model: Path) -> Iterator[OpenAI]:
     port = free_port()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_worker_niceness", "0")
         patch.setenv("OMP_NUM_THREADS", "1")  # of the replica's engine
-        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+        ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
         serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config=None)
         options = {"model": str(tiny_chat_model), "served_model_name": "tiny"}
         options |= {"enforce_eager": "true", "kv-cache-memory-bytes": str(2**26)}

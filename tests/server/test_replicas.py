@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from compiledllm.remote.engine_client import EngineClient
+from compiledllm.remote.errors import EngineError
 from compiledllm.remote.limits import Limits
 from compiledllm.remote.replicas import Replicas
 from compiledllm.server.app import AppOptions, create_app
@@ -106,6 +107,28 @@ def test_a_killed_replica_leaves_the_others_requests_alone(play: Callable[..., N
         assert all(is_ok(answer, 60) for answer in await asyncio.gather(*tasks))
         assert await rig.metrics("engine_restarts_total") == [1, 0]
         await rig.until(lambda: rig.clients[0].state == "ready")
+
+    play(scene)
+
+
+def test_requests_that_only_waited_for_an_ended_replica_go_to_another(
+    play: Callable[..., None],
+) -> None:
+    async def scene(rig: Rig) -> None:
+        lost, other = rig.clients
+        tasks = [asyncio.create_task(rig.ask([5 + i], 60)) for i in range(16)]
+        await rig.until(lambda: all(len(c.live) == 8 and c.stats for c in rig.clients))
+        rig.kill(0)
+        await rig.until(lambda: lost.state == "loading")
+        assert (len(lost.live), len(other.live)) == (4, 12), "four ran there"
+        moved = [live for live in other.live if live.has_moved]
+        assert len(moved) == 4
+        with rig.engine.following(moved[0]):
+            pass  # its client leaves
+        assert len(other.live) == 11 and moved[0] not in other.live
+        moved[0].fail(EngineError("left"))
+        answers = await asyncio.gather(*tasks)
+        assert sorted(is_ok(answer, 60) for answer in answers) == [False] + [True] * 15
 
     play(scene)
 
