@@ -25,7 +25,7 @@ from compiledllm.remote.wire import Failed, Ready, Stats
 
 _Result = TypeVar("_Result")
 # Tokens that a request is expected to generate, in the unit of prompt tokens' work.
-_OUTPUT_TOKENS = 256
+OUTPUT_TOKENS = 256
 
 
 class Replicas:
@@ -164,37 +164,40 @@ class Replicas:
 
     def _admit(self, state: RequestState) -> list[LiveRequest]:
         refusal: Exception = Unavailable(f"the engine is {self.state}", 5)
-        prompt, salt = _prompt_of(state)
-        for index in self._choose(state):
+        keys = _keys_of(state)
+        for index in self._choose(keys):
             try:
                 admitted = self.clients[index].admit([state])
             except (Unavailable, Overloaded) as error:
                 refusal = error
                 continue
-            self._router.note(prompt, salt, index)
+            self._router.note(keys, index)
             if self.on_route is not None:
-                self.on_route(list(hashes(prompt, salt)), index)
+                self.on_route(keys, index)
             return admitted
         raise refusal
 
     def note_route(self, keys: list[int], index: int) -> None:
         """Note to which replica another process has sent a prompt."""
         self._forget_restarted()
-        self._router.note_keys(keys, index)
+        self._router.note(keys, index)
 
-    def _choose(self, state: RequestState) -> list[int]:
-        """The replicas that are ready, the best for the request first."""
+    def _choose(self, keys: list[int]) -> list[int]:
+        """The replicas that are ready, the best for the prompt first."""
         self._forget_restarted()
-        return self._router.choose(*_prompt_of(state), self._outstanding())
+        return self._router.choose(keys, self._outstanding())
 
     def _move_requests_of(self, ended: EngineRequests) -> None:
         """Give requests of an ended engine to others: its next start may take long or fail."""
         if all(client.state != "ready" for client in self.clients):
             return
         for live in ended.live.give_away():
-            index = self._choose(live.state)[0]
+            keys = _keys_of(live.state)
+            index = self._choose(keys)[0]
             self.clients[index].live.take_over(live)
-            self._router.note(*_prompt_of(live.state), index)
+            self._router.note(keys, index)
+            if self.on_route is not None:
+                self.on_route(keys, index)
 
     def _outstanding(self) -> list[int | None]:
         """By replica, about how many tokens it has yet to compute; None: it is not ready."""
@@ -254,16 +257,16 @@ def clients_of(engine: ServedEngine) -> list[EngineRequests]:
     return engine.clients if isinstance(engine, Replicas) else [engine]
 
 
-def _prompt_of(state: RequestState) -> tuple[list[int], str]:
-    """What the router looks at: the prompt's tokens, and the salt of its cache."""
+def _keys_of(state: RequestState) -> list[int]:
+    """The prompt as the router sees it. Prompts under different salts share nothing."""
     spec = state.completions[0].spec
-    return spec.prompt_token_ids, spec.cache_salt
+    return hashes(spec.prompt_token_ids, spec.cache_salt)
 
 
 def _load_of(client: EngineRequests) -> int:
     """About how many tokens an engine has yet to compute."""
     load = client.load
-    return load.num_tokens + _OUTPUT_TOKENS * load.num_requests
+    return load.num_tokens + OUTPUT_TOKENS * load.num_requests
 
 
 class _AllLive:

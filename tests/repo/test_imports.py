@@ -62,6 +62,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "models.sharded_spec",
         "models.source",
         "kernels",
+        "remote.replicas",
+        "remote.routing",
         *LEAVES,
     },
     "platform": {"choices", "config", "types", "log"},

@@ -1,7 +1,8 @@
 """An engine's process in which all is real but the engine: it has no model and starts at once.
 
 Each step gives every request the token 65. The first token of a prompt may be one of `DEEDS`. What
-happens while it loads is said by the environment: FAKE_LOAD_S, FAKE_DEED, FAKE_CHILD.
+happens while it loads is said by the environment: FAKE_LOAD_S, FAKE_DEED, FAKE_CHILD; how long a
+step takes, by FAKE_STEP_S.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from compiledllm.resolved_config import resolve
 from compiledllm.types import Request, RequestSpec, RequestStatus, RequestUpdate, StepNews
 
 DEEDS = {"kill": 901, "hang": 902, "raise": 903, "slow": 904}
-STEP_S = 0.005
+STEP_S = float(os.environ.get("FAKE_STEP_S", "0.005"))
 
 
 def do(deed: str) -> None:
@@ -101,9 +102,14 @@ class FakeCore:
             request.token_ids.append(65)
             if request.num_output_tokens >= request.spec.max_tokens:
                 request.status, request.finish_reason = RequestStatus.FINISHED, "length"
-        updates = [RequestUpdate.of(request, [65]) for request in running]
+        news = StepNews(started=started)
+        for request in running:
+            if request.is_finished or request.num_output_tokens == 1:
+                news.updates.append(RequestUpdate.of(request, [65]))
+            else:
+                news.token_ids[request.request_id] = 65
         running[:] = [request for request in running if not request.is_finished]
-        return StepNews(updates=updates, started=started)
+        return news
 
 
 if __name__ == "__main__":

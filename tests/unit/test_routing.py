@@ -30,28 +30,28 @@ def prompt(seed: int, length: int) -> list[int]:
 
 def test_an_unknown_prompt_goes_where_least_waits() -> None:
     router = PrefixRouter(3)
-    assert router.choose(prompt(0, 500), "", [30, 10, 20]) == [1, 2, 0]
-    assert router.choose(prompt(0, 500), "", [30, None, 20]) == [2, 0]
-    assert router.choose(prompt(0, 500), "", [None] * 3) == []
+    assert router.choose(hashes(prompt(0, 500), ""), [30, 10, 20]) == [1, 2, 0]
+    assert router.choose(hashes(prompt(0, 500), ""), [30, None, 20]) == [2, 0]
+    assert router.choose(hashes(prompt(0, 500), ""), [None] * 3) == []
 
 
 def test_the_longest_known_prefix_decides() -> None:
     router, first = PrefixRouter(2), prompt(0, 10 * PIECE)
-    router.note(first[: 3 * PIECE], "", 0)
-    router.note(first[: 5 * PIECE], "", 1)
-    assert router.choose(first, "", [0, 0]) == [1, 0]
-    assert router.choose(first, "another key's", [0, 1]) == [0, 1]
-    assert router.choose([1, *first], "", [0, 1]) == [0, 1], "not a prefix"
+    router.note(hashes(first[: 3 * PIECE], ""), 0)
+    router.note(hashes(first[: 5 * PIECE], ""), 1)
+    assert router.choose(hashes(first, ""), [0, 0]) == [1, 0]
+    assert router.choose(hashes(first, "another key's"), [0, 1]) == [0, 1]
+    assert router.choose(hashes([1, *first], ""), [0, 1]) == [0, 1], "not a prefix"
     router.forget(1)
-    assert router.choose(first, "", [0, 0]) == [0, 1]
+    assert router.choose(hashes(first, ""), [0, 0]) == [0, 1]
     router.forget()
-    assert router.choose(first, "", [1, 0]) == [1, 0]
+    assert router.choose(hashes(first, ""), [1, 0]) == [1, 0]
 
 
 def test_routers_of_other_processes_know_a_prompt_by_its_keys() -> None:
     router, known = PrefixRouter(2), prompt(0, 3 * PIECE)
-    router.note_keys(list(hashes(known, "a key's")), 1)
-    assert router.choose(known, "a key's", [0, 0]) == [1, 0]
+    router.note(hashes(known, "a key's"), 1)
+    assert router.choose(hashes(known, "a key's"), [0, 0]) == [1, 0]
     assert router.choose(known, "another key's", [0, 0]) == [0, 1]
     code = "from compiledllm.remote.routing import hashes; print(*hashes([1] * 40, 'salt'))"
     environment = os.environ | {"PYTHONHASHSEED": "7"}
@@ -61,22 +61,32 @@ def test_routers_of_other_processes_know_a_prompt_by_its_keys() -> None:
 
 def test_too_long_a_queue_outweighs_a_known_prefix() -> None:
     router, known = PrefixRouter(2), prompt(0, 2 * PIECE)
-    router.note(known, "", 0)
-    assert router.choose(known, "", [MAX_LEAD, 0])[0] == 0, "a chat goes on"
-    assert router.choose(known, "", [MAX_LEAD + 1, 0])[0] == 1
-    router.note([*known, 5], "", 0)  # as many prompts begin
+    router.note(hashes(known, ""), 0)
+    assert router.choose(hashes(known, ""), [MAX_LEAD, 0])[0] == 0, "a chat goes on"
+    assert router.choose(hashes(known, ""), [MAX_LEAD + 1, 0])[0] == 1
+    router.note(hashes([*known, 5], ""), 0)  # as many prompts begin
     limit = KNOWN_TOKEN_WEIGHT * 2 * PIECE
-    assert router.choose(known, "", [limit - 1, 0])[0] == 0
-    assert router.choose(known, "", [limit + 1, 0])[0] == 1
+    assert router.choose(hashes(known, ""), [limit - 1, 0])[0] == 0
+    assert router.choose(hashes(known, ""), [limit + 1, 0])[0] == 1
 
 
 def test_memory_is_bounded_and_forgets_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routing, "MAX_PIECES", 8)
+    monkeypatch.setattr(routing, "MAX_BEGINNINGS", 1)
     router, old, new = PrefixRouter(2), prompt(0, 8 * PIECE), prompt(1, 8 * PIECE)
-    router.note(old, "", 0)
-    router.note(new, "", 0)
-    assert router.choose(old, "", [1, 0])[0] == 1
-    assert router.choose(new, "", [1, 0])[0] == 0
+    router.note(hashes(old, ""), 0)
+    router.note(hashes(new, ""), 0)
+    assert router.choose(hashes(old, ""), [1, 0])[0] == 1
+    assert router.choose(hashes(new, ""), [1, 0])[0] == 0
+
+
+def test_a_replica_that_started_again_is_known_by_what_it_was_given_since() -> None:
+    router, before, after = PrefixRouter(3), prompt(0, 300), prompt(1, 300)
+    router.note(hashes(before, ""), 1)
+    for _ in range(100):
+        router.forget(1)
+    router.note(hashes(after, ""), 1)
+    assert router.choose(hashes(before, ""), [0, 1, 2]) == [0, 1, 2]
+    assert router.choose(hashes(after, ""), [0, 1, 2]) == [1, 0, 2]
 
 
 @pytest.mark.parametrize("num_replicas", [2, 8])
@@ -92,8 +102,8 @@ def test_chats_with_a_common_system_prompt_stay_and_are_spread(num_replicas: int
         chat = rng.randrange(64)
         tokens = chats[chat]
         tokens += rng.choices(range(1000), k=rng.randrange(20, 200))
-        replica = router.choose(tokens, "", outstanding)[0]
-        router.note(tokens, "", replica)
+        replica = router.choose(hashes(tokens, ""), outstanding)[0]
+        router.note(hashes(tokens, ""), replica)
         turns += chat in home
         moved += chat in home and home[chat] != replica
         home[chat], work = replica, len(tokens) + OUTPUT

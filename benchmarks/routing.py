@@ -1,0 +1,331 @@
+"""Simulates replicas behind the router: its cost, how even the load is, and prefixes found again.
+
+    python -m compiledllm.benchmarks.routing --output-json FILE
+
+The router is the server's own. Replicas are simulated: a step takes as long as it was measured to
+(`STEP`), prompts are computed one after the other before the decoding of others goes on, and a
+prefix cache forgets the chat that was used least recently. Clients hold chats: they read, write the
+next message and wait for its answer, so that a slow replica slows its clients down.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import itertools
+import json
+import random
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from compiledllm.remote.replicas import OUTPUT_TOKENS
+from compiledllm.remote.routing import PrefixRouter, hashes
+
+MAX_CHAT_TOKENS = 6000  # then the client begins another chat
+READING_S = 5.0  # mean time between an answer and the next message
+NUM_SYSTEM_PROMPTS = 20  # the k-th is used in proportion to 1/k
+SYSTEM_PROMPT_TOKENS = 600
+CACHE_TOKENS = 400_000  # of a replica: Llama-3.1-8B in 16 bits on a GPU of 80 GB
+ARRIVAL_S = 5.0  # in which the clients begin
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Times of steps, measured: Llama-3.1-8B on an H100, benchmarks/README.md, rows of 1024 tokens.
+
+    base_s: a decode step of one row. row_s: each further one. prompt_s: a token of a prompt.
+    """
+
+    base_s: float = 5.52e-3
+    row_s: float = (13.0e-3 - 5.52e-3) / 127
+    prompt_s: float = 2.999 / (128 * 1024)
+
+
+STEP = StepTimes()
+
+
+class Chat:
+    """A chat of a client. tokens: all up to the message that waits for an answer."""
+
+    def __init__(self, number: int, rng: random.Random, systems: list[list[int]]) -> None:
+        self.number, self._rng = number, rng
+        weights = [1 / rank for rank in range(1, len(systems) + 1)]
+        self.system = rng.choices(range(len(systems)), weights)[0]
+        self.tokens = list(systems[self.system])
+        self.home: int | None = None  # where the last turn went
+
+    def write(self, num_tokens: int) -> None:
+        self.tokens += self._rng.choices(_VOCABULARY, k=num_tokens)
+
+    def message_tokens(self) -> int:
+        return max(4, min(2000, int(self._rng.lognormvariate(4.4, 1.0))))
+
+    def answer_tokens(self) -> int:
+        return max(4, min(1024, int(self._rng.lognormvariate(4.9, 0.9))))
+
+
+_VOCABULARY = list(range(30_000))
+
+
+class Replica:
+    """An engine: what waits and runs, and whose prefixes the cache holds."""
+
+    def __init__(self) -> None:
+        self.outstanding = 0  # as the server counts it
+        self.version = 0  # of the time at which the next request finishes
+        self._backlog_s = 0.0  # of prompts
+        self._clock, self._at_s = (
+            0.0,
+            0.0,
+        )  # tokens that each running row has been given, until when
+        self._ends: list[tuple[float, int, Any]] = []  # the clock at which a request finishes
+        self._cache: OrderedDict[Any, int] = OrderedDict()  # tokens by chat or system prompt
+        self._cached = 0
+
+    def known(self, chat: Chat) -> int:
+        """Tokens of the chat's beginning that the cache holds."""
+        system = -1 - chat.system
+        return max(self._cache.get(chat.number, 0), self._cache.get(system, 0))
+
+    def add(self, now_s: float, number: int, chat: Chat, answer: int) -> None:
+        self._advance(now_s)
+        self._backlog_s += (len(chat.tokens) - self.known(chat)) * STEP.prompt_s
+        heapq.heappush(self._ends, (self._clock + answer, number, (chat, answer)))
+        self.outstanding += len(chat.tokens) + OUTPUT_TOKENS
+        self._keep(-1 - chat.system, SYSTEM_PROMPT_TOKENS)
+        self._keep(chat.number, len(chat.tokens))
+
+    def next_end_s(self) -> float:
+        self.version += 1
+        if not self._ends:
+            return float("inf")
+        tokens = max(0.0, self._ends[0][0] - self._clock)
+        return self._at_s + self._backlog_s + tokens * self._step_s()
+
+    def finish(self, now_s: float) -> tuple[Chat, int]:
+        """The request that finishes now, and the tokens of its answer."""
+        self._advance(now_s)
+        _, _, (chat, answer) = heapq.heappop(self._ends)
+        self.outstanding -= len(chat.tokens) + OUTPUT_TOKENS
+        self._keep(chat.number, len(chat.tokens) + answer - 1)
+        return chat, answer
+
+    def _step_s(self) -> float:
+        return STEP.base_s + STEP.row_s * (len(self._ends) - 1)
+
+    def _advance(self, now_s: float) -> None:
+        passed_s = now_s - self._at_s
+        of_prompts_s = min(passed_s, self._backlog_s)
+        self._backlog_s -= of_prompts_s
+        if self._ends:
+            self._clock += (passed_s - of_prompts_s) / self._step_s()
+        self._at_s = now_s
+
+    def _keep(self, key: Any, num_tokens: int) -> None:
+        """Note what the cache holds. A chat's tokens include those of its system prompt."""
+        self._cached += num_tokens - self._cache.pop(key, 0)
+        self._cache[key] = num_tokens
+        while self._cached > CACHE_TOKENS:
+            self._cached -= self._cache.popitem(last=False)[1]
+
+
+# -- policies --------------------------------------------------------------------------------------
+
+Policy = Callable[[Chat, list[Replica]], int]
+
+
+class Routed:
+    """The server's router. Notes the seconds that it takes."""
+
+    def __init__(self, num_replicas: int) -> None:
+        self._router = PrefixRouter(num_replicas)
+        self.seconds, self.num_tokens, self.num_prompts = 0.0, 0, 0
+
+    def __call__(self, chat: Chat, replicas: list[Replica]) -> int:
+        outstanding: list[int | None] = [replica.outstanding for replica in replicas]
+        start = time.thread_time()
+        keys = hashes(chat.tokens, "")
+        chosen = self._router.choose(keys, outstanding)[0]
+        self._router.note(keys, chosen)
+        self.seconds += time.thread_time() - start
+        self.num_tokens += len(chat.tokens)
+        self.num_prompts += 1
+        return chosen
+
+
+def round_robin() -> Policy:
+    turns = itertools.count()
+    return lambda chat, replicas: next(turns) % len(replicas)
+
+
+def least_outstanding(chat: Chat, replicas: list[Replica]) -> int:
+    return min(range(len(replicas)), key=lambda i: replicas[i].outstanding)
+
+
+def longest_prefix(chat: Chat, replicas: list[Replica]) -> int:
+    """Where most of the prompt is in the cache at this moment, and there where least waits."""
+    known = [replica.known(chat) for replica in replicas]
+    return min(range(len(replicas)), key=lambda i: (-known[i], replicas[i].outstanding))
+
+
+# -- the simulation --------------------------------------------------------------------------------
+
+
+@dataclass
+class Result:
+    """What a policy came to.
+
+    hits: share of the prompts' tokens found in the replica's cache. possible: share that any
+    replica had ever computed, which an oracle with endless caches would find. moved: share of the
+    turns that went to another replica than the chat's last one. imbalance: the most outstanding
+    tokens of a replica by their mean, averaged over arrivals. running: requests of a replica, on
+    average. answer_s: the time from a message to the end of its answer, mean and 99th percentile.
+    """
+
+    policy: str
+    num_prompts: int
+    hits: float
+    possible: float
+    moved: float
+    imbalance: float
+    running: float
+    answer_s: float
+    answer_s_p99: float
+    tokens_per_s: float
+
+
+def simulate(
+    policy: str,
+    choose: Policy,
+    num_replicas: int,
+    num_clients: int,
+    num_prompts: int,
+    seed: int = 0,
+) -> Result:
+    """Run until `num_prompts` have been answered."""
+    rng = random.Random(seed)
+    systems = [rng.choices(_VOCABULARY, k=SYSTEM_PROMPT_TOKENS) for _ in range(NUM_SYSTEM_PROMPTS)]
+    replicas = [Replica() for _ in range(num_replicas)]
+    numbers, events = itertools.count(), list[tuple[float, int, int, Any]]()
+    sent_s: dict[int, float] = {}
+    hits = possible = prompt_tokens = answer_tokens = turns = moved = 0
+    seen_systems: set[int] = set()
+    imbalances, answer_s = list[float](), list[float]()
+
+    def begin(at_s: float) -> None:
+        chat = Chat(next(numbers), random.Random(rng.random()), systems)
+        heapq.heappush(events, (at_s, next(numbers), -1, chat))
+
+    def watch(index: int) -> None:
+        at_s = replicas[index].next_end_s()
+        heapq.heappush(events, (at_s, next(numbers), index, replicas[index].version))
+
+    for _ in range(num_clients):
+        begin(rng.uniform(0, ARRIVAL_S))
+    now_s = 0.0
+    while len(answer_s) < num_prompts:
+        now_s, number, index, what = heapq.heappop(events)
+        if index < 0:
+            chat: Chat = what
+            if chat.home is not None or chat.system in seen_systems:
+                possible += len(chat.tokens)
+            seen_systems.add(chat.system)
+            chat.write(chat.message_tokens())
+            chosen = choose(chat, replicas)
+            hits += replicas[chosen].known(chat)
+            prompt_tokens += len(chat.tokens)
+            turns += chat.home is not None
+            moved += chat.home not in (None, chosen)
+            chat.home, sent_s[chat.number] = chosen, now_s
+            replicas[chosen].add(now_s, number, chat, chat.answer_tokens())
+            outstanding = [replica.outstanding for replica in replicas]
+            imbalances.append(max(outstanding) * num_replicas / sum(outstanding))
+            watch(chosen)
+        elif what == replicas[index].version:
+            chat, answer = replicas[index].finish(now_s)
+            answer_tokens += answer
+            answer_s.append(now_s - sent_s[chat.number])
+            chat.write(answer)
+            next_s = now_s + rng.expovariate(1 / READING_S)
+            if len(chat.tokens) > MAX_CHAT_TOKENS:
+                begin(next_s)
+            else:
+                heapq.heappush(events, (next_s, next(numbers), -1, chat))
+            watch(index)
+    answer_s.sort()
+    return Result(
+        policy,
+        len(imbalances),
+        hits / prompt_tokens,
+        possible / prompt_tokens,
+        moved / max(1, turns),
+        sum(imbalances) / len(imbalances),
+        sum(answer_s) / now_s / num_replicas,
+        sum(answer_s) / len(answer_s),
+        answer_s[len(answer_s) * 99 // 100],
+        answer_tokens / now_s,
+    )
+
+
+def costs(num_replicas: int, num_tokens: int, count: int = 200) -> dict[str, float]:
+    """Microseconds of CPU time that a prompt of so many tokens takes in the router."""
+    rng, router = random.Random(0), PrefixRouter(num_replicas)
+    prompts = [rng.choices(_VOCABULARY, k=num_tokens) for _ in range(count)]
+    load: list[int | None] = [rng.randrange(100_000) for _ in range(num_replicas)]
+    start = time.thread_time()
+    for prompt in prompts * 2:
+        keys = hashes(prompt, "")
+        router.note(keys, router.choose(keys, load)[0])
+    us = (time.thread_time() - start) / (2 * count) * 1e6
+    return {"replicas": num_replicas, "tokens": num_tokens, "us": us}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("--replicas", type=int, default=64)
+    parser.add_argument("--clients", type=int, default=10_000)
+    parser.add_argument("--prompts", type=int, default=60_000)
+    parser.add_argument("--output-json", type=Path)
+    arguments = parser.parse_args(argv)
+    num_replicas, routed = arguments.replicas, Routed(arguments.replicas)
+    policies: dict[str, Policy] = {
+        "router": routed,
+        "longest prefix": longest_prefix,
+        "least outstanding": least_outstanding,
+        "round robin": round_robin(),
+    }
+    results = []
+    for name, policy in policies.items():
+        results.append(simulate(name, policy, num_replicas, arguments.clients, arguments.prompts))
+        found = {
+            k: v if isinstance(v, str) else round(v, 3) for k, v in asdict(results[-1]).items()
+        }
+        print("  ".join(f"{k} {v}" for k, v in found.items()), flush=True)
+    us = routed.seconds * 1e6
+    print(
+        f"the router took {us / routed.num_prompts:.0f} us a request, "
+        f"{us / routed.num_tokens:.3f} us a prompt token"
+    )
+    table = [costs(n, tokens) for tokens in (1024, 8192, 32768) for n in (2, 16, 64)]
+    for row in table:
+        print(f"{row['replicas']:.0f} replicas, {row['tokens']:.0f} tokens: {row['us']:.0f} us")
+    if arguments.output_json:
+        found_json = {
+            "results": [asdict(result) for result in results],
+            "us_per_request": us / routed.num_prompts,
+            "us_per_prompt_token": us / routed.num_tokens,
+            "costs": table,
+            "step_times": asdict(STEP),
+            "replicas": num_replicas,
+            "clients": arguments.clients,
+        }
+        arguments.output_json.write_text(json.dumps(found_json, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
