@@ -52,7 +52,7 @@ def test_routers_of_other_processes_know_a_prompt_by_its_keys() -> None:
     router, known = PrefixRouter(2), prompt(0, 3 * PIECE)
     router.note(hashes(known, "a key's"), 1)
     assert router.choose(hashes(known, "a key's"), [0, 0]) == [1, 0]
-    assert router.choose(known, "another key's", [0, 0]) == [0, 1]
+    assert router.choose(hashes(known, "another key's"), [0, 0]) == [0, 1]
     code = "from compiledllm.remote.routing import hashes; print(*hashes([1] * 40, 'salt'))"
     environment = os.environ | {"PYTHONHASHSEED": "7"}
     shown = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
