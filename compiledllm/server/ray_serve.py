@@ -33,7 +33,7 @@ _SWITCHES = {"true": True, "false": False}
 # What Serve's proxy does: see `http_options` and `graceful_shutdown_wait_loop_s` of Serve.
 _OF_THE_PROXY = (
     *("host", "port", "uds", "root_path", "client_timeout", "keep_alive_timeout"),
-    *("max_connections", "shutdown_timeout", "config"),
+    *("max_connections", "shutdown_timeout", "config", "api_server_count"),
 )
 
 
