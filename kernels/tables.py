@@ -1,12 +1,13 @@
 """Tables of tilings: what was measured on one kind of GPU, where the rules in code are slower.
 
 A table is a JSON file named after its GPU. Tables in `tilings/` come with the package; one of the
-machine's own, made by `compiledllm bench tilings`, goes before them. A shape without an entry, and
-a GPU without a table, have the tilings of the rules.
+machine's own, made by `compiledllm bench tilings`, goes before them. A shape without an entry of
+about its size, and a GPU without a table, have the tilings of the rules.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import re
@@ -33,7 +34,6 @@ class Table(NamedTuple):
 
 
 _own_folder: Path | None = None
-_tables: dict[str, Table] = {}  # by the GPU's name
 
 
 def file_name(gpu: str) -> str:
@@ -55,33 +55,45 @@ def use_folder(folder: Path) -> None:
     """From now on read the machine's own tables from here, too."""
     global _own_folder
     _own_folder = folder
-    _tables.clear()
+    _nearest.cache_clear()
+    _read.cache_clear()
 
 
 def product_tiling(num_rows: int, num_outputs: int, num_inputs: int) -> tuple[int, ...] | None:
-    """The fields of the tiling measured for a product on the current GPU; None: not measured."""
-    table = _table()
-    return table and table.products.get((padded_rows(num_rows), num_outputs, num_inputs))
+    """The fields of the tiling measured for a product on the current GPU; None: not measured.
+
+    A product with some rows more or fewer in its matrix has the tiling of the measured one.
+    """
+    gpu = _gpu()
+    return None if gpu is None else _nearest(gpu, padded_rows(num_rows), num_outputs, num_inputs)
+
+
+@functools.cache
+def _nearest(gpu: str, rows: int, num_outputs: int, num_inputs: int) -> tuple[int, ...] | None:
+    products = _read(gpu).products
+    measured = [n for r, n, k in products if (r, k) == (rows, num_inputs)]
+    nearest = min(measured, key=lambda n: abs(n - num_outputs), default=0)
+    is_near = abs(nearest - num_outputs) * 100 <= nearest
+    return products[rows, nearest, num_inputs] if is_near else None
 
 
 def quantized_tiling(
     layout: str, num_rows: int, num_outputs: int, num_inputs: int
 ) -> tuple[int, ...] | None:
     """As `product_tiling`, for a quantised matrix. layout: `str` of a `packed.Layout`."""
-    table, rows = _table(), padded_rows_of_quantized(num_rows)
-    return table and table.quantized.get((layout, rows, num_outputs, num_inputs))
-
-
-def _table() -> Table | None:
-    """The table of the current GPU; None: there is no GPU."""
-    if not torch.cuda.is_available():
+    gpu, rows = _gpu(), padded_rows_of_quantized(num_rows)
+    if gpu is None:
         return None
-    gpu = torch.cuda.get_device_name(torch.cuda.current_device())
-    if gpu not in _tables:
-        _tables[gpu] = _read(gpu)
-    return _tables[gpu]
+    return _read(gpu).quantized.get((layout, rows, num_outputs, num_inputs))
 
 
+def _gpu() -> str | None:
+    """The name of the current GPU, if there is one."""
+    is_there = torch.cuda.is_available()
+    return torch.cuda.get_device_name(torch.cuda.current_device()) if is_there else None
+
+
+@functools.cache
 def _read(gpu: str) -> Table:
     found = Table({}, {})
     for folder in (_SHIPPED, _own_folder):

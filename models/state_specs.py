@@ -46,17 +46,15 @@ class DeltaNetSpec:
         return 2 * self.key_size + self.value_size
 
     @property
-    def qkvz_parts(self) -> dict[str, int]:
-        """Parts of the projection to queries, keys and values, and to z, the gate of the output."""
-        return self._parts({"qkv": self.qkv_size, "z": self.value_size})
+    def input_parts(self) -> dict[str, int]:
+        """Parts of the projection: queries, keys and values; z, the output's gate; b and a.
 
-    @property
-    def ba_parts(self) -> dict[str, int]:
-        """Parts of the projection from which beta and the decay follow."""
-        return self._parts({"b": self.num_value_heads, "a": self.num_value_heads})
-
-    def _parts(self, parts: dict[str, int]) -> dict[str, int]:
-        return {"": sum(parts.values())} if self.is_grouped else parts
+        Beta follows from b, and the decay from a.
+        """
+        heads = self.num_value_heads
+        if self.is_grouped:
+            return {"qkvz": self.qkv_size + self.value_size, "ba": 2 * heads}
+        return {"qkv": self.qkv_size, "z": self.value_size, "b": heads, "a": heads}
 
     def cache(self, dtype: torch.dtype, _kv_dtype: torch.dtype, state_dtype: torch.dtype) -> State:
         """What the layer keeps of a request: the convolution's last inputs, and the states."""
@@ -66,8 +64,7 @@ class DeltaNetSpec:
 
     def weights(self, hidden_size: int) -> Weights:
         matrices = (
-            MatrixSpec("attn.qkvz", self.qkv_size + self.value_size, hidden_size),
-            MatrixSpec("attn.ba", 2 * self.num_value_heads, hidden_size),
+            MatrixSpec("attn.qkvzba", sum(self.input_parts.values()), hidden_size),
             MatrixSpec("attn.out", hidden_size, self.value_size),
         )
         num_convolution = self.qkv_size * self.kernel_size

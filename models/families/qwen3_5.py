@@ -20,10 +20,10 @@ _TEXT = (
     | qwen_moe.NAMES
     | DELTA_NET
     | {
-        "model.layers.*.linear_attn.in_proj_qkv.*": "layers.*.attn.qkvz.*:qkv",
-        "model.layers.*.linear_attn.in_proj_z.*": "layers.*.attn.qkvz.*:z",
-        "model.layers.*.linear_attn.in_proj_b.*": "layers.*.attn.ba.*:b",
-        "model.layers.*.linear_attn.in_proj_a.*": "layers.*.attn.ba.*:a",
+        "model.layers.*.linear_attn.in_proj_qkv.*": "layers.*.attn.qkvzba.*:qkv",
+        "model.layers.*.linear_attn.in_proj_z.*": "layers.*.attn.qkvzba.*:z",
+        "model.layers.*.linear_attn.in_proj_b.*": "layers.*.attn.qkvzba.*:b",
+        "model.layers.*.linear_attn.in_proj_a.*": "layers.*.attn.qkvzba.*:a",
     }
 )
 NAMES = wrapped(_TEXT)

@@ -29,8 +29,8 @@ NAMES = (
     qwen_moe.NAMES
     | DELTA_NET
     | {
-        "model.layers.*.linear_attn.in_proj_qkvz.*": "layers.*.attn.qkvz.*",
-        "model.layers.*.linear_attn.in_proj_ba.*": "layers.*.attn.ba.*",
+        "model.layers.*.linear_attn.in_proj_qkvz.*": "layers.*.attn.qkvzba.*:qkvz",
+        "model.layers.*.linear_attn.in_proj_ba.*": "layers.*.attn.qkvzba.*:ba",
     }
 )
 IGNORED = ("mtp.**",)  # the head that predicts further tokens

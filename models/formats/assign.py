@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from operator import itemgetter
 
@@ -25,7 +25,8 @@ from compiledllm.models.spec import (
 )
 from compiledllm.models.state_specs import DeltaNetSpec, StateSpec
 
-_NOT_ONLINE = "attn.ba"  # of Gated DeltaNet: small, and exponents follow from it
+# Parts that `quantization` leaves in 16 bits: they are small, and exponents follow from them.
+_NOT_ONLINE = {"attn.qkvzba": {"ba", "b", "a"}}
 HEAD = "lm_head"
 
 # Value of the option `quantization` -> how the matrices are kept.
@@ -41,11 +42,30 @@ def quantized_online(spec: ModelSpec, method: str) -> ModelSpec:
     """The spec with all matrices of the blocks quantised while loading; the head stays as it is."""
 
     def quantized(layer: LayerSpec) -> LayerSpec:
-        paths = (path for path in parts_of(layer) if path != _NOT_ONLINE)
-        return replace(layer, formats=tuple((path, ONLINE[method]) for path in paths))
+        formats = {path: _online(path, parts, method) for path, parts in parts_of(layer).items()}
+        return replace(layer, formats=tuple(formats.items()))
 
     layers = tuple(map(quantized, spec.layers))
     return replace(spec, layers=layers, quantization=f"{method}, quantised while loading")
+
+
+def _online(path: str, parts: Mapping[str, int], method: str) -> QuantSpec | MixedSpec:
+    plain = _NOT_ONLINE.get(path, ())
+    found = _fused(parts, [None if part in plain else ONLINE[method] for part in parts])
+    assert found is not None
+    return found
+
+
+def _fused(
+    parts: Mapping[str, int], formats: Sequence[QuantSpec | None]
+) -> QuantSpec | MixedSpec | None:
+    """The format of a matrix from the formats of its parts."""
+    sized = zip(parts.items(), formats, strict=True)
+    grouped = itertools.groupby(sized, key=itemgetter(1))
+    runs = [(dict(part for part, _ in run), format) for format, run in grouped]
+    if len(runs) == 1:
+        return formats[0]
+    return MixedSpec(tuple((tuple(run), sum(run.values()), format) for run, format in runs))
 
 
 def quantized_as_stored(
@@ -99,13 +119,7 @@ class _Reader:
         """The format of a matrix, or of the matrices of all experts; None: not quantised."""
         if experts:
             return self._of_experts(path, parts, experts)
-        formats = [self._stored(_slot(path, part))[1] for part in parts]
-        sized = zip(parts.items(), formats, strict=True)
-        grouped = itertools.groupby(sized, key=itemgetter(1))
-        runs = [(dict(part for part, _ in run), format) for format, run in grouped]
-        if len(runs) == 1:
-            return formats[0]
-        return MixedSpec(tuple((tuple(run), sum(run.values()), format) for run, format in runs))
+        return _fused(parts, [self._stored(_slot(path, part))[1] for part in parts])
 
     def format_at(self, path: str) -> QuantSpec | None:
         """The format of a matrix outside the blocks; None: not quantised."""
@@ -189,7 +203,7 @@ def _parts_of_mixer(mixer: AttentionSpec | StateSpec, hidden: int) -> dict[str, 
     if isinstance(mixer, AttentionSpec):
         return {"attn.qkv": mixer.qkv_parts} | out
     if isinstance(mixer, DeltaNetSpec):
-        return {"attn.qkvz": mixer.qkvz_parts, "attn.ba": mixer.ba_parts} | out
+        return {"attn.qkvzba": mixer.input_parts} | out
     return {"attn.bcx": {"": 3 * mixer.width}} | out
 
 

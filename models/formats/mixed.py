@@ -89,6 +89,22 @@ class Mixed:
         first_row: int = 0,
         out: Tensor | None = None,
     ) -> Tensor:
+        y = torch.cat(self._products(x, params, bias, first_row), dim=-1)
+        return y if out is None else out.copy_(y)
+
+    def by_part(
+        self, x: Tensor, params: Params, bias: Tensor | None, parts: Mapping[str, int]
+    ) -> list[Tensor]:
+        """x [rows, inputs] -> [rows, outputs] of each part, without joining the products."""
+        found: list[Tensor] = []
+        for run, product in zip(self.runs, self._products(x, params, bias), strict=True):
+            found += product.split(list(run.sizes(parts).values()), dim=-1)
+        return found
+
+    def _products(
+        self, x: Tensor, params: Params, bias: Tensor | None, first_row: int = 0
+    ) -> list[Tensor]:
+        """The product of each run that has outputs from `first_row` on."""
         products, row = [], 0
         for run, own in self._split(params):
             first, row = max(first_row - row, 0), row + run.num_outputs
@@ -96,8 +112,7 @@ class Mixed:
                 end = row - first_row
                 run_bias = None if bias is None else bias[end - run.num_outputs + first : end]
                 products.append(run.format.product(x, own, run_bias, first))
-        y = torch.cat(products, dim=-1)
-        return y if out is None else out.copy_(y)
+        return products
 
     def rows(self, ids: Tensor, params: Params, in_features: int, dtype: torch.dtype) -> Tensor:
         raise AssertionError("an embedding is one part")

@@ -26,10 +26,8 @@ class DeltaNet(nn.Module):
         self.spec = spec
         heads = spec.num_value_heads
         qkv = spec.key_size, spec.key_size, spec.value_size
-        of_qkvz = make.by_outputs(spec.qkvz_parts, sections={"qkv": qkv})
-        self.qkvz = make.linear("qkvz", hidden_size, spec.qkvz_parts, division=of_qkvz)
-        of_ba = make.by_outputs(spec.ba_parts)
-        self.ba = make.linear("ba", hidden_size, spec.ba_parts, division=of_ba)
+        division = make.by_outputs(spec.input_parts, sections={"qkv": qkv})
+        self.qkvzba = make.linear("qkvzba", hidden_size, spec.input_parts, division=division)
         self.convolution = empty_parameter(spec.qkv_size, 1, spec.kernel_size)
         self.log_decay_rate = empty_parameter(heads, dtype=torch.float32)
         self.step_bias = empty_parameter(heads, dtype=torch.float32)
@@ -58,11 +56,11 @@ class DeltaNet(nn.Module):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """qkv [tokens, qkv_size], z [tokens, heads, value_dim], and b and a [tokens, heads]."""
-        spec, qkvz, ba = self.spec, self.qkvz(x), self.ba(x)
+        spec, products = self.spec, self.qkvzba.by_part(x)
         if not spec.is_grouped:
-            qkv, z = torch.split(qkvz, [spec.qkv_size, spec.value_size], dim=-1)
-            b, a = ba.chunk(2, dim=-1)
+            qkv, z, b, a = products
             return qkv, _heads(z, spec.value_dim), b, a
+        qkvz, ba = products
         values = spec.value_size // spec.num_key_heads  # of the value heads of a key head
         parts = [spec.key_dim, spec.key_dim, values, values]
         q, k, v, z = torch.split(_heads(qkvz, sum(parts)), parts, dim=-1)

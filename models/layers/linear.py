@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from compiledllm.models.formats.mixed import Mixed
 from compiledllm.models.formats.weight_format import (
     MatrixFormat,
     Params,
@@ -142,6 +143,12 @@ class Linear(Matrix):
         """x [rows, inputs] -> [rows, outputs from first_row on]."""
         bias = self.bias[first_row:] if self.bias is not None and first_row else self.bias
         return self.format.product(x, self.params, bias, first_row)
+
+    def by_part(self, x: Tensor) -> list[Tensor]:
+        """x [rows, inputs] -> [rows, outputs] of each part; those of one product are its views."""
+        if isinstance(self.format, Mixed):
+            return self.format.by_part(x, self.params, self.bias, self.parts)
+        return list(self(x).split(list(self.parts.values()), dim=-1))
 
 
 class ExpertLinear(Matrix):

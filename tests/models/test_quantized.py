@@ -210,6 +210,8 @@ def test_a_module_is_quantised_or_not_by_the_config(
         ("llama", "fp8 of channels", "k_proj"),  # the kernel with keys and values only starts in it
         ("tied, biased", "packed 4 bits", "v_proj"),
         ("llama", "gptq in order", "up_proj"),
+        ("hybrid", "fp8 of channels", "in_proj_ba"),
+        ("hybrid", "packed 4 bits", "in_proj_qkvz"),
     ],
 )
 def test_parts_of_a_fused_matrix_may_be_quantised_or_not(
