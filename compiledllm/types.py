@@ -192,6 +192,9 @@ class SchedulerOutput:
     # Copies of states before the step, all saves first: (request id, slot of the snapshot).
     saved_states: list[tuple[str, int]] = field(default_factory=list)
     restored_states: list[tuple[str, int]] = field(default_factory=list)
+    # States that the step keeps on its way: (request id, slot of the snapshot, number of the
+    # request's tokens in this step behind which the state is kept). They come last.
+    kept_states: list[tuple[str, int, int]] = field(default_factory=list)
 
     @property
     def num_scheduled_tokens(self) -> int:

@@ -86,6 +86,7 @@ class StateMetadata(NamedTuple):
     query_start_loc: Tensor  # int32 [rows + 1], prefix sums of tokens per row
     seq_lens: Tensor  # int32 [rows], context lengths including this step's tokens
     row_bound: Tensor  # see `make_row_bound`
+    snapshots: Tensor  # int64 [rows, 2], see `short_convolution.short_convolution`
 
     @property
     def token_tensors(self) -> tuple[Tensor, ...]:
@@ -93,7 +94,7 @@ class StateMetadata(NamedTuple):
 
     @property
     def row_tensors(self) -> tuple[Tensor, ...]:
-        return self.rows, self.query_start_loc, self.seq_lens
+        return self.rows, self.query_start_loc, self.seq_lens, self.snapshots
 
     @property
     def bound_tensors(self) -> tuple[Tensor, ...]:

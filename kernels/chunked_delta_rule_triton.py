@@ -13,6 +13,10 @@ chunk to each token and from the token to the end of the chunk; decay is that of
 (strictly lower triangular) has the products of keys with keys, times beta and the decay between the
 two tokens; scores (lower triangular) has the products of queries with keys, times the decay between
 the two tokens. Queries and keys are normalised. A chunk is a piece of `ragged_triton`.
+
+A border behind which a row's state is to be kept divides the chunk it lies in: both matrices have
+zeros between tokens on different sides, and since, until and decay are those of a side. The scan
+computes the sides one after the other, and keeps the state between them.
 """
 
 # Triton infers a kernel's types from each call, which mypy cannot follow.
@@ -33,8 +37,8 @@ from compiledllm.kernels.delta_rule import CHUNK
 from compiledllm.kernels.launch import max_shared_memory
 from compiledllm.kernels.ragged_triton import row_of_piece
 
-# Per token: the factors of query @ S, of key @ S and of key^T @ update, and the chunk's decay. The
-# first three include the normalisation of the query or key.
+# Per token: the factors of query @ S, of key @ S and of key^T @ update, which include the
+# normalisation of the query or key, and the decay of the token's side of the chunk.
 _NUM_FACTORS = 4
 
 
@@ -126,10 +130,10 @@ def _inverse(lower, PRECISION: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _chunk_kernel(
-    query, key, a, b, log_decay_rate, step_bias, query_start_loc, inverses, scores, factors,
-    query_stride, key_stride, a_stride, b_stride, num_rows,
+    query, key, a, b, log_decay_rate, step_bias, query_start_loc, snapshots, inverses, scores,
+    factors, query_stride, key_stride, a_stride, b_stride, num_rows,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, KEY_DIM: tl.constexpr, EPS: tl.constexpr,
-    PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+    PRECISION: tl.constexpr, KEEPS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one value head. PRECISION: of the products in `_inverse`."""
     if OVERLAP:
@@ -157,17 +161,27 @@ def _chunk_kernel(
     k_factor = tl.rsqrt(tl.sum(wide * wide, 1) + EPS)
     wide = q.to(tl.float32)
     q_factor = tl.rsqrt(tl.sum(wide * wide, 1) + EPS) * KEY_DIM**-0.5
-    total, chunk_total = tl.cumsum(gates, 0), tl.sum(gates, 0)
+    total = tl.cumsum(gates, 0)
+    end = tl.zeros_like(total) + tl.sum(gates, 0)  # the totals at the ends of a token's side
+    start_total = tl.zeros_like(total)
+    late, early = lane[:, None], lane[None, :]
+    is_after = late >= early
+    if KEEPS:
+        border = tl.load(snapshots + row * 2).to(tl.int32) - first  # outside the chunk: one side
+        until_border = tl.sum(tl.where(lane < border, gates, 0.0), 0)
+        has_sides = (border > 0) & (border < 64)
+        end = tl.where(has_sides & (lane < border), until_border, end)
+        start_total = tl.where(has_sides & (lane >= border), until_border, start_total)
+        is_after = is_after & ((late < border) == (early < border))
     item = tl.program_id(0).to(tl.int64)
     factor = factors + item * 256 + lane
-    tl.store(factor, q_factor * tl.exp(total))
-    tl.store(factor + 64, k_factor * tl.exp(total))
-    tl.store(factor + 128, k_factor * tl.exp(chunk_total - total))
-    tl.store(factor + 192, tl.zeros_like(total) + tl.exp(chunk_total))
+    tl.store(factor, q_factor * tl.exp(total - start_total))
+    tl.store(factor + 64, k_factor * tl.exp(total - start_total))
+    tl.store(factor + 128, k_factor * tl.exp(end - total))
+    tl.store(factor + 192, tl.exp(end - start_total))
 
-    late, early = lane[:, None], lane[None, :]
     square = item * 4096 + late * 64 + early
-    between = tl.where(late >= early, total[:, None] - total[None, :], float("-inf"))
+    between = tl.where(is_after, total[:, None] - total[None, :], float("-inf"))
     decay = tl.exp(between) * k_factor[None, :]
     score = _product(q, tl.trans(k)) * q_factor[:, None] * decay
     tl.store(scores + square, score.to(scores.dtype.element_ty))
@@ -178,10 +192,10 @@ def _chunk_kernel(
 
 @triton.jit(do_not_specialize_on_alignment=["rows"])
 def _scan_kernel(
-    query, key, value, state, rows, query_start_loc, seq_lens, inverses, scores, factors, out,
-    query_stride, key_stride, value_stride, state_stride,
+    query, key, value, state, rows, query_start_loc, seq_lens, snapshots, inverses, scores,
+    factors, out, query_stride, key_stride, value_stride, state_stride,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    COLUMNS: tl.constexpr, OVERLAP: tl.constexpr,
+    COLUMNS: tl.constexpr, KEEPS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Some columns of one head of a row, chunk after chunk."""
     if OVERLAP:
@@ -196,35 +210,47 @@ def _scan_kernel(
     head, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
     dim, lane = tl.arange(0, KEY_DIM), tl.arange(0, 64)
     column = tile * COLUMNS + tl.arange(0, COLUMNS)
-    own = state + tl.load(rows + row).to(tl.int64) * state_stride + head * KEY_DIM * VALUE_DIM
-    own = own + dim[:, None] * VALUE_DIM + column[None, :]
+    states = state + head * KEY_DIM * VALUE_DIM + dim[:, None] * VALUE_DIM + column[None, :]
+    own = states + tl.load(rows + row).to(tl.int64) * state_stride
     s = tl.load(own, tl.load(seq_lens + row) > count, other=0.0).to(tl.float32)
-    item = (start // 64 + row).to(tl.int64) * NUM_HEADS + head
+    first_item = (start // 64 + row).to(tl.int64) * NUM_HEADS + head
     square = lane[:, None] * 64 + lane[None, :]
     start = start.to(tl.int64)
     dtype = query.dtype.element_ty
-    for first in range(0, count, 64):
-        token = first + lane
-        is_token = (token < count)[:, None]
-        place = (start + token)[:, None]
-        key_dims = head // GROUP * KEY_DIM + dim[None, :]
-        columns = head * VALUE_DIM + column[None, :]
-        k = tl.load(key + place * key_stride + key_dims, is_token, other=0.0)
-        q = tl.load(query + place * query_stride + key_dims, is_token, other=0.0)
-        v = tl.load(value + place * value_stride + columns, is_token, other=0.0)
-        inverse = tl.load(inverses + item * 4096 + square)
-        score = tl.load(scores + item * 4096 + square)
-        factor = factors + item * 256 + lane
-        before = s.to(dtype)
-        known = _product(k, before) * tl.load(factor + 64)[:, None]
-        update = _product(inverse, (v.to(tl.float32) - known).to(dtype))
-        result = _product(q, before) * tl.load(factor)[:, None]
-        result += _product(score, update.to(dtype))
-        target = out + place * (NUM_HEADS * VALUE_DIM) + columns
-        tl.store(target, result.to(out.dtype.element_ty), is_token)
-        update *= tl.load(factor + 128)[:, None]
-        s = s * tl.load(factors + item * 256 + 192) + _product(tl.trans(k), update.to(dtype))
-        item += NUM_HEADS
+    border, num_parts = 0, 1
+    if KEEPS:
+        border = tl.load(snapshots + row * 2).to(tl.int32)
+        num_parts = tl.where(border > 0, 2, 1)
+    for part in range(num_parts):  # the tokens before the border, and those behind it
+        low = tl.where(part == num_parts - 1, border, 0)
+        high = tl.where(part == num_parts - 1, count, border)
+        for first in range(low // 64 * 64, high, 64):
+            token = first + lane
+            is_token = ((token >= low) & (token < high))[:, None]
+            place = (start + token)[:, None]
+            item = first_item + first // 64 * NUM_HEADS
+            key_dims = head // GROUP * KEY_DIM + dim[None, :]
+            columns = head * VALUE_DIM + column[None, :]
+            k = tl.load(key + place * key_stride + key_dims, is_token, other=0.0)
+            q = tl.load(query + place * query_stride + key_dims, is_token, other=0.0)
+            v = tl.load(value + place * value_stride + columns, is_token, other=0.0)
+            inverse = tl.load(inverses + item * 4096 + square)
+            score = tl.load(scores + item * 4096 + square)
+            factor = factors + item * 256 + lane
+            before = s.to(dtype)
+            known = _product(k, before) * tl.load(factor + 64)[:, None]
+            update = _product(inverse, (v.to(tl.float32) - known).to(dtype))
+            result = _product(q, before) * tl.load(factor)[:, None]
+            result += _product(score, update.to(dtype))
+            target = out + place * (NUM_HEADS * VALUE_DIM) + columns
+            tl.store(target, result.to(out.dtype.element_ty), is_token)
+            update *= tl.load(factor + 128)[:, None]
+            decay = tl.load(factors + item * 256 + 192 + tl.maximum(low - first, 0))
+            s = s * decay + _product(tl.trans(k), update.to(dtype))
+        if KEEPS:  # noqa: SIM102  (known to the compiler, unlike the next condition)
+            if part < num_parts - 1:
+                slot = states + tl.load(snapshots + row * 2 + 1) * state_stride
+                tl.store(slot, s.to(state.dtype.element_ty))
     tl.store(own, s.to(state.dtype.element_ty))
 
 
@@ -232,6 +258,7 @@ def compute_chunks(
     tensors: tuple[Tensor, ...],
     strides: tuple[int, ...],
     constants: dict[str, Any],
+    snapshots: Tensor | None = None,
     chunk: ChunkTiling | None = None,
     scan: ScanTiling | None = None,
 ) -> None:
@@ -239,8 +266,8 @@ def compute_chunks(
 
     tensors: query, key, value, a, b, log_decay_rate, step_bias, state, rows, query_start_loc,
     seq_lens, out. strides: of a token in query, key and value, of a row in state, of a token in a
-    and b. constants: NUM_HEADS, GROUP, KEY_DIM, EPS and `launch.launch_options`. chunk, scan: None
-    chooses the usual tiling.
+    and b. constants: NUM_HEADS, GROUP, KEY_DIM, EPS and `launch.launch_options`. snapshots: see
+    `delta_rule.gated_delta_rule`. chunk, scan: None chooses the usual tiling.
     """
     query, key, value, *gates, state, rows, query_start_loc, seq_lens, out = tensors
     (num_tokens, num_heads, value_dim), num_rows = value.shape, len(rows)
@@ -250,15 +277,17 @@ def compute_chunks(
     factors = query.new_empty((*items, _NUM_FACTORS, CHUNK), dtype=torch.float32)
     sizes = {name: constants[name] for name in ("NUM_HEADS", "GROUP", "KEY_DIM")}
     launch = {name: constants[name] for name in ("OVERLAP", "launch_pdl")}
+    launch["KEEPS"] = snapshots is not None
+    kept = rows if snapshots is None else snapshots
     c = chunk or chunk_tiling(query.dtype)
     _chunk_kernel[(num_pieces * num_heads,)](
-        query, key, *gates, query_start_loc, inverses, scores, factors, *strides[:2], *strides[4:],
-        num_rows, EPS=constants["EPS"], PRECISION=c.precision, num_warps=c.num_warps, **sizes,
-        **launch,
+        query, key, *gates, query_start_loc, kept, inverses, scores, factors, *strides[:2],
+        *strides[4:], num_rows, EPS=constants["EPS"], PRECISION=c.precision, num_warps=c.num_warps,
+        **sizes, **launch,
     )  # fmt: skip
     s = scan or scan_tiling(query.dtype, value_dim, max_shared_memory())
     _scan_kernel[(num_heads * (value_dim // s.columns), num_rows)](
-        query, key, value, state, rows, query_start_loc, seq_lens, inverses, scores, factors, out,
-        *strides[:4], VALUE_DIM=value_dim, COLUMNS=s.columns, num_warps=s.num_warps,
+        query, key, value, state, rows, query_start_loc, seq_lens, kept, inverses, scores, factors,
+        out, *strides[:4], VALUE_DIM=value_dim, COLUMNS=s.columns, num_warps=s.num_warps,
         num_stages=s.num_stages, **sizes, **launch,
     )  # fmt: skip

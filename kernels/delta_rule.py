@@ -12,12 +12,15 @@ be computed in order. On a GPU, Triton kernels compute steps (`delta_rule_triton
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from compiledllm.kernels.ops import define
-from compiledllm.kernels.short_convolution import rows_by_count
+from compiledllm.kernels.short_convolution import rows_alike
 
 CHUNK = 64  # tokens
 EPS = 1e-6  # added to the squared L2 norms of queries and keys
@@ -50,6 +53,7 @@ def gated_delta_rule(
     query_start_loc: Tensor,
     seq_lens: Tensor,
     row_bound: Tensor | None = None,
+    snapshots: Tensor | None = None,
 ) -> Tensor:
     """The gated delta rule over each row's tokens, from the row's state on.
 
@@ -57,7 +61,7 @@ def gated_delta_rule(
     and queries are scaled by key_dim ** -0.5. value: [tokens, value heads, value_dim]; value head h
     uses key head h // (value heads / key heads). a, b: [tokens, value heads], not yet activated.
     log_decay_rate, step_bias: float32 [value heads]. state: float32 or bfloat16 [request rows,
-    value heads, key_dim, value_dim]. rows, query_start_loc, seq_lens, row_bound: see
+    value heads, key_dim, value_dim]. rows, query_start_loc, seq_lens, row_bound, snapshots: see
     `short_convolution.short_convolution`.
 
     A row without earlier tokens starts from zeros, whatever its state holds; a row without tokens
@@ -67,10 +71,10 @@ def gated_delta_rule(
     tokens, gates = (query, key, value, a, b), (log_decay_rate, step_bias)
     rows_of_step = rows, query_start_loc, seq_lens
     if not value.is_cuda:
-        return gated_delta_rule_reference(*tokens, *gates, state, *rows_of_step)
+        return gated_delta_rule_reference(*tokens, *gates, state, *rows_of_step, snapshots)
     from compiledllm.kernels.delta_rule_triton import delta_rule
 
-    return delta_rule(*tokens, *gates, state, *rows_of_step, row_bound)
+    return delta_rule(*tokens, *gates, state, *rows_of_step, row_bound, snapshots)
 
 
 def activated_gates(
@@ -98,8 +102,9 @@ def gated_delta_rule_reference(
     rows: Tensor,
     query_start_loc: Tensor,
     seq_lens: Tensor,
+    snapshots: Tensor | None = None,
 ) -> Tensor:
-    """See `gated_delta_rule`. Rows with the same number of tokens are computed together.
+    """See `gated_delta_rule`. Rows with equally many tokens and equal borders go together.
 
     Computes in float32, or in float64 if the inputs are.
     """
@@ -109,12 +114,15 @@ def gated_delta_rule_reference(
     group = value.shape[1] // key.shape[1]
     query = _normalized(query.to(dtype)) * query.shape[-1] ** -0.5
     key = _normalized(key.to(dtype))
-    for count, batch in rows_by_count(query_start_loc, len(rows)).items():
+    for (count, border), batch in rows_alike(query_start_loc, snapshots, len(rows)).items():
         first, own = query_start_loc[batch].long(), rows[batch].long()
         tokens = first[:, None] + torch.arange(count, device=out.device)  # [rows, count]
         is_new = (seq_lens[batch] == count).view(-1, 1, 1, 1)
         current = state[own].to(dtype).masked_fill(is_new, 0)
-        for part in torch.split(tokens, CHUNK, dim=1):
+        for start, end in _chunks(count, border):
+            part = tokens[:, start:end]
+            if border and start == border and snapshots is not None:
+                state[snapshots[batch, 1]] = current.to(state.dtype)
             # [rows, tokens, heads, ...] -> [rows, heads, tokens, ...]
             q, k = (x[part].repeat_interleave(group, 2).transpose(1, 2) for x in (query, key))
             v, d, u = (x[part].to(dtype).transpose(1, 2) for x in (value, log_decay, beta))
@@ -123,6 +131,12 @@ def gated_delta_rule_reference(
             out[part] = result.transpose(1, 2).to(out.dtype)
         state[own] = current.to(state.dtype)
     return out
+
+
+def _chunks(count: int, border: int) -> Iterator[tuple[int, int]]:
+    """Where the chunks of `count` tokens start and end; one starts at the border."""
+    starts = *range(0, border, CHUNK), *range(border, count, CHUNK)
+    return itertools.pairwise((*starts, count))
 
 
 def _normalized(x: Tensor) -> Tensor:

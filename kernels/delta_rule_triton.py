@@ -103,6 +103,7 @@ def delta_rule(
     query_start_loc: Tensor,
     seq_lens: Tensor,
     row_bound: Tensor | None = None,
+    snapshots: Tensor | None = None,
     step: StepTiling | None = None,
     chunk: ChunkTiling | None = None,
     scan: ScanTiling | None = None,
@@ -130,5 +131,5 @@ def delta_rule(
         *tensors, *strides, COLUMNS=t.columns, num_warps=t.num_warps, **constants
     )
     if row_bound is None or max_row_tokens(row_bound) != 1:
-        compute_chunks(tensors, strides, constants, chunk, scan)
+        compute_chunks(tensors, strides, constants, snapshots, chunk, scan)
     return out

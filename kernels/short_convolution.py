@@ -30,6 +30,7 @@ def short_convolution(
     seq_lens: Tensor,
     activation: str,
     row_bound: Tensor | None = None,
+    snapshots: Tensor | None = None,
 ) -> Tensor:
     """out[t] = activation(bias + sum over j of weight[:, j] * input[t - width + 1 + j]).
 
@@ -39,6 +40,9 @@ def short_convolution(
     row owns. query_start_loc: int32 [rows + 1]; seq_lens: int32 [rows], context lengths including
     these tokens; both may have further rows without tokens. activation: "silu" or "none".
     row_bound: of `backend.make_row_bound`; steps with a maximum of 1 take a faster kernel.
+    snapshots: int64 [rows, 2], for each batch row the number of its tokens behind which the state
+    is kept as well, less than all, and the request row that it is written to; 0: not kept. None:
+    no row's is.
 
     A row without earlier tokens starts from zeros, whatever its state holds; a row without tokens
     does nothing. Of batch rows that own the same request row, as padding does, outputs and state
@@ -50,9 +54,9 @@ def short_convolution(
         from compiledllm.kernels.short_convolution_triton import convolve
 
         metadata = rows, query_start_loc, seq_lens
-        return convolve(x, weight, bias, state, *metadata, activation, row_bound)
+        return convolve(x, weight, bias, state, *metadata, activation, row_bound, snapshots)
     return short_convolution_reference(
-        x, weight, bias, state, rows, query_start_loc, seq_lens, activation
+        x, weight, bias, state, rows, query_start_loc, seq_lens, activation, snapshots
     )
 
 
@@ -65,32 +69,38 @@ def short_convolution_reference(
     query_start_loc: Tensor,
     seq_lens: Tensor,
     activation: str,
+    snapshots: Tensor | None = None,
 ) -> Tensor:
-    """See `short_convolution`. Rows with the same number of tokens are computed together."""
+    """See `short_convolution`. Rows with equally many tokens and equal borders go together."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     dtype = torch.promote_types(x.dtype, torch.float32)
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    for count, batch in rows_by_count(query_start_loc, len(rows)).items():
+    for (count, border), batch in rows_alike(query_start_loc, snapshots, len(rows)).items():
         first, own = query_start_loc[batch].long(), rows[batch].long()
         tokens = first[:, None] + torch.arange(count, device=x.device)  # [rows, count]
         is_new = (seq_lens[batch] == count)[:, None, None]
         before = state[own].masked_fill(is_new, 0)
         inputs = torch.cat((before, x[tokens].mT.to(state.dtype)), dim=-1)
+        if border and snapshots is not None:
+            state[snapshots[batch, 1]] = inputs[:, :, border : border + state.shape[-1]]
         state[own] = inputs[:, :, count:]
         mixed = F.conv1d(inputs.to(dtype), weight[:, None], bias, groups=len(weight)).mT
         out[tokens] = (F.silu(mixed) if activation == "silu" else mixed).to(x.dtype)
     return out
 
 
-def rows_by_count(query_start_loc: Tensor, num_rows: int) -> dict[int, Tensor]:
-    """Number of tokens -> indices of the batch rows that have so many; rows without are left out.
+def rows_alike(
+    query_start_loc: Tensor, snapshots: Tensor | None, num_rows: int
+) -> dict[tuple[int, int], Tensor]:
+    """Number of tokens and border of a snapshot -> indices of the batch rows that have these.
 
-    Reads `query_start_loc` on the host.
+    Rows without tokens are left out. Reads the tensors on the host.
     """
     counts = query_start_loc.diff()[:num_rows].tolist()
-    found: dict[int, list[int]] = {}
-    for row, count in enumerate(counts):
-        if count:
-            found.setdefault(count, []).append(row)
+    borders = [0] * num_rows if snapshots is None else snapshots[:num_rows, 0].tolist()
+    found: dict[tuple[int, int], list[int]] = {}
+    for row, alike in enumerate(zip(counts, borders, strict=True)):
+        if alike[0]:
+            found.setdefault(alike, []).append(row)
     device = query_start_loc.device
-    return {count: torch.tensor(batch, device=device) for count, batch in found.items()}
+    return {alike: torch.tensor(batch, device=device) for alike, batch in found.items()}

@@ -16,6 +16,7 @@ from compiledllm.kernels.ragged_triton import row_of_piece
 
 _TOKENS, _CHANNELS = 16, 64  # of a program of `_ragged_kernel`; the fastest of 11 on an H200
 _STEP_CHANNELS = 256  # of a program of `_step_kernel`
+_SLICES = ["rows", "snapshots"]  # the place where one begins makes no variant of a kernel
 
 
 @triton.jit
@@ -59,11 +60,21 @@ def _step_kernel(
     tl.store(own - 1, window, inside & (entry > 0)[None, :])
 
 
-@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["rows"])
+@triton.jit
+def _window(inputs, x_stride, old, is_old, is_entry, entry, count, WIDTH: tl.constexpr):
+    """The last WIDTH - 1 inputs before token `count` of a row. old: places of those before it."""
+    origin = count - (WIDTH - 1) + entry  # in this step's tokens, or before them
+    recent = inputs[None, :] + origin.to(tl.int64) * x_stride
+    window = tl.load(recent, is_entry & (origin >= 0), other=0.0)
+    return window + tl.load(old + count, is_old & (origin < 0), other=0.0)
+
+
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=_SLICES)
 def _ragged_kernel(
-    x, weight, bias, state, rows, query_start_loc, seq_lens, out, channels, x_stride, state_stride,
-    num_rows, WIDTH: tl.constexpr, PADDED: tl.constexpr, HAS_BIAS: tl.constexpr,
-    IS_SILU: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, OVERLAP: tl.constexpr,
+    x, weight, bias, state, rows, query_start_loc, seq_lens, snapshots, out, channels, x_stride,
+    state_stride, num_rows, WIDTH: tl.constexpr, PADDED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    IS_SILU: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, KEEPS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Some tokens and channels of a row. Only a row's first program touches the row's state."""
     if OVERLAP:
@@ -101,12 +112,14 @@ def _ragged_kernel(
     tl.store(target, result, inside)
     if first == 0:
         entry = tl.arange(0, PADDED)[:, None]
-        origin = count - (WIDTH - 1) + entry  # in this step's tokens, or before them
         is_entry = (entry < WIDTH - 1) & is_channel[None, :]
-        recent = inputs[None, :] + origin.to(tl.int64) * x_stride
-        moved = tl.load(recent, is_entry & (origin >= 0), other=0.0)
-        is_kept = is_entry & (origin < 0) & is_old[None, :]
-        moved += tl.load(own[None, :] + entry + count, is_kept, other=0.0)
+        old, is_kept = own[None, :] + entry, is_entry & is_old[None, :]
+        moved = _window(inputs, x_stride, old, is_kept, is_entry, entry, count, WIDTH)
+        if KEEPS:
+            border = tl.load(snapshots + row * 2).to(tl.int32)
+            window = _window(inputs, x_stride, old, is_kept, is_entry, entry, border, WIDTH)
+            slot = state + tl.load(snapshots + row * 2 + 1) * state_stride + channel * (WIDTH - 1)
+            tl.store(slot[None, :] + entry, window, is_entry & (border > 0))
         tl.debug_barrier()  # all threads have read the state
         tl.store(own[None, :] + entry, moved, is_entry)
 
@@ -121,6 +134,7 @@ def convolve(
     seq_lens: Tensor,
     activation: str,
     row_bound: Tensor | None = None,
+    snapshots: Tensor | None = None,
 ) -> Tensor:
     """See `short_convolution.short_convolution`."""
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -139,7 +153,9 @@ def convolve(
         grid = triton.cdiv(channels, _STEP_CHANNELS), num_rows
         _step_kernel[grid](*tensors, out, *strides, CHANNELS=_STEP_CHANNELS, **constants)
     else:
+        kept = rows if snapshots is None else snapshots
         _ragged_kernel[(triton.cdiv(channels, _CHANNELS), num_tokens // _TOKENS + num_rows)](
-            *tensors, out, *strides, num_rows, TOKENS=_TOKENS, CHANNELS=_CHANNELS, **constants,
+            *tensors, kept, out, *strides, num_rows, TOKENS=_TOKENS, CHANNELS=_CHANNELS,
+            KEEPS=snapshots is not None, **constants,
         )  # fmt: skip
     return out

@@ -67,6 +67,7 @@ class Step(msgspec.Struct, tag=True):
     spoilt_block_ids: list[int]
     saved_states: list[tuple[str, int]]
     restored_states: list[tuple[str, int]]
+    kept_states: list[tuple[str, int, int]]
 
     @classmethod
     def of(cls, step: SchedulerOutput, num_in_flight: int) -> Step:
@@ -78,6 +79,7 @@ class Step(msgspec.Struct, tag=True):
             step.spoilt_block_ids,
             step.saved_states,
             step.restored_states,
+            step.kept_states,
         )
 
     def to_run(self) -> SchedulerOutput:
@@ -85,8 +87,15 @@ class Step(msgspec.Struct, tag=True):
             NewRequest(one.spec, one.spec.prompt_token_ids + one.outputs)
             for one in self.new_requests
         ]
-        others = self.spoilt_block_ids, self.saved_states, self.restored_states
-        return SchedulerOutput(new, self.scheduled, self.freed_request_ids, *others)
+        return SchedulerOutput(
+            new,
+            self.scheduled,
+            self.freed_request_ids,
+            self.spoilt_block_ids,
+            self.saved_states,
+            self.restored_states,
+            self.kept_states,
+        )
 
 
 class Reset(msgspec.Struct, tag=True):

@@ -37,16 +37,25 @@ class StepLayout:
     computed: np.ndarray  # int64, number of tokens whose KV is cached before the step
     counts: np.ndarray  # int64, number of tokens that the step computes
     samples: np.ndarray  # bool, whether the step draws the request's next token
+    # Of requests whose states are kept on the way: index in the step, number of tokens before that,
+    # and the row of the snapshot in the tensors of `StateCaches`.
+    kept_states: tuple[tuple[int, int, int], ...] = ()
 
     @classmethod
-    def of(cls, step: SchedulerOutput, table: RequestTable) -> StepLayout:
+    def of(cls, step: SchedulerOutput, table: RequestTable, first_slot: int = 0) -> StepLayout:
+        """first_slot: of `StateCaches`."""
         request_ids, computed, counts, _, samples = zip(*step.scheduled, strict=True)
+        kept_states = tuple(
+            (request_ids.index(request_id), count, first_slot + slot)
+            for request_id, slot, count in step.kept_states
+        )
         return cls(
             request_ids=list(request_ids),
             rows=table.rows_of(request_ids),
             computed=np.array(computed),
             counts=np.array(counts),
             samples=np.array(samples),
+            kept_states=kept_states,
         )
 
     @classmethod
@@ -109,21 +118,23 @@ class StepLayout:
             positions,
             _known_tokens(table, self.rows, self.computed, self.counts),
         )
-        per_row = packed[3 * shape.num_tokens :].reshape(6, -1)
+        per_row = packed[3 * shape.num_tokens :].reshape(8, -1)
         per_row[0], per_row[2] = table.padding_row, total
         per_row[4], per_row[5] = table.padding_row, 1
         per_row[:3, : len(self.rows)] = self.rows, self.computed + self.counts, row_ends
         sample_rows = self.sample_rows
-        per_row[3:, : len(sample_rows)] = (
+        per_row[3:6, : len(sample_rows)] = (
             row_ends[self.samples] - 1,
             sample_rows,
             self.sample_positions,
         )
+        for index, count, row in self.kept_states:
+            per_row[6:, index] = count, row
         return packed
 
 
 def packed_size(shape: StepShape) -> int:
-    return 3 * shape.num_tokens + 6 * shape.num_rows
+    return 3 * shape.num_tokens + 8 * shape.num_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +154,7 @@ class InputBatch:
     logits_indices: Tensor  # int64 [samples], indices of the tokens whose logits are needed
     sample_rows: Tensor  # int64 [samples], request rows that draw a token
     sample_positions: Tensor  # int64 [samples], positions of the drawn tokens
+    snapshots: Tensor | None = None  # int64 [2, rows], see `StateCaches.metadata`
 
     @classmethod
     def of(
@@ -173,8 +185,8 @@ class InputBatch:
     ) -> InputBatch:
         """Build the batch from the array of `StepLayout.pack`; no host code reads its values."""
         split = 3 * shape.num_tokens
-        tokens, per_row = packed[:split].view(3, -1), packed[split:].view(6, -1)
-        rows, lengths, _, indices, sample_rows, sample_positions = per_row
+        tokens, per_row = packed[:split].view(3, -1), packed[split:].view(8, -1)
+        rows, lengths, _, indices, sample_rows, sample_positions = per_row[:6]
         input_ids, positions, attn = mixed_inputs(
             tokens, per_row[:3], table.last_token_ids, table.block_tables, block_sizes
         )
@@ -187,6 +199,7 @@ class InputBatch:
             logits_indices=indices[:num_samples],
             sample_rows=sample_rows[:num_samples],
             sample_positions=sample_positions[:num_samples],
+            snapshots=per_row[6:],
         )
 
     @classmethod

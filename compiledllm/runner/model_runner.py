@@ -108,7 +108,7 @@ class ModelRunner:
         self._copy_states(step)
         if not step.scheduled:
             return self.outputs.send([], table.last_token_ids[:0])
-        layout = StepLayout.of(step, table)
+        layout = StepLayout.of(step, table, self.states.first_slot)
         rows, positions = layout.sample_rows, layout.sample_positions
         request_ids = layout.sample_request_ids
         keeps_all = bool(table.wants_prompt_logprobs[layout.rows].any())
@@ -269,7 +269,7 @@ class ModelRunner:
         Stores the keys and values of all tokens either way.
         """
         paged = (batch.attn[place.group] for place in self._layout.places)
-        states = self.states.metadata(batch.rows, batch.attn[0])
+        states = self.states.metadata(batch.rows, batch.attn[0], batch.snapshots)
         attn = self._layout.in_layer_order(paged, states)
         last = () if sampled is None else (sampled,)
         hidden: Tensor = self.model(batch.input_ids, batch.positions, self._caches, attn, *last)

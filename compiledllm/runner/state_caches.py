@@ -30,41 +30,51 @@ class StateCaches:
         self, layout: KVLayout, max_num_seqs: int, device: torch.device, num_snapshots: int = 0
     ) -> None:
         self._padding_row = max_num_seqs
-        self._first_slot = max_num_seqs + 1
-        size = self._first_slot + num_snapshots
+        self.first_slot = max_num_seqs + 1  # the row of the first snapshot
+        size = self.first_slot + num_snapshots
         kinds = Counter(part for state in layout.states.values() for part in _kinds(state))
         self._buffers = {
             kind: lazy_zeros((count, size, *kind.shape), kind.dtype, device)
             for kind, count in kinds.items()
         }
         layers = {kind: iter(buffer) for kind, buffer in self._buffers.items()}
+        with torch.inference_mode():  # as the tensors of steps, from which a guard would tell it
+            self._no_snapshots = torch.zeros(size, 2, dtype=torch.int64, device=device)
         self.tensors: list[list[Tensor]] = [
             [next(layers[kind]) for kind in _kinds(state)] for state in layout.states.values()
         ]
 
     def save(self, row: int, slot: int) -> None:
         """Copy the state of a request row to the slot of a snapshot."""
-        self._copy(row, self._first_slot + slot)
+        self._copy(row, self.first_slot + slot)
 
     def restore(self, row: int, slot: int) -> None:
         """Copy a snapshot to a request row."""
-        self._copy(self._first_slot + slot, row)
+        self._copy(self.first_slot + slot, row)
 
     def _copy(self, source: int, target: int) -> None:
         for buffer in self._buffers.values():
             buffer[:, target].copy_(buffer[:, source])
 
-    def metadata(self, rows: Tensor, attn: AttentionMetadata) -> list[StateMetadata]:
+    def metadata(
+        self, rows: Tensor, attn: AttentionMetadata, snapshots: Tensor | None = None
+    ) -> list[StateMetadata]:
         """What each layer must know of a step, given the metadata of any attention layer.
 
         rows: int64 [rows], request rows. Further rows of `attn`, which are empty, are padding's.
+        snapshots: int64 [2, rows]: after how many of a row's tokens its state is kept, and at which
+        row of the tensors; None: the step keeps none.
         """
         if not self.tensors:
             return []
-        num_empty = len(attn.seq_lens) - len(rows)
+        num_rows = len(attn.seq_lens)
+        num_empty = num_rows - len(rows)
         rows = F.pad(rows, (0, num_empty), value=self._padding_row)
-        metadata = StateMetadata(rows, attn.query_start_loc, attn.seq_lens, attn.row_bound)
-        return [metadata] * len(self.tensors)
+        kept = self._no_snapshots[:num_rows]
+        if snapshots is not None:
+            kept = F.pad(snapshots.T, (0, 0, 0, num_empty)).contiguous()
+        of_rows = attn.query_start_loc, attn.seq_lens, attn.row_bound
+        return [StateMetadata(rows, *of_rows, kept)] * len(self.tensors)
 
 
 class _Kind(NamedTuple):

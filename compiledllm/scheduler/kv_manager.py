@@ -180,12 +180,12 @@ class KVManager:
 
     # -- prefixes ------------------------------------------------------------------------------
 
-    def max_until_snapshot(self, request: Request, start: int, count: int) -> int:
-        """`count`, or the number of tokens from `start` on after which the state is kept."""
+    def max_with_one_snapshot(self, request: Request, start: int, count: int) -> int:
+        """`count`, or as many tokens from `start` on as need no more than one snapshot."""
         if self.states is None:
             return count
         self._extend_hashes(request, request.num_tokens)
-        return self.states.max_until_point(request, start, count)
+        return self.states.max_with_one_point(request, start, count)
 
     def slot_to_save(self, request: Request, num_running: int) -> int | None:
         """The slot to copy a request's state to before its next step; None: no copy."""

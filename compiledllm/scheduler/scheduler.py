@@ -127,6 +127,8 @@ class Scheduler:
 
     def schedule(self) -> SchedulerOutput:
         """Choose this step's work, allocate its blocks, and list the changes since the last."""
+        if self.kv.states is not None:
+            self.kv.states.snapshots.settle()
         builder = StepBuilder(
             self.kv, self.pace, self.running, self.waiting, self.max_num_batched_tokens
         )
@@ -142,7 +144,7 @@ class Scheduler:
         freed, self._freed_request_ids = self._freed_request_ids, []
         spoilt, self._spoilt_block_ids = self._spoilt_block_ids, []
         self._in_flight.append(builder.requests)
-        states = builder.saved_states, builder.restored_states
+        states = builder.saved_states, builder.restored_states, builder.kept_states
         return SchedulerOutput(new_requests, builder.lines, freed, spoilt, *states)
 
     def _schedule_running(self, builder: StepBuilder) -> bool:
@@ -177,7 +179,7 @@ class Scheduler:
         count = kv.max_chunk(num_cached, count)
         if states is not None:
             states.begin(request, num_cached)
-            count = kv.max_until_snapshot(request, num_cached, count)
+            count = kv.max_with_one_snapshot(request, num_cached, count)
         if count < 1:  # there was room, but not behind so long a prefix
             return None
         missing = kv.num_missing_blocks(prefix, num_cached + count)

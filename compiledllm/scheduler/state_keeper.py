@@ -1,10 +1,11 @@
 """Decides where copies of requests' states are taken, and from which copy a request starts.
 
-A step that continues a request at a block border may begin with a copy of the request's state,
-which is the state behind the border. There are two kinds of copies:
+A step that computes several tokens of a request can keep the state behind one of them, and a step
+that continues a request at a block border may begin with a copy of the request's state, which is
+the state behind the border. There are two kinds of snapshots:
 
 - at fixed points: behind the last full block of the prompt, and where the request leaves the blocks
-  that another one has computed before. A chunk of the prompt ends at these points;
+  that another one has computed before;
 - at the latest border. The copy moves along with the request, and is the one from which the next
   turn of a conversation starts when the request has ended.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 from compiledllm.scheduler.snapshots import Snapshots
 from compiledllm.types import Request, RequestStatus
 
-MIN_TOKENS = 64  # that a copy at a fixed point must save; fewer are not worth a step of their own
+MIN_TOKENS = 64  # that a snapshot at a fixed point must save; fewer are not worth a slot
 # Copies take memory bandwidth from decoding, so with more requests they move in larger strides.
 # Past half of the slots, running requests would take the slots from each other.
 _MAX_REQUESTS_IN_SINGLE_STRIDES = 8
@@ -29,12 +30,39 @@ class StateKeeper:
         self.snapshots = Snapshots(num_slots)
         self._block_size = block_size
 
-    def max_until_point(self, request: Request, start: int, count: int) -> int:
-        """`count`, or the number of tokens from `start` on up to the first point among them."""
+    def max_with_one_point(self, request: Request, start: int, count: int) -> int:
+        """`count`, or the tokens from `start` to the first of two points, where the step ends.
+
+        A step can keep only one state of a request.
+        """
+        points = self._points_within(request, start, count)
+        return points[0] - start if len(points) > 1 else count
+
+    def slot_to_keep(self, request: Request, start: int, count: int) -> tuple[int, int] | None:
+        """Where a step that computes `count` tokens from `start` on keeps the request's state.
+
+        Returns a slot and the number of tokens behind which the state is kept; None: it keeps none.
+        """
+        points = self._points_within(request, start, count)
+        if not points:
+            return None
+        slot = self.snapshots.add(self._hash_before(request, points[0]), is_coming=True)
+        if slot is None:
+            return None
+        request.state_kept_at = request.latest_state_at = points[0]
+        return slot, points[0] - start
+
+    def _points_within(self, request: Request, start: int, count: int) -> list[int]:
+        """The fixed points behind the first of these tokens, and before the last, to keep."""
+        found: list[int] = []
+        last = request.state_kept_at
         for point in sorted(self._points(request)):
-            if start < point < start + count and self._is_worth_a_step(request, point):
-                return point - start
-        return count
+            if not start < point < start + count or point - last < MIN_TOKENS:
+                continue
+            if self._hash_before(request, point) not in self.snapshots:
+                found.append(point)
+                last = point
+        return found
 
     def slot_to_save(self, request: Request, num_running: int) -> int | None:
         """The slot to copy a running request's state to before its next step; None: no copy.
@@ -74,7 +102,9 @@ class StateKeeper:
         sibling, point = request.sibling, self._prompt_end(request)
         if sibling is None or sibling.status is not RequestStatus.RUNNING or point < MIN_TOKENS:
             return False
-        return sibling.state_kept_at < point and sibling.num_computed_tokens <= point
+        if sibling.state_kept_at >= point:
+            return self.snapshots.is_coming(self._hash_before(sibling, point))
+        return sibling.num_computed_tokens <= point
 
     def _points(self, request: Request) -> tuple[int, int]:
         return request.diverges_at, self._prompt_end(request)
@@ -82,11 +112,6 @@ class StateKeeper:
     def _prompt_end(self, request: Request) -> int:
         """The last block border before the last token of the prompt."""
         return (request.num_prompt_tokens - 1) // self._block_size * self._block_size
-
-    def _is_worth_a_step(self, request: Request, point: int) -> bool:
-        if point - request.state_kept_at < MIN_TOKENS:
-            return False
-        return self._hash_before(request, point) not in self.snapshots
 
     def _stride(self, num_running: int) -> float:
         """Number of tokens by which the copy at the latest border moves."""

@@ -40,6 +40,7 @@ class StepBuilder:
     requests: list[Request] = field(default_factory=list)  # the request of each line
     saved_states: list[tuple[str, int]] = field(default_factory=list)
     restored_states: list[tuple[str, int]] = field(default_factory=list)
+    kept_states: list[tuple[str, int, int]] = field(default_factory=list)
 
     def room_for(self, request: Request, position: int) -> int:
         """Number of prompt tokens that the step can grant behind `position` tokens.
@@ -97,7 +98,7 @@ class StepBuilder:
         kv.trim(request)
         count = kv.max_chunk(computed, count)
         if wanted > 1:
-            count = kv.max_until_snapshot(request, computed, count)
+            count = kv.max_with_one_snapshot(request, computed, count)
         missing = kv.num_missing_blocks(request.block_tables, computed + count)
         if missing > kv.pool.num_free_blocks:
             count = min(count, kv.room_at_hand(request))
@@ -126,6 +127,10 @@ class StepBuilder:
         before it reads any, so a later request of the same step may already share these blocks.
         """
         new_block_ids = self.kv.extend(request, count, missing)
+        if count > 1 and self.kv.states is not None:
+            kept = self.kv.states.slot_to_keep(request, request.num_computed_tokens, count)
+            if kept is not None:
+                self.kept_states.append((request.request_id, *kept))
         if is_new:  # the device does not know the blocks of the prefix yet
             new_block_ids = [list(table) for table in request.block_tables]
         num_computed = request.num_computed_tokens

@@ -98,7 +98,7 @@ class Mixed:
         """x [rows, inputs] -> [rows, outputs] of each part, without joining the products."""
         found: list[Tensor] = []
         for run, product in zip(self.runs, self._products(x, params, bias), strict=True):
-            found += product.split(list(run.sizes(parts).values()), dim=-1)
+            found += torch.split(product, list(run.sizes(parts).values()), dim=-1)
         return found
 
     def _products(

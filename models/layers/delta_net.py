@@ -44,8 +44,8 @@ class DeltaNet(nn.Module):
         spec, (columns, heads) = self.spec, states
         qkv, z, b, a = self._project(x)
         weight = self.convolution.squeeze(1)
-        rows, bound = metadata[:3], metadata.row_bound
-        qkv = short_convolution(qkv, weight, None, columns, *rows, "silu", bound)
+        others = metadata.row_bound, metadata.snapshots
+        qkv = short_convolution(qkv, weight, None, columns, *metadata[:3], "silu", *others)
         q, k, v = torch.split(qkv, [spec.key_size, spec.key_size, spec.value_size], dim=-1)
         q, k, v = _heads(q, spec.key_dim), _heads(k, spec.key_dim), _heads(v, spec.value_dim)
         gates = a, b, self.log_decay_rate, self.step_bias

@@ -148,7 +148,7 @@ class Linear(Matrix):
         """x [rows, inputs] -> [rows, outputs] of each part; those of one product are its views."""
         if isinstance(self.format, Mixed):
             return self.format.by_part(x, self.params, self.bias, self.parts)
-        return list(self(x).split(list(self.parts.values()), dim=-1))
+        return list(torch.split(self(x), list(self.parts.values()), dim=-1))
 
 
 class ExpertLinear(Matrix):

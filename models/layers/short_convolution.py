@@ -33,7 +33,7 @@ class ShortConvolution(nn.Module):
         (columns,) = states
         b, c, x = self.bcx(x).chunk(3, dim=-1)
         weight = self.weight.squeeze(1)
-        rows, bound = metadata[:3], metadata.row_bound
-        mixed = short_convolution(b * x, weight, self.bias, columns, *rows, "none", bound)
+        weights, others = (weight, self.bias), (metadata.row_bound, metadata.snapshots)
+        mixed = short_convolution(b * x, *weights, columns, *metadata[:3], "none", *others)
         out: Tensor = self.out(c * mixed)
         return out

@@ -167,7 +167,7 @@ def assert_vectors(engine: Engine, params: PoolingParams, expected: list[torch.T
     engine.core.scheduler.check_invariants()
     for output, vector in zip(outputs, expected, strict=True):
         found = torch.tensor(output.outputs.embedding)
-        torch.testing.assert_close(found, vector, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found, vector, atol=3e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_a_vector_behind_a_cached_prefix_is_the_same(model: Path, max_tokens: in
         (longer, torch.tensor(plain.outputs.embedding)),
     ):
         vector = torch.tensor(found.outputs.embedding)
-        torch.testing.assert_close(vector, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(vector, expected, atol=3e-5, rtol=1e-5)
 
 
 def test_prompts_are_pooled_beside_answers(model: Path, expected: Expected) -> None:

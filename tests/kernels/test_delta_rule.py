@@ -9,6 +9,7 @@ from compiledllm.kernels.delta_rule import activated_gates, gated_delta_rule
 from compiledllm.kernels.delta_rule_triton import delta_rule
 from tests.support.state_layers import (
     HARD_CASES,
+    KEPT,
     STEPS,
     DeltaInputs,
     assert_near,
@@ -75,6 +76,25 @@ def test_kernels_equal_the_reference(
     step: str, heads: tuple[int, int], dims: tuple[int, int], dtypes: str
 ) -> None:
     assert_near(DeltaInputs(STEPS[step], heads, dims, *DTYPES[dtypes], DEVICE))
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("name", KEPT)
+def test_kernels_keep_the_states_behind_borders(name: str, dtypes: str) -> None:
+    step, borders = KEPT[name]
+    assert_near(DeltaInputs(step, (1, 2), (64, 64), *DTYPES[dtypes], DEVICE, borders))
+
+
+def test_reference_keeps_the_state_that_a_shorter_row_ends_with() -> None:
+    whole = DeltaInputs([(150, 6)], (1, 2), (16, 16), device="cpu", borders=[90])
+    assert whole.snapshots is not None
+    start, out = whole.state.clone(), gated_delta_rule(*whole)
+    part, rows = [x[:90] for x in whole.tokens], make_rows([(90, 6)], "cpu")
+    rows = rows._replace(rows=whole.rows.rows)
+    first = gated_delta_rule(*part, *whole.of_heads, start, *rows)
+    torch.testing.assert_close(out[:90], first, atol=1e-6, rtol=1e-5)
+    kept = whole.state[whole.snapshots[:1, 1]]
+    torch.testing.assert_close(kept, start[rows.rows], atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtypes", ["float32", "bfloat16"])

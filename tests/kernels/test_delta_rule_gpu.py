@@ -11,6 +11,7 @@ from compiledllm.kernels.delta_rule import gated_delta_rule
 from compiledllm.kernels.delta_rule_triton import StepTiling, delta_rule
 from compiledllm.kernels.short_convolution import short_convolution, short_convolution_reference
 from tests.support.state_layers import (
+    KEPT,
     STEPS,
     DeltaInputs,
     assert_near,
@@ -49,9 +50,17 @@ def test_real_shapes(step: str, dtype: torch.dtype, state_dtype: torch.dtype) ->
     assert_near(case, float32_error=largest)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", KEPT)
+def test_real_shapes_with_borders(name: str, dtype: torch.dtype) -> None:
+    step, borders = KEPT[name]
+    assert_near(DeltaInputs(step, HEADS, DIMS, dtype, torch.float32, "cuda", borders), 5e-5)
+
+
 @pytest.mark.parametrize("scan", SCANS, ids=str)
 def test_every_scan_tiling(scan: ScanTiling) -> None:
-    case = make_case(LARGE["batch"])
+    borders = [1984, 2, 0, 1000, 0, 0, 0]
+    case = DeltaInputs(LARGE["batch"], HEADS, DIMS, torch.bfloat16, device="cuda", borders=borders)
     expected, _ = case.exact()
     assert relative_error(delta_rule(*case, scan=scan), expected) < 1e-2
 

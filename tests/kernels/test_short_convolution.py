@@ -10,10 +10,12 @@ from torch import Tensor
 from compiledllm.kernels.short_convolution import short_convolution, short_convolution_reference
 from compiledllm.kernels.short_convolution_triton import convolve
 from tests.support.state_layers import (
+    KEPT,
     NUM_REQUEST_ROWS,
     STEPS,
     Rows,
     make_rows,
+    make_snapshots,
     num_tokens,
     owned_by_nobody,
     row_bound,
@@ -61,6 +63,27 @@ def test_kernels_equal_the_reference(
     torch.testing.assert_close(
         state[owned_by_nobody(rows)], untouched, atol=0, rtol=0, equal_nan=True
     )
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_kernels_keep_the_last_inputs_before_borders(name: str) -> None:
+    step, borders = KEPT[name]
+    x, weight, _, state, rows = make_inputs(step, 96, 4, torch.float32)
+    snapshots, before = make_snapshots(rows, borders), state.clone()
+    expected_state = state.clone()
+    arguments = x, weight, None
+    expected = short_convolution_reference(
+        *arguments, expected_state, *rows, "silu", snapshots=snapshots
+    )
+    out = convolve(*arguments, state, *rows, "silu", None, snapshots)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(state, expected_state, atol=0, rtol=0, equal_nan=True)
+    starts = rows.query_start_loc.tolist()
+    for row, (border, slot) in enumerate(snapshots.tolist()):
+        if border:
+            old = before[rows.rows[row]] if step[row][1] else torch.zeros_like(before[0])
+            inputs = torch.cat((old.T, x[starts[row] : starts[row] + border]))
+            assert torch.equal(state[slot], inputs[-3:].T)
 
 
 @pytest.mark.parametrize(("width", "activation"), [(4, "silu"), (3, "none")])

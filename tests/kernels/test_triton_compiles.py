@@ -64,6 +64,7 @@ TYPES = {
     "num_tokens": "i32", "kv_scales": "*fp32", "log_decay_rate": "*fp32",
     "step_bias": "*fp32", "a_stride": "i32", "b_stride": "i32", "gate_stride": "i32",
     "num_heads": "i32", "factors": "*fp32", "state_stride": "i32", "channels": "i32",
+    "snapshots": "*i64",
 }
 FLOATS = {
     "query", "key", "value", "kv_cache", "out", "logits", "qkv", "q_weight", "k_weight", "cos",
@@ -173,9 +174,10 @@ for dtype, of_torch in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
     for width in (3, 4):
         shape = {"WIDTH": width, "PADDED": 4, "HAS_BIAS": width == 3, "IS_SILU": width == 4}
         check(convolution._step_kernel, dtype, CHANNELS=256, **shape)
-        check(convolution._ragged_kernel, dtype, TOKENS=16, CHANNELS=128, **shape)
+        check(convolution._ragged_kernel, dtype, TOKENS=16, CHANNELS=128, KEEPS=True, **shape)
     dim = 128 if dtype == "bf16" else 64  # float32 takes the compiler long
     shape = {"NUM_HEADS": 32, "GROUP": 2, "KEY_DIM": dim, "VALUE_DIM": dim, "EPS": 1e-6}
+    shape["KEEPS"] = True
     check(gated_norm._gated_norm_kernel, dtype, DIM=dim, PADDED=dim, HEADS=8)
     for programs in (32, 2048):
         check(delta._step_kernel, dtype, delta.step_tiling(dim, torch.float32, programs), **shape)

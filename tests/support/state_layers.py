@@ -21,6 +21,12 @@ STEPS: dict[str, list[tuple[int, int]]] = {
     "one": [(200, 17)],
 }
 NUM_REQUEST_ROWS = 11
+# Steps in which the states of rows are kept as well, and the borders behind which.
+KEPT: dict[str, tuple[list[tuple[int, int]], list[int]]] = {
+    "in chunks": ([(150, 6), (70, 0), (1, 4), (65, 9), (20, 3)], [130, 48, 0, 1, 16]),
+    "between chunks": ([(130, 0), (0, 0), (192, 64), (65, 0)], [64, 0, 128, 64]),
+    "at ends": ([(65, 0), (200, 50), (2, 7), (64, 1)], [63, 199, 1, 0]),
+}
 
 
 class Rows(NamedTuple):
@@ -49,10 +55,18 @@ def num_tokens(step: list[tuple[int, int]]) -> int:
     return sum(count for count, _ in step)
 
 
-def owned_by_nobody(rows: Rows) -> list[int]:
+def make_snapshots(rows: Rows, borders: list[int]) -> Tensor:
+    """int64 [rows + 1, 2]: the borders and, for each, a request row that no batch row owns."""
+    free = iter(set(range(NUM_REQUEST_ROWS)) - set(rows.rows.tolist()))
+    kept = [(border, next(free) if border else 0) for border in borders]
+    return torch.tensor([*kept, (0, 0)], device=rows.rows.device)
+
+
+def owned_by_nobody(rows: Rows, snapshots: Tensor | None = None) -> list[int]:
     """Request rows that must stay as they are: those without a batch row, or without tokens."""
     counts = rows.query_start_loc.diff().tolist()
     busy = {own for own, count in zip(rows.rows.tolist(), counts, strict=False) if count}
+    busy |= {slot for border, slot in ([] if snapshots is None else snapshots.tolist()) if border}
     return sorted(set(range(NUM_REQUEST_ROWS)) - busy)
 
 
@@ -71,6 +85,7 @@ class DeltaInputs:
         dtype: torch.dtype = torch.float32,
         state_dtype: torch.dtype = torch.float32,
         device: str = "cpu",
+        borders: list[int] | None = None,  # of each batch row: where its state is kept as well
     ) -> None:
         torch.manual_seed(sum(heads) + sum(dims))
         (num_keys, num_values), (key_dim, value_dim) = heads, dims
@@ -89,6 +104,7 @@ class DeltaInputs:
         self.state = torch.randn(shape, device=device).mul(0.3).to(state_dtype)
         self.rows = make_rows(step, device)
         self.row_bound = row_bound(step, device)
+        self.snapshots = None if borders is None else make_snapshots(self.rows, borders)
         for own, (_, before) in zip(self.rows.rows.tolist(), step, strict=True):
             if not before:
                 self.state[own] = float("nan")
@@ -103,13 +119,14 @@ class DeltaInputs:
         return [self.log_decay_rate, self.step_bias]
 
     def __iter__(self) -> Iterator[Tensor]:
-        return iter((*self.tokens, *self.of_heads, self.state, *self.rows, self.row_bound))
+        tensors = *self.tokens, *self.of_heads, self.state, *self.rows, self.row_bound
+        return iter(tensors if self.snapshots is None else (*tensors, self.snapshots))
 
     def exact(self) -> tuple[Tensor, Tensor]:
         """Output and states in float64, from the same inputs; leaves `state` as it is."""
         state = self.state.double()
         inputs = [x.double() for x in (*self.tokens, *self.of_heads)]
-        return gated_delta_rule_reference(*inputs, state, *self.rows), state
+        return gated_delta_rule_reference(*inputs, state, *self.rows, self.snapshots), state
 
 
 def _same_keys(case: DeltaInputs) -> None:
@@ -153,7 +170,7 @@ def assert_near(case: DeltaInputs, float32_error: float = 3e-5) -> None:
     rounding of the result alone is 1.7e-3.
     """
     expected, states = case.exact()
-    idle = owned_by_nobody(case.rows)
+    idle = owned_by_nobody(case.rows, case.snapshots)
     busy = sorted(set(range(NUM_REQUEST_ROWS)) - set(idle))
     untouched = case.state[idle].clone()
     out = delta_rule(*case)

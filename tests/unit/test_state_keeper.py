@@ -24,7 +24,7 @@ class Device:
         sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 256} | options
         pool = BlockPool(sizes.pop("num_blocks", 200))
         self.scheduler = Scheduler(pool, 16, **sizes, num_snapshots=num_snapshots)
-        self.num_saves = 0
+        self.num_saves = self.num_kept = 0
         self._ahead = ahead
         self._in_flight: deque[tuple[SchedulerOutput, StepOutput]] = deque()
         self._tokens: dict[str, list[int]] = {}  # of each row's request, drawn ones included
@@ -42,15 +42,24 @@ class Device:
         step = self.scheduler.schedule()
         self._copy_states(step)
         drawn = {}
+        kept = {request_id: place for request_id, *place in step.kept_states}
+        self.num_kept += len(kept)
+        written: set[int] = set()
         for line in step.scheduled:
             tokens, state = self._tokens[line.request_id], self._rows[line.request_id]
             start, end = line.num_computed_tokens, line.num_computed_tokens
             end += line.num_scheduled_tokens
             assert state == tokens[:start], "a state after other tokens"
+            if line.request_id in kept:
+                slot, count = kept.pop(line.request_id)
+                assert 0 < count < line.num_scheduled_tokens and slot not in written
+                self._slots[slot] = tokens[: start + count]
+                written.add(slot)
             state += tokens[start:end]
             if line.samples:
                 drawn[line.request_id] = len(tokens) % 100
                 tokens.append(len(tokens) % 100)
+        assert not kept, "a state of a request that is not in the step"
         self._in_flight.append((step, StepOutput(drawn)))
         if len(self._in_flight) > self._ahead:
             self.scheduler.update(*self._in_flight.popleft())
@@ -92,14 +101,14 @@ def test_slots_are_those_of_the_least_recently_used() -> None:
     snapshots.check_invariants()
 
 
-def test_a_chunk_ends_behind_the_last_full_block_of_a_prompt() -> None:
+def test_a_prompt_keeps_the_state_behind_its_last_full_block_in_one_step() -> None:
     device = Device(num_snapshots=8)
     device.add("one", prompt_of(200), 2)
-    assert device.step().scheduled[0].num_scheduled_tokens == 192
     step = device.step()
-    assert [request_id for request_id, _ in step.saved_states] == ["one"]
-    assert step.scheduled[0].num_scheduled_tokens == 8 and step.scheduled[0].samples
+    assert step.scheduled[0].num_scheduled_tokens == 200 and step.scheduled[0].samples
+    assert [(name, count) for name, _, count in step.kept_states] == [("one", 192)]
     device.run()
+    assert device.num_saves == 0
     again = device.add("two", prompt_of(200), 2)
     step = device.step()  # in one step, as the state is kept already
     assert step.restored_states and step.scheduled[0].num_scheduled_tokens == 8
@@ -129,6 +138,37 @@ def test_requests_that_run_do_not_take_slots_from_each_other() -> None:
     assert device.num_saves == 0
 
 
+def test_a_state_that_a_step_keeps_is_found_from_the_next_step_on() -> None:
+    device = Device(num_snapshots=2)
+    first, same = (device.add(name, prompt_of(200), 2) for name in ("first", "same"))
+    device.step()
+    later = device.add("later", prompt_of(200), 2)
+    step = device.step()
+    assert (first.num_cached_tokens, same.num_cached_tokens) == (0, 0)
+    assert later.num_cached_tokens == 192 and len(step.restored_states) == 1
+
+
+def test_of_two_points_in_a_step_the_first_ends_the_step() -> None:
+    device = Device(num_snapshots=8, max_num_batched_tokens=512)
+    device.add("one", prompt_of(150) + prompt_of(100, 1), 1)
+    device.run()
+    device.add("two", prompt_of(150) + prompt_of(200, 2), 1)
+    steps = [device.step() for _ in range(2)]
+    assert [step.scheduled[0].num_scheduled_tokens for step in steps] == [144, 350 - 144]
+    assert [count for step in steps for _, _, count in step.kept_states] == [336 - 144]
+    three = device.add("three", prompt_of(150) + prompt_of(60, 3), 1)
+    device.run()
+    assert three.num_cached_tokens == 144
+
+
+def test_slots_that_a_step_writes_are_not_written_twice_in_it() -> None:
+    device = Device(num_snapshots=2, max_num_batched_tokens=2048)
+    for index in range(4):
+        device.add(str(index), prompt_of(200, index), 2)
+    assert len(device.step().kept_states) == 2
+    device.run()
+
+
 def test_a_request_waits_for_a_sibling_that_computes_the_same_prompt() -> None:
     device = Device(num_snapshots=8)
     device.add("first", prompt_of(300), 4)
@@ -142,7 +182,7 @@ def test_a_request_waits_for_a_sibling_that_computes_the_same_prompt() -> None:
 
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_states_are_those_after_the_tokens_whatever_happens(ahead: int) -> None:
-    num_hits = num_preemptions = 0
+    num_hits = num_preemptions = num_kept = 0
     for seed in range(20):
         rng, known = random.Random(seed), [prompt_of(150)]
         device = Device(rng.randint(1, 8), ahead, num_blocks=rng.choice([40, 200]))
@@ -160,4 +200,5 @@ def test_states_are_those_after_the_tokens_whatever_happens(ahead: int) -> None:
         device.run()
         num_hits += scheduler.num_snapshot_hits
         num_preemptions += scheduler.num_preemptions
-    assert num_hits > 20 and num_preemptions > 20
+        num_kept += device.num_kept
+    assert num_hits > 20 and num_preemptions > 20 and num_kept > 100
