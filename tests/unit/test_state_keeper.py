@@ -25,15 +25,19 @@ class Device:
         pool = BlockPool(sizes.pop("num_blocks", 200))
         self.scheduler = Scheduler(pool, 16, **sizes, num_snapshots=num_snapshots)
         self.num_saves = self.num_kept = 0
+        self.failures = 0.0  # share of logits that are NaN
         self._ahead = ahead
         self._in_flight: deque[tuple[SchedulerOutput, StepOutput]] = deque()
         self._tokens: dict[str, list[int]] = {}  # of each row's request, drawn ones included
         self._rows: dict[str, list[int]] = {}
         self._slots: dict[int, list[int]] = {}
 
-    def add(self, request_id: str, prompt: list[int], max_tokens: int) -> Request:
+    def add(
+        self, request_id: str, prompt: list[int], max_tokens: int, sibling_id: str | None = None
+    ) -> Request:
         params = SamplingParams(max_tokens=max_tokens)
-        request = Request(RequestSpec(request_id, prompt, params, max_tokens))
+        spec = RequestSpec(request_id, prompt, params, max_tokens, sibling_id=sibling_id)
+        request = Request(spec)
         self.scheduler.add(request)
         return request
 
@@ -57,7 +61,8 @@ class Device:
                 written.add(slot)
             state += tokens[start:end]
             if line.samples:
-                drawn[line.request_id] = len(tokens) % 100
+                is_failing = random.random() < self.failures
+                drawn[line.request_id] = -1 if is_failing else len(tokens) % 100
                 tokens.append(len(tokens) % 100)
         assert not kept, "a state of a request that is not in the step"
         self._in_flight.append((step, StepOutput(drawn)))
@@ -77,6 +82,14 @@ class Device:
             self.num_saves += 1
         for request_id, slot in step.restored_states:
             self._rows[request_id] = list(self._slots[slot])
+
+    def abandon(self) -> None:
+        """Lose a step and all that is in flight, as after a failure of the device."""
+        step = self.scheduler.schedule()
+        self.scheduler.abandon_step(step, failed=False)
+        self._in_flight.clear()
+        self._rows.clear()
+        self.scheduler.check_invariants()
 
     def run(self) -> None:
         while self.scheduler.has_unfinished():
@@ -129,6 +142,19 @@ def test_the_latest_copy_moves_in_strides_that_grow_with_the_batch(
     assert states is not None and len(states.snapshots) == num_running
 
 
+@pytest.mark.parametrize(("num_chats", "most"), [(1, 16), (12, 64)])
+def test_a_long_chat_computes_its_new_tokens_and_few_more(num_chats: int, most: int) -> None:
+    sizes = {"num_blocks": 1300 * num_chats, "max_num_seqs": 16, "max_num_batched_tokens": 2048}
+    device = Device(num_snapshots=40, **sizes)
+    prompts = [prompt_of(20_000 // num_chats, index) for index in range(num_chats)]
+    for turn in range(3):
+        chats = [device.add(f"{turn}.{i}", prompt, 150) for i, prompt in enumerate(prompts)]
+        device.run()
+        for chat in chats if turn else ():
+            assert 30 < chat.num_prompt_tokens - chat.num_cached_tokens <= 30 + most
+        prompts = [chat.token_ids + prompt_of(30, turn) for chat in chats]
+
+
 def test_requests_that_run_do_not_take_slots_from_each_other() -> None:
     device = Device(num_snapshots=4, max_num_seqs=8)
     for index in range(8):
@@ -172,10 +198,7 @@ def test_slots_that_a_step_writes_are_not_written_twice_in_it() -> None:
 def test_a_request_waits_for_a_sibling_that_computes_the_same_prompt() -> None:
     device = Device(num_snapshots=8)
     device.add("first", prompt_of(300), 4)
-    params = SamplingParams(max_tokens=4)
-    spec = RequestSpec("second", prompt_of(300), params, 4, sibling_id="first")
-    sibling = Request(spec)
-    device.scheduler.add(sibling)
+    sibling = device.add("second", prompt_of(300), 4, sibling_id="first")
     device.run()
     assert sibling.num_cached_tokens == 288
 
@@ -185,19 +208,28 @@ def test_states_are_those_after_the_tokens_whatever_happens(ahead: int) -> None:
     num_hits = num_preemptions = num_kept = 0
     for seed in range(20):
         rng, known = random.Random(seed), [prompt_of(150)]
-        device = Device(rng.randint(1, 8), ahead, num_blocks=rng.choice([40, 200]))
+        random.seed(seed)
+        sizes = {"num_blocks": rng.choice([40, 200])}
+        sizes["max_num_batched_tokens"] = rng.choice([96, 256])
+        device = Device(rng.randint(1, 8), ahead, **sizes)
         scheduler = device.scheduler
         for index in range(40):
             base = rng.choice(known)[: rng.randint(1, 150)]
             prompt = base + prompt_of(rng.randint(1, 120), rng.randrange(10**6))
             known.append(prompt)
             device.add(str(index), prompt[:250], rng.randint(1, 80))
+            if rng.random() < 0.2:  # n = 2
+                device.add(f"{index}'", prompt[:250], rng.randint(1, 80), sibling_id=str(index))
+            device.failures = 0.01 if seed % 4 == 3 else 0.0
             for _ in range(rng.randint(0, 8)):
                 if scheduler.has_unfinished():
                     device.step()
             if rng.random() < 0.2 and scheduler.requests:
                 scheduler.finish(rng.choice(list(scheduler.requests)), "abort")
+            if rng.random() < 0.01:
+                device.abandon()
         device.run()
+        assert scheduler.block_pool.num_free_blocks == scheduler.block_pool.num_blocks
         num_hits += scheduler.num_snapshot_hits
         num_preemptions += scheduler.num_preemptions
         num_kept += device.num_kept
