@@ -12,15 +12,12 @@ be computed in order. On a GPU, Triton kernels compute steps (`delta_rule_triton
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from compiledllm.kernels.ops import define
-from compiledllm.kernels.short_convolution import rows_alike
+from compiledllm.kernels.short_convolution import chunks_of_row, rows_alike
 
 CHUNK = 64  # tokens
 EPS = 1e-6  # added to the squared L2 norms of queries and keys
@@ -119,7 +116,7 @@ def gated_delta_rule_reference(
         tokens = first[:, None] + torch.arange(count, device=out.device)  # [rows, count]
         is_new = (seq_lens[batch] == count).view(-1, 1, 1, 1)
         current = state[own].to(dtype).masked_fill(is_new, 0)
-        for start, end in _chunks(count, border):
+        for start, end in chunks_of_row(count, border, CHUNK):
             part = tokens[:, start:end]
             if border and start == border and snapshots is not None:
                 state[snapshots[batch, 1]] = current.to(state.dtype)
@@ -131,12 +128,6 @@ def gated_delta_rule_reference(
             out[part] = result.transpose(1, 2).to(out.dtype)
         state[own] = current.to(state.dtype)
     return out
-
-
-def _chunks(count: int, border: int) -> Iterator[tuple[int, int]]:
-    """Where the chunks of `count` tokens start and end; one starts at the border."""
-    starts = *range(0, border, CHUNK), *range(border, count, CHUNK)
-    return itertools.pairwise((*starts, count))
 
 
 def _normalized(x: Tensor) -> Tensor:

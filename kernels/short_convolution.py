@@ -6,6 +6,9 @@ On a GPU a Triton kernel computes all rows; on other devices plain torch does.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -104,3 +107,9 @@ def rows_alike(
             found.setdefault(alike, []).append(row)
     device = query_start_loc.device
     return {alike: torch.tensor(batch, device=device) for alike, batch in found.items()}
+
+
+def chunks_of_row(count: int, border: int, size: int) -> Iterator[tuple[int, int]]:
+    """Where the chunks of `size` of `count` tokens start and end; one starts at the border."""
+    starts = *range(0, border, size), *range(border, count, size)
+    return itertools.pairwise((*starts, count))

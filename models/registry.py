@@ -50,6 +50,7 @@ FAMILIES = {
     "GlmForCausalLM": "glm4",
     "GptOssForCausalLM": "gpt_oss",
     "GraniteForCausalLM": "granite",
+    "GraniteMoeHybridForCausalLM": "granite_hybrid",
     "HunYuanDenseV1ForCausalLM": "hunyuan",
     "Lfm2ForCausalLM": "lfm2",
     "Lfm2MoeForCausalLM": "lfm2",

@@ -15,7 +15,7 @@ from compiledllm.models.formats.assign import HEAD, parts_of
 from compiledllm.models.matrices import Formats, MixedSpec, QuantSpec
 from compiledllm.models.mlp_specs import MlpSpec, MoeSpec
 from compiledllm.models.spec import EXPERTS, AttentionSpec, LayerSpec, ModelSpec
-from compiledllm.models.state_specs import DeltaNetSpec, StateSpec
+from compiledllm.models.state_specs import DeltaNetSpec, Mamba2Spec, StateSpec
 
 MAX_RANKS = 64  # the largest number that errors propose
 _BY_INPUTS = ("attn.out", *(f"{path}.down" for path in ("mlp", "mlp.shared", EXPERTS)))
@@ -86,6 +86,8 @@ def _mixer(mixer: AttentionSpec | StateSpec, num_ranks: int) -> AttentionSpec | 
             ),
             num_value_heads=mixer.num_value_heads // num_ranks,
         )
+    if isinstance(mixer, Mamba2Spec):  # heads share b, c and the norm of their outputs
+        raise _Indivisible("the groups of Mamba-2 layers")
     return replace(mixer, width=_part("channels of its convolutions", mixer.width, num_ranks))
 
 

@@ -100,4 +100,56 @@ class ConvSpec:
         return 2 * self.width * self.kernel_size
 
 
-StateSpec = DeltaNetSpec | ConvSpec
+@dataclass(frozen=True, slots=True)
+class Mamba2Spec:
+    """Mamba-2: a state space whose step sizes, inputs b and outputs c follow from the token.
+
+    Values, b and c go through a causal convolution over the last `kernel_size` tokens. Each of
+    `num_heads` has a state [state_dim, head_dim]; the consecutive heads of a group share b and c,
+    and the gated RMSNorm behind them, with `eps`, is over a group's channels. bias: of projections.
+    """
+
+    num_heads: int
+    head_dim: int
+    num_groups: int
+    state_dim: int
+    kernel_size: int
+    eps: float
+    conv_bias: bool = True
+    bias: bool = False
+
+    @property
+    def inner_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def conv_size(self) -> int:
+        """Number of channels of the convolution."""
+        return self.inner_size + 2 * self.num_groups * self.state_dim
+
+    @property
+    def input_parts(self) -> dict[str, int]:
+        """Parts of the projection: z, the output's gate, values, b and c; and the step sizes."""
+        return {"zxbc": self.inner_size + self.conv_size, "dt": self.num_heads}
+
+    def cache(self, dtype: torch.dtype, _kv_dtype: torch.dtype, state_dtype: torch.dtype) -> State:
+        """What the layer keeps of a request: the convolution's last inputs, and the states."""
+        heads = self.num_heads, self.state_dim, self.head_dim
+        return State((((self.conv_size, self.kernel_size - 1), dtype), (heads, state_dtype)))
+
+    def weights(self, hidden_size: int) -> Weights:
+        num_inputs = sum(self.input_parts.values())
+        matrices = (
+            MatrixSpec("attn.zxbcdt", num_inputs, hidden_size),
+            MatrixSpec("attn.out", hidden_size, self.inner_size),
+        )
+        num_convolution = self.conv_size * (self.kernel_size + self.conv_bias)
+        num_others = num_convolution + 3 * self.num_heads + self.inner_size
+        return Weights(matrices, num_others + self.bias * (num_inputs + hidden_size))
+
+    def flops_per_token(self) -> int:
+        """Of the recurrence: decay, update and output of each head's state."""
+        return 5 * self.inner_size * self.state_dim
+
+
+StateSpec = DeltaNetSpec | ConvSpec | Mamba2Spec

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from compiledllm.choices import Choice, Report
 from compiledllm.config import ConfigError
-from compiledllm.kernels.delta_rule import why_not_on_gpu
+from compiledllm.kernels import delta_rule, state_space
 from compiledllm.log import log
 from compiledllm.models.spec import ModelSpec
-from compiledllm.models.state_specs import DeltaNetSpec
+from compiledllm.models.state_specs import DeltaNetSpec, Mamba2Spec
 from compiledllm.platform import Platform
 from compiledllm.resolved_config import ResolvedConfig
 from compiledllm.runner.kv_cache import available_bytes
@@ -53,10 +53,15 @@ def with_room_for_states(
 
 def _check_heads(spec: ModelSpec) -> None:
     for mixer in {layer.mixer for layer in spec.layers}:
+        what, obstacle = "", None
         if isinstance(mixer, DeltaNetSpec):
-            obstacle = why_not_on_gpu(mixer.key_dim, mixer.value_dim)
-            if obstacle is not None:
-                raise ConfigError(
-                    f"the gated delta rule of {spec.architecture} cannot run on a GPU: {obstacle}; "
-                    "use device='cpu'"
-                )
+            what = "gated delta rule"
+            obstacle = delta_rule.why_not_on_gpu(mixer.key_dim, mixer.value_dim)
+        elif isinstance(mixer, Mamba2Spec):
+            what = "state space"
+            obstacle = state_space.why_not_on_gpu(mixer.state_dim, mixer.head_dim)
+        if obstacle is not None:
+            raise ConfigError(
+                f"the {what} of {spec.architecture} cannot run on a GPU: {obstacle}; "
+                "use device='cpu'"
+            )

@@ -23,10 +23,10 @@ from compiledllm.models.spec import (
     MoeSpec,
     OpaqueSpec,
 )
-from compiledllm.models.state_specs import DeltaNetSpec, StateSpec
+from compiledllm.models.state_specs import DeltaNetSpec, Mamba2Spec, StateSpec
 
 # Parts that `quantization` leaves in 16 bits: they are small, and exponents follow from them.
-_NOT_ONLINE = {"attn.qkvzba": {"ba", "b", "a"}}
+_NOT_ONLINE = {"attn.qkvzba": {"ba", "b", "a"}, "attn.zxbcdt": {"dt"}}
 HEAD = "lm_head"
 
 # Value of the option `quantization` -> how the matrices are kept.
@@ -204,6 +204,8 @@ def _parts_of_mixer(mixer: AttentionSpec | StateSpec, hidden: int) -> dict[str, 
         return {"attn.qkv": mixer.qkv_parts} | out
     if isinstance(mixer, DeltaNetSpec):
         return {"attn.qkvzba": mixer.input_parts} | out
+    if isinstance(mixer, Mamba2Spec):
+        return {"attn.zxbcdt": mixer.input_parts} | out
     return {"attn.bcx": {"": 3 * mixer.width}} | out
 
 

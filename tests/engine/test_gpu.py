@@ -136,11 +136,12 @@ def test_captured_steps_of_other_models_give_the_eager_tokens(
     assert engine.core.runner.compiler.num_recompiles == 0
 
 
+STATES = ["qwen3_next", "qwen3_5", "lfm2", "lfm2_moe", "granitemoehybrid"]
 CHUNKS = {"max_num_batched_tokens": 70, "max_num_seqs": 5}
 
 
 @pytest.mark.parametrize("options", [{}, CHUNKS], ids=str)
-@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5", "lfm2", "lfm2_moe"])
+@pytest.mark.parametrize("family", STATES)
 def test_captured_steps_keep_states(
     family: str,
     options: dict[str, object],

@@ -70,6 +70,7 @@ class Talk:
 BEHIND_THE_PROMPT = [
     ("qwen3_next", {"async_scheduling": True}),
     ("lfm2", {"max_num_batched_tokens": 96}),
+    ("granitemoehybrid", {}),
 ]
 
 
@@ -145,7 +146,7 @@ def traffic(seed: int) -> list[list[list[int]]]:
 MIXED_TRAFFIC: list[tuple[str, dict[str, Any], int]] = [
     ("lfm2", {}, 3),  # evicted
     ("qwen3_next", {"num_kv_blocks": 40, "max_num_batched_tokens": 80}, 4),  # preempted
-    ("lfm2", {"num_kv_blocks": 40, "async_scheduling": True, "max_num_seqs": 3}, 6),
+    ("granitemoehybrid", {"num_kv_blocks": 40, "async_scheduling": True, "max_num_seqs": 3}, 6),
 ]
 
 

@@ -85,7 +85,11 @@ CHANGES: dict[str, dict[str, Any]] = {
 # Families whose parts are divided in all ways: fewer KV heads than ranks, norms over heads,
 # experts, states, sums of both halves of a block, a head with padding.
 IN_FOUR = ["falcon", "gemma4", "gpt_oss", "opt", "qwen3_next"]
-CASES = [*((2, family) for family in IN_ENGINE), *((4, family) for family in IN_FOUR)]
+WHOLE = {"granitemoehybrid"}  # heads of its state spaces share a norm
+CASES = [
+    *((2, family) for family in IN_ENGINE if family not in WHOLE),
+    *((4, family) for family in IN_FOUR),
+]
 
 
 @pytest.mark.parametrize(("ranks", "family"), CASES, indirect=["ranks"])
@@ -94,6 +98,15 @@ def test_every_family_gives_the_logits_of_one_process(
 ) -> None:
     variant = VARIANTS[family, IN_ENGINE[family]] | CHANGES.get(family, {})
     assert_equal(tiny_model(family, **variant), ranks.num_ranks)
+
+
+@pytest.mark.parametrize("family", sorted(WHOLE))
+def test_families_that_cannot_be_divided_say_so(
+    family: str, tiny_model: Callable[..., Path]
+) -> None:
+    spec = load_spec(tiny_model(family, **VARIANTS[family, IN_ENGINE[family]]))
+    with pytest.raises(ConfigError, match=r"Mamba-2 layers of Granite\w+; use one of 1$"):
+        sharded(spec, 2)
 
 
 # -- formats and caches ---------------------------------------------------------------------------

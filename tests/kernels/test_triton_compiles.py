@@ -38,6 +38,7 @@ from compiledllm.kernels import sampling_triton as sampling
 from compiledllm.kernels import gated_norm_triton as gated_norm
 from compiledllm.kernels import short_convolution_triton as convolution
 from compiledllm.kernels import skinny_triton as skinny
+from compiledllm.kernels import state_space_triton as spaces
 
 CAPABILITY = int(sys.argv[1])
 TYPES = {
@@ -64,12 +65,12 @@ TYPES = {
     "num_tokens": "i32", "kv_scales": "*fp32", "log_decay_rate": "*fp32",
     "step_bias": "*fp32", "a_stride": "i32", "b_stride": "i32", "gate_stride": "i32",
     "num_heads": "i32", "factors": "*fp32", "state_stride": "i32", "channels": "i32",
-    "snapshots": "*i64",
+    "snapshots": "*i64", "skip": "*fp32", "step_stride": "i32",
 }
 FLOATS = {
     "query", "key", "value", "kv_cache", "out", "logits", "qkv", "q_weight", "k_weight", "cos",
     "sin", "x", "weight", "bias", "sinks", "inverses", "scores", "state",
-    "a", "b", "gate",
+    "a", "b", "c", "step", "gate",
 }
 
 
@@ -185,6 +186,10 @@ for dtype, of_torch in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
     for max_shared in (99 * 1024, 227 * 1024) if CAPABILITY == 90 else (99 * 1024,):
         tiling = chunks.scan_tiling(of_torch, dim, max_shared)
         check(chunks._scan_kernel, dtype, tiling, max_shared=max_shared, **shape)
+    shape |= {"STATE_DIM": dim, "HEAD_DIM": 64, "GROUP": 32}
+    check(spaces._step_kernel, dtype, spaces.step_tiling(64), **shape)
+    tiling = spaces.scan_tiling(of_torch, 64)
+    check(spaces._scan_kernel, dtype, tiling, max_shared=99 * 1024, **shape)
     for index, (head_dim, window) in enumerate(SHAPES[dtype]):
         shape = {
             "GROUP": 4, "NUM_HEADS": 32, "HEAD_DIM": head_dim, "BLOCK_SIZE": 16,

@@ -32,6 +32,7 @@ from tests.support.families import (
     GLM4_MOE,
     GLM_MROPE,
     LFM2,
+    MAMBA2,
     MROPE,
 )
 from tests.support.greedy import load_reference
@@ -59,6 +60,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "not gated": ("starcoder2", EVEN),
     "hybrid experts": ("qwen3_5_moe", DELTA_NET | EXPERTS | HYBRID),
     "hybrid": ("qwen3_next", DELTA_NET | EVEN | EXPERTS | HYBRID | {"num_experts": 0}),
+    "state spaces": (
+        "granitemoehybrid",
+        MAMBA2
+        | {"num_local_experts": 0}
+        | {"layer_types": ["linear_attention", "linear_attention", "full_attention"]},
+    ),
     "convolutions": ("lfm2", LFM2 | {"layer_types": ["conv", "conv", "full_attention"]}),
     "gemma 4, shared": ("gemma4_text", GEMMA4 | GEMMA4_SHARED | EVEN | TOKEN_INPUTS),
     "gemma 4, keys as values": ("gemma4", GEMMA4 | GEMMA4_DENSE | EVEN),
@@ -106,6 +113,7 @@ CASES = [("llama", kind) for kind in KINDS] + [
     ("hybrid experts", "int8"),
     ("hybrid", "fp8 of channels"),
     ("convolutions", "fp8 of tensors"),
+    ("state spaces", "fp8 of channels"),
     *((name, kind) for name, kinds in OF_TODAY.items() for kind in kinds),
 ]
 

@@ -133,6 +133,18 @@ DELTA_NET = {
 SHARED = {"shared_expert_intermediate_size": 40}
 JOINED = {"shared_expert_intermediate_size": 48}  # as large as the other experts
 LFM2 = {"norm_eps": 1e-5, "layer_types": ["conv", "full_attention", "conv"]}
+MAMBA2 = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_d_state": 16,
+    "shared_intermediate_size": 40,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.7,
+    "attention_multiplier": 0.2,
+    "logits_scaling": 2.0,
+}
+EXPERTS_OF_GRANITE = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 48}
 # Family and variant -> config changes.
 VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
     ("llama", "gqa"): {},
@@ -329,6 +341,11 @@ VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
     | EXPERTS
     | {"num_dense_layers": 2, "use_expert_bias": False, "norm_topk_prob": False}
     | {"routed_scaling_factor": 1.7},
+    ("granitemoehybrid", "experts"): MAMBA2 | EXPERTS_OF_GRANITE,
+    ("granitemoehybrid", "dense, groups, rope, biases"): MAMBA2
+    | {"num_local_experts": 0, "mamba_n_groups": 2, "position_embedding_type": "rope"}
+    | {"mamba_proj_bias": True, "mamba_conv_bias": False, "attention_bias": True}
+    | {"layer_types": ["linear_attention", "linear_attention", "full_attention"]},
     ("falcon", "7b"): {"ffn_hidden_size": 112},
     ("falcon", "bias"): {"ffn_hidden_size": 112, "bias": True},
 }
@@ -354,6 +371,7 @@ IN_ENGINE = {
     "gpt_neox": "parallel",
     "gpt_oss": "yarn, clamped",
     "granite": "multipliers",
+    "granitemoehybrid": "experts",
     "hunyuan_v1_dense": "alpha",
     "lfm2": "bias, attention last",
     "lfm2_moe": "experts",
