@@ -87,12 +87,17 @@ class Inputs:
         self.tokens += gates.chunk(2, dim=1)
         self.of_heads = torch.randn(2, shape.value_heads, device=device).unbind()
         self.weight = torch.randn(shape.channels, shape.width, device=device).to(dtype)
-        matrix = step.rows, shape.value_heads, shape.dim, shape.dim
-        window = step.rows, shape.channels, shape.width - 1
+        num_states = step.rows * (1 if step.count == 1 else 2)  # snapshots lie behind
+        matrix = num_states, shape.value_heads, shape.dim, shape.dim
+        window = num_states, shape.channels, shape.width - 1
         self.states = [torch.randn(matrix, device=device).to(state_dtype) for _ in range(layers)]
         self.windows = [torch.randn(window, device=device).to(dtype) for _ in range(layers)]
         self.metadata = step.metadata(device)
-        self.row_bound = make_row_bound(1 if step.count == 1 else 0, device)
+        row_bound = make_row_bound(1 if step.count == 1 else 0, device)
+        # As in an engine, each prompt keeps the state behind its last block of 16 tokens.
+        border = (step.count - 1) // 16 * 16
+        kept = [(border, step.rows + row if border else 0) for row in range(step.rows)]
+        self.others = row_bound, torch.tensor([*kept, (0, 0)], device=device)
 
     def delta_rules(self, **tilings: Any) -> Iterator[Callable[[], object]]:
         """A call for each layer."""
@@ -100,13 +105,13 @@ class Inputs:
         if tilings:
             from compiledllm.kernels.delta_rule_triton import delta_rule as rule
         for state in self.states:
-            tensors = *self.tokens, *self.of_heads, state, *self.metadata, self.row_bound
+            tensors = *self.tokens, *self.of_heads, state, *self.metadata, *self.others
             yield functools.partial(rule, *tensors, **tilings)
 
     def convolutions(self) -> Iterator[Callable[[], object]]:
         for window in self.windows:
             tensors = self.mixed, self.weight, None, window, *self.metadata
-            yield functools.partial(short_convolution, *tensors, "silu", self.row_bound)
+            yield functools.partial(short_convolution, *tensors, "silu", *self.others)
 
 
 def seconds_per_call(

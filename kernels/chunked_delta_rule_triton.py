@@ -144,6 +144,9 @@ def _chunk_kernel(
     start = tl.load(query_start_loc + row)
     count = tl.load(query_start_loc + row + 1) - start
     first = (index - first_piece) * 64
+    border = 0
+    if KEEPS:
+        border = tl.load(snapshots + row * 2).to(tl.int32)
     if (first >= count) | (count == 1):  # `_step_kernel` computes rows with one token
         return
     lane, dim = tl.arange(0, 64), tl.arange(0, KEY_DIM)
@@ -167,7 +170,7 @@ def _chunk_kernel(
     late, early = lane[:, None], lane[None, :]
     is_after = late >= early
     if KEEPS:
-        border = tl.load(snapshots + row * 2).to(tl.int32) - first  # outside the chunk: one side
+        border = border - first  # outside the chunk: one side
         until_border = tl.sum(tl.where(lane < border, gates, 0.0), 0)
         has_sides = (border > 0) & (border < 64)
         end = tl.where(has_sides & (lane < border), until_border, end)
@@ -229,6 +232,10 @@ def _scan_kernel(
             is_token = ((token >= low) & (token < high))[:, None]
             place = (start + token)[:, None]
             item = first_item + first // 64 * NUM_HEADS
+            # The compiler does not pipeline these two loads, which are in flight during products.
+            factor = factors + item * 256 + lane
+            q_factor = tl.load(factor)
+            decay = tl.load(factors + item * 256 + 192 + tl.maximum(low - first, 0))
             key_dims = head // GROUP * KEY_DIM + dim[None, :]
             columns = head * VALUE_DIM + column[None, :]
             k = tl.load(key + place * key_stride + key_dims, is_token, other=0.0)
@@ -236,16 +243,14 @@ def _scan_kernel(
             v = tl.load(value + place * value_stride + columns, is_token, other=0.0)
             inverse = tl.load(inverses + item * 4096 + square)
             score = tl.load(scores + item * 4096 + square)
-            factor = factors + item * 256 + lane
             before = s.to(dtype)
             known = _product(k, before) * tl.load(factor + 64)[:, None]
             update = _product(inverse, (v.to(tl.float32) - known).to(dtype))
-            result = _product(q, before) * tl.load(factor)[:, None]
+            result = _product(q, before) * q_factor[:, None]
             result += _product(score, update.to(dtype))
             target = out + place * (NUM_HEADS * VALUE_DIM) + columns
             tl.store(target, result.to(out.dtype.element_ty), is_token)
             update *= tl.load(factor + 128)[:, None]
-            decay = tl.load(factors + item * 256 + 192 + tl.maximum(low - first, 0))
             s = s * decay + _product(tl.trans(k), update.to(dtype))
         if KEEPS:  # noqa: SIM102  (known to the compiler, unlike the next condition)
             if part < num_parts - 1:

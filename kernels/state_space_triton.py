@@ -43,7 +43,7 @@ def step_tiling(head_dim: int) -> StateTiling:
 
 
 def scan_tiling(dtype: torch.dtype, head_dim: int) -> StateTiling:
-    """Compiled for 9.0, 64 columns of states of 128 take 247 registers; four warps would spill."""
+    """Compiled for 9.0, 64 columns of states of 128 take 255 registers; four warps would spill."""
     if dtype.itemsize == 2:
         return StateTiling(min(64, head_dim), 8, 2)
     return StateTiling(min(32, head_dim), 8, 1)
@@ -125,6 +125,7 @@ def _scan_kernel(
     s = tl.load(own, tl.load(seq_lens + row) > count, other=0.0).to(tl.float32)
     rate, bias = -tl.exp(tl.load(log_decay_rate + head)), tl.load(step_bias + head)
     through = tl.load(skip + head)
+    own_steps = step + start * step_stride + head
     dtype = x.dtype.element_ty
     border, num_parts = 0, 1
     if KEEPS:
@@ -136,20 +137,22 @@ def _scan_kernel(
         for first in range(low, high, 64):
             token = first + lane
             is_token = token < high
+            # The compiler does not pipeline this load, which is in flight during two products.
+            steps = tl.load(own_steps + token * step_stride, is_token, other=0.0)
             place = (start + token)[:, None]
             group_dims = head // GROUP * STATE_DIM + dim[None, :]
             columns = head * HEAD_DIM + column[None, :]
             key = tl.load(b + place * key_stride + group_dims, is_token[:, None], other=0.0)
             query = tl.load(c + place * query_stride + group_dims, is_token[:, None], other=0.0)
             value = tl.load(x + place * x_stride + columns, is_token[:, None], other=0.0)
-            steps = step + (start + token) * step_stride + head
-            size = _step_size(tl.load(steps, is_token, other=0.0), bias)
-            size = tl.where(is_token, size, 0.0)
+            score = _product(query, tl.trans(key))
+            result = _product(query, s.to(dtype))
+            size = tl.where(is_token, _step_size(steps, bias), 0.0)
             total, chunk_total = tl.cumsum(rate * size, 0), tl.sum(rate * size, 0)
             is_after = lane[:, None] >= lane[None, :]
             between = tl.where(is_after, total[:, None] - total[None, :], float("-inf"))
-            score = _product(query, tl.trans(key)) * tl.exp(between) * size[None, :]
-            result = _product(query, s.to(dtype)) * tl.exp(total)[:, None]
+            score *= tl.exp(between) * size[None, :]
+            result *= tl.exp(total)[:, None]
             result += _product(score.to(dtype), value) + through * value.to(tl.float32)
             target = out + place * (NUM_HEADS * HEAD_DIM) + columns
             tl.store(target, result.to(out.dtype.element_ty), is_token[:, None])
