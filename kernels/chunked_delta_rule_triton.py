@@ -40,6 +40,7 @@ from compiledllm.kernels.ragged_triton import row_of_piece
 # Per token: the factors of query @ S, of key @ S and of key^T @ update, which include the
 # normalisation of the query or key, and the decay of the token's side of the chunk.
 _NUM_FACTORS = 4
+_SLICES = ["rows", "snapshots"]  # the place where one begins makes no variant of a kernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +129,7 @@ def _inverse(lower, PRECISION: tl.constexpr):
     return _merged(inverse, lower, row, column, 5, PRECISION)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=_SLICES)
 def _chunk_kernel(
     query, key, a, b, log_decay_rate, step_bias, query_start_loc, snapshots, inverses, scores,
     factors, query_stride, key_stride, a_stride, b_stride, num_rows,
@@ -193,7 +194,7 @@ def _chunk_kernel(
     tl.store(inverses + square, inverse.to(inverses.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize_on_alignment=["rows"])
+@triton.jit(do_not_specialize_on_alignment=_SLICES)
 def _scan_kernel(
     query, key, value, state, rows, query_start_loc, seq_lens, snapshots, inverses, scores,
     factors, out, query_stride, key_stride, value_stride, state_stride,

@@ -28,6 +28,8 @@ from compiledllm.kernels.backend import max_row_tokens
 from compiledllm.kernels.launch import launch_options, with_packed_heads
 from compiledllm.kernels.state_space import why_not_on_gpu
 
+_SLICES = ["rows", "snapshots"]  # the place where one begins makes no variant of a kernel
+
 
 @dataclass(frozen=True, slots=True)
 class StateTiling:
@@ -59,7 +61,7 @@ def _step_size(step, step_bias):
     return tl.where(step > 20, step, softplus)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_SLICES)
 def _step_kernel(
     x, b, c, step, log_decay_rate, step_bias, skip, state, rows, query_start_loc, seq_lens, out,
     x_stride, key_stride, query_stride, step_stride, state_stride,
@@ -100,7 +102,7 @@ def _product(x, y):
     return tl.dot(x, y, input_precision="tf32x3")
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_SLICES)
 def _scan_kernel(
     x, b, c, step, log_decay_rate, step_bias, skip, state, rows, query_start_loc, seq_lens,
     snapshots, out, x_stride, key_stride, query_stride, step_stride, state_stride,
