@@ -4,7 +4,8 @@
     python -m compiledllm.benchmarks.state_layers --sweep
 
 Shapes are those of Qwen3.5-9B and Qwen3.6-35B-A3B, which are equal: 16 key heads and 32 value heads
-of 128, convolutions of width 4. Calls for several layers, each with its own states, follow one
+of 128, convolutions of width 4. Mamba-2's state space has the same heads and states here, and one
+group. Calls for several layers, each with its own states, follow one
 another in a CUDA graph as in a model's step, so that states come from memory and not from a cache.
 `--sweep` also measures other tilings of the delta rule's kernels.
 """
@@ -30,6 +31,7 @@ from compiledllm.benchmarks.report import Row, command_line, commit, hardware_fa
 from compiledllm.kernels.backend import make_row_bound
 from compiledllm.kernels.delta_rule import CHUNK, gated_delta_rule
 from compiledllm.kernels.short_convolution import short_convolution
+from compiledllm.kernels.state_space import state_space
 from compiledllm.platform import Platform
 
 _REPEATS = 5
@@ -108,6 +110,13 @@ class Inputs:
             tensors = *self.tokens, *self.of_heads, state, *self.metadata, *self.others
             yield functools.partial(rule, *tensors, **tilings)
 
+    def state_spaces(self) -> Iterator[Callable[[], object]]:
+        query, key, value, step, _ = self.tokens
+        of_heads = *self.of_heads, self.of_heads[0]
+        for state in self.states:
+            tensors = value, key[:, :1], query[:, :1], step, *of_heads, state
+            yield functools.partial(state_space, *tensors, *self.metadata, *self.others)
+
     def convolutions(self) -> Iterator[Callable[[], object]]:
         for window in self.windows:
             tensors = self.mixed, self.weight, None, window, *self.metadata
@@ -170,6 +179,19 @@ def delta_rule_cost(shape: Shape, step: Step, state_dtype: torch.dtype) -> tuple
     return num_bytes, 2 * products * shape.value_heads * tokens
 
 
+def state_space_cost(shape: Shape, step: Step, state_dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes that must be moved, and FLOPs: of the recurrence, or of chunks of CHUNK tokens.
+
+    Per token and head a chunk has two products with the state, and two with the chunk's other
+    tokens.
+    """
+    tokens, inner = step.rows * step.count, shape.value_heads * shape.dim
+    num_bytes = 2 * step.rows * shape.state_bytes(state_dtype)
+    num_bytes += 2 * tokens * (2 * inner + 2 * shape.dim + shape.value_heads)
+    products = 2 * shape.dim**2 + (2 * CHUNK * shape.dim if step.count > 1 else 0)
+    return num_bytes, 2 * products * shape.value_heads * tokens
+
+
 def convolution_cost(shape: Shape, step: Step) -> tuple[int, int]:
     """Bytes that must be moved (states, weights, inputs, outputs), and FLOPs."""
     tokens = step.rows * step.count
@@ -228,6 +250,9 @@ def measure(arguments: argparse.Namespace, platform: Platform, ceilings: Ceiling
             seconds = seconds_per_call(list(inputs.convolutions()), device)
             cost_of_convolution = convolution_cost(shape, step)
             yield make_row("short_convolution", step, seconds, cost_of_convolution, ceilings)
+            seconds = seconds_per_call(list(inputs.state_spaces()), device)
+            cost_of_space = state_space_cost(shape, step, state_dtype)
+            yield make_row("state_space", step, seconds, cost_of_space, ceilings, state=name)
             for tiling in tilings(step) if arguments.sweep else ():
                 facts = {"state": name, "tiling": repr(next(iter(tiling.values())))}
                 try:

@@ -22,6 +22,7 @@ def test_every_op_and_step_has_a_row(tmp_path: Path) -> None:
         for op, state in (
             ("gated_delta_rule", "float32"),
             ("short_convolution", None),
+            ("state_space", "float32"),
             ("gated_delta_rule", "bfloat16"),
         )
     ]
