@@ -113,9 +113,10 @@ class Inputs:
     def state_spaces(self) -> Iterator[Callable[[], object]]:
         query, key, value, step, _ = self.tokens
         of_heads = *self.of_heads, self.of_heads[0]
+        compute: Callable[..., object] = state_space
         for state in self.states:
             tensors = value, key[:, :1], query[:, :1], step, *of_heads, state
-            yield functools.partial(state_space, *tensors, *self.metadata, *self.others)
+            yield functools.partial(compute, *tensors, *self.metadata, *self.others)
 
     def convolutions(self) -> Iterator[Callable[[], object]]:
         for window in self.windows:
