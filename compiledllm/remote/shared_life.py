@@ -53,6 +53,7 @@ class SharedEngineLife(EngineLife):
         self._is_up = False  # between an engine's `Ready` message and its end
         self._has_vocabulary = False
         self._num_ended_well = 0
+        self._num_lost = 0  # unfinished ones of an ended engine, until the next one is ready
 
     # -- clients -------------------------------------------------------------------------------
 
@@ -137,7 +138,7 @@ class SharedEngineLife(EngineLife):
 
     @property
     def num_live(self) -> int:
-        return len(self._owners)
+        return len(self._owners) + self._num_lost
 
     @property
     def _num_finished(self) -> int:
@@ -149,7 +150,7 @@ class SharedEngineLife(EngineLife):
 
     async def _welcome(self, message: Ready) -> None:
         self.ready = message
-        self._is_up, self._has_vocabulary = True, False
+        self._is_up, self._has_vocabulary, self._num_lost = True, False, 0
         for link in self._links:
             link.send(EngineReady(self.number, self.num_restarts, message))
         self._turns = deque(self._suspects)
@@ -178,12 +179,14 @@ class SharedEngineLife(EngineLife):
             link.send(EngineEnded(self.number, self.num_restarts + 1, cause, names))
             if names:
                 self._suspects[link] = None
+        self._num_lost += len(self._owners)
         self._owners.clear()
         self._turns.clear()
         return any(ran.values())
 
     def _end_all(self, error: Exception) -> None:
         """The clients end their requests when they read of the state."""
+        self._num_lost = 0
         self._owners.clear()
 
 

@@ -199,6 +199,20 @@ def test_requests_that_ran_are_tried_one_at_a_time_over_all_clients() -> None:
     assert bench.added() == ["waits"]
 
 
+def test_an_engine_that_ends_while_it_drains_is_started_again_for_its_requests() -> None:
+    bench = Bench()
+    bench.begin()
+    bench.add(0, live_request("a", output_kind=WHOLE))
+    bench.life.begin_draining()
+    assert bench.life._mourn(Failed("it broke", is_recorded=True), {"a"})
+    bench.pass_on()
+    bench.added()
+    bench.begin()
+    assert bench.added() == ["a"]
+    bench.step({}, RequestUpdate("a", [1], "length"))
+    assert not bench.life._mourn(Failed("it broke", is_recorded=True), set())
+
+
 def on_trial() -> Bench:
     """Each client has a request that ran when an engine ended; the first one's is on trial."""
     bench = Bench()
