@@ -42,16 +42,13 @@ class Replay:
     def begin(self, suspects: Iterable[LiveRequest], others: Iterable[LiveRequest]) -> None:
         """Start with a new engine."""
         self._suspects, self._others = deque(suspects), list(others)
-        self.on_trial, self.is_over = None, not (self._suspects or self._others)
+        self.on_trial, self.is_over = None, False
         self.go_on()
 
     def begin_turn(self) -> None:
         """Try the suspects, if there are any."""
         self._has_turn = True
-        if self.is_over:
-            self._end_turn()
-        else:
-            self.go_on()
+        self.go_on()
 
     def stop(self) -> None:
         """Stop, because the engine has ended."""
@@ -66,7 +63,7 @@ class Replay:
 
     def go_on(self) -> None:
         """Send the next requests if possible. Called after each step until `is_over`."""
-        if self.is_over or not self._has_turn:
+        if not self._has_turn:
             return
         if self.on_trial is not None and self._is_suspect(self.on_trial):
             return

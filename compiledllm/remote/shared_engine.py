@@ -23,7 +23,7 @@ from compiledllm.remote.shared_wire import (
     Relay,
     TurnsOver,
 )
-from compiledllm.remote.wire import Add, Finish, SetVocabulary, ToEngine, encoded
+from compiledllm.remote.wire import Add, Finish, Ready, SetVocabulary, ToEngine, encoded
 
 # Columns of the shared table, of each engine: its requests, the tokens of their prompts, and the
 # callers' requests, which may have several outputs.
@@ -48,6 +48,7 @@ class SharedEngine(EngineRequests):
         self._generation = 0
         self._welcome: EngineReady | None = None  # of the engine that is up
         self._is_loading = False
+        self._all_tried = False  # all clients have had their turn (`replay`)
         self._report: EngineReport | None = None
         self._num_quiet_s = 0  # since the owner's last report
 
@@ -77,11 +78,12 @@ class SharedEngine(EngineRequests):
         elif message.generation == self._generation and isinstance(message, BeginTurn):
             self.live.trial.begin_turn()
         elif message.generation == self._generation and isinstance(message, TurnsOver):
+            self._all_tried = True
             self.live.trial.finish()
         return None
 
     def _take_ready(self, message: EngineReady) -> Coroutine[None, None, None] | None:
-        self._generation, self._welcome = message.generation, message
+        self._generation, self._welcome, self._all_tried = message.generation, message, False
         if self.requests is not None:
             self._become_ready(message.ready)
             return None
@@ -95,6 +97,11 @@ class SharedEngine(EngineRequests):
         self._is_loading = False
         if self._welcome is not None and self._welcome.ready is not self.ready:
             self._become_ready(self._welcome.ready)
+
+    def _become_ready(self, message: Ready) -> None:
+        super()._become_ready(message)
+        if self._all_tried:
+            self.live.trial.finish()
 
     def _take_end(self, message: EngineEnded) -> None:
         self._welcome, self._generation = None, message.generation

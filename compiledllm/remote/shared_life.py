@@ -62,6 +62,8 @@ class SharedEngineLife(EngineLife):
         link.send(self._state_report())
         if self._is_up and self.ready is not None:
             link.send(EngineReady(self.number, self.num_restarts, self.ready))
+            if not self._turns:
+                link.send(TurnsOver(self.number, self.num_restarts))
 
     def disconnect(self, link: ClientLink) -> None:
         """Abort the requests of a client that has ended."""

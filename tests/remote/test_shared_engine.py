@@ -226,6 +226,41 @@ def on_trial() -> Bench:
     return bench
 
 
+def test_requests_that_come_during_a_trial_wait_for_its_end_in_all_clients() -> None:
+    bench = Bench(3)
+    bench.hub.disconnect(cast(Any, bench.links[2]))
+    bench.begin()
+    bench.add(0, live_request("a", output_kind=WHOLE))
+    bench.crash("a")
+    bench.added()
+    bench.begin()
+    bench.hub.connect(cast(Any, bench.links[2]))  # a process that is started meanwhile
+    bench.pass_on()
+    bench.add(1, live_request("new"))
+    bench.add(2, live_request("newer"))
+    assert bench.added() == ["a"]
+    for _ in range(TOKENS):
+        bench.step({"a": "x"})
+    assert bench.added() == ["new", "newer"]
+
+
+def test_a_client_that_comes_after_a_trial_sends_its_requests_at_once() -> None:
+    bench = Bench()
+    bench.hub.disconnect(cast(Any, bench.links[1]))
+    bench.begin()
+    bench.clients[1].requests = None
+    bench.hub.connect(cast(Any, bench.links[1]))
+    link = bench.links[1].sent
+    messages = [shared_wire._TO_CLIENT.decode(raw) for raw in link]
+    link.clear()
+    loads = [more for message in messages if (more := bench.clients[1].take(message)) is not None]
+    bench.clients[1].requests = cast(Any, object())  # the tokenizer is loaded last
+    for load in loads:
+        asyncio.run(load)
+    bench.add(1, live_request("late"))
+    assert bench.added() == ["late"]
+
+
 def test_a_crash_in_ones_turn_blames_nobody_elses_request() -> None:
     bench = on_trial()
     for _ in range(TOKENS):
