@@ -46,7 +46,10 @@ class HttpChild:
         fds = [theirs.fileno(), table_fd]
         try:
             process = await asyncio.create_subprocess_exec(
-                *(*command, *map(str, fds)), pass_fds=fds, stdin=asyncio.subprocess.DEVNULL
+                *(*command, *map(str, fds)),
+                pass_fds=fds,
+                stdin=asyncio.subprocess.DEVNULL,
+                start_new_session=True,  # a terminal's Ctrl-C is for the owner
             )
         except BaseException:
             ours.close()

@@ -43,6 +43,7 @@ from compiledllm.server.listening import listen_beside, tls_options
 from compiledllm.server.metrics import Metrics
 from compiledllm.server.process import (
     end_threads,
+    end_with_parent,
     loop_factory,
     return_large_blocks,
     spare_collector,
@@ -62,6 +63,7 @@ CLOSE_S = 5.0  # for connections to close at the end
 
 
 def main() -> int:
+    end_with_parent()
     connection, table_fd = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
     connection.set_inheritable(False)
     os.set_inheritable(table_fd, False)

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import gc
 import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -32,7 +33,14 @@ async def end_threads(status: int) -> None:
         os._exit(status)
 
 
+def end_with_parent() -> None:
+    """Let the kernel kill this process, even a stopped one, once its parent has ended (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 _M_MMAP_THRESHOLD = -3
+_PR_SET_PDEATHSIG = 1
 
 
 def return_large_blocks() -> None:

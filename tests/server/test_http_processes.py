@@ -337,6 +337,7 @@ def test_told_twice_it_ends_at_once(pair: Fleet) -> None:
     stream = Client(pair).stream(2000)
     assert stream.first()
     pids = pair.all_pids()
+    os.kill(pair.http_pids()[0], signal.SIGSTOP)  # as one that hangs, and would keep the port
     pair.process.send_signal(signal.SIGTERM)
     wait_for(lambda: "draining" in pair.log)
     pair.process.send_signal(signal.SIGTERM)
