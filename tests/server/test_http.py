@@ -212,12 +212,13 @@ def test_the_page_asks_nobody_else(server: Any) -> None:
 
 @pytest.fixture(scope="module")
 def locked(start_server: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A server with keys from everywhere, strict, with a small queue and vLLM's metric names."""
+    """Keys from everywhere, strict, a small queue, vLLM's metric names, several HTTP processes."""
     keys = tmp_path_factory.mktemp("keys") / "keys"
     keys.write_text("from-file\nanother\n")
     return start_server(
         *("--api-key", "from-flag", "--api-key-file", str(keys), "--strict-fields"),
         *("--metrics-prefix", "vllm:", "--max-num-seqs", "1", "--max-queued-requests", "1"),
+        *("--api-server-count", "2"),
         COMPILEDLLM_API_KEY="from-env,more",
     )
 
@@ -280,7 +281,7 @@ def test_strict_servers_refuse_unknown_fields(locked: Any) -> None:
 
 def test_too_many_requests_are_told_to_come_back(locked: Any) -> None:
     locked.wait_until_ready()
-    body = CHAT | {"max_tokens": 400, "ignore_eos": True}
+    body = CHAT | {"max_tokens": 150, "ignore_eos": True}
     found: list[tuple[int | None, Any]] = []
 
     def ask() -> None:
@@ -295,6 +296,36 @@ def test_too_many_requests_are_told_to_come_back(locked: Any) -> None:
     assert set(statuses) == {200, 429} and statuses.count(200) >= 2
     refused = next(body for status, body in found if status == 429)
     assert "running or waiting" in refused["error"]["message"]
+
+
+def test_answers_of_several_processes_are_those_of_one(server: Any, locked: Any) -> None:
+    """Texts, stop strings, grammars, log probabilities, several outputs."""
+    locked.wait_until_ready()
+    assert locked.get("/health")[1]["http_processes"] == ["ready", "ready"]
+    chat = {"messages": [{"role": "user", "content": "Tell me more."}], "seed": 5, "max_tokens": 8}
+    for body in (
+        chat | {"n": 2, "logprobs": True, "top_logprobs": 2},
+        chat | {"stop": ["e", "a"]},
+        chat | {"response_format": {"type": "json_object"}, "max_tokens": 16},
+        chat | {"stream": True, "stream_options": {"include_usage": True}},
+    ):
+        expected = contents(server.post("/v1/chat/completions", body))
+        assert len(expected) == body.get("n", 1) and all(expected)
+        for _ in range(3):  # each over a connection of its own, which either process may get
+            answer = locked.post("/v1/chat/completions", body, **bearer("more"))
+            assert contents(answer) == expected
+
+
+def contents(answer: tuple[int | None, Any]) -> list[str]:
+    """The text of each choice, whole or streamed."""
+    status, body = answer
+    assert status == 200, body
+    if not isinstance(body, str):
+        return [choice["message"]["content"] for choice in body["choices"]]
+    events = [line[6:] for line in body.splitlines() if line.startswith("data: ")]
+    assert events.pop() == "[DONE]"
+    choices = [choice for event in events for choice in json.loads(event)["choices"]]
+    return ["".join(choice["delta"].get("content") or "" for choice in choices)]
 
 
 def test_salts_keep_prefixes_apart(server: Any) -> None:
