@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import msgspec
 
-from compiledllm.remote.shared_wire import ToClient, ToOwner, receive_in_client, receive_in_owner
-from compiledllm.remote.wire import frame
+from compiledllm.remote.shared_wire import ToClient, ToOwner
+from compiledllm.remote.wire import frame, receive_async
+
+_Received = TypeVar("_Received")
 
 
-class Link:
+class Link(Generic[_Received]):
     """One end of the connection. Sending never waits: what cannot be sent yet is kept."""
+
+    decoder: ClassVar[msgspec.msgpack.Decoder[Any]]  # of the messages that this end receives
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
+
+    @classmethod
+    async def open(cls, connection: socket.socket) -> Self:
+        return cls(*await asyncio.open_connection(sock=connection))
 
     @property
     def num_unread_bytes(self) -> int:
@@ -27,30 +36,23 @@ class Link:
         if not self._writer.is_closing():
             self._writer.write(frame(message))
 
+    async def receive(self) -> _Received | None:
+        """Wait for the next message; None at the end. Raises WireError."""
+        message: _Received | None = await receive_async(self._reader, self.decoder)
+        return message
+
     def close(self) -> None:
         """Close the connection at once, without what has not been sent."""
         self._writer.transport.abort()
 
 
-class ClientLink(Link):
+class ClientLink(Link[ToOwner]):
     """The owner's end."""
 
-    @classmethod
-    async def open(cls, connection: socket.socket) -> ClientLink:
-        return cls(*await asyncio.open_connection(sock=connection))
-
-    async def receive(self) -> ToOwner | None:
-        """Wait for the client's next message; None at the end. Raises WireError."""
-        return await receive_in_owner(self._reader)
+    decoder = msgspec.msgpack.Decoder(ToOwner)
 
 
-class OwnerLink(Link):
+class OwnerLink(Link[ToClient]):
     """A client's end."""
 
-    @classmethod
-    async def open(cls, connection: socket.socket) -> OwnerLink:
-        return cls(*await asyncio.open_connection(sock=connection))
-
-    async def receive(self) -> ToClient | None:
-        """Wait for the owner's next message; None at the end. Raises WireError."""
-        return await receive_in_client(self._reader)
+    decoder = msgspec.msgpack.Decoder(ToClient)

@@ -6,13 +6,12 @@ engine has had, so that what was meant for an ended one does not reach the next 
 
 from __future__ import annotations
 
-import asyncio
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
 from compiledllm.remote.engine_state import State
-from compiledllm.remote.wire import Failed, Ready, Stats, receive_async
+from compiledllm.remote.wire import Failed, Ready, Stats
 from compiledllm.types import StepNews
 
 
@@ -143,18 +142,3 @@ class Figures(msgspec.Struct, tag=True):
 OfEngine = EngineReady | EngineEnded | EngineNews | EngineReport | BeginTurn | TurnsOver
 ToClient = Begin | OfEngine | Routed | Drain | AskFigures | AllFigures
 ToOwner = Relay | EndTurn | Routed | Figures | AskFigures | Failed
-
-_TO_CLIENT: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(ToClient)
-_TO_OWNER: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(ToOwner)
-
-
-async def receive_in_client(reader: asyncio.StreamReader) -> ToClient | None:
-    """Wait for a message of the owner; None at the end. Raises WireError."""
-    message: ToClient | None = await receive_async(reader, _TO_CLIENT)
-    return message
-
-
-async def receive_in_owner(reader: asyncio.StreamReader) -> ToOwner | None:
-    """Wait for a message of a client; None at the end. Raises WireError."""
-    message: ToOwner | None = await receive_async(reader, _TO_OWNER)
-    return message

@@ -15,7 +15,7 @@ import msgspec
 
 from compiledllm.engine.request_state import RequestState
 from compiledllm.grammars.library import Vocabulary
-from compiledllm.remote import shared_wire
+from compiledllm.remote.client_link import ClientLink, OwnerLink
 from compiledllm.remote.errors import EngineError, Overloaded
 from compiledllm.remote.hub import Hub
 from compiledllm.remote.limits import Limits
@@ -85,9 +85,9 @@ class Bench:
         while any(end.sent for end in (*self.links, *ends)):
             for client, link, end in zip(self.clients, self.links, ends, strict=True):
                 while link.sent:
-                    client.take(shared_wire._TO_CLIENT.decode(link.sent.pop(0)))
+                    client.take(OwnerLink.decoder.decode(link.sent.pop(0)))
                 while end.sent:
-                    message = shared_wire._TO_OWNER.decode(end.sent.pop(0))
+                    message = ClientLink.decoder.decode(end.sent.pop(0))
                     self.hub.take(cast(Any, link), message)
 
     def begin(self) -> None:
@@ -251,7 +251,7 @@ def test_a_client_that_comes_after_a_trial_sends_its_requests_at_once() -> None:
     bench.clients[1].requests = None
     bench.hub.connect(cast(Any, bench.links[1]))
     link = bench.links[1].sent
-    messages = [shared_wire._TO_CLIENT.decode(raw) for raw in link]
+    messages = [OwnerLink.decoder.decode(raw) for raw in link]
     link.clear()
     loads = [more for message in messages if (more := bench.clients[1].take(message)) is not None]
     bench.clients[1].requests = cast(Any, object())  # the tokenizer is loaded last
