@@ -82,32 +82,37 @@ class HttpProcesses:
         column = state_column(len(self._hub.engines))
         return [ProcessState(number) for number in self._table.column(column)]
 
+    def _any_ready(self) -> bool:
+        return ProcessState.READY in self.states()
+
     async def _keep(self, row: int) -> None:
-        """Start the process of a row again as often as it ends."""
+        """Start the process of a row again as often as it ends.
+
+        A wrong configuration is final until processes serve; later a file may just be replaced.
+        """
         restarts = Restarts()
         while True:
             await asyncio.sleep(restarts.delay_s)
             try:
-                cause, failure, was_ready = await self._run_one(row)
+                failure, was_ready = await self._run_one(row)
             except OSError as error:
-                cause, failure, was_ready = f"it cannot be started: {error}", None, False
+                failure, was_ready = Failed(f"its process cannot be started ({error})"), False
             if self._is_ending:
                 return
             if was_ready:
                 restarts.note_success()
-            if failure is not None and failure.is_config:
+            if failure.is_config and not self._any_ready():
                 self.failure = failure
                 return
             if not restarts.note_crash(is_explained=False):
-                self.failure = failure or Failed(f"HTTP processes end again and again ({cause})")
+                self.failure = Failed(f"HTTP processes end again and again ({failure.error})")
                 return
-            log.error("HTTP process %d ended (%s); starting it again", row, cause)
+            log.error("HTTP process %d ended (%s); starting it again", row, failure.error)
             self._metrics.restarts.inc()
 
-    async def _run_one(self, row: int) -> tuple[str, Failed | None, bool]:
+    async def _run_one(self, row: int) -> tuple[Failed, bool]:
         """The life of one process; returns why it ended, and whether it took requests before."""
-        is_late = ProcessState.READY in self.states()
-        settings = self._settings_of(row, str(next(self._numbers)), is_late)
+        settings = self._settings_of(row, str(next(self._numbers)), self._any_ready())
         child = await HttpChild.spawn(settings, self._table.fd)
         self._children.append(child)
         self._hub.connect(child.link)
@@ -124,7 +129,7 @@ class HttpProcesses:
                 question.note(child)
             was_ready = self.states()[row] is ProcessState.READY
             self._table.clear(row)
-        return how_it_ended(status), child.failure, was_ready
+        return child.failure or Failed(how_it_ended(status)), was_ready
 
     async def _attend(self, child: HttpChild) -> None:
         """Take the process's messages until it ends."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -13,12 +14,18 @@ pytest.importorskip("uvicorn")
 from compiledllm.remote.hub import Hub
 from compiledllm.remote.limits import Limits
 from compiledllm.remote.shared_table import SharedTable
+from compiledllm.remote.wire import Failed
 from compiledllm.server import http_processes
 from compiledllm.server.connections import Deadlines
 from compiledllm.server.http_process import SharedConnections
 from compiledllm.server.http_processes import HttpProcesses
 from compiledllm.server.owner_metrics import OwnerMetrics
-from compiledllm.server.process_settings import ProcessSettings
+from compiledllm.server.process_settings import (
+    ProcessSettings,
+    ProcessState,
+    num_columns,
+    state_column,
+)
 
 
 class Child:
@@ -53,6 +60,28 @@ def test_a_process_that_is_silent_or_does_not_read_is_killed() -> None:
     processes.sweep()
     killed = {name for name, child in children.items() if child.was_killed}
     assert killed == {"silent", "full"}
+
+
+@pytest.mark.parametrize("others_serve", [False, True])
+def test_a_wrong_configuration_ends_no_server_that_serves(
+    others_serve: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a certificate that is being replaced while a process is started again."""
+    metrics, table = OwnerMetrics("x:", "model", []), SharedTable.create(2, num_columns(0))
+    limits, settings_of = Limits(9, 99), cast(Any, None)
+    processes = HttpProcesses(2, settings_of, Hub([]), table, metrics, limits)
+    table.write(1, state_column(0), ProcessState.READY if others_serve else ProcessState.LOADING)
+    started = []
+
+    async def run_one(row: int) -> tuple[Failed, bool]:
+        started.append(row)
+        processes._is_ending = len(started) == 2
+        return Failed("no certificate", is_config=True), False
+
+    monkeypatch.setattr(processes, "_run_one", run_one)
+    asyncio.run(processes._keep(0))
+    assert len(started) == 1 + others_serve
+    assert (processes.failure is None) == others_serve
 
 
 def test_the_limit_on_connections_counts_those_of_all_processes() -> None:
