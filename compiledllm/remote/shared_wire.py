@@ -80,14 +80,14 @@ class Drain(msgspec.Struct, tag=True):
     timeout_s: float
 
 
-class AskFigures(msgspec.Struct, tag=True):
-    """Asks a client for its figures, or the owner for those of all."""
+class AskMetrics(msgspec.Struct, tag=True):
+    """Asks a client for its metrics, or the owner for those of all."""
 
     number: int
 
 
-class AllFigures(msgspec.Struct, tag=True):
-    """The figures of all processes, as they are shown."""
+class AllMetrics(msgspec.Struct, tag=True):
+    """The metrics of all processes, as they are shown."""
 
     number: int
     shown: bytes
@@ -123,8 +123,8 @@ class Routed(msgspec.Struct, tag=True):
     keys: list[int]
 
 
-class Family(msgspec.Struct, array_like=True):
-    """A family of figures: (name, labels, value) of each."""
+class MetricFamily(msgspec.Struct, array_like=True):
+    """A family of metrics, as samples: (name, labels, value) of each."""
 
     name: str
     text: str
@@ -132,13 +132,13 @@ class Family(msgspec.Struct, array_like=True):
     samples: list[tuple[str, dict[str, str], float]]
 
 
-class Figures(msgspec.Struct, tag=True):
-    """A client's figures. number: of the question; 0: sent every second, unasked."""
+class MetricsReport(msgspec.Struct, tag=True):
+    """A client's metrics. number: of the question; 0: sent every second, unasked."""
 
     number: int
-    families: list[Family]
+    families: list[MetricFamily]
 
 
 OfEngine = EngineReady | EngineEnded | EngineNews | EngineReport | BeginTurn | TurnsOver
-ToClient = Begin | OfEngine | Routed | Drain | AskFigures | AllFigures
-ToOwner = Relay | EndTurn | Routed | Figures | AskFigures | Failed
+ToClient = Begin | OfEngine | Routed | Drain | AskMetrics | AllMetrics
+ToOwner = Relay | EndTurn | Routed | MetricsReport | AskMetrics | Failed

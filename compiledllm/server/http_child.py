@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import socket
 import sys
-from collections.abc import Sequence
 
 from compiledllm.remote.client_link import ClientLink
 from compiledllm.remote.shared_wire import Begin
@@ -35,9 +34,7 @@ class HttpChild:
         self._exit.add_done_callback(self._hang_up)
 
     @classmethod
-    async def spawn(
-        cls, settings: ProcessSettings, table_fd: int, command: Sequence[str] = COMMAND
-    ) -> HttpChild:
+    async def spawn(cls, settings: ProcessSettings, table_fd: int) -> HttpChild:
         """Start a process. Raises OSError if the system cannot start one now.
 
         table_fd: descriptor of the shared table.
@@ -46,7 +43,7 @@ class HttpChild:
         fds = [theirs.fileno(), table_fd]
         try:
             process = await asyncio.create_subprocess_exec(
-                *(*command, *map(str, fds)),
+                *(*COMMAND, *map(str, fds)),
                 pass_fds=fds,
                 stdin=asyncio.subprocess.DEVNULL,
                 start_new_session=True,  # a terminal's Ctrl-C is for the owner

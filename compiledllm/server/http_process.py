@@ -24,12 +24,12 @@ from compiledllm.remote.replicas import Replicas, ServedEngine
 from compiledllm.remote.shared_engine import SharedEngine
 from compiledllm.remote.shared_table import SharedTable
 from compiledllm.remote.shared_wire import (
-    AllFigures,
-    AskFigures,
+    AllMetrics,
+    AskMetrics,
     Begin,
     Drain,
     EngineNews,
-    Figures,
+    MetricsReport,
     Routed,
     ToClient,
 )
@@ -48,7 +48,7 @@ from compiledllm.server.process import (
     return_large_blocks,
     spare_collector,
 )
-from compiledllm.server.process_figures import families_of
+from compiledllm.server.process_metrics import families_of
 from compiledllm.server.process_settings import (
     ProcessSettings,
     ProcessState,
@@ -58,7 +58,7 @@ from compiledllm.server.process_settings import (
 )
 
 TICK_S = 1.0  # between reports
-FIGURES_S = 5.0  # for the owner to tell the figures of all
+METRICS_S = 5.0  # for the owner to tell the metrics of all
 CLOSE_S = 5.0  # for connections to close at the end
 
 
@@ -175,10 +175,10 @@ class HttpProcess:
             await asyncio.sleep(TICK_S)
             for engine in self._engines:
                 engine.tick()
-            self._report_figures(0)
+            self._report_metrics(0)
 
-    def _report_figures(self, number: int) -> None:
-        self._link.send(Figures(number, families_of(self._metrics.registry)))
+    def _report_metrics(self, number: int) -> None:
+        self._link.send(MetricsReport(number, families_of(self._metrics.registry)))
 
     # -- the owner's messages ------------------------------------------------------------------
 
@@ -190,10 +190,10 @@ class HttpProcess:
     def _take(self, message: ToClient, tasks: asyncio.TaskGroup) -> None:
         if isinstance(message, EngineNews):
             self._engines[message.engine].take(message)
-        elif isinstance(message, AskFigures):
-            self._report_figures(message.number)
-        elif isinstance(message, AllFigures):
-            self._siblings.take_figures(message)
+        elif isinstance(message, AskMetrics):
+            self._report_metrics(message.number)
+        elif isinstance(message, AllMetrics):
+            self._siblings.take_metrics(message)
         elif isinstance(message, Drain):
             self._timeout_s = message.timeout_s
             self._told_to_end.set()
@@ -225,15 +225,15 @@ class Siblings:
         number = next(self._numbers)
         asked = self._asked[number] = asyncio.get_running_loop().create_future()
         try:
-            self._link.send(AskFigures(number))
-            async with asyncio.timeout(FIGURES_S):
+            self._link.send(AskMetrics(number))
+            async with asyncio.timeout(METRICS_S):
                 return bytes(await asked)
         except TimeoutError:
             raise Unavailable("the process that adds up the metrics does not answer", 5) from None
         finally:
             del self._asked[number]
 
-    def take_figures(self, message: AllFigures) -> None:
+    def take_metrics(self, message: AllMetrics) -> None:
         asked = self._asked.get(message.number)
         if asked is not None and not asked.done():
             asked.set_result(message.shown)

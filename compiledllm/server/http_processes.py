@@ -1,6 +1,6 @@
 """The HTTP processes of a server as their owner sees them: started, watched, restarted and drained.
 
-Their messages to engines go to the hub; their figures are added up here.
+Their messages to engines go to the hub; their metrics are added up here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from compiledllm.remote.hub import Hub
 from compiledllm.remote.limits import Limits
 from compiledllm.remote.restarts import Restarts
 from compiledllm.remote.shared_table import SharedTable
-from compiledllm.remote.shared_wire import AllFigures, AskFigures, Drain, Figures, ToOwner
+from compiledllm.remote.shared_wire import AllMetrics, AskMetrics, Drain, MetricsReport, ToOwner
 from compiledllm.remote.vital_signs import KILL_FACTOR
 from compiledllm.remote.wire import Failed, WireError
 from compiledllm.server.http_child import HttpChild
@@ -25,7 +25,7 @@ from compiledllm.server.owner_metrics import OwnerMetrics
 from compiledllm.server.process_settings import ProcessSettings, ProcessState, state_column
 
 MAX_UNREAD_BYTES = 2**28  # that a process has not read of its news; beyond it the process is killed
-FIGURES_S = 1.0  # for the processes to report their figures when asked
+METRICS_S = 1.0  # for the processes to report their metrics when asked
 END_S = 10.0  # for a process to exit, beyond the time to drain
 MIN_KILL_S = 10.0  # a process may be silent for this long, whatever --stuck-timeout says
 START_S = 300.0  # for a process to import its libraries on a busy machine
@@ -33,7 +33,7 @@ START_S = 300.0  # for a process to import its libraries on a busy machine
 
 @dataclass(eq=False, slots=True)
 class _Question:
-    """Figures that were asked for. missing: who has not answered."""
+    """Metrics that were asked for. missing: who has not answered."""
 
     missing: set[HttpChild]
     answered: asyncio.Event = field(default_factory=asyncio.Event)
@@ -124,7 +124,7 @@ class HttpProcesses:
         finally:
             self._children.remove(child)
             self._hub.disconnect(child.link)
-            self._metrics.figures.retire(settings.name)
+            self._metrics.of_processes.retire(settings.name)
             for question in self._questions.values():
                 question.note(child)
             was_ready = self.states()[row] is ProcessState.READY
@@ -173,13 +173,13 @@ class HttpProcesses:
     # -- messages ------------------------------------------------------------------------------
 
     def _take(self, child: HttpChild, message: ToOwner) -> None:
-        if isinstance(message, Figures):
+        if isinstance(message, MetricsReport):
             child.note_report()
-            self._metrics.figures.put(child.settings.name, message.families)
+            self._metrics.of_processes.put(child.settings.name, message.families)
             if (question := self._questions.get(message.number)) is not None:
                 question.note(child)
-        elif isinstance(message, AskFigures):
-            telling = asyncio.create_task(self._tell_figures(child, message.number))
+        elif isinstance(message, AskMetrics):
+            telling = asyncio.create_task(self._tell_metrics(child, message.number))
             self._telling.add(telling)
             telling.add_done_callback(self._telling.discard)
         elif isinstance(message, Failed):
@@ -187,18 +187,18 @@ class HttpProcesses:
         else:
             self._hub.take(child.link, message)
 
-    async def _tell_figures(self, child: HttpChild, asked_as: int) -> None:
-        """Tell a process the figures of all; of those that do not answer, their last ones."""
+    async def _tell_metrics(self, child: HttpChild, asked_as: int) -> None:
+        """Tell a process the metrics of all; of those that do not answer, their last ones."""
         number = next(self._numbers)
         question = self._questions[number] = _Question(set(self._children))
         try:
             for each in self._children:
-                each.link.send(AskFigures(number))
-            async with asyncio.timeout(FIGURES_S):
+                each.link.send(AskMetrics(number))
+            async with asyncio.timeout(METRICS_S):
                 await question.answered.wait()
         except TimeoutError:
             pass
         finally:
             del self._questions[number]
         self._metrics.set_processes(self.states())
-        child.link.send(AllFigures(asked_as, self._metrics.text()))
+        child.link.send(AllMetrics(asked_as, self._metrics.text()))

@@ -8,17 +8,17 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
 from compiledllm.remote.engine_life import EngineLife
 from compiledllm.server.engine_metrics import EngineMetrics
-from compiledllm.server.process_figures import ProcessFigures
+from compiledllm.server.process_metrics import ProcessMetrics
 from compiledllm.server.process_settings import ProcessState
 
 
 class OwnerMetrics:
-    """Of engines as reported here, of requests as reported by the HTTP processes (`figures`)."""
+    """Of engines as reported here, and of requests as HTTP processes report (`of_processes`)."""
 
     def __init__(self, prefix: str, model: str, engines: Sequence[EngineLife]) -> None:
         self.registry = CollectorRegistry()
-        self.figures = ProcessFigures()
-        self.registry.register(self.figures)
+        self.of_processes = ProcessMetrics()
+        self.registry.register(self.of_processes)
         self._of_engines = EngineMetrics(self.registry, prefix, model, engines)
         text = "HTTP processes that take requests"
         gauge = Gauge(f"{prefix}http_processes", text, ["model_name"], registry=self.registry)

@@ -11,15 +11,15 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from compiledllm.remote.shared_wire import Family
+from compiledllm.remote.shared_wire import MetricFamily
 
 _Sample = tuple[str, tuple[tuple[str, str], ...]]  # name, labels
 
 
-def families_of(registry: CollectorRegistry) -> list[Family]:
+def families_of(registry: CollectorRegistry) -> list[MetricFamily]:
     """What a registry holds, as plain data."""
     return [
-        Family(
+        MetricFamily(
             metric.name,
             metric.documentation,
             metric.type,  # type: ignore[arg-type]  # the kinds in use
@@ -29,19 +29,19 @@ def families_of(registry: CollectorRegistry) -> list[Family]:
     ]
 
 
-class ProcessFigures(Collector):
-    """The sum of the latest figures of all processes."""
+class ProcessMetrics(Collector):
+    """The sum of the latest metrics of all processes."""
 
     def __init__(self) -> None:
-        self._latest: dict[str, list[Family]] = {}  # by process
-        self._ended: list[Family] = []  # of all processes that have ended
+        self._latest: dict[str, list[MetricFamily]] = {}  # by process
+        self._ended: list[MetricFamily] = []  # of all processes that have ended
 
-    def put(self, process: str, families: list[Family]) -> None:
-        """Replace a process's figures."""
+    def put(self, process: str, families: list[MetricFamily]) -> None:
+        """Replace a process's metrics."""
         self._latest[process] = families
 
     def retire(self, process: str) -> None:
-        """Keep the figures of a process that has ended."""
+        """Keep the metrics of a process that has ended."""
         of_process = self._latest.pop(process, [])
         self._ended = added_up([self._ended, of_process])
 
@@ -53,9 +53,9 @@ class ProcessFigures(Collector):
             yield metric
 
 
-def added_up(reports: Iterable[list[Family]]) -> list[Family]:
+def added_up(reports: Iterable[list[MetricFamily]]) -> list[MetricFamily]:
     """One report of the sums; a counter's time of creation is the earliest."""
-    first: dict[str, Family] = {}
+    first: dict[str, MetricFamily] = {}
     sums: dict[str, dict[_Sample, float]] = {}
     for families in reports:
         for family in families:
@@ -68,7 +68,7 @@ def added_up(reports: Iterable[list[Family]]) -> list[Family]:
                 else:
                     of_family[key] = of_family.get(key, 0.0) + value
     return [
-        Family(
+        MetricFamily(
             name,
             family.text,
             family.kind,

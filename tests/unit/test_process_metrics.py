@@ -11,14 +11,14 @@ import msgspec
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from compiledllm.remote.shared_wire import Family, Figures
+from compiledllm.remote.shared_wire import MetricFamily, MetricsReport
 from compiledllm.server.metrics import Metrics
-from compiledllm.server.process_figures import ProcessFigures, families_of
+from compiledllm.server.process_metrics import ProcessMetrics, families_of
 
 
-def shown_by(figures: ProcessFigures) -> dict[str, float]:
+def shown_by(metrics: ProcessMetrics) -> dict[str, float]:
     registry = CollectorRegistry()
-    registry.register(figures)
+    registry.register(metrics)
     text = generate_latest(registry).decode()
     return {
         sample.name + str(sample.labels.get("le", "")): sample.value
@@ -40,19 +40,19 @@ class _NoEngine:
     """No engine, neither of this process nor of another."""
 
 
-def sent(metrics: Metrics) -> list[Family]:
-    """Its figures, as they come out of a message."""
-    raw = msgspec.msgpack.encode(Figures(0, families_of(metrics.registry)))
-    return msgspec.msgpack.decode(raw, type=Figures).families
+def sent(metrics: Metrics) -> list[MetricFamily]:
+    """Its metrics, as they come out of a message."""
+    raw = msgspec.msgpack.encode(MetricsReport(0, families_of(metrics.registry)))
+    return msgspec.msgpack.decode(raw, type=MetricsReport).families
 
 
-def test_figures_are_added_up() -> None:
-    figures = ProcessFigures()
+def test_metrics_are_added_up() -> None:
+    metrics = ProcessMetrics()
     first, second = of_requests(10, 0.4), of_requests(5, 70.0)
-    figures.put("1", sent(first))
-    figures.put("2", sent(second))
-    figures.put("2", sent(second))  # again, in place of the one before
-    shown = shown_by(figures)
+    metrics.put("1", sent(first))
+    metrics.put("2", sent(second))
+    metrics.put("2", sent(second))  # again, in place of the one before
+    shown = shown_by(metrics)
     assert shown["x:prompt_tokens_total"] == 15
     assert shown["x:e2e_request_latency_seconds_bucket0.5"] == 1
     assert shown["x:e2e_request_latency_seconds_bucket+Inf"] == 2
@@ -62,18 +62,18 @@ def test_figures_are_added_up() -> None:
     assert shown["x:prompt_tokens_created"] == min(created)
 
 
-def _only(metrics: Metrics) -> ProcessFigures:
-    figures = ProcessFigures()
-    figures.put("1", families_of(metrics.registry))
-    return figures
+def _only(metrics: Metrics) -> ProcessMetrics:
+    only = ProcessMetrics()
+    only.put("1", families_of(metrics.registry))
+    return only
 
 
 def test_counts_of_ended_processes_stay() -> None:
-    figures = ProcessFigures()
+    metrics = ProcessMetrics()
     for name in "12":
-        figures.put(name, families_of(of_requests(10, 1.0).registry))
-        figures.retire(name)
-    figures.retire("a process that ended before it reported")
-    assert shown_by(figures)["x:prompt_tokens_total"] == 20
-    figures.put("3", families_of(of_requests(1, 1.0).registry))
-    assert shown_by(figures)["x:prompt_tokens_total"] == 21
+        metrics.put(name, families_of(of_requests(10, 1.0).registry))
+        metrics.retire(name)
+    metrics.retire("a process that ended before it reported")
+    assert shown_by(metrics)["x:prompt_tokens_total"] == 20
+    metrics.put("3", families_of(of_requests(1, 1.0).registry))
+    assert shown_by(metrics)["x:prompt_tokens_total"] == 21
