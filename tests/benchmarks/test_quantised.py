@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ from compiledllm.benchmarks.quantised import (
 from tests.support.greedy import load_reference
 from tests.support.quantized import save_quantized
 
-pytest.importorskip("compressed_tensors")
+pytestmark = pytest.mark.skipif(
+    find_spec("compressed_tensors") is None, reason="needs compressed-tensors"
+)
 KINDS = ["packed 4 bits, asymmetric", "int8", "float of channels", "nvfp4"]
 
 

@@ -7,11 +7,11 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from compiledllm.config import ConfigError
 from compiledllm.kernels.attention import make_backend
@@ -71,6 +71,12 @@ def load(checkpoint: Path) -> Decoder:
     return model
 
 
+def reference_of(checkpoint: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+
+
 def head_weight(model: Decoder) -> torch.Tensor:
     """What the logits are computed with."""
     if model.spec.implementation == "transformers":
@@ -96,7 +102,7 @@ def test_a_head_of_its_own_is_used_though_the_config_ties_it(
     with caplog.at_level(logging.WARNING):
         model = load(checkpoint)
     stored = load_file(checkpoint / "model.safetensors")
-    reference = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    reference = reference_of(checkpoint)
     wanted = reference.get_output_embeddings().weight
     assert torch.equal(wanted, stored[head]) and torch.equal(head_weight(model), wanted)
     assert not model.spec.tie_word_embeddings
@@ -119,7 +125,7 @@ def test_a_head_that_differs_in_its_last_row_only_is_its_own(tied: Callable[[str
 def test_a_tied_checkpoint_may_store_the_head_alone(tied: Callable[[str], Path]) -> None:
     checkpoint = tied("llama")
     edit(checkpoint, lambda tensors: tensors.update({HEAD: tensors.pop(EMBEDDING)}))
-    reference = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    reference = reference_of(checkpoint)
     model = load(checkpoint)
     assert model.spec.tie_word_embeddings
     assert torch.equal(model.embedding.weight, reference.get_input_embeddings().weight)
@@ -161,7 +167,7 @@ def test_gemma3s_outer_config_decides_about_its_head(tied: Callable[[str], Path]
     config = json.loads(path.read_text())
     config["text_config"]["tie_word_embeddings"] = False
     path.write_text(json.dumps(config))
-    reference = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    reference = reference_of(checkpoint)
     head, embedding = reference.get_output_embeddings(), reference.get_input_embeddings()
     assert load_spec(checkpoint).tie_word_embeddings == (head.weight is embedding.weight)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -19,18 +20,26 @@ from compiledllm.models.formats.compressed_tensors import (
     from_pack_quantized,
 )
 
-pytest.importorskip("compressed_tensors")
-from compressed_tensors.compressors import BaseCompressor  # noqa: E402
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32  # noqa: E402
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme  # noqa: E402
-
+pytestmark = pytest.mark.skipif(
+    find_spec("compressed_tensors") is None, reason="needs compressed-tensors"
+)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def read_by_library(file_format: str, tensors: dict[str, Tensor], **weights: Any) -> Tensor:
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
     scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights))
     compressor = BaseCompressor.get_value_from_registry(file_format)
     return compressor.decompress(tensors, scheme)["weight"]
+
+
+def pack_to_int32(values: Tensor, num_bits: int, packed_dim: int = 1) -> Tensor:
+    from compressed_tensors.compressors.pack_quantized import helpers
+
+    packed: Tensor = helpers.pack_to_int32(values, num_bits, packed_dim)
+    return packed
 
 
 def assert_read_alike(matrix: QuantizedMatrix, expected: Tensor) -> None:

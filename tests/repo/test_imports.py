@@ -7,6 +7,7 @@ TYPE_CHECKING, and `import_module` of a written-out name.
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -224,6 +225,7 @@ def written_out_name(argument: ast.expr) -> str:
     return UNREADABLE
 
 
+@functools.cache  # as collecting the tests needs none
 def all_edges() -> list[Edge]:
     return sorted(
         edge
@@ -251,9 +253,6 @@ def points_down(edge: Edge) -> bool:
         return True
     inside = edge.target.removeprefix("compiledllm.")
     return target in MAY_IMPORT[importer] or is_within(inside, tuple(MAY_IMPORT[importer]))
-
-
-EDGES = all_edges()
 
 
 def listed(edges: list[Edge]) -> str:
@@ -338,7 +337,7 @@ def test_walk_covers_every_folder() -> None:
         "benchmarks",
     }
     assert layers <= set(MAY_IMPORT), "a new layer needs a line in MAY_IMPORT"
-    assert any(is_ours(edge.target) for edge in EDGES)
+    assert any(is_ours(edge.target) for edge in all_edges())
 
 
 def test_rules_name_only_what_exists() -> None:
@@ -352,23 +351,23 @@ def test_rules_name_only_what_exists() -> None:
 
 
 def test_imports_run_downward_only() -> None:
-    wrong = [edge for edge in EDGES if is_ours(edge.target) and not points_down(edge)]
+    wrong = [edge for edge in all_edges() if is_ours(edge.target) and not points_down(edge)]
     assert not wrong, listed(wrong)
 
 
 def test_our_folders_are_imported_by_their_installed_names() -> None:
     folders = set(FOLDERS) - {"compiledllm"}
-    bare = [edge for edge in EDGES if edge.target.split(".")[0] in folders]
+    bare = [edge for edge in all_edges() if edge.target.split(".")[0] in folders]
     assert not bare, listed(bare)
 
 
 def test_every_imported_module_of_ours_exists() -> None:
-    missing = [edge for edge in EDGES if is_ours(edge.target) and edge.target not in MODULES]
+    missing = [edge for edge in all_edges() if is_ours(edge.target) and edge.target not in MODULES]
     assert not missing, listed(missing)
 
 
 def test_computed_import_names_stay_in_the_lazy_package() -> None:
-    unreadable = [edge.importer for edge in EDGES if edge.target == UNREADABLE]
+    unreadable = [edge.importer for edge in all_edges() if edge.target == UNREADABLE]
     assert set(unreadable) <= {"compiledllm"}
 
 
@@ -388,7 +387,7 @@ def test_public_names_come_lazily_from_where_the_rules_allow() -> None:
 def test_third_party_has_one_door(package: str) -> None:
     wrong = [
         edge
-        for edge in EDGES
+        for edge in all_edges()
         if edge.target.split(".")[0] == package and not is_within(edge.importer, DOORS[package])
     ]
     assert not wrong, listed(wrong)
@@ -397,7 +396,7 @@ def test_third_party_has_one_door(package: str) -> None:
 def test_what_decides_and_what_talks_imports_no_torch() -> None:
     wrong = [
         edge
-        for edge in EDGES
+        for edge in all_edges()
         if edge.target.split(".")[0] == "torch" and is_within(edge.importer, WITHOUT_TORCH)
     ]
     assert not wrong, listed(wrong)
@@ -406,7 +405,7 @@ def test_what_decides_and_what_talks_imports_no_torch() -> None:
 def test_answers_know_no_http() -> None:
     wrong = [
         edge
-        for edge in EDGES
+        for edge in all_edges()
         if is_within(edge.importer, WITHOUT_HTTP)
         and (edge.target.split(".")[0] in HTTP_PACKAGES or not is_below_openai(edge.target))
     ]

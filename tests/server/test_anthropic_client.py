@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import anthropic
 import pytest
-from anthropic import Anthropic
 from pydantic import BaseModel
+
+if TYPE_CHECKING:  # importing it takes seconds of every collection of tests
+    from anthropic import Anthropic
 
 pytestmark = pytest.mark.real_model  # its tokenizer
 
@@ -18,6 +19,8 @@ SEARCH: Any = {"type": "web_search_20250305", "name": "web_search"}
 
 @pytest.fixture(scope="module")
 def client(server: Any) -> Anthropic:
+    from anthropic import Anthropic
+
     return Anthropic(base_url=server.url, api_key="none", max_retries=0)
 
 
@@ -116,6 +119,8 @@ IMAGE: Any = {"type": "image", "source": {"type": "url", "url": "http://127.0.0.
 def test_bad_fields_are_refused_by_name(
     fields: dict[str, Any], message: str, client: Anthropic
 ) -> None:
+    import anthropic
+
     with pytest.raises(anthropic.BadRequestError, match=message) as refused:
         ask(client, **fields)
     body: Any = refused.value.body
@@ -123,6 +128,8 @@ def test_bad_fields_are_refused_by_name(
 
 
 def test_max_tokens_is_required_and_models_must_exist(client: Anthropic, server: Any) -> None:
+    import anthropic
+
     status, body = server.post("/v1/messages", {"messages": MESSAGES})
     assert status == 400 and "max_tokens is missing" in body["error"]["message"]
     with pytest.raises(anthropic.NotFoundError, match="'nope' does not exist") as refused:

@@ -109,50 +109,55 @@ def wrong_items() -> Iterator[tuple[str, str, bytes]]:
             yield f"{name.decode()} {kind}", CHAT, field(CHAT, "structured_outputs", form)
 
 
-def large_bodies() -> Iterator[tuple[str, str, bytes]]:
-    """As large as they may be, or of lists that are long in two ways."""
+def large_bodies() -> Iterator[tuple[str, str, Callable[[], bytes]]]:
+    """As large as they may be, or of lists that are long in two ways; each is made by its test."""
     size = 31 * MIB
-    yield "16M ids", TEXT, field(TEXT, "prompt", many(b"1", size))
-    yield "10M negative ids", TEXT, field(TEXT, "prompt", many(b"-1", size, b"1"))
-    yield "10M texts", TEXT, field(TEXT, "prompt", many(b'""', size))
-    yield "10M unknown lists", CHAT, field(CHAT, "x", many(b"[]", size))
-    yield "2M unknown fields", CHAT, START[CHAT] + b"," + entries(b"1", 2_000_000)[1:]
-    yield "a name of 31 MB", CHAT, field(CHAT, "x" * size, b"1")
-    yield "31 MB of spaces", CHAT, b" " * size + START[CHAT] + b"}"
+    yield "16M ids", TEXT, lambda: field(TEXT, "prompt", many(b"1", size))
+    yield "10M negative ids", TEXT, lambda: field(TEXT, "prompt", many(b"-1", size, b"1"))
+    yield "10M texts", TEXT, lambda: field(TEXT, "prompt", many(b'""', size))
+    yield "10M unknown lists", CHAT, lambda: field(CHAT, "x", many(b"[]", size))
+    yield "2M unknown fields", CHAT, lambda: START[CHAT] + b"," + entries(b"1", 2_000_000)[1:]
+    yield "a name of 31 MB", CHAT, lambda: field(CHAT, "x" * size, b"1")
+    yield "31 MB of spaces", CHAT, lambda: b" " * size + START[CHAT] + b"}"
     text = b'"' + b"a b " * (size // 4) + b'"'
-    yield "a text of 31 MB", TEXT, field(TEXT, "prompt", text)
-    yield "a text of 15 MB", TEXT, field(TEXT, "prompt", text[: 15 * MIB] + b'"')
+    yield "a text of 31 MB", TEXT, lambda: field(TEXT, "prompt", text)
+    yield "a text of 15 MB", TEXT, lambda: field(TEXT, "prompt", text[: 15 * MIB] + b'"')
     wide = '"\U0001f600'.encode() + b"a" * (15 * MIB) + b'"'
-    yield "a text of 15 MB, wide", TEXT, field(TEXT, "prompt", wide)
-    yield "spaces", TEXT, field(TEXT, "prompt", b'"' + b" " * MIB + b'"')
+    yield "a text of 15 MB, wide", TEXT, lambda: field(TEXT, "prompt", wide)
+    yield "spaces", TEXT, lambda: field(TEXT, "prompt", b'"' + b" " * MIB + b'"')
     cut = b'"' + b"a b " * (MIB // 2) + b'","truncate_prompt_tokens":10'
-    yield "a text to be cut", TEXT, field(TEXT, "prompt", cut)
+    yield "a text to be cut", TEXT, lambda: field(TEXT, "prompt", cut)
     message = b'{"role":"user","content":"%s"}' % (b"a b " * 2000)
-    yield "4000 messages", CHAT, field(CHAT, "messages", many(message, size))
+    yield "4000 messages", CHAT, lambda: field(CHAT, "messages", many(message, size))
     parts = b'{"role":"user","content":%s}' % many(b'{"text":""}', 2**14)
-    yield "2M parts", CHAT, field(CHAT, "messages", many(parts, size))
+    yield "2M parts", CHAT, lambda: field(CHAT, "messages", many(parts, size))
     calls = b'{"role":"user","content":"","tool_calls":%s}' % many(
         b'{"function":{"name":"f"}}', 2**11
     )
-    yield "1M calls", CHAT, field(CHAT, "messages", many(calls, size))
-    items = many(b'{"type":"function_call","call_id":"a","name":"f","arguments":""}', size)
-    yield "500k items", RESPONSES, field(RESPONSES, "input", items)
+    yield "1M calls", CHAT, lambda: field(CHAT, "messages", many(calls, size))
+    call = b'{"type":"function_call","call_id":"a","name":"f","arguments":""}'
+    yield "500k items", RESPONSES, lambda: field(RESPONSES, "input", many(call, size))
     item = b'{"role":"user","content":%s}' % many(b'{"type":"input_text","text":""}', 2**14)
-    yield "1M parts of items", RESPONSES, field(RESPONSES, "input", many(item, size))
-    yield "1M messages", CHAT, field(CHAT, "messages", many(b'{"role":"a"}', size))
+    yield "1M parts of items", RESPONSES, lambda: field(RESPONSES, "input", many(item, size))
+    yield "1M messages", CHAT, lambda: field(CHAT, "messages", many(b'{"role":"a"}', size))
     prompts = many(b"[5" + b",5" * 1999 + b"]", MIB)
-    yield "65k sequences", TEXT, field(TEXT, "prompt", prompts + b',"n":128')
-    yield "16M ids to embed", EMBED, field(EMBED, "input", many(b"1", size))
-    yield "10M texts to embed", EMBED, field(EMBED, "input", many(b'""', size))
+    yield "65k sequences", TEXT, lambda: field(TEXT, "prompt", prompts + b',"n":128')
+    yield "16M ids to embed", EMBED, lambda: field(EMBED, "input", many(b"1", size))
+    yield "10M texts to embed", EMBED, lambda: field(EMBED, "input", many(b'""', size))
     texts = b"[" + b",".join([b'"a b c"'] * 2048) + b"]"
-    yield "2048 texts to embed", EMBED, field(EMBED, "input", texts)
-    yield "2M documents", RERANK, field(RERANK, "documents", many(b'{"text":""}', size))
-    yield "10M texts to score", SCORE, field(SCORE, "documents", many(b'""', size))
-    yield "1M token ids to text", "/detokenize", field("/detokenize", "tokens", many(b"5", 2 * MIB))
+    yield "2048 texts to embed", EMBED, lambda: field(EMBED, "input", texts)
+    yield "2M documents", RERANK, lambda: field(RERANK, "documents", many(b'{"text":""}', size))
+    yield "10M texts to score", SCORE, lambda: field(SCORE, "documents", many(b'""', size))
+    yield (
+        "1M token ids to text",
+        "/detokenize",
+        lambda: field("/detokenize", "tokens", many(b"5", 2 * MIB)),
+    )
+    words = b"a b " * (MIB // 8)
     yield (
         "texts of tokens",
         "/tokenize",
-        field("/tokenize", "prompt", b'"' + b"a b " * (MIB // 8) + b'","return_token_strs":true'),
+        lambda: field("/tokenize", "prompt", b'"' + words + b'","return_token_strs":true'),
     )
 
 
@@ -163,6 +168,7 @@ class Watch(threading.Thread):
         super().__init__(daemon=True)
         self.longest, self.num_answers, self.failures = 0.0, 0, list[Any]()
         self._port, self._pid, self._ends = server.port, server.process.pid, False
+        self._is_waited_for = threading.Event()
         self.start()
 
     def run(self) -> None:
@@ -176,13 +182,15 @@ class Watch(threading.Thread):
                 self.failures.append(response.status)
             self.longest = max(self.longest, taken.so_far())
             self.num_answers += 1
-            time.sleep(0.005)
+            self._is_waited_for.wait(0.02)
+            self._is_waited_for.clear()
 
     def wait(self) -> None:
         """Until what was asked meanwhile is answered."""
         count = self.num_answers
+        self._is_waited_for.set()
         while self.num_answers < count + 1 and self.is_alive():
-            time.sleep(0.005)
+            time.sleep(0.002)
 
     def end(self) -> None:
         self._ends = True
@@ -227,10 +235,14 @@ def test_wrong_items_of_every_kind_in_every_kind_of_field(server: Any, watch: Wa
 
 
 @pytest.mark.parametrize("case", large_bodies(), ids=lambda case: case[0])
-def test_the_largest_bodies(case: tuple[str, str, bytes], server: Any, watch: Watch) -> None:
+def test_the_largest_bodies(
+    case: tuple[str, str, Callable[[], bytes]], server: Any, watch: Watch
+) -> None:
+    name, path, make = case
+    body = make()
     before = memory_mib(server.process.pid, "VmRSS")
-    check(server, watch, *case)
-    assert memory_mib(server.process.pid, "VmRSS") - before < 2 * len(case[2]) / MIB + SPARE_MIB
+    check(server, watch, name, path, body)
+    assert memory_mib(server.process.pid, "VmRSS") - before < 2 * len(body) / MIB + SPARE_MIB
 
 
 def test_long_names_of_fields_are_not_kept(server: Any) -> None:

@@ -14,7 +14,6 @@ from typing import Any, Literal
 import jsonschema
 import openai
 import pytest
-from anthropic import Anthropic
 from openai import OpenAI
 from pydantic import BaseModel
 
@@ -99,6 +98,8 @@ def test_required_tools_are_called_as_their_schemas_say(temperature: int, client
 
 @pytest.mark.parametrize("is_streamed", [False, True])
 def test_anthropics_client_gets_calls_and_sends_results(is_streamed: bool, server: Any) -> None:
+    from anthropic import Anthropic
+
     client = Anthropic(base_url=server.url, api_key="none", max_retries=0)
     fields: Any = {"model": "tiny", "messages": MESSAGES, "max_tokens": 200}
     fields["tools"] = [{"name": name, "input_schema": schema} for name, schema in SCHEMAS.items()]

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from compiledllm.engine.conversation import plain_arguments, plain_messages
 from compiledllm.engine.tokenizer import MAX_TEMPLATES, Tokenizer
@@ -92,6 +91,8 @@ MISTRAL = (
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """Of single bytes."""
+    from transformers import PreTrainedTokenizerFast
+
     names = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Backend(models.BPE({name: i for i, name in enumerate(names)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -9,7 +9,6 @@ from collections.abc import Callable
 import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers
-from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from compiledllm.engine.detokenizer import Detokenizer
 from compiledllm.engine.logprobs import LogprobList
@@ -86,7 +85,19 @@ def word_ends() -> Backend:
 def fast(make: Callable[[], Backend]) -> Tokenizer:
     backend = make()
     backend.add_special_tokens(SPECIAL)
-    return around(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"))
+    return around(transformers_tokenizer(backend, eos_token="</s>"))
+
+
+def transformers_tokenizer(backend: Backend, **tokens: str) -> object:
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **tokens)
+
+
+def without_backend() -> Tokenizer:
+    from transformers import ByT5Tokenizer
+
+    return around(ByT5Tokenizer())
 
 
 def around(hf: object) -> Tokenizer:
@@ -102,7 +113,7 @@ KINDS: dict[str, Callable[[], Tokenizer]] = {
     "Metaspace": lambda: fast(metaspace),
     "WordPiece": lambda: fast(wordpiece),
     "word ends": lambda: fast(word_ends),
-    "without a backend": lambda: around(ByT5Tokenizer()),
+    "without a backend": without_backend,
 }
 
 
@@ -248,5 +259,5 @@ def test_chat_entries_put_together_are_the_text_too() -> None:
 
 def test_a_tokenizer_without_words_still_has_pieces() -> None:
     backend = Backend(models.WordLevel({"<s>": 0, "1": 1, "!": 2}, unk_token="<s>"))
-    tokenizer = around(PreTrainedTokenizerFast(tokenizer_object=backend))
+    tokenizer = around(transformers_tokenizer(backend))
     assert [tokenizer.token_text(i) for i in (1, 2)] == ["1", "!"]
