@@ -21,6 +21,7 @@ def make_faster() -> None:
     _replace_the_language_once()
     _check_no_overflow()
     _remember_dtypes_and_shapes()
+    _broadcast_no_equal_shapes()
 
 
 def _replace_the_language_once() -> None:
@@ -62,15 +63,17 @@ def _remember_dtypes_and_shapes() -> None:
     # The attributes that the constructors derive, by what they are derived from.
     _remember(
         tl.tensor,
-        lambda handle, type: type.shape if type.is_block() else (),
+        lambda handle, type: type.name,  # of a block with its shape
         ("numel", "shape"),
-        lambda self, handle, type: vars(self).update(handle=handle, type=type, dtype=type.scalar),
+        lambda self, handle, type: self.__dict__.update(
+            handle=handle, type=type, dtype=type.scalar
+        ),
     )
     _remember(
         tl.block_type,
         lambda element_ty, shape: (element_ty.name, *shape),
         ("shape", "numel", "name"),
-        lambda self, element_ty, shape: vars(self).update(element_ty=element_ty),
+        lambda self, element_ty, shape: self.__dict__.update(element_ty=element_ty),
     )
 
 
@@ -82,14 +85,29 @@ def _remember(
 
     def init(self: Any, *given: Any) -> None:
         key = key_of(*given)
-        if key not in known:
+        found = known.get(key)
+        if found is None:
             construct(self, *given)
             known[key] = {name: getattr(self, name) for name in derived}
         else:
             set_given(self, *given)
-            vars(self).update(known[key])
+            self.__dict__.update(found)
 
     kind.__init__ = init
+
+
+def _broadcast_no_equal_shapes() -> None:
+    from triton.language.semantic import TritonSemantic
+
+    broadcast = TritonSemantic.broadcast_impl_value
+
+    def broadcast_if_unequal(self: Any, left: Any, right: Any) -> Any:
+        are_blocks = left.type.is_block() and right.type.is_block()
+        if are_blocks and [*left.type.shape] == [*right.type.shape]:
+            return left, right
+        return broadcast(self, left, right)
+
+    TritonSemantic.broadcast_impl_value = broadcast_if_unequal
 
 
 def make_conversions_exact() -> None:
