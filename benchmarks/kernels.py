@@ -19,7 +19,7 @@ from compiledllm.benchmarks.ceilings import measure_ceilings
 from compiledllm.benchmarks.floor import Ceilings, decode_cost
 from compiledllm.benchmarks.model import Model
 from compiledllm.benchmarks.peers import CompiledLLM
-from compiledllm.benchmarks.profile import Event, StepProfile
+from compiledllm.benchmarks.profile import Event, StepProfile, num_steps
 from compiledllm.benchmarks.workload import random_requests
 from compiledllm.models.spec import ModelSpec
 from compiledllm.platform import Platform
@@ -93,7 +93,7 @@ def measure_kernels(
     """
     own = {"max_num_seqs": max(row_counts), "load_format": "dummy"}
     model = Model.from_options(options | own, ("compiledllm",))
-    model.check_length(context + StepProfile.NUM_STEPS + 1)
+    model.check_length(context + num_steps(model.platform.device) + 1)
     ceilings = measure_ceilings(model.platform, model.torch_dtype)  # before the engine's memory
     if model.platform.is_cuda:
         torch.cuda.empty_cache()
@@ -111,7 +111,7 @@ def _measure(
     buckets = [] if graphs is None else [s.num_rows for s in graphs.shapes if s.is_decode]
     bucket = min((size for size in buckets if size >= rows), default=None)
     kernels = kernels_of(profile.events, profile.num_recorded)
-    middle = context + StepProfile.NUM_STEPS // 2
+    middle = context + num_steps(platform.device) // 2
     parts = parts_of(kernels, core.spec, rows, middle, ceilings)
     return StepKernels(
         rows,

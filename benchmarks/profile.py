@@ -6,14 +6,15 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 
-_TIMED_STEPS = 32
-_STEPS = 8  # number of steps recorded by the profiler
+# Device -> the numbers of steps that are timed, and that the profiler records. A CPU's steps are
+# long, and the profiler takes longer to read the operators of a step than the step takes.
+_NUM_STEPS = {"cuda": (32, 8), "cpu": (8, 2)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +47,16 @@ class StepProfile:
     steps in flight as they began with, so that no step counts twice.
     """
 
-    NUM_STEPS: ClassVar[int] = _TIMED_STEPS + _STEPS  # all that `of` runs
-
     step_s: float
     events: list[Event]
     num_recorded: int  # steps during which the events were recorded
 
     @classmethod
     def of(cls, step: Callable[[], object], device: torch.device) -> StepProfile:
-        """Run `step` 40 times: most runs are timed, the others are recorded by torch.profiler."""
-        step_s = _run_s(step)
-        return cls(step_s, _device_events(step, device), _STEPS)
+        """Run `step` num_steps(device) times: most are timed, torch.profiler records the others."""
+        num_timed, num_recorded = _NUM_STEPS[device.type]
+        step_s = _run_s(step, num_timed)
+        return cls(step_s, _device_events(step, device, num_recorded), num_recorded)
 
     def times(self) -> StepTimes:
         """How a step's time splits between the device and the host."""
@@ -67,20 +67,27 @@ class StepProfile:
         return StepTimes(device_s=busy_s, host_s=self.step_s - busy_s, between_s=between_s)
 
 
-def _run_s(step: Callable[[], object]) -> float:
+def num_steps(device: torch.device) -> int:
+    """All steps that `StepProfile.of` runs."""
+    return sum(_NUM_STEPS[device.type])
+
+
+def _run_s(step: Callable[[], object], num_timed: int) -> float:
     start = time.perf_counter()
-    for _ in range(_TIMED_STEPS):
+    for _ in range(num_timed):
         step()
-    return (time.perf_counter() - start) / _TIMED_STEPS
+    return (time.perf_counter() - start) / num_timed
 
 
-def _device_events(step: Callable[[], object], device: torch.device) -> list[Event]:
+def _device_events(
+    step: Callable[[], object], device: torch.device, num_recorded: int
+) -> list[Event]:
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
     if on_gpu:
         torch.cuda.synchronize(device)  # a step in flight was launched before the profiler started
     with profile(activities=activities) as profiler:
-        for _ in range(_STEPS):
+        for _ in range(num_recorded):
             step()
         if on_gpu:
             torch.cuda.synchronize(device)

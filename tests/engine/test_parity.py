@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,15 @@ GREEDY = SamplingParams(temperature=0, max_tokens=NUM_NEW)
 
 @dataclass
 class Reference:
-    """transformers on the same checkpoint. Prompts are known by their lengths, which differ."""
+    """transformers on the same checkpoint. Prompts are known by their lengths, which differ.
+
+    has_losses: whether the losses of prompts are computed, for which the head sees every token.
+    """
 
     checkpoint: Path
     model: Any
     prompts: dict[int, list[int]]
+    has_losses: bool
     judged: dict[int, list[list[int]]] = field(default_factory=dict)  # answers that are greedy
     losses: dict[int, float] = field(default_factory=dict)  # sums over the prompt's tokens
 
@@ -73,11 +77,13 @@ class Reference:
     def _judge(self, length: int, answer: list[int]) -> None:
         """One forward over prompt and answer, without a cache."""
         tokens = torch.tensor([*self.prompts[length], *answer])
-        logits = self.model(tokens[None], use_cache=False).logits[0, :-1]
+        kept = len(tokens) if self.has_losses else len(answer) + 1
+        logits = self.model(tokens[None], use_cache=False, logits_to_keep=kept).logits[0, :-1]
         prompt, chosen = tokens[1:length], tokens[length:]
-        loss = F.cross_entropy(logits[: length - 1], prompt, reduction="sum").item()
-        self.losses[length] = loss
-        logits = logits[length - 1 :]
+        if self.has_losses:
+            loss = F.cross_entropy(logits[: length - 1], prompt, reduction="sum")
+            self.losses[length] = loss.item()
+        logits = logits[len(logits) - len(answer) :]
         best, own = logits.max(-1).values, logits.gather(1, chosen[:, None])[:, 0]
         for place, gap in enumerate((best - own).tolist()):
             where = f"prompt of {length} tokens, new token {place}"
@@ -96,7 +102,7 @@ def whole(default_model: Path) -> Reference:
         ids: list[int] = tokenizer.encode(TEXTS[index % len(TEXTS)] * 60)
         prompts[length] = ids[index : index + length]
         assert len(prompts[length]) == length
-    return Reference(default_model, load_reference(default_model), prompts)
+    return Reference(default_model, load_reference(default_model), prompts, has_losses=True)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +110,7 @@ def shallow(whole: Reference, tmp_path_factory: pytest.TempPathFactory) -> Refer
     """Of the model's first layers."""
     folder = tmp_path_factory.mktemp("first_layers")
     save_first_layers(whole.checkpoint, folder, 6)
-    return Reference(folder, load_reference(folder), whole.prompts)
+    return Reference(folder, load_reference(folder), whole.prompts, has_losses=False)
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +122,14 @@ def make(checkpoint: Path, **options: Any) -> Engine:
     return Engine(checkpoint, device="cpu", dtype="float32", **options)
 
 
-def test_all_at_once(eager: Engine, whole: Reference) -> None:
-    whole.assert_greedy(eager.generate(whole.of(*LENGTHS), GREEDY))
+@pytest.fixture(scope="module")
+def together(eager: Engine, whole: Reference) -> list[RequestOutput]:
+    """The answers to all prompts at once, and the log probabilities of the prompts."""
+    return eager.generate(whole.of(*LENGTHS), replace(GREEDY, prompt_logprobs=0))
+
+
+def test_all_at_once(together: list[RequestOutput], whole: Reference) -> None:
+    whole.assert_greedy(together)
 
 
 def test_alone(eager: Engine, whole: Reference) -> None:
@@ -134,12 +146,11 @@ def test_chunked_prefill(shallow: Reference) -> None:
     engine.core.scheduler.check_invariants()
 
 
-def test_perplexity(eager: Engine, whole: Reference) -> None:
+def test_perplexity(together: list[RequestOutput], whole: Reference) -> None:
     """Of all prompts together, as the engine's log probabilities of prompts tell it."""
     prompts = whole.of(*LENGTHS[1:])
-    outputs = eager.generate(prompts, SamplingParams(max_tokens=1, prompt_logprobs=0))
     ours, theirs, count = 0.0, 0.0, 0
-    for prompt, output in zip(prompts, outputs, strict=True):
+    for prompt, output in zip(prompts, together[1:], strict=True):
         found = output.prompt_logprobs
         assert found is not None and len(found) == len(prompt)
         pairs = list(zip(prompt[1:], found[1:], strict=True))

@@ -128,8 +128,9 @@ def test_a_long_row_among_short_ones(counts: list[int], has_sinks: bool, window:
     for max_split_programs in (1, 8, TOO_MANY):
         out = paged_attention(*on_device, max_split_programs=max_split_programs)
         torch.testing.assert_close(out.cpu(), expected, atol=2e-5, rtol=2e-5)
-        again = paged_attention(*on_device, max_split_programs=max_split_programs)
-        assert torch.equal(out, again)
+        if DEVICE == "cuda":  # in the interpreter one program runs after the other
+            again = paged_attention(*on_device, max_split_programs=max_split_programs)
+            assert torch.equal(out, again)
     assert not kernels._arrivals(1, query.to(DEVICE).device).any()
 
 

@@ -23,9 +23,9 @@ SHOWN = {
 }
 # Less of it: the numbers do not matter here, and tests/benchmarks starts an engine compiled.
 LESS = {
-    "generate": ["--max-tokens", "8"],
-    "chat": ["--max-tokens", "8"],
-    "bench": ["--num-iters", "1", "--num-iters-warmup", "0", "--enforce-eager"],
+    "generate": "--max-tokens 8",
+    "chat": "--max-tokens 8",
+    "bench": "--num-iters 1 --num-iters-warmup 0 --enforce-eager",
 }
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 OPTIONS = (ROOT / "compiledllm" / "README.md").read_text(encoding="utf-8")
@@ -76,7 +76,7 @@ def test_python_example_runs(code: str, default_model: Path) -> None:
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("compiledllm ")])
 def test_command_runs(command: str, default_model: Path) -> None:
     words = [sys.executable, "-m", "compiledllm.cli", *shlex.split(command)[1:]]
-    words += LESS.get(words[3], [])
+    words += LESS.get(words[3], "").split()
     done = subprocess.run(words, input="Say hi.\n/exit\n", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert re.search(SHOWN[words[3]], done.stdout), done.stdout
