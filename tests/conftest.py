@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import shutil
 import sys
@@ -62,6 +63,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     skip_what_needs_a_gpu(items)
     if schedule.IS_WORKER:
         schedule.put_long_ones_first(items)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what collecting has made stays, and the collector of garbage need not look at it
 
 
 @pytest.hookimpl(optionalhook=True)  # xdist's
