@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("uvicorn")
 
 from compiledllm.remote.engine_loop import EngineLoop
-from compiledllm.server import launch
+from compiledllm.server import http_server
 from compiledllm.types import StepNews
 
 
@@ -20,10 +20,10 @@ from compiledllm.types import StepNews
 def test_a_standstill_of_the_event_loop_is_said(
     standstill_s: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(launch, "MAX_STANDSTILL_S", 0.1)
+    monkeypatch.setattr(http_server, "MAX_STANDSTILL_S", 0.1)
 
     async def run() -> None:
-        watch = asyncio.create_task(launch._watch_for_standstills())
+        watch = asyncio.create_task(http_server.watch_for_standstills())
         await asyncio.sleep(0.01)
         time.sleep(standstill_s)
         await asyncio.sleep(0.02)
