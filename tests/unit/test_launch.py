@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("uvicorn")
 
 from compiledllm.remote.engine_loop import EngineLoop
-from compiledllm.server import http_server
+from compiledllm.server import http_server, launch
 from compiledllm.types import StepNews
 
 
