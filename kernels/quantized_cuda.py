@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from ctypes import c_int, c_longlong
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from compiledllm.kernels.quantized import BLOCK_ROWS
 from compiledllm.kernels.records import TILE, UNIT
 from compiledllm.kernels.tables import quantized_tiling
 
+_MAX_SHARED = 227 * 1024  # bytes of shared memory of a thread block, on compute capability 9.0
 _MAX_DEQUANTIZED = 2**28  # weights of one matrix that are dequantised at a time
 # Values of the enums `Code` and `ScaleType` in `cuda/codes.cuh`.
 _CODES = {"fp8": 0, "int8": 1, "int4": 2, "fp4": 3, "int6": 4}
@@ -50,6 +51,21 @@ class Tiling:
     k_warps: int
     depth: int
     chunk: int = 1
+
+    def fitted(self, record_bytes: int, tokens: int) -> Tiling:
+        """This tiling with loads so small that a block's shared memory suffices.
+
+        record_bytes: of a unit of 16 outputs; 0 for codes without records, which take no shared
+        memory. tokens: rows of x that a block computes.
+        """
+        t, warps = self, self.n_warps * self.k_warps
+        sums = self.k_warps * tokens * (16 * self.row_tiles * self.n_warps + 4) * 4
+        while t.chunk > 1 and (
+            t.row_tiles * warps * t.depth * t.chunk * record_bytes + sums + 8 * warps * t.depth
+            > _MAX_SHARED
+        ):
+            t = replace(t, chunk=t.chunk // 2)
+        return t
 
 
 def options_of(layout: Layout) -> dict[str, int]:
@@ -232,9 +248,11 @@ def launch_product(
     rows_at_once = num_rows if routing is None else routing.rows
     tokens = next(n for n in (8, 16, 32, 64) if rows_at_once <= n)
     is_record = codes.dtype == torch.uint8
+    record_bytes = codes.shape[-1] if is_record else 0
+    t = t.fitted(record_bytes, tokens)
     kernel = _linear_kernel(
         layout, t, x.dtype, tokens, bias is not None, num_inputs % UNIT != 0, routing is not None,
-        out.dtype == torch.float32, codes.shape[-1] if is_record else 0,
+        out.dtype == torch.float32, record_bytes,
     )  # fmt: skip
     num_tiles = -(-num_outputs // (TILE * t.row_tiles * t.n_warps))
     kernel.launch(
