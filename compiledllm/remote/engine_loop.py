@@ -142,7 +142,7 @@ class EngineLoop:
             prefix_queries=scheduler.num_prefix_queries,
             prefix_hits=scheduler.num_prefix_hits,
             prefix_misses_of_state=scheduler.num_prefix_misses_of_state,
-            snapshot_hits=scheduler.num_snapshot_hits,
+            snapshot_hits=scheduler.kv.num_snapshot_hits,
             snapshot_bytes=self._core.snapshot_bytes,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from compiledllm.choices import Choice
 from compiledllm.config import CacheConfig, ConfigError
 from compiledllm.platform import Platform
+from compiledllm.runner.device import to_device
 from compiledllm.runner.kv_layout import KVLayout
 
 CPU_MEMORY_SHARE = 0.25  # fraction of the available memory
@@ -93,6 +95,13 @@ def allocate_kv_caches(
         view = column if column.shape == shape else column.view(shape)
         found.append(views.setdefault((place.column, shape), view))
     return found
+
+
+def zero_blocks(kv_caches: Iterable[Tensor], block_ids: Sequence[int]) -> None:
+    """Zero KV blocks that may hold NaN, since masking by a product with zero keeps a NaN."""
+    for kv_cache in {id(c): c for c in kv_caches}.values():  # layers may share a cache
+        index = to_device(np.array(block_ids), kv_cache.device)
+        kv_cache.view(torch.uint8)[:, index] = 0  # torch does not index all FP8 tensors
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -23,11 +23,11 @@ from compiledllm.platform import single_row_products
 from compiledllm.resolved_config import StepLimits
 from compiledllm.runner.device import to_device
 from compiledllm.runner.input_batch import InputBatch, StepLayout
+from compiledllm.runner.kv_cache import zero_blocks
 from compiledllm.runner.kv_layout import KVLayout
 from compiledllm.runner.pending import (
     MAX_IN_FLIGHT,
     Extras,
-    LogprobsBatch,
     OutputRing,
     PendingOutput,
 )
@@ -104,7 +104,7 @@ class ModelRunner:
         table = self.table
         table.apply(step)
         if step.spoilt_block_ids:
-            self._zero_blocks(step.spoilt_block_ids)
+            zero_blocks(self.kv_caches, step.spoilt_block_ids)
         self._copy_states(step)
         if not step.scheduled:
             return self.outputs.send([], table.last_token_ids[:0])
@@ -120,9 +120,11 @@ class ModelRunner:
         result = self._run(layout, len(rows), keeps_all, pools)
         drawn, logits, hidden, sampled = result
         extras = self.sampler.finish(drawn, logits, rows, positions, last_tokens, request_ids)
-        if hidden is not None and (prompts := self._prompt_logprobs(layout, hidden)):
-            extras = extras or Extras()
-            extras.prompt_logprobs = prompts
+        if hidden is not None:
+            prompts = self.sampler.prompt_logprobs(layout, hidden, self.model.compute_logits)
+            if prompts:
+                extras = extras or Extras()
+                extras.prompt_logprobs = prompts
         if pools is not None:
             extras = self._pool(layout, result, pools, extras)
         return self.outputs.send(request_ids, drawn, extras)
@@ -311,29 +313,6 @@ class ModelRunner:
             return None
         return table.last_token_ids[to_device(rows, self.device)]
 
-    def _prompt_logprobs(
-        self, layout: StepLayout, hidden: Tensor
-    ) -> list[tuple[str, int, LogprobsBatch]]:
-        """Log probabilities of prompt tokens, for requests that want them.
-
-        hidden: [tokens, hidden]. Returns (request id, first position, log probabilities) of each
-        chunk of a request's tokens.
-        """
-        found: list[tuple[str, int, LogprobsBatch]] = []
-        row_ends = np.cumsum(layout.counts)
-        for index in np.flatnonzero(self.table.wants_prompt_logprobs[layout.rows]):
-            tokens = hidden[row_ends[index] - layout.counts[index] : row_ends[index]]
-            found += [
-                (layout.request_ids[index], position, logprobs)
-                for position, logprobs in self.sampler.prompt_logprobs(
-                    int(layout.rows[index]),
-                    tokens,
-                    int(layout.computed[index]) + 1,
-                    self.model.compute_logits,
-                )
-            ]
-        return found
-
     def _pool(
         self, layout: StepLayout, result: StepResult, pools: np.ndarray, extras: Extras | None
     ) -> Extras | None:
@@ -353,9 +332,3 @@ class ModelRunner:
     def reset(self) -> None:
         """Forget all requests after a failed step; the scheduler sends them again as new ones."""
         self.table.clear()
-
-    def _zero_blocks(self, block_ids: list[int]) -> None:
-        """Zero KV blocks that may hold NaN, since masking by a product with zero keeps a NaN."""
-        index = to_device(np.array(block_ids), self.device)
-        for kv_cache in {id(c): c for c in self.kv_caches}.values():  # layers may share a cache
-            kv_cache.view(torch.uint8)[:, index] = 0  # torch does not index all FP8 tensors

@@ -16,6 +16,7 @@ from compiledllm.kernels.collectives import broadcast
 from compiledllm.kernels.logprobs import MAX_IN_TRITON, token_logprobs
 from compiledllm.kernels.sampling import INVALID, draw_tokens
 from compiledllm.runner.device import to_device
+from compiledllm.runner.input_batch import StepLayout
 from compiledllm.runner.pending import Extras, LogprobsBatch
 from compiledllm.runner.request_table import RequestTable, num_best
 from compiledllm.runner.rule import Draw
@@ -161,6 +162,27 @@ class Sampler:
         return results
 
     def prompt_logprobs(
+        self, layout: StepLayout, hidden: Tensor, compute_logits: Callable[[Tensor], Tensor]
+    ) -> list[tuple[str, int, LogprobsBatch]]:
+        """Log probabilities of prompt tokens, for requests that want them.
+
+        hidden: [tokens, hidden]. Returns (request id, first position, log probabilities) of each
+        chunk of a request's tokens.
+        """
+        found: list[tuple[str, int, LogprobsBatch]] = []
+        row_ends = np.cumsum(layout.counts)
+        for index in np.flatnonzero(self._table.wants_prompt_logprobs[layout.rows]):
+            tokens = hidden[row_ends[index] - layout.counts[index] : row_ends[index]]
+            first, row = int(layout.computed[index]) + 1, int(layout.rows[index])
+            found += [
+                (layout.request_ids[index], position, logprobs)
+                for position, logprobs in self._prompt_logprobs_of(
+                    row, tokens, first, compute_logits
+                )
+            ]
+        return found
+
+    def _prompt_logprobs_of(
         self,
         row: int,
         hidden: Tensor,

@@ -323,6 +323,11 @@ class KVManager:
             parent = hashes[-1] if hashes else request.spec.cache_salt.encode()
             hashes.append(hash_block(parent, request.token_ids[start : start + size]))
 
+    @property
+    def num_snapshot_hits(self) -> int:
+        """Number of times that a request started from a snapshot of a state."""
+        return 0 if self.states is None else self.states.snapshots.num_hits
+
     def check_invariants(self, alive: list[Request]) -> None:
         """Raise AssertionError if the pool's reference counts and the requests' tables differ."""
         if self.states is not None:

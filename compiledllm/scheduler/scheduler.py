@@ -118,11 +118,6 @@ class Scheduler:
     def has_unfinished(self) -> bool:
         return bool(self.requests)
 
-    @property
-    def num_snapshot_hits(self) -> int:
-        """Number of times that a request started from a snapshot of a state."""
-        return 0 if self.kv.states is None else self.kv.states.snapshots.num_hits
-
     # -- a step --------------------------------------------------------------------------------
 
     def schedule(self) -> SchedulerOutput:

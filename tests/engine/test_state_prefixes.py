@@ -103,7 +103,7 @@ def test_a_third_request_starts_where_the_second_left_the_first(model: Path) -> 
     assert talk.engine.core.scheduler.num_prefix_misses_of_state == 288
     assert talk.cached(three) == [288]
     core = talk.engine.core
-    assert core.scheduler.num_snapshot_hits == 1
+    assert core.scheduler.kv.num_snapshot_hits == 1
     assert core.snapshot_bytes == len(talk.keeper.snapshots) * core.spec.bytes_per_request > 0
     assert talk.cached(one, two, three) == [496, 496, 496]
 

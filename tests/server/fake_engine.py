@@ -65,7 +65,7 @@ class FakeCore:
             num_prefix_queries=0,
             num_prefix_hits=0,
             num_prefix_misses_of_state=0,
-            num_snapshot_hits=0,
+            kv=SimpleNamespace(num_snapshot_hits=0),
         )
         self.snapshot_bytes = 0
 

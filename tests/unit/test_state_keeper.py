@@ -230,7 +230,7 @@ def test_states_are_those_after_the_tokens_whatever_happens(ahead: int) -> None:
                 device.abandon()
         device.run()
         assert scheduler.block_pool.num_free_blocks == scheduler.block_pool.num_blocks
-        num_hits += scheduler.num_snapshot_hits
+        num_hits += scheduler.kv.num_snapshot_hits
         num_preemptions += scheduler.num_preemptions
         num_kept += device.num_kept
     assert num_hits > 20 and num_preemptions > 20 and num_kept > 100
