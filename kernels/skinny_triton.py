@@ -97,7 +97,7 @@ def _one_row_kernel(
     tl.store(out + output, result.to(out.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # steps that are not captured have any number
 def _few_rows_kernel(
     x, weight, bias, out, num_rows, num_outputs, x_stride, row_stride,
     NUM_INPUTS: tl.constexpr, HAS_BIAS: tl.constexpr, OUTPUTS: tl.constexpr,
