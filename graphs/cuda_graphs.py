@@ -1,7 +1,7 @@
 """Captures whole steps as CUDA graphs, one per step shape, and replays them.
 
 Either all shapes are captured at the start, or the start captures the shapes that it needs, and the
-other shapes are captured while the engine is idle or when a step could use them. The module knows a
+other shapes are captured while the engine is idle or when a step needs them. The module knows a
 step function, shapes and a static input buffer, but no model and no requests.
 """
 
@@ -48,7 +48,6 @@ class StepGraphs:
         self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool: Any = None
         self._waiting: set[StepShape] = set()  # shapes to capture later
-        self._wanted: StepShape | None = None  # the waiting shape that a step could have used
         self._bucket_for = functools.lru_cache(_MAX_REMEMBERED_SIZES)(self._find_bucket)
         self.capture_s = 0.0
 
@@ -96,12 +95,6 @@ class StepGraphs:
         self._waiting.clear()
         self._bucket_for.cache_clear()
 
-    def capture_wanted(self) -> None:
-        """Capture the shape for which the last uncaptured step has asked, if any."""
-        if self._wanted is not None:
-            shape, self._wanted = self._wanted, None
-            self._capture_later(shape)
-
     def capture_next(self) -> bool:
         """Capture the smallest waiting shape, if any. Returns whether more shapes are waiting."""
         if self._waiting:
@@ -147,16 +140,15 @@ class StepGraphs:
         self._graphs[shape] = graph, drawn
 
     def shape_for(self, shape: StepShape) -> StepShape | None:
-        """The captured shape whose graph runs a step of this size; None: run the step uncaptured.
+        """The smallest shape that holds a step of this size; None: run the step uncaptured.
 
-        If the smallest fitting shape is still waiting, the result is None instead of a larger
-        captured shape, and `capture_wanted` will capture the waiting shape.
+        A shape that is still waiting is captured first, so that a step never runs at a size that
+        no step had when the kernels were compiled.
         """
         bucket = self._bucket_for(shape)
-        if bucket is None or bucket in self._graphs:
-            return bucket
-        self._wanted = bucket
-        return None
+        if bucket is not None and bucket in self._waiting:
+            self._capture_later(bucket)
+        return bucket if bucket in self._graphs else None
 
     def _find_bucket(self, shape: StepShape) -> StepShape | None:
         """The smallest shape, captured by now or later, that holds a step of this size."""

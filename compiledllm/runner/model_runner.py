@@ -93,8 +93,6 @@ class ModelRunner:
         the output of this step is collected.
         """
         started = time.perf_counter()
-        if self.graphs is not None:
-            self.graphs.capture_wanted()
         output = self._launch(step)
         self.compiler.count_work(time.perf_counter() - started)
         return output

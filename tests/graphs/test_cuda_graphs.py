@@ -91,8 +91,7 @@ def is_small(shape: StepShape) -> bool:
 def test_the_rest_is_captured_when_idle(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = capture(99, device, monkeypatch, is_small)
     assert sorted(graphs.shapes) == [*SHAPES[:2], SHAPES[-1]] and graphs.num_waiting == 2
-    assert graphs.shape_for(StepShape(2, 2, 1)) == SHAPES[1]
-    assert graphs.shape_for(StepShape(3, 3, 1)) is None  # and not the next larger graph
+    assert graphs.shape_for(StepShape(2, 2, 1)) == SHAPES[1] and graphs.num_waiting == 2
     assert graphs.capture_next() and SHAPES[2] in graphs.shapes
     assert graphs.shape_for(StepShape(3, 3, 1)) == SHAPES[2]
     assert not graphs.capture_next() and not graphs.capture_next()
@@ -100,16 +99,12 @@ def test_the_rest_is_captured_when_idle(device: str, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_what_a_step_asked_for_is_captured_before_the_next(
+def test_what_a_step_needs_is_captured_before_it(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graphs = capture(99, device, monkeypatch, is_small)
-    graphs.capture_wanted()
-    assert graphs.num_waiting == 2
-    assert graphs.shape_for(StepShape(7, 7, 1)) is None
-    graphs.capture_wanted()
-    graphs.capture_wanted()
-    assert graphs.shape_for(StepShape(7, 7, 1)) == SHAPES[3] and graphs.num_waiting == 1
+    assert graphs.shape_for(StepShape(7, 7, 1)) == SHAPES[3]  # and not the next larger graph
+    assert SHAPES[3] in graphs.shapes and graphs.num_waiting == 1
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -118,14 +113,12 @@ def test_memory_that_runs_out_later_ends_the_capturing_of_large_steps(
 ) -> None:
     graphs = capture(99, device, monkeypatch, is_small)
     graphs._step.room = 4  # type: ignore[attr-defined]
-    assert graphs.shape_for(StepShape(7, 7, 1)) is None
     with caplog.at_level(logging.WARNING, "compiledllm"):
-        graphs.capture_wanted()
+        assert graphs.shape_for(StepShape(7, 7, 1)) is None
     assert "no memory to capture steps of more than 4 tokens" in caplog.text
     assert graphs.num_waiting == 1 and not graphs.capture_next()
     assert graphs.shape_for(StepShape(3, 3, 1)) == SHAPES[2]
     assert graphs.shape_for(StepShape(7, 7, 1)) is None
-    graphs.capture_wanted()
     assert len(graphs.shapes) == 4
 
 
@@ -142,7 +135,6 @@ def test_graphs_captured_between_replays_leave_the_others_right() -> None:
         for size in (1, 2, 4, 8):
             shape = StepShape(size, size, 1)
             values = np.arange(size) + 5
-            if graphs.shape_for(shape) is not None:
-                assert graphs.replay(shape, values).tolist() == (2 * values).tolist()
-            graphs.capture_wanted()
-    assert len(graphs.shapes) == len(SHAPES) - (SHAPES[-1] not in graphs.shapes)
+            assert graphs.shape_for(shape) == shape
+            assert graphs.replay(shape, values).tolist() == (2 * values).tolist()
+    assert len(graphs.shapes) == len(SHAPES)
