@@ -145,7 +145,8 @@ class CacheConfig:
     )
     state_dtype: str = option(
         "float32",
-        "dtype of states of Gated DeltaNet and Mamba-2; bfloat16: half the bytes, relative errors up to 0.035",
+        "dtype of states of Gated DeltaNet and Mamba-2; bfloat16: half the bytes, relative errors "
+        "up to 0.035",
         STATE_DTYPES,
     )
     enable_prefix_caching: bool = option(
