@@ -80,14 +80,20 @@ def scan_tiling(dtype: torch.dtype, value_dim: int, shared_memory: int) -> ScanT
 
 
 @triton.jit
-def activated_gates(a, b, log_decay_rate, step_bias):
-    """log_decay and beta of tokens in float32. See `delta_rule.gated_delta_rule`."""
-    step = a.to(tl.float32) + step_bias
+def step_size(step, step_bias):
+    """softplus(step + step_bias) in float32."""
+    step = step.to(tl.float32) + step_bias
     above = tl.exp(tl.minimum(step, 20.0))
     total = 1 + above  # where it is rounded, the quotient corrects the logarithm
     softplus = tl.where(total == 1, above, tl.log(total) * (above / (total - 1)))
-    softplus = tl.where(step > 20, step, softplus)
-    return -tl.exp(log_decay_rate) * softplus, 1 / (1 + tl.exp(-b.to(tl.float32)))
+    return tl.where(step > 20, step, softplus)
+
+
+@triton.jit
+def activated_gates(a, b, log_decay_rate, step_bias):
+    """log_decay and beta of tokens in float32. See `delta_rule.gated_delta_rule`."""
+    log_decay = -tl.exp(log_decay_rate) * step_size(a, step_bias)
+    return log_decay, 1 / (1 + tl.exp(-b.to(tl.float32)))
 
 
 @triton.jit

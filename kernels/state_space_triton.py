@@ -25,6 +25,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from compiledllm.kernels.backend import max_row_tokens
+from compiledllm.kernels.chunked_delta_rule_triton import step_size
 from compiledllm.kernels.launch import launch_options, with_packed_heads
 from compiledllm.kernels.state_space import why_not_on_gpu
 
@@ -49,16 +50,6 @@ def scan_tiling(dtype: torch.dtype, head_dim: int) -> StateTiling:
     if dtype.itemsize == 2:
         return StateTiling(min(64, head_dim), 8, 2)
     return StateTiling(min(32, head_dim), 8, 1)
-
-
-@triton.jit
-def _step_size(step, step_bias):
-    """softplus(step + step_bias) in float32."""
-    step = step.to(tl.float32) + step_bias
-    above = tl.exp(tl.minimum(step, 20.0))
-    total = 1 + above  # where it is rounded, the quotient corrects the logarithm
-    softplus = tl.where(total == 1, above, tl.log(total) * (above / (total - 1)))
-    return tl.where(step > 20, step, softplus)
 
 
 @triton.jit(do_not_specialize_on_alignment=_SLICES)
@@ -88,7 +79,7 @@ def _step_kernel(
     key = tl.load(b + token * key_stride + group_dims).to(tl.float32)
     query = tl.load(c + token * query_stride + group_dims).to(tl.float32)
     value = tl.load(x + token * x_stride + column).to(tl.float32)
-    size = _step_size(tl.load(step + token * step_stride + head), tl.load(step_bias + head))
+    size = step_size(tl.load(step + token * step_stride + head), tl.load(step_bias + head))
     decay = tl.exp(-tl.exp(tl.load(log_decay_rate + head)) * size)
     s = s * decay + key[:, None] * (value * size)[None, :]
     result = tl.sum(s * query[:, None], 0) + tl.load(skip + head) * value
@@ -149,7 +140,7 @@ def _scan_kernel(
             value = tl.load(x + place * x_stride + columns, is_token[:, None], other=0.0)
             score = _product(query, tl.trans(key))
             result = _product(query, s.to(dtype))
-            size = tl.where(is_token, _step_size(steps, bias), 0.0)
+            size = tl.where(is_token, step_size(steps, bias), 0.0)
             total, chunk_total = tl.cumsum(rate * size, 0), tl.sum(rate * size, 0)
             is_after = lane[:, None] >= lane[None, :]
             between = tl.where(is_after, total[:, None] - total[None, :], float("-inf"))
