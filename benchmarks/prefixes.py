@@ -31,6 +31,7 @@ from compiledllm.benchmarks.report import (
     hardware_facts,
     spread,
     versions,
+    write_facts,
 )
 from compiledllm.benchmarks.workload import random_requests
 from compiledllm.platform import Platform
@@ -155,11 +156,7 @@ def main(arguments: list[str]) -> None:
         "state_bytes": on.engine.core.spec.bytes_per_request,
         "rows": rows,
     }
-    text = json.dumps(report, indent=1) + "\n"
-    if options.output_json is None:
-        print(text, end="")
-    else:
-        options.output_json.write_text(text, encoding="utf-8")
+    write_facts(report, options.output_json)
 
 
 if __name__ == "__main__":

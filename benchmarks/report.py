@@ -76,6 +76,15 @@ def load_report(path: Path) -> Report:
     return report
 
 
+def write_facts(facts: Mapping[str, Any], path: Path | None) -> None:
+    """Write what a benchmark without a table found as JSON, to standard output without a path."""
+    text = json.dumps(facts, indent=1) + "\n"
+    if path is None:
+        print(text, end="")
+    else:
+        path.write_text(text, encoding="utf-8")
+
+
 def spread(values: Sequence[float]) -> dict[str, Any]:
     """Median, lowest and highest value of repeats."""
     return {

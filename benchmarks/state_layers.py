@@ -27,7 +27,14 @@ from torch import Tensor
 
 from compiledllm.benchmarks.ceilings import measure_ceilings
 from compiledllm.benchmarks.floor import Ceilings
-from compiledllm.benchmarks.report import Row, command_line, commit, hardware_facts, versions
+from compiledllm.benchmarks.report import (
+    Row,
+    command_line,
+    commit,
+    hardware_facts,
+    versions,
+    write_facts,
+)
 from compiledllm.kernels.backend import make_row_bound
 from compiledllm.kernels.delta_rule import CHUNK, gated_delta_rule
 from compiledllm.kernels.short_convolution import short_convolution
@@ -296,11 +303,7 @@ def main(arguments: list[str]) -> None:
         "shape": asdict(Shape()),
         "rows": rows,
     }
-    text = json.dumps(report, indent=1) + "\n"
-    if options.output_json is None:
-        print(text, end="")
-    else:
-        options.output_json.write_text(text, encoding="utf-8")
+    write_facts(report, options.output_json)
 
 
 if __name__ == "__main__":
