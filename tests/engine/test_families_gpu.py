@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import random
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 
 from compiledllm import Engine, SamplingParams
 from compiledllm.kernels import late_compiles
+from tests.support.artifacts import wait_until_kept
 from tests.support.families import GEMMA4, GEMMA4_DENSE, GEMMA4_SHARED, IN_ENGINE, VARIANTS
 
 pytestmark = pytest.mark.gpu
@@ -49,9 +49,7 @@ def assert_tokens_of_the_cpu(checkpoint: Path, prompts: list[list[int]]) -> None
     expected = tokens(reference, prompts)
     for is_restored in (False, True):
         engine = Engine(checkpoint, **FIXED)
-        for thread in threading.enumerate():
-            if thread.name == "keep":
-                thread.join()
+        wait_until_kept()
         assert engine.core.worker.is_restored == is_restored
         assert engine.core.runner.graphs is not None
         assert tokens(engine, prompts) == expected

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from compiledllm.graphs.cuda_graphs import StepGraphs
 from compiledllm.kernels import late_compiles
 from compiledllm.pooling_params import PoolingParams
 from compiledllm.runner import model_runner
+from tests.support.artifacts import wait_until_kept
 from tests.support.families import IN_ENGINE, VARIANTS
 
 pytestmark = pytest.mark.gpu
@@ -251,9 +251,7 @@ def test_second_start_compiles_nothing_before_or_after_it_is_ready(
     found = []
     for is_second in (False, True):
         engine = make(tiny_llama)
-        for thread in threading.enumerate():
-            if thread.name == "keep":
-                thread.join()
+        wait_until_kept()
         core = engine.core
         assert core.worker.is_restored == is_second
         assert core.runner.graphs is not None

@@ -14,26 +14,15 @@ import pytest
 from compiledllm import ConfigError, Engine, SamplingParams
 from compiledllm.engine.rank_processes import RankError
 from tests.support.ranks import FIXED, GREEDY, PROMPTS
+from tests.support.ray_cluster import two_machines
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="needs Ray")
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """Two machines with room for one rank each, as far as Ray knows."""
-    import ray
-    from ray.cluster_utils import Cluster
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("RAY_worker_niceness", "0")
-        patch.setenv("RAY_health_check_period_ms", "500")
-        cluster = Cluster(True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-        cluster.add_node(num_cpus=1)
-        cluster.connect()
-        yield cluster
-        ray.shutdown()
-        cluster.shutdown()
+    with two_machines() as found:
+        yield found
 
 
 def tokens_of(engine: Engine) -> list[list[int]]:

@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from compiledllm.graphs.variants import Variant, variants_for
 from compiledllm.runner import model_runner
 from compiledllm.runner.input_batch import InputBatch, StepLayout
 from compiledllm.types import ScheduledRequest, SchedulerOutput
+from tests.support.artifacts import wait_until_kept
 from tests.support.requests import make_new_request
 
 PARAMS = SamplingParams(temperature=0, max_tokens=4)
@@ -50,9 +50,7 @@ def engine(tiny_llama: Callable[..., Path], cache: Path) -> Engine:
             compile_when="start",
             num_kv_blocks=4096,
         )
-        for thread in threading.enumerate():
-            if thread.name == "keep":
-                thread.join()
+        wait_until_kept()
     assert engine.core.runner.compiler.is_ready
     assert counters["inductor"]["fxgraph_cache_hit"] == before
     return engine

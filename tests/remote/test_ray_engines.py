@@ -16,26 +16,15 @@ from compiledllm.remote.limits import Limits
 from compiledllm.remote.replicas import Replicas
 from compiledllm.server.app import AppOptions, create_app
 from tests.server.test_life import FAKE, KILL, OPTIONS, call, is_ok
+from tests.support.ray_cluster import two_machines
 
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="needs Ray")
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """Two machines with a CPU each, as far as Ray knows."""
-    import ray
-    from ray.cluster_utils import Cluster
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("RAY_worker_niceness", "0")
-        patch.setenv("RAY_health_check_period_ms", "500")
-        cluster = Cluster(True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-        cluster.add_node(num_cpus=1)
-        cluster.connect()
-        yield cluster
-        ray.shutdown()
-        cluster.shutdown()
+    with two_machines() as found:
+        yield found
 
 
 @pytest.mark.parametrize(("engines", "ranks", "fit"), [(3, 1, 2), (2, 2, 1)])
