@@ -52,18 +52,23 @@ class Tiling:
     depth: int
     chunk: int = 1
 
+    def ring_bytes(self, record_bytes: int) -> int:
+        """Shared memory for the loads of a block.
+
+        record_bytes: of a unit of 16 outputs; 0 for codes without records, which take none.
+        """
+        warps = self.n_warps * self.k_warps
+        return self.row_tiles * warps * self.depth * self.chunk * record_bytes
+
     def fitted(self, record_bytes: int, tokens: int) -> Tiling:
         """This tiling with loads so small that a block's shared memory suffices.
 
-        record_bytes: of a unit of 16 outputs; 0 for codes without records, which take no shared
-        memory. tokens: rows of x that a block computes.
+        record_bytes: see `ring_bytes`. tokens: rows of x that a block computes.
         """
         t, warps = self, self.n_warps * self.k_warps
         sums = self.k_warps * tokens * (16 * self.row_tiles * self.n_warps + 4) * 4
-        while t.chunk > 1 and (
-            t.row_tiles * warps * t.depth * t.chunk * record_bytes + sums + 8 * warps * t.depth
-            > _MAX_SHARED
-        ):
+        others = sums + 8 * warps * self.depth
+        while t.chunk > 1 and t.ring_bytes(record_bytes) + others > _MAX_SHARED:
             t = replace(t, chunk=t.chunk // 2)
         return t
 
@@ -139,8 +144,8 @@ def _linear_kernel(
         "OUT32": is_float,
         "OVERLAP": launch_options()["OVERLAP"],
     }
-    slots = tiling.row_tiles * tiling.n_warps * tiling.k_warps * tiling.depth * tiling.chunk
-    return CudaKernel("linear.cu", "quantized_linear", options, slots * record_bytes)
+    shared_bytes = tiling.ring_bytes(record_bytes)
+    return CudaKernel("linear.cu", "quantized_linear", options, shared_bytes)
 
 
 @dataclass(frozen=True, slots=True)
