@@ -6,8 +6,9 @@ are opaque to torch.compile and take a layer's whole cache. `compiledllm.platfor
 for a machine; each backend says whether it can run a model (`AttentionBackend.why_not`).
 
     kv_cache   [2, num_blocks, block_size, num_kv_heads, head_dim]   0: keys, 1: values
-    slot       block_id * block_size + offset;  -1: padding. A backend stores padding in the null
-               block 0, or not at all.
+    slot       block_id * block_size + offset;  -1: padding, which is not stored. If several tokens
+               of padding were stored in one slot of the null block, a padding row would read any of
+               them, and results would differ from run to run.
     kv_scales  float32 [2], only for an FP8 cache: keys are cache[0] * kv_scales[0], values are
                cache[1] * kv_scales[1]
 """

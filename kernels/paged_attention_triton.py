@@ -37,9 +37,9 @@ def _store_kernel(
     WIDTH: tl.constexpr, PADDED: tl.constexpr, HAS_KV_SCALES: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0)
-    slot = tl.maximum(tl.load(slot_mapping + token), 0).to(tl.int64)
+    slot = tl.load(slot_mapping + token).to(tl.int64)
     column = tl.arange(0, PADDED)
-    inside = column < WIDTH
+    inside = (column < WIDTH) & (slot >= 0)
     target = kv_cache + slot * WIDTH + column
     key = tl.load(key + token * key_stride + column, inside)
     value = tl.load(value + token * value_stride + column, inside)
@@ -57,7 +57,7 @@ def store_kv(
     slot_mapping: Tensor,
     kv_scales: Tensor | None = None,
 ) -> None:
-    """See `attention.store_kv`. Slot -1 is written to slot 0, in the null block."""
+    """See `attention.store_kv`."""
     num_tokens, num_kv_heads, head_dim = key.shape
     if num_tokens == 0:
         return

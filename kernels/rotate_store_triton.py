@@ -87,13 +87,13 @@ def _rotate_store_kernel(
     result = tl.where(is_value, raw, turned)
 
     tl.store(out + (token * NUM_HEADS + head) * HEAD_DIM + dim, result, inside & is_query)
-    slot = tl.maximum(tl.load(slot_mapping + token), 0).to(tl.int64)
+    slot = tl.load(slot_mapping + token).to(tl.int64)
     kv_head = tl.where(is_value, head - NUM_KV_HEADS, head) - NUM_HEADS
     target = kv_cache + (slot * NUM_KV_HEADS + kv_head) * HEAD_DIM + dim
     target = target + tl.where(is_value, value_offset, 0)
     if HAS_KV_SCALES:
         result = to_fp8(result, tl.load(kv_scales + is_value.to(tl.int32)))
-    tl.store(target, result, inside & (head >= NUM_HEADS))
+    tl.store(target, result, inside & (head >= NUM_HEADS) & (slot >= 0))
 
 
 def rotate_and_store(

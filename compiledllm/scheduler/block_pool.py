@@ -1,6 +1,6 @@
 """Owner of the KV blocks: reference counts, the free list, and the index of cached prefixes.
 
-Blocks 1 to num_blocks are usable; block 0 is the null block, which padding rows write to. A full
+Blocks 1 to num_blocks are usable; block 0 is the null block, which padding rows point at. A full
 block of known tokens can be found by its chained hash, even after it was freed, until it is
 evicted (least recently used first). The pool knows block ids and hashes, no tensors.
 

@@ -50,7 +50,9 @@ def assert_tokens_of_the_cpu(checkpoint: Path, prompts: list[list[int]]) -> None
     for is_restored in (False, True):
         engine = Engine(checkpoint, **FIXED)
         wait_until_kept()
-        assert engine.core.worker.is_restored == is_restored
+        worker = engine.core.worker
+        why = worker.cache.reason, worker.runner.compiler.why_not_saved
+        assert worker.is_restored == is_restored, why
         assert engine.core.runner.graphs is not None
         assert tokens(engine, prompts) == expected
         assert tokens(engine, prompts) == expected

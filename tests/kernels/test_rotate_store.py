@@ -64,7 +64,6 @@ def test_fused_equals_layer_by_layer(
     layer._rotate_then_store(only_stored, cos, sin, caches[2], slots)
     tolerance = TOLERANCE[dtype]
     torch.testing.assert_close(fused, expected, atol=tolerance, rtol=tolerance)
-    caches = [cache[:, 1:] for cache in caches]  # without the null block
     assert torch.equal(caches[0], caches[1])
     torch.testing.assert_close(caches[0], caches[2], atol=tolerance, rtol=tolerance)
 
@@ -118,6 +117,5 @@ def test_normalised_values_and_keys_as_values(
     tolerance = TOLERANCE[dtype]
     torch.testing.assert_close(fused, expected, atol=tolerance, rtol=tolerance)
     assert torch.equal(shared, fused)
-    caches = [cache[:, 1:] for cache in caches]  # without the null block
     assert torch.equal(caches[0], caches[1]) and not caches[3].any()
     torch.testing.assert_close(caches[0], caches[2], atol=tolerance, rtol=tolerance)
