@@ -52,6 +52,7 @@ class CudaKernel:
         code = _compiled(source, tuple(sorted(options.items())), _architecture())
         self._shared_bytes = shared_bytes
         self._function = load(code, name, shared_bytes)
+        self._max_clusters: dict[tuple[int, int], int] = {}
 
     def launch(
         self,
@@ -80,6 +81,32 @@ class CudaKernel:
             len(attributes),
         )
         check(driver().cuLaunchKernelEx(ctypes.byref(config), self._function, addresses, None))
+
+    def max_clusters(self, num_threads: int, cluster: int) -> int:
+        """The number of clusters that run at once on the device. Raises CudaError.
+
+        A cluster lies within a group of neighbouring multiprocessors, whose number differs between
+        chips of one kind, so that some multiprocessors may be left over. Parameters as in `launch`.
+        """
+        key = num_threads, cluster
+        if key not in self._max_clusters:
+            self._max_clusters[key] = self._count_clusters(*key)
+        return self._max_clusters[key]
+
+    def _count_clusters(self, num_threads: int, cluster: int) -> int:
+        attributes = (LaunchAttribute * 1)(cluster_of(cluster))
+        config = LaunchConfig(
+            (ctypes.c_uint * 3)(cluster, 1, 1),
+            (ctypes.c_uint * 3)(num_threads, 1, 1),
+            self._shared_bytes,
+            None,
+            ctypes.addressof(attributes),
+            len(attributes),
+        )
+        count = ctypes.c_int()
+        find = driver().cuOccupancyMaxActiveClusters
+        check(find(ctypes.byref(count), self._function, ctypes.byref(config)))
+        return count.value
 
 
 _Scalar = ctypes.c_int | ctypes.c_longlong | ctypes.c_float

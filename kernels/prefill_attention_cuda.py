@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+from collections.abc import Callable
 from ctypes import c_float, c_int, c_longlong
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from compiledllm.kernels.backend import AttentionMetadata, ScoreOptions
 from compiledllm.kernels.cuda_kernel import CudaKernel
-from compiledllm.kernels.launch import launch_options, num_multiprocessors
+from compiledllm.kernels.launch import launch_options
 from compiledllm.kernels.machine_code import CudaError, check, driver
 
 log = logging.getLogger("compiledllm")
@@ -23,8 +24,7 @@ _THREADS = 384
 _PART_COLUMNS = 64  # 128 bytes, the widest row that the copies can swizzle
 _LONG_KEYS = 176  # of a tile, for prompts of at least _LONG_PROMPT tokens in a step
 _LONG_PROMPT = 2048
-# Thread blocks that share a context: 1, 2, 4 or 8. More than 1 has run in the emulator only.
-_MAX_CLUSTER = 1
+_CLUSTERS = (8, 4, 2)  # thread blocks that may share the keys of a context
 # Values of the driver's enums for `cuTensorMapEncodeTiled`.
 _FLOAT16, _BFLOAT16 = 6, 9
 _SWIZZLE_128B, _PROMOTE_256B = 3, 3
@@ -55,32 +55,39 @@ def tilings_for(head_dim: int, block_size: int) -> tuple[Tiling, Tiling]:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """How the work of a step is divided.
+    """The grid of a step, whose thread blocks the kernel deals out by lengths on the device.
 
-    pieces: of rows, at most `ROWS // group` tokens each. splits: thread blocks that share the keys
-    of a piece in a KV head. heads_first: whether all pieces of a KV head come before the next head.
+    cluster: of thread blocks, which can share the keys of one piece of a row in one KV head.
+    num_blocks: a multiple of `cluster`, at least one for each piece and KV head, and all that run
+    at once if blocks may share keys. max_at_once: thread blocks that the GPU runs at once.
     """
 
-    pieces: int
-    splits: int
-    heads_first: bool
+    num_blocks: int
+    cluster: int
+    max_at_once: int
 
 
-def launch_for(num_tokens: int, num_rows: int, num_kv_heads: int, group: int) -> Launch:
-    """Divide a step's work by what the host knows; lengths are on the device.
+def launch_for(
+    num_tokens: int,
+    num_rows: int,
+    num_kv_heads: int,
+    group: int,
+    max_clusters: Callable[[int], int],
+) -> Launch:
+    """The grid for a step of this size, which may hold fewer tokens and rows.
 
-    Blocks split the keys where one block per piece and KV head would leave multiprocessors idle;
-    the kernel splits long contexts only. Where the pieces of one head keep all multiprocessors
-    busy, heads come one after another, since the keys and values of one are more likely to fit into
-    the L2 cache. Otherwise the longest pieces come first.
+    A row is computed in pieces of `ROWS // group` tokens. Thread blocks form the largest clusters
+    of which one for each piece and KV head runs at once if one row has all tokens, as a question
+    on a long document. The kernel counts pieces, and lets fewer blocks, or one, share keys if a
+    step has more. max_clusters: the clusters of a number of blocks that run at once.
     """
-    tokens = ROWS // group  # of a piece
-    pieces = num_tokens // tokens + num_rows
-    num_busy = max(num_tokens // tokens, num_rows) * num_kv_heads
-    splits = _MAX_CLUSTER
-    while splits > 1 and splits * num_busy > num_multiprocessors():
-        splits //= 2
-    return Launch(pieces, splits, pieces >= num_multiprocessors())
+    tokens = ROWS // group
+    max_pieces = num_tokens // tokens + min(num_rows, num_tokens // 2)  # of 2 tokens or more
+    num_busy = max(num_tokens // tokens, 1) * num_kv_heads
+    cluster = next((size for size in _CLUSTERS if num_busy <= max_clusters(size)), 1)
+    max_at_once = cluster * max_clusters(cluster)
+    num_blocks = max(max_pieces * num_kv_heads, max_at_once if cluster > 1 else 0)
+    return Launch(-(-num_blocks // cluster) * cluster, cluster, max_at_once)
 
 
 def kernel_for(
@@ -151,15 +158,17 @@ def attend_prompts(
     _, num_blocks, _, num_kv_heads, _ = kv_cache.shape
     _, block_tables, seq_lens, query_start_loc, _ = attn
     num_rows, group = len(block_tables), query.shape[1] // num_kv_heads
-    launch = launch_for(len(query), num_rows, num_kv_heads, group)
+    launch = launch_for(
+        len(query), num_rows, num_kv_heads, group,
+        lambda cluster: kernel.max_clusters(_THREADS, cluster),
+    )  # fmt: skip
     arguments = (
         _map_of(kv_cache), query, block_tables, seq_lens, query_start_loc, options.sinks, out,
         c_float(options.scale), c_int(options.sliding_window), c_float(options.soft_cap),
         c_longlong(query.stride(0)), c_longlong(block_tables.stride(0)), c_int(num_blocks),
-        c_int(num_rows), c_int(launch.heads_first),
+        c_int(num_rows), c_int(launch.max_at_once),
     )  # fmt: skip
-    grid = (launch.pieces * num_kv_heads * launch.splits,)
-    kernel.launch(grid, _THREADS, arguments, launch.splits)
+    kernel.launch((launch.num_blocks,), _THREADS, arguments, launch.cluster)
 
 
 class _TensorMap(ctypes.Structure):

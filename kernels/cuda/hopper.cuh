@@ -94,6 +94,8 @@ __device__ __forceinline__ float4 load_of_rank(int rank, u32 at) {
     return x;
 }
 
+__device__ __forceinline__ int sum_of_warp(int x) { return __reduce_add_sync(~0u, x); }
+
 // Programmatic dependent launch: the next kernel may start; wait until the previous kernel has ended.
 __device__ __forceinline__ void release_next_kernel() {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -10,7 +10,8 @@
 // Pages outside the context or before the window are not read: their coordinates lie outside the cache,
 // for which the accelerator writes zeros.
 //
-// Where few queries have a long context, the blocks of a cluster share its keys and merge their sums.
+// Where few queries have a long context, blocks of a cluster share its keys and merge their sums. How many
+// do follows from the lengths that the device knows, so that a captured launch serves all of them.
 //
 // Defined by the compiler's options: BF16 (query, cache and out are bfloat16, otherwise float16), HEAD_DIM
 // (a multiple of 8, up to 256; zeros fill the last part of 64 columns), GROUP, NUM_KV_HEADS, BLOCK_SIZE
@@ -34,7 +35,7 @@ struct Work {  // what a block computes
     int length, context;         // of the request: with and without the step's tokens
     int kv_head, first_query;    // of the block, counted in the request's tokens of the step
     int first_key, end;          // keys that any query of the block sees
-    int part, parts;             // of the cluster's blocks, which share the tiles of these keys
+    int part, parts;             // of the blocks that share the tiles of these keys
     int first_tile, last_tile;   // of this part
 };
 
@@ -112,30 +113,54 @@ struct Softmax {
 
 // -- the kernel ----------------------------------------------------------------------------------------
 
-// The request of a piece and its tokens, as `ragged_triton.row_of_piece`. False: nothing to compute.
-__device__ __forceinline__ bool find_work(
-    Work& work, const int* query_start_loc, int num_rows, bool heads_first) {
-    const int programs = gridDim.x / cluster_size(), pieces = programs / NUM_KV_HEADS;
-    const int program = programs - 1 - blockIdx.x / cluster_size();  // the longest programs start first
-    const int index = heads_first ? program % pieces : program / NUM_KV_HEADS;
+// What a block computes, before lengths are known. Pieces are numbered over the requests of several tokens;
+// the decode kernel computes single tokens. As many blocks of a cluster share the keys of a piece in a KV head
+// as leave all pieces running at once. False: nothing to compute.
+__device__ __forceinline__ bool find_work(Work& work, const int* query_start_loc, int num_rows, int max_blocks) {
+    const int lane = threadIdx.x % 32;
+    auto pieces_of = [&](int row) {
+        const int count = row < num_rows ? query_start_loc[row + 1] - query_start_loc[row] : 0;
+        return count > 1 ? (count + TOKENS - 1) / TOKENS : 0;
+    };
+    int pieces = 0;
+#pragma unroll 1
+    for (int row = lane; row - lane < num_rows; row += 32) pieces += sum_of_warp(pieces_of(row));
+    const int programs = pieces * NUM_KV_HEADS;
+    work.parts = cluster_size();
+    while (work.parts > 1 && programs * work.parts > max_blocks) work.parts /= 2;
+    work.part = blockIdx.x % work.parts;
+    const int program = programs - 1 - blockIdx.x / work.parts;  // the longest programs start first
+    if (program < 0) return false;
+    // Where one head keeps all multiprocessors busy, its keys and values stay in the L2 cache.
+    const bool heads_first = pieces >= max_blocks;
+    int piece = heads_first ? program % pieces : program / NUM_KV_HEADS;
     work.kv_head = heads_first ? program / pieces : program % NUM_KV_HEADS;
-    // The rows that begin at this piece or before, counted by all lanes of a warp.
-    int count = 0;
-    for (int first = 0; first < num_rows; first += 32) {
-        const int row = first + threadIdx.x % 32;
-        count += __popc(__ballot_sync(~0u, row < num_rows && query_start_loc[row] / TOKENS + row <= index));
+    for (int row = lane;; row += 32) {
+        const int mine = pieces_of(row);
+        int end = mine;  // of this row's pieces, counted from the first lane's
+#pragma unroll
+        for (int lanes = 1; lanes < 32; lanes *= 2) {
+            const int below = __shfl_up_sync(~0u, end, lanes);
+            if (lane >= lanes) end += below;
+        }
+        const int before = __popc(__ballot_sync(~0u, end <= piece));  // rows that end before the piece
+        if (before == 32) {
+            piece -= __shfl_sync(~0u, end, 31);
+            continue;
+        }
+        work.row = row - lane + before;
+        work.first_query = (piece - __shfl_sync(~0u, end - mine, before)) * TOKENS;
+        break;
     }
-    work.row = count - 1;
     work.start = query_start_loc[work.row];
     work.count = query_start_loc[work.row + 1] - work.start;
-    work.first_query = (index - work.start / TOKENS - work.row) * TOKENS;
-    return work.first_query < work.count && work.count > 1;  // the decode kernel computes single tokens
+    return true;
 }
 
-// The tiles of this block, one of the cluster's parts. Few tiles are not worth a merge.
+// The tiles of this block, one of the parts. Few tiles are not worth a merge.
 __device__ __forceinline__ bool take_part(Work& work) {
     const int first = work.first_key / KEYS, last = (work.end - 1) / KEYS, tiles = last - first + 1;
-    work.part = rank_in_cluster(), work.parts = max(1, min(cluster_size(), tiles / MIN_TILES));
+    work.parts = max(1, min(work.parts, tiles / MIN_TILES));
     work.last_tile = last - tiles * work.part / work.parts;
     work.first_tile = last + 1 - tiles * (work.part + 1) / work.parts;
     return work.part < work.parts;
@@ -241,14 +266,15 @@ __device__ __forceinline__ void merge(
             }
     }
     meet_cluster();
+    const int first_rank = rank_in_cluster() - work.part;  // of the blocks that share the keys
     const int begin = ROWS * work.part / work.parts, end = ROWS * (work.part + 1) / work.parts;
     for (int i = begin * (COLUMNS / 4) + thread; i < end * (COLUMNS / 4); i += 256) {
         const int row = i / (COLUMNS / 4), column = i % (COLUMNS / 4) * 4;
         float best = -INFINITE, total = 0.f;
         float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
         for (int part = 0; part < work.parts; ++part) {
-            const float4 its = load_of_rank(part, queries + 16 * row);  // best, total
-            const float4 x = load_of_rank(part, sums_at(tiles, row, column));
+            const float4 its = load_of_rank(first_rank + part, queries + 16 * row);  // best, total
+            const float4 x = load_of_rank(first_rank + part, sums_at(tiles, row, column));
             const float higher = fmaxf(best, its.x), shift = higher == -INFINITE ? 0.f : higher;
             const float old = exp2(best - shift), its_share = exp2(its.x - shift);
             best = higher;
@@ -387,13 +413,13 @@ __device__ __forceinline__ void consume(
 extern "C" __global__ void __launch_bounds__(384, 1) prefill_attention(
     const __grid_constant__ TensorMap cache, const u16* query, const int* block_tables, const int* seq_lens,
     const int* query_start_loc, const void* sinks, u16* out, float scale, int window, float soft_cap,
-    i64 query_stride, i64 table_stride, int num_blocks, int num_rows, int heads_first) {
+    i64 query_stride, i64 table_stride, int num_blocks, int num_rows, int max_blocks) {
 #if OVERLAP
     release_next_kernel();
 #endif
     extern __shared__ u8 memory[];
     Work work;
-    const bool is_busy = find_work(work, query_start_loc, num_rows, heads_first);
+    const bool is_busy = find_work(work, query_start_loc, num_rows, max_blocks);
     const u32 queries = (address(memory) + 1023) & ~1023u, tiles = queries + QUERY_BYTES;
     const u32 barriers = tiles + 2 * STAGES * TILE_BYTES;  // per slot: keys full, values full, keys empty, values empty
     if (is_busy && threadIdx.x == 0) {

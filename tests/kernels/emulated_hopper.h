@@ -13,6 +13,7 @@
 #include <functional>
 #include <limits>
 #include <map>
+#include <numeric>
 #include <random>
 #include <type_traits>
 #include <utility>
@@ -149,22 +150,26 @@ inline float4 load_of_rank(int rank, u32 at) {
 }
 inline void __syncthreads() { meet(0, THREADS); }
 inline void __syncwarp() { meet(100 + threadIdx.x / 32, 32); }
-inline float __shfl_xor_sync(u32, float x, int lanes) {
-    static float all[FIBERS];
+// What `use` makes of the values that the 32 lanes of this warp have.
+template <class T, class F> auto share(T x, F use) {
+    static T all[FIBERS];
     all[me] = x;
     __syncwarp();
-    const float found = all[me ^ lanes];
+    const auto found = use(&all[me / 32 * 32]);
     __syncwarp();
     return found;
 }
+template <class T> T from_lane(T x, int lane) { return share(x, [=](const T* all) { return all[lane]; }); }
+inline float __shfl_xor_sync(u32, float x, int lanes) { return from_lane(x, me % 32 ^ lanes); }
+inline int __shfl_sync(u32, int x, int lane) { return from_lane(x, lane); }
+inline int __shfl_up_sync(u32, int x, int lanes) { return from_lane(x, max(me % 32 - lanes, 0)); }
+inline int sum_of_warp(int x) { return share(x, [](const int* all) { return std::accumulate(all, all + 32, 0); }); }
 inline u32 __ballot_sync(u32, bool x) {
-    static bool all[FIBERS];
-    all[me] = x;
-    __syncwarp();
-    u32 found = 0;
-    for (int lane = 0; lane < 32; ++lane) found |= u32(all[me / 32 * 32 + lane]) << lane;
-    __syncwarp();
-    return found;
+    return share(x, [](const bool* all) {
+        u32 found = 0;
+        for (int lane = 0; lane < 32; ++lane) found |= u32(all[lane]) << lane;
+        return found;
+    });
 }
 inline bool __any_sync(u32 lanes, bool x) { return __ballot_sync(lanes, x); }
 inline int __popc(u32 x) { return __builtin_popcount(x); }

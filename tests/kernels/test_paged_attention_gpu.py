@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from compiledllm.kernels import paged_attention_torch as oracle
-from compiledllm.kernels import prefill_attention_cuda
 from compiledllm.kernels.backend import AttentionMetadata, ScoreOptions, make_row_bound
 from compiledllm.kernels.decode_attention_triton import MAX_TOGETHER
 from compiledllm.kernels.paged_attention_triton import paged_attention
@@ -116,12 +115,9 @@ def test_many_queries_in_larger_programs(head_dim: int, heads: str, dtype: torch
 
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_few_queries_on_a_long_context(
-    head_dim: int, heads: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_few_queries_on_a_long_context(head_dim: int, heads: str) -> None:
     """On Hopper, blocks of a cluster share the context."""
-    monkeypatch.setattr(prefill_attention_cuda, "_MAX_CLUSTER", 8)
-    for rows in ([(16, 30_000)], [(9, 9000), (1, 300), (40, 700)], [(200, 5000)]):
+    for rows in ([(16, 30_000)], [(9, 9000), (1, 300), (40, 700)], [(200, 5000)], [(9, 900)] * 40):
         step = make_step(rows, head_dim, heads, 16, torch.bfloat16)
         assert_equals_oracle(step, head_dim**-0.5)
         sinks = torch.randn(step[0].shape[1], dtype=torch.bfloat16, device="cuda")

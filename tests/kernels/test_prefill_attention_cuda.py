@@ -57,6 +57,8 @@ def emulated(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 class EmulatedKernel:
     """As `cuda_kernel.CudaKernel`, but compiled by the first launch."""
 
+    multiprocessors = 132
+
     def __init__(
         self, folder: Path, source: str, name: str, options: Mapping[str, int], shared_bytes: int
     ) -> None:
@@ -76,6 +78,10 @@ class EmulatedKernel:
         addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
         stuck = self._library.emulate(*grid, cluster, addresses)
         assert not stuck, f"block {stuck - 1} waits for ever"
+
+    def max_clusters(self, num_threads: int, cluster: int) -> int:
+        assert num_threads == 384
+        return self.multiprocessors // cluster
 
     @functools.cached_property
     def _library(self) -> ctypes.CDLL:
@@ -188,14 +194,32 @@ def test_tiles_for_long_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_equals_oracle(step, ScoreOptions(0.09, sliding_window=200))
 
 
-@pytest.mark.parametrize("multiprocessors", [8, 40])
-def test_blocks_that_share_a_context(multiprocessors: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """2 and 8 blocks of a cluster; contexts of one tile are not shared."""
-    monkeypatch.setattr(prefill_attention_cuda, "num_multiprocessors", lambda: multiprocessors)
-    monkeypatch.setattr(prefill_attention_cuda, "_MAX_CLUSTER", 8)
-    rows = [(9, 1300), (20, 70), (2, 600), (3, 4200)]
+SHARED = [
+    ([(9, 4200)], 16),  # 8 blocks share a context
+    (
+        [(9, 1300), (1, 900), (20, 70), (2, 600), (1, 1), (3, 4200)],
+        16,
+    ),  # 4, where there are enough keys
+    ([(2, 1300), (2, 600), (2, 600), (3, 1100)], 8),  # 2 of a cluster of 8
+    ([(2, 900)] * 9, 8),  # each for itself in clusters of 8
+    ([(40, 1100), (30, 30), (60, 2000)], 8),  # none, in clusters of 2
+]
+
+
+@pytest.mark.parametrize(("rows", "multiprocessors"), SHARED)
+def test_blocks_that_share_a_context(
+    rows: list[tuple[int, int]], multiprocessors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(EmulatedKernel, "multiprocessors", multiprocessors)
     step = make_step(rows, (4, 1), 64, 16, torch.bfloat16)
     assert_equals_oracle(step, ScoreOptions(0.2, sinks=torch.randn(4)))
+
+
+def test_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a warp and more, most of them without pieces, as in a captured step."""
+    monkeypatch.setattr(EmulatedKernel, "multiprocessors", 16)
+    rows = [(1, 20)] * 40 + [(33, 2500)] + [(1, 9)] * 30 + [(2, 2), (5, 600)] + [(0, 0)] * 20
+    assert_equals_oracle(make_step(rows, (4, 2), 64, 16, torch.bfloat16), ScoreOptions(0.2))
 
 
 def test_a_mixed_step_through_the_op() -> None:
@@ -209,24 +233,44 @@ def test_a_mixed_step_through_the_op() -> None:
     torch.testing.assert_close(out.float(), expected, atol=2e-2, rtol=2e-2)
 
 
+# Clusters of an H200 whose groups of multiprocessors differ in size.
+MAX_CLUSTERS = {1: 132, 2: 66, 4: 30, 8: 14}
+
+
 @pytest.mark.parametrize(
-    ("num_tokens", "num_rows", "splits", "heads_first"),
+    ("num_tokens", "num_rows", "cluster"),
     [
-        (8192, 1, 1, True),
-        (2048, 1, 1, False),
-        (128, 1, 4, False),
-        (16, 1, 8, False),
-        (64, 16, 1, False),
+        (8192, 9, 1),
+        (512, 1, 1),
+        (256, 9, 2),
+        (128, 9, 2),
+        (64, 9, 4),
+        (32, 9, 8),
+        (32, 65, 8),
+        (16, 1, 8),
     ],
 )
-def test_how_work_is_divided(
-    num_tokens: int, num_rows: int, splits: int, heads_first: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(prefill_attention_cuda, "num_multiprocessors", lambda: 132)
-    monkeypatch.setattr(prefill_attention_cuda, "_MAX_CLUSTER", 8)
-    launch = prefill_attention_cuda.launch_for(num_tokens, num_rows, 8, 4)
-    assert (launch.splits, launch.heads_first) == (splits, heads_first)
-    assert launch.pieces >= sum(-(-num_tokens // num_rows // 32) for _ in range(num_rows))
+def test_how_work_is_divided(num_tokens: int, num_rows: int, cluster: int) -> None:
+    """All blocks that share keys run at once; no step that the bounds allow needs more blocks."""
+    launch = prefill_attention_cuda.launch_for(num_tokens, num_rows, 8, 4, MAX_CLUSTERS.__getitem__)
+    assert (launch.cluster, launch.max_at_once) == (cluster, cluster * MAX_CLUSTERS[cluster])
+    assert launch.num_blocks % cluster == 0
+    assert launch.num_blocks >= launch.max_at_once or cluster == 1
+    for count in range(1, min(num_rows, num_tokens // 2) + 1):
+        longest = num_tokens - 2 * (count - 1)  # the others have two tokens
+        assert launch.num_blocks >= 8 * (count - 1 + -(-longest // 32))
+
+
+def test_all_steps_use_the_kernels_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster belongs to a launch, so that no step size compiles a kernel after the start."""
+    query, kv_cache, _ = make_step([(40, 40)], (4, 2), 64, 16, torch.bfloat16)
+    options = ScoreOptions(0.1)
+    assert prefill_attention_cuda.kernel_for(query, kv_cache, options, 9) is not None
+    monkeypatch.setattr(prefill_attention_cuda, "CudaKernel", None)  # compiles no other
+    monkeypatch.setattr(prefill_attention_cuda, "_LONG_PROMPT", 8)
+    sizes = [(2, 1), (8, 2), (40, 1), (40, 64)]
+    found = [prefill_attention_cuda.kernel_for(query[:n], kv_cache, options, r) for n, r in sizes]
+    assert None not in found and len(set(found)) == 2
 
 
 def test_what_the_kernel_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
