@@ -15,7 +15,7 @@ QUICK := tests/unit tests/remote/test_engine_client.py tests/remote/test_wire.py
 	tests/server/test_http.py::test_every_answer_has_its_requests_id \
 	tests/benchmarks/test_commands.py::test_random_weights_need_only_a_config
 
-.PHONY: demo test quick lint format clean
+.PHONY: demo test quick sanitize lint format clean
 
 demo: $(READY)
 	$(BIN)/compiledllm generate --chat --temperature 0 --max-tokens 160 \
@@ -27,6 +27,10 @@ test: $(READY)
 quick: $(READY)
 	$(PYTEST) $(QUICK) --deselect tests/repo/test_readme.py::test_command_runs \
 		--deselect tests/repo/test_readme.py::test_python_example_runs
+
+# On a machine with a GPU and CUDA's toolkit; minutes.
+sanitize: $(READY)
+	$(BIN)/python -m tests.kernels.sanitize
 
 lint: $(READY)
 	$(BIN)/ruff check .
