@@ -113,48 +113,58 @@ struct Softmax {
 
 // -- the kernel ----------------------------------------------------------------------------------------
 
-// What a block computes, before lengths are known. Pieces are numbered over the requests of several tokens;
-// the decode kernel computes single tokens. As many blocks of a cluster share the keys of a piece in a KV head
-// as leave all pieces running at once. False: nothing to compute.
-__device__ __forceinline__ bool find_work(Work& work, const int* query_start_loc, int num_rows, int max_blocks) {
-    const int lane = threadIdx.x % 32;
-    auto pieces_of = [&](int row) {
-        const int count = row < num_rows ? query_start_loc[row + 1] - query_start_loc[row] : 0;
-        return count > 1 ? (count + TOKENS - 1) / TOKENS : 0;
-    };
+// The pieces of a step are numbered over the requests of several tokens; the decode kernel computes single
+// tokens. All lanes of a warp call these functions.
+__device__ __forceinline__ int pieces_of(const int* query_start_loc, int num_rows, int row) {
+    const int count = row < num_rows ? query_start_loc[row + 1] - query_start_loc[row] : 0;
+    return count > 1 ? (count + TOKENS - 1) / TOKENS : 0;
+}
+
+__device__ __forceinline__ int count_pieces(const int* query_start_loc, int num_rows) {
     int pieces = 0;
 #pragma unroll 1
-    for (int row = lane; row - lane < num_rows; row += 32) pieces += sum_of_warp(pieces_of(row));
-    const int programs = pieces * NUM_KV_HEADS;
-    work.parts = cluster_size();
-    while (work.parts > 1 && programs * work.parts > max_blocks) work.parts /= 2;
-    work.part = blockIdx.x % work.parts;
-    const int program = programs - 1 - blockIdx.x / work.parts;  // the longest programs start first
-    if (program < 0) return false;
-    // Where one head keeps all multiprocessors busy, its keys and values stay in the L2 cache.
-    const bool heads_first = pieces >= max_blocks;
-    int piece = heads_first ? program % pieces : program / NUM_KV_HEADS;
-    work.kv_head = heads_first ? program / pieces : program % NUM_KV_HEADS;
-    for (int row = lane;; row += 32) {
-        const int mine = pieces_of(row);
+    for (int first = 0; first < num_rows; first += 32)
+        pieces += sum_of_warp(pieces_of(query_start_loc, num_rows, first + threadIdx.x % 32));
+    return pieces;
+}
+
+// The request of a piece and its tokens; any request if there is no such piece.
+__device__ __forceinline__ void find_piece(Work& work, int piece, const int* query_start_loc, int num_rows) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll 1
+    for (int first = 0;; first += 32) {
+        const int mine = pieces_of(query_start_loc, num_rows, first + lane);
         int end = mine;  // of this row's pieces, counted from the first lane's
 #pragma unroll
         for (int lanes = 1; lanes < 32; lanes *= 2) {
             const int below = __shfl_up_sync(~0u, end, lanes);
             if (lane >= lanes) end += below;
         }
-        const int before = __popc(__ballot_sync(~0u, end <= piece));  // rows that end before the piece
-        if (before == 32) {
-            piece -= __shfl_sync(~0u, end, 31);
-            continue;
-        }
-        work.row = row - lane + before;
-        work.first_query = (piece - __shfl_sync(~0u, end - mine, before)) * TOKENS;
+        const int rows = __popc(__ballot_sync(~0u, end <= piece));  // that end before the piece
+        piece -= sum_of_warp(lane < rows ? mine : 0);
+        if (rows == 32 && first + 32 < num_rows) continue;
+        work.row = min(first + rows, num_rows - 1), work.first_query = piece * TOKENS;
         break;
     }
     work.start = query_start_loc[work.row];
     work.count = query_start_loc[work.row + 1] - work.start;
-    return true;
+}
+
+// What this block computes, before lengths are known. As many blocks of a cluster share the keys of a piece in
+// a KV head as leave all pieces running at once. False: nothing to compute. A block without work goes the same
+// way: behind a branch the compiler takes the main loop's addresses for different in each thread, and moves them
+// for every product, which made the loop 10 % slower.
+__device__ __forceinline__ bool find_work(Work& work, const int* query_start_loc, int num_rows, int max_blocks) {
+    const int pieces = count_pieces(query_start_loc, num_rows), programs = pieces * NUM_KV_HEADS;
+    work.parts = cluster_size();
+    while (work.parts > 1 && programs * work.parts > max_blocks) work.parts /= 2;
+    work.part = blockIdx.x % work.parts;
+    const int program = programs - 1 - blockIdx.x / work.parts;  // the longest programs start first
+    // Where one head keeps all multiprocessors busy, its keys and values stay in the L2 cache.
+    const bool heads_first = pieces >= max_blocks;
+    work.kv_head = heads_first ? program / pieces : program % NUM_KV_HEADS;
+    find_piece(work, heads_first ? program % pieces : program / NUM_KV_HEADS, query_start_loc, num_rows);
+    return program >= 0;
 }
 
 // The tiles of this block, one of the parts. Few tiles are not worth a merge.

@@ -150,8 +150,7 @@ def assert_equals_oracle(step: Step, options: ScoreOptions) -> None:
     query, kv_cache, attn = step
     out = torch.full_like(query, 7.0)
     seen = without_stale_pages(step, options.sliding_window) if options.sliding_window else attn
-    num_rows = len(attn.seq_lens)
-    kernel = prefill_attention_cuda.kernel_for(query, kv_cache, options, num_rows)
+    kernel = prefill_attention_cuda.kernel_for(query, kv_cache, options)
     assert kernel is not None
     prefill_attention_cuda.attend_prompts(kernel, query, kv_cache, seen, options, out)
     wide = kv_cache.float().nan_to_num(0.0)
@@ -188,8 +187,8 @@ def test_values(
     assert_equals_oracle(make_step(ROWS, heads, head_dim, block_size, dtype), options)
 
 
-def test_tiles_for_long_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefill_attention_cuda, "_LONG_PROMPT", 0)
+def test_tiles_for_long_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill_attention_cuda, "_LONG_STEP", 0)
     step = make_step([(40, 500), (1, 50), (30, 30)], (4, 2), 128, 16, torch.float16)
     assert_equals_oracle(step, ScoreOptions(0.09, sliding_window=200))
 
@@ -233,8 +232,7 @@ def test_a_mixed_step_through_the_op() -> None:
     torch.testing.assert_close(out.float(), expected, atol=2e-2, rtol=2e-2)
 
 
-# Clusters of an H200 whose groups of multiprocessors differ in size.
-MAX_CLUSTERS = {1: 132, 2: 66, 4: 30, 8: 14}
+MAX_CLUSTERS = {1: 132, 2: 66, 4: 30, 8: 15}  # of an H200
 
 
 @pytest.mark.parametrize(
@@ -265,26 +263,27 @@ def test_all_steps_use_the_kernels_of_the_first(monkeypatch: pytest.MonkeyPatch)
     """A cluster belongs to a launch, so that no step size compiles a kernel after the start."""
     query, kv_cache, _ = make_step([(40, 40)], (4, 2), 64, 16, torch.bfloat16)
     options = ScoreOptions(0.1)
-    assert prefill_attention_cuda.kernel_for(query, kv_cache, options, 9) is not None
+    assert prefill_attention_cuda.kernel_for(query, kv_cache, options) is not None
     monkeypatch.setattr(prefill_attention_cuda, "CudaKernel", None)  # compiles no other
-    monkeypatch.setattr(prefill_attention_cuda, "_LONG_PROMPT", 8)
-    sizes = [(2, 1), (8, 2), (40, 1), (40, 64)]
-    found = [prefill_attention_cuda.kernel_for(query[:n], kv_cache, options, r) for n, r in sizes]
+    monkeypatch.setattr(prefill_attention_cuda, "_LONG_STEP", 8)
+    found = [
+        prefill_attention_cuda.kernel_for(query[:size], kv_cache, options) for size in (2, 8, 40)
+    ]
     assert None not in found and len(set(found)) == 2
 
 
 def test_what_the_kernel_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel_for = prefill_attention_cuda.kernel_for
     query, kv_cache, _ = make_step([(4, 4)], (4, 2), 64, 16, torch.bfloat16)
-    assert kernel_for(query, kv_cache, ScoreOptions(0.1), 1) is not None
-    assert kernel_for(query, kv_cache.to(FP8), ScoreOptions(0.1), 1) is None
-    assert kernel_for(query.float(), kv_cache.float(), ScoreOptions(0.1), 1) is None
+    assert kernel_for(query, kv_cache, ScoreOptions(0.1)) is not None
+    assert kernel_for(query, kv_cache.to(FP8), ScoreOptions(0.1)) is None
+    assert kernel_for(query.float(), kv_cache.float(), ScoreOptions(0.1)) is None
     narrow = torch.zeros(2, 3, 16, 2, 60, dtype=query.dtype)
-    assert kernel_for(query[..., :60], narrow, ScoreOptions(0.1), 1) is None
+    assert kernel_for(query[..., :60], narrow, ScoreOptions(0.1)) is None
     odd = torch.zeros(query.numel() + 8, dtype=query.dtype)[1 : query.numel() + 1].view_as(query)
-    assert kernel_for(odd, kv_cache, ScoreOptions(0.1), 1) is None
+    assert kernel_for(odd, kv_cache, ScoreOptions(0.1)) is None
     monkeypatch.setattr(prefill_attention_cuda, "_is_hopper", lambda: False)
-    assert kernel_for(query, kv_cache, ScoreOptions(0.1), 1) is None
+    assert kernel_for(query, kv_cache, ScoreOptions(0.1)) is None
 
 
 def test_triton_stands_in_for_a_kernel_that_cannot_be_compiled(
@@ -296,5 +295,5 @@ def test_triton_stands_in_for_a_kernel_that_cannot_be_compiled(
     monkeypatch.setattr(prefill_attention_cuda, "CudaKernel", fails)
     query, kv_cache, _ = make_step([(4, 4)], (4, 2), 64, 16, torch.bfloat16)
     for _ in range(2):
-        assert prefill_attention_cuda.kernel_for(query, kv_cache, ScoreOptions(0.1), 1) is None
+        assert prefill_attention_cuda.kernel_for(query, kv_cache, ScoreOptions(0.1)) is None
     assert caplog.text.count("no compiler") == 1
