@@ -63,9 +63,9 @@ class CudaKernel:
     ) -> None:
         """Launch on torch's current stream.
 
-        grid: number of thread blocks in up to three dimensions. num_threads: threads per block.
+        grid: numbers of thread blocks in up to three dimensions. num_threads: threads per block.
         arguments: a tensor is passed as its address, None as a null pointer. cluster: number of
-        thread blocks of a cluster, see `machine_code.cluster_of`. On a GPU with programmatic
+        thread blocks per cluster, see `machine_code.cluster_of`. On a GPU with programmatic
         dependent launch the kernel may start before its predecessor has ended, so its code must
         wait (`griddepcontrol.wait`). Raises CudaError.
         """
@@ -171,20 +171,27 @@ def _with_includes(text: str) -> str:
 
 def _compile(text: str, name: str, flags: Sequence[str]) -> bytes:
     nvrtc, program, size = _nvrtc(), ctypes.c_void_p(), ctypes.c_size_t()
-    check(
-        nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), name.encode(), 0, None, None)
-    )
+    source = text.encode(), name.encode()
+    _check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), *source, 0, None, None))
     encoded = (ctypes.c_char_p * len(flags))(*(flag.encode() for flag in flags))
     if nvrtc.nvrtcCompileProgram(program, len(flags), encoded):
         nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
         log = ctypes.create_string_buffer(size.value)
         nvrtc.nvrtcGetProgramLog(program, log)
         raise CudaError(f"{name} with {' '.join(flags)} cannot be compiled: {log.value.decode()}")
-    check(nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size)))
+    _check(nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size)))
     code = ctypes.create_string_buffer(size.value)
-    check(nvrtc.nvrtcGetCUBIN(program, code))
+    _check(nvrtc.nvrtcGetCUBIN(program, code))
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
     return code.raw
+
+
+def _check(status: int) -> None:
+    """Raise CudaError for a status of NVRTC other than success."""
+    if status:
+        describe = _nvrtc().nvrtcGetErrorString
+        describe.restype = ctypes.c_char_p
+        raise CudaError(f"NVRTC reports {status}: {(describe(status) or b'unknown').decode()}")
 
 
 @functools.cache
