@@ -14,9 +14,9 @@ chunk to each token and from the token to the end of the chunk; decay is that of
 two tokens; scores (lower triangular) has the products of queries with keys, times the decay between
 the two tokens. Queries and keys are normalised. A chunk is a piece of `ragged_triton`.
 
-A border behind which a row's state is to be kept divides the chunk it lies in: both matrices have
-zeros between tokens on different sides, and since, until and decay are those of a side. The scan
-computes the sides one after the other, and keeps the state between them.
+The border of a row's snapshot (see `short_convolution`) divides its chunk into two sides: inverse
+and scores are zero between tokens on different sides, and since, until and decay refer to the
+token's side. The scan computes one side after the other and stores the snapshot between them.
 """
 
 # Triton infers a kernel's types from each call, which mypy cannot follow.
@@ -40,12 +40,13 @@ from compiledllm.kernels.ragged_triton import row_of_piece
 # Per token: the factors of query @ S, of key @ S and of key^T @ update, which include the
 # normalisation of the query or key, and the decay of the token's side of the chunk.
 _NUM_FACTORS = 4
-_SLICES = ["rows", "snapshots"]  # the place where one begins makes no variant of a kernel
+# Slices of packed inputs, which begin at any address: Triton must not specialise on alignment.
+_SLICES = ["rows", "snapshots"]
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkTiling:
-    """The program of `_chunk_kernel`. precision: `input_precision` of the inverse's products."""
+    """A program of `_chunk_kernel`. precision: `input_precision` of the inverse's products."""
 
     num_warps: int
     precision: str
@@ -53,7 +54,7 @@ class ChunkTiling:
 
 @dataclass(frozen=True, slots=True)
 class ScanTiling:
-    """The program of `_scan_kernel`. columns: columns of the state, which are value dimensions."""
+    """A program of `_scan_kernel`. columns: columns of the state, which are value dimensions."""
 
     columns: int
     num_warps: int
@@ -69,10 +70,11 @@ def chunk_tiling(dtype: torch.dtype) -> ChunkTiling:
 
 
 def scan_tiling(dtype: torch.dtype, value_dim: int, shared_memory: int) -> ScanTiling:
-    """shared_memory: bytes that a program may use; three stages of 64 columns need 185 KiB.
+    """The tiling of the scan. shared_memory: bytes that a program may use.
 
-    With two stages the compiler would wait for a chunk right after the load has begun. With one
-    stage and 32 columns, Triton 3.6 reads past the shared memory of a GPU with `wgmma`.
+    Three stages of 64 columns need 185 KiB. With two stages, the compiler would wait for a chunk
+    right after the load has begun. One stage and 32 columns are not possible for 16-bit dtypes:
+    Triton 3.6 would read past the shared memory of a GPU with `wgmma`.
     """
     if dtype.itemsize == 2:
         return ScanTiling(min(64, value_dim), 4, 3 if shared_memory >= 200 * 1024 else 1)
@@ -84,7 +86,7 @@ def step_size(step, step_bias):
     """softplus(step + step_bias) in float32."""
     step = step.to(tl.float32) + step_bias
     above = tl.exp(tl.minimum(step, 20.0))
-    total = 1 + above  # where it is rounded, the quotient corrects the logarithm
+    total = 1 + above  # the quotient below corrects the logarithm for the rounding of this sum
     softplus = tl.where(total == 1, above, tl.log(total) * (above / (total - 1)))
     return tl.where(step > 20, step, softplus)
 
@@ -104,9 +106,9 @@ def _product(x, y):
 
 @triton.jit
 def _merged(inverse, lower, row, column, LEVEL: tl.constexpr, PRECISION: tl.constexpr):
-    """Inverses of blocks of 2 ** (LEVEL + 1), from those of their halves on the diagonal.
+    """The inverses of the diagonal blocks of 2 ** (LEVEL + 1), from the inverses of their halves.
 
-    Where A and B are the halves on the diagonal and C is below A, the inverse of their block has
+    If A and B are the halves on a block's diagonal and C is below A, the inverse of the block has
     -B^-1 C A^-1 in C's place.
     """
     in_block = (row >> (LEVEL + 1)) == (column >> (LEVEL + 1))
@@ -140,7 +142,7 @@ def _chunk_kernel(
     query, key, a, b, log_decay_rate, step_bias, query_start_loc, snapshots, inverses, scores,
     factors, query_stride, key_stride, a_stride, b_stride, num_rows,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, KEY_DIM: tl.constexpr, EPS: tl.constexpr,
-    PRECISION: tl.constexpr, KEEPS: tl.constexpr, OVERLAP: tl.constexpr,
+    PRECISION: tl.constexpr, HAS_SNAPSHOTS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one value head. PRECISION: of the products in `_inverse`."""
     if OVERLAP:
@@ -152,7 +154,7 @@ def _chunk_kernel(
     count = tl.load(query_start_loc + row + 1) - start
     first = (index - first_piece) * 64
     border = 0
-    if KEEPS:
+    if HAS_SNAPSHOTS:
         border = tl.load(snapshots + row * 2).to(tl.int32)
     if (first >= count) | (count == 1):  # `_step_kernel` computes rows with one token
         return
@@ -161,42 +163,43 @@ def _chunk_kernel(
     key_dims = head // GROUP * KEY_DIM + dim[None, :]
     k = tl.load(key + token[:, None] * key_stride + key_dims, is_token[:, None], other=0.0)
     q = tl.load(query + token[:, None] * query_stride + key_dims, is_token[:, None], other=0.0)
-    gates, rates = activated_gates(
+    log_decay, beta = activated_gates(
         tl.load(a + token * a_stride + head, is_token, other=0.0),
         tl.load(b + token * b_stride + head, is_token, other=0.0),
         tl.load(log_decay_rate + head), tl.load(step_bias + head),
     )  # fmt: skip
-    gates, rates = tl.where(is_token, gates, 0.0), tl.where(is_token, rates, 0.0)
+    log_decay, beta = tl.where(is_token, log_decay, 0.0), tl.where(is_token, beta, 0.0)
     wide = k.to(tl.float32)
     k_factor = tl.rsqrt(tl.sum(wide * wide, 1) + EPS)
     wide = q.to(tl.float32)
     q_factor = tl.rsqrt(tl.sum(wide * wide, 1) + EPS) * KEY_DIM**-0.5
-    total = tl.cumsum(gates, 0)
-    end = tl.zeros_like(total) + tl.sum(gates, 0)  # the totals at the ends of a token's side
+    total = tl.cumsum(log_decay, 0)
+    # Per token, the totals at the start and at the end of the token's side.
     start_total = tl.zeros_like(total)
+    end_total = start_total + tl.sum(log_decay, 0)
     late, early = lane[:, None], lane[None, :]
     is_after = late >= early
-    if KEEPS:
-        border = border - first  # outside the chunk: one side
-        until_border = tl.sum(tl.where(lane < border, gates, 0.0), 0)
+    if HAS_SNAPSHOTS:
+        border = border - first  # a border outside the chunk leaves one side
+        until_border = tl.sum(tl.where(lane < border, log_decay, 0.0), 0)
         has_sides = (border > 0) & (border < 64)
-        end = tl.where(has_sides & (lane < border), until_border, end)
+        end_total = tl.where(has_sides & (lane < border), until_border, end_total)
         start_total = tl.where(has_sides & (lane >= border), until_border, start_total)
         is_after = is_after & ((late < border) == (early < border))
     item = tl.program_id(0).to(tl.int64)
     factor = factors + item * 256 + lane
     tl.store(factor, q_factor * tl.exp(total - start_total))
     tl.store(factor + 64, k_factor * tl.exp(total - start_total))
-    tl.store(factor + 128, k_factor * tl.exp(end - total))
-    tl.store(factor + 192, tl.exp(end - start_total))
+    tl.store(factor + 128, k_factor * tl.exp(end_total - total))
+    tl.store(factor + 192, tl.exp(end_total - start_total))
 
     square = item * 4096 + late * 64 + early
     between = tl.where(is_after, total[:, None] - total[None, :], float("-inf"))
     decay = tl.exp(between) * k_factor[None, :]
     score = _product(q, tl.trans(k)) * q_factor[:, None] * decay
     tl.store(scores + square, score.to(scores.dtype.element_ty))
-    lower = _product(k, tl.trans(k)) * (k_factor * rates)[:, None] * decay
-    inverse = _inverse(tl.where(late > early, lower, 0.0), PRECISION) * rates[None, :]
+    lower = _product(k, tl.trans(k)) * (k_factor * beta)[:, None] * decay
+    inverse = _inverse(tl.where(late > early, lower, 0.0), PRECISION) * beta[None, :]
     tl.store(inverses + square, inverse.to(inverses.dtype.element_ty))
 
 
@@ -205,7 +208,7 @@ def _scan_kernel(
     query, key, value, state, rows, query_start_loc, seq_lens, snapshots, inverses, scores,
     factors, out, query_stride, key_stride, value_stride, state_stride,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    COLUMNS: tl.constexpr, KEEPS: tl.constexpr, OVERLAP: tl.constexpr,
+    COLUMNS: tl.constexpr, HAS_SNAPSHOTS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Some columns of one head of a row, chunk after chunk."""
     if OVERLAP:
@@ -228,10 +231,10 @@ def _scan_kernel(
     start = start.to(tl.int64)
     dtype = query.dtype.element_ty
     border, num_parts = 0, 1
-    if KEEPS:
+    if HAS_SNAPSHOTS:
         border = tl.load(snapshots + row * 2).to(tl.int32)
         num_parts = tl.where(border > 0, 2, 1)
-    for part in range(num_parts):  # the tokens before the border, and those behind it
+    for part in range(num_parts):  # the tokens before the border, then the tokens after it
         low = tl.where(part == num_parts - 1, border, 0)
         high = tl.where(part == num_parts - 1, count, border)
         for first in range(low // 64 * 64, high, 64):
@@ -239,7 +242,8 @@ def _scan_kernel(
             is_token = ((token >= low) & (token < high))[:, None]
             place = (start + token)[:, None]
             item = first_item + first // 64 * NUM_HEADS
-            # The compiler does not pipeline these two loads, which are in flight during products.
+            # The compiler does not pipeline these two loads. They are issued early, so that they
+            # are in flight during the first products.
             factor = factors + item * 256 + lane
             q_factor = tl.load(factor)
             decay = tl.load(factors + item * 256 + 192 + tl.maximum(low - first, 0))
@@ -259,7 +263,7 @@ def _scan_kernel(
             tl.store(target, result.to(out.dtype.element_ty), is_token)
             update *= tl.load(factor + 128)[:, None]
             s = s * decay + _product(tl.trans(k), update.to(dtype))
-        if KEEPS:  # noqa: SIM102  (known to the compiler, unlike the next condition)
+        if HAS_SNAPSHOTS:  # noqa: SIM102  (known to the compiler, unlike the next condition)
             if part < num_parts - 1:
                 slot = states + tl.load(snapshots + row * 2 + 1) * state_stride
                 tl.store(slot, s.to(state.dtype.element_ty))
@@ -274,7 +278,7 @@ def compute_chunks(
     chunk: ChunkTiling | None = None,
     scan: ScanTiling | None = None,
 ) -> None:
-    """Compute the rows with several tokens; fill their tokens in `out`, update their states.
+    """Compute the rows with several tokens: write their outputs to `out` and update their states.
 
     tensors: query, key, value, a, b, log_decay_rate, step_bias, state, rows, query_start_loc,
     seq_lens, out. strides: of a token in query, key and value, of a row in state, of a token in a
@@ -289,17 +293,17 @@ def compute_chunks(
     factors = query.new_empty((*items, _NUM_FACTORS, CHUNK), dtype=torch.float32)
     sizes = {name: constants[name] for name in ("NUM_HEADS", "GROUP", "KEY_DIM")}
     launch = {name: constants[name] for name in ("OVERLAP", "launch_pdl")}
-    launch["KEEPS"] = snapshots is not None
-    kept = rows if snapshots is None else snapshots
+    launch["HAS_SNAPSHOTS"] = snapshots is not None
+    snapshots_or_rows = rows if snapshots is None else snapshots  # without snapshots never read
     c = chunk or chunk_tiling(query.dtype)
     _chunk_kernel[(num_pieces * num_heads,)](
-        query, key, *gates, query_start_loc, kept, inverses, scores, factors, *strides[:2],
-        *strides[4:], num_rows, EPS=constants["EPS"], PRECISION=c.precision, num_warps=c.num_warps,
-        **sizes, **launch,
+        query, key, *gates, query_start_loc, snapshots_or_rows, inverses, scores, factors,
+        *strides[:2], *strides[4:], num_rows, EPS=constants["EPS"], PRECISION=c.precision,
+        num_warps=c.num_warps, **sizes, **launch,
     )  # fmt: skip
     s = scan or scan_tiling(query.dtype, value_dim, max_shared_memory())
     _scan_kernel[(num_heads * (value_dim // s.columns), num_rows)](
-        query, key, value, state, rows, query_start_loc, seq_lens, kept, inverses, scores, factors,
-        out, *strides[:4], VALUE_DIM=value_dim, COLUMNS=s.columns, num_warps=s.num_warps,
-        num_stages=s.num_stages, **sizes, **launch,
+        query, key, value, state, rows, query_start_loc, seq_lens, snapshots_or_rows, inverses,
+        scores, factors, out, *strides[:4], VALUE_DIM=value_dim, COLUMNS=s.columns,
+        num_warps=s.num_warps, num_stages=s.num_stages, **sizes, **launch,
     )  # fmt: skip

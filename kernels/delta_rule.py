@@ -4,10 +4,11 @@
 
 where log_decay = -exp(log_decay_rate) * softplus(a + step_bias) and beta = sigmoid(b).
 
-A decode step takes one step of the recurrence. Prompts are computed in chunks of CHUNK tokens: the
-updates of all tokens in a chunk are the solution of one triangular system, so only the chunks must
-be computed in order. On a GPU, Triton kernels compute steps (`delta_rule_triton`) and chunks
-(`chunked_delta_rule_triton`); on other devices plain torch computes both.
+A row with one token takes one step of the recurrence. A row with more tokens is computed in chunks
+of CHUNK tokens: the updates of all tokens in a chunk are the solution of one triangular system, so
+only the chunks must be computed in order. On a GPU, Triton kernels compute single steps
+(`delta_rule_triton`) and chunks (`chunked_delta_rule_triton`); on other devices plain torch
+computes both.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def gated_delta_rule_reference(
     seq_lens: Tensor,
     snapshots: Tensor | None = None,
 ) -> Tensor:
-    """See `gated_delta_rule`. Rows with equally many tokens and equal borders go together.
+    """See `gated_delta_rule`. Rows with equal numbers of tokens and equal borders form a batch.
 
     Computes in float32, or in float64 if the inputs are.
     """
@@ -137,7 +138,7 @@ def _normalized(x: Tensor) -> Tensor:
 def _step(
     query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One token of each row: [rows, heads, 1, ...]. Returns its output and the state after it."""
+    """One token of each row: [rows, heads, 1, ...]. Returns its output and the new state."""
     state = state * log_decay.exp()[..., None]
     update = beta[..., None] * (value - key @ state)
     state = state + key.mT * update
@@ -147,7 +148,7 @@ def _step(
 def _chunk(
     query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Some tokens of each row: [rows, heads, tokens, ...]. Returns outputs and the later state.
+    """Some tokens of each row: [rows, heads, tokens, ...]. Returns outputs and the new state.
 
     Token i's update is u_i = beta_i (v_i - k_i^T S_i), where S_i contains the chunk's updates
     before i. With S, the state before the chunk, and D, the decay since then, this is the system

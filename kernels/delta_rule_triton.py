@@ -32,7 +32,7 @@ from compiledllm.kernels.launch import launch_options, with_packed_heads
 
 @dataclass(frozen=True, slots=True)
 class StepTiling:
-    """The program of `_step_kernel`. columns: columns of the state, which are value dimensions."""
+    """A program of `_step_kernel`. columns: columns of the state, which are value dimensions."""
 
     columns: int
     num_warps: int
@@ -75,15 +75,15 @@ def _step_kernel(
     q = tl.load(query + token * query_stride + key_dims).to(tl.float32)
     k = tl.load(key + token * key_stride + key_dims).to(tl.float32)
     v = tl.load(value + token * value_stride + head * VALUE_DIM + column).to(tl.float32)
-    log_decay, rate = activated_gates(
+    log_decay, beta = activated_gates(
         tl.load(a + token * a_stride + head), tl.load(b + token * b_stride + head),
         tl.load(log_decay_rate + head), tl.load(step_bias + head),
     )  # fmt: skip
     q *= tl.rsqrt(tl.sum(q * q, 0) + EPS) * KEY_DIM**-0.5
     k *= tl.rsqrt(tl.sum(k * k, 0) + EPS)
-    # query^T (S + key update) needs no second pass over the new state.
+    # The output is query^T S + (query^T key) update, which needs no second pass over the new state.
     s *= tl.exp(log_decay)
-    update = rate * (v - tl.sum(s * k[:, None], 0))
+    update = beta * (v - tl.sum(s * k[:, None], 0))
     result = tl.sum(s * q[:, None], 0) + tl.sum(q * k, 0) * update
     tl.store(own, (s + k[:, None] * update[None, :]).to(state.dtype.element_ty))
     target = out + (token * NUM_HEADS + head) * VALUE_DIM + column

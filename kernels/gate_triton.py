@@ -12,14 +12,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from compiledllm.kernels.launch import launch_options
 
-_COLUMNS = 1024
+_COLUMNS = 1024  # per program
 
 
 @triton.jit
 def gated(gate, up, alpha, limit, dtype, HAS_LIMIT: tl.constexpr, IS_GELU: tl.constexpr):
     """silu(gate) * up in float32, or the other forms of `moe.moe_experts`.
 
-    gate, up: float32, rounded to `dtype` as the result of silu is, at the same points as in torch.
+    gate, up: float32 with values of `dtype`. The result of silu is rounded to `dtype`, as in torch.
     """
     if IS_GELU:  # 0.5 * (1 + tanh(y)) is the sigmoid of 2 * y
         cubed = gate * gate * gate

@@ -1,7 +1,7 @@
-"""The causal depthwise convolution over a request's tokens, whose state is the last inputs.
+"""A causal depthwise convolution over a request's tokens. Its state is the request's last inputs.
 
-State layers (Gated DeltaNet, LFM2's short convolution) mix each channel with its last few inputs.
-On a GPU a Triton kernel computes all rows; on other devices plain torch does.
+State layers (Gated DeltaNet, Mamba-2, LFM2's short convolution) mix each channel with the channel's
+last few inputs. On a GPU a Triton kernel computes all rows; on other devices plain torch does.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ def short_convolution(
     inputs of each request, oldest first. rows: integers [rows], the request row whose state a batch
     row owns. query_start_loc: int32 [rows + 1]; seq_lens: int32 [rows], context lengths including
     these tokens; both may have further rows without tokens. activation: "silu" or "none".
-    row_bound: of `backend.make_row_bound`; steps with a maximum of 1 take a faster kernel.
-    snapshots: int64 [rows, 2], for each batch row the number of its tokens behind which the state
-    is kept as well, less than all, and the request row that it is written to; 0: not kept. None:
-    no row's is.
+    row_bound: from `backend.make_row_bound`; steps with a maximum of 1 take a faster kernel.
+    snapshots: int64 [rows, 2], for each batch row its border and a request row: the state after the
+    batch row's first `border` tokens (fewer than all) is also written to that request row; border
+    0: no snapshot. None: no row has a snapshot.
 
     A row without earlier tokens starts from zeros, whatever its state holds; a row without tokens
-    does nothing. Of batch rows that own the same request row, as padding does, outputs and state
-    are undefined. Sums are in float32. Mutates `state`. Returns [tokens, channels] in x's dtype,
-    undefined for tokens outside every row.
+    does nothing. If several batch rows own the same request row, as padding rows do, their outputs
+    and state are undefined. Sums are in float32. Mutates `state`. Returns [tokens, channels] in x's
+    dtype, undefined for tokens outside every row.
     """
     assert activation in ACTIVATIONS, activation
     if x.is_cuda:
@@ -74,7 +74,7 @@ def short_convolution_reference(
     activation: str,
     snapshots: Tensor | None = None,
 ) -> Tensor:
-    """See `short_convolution`. Rows with equally many tokens and equal borders go together."""
+    """See `short_convolution`. Rows with equal numbers of tokens and equal borders form a batch."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     dtype = torch.promote_types(x.dtype, torch.float32)
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -95,7 +95,7 @@ def short_convolution_reference(
 def rows_alike(
     query_start_loc: Tensor, snapshots: Tensor | None, num_rows: int
 ) -> dict[tuple[int, int], Tensor]:
-    """Number of tokens and border of a snapshot -> indices of the batch rows that have these.
+    """(number of tokens, border of the snapshot) -> indices of the batch rows that have these.
 
     Rows without tokens are left out. Reads the tensors on the host.
     """
@@ -110,6 +110,6 @@ def rows_alike(
 
 
 def chunks_of_row(count: int, border: int, size: int) -> Iterator[tuple[int, int]]:
-    """Where the chunks of `size` of `count` tokens start and end; one starts at the border."""
+    """(start, end) of chunks of up to `size` of `count` tokens; a chunk starts at the border."""
     starts = *range(0, border, size), *range(border, count, size)
     return itertools.pairwise((*starts, count))

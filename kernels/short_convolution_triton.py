@@ -16,7 +16,8 @@ from compiledllm.kernels.ragged_triton import row_of_piece
 
 _TOKENS, _CHANNELS = 16, 64  # of a program of `_ragged_kernel`; the fastest of 11 on an H200
 _STEP_CHANNELS = 256  # of a program of `_step_kernel`
-_SLICES = ["rows", "snapshots"]  # the place where one begins makes no variant of a kernel
+# Slices of packed inputs, which begin at any address: Triton must not specialise on alignment.
+_SLICES = ["rows", "snapshots"]
 
 
 @triton.jit
@@ -32,7 +33,7 @@ def _step_kernel(
     WIDTH: tl.constexpr, PADDED: tl.constexpr, HAS_BIAS: tl.constexpr, IS_SILU: tl.constexpr,
     CHANNELS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Channels of a row with one token. PADDED: WIDTH, rounded up to a power of two."""
+    """Some channels of a row with one token. PADDED: WIDTH, rounded up to a power of two."""
     if OVERLAP:
         gdc_launch_dependents()
         gdc_wait()
@@ -56,14 +57,17 @@ def _step_kernel(
         total += tl.load(bias + channel, is_channel, other=0.0).to(tl.float32)
     result = _activated(total, IS_SILU).to(out.dtype.element_ty)
     tl.store(out + token * channels + channel, result, is_channel)
-    tl.debug_barrier()  # all threads have read the state
+    tl.debug_barrier()  # until all threads have read the state
     tl.store(own - 1, window, inside & (entry > 0)[None, :])
 
 
 @triton.jit
 def _window(inputs, x_stride, old, is_old, is_entry, entry, count, WIDTH: tl.constexpr):
-    """The last WIDTH - 1 inputs before token `count` of a row. old: places of those before it."""
-    origin = count - (WIDTH - 1) + entry  # in this step's tokens, or before them
+    """The last WIDTH - 1 inputs before token `count` of a row.
+
+    old: the addresses of the row's stored state, which has the inputs before this step.
+    """
+    origin = count - (WIDTH - 1) + entry  # index in this step's tokens; negative: in the old state
     recent = inputs[None, :] + origin.to(tl.int64) * x_stride
     window = tl.load(recent, is_entry & (origin >= 0), other=0.0)
     return window + tl.load(old + count, is_old & (origin < 0), other=0.0)
@@ -73,8 +77,8 @@ def _window(inputs, x_stride, old, is_old, is_entry, entry, count, WIDTH: tl.con
 def _ragged_kernel(
     x, weight, bias, state, rows, query_start_loc, seq_lens, snapshots, out, channels, x_stride,
     state_stride, num_rows, WIDTH: tl.constexpr, PADDED: tl.constexpr, HAS_BIAS: tl.constexpr,
-    IS_SILU: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, KEEPS: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    IS_SILU: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+    HAS_SNAPSHOTS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Some tokens and channels of a row. Only a row's first program touches the row's state."""
     if OVERLAP:
@@ -115,12 +119,12 @@ def _ragged_kernel(
         is_entry = (entry < WIDTH - 1) & is_channel[None, :]
         old, is_kept = own[None, :] + entry, is_entry & is_old[None, :]
         moved = _window(inputs, x_stride, old, is_kept, is_entry, entry, count, WIDTH)
-        if KEEPS:
+        if HAS_SNAPSHOTS:
             border = tl.load(snapshots + row * 2).to(tl.int32)
             window = _window(inputs, x_stride, old, is_kept, is_entry, entry, border, WIDTH)
             slot = state + tl.load(snapshots + row * 2 + 1) * state_stride + channel * (WIDTH - 1)
             tl.store(slot[None, :] + entry, window, is_entry & (border > 0))
-        tl.debug_barrier()  # all threads have read the state
+        tl.debug_barrier()  # until all threads have read the state
         tl.store(own[None, :] + entry, moved, is_entry)
 
 
@@ -153,9 +157,9 @@ def convolve(
         grid = triton.cdiv(channels, _STEP_CHANNELS), num_rows
         _step_kernel[grid](*tensors, out, *strides, CHANNELS=_STEP_CHANNELS, **constants)
     else:
-        kept = rows if snapshots is None else snapshots
+        snapshots_or_rows = rows if snapshots is None else snapshots  # without snapshots never read
         _ragged_kernel[(triton.cdiv(channels, _CHANNELS), num_tokens // _TOKENS + num_rows)](
-            *tensors, kept, out, *strides, num_rows, TOKENS=_TOKENS, CHANNELS=_CHANNELS,
-            KEEPS=snapshots is not None, **constants,
+            *tensors, snapshots_or_rows, out, *strides, num_rows, TOKENS=_TOKENS,
+            CHANNELS=_CHANNELS, HAS_SNAPSHOTS=snapshots is not None, **constants,
         )  # fmt: skip
     return out

@@ -4,8 +4,9 @@
 
 where step = softplus(step + step_bias) and log_decay = -exp(log_decay_rate) * step.
 
-A decode step takes one step of the recurrence. Prompts are computed in chunks of CHUNK tokens; the
-tokens of a chunk see each other by products. On a GPU, Triton kernels compute both
+A row with one token takes one step of the recurrence. A row with more tokens is computed in chunks
+of CHUNK tokens: matrix products compute what the tokens of a chunk contribute to each other, so
+only the chunks must be computed in order. On a GPU, Triton kernels compute both
 (`state_space_triton`); on other devices plain torch does.
 """
 
@@ -85,7 +86,7 @@ def state_space_reference(
     seq_lens: Tensor,
     snapshots: Tensor | None = None,
 ) -> Tensor:
-    """See `state_space`. Rows with equally many tokens and equal borders are computed together.
+    """See `state_space`. Rows with equal numbers of tokens and equal borders form a batch.
 
     Computes in float32, or in float64 if the inputs are.
     """
@@ -118,7 +119,7 @@ def state_space_reference(
 def _chunk(
     query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Some tokens of each row: [rows, heads, tokens, ...]. Returns outputs and the later state."""
+    """Some tokens of each row: [rows, heads, tokens, ...]. Returns outputs and the new state."""
     # [rows, heads, tokens]: log of the decay since the chunk began, the token's own included.
     total = log_decay.cumsum(-1)
     later = torch.ones(key.shape[-2:-1] * 2, dtype=torch.bool, device=key.device).triu(1)

@@ -1,14 +1,14 @@
 """The state space of Mamba-2 in Triton: one kernel for rows with one token, one for other rows.
 
-Both keep some columns of one head's state in float32 registers. `_scan_kernel` goes through a row
-in chunks of 64 tokens:
+A program of either kernel holds some columns of one head's state in float32 registers.
+`_scan_kernel` goes through a row in chunks of 64 tokens:
 
     out = since * (c @ S) + scores @ u,  u = step * x
     S   = S * decay + (until * b)^T @ u
 
 since and until, [tokens, 1], are the decays from the start of the chunk to each token and from the
 token to the end of the chunk. scores (lower triangular) has the products of c with b, times the
-decay between the two tokens. A border behind which the state is kept ends a chunk.
+decay between the two tokens. The border of a snapshot (see `short_convolution`) ends a chunk.
 """
 
 # Triton infers a kernel's types from each call, which mypy cannot follow.
@@ -29,12 +29,13 @@ from compiledllm.kernels.chunked_delta_rule_triton import step_size
 from compiledllm.kernels.launch import launch_options, with_packed_heads
 from compiledllm.kernels.state_space import why_not_on_gpu
 
-_SLICES = ["rows", "snapshots"]  # the place where one begins makes no variant of a kernel
+# Slices of packed inputs, which begin at any address: Triton must not specialise on alignment.
+_SLICES = ["rows", "snapshots"]
 
 
 @dataclass(frozen=True, slots=True)
 class StateTiling:
-    """A program of either kernel. columns: columns of the state, which are dimensions of heads."""
+    """A program of either kernel. columns: columns of the state, which are head dimensions."""
 
     columns: int
     num_warps: int
@@ -46,7 +47,11 @@ def step_tiling(head_dim: int) -> StateTiling:
 
 
 def scan_tiling(dtype: torch.dtype, head_dim: int) -> StateTiling:
-    """Compiled for 9.0, 64 columns of states of 128 take 255 registers; four warps would spill."""
+    """The tiling of the scan.
+
+    Compiled for compute capability 9.0, 64 columns of a state of 128 rows take all 255 registers
+    of a thread with eight warps; four warps would spill.
+    """
     if dtype.itemsize == 2:
         return StateTiling(min(64, head_dim), 8, 2)
     return StateTiling(min(32, head_dim), 8, 1)
@@ -98,7 +103,7 @@ def _scan_kernel(
     x, b, c, step, log_decay_rate, step_bias, skip, state, rows, query_start_loc, seq_lens,
     snapshots, out, x_stride, key_stride, query_stride, step_stride, state_stride,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, STATE_DIM: tl.constexpr, HEAD_DIM: tl.constexpr,
-    COLUMNS: tl.constexpr, KEEPS: tl.constexpr, OVERLAP: tl.constexpr,
+    COLUMNS: tl.constexpr, HAS_SNAPSHOTS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Some columns of one head of a row with several tokens, chunk after chunk."""
     if OVERLAP:
@@ -121,16 +126,17 @@ def _scan_kernel(
     own_steps = step + start * step_stride + head
     dtype = x.dtype.element_ty
     border, num_parts = 0, 1
-    if KEEPS:
+    if HAS_SNAPSHOTS:
         border = tl.load(snapshots + row * 2).to(tl.int32)
         num_parts = tl.where(border > 0, 2, 1)
-    for part in range(num_parts):  # the tokens before the border, and those behind it
+    for part in range(num_parts):  # the tokens before the border, then the tokens after it
         low = tl.where(part == num_parts - 1, border, 0)
         high = tl.where(part == num_parts - 1, count, border)
         for first in range(low, high, 64):
             token = first + lane
             is_token = token < high
-            # The compiler does not pipeline this load, which is in flight during two products.
+            # The compiler does not pipeline this load. It is issued early, so that it is in flight
+            # during two products.
             steps = tl.load(own_steps + token * step_stride, is_token, other=0.0)
             place = (start + token)[:, None]
             group_dims = head // GROUP * STATE_DIM + dim[None, :]
@@ -151,7 +157,7 @@ def _scan_kernel(
             tl.store(target, result.to(out.dtype.element_ty), is_token[:, None])
             update = value.to(tl.float32) * (size * tl.exp(chunk_total - total))[:, None]
             s = s * tl.exp(chunk_total) + _product(tl.trans(key), update.to(dtype))
-        if KEEPS:  # noqa: SIM102  (known to the compiler, unlike the next condition)
+        if HAS_SNAPSHOTS:  # noqa: SIM102  (known to the compiler, unlike the next condition)
             if part < num_parts - 1:
                 slot = states + tl.load(snapshots + row * 2 + 1) * state_stride
                 tl.store(slot, s.to(state.dtype.element_ty))
@@ -199,7 +205,7 @@ def compute_states(
         t = scan_tiling(x.dtype, head_dim)
         _scan_kernel[(num_heads * (head_dim // t.columns), len(rows))](
             *inputs, rows if snapshots is None else snapshots, out, *strides, COLUMNS=t.columns,
-            KEEPS=snapshots is not None, num_warps=t.num_warps, num_stages=t.num_stages,
+            HAS_SNAPSHOTS=snapshots is not None, num_warps=t.num_warps, num_stages=t.num_stages,
             **constants,
         )  # fmt: skip
     return out

@@ -175,10 +175,11 @@ for dtype, of_torch in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
     for width in (3, 4):
         shape = {"WIDTH": width, "PADDED": 4, "HAS_BIAS": width == 3, "IS_SILU": width == 4}
         check(convolution._step_kernel, dtype, CHANNELS=256, **shape)
-        check(convolution._ragged_kernel, dtype, TOKENS=16, CHANNELS=128, KEEPS=True, **shape)
+        shape |= {"TOKENS": 16, "HAS_SNAPSHOTS": True}
+        check(convolution._ragged_kernel, dtype, CHANNELS=128, **shape)
     dim = 128 if dtype == "bf16" else 64  # float32 takes the compiler long
     shape = {"NUM_HEADS": 32, "GROUP": 2, "KEY_DIM": dim, "VALUE_DIM": dim, "EPS": 1e-6}
-    shape["KEEPS"] = True
+    shape["HAS_SNAPSHOTS"] = True
     check(gated_norm._gated_norm_kernel, dtype, DIM=dim, PADDED=dim, HEADS=8)
     for programs in (32, 2048):
         check(delta._step_kernel, dtype, delta.step_tiling(dim, torch.float32, programs), **shape)
