@@ -21,7 +21,7 @@ from compiledllm.kernels.ops import define
 from compiledllm.kernels.quantized import BLOCK_ROWS, PACKED_BITS
 from compiledllm.kernels.records import UNIT, pack_bytes, pack_records, with_minima
 
-# With more rows, bfloat16 inputs of FP8 matrices are quantised to FP8 (`takes_fp8_inputs`).
+# With more rows of x, bfloat16 inputs of FP8 matrices are quantised to FP8 (`takes_fp8_inputs`).
 MAX_ROWS_OF_16_BITS = 16
 MAX_FEW_ROWS = 64  # with more rows, the matrix is dequantised to 16 bits first
 
@@ -30,11 +30,12 @@ MAX_FEW_ROWS = 64  # with more rows, the matrix is dequantised to 16 bits first
 class Layout:
     """How a `Packed` matrix is stored.
 
-    code: "fp8", "int8", "int6", "int4" or "fp4". groups: number of scales that an output has per
-    128 inputs; 0: none, `Packed.row_scales` are the only scales. scale_dtype: dtype of the groups'
-    scales, a name in torch. has_zeros: each group has a zero point beside its scale. block_rows:
-    number of outputs that share the groups' scales, 1 or 128. has_minima: each group has a minimum
-    beside its scale. has_factors: scales and minima are int8 and multiplied by float16 factors.
+    code: the type of the codes: "fp8", "int8", "int6", "int4" or "fp4". groups: number of scales
+    that an output has per 128 inputs; 0: `Packed.row_scales` are the only scales. scale_dtype:
+    dtype of the groups' scales, a name in torch. has_zeros: each group has a zero point beside its
+    scale. block_rows: number of outputs that share the groups' scales, 1 or 128. has_minima: each
+    group has a minimum beside its scale. has_factors: scales and minima are int8 and multiplied by
+    float16 factors.
     """
 
     code: str
@@ -71,7 +72,7 @@ class Packed:
     scales, zeros: [ceil(N / block_rows), groups * ceil(K / 128)]; None if the layout has none, and
     for codes in records. With minima or factors, `scales` also contains the minima and factors, as
     arranged by `records.with_minima`.
-    row_scales: float32 [N]; if the layout has groups, ones or NVFP4's factors.
+    row_scales: float32 [N]. If the layout has groups, these are ones, or the factors of NVFP4.
     """
 
     layout: Layout
@@ -97,9 +98,9 @@ def pack(
 ) -> Packed | None:
     """Pack a matrix; None if the kernels support neither its groups nor its number of inputs.
 
-    codes: [N, K], uint8 0..15 for int4 and fp4. K: num_inputs, perhaps padded to a multiple of 128.
-    scales, zeros, minima: [N or ceil(N / 128), K / group]. factors: float16 [N, S, 2], float64
-    [N, 1, 1], or None.
+    code: see `Layout`. codes: [N, K], one code per element (`quantized.unpack_codes`). K:
+    num_inputs, perhaps padded to a multiple of 128. scales, zeros, minima: [N or ceil(N / 128),
+    K / group]. factors: float16 [N, S, 2] for S super-blocks, float64 [N, 1, 1], or None.
     """
     num_outputs = codes.shape[0]
     block_rows = 1 if len(scales) == num_outputs else BLOCK_ROWS
@@ -107,7 +108,7 @@ def pack(
     ones = torch.ones(num_outputs, dtype=torch.float32, device=codes.device)
     if codes.shape[1] % 16 or num_inputs % 8:  # 16 bytes of codes, and of x, are loaded at once
         return None
-    if factors is not None and factors.dtype == torch.float64:  # one for each output
+    if factors is not None and factors.dtype == torch.float64:  # of NVFP4, one per output
         ones, factors = factors[:, 0, 0].float(), None
     has_minima, has_factors = minima is not None, factors is not None
     is_plain = zeros is None and not has_minima and not has_factors
@@ -134,7 +135,7 @@ def pack(
 
 
 def _has_groups(code: str, group: int, has_minima: bool) -> bool:
-    """Whether the kernels support groups of this size."""
+    """Whether the kernels support groups of this many inputs."""
     if code == "int6":
         return group == 16
     if group in (32, 64):
@@ -201,7 +202,7 @@ def packed_linear_into(
     bias: Tensor | None,
     layout: Layout,
 ) -> Tensor:
-    """`packed_linear` that writes to `out` [rows, N], contiguous, for code that is not compiled."""
+    """`packed_linear` into `out`, contiguous [rows, N], for code that is not compiled."""
     from compiledllm.kernels.quantized_cuda import quantized_product
 
     parts = codes, scales, zeros, row_scales
@@ -273,7 +274,7 @@ def packed_experts(
 
 
 def products_of(layout: Layout) -> str:
-    """For the report at the start: which kernels multiply, depending on the number of rows."""
+    """A phrase for the start's report: which kernels multiply, depending on the number of rows."""
     if _may_take_fp8_inputs(layout):
         return f"our kernel up to {MAX_ROWS_OF_16_BITS} rows, FP8 inputs for more in bfloat16"
     return f"our kernel up to {MAX_FEW_ROWS} rows, dequantised for more"

@@ -10,16 +10,16 @@ where `rows` is 1 or 128.
 
 codes: fp8, int8: [N outputs, K inputs]. int4, fp4: int32 [N, K / 8] with eight codes per word,
 where K is the number of inputs padded to a multiple of 128; padding codes and their scales are 0.
-int6: uint8 [N, K * 3 / 4], K padded likewise: pairs of low halves of four bits, then fours of the
-high two bits.
+int6: uint8 [N, K * 3 / 4] with the same padding: first K / 2 bytes with the lower four bits of two
+codes each, then K / 4 bytes with the upper two bits of four codes each.
 scales: [ceil(N / rows), K / group] in any floating-point dtype. zeros: the same shape; None: all
 are 8 for int4 without minima, 32 for int6, otherwise 0. minima: shape and dtype of the scales;
 None: all are 0.
-factors: of GGUF's k-quants, whose scales and minima are int8: float16 [N, S, 2] for S super-blocks
-of K / S inputs; factors[..., 0] multiplies the scales of a super-block and factors[..., 1] its
-minima. Of NVFP4, whose scales are float8_e4m3fn: float64 [N, 1, 1]; the product of a scale and the
-factor is rounded to float32. Ops derive the group size from the shapes, as all groups have the same
-number of (padded) inputs.
+factors: a second level of scales, which two formats have. GGUF's k-quants, whose scales and minima
+are int8: float16 [N, S, 2] for S super-blocks of K / S inputs; factors[..., 0] multiplies the
+scales of a super-block and factors[..., 1] its minima. NVFP4, whose scales are float8_e4m3fn:
+float64 [N, 1, 1]; the product of a scale and the factor is rounded to float32. Ops derive the group
+size from the shapes, as all groups have the same number of (padded) inputs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from compiledllm.kernels.moe import experts_fake, experts_in_torch
 from compiledllm.kernels.ops import define
 
 NIBBLES = ("int4", "fp4")  # codes of four bits
-# Bits of the codes that are packed, for which inputs are padded to a multiple of K_MULTIPLE.
+# Bits per code of the packed codes, whose number of inputs is padded to a multiple of K_MULTIPLE.
 PACKED_BITS = {"int4": 4, "fp4": 4, "int6": 6}
 K_MULTIPLE = 128
 BLOCK_ROWS = 128  # outputs that share scales, if scales are not per output
@@ -48,7 +48,7 @@ def pack_codes(code: str, codes: Tensor) -> Tensor:
 
 
 def unpack_codes(code: str, packed: Tensor) -> Tensor:
-    """The codes one by one, uint8 where they were packed. The padding stays."""
+    """One code per element, [..., K]: uint8 if the codes were packed. The padding stays."""
     if code not in PACKED_BITS:
         return packed
     return unpack_sixes(packed) if code == "int6" else unpack_nibbles(packed)
@@ -154,7 +154,8 @@ def quantized_linear(
 ) -> Tensor:
     """x [tokens, K] -> x @ W.T + bias, [tokens, N] in x's dtype.
 
-    code: "fp8", "int8", "int4" or "fp4". The module's docstring describes the matrix's tensors.
+    code: "fp8", "int8", "int6", "int4" or "fp4". The module's docstring describes the matrix's
+    tensors.
     """
     weight = dequantize_packed(codes, scales, zeros, code, x.shape[1], minima, factors)
     weight = weight.to(x.dtype)

@@ -43,7 +43,7 @@ class Tiling:
 
     row_tiles: tiles of 16 outputs per warp. n_warps: warps along the outputs. k_warps: warps along
     the inputs, whose partial sums are added at the end. depth: number of loads in flight per warp.
-    A load is one unit of 128 inputs for 8-bit codes and `chunk` units for codes in records.
+    chunk: units of 128 inputs per load, for codes in records; a load of 8-bit codes is one unit.
     """
 
     row_tiles: int
@@ -53,15 +53,15 @@ class Tiling:
     chunk: int = 1
 
     def ring_bytes(self, record_bytes: int) -> int:
-        """Shared memory for the loads of a block.
+        """Bytes of shared memory for the loads of a thread block.
 
-        record_bytes: of a unit of 16 outputs; 0 for codes without records, which take none.
+        record_bytes: size of a record; 0 for codes in rows, whose loads take registers instead.
         """
         warps = self.n_warps * self.k_warps
         return self.row_tiles * warps * self.depth * self.chunk * record_bytes
 
     def fitted(self, record_bytes: int, tokens: int) -> Tiling:
-        """This tiling with loads so small that a block's shared memory suffices.
+        """This tiling, with `chunk` reduced until the loads fit into a block's shared memory.
 
         record_bytes: see `ring_bytes`. tokens: rows of x that a block computes.
         """
@@ -154,7 +154,8 @@ class Routing:
 
     block_experts: int32 [blocks], the expert of each block; num_experts or more: the block is
     empty. items: int32 [blocks * rows], indices of each block's items, where num_items or more
-    means no item; None: block i has only item i, and `rows` is 1. rows: items per block.
+    means no item; None: block i has only item i, and `rows` is 1. rows: maximum number of items per
+    block.
     """
 
     block_experts: Tensor

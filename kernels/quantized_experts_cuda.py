@@ -1,8 +1,8 @@
 """Expert MLPs with quantised matrices on a GPU.
 
-An item is a pair of a token and one of its experts, as in `moe_triton`. Few items per expert are
-multiplied by `quantized_cuda` in blocks of one expert each. For many items per expert all experts
-are dequantised to 16 bits and `moe_triton` multiplies.
+An item is a pair of a token and one of its experts, as in `moe_triton`. With few items per expert,
+`quantized_cuda` multiplies them in blocks, each of which has items of one expert. With many items
+per expert, all experts are dequantised to 16 bits and `moe_triton` multiplies.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from compiledllm.kernels.quantized_cuda import (
     launch_product,
 )
 
-_MAX_ITEMS_OF_EXPERT = 32  # on average over all experts; with more, they are dequantised
+_MAX_ITEMS_OF_EXPERT = 32  # on average over all experts; with more, all experts are dequantised
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ def experts(
     limit: float,
     activation: str = "silu",
 ) -> Tensor:
-    """See `packed.packed_experts`."""
+    """See `packed.packed_experts`. Returns float32 [tokens, top_k, hidden]."""
     (num_tokens, hidden), (_, top_k) = x.shape, expert_ids.shape
     num_items, num_experts = expert_ids.numel(), len(gate_up.codes)
     size = gate_up.num_outputs // 2

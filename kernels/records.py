@@ -1,24 +1,26 @@
 """The layouts of 4-bit, 6-bit and int8 weights in which `cuda/linear.cu` reads them.
 
-A matrix is divided into tiles of 16 outputs and units of 128 inputs. A record holds the 4-bit codes
-of one tile and one unit, together with their scales and zeros, so that a warp copies the record as
-one piece. Four lanes of a warp share an output. A quarter is 32 of a unit's inputs, 8 for each of
-these four lanes. A record consists of:
+A matrix is divided into tiles of 16 outputs and units of 128 inputs. A record holds the 4- or 6-bit
+codes of one tile and one unit, together with their scales and zeros, so that a thread copies the
+record to shared memory as one piece. Four lanes of a warp share an output. A quarter is 32 of a
+unit's inputs, 8 for each of these four lanes. A record consists of:
 
 - codes, [2, 8, 4, 4] words of 32 bits: half of the tile, output in the half, lane, quarter. A word
   has the eight codes of inputs 32 * quarter + 8 * lane + (0 ... 7): inputs 0, 2, 4, 6 in its lower
-  16 bits and inputs 1, 3, 5, 7 in its upper 16 bits, from the lowest bits up; E2M1 codes bit by bit
-  as `_E2M1_BITS` says. With 6-bit codes,
-  a lane's inputs are 4 * lane + (0 ... 3) of either half of the quarter, as each half has a scale.
-- for 6-bit codes, whose lower four bits lie as above, the upper two, [2, 8, 4, 2] words: half of
-  the tile, output in the half, lane, half of the unit. Of a word's lower and upper 16 bits, each 8
-  belong to one quarter, two bits a code, in the order of the lower bits.
+  16 bits and inputs 1, 3, 5, 7 in its upper 16 bits. An int4 code takes four neighbouring bits, and
+  the first input has the lowest bits. The bits of an E2M1 code lie apart (`_E2M1_BITS`). Of a 6-bit
+  code, the word has the lower four bits, and the lane's inputs are 4 * lane + (0 ... 3) of each
+  half of the quarter, because each half (16 inputs) has its own scale.
+- the upper two bits of 6-bit codes, [2, 8, 4, 2] words: half of the tile, output in the half, lane,
+  half of the unit. A word has two quarters: one in bits 0 to 7 and 16 to 23, the other in bits 8 to
+  15 and 24 to 31. Within a quarter, codes follow each other in the order of their lower bits.
 - scales, [8, 2, groups]: output in the half, half, group of the unit's inputs. Minima and factors,
   if there are any, follow the scales of each output (`with_minima`).
 - zeros, uint8 [8, 2, groups], if the codes have any.
 
-int8 codes are not in records but in rows, one row per output, in units of [2 pairs of quarters, 4
-lanes, 2 quarters, 8 inputs] bytes: 16 consecutive bytes are one lane's codes in two quarters.
+int8 codes are not in records but in rows, one row per output. A unit of a row is [2 pairs of
+quarters, 4 lanes, 2 quarters, 8 inputs] bytes: 16 consecutive bytes are one lane's codes in two
+quarters.
 """
 
 from __future__ import annotations
@@ -30,20 +32,20 @@ from torch import Tensor
 TILE = 16  # outputs
 UNIT = 128  # inputs
 _CHUNK = 2**24  # codes that are packed at a time
-# Where the four bits of an E2M1 code lie, the lowest first, by its place among the four codes of 16
-# bits: where few instructions make bfloat16 of them (`unpack_nibbles` in `cuda/codes.cuh`).
+# For each of the four E2M1 codes in 16 bits, the positions of the code's bits, the lowest bit
+# first. From these positions few instructions make a bfloat16 (`unpack_nibbles` in
+# `cuda/codes.cuh`).
 _E2M1_BITS = ((6, 7, 8, 15), (0, 1, 2, 9), (3, 4, 5, 12), (10, 11, 13, 14))
 
 
 def pack_records(
     codes: Tensor, scales: Tensor | None, zeros: Tensor | None, code: str = "int4"
 ) -> Tensor:
-    """Pack codes, uint8 [N, K] of 4 or 6 bits: uint8 [ceil(N / 16), ceil(K / 128), record bytes].
+    """Pack codes of 4 or 6 bits into records, uint8 [ceil(N / 16), ceil(K / 128), record bytes].
 
-    code: "int4", "fp4" or "int6".
-
-    scales (1 to 4 bytes each), zeros (uint8): [N, groups * ceil(K / 128)] with 1, 2, 4 or 8 groups
-    per 128 inputs, or None. Works through the rows in chunks, to save memory.
+    codes: uint8 [N, K]. code: "int4", "fp4" or "int6". scales (1 to 4 bytes each), zeros (uint8):
+    [N, groups * ceil(K / 128)] with 1, 2, 4 or 8 groups per 128 inputs, or None. Works through the
+    rows in chunks, to save memory.
     """
     num_outputs, num_inputs = codes.shape
     size = max(_CHUNK // num_inputs // TILE, 1) * TILE
@@ -78,7 +80,10 @@ def _pack_chunk(codes: Tensor, scales: Tensor | None, zeros: Tensor | None, code
 
 
 def _in_half(codes: Tensor, place: int, code: str) -> Tensor:
-    """Codes, int32, or their lower four bits, in their places among the four of 16 bits."""
+    """The lower four bits of int32 codes, moved to the bits of their place in 16 bits.
+
+    place: 0 to 3, the code's index among the four codes in 16 bits.
+    """
     if code != "fp4":
         return (codes & 15) << 4 * place
     found = torch.zeros_like(codes)

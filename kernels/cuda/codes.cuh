@@ -6,18 +6,19 @@
 enum Code { FP8, INT8, INT4, FP4, INT6 };
 enum ScaleType { FLOAT32, BFLOAT16, FLOAT16, E8M0, E4M3, INTEGER8 };
 
-#define NIBBLES (CODE == 2 || CODE == 3 || CODE == 4)  // four bits of a code, of INT6 the lower ones, in records
-constexpr int UNIT = 128, UNIT_BYTES = NIBBLES ? UNIT / 2 : UNIT;  // inputs; bytes of an output
-constexpr int UPPER_BYTES = CODE == INT6 ? UNIT / 4 : 0;  // of an output's upper two bits
+// Whether codes lie in records: INT4, FP4 and INT6, of which a record holds the lower four bits apart.
+#define IN_RECORDS (CODE == 2 || CODE == 3 || CODE == 4)
+constexpr int UNIT = 128;                                // inputs
+constexpr int UNIT_BYTES = IN_RECORDS ? UNIT / 2 : UNIT;  // of an output's codes; of INT6 the lower four bits
+constexpr int UPPER_BYTES = CODE == INT6 ? UNIT / 4 : 0;  // of an output's upper two bits in a unit
 constexpr int LOADS = UNIT_BYTES / 64;  // of 16 bytes, by each of the four lanes that share an output
 // FP8 codes lie in the order of the inputs, because cuBLASLt multiplies by the same tensor: a lane's 16
 // bytes are the codes of 16 consecutive inputs. In the layouts of the other codes (kernels/records.py) a
-// lane has 8 consecutive inputs, then 8 inputs that lie 32 further; of INT6 4 inputs, 4 that lie 16 further,
-// and so on.
+// lane has 8 consecutive inputs of each quarter of 32; with INT6, 4 consecutive inputs of each 16.
 constexpr bool IN_ORDER = CODE == FP8;
 constexpr int LANE_INPUTS = IN_ORDER ? 16 : CODE == INT6 ? 4 : 8;
-// Index, within a unit, of the first input in a quarter of lane 0's codes; LANE_INPUTS * lane further
-// for other lanes.
+// Index, within a unit, of the first input of lane 0 in a quarter of its codes. Lane l (of the four that
+// share an output) begins LANE_INPUTS * l inputs later.
 __device__ __forceinline__ constexpr int first_input(int quarter) {
     return IN_ORDER ? 64 * (quarter / 2) + 8 * (quarter % 2) : 32 * quarter;
 }
@@ -25,7 +26,8 @@ constexpr int SCALE_BYTES = SCALE == FLOAT32 ? 4 : SCALE == BFLOAT16 || SCALE ==
 // Scales of groups of 16 inputs multiply the codes; scales of larger groups multiply sums of products. INT6
 // has its inputs in such an order that an instruction multiplies one group.
 constexpr bool SCALES_CODES = GROUPS == 8 && CODE != INT6;
-// Without zeros, twice in a register: what unpacking int4 subtracts. The zero is 8, with minima 0.
+// The pair of floats that unpacking INT4 subtracts if there are no zeros: the offset, plus a zero of 8, or
+// of 0 with minima.
 constexpr u32 NO_ZERO = (BF16 ? 0x43004300u : 0x64006400u) + (HAS_MINIMA ? 0u : 0x00080008u);
 constexpr u32 ONES = BF16 ? 0x3F803F80u : 0x3C003C00u;
 
@@ -39,14 +41,14 @@ __device__ __forceinline__ float to_float(u16 v) {
 
 // -- codes to floats -------------------------------------------------------------------------------
 
-// Unpacked FP8 codes, and NVFP4 codes times their scales, are too small by a power of two, by which the
-// kernel multiplies the final sum. This changes a sum of codes by at most 2^-29.
+// Unpacked FP8 codes, and NVFP4 codes times their scales, are too small by a power of two, FACTOR, by which
+// the kernel multiplies the final sum. This changes a sum of codes by at most 2^-29.
 constexpr bool IS_NVFP4 = CODE == FP4 && GROUPS == 8 && SCALE == E4M3;
 constexpr float FACTOR = CODE == FP8 ? (BF16 ? 1.329227995784916e36f : 256.f)  // 2^120, 2^8
                          : IS_NVFP4  ? (BF16 ? 6.646139978924579e35f : 16384.f)  // 2^119, 2^14
                                      : 1.f;
-// Makes a scale of the E4M3 bits in a float's exponent. NVFP4's are too large by 2^7 for BF16, so that
-// products with codes are exact: codes are too small by 2^126.
+// The power of two by which a float with the bits of an E4M3 scale is too small. Scales of NVFP4 in BF16 are
+// left too large by 2^7, so that their products with the codes, which are too small by 2^126, are exact.
 constexpr float E4M3_POWER = IS_NVFP4 && BF16 ? 1.7014118346046923e38f : 1.329227995784916e36f;  // 2^127, 2^120
 
 // Four 8-bit codes -> two pairs, exact.
@@ -62,7 +64,7 @@ __device__ __forceinline__ void unpack_bytes(u32 codes, u32 zero, u32& first, u3
     } else {
         u32 v = codes ^ 0x80808080u;  // code + 128
 #if BF16
-        const float OFFSET = 8388608.f + 128.f;  // 2^23: the code is the float's last bits
+        const float OFFSET = 8388608.f + 128.f;  // 2^23, where a float's lowest bits are an integer
         float f0 = __uint_as_float(__byte_perm(v, 0x4B000000u, 0x7440)) - OFFSET;
         float f1 = __uint_as_float(__byte_perm(v, 0x4B000000u, 0x7441)) - OFFSET;
         float f2 = __uint_as_float(__byte_perm(v, 0x4B000000u, 0x7442)) - OFFSET;
@@ -82,8 +84,9 @@ __device__ __forceinline__ constexpr u32 shifted(u32 bits, int up) {
     return up >= 0 ? bits << max(up, 0) : bits >> max(-up, 0);
 }
 
-// Eight 6-bit codes -> four pairs, exact: 128 or 1024 with the code in the last bits, minus that and 32.
-// upper: the upper bits of two quarters, of which this one is `quarter`.
+// Eight 6-bit codes -> four pairs of code - 32, exact. The code becomes the lowest bits of a float of 128
+// (BF16) or 1024, from which that offset and 32 are subtracted. upper: the upper bits of two quarters.
+// quarter: 0 or 1, which of the two.
 __device__ __forceinline__ void unpack_sixes(u32 lower, u32 upper, int quarter, u32 (&pair)[4]) {
 #pragma unroll
     for (int p = 0; p < 4; ++p) {
@@ -94,16 +97,17 @@ __device__ __forceinline__ void unpack_sixes(u32 lower, u32 upper, int quarter, 
     }
 }
 
-// Eight 4-bit codes -> four pairs, exact but for FACTOR. Either 16 bits have one code of each pair: of INT4 at
-// bits 0, 4, 8 and 12. E2M1 codes lie where few instructions bring them to their places in a bfloat16: three
-// bits of magnitude from bit 6, 0 or 3 on, with the sign nine bits above the first; of the last code in bits
-// 10, 11, 13 and, the sign, 14.
+// Eight 4-bit codes -> four pairs, exact but for FACTOR. The lower and the upper 16 bits of the word each have
+// one code of every pair. INT4 codes lie at bits 0, 4, 8 and 12. E2M1 codes lie where few instructions move
+// them to their places in a bfloat16: the first three codes have their magnitude (three bits) from bit 6, 0
+// and 3 on, and their sign nine bits above the magnitude's first bit; the last code has its magnitude in bits
+// 10, 11 and 13, and its sign in bit 14.
 __device__ __forceinline__ void unpack_nibbles(u32 codes, u32 zero, u32 (&pair)[4]) {
 #pragma unroll
     for (int p = 0; p < 4; ++p) {
-        if constexpr (CODE == INT4) {  // 128 or 1024, with the code in the last bits
+        if constexpr (CODE == INT4) {  // the code becomes the lowest bits of a float of 128 or 1024
             pair[p] = subtract(((codes >> (4 * p)) & 0x000F000Fu) | (BF16 ? 0x43004300u : 0x64006400u), zero);
-        } else {  // the exponent's bias is larger by 126 or 14
+        } else {  // the bias of the 16-bit float's exponent is larger than E2M1's by 126 or 14
             constexpr u32 SIGN = 0x80008000u, POWER = BF16 ? 0x7E807E80u : 0x74007400u;
             constexpr u32 ONE = 0x00010001u;
             constexpr int TO = BF16 ? 6 : 9;  // the lowest bit of the magnitude
@@ -145,7 +149,8 @@ template <int BYTES> struct Few {  // BYTES bytes in registers, loaded together
 };
 
 constexpr int NUM_SCALES = GROUPS ? GROUPS : 1;
-// The scales, perhaps the minima, and perhaps two float16 factors: of the scales, of the minima.
+// Numbers of an output in a unit, in a scale's type: the scales, the minima if there are any, and, in the
+// place of four numbers, the two float16 factors (of the scales and of the minima) if there are any.
 constexpr int UNIT_SCALES = NUM_SCALES * (1 + HAS_MINIMA) + 4 * HAS_FACTORS;
 typedef Few<UNIT_SCALES * SCALE_BYTES> Scales;
 typedef Few<NUM_SCALES> Zeros;
@@ -184,9 +189,9 @@ __device__ __forceinline__ u32 zero_of(const Zeros& zeros, int group) {
     return pair_of(f, f);
 }
 
-// A record has the codes of 16 outputs and a unit [2 halves, 8 outputs, 4 lanes, 16 bytes], perhaps their
-// upper bits [2 halves, 8 outputs, 4 lanes, 8 bytes], then the outputs' scales [8, 2 halves, UNIT_SCALES] and
-// zeros.
+// A record has the codes of 16 outputs in a unit [2 halves, 8 outputs, 4 lanes, 16 bytes], with INT6 the
+// codes' upper bits [2 halves, 8 outputs, 4 lanes, 8 bytes], then the outputs' scales [8, 2 halves,
+// UNIT_SCALES], and their zeros [8, 2 halves, NUM_SCALES] if there are any.
 constexpr int CODE_RECORD = 16 * (UNIT_BYTES + UPPER_BYTES);
 constexpr int SCALE_RECORD = GROUPS ? 16 * UNIT_SCALES * SCALE_BYTES : 0;
 constexpr int RECORD = CODE_RECORD + SCALE_RECORD + (HAS_ZEROS ? 16 * NUM_SCALES : 0);

@@ -1,6 +1,6 @@
 // Writes rows of a matrix in 16 bits, out [num_rows, num_inputs]; each weight is rounded once. Codes lie
-// in rows (8 bits) or records (4 bits), see linear.cu, which also explains the macros. A warp computes 16
-// rows and a unit of 128 inputs; blockIdx.x is the group of rows, blockIdx.y a group of units. With
+// in rows (8 bits) or in records (4 and 6 bits); linear.cu explains both, and the macros. A warp computes
+// 16 rows and a unit of 128 inputs; blockIdx.x is the group of 16 rows, blockIdx.y a group of units. With
 // HAS_IDS, row i of out is row ids[i] of the matrix, otherwise row i.
 
 #include "ptx.cuh"
@@ -25,7 +25,7 @@ extern "C" __global__ void dequantize(
         uint2 upper = make_uint2(0, 0);
         Scales scale;
         Zeros zero_code;
-#if NIBBLES
+#if IN_RECORDS
         const u8* record = codes + ((long long)(output / 16) * num_units + unit) * RECORD;
         const int place = 2 * (output % 8) + output / 8 % 2;  // of the output's scales in the record
         loaded[0] = *(const uint4*)(record + 64 * (output % 16) + 16 * l);
@@ -62,8 +62,8 @@ extern "C" __global__ void dequantize(
                 continue;
             }
             if (HAS_ZEROS) zero = zero_of(zero_code, group);
-            const uint4& c = loaded[NIBBLES ? 0 : q / 2];
-#if NIBBLES
+            const uint4& c = loaded[IN_RECORDS ? 0 : q / 2];
+#if IN_RECORDS
             unpack_nibbles(word, zero, pair);
 #else
             unpack_bytes(q % 2 ? c.z : c.x, zero, pair[0], pair[1]);

@@ -1,11 +1,12 @@
-// out[t, n] = sum over k of x[t, k] * w[n, k], for few rows t; w is stored in 8 or 4 bits.
+// out[t, n] = sum over k of x[t, k] * w[n, k], for few rows t; w is stored as codes of 8, 6 or 4 bits.
 //
-// Reading w takes all the time. A warp owns 16 * ROW_TILES outputs and every K_WARPS-th unit of 128
-// inputs; codes become 16-bit floats in registers and are multiplied on the tensor cores, as the
-// left operand [16 outputs, 16 inputs]; x is the right operand [16 inputs, 8 rows]. The order of
-// inputs does not change a product, so a lane's codes need not be the inputs that the instruction
-// assigns to the lane, as long as x is read in the same order: each lane reads 16 bytes at a time.
-// The warps' sums are added through shared memory, in a fixed order.
+// The time to read w dominates. A warp owns 16 * ROW_TILES outputs and every K_WARPS-th unit of 128
+// inputs. Lanes turn codes into 16-bit floats in registers; these are the left operand of a tensor-core
+// instruction [16 outputs, 16 inputs], and x is the right operand [16 inputs, 8 rows]. The order of
+// inputs does not change a sum of products, so a lane need not hold the codes of the inputs that the
+// instruction assigns to the lane, as long as x is read in the same order. Each lane can therefore read
+// 16 consecutive bytes at a time. The partial sums of the K_WARPS warps are added through shared memory,
+// in a fixed order.
 //
 // 8-bit codes lie in rows (INT8: in the order of `kernels/records.py: pack_bytes`). Lanes load them
 // into registers, DEPTH units ahead.
@@ -13,15 +14,16 @@
 // (`kernels/records.py: pack_records`). One thread of a warp copies CHUNK records at a time to
 // shared memory, DEPTH chunks ahead.
 //
-// With EXPERTS, gridDim.y blocks of TOKENS items share an expert each: `item_of_row` [blocks, TOKENS]
-// names the items (num_items and more: none), whose rows of x and out are item / items_per_row and
-// item. Without a list, each block is an item. Blocks of expert num_experts and more are empty.
+// With EXPERTS, each of the gridDim.y blocks multiplies up to TOKENS items of one expert.
+// `item_of_row` [blocks, TOKENS] has the items of a block (num_items or more: no item); item i reads row
+// i / items_per_row of x and writes row i of out. Without `item_of_row`, block i has only item i. A block
+// whose expert is num_experts or more is empty.
 //
 // Defined by the compiler's options: CODE, BF16 (x and out are bfloat16, otherwise float16),
-// TOKEN_TILES (of 8 rows of x), ROW_TILES, N_WARPS, K_WARPS, DEPTH, CHUNK, GROUPS (scales of an output
-// per unit; 0: none), SCALE (their type), HAS_ZEROS, HAS_MINIMA and HAS_FACTORS (which follow the scales of
-// an output and a unit), HAS_BIAS, TAIL (the last unit is partial), EXPERTS, OUT32 (out is float), OVERLAP
-// (programmatic dependent launch).
+// TOKEN_TILES (of 8 rows of x), ROW_TILES, N_WARPS, K_WARPS, DEPTH, CHUNK (see `quantized_cuda.Tiling`),
+// GROUPS (scales of an output per unit; 0: none), SCALE (the type of these scales), HAS_ZEROS, HAS_MINIMA
+// and HAS_FACTORS (minima and factors follow the scales of an output and a unit), HAS_BIAS, TAIL (the last
+// unit is partial), EXPERTS, OUT32 (out is float), OVERLAP (programmatic dependent launch).
 
 #include "ptx.cuh"
 #include "codes.cuh"
@@ -35,16 +37,16 @@ typedef float OUT;
 typedef u16 OUT;
 #endif
 
-struct Unit {  // a lane's codes, scales and zeros, of outputs g and g + 8 of each tile
+struct Unit {  // the codes, scales and zeros that a lane holds: of outputs g and g + 8 of each tile
     uint4 codes[ROW_TILES][2][LOADS];
-    uint2 upper[ROW_TILES][2];  // of INT6
+    uint2 upper[ROW_TILES][2];  // INT6: the upper two bits of the codes
     Scales scales[ROW_TILES][2];
     Zeros zeros[ROW_TILES][2];
 };
 
-// -- copies to shared memory (4-bit codes) -----------------------------------------------------------
+// -- codes in records, which are copied to shared memory ----------------------------------------------
 
-constexpr int SLOT = CHUNK * RECORD;
+constexpr int SLOT = CHUNK * RECORD;  // bytes of a chunk of one tile
 
 __device__ __forceinline__ void read_record(Unit& unit, const u8* record, int lane) {
 #pragma unroll
@@ -52,7 +54,7 @@ __device__ __forceinline__ void read_record(Unit& unit, const u8* record, int la
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const u8* p = record + r * SLOT;
-            const int output = 2 * (lane / 4) + half;  // a lane's two outputs are neighbours
+            const int output = 2 * (lane / 4) + half;  // scales of outputs g and g + 8 lie side by side
             unit.codes[r][half][0] = *(const uint4*)(p + 512 * half + 16 * lane);
             if constexpr (CODE == INT6) unit.upper[r][half] = *(const uint2*)(p + 1024 + 256 * half + 8 * lane);
             if constexpr (GROUPS > 0) unit.scales[r][half].load(p + CODE_RECORD + output * UNIT_SCALES * SCALE_BYTES);
@@ -62,7 +64,8 @@ __device__ __forceinline__ void read_record(Unit& unit, const u8* record, int la
 
 // -- the kernel ------------------------------------------------------------------------------------
 
-// x [rows, num_inputs], x_stride apart. codes: rows of row_bytes, or records; expert_bytes apart.
+// x [rows, num_inputs], rows x_stride elements apart. codes: rows of row_bytes bytes, or records; those of
+// two experts are expert_bytes apart.
 // scales, zeros (8-bit): [outputs / 2^scale_shift, scale_stride]. row_scales: float [outputs] or null.
 // bias [outputs]. out [rows, num_outputs]. With experts, all tensors of the matrix but codes are
 // contiguous, with a first dimension of experts.
@@ -78,7 +81,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantized_linear(
     const int num_units = (num_inputs + UNIT - 1) / UNIT;
     const int first_output = (blockIdx.x * TILES + n_warp * ROW_TILES) * 16;
 
-#if EXPERTS  // an earlier kernel writes the routing, so wait before reading it
+#if EXPERTS  // the previous kernels write the routing, so this kernel waits before it reads the routing
 #if OVERLAP
     wait_for_predecessor();
 #endif
@@ -99,8 +102,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantized_linear(
     };
 #endif
 
-    // Start to read the weights.
-#if NIBBLES
+    // Start loading the weights.
+#if IN_RECORDS
     extern __shared__ __align__(128) u8 ring[];  // [warps, DEPTH, ROW_TILES, SLOT]
     __shared__ u64 arrived[N_WARPS * K_WARPS][DEPTH];
     u8* const ring_of_warp = ring + warp * DEPTH * ROW_TILES * SLOT;
@@ -141,7 +144,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantized_linear(
             for (int half = 0; half < 2; ++half) {
 #pragma unroll
                 for (int i = 0; i < LOADS; ++i) {
-                    // Beyond the last input x is zero, and any code of the row will do.
+                    // Past the last input x is read as zero, so any code of the row will do.
                     const bool is_beyond = TAIL && IN_ORDER && index * UNIT + 64 * i + 16 * l >= num_inputs;
                     const u8* p = is_beyond ? row[r][half] - 16 * l : row[r][half] + index * UNIT_BYTES + 64 * i;
                     unit.codes[r][half][i] = load_once(p);
@@ -158,7 +161,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantized_linear(
 
 #if OVERLAP
 #if !EXPERTS
-    wait_for_predecessor();  // only the weights may be read before the wait
+    wait_for_predecessor();  // before this line, the kernel reads weights only
 #endif
     release_successor();
 #endif
@@ -196,7 +199,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantized_linear(
                 } else if (is_row[t] && is_inside) b[t] = *(const uint4*)p;
             }
             const int group = SCALES_CODES ? 2 * q + l / 2 : q * NUM_SCALES / 4;
-            if constexpr (HAS_MINIMA) {  // A minimum multiplies the sum of its inputs.
+            if constexpr (HAS_MINIMA) {  // a group's minimum multiplies the sum of the group's inputs
                 const u32 ones[4] = {ONES, ONES, ONES, ONES};
 #pragma unroll
                 for (int t = 0; t < TOKEN_TILES; ++t) {
@@ -217,12 +220,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantized_linear(
                 for (int half = 0; half < 2; ++half) {
                     u32 zero = NO_ZERO;
                     if constexpr (HAS_ZEROS) zero = zero_of(unit.zeros[r][half], group);
-                    const uint4& c = unit.codes[r][half][NIBBLES ? 0 : q / 2];
+                    const uint4& c = unit.codes[r][half][IN_RECORDS ? 0 : q / 2];
                     if constexpr (CODE == INT6) {
                         const uint2& upper = unit.upper[r][half];
                         unpack_sixes(q == 0 ? c.x : q == 1 ? c.y : q == 2 ? c.z : c.w, q < 2 ? upper.x : upper.y,
                                      q % 2, pair[half]);
-                    } else if constexpr (NIBBLES) {
+                    } else if constexpr (IN_RECORDS) {
                         unpack_nibbles(q == 0 ? c.x : q == 1 ? c.y : q == 2 ? c.z : c.w, zero, pair[half]);
                     } else {
                         unpack_bytes(q % 2 ? c.z : c.x, zero, pair[half][0], pair[half][1]);
@@ -236,7 +239,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantized_linear(
                 }
                 const u32 first[4] = {pair[0][0], pair[1][0], pair[0][1], pair[1][1]};
                 const u32 second[4] = {pair[0][2], pair[1][2], pair[0][3], pair[1][3]};
-                if constexpr (CODE == INT6) {  // each instruction multiplies a group
+                if constexpr (CODE == INT6) {  // each instruction multiplies the 16 inputs of one group
                     const Scales &above = unit.scales[r][0], &below = unit.scales[r][1];
 #pragma unroll
                     for (int t = 0; t < TOKEN_TILES; ++t) {
@@ -272,7 +275,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantized_linear(
         }
     };
 
-#if NIBBLES
+#if IN_RECORDS
     int slot = 0;
     u32 parity = 0;
     for (int chunk = k_warp; chunk < num_chunks; chunk += K_WARPS) {
@@ -307,7 +310,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantized_linear(
     }
 #endif
 
-    // Add the sums of the warps that share outputs.
+    // Add the partial sums of the K_WARPS warps that share outputs.
     __shared__ float sums[K_WARPS][TOKENS][OUTPUTS + 4];
 #pragma unroll
     for (int r = 0; r < ROW_TILES; ++r)
