@@ -1,14 +1,15 @@
 """The attention ops of the compiled model, and the list of attention backends.
 
 `store_kv` writes new keys and values into a layer's paged cache and `paged_attention` reads the
-cache. `rotate_and_store` fuses `store_kv` with the norms and the rotation before it. All three ops
-are opaque to torch.compile and take a layer's whole cache. `compiledllm.platform` prefers a backend
-for a machine; each backend says whether it can run a model (`AttentionBackend.why_not`).
+cache. `rotate_and_store` fuses `store_kv` with the norms and the rotary embedding before it. All
+three ops are opaque to torch.compile and take a layer's whole cache. `compiledllm.platform` names
+the preferred backend of a machine; each backend says whether it can run a model
+(`AttentionBackend.why_not`).
 
     kv_cache   [2, num_blocks, block_size, num_kv_heads, head_dim]   0: keys, 1: values
-    slot       block_id * block_size + offset;  -1: padding, which is not stored. If several tokens
-               of padding were stored in one slot of the null block, a padding row would read any of
-               them, and results would differ from run to run.
+    slot       block_id * block_size + offset;  -1: padding, which is not stored. Storing several
+               padding tokens in one slot of the null block would be a race, and a padding row that
+               reads the slot would give another result in each run.
     kv_scales  float32 [2], only for an FP8 cache: keys are cache[0] * kv_scales[0], values are
                cache[1] * kv_scales[1]
 """
@@ -24,7 +25,7 @@ from compiledllm.kernels.backend import AttentionBackend, AttentionMetadata, Sco
 from compiledllm.kernels.ops import define
 
 REFERENCE = "torch"  # runs every model on every device
-# The backend that replaces a backend which cannot run a model.
+# For each backend that may be unable to run a model, the backend that replaces it.
 STAND_INS = {"flashinfer": "triton", "triton": REFERENCE}
 
 

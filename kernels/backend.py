@@ -19,7 +19,7 @@ FP8 = torch.float8_e4m3fn
 MAX_FP8 = 448.0  # the largest finite value; a cast of a larger value gives NaN
 
 
-# torch.compile would compile lengths 0 and 1 separately from all other lengths.
+# Added to every bound: torch.compile would compile sizes 0 and 1 separately from all other sizes.
 _SHORTEST_BOUND = 2
 
 
@@ -108,7 +108,7 @@ class ScoreOptions(NamedTuple):
     sliding_window: int = 0  # number of latest positions a token sees, itself included; 0: all
     soft_cap: float = 0.0  # scores become soft_cap * tanh(scores / soft_cap); 0: off
     sinks: Tensor | None = None  # [num_heads], scores that only add to the softmax denominator
-    kv_scales: Tensor | None = None  # [2], multiply stored keys and values; None: not scaled
+    kv_scales: Tensor | None = None  # float32 [2], see `attention.py`; None: not scaled
     in_chunks: bool = False  # a token sees its chunk of `sliding_window` positions up to itself
 
 
@@ -150,8 +150,8 @@ class AttentionBackend(ABC):
     captures = True  # whether a CUDA graph can capture a step
     captures_prompts = True  # whether a graph can capture a step with several tokens per row
     fuses_rotation = True  # whether the model may call `attention.rotate_and_store`
-    takes_sampled_tokens = True  # whether the last block may run for `SampledTokens` only
-    reads_groups = True  # whether groups of layers may have different block tables
+    takes_sampled_tokens = True  # whether the last decoder block may run for sampled tokens only
+    reads_groups = True  # whether each cache group of layers may have its own block tables
     runs_ahead = True  # whether a step may be launched before the previous step ends
 
     def __init__(self, name: str) -> None:
@@ -175,9 +175,9 @@ class AttentionBackend(ABC):
             if layer.head_dim not in self.head_dims:
                 return f"it has no kernels for head_dim={layer.head_dim}"
             if layer.has_sinks and not self.takes_sinks:
-                return "its kernels know no attention sinks"
+                return "its kernels do not support attention sinks"
             if layer.in_chunks and not self.takes_chunks:
-                return "its kernels know no attention in chunks of the context"
+                return "its kernels do not support attention in chunks of the context"
         return None
 
     @staticmethod
@@ -219,7 +219,7 @@ class AttentionBackend(ABC):
         block_tables: Sequence[Tensor],
         graph: Hashable = None,
     ) -> None:
-        """Called before every step, for backends that divide a step's work on the host.
+        """Called before every step: a backend that divides a step's work on the host does so here.
 
         rows: int64, the step's request rows; rows past the end of `computed` and `counts` are
         padding with one token each. computed, counts: int64, tokens in the cache and new tokens.

@@ -5,8 +5,9 @@
             step()  # asks for the step's kernels and launches none of them
         step()  # waits for each kernel
 
-Triton compiles one kernel after another, each in a second or so, when a step launches the kernel
-for the first time. Most of that time the compiler does not hold Python's lock.
+By itself, Triton compiles a kernel when a step launches it for the first time, one kernel after
+another, each in about a second. Threads help because Triton's compiler releases Python's global
+interpreter lock most of the time.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from contextlib import contextmanager
 from typing import Any
 
 _MAX_THREADS = 16
-_one_at_a_time = threading.Lock()  # for contexts that replace a method of Triton's class
+_one_at_a_time = threading.Lock()  # held by `asking`, which replaces a method of Triton's class
 
 
 @contextmanager

@@ -1,11 +1,11 @@
 """Paged attention of rows with one or a few new tokens.
 
-A program computes all new tokens of a row and all query heads of a KV head, and reads the keys once
-for all of them.
+A program computes all new tokens of a row for one KV head and all query heads of this KV head. The
+program therefore reads each key and value once.
 
-Long contexts are split over several programs, by lengths that only the device knows (split-KV). The
-last of a row's programs to finish adds up the partial results in a fixed order, so that equal
-inputs give equal bits.
+The keys of a long context are split over several programs (split-KV). Each program derives the
+splits from the rows' lengths, which only the device knows. The last program of a row to finish
+merges the partial results in a fixed order, so that equal inputs give equal bits.
 """
 
 # Triton infers a kernel's types from each call, which mypy cannot follow.
@@ -26,7 +26,9 @@ from compiledllm.kernels.launch import launch_options, num_multiprocessors, stag
 from compiledllm.kernels.online_softmax_triton import Tiling, after_sinks, attend_keys, first_seen
 
 MAX_TOGETHER = 8  # maximum number of new tokens per row
-_FEW_PROGRAMS_PER_SM = 0.25  # so few programs leave most of the GPU idle
+# Programs (rows times KV heads) per multiprocessor. At most _FEW leave most of the GPU idle, and at
+# least _MANY keep it busy without splits.
+_FEW_PROGRAMS_PER_SM = 0.25
 _MANY_PROGRAMS_PER_SM = 8
 _MAX_SPLITS_PER_SM = 8  # many small splits balance the load if rows have unequal lengths
 _SPLITS_SUMMED_AT_ONCE = 8  # number of splits whose loads are in flight together
@@ -98,8 +100,9 @@ def _work_item(
     A row >= num_rows means that no work is left. Rows with no token or more than TOKENS are
     skipped. The others are split so that no split has much more than an even share of all tiles of
     keys: rows of similar length stay whole, and a long row among short rows is split. There are at
-    most num_rows + max_extra items, and num_rows + even_extra where the longest row has at most 1.5
-    times the mean. A padding row counts as one tile, so it does not affect the splits.
+    most num_rows + max_extra items. If the lengths are even (the longest row has at most 1.5 times
+    the mean number of tiles), there are at most num_rows + even_extra. A row without keys or with
+    one tile of keys does not affect the splits.
     """
     row = tl.arange(0, MAX_ROWS)
     exists = row < num_rows
@@ -286,7 +289,7 @@ def attend_few_tokens(
     query, kv_cache, block_tables = tensors[:3]
     num_tokens, num_heads, head_dim = query.shape
     num_rows, num_kv_heads = len(block_tables), kv_cache.shape[3]
-    max_rows = min(num_rows, num_tokens)  # a decode step has an empty row at the end
+    max_rows = min(num_rows, num_tokens)  # metadata ends with an empty row (`step_inputs`)
     num_programs, num_lanes = max_rows * num_kv_heads, constants["GROUP"] * max_row_tokens
     tiling = decode_tiling(head_dim, num_lanes, query.dtype, num_programs)
     even_splits = _even_splits_per_sm(head_dim, num_programs) * num_multiprocessors()
@@ -320,8 +323,8 @@ def _padded_rows(num_rows: int) -> int:
 def _arrivals(size: int, device: torch.device) -> Tensor:
     """Zeroed counters. Every call resets them to zero, and calls run in order on one stream.
 
-    Buffers are never freed or moved, since captured graphs hold their addresses. The largest step
-    is captured first, so one buffer serves all captured steps.
+    Buffers are never freed or moved, since captured graphs hold their addresses. A larger step
+    allocates a further buffer. The largest step is captured first, so one buffer serves all graphs.
     """
     made = _counters.setdefault(device, [])
     if not made or len(made[-1]) < size:

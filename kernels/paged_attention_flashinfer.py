@@ -45,8 +45,8 @@ class FlashInferBackend(AttentionBackend):
     takes_sampled_tokens = False
     reads_groups = False
     runs_ahead = False
-    # The wrappers of the next step. All engines of a process share this dict, since each engine
-    # plans right before it runs a step.
+    # For each kind of layer, the FlashInfer wrapper that holds the next step's plan. All engines of
+    # a process can share this dict, since each engine plans right before it runs a step.
     _planned: ClassVar[dict[_Kind, Any]] = {}
 
     def prepare(
@@ -108,7 +108,7 @@ class FlashInferBackend(AttentionBackend):
         self._plan(counts, lengths, pages, graph)
 
     def select(self, graph: Hashable) -> None:
-        """Make the ops that follow use the last plan of this graph (None: of uncaptured steps)."""
+        """Make the next ops use the last plan of this graph; None: the last uncaptured plan."""
         for kind in self._kinds:
             self._planned[kind] = self._wrappers[kind, graph]
 

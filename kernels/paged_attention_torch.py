@@ -93,7 +93,10 @@ def paged_attention(
 
 
 def _first_seen(position: Any, options: ScoreOptions) -> Any:
-    """The first position that tokens at `position` see, a number or a tensor; perhaps negative."""
+    """The first position that a token at `position` sees; may be negative, which means 0.
+
+    position: a number or an integer tensor. Returns the same type.
+    """
     window = options.sliding_window
     return position // window * window if options.in_chunks else position - window + 1
 
@@ -105,7 +108,10 @@ def _in_window(
     options: ScoreOptions,
     block_size: int,
 ) -> tuple[Tensor, list[int]]:
-    """Block tables without the leading blocks that no token sees, and how many tokens these are."""
+    """Block tables without the leading blocks that no token sees, and the tokens of these blocks.
+
+    The second result is a number of tokens for each row.
+    """
     oldest = (
         length - (end - start)
         for length, start, end in zip(lengths, starts, starts[1:], strict=False)
@@ -144,11 +150,11 @@ def _gather(
 
 
 def _decode_rows(
-    query: Tensor,  # [rows, num_heads, head_dim], one token a row
-    k: Tensor,
+    query: Tensor,  # [rows, num_heads, head_dim], one token per row
+    k: Tensor,  # [rows, num_kv_heads, max_length, head_dim], as v
     v: Tensor,
-    lengths: list[int],
-    skipped: list[int],  # tokens before k and v
+    lengths: list[int],  # of each row's context in k and v
+    skipped: list[int],  # number of each row's tokens before k and v
     options: ScoreOptions,
 ) -> Tensor:
     num_rows, num_heads, head_dim = query.shape
@@ -168,9 +174,9 @@ def _decode_rows(
 
 def _prefill_row(
     query: Tensor,  # [tokens, num_heads, head_dim] of one row
-    k: Tensor,
+    k: Tensor,  # [1, num_kv_heads, length, head_dim], as v
     v: Tensor,
-    skipped: int,  # tokens before k and v
+    skipped: int,  # number of the row's tokens before k and v
     options: ScoreOptions,
 ) -> Tensor:
     num_tokens, num_heads, _ = query.shape
@@ -191,7 +197,7 @@ def _prefill_row(
 
 
 def _is_plain(options: ScoreOptions) -> bool:
-    """Whether torch's scaled_dot_product_attention supports this options."""
+    """Whether torch's scaled_dot_product_attention supports these options."""
     return not options.soft_cap and options.sinks is None
 
 

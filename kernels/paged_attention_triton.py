@@ -1,9 +1,10 @@
 """Paged attention in Triton: the default on GPUs.
 
-One kernel stores keys and values. Two kernels read the cache: `decode_attention_triton` for rows
-with one new token, and for all rows of a step whose rows have at most `MAX_TOGETHER` tokens;
-`prefill_attention_triton`, or on Hopper `prefill_attention_cuda`, for the other rows. Grids follow
-from shapes alone and the host reads nothing back, so a captured call serves every length.
+One kernel stores keys and values. Two kernels read the cache. `decode_attention_triton` computes
+rows with one new token, and all rows of a step whose rows are known to have at most `MAX_TOGETHER`
+tokens. `prefill_attention_triton`, or on Hopper `prefill_attention_cuda`, computes the other rows.
+Grids follow from shapes alone and the host reads nothing back, so a captured call serves rows of
+any length.
 """
 
 # Triton infers a kernel's types from each call, which mypy cannot follow.

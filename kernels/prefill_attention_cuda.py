@@ -19,7 +19,7 @@ from compiledllm.kernels.machine_code import CudaError, check, driver
 
 log = logging.getLogger("compiledllm")
 
-ROWS = 128  # query tokens times heads of a thread block
+ROWS = 128  # query rows of a thread block: query tokens times the heads of a KV head
 _THREADS = 384
 _PART_COLUMNS = 64  # 128 bytes, the widest row that the copies can swizzle
 _LONG_KEYS = 176  # of a tile, in steps of at least _LONG_STEP tokens
@@ -32,7 +32,11 @@ _SWIZZLE_128B, _PROMOTE_256B = 3, 3
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """keys: KV tokens per iteration. stages: tiles of keys and of values in shared memory."""
+    """The tile of a thread block.
+
+    keys: KV tokens per iteration. stages: number of tiles of keys, and of tiles of values, in
+    shared memory.
+    """
 
     keys: int
     stages: int
@@ -186,7 +190,7 @@ def _map_of(kv_cache: Tensor) -> _TensorMap:
 def _encode(
     address: int, dtype: torch.dtype, shape: tuple[int, ...], value_offset: int
 ) -> _TensorMap:
-    """The map of a cache, whose boxes are 64 columns of one page's tokens in one head."""
+    """The tensor map of a cache. A box is 64 columns of all tokens of one page in one head."""
     kinds, num_blocks, block_size, num_kv_heads, head_dim = shape
     token_bytes = num_kv_heads * head_dim * 2
     sizes = (ctypes.c_uint64 * 5)(head_dim, block_size, num_kv_heads, num_blocks, kinds)

@@ -1,12 +1,12 @@
 """Gathers a step's inputs from the request rows, and writes the step's results back to the rows.
 
-A request row is a request's place in the tensors that hold the state of all running requests: last
-token, number of computed tokens, block tables. A row of a step is one request of the step.
+A request row is the index of a running request in the device's tensors of all running requests:
+last token, number of computed tokens, block tables. A row of a step is one request of the step.
 
-On a GPU, one Triton kernel per group of layers gathers and one kernel writes, because every launch
-costs time even in a captured step. On other devices plain torch does the same.
+On a GPU, one Triton kernel per cache group gathers the inputs and one kernel writes the results,
+because every launch costs time even in a captured step. On other devices plain torch does the same.
 
-All metadata ends with an empty row, because torch.compile would specialise on a single row.
+All metadata ends with an empty row: with a single row, torch.compile would specialise on size 1.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class DecodeInputs(NamedTuple):
     positions: Tensor  # int64 [rows]
     lengths: Tensor  # int64 [rows], context lengths including these tokens
     indices: Tensor  # int64 [rows], 0, 1, 2, ...: index of each row's only token in the step
-    attn: list[AttentionMetadata]  # for each group of layers, with an empty row at the end
+    attn: list[AttentionMetadata]  # for each cache group, with an empty row at the end
 
 
 class MixedInputs(NamedTuple):
@@ -36,7 +36,7 @@ class MixedInputs(NamedTuple):
 
     input_ids: Tensor  # int64 [tokens]
     positions: Tensor  # int64 [tokens]
-    attn: list[AttentionMetadata]  # for each group of layers, with an empty row at the end
+    attn: list[AttentionMetadata]  # for each cache group, with an empty row at the end
 
 
 def decode_inputs(
@@ -46,10 +46,11 @@ def decode_inputs(
     block_tables: Sequence[Tensor],
     block_sizes: Sequence[int],
 ) -> DecodeInputs:
-    """Gather the inputs of a decode step of `rows`, int64 [rows], from all request rows.
+    """Gather the inputs of a decode step from the request rows.
 
-    last_token_ids, num_computed_tokens: int64 [request rows]. block_tables, block_sizes: for each
-    group of layers, int32 [request rows, max_blocks] and the number of tokens per block. The slots
+    rows: int64 [rows], the request row of each row of the step. last_token_ids,
+    num_computed_tokens: int64 [request rows]. block_tables, block_sizes: for each cache group,
+    int32 [request rows, max_blocks] and the number of tokens per block. In the result, the slots
     and block tables of different groups do not share storage, since torch.compile would specialise
     on shared storage.
     """
@@ -109,9 +110,9 @@ def mixed_inputs(
 def last_token_metadata(
     rows: Tensor, lengths: Tensor, group_table: Tensor, block_size: int
 ) -> AttentionMetadata:
-    """Attention metadata of one token per row: the last token of a context that is stored already.
+    """Attention metadata of one token per row: the last token of a context whose KV is stored.
 
-    No token is stored again, so all slots are padding (-1).
+    No token is stored again, so all slots are -1.
 
     rows, lengths: int64 [rows], request rows and their context lengths, at least 1. group_table:
     int32 [request rows, max_blocks], the block table of a cache group.
@@ -140,10 +141,11 @@ def advance(
 ) -> None:
     """Write a step's results to the request rows. The last request row is for padding.
 
-    rows, lengths: int64 [rows], request rows and their numbers of cached tokens after the step. The
-    padding row's number stays 0, or the row would outgrow its block table. sample_rows, drawn:
-    int64 [samples], request rows and their next tokens; a negative token is written as 0. Only the
-    padding row may appear more than once.
+    rows, lengths: int64 [rows], request rows and their numbers of computed tokens after the step.
+    The padding row's number stays 0; otherwise the row would outgrow its block table. sample_rows,
+    drawn: int64 [samples], request rows and their drawn tokens; a negative token is written as 0.
+    Only the padding row may appear more than once. last_token_ids, num_computed_tokens: int64
+    [request rows], mutated.
     """
     if rows.is_cuda:
         from compiledllm.kernels.step_inputs_triton import scatter

@@ -1,8 +1,8 @@
 """`step_inputs` in Triton: the kernels before and after the model in a step.
 
 The parts of a step's packed inputs begin at arbitrary addresses, and the number of tokens differs
-from step to step. The kernels do not specialise on either; otherwise Triton would compile them
-again and again.
+from step to step. The kernels therefore do not specialise on addresses or counts: Triton would
+compile a variant for each alignment, and for counts of 1 and multiples of 16.
 """
 
 # Triton infers a kernel's types from each call, which mypy cannot follow.
@@ -30,9 +30,11 @@ def _write_row(
     index, chunk, row, length, start, group_table, block_tables, seq_lens, query_start_loc,
     num_rows, max_blocks, BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Write a chunk of a row's block table, 0 past the context; chunk 0 also writes the metadata.
+    """Write a chunk of a row's block table, with 0 for blocks past the context.
 
-    Row `num_rows` is the empty row: its length is 0, and it ends where it starts.
+    Chunk 0 also writes the row's length and start. index: the row of the step; row: its request
+    row; start: index of its first token in the step. Row `num_rows` is the empty row: its length is
+    0, and it ends where it starts.
     """
     column = chunk * CHUNK + tl.arange(0, CHUNK)
     inside = column < max_blocks
@@ -59,7 +61,7 @@ def _gather_kernel(
     seq_lens, query_start_loc, slot_mapping, block_tables, num_rows, max_blocks,
     BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One program writes a chunk of a row's block table; chunk 0 also writes its other inputs."""
+    """A program writes a chunk of a row's block table; chunk 0 also writes the other inputs."""
     index, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     exists = index < num_rows
     row = tl.load(rows + index, exists, other=0)
@@ -126,7 +128,7 @@ def _unpack_kernel(
     slot_mapping, block_tables, num_tokens, num_rows, max_blocks,
     BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """One program writes a chunk of a row's block table, or (after all rows) some tokens."""
+    """A program writes a chunk of a row's block table. Programs after all rows write tokens."""
     index, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if index <= num_rows:
         exists = index < num_rows
@@ -177,7 +179,7 @@ def _last_tokens_kernel(
     rows, lengths, group_table, seq_lens, query_start_loc, slot_mapping, block_tables, num_rows,
     max_blocks, BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One program writes a chunk of a row's block table; chunk 0 also writes its other inputs."""
+    """A program writes a chunk of a row's block table; chunk 0 also writes the other inputs."""
     index, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     exists = index < num_rows
     row = tl.load(rows + index, exists, other=0)

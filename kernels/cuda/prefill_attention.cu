@@ -1,14 +1,15 @@
 // Paged attention of rows with several new tokens, for compute capability 9.0.
 //
-// A block computes ROWS query rows, which are the query tokens of a request times the GROUP heads that
-// share a KV head. One warp copies keys and values to shared memory, a page at a time, with the tensor
-// memory accelerator. Two warpgroups compute 64 query rows each. A warpgroup starts the product of
-// queries and the next keys before it needs it, so that the tensor cores compute while the softmax does,
-// and the warpgroups take turns at the tensor cores for the same reason. Keys are visited from the last to
-// the first, because masks at the diagonal are then behind before the long part begins.
+// A thread block computes ROWS query rows: query tokens of a request times the GROUP heads that share a KV
+// head. One warp copies keys and values to shared memory with the tensor memory accelerator (TMA), a page
+// at a time. Two warpgroups compute 64 query rows each. A warpgroup starts the product of its queries with
+// the next tile of keys before the softmax of the current tile, so that the tensor cores and the softmax
+// work at the same time; the warpgroups take turns at the tensor cores for the same reason. Tiles of keys
+// are visited from the last to the first, so that the masked tiles at the diagonal come first and the long
+// unmasked part follows.
 //
-// Pages outside the context or before the window are not read: their coordinates lie outside the cache,
-// for which the accelerator writes zeros.
+// Pages outside the context or before the window are not read: the copy is given a page number outside the
+// cache, for which TMA writes zeros.
 //
 // Where few queries have a long context, blocks of a cluster share its keys and merge their sums. How many
 // do follows from the lengths that the device knows, so that a captured launch serves all of them.
@@ -26,8 +27,9 @@ constexpr int ROWS = 128, TOKENS = ROWS / GROUP, PAGES = KEYS / BLOCK_SIZE, NUM_
 constexpr int PARTS = (HEAD_DIM + 63) / 64, COLUMNS = 64 * PARTS;
 constexpr int PART_BYTES = KEYS * 128, TILE_BYTES = PARTS * PART_BYTES;
 constexpr int QUERY_PART = ROWS * 128, QUERY_BYTES = PARTS * QUERY_PART;
-constexpr int OUT_COLUMNS = COLUMNS % 128 ? 64 : 128, OUT_PARTS = COLUMNS / OUT_COLUMNS;  // of a product
-constexpr int MIN_TILES = 4;  // of a block that shares a context
+// A product of weights and values has OUT_COLUMNS columns of the output.
+constexpr int OUT_COLUMNS = COLUMNS % 128 ? 64 : 128, OUT_PARTS = COLUMNS / OUT_COLUMNS;
+constexpr int MIN_TILES = 4;  // least number of tiles for a block that shares a context
 constexpr float LOG2_E = 1.4426950408889634f;
 
 struct Work {  // what a block computes
@@ -73,11 +75,11 @@ __device__ __forceinline__ float over_quad(float x, bool is_max) {
 // -- the softmax of a thread's two query rows ----------------------------------------------------------
 
 struct Softmax {
-    float best[2], total[2];  // in base 2; totals are of this thread's columns only
-    int position[2];
+    float best[2], total[2];  // highest logit, in base 2; sum of weights over this thread's columns only
+    int position[2];          // of the query in its request
     float to_base_2, cap_rate;
 
-    // A step: `scores` become weights. Returns what multiplies earlier sums in `decay`.
+    // One step of online softmax: replaces `scores` by weights. decay: the factors of earlier sums.
     __device__ __forceinline__ void step(
         float (&scores)[KEYS / 2], float (&decay)[2], bool is_masked, int first_key, int window) {
 #if HAS_SOFT_CAP
@@ -179,7 +181,7 @@ __device__ __forceinline__ bool take_part(Work& work) {
 __device__ __forceinline__ void produce(
     const TensorMap* map, const Work& work, const int* table, int num_blocks, u32 tiles, u32 barriers) {
     const int lane = threadIdx.x;
-    // The page of this lane; a page outside the cache for tokens that no query sees.
+    // The page that this lane copies; a page number outside the cache if no query sees the page's tokens.
     auto page_of = [&](int tile) {
         const int token = tile * KEYS + lane * BLOCK_SIZE;
         const bool seen = lane < PAGES && token < work.end && token + BLOCK_SIZE > work.first_key;
@@ -208,9 +210,9 @@ __device__ __forceinline__ void produce(
     }
 }
 
-// This warpgroup's query rows go to shared memory; rows without a token are zero.
+// Copies the queries of this warpgroup to shared memory, with zeros for rows without a token.
 __device__ __forceinline__ void load_queries(u32 to, const u16* query, i64 stride, const Work& work, int group) {
-    constexpr int PIECES = COLUMNS / 8;  // of 16 bytes
+    constexpr int PIECES = COLUMNS / 8;  // of 16 bytes, in a query row
     const int thread = threadIdx.x % 128;
 #pragma unroll
     for (int i = thread; i < 64 * PIECES; i += 128) {
@@ -224,7 +226,7 @@ __device__ __forceinline__ void load_queries(u32 to, const u16* query, i64 strid
     }
 }
 
-// Values behind the context may be anything, and zero weights would not make NaN zero.
+// Zeroes the values after the end of the context, which may be NaN: a weight of 0 times NaN is NaN.
 __device__ __forceinline__ void clear_values(u32 values, int first_row) {
     for (int i = first_row * 8 + threadIdx.x - 128; i < KEYS * 8; i += 256)
         for (int part = 0; part < PARTS; ++part)
@@ -252,12 +254,12 @@ __device__ __forceinline__ u16* place_of(u16* out, const Work& work, int row) {
     return out + (token * NUM_HEADS + work.kv_head * GROUP + row % GROUP) * HEAD_DIM;
 }
 
-// The sums of a row in shared memory. Rows begin in different banks.
+// The address of a sum in shared memory. Columns are swizzled, so that rows begin in different banks.
 __device__ __forceinline__ u32 sums_at(u32 at, int row, int column) {
     return at + (row * COLUMNS + (column ^ row % 8 * 8)) * 4;
 }
 
-// The blocks that share the keys exchange their sums. Each adds up and writes some of the rows.
+// Merges the sums of the blocks that share the keys. Each block merges and writes some of the rows.
 __device__ __forceinline__ void merge(
     const Work& work, const float (&sums)[OUT_PARTS][OUT_COLUMNS / 2], const Softmax& softmax, u16* out, int first_row,
     u32 queries, u32 tiles) {
@@ -296,7 +298,7 @@ __device__ __forceinline__ void merge(
             *(uint2*)(place_of(out, work, row) + column) =
                 make_uint2(pack(sum.x / total, sum.y / total), pack(sum.z / total, sum.w / total));
     }
-    meet_cluster();  // the others have read this block's sums
+    meet_cluster();  // until the other blocks have read this block's sums
 }
 
 __device__ __forceinline__ void consume(
