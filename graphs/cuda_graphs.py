@@ -83,7 +83,7 @@ class StepGraphs:
         self.capture_s = time.perf_counter() - started
 
     def rehearse(self) -> None:
-        """Capture all shapes and forget the captures: a step's kernels are named, and none runs."""
+        """Capture all shapes and drop the graphs: steps ask for their kernels, and none runs."""
         self._pool = torch.cuda.graph_pool_handle()
         for shape in sorted(self._padding, reverse=True):
             self._capture_one(shape)
@@ -142,8 +142,8 @@ class StepGraphs:
     def shape_for(self, shape: StepShape) -> StepShape | None:
         """The smallest shape that holds a step of this size; None: run the step uncaptured.
 
-        A shape that is still waiting is captured first, so that a step never runs at a size that
-        no step had when the kernels were compiled.
+        A shape that is still waiting is captured first. Running the step uncaptured instead would
+        run kernels at a size for which no start has compiled them.
         """
         bucket = self._bucket_for(shape)
         if bucket is not None and bucket in self._waiting:

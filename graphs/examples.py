@@ -1,4 +1,4 @@
-"""Recorded calls: blocks and edges are compiled from them and saved functions checked with them."""
+"""Recorded calls: examples to compile blocks and edges from, and to check saved functions with."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ class _Library:
 
     @staticmethod
     def bias_addmm(bias: Tensor, a: Tensor, b: Tensor, **options: Any) -> Tensor:
-        """addmm with a bias whose rows may all be the same; cuBLAS is faster for one row alone."""
+        """addmm, faster: if all rows of the bias are one row, cuBLAS gets this row alone."""
         is_row = bias.size(0) == 1 or (bias.size(0) > 1 and bias.stride(0) == 0)
         return torch.addmm(bias[0] if is_row else bias, a, b, **options)
 
@@ -142,7 +142,8 @@ def _kernel(kernel: Kernel) -> Any:
 def _extension(code: bytes) -> Any:
     """Load an extension module that Inductor compiled, from memory.
 
-    The module reads the address of a function of torch from an environment variable.
+    The module reads the address of one of torch's functions from an environment variable, which
+    Inductor's loader would set.
     """
     guards: Any = torch._C._dynamo.guards
     address = guards._torchinductor_pyobject_tensor_data_ptr
@@ -151,7 +152,8 @@ def _extension(code: bytes) -> Any:
     try:
         with open(file, "wb", closefd=False) as writer:
             writer.write(code)
-        # The system's loader takes equal paths for the same module, so each module has its own.
+        # The dynamic loader takes a path that it has seen for the same library. More slashes make a
+        # path of its own for each module.
         path = f"/proc/self/fd/{'/' * len(_extensions)}{file}"
         loader = ExtensionFileLoader(f"compiledllm_{len(_extensions)}.kernel", path)
         spec = spec_from_loader(loader.name, loader)

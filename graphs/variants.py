@@ -19,7 +19,7 @@ class Variant:
     example: int
 
 
-_ANY = 2**30
+_ANY = 2**30  # tokens, more than any step has
 _CPU_VARIANTS = (Variant(1, 1, 1), Variant(2, _ANY, 2))
 _GPU_VARIANTS = (
     Variant(1, 1, 1),
