@@ -1,6 +1,6 @@
-"""Who carries out a plan: a worker in this process, or the first of a group of ranks.
+"""Makes the worker that carries out a plan: a single worker, or the first of several ranks.
 
-One scheduler decides for all ranks; each rank has its part of the weights and of every KV block,
+One scheduler decides for all ranks. Each rank holds its part of the weights and of every KV block,
 runs the same steps and draws the same tokens.
 """
 
@@ -33,7 +33,7 @@ def make_executor(plan: Plan, ledger: Ledger) -> Worker:
 
 
 def start_ranks(plan: Plan) -> RankGroup:
-    """Start the processes of all ranks but the first. Raises ConfigError without enough GPUs."""
+    """Start the processes of all ranks but the first. Raises ConfigError for too few GPUs."""
     from compiledllm.engine.rank_processes import RankGroup
 
     num_ranks, is_cuda = plan.ranks.count, plan.platform.is_cuda
@@ -68,10 +68,10 @@ def _start_in_ray(num_ranks: int, is_cuda: bool) -> RankGroup:
 
 
 class FirstRank(Worker):
-    """The worker of rank 0, and the other ranks, which do as rank 0 does.
+    """The worker of rank 0, which tells the other ranks to do as it does.
 
-    Once a step has failed in any process, the ranks may stand at different places: this worker is
-    broken, and the engine must be started again.
+    is_broken: a step has failed in some process, so the ranks may have computed different steps and
+    the engine must be started again.
     """
 
     def __init__(self, plan: Plan, group: RankGroup, ledger: Ledger) -> None:
@@ -82,7 +82,8 @@ class FirstRank(Worker):
         self._num_in_flight = 0
         self._end = weakref.finalize(self, group.end)
         try:
-            # The plan may have enlarged the blocks, as every rank's plan will.
+            # The requested block size: each rank's plan enlarges the blocks by itself, if
+            # necessary.
             asked: dict[str, Any] = {"block_size": plan.config.requested.cache.block_size}
             asked["device"] = plan.platform.device.type
             group.send(Build(plan.config.options() | asked))
@@ -96,7 +97,7 @@ class FirstRank(Worker):
         self.report.note("all_reduce", Choice(divided, f"{group.sums_by} adds up their parts"))
 
     def count_kv_blocks(self) -> int:
-        """The least number of blocks for which a rank has room."""
+        """The number of blocks for which every rank has room."""
         from compiledllm.engine.rank_frames import CountBlocks
 
         self._group.send(CountBlocks())
@@ -120,12 +121,12 @@ class FirstRank(Worker):
         """Launch one step on all ranks. Raises RankError if one has ended."""
         from compiledllm.engine.rank_frames import Step
 
-        was_broken, self.is_broken = self.is_broken, True  # until the step has been launched
+        was_broken, self.is_broken = self.is_broken, True  # until rank 0 has launched the step, too
         self._group.send(Step.of(step, self._num_in_flight))
         try:
             pending = super().launch(step)
         except RuntimeError:
-            self._group.wait_for_failure()  # which is the cause, if there is one
+            self._group.wait_for_failure()  # another rank's failure is the cause, if there is one
             raise
         self._num_in_flight += 1
         self.is_broken = was_broken
@@ -159,5 +160,5 @@ class FirstRank(Worker):
             if answer.agreement != own:
                 raise ConfigError(
                     f"the GPUs of a model must be alike: one rank planned {answer.agreement}, the "
-                    f"first {own}"
+                    f"first {own}; choose equal GPUs, such as with CUDA_VISIBLE_DEVICES"
                 )

@@ -1,7 +1,7 @@
 """Messages between the first rank of a model and the others: msgpack frames over a socket.
 
-Frames are msgpack and not pickle, because reading a frame must not run code. A step travels once,
-as the scheduler made it; every rank packs its inputs and draws its tokens by itself.
+Frames are msgpack and not pickle, because reading a frame must not run code. A step is sent to each
+rank once, as the scheduler made it; every rank packs its inputs and draws its tokens by itself.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ MAX_FRAME_BYTES = 2**31 - 1
 
 
 class Join(msgspec.Struct, tag=True):
-    """Join the group of ranks at the store (host, port).
+    """Join the group of ranks by the store at (host, port), see `collectives.make_store`.
 
-    device: the rank's, as torch names it. num_threads: of torch on a CPU.
+    device: the rank's device, as torch names it. num_threads: number of torch's threads on a CPU.
     """
 
     rank: int
@@ -34,24 +34,27 @@ class Join(msgspec.Struct, tag=True):
 
 
 class Build(msgspec.Struct, tag=True):
-    """Make a plan of these options, by name and resolved, and load the rank's weights."""
+    """Make a plan of these resolved options (name -> value), and load the rank's weights."""
 
     options: dict[str, Any]
 
 
 class CountBlocks(msgspec.Struct, tag=True):
-    """Say for how many KV blocks there is room, together with all other ranks."""
+    """Measure, together with all other ranks, for how many KV blocks there is room."""
 
 
 class Run(msgspec.Struct, tag=True):
-    """Allocate this many KV blocks and get ready for steps."""
+    """Allocate this many KV blocks and get ready for steps.
+
+    max_blocks: maximum number of blocks of a request, the width of the block tables.
+    """
 
     num_kv_blocks: int
     max_blocks: int
 
 
 class New(msgspec.Struct, array_like=True):
-    """A `NewRequest` without its grammar. outputs: its tokens behind the prompt."""
+    """A `NewRequest` without its grammar. outputs: its tokens after the prompt."""
 
     spec: RequestSpec
     outputs: list[int]
@@ -103,9 +106,10 @@ class Reset(msgspec.Struct, tag=True):
 
 
 class Ready(msgspec.Struct, tag=True):
-    """A message but a step has been carried out.
+    """A message has been carried out; steps are not answered.
 
-    agreement: what the rank planned (`Plan.agreement`). num_kv_blocks: the answer to `CountBlocks`.
+    agreement: what the rank planned (`Plan.agreement`), to compare with the first rank's plan.
+    num_kv_blocks: the answer to `CountBlocks`.
     """
 
     agreement: str = ""
@@ -113,7 +117,7 @@ class Ready(msgspec.Struct, tag=True):
 
 
 class Failed(msgspec.Struct, tag=True):
-    """The rank's process ends. is_config: the options are wrong."""
+    """The rank has failed and its process ends. is_config: the options are wrong."""
 
     error: str
     is_config: bool = False
@@ -128,7 +132,11 @@ _FROM_RANK: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(FromRank)
 
 
 def _new(request: NewRequest) -> New:
-    """What only the first rank has, a grammar or functions, becomes an empty grammar."""
+    """The request as other ranks know it.
+
+    Only the first rank has grammars and logits processors. An empty grammar tells the other ranks
+    that the first rank draws this request's tokens.
+    """
     spec = request.spec
     params = spec.sampling_params
     if spec.grammar is not None or params.logits_processors is not None:

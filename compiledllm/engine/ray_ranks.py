@@ -1,9 +1,10 @@
-"""Ranks as Ray actors, on whatever machines of a cluster have GPUs left.
+"""Ranks as Ray actors, on the machines of a Ray cluster that have free GPUs.
 
-Ray only places the ranks, starts them and says when they have ended: an actor connects to the first
-rank, and the same messages follow as between processes of one machine. The first rank stays in the
-engine's own process, on a GPU of its machine that a further actor reserves. An engine that is
-itself placed by Ray (`remote/ray_engines.py`) finds room for its ranks reserved.
+Ray places the ranks, starts them and reports their end. Each actor connects to the first rank by
+TCP, and then the same messages follow as between processes of one machine (`rank_frames`). The
+first rank stays in the engine's own process, on a GPU of its machine that one more actor reserves.
+If Ray has placed the engine, too (`remote/ray_engines.py`), the room for its ranks is reserved
+already.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ from typing import Any
 
 from compiledllm.config import ConfigError
 
-START_TIMEOUT_S = 600.0  # for Ray to find room, and for a worker to import what a rank needs
+START_TIMEOUT_S = 600.0  # for Ray to find room, and for an actor to import torch and to connect
 TOKEN_BYTES = 32
-# The placement group that was made for the engine of this process: "namespace/name".
+# Environment variable with the placement group of this process's engine, if Ray has placed the
+# engine: "namespace/name".
 GROUP_VARIABLE = "COMPILEDLLM_RAY_GROUP"
-_END_S = 5.0
-_LOOK_S = 2.0  # between looks at the cluster, while there is no room
-_MAX_SILENCE_S = 30  # of a machine that does not acknowledge; then its connections end
-_PROBE_S = 10  # between probes of an idle connection
+_TOKEN_TIMEOUT_S = 5.0  # for a connection to send its token
+_LOOK_S = 2.0  # between looks at the cluster's size, while there is no room
+_MAX_SILENCE_S = 30  # without an acknowledgement, after which a connection ends
+_PROBE_S = 10  # between TCP keep-alive probes of an idle connection
 
 
 def load_ray(namespace: str | None = None) -> Any:
@@ -41,7 +43,10 @@ def load_ray(namespace: str | None = None) -> Any:
         try:
             ray.init(log_to_driver=True, logging_level="warning", namespace=namespace)
         except Exception as error:
-            raise ConfigError(f"Ray's cluster cannot be reached: {error}") from error
+            raise ConfigError(
+                f"Ray's cluster cannot be reached ({error}); start one with `ray start --head`, or "
+                "use distributed_executor_backend='mp' for the GPUs of this machine"
+            ) from error
     return ray
 
 
@@ -58,9 +63,10 @@ class Room:
 
     @classmethod
     def reserve(cls, ray: Any, num_ranks: int, resource: str, host: str | None = None) -> Room:
-        """Ask Ray for room, which may take a while. host: the first rank's address, if it matters.
+        """Ask Ray for room, without waiting for it (`group.wait`).
 
-        The room has a name, so that an engine can find it.
+        host: the address of the machine on which the first rank must be; None: any machine. The
+        placement group has a name, so that an engine in another process can find it.
         """
         bundles: list[dict[str, float]] = [{resource: 1.0} for _ in range(num_ranks)]
         if host is not None:
@@ -69,7 +75,7 @@ class Room:
         return cls(ray, ray.util.placement_group(bundles, strategy="PACK", name=name), resource)
 
     def actor(self, kind: type, rank: int) -> Any:
-        """An actor in the place of a rank."""
+        """Start an actor in the place that is reserved for a rank."""
         strategies: Any = import_module("ray.util.scheduling_strategies")
         strategy = strategies.PlacementGroupSchedulingStrategy(
             self.group, placement_group_bundle_index=rank
@@ -84,9 +90,10 @@ class Room:
 
 
 class RayPlaces:
-    """Room for the ranks of the engine in this process.
+    """Room for the ranks of this process's engine: reserved now, or found if Ray placed the engine.
 
-    Raises ConfigError if the cluster does not have so much.
+    host: this machine's address in the cluster. gpu: the id of the GPU that Ray has reserved for
+    the first rank, "" if Ray has not chosen one. Raises ConfigError if the cluster is too small.
     """
 
     def __init__(self, num_ranks: int, is_cuda: bool) -> None:
@@ -94,7 +101,7 @@ class RayPlaces:
         namespace, _, name = (given or "").partition("/")
         self.ray = load_ray(namespace or None)
         self.host: str = self.ray.util.get_node_ip_address()
-        self.gpu = ""  # the first rank's, if Ray has chosen it here
+        self.gpu = ""
         self._is_ours = given is None
         if not self._is_ours:
             self._room = Room(self.ray, self.ray.util.get_placement_group(name), resource)
@@ -124,7 +131,8 @@ class RayPlaces:
             if time.monotonic() > deadline:
                 raise ConfigError(
                     f"Ray has not found {num_ranks} free {resource}s, one of them on this "
-                    f"machine, within {START_TIMEOUT_S:.0f} s"
+                    f"machine, within {START_TIMEOUT_S:.0f} s; free some (`ray status` shows who "
+                    "has them), or lower tensor_parallel_size"
                 )
 
     def start_rank(self, rank: int) -> RayRank:
@@ -139,7 +147,7 @@ class RayPlaces:
 
 
 class _Reserved:
-    """Holds the first rank's GPU, so that Ray gives it to nobody else."""
+    """An actor that holds the first rank's GPU, so that Ray gives the GPU to nobody else."""
 
     def gpu(self) -> str:
         found = import_module("ray").get_gpu_ids()
@@ -147,7 +155,7 @@ class _Reserved:
 
 
 class _Actor:
-    """A rank in a worker of Ray's. It ends with its connection."""
+    """An actor that runs a rank until the connection to the first rank ends."""
 
     def run(self, host: str, port: int, token: bytes) -> None:
         from compiledllm.engine.rank_process import main
@@ -156,7 +164,7 @@ class _Actor:
 
 
 class RayRank:
-    """One rank as an actor. A network may hold strangers: the actor proves itself by a token."""
+    """One rank as an actor. The actor sends a secret token, as anybody may connect to the port."""
 
     def __init__(self, places: RayPlaces, rank: int) -> None:
         self.rank, self._places = rank, places
@@ -168,7 +176,7 @@ class RayRank:
             self.connection = accepted(listener, token)
 
     def end(self) -> str:
-        """Close the connection and end the actor. Returns how it ended."""
+        """Close the connection, end the actor and give the room back. Returns how it ended."""
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_RDWR)
         with contextlib.suppress(Exception):  # the cluster may be gone
@@ -182,17 +190,17 @@ class RayRank:
 
 
 def connect(host: str, port: int, token: bytes) -> socket.socket:
-    """Connect to the process that waits in `accepted` for the token."""
+    """Connect to the process that waits for the token in `accepted`."""
     connection = socket.create_connection((host, port), timeout=START_TIMEOUT_S)
     connection.sendall(token)
     return _between_machines(connection)
 
 
 def accepted(listener: socket.socket, token: bytes) -> socket.socket:
-    """The first connection that brings the token. Raises TimeoutError as the listener does."""
+    """The first connection that sends the token. Raises the listener's TimeoutError."""
     while True:
         connection, _ = listener.accept()
-        connection.settimeout(_END_S)
+        connection.settimeout(_TOKEN_TIMEOUT_S)
         found = b""
         with contextlib.suppress(OSError):
             found = connection.recv(len(token), socket.MSG_WAITALL)
@@ -202,7 +210,7 @@ def accepted(listener: socket.socket, token: bytes) -> socket.socket:
 
 
 def _between_machines(connection: socket.socket) -> socket.socket:
-    """Send small frames at once, and end the connection when the other machine is gone."""
+    """Make the connection send small frames at once, and end when the other machine is lost."""
     connection.settimeout(None)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
