@@ -1,4 +1,8 @@
-"""All engines of a process, and the processes that send them requests."""
+"""Connects the engines of this process with the client processes that send them requests.
+
+`take` passes a client's message to the engine or to the other clients; `SharedEngineLife` sends
+each client the news of its requests. See README.md: several client processes.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +14,14 @@ from compiledllm.remote.shared_wire import EndTurn, Relay, Routed
 
 
 class Hub:
-    """engines: numbered from 0, not yet started."""
+    """engines: engine number i is the i-th; they need not be started."""
 
     def __init__(self, engines: Sequence[SharedEngineLife]) -> None:
         self.engines = engines
         self._links: list[ClientLink] = []
 
     def connect(self, link: ClientLink) -> None:
-        """Let a client send requests."""
+        """Add a client, which may send requests from now on."""
         self._links.append(link)
         for engine in self.engines:
             engine.connect(link)
@@ -29,7 +33,7 @@ class Hub:
             engine.disconnect(link)
 
     def take(self, link: ClientLink, message: Relay | EndTurn | Routed) -> None:
-        """Take a client's message."""
+        """Pass a message of the client `link` on. A `Routed` message goes to all other clients."""
         if isinstance(message, Relay):
             self.engines[message.engine].relay(link, message)
         elif isinstance(message, EndTurn):
@@ -40,7 +44,7 @@ class Hub:
                     other.send(message)
 
     def report(self) -> None:
-        """Tell all clients how the engines are; call every second."""
+        """Send the state of all engines to all clients. Call this every second."""
         for engine in self.engines:
             engine.report()
 

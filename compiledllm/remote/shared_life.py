@@ -1,7 +1,7 @@
-"""An engine whose requests come from several processes, as the process that owns it sees it.
+"""An engine whose requests come from several client processes, in the process that owns the engine.
 
-The owner starts, watches and restarts the engine's process, passes messages on to it, and sends
-each client the news of its own requests. The owner knows ids of requests and nothing else of them.
+The owner starts, watches and restarts the engine's process, passes the clients' messages on, and
+sends each client the news of its own requests. Of a request, the owner knows only the id.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from compiledllm.types import StepNews
 
 
 class SharedEngineLife(EngineLife):
-    """number: the engine's, among those of this process. See `EngineLife` for the rest."""
+    """number: the engine's number among the engines of this process. See `EngineLife`."""
 
     def __init__(
         self,
@@ -47,13 +47,14 @@ class SharedEngineLife(EngineLife):
         self.number = number
         self._links: list[ClientLink] = []
         self._owners: dict[str, ClientLink] = {}  # of unfinished requests, by the engine's ids
-        # Clients with requests that are to be tried, in the order of their turns.
+        # Clients with suspects (requests that ran when an engine ended), in the order of their
+        # turns.
         self._suspects: dict[ClientLink, None] = {}
-        self._turns: deque[ClientLink] = deque()  # whose requests are on trial, and who follows
+        self._turns: deque[ClientLink] = deque()  # first the client that tries its suspects now
         self._is_up = False  # between an engine's `Ready` message and its end
         self._has_vocabulary = False
         self._num_ended_well = 0
-        self._num_lost = 0  # unfinished ones of an ended engine, until the next one is ready
+        self._num_lost = 0  # requests that an engine's end left unfinished, until the next `Ready`
 
     # -- clients -------------------------------------------------------------------------------
 
@@ -81,9 +82,9 @@ class SharedEngineLife(EngineLife):
                 self._give_turn()
 
     def relay(self, link: ClientLink, message: Relay) -> None:
-        """Pass a client's message on to the engine that the message was meant for."""
+        """Pass a client's message on, unless the engine's process has ended meanwhile."""
         if message.generation != self.num_restarts or not self._is_up or self._child is None:
-            return  # the client will be told of the engine's end, and sends its requests again
+            return  # the client hears of the engine's end and sends its requests again
         if message.is_vocabulary:
             if self._has_vocabulary:  # all clients have the same
                 return
@@ -95,7 +96,7 @@ class SharedEngineLife(EngineLife):
         self._child.send_frame(framed(message.message))
 
     def report(self) -> None:
-        """Tell all clients how the engine is."""
+        """Send the engine's state to all clients."""
         message = self._state_report()
         for link in self._links:
             link.send(message)
@@ -112,7 +113,7 @@ class SharedEngineLife(EngineLife):
         )
 
     def begin_draining(self) -> None:
-        """Start no engine again that has no requests."""
+        """From now on, restart the engine only if it has requests."""
         if self.state != "dead":
             self._set("draining")
 
@@ -129,7 +130,7 @@ class SharedEngineLife(EngineLife):
             self._give_turn()
 
     def _give_turn(self) -> None:
-        """Let the next client try its requests, or tell all that this is over."""
+        """Let the next client try its suspects, or tell all clients that the trials are over."""
         if self._turns:
             self._turns[0].send(BeginTurn(self.number, self.num_restarts))
             return
@@ -166,7 +167,7 @@ class SharedEngineLife(EngineLife):
             if update.finish_reason is not None:
                 self._owners.pop(update.request_id, None)
                 self._num_ended_well += update.finish_reason != "error"
-        if self._turns and self._turns[0] not in shares:  # who has the turn looks at every step
+        if self._turns and self._turns[0] not in shares:  # the client that tries counts the steps
             shares[self._turns[0]] = StepNews()
         for link, share in shares.items():
             link.send(EngineNews(self.number, share))
@@ -187,13 +188,13 @@ class SharedEngineLife(EngineLife):
         return any(ran.values())
 
     def _end_all(self, error: Exception) -> None:
-        """The clients end their requests when they read of the state."""
+        """Forget all requests. Clients end their requests when they read the state "dead"."""
         self._num_lost = 0
         self._owners.clear()
 
 
 def shares_of(news: StepNews, owners: Mapping[str, ClientLink]) -> dict[ClientLink, StepNews]:
-    """The news of each client's requests; those of requests without an owner are left out."""
+    """Divide the news of a step by client. News of requests without an owner are left out."""
     shares: defaultdict[ClientLink, StepNews] = defaultdict(StepNews)
     for request_id, token_id in news.token_ids.items():
         if (link := owners.get(request_id)) is not None:

@@ -1,7 +1,7 @@
-"""Messages between the process that owns engines and the processes that send them requests.
+"""Messages between the process that owns the engines (the owner) and its client processes.
 
-They are frames as in `wire`. Engines are numbered. A `generation` numbers the processes that an
-engine has had, so that what was meant for an ended one does not reach the next one.
+Messages are frames as in `wire`. `engine` is an engine's number. `generation` counts the processes
+that an engine has had, so that a message for an ended process does not reach the next one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Begin(msgspec.Struct, tag=True):
 
 
 class EngineReady(msgspec.Struct, tag=True):
-    """An engine takes requests."""
+    """An engine has started and takes requests."""
 
     engine: int
     generation: int
@@ -30,7 +30,10 @@ class EngineReady(msgspec.Struct, tag=True):
 
 
 class EngineEnded(msgspec.Struct, tag=True):
-    """An engine's process has ended. started: which of this client's requests ran in it."""
+    """An engine's process has ended.
+
+    started: ids of this client's requests that had begun to run in the process.
+    """
 
     engine: int
     generation: int
@@ -46,9 +49,10 @@ class EngineNews(msgspec.Struct, tag=True):
 
 
 class EngineReport(msgspec.Struct, tag=True):
-    """How an engine is; sent every second and with each change.
+    """The state of an engine; sent every second and with each change.
 
-    problem: why it is unhealthy. num_unread_bytes: of what all clients have sent to it.
+    problem: why the engine is unhealthy; None: it is healthy. num_unread_bytes: how much the engine
+    has not read of what all clients have sent to it.
     """
 
     engine: int
@@ -61,33 +65,36 @@ class EngineReport(msgspec.Struct, tag=True):
 
 
 class BeginTurn(msgspec.Struct, tag=True):
-    """This client may try its requests that ran when an engine ended (`replay`)."""
+    """This client may send its suspects: requests that ran when a process ended (`replay`)."""
 
     engine: int
     generation: int
 
 
 class TurnsOver(msgspec.Struct, tag=True):
-    """All clients have tried theirs, and the other requests may follow."""
+    """All clients have tried their suspects, so all other requests may be sent."""
 
     engine: int
     generation: int
 
 
 class Drain(msgspec.Struct, tag=True):
-    """Admit no more requests, finish those in progress within so many seconds, and exit."""
+    """Admit no more requests, finish the requests in progress within `timeout_s`, and exit."""
 
     timeout_s: float
 
 
 class AskMetrics(msgspec.Struct, tag=True):
-    """Asks a client for its metrics, or the owner for those of all."""
+    """Asks a client for its own metrics, or the owner for the metrics of all processes.
+
+    number: the answer carries the same number.
+    """
 
     number: int
 
 
 class AllMetrics(msgspec.Struct, tag=True):
-    """The metrics of all processes, as they are shown."""
+    """The metrics of all processes. shown: the text that `/metrics` answers."""
 
     number: int
     shown: bytes
@@ -96,8 +103,9 @@ class AllMetrics(msgspec.Struct, tag=True):
 class Relay(msgspec.Struct, tag=True):
     """A message for an engine, which the owner passes on unread.
 
-    opened, closed: ids of requests that begin and end with it. num_finished: how many of those that
-    end are complete.
+    opened, closed: ids of the requests that begin and end with this message. num_finished: how many
+    of the closed requests are complete. is_vocabulary: the message is a vocabulary, which an engine
+    needs from one client only.
     """
 
     engine: int
@@ -110,21 +118,24 @@ class Relay(msgspec.Struct, tag=True):
 
 
 class EndTurn(msgspec.Struct, tag=True):
-    """This client has no more requests to try."""
+    """This client has tried all its suspects."""
 
     engine: int
     generation: int
 
 
 class Routed(msgspec.Struct, tag=True):
-    """A prompt went to this engine; sent to the owner, who tells the other clients."""
+    """A client has sent a prompt to this engine. The owner passes the message to the other clients.
+
+    keys: hashes of the prompt's beginnings (`routing`).
+    """
 
     engine: int
     keys: list[int]
 
 
 class MetricFamily(msgspec.Struct, array_like=True):
-    """A family of metrics, as samples: (name, labels, value) of each."""
+    """A family of metrics. text: its help text. samples: (name, labels, value) of each."""
 
     name: str
     text: str
@@ -133,7 +144,7 @@ class MetricFamily(msgspec.Struct, array_like=True):
 
 
 class MetricsReport(msgspec.Struct, tag=True):
-    """A client's metrics. number: of the question; 0: sent every second, unasked."""
+    """A client's metrics. number: of the `AskMetrics` message; 0: sent every second, unasked."""
 
     number: int
     families: list[MetricFamily]

@@ -1,7 +1,9 @@
 """One of several HTTP processes: `python -m compiledllm.server.http_process CONNECTION TABLE`.
 
-It serves HTTP at an address where others listen as well, and sends its requests to engines that its
-parent process owns. The parent tells it when to end; without the parent it ends at once.
+The process listens at the address at which the other HTTP processes listen, too, and sends its
+requests to the engines that its parent process (the owner) holds. CONNECTION and TABLE are file
+descriptors: of the connection to the owner, and of the shared table of all HTTP processes. The
+owner says when to end; without the owner the process ends at once.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ from compiledllm.server.process_settings import (
 )
 
 TICK_S = 1.0  # between reports
-METRICS_S = 5.0  # for the owner to tell the metrics of all
+METRICS_TIMEOUT_S = 5.0  # for the owner to answer with the metrics of all processes
 CLOSE_S = 5.0  # for connections to close at the end
 
 
@@ -67,7 +69,8 @@ def main() -> int:
     connection, table_fd = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
     connection.set_inheritable(False)
     os.set_inheritable(table_fd, False)
-    for number in (signal.SIGTERM, signal.SIGINT):  # a terminal or a supervisor signals all
+    # A terminal or a supervisor sends signals to all processes; only the owner acts on them.
+    for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     return_large_blocks()
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
@@ -91,7 +94,7 @@ async def _run(connection: socket.socket, table_fd: int) -> int:
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
         is_config = isinstance(error, ConfigError)
-        if not is_config:  # the owner prints that one
+        if not is_config:  # the owner prints a wrong configuration
             log.error("an HTTP process cannot go on", exc_info=error)
         text = str(error) if is_config else f"{type(error).__name__}: {error}"
         link.send(Failed(text, is_config))
@@ -102,7 +105,7 @@ async def _run(connection: socket.socket, table_fd: int) -> int:
 
 
 class HttpProcess:
-    """The whole of this process. status: to exit with."""
+    """Serves HTTP in this process. status: the exit status of the process."""
 
     def __init__(self, settings: ProcessSettings, link: OwnerLink, table: SharedTable) -> None:
         self.status = 0
@@ -120,7 +123,7 @@ class HttpProcess:
         self._app = create_app(self._engine, options, self._siblings)
         self._metrics: Metrics = self._app.state.metrics
         self._told_to_end = asyncio.Event()
-        self._timeout_s = 0.0  # to drain for, once told to end
+        self._drain_timeout_s = 0.0  # set when the owner says to end
         self._background: list[asyncio.Task[Any]] = []
 
     def _served_engine(self) -> ServedEngine:
@@ -131,7 +134,7 @@ class HttpProcess:
         return replicas
 
     async def run(self) -> None:
-        """Serve until told to end. Raises what makes that impossible."""
+        """Serve until told to end. Raises the error that makes serving impossible, in a group."""
         async with asyncio.TaskGroup() as tasks:
             for work in (self._read(tasks), self._tick(), watch_for_standstills()):
                 self._background.append(tasks.create_task(work))
@@ -154,8 +157,8 @@ class HttpProcess:
         told = asyncio.create_task(self._told_to_end.wait())
         await asyncio.wait({serving, sweeps, told}, return_when=asyncio.FIRST_COMPLETED)
         if not told.done():
-            raise RuntimeError(f"it serves no more: {serving}, {sweeps}")
-        await self._engine.drain(self._timeout_s)
+            raise RuntimeError(f"the HTTP server or its sweep has ended: {serving}, {sweeps}")
+        await self._engine.drain(self._drain_timeout_s)
         server.should_exit = True
         sweeps.cancel()
         await asyncio.wait({serving}, timeout=CLOSE_S)
@@ -195,7 +198,7 @@ class HttpProcess:
         elif isinstance(message, AllMetrics):
             self._siblings.take_metrics(message)
         elif isinstance(message, Drain):
-            self._timeout_s = message.timeout_s
+            self._drain_timeout_s = message.timeout_s
             self._told_to_end.set()
         elif isinstance(message, Routed):
             if isinstance(self._engine, Replicas):
@@ -207,7 +210,7 @@ class HttpProcess:
 
 
 class Siblings:
-    """All HTTP processes of the server (`whole_server.WholeServer`)."""
+    """What this process knows of all HTTP processes (`whole_server.WholeServer`)."""
 
     def __init__(
         self,
@@ -226,7 +229,7 @@ class Siblings:
         asked = self._asked[number] = asyncio.get_running_loop().create_future()
         try:
             self._link.send(AskMetrics(number))
-            async with asyncio.timeout(METRICS_S):
+            async with asyncio.timeout(METRICS_TIMEOUT_S):
                 return bytes(await asked)
         except TimeoutError:
             raise Unavailable("the process that adds up the metrics does not answer", 5) from None
@@ -253,7 +256,7 @@ class Siblings:
 
 
 class SharedConnections(Connections):
-    """Connections whose limit is that of all processes together."""
+    """Connections with one limit for all processes together."""
 
     def __init__(
         self, limit: int, deadlines: Deadlines, table: SharedTable, row: int, column: int
@@ -277,8 +280,10 @@ class SharedConnections(Connections):
 def make_connections(
     arguments: argparse.Namespace, table: SharedTable, settings: ProcessSettings
 ) -> Connections:
-    """The connections of this process: --max-connections is for all processes together, and the
-    default, which follows from the limit on open files, for each.
+    """The connections of this process.
+
+    --max-connections limits all processes together. The default, which follows from the limit on
+    open files, limits each process.
     """
     limit = connection_limit(arguments.max_connections)
     deadlines = Deadlines(arguments.client_timeout, arguments.keep_alive_timeout)

@@ -1,6 +1,6 @@
-"""The HTTP processes of a server as their owner sees them: started, watched, restarted and drained.
+"""The HTTP processes of a server, in their owner: starts, watches, restarts and drains them.
 
-Their messages to engines go to the hub; their metrics are added up here.
+The owner passes their messages for engines to the hub, and adds up their metrics here.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from compiledllm.server.http_child import HttpChild
 from compiledllm.server.owner_metrics import OwnerMetrics
 from compiledllm.server.process_settings import ProcessSettings, ProcessState, state_column
 
-MAX_UNREAD_BYTES = 2**28  # that a process has not read of its news; beyond it the process is killed
-METRICS_S = 1.0  # for the processes to report their metrics when asked
-END_S = 10.0  # for a process to exit, beyond the time to drain
+MAX_UNREAD_BYTES = 2**28  # a process that leaves more of its messages unread is killed
+METRICS_TIMEOUT_S = 1.0  # for the processes to report their metrics when asked
+END_TIMEOUT_S = 10.0  # for a process to exit after the time to drain
 MIN_KILL_S = 10.0  # a process may be silent for this long, whatever --stuck-timeout says
-START_S = 300.0  # for a process to import its libraries on a busy machine
+START_TIMEOUT_S = 300.0  # for a process to import its libraries on a busy machine
 
 
 @dataclass(eq=False, slots=True)
 class _Question:
-    """Metrics that were asked for. missing: who has not answered."""
+    """A request for the metrics of all processes. missing: processes that have not answered."""
 
     missing: set[HttpChild]
     answered: asyncio.Event = field(default_factory=asyncio.Event)
@@ -45,8 +45,9 @@ class _Question:
 
 
 class HttpProcesses:
-    """settings_of: of the process with this row, name and `is_late`. Attribute: `failure`, why one
-    of the processes cannot go on.
+    """settings_of: the settings of a process, given its row in the table, its name and `is_late`.
+
+    failure: why one of the processes cannot run any more; None: all can.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class HttpProcesses:
     # -- life ----------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Keep all processes running; return once one cannot go on (`failure`)."""
+        """Keep all processes running. Returns once a process cannot be kept running (`failure`)."""
         self._keeping = [asyncio.create_task(self._keep(row)) for row in range(self._count)]
         done, _ = await asyncio.wait(self._keeping, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
@@ -86,9 +87,10 @@ class HttpProcesses:
         return ProcessState.READY in self.states()
 
     async def _keep(self, row: int) -> None:
-        """Start the process of a row again as often as it ends.
+        """Run the process of a row, and start it again whenever it ends.
 
-        A wrong configuration is final until processes serve; later a file may just be replaced.
+        A wrong configuration is final if no process serves yet. Later, a file may just be about to
+        be replaced, so the process is started again.
         """
         restarts = Restarts()
         while True:
@@ -111,7 +113,7 @@ class HttpProcesses:
             self._metrics.restarts.inc()
 
     async def _run_one(self, row: int) -> tuple[Failed, bool]:
-        """The life of one process; returns why it ended, and whether it took requests before."""
+        """Run one process to its end. Returns why it ended, and whether it had become ready."""
         settings = self._settings_of(row, str(next(self._numbers)), self._any_ready())
         child = await HttpChild.spawn(settings, self._table.fd)
         self._children.append(child)
@@ -141,10 +143,10 @@ class HttpProcesses:
             child.kill()
 
     def sweep(self) -> None:
-        """Kill processes that show no sign of life or do not read; call every second."""
+        """Kill processes that show no sign of life or do not read. Call this every second."""
         for child in self._children:
             child.num_silent_s += 1
-            limit_s = self._max_silent_s if child.has_reported else START_S
+            limit_s = self._max_silent_s if child.has_reported else START_TIMEOUT_S
             if child.num_silent_s > limit_s:
                 log.error("killing an HTTP process: it gave no sign of life for %.0f s", limit_s)
                 child.kill()
@@ -153,14 +155,14 @@ class HttpProcesses:
                 child.kill()
 
     async def drain(self, timeout_s: float) -> None:
-        """Let all processes finish their requests for so long, and end them."""
+        """Let all processes finish their requests for up to `timeout_s`, and end them."""
         self._is_ending = True
         for child in self._children:
             if self.states()[child.settings.row] is ProcessState.STARTING:
                 child.kill()  # it has no requests, and may have much to import
             else:
                 child.link.send(Drain(timeout_s))
-        deadline = time.monotonic() + timeout_s + END_S
+        deadline = time.monotonic() + timeout_s + END_TIMEOUT_S
         while self._children and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         for child in self._children:
@@ -188,13 +190,17 @@ class HttpProcesses:
             self._hub.take(child.link, message)
 
     async def _tell_metrics(self, child: HttpChild, asked_as: int) -> None:
-        """Tell a process the metrics of all; of those that do not answer, their last ones."""
+        """Send a process the metrics of all processes.
+
+        A process that does not answer in time counts with its last report. asked_as: the number of
+        the process's `AskMetrics` message.
+        """
         number = next(self._numbers)
         question = self._questions[number] = _Question(set(self._children))
         try:
             for each in self._children:
                 each.link.send(AskMetrics(number))
-            async with asyncio.timeout(METRICS_S):
+            async with asyncio.timeout(METRICS_TIMEOUT_S):
                 await question.answered.wait()
         except TimeoutError:
             pass

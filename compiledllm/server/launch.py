@@ -104,9 +104,9 @@ def on_signal(ending: asyncio.Event) -> None:
 
 
 async def _until_end(engine: ServedEngine, ending: asyncio.Event, tasks: set[Any]) -> int:
-    """Wait for the end: 0 when told to stop, 2 for a wrong config, 1 for a lost engine.
+    """Wait for the end. Returns 0 when told to stop, 2 for wrong options, 1 for a failure.
 
-    tasks: run as long as the server; the status is also 1 when one of them ends.
+    tasks: parts of the server that never end by themselves; the status is 1 if one of them ends.
     """
     told = asyncio.create_task(ending.wait())
     dead = asyncio.create_task(engine.wait_until_dead())
@@ -128,7 +128,7 @@ async def _announce(engine: ServedEngine, way: str) -> None:
 
 
 def spawns_of(options: dict[str, Any], arguments: argparse.Namespace) -> list[Spawn]:
-    """For each engine what starts its process. Raises ConfigError for too few GPUs."""
+    """For each engine, a function that starts its process. Raises ConfigError for too few GPUs."""
     count: int = arguments.data_parallel_size
     if count == 1:
         return [EngineChild.spawn]
@@ -151,7 +151,7 @@ def _spawn_with(variables: dict[str, str]) -> Spawn:
 
 
 def make_engine(options: dict[str, Any], arguments: argparse.Namespace) -> ServedEngine:
-    """The client of the engine, or of as many as `data_parallel_size` says."""
+    """The client of the engine, or of `data_parallel_size` engines."""
     limits, crashes = limits_of(arguments), cache_dir() / "crashes"
     clients = [
         EngineClient(options, limits, crashes, spawn=spawn)

@@ -1,7 +1,7 @@
 """`compiledllm serve --api-server-count N`: the process that owns the engines and N HTTP processes.
 
-It starts both, starts again what ends, passes messages between them, and ends all when told to.
-HTTP and texts are the business of `http_process`.
+The owner starts engines and HTTP processes, restarts those that end, passes messages between them,
+and ends all of them when told to. `http_process` is the module of an HTTP process.
 """
 
 from __future__ import annotations
@@ -51,13 +51,15 @@ def serve_in_processes(arguments: argparse.Namespace, is_tls: bool) -> int:
 
 
 def check_options(arguments: argparse.Namespace) -> None:
-    """Raise ConfigError for what several HTTP processes cannot do."""
+    """Raise ConfigError for options that do not work with several HTTP processes."""
     count = f"--api-server-count {arguments.api_server_count}"
     if sys.platform != "linux":
-        raise ConfigError(f"{count} needs Linux, which deals connections out; leave it at 1")
+        raise ConfigError(
+            f"{count} needs Linux, whose kernel spreads connections over processes; leave it at 1"
+        )
     if arguments.uds:
         raise ConfigError(
-            f"{count} needs a port, as nobody deals out the connections of --uds {arguments.uds}; "
+            f"{count} needs a port, as the kernel spreads no connections of --uds {arguments.uds}; "
             "leave out one of the two"
         )
     if arguments.responses_store:
@@ -68,7 +70,7 @@ def check_options(arguments: argparse.Namespace) -> None:
 
 
 class _Owner:
-    """place: the bound socket that keeps the address."""
+    """Owns engines and HTTP processes. place: the bound socket that keeps the address."""
 
     def __init__(
         self,
@@ -134,7 +136,7 @@ class _Owner:
         return status
 
     async def _until_end(self, ending: asyncio.Event, tasks: set[asyncio.Task[Any]]) -> int:
-        """Wait for the end: 0 when told to stop, 2 for a wrong config, 1 for what is lost."""
+        """Wait for the end. Returns 0 when told to stop, 2 for wrong options, 1 for a failure."""
         told = asyncio.create_task(ending.wait())
         dead = asyncio.create_task(self._wait_until_dead())
         done, _ = await asyncio.wait({told, dead, *tasks}, return_when=asyncio.FIRST_COMPLETED)
@@ -152,7 +154,7 @@ class _Owner:
         await asyncio.gather(*(engine.wait_until_dead() for engine in self._engines))
 
     def _failure(self) -> Failed | None:
-        """Why the server cannot go on."""
+        """Why the server cannot run any more; None if only one of several engines is lost."""
         if self._processes.failure is not None:
             return self._processes.failure
         failures = [engine.failure for engine in self._engines if engine.state == "dead"]

@@ -1,4 +1,4 @@
-"""Where the server listens: an address or a Unix socket, with TLS or without."""
+"""The server's listening socket, at an address or a Unix socket's path, and its options for TLS."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BACKLOG = 2048
 def listen(arguments: argparse.Namespace) -> socket.socket:
     """Listen at once, so that a port in use is reported before a model is loaded.
 
-    Raises ConfigError if nobody can listen there.
+    Raises ConfigError if that is not possible, as when another server listens there.
     """
     uds, host, port = arguments.uds, arguments.host, arguments.port
     try:
@@ -34,9 +34,10 @@ def listen(arguments: argparse.Namespace) -> socket.socket:
 
 
 def reserve(host: str, port: int) -> socket.socket:
-    """Bind a socket that keeps an address for the processes that `listen_beside` each other there.
+    """Reserve an address for processes that share it by `listen_beside`.
 
-    The socket itself does not listen. Raises ConfigError if others have the address.
+    The returned socket is bound but does not listen. Raises ConfigError if another program uses the
+    address.
     """
     try:
         with _bound(host, port) as alone:  # fails if another server listens, with peers or without
@@ -47,9 +48,10 @@ def reserve(host: str, port: int) -> socket.socket:
 
 
 def listen_beside(host: str, port: int) -> socket.socket:
-    """Listen at an address where others do as well: the kernel deals connections out by a hash.
+    """Listen at an address together with other processes (SO_REUSEPORT).
 
-    Raises ConfigError if nobody can listen there.
+    The kernel assigns each connection to a process by a hash of both ends' addresses. Raises
+    ConfigError if that is not possible.
     """
     try:
         listener = _bound(host, port, has_peers=True)
@@ -64,7 +66,7 @@ def _no_place(where: str, error: OSError, way_out: str) -> ConfigError:
 
 
 def close(listener: socket.socket, uds: str | None) -> None:
-    """Close a socket, which uvicorn may have done, and remove a Unix socket's file."""
+    """Close a socket (uvicorn may have closed it already), and remove a Unix socket's file."""
     listener.close()
     if uds:
         with contextlib.suppress(OSError):
@@ -132,7 +134,7 @@ def _bound(host: str, port: int, has_peers: bool = False) -> socket.socket:
 
 
 def _unix_socket(path: str) -> socket.socket:
-    """A socket at a path, in place of one that nobody listens at any more."""
+    """A socket bound to a path. Replaces the socket of a server that has ended."""
     if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode):
         with socket.socket(socket.AF_UNIX) as probe:
             try:
