@@ -95,7 +95,7 @@ class Request:
     num_tokens_in_flight: int = 0
     # In-flight tokens to ignore on arrival: they were drawn from state that was thrown away.
     num_tokens_to_drop: int = 0
-    is_second_try: bool = False  # its logits were NaN or infinite, and it was started over
+    is_second_try: bool = False  # its logits were NaN or infinite, so the request was started over
     block_tables: list[list[int]] = field(default_factory=list)  # one per group of layers
     # Per table, index of the first block that the request still owns.
     first_owned_blocks: list[int] = field(default_factory=list)
@@ -104,12 +104,12 @@ class Request:
     next_kv_check: int = 0
     block_hashes: list[bytes] = field(default_factory=list)
     num_registered_blocks: int = 0
-    # Of models with states: number of tokens up to the last snapshot at a fixed point, up to the
-    # last snapshot of all, and of the prompt's beginning whose KV another request had computed.
+    # For models with states, in tokens: position of the last snapshot at a fixed point, position of
+    # the last snapshot of either kind, and length of the prefix that an earlier request computed.
     state_kept_at: int = 0
     latest_state_at: int = 0
     diverges_at: int = 0
-    latest_state: bytes = b""  # hash of the block before the snapshot that moves along
+    latest_state: bytes = b""  # hash of the block before the snapshot that moves with the request
     num_cached_tokens: int = -1  # prefix-cache hit at first admission; -1 until then
     num_preemptions: int = 0
     finish_reason: FinishReason | None = None
@@ -192,8 +192,8 @@ class SchedulerOutput:
     # Copies of states before the step, all saves first: (request id, slot of the snapshot).
     saved_states: list[tuple[str, int]] = field(default_factory=list)
     restored_states: list[tuple[str, int]] = field(default_factory=list)
-    # States that the step keeps on its way: (request id, slot of the snapshot, number of the
-    # request's tokens in this step behind which the state is kept). They come last.
+    # Snapshots that the step takes while it computes: (request id, slot of the snapshot, number of
+    # the request's tokens in this step after which the state is kept).
     kept_states: list[tuple[str, int, int]] = field(default_factory=list)
 
     @property

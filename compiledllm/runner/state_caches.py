@@ -1,7 +1,7 @@
 """The tensors of layers that keep a state of fixed size for each request.
 
-A request's state lies at its row of the `RequestTable`; padding has the row behind all requests.
-Snapshots lie behind the rows, so that they are copied within a tensor.
+A request's state lies at the request's row of the `RequestTable`. The row after all requests is for
+padding. The rows after that are the slots of snapshots, so a snapshot is a copy within a tensor.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from compiledllm.runner.kv_layout import KVLayout
 
 
 class StateCaches:
-    """tensors: for each layer with a state, its tensors, [rows and slots of snapshots, ...].
+    """The state tensors of all layers.
 
-    Equal tensors of all layers lie in one buffer, [layers, rows and slots, ...], so that a state is
-    copied by one kernel for each kind of tensor.
+    tensors: for each layer with a state, its tensors, each [request rows + 1 + slots, ...]. Tensors
+    of equal shape and dtype share one buffer, [layers, request rows + 1 + slots, ...], so that one
+    kernel per buffer copies a request's state.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class StateCaches:
             for kind, count in kinds.items()
         }
         layers = {kind: iter(buffer) for kind, buffer in self._buffers.items()}
-        with torch.inference_mode():  # as the tensors of steps, from which a guard would tell it
+        with torch.inference_mode():  # as for steps' tensors: compiled code has a guard on this
             self._no_snapshots = torch.zeros(size, 2, dtype=torch.int64, device=device)
         self.tensors: list[list[Tensor]] = [
             [next(layers[kind]) for kind in _kinds(state)] for state in layout.states.values()
@@ -59,26 +60,27 @@ class StateCaches:
     def metadata(
         self, rows: Tensor, attn: AttentionMetadata, snapshots: Tensor | None = None
     ) -> list[StateMetadata]:
-        """What each layer must know of a step, given the metadata of any attention layer.
+        """The metadata of a step for each layer with a state.
 
-        rows: int64 [rows], request rows. Further rows of `attn`, which are empty, are padding's.
-        snapshots: int64 [2, rows]: after how many of a row's tokens its state is kept, and at which
-        row of the tensors; None: the step keeps none.
+        rows: int64 [rows], request rows. attn: the metadata of any attention layer in this step;
+        its rows after the first `len(rows)` are empty. snapshots: int64 [2, rows]: for each row,
+        the number of its tokens after which the state is stored as a snapshot (0: no snapshot), and
+        the row of the tensors that receives the snapshot; None: the step stores no snapshots.
         """
         if not self.tensors:
             return []
         num_rows = len(attn.seq_lens)
         num_empty = num_rows - len(rows)
         rows = F.pad(rows, (0, num_empty), value=self._padding_row)
-        kept = self._no_snapshots[:num_rows]
+        per_row = self._no_snapshots[:num_rows]  # [rows, 2]
         if snapshots is not None:
-            kept = F.pad(snapshots.T, (0, 0, 0, num_empty)).contiguous()
+            per_row = F.pad(snapshots.T, (0, 0, 0, num_empty)).contiguous()
         of_rows = attn.query_start_loc, attn.seq_lens, attn.row_bound
-        return [StateMetadata(rows, *of_rows, kept)] * len(self.tensors)
+        return [StateMetadata(rows, *of_rows, per_row)] * len(self.tensors)
 
 
 class _Kind(NamedTuple):
-    part: int  # of a layer's state, as two of its tensors must not share storage
+    part: int  # index in a layer's state: tensors of one layer must not share storage
     shape: tuple[int, ...]
     dtype: torch.dtype
 

@@ -1,4 +1,7 @@
-"""The prompts' part of a step in which requests decode, and its size for a target of ITL."""
+"""Bounds the prompt tokens of a step in which requests decode, by a count or by a target for ITL.
+
+ITL (inter-token latency) is the time between two tokens of a request.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +13,19 @@ from dataclasses import dataclass, field
 from compiledllm.types import Request, SchedulerOutput, StepTimes
 
 MIN_PROMPT_TOKENS = 32  # per step, so that prompts advance however low the target is
-_SHARE = 0.9  # of the target that a step is planned to take; the rest is for variation
-_LEARN_SLOWER, _LEARN_FASTER = 0.25, 0.05  # weights of a step in the mean of slowdowns
-_MAX_CHANGE = 2.0  # largest factor between a step's slowdown and their mean that counts
+_SHARE = 0.9  # of the target: the planned duration of a step; the rest is for variation
+# Weights of a step that is slower or faster than predicted in the moving mean of slowdowns.
+_LEARN_SLOWER, _LEARN_FASTER = 0.25, 0.05
+_MAX_CHANGE = 2.0  # a step counts as at most this many times slower or faster than the mean
 
 
 @dataclass(slots=True)
 class PromptBudget:
-    """The prompts' part of a step in which requests decode.
+    """How many prompt tokens may still join a step in which requests decode.
 
-    num_tokens: prompt tokens of all prompts together, of which grants are taken away. exempt_from:
-    the budget does not limit the prompt of a batch's request with at least this many tokens left to
-    draw; such a request may overdraw the budget.
+    num_tokens: prompt tokens left for all prompts together; negative after an exempt request has
+    overdrawn the budget. exempt_from: the budget does not limit the prompt of a request that waits
+    for its whole batch and has at least this many tokens left to draw.
     """
 
     num_tokens: int
@@ -31,11 +35,11 @@ class PromptBudget:
         return request.spec.waits_for_batch and request.num_tokens_left >= self.exempt_from
 
     def room(self, position: int) -> int:
-        """Number of tokens that a prompt may get behind its first `position` tokens."""
+        """Number of tokens that a prompt may get after its first `position` tokens."""
         return max(self.num_tokens, 0)
 
     def take(self, position: int, count: int) -> None:
-        """Grant a prompt `count` tokens behind its first `position` tokens."""
+        """Grant a prompt `count` tokens after its first `position` tokens."""
         self.num_tokens -= count
 
 
@@ -43,9 +47,9 @@ class PromptBudget:
 class TimedBudget(PromptBudget):
     """As many prompt tokens as a step can compute in a given time.
 
-    num_tokens: the number that the best-ranked prompt gets at least, so that it advances.
-    step_tokens: tokens of the step so far. left_s: seconds for the step, without the attention of
-    what is granted.
+    num_tokens: the best-ranked prompt gets at least this many, so that it advances. step_tokens:
+    tokens of the step so far. left_s: seconds for a step of these tokens: the target, minus the
+    times of reading contexts and of the granted tokens' attention to earlier tokens.
     """
 
     times: StepTimes = field(kw_only=True)
@@ -70,14 +74,16 @@ class TimedBudget(PromptBudget):
 
 
 class ItlTarget:
-    """Chooses as many prompt tokens for a step as fit a bound on the time between tokens.
+    """Chooses the largest number of prompt tokens with which a step keeps the ITL below a target.
 
-    The time of a step is predicted from times measured at start: of the step's size, of the context
-    that decoding requests read, and of attention between prompt tokens and the tokens before them.
-    Sizes are those of captured steps, to one of which a step of any other size is padded.
+    The time of a step is predicted as a sum of three times measured at start (`StepTimes`): the
+    time of the step's size, the time to read the context of decoding requests, and the time of
+    attention between prompt tokens and the tokens before them. Sizes are those of captured steps,
+    because steps of other sizes are padded to one of these.
 
-    The prediction is corrected by a mean of measured / predicted time, which follows slower steps
-    five times as fast as faster ones, and so stays near the slow end of what steps take.
+    The prediction is multiplied by `slowdown`, a moving mean of measured / predicted time. The mean
+    follows slower steps five times as fast as faster ones, so it stays near the slow end of the
+    measured times.
     """
 
     def __init__(self, target_s: float, times: StepTimes) -> None:

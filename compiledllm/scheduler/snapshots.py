@@ -1,8 +1,8 @@
-"""Copies of requests' states after a prefix: which slot holds which, and LRU eviction.
+"""The index of snapshots, which are copies of requests' states after a prefix, with LRU eviction.
 
-Layers that keep a state for each request make a prefix useful only together with the state behind
-its last token. The device keeps copies of states in slots. A snapshot is found by the hash of the
-last block of its prefix. The module knows hashes and slots, no tensors.
+For a model whose layers keep a state per request, the KV of a prefix is of use only together with
+the state after the prefix's last token. The device keeps copies of such states in slots. A snapshot
+is found by the hash of the last block of its prefix. The module knows hashes and slots, no tensors.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from collections.abc import Sequence
 class Snapshots:
     """An index of `num_slots` slots, least recently used first.
 
-    A step reads snapshots before it computes, and may write others while it computes. Until the
-    next step is scheduled, those are `coming`: known, but neither found nor evicted.
+    A step restores snapshots before it computes, and may write new snapshots while it computes. A
+    new snapshot is `coming` until the next step is scheduled: it is in the index, but it is neither
+    found nor evicted.
     """
 
     def __init__(self, num_slots: int) -> None:
@@ -35,7 +36,7 @@ class Snapshots:
         return block_hash in self._coming
 
     def settle(self) -> None:
-        """From now on the snapshots that were coming are found."""
+        """Let the snapshots that are coming be found. Call this before a step is scheduled."""
         self._slot_of_hash |= self._coming
         self._coming.clear()
 
@@ -45,15 +46,15 @@ class Snapshots:
         return next((n for n in lengths if hashes[n - 1] in self._slot_of_hash), 0)
 
     def use(self, block_hash: bytes) -> int:
-        """The slot of a snapshot that a request starts from."""
+        """The slot of the snapshot from which a request starts. Marks the snapshot as used."""
         self.num_hits += 1
         self._slot_of_hash.move_to_end(block_hash)
         return self._slot_of_hash[block_hash]
 
     def add(self, block_hash: bytes, is_coming: bool = False) -> int | None:
-        """The slot for a new snapshot, free or taken from the least recently used one.
+        """Take a slot for a new snapshot: a free slot, or the slot of the least recently used.
 
-        None if all slots belong to snapshots that are coming.
+        Returns None if all slots belong to snapshots that are coming.
         """
         assert block_hash not in self
         if not self._free_slots:
@@ -66,7 +67,7 @@ class Snapshots:
         return index[block_hash]
 
     def forget(self, block_hash: bytes) -> None:
-        """Free the slot of a snapshot, if it is still there."""
+        """Free the slot of a snapshot, unless the snapshot has been evicted."""
         slot = self._slot_of_hash.pop(block_hash, None)
         if slot is not None:
             self._free_slots.append(slot)

@@ -1,13 +1,13 @@
-"""Decides where copies of requests' states are taken, and from which copy a request starts.
+"""Decides where snapshots of requests' states are taken, and from which snapshot a request starts.
 
-A step that computes several tokens of a request can keep the state behind one of them, and a step
-that continues a request at a block border may begin with a copy of the request's state, which is
-the state behind the border. There are two kinds of snapshots:
+A snapshot is the state after a block border (`snapshots`). A step that computes several tokens of a
+request can keep the state after one of them. A step that begins at a block border of a request can
+first save the request's current state, which is the state at the border. Snapshots are taken
 
-- at fixed points: behind the last full block of the prompt, and where the request leaves the blocks
-  that another one has computed before;
-- at the latest border. The copy moves along with the request, and is the one from which the next
-  turn of a conversation starts when the request has ended.
+- at two fixed points of a prompt: after its last full block, and where it diverges from the blocks
+  that an earlier request has computed;
+- at the request's latest border. This snapshot moves along with the request; after the request's
+  end, the next turn of the conversation starts from it.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from __future__ import annotations
 from compiledllm.scheduler.snapshots import Snapshots
 from compiledllm.types import Request, RequestStatus
 
-MIN_TOKENS = 64  # that a snapshot at a fixed point must save; fewer are not worth a slot
-# Copies take memory bandwidth from decoding, so with more requests they move in larger strides.
-# Past half of the slots, running requests would take the slots from each other.
+MIN_TOKENS = 64  # a snapshot at a fixed point must save computing at least this many tokens
+# Copies take memory bandwidth from decoding, so with more requests the latest snapshots move in
+# larger strides. If running requests had more than half of the slots, they would evict each other's
+# snapshots, so then no latest snapshots are taken.
 _MAX_REQUESTS_IN_SINGLE_STRIDES = 8
-_STRIDE = 4  # blocks
+_STRIDE = 4  # blocks, with more requests
 _SLOTS_PER_REQUEST = 2
 
 
@@ -31,17 +32,19 @@ class StateKeeper:
         self._block_size = block_size
 
     def max_with_one_point(self, request: Request, start: int, count: int) -> int:
-        """`count`, or the tokens from `start` to the first of two points, where the step ends.
+        """The number of tokens, up to `count`, that a step may compute from `start` on.
 
-        A step can keep only one state of a request.
+        A step can keep only one state of a request. If both fixed points lie among the tokens, the
+        step ends at the first one.
         """
         points = self._points_within(request, start, count)
         return points[0] - start if len(points) > 1 else count
 
     def slot_to_keep(self, request: Request, start: int, count: int) -> tuple[int, int] | None:
-        """Where a step that computes `count` tokens from `start` on keeps the request's state.
+        """The snapshot that a step takes while it computes `count` tokens from `start` on.
 
-        Returns a slot and the number of tokens behind which the state is kept; None: it keeps none.
+        Returns a slot and the number of the step's tokens after which the state is kept; None: the
+        step takes no snapshot.
         """
         points = self._points_within(request, start, count)
         if not points:
@@ -53,7 +56,7 @@ class StateKeeper:
         return slot, points[0] - start
 
     def _points_within(self, request: Request, start: int, count: int) -> list[int]:
-        """The fixed points behind the first of these tokens, and before the last, to keep."""
+        """The fixed points strictly between `start` and `start + count` that need a snapshot."""
         found: list[int] = []
         last = request.state_kept_at
         for point in sorted(self._points(request)):
@@ -85,7 +88,7 @@ class StateKeeper:
         return None if key in self.snapshots else self.snapshots.add(key)
 
     def longest_prefix(self, request: Request, num_blocks: int) -> int:
-        """Of the request's first blocks, how many have a snapshot behind them."""
+        """Length, in blocks, of the longest prefix with a snapshot; at most `num_blocks`."""
         return self.snapshots.longest(request.block_hashes[:num_blocks])
 
     def begin(self, request: Request, start: int) -> None:
@@ -93,12 +96,12 @@ class StateKeeper:
         request.state_kept_at = request.latest_state_at = start
 
     def slot_to_restore(self, request: Request) -> int | None:
-        """The slot of the state that a request starts from; None if it starts from nothing."""
+        """The slot of the state from which a request starts; None if it starts from zeros."""
         start = request.num_computed_tokens
         return self.snapshots.use(self._hash_before(request, start)) if start else None
 
     def waits_for_sibling(self, request: Request) -> bool:
-        """Whether a request with the same prompt is about to keep the state behind the prompt."""
+        """Whether another completion of the same prompt will soon take the prompt's snapshot."""
         sibling, point = request.sibling, self._prompt_end(request)
         if sibling is None or sibling.status is not RequestStatus.RUNNING or point < MIN_TOKENS:
             return False
