@@ -1,8 +1,8 @@
-"""The kernels of a decode step, with their time beside what the hardware allows.
+"""The kernels of a decode step: their times, and the floors of the step's parts.
 
-The profiler tells the time of each kernel but not the bytes that it moves. Bytes and floors are
-therefore those of the step's parts, which follow from the model's spec: products read the weights,
-attention reads the KV, and layers with states read and write these.
+The profiler reports the time of each kernel but not the bytes that it moves. Bytes and floors are
+therefore given for whole parts of the step, from the model's spec: products read the weights,
+attention reads the KV cache, and layers with states read and write their states.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from compiledllm.models.spec import ModelSpec
 from compiledllm.platform import Platform
 
 PRODUCTS, ATTENTION, OTHER = "products", "attention and states", "other"
-# Parts of kernels' names (on a CPU of operators' names), in the order in which they are looked for.
+# (part of the step, pattern of its kernels' names; on a CPU, of its operators' names). The first
+# pattern that is found decides.
 _KINDS = (
     (ATTENTION, r"attention|_decode_kernel|_prefill_kernel|_step_kernel|_ragged_kernel"),
     (ATTENTION, r"_scan_kernel|BatchDecode|BatchPrefill|flash|delta_rule|short_convolution"),
@@ -49,7 +50,7 @@ class Kernel:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """All kernels of a kind. floor_us: None for what needs no time of its own."""
+    """All kernels of one part of the step. floor_us: None for "other", which has no floor."""
 
     kind: str
     us: float
@@ -65,8 +66,8 @@ class Part:
 class StepKernels:
     """A decode step of `rows` requests. context: tokens of each request, halfway through.
 
-    bucket: rows of the captured step that ran; None: the step was not captured. wall_us: of a step
-    that is not profiled. busy_us: of these, how long any kernel ran.
+    bucket: rows of the captured step that ran; None: the step was not captured. wall_us: duration
+    of a step without the profiler. busy_us: how long at least one kernel ran.
     """
 
     rows: int
@@ -88,8 +89,8 @@ def measure_kernels(
 ) -> list[StepKernels]:
     """Measure a decode step for each number of requests, with dummy weights.
 
-    options: of an engine. context: tokens of each prompt. Raises ConfigError for options that
-    cannot be, and for prompts that are too long.
+    options: options of an engine. context: tokens of each prompt. Raises ConfigError for wrong
+    options and for prompts that are too long.
     """
     own = {"max_num_seqs": max(row_counts), "load_format": "dummy"}
     model = Model.from_options(options | own, ("compiledllm",))
@@ -145,7 +146,7 @@ def kind_of(name: str) -> str:
 def parts_of(
     kernels: Sequence[Kernel], spec: ModelSpec, rows: int, context: int, ceilings: Ceilings
 ) -> list[Part]:
-    """The step's parts, each with the bytes that it moves at least and the time for them."""
+    """The step's parts, each with the least number of bytes that it must move, and its floor."""
     cost, empty = decode_cost(spec, rows, context), decode_cost(spec, rows, 0)
     flops = 2 * rows * spec.weights_read.num_parameters
     products_s = max(cost.weight_bytes / ceilings.bytes_per_s, flops / ceilings.flops_per_s)

@@ -2,14 +2,18 @@
 
     python -m compiledllm.benchmarks.prefixes MODEL --output-json FILE
 
-MODEL and all engine options are those of `compiledllm generate`. Three rows:
+MODEL and all engine options are those of `compiledllm generate`. The report has three rows:
 
-- chat: a prompt of `--chat-len` tokens and an answer, then both again with `--turn-len` more: the
-  second turn's time to its first token, with the cache and without;
-- shared: a second prompt that begins with the same `--shared-len` tokens;
-- apart: `--num-prompts` prompts that share nothing, with the cache and without, taking turns.
+- chat: the first turn is a prompt of `--chat-len` tokens and an answer; the second turn's prompt is
+  both of these and `--turn-len` more tokens. Measures the second turn's time to first token, with
+  the cache and without it.
+- shared: the time to first token of a prompt whose first `--shared-len` tokens two earlier prompts
+  had, too.
+- apart: the rate of `--num-prompts` prompts that share nothing, with the cache and without it,
+  taking turns.
 
-Each row has the steps that the engine took, and the states that it copied or kept.
+Each row also counts the engine's steps and, for models with states, the snapshots that were saved,
+restored and kept.
 """
 
 from __future__ import annotations
@@ -41,7 +45,7 @@ _SHARE = 0.45  # of the GPU's memory, for each of two engines
 
 
 class Counted:
-    """An engine, and counts of its steps and of the states that these copy, restore or keep."""
+    """An engine that counts its steps, and the states that the steps save, restore and keep."""
 
     def __init__(self, options: dict[str, Any], caches: bool) -> None:
         fixed = {"skip_tokenizer_init": True, "enable_prefix_caching": caches}
@@ -59,7 +63,7 @@ class Counted:
         self.engine.core.scheduler.schedule = counted  # type: ignore[method-assign]
 
     def generate(self, prompts: Sequence[list[int]], max_tokens: int) -> tuple[float, list[Any]]:
-        """Seconds, and the outputs."""
+        """Generate greedily from prompts of token ids: the duration in seconds, and the outputs."""
         params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
         self.counts.update(dict.fromkeys(self.counts, 0))
         start = time.perf_counter()
@@ -74,13 +78,13 @@ def measure(options: Namespace, on: Counted, off: Counted) -> Iterator[Row]:
         found = random_requests(count, length, 1, vocab_size, seed)
         return [ids for request in found if isinstance(ids := request.prompt, list)]
 
-    for engine in (on, off):  # compiled code, captured graphs
+    for engine in (on, off):  # compile and capture before measuring
         engine.generate(prompts(2, 64, -1), 4)
     yield _chat(options, on, off, prompts)
     (shared,) = prompts(1, options.shared_len, -2)
     ends = prompts(2, 40, -3)
     on.generate([shared + ends[0]], 1)
-    on.generate([shared + ends[1]], 1)  # leaves the first one behind the shared tokens
+    on.generate([shared + ends[1]], 1)  # diverges after the shared tokens: takes a snapshot there
     seconds, (output,) = on.generate([shared + ends[0][::-1]], 1)
     yield {"row": "shared", "cached": output.num_cached_tokens, "s": seconds, **on.counts}
     yield _apart(options, on, off, prompts)

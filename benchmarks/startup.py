@@ -21,7 +21,8 @@ from compiledllm.benchmarks.startup_child import MARK
 if TYPE_CHECKING:
     from compiledllm.benchmarks.model import Model
 
-# Variables that name the caches of engines and compilers. Caches elsewhere stay, also when cold.
+# Environment variable of a cache -> its folder in each start's caches. Other caches are not
+# emptied, not even for a cold start.
 _CACHES = {
     "COMPILEDLLM_CACHE_DIR": "compiledllm",
     "TORCHINDUCTOR_CACHE_DIR": "inductor",
@@ -32,8 +33,8 @@ _CACHES = {
     "TMPDIR": "tmp",
 }
 _NO_COMPILER = {"CC": "/no/compiler", "CXX": "/no/compiler"}
-# "process": the interpreter's start. The phases of the ledger follow, "rest" among them: what no
-# phase covers, and what a peer does not tell apart.
+# "process" is the start of the interpreter. The phases of the engine's ledger follow. "rest" is the
+# time that no phase covers, which is most of a peer's time.
 PHASES = ("process", *ledger.PHASES, "first token")
 
 
@@ -48,8 +49,8 @@ def measure_startup(
 
     counts: number of starts by kind. "cold": every cache is empty. "warm": with the caches that the
     last cold start filled. "built": every cache is empty and no C++ compiler is found, but
-    `compiledllm build` has made an artifact; ours only. The model's files are in the operating
-    system's page cache in all of them.
+    `compiledllm build` has made an artifact; only for our own engine. For every kind, the model's
+    files are in the operating system's page cache.
     """
     setup = {
         "path": str(model.path),
@@ -128,7 +129,7 @@ def _environment(caches: Path) -> dict[str, str]:
 
 
 def _start(request: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
-    """What the fresh process tells, and "wall_s" as measured by this process."""
+    """The facts that the fresh process prints, and "wall_s" as measured by this process."""
     started = time.monotonic()
     command = [sys.executable, "-m", "compiledllm.benchmarks.startup_child"]
     found: dict[str, Any] = {}
@@ -158,17 +159,17 @@ def _start(request: Mapping[str, Any], environment: Mapping[str, str]) -> dict[s
 
 
 def _named_error(text: str) -> str:
-    """The last line that names an exception: CUDA's errors end in lines of advice."""
+    """The last line that names an exception, because CUDA's errors end in lines of advice."""
     lines = text.strip().splitlines()
     named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
     return (named or lines or ["it printed no error"])[-1]
 
 
 def _row(engine: str, kind: str, runs: Sequence[Mapping[str, Any]]) -> Row:
-    """One row. Its phases are those of the median run, as medians of phases would not sum up.
+    """One row. Its phases are those of the median run, because medians of phases do not add up.
 
-    cpu_s: seconds of the process on all cores together. imported: heavy packages that the median
-    run had imported by its first token.
+    cpu_s: CPU seconds of the process, on all cores together. imported: heavy packages that the
+    median run had imported by its first token.
     """
     middle = sorted(runs, key=lambda run: run["wall_s"])[(len(runs) - 1) // 2]
     weights_s = middle["phases_s"]["weights"]

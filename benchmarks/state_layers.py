@@ -1,13 +1,13 @@
-"""Measures the ops of state layers, beside the machine's ceilings.
+"""Measures the ops of state layers, and compares them with the machine's ceilings.
 
     python -m compiledllm.benchmarks.state_layers --output-json FILE
     python -m compiledllm.benchmarks.state_layers --sweep
 
-Shapes are those of Qwen3.5-9B and Qwen3.6-35B-A3B, which are equal: 16 key heads and 32 value heads
-of 128, convolutions of width 4. Mamba-2's state space has the same heads and states here, and one
-group. Calls for several layers, each with its own states, follow one
-another in a CUDA graph as in a model's step, so that states come from memory and not from a cache.
-`--sweep` also measures other tilings of the delta rule's kernels.
+The delta rule and the convolution have the shapes of Qwen3.5-9B and Qwen3.6-35B-A3B, which are
+equal: 16 key heads and 32 value heads of 128, convolutions of width 4. The state space (Mamba-2)
+has the same value heads and states, and one group. As in a model's step, a CUDA graph calls an op
+for several layers, each of which has its own states, so that states come from memory and not from a
+cache. `--sweep` also measures other tilings of the delta rule's kernels.
 """
 
 from __future__ import annotations
@@ -42,11 +42,13 @@ from compiledllm.kernels.state_space import state_space
 from compiledllm.platform import Platform
 
 _REPEATS = 5
-_MIN_SECONDS = 0.02  # of a repeat
+_MIN_S = 0.02  # duration of a repeat
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
+    """dim: dimensions of a head. width: inputs per channel of the convolution."""
+
     key_heads: int = 16
     value_heads: int = 32
     dim: int = 128
@@ -68,7 +70,7 @@ class Step:
     count: int
 
     def metadata(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """rows, query_start_loc and seq_lens, all with earlier tokens and an empty row."""
+        """rows, query_start_loc and seq_lens. Rows have earlier tokens; the last row is empty."""
         own = torch.arange(self.rows, device=device)
         starts = [min(row, self.rows) * self.count for row in range(self.rows + 2)]
         lengths = torch.full((self.rows + 1,), self.count + 100, device=device)
@@ -76,7 +78,7 @@ class Step:
 
 
 class Inputs:
-    """Inputs of a step, shared by all layers, and states for each layer."""
+    """Inputs of a step, which all layers share, and states, which each layer has for itself."""
 
     def __init__(
         self,
@@ -96,20 +98,20 @@ class Inputs:
         self.tokens += gates.chunk(2, dim=1)
         self.of_heads = torch.randn(2, shape.value_heads, device=device).unbind()
         self.weight = torch.randn(shape.channels, shape.width, device=device).to(dtype)
-        num_states = step.rows * (1 if step.count == 1 else 2)  # snapshots lie behind
+        num_states = step.rows * (1 if step.count == 1 else 2)  # the second half is for snapshots
         matrix = num_states, shape.value_heads, shape.dim, shape.dim
         window = num_states, shape.channels, shape.width - 1
         self.states = [torch.randn(matrix, device=device).to(state_dtype) for _ in range(layers)]
         self.windows = [torch.randn(window, device=device).to(dtype) for _ in range(layers)]
         self.metadata = step.metadata(device)
         row_bound = make_row_bound(1 if step.count == 1 else 0, device)
-        # As in an engine, each prompt keeps the state behind its last block of 16 tokens.
+        # As in an engine, each prompt takes a snapshot after its last full block of 16 tokens.
         border = (step.count - 1) // 16 * 16
-        kept = [(border, step.rows + row if border else 0) for row in range(step.rows)]
-        self.others = row_bound, torch.tensor([*kept, (0, 0)], device=device)
+        snapshots = [(border, step.rows + row if border else 0) for row in range(step.rows)]
+        self.others = row_bound, torch.tensor([*snapshots, (0, 0)], device=device)
 
     def delta_rules(self, **tilings: Any) -> Iterator[Callable[[], object]]:
-        """A call for each layer."""
+        """A call of the delta rule for each layer. tilings: `step`, `chunk` or `scan`."""
         rule: Callable[..., object] = gated_delta_rule
         if tilings:
             from compiledllm.kernels.delta_rule_triton import delta_rule as rule
@@ -118,6 +120,7 @@ class Inputs:
             yield functools.partial(rule, *tensors, **tilings)
 
     def state_spaces(self) -> Iterator[Callable[[], object]]:
+        """A call of the state space for each layer."""
         query, key, value, step, _ = self.tokens
         of_heads = *self.of_heads, self.of_heads[0]
         compute: Callable[..., object] = state_space
@@ -126,6 +129,7 @@ class Inputs:
             yield functools.partial(compute, *tensors, *self.metadata, *self.others)
 
     def convolutions(self) -> Iterator[Callable[[], object]]:
+        """A call of the convolution for each layer."""
         for window in self.windows:
             tensors = self.mixed, self.weight, None, window, *self.metadata
             yield functools.partial(short_convolution, *tensors, "silu", *self.others)
@@ -135,7 +139,7 @@ def seconds_per_call(
     calls: Sequence[Callable[[], object]],
     device: torch.device,
     num_repeats: int = _REPEATS,
-    min_s: float = _MIN_SECONDS,
+    min_s: float = _MIN_S,
 ) -> float:
     """Seconds of the fastest of several repeats. On a GPU the calls are replayed from a graph.
 
@@ -177,9 +181,9 @@ def _synchronize(device: torch.device) -> None:
 def delta_rule_cost(shape: Shape, step: Step, state_dtype: torch.dtype) -> tuple[int, int]:
     """Bytes that must be moved, and FLOPs: of the recurrence, or of chunks of CHUNK tokens.
 
-    Per token and value head a chunk has three products with the state, and four with the chunk's
-    other tokens: keys and queries with keys, the inverse and the scores with values. Inverting is
-    not counted.
+    Per token and value head, a chunk has three products with the state, and four products with the
+    chunk's other tokens: keys with keys, queries with keys, the inverse with values, and the scores
+    with values. The inversion is not counted.
     """
     tokens, per_token = step.rows * step.count, (shape.channels + shape.value_heads * shape.dim) * 2
     num_bytes = 2 * step.rows * shape.state_bytes(state_dtype) + tokens * per_token
@@ -224,7 +228,7 @@ def make_row(
 
 
 def tilings(step: Step) -> Iterator[dict[str, Any]]:
-    """Other tilings of the kernels that a step takes, one kernel at a time."""
+    """Other tilings of the kernels that compute this step, one kernel at a time."""
     from compiledllm.kernels.chunked_delta_rule_triton import ChunkTiling, ScanTiling
     from compiledllm.kernels.delta_rule_triton import StepTiling
 

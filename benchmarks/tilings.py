@@ -1,7 +1,7 @@
-"""Measures tilings of products of few rows, and writes a table of those that beat the rules.
+"""Measures tilings of products of few rows, and writes a table of tilings that beat the rules.
 
-Caches are cold: each repeat of a graph multiplies by more copies of a matrix than the last-level
-cache holds. Tilings are compiled by several processes first, as compiling takes most of the time.
+Caches are cold: each replay of a graph multiplies by more copies of a matrix than the last-level
+cache holds. Compilation takes most of the time, so several processes compile all tilings first.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ QuantizedKey = tuple[str, int, int, int]  # layout, padded rows, inputs, outputs
 _Job = TypeVar("_Job")
 
 MIN_GAIN = 0.03  # share of the rule's time that an entry of the table saves at least
-_COLD_BYTES = 4e8  # of all copies of a matrix; several times any last-level cache
+_COLD_BYTES = 4e8  # total size of the copies of a matrix; several times any last-level cache
 _MAX_COPIES = 40
 _BATCH = 64  # tilings that a process compiles in a row
 
 
 def own_table() -> Path:
-    """Where the machine's own table of its GPU lies, from which engines read it."""
+    """The file with this machine's own table of its GPU, which engines read."""
     return cache_dir() / "tilings" / file_name(torch.cuda.get_device_name())
 
 
 def products_of(models: Iterable[str]) -> list[Shape]:
-    """The shapes of 16-bit products in these models' steps, each once. No weights are needed."""
+    """The distinct shapes of 16-bit products in these models' steps. No weights are needed."""
     shapes = dict[Shape, None]()
     for model in models:
         spec = load_spec(resolve_checkpoint(model, weights=False))
@@ -87,10 +87,10 @@ def measure_products(
     entries = []
     for num_rows, (num_outputs, num_inputs) in itertools.product(row_counts, shapes):
         rule = rule_for(num_rows, num_outputs, num_inputs)
-        of_rule = rule.outputs, rule.columns, rule.num_warps, rule.num_stages
-        tilings = dict.fromkeys([of_rule, *candidates(num_rows, num_inputs)])
+        rule_fields = rule.outputs, rule.columns, rule.num_warps, rule.num_stages
+        tilings = dict.fromkeys([rule_fields, *candidates(num_rows, num_inputs)])
         seconds = _measure(num_rows, (num_outputs, num_inputs), tilings)
-        if entry := entry_of(num_rows, (num_outputs, num_inputs), seconds, of_rule):
+        if entry := entry_of(num_rows, (num_outputs, num_inputs), seconds, rule_fields):
             entries.append(entry)
         advance(f"{num_rows} x {num_outputs} x {num_inputs}")
     return entries
@@ -101,7 +101,7 @@ def entry_of(
 ) -> dict[str, Any] | None:
     """The table's entry for a product, or None where the rule's tiling is good enough."""
     best = min(seconds, key=seconds.__getitem__)
-    rule_s = seconds.get(rule)  # None: the GPU has no room for it
+    rule_s = seconds.get(rule)  # None: the GPU lacks the resources for this tiling
     if rule_s is not None and seconds[best] > (1 - MIN_GAIN) * rule_s:
         return None
     return {
@@ -115,7 +115,7 @@ def entry_of(
 
 
 def _measure(num_rows: int, shape: Shape, tilings: Iterable[Fields]) -> dict[Fields, float]:
-    """Seconds of a product by each tiling that the GPU has room for."""
+    """Seconds of a product by each tiling for which the GPU has the resources."""
     from compiledllm.kernels.skinny_triton import Tiling, skinny_linear
 
     device = torch.device("cuda")
@@ -142,9 +142,9 @@ def num_copies(num_bytes: int) -> int:
 
 
 def compile_in_processes(function: Callable[[Sequence[_Job]], None], jobs: Sequence[_Job]) -> None:
-    """Call `function` with shares of the jobs, in as many processes as there are processors.
+    """Call `function` with batches of the jobs, in as many processes as there are processors.
 
-    It compiles kernels, which then lie in the compilers' caches.
+    `function` compiles kernels, which other processes then find in the compilers' caches.
     """
     count = os.cpu_count() or 1
     size = max(min(_BATCH, -(-len(jobs) // count)), 1)
@@ -174,10 +174,10 @@ def write_table(
     platform: Platform,
     quantized: Mapping[QuantizedKey, dict[str, Any] | None] | None = None,
 ) -> None:
-    """Write a table. Entries of an earlier one stay, but for those of measured products.
+    """Write a table. Entries of the file stay, except for the products that were measured again.
 
-    measured: (rows, shape) of each. quantized: the measured products with quantised matrices, with
-    their entries; None: the rule is good enough.
+    measured: (rows, shape) of each 16-bit product that was measured. quantized: an entry for each
+    product with a quantised matrix that was measured; None: the rule is good enough.
     """
     old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     kept = {_key(e): e for e in old.get("products", ())}
@@ -194,7 +194,7 @@ def write_table(
 
 
 def _list(name: str, entries: Mapping[Any, dict[str, Any]]) -> str:
-    """A list in a table, an entry a line; only the list of products may be empty."""
+    """A list of the table, one entry per line. Only the list "products" may be empty."""
     lines = ",\n".join(f"    {json.dumps(entries[key])}" for key in sorted(entries))
     return f'  "{name}": [\n{lines}\n  ]' if entries or name == "products" else ""
 
