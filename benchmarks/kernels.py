@@ -25,8 +25,7 @@ from compiledllm.models.spec import ModelSpec
 from compiledllm.platform import Platform
 
 PRODUCTS, ATTENTION, OTHER = "products", "attention and states", "other"
-# (part of the step, pattern of its kernels' names; on a CPU, of its operators' names). The first
-# pattern that is found decides.
+# Parts of kernels' names (on a CPU of operators' names), in the order in which they are looked for.
 _KINDS = (
     (ATTENTION, r"attention|_decode_kernel|_prefill_kernel|_step_kernel|_ragged_kernel"),
     (ATTENTION, r"_scan_kernel|BatchDecode|BatchPrefill|flash|delta_rule|short_convolution"),

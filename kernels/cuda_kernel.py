@@ -65,7 +65,7 @@ class CudaKernel:
 
         grid: numbers of thread blocks in up to three dimensions. num_threads: threads per block.
         arguments: a tensor is passed as its address, None as a null pointer. cluster: number of
-        thread blocks per cluster, see `machine_code.cluster_of`. On a GPU with programmatic
+        thread blocks of a cluster, see `machine_code.cluster_of`. On a GPU with programmatic
         dependent launch the kernel may start before its predecessor has ended, so its code must
         wait (`griddepcontrol.wait`). Raises CudaError.
         """
