@@ -2,10 +2,10 @@
 
     python -m compiledllm.benchmarks.routing --output-json FILE
 
-The router is the server's own. Replicas are simulated: a step takes as long as it was measured to
-(`STEP`), prompts are computed one after the other before the decoding of others goes on, and a
-prefix cache forgets the chat that was used least recently. Clients hold chats: they read, write the
-next message and wait for its answer, so that a slow replica slows its clients down.
+The router is the server's own. Replicas are simulated: the durations of steps are measured ones
+(`STEP`), a replica computes waiting prompts one after the other before it goes on decoding, and its
+prefix cache evicts the chat that was used least recently. Clients hold chats: they read an answer,
+write the next message and wait for its answer, so that a slow replica slows its clients down.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ READING_S = 5.0  # mean time between an answer and the next message
 NUM_SYSTEM_PROMPTS = 20  # the k-th is used in proportion to 1/k
 SYSTEM_PROMPT_TOKENS = 600
 CACHE_TOKENS = 400_000  # of a replica: Llama-3.1-8B in 16 bits on a GPU of 80 GB
-ARRIVAL_S = 5.0  # in which the clients begin
+ARRIVAL_S = 5.0  # the clients begin within this time
 
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Times of steps, measured: Llama-3.1-8B on an H100, benchmarks/README.md, rows of 1024 tokens.
+    """Measured durations: Llama-3.1-8B on an H100, rows of 1024 tokens (benchmarks/README.md).
 
-    base_s: a decode step of one row. row_s: each further one. prompt_s: a token of a prompt.
+    base_s: of a decode step of one row. row_s: added by each further row. prompt_s: of computing a
+    token of a prompt.
     """
 
     base_s: float = 5.52e-3
@@ -49,14 +50,14 @@ STEP = StepTimes()
 
 
 class Chat:
-    """A chat of a client. tokens: all up to the message that waits for an answer."""
+    """A client's chat. tokens: all tokens up to the message that waits for an answer."""
 
     def __init__(self, number: int, rng: random.Random, systems: list[list[int]]) -> None:
         self.number, self._rng = number, rng
         weights = [1 / rank for rank in range(1, len(systems) + 1)]
         self.system = rng.choices(range(len(systems)), weights)[0]
         self.tokens = list(systems[self.system])
-        self.home: int | None = None  # where the last turn went
+        self.home: int | None = None  # the replica of the last turn
 
     def write(self, num_tokens: int) -> None:
         self.tokens += self._rng.choices(_VOCABULARY, k=num_tokens)
@@ -72,17 +73,15 @@ _VOCABULARY = list(range(30_000))
 
 
 class Replica:
-    """An engine: what waits and runs, and whose prefixes the cache holds."""
+    """An engine: its waiting prompts, its running requests, and the prefixes in its cache."""
 
     def __init__(self) -> None:
-        self.outstanding = 0  # as the server counts it
-        self.version = 0  # of the time at which the next request finishes
-        self._backlog_s = 0.0  # of prompts
-        self._clock, self._at_s = (
-            0.0,
-            0.0,
-        )  # tokens that each running row has been given, until when
-        self._ends: list[tuple[float, int, Any]] = []  # the clock at which a request finishes
+        self.outstanding = 0  # tokens, as the server counts them
+        self.version = 0  # of the last answer of `next_end_s`; earlier answers are out of date
+        self._backlog_s = 0.0  # time to compute the waiting prompts
+        self._clock = 0.0  # number of tokens that a row has drawn that runs since the beginning
+        self._at_s = 0.0  # the time up to which the replica is simulated
+        self._ends: list[tuple[float, int, Any]] = []  # (clock at its end, number, request)
         self._cache: OrderedDict[Any, int] = OrderedDict()  # tokens by chat or system prompt
         self._cached = 0
 
@@ -167,7 +166,7 @@ def least_outstanding(chat: Chat, replicas: list[Replica]) -> int:
 
 
 def longest_prefix(chat: Chat, replicas: list[Replica]) -> int:
-    """Where most of the prompt is in the cache at this moment, and there where least waits."""
+    """The replica whose cache has most of the prompt; of equals, the least outstanding one."""
     known = [replica.known(chat) for replica in replicas]
     return min(range(len(replicas)), key=lambda i: (-known[i], replicas[i].outstanding))
 
@@ -177,13 +176,14 @@ def longest_prefix(chat: Chat, replicas: list[Replica]) -> int:
 
 @dataclass
 class Result:
-    """What a policy came to.
+    """The outcome of a policy.
 
     hits: share of the prompts' tokens found in the replica's cache. possible: share that any
     replica had ever computed, which an oracle with endless caches would find. moved: share of the
-    turns that went to another replica than the chat's last one. imbalance: the most outstanding
-    tokens of a replica by their mean, averaged over arrivals. running: requests of a replica, on
-    average. answer_s: the time from a message to the end of its answer, mean and 99th percentile.
+    turns that went to another replica than the chat's turn before. imbalance: the largest number of
+    outstanding tokens of a replica divided by the mean, averaged over arrivals. running: mean
+    number of running requests per replica. answer_s: time from a message to the end of its answer,
+    mean and 99th percentile.
     """
 
     policy: str
@@ -207,72 +207,102 @@ def simulate(
     seed: int = 0,
 ) -> Result:
     """Run until `num_prompts` have been answered."""
-    rng = random.Random(seed)
-    systems = [rng.choices(_VOCABULARY, k=SYSTEM_PROMPT_TOKENS) for _ in range(NUM_SYSTEM_PROMPTS)]
-    replicas = [Replica() for _ in range(num_replicas)]
-    numbers, events = itertools.count(), list[tuple[float, int, int, Any]]()
-    sent_s: dict[int, float] = {}
-    hits = possible = prompt_tokens = answer_tokens = turns = moved = 0
-    seen_systems: set[int] = set()
-    imbalances, answer_s = list[float](), list[float]()
+    simulation = _Simulation(choose, num_replicas, random.Random(seed))
+    simulation.run(num_clients, num_prompts)
+    return simulation.result(policy)
 
-    def begin(at_s: float) -> None:
-        chat = Chat(next(numbers), random.Random(rng.random()), systems)
-        heapq.heappush(events, (at_s, next(numbers), -1, chat))
 
-    def watch(index: int) -> None:
-        at_s = replicas[index].next_end_s()
-        heapq.heappush(events, (at_s, next(numbers), index, replicas[index].version))
+class _Simulation:
+    """Clients, replicas and a queue of events: a message is sent, or a replica finishes one."""
 
-    for _ in range(num_clients):
-        begin(rng.uniform(0, ARRIVAL_S))
-    now_s = 0.0
-    while len(answer_s) < num_prompts:
-        now_s, number, index, what = heapq.heappop(events)
-        if index < 0:
-            chat: Chat = what
-            if chat.home is not None or chat.system in seen_systems:
-                possible += len(chat.tokens)
-            seen_systems.add(chat.system)
-            chat.write(chat.message_tokens())
-            chosen = choose(chat, replicas)
-            hits += replicas[chosen].known(chat)
-            prompt_tokens += len(chat.tokens)
-            turns += chat.home is not None
-            moved += chat.home not in (None, chosen)
-            chat.home, sent_s[chat.number] = chosen, now_s
-            replicas[chosen].add(now_s, number, chat, chat.answer_tokens())
-            outstanding = [replica.outstanding for replica in replicas]
-            imbalances.append(max(outstanding) * num_replicas / sum(outstanding))
-            watch(chosen)
-        elif what == replicas[index].version:
-            chat, answer = replicas[index].finish(now_s)
-            answer_tokens += answer
-            answer_s.append(now_s - sent_s[chat.number])
-            chat.write(answer)
-            next_s = now_s + rng.expovariate(1 / READING_S)
-            if len(chat.tokens) > MAX_CHAT_TOKENS:
-                begin(next_s)
-            else:
-                heapq.heappush(events, (next_s, next(numbers), -1, chat))
-            watch(index)
-    answer_s.sort()
-    return Result(
-        policy,
-        len(imbalances),
-        hits / prompt_tokens,
-        possible / prompt_tokens,
-        moved / max(1, turns),
-        sum(imbalances) / len(imbalances),
-        sum(answer_s) / now_s / num_replicas,
-        sum(answer_s) / len(answer_s),
-        answer_s[len(answer_s) * 99 // 100],
-        answer_tokens / now_s,
-    )
+    def __init__(self, choose: Policy, num_replicas: int, rng: random.Random) -> None:
+        self._choose, self._rng = choose, rng
+        self._systems = [
+            rng.choices(_VOCABULARY, k=SYSTEM_PROMPT_TOKENS) for _ in range(NUM_SYSTEM_PROMPTS)
+        ]
+        self._replicas = [Replica() for _ in range(num_replicas)]
+        self._numbers = itertools.count()
+        # (seconds, number, replica or -1 for a message, the replica's version or the chat)
+        self._events: list[tuple[float, int, int, Any]] = []
+        self._sent_s: dict[int, float] = {}  # by chat, when its last message was sent
+        self._seen_systems: set[int] = set()
+        self._now_s = 0.0
+        self._hits = self._possible = self._prompt_tokens = self._answer_tokens = 0
+        self._turns = self._moved = 0
+        self._imbalances: list[float] = []  # at each message
+        self._answer_s: list[float] = []  # of each answer
+
+    def run(self, num_clients: int, num_prompts: int) -> None:
+        for _ in range(num_clients):
+            self._begin_chat(self._rng.uniform(0, ARRIVAL_S))
+        while len(self._answer_s) < num_prompts:
+            self._now_s, number, index, what = heapq.heappop(self._events)
+            if index < 0:
+                self._send(what, number)
+            elif what == self._replicas[index].version:
+                self._finish(index)
+
+    def _begin_chat(self, at_s: float) -> None:
+        chat = Chat(next(self._numbers), random.Random(self._rng.random()), self._systems)
+        self._plan_message(at_s, chat)
+
+    def _plan_message(self, at_s: float, chat: Chat) -> None:
+        heapq.heappush(self._events, (at_s, next(self._numbers), -1, chat))
+
+    def _plan_finish(self, index: int) -> None:
+        replica = self._replicas[index]
+        event = replica.next_end_s(), next(self._numbers), index, replica.version
+        heapq.heappush(self._events, event)
+
+    def _send(self, chat: Chat, number: int) -> None:
+        """A client sends a chat's next message."""
+        if chat.home is not None or chat.system in self._seen_systems:
+            self._possible += len(chat.tokens)
+        self._seen_systems.add(chat.system)
+        chat.write(chat.message_tokens())
+        chosen = self._choose(chat, self._replicas)
+        replica = self._replicas[chosen]
+        self._hits += replica.known(chat)
+        self._prompt_tokens += len(chat.tokens)
+        self._turns += chat.home is not None
+        self._moved += chat.home not in (None, chosen)
+        chat.home, self._sent_s[chat.number] = chosen, self._now_s
+        replica.add(self._now_s, number, chat, chat.answer_tokens())
+        outstanding = [replica.outstanding for replica in self._replicas]
+        self._imbalances.append(max(outstanding) * len(outstanding) / sum(outstanding))
+        self._plan_finish(chosen)
+
+    def _finish(self, index: int) -> None:
+        """A replica finishes an answer; the client reads it and goes on or begins another chat."""
+        chat, answer = self._replicas[index].finish(self._now_s)
+        self._answer_tokens += answer
+        self._answer_s.append(self._now_s - self._sent_s[chat.number])
+        chat.write(answer)
+        next_s = self._now_s + self._rng.expovariate(1 / READING_S)
+        if len(chat.tokens) > MAX_CHAT_TOKENS:
+            self._begin_chat(next_s)
+        else:
+            self._plan_message(next_s, chat)
+        self._plan_finish(index)
+
+    def result(self, policy: str) -> Result:
+        answer_s = sorted(self._answer_s)
+        return Result(
+            policy,
+            len(self._imbalances),
+            self._hits / self._prompt_tokens,
+            self._possible / self._prompt_tokens,
+            self._moved / max(1, self._turns),
+            sum(self._imbalances) / len(self._imbalances),
+            sum(answer_s) / self._now_s / len(self._replicas),
+            sum(answer_s) / len(answer_s),
+            answer_s[len(answer_s) * 99 // 100],
+            self._answer_tokens / self._now_s,
+        )
 
 
 def costs(num_replicas: int, num_tokens: int, count: int = 200) -> dict[str, float]:
-    """Microseconds of CPU time that a prompt of so many tokens takes in the router."""
+    """Microseconds of CPU time that the router takes for a prompt of `num_tokens` tokens."""
     rng, router = random.Random(0), PrefixRouter(num_replicas)
     prompts = [rng.choices(_VOCABULARY, k=num_tokens) for _ in range(count)]
     load: list[int | None] = [rng.randrange(100_000) for _ in range(num_replicas)]

@@ -99,7 +99,7 @@ def activated_gates(a, b, log_decay_rate, step_bias):
 
 
 @triton.jit
-def _product(x, y):
+def product(x, y):
     """x @ y in float32; float32 inputs are not rounded to TF32."""
     return tl.dot(x, y, input_precision="tf32x3")
 
@@ -196,9 +196,9 @@ def _chunk_kernel(
     square = item * 4096 + late * 64 + early
     between = tl.where(is_after, total[:, None] - total[None, :], float("-inf"))
     decay = tl.exp(between) * k_factor[None, :]
-    score = _product(q, tl.trans(k)) * q_factor[:, None] * decay
+    score = product(q, tl.trans(k)) * q_factor[:, None] * decay
     tl.store(scores + square, score.to(scores.dtype.element_ty))
-    lower = _product(k, tl.trans(k)) * (k_factor * beta)[:, None] * decay
+    lower = product(k, tl.trans(k)) * (k_factor * beta)[:, None] * decay
     inverse = _inverse(tl.where(late > early, lower, 0.0), PRECISION) * beta[None, :]
     tl.store(inverses + square, inverse.to(inverses.dtype.element_ty))
 
@@ -255,14 +255,14 @@ def _scan_kernel(
             inverse = tl.load(inverses + item * 4096 + square)
             score = tl.load(scores + item * 4096 + square)
             before = s.to(dtype)
-            known = _product(k, before) * tl.load(factor + 64)[:, None]
-            update = _product(inverse, (v.to(tl.float32) - known).to(dtype))
-            result = _product(q, before) * q_factor[:, None]
-            result += _product(score, update.to(dtype))
+            known = product(k, before) * tl.load(factor + 64)[:, None]
+            update = product(inverse, (v.to(tl.float32) - known).to(dtype))
+            result = product(q, before) * q_factor[:, None]
+            result += product(score, update.to(dtype))
             target = out + place * (NUM_HEADS * VALUE_DIM) + columns
             tl.store(target, result.to(out.dtype.element_ty), is_token)
             update *= tl.load(factor + 128)[:, None]
-            s = s * decay + _product(tl.trans(k), update.to(dtype))
+            s = s * decay + product(tl.trans(k), update.to(dtype))
         if HAS_SNAPSHOTS:  # noqa: SIM102  (known to the compiler, unlike the next condition)
             if part < num_parts - 1:
                 slot = states + tl.load(snapshots + row * 2 + 1) * state_stride

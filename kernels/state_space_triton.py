@@ -25,7 +25,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from compiledllm.kernels.backend import max_row_tokens
-from compiledllm.kernels.chunked_delta_rule_triton import step_size
+from compiledllm.kernels.chunked_delta_rule_triton import product, step_size
 from compiledllm.kernels.launch import launch_options, with_packed_heads
 from compiledllm.kernels.state_space import why_not_on_gpu
 
@@ -92,12 +92,6 @@ def _step_kernel(
     tl.store(out + token * (NUM_HEADS * HEAD_DIM) + column, result.to(out.dtype.element_ty))
 
 
-@triton.jit
-def _product(x, y):
-    """x @ y in float32; float32 inputs are not rounded to TF32."""
-    return tl.dot(x, y, input_precision="tf32x3")
-
-
 @triton.jit(do_not_specialize_on_alignment=_SLICES)
 def _scan_kernel(
     x, b, c, step, log_decay_rate, step_bias, skip, state, rows, query_start_loc, seq_lens,
@@ -144,19 +138,19 @@ def _scan_kernel(
             key = tl.load(b + place * key_stride + group_dims, is_token[:, None], other=0.0)
             query = tl.load(c + place * query_stride + group_dims, is_token[:, None], other=0.0)
             value = tl.load(x + place * x_stride + columns, is_token[:, None], other=0.0)
-            score = _product(query, tl.trans(key))
-            result = _product(query, s.to(dtype))
+            score = product(query, tl.trans(key))
+            result = product(query, s.to(dtype))
             size = tl.where(is_token, step_size(steps, bias), 0.0)
             total, chunk_total = tl.cumsum(rate * size, 0), tl.sum(rate * size, 0)
             is_after = lane[:, None] >= lane[None, :]
             between = tl.where(is_after, total[:, None] - total[None, :], float("-inf"))
             score *= tl.exp(between) * size[None, :]
             result *= tl.exp(total)[:, None]
-            result += _product(score.to(dtype), value) + through * value.to(tl.float32)
+            result += product(score.to(dtype), value) + through * value.to(tl.float32)
             target = out + place * (NUM_HEADS * HEAD_DIM) + columns
             tl.store(target, result.to(out.dtype.element_ty), is_token[:, None])
             update = value.to(tl.float32) * (size * tl.exp(chunk_total - total))[:, None]
-            s = s * tl.exp(chunk_total) + _product(tl.trans(key), update.to(dtype))
+            s = s * tl.exp(chunk_total) + product(tl.trans(key), update.to(dtype))
         if HAS_SNAPSHOTS:  # noqa: SIM102  (known to the compiler, unlike the next condition)
             if part < num_parts - 1:
                 slot = states + tl.load(snapshots + row * 2 + 1) * state_stride
