@@ -1,4 +1,4 @@
-"""An engine that another process owns, as a process among several that use it sees it."""
+"""A client's view of an engine that the owner, another process, shares among several clients."""
 
 from __future__ import annotations
 
@@ -25,15 +25,17 @@ from compiledllm.remote.shared_wire import (
 )
 from compiledllm.remote.wire import Add, Finish, Ready, SetVocabulary, ToEngine, encoded
 
-# Columns of the shared table, of each engine: its requests, the tokens of their prompts, and the
-# callers' requests, which may have several outputs.
+# Columns of the shared table for each engine: number of its requests, number of their prompt
+# tokens, and number of the callers' requests, each of which may be several requests of the engine.
 COLUMNS_PER_ENGINE = 3
-MIN_QUIET_S = 5.0  # the owner reports every second, and may be this late
+MIN_QUIET_S = 5.0  # the owner reports every second, and may be silent for this long
 
 
 class SharedEngine(EngineRequests):
-    """number: the engine's, of the owner's. id_prefix: makes the ids of this process's requests
-    different from those of all others, also of earlier ones. row: this process's in `table`.
+    """number: the engine's number in the owner. row: this process's row in `table`.
+
+    name: unique among all present and earlier clients. The ids of this process's requests begin
+    with it (`id_prefix`), so that they differ from the ids of all other clients.
     """
 
     def __init__(
@@ -46,17 +48,19 @@ class SharedEngine(EngineRequests):
         self.live.on_change = self._publish
         self.live.trial.take_turns(self._end_turn)
         self._generation = 0
-        self._welcome: EngineReady | None = None  # of the engine that is up
+        self._welcome: EngineReady | None = (
+            None  # the last one; None: the engine's process has ended
+        )
         self._is_loading = False
-        self._all_tried = False  # all clients have had their turn (`replay`)
+        self._all_tried = False  # all clients have tried their suspects (`replay`)
         self._report: EngineReport | None = None
         self._num_quiet_s = 0  # since the owner's last report
 
     def start(self) -> None:
-        """Nothing: the owner starts the engine."""
+        """Do nothing: the owner starts the engine."""
 
     async def stop(self) -> None:
-        """Nothing: the owner stops the engine."""
+        """Do nothing: the owner stops the engine."""
 
     async def wait_until_dead(self) -> None:
         while self.state != "dead":
@@ -66,7 +70,10 @@ class SharedEngine(EngineRequests):
     # -- the owner's messages ------------------------------------------------------------------
 
     def take(self, message: OfEngine) -> Coroutine[None, None, None] | None:
-        """Take a message. A coroutine that is returned goes on with it and may take seconds."""
+        """Take a message of the owner.
+
+        Returns a coroutine to run in the background if the message needs seconds of work.
+        """
         if isinstance(message, EngineNews):
             self.live.take(message.news)
         elif isinstance(message, EngineReport):

@@ -1,6 +1,6 @@
-"""Numbers that several processes see: a table in shared memory, with a row for each process.
+"""A table of integers in shared memory, with a row for each process.
 
-A process writes its own row only, and each number by one store, so that there is no lock.
+A process writes only its own row, and each number with a single store, so no lock is needed.
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 import mmap
 import os
 
-_NUM_BYTES = 8  # of a number
+_NUM_BYTES = 8  # size of a number
 
 
 class SharedTable:
-    """num_rows processes with num_columns integers each, all 0 at first. fd: of the memory."""
+    """[num_rows, num_columns] integers, all 0 at first. fd: file descriptor of the memory."""
 
     def __init__(self, fd: int, num_rows: int, num_columns: int) -> None:
         self.fd = fd
@@ -22,7 +22,7 @@ class SharedTable:
 
     @classmethod
     def create(cls, num_rows: int, num_columns: int) -> SharedTable:
-        """Needs Linux, for memory that has a descriptor and no name."""
+        """A new table, in memory without a name, which processes inherit by `fd`. Needs Linux."""
         fd = os.memfd_create("numbers")
         os.ftruncate(fd, num_rows * num_columns * _NUM_BYTES)
         return cls(fd, num_rows, num_columns)
@@ -31,12 +31,12 @@ class SharedTable:
         self._numbers[row * self._num_columns + column] = number
 
     def clear(self, row: int) -> None:
-        """Write zeros for a process that has ended."""
+        """Write zeros to the row of a process that has ended."""
         for column in range(self._num_columns):
             self.write(row, column, 0)
 
     def column(self, column: int) -> list[int]:
-        """A number of all processes."""
+        """The numbers of all processes in a column."""
         return self._numbers[column :: self._num_columns].tolist()
 
     def total(self, column: int) -> int:

@@ -1,4 +1,4 @@
-"""What the command line of `serve` says about routes and limits, as their owners take it."""
+"""Makes the options of the app and the limits from the command line of `serve`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from compiledllm.server.origins import parse_cors
 
 
 def api_keys_of(arguments: argparse.Namespace) -> list[str]:
-    """The keys of all sources. Call once: a source may be a pipe. Raises ConfigError."""
+    """The API keys from all sources. Raises ConfigError.
+
+    Call this once, because a source may be a pipe.
+    """
     from_environment = os.environ.get("COMPILEDLLM_API_KEY")
     return read_keys(arguments.api_key or [], arguments.api_key_file, from_environment)
 

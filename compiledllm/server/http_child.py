@@ -1,4 +1,4 @@
-"""One of several HTTP processes as their owner handles it: spawn, send, receive, kill, reap."""
+"""The owner's handle of one HTTP process: spawn, send, receive, kill, reap."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from compiledllm.server.process_settings import ProcessSettings
 
 COMMAND = (sys.executable, "-m", "compiledllm.server.http_process")
 _END_S = 5.0  # for a process to exit after its connection is closed
-_LAST_WORDS_S = 1.0  # for reading what an ended process has already written
+_LAST_WORDS_S = 1.0  # for reading what a process wrote before it ended
 
 
 class HttpChild:
-    """A process from `spawn` to `end`.
+    """An HTTP process from `spawn` to `end`.
 
-    Attributes: `num_silent_s` (seconds since its last report), `failure` (why it had to end).
+    num_silent_s: seconds since its last report; the owner counts them. has_reported: whether it has
+    reported at all. failure: why the process says that it must end; None: it has not said so.
     """
 
     def __init__(
@@ -73,5 +74,5 @@ class HttpChild:
         return await self._exit
 
     def _hang_up(self, _exit: object) -> None:
-        """Close the connection of an ended process, which a descendant may still hold open."""
+        """Close the connection of an ended process, as a descendant may still hold it open."""
         asyncio.get_running_loop().call_later(_LAST_WORDS_S, self.link.close)

@@ -1,4 +1,4 @@
-"""uvicorn as this server runs it, and what watches the event loop beside it."""
+"""uvicorn with this server's settings, and a watch for standstills of the event loop."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def make_http_server(
 
 
 def _limit_handshakes(loop: asyncio.AbstractEventLoop, seconds: float) -> None:
-    """End connections whose TLS handshake takes longer: `Connections` sees them only afterwards."""
+    """Limit TLS handshakes, because `Connections` sees a connection only after its handshake."""
     limited = functools.partial(
         loop.create_server, ssl_handshake_timeout=min(seconds, MAX_HANDSHAKE_S)
     )

@@ -13,7 +13,10 @@ from compiledllm.server.process_settings import ProcessState
 
 
 class OwnerMetrics:
-    """Of engines as reported here, and of requests as HTTP processes report (`of_processes`)."""
+    """Metrics of engines, which the owner knows, and of requests, which HTTP processes report.
+
+    of_processes: the sums of the reports.
+    """
 
     def __init__(self, prefix: str, model: str, engines: Sequence[EngineLife]) -> None:
         self.registry = CollectorRegistry()

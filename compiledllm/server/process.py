@@ -1,4 +1,4 @@
-"""Settings of a process that handles many requests: its loop, memory, collector and end."""
+"""Prepares a process for many requests: its event loop, memory, garbage collector and exit."""
 
 from __future__ import annotations
 
@@ -11,22 +11,25 @@ import signal
 import sys
 from collections.abc import Callable
 
-THREADS_END_S = 2.0  # for working threads to finish at the end of the process
+THREADS_TIMEOUT_S = 2.0  # for working threads to finish at the end of the process
 YOUNG_OBJECTS = 20_000  # new objects between garbage collections; a request makes about a thousand
 LARGE_BLOCK_BYTES = 2**20  # allocations from this size on are returned to the system when freed
 
 
 def spare_collector() -> None:
-    """Let the garbage collector skip what lives as long as the process, and run less often."""
+    """Let the garbage collector skip all objects that exist now, and run less often."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(YOUNG_OBJECTS)
 
 
 async def end_threads(status: int) -> None:
-    """Exit the process at once if its threads (a long text, an import) do not finish in time."""
+    """Wait for working threads, and exit the process at once if they do not finish in time.
+
+    A thread may be busy with a long text or an import. status: the exit status.
+    """
     ending = asyncio.create_task(asyncio.get_running_loop().shutdown_default_executor())
-    _, unfinished = await asyncio.wait({ending}, timeout=THREADS_END_S)
+    _, unfinished = await asyncio.wait({ending}, timeout=THREADS_TIMEOUT_S)
     if unfinished:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,6 +1,6 @@
-"""Prometheus metrics of several processes, added up.
+"""Adds up the Prometheus metrics of several processes.
 
-Counts of a process that has ended are kept as last reported, since counters must not fall.
+The last report of a process that has ended still counts, since counters must not fall.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _Sample = tuple[str, tuple[tuple[str, str], ...]]  # name, labels
 
 
 def families_of(registry: CollectorRegistry) -> list[MetricFamily]:
-    """What a registry holds, as plain data."""
+    """The metrics of a registry, as plain data."""
     return [
         MetricFamily(
             metric.name,
@@ -41,7 +41,7 @@ class ProcessMetrics(Collector):
         self._latest[process] = families
 
     def retire(self, process: str) -> None:
-        """Keep the metrics of a process that has ended."""
+        """Note that a process has ended. Its metrics still count."""
         of_process = self._latest.pop(process, [])
         self._ended = added_up([self._ended, of_process])
 
@@ -54,7 +54,7 @@ class ProcessMetrics(Collector):
 
 
 def added_up(reports: Iterable[list[MetricFamily]]) -> list[MetricFamily]:
-    """One report of the sums; a counter's time of creation is the earliest."""
+    """The sums of reports, as one report. The earliest time of a counter's creation counts."""
     first: dict[str, MetricFamily] = {}
     sums: dict[str, dict[_Sample, float]] = {}
     for families in reports:

@@ -1,4 +1,4 @@
-"""What a server tells each of its HTTP processes, and their columns in the shared table."""
+"""The settings that the owner sends to each HTTP process, and the columns of the shared table."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from compiledllm.remote.shared_engine import COLUMNS_PER_ENGINE
 
 
 class ProcessState(IntEnum):
-    """Of an HTTP process: it takes no connections yet, no requests yet, or both."""
+    """STARTING: takes no connections yet. LOADING: no requests yet. READY: takes both."""
 
     STARTING = 0
     LOADING = 1
@@ -22,10 +22,12 @@ class ProcessState(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class ProcessSettings:
-    """arguments: of the command line, by name. host, port: where all processes listen.
+    """The settings of one HTTP process.
 
-    row, num_rows: of the shared table. name: no other process of this server has it, also no
-    earlier one. is_late: the engines are ready, and others take connections meanwhile.
+    arguments: of the command line, by name. host, port: the address at which all processes listen.
+    row: the process's row in the shared table, which has num_rows rows. name: unique among all
+    present and earlier processes of this server. is_late: other processes are ready and take
+    connections, so this process listens only once it is ready, too.
     """
 
     arguments: dict[str, Any]
@@ -40,7 +42,7 @@ class ProcessSettings:
     is_late: bool
 
     def as_json(self) -> str:
-        """JSON as Python has it: with numbers of any size, and inf."""
+        """Python's JSON, which also has integers of any size and inf."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
@@ -53,7 +55,7 @@ class ProcessSettings:
 
 
 def num_columns(num_engines: int) -> int:
-    """The columns of the shared table."""
+    """Number of columns of the shared table: those of each engine, the state, the connections."""
     return num_engines * COLUMNS_PER_ENGINE + 2
 
 
