@@ -1,7 +1,8 @@
-"""The process of one rank of a model but the first: `python -m …rank_process DESCRIPTOR`.
+"""The process of a rank other than the first: `python -m …rank_process DESCRIPTOR`.
 
-The process carries out messages in their order, and ends when the first rank has gone, whatever it
-is doing, or after a failure. It has no scheduler: it runs the steps that it is sent.
+The process has no scheduler: it carries out the first rank's messages in order, steps among them.
+It ends after a failure, and at once when the first rank has gone, whatever it is doing.
+DESCRIPTOR: file descriptor of the connection to the first rank.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ _MAX_ERROR_LENGTH = 2000
 
 
 class Rank:
-    """A worker that does as it is told. connection: to the first rank."""
+    """A worker that carries out messages. connection: to the first rank."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
@@ -123,11 +124,11 @@ class Rank:
 
 
 def main(connection: socket.socket) -> None:
-    """The whole life of a rank."""
-    with contextlib.suppress(ValueError):  # not the main thread of a worker of Ray's
+    """Run a rank until the process ends. connection: to the first rank."""
+    with contextlib.suppress(ValueError):  # a Ray actor does not run in the main thread
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is for the first rank
     show_logs()
-    log.setLevel(logging.WARNING)  # the first rank tells of the start
+    log.setLevel(logging.WARNING)  # the first rank reports the start
     Rank(connection).run()
 
 

@@ -1,4 +1,4 @@
-"""The processes of a model's ranks but the first, as the first rank's process handles them."""
+"""Starts the other ranks of a model from the first rank's process, and talks to them."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ if TYPE_CHECKING:
     from compiledllm.graphs.cuda_graphs import StepGraphs
 
 COMMAND = (sys.executable, "-m", "compiledllm.engine.rank_process")
-_NOTICE_S = 2.0  # for a thread to hear of a rank's end
+_NOTICE_S = 2.0  # for the reading thread to notice a rank's end
 _END_S = 5.0  # for a process to exit after its connection is closed
 
 
 class RankError(RuntimeError):
-    """A rank has failed or ended: the model cannot run any more, only be started again."""
+    """A rank has failed or ended, so the model cannot run any more; it can be started again."""
 
 
 class OtherRank(Protocol):
-    """A rank but the first, wherever it runs. connection: to it, for the frames."""
+    """A rank other than the first, in a process or a Ray actor. connection: carries frames."""
 
     rank: int
     connection: socket.socket
@@ -88,13 +88,14 @@ class RankProcess:
 
 
 class RankGroup:
-    """The ranks of a model, seen from the first: sends messages, waits for answers, notes ends.
+    """The other ranks of a model: sends them messages, waits for answers, and notices their end.
 
-    device: of a rank. start_rank: starts a rank; None: as a child process. host: the first rank's
-    address.
-    A rank that fails or ends sets `failure`, and raises RankError in the thread that heard of it:
-    in an engine's process, which a thread's failure ends, the first rank may be waiting for the
-    others in a kernel that nothing else interrupts.
+    device: the device of a rank, as torch names it. start_rank: starts a rank; None: as a child
+    process. host: the first rank's address.
+
+    When a rank fails or ends, the thread that reads its messages sets `failure` and raises
+    RankError. In an engine's process this ends the process (`lifeline`), which is necessary because
+    the first rank may be waiting for the others in a kernel that nothing else interrupts.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class RankGroup:
         host: str = "127.0.0.1",
     ) -> None:
         if is_member():
-            gc.collect()  # an engine that nobody uses any more may hold its ranks
+            gc.collect()  # an unused engine that has not been collected may still hold its ranks
         if is_member():
             raise ConfigError(
                 "a process has one engine with tensor_parallel_size > 1 at a time; call the "
@@ -113,7 +114,7 @@ class RankGroup:
             )
         self.num_ranks = num_ranks
         self.failure: Failed | None = None
-        self.graphs: StepGraphs | None = None  # of the first rank, which sum over all ranks
+        self.graphs: StepGraphs | None = None  # of the first rank; they contain sums over ranks
         self._is_ended = False
         self._answers: queue.SimpleQueue[FromRank] = queue.SimpleQueue()
         self.ranks: list[OtherRank] = []
@@ -158,7 +159,7 @@ class RankGroup:
             self._send_raw(process, raw)
 
     def answers(self, timeout_s: float = TIMEOUT_S) -> list[Ready]:
-        """Wait for an answer of every rank. Raises the first failure: ConfigError or RankError."""
+        """Wait for an answer from every rank. Raises the first failure: ConfigError or RankError."""
         found: list[Ready] = []
         while len(found) < len(self.ranks):
             try:
@@ -176,21 +177,21 @@ class RankGroup:
             raise RankError(self.failure.error)
 
     def wait_for_failure(self) -> None:
-        """Raise RankError if a rank fails now: the first rank may notice before its reader does."""
+        """Raise RankError if a rank has failed, even if its reader has yet to notice it."""
         deadline = time.monotonic() + _NOTICE_S
         while self.failure is None and time.monotonic() < deadline:
             time.sleep(0.01)
         self.check()
 
     def end(self) -> None:
-        """End the processes and leave the group of ranks."""
+        """End all other ranks and leave the group of ranks."""
         self._is_ended = True
         self.failure = self.failure or Failed("the ranks have been ended")
         for process in self.ranks:
             process.end()
         self.ranks = []
         if self.graphs is not None:
-            self.graphs.forget()  # NCCL waits for graphs with its kernels before it leaves
+            self.graphs.forget()  # before NCCL ends, graphs with its kernels must be gone
         with contextlib.suppress(Exception):
             leave()
 

@@ -1,7 +1,7 @@
-"""An engine's process as its owner sees it: started, watched, killed if it hangs, and restarted.
+"""Starts the engine's process, watches it, kills it if it hangs, and restarts it.
 
-What becomes of requests is said by subclasses: requests of this process (`EngineClient`) or of
-several (`shared_life`).
+Subclasses decide what happens to requests: requests of this process (`EngineClient`) or of several
+client processes (`shared_life`).
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class EngineLife(EngineState, ABC):
     """Starts the engine's process and watches it.
 
     command: starts such a process; two file descriptors are appended as arguments. environment:
-    variables of the process besides this process's own. spawn: starts the process, on whatever
-    machine; see `EngineChild.spawn`. Attributes, besides the state's: `signs`
+    variables of the process besides this process's own. spawn: starts the process, on this machine
+    or another one; see `EngineChild.spawn`. Attributes, besides those of `EngineState`: `signs`
     (the signs of life), `observe` (called with each message).
     """
 
@@ -68,7 +68,7 @@ class EngineLife(EngineState, ABC):
         self._child: EngineChild | None = None
         self._restarts = Restarts()
         self._num_finished_before = 0  # requests finished up to the last crash
-        self._was_silent = False  # when the process was killed
+        self._was_silent = False  # whether the process was killed because it was silent
         self._supervisor: asyncio.Task[None] | None = None
 
     # -- requests ------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ class EngineLife(EngineState, ABC):
     @property
     @abstractmethod
     def num_live(self) -> int:
-        """The number of requests that somebody waits for."""
+        """The number of requests that clients wait for."""
 
     @property
     @abstractmethod
@@ -90,7 +90,7 @@ class EngineLife(EngineState, ABC):
 
     @abstractmethod
     async def _welcome(self, message: Ready) -> None:
-        """Give an engine that is ready its work, and set the state."""
+        """Send a ready engine its requests, and set the state."""
 
     @abstractmethod
     def _take_news(self, news: StepNews) -> None:
@@ -104,7 +104,7 @@ class EngineLife(EngineState, ABC):
         """
 
     def _give_requests_away(self) -> None:
-        """Let other engines have what they can compute instead of this one, if there are any."""
+        """Move requests that other engines can compute to these engines, if there are any."""
 
     @abstractmethod
     def _end_all(self, error: Exception) -> None:
@@ -223,7 +223,8 @@ class EngineLife(EngineState, ABC):
         if self.ready is not None and not failure.is_recorded:
             self._write_record(failure, started)
         is_explained = self._on_engine_end(failure.error, started)
-        has_loaded = self.ready is not None or self._was_silent  # else a restart would fail too
+        # An engine that has never loaded would fail again, unless it was killed for its silence.
+        has_loaded = self.ready is not None or self._was_silent
         if not has_loaded or not self._restarts.note_crash(is_explained):
             self._give_up(failure)
             return False

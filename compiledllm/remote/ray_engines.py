@@ -1,9 +1,9 @@
-"""Engines on the machines of a Ray cluster: `data_parallel_size`, where Ray is the executor.
+"""Engines on the machines of a Ray cluster: `data_parallel_size` with Ray as the executor.
 
-Ray finds room for each engine with all its ranks, and starts an actor there, which starts the
-engine's process as it is started on one machine; only the connection comes over TCP. The actor then
-waits for the process to end and tells how. If its machine is lost, the engine is started again
-wherever there is room.
+Ray finds room for an engine with all its ranks and starts an actor there. The actor starts the
+engine's process as `EngineChild` does on one machine, except that the connection is by TCP; then it
+waits for the process to end and returns the exit status. If the machine is lost, the engine is
+started again on any machine that has room.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from compiledllm.remote.running_log import RunningLog
 class RayEngines:
     """Starts the processes of engines in a cluster.
 
-    num_engines, num_ranks: engines in all, and GPUs (or CPUs) of each. device: the engines' option.
-    Raises ConfigError if the cluster does not have so many.
+    num_engines: number of engines. num_ranks: GPUs (or CPUs) of each engine. device: the engines'
+    option. Raises ConfigError if the cluster has too few.
     """
 
     def __init__(self, num_engines: int, num_ranks: int, device: str) -> None:
@@ -92,7 +92,7 @@ class RayEngines:
             try:
                 await asyncio.wait({end, accepting}, return_when=asyncio.FIRST_COMPLETED)
             finally:
-                with contextlib.suppress(OSError):  # a thread that still waits stops
+                with contextlib.suppress(OSError):  # end the thread that may still wait in accept
                     listener.shutdown(socket.SHUT_RDWR)
         try:
             connection = await accepting

@@ -1,11 +1,11 @@
-"""Gives a new engine the old one's requests, and finds a request that kills engines.
+"""Sends a new engine the requests of an ended one, and finds a request that ends engines.
 
-Requests that were running are suspects. Suspects are sent one at a time, each once the one before
-has proved harmless; all other requests follow. If the engine ends in the meantime, the suspect that
-was sent last is the cause.
+Requests that were running at the end are suspects. Suspects are tried one at a time: the next
+suspect is sent once the last one has proved harmless, and all other requests follow. If the engine
+ends in the meantime, the suspect that was sent last is the cause.
 
-Of an engine that several processes use, each process tries its suspects in its turn, and the other
-requests follow once all have had theirs.
+If several client processes share an engine, each client tries its suspects in its turn, and other
+requests are sent once all clients have had their turn.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ TOKENS = 3  # a request with this many tokens is harmless: the first follows fro
 
 
 class Replay:
-    """tell: sends a request to the engine. is_live: whether a client still waits for a request.
+    """The trials of one client process.
+
+    tell: sends a request to the engine. is_live: whether a client still waits for a request.
 
     Attributes: `on_trial` (the suspect that was sent last, until it proves harmless).
     """
@@ -36,7 +38,10 @@ class Replay:
         self._has_turn = True
 
     def take_turns(self, on_tried: Callable[[], None]) -> None:
-        """Try suspects only in a turn; `on_tried` is called at its end, and then `finish`."""
+        """From now on, try suspects only between `begin_turn` and the call of `on_tried`.
+
+        After that, other requests wait until somebody calls `finish`.
+        """
         self._on_tried, self._has_turn = on_tried, False
 
     def begin(self, suspects: Iterable[LiveRequest], others: Iterable[LiveRequest]) -> None:

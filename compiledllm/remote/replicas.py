@@ -1,8 +1,8 @@
 """Several engines of one model behind one server, each a process of its own: `data_parallel_size`.
 
-`Replicas` stands where the server otherwise has one engine. Every request goes to one replica and
-stays there; each replica is watched, restarted and given up by itself, and the server goes on as
-long as one of them does.
+`Replicas` takes the place of an engine's client in the server. Every request goes to one replica,
+and moves to another one, once, only if the replica ends before the request has begun. Each replica
+is watched, restarted and given up by itself, and the server goes on as long as one replica does.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from compiledllm.remote.routing import PrefixRouter, hashes
 from compiledllm.remote.wire import Failed, Ready, Stats
 
 _Result = TypeVar("_Result")
-# Tokens that a request is expected to generate, in the unit of prompt tokens' work.
+# Expected work of the tokens that a request will generate, in prompt tokens.
 OUTPUT_TOKENS = 256
 
 
@@ -55,7 +55,7 @@ class Replicas:
 
     @property
     def state(self) -> State:
-        """The state of the replica that is best off."""
+        """The best state of any replica."""
         states = [client.state for client in self.clients]
         order: tuple[State, ...] = ("ready", "draining", "loading", "dead")
         return next(state for state in order if state in states)
@@ -93,12 +93,12 @@ class Replicas:
         await asyncio.gather(*(client.stop() for client in self.clients))
 
     def why_unhealthy(self) -> str | None:
-        """None as long as one replica is well."""
+        """The reasons of all replicas; None as long as one replica is healthy."""
         reasons = [client.why_unhealthy() for client in self.clients]
         return None if None in reasons else "; ".join(r for r in reasons if r is not None)
 
     def _share_texts(self) -> None:
-        """One replica has loaded the tokenizer: the others need not."""
+        """Give the tokenizer that one replica's client has loaded to all other clients."""
         first = next(client for client in self.clients if client.requests is not None)
         for client in self.clients:
             client.share_texts(first)
@@ -136,11 +136,14 @@ class Replicas:
         return self._first_that(lambda client: client.require_ready())
 
     def check_admission(self, num_requests: int, num_tokens: int) -> None:
-        """As of the replica with the most room; see `EngineRequests.check_admission`."""
+        """`EngineRequests.check_admission` of the least loaded replica that does not refuse."""
         self._first_that(lambda client: client.check_admission(num_requests, num_tokens))
 
     def _first_that(self, ask: Callable[[EngineRequests], _Result]) -> _Result:
-        """The first replica's answer that is no refusal. Raises the refusal that says most."""
+        """The answer of the least loaded replica that does not refuse.
+
+        If all refuse, raises Overloaded if any replica is overloaded, otherwise Unavailable.
+        """
         refusal: Exception | None = None
         for client in sorted(self.clients, key=_load_of):
             try:
@@ -188,7 +191,7 @@ class Replicas:
         return self._router.choose(keys, self._outstanding())
 
     def _move_requests_of(self, ended: EngineRequests) -> None:
-        """Give requests of an ended engine to others: its next start may take long or fail."""
+        """Move requests of an ended engine to others, as its next start may take long or fail."""
         if all(client.state != "ready" for client in self.clients):
             return
         for live in ended.live.give_away():
@@ -200,7 +203,7 @@ class Replicas:
                 self.on_route(keys, index)
 
     def _outstanding(self) -> list[int | None]:
-        """By replica, about how many tokens it has yet to compute; None: it is not ready."""
+        """For each replica, about how many tokens it has yet to compute; None: it is not ready."""
         return [_load_of(client) if client.state == "ready" else None for client in self.clients]
 
     def _forget_restarted(self) -> None:
@@ -225,7 +228,7 @@ class Replicas:
                 self.release([live])
 
     def _client_of(self, live: LiveRequest) -> EngineRequests:
-        """The client that has the request; of a request that has ended, any."""
+        """The client that has the request; any client if the request has ended."""
         name = live.state.request_id
         found = (client for client in self.clients if client.live.get(name) is live)
         return next(found, self.clients[0])

@@ -1,9 +1,9 @@
-"""Chooses a replica for each prompt: by what it knows of the prompt, and by what waits there.
+"""Chooses a replica for each prompt, by how much of the prompt it knows and how much waits there.
 
-The router remembers which replica was given which beginnings of prompts, each found by a hash of
-all its tokens: beginnings of a multiple of SPACING pieces of PIECE tokens, and each prompt up to
-its last whole piece. A replica's own cache may have forgotten some of them; a wrong guess costs the
-computation of a prompt and nothing else.
+The router remembers which beginnings of prompts each replica was given. A prompt's remembered
+beginnings end after every SPACING pieces of PIECE tokens, and after the prompt's last whole piece;
+each is found by a hash of all its tokens. A replica's own prefix cache may have evicted some of
+them; a wrong guess costs the computation of a prompt and nothing else.
 """
 
 from __future__ import annotations
@@ -12,23 +12,24 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
 
-PIECE = 16  # tokens; a chat is told from others with the same system prompt by its first piece
-SPACING = 8  # pieces; the others only tell where a prompt ended
+PIECE = 16  # tokens; short enough that chats with the same system prompt soon differ in a piece
+SPACING = 8  # pieces between remembered beginnings, besides the end of each prompt
 MAX_BEGINNINGS = 2**19  # remembered, over all replicas
-MAX_PIECES_OF_A_PROMPT = 2048  # the beginning of a longer prompt tells replicas apart as well
-# A prompt that goes on where one earlier prompt ended is a chat's next turn: it goes where that one
-# went unless so many more tokens wait there than elsewhere, as all later turns move with it.
+MAX_PIECES_OF_A_PROMPT = 2048  # for routing, the beginning of a longer prompt suffices
+# If a prompt goes on where a single earlier prompt ended, it is a chat's next turn and goes to the
+# same replica, unless more than this many more tokens wait there than elsewhere. The lead is large
+# because all later turns follow a turn that moves.
 MAX_LEAD = 65_536
-# Otherwise this many waiting tokens outweigh a known one. A system prompt that a single replica
-# knows must not draw all requests there.
+# For other prompts, one known token counts as much as this many waiting tokens. A system prompt
+# that a single replica knows must not draw all requests there.
 KNOWN_TOKEN_WEIGHT = 8
 
-_SHARED = 1  # a flag below the bits of replicas: several prompts begin so
+_SHARED = 1  # a flag below the bits of replicas: several prompts have this beginning
 
 
 def hashes(token_ids: Sequence[int], salt: str) -> list[int]:
-    """The hash of each whole piece and all before it, the same in all processes."""
-    # Of texts, Python's own hash differs between processes; of integers it does not.
+    """For each whole piece, the hash of all tokens up to its end; equal in all processes."""
+    # Python's hash of integers is the same in all processes; its hash of strings is not.
     last, limit = zlib.crc32(salt.encode()), min(len(token_ids), MAX_PIECES_OF_A_PROMPT * PIECE)
     found = []
     for start in range(0, limit - PIECE + 1, PIECE):
@@ -41,8 +42,8 @@ class PrefixRouter:
     """num_replicas: replicas are numbered from 0."""
 
     def __init__(self, num_replicas: int) -> None:
-        # By hash, the latest last: the bits of the replicas that were given the beginning, and the
-        # flag. A replica has one bit at a time, and another one after it was forgotten.
+        # Hash of a beginning -> the bits of the replicas that were given it, and the flag; the
+        # latest last. A replica has one bit at a time, and a new bit after `forget`.
         self._beginnings: OrderedDict[int, int] = OrderedDict()
         self._bits = [2 << index for index in range(num_replicas)]
         self._replicas = {bit: index for index, bit in enumerate(self._bits)}
@@ -66,7 +67,7 @@ class PrefixRouter:
     def note(self, keys: Sequence[int], replica: int) -> None:
         """Remember that a replica has been given a prompt. keys: the prompt's `hashes`."""
         beginnings, bit = self._beginnings, self._bits[replica]
-        # The shortest last, since the beginnings of a chat's turns are forgotten from their ends.
+        # The shortest beginning is noted last, so that long beginnings are evicted first.
         ends = range(len(keys) - len(keys) % SPACING, 0, -SPACING)
         for end in ends if len(keys) % SPACING == 0 else (len(keys), *ends):
             key = keys[end - 1]
@@ -87,9 +88,10 @@ class PrefixRouter:
         self._next_bit <<= 1
 
     def _known(self, keys: Sequence[int]) -> tuple[dict[int, int], int | None]:
-        """By replica, how many tokens at the prompt's beginning it has been given.
+        """For each replica, how many tokens of the prompt's beginning it has been given.
 
-        Also the replica to which the only prompt went that has all of these tokens, or None.
+        Also the prompt's home: the replica that was given the longest known beginning, if only one
+        prompt had this beginning; otherwise None.
         """
         found = [(n, at) for n, key in enumerate(keys, 1) if (at := self._beginnings.get(key))]
         known: dict[int, int] = {}

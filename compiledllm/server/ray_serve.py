@@ -26,11 +26,11 @@ from compiledllm.server.launch import make_engine
 from compiledllm.server.options import add_server_options
 from compiledllm.server.process import spare_collector
 
-# The engine queues requests and refuses those beyond its limits; Serve's own limit would keep steps
-# from being full.
+# Of a replica. The engine itself queues requests and refuses requests beyond its limits; Serve's
+# lower default would leave steps half empty.
 MAX_ONGOING_REQUESTS = 100_000
 _SWITCHES = {"true": True, "false": False}
-# What Serve's proxy does: see `http_options` and `graceful_shutdown_wait_loop_s` of Serve.
+# Options of Serve's proxy: see `http_options` and `graceful_shutdown_wait_loop_s` of Serve.
 _OF_THE_PROXY = (
     *("host", "port", "uds", "root_path", "client_timeout", "keep_alive_timeout"),
     *("max_connections", "shutdown_timeout", "config", "api_server_count"),
@@ -38,9 +38,10 @@ _OF_THE_PROXY = (
 
 
 def app(options: Mapping[str, Any]) -> Any:
-    """The Serve application. options: those of `compiledllm serve`, and `num_replicas`.
+    """The Serve application.
 
-    Values are texts, as a command line has them, or as in YAML. Raises ConfigError for wrong ones.
+    options: options of `compiledllm serve` by name, and `num_replicas`. Values are strings, as on a
+    command line, or YAML's values. Raises ConfigError for wrong options.
     """
     options = dict(options)
     num_replicas = int(options.pop("num_replicas", 1))
@@ -60,9 +61,9 @@ def app(options: Mapping[str, Any]) -> Any:
 
 
 class Replica:
-    """What Serve asks a replica beside its routes."""
+    """The methods of a replica that Serve calls, besides the routes."""
 
-    app: FastAPI  # Serve's
+    app: FastAPI  # set by Serve
 
     async def check_health(self) -> None:
         """Raise an error if the engine is lost, so that Serve replaces this replica."""
