@@ -60,14 +60,15 @@ class RayEngines:
         Raises OSError if Ray finds no room or cannot start the process.
         """
         room = Room.reserve(self._ray, self._num_ranks, self._resource)
+        missing = f"Ray has not found {self._num_ranks} free {self._resource}s"
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
                 await asyncio.wrap_future(room.group.ready().future())
+                missing = "Ray has found room, but the engine's process there has not connected"
                 return await self._spawn_in(room, command, environment or {})
         except TimeoutError:
-            needed = f"{self._num_ranks} free {self._resource}s"
             room.give_back()
-            raise OSError(f"Ray has not found {needed} within {START_TIMEOUT_S:.0f} s") from None
+            raise OSError(f"{missing} within {START_TIMEOUT_S:.0f} s") from None
         except BaseException as error:
             room.give_back()
             if isinstance(error, self._ray.exceptions.RayError):
