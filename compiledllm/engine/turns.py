@@ -27,8 +27,10 @@ class Turns:
             try:
                 yield
             finally:
-                self._do_postponed()
-                self._turn.release()
+                try:
+                    self._do_postponed()
+                finally:  # even after an error or a second Ctrl-C, as other threads wait
+                    self._turn.release()
                 self._try_postponed()
 
     def run_soon(self, work: Callable[[], None]) -> None:

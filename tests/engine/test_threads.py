@@ -153,3 +153,15 @@ def test_what_a_finalizer_asks_for_is_done_at_the_end_of_the_turn() -> None:
     assert done == [1]
     turns.run_soon(lambda: done.append(2))
     assert done == [1, 2]
+
+
+def test_postponed_work_that_fails_ends_its_turn() -> None:
+    turns, done = Turns(), threading.Event()
+
+    def fail() -> None:
+        raise KeyboardInterrupt  # as a second Ctrl-C does
+
+    with pytest.raises(KeyboardInterrupt), turns.taken():
+        turns.run_soon(fail)
+    turns.run_soon(done.set)
+    assert done.is_set()
