@@ -58,7 +58,7 @@ class EngineCore:
         self.num_step_tokens = 0  # tokens of the step scheduled last
         self.on_start: Callable[[Iterable[str]], None] | None = None
         self._last_idle_check = 0.0
-        self._started: dict[str, float] = {}  # of the news to come
+        self._started: dict[str, float] = {}  # request id -> start time, for the next news
         # Steps launched and not collected, with the time of the launch.
         self._in_flight: deque[tuple[SchedulerOutput, PendingOutput, float]] = deque()
         self._collected_s = 0.0  # time of the last collection
@@ -263,7 +263,7 @@ def _compiling_in_threads(plan: Plan) -> AbstractContextManager[None]:
 
 
 def _scheduler(plan: Plan, num_kv_blocks: int) -> Scheduler:
-    """Raises ConfigError if so few blocks hold no token in each group of layers."""
+    """The scheduler of a plan. Raises ConfigError if the blocks cannot hold a token per group."""
     config, limits, windows = plan.config, plan.config.limits, plan.kv_layout.windows_of_tables
     requested = config.requested
     scheduler = Scheduler(
@@ -293,7 +293,8 @@ def _scheduler(plan: Plan, num_kv_blocks: int) -> Scheduler:
 def _attention_parity(spec: ModelSpec) -> float:
     """The position from which a token's attention takes as long as its products with weights.
 
-    Attention counts two products, over the layers that see everything, at half of the rate.
+    A token's attention is two products per layer, counted at half of the rate of products with
+    weights. Layers with a window are not counted, as their attention does not grow.
     """
     pair_flops = 4 * sum(attn.q_size for attn in spec.attentions if not attn.sliding_window)
     return spec.weights_read.num_parameters / pair_flops if pair_flops else math.inf

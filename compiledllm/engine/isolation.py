@@ -12,15 +12,15 @@ MAX_FAILED = 8  # requests in a row that failed alone
 class Isolation:
     """Recomputes suspects in ever smaller groups, until one fails alone; the other groups wait.
 
-    A group is cleared once each of its requests got `TOKENS` tokens. One token is not enough: it
-    only shows that the prompt can be computed.
+    A group is cleared once each of its requests has drawn `TOKENS` tokens. One token is not enough:
+    it only shows that the prompt can be computed.
     """
 
     TOKENS = 3
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
-        self._suspects: dict[str, int] = {}  # request_id -> tokens since it became one
+        self._suspects: dict[str, int] = {}  # request_id -> tokens since it became a suspect
         self._held: list[list[str]] = []  # groups of request ids that wait
         self._num_failed = 0  # requests found to blame since the last successful step
 

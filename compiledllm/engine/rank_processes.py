@@ -159,7 +159,7 @@ class RankGroup:
             self._send_raw(process, raw)
 
     def answers(self, timeout_s: float = TIMEOUT_S) -> list[Ready]:
-        """Wait for an answer from every rank. Raises the first failure: ConfigError or RankError."""
+        """Wait for an answer from every rank. Raises a failure: ConfigError or RankError."""
         found: list[Ready] = []
         while len(found) < len(self.ranks):
             try:

@@ -150,10 +150,12 @@ def _with_whole_blocks(config: ResolvedConfig, layout: KVLayout, report: Report)
 
 
 def _blocks_of_one(layout: KVLayout, limits: StepLimits) -> int:
+    """KV blocks that one request of `max_model_len` tokens needs."""
     return num_blocks_needed(layout.windows_of_tables, limits.block_size, limits.max_model_len)
 
 
 def _blocks_of_all(layout: KVLayout, limits: StepLimits) -> int:
+    """KV blocks that `max_num_seqs` such requests need: more would never be used."""
     return max_blocks_in_use(
         layout.windows_of_tables,
         limits.block_size,

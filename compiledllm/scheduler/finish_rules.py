@@ -1,6 +1,6 @@
-"""When a request's newest token is its last: stop tokens, length, output that repeats itself.
+"""Decides whether a request's newest token is its last: stop tokens, length, repetitions.
 
-Stop strings are the engine's, which knows the text.
+The engine, which knows the text, looks for stop strings.
 """
 
 from __future__ import annotations

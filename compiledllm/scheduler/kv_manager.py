@@ -40,7 +40,7 @@ def num_blocks_needed(windows: Sequence[int], block_size: int, num_tokens: int) 
 def max_blocks_in_use(
     windows: Sequence[int], block_size: int, max_num_seqs: int, max_tokens: int, max_len: int
 ) -> int:
-    """Most blocks in use at once: `max_num_seqs` requests of `max_len` tokens each.
+    """Maximum number of blocks in use: `max_num_seqs` requests of `max_len` tokens each.
 
     max_tokens: largest number of tokens in a step; in groups with a window, its chunks hold extra
     blocks until the step is done.
@@ -55,7 +55,7 @@ class KVManager:
     block_size: tokens per block. windows: for each group of layers, the number of latest tokens
     that a token sees, itself included; 0: all. num_snapshots: for models that keep a state for each
     request, the number of snapshots that the device has room for; None: the model has no states.
-    states: decides about snapshots; None: there are none.
+    states: decides which snapshots are taken; None: there is no room for snapshots.
     """
 
     def __init__(
@@ -216,7 +216,7 @@ class KVManager:
         return found if self.states is None else self._with_state(request, self.states, found)
 
     def _with_state(self, request: Request, states: StateKeeper, found: Tables) -> Tables:
-        """The longest part of a prefix that has a snapshot of the state behind it."""
+        """The longest part of a prefix after which there is a snapshot of the state."""
         length = len(found[0])
         request.diverges_at = length * self.block_size
         while length := states.longest_prefix(request, length):

@@ -1,7 +1,7 @@
 """One step while it is assembled: which requests get how many tokens, and the blocks for them.
 
-The scheduler says whose turn it is; the builder knows what the step has left, for all requests and
-for prompts, and writes the lines that the runner executes.
+The scheduler chooses the next request; the builder knows how many tokens the step can still take,
+in all and of prompts, and writes the lines that the runner executes.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def _decodes(request: Request) -> bool:
 class StepBuilder:
     """Grants tokens to requests until the step is full.
 
-    running, waiting: the scheduler's. budget: tokens that the step can still take, at first all;
-    prompt_budget: how many of them prompts may take; None until the first prompt asks for room.
+    running, waiting: the scheduler's requests. budget: number of tokens that the step can still
+    take. prompt_budget: how many of these prompts may take; None until the first prompt asks.
     """
 
     kv: KVManager
@@ -43,7 +43,7 @@ class StepBuilder:
     kept_states: list[tuple[str, int, int]] = field(default_factory=list)
 
     def room_for(self, request: Request, position: int) -> int:
-        """Number of prompt tokens that the step can grant behind `position` tokens.
+        """Number of prompt tokens that the step can grant after `position` tokens.
 
         The best-ranked prompt asks first.
         """
