@@ -78,22 +78,23 @@ class ModelConfig:
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     max_model_len: int | str | None = option(
         None,
-        "longest prompt + output, in tokens; default: the model's context; auto: as much of that "
-        "as the KV cache holds",
+        "maximum length of prompt and output together, in tokens; default: the model's context; "
+        "auto: as much of the context as the KV cache holds",
         kind="length",
     )
     load_format: str = option("auto", "dummy: random weights from config.json alone", LOAD_FORMATS)
     model_impl: str = option(
         "auto",
-        "who runs the model; transformers: its module over our paged cache; auto: that, for an "
-        "architecture without a family here",
+        "implementation of the model: compiledllm: the families here; transformers: "
+        "transformers' module over our paged cache; auto: transformers only for an architecture "
+        "without a family here",
         MODEL_IMPLS,
     )
     quantization: str | None = option(
         None,
-        "quantise 16-bit weights while loading, lossy: fp8 and int8 per channel, fp8_block in "
-        "blocks of 128x128, int4 in groups of 128; quantised checkpoints need no option, but may "
-        "be given their own method's name",
+        "quantise 16-bit weights while loading (lossy): fp8 and int8 per channel, fp8_block in "
+        "blocks of 128x128, int4 in groups of 128; a quantised checkpoint does not need the "
+        "option, but accepts the name of its own method",
         QUANTIZATIONS,
     )
     skip_tokenizer_init: bool = option(False, "token ids in, token ids out", kind="bool")
@@ -107,19 +108,25 @@ class ModelConfig:
         0, "seed of the engine: dummy weights and requests without a seed", kind="int"
     )
     max_logprobs: int = option(
-        20, "most logprobs a request may ask for; -1: the vocabulary", kind="int"
+        20,
+        "maximum number of logprobs that a request may ask for; -1: the whole vocabulary",
+        kind="int",
     )
     generation_config: str = option(
-        "off", "auto: requests without sampling parameters get generation_config.json's", GENERATION
+        "off",
+        "auto: requests without sampling parameters get those of generation_config.json",
+        GENERATION,
     )
     trust_remote_code: bool = option(
         False, "code from a checkpoint is never run: must be False", kind="bool"
     )
-    tensor_parallel_size: int = option(1, "GPUs that the model is divided among", kind="int")
+    tensor_parallel_size: int = option(
+        1, "number of GPUs among which the model is divided", kind="int"
+    )
     distributed_executor_backend: str = option(
         "auto",
-        "who starts the processes of the other GPUs: mp: this machine; ray: a Ray cluster; auto: "
-        "mp; uni: no other GPUs",
+        "what starts the processes of the other GPUs: mp: this machine; ray: a Ray cluster; auto: "
+        "mp; uni: there are no other GPUs",
         EXECUTORS,
     )
 
@@ -138,15 +145,15 @@ class CacheConfig:
     )
     kv_cache_dtype: str = option(
         "auto",
-        "dtype of keys and values; fp8 (fp8_e4m3): twice the tokens, with scales from the "
-        "checkpoint or measured at start; auto: as the checkpoint's quantization says, or that of "
-        "the weights",
+        "dtype of keys and values; fp8 (fp8_e4m3): room for twice the tokens, with scales from the "
+        "checkpoint or measured at start; auto: as the checkpoint's quantization says, else the "
+        "dtype of the weights",
         KV_CACHE_DTYPES,
     )
     state_dtype: str = option(
         "float32",
-        "dtype of states of Gated DeltaNet and Mamba-2; bfloat16: half the bytes, relative errors "
-        "up to 0.035",
+        "dtype of the states of Gated DeltaNet and Mamba-2; bfloat16: half the bytes, with "
+        "relative errors up to 0.035",
         STATE_DTYPES,
     )
     enable_prefix_caching: bool = option(
@@ -158,22 +165,29 @@ class CacheConfig:
 class SchedulerConfig:
     """How much work goes into a step, and in which order requests get it."""
 
-    max_num_seqs: int | None = option(None, "most requests running at once", kind="int")
-    max_num_batched_tokens: int | None = option(None, "most tokens computed in a step", kind="int")
+    max_num_seqs: int | None = option(
+        None, "maximum number of requests that run at once", kind="int"
+    )
+    max_num_batched_tokens: int | None = option(
+        None, "maximum number of tokens computed in a step", kind="int"
+    )
     mixed_prompt_tokens: int | None = option(
         None,
-        "most prompt tokens in a step in which requests decode: a longer step is a longer gap "
-        "between their tokens; default: by how many decode and wait on a GPU, 128 on a CPU",
+        "maximum number of prompt tokens in a step in which requests decode: a longer step is a "
+        "longer gap between their tokens; default: on a GPU by how many requests decode and wait, "
+        "on a CPU 128",
         kind="int",
     )
     target_itl_ms: float | None = option(
         None,
-        "bound on the time between a request's tokens: beside decoding requests, prompts get as "
-        "many tokens of a step as fit, by step times measured at start and while running",
+        "bound on the time between a request's tokens: in a step in which requests decode, prompts "
+        "get as many tokens as fit, by step times measured at start and while running",
         kind="float",
     )
     async_scheduling: bool | None = option(
-        None, "launch a step before the last one's tokens are known; default: on a GPU", kind="bool"
+        None,
+        "launch a step before the tokens of the step before it are known; default: only on a GPU",
+        kind="bool",
     )
     scheduling_policy: str = option("fcfs", "which request goes first", POLICIES)
 
@@ -185,8 +199,9 @@ class CompileConfig:
     enforce_eager: bool = option(False, "do not compile", kind="bool")
     compile_when: str = option(
         "auto",
-        "start: before the first request; background: at once, serving eagerly meanwhile; busy: "
-        "likewise, after some time of work; auto: start on a GPU, busy on a CPU",
+        "start: before the first request; background: from the start on, while requests run "
+        "eagerly; busy: in the background after some time of work; auto: start on a GPU, busy on a "
+        "CPU",
         COMPILE_WHEN,
     )
     max_cudagraph_capture_size: int | None = option(
