@@ -40,9 +40,9 @@ class GrammarThread:
     ) -> None:
         self._put, self._on_start = put, on_start
         self._work: queue.SimpleQueue[Vocabulary | RequestSpec] = queue.SimpleQueue()
-        threading.Thread(target=self._run, name="grammars", daemon=True).start()
         self._grammars: Grammars | None = None
         self._wanted: set[str] = set()  # request ids, until they are added or forgotten
+        threading.Thread(target=self._run, name="grammars", daemon=True).start()
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
         """Set the vocabulary of the requests that follow."""
