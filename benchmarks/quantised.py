@@ -1,11 +1,12 @@
-"""Compares the engine on quantised checkpoints with transformers on the weights they stand for.
+"""Compares the engine on quantised checkpoints with transformers on the dequantised weights.
 
     python -m compiledllm.benchmarks.quantised CHECKPOINT FOLDER TEXT
 
-FOLDER: of `make_quantised.py`. The compressed-tensors library dequantises each checkpoint, and
-transformers computes with these weights in float32, as the engine does with the quantised ones.
-Prints a table: perplexity of TEXT's first tokens, and how far log probabilities are apart. Exits
-with 1 if a perplexity differs from that of transformers by more than MAX_DIFFERENCE.
+FOLDER: the output of `make_quantised.py`. The compressed-tensors library dequantises each
+checkpoint, and transformers computes with these weights in float32; the engine computes in float32
+with the quantised weights. Prints a table: perplexity of TEXT's first tokens, and the largest
+difference of a token's log probability. Exits with 1 if a perplexity differs from transformers' by
+more than MAX_DIFFERENCE.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The layouts are those of a model's own matrices, or of formats given by name. As in `tilings`,
 caches are cold, calls are replayed from a CUDA graph, and several processes compile first. Every
-candidate is measured shortly, and the best ones again.
+candidate is measured for a short time, and the fastest ones again for longer.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from compiledllm.models.matrices import MatrixSpec, MixedSpec, QuantSpec
 from compiledllm.models.registry import load_spec
 from compiledllm.models.source import resolve_checkpoint
 
-# Name of a format, as an argument -> how its matrices are kept.
+# Name of a format on the command line -> how its matrices are stored.
 FORMATS = (
     ONLINE | {"mxfp4": MXFP4, "nvfp4": NVFP4} | {kind: kinds.spec for kind, kinds in KINDS.items()}
 )
 Fields = tuple[int, ...]  # of a `quantized_cuda.Tiling`
-_SHORT_S, _LONG_S = 2e-3, 1e-2  # duration of a repeat: of every candidate, of the best ones
+_SHORT_S, _LONG_S = 2e-3, 1e-2  # duration of a repeat: for every candidate, for the fastest
 _NUM_FINALISTS = 3
 _DEVICE = "cuda"
 
@@ -56,7 +56,7 @@ class Product(NamedTuple):
 
 
 class Compiling(NamedTuple):
-    """A kernel to compile. inputs: a number of inputs with the same tail."""
+    """A kernel to compile. num_inputs: any number of inputs with the same tail."""
 
     spec: QuantSpec
     num_inputs: int
@@ -67,9 +67,9 @@ class Compiling(NamedTuple):
 def products_of(
     models: Iterable[str], formats: Sequence[str], row_counts: Sequence[int]
 ) -> list[Product]:
-    """The products of these models' steps, each once.
+    """The distinct products of these models' steps.
 
-    formats: keys of FORMATS, in each of which all matrices are measured; empty: the models' own.
+    formats: keys of FORMATS; every matrix is measured in each of them. Empty: in the models' own.
     """
     found = dict[Product, None]()
     for model in models:
@@ -98,7 +98,7 @@ def _formats_of(matrix: MatrixSpec, formats: Sequence[str]) -> Iterator[tuple[Qu
 def candidates(layout: Layout, num_rows: int) -> Iterator[Fields]:
     """Tilings worth measuring: row_tiles, n_warps, k_warps, depth, chunk.
 
-    Fewer with more rows, whose inputs and sums take the registers.
+    More rows of x leave fewer tilings, as their inputs and sums take registers.
     """
     if layout.code in ("fp8", "int8"):
         shapes = [(1, 1, 4), (1, 1, 8), (1, 1, 16), (1, 2, 4), (1, 2, 8), (2, 1, 4), (2, 1, 8)]
@@ -136,7 +136,7 @@ def measure_products(
 
 
 def _is_ours(product: Product) -> bool:
-    """Whether the few-rows kernel multiplies, and not the library by FP8 inputs."""
+    """Whether our kernel for few rows computes the product, and not the library with FP8 inputs."""
     if product.num_inputs % (product.spec.span or 1) or product.rows > MAX_FEW_ROWS:
         return False
     layout = _layout(product.spec, _like(product.num_inputs))
@@ -180,7 +180,7 @@ def _few_outputs(spec: QuantSpec) -> int:
 
 
 def _packed(spec: QuantSpec, num_outputs: int, num_inputs: int) -> tuple[Layout, list[Any]] | None:
-    """A random matrix as the kernels read it: layout; codes, scales, zeros and row scales."""
+    """A random matrix in the kernels' layout: the layout; codes, scales, zeros and row scales."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -200,7 +200,7 @@ def _packed(spec: QuantSpec, num_outputs: int, num_inputs: int) -> tuple[Layout,
 
 
 def _entry(product: Product) -> dict[str, Any]:
-    """The table's entry for a product, by its fastest tiling."""
+    """An entry of the table: the fastest tiling for a product."""
     packed = _packed(product.spec, product.num_outputs, product.num_inputs)
     assert packed is not None, product
     layout, parts = packed
@@ -239,7 +239,7 @@ def _measure(
     tilings: Iterable[Fields],
     **how: Any,
 ) -> dict[Fields, float]:
-    """Seconds of a product by each tiling that the GPU has room for."""
+    """Seconds of a product by each tiling for which the GPU has the resources."""
     from compiledllm.kernels.machine_code import CudaError
     from compiledllm.kernels.quantized_cuda import Tiling, quantized_product
 

@@ -1,6 +1,6 @@
 """Matmuls of 1 to 32 rows with a weight matrix, for decoding few requests on a GPU.
 
-Such products are memory-bound: reading the weights takes all the time, and for one row a general
+Such products are memory-bound: the time to read the weights dominates, and for one row a general
 matmul leaves 10 to 60 % of the bandwidth unused. Each program owns a few output features and reads
 their rows of the matrix. One row of inputs uses plain multiplication, several rows use the tensor
 cores. Loads of the first weights start before the inputs are ready. Sums are in float32, in a fixed

@@ -1,8 +1,8 @@
-"""Tables of tilings: what was measured on one kind of GPU, where the rules in code are slower.
+"""Tables of measured tilings, for products and GPUs for which the rules in code choose slower ones.
 
-A table is a JSON file named after its GPU. Tables in `tilings/` come with the package; one of the
-machine's own, made by `compiledllm bench tilings`, goes before them. A shape without an entry of
-about its size, and a GPU without a table, have the tilings of the rules.
+A table is a JSON file named after its GPU. Tables in `tilings/` come with the package. A machine's
+own table, made by `compiledllm bench tilings`, takes precedence. The rules apply to GPUs without a
+table, and to products for which the table has no entry of about the same size.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _MAX_WARPS = 32  # of a thread block
 
 
 class Table(NamedTuple):
-    """What was measured on one GPU. quantized: products with a quantised matrix, by its layout."""
+    """The tilings measured on one GPU. quantized: for products with a quantised matrix."""
 
     products: Products
     quantized: QuantizedProducts
@@ -52,7 +52,7 @@ def padded_rows_of_quantized(num_rows: int) -> int:
 
 
 def use_folder(folder: Path) -> None:
-    """From now on read the machine's own tables from here, too."""
+    """From now on, also read the machine's own tables, from this folder."""
     global _own_folder
     _own_folder = folder
     _nearest.cache_clear()
@@ -62,7 +62,7 @@ def use_folder(folder: Path) -> None:
 def product_tiling(num_rows: int, num_outputs: int, num_inputs: int) -> tuple[int, ...] | None:
     """The fields of the tiling measured for a product on the current GPU; None: not measured.
 
-    A product with some rows more or fewer in its matrix has the tiling of the measured one.
+    A product whose number of outputs differs by at most 1 % from a measured one has its tiling.
     """
     gpu = _gpu()
     return None if gpu is None else _nearest(gpu, padded_rows(num_rows), num_outputs, num_inputs)
@@ -88,7 +88,7 @@ def quantized_tiling(
 
 
 def _gpu() -> str | None:
-    """The name of the current GPU, if there is one."""
+    """The name of the current GPU; None: there is none."""
     is_there = torch.cuda.is_available()
     return torch.cuda.get_device_name(torch.cuda.current_device()) if is_there else None
 
