@@ -87,7 +87,7 @@ def requests_from_file(
 def _json_line_requests(
     path: Path, text: str, output_len: int, encode: Encode | None
 ) -> Iterator[SampleRequest]:
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -61,6 +61,13 @@ def test_json_lines(tmp_path: Path) -> None:
     assert [r.prompt for r in encoded] == [[5], [3, 4], [1], [1]]
 
 
+def test_only_line_feeds_end_json_lines(tmp_path: Path) -> None:
+    prompt = "one\u2028two\x85three"  # JSON strings may hold these, and str.splitlines splits there
+    line = json.dumps({"prompt": prompt}, ensure_ascii=False)
+    path = write(tmp_path / "x.jsonl", f"{line}\r\n{line}\n")
+    assert requests_from_file(path, None, 5) == 2 * [SampleRequest(prompt, 5)]
+
+
 def test_sharegpt_takes_the_first_two_turns(tmp_path: Path) -> None:
     def conversation(*values: str) -> dict[str, object]:
         return {"id": "x", "conversations": [{"from": "human", "value": v} for v in values]}
