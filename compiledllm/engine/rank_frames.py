@@ -165,11 +165,12 @@ def receive_from_rank(connection: socket.socket) -> FromRank | None:
 
 
 def _read_body(connection: socket.socket) -> bytes | None:
-    head = _read(connection, _LENGTH_BYTES)
-    return None if head is None else _read(connection, int.from_bytes(head, "big"))
+    head = read_exactly(connection, _LENGTH_BYTES)
+    return None if head is None else read_exactly(connection, int.from_bytes(head, "big"))
 
 
-def _read(connection: socket.socket, count: int) -> bytes | None:
+def read_exactly(connection: socket.socket, count: int) -> bytes | None:
+    """Wait for this many bytes; None if the connection ends, or is silent for its timeout."""
     buffer = bytearray(count)
     view = memoryview(buffer)
     while view:

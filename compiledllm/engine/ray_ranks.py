@@ -18,13 +18,14 @@ from importlib import import_module
 from typing import Any
 
 from compiledllm.config import ConfigError
+from compiledllm.engine.rank_frames import read_exactly
 
 START_TIMEOUT_S = 600.0  # for Ray to find room, and for an actor to import torch and to connect
 TOKEN_BYTES = 32
 # Environment variable with the placement group of this process's engine, if Ray has placed the
 # engine: "namespace/name".
 GROUP_VARIABLE = "COMPILEDLLM_RAY_GROUP"
-_TOKEN_TIMEOUT_S = 5.0  # for a connection to send its token
+_TOKEN_TIMEOUT_S = 5.0  # for each part of the token that a connection sends
 _LOOK_S = 2.0  # between looks at the cluster's size, while there is no room
 _MAX_SILENCE_S = 30  # without an acknowledgement, after which a connection ends
 _PROBE_S = 10  # between TCP keep-alive probes of an idle connection
@@ -201,10 +202,8 @@ def accepted(listener: socket.socket, token: bytes) -> socket.socket:
     while True:
         connection, _ = listener.accept()
         connection.settimeout(_TOKEN_TIMEOUT_S)
-        found = b""
-        with contextlib.suppress(OSError):
-            found = connection.recv(len(token), socket.MSG_WAITALL)
-        if secrets.compare_digest(found, token):
+        found = read_exactly(connection, len(token))
+        if found is not None and secrets.compare_digest(found, token):
             return _between_machines(connection)
         connection.close()
 
