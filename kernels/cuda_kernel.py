@@ -86,7 +86,8 @@ class CudaKernel:
         """The number of clusters that run at once on the device. Raises CudaError.
 
         A cluster lies within a group of neighbouring multiprocessors, whose number differs between
-        chips of one kind, so that some multiprocessors may be left over. Parameters as in `launch`.
+        chips of one kind, so that some multiprocessors may be left over. num_threads: threads of a
+        block. cluster: thread blocks of a cluster.
         """
         key = num_threads, cluster
         if key not in self._max_clusters:

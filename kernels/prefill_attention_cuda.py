@@ -22,9 +22,9 @@ log = logging.getLogger("compiledllm")
 ROWS = 128  # query rows of a thread block: query tokens times the heads of a KV head
 _THREADS = 384
 _PART_COLUMNS = 64  # 128 bytes, the widest row that the copies can swizzle
-_LONG_KEYS = 176  # of a tile, in steps of at least _LONG_STEP tokens
+_LONG_KEYS = 176  # KV tokens of a tile, in steps of at least _LONG_STEP tokens
 _LONG_STEP = 2048
-_CLUSTERS = (8, 4, 2)  # thread blocks that may share the keys of a context
+_CLUSTERS = (8, 4, 2)  # numbers of thread blocks that may share the keys of a context
 # Values of the driver's enums for `cuTensorMapEncodeTiled`.
 _FLOAT16, _BFLOAT16 = 6, 9
 _SWIZZLE_128B, _PROMOTE_256B = 3, 3
@@ -48,11 +48,12 @@ class Tiling:
 
 
 def tilings_for(head_dim: int, block_size: int) -> tuple[Tiling, Tiling]:
-    """The tile sizes for short and for long steps, which the registers of two warpgroups bound.
+    """The tilings for short and for long steps. Registers of the two warpgroups bound the tiles.
 
-    A short prompt's tiles are mostly masked, and smaller tiles have fewer masked keys. A long step
-    counts as one of long prompts, as only the device knows the rows: 8 prompts of 1024 tokens take
-    5 % longer with large tiles, one of 8192 or 16384 tokens 3 to 5 % less, of far more time.
+    Much of a short prompt's work lies in masked tiles, where a smaller tile wastes fewer keys. As
+    only the device knows the rows, a long step is taken for one of long prompts. Large tiles make
+    one prompt of 8192 or 16384 tokens 3 to 5 % faster, but a step of 8 prompts of 1024 tokens,
+    which takes far less time, 5 % slower.
     """
     if head_dim > 128:
         return Tiling(64, 2), Tiling(64, 2)
@@ -61,11 +62,12 @@ def tilings_for(head_dim: int, block_size: int) -> tuple[Tiling, Tiling]:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """The grid of a step, whose thread blocks the kernel deals out by lengths on the device.
+    """The grid of a step. The kernel assigns its thread blocks by the lengths on the device.
 
-    cluster: of thread blocks, which can share the keys of one piece of a row in one KV head.
-    num_blocks: a multiple of `cluster`, at least one for each piece and KV head, and all that run
-    at once if blocks may share keys. max_at_once: thread blocks that the GPU runs at once.
+    num_blocks: number of thread blocks, a multiple of `cluster`; at least one for each piece and KV
+    head, and at least `max_at_once` if blocks may share keys. cluster: number of thread blocks that
+    may share the keys of one piece and KV head. max_at_once: number of thread blocks that the GPU
+    runs at once.
     """
 
     num_blocks: int
@@ -80,15 +82,16 @@ def launch_for(
     group: int,
     max_clusters: Callable[[int], int],
 ) -> Launch:
-    """The grid for a step of this size, which may hold fewer tokens and rows.
+    """The grid for steps of up to this many tokens and rows.
 
-    A row is computed in pieces of `ROWS // group` tokens. Thread blocks form the largest clusters
-    of which one for each piece and KV head runs at once if one row has all tokens, as a question
-    on a long document. The kernel counts pieces, and lets fewer blocks, or one, share keys if a
-    step has more. max_clusters: the clusters of a number of blocks that run at once.
+    A row is computed in pieces of `ROWS // group` tokens. The cluster size is the largest at which
+    all pieces would run at once if one row had all tokens, such as a question on a long document.
+    If the step's rows have more pieces, the kernel lets fewer blocks, or only one, share keys.
+    max_clusters: cluster size -> number of clusters that run at once.
     """
     tokens = ROWS // group
-    max_pieces = num_tokens // tokens + min(num_rows, num_tokens // 2)  # of 2 tokens or more
+    # Every row adds at most one partial piece; rows of one token have no pieces.
+    max_pieces = num_tokens // tokens + min(num_rows, num_tokens // 2)
     num_busy = max(num_tokens // tokens, 1) * num_kv_heads
     cluster = next((size for size in _CLUSTERS if num_busy <= max_clusters(size)), 1)
     max_at_once = cluster * max_clusters(cluster)

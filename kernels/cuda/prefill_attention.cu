@@ -11,8 +11,9 @@
 // Pages outside the context or before the window are not read: the copy is given a page number outside the
 // cache, for which TMA writes zeros.
 //
-// Where few queries have a long context, blocks of a cluster share its keys and merge their sums. How many
-// do follows from the lengths that the device knows, so that a captured launch serves all of them.
+// Where few queries have a long context, blocks of a cluster share its keys and merge their sums. The number
+// of blocks that share keys follows from the lengths on the device, so that a captured launch serves all
+// lengths.
 //
 // Defined by the compiler's options: BF16 (query, cache and out are bfloat16, otherwise float16), HEAD_DIM
 // (a multiple of 8, up to 256; zeros fill the last part of 64 columns), GROUP, NUM_KV_HEADS, BLOCK_SIZE
@@ -36,9 +37,9 @@ struct Work {  // what a block computes
     int row, start, count;       // of the request: batch row, first token of the step, number of tokens
     int length, context;         // of the request: with and without the step's tokens
     int kv_head, first_query;    // of the block, counted in the request's tokens of the step
-    int first_key, end;          // keys that any query of the block sees
-    int part, parts;             // of the blocks that share the tiles of these keys
-    int first_tile, last_tile;   // of this part
+    int first_key, end;          // range of the keys that any query of the block sees
+    int part, parts;             // this block's index among the blocks that share the keys, and their number
+    int first_tile, last_tile;   // the tiles of this part, the last one included
 };
 
 // -- products ------------------------------------------------------------------------------------------
@@ -115,8 +116,9 @@ struct Softmax {
 
 // -- the kernel ----------------------------------------------------------------------------------------
 
-// The pieces of a step are numbered over the requests of several tokens; the decode kernel computes single
-// tokens. All lanes of a warp call these functions.
+// A piece is up to TOKENS query tokens of one request. Pieces are numbered through all requests that have
+// several tokens in the step; the decode kernel computes requests with one token. All lanes of a warp must
+// call these functions together.
 __device__ __forceinline__ int pieces_of(const int* query_start_loc, int num_rows, int row) {
     const int count = row < num_rows ? query_start_loc[row + 1] - query_start_loc[row] : 0;
     return count > 1 ? (count + TOKENS - 1) / TOKENS : 0;
@@ -130,19 +132,19 @@ __device__ __forceinline__ int count_pieces(const int* query_start_loc, int num_
     return pieces;
 }
 
-// The request of a piece and its tokens; any request if there is no such piece.
+// Finds the request of a piece, and the piece's first query; any request if there is no such piece.
 __device__ __forceinline__ void find_piece(Work& work, int piece, const int* query_start_loc, int num_rows) {
     const int lane = threadIdx.x % 32;
 #pragma unroll 1
     for (int first = 0;; first += 32) {
         const int mine = pieces_of(query_start_loc, num_rows, first + lane);
-        int end = mine;  // of this row's pieces, counted from the first lane's
+        int end = mine;  // becomes the number of pieces of this lane's row and the lanes below
 #pragma unroll
         for (int lanes = 1; lanes < 32; lanes *= 2) {
             const int below = __shfl_up_sync(~0u, end, lanes);
             if (lane >= lanes) end += below;
         }
-        const int rows = __popc(__ballot_sync(~0u, end <= piece));  // that end before the piece
+        const int rows = __popc(__ballot_sync(~0u, end <= piece));  // whose pieces all come before this piece
         piece -= sum_of_warp(lane < rows ? mine : 0);
         if (rows == 32 && first + 32 < num_rows) continue;
         work.row = min(first + rows, num_rows - 1), work.first_query = piece * TOKENS;
@@ -152,24 +154,27 @@ __device__ __forceinline__ void find_piece(Work& work, int piece, const int* que
     work.count = query_start_loc[work.row + 1] - work.start;
 }
 
-// What this block computes, before lengths are known. As many blocks of a cluster share the keys of a piece in
-// a KV head as leave all pieces running at once. False: nothing to compute. A block without work goes the same
-// way: behind a branch the compiler takes the main loop's addresses for different in each thread, and moves them
-// for every product, which made the loop 10 % slower.
+// Finds this block's piece and KV head, without reading the requests' lengths. The blocks that share the keys
+// of a piece in a KV head are as many as let all pieces run at once, up to a cluster. Returns false if there is
+// nothing to compute. A block without work takes the same path: after a branch, the compiler would assume that
+// the main loop's addresses differ between threads and move them to uniform registers for every product, which
+// made the loop 10 % slower.
 __device__ __forceinline__ bool find_work(Work& work, const int* query_start_loc, int num_rows, int max_blocks) {
     const int pieces = count_pieces(query_start_loc, num_rows), programs = pieces * NUM_KV_HEADS;
     work.parts = cluster_size();
     while (work.parts > 1 && programs * work.parts > max_blocks) work.parts /= 2;
     work.part = blockIdx.x % work.parts;
     const int program = programs - 1 - blockIdx.x / work.parts;  // the longest programs start first
-    // Where one head keeps all multiprocessors busy, its keys and values stay in the L2 cache.
+    // If the pieces of one head keep all multiprocessors busy, heads are computed one after another, because
+    // the keys and values of one head are more likely to stay in the L2 cache.
     const bool heads_first = pieces >= max_blocks;
     work.kv_head = heads_first ? program / pieces : program % NUM_KV_HEADS;
     find_piece(work, heads_first ? program % pieces : program / NUM_KV_HEADS, query_start_loc, num_rows);
     return program >= 0;
 }
 
-// The tiles of this block, one of the parts. Few tiles are not worth a merge.
+// Sets this block's share of the tiles. Returns false if there are too few tiles for this block, as merging
+// the sums of few tiles does not pay.
 __device__ __forceinline__ bool take_part(Work& work) {
     const int first = work.first_key / KEYS, last = (work.end - 1) / KEYS, tiles = last - first + 1;
     work.parts = max(1, min(work.parts, tiles / MIN_TILES));
