@@ -83,7 +83,7 @@ class StepGraphs:
         self.capture_s = time.perf_counter() - started
 
     def rehearse(self) -> None:
-        """Capture all shapes and drop the graphs: steps ask for their kernels, and none runs."""
+        """Capture all shapes and forget the captures: a step's kernels are named, and none runs."""
         self._pool = torch.cuda.graph_pool_handle()
         for shape in sorted(self._padding, reverse=True):
             self._capture_one(shape)

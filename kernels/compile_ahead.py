@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from typing import Any
 
 _MAX_THREADS = 16
-_one_at_a_time = threading.Lock()  # held by `asking`, which replaces a method of Triton's class
+_one_at_a_time = threading.Lock()  # for contexts that replace a method of Triton's class
 
 
 @contextmanager

@@ -7,9 +7,9 @@ enum Code { FP8, INT8, INT4, FP4, INT6 };
 enum ScaleType { FLOAT32, BFLOAT16, FLOAT16, E8M0, E4M3, INTEGER8 };
 
 // Whether codes lie in records: INT4, FP4 and INT6, of which a record holds the lower four bits apart.
-#define IN_RECORDS (CODE == 2 || CODE == 3 || CODE == 4)
-constexpr int UNIT = 128;                                // inputs
-constexpr int UNIT_BYTES = IN_RECORDS ? UNIT / 2 : UNIT;  // of an output's codes; of INT6 the lower four bits
+#define NIBBLES (CODE == 2 || CODE == 3 || CODE == 4)
+constexpr int UNIT = 128;                              // inputs
+constexpr int UNIT_BYTES = NIBBLES ? UNIT / 2 : UNIT;  // of an output's codes; of INT6 the lower four bits
 constexpr int UPPER_BYTES = CODE == INT6 ? UNIT / 4 : 0;  // of an output's upper two bits in a unit
 constexpr int LOADS = UNIT_BYTES / 64;  // of 16 bytes, by each of the four lanes that share an output
 // FP8 codes lie in the order of the inputs, because cuBLASLt multiplies by the same tensor: a lane's 16

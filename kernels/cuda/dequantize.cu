@@ -25,7 +25,7 @@ extern "C" __global__ void dequantize(
         uint2 upper = make_uint2(0, 0);
         Scales scale;
         Zeros zero_code;
-#if IN_RECORDS
+#if NIBBLES
         const u8* record = codes + ((long long)(output / 16) * num_units + unit) * RECORD;
         const int place = 2 * (output % 8) + output / 8 % 2;  // of the output's scales in the record
         loaded[0] = *(const uint4*)(record + 64 * (output % 16) + 16 * l);
@@ -62,8 +62,8 @@ extern "C" __global__ void dequantize(
                 continue;
             }
             if (HAS_ZEROS) zero = zero_of(zero_code, group);
-            const uint4& c = loaded[IN_RECORDS ? 0 : q / 2];
-#if IN_RECORDS
+            const uint4& c = loaded[NIBBLES ? 0 : q / 2];
+#if NIBBLES
             unpack_nibbles(word, zero, pair);
 #else
             unpack_bytes(q % 2 ? c.z : c.x, zero, pair[0], pair[1]);

@@ -37,14 +37,14 @@ typedef float OUT;
 typedef u16 OUT;
 #endif
 
-struct Unit {  // the codes, scales and zeros that a lane holds: of outputs g and g + 8 of each tile
+struct Unit {  // a lane's codes, scales and zeros, of outputs g and g + 8 of each tile
     uint4 codes[ROW_TILES][2][LOADS];
-    uint2 upper[ROW_TILES][2];  // INT6: the upper two bits of the codes
+    uint2 upper[ROW_TILES][2];  // of INT6
     Scales scales[ROW_TILES][2];
     Zeros zeros[ROW_TILES][2];
 };
 
-// -- codes in records, which are copied to shared memory ----------------------------------------------
+// -- copies to shared memory (4-bit codes) -----------------------------------------------------------
 
 constexpr int SLOT = CHUNK * RECORD;  // bytes of a chunk of one tile
 
@@ -54,7 +54,7 @@ __device__ __forceinline__ void read_record(Unit& unit, const u8* record, int la
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const u8* p = record + r * SLOT;
-            const int output = 2 * (lane / 4) + half;  // scales of outputs g and g + 8 lie side by side
+            const int output = 2 * (lane / 4) + half;  // a lane's two outputs are neighbours
             unit.codes[r][half][0] = *(const uint4*)(p + 512 * half + 16 * lane);
             if constexpr (CODE == INT6) unit.upper[r][half] = *(const uint2*)(p + 1024 + 256 * half + 8 * lane);
             if constexpr (GROUPS > 0) unit.scales[r][half].load(p + CODE_RECORD + output * UNIT_SCALES * SCALE_BYTES);
@@ -103,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantized_linear(
 #endif
 
     // Start loading the weights.
-#if IN_RECORDS
+#if NIBBLES
     extern __shared__ __align__(128) u8 ring[];  // [warps, DEPTH, ROW_TILES, SLOT]
     __shared__ u64 arrived[N_WARPS * K_WARPS][DEPTH];
     u8* const ring_of_warp = ring + warp * DEPTH * ROW_TILES * SLOT;
@@ -199,7 +199,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantized_linear(
                 } else if (is_row[t] && is_inside) b[t] = *(const uint4*)p;
             }
             const int group = SCALES_CODES ? 2 * q + l / 2 : q * NUM_SCALES / 4;
-            if constexpr (HAS_MINIMA) {  // a group's minimum multiplies the sum of the group's inputs
+            if constexpr (HAS_MINIMA) {  // A minimum multiplies the sum of its inputs.
                 const u32 ones[4] = {ONES, ONES, ONES, ONES};
 #pragma unroll
                 for (int t = 0; t < TOKEN_TILES; ++t) {
@@ -220,12 +220,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantized_linear(
                 for (int half = 0; half < 2; ++half) {
                     u32 zero = NO_ZERO;
                     if constexpr (HAS_ZEROS) zero = zero_of(unit.zeros[r][half], group);
-                    const uint4& c = unit.codes[r][half][IN_RECORDS ? 0 : q / 2];
+                    const uint4& c = unit.codes[r][half][NIBBLES ? 0 : q / 2];
                     if constexpr (CODE == INT6) {
                         const uint2& upper = unit.upper[r][half];
                         unpack_sixes(q == 0 ? c.x : q == 1 ? c.y : q == 2 ? c.z : c.w, q < 2 ? upper.x : upper.y,
                                      q % 2, pair[half]);
-                    } else if constexpr (IN_RECORDS) {
+                    } else if constexpr (NIBBLES) {
                         unpack_nibbles(q == 0 ? c.x : q == 1 ? c.y : q == 2 ? c.z : c.w, zero, pair[half]);
                     } else {
                         unpack_bytes(q % 2 ? c.z : c.x, zero, pair[half][0], pair[half][1]);
@@ -239,7 +239,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantized_linear(
                 }
                 const u32 first[4] = {pair[0][0], pair[1][0], pair[0][1], pair[1][1]};
                 const u32 second[4] = {pair[0][2], pair[1][2], pair[0][3], pair[1][3]};
-                if constexpr (CODE == INT6) {  // each instruction multiplies the 16 inputs of one group
+                if constexpr (CODE == INT6) {  // each instruction multiplies a group
                     const Scales &above = unit.scales[r][0], &below = unit.scales[r][1];
 #pragma unroll
                     for (int t = 0; t < TOKEN_TILES; ++t) {
@@ -275,7 +275,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantized_linear(
         }
     };
 
-#if IN_RECORDS
+#if NIBBLES
     int slot = 0;
     u32 parity = 0;
     for (int chunk = k_warp; chunk < num_chunks; chunk += K_WARPS) {
