@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compiledllm import bytecode
 from compiledllm.arguments import (
     CommandParser,
     Parser,
@@ -124,12 +125,14 @@ def _chat(arguments: argparse.Namespace) -> int:
 # -- serve, run-batch ------------------------------------------------------------------------------
 
 
+@bytecode.kept()
 def _serve(arguments: argparse.Namespace) -> int:
     with _server_packages():
         from compiledllm.server.launch import serve
     return serve(_with_model(arguments))
 
 
+@bytecode.kept()
 def _run_batch(arguments: argparse.Namespace) -> int:
     with _server_packages():
         from compiledllm.server.run_batch import run_batch
@@ -150,6 +153,7 @@ def _server_packages() -> Iterator[None]:
 # -- info ------------------------------------------------------------------------------------------
 
 
+@bytecode.kept()
 def _info(arguments: argparse.Namespace) -> int:
     from compiledllm.engine.plan_views import facts, readable
     from compiledllm.engine.startup import plan
@@ -191,6 +195,7 @@ def _info_kernels(arguments: argparse.Namespace, options: dict[str, Any]) -> int
 # -- build, cache ----------------------------------------------------------------------------------
 
 
+@bytecode.kept()
 def _build(arguments: argparse.Namespace) -> int:
     from compiledllm.engine.build import build
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from compiledllm import bytecode
 from compiledllm.beam_search_params import BeamSearchParams
 from compiledllm.config import EngineConfig
 from compiledllm.engine import cuda_context
@@ -60,6 +61,7 @@ class Engine:
     shows more at once. A failing step raises in the calls whose requests it has ended.
     """
 
+    @bytecode.kept()
     def __init__(self, model: str | Path | None = None, **options: Any) -> None:
         show_logs()
         ledger = Ledger()

@@ -18,6 +18,7 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING
 
+from compiledllm import bytecode
 from compiledllm.config import ConfigError, EngineConfig
 from compiledllm.engine.rank_frames import (
     Build,
@@ -123,6 +124,7 @@ class Rank:
             os._exit(0)
 
 
+@bytecode.kept()
 def main(connection: socket.socket) -> None:
     """Run a rank until the process ends. connection: to the first rank."""
     with contextlib.suppress(ValueError):  # a Ray actor does not run in the main thread

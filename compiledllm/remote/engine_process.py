@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compiledllm import bytecode
 from compiledllm.config import ConfigError, EngineConfig
 from compiledllm.log import log, show_logs
 from compiledllm.remote.guardian import start_guardian
@@ -63,6 +64,7 @@ def _first_message(lifeline: Lifeline) -> Start:
     return message
 
 
+@bytecode.kept()
 def load_core(config: EngineConfig) -> EngineCore:
     from compiledllm.engine import cuda_context
     from compiledllm.ledger import Ledger

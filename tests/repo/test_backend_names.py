@@ -8,6 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 NAMES = {"torch", "triton", "flashinfer", "fixed_order"}
 PACKAGES = {  # names of packages, and of folders that they write
+    "compiledllm/bytecode.py",
     "compiledllm/caches.py",
     "compiledllm/engine/build.py",
     "compiledllm/environment.py",

@@ -24,6 +24,7 @@ FOLDERS = ("compiledllm", "graphs", "kernels", "models", "benchmarks")
 LEAVES = {"checks", "structured_outputs", "sampling_params", "outputs", "types", "config"}
 LEAVES |= {"platform", "log", "version", "resolved_config", "vllm_options", "engine_args"}
 LEAVES |= {"pooling_params", "beam_search_params", "choices", "vllm_features", "caches", "ledger"}
+LEAVES |= {"bytecode", "bytecode_writer"}
 BELOW_ENGINE = {"scheduler", "grammars", "runner", "graphs", "models", "kernels", *LEAVES}
 # Layer -> layers it may import, itself aside. "root" is compiledllm/__init__; a name with a dot is
 # that module only. "benchmarks" is where `compiledllm bench` ends up.
@@ -49,7 +50,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "scheduler": {"types", "sampling_params", "outputs", "config", "log"},
     "runner": {"grammars", "graphs", "models", "kernels", *LEAVES},
     "grammars": {"structured_outputs", "log"},
-    "graphs": {"kernels.machine_code", "kernels.late_compiles", *LEAVES},
+    "graphs": {
+        "kernels.machine_code",
+        "kernels.late_compiles",
+        "kernels.direct_launches",
+        *LEAVES,
+    },
     "models": {"kernels", *LEAVES},
     "kernels": {"platform", "caches"},
     "benchmarks": {
@@ -79,6 +85,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "outputs": set(),
     "checks": set(),
     "caches": {"log"},
+    "bytecode": {"caches"},
+    "bytecode_writer": set(),
     "ledger": set(),
     "log": set(),
     "version": set(),
@@ -127,6 +135,8 @@ WITHOUT_TORCH = (
     "compiledllm.config",
     "compiledllm.choices",
     "compiledllm.caches",
+    "compiledllm.bytecode",
+    "compiledllm.bytecode_writer",
     "compiledllm.ledger",
     "compiledllm.resolved_config",
     "compiledllm.log",

@@ -1,0 +1,104 @@
+"""Keeps Python's bytecode of packages that have none, so that only one start compiles them.
+
+    with kept():
+        import torch
+
+Images often hold packages without bytecode, in folders that cannot be written or under
+PYTHONDONTWRITEBYTECODE. Every process then compiles 700 modules to import torch, and 2400 with
+torch's compiler. Within `kept`, Python keeps bytecode in our cache folder, never beside packages.
+Where torch has bytecode, or Python can write it, nothing changes.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+from compiledllm.caches import compiled_dir, why_not_trusted, why_not_writable
+
+_VARIABLE = "PYTHONPYCACHEPREFIX"
+# Packages that torch and its compiler import, and "os" for the standard library.
+_PACKAGES = ("os", "torch", "numpy", "triton", "sympy", "mpmath", "networkx", "jinja2")
+_MIN_CORES = 4  # on fewer cores, other processes would delay this one
+_MAX_PROCESSES = 16
+_MIN_FREE_BYTES = 256 * 2**20  # twice as much as all bytecode of these packages
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """A context in which this process and its children keep and find bytecode in our folder."""
+    folder = _folder()
+    if folder is None or sys.pycache_prefix not in (None, folder):  # the user has chosen a folder
+        yield
+        return
+    before = sys.pycache_prefix, sys.dont_write_bytecode
+    # On a full disk, older versions of Python leave truncated files, which break later imports.
+    has_room = shutil.disk_usage(folder).free >= _MIN_FREE_BYTES
+    sys.pycache_prefix, sys.dont_write_bytecode = folder, not has_room
+    os.environ[_VARIABLE] = folder
+    try:
+        if has_room:
+            _compile_ahead(folder)
+        yield
+    except EOFError:  # a truncated file
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    finally:
+        sys.pycache_prefix, sys.dont_write_bytecode = before
+        if before[0] is None:
+            os.environ.pop(_VARIABLE, None)
+
+
+@functools.cache
+def _folder() -> str | None:
+    """The folder for bytecode; None if Python needs none, or if the folder cannot be used."""
+    source = _source_of("torch")
+    if source is None or _has_bytecode(source):
+        return None
+    if not sys.dont_write_bytecode and os.access(source.parent, os.W_OK):
+        return None
+    # Python compares times and sizes of files, which images may set alike for all versions.
+    site = source.parent.parent
+    versions = sorted(name for name in os.listdir(site) if name.endswith(".dist-info"))
+    digest = hashlib.sha256("\n".join([str(site), *versions]).encode()).hexdigest()[:16]
+    folder = compiled_dir() / "bytecode" / digest
+    with suppress(OSError):
+        if why_not_writable(folder) is None or why_not_trusted(folder) is None:
+            return str(folder)
+    return None
+
+
+def _source_of(package: str) -> Path | None:
+    spec = PathFinder.find_spec(package)
+    return Path(spec.origin) if spec is not None and spec.origin else None
+
+
+def _has_bytecode(source: Path) -> bool:
+    name = f"{source.stem}.{sys.implementation.cache_tag}.pyc"
+    return (source.parent / "__pycache__" / name).exists()
+
+
+def _compile_ahead(folder: str) -> None:
+    """Let other processes fill an empty folder, ahead of this process's imports."""
+    num_processes = min(_MAX_PROCESSES, len(os.sched_getaffinity(0)))
+    if num_processes < _MIN_CORES or next(os.scandir(folder), None) is not None:
+        return
+    folders = [str(source.parent) for name in _PACKAGES if (source := _source_of(name))]
+    writer = str(Path(__file__).with_name("bytecode_writer.py"))
+    options = ["-I", "-S", "-X", f"pycache_prefix={folder}"]
+    process = subprocess.Popen(
+        [sys.executable, *options, writer, str(num_processes), *folders],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    threading.Thread(target=process.wait, name="bytecode", daemon=True).start()
