@@ -15,6 +15,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from compiledllm.graphs.saved_graph import Kernel, SavedGraph
+from compiledllm.kernels.direct_launches import launching_directly
 
 # What a generated module may import. Imports of compilers are dropped: `saved_graph.restore`
 # defines the names that the module needs from them.
@@ -55,8 +57,12 @@ class Recording:
             return self._code
 
         self._sources = list(map(_source, graph.graph.find_nodes(op="placeholder")))
+        on_gpu = any(isinstance(x, Tensor) and x.is_cuda for x in inputs)
         # A hit in autograd's cache would skip `inner`; Inductor's own cache lies within.
-        with torch._functorch.config.patch(enable_autograd_cache=False):
+        with (
+            torch._functorch.config.patch(enable_autograd_cache=False),
+            launching_directly() if on_gpu else nullcontext(),
+        ):
             compiled: Any = compile_fx(graph, inputs, inner_compile=inner, config_patches=options)
 
         def run(*args: Any) -> Any:

@@ -13,13 +13,15 @@ interpreter lock most of the time.
 from __future__ import annotations
 
 import os
+import sys
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from typing import Any
 
 _MAX_THREADS = 16
+_SWITCH_INTERVAL_S = 0.0002
 _one_at_a_time = threading.Lock()  # for contexts that replace a method of Triton's class
 
 
@@ -33,10 +35,69 @@ def in_threads() -> Iterator[None]:
 
     num_threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)))
     with (
+        _switching_often(),
         ThreadPoolExecutor(num_threads, thread_name_prefix="compile") as threads,
-        AsyncCompileMode(threads, ignore_errors=True),
     ):
+        _hash_compiler(threads)
+        with AsyncCompileMode(_Compilers(threads), ignore_errors=True):
+            yield
+
+
+@contextmanager
+def _switching_often() -> Iterator[None]:
+    """A context in which a thread asks sooner for Python's lock while another thread computes.
+
+    Each operator of torch gives the lock away, and each file operation of an import. The thread
+    would get the lock back after 5 ms, while another thread computes in Python.
+    """
+    before = sys.getswitchinterval()
+    if before <= _SWITCH_INTERVAL_S:  # another engine is starting
         yield
+        return
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
+class _Compilers:
+    """Compiles kernels, and builds their launchers, as Triton's mode lets an executor do.
+
+    Triton would build a launcher at the first launch of a kernel: up to version 3.6 with a C
+    compiler, for half a second each.
+    """
+
+    def __init__(self, threads: ThreadPoolExecutor) -> None:
+        self._threads = threads
+
+    def submit(self, compile_kernel: Callable[[], Any]) -> Future[Any]:
+        return self._threads.submit(self._compile, compile_kernel)
+
+    def _compile(self, compile_kernel: Callable[[], Any]) -> Any:
+        from triton.backends.nvidia.driver import CudaLauncher
+
+        kernel = compile_kernel()
+        with suppress(Exception):  # the first launch builds it again and reports the error
+            CudaLauncher(kernel.src, kernel.metadata)
+        return kernel
+
+
+def _hash_compiler(threads: ThreadPoolExecutor) -> None:
+    """Let a thread hash Triton's library, which takes 0.4 s before the first kernel."""
+    from triton.runtime import cache
+
+    key: Any = getattr(cache, "triton_key", None)
+    if hasattr(key, "cache_info"):  # not replaced yet
+        cache.triton_key = threads.submit(key).result
+
+
+def load_driver() -> None:
+    """Load Triton's module that calls the driver, which a cold start must compile first."""
+    from triton.runtime.driver import driver
+
+    with suppress(Exception):  # the first kernel loads the module again and reports the error
+        driver.active.utils  # noqa: B018
 
 
 @contextmanager

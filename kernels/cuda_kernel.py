@@ -16,6 +16,8 @@ import re
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,21 @@ class CudaKernel:
         find = driver().cuOccupancyMaxActiveClusters
         check(find(ctypes.byref(count), self._function, ctypes.byref(config)))
         return count.value
+
+
+def compile_together(source: str, options: Sequence[Mapping[str, int]]) -> None:
+    """Compile kernels of one source at the same time, for the current device.
+
+    options: values of the source's macros for each kernel. Errors are left to `CudaKernel`.
+    """
+    architecture = _architecture()
+
+    def compile_one(macros: Mapping[str, int]) -> None:
+        with suppress(CudaError):
+            _compiled(source, tuple(sorted(macros.items())), architecture)
+
+    with ThreadPoolExecutor(len(options)) as threads:
+        list(threads.map(compile_one, options))
 
 
 _Scalar = ctypes.c_int | ctypes.c_longlong | ctypes.c_float

@@ -104,8 +104,27 @@ class TritonBinary:
         shared_bytes: int,
         overlap: bool,
     ) -> None:
-        self._function = load(code, entry, shared_bytes)
-        self._values = [_slot(kind) for _, kind in parameters]
+        kinds = [kind for _, kind in parameters]
+        launch = TritonLaunch(kinds, num_warps, shared_bytes, overlap)
+        launch.function = load(code, entry, shared_bytes)
+        self.run = _launcher(launch, arguments, parameters, statements, grid)
+
+
+class TritonLaunch:
+    """Launches a kernel that Triton compiled: `launch(x, y, z, stream, *values)`.
+
+    x, y, z: the grid. values: for each parameter, an address or a number. One thread at a time may
+    launch. `function` must be set to the kernel's handle first.
+
+    kinds: Triton's type of each parameter. num_warps, shared_bytes, overlap: see `TritonBinary`.
+    Raises KeyError for a type that cannot be passed.
+    """
+
+    def __init__(
+        self, kinds: Sequence[str], num_warps: int, shared_bytes: int, overlap: bool
+    ) -> None:
+        self.function: ctypes.c_void_p
+        self._values = [_slot(kind) for kind in kinds]
         # Triton's kernels end with two pointers to scratch memory, which these kernels do not use.
         scratch = [ctypes.c_void_p(), ctypes.c_void_p()]
         slots = [*self._values, *scratch]
@@ -121,9 +140,8 @@ class TritonBinary:
         )
         self._config_address = ctypes.byref(self._config)
         self._launch_kernel = driver().cuLaunchKernelEx
-        self.run = _launcher(self._launch, arguments, parameters, statements, grid)
 
-    def _launch(self, x: int, y: int, z: int, stream: int, *values: Any) -> None:
+    def __call__(self, x: int, y: int, z: int, stream: int, *values: Any) -> None:
         if not x * y * z:
             return
         for slot, value in zip(self._values, values, strict=True):
@@ -131,7 +149,7 @@ class TritonBinary:
         config = self._config
         config.grid[0], config.grid[1], config.grid[2] = x, y, z
         config.stream = stream
-        check(self._launch_kernel(self._config_address, self._function, self._addresses, None))
+        check(self._launch_kernel(self._config_address, self.function, self._addresses, None))
 
 
 def _slot(kind: str) -> Any:

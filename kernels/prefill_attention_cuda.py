@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from compiledllm.kernels.backend import AttentionMetadata, ScoreOptions
-from compiledllm.kernels.cuda_kernel import CudaKernel
+from compiledllm.kernels.cuda_kernel import CudaKernel, compile_together
 from compiledllm.kernels.launch import launch_options
 from compiledllm.kernels.machine_code import CudaError, check, driver
 
@@ -135,15 +135,15 @@ def _kernels(
         "HAS_SOFT_CAP": has_soft_cap, "SINK_BYTES": sink_bytes,
         "OVERLAP": launch_options()["OVERLAP"],
     }  # fmt: skip
+    tilings = tilings_for(head_dim, block_size)
+    options = [macros | {"KEYS": tiling.keys, "STAGES": tiling.stages} for tiling in tilings]
+    source, name = "prefill_attention.cu", "prefill_attention"
     try:
+        compile_together(source, options)
         return tuple(
-            CudaKernel(
-                "prefill_attention.cu", "prefill_attention",
-                macros | {"KEYS": tiling.keys, "STAGES": tiling.stages},
-                tiling.shared_bytes(head_dim),
-            )
-            for tiling in tilings_for(head_dim, block_size)
-        )  # fmt: skip
+            CudaKernel(source, name, each, tiling.shared_bytes(head_dim))
+            for each, tiling in zip(options, tilings, strict=True)
+        )
     except CudaError as error:
         log.warning("Triton's kernel, which is slower, computes prompts' attention: %s", error)
         return None

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from compiledllm.kernels import machine_code
+from compiledllm.kernels.direct_launches import DirectLauncher
 from compiledllm.kernels.machine_code import CudaError, LaunchConfig, TritonBinary
 
 LAUNCH: dict[str, Any] = {
@@ -120,3 +121,43 @@ def test_type_that_cannot_be_passed_is_refused(driver: Driver) -> None:
 
 def test_version_of_the_driver(driver: Driver) -> None:
     assert machine_code.driver_version() == 13000
+
+
+# -- launches instead of Triton's launchers --------------------------------------------------------
+
+SIGNATURE = {"x": "*bf16", "no": "constexpr", "out": "*bf16", "n": "i64", "eps": "fp32"}
+SIGNATURE |= {"WIDTH": "constexpr"}
+METADATA = {
+    "num_ctas": 1,
+    "num_warps": 8,
+    "shared": 640,
+    "launch_pdl": True,
+    "global_scratch_size": 0,
+    "profile_scratch_size": 0,
+    "launch_cooperative_grid": False,
+}
+
+
+def launcher(**changes: object) -> DirectLauncher:
+    metadata = SimpleNamespace(**(METADATA | changes))
+    return DirectLauncher(SimpleNamespace(signature=SIGNATURE), metadata)
+
+
+def test_direct_launch_takes_what_triton_gives_its_launchers(driver: Driver) -> None:
+    others = (8, 1, 640), None, None, None
+    arguments = tensor(4096), None, tensor(8192), 2**40, 0.5, 128
+    launcher()(2, 3, 4, 77, 1234, *others, *arguments)
+    (found,) = driver.launches
+    assert found["values"] == [4096, 8192, 2**40, 0.5] and found["scratch"] == [None, None]
+    assert found["grid"] == [2, 3, 4] and found["block"] == [256, 1, 1]
+    assert (found["stream"], found["shared"], found["attributes"]) == (77, 640, 1)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_ctas": 2}, {"global_scratch_size": 8}, {"launch_cooperative_grid": True}]
+)
+def test_kernels_that_need_more_keep_tritons_launcher(
+    changes: dict[str, object], driver: Driver
+) -> None:
+    with pytest.raises(KeyError):
+        launcher(**changes)

@@ -48,6 +48,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         pytest.skip("needs a C++ compiler")
     kernel = functools.partial(EmulatedKernel, folder)
     monkeypatch.setattr(prefill_attention_cuda, "CudaKernel", kernel)
+    monkeypatch.setattr(prefill_attention_cuda, "compile_together", lambda *_: None)
     monkeypatch.setattr(prefill_attention_cuda, "_is_hopper", lambda: True)
     monkeypatch.setattr(prefill_attention_cuda, "driver", Driver)
     for cached in (prefill_attention_cuda._kernels, prefill_attention_cuda._encode):
