@@ -82,11 +82,14 @@ class StepGraphs:
                 shapes = self._without_large(shapes)
         self.capture_s = time.perf_counter() - started
 
-    def rehearse(self) -> None:
-        """Capture all shapes and forget the captures: a step's kernels are named, and none runs."""
+    def rehearse(self, step: Step) -> None:
+        """Capture another step for all shapes and forget the captures, so that no kernel runs.
+
+        step: as the step to be captured, but may leave out what names no further kernel.
+        """
         self._pool = torch.cuda.graph_pool_handle()
         for shape in sorted(self._padding, reverse=True):
-            self._capture_one(shape)
+            self._capture_one(shape, step)
         self._graphs.clear()
 
     def forget(self) -> None:
@@ -131,12 +134,12 @@ class StepGraphs:
             self._capture_one(shape)
 
     @torch.inference_mode()
-    def _capture_one(self, shape: StepShape) -> None:
+    def _capture_one(self, shape: StepShape, step: Step | None = None) -> None:
         self._on_device = None
         inputs = self._write(shape, self._padding[shape])
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="relaxed"):
-            drawn = self._step(shape, inputs)
+            drawn = (step or self._step)(shape, inputs)
         self._graphs[shape] = graph, drawn
 
     def shape_for(self, shape: StepShape) -> StepShape | None:

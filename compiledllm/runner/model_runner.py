@@ -14,6 +14,7 @@ from torch import Tensor
 from compiledllm.graphs.buckets import StepShape
 from compiledllm.graphs.compile import BlockCompiler
 from compiledllm.graphs.cuda_graphs import StepGraphs
+from compiledllm.graphs.few_blocks import few_blocks
 from compiledllm.graphs.variants import variants_for
 from compiledllm.kernels import compile_ahead
 from compiledllm.kernels.sampling import draw_tokens
@@ -247,7 +248,14 @@ class ModelRunner:
     def rehearse(self, shapes: list[StepShape]) -> None:
         """Ask for the kernels of a step of each shape; other threads compile them. CUDA only."""
         with compile_ahead.asking():
-            self._step_graphs(shapes).rehearse()
+            self._step_graphs(shapes).rehearse(self._rehearsed_step)
+
+    def _rehearsed_step(self, shape: StepShape, inputs: Tensor) -> Tensor:
+        """A step that has the kernels of `_captured_step`, and those of rows with rules."""
+        with few_blocks(self.model):
+            drawn = self._captured_step(shape, inputs)
+        self.sampler.rehearse(self.logits[: shape.num_rows])
+        return drawn
 
     def _step_graphs(self, shapes: list[StepShape]) -> StepGraphs:
         """Graphs to be captured. Allocates `self.logits` and `self.hidden` for their results."""

@@ -21,6 +21,7 @@ from compiledllm.runner.pending import Extras, LogprobsBatch
 from compiledllm.runner.request_table import RequestTable, num_best
 from compiledllm.runner.rule import Draw
 
+_REHEARSED_ROWS, _REHEARSED_BEST = 2, 2
 WORKSPACE_BYTES = 256 * 2**20  # maximum for edited copies of logits, or for a prompt's logits
 
 
@@ -79,6 +80,16 @@ class Sampler:
         if len(with_logprobs):
             extras.logprobs = self._logprobs(drawn, logits, rows, with_logprobs, request_ids)
         return extras if len(with_rules) or len(with_logprobs) else None
+
+    def rehearse(self, logits: Tensor) -> None:
+        """Run the kernels of rows with rules and of log probabilities, but nothing that syncs.
+
+        logits: [rows, vocab]. A few rows are enough, as kernels do not depend on their number.
+        """
+        logits = logits[:_REHEARSED_ROWS]
+        rows = self._every_row[: len(logits)]
+        tokens = draw_tokens(logits.float(), rows, rows, self._table.sampling)
+        _logprobs_of(logits, rows, tokens, [_REHEARSED_BEST] * len(logits))
 
     def _take_from_first_rank(self, drawn: Tensor, rows: np.ndarray) -> None:
         """Replace the draws, int64 [rows], and the rows' last tokens by those of rank 0."""

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from compiledllm import Engine, SamplingParams
+from compiledllm.graphs.few_blocks import few_blocks
 from compiledllm.graphs.variants import Variant
 from compiledllm.runner import model_runner
 from tests.support.families import IN_ENGINE, VARIANTS
@@ -41,6 +43,10 @@ def test_greedy_tokens_are_those_of_transformers(
     checkpoint = tiny_model(family, **VARIANTS[family, IN_ENGINE[family]])
     engine = make(checkpoint, enforce_eager=True, max_num_batched_tokens=48)  # chunks, mixed steps
     assert greedy(engine) == greedy_by_transformers(checkpoint, PROMPTS, NUM_TOKENS)
+    runner = engine.core.runner
+    with few_blocks(runner.model):  # as a start on a GPU names the kernels
+        runner.run_dummy(3)
+    runner.sampler.rehearse(torch.zeros(3, runner.model.spec.vocab_size))
 
 
 # Each has layers that no other has. tests/engine/test_windows.py compiles Gemma's.

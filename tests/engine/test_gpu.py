@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from compiledllm import Engine, SamplingParams
-from compiledllm.graphs.cuda_graphs import StepGraphs
+from compiledllm.graphs.cuda_graphs import Step, StepGraphs
 from compiledllm.kernels import late_compiles
 from compiledllm.pooling_params import PoolingParams
 from compiledllm.runner import model_runner
@@ -204,9 +204,9 @@ def test_kernels_of_captured_steps_are_asked_for_ahead(
         (asked if is_ahead[0] else late).add((kernel.__name__, key))
         return compile_kernel(kernel, key, *args)
 
-    def rehearsing(graphs: StepGraphs) -> None:
+    def rehearsing(graphs: StepGraphs, step: Step) -> None:
         is_ahead[0] = True
-        rehearse(graphs)
+        rehearse(graphs, step)
         is_ahead[0] = False
         late.clear()
 
