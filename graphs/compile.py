@@ -282,6 +282,13 @@ class BlockCompiler:
         return restored
 
 
+def import_compiler() -> None:
+    """Import the compiler, and start the processes in which it compiles kernels."""
+    from torch._inductor import async_compile, compile_fx  # noqa: F401
+
+    async_compile.maybe_warm_pool()
+
+
 def _by_size(name: str, compiled: dict[tuple[str, Any], list[tuple[float, Forward]]]) -> Forward:
     """A function that calls the variant for the module's spec and the number of tokens.
 

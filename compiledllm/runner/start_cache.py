@@ -9,6 +9,7 @@ The engine runs without any of it: a file that is missing, damaged or unwritable
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from pathlib import Path
@@ -16,7 +17,9 @@ from pathlib import Path
 from compiledllm.caches import compiled_dir, temporary_folder, why_not_writable
 from compiledllm.graphs import artifact as files
 from compiledllm.graphs.artifact import Artifact, Folder
+from compiledllm.graphs.compile import import_compiler
 from compiledllm.kernels import cuda_kernel, late_compiles
+from compiledllm.kernels.compile_ahead import load_driver
 from compiledllm.log import log
 from compiledllm.runner.artifact_key import key_of
 from compiledllm.runner.plan import Plan
@@ -50,14 +53,15 @@ class StartCache:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._thread: threading.Thread | None = None
+        self._preparation = threading.Thread(target=self._prepare, name="prepare", daemon=True)
         self.key: dict[str, str] = {}
         self._found: Artifact | str = why_not_cached(plan) or self._make_key()
-        if not self.key:
-            return
-        if self._has_triton:
-            self._watch_triton()
-        self._thread = threading.Thread(target=self._read, name="artifact", daemon=True)
-        self._thread.start()
+        if self.key:
+            if self._has_triton:
+                self._watch_triton()
+            self._thread = threading.Thread(target=self._read, name="artifact", daemon=True)
+            self._thread.start()
+        self._preparation.start()
 
     def _make_key(self) -> str:
         """Set the key. Returns a reason why that failed, or ""."""
@@ -88,6 +92,22 @@ class StartCache:
             self._thread.join()
         return self._found if isinstance(self._found, Artifact) else None
 
+    def _prepare(self) -> None:
+        """Import the compiler beside the start, if this start will need it.
+
+        Not beside transformers' imports, which replace modules while other threads may read them.
+        """
+        options = self._plan.config.requested.compile
+        compiles = not (options.enforce_eager or options.deterministic)
+        is_alone = self._plan.spec.implementation != "transformers"
+        if self.artifact() is None and compiles and is_alone and self._has_triton:
+            with contextlib.suppress(Exception):  # compiling imports again and reports the error
+                import_compiler()
+
+    def wait_for_compiler(self) -> None:
+        """Wait for the compiler's modules, as two threads must not import them at a time."""
+        self._preparation.join()
+
     @property
     def reason(self) -> str:
         """Why there is no artifact, or that there is one."""
@@ -106,6 +126,8 @@ class StartCache:
         except Exception as error:  # any file system or file may fail in its own way
             self._found = f"{type(error).__name__}: {error}"
             log.warning("no artifact of an earlier start is used (%s)", self._found)
+        if self._has_triton:
+            load_driver()  # which an artifact contains
 
     def _provide(self, artifact: Artifact) -> None:
         """Put the kernels' binaries where the kernels' libraries look for them."""

@@ -224,6 +224,7 @@ class Worker:
             return "nothing", "deterministic"
         if self._restore():
             return "decoder block", f"by an earlier start, {self.cache.reason}"
+        self.cache.wait_for_compiler()
         if obstacle := self.plan.platform.why_not_compile():
             return "nothing, running eagerly", obstacle
         if self.plan.ranks.are_many and config.compile_when != "start":
