@@ -32,6 +32,13 @@ _CACHES = {
     "CUDA_CACHE_PATH": "cuda",
     "TMPDIR": "tmp",
 }
+_BUILD = """
+import json, pathlib, sys
+from compiledllm import bytecode
+with bytecode.kept():
+    from compiledllm.engine.build import build
+    build(json.loads(sys.argv[1]), pathlib.Path(sys.argv[2]))
+"""
 _NO_COMPILER = {"CC": "/no/compiler", "CXX": "/no/compiler"}
 # "process" is the start of the interpreter. The phases of the engine's ledger follow. "rest" is the
 # time that no phase covers, which is most of a peer's time.
@@ -104,10 +111,8 @@ class _Starts:
         request = self._request
         given = request["options"] | {name: request[name] for name in ("device", "dtype")}
         options = json.dumps({"model": request["path"], **given})
-        program = "import json, pathlib, sys; from compiledllm.engine.build import build"
-        program += "; build(json.loads(sys.argv[1]), pathlib.Path(sys.argv[2]))"
         done = subprocess.run(
-            [sys.executable, "-c", program, options, str(self._folder / "built")],
+            [sys.executable, "-c", _BUILD, options, str(self._folder / "built")],
             env=_environment(self._new_caches()),
             capture_output=True,
             text=True,

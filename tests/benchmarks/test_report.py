@@ -186,7 +186,7 @@ def test_the_table_shows_floor_percent_and_flags_a_broken_row(
 
 
 def startup_report() -> Report:
-    """One as `bench startup` makes it: committed results have none."""
+    """One as `bench startup` makes it, with two engines, which no committed result has."""
     rows = [
         {
             "engine": engine,
