@@ -2,7 +2,8 @@
 
 Each step gives every request the token 65. The first token of a prompt may be one of `DEEDS`. What
 happens while it loads is said by the environment: FAKE_LOAD_S, FAKE_DEED, FAKE_CHILD; how long a
-step takes, by FAKE_STEP_S.
+step takes, by FAKE_STEP_S. While there is a file FAKE_HOLD, no request for more than 9
+tokens gets its last one.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from compiledllm.types import Request, RequestSpec, RequestStatus, RequestUpdate
 
 DEEDS = {"kill": 901, "hang": 902, "raise": 903, "slow": 904}
 STEP_S = float(os.environ.get("FAKE_STEP_S", "0.005"))
+HOLD = Path(os.environ.get("FAKE_HOLD", "/nonexistent"))
 
 
 def do(deed: str) -> None:
@@ -37,6 +39,11 @@ def do(deed: str) -> None:
         time.sleep(0.1)
     elif deed == "config":
         raise ConfigError("there is no such model")
+
+
+def is_held(request: Request) -> bool:
+    max_tokens = request.spec.max_tokens
+    return max_tokens > 9 and request.num_output_tokens == max_tokens - 1
 
 
 class FakeCore:
@@ -97,13 +104,14 @@ class FakeCore:
             started[running[-1].request_id] = time.monotonic()
         time.sleep(STEP_S)
         names = {token: deed for deed, token in DEEDS.items()}
-        for request in running:
+        stepped = [r for r in running if not is_held(r)] if HOLD.exists() else list(running)
+        for request in stepped:
             do(names.get(request.spec.prompt_token_ids[0], ""))
             request.token_ids.append(65)
             if request.num_output_tokens >= request.spec.max_tokens:
                 request.status, request.finish_reason = RequestStatus.FINISHED, "length"
         news = StepNews(started=started)
-        for request in running:
+        for request in stepped:
             if request.is_finished or request.num_output_tokens == 1:
                 news.updates.append(RequestUpdate.of(request, [65]))
             else:

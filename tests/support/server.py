@@ -169,8 +169,13 @@ class OwnSeconds:
 
 
 def is_alive(pid: int) -> bool:
+    """Whether any thread of the process is left, until which its sockets stay open.
+
+    A killed process's first thread may be a zombie before the others have ended.
+    """
     try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
+        stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return False
+    state, num_threads = stat[0], int(stat[17])
+    return state != "Z" or num_threads > 1
