@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import os
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from compiledllm.caches import writable_folder
 from compiledllm.kernels import cuda_kernel, prefill_attention_cuda
 from compiledllm.kernels import paged_attention_torch as oracle
 from compiledllm.kernels.backend import FP8, AttentionMetadata, ScoreOptions, make_row_bound
@@ -38,8 +40,9 @@ Step = tuple[Tensor, Tensor, AttentionMetadata]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("emulated")
+def folder() -> Path:
+    """What was compiled is kept between runs."""
+    return writable_folder("cuda-on-cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -68,8 +71,9 @@ class EmulatedKernel:
         assert INCLUDE in text
         self._text = text.replace(INCLUDE, '#include "emulated_hopper.h"') + LAUNCH % name
         self._macros = [f"-D{macro}={int(value)}" for macro, value in options.items()]
-        key = hashlib.sha256(" ".join([self._text, *self._macros]).encode()).hexdigest()[:16]
-        self._path = folder / key
+        header = (HERE / "emulated_hopper.h").read_text(encoding="utf-8")
+        key = hashlib.sha256(" ".join([header, self._text, *self._macros]).encode()).hexdigest()
+        self._path = folder / f"{key[:32]}.so"
 
     def launch(
         self, grid: Sequence[int], num_threads: int, arguments: Sequence[Any], cluster: int
@@ -87,12 +91,12 @@ class EmulatedKernel:
     @functools.cached_property
     def _library(self) -> ctypes.CDLL:
         if not self._path.is_file():
-            source = self._path.with_suffix(".cpp")
-            source.write_text(self._text, encoding="utf-8")
-            flags = ["-O2", "-std=c++17", "-shared", "-fPIC", "-w", f"-I{HERE}", *self._macros]
-            command = ["g++", *flags, str(source), "-o", str(self._path)]
-            done = subprocess.run(command, capture_output=True, text=True)
+            unfinished = self._path.with_suffix(f".{os.getpid()}")
+            flags = ["-O1", "-std=c++17", "-shared", "-fPIC", "-w", f"-I{HERE}", *self._macros]
+            command = ["g++", "-x", "c++", "-", *flags, "-o", str(unfinished)]
+            done = subprocess.run(command, input=self._text, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr[-2000:]
+            unfinished.replace(self._path)
         return ctypes.CDLL(str(self._path))
 
 
