@@ -12,33 +12,56 @@ import pytest
 
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 
-# The longest groups start first, so that no worker ends with one.
+# The longest groups start first, so that no worker ends with one; of the others, those that mostly
+# wait stand beside those that compute. The longest start that fits a test counts.
 _FIRST_TO_LAST = (
+    "tests/server/test_life.py",
     "tests/engine/test_parity.py",
+    "tests/server/",
+    "tests/server/test_faults.py",
     "tests/engine/test_windows.py",
     "tests/kernels/test_triton_compiles.py",
-    "tests/engine/",
+    "tests/server/test_connections.py",
+    "tests/engine/test_families.py",
     "tests/graphs/",
+    "tests/server/test_ray_serve.py",
+    "tests/engine/test_transformers_model.py",
     "tests/repo/test_readme.py",
-    "tests/server/test_faults.py",
-    "tests/server/",
-    "tests/remote/test_async_engine.py",
+    "tests/server/test_run_batch.py",
+    "tests/server/test_http_processes.py",
+    "tests/engine/",
+    "tests/server/test_replicas.py",
+    "tests/server/test_http_protocol.py",
+    "tests/remote/",
     "tests/models/",
     "tests/benchmarks/",
     "tests/repo/",
-    "tests/remote/",
     "tests/unit/",
     "tests/kernels/",
     "",
 )
-_SHARE_NOTHING = ("tests/kernels/", "tests/server/test_faults.py", "tests/server/test_run_batch.py")
+_SHARE_NOTHING = ("tests/kernels/", "tests/server/test_run_batch.py")
+# Each has servers of its own, or none.
+_WITHOUT_THE_SERVER = tuple(
+    f"tests/server/test_{name}.py"
+    for name in (
+        "connections",
+        "faults",
+        "http_processes",
+        "http_protocol",
+        "life",
+        "ray_serve",
+        "replicas",
+    )
+)
 
 
 def group_of(node_id: str) -> str:
-    """The tests of a file share its fixtures, and those of tests/server/ one server."""
+    """The tests of a file share its fixtures, and most files of tests/server/ one server."""
     if node_id.startswith(_SHARE_NOTHING):
         return node_id
-    return "server" if node_id.startswith("tests/server/") else node_id.partition("::")[0]
+    has_server = node_id.startswith("tests/server/") and not node_id.startswith(_WITHOUT_THE_SERVER)
+    return "server" if has_server else node_id.partition("::")[0]
 
 
 def put_long_ones_first(items: list[pytest.Item]) -> None:
@@ -46,7 +69,8 @@ def put_long_ones_first(items: list[pytest.Item]) -> None:
 
 
 def _rank(node_id: str) -> int:
-    return next(rank for rank, start in enumerate(_FIRST_TO_LAST) if node_id.startswith(start))
+    fitting = [start for start in _FIRST_TO_LAST if node_id.startswith(start)]
+    return _FIRST_TO_LAST.index(max(fitting, key=len))
 
 
 def make_scheduler(config: pytest.Config, log: object) -> object:
