@@ -42,8 +42,12 @@ def test_replicas_on_two_machines_of_which_one_is_lost_and_comes_back(
 ) -> None:
     from compiledllm.remote.ray_engines import RayEngines
 
-    limits, spawn = Limits(99, 10**6, request_s=30, stuck_s=5), RayEngines(2, 1, "cpu").spawn
-    clients = [EngineClient(OPTIONS, limits, tmp_path, FAKE, spawn=spawn) for _ in range(2)]
+    hold = tmp_path / "hold"
+    limits, spawn = Limits(99, 10**6, request_s=100, stuck_s=5), RayEngines(2, 1, "cpu").spawn
+    clients = [
+        EngineClient(OPTIONS, limits, tmp_path, FAKE, {"FAKE_HOLD": str(hold)}, spawn=spawn)
+        for _ in range(2)
+    ]
     engine = Replicas(clients)
     app = create_app(engine, AppOptions(model_names=["fake"], api_keys=[]))
 
@@ -61,14 +65,16 @@ def test_replicas_on_two_machines_of_which_one_is_lost_and_comes_back(
         killed = await ask(KILL)
         assert killed.status == 500 and "for the second time while it ran" in killed.text
         await until_states("ready", "ready")
-        tasks = [asyncio.create_task(ask(10 + i, 800)) for i in range(8)]
+        hold.touch()
+        tasks = [asyncio.create_task(ask(10 + i, 60)) for i in range(8)]
         while not all(len(client.live) == 4 and client.stats for client in clients):
             await asyncio.sleep(0.01)
         lost = next(iter(cluster.worker_nodes))
         await asyncio.to_thread(cluster.remove_node, lost, allow_graceful=False)
         await until_states("loading", "ready")
         assert not any(task.done() for task in tasks)
-        assert all(is_ok(answer, 800) for answer in await asyncio.gather(*tasks))
+        hold.unlink()
+        assert all(is_ok(answer, 60) for answer in await asyncio.gather(*tasks))
         assert is_ok(await ask(20))
         cluster.add_node(num_cpus=1)
         await until_states("ready", "ready")
