@@ -3,9 +3,10 @@
     python -m compiledllm.benchmarks.routing --output-json FILE
 
 The router is the server's own. Replicas are simulated: the durations of steps are measured ones
-(`STEP`), a replica computes waiting prompts one after the other before it goes on decoding, and its
-prefix cache evicts the chat that was used least recently. Clients hold chats: they read an answer,
-write the next message and wait for its answer, so that a slow replica slows its clients down.
+(`simulated_replicas.STEP`), a replica computes waiting prompts one after the other before it goes
+on decoding, and its prefix cache evicts the chat that was used least recently. Clients hold chats:
+they read an answer, write the next message and wait for its answer, so that a slow replica slows
+its clients down.
 """
 
 from __future__ import annotations
@@ -16,120 +17,24 @@ import itertools
 import json
 import random
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from compiledllm.remote.replicas import OUTPUT_TOKENS
+from compiledllm.benchmarks.simulated_replicas import (
+    STEP,
+    SYSTEM_PROMPT_TOKENS,
+    VOCABULARY,
+    Chat,
+    Replica,
+)
 from compiledllm.remote.routing import PrefixRouter, hashes
 
 MAX_CHAT_TOKENS = 6000  # then the client begins another chat
 READING_S = 5.0  # mean time between an answer and the next message
 NUM_SYSTEM_PROMPTS = 20  # the k-th is used in proportion to 1/k
-SYSTEM_PROMPT_TOKENS = 600
-CACHE_TOKENS = 400_000  # of a replica: Llama-3.1-8B in 16 bits on a GPU of 80 GB
 ARRIVAL_S = 5.0  # the clients begin within this time
-
-
-@dataclass(frozen=True)
-class StepTimes:
-    """Measured durations: Llama-3.1-8B on an H100, rows of 1024 tokens (benchmarks/README.md).
-
-    base_s: of a decode step of one row. row_s: added by each further row. prompt_s: of computing a
-    token of a prompt.
-    """
-
-    base_s: float = 5.52e-3
-    row_s: float = (13.0e-3 - 5.52e-3) / 127
-    prompt_s: float = 2.999 / (128 * 1024)
-
-
-STEP = StepTimes()
-
-
-class Chat:
-    """A client's chat. tokens: all tokens up to the message that waits for an answer."""
-
-    def __init__(self, number: int, rng: random.Random, systems: list[list[int]]) -> None:
-        self.number, self._rng = number, rng
-        weights = [1 / rank for rank in range(1, len(systems) + 1)]
-        self.system = rng.choices(range(len(systems)), weights)[0]
-        self.tokens = list(systems[self.system])
-        self.home: int | None = None  # the replica of the last turn
-
-    def write(self, num_tokens: int) -> None:
-        self.tokens += self._rng.choices(_VOCABULARY, k=num_tokens)
-
-    def message_tokens(self) -> int:
-        return max(4, min(2000, int(self._rng.lognormvariate(4.4, 1.0))))
-
-    def answer_tokens(self) -> int:
-        return max(4, min(1024, int(self._rng.lognormvariate(4.9, 0.9))))
-
-
-_VOCABULARY = list(range(30_000))
-
-
-class Replica:
-    """An engine: its waiting prompts, its running requests, and the prefixes in its cache."""
-
-    def __init__(self) -> None:
-        self.outstanding = 0  # tokens, as the server counts them
-        self.version = 0  # of the last answer of `next_end_s`; earlier answers are out of date
-        self._backlog_s = 0.0  # time to compute the waiting prompts
-        self._clock = 0.0  # number of tokens that a row has drawn that runs since the beginning
-        self._at_s = 0.0  # the time up to which the replica is simulated
-        self._ends: list[tuple[float, int, Any]] = []  # (clock at its end, number, request)
-        self._cache: OrderedDict[Any, int] = OrderedDict()  # tokens by chat or system prompt
-        self._cached = 0
-
-    def known(self, chat: Chat) -> int:
-        """Tokens of the chat's beginning that the cache holds."""
-        system = -1 - chat.system
-        return max(self._cache.get(chat.number, 0), self._cache.get(system, 0))
-
-    def add(self, now_s: float, number: int, chat: Chat, answer: int) -> None:
-        self._advance(now_s)
-        self._backlog_s += (len(chat.tokens) - self.known(chat)) * STEP.prompt_s
-        heapq.heappush(self._ends, (self._clock + answer, number, (chat, answer)))
-        self.outstanding += len(chat.tokens) + OUTPUT_TOKENS
-        self._keep(-1 - chat.system, SYSTEM_PROMPT_TOKENS)
-        self._keep(chat.number, len(chat.tokens))
-
-    def next_end_s(self) -> float:
-        self.version += 1
-        if not self._ends:
-            return float("inf")
-        tokens = max(0.0, self._ends[0][0] - self._clock)
-        return self._at_s + self._backlog_s + tokens * self._step_s()
-
-    def finish(self, now_s: float) -> tuple[Chat, int]:
-        """The request that finishes now, and the tokens of its answer."""
-        self._advance(now_s)
-        _, _, (chat, answer) = heapq.heappop(self._ends)
-        self.outstanding -= len(chat.tokens) + OUTPUT_TOKENS
-        self._keep(chat.number, len(chat.tokens) + answer - 1)
-        return chat, answer
-
-    def _step_s(self) -> float:
-        return STEP.base_s + STEP.row_s * (len(self._ends) - 1)
-
-    def _advance(self, now_s: float) -> None:
-        passed_s = now_s - self._at_s
-        of_prompts_s = min(passed_s, self._backlog_s)
-        self._backlog_s -= of_prompts_s
-        if self._ends:
-            self._clock += (passed_s - of_prompts_s) / self._step_s()
-        self._at_s = now_s
-
-    def _keep(self, key: Any, num_tokens: int) -> None:
-        """Note what the cache holds. A chat's tokens include those of its system prompt."""
-        self._cached += num_tokens - self._cache.pop(key, 0)
-        self._cache[key] = num_tokens
-        while self._cached > CACHE_TOKENS:
-            self._cached -= self._cache.popitem(last=False)[1]
 
 
 # -- policies --------------------------------------------------------------------------------------
@@ -169,9 +74,6 @@ def longest_prefix(chat: Chat, replicas: list[Replica]) -> int:
     """The replica whose cache has most of the prompt; of equals, the least outstanding one."""
     known = [replica.known(chat) for replica in replicas]
     return min(range(len(replicas)), key=lambda i: (-known[i], replicas[i].outstanding))
-
-
-# -- the simulation --------------------------------------------------------------------------------
 
 
 @dataclass
@@ -218,7 +120,7 @@ class _Simulation:
     def __init__(self, choose: Policy, num_replicas: int, rng: random.Random) -> None:
         self._choose, self._rng = choose, rng
         self._systems = [
-            rng.choices(_VOCABULARY, k=SYSTEM_PROMPT_TOKENS) for _ in range(NUM_SYSTEM_PROMPTS)
+            rng.choices(VOCABULARY, k=SYSTEM_PROMPT_TOKENS) for _ in range(NUM_SYSTEM_PROMPTS)
         ]
         self._replicas = [Replica() for _ in range(num_replicas)]
         self._numbers = itertools.count()
@@ -304,7 +206,7 @@ class _Simulation:
 def costs(num_replicas: int, num_tokens: int, count: int = 200) -> dict[str, float]:
     """Microseconds of CPU time that the router takes for a prompt of `num_tokens` tokens."""
     rng, router = random.Random(0), PrefixRouter(num_replicas)
-    prompts = [rng.choices(_VOCABULARY, k=num_tokens) for _ in range(count)]
+    prompts = [rng.choices(VOCABULARY, k=num_tokens) for _ in range(count)]
     load: list[int | None] = [rng.randrange(100_000) for _ in range(num_replicas)]
     start = time.thread_time()
     for prompt in prompts * 2:
@@ -331,10 +233,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = []
     for name, policy in policies.items():
         results.append(simulate(name, policy, num_replicas, arguments.clients, arguments.prompts))
-        found = {
-            k: v if isinstance(v, str) else round(v, 3) for k, v in asdict(results[-1]).items()
-        }
-        print("  ".join(f"{k} {v}" for k, v in found.items()), flush=True)
+        (_, policy_name), *figures = asdict(results[-1]).items()
+        print(
+            "  ".join([policy_name, *(f"{key} {figure:.3f}" for key, figure in figures)]),
+            flush=True,
+        )
     us = routed.seconds * 1e6
     print(
         f"the router took {us / routed.num_prompts:.0f} us a request, "

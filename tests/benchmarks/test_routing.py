@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
 
-from compiledllm.benchmarks import routing
-from compiledllm.benchmarks.routing import Replica, Routed, longest_prefix, main, simulate
+from compiledllm.benchmarks import routing, simulated_replicas
+from compiledllm.benchmarks.routing import Routed, longest_prefix, main, simulate
+from compiledllm.benchmarks.simulated_replicas import Chat, Replica, StepTimes
 
 
 def test_chats_stay_and_find_their_prefix_again() -> None:
@@ -19,10 +21,10 @@ def test_chats_stay_and_find_their_prefix_again() -> None:
 
 
 def test_a_request_takes_its_prompt_and_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routing, "STEP", routing.StepTimes(0.1, 0.05, 0.001))
+    monkeypatch.setattr(simulated_replicas, "STEP", StepTimes(0.1, 0.05, 0.001))
     replica, (chat, other) = (
         Replica(),
-        (routing.Chat(n, routing.random.Random(n), [[1] * 600]) for n in range(2)),
+        (Chat(n, random.Random(n), [[1] * 600]) for n in range(2)),
     )
     replica.add(0.0, 0, chat, 10)
     assert replica.next_end_s() == pytest.approx(0.6 + 10 * 0.1)
