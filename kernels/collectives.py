@@ -1,9 +1,10 @@
 """Sums and gathers tensors over the ranks of a tensor-parallel model: ops opaque to the compiler.
 
 A process belongs to at most one group of ranks, from `join` to `leave`. On a CPU the group uses
-gloo. On GPUs the group gathers with NCCL, and sums with torch's operators on symmetric memory where
-these are available and the tensor fits, otherwise with NCCL; CUDA graphs can capture both. Every
-rank must call the same ops in the same order.
+gloo. On GPUs the group gathers with NCCL. Where the GPUs map each other's memory, small sums are
+one kernel of ours (`sum_over_ranks_cuda`), and larger sums torch's operators on symmetric memory;
+NCCL does the rest. CUDA graphs can capture all of them. Every rank must call the same ops in the
+same order.
 """
 
 from __future__ import annotations
@@ -17,17 +18,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from compiledllm.kernels.ops import define
+from compiledllm.platform import can_overlap_kernels
+
+if TYPE_CHECKING:
+    from compiledllm.kernels.sum_over_ranks_cuda import RankSums
 
 JOIN_TIMEOUT_S = 300.0  # for a rank to import torch and to connect
 TIMEOUT_S = 1800.0  # for the slowest rank to arrive at a collective, such as after compiling
-# Size of the symmetric memory: 2,048 tokens of width 4,096 in 16 bits.
-_MAX_SYMMETRIC_BYTES = 16 * 2**20
+# Symmetric memory of torch's operators: 8,192 tokens of width 4,096 in 16 bits.
+_MAX_SYMMETRIC_BYTES = 64 * 2**20
 # Up to this size a sum is one-shot: every rank reads the whole tensors of all ranks. A larger sum
 # is two-shot: every rank sums a share of the elements, then reads the shares of the other ranks. On
 # two H200s one-shot is faster at 8 rows of width 4,096, and two-shot from 32 rows on.
@@ -39,12 +44,16 @@ _ALIGNMENT = 16  # bytes per load of the operators on symmetric memory
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """The group of this process. buffer: symmetric memory, uint8; None: sums need NCCL or gloo."""
+    """The group of this process.
+
+    buffer: symmetric memory, uint8; None: sums need NCCL or gloo. own_sums: sums by our kernel.
+    """
 
     rank: int
     size: int
     name: str
-    buffer: Tensor | None
+    buffer: Tensor | None = None
+    own_sums: RankSums | None = None
 
 
 _group: _Group | None = None
@@ -87,9 +96,11 @@ def join(rank: int, size: int, store: Any, device: torch.device) -> str:
             device_id=device if is_cuda else None,
         )
     name = dist.group.WORLD.group_name  # type: ignore[union-attr]
-    buffer, reason = _symmetric_buffer(device, name) if is_cuda else (None, "gloo")
-    _group = _Group(rank, size, name, buffer)
-    return reason
+    if not is_cuda:
+        _group = _Group(rank, size, name)
+        return "gloo"
+    _group, sums_by = _group_on_gpu(rank, size, name, device)
+    return sums_by
 
 
 def interface_to(host: str) -> str | None:
@@ -137,6 +148,12 @@ def is_member() -> bool:
     return _group is not None
 
 
+def abandon() -> None:
+    """Let sums that wait for other ranks end with any values: a rank has ended, or will end."""
+    if _group is not None and _group.own_sums is not None:
+        _group.own_sums.abandon()
+
+
 def leave() -> None:
     """Leave the group, without waiting for ranks that may have ended.
 
@@ -147,31 +164,61 @@ def leave() -> None:
     global _group
     if _group is None:
         return
+    abandon()
     _group = None
     is_nccl = dist.get_backend() == "nccl"
     abort = getattr(dist.distributed_c10d, "_abort_process_group", None) if is_nccl else None
     (abort or dist.destroy_process_group)()
 
 
-def _symmetric_buffer(device: torch.device, group_name: str) -> tuple[Tensor | None, str]:
-    """Memory that the group's GPUs map into each other, or None; and the name that `join` returns.
+def _group_on_gpu(rank: int, size: int, name: str, device: torch.device) -> tuple[_Group, str]:
+    """The group, and the name that `join` returns.
 
-    If one rank cannot have the memory, no rank uses it, because all ranks must sum in the same way.
+    If one rank cannot have symmetric memory or the kernel, no rank uses it, because all ranks must
+    sum in the same way.
     """
     import torch.distributed as dist
 
-    buffer, obstacle = None, ""
+    buffer, sums, obstacle = None, None, ""
     try:
-        symmetric_memory: Any = import_module("torch.distributed._symmetric_memory")
-        buffer = symmetric_memory.empty(_MAX_SYMMETRIC_BYTES, dtype=torch.uint8, device=device)
-        symmetric_memory.rendezvous(buffer, group=group_name)
+        buffer, inboxes = _symmetric_memory(size, name, device)
+        sums = _own_sums(rank, inboxes)
     except Exception as error:  # no NVLink, another host, an old driver
-        buffer, obstacle = None, str(error).strip().partition("\n")[0][:120]
-    has_all = torch.tensor([buffer is not None], dtype=torch.int32, device=device)
-    dist.all_reduce(has_all, op=dist.ReduceOp.MIN)
-    if not has_all.item():
-        return None, f"NCCL (no symmetric memory: {obstacle or 'another rank has none'})"
-    return buffer, "symmetric memory"
+        obstacle = str(error).strip().partition("\n")[0][:120]
+    # The reduction also tells that all ranks have prepared their memory.
+    have_all = torch.tensor([buffer is not None, sums is not None], device=device).int()
+    dist.all_reduce(have_all, op=dist.ReduceOp.MIN)
+    have_buffer, have_sums = have_all.tolist()
+    if not have_buffer:
+        reason = obstacle or "another rank has none"
+        return _Group(rank, size, name), f"NCCL (no symmetric memory: {reason})"
+    group = _Group(rank, size, name, buffer, sums if have_sums else None)
+    return group, "a kernel on symmetric memory" if have_sums else "symmetric memory"
+
+
+def _symmetric_memory(
+    size: int, group_name: str, device: torch.device
+) -> tuple[Tensor, list[Tensor]]:
+    """Memory that the group's GPUs map into each other, uint8.
+
+    Returns this rank's memory for torch's operators, and the memory of each rank in which it
+    receives the summands of the others.
+    """
+    from compiledllm.kernels.sum_over_ranks_cuda import inbox_bytes
+
+    symmetric_memory: Any = import_module("torch.distributed._symmetric_memory")
+    num_bytes = _MAX_SYMMETRIC_BYTES + inbox_bytes(size)
+    memory = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
+    handle = symmetric_memory.rendezvous(memory, group=group_name)
+    of_ranks = [handle.get_remote_tensor(r, (num_bytes,), torch.uint8) for r in range(size)]
+    of_ranks[handle.rank] = memory
+    return memory[:_MAX_SYMMETRIC_BYTES], [rank[_MAX_SYMMETRIC_BYTES:] for rank in of_ranks]
+
+
+def _own_sums(rank: int, inboxes: list[Tensor]) -> RankSums | None:
+    from compiledllm.kernels.sum_over_ranks_cuda import RankSums
+
+    return RankSums(rank, inboxes) if can_overlap_kernels() else None
 
 
 def _all_reduce_fake(x: Tensor) -> Tensor:
@@ -181,29 +228,66 @@ def _all_reduce_fake(x: Tensor) -> Tensor:
 @define("all_reduce", fake=_all_reduce_fake)
 def all_reduce(x: Tensor) -> Tensor:
     """The sum of x over all ranks, a new tensor with the same bits on every rank."""
-    import torch.distributed as dist
-
     assert _group is not None, "the process belongs to no group of ranks"
-    num_bytes = x.numel() * x.element_size()
-    fits = 0 < num_bytes <= _MAX_SYMMETRIC_BYTES and num_bytes % (_ALIGNMENT * _group.size) == 0
-    if _group.buffer is not None and fits and x.dtype in (torch.bfloat16, torch.float32):
-        return _sum_in_symmetric_memory(x, _group.buffer[:num_bytes].view(x.dtype), _group)
-    total = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total)
-    return total
+    sums = _group.own_sums
+    if sums is not None and x.dim() == 2 and sums.fits(x):
+        return sums.sum(x)
+    total = _lent_sum(x, _group)
+    is_lent = _group.buffer is not None and total.data_ptr() == _group.buffer.data_ptr()
+    return total.clone() if is_lent else total
 
 
-def _sum_in_symmetric_memory(x: Tensor, part: Tensor, group: _Group) -> Tensor:
-    """The sum of x over all ranks. part: the beginning of the symmetric memory, as large as x.
+def _lent_sum(x: Tensor, group: _Group) -> Tensor:
+    """The sum of x over all ranks, perhaps in the symmetric memory, which the next sum overwrites.
 
     The operators wait for all ranks before and after the sum, so that the memory can be used again.
     """
+    import torch.distributed as dist
+
+    num_bytes = x.numel() * x.element_size()
+    fits = 0 < num_bytes <= _MAX_SYMMETRIC_BYTES and num_bytes % (_ALIGNMENT * group.size) == 0
+    if group.buffer is None or not fits or x.dtype not in (torch.bfloat16, torch.float32):
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
     ops: Any = torch.ops.symm_mem
-    part = part.view(x.shape)
+    part = group.buffer[:num_bytes].view(x.dtype).view(x.shape)
     part.copy_(x)
-    if x.numel() * x.element_size() <= _MAX_ONE_SHOT_BYTES:
+    if num_bytes <= _MAX_ONE_SHOT_BYTES:
         return ops.one_shot_all_reduce(part, "sum", group.name)  # type: ignore[no-any-return]
-    return ops.two_shot_all_reduce_(part, "sum", group.name).clone()  # type: ignore[no-any-return]
+    return ops.two_shot_all_reduce_(part, "sum", group.name)  # type: ignore[no-any-return]
+
+
+def fuses_norm(weight: Tensor) -> bool:
+    """Whether `sum_and_norm` computes norms with such a weight, [width], in this process."""
+    if _group is None or _group.own_sums is None:
+        return False
+    from compiledllm.kernels.sum_over_ranks_cuda import can_normalize
+
+    return can_normalize(weight.view(1, -1))
+
+
+def _sum_and_norm_fake(
+    part: Tensor, residual: Tensor, weight: Tensor, eps: float, adds_one: bool
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(residual), torch.empty_like(residual)
+
+
+@define("sum_and_norm", fake=_sum_and_norm_fake)
+def sum_and_norm(
+    part: Tensor, residual: Tensor, weight: Tensor, eps: float, adds_one: bool
+) -> tuple[Tensor, Tensor]:
+    """`residual` plus the sum of `part` over all ranks, and its RMSNorm, both [rows, width].
+
+    adds_one: whether the norm's weight is stored minus one. Only for weights that `fuses_norm`.
+    All ranks get the same bits.
+    """
+    from compiledllm.kernels.sum_over_ranks_cuda import add_and_norm
+
+    assert _group is not None and _group.own_sums is not None
+    if _group.own_sums.fits(part):
+        return _group.own_sums.sum_and_norm(part, residual, weight, eps, adds_one)
+    return add_and_norm(_lent_sum(part, _group), residual, weight, eps, adds_one)
 
 
 def _all_gather_fake(x: Tensor, size: int) -> Tensor:

@@ -29,6 +29,7 @@ from compiledllm.engine.rank_frames import (
 from compiledllm.kernels.collectives import (
     JOIN_TIMEOUT_S,
     TIMEOUT_S,
+    abandon,
     is_member,
     join,
     leave,
@@ -187,6 +188,7 @@ class RankGroup:
         """End all other ranks and leave the group of ranks."""
         self._is_ended = True
         self.failure = self.failure or Failed("the ranks have been ended")
+        abandon()  # a step that waits for a rank would hold up the graphs' end
         for process in self.ranks:
             process.end()
         self.ranks = []

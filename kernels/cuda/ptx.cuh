@@ -50,6 +50,13 @@ __device__ __forceinline__ float half_to_float(u32 bits) {
     return f;
 }
 
+// The sum over the threads of a warp, in an order of its own; all threads get the same bits.
+__device__ __forceinline__ float sum_of_warp(float x) {
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, distance);
+    return x;
+}
+
 // sum += weights [16, 16] * inputs [16, 8]
 __device__ __forceinline__ void multiply(float (&sum)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col." MMA_TYPES
@@ -67,6 +74,21 @@ __device__ __forceinline__ uint4 load_once(const u8* p) {
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
     return v;
 }
+
+// 16 bytes in the memory of this or of another GPU, which another GPU reads or writes meanwhile; each of the
+// four words arrives as a whole.
+__device__ __forceinline__ void send(u8* to, const uint4& v) {
+    asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %4};"
+                 ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+__device__ __forceinline__ uint4 received(const u8* from) {
+    uint4 v;
+    asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
+    return v;
+}
+// A word that the host or another GPU writes meanwhile.
+__device__ __forceinline__ u32 now(const u32* p) { return *(const volatile u32*)p; }
 
 __device__ __forceinline__ u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 

@@ -48,7 +48,7 @@ struct Thread {
     std::vector<char> stack = std::vector<char>(1 << 17);
     bool has_ended = false;
 };
-static Place threadIdx, blockIdx, blockDim;
+static Place threadIdx, blockIdx, blockDim, gridDim;
 static std::vector<Thread> threads;
 static std::vector<Barrier> warp_barriers;
 static std::vector<Operands> operands;
@@ -98,6 +98,7 @@ inline float half_to_float(u32 bits) {
     return bits & 0x8000 ? -size : size;
 }
 inline u32 rounded(float f) {  // to the nearest 16-bit float, its bits
+    if (f != f) return 0x7FFF;
 #if BF16
     const u32 bits = bits_of(f);
     return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
@@ -124,6 +125,19 @@ inline float high(u32 pair) { return value_of(pair >> 16); }
 inline u32 pair_of(float first, float second) { return rounded(first) | rounded(second) << 16; }
 inline u32 subtract(u32 a, u32 b) { return pair_of(low(a) - low(b), high(a) - high(b)); }
 inline u32 times(u32 a, u32 b) { return pair_of(low(a) * low(b), high(a) * high(b)); }
+
+inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
+
+inline float sum_of_warp(float x) {
+    const unsigned self = threadIdx.x, first = self / 32 * 32;
+    for (unsigned distance = 16; distance > 0; distance /= 2) {
+        operands[self].a[0] = bits_of(x);
+        __syncwarp();
+        x += __uint_as_float(operands[first + (self % 32 ^ distance)].a[0]);
+        __syncwarp();
+    }
+    return x;
+}
 
 // mma.m16n8k16: sum += weights [16, 16] * inputs [16, 8]
 inline void multiply(float (&sum)[4], const u32 (&a)[4], u32 b0, u32 b1) {
@@ -152,6 +166,19 @@ inline uint4 load_once(const u8* p) {
     memcpy(&v, p, 16);
     return v;
 }
+
+// Memory that another thread of this process, for a kernel another GPU, reads or writes meanwhile.
+inline void send(u8* to, const uint4& v) {
+    const u32 words[4] = {v.x, v.y, v.z, v.w};
+    for (int i = 0; i < 4; ++i) __atomic_store_n((u32*)to + i, words[i], __ATOMIC_RELAXED);
+}
+inline uint4 received(const u8* from) {
+    u32 words[4];
+    for (int i = 0; i < 4; ++i) words[i] = __atomic_load_n((const u32*)from + i, __ATOMIC_RELAXED);
+    give_way();  // this thread may wait for what other threads of its block have yet to send
+    return {words[0], words[1], words[2], words[3]};
+}
+inline u32 now(const u32* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
 
 // A barrier's word: copies to come, copies of a round, parity of the round.
 inline void make_barrier(u64* barrier, u32 count) { *barrier = (u64)count << 16 | count; }
@@ -208,7 +235,7 @@ template <class Body> void run_grid(Body body, unsigned x, unsigned y, unsigned 
     alignas(128) static u8 memory[1 << 18];
     if (shared_bytes > sizeof memory) __builtin_trap();
     dynamic_memory = memory;
-    blockDim = {count, 1, 1};
+    blockDim = {count, 1, 1}, gridDim = {x, y, 1};
     threads.resize(count), operands.resize(count);
     for (blockIdx.y = 0; blockIdx.y < y; ++blockIdx.y)
         for (blockIdx.x = 0; blockIdx.x < x; ++blockIdx.x) run_block(body);

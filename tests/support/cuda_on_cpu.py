@@ -13,6 +13,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from compiledllm.caches import writable_folder
 from compiledllm.kernels.cuda_kernel import SOURCES, _value_of
 
 _HEADER = Path(__file__).with_name("cuda_on_cpu.h")
+_ONE_COMPILES = threading.Lock()
 _LAUNCH = """
 extern "C" void launch(unsigned x, unsigned y, unsigned count, unsigned shared, void** arguments) {
     run_grid(call(%s, arguments), x, y, count, shared);
@@ -35,8 +38,13 @@ class CpuKernel:
     """As `cuda_kernel.CudaKernel`."""
 
     def __init__(self, source: str, name: str, options: Mapping[str, int], shared_bytes: int = 0):
-        self._launch = _compiled(source, name, tuple(sorted(options.items())))
+        with _ONE_COMPILES:
+            library = _compiled(source, name, tuple(sorted(options.items())))
+        self._launch = self._loaded(library)
         self._shared_bytes = shared_bytes
+
+    def _loaded(self, library: Path) -> Any:
+        return ctypes.CDLL(str(library)).launch
 
     def launch(self, grid: Sequence[int], num_threads: int, arguments: Sequence[Any]) -> None:
         values = [_value_of(argument) for argument in arguments]
@@ -45,8 +53,17 @@ class CpuKernel:
         self._launch(x, y, num_threads, self._shared_bytes, addresses)
 
 
+class LoneCpuKernel(CpuKernel):
+    """A kernel that may run while the same kernel runs in another thread."""
+
+    def _loaded(self, library: Path) -> Any:
+        with tempfile.NamedTemporaryFile(suffix=".so") as copy:  # a loader loads a file once
+            shutil.copyfile(library, copy.name)
+            return super()._loaded(Path(copy.name))
+
+
 @functools.cache
-def _compiled(source: str, name: str, options: tuple[tuple[str, int], ...]) -> Any:
+def _compiled(source: str, name: str, options: tuple[tuple[str, int], ...]) -> Path:
     text = (SOURCES / source).read_text(encoding="utf-8") + _LAUNCH % name
     text = re.sub(r"extern __shared__ .* u8 ring\[\];", "u8* const ring = dynamic_memory;", text)
     replaced = {"ptx.cuh": _HEADER, "codes.cuh": SOURCES / "codes.cuh"}
@@ -55,6 +72,7 @@ def _compiled(source: str, name: str, options: tuple[tuple[str, int], ...]) -> A
         text = text.replace(f'#include "{include}"', content)
     macros = [f"-D{key}={int(value)}" for key, value in options]
     flags = ["-O1", "-std=c++17", "-shared", "-fPIC", "-w", "-fno-strict-aliasing", *macros]
+    flags.append("-fno-gnu-unique")  # each library has shared memory of its own
     key = hashlib.sha256("\0".join([text, *flags]).encode()).hexdigest()[:32]
     library = writable_folder("cuda-on-cpu") / f"{key}.so"
     if not library.exists():
@@ -62,7 +80,7 @@ def _compiled(source: str, name: str, options: tuple[tuple[str, int], ...]) -> A
         command = ["g++", "-x", "c++", "-", *flags, "-o", str(unfinished)]
         subprocess.run(command, input=text, text=True, check=True, stderr=sys.stderr)
         unfinished.replace(library)
-    return ctypes.CDLL(str(library)).launch
+    return library
 
 
 def use_cuda_kernels_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,173 @@
+// Adds up the parts that the ranks of a model hold of a matrix [rows, width], and does what a block does with
+// the sum: adds the residual, and normalises the rows (RMSNorm). Every rank runs the kernel with equally many
+// blocks, and gets the same bits, because all ranks add in the order of ranks.
+//
+// A block stores its rows in the inboxes of all other ranks, which lie in their memory, and waits until the
+// others' rows lie in its own. There is no signal: words that have not arrived are EMPTY, which no row contains.
+// An inbox has two buffers, each with a place for the rows of every rank and every block (its channel). Sums
+// take turns with the buffers: `rounds` counts the sums of each channel. Who reads a row makes its place EMPTY
+// again. When a rank stores in a buffer, the readers have done that: the rank has the rows of the last sum of
+// this channel, which their senders stored when all their kernels before that sum had ended.
+//
+// The blocks of all ranks must run at the same time, and store all their rows before they wait.
+//
+// Macros: BF16; RANKS; PER_THREAD, vectors of 8 numbers per thread and row; NORM, what the kernel does:
+#define SUM 0           // sum = the sum of all parts
+#define NORMALIZE 1     // sum = residual + the sum of all parts, normed = weight * norm(sum)
+#define NORMALIZE_ONE 2 // the same with (1 + weight) * norm(sum), rounded once
+
+#include "ptx.cuh"
+
+#define EMPTY 0x80008000u  // a pair of negative zeros, in both 16-bit types
+#define TRIES 2048         // between two looks at `is_over`, which lies in the host's memory
+
+struct Inboxes {
+    u8* of[RANKS];
+};
+
+__device__ __forceinline__ float low_of(u32 pair) {
+#if BF16
+    return __uint_as_float(pair << 16);
+#else
+    return half_to_float(pair & 0xFFFFu);
+#endif
+}
+__device__ __forceinline__ float high_of(u32 pair) {
+#if BF16
+    return __uint_as_float(pair & 0xFFFF0000u);
+#else
+    return half_to_float(pair >> 16);
+#endif
+}
+
+__device__ __forceinline__ void add(float (&sum)[8], const uint4& v) {
+    const u32 words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[2 * i] += low_of(words[i]), sum[2 * i + 1] += high_of(words[i]);
+}
+
+__device__ __forceinline__ uint4 packed(const float (&x)[8]) {
+    return make_uint4(pair_of(x[0], x[1]), pair_of(x[2], x[3]), pair_of(x[4], x[5]), pair_of(x[6], x[7]));
+}
+
+// The part with EMPTY replaced by zeros, as it is sent and added.
+__device__ __forceinline__ uint4 sendable(uint4 v) {
+    if (v.x == EMPTY) v.x = 0;
+    if (v.y == EMPTY) v.y = 0;
+    if (v.z == EMPTY) v.z = 0;
+    if (v.w == EMPTY) v.w = 0;
+    return v;
+}
+
+__device__ __forceinline__ bool has_arrived(const uint4& v) {
+    return v.x != EMPTY && v.y != EMPTY && v.z != EMPTY && v.w != EMPTY;
+}
+
+__device__ __forceinline__ float sum_of_block(float x) {
+    __shared__ float of_warps[32];
+    x = sum_of_warp(x);
+    __syncthreads();  // all threads have read the numbers of the row before
+    if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = x;
+    __syncthreads();
+    float sum = 0.f;
+    for (int warp = 0; warp < blockDim.x / 32; ++warp) sum += of_warps[warp];
+    return sum;
+}
+
+// weight * x / rms(x): x / rms(x) is rounded to 16 bits before and after the product, or only after it.
+__device__ __forceinline__ uint4 normalized(const float (&x)[8], float scale, const uint4& weight) {
+    float w[8] = {}, y[8];
+    add(w, weight);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) y[i] = NORM == NORMALIZE_ONE ? x[i] * scale * (1.f + w[i]) : x[i] * scale;
+    uint4 result = packed(y);
+    if (NORM == NORMALIZE_ONE) return result;
+    float rounded[8] = {};
+    add(rounded, result);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) rounded[i] *= w[i];
+    return packed(rounded);
+}
+
+// part, residual, sum, normed: [rows, width] in 16 bits; weight [width]. inboxes: of all ranks; inbox: of this one. buffer_bytes:
+// of a rank's place in a buffer, channel_bytes: of a block's place in that. rounds: one for each block.
+// is_over: whether to wait no longer, as another rank has ended. rank: of this process, which is no macro, so
+// that all ranks run the same instructions and round alike.
+extern "C" __global__ void __launch_bounds__(1024, 1) sum_over_ranks(
+    const u8* part, const u8* residual, const u8* weight, u8* sum, u8* normed, Inboxes inboxes, u8* inbox,
+    u32* rounds, const u32* is_over, int buffer_bytes, int channel_bytes, int rank, int rows, int width, float eps) {
+    const int row_bytes = 2 * width, first = 16 * threadIdx.x, stride = 16 * blockDim.x;
+    uint4 weights[PER_THREAD];
+    if (NORM != SUM)
+#pragma unroll
+        for (int i = 0; i < PER_THREAD; ++i)
+            if (first + i * stride < row_bytes) weights[i] = *(const uint4*)(weight + first + i * stride);
+    wait_for_predecessor();
+    release_successor();
+
+    const u32 round = RANKS > 1 ? rounds[blockIdx.x] : 0;
+    const long long buffer = (long long)(round & 1) * RANKS * buffer_bytes + (long long)blockIdx.x * channel_bytes;
+    const uint4 nothing = make_uint4(EMPTY, EMPTY, EMPTY, EMPTY);
+    if (RANKS > 1)
+        for (int row = blockIdx.x, turn = 0; row < rows; row += gridDim.x, ++turn)
+#pragma unroll
+            for (int i = 0; i < PER_THREAD; ++i) {
+                const int at = first + i * stride;
+                if (at >= row_bytes) continue;
+                const uint4 own = sendable(*(const uint4*)(part + (long long)row * row_bytes + at));
+                const long long place = buffer + (long long)rank * buffer_bytes + turn * row_bytes + at;
+#pragma unroll
+                for (int other = 0; other < RANKS; ++other)
+                    if (other != rank) send(inboxes.of[other] + place, own);
+            }
+
+    for (int row = blockIdx.x, turn = 0; row < rows; row += gridDim.x, ++turn) {
+        float x[PER_THREAD][8], squares = 0.f;
+#pragma unroll
+        for (int i = 0; i < PER_THREAD; ++i) {
+            const int at = first + i * stride;
+            if (at >= row_bytes) continue;
+            const long long number = (long long)row * row_bytes + at;
+            uint4 parts[RANKS], before = make_uint4(0, 0, 0, 0);
+            const uint4 own = sendable(*(const uint4*)(part + number));
+            if (NORM != SUM) before = *(const uint4*)(residual + number);
+            u8* const place = inbox + buffer + turn * row_bytes + at;
+            for (u32 tries = 1;; ++tries) {
+                bool is_whole = true;
+#pragma unroll
+                for (int other = 0; other < RANKS; ++other)
+                    parts[other] = other == rank ? own : received(place + (long long)other * buffer_bytes);
+#pragma unroll
+                for (int other = 0; other < RANKS; ++other) is_whole &= has_arrived(parts[other]);
+                if (is_whole || (tries % TRIES == 0 && now(is_over))) break;
+            }
+#pragma unroll
+            for (int k = 0; k < 8; ++k) x[i][k] = 0.f;
+#pragma unroll
+            for (int other = 0; other < RANKS; ++other) {
+                add(x[i], parts[other]);
+                if (other != rank) send(place + (long long)other * buffer_bytes, nothing);
+            }
+            if (NORM != SUM) add(x[i], before);
+            const uint4 total = packed(x[i]);
+            *(uint4*)(sum + number) = total;
+#pragma unroll
+            for (int k = 0; k < 8; ++k) x[i][k] = 0.f;
+            add(x[i], total);
+#pragma unroll
+            for (int k = 0; k < 8; ++k) squares += x[i][k] * x[i][k];
+        }
+        if (NORM == SUM) continue;
+        const float scale = rsqrtf(sum_of_block(squares) / width + eps);
+#pragma unroll
+        for (int i = 0; i < PER_THREAD; ++i) {
+            const int at = first + i * stride;
+            if (at < row_bytes)
+                *(uint4*)(normed + (long long)row * row_bytes + at) = normalized(x[i], scale, weights[i]);
+        }
+    }
+    if (RANKS > 1) {
+        __syncthreads();  // all threads have read the round
+        if (threadIdx.x == 0) rounds[blockIdx.x] = round + 1;
+    }
+}

@@ -1,0 +1,165 @@
+"""Sums over ranks, fused with residual and norm: the CUDA kernel on a CPU, a thread per rank."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from compiledllm.kernels import sum_over_ranks_cuda
+from compiledllm.kernels.sum_over_ranks_cuda import RankSums, add_and_norm, inbox_bytes
+from tests.support.cuda_on_cpu import LoneCpuKernel
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None or torch.cuda.is_available(),
+    reason="runs a CUDA kernel on a CPU, with g++, where there is no GPU",
+)
+
+EPS = 1e-6
+NUM_CHANNELS = 3
+
+
+@pytest.fixture(autouse=True)
+def cpu_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(sum_over_ranks_cuda, "CudaKernel", LoneCpuKernel)
+    monkeypatch.setattr(sum_over_ranks_cuda, "num_multiprocessors", lambda: NUM_CHANNELS)
+    sum_over_ranks_cuda._one_rank.cache_clear()
+    yield
+    sum_over_ranks_cuda._one_rank.cache_clear()
+
+
+class Ranks:
+    """As many threads as ranks, which call the same function at the same time."""
+
+    def __init__(self, count: int) -> None:
+        inboxes = [torch.empty(inbox_bytes(count), dtype=torch.uint8) for _ in range(count)]
+        self.sums = [RankSums(rank, inboxes) for rank in range(count)]
+        self._threads = ThreadPoolExecutor(count)
+
+    def __call__(self, run: Callable[[int, RankSums], Any]) -> list[Any]:
+        pending = [self._threads.submit(run, *rank) for rank in enumerate(self.sums)]
+        return [future.result(timeout=120) for future in pending]
+
+
+def random_parts(num_ranks: int, num_rows: int, width: int, dtype: torch.dtype) -> list[Tensor]:
+    return [torch.randn(num_rows, width).to(dtype) for _ in range(num_ranks)]
+
+
+def expected(
+    parts: list[Tensor], residual: Tensor, weight: Tensor, adds_one: bool
+) -> tuple[Tensor, Tensor]:
+    """In float64, but that the sum is rounded as it is stored."""
+    total = (sum(part.double() for part in parts) + residual.double()).to(residual.dtype)
+    wide = total.double()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)
+    return total, normed * (weight.double() + adds_one)
+
+
+def assert_near(actual: Tensor, expected: Tensor, roundings: float) -> None:
+    digits = torch.finfo(actual.dtype).eps / 2
+    torch.testing.assert_close(
+        actual.double(), expected.double(), rtol=roundings * digits, atol=1e-6
+    )
+
+
+CASES = [  # ranks, rows, width, dtype, adds_one
+    (2, 1, 64, torch.bfloat16, False),
+    (2, 5, 264, torch.float16, False),
+    (2, 7, 4096, torch.bfloat16, True),
+    (2, 1, 8200, torch.bfloat16, False),
+    (3, 4, 72, torch.float16, True),
+    (4, 2, 256, torch.bfloat16, False),
+]
+
+
+@pytest.mark.parametrize(("num_ranks", "rows", "width", "dtype", "adds_one"), CASES, ids=str)
+def test_all_ranks_get_the_sum_and_its_norm(
+    num_ranks: int, rows: int, width: int, dtype: torch.dtype, adds_one: bool
+) -> None:
+    torch.manual_seed(rows)
+    ranks = Ranks(num_ranks)
+    weight = (torch.randn(width) / 4 + (not adds_one)).to(dtype)
+    for _ in range(4):  # both buffers, twice
+        parts, residual = random_parts(num_ranks, rows, width, dtype), torch.randn(rows, width)
+        residual = residual.to(dtype)
+        found = ranks(
+            lambda rank, own: own.sum_and_norm(parts[rank], residual, weight, EPS, adds_one)  # noqa: B023
+        )
+        total, normed = found[0]
+        wanted, wanted_norm = expected(parts, residual, weight, adds_one)
+        assert_near(total, wanted, 2)  # float32 sums may fall on the other side of a border
+        assert_near(normed, expected([total], total * 0, weight, adds_one)[1], 1 if adds_one else 3)
+        for other, other_norm in found[1:]:
+            assert torch.equal(total, other) and torch.equal(normed, other_norm)
+        assert wanted_norm.isfinite().all()
+
+
+def test_sums_of_many_sizes_by_ranks_that_are_ahead_and_behind() -> None:
+    """Sums with other numbers of rows and other widths share the memory in which ranks receive."""
+    ranks = Ranks(2)
+    torch.manual_seed(0)
+    sizes = [(1, 64), (9, 128), (3, 8), (2, 1024), (1, 8), (4, 64), (12, 512)] * 4
+    parts = [random_parts(2, *size, torch.bfloat16) for size in sizes]
+
+    def run(rank: int, own: RankSums) -> list[Tensor]:
+        found = []
+        for index, part in enumerate(parts):
+            time.sleep(0.003 * ((index * 7 + rank * 5) % 3))
+            found.append(own.sum(part[rank]))
+        return found
+
+    for first, second, part in zip(*ranks(run), parts, strict=True):
+        assert torch.equal(first, second)
+        assert torch.equal(first, (part[0].float() + part[1].float()).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_any_numbers_arrive(dtype: torch.dtype) -> None:
+    """Among them those whose bits stand for words that have not arrived."""
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(dtype).view(2, 32, 1024)
+    negative_zeros = torch.full((1, 1024), -0.0, dtype=dtype)
+    ranks = Ranks(2)
+    for part in (*every, negative_zeros):
+        first, second = ranks(lambda _, own: own.sum(part))  # noqa: B023
+        torch.testing.assert_close(first, part + part, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(first.view(torch.int16), second.view(torch.int16))
+
+
+def test_one_rank_adds_and_normalizes() -> None:
+    torch.manual_seed(0)
+    update, residual = random_parts(2, 200, 136, torch.bfloat16)
+    weight = torch.randn(136).bfloat16()
+    total, normed = add_and_norm(update, residual, weight, EPS, adds_one=False)
+    wanted, _ = expected([update], residual, weight, adds_one=False)
+    assert torch.equal(total, wanted)
+    assert_near(normed, expected([total], total * 0, weight, adds_one=False)[1], 3)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    sums = Ranks(3).sums[0]
+    row_bytes = sum_over_ranks_cuda._CHANNEL_BYTES // 4
+    most = 4 * NUM_CHANNELS
+    assert sums.fits(torch.empty(most, row_bytes // 2, dtype=torch.bfloat16))
+    assert not sums.fits(torch.empty(most + 1, row_bytes // 2, dtype=torch.bfloat16))
+    assert not sums.fits(torch.empty(1, 64))  # float32
+    assert not sums.fits(torch.empty(1, 20, dtype=torch.float16))
+    assert not sums.fits(torch.empty(1, 2**15, dtype=torch.float16))
+    assert not sums.fits(torch.empty(0, 64, dtype=torch.float16))
+
+
+def test_a_sum_ends_though_another_rank_has_ended() -> None:
+    alone = Ranks(2).sums[0]
+    thread = threading.Thread(target=alone.sum, args=[torch.ones(5, 64).bfloat16()], daemon=True)
+    thread.start()
+    thread.join(0.2)
+    assert thread.is_alive()
+    alone.abandon()
+    thread.join(120)
+    assert not thread.is_alive()
