@@ -22,6 +22,7 @@ from compiledllm.models.layers.attention import PagedAttention
 from compiledllm.models.layers.block import Cache, DecoderBlock, Metadata, no_update
 from compiledllm.models.layers.factory import Factory, Products
 from compiledllm.models.layers.linear import Head
+from compiledllm.models.layers.norm import RMSNorm
 from compiledllm.models.layers.rope import RotaryTable
 from compiledllm.models.layers.token_input import TokenInputs
 from compiledllm.models.shards import Ranks
@@ -201,11 +202,15 @@ class Decoder(nn.Module):
         return x
 
     def _embed_over_ranks(self, input_ids: Tensor) -> Tensor:
-        """Each rank looks up its own rows of the vocabulary; the others' are zero."""
+        """Each rank looks up its own rows of the vocabulary; the others' are zero.
+
+        Returns the rank's summand if the model defers sums.
+        """
         ((start, end),) = self._vocab.ranges
         is_here = (input_ids >= start) & (input_ids < end)
         rows = self.embedding(torch.where(is_here, input_ids - start, 0))
-        return all_reduce(rows.masked_fill(~is_here.unsqueeze(-1), 0))
+        part = rows.masked_fill(~is_here.unsqueeze(-1), 0)
+        return part if self.spec.defers_sums else all_reduce(part)
 
     def compute_logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """[tokens, hidden] -> [tokens, vocab], in the model's dtype; written to `out` if given."""
@@ -240,11 +245,15 @@ def _enter(decoder: Decoder, input_ids: Tensor, positions: Tensor) -> BlockInput
     tables = [rotary(positions, x.dtype) for rotary in decoder.rotary]
     inputs = None if decoder.token_inputs is None else decoder.token_inputs(input_ids, x)
     update = no_update(x)
+    if decoder.spec.defers_sums:
+        return update, x, tables, inputs  # the first block sums the embedding over ranks
     return x if decoder.streams is None else decoder.streams.begin(x), update, tables, inputs
 
 
 def _leave(decoder: Decoder, x: Tensor, update: Tensor) -> Tensor:
     """Hidden states behind the final norm, [tokens, hidden], from the last block's x and update."""
+    if decoder.spec.defers_sums:
+        return cast("RMSNorm", decoder.final_norm).after_sum(x, update)[1]
     x = x + update if decoder.streams is None else decoder.streams.end(x, update)
     hidden: Tensor = decoder.final_norm(x)
     return hidden

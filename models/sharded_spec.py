@@ -53,20 +53,36 @@ def can_shard(spec: ModelSpec, num_ranks: int) -> bool:
 
 
 def _sharded(spec: ModelSpec, num_ranks: int) -> ModelSpec:
-    parts = {layer: _layer(layer, num_ranks) for layer in spec.distinct_layers}
+    defers = _can_defer_sums(spec)
+    parts = {layer: _layer(layer, num_ranks, defers) for layer in spec.distinct_layers}
     layers = tuple(parts[layer] for layer in spec.layers)
     part = replace(spec, layers=layers, num_ranks=num_ranks, part_of=spec)
     head = {HEAD: {"": part.vocab_rows}}
     return replace(part, formats=_formats(spec.formats, head, {}))
 
 
-def _layer(layer: LayerSpec, num_ranks: int) -> LayerSpec:
+def _can_defer_sums(spec: ModelSpec) -> bool:
+    """Whether an RMSNorm follows each sum over ranks, with only the residual addition between."""
+    norms = {spec.final_norm.kind, *(layer.norm.kind for layer in spec.layers)}
+    is_plain = all(
+        layer.residual == "pre"
+        and layer.residual_scale == 1
+        and layer.num_streams == 1
+        and not (layer.experts or layer.token_size or layer.has_scalar)
+        for layer in spec.layers
+    )
+    is_embedded_plainly = not (spec.embedding_size or spec.num_learned_positions)
+    return is_plain and is_embedded_plainly and norms <= {"rms", "rms_plus_one"}
+
+
+def _layer(layer: LayerSpec, num_ranks: int, defers_sum: bool) -> LayerSpec:
     part = replace(
         layer,
         mixer=_mixer(layer.mixer, num_ranks),
         mlp=_mlp(layer.mlp, num_ranks),
         experts=None if layer.experts is None else _experts(layer.experts, num_ranks),
         num_ranks=num_ranks,
+        defers_sum=defers_sum,
         formats=(),
     )
     inputs = {m.name: m.num_inputs for m in part.weights.matrices if m.name in _BY_INPUTS}

@@ -66,7 +66,8 @@ class LayerSpec:
     each one's next value (`layers.altup`). laurel_rank: rank of a linear map beside the mixer;
     0: none. Both only together, in a block whose residual is "sandwich". formats: the formats of
     the quantised matrices. num_ranks: number of processes whose outputs of mixer and MLP add up to
-    the layer's, each with sizes as given here (`sharded_spec`).
+    the layer's, each with sizes as given here (`sharded_spec`). defers_sum: whether the block
+    leaves that sum to the next norm, behind the block, so that both are one kernel.
     """
 
     hidden_size: int
@@ -82,6 +83,7 @@ class LayerSpec:
     laurel_rank: int = 0
     formats: Formats = ()
     num_ranks: int = 1
+    defers_sum: bool = False
 
     @property
     def weights(self) -> Weights:
@@ -209,6 +211,11 @@ class ModelSpec:
     @property
     def distinct_layers(self) -> Counter[LayerSpec]:
         return Counter(self.layers)
+
+    @property
+    def defers_sums(self) -> bool:
+        """Whether the blocks leave the sums over ranks to the next norm, as all or none do."""
+        return self.layers[0].defers_sum
 
     @property
     def is_quantized(self) -> bool:

@@ -1,7 +1,8 @@
 """The decoder block of all families, built from a LayerSpec.
 
 A block returns the residual stream `x` and `update`, the output of its last branch. The next block
-adds `update` to `x`, so that the addition fuses with its norm inside the compiled block.
+adds `update` to `x`, so that the addition fuses with its norm inside the compiled block. Among
+several ranks, if the spec defers sums, `update` is the rank's summand: the sum is fused, too.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from compiledllm.models.layers.attention import PagedAttention
 from compiledllm.models.layers.factory import Factory
 from compiledllm.models.layers.mixer import make_mixer
 from compiledllm.models.layers.moe import ExpertsBesideMlp, make_mlp
+from compiledllm.models.layers.norm import RMSNorm
 from compiledllm.models.layers.token_input import TokenInputGate
 from compiledllm.models.spec import NORMS_BEFORE, NORMS_BEHIND, LayerSpec
 
@@ -63,6 +65,8 @@ class DecoderBlock(nn.Module):
         cache: Cache,
         attn: Metadata,
     ) -> tuple[Tensor, Tensor]:
+        if self.spec.defers_sum:
+            return self._forward_with_parts(x, update, cos, sin, cache, attn)
         x = x + update
         if self.norms_sums:
             return self._forward_norming_sums(x, cos, sin, cache, attn)
@@ -78,6 +82,15 @@ class DecoderBlock(nn.Module):
         update = self.mlp(mlp_in)
         update = self._over_ranks(update) if self.experts is None else self.experts(x, update)
         return self._with_token_input(x, self._scaled(update, self.mlp_out_norm), token_input)
+
+    def _forward_with_parts(
+        self, x: Tensor, part: Tensor, cos: Tensor, sin: Tensor, cache: Cache, attn: Metadata
+    ) -> tuple[Tensor, Tensor]:
+        """As `forward`. part, the second result: the rank's summands of updates."""
+        assert isinstance(self.attn_norm, RMSNorm) and isinstance(self.mlp_norm, RMSNorm)
+        x, attn_in = self.attn_norm.after_sum(x, part)
+        x, mlp_in = self.mlp_norm.after_sum(x, self.attn(attn_in, cos, sin, cache, attn))
+        return x, self.mlp(mlp_in)
 
     def _with_token_input(
         self, x: Tensor, update: Tensor, token_input: Tensor | None
@@ -100,8 +113,12 @@ class DecoderBlock(nn.Module):
     ) -> None:
         """Store the keys and values of all tokens, as `forward` does, and compute nothing else."""
         assert isinstance(self.attn, PagedAttention)
-        x = x + update
-        attn_in = x if self.attn_norm is None or self.norms_sums else self.attn_norm(x)
+        if self.spec.defers_sum:
+            assert isinstance(self.attn_norm, RMSNorm)
+            _, attn_in = self.attn_norm.after_sum(x, update)
+        else:
+            x = x + update
+            attn_in = x if self.attn_norm is None or self.norms_sums else self.attn_norm(x)
         self.attn.store(attn_in, cos, sin, kv_cache, slot_mapping)
 
     def _forward_norming_sums(

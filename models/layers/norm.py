@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compiledllm.kernels.collectives import all_reduce
+from compiledllm.kernels.collectives import all_reduce, fuses_norm, sum_and_norm
 from compiledllm.models.formats.weight_format import empty_parameter
 from compiledllm.models.spec import NormSpec
 
@@ -29,14 +29,24 @@ Normalize = Callable[[Tensor, Tensor, float], Tensor]
 class RMSNorm(nn.Module):
     """RMSNorm over the last dimension with a learned weight. normalize: computes the norm."""
 
+    adds_one = False  # whether the weight is stored minus one
+
     def __init__(self, shape: tuple[int, ...], eps: float, normalize: Normalize = rms_norm) -> None:
         super().__init__()
         self.weight = empty_parameter(*shape)
         self.eps = eps
         self.normalize = normalize
+        self.is_fused = fuses_norm(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.normalize(x, self.weight, self.eps)
+
+    def after_sum(self, x: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
+        """x plus the sum of `part` over all ranks, and the norm of that. All [tokens, hidden]."""
+        if self.is_fused:
+            return sum_and_norm(part, x, self.weight, self.eps, self.adds_one)
+        x = x + all_reduce(part)
+        return x, self(x)
 
 
 class DividedRMSNorm(RMSNorm):
@@ -57,6 +67,8 @@ class DividedRMSNorm(RMSNorm):
 
 class PlusOneRMSNorm(RMSNorm):
     """x / rms(x) * (1 + weight) in float32, rounded once at the end (Gemma)."""
+
+    adds_one = True
 
     def forward(self, x: Tensor) -> Tensor:
         return (_over_rms(x, self.eps) * (1 + self.weight.float())).to(x.dtype)
