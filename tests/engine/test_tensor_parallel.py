@@ -263,6 +263,21 @@ def test_the_compiler_sees_one_opaque_sum_for_each_half_of_a_block(
     assert len(sums) == num_sums
 
 
+@pytest.mark.parametrize(
+    ("family", "defers"),
+    [("llama", True), ("qwen3_moe", True), ("gemma", True), ("qwen3_next", True)]
+    + [(family, False) for family in ("gemma2", "cohere", "granite", "opt", "gemma4")],
+)
+def test_sums_wait_for_the_next_norm_where_only_an_addition_comes_first(
+    family: str, defers: bool, tiny_model: Callable[..., Path]
+) -> None:
+    variant = VARIANTS[family, IN_ENGINE[family]] | CHANGES.get(family, {})
+    spec = load_spec(tiny_model(family, **variant))
+    assert not spec.defers_sums
+    part = sharded(spec, 2)
+    assert {layer.defers_sum for layer in part.layers} == {defers}
+
+
 @two
 def test_the_least_room_of_a_rank_counts(
     ranks: LastingRanks, tiny_model: Callable[..., Path]

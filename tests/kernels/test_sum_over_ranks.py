@@ -13,8 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from compiledllm.kernels import sum_over_ranks_cuda
+from compiledllm.kernels import collectives, sum_over_ranks_cuda
+from compiledllm.kernels.collectives import _Group
 from compiledllm.kernels.sum_over_ranks_cuda import RankSums, add_and_norm, inbox_bytes
+from compiledllm.models.layers import norm as norm_layers
+from compiledllm.models.layers.norm import PlusOneRMSNorm, RMSNorm
 from tests.support.cuda_on_cpu import LoneCpuKernel
 
 pytestmark = pytest.mark.skipif(
@@ -140,6 +143,48 @@ def test_one_rank_adds_and_normalizes() -> None:
     wanted, _ = expected([update], residual, weight, adds_one=False)
     assert torch.equal(total, wanted)
     assert_near(normed, expected([total], total * 0, weight, adds_one=False)[1], 3)
+
+
+class OneRank:
+    """Stands in for `RankSums`: this rank's part is the sum."""
+
+    def __init__(self, can_sum: bool) -> None:
+        self.can_sum = can_sum
+        self.sum_and_norm = add_and_norm
+
+    def fits(self, part: Tensor) -> bool:
+        return self.can_sum
+
+
+@pytest.mark.parametrize("can_sum", [True, False])
+@pytest.mark.parametrize("kind", [RMSNorm, PlusOneRMSNorm])
+def test_norms_behind_a_sum_are_one_op(
+    kind: type[RMSNorm], can_sum: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the kernel can sum the part or not; a norm made outside a group stays as it is."""
+    torch.manual_seed(1)
+    x, part = random_parts(2, 5, 64, torch.bfloat16)
+    group = _Group(0, 1, "one", own_sums=OneRank(can_sum))  # type: ignore[arg-type]
+    monkeypatch.setattr(collectives, "_lent_sum", lambda part, group: part)
+    plain = make_norm(kind)
+    monkeypatch.setattr(collectives, "_group", group)
+    fused, wide = make_norm(kind), make_norm(kind, torch.float32)
+    assert fused.is_fused and not plain.is_fused and not wide.is_fused
+    monkeypatch.setattr(norm_layers, "all_reduce", lambda part: part)
+    for actual, wanted in zip(fused.after_sum(x, part), plain.after_sum(x, part), strict=True):
+        assert_near(actual, wanted, 4)
+    compiled = torch.compile(type(fused).after_sum, fullgraph=True, backend="eager")
+    for actual, wanted in zip(compiled(fused, x, part), fused.after_sum(x, part), strict=True):
+        assert torch.equal(actual, wanted)
+
+
+def make_norm(kind: type[RMSNorm], dtype: torch.dtype = torch.bfloat16) -> RMSNorm:
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    norm = kind((64,), EPS)
+    torch.set_default_dtype(default)
+    norm.weight.data.copy_(torch.linspace(-1, 1, 64))
+    return norm
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -34,9 +34,12 @@ class LastingRanks(RankGroup):
 
 
 @contextmanager
-def lasting_ranks(num_ranks: int) -> Iterator[LastingRanks]:
-    """Inside the block, engines with tensor_parallel_size=num_ranks share the ranks on the CPU."""
-    ranks = LastingRanks(num_ranks, lambda _: "cpu")
+def lasting_ranks(num_ranks: int, kind: str = "cpu") -> Iterator[LastingRanks]:
+    """Inside the block, engines with tensor_parallel_size=num_ranks share the ranks.
+
+    kind: where the ranks run, all on the CPU or each on a GPU ("cuda").
+    """
+    ranks = LastingRanks(num_ranks, lambda rank: kind if kind == "cpu" else f"{kind}:{rank}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(executor, "start_ranks", lambda _: ranks)
         try:
