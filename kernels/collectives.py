@@ -290,19 +290,24 @@ def sum_and_norm(
     return add_and_norm(_lent_sum(part, _group), residual, weight, eps, adds_one)
 
 
-def _all_gather_fake(x: Tensor, size: int) -> Tensor:
-    return x.new_empty((size, *x.shape))
+def gather_columns(part: Tensor, out: Tensor | None = None) -> Tensor:
+    """The tensors [rows, width] of all ranks side by side, [rows, ranks * width].
 
-
-@define("all_gather", fake=_all_gather_fake)
-def all_gather(x: Tensor, size: int) -> Tensor:
-    """The tensors of all ranks, [size, *x.shape]. size: the number of ranks."""
+    out: written and returned if given. All ranks get the same bits. Not for compiled code.
+    """
     import torch.distributed as dist
 
-    gathered = x.new_empty((size, *x.shape))
+    assert _group is not None, "the process belongs to no group of ranks"
+    num_rows, width = part.shape
+    if out is None:
+        out = part.new_empty((num_rows, _group.size * width))
+    sums = _group.own_sums
+    if sums is not None and out.is_contiguous() and sums.can_gather(part):
+        return sums.gather(part, out)
+    gathered = part.new_empty((_group.size, num_rows, width))
     gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(gathered.flatten(0, 1), x.contiguous())
-    return gathered
+    gather(gathered.flatten(0, 1), part.contiguous())
+    return out.copy_(gathered.transpose(0, 1).flatten(1))
 
 
 def broadcast(x: Tensor) -> None:

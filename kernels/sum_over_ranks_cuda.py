@@ -26,6 +26,7 @@ _MAX_SENT_BYTES = 4 * 2**20  # that a rank sends to all others in one sum
 _EMPTY = -(2**31) + 2**15  # the kernel's word for numbers that have not arrived, as int32
 _MAX_THREADS = 1024
 _VECTOR = 8  # numbers that a thread loads at once
+_VECTOR_BYTES = 16
 _MAX_PER_THREAD = 2  # vectors of a row
 # Values of the kernel's macro NORM.
 _SUM, _NORMALIZE, _NORMALIZE_ONE = range(3)
@@ -46,7 +47,6 @@ class RankSums:
     def __init__(self, rank: int, inboxes: Sequence[Tensor]) -> None:
         self._rank, self._num_ranks = rank, len(inboxes)
         self._tensors = inboxes  # whose memory lives as long as this object
-        self._inboxes = _addresses(inboxes)
         own = inboxes[rank]
         own.view(torch.int32).fill_(_EMPTY)
         self._kernel = functools.cache(_make_kernel)
@@ -54,6 +54,8 @@ class RankSums:
         self._rounds = torch.zeros(_MAX_CHANNELS, dtype=torch.int32, device=own.device)
         # The host's memory, which a running kernel sees change.
         self._is_over = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=own.is_cuda)
+        # Arguments of all launches.
+        self._ranks = (_addresses(inboxes), own, self._rounds, self._is_over)
 
     def fits(self, part: Tensor) -> bool:
         """Whether the kernel can sum `part`, [rows, width]."""
@@ -84,6 +86,31 @@ class RankSums:
         self._launch(norm, part, residual, weight, total, normed, eps)
         return total, normed
 
+    def can_gather(self, part: Tensor) -> bool:
+        """Whether the kernel can gather `part`, [rows, width]."""
+        num_bytes = part.numel() * part.element_size()
+        is_aligned = part.shape[1] * part.element_size() % _VECTOR_BYTES == 0
+        num_others = self._num_ranks - 1
+        return (
+            is_aligned
+            and 0 < num_bytes <= self._num_channels * _CHANNEL_BYTES
+            and num_others * num_bytes <= _MAX_SENT_BYTES
+        )
+
+    def gather(self, part: Tensor, out: Tensor) -> Tensor:
+        """The tensors [rows, width] of all ranks side by side, in `out`, [rows, ranks * width]."""
+        assert self.can_gather(part) and out.is_contiguous()
+        num_bytes, row_bytes = (x.numel() * x.element_size() for x in (part, part[0]))
+        num_vectors = -(-num_bytes // (_VECTOR_BYTES * self._num_channels))
+        num_warps = min(-(-num_vectors // 32), _MAX_THREADS // 32)
+        share = num_warps * 32 * _VECTOR_BYTES * -(-num_vectors // (32 * num_warps))
+        kernel = self._kernel("gather_over_ranks", part.dtype, self._num_ranks, _SUM, 1)
+        sizes = _BUFFER_BYTES, _CHANNEL_BYTES, self._rank, num_bytes, row_bytes, share
+        tensors = part.contiguous(), out
+        num_blocks = -(-num_bytes // share)
+        kernel.launch((num_blocks,), 32 * num_warps, (*tensors, *self._ranks, *map(c_int, sizes)))
+        return out
+
     def abandon(self) -> None:
         """Let running and later sums end without waiting, with any values: a rank has ended."""
         self._is_over.fill_(1)
@@ -96,11 +123,10 @@ class RankSums:
         num_rows, width = part.shape
         num_threads, per_thread = _threads_for(width)
         num_blocks = min(num_rows, self._num_channels) if self._num_ranks > 1 else num_rows
-        kernel = self._kernel(part.dtype, self._num_ranks, norm, per_thread)
+        kernel = self._kernel("sum_over_ranks", part.dtype, self._num_ranks, norm, per_thread)
         tensors = part, residual, weight, total, normed
-        ranks = self._inboxes, self._tensors[self._rank], self._rounds, self._is_over
         sizes = map(c_int, (_BUFFER_BYTES, _CHANNEL_BYTES, self._rank, num_rows, width))
-        kernel.launch((num_blocks,), num_threads, (*tensors, *ranks, *sizes, c_float(eps)))
+        kernel.launch((num_blocks,), num_threads, (*tensors, *self._ranks, *sizes, c_float(eps)))
 
 
 def can_normalize(x: Tensor) -> bool:
@@ -129,10 +155,12 @@ def _threads_for(width: int) -> tuple[int, int]:
     return 32 * -(-num_vectors // (32 * per_thread)), per_thread
 
 
-def _make_kernel(dtype: torch.dtype, num_ranks: int, norm: int, per_thread: int) -> CudaKernel:
+def _make_kernel(
+    name: str, dtype: torch.dtype, num_ranks: int, norm: int, per_thread: int
+) -> CudaKernel:
     macros = {"BF16": dtype == torch.bfloat16, "RANKS": num_ranks}
     macros |= {"NORM": norm, "PER_THREAD": per_thread}
-    return CudaKernel("sum_over_ranks.cu", "sum_over_ranks", macros)
+    return CudaKernel("sum_over_ranks.cu", name, macros)
 
 
 def _addresses(tensors: Sequence[Tensor]) -> ctypes.Structure:

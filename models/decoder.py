@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compiledllm.kernels.backend import AttentionBackend, AttentionMetadata
-from compiledllm.kernels.collectives import all_gather, all_reduce
+from compiledllm.kernels.collectives import all_reduce, gather_columns
 from compiledllm.models.formats.weight_format import empty_parameter
 from compiledllm.models.layer_cache import SharedKV
 from compiledllm.models.layers.altup import Streams, make_block
@@ -229,9 +229,12 @@ class Decoder(nn.Module):
 
     def _logits_of_ranks(self, hidden: Tensor, out: Tensor | None) -> Tensor:
         """The logits of the whole vocabulary, the same bits on every rank."""
-        spec = self.spec
-        parts = all_gather(self.lm_head.into(None, hidden), spec.num_ranks)  # [ranks, rows, part]
-        logits = parts.transpose(0, 1).flatten(1)[:, : spec.vocab_size]
+        part, size = self.lm_head.into(None, hidden), self.spec.vocab_size
+        is_padded = size < part.shape[1] * self.spec.num_ranks
+        logits = gather_columns(part, None if is_padded else out)
+        if not is_padded:
+            return logits
+        logits = logits[:, :size]
         return logits.contiguous() if out is None else out.copy_(logits)
 
 

@@ -10,6 +10,7 @@
 // this channel, which their senders stored when all their kernels before that sum had ended.
 //
 // The blocks of all ranks must run at the same time, and store all their rows before they wait.
+// `gather_over_ranks` puts rows of all ranks side by side in the same way.
 //
 // Macros: BF16; RANKS; PER_THREAD, vectors of 8 numbers per thread and row; NORM, what the kernel does:
 #define SUM 0           // sum = the sum of all parts
@@ -74,6 +75,44 @@ __device__ __forceinline__ float sum_of_block(float x) {
     return sum;
 }
 
+// What other ranks have stored at `place`, for each of them buffer_bytes further, and this rank's own vector.
+__device__ __forceinline__ void collect(
+    uint4 (&parts)[RANKS], const uint4& own, u8* place, int buffer_bytes, int rank, const u32* is_over) {
+    for (u32 tries = 1;; ++tries) {
+        bool is_whole = true;
+#pragma unroll
+        for (int other = 0; other < RANKS; ++other)
+            parts[other] = other == rank ? own : received(place + (long long)other * buffer_bytes);
+#pragma unroll
+        for (int other = 0; other < RANKS; ++other) is_whole &= has_arrived(parts[other]);
+        if (is_whole || (tries % TRIES == 0 && now(is_over))) break;
+    }
+#pragma unroll
+    for (int other = 0; other < RANKS; ++other)
+        if (other != rank)
+            send(place + (long long)other * buffer_bytes, make_uint4(EMPTY, EMPTY, EMPTY, EMPTY));
+}
+
+// Store this rank's vector at `place` of its own buffer in the inboxes of all other ranks.
+__device__ __forceinline__ void send_to_others(const Inboxes& inboxes, long long place, int rank, const uint4& own) {
+#pragma unroll
+    for (int other = 0; other < RANKS; ++other)
+        if (other != rank) send(inboxes.of[other] + place, own);
+}
+
+// The sums of this channel so far, which are read once all earlier kernels have ended.
+__device__ __forceinline__ u32 begin_round(const u32* rounds) { return RANKS > 1 ? rounds[blockIdx.x] : 0; }
+__device__ __forceinline__ void end_round(u32* rounds, u32 round) {
+    if (RANKS == 1) return;
+    __syncthreads();  // all threads have read the round
+    if (threadIdx.x == 0) rounds[blockIdx.x] = round + 1;
+}
+
+// Where a block's rows begin in the buffer of this round.
+__device__ __forceinline__ long long buffer_of(u32 round, int buffer_bytes, int channel_bytes) {
+    return (long long)(round & 1) * RANKS * buffer_bytes + (long long)blockIdx.x * channel_bytes;
+}
+
 // weight * x / rms(x): x / rms(x) is rounded to 16 bits before and after the product, or only after it.
 __device__ __forceinline__ uint4 normalized(const float (&x)[8], float scale, const uint4& weight) {
     float w[8] = {}, y[8];
@@ -89,10 +128,10 @@ __device__ __forceinline__ uint4 normalized(const float (&x)[8], float scale, co
     return packed(rounded);
 }
 
-// part, residual, sum, normed: [rows, width] in 16 bits; weight [width]. inboxes: of all ranks; inbox: of this one. buffer_bytes:
-// of a rank's place in a buffer, channel_bytes: of a block's place in that. rounds: one for each block.
-// is_over: whether to wait no longer, as another rank has ended. rank: of this process, which is no macro, so
-// that all ranks run the same instructions and round alike.
+// part, residual, sum, normed: [rows, width] in 16 bits; weight [width]. inboxes: of all ranks; inbox: of this
+// one. buffer_bytes: of a rank's place in a buffer, channel_bytes: of a block's place in that. rounds: one for
+// each block. is_over: whether to wait no longer, as another rank has ended. rank: of this process, which is no
+// macro, so that all ranks run the same instructions and round alike.
 extern "C" __global__ void __launch_bounds__(1024, 1) sum_over_ranks(
     const u8* part, const u8* residual, const u8* weight, u8* sum, u8* normed, Inboxes inboxes, u8* inbox,
     u32* rounds, const u32* is_over, int buffer_bytes, int channel_bytes, int rank, int rows, int width, float eps) {
@@ -105,9 +144,8 @@ extern "C" __global__ void __launch_bounds__(1024, 1) sum_over_ranks(
     wait_for_predecessor();
     release_successor();
 
-    const u32 round = RANKS > 1 ? rounds[blockIdx.x] : 0;
-    const long long buffer = (long long)(round & 1) * RANKS * buffer_bytes + (long long)blockIdx.x * channel_bytes;
-    const uint4 nothing = make_uint4(EMPTY, EMPTY, EMPTY, EMPTY);
+    const u32 round = begin_round(rounds);
+    const long long buffer = buffer_of(round, buffer_bytes, channel_bytes);
     if (RANKS > 1)
         for (int row = blockIdx.x, turn = 0; row < rows; row += gridDim.x, ++turn)
 #pragma unroll
@@ -115,10 +153,7 @@ extern "C" __global__ void __launch_bounds__(1024, 1) sum_over_ranks(
                 const int at = first + i * stride;
                 if (at >= row_bytes) continue;
                 const uint4 own = sendable(*(const uint4*)(part + (long long)row * row_bytes + at));
-                const long long place = buffer + (long long)rank * buffer_bytes + turn * row_bytes + at;
-#pragma unroll
-                for (int other = 0; other < RANKS; ++other)
-                    if (other != rank) send(inboxes.of[other] + place, own);
+                send_to_others(inboxes, buffer + (long long)rank * buffer_bytes + turn * row_bytes + at, rank, own);
             }
 
     for (int row = blockIdx.x, turn = 0; row < rows; row += gridDim.x, ++turn) {
@@ -131,23 +166,11 @@ extern "C" __global__ void __launch_bounds__(1024, 1) sum_over_ranks(
             uint4 parts[RANKS], before = make_uint4(0, 0, 0, 0);
             const uint4 own = sendable(*(const uint4*)(part + number));
             if (NORM != SUM) before = *(const uint4*)(residual + number);
-            u8* const place = inbox + buffer + turn * row_bytes + at;
-            for (u32 tries = 1;; ++tries) {
-                bool is_whole = true;
-#pragma unroll
-                for (int other = 0; other < RANKS; ++other)
-                    parts[other] = other == rank ? own : received(place + (long long)other * buffer_bytes);
-#pragma unroll
-                for (int other = 0; other < RANKS; ++other) is_whole &= has_arrived(parts[other]);
-                if (is_whole || (tries % TRIES == 0 && now(is_over))) break;
-            }
+            collect(parts, own, inbox + buffer + turn * row_bytes + at, buffer_bytes, rank, is_over);
 #pragma unroll
             for (int k = 0; k < 8; ++k) x[i][k] = 0.f;
 #pragma unroll
-            for (int other = 0; other < RANKS; ++other) {
-                add(x[i], parts[other]);
-                if (other != rank) send(place + (long long)other * buffer_bytes, nothing);
-            }
+            for (int other = 0; other < RANKS; ++other) add(x[i], parts[other]);
             if (NORM != SUM) add(x[i], before);
             const uint4 total = packed(x[i]);
             *(uint4*)(sum + number) = total;
@@ -166,8 +189,30 @@ extern "C" __global__ void __launch_bounds__(1024, 1) sum_over_ranks(
                 *(uint4*)(normed + (long long)row * row_bytes + at) = normalized(x[i], scale, weights[i]);
         }
     }
-    if (RANKS > 1) {
-        __syncthreads();  // all threads have read the round
-        if (threadIdx.x == 0) rounds[blockIdx.x] = round + 1;
+    end_round(rounds, round);
+}
+
+// out [rows, RANKS * row_bytes] = part [rows, row_bytes] of all ranks side by side; share_bytes: of a block's
+// share of part. The other arguments are those of `sum_over_ranks`. Sizes are multiples of 16 bytes.
+extern "C" __global__ void __launch_bounds__(1024, 1) gather_over_ranks(
+    const u8* part, u8* out, Inboxes inboxes, u8* inbox, u32* rounds, const u32* is_over, int buffer_bytes,
+    int channel_bytes, int rank, int num_bytes, int row_bytes, int share_bytes) {
+    wait_for_predecessor();
+    release_successor();
+    const u32 round = begin_round(rounds);
+    const long long buffer = buffer_of(round, buffer_bytes, channel_bytes);
+    const int start = blockIdx.x * share_bytes, end = min(start + share_bytes, num_bytes);
+    for (int at = start + 16 * threadIdx.x; at < end; at += 16 * blockDim.x) {
+        const uint4 own = sendable(*(const uint4*)(part + at));
+        send_to_others(inboxes, buffer + (long long)rank * buffer_bytes + at - start, rank, own);
     }
+    for (int at = start + 16 * threadIdx.x; at < end; at += 16 * blockDim.x) {
+        uint4 parts[RANKS];
+        const uint4 own = sendable(*(const uint4*)(part + at));
+        collect(parts, own, inbox + buffer + at - start, buffer_bytes, rank, is_over);
+        u8* const to = out + (long long)(at / row_bytes) * RANKS * row_bytes + at % row_bytes;
+#pragma unroll
+        for (int other = 0; other < RANKS; ++other) *(uint4*)(to + (long long)other * row_bytes) = parts[other];
+    }
+    end_round(rounds, round);
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -39,15 +39,21 @@ def cpu_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 class Ranks:
-    """As many threads as ranks, which call the same function at the same time."""
+    """As many threads as ranks, which call the same function at the same time.
+
+    parts, others: its arguments behind the RankSums: one for each rank, and those of all ranks.
+    """
 
     def __init__(self, count: int) -> None:
         inboxes = [torch.empty(inbox_bytes(count), dtype=torch.uint8) for _ in range(count)]
         self.sums = [RankSums(rank, inboxes) for rank in range(count)]
         self._threads = ThreadPoolExecutor(count)
 
-    def __call__(self, run: Callable[[int, RankSums], Any]) -> list[Any]:
-        pending = [self._threads.submit(run, *rank) for rank in enumerate(self.sums)]
+    def __call__(self, run: Callable[..., Any], parts: Sequence[Any], *others: Any) -> list[Any]:
+        pending = [
+            self._threads.submit(run, own, part, *others)
+            for own, part in zip(self.sums, parts, strict=True)
+        ]
         return [future.result(timeout=120) for future in pending]
 
 
@@ -72,6 +78,10 @@ def assert_near(actual: Tensor, expected: Tensor, roundings: float) -> None:
     )
 
 
+def gather(own: RankSums, part: Tensor, num_ranks: int) -> Tensor:
+    return own.gather(part, part.new_empty(len(part), num_ranks * part.shape[1]))
+
+
 CASES = [  # ranks, rows, width, dtype, adds_one
     (2, 1, 64, torch.bfloat16, False),
     (2, 5, 264, torch.float16, False),
@@ -92,9 +102,7 @@ def test_all_ranks_get_the_sum_and_its_norm(
     for _ in range(4):  # both buffers, twice
         parts, residual = random_parts(num_ranks, rows, width, dtype), torch.randn(rows, width)
         residual = residual.to(dtype)
-        found = ranks(
-            lambda rank, own: own.sum_and_norm(parts[rank], residual, weight, EPS, adds_one)  # noqa: B023
-        )
+        found = ranks(RankSums.sum_and_norm, parts, residual, weight, EPS, adds_one)
         total, normed = found[0]
         wanted, wanted_norm = expected(parts, residual, weight, adds_one)
         assert_near(total, wanted, 2)  # float32 sums may fall on the other side of a border
@@ -111,16 +119,36 @@ def test_sums_of_many_sizes_by_ranks_that_are_ahead_and_behind() -> None:
     sizes = [(1, 64), (9, 128), (3, 8), (2, 1024), (1, 8), (4, 64), (12, 512)] * 4
     parts = [random_parts(2, *size, torch.bfloat16) for size in sizes]
 
-    def run(rank: int, own: RankSums) -> list[Tensor]:
+    def run(own: RankSums, rank: int) -> list[Tensor]:
         found = []
         for index, part in enumerate(parts):
             time.sleep(0.003 * ((index * 7 + rank * 5) % 3))
             found.append(own.sum(part[rank]))
         return found
 
-    for first, second, part in zip(*ranks(run), parts, strict=True):
+    for first, second, part in zip(*ranks(run, range(2)), parts, strict=True):
         assert torch.equal(first, second)
         assert torch.equal(first, (part[0].float() + part[1].float()).bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "rows", "width", "dtype"),
+    [(2, 1, 8, torch.bfloat16), (2, 5, 3000, torch.bfloat16), (3, 4, 2004, torch.float32)],
+    ids=str,
+)
+def test_all_ranks_get_the_columns_of_all(
+    num_ranks: int, rows: int, width: int, dtype: torch.dtype
+) -> None:
+    """In turns with sums, in the same memory."""
+    torch.manual_seed(rows)
+    ranks = Ranks(num_ranks)
+    for _ in range(3):
+        parts = random_parts(num_ranks, rows, width, dtype)
+        found = ranks(gather, parts, num_ranks)
+        for gathered in found:
+            assert torch.equal(gathered, torch.cat(parts, dim=1))
+        total, *_ = ranks(RankSums.sum, [torch.ones(7, 64).bfloat16()] * num_ranks)
+        assert (total == num_ranks).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -130,7 +158,7 @@ def test_any_numbers_arrive(dtype: torch.dtype) -> None:
     negative_zeros = torch.full((1, 1024), -0.0, dtype=dtype)
     ranks = Ranks(2)
     for part in (*every, negative_zeros):
-        first, second = ranks(lambda _, own: own.sum(part))  # noqa: B023
+        first, second = ranks(RankSums.sum, [part] * 2)
         torch.testing.assert_close(first, part + part, rtol=0, atol=0, equal_nan=True)
         assert torch.equal(first.view(torch.int16), second.view(torch.int16))
 
