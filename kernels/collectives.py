@@ -1,10 +1,9 @@
 """Sums and gathers tensors over the ranks of a tensor-parallel model: ops opaque to the compiler.
 
 A process belongs to at most one group of ranks, from `join` to `leave`. On a CPU the group uses
-gloo. On GPUs the group gathers with NCCL. Where the GPUs map each other's memory, small sums are
-one kernel of ours (`sum_over_ranks_cuda`), and larger sums torch's operators on symmetric memory;
-NCCL does the rest. CUDA graphs can capture all of them. Every rank must call the same ops in the
-same order.
+gloo. Where GPUs map each other's memory, sums are a kernel of ours (`sum_over_ranks_cuda`) or, of
+large tensors among many ranks, torch's operators on symmetric memory. NCCL does the rest. CUDA
+graphs can capture all of them. Every rank must call the same ops in the same order.
 """
 
 from __future__ import annotations
@@ -204,10 +203,10 @@ def _symmetric_memory(
     Returns this rank's memory for torch's operators, and the memory of each rank in which it
     receives the summands of the others.
     """
-    from compiledllm.kernels.sum_over_ranks_cuda import inbox_bytes
+    from compiledllm.kernels.sum_over_ranks_cuda import INBOX_BYTES
 
     symmetric_memory: Any = import_module("torch.distributed._symmetric_memory")
-    num_bytes = _MAX_SYMMETRIC_BYTES + inbox_bytes(size)
+    num_bytes = _MAX_SYMMETRIC_BYTES + INBOX_BYTES
     memory = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
     handle = symmetric_memory.rendezvous(memory, group=group_name)
     of_ranks = [handle.get_remote_tensor(r, (num_bytes,), torch.uint8) for r in range(size)]
@@ -230,7 +229,7 @@ def all_reduce(x: Tensor) -> Tensor:
     """The sum of x over all ranks, a new tensor with the same bits on every rank."""
     assert _group is not None, "the process belongs to no group of ranks"
     sums = _group.own_sums
-    if sums is not None and x.dim() == 2 and sums.fits(x):
+    if sums is not None and x.dim() == 2 and sums.can_sum(x):
         return sums.sum(x)
     total = _lent_sum(x, _group)
     is_lent = _group.buffer is not None and total.data_ptr() == _group.buffer.data_ptr()
@@ -285,7 +284,7 @@ def sum_and_norm(
     from compiledllm.kernels.sum_over_ranks_cuda import add_and_norm
 
     assert _group is not None and _group.own_sums is not None
-    if _group.own_sums.fits(part):
+    if _group.own_sums.can_sum(part):
         return _group.own_sums.sum_and_norm(part, residual, weight, eps, adds_one)
     return add_and_norm(_lent_sum(part, _group), residual, weight, eps, adds_one)
 

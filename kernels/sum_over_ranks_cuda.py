@@ -18,11 +18,12 @@ from torch import Tensor
 from compiledllm.kernels.cuda_kernel import CudaKernel
 from compiledllm.kernels.launch import num_multiprocessors
 
-_MAX_CHANNELS = 128  # thread blocks of a sum
-_CHANNEL_BYTES = 32 * 2**10  # room for the rows of one rank that a thread block sums
-_BUFFER_BYTES = _MAX_CHANNELS * _CHANNEL_BYTES  # room for all rows of one rank
+INBOX_BYTES = 64 * 2**20  # of the memory in which a rank receives the summands of the others
 _NUM_BUFFERS = 2
-_MAX_SENT_BYTES = 4 * 2**20  # that a rank sends to all others in one sum
+_MAX_CHANNELS = 128  # thread blocks of a sum
+# That one of several ranks sends to all others in one sum, for which it sends the whole to each.
+# Two ranks send no more in this way than in any other.
+_MAX_SENT_BYTES = 4 * 2**20
 _EMPTY = -(2**31) + 2**15  # the kernel's word for numbers that have not arrived, as int32
 _MAX_THREADS = 1024
 _VECTOR = 8  # numbers that a thread loads at once
@@ -32,16 +33,11 @@ _MAX_PER_THREAD = 2  # vectors of a row
 _SUM, _NORMALIZE, _NORMALIZE_ONE = range(3)
 
 
-def inbox_bytes(num_ranks: int) -> int:
-    """Bytes of the memory in which a rank receives the summands of the others."""
-    return _NUM_BUFFERS * num_ranks * _BUFFER_BYTES
-
-
 class RankSums:
     """The sums of one rank.
 
-    inboxes: each rank's memory of `inbox_bytes`, uint8, mapped into this process. All ranks must
-    have made their RankSums before the first sum, and ask for the same sums in the same order.
+    inboxes: each rank's memory, uint8 [INBOX_BYTES], mapped into this process. All ranks must have
+    made their RankSums before the first sum, and ask for the same sums in the same order.
     """
 
     def __init__(self, rank: int, inboxes: Sequence[Tensor]) -> None:
@@ -51,26 +47,28 @@ class RankSums:
         own.view(torch.int32).fill_(_EMPTY)
         self._kernel = functools.cache(_make_kernel)
         self._num_channels = min(_MAX_CHANNELS, num_multiprocessors())
+        # Room for the rows of one rank that a thread block sums.
+        room = INBOX_BYTES // (_NUM_BUFFERS * self._num_ranks * _MAX_CHANNELS)
+        self._channel_bytes = room - room % _VECTOR_BYTES
         self._rounds = torch.zeros(_MAX_CHANNELS, dtype=torch.int32, device=own.device)
         # The host's memory, which a running kernel sees change.
         self._is_over = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=own.is_cuda)
         # Arguments of all launches.
         self._ranks = (_addresses(inboxes), own, self._rounds, self._is_over)
+        self._sizes = self._channel_bytes * _MAX_CHANNELS, self._channel_bytes, rank
 
-    def fits(self, part: Tensor) -> bool:
-        """Whether the kernel can sum `part`, [rows, width]."""
-        num_bytes = part.numel() * part.element_size()
-        turns = -(-len(part) // self._num_channels)
-        return (
-            can_normalize(part)
-            and turns * part.shape[1] * part.element_size() <= _CHANNEL_BYTES
-            and 0 < num_bytes * (self._num_ranks - 1) <= _MAX_SENT_BYTES
-        )
+    def can_sum(self, part: Tensor) -> bool:
+        """Whether the kernel can sum `part`, [rows, width], and is the fastest way."""
+        num_others = self._num_ranks - 1
+        is_small = num_others == 1 or num_others * part.nbytes <= _MAX_SENT_BYTES
+        has_room = part.nbytes > 0 and part.shape[1] * part.itemsize <= self._channel_bytes
+        return can_normalize(part) and is_small and has_room
 
     def sum(self, part: Tensor) -> Tensor:
         """The sum of `part` over all ranks, [rows, width]."""
-        total = torch.empty_like(part, memory_format=torch.contiguous_format)
-        self._launch(_SUM, part.contiguous(), None, None, total, None, 0.0)
+        part = part.contiguous()
+        total = torch.empty_like(part)
+        self._launch(_SUM, part, None, None, total, None, 0.0)
         return total
 
     def sum_and_norm(
@@ -88,28 +86,25 @@ class RankSums:
 
     def can_gather(self, part: Tensor) -> bool:
         """Whether the kernel can gather `part`, [rows, width]."""
-        num_bytes = part.numel() * part.element_size()
-        is_aligned = part.shape[1] * part.element_size() % _VECTOR_BYTES == 0
-        num_others = self._num_ranks - 1
-        return (
-            is_aligned
-            and 0 < num_bytes <= self._num_channels * _CHANNEL_BYTES
-            and num_others * num_bytes <= _MAX_SENT_BYTES
-        )
+        is_aligned = part.shape[1] * part.itemsize % _VECTOR_BYTES == 0
+        return is_aligned and 0 < self._share_bytes(part) <= self._channel_bytes
 
     def gather(self, part: Tensor, out: Tensor) -> Tensor:
         """The tensors [rows, width] of all ranks side by side, in `out`, [rows, ranks * width]."""
         assert self.can_gather(part) and out.is_contiguous()
-        num_bytes, row_bytes = (x.numel() * x.element_size() for x in (part, part[0]))
-        num_vectors = -(-num_bytes // (_VECTOR_BYTES * self._num_channels))
-        num_warps = min(-(-num_vectors // 32), _MAX_THREADS // 32)
-        share = num_warps * 32 * _VECTOR_BYTES * -(-num_vectors // (32 * num_warps))
+        share = self._share_bytes(part)
+        num_threads = min(share // _VECTOR_BYTES, _MAX_THREADS)
+        num_blocks, row_bytes = -(-part.nbytes // share), part.shape[1] * part.itemsize
+        sizes = map(c_int, (*self._sizes, part.nbytes, row_bytes, share))
         kernel = self._kernel("gather_over_ranks", part.dtype, self._num_ranks, _SUM, 1)
-        sizes = _BUFFER_BYTES, _CHANNEL_BYTES, self._rank, num_bytes, row_bytes, share
-        tensors = part.contiguous(), out
-        num_blocks = -(-num_bytes // share)
-        kernel.launch((num_blocks,), 32 * num_warps, (*tensors, *self._ranks, *map(c_int, sizes)))
+        part = part.contiguous()
+        kernel.launch((num_blocks,), num_threads, (part, out, *self._ranks, *sizes))
         return out
+
+    def _share_bytes(self, part: Tensor) -> int:
+        """Bytes of `part` that a thread block gathers, whole loads of a warp."""
+        of_warp = 32 * _VECTOR_BYTES
+        return of_warp * -(-part.nbytes // (of_warp * self._num_channels))
 
     def abandon(self) -> None:
         """Let running and later sums end without waiting, with any values: a rank has ended."""
@@ -119,14 +114,21 @@ class RankSums:
         self, norm: int, part: Tensor, residual: Tensor | None, weight: Tensor | None,
         total: Tensor, normed: Tensor | None, eps: float,
     ) -> None:  # fmt: skip
-        assert self._num_ranks == 1 or self.fits(part), part.shape
-        num_rows, width = part.shape
+        """Sum as many rows at a time as the channels have room for."""
+        (num_rows, width), row_bytes = part.shape, part.shape[1] * part.itemsize
+        at_once = max_blocks = num_rows
+        if self._num_ranks > 1:
+            max_blocks = self._num_channels
+            at_once = max_blocks * (self._channel_bytes // row_bytes)
         num_threads, per_thread = _threads_for(width)
-        num_blocks = min(num_rows, self._num_channels) if self._num_ranks > 1 else num_rows
         kernel = self._kernel("sum_over_ranks", part.dtype, self._num_ranks, norm, per_thread)
-        tensors = part, residual, weight, total, normed
-        sizes = map(c_int, (_BUFFER_BYTES, _CHANNEL_BYTES, self._rank, num_rows, width))
-        kernel.launch((num_blocks,), num_threads, (*tensors, *self._ranks, *sizes, c_float(eps)))
+        for start in range(0, num_rows, at_once):
+            rows = slice(start, start + at_once)
+            tensors = (None if x is None else x[rows] for x in (part, residual, total, normed))
+            count = min(at_once, num_rows - start)
+            sizes = map(c_int, (*self._sizes, count, width))
+            arguments = *tensors, weight, *self._ranks, *sizes, c_float(eps)
+            kernel.launch((min(count, max_blocks),), num_threads, arguments)
 
 
 def can_normalize(x: Tensor) -> bool:

@@ -34,6 +34,7 @@ from compiledllm.engine.rank_frames import (
     frame,
     receive_by_rank,
 )
+from compiledllm.kernels import late_compiles
 from compiledllm.log import log, show_logs
 
 if TYPE_CHECKING:
@@ -76,6 +77,11 @@ class Rank:
         if isinstance(message, Step):
             self._launch(message)
             return
+        with late_compiles.starting():
+            self._send(self._prepare(message))
+
+    def _prepare(self, message: ToRank) -> Ready:
+        """Carry out a message of the start, or of a start over."""
         answer = Ready()
         if isinstance(message, Join):
             self._join(message)
@@ -88,7 +94,7 @@ class Rank:
         elif isinstance(message, Reset):
             self._in_flight.clear()
             self._worker.reset()
-        self._send(answer)
+        return answer
 
     def _launch(self, step: Step) -> None:
         while len(self._in_flight) > step.num_in_flight:

@@ -9,7 +9,7 @@
 // again. When a rank stores in a buffer, the readers have done that: the rank has the rows of the last sum of
 // this channel, which their senders stored when all their kernels before that sum had ended.
 //
-// The blocks of all ranks must run at the same time, and store all their rows before they wait.
+// The blocks of all ranks must run at the same time. Each stores some rows ahead of the row that it waits for.
 // `gather_over_ranks` puts rows of all ranks side by side in the same way.
 //
 // Macros: BF16; RANKS; PER_THREAD, vectors of 8 numbers per thread and row; NORM, what the kernel does:
@@ -21,6 +21,7 @@
 
 #define EMPTY 0x80008000u  // a pair of negative zeros, in both 16-bit types
 #define TRIES 2048         // between two looks at `is_over`, which lies in the host's memory
+#define AHEAD 4            // rows that a block stores before it waits for the first
 
 struct Inboxes {
     u8* of[RANKS];
@@ -133,7 +134,7 @@ __device__ __forceinline__ uint4 normalized(const float (&x)[8], float scale, co
 // each block. is_over: whether to wait no longer, as another rank has ended. rank: of this process, which is no
 // macro, so that all ranks run the same instructions and round alike.
 extern "C" __global__ void __launch_bounds__(1024, 1) sum_over_ranks(
-    const u8* part, const u8* residual, const u8* weight, u8* sum, u8* normed, Inboxes inboxes, u8* inbox,
+    const u8* part, const u8* residual, u8* sum, u8* normed, const u8* weight, Inboxes inboxes, u8* inbox,
     u32* rounds, const u32* is_over, int buffer_bytes, int channel_bytes, int rank, int rows, int width, float eps) {
     const int row_bytes = 2 * width, first = 16 * threadIdx.x, stride = 16 * blockDim.x;
     uint4 weights[PER_THREAD];
@@ -146,17 +147,21 @@ extern "C" __global__ void __launch_bounds__(1024, 1) sum_over_ranks(
 
     const u32 round = begin_round(rounds);
     const long long buffer = buffer_of(round, buffer_bytes, channel_bytes);
-    if (RANKS > 1)
-        for (int row = blockIdx.x, turn = 0; row < rows; row += gridDim.x, ++turn)
+    const auto send_row = [&](int turn) {
+        const int row = blockIdx.x + turn * gridDim.x;
+        if (RANKS == 1 || row >= rows) return;
 #pragma unroll
-            for (int i = 0; i < PER_THREAD; ++i) {
-                const int at = first + i * stride;
-                if (at >= row_bytes) continue;
-                const uint4 own = sendable(*(const uint4*)(part + (long long)row * row_bytes + at));
-                send_to_others(inboxes, buffer + (long long)rank * buffer_bytes + turn * row_bytes + at, rank, own);
-            }
+        for (int i = 0; i < PER_THREAD; ++i) {
+            const int at = first + i * stride;
+            if (at >= row_bytes) continue;
+            const uint4 own = sendable(*(const uint4*)(part + (long long)row * row_bytes + at));
+            send_to_others(inboxes, buffer + (long long)rank * buffer_bytes + turn * row_bytes + at, rank, own);
+        }
+    };
 
+    for (int turn = 0; turn < AHEAD; ++turn) send_row(turn);
     for (int row = blockIdx.x, turn = 0; row < rows; row += gridDim.x, ++turn) {
+        send_row(turn + AHEAD);
         float x[PER_THREAD][8], squares = 0.f;
 #pragma unroll
         for (int i = 0; i < PER_THREAD; ++i) {

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from compiledllm.kernels import collectives, sum_over_ranks_cuda
 from compiledllm.kernels.collectives import _Group
-from compiledllm.kernels.sum_over_ranks_cuda import RankSums, add_and_norm, inbox_bytes
+from compiledllm.kernels.sum_over_ranks_cuda import RankSums, add_and_norm
 from compiledllm.models.layers import norm as norm_layers
 from compiledllm.models.layers.norm import PlusOneRMSNorm, RMSNorm
 from tests.support.cuda_on_cpu import LoneCpuKernel
@@ -33,6 +33,7 @@ NUM_CHANNELS = 3
 def cpu_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(sum_over_ranks_cuda, "CudaKernel", LoneCpuKernel)
     monkeypatch.setattr(sum_over_ranks_cuda, "num_multiprocessors", lambda: NUM_CHANNELS)
+    monkeypatch.setattr(sum_over_ranks_cuda, "INBOX_BYTES", 2**24)
     sum_over_ranks_cuda._one_rank.cache_clear()
     yield
     sum_over_ranks_cuda._one_rank.cache_clear()
@@ -45,7 +46,8 @@ class Ranks:
     """
 
     def __init__(self, count: int) -> None:
-        inboxes = [torch.empty(inbox_bytes(count), dtype=torch.uint8) for _ in range(count)]
+        size = sum_over_ranks_cuda.INBOX_BYTES
+        inboxes = [torch.empty(size, dtype=torch.uint8) for _ in range(count)]
         self.sums = [RankSums(rank, inboxes) for rank in range(count)]
         self._threads = ThreadPoolExecutor(count)
 
@@ -86,6 +88,8 @@ CASES = [  # ranks, rows, width, dtype, adds_one
     (2, 1, 64, torch.bfloat16, False),
     (2, 5, 264, torch.float16, False),
     (2, 7, 4096, torch.bfloat16, True),
+    (2, 40, 4096, torch.bfloat16, True),  # several launches
+    (2, 70, 256, torch.bfloat16, False),  # more rows than a block stores ahead
     (2, 1, 8200, torch.bfloat16, False),
     (3, 4, 72, torch.float16, True),
     (4, 2, 256, torch.bfloat16, False),
@@ -177,11 +181,11 @@ class OneRank:
     """Stands in for `RankSums`: this rank's part is the sum."""
 
     def __init__(self, can_sum: bool) -> None:
-        self.can_sum = can_sum
+        self._can_sum = can_sum
         self.sum_and_norm = add_and_norm
 
-    def fits(self, part: Tensor) -> bool:
-        return self.can_sum
+    def can_sum(self, part: Tensor) -> bool:
+        return self._can_sum
 
 
 @pytest.mark.parametrize("can_sum", [True, False])
@@ -215,16 +219,19 @@ def make_norm(kind: type[RMSNorm], dtype: torch.dtype = torch.bfloat16) -> RMSNo
     return norm
 
 
-def test_what_does_not_fit_is_refused() -> None:
-    sums = Ranks(3).sums[0]
-    row_bytes = sum_over_ranks_cuda._CHANNEL_BYTES // 4
-    most = 4 * NUM_CHANNELS
-    assert sums.fits(torch.empty(most, row_bytes // 2, dtype=torch.bfloat16))
-    assert not sums.fits(torch.empty(most + 1, row_bytes // 2, dtype=torch.bfloat16))
-    assert not sums.fits(torch.empty(1, 64))  # float32
-    assert not sums.fits(torch.empty(1, 20, dtype=torch.float16))
-    assert not sums.fits(torch.empty(1, 2**15, dtype=torch.float16))
-    assert not sums.fits(torch.empty(0, 64, dtype=torch.float16))
+def test_what_the_kernel_does_not_sum() -> None:
+    two, many = Ranks(2).sums[0], Ranks(5).sums[0]
+    most = sum_over_ranks_cuda._MAX_SENT_BYTES // 4 // 2
+    assert many.can_sum(torch.empty(most // 1024, 1024, dtype=torch.bfloat16))
+    assert not many.can_sum(torch.empty(most // 1024 + 1, 1024, dtype=torch.bfloat16))
+    assert two.can_sum(torch.empty(most, 1024, dtype=torch.bfloat16, device="meta"))
+    assert not two.can_sum(torch.empty(1, 64))  # float32
+    assert not two.can_sum(torch.empty(1, 20, dtype=torch.float16))
+    assert not two.can_sum(torch.empty(1, 2**15, dtype=torch.float16))
+    assert not two.can_sum(torch.empty(0, 64, dtype=torch.float16))
+    assert two.can_gather(torch.empty(3, 5456, dtype=torch.float16))
+    assert not two.can_gather(torch.empty(3, 2**15, dtype=torch.float16))
+    assert not two.can_gather(torch.empty(1, 20, dtype=torch.float16))
 
 
 def test_a_sum_ends_though_another_rank_has_ended() -> None:
