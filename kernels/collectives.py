@@ -229,8 +229,8 @@ def all_reduce(x: Tensor) -> Tensor:
     """The sum of x over all ranks, a new tensor with the same bits on every rank."""
     assert _group is not None, "the process belongs to no group of ranks"
     sums = _group.own_sums
-    if sums is not None and x.dim() == 2 and sums.can_sum(x):
-        return sums.sum(x)
+    if sums is not None and sums.can_sum(rows := x.reshape(-1, x.shape[-1])):
+        return sums.sum(rows).view(x.shape)
     total = _lent_sum(x, _group)
     is_lent = _group.buffer is not None and total.data_ptr() == _group.buffer.data_ptr()
     return total.clone() if is_lent else total
