@@ -27,6 +27,7 @@ from torch import Tensor
 from compiledllm.caches import writable_folder
 from compiledllm.kernels import late_compiles
 from compiledllm.kernels.machine_code import (
+    COOPERATIVE,
     OVERLAP,
     CudaError,
     LaunchAttribute,
@@ -62,18 +63,20 @@ class CudaKernel:
         num_threads: int,
         arguments: Sequence[Tensor | ctypes.Structure | _Scalar | None],
         cluster: int = 1,
+        is_cooperative: bool = False,
     ) -> None:
         """Launch on torch's current stream.
 
         grid: numbers of thread blocks in up to three dimensions. num_threads: threads per block.
         arguments: a tensor is passed as its address, None as a null pointer. cluster: number of
-        thread blocks of a cluster, see `machine_code.cluster_of`. On a GPU with programmatic
-        dependent launch the kernel may start before its predecessor has ended, so its code must
-        wait (`griddepcontrol.wait`). Raises CudaError.
+        thread blocks of a cluster, see `machine_code.cluster_of`. is_cooperative: whether the
+        thread blocks wait for each other and therefore must all run at once. On a GPU with
+        programmatic dependent launch a kernel that is not cooperative may start before its
+        predecessor has ended, so its code must wait (`griddepcontrol.wait`). Raises CudaError.
         """
         values = [_value_of(argument) for argument in arguments]
         addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
-        attributes = _attributes(cluster)
+        attributes = _attributes(cluster, is_cooperative)
         config = LaunchConfig(
             (ctypes.c_uint * 3)(*grid, *(1,) * (3 - len(grid))),
             (ctypes.c_uint * 3)(num_threads, 1, 1),
@@ -131,8 +134,10 @@ _Scalar = ctypes.c_int | ctypes.c_longlong | ctypes.c_float
 
 
 @functools.cache
-def _attributes(cluster: int) -> ctypes.Array[LaunchAttribute]:
-    found = [OVERLAP] * can_overlap_kernels() + [cluster_of(cluster)] * (cluster > 1)
+def _attributes(cluster: int, is_cooperative: bool) -> ctypes.Array[LaunchAttribute]:
+    overlaps = can_overlap_kernels() and not is_cooperative
+    found = [OVERLAP] * overlaps + [cluster_of(cluster)] * (cluster > 1)
+    found += [COOPERATIVE] * is_cooperative
     return (LaunchAttribute * len(found))(*found)
 
 

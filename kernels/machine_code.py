@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 _MAX_DYNAMIC_SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_COOPERATIVE = 2  # CU_LAUNCH_ATTRIBUTE_COOPERATIVE
 _CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 _STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _WARP_SIZE = 32
@@ -54,6 +55,9 @@ class LaunchConfig(ctypes.Structure):
 
 # Programmatic dependent launch: the kernel may start before its predecessor has ended.
 OVERLAP = LaunchAttribute(_STREAM_SERIALIZATION, b"", (ctypes.c_int * 16)(1))
+
+# All thread blocks run at once; the launch fails if there are too many.
+COOPERATIVE = LaunchAttribute(_COOPERATIVE, b"", (ctypes.c_int * 16)(1))
 
 
 def cluster_of(num_blocks: int) -> LaunchAttribute:

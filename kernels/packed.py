@@ -19,7 +19,7 @@ from compiledllm.kernels.backend import MAX_FP8
 from compiledllm.kernels.moe import experts_fake
 from compiledllm.kernels.ops import define
 from compiledllm.kernels.quantized import BLOCK_ROWS, PACKED_BITS
-from compiledllm.kernels.records import UNIT, pack_bytes, pack_records, with_minima
+from compiledllm.kernels.records import TILE, UNIT, pack_bytes, pack_records, with_minima
 
 # With more rows of x, bfloat16 inputs of FP8 matrices are quantised to FP8 (`takes_fp8_inputs`).
 MAX_ROWS_OF_16_BITS = 16
@@ -57,6 +57,14 @@ class Layout:
         code, groups, scale_dtype, flags, rows = text.split()
         zeros, minima, factors = (flag == "1" for flag in flags)
         return Layout(code, int(groups), scale_dtype, zeros, int(rows), minima, factors)
+
+
+def record_bytes(layout: Layout) -> int:
+    """Bytes of a record of a layout whose codes are in records, see `kernels.records`."""
+    numbers = layout.groups * (1 + layout.has_minima) + 4 * layout.has_factors
+    scale_bytes = getattr(torch, layout.scale_dtype).itemsize if layout.groups else 0
+    code_bytes = UNIT * PACKED_BITS[layout.code] // 8
+    return TILE * (code_bytes + numbers * scale_bytes + layout.groups * layout.has_zeros)
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,12 +101,14 @@ __device__ __forceinline__ void unpack_sixes(u32 lower, u32 upper, int quarter, 
 // one code of every pair. INT4 codes lie at bits 0, 4, 8 and 12. E2M1 codes lie where few instructions move
 // them to their places in a bfloat16: the first three codes have their magnitude (three bits) from bit 6, 0
 // and 3 on, and their sign nine bits above the magnitude's first bit; the last code has its magnitude in bits
-// 10, 11 and 13, and its sign in bit 14.
+// 10, 11 and 13, and its sign in bit 14. RAISED: INT4 codes stay larger by 128 or 1024, and by their zero.
+template <bool RAISED = false>
 __device__ __forceinline__ void unpack_nibbles(u32 codes, u32 zero, u32 (&pair)[4]) {
 #pragma unroll
     for (int p = 0; p < 4; ++p) {
         if constexpr (CODE == INT4) {  // the code becomes the lowest bits of a float of 128 or 1024
-            pair[p] = subtract(((codes >> (4 * p)) & 0x000F000Fu) | (BF16 ? 0x43004300u : 0x64006400u), zero);
+            pair[p] = ((codes >> (4 * p)) & 0x000F000Fu) | (BF16 ? 0x43004300u : 0x64006400u);
+            if (!RAISED) pair[p] = subtract(pair[p], zero);
         } else {  // the bias of the 16-bit float's exponent is larger than E2M1's by 126 or 14
             constexpr u32 SIGN = 0x80008000u, POWER = BF16 ? 0x7E807E80u : 0x74007400u;
             constexpr u32 ONE = 0x00010001u;

@@ -27,6 +27,7 @@
 
 #include "ptx.cuh"
 #include "codes.cuh"
+#include "units.cuh"
 
 constexpr int TILES = ROW_TILES * N_WARPS, OUTPUTS = 16 * TILES, TOKENS = 8 * TOKEN_TILES;
 constexpr int THREADS = 32 * N_WARPS * K_WARPS;
@@ -37,30 +38,9 @@ typedef float OUT;
 typedef u16 OUT;
 #endif
 
-struct Unit {  // a lane's codes, scales and zeros, of outputs g and g + 8 of each tile
-    uint4 codes[ROW_TILES][2][LOADS];
-    uint2 upper[ROW_TILES][2];  // of INT6
-    Scales scales[ROW_TILES][2];
-    Zeros zeros[ROW_TILES][2];
-};
-
 // -- copies to shared memory (4-bit codes) -----------------------------------------------------------
 
 constexpr int SLOT = CHUNK * RECORD;  // bytes of a chunk of one tile
-
-__device__ __forceinline__ void read_record(Unit& unit, const u8* record, int lane) {
-#pragma unroll
-    for (int r = 0; r < ROW_TILES; ++r)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const u8* p = record + r * SLOT;
-            const int output = 2 * (lane / 4) + half;  // a lane's two outputs are neighbours
-            unit.codes[r][half][0] = *(const uint4*)(p + 512 * half + 16 * lane);
-            if constexpr (CODE == INT6) unit.upper[r][half] = *(const uint2*)(p + 1024 + 256 * half + 8 * lane);
-            if constexpr (GROUPS > 0) unit.scales[r][half].load(p + CODE_RECORD + output * UNIT_SCALES * SCALE_BYTES);
-            if constexpr (HAS_ZEROS) unit.zeros[r][half].load(p + CODE_RECORD + SCALE_RECORD + output * NUM_SCALES);
-        }
-}
 
 // -- the kernel ------------------------------------------------------------------------------------
 
@@ -190,88 +170,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantized_linear(
 #pragma unroll
             for (int t = 0; t < TOKEN_TILES; ++t) {
                 b[t] = make_uint4(0, 0, 0, 0);
-                const u16* p = x_of_lane[t] + index * UNIT + within;
-                if constexpr (CODE == INT6) {  // four inputs of either group of 16
-                    if (is_row[t] && is_inside) {
-                        const uint2 low = *(const uint2*)p, high = *(const uint2*)(p + 16);
-                        b[t] = make_uint4(low.x, low.y, high.x, high.y);
-                    }
-                } else if (is_row[t] && is_inside) b[t] = *(const uint4*)p;
+                if (is_row[t] && is_inside) b[t] = inputs_of_quarter(x_of_lane[t] + index * UNIT + within);
             }
-            const int group = SCALES_CODES ? 2 * q + l / 2 : q * NUM_SCALES / 4;
-            if constexpr (HAS_MINIMA) {  // A minimum multiplies the sum of its inputs.
-                const u32 ones[4] = {ONES, ONES, ONES, ONES};
-#pragma unroll
-                for (int t = 0; t < TOKEN_TILES; ++t) {
-                    float s[4] = {};
-                    multiply(s, ones, b[t].x, b[t].y);
-                    multiply(s, ones, b[t].z, b[t].w);
-#pragma unroll
-                    for (int r = 0; r < ROW_TILES; ++r)
-#pragma unroll
-                        for (int i = 0; i < 4; ++i)
-                            total[r][t][i] += minimum_of(unit.scales[r][i / 2], group) * s[i];
-                }
-            }
-#pragma unroll
-            for (int r = 0; r < ROW_TILES; ++r) {
-                u32 pair[2][4];
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    u32 zero = NO_ZERO;
-                    if constexpr (HAS_ZEROS) zero = zero_of(unit.zeros[r][half], group);
-                    const uint4& c = unit.codes[r][half][NIBBLES ? 0 : q / 2];
-                    if constexpr (CODE == INT6) {
-                        const uint2& upper = unit.upper[r][half];
-                        unpack_sixes(q == 0 ? c.x : q == 1 ? c.y : q == 2 ? c.z : c.w, q < 2 ? upper.x : upper.y,
-                                     q % 2, pair[half]);
-                    } else if constexpr (NIBBLES) {
-                        unpack_nibbles(q == 0 ? c.x : q == 1 ? c.y : q == 2 ? c.z : c.w, zero, pair[half]);
-                    } else {
-                        unpack_bytes(q % 2 ? c.z : c.x, zero, pair[half][0], pair[half][1]);
-                        unpack_bytes(q % 2 ? c.w : c.y, zero, pair[half][2], pair[half][3]);
-                    }
-                    if constexpr (SCALES_CODES) {
-                        const float scale = scale_of(unit.scales[r][half], group);
-#pragma unroll
-                        for (int p = 0; p < 4; ++p) pair[half][p] = scaled(pair[half][p], scale);
-                    }
-                }
-                const u32 first[4] = {pair[0][0], pair[1][0], pair[0][1], pair[1][1]};
-                const u32 second[4] = {pair[0][2], pair[1][2], pair[0][3], pair[1][3]};
-                if constexpr (CODE == INT6) {  // each instruction multiplies a group
-                    const Scales &above = unit.scales[r][0], &below = unit.scales[r][1];
-#pragma unroll
-                    for (int t = 0; t < TOKEN_TILES; ++t) {
-                        float low[4] = {}, high[4] = {};
-                        multiply(low, first, b[t].x, b[t].y);
-                        multiply(high, second, b[t].z, b[t].w);
-#pragma unroll
-                        for (int i = 0; i < 4; ++i) {
-                            total[r][t][i] += scale_of(i < 2 ? above : below, 2 * q) * low[i];
-                            total[r][t][i] += scale_of(i < 2 ? above : below, 2 * q + 1) * high[i];
-                        }
-                    }
-                    continue;
-                }
-                constexpr bool SCALES_SUMS = GROUPS > 0 && !SCALES_CODES;
-#pragma unroll
-                for (int t = 0; t < TOKEN_TILES; ++t) {
-                    float(&s)[4] = SCALES_SUMS ? sum[r][t] : total[r][t];
-                    multiply(s, first, b[t].x, b[t].y);
-                    multiply(s, second, b[t].z, b[t].w);
-                }
-                if (SCALES_SUMS && (q + 1) * NUM_SCALES % 4 == 0) {
-                    const float above = scale_of(unit.scales[r][0], group), below = scale_of(unit.scales[r][1], group);
-#pragma unroll
-                    for (int t = 0; t < TOKEN_TILES; ++t)
-#pragma unroll
-                        for (int i = 0; i < 4; ++i) {
-                            total[r][t][i] += (i < 2 ? above : below) * sum[r][t][i];
-                            sum[r][t][i] = 0.f;
-                        }
-                }
-            }
+            multiply_quarter(total, sum, unit, q, b);
         }
     };
 
@@ -285,12 +186,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantized_linear(
         if ((chunk + 1) * CHUNK <= num_units) {
 #pragma unroll
             for (int u = 0; u < CHUNK; ++u) {
-                read_record(unit, here + u * RECORD, lane);
+                read_record(unit, here + u * RECORD, SLOT, lane);
                 multiply_unit(unit, chunk * CHUNK + u);
             }
         } else {
             for (int u = 0; chunk * CHUNK + u < num_units; ++u) {
-                read_record(unit, here + u * RECORD, lane);
+                read_record(unit, here + u * RECORD, SLOT, lane);
                 multiply_unit(unit, chunk * CHUNK + u);
             }
         }

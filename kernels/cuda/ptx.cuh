@@ -111,3 +111,81 @@ __device__ __forceinline__ void wait_for(u64* arrived, u32 parity) {
     asm volatile("{.reg .pred p; again: mbarrier.try_wait.parity.shared.b64 p, [%0], %1; @!p bra again;}"
                  ::"r"(address(arrived)), "r"(parity) : "memory");
 }
+
+// One of the 16 barriers of a block, numbered `id`, of `threads` threads.
+__device__ __forceinline__ void meet_at(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// One of the arrivals that open a barrier in shared memory.
+__device__ __forceinline__ void arrive_at(u64* barrier) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(address(barrier)) : "memory");
+}
+
+// -- memory that other blocks write while the kernel runs ----------------------------------------------
+
+__device__ __forceinline__ uint4 load_from_l2(const uint4* p) { return __ldcg(p); }
+__device__ __forceinline__ uint2 load_from_l2(const uint2* p) { return __ldcg(p); }
+__device__ __forceinline__ float2 load_from_l2(const float2* p) { return __ldcg(p); }
+__device__ __forceinline__ u16 load_from_l2(const u16* p) { return __ldcg(p); }
+
+__device__ __forceinline__ void prefetch_to_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+// Loads and stores of words that take the place of a barrier: they are made as often as the program says.
+__device__ __forceinline__ u32 load_now(const u32* p) {
+    u32 x;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+    return x;
+}
+__device__ __forceinline__ uint4 load_now(const uint4* p) {
+    uint4 v;
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+    return v;
+}
+__device__ __forceinline__ void store_now(u32* p, u32 x) {
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
+}
+__device__ __forceinline__ void store_now(uint2* p, uint2 x) {
+    asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(x.x), "r"(x.y) : "memory");
+}
+
+// What this thread has stored is seen by all blocks before what it stores from now on.
+__device__ __forceinline__ void make_visible() { __threadfence(); }
+
+// Counters of all blocks. What a thread wrote before it adds, and threads that it met, is seen by threads
+// that find the sum.
+__device__ __forceinline__ u64 load_acquire(const u64* counter) {
+    u64 found;
+    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(found) : "l"(counter) : "memory");
+    return found;
+}
+__device__ __forceinline__ void add_release(u64* counter, u64 count) {
+    asm volatile("red.release.gpu.global.add.u64 [%0], %1;" ::"l"(counter), "l"(count) : "memory");
+}
+__device__ __forceinline__ void wait_for_count(const u64* counter, u64 count) {
+    while (load_acquire(counter) < count) {}
+}
+__device__ __forceinline__ u64 add_one(u64* counter) { return atomicAdd(counter, 1ull); }
+// Count from 0 to size - 1 and begin again; returns the count before.
+__device__ __forceinline__ u32 add_modulo(u32* counter, u32 size) {
+    __threadfence();
+    const u32 before = atomicInc(counter, size - 1);
+    __threadfence();
+    return before;
+}
+
+// Cycles of this multiprocessor.
+__device__ __forceinline__ u64 cycles() {
+    u64 now;
+    asm volatile("mov.u64 %0, %%clock64;" : "=l"(now)::"memory");
+    return now;
+}
+
+// The registers of each thread of this warpgroup from now on.
+template <int N> __device__ __forceinline__ void shrink_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
+template <int N> __device__ __forceinline__ void grow_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}

@@ -1,5 +1,6 @@
 // Runs kernels of kernels/cuda/ on a CPU, in place of ptx.cuh: a thread is a fiber, which gives way to
-// the others only at barriers and at the instructions of a warp. One block runs after another.
+// the others only at barriers and at the instructions of a warp. One block runs after another, or all
+// together if they wait for each other.
 
 #include <ucontext.h>
 
@@ -7,6 +8,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <map>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -17,6 +20,10 @@ typedef unsigned long long u64;
 struct uint4 {
     u32 x, y, z, w;
 };
+struct float2 {
+    float x, y;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
 struct Place {
     unsigned x, y, z;
 };
@@ -37,6 +44,8 @@ inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 
 // -- threads -----------------------------------------------------------------------------------------
 
+constexpr size_t STACK = 1 << 17;
+
 struct Barrier {
     unsigned arrived = 0, round = 0;
 };
@@ -45,32 +54,59 @@ struct Operands {
 };
 struct Thread {
     ucontext_t context;
-    std::vector<char> stack = std::vector<char>(1 << 17);
-    bool has_ended = false;
+    std::unique_ptr<char[]> stack{new char[STACK]};
+    bool (*is_ready)(void*);  // null: yes
+    void* awaited;
+    bool has_ended;
 };
 static Place threadIdx, blockIdx, blockDim, gridDim;
+static unsigned me, first_block;  // the fiber that runs, the first block of those that run
 static std::vector<Thread> threads;
-static std::vector<Barrier> warp_barriers;
+static std::vector<Barrier> warp_barriers, block_barriers;
+static std::map<std::pair<unsigned, int>, Barrier> named_barriers;
 static std::vector<Operands> operands;
-static Barrier block_barrier;
 static ucontext_t scheduler;
-static u8* dynamic_memory;
+static u8 *dynamic_memory, *memory_of_blocks;
+static unsigned memory_size;
+
+inline void become(unsigned fiber) {
+    me = fiber, threadIdx.x = fiber % blockDim.x, blockIdx.x = first_block + fiber / blockDim.x;
+    dynamic_memory = memory_of_blocks + fiber / blockDim.x * memory_size;
+}
 
 inline void give_way() {
-    const unsigned self = threadIdx.x;
-    swapcontext(&threads[self].context, &scheduler);
-    threadIdx.x = self;
+    const unsigned fiber = me;
+    swapcontext(&threads[fiber].context, &scheduler);
+    become(fiber);
+}
+
+template <class F> void wait_until(F ready) {
+    if (ready()) return;
+    Thread& self = threads[me];
+    self.awaited = &ready, self.is_ready = [](void* f) { return (*(F*)f)(); };
+    give_way();
 }
 
 inline void meet(Barrier& barrier, unsigned count) {
     const unsigned round = barrier.round;
     if (++barrier.arrived == count) barrier.arrived = 0, ++barrier.round;
-    else
-        while (barrier.round == round) give_way();
+    else wait_until([&] { return barrier.round != round; });
 }
 
-inline void __syncwarp() { meet(warp_barriers[threadIdx.x / 32], 32); }
-inline void __syncthreads() { meet(block_barrier, blockDim.x); }
+inline void __syncwarp() { meet(warp_barriers[me / 32], 32); }
+inline void __syncthreads() { meet(block_barriers[me / blockDim.x], blockDim.x); }
+inline void meet_at(int id, int count) { meet(named_barriers[{me / blockDim.x, id}], count); }
+
+template <class T> T __shfl_sync(u32, T x, int lane) {
+    static std::vector<T> all;
+    all.resize(threads.size());
+    all[me] = x;
+    __syncwarp();
+    const T found = all[me / 32 * 32 + lane];
+    __syncwarp();
+    return found;
+}
+inline float __shfl_xor_sync(u32 mask, float x, int lanes) { return __shfl_sync(mask, x, threadIdx.x % 32 ^ lanes); }
 
 // -- arithmetic ----------------------------------------------------------------------------------------
 
@@ -129,7 +165,7 @@ inline u32 times(u32 a, u32 b) { return pair_of(low(a) * low(b), high(a) * high(
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 
 inline float sum_of_warp(float x) {
-    const unsigned self = threadIdx.x, first = self / 32 * 32;
+    const unsigned self = me, first = self / 32 * 32;
     for (unsigned distance = 16; distance > 0; distance /= 2) {
         operands[self].a[0] = bits_of(x);
         __syncwarp();
@@ -141,7 +177,7 @@ inline float sum_of_warp(float x) {
 
 // mma.m16n8k16: sum += weights [16, 16] * inputs [16, 8]
 inline void multiply(float (&sum)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    const unsigned self = threadIdx.x, first = self / 32 * 32, lane = self % 32;
+    const unsigned self = me, first = self / 32 * 32, lane = self % 32;
     operands[self] = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
     __syncwarp();
     for (int i = 0; i < 4; ++i) {
@@ -183,14 +219,52 @@ inline u32 now(const u32* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
 // A barrier's word: copies to come, copies of a round, parity of the round.
 inline void make_barrier(u64* barrier, u32 count) { *barrier = (u64)count << 16 | count; }
 inline void publish_barriers() {}
+inline void arrive_at(u64* barrier) {
+    if ((--*barrier & 0xFFFF) == 0) *barrier = (*barrier ^ 1ull << 32) | (*barrier >> 16 & 0xFFFF);
+}
 inline void copy_to_shared(void* to, const u8* from, u32 bytes, u64* arrived) {
     if ((uintptr_t)to % 16 || (uintptr_t)from % 16 || bytes % 16) __builtin_trap();
     memcpy(to, from, bytes);
-    if ((--*arrived & 0xFFFF) == 0) *arrived = (*arrived ^ 1ull << 32) | (*arrived >> 16 & 0xFFFF);
+    arrive_at(arrived);
 }
 inline void wait_for(u64* arrived, u32 parity) {
-    while ((*arrived >> 32 & 1) == parity) give_way();
+    wait_until([=] { return (*(volatile u64*)arrived >> 32 & 1) != parity; });
 }
+template <class T> T load_from_l2(const T* p) { return *p; }
+inline void prefetch_to_l2(const void*) {}
+template <class T> T __ldg(const T* p) { return *p; }
+// A word that is loaded again and again must be written meanwhile by another thread.
+template <class T> T load_now(const T* p) {
+    bool is_late = false;
+    wait_until([&] { return std::exchange(is_late, true); });
+    return *p;
+}
+template <class T> void store_now(T* p, T x) { *p = x; }
+inline u64 add_one(u64* counter) { return (*counter)++; }
+inline bool __any_sync(u32, bool x) {
+    static std::vector<char> all;
+    all.resize(threads.size());
+    all[me] = x;
+    __syncwarp();
+    const bool found = std::count(&all[me / 32 * 32], &all[me / 32 * 32] + 32, 1);
+    __syncwarp();
+    return found;
+}
+inline void make_visible() {}
+inline u64 load_acquire(const u64* counter) { return *counter; }
+inline void add_release(u64* counter, u64 count) { *counter += count; }
+inline void wait_for_count(const u64* counter, u64 count) {
+    wait_until([=] { return *(const volatile u64*)counter >= count; });
+}
+inline u32 add_modulo(u32* counter, u32 size) {
+    const u32 before = *counter;
+    *counter = before + 1 == size ? 0 : before + 1;
+    return before;
+}
+inline u64 cycles() { return 0; }
+template <int N> void shrink_registers() {}
+template <int N> void grow_registers() {}
+inline float __expf(float x) { return std::exp(x); }
 
 // -- launching -----------------------------------------------------------------------------------------
 
@@ -206,37 +280,49 @@ template <class... Types> Call<Types...> call(void (*kernel)(Types...), void** a
 
 template <class Body> void run_thread(Body* body) {
     (*body)();
-    threads[threadIdx.x].has_ended = true;
+    threads[me].has_ended = true;
 }
 
-template <class Body> void run_block(Body& body) {
-    const unsigned count = blockDim.x;
+// Returns false if the fibers wait for ever.
+template <class Body> bool run_blocks(Body& body, unsigned num_blocks) {
+    const unsigned count = blockDim.x * num_blocks;
     warp_barriers.assign(count / 32, Barrier());
-    block_barrier = Barrier();
+    block_barriers.assign(num_blocks, Barrier());
+    named_barriers.clear();
     for (Thread& thread : threads) {
-        thread.has_ended = false;
+        thread.has_ended = false, thread.is_ready = nullptr;
         getcontext(&thread.context);
-        thread.context.uc_stack.ss_sp = thread.stack.data();
-        thread.context.uc_stack.ss_size = thread.stack.size();
+        thread.context.uc_stack.ss_sp = thread.stack.get();
+        thread.context.uc_stack.ss_size = STACK;
         thread.context.uc_link = &scheduler;
         makecontext(&thread.context, (void (*)())(void (*)(Body*))run_thread<Body>, 1, &body);
     }
     for (bool is_running = true; is_running;) {
         is_running = false;
+        bool has_moved = false;
         for (unsigned i = 0; i < count; ++i) {
             if (threads[i].has_ended) continue;
-            is_running = true, threadIdx.x = i;
+            is_running = true;
+            if (threads[i].is_ready && !threads[i].is_ready(threads[i].awaited)) continue;
+            has_moved = true, threads[i].is_ready = nullptr;
+            become(i);
             swapcontext(&scheduler, &threads[i].context);
         }
+        if (is_running && !has_moved) return false;
     }
+    return true;
 }
 
-template <class Body> void run_grid(Body body, unsigned x, unsigned y, unsigned count, unsigned shared_bytes) {
-    alignas(128) static u8 memory[1 << 18];
-    if (shared_bytes > sizeof memory) __builtin_trap();
-    dynamic_memory = memory;
+// together: blocks run at the same time, in one row.
+template <class Body> bool run_grid(Body body, unsigned x, unsigned y, unsigned count, unsigned shared_bytes, bool together) {
+    const unsigned num_blocks = together ? x : 1;
+    memory_size = (shared_bytes + 127) / 128 * 128;
+    std::vector<u8> memory(size_t(memory_size) * num_blocks + 128, 0xFF);  // NaN
+    memory_of_blocks = memory.data() + (128 - (uintptr_t)memory.data() % 128) % 128;
     blockDim = {count, 1, 1}, gridDim = {x, y, 1};
-    threads.resize(count), operands.resize(count);
+    threads.resize(count * num_blocks), operands.resize(count * num_blocks);
+    bool has_ended = true;
     for (blockIdx.y = 0; blockIdx.y < y; ++blockIdx.y)
-        for (blockIdx.x = 0; blockIdx.x < x; ++blockIdx.x) run_block(body);
+        for (first_block = 0; first_block < x; first_block += num_blocks) has_ended &= run_blocks(body, num_blocks);
+    return has_ended;
 }

@@ -28,8 +28,9 @@ from compiledllm.kernels.cuda_kernel import SOURCES, _value_of
 _HEADER = Path(__file__).with_name("cuda_on_cpu.h")
 _ONE_COMPILES = threading.Lock()
 _LAUNCH = """
-extern "C" void launch(unsigned x, unsigned y, unsigned count, unsigned shared, void** arguments) {
-    run_grid(call(%s, arguments), x, y, count, shared);
+extern "C" bool launch(
+    unsigned x, unsigned y, unsigned count, unsigned shared, bool together, void** arguments) {
+    return run_grid(call(%s, arguments), x, y, count, shared, together);
 }
 """
 
@@ -44,13 +45,22 @@ class CpuKernel:
         self._shared_bytes = shared_bytes
 
     def _loaded(self, library: Path) -> Any:
-        return ctypes.CDLL(str(library)).launch
+        launch = ctypes.CDLL(str(library)).launch
+        launch.restype = ctypes.c_bool
+        return launch
 
-    def launch(self, grid: Sequence[int], num_threads: int, arguments: Sequence[Any]) -> None:
+    def launch(
+        self,
+        grid: Sequence[int],
+        num_threads: int,
+        arguments: Sequence[Any],
+        is_cooperative: bool = False,
+    ) -> None:
         values = [_value_of(argument) for argument in arguments]
         addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
         x, y = (*grid, 1)[:2]
-        self._launch(x, y, num_threads, self._shared_bytes, addresses)
+        size = x, y, num_threads, self._shared_bytes
+        assert self._launch(*size, is_cooperative, addresses), "the threads wait for ever"
 
 
 class LoneCpuKernel(CpuKernel):
@@ -62,14 +72,16 @@ class LoneCpuKernel(CpuKernel):
             return super()._loaded(Path(copy.name))
 
 
+def _included(match: re.Match[str]) -> str:
+    path = _HEADER if match[1] == "ptx.cuh" else SOURCES / match[1]
+    return path.read_text(encoding="utf-8").replace("#pragma once", "")
+
+
 @functools.cache
 def _compiled(source: str, name: str, options: tuple[tuple[str, int], ...]) -> Path:
     text = (SOURCES / source).read_text(encoding="utf-8") + _LAUNCH % name
-    text = re.sub(r"extern __shared__ .* u8 ring\[\];", "u8* const ring = dynamic_memory;", text)
-    replaced = {"ptx.cuh": _HEADER, "codes.cuh": SOURCES / "codes.cuh"}
-    for include, path in replaced.items():
-        content = path.read_text(encoding="utf-8").replace("#pragma once", "")
-        text = text.replace(f'#include "{include}"', content)
+    text = re.sub(r"extern __shared__ .* u8 (\w+)\[\];", r"u8* const \1 = dynamic_memory;", text)
+    text = re.sub(r'^#include "([^"]+)"$', _included, text, flags=re.MULTILINE)
     macros = [f"-D{key}={int(value)}" for key, value in options]
     flags = ["-O1", "-std=c++17", "-shared", "-fPIC", "-w", "-fno-strict-aliasing", *macros]
     flags.append("-fno-gnu-unique")  # each library has shared memory of its own
