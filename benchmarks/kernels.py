@@ -21,12 +21,15 @@ from compiledllm.benchmarks.model import Model
 from compiledllm.benchmarks.peers import CompiledLLM
 from compiledllm.benchmarks.profile import Event, StepProfile, num_steps
 from compiledllm.benchmarks.workload import random_requests
+from compiledllm.models.matrices import Weights
 from compiledllm.models.spec import ModelSpec
 from compiledllm.platform import Platform
 
 PRODUCTS, ATTENTION, OTHER = "products", "attention and states", "other"
+LAYERS = "all of the layers"  # of a step of few rows, in one kernel
 # Parts of kernels' names (on a CPU of operators' names), in the order in which they are looked for.
 _KINDS = (
+    (LAYERS, r"^decode_step"),
     (ATTENTION, r"attention|_decode_kernel|_prefill_kernel|_step_kernel|_ragged_kernel"),
     (ATTENTION, r"_scan_kernel|BatchDecode|BatchPrefill|flash|delta_rule|short_convolution"),
     (PRODUCTS, r"_one_row_kernel|_few_rows_kernel|_grouped_kernel|_linear_kernel|triton_tem"),
@@ -156,6 +159,15 @@ def parts_of(
         ATTENTION: (cost.kv_bytes, mixed_s * 1e6),
         OTHER: (0, None),
     }
+    if any(kernel.kind == LAYERS for kernel in kernels):
+        of_layers = Weights().plus(*(layer.weights_used for layer in spec.layers))
+        num_bytes = spec.num_bytes(of_layers)
+        layers_s = products_s * num_bytes / cost.weight_bytes
+        floors = {
+            LAYERS: (num_bytes + cost.kv_bytes, (layers_s + mixed_s) * 1e6),
+            PRODUCTS: (cost.weight_bytes - num_bytes, (products_s - layers_s) * 1e6),
+            OTHER: (0, None),
+        }
     return [
         Part(kind, sum(k.us for k in kernels if k.kind == kind), *floor)
         for kind, floor in floors.items()

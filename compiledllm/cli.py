@@ -159,7 +159,8 @@ def _info(arguments: argparse.Namespace) -> int:
     from compiledllm.engine.startup import plan
 
     names = (
-        "model revision dtype model_impl quantization kv_cache_dtype device tensor_parallel_size"
+        "model revision dtype model_impl quantization kv_cache_dtype device tensor_parallel_size "
+        "persistent_decode"
     )
     options = {name: getattr(arguments, name) for name in names.split()}
     if arguments.kernels is not None:
@@ -308,6 +309,11 @@ def _add_info(commands: Any) -> None:
     info.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     info.add_argument(
         "--tensor-parallel-size", "-tp", type=int, default=1, help="what each of N GPUs holds"
+    )
+    info.add_argument(
+        "--persistent-decode",
+        action=argparse.BooleanOptionalAction,
+        help="with --kernels: all layers of a small step in one kernel",
     )
     info.add_argument(
         "--kernels",

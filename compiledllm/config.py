@@ -216,6 +216,12 @@ class CompileConfig:
         "what an earlier start left in the cache",
         kind="path",
     )
+    persistent_decode: bool | None = option(
+        None,
+        "one kernel for all layers of a decode step of one or two requests, where a Hopper GPU and "
+        "the model allow it; default: for the sizes of models and batches for which it is faster",
+        kind="bool",
+    )
     deterministic: bool = option(
         False,
         "a request's tokens do not depend, to the last bit, on what else is in the batch; slower, "

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from compiledllm.kernels.backend import AttentionBackend, AttentionMetadata
 from compiledllm.kernels.collectives import all_reduce, gather_columns
+from compiledllm.kernels.decode_step import DecodeStep
 from compiledllm.models.formats.weight_format import empty_parameter
 from compiledllm.models.layer_cache import SharedKV
 from compiledllm.models.layers.altup import Streams, make_block
@@ -52,6 +53,7 @@ class Decoder(nn.Module):
 
     `block_forward` runs a block, `enter` everything before the first block, `leave` everything
     behind the last block. `compiledllm.graphs` replaces all three by compiled functions.
+    decode_step: runs all blocks of the decode steps that it takes; None: there is none.
     takes_sampled_tokens: whether `forward` accepts `SampledTokens`. num_sampled_layers: number of
     layers that run for these tokens only: the last one that stores keys and values, and those
     behind it. products: kernels of matrix products and norms. rank: which of the spec's ranks the
@@ -106,6 +108,7 @@ class Decoder(nn.Module):
         self.block_forward: BlockForward = type(self.layers[0]).forward
         self.enter: Callable[..., BlockInputs] = _enter
         self.leave: Callable[..., Tensor] = _leave
+        self.decode_step: DecodeStep | None = None
 
     def forward(
         self,
@@ -121,6 +124,10 @@ class Decoder(nn.Module):
         tokens the first of the last `num_sampled_layers` blocks just stores keys and values.
         """
         x, update, tables, inputs = self.enter(self, input_ids, positions)
+        first = attn[0]
+        if self.decode_step is not None and self.decode_step.takes(first):
+            x, update = self.decode_step(x, *tables[0], first)
+            return self.leave(self, x, update)
         layer_inputs = [None] * len(self.layers) if inputs is None else list(inputs)
         steps = list(zip(self.layers, self._rotary_index, layer_inputs, caches, attn, strict=True))
         if sampled is not None:

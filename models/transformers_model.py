@@ -139,6 +139,7 @@ class TransformersModel(nn.Module):
         self.head = module
         self.block_forward: Callable[..., Tensor] = _Body.forward
         self.takes_sampled_tokens = False
+        self.decode_step = None
 
     @property
     def kv_scales(self) -> dict[int, Tensor]:

@@ -113,6 +113,7 @@ def start_lines(plan: Plan, worker: Worker) -> dict[str, str]:
         "weights": spec.quantization or None,
         "products": report["products"].value if report.get("products") else None,
         "attention": report["attention_backend"],
+        "decode": report.get("decode_step"),
         "memory": report.get("memory"),
         "states": report.get("states"),
         "prefixes": report.get("enable_prefix_caching"),

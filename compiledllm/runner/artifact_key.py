@@ -48,6 +48,7 @@ def key_of(plan: Plan) -> dict[str, str]:
         "layers": layers,
         **{name: getattr(spec, name) for name in _SPEC_FIELDS},
         "attention_backend": plan.backend.name,
+        "persistent_decode": plan.config.requested.compile.persistent_decode,
         "kv_groups": (plan.kv_layout.windows, plan.kv_layout.splits),
         "block_size": limits.block_size,
         "max_num_seqs": limits.max_num_seqs,

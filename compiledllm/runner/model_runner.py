@@ -17,6 +17,7 @@ from compiledllm.graphs.cuda_graphs import StepGraphs
 from compiledllm.graphs.few_blocks import few_blocks
 from compiledllm.graphs.variants import variants_for
 from compiledllm.kernels import compile_ahead
+from compiledllm.kernels.decode_step import DecodeStep
 from compiledllm.kernels.sampling import draw_tokens
 from compiledllm.kernels.step_inputs import advance
 from compiledllm.models.decoder import Decoder, SampledTokens
@@ -86,6 +87,11 @@ class ModelRunner:
         self.graphs: StepGraphs | None = None
         self.logits: Tensor  # [captured rows, vocab], written by every captured step
         self.hidden: Tensor  # [captured rows, hidden], written by captured steps with prompts
+
+    def use_decode_step(self, decode_step: DecodeStep) -> None:
+        """Run all layers of small decode steps by one call. Raises CudaError."""
+        decode_step.bind(self.kv_caches)
+        self.model.decode_step = decode_step
 
     def launch(self, step: SchedulerOutput) -> PendingOutput:
         """Launch one step. A GPU may still be running the step when the method returns.

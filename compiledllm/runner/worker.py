@@ -21,6 +21,7 @@ from compiledllm.choices import Choice, Report
 from compiledllm.graphs.artifact import Artifact
 from compiledllm.graphs.buckets import StepShape, is_needed_first
 from compiledllm.kernels import late_compiles
+from compiledllm.kernels.decode_step import DecodeStep
 from compiledllm.kernels.tables import use_folder
 from compiledllm.ledger import Ledger
 from compiledllm.log import log
@@ -30,6 +31,7 @@ from compiledllm.models.decoder import Decoder
 from compiledllm.models.deterministic import fixed_order
 from compiledllm.models.formats.kv_scales import stored_kv_scales
 from compiledllm.models.layers.linear import Matrix
+from compiledllm.runner.decode_step import decode_step_for, use_decode_step
 from compiledllm.runner.kv_cache import allocate_kv_caches, plan_num_blocks
 from compiledllm.runner.kv_scales import set_kv_scales
 from compiledllm.runner.memory import (
@@ -99,6 +101,10 @@ class Worker:
             self.report.note("tie_word_embeddings", own_head)
         if products := _products(self._model):
             self.report.note("products", Choice(products, self.spec.quantization))
+        self._decode_step: DecodeStep | str | None = None  # str: why there is none
+        if plan.platform.is_cuda:
+            self.cache.artifact()  # may have the kernel
+            self._decode_step = decode_step_for(plan, self._model)
 
     # -- steps ---------------------------------------------------------------------------------
 
@@ -158,6 +164,8 @@ class Worker:
         with self.ledger.phase("compile"):
             self.runner.compiler.saves = bool(self.cache.key)
             self.report.note("compile", Choice(*self._compile()))
+            if self._decode_step is not None:
+                self.report.note("decode_step", use_decode_step(self.runner, self._decode_step))
         with self.ledger.phase("capture"):
             self._capture()
             if target_ms := self.plan.config.requested.scheduler.target_itl_ms:

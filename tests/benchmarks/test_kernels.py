@@ -12,6 +12,7 @@ from compiledllm import cli
 from compiledllm.benchmarks.floor import Ceilings
 from compiledllm.benchmarks.kernels import (
     ATTENTION,
+    LAYERS,
     OTHER,
     PRODUCTS,
     Kernel,
@@ -22,6 +23,7 @@ from compiledllm.benchmarks.profile import Event
 from compiledllm.models.registry import load_spec
 
 NAMES = {
+    "decode_step": LAYERS,
     "_one_row_kernel": PRODUCTS,
     "_few_rows_kernel": PRODUCTS,
     "quantized_linear": PRODUCTS,
@@ -57,6 +59,19 @@ def test_parts_of_a_step_add_up_to_its_cost(tiny_llama: Callable[..., Path]) -> 
     assert products.share_of_floor == pytest.approx(products.floor_us / 40)
     assert (attention.us, attention.share_of_floor) == (0, None)
     assert (other.us, other.floor_us, other.share_of_floor) == (3, None, None)
+
+
+def test_a_kernel_of_all_layers_has_their_bytes(tiny_llama: Callable[..., Path]) -> None:
+    spec, ceilings = load_spec(tiny_llama()).with_dtypes("float32"), Ceilings(1e9, 2e9, 1e12)
+    separate = parts_of([Kernel("_few_rows_kernel", PRODUCTS, 7, 40.0)], spec, 4, 100, ceilings)
+    kernels = [Kernel("decode_step", LAYERS, 1, 40.0), Kernel("_few_rows_kernel", PRODUCTS, 1, 5.0)]
+    layers, head, other = together = parts_of(kernels, spec, 4, 100, ceilings)
+    assert [part.kind for part in together] == [LAYERS, PRODUCTS, OTHER]
+    assert (layers.us, head.us, other.us) == (40, 5, 0)
+    assert head.num_bytes == 4 * (spec.vocab_size + 1) * spec.hidden_size  # and the final norm
+    for total in ("num_bytes", "floor_us"):
+        found = sum(getattr(part, total) or 0 for part in together)
+        assert found == pytest.approx(sum(getattr(part, total) or 0 for part in separate))
 
 
 def test_info_measures_decode_steps(

@@ -35,6 +35,7 @@ MAY_BE_OPEN = {
     "tokenizer",
     "revision",
     "mixed_prompt_tokens",
+    "persistent_decode",
     "target_itl_ms",
     "generation_config",
 }

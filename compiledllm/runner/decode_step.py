@@ -1,0 +1,69 @@
+"""Decides whether one kernel computes all layers of a decode step of few rows."""
+
+from __future__ import annotations
+
+from compiledllm.choices import Choice
+from compiledllm.kernels import decode_step_cuda
+from compiledllm.kernels.decode_step import DecodeStep
+from compiledllm.kernels.machine_code import CudaError
+from compiledllm.log import log
+from compiledllm.models import decode_blocks
+from compiledllm.models.decoder import Decoder
+from compiledllm.runner.model_runner import ModelRunner
+from compiledllm.runner.plan import Plan
+
+_SINGLE = "layer by layer"
+
+
+def decode_step_for(plan: Plan, model: Decoder) -> DecodeStep | str:
+    """A model's decode step, still to be bound to the KV cache; or why its layers run one by one.
+
+    Allocates the kernel's workspace, and begins to compile the kernel.
+    """
+    if reason := why_not(plan):
+        return reason
+    found = decode_blocks.describe(model, plan.config.limits.block_size)
+    if isinstance(found, str):
+        return found
+    shape, layers = found
+    if reason := decode_step_cuda.why_not(shape, plan.platform.device):
+        return reason
+    is_asked = plan.config.requested.compile.persistent_decode
+    faster = decode_step_cuda.max_faster_rows(shape)
+    max_rows = decode_step_cuda.PROVEN_ROWS if is_asked else faster
+    if max_rows == 0:
+        return "separate kernels are faster for layers of this size"
+    max_rows = min(max_rows, plan.config.limits.max_num_seqs)
+    return DecodeStep(shape, layers, decode_step_cuda, max_rows)
+
+
+def use_decode_step(runner: ModelRunner, found: DecodeStep | str) -> Choice:
+    """Run small decode steps by their kernel from now on, if there is one and it compiles.
+
+    found: from `decode_step_for`. Steps before have compiled the kernels of single layers, which
+    other small steps run.
+    """
+    if isinstance(found, DecodeStep):
+        try:
+            runner.use_decode_step(found)
+        except CudaError as error:
+            log.warning("the layers of small decode steps run one by one: %s", error)
+            return Choice(_SINGLE, str(error))
+        rows = f"up to {found.max_rows} row{'s' * (found.max_rows > 1)}"
+        weights = f"{found.shape.num_weights / 1e6:.1f} M weights a layer"
+        return Choice(f"all layers in one kernel {rows}", weights)
+    return Choice(_SINGLE, found)
+
+
+def why_not(plan: Plan) -> str | None:
+    """Why the plan's layers run one by one, as far as this is known before the weights."""
+    options = plan.config.requested.compile
+    if options.persistent_decode is False:
+        return "persistent_decode=False"
+    if options.deterministic:
+        return "deterministic"
+    if not plan.backend.runs_ahead:
+        return f"attention_backend='{plan.backend.name}' plans step by step"
+    if len(plan.kv_layout.windows) > 1:
+        return "its layers have several block tables"
+    return plan.why_not_capture() or decode_blocks.why_not(plan.spec)
