@@ -312,7 +312,7 @@ def _add_info(commands: Any) -> None:
     )
     info.add_argument(
         "--persistent-decode",
-        action=argparse.BooleanOptionalAction,
+        action="store_true",
         help="with --kernels: all layers of a small step in one kernel",
     )
     info.add_argument(

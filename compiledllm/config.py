@@ -216,10 +216,10 @@ class CompileConfig:
         "what an earlier start left in the cache",
         kind="path",
     )
-    persistent_decode: bool | None = option(
-        None,
-        "one kernel for all layers of a decode step of one or two requests, where a Hopper GPU and "
-        "the model allow it; default: for the sizes of models and batches for which it is faster",
+    persistent_decode: bool = option(
+        False,
+        "experimental: one kernel for all layers of a decode step of one or two requests, where a "
+        "Hopper GPU and the model allow it and the kernel is faster",
         kind="bool",
     )
     deterministic: bool = option(

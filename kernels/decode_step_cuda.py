@@ -20,14 +20,13 @@ from compiledllm.kernels.records import TILE, UNIT
 
 _SOURCE = "decode_step.cu"
 # By the form of the weights: the most weights of a layer, and the most rows, with which one launch
-# was faster than separate kernels on an H200. README.md has the measurements.
+# was faster than separate kernels on an H200. README.md has the measurements. With more than three
+# rows, some results differed from replay to replay.
 _FASTER = {
     "16 bits": (70_000_000, 2),  # Llama-3.2-1B has 61 million
     "fp8, 0 groups": (220_000_000, 1),  # Llama-3.1-8B has 218 million
     "int4, 1 groups": (220_000_000, 1),
 }
-# Of steps in engines. With more rows, some results on an H200 differed from replay to replay.
-PROVEN_ROWS = 2
 _ROW_COUNTS = (1, 2, 4, MAX_ROWS)  # of the variants of the kernel
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 _WARPS = 8  # that compute; another warpgroup copies weights

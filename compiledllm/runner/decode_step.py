@@ -28,12 +28,9 @@ def decode_step_for(plan: Plan, model: Decoder) -> DecodeStep | str:
     shape, layers = found
     if reason := decode_step_cuda.why_not(shape, plan.platform.device):
         return reason
-    is_asked = plan.config.requested.compile.persistent_decode
-    faster = decode_step_cuda.max_faster_rows(shape)
-    max_rows = decode_step_cuda.PROVEN_ROWS if is_asked else faster
+    max_rows = min(decode_step_cuda.max_faster_rows(shape), plan.config.limits.max_num_seqs)
     if max_rows == 0:
         return "separate kernels are faster for layers of this size"
-    max_rows = min(max_rows, plan.config.limits.max_num_seqs)
     return DecodeStep(shape, layers, decode_step_cuda, max_rows)
 
 
@@ -58,7 +55,7 @@ def use_decode_step(runner: ModelRunner, found: DecodeStep | str) -> Choice:
 def why_not(plan: Plan) -> str | None:
     """Why the plan's layers run one by one, as far as this is known before the weights."""
     options = plan.config.requested.compile
-    if options.persistent_decode is False:
+    if not options.persistent_decode:
         return "persistent_decode=False"
     if options.deterministic:
         return "deterministic"

@@ -18,7 +18,7 @@ import torch
 
 from compiledllm import Engine
 from compiledllm.kernels import late_compiles
-from compiledllm.kernels.decode_step_cuda import PROVEN_ROWS
+from compiledllm.kernels.decode_step_cuda import max_faster_rows
 from tests.support.artifacts import wait_until_kept
 from tests.support.distributions import VOCABULARY, assert_alike, steps_of
 
@@ -88,7 +88,7 @@ def test_distributions_are_those_of_single_layers(
     """Alone and together, cold and warm, from the prefix cache, and in larger steps."""
     model_type, config, options = MODELS[name]
     checkpoint = tiny_model(model_type, **(WIDE | config))
-    plain = start(checkpoint, persistent_decode=False, **options)
+    plain = start(checkpoint, **options)
     expected = steps_of(plain, prompts)
     assert plain.core.runner.model.decode_step is None
     stop(plain)
@@ -98,7 +98,7 @@ def test_distributions_are_those_of_single_layers(
         assert worker.is_restored == is_restored
         decode_step = engine.core.runner.model.decode_step
         assert decode_step is not None, engine.core.report["decode_step"]
-        assert decode_step.max_rows == PROVEN_ROWS
+        assert decode_step.max_rows == max_faster_rows(decode_step.shape)
         assert_alike(steps_of(engine, prompts), expected)
         assert_alike(steps_of(engine, prompts), expected)  # from the prefix cache
         for index in (0, 5):
@@ -111,10 +111,11 @@ def test_distributions_are_those_of_single_layers(
         stop(engine)
 
 
-def test_small_models_are_run_so_by_default_and_give_the_same_bits_again(
+def test_small_models_give_the_same_bits_again(
     tiny_llama: Callable[..., Path], prompts: list[list[int]]
 ) -> None:
-    engine = start(tiny_llama(**WIDE, head_dim=64), enable_prefix_caching=False)
+    options = {"persistent_decode": True, "enable_prefix_caching": False}
+    engine = start(tiny_llama(**WIDE, head_dim=64), **options)
     assert "in one kernel up to 2 rows" in str(engine.core.report["decode_step"])
     pairs = [prompts[index : index + 2] for index in range(0, len(prompts), 2)]
     first = [steps_of(engine, pair) for pair in pairs]
@@ -126,7 +127,7 @@ def test_preempted_requests_get_the_same_distributions(
     tiny_llama: Callable[..., Path], prompts: list[list[int]]
 ) -> None:
     checkpoint = tiny_llama(**WIDE, head_dim=64)
-    plain = start(checkpoint, persistent_decode=False)
+    plain = start(checkpoint)
     expected = steps_of(plain, prompts)
     stop(plain)
     options = {"num_kv_blocks": 26, "enable_prefix_caching": False, "max_num_seqs": 2}

@@ -35,7 +35,6 @@ MAY_BE_OPEN = {
     "tokenizer",
     "revision",
     "mixed_prompt_tokens",
-    "persistent_decode",
     "target_itl_ms",
     "generation_config",
 }
