@@ -68,6 +68,7 @@ class EngineLife(EngineState, ABC):
         self._child: EngineChild | None = None
         self._restarts = Restarts()
         self._num_finished_before = 0  # requests finished up to the last crash
+        self._has_loaded = False  # whether a process has said that it is ready
         self._was_silent = False  # whether the process was killed because it was silent
         self._supervisor: asyncio.Task[None] | None = None
 
@@ -187,6 +188,7 @@ class EngineLife(EngineState, ABC):
                 while (message := await child.receive()) is not None:
                     self.signs.hear(message)
                     if isinstance(message, Ready):
+                        self._has_loaded = True  # also if it ends before it is welcomed
                         self.observe(message)
                         beside.append(tasks.create_task(self._welcome(message)))
                     else:
@@ -220,12 +222,12 @@ class EngineLife(EngineState, ABC):
         if self._num_finished > self._num_finished_before:
             self._restarts.note_success()
         self._num_finished_before = self._num_finished
-        if self.ready is not None and not failure.is_recorded:
+        if self._has_loaded and not failure.is_recorded:
             self._write_record(failure, started)
         is_explained = self._on_engine_end(failure.error, started)
         # An engine that has never loaded would fail again, unless it was killed for its silence.
-        has_loaded = self.ready is not None or self._was_silent
-        if not has_loaded or not self._restarts.note_crash(is_explained):
+        may_load = self._has_loaded or self._was_silent
+        if not may_load or not self._restarts.note_crash(is_explained):
             self._give_up(failure)
             return False
         if self.state == "draining" and not self.num_live:

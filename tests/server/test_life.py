@@ -29,6 +29,7 @@ from compiledllm.remote import restarts, vital_signs
 from compiledllm.remote.engine_client import EngineClient
 from compiledllm.remote.engine_requests import MAX_UNREAD_BYTES
 from compiledllm.remote.limits import Limits
+from compiledllm.remote.wire import Ready
 from compiledllm.server.app import AppOptions, create_app
 from tests.support.server import free_port, is_alive, wait_for
 
@@ -425,6 +426,23 @@ def test_an_engine_that_ends_without_a_culprit_is_given_up(
         assert rig.client.num_restarts == 2
 
     live(play, settles=False)  # it may be given up before anybody saw it ready
+
+
+def test_an_engine_that_ends_while_its_client_loads_is_started_again(
+    live: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def load_for_ever(client: EngineClient, ready: Ready) -> None:
+        await asyncio.sleep(3600)
+
+    monkeypatch.setattr(EngineClient, "_load_texts", load_for_ever)
+    monkeypatch.setattr(restarts, "MAX_CRASHES", 1)
+    monkeypatch.setenv("FAKE_IDLE_DEED", "raise")
+
+    async def play(rig: Rig) -> None:
+        await rig.client.wait_until_dead()
+        assert rig.client.num_restarts == 1
+
+    live(play, settles=False)
 
 
 def test_a_step_that_hangs_ends_with_its_engine(live: Callable[..., None]) -> None:
