@@ -92,6 +92,7 @@ class Bench:
 
     def begin(self) -> None:
         """An engine is ready."""
+        self.life._has_loaded = True
         asyncio.run(self.life._welcome(READY))
         self.pass_on()
 
