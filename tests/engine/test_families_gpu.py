@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from compiledllm import Engine, SamplingParams
-from compiledllm.kernels import late_compiles
-from tests.support.artifacts import wait_until_kept
+from tests.support.artifacts import keep_artifacts_in, wait_until_kept
 from tests.support.families import GEMMA4, GEMMA4_DENSE, GEMMA4_SHARED, IN_ENGINE, VARIANTS
 
 pytestmark = pytest.mark.gpu
@@ -37,10 +36,7 @@ def prompts() -> list[list[int]]:
 
 @pytest.fixture(autouse=True)
 def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COMPILEDLLM_CACHE_DIR", str(tmp_path / "caches"))
-    monkeypatch.setenv("COMPILEDLLM_DISABLE_CACHE", "0")
-    monkeypatch.setenv("COMPILEDLLM_LATE_COMPILE", "error")
-    monkeypatch.setattr(late_compiles, "num_kernels", 0)  # counts for the whole process
+    keep_artifacts_in(tmp_path / "caches", monkeypatch)
 
 
 def assert_tokens_of_the_cpu(checkpoint: Path, prompts: list[list[int]]) -> None:

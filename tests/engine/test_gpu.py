@@ -11,10 +11,9 @@ import pytest
 
 from compiledllm import Engine, SamplingParams
 from compiledllm.graphs.cuda_graphs import Step, StepGraphs
-from compiledllm.kernels import late_compiles
 from compiledllm.pooling_params import PoolingParams
 from compiledllm.runner import model_runner
-from tests.support.artifacts import wait_until_kept
+from tests.support.artifacts import keep_artifacts_in, wait_until_kept
 from tests.support.families import IN_ENGINE, VARIANTS
 
 pytestmark = pytest.mark.gpu
@@ -239,10 +238,7 @@ def test_second_start_compiles_nothing_before_or_after_it_is_ready(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Under a random load; with the graphs that are captured only as steps ask for them."""
-    monkeypatch.setenv("COMPILEDLLM_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("COMPILEDLLM_DISABLE_CACHE", "0")
-    monkeypatch.setenv("COMPILEDLLM_LATE_COMPILE", "error")
-    monkeypatch.setattr(late_compiles, "num_kernels", 0)  # counts for the whole process
+    keep_artifacts_in(tmp_path, monkeypatch)
     draw = random.Random(11)
     params = [
         SamplingParams(max_tokens=draw.randrange(3, 30), ignore_eos=True, **draw.choice(KINDS))

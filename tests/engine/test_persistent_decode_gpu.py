@@ -17,9 +17,8 @@ import pytest
 import torch
 
 from compiledllm import Engine
-from compiledllm.kernels import late_compiles
 from compiledllm.kernels.decode_step_cuda import max_faster_rows
-from tests.support.artifacts import wait_until_kept
+from tests.support.artifacts import keep_artifacts_in, wait_until_kept
 from tests.support.distributions import VOCABULARY, assert_alike, steps_of
 
 pytestmark = [
@@ -64,10 +63,7 @@ def prompts() -> list[list[int]]:
 
 @pytest.fixture(autouse=True)
 def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COMPILEDLLM_CACHE_DIR", str(tmp_path / "caches"))
-    monkeypatch.setenv("COMPILEDLLM_DISABLE_CACHE", "0")
-    monkeypatch.setenv("COMPILEDLLM_LATE_COMPILE", "error")
-    monkeypatch.setattr(late_compiles, "num_kernels", 0)  # counts for the whole process
+    keep_artifacts_in(tmp_path / "caches", monkeypatch)
 
 
 def start(checkpoint: Path, **options: Any) -> Engine:
