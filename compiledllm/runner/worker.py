@@ -103,7 +103,8 @@ class Worker:
             self.report.note("products", Choice(products, self.spec.quantization))
         self._decode_step: DecodeStep | str | None = None  # str: why there is none
         if plan.platform.is_cuda:
-            self.cache.artifact()  # may have the kernel
+            if plan.config.requested.compile.persistent_decode:
+                self.cache.artifact()  # may have the kernel
             self._decode_step = decode_step_for(plan, self._model)
 
     # -- steps ---------------------------------------------------------------------------------
