@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
-from typing import Any, TypeVar
+from dataclasses import fields, replace
+from operator import attrgetter
+from typing import Any, Self, TypeVar
 
 T = TypeVar("T")
 
@@ -41,6 +43,53 @@ def strict_fields(
         return cls
 
     return decorate
+
+
+class Rechecked:
+    """Base class of a mutable dataclass with slots whose `__post_init__` checks the fields.
+
+    `__post_init__` must end with `note_checked()`.
+    """
+
+    __slots__ = ("_checked",)
+
+    def note_checked(self) -> None:
+        """Remember the values of all fields, which have just been checked."""
+        self._checked = _contents(self)
+
+    def checked_copy(self) -> Self:
+        """A copy with lists and dicts of its own.
+
+        All fields are checked again, which takes longer than the copy, if one has changed since the
+        last check. Raises what `__post_init__` raises.
+        """
+        contents = _contents(self)
+        if getattr(self, "_checked", None) != contents:
+            return replace(self)  # type: ignore[type-var]
+        copy = object.__new__(type(self))
+        for name, value in zip(_field_names(type(self)), contents[0], strict=True):
+            setattr(copy, name, value)
+        copy._checked = self._checked
+        return copy
+
+
+def _contents(instance: object) -> tuple[list[Any], list[type]]:
+    """The values of all fields, with copies of lists and dicts, and their types, as 1 == True."""
+    values = _reader(type(instance))(instance)
+    kinds = [*map(type, values)]
+    return [
+        v.copy() if kind in (list, dict) else v for v, kind in zip(values, kinds, strict=True)
+    ], kinds
+
+
+@functools.cache
+def _field_names(cls: type) -> tuple[str, ...]:
+    return tuple(f.name for f in fields(cls))
+
+
+@functools.cache
+def _reader(cls: type) -> attrgetter[tuple[Any, ...]]:
+    return attrgetter(*_field_names(cls))
 
 
 def require(ok: bool, name: str, value: object, must: str) -> None:

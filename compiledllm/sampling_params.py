@@ -13,6 +13,7 @@ from typing import Any
 
 from compiledllm.beam_search_params import BeamSearchParams as BeamSearchParams  # as in vLLM
 from compiledllm.checks import (
+    Rechecked,
     is_finite,
     is_int,
     plain_number,
@@ -79,7 +80,7 @@ class RepetitionDetectionParams:
 
 @strict_fields("sampling field", without_vllm_fields)
 @dataclass(slots=True)
-class SamplingParams:
+class SamplingParams(Rechecked):
     """How the next token is chosen, when a request ends, and what its outputs contain.
 
     Unlike vLLM's 16, `max_tokens` defaults to None: generate to the end of the context.
@@ -180,6 +181,7 @@ class SamplingParams:
         self._check_kinds()
         if self.seed == -1:
             self.seed = None
+        self.note_checked()
 
     def _check_numbers(self) -> None:
         for name, min_value, max_value in _RANGES:

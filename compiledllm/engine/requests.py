@@ -72,7 +72,7 @@ class RequestFactory:
         if not isinstance(params, SamplingParams):
             raise ValueError(f"sampling_params must be SamplingParams, got {params!r}")
         self._check_priority(priority)
-        params = dataclasses.replace(params)  # a checked copy, which the caller cannot change
+        params = params.checked_copy()  # which the caller cannot change
         text, token_ids = self._read_sampled_prompt(prompt, params)
         cache_salt = cache_salt or _salt_of(prompt)
         if max_logprobs is None:

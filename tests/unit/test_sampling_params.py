@@ -323,3 +323,25 @@ def test_detection_of_repetition_is_off_unless_it_has_a_size() -> None:
 def test_wrong_beam_search_parameters_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         BeamSearchParams(**fields)
+
+
+def test_a_copy_checks_fields_that_have_changed() -> None:
+    given = SamplingParams(temperature=0.5, stop=["a"], logit_bias={3: 1.0})
+    copy = given.checked_copy()
+    assert copy == given
+    given.stop.append("b")  # type: ignore[union-attr]
+    assert copy.stop == ["a"]
+    assert given.checked_copy().stop == ["a", "b"]
+    for name, value in (
+        ("n", True),
+        ("temperature", 9.0),
+        ("stop", [""]),
+        ("logit_bias", {3: "x"}),
+    ):
+        changed = given.checked_copy()
+        setattr(changed, name, value)
+        with pytest.raises(ValueError, match=name):
+            changed.checked_copy()
+    given.stop.append("")  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="stop"):
+        given.checked_copy()
