@@ -82,8 +82,22 @@ def allocate_kv_caches(
 
     Layers in the same column share memory, in which each layer owns different blocks. Layers of
     equal shape share a tensor. Caches are zeroed, because masked positions are multiplied by zero
-    and garbage may be NaN.
+    and garbage may be NaN. Raises ConfigError if the GPU's free memory does not hold them.
     """
+    try:
+        return _allocate(layout, num_blocks, block_size, device)
+    except torch.OutOfMemoryError as error:
+        free, _ = torch.cuda.mem_get_info(device)
+        raise ConfigError(
+            f"a KV cache of {num_blocks} blocks does not fit beside weights and other processes, "
+            f"as {free / 2**30:.1f} GiB of the GPU are left; use fewer (num_kv_blocks, "
+            "kv_cache_memory_bytes or gpu_memory_utilization)"
+        ) from error
+
+
+def _allocate(
+    layout: KVLayout, num_blocks: int, block_size: int, device: torch.device
+) -> list[Tensor]:
     columns: dict[int, Tensor] = {}
     views: dict[tuple[int, tuple[int, ...]], Tensor] = {}
     found, sizes = [], layout.block_sizes(block_size)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from compiledllm.config import ConfigError
 from compiledllm.models.layer_cache import PagedKV
 from compiledllm.models.spec import (
     AttentionSpec,
@@ -18,6 +19,7 @@ from compiledllm.models.spec import (
     NormSpec,
     RopeSpec,
 )
+from compiledllm.runner import kv_cache
 from compiledllm.runner.kv_cache import allocate_kv_caches
 from compiledllm.runner.kv_layout import MAX_GROUPS, kv_layout, whole_contexts
 from compiledllm.scheduler.kv_manager import num_blocks_needed
@@ -169,3 +171,14 @@ def test_blocks_are_as_large_as_the_tensors_that_hold_them() -> None:
     assert len(tensors) == groups.size
     held = sum(cache.nbytes for cache in tensors.values())
     assert held == 10 * groups.block_bytes(16)
+
+
+def test_cache_larger_than_the_gpus_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(kv_cache, "lazy_zeros", fails)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (3 * 2**30, 80 * 2**30))
+    layout = kv_layout(model([0]).layer_caches, 1024)
+    with pytest.raises(ConfigError, match=r"cache of 77 blocks .* 3\.0 GiB .* use fewer"):
+        kv_cache.allocate_kv_caches(layout, 77, 16, torch.device("cpu"))
