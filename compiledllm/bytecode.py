@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from importlib.machinery import PathFinder
 from pathlib import Path
 
@@ -34,10 +34,31 @@ _MIN_FREE_BYTES = 256 * 2**20  # twice as much as all bytecode of these packages
 
 
 @contextmanager
-def kept() -> Iterator[None]:
-    """A context in which this process and its children keep and find bytecode in our folder."""
+def kept(artifact_dir: str | None = None) -> Iterator[None]:
+    """A context in which this process and its children keep and find bytecode in our folder.
+
+    artifact_dir: a folder of `compiledllm build`, whose bytecode this process uses first.
+    """
     folder = _folder()
-    if folder is None or sys.pycache_prefix not in (None, folder):  # the user has chosen a folder
+    if not _torch_lacks_bytecode() or sys.pycache_prefix not in (None, folder):
+        yield  # in the second case, the user has chosen a folder
+        return
+    with _found_in(artifact_dir) as is_found, _kept_in(folder, compiles_ahead=not is_found):
+        yield
+
+
+def _found_in(artifact_dir: str | None) -> AbstractContextManager[bool]:
+    if not artifact_dir:
+        return nullcontext(False)
+    from compiledllm.bytecode_file import found_in
+
+    return found_in(Path(str(artifact_dir)))
+
+
+@contextmanager
+def _kept_in(folder: str | None, compiles_ahead: bool) -> Iterator[None]:
+    """folder: None if Python itself keeps bytecode, or if nothing can be kept."""
+    if folder is None:
         yield
         return
     before = sys.pycache_prefix, sys.dont_write_bytecode
@@ -46,7 +67,7 @@ def kept() -> Iterator[None]:
     sys.pycache_prefix, sys.dont_write_bytecode = folder, not has_room
     os.environ[_VARIABLE] = folder
     try:
-        if has_room:
+        if compiles_ahead and has_room:
             _compile_ahead(folder)
         yield
     except EOFError:  # a truncated file
@@ -62,7 +83,7 @@ def kept() -> Iterator[None]:
 def _folder() -> str | None:
     """The folder for bytecode; None if Python needs none, or if the folder cannot be used."""
     source = _source_of("torch")
-    if source is None or _has_bytecode(source):
+    if source is None or not _torch_lacks_bytecode():
         return None
     if not sys.dont_write_bytecode and os.access(source.parent, os.W_OK):
         return None
@@ -77,14 +98,18 @@ def _folder() -> str | None:
     return None
 
 
+@functools.cache
+def _torch_lacks_bytecode() -> bool:
+    source = _source_of("torch")
+    if source is None:
+        return False
+    name = f"{source.stem}.{sys.implementation.cache_tag}.pyc"
+    return not (source.parent / "__pycache__" / name).exists()
+
+
 def _source_of(package: str) -> Path | None:
     spec = PathFinder.find_spec(package)
     return Path(spec.origin) if spec is not None and spec.origin else None
-
-
-def _has_bytecode(source: Path) -> bool:
-    name = f"{source.stem}.{sys.implementation.cache_tag}.pyc"
-    return (source.parent / "__pycache__" / name).exists()
 
 
 def _compile_ahead(folder: str) -> None:

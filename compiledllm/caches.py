@@ -13,7 +13,9 @@ import os
 import shutil
 import stat
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from compiledllm.log import log
 
@@ -96,6 +98,25 @@ def why_not_trusted(path: Path, any_owner: bool = False) -> str | None:
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         return f"others may write to {path} (chmod go-w would mend that)"
     return None
+
+
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, which replaces `path` once it is complete and on the disk. Raises OSError.
+
+    Until then, the file's name begins with a dot and ends in the suffix of `path`.
+    """
+    unfinished = path.with_name(f".{os.getpid()}.{os.urandom(4).hex()}{path.suffix}")
+    try:
+        file = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        with open(file, "wb") as writer:
+            yield writer
+            writer.flush()
+            os.fsync(writer.fileno())
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 @functools.cache

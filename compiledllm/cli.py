@@ -125,18 +125,18 @@ def _chat(arguments: argparse.Namespace) -> int:
 # -- serve, run-batch ------------------------------------------------------------------------------
 
 
-@bytecode.kept()
 def _serve(arguments: argparse.Namespace) -> int:
-    with _server_packages():
-        from compiledllm.server.launch import serve
-    return serve(_with_model(arguments))
+    with bytecode.kept(getattr(arguments, "artifact_dir", None)):
+        with _server_packages():
+            from compiledllm.server.launch import serve
+        return serve(_with_model(arguments))
 
 
-@bytecode.kept()
 def _run_batch(arguments: argparse.Namespace) -> int:
-    with _server_packages():
-        from compiledllm.server.run_batch import run_batch
-    return run_batch(_with_model(arguments))
+    with bytecode.kept(getattr(arguments, "artifact_dir", None)):
+        with _server_packages():
+            from compiledllm.server.run_batch import run_batch
+        return run_batch(_with_model(arguments))
 
 
 @contextlib.contextmanager

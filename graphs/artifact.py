@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compiledllm.caches import why_not_trusted
+from compiledllm.caches import replaced, why_not_trusted
 from compiledllm.graphs.saved_graph import Kernel, SavedGraph
 from compiledllm.log import log
 
@@ -67,17 +67,8 @@ def write(artifact: Artifact, folder: Path) -> Path:
     """Write an artifact into a folder, and remove surplus old files. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     target = folder / file_name(artifact.key)
-    unfinished = folder / f".{os.getpid()}.{os.urandom(4).hex()}{SUFFIX}"
-    try:
-        file = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        with open(file, "wb") as writer:
-            _write_zip(artifact, writer)
-            writer.flush()
-            os.fsync(writer.fileno())
-        unfinished.replace(target)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
+    with replaced(target) as writer:
+        _write_zip(artifact, writer)
     _remove_surplus(folder)
     return target
 

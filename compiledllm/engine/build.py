@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import json
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from compiledllm.caches import compiled_dir
 from compiledllm.config import ConfigError, EngineConfig
 from compiledllm.engine.plan_views import size
 from compiledllm.engine.startup import plan
 from compiledllm.graphs.artifact import explain, file_name, listed
-from compiledllm.log import show_logs
+from compiledllm.log import log, show_logs
 from compiledllm.runner.artifact_key import key_of
 from compiledllm.runner.start_cache import artifacts_dir, folders_of, label_of, why_not_cached
 
@@ -22,15 +28,24 @@ from compiledllm.runner.start_cache import artifacts_dir, folders_of, label_of, 
 def build(options: Mapping[str, Any], out: Path | None) -> Path:
     """Start an engine, write its artifact into the folder `out` (default: the cache), and end.
 
-    Raises ConfigError if the engine cannot start or its compiled functions cannot be saved.
+    With `out`, a second engine then starts from the artifact in a process of its own, and the
+    bytecode of the modules that it imports is kept in `out`, too. Raises ConfigError if the engine
+    cannot start or its compiled functions cannot be saved.
     """
-    from compiledllm.engine.core import EngineCore
-
     show_logs()
     folder = out or artifacts_dir()
     with _writing(folder):  # before minutes of compiling
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    planned = plan(EngineConfig.from_options(**{**options, "compile_when": "start"}))
+    path = _write_artifact({**options, "compile_when": "start"}, folder)
+    if out is not None:  # in the cache, starts keep the bytecode that they need
+        _write_bytecode({**options, "artifact_dir": str(out)})
+    return path
+
+
+def _write_artifact(options: Mapping[str, Any], folder: Path) -> Path:
+    from compiledllm.engine.core import EngineCore
+
+    planned = plan(EngineConfig.from_options(**options))
     if reason := why_not_cached(planned):
         raise ConfigError(f"there is nothing to build with {reason}; leave it out")
     worker = EngineCore(planned).worker
@@ -41,6 +56,24 @@ def build(options: Mapping[str, Any], out: Path | None) -> Path:
         raise ConfigError(f"the model runs, but what was compiled cannot be kept: {reason}")
     with _writing(folder):
         return worker.cache.write(artifact, folder)
+
+
+def _write_bytecode(options: Mapping[str, Any]) -> None:
+    """Let a process start from the artifact, and keep the bytecode of what it imports."""
+    gc.collect()  # the engine that compiled; the process needs its memory
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    program = "compiledllm.engine.recorded_start"
+    done = subprocess.run(
+        [sys.executable, "-m", program, json.dumps(options, default=str)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+        log.warning("the artifact is complete, but no bytecode is kept beside it: %s", last[0])
 
 
 @contextlib.contextmanager

@@ -27,7 +27,6 @@ from compiledllm.engine.prompts import (
 )
 from compiledllm.engine.request_state import OutputStream
 from compiledllm.engine.tokenizer import load
-from compiledllm.engine_args import options_from
 from compiledllm.ledger import Ledger
 from compiledllm.log import show_logs
 from compiledllm.outputs import (
@@ -61,9 +60,12 @@ class Engine:
     shows more at once. A failing step raises in the calls whose requests it has ended.
     """
 
-    @bytecode.kept()
     def __init__(self, model: str | Path | None = None, **options: Any) -> None:
         show_logs()
+        with bytecode.kept(options.get("artifact_dir")):
+            self._start(model, options)
+
+    def _start(self, model: str | Path | None, options: Mapping[str, Any]) -> None:
         ledger = Ledger()
         with ledger.phase("import"):
             cuda_context.make_in_thread(options.get("device", "auto"))
@@ -88,6 +90,8 @@ class Engine:
     @classmethod
     def from_engine_args(cls, engine_args: Any) -> Self:
         """An engine from options as a mapping, or as an object with the options as attributes."""
+        from compiledllm.engine_args import options_from  # makes two classes of 500 fields
+
         return cls(**options_from(engine_args))
 
     @property

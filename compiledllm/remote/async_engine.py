@@ -21,7 +21,6 @@ from compiledllm.engine.prompts import Prompt, as_prompts, one_per_prompt
 from compiledllm.engine.request_state import RequestState
 from compiledllm.engine.requests import RequestFactory
 from compiledllm.engine.scoring import make_pairs, make_scorer, scoring_outputs
-from compiledllm.engine_args import options_from
 from compiledllm.log import show_logs
 from compiledllm.outputs import EmbeddingRequestOutput, RequestOutput, ScoringRequestOutput
 from compiledllm.pooling_params import PoolingParams
@@ -59,6 +58,8 @@ class AsyncEngine:
     def from_engine_args(cls, engine_args: Any, **others: Any) -> Self:
         """An engine from options as a mapping, or as an object with the options as attributes."""
         check_arguments("from_engine_args", others)
+        from compiledllm.engine_args import options_from  # makes two classes of 500 fields
+
         return cls(**options_from(engine_args))
 
     # -- requests ------------------------------------------------------------------------------

@@ -64,20 +64,20 @@ def _first_message(lifeline: Lifeline) -> Start:
     return message
 
 
-@bytecode.kept()
 def load_core(config: EngineConfig) -> EngineCore:
-    from compiledllm.engine import cuda_context
-    from compiledllm.ledger import Ledger
+    with bytecode.kept(config.compile.artifact_dir):
+        from compiledllm.engine import cuda_context
+        from compiledllm.ledger import Ledger
 
-    ledger = Ledger()
-    with ledger.phase("import"):
-        cuda_context.make_in_thread(config.model.device)
-        from compiledllm.engine.core import EngineCore
-        from compiledllm.engine.startup import plan
+        ledger = Ledger()
+        with ledger.phase("import"):
+            cuda_context.make_in_thread(config.model.device)
+            from compiledllm.engine.core import EngineCore
+            from compiledllm.engine.startup import plan
 
-    with ledger.phase("plan"):
-        planned = plan(config)
-    return EngineCore(planned, ledger)
+        with ledger.phase("plan"):
+            planned = plan(config)
+        return EngineCore(planned, ledger)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ import torch._inductor.config
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
-from compiledllm import Engine, SamplingParams
+from compiledllm import Engine, SamplingParams, bytecode_file
+from compiledllm.engine import build
 from compiledllm.graphs.variants import Variant, variants_for
 from compiledllm.runner import model_runner
 from compiledllm.runner.input_batch import InputBatch, StepLayout
@@ -118,6 +119,28 @@ def test_next_start_compiles_nothing_and_imports_no_compiler(
     eager = run_program(tiny_llama(), cache, enforce_eager=True)
     assert eager[:3] == (False, 0, [])
     assert warm[3] == eager[3]
+
+
+def test_build_keeps_the_bytecode_of_what_a_start_from_it_imports(
+    engine: Engine, cache: Path, tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMPILEDLLM_DISABLE_CACHE", "")
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    folder = cache / "compiled" / "artifacts"
+    build._write_bytecode(OPTIONS | {"model": tiny_llama(), "artifact_dir": str(folder)})
+    names = bytecode_file._read(bytecode_file.path_in(folder)).keys()
+    assert {"torch", "torch.nn", "compiledllm.engine.core"} <= names
+    assert not {"torch._dynamo", "torch._inductor"} & names
+
+
+def test_build_without_a_start_from_it_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("compiledllm.log.log.propagate", True)
+    ended = subprocess.CompletedProcess([], 1, stderr="Traceback:\n  ...\nValueError: no GPU\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: ended)
+    build._write_bytecode({"artifact_dir": str(tmp_path)})
+    assert "no bytecode is kept beside it: ValueError: no GPU" in caplog.text
 
 
 @torch.inference_mode()

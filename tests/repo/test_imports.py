@@ -24,7 +24,7 @@ FOLDERS = ("compiledllm", "graphs", "kernels", "models", "benchmarks")
 LEAVES = {"checks", "structured_outputs", "sampling_params", "outputs", "types", "config"}
 LEAVES |= {"platform", "log", "version", "resolved_config", "vllm_options", "engine_args"}
 LEAVES |= {"pooling_params", "beam_search_params", "choices", "vllm_features", "caches", "ledger"}
-LEAVES |= {"bytecode", "bytecode_writer"}
+LEAVES |= {"bytecode", "bytecode_file", "bytecode_writer"}
 BELOW_ENGINE = {"scheduler", "grammars", "runner", "graphs", "models", "kernels", *LEAVES}
 # Layer -> layers it may import, itself aside. "root" is compiledllm/__init__; a name with a dot is
 # that module only. "benchmarks" is where `compiledllm bench` ends up.
@@ -85,7 +85,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "outputs": set(),
     "checks": set(),
     "caches": {"log"},
-    "bytecode": {"caches"},
+    "bytecode": {"bytecode_file", "caches"},
+    "bytecode_file": {"caches", "log"},
     "bytecode_writer": set(),
     "ledger": set(),
     "log": set(),
@@ -136,6 +137,7 @@ WITHOUT_TORCH = (
     "compiledllm.choices",
     "compiledllm.caches",
     "compiledllm.bytecode",
+    "compiledllm.bytecode_file",
     "compiledllm.bytecode_writer",
     "compiledllm.ledger",
     "compiledllm.resolved_config",

@@ -6,13 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from compiledllm import Engine, bytecode, bytecode_writer
-from compiledllm.cli import _info, _parser
+from compiledllm.cli import _info, _parser, _serve
 from compiledllm.config import ConfigError, EngineConfig
 from compiledllm.remote.engine_process import load_core
 
@@ -28,7 +29,7 @@ importer.SourceLoader.source_to_code = noting
 from compiledllm import bytecode
 bytecode._compile_ahead = lambda folder: None
 try:
-    with bytecode.kept():
+    with bytecode.kept(*sys.argv[1:]):
         import torch
         print(sys.pycache_prefix == os.environ.get("PYTHONPYCACHEPREFIX"), end=" ")
 except EOFError:
@@ -46,14 +47,19 @@ def site(tmp_path: Path) -> Path:
     return torch.parent
 
 
-def start(site: Path, **variables: str) -> list[str]:
+def start(site: Path, *artifact_dirs: Path, **variables: str) -> list[str]:
+    return finished(site, PROGRAM, *artifact_dirs, **variables).stdout.split()
+
+
+def finished(
+    site: Path, program: str, *arguments: Path, **variables: str
+) -> subprocess.CompletedProcess[str]:
     ours = {"PYTHONPATH": str(site), "COMPILEDLLM_CACHE_DIR": str(site.parent / "cache")}
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"} | ours | variables
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return done.stdout.split()
+    return done
 
 
 def kept_files(site: Path) -> list[Path]:
@@ -103,6 +109,7 @@ def test_truncated_file_breaks_one_start_only(site: Path) -> None:
 
 
 def test_full_disk_is_only_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bytecode, "_torch_lacks_bytecode", lambda: True)
     monkeypatch.setattr(bytecode, "_folder", lambda: str(tmp_path))
     monkeypatch.setattr(sys, "pycache_prefix", None)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
@@ -168,25 +175,109 @@ def test_several_processes_compile_ahead_of_the_first_start(
     assert len(commands) == 1
 
 
-@pytest.mark.parametrize("command", ["Engine", "engine process", "info"])
-def test_starts_keep_bytecode(
+@pytest.mark.parametrize("command", ["Engine", "engine process", "serve", "info"])
+def test_starts_keep_bytecode_and_use_that_of_a_build(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And behind them, also behind a failed one, the caller's Python is as before."""
     from compiledllm.engine import startup
+    from compiledllm.server import launch
 
-    def plan(_: object) -> None:
-        raise ConfigError(f"bytecode in {sys.pycache_prefix}")
+    def fail(_: object) -> None:
+        raise ConfigError(f"bytecode in {sys.pycache_prefix} and {folders}")
 
-    monkeypatch.setattr(startup, "plan", plan)
+    folders: list[str | None] = []
+    found_in = bytecode._found_in
+    monkeypatch.setattr(bytecode, "_found_in", lambda f: (folders.append(f), found_in(f))[1])
+    monkeypatch.setattr(startup, "plan", fail)
+    monkeypatch.setattr(launch, "serve", fail)
+    monkeypatch.setattr(bytecode, "_torch_lacks_bytecode", lambda: True)
     monkeypatch.setattr(bytecode, "_folder", lambda: str(tmp_path))
     monkeypatch.setattr(bytecode, "_compile_ahead", lambda _: None)
     monkeypatch.setattr(sys, "pycache_prefix", None)
     starts = {
-        "Engine": Engine,
-        "engine process": lambda: load_core(EngineConfig.from_options()),
+        "Engine": lambda: Engine(artifact_dir="built"),
+        "engine process": lambda: load_core(EngineConfig.from_options(artifact_dir="built")),
+        "serve": lambda: _serve(_parser().parse_args(["serve", "--artifact-dir", "built"])),
         "info": lambda: _info(_parser().parse_args(["info"])),
     }
     with pytest.raises(ConfigError, match=f"bytecode in {tmp_path}"):
         starts[command]()
+    assert folders == [None if command == "info" else "built"]
     assert sys.pycache_prefix is None and "PYTHONPYCACHEPREFIX" not in os.environ
+
+
+# -- of a build on another installation ------------------------------------------------------------
+
+WRITE = """
+import pathlib, sys, torch
+from compiledllm import bytecode_file
+print(bytecode_file.write(pathlib.Path(sys.argv[1])))
+"""
+
+
+@pytest.fixture
+def built(site: Path) -> Path:
+    """The file of a build. The same sources lie elsewhere there, and are older."""
+    other = site.parent / "other"
+    shutil.copytree(site, other)
+    os.utime(other / "torch" / "__init__.py", (1, 1))
+    folder = site.parent / "built"
+    folder.mkdir(mode=0o700)
+    return Path(finished(other, WRITE, folder).stdout.strip())
+
+
+def test_bytecode_of_a_build_serves_another_installation(site: Path, built: Path) -> None:
+    assert start(site, built.parent) == ["True", "None", "True", "False"]
+    assert not kept_files(site) and not list(site.rglob("*.pyc"))
+    assert len(list(built.parent.iterdir())) == 1
+
+
+def test_module_with_another_source_is_compiled_once(site: Path, built: Path) -> None:
+    (site / "torch" / "__init__.py").write_text("answer = 43\n")
+    assert start(site, built.parent)[-1] == "True"
+    assert start(site, built.parent)[-1] == "False"
+
+
+def test_second_build_leaves_the_modules_of_the_first(site: Path, built: Path) -> None:
+    (site / "json.py").write_text("")  # replaces the standard library's module
+    finished(site, WRITE.replace("torch", "json"), built.parent)
+    assert start(site, built.parent)[-1] == "False"
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (cut, "damaged"),
+        (flip_a_byte, "damaged"),
+        (lambda path: path.write_bytes(b""), "damaged"),
+        (lambda path: path.chmod(0o666), "others may write"),
+        (lambda path: path.parent.chmod(0o777), "others may write"),
+    ],
+)
+def test_file_that_cannot_be_used_is_named_and_modules_are_compiled(
+    spoil: Callable[[Path], None], reason: str, site: Path, built: Path
+) -> None:
+    spoil(built)
+    done = finished(site, PROGRAM, built.parent)
+    assert done.stdout.split() == ["True", "None", "True", "True"]
+    assert f"{built} is not used: " in done.stderr and reason in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_packages_with_bytecode_need_none_of_a_build(site: Path, built: Path) -> None:
+    built.write_bytes(b"")
+    cached = site / "torch" / "__pycache__" / f"__init__.{sys.implementation.cache_tag}.pyc"
+    cached.parent.mkdir()
+    cached.write_bytes(b"")
+    assert not finished(site, PROGRAM, built.parent).stderr
