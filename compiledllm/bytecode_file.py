@@ -61,12 +61,19 @@ def write(folder: Path) -> Path:
 
 def _imported() -> Iterator[tuple[str, bytes]]:
     for name, module in list(sys.modules.items()):
-        spec = getattr(module, "__spec__", None)
+        spec = getattr(module, "__spec__", None) or _spec_of(name)
         if spec is not None and spec.name == name and isinstance(spec.loader, SourceFileLoader):
             with suppress(OSError, ImportError):  # the source has been removed since
                 digest = source_hash(spec.loader.get_data(spec.loader.path))
                 code = marshal.dumps(spec.loader.get_code(name))
                 yield name, MAGIC_NUMBER + _UNCHECKED + digest + code
+
+
+def _spec_of(name: str) -> ModuleSpec | None:
+    """The spec of a module that has put an object without one in its place in `sys.modules`."""
+    package = name.rpartition(".")[0]
+    path = getattr(sys.modules.get(package), "__path__", None)
+    return PathFinder.find_spec(name, path) if path or not package else None
 
 
 # -- reading ---------------------------------------------------------------------------------------

@@ -61,8 +61,7 @@ def _write_artifact(options: Mapping[str, Any], folder: Path) -> Path:
 def _write_bytecode(options: Mapping[str, Any]) -> None:
     """Let a process start from the artifact, and keep the bytecode of what it imports."""
     gc.collect()  # the engine that compiled; the process needs its memory
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
     program = "compiledllm.engine.recorded_start"
     done = subprocess.run(
         [sys.executable, "-m", program, json.dumps(options, default=str)],
