@@ -25,7 +25,7 @@ from compiledllm.caches import replaced, why_not_trusted
 from compiledllm.graphs.saved_graph import Kernel, SavedGraph
 from compiledllm.log import log
 
-FORMAT = 1  # version of the layout of files and keys; files of another format are not read
+FORMAT = 2  # version of the layout of files and keys; files of another format are not read
 SUFFIX = ".artifact"
 _MANIFEST = "manifest.json"
 _MAX_FILES = 64  # per folder; beyond that, the least recently used files are removed
@@ -42,7 +42,9 @@ class Artifact:
 
     key: each fact that decides the content, name -> value. label: the model's name, for people.
     graphs: the compiled blocks and edges. memory: measured bytes by name. shapes: the step shapes
-    that were captured, as in `buckets.StepShape`. binaries: path -> machine code of kernels that no
+    that were captured, as in `buckets.StepShape`. max_blocks: width of the block tables, a constant
+    in the compiled functions; the key cannot have it where the width is what a KV cache of measured
+    size holds. binaries: path -> machine code of kernels that no
     graph contains. created: seconds since the epoch.
     """
 
@@ -51,6 +53,7 @@ class Artifact:
     graphs: list[SavedGraph] = field(default_factory=list)
     memory: dict[str, int] = field(default_factory=dict)
     shapes: list[tuple[int, int, int]] = field(default_factory=list)
+    max_blocks: int = 0
     binaries: dict[str, bytes] = field(default_factory=dict)
     created: float = field(default_factory=time.time)
 
@@ -89,6 +92,7 @@ def _write_zip(artifact: Artifact, writer: Any) -> None:
         "created": artifact.created,
         "memory": artifact.memory,
         "shapes": artifact.shapes,
+        "max_blocks": artifact.max_blocks,
         "graphs": graphs,
         "digests": {path: _digest(code) for path, code in contents.items()},
     }
@@ -141,6 +145,7 @@ def read(path: Path, any_owner: bool = False) -> Artifact:
         graphs,
         manifest["memory"],
         [tuple(shape) for shape in manifest["shapes"]],
+        manifest["max_blocks"],
         {n.removeprefix(prefix): c for n, c in contents.items() if n.startswith(prefix)},
         manifest["created"],
     )

@@ -79,6 +79,7 @@ class Worker:
         self.report = Report()
         self.ledger = ledger
         self.num_kv_blocks = 0
+        self._max_blocks = 0  # width of the block tables
         self.runner: ModelRunner
         self.cache = StartCache(plan)
         self._measured: Measured | None = None
@@ -155,7 +156,7 @@ class Worker:
         """Allocate the KV cache, compile and capture. max_blocks: width of the block tables."""
         layout, limits = self.plan.kv_layout, self.plan.config.limits
         device = self.plan.platform.device
-        self.num_kv_blocks = num_kv_blocks
+        self.num_kv_blocks, self._max_blocks = num_kv_blocks, max_blocks
         with self.ledger.phase("memory"):
             caches = allocate_kv_caches(layout, num_kv_blocks, limits.block_size, device)
             num_snapshots = self.plan.num_snapshots(num_kv_blocks)
@@ -264,6 +265,12 @@ class Worker:
         artifact = self.cache.artifact()
         if artifact is None:
             return False
+        if artifact.max_blocks != self._max_blocks:
+            log.warning(
+                "%s is not used: it was compiled for block tables of %d blocks, not %d",
+                *(self.cache.reason, artifact.max_blocks, self._max_blocks),
+            )
+            return False
         try:
             self.runner.compiler.restore(artifact.graphs)
         except Exception as error:  # foreign code may fail in any way; this start compiles
@@ -291,6 +298,7 @@ class Worker:
             compiler.saved,
             {} if self._measured is None else asdict(self._measured),
             self._captured(),
+            self._max_blocks,
         )
 
     def _captured(self) -> list[tuple[int, int, int]]:

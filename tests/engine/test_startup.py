@@ -134,7 +134,9 @@ def test_artifact_that_cannot_be_loaded_costs_a_warning(
 ) -> None:
     """Its key and digests are right, but this machine cannot run what is in it."""
     graph = SavedGraph("enter", "", 1, ["self"], [], "out", [], [], "import nothing_of_this_name")
-    write(Artifact(key_of(planned), label_of(planned), [graph]), tmp_path / "named")
+    width = planned.config.limits.max_model_len // planned.config.limits.block_size
+    artifact = Artifact(key_of(planned), label_of(planned), [graph], max_blocks=width)
+    write(artifact, tmp_path / "named")
     core = EngineCore(planned)
     assert "cannot be loaded (ModuleNotFoundError" in caplog.text
     assert not core.worker.is_restored and "by an earlier start" not in str(core.report["compile"])

@@ -44,6 +44,7 @@ def make_artifact(key: dict[str, str] = KEY, **changes: Any) -> Artifact:
         "graphs": [graph],
         "memory": {"activations": 7},
         "shapes": [(1, 1, 1)],
+        "max_blocks": 8,
         "binaries": {"triton/A/kernel.cubin": b"code"},
     }
     return Artifact(key, "llama", **(fields | changes))

@@ -116,7 +116,8 @@ def test_next_start_compiles_nothing_and_imports_no_compiler(
     """With other numbers of KV blocks, under a random load, without a C++ compiler."""
     warm = run_program(tiny_llama(), cache, num_kv_blocks=1234)
     assert warm[:3] == (True, 0, [])
-    eager = run_program(tiny_llama(), cache, enforce_eager=True)
+    # The widths of block tables are constants in what was compiled.
+    eager = run_program(tiny_llama(), cache, num_kv_blocks=16)
     assert eager[:3] == (False, 0, [])
     assert warm[3] == eager[3]
 
