@@ -6,9 +6,9 @@
 Images often hold packages without bytecode, in folders that cannot be written or under
 PYTHONDONTWRITEBYTECODE. Every process then compiles 700 modules to import torch, and 2400 with
 torch's compiler. Within `kept`, Python keeps bytecode in our cache folder, never beside packages.
-With a folder of `compiledllm build`, bytecode is looked for there first (`bytecode_file.py`), so not
-even the first start compiles modules. Where torch has bytecode, nothing changes; where Python can
-write bytecode beside torch, our cache folder stays empty.
+With a folder of `compiledllm build`, Python looks there first (`bytecode_file.py`), so not even the
+first start compiles modules. Where torch has bytecode, nothing changes; where Python can write
+bytecode beside torch, our cache folder stays empty.
 """
 
 from __future__ import annotations
