@@ -36,13 +36,14 @@ def build(options: Mapping[str, Any], out: Path | None) -> Path:
     folder = out or artifacts_dir()
     with _writing(folder):  # before minutes of compiling
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path = _write_artifact({**options, "compile_when": "start"}, folder)
+    path, num_blocks = _write_artifact({**options, "compile_when": "start"}, folder)
     if out is not None:  # in the cache, starts keep the bytecode that they need
-        _write_bytecode({**options, "artifact_dir": str(out)})
+        _write_bytecode({**options, "artifact_dir": str(out), "num_kv_blocks": num_blocks})
     return path
 
 
-def _write_artifact(options: Mapping[str, Any], folder: Path) -> Path:
+def _write_artifact(options: Mapping[str, Any], folder: Path) -> tuple[Path, int]:
+    """Returns the file, and the fewest KV blocks with which a start can use the artifact."""
     from compiledllm.engine.core import EngineCore
 
     planned = plan(EngineConfig.from_options(**options))
@@ -55,12 +56,13 @@ def _write_artifact(options: Mapping[str, Any], folder: Path) -> Path:
         reason = compiler.error or compiler.why_not_saved or "nothing was compiled"
         raise ConfigError(f"the model runs, but what was compiled cannot be kept: {reason}")
     with _writing(folder):
-        return worker.cache.write(artifact, folder)
+        path = worker.cache.write(artifact, folder)
+    return path, min(worker.num_kv_blocks, planned.blocks_per_context)
 
 
 def _write_bytecode(options: Mapping[str, Any]) -> None:
     """Let a process start from the artifact, and keep the bytecode of what it imports."""
-    gc.collect()  # the engine that compiled; the process needs its memory
+    gc.collect()  # the engine that compiled: the process needs the memory
     torch.cuda.empty_cache()
     program = "compiledllm.engine.recorded_start"
     done = subprocess.run(
