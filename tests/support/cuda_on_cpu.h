@@ -1,6 +1,7 @@
 // Runs kernels of kernels/cuda/ on a CPU, in place of ptx.cuh: a thread is a fiber, which gives way to
 // the others only at barriers and at the instructions of a warp. One block runs after another, or all
-// together if they wait for each other.
+// together if they wait for each other. With a seed, threads take turns in random orders, warps rest now
+// and then while others go on, and copies arrive late.
 
 #include <ucontext.h>
 
@@ -10,6 +11,8 @@
 #include <cstring>
 #include <map>
 #include <memory>
+#include <numeric>
+#include <random>
 #include <utility>
 #include <vector>
 
@@ -66,6 +69,7 @@ static std::vector<Barrier> warp_barriers, block_barriers;
 static std::map<std::pair<unsigned, int>, Barrier> named_barriers;
 static std::vector<Operands> operands;
 static ucontext_t scheduler;
+static std::unique_ptr<std::mt19937> random_numbers;  // null: without a seed
 static u8 *dynamic_memory, *memory_of_blocks;
 static unsigned memory_size;
 
@@ -222,10 +226,23 @@ inline void publish_barriers() {}
 inline void arrive_at(u64* barrier) {
     if ((--*barrier & 0xFFFF) == 0) *barrier = (*barrier ^ 1ull << 32) | (*barrier >> 16 & 0xFFFF);
 }
+struct Copy {
+    void* to;
+    const u8* from;
+    u32 bytes;
+    u64* arrived;
+
+    void make() const {
+        memcpy(to, from, bytes);
+        arrive_at(arrived);
+    }
+};
+static std::vector<Copy> late_copies;
 inline void copy_to_shared(void* to, const u8* from, u32 bytes, u64* arrived) {
     if ((uintptr_t)to % 16 || (uintptr_t)from % 16 || bytes % 16) __builtin_trap();
-    memcpy(to, from, bytes);
-    arrive_at(arrived);
+    const Copy copy = {to, from, bytes, arrived};
+    if (random_numbers) late_copies.push_back(copy);
+    else copy.make();
 }
 inline void wait_for(u64* arrived, u32 parity) {
     wait_until([=] { return (*(volatile u64*)arrived >> 32 & 1) != parity; });
@@ -283,6 +300,28 @@ template <class Body> void run_thread(Body* body) {
     threads[me].has_ended = true;
 }
 
+// Make some of the copies that are due. Returns whether any was due.
+inline bool make_late_copies() {
+    const size_t due = late_copies.size();
+    for (size_t i = 0; i < due; ++i) {
+        std::swap(late_copies[i], late_copies[i + (*random_numbers)() % (due - i)]);
+        late_copies[i].make();
+        if ((*random_numbers)() % 4 == 0) {
+            late_copies.erase(late_copies.begin(), late_copies.begin() + i + 1);
+            return true;
+        }
+    }
+    late_copies.clear();
+    return due;
+}
+
+inline void choose_rests(std::vector<unsigned>& rests) {
+    for (unsigned& rest : rests) {
+        if (rest) --rest;
+        else if ((*random_numbers)() % 256 == 0) rest = (*random_numbers)() % 256;
+    }
+}
+
 // Returns false if the fibers wait for ever.
 template <class Body> bool run_blocks(Body& body, unsigned num_blocks) {
     const unsigned count = blockDim.x * num_blocks;
@@ -297,12 +336,19 @@ template <class Body> bool run_blocks(Body& body, unsigned num_blocks) {
         thread.context.uc_link = &scheduler;
         makecontext(&thread.context, (void (*)())(void (*)(Body*))run_thread<Body>, 1, &body);
     }
+    std::vector<unsigned> order(count), rests(count / 32);  // turns for which a warp rests
+    std::iota(order.begin(), order.end(), 0);
     for (bool is_running = true; is_running;) {
         is_running = false;
-        bool has_moved = false;
-        for (unsigned i = 0; i < count; ++i) {
+        bool has_moved = random_numbers && make_late_copies();
+        if (random_numbers) std::shuffle(order.begin(), order.end(), *random_numbers), choose_rests(rests);
+        for (unsigned i : order) {
             if (threads[i].has_ended) continue;
             is_running = true;
+            if (rests[i / 32]) {
+                has_moved = true;
+                continue;
+            }
             if (threads[i].is_ready && !threads[i].is_ready(threads[i].awaited)) continue;
             has_moved = true, threads[i].is_ready = nullptr;
             become(i);
@@ -313,8 +359,10 @@ template <class Body> bool run_blocks(Body& body, unsigned num_blocks) {
     return true;
 }
 
-// together: blocks run at the same time, in one row.
-template <class Body> bool run_grid(Body body, unsigned x, unsigned y, unsigned count, unsigned shared_bytes, bool together) {
+// together: blocks run at the same time, in one row. seed: 0 for the order of the threads' numbers.
+template <class Body> bool run_grid(
+    Body body, unsigned x, unsigned y, unsigned count, unsigned shared_bytes, bool together, unsigned seed) {
+    random_numbers.reset(seed ? new std::mt19937(seed) : nullptr);
     const unsigned num_blocks = together ? x : 1;
     memory_size = (shared_bytes + 127) / 128 * 128;
     std::vector<u8> memory(size_t(memory_size) * num_blocks + 128, 0xFF);  // NaN

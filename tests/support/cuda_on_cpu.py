@@ -29,14 +29,20 @@ _HEADER = Path(__file__).with_name("cuda_on_cpu.h")
 _ONE_COMPILES = threading.Lock()
 _LAUNCH = """
 extern "C" bool launch(
-    unsigned x, unsigned y, unsigned count, unsigned shared, bool together, void** arguments) {
-    return run_grid(call(%s, arguments), x, y, count, shared, together);
+    unsigned x, unsigned y, unsigned count, unsigned shared, bool together, unsigned seed,
+    void** arguments) {
+    return run_grid(call(%s, arguments), x, y, count, shared, together, seed);
 }
 """
 
 
 class CpuKernel:
-    """As `cuda_kernel.CudaKernel`."""
+    """As `cuda_kernel.CudaKernel`.
+
+    With a seed other than 0, threads take turns in random orders, and copies arrive late.
+    """
+
+    seed = 0
 
     def __init__(self, source: str, name: str, options: Mapping[str, int], shared_bytes: int = 0):
         with _ONE_COMPILES:
@@ -59,8 +65,8 @@ class CpuKernel:
         values = [_value_of(argument) for argument in arguments]
         addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
         x, y = (*grid, 1)[:2]
-        size = x, y, num_threads, self._shared_bytes
-        assert self._launch(*size, is_cooperative, addresses), "the threads wait for ever"
+        how = x, y, num_threads, self._shared_bytes, is_cooperative, self.seed
+        assert self._launch(*how, addresses), "the threads wait for ever"
 
 
 class LoneCpuKernel(CpuKernel):
