@@ -64,10 +64,9 @@ def tilings_for(head_dim: int, block_size: int) -> tuple[Tiling, Tiling]:
 class Launch:
     """The grid of a step. The kernel assigns its thread blocks by the lengths on the device.
 
-    num_blocks: number of thread blocks, a multiple of `cluster`; at least one for each piece and KV
-    head, and at least `max_at_once` if blocks may share keys. cluster: number of thread blocks that
-    may share the keys of one piece and KV head. max_at_once: number of thread blocks that the GPU
-    runs at once.
+    num_blocks: number of thread blocks, a multiple of `cluster`, and at least `max_at_once` if
+    blocks may share keys. cluster: number of thread blocks that may share the keys of one piece and
+    KV head. max_at_once: number of thread blocks that the GPU runs at once.
     """
 
     num_blocks: int
@@ -76,26 +75,22 @@ class Launch:
 
 
 def launch_for(
-    num_tokens: int,
-    num_rows: int,
-    num_kv_heads: int,
-    group: int,
-    max_clusters: Callable[[int], int],
+    num_tokens: int, num_kv_heads: int, group: int, max_clusters: Callable[[int], int]
 ) -> Launch:
-    """The grid for steps of up to this many tokens and rows.
+    """The grid for steps of up to this many tokens.
 
-    A row is computed in pieces of `ROWS // group` tokens. The cluster size is the largest at which
-    all pieces would run at once if one row had all tokens, such as a question on a long document.
-    If the step's rows have more pieces, the kernel lets fewer blocks, or only one, share keys.
+    A row is computed in pieces of `ROWS // group` tokens. There are as many thread blocks as one
+    row with all tokens would have pieces, times KV heads. More rows have partial pieces, too, which
+    the blocks compute one after another: a captured step has room for far more rows than it mostly
+    has, and a block without work takes 1.5 us. The cluster size is the largest at which all pieces
+    of one row would run at once, such as those of a question on a long document. If the step's rows
+    have more pieces, the kernel lets fewer blocks, or only one, share keys.
     max_clusters: cluster size -> number of clusters that run at once.
     """
-    tokens = ROWS // group
-    # Every row adds at most one partial piece; rows of one token have no pieces.
-    max_pieces = num_tokens // tokens + min(num_rows, num_tokens // 2)
-    num_busy = max(num_tokens // tokens, 1) * num_kv_heads
-    cluster = next((size for size in _CLUSTERS if num_busy <= max_clusters(size)), 1)
+    num_programs = max(num_tokens * group // ROWS, 1) * num_kv_heads
+    cluster = next((size for size in _CLUSTERS if num_programs <= max_clusters(size)), 1)
     max_at_once = cluster * max_clusters(cluster)
-    num_blocks = max(max_pieces * num_kv_heads, max_at_once if cluster > 1 else 0)
+    num_blocks = max(num_programs, max_at_once)
     return Launch(-(-num_blocks // cluster) * cluster, cluster, max_at_once)
 
 
@@ -166,9 +161,8 @@ def attend_prompts(
     _, block_tables, seq_lens, query_start_loc, _ = attn
     num_rows, group = len(block_tables), query.shape[1] // num_kv_heads
     launch = launch_for(
-        len(query), num_rows, num_kv_heads, group,
-        lambda cluster: kernel.max_clusters(_THREADS, cluster),
-    )  # fmt: skip
+        len(query), num_kv_heads, group, lambda cluster: kernel.max_clusters(_THREADS, cluster)
+    )
     arguments = (
         _map_of(kv_cache), query, block_tables, seq_lens, query_start_loc, options.sinks, out,
         c_float(options.scale), c_int(options.sliding_window), c_float(options.soft_cap),

@@ -125,11 +125,10 @@ __device__ __forceinline__ int pieces_of(const int* query_start_loc, int num_row
 }
 
 __device__ __forceinline__ int count_pieces(const int* query_start_loc, int num_rows) {
-    int pieces = 0;
-#pragma unroll 1
-    for (int first = 0; first < num_rows; first += 32)
-        pieces += sum_of_warp(pieces_of(query_start_loc, num_rows, first + threadIdx.x % 32));
-    return pieces;
+    int pieces = 0;  // of this lane's rows
+#pragma unroll 4
+    for (int row = threadIdx.x % 32; row < num_rows; row += 32) pieces += pieces_of(query_start_loc, num_rows, row);
+    return sum_of_warp(pieces);
 }
 
 // Finds the request of a piece, and the piece's first query; any request if there is no such piece.
@@ -154,37 +153,57 @@ __device__ __forceinline__ void find_piece(Work& work, int piece, const int* que
     work.count = query_start_loc[work.row + 1] - work.start;
 }
 
-// Finds this block's piece and KV head, without reading the requests' lengths. The blocks that share the keys
-// of a piece in a KV head are as many as let all pieces run at once, up to a cluster. Returns false if there is
-// nothing to compute. A block without work takes the same path: after a branch, the compiler would assume that
-// the main loop's addresses differ between threads and move them to uniform registers for every product, which
-// made the loop 10 % slower.
-__device__ __forceinline__ bool find_work(Work& work, const int* query_start_loc, int num_rows, int max_blocks) {
-    const int pieces = count_pieces(query_start_loc, num_rows), programs = pieces * NUM_KV_HEADS;
-    work.parts = cluster_size();
-    while (work.parts > 1 && programs * work.parts > max_blocks) work.parts /= 2;
-    work.part = blockIdx.x % work.parts;
-    const int program = programs - 1 - blockIdx.x / work.parts;  // the longest programs start first
-    // If the pieces of one head keep all multiprocessors busy, heads are computed one after another, because
-    // the keys and values of one head are more likely to stay in the L2 cache.
-    const bool heads_first = pieces >= max_blocks;
-    work.kv_head = heads_first ? program / pieces : program % NUM_KV_HEADS;
-    find_piece(work, heads_first ? program % pieces : program / NUM_KV_HEADS, query_start_loc, num_rows);
-    return program >= 0;
+// The programs of a step, one for each piece and KV head, and how blocks share them.
+struct Programs {
+    int pieces, parts;  // pieces in the step; number of blocks that share the keys of a program
+
+    // The program that this block computes in this turn; negative: there is none.
+    __device__ __forceinline__ int of_turn(int turn) const {  // the longest programs come first
+        return pieces * NUM_KV_HEADS - 1 - (int)(blockIdx.x + turn * gridDim.x) / parts;
+    }
+};
+
+// The blocks that share a program are as many as let all programs run at once, up to a cluster.
+__device__ __forceinline__ Programs count_programs(const int* query_start_loc, int num_rows, int max_blocks) {
+    Programs programs = {count_pieces(query_start_loc, num_rows), cluster_size()};
+    while (programs.parts > 1 && programs.pieces * NUM_KV_HEADS * programs.parts > max_blocks) programs.parts /= 2;
+    return programs;
 }
 
-// Sets this block's share of the tiles. Returns false if there are too few tiles for this block, as merging
-// the sums of few tiles does not pay.
-__device__ __forceinline__ bool take_part(Work& work) {
+// Finds the piece and KV head of a program, and this block's share of the tiles. Returns false if there are too
+// few tiles for this block, as merging the sums of few tiles does not pay.
+__device__ __forceinline__ bool find_work(
+    Work& work, int program, const Programs& programs, const int* query_start_loc, const int* seq_lens, int num_rows,
+    int max_blocks, int window) {
+    // If the pieces of one head keep all multiprocessors busy, heads are computed one after another, because
+    // the keys and values of one head are more likely to stay in the L2 cache.
+    const bool heads_first = programs.pieces >= max_blocks;
+    work.kv_head = heads_first ? program / programs.pieces : program % NUM_KV_HEADS;
+    const int piece = heads_first ? program % programs.pieces : program / NUM_KV_HEADS;
+    find_piece(work, piece, query_start_loc, num_rows);
+    work.length = seq_lens[work.row];
+    work.context = work.length - work.count;
+    work.first_key = HAS_WINDOW ? max(work.context + work.first_query - window + 1, 0) : 0;
+    work.end = min(work.context + work.first_query + TOKENS, work.length);
     const int first = work.first_key / KEYS, last = (work.end - 1) / KEYS, tiles = last - first + 1;
-    work.parts = max(1, min(work.parts, tiles / MIN_TILES));
+    work.part = blockIdx.x % programs.parts;
+    work.parts = max(1, min(programs.parts, tiles / MIN_TILES));
     work.last_tile = last - tiles * work.part / work.parts;
     work.first_tile = last + 1 - tiles * (work.part + 1) / work.parts;
     return work.part < work.parts;
 }
 
+// The slot in shared memory of the next tile, and how often the slots have been filled before. A block's
+// programs follow each other through the slots, so that copies for the next program begin early.
+struct Place {
+    int slot = 0, round = 0;
+    __device__ __forceinline__ Place next() const {
+        return {slot + 1 == STAGES ? 0 : slot + 1, round + (slot + 1 == STAGES)};
+    }
+};
+
 __device__ __forceinline__ void produce(
-    const TensorMap* map, const Work& work, const int* table, int num_blocks, u32 tiles, u32 barriers) {
+    const TensorMap* map, const Work& work, const int* table, int num_blocks, u32 tiles, u32 barriers, Place& place) {
     const int lane = threadIdx.x;
     // The page that this lane copies; a page number outside the cache if no query sees the page's tokens.
     auto page_of = [&](int tile) {
@@ -192,9 +211,9 @@ __device__ __forceinline__ void produce(
         const bool seen = lane < PAGES && token < work.end && token + BLOCK_SIZE > work.first_key;
         return seen ? table[token / BLOCK_SIZE] : num_blocks;
     };
-    auto copy = [&](int slot, u32 round, int page, int kind) {
-        const u32 full = barriers + 8 * (4 * slot + kind), to = tiles + (2 * slot + kind) * TILE_BYTES;
-        wait(full + 16, (round & 1) ^ 1);  // until the slot is empty
+    auto copy = [&](Place at, int page, int kind) {
+        const u32 full = barriers + 8 * (4 * at.slot + kind), to = tiles + (2 * at.slot + kind) * TILE_BYTES;
+        wait(full + 16, (at.round & 1) ^ 1);  // until the slot is empty
         if (lane == 0) expect(full, TILE_BYTES);
         __syncwarp();
         if (lane < PAGES)
@@ -204,14 +223,14 @@ __device__ __forceinline__ void produce(
                          64 * part, 0, work.kv_head, page, kind);
     };
     int page = page_of(work.last_tile);
-    copy(0, 0, page, 0);
-    for (int tile = work.last_tile, slot = 0, round = 0; tile >= work.first_tile; --tile) {
-        const int next_slot = slot + 1 == STAGES ? 0 : slot + 1, next_round = round + (next_slot == 0);
+    copy(place, page, 0);
+    for (int tile = work.last_tile; tile >= work.first_tile; --tile) {
+        const Place next = place.next();
         const bool has_next = tile > work.first_tile;
         const int next_page = has_next ? page_of(tile - 1) : 0;
-        if (has_next) copy(next_slot, next_round, next_page, 0);
-        copy(slot, round, page, 1);
-        page = next_page, slot = next_slot, round = next_round;
+        if (has_next) copy(next, next_page, 0);
+        copy(place, page, 1);
+        page = next_page, place = next;
     }
 }
 
@@ -308,8 +327,9 @@ __device__ __forceinline__ void merge(
 
 __device__ __forceinline__ void consume(
     const Work& work, const u16* query, i64 query_stride, const void* sinks, u16* out, float scale, int window,
-    float soft_cap, u32 queries, u32 tiles, u32 barriers) {
+    float soft_cap, u32 queries, u32 tiles, u32 barriers, Place& place) {
     const int group = threadIdx.x / 128 - 1, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+    meet(4 + group, 128);  // no product reads the queries of the program before any more
     load_queries(queries, query, query_stride, work, group);
     publish_to_tensor_cores();
     meet(4 + group, 128);
@@ -343,13 +363,14 @@ __device__ __forceinline__ void consume(
     float scores[KEYS / 2], sums[OUT_PARTS][OUT_COLUMNS / 2], decay[2];
     u32 weights[KEYS / 4];
     const u32 my_queries = queries + 64 * group * 128;
-    wait(full(0, 0), 0);
+    int slot = place.slot, round = place.round;
+    wait(full(slot, 0), round & 1);
     begin_products();
-    multiply_keys(scores, my_queries, tile_at(0, 0));
+    multiply_keys(scores, my_queries, tile_at(slot, 0));
     commit_products();
     wait_products<0>();
     settle(scores);
-    release(0, 0);
+    release(slot, 0);
     softmax.step(scores, decay, is_masked(last), key_of(last), window);
 #pragma unroll
     for (int i = 0; i < KEYS / 4; ++i) weights[i] = pack(scores[2 * i], scores[2 * i + 1]);
@@ -358,11 +379,10 @@ __device__ __forceinline__ void consume(
 #pragma unroll
         for (int i = 0; i < OUT_COLUMNS / 2; ++i) sums[part][i] = 0.f;
     if ((last + 1) * KEYS > work.length) {
-        wait(full(0, 1), 0);
-        clear_values(tile_at(0, 1), work.length - last * KEYS);
+        wait(full(slot, 1), round & 1);
+        clear_values(tile_at(slot, 1), work.length - last * KEYS);
     }
 
-    int slot = 0, round = 0;
     if (group == 1 && last > first) pass(1, 256);
     for (int tile = last - 1; tile >= first; --tile) {
         const int next_slot = slot + 1 == STAGES ? 0 : slot + 1, next_round = round + (next_slot == 0);
@@ -406,6 +426,8 @@ __device__ __forceinline__ void consume(
     wait_products<0>();
 #pragma unroll
     for (int part = 0; part < OUT_PARTS; ++part) settle(sums[part]);
+    release(slot, 1);
+    place = Place{slot, round}.next();
 
 #pragma unroll
     for (int half = 0; half < 2; ++half) softmax.total[half] = over_quad(softmax.total[half], false);
@@ -435,11 +457,10 @@ extern "C" __global__ void __launch_bounds__(384, 1) prefill_attention(
     release_next_kernel();
 #endif
     extern __shared__ u8 memory[];
-    Work work;
-    const bool is_busy = find_work(work, query_start_loc, num_rows, max_blocks);
+    const Programs programs = count_programs(query_start_loc, num_rows, max_blocks);
     const u32 queries = (address(memory) + 1023) & ~1023u, tiles = queries + QUERY_BYTES;
     const u32 barriers = tiles + 2 * STAGES * TILE_BYTES;  // per slot: keys full, values full, keys empty, values empty
-    if (is_busy && threadIdx.x == 0) {
+    if (threadIdx.x == 0) {
         for (int i = 0; i < 4 * STAGES; ++i) init(barriers + 8 * i, i % 4 < 2 ? 1 : 8);
         publish_barriers();
     }
@@ -447,18 +468,21 @@ extern "C" __global__ void __launch_bounds__(384, 1) prefill_attention(
 #if OVERLAP
     wait_for_previous_kernel();
 #endif
-    if (!is_busy) return;
-    work.length = seq_lens[work.row];
-    work.context = work.length - work.count;
-    work.first_key = HAS_WINDOW ? max(work.context + work.first_query - window + 1, 0) : 0;
-    work.end = min(work.context + work.first_query + TOKENS, work.length);
-    if (!take_part(work)) return;
+    Work work;
+    Place place;
+    auto find = [&](int program) {
+        return find_work(work, program, programs, query_start_loc, seq_lens, num_rows, max_blocks, window);
+    };
     if (threadIdx.x < 128) {
         shrink_registers<24>();
-        const int* table = block_tables + work.row * table_stride;
-        if (threadIdx.x < 32) produce(&cache, work, table, num_blocks, tiles, barriers);
+        if (threadIdx.x >= 32) return;
+        for (int turn = 0, program; (program = programs.of_turn(turn)) >= 0; ++turn)
+            if (find(program))
+                produce(&cache, work, block_tables + work.row * table_stride, num_blocks, tiles, barriers, place);
     } else {
         grow_registers<240>();
-        consume(work, query, query_stride, sinks, out, scale, window, soft_cap, queries, tiles, barriers);
+        for (int turn = 0, program; (program = programs.of_turn(turn)) >= 0; ++turn)
+            if (find(program))
+                consume(work, query, query_stride, sinks, out, scale, window, soft_cap, queries, tiles, barriers, place);
     }
 }

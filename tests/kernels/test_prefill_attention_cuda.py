@@ -241,27 +241,26 @@ MAX_CLUSTERS = {1: 132, 2: 66, 4: 30, 8: 15}  # of an H200
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "num_rows", "cluster"),
-    [
-        (8192, 9, 1),
-        (512, 1, 1),
-        (256, 9, 2),
-        (128, 9, 2),
-        (64, 9, 4),
-        (32, 9, 8),
-        (32, 65, 8),
-        (16, 1, 8),
-    ],
+    ("num_tokens", "cluster"),
+    [(8192, 1), (512, 1), (256, 2), (128, 2), (64, 4), (32, 8), (16, 8), (2, 8)],
 )
-def test_how_work_is_divided(num_tokens: int, num_rows: int, cluster: int) -> None:
-    """All blocks that share keys run at once; no step that the bounds allow needs more blocks."""
-    launch = prefill_attention_cuda.launch_for(num_tokens, num_rows, 8, 4, MAX_CLUSTERS.__getitem__)
+def test_how_work_is_divided(num_tokens: int, cluster: int) -> None:
+    """All blocks that share keys run at once, and no captured row makes a block without work."""
+    launch = prefill_attention_cuda.launch_for(num_tokens, 8, 4, MAX_CLUSTERS.__getitem__)
     assert (launch.cluster, launch.max_at_once) == (cluster, cluster * MAX_CLUSTERS[cluster])
     assert launch.num_blocks % cluster == 0
-    assert launch.num_blocks >= launch.max_at_once or cluster == 1
-    for count in range(1, min(num_rows, num_tokens // 2) + 1):
-        longest = num_tokens - 2 * (count - 1)  # the others have two tokens
-        assert launch.num_blocks >= 8 * (count - 1 + -(-longest // 32))
+    assert launch.num_blocks == max(launch.max_at_once, num_tokens // 32 * 8)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 8])
+def test_blocks_that_compute_several_pieces(
+    multiprocessors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows with partial pieces: more pieces than blocks, alone and in clusters."""
+    monkeypatch.setattr(EmulatedKernel, "multiprocessors", multiprocessors)
+    rows = [(33, 33), (3, 300), (2, 2), (1, 70), (34, 450), (2, 140), (5, 131)]
+    for options in (ScoreOptions(0.2), ScoreOptions(0.2, sliding_window=150)):
+        assert_equals_oracle(make_step(rows, (8, 2), 64, 16, torch.bfloat16), options)
 
 
 def test_all_steps_use_the_kernels_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
