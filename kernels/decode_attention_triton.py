@@ -78,6 +78,15 @@ def _even_splits_per_sm(head_dim: int, num_programs: int) -> int:
     return 4 if per_sm < _MANY_PROGRAMS_PER_SM else _MAX_SPLITS_PER_SM
 
 
+def _min_tiles(num_programs: int) -> int:
+    """The fewest tiles that a split of a row should have.
+
+    To merge splits takes as long as a tile or two, which pays only while multiprocessors are idle.
+    num_programs: rows times KV heads.
+    """
+    return 1 if num_programs <= num_multiprocessors() else 2
+
+
 @triton.jit
 def _lanes(
     count, NUM_LANES: tl.constexpr, TOKENS: tl.constexpr, GROUP: tl.constexpr,
@@ -91,7 +100,7 @@ def _lanes(
 
 @triton.jit
 def _work_item(
-    item, seq_lens, query_start_loc, num_rows, max_extra, even_extra, window,
+    item, seq_lens, query_start_loc, num_rows, max_extra, even_extra, min_tiles, window,
     TOKENS: tl.constexpr, KEYS: tl.constexpr, HAS_WINDOW: tl.constexpr, IN_CHUNKS: tl.constexpr,
     MAX_ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -102,7 +111,7 @@ def _work_item(
     keys: rows of similar length stay whole, and a long row among short rows is split. There are at
     most num_rows + max_extra items. If the lengths are even (the longest row has at most 1.5 times
     the mean number of tiles), there are at most num_rows + even_extra. A row without keys or with
-    one tile of keys does not affect the splits.
+    one tile of keys does not affect the splits. A share is at least min_tiles.
     """
     row = tl.arange(0, MAX_ROWS)
     exists = row < num_rows
@@ -117,7 +126,7 @@ def _work_item(
     more_tiles = tl.where(is_ours, tl.maximum(tiles - 1, 0), 0)  # tiles after the first
     total, most = tl.sum(more_tiles, 0), tl.max(more_tiles, 0)
     is_even = 2 * most * tl.sum((more_tiles > 0).to(tl.int32), 0) <= 3 * total
-    share = tl.maximum(tl.cdiv(total, tl.where(is_even, even_extra, max_extra)), 1)
+    share = tl.maximum(tl.cdiv(total, tl.where(is_even, even_extra, max_extra)), min_tiles)
     slack = share // 2
     its_row, num_splits, split = item, 1, 0
     if most >= share + slack:
@@ -166,14 +175,14 @@ def _sum_of_splits(
 
 # Triton must not specialise on these counts: each would compile the kernel again for 1 and for
 # multiples of 16.
-_COUNTS = ["window", "table_stride", "num_rows", "max_extra", "even_extra"]
+_COUNTS = ["window", "table_stride", "num_rows", "max_extra", "even_extra", "min_tiles"]
 
 
 @triton.jit(do_not_specialize=_COUNTS)
 def _decode_kernel(
     query, kv_cache, block_tables, seq_lens, query_start_loc, sinks, kv_scales, out, partial_out,
     partial_stats, arrivals, scale, window, soft_cap, query_stride, table_stride, value_offset,
-    num_rows, max_extra, even_extra, MAX_ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    num_rows, max_extra, even_extra, min_tiles, MAX_ROWS: tl.constexpr, TOKENS: tl.constexpr,
     GROUP: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     TOKEN_STRIDE: tl.constexpr, HAS_WINDOW: tl.constexpr, IN_CHUNKS: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
@@ -191,8 +200,8 @@ def _decode_kernel(
         gdc_launch_dependents()
     kv_head, item = tl.program_id(0), tl.program_id(1)  # programs without work come last
     row, num_splits, split = _work_item(
-        item, seq_lens, query_start_loc, num_rows, max_extra, even_extra, window, TOKENS, KEYS,
-        HAS_WINDOW, IN_CHUNKS, MAX_ROWS,
+        item, seq_lens, query_start_loc, num_rows, max_extra, even_extra, min_tiles, window,
+        TOKENS, KEYS, HAS_WINDOW, IN_CHUNKS, MAX_ROWS,
     )  # fmt: skip
     # The kernel reads lengths before this wait. That is safe because a matmul runs between this
     # kernel and the kernel that writes lengths, and a matmul releases its successor after its own
@@ -305,8 +314,8 @@ def attend_few_tokens(
     arrivals = _arrivals(num_rows * num_kv_heads, query.device)
     _decode_kernel[(num_kv_heads, num_items)](
         *tensors, partial_out, partial_stats, arrivals, *scalars, num_rows, max_extra, even_extra,
-        MAX_ROWS=_padded_rows(num_rows), TOKENS=max_row_tokens, ROWS=tiling.rows,
-        KEYS=tiling.keys, SUM_LANES=triton.next_power_of_2(num_lanes),
+        _min_tiles(num_programs), MAX_ROWS=_padded_rows(num_rows), TOKENS=max_row_tokens,
+        ROWS=tiling.rows, KEYS=tiling.keys, SUM_LANES=triton.next_power_of_2(num_lanes),
         AT_ONCE=_SPLITS_SUMMED_AT_ONCE,
         num_warps=tiling.num_warps, num_stages=tiling.num_stages, **launch_options(), **constants,
     )  # fmt: skip

@@ -22,13 +22,13 @@ TOO_MANY = 1000 if DEVICE == "cuda" else 24  # programs: more than there are til
 
 @triton.jit
 def _list_kernel(  # type: ignore[no-untyped-def]
-    found, seq_lens, query_start_loc, num_rows, max_extra, even_extra, window, TOKENS: tl.constexpr,
-    KEYS: tl.constexpr, HAS_WINDOW: tl.constexpr, MAX_ROWS: tl.constexpr,
+    found, seq_lens, query_start_loc, num_rows, max_extra, even_extra, min_tiles, window,
+    TOKENS: tl.constexpr, KEYS: tl.constexpr, HAS_WINDOW: tl.constexpr, MAX_ROWS: tl.constexpr,
 ):  # fmt: skip
     item = tl.program_id(0)
     row, num_splits, split = kernels._work_item(
-        item, seq_lens, query_start_loc, num_rows, max_extra, even_extra, window, TOKENS, KEYS,
-        HAS_WINDOW, False, MAX_ROWS,
+        item, seq_lens, query_start_loc, num_rows, max_extra, even_extra, min_tiles, window, TOKENS,
+        KEYS, HAS_WINDOW, False, MAX_ROWS,
     )  # fmt: skip
     tl.store(found + item * 3, row)
     tl.store(found + item * 3 + 1, num_splits)
@@ -36,7 +36,11 @@ def _list_kernel(  # type: ignore[no-untyped-def]
 
 
 def work_items(
-    rows: list[tuple[int, int]], max_extra: int, window: int = 0, even_extra: int | None = None
+    rows: list[tuple[int, int]],
+    max_extra: int,
+    window: int = 0,
+    even_extra: int | None = None,
+    min_tiles: int = 1,
 ) -> list[tuple[int, int, int]]:
     """(row, number of splits, split) of every program that has work. rows: tokens, context.
 
@@ -48,7 +52,7 @@ def work_items(
     num_items = len(rows) + max_extra
     found = torch.full((num_items, 3), -1, dtype=torch.int32, device=DEVICE)
     _list_kernel[(num_items,)](
-        found, seq_lens, starts, len(rows), max_extra, even_extra or max_extra, window,
+        found, seq_lens, starts, len(rows), max_extra, even_extra or max_extra, min_tiles, window,
         TOKENS=1, KEYS=KEYS, HAS_WINDOW=window > 0, MAX_ROWS=triton.next_power_of_2(len(rows)),
     )  # fmt: skip
     items = [(int(row), int(total), int(split)) for row, total, split in found.tolist()]
@@ -97,6 +101,14 @@ def test_rows_of_similar_length_have_fewer_splits() -> None:
     assert {total for _, total, _ in similar} == {2}
     unequal = work_items([(1, 1000), (1, 100), (1, 2800)], max_extra=24, even_extra=6)
     assert [total for row, total, _ in unequal if row == 2] == [15] * 15
+
+
+def test_short_rows_stay_whole_if_there_are_many() -> None:
+    """A split of one tile is not worth merging once the rows keep the GPU busy."""
+    rows = [(1, 160)] * 32
+    assert {total for _, total, _ in work_items(rows, max_extra=66)} == {3}
+    assert {total for _, total, _ in work_items(rows, max_extra=66, min_tiles=2)} == {1}
+    assert {total for _, total, _ in work_items([(1, 960)] * 32, 66, min_tiles=2)} == {2}
 
 
 def test_padding_takes_nothing_from_the_others() -> None:

@@ -44,7 +44,7 @@ CAPABILITY = int(sys.argv[1])
 TYPES = {
     "block_tables": "*i32", "seq_lens": "*i32", "query_start_loc": "*i32", "slot_mapping": "*i64",
     "partial_out": "*fp32", "partial_stats": "*fp32", "arrivals": "*i32", "max_extra": "i32",
-    "even_extra": "i32",
+    "even_extra": "i32", "min_tiles": "i32",
     "scale": "fp32", "window": "i32", "soft_cap": "fp32",
     "query_stride": "i32", "table_stride": "i32", "value_offset": "i64",
     "num_rows": "i32", "key_stride": "i32", "value_stride": "i32", "temperatures": "*fp32",
