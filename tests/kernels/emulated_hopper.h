@@ -2,8 +2,6 @@
 //
 // The threads of a cluster of blocks are fibers that run in turn, so that a wait that nobody ends is noticed.
 // Copies are made some turns after they were asked for; products when they are begun.
-#include <ucontext.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -18,6 +16,8 @@
 #include <type_traits>
 #include <utility>
 #include <vector>
+
+#include "fibers.h"
 
 typedef uint8_t u8;
 typedef uint16_t u16;
@@ -50,10 +50,9 @@ static Index threadIdx, blockIdx, gridDim;
 constexpr int THREADS = 384, MAX_BLOCKS = 8, FIBERS = THREADS * MAX_BLOCKS, STACK = 1 << 16, MEMORY = 256 << 10;
 constexpr u32 FIRST_ADDRESS = 1024;
 alignas(1024) u8 memory[MEMORY * MAX_BLOCKS];  // of each block
-static ucontext_t scheduler, fibers[FIBERS];
+static Fiber fibers[FIBERS];
 static u8 stacks[size_t(FIBERS) * STACK];
-static bool done[FIBERS];
-static int me, cluster_blocks, first_block;
+static int me, cluster_blocks, first_block, num_alive;
 static long idle;  // turns since anything happened
 static std::vector<std::function<void()>> copies;
 static std::mt19937 chance(7);
@@ -61,8 +60,10 @@ static std::mt19937 chance(7);
 inline int rank_in_cluster() { return me / THREADS; }
 inline int cluster_size() { return cluster_blocks; }
 inline void become(int fiber) { me = fiber, threadIdx.x = me % THREADS, blockIdx.x = first_block + rank_in_cluster(); }
-inline void yield() { const int fiber = me; swapcontext(&fibers[fiber], &scheduler); become(fiber); }
-template <class F> inline void wait_until(F ready) { while (!ready()) yield(); idle = 0; }
+template <class F> inline void wait_until(F ready) {
+    if (!ready()) fibers[me].wait_until(ready);
+    idle = 0;
+}
 
 template <class F> bool run_cluster(F kernel) {
     static std::function<void()> body;
@@ -71,21 +72,14 @@ template <class F> bool run_cluster(F kernel) {
     copies.clear();
     idle = 0;
     const int threads = THREADS * cluster_blocks;
-    for (int i = 0; i < threads; ++i) {
-        done[i] = false;
-        getcontext(&fibers[i]);
-        fibers[i].uc_stack.ss_sp = &stacks[size_t(i) * STACK];
-        fibers[i].uc_stack.ss_size = STACK;
-        fibers[i].uc_link = &scheduler;
-        makecontext(&fibers[i], (void (*)()) + [] { body(); done[me] = true; }, 0);
-    }
-    for (int left = threads; left;) {
-        left = 0;
+    num_alive = threads;
+    for (int i = 0; i < threads; ++i)
+        fibers[i].prepare(&stacks[size_t(i) * STACK], STACK, [] { body(), --num_alive, fibers[me].end(); });
+    while (num_alive) {
         for (int i = 0; i < threads; ++i) {
-            if (done[i]) continue;
-            ++left;
+            if (!fibers[i].can_run()) continue;
             become(i);
-            swapcontext(&scheduler, &fibers[i]);
+            fibers[i].run();
         }
         for (size_t n = copies.size() / 2 + (chance() % 4 == 0); n && copies.size(); --n) {
             const size_t i = chance() % copies.size();
@@ -138,8 +132,7 @@ inline void meet_cluster() {
     const u32 turn = all.turn;
     ++all.arrived;
     wait_until([&] {
-        const int left = THREADS * cluster_blocks - std::count(done, done + THREADS * cluster_blocks, true);
-        if (all.turn == turn && all.arrived == left) all.arrived = 0, ++all.turn;
+        if (all.turn == turn && all.arrived == num_alive) all.arrived = 0, ++all.turn;
         return all.turn != turn;
     });
 }

@@ -8,27 +8,21 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
 import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from compiledllm.caches import writable_folder
 from compiledllm.kernels import cuda_kernel, prefill_attention_cuda
 from compiledllm.kernels import paged_attention_torch as oracle
 from compiledllm.kernels.backend import FP8, AttentionMetadata, ScoreOptions, make_row_bound
 from compiledllm.kernels.machine_code import CudaError
 from compiledllm.kernels.paged_attention_triton import paged_attention
+from tests.support.cuda_on_cpu import library_of, text_of
 
-HERE = Path(__file__).parent
-INCLUDE = '#include "hopper.cuh"'
 LAUNCH = """
 extern "C" int emulate(int blocks, int cluster, void** arguments) {
     return launch(&%s, blocks, cluster, arguments);
@@ -39,18 +33,11 @@ ROWS = [(1, 1), (15, 15), (17, 40), (2, 300), (70, 150), (0, 0), (1, 50), (40, 3
 Step = tuple[Tensor, Tensor, AttentionMetadata]
 
 
-@pytest.fixture(scope="module")
-def folder() -> Path:
-    """What was compiled is kept between runs."""
-    return writable_folder("cuda-on-cpu")
-
-
 @pytest.fixture(autouse=True)
-def emulated(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     if shutil.which("g++") is None:
         pytest.skip("needs a C++ compiler")
-    kernel = functools.partial(EmulatedKernel, folder)
-    monkeypatch.setattr(prefill_attention_cuda, "CudaKernel", kernel)
+    monkeypatch.setattr(prefill_attention_cuda, "CudaKernel", EmulatedKernel)
     monkeypatch.setattr(prefill_attention_cuda, "compile_together", lambda *_: None)
     monkeypatch.setattr(prefill_attention_cuda, "_is_hopper", lambda: True)
     monkeypatch.setattr(prefill_attention_cuda, "driver", Driver)
@@ -64,16 +51,10 @@ class EmulatedKernel:
     multiprocessors = 132
 
     def __init__(
-        self, folder: Path, source: str, name: str, options: Mapping[str, int], shared_bytes: int
+        self, source: str, name: str, options: Mapping[str, int], shared_bytes: int
     ) -> None:
         assert shared_bytes <= 227 * 1024
-        text = (cuda_kernel.SOURCES / source).read_text(encoding="utf-8")
-        assert INCLUDE in text
-        self._text = text.replace(INCLUDE, '#include "emulated_hopper.h"') + LAUNCH % name
-        self._macros = [f"-D{macro}={int(value)}" for macro, value in options.items()]
-        header = (HERE / "emulated_hopper.h").read_text(encoding="utf-8")
-        key = hashlib.sha256(" ".join([header, self._text, *self._macros]).encode()).hexdigest()
-        self._path = folder / f"{key[:32]}.so"
+        self._text, self._options = text_of(source) + LAUNCH % name, options
 
     def launch(
         self, grid: Sequence[int], num_threads: int, arguments: Sequence[Any], cluster: int
@@ -90,14 +71,7 @@ class EmulatedKernel:
 
     @functools.cached_property
     def _library(self) -> ctypes.CDLL:
-        if not self._path.is_file():
-            unfinished = self._path.with_suffix(f".{os.getpid()}")
-            flags = ["-O1", "-std=c++17", "-shared", "-fPIC", "-w", f"-I{HERE}", *self._macros]
-            command = ["g++", "-x", "c++", "-", *flags, "-o", str(unfinished)]
-            done = subprocess.run(command, input=self._text, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr[-2000:]
-            unfinished.replace(self._path)
-        return ctypes.CDLL(str(self._path))
+        return ctypes.CDLL(str(library_of(self._text, self._options.items())))
 
 
 class Driver:

@@ -3,8 +3,6 @@
 // together if they wait for each other. With a seed, threads take turns in random orders, warps rest now
 // and then while others go on, and copies arrive late.
 
-#include <ucontext.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -15,6 +13,8 @@
 #include <random>
 #include <utility>
 #include <vector>
+
+#include "fibers.h"
 
 typedef uint8_t u8;
 typedef uint16_t u16;
@@ -55,12 +55,8 @@ struct Barrier {
 struct Operands {
     u32 a[4], b[2];
 };
-struct Thread {
-    ucontext_t context;
+struct Thread : Fiber {
     std::unique_ptr<char[]> stack{new char[STACK]};
-    bool (*is_ready)(void*);  // null: yes
-    void* awaited;
-    bool has_ended;
 };
 static Place threadIdx, blockIdx, blockDim, gridDim;
 static unsigned me, first_block;  // the fiber that runs, the first block of those that run
@@ -68,7 +64,6 @@ static std::vector<Thread> threads;
 static std::vector<Barrier> warp_barriers, block_barriers;
 static std::map<std::pair<unsigned, int>, Barrier> named_barriers;
 static std::vector<Operands> operands;
-static ucontext_t scheduler;
 static std::unique_ptr<std::mt19937> random_numbers;  // null: without a seed
 static u8 *dynamic_memory, *memory_of_blocks;
 static unsigned memory_size;
@@ -78,17 +73,10 @@ inline void become(unsigned fiber) {
     dynamic_memory = memory_of_blocks + fiber / blockDim.x * memory_size;
 }
 
-inline void give_way() {
-    const unsigned fiber = me;
-    swapcontext(&threads[fiber].context, &scheduler);
-    become(fiber);
-}
+inline void give_way() { threads[me].give_way(); }
 
 template <class F> void wait_until(F ready) {
-    if (ready()) return;
-    Thread& self = threads[me];
-    self.awaited = &ready, self.is_ready = [](void* f) { return (*(F*)f)(); };
-    give_way();
+    if (!ready()) threads[me].wait_until(ready);
 }
 
 inline void meet(Barrier& barrier, unsigned count) {
@@ -295,11 +283,6 @@ template <class... Types> Call<Types...> call(void (*kernel)(Types...), void** a
     return {kernel, arguments};
 }
 
-template <class Body> void run_thread(Body* body) {
-    (*body)();
-    threads[me].has_ended = true;
-}
-
 // Make some of the copies that are due. Returns whether any was due.
 inline bool make_late_copies() {
     const size_t due = late_copies.size();
@@ -323,19 +306,15 @@ inline void choose_rests(std::vector<unsigned>& rests) {
 }
 
 // Returns false if the fibers wait for ever.
-template <class Body> bool run_blocks(Body& body, unsigned num_blocks) {
+template <class Body> bool run_blocks(const Body& body, unsigned num_blocks) {
+    static const Body* kernel;
+    kernel = &body;
     const unsigned count = blockDim.x * num_blocks;
     warp_barriers.assign(count / 32, Barrier());
     block_barriers.assign(num_blocks, Barrier());
     named_barriers.clear();
-    for (Thread& thread : threads) {
-        thread.has_ended = false, thread.is_ready = nullptr;
-        getcontext(&thread.context);
-        thread.context.uc_stack.ss_sp = thread.stack.get();
-        thread.context.uc_stack.ss_size = STACK;
-        thread.context.uc_link = &scheduler;
-        makecontext(&thread.context, (void (*)())(void (*)(Body*))run_thread<Body>, 1, &body);
-    }
+    for (Thread& thread : threads)
+        thread.prepare(thread.stack.get(), STACK, [] { (*kernel)(), threads[me].end(); });
     std::vector<unsigned> order(count), rests(count / 32);  // turns for which a warp rests
     std::iota(order.begin(), order.end(), 0);
     for (bool is_running = true; is_running;) {
@@ -343,16 +322,15 @@ template <class Body> bool run_blocks(Body& body, unsigned num_blocks) {
         bool has_moved = random_numbers && make_late_copies();
         if (random_numbers) std::shuffle(order.begin(), order.end(), *random_numbers), choose_rests(rests);
         for (unsigned i : order) {
-            if (threads[i].has_ended) continue;
-            is_running = true;
-            if (rests[i / 32]) {
+            is_running |= threads[i].is_alive();
+            if (threads[i].is_alive() && rests[i / 32]) {
                 has_moved = true;
                 continue;
             }
-            if (threads[i].is_ready && !threads[i].is_ready(threads[i].awaited)) continue;
-            has_moved = true, threads[i].is_ready = nullptr;
+            if (!threads[i].can_run()) continue;
+            has_moved = true;
             become(i);
-            swapcontext(&scheduler, &threads[i].context);
+            threads[i].run();
         }
         if (is_running && !has_moved) return false;
     }

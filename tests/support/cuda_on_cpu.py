@@ -1,6 +1,7 @@
 """Kernels of `kernels/cuda/` compiled for a CPU, in place of `CudaKernel`: values without a GPU.
 
-`ptx.cuh` is replaced by `cuda_on_cpu.h`; all other code is the kernels' own. A g++ is needed.
+`ptx.cuh` is replaced by `cuda_on_cpu.h`, and `hopper.cuh` by `emulated_hopper.h`; all other code is
+the kernels' own. A g++ is needed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,12 @@ import torch
 from compiledllm.caches import writable_folder
 from compiledllm.kernels.cuda_kernel import SOURCES, _value_of
 
-_HEADER = Path(__file__).with_name("cuda_on_cpu.h")
+_HERE = Path(__file__).parent
+_HEADERS = {
+    "ptx.cuh": _HERE / "cuda_on_cpu.h",
+    "hopper.cuh": _HERE.parent / "kernels" / "emulated_hopper.h",
+    "fibers.h": _HERE / "fibers.h",
+}
 _ONE_COMPILES = threading.Lock()
 _LAUNCH = """
 extern "C" bool launch(
@@ -78,16 +84,24 @@ class LoneCpuKernel(CpuKernel):
             return super()._loaded(Path(copy.name))
 
 
-def _included(match: re.Match[str]) -> str:
-    path = _HEADER if match[1] == "ptx.cuh" else SOURCES / match[1]
-    return path.read_text(encoding="utf-8").replace("#pragma once", "")
-
-
 @functools.cache
 def _compiled(source: str, name: str, options: tuple[tuple[str, int], ...]) -> Path:
-    text = (SOURCES / source).read_text(encoding="utf-8") + _LAUNCH % name
+    text = text_of(source) + _LAUNCH % name
     text = re.sub(r"extern __shared__ .* u8 (\w+)\[\];", r"u8* const \1 = dynamic_memory;", text)
-    text = re.sub(r'^#include "([^"]+)"$', _included, text, flags=re.MULTILINE)
+    return library_of(text, options)
+
+
+def text_of(source: str) -> str:
+    """A file of `kernels/cuda/` with its headers, or their replacements, in it."""
+    path = _HEADERS.get(source, SOURCES / source)
+    text = path.read_text(encoding="utf-8").replace("#pragma once", "")
+    return re.sub(
+        r'^#include "([^"]+)"$', lambda found: text_of(found[1]), text, flags=re.MULTILINE
+    )
+
+
+def library_of(text: str, options: Iterable[tuple[str, int]]) -> Path:
+    """The text, compiled with options as macros. What was compiled is kept between runs."""
     macros = [f"-D{key}={int(value)}" for key, value in options]
     flags = ["-O1", "-std=c++17", "-shared", "-fPIC", "-w", "-fno-strict-aliasing", *macros]
     flags.append("-fno-gnu-unique")  # each library has shared memory of its own
