@@ -95,9 +95,7 @@ def text_of(source: str) -> str:
     """A file of `kernels/cuda/` with its headers, or their replacements, in it."""
     path = _HEADERS.get(source, SOURCES / source)
     text = path.read_text(encoding="utf-8").replace("#pragma once", "")
-    return re.sub(
-        r'^#include "([^"]+)"$', lambda found: text_of(found[1]), text, flags=re.MULTILINE
-    )
+    return re.sub(r'(?m)^#include "([^"]+)"$', lambda found: text_of(found[1]), text)
 
 
 def library_of(text: str, options: Iterable[tuple[str, int]]) -> Path:

@@ -22,6 +22,7 @@ def make_faster() -> None:
     _check_no_overflow()
     _remember_dtypes_and_shapes()
     _broadcast_no_equal_shapes()
+    _convert_no_equal_types()
 
 
 def _replace_the_language_once() -> None:
@@ -108,6 +109,25 @@ def _broadcast_no_equal_shapes() -> None:
         return broadcast(self, left, right)
 
     TritonSemantic.broadcast_impl_value = broadcast_if_unequal
+
+
+def _convert_no_equal_types() -> None:
+    """Leave operands of equal types as they are; an integer of Python takes the other's type."""
+    import triton.language as tl
+    from triton.language.semantic import TritonSemantic
+
+    convert, types = TritonSemantic.binary_op_type_checking_impl, {"int32", "int64", "fp32"}
+
+    def convert_if_unequal(self: Any, left: Any, right: Any, *options: Any, **named: Any) -> Any:
+        if isinstance(left, tl.tensor) and left.dtype.name in types:
+            if isinstance(right, tl.tensor) and right.dtype.name == left.dtype.name:
+                return self.broadcast_impl_value(left, right)
+            if type(right) is int and -(2**31) <= right < 2**31:
+                constant = self.scalar_constant(right, left.dtype)
+                return self.broadcast_impl_value(left, constant)
+        return convert(self, left, right, *options, **named)
+
+    TritonSemantic.binary_op_type_checking_impl = convert_if_unequal
 
 
 def make_conversions_exact() -> None:
