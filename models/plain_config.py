@@ -1,144 +1,195 @@
-"""Reads an ordinary config.json as data, with the result of transformers' config classes.
+"""Reads config.json as data, with the result of transformers' config classes.
 
-Importing transformers takes seconds, and most configs need only its defaults. `plain_config` reads
-the configs whose meaning is certain and returns None for all others, which transformers then reads:
-other model types, scaled RoPE, and every value that transformers would convert or refuse.
+Importing transformers takes seconds, and most configs need only its defaults, which
+config_fields.json has for the model types of all families. `plain_config` reads the configs whose
+meaning is certain and returns None for all others, which transformers then reads: other model
+types, and every value that transformers would convert or refuse.
 """
 
 from __future__ import annotations
 
+import json
+from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-_COMMON: dict[str, Any] = {
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "hidden_size": 4096,
-    "hidden_act": "silu",
-    "initializer_range": 0.02,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "eos_token_id": None,
-    "rope_theta": 10000.0,
+from compiledllm.models.plain_rope import Uncertain, certain, rope_parameters
+from compiledllm.models.plain_rules import complete
+
+Raw = dict[str, Any]
+
+# Types of whole models -> the types that their text may have. Where there is one type, it is what
+# the text has if it names none.
+_TEXTS: dict[str, tuple[str, ...]] = {
+    "gemma3": ("gemma3_text",),
+    "gemma3n": ("gemma3n_text",),
+    "gemma4": ("gemma4_text",),
+    "gemma4_unified": ("gemma4_unified_text",),
+    "glm46v": ("glm4v_text",),
+    "glm4v": ("glm4v_text",),
+    "glm4v_moe": ("glm4v_moe_text",),
+    "llama4": ("llama4_text",),
+    "mistral3": ("mistral", "ministral", "ministral3"),
+    "qwen2_5_vl": ("qwen2_5_vl_text",),
+    "qwen3_5": ("qwen3_5_text",),
+    "qwen3_5_moe": ("qwen3_5_moe_text",),
+    "qwen3_vl": ("qwen3_vl_text",),
+    "qwen3_vl_moe": ("qwen3_vl_moe_text",),
 }
-_QWEN: dict[str, Any] = _COMMON | {
-    "vocab_size": 151936,
-    "intermediate_size": 22016,
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 32768,
-    "use_sliding_window": False,
-    "sliding_window": 4096,
-    "max_window_layers": 28,
-    "layer_types": None,
-}
-# model_type -> the defaults of transformers' class for that type, of the fields that families read.
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": _COMMON
-    | {
-        "vocab_size": 32000,
-        "intermediate_size": 11008,
-        "num_key_value_heads": None,
-        "max_position_embeddings": 2048,
-        "eos_token_id": 2,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "head_dim": None,
-    },
-    "mistral": _COMMON
-    | {
-        "vocab_size": 32000,
-        "intermediate_size": 14336,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "eos_token_id": 2,
-        "sliding_window": 4096,
-        "head_dim": None,
-    },
-    "qwen2": _QWEN,
-    "qwen3": _QWEN | {"head_dim": 128, "attention_bias": False},
-}
-_ABSENT = type(None)
-# Field -> types of its value; a field that is not listed has the type of its default.
-_TYPES: dict[str, tuple[type, ...]] = {
-    "eos_token_id": (int, list, _ABSENT),
-    "layer_types": (list, _ABSENT),
-    "sliding_window": (int, _ABSENT),
-    "rope_theta": (int, float),
-}
-_MAY_BE_ZERO = {"max_window_layers", "eos_token_id"}
+_TOWERS = ("vision_config", "audio_config")
+# Fields that change the meaning of other fields, or of the whole file.
+_LEFT_TO_TRANSFORMERS = {"per_layer_config", "configuration_files", "decoder", "generator"}
+_LEFT_TO_TRANSFORMERS |= {"text_encoder"}
 _DTYPES = (None, "float32", "float16", "bfloat16")
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
-# Fields that change the meaning of other fields.
-_LEFT_TO_TRANSFORMERS = {"text_config", "per_layer_config", "partial_rotary_factor", "auto_map"}
+_MAX_LAYERS = 10_000  # of `registry._check_sizes`
+# Types whose heads must divide the hidden size, even if head_dim says their size.
+_DIVIDED = {"gemma2", "gemma3_text", "gemma3n_text", "gpt_neox", "llama"}
+_ROPE = ("rope_parameters", "rope_scaling", "rope_theta")
+_TYPES: dict[str, type] = {
+    "bool": bool,
+    "int": int,
+    "float": float,
+    "str": str,
+    "null": type(None),
+    "dict": dict,
+}
 
 
-def plain_config(raw: dict[str, Any]) -> SimpleNamespace | None:
-    """A config's attributes, as far as families read them; None if transformers has to read it.
+class PlainConfig(SimpleNamespace):
+    """A config's attributes, as far as families read them, under transformers' names."""
 
-    raw: the content of config.json.
-    """
-    model_type = raw.get("model_type")
-    defaults = DEFAULTS.get(model_type) if isinstance(model_type, str) else None
-    if defaults is None or _LEFT_TO_TRANSFORMERS & raw.keys():
+    def get_text_config(self) -> PlainConfig:
+        text: PlainConfig = getattr(self, "text_config", self)
+        return text
+
+
+def plain_config(raw: Raw) -> PlainConfig | None:
+    """The config; None if transformers has to read it. raw: the content of config.json."""
+    try:
+        _check_code(raw.get("auto_map", {}))
+        model_type = _text_of(raw.get("model_type"))
+        if model_type not in _TEXTS:
+            return _text(raw, model_type)
+        return _whole(raw, model_type)
+    except Uncertain:
         return None
-    fields = defaults | raw
-    fields["rope_theta"] = _rope_theta(raw, defaults["rope_theta"])
-    if not all(_is_plain(name, fields[name], defaults[name]) for name in defaults):
-        return None
-    if fields["hidden_size"] % fields["num_attention_heads"]:
-        return None
-    fields["dtype"] = raw.get("dtype") or raw.get("torch_dtype")
-    if fields["dtype"] not in _DTYPES or raw.get("torch_dtype") not in (None, fields["dtype"]):
-        return None
-    return _completed(SimpleNamespace(**fields))
 
 
-def _rope_theta(raw: dict[str, Any], default: float) -> Any:
-    """The base of unscaled RoPE; None if the config scales RoPE or names the base twice."""
-    if raw.get("rope_scaling"):
-        return None
-    rope = raw.get("rope_parameters")
-    if not rope:
-        return raw.get("rope_theta", default)
-    is_plain = isinstance(rope, dict) and rope.keys() == {"rope_type", "rope_theta"}
-    is_plain = is_plain and rope["rope_type"] == "default" and "rope_theta" not in raw
-    return rope["rope_theta"] if is_plain else None
+def _text_of(value: object) -> str:
+    certain(type(value) is str, "no type")
+    return str(value)
 
 
-def _is_plain(name: str, value: Any, default: Any) -> bool:
-    """Whether transformers takes a field's value unchanged. A boolean is not a number here."""
-    types = _TYPES.get(name) or ((int, _ABSENT) if default is None else (type(default),))
-    if type(value) not in types:
-        return False
-    if isinstance(value, list):
-        return all(type(item) is (str if name == "layer_types" else int) for item in value)
-    if name == "initializer_range":
-        return bool(0 <= value <= 1)
-    return not (isinstance(value, int | float) and type(value) is not bool) or (
-        value > 0 or (value == 0 and name in _MAY_BE_ZERO)
+def _check_code(names: object) -> None:
+    """Names of code of the checkpoint's own, which is never run, but whose form is checked."""
+    certain(isinstance(names, dict) and isinstance(names.get("AutoConfig", ""), str), "auto_map")
+
+
+@cache
+def _table() -> Raw:
+    table: Raw = json.loads(Path(__file__).with_name("config_fields.json").read_text("utf-8"))
+    return table
+
+
+def _whole(raw: Raw, model_type: str) -> PlainConfig:
+    """A model of which the text is one part."""
+    certain(all(isinstance(raw.get(name), dict | None) for name in _TOWERS), "towers")
+    text_raw, kinds = raw.get("text_config"), _TEXTS[model_type]
+    if text_raw is None and model_type == "qwen2_5_vl":
+        names = _table()["types"][kinds[0]]["fields"].keys() | {*_ROPE}
+        text_raw = {name: raw[name] for name in names & raw.keys()}
+        text_raw.pop("tie_word_embeddings", None)
+    certain(isinstance(text_raw, dict), "no text")
+    kind = _text_of(text_raw.get("model_type", kinds[0] if len(kinds) == 1 else None))
+    certain(kind in kinds, "a text of another type")
+    whole = _fields(raw, model_type)
+    text = _text(text_raw, kind)
+    is_moved = getattr(text, "tie_word_embeddings", False) and not whole["tie_word_embeddings"]
+    certain(not is_moved or model_type not in _MOVES_TIES, "a field of another part")
+    config = _config(whole)
+    config.text_config = text
+    return config
+
+
+# Of these models, some versions of transformers take `tie_word_embeddings` from the text.
+_MOVES_TIES = {"glm4v", "glm4v_moe", "qwen2_5_vl"}
+
+
+def _text(raw: Raw, model_type: str) -> PlainConfig:
+    certain("text_config" not in raw, "a text of a text")
+    fields = _fields(raw, model_type)
+    _check_sizes(fields, model_type)
+    complete(model_type, fields)
+    theta = _table()["types"][model_type]["rope_theta"]
+    fields["rope_parameters"] = rope_parameters(model_type, fields, theta)
+    return _config(fields)
+
+
+def _fields(raw: Raw, model_type: str) -> Raw:
+    """The fields of a part of the model under the class's names, with its defaults."""
+    declared = _table()["types"].get(model_type)
+    certain(declared is not None, "unknown type")
+    refused = {*_LEFT_TO_TRANSFORMERS, *declared["uncertain"], *declared["refused"]}
+    certain(not refused & raw.keys(), "names with meanings of their own")
+    certain(raw.get("is_encoder_decoder", False) is False, "an encoder")
+    fields = _without_aliases(raw, declared["aliases"])
+    for name, (types, *default) in declared["fields"].items():
+        if name in fields:
+            certain(_is_of(types, fields[name]), f"{name} of another type")
+        elif default:
+            fields[name] = default[0]
+        else:
+            certain(name not in _table()["read"], f"no {name}")
+    fields |= {alias: fields[name] for alias, name in declared["aliases"].items() if name in fields}
+    fields |= {"model_type": model_type, "dtype": _dtype(raw)}
+    certain(0 <= fields.get("initializer_range", 0) <= 1, "initializer_range")
+    return fields
+
+
+def _without_aliases(raw: Raw, aliases: dict[str, str]) -> Raw:
+    fields = dict(raw)
+    for alias, name in aliases.items():
+        if alias in raw:
+            certain(name not in raw, f"{name} by two names")
+            fields[name] = fields.pop(alias)
+    return fields
+
+
+def _is_of(types: str, value: object) -> bool:
+    """Whether transformers takes a field's value unchanged. types: joined by "|"."""
+    return any(_is_of_type(name, value) for name in types.split("|"))
+
+
+def _is_of_type(name: str, value: object) -> bool:
+    """name: of a type, of lists of a type ("ints"), or a word in quotes."""
+    if name in _TYPES:
+        return type(value) is _TYPES[name]
+    if name.removesuffix("s") in _TYPES:
+        is_item = _TYPES[name.removesuffix("s")]
+        return isinstance(value, list) and all(type(item) is is_item for item in value)
+    return repr(value) == name
+
+
+def _dtype(raw: Raw) -> str | None:
+    new, old = raw.get("dtype"), raw.get("torch_dtype")
+    certain(new in _DTYPES and old in _DTYPES, "an unusual dtype")
+    certain(None in (new, old) or new == old, "two dtypes")
+    dtype: str | None = new or old
+    return dtype
+
+
+def _check_sizes(fields: Raw, model_type: str) -> None:
+    sizes = [fields[name] for name in ("num_hidden_layers", "hidden_size", "num_attention_heads")]
+    certain(all(size > 0 for size in sizes) and sizes[0] <= _MAX_LAYERS, "sizes")
+    head_dim = fields.get("head_dim")
+    is_divided = sizes[1] % sizes[2] == 0
+    certain(is_divided or (head_dim is not None and model_type not in _DIVIDED), "odd heads")
+    certain(
+        head_dim is None or (type(head_dim) is int and head_dim > 0 and head_dim % 2 == 0), "heads"
     )
 
 
-def _completed(hf: SimpleNamespace) -> SimpleNamespace | None:
-    """Fill in the fields that transformers' classes compute from other fields.
-
-    None if transformers has to read the config.
-    """
-    if hf.num_key_value_heads is None:
-        hf.num_key_value_heads = hf.num_attention_heads
-    if hasattr(hf, "head_dim") and hf.head_dim is None:
-        hf.head_dim = hf.hidden_size // hf.num_attention_heads
-    hf.rope_parameters = {"rope_type": "default", "rope_theta": hf.rope_theta}
-    if hf.model_type not in ("qwen2", "qwen3"):
-        return hf if getattr(hf, "layer_types", None) is None else None
-    if not hf.use_sliding_window:
-        hf.sliding_window = None
-    if hf.layer_types is None:
-        first = hf.num_hidden_layers if hf.sliding_window is None else hf.max_window_layers
-        full = min(first, hf.num_hidden_layers)
-        sliding = hf.num_hidden_layers - full
-        if max(full, sliding) > 10_000:  # more layers than `registry._check_sizes` allows
-            return None
-        hf.layer_types = ["full_attention"] * full + ["sliding_attention"] * sliding
-    is_valid = set(hf.layer_types) <= _LAYER_TYPES
-    return hf if is_valid and len(hf.layer_types) == hf.num_hidden_layers else None
+def _config(fields: Raw) -> PlainConfig:
+    read = fields.keys() & {*_table()["read"]}
+    return PlainConfig(**{name: fields[name] for name in read})

@@ -250,7 +250,7 @@ def _config(checkpoint: Path, raw: dict[str, Any]) -> Any:
     plain = plain_config(raw)
     if plain is None:
         return _hf_config(checkpoint)
-    _check_sizes(plain)
+    _check_sizes(plain.get_text_config())
     return plain
 
 

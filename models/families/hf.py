@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from compiledllm.config import ConfigError
+from compiledllm.models.rope_scaling import Rotation, linear, llama3, longrope, yarn
 from compiledllm.models.spec import AttentionSpec, LayerSpec, ModelSpec, NormSpec, RopeSpec
 
-ROPE_SCALINGS = ("linear", "llama3", "yarn", "longrope")
+ROPE_SCALINGS = {"linear": linear, "llama3": llama3, "yarn": yarn, "longrope": longrope}
 
 
 def expect(hf: Any, name: str, *allowed: object) -> None:
@@ -104,11 +105,13 @@ def window_of(hf: Any, layer: int) -> int:
 def rope_from_hf(hf: Any, head_dim: int, kind: str | None = None) -> RopeSpec:
     """RopeSpec of a config. kind: the layer type, in configs with RoPE parameters per layer type.
 
-    transformers computes scaled frequencies. "dynamic" scaling has no effect within the context
+    "dynamic" scaling has no effect within the context
     length. "longrope" has two sets of frequencies; the long set is used if the context is longer
     than the original one.
     """
     rope = dict(hf.rope_parameters if kind is None else hf.rope_parameters[kind])
+    if kind is not None:  # transformers reads the field only where all layers have the same ones
+        rope.pop("truncate", None)
     scaling = rope.get("rope_type", "default")
     rotary_dim = int(head_dim * rope.get("partial_rotary_factor", 1.0))
     if scaling in ("default", "dynamic"):
@@ -118,12 +121,9 @@ def rope_from_hf(hf: Any, head_dim: int, kind: str | None = None) -> RopeSpec:
         raise ConfigError(
             f"{hf.model_type}: rope_type={scaling!r} is not supported (supported: {supported})"
         )
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    arguments = {} if kind is None else {"layer_type": kind}
-    length = hf.max_position_embeddings
-    frequencies, scale = ROPE_INIT_FUNCTIONS[scaling](hf, "cpu", seq_len=length, **arguments)
-    return RopeSpec(tuple(frequencies.tolist()), float(scale))
+    rotation = Rotation(rope["rope_theta"], rotary_dim, hf.max_position_embeddings, rope)
+    scaled = ROPE_SCALINGS[scaling](rotation)
+    return RopeSpec(tuple(scaled.frequencies.tolist()), scaled.scale)
 
 
 def rope_from_base(base: float, rotary_dim: int) -> RopeSpec:
