@@ -95,7 +95,8 @@ def _table() -> Raw:
 def _whole(raw: Raw, model_type: str) -> PlainConfig:
     """A model of which the text is one part."""
     certain(all(isinstance(raw.get(name), dict | None) for name in _TOWERS), "towers")
-    text_raw, kinds = raw.get("text_config"), _TEXTS[model_type]
+    kinds = _TEXTS[model_type]
+    text_raw: Any = raw.get("text_config")
     if text_raw is None and model_type == "qwen2_5_vl":
         names = _table()["types"][kinds[0]]["fields"].keys() | {*_ROPE}
         text_raw = {name: raw[name] for name in names & raw.keys()}

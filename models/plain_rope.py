@@ -162,6 +162,6 @@ def _check_factors(rope: Rope, fields: Mapping[str, Any]) -> None:
     certain((fields.get("head_dim") or head_dim) == head_dim, "heads of another size")
     size = int(head_dim * rope.get("partial_rotary_factor", 1.0)) // 2
     for name in ("short_factor", "long_factor"):
-        factors = rope.get(name)
+        factors: Any = rope.get(name)
         is_list = isinstance(factors, list) and all(map(is_number, factors))
         certain(is_list and len(factors) == size and all(f > 0 for f in factors), f"{name}")

@@ -64,7 +64,7 @@ LEFT: list[dict[str, Any]] = [
     {"dtype": ["bfloat16"]},
     {"dtype": "bfloat16", "torch_dtype": "float16"},
     {"eos_token_id": ["2"]},
-    {"layer_types": ["chunked_attention"] * 32},
+    {"layer_types": ["other_attention"] * 32},
     {"text_config": {}},
     {"model_type": None},
     {"model_type": []},
@@ -129,7 +129,7 @@ def tiny_configs() -> dict[str, dict[str, Any]]:
 def mutations(raw: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The config with one field dropped or of another value; each field several times."""
     for index, path in enumerate(paths_of(raw)):
-        for value in WRONG[index % 3 :: 3]:
+        for value in WRONG[index % 6 :: 6]:
             changed = copy.deepcopy(raw)
             place = changed
             for name in path[:-1]:
