@@ -122,9 +122,7 @@ def _by_layer_type(
     certain(model_type in _BASES and not fields.keys() & {*old[2:]}, "default parameters")
     certain(scaling is None or "rope_type" in scaling, "no type")
     names, bases = old[:2], _BASES[model_type]
-    certain(
-        model_type != "olmo3" or fields.get("rope_theta", bases[0]) == bases[0], "base of one type"
-    )
+    certain(model_type != "olmo3" or fields.get("rope_theta") == bases[0], "base of one type")
     if model_type == "olmo3":
         names = ("rope_theta", "rope_theta")
     ropes = [scaling or {}, {}]

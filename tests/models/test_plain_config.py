@@ -176,6 +176,11 @@ def test_damaged_configs_give_the_same_spec_or_error_or_are_left(tmp_path: Path)
     assert 0.05 < sum(read) / len(read) < 0.6
 
 
+def test_base_that_depends_on_the_version_has_to_be_named() -> None:
+    olmo3 = MODELS["Olmo-3-7B"][1]
+    assert plain_config({k: v for k, v in olmo3.items() if k != "rope_theta"}) is None
+
+
 @pytest.mark.parametrize("changes", LEFT, ids=str)
 def test_config_of_uncertain_meaning_is_left_to_transformers(changes: dict[str, Any]) -> None:
     assert plain_config(raw_config("qwen2", changes)) is None
