@@ -66,8 +66,9 @@ class Rechecked:
         contents = _contents(self)
         if getattr(self, "_checked", None) != contents:
             return replace(self)  # type: ignore[type-var]
-        copy = object.__new__(type(self))
-        for name, value in zip(_field_names(type(self)), contents[0], strict=True):
+        cls: Any = type(self)
+        copy: Self = object.__new__(cls)
+        for name, value in zip(_field_names(cls), contents[0], strict=True):
             setattr(copy, name, value)
         copy._checked = self._checked
         return copy
@@ -75,20 +76,23 @@ class Rechecked:
 
 def _contents(instance: object) -> tuple[list[Any], list[type]]:
     """The values of all fields, with copies of lists and dicts, and their types, as 1 == True."""
-    values = _reader(type(instance))(instance)
-    kinds = [*map(type, values)]
-    return [
-        v.copy() if kind in (list, dict) else v for v, kind in zip(values, kinds, strict=True)
-    ], kinds
+    cls: Any = type(instance)
+    found, kinds = _reader(cls)(instance), []
+    values = list(found)
+    for index, value in enumerate(found):
+        kinds.append(kind := type(value))
+        if kind is list or kind is dict:
+            values[index] = value.copy()
+    return values, kinds
 
 
 @functools.cache
-def _field_names(cls: type) -> tuple[str, ...]:
+def _field_names(cls: Any) -> tuple[str, ...]:
     return tuple(f.name for f in fields(cls))
 
 
 @functools.cache
-def _reader(cls: type) -> attrgetter[tuple[Any, ...]]:
+def _reader(cls: Any) -> attrgetter[tuple[Any, ...]]:
     return attrgetter(*_field_names(cls))
 
 
