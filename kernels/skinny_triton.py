@@ -108,24 +108,25 @@ def _few_rows_kernel(
     inside = ((output < num_outputs) & (lane < OUTPUTS))[:, None]
     row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     tile = weight + output.to(tl.int64)[:, None] * row_stride + column[None, :]
-    inputs = x + row[None, :] * x_stride + column[:, None]
-    is_input, is_row = column < NUM_INPUTS, (row < num_rows)[None, :]
+    # Rows beyond the last repeat the last row, so that loads need no mask for rows.
+    inputs = x + tl.minimum(row, num_rows - 1)[None, :] * x_stride + column[:, None]
+    is_input = column < NUM_INPUTS
     w = tl.load(tile, inside & is_input[None, :], other=0.0, eviction_policy="evict_first")
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
-    total = tl.dot(w, tl.load(inputs, is_row & is_input[:, None], other=0.0))
+    total = tl.dot(w, tl.load(inputs, is_input[:, None], other=0.0))
     for first in range(COLUMNS, NUM_INPUTS, COLUMNS):
         is_input = first + column < NUM_INPUTS
         w = tl.load(
             tile + first, inside & is_input[None, :], other=0.0, eviction_policy="evict_first"
         )
-        v = tl.load(inputs + first, is_row & is_input[:, None], other=0.0)
+        v = tl.load(inputs + first, is_input[:, None], other=0.0)
         total = tl.dot(w, v, total)
     if HAS_BIAS:
         total += tl.load(bias + output[:, None], inside, other=0.0).to(tl.float32)
     target = out + row[None, :].to(tl.int64) * num_outputs + output[:, None]
-    tl.store(target, total.to(out.dtype.element_ty), inside & is_row)
+    tl.store(target, total.to(out.dtype.element_ty), inside & (row < num_rows)[None, :])
 
 
 def skinny_linear(
