@@ -46,15 +46,18 @@ def step_tiling(head_dim: int) -> StateTiling:
     return StateTiling(min(32, head_dim), 2)
 
 
-def scan_tiling(dtype: torch.dtype, head_dim: int) -> StateTiling:
+def scan_tiling(dtype: torch.dtype, state_dim: int, head_dim: int) -> StateTiling:
     """The tiling of the scan.
 
     Compiled for compute capability 9.0, 64 columns of a state of 128 rows take all 255 registers
-    of a thread with eight warps; four warps would spill.
+    of a thread with eight warps; four warps would spill. Rows of less than 128 bytes are computed
+    by two warps, for which Triton uses no `wgmma`: with rows of 64 bytes and eight warps, Triton
+    3.6 reads past the shared memory.
     """
-    if dtype.itemsize == 2:
-        return StateTiling(min(64, head_dim), 8, 2)
-    return StateTiling(min(32, head_dim), 8, 1)
+    columns = min(64 if dtype.itemsize == 2 else 32, head_dim)
+    if min(columns, state_dim) * dtype.itemsize < 128:
+        return StateTiling(columns, 2)
+    return StateTiling(columns, 8, 2 if dtype.itemsize == 2 else 1)
 
 
 @triton.jit(do_not_specialize_on_alignment=_SLICES)
@@ -196,7 +199,7 @@ def compute_states(
         *inputs, out, *strides, COLUMNS=t.columns, num_warps=t.num_warps, **constants
     )
     if row_bound is None or max_row_tokens(row_bound) != 1:
-        t = scan_tiling(x.dtype, head_dim)
+        t = scan_tiling(x.dtype, state_dim, head_dim)
         _scan_kernel[(num_heads * (head_dim // t.columns), len(rows))](
             *inputs, rows if snapshots is None else snapshots, out, *strides, COLUMNS=t.columns,
             HAS_SNAPSHOTS=snapshots is not None, num_warps=t.num_warps, num_stages=t.num_stages,

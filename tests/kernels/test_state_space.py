@@ -90,7 +90,7 @@ def assert_near(case: Inputs) -> None:
 
 @pytest.mark.pairwise
 @pytest.mark.parametrize("dtypes", DTYPES)
-@pytest.mark.parametrize("dims", [(64, 64), (128, 64), (16, 32)], ids=str)
+@pytest.mark.parametrize("dims", [(64, 64), (128, 64), (16, 32), (16, 16)], ids=str)
 @pytest.mark.parametrize("heads", [(1, 1), (4, 1), (6, 2)], ids=str)
 @pytest.mark.parametrize("step", STEPS)
 def test_kernels_equal_the_reference(

@@ -189,7 +189,7 @@ for dtype, of_torch in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         check(chunks._scan_kernel, dtype, tiling, max_shared=max_shared, **shape)
     shape |= {"STATE_DIM": dim, "HEAD_DIM": 64, "GROUP": 32}
     check(spaces._step_kernel, dtype, spaces.step_tiling(64), **shape)
-    tiling = spaces.scan_tiling(of_torch, 64)
+    tiling = spaces.scan_tiling(of_torch, dim, 64)
     check(spaces._scan_kernel, dtype, tiling, max_shared=99 * 1024, **shape)
     for index, (head_dim, window) in enumerate(SHAPES[dtype]):
         shape = {
