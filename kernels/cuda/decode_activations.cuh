@@ -30,7 +30,6 @@ struct Grid {
     }
     __device__ __forceinline__ void arrive() {
         if (TAGGED) return;
-        make_visible();  // by each thread that has stored, not only by the one that counts
         meet();
         if (threadIdx.x == 0) add_release(counter, 1);
         awaited += NUM_BLOCKS;

@@ -117,6 +117,7 @@ template <int MATRIX> __device__ __forceinline__ void take_slot(Weights& weights
                     weights.units[s].codes[0][half][i] = *(const uint4*)(at + 8 * half * PITCH + 64 * i);
         else weights.lower[s] = *(const uint4*)at, weights.upper[s] = *(const uint4*)(at + 8 * PITCH);
     }
+    finish_reads();
     __syncwarp();
     if (lane == 0) arrive_at(ring.empty + ring.slot);
     ring.advance();

@@ -122,6 +122,10 @@ __device__ __forceinline__ void arrive_at(u64* barrier) {
     asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(address(barrier)) : "memory");
 }
 
+// Copies may overwrite what this thread has read in shared memory, once another thread knows that the thread
+// has come so far. Without this fence, a copy may overtake loads that are still in flight.
+__device__ __forceinline__ void finish_reads() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // -- memory that other blocks write while the kernel runs ----------------------------------------------
 
 __device__ __forceinline__ uint4 load_from_l2(const uint4* p) { return __ldcg(p); }
@@ -149,9 +153,6 @@ __device__ __forceinline__ void store_now(u32* p, u32 x) {
 __device__ __forceinline__ void store_now(uint2* p, uint2 x) {
     asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(x.x), "r"(x.y) : "memory");
 }
-
-// What this thread has stored is seen by all blocks before what it stores from now on.
-__device__ __forceinline__ void make_visible() { __threadfence(); }
 
 // Counters of all blocks. What a thread wrote before it adds, and threads that it met, is seen by threads
 // that find the sum.

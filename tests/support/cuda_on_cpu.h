@@ -211,6 +211,7 @@ inline u32 now(const u32* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
 // A barrier's word: copies to come, copies of a round, parity of the round.
 inline void make_barrier(u64* barrier, u32 count) { *barrier = (u64)count << 16 | count; }
 inline void publish_barriers() {}
+inline void finish_reads() {}
 inline void arrive_at(u64* barrier) {
     if ((--*barrier & 0xFFFF) == 0) *barrier = (*barrier ^ 1ull << 32) | (*barrier >> 16 & 0xFFFF);
 }
@@ -255,7 +256,6 @@ inline bool __any_sync(u32, bool x) {
     __syncwarp();
     return found;
 }
-inline void make_visible() {}
 inline u64 load_acquire(const u64* counter) { return *counter; }
 inline void add_release(u64* counter, u64 count) { *counter += count; }
 inline void wait_for_count(const u64* counter, u64 count) {
