@@ -124,6 +124,19 @@ def test_few_queries_on_a_long_context(head_dim: int, heads: str) -> None:
         assert_equals_oracle(step, 0.3, window=2000, soft_cap=5.0, sinks=sinks)
 
 
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_more_pieces_of_prompts_than_thread_blocks(head_dim: int, heads: str) -> None:
+    """On Hopper, a block computes several pieces, as most rows have partial pieces only."""
+    rows = [(9 + n % 5, 40 + 23 * n) for n in range(100)] + [(1, 70), (170, 333), (1, 9), (0, 0)]
+    step = make_step(rows, head_dim, heads, 16, torch.bfloat16)
+    assert_equals_oracle(step, head_dim**-0.5)
+    assert_equals_oracle(step, 0.3, window=300)
+    first = paged_attention(*step, FORM)
+    for _ in range(20):
+        assert torch.equal(paged_attention(*step, FORM), first)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_equal_inputs_give_equal_bits(dtype: torch.dtype) -> None:
     for rows in ROWS.values():
