@@ -7,9 +7,11 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from compiledllm.engine.forecast import forecast
+from compiledllm.engine.interrupts import deferred_interrupt
 from compiledllm.engine.prompts import Prompt, one_per_prompt
 from compiledllm.engine.request_state import RequestState
 from compiledllm.engine.requests import RequestFactory
@@ -100,9 +102,17 @@ def _as_batch(states: list[RequestState]) -> list[RequestState]:
     return sorted(states, key=max_tokens, reverse=True)
 
 
-def _progress_bar(total: int, use_tqdm: bool | Callable[..., tqdm[Any]]) -> tqdm[Any]:
+def _progress_bar(
+    total: int, use_tqdm: bool | Callable[..., tqdm[Any]]
+) -> contextlib.AbstractContextManager[Any]:
+    """A bar with `update`. A hidden one is not tqdm's, which would still take a lock.
+
+    A Ctrl-C while tqdm takes its lock leaves the lock taken, and every other thread then waits.
+    """
+    if not callable(use_tqdm) and not (use_tqdm and sys.stderr.isatty()):
+        return contextlib.nullcontext(SimpleNamespace(update=lambda _: None))
     from tqdm import tqdm
 
-    disable = not use_tqdm or not sys.stderr.isatty()
     make = use_tqdm if callable(use_tqdm) else tqdm
-    return make(total=total, desc="processed prompts", unit="prompt", disable=disable)
+    with deferred_interrupt():
+        return make(total=total, desc="processed prompts", unit="prompt")

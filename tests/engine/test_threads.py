@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from tqdm import tqdm
 
 from compiledllm import Engine, SamplingParams
 from compiledllm.engine.turns import Turns
@@ -100,6 +101,13 @@ def test_calls_at_once_run_in_one_batch(engine: Engine, monkeypatch: pytest.Monk
     calls = [lambda prompt=prompt: engine.generate(prompt, GREEDY) for prompt in PROMPTS]
     together(*calls)
     assert max(sizes) > 1 and len(sizes) < 6 * 24
+
+
+def test_calls_need_no_lock_of_a_hidden_progress_bar(engine: Engine) -> None:
+    """A Ctrl-C may have left tqdm's lock with the main thread."""
+    with tqdm.get_lock():
+        (outputs,) = together(lambda: engine.generate(PROMPTS[:1], GREEDY))
+    assert len(outputs) == 1
 
 
 def test_a_step_that_fails_raises_in_the_calls_that_it_ends_and_in_no_other(
