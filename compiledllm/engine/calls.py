@@ -115,4 +115,7 @@ def _progress_bar(
 
     make = use_tqdm if callable(use_tqdm) else tqdm
     with deferred_interrupt():
-        return make(total=total, desc="processed prompts", unit="prompt")
+        bar: contextlib.AbstractContextManager[Any] = make(
+            total=total, desc="processed prompts", unit="prompt"
+        )
+    return bar
