@@ -1,6 +1,6 @@
-"""Loads transformers' tokenizer of a directory, past AutoTokenizer where the class is certain.
+"""Loads transformers' tokenizer of a directory, without the class of the model's config.
 
-AutoTokenizer reads the model's config first, for which transformers imports torch's compiler.
+For many types of models, transformers imports torch's compiler with that class.
 """
 
 from __future__ import annotations
@@ -34,7 +34,27 @@ def load_tokenizer(directory: Path) -> Any:
         return PreTrainedTokenizerFast.from_pretrained(directory)
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    config = _config_of_tokenizer(directory)
+    return AutoTokenizer.from_pretrained(directory, config=config, trust_remote_code=False)
+
+
+def _config_of_tokenizer(directory: Path) -> Any:
+    """The fields by which AutoTokenizer chooses a class; None if it must read the whole config.
+
+    If no file names the tokenizer's class, AutoTokenizer chooses by the class of the config.
+    """
+    tokenizer, model = _fields_of(directory)
+    named = tokenizer.get("tokenizer_class", model.get("tokenizer_class"))
+    if not isinstance(named, str) or not isinstance(model.get("model_type"), str):
+        return None
+    if "auto_map" in tokenizer or "auto_map" in model:
+        return None
+    from transformers import PreTrainedConfig
+
+    config: Any = PreTrainedConfig(name_or_path=str(directory))
+    for name in {"model_type", "model_name", "tokenizer_class"} & model.keys():
+        setattr(config, name, model[name])
+    return config
 
 
 def is_as_stored(directory: Path) -> bool:
@@ -42,15 +62,18 @@ def is_as_stored(directory: Path) -> bool:
 
     Only Llama models are known to mean so: for some other types AutoTokenizer overrides the class.
     """
-    tokenizer, model = (
-        _fields(directory / f"{name}.json") for name in ("tokenizer_config", "config")
-    )
+    tokenizer, model = _fields_of(directory)
     return (
         tokenizer.get("tokenizer_class") in _AS_STORED
         and "auto_map" not in tokenizer
         and model.get("model_type") == "llama"
         and (directory / "tokenizer.json").is_file()
     )
+
+
+def _fields_of(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The contents of tokenizer_config.json and config.json."""
+    return _fields(directory / "tokenizer_config.json"), _fields(directory / "config.json")
 
 
 def _fields(path: Path) -> dict[str, Any]:

@@ -65,11 +65,42 @@ def test_any_other_tokenizer_is_left_to_auto_tokenizer(
     assert not is_as_stored(tmp_path)
 
 
-def test_start_of_the_default_model_imports_no_compiler(default_model: Path) -> None:
+CLASSES = ["Qwen2Tokenizer", "LlamaTokenizerFast", "GemmaTokenizer", "GPT2Tokenizer", "Unknown"]
+CLASSES += ["PreTrainedTokenizerFast", None]
+TYPES = ["qwen3", "llama", "mistral", "gemma3_text", "gpt_oss", "qwen3_5", "of_no_class"]
+
+
+@pytest.mark.parametrize(("name", "model_type"), zip(CLASSES, TYPES, strict=True))
+def test_class_is_chosen_as_auto_tokenizer_chooses(
+    name: str | None, model_type: str, default_model: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    copy_tokenizer(default_model, tmp_path)
+    stored = json.loads((default_model / "tokenizer_config.json").read_text())
+    write(tmp_path / "tokenizer_config.json", **{**stored, "tokenizer_class": name})
+    write(tmp_path / "config.json", model_type=model_type)
+    found = []
+    for load in (load_tokenizer, AutoTokenizer.from_pretrained):
+        try:
+            tokenizer = load(tmp_path)
+            found.append((type(tokenizer), tokenizer.backend_tokenizer.to_str()))
+        except Exception as error:
+            found.append((type(error), str(error)))
+    assert found[0] == found[1]
+
+
+def test_start_imports_no_compiler(default_model: Path, tmp_path: Path) -> None:
+    """Neither the default model's, nor one whose tokenizer has a class of its own."""
+    copy_tokenizer(default_model, tmp_path)
+    write(tmp_path / "config.json", model_type="llama")
+    write(tmp_path / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
     program = (
-        "import sys; from compiledllm import Engine, SamplingParams;"
+        "import pathlib, sys; from compiledllm import Engine, SamplingParams;"
+        "from compiledllm.engine.tokenizer_class import load_tokenizer;"
         f"Engine({str(default_model)!r}, device='cpu', max_model_len=64)"
         ".generate('Hi', SamplingParams(max_tokens=1));"
+        f"load_tokenizer(pathlib.Path({str(tmp_path)!r}));"
         "print(sorted({'torch._dynamo', 'torch._inductor', 'triton'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
