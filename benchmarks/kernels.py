@@ -42,7 +42,11 @@ _VOCABULARY_SEED = 0
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """A kernel of a step. calls, us: per step; several kernels may run at the same time."""
+    """A kernel of a step. calls: per step. us: by how much all its calls prolong a step.
+
+    A call counts from the end of all kernels that started earlier: with programmatic dependent
+    launch, it starts early and waits for them. The times of all kernels add up to the busy time.
+    """
 
     name: str
     kind: str
@@ -129,10 +133,16 @@ def _measure(
 
 
 def kernels_of(events: Iterable[Event], num_steps: int) -> list[Kernel]:
-    """The kernels of `num_steps` steps' events, those that take longest first."""
+    """The kernels of `num_steps` steps' events, those that take longest first.
+
+    events: sorted by start.
+    """
     spans: dict[tuple[str, str], list[float]] = defaultdict(list)
+    ended = float("-inf")
     for event in events:
-        spans[_short(event.name), kind_of(event.name)].append(event.end - event.start)
+        us = max(event.end - max(event.start, ended), 0.0)
+        spans[_short(event.name), kind_of(event.name)].append(us)
+        ended = max(ended, event.end)
     kernels = [
         Kernel(*name, calls=len(us) / num_steps, us=sum(us) / num_steps)
         for name, us in spans.items()

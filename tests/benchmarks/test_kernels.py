@@ -44,9 +44,9 @@ def test_kernels_are_sorted_into_parts_by_name() -> None:
     assert found == NAMES
 
 
-def test_kernels_of_steps_are_counted_per_step() -> None:
-    events = [Event(0, 4, "a"), Event(3, 5, "b<int>(x)"), Event(5, 9, "a"), Event(9, 10, "b<y>()")]
-    assert kernels_of(events, 2) == [Kernel("a", OTHER, 1, 4), Kernel("b", OTHER, 1, 1.5)]
+def test_time_during_which_earlier_kernels_run_is_theirs() -> None:
+    events = [Event(0, 4, "a"), Event(3, 5, "b<int>(x)"), Event(5, 9, "a"), Event(6, 8, "b<y>()")]
+    assert kernels_of(events, 2) == [Kernel("a", OTHER, 1, 4), Kernel("b", OTHER, 1, 0.5)]
 
 
 def test_parts_of_a_step_add_up_to_its_cost(tiny_llama: Callable[..., Path]) -> None:
