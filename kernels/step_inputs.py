@@ -164,8 +164,13 @@ def one_token_each(rows: Tensor) -> Tensor:
 
 
 def slots_in(blocks: Tensor, positions: Tensor, block_size: int) -> Tensor:
-    """The slot of each token, int64 [tokens]. blocks: [tokens], the id of each token's block."""
-    return blocks.long() * block_size + positions % block_size
+    """The slot of each token, int64 [tokens]. blocks: [tokens], the id of each token's block.
+
+    Padding, whose block is the null block, has slot -1 and is not stored: its keys may be NaN, and
+    masked positions read the null block.
+    """
+    slots = blocks.long() * block_size + positions % block_size
+    return slots.where(blocks > 0, -1)
 
 
 def with_empty_row(block_tables: Tensor) -> Tensor:

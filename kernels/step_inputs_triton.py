@@ -50,9 +50,10 @@ def _write_row(
 
 @triton.jit
 def _slots(group_table, row, position, exists, max_blocks, BLOCK_SIZE: tl.constexpr):
-    """The cache slots of tokens, given their rows and positions."""
+    """The cache slots of tokens, given their rows and positions; see `step_inputs.slots_in`."""
     block = tl.load(group_table + row * max_blocks + position // BLOCK_SIZE, exists, other=0)
-    return block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE
+    slot = block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE
+    return tl.where(block > 0, slot, -1)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 
 from compiledllm.graphs.buckets import StepShape, shape_for, step_shapes
 from compiledllm.runner.model_runner import ModelRunner
+
+
+@contextmanager
+def uninitialized_memory_is_nan() -> Iterator[None]:
+    """Within, torch fills the memory of new tensors with NaN, as results of padding may be."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 class Uncaptured:
@@ -28,4 +41,5 @@ class Uncaptured:
 
     def replay(self, shape: StepShape, inputs: np.ndarray) -> torch.Tensor:
         self.replayed.add(shape)
-        return self._runner._captured_step(shape, torch.from_numpy(inputs))
+        with uninitialized_memory_is_nan():
+            return self._runner._captured_step(shape, torch.from_numpy(inputs))

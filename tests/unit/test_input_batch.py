@@ -116,7 +116,7 @@ def test_padded_steps_and_their_ends_read_the_null_block(num_groups: int) -> Non
     assert batch.input_ids.tolist() == [7] * 11 + [0] * 5
     assert batch.positions.tolist() == [*range(34, 43), 5, 6] + [0] * 5
     for attn in batch.attn:
-        assert attn.slot_mapping[11:].tolist() == [0] * 5
+        assert attn.slot_mapping[11:].tolist() == [-1] * 5
         assert attn.seq_lens.tolist() == [43, 7, 0, 0, 0]
         assert attn.query_start_loc.tolist() == [0, 9, 11, 11, 11, 11]
         assert not attn.block_tables[2:].any()
