@@ -11,9 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import os
 import re
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compiledllm.caches import writable_folder
+from compiledllm.caches import replaced, writable_folder
 from compiledllm.kernels import late_compiles
 from compiledllm.kernels.machine_code import (
     COOPERATIVE,
@@ -171,14 +169,8 @@ def _compiled(source: str, options: tuple[tuple[str, int], ...], architecture: s
 def _keep(code: bytes, path: Path) -> None:
     """Write a file of the cache atomically. Only warn if the folder cannot be written."""
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            try:
-                file.write(code)
-                file.flush()
-                os.replace(file.name, path)
-            except OSError:
-                os.unlink(file.name)
-                raise
+        with replaced(path) as file:
+            file.write(code)
     except OSError as error:
         warnings.warn(f"a compiled kernel is not kept for the next start: {error}", stacklevel=2)
 
