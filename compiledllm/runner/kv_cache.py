@@ -84,10 +84,10 @@ def allocate_kv_caches(
     equal shape share a tensor. Caches are zeroed, because masked positions are multiplied by zero
     and garbage may be NaN. Raises ConfigError if the GPU's free memory does not hold them.
     """
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     try:
         return _allocate(layout, num_blocks, block_size, device)
     except torch.OutOfMemoryError as error:
-        free, _ = torch.cuda.mem_get_info(device)
         raise ConfigError(
             f"a KV cache of {num_blocks} blocks does not fit beside weights and other processes, "
             f"as {free / 2**30:.1f} GiB of the GPU are left; use fewer (num_kv_blocks, "

@@ -181,4 +181,4 @@ def test_cache_larger_than_the_gpus_memory_is_refused(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (3 * 2**30, 80 * 2**30))
     layout = kv_layout(model([0]).layer_caches, 1024)
     with pytest.raises(ConfigError, match=r"cache of 77 blocks .* 3\.0 GiB .* use fewer"):
-        kv_cache.allocate_kv_caches(layout, 77, 16, torch.device("cpu"))
+        kv_cache.allocate_kv_caches(layout, 77, 16, torch.device("cuda"))
