@@ -44,8 +44,8 @@ class Artifact:
     graphs: the compiled blocks and edges. memory: measured bytes by name. shapes: the step shapes
     that were captured, as in `buckets.StepShape`. max_blocks: width of the block tables, a constant
     in the compiled functions; the key cannot have it where the width is what a KV cache of measured
-    size holds. binaries: path -> machine code of kernels that no
-    graph contains. created: seconds since the epoch.
+    size holds. binaries: path -> machine code of kernels that no graph contains. created: seconds
+    since the epoch.
     """
 
     key: dict[str, str]

@@ -82,7 +82,7 @@ def launch_for(
     A row is computed in pieces of `ROWS // group` tokens. There are as many thread blocks as one
     row with all tokens would have pieces, times KV heads. More rows have partial pieces, too, which
     the blocks compute one after another: a captured step has room for far more rows than it mostly
-    has, and a block without work takes 1.5 us. The cluster size is the largest at which all pieces
+    has, and blocks without work take time, too. The cluster size is the largest at which all pieces
     of one row would run at once, such as those of a question on a long document. If the step's rows
     have more pieces, the kernel lets fewer blocks, or only one, share keys.
     max_clusters: cluster size -> number of clusters that run at once.

@@ -105,9 +105,8 @@ def window_of(hf: Any, layer: int) -> int:
 def rope_from_hf(hf: Any, head_dim: int, kind: str | None = None) -> RopeSpec:
     """RopeSpec of a config. kind: the layer type, in configs with RoPE parameters per layer type.
 
-    "dynamic" scaling has no effect within the context
-    length. "longrope" has two sets of frequencies; the long set is used if the context is longer
-    than the original one.
+    "dynamic" scaling has no effect within the context length. "longrope" has two sets of
+    frequencies; the long set is used if the context is longer than the original one.
     """
     rope = dict(hf.rope_parameters if kind is None else hf.rope_parameters[kind])
     if kind is not None:  # transformers reads the field only where all layers have the same ones
