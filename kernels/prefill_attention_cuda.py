@@ -19,7 +19,7 @@ from compiledllm.kernels.machine_code import CudaError, check, driver
 
 log = logging.getLogger("compiledllm")
 
-ROWS = 128  # query rows of a thread block: query tokens times the heads of a KV head
+ROWS = 128  # query rows of a program: query tokens times the heads of a KV head
 _THREADS = 384
 _PART_COLUMNS = 64  # 128 bytes, the widest row that the copies can swizzle
 _LONG_KEYS = 176  # KV tokens of a tile, in steps of at least _LONG_STEP tokens
@@ -32,19 +32,20 @@ _SWIZZLE_128B, _PROMOTE_256B = 3, 3
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """The tile of a thread block.
+    """The tiles of a thread block.
 
     keys: KV tokens per iteration. stages: number of tiles of keys, and of tiles of values, in
-    shared memory.
+    shared memory. query_stages: number of programs whose queries are in shared memory.
     """
 
     keys: int
     stages: int
+    query_stages: int
 
     def shared_bytes(self, head_dim: int) -> int:
         columns = -(-head_dim // _PART_COLUMNS) * _PART_COLUMNS
-        tiles = (ROWS + 2 * self.stages * self.keys) * columns * 2
-        return tiles + 4 * self.stages * 8 + 1024  # barriers, alignment
+        tiles = (self.query_stages * ROWS + 2 * self.stages * self.keys) * columns * 2
+        return tiles + 2 * 1024  # barriers and descriptions of programs; alignment
 
 
 def tilings_for(head_dim: int, block_size: int) -> tuple[Tiling, Tiling]:
@@ -56,42 +57,23 @@ def tilings_for(head_dim: int, block_size: int) -> tuple[Tiling, Tiling]:
     which takes far less time, 5 % slower.
     """
     if head_dim > 128:
-        return Tiling(64, 2), Tiling(64, 2)
-    return Tiling(128, 2), Tiling(128 if _LONG_KEYS % block_size else _LONG_KEYS, 2)
+        return Tiling(64, 2, 1), Tiling(64, 2, 1)
+    short = Tiling(128, 2, 2)
+    return short, short if _LONG_KEYS % block_size else Tiling(_LONG_KEYS, 2, 1)
 
 
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """The grid of a step. The kernel assigns its thread blocks by the lengths on the device.
-
-    num_blocks: number of thread blocks, a multiple of `cluster`, and at least `max_at_once` if
-    blocks may share keys. cluster: number of thread blocks that may share the keys of one piece and
-    KV head. max_at_once: number of thread blocks that the GPU runs at once.
-    """
-
-    num_blocks: int
-    cluster: int
-    max_at_once: int
-
-
-def launch_for(
+def cluster_for(
     num_tokens: int, num_kv_heads: int, group: int, max_clusters: Callable[[int], int]
-) -> Launch:
-    """The grid for steps of up to this many tokens.
+) -> int:
+    """The number of thread blocks of a cluster, which may share the keys of one program.
 
-    A row is computed in pieces of `ROWS // group` tokens. There are as many thread blocks as one
-    row with all tokens would have pieces, times KV heads. More rows have partial pieces, too, which
-    the blocks compute one after another: a captured step has room for far more rows than it mostly
-    has, and blocks without work take time, too. The cluster size is the largest at which all pieces
-    of one row would run at once, such as those of a question on a long document. If the step's rows
-    have more pieces, the kernel lets fewer blocks, or only one, share keys.
-    max_clusters: cluster size -> number of clusters that run at once.
+    It is the largest at which the programs of one row with all tokens would run at once, such as
+    those of a question on a long document. If the step's rows have more programs, the kernel lets
+    fewer blocks, or only one, share keys. max_clusters: cluster size -> number of clusters that run
+    at once.
     """
     num_programs = max(num_tokens * group // ROWS, 1) * num_kv_heads
-    cluster = next((size for size in _CLUSTERS if num_programs <= max_clusters(size)), 1)
-    max_at_once = cluster * max_clusters(cluster)
-    num_blocks = max(num_programs, max_at_once)
-    return Launch(-(-num_blocks // cluster) * cluster, cluster, max_at_once)
+    return next((size for size in _CLUSTERS if num_programs <= max_clusters(size)), 1)
 
 
 def kernel_for(query: Tensor, kv_cache: Tensor, options: ScoreOptions) -> CudaKernel | None:
@@ -131,7 +113,11 @@ def _kernels(
         "OVERLAP": launch_options()["OVERLAP"],
     }  # fmt: skip
     tilings = tilings_for(head_dim, block_size)
-    options = [macros | {"KEYS": tiling.keys, "STAGES": tiling.stages} for tiling in tilings]
+    options = [
+        macros
+        | {"KEYS": each.keys, "STAGES": each.stages, "QUERY_STAGES": each.query_stages}
+        for each in tilings
+    ]
     source, name = "prefill_attention.cu", "prefill_attention"
     try:
         compile_together(source, options)
@@ -160,16 +146,24 @@ def attend_prompts(
     _, num_blocks, _, num_kv_heads, _ = kv_cache.shape
     _, block_tables, seq_lens, query_start_loc, _ = attn
     num_rows, group = len(block_tables), query.shape[1] // num_kv_heads
-    launch = launch_for(
-        len(query), num_kv_heads, group, lambda cluster: kernel.max_clusters(_THREADS, cluster)
-    )
+    max_clusters = functools.partial(kernel.max_clusters, _THREADS)
+    cluster = cluster_for(len(query), num_kv_heads, group, max_clusters)
     arguments = (
-        _map_of(kv_cache), query, block_tables, seq_lens, query_start_loc, options.sinks, out,
+        _map_of_cache(kv_cache), _map_of_queries(query, group), block_tables, seq_lens,
+        query_start_loc, options.sinks, out, _counter_of(kv_cache.data_ptr(), kv_cache.device),
         c_float(options.scale), c_int(options.sliding_window), c_float(options.soft_cap),
-        c_longlong(query.stride(0)), c_longlong(block_tables.stride(0)), c_int(num_blocks),
-        c_int(num_rows), c_int(launch.max_at_once),
+        c_longlong(block_tables.stride(0)), c_int(num_blocks), c_int(num_rows),
     )  # fmt: skip
-    kernel.launch((launch.num_blocks,), _THREADS, arguments, launch.cluster)
+    kernel.launch((cluster * max_clusters(cluster),), _THREADS, arguments, cluster)
+
+
+@functools.lru_cache(maxsize=4096)
+def _counter_of(cache: int, device: torch.device) -> Tensor:
+    """The number of programs that blocks have taken, 0 between launches; int32.
+
+    Launches on one cache follow each other, and launches on others may run at the same time.
+    """
+    return torch.zeros(1, dtype=torch.int32, device=device)
 
 
 class _TensorMap(ctypes.Structure):
@@ -178,30 +172,48 @@ class _TensorMap(ctypes.Structure):
     _fields_ = (("words", ctypes.c_uint64 * 16),)
 
 
-def _map_of(kv_cache: Tensor) -> _TensorMap:
-    shape = tuple(kv_cache.shape)
-    return _encode(kv_cache.data_ptr(), kv_cache.dtype, shape, kv_cache.stride(0))
+def _map_of_cache(kv_cache: Tensor) -> _TensorMap:
+    """A box is 64 columns of all tokens of one page in one head."""
+    kinds, num_blocks, block_size, num_kv_heads, head_dim = kv_cache.shape
+    token = num_kv_heads * head_dim
+    return _encode(
+        kv_cache.data_ptr(), kv_cache.dtype,
+        (head_dim, block_size, num_kv_heads, num_blocks, kinds),
+        (token, head_dim, block_size * token, kv_cache.stride(0)),
+        (_PART_COLUMNS, block_size, 1, 1, 1),
+    )  # fmt: skip
+
+
+def _map_of_queries(query: Tensor, group: int) -> _TensorMap:
+    """A box is 64 columns of the heads that share a KV head, for the tokens of a program."""
+    num_tokens, num_heads, head_dim = query.shape
+    stride = query.stride(0)
+    return _encode(
+        query.data_ptr(), query.dtype, (head_dim, num_heads, num_tokens, 1, 1),
+        (head_dim, stride, stride, stride), (_PART_COLUMNS, group, ROWS // group, 1, 1),
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=4096)
 def _encode(
-    address: int, dtype: torch.dtype, shape: tuple[int, ...], value_offset: int
+    address: int,
+    dtype: torch.dtype,
+    sizes: tuple[int, ...],
+    strides: tuple[int, ...],
+    box: tuple[int, ...],
 ) -> _TensorMap:
-    """The tensor map of a cache. A box is 64 columns of all tokens of one page in one head."""
-    kinds, num_blocks, block_size, num_kv_heads, head_dim = shape
-    token_bytes = num_kv_heads * head_dim * 2
-    sizes = (ctypes.c_uint64 * 5)(head_dim, block_size, num_kv_heads, num_blocks, kinds)
-    strides = (ctypes.c_uint64 * 4)(
-        token_bytes, head_dim * 2, block_size * token_bytes, value_offset * 2
-    )
-    box = (ctypes.c_uint32 * 5)(_PART_COLUMNS, block_size, 1, 1, 1)
-    steps = (ctypes.c_uint32 * 5)(1, 1, 1, 1, 1)
+    """The map of a tensor of 16-bit numbers with five dimensions, the innermost first.
+
+    strides: of all dimensions but the innermost, in elements. box: sizes of what one copy reads.
+    """
     memory = ctypes.create_string_buffer(128 + 63)
     made = _TensorMap.from_buffer(memory, -ctypes.addressof(memory) % 64)  # 64-byte aligned
     check(
         driver().cuTensorMapEncodeTiled(
             ctypes.byref(made), _BFLOAT16 if dtype == torch.bfloat16 else _FLOAT16, 5,
-            ctypes.c_void_p(address), sizes, strides, box, steps,
+            ctypes.c_void_p(address), (ctypes.c_uint64 * 5)(*sizes),
+            (ctypes.c_uint64 * 4)(*(2 * stride for stride in strides)),
+            (ctypes.c_uint32 * 5)(*box), (ctypes.c_uint32 * 5)(1, 1, 1, 1, 1),
             0, _SWIZZLE_128B, _PROMOTE_256B, 0,
         )
     )  # fmt: skip

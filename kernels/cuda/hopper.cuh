@@ -42,6 +42,10 @@ __device__ __forceinline__ void wait(u32 barrier, u32 parity) {
     asm volatile("{.reg .pred p; again: mbarrier.try_wait.parity.shared.b64 p, [%0], %1; @!p bra again;}"
                  ::"r"(barrier), "r"(parity) : "memory");
 }
+__device__ __forceinline__ void arrive_of_warp(u32 barrier) {  // once, when all lanes are here
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) arrive(barrier);
+}
 // One of the 16 barriers of a block, numbered `id`, of `threads` threads. `pass` arrives without waiting.
 __device__ __forceinline__ void meet(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -63,6 +67,25 @@ __device__ __forceinline__ void copy_box(
 }
 __device__ __forceinline__ void store_16_bytes(u32 to, uint4 x) {
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
+__device__ __forceinline__ uint4 load_16_bytes(u32 at) {
+    uint4 x;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(at) : "memory");
+    return x;
+}
+__device__ __forceinline__ void store_4_bytes(u32 to, u32 x) {
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(x) : "memory");
+}
+// Store or load a structure of 32-bit numbers.
+template <class T> __device__ __forceinline__ void store_words(u32 to, const T& x) {
+#pragma unroll
+    for (int i = 0; i < (int)sizeof(T) / 4; ++i) store_4_bytes(to + 4 * i, ((const u32*)&x)[i]);
+}
+template <class T> __device__ __forceinline__ void load_words(T& x, u32 at) {
+#pragma unroll
+    for (int i = 0; i < (int)sizeof(T) / 4; ++i)
+        asm volatile("ld.shared.b32 %0, [%1];" : "=r"(((u32*)&x)[i]) : "r"(at + 4 * i) : "memory");
 }
 __device__ __forceinline__ void store_8_bytes(u32 to, float x, float y) {
     asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(x), "f"(y) : "memory");

@@ -1,12 +1,13 @@
 // Paged attention of rows with several new tokens, for compute capability 9.0.
 //
-// A thread block computes ROWS query rows: query tokens of a request times the GROUP heads that share a KV
-// head. One warp copies keys and values to shared memory with the tensor memory accelerator (TMA), a page
-// at a time. Two warpgroups compute 64 query rows each. A warpgroup starts the product of its queries with
-// the next tile of keys before the softmax of the current tile, so that the tensor cores and the softmax
-// work at the same time; the warpgroups take turns at the tensor cores for the same reason. Tiles of keys
-// are visited from the last to the first, so that the masked tiles at the diagonal come first and the long
-// unmasked part follows.
+// A program is ROWS query rows: query tokens of a request times the GROUP heads that share a KV head. There
+// is a thread block for each multiprocessor, and a block that has computed a program takes the next one, the
+// longest first. One warp chooses the programs and copies queries, keys and values to shared memory with the
+// tensor memory accelerator (TMA); it copies for the next program while the current one is computed. Two
+// warpgroups compute 64 query rows each. A warpgroup starts the product of its queries with the next tile of
+// keys before the softmax of the current tile, so that the tensor cores and the softmax work at the same
+// time; the warpgroups take turns at the tensor cores for the same reason. Tiles of keys are visited from the
+// last to the first, so that the masked tiles at the diagonal come first and the long unmasked part follows.
 //
 // Pages outside the context or before the window are not read: the copy is given a page number outside the
 // cache, for which TMA writes zeros.
@@ -18,8 +19,9 @@
 // Defined by the compiler's options: BF16 (query, cache and out are bfloat16, otherwise float16), HEAD_DIM
 // (a multiple of 8, up to 256; zeros fill the last part of 64 columns), GROUP, NUM_KV_HEADS, BLOCK_SIZE
 // (tokens of a page, a multiple of 8), KEYS (KV tokens of a tile, a multiple of BLOCK_SIZE and of 16),
-// STAGES (tiles of keys and of values in shared memory, at least 2), HAS_WINDOW, HAS_SOFT_CAP, SINK_BYTES
-// (2 or 4; 0: no sinks), OVERLAP (programmatic dependent launch).
+// STAGES (tiles of keys and of values in shared memory, at least 2), QUERY_STAGES (programs whose queries
+// are in shared memory), HAS_WINDOW, HAS_SOFT_CAP, SINK_BYTES (2 or 4; 0: no sinks), OVERLAP (programmatic
+// dependent launch).
 
 #include "hopper.cuh"
 
@@ -28,17 +30,20 @@ constexpr int ROWS = 128, TOKENS = ROWS / GROUP, PAGES = KEYS / BLOCK_SIZE, NUM_
 constexpr int PARTS = (HEAD_DIM + 63) / 64, COLUMNS = 64 * PARTS;
 constexpr int PART_BYTES = KEYS * 128, TILE_BYTES = PARTS * PART_BYTES;
 constexpr int QUERY_PART = ROWS * 128, QUERY_BYTES = PARTS * QUERY_PART;
+constexpr int PIECES_OF_16_BYTES = COLUMNS / 8;  // of a query row
 // A product of weights and values has OUT_COLUMNS columns of the output.
 constexpr int OUT_COLUMNS = COLUMNS % 128 ? 64 : 128, OUT_PARTS = COLUMNS / OUT_COLUMNS;
+constexpr int CONSUMING_WARPS = 8;
 constexpr int MIN_TILES = 4;  // least number of tiles for a block that shares a context
 constexpr float LOG2_E = 1.4426950408889634f;
 
-struct Work {  // what a block computes
+struct Work {  // a program, as one block computes it
     int row, start, count;       // of the request: batch row, first token of the step, number of tokens
     int length, context;         // of the request: with and without the step's tokens
-    int kv_head, first_query;    // of the block, counted in the request's tokens of the step
-    int first_key, end;          // range of the keys that any query of the block sees
-    int part, parts;             // this block's index among the blocks that share the keys, and their number
+    int kv_head, first_query;    // of the program, counted in the request's tokens of the step
+    int first_key, end;          // range of the keys that any query of the program sees
+    int part, parts;             // this block's index among the blocks that share the keys, and their number;
+                                 // 0 blocks: no program is left
     int first_tile, last_tile;   // the tiles of this part, the last one included
 };
 
@@ -153,20 +158,30 @@ __device__ __forceinline__ void find_piece(Work& work, int piece, const int* que
     work.count = query_start_loc[work.row + 1] - work.start;
 }
 
-// The programs of a step, one for each piece and KV head, and how blocks share them.
+// The programs of a step, one for each piece and KV head, and how blocks share them. Programs are taken from
+// the last to the first, as the last pieces of a request see the most keys. Program n is n steps from the end.
 struct Programs {
     int pieces, parts;  // pieces in the step; number of blocks that share the keys of a program
 
-    // The program that this block computes in this turn; negative: there is none.
-    __device__ __forceinline__ int of_turn(int turn) const {  // the longest programs come first
-        return pieces * NUM_KV_HEADS - 1 - (int)(blockIdx.x + turn * gridDim.x) / parts;
+    __device__ __forceinline__ int count() const { return pieces * NUM_KV_HEADS; }
+    __device__ __forceinline__ int first() const { return (int)blockIdx.x / parts; }
+
+    // The program after a block's first one. counter: 0 before and after the kernel. All lanes of a warp call this.
+    __device__ __forceinline__ int next(int* counter) const {
+        if (parts > 1) return count();  // all programs run at once
+        int taken = 0;
+        if (threadIdx.x % 32 == 0) {
+            taken = atomicAdd(counter, 1);
+            if (taken == count() - 1) *counter = 0;  // the last call, as each program is followed by one
+        }
+        return (int)gridDim.x + __shfl_sync(~0u, taken, 0);
     }
 };
 
 // The blocks that share a program are as many as let all programs run at once, up to a cluster.
-__device__ __forceinline__ Programs count_programs(const int* query_start_loc, int num_rows, int max_blocks) {
+__device__ __forceinline__ Programs count_programs(const int* query_start_loc, int num_rows) {
     Programs programs = {count_pieces(query_start_loc, num_rows), cluster_size()};
-    while (programs.parts > 1 && programs.pieces * NUM_KV_HEADS * programs.parts > max_blocks) programs.parts /= 2;
+    while (programs.parts > 1 && programs.count() * programs.parts > (int)gridDim.x) programs.parts /= 2;
     return programs;
 }
 
@@ -174,10 +189,11 @@ __device__ __forceinline__ Programs count_programs(const int* query_start_loc, i
 // few tiles for this block, as merging the sums of few tiles does not pay.
 __device__ __forceinline__ bool find_work(
     Work& work, int program, const Programs& programs, const int* query_start_loc, const int* seq_lens, int num_rows,
-    int max_blocks, int window) {
+    int window) {
+    program = programs.count() - 1 - program;
     // If the pieces of one head keep all multiprocessors busy, heads are computed one after another, because
     // the keys and values of one head are more likely to stay in the L2 cache.
-    const bool heads_first = programs.pieces >= max_blocks;
+    const bool heads_first = programs.pieces >= (int)gridDim.x;
     work.kv_head = heads_first ? program / programs.pieces : program % NUM_KV_HEADS;
     const int piece = heads_first ? program % programs.pieces : program / NUM_KV_HEADS;
     find_piece(work, piece, query_start_loc, num_rows);
@@ -202,8 +218,56 @@ struct Place {
     }
 };
 
+// Barriers, 8 bytes each: per slot keys full, values full, keys empty, values empty; per program of the last
+// two described, full and empty; per program whose queries are there, full and empty.
+constexpr int WORKS = 4 * STAGES, QUERIES = WORKS + 4, BARRIERS = QUERIES + 2 * QUERY_STAGES;
+
+struct Shared {  // addresses in shared memory
+    u32 queries, tiles, barriers, works;
+
+    __device__ __forceinline__ explicit Shared(u32 at)
+        : queries(at), tiles(at + QUERY_STAGES * QUERY_BYTES), barriers(tiles + 2 * STAGES * TILE_BYTES),
+          works(barriers + 8 * BARRIERS) {}
+    __device__ __forceinline__ u32 tile(int slot, int kind) const { return tiles + (2 * slot + kind) * TILE_BYTES; }
+    __device__ __forceinline__ u32 full(int slot, int kind) const { return barriers + 8 * (4 * slot + kind); }
+    __device__ __forceinline__ u32 empty(int slot, int kind) const { return full(slot, kind) + 16; }
+    __device__ __forceinline__ u32 work(int turn) const { return works + turn % 2 * (int)sizeof(Work); }
+    __device__ __forceinline__ u32 work_full(int turn) const { return barriers + 8 * (WORKS + turn % 2); }
+    __device__ __forceinline__ u32 work_empty(int turn) const { return work_full(turn) + 16; }
+    __device__ __forceinline__ u32 queries_of(int turn) const { return queries + turn % QUERY_STAGES * QUERY_BYTES; }
+    __device__ __forceinline__ u32 queries_full(int turn) const { return barriers + 8 * (QUERIES + turn % QUERY_STAGES); }
+    __device__ __forceinline__ u32 queries_empty(int turn) const { return queries_full(turn) + 8 * QUERY_STAGES; }
+
+    __device__ __forceinline__ void init_barriers() const {
+        for (int i = 0; i < 4 * STAGES; ++i) init(barriers + 8 * i, i % 4 < 2 ? 1 : CONSUMING_WARPS);
+        for (int turn = 0; turn < 2; ++turn) init(work_full(turn), 1), init(work_empty(turn), CONSUMING_WARPS);
+        for (int turn = 0; turn < QUERY_STAGES; ++turn)
+            init(queries_full(turn), 1), init(queries_empty(turn), CONSUMING_WARPS);
+    }
+};
+
+// Tells the warpgroups what this turn's program is; work.parts = 0: none, and the kernel ends.
+__device__ __forceinline__ void announce(const Work& work, int turn, const Shared& shared) {
+    wait(shared.work_empty(turn), (turn / 2 & 1) ^ 1);
+    if (threadIdx.x == 0) {
+        store_words(shared.work(turn), work);
+        arrive(shared.work_full(turn));
+    }
+}
+
+__device__ __forceinline__ void copy_queries(const TensorMap* map, const Work& work, int turn, const Shared& shared) {
+    wait(shared.queries_empty(turn), (turn / QUERY_STAGES & 1) ^ 1);
+    if (threadIdx.x != 0) return;
+    expect(shared.queries_full(turn), PARTS * TOKENS * GROUP * 128);
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part)  // tokens of the next request may follow; nothing reads their results
+        copy_box(shared.queries_of(turn) + part * QUERY_PART, map, shared.queries_full(turn),
+                 64 * part, work.kv_head * GROUP, work.start + work.first_query, 0, 0);
+}
+
 __device__ __forceinline__ void produce(
-    const TensorMap* map, const Work& work, const int* table, int num_blocks, u32 tiles, u32 barriers, Place& place) {
+    const TensorMap* cache, const TensorMap* query, const Work& work, const int* table, int num_blocks, int turn,
+    const Shared& shared, Place& place) {
     const int lane = threadIdx.x;
     // The page that this lane copies; a page number outside the cache if no query sees the page's tokens.
     auto page_of = [&](int tile) {
@@ -212,18 +276,19 @@ __device__ __forceinline__ void produce(
         return seen ? table[token / BLOCK_SIZE] : num_blocks;
     };
     auto copy = [&](Place at, int page, int kind) {
-        const u32 full = barriers + 8 * (4 * at.slot + kind), to = tiles + (2 * at.slot + kind) * TILE_BYTES;
-        wait(full + 16, (at.round & 1) ^ 1);  // until the slot is empty
+        const u32 full = shared.full(at.slot, kind), to = shared.tile(at.slot, kind);
+        wait(shared.empty(at.slot, kind), (at.round & 1) ^ 1);
         if (lane == 0) expect(full, TILE_BYTES);
         __syncwarp();
         if (lane < PAGES)
 #pragma unroll
             for (int part = 0; part < PARTS; ++part)
-                copy_box(to + part * PART_BYTES + lane * BLOCK_SIZE * 128, map, full,
+                copy_box(to + part * PART_BYTES + lane * BLOCK_SIZE * 128, cache, full,
                          64 * part, 0, work.kv_head, page, kind);
     };
     int page = page_of(work.last_tile);
     copy(place, page, 0);
+    copy_queries(query, work, turn, shared);
     for (int tile = work.last_tile; tile >= work.first_tile; --tile) {
         const Place next = place.next();
         const bool has_next = tile > work.first_tile;
@@ -231,22 +296,6 @@ __device__ __forceinline__ void produce(
         if (has_next) copy(next, next_page, 0);
         copy(place, page, 1);
         page = next_page, place = next;
-    }
-}
-
-// Copies the queries of this warpgroup to shared memory, with zeros for rows without a token.
-__device__ __forceinline__ void load_queries(u32 to, const u16* query, i64 stride, const Work& work, int group) {
-    constexpr int PIECES = COLUMNS / 8;  // of 16 bytes, in a query row
-    const int thread = threadIdx.x % 128;
-#pragma unroll
-    for (int i = thread; i < 64 * PIECES; i += 128) {
-        const int row = 64 * group + i / PIECES, piece = i % PIECES, token = work.first_query + row / GROUP;
-        uint4 x = make_uint4(0, 0, 0, 0);
-        if (row < TOKENS * GROUP && token < work.count && 8 * piece < HEAD_DIM)
-            x = *(const uint4*)(query + (work.start + token) * stride
-                                + (work.kv_head * GROUP + row % GROUP) * HEAD_DIM + 8 * piece);
-        const u32 at = to + piece / 8 * QUERY_PART + row * 128 + ((piece % 8) ^ (row % 8)) * 16;
-        store_16_bytes(at, x);
     }
 }
 
@@ -276,6 +325,11 @@ __device__ __forceinline__ bool has_token(const Work& work, int row) {
 __device__ __forceinline__ u16* place_of(u16* out, const Work& work, int row) {
     const i64 token = work.start + work.first_query + row / GROUP;
     return out + (token * NUM_HEADS + work.kv_head * GROUP + row % GROUP) * HEAD_DIM;
+}
+
+// The address of 16 bytes of a query row. Pieces are swizzled as TMA does.
+__device__ __forceinline__ u32 piece_at(u32 queries, int row, int piece) {
+    return queries + piece / 8 * QUERY_PART + row * 128 + ((piece % 8) ^ (row % 8)) * 16;
 }
 
 // The address of a sum in shared memory. Columns are swizzled, so that rows begin in different banks.
@@ -325,15 +379,38 @@ __device__ __forceinline__ void merge(
     meet_cluster();  // until the other blocks have read this block's sums
 }
 
-__device__ __forceinline__ void consume(
-    const Work& work, const u16* query, i64 query_stride, const void* sinks, u16* out, float scale, int window,
-    float soft_cap, u32 queries, u32 tiles, u32 barriers, Place& place) {
-    const int group = threadIdx.x / 128 - 1, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-    meet(4 + group, 128);  // no product reads the queries of the program before any more
-    load_queries(queries, query, query_stride, work, group);
-    publish_to_tensor_cores();
+// Writes a warpgroup's results to `out`, through the place of its queries, so that whole rows are written.
+__device__ __forceinline__ void write(
+    const Work& work, const float (&sums)[OUT_PARTS][OUT_COLUMNS / 2], const float (&total)[2], u16* out, int first_row,
+    u32 queries) {
+    const int group = threadIdx.x / 128 - 1, lane = threadIdx.x % 32;
+    meet(4 + group, 128);  // no product reads the queries any more
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const float factor = 1.f / total[half];
+#pragma unroll
+        for (int part = 0; part < OUT_PARTS; ++part)
+#pragma unroll
+            for (int j = 0; j < OUT_COLUMNS / 8; ++j) {
+                const float* x = &sums[part][4 * j + 2 * half];
+                store_4_bytes(piece_at(queries, first_row + 8 * half, part * (OUT_COLUMNS / 8) + j) + lane % 4 * 4,
+                              pack(x[0] * factor, x[1] * factor));
+            }
+    }
     meet(4 + group, 128);
+#pragma unroll 4
+    for (int i = threadIdx.x % 128; i < 64 * PIECES_OF_16_BYTES; i += 128) {
+        const int row = 64 * group + i / PIECES_OF_16_BYTES, piece = i % PIECES_OF_16_BYTES;
+        if (has_token(work, row) && 8 * piece < HEAD_DIM)
+            *(uint4*)(place_of(out, work, row) + 8 * piece) = load_16_bytes(piece_at(queries, row, piece));
+    }
+    publish_to_tensor_cores();  // so that TMA's next copy comes after the stores to shared memory
+}
 
+__device__ __forceinline__ void consume(
+    const Work& work, const void* sinks, u16* out, float scale, int window, float soft_cap, int turn, const Shared& shared,
+    Place& place) {
+    const int group = threadIdx.x / 128 - 1, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
     const int first_row = 64 * group + 16 * warp + lane / 4;
     Softmax softmax;
     softmax.to_base_2 = (HAS_SOFT_CAP ? soft_cap : scale) * LOG2_E;
@@ -353,17 +430,15 @@ __device__ __forceinline__ void consume(
         return (tile + 1) * KEYS - 1 > first_position || (HAS_WINDOW && tile * KEYS <= last_position - window);
     };
     auto key_of = [&](int tile) { return tile * KEYS + 2 * (lane % 4); };
-    auto full = [&](int slot, int kind) { return barriers + 8 * (4 * slot + kind); };
-    auto tile_at = [&](int slot, int kind) { return tiles + (2 * slot + kind) * TILE_BYTES; };
-    auto release = [&](int slot, int kind) {
-        __syncwarp();
-        if (lane == 0) arrive(full(slot, kind) + 16);
-    };
+    auto full = [&](int slot, int kind) { return shared.full(slot, kind); };
+    auto tile_at = [&](int slot, int kind) { return shared.tile(slot, kind); };
+    auto release = [&](int slot, int kind) { arrive_of_warp(shared.empty(slot, kind)); };
 
     float scores[KEYS / 2], sums[OUT_PARTS][OUT_COLUMNS / 2], decay[2];
     u32 weights[KEYS / 4];
-    const u32 my_queries = queries + 64 * group * 128;
+    const u32 queries = shared.queries_of(turn), my_queries = queries + 64 * group * 128;
     int slot = place.slot, round = place.round;
+    wait(shared.queries_full(turn), turn / QUERY_STAGES & 1);
     wait(full(slot, 0), round & 1);
     begin_products();
     multiply_keys(scores, my_queries, tile_at(slot, 0));
@@ -404,7 +479,7 @@ __device__ __forceinline__ void consume(
         settle(scores);
         release(next_slot, 0);
         softmax.step(scores, decay, is_masked(tile), key_of(tile), window);
-        compute_now(softmax.total[0] + softmax.total[1], barriers);  // before the wait
+        compute_now(softmax.total[0] + softmax.total[1], shared.barriers);  // before the wait
         wait_products<0>();
 #pragma unroll
         for (int part = 0; part < OUT_PARTS; ++part) settle(sums[part]);
@@ -431,37 +506,22 @@ __device__ __forceinline__ void consume(
 
 #pragma unroll
     for (int half = 0; half < 2; ++half) softmax.total[half] = over_quad(softmax.total[half], false);
-    if (work.parts > 1) return merge(work, sums, softmax, out, first_row, queries, tiles);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const int row = first_row + 8 * half;
-        const float factor = 1.f / softmax.total[half];
-        if (!has_token(work, row)) continue;
-        u16* to = place_of(out, work, row) + 2 * (lane % 4);
-#pragma unroll
-        for (int part = 0; part < OUT_PARTS; ++part)
-#pragma unroll
-            for (int j = 0; j < OUT_COLUMNS / 8; ++j) {
-                if (part * OUT_COLUMNS + 8 * j >= HEAD_DIM) continue;
-                const float* x = &sums[part][4 * j + 2 * half];
-                *(u32*)(to + part * OUT_COLUMNS + 8 * j) = pack(x[0] * factor, x[1] * factor);
-            }
-    }
+    if (work.parts > 1) return merge(work, sums, softmax, out, first_row, queries, shared.tiles);
+    write(work, sums, softmax.total, out, first_row, queries);
+    arrive_of_warp(shared.queries_empty(turn));
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1) prefill_attention(
-    const __grid_constant__ TensorMap cache, const u16* query, const int* block_tables, const int* seq_lens,
-    const int* query_start_loc, const void* sinks, u16* out, float scale, int window, float soft_cap,
-    i64 query_stride, i64 table_stride, int num_blocks, int num_rows, int max_blocks) {
+    const __grid_constant__ TensorMap cache, const __grid_constant__ TensorMap query, const int* block_tables,
+    const int* seq_lens, const int* query_start_loc, const void* sinks, u16* out, int* counter, float scale, int window,
+    float soft_cap, i64 table_stride, int num_blocks, int num_rows) {
 #if OVERLAP
     release_next_kernel();
 #endif
     extern __shared__ u8 memory[];
-    const Programs programs = count_programs(query_start_loc, num_rows, max_blocks);
-    const u32 queries = (address(memory) + 1023) & ~1023u, tiles = queries + QUERY_BYTES;
-    const u32 barriers = tiles + 2 * STAGES * TILE_BYTES;  // per slot: keys full, values full, keys empty, values empty
+    const Shared shared((address(memory) + 1023) & ~1023u);
     if (threadIdx.x == 0) {
-        for (int i = 0; i < 4 * STAGES; ++i) init(barriers + 8 * i, i % 4 < 2 ? 1 : 8);
+        shared.init_barriers();
         publish_barriers();
     }
     __syncthreads();
@@ -470,19 +530,28 @@ extern "C" __global__ void __launch_bounds__(384, 1) prefill_attention(
 #endif
     Work work;
     Place place;
-    auto find = [&](int program) {
-        return find_work(work, program, programs, query_start_loc, seq_lens, num_rows, max_blocks, window);
-    };
     if (threadIdx.x < 128) {
-        shrink_registers<24>();
+        shrink_registers<40>();
         if (threadIdx.x >= 32) return;
-        for (int turn = 0, program; (program = programs.of_turn(turn)) >= 0; ++turn)
-            if (find(program))
-                produce(&cache, work, block_tables + work.row * table_stride, num_blocks, tiles, barriers, place);
+        const Programs programs = count_programs(query_start_loc, num_rows);
+        int turn = 0;
+        for (int program = programs.first(); program < programs.count(); program = programs.next(counter)) {
+            if (!find_work(work, program, programs, query_start_loc, seq_lens, num_rows, window)) continue;
+            announce(work, turn, shared);
+            const int* table = block_tables + work.row * table_stride;
+            produce(&cache, &query, work, table, num_blocks, turn, shared, place);
+            ++turn;
+        }
+        work.parts = 0;
+        announce(work, turn, shared);
     } else {
-        grow_registers<240>();
-        for (int turn = 0, program; (program = programs.of_turn(turn)) >= 0; ++turn)
-            if (find(program))
-                consume(work, query, query_stride, sinks, out, scale, window, soft_cap, queries, tiles, barriers, place);
+        grow_registers<232>();
+        for (int turn = 0;; ++turn) {
+            wait(shared.work_full(turn), turn / 2 & 1);
+            load_words(work, shared.work(turn));
+            arrive_of_warp(shared.work_empty(turn));
+            if (work.parts == 0) break;
+            consume(work, sinks, out, scale, window, soft_cap, turn, shared, place);
+        }
     }
 }

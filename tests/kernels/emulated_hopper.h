@@ -113,6 +113,11 @@ inline void end_phase(Barrier& b) {
     if (b.left == 0 && b.bytes == 0) b.left = b.arrivals, b.parity ^= 1;
 }
 inline void arrive(u32 barrier) { Barrier& b = barrier_at(barrier); --b.left; end_phase(b); }
+inline void __syncwarp();
+inline void arrive_of_warp(u32 barrier) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) arrive(barrier);
+}
 inline void expect(u32 barrier, u32 bytes) { Barrier& b = barrier_at(barrier); b.bytes += bytes; --b.left; end_phase(b); }
 inline void wait(u32 barrier, u32 parity) { Barrier& b = barrier_at(barrier); wait_until([&] { return b.parity != parity; }); }
 inline bool arrive_at(Meeting& m, int threads) {
@@ -171,26 +176,35 @@ inline int __popc(u32 x) { return __builtin_popcount(x); }
 
 inline u32 swizzled(u32 a) { return a ^ (a >> 7 & 7) << 4; }
 
-struct alignas(64) TensorMap { u64 words[16]; };  // address, 5 sizes, 4 strides in bytes, 2 sizes of a box
+struct alignas(64) TensorMap { u64 words[16]; };  // address, 5 sizes, 4 strides in bytes, 3 sizes of a box
 
 inline void copy_box(u32 to, const TensorMap* map, u32 barrier, int x0, int x1, int x2, int x3, int x4) {
     const u64* w = map->words;
     const int rank = rank_in_cluster();
     copies.push_back([=] {
-        for (u64 row = 0; row < w[11]; ++row)
+        for (u64 row = 0; row < w[11] * w[12]; ++row)
             for (u64 column = 0; column < w[10]; ++column) {
-                const u64 at[5] = {x0 + column, x1 + row, u64(x2), u64(x3), u64(x4)};
+                const u64 at[5] = {x0 + column, x1 + row % w[11], x2 + row / w[11], u64(x3), u64(x4)};
                 bool inside = true;
                 u64 offset = at[0] * 2;
                 for (int i = 0; i < 5; ++i) inside = inside && at[i] < w[1 + i], offset += i ? at[i] * w[5 + i] : 0;
                 *(u16*)at_address(swizzled(to + row * 128 + column * 2), rank) = inside ? *(const u16*)(w[0] + offset) : 0;
             }
         Barrier& b = barrier_at(barrier, rank);
-        b.bytes -= w[10] * w[11] * 2;
+        b.bytes -= w[10] * w[11] * w[12] * 2;
         end_phase(b);
     });
 }
 inline void store_16_bytes(u32 to, uint4 x) { std::memcpy(at_address(to), &x, 16); }
+inline uint4 load_16_bytes(u32 at) {
+    uint4 x;
+    std::memcpy(&x, at_address(at), 16);
+    return x;
+}
+inline void store_4_bytes(u32 to, u32 x) { std::memcpy(at_address(to), &x, 4); }
+template <class T> void store_words(u32 to, const T& x) { std::memcpy(at_address(to), &x, sizeof(T)); }
+template <class T> void load_words(T& x, u32 at) { std::memcpy(&x, at_address(at), sizeof(T)); }
+inline int atomicAdd(int* at, int x) { return std::exchange(*at, *at + x); }
 inline void store_8_bytes(u32 to, float x, float y) { std::memcpy(at_address(to), &x, 4), std::memcpy(at_address(to + 4), &y, 4); }
 inline void publish_to_tensor_cores() {}
 inline void release_next_kernel() {}
