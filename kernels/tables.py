@@ -42,7 +42,7 @@ def file_name(gpu: str) -> str:
 
 
 def padded_rows(num_rows: int) -> int:
-    """The number of rows that a product computes for `num_rows` (1 to 32): 1, 16 or 32."""
+    """The number of rows whose tiling serves `num_rows` (1 to 32): 1, 16 or 32."""
     return 1 if num_rows == 1 else 16 if num_rows <= 16 else 32
 
 

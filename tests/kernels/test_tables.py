@@ -102,7 +102,7 @@ def test_tiles_fit_in_the_gpus_shared_memory(kib: int, monkeypatch: pytest.Monke
     for num_rows in (8, 24):
         for shape in ((4096, 14336), (4096, 4096), (28672, 4096), (576, 576)):
             t = tiling_for(num_rows, *shape)
-            rows = tables.padded_rows(num_rows)
+            rows = skinny_triton.multiplied_rows(num_rows)
             assert (
                 t.num_stages >= 1
                 and 2 * t.columns * (t.outputs + rows) * t.num_stages <= kib * 1024
