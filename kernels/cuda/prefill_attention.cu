@@ -240,7 +240,7 @@ struct Shared {  // addresses in shared memory
 
     __device__ __forceinline__ void init_barriers() const {
         for (int i = 0; i < 4 * STAGES; ++i) init(barriers + 8 * i, i % 4 < 2 ? 1 : CONSUMING_WARPS);
-        for (int turn = 0; turn < 2; ++turn) init(work_full(turn), 1), init(work_empty(turn), CONSUMING_WARPS);
+        for (int turn = 0; turn < 2; ++turn) init(work_full(turn), 1), init(work_empty(turn), 32 * CONSUMING_WARPS);
         for (int turn = 0; turn < QUERY_STAGES; ++turn)
             init(queries_full(turn), 1), init(queries_empty(turn), CONSUMING_WARPS);
     }
@@ -549,7 +549,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) prefill_attention(
         for (int turn = 0;; ++turn) {
             wait(shared.work_full(turn), turn / 2 & 1);
             load_words(work, shared.work(turn));
-            arrive_of_warp(shared.work_empty(turn));
+            arrive(shared.work_empty(turn));  // each thread for itself, as racecheck expects
             if (work.parts == 0) break;
             consume(work, sinks, out, scale, window, soft_cap, turn, shared, place);
         }

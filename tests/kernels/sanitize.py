@@ -1,6 +1,6 @@
 """Runs one case of each kernel test under compute-sanitizer, a part of CUDA's toolkit.
 
-    python -m tests.kernels.sanitize [FILE ...] [--tool memcheck racecheck] [-k EXPRESSION]
+    python -m tests.kernels.sanitize [--tool memcheck racecheck] [-k EXPRESSION] [FILE ...]
 
 memcheck finds accesses outside a tensor or of misaligned addresses, racecheck finds threads of a
 block that use shared memory without a barrier between them. FILE: test files; default: those of
@@ -65,7 +65,8 @@ def check(program: str, tool: str, arguments: Sequence[str]) -> bool:
 
 def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.kernels.sanitize", allow_abbrev=False)
-    parser.add_argument("--tool", nargs="+", default=["memcheck", "racecheck"])
+    tools = ["memcheck", "racecheck"]
+    parser.add_argument("--tool", nargs="+", choices=tools, default=tools)
     parser.add_argument("-k", default=None, metavar="EXPRESSION")
     parser.add_argument("files", nargs="*", default=FILES)
     options = parser.parse_args(words)
