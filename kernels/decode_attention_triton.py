@@ -199,6 +199,14 @@ def _decode_kernel(
     if OVERLAP:
         gdc_launch_dependents()
     kv_head, item = tl.program_id(0), tl.program_id(1)  # programs without work come last
+    is_idle = item < 0
+    if (
+        item > max_extra
+    ):  # if rows from item - max_extra on are empty, there are at most `item` items
+        first_token = tl.load(query_start_loc + item - max_extra)
+        is_idle = first_token == tl.load(query_start_loc + num_rows)
+    if is_idle:  # most programs of a captured step with prompts, which has room for many rows
+        return
     row, num_splits, split = _work_item(
         item, seq_lens, query_start_loc, num_rows, max_extra, even_extra, min_tiles, window,
         TOKENS, KEYS, HAS_WINDOW, IN_CHUNKS, MAX_ROWS,

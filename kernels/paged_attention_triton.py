@@ -112,8 +112,7 @@ def paged_attention(
         attend_few_tokens(tensors, scalars, constants, together, max_split_programs)
         if are_few:
             return out
-        num_rows = len(block_tables)
-        if kernel := prefill_attention_cuda.kernel_for(query, kv_cache, num_rows, options):
+        if kernel := prefill_attention_cuda.kernel_for(query, kv_cache, options):
             prefill_attention_cuda.attend_prompts(kernel, query, kv_cache, attn, options, out)
             return out
     attend_prompts(tensors, scalars, constants, fixed_order)

@@ -74,18 +74,17 @@ def cluster_for(
     return next((size for size in _CLUSTERS if num_programs <= max_clusters(size)), 1)
 
 
-def _long_row(head_dim: int) -> int:
-    """The mean number of new tokens in a row from which the larger tiles are faster."""
-    return 2048 if head_dim <= _PART_COLUMNS else 8192
+def _long_step(head_dim: int) -> int:
+    """The number of tokens from which a step is taken for one of long rows.
 
-
-def kernel_for(
-    query: Tensor, kv_cache: Tensor, num_rows: int, options: ScoreOptions
-) -> CudaKernel | None:
-    """The kernel for these queries and this cache on the current device; None: there is none.
-
-    num_rows: number of rows that the step has room for.
+    Only the device knows the rows of a captured step. In a step of many tokens, wrongly chosen
+    tiles cost less if the rows are short, as attention then takes little of the time.
     """
+    return 8192 if head_dim <= _PART_COLUMNS else 12288
+
+
+def kernel_for(query: Tensor, kv_cache: Tensor, options: ScoreOptions) -> CudaKernel | None:
+    """The kernel for these queries and this cache on the current device; None: there is none."""
     block_size, num_kv_heads, head_dim = kv_cache.shape[2:]
     sink_bytes = 0 if options.sinks is None else options.sinks.itemsize
     if not _is_hopper() or query.dtype != kv_cache.dtype or query.dtype.itemsize != 2:
@@ -98,7 +97,7 @@ def kernel_for(
         query.dtype, head_dim, query.shape[1] // num_kv_heads, num_kv_heads, block_size,
         options.sliding_window > 0, options.soft_cap > 0, sink_bytes,
     )  # fmt: skip
-    return None if kernels is None else kernels[len(query) >= num_rows * _long_row(head_dim)]
+    return None if kernels is None else kernels[len(query) >= _long_step(head_dim)]
 
 
 @functools.cache

@@ -130,9 +130,12 @@ __device__ __forceinline__ int pieces_of(const int* query_start_loc, int num_row
 }
 
 __device__ __forceinline__ int count_pieces(const int* query_start_loc, int num_rows) {
+    const int lane = threadIdx.x % 32, tokens = query_start_loc[num_rows];
     int pieces = 0;  // of this lane's rows
-#pragma unroll 4
-    for (int row = threadIdx.x % 32; row < num_rows; row += 32) pieces += pieces_of(query_start_loc, num_rows, row);
+    // Rows without tokens come last, and most rows of a captured step have none.
+    for (int first = 0; first < num_rows && query_start_loc[first] < tokens; first += 128)
+#pragma unroll
+        for (int row = first; row < first + 128; row += 32) pieces += pieces_of(query_start_loc, num_rows, row + lane);
     return sum_of_warp(pieces);
 }
 

@@ -130,7 +130,7 @@ def assert_equals_oracle(step: Step, options: ScoreOptions) -> None:
     query, kv_cache, attn = step
     out = torch.full_like(query, 7.0)
     seen = without_stale_pages(step, options.sliding_window) if options.sliding_window else attn
-    kernel = prefill_attention_cuda.kernel_for(query, kv_cache, len(attn.block_tables), options)
+    kernel = prefill_attention_cuda.kernel_for(query, kv_cache, options)
     assert kernel is not None
     prefill_attention_cuda.attend_prompts(kernel, query, kv_cache, seen, options, out)
     wide = kv_cache.float().nan_to_num(0.0)
@@ -167,8 +167,8 @@ def test_values(
     assert_equals_oracle(make_step(ROWS, heads, head_dim, block_size, dtype), options)
 
 
-def test_tiles_for_long_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefill_attention_cuda, "_long_row", lambda _: 0)
+def test_tiles_for_long_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill_attention_cuda, "_long_step", lambda _: 0)
     step = make_step([(40, 500), (1, 50), (30, 30)], (4, 2), 128, 16, torch.float16)
     assert_equals_oracle(step, ScoreOptions(0.09, sliding_window=200))
 
@@ -243,27 +243,26 @@ def test_all_steps_use_the_kernels_of_the_first(monkeypatch: pytest.MonkeyPatch)
     query, kv_cache, _ = make_step([(40, 40)], (4, 2), 64, 16, torch.bfloat16)
     options = ScoreOptions(0.1)
     kernel_for = prefill_attention_cuda.kernel_for
-    assert kernel_for(query, kv_cache, 1, options) is not None
+    assert kernel_for(query, kv_cache, options) is not None
     monkeypatch.setattr(prefill_attention_cuda, "CudaKernel", None)  # compiles no other
-    monkeypatch.setattr(prefill_attention_cuda, "_long_row", lambda _: 8)
-    sizes = (2, 1), (8, 1), (40, 1), (40, 6)
-    found = [kernel_for(query[:size], kv_cache, num_rows, options) for size, num_rows in sizes]
+    monkeypatch.setattr(prefill_attention_cuda, "_long_step", lambda _: 8)
+    found = [kernel_for(query[:size], kv_cache, options) for size in (2, 8, 40)]
     assert None not in found
-    assert found[0] == found[3] != found[1] == found[2]
+    assert found[0] != found[1] == found[2]
 
 
 def test_what_the_kernel_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel_for = prefill_attention_cuda.kernel_for
     query, kv_cache, _ = make_step([(4, 4)], (4, 2), 64, 16, torch.bfloat16)
-    assert kernel_for(query, kv_cache, 1, ScoreOptions(0.1)) is not None
-    assert kernel_for(query, kv_cache.to(FP8), 1, ScoreOptions(0.1)) is None
-    assert kernel_for(query.float(), kv_cache.float(), 1, ScoreOptions(0.1)) is None
+    assert kernel_for(query, kv_cache, ScoreOptions(0.1)) is not None
+    assert kernel_for(query, kv_cache.to(FP8), ScoreOptions(0.1)) is None
+    assert kernel_for(query.float(), kv_cache.float(), ScoreOptions(0.1)) is None
     narrow = torch.zeros(2, 3, 16, 2, 60, dtype=query.dtype)
-    assert kernel_for(query[..., :60], narrow, 1, ScoreOptions(0.1)) is None
+    assert kernel_for(query[..., :60], narrow, ScoreOptions(0.1)) is None
     odd = torch.zeros(query.numel() + 8, dtype=query.dtype)[1 : query.numel() + 1].view_as(query)
-    assert kernel_for(odd, kv_cache, 1, ScoreOptions(0.1)) is None
+    assert kernel_for(odd, kv_cache, ScoreOptions(0.1)) is None
     monkeypatch.setattr(prefill_attention_cuda, "_is_hopper", lambda: False)
-    assert kernel_for(query, kv_cache, 1, ScoreOptions(0.1)) is None
+    assert kernel_for(query, kv_cache, ScoreOptions(0.1)) is None
 
 
 def test_triton_stands_in_for_a_kernel_that_cannot_be_compiled(
@@ -275,5 +274,5 @@ def test_triton_stands_in_for_a_kernel_that_cannot_be_compiled(
     monkeypatch.setattr(prefill_attention_cuda, "CudaKernel", fails)
     query, kv_cache, _ = make_step([(4, 4)], (4, 2), 64, 16, torch.bfloat16)
     for _ in range(2):
-        assert prefill_attention_cuda.kernel_for(query, kv_cache, 1, ScoreOptions(0.1)) is None
+        assert prefill_attention_cuda.kernel_for(query, kv_cache, ScoreOptions(0.1)) is None
     assert caplog.text.count("no compiler") == 1
