@@ -218,8 +218,8 @@ class CompileConfig:
     )
     persistent_decode: bool = option(
         False,
-        "experimental: one kernel for all layers of a decode step of one or two requests, where a "
-        "Hopper GPU and the model allow it and the kernel is faster",
+        "experimental, not for use: one kernel for all layers of a decode step of one or two "
+        "requests on a Hopper GPU; on a busy GPU some of its steps were wrong",
         kind="bool",
     )
     deterministic: bool = option(
