@@ -13,6 +13,7 @@ import os
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -23,6 +24,7 @@ from compiledllm.log import log
 # process, to a folder in the system's temporary directory, where a reboot would lose all kernels.
 COMPILERS = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 _MIN_FREE_BYTES = 64 * 2**20  # a compiler needs some room even for a small model
+_ABANDONED_S = 3600.0  # the writer of an unfinished file of this age has died
 
 
 def cache_dir() -> Path:
@@ -35,6 +37,11 @@ def cache_dir() -> Path:
 def compiled_dir() -> Path:
     """Where compiled code is kept."""
     return cache_dir() / "compiled"
+
+
+def is_disabled() -> bool:
+    """Whether the user wants that starts neither use nor leave anything for other starts."""
+    return os.environ.get("COMPILEDLLM_DISABLE_CACHE", "") not in ("", "0")
 
 
 def use_compiler_caches() -> None:
@@ -117,6 +124,17 @@ def replaced(path: Path) -> Iterator[IO[bytes]]:
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
+
+
+def remove_surplus(folder: Path, suffix: str, most: int) -> None:
+    """Remove all but the `most` files of this suffix that were used last, and abandoned ones."""
+    with contextlib.suppress(OSError):
+        found = [(path.stat().st_mtime, path) for path in folder.glob(f"*{suffix}")]
+        finished = sorted(pair for pair in found if not pair[1].name.startswith("."))
+        old = time.time() - _ABANDONED_S
+        left = [path for used, path in found if path.name.startswith(".") and used < old]
+        for path in [*left, *(path for _, path in finished[:-most])]:
+            path.unlink(missing_ok=True)
 
 
 @functools.cache

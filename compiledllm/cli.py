@@ -344,13 +344,13 @@ def _add_build(commands: Any) -> None:
 
     cache = commands.add_parser("cache", help="what earlier starts left, and why a start misses it")
     actions = cache.add_subparsers(required=True, metavar="ACTION", parser_class=CommandParser)
-    kept = actions.add_parser("list", help="the kept artifacts")
+    kept = actions.add_parser("list", help="the kept artifacts and tokenizers")
     kept.add_argument("--artifact-dir", metavar="DIR", help="a folder of `compiledllm build`, too")
     explain = actions.add_parser("explain", help="whether a start would compile, and why")
     _add_model(explain)
     add_engine_options(explain.add_argument_group("engine"))
     explain.takes_vllm_options = True
-    clear = actions.add_parser("clear", help="remove all compiled code from the cache")
+    clear = actions.add_parser("clear", help="remove all of these from the cache")
     for name, action in (("list", kept), ("explain", explain), ("clear", clear)):
         action.set_defaults(run=_cache, action=name)
 

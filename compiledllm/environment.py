@@ -7,10 +7,9 @@ import platform as system
 import shutil
 import subprocess
 import sys
-from importlib import metadata
 
 from compiledllm.config import ConfigError
-from compiledllm.version import __version__
+from compiledllm.version import __version__, version_of
 
 PACKAGES = (
     *("torch", "triton", "transformers", "tokenizers", "safetensors", "huggingface-hub", "numpy"),
@@ -32,7 +31,7 @@ def facts() -> dict[str, str]:
         "system": f"{system.platform()}{_inside_container()}",
         **_devices(),
         "C++ compiler": _first_line(os.environ.get("CXX") or "g++", "--version") or "none",
-        **{name: version for name in PACKAGES if (version := _version(name))},
+        **{name: version for name in PACKAGES if (version := version_of(name))},
         **_variables(),
     }
 
@@ -67,13 +66,6 @@ def _existing(path: os.PathLike[str]) -> str:
     while not os.path.exists(text):
         text = os.path.dirname(text)
     return text
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _variables() -> dict[str, str]:

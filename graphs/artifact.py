@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compiledllm.caches import replaced, why_not_trusted
+from compiledllm.caches import remove_surplus, replaced, why_not_trusted
 from compiledllm.graphs.saved_graph import Kernel, SavedGraph
 from compiledllm.log import log
 
@@ -29,7 +29,6 @@ FORMAT = 2  # version of the layout of files and keys; files of another format a
 SUFFIX = ".artifact"
 _MANIFEST = "manifest.json"
 _MAX_FILES = 64  # per folder; beyond that, the least recently used files are removed
-_ABANDONED_S = 3600.0  # the writer of an unfinished file of this age has died
 
 
 class BadArtifact(Exception):
@@ -72,7 +71,7 @@ def write(artifact: Artifact, folder: Path) -> Path:
     target = folder / file_name(artifact.key)
     with replaced(target) as writer:
         _write_zip(artifact, writer)
-    _remove_surplus(folder)
+    remove_surplus(folder, SUFFIX, _MAX_FILES)
     return target
 
 
@@ -100,17 +99,6 @@ def _write_zip(artifact: Artifact, writer: Any) -> None:
         file.writestr(_MANIFEST, json.dumps(manifest))
         for path, code in contents.items():
             file.writestr(path, code)
-
-
-def _remove_surplus(folder: Path) -> None:
-    """Remove the least recently used files, and files that a killed process left unfinished."""
-    with contextlib.suppress(OSError):
-        found = [(path.stat().st_mtime, path) for path in folder.glob(f"*{SUFFIX}")]
-        finished = sorted(pair for pair in found if not pair[1].name.startswith("."))
-        old = time.time() - _ABANDONED_S
-        left = [path for used, path in found if path.name.startswith(".") and used < old]
-        for path in [*left, *(path for _, path in finished[:-_MAX_FILES])]:
-            path.unlink(missing_ok=True)
 
 
 # -- reading ---------------------------------------------------------------------------------------

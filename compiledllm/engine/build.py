@@ -17,38 +17,42 @@ import torch
 
 from compiledllm.caches import compiled_dir
 from compiledllm.config import ConfigError, EngineConfig
+from compiledllm.engine import tokenizer_snapshot
 from compiledllm.engine.plan_views import size
 from compiledllm.engine.startup import plan
+from compiledllm.engine.tokenizer import directory_of_tokenizer
 from compiledllm.graphs.artifact import explain, file_name, listed
 from compiledllm.log import log, show_logs
 from compiledllm.runner.artifact_key import key_of
+from compiledllm.runner.plan import Plan
 from compiledllm.runner.start_cache import artifacts_dir, folders_of, label_of, why_not_cached
 
 
 def build(options: Mapping[str, Any], out: Path | None) -> Path:
     """Start an engine, write its artifact into the folder `out` (default: the cache), and end.
 
-    With `out`, a second engine then starts from the artifact in a process of its own, and the
-    bytecode of the modules that it imports is kept in `out`, too. Raises ConfigError if the engine
-    cannot start or its compiled functions cannot be saved.
+    With `out`, a snapshot of the tokenizer is kept there, too. Then a second engine starts from
+    the folder in a process of its own, and the bytecode of the modules that it imports is kept.
+    Raises ConfigError if the engine cannot start or its compiled functions cannot be saved.
     """
     show_logs()
     folder = out or artifacts_dir()
     with _writing(folder):  # before minutes of compiling
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path, num_blocks = _write_artifact({**options, "compile_when": "start"}, folder)
-    if out is not None:  # in the cache, starts keep the bytecode that they need
+    planned = plan(EngineConfig.from_options(**{**options, "compile_when": "start"}))
+    if reason := why_not_cached(planned):
+        raise ConfigError(f"there is nothing to build with {reason}; leave it out")
+    path, num_blocks = _write_artifact(planned, folder)
+    if out is not None:  # in the cache, starts keep the tokenizer and the bytecode that they need
+        _write_tokenizer(planned, out)
         _write_bytecode({**options, "artifact_dir": str(out), "num_kv_blocks": num_blocks})
     return path
 
 
-def _write_artifact(options: Mapping[str, Any], folder: Path) -> tuple[Path, int]:
+def _write_artifact(planned: Plan, folder: Path) -> tuple[Path, int]:
     """Returns the file, and the fewest KV blocks with which a start can use the artifact."""
     from compiledllm.engine.core import EngineCore
 
-    planned = plan(EngineConfig.from_options(**options))
-    if reason := why_not_cached(planned):
-        raise ConfigError(f"there is nothing to build with {reason}; leave it out")
     worker = EngineCore(planned).worker
     artifact = worker.make_artifact()
     if artifact is None:
@@ -58,6 +62,16 @@ def _write_artifact(options: Mapping[str, Any], folder: Path) -> tuple[Path, int
     with _writing(folder):
         path = worker.cache.write(artifact, folder)
     return path, min(worker.num_kv_blocks, planned.blocks_per_context)
+
+
+def _write_tokenizer(planned: Plan, folder: Path) -> None:
+    model = planned.config.requested.model
+    if model.skip_tokenizer_init:
+        return
+    try:
+        tokenizer_snapshot.copy_to(folder, directory_of_tokenizer(model, planned.checkpoint))
+    except Exception as error:  # there are checkpoints without a tokenizer
+        log.warning("the artifact is complete, but no tokenizer is kept beside it: %s", error)
 
 
 def _write_bytecode(options: Mapping[str, Any]) -> None:
@@ -86,7 +100,7 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def lines_of_list(named: str | None) -> Iterator[str]:
-    """One line for each kept artifact: file, size, age, model and what else tells them apart."""
+    """One line for each kept file: its path, size, age, model and what else tells them apart."""
     for path, manifest in listed(folders_of(named)):
         if not isinstance(manifest, dict):
             yield f"{path}  cannot be used: {manifest}"
@@ -94,6 +108,12 @@ def lines_of_list(named: str | None) -> Iterator[str]:
         key, hours = manifest["key"], (time.time() - manifest["created"]) / 3600
         facts = ", ".join(key[name] for name in ("dtype", "device", "torch") if name in key)
         yield f"{path}  {size(path.stat().st_size)}  {hours:.1f} h  {manifest['label']} ({facts})"
+    for path, found in tokenizer_snapshot.listed(named):
+        if isinstance(found, str):
+            yield f"{path}  cannot be used: {found}"
+            continue
+        hours = (time.time() - found.created) / 3600
+        yield f"{path}  {size(path.stat().st_size)}  {hours:.1f} h  {found.label} (tokenizer)"
 
 
 def explanation(options: Mapping[str, Any]) -> str:

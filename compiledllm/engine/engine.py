@@ -81,7 +81,7 @@ class Engine:
         self.core = EngineCore(planned, ledger)
         self.config = self.core.config
         with ledger.phase("tokenizer"):
-            self.tokenizer = load(self.config.requested.model, self.core.model_path)
+            self.tokenizer = load(self.config.requested, self.core.model_path)
         self._requests = RequestFactory(self.core.served_model(), self.tokenizer)
         self._shared = SharedCore(self.core)
         # On a CPU an answer without a limit takes minutes.
@@ -105,7 +105,11 @@ class Engine:
         return self.core.model_path
 
     def get_tokenizer(self) -> Any:
-        """The transformers tokenizer."""
+        """The transformers tokenizer, loaded by the first call, which takes seconds.
+
+        Changes of the object do not change the engine's own tokenizer. Raises ConfigError if the
+        tokenizer's files are gone.
+        """
         return self._requests.require_tokenizer("get_tokenizer()").hf
 
     # -- whole answers -------------------------------------------------------------------------

@@ -58,7 +58,7 @@ class LLMEngine:
         return self._engine.num_requests_for_step
 
     def get_tokenizer(self) -> Any:
-        """The transformers tokenizer."""
+        """The transformers tokenizer; see `Engine.get_tokenizer`."""
         return self._engine.get_tokenizer()
 
     def reset_prefix_cache(self, **others: Any) -> bool:

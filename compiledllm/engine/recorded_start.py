@@ -18,6 +18,7 @@ from typing import Any
 
 from compiledllm import bytecode_file
 from compiledllm.config import ConfigError, EngineConfig
+from compiledllm.engine import tokenizer_snapshot
 from compiledllm.engine.engine import Engine
 from compiledllm.engine.tokenizer import load
 from compiledllm.sampling_params import SamplingParams
@@ -30,8 +31,9 @@ def main(options: Mapping[str, Any]) -> Path:
         raise ConfigError("the start compiled again instead of using the artifact")
     params = SamplingParams(max_tokens=2, ignore_eos=True)
     engine.generate([{"prompt_token_ids": [0]}], params, use_tqdm=False)
+    tokenizer_snapshot.warm_up(options["artifact_dir"])
     with suppress(ConfigError):  # there are checkpoints without a tokenizer
-        load(EngineConfig.from_options(**options).model, engine.model_path)
+        load(EngineConfig.from_options(**options), engine.model_path)
     return bytecode_file.write(Path(options["artifact_dir"]))
 
 

@@ -1,18 +1,21 @@
-"""Wraps transformers' tokenizers: encode, decode, chat templates."""
+"""Texts to tokens and back, and conversations to prompts, by a checkpoint's tokenizer."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from compiledllm.config import ConfigError, ModelConfig
+from compiledllm.config import ConfigError, EngineConfig, ModelConfig
 from compiledllm.engine.conversation import Message, TemplateForms, plain_messages
 from compiledllm.engine.pieces import Pieces
+from compiledllm.engine.plain_tokenizer import PlainTokenizer, needs_transformers
 from compiledllm.engine.token_stream import TokenStream
 from compiledllm.engine.tokenizer_class import load_tokenizer
+from compiledllm.engine.tokenizer_snapshot import open_tokenizer
 from compiledllm.models.source import resolve_checkpoint
 
 MAX_TEMPLATES = 64  # chat templates whose forms of content are cached
@@ -24,13 +27,22 @@ CHARACTERS_PER_PIECE = 2**16  # size of the pieces in which the tokens of a long
 MIN_REFUSED_CHARACTERS = 2**20  # shorter texts are tokenised, whatever the vocabulary
 
 
-def load(model: ModelConfig, checkpoint: Path) -> Tokenizer | None:
+def load(config: EngineConfig, checkpoint: Path) -> Tokenizer | None:
     """The tokenizer that the options ask for; None with skip_tokenizer_init. Raises ConfigError."""
+    model = config.model
     if model.skip_tokenizer_init:
         return None
-    other = model.tokenizer
-    directory = resolve_checkpoint(other, weights=False) if other else checkpoint
-    return Tokenizer(directory, model.chat_template, model.default_chat_template_kwargs)
+    return Tokenizer(
+        directory_of_tokenizer(model, checkpoint),
+        model.chat_template,
+        model.default_chat_template_kwargs,
+        config.compile.artifact_dir,
+    )
+
+
+def directory_of_tokenizer(model: ModelConfig, checkpoint: Path) -> Path:
+    """The checkpoint, or the one that the option `tokenizer` names. Raises ConfigError."""
+    return resolve_checkpoint(model.tokenizer, weights=False) if model.tokenizer else checkpoint
 
 
 class Tokenizer:
@@ -38,6 +50,8 @@ class Tokenizer:
 
     chat_template: a template, or the file that holds one, instead of the directory's own.
     template_defaults: variables of the template, unless `encode_chat` is given them.
+    artifact_dir: a folder of `compiledllm build`, where a snapshot of the tokenizer may lie.
+    Attributes: `inner`, a `PlainTokenizer`, or transformers' tokenizer where that does more.
     """
 
     def __init__(
@@ -45,24 +59,33 @@ class Tokenizer:
         directory: Path,
         chat_template: str | None = None,
         template_defaults: Mapping[str, Any] | None = None,
+        artifact_dir: str | None = None,
     ) -> None:
+        self._directory = directory
         self._template_forms: dict[str, TemplateForms] = {}  # by chat template
-        try:
-            self.hf = load_tokenizer(directory)
-        except Exception as error:  # transformers raises many kinds for "no tokenizer here"
-            cause = str(error).strip().partition("\n")[0]
-            raise ConfigError(
-                f"no tokenizer could be loaded from '{directory}' ({cause}); name one with "
-                "tokenizer=..., or use skip_tokenizer_init=True and token ids"
-            ) from error
+        with _loading(directory):
+            self.inner = open_tokenizer(directory, artifact_dir)
         if chat_template is not None:
-            self.hf.chat_template = read_template(chat_template)
+            self.inner.chat_template = read_template(chat_template)
         self._template_defaults = dict(template_defaults or {})
-        self.pieces = Pieces(self.hf)
+        self.pieces = Pieces(self.inner)
+
+    @cached_property
+    def hf(self) -> Any:
+        """Transformers' tokenizer, for callers; the first use takes seconds. Raises ConfigError.
+
+        Changes of this object do not change what the engine does.
+        """
+        if not isinstance(self.inner, PlainTokenizer):
+            return self.inner
+        with _loading(self._directory):
+            loaded = load_tokenizer(self._directory)
+        loaded.chat_template = self.inner.chat_template
+        return loaded
 
     @property
     def eos_token_id(self) -> int | None:
-        eos: int | None = self.hf.eos_token_id
+        eos: int | None = self.inner.eos_token_id
         return eos
 
     def encode(
@@ -78,7 +101,7 @@ class Tokenizer:
         _check_unicode(text)
         if len(text) > LONG_TEXT:
             return self._encode_long(text, add_special_tokens)
-        ids: list[int] = self.hf.encode(text, add_special_tokens=add_special_tokens)
+        ids: list[int] = self.inner.encode(text, add_special_tokens=add_special_tokens)
         return ids
 
     def _encode_long(self, text: str, add_special_tokens: bool) -> list[int]:
@@ -88,33 +111,33 @@ class Tokenizer:
         """
 
         def encode(part: str) -> list[int]:
-            (encoding,) = self.hf.backend_tokenizer.encode_batch_fast(
+            (encoding,) = self.inner.backend_tokenizer.encode_batch_fast(
                 [part], add_special_tokens=add_special_tokens
             )
             ids: list[int] = encoding.ids
             return ids
 
         def encode_slowly(part: str) -> list[int]:
-            ids: list[int] = self.hf.encode(part, add_special_tokens=add_special_tokens)
+            ids: list[int] = self.inner.encode(part, add_special_tokens=add_special_tokens)
             return ids
 
         beginning = text[:1000]
-        is_fast = getattr(self.hf, "backend_tokenizer", None) is not None
+        is_fast = getattr(self.inner, "backend_tokenizer", None) is not None
         if is_fast and encode_slowly(beginning) == encode(beginning):
             return encode(text)
         return encode_slowly(text)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        backend = getattr(self.hf, "backend_tokenizer", None)
+        backend = getattr(self.inner, "backend_tokenizer", None)
         if (
             len(token_ids) > LONG_TOKEN_IDS
             and backend is not None
-            and not self.hf.clean_up_tokenization_spaces
+            and not self.inner.clean_up_tokenization_spaces
         ):
             # decode_batch releases the GIL; a million ids take a second.
             texts: list[str] = backend.decode_batch([list(token_ids)], skip_special_tokens)
             return texts[0]
-        text: str = self.hf.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        text: str = self.inner.decode(token_ids, skip_special_tokens=skip_special_tokens)
         return text
 
     def token_text(self, token_id: int) -> str:
@@ -128,17 +151,17 @@ class Tokenizer:
     @property
     def chat_template_text(self) -> str:
         """The chat template, or all templates joined; "" if there is none."""
-        template = self.hf.chat_template or ""
+        template = self.inner.chat_template or ""
         return "\n".join(template.values()) if isinstance(template, dict) else str(template)
 
     def token_id(self, text: str) -> int | None:
         """Id of the token with exactly this text among the added tokens; None if there is none."""
-        token_id: int | None = self.hf.get_added_vocab().get(text)
+        token_id: int | None = self.inner.get_added_vocab().get(text)
         return token_id
 
     def backend_json(self) -> str:
         """The whole tokenizer, in the format of the `tokenizers` library."""
-        backend = getattr(self.hf, "backend_tokenizer", None)
+        backend = getattr(self.inner, "backend_tokenizer", None)
         if backend is None:
             raise ValueError("structured_outputs needs a fast tokenizer, and this one is not")
         if backend.padding or backend.truncation:
@@ -160,14 +183,14 @@ class Tokenizer:
         Content reaches the template in a form that it shows (`TemplateForms`). Raises ValueError
         for a bad message, if the template fails, and if it would drop a user's words.
         """
-        if chat_template is None and not self.hf.chat_template:
+        if chat_template is None and not self.inner.chat_template:
             raise ValueError(
                 "the tokenizer has no chat template; pass chat_template=... or use generate()"
             )
         plain = plain_messages(messages)
         options = self._template_defaults | options
         try:
-            template: str = self.hf.get_chat_template(chat_template, options.get("tools"))
+            template: str = self.inner.get_chat_template(chat_template, options.get("tools"))
             forms = self._forms(template, options)
             text = self._render(template, forms.fit(plain), options)
         except Exception as error:  # a template may raise any kind of error
@@ -185,8 +208,8 @@ class Tokenizer:
         A token has at most as many characters as the vocabulary's longest token has bytes. A
         normalizer may shorten the text, we assume by at most four characters to one.
         """
-        shrink = 4 if getattr(self.hf, "backend_tokenizer", None) is None else 1
-        if shrink == 1 and self.hf.backend_tokenizer.normalizer is not None:
+        shrink = 4 if getattr(self.inner, "backend_tokenizer", None) is None else 1
+        if shrink == 1 and self.inner.backend_tokenizer.normalizer is not None:
             shrink = 4
         max_characters = max(max_tokens * self._max_token_bytes * shrink, MIN_REFUSED_CHARACTERS)
         if num_characters > max_characters:
@@ -217,10 +240,11 @@ class Tokenizer:
     @cached_property
     def _max_token_bytes(self) -> int:
         """Length of the vocabulary's longest token, in bytes, special tokens included."""
-        return max(len(token.encode()) for token in self.hf.get_vocab())
+        return max(len(token.encode()) for token in self.inner.get_vocab())
 
     def _render(self, template: str, messages: list[Message], options: dict[str, Any]) -> str:
-        text: str = self.hf.apply_chat_template(
+        tokenizer = self.hf if needs_transformers(options) else self.inner
+        text: str = tokenizer.apply_chat_template(
             messages, chat_template=template, tokenize=False, **options
         )
         return text
@@ -243,7 +267,19 @@ class Tokenizer:
 
     def stream(self, prompt_token_ids: Sequence[int], skip_special_tokens: bool) -> TokenStream:
         """A streaming decoder that continues after a prompt."""
-        return TokenStream(self.hf, prompt_token_ids, skip_special_tokens)
+        return TokenStream(self.inner, prompt_token_ids, skip_special_tokens)
+
+
+@contextmanager
+def _loading(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # transformers raises many kinds for "no tokenizer here"
+        cause = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"no tokenizer could be loaded from '{directory}' ({cause}); name one with "
+            "tokenizer=..., or use skip_tokenizer_init=True and token ids"
+        ) from error
 
 
 def read_template(template: str) -> str:

@@ -10,28 +10,23 @@ import threading
 from pathlib import Path
 from typing import Any
 
-# Names in tokenizer_config.json of the class that runs tokenizer.json as it stands.
-_AS_STORED = ("PreTrainedTokenizerFast", "TokenizersBackend")
-
-
 # transformers replaces its own module at the end of its import. A thread that meanwhile waits for
 # the same import gets the module from before, which has no tokenizers.
 _IMPORT = threading.Lock()
+
+# Attributes that classes of fast tokenizers set anew without changing what a tokenizer does.
+_HARMLESS = {"__init__", "model", "slow_tokenizer_class", "__annotate__", "__annotate_func__"}
 
 
 def warm_up() -> None:
     """Import the modules that the first tokenizer needs, which takes some seconds."""
     with _IMPORT:
-        from transformers import PreTrainedTokenizerFast  # noqa: F401
+        from transformers import AutoTokenizer  # noqa: F401
 
 
 def load_tokenizer(directory: Path) -> Any:
     """The tokenizer that AutoTokenizer gives. Raises whatever transformers raises."""
     warm_up()
-    if is_as_stored(directory):
-        from transformers import PreTrainedTokenizerFast
-
-        return PreTrainedTokenizerFast.from_pretrained(directory)
     from transformers import AutoTokenizer
 
     config = _config_of_tokenizer(directory)
@@ -43,7 +38,7 @@ def _config_of_tokenizer(directory: Path) -> Any:
 
     If no file names the tokenizer's class, AutoTokenizer chooses by the class of the config.
     """
-    tokenizer, model = _fields_of(directory)
+    tokenizer, model = (_fields(directory / f"{n}.json") for n in ("tokenizer_config", "config"))
     named = tokenizer.get("tokenizer_class", model.get("tokenizer_class"))
     if not isinstance(named, str) or not isinstance(model.get("model_type"), str):
         return None
@@ -57,25 +52,6 @@ def _config_of_tokenizer(directory: Path) -> Any:
     return config
 
 
-def is_as_stored(directory: Path) -> bool:
-    """Whether AutoTokenizer would run tokenizer.json without a class of the model's own.
-
-    Only Llama models are known to mean so: for some other types AutoTokenizer overrides the class.
-    """
-    tokenizer, model = _fields_of(directory)
-    return (
-        tokenizer.get("tokenizer_class") in _AS_STORED
-        and "auto_map" not in tokenizer
-        and model.get("model_type") == "llama"
-        and (directory / "tokenizer.json").is_file()
-    )
-
-
-def _fields_of(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The contents of tokenizer_config.json and config.json."""
-    return _fields(directory / "tokenizer_config.json"), _fields(directory / "config.json")
-
-
 def _fields(path: Path) -> dict[str, Any]:
     """The object in a JSON file; {} if there is none, about which transformers says more."""
     try:
@@ -83,3 +59,35 @@ def _fields(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def why_not_plain(tokenizer: Any) -> str:
+    """Why a tokenizer of transformers is more than its backend and some facts; "" if it is not."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    backend, classes = getattr(tokenizer, "backend_tokenizer", None), type(tokenizer).__mro__
+    if PreTrainedTokenizerFast not in classes or type(backend) is not Tokenizer:
+        return "it is written in Python"
+    for cls in classes[: classes.index(PreTrainedTokenizerFast)]:
+        for name, value in vars(cls).items():
+            does_more = callable(value) or hasattr(value, "__get__")
+            if does_more and name not in _HARMLESS and hasattr(PreTrainedTokenizerFast, name):
+                return f"{cls.__name__} has its own {name}"
+    if patched := getattr(backend, "__dict__", {}):
+        return f"{', '.join(patched)} of its backend is written in Python"
+    if tokenizer.clean_up_tokenization_spaces and not _ignores_clean_up(tokenizer):
+        return "it removes spaces in Python"
+    return ""
+
+
+def _ignores_clean_up(tokenizer: Any) -> bool:
+    """Whether no spaces are removed although the tokenizer's files ask for that.
+
+    Versions that have this option ignore the files' wish for byte-pair encoding.
+    """
+    insists = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+    return (
+        type(tokenizer.backend_tokenizer.model).__name__ == "BPE"
+        and getattr(tokenizer, insists, True) is False
+    )

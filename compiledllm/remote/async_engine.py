@@ -149,8 +149,9 @@ class AsyncEngine:
                 self._client.live.end_as_aborted(live)
 
     async def get_tokenizer(self) -> Any:
-        """The transformers tokenizer."""
-        return (await self._factory()).require_tokenizer("get_tokenizer()").hf
+        """The transformers tokenizer; see `Engine.get_tokenizer`."""
+        tokenizer = (await self._factory()).require_tokenizer("get_tokenizer()")
+        return await asyncio.to_thread(lambda: tokenizer.hf)
 
     async def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; returns True. Requests in progress keep their blocks."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from compiledllm.engine.tokenizer_class import warm_up
+from compiledllm.engine.tokenizer_snapshot import warm_up
 from compiledllm.remote.engine_life import EngineLife
 from compiledllm.remote.engine_requests import EngineRequests
 from compiledllm.remote.wire import Ready
@@ -17,7 +17,9 @@ class EngineClient(EngineLife, EngineRequests):
     def start(self) -> None:
         super().start()
         if not self._options.get("skip_tokenizer_init"):
-            asyncio.get_running_loop().run_in_executor(None, warm_up)  # runs while the engine loads
+            # Runs while the engine loads.
+            named = self._options.get("artifact_dir")
+            asyncio.get_running_loop().run_in_executor(None, warm_up, named)
 
     @property
     def num_unread_bytes(self) -> int:

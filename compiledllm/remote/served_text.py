@@ -15,7 +15,7 @@ from compiledllm.remote.wire import Ready
 
 def make_request_factory(message: Ready) -> RequestFactory:
     model = make_served_model(message)
-    return RequestFactory(model, load(model.config.model, model.model_path))
+    return RequestFactory(model, load(model.config, model.model_path))
 
 
 def make_served_model(message: Ready) -> ServedModel:

@@ -8,7 +8,6 @@ import os
 import platform as system
 import sys
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from compiledllm.kernels.machine_code import driver_version
 from compiledllm.kernels.tables import file_name
 from compiledllm.platform import Platform
 from compiledllm.runner.plan import Plan
+from compiledllm.version import version_of
 
 # Fields of the model's spec that decide the code of blocks and edges, or the size of a step.
 _SPEC_FIELDS = (
@@ -63,7 +63,7 @@ def _software() -> dict[str, Any]:
     return {
         "python": f"{sys.implementation.cache_tag} {system.machine()}",
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": version_of("triton") or "none",
         "compilers_variables": _variables(os.environ),
     }
 
@@ -109,13 +109,6 @@ def _variables(environment: Mapping[str, str]) -> dict[str, str]:
         for name, value in sorted(environment.items())
         if name.startswith(_COMPILERS_VARIABLES) and not name.endswith(_FOLDER_VARIABLES)
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "none"
 
 
 def own_tilings_digest(gpu: str) -> str:

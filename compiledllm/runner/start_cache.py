@@ -14,7 +14,7 @@ import os
 import threading
 from pathlib import Path
 
-from compiledllm.caches import compiled_dir, temporary_folder, why_not_writable
+from compiledllm.caches import compiled_dir, is_disabled, temporary_folder, why_not_writable
 from compiledllm.graphs import artifact as files
 from compiledllm.graphs.artifact import Artifact, Folder
 from compiledllm.graphs.compile import import_compiler
@@ -179,13 +179,9 @@ def why_not_cached(plan: Plan) -> str | None:
         return "deterministic"
     if plan.ranks.are_many:
         return "tensor_parallel_size"
-    if _is_set("COMPILEDLLM_DISABLE_CACHE"):
+    if is_disabled():
         return "COMPILEDLLM_DISABLE_CACHE is set"
     return None
-
-
-def _is_set(variable: str) -> bool:
-    return os.environ.get(variable, "") not in ("", "0")
 
 
 def _within(prefix: str, binaries: dict[str, bytes]) -> dict[str, bytes]:

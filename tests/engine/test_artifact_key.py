@@ -88,7 +88,7 @@ def test_deciding_fact_of_the_machine_changes_the_key(
         ("torch", lambda patch: patch.setattr(torch, "__version__", "2.99.0")),
         ("threads", lambda patch: patch.setattr(torch, "get_num_threads", lambda: 99)),
         ("cpu", lambda patch: patch.setattr(artifact_key, "_cpu_flags", lambda: "other")),
-        ("triton", lambda patch: patch.setattr(artifact_key, "_version", lambda _: "9.9")),
+        ("triton", lambda patch: patch.setattr(artifact_key, "version_of", lambda _: "9.9")),
         ("source", lambda patch: patch.setattr(artifact_key, "source_digest", lambda: "other")),
         ("compilers_variables", lambda patch: patch.setenv("TORCHINDUCTOR_CPP_WRAPPER", "1")),
     ]

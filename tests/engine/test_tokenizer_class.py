@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from compiledllm.engine.tokenizer_class import is_as_stored, load_tokenizer
+from compiledllm.engine.tokenizer_class import load_tokenizer
 from tests.support.tiny import copy_tokenizer
 
 TEXTS = [
@@ -28,7 +28,6 @@ def write(path: Path, **fields: object) -> None:
 def test_tokenizer_of_the_default_model_is_that_of_auto_tokenizer(default_model: Path) -> None:
     from transformers import AutoTokenizer
 
-    assert is_as_stored(default_model)
     ours, theirs = load_tokenizer(default_model), AutoTokenizer.from_pretrained(default_model)
     assert type(ours) is type(theirs)
     assert ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
@@ -39,30 +38,6 @@ def test_tokenizer_of_the_default_model_is_that_of_auto_tokenizer(default_model:
         ids = ours.encode(text)
         assert ids == theirs.encode(text)
         assert ours.decode(ids) == theirs.decode(ids)
-
-
-@pytest.mark.parametrize(
-    ("tokenizer", "model"),
-    [
-        ({"tokenizer_class": "Qwen2Tokenizer"}, {"model_type": "llama"}),
-        ({"tokenizer_class": "PreTrainedTokenizerFast", "auto_map": {}}, {"model_type": "llama"}),
-        ({"tokenizer_class": "PreTrainedTokenizerFast"}, {"model_type": "mistral"}),
-        ({"tokenizer_class": "PreTrainedTokenizerFast"}, {}),
-        ({"tokenizer_class": ["PreTrainedTokenizerFast"]}, {"model_type": "llama"}),
-        ({}, {"model_type": "llama"}),
-    ],
-    ids=str,
-)
-def test_any_other_tokenizer_is_left_to_auto_tokenizer(
-    tokenizer: dict[str, object], model: dict[str, object], default_model: Path, tmp_path: Path
-) -> None:
-    copy_tokenizer(default_model, tmp_path)
-    write(tmp_path / "config.json", model_type="llama")
-    write(tmp_path / "tokenizer_config.json", tokenizer_class="TokenizersBackend")
-    assert is_as_stored(tmp_path)
-    write(tmp_path / "config.json", **model)
-    write(tmp_path / "tokenizer_config.json", **tokenizer)
-    assert not is_as_stored(tmp_path)
 
 
 CLASSES = ["Qwen2Tokenizer", "LlamaTokenizerFast", "GemmaTokenizer", "GPT2Tokenizer", "Unknown"]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import compiledllm
-from compiledllm.config import ConfigError, ModelConfig
+from compiledllm.config import ConfigError, EngineConfig
 from compiledllm.engine.tokenizer import Tokenizer, load
 
 pytestmark = pytest.mark.real_model  # its tokenizer
@@ -62,8 +62,10 @@ def test_a_template_is_a_text_or_a_file_and_has_defaults(
 ) -> None:
     (tmp_path / "t.jinja").write_text(TEMPLATE)
     for template in (TEMPLATE, str(tmp_path / "t.jinja")):
-        options = ModelConfig(chat_template=template, default_chat_template_kwargs={"loud": True})
-        made = load(options, default_model)
+        config = EngineConfig.from_options(
+            chat_template=template, default_chat_template_kwargs={"loud": True}
+        )
+        made = load(config, default_model)
         assert made is not None and made.encode_chat(HI)[0] == "hi!"
         assert made.encode_chat(HI, loud=False)[0] == "hi"
         assert made.encode_chat(HI, chat_template=TEMPLATE + "?", loud=False)[0] == "hi?"

@@ -1,0 +1,264 @@
+"""Keeps what transformers made of a checkpoint's tokenizer, so that later starts do not import it.
+
+    tokenizer = open_tokenizer(directory, artifact_dir)
+
+The first start loads a tokenizer by transformers and keeps a snapshot: the tokenizer in the format
+of the `tokenizers` library, and the facts that transformers knows in addition. A snapshot's name is
+a digest of the files and versions that decide the tokenizer, so a snapshot that is found is right.
+A file that is missing, damaged or unwritable costs time only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from compiledllm.caches import (
+    compiled_dir,
+    is_disabled,
+    remove_surplus,
+    replaced,
+    why_not_trusted,
+    why_not_writable,
+)
+from compiledllm.engine import tokenizer_class
+from compiledllm.engine.plain_tokenizer import PlainTokenizer, TokenizerFacts
+from compiledllm.engine.tokenizer_class import load_tokenizer, why_not_plain
+from compiledllm.log import log
+from compiledllm.version import version_of
+
+SUFFIX = ".tokenizer"
+_FORMAT = b"compiledllm tokenizer 1\n"  # followed by a checksum, a line of JSON, and the tokenizer
+_CHECKSUM_BYTES = 32
+_MAX_FILES = 32  # per folder; beyond that, the least recently used files are removed
+_MAX_BYTES = 2**28  # of the files that decide a tokenizer; the largest known ones have 2**26
+# Packages that read, convert or run a tokenizer.
+_PACKAGES = (
+    "transformers",
+    "tokenizers",
+    "sentencepiece",
+    "tiktoken",
+    "mistral-common",
+    "protobuf",
+)
+# Ends of the names of large files that decide no tokenizer.
+_WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".onnx", ".index.json")
+
+
+class BadSnapshot(Exception):
+    """A file that cannot be used, with the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What was made of a tokenizer.
+
+    key: as `key_of` makes it. label: the checkpoint's name, for people. backend: JSON. created:
+    seconds since the epoch.
+    """
+
+    key: str
+    label: str
+    facts: TokenizerFacts
+    backend: bytes
+    created: float = field(default_factory=time.time)
+
+    def tokenizer(self) -> PlainTokenizer:
+        """Raises BadSnapshot."""
+        from tokenizers import Tokenizer as Backend
+
+        try:
+            return PlainTokenizer(Backend.from_buffer(self.backend), self.facts)
+        except Exception as error:  # tokenizers raises plain Exception
+            raise BadSnapshot(f"it cannot be loaded ({error})") from error
+
+
+def open_tokenizer(directory: Path, artifact_dir: str | None = None) -> Any:
+    """The directory's tokenizer: a `PlainTokenizer`, or if it needs more, transformers' own object.
+
+    artifact_dir: a folder that `compiledllm build` has filled. Raises whatever transformers raises.
+    """
+    key = "" if is_disabled() else _key_or_none(directory)
+    if key and (found := _find(key, artifact_dir)):
+        return found[1]
+    loaded = load_tokenizer(directory)
+    made = _make(key, directory, loaded)
+    if isinstance(made, str):
+        log.debug("the tokenizer of %s stays with transformers: %s", directory, made)
+        return loaded
+    snapshot, tokenizer = made
+    if key:
+        _keep(snapshot)
+    return tokenizer
+
+
+def copy_to(folder: Path, directory: Path) -> None:
+    """Write the snapshot of a directory's tokenizer into a folder, if there can be one.
+
+    Raises OSError, and whatever transformers raises.
+    """
+    if key := _key_or_none(directory):
+        made = _find(key) or _make(key, directory, load_tokenizer(directory))
+        if not isinstance(made, str):
+            write(made[0], folder)
+
+
+def warm_up(artifact_dir: str | None = None) -> None:
+    """Import what the first tokenizer will need; transformers only if no snapshots are kept."""
+    import tokenizers  # noqa: F401
+
+    from compiledllm.engine import chat_rendering  # noqa: F401
+
+    folders = [] if is_disabled() else _folders(artifact_dir)
+    if not any(True for folder, _ in folders for _ in folder.glob(f"[!.]*{SUFFIX}")):
+        tokenizer_class.warm_up()
+
+
+# -- the key ---------------------------------------------------------------------------------------
+
+
+def key_of(directory: Path) -> str:
+    """A digest of all that decides the tokenizer; "" if the files are too large to be digested.
+
+    Any file but weights may decide: transformers' classes read files of many names.
+    """
+    paths = sorted(path for path in _files(directory) if not path.name.endswith(_WEIGHTS))
+    if sum(path.stat().st_size for path in paths) > _MAX_BYTES:
+        return ""
+    # Of a model's name, which a relative path is for transformers, some have rules of their own.
+    name = "" if directory.is_absolute() else str(directory)
+    versions = {package: version_of(package) for package in _PACKAGES}
+    digest = hashlib.sha256(json.dumps([_FORMAT.decode(), name, versions]).encode())
+    for path in paths:
+        content = path.read_bytes()
+        digest.update(f"\0{path.relative_to(directory)}\0{len(content)}\0".encode())
+        digest.update(content)
+    return digest.hexdigest()[:32]
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    """The directory's files, and chat templates in its folders."""
+    yield from (path for path in directory.glob("[!.]*") if path.is_file())
+    yield from directory.glob("[!.]*/*.jinja")
+
+
+def _key_or_none(directory: Path) -> str:
+    try:
+        return key_of(directory)
+    except OSError:
+        return ""  # transformers reports what is wrong
+
+
+# -- making ----------------------------------------------------------------------------------------
+
+
+def _make(key: str, directory: Path, loaded: Any) -> tuple[Snapshot, PlainTokenizer] | str:
+    """The snapshot of a tokenizer of transformers, and its tokenizer, or why there is none."""
+    if reason := why_not_plain(loaded):
+        return reason
+    facts = TokenizerFacts(
+        loaded.eos_token_id,
+        dict(loaded.special_tokens_map),
+        list(loaded.all_special_ids),
+        loaded.chat_template,
+        bool(loaded.split_special_tokens),
+    )
+    backend = loaded.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    try:
+        snapshot = Snapshot(key, directory.name, facts, backend.to_str().encode())
+        tokenizer = snapshot.tokenizer()
+    except Exception as error:  # parts written in Python cannot be stored
+        return str(error)
+    if tokenizer.backend_tokenizer.to_str().encode() != snapshot.backend:
+        return "it changes when it is stored"
+    return snapshot, tokenizer
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def folder_of_snapshots() -> Path:
+    return compiled_dir() / "tokenizers"
+
+
+def _folders(named: str | None) -> list[tuple[Path, bool]]:
+    """Folders, and whether their files may have any owner, because the user has named them."""
+    return [*([(Path(named), True)] if named else []), (folder_of_snapshots(), False)]
+
+
+def _find(key: str, named: str | None = None) -> tuple[Snapshot, PlainTokenizer] | None:
+    for folder, any_owner in _folders(named):
+        path = folder / f"{key}{SUFFIX}"
+        try:
+            snapshot = read(path, any_owner)
+            if snapshot.key != key:
+                raise BadSnapshot("it is another tokenizer's")
+            # The time of modification is the time of the last use. The folder may be read-only.
+            with contextlib.suppress(OSError):
+                os.utime(path)
+            return snapshot, snapshot.tokenizer()
+        except FileNotFoundError:
+            continue
+        except Exception as error:  # any file system or file may fail in its own way
+            log.warning("%s is not used: %s", path, error)
+    return None
+
+
+def _keep(snapshot: Snapshot) -> None:
+    folder = folder_of_snapshots()
+    if reason := why_not_writable(folder):
+        log.info("the tokenizer is not kept for the next start: %s", reason)
+        return
+    try:
+        write(snapshot, folder)
+    except Exception as error:  # whatever fails, this engine runs on
+        log.warning("the tokenizer is not kept for the next start: %s", error)
+
+
+def write(snapshot: Snapshot, folder: Path) -> Path:
+    """Write a snapshot into a folder, and remove surplus old ones. Raises OSError."""
+    header = asdict(snapshot)
+    del header["backend"]
+    content = json.dumps(header).encode() + b"\n" + snapshot.backend
+    path = folder / f"{snapshot.key}{SUFFIX}"
+    with replaced(path) as writer:
+        writer.write(_FORMAT + hashlib.sha256(content).digest() + content)
+    remove_surplus(folder, SUFFIX, _MAX_FILES)
+    return path
+
+
+def read(path: Path, any_owner: bool = False) -> Snapshot:
+    """Read a snapshot and check its checksum. Raises BadSnapshot, or OSError."""
+    for place in (path, path.parent):
+        if reason := why_not_trusted(place, any_owner):
+            raise BadSnapshot(reason)
+    content = path.read_bytes()
+    begin = len(_FORMAT) + _CHECKSUM_BYTES
+    if content[: len(_FORMAT)] != _FORMAT:
+        raise BadSnapshot("it is damaged, or of another version")
+    rest = memoryview(content)[begin:]
+    if content[len(_FORMAT) : begin] != hashlib.sha256(rest).digest():
+        raise BadSnapshot("it is damaged (its content differs from its checksum)")
+    end = content.index(b"\n", begin)
+    header = json.loads(content[begin:end])
+    facts = TokenizerFacts(**header.pop("facts"))
+    return Snapshot(**header, facts=facts, backend=content[end + 1 :])
+
+
+def listed(named: str | None) -> Iterator[tuple[Path, Snapshot | str]]:
+    """All files: the path, and the snapshot or the reason why the file cannot be used."""
+    for folder, any_owner in _folders(named):
+        for path in sorted(folder.glob(f"[!.]*{SUFFIX}")):
+            try:
+                yield path, read(path, any_owner)
+            except (BadSnapshot, OSError) as error:
+                yield path, str(error)
