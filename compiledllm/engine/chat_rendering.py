@@ -127,14 +127,18 @@ def _mark_end(message: dict[str, Any], field: str, template: str) -> str:
 
 
 def _up_to_end(text: str, text_to_continue: str) -> str:
-    """What was rendered up to the mark, its end trimmed if the template trims the message."""
+    """What was rendered up to the mark, its end trimmed if the template trims the message.
+
+    A template that shows the message twice shows the mark twice, and the last one counts.
+    """
     mark = _END.strip()
     if mark not in text or text_to_continue.strip() not in text:
         raise ValueError(
             "continue_final_message: the chat template does not show the last message unchanged"
         )
     end = text.rindex(mark)
-    return text[:end] if text.startswith(_END, end) else text[:end].rstrip()
+    shown = text[:end] if text.startswith(_END, end) else text[:end].rstrip()
+    return shown.replace(_END, "").replace(mark, "")
 
 
 # -- the environment -------------------------------------------------------------------------------

@@ -34,13 +34,12 @@ class PlainTokenizer:
     """A tokenizer that gives the tokens, texts and prompts that transformers gives.
 
     The names and their meaning are those of transformers' tokenizers, for all that the engine uses.
+    backend: neither truncates nor pads.
     """
 
     clean_up_tokenization_spaces = False
 
     def __init__(self, backend: Backend, facts: TokenizerFacts) -> None:
-        backend.no_truncation()  # as transformers' `encode` does
-        backend.no_padding()
         backend.encode_special_tokens = facts.splits_special_tokens
         self.backend_tokenizer = backend
         self.eos_token_id = facts.eos_token_id

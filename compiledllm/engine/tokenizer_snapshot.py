@@ -171,7 +171,7 @@ def _make(key: str, directory: Path, loaded: Any) -> tuple[Snapshot, PlainTokeni
         bool(loaded.split_special_tokens),
     )
     backend = loaded.backend_tokenizer
-    backend.no_truncation()
+    backend.no_truncation()  # as transformers' `encode` does
     backend.no_padding()
     try:
         snapshot = Snapshot(key, directory.name, facts, backend.to_str().encode())

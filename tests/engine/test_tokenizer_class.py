@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from compiledllm.engine.tokenizer_class import load_tokenizer
+from compiledllm.engine.tokenizer_snapshot import open_tokenizer
 from tests.support.tiny import copy_tokenizer
 
 TEXTS = [
@@ -65,21 +66,38 @@ def test_class_is_chosen_as_auto_tokenizer_chooses(
     assert found[0] == found[1]
 
 
-def test_start_imports_no_compiler(default_model: Path, tmp_path: Path) -> None:
-    """Neither the default model's, nor one whose tokenizer has a class of its own."""
+def test_start_imports_neither_transformers_nor_a_compiler(
+    default_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where an earlier start has kept the tokenizer; in a process of the server not even torch.
+
+    A class of a tokenizer's own imports no compiler either.
+    """
+    monkeypatch.setenv("COMPILEDLLM_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("COMPILEDLLM_DISABLE_CACHE", "0")
+    open_tokenizer(default_model)
     copy_tokenizer(default_model, tmp_path)
     write(tmp_path / "config.json", model_type="llama")
     write(tmp_path / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
-    program = (
-        "import pathlib, sys; from compiledllm import Engine, SamplingParams;"
-        "from compiledllm.engine.tokenizer_class import load_tokenizer;"
-        f"Engine({str(default_model)!r}, device='cpu', max_model_len=64)"
-        ".generate('Hi', SamplingParams(max_tokens=1));"
-        f"load_tokenizer(pathlib.Path({str(tmp_path)!r}));"
-        "print(sorted({'torch._dynamo', 'torch._inductor', 'triton'} & set(sys.modules)))"
-    )
+    program = f"""
+import pathlib, sys
+from compiledllm import Engine, SamplingParams
+from compiledllm.engine.tokenizer import Tokenizer
+from compiledllm.engine.tokenizer_class import load_tokenizer
+from compiledllm.engine.tokenizer_snapshot import warm_up
+def imported(*names): return sorted(set(names) & set(sys.modules))
+model, other = pathlib.Path({str(default_model)!r}), pathlib.Path({str(tmp_path)!r})
+warm_up()
+talk = [{{"role": "user", "content": "Hi"}}]
+Tokenizer(model).encode_chat(talk)
+print(imported("transformers", "torch", "numpy"))
+Engine(model, device="cpu", max_model_len=64).chat(talk, SamplingParams(max_tokens=1))
+print(imported("transformers"))
+load_tokenizer(other)
+print(imported("torch._dynamo", "torch._inductor", "triton"))
+"""
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+    assert done.stdout.split() == ["[]"] * 3, done.stdout + done.stderr
 
 
 def test_a_tokenizer_can_be_loaded_while_its_modules_are_imported(default_model: Path) -> None:

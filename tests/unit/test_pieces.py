@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 from tokenizers import Tokenizer as Backend
-from tokenizers import models
+from tokenizers import models, pre_tokenizers
 
 from compiledllm.engine.detokenizer import Detokenizer
 from compiledllm.engine.logprobs import LogprobList
