@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer as Backend
+from typing import Any
 
 # Parameters of transformers' `apply_chat_template` that `PlainTokenizer` does not have.
 _RARE_OPTIONS = {"padding", "truncation", "max_length", "return_tensors", "return_dict"}
@@ -34,14 +31,17 @@ class PlainTokenizer:
     """A tokenizer that gives the tokens, texts and prompts that transformers gives.
 
     The names and their meaning are those of transformers' tokenizers, for all that the engine uses.
-    backend: neither truncates nor pads.
+    backend: in the JSON of the `tokenizers` library; it neither truncates nor pads. Raises
+    Exception if it cannot be read.
     """
 
     clean_up_tokenization_spaces = False
 
-    def __init__(self, backend: Backend, facts: TokenizerFacts) -> None:
-        backend.encode_special_tokens = facts.splits_special_tokens
-        self.backend_tokenizer = backend
+    def __init__(self, backend: bytes, facts: TokenizerFacts) -> None:
+        from tokenizers import Tokenizer
+
+        self.backend_tokenizer = Tokenizer.from_buffer(backend)
+        self.backend_tokenizer.encode_special_tokens = facts.splits_special_tokens
         self.eos_token_id = facts.eos_token_id
         self.special_tokens_map = facts.special_tokens
         self.all_special_ids = facts.special_ids

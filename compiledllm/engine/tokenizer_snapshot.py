@@ -72,10 +72,8 @@ class Snapshot:
 
     def tokenizer(self) -> PlainTokenizer:
         """Raises BadSnapshot."""
-        from tokenizers import Tokenizer as Backend
-
         try:
-            return PlainTokenizer(Backend.from_buffer(self.backend), self.facts)
+            return PlainTokenizer(self.backend, self.facts)
         except Exception as error:  # tokenizers raises plain Exception
             raise BadSnapshot(f"it cannot be loaded ({error})") from error
 
@@ -112,8 +110,6 @@ def copy_to(folder: Path, directory: Path) -> None:
 
 def warm_up(artifact_dir: str | None = None) -> None:
     """Import what the first tokenizer will need; transformers only if no snapshots are kept."""
-    import tokenizers  # noqa: F401
-
     from compiledllm.engine import chat_rendering  # noqa: F401
 
     folders = [] if is_disabled() else _folders(artifact_dir)
@@ -174,13 +170,18 @@ def _make(key: str, directory: Path, loaded: Any) -> tuple[Snapshot, PlainTokeni
     backend.no_truncation()  # as transformers' `encode` does
     backend.no_padding()
     try:
-        snapshot = Snapshot(key, directory.name, facts, backend.to_str().encode())
+        snapshot = Snapshot(key, _label_of(directory), facts, backend.to_str().encode())
         tokenizer = snapshot.tokenizer()
     except Exception as error:  # parts written in Python cannot be stored
         return str(error)
     if tokenizer.backend_tokenizer.to_str().encode() != snapshot.backend:
         return "it changes when it is stored"
     return snapshot, tokenizer
+
+
+def _label_of(directory: Path) -> str:
+    is_from_hub = directory.parent.name == "snapshots"  # in a folder with the model's name
+    return directory.parent.parent.name if is_from_hub else directory.name
 
 
 # -- files -----------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
-from compiledllm.config import ConfigError
+from compiledllm.config import ConfigError, EngineConfig
 from compiledllm.engine import build, tokenizer_snapshot
 from compiledllm.engine.pieces import Pieces
 from compiledllm.engine.plain_tokenizer import PlainTokenizer
@@ -341,6 +342,20 @@ def test_a_build_holds_the_tokenizer(
     assert isinstance(open_tokenizer(moved, str(built)), PlainTokenizer)
     (line,) = build.lines_of_list(str(built))
     assert line.endswith("model (tokenizer)")
+
+
+def test_a_build_without_a_tokenizer_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept_in(tmp_path, monkeypatch)
+    (tmp_path / "empty").mkdir()
+    for skips, message in ((True, ""), (False, "no tokenizer is kept beside it")):
+        config = EngineConfig.from_options(skip_tokenizer_init=skips)
+        planned = SimpleNamespace(
+            config=SimpleNamespace(requested=config), checkpoint=tmp_path / "empty"
+        )
+        build._write_tokenizer(planned, tmp_path)
+        assert message in caplog.text and bool(caplog.text) == bool(message)
 
 
 # -- transformers' own object ----------------------------------------------------------------------

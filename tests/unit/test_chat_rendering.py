@@ -97,7 +97,8 @@ def theirs() -> Any:
 
 @pytest.fixture(scope="module")
 def ours(theirs: Any) -> PlainTokenizer:
-    return PlainTokenizer(theirs.backend_tokenizer, TokenizerFacts(1, SPECIAL, [0, 1], None, False))
+    backend = theirs.backend_tokenizer.to_str().encode()
+    return PlainTokenizer(backend, TokenizerFacts(1, SPECIAL, [0, 1], None, False))
 
 
 @pytest.mark.parametrize("template", [ALL, *FEATURES.values()], ids=["all", *FEATURES])
