@@ -38,7 +38,7 @@ SUFFIX = ".tokenizer"
 _FORMAT = b"compiledllm tokenizer 1\n"  # followed by a checksum, a line of JSON, and the tokenizer
 _CHECKSUM_BYTES = 32
 _MAX_FILES = 32  # per folder; beyond that, the least recently used files are removed
-_MAX_BYTES = 2**28  # of the files that decide a tokenizer; the largest known ones have 2**26
+_MAX_BYTES = 2**28  # of a file that decides a tokenizer; the largest known one has 2**25
 # Packages that read, convert or run a tokenizer.
 _PACKAGES = (
     "transformers",
@@ -121,18 +121,15 @@ def warm_up(artifact_dir: str | None = None) -> None:
 
 
 def key_of(directory: Path) -> str:
-    """A digest of all that decides the tokenizer; "" if the files are too large to be digested.
+    """A digest of all that decides the tokenizer. Raises OSError.
 
     Any file but weights may decide: transformers' classes read files of many names.
     """
-    paths = sorted(path for path in _files(directory) if not path.name.endswith(_WEIGHTS))
-    if sum(path.stat().st_size for path in paths) > _MAX_BYTES:
-        return ""
     # Of a model's name, which a relative path is for transformers, some have rules of their own.
     name = "" if directory.is_absolute() else str(directory)
     versions = {package: version_of(package) for package in _PACKAGES}
     digest = hashlib.sha256(json.dumps([_FORMAT.decode(), name, versions]).encode())
-    for path in paths:
+    for path in sorted(_files(directory)):
         content = path.read_bytes()
         digest.update(f"\0{path.relative_to(directory)}\0{len(content)}\0".encode())
         digest.update(content)
@@ -140,9 +137,11 @@ def key_of(directory: Path) -> str:
 
 
 def _files(directory: Path) -> Iterator[Path]:
-    """The directory's files, and chat templates in its folders."""
-    yield from (path for path in directory.glob("[!.]*") if path.is_file())
-    yield from directory.glob("[!.]*/*.jinja")
+    """The directory's files without weights, and chat templates in its folders."""
+    for path in [*directory.glob("[!.]*"), *directory.glob("[!.]*/*.jinja")]:
+        is_weights = path.name.endswith(_WEIGHTS) or path.stat().st_size > _MAX_BYTES
+        if path.is_file() and not is_weights:
+            yield path
 
 
 def _key_or_none(directory: Path) -> str:
@@ -159,17 +158,17 @@ def _make(key: str, directory: Path, loaded: Any) -> tuple[Snapshot, PlainTokeni
     """The snapshot of a tokenizer of transformers, and its tokenizer, or why there is none."""
     if reason := why_not_plain(loaded):
         return reason
-    facts = TokenizerFacts(
-        loaded.eos_token_id,
-        dict(loaded.special_tokens_map),
-        list(loaded.all_special_ids),
-        loaded.chat_template,
-        bool(loaded.split_special_tokens),
-    )
     backend = loaded.backend_tokenizer
     backend.no_truncation()  # as transformers' `encode` does
     backend.no_padding()
     try:
+        facts = TokenizerFacts(
+            loaded.eos_token_id,
+            dict(loaded.special_tokens_map),
+            list(loaded.all_special_ids),
+            loaded.chat_template,
+            bool(loaded.split_special_tokens),
+        )
         snapshot = Snapshot(key, _label_of(directory), facts, backend.to_str().encode())
         tokenizer = snapshot.tokenizer()
     except Exception as error:  # parts written in Python cannot be stored

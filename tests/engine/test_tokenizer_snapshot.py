@@ -256,8 +256,12 @@ def test_what_decides_a_tokenizer_changes_the_key(
     seen.add(key_of(model))
     monkeypatch.setattr(tokenizer_snapshot, "version_of", lambda package: f"{package} 9")
     assert key_of(model) not in seen
-    monkeypatch.setattr(tokenizer_snapshot, "_MAX_BYTES", 100)
-    assert key_of(model) == ""
+    seen.add(key_of(model))
+    monkeypatch.setattr(tokenizer_snapshot, "_MAX_BYTES", 9999)
+    (model / "weights.tar").write_bytes(bytes(10_000))  # too large for a tokenizer
+    without = key_of(model)
+    (model / "weights.tar").write_bytes(bytes(10_001))
+    assert key_of(model) == without
 
 
 def truncate(path: Path, _: Path) -> None:
