@@ -257,6 +257,8 @@ def test_what_decides_a_tokenizer_changes_the_key(
     monkeypatch.setattr(tokenizer_snapshot, "version_of", lambda package: f"{package} 9")
     assert key_of(model) not in seen
     seen.add(key_of(model))
+    monkeypatch.chdir(model.parent)
+    assert key_of(Path(model.name)) not in seen  # may be a name that transformers knows
     monkeypatch.setattr(tokenizer_snapshot, "_MAX_BYTES", 9999)
     (model / "weights.tar").write_bytes(bytes(10_000))  # too large for a tokenizer
     without = key_of(model)
