@@ -224,6 +224,19 @@ def test_parts_written_in_python_stay_with_transformers() -> None:
     assert isinstance(found, str) and "cannot be serialized" in found
 
 
+@pytest.mark.parametrize("left", ["a", "a b", "#version"])
+def test_merges_are_stored_as_strings_where_the_library_reads_them(left: str) -> None:
+    """The library takes what begins with "#version" for a comment."""
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Backend(models.BPE({left: 0, "c": 1, left + "c": 2}, [(left, "c")]))
+    made = tokenizer_snapshot._make("", Path(), PreTrainedTokenizerFast(tokenizer_object=backend))
+    assert not isinstance(made, str)
+    merges = json.loads(made[0].backend)["model"]["merges"]
+    assert merges == (["a c"] if left == "a" else [[left, "c"]])
+    assert json.loads(made[1].backend_tokenizer.to_str())["model"]["merges"] == [[left, "c"]]
+
+
 # -- files -----------------------------------------------------------------------------------------
 
 
