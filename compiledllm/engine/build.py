@@ -31,9 +31,9 @@ from compiledllm.runner.start_cache import artifacts_dir, folders_of, label_of, 
 def build(options: Mapping[str, Any], out: Path | None) -> Path:
     """Start an engine, write its artifact into the folder `out` (default: the cache), and end.
 
-    With `out`, a snapshot of the tokenizer is kept there, too. Then a second engine starts from
-    the folder in a process of its own, and the bytecode of the modules that it imports is kept.
-    Raises ConfigError if the engine cannot start or its compiled functions cannot be saved.
+    A snapshot of the tokenizer is kept, too. With `out`, a second engine then starts from the
+    folder in a process of its own, and the bytecode of the modules that it imports is kept. Raises
+    ConfigError if the engine cannot start or its compiled functions cannot be saved.
     """
     show_logs()
     folder = out or artifacts_dir()
@@ -43,8 +43,8 @@ def build(options: Mapping[str, Any], out: Path | None) -> Path:
     if reason := why_not_cached(planned):
         raise ConfigError(f"there is nothing to build with {reason}; leave it out")
     path, num_blocks = _write_artifact(planned, folder)
-    if out is not None:  # in the cache, starts keep the tokenizer and the bytecode that they need
-        _write_tokenizer(planned, out)
+    _write_tokenizer(planned, out)
+    if out is not None:  # in the cache, starts keep the bytecode that they need
         _write_bytecode({**options, "artifact_dir": str(out), "num_kv_blocks": num_blocks})
     return path
 
@@ -64,12 +64,17 @@ def _write_artifact(planned: Plan, folder: Path) -> tuple[Path, int]:
     return path, min(worker.num_kv_blocks, planned.blocks_per_context)
 
 
-def _write_tokenizer(planned: Plan, folder: Path) -> None:
+def _write_tokenizer(planned: Plan, folder: Path | None) -> None:
+    """Keep the tokenizer in a folder; None: in the cache."""
     model = planned.config.requested.model
     if model.skip_tokenizer_init:
         return
     try:
-        tokenizer_snapshot.copy_to(folder, directory_of_tokenizer(model, planned.checkpoint))
+        directory = directory_of_tokenizer(model, planned.checkpoint)
+        if folder is None:
+            tokenizer_snapshot.open_tokenizer(directory)
+        else:
+            tokenizer_snapshot.copy_to(folder, directory)
     except Exception as error:  # there are checkpoints without a tokenizer
         log.warning("the artifact is complete, but no tokenizer is kept beside it: %s", error)
 

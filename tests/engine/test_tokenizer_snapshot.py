@@ -363,18 +363,26 @@ def test_a_build_holds_the_tokenizer(
     assert line.endswith("model (tokenizer)")
 
 
-def test_a_build_without_a_tokenizer_says_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_a_build_keeps_the_tokenizer_that_the_options_name(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept_in(tmp_path, monkeypatch)
+    kept, out = kept_in(tmp_path, monkeypatch), tmp_path / "out"
     (tmp_path / "empty").mkdir()
-    for skips, message in ((True, ""), (False, "no tokenizer is kept beside it")):
-        config = EngineConfig.from_options(skip_tokenizer_init=skips)
+    out.mkdir()
+
+    def build_with(folder: Path | None, **options: Any) -> str:
+        requested = EngineConfig.from_options(**options)
         planned = SimpleNamespace(
-            config=SimpleNamespace(requested=config), checkpoint=tmp_path / "empty"
+            config=SimpleNamespace(requested=requested), checkpoint=tmp_path / "empty"
         )
-        build._write_tokenizer(planned, tmp_path)
-        assert message in caplog.text and bool(caplog.text) == bool(message)
+        caplog.clear()
+        build._write_tokenizer(planned, folder)
+        return caplog.text
+
+    assert build_with(out, skip_tokenizer_init=True) == ""
+    assert "no tokenizer is kept beside it" in build_with(out)
+    assert build_with(out, tokenizer=str(model)) == "" and len(list(out.iterdir())) == 1
+    assert build_with(None, tokenizer=str(model)) == "" and len(list(kept.iterdir())) == 1
 
 
 # -- transformers' own object ----------------------------------------------------------------------
