@@ -10,6 +10,7 @@ know that the graph fits the arguments.
 from __future__ import annotations
 
 import os
+import sys
 import types
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -162,6 +163,10 @@ def _extension(code: bytes) -> Any:
         loader.exec_module(module)
     finally:
         os.close(file)
+    # Whoever reads the files of all modules, as Hypothesis does, would wait for ever if the number
+    # of the closed file has become that of a pipe.
+    del module.__file__
+    sys.modules.pop(loader.name, None)
     _extensions.append(module)
     return module
 
