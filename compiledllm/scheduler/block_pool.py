@@ -17,13 +17,20 @@ from collections.abc import Iterable, Sequence
 NULL_BLOCK = 0
 
 
-def hash_block(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    """Hash of a full block: covers all tokens up to its end, by way of the parent block's hash.
+def hash_blocks(parent: bytes, token_ids: Sequence[int], block_size: int) -> list[bytes]:
+    """Hashes of full blocks that follow each other; a last part of a block is left out.
 
-    parent: for the first block a salt, or empty.
+    A hash covers all tokens up to the end of its block, by way of the parent block's hash.
+    parent: for a request's first block a salt, or empty.
     """
-    own = array("q", token_ids).tobytes()
-    return hashlib.sha256(len(parent).to_bytes(4, "big") + parent + own).digest()
+    ids = array("q", token_ids)
+    content, size = ids.tobytes(), block_size * ids.itemsize
+    hashes: list[bytes] = []
+    for start in range(0, len(content) // size * size, size):
+        own = content[start : start + size]
+        parent = hashlib.sha256(len(parent).to_bytes(4, "big") + parent + own).digest()
+        hashes.append(parent)
+    return hashes
 
 
 class BlockPool:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 
-from compiledllm.scheduler.block_pool import NULL_BLOCK, BlockPool, hash_block
+from compiledllm.scheduler.block_pool import NULL_BLOCK, BlockPool, hash_blocks
 from compiledllm.scheduler.state_keeper import StateKeeper
 from compiledllm.types import Request, RequestStatus
 
@@ -319,9 +319,10 @@ class KVManager:
 
     def _extend_hashes(self, request: Request, num_tokens: int) -> None:
         hashes, size = request.block_hashes, self.block_size
-        for start in range(len(hashes) * size, num_tokens // size * size, size):
+        known = len(hashes) * size
+        if num_tokens - known >= size:
             parent = hashes[-1] if hashes else request.spec.cache_salt.encode()
-            hashes.append(hash_block(parent, request.token_ids[start : start + size]))
+            hashes += hash_blocks(parent, request.token_ids[known:num_tokens], size)
 
     @property
     def num_snapshot_hits(self) -> int:

@@ -9,14 +9,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from compiledllm.scheduler.block_pool import NULL_BLOCK, BlockPool, hash_block
+from compiledllm.scheduler.block_pool import NULL_BLOCK, BlockPool, hash_blocks
 
 
 def chain(*blocks: list[int]) -> list[bytes]:
     """Chained hashes of a sequence of full blocks."""
     hashes: list[bytes] = []
     for token_ids in blocks:
-        hashes.append(hash_block(hashes[-1] if hashes else b"", token_ids))
+        hashes += hash_blocks(hashes[-1] if hashes else b"", token_ids, len(token_ids))
     return hashes
 
 
@@ -162,11 +162,14 @@ def test_a_block_is_known_until_it_is_forgotten_and_told_by_its_holders() -> Non
 
 
 def test_hash_depends_on_the_parent_and_on_every_token() -> None:
-    same = hash_block(b"", [1, 2])
-    assert hash_block(b"", [1, 2]) == same
-    assert hash_block(hash_block(b"", [0, 0]), [1, 2]) != same
-    assert hash_block(b"", [2, 1]) != same
-    assert hash_block(b"", [1, 2 + 2**32]) != same  # 64 bits of each token id count
+    same = hash_blocks(b"", [1, 2], 2)
+    assert hash_blocks(b"", [1, 2, 3], 2) == same
+    assert hash_blocks(b"", [0, 0, 1, 2], 2)[1:] != same
+    assert hash_blocks(b"", [0, 0, 1, 2], 2)[1:] == hash_blocks(
+        hash_blocks(b"", [0, 0], 2)[0], [1, 2], 2
+    )
+    assert hash_blocks(b"", [2, 1], 2) != same
+    assert hash_blocks(b"", [1, 2 + 2**32], 2) != same  # 64 bits of each token id count
 
 
 def test_equal_blocks_after_different_prefixes_have_different_hashes() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compiledllm.scheduler.block_pool import NULL_BLOCK, BlockPool, hash_block
+from compiledllm.scheduler.block_pool import NULL_BLOCK, BlockPool, hash_blocks
 from compiledllm.scheduler.kv_manager import (
     ANY_NUMBER,
     KVManager,
@@ -120,5 +120,5 @@ def test_a_groups_blocks_are_not_found_for_another_group() -> None:
     pool = BlockPool(8)
     kv = KVManager(pool, 2, [0, 0])
     (block_id,) = pool.allocate(1)
-    pool.register(block_id, hash_block(b"", [0, 1]))  # of the first group alone
+    pool.register(block_id, hash_blocks(b"", [0, 1], 2)[0])  # of the first group alone
     assert kv.lookup_prefix(request(5)) == [[], []]
