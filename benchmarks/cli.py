@@ -47,6 +47,7 @@ def _add_latency(kinds: Any) -> None:
         help="what requests ask of their tokens: several take turns in one engine (greedy)",
     )  # fmt: skip
     _add_repeats(parser)
+    _add_other(parser)
     _add_engines(parser)
 
 
@@ -55,6 +56,7 @@ def _add_throughput(kinds: Any) -> None:
     parser.set_defaults(run=_runner("throughput"))
     _add_dataset(parser, "sharegpt-like")
     _add_repeats(parser, warmups=False)
+    _add_other(parser)
     _add_engines(parser)
 
 
@@ -165,6 +167,21 @@ def _add_engines(parser: CommandParser) -> None:
     )
     _add_report(parser)
     add_engine_options(parser.add_argument_group("engine"))
+
+
+def _add_other(parser: CommandParser) -> None:
+    parser.add_argument(
+        "--other", nargs="+", type=_other, default=[], metavar="LABEL=PYTHON",
+        help="engines of other Python environments take turns, too: vLLM if the label begins with "
+        "vllm, otherwise another version of compiledllm",
+    )  # fmt: skip
+
+
+def _other(text: str) -> tuple[str, str]:
+    label, _, python = text.partition("=")
+    if not label or not python:
+        raise argparse.ArgumentTypeError(f"'{text}' is not LABEL=PYTHON: 0.1=/env/bin/python")
+    return label, python
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,6 @@ Both are measured the same way for every engine: as a caller of the offline API 
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
@@ -77,10 +76,10 @@ def _measure_cell(
         for peer in peers:
             tokens = cell.output_len if turn >= 0 else min(cell.output_len, _WARMUP_TOKENS)
             seed = grid.seed + 2 * turn
-            one = _run_s(peer, cell.requests(grid.vocab_size, seed, 1))
+            one = peer.generate(cell.requests(grid.vocab_size, seed, 1))
             all_ = one
             if tokens > 1:
-                all_ = _run_s(peer, cell.requests(grid.vocab_size, seed + 1, tokens))
+                all_ = peer.generate(cell.requests(grid.vocab_size, seed + 1, tokens))
             if turn >= 0:
                 first[peer.name].append(one)
                 whole[peer.name].append(all_)
@@ -88,12 +87,6 @@ def _measure_cell(
     for peer in peers:
         yield _row(peer, cell, grid, first[peer.name], whole[peer.name])
         advance(f"{peer.name}, batch {cell.batch}, input {cell.input_len}, single tokens")
-
-
-def _run_s(peer: Peer, requests: Sequence[SampleRequest]) -> float:
-    start = time.perf_counter()
-    peer.generate(requests)
-    return time.perf_counter() - start
 
 
 def _row(

@@ -16,8 +16,9 @@ import torch
 
 from compiledllm import SamplingParams
 from compiledllm.benchmarks.model import Model
+from compiledllm.benchmarks.other_environment import OtherEnvironment
 from compiledllm.benchmarks.profile import StepProfile, StepTimes
-from compiledllm.benchmarks.workload import SampleRequest
+from compiledllm.benchmarks.workload import SampleRequest, check_lengths, ids_of
 from compiledllm.config import ConfigError
 
 T = TypeVar("T")
@@ -47,8 +48,8 @@ class Peer(Protocol):
     name: str
     startup_s: dict[str, float]  # phase -> seconds, for engines that report phases
 
-    def generate(self, requests: Sequence[SampleRequest]) -> None:
-        """Run all requests to their last token."""
+    def generate(self, requests: Sequence[SampleRequest]) -> float:
+        """Run all requests to their last token. Returns the seconds of the engine's own call."""
 
     def inter_token_times(self, requests: Sequence[SampleRequest]) -> list[float] | None:
         """Seconds between consecutive tokens; None if the engine does not show single tokens."""
@@ -59,12 +60,49 @@ class Peer(Protocol):
 
 def make_peer(name: str, model: Model, shared_by: int = 1, hf_max_batch_size: int = 16) -> Peer:
     """Load the engine `name`. shared_by: the number of engines that share the GPU's memory."""
-    if shared_by > 1 and model.platform.is_cuda:
-        share = {"gpu_memory_utilization": round(_SHARED_MEMORY / shared_by, 3)}
-        model = replace(model, options=share | dict(model.options))
+    model = _sharing(model, shared_by)
     if name == "vllm":
         return VLLM(model)
     return Transformers(model, hf_max_batch_size) if name == "transformers" else CompiledLLM(model)
+
+
+def make_other_peer(label: str, python: str, model: Model, shared_by: int) -> Peer:
+    """Load the engine of another environment: vLLM if the label says so, or else compiledllm."""
+    model = _sharing(model, shared_by)
+    kind = "vllm" if label.startswith("vllm") else "compiledllm"
+    options = _vllm_options(model) if kind == "vllm" else _own_options(model)
+    return OtherEnvironment(label, kind, python, options)
+
+
+def _sharing(model: Model, shared_by: int) -> Model:
+    if shared_by == 1 or not model.platform.is_cuda:
+        return model
+    share = {"gpu_memory_utilization": round(_SHARED_MEMORY / shared_by, 3)}
+    return replace(model, options=share | dict(model.options))
+
+
+def _own_options(model: Model) -> dict[str, Any]:
+    return {
+        "skip_tokenizer_init": True,
+        "enable_prefix_caching": False,
+        **model.options,
+        "model": str(model.path.resolve()),
+        "device": str(model.platform.device),
+        "dtype": model.dtype,
+    }
+
+
+def _vllm_options(model: Model) -> dict[str, Any]:
+    shared = {name: model.options[name] for name in _VLLM_OPTIONS if name in model.options}
+    if model.has_random_weights:
+        shared["load_format"] = "dummy"
+    return shared | {
+        "model": str(model.path.resolve()),
+        "dtype": model.dtype,
+        "skip_tokenizer_init": True,
+        "enable_prefix_caching": False,
+        "disable_log_stats": True,
+    }
 
 
 class CompiledLLM:
@@ -78,10 +116,7 @@ class CompiledLLM:
         from compiledllm import Engine  # here, as runs of other engines do not need it
 
         imported = time.perf_counter() - started
-        defaults = {"skip_tokenizer_init": True, "enable_prefix_caching": False}
-        options = defaults | dict(model.options)
-        device = str(model.platform.device)
-        self.engine = Engine(model.path, device=device, dtype=model.dtype, **options)
+        self.engine = Engine(**_own_options(model))
         seconds = self.engine.core.ledger.close()
         seconds["import"] += imported
         self.startup_s = seconds
@@ -99,16 +134,20 @@ class CompiledLLM:
         sampled = [replace(params, **SAMPLING[self.sampling]) for params in plain]
         return sampled[:1] + plain[1:] if self.sampling == "one-penalised" else sampled
 
-    def generate(self, requests: Sequence[SampleRequest]) -> None:
+    def generate(self, requests: Sequence[SampleRequest]) -> float:
         params = self._params(request.output_len for request in requests)
-        outputs = self.engine.generate([_ids(r) for r in requests], params, use_tqdm=False)
-        _check_lengths(requests, [len(output.outputs[0].token_ids) for output in outputs])
+        prompts = [ids_of(r) for r in requests]
+        start = time.perf_counter()
+        outputs = self.engine.generate(prompts, params, use_tqdm=False)
+        seconds = time.perf_counter() - start
+        check_lengths(requests, [len(output.outputs[0].token_ids) for output in outputs])
+        return seconds
 
     def inter_token_times(self, requests: Sequence[SampleRequest]) -> list[float] | None:
         params = self._params(request.output_len for request in requests)
         last: dict[str, float] = {}
         gaps = []
-        for output in self.engine.stream([_ids(r) for r in requests], params):
+        for output in self.engine.stream([ids_of(r) for r in requests], params):
             now = time.perf_counter()
             if output.request_id in last:
                 gaps.append(now - last[output.request_id])
@@ -130,9 +169,9 @@ class CompiledLLM:
         """
         engine, limit = self.engine, self.engine.config.limits.max_model_len
         assert limit is not None
-        params = self._params(max(limit - len(_ids(r)), 1) for r in requests)
+        params = self._params(max(limit - len(ids_of(r)), 1) for r in requests)
         params = [replace(p, stream_interval=limit) for p in params]
-        ids = [engine.add_request(_ids(r), p) for r, p in zip(requests, params, strict=True)]
+        ids = [engine.add_request(ids_of(r), p) for r, p in zip(requests, params, strict=True)]
         try:
             prompts_left = set(ids)
             while prompts_left:
@@ -157,29 +196,22 @@ class VLLM:
                 f"engine 'vllm' cannot be imported ({error}); install it: pip install vllm"
             ) from None
         self.startup_s = {"import": time.perf_counter() - started}
-        shared = {name: model.options[name] for name in _VLLM_OPTIONS if name in model.options}
-        if model.has_random_weights:
-            shared["load_format"] = "dummy"
         self._vllm = vllm
-        self._llm = vllm.LLM(
-            model=str(model.path),
-            dtype=model.dtype,
-            skip_tokenizer_init=True,
-            enable_prefix_caching=False,
-            disable_log_stats=True,
-            **shared,
-        )
+        self._llm = vllm.LLM(**_vllm_options(model))
 
-    def generate(self, requests: Sequence[SampleRequest]) -> None:
+    def generate(self, requests: Sequence[SampleRequest]) -> float:
         params = [
             self._vllm.SamplingParams(
                 temperature=0.0, max_tokens=r.output_len, ignore_eos=True, detokenize=False
             )
             for r in requests
         ]
-        prompts = [{"prompt_token_ids": _ids(r)} for r in requests]
+        prompts = [{"prompt_token_ids": ids_of(r)} for r in requests]
+        start = time.perf_counter()
         outputs = self._llm.generate(prompts, params, use_tqdm=False)
-        _check_lengths(requests, [len(output.outputs[0].token_ids) for output in outputs])
+        seconds = time.perf_counter() - start
+        check_lengths(requests, [len(output.outputs[0].token_ids) for output in outputs])
+        return seconds
 
     def inter_token_times(self, requests: Sequence[SampleRequest]) -> list[float] | None:
         return None  # the offline API returns finished answers only
@@ -211,9 +243,11 @@ class Transformers:
                 self._model = auto.from_pretrained(model.path, **arguments)
         self._model.to(self._device).eval()
 
-    def generate(self, requests: Sequence[SampleRequest]) -> None:
+    def generate(self, requests: Sequence[SampleRequest]) -> float:
+        start = time.perf_counter()
         for batch in self._batches(requests):
             self._generate_batch(batch)
+        return time.perf_counter() - start
 
     def inter_token_times(self, requests: Sequence[SampleRequest]) -> list[float] | None:
         gaps = []
@@ -236,7 +270,7 @@ class Transformers:
         self, batch: Sequence[SampleRequest], stamps: list[float] | None = None
     ) -> None:
         """Generate the longest output for all requests; append each step's end to `stamps`."""
-        prompts, count = [_ids(r) for r in batch], max(r.output_len for r in batch)
+        prompts, count = [ids_of(r) for r in batch], max(r.output_len for r in batch)
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=self._device)
         lengths = torch.tensor([[len(p)] for p in prompts], device=self._device)
@@ -255,7 +289,7 @@ class Transformers:
         )
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        _check_lengths(batch, [output.shape[1] - width - count + r.output_len for r in batch])
+        check_lengths(batch, [output.shape[1] - width - count + r.output_len for r in batch])
 
     def _stamper(self, stamps: list[float]) -> Callable[..., torch.Tensor]:
         def stamp(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
@@ -267,21 +301,7 @@ class Transformers:
         return stamp
 
 
-def _ids(request: SampleRequest) -> list[int]:
-    assert not isinstance(request.prompt, str), "the prompt is text; see with_token_ids"
-    return request.prompt
-
-
 def _greedy(output_len: int) -> SamplingParams:
     return SamplingParams(
         temperature=0, max_tokens=output_len, ignore_eos=True, detokenize=False, seed=0
     )
-
-
-def _check_lengths(requests: Sequence[SampleRequest], lengths: Sequence[int]) -> None:
-    for request, length in zip(requests, lengths, strict=True):
-        if length != request.output_len:
-            raise RuntimeError(
-                f"the engine generated {length} tokens instead of {request.output_len}: "
-                "this is not the work that was asked for"
-            )

@@ -170,9 +170,18 @@ def command_line(arguments: Sequence[str]) -> str:
 
 def without_folder(value: str) -> str:
     """The last part of an existing path; anything else (a hub id, a URL, a number) unchanged."""
+    label, equals, rest = value.partition("=")
+    if equals:  # `--other LABEL=PYTHON`, or an option and its value in one word
+        return label + equals + without_folder(rest)
     path = Path(value)
     is_here = path.is_absolute() or (os.sep in value and (path.exists() or path.parent.is_dir()))
     return path.name if is_here else value
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_without_folders(each) for each in value]
+    return without_folder(value) if isinstance(value, str) else value
 
 
 def new_report(
@@ -186,9 +195,5 @@ def new_report(
         versions=versions(),
         commit=commit(),
         command=command_line(sys.argv[1:]),
-        flags={
-            name: without_folder(value) if isinstance(value, str) else value
-            for name, value in flags.items()
-            if value is not None
-        },
+        flags={name: _without_folders(value) for name, value in flags.items() if value is not None},
     )

@@ -23,7 +23,7 @@ from compiledllm.benchmarks.client import Load, Target
 from compiledllm.benchmarks.compare import compare_reports, ratios_between_engines
 from compiledllm.benchmarks.floor import Ceilings, time_per_output_token_floor
 from compiledllm.benchmarks.model import Model
-from compiledllm.benchmarks.peers import CompiledLLM, Peer, make_peer
+from compiledllm.benchmarks.peers import CompiledLLM, Peer, make_other_peer, make_peer
 from compiledllm.benchmarks.plot import check_plot, plot_ratios, plot_report
 from compiledllm.benchmarks.report import (
     Report,
@@ -199,8 +199,14 @@ def _seed(arguments: Namespace) -> int:
 def _load(arguments: Namespace, model: Model) -> list[Peer]:
     """Load the engines. compiledllm compiles before the first request, also on a CPU."""
     model = replace(model, options={"compile_when": "start"} | dict(model.options))
-    names = list(dict.fromkeys(arguments.engine))
-    return [make_peer(name, model, len(names), arguments.hf_max_batch_size) for name in names]
+    names, others = list(dict.fromkeys(arguments.engine)), dict(arguments.other)
+    if twice := set(names) & others.keys():
+        raise ConfigError(f"--other {min(twice)}=...: an engine of this name is measured, too")
+    num_peers, size = len(names) + len(others), arguments.hf_max_batch_size
+    peers = [make_peer(name, model, num_peers, size) for name in names]
+    return peers + [
+        make_other_peer(name, python, model, num_peers) for name, python in others.items()
+    ]
 
 
 def _by_sampling(peers: list[Peer], sampling: list[str]) -> list[Peer]:

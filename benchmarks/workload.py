@@ -26,6 +26,21 @@ class SampleRequest:
     output_len: int
 
 
+def ids_of(request: SampleRequest) -> list[int]:
+    assert not isinstance(request.prompt, str), "the prompt is text; see with_token_ids"
+    return request.prompt
+
+
+def check_lengths(requests: Sequence[SampleRequest], lengths: Sequence[int]) -> None:
+    """Raise RuntimeError unless each request has generated as many tokens as were asked for."""
+    for request, length in zip(requests, lengths, strict=True):
+        if length != request.output_len:
+            raise RuntimeError(
+                f"the engine generated {length} tokens instead of {request.output_len}: "
+                "this is not the work that was asked for"
+            )
+
+
 def random_requests(
     count: int, input_len: int, output_len: int, vocab_size: int, seed: int
 ) -> list[SampleRequest]:

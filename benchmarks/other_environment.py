@@ -1,0 +1,86 @@
+"""An engine of another Python environment as a peer: an older compiledllm, or vLLM.
+
+The engine runs in a process of the environment's interpreter, which measures the time of the
+engine's own call, so that the requests' way to the process does not count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import tempfile
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from compiledllm.benchmarks.profile import StepTimes
+from compiledllm.benchmarks.workload import SampleRequest, check_lengths, ids_of
+from compiledllm.config import ConfigError
+
+_PROGRAM = Path(__file__).with_name("other_engine.py")
+
+
+class OtherEnvironment:
+    """A peer in another environment.
+
+    name: in reports. kind: "compiledllm" or "vllm". python: the environment's interpreter. options:
+    of the engine. Raises ConfigError if the engine does not start.
+    """
+
+    def __init__(self, name: str, kind: str, python: str, options: Mapping[str, Any]) -> None:
+        self.name = name
+        started = time.perf_counter()
+        # The program is passed as text and runs in another folder, as Python would otherwise find
+        # modules in the folder of the program, or of this checkout.
+        command = [python, "-c", _PROGRAM.read_text("utf-8"), kind, json.dumps(dict(options))]
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                cwd=tempfile.gettempdir(),
+            )
+        except OSError as error:
+            raise ConfigError(f"engine '{name}': {python} cannot be started ({error})") from None
+        weakref.finalize(self, _end, self._process)
+        self._answer()
+        self.startup_s = {"start": time.perf_counter() - started}
+
+    def generate(self, requests: Sequence[SampleRequest]) -> float:
+        work = [ids_of(r) for r in requests], [r.output_len for r in requests]
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # the missing answer says so
+            self._process.stdin.write(json.dumps(work) + "\n")
+            self._process.stdin.flush()
+        seconds: float
+        seconds, lengths = json.loads(self._answer())
+        check_lengths(requests, lengths)
+        return seconds
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            status = self._process.wait()
+            raise ConfigError(
+                f"engine '{self.name}' has ended with status {status}; the cause is above"
+            )
+        return line
+
+    def inter_token_times(self, requests: Sequence[SampleRequest]) -> list[float] | None:
+        return None  # only whole calls are measured in the other process
+
+    def step_times(self, requests: Sequence[SampleRequest]) -> StepTimes | None:
+        return None
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+    process.wait()

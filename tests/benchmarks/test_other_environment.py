@@ -1,0 +1,104 @@
+"""Engines of other Python environments, which take turns with this one."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from compiledllm import cli
+from compiledllm.benchmarks.other_environment import OtherEnvironment
+from compiledllm.benchmarks.report import load_report
+from compiledllm.benchmarks.workload import SampleRequest
+from compiledllm.config import ConfigError
+
+# A package in the place of compiledllm or vLLM, which also prints.
+PACKAGE = """
+import os, sys
+from types import SimpleNamespace
+print("engines print")
+
+class SamplingParams(SimpleNamespace):
+    pass
+
+class Engine:
+    def __init__(self, **options):
+        print(sorted(options.items()), file=open(os.environ["SEEN"], "w"))
+        if options["model"] == "broken":
+            sys.exit(3)
+
+    def generate(self, prompts, params, use_tqdm):
+        assert [len(p["prompt_token_ids"]) for p in prompts] == [3, 1]
+        is_short = prompts[0]["prompt_token_ids"][0] == 9
+        counts = [1 if is_short else p.max_tokens for p in params]
+        answers = [SimpleNamespace(token_ids=[0] * count) for count in counts]
+        return [SimpleNamespace(outputs=[answer]) for answer in answers]
+
+LLM = Engine
+"""
+REQUESTS = [SampleRequest([1, 2, 3], 4), SampleRequest([5], 2)]
+
+
+@pytest.fixture(params=["compiledllm", "vllm"])
+def environment(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, str, Path]:
+    """The kind of engine, an interpreter that imports the package, and what the engine has seen."""
+    packages, seen = tmp_path / "packages", tmp_path / "seen"
+    (packages / request.param).mkdir(parents=True)
+    (packages / request.param / "__init__.py").write_text(PACKAGE)
+    python = tmp_path / "python"
+    variables = f'PYTHONPATH="{packages}" SEEN="{seen}"'
+    python.write_text(f'#!/bin/sh\n{variables} exec {sys.executable} "$@"\n')
+    python.chmod(0o700)
+    return request.param, str(python), seen
+
+
+def test_the_work_is_done_by_the_other_environment(environment: tuple[str, str, Path]) -> None:
+    kind, python, seen = environment
+    peer = OtherEnvironment("other", kind, python, {"model": "m", "seed": 3})
+    assert seen.read_text() == "[('model', 'm'), ('seed', 3)]\n"
+    assert peer.generate(REQUESTS) > 0
+    with pytest.raises(RuntimeError, match="generated 1 tokens instead of 4"):
+        peer.generate([SampleRequest([9, 2, 3], 4), SampleRequest([5], 2)])
+    process = peer._process
+    del peer
+    gc.collect()
+    assert process.returncode == 0
+
+
+def test_an_engine_that_ends_is_named(environment: tuple[str, str, Path]) -> None:
+    kind, python, _ = environment
+    with pytest.raises(ConfigError, match="engine 'old' has ended with status 3"):
+        OtherEnvironment("old", kind, python, {"model": "broken"})
+    peer = OtherEnvironment("old", kind, python, {"model": "m"})
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="engine 'old' has ended with status 1"):
+            peer.generate(REQUESTS[:1])
+
+
+def test_an_interpreter_that_is_not_there_is_named() -> None:
+    with pytest.raises(ConfigError, match="engine 'old': /no/python cannot be started"):
+        OtherEnvironment("old", "compiledllm", "/no/python", {})
+
+
+def test_versions_take_turns_in_one_report(
+    tiny_llama: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.json"
+    options = ["--model", str(tiny_llama()), "--enforce-eager", "--device", "cpu"]
+    lengths = ["--batch-size", "2", "--input-len", "3", "--output-len", "3", "--num-iters", "1"]
+    command = ["bench", "latency", *options, *lengths, "--output-json", str(out)]
+    assert cli.main([*command, "--other", f"today={sys.executable}"]) == 0
+    report = load_report(out)
+    assert [row["engine"] for row in report.rows] == ["compiledllm", "today"]
+    assert all(row["ttft_ms"]["median"] > 0 for row in report.rows)
+    assert len(report.ratios) == 1
+    assert report.flags["other"] == [["today", Path(sys.executable).name]]
+    assert cli.main([*command, "--other", f"compiledllm={sys.executable}"]) == 2
+    assert "an engine of this name is measured, too" in capsys.readouterr().err
+    for wrong in ("today", "=python", "today="):
+        with pytest.raises(SystemExit):
+            cli.main([*command, "--other", wrong])
+        assert "is not LABEL=PYTHON" in capsys.readouterr().err
