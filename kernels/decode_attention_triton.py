@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from compiledllm.kernels import counters
 from compiledllm.kernels.launch import launch_options, num_multiprocessors, stages_that_fit
 from compiledllm.kernels.online_softmax_triton import Tiling, after_sinks, attend_keys, first_seen
 
@@ -32,8 +33,6 @@ _FEW_PROGRAMS_PER_SM = 0.25
 _MANY_PROGRAMS_PER_SM = 8
 _MAX_SPLITS_PER_SM = 8  # many small splits balance the load if rows have unequal lengths
 _SPLITS_SUMMED_AT_ONCE = 8  # number of splits whose loads are in flight together
-_USUAL_ARRIVALS = 2**16  # initial number of counters, one per row and KV head
-_counters: dict[torch.device, list[Tensor]] = {}
 
 
 def decode_tiling(head_dim: int, group: int, dtype: torch.dtype, num_programs: int) -> Tiling:
@@ -319,7 +318,7 @@ def attend_few_tokens(
     parts = num_items, max_row_tokens, num_heads
     partial_out = query.new_empty((*parts, head_dim), dtype=torch.float32)
     partial_stats = query.new_empty((*parts, 2), dtype=torch.float32)
-    arrivals = _arrivals(num_rows * num_kv_heads, query.device)
+    arrivals = counters.of_rows(num_rows * num_kv_heads, query.device)
     _decode_kernel[(num_kv_heads, num_items)](
         *tensors, partial_out, partial_stats, arrivals, *scalars, num_rows, max_extra, even_extra,
         _min_tiles(num_programs), MAX_ROWS=_padded_rows(num_rows), TOKENS=max_row_tokens,
@@ -335,16 +334,3 @@ def _padded_rows(num_rows: int) -> int:
     while size < num_rows:
         size *= 4
     return size
-
-
-def _arrivals(size: int, device: torch.device) -> Tensor:
-    """Zeroed counters. Every call resets them to zero, and calls run in order on one stream.
-
-    Buffers are never freed or moved, since captured graphs hold their addresses. A larger step
-    allocates a further buffer. The largest step is captured first, so one buffer serves all graphs.
-    """
-    made = _counters.setdefault(device, [])
-    if not made or len(made[-1]) < size:
-        size = max(triton.next_power_of_2(size), _USUAL_ARRIVALS)
-        made.append(torch.zeros(size, dtype=torch.int32, device=device))
-    return made[-1]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compiledllm.kernels import counters
 from compiledllm.kernels.backend import AttentionMetadata, ScoreOptions
 from compiledllm.kernels.cuda_kernel import CudaKernel, compile_together
 from compiledllm.kernels.launch import launch_options
@@ -156,20 +157,11 @@ def attend_prompts(
     cluster = cluster_for(len(query), num_kv_heads, group, max_clusters)
     arguments = (
         _map_of_cache(kv_cache), _map_of_queries(query, group), block_tables, seq_lens,
-        query_start_loc, options.sinks, out, _counter_of(kv_cache.data_ptr(), kv_cache.device),
+        query_start_loc, options.sinks, out, counters.of_cache(kv_cache),
         c_float(options.scale), c_int(options.sliding_window), c_float(options.soft_cap),
         c_longlong(block_tables.stride(0)), c_int(num_blocks), c_int(num_rows),
     )  # fmt: skip
     kernel.launch((cluster * max_clusters(cluster),), _THREADS, arguments, cluster)
-
-
-@functools.lru_cache(maxsize=4096)
-def _counter_of(cache: int, device: torch.device) -> Tensor:
-    """The number of programs that blocks have taken, 0 between launches; int32.
-
-    Launches on one cache follow each other, and launches on others may run at the same time.
-    """
-    return torch.zeros(1, dtype=torch.int32, device=device)
 
 
 class _TensorMap(ctypes.Structure):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from compiledllm.choices import Choice
 from compiledllm.config import CacheConfig, ConfigError
+from compiledllm.kernels import counters
 from compiledllm.platform import Platform
 from compiledllm.runner.device import to_device
 from compiledllm.runner.kv_layout import KVLayout
@@ -86,7 +87,10 @@ def allocate_kv_caches(
     """
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     try:
-        return _allocate(layout, num_blocks, block_size, device)
+        caches = _allocate(layout, num_blocks, block_size, device)
+        if caches and device.type == "cuda":
+            counters.allocate(caches[0].device)
+        return caches
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f"a KV cache of {num_blocks} blocks does not fit beside weights and other processes, "

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compiledllm.kernels import cuda_kernel, prefill_attention_cuda
+from compiledllm.kernels import counters, cuda_kernel, prefill_attention_cuda
 from compiledllm.kernels import paged_attention_torch as oracle
 from compiledllm.kernels.backend import FP8, AttentionMetadata, ScoreOptions, make_row_bound
 from compiledllm.kernels.machine_code import CudaError
@@ -41,8 +41,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefill_attention_cuda, "compile_together", lambda *_: None)
     monkeypatch.setattr(prefill_attention_cuda, "_is_hopper", lambda: True)
     monkeypatch.setattr(prefill_attention_cuda, "driver", Driver)
-    module = prefill_attention_cuda
-    for cached in (module._kernels, module._encode, module._counter_of):
+    for cached in (prefill_attention_cuda._kernels, prefill_attention_cuda._encode):
         cached.cache_clear()
 
 
@@ -236,6 +235,14 @@ def test_blocks_that_compute_several_pieces(
         step = make_step(rows, (8, 2), 64, 16, torch.bfloat16)
         for _ in range(2):  # a launch leaves the counter of programs as the next one needs it
             assert_equals_oracle(step, options)
+            assert counters.of_cache(step[1]).item() == 0
+
+
+def test_launches_on_other_caches_count_for_themselves() -> None:
+    caches = [torch.zeros(8) for _ in range(3)]
+    found = [counters.of_cache(cache).data_ptr() for cache in caches]
+    assert len(set(found)) == 3
+    assert found == [counters.of_cache(cache).data_ptr() for cache in caches]
 
 
 def test_all_steps_use_the_kernels_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from compiledllm.kernels import counters
 from compiledllm.kernels import decode_attention_triton as kernels
 from compiledllm.kernels import paged_attention_torch as oracle
 from compiledllm.kernels.backend import AttentionMetadata, ScoreOptions, make_row_bound
@@ -143,11 +144,11 @@ def test_a_long_row_among_short_ones(counts: list[int], has_sinks: bool, window:
         if DEVICE == "cuda":  # in the interpreter one program runs after the other
             again = paged_attention(*on_device, max_split_programs=max_split_programs)
             assert torch.equal(out, again)
-    assert not kernels._arrivals(1, query.to(DEVICE).device).any()
+    assert not counters.of_rows(1, query.to(DEVICE).device).any()
 
 
-def test_counters_grow_seldom() -> None:
+def test_counters_of_rows_grow_seldom() -> None:
     device = torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device(DEVICE)
-    made = {kernels._arrivals(rows, device).data_ptr() for rows in range(2**17, 2**17 + 5000, 500)}
+    made = {counters.of_rows(rows, device).data_ptr() for rows in range(2**17, 2**17 + 5000, 500)}
     assert len(made) <= 2
-    assert len(kernels._arrivals(1, device)) >= 2**17 + 4500  # none smaller comes back
+    assert len(counters.of_rows(1, device)) >= 2**17 + 4500  # none smaller comes back
