@@ -74,7 +74,8 @@ def test_replicas_on_two_machines_of_which_one_is_lost_and_comes_back(
         await until_states("loading", "ready")
         assert not any(task.done() for task in tasks)
         hold.unlink()
-        assert all(is_ok(answer, 60) for answer in await asyncio.gather(*tasks))
+        answers = await asyncio.gather(*tasks)
+        assert all(is_ok(answer, 60) for answer in answers), [a.text for a in answers]
         assert is_ok(await ask(20))
         cluster.add_node(num_cpus=1)
         await until_states("ready", "ready")
