@@ -171,7 +171,7 @@ def _add_engines(parser: CommandParser) -> None:
 
 def _add_other(parser: CommandParser) -> None:
     parser.add_argument(
-        "--other", nargs="+", type=_other, default=[], metavar="LABEL=PYTHON",
+        "--other", nargs="+", action="extend", type=_other, default=[], metavar="LABEL=PYTHON",
         help="engines of other Python environments take turns, too: vLLM if the label begins with "
         "vllm, otherwise another version of compiledllm",
     )  # fmt: skip

@@ -21,6 +21,7 @@ from compiledllm.benchmarks.workload import SampleRequest, check_lengths, ids_of
 from compiledllm.config import ConfigError
 
 _PROGRAM = Path(__file__).with_name("other_engine.py")
+_MAX_END_S = 30.0  # for a process to end by itself
 
 
 class OtherEnvironment:
@@ -33,8 +34,9 @@ class OtherEnvironment:
     def __init__(self, name: str, kind: str, python: str, options: Mapping[str, Any]) -> None:
         self.name = name
         started = time.perf_counter()
-        # The program is passed as text and runs in another folder, as Python would otherwise find
-        # modules in the folder of the program, or of this checkout.
+        # Python looks for modules in the folder of the program, or where it is started, first: the
+        # program is passed as text, and starts in an empty folder that only this user can write.
+        self._folder = tempfile.TemporaryDirectory()
         command = [python, "-c", _PROGRAM.read_text("utf-8"), kind, json.dumps(dict(options))]
         try:
             self._process = subprocess.Popen(
@@ -42,7 +44,7 @@ class OtherEnvironment:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
-                cwd=tempfile.gettempdir(),
+                cwd=self._folder.name,
             )
         except OSError as error:
             raise ConfigError(f"engine '{name}': {python} cannot be started ({error})") from None
@@ -83,4 +85,8 @@ def _end(process: subprocess.Popen[str]) -> None:
         if pipe is not None:
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
-    process.wait()
+    try:
+        process.wait(_MAX_END_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

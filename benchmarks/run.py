@@ -199,14 +199,14 @@ def _seed(arguments: Namespace) -> int:
 def _load(arguments: Namespace, model: Model) -> list[Peer]:
     """Load the engines. compiledllm compiles before the first request, also on a CPU."""
     model = replace(model, options={"compile_when": "start"} | dict(model.options))
-    names, others = list(dict.fromkeys(arguments.engine)), dict(arguments.other)
-    if twice := set(names) & others.keys():
-        raise ConfigError(f"--other {min(twice)}=...: an engine of this name is measured, too")
-    num_peers, size = len(names) + len(others), arguments.hf_max_batch_size
-    peers = [make_peer(name, model, num_peers, size) for name in names]
-    return peers + [
-        make_other_peer(name, python, model, num_peers) for name, python in others.items()
-    ]
+    names, others = list(dict.fromkeys(arguments.engine)), arguments.other
+    taken = set(names)
+    for label, _ in others:
+        if label in taken:
+            raise ConfigError(f"--other {label}=...: another engine of this name is measured, too")
+        taken.add(label)
+    peers = [make_peer(name, model, len(taken), arguments.hf_max_batch_size) for name in names]
+    return peers + [make_other_peer(label, python, model, len(taken)) for label, python in others]
 
 
 def _by_sampling(peers: list[Peer], sampling: list[str]) -> list[Peer]:

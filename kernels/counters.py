@@ -17,7 +17,7 @@ import itertools
 import torch
 from torch import Tensor
 
-_ROWS = 2**16  # initial number of counters of rows, one per row and KV head
+_ROWS = 2**20  # counters of rows, one per row and KV head: more than steps are captured with
 _CACHES = 2**16
 _of_rows: dict[torch.device, list[Tensor]] = {}
 _next_cache = itertools.count()
@@ -32,11 +32,15 @@ def allocate(device: torch.device) -> None:
 def of_rows(size: int, device: torch.device) -> Tensor:
     """At least `size` counters, int32. Launches that use them must run in order, on one stream.
 
-    A larger step allocates further memory. The largest step runs before the first capture, so one
-    buffer serves all graphs.
+    A larger step allocates further memory, for which it must run uncaptured first.
     """
     made = _of_rows.setdefault(device, [])
     if not made or len(made[-1]) < size:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"a captured step has {size} rows times KV heads, more than {_ROWS}; use a smaller "
+                "max_cudagraph_capture_size"
+            )
         size = max(1 << (size - 1).bit_length(), _ROWS)
         made.append(torch.zeros(size, dtype=torch.int32, device=device))
     return made[-1]

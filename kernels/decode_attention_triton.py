@@ -199,9 +199,9 @@ def _decode_kernel(
         gdc_launch_dependents()
     kv_head, item = tl.program_id(0), tl.program_id(1)  # programs without work come last
     is_idle = item < 0
-    if (
-        item > max_extra
-    ):  # if rows from item - max_extra on are empty, there are at most `item` items
+    # If no row from item - max_extra on has tokens, there are at most `item` items of work. Items
+    # up to max_extra go on to the wait, without which the kernel could end before its predecessor.
+    if item > max_extra:
         first_token = tl.load(query_start_loc + item - max_extra)
         is_idle = first_token == tl.load(query_start_loc + num_rows)
     if is_idle:  # most programs of a captured step with prompts, which has room for many rows

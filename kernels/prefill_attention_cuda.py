@@ -51,14 +51,15 @@ class Tiling:
 def tilings_for(head_dim: int, block_size: int) -> tuple[Tiling, Tiling]:
     """The tilings for steps of short and of long rows. Registers bound the tiles.
 
-    Larger tiles leave shared memory for the queries of one program only, so that the next program's
-    queries are copied late. On an H200, a prompt of 16384 tokens takes 6 % less time with larger
-    tiles, and 64 prompts of 256 tokens take 38 % more (32 heads, 8 KV heads, head_dim 128).
+    With heads of 128, larger tiles leave shared memory for the queries of one program only, so that
+    the next program's queries are copied late. On an H200, a prompt of 16384 tokens takes 6 % less
+    time with larger tiles, and 64 prompts of 256 tokens take 38 % more (32 heads, 8 KV heads).
     """
     if head_dim > 128:
         return Tiling(64, 2, 1), Tiling(64, 2, 1)
     short = Tiling(128, 2, 2)
-    return short, short if _LONG_KEYS % block_size else Tiling(_LONG_KEYS, 2, 1)
+    query_stages = 2 if head_dim <= _PART_COLUMNS else 1
+    return short, short if _LONG_KEYS % block_size else Tiling(_LONG_KEYS, 2, query_stages)
 
 
 def cluster_for(
@@ -121,17 +122,18 @@ def _kernels(
         "OVERLAP": launch_options()["OVERLAP"],
     }  # fmt: skip
     tilings = tilings_for(head_dim, block_size)
-    options = [
-        macros | {"KEYS": each.keys, "STAGES": each.stages, "QUERY_STAGES": each.query_stages}
-        for each in tilings
-    ]
+    options = {
+        each: macros | {"KEYS": each.keys, "STAGES": each.stages, "QUERY_STAGES": each.query_stages}
+        for each in tilings  # which may be equal
+    }
     source, name = "prefill_attention.cu", "prefill_attention"
     try:
-        compile_together(source, options)
-        return tuple(
-            CudaKernel(source, name, each, tiling.shared_bytes(head_dim))
-            for each, tiling in zip(options, tilings, strict=True)
-        )
+        compile_together(source, list(options.values()))
+        kernels = {
+            each: CudaKernel(source, name, macros, each.shared_bytes(head_dim))
+            for each, macros in options.items()
+        }
+        return tuple(kernels[each] for each in tilings)
     except CudaError as error:
         log.warning("Triton's kernel, which is slower, computes prompts' attention: %s", error)
         return None

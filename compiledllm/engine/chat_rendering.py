@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import secrets
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -25,9 +26,6 @@ from jinja2.utils import Namespace
 _MAX_COMPILED = 128  # templates
 # Names of an answer's reasoning, the best known first.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-# Put behind the text to continue, to find the end of this text in what the template renders. The
-# space at the end shows whether the template trims the text.
-_END = "END_OF_TEXT_TO_CONTINUE "
 
 
 def render(
@@ -56,10 +54,13 @@ def render(
         if not all(isinstance(value, dict) for value in values or ()):
             raise ValueError(f"{name} must be a list of objects, got {values!r:.80}")
     chat = [_message(message) for message in messages]
+    # Put behind the text to continue, to find the end of this text in what the template renders.
+    # The space at the end shows whether the template trims the text. No other text has the number.
+    mark = f"END_{secrets.token_hex(16)} "
     text_to_continue = ""
     if continue_final_message:
         field = continue_final_message if isinstance(continue_final_message, str) else "content"
-        text_to_continue = _mark_end(chat[-1], field, template)
+        text_to_continue = _mark_end(chat[-1], field, template, mark)
     text = _compiled(template).render(
         messages=chat,
         tools=_plain(tools),
@@ -67,7 +68,7 @@ def render(
         add_generation_prompt=add_generation_prompt,
         **_plain(variables),
     )
-    return _up_to_end(text, text_to_continue) if continue_final_message else text
+    return _up_to_end(text, text_to_continue, mark) if continue_final_message else text
 
 
 # -- data ------------------------------------------------------------------------------------------
@@ -105,7 +106,7 @@ def _plain(value: Any) -> Any:
 # -- the last message continued --------------------------------------------------------------------
 
 
-def _mark_end(message: dict[str, Any], field: str, template: str) -> str:
+def _mark_end(message: dict[str, Any], field: str, template: str, mark: str) -> str:
     """Mark the end of the text to continue, in the message. Returns the text without the mark."""
     value = message.get(field)
     if value is None:
@@ -116,29 +117,29 @@ def _mark_end(message: dict[str, Any], field: str, template: str) -> str:
     if not any(name in template for name in fields):
         raise ValueError(f"continue_final_message: the chat template does not read '{field}'")
     if isinstance(value, str):
-        message |= dict.fromkeys(fields, value + _END)
+        message |= dict.fromkeys(fields, value + mark)
         return value
     parts = value if isinstance(value, list | tuple) else ()
     for part in reversed(parts):
         if isinstance(part, dict) and isinstance(text := part.get("text"), str):
-            part["text"] = text + _END
+            part["text"] = text + mark
             return text
     raise ValueError(f"continue_final_message: '{field}' of the last message has no text")
 
 
-def _up_to_end(text: str, text_to_continue: str) -> str:
+def _up_to_end(text: str, text_to_continue: str, mark: str) -> str:
     """What was rendered up to the mark, its end trimmed if the template trims the message.
 
     A template that shows the message twice shows the mark twice, and the last one counts.
     """
-    mark = _END.strip()
-    if mark not in text or text_to_continue.strip() not in text:
+    trimmed = mark.strip()
+    if trimmed not in text or text_to_continue.strip() not in text:
         raise ValueError(
             "continue_final_message: the chat template does not show the last message unchanged"
         )
-    end = text.rindex(mark)
-    shown = text[:end] if text.startswith(_END, end) else text[:end].rstrip()
-    return shown.replace(_END, "").replace(mark, "")
+    end = text.rindex(trimmed)
+    shown = text[:end] if text.startswith(mark, end) else text[:end].rstrip()
+    return shown.replace(mark, "").replace(trimmed, "")
 
 
 # -- the environment -------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def open_tokenizer(directory: Path, artifact_dir: str | None = None) -> Any:
         log.debug("the tokenizer of %s stays with transformers: %s", directory, made)
         return loaded
     snapshot, tokenizer = made
-    if key:
+    if key and key == _key_or_none(directory):  # the files have not changed meanwhile
         _keep(snapshot)
     return tokenizer
 
@@ -104,7 +104,7 @@ def copy_to(folder: Path, directory: Path) -> None:
     """
     if key := _key_or_none(directory):
         made = _find(key) or _make(key, directory, load_tokenizer(directory))
-        if not isinstance(made, str):
+        if not isinstance(made, str) and key == _key_or_none(directory):
             write(made[0], folder)
 
 
@@ -208,7 +208,10 @@ def folder_of_snapshots() -> Path:
 
 def _folders(named: str | None) -> list[tuple[Path, bool]]:
     """Folders, and whether their files may have any owner, because the user has named them."""
-    return [*([(Path(named), True)] if named else []), (folder_of_snapshots(), False)]
+    folders = [(Path(named), True)] if named else []
+    with contextlib.suppress(RuntimeError):  # a user without a home
+        folders.append((folder_of_snapshots(), False))
+    return folders
 
 
 def _find(key: str, named: str | None = None) -> tuple[Snapshot, PlainTokenizer] | None:
@@ -230,12 +233,12 @@ def _find(key: str, named: str | None = None) -> tuple[Snapshot, PlainTokenizer]
 
 
 def _keep(snapshot: Snapshot) -> None:
-    folder = folder_of_snapshots()
-    if reason := why_not_writable(folder):
-        log.info("the tokenizer is not kept for the next start: %s", reason)
-        return
     try:
-        write(snapshot, folder)
+        folder = folder_of_snapshots()
+        if reason := why_not_writable(folder):
+            log.info("the tokenizer is not kept for the next start: %s", reason)
+        else:
+            write(snapshot, folder)
     except Exception as error:  # whatever fails, this engine runs on
         log.warning("the tokenizer is not kept for the next start: %s", error)
 
@@ -264,10 +267,13 @@ def read(path: Path, any_owner: bool = False) -> Snapshot:
     rest = memoryview(content)[begin:]
     if content[len(_FORMAT) : begin] != hashlib.sha256(rest).digest():
         raise BadSnapshot("it is damaged (its content differs from its checksum)")
-    end = content.index(b"\n", begin)
-    header = json.loads(content[begin:end])
-    facts = TokenizerFacts(**header.pop("facts"))
-    return Snapshot(**header, facts=facts, backend=content[end + 1 :])
+    try:
+        end = content.index(b"\n", begin)
+        header = json.loads(content[begin:end])
+        facts = TokenizerFacts(**header.pop("facts"))
+        return Snapshot(**header, facts=facts, backend=content[end + 1 :])
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise BadSnapshot(f"it is of another version ({error})") from error
 
 
 def listed(named: str | None) -> Iterator[tuple[Path, Snapshot | str]]:

@@ -1,7 +1,7 @@
 // Paged attention of rows with several new tokens, for compute capability 9.0.
 //
 // A program is ROWS query rows: query tokens of a request times the GROUP heads that share a KV head. There
-// is a thread block for each multiprocessor, and a block that has computed a program takes the next one, the
+// are as many thread blocks as run at once, and a block that has computed a program takes the next one, the
 // longest first. One warp chooses the programs and copies queries, keys and values to shared memory with the
 // tensor memory accelerator (TMA); it copies for the next program while the current one is computed. Two
 // warpgroups compute 64 query rows each. A warpgroup starts the product of its queries with the next tile of
@@ -139,7 +139,7 @@ __device__ __forceinline__ int count_pieces(const int* query_start_loc, int num_
     return sum_of_warp(pieces);
 }
 
-// Finds the request of a piece, and the piece's first query; any request if there is no such piece.
+// Finds the request of a piece, and the piece's first query.
 __device__ __forceinline__ void find_piece(Work& work, int piece, const int* query_start_loc, int num_rows) {
     const int lane = threadIdx.x % 32;
 #pragma unroll 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -296,11 +297,19 @@ def swap(path: Path, other: Path) -> None:
     path.write_bytes(other.read_bytes())
 
 
+def age(path: Path, _: Path) -> None:
+    """What another version might have written: other facts, with the right checksum."""
+    begin = len(tokenizer_snapshot._FORMAT) + tokenizer_snapshot._CHECKSUM_BYTES
+    content = path.read_bytes()[begin:].replace(b'"eos_token_id"', b'"eos"')
+    digest = hashlib.sha256(content).digest()
+    path.write_bytes(tokenizer_snapshot._FORMAT + digest + content)
+
+
 def share(path: Path, _: Path) -> None:
     path.chmod(0o666)
 
 
-@pytest.mark.parametrize("harm", [truncate, change, empty, swap, share])
+@pytest.mark.parametrize("harm", [truncate, change, empty, swap, age, share])
 def test_a_file_that_cannot_be_used_is_replaced(
     harm: Callable[[Path, Path], None],
     model: Path,
@@ -314,6 +323,7 @@ def test_a_file_that_cannot_be_used_is_replaced(
     other = save(tmp_path, metaspace(), "llama", tokenizer_class="TokenizersBackend")
     open_tokenizer(other)
     harm(path, next(found for found in kept.iterdir() if found != path))
+    assert len(list(tokenizer_snapshot.listed(None))) == 2  # whatever a file may hold
     assert Tokenizer(model).encode("hello world") == expected
     assert f"{path} is not used" in caplog.text
     without_transformers(monkeypatch)
@@ -328,6 +338,37 @@ def test_folder_that_cannot_be_written_costs_nothing_else(
     with caplog.at_level("INFO", "compiledllm"):
         assert isinstance(open_tokenizer(model), PlainTokenizer)
     assert "the tokenizer is not kept for the next start" in caplog.text
+
+
+def test_a_user_without_a_home_loads_by_transformers(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(tokenizer_snapshot, "compiled_dir", fails)
+    tokenizer_snapshot.warm_up()
+    assert isinstance(open_tokenizer(model), PlainTokenizer)
+    assert not list(tokenizer_snapshot.listed(None))
+
+
+def test_files_that_change_while_they_are_read_leave_nothing(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = kept_in(tmp_path, monkeypatch)
+    load = tokenizer_snapshot.load_tokenizer
+
+    def load_and_change(directory: Path) -> Any:
+        loaded = load(directory)
+        (directory / "added.txt").write_text("a file of a download that goes on")
+        return loaded
+
+    monkeypatch.setattr(tokenizer_snapshot, "load_tokenizer", load_and_change)
+    open_tokenizer(model)
+    assert not kept.exists()
+    monkeypatch.setattr(tokenizer_snapshot, "load_tokenizer", load)
+    open_tokenizer(model)
+    assert len(list(kept.iterdir())) == 1
 
 
 def test_without_a_cache_nothing_is_kept_or_used(

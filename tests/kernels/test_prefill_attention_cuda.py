@@ -166,9 +166,10 @@ def test_values(
     assert_equals_oracle(make_step(ROWS, heads, head_dim, block_size, dtype), options)
 
 
-def test_tiles_for_long_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_tiles_for_long_steps(head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefill_attention_cuda, "_long_step", lambda _: 0)
-    step = make_step([(40, 500), (1, 50), (30, 30)], (4, 2), 128, 16, torch.float16)
+    step = make_step([(40, 500), (1, 50), (30, 30)], (4, 2), head_dim, 16, torch.float16)
     assert_equals_oracle(step, ScoreOptions(0.09, sliding_window=200))
 
 

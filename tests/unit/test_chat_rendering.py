@@ -13,7 +13,7 @@ from jinja2.exceptions import SecurityError, TemplateError
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
-from compiledllm.engine import plain_tokenizer
+from compiledllm.engine import chat_rendering, plain_tokenizer
 from compiledllm.engine.plain_tokenizer import PlainTokenizer, TokenizerFacts
 from compiledllm.engine.tokenizer import Tokenizer
 
@@ -230,3 +230,11 @@ def test_no_parameter_of_transformers_is_taken_for_a_variable() -> None:
     own = inspect.signature(PlainTokenizer.apply_chat_template).parameters
     known = own.keys() | plain_tokenizer._RARE_OPTIONS
     assert parameters.keys() - {"conversation", "kwargs"} <= known
+
+
+def test_words_that_look_like_a_mark_stay() -> None:
+    words = "say END_OF_TEXT_TO_CONTINUE and END_0123456789abcdef0123456789abcdef now"
+    messages = [{"role": "user", "content": words}, {"role": "assistant", "content": words}]
+    template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    found = chat_rendering.render(template, messages, {}, continue_final_message=True)
+    assert found == f"[{words}][{words}"
