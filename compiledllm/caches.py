@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from compiledllm.log import log
 
@@ -105,6 +105,18 @@ def why_not_trusted(path: Path, any_owner: bool = False) -> str | None:
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         return f"others may write to {path} (chmod go-w would mend that)"
     return None
+
+
+class Folder(NamedTuple):
+    """A folder of kept files. is_named: the user has named it, so files may have any owner."""
+
+    path: Path
+    is_named: bool = False
+
+
+def folders_of(named: str | None, *ours: Path) -> list[Folder]:
+    """Where kept files are looked for: the folder that the user names, if any, then `ours`."""
+    return [*([Folder(Path(named), is_named=True)] if named else []), *map(Folder, ours)]
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compiledllm.caches import remove_surplus, replaced, why_not_trusted
+from compiledllm.caches import Folder, remove_surplus, replaced, why_not_trusted
 from compiledllm.graphs.saved_graph import Kernel, SavedGraph
 from compiledllm.log import log
 
@@ -171,14 +171,6 @@ def _digest(content: bytes) -> str:
 
 
 # -- finding ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Folder:
-    """A folder of artifacts. is_named: the user has named it, so files may have any owner."""
-
-    path: Path
-    is_named: bool = False
 
 
 def find(key: Mapping[str, str], label: str, folders: Sequence[Folder]) -> Artifact | str:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from compiledllm.caches import compiled_dir
+from compiledllm.caches import compiled_dir, folders_of
 from compiledllm.config import ConfigError, EngineConfig
 from compiledllm.engine import tokenizer_snapshot
 from compiledllm.engine.plan_views import size
@@ -25,7 +25,7 @@ from compiledllm.graphs.artifact import explain, file_name, listed
 from compiledllm.log import log, show_logs
 from compiledllm.runner.artifact_key import key_of
 from compiledllm.runner.plan import Plan
-from compiledllm.runner.start_cache import artifacts_dir, folders_of, label_of, why_not_cached
+from compiledllm.runner.start_cache import artifacts_dir, label_of, why_not_cached
 
 
 def build(options: Mapping[str, Any], out: Path | None) -> Path:
@@ -106,7 +106,7 @@ def _writing(folder: Path) -> Iterator[None]:
 
 def lines_of_list(named: str | None) -> Iterator[str]:
     """One line for each kept file: its path, size, age, model and what else tells them apart."""
-    for path, manifest in listed(folders_of(named)):
+    for path, manifest in listed(folders_of(named, artifacts_dir())):
         if not isinstance(manifest, dict):
             yield f"{path}  cannot be used: {manifest}"
             continue
@@ -126,7 +126,8 @@ def explanation(options: Mapping[str, Any]) -> str:
     planned = plan(EngineConfig.from_options(**options, load_format="dummy"))
     if reason := why_not_cached(planned):
         return f"miss: {reason}"
-    key, folders = key_of(planned), folders_of(planned.config.requested.compile.artifact_dir)
+    named = planned.config.requested.compile.artifact_dir
+    key, folders = key_of(planned), folders_of(named, artifacts_dir())
     found = explain(key, label_of(planned), folders)
     return f"hit: {found}" if file_name(key) in found else f"miss: {found}"
 

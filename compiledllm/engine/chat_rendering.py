@@ -54,11 +54,12 @@ def render(
         if not all(isinstance(value, dict) for value in values or ()):
             raise ValueError(f"{name} must be a list of objects, got {values!r:.80}")
     chat = [_message(message) for message in messages]
-    # Put behind the text to continue, to find the end of this text in what the template renders.
-    # The space at the end shows whether the template trims the text. No other text has the number.
-    mark = f"END_{secrets.token_hex(16)} "
-    text_to_continue = ""
+    mark = text_to_continue = ""
     if continue_final_message:
+        # Put behind the text to continue, to find the end of this text in what the template
+        # renders. The space at the end shows whether the template trims the text. No other text
+        # has the number.
+        mark = f"END_{secrets.token_hex(16)} "
         field = continue_final_message if isinstance(continue_final_message, str) else "content"
         text_to_continue = _mark_end(chat[-1], field, template, mark)
     text = _compiled(template).render(

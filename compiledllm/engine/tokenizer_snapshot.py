@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from compiledllm.caches import (
+    Folder,
     compiled_dir,
+    folders_of,
     is_disabled,
     remove_surplus,
     replaced,
@@ -113,7 +115,7 @@ def warm_up(artifact_dir: str | None = None) -> None:
     from compiledllm.engine import chat_rendering  # noqa: F401
 
     folders = [] if is_disabled() else _folders(artifact_dir)
-    if not any(True for folder, _ in folders for _ in folder.glob(f"[!.]*{SUFFIX}")):
+    if not any(True for folder in folders for _ in folder.path.glob(f"[!.]*{SUFFIX}")):
         tokenizer_class.warm_up()
 
 
@@ -206,19 +208,18 @@ def folder_of_snapshots() -> Path:
     return compiled_dir() / "tokenizers"
 
 
-def _folders(named: str | None) -> list[tuple[Path, bool]]:
-    """Folders, and whether their files may have any owner, because the user has named them."""
-    folders = [(Path(named), True)] if named else []
-    with contextlib.suppress(RuntimeError):  # a user without a home
-        folders.append((folder_of_snapshots(), False))
-    return folders
+def _folders(named: str | None) -> list[Folder]:
+    try:
+        return folders_of(named, folder_of_snapshots())
+    except RuntimeError:  # a user without a home
+        return folders_of(named)
 
 
 def _find(key: str, named: str | None = None) -> tuple[Snapshot, PlainTokenizer] | None:
-    for folder, any_owner in _folders(named):
-        path = folder / f"{key}{SUFFIX}"
+    for folder in _folders(named):
+        path = folder.path / f"{key}{SUFFIX}"
         try:
-            snapshot = read(path, any_owner)
+            snapshot = read(path, folder.is_named)
             if snapshot.key != key:
                 raise BadSnapshot("it is another tokenizer's")
             # The time of modification is the time of the last use. The folder may be read-only.
@@ -278,9 +279,9 @@ def read(path: Path, any_owner: bool = False) -> Snapshot:
 
 def listed(named: str | None) -> Iterator[tuple[Path, Snapshot | str]]:
     """All files: the path, and the snapshot or the reason why the file cannot be used."""
-    for folder, any_owner in _folders(named):
-        for path in sorted(folder.glob(f"[!.]*{SUFFIX}")):
+    for folder in _folders(named):
+        for path in sorted(folder.path.glob(f"[!.]*{SUFFIX}")):
             try:
-                yield path, read(path, any_owner)
+                yield path, read(path, folder.is_named)
             except (BadSnapshot, OSError) as error:
                 yield path, str(error)

@@ -14,9 +14,15 @@ import os
 import threading
 from pathlib import Path
 
-from compiledllm.caches import compiled_dir, is_disabled, temporary_folder, why_not_writable
+from compiledllm.caches import (
+    compiled_dir,
+    folders_of,
+    is_disabled,
+    temporary_folder,
+    why_not_writable,
+)
 from compiledllm.graphs import artifact as files
-from compiledllm.graphs.artifact import Artifact, Folder
+from compiledllm.graphs.artifact import Artifact
 from compiledllm.graphs.compile import import_compiler
 from compiledllm.kernels import cuda_kernel, late_compiles
 from compiledllm.kernels.compile_ahead import load_driver
@@ -29,12 +35,6 @@ _TRITON, _NVRTC = "triton/", "nvrtc/"  # folders of binaries in an artifact
 
 def artifacts_dir() -> Path:
     return compiled_dir() / "artifacts"
-
-
-def folders_of(named: str | None) -> list[Folder]:
-    """Where artifacts are looked for. named: the option `artifact_dir`."""
-    ours = Folder(artifacts_dir())
-    return [Folder(Path(named), is_named=True), ours] if named else [ours]
 
 
 def label_of(plan: Plan) -> str:
@@ -117,7 +117,7 @@ class StartCache:
     def _read(self) -> None:
         named = self._plan.config.requested.compile.artifact_dir
         try:
-            found = files.find(self.key, label_of(self._plan), folders_of(named))
+            found = files.find(self.key, label_of(self._plan), folders_of(named, artifacts_dir()))
             if isinstance(found, Artifact):
                 self._provide(found)
             elif named:

@@ -433,8 +433,6 @@ __device__ __forceinline__ void consume(
         return (tile + 1) * KEYS - 1 > first_position || (HAS_WINDOW && tile * KEYS <= last_position - window);
     };
     auto key_of = [&](int tile) { return tile * KEYS + 2 * (lane % 4); };
-    auto full = [&](int slot, int kind) { return shared.full(slot, kind); };
-    auto tile_at = [&](int slot, int kind) { return shared.tile(slot, kind); };
     auto release = [&](int slot, int kind) { arrive_of_warp(shared.empty(slot, kind)); };
 
     float scores[KEYS / 2], sums[OUT_PARTS][OUT_COLUMNS / 2], decay[2];
@@ -442,9 +440,9 @@ __device__ __forceinline__ void consume(
     const u32 queries = shared.queries_of(turn), my_queries = queries + 64 * group * 128;
     int slot = place.slot, round = place.round;
     wait(shared.queries_full(turn), turn / QUERY_STAGES & 1);
-    wait(full(slot, 0), round & 1);
+    wait(shared.full(slot, 0), round & 1);
     begin_products();
-    multiply_keys(scores, my_queries, tile_at(slot, 0));
+    multiply_keys(scores, my_queries, shared.tile(slot, 0));
     commit_products();
     wait_products<0>();
     settle(scores);
@@ -457,25 +455,25 @@ __device__ __forceinline__ void consume(
 #pragma unroll
         for (int i = 0; i < OUT_COLUMNS / 2; ++i) sums[part][i] = 0.f;
     if ((last + 1) * KEYS > work.length) {
-        wait(full(slot, 1), round & 1);
-        clear_values(tile_at(slot, 1), work.length - last * KEYS);
+        wait(shared.full(slot, 1), round & 1);
+        clear_values(shared.tile(slot, 1), work.length - last * KEYS);
     }
 
     if (group == 1 && last > first) pass(1, 256);
     for (int tile = last - 1; tile >= first; --tile) {
         const int next_slot = slot + 1 == STAGES ? 0 : slot + 1, next_round = round + (next_slot == 0);
-        wait(full(next_slot, 0), next_round & 1);
+        wait(shared.full(next_slot, 0), next_round & 1);
         meet(1 + group, 256);
         begin_products();
         settle(scores);
-        multiply_keys(scores, my_queries, tile_at(next_slot, 0));
+        multiply_keys(scores, my_queries, shared.tile(next_slot, 0));
         commit_products();
-        wait(full(slot, 1), round & 1);
+        wait(shared.full(slot, 1), round & 1);
 #pragma unroll
         for (int part = 0; part < OUT_PARTS; ++part) settle(sums[part]);
         settle(weights);
         begin_products();
-        multiply_values(sums, weights, tile_at(slot, 1));
+        multiply_values(sums, weights, shared.tile(slot, 1));
         commit_products();
         if ((group == 0 || tile > first)) pass(2 - group, 256);
         wait_products<1>();
@@ -497,9 +495,9 @@ __device__ __forceinline__ void consume(
                 for (int i = 0; i < OUT_COLUMNS / 2; ++i) sums[part][i] *= decay[i / 2 % 2];
         slot = next_slot, round = next_round;
     }
-    wait(full(slot, 1), round & 1);
+    wait(shared.full(slot, 1), round & 1);
     begin_products();
-    multiply_values(sums, weights, tile_at(slot, 1));
+    multiply_values(sums, weights, shared.tile(slot, 1));
     commit_products();
     wait_products<0>();
 #pragma unroll
