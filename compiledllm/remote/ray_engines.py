@@ -12,9 +12,11 @@ import asyncio
 import contextlib
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,6 +33,8 @@ from compiledllm.engine.ray_ranks import (
 )
 from compiledllm.remote.engine_child import EngineChild, how_it_ended
 from compiledllm.remote.running_log import RunningLog
+
+_WORKER_EXIT_S = 1.0  # for a Ray worker to exit after it has killed its child processes
 
 
 class RayEngines:
@@ -144,4 +148,10 @@ class _EngineHost:
                 stdin=subprocess.DEVNULL,
                 env=os.environ | variables,
             )
-        return process.wait(), sorted(running.read())
+        status = process.wait()
+        if status == -signal.SIGKILL:
+            # A Ray worker whose machine is lost kills its child processes before it exits. This
+            # worker must not report that as the engine's own end, which would make suspects of all
+            # running requests and keep the requests from moving to another engine.
+            time.sleep(_WORKER_EXIT_S)
+        return status, sorted(running.read())
