@@ -1,13 +1,13 @@
-"""Compiles Triton kernels in threads, ahead of the steps that run them.
+"""Compiles kernels in threads, ahead of the steps that run them.
 
     with in_threads():
         with asking():
             step()  # asks for the step's kernels and launches none of them
         step()  # waits for each kernel
 
-By itself, Triton compiles a kernel when a step launches it for the first time, one kernel after
-another, each in about a second. Threads help because Triton's compiler releases Python's global
-interpreter lock most of the time.
+Without this module, a kernel is compiled when a step launches it for the first time, one kernel
+after another, each in a second or two. Threads help because the compilers of Triton and CUDA
+release Python's global interpreter lock most of the time.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 _MAX_THREADS = 16
 _SWITCH_INTERVAL_S = 0.0002
 _one_at_a_time = threading.Lock()  # for contexts that replace a method of Triton's class
+_of_thread = threading.local()  # `pool`: of `in_threads`; `is_asking`
 
 
 @contextmanager
@@ -39,8 +40,12 @@ def in_threads() -> Iterator[None]:
         ThreadPoolExecutor(num_threads, thread_name_prefix="compile") as threads,
     ):
         _hash_compiler(threads)
-        with AsyncCompileMode(_Compilers(threads), ignore_errors=True):
-            yield
+        _of_thread.pool = threads
+        try:
+            with AsyncCompileMode(_Compilers(threads), ignore_errors=True):
+                yield
+        finally:
+            del _of_thread.pool
 
 
 @contextmanager
@@ -105,16 +110,33 @@ def asking() -> Iterator[None]:
     """A context within `in_threads` in which the calling thread's launches only ask for kernels."""
     from triton.runtime.jit import JITFunction
 
-    thread = threading.get_ident()
     with _one_at_a_time:
         run = JITFunction.run
 
-        def ask(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-            warmup = warmup or threading.get_ident() == thread  # other threads run other engines
-            return run(self, *args, grid=grid, warmup=warmup, **kwargs)
+        def ask_or_run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+            return run(self, *args, grid=grid, warmup=warmup or is_asking(), **kwargs)
 
-        JITFunction.run = ask
+        JITFunction.run = ask_or_run  # also of other threads, which run other engines
+        _of_thread.is_asking = True
         try:
             yield
         finally:
+            _of_thread.is_asking = False
             JITFunction.run = run
+
+
+def is_asking() -> bool:
+    """Whether the calling thread's launches only ask for kernels."""
+    return getattr(_of_thread, "is_asking", False)
+
+
+def ask(compile_kernel: Callable[[], object]) -> bool:
+    """Within `asking`, let another thread call a function that compiles a kernel.
+
+    The function must keep the kernel, or the error, for whoever launches the kernel. Returns False
+    elsewhere, and calls nothing.
+    """
+    if not (is_asking() and hasattr(_of_thread, "pool")):
+        return False
+    _of_thread.pool.submit(compile_kernel)
+    return True

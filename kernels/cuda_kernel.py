@@ -12,6 +12,7 @@ import ctypes
 import functools
 import hashlib
 import re
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from compiledllm.caches import replaced, writable_folder
-from compiledllm.kernels import late_compiles
+from compiledllm.kernels import compile_ahead, late_compiles
 from compiledllm.kernels.machine_code import (
     COOPERATIVE,
     OVERLAP,
@@ -40,20 +41,29 @@ from compiledllm.platform import can_overlap_kernels
 SOURCES = Path(__file__).parent / "cuda"
 # File name in the cache -> machine code that this process has used, or has read from an artifact.
 known_code: dict[str, bytes] = {}
+_locks: dict[str, threading.Lock] = {}  # file name -> held by the thread that compiles the code
 
 
 class CudaKernel:
     """The kernel `name` of `kernels/cuda/<source>`, compiled for the current device.
 
     options: values of the source's macros, by name. shared_bytes: dynamic shared memory of a thread
-    block. Raises CudaError if the kernel cannot be compiled or loaded.
+    block. Raises CudaError if the kernel cannot be compiled or loaded. Within
+    `compile_ahead.asking`, another thread compiles the kernel, and the first use raises the error.
     """
 
     def __init__(self, source: str, name: str, options: Mapping[str, int], shared_bytes: int = 0):
-        code = _compiled(source, tuple(sorted(options.items())), _architecture())
-        self._shared_bytes = shared_bytes
-        self._function = load(code, name, shared_bytes)
+        sorted_options = tuple(sorted(options.items()))
+        self._code = functools.partial(_compiled, source, sorted_options, _architecture())
+        self._name, self._shared_bytes = name, shared_bytes
         self._max_clusters: dict[tuple[int, int], int] = {}
+        if not compile_ahead.ask(self._code):
+            self._function  # noqa: B018 - raises the error now
+
+    @functools.cached_property
+    def _function(self) -> Any:
+        """The driver's function."""
+        return load(self._code(), self._name, self._shared_bytes)
 
     def launch(
         self,
@@ -71,7 +81,10 @@ class CudaKernel:
         thread blocks wait for each other and therefore must all run at once. On a GPU with
         programmatic dependent launch a kernel that is not cooperative may start before its
         predecessor has ended, so its code must wait (`griddepcontrol.wait`). Raises CudaError.
+        Within `compile_ahead.asking`, nothing is launched.
         """
+        if compile_ahead.is_asking():
+            return
         values = [_value_of(argument) for argument in arguments]
         addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
         attributes = _attributes(cluster, is_cooperative)
@@ -116,8 +129,11 @@ class CudaKernel:
 def compile_together(source: str, options: Sequence[Mapping[str, int]]) -> None:
     """Compile kernels of one source at the same time, for the current device.
 
-    options: values of the source's macros for each kernel. Errors are left to `CudaKernel`.
+    options: values of the source's macros for each kernel. Errors are left to `CudaKernel`, and
+    within `compile_ahead.asking` all kernels.
     """
+    if compile_ahead.is_asking():
+        return
     architecture = _architecture()
 
     def compile_one(macros: Mapping[str, int]) -> None:
@@ -155,14 +171,15 @@ def _compiled(source: str, options: tuple[tuple[str, int], ...], architecture: s
     flags = [f"--gpu-architecture={architecture}", "--std=c++17", *macros]
     key = hashlib.sha256("\0".join([text, str(torch.version.cuda), *flags]).encode()).hexdigest()
     name = f"{Path(source).stem}-{key[:32]}.cubin"
-    if name not in known_code:
-        path = writable_folder("nvrtc") / name
-        if path.is_file():
-            known_code[name] = path.read_bytes()
-        else:
-            late_compiles.note(source)
-            known_code[name] = _compile(text, source, flags)
-            _keep(known_code[name], path)
+    with _locks.setdefault(name, threading.Lock()):
+        if name not in known_code:
+            path = writable_folder("nvrtc") / name
+            if path.is_file():
+                known_code[name] = path.read_bytes()
+            else:
+                late_compiles.note(source)
+                known_code[name] = _compile(text, source, flags)
+                _keep(known_code[name], path)
     return known_code[name]
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compiledllm.kernels import counters
+from compiledllm.kernels import compile_ahead, counters
 from compiledllm.kernels.backend import AttentionMetadata, ScoreOptions
 from compiledllm.kernels.cuda_kernel import CudaKernel, compile_together
 from compiledllm.kernels.launch import launch_options
@@ -97,7 +97,7 @@ def kernel_for(query: Tensor, kv_cache: Tensor, options: ScoreOptions) -> CudaKe
         return None
     kernels = _kernels(
         query.dtype, head_dim, query.shape[1] // num_kv_heads, num_kv_heads, block_size,
-        options.sliding_window > 0, options.soft_cap > 0, sink_bytes,
+        options.sliding_window > 0, options.soft_cap > 0, sink_bytes, compile_ahead.is_asking(),
     )  # fmt: skip
     return None if kernels is None else kernels[len(query) >= _long_step(head_dim)]
 
@@ -110,9 +110,12 @@ def _is_hopper() -> bool:
 @functools.cache
 def _kernels(
     dtype: torch.dtype, head_dim: int, group: int, num_kv_heads: int, block_size: int,
-    has_window: bool, has_soft_cap: bool, sink_bytes: int,
+    has_window: bool, has_soft_cap: bool, sink_bytes: int, are_asked: bool,
 ) -> tuple[CudaKernel, ...] | None:  # fmt: skip
-    """The kernels for short and for long rows, both compiled at the start of an engine."""
+    """The kernels for short and for long rows, both compiled at the start of an engine.
+
+    are_asked: whether the kernels are only asked for, so that an error is not known yet.
+    """
     if head_dim not in range(64, 257, 8) or block_size not in (8, 16, 32, 64) or group > ROWS:
         return None
     macros = {
@@ -152,6 +155,8 @@ def attend_prompts(
     kernel: from `kernel_for`. query: [tokens, num_heads, head_dim], with contiguous heads. out: of
     query's shape, contiguous.
     """
+    if compile_ahead.is_asking():  # there may be no kernel yet that knows its `max_clusters`
+        return
     _, num_blocks, _, num_kv_heads, _ = kv_cache.shape
     _, block_tables, seq_lens, query_start_loc, _ = attn
     num_rows, group = len(block_tables), query.shape[1] // num_kv_heads

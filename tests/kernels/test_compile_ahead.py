@@ -6,6 +6,7 @@ import functools
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from compiledllm.kernels.compile_ahead import (
     _hash_compiler,
     _switching_often,
     asking,
+    in_threads,
 )
 from compiledllm.kernels.machine_code import CudaError
 
@@ -90,6 +92,38 @@ def test_cuda_kernels_of_one_source_are_compiled_at_the_same_time(
     monkeypatch.setattr(cuda_kernel, "known_code", known := {})
     cuda_kernel.compile_together("linear.cu", [{"STAGES": 2}, {"STAGES": 3}])
     assert list(known.values()) == [b"code"]
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+def test_a_cuda_kernel_that_is_asked_for_is_compiled_once_by_a_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiling, made = threading.Event(), []
+
+    def compile_one(text: str, name: str, flags: list[str]) -> bytes:
+        compiling.set()
+        go_on.wait(60)
+        made.append(threading.current_thread().name)
+        return b"code"
+
+    def load(code: bytes, name: str, shared_bytes: int) -> bytes:
+        made.append(name)
+        return code
+
+    go_on = threading.Event()
+    monkeypatch.setattr(cuda_kernel, "_architecture", lambda: "sm_90a")
+    monkeypatch.setattr(cuda_kernel, "_compile", compile_one)
+    monkeypatch.setattr(cuda_kernel, "load", load)
+    monkeypatch.setattr(cuda_kernel, "writable_folder", lambda _: tmp_path)
+    monkeypatch.setattr(cuda_kernel, "known_code", {})
+    with in_threads():
+        with asking():
+            kernel = cuda_kernel.CudaKernel("linear.cu", "linear", {"STAGES": 2})
+            kernel.launch((1,), 32, [])
+        assert compiling.wait(60) and not made
+        threading.Timer(0.05, go_on.set).start()
+        assert kernel._function == b"code"  # waits for the thread
+    assert len(made) == 2 and made[0].startswith("compile_") and made[1] == "linear"
 
 
 def test_threads_get_pythons_lock_soon_while_an_engine_starts() -> None:

@@ -16,9 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from compiledllm.kernels import counters, cuda_kernel, prefill_attention_cuda
+from compiledllm.kernels import compile_ahead, counters, cuda_kernel, prefill_attention_cuda
 from compiledllm.kernels import paged_attention_torch as oracle
 from compiledllm.kernels.backend import FP8, AttentionMetadata, ScoreOptions, make_row_bound
+from compiledllm.kernels.compile_ahead import asking
 from compiledllm.kernels.machine_code import CudaError
 from compiledllm.kernels.paged_attention_triton import paged_attention
 from tests.support.cuda_on_cpu import library_of, text_of
@@ -284,3 +285,22 @@ def test_triton_stands_in_for_a_kernel_that_cannot_be_compiled(
     for _ in range(2):
         assert prefill_attention_cuda.kernel_for(query, kv_cache, ScoreOptions(0.1)) is None
     assert caplog.text.count("no compiler") == 1
+
+
+def test_triton_stands_in_for_a_kernel_that_was_asked_for_and_cannot_be_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def made(*_: object) -> EmulatedKernel:
+        if compile_ahead.is_asking():
+            return EmulatedKernel("prefill_attention.cu", "prefill_attention", {}, 0)
+        raise CudaError("no compiler")
+
+    monkeypatch.setattr(prefill_attention_cuda, "CudaKernel", made)
+    query, kv_cache, attn = make_step([(4, 4)], (4, 2), 64, 16, torch.bfloat16)
+    options, out = ScoreOptions(0.1), torch.zeros_like(query)
+    with asking():
+        kernel = prefill_attention_cuda.kernel_for(query, kv_cache, options)
+        assert kernel is not None
+        prefill_attention_cuda.attend_prompts(kernel, query, kv_cache, attn, options, out)
+    assert not out.any()
+    assert prefill_attention_cuda.kernel_for(query, kv_cache, options) is None

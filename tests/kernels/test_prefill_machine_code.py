@@ -63,7 +63,7 @@ def test_addresses_stay_in_uniform_registers_and_nothing_is_spilled(
     monkeypatch.setattr(prefill_attention_cuda, "CudaKernel", compile_only)
     monkeypatch.setattr(prefill_attention_cuda, "compile_together", lambda *_: None)
     monkeypatch.setenv("COMPILEDLLM_CACHE_DIR", str(tmp_path))
-    arguments = torch.bfloat16, head_dim, 4, 8, 16, False, False, 0
+    arguments = torch.bfloat16, head_dim, 4, 8, 16, False, False, 0, False
     with late_compiles.starting():
         prefill_attention_cuda._kernels.__wrapped__(*arguments)
     for code in dict.fromkeys(made):
