@@ -28,7 +28,8 @@ class OtherEnvironment:
     """A peer in another environment.
 
     name: in reports. kind: "compiledllm" or "vllm". python: the environment's interpreter. options:
-    of the engine. Raises ConfigError if the engine does not start.
+    of the engine. The constructor starts the process and does not wait for it. Raises ConfigError
+    if the interpreter cannot be started.
     """
 
     def __init__(self, name: str, kind: str, python: str, options: Mapping[str, Any]) -> None:
@@ -49,10 +50,18 @@ class OtherEnvironment:
         except OSError as error:
             raise ConfigError(f"engine '{name}': {python} cannot be started ({error})") from None
         weakref.finalize(self, _end, self._process)
-        self._answer()
-        self.startup_s = {"start": time.perf_counter() - started}
+        self._started: float | None = started
+        self.startup_s: dict[str, float] = {}
+
+    def wait_until_ready(self) -> None:
+        """Wait for the engine. Raises ConfigError if the engine does not start."""
+        if self._started is not None:
+            self._answer()
+            self.startup_s = {"start": time.perf_counter() - self._started}
+            self._started = None
 
     def generate(self, requests: Sequence[SampleRequest]) -> float:
+        self.wait_until_ready()
         work = [ids_of(r) for r in requests], [r.output_len for r in requests]
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # the missing answer says so

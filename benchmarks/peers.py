@@ -26,6 +26,7 @@ T = TypeVar("T")
 _VLLM_OPTIONS = (
     "max_model_len",
     "gpu_memory_utilization",
+    "kv_cache_memory_bytes",
     "max_num_seqs",
     "max_num_batched_tokens",
     "enforce_eager",
@@ -66,12 +67,19 @@ def make_peer(name: str, model: Model, shared_by: int = 1, hf_max_batch_size: in
     return Transformers(model, hf_max_batch_size) if name == "transformers" else CompiledLLM(model)
 
 
-def make_other_peer(label: str, python: str, model: Model, shared_by: int) -> Peer:
-    """Load the engine of another environment: vLLM if the label says so, or else compiledllm."""
+def make_other_peer(label: str, python: str, model: Model, shared_by: int) -> OtherEnvironment:
+    """Start the engine of another environment: vLLM if the label says so, or else compiledllm.
+
+    An engine that measures the GPU's memory is ready when the function returns, as no other engine
+    may start meanwhile. With `kv_cache_memory_bytes`, engines start at the same time.
+    """
     model = _sharing(model, shared_by)
     kind = "vllm" if label.startswith("vllm") else "compiledllm"
     options = _vllm_options(model) if kind == "vllm" else _own_options(model)
-    return OtherEnvironment(label, kind, python, options)
+    peer = OtherEnvironment(label, kind, python, options)
+    if "kv_cache_memory_bytes" not in model.options:
+        peer.wait_until_ready()
+    return peer
 
 
 def _sharing(model: Model, shared_by: int) -> Model:

@@ -205,8 +205,11 @@ def _load(arguments: Namespace, model: Model) -> list[Peer]:
         if label in taken:
             raise ConfigError(f"--other {label}=...: another engine of this name is measured, too")
         taken.add(label)
+    started = [make_other_peer(label, python, model, len(taken)) for label, python in others]
     peers = [make_peer(name, model, len(taken), arguments.hf_max_batch_size) for name in names]
-    return peers + [make_other_peer(label, python, model, len(taken)) for label, python in others]
+    for other in started:
+        other.wait_until_ready()
+    return peers + started
 
 
 def _by_sampling(peers: list[Peer], sampling: list[str]) -> list[Peer]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from compiledllm import cli
+from compiledllm.benchmarks.model import Model
 from compiledllm.benchmarks.other_environment import OtherEnvironment
+from compiledllm.benchmarks.peers import make_other_peer
 from compiledllm.benchmarks.report import load_report
 from compiledllm.benchmarks.workload import SampleRequest
 from compiledllm.config import ConfigError
@@ -58,6 +61,7 @@ def environment(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, st
 def test_the_work_is_done_by_the_other_environment(environment: tuple[str, str, Path]) -> None:
     kind, python, seen = environment
     peer = OtherEnvironment("other", kind, python, {"model": "m", "seed": 3})
+    peer.wait_until_ready()
     assert seen.read_text() == "[('model', 'm'), ('seed', 3)]\n"
     assert peer.generate(REQUESTS) > 0
     with pytest.raises(RuntimeError, match="generated 1 tokens instead of 4"):
@@ -71,7 +75,7 @@ def test_the_work_is_done_by_the_other_environment(environment: tuple[str, str, 
 def test_an_engine_that_ends_is_named(environment: tuple[str, str, Path]) -> None:
     kind, python, _ = environment
     with pytest.raises(ConfigError, match="engine 'old' has ended with status 3"):
-        OtherEnvironment("old", kind, python, {"model": "broken"})
+        OtherEnvironment("old", kind, python, {"model": "broken"}).wait_until_ready()
     peer = OtherEnvironment("old", kind, python, {"model": "m"})
     for _ in range(2):
         with pytest.raises(ConfigError, match="engine 'old' has ended with status 1"):
@@ -81,6 +85,23 @@ def test_an_engine_that_ends_is_named(environment: tuple[str, str, Path]) -> Non
 def test_an_interpreter_that_is_not_there_is_named() -> None:
     with pytest.raises(ConfigError, match="engine 'old': /no/python cannot be started"):
         OtherEnvironment("old", "compiledllm", "/no/python", {})
+
+
+def test_engines_that_need_not_measure_memory_start_at_the_same_time(
+    tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    release, python = tmp_path / "release", tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nread _ <"{release}"; exec {sys.executable} "$@"\n')
+    python.chmod(0o700)
+    os.mkfifo(release)
+    options = {"model": str(tiny_llama()), "enforce_eager": True, "device": "cpu"}
+    model = Model.from_options({**options, "kv_cache_memory_bytes": 2**22}, ("compiledllm",))
+    first, second = (make_other_peer(name, str(python), model, 2) for name in ("a", "b"))
+    for _ in (first, second):
+        release.write_text("go on\n")
+    for peer in (first, second):
+        peer.wait_until_ready()
+        assert peer.generate(REQUESTS) > 0
 
 
 def test_versions_take_turns_in_one_report(
