@@ -15,7 +15,7 @@ from __future__ import annotations
 import marshal
 import sys
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.util import MAGIC_NUMBER, cache_from_source, source_hash
@@ -44,24 +44,25 @@ def path_in(folder: Path) -> Path:
 # -- writing ---------------------------------------------------------------------------------------
 
 
-def write(folder: Path) -> Path:
-    """Write the bytecode of all modules that this process has imported. Raises OSError.
+def write(folder: Path, names: Collection[str] | None = None) -> Path:
+    """Write the bytecode of these modules, which this process has imported. Raises OSError.
 
-    Other modules of an earlier file stay, because starts of other models may need them.
+    names: default: all modules. Other modules of an earlier file stay, because starts of other
+    models may need them.
     """
     path = path_in(folder)
     entries: dict[str, bytes] = {}
     with suppress(FileNotFoundError, _BadFile):
         entries = _read(path)
-    content = marshal.dumps(entries | dict(_imported()))
+    content = marshal.dumps(entries | dict(_imported(sys.modules if names is None else names)))
     with replaced(path) as writer:
         writer.write(_FORMAT + _checksum(content) + content)
     return path
 
 
-def _imported() -> Iterator[tuple[str, bytes]]:
-    for name, module in list(sys.modules.items()):
-        spec = getattr(module, "__spec__", None) or _spec_of(name)
+def _imported(names: Collection[str]) -> Iterator[tuple[str, bytes]]:
+    for name in list(names):
+        spec = getattr(sys.modules[name], "__spec__", None) or _spec_of(name)
         if spec is not None and spec.name == name and isinstance(spec.loader, SourceFileLoader):
             with suppress(OSError, ImportError):  # the source has been removed since
                 digest = source_hash(spec.loader.get_data(spec.loader.path))

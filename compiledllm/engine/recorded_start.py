@@ -4,7 +4,8 @@
 
 OPTIONS: those of `Engine` as JSON, with `artifact_dir`, where the bytecode is kept beside the
 artifact. A start of its own is needed because the process that made the artifact has imported the
-compiler, too, and no tokenizer.
+compiler, too, and no tokenizer. If the checkpoint has no tokenizer, the file has the engine's
+modules only.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ def main(options: Mapping[str, Any]) -> Path:
         raise ConfigError("the start compiled again instead of using the artifact")
     params = SamplingParams(max_tokens=2, ignore_eos=True)
     engine.generate([{"prompt_token_ids": [0]}], params, use_tqdm=False)
-    tokenizer_snapshot.warm_up(options["artifact_dir"])
+    names = set(sys.modules)
     with suppress(ConfigError):  # there are checkpoints without a tokenizer
+        tokenizer_snapshot.warm_up(options["artifact_dir"])
         load(EngineConfig.from_options(**options), engine.model_path)
-    return bytecode_file.write(Path(options["artifact_dir"]))
+        names = set(sys.modules)
+    return bytecode_file.write(Path(options["artifact_dir"]), names)
 
 
 if __name__ == "__main__":
