@@ -6,11 +6,13 @@ On a CPU the torch reference stands in for the kernel.
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from compiledllm import Engine, SamplingParams
 from compiledllm.config import EngineConfig
@@ -26,7 +28,7 @@ from tests.support.decode_step import (
     use_kernel,
     use_reference,
 )
-from tests.support.distributions import VOCABULARY, assert_alike, steps_of
+from tests.support.distributions import VOCABULARY, WIDE, assert_alike, steps_of
 
 # name -> model type, config.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -145,6 +147,21 @@ def test_the_emulated_kernel_gives_the_distributions_of_the_loop(
     use_kernel(engine)
     for part, wanted in zip((prompts, prompts[3:]), expected, strict=True):
         assert_alike(steps_of(engine, part, 6), wanted)
+
+
+def test_rounding_alone_does_not_make_distributions_differ(
+    tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    """In the model with which tests on a GPU compare the kernel with those of single layers."""
+    shutil.copytree(tiny_llama(**WIDE, head_dim=128), tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    rounded = {name: weight.bfloat16() for name, weight in weights.items()}
+    save_file(rounded, tmp_path / "model.safetensors", {"format": "pt"})
+    found, exact = (
+        steps_of(make(tmp_path, dtype=dtype, max_logprobs=VOCABULARY), PROMPTS[3:5], 8)
+        for dtype in ("bfloat16", "float32")
+    )
+    assert_alike(found, exact)
 
 
 @pytest.mark.parametrize("quantization", ["fp8", "int4"])

@@ -1,7 +1,7 @@
 """Captured decode steps whose layers one kernel computes, against the kernels of single layers.
 
 The kernel has 16-bit dtypes only, in which sums of another order round differently, so the tests
-compare distributions.
+compare distributions. One request waits for activations by their tags, two at grid barriers.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from compiledllm import Engine
-from compiledllm.kernels.decode_step_cuda import max_faster_rows
+from compiledllm.kernels import decode_step_cuda
 from tests.support.artifacts import keep_artifacts_in, wait_until_kept
-from tests.support.distributions import VOCABULARY, assert_alike, steps_of
+from tests.support.distributions import VOCABULARY, WIDE, assert_alike, steps_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,7 +37,6 @@ FIXED: dict[str, Any] = {
     "max_logprobs": VOCABULARY,
 }
 NINE = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576}
-WIDE = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4}
 # name -> model type, config, engine options.
 MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "nine heads of 64": ("llama", {"head_dim": 64} | NINE, {}),
@@ -94,7 +93,7 @@ def test_distributions_are_those_of_single_layers(
         assert worker.is_restored == is_restored
         decode_step = engine.core.runner.model.decode_step
         assert decode_step is not None, engine.core.report["decode_step"]
-        assert decode_step.max_rows == max_faster_rows(decode_step.shape)
+        assert decode_step.max_rows == decode_step_cuda.max_faster_rows(decode_step.shape)
         assert_alike(steps_of(engine, prompts), expected)
         assert_alike(steps_of(engine, prompts), expected)  # from the prefix cache
         for index in (0, 5):
@@ -113,10 +112,13 @@ def test_small_models_give_the_same_bits_again(
     options = {"persistent_decode": True, "enable_prefix_caching": False}
     engine = start(tiny_llama(**WIDE, head_dim=64), **options)
     assert "in one kernel up to 2 rows" in str(engine.core.report["decode_step"])
-    pairs = [prompts[index : index + 2] for index in range(0, len(prompts), 2)]
-    first = [steps_of(engine, pair) for pair in pairs]
+    shape = engine.core.runner.model.decode_step.shape
+    assert decode_step_cuda._is_tagged(shape, 1) and not decode_step_cuda._is_tagged(shape, 2)
+    alone = [[prompt] for prompt in prompts]
+    groups = alone + [prompts[index : index + 2] for index in range(0, len(prompts), 2)]
+    first = [steps_of(engine, group) for group in groups]
     for _ in range(5):
-        assert [steps_of(engine, pair) for pair in pairs] == first
+        assert [steps_of(engine, group) for group in groups] == first
 
 
 def test_preempted_requests_get_the_same_distributions(

@@ -79,8 +79,13 @@ def test_steps_of_other_rows_follow_each_other(num_layers: int) -> None:
 
 @pytest.mark.parametrize(
     ("num_layers", "lengths", "num_slots"),
-    [(2, [20], None), (3, [20], None), (2, [17, 1, 16, 140, 5, 33, 0, 2], 3)],
-    ids=["barriers", "tags", "few slots"],
+    [
+        (2, [20], None),
+        (3, [20], None),
+        (3, [300, 20], None),
+        (2, [17, 1, 16, 140, 5, 33, 0, 2], 3),
+    ],
+    ids=["barriers", "tags", "tags and splits", "few slots"],
 )
 def test_results_do_not_depend_on_the_order_of_threads(
     num_layers: int, lengths: list[int], num_slots: int | None, monkeypatch: pytest.MonkeyPatch

@@ -64,7 +64,10 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 
 
 def save_random_model(folder: Path, model_type: str, /, **changes: Any) -> None:
-    """A random float32 checkpoint, the same for the same arguments."""
+    """A random float32 checkpoint, the same for the same arguments.
+
+    initializer_range: standard deviation of its weights, 0.15 if it is not given.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -81,8 +84,11 @@ def save_random_model(folder: Path, model_type: str, /, **changes: Any) -> None:
     model = auto.from_config(config).float()
     with torch.no_grad():  # larger than the default 0.02, so that tokens differ clearly
         for name, parameter in model.named_parameters():
-            spread = 0.3 if name.endswith("bias") else 0.15
             is_norm = name.endswith("weight") and ("norm" in name or ".ln_" in name)
+            is_weight = name.endswith("weight") and not is_norm
+            spread = 0.3 if name.endswith("bias") else 0.15
+            if is_weight and "initializer_range" in changes:
+                spread = changes["initializer_range"]
             mean = -2.0 if name.endswith("A_log") else float(is_norm)  # states decay slowly
             parameter.normal_(mean, spread)
         for name, buffer in model.named_buffers():
