@@ -218,8 +218,8 @@ class CompileConfig:
     )
     persistent_decode: bool = option(
         False,
-        "experimental, not for use: one kernel for all layers of a decode step of one or two "
-        "requests on a Hopper GPU; on a busy GPU some of its steps were wrong",
+        "one kernel for all layers of a decode step of one or two requests, if the model is small "
+        "or quantised; needs a Hopper GPU",
         kind="bool",
     )
     deterministic: bool = option(

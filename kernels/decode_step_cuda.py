@@ -20,8 +20,7 @@ from compiledllm.kernels.records import TILE, UNIT
 
 _SOURCE = "decode_step.cu"
 # By the form of the weights: the most weights of a layer, and the most rows, with which one launch
-# was faster than separate kernels on an H200. README.md has the measurements. With more than three
-# rows, some results differed from replay to replay.
+# was faster than separate kernels on an H200. README.md has the measurements.
 _FASTER = {
     "16 bits": (70_000_000, 2),  # Llama-3.2-1B has 61 million
     "fp8, 0 groups": (220_000_000, 1),  # Llama-3.1-8B has 218 million

@@ -46,10 +46,6 @@ def use_decode_step(runner: ModelRunner, found: DecodeStep | str) -> Choice:
         except CudaError as error:
             log.warning("the layers of small decode steps run one by one: %s", error)
             return Choice(_SINGLE, str(error))
-        log.warning(
-            "persistent_decode is experimental: on a busy GPU some of its steps were wrong; do not "
-            "use it where results matter"
-        )
         rows = f"up to {found.max_rows} row{'s' * (found.max_rows > 1)}"
         weights = f"{found.shape.num_weights / 1e6:.1f} M weights a layer"
         return Choice(f"all layers in one kernel {rows}", weights)
