@@ -206,13 +206,16 @@ _DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
 
 def _dtype_of_scales(checkpoint: Path) -> str:
-    """The dtype of the first scales in the weight files; float16 without files or scales."""
+    """A dtype that holds all scales of the weight files exactly; float16 without files or scales.
+
+    Groups of modules that were quantised one after the other may have scales of several dtypes.
+    """
+    found: set[str] = set()
     for path in _files(checkpoint):
         with opened(path) as file:
-            name = next((name for name in file.keys() if name.endswith(_SCALES)), None)  # noqa: SIM118
-            if name is not None:
-                return _DTYPES.get(file.get_slice(name).get_dtype(), "float32")
-    return "float16"
+            names = (name for name in file.keys() if name.endswith(_SCALES))  # noqa: SIM118
+            found |= {_DTYPES.get(file.get_slice(n).get_dtype(), "float32") for n in names}
+    return found.pop() if len(found) == 1 else "float32" if found else "float16"
 
 
 def _names_of_tensors(checkpoint: Path) -> Collection[str]:

@@ -5,6 +5,8 @@ The config divides the modules into groups, and each group has a format of its o
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +24,15 @@ from compiledllm.models.formats.compressed_tensors import (
     from_pack_quantized,
 )
 from compiledllm.models.formats.fp8 import BLOCK
-from compiledllm.models.formats.stored import Fields, Scheme, Stored, is_embedding, matches
+from compiledllm.models.formats.stored import (
+    Fields,
+    Scheme,
+    Stored,
+    expression_of,
+    is_embedding,
+    matches,
+    runs_of,
+)
 from compiledllm.models.matrices import QuantSpec
 
 NVFP4 = QuantSpec("fp4", NVFP4_GROUP, scale_dtype="float8_e4m3fn", has_row_factor=True)
@@ -72,10 +82,23 @@ class _Groups:
     def stored(self, name: str) -> Stored | None:
         if matches(name, self.ignored):
             return None
-        by_name = (f for targets, f in self.groups if matches(name, targets))
+        by_name, by_pattern = self._targets
+        found = (by_name[run] for run in runs_of(name) if run in by_name)
+        matching = (format for pattern, format in by_pattern if pattern.match(name))
         kind = "Embedding" if is_embedding(name) else "Linear"
-        by_class = (f for targets, f in self.groups if kind in targets)
-        return next(by_name, None) or next(by_class, None)
+        return next(found, None) or next(matching, None) or by_name.get(kind)
+
+    @functools.cached_property
+    def _targets(self) -> tuple[dict[str, Stored], list[tuple[re.Pattern[str], Stored]]]:
+        """Formats by name or class, and by pattern, in alphabetical order.
+
+        As in the library, names come before patterns and patterns before classes, whichever group
+        they are in; of several groups with the same target the last one counts.
+        """
+        found = {target: format for targets, format in self.groups for target in targets}
+        patterns = ((expression_of(target), found[target]) for target in sorted(found))
+        by_pattern = [(pattern, format) for pattern, format in patterns if pattern is not None]
+        return {t: f for t, f in found.items() if expression_of(t) is None}, by_pattern
 
 
 def _make_stored(group: Fields, fields: Fields, scale_dtype: str) -> Stored:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -193,23 +193,30 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     sequence of whole segments of the name: "lm_head", "mlp.gate", "model.layers.0".
     """
     plain, expressions = _compiled(tuple(patterns))
+    return any(run in plain for run in runs_of(name)) or any(e.match(name) for e in expressions)
+
+
+def runs_of(name: str) -> Iterator[str]:
+    """All sequences of whole segments of a name, the name itself first."""
     segments = name.split(".")
-    ends = range(1, len(segments) + 1)
-    runs = (".".join(segments[start:end]) for end in ends for start in range(end))
-    return any(run in plain for run in runs) or any(e.match(name) for e in expressions)
+    for start in range(len(segments)):
+        for end in range(len(segments), start, -1):
+            yield ".".join(segments[start:end])
+
+
+def expression_of(pattern: str) -> re.Pattern[str] | None:
+    """The regular expression that a pattern stands for; None for a sequence of segments."""
+    if pattern.startswith("re:"):
+        return re.compile(pattern.removeprefix("re:"))
+    stripped = pattern.strip(".")
+    if "*" not in stripped:
+        return None
+    return re.compile(f"{fnmatch.translate(stripped)}|{fnmatch.translate(f'{stripped}.*')}")
 
 
 @functools.lru_cache(maxsize=64)
 def _compiled(patterns: tuple[str, ...]) -> tuple[frozenset[str], tuple[re.Pattern[str], ...]]:
     """Sequences of segments, and regular expressions. Lists have hundreds, for 30,000 names."""
-    plain, expressions = set(), []
-    for pattern in patterns:
-        stripped = pattern.strip(".")
-        if pattern.startswith("re:"):
-            expressions.append(re.compile(pattern[3:]))
-        elif "*" in stripped:
-            whole = fnmatch.translate(stripped), fnmatch.translate(f"{stripped}.*")
-            expressions += [re.compile(expression) for expression in whole]
-        elif stripped:
-            plain.add(stripped)
-    return frozenset(plain), tuple(expressions)
+    found = {pattern: expression_of(pattern) for pattern in patterns}
+    plain = {pattern.strip(".") for pattern, expression in found.items() if expression is None}
+    return frozenset(plain - {""}), tuple(e for e in found.values() if e is not None)

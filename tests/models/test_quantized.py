@@ -247,6 +247,33 @@ def test_parts_of_a_fused_matrix_may_be_quantised_or_not(
     fill_with_random_weights(load(packed), seed=0)
 
 
+def test_a_target_by_name_comes_before_patterns_and_classes(
+    checkpoints: Callable[..., tuple[Path, Path]],
+) -> None:
+    """The groups' scales are of two dtypes, and the group that counts comes last."""
+    packed, dense = checkpoints("llama", "packed 4 bits")
+    name = "model.layers.1.mlp.down_proj"
+    others, write = KINDS["int8"]
+    for folder in (packed, dense):
+        path = folder / "model.safetensors"
+        tensors = {n: t for n, t in load_file(path).items() if not n.startswith(name)}
+        torch.manual_seed(1)
+        stored, matrix = write(64, 128)
+        stored["weight_scale"] = stored["weight_scale"].half()
+        found = stored if folder == packed else {"weight": matrix}
+        tensors |= {f"{name}.{field}": tensor for field, tensor in found.items()}
+        save_file(tensors, path, metadata={"format": "pt"})
+    config, _ = KINDS["packed 4 bits"]
+    four_bits = config["config_groups"]["group_0"]
+    eight_bits = others["config_groups"]["group_0"] | {"format": "int-quantized"}
+    groups = [four_bits, four_bits | {"targets": ["re:.*mlp"]}, eight_bits | {"targets": [name]}]
+    edit_config(packed, quantization_config=config | {"config_groups": dict(enumerate(groups))})
+    with torch.inference_mode():
+        expected = load_reference(dense)(torch.tensor([[5, 6, 7]])).logits[0]
+    actual = logits_in_chunks(load(packed), [5, 6, 7], [3])
+    torch.testing.assert_close(actual, expected, atol=2e-4, rtol=1e-4)
+
+
 def test_experts_that_differ_are_refused_by_name(
     checkpoints: Callable[..., tuple[Path, Path]],
 ) -> None:
