@@ -7,13 +7,12 @@ module knows no architecture.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 from compiledllm.config import ConfigError
 from compiledllm.log import log
+from compiledllm.models.json_file import read_json
 
 _CHUNK = 2**22  # elements compared at once
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -58,15 +58,30 @@ def weight_files(checkpoint: Path) -> list[Path]:
 
 
 def _indexed_files(index: Path) -> list[Path]:
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        files = sorted(index.parent / name for name in names)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ConfigError(f"{index} is not a valid shard index: {error!r}") from error
-    if not files:
-        raise ConfigError(f"{index} is not a valid shard index: its weight_map is empty")
+    content = read_json(index)
+    weight_map = content.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ConfigError(
+            f"{index} is not a valid shard index: weight_map must name a file for each tensor, got "
+            f"{weight_map!r:.40}; download it again"
+        )
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not _is_inside(name):
+            raise ConfigError(
+                f"{index} is not a valid shard index: {name!r:.80}, named for tensor "
+                f"{tensor!r:.80}, is no safetensors file inside the directory; download the "
+                "checkpoint again"
+            )
+    files = sorted(index.parent / name for name in set(weight_map.values()))
     _require(files, f"which {INDEX} names")
     return files
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a file name in an index leads nowhere out of the checkpoint's directory."""
+    path = PurePath(name)
+    is_relative = not path.is_absolute() and ".." not in path.parts and "\\" not in name
+    return is_relative and name.isprintable() and path.suffix == ".safetensors"
 
 
 def _unnamed_files(checkpoint: Path) -> list[Path]:
@@ -121,7 +136,10 @@ def read_tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
             for name in shard.keys():  # noqa: SIM118  (safe_open is not a mapping)
                 if name in seen:
                     where = " and ".join(dict.fromkeys((seen[name], path.name)))
-                    raise ConfigError(f"{path.parent}: tensor '{name}' is stored twice, in {where}")
+                    raise ConfigError(
+                        f"{path.parent}: tensor '{name}' is stored twice, in {where}; delete the "
+                        "files that do not belong to the checkpoint, or download it again"
+                    )
                 seen[name] = path.name
                 yield name, shard.get_tensor(name)
 
@@ -133,7 +151,9 @@ def opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{path} is not a readable safetensors file: {error}") from error
+        raise ConfigError(
+            f"{path} is not a readable safetensors file: {error}; download it again"
+        ) from error
 
 
 def files_by_tensor(files: list[Path]) -> dict[str, Path]:

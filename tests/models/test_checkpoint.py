@@ -239,11 +239,26 @@ def test_what_is_no_whole_checkpoint_is_refused_in_a_line(
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("index", ["", "[]", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
-def test_a_broken_index_is_named(index: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        ("", "index.json cannot be read"),
+        ("[]", "index.json must hold a JSON object"),
+        ('{"weight_map": []}', r"index.json is not a valid shard index: .*got \[\]"),
+        ('{"weight_map": {"a": 1}}', "1, named for tensor 'a', is no safetensors file inside"),
+        ('{"weight_map": {"a": "../x.safetensors"}}', "'../x.safetensors', named for tensor 'a'"),
+        ('{"weight_map": {"a": "b/../../x.safetensors"}}', "no safetensors file inside the direct"),
+        ('{"weight_map": {"a": "/x.safetensors"}}', "no safetensors file inside the directory"),
+        ('{"weight_map": {"a": "x\\n.safetensors"}}', r"'x\\n.safetensors', named for tensor 'a'"),
+    ],
+)
+def test_a_broken_index_is_named(index: str, words: str, tmp_path: Path) -> None:
+    (tmp_path.parent / "x.safetensors").touch()
+    (tmp_path / "b").mkdir()
     (tmp_path / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(ConfigError, match=r"index\.json is not a valid shard index"):
+    with pytest.raises(ConfigError, match=words) as error:
         weight_files(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 OLD_BUFFERS = {
