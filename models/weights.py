@@ -66,9 +66,9 @@ def load_weights(model: Decoder, checkpoint: Path) -> None:
             else:
                 _check(checkpoint, name, stored, slots)
                 _fill(checkpoint, name, stored, slots, copier)
-    _report(checkpoint, "unexpected tensors", unexpected)
+    _report(checkpoint, "unexpected tensors", unexpected, f"; {_OTHER_CHECKPOINT}")
     absent = [rules.source_of(target) for target in missing]
-    way_out = _HOW_TO_TIE if list(missing) == ["lm_head.weight"] else ""
+    way_out = _HOW_TO_TIE if list(missing) == ["lm_head.weight"] else "; download them again"
     _report(checkpoint, "missing tensors", absent, way_out)
 
 
@@ -123,12 +123,21 @@ def _match(target: str, missing: dict[str, Slot]) -> list[Slot] | None:
 
 
 def _check(checkpoint: Path, name: str, stored: Content, slots: list[Slot]) -> None:
-    """Raise ConfigError unless the tensor has the shape of the slots' concatenated rows."""
+    """Raise ConfigError unless the tensor is of numbers and has the shape that the slots ask for.
+
+    The shape is that of the slots' rows, one slot behind the other.
+    """
+    if isinstance(stored, Tensor) and not stored.is_floating_point():
+        dtype = str(stored.dtype).removeprefix("torch.")
+        raise ConfigError(
+            f"{checkpoint}: tensor '{name}' has dtype {dtype}, expected a floating-point dtype; "
+            f"{_OTHER_CHECKPOINT}"
+        )
     expected = [sum(slot.shape[0] for slot in slots), *slots[0].shape[1:]]
     if shape_of(stored) != expected:
         raise ConfigError(
             f"{checkpoint}: tensor '{name}' has shape {shape_of(stored)}, the config asks "
-            f"for {expected}"
+            f"for {expected}; {_OTHER_CHECKPOINT}"
         )
 
 
@@ -144,6 +153,7 @@ def _fill(checkpoint: Path, name: str, stored: Content, slots: list[Slot], copie
         raise ConfigError(f"{checkpoint}: tensor '{name}': {error}") from error
 
 
+_OTHER_CHECKPOINT = "config.json (with its quantization_config) and weights must be of one model"
 _HOW_TO_TIE = "; if the model's head is its embedding, set tie_word_embeddings in config.json"
 
 

@@ -58,8 +58,10 @@ def compressed_tensors(fields: Fields, scale_dtype: str) -> Scheme:
     """
     fields.expect("quantization_status", "compressed", "frozen", default="compressed")
     for name in ("sparsity_config", "transform_config"):
-        if fields.get(name):
-            raise fields.refusal(name, fields.get(name), "use a checkpoint without")
+        value = fields.get(name)
+        is_dense = isinstance(value, dict) and value.get("format") == "dense"
+        if value and not (name == "sparsity_config" and is_dense):
+            raise fields.refusal(name, value, "use a checkpoint without")
     groups = [
         (tuple(group.names("targets")), _make_stored(group, fields, scale_dtype))
         for group in fields.section("config_groups").sections().values()
@@ -187,7 +189,7 @@ def _int_quantized(weights: Fields, scale_dtype: str) -> Stored:
 
 def _float_quantized(weights: Fields, scale_dtype: str) -> Stored:
     strategy = weights.expect("strategy", "tensor", "channel", "group", "block")
-    weights.flag("symmetric", default=True)
+    weights.expect("symmetric", True, default=True)
     block: Any = None
     if strategy == "block":
         block = weights.get("block_structure")

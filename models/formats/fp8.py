@@ -39,6 +39,7 @@ def from_fp8(
     expect_e4m3("weight", weight)
     expect_dtype(scale_field, scale, *SCALE_DTYPES, torch.float8_e8m0fnu)
     expect_finite(scale_field, scale)
+    expect_not_negative(scale_field, scale)
     n, k = weight.shape
     if block is None:
         return QuantizedMatrix("fp8", weight.contiguous(), channel_scales(scale_field, scale, n))
@@ -59,6 +60,12 @@ def expect_e4m3(field: str, tensor: Tensor) -> None:
     expect_matrix(field, tensor, torch.float8_e4m3fn)
     if bool((tensor.view(torch.uint8).bitwise_and(_NAN) == _NAN).any()):
         raise ValueError(f"{field} holds a NaN; the file is damaged")
+
+
+def expect_not_negative(field: str, scale: Tensor) -> None:
+    """Raise ValueError naming the field for a negative scale, which no tool for FP8 makes."""
+    if bool((scale.float() < 0).any()):
+        raise ValueError(f"{field} holds a negative number; the file is damaged")
 
 
 def channel_scales(field: str, scale: Tensor, n: int) -> Tensor:

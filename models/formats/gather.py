@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from compiledllm.config import ConfigError
-from compiledllm.models.formats.codes import QuantizedMatrix
+from compiledllm.models.formats.codes import QuantizedMatrix, dequantize
 from compiledllm.models.formats.stored import Scheme, Stored
 
 # Scales of a quantised KV cache are dropped here: `formats.kv_scales` reads them by themselves.
 _KV_SCALE = re.compile(
     r".+\.(self_attn|attn|attention)(\.attn)?\.(q|k|v|kv|prob)_(scale|zero_point)"
 )
+
+
+_WAY_OUT = "the file is damaged, or the quantization_config is of another one"
 
 
 class Gatherer:
@@ -83,6 +87,19 @@ class Gatherer:
         tensors = self._pending.pop(matrix)
         found = {suffix[1:]: tensor.to(self._device) for suffix, tensor in tensors.items()}
         try:
-            return stored.read(found)
+            read = stored.read(found)
+            _expect_scales(read)
         except ValueError as error:
-            raise ConfigError(f"{self._checkpoint}: matrix '{matrix}': {error}") from error
+            text = f"{self._checkpoint}: matrix '{matrix}': {error}"
+            raise ConfigError(text if ";" in str(error) else f"{text}; {_WAY_OUT}") from error
+        return read
+
+
+def _expect_scales(matrix: QuantizedMatrix) -> None:
+    """Raise ValueError if scales of zero alone turn a matrix of other numbers into zeros."""
+    if matrix.super_scales is not None or matrix.minima is not None:
+        return  # types in which matrices of zeros have any codes
+    if not bool(matrix.scales.float().any()):
+        numbers = dequantize(replace(matrix, scales=torch.ones_like(matrix.scales)))
+        if bool(numbers.any()):
+            raise ValueError("its scales are all zero, and its codes are not; the file is damaged")

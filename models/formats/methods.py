@@ -51,9 +51,9 @@ def fp8(fields: Fields, _scale_dtype: str) -> Scheme:
 
 def gptq(fields: Fields, scale_dtype: str) -> Scheme:
     """GPTQ, version 1 and 2, with overrides for some modules ("dynamic")."""
-    version = {"gptq": 1, "gptq_v2": 2}[
-        fields.expect("checkpoint_format", "gptq", "gptq_v2", default="gptq")
-    ]
+    layout = fields.expect(("checkpoint_format", "format"), "gptq", "gptq_v2", default="gptq")
+    version = {"gptq": 1, "gptq_v2": 2}[layout]
+    fields.expect("is_marlin_format", False, default=False)
     base = _gptq_format(fields, fields, version, scale_dtype)
     dynamic = fields.section("dynamic")
     rules = [
@@ -68,7 +68,7 @@ def gptq(fields: Fields, scale_dtype: str) -> Scheme:
             for regex, p, c in rules
         ),
         fields.flag("lm_head", default=False),
-        tuple(_flat(fields.get("modules_in_block_to_quantize", default=[]))),
+        tuple(_flat(fields, "modules_in_block_to_quantize")),
     )
 
 
@@ -123,9 +123,11 @@ def _gptq_format(changes: Fields, fields: Fields, version: int, scale_dtype: str
 
 def awq(fields: Fields, scale_dtype: str) -> Scheme:
     """AWQ in the layout of its `gemm` kernel."""
-    version = str(fields.get("version", default="gemm")).lower()
-    if version != "gemm":
-        raise fields.refusal("version", version, "a packing for another kernel; supported: gemm")
+    for name in ("version", "checkpoint_format", "format"):  # of AutoAWQ, and of GPTQModel
+        if (layout := fields.get(name, default="gemm")) not in ("gemm", "GEMM"):
+            raise fields.refusal(name, layout, "a packing for another kernel; supported: gemm")
+    if overrides := fields.get("dynamic"):
+        raise fields.refusal("dynamic", overrides, "use a checkpoint without overrides")
     bits = fields.integer("bits", "w_bit", default=4)
     if bits != 4:
         raise fields.refusal("bits", bits, "supported: 4")
@@ -234,7 +236,12 @@ def _is_head(name: str) -> bool:
     return name.rpartition(".")[2] in ("lm_head", "embed_out")
 
 
-def _flat(nested: object) -> list[str]:
-    if isinstance(nested, list):
-        return [name for part in nested for name in _flat(part)]
-    return [str(nested)]
+def _flat(fields: Fields, name: str) -> list[str]:
+    """A field that lists names or lists of names; absent: empty."""
+    value = fields.get(name, default=[])
+    if not isinstance(value, list):
+        raise fields.refusal(name, value, "it must be a list of names")
+    found = [n for part in value for n in (part if isinstance(part, list) else [part])]
+    if not all(isinstance(part, str) for part in found):
+        raise fields.refusal(name, value, "it must be a list of names")
+    return found

@@ -103,24 +103,35 @@ class Fields:
         self._fields, self.where = fields, where
 
     def get(self, *names: str, default: Any = None) -> Any:
-        """The first of several names of one field; a null is an absent field."""
-        found = (self._fields[name] for name in names if self._fields.get(name) is not None)
-        return next(found, default)
+        """The field under one of several names; a null is an absent field."""
+        return self._named(names, default)[1]
 
-    def expect(self, name: str, *allowed: Any, default: Any = None) -> Any:
-        value = self.get(name, default=default)
+    def _named(self, names: tuple[str, ...], default: Any) -> tuple[str, Any]:
+        """The name under which a field is there, and its value. ConfigError if two differ."""
+        first, *others = [n for n in names if self._fields.get(n) is not None] or [names[0]]
+        for other in others:
+            if self._fields[other] != self._fields[first]:
+                way_out = f"it contradicts {first}={self._fields[first]!r:.40}"
+                raise self.refusal(other, self._fields[other], way_out)
+        return first, default if self._fields.get(first) is None else self._fields[first]
+
+    def expect(self, names: str | tuple[str, ...], *allowed: Any, default: Any = None) -> Any:
+        name, value = self._named((names,) if isinstance(names, str) else names, default)
         if value not in allowed:
             raise self.refusal(name, value, f"supported: {', '.join(map(repr, allowed))}")
         return value
 
-    def names(self, *names: str) -> list[str]:
-        """A field that lists names; absent: empty."""
-        value = self.get(*names, default=[])
+    def names(self, *fields: str) -> list[str]:
+        """All names that the fields list; absent: empty."""
+        return [name for field in fields for name in self._names(field)]
+
+    def _names(self, field: str) -> list[str]:
+        value = self.get(field, default=[])
         if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-            raise self.refusal(names[0], value, "it must be a list of names")
+            raise self.refusal(field, value, "it must be a list of names")
         for name in value:
             if name.startswith("re:"):
-                self.pattern(names[0], name.removeprefix("re:"))
+                self.pattern(field, name.removeprefix("re:"))
         return value
 
     def pattern(self, name: str, text: str) -> re.Pattern[str]:
@@ -131,22 +142,23 @@ class Fields:
             raise self.refusal(name, text, f"no regular expression: {error}") from None
 
     def integer(self, *names: str, default: Any = None) -> int:
-        value = self.get(*names, default=default)
+        name, value = self._named(names, default)
         if not isinstance(value, int) or isinstance(value, bool):
-            raise self.refusal(names[0], value, "it must be an integer")
+            raise self.refusal(name, value, "it must be an integer")
         return value
 
-    def flag(self, *names: str, default: bool) -> bool:
-        value = self.get(*names, default=default)
+    def flag(self, name: str, *, default: bool) -> bool:
+        value = self.get(name, default=default)
         if not isinstance(value, bool):
-            raise self.refusal(names[0], value, "it must be true or false")
+            raise self.refusal(name, value, "it must be true or false")
         return value
 
     def group(self, *names: str, default: int) -> int:
         """Number of inputs that share a scale; 0: all inputs."""
         value = self.integer(*names, default=default)
         if value != -1 and value < 1:
-            raise self.refusal(names[0], value, "it must be positive, or -1 for all inputs")
+            name, _ = self._named(names, default)
+            raise self.refusal(name, value, "it must be positive, or -1 for all inputs")
         return max(value, 0)
 
     def section(self, name: str) -> Fields:

@@ -69,6 +69,10 @@ def put(field: str, value: float, at: int = 0) -> Change:
     return change
 
 
+def zero(field: str) -> Change:
+    return lambda tensors: tensors.update({field: torch.zeros_like(tensors[field])})
+
+
 def as_scalar(field: str) -> Change:
     return lambda tensors: tensors.update({field: tensors[field].flatten()[0].clone()})
 
@@ -97,6 +101,9 @@ TENSORS: dict[str, tuple[str, Change, str]] = {
     "negative scale": ("nvfp4", put("weight_scale", -1), "weight_scale holds a negative number"),
     "negative factor": ("nvfp4", put("weight_global_scale", -1), "weight_global_scale is -1, exp"),
     "negative factor 2": ("modelopt nvfp4", put("weight_scale_2", -1), "weight_scale_2 is -1"),
+    "negative, FP8": ("fp8 blocks", put("weight_scale_inv", -1), "weight_scale_inv holds a negat"),
+    "zeros, FP8": ("fp8 of channels", zero("weight_scale"), "scales are all zero, and its codes"),
+    "zeros, GPTQ": ("gptq", zero("scales"), "its scales are all zero, and its codes are not"),
     "negative shape": ("packed 4 bits", put("weight_shape", -64), "weight_packed has shape"),
     "huge shape": ("packed 4 bits", put("weight_shape", 2**40, 1), "weight_packed has shape"),
 }

@@ -36,7 +36,7 @@ from tests.support.families import (
     MROPE,
 )
 from tests.support.greedy import load_reference
-from tests.support.quantized import KINDS, edit_config, is_quantized, save_quantized
+from tests.support.quantized import FLOAT, KINDS, edit_config, is_quantized, save_quantized
 
 NUM_TOKENS = 40
 # K in whole groups of 32, and rows in whole blocks of 128 for all parts of fused matrices.
@@ -201,9 +201,12 @@ def test_a_module_is_quantised_or_not_by_the_config(
         is_matrix = tensor.dim() == 2 and name.startswith("model.layers.")
         return is_matrix and ".layers.1." not in name and "2.mlp.down_proj" not in name
 
-    for kind, field in (("fp8 of channels", "modules_to_not_convert"), ("int8", "ignore")):
+    for kind, fields in (
+        ("fp8 of channels", {"modules_to_not_convert": skipped[:1], "ignored_layers": skipped[1:]}),
+        ("int8", {"ignore": skipped, "sparsity_config": {"format": "dense"}}),
+    ):
         source = tiny_model("llama", **EVEN)
-        packed, dense = save_quantized(source, tmp_path / field, kind, choose, **{field: skipped})
+        packed, dense = save_quantized(source, tmp_path / kind, kind, choose, **fields)
         spec = load_spec(packed)
         assert [len(layer.formats) for layer in spec.layers] == [4, 0, 3]
         with torch.inference_mode():
@@ -406,11 +409,32 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "checkpoint_format='mar"),
     ({"quant_method": "gptq", "bits": 4, "group_size": "all"}, "group_size='all'"),
     ({"quant_method": "awq", "version": "gemv"}, "version='gemv' .*gemm"),
+    ({"quant_method": "awq", "format": "gemv_fast"}, "format='gemv_fast' .*gemm"),
+    ({"quant_method": "awq", "bits": 4, "w_bit": 8}, "w_bit=8 .*contradicts bits=4"),
+    ({"quant_method": "awq", "q_group_size": 0}, "q_group_size=0 .*positive"),
+    ({"quant_method": "awq", "dynamic": {"-:.*": {}}}, "dynamic=.* without overrides"),
+    ({"quant_method": "gptq", "bits": 4, "format": "marlin"}, "format='marlin'"),
+    ({"quant_method": "gptq", "bits": 4, "is_marlin_format": True}, "is_marlin_format=True"),
+    (
+        {"quant_method": "gptq", "bits": 4, "modules_in_block_to_quantize": {"a": "b"}},
+        "modules_in_block_to_quantize=.*list of names",
+    ),
+    ({"quant_method": "fp8", "ignored_layers": "q_proj"}, "ignored_layers='q_proj' .*list of"),
+    ({"load_in_4bit": True, "quant_method": "bitsandbytes"}, "quant_method='bitsandbytes'"),
     ({"quant_method": "fp8", "weight_block_size": [64, 128]}, r"weight_block_size=\[64, 128\]"),
     ({"quant_method": "fp8", "activation_scheme": "odd"}, "activation_scheme='odd'"),
     ({"quant_method": "fp8", "modules_to_not_convert": "q_proj"}, "must be a list of names"),
     ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "quant_algo='W4A8_AWQ'"),
     ({"quant_method": "compressed-tensors", "sparsity_config": {"a": 1}}, "sparsity_config"),
+    ({"quant_method": "compressed-tensors", "transform_config": {"a": 1}}, "transform_config"),
+    (
+        {
+            "quant_method": "compressed-tensors",
+            "format": "float-quantized",
+            "config_groups": {"g": {"weights": FLOAT | {"strategy": "tensor", "symmetric": False}}},
+        },
+        "config_groups.g.weights: symmetric=False",
+    ),
     (
         {
             "quant_method": "compressed-tensors",

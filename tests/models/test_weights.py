@@ -67,6 +67,13 @@ def test_wrong_shape_is_named_with_both_shapes(checkpoint: Path) -> None:
         load(checkpoint)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.bool, torch.complex64])
+def test_a_tensor_that_is_not_floating_point_is_named(checkpoint: Path, dtype: torch.dtype) -> None:
+    edit_weights(checkpoint, lambda tensors: tensors.update({Q_PROJ: tensors[Q_PROJ].to(dtype)}))
+    with pytest.raises(ConfigError, match=rf"q_proj.weight' has dtype {str(dtype)[6:]}, expected"):
+        load(checkpoint)
+
+
 def test_derived_and_doubly_stored_tensors_are_let_pass(
     tiny_llama: Callable[..., Path], tmp_path: Path
 ) -> None:
