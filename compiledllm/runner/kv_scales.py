@@ -23,6 +23,7 @@ from compiledllm.runner.kv_layout import whole_contexts
 from compiledllm.runner.state_caches import StateCaches
 
 MAX_CLIPPED = 0.001  # fraction of a layer's keys or values that a checkpoint's scales may clamp
+_SMALLEST_FP8 = 2.0**-6  # smaller numbers have fewer bits
 _MAX_PROMPT = 512  # tokens
 # Headroom above the largest measured value, as a factor. In FP8 448 is 28672 times the smallest
 # normal number, so headroom costs precision only in values thousands of times below the largest.
@@ -34,16 +35,17 @@ def set_kv_scales(model: Decoder, stored: Mapping[int, Tensor], limits: StepLimi
     """Set `model.kv_scales`. Returns the source of the scales, with the reason.
 
     stored: layer -> [2], the checkpoint's scales. A layer whose stored scales clamp more than
-    MAX_CLIPPED of the prompt's keys or values gets measured scales, with a warning.
+    MAX_CLIPPED of the prompt's keys or values, or are too large for all of them, gets measured
+    scales, with a warning.
     """
     num_stored, many = 0, model.spec.num_ranks > 1
     for layer, cache in _caches_of_prompt(model, limits).items():
         found = stored.get(layer)
-        if found is not None and (clipped := _clipped_fraction(cache, found, many)) > MAX_CLIPPED:
+        if found is not None and (misfit := _misfit(cache, found, many)):
             log.warning(
-                "layer %d: the checkpoint's KV scales %s clamp %.1f %% of the values of a test "
-                "prompt; measured scales are used",
-                *(layer, found.tolist(), clipped * 100),
+                "layer %d: the checkpoint's KV scales %s %s of a test prompt; measured scales are "
+                "used",
+                *(layer, found.tolist(), misfit),
             )
             found = None
         num_stored += found is not None
@@ -94,6 +96,22 @@ def _caches_of_prompt(model: Decoder, limits: StepLimits) -> dict[int, Tensor]:
     return {layer: found[layer] for layer in model.kv_scales}
 
 
+def _misfit(cache: Tensor, scales: Tensor, has_ranks: bool) -> str:
+    """What is wrong with the scales for these keys and values; "" if they fit."""
+    if (clipped := _clipped_fraction(cache, scales, has_ranks)) > MAX_CLIPPED:
+        return f"clamp {clipped * 100:.1f} % of the values"
+    sizes = zip(_largest(cache, has_ranks), scales.tolist(), strict=True)
+    if any(0 < largest < scale * _SMALLEST_FP8 for largest, scale in sizes):
+        return "round off all values"
+    return ""
+
+
+def _largest(cache: Tensor, has_ranks: bool) -> list[float]:
+    """The largest absolute values of keys and of values."""
+    found = [x.abs().max().item() for x in cache]
+    return [max_over_ranks(value, cache.device) for value in found] if has_ranks else found
+
+
 def _clipped_fraction(cache: Tensor, scales: Tensor, has_ranks: bool) -> float:
     """The fraction of the keys or of the values, whichever is larger, that the scales clamp."""
     limits = (scales * MAX_FP8).tolist()
@@ -104,10 +122,7 @@ def _clipped_fraction(cache: Tensor, scales: Tensor, has_ranks: bool) -> float:
 
 def _measured_scales(cache: Tensor, has_ranks: bool) -> Tensor:
     """Scales [2] of keys and values: powers of two, so that dividing by them rounds nothing."""
-    largest = [x.abs().max().item() for x in cache]
-    if has_ranks:
-        largest = [max_over_ranks(value, cache.device) for value in largest]
-    return torch.tensor([_power_of_two(value) for value in largest])
+    return torch.tensor([_power_of_two(value) for value in _largest(cache, has_ranks)])
 
 
 def _power_of_two(largest: float) -> float:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from compiledllm.config import ConfigError
 from compiledllm.models.checkpoint import files_by_tensor, opened, weight_files
 from compiledllm.models.formats.stored import quantization_config
 
@@ -36,7 +37,7 @@ def stored_kv_scales(checkpoint: Path) -> dict[int, Tensor]:
     """Layer -> float32 [2], scales of keys and values; only layers with positive scales of both.
 
     If a checkpoint has a scale for each head, the largest becomes the layer's. Scales of a cache
-    other than FP8 are not used.
+    other than FP8 are not used. ConfigError for a tensor that holds no finite number.
     """
     if stored_kv_format(checkpoint) not in ("", "fp8"):
         return {}
@@ -45,13 +46,22 @@ def stored_kv_scales(checkpoint: Path) -> dict[int, Tensor]:
         if (parsed := parse_name(name)) is not None:
             layer, part = parsed
             with opened(path) as file:
-                scale = float(file.get_tensor(name).float().max())
+                scale = _largest(path, name, file.get_tensor(name))
             found.setdefault(layer, {}).update(dict.fromkeys(part, scale))
     return {
         layer: torch.tensor([scales["k"], scales["v"]])
         for layer, scales in found.items()
         if set(scales) == {"k", "v"} and all(0 < s < float("inf") for s in scales.values())
     }
+
+
+def _largest(path: Path, name: str, scales: Tensor) -> float:
+    if not scales.numel() or not bool(scales.float().isfinite().all()):
+        raise ConfigError(
+            f"{path}: tensor '{name}' holds {scales.flatten()[:8].tolist()}, expected a KV cache's "
+            "scale; download the checkpoint again"
+        )
+    return float(scales.float().max())
 
 
 def stored_kv_format(checkpoint: Path) -> str:

@@ -198,16 +198,27 @@ def test_a_checkpoints_scales_are_used(
     engine_of(tmp_path / "scaled", kv_cache_dtype="auto")  # which has no use for them
 
 
-def test_scales_that_clip_are_replaced_with_a_warning(
-    tiny_model: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("key_scale", [1e-4, 1e4])
+def test_scales_that_clip_or_round_off_are_replaced_with_a_warning(
+    key_scale: float, tiny_model: Callable[..., Path], tmp_path: Path, caplog: Any
 ) -> None:
     name = "model.layers.1.self_attn."
-    scales = {f"{name}k_scale": 1e-4, f"{name}v_scale": 1.0}
+    scales = {f"{name}k_scale": key_scale, f"{name}v_scale": 1.0}
     model = with_tensors(tiny_model("llama"), tmp_path / "clipping", scales)
     with caplog.at_level(logging.WARNING, "compiledllm"):
         engine = engine_of(model)
     assert "layer 1: the checkpoint's KV scales" in caplog.text
     assert scales_of(engine) == scales_of(engine_of(tiny_model("llama")))
+
+
+@pytest.mark.parametrize("scale", [[], float("nan")])
+def test_a_scale_that_is_no_number_is_named(
+    scale: Any, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    name = "model.layers.1.self_attn.k_scale"
+    model = with_tensors(tiny_model("llama"), tmp_path / "damaged", {name: scale})
+    with pytest.raises(ConfigError, match=f"tensor '{name}' holds .* a KV cache's scale"):
+        engine_of(model)
 
 
 def test_scales_of_another_dtype_are_not_used(
