@@ -165,6 +165,13 @@ def files_by_tensor(files: list[Path]) -> dict[str, Path]:
     return found
 
 
+def shape_in(path: Path, name: str) -> list[int]:
+    """The shape of a tensor, read from its file's header."""
+    with opened(path) as file:
+        shape: list[int] = file.get_slice(name).get_shape()
+    return shape
+
+
 def are_equal(first: tuple[Path, str], second: tuple[Path, str], dtype: torch.dtype) -> bool:
     """Whether two tensors, each given as (file, name), are equal after conversion to `dtype`.
 

@@ -28,6 +28,7 @@ from compiledllm.models.checkpoint import (
     are_equal,
     files_by_tensor,
     read_tensors,
+    shape_in,
     weight_files,
 )
 from compiledllm.models.decoder import Decoder
@@ -89,7 +90,7 @@ def _stored(
             return quantized.issuperset(slots_of(rules.target_of(f"{name}.weight")))
 
         names, device = files_by_tensor(files), model.embedding.device
-        stacked = StackedExperts(names, scheme, model.spec.whole)
+        stacked = StackedExperts(names, scheme, model.spec.whole, lambda n: shape_in(names[n], n))
         parts = set(stacked.names(names))
         gatherer = Gatherer(files[0].parent, scheme, parts, is_matrix, device)
         tensors = gatherer.gather(stacked.one_by_one(read_tensors(files)))

@@ -9,7 +9,7 @@ has in checkpoints with a tensor for each expert: "X.experts.3.gate_up_proj.weig
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from torch import Tensor
 
@@ -35,15 +35,25 @@ _CODES = ("weight", "weight_packed")
 class StackedExperts:
     """Takes the stacks of one checkpoint apart: of experts that the scheme says are quantised.
 
-    names: names of all tensors of the checkpoint. spec: of the whole model.
+    names: names of all tensors of the checkpoint. spec: of the whole model. shape_of: name of a
+    tensor -> its shape; `names` alone does without.
     """
 
-    def __init__(self, names: Collection[str], scheme: Scheme, spec: ModelSpec) -> None:
-        self._scheme, self._hidden_size = scheme, spec.hidden_size
+    def __init__(
+        self,
+        names: Collection[str],
+        scheme: Scheme,
+        spec: ModelSpec,
+        shape_of: Callable[[str], Sequence[int]] | None = None,
+    ) -> None:
+        self._scheme, self._hidden_size, self._shape_of = scheme, spec.hidden_size, shape_of
         mlps = (mlp for layer in spec.layers for mlp in (layer.mlp, layer.experts))
         self._experts = next((mlp for mlp in mlps if isinstance(mlp, MoeSpec)), None)
         found = [m for name in names if (m := _STACKED.fullmatch(name)) and m[3] in _LEAVES]
         self._scaled = {(m[1], m[2]) for m in found if _LEAVES[m[3]].startswith("weight_scale")}
+        self._of_codes = [m for m in found if _LEAVES[m[3]] in _CODES]
+        self._turned = {m[1] for m in found if m[3] == "scale"}  # FBGEMM's order
+        self._orders: dict[str, bool] = {}
 
     def names(self, names: Iterable[str]) -> list[str]:
         """The names of all tensors, once stacks are taken apart."""
@@ -74,20 +84,36 @@ class StackedExperts:
             return [stack] * moe.num_experts
         stored = self._scheme.stored(f"{match[1]}.0.{match[2]}")
         assert stored is not None
-        outputs = {"gate_up_proj": 2 * moe.intermediate_size, "down_proj": self._hidden_size}
-        num_outputs = outputs.get(match[2], moe.intermediate_size)
+        num_outputs, is_turned = self._num_outputs(match[2]), self._are_inputs_first(match[1])
         if _LEAVES[match[3]] in _CODES:
-            return [_outputs_first(part, num_outputs) for part in stack]
-        return [_scales(part, num_outputs, stored.spec.rows) for part in stack]
+            return [_outputs_first(part, num_outputs, is_turned) for part in stack]
+        return [_scales(part, num_outputs, stored.spec.rows, is_turned) for part in stack]
+
+    def _num_outputs(self, matrix: str) -> int:
+        assert self._experts is not None
+        size = self._experts.intermediate_size
+        return {"gate_up_proj": 2 * size, "down_proj": self._hidden_size}.get(matrix, size)
+
+    def _are_inputs_first(self, prefix: str) -> bool:
+        """The order of dimensions in the stacks of a layer, which square ones do not tell."""
+        if prefix not in self._orders:
+            assert self._shape_of is not None
+            stacks = (m for m in self._of_codes if m[1] == prefix)
+            shapes = ((self._num_outputs(m[2]), self._shape_of(m[0])) for m in stacks)
+            told = (n != s[1] for n, s in shapes if len(s) == 3 and s[1] != s[2] and n in s[1:])
+            self._orders[prefix] = next(told, prefix in self._turned)
+        return self._orders[prefix]
 
 
-def _outputs_first(part: Tensor, num_rows: int) -> Tensor:
-    is_transposed = part.dim() == 2 and part.shape[0] != num_rows == part.shape[1]
-    return part.t() if is_transposed else part
+def _outputs_first(part: Tensor, num_rows: int, is_turned: bool) -> Tensor:
+    """One expert's tensor. is_turned: whether inputs are first if the tensor is square."""
+    if part.dim() != 2 or part.shape[0] == part.shape[1]:
+        return part.t() if is_turned and part.dim() == 2 else part
+    return part.t() if part.shape[0] != num_rows == part.shape[1] else part
 
 
-def _scales(part: Tensor, num_outputs: int, rows: int) -> Tensor:
+def _scales(part: Tensor, num_outputs: int, rows: int, is_turned: bool) -> Tensor:
     """One expert's scales, outputs first. rows: number of outputs that share a scale."""
     if rows == 1 and part.shape == (2, 1):  # one for the gate, and one for up
         return part.repeat_interleave(num_outputs // 2, dim=0)
-    return _outputs_first(part, -(-num_outputs // rows))
+    return _outputs_first(part, -(-num_outputs // rows), is_turned)

@@ -129,8 +129,11 @@ def dense_of(dense: dict[str, Tensor], name: str, matrices: Tensor) -> dict[str,
     }
 
 
-def save_stacked(source: Path, folder: Path, layout: str) -> tuple[Path, Path]:
-    """Two copies of a checkpoint with other experts: quantised, and the same in float32."""
+def save_stacked(source: Path, folder: Path, layout: str, size: int = 96) -> tuple[Path, Path]:
+    """Two copies of a checkpoint with other experts: quantised, and the same in float32.
+
+    size: the experts' intermediate size.
+    """
     config, kind, leaves, are_inputs_first, has_one_scale = LAYOUTS[layout]
     write = of_halves if kind == "fp8 of halves" else KINDS[kind][1]
     torch.manual_seed(0)
@@ -138,7 +141,7 @@ def save_stacked(source: Path, folder: Path, layout: str) -> tuple[Path, Path]:
     packed = {name: tensor for name, tensor in dense.items() if ".experts." not in name}
     prefixes = {m[0] for name in dense if (m := re.match(r".*\.experts(?=\.)", name))}
     for prefix in sorted(prefixes):
-        for matrix, shape in (("gate_up_proj", (4, 192, 64)), ("down_proj", (4, 64, 96))):
+        for matrix, shape in (("gate_up_proj", (4, 2 * size, 64)), ("down_proj", (4, 64, size))):
             name = f"{prefix}.{matrix}"
             stacks, matrices = stack_of(write, shape, has_one_scale)
             dense |= dense_of(dense, name, matrices)
@@ -179,6 +182,21 @@ def test_logits_equal_transformers_on_the_dequantised_weights(
         expected = load_reference(dense)(torch.tensor([token_ids])).logits[0]
     spec = load_spec(packed)
     assert spec.quantization and any(layer.formats for layer in spec.layers)
+    actual = logits_in_chunks(load(packed), token_ids, [24])
+    torch.testing.assert_close(actual, expected, atol=3e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize("layout", ["fbgemm", "modelopt fp8", "with dots"])
+def test_the_order_of_a_square_stack_is_that_of_the_layer_s_other_stack(
+    layout: str, size: int, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Gate and up of 32 together, or down of 64, are as large as the inputs."""
+    family, changes = MODELS["qwen3.5"]
+    source = tiny_model(family, **changes | {"moe_intermediate_size": size})
+    packed, dense = save_stacked(source, tmp_path, layout, size)
+    token_ids = torch.randint(0, 128, (24,)).tolist()
+    expected = logits_in_chunks(load(dense), token_ids, [24])
     actual = logits_in_chunks(load(packed), token_ids, [24])
     torch.testing.assert_close(actual, expected, atol=3e-4, rtol=1e-4)
 
