@@ -9,7 +9,7 @@ from typing import Any
 from compiledllm.models.families import llama
 from compiledllm.models.families.hf import attention_of, expect, model_spec, window_of
 from compiledllm.models.formats.codes import QuantizedMatrix
-from compiledllm.models.formats.slicing import Content, even_then_odd_rows, experts_of
+from compiledllm.models.formats.slicing import Content, even_then_odd_rows, experts_of, shape_of
 from compiledllm.models.spec import LayerSpec, ModelSpec, MoeSpec, NormSpec
 
 _EXPERT = "model.layers.*.mlp.experts.*"
@@ -31,11 +31,15 @@ def unpack(
     """Yield each expert's matrices as [outputs, inputs], gate before up; other tensors unchanged.
 
     The checkpoint stores all experts in one tensor: [experts, inputs, outputs], or MXFP4 of
-    [experts, outputs, inputs]. Rows of gate and up alternate in both, but are apart in files that
-    have tensors for each expert.
+    [experts, outputs, inputs]. `formats.stacked` has taken stacks of other formats apart. Rows of
+    gate and up alternate in all of these, but are apart in files that have tensors for each expert.
     """
     for name, tensor in tensors:
-        if ".mlp.experts." not in name or _of_one_expert(name):
+        if name.endswith(".gate_up_proj.weight") and len(shape_of(tensor)) == 2:
+            yield name, even_then_odd_rows(tensor)
+        elif name.endswith(".down_proj.weight") and len(shape_of(tensor)) == 2:
+            yield name, tensor
+        elif ".mlp.experts." not in name or _of_one_expert(name):
             yield name, tensor
         elif isinstance(tensor, QuantizedMatrix):
             yield from _one_by_one(name.removesuffix(".weight"), experts_of(tensor))

@@ -101,7 +101,9 @@ def even_then_odd_rows(stored: Content) -> Content:
     def reorder(part: Tensor) -> Tensor:
         return torch.cat((part[0::2], part[1::2]))
 
-    return reorder(stored) if isinstance(stored, Tensor) else _each(stored, reorder)
+    if isinstance(stored, Tensor):
+        return reorder(stored)
+    return _each(with_row_scales(stored), reorder)
 
 
 def experts_of(stored: QuantizedMatrix) -> Iterator[QuantizedMatrix]:

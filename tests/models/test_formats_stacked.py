@@ -238,6 +238,28 @@ def test_experts_of_gpt_oss_that_a_tool_has_quantised_one_by_one(
     )
 
 
+def test_stacked_fp8_experts_of_gpt_oss(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """In transformers' order, in which rows of gate and up alternate; down is square."""
+    changes = GPT_OSS | {"num_local_experts": 4, "intermediate_size": 64}
+    source = tiny_model("gpt_oss", **changes)
+    dense = load_file(source / FILE)
+    packed = dict(dense)
+    for name in [n for n in dense if n.endswith(("gate_up_proj", "down_proj"))]:
+        codes = torch.randn(dense[name].shape).to(torch.float8_e4m3fn)
+        scales = torch.rand(4, 1, codes.shape[2]) * 0.1 + 0.1
+        packed |= {name: codes, f"{name}_scale": scales}
+        dense[name] = codes.float() * scales
+    for path, tensors in ((tmp_path / "packed", packed), (tmp_path / "dense", dense)):
+        shutil.copytree(source, path)
+        save_file(tensors, path / FILE, metadata={"format": "pt"})
+    skipped = {"modules_to_not_convert": ["self_attn", "router"]}
+    edit_config(tmp_path / "packed", quantization_config={"quant_method": "fbgemm_fp8"} | skipped)
+    token_ids = torch.randint(0, 128, (24,)).tolist()
+    expected = logits_in_chunks(load(tmp_path / "dense"), token_ids, [24])
+    actual = logits_in_chunks(load(tmp_path / "packed"), token_ids, [24])
+    torch.testing.assert_close(actual, expected, atol=3e-4, rtol=1e-4)
+
+
 def test_a_stack_without_scales_or_with_unknown_tensors_is_refused_by_name(
     tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
