@@ -43,6 +43,7 @@ from compiledllm.models.formats.weight_format import ShardSlot, Slot, TensorSlot
 from compiledllm.models.layers.linear import Matrix, SharedExpert
 from compiledllm.models.names import NameRules, slots_of
 from compiledllm.models.registry import family_of, scheme_of_checkpoint
+from compiledllm.models.spec import ModelSpec
 from compiledllm.models.staging import Copier, make_copier
 
 
@@ -94,14 +95,44 @@ def _stored(
         parts = set(stacked.names(names))
         gatherer = Gatherer(files[0].parent, scheme, parts, is_matrix, device)
         tensors = gatherer.gather(stacked.one_by_one(read_tensors(files)))
-    if (unpack := getattr(family, "unpack", None)) is not None:
-        tensors = unpack(tensors, model.spec.whole)
-    prepare = getattr(family, "prepare", None)
-    for name, tensor in tensors:
-        if scheme is not None and _is_empty_bias(name, tensor, rules, slots):
-            continue
-        if rules.is_used(name) and parse_name(name) is None:  # see `formats.kv_scales`
-            yield name, tensor if prepare is None else prepare(name, tensor, model.spec.whole)
+    for name, tensor in _by_family(family, tensors, rules, model.spec.whole, files[0].parent):
+        if scheme is None or not _is_empty_bias(name, tensor, rules, slots):
+            yield name, tensor
+
+
+def _by_family(
+    family: ModuleType,
+    tensors: Iterator[tuple[str, Content]],
+    rules: NameRules,
+    spec: ModelSpec,
+    checkpoint: Path,
+) -> Iterator[tuple[str, Content]]:
+    """The used tensors after the family's `unpack` and `prepare`.
+
+    These see tensors before their shapes are checked: ConfigError, naming the tensor, if a damaged
+    one cannot be taken apart.
+    """
+    latest = ""
+
+    def watched() -> Iterator[tuple[str, Content]]:
+        nonlocal latest
+        for name, tensor in tensors:
+            latest = name
+            yield name, tensor
+
+    unpack = getattr(family, "unpack", lambda tensors, _: tensors)
+    prepare = getattr(family, "prepare", lambda _, tensor, __: tensor)
+    try:
+        for name, tensor in unpack(watched(), spec):
+            if rules.is_used(name) and parse_name(name) is None:  # see `formats.kv_scales`
+                yield name, prepare(name, tensor, spec)
+    except (ConfigError, torch.OutOfMemoryError):
+        raise
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        cause = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"{checkpoint}: tensor '{latest}' cannot be taken apart ({cause}); {_OTHER_CHECKPOINT}"
+        ) from error
 
 
 def _is_quantized(slot: Slot) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from compiledllm.models.families import llama
 from compiledllm.models.families.hf import attention_of, expect, model_spec, window_of
 from compiledllm.models.formats.codes import QuantizedMatrix
-from compiledllm.models.formats.slicing import Content, even_then_odd_rows, experts_of, shape_of
+from compiledllm.models.formats.slicing import Content, even_then_odd_rows, experts_of
 from compiledllm.models.spec import LayerSpec, ModelSpec, MoeSpec, NormSpec
 
 _EXPERT = "model.layers.*.mlp.experts.*"
@@ -35,10 +35,8 @@ def unpack(
     gate and up alternate in all of these, but are apart in files that have tensors for each expert.
     """
     for name, tensor in tensors:
-        if name.endswith(".gate_up_proj.weight") and len(shape_of(tensor)) == 2:
+        if _alternates(name):
             yield name, even_then_odd_rows(tensor)
-        elif name.endswith(".down_proj.weight") and len(shape_of(tensor)) == 2:
-            yield name, tensor
         elif ".mlp.experts." not in name or _of_one_expert(name):
             yield name, tensor
         elif isinstance(tensor, QuantizedMatrix):
@@ -48,6 +46,7 @@ def unpack(
             yield from _one_by_one(name, tensor if is_bias else tensor.transpose(1, 2))
 
 
+_alternates = re.compile(r".*\.mlp\.experts\.\d+\.gate_up_proj\.\w+").fullmatch
 _of_one_expert = re.compile(r".*\.mlp\.experts\.\d+\.(gate|up|down)_proj\.\w+").fullmatch
 
 

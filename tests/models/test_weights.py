@@ -16,6 +16,7 @@ from compiledllm.kernels.attention import make_backend
 from compiledllm.models.decoder import Decoder
 from compiledllm.models.registry import load_spec
 from compiledllm.models.weights import fill_with_random_weights, load_weights
+from tests.support.families import GPT_OSS
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
@@ -72,6 +73,18 @@ def test_a_tensor_that_is_not_floating_point_is_named(checkpoint: Path, dtype: t
     edit_weights(checkpoint, lambda tensors: tensors.update({Q_PROJ: tensors[Q_PROJ].to(dtype)}))
     with pytest.raises(ConfigError, match=rf"q_proj.weight' has dtype {str(dtype)[6:]}, expected"):
         load(checkpoint)
+
+
+@pytest.mark.parametrize("damage", [torch.flatten, lambda tensor: tensor[0, 0]])
+def test_a_stack_that_cannot_be_taken_apart_is_named(
+    damage: Callable[[torch.Tensor], torch.Tensor], tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    name = "model.layers.1.mlp.experts.gate_up_proj_bias"
+    checkpoint = Path(shutil.copytree(tiny_model("gpt_oss", **GPT_OSS), tmp_path / "damaged"))
+    edit_weights(checkpoint, lambda tensors: tensors.update({name: damage(tensors[name]).clone()}))
+    with pytest.raises(ConfigError, match=f"tensor '{name}' cannot be taken apart") as error:
+        load(checkpoint)
+    assert "\n" not in str(error.value)
 
 
 def test_derived_and_doubly_stored_tensors_are_let_pass(
