@@ -119,8 +119,7 @@ def load_spec(
     `model_impl` cannot run the model, and for unsupported quantised checkpoints.
     """
     raw = read_json(checkpoint / "config.json")
-    names = raw.get("architectures") or [f"(none; model_type={raw.get('model_type')!r})"]
-    stored = names if isinstance(names, str) else str(names[0])
+    stored = _architecture_in(checkpoint, raw)
     _refuse_looking_ahead(raw, stored)
     architecture = _with_head(stored)
     has_family = architecture in FAMILIES
@@ -133,6 +132,16 @@ def load_spec(
         if architecture != stored:  # nothing is stored that could be the head
             spec = replace(spec, tie_word_embeddings=True)
         return _with_formats(spec, family, checkpoint, quantization)
+
+
+def _architecture_in(checkpoint: Path, raw: dict[str, Any]) -> str:
+    names = raw.get("architectures") or [f"(none; model_type={raw.get('model_type')!r:.40})"]
+    name = names[0] if isinstance(names, list) else names
+    if not isinstance(name, str) or not name.isprintable():
+        raise ConfigError(
+            f"{checkpoint}/config.json: architectures must list a class, got {names!r:.60}"
+        )
+    return name
 
 
 def _with_head(architecture: str) -> str:
@@ -265,13 +274,25 @@ def _hf_config(checkpoint: Path) -> Any:
     return hf
 
 
+# Size in a config -> the smallest and the largest that is looked at.
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_SIZES = {
+    "num_hidden_layers": (1, 10_000),
+    "vocab_size": (1, 2**31),
+    "hidden_size": (1, 2**31),
+    **dict.fromkeys(_EXPERTS, (0, 2**16)),
+}
+
+
 def _check_sizes(hf: Any) -> None:
     """Raise ConfigError for sizes that no model has, before they cost time and memory."""
-    limits = {"num_hidden_layers": 10_000, "vocab_size": 2**31, "hidden_size": 2**31}
-    for name, limit in limits.items():
+    for name, (least, most) in _SIZES.items():
         size = getattr(hf, name, None)
-        if size is not None and not (isinstance(size, int) and 1 <= size <= limit):
-            raise ConfigError(f"{hf.model_type}: {name} must be in [1, {limit}], got {size!r:.40}")
+        is_size = isinstance(size, int) and not isinstance(size, bool) and least <= size <= most
+        if size is not None and not is_size:
+            raise ConfigError(
+                f"{hf.model_type}: {name} must be in [{least}, {most}], got {size!r:.40}"
+            )
 
 
 @contextmanager
@@ -281,7 +302,8 @@ def _as_config_errors(checkpoint: Path) -> Iterator[None]:
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(f"{checkpoint}/config.json is not a valid config: {error}") from error
+        cause = " ".join(str(error).split())[:400]
+        raise ConfigError(f"{checkpoint}/config.json is not a valid config: {cause}") from error
 
 
 def _refuse_quantized(checkpoint: Path, architecture: str, quantization: str | None) -> None:

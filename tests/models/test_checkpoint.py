@@ -149,16 +149,37 @@ def test_a_missing_head_is_refused_and_the_config_named(
         ({"hidden_size": 10**9}, r"asks for \d+ parameters and the weight files have \d+ bytes"),
         ({"intermediate_size": 10**9}, "do not belong together"),
         ({"vocab_size": 10**12}, "vocab_size must be in"),
+        ({"intermediate_size": 0}, "an MLP cannot have an intermediate_size of 0"),
+        ({"architectures": {"a": 1}}, "architectures must list a class, got {'a': 1}"),
+        ({"architectures": ["a\nb"]}, r"architectures must list a class, got \['a"),
     ],
 )
 def test_absurd_sizes_are_refused_before_memory_is_taken(
-    changes: dict[str, int], words: str, tied: Callable[[str], Path]
+    changes: dict[str, Any], words: str, tied: Callable[[str], Path]
 ) -> None:
     checkpoint = tied("llama")
     path = checkpoint / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(ConfigError, match=words):
         build_model(load_spec(checkpoint), make_backend("torch"), checkpoint, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_local_experts": 10**12}, "num_experts must be in|num_local_experts must be in"),
+        ({"num_experts_per_tok": 99}, "a token cannot go to 99 of 4 experts"),
+    ],
+)
+def test_absurd_numbers_of_experts_are_refused(
+    changes: dict[str, int], words: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    checkpoint = shutil.copytree(tiny_model("qwen3_moe", **experts), tmp_path / "absurd")
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ConfigError, match=words):
+        load_spec(checkpoint)
 
 
 def test_gemma3s_outer_config_decides_about_its_head(tied: Callable[[str], Path]) -> None:
