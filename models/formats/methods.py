@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compiledllm.config import ConfigError
 from compiledllm.models.formats.awq import from_awq
-from compiledllm.models.formats.codes import QuantizedMatrix
+from compiledllm.models.formats.codes import QuantizedMatrix, expect_shape
 from compiledllm.models.formats.compressed_config import NVFP4, compressed_tensors
 from compiledllm.models.formats.fp8 import BLOCK, from_fp8
 from compiledllm.models.formats.gguf_config import METHOD, gguf
@@ -178,6 +178,12 @@ def _modelopt_fp8(tensors: Mapping[str, Tensor]) -> QuantizedMatrix:
     return from_modelopt_fp8(tensors["weight"], tensors["weight_scale"])
 
 
+def _modelopt_fp8_of_channels(tensors: Mapping[str, Tensor]) -> QuantizedMatrix:
+    weight, scale = tensors["weight"], tensors["weight_scale"]
+    expect_shape("weight_scale", scale, weight.shape[:1], (*weight.shape[:1], 1))
+    return from_modelopt_fp8(weight, scale)
+
+
 def _modelopt_nvfp4(tensors: Mapping[str, Tensor]) -> QuantizedMatrix:
     return from_modelopt_nvfp4(
         tensors["weight"], tensors["weight_scale"], tensors["weight_scale_2"]
@@ -187,7 +193,7 @@ def _modelopt_nvfp4(tensors: Mapping[str, Tensor]) -> QuantizedMatrix:
 _SCALED = (".weight", ".weight_scale")
 _MODELOPT = {
     "FP8": (QuantSpec("fp8"), _SCALED, _modelopt_fp8),
-    "FP8_PER_CHANNEL_PER_TOKEN": (QuantSpec("fp8"), _SCALED, _modelopt_fp8),
+    "FP8_PER_CHANNEL_PER_TOKEN": (QuantSpec("fp8"), _SCALED, _modelopt_fp8_of_channels),
     "FP8_PB_WO": (QuantSpec("fp8", BLOCK, BLOCK), _SCALED, _modelopt_fp8),
     "NVFP4": (NVFP4, (*_SCALED, ".weight_scale_2"), _modelopt_nvfp4),
 }

@@ -128,6 +128,11 @@ CONFIGS: dict[str, tuple[str, Change, str]] = {
         weights_of(group_size=48),
         "matrix 'model.layers.0.*are not whole groups of 48",
     ),
+    "one scale, though of channels": (
+        "modelopt fp8",
+        lambda config: config.update(quant_algo="FP8_PER_CHANNEL_PER_TOKEN"),
+        r"matrix 'model.layers.0.*weight_scale has shape \[\], expected \[\d+\] or",
+    ),
     "bad pattern to ignore": (
         "packed 4 bits",
         lambda config: config.update(ignore=["re:("]),
