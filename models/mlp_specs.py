@@ -25,10 +25,6 @@ class MlpSpec:
     gated: bool = True
     sparsity: float = 0.0
 
-    def __post_init__(self) -> None:
-        if self.intermediate_size < 1:
-            raise ValueError(f"an MLP cannot have an intermediate_size of {self.intermediate_size}")
-
     def weights(self, hidden_size: int, path: str = "mlp") -> Weights:
         num_up = (1 + self.gated) * self.intermediate_size
         up = MatrixSpec(f"{path}.gate_up" if self.gated else f"{path}.up", num_up, hidden_size)
@@ -85,10 +81,6 @@ class MoeSpec:
     alpha: float = 1.0
     limit: float = 0.0
     scales_inputs: bool = False
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.top_k <= self.num_experts:
-            raise ValueError(f"a token cannot go to {self.top_k} of {self.num_experts} experts")
 
     def weights(self, hidden_size: int, path: str = "mlp") -> Weights:
         """path: of the layer within its block."""
