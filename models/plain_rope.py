@@ -18,12 +18,12 @@ class Uncertain(Exception):
 Rope = dict[str, Any]
 
 _WITHOUT = {"gpt2", "opt"}
-# Share of a head's dimensions that is rotated if the file does not say so; elsewhere all of them.
-_PARTIAL = {
+# Models that may rotate a share of a head's dimensions, with the share if the file does not say so.
+PARTIAL = {
     **dict.fromkeys(("glm", "glm4", "glm4_moe", "glm4v_moe_text", "phi"), 0.5),
     **dict.fromkeys(("gpt_neox", "stablelm", "qwen3_next", "qwen3_5_text"), 0.25),
     "qwen3_5_moe_text": 0.25,
-    "phi3": 1.0,
+    **dict.fromkeys(("glm4v_text", "minimax_m2", "phi3"), 1.0),
 }
 # The bases of layers with full and with sliding attention, where each has parameters of its own.
 _BASES = {
@@ -88,7 +88,7 @@ def _flat(model_type: str, fields: Mapping[str, Any], given: Rope, base: float |
         names = ("rotary_emb_base", "rotary_pct")
     rope["rope_theta"] = _given_once(rope.get("rope_theta"), fields, names[0], base)
     share = rope.get("partial_rotary_factor")
-    partial = _given_once(share, fields, names[1], _PARTIAL.get(model_type))
+    partial = _given_once(share, fields, names[1], PARTIAL.get(model_type))
     if partial is not None:
         rope["partial_rotary_factor"] = partial
     if kind in ("llama3", "yarn", "longrope") and _LENGTH in fields:

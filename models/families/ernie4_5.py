@@ -33,7 +33,7 @@ def spec_from_hf(hf: Any) -> ModelSpec:
     expect(hf, "use_bias", False)
     is_moe = hf.model_type == "ernie4_5_moe"
     norm = NormSpec(hf.rms_norm_eps)
-    attn = attention_of(hf, getattr(hf, "head_dim", None))
+    attn = attention_of(hf)
     attn = replace(attn, rope=replace(attn.rope, interleaved=True))
     dense = MlpSpec(hf.intermediate_size, activation=activation_of(hf))
 
@@ -52,6 +52,7 @@ def _is_sparse(hf: Any, index: int) -> bool:
 
 def _experts(hf: Any) -> MoeSpec:
     expect(hf, "hidden_act", "silu")
+    expect(hf, "moe_norm_min", 1e-12)  # smaller than any sum of weights that it could limit
     return MoeSpec(
         hf.moe_intermediate_size,
         hf.moe_num_experts,

@@ -32,6 +32,8 @@ def spec_from_hf(hf: Any) -> ModelSpec:
     expect(hf, "use_bidirectional_attention", None, False)
     norm = NormSpec(hf.rms_norm_eps, "rms_plus_one")
     has_qk_norm = hf.model_type != "gemma2"
+    if has_qk_norm:  # transformers has the field and does not read it
+        expect(hf, "attn_logit_softcapping", None)
     attn = attention_of(
         hf,
         hf.head_dim,

@@ -177,6 +177,7 @@ def _rope(hf: Any, head_dim: int, kind: str) -> RopeSpec:
 
 
 def _experts(hf: Any) -> MoeSpec:
+    expect(hf, "hidden_activation", "gelu_pytorch_tanh", "gelu_new", "gelu_fast", "silu")
     return MoeSpec(
         hf.moe_intermediate_size,
         hf.num_experts,

@@ -21,8 +21,7 @@ def spec_from_hf(hf: Any) -> ModelSpec:
     The first has no norms behind attention and MLP.
     """
     norm = NormSpec(hf.rms_norm_eps)
-    has_bias = getattr(hf, "attention_bias", True)
-    attn = attention_of(hf, getattr(hf, "head_dim", None), qkv_bias=has_bias)
+    attn = attention_of(hf, qkv_bias=hf.model_type == "glm4v_text" or hf.attention_bias)
     layer = LayerSpec(
         hf.hidden_size,
         replace(attn, rope=replace(attn.rope, interleaved=True)),

@@ -35,7 +35,6 @@ def spec_from_hf(hf: Any) -> ModelSpec:
     norm = NormSpec(hf.rms_norm_eps)
     attn = attention_of(
         hf,
-        getattr(hf, "head_dim", None),
         qkv_bias=hf.attention_bias,
         qk_norm=norm if getattr(hf, "use_qk_norm", False) else None,
     )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from compiledllm.config import ConfigError
+from compiledllm.models.plain_rope import PARTIAL
 from compiledllm.models.rope_scaling import Rotation, linear, llama3, longrope, yarn
 from compiledllm.models.spec import AttentionSpec, LayerSpec, ModelSpec, NormSpec, RopeSpec
 
@@ -56,15 +57,21 @@ def model_spec(
     )
 
 
+def head_dim_of(hf: Any) -> int:
+    """The config's `head_dim`, which most classes take even if they declare no such field."""
+    head_dim: int = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+    return head_dim
+
+
 def attention_of(
     hf: Any, head_dim: int | None = None, rope: RopeSpec | None = None, **changes: Any
 ) -> AttentionSpec:
     """An AttentionSpec from the fields that most configs name alike; `changes` override fields.
 
-    head_dim: defaults to hidden_size / num_attention_heads. rope: defaults to the config's.
+    head_dim, rope: default to the config's.
     """
     num_heads = hf.num_attention_heads
-    head_dim = head_dim or hf.hidden_size // num_heads
+    head_dim = head_dim or head_dim_of(hf)
     common = {
         "num_heads": num_heads,
         "num_kv_heads": getattr(hf, "num_key_value_heads", None) or num_heads,
@@ -111,8 +118,12 @@ def rope_from_hf(hf: Any, head_dim: int, kind: str | None = None) -> RopeSpec:
     rope = dict(hf.rope_parameters if kind is None else hf.rope_parameters[kind])
     if kind is not None:  # transformers reads the field only where all layers have the same ones
         rope.pop("truncate", None)
-    scaling = rope.get("rope_type", "default")
-    rotary_dim = int(head_dim * rope.get("partial_rotary_factor", 1.0))
+    scaling, share = rope.get("rope_type", "default"), rope.get("partial_rotary_factor", 1.0)
+    if share != 1.0 and hf.model_type not in PARTIAL:  # which transformers ignores, or fails at
+        raise ConfigError(
+            f"{hf.model_type}: partial_rotary_factor={share!r} is not supported (supported: 1.0)"
+        )
+    rotary_dim = int(head_dim * share)
     if scaling in ("default", "dynamic"):
         return rope_from_base(rope["rope_theta"], rotary_dim)
     if scaling not in ROPE_SCALINGS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from compiledllm.models.families import llama
-from compiledllm.models.families.hf import rope_from_base, rope_from_hf
+from compiledllm.models.families.hf import head_dim_of, rope_from_base, rope_from_hf
 from compiledllm.models.families.llama import with_attention
 from compiledllm.models.spec import LayerSpec, ModelSpec, RopeSpec
 
@@ -17,8 +17,7 @@ NAMES = llama.NAMES | {
 
 def spec_from_hf(hf: Any) -> ModelSpec:
     """ModelSpec of a transformers HunYuanDenseV1Config."""
-    head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
-    rope = _rope(hf, head_dim)
+    rope = _rope(hf, head_dim_of(hf))
 
     def adapt(layer: LayerSpec, _index: int) -> LayerSpec:
         return with_attention(layer, qk_norm=layer.norm, norms_rotated=True)

@@ -34,9 +34,7 @@ def spec_from_hf(hf: Any, rope: RopeSpec | None = None) -> ModelSpec:
     norm = NormSpec(hf.rms_norm_eps)
     layer = LayerSpec(
         hidden_size=hf.hidden_size,
-        mixer=attention_of(
-            hf, getattr(hf, "head_dim", None), rope, qkv_bias=has_bias, output_bias=has_bias
-        ),
+        mixer=attention_of(hf, rope=rope, qkv_bias=has_bias, output_bias=has_bias),
         mlp=MlpSpec(
             hf.intermediate_size,
             bias=getattr(hf, "mlp_bias", False),

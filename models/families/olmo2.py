@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from compiledllm.models.families import llama, qwen3
-from compiledllm.models.families.hf import rope_from_base, rope_from_hf, window_of
+from compiledllm.models.families.hf import head_dim_of, rope_from_base, rope_from_hf, window_of
 from compiledllm.models.families.llama import with_attention
 from compiledllm.models.spec import LayerSpec, ModelSpec, RopeSpec
 
@@ -37,7 +37,7 @@ def spec_from_hf(hf: Any) -> ModelSpec:
 
 
 def _rope(hf: Any, index: int) -> RopeSpec:
-    head_dim, kind = hf.hidden_size // hf.num_attention_heads, hf.layer_types[index]
+    head_dim, kind = head_dim_of(hf), hf.layer_types[index]
     if kind in hf.rope_parameters:
         return rope_from_hf(hf, head_dim, kind)
     # Older versions of transformers have one set of parameters, which scales full attention.

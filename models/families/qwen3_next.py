@@ -64,6 +64,7 @@ def hybrid_spec(
     hf: Any, architecture: str, mlps: list[MlpSpec | MoeSpec], is_grouped: bool
 ) -> ModelSpec:
     """The spec of a config with Gated DeltaNet layers. mlps: one per layer."""
+    expect(hf, "hidden_act", "silu")  # also of the short convolutions
     norm = NormSpec(hf.rms_norm_eps, "rms_plus_one")
     bias = hf.attention_bias
     attention = attention_of(

@@ -34,11 +34,12 @@ def spec_from_hf(hf: Any) -> ModelSpec:
     """ModelSpec of a transformers Qwen2MoeConfig or Qwen3MoeConfig."""
     expect(hf, "hidden_act", "silu")
     is_qwen3 = hf.model_type.startswith("qwen3")
+    is_of_images = hf.model_type == "qwen3_vl_moe_text"  # always renormalises
     moe = MoeSpec(
         hf.moe_intermediate_size,
         hf.num_experts,
         hf.num_experts_per_tok,
-        RouterSpec(renormalize=getattr(hf, "norm_topk_prob", True)),
+        RouterSpec(renormalize=is_of_images or hf.norm_topk_prob),
         shared_size=0 if is_qwen3 else hf.shared_expert_intermediate_size,
     )
 

@@ -38,15 +38,29 @@ def unpack(
     Published checkpoints hold all experts' in a tensor [experts, inputs, outputs]. transformers
     writes [experts, outputs, inputs] as well.
     """
-    turned = ((name, _outputs_first(name, tensor, spec)) for name, tensor in tensors)
-    return experts_one_by_one(turned, spec)
+    return experts_one_by_one(_outputs_first(tensors, spec.hidden_size), spec)
 
 
-def _outputs_first(name: str, tensor: Content, spec: ModelSpec) -> Content:
-    hidden_at = {"gate_up_proj": 1, "down_proj": 2}.get(name.rpartition(".experts.")[2])
-    if hidden_at is None or not isinstance(tensor, Tensor) or tensor.dim() != 3:
-        return tensor
-    return tensor.transpose(1, 2) if tensor.shape[hidden_at] == spec.hidden_size else tensor
+def _outputs_first(
+    tensors: Iterable[tuple[str, Content]], hidden_size: int
+) -> Iterator[tuple[str, Content]]:
+    """Turn the experts' matrices if the checkpoint stores their inputs first.
+
+    One of a layer's two matrices may be square, which does not tell; the other one does.
+    """
+    is_turned: bool | None = None
+    held: list[tuple[str, Tensor]] = []
+    for name, tensor in tensors:
+        hidden_at = {"gate_up_proj": 1, "down_proj": 2}.get(name.rpartition(".experts.")[2])
+        if hidden_at is None or not isinstance(tensor, Tensor) or tensor.dim() != 3:
+            yield name, tensor
+            continue
+        held.append((name, tensor))
+        if tensor.shape[1] != tensor.shape[2]:
+            is_turned = tensor.shape[hidden_at] == hidden_size
+        if is_turned is not None:
+            yield from ((n, t.transpose(1, 2) if is_turned else t) for n, t in held)
+            held.clear()
 
 
 def spec_from_hf(hf: Any) -> ModelSpec:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from compiledllm.models.layers.factory import Factory
-from compiledllm.models.layers.mlp import ACTIVATIONS
-from compiledllm.models.spec import LayerSpec, ModelSpec
+from compiledllm.models.layers.mlp import make_activation
+from compiledllm.models.spec import LayerSpec, MlpSpec, ModelSpec
 
 
 class TokenInputs(nn.Module):
@@ -40,11 +40,15 @@ class TokenInputs(nn.Module):
 
 
 class TokenInputGate(nn.Module):
-    """norm(out(gelu(gate(x)) * token input)), [tokens, hidden] -> [tokens, hidden]."""
+    """norm(out(act(gate(x)) * token input)), [tokens, hidden] -> [tokens, hidden].
+
+    act: the activation of the block's MLP.
+    """
 
     def __init__(self, spec: LayerSpec, make: Factory) -> None:
         super().__init__()
-        self.activation = ACTIVATIONS["gelu_tanh"]
+        assert isinstance(spec.mlp, MlpSpec)
+        self.activation = make_activation(spec.mlp.activation)
         self.gate = make.linear("gate", spec.hidden_size, {"": spec.token_size})
         self.out = make.linear("out", spec.token_size, {"": spec.hidden_size})
         self.norm = make.norm(spec.norm, spec.hidden_size)

@@ -164,10 +164,22 @@ def test_info_tells_of_every_variant_without_its_weights(
         assert facts["max_num_seqs"] > 0
 
 
+EXPERTS_OF_GEMMA = {
+    "enable_moe_block": True,
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 48,
+}
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"hidden_act": "tanh"}, "hidden_act='tanh'"),
     ("llama", {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}}, "rope_type"),
+    ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
     ("gpt_oss", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+    ("qwen3_5_text", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+    ("gemma3_text", {"attn_logit_softcapping": 5.0}, "attn_logit_softcapping=5.0"),
+    ("gemma3", {"text_config": {"final_logit_softcapping": 5.0}}, "final_logit_softcapping=5.0"),
+    ("gemma4_text", EXPERTS_OF_GEMMA | {"hidden_activation": "relu"}, "hidden_activation='relu'"),
+    ("ernie4_5_moe", {"moe_norm_min": 0.5}, "moe_norm_min=0.5"),
     ("falcon", {"alibi": True}, "alibi=True"),
     ("falcon", {"new_decoder_architecture": True}, "new_decoder_architecture=True"),
     ("ernie4_5", {"use_bias": True}, "use_bias=True"),

@@ -186,8 +186,10 @@ VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
     ("qwen2_5_vl", "text of a multimodal model"): {"rope_parameters": MROPE},
     ("qwen3_vl", "text of a multimodal model"): {"head_dim": 16, "rope_parameters": MROPE},
     ("qwen3_vl_moe", "text of a multimodal model"): EXPERTS
-    | {"head_dim": 16, "mlp_only_layers": [1], "rope_parameters": MROPE},
+    | {"head_dim": 16, "mlp_only_layers": [1], "rope_parameters": MROPE}
+    | {"moe_intermediate_size": 32, "norm_topk_prob": False},  # a square matrix; renormalised
     ("olmo3", "windows, yarn"): {
+        "head_dim": 24,
         "pad_token_id": 0,
         "sliding_window": 20,
         "rope_parameters": {"full_attention": YARN, "sliding_attention": DEFAULT_ROPE},
@@ -202,7 +204,7 @@ VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
     | {"norm_topk_prob": False, "attention_bias": True, "head_dim": 32},
     ("glm4v", "text of a multimodal model"): {"rope_parameters": GLM_MROPE},
     ("glm46v", "text of a multimodal model"): {"model_type": "glm4v_text"}
-    | {"rope_parameters": GLM_MROPE},
+    | {"rope_parameters": GLM_MROPE, "attention_bias": False},  # which is not read
     ("glm4v_moe", "text of a multimodal model"): GLM4_MOE | {"rope_parameters": GLM_MROPE},
     ("minimax_m2", "experts"): {"head_dim": 32, "num_local_experts": 6, "num_experts_per_tok": 3}
     | {"rope_parameters": DEFAULT_ROPE | {"partial_rotary_factor": 0.5}},
@@ -267,7 +269,8 @@ VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
     }
     | HALF_SLIDING,
     ("gemma3n_text", "e4b"): GEMMA3N,
-    ("gemma3n_text", "two streams"): GEMMA3N | {"altup_num_inputs": 2, "num_kv_shared_layers": 0},
+    ("gemma3n_text", "two streams"): GEMMA3N
+    | {"altup_num_inputs": 2, "num_kv_shared_layers": 0, "hidden_activation": "silu"},
     ("gemma4_text", "e4b"): GEMMA4 | GEMMA4_SHARED | {"hidden_size_per_layer_input": 16},
     ("gemma4_text", "31b"): GEMMA4 | GEMMA4_DENSE,
     ("gemma4_unified", "12b, text of a multimodal model"): GEMMA4 | GEMMA4_DENSE,
@@ -292,9 +295,10 @@ VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
     ("stablelm", "qk norms"): {"qk_layernorm": True},
     ("stablelm", "parallel, qk norms"): {"use_parallel_residual": True, "qk_layernorm": True},
     ("starcoder2", "full"): {},
-    ("starcoder2", "window"): {"sliding_window": 20, "use_bias": False},
+    ("starcoder2", "window"): {"sliding_window": 20, "use_bias": False, "head_dim": 24},
     ("cohere", "plain"): {"pad_token_id": 0},
-    ("cohere", "qk_norm"): {"pad_token_id": 0, "use_qk_norm": True, "logit_scale": 0.3},
+    ("cohere", "qk_norm"): {"pad_token_id": 0, "use_qk_norm": True, "logit_scale": 0.3}
+    | {"head_dim": 24},
     ("phi", "mha"): {"num_key_value_heads": 4},
     ("phi", "gqa"): {},
     ("phi", "qk norms"): {"qk_layernorm": True},
@@ -332,7 +336,7 @@ VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
     ("qwen3_5_text", "dense"): DELTA_NET | {"linear_num_key_heads": 4},
     ("qwen3_5", "text of a multimodal model"): DELTA_NET | {"linear_conv_kernel_dim": 3},
     ("qwen3_5_moe", "text of a multimodal model"): DELTA_NET | EXPERTS | JOINED,
-    ("lfm2", "adjusted size"): LFM2,
+    ("lfm2", "adjusted size"): LFM2 | {"head_dim": 24},
     ("lfm2", "bias, attention last"): LFM2
     | {"conv_bias": True, "conv_L_cache": 4, "block_auto_adjust_ff_dim": False}
     | {"layer_types": ["conv", "conv", "full_attention"], "tie_word_embeddings": True},
