@@ -20,7 +20,8 @@ from compiledllm.models.formats.stored import Scheme, quantization_config
 from compiledllm.models.json_file import read_json
 from compiledllm.models.names import NameRules
 from compiledllm.models.plain_config import plain_config
-from compiledllm.models.spec import MlpSpec, ModelSpec, MoeSpec
+from compiledllm.models.spec import ModelSpec
+from compiledllm.models.spec_checks import check_spec
 
 # Architecture name in config.json -> module in compiledllm.models.families.
 FAMILIES = {
@@ -129,9 +130,9 @@ def load_spec(
     family = family_of(architecture)
     with _as_config_errors(checkpoint):
         spec: ModelSpec = family.spec_from_hf(_config(checkpoint, raw))
+        check_spec(spec)
         if architecture != stored:  # nothing is stored that could be the head
             spec = replace(spec, tie_word_embeddings=True)
-        _check_layers(spec)
         return _with_formats(spec, family, checkpoint, quantization)
 
 
@@ -294,15 +295,6 @@ def _check_sizes(hf: Any) -> None:
             raise ConfigError(
                 f"{hf.model_type}: {name} must be in [{least}, {most}], got {size!r:.40}"
             )
-
-
-def _check_layers(spec: ModelSpec) -> None:
-    """Raise ValueError for MLPs that cannot be built."""
-    for mlp in {mlp for layer in spec.distinct_layers for mlp in (layer.mlp, layer.experts)}:
-        if isinstance(mlp, MlpSpec | MoeSpec) and mlp.intermediate_size < 1:
-            raise ValueError(f"an MLP cannot have an intermediate_size of {mlp.intermediate_size}")
-        if isinstance(mlp, MoeSpec) and not 1 <= mlp.top_k <= mlp.num_experts:
-            raise ValueError(f"a token cannot go to {mlp.top_k} of {mlp.num_experts} experts")
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from compiledllm.config import ConfigError
 from compiledllm.models.families import qwen3
 from compiledllm.models.families.hf import (
     activation_of,
@@ -32,8 +33,9 @@ def spec_from_hf(hf: Any) -> ModelSpec:
     expect(hf, "use_bidirectional_attention", None, False)
     norm = NormSpec(hf.rms_norm_eps, "rms_plus_one")
     has_qk_norm = hf.model_type != "gemma2"
-    if has_qk_norm:  # transformers has the field and does not read it
-        expect(hf, "attn_logit_softcapping", None)
+    cap = hf.attn_logit_softcapping
+    if has_qk_norm and cap is not None:  # transformers has the field and does not read it
+        raise ConfigError(f"{hf.model_type}: attn_logit_softcapping={cap} is not supported")
     attn = attention_of(
         hf,
         hf.head_dim,
@@ -42,7 +44,7 @@ def spec_from_hf(hf: Any) -> ModelSpec:
         qkv_bias=hf.attention_bias,
         output_bias=hf.attention_bias,
         qk_norm=norm if has_qk_norm else None,
-        soft_cap=hf.attn_logit_softcapping or 0.0,
+        soft_cap=cap or 0.0,
     )
     mlp = MlpSpec(hf.intermediate_size, activation=activation_of(hf, "hidden_activation"))
     layer = LayerSpec(hf.hidden_size, attn, mlp, norm, residual="sandwich")

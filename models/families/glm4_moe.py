@@ -32,6 +32,7 @@ def unpack(
 def spec_from_hf(hf: Any) -> ModelSpec:
     """ModelSpec of a transformers Glm4MoeConfig or Glm4vMoeTextConfig."""
     expect(hf, "hidden_act", "silu")
+    expect(hf, "scoring_func", None, "sigmoid")
     norm = NormSpec(hf.rms_norm_eps)
     attn = attention_of(
         hf,

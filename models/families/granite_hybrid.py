@@ -43,6 +43,8 @@ NAMES = llama.NAMES | {
 def spec_from_hf(hf: Any) -> ModelSpec:
     """ModelSpec of a transformers GraniteMoeHybridConfig."""
     expect(hf, "hidden_act", "silu")
+    expect(hf, "position_embedding_type", None, "nope", "rope")
+    expect(hf, "normalization_function", None, "rmsnorm")
     if tuple(hf.time_step_limit) != (0.0, math.inf):
         raise ConfigError(f"{hf.model_type}: time_step_limit={hf.time_step_limit} is not supported")
     if unknown := {*hf.layer_types} - {*_ATTENTION, *_MAMBA}:

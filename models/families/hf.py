@@ -72,9 +72,10 @@ def attention_of(
     """
     num_heads = hf.num_attention_heads
     head_dim = head_dim or head_dim_of(hf)
+    num_kv_heads = getattr(hf, "num_key_value_heads", None)
     common = {
         "num_heads": num_heads,
-        "num_kv_heads": getattr(hf, "num_key_value_heads", None) or num_heads,
+        "num_kv_heads": num_heads if num_kv_heads is None else num_kv_heads,
         "head_dim": head_dim,
         "scale": head_dim**-0.5,
         "rope": rope_from_hf(hf, head_dim) if rope is None else rope,
@@ -106,7 +107,15 @@ def window_of(hf: Any, layer: int) -> int:
         return getattr(hf, "sliding_window", None) or 0
     if kinds[layer] not in ("full_attention", "sliding_attention"):
         raise ConfigError(f"{hf.model_type}: layer_types has {kinds[layer]!r}: not supported")
-    return hf.sliding_window or 0 if kinds[layer] == "sliding_attention" else 0
+    if kinds[layer] == "full_attention":
+        return 0
+    if not hf.sliding_window:
+        raise ConfigError(
+            f"{hf.model_type}: layer_types has 'sliding_attention', but sliding_window is "
+            f"{hf.sliding_window!r}"
+        )
+    window: int = hf.sliding_window
+    return window
 
 
 def rope_from_hf(hf: Any, head_dim: int, kind: str | None = None) -> RopeSpec:
@@ -115,9 +124,7 @@ def rope_from_hf(hf: Any, head_dim: int, kind: str | None = None) -> RopeSpec:
     "dynamic" scaling has no effect within the context length. "longrope" has two sets of
     frequencies; the long set is used if the context is longer than the original one.
     """
-    rope = dict(hf.rope_parameters if kind is None else hf.rope_parameters[kind])
-    if kind is not None:  # transformers reads the field only where all layers have the same ones
-        rope.pop("truncate", None)
+    rope = _rope_parameters(hf, kind)
     scaling, share = rope.get("rope_type", "default"), rope.get("partial_rotary_factor", 1.0)
     if share != 1.0 and hf.model_type not in PARTIAL:  # which transformers ignores, or fails at
         raise ConfigError(
@@ -131,9 +138,41 @@ def rope_from_hf(hf: Any, head_dim: int, kind: str | None = None) -> RopeSpec:
         raise ConfigError(
             f"{hf.model_type}: rope_type={scaling!r} is not supported (supported: {supported})"
         )
+    if scaling == "longrope":
+        _check_factors(hf, rope, rotary_dim // 2)
     rotation = Rotation(rope["rope_theta"], rotary_dim, hf.max_position_embeddings, rope)
     scaled = ROPE_SCALINGS[scaling](rotation)
     return RopeSpec(tuple(scaled.frequencies.tolist()), scaled.scale)
+
+
+def _check_factors(hf: Any, rope: dict[str, Any], count: int) -> None:
+    for name in ("short_factor", "long_factor"):
+        if len(rope[name]) != count:
+            raise ConfigError(
+                f"{hf.model_type}: {name} has {len(rope[name])} numbers and must have {count}, "
+                "one for each pair of rotated dimensions"
+            )
+
+
+def _rope_parameters(hf: Any, kind: str | None) -> dict[str, Any]:
+    """The parameters of a layer type, or of all layers. Raises ConfigError if some are not read."""
+    given = hf.rope_parameters
+    rope = dict(given if kind is None else given[kind])
+    if kind is not None:
+        beside = [name for name, value in given.items() if not isinstance(value, dict | None)]
+        if beside:
+            raise ConfigError(
+                f"{hf.model_type}: rope_parameters has {beside[0]}={given[beside[0]]!r} for all "
+                "layers, which is not supported; give the parameters of each layer type"
+            )
+        rope.pop("truncate", None)  # transformers reads it only where all layers have the same ones
+    old, new = rope.get("type"), rope.get("rope_type", "default")
+    if old not in (None, new, "mrope"):  # the sections of mrope do not matter for text
+        raise ConfigError(
+            f"{hf.model_type}: RoPE parameters have type={old!r} and rope_type={new!r}; "
+            "leave out type"
+        )
+    return rope
 
 
 def rope_from_base(base: float, rotary_dim: int) -> RopeSpec:

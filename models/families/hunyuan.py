@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from compiledllm.models.families import llama
-from compiledllm.models.families.hf import head_dim_of, rope_from_base, rope_from_hf
+from compiledllm.models.families.hf import expect, head_dim_of, rope_from_base, rope_from_hf
 from compiledllm.models.families.llama import with_attention
 from compiledllm.models.spec import LayerSpec, ModelSpec, RopeSpec
 
@@ -17,6 +17,9 @@ NAMES = llama.NAMES | {
 
 def spec_from_hf(hf: Any) -> ModelSpec:
     """ModelSpec of a transformers HunYuanDenseV1Config."""
+    # Fields of published configs that transformers does not read.
+    expect(hf, "use_qk_norm", None, True)
+    expect(hf, "use_cla", None, False)
     rope = _rope(hf, head_dim_of(hf))
 
     def adapt(layer: LayerSpec, _index: int) -> LayerSpec:

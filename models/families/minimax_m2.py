@@ -17,6 +17,12 @@ NAMES = mixtral.NAMES | qwen3.NAMES | {_SCORE_BIAS: "layers.*.mlp.score_bias"}
 def spec_from_hf(hf: Any) -> ModelSpec:
     """ModelSpec of a transformers MiniMaxM2Config."""
     expect(hf, "hidden_act", "silu")
+    # Fields of published configs that transformers does not read.
+    expect(hf, "scoring_func", None, "sigmoid")
+    expect(hf, "use_routing_bias", None, True)
+    expect(hf, "use_qk_norm", None, True)
+    expect(hf, "qk_norm_type", None, "per_layer")
+    expect(hf, "shared_intermediate_size", None, 0)
     # Checkpoints have the router in float32, and its dtype is that of the logits.
     router = RouterSpec(scores="sigmoid", has_bias=True, in_float32=True)
     moe = MoeSpec(hf.intermediate_size, hf.num_local_experts, hf.num_experts_per_tok, router)

@@ -23,7 +23,7 @@ from compiledllm.models.weights import load_weights
 from compiledllm.runner.kv_cache import allocate_kv_caches
 from compiledllm.runner.kv_layout import whole_contexts
 from compiledllm.runner.state_caches import StateCaches
-from tests.support.families import VARIANTS
+from tests.support.families import DEFAULT_ROPE, LONGROPE, VARIANTS, YARN
 from tests.support.greedy import load_reference
 
 BLOCK_SIZE = 16
@@ -173,11 +173,35 @@ EXPERTS_OF_GEMMA = {
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"hidden_act": "tanh"}, "hidden_act='tanh'"),
     ("llama", {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}}, "rope_type"),
-    ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+    ("llama", {"rope_parameters": DEFAULT_ROPE | {"partial_rotary_factor": 0.5}}, "factor=0.5"),
+    ("llama", {"rope_parameters": LONGROPE}, "short_factor has 8 numbers and must have 64"),
+    ("llama", {"num_key_value_heads": 5}, "num_key_value_heads=5 must divide"),
+    ("llama", {"hidden_act": None}, "'hidden_act' expected str"),
+    ("mistral", {"sliding_window": -1}, "sliding_window=-1"),
+    ("mixtral", {"num_experts_per_tok": 9}, r"per token must be in \[1, 8\]"),
+    ("glm4_moe", {"n_group": 5}, "n_group=5 must divide"),
+    ("glm4_moe", {"n_group": 8, "topk_group": 9}, r"topk_group must be in \[1, 8\]"),
+    ("glm4_moe", {"n_group": 32}, "must be in .1, 4., the experts of topk_group groups, got 8"),
+    ("glm4_moe", {"scoring_func": "softmax"}, "scoring_func='softmax'"),
+    ("minimax_m2", {"scoring_func": "softmax"}, "scoring_func='softmax'"),
+    ("hunyuan_v1_dense", {"use_cla": True}, "use_cla=True"),
+    ("cohere", {"logit_scale": None}, "logit_scale must be a number"),
+    ("cohere", {"layer_norm_eps": None}, "eps of norms must be a number"),
+    ("olmo3", {"sliding_window": None}, "sliding_window is None"),
+    ("qwen3_next", {"linear_num_value_heads": 24}, "linear_num_key_heads=16 must divide"),
+    ("granitemoehybrid", {"mamba_n_groups": 3}, "mamba_n_groups=3 must divide"),
+    ("granitemoehybrid", {"position_embedding_type": "alibi"}, "position_embedding_type='alibi'"),
+    ("lfm2", {"conv_L_cache": 1, "layer_types": ["conv"] * 32}, "convolution over 1 tokens"),
+    ("gemma3_text", {"rope_parameters": YARN}, "rope_parameters has rope_type='yarn'"),
+    (
+        "gemma3_text",
+        {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 8.0}},
+        "type='linear' and rope_type='default'",
+    ),
     ("gpt_oss", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
     ("qwen3_5_text", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
     ("gemma3_text", {"attn_logit_softcapping": 5.0}, "attn_logit_softcapping=5.0"),
-    ("gemma3", {"text_config": {"final_logit_softcapping": 5.0}}, "final_logit_softcapping=5.0"),
+    ("gemma3", {"final_logit_softcapping": 5.0}, "final_logit_softcapping=5.0"),
     ("gemma4_text", EXPERTS_OF_GEMMA | {"hidden_activation": "relu"}, "hidden_activation='relu'"),
     ("ernie4_5_moe", {"moe_norm_min": 0.5}, "moe_norm_min=0.5"),
     ("falcon", {"alibi": True}, "alibi=True"),
@@ -196,10 +220,11 @@ def test_unknown_variant_refuses_to_load_and_names_the_field(
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    config = AutoConfig.for_model(family, **changes)
-    config.save_pretrained(tmp_path)
+    AutoConfig.for_model(family).save_pretrained(tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())
     content["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]]
+    content.get("text_config", content).update(changes)
     (tmp_path / "config.json").write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match=named):
+    with pytest.raises(ConfigError, match=named) as refusal:
         load_spec(tmp_path)
+    assert "\n" not in str(refusal.value)

@@ -40,7 +40,7 @@ def only(module: ModuleType) -> str:
     for node in ast.walk(ast.parse(inspect.getsource(module))):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "expect":
             field, *allowed = (ast.literal_eval(argument) for argument in node.args[1:])
-            values = " or ".join(str(value) for value in allowed if value is not None)
+            values = " or ".join(str(value) for value in allowed if value is not None) or "None"
             found.append(f"`{field}={values}`")
     return ", ".join(found)
 
