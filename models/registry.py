@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -163,9 +164,11 @@ def _refuse_looking_ahead(raw: dict[str, Any], architecture: str) -> None:
             f"architecture '{architecture:.80}' is an encoder, and compiledllm runs decoders only; "
             "use an embedding model that is a decoder, such as Qwen/Qwen3-Embedding-0.6B"
         )
-    for field, allowed in (("is_causal", True), ("use_bidirectional_attention", False)):
-        value = raw.get(field)
-        if isinstance(value, bool) and value is not allowed:
+    parts = [part for part in (raw, raw.get("text_config")) if isinstance(part, dict)]
+    allowed = (("is_causal", True), ("use_bidirectional_attention", False))
+    for part, (field, causal) in itertools.product(parts, allowed):
+        value = part.get(field)
+        if isinstance(value, bool) and value is not causal:
             raise ConfigError(
                 f"config.json has {field}={value}: each token of this {architecture:.80} attends "
                 "to later tokens, which is not supported; use a model with causal attention"

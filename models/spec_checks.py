@@ -44,7 +44,8 @@ def _of_attention(attention: AttentionSpec) -> Iterator[Requirement]:
         ("num_attention_heads", attention.num_heads),
     )
     window = attention.sliding_window
-    yield window >= 0, f"sliding_window={window} must not be negative"
+    is_size = isinstance(window, int) and window >= 0
+    yield is_size, f"sliding_window={window} must be a number of tokens"
 
 
 def _of_state(state: DeltaNetSpec | ConvSpec | Mamba2Spec) -> Iterator[Requirement]:

@@ -100,11 +100,14 @@ def activation_of(hf: Any, name: str = "hidden_act") -> str:
     return ACTIVATIONS[getattr(hf, name)]
 
 
+def common_window(hf: Any) -> int:
+    """Size of the sliding window of all layers, in tokens; 0: none."""
+    return getattr(hf, "sliding_window", None) or 0
+
+
 def window_of(hf: Any, layer: int) -> int:
-    """Size of a layer's sliding window in tokens; 0: none. Without `layer_types` all are alike."""
-    kinds = getattr(hf, "layer_types", None)
-    if kinds is None:
-        return getattr(hf, "sliding_window", None) or 0
+    """As `common_window`, of a layer: in models that read `layer_types`, which others ignore."""
+    kinds = hf.layer_types
     if kinds[layer] not in ("full_attention", "sliding_attention"):
         raise ConfigError(f"{hf.model_type}: layer_types has {kinds[layer]!r}: not supported")
     if kinds[layer] == "full_attention":
@@ -166,6 +169,8 @@ def _rope_parameters(hf: Any, kind: str | None) -> dict[str, Any]:
                 "layers, which is not supported; give the parameters of each layer type"
             )
         rope.pop("truncate", None)  # transformers reads it only where all layers have the same ones
+    elif getattr(hf, "original_max_position_embeddings", None) is not None:
+        rope["original_max_position_embeddings"] = hf.original_max_position_embeddings
     old, new = rope.get("type"), rope.get("rope_type", "default")
     if old not in (None, new, "mrope"):  # the sections of mrope do not matter for text
         raise ConfigError(

@@ -57,7 +57,9 @@ def unpack(
 def spec_from_hf(hf: Any) -> ModelSpec:
     """ModelSpec of a transformers Llama4Config or Llama4TextConfig."""
     if hf.get_text_config() is not hf:
-        return make_text_spec(hf, spec_from_hf, "Llama4ForConditionalGeneration")
+        spec = make_text_spec(hf, spec_from_hf, "Llama4ForConditionalGeneration")
+        # The text model has the head.
+        return replace(spec, tie_word_embeddings=bool(hf.text_config.tie_word_embeddings))
     expect(hf, "hidden_act", "silu")
     norm = NormSpec(hf.rms_norm_eps)
     dense = MlpSpec(hf.intermediate_size_mlp, activation=activation_of(hf))

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from compiledllm.models.families import llama
-from compiledllm.models.families.hf import window_of
+from compiledllm.models.families.hf import common_window, window_of
 from compiledllm.models.families.llama import with_attention
 from compiledllm.models.spec import AttentionSpec, LayerSpec, ModelSpec
 
@@ -21,7 +21,8 @@ def spec_from_hf(hf: Any) -> ModelSpec:
     growth = _growth_of_queries(hf)
 
     def adapt(layer: LayerSpec, index: int) -> LayerSpec:
-        layer = with_attention(layer, sliding_window=window_of(hf, index))
+        window = window_of(hf, index) if hf.model_type == "ministral" else common_window(hf)
+        layer = with_attention(layer, sliding_window=window)
         attention = layer.mixer
         assert isinstance(attention, AttentionSpec)
         return with_attention(layer, rope=replace(attention.rope, growth=growth))

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from compiledllm.models.families import llama
-from compiledllm.models.families.hf import expect, window_of
+from compiledllm.models.families.hf import common_window, expect
 from compiledllm.models.families.llama import with_attention
 from compiledllm.models.spec import LayerSpec, ModelSpec, MoeSpec
 
@@ -24,8 +24,8 @@ def spec_from_hf(hf: Any) -> ModelSpec:
     expect(hf, "hidden_act", "silu")
     moe = MoeSpec(hf.intermediate_size, hf.num_local_experts, hf.num_experts_per_tok)
 
-    def adapt(layer: LayerSpec, index: int) -> LayerSpec:
-        layer = with_attention(layer, sliding_window=window_of(hf, index))
+    def adapt(layer: LayerSpec, _index: int) -> LayerSpec:
+        layer = with_attention(layer, sliding_window=common_window(hf))
         return replace(layer, mlp=moe)
 
     return llama.adapted(hf, "MixtralForCausalLM", adapt)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from compiledllm.models.families import llama
-from compiledllm.models.families.hf import window_of
+from compiledllm.models.families.hf import common_window
 from compiledllm.models.families.llama import with_attention
 from compiledllm.models.spec import ModelSpec
 
@@ -20,5 +20,5 @@ def spec_from_hf(hf: Any) -> ModelSpec:
     return llama.adapted(
         hf,
         "Phi3ForCausalLM",
-        lambda layer, index: with_attention(layer, sliding_window=window_of(hf, index)),
+        lambda layer, _index: with_attention(layer, sliding_window=common_window(hf)),
     )

@@ -7,7 +7,7 @@ from typing import Any
 from compiledllm.models.families import llama
 from compiledllm.models.families.hf import window_of
 from compiledllm.models.families.llama import with_attention
-from compiledllm.models.spec import ModelSpec
+from compiledllm.models.spec import LayerSpec, ModelSpec
 
 NAMES = llama.NAMES | {
     "model.layers.*.self_attn.q_norm.weight": "layers.*.attn.q_norm.weight",
@@ -16,11 +16,11 @@ NAMES = llama.NAMES | {
 
 
 def spec_from_hf(hf: Any) -> ModelSpec:
-    """ModelSpec of a transformers Qwen3Config."""
-    return llama.adapted(
-        hf,
-        "Qwen3ForCausalLM",
-        lambda layer, index: with_attention(
-            layer, qk_norm=layer.norm, sliding_window=window_of(hf, index)
-        ),
-    )
+    """ModelSpec of a transformers Qwen3Config or Qwen3VLTextConfig."""
+    has_windows = hf.model_type == "qwen3"  # Qwen3-VL ignores the field
+
+    def adapt(layer: LayerSpec, index: int) -> LayerSpec:
+        window = window_of(hf, index) if has_windows else 0
+        return with_attention(layer, qk_norm=layer.norm, sliding_window=window)
+
+    return llama.adapted(hf, "Qwen3ForCausalLM", adapt)

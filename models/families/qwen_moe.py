@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from compiledllm.models.families import llama, qwen3
-from compiledllm.models.families.hf import expect, window_of
+from compiledllm.models.families.hf import common_window, expect, window_of
 from compiledllm.models.families.llama import with_attention
 from compiledllm.models.spec import LayerSpec, ModelSpec, MoeSpec, RouterSpec
 
@@ -45,10 +45,17 @@ def spec_from_hf(hf: Any) -> ModelSpec:
 
     def adapt(layer: LayerSpec, index: int) -> LayerSpec:
         attention = {"qk_norm": layer.norm} if is_qwen3 else {"qkv_bias": hf.qkv_bias}
-        layer = with_attention(layer, sliding_window=window_of(hf, index), **attention)
+        layer = with_attention(layer, sliding_window=_window(hf, index), **attention)
         is_sparse = (index + 1) % hf.decoder_sparse_step == 0 and hf.num_experts > 0
         is_dense = index in (hf.mlp_only_layers or ()) or not is_sparse
         return layer if is_dense else replace(layer, mlp=moe)
 
     architecture = "Qwen3MoeForCausalLM" if is_qwen3 else "Qwen2MoeForCausalLM"
     return llama.adapted(hf, architecture, adapt)
+
+
+def _window(hf: Any, index: int) -> int:
+    """Qwen3-MoE has one window for all layers, and Qwen3-VL ignores the field."""
+    if hf.model_type == "qwen2_moe":
+        return window_of(hf, index)
+    return common_window(hf) if hf.model_type == "qwen3_moe" else 0

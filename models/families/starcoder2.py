@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from compiledllm.models.families import stablelm
-from compiledllm.models.families.hf import activation_of, attention_of, model_spec, window_of
+from compiledllm.models.families.hf import activation_of, attention_of, common_window, model_spec
 from compiledllm.models.spec import LayerSpec, MlpSpec, ModelSpec, NormSpec
 
 NAMES = stablelm.NAMES | {
@@ -20,7 +20,7 @@ def spec_from_hf(hf: Any) -> ModelSpec:
     layer = LayerSpec(
         hf.hidden_size,
         attention_of(
-            hf, qkv_bias=hf.use_bias, output_bias=hf.use_bias, sliding_window=window_of(hf, 0)
+            hf, qkv_bias=hf.use_bias, output_bias=hf.use_bias, sliding_window=common_window(hf)
         ),
         MlpSpec(hf.intermediate_size, hf.use_bias, activation_of(hf), gated=False),
         norm,

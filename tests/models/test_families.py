@@ -202,6 +202,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("qwen3_5_text", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
     ("gemma3_text", {"attn_logit_softcapping": 5.0}, "attn_logit_softcapping=5.0"),
     ("gemma3", {"final_logit_softcapping": 5.0}, "final_logit_softcapping=5.0"),
+    ("gemma3", {"is_causal": False}, "is_causal=False"),
     ("gemma4_text", EXPERTS_OF_GEMMA | {"hidden_activation": "relu"}, "hidden_activation='relu'"),
     ("ernie4_5_moe", {"moe_norm_min": 0.5}, "moe_norm_min=0.5"),
     ("falcon", {"alibi": True}, "alibi=True"),

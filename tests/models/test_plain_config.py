@@ -186,6 +186,17 @@ def test_config_of_uncertain_meaning_is_left_to_transformers(changes: dict[str, 
     assert plain_config(raw_config("qwen2", changes)) is None
 
 
+def test_original_length_beside_the_rope_parameters_is_the_one_that_counts(tmp_path: Path) -> None:
+    def spec(length: int, beside: dict[str, int]) -> Any:
+        rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": length}
+        raw = raw_config("qwen2", {"rope_scaling": rope} | beside)
+        (tmp_path / "config.json").write_text(json.dumps(raw))
+        return family_of("Qwen2ForCausalLM").spec_from_hf(_hf_config(tmp_path))
+
+    beside = {"original_max_position_embeddings": 64}
+    assert spec(512, {}) != spec(512, beside) == spec(64, {})
+
+
 def test_default_model_is_read_as_data(default_model: Path, tmp_path: Path) -> None:
     assert check_equal(json.loads((default_model / "config.json").read_text()), tmp_path)
 

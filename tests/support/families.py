@@ -179,12 +179,15 @@ VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
     ("mistral", "full"): {"sliding_window": None, "head_dim": 32},
     ("mistral", "window"): {"sliding_window": 20},
     ("ministral", "window"): {"sliding_window": 20, "head_dim": 16} | HALF_SLIDING,
-    ("ministral3", "queries that grow"): {"head_dim": 16, "rope_parameters": MINISTRAL3_ROPE},
+    ("ministral3", "queries that grow"): {"head_dim": 16, "rope_parameters": MINISTRAL3_ROPE}
+    | HALF_SLIDING
+    | {"sliding_window": 20},  # of all layers, as their types are not read
     ("mistral3", "text of a multimodal model"): {"model_type": "mistral", "head_dim": 32},
     ("mistral3", "ministral 3"): {"model_type": "ministral3", "head_dim": 16}
     | {"rope_parameters": MINISTRAL3_ROPE},
     ("qwen2_5_vl", "text of a multimodal model"): {"rope_parameters": MROPE},
-    ("qwen3_vl", "text of a multimodal model"): {"head_dim": 16, "rope_parameters": MROPE},
+    ("qwen3_vl", "text of a multimodal model"): {"head_dim": 16, "rope_parameters": MROPE}
+    | {"sliding_window": 20},  # which is not read
     ("qwen3_vl_moe", "text of a multimodal model"): EXPERTS
     | {"head_dim": 16, "mlp_only_layers": [1], "rope_parameters": MROPE}
     | {"moe_intermediate_size": 32, "norm_topk_prob": False},  # a square matrix; renormalised
