@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from compiledllm.config import ConfigError
-from compiledllm.models.spec import AttentionSpec, LayerSpec, ModelSpec, MoeSpec
+from compiledllm.models.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, MoeSpec
 from compiledllm.models.state_specs import ConvSpec, DeltaNetSpec, Mamba2Spec
 
 Requirement = tuple[bool, str]  # whether it holds, and what it says
@@ -30,7 +30,7 @@ def _of_layer(layer: LayerSpec) -> Iterator[Requirement]:
     else:
         yield from _of_state(mixer)
     for mlp in (layer.mlp, layer.experts):
-        if mlp is not None:
+        if isinstance(mlp, MlpSpec | MoeSpec):
             size = mlp.intermediate_size
             yield size >= 1, f"intermediate_size of an MLP must be at least 1, got {size}"
         if isinstance(mlp, MoeSpec):
