@@ -14,6 +14,11 @@ from compiledllm.models.sharded_spec import sharded
 from compiledllm.models.spec import ModelSpec
 from tests.support.real_configs import MODELS
 
+WINDOWS = {
+    "layer_types": ["full_attention", "sliding_attention"] * 14,
+    "use_sliding_window": True,
+    "sliding_window": 64,
+}
 FITTING = {
     *("Qwen3-0.6B", "Qwen3-4B-Instruct-2507", "Qwen3-32B", "Qwen3-VL-8B", "Qwen2.5-VL-7B"),
     *("Mistral-Small-3.2-24B", "Seed-OSS-36B", "phi-4", "Phi-4-mini"),
@@ -49,7 +54,7 @@ def test_published_models_fit_or_are_refused_in_words(tmp_path: Path) -> None:
     ("change", "words"),
     [
         ({"hidden_act": "relu"}, "activation is relu"),
-        ({"layer_types": ["full_attention", "sliding_attention"] * 14, "sliding_window": 64}, None),
+        (WINDOWS, None),
     ],
     ids=["activation", "windows"],
 )
