@@ -285,6 +285,7 @@ _SIZES = {
     "num_hidden_layers": (1, 10_000),
     "vocab_size": (1, 2**31),
     "hidden_size": (1, 2**31),
+    "max_position_embeddings": (1, 2**40),
     **dict.fromkeys(_EXPERTS, (0, 2**16)),
 }
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from compiledllm.models.families import glm4_moe
-from compiledllm.models.families.hf import activation_of, attention_of, expect, model_spec
+from compiledllm.models.families.hf import activation_of, attention_of, expect, model_spec, positive
 from compiledllm.models.formats.slicing import Content
 from compiledllm.models.spec import LayerSpec, MlpSpec, ModelSpec, MoeSpec, NormSpec, RouterSpec
 
@@ -46,7 +46,7 @@ def spec_from_hf(hf: Any) -> ModelSpec:
 
 
 def _is_sparse(hf: Any, index: int) -> bool:
-    is_due = (index + 1) % hf.moe_layer_interval == 0
+    is_due = (index + 1) % positive(hf, "moe_layer_interval") == 0
     return bool(is_due and hf.moe_layer_start_index <= index <= hf.moe_layer_end_index)
 
 

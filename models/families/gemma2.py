@@ -16,6 +16,7 @@ from compiledllm.models.families.hf import (
     attention_of,
     expect,
     model_spec,
+    positive,
     rope_from_hf,
     window_of,
 )
@@ -40,7 +41,7 @@ def spec_from_hf(hf: Any) -> ModelSpec:
         hf,
         hf.head_dim,
         rope_from_hf(hf, hf.head_dim, hf.layer_types[0] if has_qk_norm else None),
-        scale=hf.query_pre_attn_scalar**-0.5,
+        scale=positive(hf, "query_pre_attn_scalar") ** -0.5,
         qkv_bias=hf.attention_bias,
         output_bias=hf.attention_bias,
         qk_norm=norm if has_qk_norm else None,

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from compiledllm.models.families import llama
+from compiledllm.models.families.hf import positive
 from compiledllm.models.families.llama import with_attention
 from compiledllm.models.spec import LayerSpec, ModelSpec
 
@@ -24,5 +25,5 @@ def spec_from_hf(hf: Any) -> ModelSpec:
         "GraniteForCausalLM",
         adapt,
         embedding_scale=hf.embedding_multiplier,
-        logit_scale=1 / hf.logits_scaling,
+        logit_scale=1 / positive(hf, "logits_scaling"),
     )

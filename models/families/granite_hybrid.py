@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compiledllm.config import ConfigError
 from compiledllm.models.families import llama
-from compiledllm.models.families.hf import expect
+from compiledllm.models.families.hf import expect, positive
 from compiledllm.models.families.llama import with_attention
 from compiledllm.models.formats.slicing import Content
 from compiledllm.models.spec import LayerSpec, MlpSpec, ModelSpec, MoeSpec, RopeSpec, RouterSpec
@@ -77,7 +77,7 @@ def spec_from_hf(hf: Any) -> ModelSpec:
         adapt,
         None if hf.position_embedding_type == "rope" else RopeSpec(()),
         embedding_scale=hf.embedding_multiplier,
-        logit_scale=1 / hf.logits_scaling,
+        logit_scale=1 / positive(hf, "logits_scaling"),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,6 +24,25 @@ def expect(hf: Any, name: str, *allowed: object) -> None:
             f"{hf.model_type}: {name}={value!r} is not supported "
             f"(supported: {', '.join(map(repr, allowed))})"
         )
+
+
+def positive(hf: Any, name: str) -> Any:
+    """A field of the config. Raises ConfigError unless the value is a number above 0."""
+    value = getattr(hf, name, None)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ConfigError(f"{hf.model_type}: {name} must be a number above 0, got {value!r}")
+    return value
+
+
+def of_layer(hf: Any, name: str, index: int) -> Any:
+    """A layer's value of a field that lists one for each layer. Raises ConfigError."""
+    values = getattr(hf, name)
+    if not isinstance(values, list | tuple) or len(values) != hf.num_hidden_layers:
+        raise ConfigError(
+            f"{hf.model_type}: {name} must list a value for each of {hf.num_hidden_layers} layers, "
+            f"got {values!r:.60}"
+        )
+    return values[index]
 
 
 def dtype_of(hf: Any) -> str:
@@ -59,7 +79,9 @@ def model_spec(
 
 def head_dim_of(hf: Any) -> int:
     """The config's `head_dim`, which most classes take even if they declare no such field."""
-    head_dim: int = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+    if getattr(hf, "head_dim", None) is None:
+        return int(hf.hidden_size // hf.num_attention_heads)
+    head_dim: int = positive(hf, "head_dim")
     return head_dim
 
 
@@ -128,14 +150,18 @@ def rope_from_hf(hf: Any, head_dim: int, kind: str | None = None) -> RopeSpec:
     frequencies; the long set is used if the context is longer than the original one.
     """
     rope = _rope_parameters(hf, kind)
-    scaling, share = rope.get("rope_type", "default"), rope.get("partial_rotary_factor", 1.0)
+    scaling, theta = rope.get("rope_type", "default"), rope["rope_theta"]
+    share = rope.get("partial_rotary_factor", 1.0)
     if share != 1.0 and hf.model_type not in PARTIAL:  # which transformers ignores, or fails at
         raise ConfigError(
             f"{hf.model_type}: partial_rotary_factor={share!r} is not supported (supported: 1.0)"
         )
+    for name, value, most in (("partial_rotary_factor", share, 1), ("rope_theta", theta, math.inf)):
+        if not 0 < value <= most:
+            raise ConfigError(f"{hf.model_type}: {name} must be in (0, {most}], got {value!r}")
     rotary_dim = int(head_dim * share)
     if scaling in ("default", "dynamic"):
-        return rope_from_base(rope["rope_theta"], rotary_dim)
+        return rope_from_base(theta, rotary_dim)
     if scaling not in ROPE_SCALINGS:
         supported = ", ".join(map(repr, ("default", "dynamic", *ROPE_SCALINGS)))
         raise ConfigError(
@@ -143,7 +169,7 @@ def rope_from_hf(hf: Any, head_dim: int, kind: str | None = None) -> RopeSpec:
         )
     if scaling == "longrope":
         _check_factors(hf, rope, rotary_dim // 2)
-    rotation = Rotation(rope["rope_theta"], rotary_dim, hf.max_position_embeddings, rope)
+    rotation = Rotation(theta, rotary_dim, hf.max_position_embeddings, rope)
     scaled = ROPE_SCALINGS[scaling](rotation)
     return RopeSpec(tuple(scaled.frequencies.tolist()), scaled.scale)
 

@@ -14,7 +14,13 @@ from torch import Tensor
 
 from compiledllm.config import ConfigError
 from compiledllm.models.families import qwen_moe
-from compiledllm.models.families.hf import activation_of, attention_of, expect, model_spec
+from compiledllm.models.families.hf import (
+    activation_of,
+    attention_of,
+    expect,
+    model_spec,
+    of_layer,
+)
 from compiledllm.models.families.wrapper import (
     TOWERS,
     experts_one_by_one,
@@ -89,7 +95,7 @@ def _attention(hf: Any, index: int) -> AttentionSpec:
         raise ConfigError(f"llama4: layer_types has {hf.layer_types[index]!r}: not supported")
     if hf.layer_types[index] == "chunked_attention" and hf.attention_chunk_size:
         attention = replace(attention, sliding_window=hf.attention_chunk_size, in_chunks=True)
-    if not hf.no_rope_layers[index]:  # a list of the layers that do have positions
+    if not of_layer(hf, "no_rope_layers", index):  # a list of the layers that do have positions
         return replace(attention, rope=_unrotated(hf))
     norm = NormSpec(hf.rms_norm_eps, "rms_unscaled") if hf.use_qk_norm else None
     rope = replace(attention.rope, interleaved=True)

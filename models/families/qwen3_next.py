@@ -6,7 +6,7 @@ from typing import Any
 
 from compiledllm.config import ConfigError
 from compiledllm.models.families import qwen_moe
-from compiledllm.models.families.hf import activation_of, attention_of, expect, model_spec
+from compiledllm.models.families.hf import activation_of, attention_of, expect, model_spec, positive
 from compiledllm.models.spec import (
     AttentionSpec,
     LayerSpec,
@@ -42,7 +42,7 @@ def spec_from_hf(hf: Any) -> ModelSpec:
     experts = moe_spec(hf, renormalize=hf.norm_topk_prob)
 
     def is_sparse(index: int) -> bool:
-        is_due = (index + 1) % hf.decoder_sparse_step == 0 and hf.num_experts > 0
+        is_due = (index + 1) % positive(hf, "decoder_sparse_step") == 0 and hf.num_experts > 0
         return is_due and index not in hf.mlp_only_layers
 
     mlps = [experts if is_sparse(index) else dense for index in range(hf.num_hidden_layers)]

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from compiledllm.models.families import llama, qwen3
-from compiledllm.models.families.hf import common_window, expect, window_of
+from compiledllm.models.families.hf import common_window, expect, positive, window_of
 from compiledllm.models.families.llama import with_attention
 from compiledllm.models.spec import LayerSpec, ModelSpec, MoeSpec, RouterSpec
 
@@ -46,7 +46,7 @@ def spec_from_hf(hf: Any) -> ModelSpec:
     def adapt(layer: LayerSpec, index: int) -> LayerSpec:
         attention = {"qk_norm": layer.norm} if is_qwen3 else {"qkv_bias": hf.qkv_bias}
         layer = with_attention(layer, sliding_window=_window(hf, index), **attention)
-        is_sparse = (index + 1) % hf.decoder_sparse_step == 0 and hf.num_experts > 0
+        is_sparse = (index + 1) % positive(hf, "decoder_sparse_step") == 0 and hf.num_experts > 0
         is_dense = index in (hf.mlp_only_layers or ()) or not is_sparse
         return layer if is_dense else replace(layer, mlp=moe)
 

@@ -34,7 +34,7 @@ _BY_RULE = {"dtype", "rope_parameters", "text_config", "vision_config", "audio_c
 _BY_RULE |= {"time_step_limit"}
 _READS = (
     r"\bhf(?:\.text_config)?\.(\w+)",
-    r'\b(?:getattr|expect|activation_of)\(hf, "(\w+)"',
+    r'\b(?:getattr|expect|activation_of|positive|of_layer)\(hf, "(\w+)"',
     r'\bfields\["(\w+)"\]',
 )
 _BY_METHOD = {"get_text_config", "per_layer_config", "text_config"}
