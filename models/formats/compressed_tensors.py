@@ -22,7 +22,7 @@ from compiledllm.models.formats.codes import (
 from compiledllm.models.formats.fp8 import (
     channel_scales,
     expect_e4m3,
-    expect_not_negative,
+    expect_scales,
     from_fp8,
 )
 from compiledllm.models.formats.mxfp4 import e8m0_scales
@@ -128,7 +128,7 @@ def from_float_quantized(
     expect_e4m3("weight", weight)
     n, k = weight.shape
     scales = _group_scales(weight_scale, n, k, group_size)
-    expect_not_negative("weight_scale", scales)
+    expect_scales("weight_scale", scales)
     return QuantizedMatrix("fp8", weight.contiguous(), scales)
 
 

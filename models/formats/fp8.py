@@ -38,8 +38,7 @@ def from_fp8(
     """
     expect_e4m3("weight", weight)
     expect_dtype(scale_field, scale, *SCALE_DTYPES, torch.float8_e8m0fnu)
-    expect_finite(scale_field, scale)
-    expect_not_negative(scale_field, scale)
+    expect_scales(scale_field, scale)
     n, k = weight.shape
     if block is None:
         return QuantizedMatrix("fp8", weight.contiguous(), channel_scales(scale_field, scale, n))
@@ -62,9 +61,15 @@ def expect_e4m3(field: str, tensor: Tensor) -> None:
         raise ValueError(f"{field} holds a NaN; the file is damaged")
 
 
-def expect_not_negative(field: str, scale: Tensor) -> None:
-    """Raise ValueError naming the field for a negative scale, which no tool for FP8 makes."""
-    if bool((scale.float() < 0).any()):
+def expect_scales(field: str, scale: Tensor) -> None:
+    """Raise ValueError naming the field for scales that no tool for FP8 makes.
+
+    They are infinite, NaN or negative. One check finds all of these, because each check of a tensor
+    on a GPU waits for the GPU.
+    """
+    values = scale.float()
+    if not bool((values.isfinite() & (values >= 0)).all()):
+        expect_finite(field, scale)
         raise ValueError(f"{field} holds a negative number; the file is damaged")
 
 
