@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import itertools
 import json
 import random
 import re
@@ -34,7 +33,8 @@ MALFORMED = [b"{", b"[]", b'{"messages": []}', b'{"messages": 3, "n": 0}']
 # What a client does next: how often, of a hundred.
 MANNERS = {"whole": 25, "streamed": 25, "cancelled": 15, "slow": 15, "deaf": 7, "half": 8, "bad": 5}
 REST_S = 30.0  # for the server to be idle again
-MAX_GROWTH_MIB = 32.0  # from the second third of the time to the last
+ROUNDS = 3  # of the crowd, with a rest after each
+MAX_GROWTH_MIB = 32.0  # of the rest after the last round over the rests before it
 
 
 class Soak:
@@ -49,11 +49,13 @@ class Soak:
         self.gaps_s: list[float] = []
         self.faults: list[str] = []
 
-    async def run(self, clients: int, seconds: float) -> None:
+    async def run(self, number: int, clients: int, seconds: float) -> None:
+        """One round, and the rest after it. number: of the round; each has its own requests."""
+        seeds = range(number * clients, (number + 1) * clients)
         until = time.monotonic() + seconds
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(connector=connector) as session:
-            await asyncio.gather(*(self._client(session, n, until) for n in range(clients)))
+            await asyncio.gather(*(self._client(session, seed, until) for seed in seeds))
             await self._check_rest(session)
 
     async def _client(self, session: aiohttp.ClientSession, seed: int, until: float) -> None:
@@ -200,45 +202,23 @@ def loads(metrics: str) -> dict[str, float]:
     return {name: value for name, value in found.items() if value}
 
 
-class MemoryLog:
-    """The resident memory of processes, once a second, in MiB."""
-
-    def __init__(self, pids: dict[str, int]) -> None:
-        self._pids = pids
-        self._samples: dict[str, list[float]] = {name: [] for name in pids}
-
-    async def keep(self) -> None:
-        while True:
-            for name, pid in self._pids.items():
-                self._samples[name].append(memory_mib(pid, "VmRSS"))
-            await asyncio.sleep(1)
-
-    def thirds(self) -> dict[str, list[float]]:
-        """The least in each third of the time, by process: what requests do not give back."""
-        return {name: [min(part) for part in in_thirds(s)] for name, s in self._samples.items()}
-
-
-def in_thirds(samples: list[float]) -> list[list[float]]:
-    ends = [len(samples) * i // 3 for i in range(4)]
-    return [samples[a : max(b, a + 1)] for a, b in itertools.pairwise(ends)]
-
-
 async def soak(url: str, pids: dict[str, int], clients: int, seconds: float) -> dict[str, Any]:
-    """The figures, of which `faults` should be empty."""
-    crowd, memory = Soak(url), MemoryLog(pids)
-    log = asyncio.create_task(memory.keep())
-    await crowd.run(clients, seconds)
-    log.cancel()
-    thirds = memory.thirds()
-    for name, (_, middle, last) in thirds.items():
-        if last - middle > MAX_GROWTH_MIB:
-            crowd.faults.append(f"the {name}'s memory grew from {middle:.0f} to {last:.0f} MiB")
+    """The figures, of which `faults` should be empty. memory_mib: at rest after each round."""
+    crowd, memory = Soak(url), {name: list[float]() for name in pids}
+    for number in range(ROUNDS):
+        await crowd.run(number, clients, seconds / ROUNDS)
+        for name, pid in pids.items():
+            memory[name].append(memory_mib(pid, "VmRSS"))
+    for name, (*earlier, after) in memory.items():
+        before = max(earlier)
+        if after - before > MAX_GROWTH_MIB:
+            crowd.faults.append(f"the {name}'s memory grew from {before:.0f} to {after:.0f} MiB")
     gaps = sorted(crowd.gaps_s)
     return {
         "requests": dict(crowd.counts),
         "statuses": dict(crowd.statuses),
         "gap_s": {f"p{p}": gaps[len(gaps) * p // 100] for p in (50, 99)} if gaps else {},
-        "memory_mib": thirds,
+        "memory_mib": memory,
         "faults": crowd.faults,
     }
 

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.real_model  # its tokenizer
 
 
 def test_everybody_is_served_and_nothing_is_left(server: Any) -> None:
-    figures = asyncio.run(soak(server.url, server.pids(), clients=32, seconds=10))
+    figures = asyncio.run(soak(server.url, server.pids(), clients=32, seconds=6))
     assert not figures["faults"], figures
     assert set(figures["requests"]) == set(MANNERS) and set(figures["statuses"]) == {200, 400}
     assert "leak" not in server.log
