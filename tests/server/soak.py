@@ -208,7 +208,7 @@ async def soak(url: str, pids: dict[str, int], clients: int, seconds: float) -> 
     for number in range(ROUNDS):
         await crowd.run(number, clients, seconds / ROUNDS)
         for name, pid in pids.items():
-            memory[name].append(memory_mib(pid, "VmRSS"))
+            memory[name].append(memory_mib(pid))
     for name, (*earlier, after) in memory.items():
         before = max(earlier)
         if after - before > MAX_GROWTH_MIB:

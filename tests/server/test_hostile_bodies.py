@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.server import OwnSeconds, memory_mib
+from tests.support.server import OwnSeconds, memory_mib, peak_memory_mib
 
 pytestmark = pytest.mark.real_model  # its tokenizer
 
@@ -207,7 +207,7 @@ def watch(server: Any) -> Iterator[Watch]:
 def check(server: Any, watch: Watch, name: str, path: str, body: bytes) -> int:
     """The status of the answer, which comes within all bounds."""
     pid, size = server.process.pid, len(body) / MIB
-    before = memory_mib(pid, "VmRSS")
+    before = memory_mib(pid)
     Path(f"/proc/{pid}/clear_refs").write_text("5")  # VmHWM begins anew
     watch.longest = 0.0
     taken = OwnSeconds(*server.pids().values())
@@ -219,7 +219,7 @@ def check(server: Any, watch: Watch, name: str, path: str, body: bytes) -> int:
         assert len(answer["error"]["message"]) <= 1100
     assert seconds < SPARE_S + SECONDS_PER_MIB * size, (name, seconds)
     assert watch.longest < LONGEST_STANDSTILL_S and not watch.failures, (name, watch.longest)
-    cost = memory_mib(pid, "VmHWM") - before
+    cost = peak_memory_mib(pid) - before
     assert cost < BODIES_OF_MEMORY * size + SPARE_MIB, (name, cost)
     found: int = status
     return found
@@ -227,11 +227,11 @@ def check(server: Any, watch: Watch, name: str, path: str, body: bytes) -> int:
 
 def test_wrong_items_of_every_kind_in_every_kind_of_field(server: Any, watch: Watch) -> None:
     server.post(CHAT, START[CHAT] + b"}")
-    before, statuses = memory_mib(server.process.pid, "VmRSS"), set()
+    before, statuses = memory_mib(server.process.pid), set()
     for name, path, body in wrong_items():
         statuses.add(check(server, watch, name, path, body))
     assert statuses == {200, 400}
-    assert memory_mib(server.process.pid, "VmRSS") - before < 2 * SPARE_MIB
+    assert memory_mib(server.process.pid) - before < 2 * SPARE_MIB
 
 
 @pytest.mark.parametrize("case", large_bodies(), ids=lambda case: case[0])
@@ -240,21 +240,21 @@ def test_the_largest_bodies(
 ) -> None:
     name, path, make = case
     body = make()
-    before = memory_mib(server.process.pid, "VmRSS")
+    before = memory_mib(server.process.pid)
     check(server, watch, name, path, body)
-    assert memory_mib(server.process.pid, "VmRSS") - before < 2 * len(body) / MIB + SPARE_MIB
+    assert memory_mib(server.process.pid) - before < 2 * len(body) / MIB + SPARE_MIB
 
 
 def test_long_names_of_fields_are_not_kept(server: Any) -> None:
-    before = memory_mib(server.process.pid, "VmRSS")
+    before = memory_mib(server.process.pid)
     for number in range(20):
         status, _ = server.post(CHAT, field(CHAT, f"{number}" + "x" * 4_000_000, b"1"))
         assert status == 400
-    assert memory_mib(server.process.pid, "VmRSS") - before < SPARE_MIB
+    assert memory_mib(server.process.pid) - before < SPARE_MIB
 
 
 def test_a_stream_does_not_keep_its_body(server: Any) -> None:
-    before = memory_mib(server.process.pid, "VmRSS")
+    before = memory_mib(server.process.pid)
     body = {"messages": [{"role": "user", "content": "hi"}], "stream": True, "max_tokens": 1900}
     long = json.dumps(body | {"ignore_eos": True, "user": "x" * 1000}).encode()[:-1]
     with contextlib.ExitStack() as held:
@@ -264,7 +264,7 @@ def test_a_stream_does_not_keep_its_body(server: Any) -> None:
             junk = b',"x":' + many(b"[]", 4 * MIB) + b',"y":"' + b"y" * (4 * MIB) + b'"}'
             connection.request("POST", CHAT, long + junk, {"content-type": "application/json"})
             assert connection.getresponse().status == 200
-        assert memory_mib(server.process.pid, "VmRSS") - before < 32
+        assert memory_mib(server.process.pid) - before < 32
 
 
 def test_texts_whose_clients_have_left_hold_up_nobody(server: Any, watch: Watch) -> None:

@@ -141,8 +141,17 @@ def command_of(pid: int) -> bytes:
         return b""
 
 
-def memory_mib(pid: int, name: str) -> float:
-    """A line of the process's status: VmRSS, VmHWM, ..."""
+def memory_mib(pid: int) -> float:
+    """The process's own resident memory: not of files, whose pages the kernel drops at any time."""
+    return _status_mib(pid, "RssAnon") + _status_mib(pid, "RssShmem")
+
+
+def peak_memory_mib(pid: int) -> float:
+    """An estimate of the most that `memory_mib` was since 5 was written to `clear_refs`."""
+    return _status_mib(pid, "VmHWM") - _status_mib(pid, "RssFile")
+
+
+def _status_mib(pid: int, name: str) -> float:
     status = Path(f"/proc/{pid}/status").read_text()
     line = next(line for line in status.splitlines() if line.startswith(name))
     return int(line.split()[1]) / 1024
