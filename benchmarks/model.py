@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from compiledllm.config import ConfigError, EngineConfig
+from compiledllm.models.json_file import read_json
 from compiledllm.models.registry import load_spec
 from compiledllm.models.sharded_spec import sharded
 from compiledllm.models.source import resolve_checkpoint
@@ -71,6 +71,11 @@ class Model:
         return dtype
 
     @property
+    def raw_config(self) -> dict[str, Any]:
+        """The checkpoint's config.json."""
+        return read_json(self.path / "config.json")
+
+    @property
     def has_random_weights(self) -> bool:
         return self.options.get("load_format") == "dummy"
 
@@ -99,8 +104,9 @@ class Model:
 
 
 def _vocab_size(path: Path) -> int:
-    try:
-        size = json.loads((path / "config.json").read_text(encoding="utf-8"))["vocab_size"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ConfigError(f"{path}/config.json gives no vocab_size: {error!r}") from None
-    return int(size)
+    raw = read_json(path / "config.json")
+    parts = [part for part in (raw, raw.get("text_config")) if isinstance(part, dict)]
+    found = next((part["vocab_size"] for part in parts if "vocab_size" in part), None)
+    if not isinstance(found, int):
+        raise ConfigError(f"{path}/config.json gives no vocab_size but {found!r}")
+    return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
@@ -19,7 +19,7 @@ from compiledllm.benchmarks.model import Model
 from compiledllm.benchmarks.other_environment import OtherEnvironment
 from compiledllm.benchmarks.profile import StepProfile, StepTimes
 from compiledllm.benchmarks.workload import SampleRequest, check_lengths, ids_of
-from compiledllm.config import ConfigError
+from compiledllm.config import ONLINE, ConfigError
 
 T = TypeVar("T")
 # Engine options that vLLM shares under the same name and meaning.
@@ -29,9 +29,17 @@ _VLLM_OPTIONS = (
     "kv_cache_memory_bytes",
     "max_num_seqs",
     "max_num_batched_tokens",
+    "tensor_parallel_size",
+    "kv_cache_dtype",
     "enforce_eager",
     "seed",
 )
+# vLLM's names of the methods that quantise while loading.
+_VLLM_ONLINE = {
+    "fp8": "fp8_per_channel",
+    "fp8_block": "fp8_per_block",
+    "int8": "int8_per_channel_weight_only",
+}
 # Sampling parameters by the names that `bench latency --sampling` takes.
 SAMPLING: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0},
@@ -104,6 +112,10 @@ def _vllm_options(model: Model) -> dict[str, Any]:
     shared = {name: model.options[name] for name in _VLLM_OPTIONS if name in model.options}
     if model.has_random_weights:
         shared["load_format"] = "dummy"
+    if method := model.options.get("quantization"):
+        shared |= _vllm_quantization(method, model.raw_config)
+    if "text_config" in model.raw_config:
+        shared["language_model_only"] = True  # as here: a wrapper's towers are not loaded
     return shared | {
         "model": str(model.path.resolve()),
         "dtype": model.dtype,
@@ -111,6 +123,18 @@ def _vllm_options(model: Model) -> dict[str, Any]:
         "enable_prefix_caching": False,
         "disable_log_stats": True,
     }
+
+
+def _vllm_quantization(method: str, raw_config: Mapping[str, Any]) -> dict[str, str]:
+    """vLLM's option for a method, which it reads from the config of a quantised checkpoint."""
+    if method not in ONLINE or "quantization_config" in raw_config:
+        return {}
+    if method not in _VLLM_ONLINE:
+        raise ConfigError(
+            f"vLLM has no quantization='{method}' of 16-bit checkpoints; measure a checkpoint that "
+            "is quantised already"
+        )
+    return {"quantization": _VLLM_ONLINE[method]}
 
 
 class CompiledLLM:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import gc
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from compiledllm import cli
 from compiledllm.benchmarks.model import Model
 from compiledllm.benchmarks.other_environment import OtherEnvironment
-from compiledllm.benchmarks.peers import make_other_peer
+from compiledllm.benchmarks.peers import _vllm_options, make_other_peer
 from compiledllm.benchmarks.report import load_report
 from compiledllm.benchmarks.workload import SampleRequest
 from compiledllm.config import ConfigError
+from compiledllm.platform import Platform
 
 # A package in the place of compiledllm or vLLM, which also prints.
 PACKAGE = """
@@ -100,6 +103,34 @@ def test_engines_that_need_not_measure_memory_start_at_the_same_time(
     for peer in (first, second):
         peer.wait_until_ready()
         assert peer.generate(REQUESTS) > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "raw", "expected"),
+    [
+        ({"quantization": "fp8_block"}, {}, {"quantization": "fp8_per_block"}),
+        ({"quantization": "int4"}, {"quantization_config": {}}, {}),
+        ({"quantization": "awq"}, {}, {}),
+        ({"kv_cache_dtype": "fp8", "num_kv_blocks": 9}, {}, {"kv_cache_dtype": "fp8"}),
+        ({"tensor_parallel_size": 2}, {"text_config": {}}, {"tensor_parallel_size": 2}),
+    ],
+)
+def test_vllm_is_asked_for_the_same_work(
+    options: dict[str, Any], raw: dict[str, Any], expected: dict[str, Any], tmp_path: Path
+) -> None:
+    asked = _vllm_options(a_model(tmp_path, options, raw))
+    assert asked.get("language_model_only", False) == ("text_config" in raw)
+    assert {name: asked[name] for name in asked if name in options} == expected
+
+
+def test_work_that_vllm_cannot_do_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="vLLM has no quantization='int4' of 16-bit checkpoints"):
+        _vllm_options(a_model(tmp_path, {"quantization": "int4"}, {}))
+
+
+def a_model(path: Path, options: dict[str, Any], raw: dict[str, Any]) -> Model:
+    (path / "config.json").write_text(json.dumps(raw))
+    return Model(path, None, 8, Platform.detect("cpu"), "bfloat16", options)
 
 
 def test_versions_take_turns_in_one_report(
