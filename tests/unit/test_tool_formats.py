@@ -155,7 +155,7 @@ ANSWERS: dict[str, tuple[str, str, str, list[Call]]] = {
     "seed_oss": (
         "seed_oss",
         "<seed:tool_call>\n<function=get_weather>\n<parameter=city>Paris</parameter>\n</function>\n"
-        "<function=now>\n</function>\n</seed:tool_call>",
+        "</seed:tool_call>\n<seed:tool_call>\n<function=now>\n</function>\n</seed:tool_call>",
         "",
         [PARIS, NOW],
     ),
@@ -238,7 +238,7 @@ ANSWERS: dict[str, tuple[str, str, str, list[Call]]] = {
     ),
     "gemma4, otherwise quoted": (
         "gemma4",
-        '<|tool_call>call:get_weather{<|"|>city<|"|>: "Pa\\u0072is", "days":2 }<tool_call|>',
+        '<|tool_call>:get_weather{<|"|>city<|"|>: "Pa\\u0072is", "days":2 }<tool_call|>',
         "",
         [("get_weather", {"city": "Paris", "days": 2})],
     ),
@@ -257,6 +257,12 @@ ANSWERS: dict[str, tuple[str, str, str, list[Call]]] = {
         "more={'k': [1, None]}), now()]",
         "",
         [FULL, NOW],
+    ),
+    "pythonic, names that Python has not": (
+        "pythonic",
+        '[get_weather(city="Paris", user-id=1, $if={"a": 2}, a b=3)]',
+        "",
+        [("get_weather", {"city": "Paris", "user-id": 1, "$if": {"a": 2}, "a b": 3})],
     ),
     "llama4_pythonic": (
         "llama4_pythonic",
@@ -417,7 +423,14 @@ def qwen(key: str, value: str) -> str:
         ("tags", '["</parameter>", "\\n<parameter=x>"]', ["</parameter>", "\n<parameter=x>"]),
         ("more", '{"a": {"b": [1, 2.5, null]}}', {"a": {"b": [1, 2.5, None]}}),
         ("more", "{'a': None, 'b': True, 'c': 'None'}", {"a": None, "b": True, "c": "None"}),
+        (
+            "more",
+            "{'a': '</parameter>\n<parameter=x>', 'b': \"it's\"}",
+            {"a": "</parameter>\n<parameter=x>", "b": "it's"},
+        ),
         ("more", "{", "{"),
+        ("tags", ' ["</parameter>"]', ["</parameter>"]),
+        ("tags", "[it's", "[it's"),
         ("unit", "c", "c"),
         ("unit", "null", None),
         ("unit", "5", "5"),
@@ -427,8 +440,9 @@ def qwen(key: str, value: str) -> str:
     ],
 )
 def test_values_in_tags_follow_the_schema(key: str, text: str, value: Any) -> None:
-    ((_, arguments),) = parse([qwen(key, text)], "qwen3_coder").calls
-    assert json.loads(arguments) == {key: value}
+    for pieces in ([qwen(key, text)], list(qwen(key, text))):
+        ((_, arguments),) = parse(pieces, "qwen3_coder").calls
+        assert json.loads(arguments) == {key: value}
 
 
 def test_strings_in_tags_are_shown_as_they_are_written() -> None:
@@ -538,13 +552,17 @@ def test_a_whole_answer_has_the_order_of_its_text(case: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", ["kimi_k2", "minimax_m2", "deepseek_v31", "lfm2", "seed_oss", "mistral"]
+    "case",
+    [
+        *("kimi_k2", "minimax_m2", "deepseek_v31", "lfm2", "seed_oss", "mistral"),
+        *("qwen3_coder", "gemma4", "glm45", "mistral, with ids"),
+    ],
 )
-def test_the_marker_of_all_calls_ends_reasoning_too(case: str) -> None:
+def test_what_begins_calls_ends_reasoning_too(case: str) -> None:
     form, text, _, calls = ANSWERS[case]
-    row = FORMATS[form]
-    text = "Hm </b>" + text[text.index(row.begin.rstrip("\n[")) :]
+    row = ROWS[-1] if case == "mistral, with ids" else FORMATS[form]
+    text = "Hm </b>" + text[text.index(row.ends_reasoning) :]
     for pieces in ([text], list(text), [text[:9], text[9:]]):
-        told = parse(pieces, form, Reasoning(THINK, "begun"))
+        told = parse(pieces, row, Reasoning(THINK, "begun"))
         assert told.reasoning == "Hm </b>"
         assert [name for name, _ in told.calls] == [name for name, _ in calls]

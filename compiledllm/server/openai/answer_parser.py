@@ -34,8 +34,8 @@ class AnswerParser:
     ) -> None:
         names, reasoning = names or {}, reasoning or Reasoning()
         is_told, has_channels = reasoning.mode != "off", reasoning.mode == "channels"
-        begin_calls = tool_format.begin.rstrip("\n[") if tool_format is not None else ""
-        self._reasoning = ReasoningScanner(reasoning, begin_calls)
+        ends = tool_format.ends_reasoning if tool_format is not None else ""
+        self._reasoning = ReasoningScanner(reasoning, ends)
         self._calls: ToolScanner | ChannelScanner | None = None
         if has_channels or (tool_format is not None and tool_format.syntax == "channels"):
             self._calls = ChannelScanner(names, max_calls, is_told)

@@ -43,18 +43,41 @@ def types_of(schema: Any, root: Any, memo: Memo | None = None) -> frozenset[str]
 
 def _types_of(schema: Mapping[str, Any], root: Any, memo: Memo) -> frozenset[str]:
     types = TYPES
-    if (named := schema.get("type")) is not None:
-        names = [named] if isinstance(named, str) else named
-        types &= {"number" if name == "integer" else name for name in names}
-    values = [schema["const"]] if "const" in schema else schema.get("enum")
-    if isinstance(values, list):
+    names = [schema["type"]] if isinstance(schema.get("type"), str) else list_of(schema, "type")
+    if names:
+        types &= {"number" if name == "integer" else str(name) for name in names}
+    if values := values_of(schema):
         types &= {type_of(json.dumps(value)) for value in values}
     for name in ("anyOf", "oneOf"):
-        if isinstance(schema.get(name), list):
-            types &= frozenset().union(*(types_of(one, root, memo) for one in schema[name]))
-    for one in schema.get("allOf") or ():
+        if options := list_of(schema, name):
+            types &= frozenset().union(*(types_of(one, root, memo) for one in options))
+    for one in list_of(schema, "allOf"):
         types &= types_of(one, root, memo)
-    return types
+    return types | {"null"} if schema.get("nullable") is True else types
+
+
+def properties_of(schema: Any, root: Any) -> tuple[dict[str, Any], set[str]]:
+    """The properties of an object's schema, and the names of those that it must have."""
+    schema = resolved(schema, root) if isinstance(schema, Mapping) else {}
+    parts = [resolved(one, root) for one in list_of(schema, "allOf") if isinstance(one, Mapping)]
+    properties: dict[str, Any] = {}
+    required: set[str] = set()
+    for part in (*parts, schema):
+        own = part.get("properties")
+        properties |= own if isinstance(own, Mapping) else {}
+        required |= {name for name in list_of(part, "required") if isinstance(name, str)}
+    return properties, required
+
+
+def values_of(schema: Mapping[str, Any]) -> list[Any]:
+    """The values that a schema enumerates; [] if it does not."""
+    return [schema["const"]] if "const" in schema else list_of(schema, "enum")
+
+
+def list_of(schema: Mapping[str, Any], keyword: str) -> list[Any]:
+    """The value of a keyword that takes a list; [] for any other value."""
+    value = schema.get(keyword)
+    return value if isinstance(value, list) else []
 
 
 def resolved(schema: Mapping[str, Any], root: Any) -> Mapping[str, Any]:

@@ -53,7 +53,7 @@ def markers_of(form: ToolFormat) -> Markers:
 def _head_pattern(before: str) -> re.Pattern[str]:
     """Matches what stands between opener and arguments, more generously than `head` says."""
     call_id = rf"(?P<id>(?:{re.escape(before)})?(?P<name>[\w.-]+?)(?::\d+)?)"
-    return re.compile(rf"[\s,;\[\]]*{call_id}(?:\s*[^\w\s.({{-]\S*)?\s*")
+    return re.compile(rf"[\s,;:\[\]]*{call_id}(?:\s*[^\w\s.({{-]\S*)?\s*")
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,9 @@ _MAX_WORD = 1024  # characters of a key, and of a value without quotes, in `_GEM
 _CLOSED_BY = {"(": ")", "[": "]", "{": "}"}
 
 
+_PYTHON_KEY = re.compile(r"[^\s\"']+(?: [^\s\"']+)*")
+
+
 class PythonReader(HeldReader):
     """Keyword arguments of a Python call, whose values are literals; each is shown when it ends."""
 
@@ -77,7 +80,8 @@ class PythonReader(HeldReader):
 
     def _end_key(self) -> None:
         self._key, self._text = "".join(self._text).strip(), []
-        if not self._key.isidentifier() or len(self._brackets) > 1:
+        # Schemas have names like `user-id`, with which models write no valid Python.
+        if not _PYTHON_KEY.fullmatch(self._key) or len(self._brackets) > 1:
             self._break_off()
         elif not self.is_known:
             self._begin()
@@ -103,8 +107,9 @@ class PythonReader(HeldReader):
             self._end()
 
 
-_GEMMA_QUOTE = '<|"|>'
-_GEMMA_TOKEN = re.compile(r"\s+|[{}\[\]:,]|[^{}\[\]:,<\"\s][^{}\[\]:,<\"]{0,1023}")
+GEMMA_QUOTE = '<|"|>'
+GEMMA_WORD = re.compile(r"[^{}\[\]:,<\"\s][^{}\[\]:,<\"]{0,1023}")
+_GEMMA_TOKEN = re.compile(rf"\s+|[{{}}\[\]:,]|{GEMMA_WORD.pattern}")
 
 
 class GemmaReader(HeldReader):
@@ -128,12 +133,12 @@ class GemmaReader(HeldReader):
             self._open("{")
             return position + 1
         char = text[position]
-        if char == '"' or text.startswith(_GEMMA_QUOTE, position):
-            self._quote = '"' if char == '"' else _GEMMA_QUOTE
+        if char == '"' or text.startswith(GEMMA_QUOTE, position):
+            self._quote = '"' if char == '"' else GEMMA_QUOTE
             self._item('"')
             return position + len(self._quote)
         if char == "<":
-            if _GEMMA_QUOTE.startswith(text[position : position + len(_GEMMA_QUOTE)]):
+            if GEMMA_QUOTE.startswith(text[position : position + len(GEMMA_QUOTE)]):
                 self._held = text[position:]
                 return len(text)
             self.finish()  # a marker that can only stand behind the call

@@ -14,7 +14,7 @@ class ReasoningScanner:
     """Takes out the text up to the end marker, without surrounding white space.
 
     Reasoning that the prompt has begun may begin with the start marker once more. begin_calls: a
-    marker that begins all calls of an answer, and so ends the reasoning as well; "" if none does.
+    text that only calls begin with, and that therefore ends the reasoning as well; "" for none.
     """
 
     def __init__(self, reasoning: Reasoning, begin_calls: str = "") -> None:

@@ -6,11 +6,19 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from compiledllm.server.openai.answer_parts import hold_back
-from compiledllm.server.openai.argument_values import STRING, TYPES, json_of, quoted, types_of
+from compiledllm.server.openai.argument_values import (
+    STRING,
+    TYPES,
+    json_of,
+    properties_of,
+    quoted,
+    types_of,
+)
 from compiledllm.server.openai.format_markers import Tags
 from compiledllm.server.openai.held_reader import HeldReader
 
 _MAX_KEY = 1024  # characters
+_BEFORE_STRINGS = "[{(,:"
 
 
 class TagReader(HeldReader):
@@ -20,12 +28,17 @@ class TagReader(HeldReader):
         super().__init__(name)
         self._tags = tags
         self._schema = schema if isinstance(schema, Mapping) else {}
+        self._known, _ = properties_of(schema, schema)
         self._read: Callable[[str, int], int] = self._on_head
         self._key = ""
         self._separator = ""
         self._types = TYPES
         self._value: list[str] | None = None  # of another type than string; None: of a string
-        self._is_quoted = self._is_escaped = False  # whether inside a JSON string of the value
+        # In an array or an object: what ends the present string, and the last character that is
+        # neither space nor inside a string.
+        self._quote = self._last = ""
+        self._first = ""  # the first character of the value that is no space
+        self._is_escaped = False
 
     def _step(self, text: str, position: int) -> int:
         return self._read(text, position)
@@ -78,12 +91,10 @@ class TagReader(HeldReader):
         """The types of the present value. One that the schema does not know is a string."""
         if "string=" in attributes:
             return STRING if "true" in attributes else TYPES - STRING
-        schema = self._schema
-        known = schema.get("properties")
-        if isinstance(known, Mapping) and self._key in known:
-            return types_of(known[self._key], schema)
-        others = schema.get("additionalProperties")
-        return types_of(others, schema) if isinstance(others, Mapping) else STRING
+        known, others = self._known, self._schema.get("additionalProperties")
+        if self._key in known:
+            return types_of(known[self._key], self._schema)
+        return types_of(others, self._schema) if isinstance(others, Mapping) else STRING
 
     def _before_value(self, text: str, position: int) -> int:
         """Behind a key whose value has a tag of its own."""
@@ -103,7 +114,8 @@ class TagReader(HeldReader):
             f"{self._separator}{quoted(self._key)}: " + ('"' if is_string else "")
         )
         self._separator, self._value = ", ", None if is_string else []
-        self._is_quoted = self._is_escaped = False
+        self._first = self._last = self._quote = ""
+        self._is_escaped = False
         self._read = self._in_value
         return position + (self._tags.trims and text[position] == "\n")
 
@@ -114,7 +126,7 @@ class TagReader(HeldReader):
             self._add(piece)
             return len(text)
         self._add(text[position : found.start()])
-        if self._is_quoted:  # in an array or an object, what looks like an end may be text
+        if self._quote:  # in an array or an object, what looks like an end may be text
             self._add(text[found.start()])
             return found.start() + 1
         self._end_value()
@@ -127,17 +139,21 @@ class TagReader(HeldReader):
             self._fragments.append(quoted(piece)[1:-1])
         elif piece:
             self._value.append(piece)
-            if self._value[0].lstrip()[:1] in ("[", "{"):
+            self._first = self._first or piece.lstrip()[:1]
+            if self._first in ("[", "{"):
                 self._follow_quotes(piece)
 
     def _follow_quotes(self, piece: str) -> None:
+        """Tell strings, of JSON or Python, from quotation marks where no string can begin."""
         for char in piece:
-            if self._is_escaped:
-                self._is_escaped = False
-            elif char == "\\":
-                self._is_escaped = self._is_quoted
-            elif char == '"':
-                self._is_quoted = not self._is_quoted
+            if self._quote:
+                is_end = char == self._quote and not self._is_escaped
+                self._is_escaped = char == "\\" and not self._is_escaped
+                self._quote = "" if is_end else self._quote
+            elif char in "\"'" and self._last in _BEFORE_STRINGS:
+                self._quote = char
+            if not (self._quote or char.isspace()):
+                self._last = char
 
     def _end_value(self) -> None:
         value = self._value

@@ -46,6 +46,16 @@ class ToolFormat:
     has_ids: bool = False
     stops: tuple[str, ...] = ()
 
+    @property
+    def ends_reasoning(self) -> str:
+        """What begins the calls and nothing else, so that models leave out the reasoning's end.
+
+        Models that write calls as JSON objects also think about such objects. "" for no text.
+        """
+        if self.begin or self.syntax in ("object", "channels"):
+            return self.begin.rstrip("\n[")
+        return self.open + self.head.partition("{name}")[0]
+
     def is_of(self, chat_template: str) -> bool:
         has = any(mark in chat_template for mark in self.marks)
         return has and not any(mark in chat_template for mark in self.other_marks)
@@ -53,12 +63,13 @@ class ToolFormat:
 
 _OBJECT = '{"name": "{name}", "arguments": '
 _XML = ("<function=", "<arg_key>")  # marks of calls in tags
+_DSML_V4 = ("DSML｜tool_calls", "dsml_token + 'tool_calls>")
 
 _HERMES = ToolFormat(
     ("hermes",),
     "object",
     marks=("<tool_call>",),
-    other_marks=_XML,
+    other_marks=(*_XML, "<tool_calls>", '<invoke name="'),
     open="<tool_call>\n",
     head=_OBJECT,
     close="}\n</tool_call>",
@@ -67,7 +78,7 @@ _HERMES = ToolFormat(
 _QWEN = ToolFormat(
     ("qwen3_coder", "qwen3_xml"),
     "tags",
-    marks=("<function=",),
+    marks=("<parameter=",),
     other_marks=("<seed:tool_call>",),
     open="<tool_call>\n<function=",
     head="{name}>\n",
@@ -79,11 +90,10 @@ _SEED = ToolFormat(
     ("seed_oss",),
     "tags",
     marks=("<seed:tool_call>",),
-    begin="<seed:tool_call>\n",
-    open="<function=",
+    open="<seed:tool_call>\n<function=",
     head="{name}>\n",
-    close="</function>\n",
-    end="</seed:tool_call>",
+    close="</function>\n</seed:tool_call>",
+    separator="\n",
     parameter="<parameter={key}>{value}</parameter>\n",
 )
 _GLM47 = ToolFormat(
@@ -120,7 +130,7 @@ _DEEPSEEK_V32 = ToolFormat(
     ("deepseek_v32",),
     "tags",
     marks=("<｜DSML｜function_calls>", "｜DSML｜"),
-    other_marks=("DSML｜tool_calls",),
+    other_marks=_DSML_V4,
     begin="<｜DSML｜function_calls>\n",
     open='<｜DSML｜invoke name="',
     head='{name}">\n',
@@ -131,7 +141,7 @@ _DEEPSEEK_V32 = ToolFormat(
 _DEEPSEEK_V4 = ToolFormat(
     ("deepseek_v4",),
     "tags",
-    marks=("DSML｜tool_calls",),
+    marks=_DSML_V4,
     begin="<｜DSML｜tool_calls>\n",
     open=_DEEPSEEK_V32.open,
     head=_DEEPSEEK_V32.head,
@@ -194,7 +204,7 @@ _GPT_OSS = ToolFormat(
 _LFM2 = ToolFormat(
     ("lfm2",),
     "python",
-    marks=("<|tool_call_start|>", "<|tool_list_start|>"),
+    marks=("<|tool_call_start|>", "<|tool_list_start|>", "List of tools: ["),
     begin="<|tool_call_start|>[",
     separator=", ",
     end="]<|tool_call_end|>",
@@ -222,6 +232,7 @@ _LLAMA3 = ToolFormat(
     ("llama3_json", "llama4_json"),
     "object",
     marks=("<|python_tag|>", '"parameters": dictionary of argument name'),
+    other_marks=("<function=",),
     head=_OBJECT.replace("arguments", "parameters"),
     close="}",
     separator="; ",
