@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -19,7 +20,8 @@ from compiledllm.grammars.text import Writer
 from compiledllm.server.openai.answer_parser import AnswerParser
 from compiledllm.server.openai.call_grammars import call_grammar
 from compiledllm.server.openai.format_markers import markers_of, tags_of
-from compiledllm.server.openai.tool_formats import ROWS, ToolFormat
+from compiledllm.server.openai.tag_reader import TagReader
+from compiledllm.server.openai.tool_formats import FORMATS, ROWS, ToolFormat
 from compiledllm.structured_outputs import MAX_BYTES
 
 EOS = "<eos>"
@@ -36,6 +38,8 @@ SCHEMAS: dict[str, Any] = {
             "mixed": {"enum": [1, "x", None, "y z"]},
             "flag": {"type": ["boolean", "null"]},
             "either": {"anyOf": [{"type": "string"}, {"type": "integer"}]},
+            "text": {"type": ["string", "null"]},
+            "maybe": {"anyOf": [{"$ref": "#/$defs/Unit"}, {"type": "null"}]},
             "list": {"type": "array", "items": {"type": "boolean"}, "minItems": 1, "maxItems": 2},
             "point": CLOSED
             | {"properties": {"x": {"type": "integer"}, "n": {"const": "é"}}, "required": ["x"]},
@@ -61,6 +65,7 @@ SCHEMAS["tree"] = CLOSED | {
     "required": ["root"],
     "$defs": {"Node": NODE},
 }
+SCHEMAS["node"] = {"$ref": "#/$defs/Node", "$defs": {"Node": NODE}}
 TOOLS = [{"name": name, "parameters": schema} for name, schema in SCHEMAS.items()]
 IDS = [row.names[0] + ("_args" if "[ARGS]" in row.marks else "") for row in ROWS]
 
@@ -165,6 +170,78 @@ def test_what_a_grammar_allows_is_read_as_calls(row: ToolFormat, has_markers: bo
             counts.add(len(arguments))
         assert counts == {1} if is_one else max(counts) > 1
         assert len(names) > 1
+
+
+@pytest.mark.parametrize(
+    ("name", "properties", "answer"),
+    [
+        (
+            "deepseek_v32",
+            {"a": {"type": ["string", "integer"]}},
+            '<｜DSML｜function_calls>\n<｜DSML｜invoke name="f">\n<｜DSML｜parameter name="a" '
+            'string="false">5</｜DSML｜parameter>\n</｜DSML｜invoke>\n</｜DSML｜function_calls>',
+        ),
+        (
+            "seed_oss",
+            {},
+            "<seed:tool_call>\n<function=f>\n</function>\n</seed:tool_call>\n"
+            "<seed:tool_call>\n<function=f>\n</function>\n</seed:tool_call>",
+        ),
+        (
+            "gemma4",
+            {"b": {"type": "integer"}, "A": {"type": "boolean"}, "x:y": {"const": {"c,d": 1}}},
+            '<|tool_call>call:f{A:true,b:5,<|"|>x:y<|"|>:{<|"|>c,d<|"|>:1}}<tool_call|>',
+        ),
+        (
+            "qwen3_coder",
+            {"a": {"type": "string", "maxLength": 2.0}},
+            "<tool_call>\n<function=f>\n<parameter=a>\nxy\n</parameter>\n</function>\n</tool_call>",
+        ),
+    ],
+)
+def test_calls_as_chat_templates_write_them_are_allowed(
+    name: str, properties: dict[str, Any], answer: str
+) -> None:
+    row = FORMATS[name]
+    tool = {"name": "f", "parameters": CLOSED | {"properties": properties}}
+    matcher = grammar_of(row, True, [tool], None).deep_copy()
+    tokens = tokenizer_of(row, True)[0].encode(answer).ids
+    assert matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
+    calls = AnswerParser(row, {"f": tool["parameters"]}).feed(answer).calls
+    jsonschema.validate(json.loads(calls[0].arguments), tool["parameters"])
+
+
+MALFORMED: list[dict[str, Any]] = [
+    *({"type": 5}, {"type": [None]}, {"allOf": 5}, {"anyOf": {"a": 1}}, {"enum": "ab"}),
+    *({"type": "object", "properties": []}, {"type": "object", "required": 1}),
+    *({"type": "array", "minItems": "a"}, {"type": "string", "maxLength": "3"}, {"$ref": 5}),
+    {"type": "object", "required": [1]},
+]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=IDS)
+def test_malformed_schemas_raise_value_errors_at_most(row: ToolFormat) -> None:
+    for schema in MALFORMED:
+        parameters = {"properties": {"a": schema}}
+        for whole in (parameters, schema):
+            try:
+                call_grammar(row, [{"name": "f", "parameters": whole}], lambda text: None, None)
+            except ValueError as error:
+                assert re.search("minItems|maxLength", str(error))
+            if row.syntax == "tags":
+                TagReader(tags_of(row), "f", whole).feed(_parameter(row), 0)
+
+
+def _parameter(row: ToolFormat) -> str:
+    text = row.head.partition("{name}")[2] + row.parameter
+    return text.format(key="a", value="1", is_string="false")
+
+
+@pytest.mark.parametrize(("name", "key"), [("qwen3_coder", "a>"), ("lfm2", "a,b")])
+def test_parameters_that_a_format_cannot_name_are_refused(name: str, key: str) -> None:
+    tool = {"name": "f", "parameters": {"properties": {key: {}}}}
+    with pytest.raises(ValueError, match=f'cannot name the parameter "{key}"'):
+        call_grammar(FORMATS[name], [tool], lambda text: None, None)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=IDS)
