@@ -65,6 +65,7 @@ GET = ("get", "{}")
             "",
             [("f", '{"a": "}\\"{", "b": [{"c": {}}]}')],
         ),
+        (hermes("f", '{"a":\n"x\n\ty"}'), "", [("f", '{"a":\n"x\\n\\ty"}')]),
         ('<tool_call>{"name": "f", "arguments": {"a": 1', "", [("f", '{"a": 1')]),  # cut off
         # Braces too many, too few, and none at all.
         (hermes("f", '{"a": 1}}') + hermes(*GET), "", [F1, GET]),

@@ -1,7 +1,8 @@
 """Reads one tool call as the model writes it, a JSON object, character by character.
 
 Name and arguments are reported as early as possible, so that arguments can be streamed. The scanner
-does not validate: the arguments are the model's own text between matching brackets.
+does not validate: the arguments are the model's own text between matching brackets, in which only
+control characters in strings are escaped.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Container
 from typing import Literal
+
+from compiledllm.server.openai.argument_values import quoted
 
 MAX_BUFFERED = 2**16  # characters of a call whose name is not known yet
 MAX_NESTING = 64
@@ -185,7 +188,8 @@ class CallScanner:
             self._go(self._in_container)
 
     def _string_ends(self, char: str) -> bool:
-        self._keep(char)
+        # Models write line breaks in strings as they are, which is no JSON.
+        self._keep(quoted(char)[1:-1] if char < " " else char)
         if self._is_escaped:
             self._is_escaped = False
             return False
