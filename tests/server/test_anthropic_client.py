@@ -110,6 +110,7 @@ IMAGE: Any = {"type": "image", "source": {"type": "url", "url": "http://127.0.0.
         ({"messages": []}, "messages must be"),
         ({"messages": [{"role": "user", "content": [IMAGE]}]}, r"content.0.type .* got 'image'"),
         ({"tools": [{"name": "f"}]}, "tools.0.input_schema is missing"),
+        ({"tools": [TOOL | {"name": "a b"}]}, "tools.0.name must be 1 to 128 letters"),
         ({"tools": [TOOL]}, "template knows no tools"),
         ({"tool_choice": {"type": "any"}}, "tool_choice needs tools"),
         ({"max_tokens": 5000}, "max_model_len=2048"),

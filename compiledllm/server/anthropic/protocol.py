@@ -14,6 +14,7 @@ from compiledllm.server.openai.field_types import (
     MAX_PARTS,
     MAX_TOOLS,
     Count,
+    FunctionName,
     Name,
     PositiveCount,
     Text,
@@ -52,7 +53,7 @@ class InputTool(Body, kw_only=True):
     """A tool of the client. Tools of other types run on Anthropic's servers and are skipped."""
 
     type: BlockType = "custom"
-    name: Name
+    name: FunctionName
     description: str | None = None
     input_schema: dict[str, Any] | None = None
 

@@ -35,7 +35,7 @@ PatternSize = Annotated[int, Meta(ge=0, le=1024)]
 FunctionName = Annotated[
     str,
     Meta(
-        pattern=r"^[a-zA-Z0-9_.-]{1,64}(?!\n)$",
-        description="1 to 64 letters, digits, dots, hyphens and underscores",
+        pattern=r"^[a-zA-Z0-9_.-]{1,128}(?!\n)$",
+        description="1 to 128 letters, digits, dots, hyphens and underscores",
     ),
 ]
