@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         RequestOutputKind,
         SamplingParams,
     )
-    from compiledllm.structured_outputs import StructuredOutputsParams
+    from compiledllm.structured_outputs import ReasoningTokens, StructuredOutputsParams
 
 # OpenMP's threads wait for each other hundreds of times per step. By default they spin so long that
 # one other busy process makes a step take seconds (2 cores, one of them busy: 1.6 tokens/s, with a
@@ -63,6 +63,7 @@ _HOMES = {
     "RequestOutputKind": "compiledllm.sampling_params",
     "RepetitionDetectionParams": "compiledllm.sampling_params",
     "BeamSearchParams": "compiledllm.beam_search_params",
+    "ReasoningTokens": "compiledllm.structured_outputs",
     "StructuredOutputsParams": "compiledllm.structured_outputs",
     "PoolingParams": "compiledllm.pooling_params",
     "RequestOutput": "compiledllm.outputs",

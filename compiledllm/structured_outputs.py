@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from json import dumps, loads
 from typing import Any
 
-from compiledllm.checks import strict_fields
+from compiledllm.checks import is_int, strict_fields
 
 MAX_BYTES = 2**17  # of a schema, a regex or a grammar
 MAX_NESTING = 64
@@ -19,6 +19,36 @@ MAX_CHOICES = 1024
 _KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 _JSON_ONLY = ("disable_any_whitespace", "disable_additional_properties", "whitespace_pattern")
 _FIELDS = _KINDS + _JSON_ONLY
+
+
+@strict_fields("reasoning tokens field")
+@dataclass(frozen=True, slots=True)
+class ReasoningTokens:
+    """Token ids by which an output's reasoning is told from the form that follows.
+
+    end: ends the reasoning. start: may be the output's first token and then begins the reasoning;
+        None: the prompt has begun the reasoning.
+    form_start: begins the form, and thereby also ends a reasoning without `end`.
+    spaces: tokens of white space, of which up to two may stand between `end` and the form.
+    """
+
+    end: int
+    start: int | None = None
+    form_start: int | None = None
+    spaces: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for token_id in self.token_ids:
+            if not is_int(token_id) or token_id < 0:
+                raise ValueError(
+                    f"structured_outputs.reasoning must have token ids >= 0, got {token_id!r:.80}"
+                )
+
+    @property
+    def token_ids(self) -> list[int]:
+        """All of the ids."""
+        ids = (self.start, self.end, self.form_start, *self.spaces)
+        return [token_id for token_id in ids if token_id is not None]
 
 
 @strict_fields("structured outputs field")
@@ -39,6 +69,8 @@ class StructuredOutputsParams:
         characters.
     disable_additional_properties: an object has only the properties that its schema lists, unless
         the schema says otherwise.
+    reasoning: reasoning may come before the form, and is not restricted. None: the form is the
+        whole output.
 
     Raises ValueError naming the field, the value and the range.
     """
@@ -52,6 +84,7 @@ class StructuredOutputsParams:
     disable_any_whitespace: bool = False
     disable_additional_properties: bool = False
     whitespace_pattern: str | None = None
+    reasoning: ReasoningTokens | None = None
 
     def __post_init__(self) -> None:
         if self.json_object not in (None, True):
@@ -69,9 +102,11 @@ class StructuredOutputsParams:
         if self.structural_tag is not None:
             self._check_structures()
         self._check_json_only(given[0])
+        if not isinstance(self.reasoning, ReasoningTokens | None):
+            self._refuse("reasoning", self.reasoning, "ReasoningTokens, or left out")
 
     def fields(self) -> dict[str, Any]:
-        """The given fields as JSON values, enough to construct an equal object."""
+        """The given fields of the form, without `reasoning`, as JSON values."""
         given = {name: getattr(self, name) for name in _FIELDS}
         return {name: value for name, value in given.items() if value not in (None, False)}
 

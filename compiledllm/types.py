@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 from compiledllm.outputs import FinishReason
 from compiledllm.pooling_params import PoolingKind
 from compiledllm.sampling_params import SamplingParams
+from compiledllm.structured_outputs import ReasoningTokens
 
 
 class RequestStatus(Enum):
@@ -47,10 +48,11 @@ class RequestSpec:
     sampling_params: without texts, which the caller's process deals with (`without_text`).
     stop_token_ids: with end-of-sequence, unless ignored. bad_words: token ids of each word.
     cache_salt: requests share cached prefixes only if their salts are equal. grammar: text of the
-    compiled grammar of structured_outputs (`Grammar.text`). sibling_id: with n > 1, the id of the
-    first request, whose prompt blocks the others share. waits_for_batch: the caller sees no output
-    before its whole batch has ended. pooling: how the prompt's hidden states become one vector; a
-    request that pools has max_tokens 0, which draws no token.
+    compiled grammar of structured_outputs (`Grammar.text`). reasoning: comes before what the
+    grammar describes. sibling_id: with n > 1, the id of the first request, whose prompt blocks the
+    others share. waits_for_batch: the caller sees no output before its whole batch has ended.
+    pooling: how the prompt's hidden states become one vector; a request that pools has max_tokens
+    0, which draws no token.
     """
 
     request_id: str
@@ -63,6 +65,7 @@ class RequestSpec:
     bad_words: tuple[tuple[int, ...], ...] = ()
     cache_salt: str = ""
     grammar: str | None = None
+    reasoning: ReasoningTokens | None = None
     sibling_id: str | None = None
     waits_for_batch: bool = False
     pooling: PoolingKind | None = None

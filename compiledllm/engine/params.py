@@ -11,7 +11,10 @@ from compiledllm.types import RequestSpec
 
 def check_params(params: SamplingParams, vocab_size: int, max_logprobs: int) -> None:
     """Raise ValueError for parameters that this model cannot serve."""
+    form = params.structured_outputs
+    reasoning = None if form is None else form.reasoning
     ids = {
+        "structured_outputs.reasoning": None if reasoning is None else reasoning.token_ids,
         "stop_token_ids": params.stop_token_ids,
         "allowed_token_ids": params.allowed_token_ids,
         "logprob_token_ids": params.logprob_token_ids,

@@ -148,9 +148,9 @@ class RequestFactory:
         form = state.params.structured_outputs
         if form is not None:
             state.grammar = self.grammars().compile(form)
+            more: Any = {"grammar": state.grammar.text, "reasoning": form.reasoning}
             for completion in state.completions:
-                text = state.grammar.text
-                completion.spec = dataclasses.replace(completion.spec, grammar=text)
+                completion.spec = dataclasses.replace(completion.spec, **more)
 
     def tokenized(self, prompt: Prompt, params: SamplingParams) -> dict[str, Any]:
         """A prompt in the form that `make` takes, with its token ids, truncated and checked."""

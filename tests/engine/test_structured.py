@@ -3,6 +3,7 @@ writes what it was asked for; and the real one."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
@@ -17,10 +18,16 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from compiledllm import Engine, RequestOutput, SamplingParams, StructuredOutputsParams
+from compiledllm import (
+    Engine,
+    ReasoningTokens,
+    RequestOutput,
+    SamplingParams,
+    StructuredOutputsParams,
+)
 from compiledllm.types import SchedulerOutput
 
-EOS, VOCAB = 2, 300
+EOS, VOCAB, END = 2, 300, 3  # END is "!", which no form has
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 PERSON = {
     "type": "object",
@@ -116,6 +123,24 @@ def test_several_outputs_have_streams_of_their_own(engine: Engine) -> None:
     assert again.outputs[0].text == output.outputs[2].text
 
 
+def test_reasoning_is_what_it_would_be_without_the_form(engine: Engine) -> None:
+    plain = SamplingParams(n=3, max_tokens=60, seed=2)
+    without = run(engine, ["x"], plain)[0].outputs
+    thought = without[0].token_ids
+    end = next(i for i in thought[5:] if i not in thought[:5])
+    form = FORMS[1] | {"reasoning": ReasoningTokens(end)}
+    (output,) = run(engine, ["x"], params(form, n=3, seed=2, max_tokens=60))
+    for other, one in zip(without, output.outputs, strict=True):
+        if end not in other.token_ids:
+            assert (one.token_ids, one.finish_reason) == (other.token_ids, other.finish_reason)
+            continue
+        length = other.token_ids.index(end) + 1
+        assert one.token_ids[:length] == other.token_ids[:length] and one.finish_reason == "stop"
+        check(FORMS[1], engine.tokenizer.decode(one.token_ids[length:]))  # type: ignore[union-attr]
+    ends = params(form, logit_bias={EOS: 100})  # as any text without a form
+    assert run(engine, ["x"], ends)[0].outputs[0].token_ids == [EOS]
+
+
 def test_logprobs_are_the_models_own(engine: Engine) -> None:
     """The mask hides nothing from them: most of the likeliest tokens were not allowed."""
     (output,) = run(engine, ["x"], params(FORMS[1], logprobs=3, temperature=0))
@@ -156,7 +181,7 @@ def test_max_tokens_and_stop_strings_cut_an_output_off(engine: Engine) -> None:
 
 
 def crowd(count: int) -> tuple[list[str], list[SamplingParams]]:
-    """Requests of all forms and of none."""
+    """Requests of all forms and of none, some with reasoning before the form."""
     rng, prompts, asked = random.Random(5), [], []
     for i in range(count):
         prompts.append("".join(rng.choice("abcdefgh ") for _ in range(rng.randrange(1, 60))))
@@ -165,7 +190,17 @@ def crowd(count: int) -> tuple[list[str], list[SamplingParams]]:
             asked.append(SamplingParams(max_tokens=30, seed=i, temperature=temperature))
         else:
             asked.append(params(rng.choice(FORMS), max_tokens=120, seed=i, temperature=temperature))
+        if i % 3 == 1:
+            thinks(asked[-1])
     return prompts, asked
+
+
+def thinks(asked: SamplingParams) -> None:
+    """Let the output begin with reasoning, which ends after some tokens."""
+    form = asked.structured_outputs
+    assert form is not None
+    asked.structured_outputs = dataclasses.replace(form, reasoning=ReasoningTokens(END))
+    asked.temperature, asked.logit_bias = 1, {END: 4, EOS: -100}
 
 
 def results(outputs: list[RequestOutput]) -> list[list[int]]:
@@ -178,11 +213,17 @@ def expected(engine: Engine) -> list[list[int]]:
     prompts, asked = crowd(18)
     pairs = zip(prompts, asked, strict=True)
     outputs = [run(engine, [prompt], one)[0] for prompt, one in pairs]
+    lengths: list[int] = []  # of reasoning
     for output, one in zip(outputs, asked, strict=True):
         if one.structured_outputs is not None:
             form = {f: getattr(one.structured_outputs, f) for f in ("json", "regex", "choice")}
             form = {name: value for name, value in form.items() if value is not None}
+            if one.structured_outputs.reasoning is not None:
+                completion = output.outputs[0]
+                thought, _, completion.text = completion.text.partition("!")
+                lengths.append(len(thought))
             check_all([output], [form or FORMS[3]])
+    assert len(lengths) == 6 and max(lengths) > 3
     return results(outputs)
 
 
@@ -292,6 +333,7 @@ def test_tools_reach_the_chat_template(engine: Engine) -> None:
 def test_a_bad_form_starts_nothing(engine: Engine) -> None:
     for form, message in (
         ({"regex": "(?=a)"}, "look-around"),
+        (FORMS[1] | {"reasoning": ReasoningTokens(VOCAB)}, "reasoning has 300"),
         (
             {"json": {"type": "object", "minProperties": "x"}},
             'minProperties "x" must be an integer',

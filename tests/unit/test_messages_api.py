@@ -19,6 +19,7 @@ from compiledllm.server.anthropic.protocol import MessagesRequest
 from compiledllm.server.openai.answer import Context
 from compiledllm.server.openai.bodies import parse
 from compiledllm.server.openai.errors import ApiError
+from compiledllm.server.openai.reasoning_formats import THINK, Mode, Reasoning
 from compiledllm.server.openai.tool_protocol import NamedTool
 from compiledllm.server.security import Guard
 
@@ -114,13 +115,13 @@ def test_other_blocks_are_refused_by_place_and_type(kind: str) -> None:
 # -- answers ---------------------------------------------------------------------------------------
 
 
-def answer(reasoning: str = "off", **fields: Any) -> MessagesAnswer:
+def answer(mode: Mode = "off", **fields: Any) -> MessagesAnswer:
     tokenizer = SimpleNamespace(chat_template_text=TEMPLATE, token_id=lambda text: None)
     requests = SimpleNamespace(
         require_tokenizer=lambda what: tokenizer, defaults=SamplingParams(), tokenizer=tokenizer
     )
     made = MessagesAnswer(body(**fields), Context("msg-1", "m", cast(Any, requests)))
-    made._chat._reasoning = reasoning  # `prompts` would read it off the rendered prompt
+    made._chat._reasoning = Reasoning(THINK, mode)  # `prompts` reads it off the prompt
     return made
 
 

@@ -19,6 +19,7 @@ from compiledllm.server.openai.answer import AnswerSettings, Context
 from compiledllm.server.openai.bodies import parse
 from compiledllm.server.openai.errors import ApiError
 from compiledllm.server.openai.reasoning_count import ReasoningCount
+from compiledllm.server.openai.reasoning_formats import THINK, Mode, Reasoning
 from compiledllm.server.openai.response_store import ResponseStore, StoredResponse
 from compiledllm.server.openai.responses_answer import ResponsesAnswer
 from compiledllm.server.openai.responses_input import chat_request
@@ -157,7 +158,7 @@ def test_what_is_refused_is_named(fields: dict[str, Any], message: str) -> None:
 
 
 def answer(
-    mode: str = "off", kept_in: ResponseStore | None = None, owner: str = "", **fields: Any
+    mode: Mode = "off", kept_in: ResponseStore | None = None, owner: str = "", **fields: Any
 ) -> ResponsesAnswer:
     tokenizer = SimpleNamespace(
         chat_template_text=TEMPLATE, token_id=lambda text: 7 if text == "</think>" else None
@@ -168,7 +169,7 @@ def answer(
     settings = AnswerSettings(response_store=kept_in or ResponseStore())
     context = Context("resp-1", "m", cast(Any, requests), settings, owner)
     made = ResponsesAnswer(body(**fields), context)
-    made._chat._reasoning = mode  # `prompts` would read it off the rendered prompt
+    made._chat._reasoning = Reasoning(THINK, mode)  # `prompts` reads it off the prompt
     return made
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from typing import Any
 
 import jsonschema
@@ -22,7 +23,7 @@ from compiledllm.grammars.library import Vocabulary
 from compiledllm.remote import served_text
 from compiledllm.runner.rule import Draw
 from compiledllm.runner.structured import GrammarRows
-from compiledllm.structured_outputs import MAX_BYTES
+from compiledllm.structured_outputs import MAX_BYTES, ReasoningTokens
 from compiledllm.types import NewRequest
 from tests.support.requests import make_new_request
 
@@ -61,9 +62,12 @@ def grammars() -> Grammars:
     return Grammars(Vocabulary(TOKENIZER.to_str(), VOCAB, (EOS,)))
 
 
-def request(grammar: Any, output: list[int] | None = None) -> NewRequest:
+def request(
+    grammar: Any, output: list[int] | None = None, reasoning: ReasoningTokens | None = None
+) -> NewRequest:
     tokens = [5, 6, 7, *(output or [])]
-    return make_new_request("r", tokens, 3, grammar=grammar, stop_token_ids=frozenset({EOS}))
+    more: dict[str, Any] = {"reasoning": reasoning, "stop_token_ids": frozenset({EOS})}
+    return make_new_request("r", tokens, 3, grammar=grammar, **more)
 
 
 def draw_of(*rows: int) -> Draw:
@@ -224,6 +228,37 @@ def test_structural_tags_hold_behind_their_trigger(grammars: Grammars) -> None:
     written = [TOKEN_OF[char] for char in "free <g>2! and <f>1"]
     rows.fill(0, request(grammars.compile(form), written))
     assert allowed(rows, [0]) == [{TOKEN_OF["<"]}]  # of </f>
+
+
+def test_reasoning_comes_before_the_form(grammars: Grammars) -> None:
+    """The masks behind each token of an output, and that they follow from the output alone."""
+    end, start, space, call = (TOKEN_OF[text] for text in ("!", "?", "\n", "[TOOL_CALLS]"))
+    tokens = ReasoningTokens(end, start, call, (space,))
+    grammar = grammars.compile(StructuredOutputsParams(grammar=f'start: <[{call}]> "\\n"? | "re"'))
+    everything, first = set(range(VOCAB)), {TOKEN_OF["r"], TOKEN_OF["re"], call}
+    outputs: list[tuple[str, list[set[int]]]] = [
+        ("re", [first | {start}, {TOKEN_OF["e"]}, {EOS}]),
+        ("?re?!", [first | {start}, *[everything] * 4, first | {space}]),
+        ("?!\n\nr", [first | {start}, everything, *[first | {space}] * 2, first, {TOKEN_OF["e"]}]),
+        ("?[TOOL_CALLS]\n", [first | {start}, everything, {space, EOS}, {EOS}]),
+    ]
+    for text, expected in outputs:
+        pieces = [TOKEN_OF[piece] for piece in re.findall(r"\[TOOL_CALLS\]|(?s:.)", text)]
+        rows = GrammarRows(VOCAB, CPU)
+        rows.fill(0, request(grammar, reasoning=tokens))
+        for number, piece in enumerate(pieces):
+            assert allowed(rows, [0]) == [expected[number]], (text, number)
+            rows.record(0, piece)
+            rows.fill(1, request(grammar, pieces[: number + 1], tokens))
+            assert allowed(rows, [0, 1]) == [expected[number + 1]] * 2, (text, number)
+
+
+def test_white_space_that_the_form_begins_with_is_of_the_form(grammars: Grammars) -> None:
+    end, space = TOKEN_OF["!"], TOKEN_OF["\n"]
+    grammar = grammars.compile(StructuredOutputsParams(regex=r"\n{3}|a"))
+    rows = GrammarRows(VOCAB, CPU)
+    rows.fill(0, request(grammar, [end, space, space], ReasoningTokens(end, spaces=(space,))))
+    assert allowed(rows, [0]) == [{space}]
 
 
 def test_rows_stand_where_their_outputs_do(grammars: Grammars) -> None:

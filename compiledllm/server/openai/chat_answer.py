@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cached_property
 from typing import Any
 
@@ -26,7 +27,6 @@ from compiledllm.server.openai.events import Template, event, hole
 from compiledllm.server.openai.logprobs import chat_logprobs
 from compiledllm.server.openai.protocol import ChatRequest
 from compiledllm.server.openai.reasoning_formats import (
-    Mode,
     Reasoning,
     ReasoningFormat,
     find_reasoning,
@@ -52,7 +52,7 @@ class ChatAnswer(Answer[ChatRequest]):
         self._shows_token_ids = body.return_token_ids
         self._prompt_fields = PromptFields(body)
         self._usage = StreamUsage(body, context.settings.shows_cached_tokens)
-        self._reasoning: Mode = "off"
+        self._reasoning = Reasoning()
         self._choices: dict[int, Choice] = {}  # those that the stream has begun, by index
         self._template: Template | None = None  # for a choice's events after the first
 
@@ -65,12 +65,27 @@ class ChatAnswer(Answer[ChatRequest]):
         max_tokens = requests.max_tokenized(body.truncate_prompt_tokens is not None)
         conversation = Conversation.from_body(body, max_tokens, effort)
         prompt = chat_prompt(conversation, self._tokenizer, self._tool_use)
-        form, has_grammar = self._reasoning_form, self.params.structured_outputs is not None
-        # A grammar applies from the first token, and only those of channels have reasoning.
-        if form is not None and (form.has_channels or not has_grammar):
-            self._reasoning = form.mode(prompt["prompt"])
+        if self._reasoning_form is not None:
+            self._reasoning = Reasoning(
+                self._reasoning_form, self._reasoning_form.mode(prompt["prompt"])
+            )
+            self._leave_reasoning_free()
         self._show_markers()
         return [prompt]
+
+    def _leave_reasoning_free(self) -> None:
+        """Let a structured answer begin behind its reasoning, or else have none.
+
+        The grammars of calls in channels have the reasoning themselves.
+        """
+        outputs = self.params.structured_outputs
+        if outputs is None or self._reasoning.mode == "channels":
+            return
+        begin_calls = "" if self._tool_use is None else self._tool_use.format.ends_reasoning
+        tokens = self._reasoning.tokens(self._tokenizer, begin_calls)
+        self.params.structured_outputs = dataclasses.replace(outputs, reasoning=tokens)
+        if tokens is None:
+            self._reasoning = Reasoning()
 
     def _show_markers(self) -> None:
         """Show special tokens if reasoning has some, and end where the model's calls end."""
@@ -96,8 +111,7 @@ class ChatAnswer(Answer[ChatRequest]):
 
     def new_choice(self) -> Choice:
         """A parser of the text of one choice; the prompt must have been made."""
-        form = None if self._reasoning == "off" else self._reasoning_form
-        return Choice(self._tool_use, Reasoning(form, self._reasoning) if form else Reasoning())
+        return Choice(self._tool_use, self._reasoning)
 
     # -- whole -------------------------------------------------------------------------------------
 

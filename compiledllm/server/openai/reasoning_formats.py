@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from compiledllm.engine.tokenizer import Tokenizer
+from compiledllm.server.openai.format_markers import MARKER
+from compiledllm.structured_outputs import ReasoningTokens
+
 Mode = Literal["off", "leading", "begun", "channels"]
 
 
@@ -52,6 +56,7 @@ ROWS = (
 )
 REASONING = {name: row for row in ROWS for name in row.names}
 """Names of `--reasoning-parser`."""
+_SPACES = ("\n", "\n\n", " ")  # what models write between reasoning and answer
 
 
 def find_reasoning(name: str, chat_template: str) -> ReasoningFormat | None:
@@ -68,3 +73,25 @@ class Reasoning:
 
     form: ReasoningFormat = THINK
     mode: Mode = "off"
+
+    def tokens(self, tokenizer: Tokenizer, begin_calls: str = "") -> ReasoningTokens | None:
+        """The tokens that tell the reasoning from a structured answer behind it.
+
+        begin_calls: as in `ReasoningScanner`. None if the answer has no reasoning of this kind, or
+        if the vocabulary does not have its markers as single tokens.
+        """
+        if self.mode not in ("begun", "leading"):
+            return None
+        start = None if self.mode == "begun" else _marker_id(tokenizer, self.form.start)
+        end = tokenizer.token_id(self.form.end)
+        if end is None or (start is None and self.mode == "leading"):
+            return None
+        spaces = [tokenizer.encode(text, add_special_tokens=False) for text in _SPACES]
+        single = tuple(ids[0] for ids in spaces if len(ids) == 1)
+        return ReasoningTokens(end, start, _marker_id(tokenizer, begin_calls), single)
+
+
+def _marker_id(tokenizer: Tokenizer, text: str) -> int | None:
+    """The token of the marker with which a text begins; None if there is none."""
+    marker = MARKER.match(text)
+    return None if marker is None else tokenizer.token_id(marker.group())
