@@ -99,6 +99,7 @@ __all__ = [
     "LLMEngine",
     "Logprob",
     "PoolingParams",
+    "ReasoningTokens",
     "RepetitionDetectionParams",
     "RequestOutput",
     "RequestOutputKind",

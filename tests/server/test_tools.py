@@ -47,6 +47,7 @@ TOOLS: Any = [
     {"type": "function", "function": {"name": name, "description": "It.", "parameters": schema}}
     for name, schema in SCHEMAS.items()
 ]
+THINK_END = 3  # the token </think>
 MESSAGES: Any = [{"role": "user", "content": "What is the weather?"}]
 
 
@@ -59,6 +60,10 @@ def server(
     model = tmp_path_factory.mktemp("tools") / "model"
     shutil.copytree(tiny_chat_model, model)
     (model / "chat_template.jinja").write_text(TEMPLATE)
+    text = (model / "tokenizer.json").read_text()
+    tokenizer = json.loads(text.replace('"<repo_name>"', '"</think>"'))
+    tokenizer["added_tokens"][THINK_END]["special"] = False  # as Qwen has it
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
     return start_server("--responses-store", "3", model=model).wait_until_ready()
 
 
@@ -307,6 +312,46 @@ def test_reasoning_is_told_apart(client: OpenAI) -> None:
         assert not chunk.choices[0].delta.content
         reasoning += getattr(chunk.choices[0].delta, "reasoning", None) or ""
     assert reasoning == message.reasoning
+
+
+# -- reasoning before forms ----------------------------------------------------------------------
+
+
+THINKS: Any = {
+    "chat_template_kwargs": {"thinks": True},
+    "logit_bias": {str(THINK_END): 9},  # as likely as all the other tokens together, or nearly
+    "temperature": 1,
+    "seed": 4,
+}
+
+
+@pytest.mark.parametrize("is_called", [False, True])
+def test_a_form_holds_after_the_reasoning(is_called: bool, client: OpenAI) -> None:
+    """Noise, then </think>, then the form."""
+    schema = {"type": "json_schema", "json_schema": {"name": "r", "schema": WEATHER}}
+    form: Any = {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False}
+    form = form if is_called else {"response_format": schema}
+    answer = chat(client, extra_body=THINKS, n=3, **form)
+    thoughts: dict[int, str] = {}
+    for choice in answer.choices:
+        message = choice.message
+        thoughts[choice.index] = getattr(message, "reasoning", None) or ""
+        if is_called:
+            assert choice.finish_reason == "tool_calls" and message.content is None
+            check_calls(message.tool_calls)
+        else:
+            jsonschema.validate(json.loads(message.content), WEATHER)
+    assert max(map(len, thoughts.values())) > 10
+    streamed = dict.fromkeys(thoughts, "")
+    for chunk in chat(client, extra_body=THINKS, n=3, stream=True, **form):
+        (part,) = chunk.choices
+        streamed[part.index] += getattr(part.delta, "reasoning", None) or ""
+    assert streamed == thoughts
+    (cut,) = chat(
+        client, extra_body=THINKS | {"logit_bias": {}}, max_completion_tokens=5, **form
+    ).choices
+    assert cut.finish_reason == "length" and cut.message.reasoning
+    assert not cut.message.content and not cut.message.tool_calls
 
 
 # -- forms of answers -----------------------------------------------------------------------------

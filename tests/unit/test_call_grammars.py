@@ -18,8 +18,9 @@ from compiledllm.grammars.library import Vocabulary, make_tokenizer
 from compiledllm.grammars.matcher import initial_matcher
 from compiledllm.grammars.text import Writer
 from compiledllm.server.openai.answer_parser import AnswerParser
-from compiledllm.server.openai.call_grammars import call_grammar
+from compiledllm.server.openai.call_grammars import answer_rule, call_grammar, json_in_channels
 from compiledllm.server.openai.format_markers import markers_of, tags_of
+from compiledllm.server.openai.reasoning_formats import CHANNELS, Reasoning
 from compiledllm.server.openai.tag_reader import TagReader
 from compiledllm.server.openai.tool_formats import FORMATS, ROWS, ToolFormat
 from compiledllm.structured_outputs import MAX_BYTES
@@ -144,6 +145,30 @@ def grammar_of(
     text = "start: calls\n" + call_grammar(row, tools, token_id, most)
     params = StructuredOutputsParams(grammar=text)
     return initial_matcher(Writer(library).text_of(params), library)
+
+
+@pytest.mark.parametrize("has_markers", [True, False])
+@pytest.mark.parametrize("has_calls", [True, False])
+def test_json_in_channels_is_read_as_content(has_calls: bool, has_markers: bool) -> None:
+    row, schema = FORMATS["openai"], CLOSED | {"properties": {"a": {"enum": [1]}}}
+    tokenizer, library = tokenizer_of(row, has_markers)
+    text = json_in_channels(schema, tokenizer.token_to_id)
+    if has_calls:
+        rules = call_grammar(row, TOOLS[:1], tokenizer.token_to_id, None)
+        text = f"start: calls | final answer\n{answer_rule(schema)}\n{rules}"
+    params = StructuredOutputsParams(grammar=text)
+    start, seen = initial_matcher(Writer(library).text_of(params), library), set()
+    for seed in range(40):
+        answer = write(row, has_markers, start, seed)
+        parser = AnswerParser(row, SCHEMAS, reasoning=Reasoning(CHANNELS, "channels"))
+        parts = parser.feed(answer)
+        parts.extend(parser.finish(is_whole=True))
+        assert bool(parts.content) != bool(parts.calls), answer
+        assert bool(parts.reasoning) <= ("analysis" in answer), answer
+        if parts.content:
+            jsonschema.validate(json.loads(parts.content), schema)
+        seen.add((bool(parts.reasoning), bool(parts.calls)))
+    assert seen == {(thinks, calls) for thinks in (True, False) for calls in {False, has_calls}}
 
 
 @pytest.mark.parametrize("row", ROWS, ids=IDS)

@@ -23,7 +23,7 @@ from compiledllm.server.openai.argument_values import (
 from compiledllm.server.openai.call_rules import CallRules, can_be_copied
 from compiledllm.server.openai.format_markers import tags_of
 from compiledllm.server.openai.literal_readers import GEMMA_QUOTE, GEMMA_WORD
-from compiledllm.server.openai.tool_formats import ToolFormat
+from compiledllm.server.openai.tool_formats import FORMATS, ToolFormat
 
 _ANY_KEY = "/[a-zA-Z_][a-zA-Z0-9_]{0,63}/"
 
@@ -36,6 +36,8 @@ def call_grammar(
 ) -> str:
     """Rules of a grammar in which `calls` is one or more calls of OpenAI's tool objects.
 
+    With channels, `final` is what stands before an answer without calls.
+
     token_id: the id of a marker that is a single token, else None. Raises ValueError if the rules
     are too long, and for a parameter that the format cannot write.
     """
@@ -46,9 +48,24 @@ def call_grammar(
     # The end of a call in gpt-oss's channels ends the answer, which may begin with reasoning.
     has_more = max_calls != 1 and form.syntax != "channels"
     more = f"({grammar.text(form.separator)} call)*" if has_more else ""
-    before = grammar.analysis() if form.syntax == "channels" else grammar.text(form.begin)
+    before = grammar.text(form.begin)
+    if form.syntax == "channels":
+        before = grammar.analysis()
+        grammar.rule("final", grammar.final())
     calls_rule = f"calls: {before} call {more} {grammar.text(form.end)}"
     return "\n".join([calls_rule, *grammar.rules])
+
+
+def json_in_channels(schema: Mapping[str, Any], token_id: Callable[[str], int | None]) -> str:
+    """A grammar of gpt-oss's answers in JSON of a schema, which may begin with reasoning."""
+    grammar = CallRules(FORMATS["openai"], token_id)
+    start = f"start: {grammar.final()} answer\n{answer_rule(schema)}"
+    return "\n".join([start, *grammar.rules])
+
+
+def answer_rule(schema: Mapping[str, Any]) -> str:
+    """The rule `answer`, JSON of a schema."""
+    return f"answer: %json {json.dumps(schema)}"
 
 
 class _TagGrammar(CallRules):

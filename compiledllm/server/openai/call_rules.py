@@ -123,6 +123,12 @@ class CallRules:
         thought = self.free_text("", "<|end|>", ["<|end|>"])
         return f"({start} {thought} {self.text('<|start|>assistant')})?"
 
+    def final(self) -> str:
+        """What stands before the text of a final message: reasoning, or none, and the header."""
+        constraint = f"({self.text(' <|constrain|>json')})?"
+        header = f"{self.text('<|channel|>final')} {constraint} {self.text('<|message|>')}"
+        return f"{self.analysis()} {header}"
+
     # -- objects ---------------------------------------------------------------------------------
 
     def members(self, schema: Mapping[str, Any], separator: str) -> str:

@@ -20,6 +20,7 @@ from compiledllm.server.openai.answer import (
     shown_reason,
     usage,
 )
+from compiledllm.server.openai.call_grammars import json_in_channels
 from compiledllm.server.openai.chat_choice import Choice
 from compiledllm.server.openai.chat_prompt import Conversation, chat_prompt, effort_arguments
 from compiledllm.server.openai.errors import ApiError
@@ -33,6 +34,7 @@ from compiledllm.server.openai.reasoning_formats import (
 )
 from compiledllm.server.openai.sampling import sampling_params, structured_outputs_from
 from compiledllm.server.openai.tools import ToolUse, tool_use
+from compiledllm.structured_outputs import StructuredOutputsParams
 
 
 class ChatAnswer(Answer[ChatRequest]):
@@ -74,18 +76,25 @@ class ChatAnswer(Answer[ChatRequest]):
         return [prompt]
 
     def _leave_reasoning_free(self) -> None:
-        """Let a structured answer begin behind its reasoning, or else have none.
-
-        The grammars of calls in channels have the reasoning themselves.
-        """
+        """Let a structured answer begin behind its reasoning, or else have none."""
         outputs = self.params.structured_outputs
-        if outputs is None or self._reasoning.mode == "channels":
+        if outputs is None:
+            return
+        if self._reasoning.mode == "channels":
+            self.params.structured_outputs = self._in_channels(outputs)
             return
         begin_calls = "" if self._tool_use is None else self._tool_use.format.ends_reasoning
         tokens = self._reasoning.tokens(self._tokenizer, begin_calls)
         self.params.structured_outputs = dataclasses.replace(outputs, reasoning=tokens)
         if tokens is None:
             self._reasoning = Reasoning()
+
+    def _in_channels(self, outputs: StructuredOutputsParams) -> StructuredOutputsParams:
+        """The form with the channels around it: of JSON; calls have them, other forms none."""
+        if self._tool_use is not None or (outputs.json is None and outputs.json_object is None):
+            return outputs
+        grammar = json_in_channels(json_schema_of(outputs), self._tokenizer.token_id)
+        return StructuredOutputsParams(grammar=grammar)
 
     def _show_markers(self) -> None:
         """Show special tokens if reasoning has some, and end where the model's calls end."""

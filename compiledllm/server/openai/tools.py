@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from compiledllm.engine.tokenizer import Tokenizer
-from compiledllm.server.openai.call_grammars import call_grammar
+from compiledllm.server.openai.call_grammars import answer_rule, call_grammar
 from compiledllm.server.openai.errors import ApiError
 from compiledllm.server.openai.protocol import ChatRequest, Message
 from compiledllm.server.openai.tool_formats import FORMATS, ToolFormat, find_format
@@ -68,7 +68,8 @@ def tool_use(
     if is_named or choice == "required":
         start = "start: calls"
     elif schema is not None:
-        start = f"start: calls | answer\nanswer: %json {json.dumps(schema)}"
+        before = "final " if tool_format.syntax == "channels" else ""
+        start = f"start: calls | {before}answer\n{answer_rule(schema)}"
     structured_outputs = None
     if start is not None:
         structured_outputs = _grammar_params(
