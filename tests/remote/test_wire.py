@@ -22,6 +22,7 @@ from compiledllm.remote.wire import (
     receive_async,
 )
 from compiledllm.sampling_params import RepetitionDetectionParams, SamplingParams
+from compiledllm.structured_outputs import ReasoningTokens
 from compiledllm.types import RequestSpec, RequestUpdate, StepNews, TokenLogprobs
 
 STATS = Stats(1, 2, 0.5, 3, 0, 0, 0.01, 7, 100, 50)
@@ -91,6 +92,7 @@ def test_a_request_arrives_as_it_was() -> None:
         bad_words=((4, 5), (6,)),
         cache_salt="s",
         grammar="start: x",
+        reasoning=ReasoningTokens(9, 8, 7, (5, 6)),
         sibling_id="0_r",
         waits_for_batch=True,
         pooling="mean",

@@ -77,7 +77,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"checks", "vllm_options"},
     "resolved_config": {"choices", "config"},
     "choices": set(),
-    "types": {"sampling_params", "pooling_params", "outputs"},
+    "types": {"sampling_params", "pooling_params", "structured_outputs", "outputs"},
     "beam_search_params": {"checks", "vllm_options"},
     "pooling_params": {"checks"},
     "sampling_params": {"beam_search_params", "checks", "structured_outputs", "vllm_options"},
