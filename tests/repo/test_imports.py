@@ -63,6 +63,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "arguments",
         "engine",
         "models.formats",
+        "models.json_file",
         "models.matrices",
         "models.spec",
         "models.registry",
