@@ -75,16 +75,16 @@ class StateKeeper:
         computed = request.num_computed_tokens
         if computed == 0 or computed % self._block_size:
             return None
-        is_point = computed in self._points(request)
+        key, is_point = self._hash_before(request, computed), computed in self._points(request)
         if is_point and computed - request.state_kept_at >= MIN_TOKENS:
             request.state_kept_at = computed
         elif computed - request.latest_state_at >= self._stride(num_running):
             self.snapshots.forget(request.latest_state)
-            request.latest_state = self._hash_before(request, computed)
+            # A snapshot that is there belongs to another request, which this one may overtake.
+            request.latest_state = b"" if key in self.snapshots else key
         else:
             return None
         request.latest_state_at = computed
-        key = self._hash_before(request, computed)
         return None if key in self.snapshots else self.snapshots.add(key)
 
     def longest_prefix(self, request: Request, num_blocks: int) -> int:

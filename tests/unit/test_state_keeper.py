@@ -155,6 +155,17 @@ def test_a_long_chat_computes_its_new_tokens_and_few_more(num_chats: int, most: 
         prompts = [chat.token_ids + prompt_of(30, turn) for chat in chats]
 
 
+def test_a_request_moves_its_own_copy_and_not_that_of_another() -> None:
+    device = Device(num_snapshots=8)
+    short = device.add("short", prompt_of(100), 50)
+    device.run()
+    device.add("long", prompt_of(100), 90)  # draws the same tokens, and more
+    device.run()
+    turn = device.add("turn", short.token_ids + prompt_of(40, 1), 1)
+    device.run()
+    assert turn.num_cached_tokens == 144
+
+
 def test_requests_that_run_do_not_take_slots_from_each_other() -> None:
     device = Device(num_snapshots=4, max_num_seqs=8)
     for index in range(8):
