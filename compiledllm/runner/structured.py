@@ -54,7 +54,7 @@ class GrammarRows(Rule):
 
         logits: float32 [rows, vocab], edited in place. If a row's output is complete, its logits
         are set to 0 first, so that the end-of-sequence token, then the only one allowed, can be
-        drawn even if another rule banned it.
+        drawn even if another rule banned it. NaN and +inf stay, as no token may be drawn from them.
         """
         if not self._states:
             return {}
@@ -68,7 +68,8 @@ class GrammarRows(Rule):
         chosen = logits if is_all else logits[index]
         complete = np.array([state.matcher.is_stopped() for _, state in masked])
         if complete.any():
-            chosen.masked_fill_(to_device(complete[:, None], self._device, torch.bool), 0.0)
+            is_complete = to_device(complete[:, None], self._device, torch.bool)
+            chosen.masked_fill_(is_complete & (chosen < torch.inf), 0.0)
         chosen.masked_fill_(self._is_banned(masks), -torch.inf)
         if not is_all:
             logits[index] = chosen

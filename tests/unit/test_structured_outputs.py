@@ -292,6 +292,9 @@ def test_a_complete_output_ends_whatever_other_rules_say(grammars: Grammars) -> 
     logits = torch.full((1, VOCAB), -torch.inf)
     assert rows.apply(logits, draw_of(0)) == {}
     assert torch.isfinite(logits).nonzero().tolist() == [[0, EOS]]
+    for spoilt in (torch.nan, torch.inf):  # by the model: no token may be drawn
+        rows.apply(logits.fill_(spoilt), draw_of(0))
+        assert not torch.isfinite(logits).any()
 
 
 def test_an_output_too_complex_to_go_on_fails_alone(grammars: Grammars) -> None:
