@@ -21,10 +21,11 @@ SHOWN = {
     "info": r"parameters +134\.5 M\n",
     "bench": r'"tpot_ms": {"median": -?[\d.]+',  # noise can make it negative
 }
-# Less of it: the numbers do not matter here, and tests/benchmarks starts an engine compiled.
+# Less of it, and the most likely words, as a few random ones may be emojis only. The numbers do not
+# matter here, and tests/benchmarks starts an engine compiled.
 LESS = {
-    "generate": "--max-tokens 8",
-    "chat": "--max-tokens 8",
+    "generate": "--max-tokens 8 --temperature 0",
+    "chat": "--max-tokens 8 --temperature 0",
     "bench": "--num-iters 1 --num-iters-warmup 0 --enforce-eager",
 }
 # The ceilings that `bench` measures take gigabytes where the last-level cache is large.
