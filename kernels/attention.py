@@ -169,15 +169,18 @@ def rotate_and_store(
     keys_are_values: bool = False,
     stores_kv: bool = True,
 ) -> Tensor:
-    """Split `qkv`, normalise and rotate queries and keys, store keys and values. Triton only.
+    """Split `qkv`, normalise and rotate queries and keys, store keys and values.
+
+    The only implementation is in Triton, for backends with `fuses_rotation`.
 
     qkv: [tokens, (num_heads + 2 * num_kv_heads) * head_dim]; with has_gate [tokens, (2 * num_heads
     + 2 * num_kv_heads) * head_dim], where each query head is followed by its gate, which this op
     ignores. q_weight, k_weight: [head_dim], weights of the RMSNorm of each query and key head;
     None: there is no norm. plus_one: the norm multiplies by 1 + weight in float32. norms_values:
     each head of the values is normalised by an RMSNorm without a weight, with the same eps.
-    keys_are_values: `qkv` has no values, which are the keys before norm and rotation. stores_kv:
-    False: `qkv` has queries only, and nothing is stored. cos, sin: [tokens, 1, rotary_dim].
+    keys_are_values: `qkv` has no values; the values are the keys before norm and rotation.
+    stores_kv: if False, `qkv` has queries only, and nothing is stored. cos, sin: [tokens, 1,
+    rotary_dim].
     slot_mapping, kv_scales: see `store_kv`. Mutates `kv_cache`. Returns the queries, [tokens,
     num_heads, head_dim].
     """

@@ -70,7 +70,7 @@ class AttentionMetadata(NamedTuple):
 
     @property
     def bound_tensors(self) -> tuple[Tensor, ...]:
-        """The tensors whose lengths are bounds."""
+        """The tensors whose length carries a bound; see `make_row_bound`."""
         return (self.row_bound,)
 
 
@@ -150,7 +150,7 @@ class AttentionBackend(ABC):
     captures = True  # whether a CUDA graph can capture a step
     captures_prompts = True  # whether a graph can capture a step with several tokens per row
     fuses_rotation = True  # whether the model may call `attention.rotate_and_store`
-    takes_sampled_tokens = True  # whether the last decoder block may run for sampled tokens only
+    takes_sampled_tokens = True  # whether the last decoder blocks may run for sampled tokens only
     reads_groups = True  # whether each cache group of layers may have its own block tables
     runs_ahead = True  # whether a step may be launched before the previous step ends
 
@@ -196,7 +196,11 @@ class AttentionBackend(ABC):
     def paged_attention(
         query: Tensor, kv_cache: Tensor, attn: AttentionMetadata, options: ScoreOptions
     ) -> Tensor:
-        """See `attention.paged_attention`. Must not read `attn.slot_mapping`."""
+        """See `attention.paged_attention`.
+
+        Must not read `attn.slot_mapping`, which is padding in blocks that run for sampled tokens
+        only.
+        """
 
     def prepare(  # noqa: B027  (most backends need nothing)
         self,
@@ -222,7 +226,8 @@ class AttentionBackend(ABC):
         """Called before every step: a backend that divides a step's work on the host does so here.
 
         rows: int64, the step's request rows; rows past the end of `computed` and `counts` are
-        padding with one token each. computed, counts: int64, tokens in the cache and new tokens.
+        padding with one token each. computed, counts: int64, each row's numbers of tokens in the
+        cache and of new tokens.
         block_tables: per group of layers, int32 [request rows, blocks]. graph: identifies the
         captured step that will run, whose numbers of rows and tokens are fixed; None for a step
         that is not captured.

@@ -46,7 +46,10 @@ _SLICES = ["rows", "snapshots"]
 
 @dataclass(frozen=True, slots=True)
 class ChunkTiling:
-    """A program of `_chunk_kernel`. precision: `input_precision` of the inverse's products."""
+    """The launch options of `_chunk_kernel`.
+
+    precision: `input_precision` of the products that compute the inverse.
+    """
 
     num_warps: int
     precision: str
@@ -54,7 +57,10 @@ class ChunkTiling:
 
 @dataclass(frozen=True, slots=True)
 class ScanTiling:
-    """A program of `_scan_kernel`. columns: columns of the state, which are value dimensions."""
+    """The tile of a program of `_scan_kernel`.
+
+    columns: number of columns of the state, which are value dimensions.
+    """
 
     columns: int
     num_warps: int
@@ -70,11 +76,11 @@ def chunk_tiling(dtype: torch.dtype) -> ChunkTiling:
 
 
 def scan_tiling(dtype: torch.dtype, value_dim: int, shared_memory: int) -> ScanTiling:
-    """The tiling of the scan. shared_memory: bytes that a program may use.
+    """The tiling of the scan. shared_memory: bytes of shared memory that a program may use.
 
     Three stages of 64 columns need 185 KiB. With two stages, the compiler would wait for a chunk
-    right after the load has begun. One stage and 32 columns are not possible for 16-bit dtypes:
-    Triton 3.6 would read past the shared memory of a GPU with `wgmma`.
+    right after it has issued the load. One stage and 32 columns are not possible for 16-bit dtypes:
+    on a GPU with `wgmma`, Triton 3.6 would read past the end of the shared memory.
     """
     if dtype.itemsize == 2:
         return ScanTiling(min(64, value_dim), 4, 3 if shared_memory >= 200 * 1024 else 1)
@@ -144,7 +150,7 @@ def _chunk_kernel(
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, KEY_DIM: tl.constexpr, EPS: tl.constexpr,
     PRECISION: tl.constexpr, HAS_SNAPSHOTS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one value head. PRECISION: of the products in `_inverse`."""
+    """One chunk of one value head. PRECISION: see `ChunkTiling`."""
     if OVERLAP:
         gdc_launch_dependents()
         gdc_wait()

@@ -1,9 +1,10 @@
-"""Sums and gathers tensors over the ranks of a tensor-parallel model: ops opaque to the compiler.
+"""Collectives of a tensor-parallel model: all-reduce, all-gather and broadcast over the ranks.
 
 A process belongs to at most one group of ranks, from `join` to `leave`. On a CPU the group uses
-gloo. Where GPUs map each other's memory, sums are a kernel of ours (`sum_over_ranks_cuda`) or, of
-large tensors among many ranks, torch's operators on symmetric memory. NCCL does the rest. CUDA
-graphs can capture all of them. Every rank must call the same ops in the same order.
+gloo. Where GPUs map each other's memory, `sum_over_ranks_cuda` sums small tensors (between two
+ranks, tensors of any size), and torch's operators on symmetric memory sum larger ones. NCCL does
+the rest. CUDA graphs can capture sums and gathers. Every rank must call the same collectives in the
+same order.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from compiledllm.platform import can_overlap_kernels
 if TYPE_CHECKING:
     from compiledllm.kernels.sum_over_ranks_cuda import RankSums
 
-JOIN_TIMEOUT_S = 300.0  # for a rank to import torch and to connect
-TIMEOUT_S = 1800.0  # for the slowest rank to arrive at a collective, such as after compiling
+JOIN_TIMEOUT_S = 300.0  # time for a rank to import torch and to connect
+TIMEOUT_S = 1800.0  # time for the slowest rank to reach a collective, for example after compiling
 # Symmetric memory of torch's operators: 8,192 tokens of width 4,096 in 16 bits.
 _MAX_SYMMETRIC_BYTES = 64 * 2**20
 # Up to this size a sum is one-shot: every rank reads the whole tensors of all ranks. A larger sum
@@ -105,7 +106,7 @@ def join(rank: int, size: int, store: Any, device: torch.device) -> str:
 def interface_to(host: str) -> str | None:
     """The network interface through which this machine reaches a host; None if it is not known.
 
-    Only Linux tells, and only for the first IPv4 address of each interface.
+    It is known on Linux only, and only from the first IPv4 address of each interface.
     """
     if sys.platform != "linux":
         return None
@@ -115,7 +116,7 @@ def interface_to(host: str) -> str | None:
         contextlib.suppress(OSError),
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe,
     ):
-        probe.connect((host, 1))  # sends nothing, but chooses this end's address
+        probe.connect((host, 1))  # for UDP sends nothing, but chooses the local address
         own = socket.inet_aton(probe.getsockname()[0])
         for _, name in socket.if_nameindex():
             with contextlib.suppress(OSError):  # an interface without an address
@@ -129,8 +130,8 @@ def interface_to(host: str) -> str | None:
 def _gloo_on(interface: str | None) -> Iterator[None]:
     """Inside the context, gloo connects through this interface, unless the environment names one.
 
-    By itself gloo takes the address of this machine's name, which is often the loopback's, where no
-    other machine finds the rank.
+    By default, gloo uses the address that this machine's host name resolves to. That is often the
+    loopback address, through which other machines cannot reach the rank.
     """
     if interface is None or _GLOO_INTERFACE in os.environ:
         yield
@@ -148,7 +149,10 @@ def is_member() -> bool:
 
 
 def abandon() -> None:
-    """Let sums that wait for other ranks end with any values: a rank has ended, or will end."""
+    """End sums that wait for other ranks; their results are arbitrary.
+
+    To be called if another rank has ended, or before this rank ends.
+    """
     if _group is not None and _group.own_sums is not None:
         _group.own_sums.abandon()
 
@@ -184,7 +188,7 @@ def _group_on_gpu(rank: int, size: int, name: str, device: torch.device) -> tupl
         sums = _own_sums(rank, inboxes)
     except Exception as error:  # no NVLink, another host, an old driver
         obstacle = str(error).strip().partition("\n")[0][:120]
-    # The reduction also tells that all ranks have prepared their memory.
+    # After this reduction, all ranks have also prepared their memory.
     have_all = torch.tensor([buffer is not None, sums is not None], device=device).int()
     dist.all_reduce(have_all, op=dist.ReduceOp.MIN)
     have_buffer, have_sums = have_all.tolist()
@@ -237,9 +241,10 @@ def all_reduce(x: Tensor) -> Tensor:
 
 
 def _lent_sum(x: Tensor, group: _Group) -> Tensor:
-    """The sum of x over all ranks, perhaps in the symmetric memory, which the next sum overwrites.
+    """The sum of x over all ranks. The result may lie in `group.buffer`, until the next sum.
 
-    The operators wait for all ranks before and after the sum, so that the memory can be used again.
+    torch's operators wait for all ranks before and after the sum, so the next sum may overwrite the
+    buffer.
     """
     import torch.distributed as dist
 
@@ -258,7 +263,7 @@ def _lent_sum(x: Tensor, group: _Group) -> Tensor:
 
 
 def fuses_norm(weight: Tensor) -> bool:
-    """Whether `sum_and_norm` computes norms with such a weight, [width], in this process."""
+    """Whether `sum_and_norm` can be called in this process for a norm's weight [width]."""
     if _group is None or _group.own_sums is None:
         return False
     from compiledllm.kernels.sum_over_ranks_cuda import can_normalize
@@ -278,8 +283,8 @@ def sum_and_norm(
 ) -> tuple[Tensor, Tensor]:
     """`residual` plus the sum of `part` over all ranks, and its RMSNorm, both [rows, width].
 
-    adds_one: whether the norm's weight is stored minus one. Only for weights that `fuses_norm`.
-    All ranks get the same bits.
+    adds_one: whether the norm's weight is stored minus one. `fuses_norm(weight)` must be True. All
+    ranks get the same bits.
     """
     from compiledllm.kernels.sum_over_ranks_cuda import add_and_norm
 

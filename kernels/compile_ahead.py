@@ -23,7 +23,8 @@ from typing import Any
 _MAX_THREADS = 16
 _SWITCH_INTERVAL_S = 0.0002
 _one_at_a_time = threading.Lock()  # for contexts that replace a method of Triton's class
-_of_thread = threading.local()  # `pool`: of `in_threads`; `is_asking`
+# Attributes: `pool`, the thread pool of `in_threads`, and `is_asking`.
+_of_thread = threading.local()
 
 
 @contextmanager
@@ -50,10 +51,11 @@ def in_threads() -> Iterator[None]:
 
 @contextmanager
 def _switching_often() -> Iterator[None]:
-    """A context in which a thread asks sooner for Python's lock while another thread computes.
+    """A context in which threads wait 0.2 ms instead of 5 ms for the global interpreter lock.
 
-    Each operator of torch gives the lock away, and each file operation of an import. The thread
-    would get the lock back after 5 ms, while another thread computes in Python.
+    Each operator of torch, and each file operation of an import, releases the lock. While another
+    thread runs Python code, the releasing thread would wait 5 ms (Python's default switch interval)
+    to get the lock back.
     """
     before = sys.getswitchinterval()
     if before <= _SWITCH_INTERVAL_S:  # another engine is starting
@@ -67,10 +69,10 @@ def _switching_often() -> Iterator[None]:
 
 
 class _Compilers:
-    """Compiles kernels, and builds their launchers, as Triton's mode lets an executor do.
+    """The executor that Triton's `AsyncCompileMode` uses: compiles kernels and their launchers.
 
-    Triton would build a launcher at the first launch of a kernel: up to version 3.6 with a C
-    compiler, for half a second each.
+    Otherwise Triton would build a kernel's launcher at the kernel's first launch. Up to version
+    3.6, that takes a C compiler half a second.
     """
 
     def __init__(self, threads: ThreadPoolExecutor) -> None:
@@ -83,13 +85,13 @@ class _Compilers:
         from triton.backends.nvidia.driver import CudaLauncher
 
         kernel = compile_kernel()
-        with suppress(Exception):  # the first launch builds it again and reports the error
+        with suppress(Exception):  # the first launch builds the launcher again and raises the error
             CudaLauncher(kernel.src, kernel.metadata)
         return kernel
 
 
 def _hash_compiler(threads: ThreadPoolExecutor) -> None:
-    """Let a thread hash Triton's library, which takes 0.4 s before the first kernel."""
+    """Let a thread hash Triton's library, which would delay the first kernel by 0.4 s."""
     from triton.runtime import cache
 
     key: Any = getattr(cache, "triton_key", None)
@@ -98,10 +100,10 @@ def _hash_compiler(threads: ThreadPoolExecutor) -> None:
 
 
 def load_driver() -> None:
-    """Load Triton's module that calls the driver, which a cold start must compile first."""
+    """Load Triton's extension module that calls the CUDA driver; a cold start compiles it first."""
     from triton.runtime.driver import driver
 
-    with suppress(Exception):  # the first kernel loads the module again and reports the error
+    with suppress(Exception):  # the first kernel loads the module again and raises the error
         driver.active.utils  # noqa: B018
 
 
@@ -116,7 +118,8 @@ def asking() -> Iterator[None]:
         def ask_or_run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
             return run(self, *args, grid=grid, warmup=warmup or is_asking(), **kwargs)
 
-        JITFunction.run = ask_or_run  # also of other threads, which run other engines
+        # Other threads, which run other engines, call this method, too.
+        JITFunction.run = ask_or_run
         _of_thread.is_asking = True
         try:
             yield
@@ -133,8 +136,8 @@ def is_asking() -> bool:
 def ask(compile_kernel: Callable[[], object]) -> bool:
     """Within `asking`, let another thread call a function that compiles a kernel.
 
-    The function must keep the kernel, or the error, for whoever launches the kernel. Returns False
-    elsewhere, and calls nothing.
+    The function must keep the kernel, or the error, for the code that launches the kernel. Outside
+    `asking`, returns False without calling the function.
     """
     if not (is_asking() and hasattr(_of_thread, "pool")):
         return False

@@ -1,12 +1,13 @@
-"""Counters in a device's memory by which thread blocks share the work of a launch.
+"""Counters in a device's memory, by which the thread blocks of a launch share their work.
 
     allocate(device)                     # with the KV cache, before any step is captured
     of_rows(num_rows * num_kv_heads, device)
     of_cache(kv_cache)
 
-Kernels find their counters at zero and leave them so. The memory is never freed or moved, since
-captured graphs hold its address. It must be allocated outside of captures: a fill of a stream that
-is being captured runs with the graph only, so a launch before that would find other numbers.
+Counters are zero before and after each launch. Their memory is never freed or moved, since captured
+graphs hold its address. The memory must be allocated outside of captures: during a capture, the
+kernel that zeroes the counters is only recorded, so that a launch before the graph's first replay
+would find arbitrary numbers.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ import itertools
 import torch
 from torch import Tensor
 
-_ROWS = 2**20  # counters of rows, one per row and KV head: more than steps are captured with
-_CACHES = 2**16
+# Counters allocated at first, one per row and KV head: more than captured steps usually need.
+_ROWS = 2**20
+_CACHES = 2**16  # one counter per layer's KV cache
 _of_rows: dict[torch.device, list[Tensor]] = {}
 _next_cache = itertools.count()
 
 
 def allocate(device: torch.device) -> None:
-    """Allocate the counters of a device. device: with an index, as tensors have it."""
+    """Allocate the counters of a device. device: with an index, such as "cuda:0"."""
     of_rows(1, device)
     _of_caches(device)
 
@@ -32,7 +34,7 @@ def allocate(device: torch.device) -> None:
 def of_rows(size: int, device: torch.device) -> Tensor:
     """At least `size` counters, int32. Launches that use them must run in order, on one stream.
 
-    A larger step allocates further memory, for which it must run uncaptured first.
+    A step that needs more counters than allocated allocates more, so it must first run uncaptured.
     """
     made = _of_rows.setdefault(device, [])
     if not made or len(made[-1]) < size:
@@ -47,9 +49,9 @@ def of_rows(size: int, device: torch.device) -> Tensor:
 
 
 def of_cache(kv_cache: Tensor) -> Tensor:
-    """A counter, int32 [1], for launches on a KV cache, which must run in order.
+    """The counter of a KV cache, int32 [1]. Launches on the same cache must run in order.
 
-    Launches on other caches may run at the same time.
+    Launches on different caches may run at the same time.
     """
     index = _index_of(kv_cache.data_ptr()) % _CACHES
     return _of_caches(kv_cache.device)[index : index + 1]

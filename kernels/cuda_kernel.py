@@ -41,7 +41,7 @@ from compiledllm.platform import can_overlap_kernels
 SOURCES = Path(__file__).parent / "cuda"
 # File name in the cache -> machine code that this process has used, or has read from an artifact.
 known_code: dict[str, bytes] = {}
-_locks: dict[str, threading.Lock] = {}  # file name -> held by the thread that compiles the code
+_locks: dict[str, threading.Lock] = {}  # file name -> lock of the thread that compiles the code
 
 
 class CudaKernel:
@@ -129,8 +129,8 @@ class CudaKernel:
 def compile_together(source: str, options: Sequence[Mapping[str, int]]) -> None:
     """Compile kernels of one source at the same time, for the current device.
 
-    options: values of the source's macros for each kernel. Errors are left to `CudaKernel`, and
-    within `compile_ahead.asking` all kernels.
+    options: values of the source's macros for each kernel. `CudaKernel` raises the errors. Within
+    `compile_ahead.asking`, this function does nothing, as each `CudaKernel` asks for its code.
     """
     if compile_ahead.is_asking():
         return
@@ -165,7 +165,7 @@ def _value_of(argument: Tensor | ctypes.Structure | _Scalar | None) -> Any:
 
 
 def _compiled(source: str, options: tuple[tuple[str, int], ...], architecture: str) -> bytes:
-    """The machine code, from the cache or else compiled and added to the cache."""
+    """The machine code: from the cache, or compiled now and added to the cache."""
     text = _with_includes((SOURCES / source).read_text(encoding="utf-8"))
     macros = [f"-D{name}={int(value)}" for name, value in options]
     flags = [f"--gpu-architecture={architecture}", "--std=c++17", *macros]

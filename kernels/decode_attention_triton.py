@@ -78,10 +78,10 @@ def _even_splits_per_sm(head_dim: int, num_programs: int) -> int:
 
 
 def _min_tiles(num_programs: int) -> int:
-    """The fewest tiles that a split of a row should have.
+    """The minimum number of tiles of keys in a split of a row.
 
-    To merge splits takes as long as a tile or two, which pays only while multiprocessors are idle.
-    num_programs: rows times KV heads.
+    Merging splits takes as long as one or two tiles, so small splits pay off only if they use
+    multiprocessors that would be idle. num_programs: rows times KV heads.
     """
     return 1 if num_programs <= num_multiprocessors() else 2
 
@@ -305,7 +305,8 @@ def attend_few_tokens(
     query, kv_cache, block_tables = tensors[:3]
     num_tokens, num_heads, head_dim = query.shape
     num_rows, num_kv_heads = len(block_tables), kv_cache.shape[3]
-    max_rows = min(num_rows, num_tokens)  # metadata ends with an empty row (`step_inputs`)
+    # A row with work has at least one token, and the last row is always empty (`step_inputs`).
+    max_rows = min(num_rows, num_tokens)
     num_programs, num_lanes = max_rows * num_kv_heads, constants["GROUP"] * max_row_tokens
     tiling = decode_tiling(head_dim, num_lanes, query.dtype, num_programs)
     even_splits = _even_splits_per_sm(head_dim, num_programs) * num_multiprocessors()

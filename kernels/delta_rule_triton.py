@@ -32,7 +32,10 @@ from compiledllm.kernels.launch import launch_options, with_packed_heads
 
 @dataclass(frozen=True, slots=True)
 class StepTiling:
-    """A program of `_step_kernel`. columns: columns of the state, which are value dimensions."""
+    """The tile of a program of `_step_kernel`.
+
+    columns: number of columns of the state, which are value dimensions.
+    """
 
     columns: int
     num_warps: int

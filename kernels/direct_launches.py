@@ -20,9 +20,10 @@ from compiledllm.kernels.machine_code import TritonLaunch
 
 
 class DirectLauncher:
-    """Called as Triton calls its launchers. Raises KeyError for a kernel that needs Triton's own.
+    """Stands in for Triton's launcher of one kernel and has the same signature.
 
-    src, metadata: of the compiled kernel.
+    src, metadata: attributes of the compiled kernel. Raises KeyError for a kernel that only
+    Triton's own launcher can launch.
     """
 
     def __init__(self, src: Any, metadata: Any) -> None:
@@ -47,7 +48,7 @@ class DirectLauncher:
         _exit_hook: Any,
         *arguments: Any,
     ) -> None:
-        """arguments: of the kernel, constants among them."""
+        """Launch the kernel. arguments: all arguments of the kernel, including constants."""
         pairs = zip(arguments, self._kinds, strict=True)
         values = [_value(argument) for argument, kind in pairs if kind != "constexpr"]
         self._launch.function = ctypes.c_void_p(function)

@@ -24,7 +24,11 @@ from compiledllm.kernels.paged_attention_triton import TritonBackend
 
 
 class FixedOrderBackend(TritonBackend):
-    """It takes no `SampledTokens`: fewer rows in the last block would change its order of sums."""
+    """Triton's backend with a fixed order of sums over keys.
+
+    It takes no `SampledTokens`: whether a step runs its last blocks for sampled tokens only depends
+    on the number of tokens in the step, and so on other requests.
+    """
 
     takes_sampled_tokens = False
     paged_attention = staticmethod(partial(TritonBackend.paged_attention, fixed_order=True))

@@ -69,14 +69,14 @@ def watch_triton() -> None:
 
 
 def _described(src: Any) -> str:
-    """A kernel's name and the variant of it: what a report of a late compilation needs."""
+    """The kernel's name, constants and aligned parameters, for a report of a late compilation."""
     names = list(getattr(src, "signature", {}))
-    constants = [f"{_at(names, at)}={value}" for at, value in getattr(src, "constants", {}).items()]
-    aligned = [_at(names, at) for at in getattr(src, "attrs", {})]
+    constants = [f"{_name_of(names, k)}={v}" for k, v in getattr(src, "constants", {}).items()]
+    aligned = [_name_of(names, key) for key in getattr(src, "attrs", {})]
     variant = ", ".join(constants) + "; divisible by 16: " + ", ".join(aligned)
     return f"{getattr(src, 'name', src)} ({variant[:300]})"
 
 
-def _at(names: list[str], at: object) -> str:
-    """The name of a parameter, which Triton knows as (its number,)."""
-    return names[at[0]] if isinstance(at, tuple) and len(at) == 1 else str(at)
+def _name_of(names: list[str], key: object) -> str:
+    """The name of a parameter. key: Triton's key for the parameter, usually (its index,)."""
+    return names[key[0]] if isinstance(key, tuple) and len(key) == 1 else str(key)

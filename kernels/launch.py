@@ -14,7 +14,7 @@ from compiledllm.platform import can_overlap_kernels
 def num_multiprocessors() -> int:
     """The number of multiprocessors of the current device.
 
-    Triton's interpreter runs one program at a time and counts as 1.
+    1 in Triton's interpreter, which runs one program at a time.
     """
     if not torch.cuda.is_available():
         return 1
@@ -36,7 +36,10 @@ def max_shared_memory() -> int:
 
 
 def out_of_resources() -> type[Exception]:
-    """What a launch raises whose program needs more than a multiprocessor has."""
+    """The exception that a launch raises if a program needs more than a multiprocessor has.
+
+    A program may need too much shared memory or tensor memory, or too many threads.
+    """
     from triton.runtime.errors import OutOfResources
 
     error: type[Exception] = OutOfResources

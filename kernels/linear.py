@@ -1,9 +1,10 @@
 """x @ weight.T + bias, by the fastest kernel for the number of rows.
 
-On a GPU, up to 32 rows of a 16-bit dtype go to `skinny_triton`, as does one row of a router in
-float32; all other products go to cuBLAS or cuBLASLt. On a GPU the product is an op that is opaque
-to the compiler. Otherwise the compiler would fold the residual addition behind the product into the
-library's call, which copies the residual stream first, whereas the next norm adds it for free.
+On a GPU, most products of up to 32 rows of a 16-bit dtype go to `skinny_triton`, as does one row of
+a router in float32 (`_is_skinny`); all other products go to cuBLAS or cuBLASLt. On a GPU the
+product is an op that is opaque to the compiler. Otherwise the compiler would fold the residual
+addition after the product into the library's call, which copies the residual stream first. With an
+opaque op, the compiler fuses the addition with the next norm, where it costs nothing.
 """
 
 from __future__ import annotations
@@ -20,8 +21,12 @@ from torch import Tensor
 from compiledllm.kernels.ops import define
 
 MAX_SKINNY_ROWS = 32
-_MAX_FLOAT32_OUTPUTS = 512  # of a product of one row: routers, where decoding waits for launches
-_MAX_ROWS_WITHOUT_SPLIT = 16  # for more rows the library is faster if it splits the sums
+# Float32 products of one row with at most this many outputs use `skinny_triton`. These are routers,
+# whose time is that of the launch.
+_MAX_FLOAT32_OUTPUTS = 512
+# With more rows than this, and at least four times as many inputs as outputs, the library is faster,
+# because it splits the sums over the inputs (split-K).
+_MAX_ROWS_WITHOUT_SPLIT = 16
 # For these numbers of rows, cuBLASLt chooses better kernels than cuBLAS if there are many inputs,
 # and equally good kernels otherwise: the layers of models of 1 to 8 B parameters take 1.5 to 4 %
 # less time on an H100.
@@ -90,6 +95,6 @@ def _is_skinny(x: Tensor, weight: Tensor) -> bool:
     num_rows, (num_outputs, num_inputs) = x.shape[0], weight.shape
     if not x.is_cuda or num_rows > MAX_SKINNY_ROWS:
         return False
-    if x.dtype.itemsize != 2:  # no tensor cores, so that sums stay in float32
+    if x.dtype.itemsize != 2:  # for one row, the kernel uses no tensor cores, so nothing is TF32
         return num_rows == 1 and num_outputs <= _MAX_FLOAT32_OUTPUTS
     return num_rows <= _MAX_ROWS_WITHOUT_SPLIT or num_inputs < 4 * num_outputs

@@ -14,8 +14,8 @@ from compiledllm.kernels.logprobs import MAX_IN_TRITON
 
 _CHUNK = 4096  # tokens of the vocabulary per program
 _NAMED = 128  # named tokens looked up together
-# Neither numbers that requests ask for nor the place where a slice begins make a variant of a
-# kernel, so that none is compiled after the start.
+# Triton must not compile a variant of a kernel for a number that a request asks for, or for the
+# alignment of a slice: such a variant would be compiled after the start.
 _ONE_VARIANT = {
     "do_not_specialize": ["num_best", "num_named"],
     "do_not_specialize_on_alignment": ["rows", "chosen", "peaks", "masses"],

@@ -29,7 +29,7 @@ def route_in_torch(
     """See `moe_route`."""
     logits = logits.float()
     score = logits.softmax(-1) if scores == "softmax" else logits.sigmoid()
-    # Logits have the order of their scores, without the rounding; groups add up scores.
+    # Logits have the same order as scores, but are not rounded. Groups need sums of scores.
     ranked = score if num_groups > 1 else logits
     if bias is not None:
         ranked = score + bias

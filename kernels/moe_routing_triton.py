@@ -40,7 +40,7 @@ def _within_best_groups(
     rank, expert, num_experts, NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """-inf for the experts of all groups but the best, as in `moe._within_best_groups`.
+    """`rank`, but -inf for all experts outside the best groups; see `moe._within_best_groups`.
 
     GROUPS: NUM_GROUPS, rounded up to a power of two.
     """
@@ -86,7 +86,7 @@ def _route_kernel(
         highest = tl.max(tl.where(is_expert, logit, float("-inf")), 0)
         score = tl.exp(logit - highest)  # times a factor that all experts share
         all_scores = tl.sum(tl.where(is_expert, score, 0.0), 0)
-    rank = logit  # which has the order of the scores, without their rounding
+    rank = logit  # logits have the same order as scores, but are not rounded
     if NUM_GROUPS > 1:
         rank = score / all_scores
     if HAS_BIAS:

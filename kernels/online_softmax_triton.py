@@ -44,9 +44,9 @@ def attend_keys(
     """One step of online softmax, in base 2, over the keys at `tokens`.
 
     best, total, acc: highest logit [queries], sum of weights [queries] and sum of weighted values
-    [queries, PADDED_DIM] so far. in_context: bool [keys], whether a token exists. seen: bool,
-    broadcast to [queries, keys], whether a query sees a key. With ALL_SEEN every query sees every
-    key, and the kernel ignores both masks.
+    [queries, PADDED_DIM] so far. in_context: bool [keys], whether any query of the program may see
+    the token; other keys are not loaded. seen: bool, broadcast to [queries, keys], whether a query
+    sees a key. With ALL_SEEN every query sees every key, and both masks are ignored.
     """
     # `best` holds logits in base 2: query-key products times scale and log2(e).
     dim = tl.arange(0, PADDED_DIM)

@@ -91,7 +91,7 @@ class Packed:
 
 
 def can_pack(device: torch.device) -> bool:
-    """Whether the device can run the kernels. Their bulk copies need compute capability 9.0."""
+    """Whether the device can run the kernels, whose bulk copies need compute capability 9.0."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 

@@ -115,8 +115,9 @@ class FlashInferBackend(AttentionBackend):
     def _plan(
         self, counts: np.ndarray, lengths: np.ndarray, pages: Tensor, graph: Hashable
     ) -> None:
-        """counts, lengths: int64 [rows], new tokens and context lengths including them; at least 1.
+        """Plan a step for each kind of layer.
 
+        counts, lengths: int64 [rows], new tokens and context lengths including them; at least 1.
         pages: int32, on the device, the blocks of all rows, row after row.
         """
         num_pages = -(-lengths // self._block_size)

@@ -77,10 +77,10 @@ def cluster_for(
 
 
 def _long_step(head_dim: int) -> int:
-    """The number of tokens from which a step is taken for one of long rows.
+    """The number of tokens from which on a step is assumed to have long rows.
 
-    Only the device knows the rows of a captured step. In a step of many tokens, wrongly chosen
-    tiles cost less if the rows are short, as attention then takes little of the time.
+    Only the device knows the rows of a captured step. If a step of many tokens has short rows, the
+    wrong tiles cost little, since attention is then a small part of the step's time.
     """
     return 8192 if head_dim <= _PART_COLUMNS else 12288
 
@@ -93,7 +93,8 @@ def kernel_for(query: Tensor, kv_cache: Tensor, options: ScoreOptions) -> CudaKe
         return None
     if options.in_chunks:
         return None
-    if any(x.stride(0) % 8 or x.data_ptr() % 16 for x in (query, kv_cache)):  # read by 16 bytes
+    # The kernel reads 16 bytes at a time, which must be aligned.
+    if any(x.stride(0) % 8 or x.data_ptr() % 16 for x in (query, kv_cache)):
         return None
     kernels = _kernels(
         query.dtype, head_dim, query.shape[1] // num_kv_heads, num_kv_heads, block_size,
@@ -114,7 +115,8 @@ def _kernels(
 ) -> tuple[CudaKernel, ...] | None:  # fmt: skip
     """The kernels for short and for long rows, both compiled at the start of an engine.
 
-    are_asked: whether the kernels are only asked for, so that an error is not known yet.
+    are_asked: whether other threads compile the kernels (`compile_ahead.asking`), so that errors
+    are not known yet. Only a part of the cache's key.
     """
     if head_dim not in range(64, 257, 8) or block_size not in (8, 16, 32, 64) or group > ROWS:
         return None
@@ -155,7 +157,7 @@ def attend_prompts(
     kernel: from `kernel_for`. query: [tokens, num_heads, head_dim], with contiguous heads. out: of
     query's shape, contiguous.
     """
-    if compile_ahead.is_asking():  # there may be no kernel yet that knows its `max_clusters`
+    if compile_ahead.is_asking():  # `max_clusters` needs the kernel, which may not be compiled yet
         return
     _, num_blocks, _, num_kv_heads, _ = kv_cache.shape
     _, block_tables, seq_lens, query_start_loc, _ = attn

@@ -1,4 +1,4 @@
-"""Launches the CUDA kernels that multiply by a `Packed` matrix. Needs compute capability 9.0.
+"""Launches the CUDA kernels that multiply by a `Packed` matrix, on compute capability 9.0 or later.
 
 For up to `MAX_FEW_ROWS` rows of x, `cuda/linear.cu` multiplies and reads each code once. For more
 rows, `cuda/dequantize.cu` writes the matrix in 16 bits and `kernels.linear` multiplies.

@@ -1,4 +1,4 @@
-"""Ragged rows in Triton: which row and which of its tokens a program of a fixed grid has."""
+"""Ragged rows in Triton: assigns the programs of a grid of fixed size to pieces of rows."""
 
 # Triton infers a kernel's types from each call, which mypy cannot follow.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"

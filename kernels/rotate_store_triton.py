@@ -2,8 +2,8 @@
 
 The kernel normalises each head of queries and keys (if the model has q and k norms), rotates the
 heads (RoPE), writes queries to a new tensor, and writes keys and values to the paged cache. Values
-may be normalised too, or be the keys as they were projected, and a layer that reads the keys and
-values of an earlier one has queries only.
+may be normalised too, or be the projected keys before norm and rotation. A layer that reads the
+keys and values of an earlier layer has queries only.
 """
 
 # Triton infers a kernel's types from each call, which mypy cannot follow.

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 INVALID = -1  # result for a row of logits from which no token can be drawn
-_CANDIDATES = 1024  # most likely tokens tried for top_p first; otherwise all are sorted
+# top_p sorts only this many of the most likely tokens first, and all tokens if they do not suffice.
+_CANDIDATES = 1024
 
 
 class SamplingRows(NamedTuple):

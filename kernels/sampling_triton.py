@@ -31,8 +31,8 @@ _GROUP = 64  # tokens per group, which has one peak
 _GROUPS = 256  # groups that a row's program reads per iteration
 # Number of leading bits in which the keys of a dtype can differ.
 _KEY_BITS = {torch.bfloat16: 16, torch.float16: 19, torch.float32: 32}
-# Slices of larger tensors. The place where one begins makes no variant of a kernel, so that none is
-# compiled after the start.
+# Slices of larger tensors. Triton must not specialise on their alignment: a variant for another
+# alignment would be compiled after the start.
 _SLICES = ["rows", "positions", "best_scores", "peaks", "masses"]
 
 
@@ -54,7 +54,7 @@ def _mix32(x):
 
 @triton.jit
 def _inverse_exponential(seeds, positions, row, index, token):
-    """1 / -log(1 - u), u in (0, 1) per token. The token with the largest weight times this wins.
+    """1 / -log(1 - u), u in (0, 1) per token. The largest product with the token's weight wins.
 
     The logarithm of the result is the token's Gumbel noise, see sampling.gumbel_noise. log(1 - u)
     is computed from the exponent of 1 - u and a polynomial in f = (1 - u) / 2^exponent - 1,

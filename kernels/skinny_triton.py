@@ -55,14 +55,16 @@ def multiplied_rows(num_rows: int) -> int:
 
 
 def rule_for(num_rows: int, num_outputs: int, num_inputs: int) -> Tiling:
-    """Choose few outputs per program if there are few in all, so that all multiprocessors work.
+    """Choose few outputs per program for a small matrix, so that every multiprocessor has work.
 
-    For up to 16 rows fitted to the best of 10 to 45 tilings on an H200, for the layers and heads of
-    models of 0.1 to 35 B parameters, with cold caches: one row reads 3.5 to 4.5 TB/s of matrices of
-    more than 25 MB, 8 rows 3.2 to 4.4. More rows: the same for models of up to 8 B on an H100. The
-    loads of a decode step's next kernel begin early. Therefore, in a step of 8 rows of
-    Llama-3.1-8B, two warps for products of at least 2**24 weights are 3 % faster than the tilings
-    that are best for these products alone.
+    For up to 16 rows, the rules were fitted to the fastest of 10 to 45 tilings on an H200, for the
+    layers and heads of models of 0.1 to 35 B parameters, with cold caches. One row reads matrices
+    of more than 25 MB at 3.5 to 4.5 TB/s, and 8 rows at 3.2 to 4.4 TB/s. For more rows, the rules
+    were fitted on an H100 to models of up to 8 B.
+
+    For 2 to 16 rows, at least 2**24 weights and at most 8192 inputs, two warps are not the fastest
+    tiling of the product alone. In a decode step, however, the next kernel begins its loads early,
+    and a step of 8 rows of Llama-3.1-8B is 3 % faster with two warps.
     """
     size = num_outputs * num_inputs
     if num_rows > 16:
@@ -75,7 +77,7 @@ def rule_for(num_rows: int, num_outputs: int, num_inputs: int) -> Tiling:
         if size < 2**24:
             return Tiling(32, 128, 4, 6)
         return Tiling(32, 128, 2, 5) if num_inputs <= 8192 else Tiling(32, 256, 4, 5)
-    # Two iterations at least, except for so few inputs that one iteration has too few loads.
+    # At least two iterations, unless there are so few inputs that each would have too few loads.
     columns = triton.next_power_of_2(num_inputs) // (2 if num_inputs >= 1024 else 1)
     return Tiling(2 if num_inputs > 1024 else 4, min(max(columns, 64), 2048), 4)
 

@@ -35,7 +35,10 @@ _SLICES = ["rows", "snapshots"]
 
 @dataclass(frozen=True, slots=True)
 class StateTiling:
-    """A program of either kernel. columns: columns of the state, which are head dimensions."""
+    """The tile of a program of either kernel.
+
+    columns: number of columns of the state, which are head dimensions.
+    """
 
     columns: int
     num_warps: int

@@ -1,8 +1,8 @@
 """Launches `cuda/sum_over_ranks.cu`: sums over ranks in one kernel, with the residual and RMSNorm.
 
-Every rank stores its summand in the memory of all other ranks, so a sum takes one way over NVLink,
-and no signal beside the data. Sums that are too large for that are added up elsewhere, and the
-kernel adds the residual and normalises.
+Every rank stores its summand in the memory of all other ranks. A sum therefore takes one trip over
+NVLink, without a signal beside the data. Tensors that are too large for this are summed by other
+means (`collectives`), and the kernel adds the residual and normalises.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import Tensor
 from compiledllm.kernels.cuda_kernel import CudaKernel
 from compiledllm.kernels.launch import num_multiprocessors
 
-INBOX_BYTES = 64 * 2**20  # of the memory in which a rank receives the summands of the others
+INBOX_BYTES = 64 * 2**20  # size of the memory in which a rank receives the others' summands
 _NUM_BUFFERS = 2
-_MAX_CHANNELS = 128  # thread blocks of a sum
-# That one of several ranks sends to all others in one sum, for which it sends the whole to each.
-# Two ranks send no more in this way than in any other.
+_MAX_CHANNELS = 128  # a channel is a thread block of a sum, with its share of the inboxes
+# Maximum number of bytes that one of more than two ranks sends to all others in one sum. A rank
+# sends its whole summand to each of the others. Between two ranks, no other way sends less.
 _MAX_SENT_BYTES = 4 * 2**20
 _EMPTY = -(2**31) + 2**15  # the kernel's word for numbers that have not arrived, as int32
 _MAX_THREADS = 1024
@@ -34,24 +34,24 @@ _SUM, _NORMALIZE, _NORMALIZE_ONE = range(3)
 
 
 class RankSums:
-    """The sums of one rank.
+    """Computes the sums over ranks on one rank.
 
     inboxes: each rank's memory, uint8 [INBOX_BYTES], mapped into this process. All ranks must have
-    made their RankSums before the first sum, and ask for the same sums in the same order.
+    made their RankSums before the first sum, and must call the same methods in the same order.
     """
 
     def __init__(self, rank: int, inboxes: Sequence[Tensor]) -> None:
         self._rank, self._num_ranks = rank, len(inboxes)
-        self._tensors = inboxes  # whose memory lives as long as this object
+        self._tensors = inboxes  # keeps the memory alive, as kernels get addresses only
         own = inboxes[rank]
         own.view(torch.int32).fill_(_EMPTY)
         self._kernel = functools.cache(_make_kernel)
         self._num_channels = min(_MAX_CHANNELS, num_multiprocessors())
-        # Room for the rows of one rank that a thread block sums.
+        # Bytes of an inbox for one buffer, one sending rank and one channel.
         room = INBOX_BYTES // (_NUM_BUFFERS * self._num_ranks * _MAX_CHANNELS)
         self._channel_bytes = room - room % _VECTOR_BYTES
         self._rounds = torch.zeros(_MAX_CHANNELS, dtype=torch.int32, device=own.device)
-        # The host's memory, which a running kernel sees change.
+        # A flag in pinned host memory, so that a running kernel sees the host change it.
         self._is_over = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=own.is_cuda)
         # Arguments of all launches.
         self._ranks = (_addresses(inboxes), own, self._rounds, self._is_over)
@@ -107,14 +107,14 @@ class RankSums:
         return of_warp * -(-part.nbytes // (of_warp * self._num_channels))
 
     def abandon(self) -> None:
-        """Let running and later sums end without waiting, with any values: a rank has ended."""
+        """End running and later sums without waiting; their results are arbitrary."""
         self._is_over.fill_(1)
 
     def _launch(
         self, norm: int, part: Tensor, residual: Tensor | None, weight: Tensor | None,
         total: Tensor, normed: Tensor | None, eps: float,
     ) -> None:  # fmt: skip
-        """Sum as many rows at a time as the channels have room for."""
+        """Launch the kernel for as many rows at a time as fit into the channels."""
         (num_rows, width), row_bytes = part.shape, part.shape[1] * part.itemsize
         at_once = max_blocks = num_rows
         if self._num_ranks > 1:
@@ -141,7 +141,7 @@ def can_normalize(x: Tensor) -> bool:
 def add_and_norm(
     update: Tensor, residual: Tensor, weight: Tensor, eps: float, adds_one: bool
 ) -> tuple[Tensor, Tensor]:
-    """As `RankSums.sum_and_norm`, where `update` is the sum already."""
+    """As `RankSums.sum_and_norm`, but `update` is already the sum over all ranks."""
     return _one_rank().sum_and_norm(update, residual, weight, eps, adds_one)
 
 

@@ -2,7 +2,8 @@
 
 A table is a JSON file named after its GPU. Tables in `tilings/` come with the package. A machine's
 own table, made by `compiledllm bench tilings`, takes precedence. The rules apply to GPUs without a
-table, and to products for which the table has no entry of about the same size.
+table, and to products without an entry. An entry of `products` also serves a product with nearly as
+many outputs; an entry of `quantized` serves its exact shape only.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _SHIPPED = Path(__file__).with_name("tilings")
 Products = dict[tuple[int, int, int], tuple[int, ...]]
 # (layout, padded rows, outputs, inputs) -> the fields of a `quantized_cuda.Tiling`
 QuantizedProducts = dict[tuple[str, int, int, int], tuple[int, ...]]
-_MAX_WARPS = 32  # of a thread block
+_MAX_WARPS = 32  # maximum number of warps of a thread block
 
 
 class Table(NamedTuple):
@@ -80,7 +81,10 @@ def _nearest(gpu: str, rows: int, num_outputs: int, num_inputs: int) -> tuple[in
 def quantized_tiling(
     layout: str, num_rows: int, num_outputs: int, num_inputs: int
 ) -> tuple[int, ...] | None:
-    """As `product_tiling`, for a quantised matrix. layout: `str` of a `packed.Layout`."""
+    """The tiling measured for a quantised matrix of exactly this shape; None: not measured.
+
+    layout: `str` of a `packed.Layout`.
+    """
     gpu, rows = _gpu(), padded_rows_of_quantized(num_rows)
     if gpu is None:
         return None

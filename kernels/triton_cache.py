@@ -17,8 +17,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-_GROUP = "__grp__"  # prefix of files that list the files of a group, with absolute paths
-# Source and intermediate representations, for people to read. Triton runs without these files.
+_GROUP = "__grp__"  # prefix of files that list the files of a group by absolute path
+# Suffixes of the source and the intermediate representations, which Triton does not need to launch.
 _STAGES = (".source", ".ttir", ".ttgir", ".llir", ".ptx")
 _used: set[str] = set()  # names of the noted entries
 
