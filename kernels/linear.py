@@ -24,8 +24,8 @@ MAX_SKINNY_ROWS = 32
 # Float32 products of one row with at most this many outputs use `skinny_triton`. These are routers,
 # whose time is that of the launch.
 _MAX_FLOAT32_OUTPUTS = 512
-# With more rows than this, and at least four times as many inputs as outputs, the library is faster,
-# because it splits the sums over the inputs (split-K).
+# With more rows than this, and at least four times as many inputs as outputs, the library is
+# faster, because it splits the sums over the inputs (split-K).
 _MAX_ROWS_WITHOUT_SPLIT = 16
 # For these numbers of rows, cuBLASLt chooses better kernels than cuBLAS if there are many inputs,
 # and equally good kernels otherwise: the layers of models of 1 to 8 B parameters take 1.5 to 4 %

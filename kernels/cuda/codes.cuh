@@ -6,12 +6,15 @@
 enum Code { FP8, INT8, INT4, FP4, INT6 };
 enum ScaleType { FLOAT32, BFLOAT16, FLOAT16, E8M0, E4M3, INTEGER8 };
 
-// Whether codes lie in records: INT4, FP4 and INT6, of which a record holds the lower four bits apart.
+// Whether codes lie in records: INT4, FP4 and INT6. A record stores the lower four bits of INT6 codes like
+// INT4 codes, and the upper two bits behind them.
 #define NIBBLES (CODE == 2 || CODE == 3 || CODE == 4)
 constexpr int UNIT = 128;                              // inputs
-constexpr int UNIT_BYTES = NIBBLES ? UNIT / 2 : UNIT;  // of an output's codes; of INT6 the lower four bits
-constexpr int UPPER_BYTES = CODE == INT6 ? UNIT / 4 : 0;  // of an output's upper two bits in a unit
-constexpr int LOADS = UNIT_BYTES / 64;  // of 16 bytes, by each of the four lanes that share an output
+// Bytes of an output's codes in a unit; for INT6, of the lower four bits only.
+constexpr int UNIT_BYTES = NIBBLES ? UNIT / 2 : UNIT;
+constexpr int UPPER_BYTES = CODE == INT6 ? UNIT / 4 : 0;  // bytes of the upper two bits in a unit
+// Loads of 16 bytes that each of the four lanes of an output needs for a unit.
+constexpr int LOADS = UNIT_BYTES / 64;
 // FP8 codes lie in the order of the inputs, because cuBLASLt multiplies by the same tensor: a lane's 16
 // bytes are the codes of 16 consecutive inputs. In the layouts of the other codes (kernels/records.py) a
 // lane has 8 consecutive inputs of each quarter of 32; with INT6, 4 consecutive inputs of each 16.
@@ -41,8 +44,8 @@ __device__ __forceinline__ float to_float(u16 v) {
 
 // -- codes to floats -------------------------------------------------------------------------------
 
-// Unpacked FP8 codes, and NVFP4 codes times their scales, are too small by a power of two, FACTOR, by which
-// the kernel multiplies the final sum. This changes a sum of codes by at most 2^-29.
+// Unpacked FP8 codes, and NVFP4 codes times their scales, are too small by the factor FACTOR, a power of two.
+// The kernel multiplies the final sum by FACTOR. This changes a sum of codes by at most 2^-29.
 constexpr bool IS_NVFP4 = CODE == FP4 && GROUPS == 8 && SCALE == E4M3;
 constexpr float FACTOR = CODE == FP8 ? (BF16 ? 1.329227995784916e36f : 256.f)  // 2^120, 2^8
                          : IS_NVFP4  ? (BF16 ? 6.646139978924579e35f : 16384.f)  // 2^119, 2^14

@@ -1,5 +1,5 @@
-// What a kernel needs of compute capability 9.0: barriers and copies in shared memory, products of a
-// warpgroup (128 threads) on the tensor cores. Addresses of shared memory are 32 bits wide.
+// Instructions of compute capability 9.0: barriers (mbarrier) and copies (TMA) in shared memory, and products
+// of a warpgroup (128 threads) on the tensor cores (wgmma). Addresses of shared memory are 32 bits wide.
 //
 // Defined before: BF16 (16-bit numbers are bfloat16, otherwise float16).
 
@@ -23,9 +23,9 @@ typedef long long i64;
 
 __device__ __forceinline__ u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
-// A barrier of 8 bytes in shared memory. It completes a phase when `arrivals` threads have arrived and the
-// bytes that were announced have been copied. Phases have parity 0, 1, 0, ...; waiting for parity 1 before
-// the first phase ends at once.
+// A barrier (mbarrier) of 8 bytes in shared memory. A phase of the barrier completes when `arrivals` threads
+// have arrived and all bytes announced by `expect` have been copied. Phases have parity 0, 1, 0, ...; before
+// the first phase completes, a wait for parity 1 returns at once.
 __device__ __forceinline__ void init(u32 barrier, int arrivals) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
@@ -35,7 +35,7 @@ __device__ __forceinline__ void publish_barriers() {
 __device__ __forceinline__ void arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-__device__ __forceinline__ void expect(u32 barrier, u32 bytes) {  // arrives, too
+__device__ __forceinline__ void expect(u32 barrier, u32 bytes) {  // announces bytes, and arrives
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void wait(u32 barrier, u32 parity) {
@@ -46,7 +46,7 @@ __device__ __forceinline__ void arrive_of_warp(u32 barrier) {  // once, when all
     __syncwarp();
     if (threadIdx.x % 32 == 0) arrive(barrier);
 }
-// One of the 16 barriers of a block, numbered `id`, of `threads` threads. `pass` arrives without waiting.
+// Wait at the block's named barrier `id` (0 to 15) for `threads` threads. `pass` arrives without waiting.
 __device__ __forceinline__ void meet(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -58,7 +58,7 @@ __device__ __forceinline__ void pass(int id, int threads) {
 
 struct alignas(64) TensorMap { u64 words[16]; };
 
-// Copy a box of a tensor; `barrier` counts its bytes. Zeros replace what lies outside the tensor.
+// Copy a box of a tensor with TMA; `barrier` counts the bytes. Elements outside the tensor become zeros.
 __device__ __forceinline__ void copy_box(
     u32 to, const TensorMap* map, u32 barrier, int x0, int x1, int x2, int x3, int x4) {
     asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
@@ -90,7 +90,7 @@ template <class T> __device__ __forceinline__ void load_words(T& x, u32 at) {
 __device__ __forceinline__ void store_8_bytes(u32 to, float x, float y) {
     asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(x), "f"(y) : "memory");
 }
-// What this thread has stored in shared memory may be read by the tensor cores after the next barrier.
+// After the next barrier, the tensor cores see what this thread has stored in shared memory.
 __device__ __forceinline__ void publish_to_tensor_cores() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -127,7 +127,7 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
-// The registers of each thread of this warpgroup from now on.
+// Set the number of registers per thread of this warpgroup.
 template <int N> __device__ __forceinline__ void shrink_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
 }
@@ -158,8 +158,8 @@ __device__ __forceinline__ float exp2(float x) {
 
 // -- products ------------------------------------------------------------------------------------------
 
-// Products run while the thread goes on. `begin_products` comes after the last change of a register that
-// they use, `commit_products` ends a group of them.
+// Products are asynchronous: they run while the thread goes on. Call `begin_products` after the last change
+// of a register that the products use, and `commit_products` at the end of a group of products.
 __device__ __forceinline__ void begin_products() {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
@@ -170,7 +170,8 @@ __device__ __forceinline__ void commit_products() {
 template <int PENDING> __device__ __forceinline__ void wait_products() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
-// The compiler does not move uses of these registers over this point, as products write or read them.
+// Keep the compiler from moving uses of these registers across this point, since running products read or
+// write them.
 template <int N> __device__ __forceinline__ void settle(float (&x)[N]) {
 #pragma unroll
     for (int i = 0; i < N; ++i) asm volatile("" : "+f"(x[i])::"memory");
@@ -179,22 +180,25 @@ template <int N> __device__ __forceinline__ void settle(u32 (&x)[N]) {
 #pragma unroll
     for (int i = 0; i < N; ++i) asm volatile("" : "+r"(x[i])::"memory");
 }
-// Make the compiler compute x, which is never negative, before this point: it may have to be stored.
+// Make the compiler compute x before this point. The store never happens, as x is never negative, but the
+// compiler does not know that.
 __device__ __forceinline__ void compute_now(float x, u32 anywhere) {
     if (x < 0.f) asm volatile("st.shared.b32 [%0], %1;" ::"r"(anywhere), "f"(x) : "memory");
 }
 
-// A matrix in shared memory, of rows of 64 numbers (128 bytes) whose 16-byte pieces are exchanged by the
-// row's number modulo 8; at: a multiple of 1024, and the first of 16 columns or rows further. stride:
-// bytes between parts of 64 columns, for b of `multiply` with weights.
+// The wgmma descriptor of a matrix in shared memory with the 128-byte swizzle: rows of 64 numbers (128 bytes),
+// whose 16-byte pieces are permuted by XOR with the row's number modulo 8. at: the matrix's address, which is
+// a multiple of 1024, plus the offset of the first of 16 columns or rows. stride: bytes between parts of 64
+// columns; used only for b of the `multiply` that takes a from registers.
 __device__ __forceinline__ u64 matrix(u32 at, u32 stride) {
     return (u64)((at & 0x3FFFF) >> 4) | (u64)(stride >> 4) << 16 | (u64)(1024 >> 4) << 32 | 1ull << 62;
 }
 
-// sum += a * b. sum: 64 rows of 64, 128 or 176 columns. Thread t has, of the rows t / 32 * 16 + t % 32 / 4 (half
-// 0) and 8 further (half 1), columns 8 * j + 2 * (t % 4) + {0, 1} in sum[4 * j + 2 * half + {0, 1}].
-// a and b in shared memory, 16 columns each: sum[i, j] += a[i, :] * b[j, :]; without `add` sum = a * b.
-// a in registers, as numbers of a sum that were packed in pairs, b in shared memory, 16 rows:
+// sum += a * b. sum: 64 rows of 64, 128 or 176 columns. Thread t holds parts of two rows: t / 32 * 16 +
+// t % 32 / 4 (half 0), and the row 8 further (half 1). sum[4 * j + 2 * half + {0, 1}] has the columns 8 * j +
+// 2 * (t % 4) + {0, 1}.
+// With a and b in shared memory, 16 columns each: sum[i, j] += a[i, :] * b[j, :]; without `add`, sum = a * b.
+// With a in registers, in the layout of a sum and packed in pairs, and b in shared memory, 16 rows:
 // sum[i, j] += a[i, :] * b[:, j].
 #define SUMS4(x, i) "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3])
 #define SUMS8(x, i) SUMS4(x, i), SUMS4(x, i + 4)

@@ -38,7 +38,7 @@ typedef float OUT;
 typedef u16 OUT;
 #endif
 
-// -- copies to shared memory (4-bit codes) -----------------------------------------------------------
+// -- copies to shared memory (codes in records) -------------------------------------------------------
 
 constexpr int SLOT = CHUNK * RECORD;  // bytes of a chunk of one tile
 
@@ -124,7 +124,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantized_linear(
             for (int half = 0; half < 2; ++half) {
 #pragma unroll
                 for (int i = 0; i < LOADS; ++i) {
-                    // Past the last input x is read as zero, so any code of the row will do.
+                    // Past the last input, x is zero, so the value of the code does not matter.
                     const bool is_beyond = TAIL && IN_ORDER && index * UNIT + 64 * i + 16 * l >= num_inputs;
                     const u8* p = is_beyond ? row[r][half] - 16 * l : row[r][half] + index * UNIT_BYTES + 64 * i;
                     unit.codes[r][half][i] = load_once(p);

@@ -38,12 +38,12 @@ constexpr int MIN_TILES = 4;  // least number of tiles for a block that shares a
 constexpr float LOG2_E = 1.4426950408889634f;
 
 struct Work {  // a program, as one block computes it
-    int row, start, count;       // of the request: batch row, first token of the step, number of tokens
+    int row, start, count;       // of the request: batch row, its first token in the step, number of tokens
     int length, context;         // of the request: with and without the step's tokens
     int kv_head, first_query;    // of the program, counted in the request's tokens of the step
     int first_key, end;          // range of the keys that any query of the program sees
-    int part, parts;             // this block's index among the blocks that share the keys, and their number;
-                                 // 0 blocks: no program is left
+    int part, parts;             // this block's index among the blocks that share the keys, and the number of
+                                 // these blocks; parts = 0: no program is left
     int first_tile, last_tile;   // the tiles of this part, the last one included
 };
 
@@ -82,7 +82,7 @@ __device__ __forceinline__ float over_quad(float x, bool is_max) {
 
 struct Softmax {
     float best[2], total[2];  // highest logit, in base 2; sum of weights over this thread's columns only
-    int position[2];          // of the query in its request
+    int position[2];          // position of the query in its request
     float to_base_2, cap_rate;
 
     // One step of online softmax: replaces `scores` by weights. decay: the factors of earlier sums.
@@ -175,13 +175,13 @@ struct Programs {
         int taken = 0;
         if (threadIdx.x % 32 == 0) {
             taken = atomicAdd(counter, 1);
-            if (taken == count() - 1) *counter = 0;  // the last call, as each program is followed by one
+            if (taken == count() - 1) *counter = 0;  // the last call, as there is one after each program
         }
         return (int)gridDim.x + __shfl_sync(~0u, taken, 0);
     }
 };
 
-// The blocks that share a program are as many as let all programs run at once, up to a cluster.
+// As many blocks share a program as possible if all programs are to run at once; at most a whole cluster.
 __device__ __forceinline__ Programs count_programs(const int* query_start_loc, int num_rows) {
     Programs programs = {count_pieces(query_start_loc, num_rows), cluster_size()};
     while (programs.parts > 1 && programs.count() * programs.parts > (int)gridDim.x) programs.parts /= 2;
@@ -221,8 +221,9 @@ struct Place {
     }
 };
 
-// Barriers, 8 bytes each: per slot keys full, values full, keys empty, values empty; per program of the last
-// two described, full and empty; per program whose queries are there, full and empty.
+// Barriers, 8 bytes each. Per slot: keys full, values full, keys empty, values empty. For each of the two
+// descriptions of programs (`Work`): full (both), empty (both). For each of the QUERY_STAGES places for a
+// program's queries: full (all), empty (all).
 constexpr int WORKS = 4 * STAGES, QUERIES = WORKS + 4, BARRIERS = QUERIES + 2 * QUERY_STAGES;
 
 struct Shared {  // addresses in shared memory
@@ -262,8 +263,9 @@ __device__ __forceinline__ void copy_queries(const TensorMap* map, const Work& w
     wait(shared.queries_empty(turn), (turn / QUERY_STAGES & 1) ^ 1);
     if (threadIdx.x != 0) return;
     expect(shared.queries_full(turn), PARTS * TOKENS * GROUP * 128);
+    // The box may include tokens of the next request, whose results are not written.
 #pragma unroll
-    for (int part = 0; part < PARTS; ++part)  // tokens of the next request may follow; nothing reads their results
+    for (int part = 0; part < PARTS; ++part)
         copy_box(shared.queries_of(turn) + part * QUERY_PART, map, shared.queries_full(turn),
                  64 * part, work.kv_head * GROUP, work.start + work.first_query, 0, 0);
 }
@@ -345,7 +347,7 @@ __device__ __forceinline__ void merge(
     const Work& work, const float (&sums)[OUT_PARTS][OUT_COLUMNS / 2], const Softmax& softmax, u16* out, int first_row,
     u32 queries, u32 tiles) {
     const int lane = threadIdx.x % 32, thread = threadIdx.x - 128;
-    meet(3, 256);  // no product reads shared memory any more
+    meet(3, 256);  // both warpgroups' products have finished reading shared memory
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int row = first_row + 8 * half;
@@ -382,12 +384,13 @@ __device__ __forceinline__ void merge(
     meet_cluster();  // until the other blocks have read this block's sums
 }
 
-// Writes a warpgroup's results to `out`, through the place of its queries, so that whole rows are written.
+// Writes a warpgroup's results to `out`. The results pass through the queries' place in shared memory, so that
+// each thread writes 16 bytes at a time.
 __device__ __forceinline__ void write(
     const Work& work, const float (&sums)[OUT_PARTS][OUT_COLUMNS / 2], const float (&total)[2], u16* out, int first_row,
     u32 queries) {
     const int group = threadIdx.x / 128 - 1, lane = threadIdx.x % 32;
-    meet(4 + group, 128);  // no product reads the queries any more
+    meet(4 + group, 128);  // the warpgroup's products have finished reading the queries
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const float factor = 1.f / total[half];
@@ -459,6 +462,7 @@ __device__ __forceinline__ void consume(
         clear_values(shared.tile(slot, 1), work.length - last * KEYS);
     }
 
+    // Barrier 1 + g opens the turn of warpgroup g at the tensor cores. Warpgroup 0 has the first turn.
     if (group == 1 && last > first) pass(1, 256);
     for (int tile = last - 1; tile >= first; --tile) {
         const int next_slot = slot + 1 == STAGES ? 0 : slot + 1, next_round = round + (next_slot == 0);
@@ -488,7 +492,7 @@ __device__ __forceinline__ void consume(
         release(slot, 1);
 #pragma unroll
         for (int i = 0; i < KEYS / 4; ++i) weights[i] = pack(scores[2 * i], scores[2 * i + 1]);
-        if (__any_sync(~0u, decay[0] != 1.f || decay[1] != 1.f))  // rarely, late in a long context
+        if (__any_sync(~0u, decay[0] != 1.f || decay[1] != 1.f))  // rare once many keys have been seen
 #pragma unroll
             for (int part = 0; part < OUT_PARTS; ++part)
 #pragma unroll
@@ -550,7 +554,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) prefill_attention(
         for (int turn = 0;; ++turn) {
             wait(shared.work_full(turn), turn / 2 & 1);
             load_words(work, shared.work(turn));
-            arrive(shared.work_empty(turn));  // each thread for itself, as racecheck expects
+            arrive(shared.work_empty(turn));  // every thread arrives, as racecheck requires
             if (work.parts == 0) break;
             consume(work, sinks, out, scale, window, soft_cap, turn, shared, place);
         }

@@ -1,5 +1,5 @@
-// The instructions that the kernels need and C++ has no name for. tests/support/cuda_on_cpu.py replaces
-// this file, so that the kernels' arithmetic runs on a CPU.
+// Wrappers of the PTX instructions for which CUDA C++ has no function. tests/support/cuda_on_cpu.py replaces
+// this file, so that the kernels run on a CPU.
 
 #pragma once
 
@@ -50,7 +50,7 @@ __device__ __forceinline__ float half_to_float(u32 bits) {
     return f;
 }
 
-// The sum over the threads of a warp, in an order of its own; all threads get the same bits.
+// The sum over the threads of a warp, in a fixed order; all threads get the same bits.
 __device__ __forceinline__ float sum_of_warp(float x) {
 #pragma unroll
     for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, distance);
@@ -67,7 +67,7 @@ __device__ __forceinline__ void multiply(float (&sum)[4], const u32 (&a)[4], u32
 
 // -- memory ------------------------------------------------------------------------------------------
 
-// 16 bytes that are read once.
+// Load 16 bytes that are read only once, without keeping them in the L1 cache.
 __device__ __forceinline__ uint4 load_once(const u8* p) {
     uint4 v;
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -75,8 +75,8 @@ __device__ __forceinline__ uint4 load_once(const u8* p) {
     return v;
 }
 
-// 16 bytes in the memory of this or of another GPU, which another GPU reads or writes meanwhile; each of the
-// four words arrives as a whole.
+// Store or load 16 bytes in the memory of this or of another GPU, while another GPU loads or stores them. Each
+// of the four words arrives as a whole.
 __device__ __forceinline__ void send(u8* to, const uint4& v) {
     asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %4};"
                  ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
@@ -87,12 +87,12 @@ __device__ __forceinline__ uint4 received(const u8* from) {
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
     return v;
 }
-// A word that the host or another GPU writes meanwhile.
+// Load a word that the host or another GPU may write at the same time.
 __device__ __forceinline__ u32 now(const u32* p) { return *(const volatile u32*)p; }
 
 __device__ __forceinline__ u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
-// A barrier in shared memory that opens after `count` copies.
+// A barrier in shared memory that opens after `count` arrivals; `copy_to_shared` arrives once.
 __device__ __forceinline__ void make_barrier(u64* barrier, u32 count) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address(barrier)), "r"(count));
 }
@@ -112,18 +112,18 @@ __device__ __forceinline__ void wait_for(u64* arrived, u32 parity) {
                  ::"r"(address(arrived)), "r"(parity) : "memory");
 }
 
-// One of the 16 barriers of a block, numbered `id`, of `threads` threads.
+// Wait at the block's named barrier `id` (0 to 15) for `threads` threads.
 __device__ __forceinline__ void meet_at(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// One of the arrivals that open a barrier in shared memory.
+// Arrive at a barrier in shared memory.
 __device__ __forceinline__ void arrive_at(u64* barrier) {
     asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(address(barrier)) : "memory");
 }
 
-// Copies may overwrite what this thread has read in shared memory, once another thread knows that the thread
-// has come so far. Without this fence, a copy may overtake loads that are still in flight.
+// Call before another thread learns that this thread has read shared memory, which copies may then overwrite.
+// Without this fence, a copy may overtake loads that are still in flight.
 __device__ __forceinline__ void finish_reads() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // -- memory that other blocks write while the kernel runs ----------------------------------------------
@@ -135,7 +135,8 @@ __device__ __forceinline__ u16 load_from_l2(const u16* p) { return __ldcg(p); }
 
 __device__ __forceinline__ void prefetch_to_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
-// Loads and stores of words that take the place of a barrier: they are made as often as the program says.
+// Loads and stores of words that take the place of a barrier. The compiler must not merge or drop them, as a
+// thread loads a word until another block has stored it.
 __device__ __forceinline__ u32 load_now(const u32* p) {
     u32 x;
     asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
@@ -154,8 +155,8 @@ __device__ __forceinline__ void store_now(uint2* p, uint2 x) {
     asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(x.x), "r"(x.y) : "memory");
 }
 
-// Counters of all blocks. What a thread wrote before it adds, and threads that it met, is seen by threads
-// that find the sum.
+// Counters that all blocks share. A thread that sees the new count also sees everything that the adding thread
+// wrote before, and what the threads wrote that the adding thread had met at a barrier.
 __device__ __forceinline__ u64 load_acquire(const u64* counter) {
     u64 found;
     asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(found) : "l"(counter) : "memory");
@@ -168,7 +169,7 @@ __device__ __forceinline__ void wait_for_count(const u64* counter, u64 count) {
     while (load_acquire(counter) < count) {}
 }
 __device__ __forceinline__ u64 add_one(u64* counter) { return atomicAdd(counter, 1ull); }
-// Count from 0 to size - 1 and begin again; returns the count before.
+// Count from 0 to size - 1 and then from 0 again; returns the count before the call.
 __device__ __forceinline__ u32 add_modulo(u32* counter, u32 size) {
     __threadfence();
     const u32 before = atomicInc(counter, size - 1);
@@ -176,14 +177,14 @@ __device__ __forceinline__ u32 add_modulo(u32* counter, u32 size) {
     return before;
 }
 
-// Cycles of this multiprocessor.
+// The clock of this multiprocessor, in cycles.
 __device__ __forceinline__ u64 cycles() {
     u64 now;
     asm volatile("mov.u64 %0, %%clock64;" : "=l"(now)::"memory");
     return now;
 }
 
-// The registers of each thread of this warpgroup from now on.
+// Set the number of registers per thread of this warpgroup.
 template <int N> __device__ __forceinline__ void shrink_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
 }

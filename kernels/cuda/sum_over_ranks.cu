@@ -1,13 +1,16 @@
-// Adds up the parts that the ranks of a model hold of a matrix [rows, width], and does what a block does with
-// the sum: adds the residual, and normalises the rows (RMSNorm). Every rank runs the kernel with equally many
-// blocks, and gets the same bits, because all ranks add in the order of ranks.
+// Sums a matrix [rows, width] over the ranks of a tensor-parallel model (all-reduce), adds the residual, and
+// normalises the rows (RMSNorm). Every rank runs the kernel with the same number of blocks, and gets the same
+// bits, because all ranks add in the order of ranks.
 //
-// A block stores its rows in the inboxes of all other ranks, which lie in their memory, and waits until the
-// others' rows lie in its own. There is no signal: words that have not arrived are EMPTY, which no row contains.
-// An inbox has two buffers, each with a place for the rows of every rank and every block (its channel). Sums
-// take turns with the buffers: `rounds` counts the sums of each channel. Who reads a row makes its place EMPTY
-// again. When a rank stores in a buffer, the readers have done that: the rank has the rows of the last sum of
-// this channel, which their senders stored when all their kernels before that sum had ended.
+// Every rank has an inbox in its memory. A block stores its rows in the inboxes of all other ranks, and waits
+// until the others' rows have arrived in its own inbox. There is no signal: words that have not arrived are
+// EMPTY, a value that no row contains. An inbox has two buffers, each with a place for the rows of every rank
+// and every block (the block's channel). Successive sums of a channel use the buffers in turn; `rounds` counts
+// the sums of each channel. The reader of a row makes its place EMPTY again.
+//
+// Before a rank stores the rows of sum n, the readers have emptied the places of sum n - 2, which used the same
+// buffer: the rank has received the readers' rows of sum n - 1, and the readers stored these after their kernel
+// of sum n - 2 had ended.
 //
 // The blocks of all ranks must run at the same time. Each stores some rows ahead of the row that it waits for.
 // `gather_over_ranks` puts rows of all ranks side by side in the same way.
@@ -20,7 +23,7 @@
 #include "ptx.cuh"
 
 #define EMPTY 0x80008000u  // a pair of negative zeros, in both 16-bit types
-#define TRIES 2048         // between two looks at `is_over`, which lies in the host's memory
+#define TRIES 2048         // polls between two loads of `is_over`, which lies in the host's memory
 #define AHEAD 4            // rows that a block stores before it waits for the first
 
 struct Inboxes {
@@ -52,7 +55,7 @@ __device__ __forceinline__ uint4 packed(const float (&x)[8]) {
     return make_uint4(pair_of(x[0], x[1]), pair_of(x[2], x[3]), pair_of(x[4], x[5]), pair_of(x[6], x[7]));
 }
 
-// The part with EMPTY replaced by zeros, as it is sent and added.
+// The vector with each EMPTY word replaced by zeros. Ranks send and add vectors in this form.
 __device__ __forceinline__ uint4 sendable(uint4 v) {
     if (v.x == EMPTY) v.x = 0;
     if (v.y == EMPTY) v.y = 0;
@@ -68,7 +71,7 @@ __device__ __forceinline__ bool has_arrived(const uint4& v) {
 __device__ __forceinline__ float sum_of_block(float x) {
     __shared__ float of_warps[32];
     x = sum_of_warp(x);
-    __syncthreads();  // all threads have read the numbers of the row before
+    __syncthreads();  // all threads have read `of_warps` of the previous row
     if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = x;
     __syncthreads();
     float sum = 0.f;
@@ -76,7 +79,8 @@ __device__ __forceinline__ float sum_of_block(float x) {
     return sum;
 }
 
-// What other ranks have stored at `place`, for each of them buffer_bytes further, and this rank's own vector.
+// Collect one vector of every rank: this rank's own, and the others' from the inbox, where the vector of rank r
+// lies at place + r * buffer_bytes. Empties the inbox's places.
 __device__ __forceinline__ void collect(
     uint4 (&parts)[RANKS], const uint4& own, u8* place, int buffer_bytes, int rank, const u32* is_over) {
     for (u32 tries = 1;; ++tries) {
@@ -101,7 +105,7 @@ __device__ __forceinline__ void send_to_others(const Inboxes& inboxes, long long
         if (other != rank) send(inboxes.of[other] + place, own);
 }
 
-// The sums of this channel so far, which are read once all earlier kernels have ended.
+// The number of this channel's sums so far. To be called after all earlier kernels have ended.
 __device__ __forceinline__ u32 begin_round(const u32* rounds) { return RANKS > 1 ? rounds[blockIdx.x] : 0; }
 __device__ __forceinline__ void end_round(u32* rounds, u32 round) {
     if (RANKS == 1) return;
@@ -129,10 +133,10 @@ __device__ __forceinline__ uint4 normalized(const float (&x)[8], float scale, co
     return packed(rounded);
 }
 
-// part, residual, sum, normed: [rows, width] in 16 bits; weight [width]. inboxes: of all ranks; inbox: of this
-// one. buffer_bytes: of a rank's place in a buffer, channel_bytes: of a block's place in that. rounds: one for
-// each block. is_over: whether to wait no longer, as another rank has ended. rank: of this process, which is no
-// macro, so that all ranks run the same instructions and round alike.
+// part, residual, sum, normed: [rows, width] in 16 bits; weight [width]. inboxes: of all ranks; inbox: this
+// rank's. buffer_bytes: size of a rank's place in a buffer; channel_bytes: size of a block's place within that.
+// rounds: one counter per block. is_over: if not 0, blocks no longer wait, as another rank has ended. rank is an
+// argument and not a macro, so that all ranks run the same instructions and round alike.
 extern "C" __global__ void __launch_bounds__(1024, 1) sum_over_ranks(
     const u8* part, const u8* residual, u8* sum, u8* normed, const u8* weight, Inboxes inboxes, u8* inbox,
     u32* rounds, const u32* is_over, int buffer_bytes, int channel_bytes, int rank, int rows, int width, float eps) {

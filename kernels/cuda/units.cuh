@@ -4,9 +4,9 @@
 
 #pragma once
 
-struct Unit {  // a lane's codes, scales and zeros, of outputs g and g + 8 of each tile
+struct Unit {  // a lane's codes, scales and zeros, of outputs lane / 4 and lane / 4 + 8 of each tile
     uint4 codes[ROW_TILES][2][LOADS];
-    uint2 upper[ROW_TILES][2];  // of INT6
+    uint2 upper[ROW_TILES][2];  // the upper two bits of INT6 codes
     Scales scales[ROW_TILES][2];
     Zeros zeros[ROW_TILES][2];
 };
@@ -35,15 +35,15 @@ __device__ __forceinline__ uint4 inputs_of_quarter(const u16* p) {
     return *(const uint4*)p;
 }
 
-// total += the products of a quarter, which is 32 inputs, of which a lane has the 8 in b. sum: sums over a group's
-// inputs, zero before the first quarter. RAISED: see `unpack_nibbles`.
+// total += the products of a quarter (32 inputs). b: the 8 of these inputs that belong to the lane. sum: sums over
+// a group's inputs, zero before the first quarter. RAISED: see `unpack_nibbles`.
 template <bool RAISED = false>
 __device__ __forceinline__ void multiply_quarter(
     float (&total)[ROW_TILES][TOKEN_TILES][4], float (&sum)[ROW_TILES][TOKEN_TILES][4], const Unit& unit, int q,
     const uint4 (&b)[TOKEN_TILES]) {
     const int l = threadIdx.x % 4;
     const int group = SCALES_CODES ? 2 * q + l / 2 : q * NUM_SCALES / 4;
-    if constexpr (HAS_MINIMA) {  // A minimum multiplies the sum of its inputs.
+    if constexpr (HAS_MINIMA) {  // a minimum multiplies the sum of its group's inputs
         const u32 ones[4] = {ONES, ONES, ONES, ONES};
 #pragma unroll
         for (int t = 0; t < TOKEN_TILES; ++t) {
