@@ -42,9 +42,9 @@ class Artifact:
     key: each fact that decides the content, name -> value. label: the model's name, for people.
     graphs: the compiled blocks and edges. memory: measured bytes by name. shapes: the step shapes
     that were captured, as in `buckets.StepShape`. max_blocks: width of the block tables, a constant
-    in the compiled functions; the key cannot have it where the width is what a KV cache of measured
-    size holds. binaries: path -> machine code of kernels that no graph contains. created: seconds
-    since the epoch.
+    in the compiled functions. The width is not in the key, because it may follow from the size of
+    the KV cache, which is known only after the artifact has been found. binaries: path -> machine
+    code of kernels that no graph contains. created: seconds since the epoch.
     """
 
     key: dict[str, str]

@@ -74,8 +74,8 @@ class BlockCompiler:
         self._decoder = decoder
         self._variants = variants
         self._run_dummy = run_dummy
-        # Inductor has two candidates for an elementwise kernel. Measuring them takes time and, on a
-        # busy host, has chosen the second, which took 1.7 times as long for 4096 tokens.
+        # Inductor has two candidate tilings for an elementwise kernel. Measuring the two takes time
+        # and, on a busy host, has chosen the second, which took 1.7 times as long for 4096 tokens.
         self._inductor_options = {
             "triton.enable_pdl": can_overlap_kernels(),
             "triton.autotune_pointwise": False,
@@ -313,7 +313,7 @@ def _own_copy(forward: Forward) -> Forward:
     """A copy of the function with its own code object.
 
     Dynamo keeps at most eight compilations per code object. Without copies, all engines of a
-    process and all layer specs would share the eight, and the fifth engine would fail.
+    process and all layer specs would share the eight, and the fifth engine could not compile.
     """
     assert isinstance(forward, types.FunctionType)
     copy = types.FunctionType(

@@ -65,8 +65,8 @@ class StepGraphs:
         """Capture shapes, the largest first, in one shared memory pool.
 
         first: whether to capture a shape now; None: capture all shapes now. The largest shape is
-        always captured now. If memory runs out, the capture is tried again with shapes of at most
-        half the largest number of tokens. Larger steps then run without a graph, and a warning is
+        always captured now. If memory runs out, the capture is repeated with shapes of at most half
+        the largest number of tokens. Larger steps then run without a graph, and a warning is
         logged.
         """
         started = time.perf_counter()
@@ -83,9 +83,10 @@ class StepGraphs:
         self.capture_s = time.perf_counter() - started
 
     def rehearse(self, step: Step) -> None:
-        """Capture another step for all shapes and forget the captures, so that no kernel runs.
+        """Record `step` for each shape and discard the recordings, so that no kernel runs.
 
-        step: as the step to be captured, but may leave out what names no further kernel.
+        step: launches every kernel of the step that will be captured; it may leave out further
+        launches of the same kernels.
         """
         self._pool = torch.cuda.graph_pool_handle()
         for shape in sorted(self._padding, reverse=True):
@@ -127,8 +128,8 @@ class StepGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         gc.collect()
         largest = shapes[-1]
-        # Run once uncaptured: one-time set-up must not be captured. Loading kernels during capture
-        # is fine.
+        # The largest step runs once uncaptured, because one-time set-up must not be captured.
+        # Kernels may be loaded during a capture.
         self._step(largest, self._write(largest, self._padding[largest]))
         for shape in reversed(shapes):
             self._capture_one(shape)

@@ -36,10 +36,10 @@ _BLOCKS_DIM = 1  # the dimension of a KV cache that counts blocks
 def mark_dynamic_sizes(example: Example) -> None:
     """Tell Dynamo which sizes differ between calls of a variant: tokens, rows, bounds and blocks.
 
-    Numbers of tokens and rows are first dimensions. They are static in the variant for one token.
-    The bound of tokens per row is dynamic there, too, since the token may be the end of a prompt.
-    The number of blocks in a KV cache follows from free memory and options, so code that is saved
-    must run with any number.
+    Numbers of tokens and rows are first dimensions; in the variant for one token they are static.
+    The bound on tokens per row is dynamic in every variant, since a single token may also be the
+    end of a prompt. The number of blocks in a KV cache follows from free memory and options, so
+    saved code must run with any number.
     """
     variant, tensors = example.variant, list(example.args)
     if example.name == BLOCK:

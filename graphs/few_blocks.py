@@ -1,4 +1,4 @@
-"""Steps that run each kernel of a model, but not each layer: for naming a step's kernels."""
+"""Lets a step run only a few blocks of each kind, which use the same kernels as all blocks."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ class Decoder(Protocol):
 
 @contextmanager
 def few_blocks(decoder: Decoder) -> Iterator[None]:
-    """A context in which a forward skips blocks like two blocks that have already run in it.
+    """A context in which the decoder's forward runs the first two blocks of each kind only.
 
-    Blocks are alike if they have the same spec, metadata and alignment of tensors: Triton then has
-    no other kernels for them. The context is for one forward, whose results are meaningless.
+    Blocks are of one kind if they have the same spec, metadata and alignment of tensors, because
+    Triton then uses the same kernels for them. Use the context for a single forward; the results of
+    the forward are meaningless.
     """
     run, counts = decoder.block_forward, Counter[tuple[Any, ...]]()
 

@@ -58,7 +58,7 @@ class Recording:
 
         self._sources = list(map(_source, graph.graph.find_nodes(op="placeholder")))
         on_gpu = any(isinstance(x, Tensor) and x.is_cuda for x in inputs)
-        # A hit in autograd's cache would skip `inner`; Inductor's own cache lies within.
+        # A hit in autograd's cache would skip `inner`. Inductor's own cache works inside `inner`.
         with (
             torch._functorch.config.patch(enable_autograd_cache=False),
             launching_directly() if on_gpu else nullcontext(),
@@ -80,7 +80,7 @@ class Recording:
         function returned in the last call.
         """
         code, outputs = self._code, self._outputs
-        self._outputs = ()  # the tensors need not live on
+        self._outputs = ()  # frees the tensors
         if code is None:
             raise CannotSave("Inductor gave no code")
         if code.constants or getattr(code, "torchbind_constants", None):
@@ -105,7 +105,7 @@ class Recording:
 
 
 def _source(placeholder: Any) -> str | None:
-    """A Python expression in the arguments for an input; None if it is not part of them."""
+    """A Python expression that computes an input from the arguments; None if none can."""
     argument: Any = placeholder.meta.get("grapharg")
     source: Any = getattr(argument, "source", getattr(placeholder, "_dynamo_source", None))
     name: Any = getattr(source, "name", None)

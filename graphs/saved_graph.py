@@ -118,7 +118,7 @@ def _aligning(
 
 
 class _Library:
-    """The library functions that Inductor's modules call. A module that calls another fails."""
+    """The library functions that Inductor's modules may call. A call of any other raises an error."""
 
     mm = torch.mm
     addmm = torch.addmm
@@ -153,8 +153,8 @@ def _extension(code: bytes) -> Any:
     try:
         with open(file, "wb", closefd=False) as writer:
             writer.write(code)
-        # The dynamic loader takes a path that it has seen for the same library. More slashes make a
-        # path of its own for each module.
+        # The dynamic loader does not load a path that it has loaded before. Each module gets a
+        # different path by a different number of slashes.
         path = f"/proc/self/fd/{'/' * len(_extensions)}{file}"
         loader = ExtensionFileLoader(f"compiledllm_{len(_extensions)}.kernel", path)
         spec = spec_from_loader(loader.name, loader)
@@ -163,8 +163,8 @@ def _extension(code: bytes) -> Any:
         loader.exec_module(module)
     finally:
         os.close(file)
-    # Whoever reads the files of all modules, as Hypothesis does, would wait for ever if the number
-    # of the closed file has become that of a pipe.
+    # Some tools, such as Hypothesis, read the files of all modules. The file descriptor in the path
+    # is closed and may later belong to a pipe, on which such a tool would block for ever.
     del module.__file__
     sys.modules.pop(loader.name, None)
     _extensions.append(module)
