@@ -118,7 +118,7 @@ def _aligning(
 
 
 class _Library:
-    """The library functions that Inductor's modules may call. A call of any other raises an error."""
+    """The library functions that Inductor's modules may call. Calls of other functions fail."""
 
     mm = torch.mm
     addmm = torch.addmm

@@ -15,12 +15,13 @@ from compiledllm.models.matrices import MatrixSpec, Weights
 class RopeSpec:
     """Rotary position embedding of the first `rotary_dim` dimensions of a head.
 
-    inverse_frequencies: one per pair of dimensions, exact float32 values; () disables the rotation.
-    scale: multiplies cosines and sines. interleaved: pairs are neighbouring dimensions, otherwise
-    dimensions that lie rotary_dim / 2 apart. growth: (factor, length), by which queries at position
-    p grow to 1 + factor * log(1 + floor(p / length)) times themselves, as temperatures of long
-    contexts; only where all dimensions are rotated, perhaps by frequencies of zero; None: they do
-    not grow. first_position: number of the first position in this formula.
+    inverse_frequencies: transformers' `inv_freq`, in radians per token: one per pair of dimensions,
+    exact float32 values; () disables the rotation. scale: multiplies cosines and sines.
+    interleaved: pairs are neighbouring dimensions, otherwise dimensions that lie rotary_dim / 2
+    apart. growth: (factor, length): queries at position p are multiplied by 1 + factor * log(1 +
+    floor(p / length)), the temperature tuning of Llama 4 for long contexts; None: they are not.
+    With `growth`, all dimensions of a head must be rotated, perhaps by frequencies of zero.
+    first_position: the p of the first token.
     """
 
     inverse_frequencies: tuple[float, ...]
@@ -33,7 +34,8 @@ class RopeSpec:
     def rotary_dim(self) -> int:
         return 2 * len(self.inverse_frequencies)
 
-    def __hash__(self) -> int:  # cheap, as lookups are frequent; the last frequency differs enough
+    def __hash__(self) -> int:
+        # Specs are hashed often, so hash one frequency only: different specs rarely share it.
         return hash((self.inverse_frequencies[-1:], self.rotary_dim, self.scale))
 
 
@@ -98,7 +100,7 @@ class AttentionSpec:
 
     @property
     def q_rows(self) -> int:
-        """Number of the projection's rows that make queries, and gates if there are any."""
+        """Number of the projection's rows for queries, and for gates if there are any."""
         return self.q_size * (1 + self.has_gate)
 
     @property
@@ -107,7 +109,7 @@ class AttentionSpec:
 
     @property
     def qkv_parts(self) -> dict[str, int]:
-        """Parts of the projection, with their rows."""
+        """Parts of the projection -> their numbers of rows."""
         if self.kv_layer is not None:
             return {"q": self.q_rows}
         parts = {"q": self.q_rows, "k": self.kv_size}
@@ -129,7 +131,7 @@ class AttentionSpec:
     def cache(
         self, _dtype: torch.dtype, kv_dtype: torch.dtype, _state_dtype: torch.dtype
     ) -> PagedKV | SharedKV:
-        """What the layer keeps of each token. kv_dtype: of keys and values."""
+        """What the layer keeps of each token. kv_dtype: dtype of keys and values."""
         return self.kv(kv_dtype) if self.kv_layer is None else SharedKV(self.kv_layer)
 
     def kv(self, dtype: torch.dtype) -> PagedKV:

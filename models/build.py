@@ -14,7 +14,7 @@ from compiledllm.models.layers.linear import Matrix
 from compiledllm.models.spec import ModelSpec
 from compiledllm.models.weights import fill_with_random_weights, load_weights
 
-_MIN_BYTES_PER_PARAMETER = 1 / 8  # in any format
+_MIN_BYTES_PER_PARAMETER = 1 / 8  # no format has less than one bit per weight
 
 
 def build_model(
@@ -27,9 +27,9 @@ def build_model(
 ) -> Decoder:
     """Build the model on torch's default device in torch's default dtype.
 
-    dummy_seed: seed of random weights; None loads the checkpoint's. products: the kernels of matrix
-    products and norms. rank: which of the spec's ranks the process is. Raises ConfigError for
-    weights that do not fit the spec.
+    dummy_seed: seed of random weights; None loads the checkpoint's weights. products: the kernels
+    for matrix products and norms. rank: the rank of this process, below `spec.num_ranks`. Raises
+    ConfigError for weights that do not fit the spec.
     """
     if dummy_seed is None:
         _check_size(spec, checkpoint)

@@ -1,4 +1,4 @@
-"""Describes a decoder's blocks to `kernels.decode_step`, and says whose blocks are such."""
+"""Describes a decoder's blocks to `kernels.decode_step`, or says why a model cannot use it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from compiledllm.models.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec
 
 _NORMS = ("rms", "rms_plus_one")
 _ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
-# Of a layer, what a block of `DecodeShape` has not: the fields must have their defaults.
+# Fields of LayerSpec and AttentionSpec for features that a `DecodeShape` cannot describe. These
+# fields must have their default values.
 _FIELDS_OF_LAYERS = (
     *("residual_scale", "experts", "token_size", "has_scalar", "num_streams", "laurel_rank"),
     "num_ranks",
@@ -79,9 +80,9 @@ def _without_window(layer: LayerSpec) -> LayerSpec:
 
 
 def describe(decoder: Decoder, block_size: int) -> tuple[DecodeShape, list[DecodeLayer]] | str:
-    """The blocks of a decoder for which `why_not` has no reason, or the reason why not.
+    """The shape and tensors of a decoder's blocks, or the reason why they cannot be described.
 
-    block_size: tokens in a block of the KV cache.
+    `why_not(decoder.spec)` must be None. block_size: tokens in a block of the KV cache.
     """
     blocks = cast("Sequence[DecoderBlock]", list(decoder.layers))
     layers = [layer for block in blocks if (layer := _layer(block)) is not None]
@@ -122,7 +123,7 @@ def describe(decoder: Decoder, block_size: int) -> tuple[DecodeShape, list[Decod
 
 
 def _layer(block: DecoderBlock) -> DecodeLayer | None:
-    """A block's tensors; None if a matrix is in a form that `DecodeMatrix` has not."""
+    """A block's tensors; None if a `DecodeMatrix` cannot hold one of the block's matrices."""
     attention, mlp = block.attn, block.mlp
     assert isinstance(attention, PagedAttention) and isinstance(mlp, GatedMlp)
     linears = attention.qkv, attention.out, mlp.gate_up, mlp.down

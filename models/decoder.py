@@ -32,7 +32,7 @@ from compiledllm.models.spec import AttentionSpec, ModelSpec
 BlockForward = Callable[..., tuple[Tensor, Tensor]]
 Tables = list[tuple[Tensor, Tensor]]  # cos and sin of each rotary table
 BlockInputs = tuple[Tensor, Tensor, Tables, Tensor | None]
-# A layer, the index of its rotary table, its own input of the tokens, its cache and metadata.
+# A layer, the index of its rotary table, its per-layer token input, its cache and its metadata.
 LayerStep = tuple[nn.Module, int, Tensor | None, Cache, Metadata]
 
 
@@ -52,12 +52,12 @@ class Decoder(nn.Module):
     """A decoder-only transformer on a paged KV cache.
 
     `block_forward` runs a block, `enter` everything before the first block, `leave` everything
-    behind the last block. `compiledllm.graphs` replaces all three by compiled functions.
-    decode_step: runs all blocks of the decode steps that it takes; None: there is none.
-    takes_sampled_tokens: whether `forward` accepts `SampledTokens`. num_sampled_layers: number of
-    layers that run for these tokens only: the last one that stores keys and values, and those
-    behind it. products: kernels of matrix products and norms. rank: which of the spec's ranks the
-    process is.
+    after the last block. `compiledllm.graphs` replaces all three by compiled functions.
+    decode_step: runs all blocks of the small decode steps that it accepts; None: blocks always run
+    one by one. takes_sampled_tokens: whether `forward` accepts `SampledTokens`. num_sampled_layers:
+    number of layers that run for these tokens only: the last layer that stores keys and values, and
+    all layers after it. products: the kernels for matrix products and norms. rank: the rank of this
+    process, below `spec.num_ranks`.
     """
 
     edges = "enter", "leave"
@@ -118,10 +118,11 @@ class Decoder(nn.Module):
         attn: Sequence[Metadata],
         sampled: SampledTokens | None = None,
     ) -> Tensor:
-        """Hidden states behind the final norm, [tokens, hidden]. caches, attn: one per layer.
+        """Hidden states after the final norm, [tokens, hidden]. caches, attn: one per layer.
 
-        With `sampled`, returns the hidden states of these tokens only, [samples, hidden]. For other
-        tokens the first of the last `num_sampled_layers` blocks just stores keys and values.
+        With `sampled`, returns the hidden states of these tokens only, [samples, hidden]. For all
+        other tokens, the first of the last `num_sampled_layers` blocks just stores keys and values,
+        and the blocks after it do not run.
         """
         x, update, tables, inputs = self.enter(self, input_ids, positions)
         first = attn[0]
@@ -137,7 +138,8 @@ class Decoder(nn.Module):
             x, update = x[sampled.indices], update[sampled.indices]
             tables = [(cos[sampled.indices], sin[sampled.indices]) for cos, sin in tables]
             if inputs is not None:
-                # Of all layers: compiled code wants parts that do not begin the tensor, as above.
+                # Index the inputs of all layers, not only of the last ones: compiled code expects
+                # a layer's input at an offset in a larger tensor, as in a step without `sampled`.
                 layer_inputs = list(inputs[:, sampled.indices])
             parts = zip(steps[cut:], layer_inputs[cut:], sampled.attn, strict=True)
             steps = [
@@ -163,7 +165,7 @@ class Decoder(nn.Module):
         cast("DecoderBlock", layer).store(x, update, *tables[index], cache, slots)
 
     def _share_kv_scales(self) -> None:
-        """Give layers that read other layers' keys and values the scales of these layers."""
+        """Give each layer that reads another layer's keys and values the other layer's scales."""
         blocks = cast("list[DecoderBlock]", list(self.layers))
         for block in blocks:
             attention = block.attn
@@ -174,9 +176,9 @@ class Decoder(nn.Module):
 
     @property
     def kv_scales(self) -> dict[int, Tensor]:
-        """By layer that stores keys and values, their scales [2] in an FP8 cache.
+        """Index of each layer that stores keys and values -> their scales in an FP8 cache, [2].
 
-        To be written in place.
+        The engine writes the scales in place.
         """
         mixers = (cast("DecoderBlock", layer).attn for layer in self.layers)
         return {
@@ -209,9 +211,9 @@ class Decoder(nn.Module):
         return x
 
     def _embed_over_ranks(self, input_ids: Tensor) -> Tensor:
-        """Each rank looks up its own rows of the vocabulary; the others' are zero.
+        """The embedding of the tokens, of which each rank looks up its own part of the vocabulary.
 
-        Returns the rank's summand if the model defers sums.
+        Returns the rank's summand, which is zero for other ranks' tokens, if the model defers sums.
         """
         ((start, end),) = self._vocab.ranges
         is_here = (input_ids >= start) & (input_ids < end)
@@ -246,10 +248,11 @@ class Decoder(nn.Module):
 
 
 def _enter(decoder: Decoder, input_ids: Tensor, positions: Tensor) -> BlockInputs:
-    """x and update of the first block, [tokens, hidden]; cos and sin of each rotary table.
+    """The inputs of the blocks: x, update, the rotary tables, and the per-layer token inputs.
 
-    Where there are several residual streams, x is [tokens, streams, hidden].
-    Also the layers' own inputs, [layers, tokens, token_size]; None if they have none.
+    x and update of the first block: [tokens, hidden]; with several residual streams, x is [tokens,
+    streams, hidden]. Rotary tables: cos and sin of each distinct RopeSpec. Per-layer token inputs:
+    [layers, tokens, token_size]; None if the model has none.
     """
     x = decoder.embed(input_ids, positions)
     tables = [rotary(positions, x.dtype) for rotary in decoder.rotary]
@@ -261,7 +264,7 @@ def _enter(decoder: Decoder, input_ids: Tensor, positions: Tensor) -> BlockInput
 
 
 def _leave(decoder: Decoder, x: Tensor, update: Tensor) -> Tensor:
-    """Hidden states behind the final norm, [tokens, hidden], from the last block's x and update."""
+    """Hidden states after the final norm, [tokens, hidden], from the last block's x and update."""
     if decoder.spec.defers_sums:
         return cast("RMSNorm", decoder.final_norm).after_sum(x, update)[1]
     x = x + update if decoder.streams is None else decoder.streams.end(x, update)
@@ -270,6 +273,6 @@ def _leave(decoder: Decoder, x: Tensor, update: Tensor) -> Tensor:
 
 
 def _num_behind_last_stored(spec: ModelSpec) -> int:
-    """Number of layers behind the last one that keeps something of the tokens it has seen."""
+    """Number of layers after the last layer with a cache of its own."""
     keeps = [not isinstance(cache, SharedKV) for cache in spec.layer_caches]
     return keeps[::-1].index(True)

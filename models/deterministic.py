@@ -37,6 +37,6 @@ def _check(spec: ModelSpec) -> None:
     if not (is_rms and is_dense and all_attend and all_fuse):
         raise ConfigError(
             f"deterministic=True is not supported for {spec.architecture}: only dense MLPs, "
-            "RMSNorm, attention, and positions by rotating halves of each head, have kernels of "
-            "one order; leave it out"
+            "RMSNorm, attention, and rotary embedding that rotates halves of each head, have "
+            "kernels with a fixed order of sums; leave it out"
         )

@@ -1,4 +1,4 @@
-"""Reads generation_config.json. The module imports no torch, as the HTTP process uses it, too."""
+"""Reads generation_config.json. Imports no torch, because the HTTP process uses this module."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ def generation_defaults(checkpoint: Path) -> dict[str, Any]:
 
 
 def generation_eos_token_ids(checkpoint: Path) -> tuple[int, ...]:
-    """End-of-sequence ids of generation_config.json, as transformers' `generate` uses them."""
+    """End-of-sequence ids of generation_config.json, as transformers' `generate` uses them.
+
+    Raises ConfigError for values that are not token ids.
+    """
     path = checkpoint / "generation_config.json"
     eos = _generation_config(checkpoint).get("eos_token_id")
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]

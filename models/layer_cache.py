@@ -1,9 +1,9 @@
 """The kinds of cache that a layer keeps of the tokens it has seen: window, shape, dtype and bytes.
 
-`PagedKV` grows with a request's tokens, and lies in blocks. `runner/kv_layout.py` puts layers into
-groups and `runner/kv_cache.py` allocates the tensors. A layer with `SharedKV` reads the KV of an
-earlier layer. A `State` has the same size whatever a request's length; `runner/state_caches.py`
-allocates one for each request row.
+`PagedKV` grows with the number of a request's tokens, and is stored in blocks.
+`runner/kv_layout.py` puts layers into groups and `runner/kv_cache.py` allocates the tensors. A
+layer with `SharedKV` reads the KV of an earlier layer. A `State` has a fixed size for a request of
+any length; `runner/state_caches.py` allocates one for each request row.
 """
 
 from __future__ import annotations

@@ -20,13 +20,12 @@ class QuantSpec:
 
     code: "fp8" (E4M3), "int8", "int6", "int4" or "fp4" (E2M1). group: number of inputs that share
     a scale; 0: all. rows: number of outputs that share a scale, 1 or 128. has_zeros: codes have
-    zero points. is_permuted: the inputs are reordered. scale_dtype: a name in torch. online: the
-    method by which 16-bit weights are quantised while loading; "": the checkpoint stores codes.
-    has_minima: each group has a minimum beside its scale, in the same dtype. span: number of inputs
-    that share two float16 factors, by which int8 scales and minima are multiplied; 0: there are
-    none.
-    has_row_factor: each output has a float64 factor, by which its float8_e4m3fn scales are
-    multiplied (NVFP4).
+    zero points. is_permuted: the inputs are reordered (GPTQ's act order). scale_dtype: a name in
+    torch. online: the method by which 16-bit weights are quantised while loading; "": the
+    checkpoint stores codes. has_minima: each group has a minimum beside its scale, in the same
+    dtype. span: number of inputs (a super-block of GGUF's k-quants) that share two float16 factors,
+    which multiply the int8 scales and minima; 0: there are none. has_row_factor: each output has a
+    float64 factor, which multiplies its float8_e4m3fn scales (NVFP4).
     """
 
     code: str
@@ -60,7 +59,7 @@ class QuantSpec:
         return group
 
     def factor_shape(self, num_inputs: int) -> tuple[int, int] | None:
-        """Shape of an output's factors: (spans, factors of scales and minima); None: none."""
+        """Shape of an output's factors, (spans, factors per span); None: there are none."""
         if self.has_row_factor:
             return 1, 1
         return (self.num_inputs_in_memory(num_inputs) // self.span, 2) if self.span else None
@@ -70,7 +69,7 @@ class QuantSpec:
         return torch.float64 if self.has_row_factor else torch.float16
 
     def num_bytes(self, num_outputs: int, num_inputs: int) -> int:
-        """Bytes of one matrix in memory: codes, scales and all that belongs to them."""
+        """Bytes of a matrix in memory, with its scales, zeros, minima, factors and permutation."""
         width = self.num_inputs_in_memory(num_inputs)
         num_groups = -(-num_outputs // self.rows) * width // self.group_in_memory(num_inputs)
         scale_dtype: torch.dtype = getattr(torch, self.scale_dtype)
@@ -83,10 +82,10 @@ class QuantSpec:
 
 @dataclass(frozen=True, slots=True)
 class MixedSpec:
-    """How a fused matrix is kept whose parts differ.
+    """How a fused matrix is kept if its parts have different formats.
 
-    runs: neighbouring parts that are alike: their names, their number of outputs, and the format;
-    None: the model's dtype.
+    runs: for each run of neighbouring parts with one format: the parts' names, the run's number of
+    outputs, and the format; None: the model's dtype.
     """
 
     runs: tuple[tuple[tuple[str, ...], int, QuantSpec | None], ...]
@@ -116,7 +115,7 @@ class MatrixSpec(NamedTuple):
         return self.num_experts * self.num_outputs * self.num_inputs
 
     def num_bytes(self, element_bytes: int) -> int:
-        """Bytes in memory. element_bytes: of a value in the model's dtype."""
+        """Bytes in memory. element_bytes: bytes per value in the model's dtype."""
         if self.format is None:
             return self.num_parameters * (4 if self.is_float32 else element_bytes)
         if isinstance(self.format, MixedSpec):
@@ -140,7 +139,7 @@ class Weights(NamedTuple):
         return Weights(tuple(matrices), sum(part.num_others for part in (self, *parts)))
 
     def stored_in(self, formats: Formats) -> Weights:
-        """The same weights, the named matrices in their formats."""
+        """The same weights, with the matrices that `formats` names in these formats."""
         if not formats:
             return self
         by_name = dict(formats)

@@ -14,9 +14,9 @@ from compiledllm.models.matrices import MatrixSpec, Weights
 class MlpSpec:
     """down(act(gate(x)) * up(x)), or ungated down(act(up(x))).
 
-    activation: a key of ACTIVATIONS, or "xielu", which has parameters. sparsity: share of a token's
-    gates that are cut to zero before the activation, as of a normal distribution with the gates'
-    mean and deviation; only the rest above the cut is kept. Only of gated MLPs; 0: none.
+    activation: a key of `layers.mlp.ACTIVATIONS`, or "xielu", which has parameters. sparsity: about
+    this share of a token's gates becomes zero before the activation (`layers.mlp.SparseGates`);
+    only for gated MLPs; 0: none.
     """
 
     intermediate_size: int
@@ -40,12 +40,13 @@ class RouterSpec:
     """How the logits of a router become a token's experts and their weights.
 
     scores: "softmax" or "sigmoid" of the logits; the weights are the scores of the chosen experts.
-    has_bias: a learned bias is added to the scores for the choice, not for the weights. num_groups,
-    top_groups: neighbouring experts form groups of equal size, and only experts of the `top_groups`
-    groups whose two best experts have the largest sum are chosen. renormalize: the weights are
-    divided by their sum plus `eps`. scale: multiplies the weights after that. has_expert_scales:
-    so does a learned number of each expert. in_float32: the router's weights are kept, and its
-    logits computed, in float32 whatever the model's dtype.
+    has_bias: a learned bias is added to the scores for the choice, but not for the weights.
+    num_groups, top_groups: neighbouring experts form `num_groups` groups of equal size, and experts
+    are chosen only from the `top_groups` groups whose two best experts have the largest sums.
+    renormalize: the weights are divided by their sum plus `eps`. scale: multiplies the weights
+    after that. has_expert_scales: a learned number for each expert multiplies the weights, too.
+    in_float32: the router's matrix is kept in float32 and the logits are computed in float32,
+    whatever the model's dtype.
     """
 
     scores: str = "softmax"
@@ -66,8 +67,8 @@ class MoeSpec:
     intermediate_size: of one expert. shared_size: intermediate size of a shared expert that every
     token uses; 0: none. has_shared_gate: a sigmoid gate weights the shared expert. bias: experts
     and router have biases. activation: "silu" or "gelu_tanh". alpha, limit: parameters of clamped
-    experts, which `kernels.moe` explains. scales_inputs: the router's weights multiply what goes
-    into the experts, not what comes out.
+    experts, see `kernels.moe.moe_experts`. scales_inputs: the router's weights multiply the inputs
+    of the experts instead of their outputs.
     """
 
     intermediate_size: int
@@ -83,7 +84,7 @@ class MoeSpec:
     scales_inputs: bool = False
 
     def weights(self, hidden_size: int, path: str = "mlp") -> Weights:
-        """path: of the layer within its block."""
+        """All weights of the layer. path: the layer's path within its block."""
         return self._weights(hidden_size, self.num_experts, path)
 
     def weights_used(self, hidden_size: int, path: str = "mlp") -> Weights:

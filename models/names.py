@@ -11,9 +11,9 @@ from compiledllm.models.reranker import SCORE_HEAD
 class NameRules:
     """A family's NAMES and IGNORED, for look-ups in both directions.
 
-    Checkpoints of embedding models hold the model without its head, whose names lack "model.".
-    Look-ups are remembered without the numbers of layers and experts, since a model with experts
-    has tens of thousands of names.
+    Names also match without the prefix "model.", as in checkpoints of embedding models, which hold
+    the model without its head. Look-ups are cached without the numbers of layers and experts, since
+    a model with experts has tens of thousands of names.
     """
 
     def __init__(self, names: dict[str, str], ignored: tuple[str, ...]) -> None:
@@ -29,6 +29,7 @@ class NameRules:
         self._sources_found: dict[str, list[str]] = {}
 
     def ignore(self, source: str) -> None:
+        """Treat the checkpoint tensor `source` as one of IGNORED."""
         self._ignored.append(_compile(source))
 
     def rename(self, source: str, target: str) -> None:

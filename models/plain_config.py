@@ -19,8 +19,8 @@ from compiledllm.models.plain_rules import complete
 
 Raw = dict[str, Any]
 
-# Types of whole models -> the types that their text may have. Where there is one type, it is what
-# the text has if it names none.
+# Model type of a multimodal model -> the model types that its text model may have. If there is only
+# one, it is the default.
 _TEXTS: dict[str, tuple[str, ...]] = {
     "gemma3": ("gemma3_text",),
     "gemma3n": ("gemma3n_text",),
@@ -38,12 +38,12 @@ _TEXTS: dict[str, tuple[str, ...]] = {
     "qwen3_vl_moe": ("qwen3_vl_moe_text",),
 }
 _TOWERS = ("vision_config", "audio_config")
-# Fields that change the meaning of other fields, or of the whole file.
+# Fields that change the meaning of other fields or of the file. transformers reads such files.
 _LEFT_TO_TRANSFORMERS = {"per_layer_config", "configuration_files", "decoder", "generator"}
 _LEFT_TO_TRANSFORMERS |= {"text_encoder"}
 _DTYPES = (None, "float32", "float16", "bfloat16")
-_MAX_LAYERS = 10_000  # of `registry._check_sizes`
-# Types whose heads must divide the hidden size, even if head_dim says their size.
+_MAX_LAYERS = 10_000  # as in `registry._check_sizes`
+# Model types in which the number of heads must divide the hidden size even if head_dim is given.
 _DIVIDED = {"gemma2", "gemma3_text", "gemma3n_text", "gpt_neox", "llama"}
 _ROPE = ("rope_parameters", "rope_scaling", "rope_theta")
 _TYPES: dict[str, type] = {
@@ -57,7 +57,7 @@ _TYPES: dict[str, type] = {
 
 
 class PlainConfig(SimpleNamespace):
-    """A config's attributes, as far as families read them, under transformers' names."""
+    """The attributes of a config that families read, under transformers' names."""
 
     def get_text_config(self) -> PlainConfig:
         text: PlainConfig = getattr(self, "text_config", self)
@@ -82,7 +82,7 @@ def _text_of(value: object) -> str:
 
 
 def _check_code(names: object) -> None:
-    """Names of code of the checkpoint's own, which is never run, but whose form is checked."""
+    """Check the form of `auto_map`, which names code of the checkpoint. The code is never run."""
     certain(isinstance(names, dict) and isinstance(names.get("AutoConfig", ""), str), "auto_map")
 
 
@@ -93,7 +93,7 @@ def _table() -> Raw:
 
 
 def _whole(raw: Raw, model_type: str) -> PlainConfig:
-    """A model of which the text is one part."""
+    """The config of a multimodal model, with the text model's config as `text_config`."""
     certain(all(isinstance(raw.get(name), dict | None) for name in _TOWERS), "towers")
     kinds = _TEXTS[model_type]
     text_raw: Any = raw.get("text_config")
@@ -113,7 +113,7 @@ def _whole(raw: Raw, model_type: str) -> PlainConfig:
     return config
 
 
-# Of these models, some versions of transformers take `tie_word_embeddings` from the text.
+# For these models, some versions of transformers take `tie_word_embeddings` from the text's config.
 _MOVES_TIES = {"glm4v", "glm4v_moe", "qwen2_5_vl"}
 
 
@@ -128,7 +128,7 @@ def _text(raw: Raw, model_type: str) -> PlainConfig:
 
 
 def _fields(raw: Raw, model_type: str) -> Raw:
-    """The fields of a part of the model under the class's names, with its defaults."""
+    """The fields of one part of a config under its class's names, with the class's defaults."""
     declared = _table()["types"].get(model_type)
     certain(declared is not None, "unknown type")
     refused = {*_LEFT_TO_TRANSFORMERS, *declared["uncertain"], *declared["refused"]}
@@ -163,7 +163,10 @@ def _is_of(types: str, value: object) -> bool:
 
 
 def _is_of_type(name: str, value: object) -> bool:
-    """name: of a type, of lists of a type ("ints"), or a word in quotes."""
+    """Whether `value` is of a type of config_fields.json.
+
+    name: a type ("int"), a list of a type ("ints"), or a quoted string, which allows itself only.
+    """
     if name in _TYPES:
         return type(value) is _TYPES[name]
     if name.removesuffix("s") in _TYPES:

@@ -17,15 +17,15 @@ class Uncertain(Exception):
 
 Rope = dict[str, Any]
 
-_WITHOUT = {"gpt2", "opt"}
-# Models that may rotate a share of a head's dimensions, with the share if the file does not say so.
+_WITHOUT_ROPE = {"gpt2", "opt"}
+# Models that may rotate a share of a head's dimensions only -> the default share.
 PARTIAL = {
     **dict.fromkeys(("glm", "glm4", "glm4_moe", "glm4v_moe_text", "phi"), 0.5),
     **dict.fromkeys(("gpt_neox", "stablelm", "qwen3_next", "qwen3_5_text"), 0.25),
     "qwen3_5_moe_text": 0.25,
     **dict.fromkeys(("glm4v_text", "minimax_m2", "phi3"), 1.0),
 }
-# The bases of layers with full and with sliding attention, where each has parameters of its own.
+# Models with RoPE parameters per layer type -> the default bases of full and sliding attention.
 _BASES = {
     "gemma3_text": (1_000_000.0, 10_000.0),
     "gemma3n_text": (1_000_000.0, 10_000.0),
@@ -48,6 +48,7 @@ _LENGTH = "original_max_position_embeddings"
 
 
 def certain(is_certain: object, doubt: str) -> None:
+    """Raise Uncertain, with the doubt as its message, unless `is_certain`."""
     if not is_certain:
         raise Uncertain(doubt)
 
@@ -59,9 +60,9 @@ def is_number(value: object) -> bool:
 def rope_parameters(model_type: str, fields: Mapping[str, Any], base: float | None) -> Rope | None:
     """The parameters of all layers, or of each layer type; None for models without RoPE.
 
-    fields: the file's, with defaults for those that the class declares. base: the default one.
+    fields: the file's fields, with the config class's defaults. base: the default `rope_theta`.
     """
-    if model_type in _WITHOUT:
+    if model_type in _WITHOUT_ROPE:
         return None
     given = [fields.get("rope_scaling"), fields.get("rope_parameters")]
     certain(all(isinstance(rope, dict | None) for rope in given), "no object")
@@ -98,7 +99,7 @@ def _flat(model_type: str, fields: Mapping[str, Any], given: Rope, base: float |
 
 
 def _given_once(inside: Any, fields: Mapping[str, Any], name: str, default: Any) -> Any:
-    """The value among the parameters, or beside them, or the default."""
+    """The value inside the RoPE parameters, or the config's field `name`, or the default."""
     if name not in fields:
         return default if inside is None else inside
     certain(inside is None or inside == fields[name], f"two values of {name}")

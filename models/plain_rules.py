@@ -1,7 +1,7 @@
 """Fields that transformers' config classes compute from other fields, each class in its own way.
 
-A rule changes the fields of its model type, which have the declared types. Raises `Uncertain` where
-versions of transformers compute in different ways, or refuse.
+A rule for a model type completes the fields, whose types have been checked. Rules raise `Uncertain`
+where versions of transformers differ, or where transformers raises an error.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Fields = dict[str, Any]
 Rule = Callable[[Fields], None]
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 LAYER_TYPES = {_FULL, _SLIDING, "chunked_attention", "linear_attention", "conv"}
-# Older names, which versions of transformers keep or replace; the family knows both.
+# Older names, which some versions of transformers replace and others keep; the family knows both.
 OLD_LAYER_TYPES = {"mamba", "attention"}
 
 
@@ -33,7 +33,10 @@ def complete(model_type: str, fields: Fields) -> None:
 
 
 def _interval(others: str, default: int, field: str = "") -> Rule:
-    """Each n-th layer attends to the whole context. field: names n in some files."""
+    """A rule: every n-th layer attends to the whole context, the other layers are `others`.
+
+    n is the value of `field`, or `default` if the file does not have the field.
+    """
 
     def rule(fields: Fields) -> None:
         if fields.get("layer_types") is None:
@@ -51,7 +54,7 @@ def _window(fields: Fields) -> None:
 
 
 def _qwen(fields: Fields) -> None:
-    """The first layers attend to the whole context, if others have a window."""
+    """Layers before `max_window_layers` attend to the whole context; the others have the window."""
     _window(fields)
     if fields["layer_types"] is None:
         has_window, first = fields["sliding_window"] is not None, fields["max_window_layers"]
@@ -209,7 +212,7 @@ def _tied_by_old_name(fields: Fields) -> None:
 
 
 def _minimax_m2(fields: Fields) -> None:
-    """The file of the model names a number of dimensions, not their share."""
+    """The published config has a number of rotated dimensions instead of their share."""
     if "rotary_dim" in fields:
         size, head_dim = fields["rotary_dim"], fields["head_dim"]
         certain(type(size) is int and 0 < size <= head_dim, "rotary_dim is no size")

@@ -1,4 +1,4 @@
-"""What a checkpoint says about embeddings: which hidden state is the vector, and its length.
+"""A checkpoint's pooling: which hidden states become the embedding vector of a prompt.
 
 sentence-transformers describes a model as a list of modules (`modules.json`): the transformer, a
 pooling with a configuration of its own (`1_Pooling/config.json`), and perhaps a normalisation.

@@ -116,9 +116,10 @@ def load_spec(
     """The ModelSpec of a checkpoint directory, from its config and its weight files' headers.
 
     model_impl: "compiledllm", "transformers", or "auto", which means "compiledllm" if a family
-    implements the architecture and "transformers" otherwise. quantization: method by which 16-bit
-    weights are quantised while loading, a key of `formats.assign.ONLINE`. Raises ConfigError if
-    `model_impl` cannot run the model, and for unsupported quantised checkpoints.
+    implements the architecture and "transformers" otherwise. quantization: a method by which 16-bit
+    weights are quantised while loading, a key of `formats.assign.ONLINE`; or the method of a
+    quantised checkpoint, which must then be the checkpoint's. Raises ConfigError if `model_impl`
+    cannot run the model, and for unsupported quantised checkpoints.
     """
     raw = read_json(checkpoint / "config.json")
     stored = _architecture_in(checkpoint, raw)
@@ -132,7 +133,7 @@ def load_spec(
     with _as_config_errors(checkpoint):
         spec: ModelSpec = family.spec_from_hf(_config(checkpoint, raw))
         check_spec(spec)
-        if architecture != stored:  # nothing is stored that could be the head
+        if architecture != stored:  # the checkpoint stores no output head
             spec = replace(spec, tie_word_embeddings=True)
         return _with_formats(spec, family, checkpoint, quantization)
 
@@ -182,8 +183,8 @@ def _with_formats(
     if scheme is None:
         if quantization in STORED:
             raise ConfigError(
-                f"quantization='{quantization}' is of checkpoints that are stored so, and "
-                f"{checkpoint} is not quantised; use one of {', '.join(ONLINE)}, or leave it out"
+                f"quantization='{quantization}' needs a checkpoint that is stored in this format, "
+                f"but {checkpoint} is not quantised; use {', '.join(ONLINE)}, or leave it out"
             )
         return spec if quantization is None else quantized_online(spec, quantization)
     if quantization not in (None, _method_of(checkpoint)):
@@ -210,7 +211,7 @@ def scheme_of_checkpoint(checkpoint: Path) -> Scheme | None:
 
 
 def _method_of(checkpoint: Path) -> str:
-    """The method by which a quantised checkpoint says that it was made, as the option names it."""
+    """A quantised checkpoint's `quant_method`, under the name of the option `quantization`."""
     method = (quantization_config(checkpoint) or {}).get("quant_method")
     return str(method).removesuffix("_fp4")
 
@@ -258,7 +259,7 @@ def _spec_by_probing(checkpoint: Path, raw: dict[str, Any], architecture: str) -
             raise
         raise ConfigError(
             f"architecture '{architecture}' is not supported; supported: {', '.join(FAMILIES)}; "
-            f"others as transformers runs them, but {error}"
+            f"other architectures run as transformers' modules, but {error}"
         ) from error
 
 
@@ -279,7 +280,7 @@ def _hf_config(checkpoint: Path) -> Any:
     return hf
 
 
-# Size in a config -> the smallest and the largest that is looked at.
+# Size in a config -> the smallest and the largest value that is accepted.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _SIZES = {
     "num_hidden_layers": (1, 10_000),

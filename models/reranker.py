@@ -1,6 +1,6 @@
-"""What a checkpoint says about rerankers: which prompt they read, and what their score is.
+"""Reads from a checkpoint whether it is a reranker, and how its score is computed.
 
-Without torch, since the process that makes prompts reads the head as well.
+Imports no torch, because the process that makes prompts uses this module, too.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class StoredReranker:
 
 
 def stored_reranker(checkpoint: Path, name: str) -> StoredReranker | None:
-    """A checkpoint's way to judge; None for a model that is not a reranker.
+    """How a checkpoint computes scores; None for a model that is not a reranker.
 
-    name: the model as its user calls it. Qwen3-Reranker's config is that of a chat model, so its
-    name has to tell, unless the config has vLLM's `classifier_from_token`. Raises ConfigError for
-    rerankers that are not supported.
+    name: the model's name as the user gave it. Qwen3-Reranker's config is that of a chat model, so
+    a reranker is recognised by "rerank" in its name, unless the config has vLLM's
+    `classifier_from_token`. Raises ConfigError for rerankers that are not supported.
     """
     config = read_json(checkpoint / "config.json")
     architecture = str((config.get("architectures") or [""])[0])

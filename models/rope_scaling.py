@@ -1,6 +1,6 @@
-"""Scaled rotary frequencies, with the bits of transformers' functions of the same names.
+"""Scaled rotary frequencies, bit for bit as transformers' functions of the same names compute them.
 
-Importing transformers for them would take seconds of a start.
+Importing transformers for these functions would add seconds to a start.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """What is scaled. base: of the frequencies. size: number of rotated dimensions of a head.
+    """A rotary embedding before scaling.
 
-    max_position: length of the context. parameters: the config's, of one layer type.
+    base: `rope_theta`. size: number of rotated dimensions of a head. max_position: length of the
+    context. parameters: the config's RoPE parameters of one layer type.
     """
 
     base: float
@@ -31,7 +32,7 @@ class Rotation:
         return length
 
     def powers(self) -> Tensor:
-        """The inverse frequencies, [size / 2], in float32."""
+        """base ** (2 i / size), float32 [size / 2]: the reciprocals of the unscaled frequencies."""
         exponents = torch.arange(0, self.size, 2, dtype=torch.int64).float() / self.size
         powers: Tensor = self.base**exponents
         return powers
@@ -39,19 +40,19 @@ class Rotation:
 
 @dataclass(frozen=True, slots=True)
 class Scaled:
-    """frequencies: [size / 2], float32. scale: of the cosines and sines."""
+    """frequencies: float32 [size / 2], transformers' `inv_freq`. scale: of cosines and sines."""
 
     frequencies: Tensor
     scale: float = 1.0
 
 
 def linear(rotation: Rotation) -> Scaled:
-    """All positions divided by a factor."""
+    """Divides all frequencies by a factor, which is as if all positions were divided."""
     return Scaled(1.0 / rotation.powers() / rotation.parameters["factor"])
 
 
 def llama3(rotation: Rotation) -> Scaled:
-    """Long waves are stretched by a factor, short ones are not, those between in part."""
+    """Stretches long wavelengths by a factor, short ones not, and those between in part."""
     rope, length = rotation.parameters, rotation.original_length
     factor, low, high = (rope[n] for n in ("factor", "low_freq_factor", "high_freq_factor"))
     frequencies = 1.0 / rotation.powers()
@@ -64,7 +65,7 @@ def llama3(rotation: Rotation) -> Scaled:
 
 
 def yarn(rotation: Rotation) -> Scaled:
-    """As `llama3`, by how often a wave turns within the original length, and with a scale."""
+    """As `llama3`, but with a ramp over the dimensions, and with a scale of cosines and sines."""
     rope, size = rotation.parameters, rotation.size
     factor = rope["factor"]
     if factor is None:
@@ -75,7 +76,7 @@ def yarn(rotation: Rotation) -> Scaled:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, size - 1)
     if low == high:
-        high += 0.001  # as no division by zero
+        high += 0.001  # avoids a division by zero
     ramp = torch.clamp((torch.arange(size // 2, dtype=torch.float32) - low) / (high - low), 0, 1)
     kept, powers = 1 - ramp, rotation.powers()
     frequencies = 1.0 / (factor * powers) * (1 - kept) + 1.0 / powers * kept
@@ -83,7 +84,7 @@ def yarn(rotation: Rotation) -> Scaled:
 
 
 def _dimension(turns: float, rotation: Rotation) -> float:
-    """The dimension whose wave turns so often within the original length."""
+    """The dimension whose angle makes `turns` full turns within the original length."""
     length = rotation.original_length / (turns * 2 * math.pi)
     return (rotation.size * math.log(length)) / (2 * math.log(rotation.base))
 
@@ -103,7 +104,10 @@ def _mscale(factor: float, weight: float = 1) -> float:
 
 
 def longrope(rotation: Rotation) -> Scaled:
-    """A factor for each frequency: the long set if the context exceeds the original length."""
+    """Divides each frequency by its own factor: by the long factors for long contexts.
+
+    A context is long if it exceeds the original length.
+    """
     rope, original = rotation.parameters, rotation.original_length
     name = "long_factor" if rotation.max_position > original else "short_factor"
     factors = torch.tensor(rope[name], dtype=torch.float32)

@@ -1,8 +1,8 @@
-"""Divides a model among ranks: each rank's part is a smaller spec, from which a Decoder is built.
+"""Tensor parallelism: each rank's part of a model is a smaller spec, from which a Decoder is built.
 
 Heads, intermediate sizes, channels and the vocabulary are divided; norms, routers and positions are
-not. Every rank has all experts, a part of each. Matrices that mixer and MLP begin with are divided
-by outputs, those they end with by inputs, so that a layer's halves need one sum each.
+not. Every rank has a part of each expert. The first matrix of mixer and MLP is divided by outputs
+(column-parallel), the last by inputs (row-parallel), so that mixer and MLP need one sum each.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from compiledllm.models.mlp_specs import MlpSpec, MoeSpec
 from compiledllm.models.spec import EXPERTS, AttentionSpec, LayerSpec, ModelSpec
 from compiledllm.models.state_specs import DeltaNetSpec, Mamba2Spec, StateSpec
 
-MAX_RANKS = 64  # the largest number that errors propose
+MAX_RANKS = 64  # the largest number of ranks that error messages propose
 _BY_INPUTS = ("attn.out", *(f"{path}.down" for path in ("mlp", "mlp.shared", EXPERTS)))
 
 
 class _Indivisible(ValueError):
-    """What a number of ranks does not divide."""
+    """The model cannot be divided. The message names the size that the ranks do not divide."""
 
 
 def sharded(spec: ModelSpec, num_ranks: int) -> ModelSpec:
@@ -108,7 +108,7 @@ def _mixer(mixer: AttentionSpec | StateSpec, num_ranks: int) -> AttentionSpec | 
 
 
 def _attention(attention: AttentionSpec, num_ranks: int) -> AttentionSpec:
-    """With fewer KV heads than ranks, neighbouring ranks hold the same KV head."""
+    """A rank's heads. With fewer KV heads than ranks, neighbouring ranks hold the same KV head."""
     num_heads = _part("attention heads", attention.num_heads, num_ranks)
     num_kv_heads, replicas = attention.num_kv_heads, 1
     if num_kv_heads < num_ranks and num_ranks % num_kv_heads == 0:
@@ -145,8 +145,8 @@ def _formats(
 ) -> Formats:
     """The formats of a rank's matrices.
 
-    parts: by matrix, the rank's outputs of each part. inputs: of matrices that are divided by
-    inputs, the rank's number and that of all ranks.
+    parts: matrix -> part -> the rank's number of outputs. inputs: matrix that is divided by inputs
+    -> the rank's number of inputs and that of all ranks.
     """
     found: list[tuple[str, QuantSpec | MixedSpec]] = []
     for path, format in formats:
@@ -183,7 +183,10 @@ def _check_inputs(path: str, format: QuantSpec, size: int, of_all: int) -> None:
 
 
 def _check_outputs(path: str, format: QuantSpec, parts: Mapping[str, int]) -> None:
-    """Raise unless a rank's outputs are whole blocks. Parts of a fused matrix may do without."""
+    """Raise _Indivisible if a rank's outputs are not whole blocks of outputs that share scales.
+
+    If a part other than the last is not whole blocks, each output gets scales of its own anyway.
+    """
     *others, last = parts.values()
     has_row_scales = any(size % format.rows for size in others)
     if not has_row_scales and last % format.rows:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """The ranges of a dimension that a rank holds, one behind the other, and then padding.
+    """The ranges of a dimension that a rank holds, one after the other, and then padding.
 
-    ranges: (start, end) of each. size: of the whole dimension. held: of the rank's, with padding.
+    ranges: (start, end) of each range. size: size of the whole dimension. held: the rank's size,
+    with padding.
     """
 
     ranges: tuple[tuple[int, int], ...]
@@ -47,6 +48,6 @@ class Ranks:
         return Shard(tuple(ranges), start, sum(sections))
 
     def shard_of_rows(self, size: int, held: int) -> Shard:
-        """The part of `size` rows of which each rank holds `held`, the last ones with padding."""
+        """The rank's part of `size` rows. Each rank holds `held` rows, padded at the end."""
         start, end = (min(i * held, size) for i in (self.index, self.index + 1))
         return Shard(((start, end),), size, held)

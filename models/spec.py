@@ -18,7 +18,7 @@ from compiledllm.models.matrices import Formats, MatrixSpec, Weights
 from compiledllm.models.mlp_specs import MlpSpec, MoeSpec, OpaqueSpec, RouterSpec
 from compiledllm.models.state_specs import StateSpec
 
-# All that the spec of a decoder with attention takes; `state_specs` has the other mixers.
+# Everything for the spec of a decoder with attention; `state_specs` has the other mixers.
 __all__ = [
     "EMBEDDING",
     "EXPERTS",
@@ -43,9 +43,9 @@ EMBEDDING = "embedding"
 TOKEN_TABLE = "token_inputs.table"
 TOKEN_PROJECTION = "token_inputs.projection"
 
-_VOCAB_MULTIPLE = 8  # rows of a rank's head, so that its logits begin on borders of 16 bytes
+_VOCAB_MULTIPLE = 8  # a rank's head has a multiple of this, so that its logits are 16-byte aligned
 
-# Kinds of residual connection, with the number of norms before and after attention and MLP.
+# Kinds of residual connection -> number of norms before, and after, attention and MLP.
 # pre: x += f(norm(x)). post: x += norm(f(x)). sandwich: x += norm(f(norm(x))). sums:
 # x = norm(x + f(x)). parallel: attention and MLP read the same normalised input; parallel_2: each
 # has a norm of its own.
@@ -59,15 +59,15 @@ class LayerSpec:
 
     mixer: the spec of the part that mixes tokens. residual: a key of NORMS_BEFORE. residual_scale:
     multiplies the outputs of mixer and MLP before they are added to x. experts: experts beside a
-    dense MLP, with four more norms: x += norm(norm(mlp) + norm(experts)). token_size: width of an
-    input of the layer's own for each token, which a gate of x lets in behind the MLP; 0: none.
-    has_scalar: a learned number multiplies the block's output. num_streams: number of residual
-    streams, of which mixer and MLP read and write the first, and a learned mix of all of them is
-    each one's next value (`layers.altup`). laurel_rank: rank of a linear map beside the mixer;
-    0: none. Both only together, in a block whose residual is "sandwich". formats: the formats of
-    the quantised matrices. num_ranks: number of processes whose outputs of mixer and MLP add up to
-    the layer's, each with sizes as given here (`sharded_spec`). defers_sum: whether the block
-    leaves that sum to the next norm, behind the block, so that both are one kernel.
+    dense MLP, with four more norms: x += norm(norm(mlp) + norm(experts)). token_size: width of the
+    layer's own input for each token (per-layer embeddings), which is gated by x and added after the
+    MLP; 0: none. has_scalar: a learned number multiplies the block's output. num_streams: number of
+    residual streams; mixer and MLP compute on the first, and a learned mix updates all of them
+    (`layers.altup`). laurel_rank: rank of a low-rank map beside the mixer; 0: none. More than one
+    stream and a laurel_rank occur only together, with residual "sandwich". formats: the formats of
+    the quantised matrices. num_ranks: number of ranks, each with the sizes given here; the outputs
+    of their mixers and MLPs are summed (`sharded_spec`). defers_sum: the block leaves the sum over
+    ranks after its MLP to the next block's norm, so that sum and norm are one kernel.
     """
 
     hidden_size: int
@@ -138,15 +138,15 @@ class ModelSpec:
     is none. embedding_size: width of embedding and head in models that project between them and
     the blocks; 0: hidden_size. token_vocab_size: rows of the table of the layers' own inputs (see
     `LayerSpec.token_size`). implementation: "compiledllm", or "transformers" for models that run
-    as transformers' modules, with num_other_parameters that the other fields do not describe.
-    formats: the formats of the quantised matrices outside the blocks. quantization: name of the
-    quantisation in reports; "": none.
+    as transformers' modules. num_other_parameters: number of parameters that the other fields do
+    not describe, in models that transformers runs. formats: the formats of the quantised matrices
+    outside the blocks. quantization: name of the quantisation in reports; "": none.
 
     dtype: the dtype of weights and activations, a name in torch: the checkpoint's until
     `with_dtypes` sets the engine's. kv_dtype: the dtype of keys and values; "": as `dtype`.
-    state_dtype: the dtype of the states of Gated DeltaNet. num_ranks: number of processes that hold
-    a part of this size each; vocab_size is of the whole model. part_of: the spec of the whole
-    model; None: this one.
+    state_dtype: the dtype of the head states of Gated DeltaNet and Mamba-2. num_ranks: number of
+    ranks, each of which holds a part of this size; vocab_size is that of the whole model. part_of:
+    the spec of the whole model; None: this spec is whole.
     """
 
     architecture: str
@@ -214,7 +214,7 @@ class ModelSpec:
 
     @property
     def defers_sums(self) -> bool:
-        """Whether the blocks leave the sums over ranks to the next norm, as all or none do."""
+        """Whether the blocks leave the sums over ranks to the next norm. All blocks do, or none."""
         return self.layers[0].defers_sum
 
     @property
@@ -244,9 +244,10 @@ class ModelSpec:
 
     @property
     def weights_read(self) -> Weights:
-        """The fewest weights a step reads: all blocks, the final norm and the output head.
+        """The fewest weights that a step can read: all blocks, the final norm and the output head.
 
-        Of a mixture of experts only the experts of one token count, as all tokens may share them.
+        Of a mixture of experts, only the experts of one token count, as all tokens of a step may
+        have the same experts.
         """
         width = self.token_size * len(self.layers)
         inputs = (MatrixSpec(TOKEN_PROJECTION, width, self.hidden_size),) if width else ()
@@ -256,7 +257,7 @@ class ModelSpec:
 
     @property
     def _of_streams(self) -> list[MatrixSpec]:
-        """The matrices that make the residual streams of one, and one of them."""
+        """The matrices that split the embedding into residual streams and join the streams."""
         size, others = self.hidden_size, range(self.num_streams - 1)
         paths = (f"streams.{way}.{index}" for way in ("split", "join") for index in others)
         return [MatrixSpec(path, size, size) for path in paths]
@@ -306,13 +307,13 @@ class ModelSpec:
 
     @property
     def bytes_per_request(self) -> int:
-        """Bytes that a request takes whatever its length."""
+        """Bytes of a request's states, which do not depend on the request's length."""
         kept = self.layer_caches
         return sum(cache.bytes_per_request for cache in kept if isinstance(cache, State))
 
     @property
     def attentions(self) -> tuple[AttentionSpec, ...]:
-        """Of the layers that attend, in their order."""
+        """The AttentionSpecs of the layers with attention, in the order of the layers."""
         mixers = (layer.mixer for layer in self.layers)
         return tuple(mixer for mixer in mixers if isinstance(mixer, AttentionSpec))
 

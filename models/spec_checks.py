@@ -1,6 +1,6 @@
-"""Refuses specs whose numbers do not fit together, by the names of the config's fields.
+"""Refuses specs whose numbers do not fit together; errors use the names of the config's fields.
 
-Such models would fail in the middle of a start, or compute something else than was meant.
+Without these checks, such models would fail in the middle of a start, or give wrong results.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from compiledllm.config import ConfigError
 from compiledllm.models.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, MoeSpec
 from compiledllm.models.state_specs import ConvSpec, DeltaNetSpec, Mamba2Spec
 
-Requirement = tuple[bool, str]  # whether it holds, and what it says
+Requirement = tuple[bool, str]  # whether the requirement holds, and the error if it does not
 
 
 def check_spec(spec: ModelSpec) -> None:

@@ -1,8 +1,8 @@
 """Copies weights from files in memory to a GPU, through pinned buffers and with several threads.
 
-A copy from pageable memory runs in one thread, which takes every page of the file from the system's
-cache, and the GPU waits meanwhile. Here each thread fills a pinned buffer while the GPU fetches its
-other one. On a CPU weights are copied at once.
+torch copies from pageable memory in one thread, which faults in every page of the file while the
+GPU waits. Here, several threads fill pinned buffers: each fills one buffer while the GPU fetches
+the thread's other buffer. On a CPU, weights are copied at once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Copier(Protocol):
     """Copies tensors to their places in a model. Copies may be under way until `close`."""
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        """Copy and convert `source`, on the CPU, to `target`, of the same shape."""
+        """Copy `source`, a CPU tensor, to `target` of the same shape, and convert its dtype."""
 
     def close(self) -> None:
         """Wait for all copies. Raises the error of a copy that failed."""
@@ -48,7 +48,7 @@ class _Lane:
 
     def __init__(self, device: torch.device, after: torch.cuda.Stream) -> None:
         self._device = device
-        cuda: Any = torch.cuda  # whose classes have no types
+        cuda: Any = torch.cuda  # Any, because torch does not annotate these classes
         self._stream = cuda.Stream(device)
         self._stream.wait_stream(after)
         buffers = (torch.empty(_CHUNK, dtype=torch.uint8, pin_memory=True) for _ in range(2))
@@ -60,7 +60,7 @@ class _Lane:
         buffer, is_free = next(self._buffers)
         is_free.synchronize()
         staged = buffer[: source.nbytes].view(source.dtype)
-        # Without Python's lock, and in this thread alone, where torch's copy would start threads.
+        # memmove releases the global interpreter lock and, unlike torch's copy, starts no threads.
         ctypes.memmove(staged.data_ptr(), source.data_ptr(), source.nbytes)
         with torch.cuda.stream(self._stream):
             if source.dtype != target.dtype:

@@ -1,7 +1,7 @@
-"""Layers that keep a state of fixed size for each request, in place of keys and values: as data.
+"""Specs of mixers that keep a state of fixed size for each request instead of keys and values.
 
-Like `spec.AttentionSpec`, each spec says what mixes the tokens of a block, which weights that takes
-and what the layer keeps of the tokens that it has seen.
+Like `AttentionSpec`, each spec describes how a block mixes tokens, the mixer's weights, and what
+the layer keeps of the tokens that it has seen.
 """
 
 from __future__ import annotations

@@ -68,8 +68,8 @@ def _attend(
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     scales = scales_for(kv_cache, paged.kv_scales[index])
     store_kv(k, v, kv_cache, paged.attn.slot_mapping, backend, scales)
-    form = ScoreOptions(spec.scale, spec.sliding_window, spec.soft_cap, s_aux, scales)
-    out = paged_attention(q, kv_cache, paged.attn, form, backend)
+    options = ScoreOptions(spec.scale, spec.sliding_window, spec.soft_cap, s_aux, scales)
+    out = paged_attention(q, kv_cache, paged.attn, options, backend)
     return out.unsqueeze(0), None
 
 
@@ -269,8 +269,8 @@ def _check_rows_are_apart(model: TransformersModel) -> None:
     if not change < (1e-2 if torch.get_default_dtype() == torch.float32 else 0.3):
         raise ConfigError(
             f"transformers' {spec.architecture} cannot run here: a token's result changed by "
-            f"{change:.0%} with its company in the step: something beside attention looks across "
-            "tokens"
+            f"{change:.0%} with the other requests in the step, so something other than attention "
+            "mixes tokens; use another model"
         )
 
 

@@ -109,8 +109,8 @@ def _by_family(
 ) -> Iterator[tuple[str, Content]]:
     """The used tensors after the family's `unpack` and `prepare`.
 
-    These see tensors before their shapes are checked: ConfigError, naming the tensor, if a damaged
-    one cannot be taken apart.
+    Both run before the shapes of tensors are checked. Raises ConfigError, naming the tensor, if
+    they fail on a damaged tensor.
     """
     latest = ""
 
@@ -155,9 +155,9 @@ def _match(target: str, missing: dict[str, Slot]) -> list[Slot] | None:
 
 
 def _check(checkpoint: Path, name: str, stored: Content, slots: list[Slot]) -> None:
-    """Raise ConfigError unless the tensor is of numbers and has the shape that the slots ask for.
+    """Raise ConfigError unless the tensor is floating-point and has the shape of the slots.
 
-    The shape is that of the slots' rows, one slot behind the other.
+    The expected shape has the rows of all slots, one slot after the other.
     """
     if isinstance(stored, Tensor) and not stored.is_floating_point():
         dtype = str(stored.dtype).removeprefix("torch.")

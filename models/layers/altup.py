@@ -1,8 +1,9 @@
 """Alternating updates (AltUp): several residual streams, of which a block computes on the first.
 
-x is [tokens, streams, hidden] between the blocks. Each block predicts the streams by a learned mix
-of them, runs mixer and MLP on the first, and corrects all by how far the result is from the
-prediction. A low-rank map (LAuReL) runs beside the mixer. Gemma 3n is built so.
+Between the blocks, x is [tokens, streams, hidden]. Each block predicts the streams by a learned mix
+of the streams, runs mixer and MLP on the first stream, and corrects all streams by the difference
+between the result and the prediction. A low-rank map (LAuReL) runs beside the mixer. Gemma 3n has
+such blocks.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _MIN_MEAN_SQUARE = 1e-5
 
 
 class Streams(nn.Module):
-    """Makes the streams of the embedding, and one hidden state of the streams."""
+    """Makes the streams from the embedding, and one hidden state from the streams at the end."""
 
     def __init__(self, spec: ModelSpec, make: Factory) -> None:
         super().__init__()
@@ -54,12 +55,12 @@ def _as_large_as(x: Tensor, part: Tensor) -> Tensor:
 
 
 def _with_update(x: Tensor, update: Tensor) -> Tensor:
-    """The streams with the last block's pending addition to all but the first."""
+    """The streams, after the last block's pending addition to all but the first."""
     return torch.cat((x[:, :1], x[:, 1:] + update.unsqueeze(1)), dim=1)
 
 
 class AltUp(nn.Module):
-    """Predicts the streams before a block, and corrects them behind it."""
+    """Predicts the streams before a block, and corrects them after the block."""
 
     def __init__(self, spec: LayerSpec, make: Factory) -> None:
         super().__init__()
@@ -78,7 +79,10 @@ class AltUp(nn.Module):
         return x + (mix.unsqueeze(-1) * x.unsqueeze(1)).sum(2)
 
     def correct(self, predicted: Tensor, out: Tensor) -> Tensor:
-        """predicted, the result: [tokens, streams, hidden]; out: of the block, [tokens, hidden]."""
+        """predicted, the result: [tokens, streams, hidden].
+
+        out: the block's output, [tokens, hidden].
+        """
         shares = _small_product(self._modes(out), self.correction) + 1
         return predicted + (out - predicted[:, 0]).unsqueeze(1) * shares.unsqueeze(-1)
 
@@ -109,9 +113,10 @@ class Laurel(nn.Module):
 
 
 class AltUpBlock(DecoderBlock):
-    """A block on several streams; returns them and what is still to be added to all but the first.
+    """A block on several residual streams.
 
-    x, the first result: [tokens, streams, hidden]. update, the second: [tokens, hidden].
+    Returns the streams, and the update that the next block adds to all streams but the first. x,
+    the first result: [tokens, streams, hidden]. update, the second result: [tokens, hidden].
     """
 
     def __init__(self, spec: LayerSpec, backend: AttentionBackend, make: Factory) -> None:

@@ -22,13 +22,16 @@ from compiledllm.models.layers.norm import RMSNorm
 from compiledllm.models.layers.token_input import TokenInputGate
 from compiledllm.models.spec import NORMS_BEFORE, NORMS_BEHIND, LayerSpec
 
-# Of a layer: its KV cache with attention's metadata, or the tensors of its states with theirs.
+# A layer has either a KV cache with AttentionMetadata, or a list of states with StateMetadata.
 Cache = Tensor | list[Tensor]
 Metadata = AttentionMetadata | StateMetadata
 
 
 class DecoderBlock(nn.Module):
-    """x += update; x += mix(norm(x)); returns x and the next block's update = mlp(norm(x))."""
+    """x += update; x += mix(norm(x)); returns x and the next block's update = mlp(norm(x)).
+
+    The norms and residual additions of other kinds of blocks are those of `LayerSpec.residual`.
+    """
 
     def __init__(self, spec: LayerSpec, backend: AttentionBackend, make: Factory) -> None:
         super().__init__()
@@ -86,7 +89,7 @@ class DecoderBlock(nn.Module):
     def _forward_with_parts(
         self, x: Tensor, part: Tensor, cos: Tensor, sin: Tensor, cache: Cache, attn: Metadata
     ) -> tuple[Tensor, Tensor]:
-        """As `forward`. part, the second result: the rank's summands of updates."""
+        """As `forward`, but `part` and the second result are the rank's summands of the updates."""
         assert isinstance(self.attn_norm, RMSNorm) and isinstance(self.mlp_norm, RMSNorm)
         x, attn_in = self.attn_norm.after_sum(x, part)
         x, mlp_in = self.mlp_norm.after_sum(x, self.attn(attn_in, cos, sin, cache, attn))
@@ -124,7 +127,7 @@ class DecoderBlock(nn.Module):
     def _forward_norming_sums(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache, attn: Metadata
     ) -> tuple[Tensor, Tensor]:
-        """The post-norm block: it normalises each sum, and leaves no pending residual update."""
+        """The block with residual "sums": normalises each sum, and leaves no pending update."""
         assert self.attn_norm is not None and self.mlp_norm is not None
         attended = self._over_ranks(self.attn(x, cos, sin, cache, attn))
         x = self.attn_norm(x + self._scaled(attended))

@@ -17,8 +17,8 @@ from compiledllm.models.state_specs import DeltaNetSpec
 class DeltaNet(nn.Module):
     """Project, convolve, update and read the states, normalise and gate each head, project.
 
-    The decay rate and the bias of its time step stay float32, as an exponential of an exponential
-    would multiply their rounding.
+    The decay rate and the bias of the time step stay float32, because the decay is an exponential
+    of an exponential, which would amplify their rounding errors.
     """
 
     def __init__(self, hidden_size: int, spec: DeltaNetSpec, make: Factory) -> None:
@@ -40,7 +40,7 @@ class DeltaNet(nn.Module):
     def forward(
         self, x: Tensor, _cos: Tensor, _sin: Tensor, states: list[Tensor], metadata: StateMetadata
     ) -> Tensor:
-        """x [tokens, hidden] -> [tokens, hidden]. states: of `DeltaNetSpec.cache`, mutated."""
+        """x [tokens, hidden] -> [tokens, hidden]. states: see `DeltaNetSpec.cache`; mutated."""
         spec, (columns, heads) = self.spec, states
         qkv, z, b, a = self._project(x)
         weight = self.convolution.squeeze(1)
@@ -61,7 +61,7 @@ class DeltaNet(nn.Module):
             qkv, z, b, a = products
             return qkv, _heads(z, spec.value_dim), b, a
         qkvz, ba = products
-        values = spec.value_size // spec.num_key_heads  # of the value heads of a key head
+        values = spec.value_size // spec.num_key_heads  # size of the value heads of one key head
         parts = [spec.key_dim, spec.key_dim, values, values]
         q, k, v, z = torch.split(_heads(qkvz, sum(parts)), parts, dim=-1)
         b, a = _heads(ba, 2 * spec.num_value_heads // spec.num_key_heads).chunk(2, dim=-1)

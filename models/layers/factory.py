@@ -1,4 +1,4 @@
-"""Makes a model's linear layers and norms, with their weight formats and the chosen kernels."""
+"""Makes a model's linear layers, embeddings and norms in their weight formats."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from compiledllm.models.spec import NormSpec
 
 @dataclass(frozen=True, slots=True)
 class Products:
-    """The kernels of products with unquantised matrices and of RMSNorm.
+    """The kernels for products with unquantised matrices and for RMSNorm.
 
     linear: (x, weight, bias, out) -> y, as `kernels.linear.linear`. rms_norm: (x, weight, eps).
     """
@@ -42,8 +42,8 @@ class Factory:
     """Makes the linear layers and norms of a model.
 
     formats: the formats of the quantised matrices, as in a LayerSpec or ModelSpec. prefix: the path
-    of the module whose parts the factory makes: "", "attn.", "mlp.shared.". ranks: which process
-    of a tensor-parallel model makes its part.
+    of the module whose parts the factory makes: "", "attn.", "mlp.shared.". ranks: this process's
+    rank among the ranks of a tensor-parallel model.
     """
 
     products: Products = Products()
@@ -85,10 +85,11 @@ class Factory:
         sections: Mapping[str, tuple[int, ...]] | None = None,
         replicas: Mapping[str, int] | None = None,
     ) -> Division:
-        """Each rank has its share of the outputs of each part.
+        """The division that gives each rank a share of the outputs of each part.
 
-        parts: the rank's sizes. sections: of parts that consist of several, the rank's size of
-        each. replicas: by part, the number of neighbouring ranks with the same outputs.
+        parts: part -> the rank's number of outputs. sections: part -> the rank's size of each of
+        the sections that the part consists of; other parts have one section. replicas: part ->
+        number of neighbouring ranks that hold the same outputs.
         """
         if not self.ranks.are_many:
             return WHOLE
@@ -100,7 +101,7 @@ class Factory:
         return Division(self.ranks, shards)
 
     def by_inputs(self, in_features: int) -> Division:
-        """Each rank has its share of the inputs. in_features: their number."""
+        """The division that gives each rank `in_features` of the inputs."""
         if not self.ranks.are_many:
             return WHOLE
         return Division(self.ranks, inputs=self.ranks.shard(in_features))
@@ -118,9 +119,9 @@ class Factory:
         embedding: Embedding | None,
         rows: Shard,
     ) -> Head:
-        """The output head. embedding: that of a tied head; None: the head has its own matrix.
+        """The output head. embedding: the embedding of a tied head; None: the head is not tied.
 
-        rows: the rank's rows of the vocabulary, `num_rows` with padding.
+        rows: the rank's rows of the vocabulary, which are `num_rows` with padding.
         """
         format = self._format("lm_head" if embedding is None else "embedding")
         return Head(in_features, num_rows, bias, format, embedding, self._by_rows(rows))

@@ -28,8 +28,9 @@ from compiledllm.models.shards import Ranks, Shard
 class Division:
     """How a matrix is divided among ranks: by outputs, by inputs, or not at all.
 
-    outputs: the rank's shard of each part. inputs: the rank's shard of the inputs; the products of
-    all ranks add up to the whole, and only the first rank adds a bias.
+    outputs: part -> the rank's shard of the part's outputs. inputs: the rank's shard of the inputs;
+    the products of all ranks then add up to the whole product, and only the first rank adds the
+    bias.
     """
 
     ranks: Ranks = Ranks()
@@ -55,8 +56,8 @@ class Matrix(nn.Module):
     """One or several equally shaped matrices in a WeightFormat, with biases.
 
     parts: number of output rows of each fused matrix, by the part name in the family's NAMES; an
-    unfused layer has one part named "". params: the format's tensors. division: which part of the
-    checkpoint's matrices they are; `parts` and `in_features` are sizes of that part.
+    unfused layer has one part named "". params: the format's tensors. division: the rank's share of
+    the checkpoint's matrices; `parts` and `in_features` are the sizes of this share.
     """
 
     def __init__(
@@ -145,16 +146,17 @@ class Linear(Matrix):
         return self.format.product(x, self.params, bias, first_row)
 
     def by_part(self, x: Tensor) -> list[Tensor]:
-        """x [rows, inputs] -> [rows, outputs] of each part; those of one product are its views."""
+        """x [rows, inputs] -> [rows, outputs] of each part, views of one product where possible."""
         if isinstance(self.format, Mixed):
             return self.format.by_part(x, self.params, self.bias, self.parts)
         return list(torch.split(self(x), list(self.parts.values()), dim=-1))
 
 
 class ExpertLinear(Matrix):
-    """The matrices of all experts, [experts, sum(parts), in_features]; biases without the last.
+    """The matrices of all experts, [experts, sum(parts), in_features].
 
-    num_unnamed: further experts behind the others, whose slots have names elsewhere.
+    Biases are [experts, sum(parts)]. num_unnamed: number of further experts at the end, which
+    `slots` leaves out (see `SharedExpert`).
     """
 
     def __init__(
@@ -187,11 +189,14 @@ class ExpertLinear(Matrix):
 
 
 class SharedExpert(nn.Module):
-    """The slots of the expert behind the named ones, "gate_up.weight:gate". It owns no tensors."""
+    """The slots of a shared expert that is the last expert of ExpertLinear layers.
+
+    Slots have names like "gate_up.weight:gate". The module owns no tensors.
+    """
 
     def __init__(self, **matrices: ExpertLinear) -> None:
         super().__init__()
-        self._matrices = tuple(matrices.items())  # which are not modules of this module
+        self._matrices = tuple(matrices.items())  # a tuple, so that torch registers no submodules
 
     def slots(self) -> dict[str, Slot]:
         return {
@@ -204,7 +209,7 @@ class SharedExpert(nn.Module):
 class Embedding(Matrix):
     """A table [num_rows, width] of which a step looks up a row for each token.
 
-    dtype: of the looked up rows; the table may be quantised.
+    dtype: the dtype of the result; the table may be quantised.
     """
 
     def __init__(
@@ -244,7 +249,8 @@ class Head(Linear):
     ) -> None:
         params = None if embedding is None else embedding.named_params
         super().__init__(in_features, {"": vocab_size}, bias, format, params, division)
-        self._tied_to = () if embedding is None else (embedding,)  # not a module of this module
+        # A tuple, so that torch does not register the embedding as a submodule.
+        self._tied_to = () if embedding is None else (embedding,)
 
     @property
     def is_tied(self) -> bool:

@@ -1,4 +1,4 @@
-"""Mamba-2: a state space whose parameters follow from the token."""
+"""Mamba-2: a state space model whose parameters depend on the token."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from compiledllm.models.state_specs import Mamba2Spec
 class Mamba2(nn.Module):
     """Project, convolve, update and read the states, gate and normalise, project.
 
-    What step sizes and decays follow from stays float32, as an exponential of an exponential would
-    multiply its rounding.
+    The parameters of step sizes and decays stay float32, because the decay is an exponential of an
+    exponential, which would amplify their rounding errors.
     """
 
     def __init__(self, hidden_size: int, spec: Mamba2Spec, make: Factory) -> None:
@@ -37,7 +37,7 @@ class Mamba2(nn.Module):
     def forward(
         self, x: Tensor, _cos: Tensor, _sin: Tensor, states: list[Tensor], metadata: StateMetadata
     ) -> Tensor:
-        """x [tokens, hidden] -> [tokens, hidden]. states: of `Mamba2Spec.cache`, mutated."""
+        """x [tokens, hidden] -> [tokens, hidden]. states: see `Mamba2Spec.cache`; mutated."""
         spec, (columns, heads) = self.spec, states
         zxbc, step = self.zxbcdt.by_part(x)
         z, xbc = torch.split(zxbc, [spec.inner_size, spec.conv_size], dim=-1)

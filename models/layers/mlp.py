@@ -23,7 +23,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Xielu(nn.Module):
-    """Piecewise: a parabola for x > 0, an exponential below, whose shapes are learned."""
+    """The xIELU activation: a parabola for x > 0 and an exponential below, with learned shapes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Xielu(nn.Module):
 
 
 def make_activation(name: str) -> Callable[[Tensor], Tensor]:
-    """name: of an `MlpSpec`."""
+    """The activation function that `MlpSpec.activation` names."""
     return Xielu() if name == "xielu" else ACTIVATIONS[name]
 
 
@@ -66,15 +66,16 @@ class GatedMlp(nn.Module):
 
 
 class SparseGates(nn.Module):
-    """What is above a cut that leaves a share of a token's gates below, as if they were normal.
+    """relu(gate - cut), which is zero for about a `share` of a token's gates (Gemma 3n).
 
-    [tokens, size] -> [tokens, size], zero below the cut. Ranks hold equal parts of the gates.
+    The cut is the `share` quantile of a normal distribution with the mean and the deviation of the
+    token's gates. [tokens, size] -> [tokens, size]. Ranks hold equal parts of the gates.
     """
 
     def __init__(self, share: float, size: int, num_ranks: int) -> None:
         super().__init__()
         share_below = torch.tensor(share, dtype=torch.float32, device="cpu")
-        self.cut = float(torch.special.ndtri(share_below))  # in deviations above the mean
+        self.cut = float(torch.special.ndtri(share_below))  # in standard deviations above the mean
         self.size, self.has_ranks = size * num_ranks, num_ranks > 1
 
     def forward(self, gate: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ from compiledllm.models.spec import MlpSpec, MoeSpec, NormSpec, OpaqueSpec
 class MoeMlp(nn.Module):
     """Sends each token through its `top_k` experts, and through the shared expert if there is one.
 
-    [tokens, hidden] -> [tokens, hidden]. A shared expert of the others' size and format is one more
-    expert, which every token uses.
+    [tokens, hidden] -> [tokens, hidden]. If the shared expert has the size and the formats of the
+    other experts, it is computed as one more expert, which every token uses (`joins_experts`).
     """
 
     def __init__(self, hidden_size: int, spec: MoeSpec, make: Factory) -> None:
@@ -48,7 +48,10 @@ class MoeMlp(nn.Module):
             self.shared_gate = make.linear("shared_gate", hidden_size, {"": 1})
 
     def forward(self, x: Tensor, routed: Tensor | None = None) -> Tensor:
-        """routed: the router's input, [tokens, hidden]; None: x."""
+        """x [tokens, hidden] -> [tokens, hidden].
+
+        routed: the router's input, [tokens, hidden]; None: x.
+        """
         ids, weights = self._route(x if routed is None else routed)
         share = None if self.shared_gate is None else torch.sigmoid(self.shared_gate(x))
         if self.joins_experts:
@@ -89,7 +92,7 @@ class MoeMlp(nn.Module):
 
 
 class ExpertsBesideMlp(nn.Module):
-    """norm(out of the dense MLP) + norm(out of experts), whose router reads the residual stream."""
+    """norm(dense MLP's output) + norm(experts' output). The router reads the residual stream."""
 
     def __init__(self, hidden_size: int, spec: MoeSpec, norm: NormSpec, make: Factory) -> None:
         super().__init__()
@@ -103,7 +106,7 @@ class ExpertsBesideMlp(nn.Module):
     def forward(self, x: Tensor, dense: Tensor) -> Tensor:
         """x, dense: the residual stream and the dense MLP's output, [tokens, hidden].
 
-        Among several ranks, `dense` is the rank's summand; the result is the whole.
+        With several ranks, `dense` is the rank's summand, and the result is summed over the ranks.
         """
         routed = self.router_norm(x) * self.router_scale
         experts = self.moe(self.norm(x), routed)

@@ -42,7 +42,7 @@ class RMSNorm(nn.Module):
         return self.normalize(x, self.weight, self.eps)
 
     def after_sum(self, x: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
-        """x plus the sum of `part` over all ranks, and the norm of that. All [tokens, hidden]."""
+        """x plus the sum of `part` over all ranks, and its norm. All are [tokens, hidden]."""
         if self.is_fused:
             return sum_and_norm(part, x, self.weight, self.eps, self.adds_one)
         x = x + all_reduce(part)
@@ -50,9 +50,10 @@ class RMSNorm(nn.Module):
 
 
 class DividedRMSNorm(RMSNorm):
-    """RMSNorm over the parts of a dimension that all ranks hold, each with its part of the weight.
+    """RMSNorm over a dimension that is divided among ranks, each with its part of the weight.
 
-    Parts that several ranks hold count as often in the sum of squares as in the size.
+    If several ranks hold the same part (replicas), the part counts several times, both in the sum
+    of squares and in the size, so the mean is right.
     """
 
     def __init__(self, shape: tuple[int, ...], eps: float, num_ranks: int) -> None:

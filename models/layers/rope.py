@@ -11,8 +11,7 @@ from compiledllm.models.spec import RopeSpec
 class RotaryTable(nn.Module):
     """int64 positions [tokens] -> (cos, sin), each [tokens, 1, rotary_dim] in the given dtype.
 
-    Where queries grow with their position, the tables are [tokens, 2, rotary_dim]: for queries, and
-    for keys.
+    With `RopeSpec.growth`, the tables are [tokens, 2, rotary_dim]: for queries, then for keys.
     """
 
     def __init__(self, spec: RopeSpec) -> None:

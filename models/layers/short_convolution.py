@@ -29,7 +29,7 @@ class ShortConvolution(nn.Module):
     def forward(
         self, x: Tensor, _cos: Tensor, _sin: Tensor, states: list[Tensor], metadata: StateMetadata
     ) -> Tensor:
-        """x [tokens, hidden] -> [tokens, hidden]. states: of `ConvSpec.cache`, mutated."""
+        """x [tokens, hidden] -> [tokens, hidden]. states: see `ConvSpec.cache`; mutated."""
         (columns,) = states
         b, c, x = self.bcx(x).chunk(3, dim=-1)
         weight = self.weight.squeeze(1)

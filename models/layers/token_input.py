@@ -1,4 +1,7 @@
-"""Inputs that each layer has of its own for every token, beside the embedding (Gemma 4)."""
+"""Per-layer token inputs ("per-layer embeddings" of Gemma 3n and Gemma 4).
+
+Each layer has an input of its own for every token, beside the hidden state.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ class TokenInputs(nn.Module):
     def forward(self, input_ids: Tensor, x: Tensor) -> Tensor:
         """input_ids [tokens], their embeddings x [tokens, hidden] -> [layers, tokens, size]."""
         projected = self.norm(self._by_layer(self.projection(x) * self.projection_scale))
-        if not self.is_whole:  # tokens without a row, which stand for images, have the first
+        if not self.is_whole:  # tokens for images have no row in the table and use the first row
             input_ids = torch.where(input_ids < self.num_rows, input_ids, 0)
         looked_up = self._by_layer(self.table(input_ids) * self.table_scale)
         total: Tensor = (projected + looked_up) * 2**-0.5

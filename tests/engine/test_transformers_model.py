@@ -265,7 +265,7 @@ def test_a_model_that_mixes_tokens_is_refused(
     plain = CwmMLP.forward
     shifted = lambda self, x: plain(self, x + 0.5 * x.roll(1, dims=1))  # noqa: E731
     monkeypatch.setattr(CwmMLP, "forward", shifted)
-    with pytest.raises(ConfigError, match="something beside attention looks across tokens"):
+    with pytest.raises(ConfigError, match="something other than attention mixes tokens"):
         make(tiny_model("cwm", **MODELS["cwm"]), num_kv_blocks=9)
 
 

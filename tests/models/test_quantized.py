@@ -519,7 +519,7 @@ def test_the_method_of_a_checkpoint_may_be_named_and_no_other(
     assert load_spec(packed, "auto", "awq") == load_spec(packed)
     with pytest.raises(ConfigError, match=r"quantization='gptq'.*quantised already \(awq int4\)"):
         load_spec(packed, "auto", "gptq")
-    with pytest.raises(ConfigError, match="quantization='awq' is of checkpoints that are stored"):
+    with pytest.raises(ConfigError, match="quantization='awq' needs a checkpoint that is stored"):
         load_spec(tiny_llama(), "auto", "awq")
 
 
