@@ -24,7 +24,7 @@ NAMES = {name: target for name, target in qwen3.NAMES.items() if "layernorm" not
 def unpack(
     tensors: Iterable[tuple[str, Content]], _spec: ModelSpec
 ) -> Iterator[tuple[str, Content]]:
-    """Yield the activation's numbers as vectors of one element, which some are already."""
+    """Yield each number of the activation as a vector [1]; some checkpoints store scalars []."""
     for name, tensor in tensors:
         if ".act_fn." in name and isinstance(tensor, Tensor):
             tensor = tensor.reshape(1)

@@ -15,13 +15,13 @@ from compiledllm.models.spec import LayerSpec, MlpSpec, ModelSpec, MoeSpec, Norm
 
 _SCORE_BIAS = "mlp.moe_statics.e_score_correction_bias"
 NAMES = glm4_moe.NAMES | {f"model.layers.*.{_SCORE_BIAS}": "layers.*.mlp.score_bias"}
-IGNORED = ("mtp.**", "model.mtp_*.**")  # prediction of further tokens
+IGNORED = ("mtp.**", "model.mtp_*.**")  # multi-token prediction
 
 
 def unpack(
     tensors: Iterable[tuple[str, Content]], _spec: ModelSpec
 ) -> Iterator[tuple[str, Content]]:
-    """Yield the biases of the choice as [experts], which are stored as [1, experts]."""
+    """Yield the biases that choose experts as [experts]; they are stored as [1, experts]."""
     for name, tensor in tensors:
         if name.endswith(_SCORE_BIAS) and isinstance(tensor, Tensor):
             tensor = tensor.flatten()
@@ -52,7 +52,7 @@ def _is_sparse(hf: Any, index: int) -> bool:
 
 def _experts(hf: Any) -> MoeSpec:
     expect(hf, "hidden_act", "silu")
-    expect(hf, "moe_norm_min", 1e-12)  # smaller than any sum of weights that it could limit
+    expect(hf, "moe_norm_min", 1e-12)  # a lower bound that no sum of weights reaches
     return MoeSpec(
         hf.moe_intermediate_size,
         hf.moe_num_experts,

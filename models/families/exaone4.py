@@ -1,4 +1,4 @@
-"""EXAONE 4: post-norms; models with sliding windows rotate in these layers only."""
+"""EXAONE 4: post-norms; models with sliding windows rotate in the layers with windows only."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Gemma 3n: the text model; several residual streams, sparse gates, KV that layers share.
 
-Images and sound are not supported. Inputs per layer and shared KV are those of Gemma 4, which came
-after it.
+Images and sound are not supported. The per-layer token inputs and the shared KV are read as in the
+later Gemma 4.
 """
 
 from __future__ import annotations

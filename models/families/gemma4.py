@@ -1,8 +1,8 @@
 """Gemma 4: the text model; KV of two shapes, KV that layers share, inputs per layer, experts.
 
-Long because its layers differ in more than other families' layers do. Images and sound are not
-supported. Layers with full attention have wider heads than those with sliding windows, fewer KV
-heads if their keys are their values, and rotate some of the dimensions only.
+Long because its layers differ in more ways than those of other families. Images and sound are not
+supported. Layers with full attention have wider heads than layers with sliding windows, have fewer
+KV heads if their keys are also their values, and rotate some of the dimensions only.
 """
 
 from __future__ import annotations
@@ -73,9 +73,10 @@ _UNUSED = re.compile(r".*\.layers\.(\d+)\.self_attn\.[kv]_(proj|norm)\..*")
 def unpack(
     tensors: Iterable[tuple[str, Content]], spec: ModelSpec
 ) -> Iterator[tuple[str, Content]]:
-    """Yield each expert's matrices by themselves, and nothing of KV that layers do not compute.
+    """Yield each expert's matrices one by one, and drop tensors that no layer uses.
 
-    Published checkpoints have projections of keys and values also for layers that share KV.
+    Published checkpoints contain projections of keys and values even for layers that read the KV of
+    an earlier layer.
     """
     for name, tensor in experts_one_by_one(tensors, spec):
         match = _UNUSED.fullmatch(name)
@@ -85,7 +86,7 @@ def unpack(
 
 
 def spec_from_hf(hf: Any) -> ModelSpec:
-    """ModelSpec of a transformers Gemma4Config, Gemma4UnifiedConfig, or the config of a text."""
+    """ModelSpec of a transformers Gemma4Config, Gemma4UnifiedConfig, or their text configs."""
     name = "Gemma4Unified" if hf.model_type.startswith("gemma4_unified") else "Gemma4"
     if hf.get_text_config() is not hf:
         return make_text_spec(hf, spec_from_hf, f"{name}ForConditionalGeneration")
@@ -122,7 +123,10 @@ def spec_from_hf(hf: Any) -> ModelSpec:
 
 
 def with_shared_kv(hf: Any, attentions: list[AttentionSpec]) -> list[AttentionSpec]:
-    """The layers' attention, where the last ones read the last layer of their kind before them."""
+    """The layers' attention; the last layers read the KV of the last earlier layer of their type.
+
+    Raises ConfigError if there is no such layer.
+    """
     found = list(attentions)
     first_shared = hf.num_hidden_layers - (hf.num_kv_shared_layers or 0)
     for index, kind in enumerate(hf.layer_types[first_shared:], first_shared):
@@ -165,7 +169,7 @@ def _heads(hf: Any, index: int) -> tuple[int, int]:
 
 
 def _rope(hf: Any, head_dim: int, kind: str) -> RopeSpec:
-    """ "proportional" leaves the slower pairs of the whole head alone, by frequencies of zero."""
+    """The rotation of a layer. In "proportional" RoPE, the slower pairs have frequency zero."""
     rope = hf.rope_parameters[kind]
     if rope.get("rope_type") != "proportional":
         return rope_from_hf(hf, head_dim, kind)

@@ -1,4 +1,4 @@
-"""GLM-4, dense: interleaved partial rotary embedding, norms before and behind attention and MLP."""
+"""GLM-4, dense: interleaved partial rotary embedding, norms before and after attention and MLP."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAMES = phi3.NAMES | {
 def spec_from_hf(hf: Any) -> ModelSpec:
     """ModelSpec of a transformers GlmConfig, Glm4Config or Glm4vTextConfig.
 
-    The first has no norms behind attention and MLP.
+    Models of a GlmConfig have no norms after attention and MLP.
     """
     norm = NormSpec(hf.rms_norm_eps)
     attn = attention_of(hf, qkv_bias=hf.model_type == "glm4v_text" or hf.attention_bias)

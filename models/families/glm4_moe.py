@@ -24,7 +24,7 @@ NAMES |= {
 def unpack(
     tensors: Iterable[tuple[str, Content]], spec: ModelSpec
 ) -> Iterator[tuple[str, Content]]:
-    """Leave out the layer behind the last one, which predicts further tokens."""
+    """Leave out the layer after the last one, which is for multi-token prediction."""
     behind = re.compile(rf"(model\.)?(language_model\.)?layers\.{len(spec.layers)}\.")
     return ((name, tensor) for name, tensor in tensors if not behind.match(name))
 

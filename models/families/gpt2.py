@@ -32,6 +32,7 @@ NAMES["lm_head.*"] = "lm_head.*"
 
 
 def prepare(name: str, tensor: Tensor, _spec: ModelSpec) -> Tensor:
+    """Transpose the matrices, which are stored as [inputs, outputs]."""
     is_matrix = tensor.dim() == 2 and ".c_" in name
     return tensor.t() if is_matrix else tensor
 

@@ -16,7 +16,7 @@ _EXPERT = "model.layers.*.mlp.experts.*"
 NAMES = llama.NAMES | {
     "model.layers.*.self_attn.sinks": "layers.*.attn.sinks",
     "model.layers.*.mlp.router.*": "layers.*.mlp.router.*",
-    # Of files that tools have quantised expert by expert.
+    # Names in files that tools have quantised expert by expert.
     f"{_EXPERT}.gate_proj.*": "layers.*.mlp.gate_up.*.*:gate",
     f"{_EXPERT}.up_proj.*": "layers.*.mlp.gate_up.*.*:up",
     # Names that `unpack` yields.
@@ -30,9 +30,10 @@ def unpack(
 ) -> Iterator[tuple[str, Content]]:
     """Yield each expert's matrices as [outputs, inputs], gate before up; other tensors unchanged.
 
-    The checkpoint stores all experts in one tensor: [experts, inputs, outputs], or MXFP4 of
-    [experts, outputs, inputs]. `formats.stacked` has taken stacks of other formats apart. Rows of
-    gate and up alternate in all of these, but are apart in files that have tensors for each expert.
+    OpenAI's checkpoints store all experts in one tensor: [experts, inputs, outputs], or in MXFP4
+    [experts, outputs, inputs]. `formats.stacked` has already taken stacks of other formats apart.
+    In stacked tensors the rows of gate and up alternate; files with a tensor for each expert have
+    separate tensors for gate and up.
     """
     for name, tensor in tensors:
         if _alternates(name):
@@ -68,7 +69,8 @@ def spec_from_hf(hf: Any) -> ModelSpec:
         hf.num_local_experts,
         hf.num_experts_per_tok,
         bias=True,
-        alpha=getattr(hf, "swiglu_alpha", 1.702),  # old versions of transformers hard-code both
+        # Older versions of transformers have these two numbers in code.
+        alpha=getattr(hf, "swiglu_alpha", 1.702),
         limit=getattr(hf, "swiglu_limit", 7.0),
     )
 

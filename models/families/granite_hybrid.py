@@ -17,7 +17,7 @@ from compiledllm.models.formats.slicing import Content
 from compiledllm.models.spec import LayerSpec, MlpSpec, ModelSpec, MoeSpec, RopeSpec, RouterSpec
 from compiledllm.models.state_specs import Mamba2Spec
 
-# In configs of today, and in those of checkpoints.
+# Names of the layer types, in transformers' configs and in the config.json of checkpoints.
 _ATTENTION, _MAMBA = ("full_attention", "attention"), ("linear_attention", "mamba")
 
 NAMES = llama.NAMES | {
@@ -32,7 +32,7 @@ NAMES = llama.NAMES | {
     "model.layers.*.block_sparse_moe.router.layer.*": "layers.*.mlp.router.*",
     "model.layers.*.shared_mlp.input_linear.*": "layers.*.mlp.gate_up.*:gate,up",
     "model.layers.*.shared_mlp.output_linear.*": "layers.*.mlp.down.*",
-    # Of models with experts, as `unpack` names them.
+    # Names that `unpack` yields for models with experts.
     "model.layers.*.shared_expert.input_linear.*": "layers.*.mlp.shared.gate_up.*:gate,up",
     "model.layers.*.shared_expert.output_linear.*": "layers.*.mlp.shared.down.*",
     "model.layers.*.expert.*.input_linear.*": "layers.*.mlp.gate_up.*.*:gate,up",
@@ -84,10 +84,11 @@ def spec_from_hf(hf: Any) -> ModelSpec:
 def unpack(
     tensors: Iterable[tuple[str, Content]], spec: ModelSpec
 ) -> Iterator[tuple[str, Content]]:
-    """Yield each expert's matrices by themselves, and name the shared expert beside experts.
+    """Yield each expert's matrices one by one, and rename the shared expert of models with experts.
 
     Tensors "X.block_sparse_moe.input_linear.weight" [experts, outputs, inputs] become
-    "X.expert.0.input_linear.weight" and so on.
+    "X.expert.0.input_linear.weight" and so on. "X.shared_mlp" is the dense MLP in models without
+    experts, and becomes "X.shared_expert" in models with experts.
     """
     has_experts = isinstance(spec.layers[0].mlp, MoeSpec)
     for name, tensor in tensors:

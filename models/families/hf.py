@@ -35,7 +35,10 @@ def positive(hf: Any, name: str) -> Any:
 
 
 def of_layer(hf: Any, name: str, index: int) -> Any:
-    """A layer's value of a field that lists one for each layer. Raises ConfigError."""
+    """A layer's value in a field with a list of values, one per layer.
+
+    Raises ConfigError if the field is no such list.
+    """
     values = getattr(hf, name)
     if not isinstance(values, list | tuple) or len(values) != hf.num_hidden_layers:
         raise ConfigError(
@@ -61,7 +64,7 @@ def eos_token_ids(hf: Any) -> tuple[int, ...]:
 def model_spec(
     hf: Any, architecture: str, layers: Iterable[LayerSpec], final_norm: NormSpec, **more: Any
 ) -> ModelSpec:
-    """A ModelSpec from the fields that most configs name alike. more: other fields of the spec."""
+    """A ModelSpec from fields with the same names in most configs. more: further spec fields."""
     return ModelSpec(
         architecture=architecture,
         vocab_size=hf.vocab_size,
@@ -88,9 +91,9 @@ def head_dim_of(hf: Any) -> int:
 def attention_of(
     hf: Any, head_dim: int | None = None, rope: RopeSpec | None = None, **changes: Any
 ) -> AttentionSpec:
-    """An AttentionSpec from the fields that most configs name alike; `changes` override fields.
+    """An AttentionSpec from fields with the same names in most configs; `changes` override fields.
 
-    head_dim, rope: default to the config's.
+    head_dim, rope: None means those of the config.
     """
     num_heads = hf.num_attention_heads
     head_dim = head_dim or head_dim_of(hf)
@@ -117,7 +120,7 @@ ACTIVATIONS = {
 
 
 def activation_of(hf: Any, name: str = "hidden_act") -> str:
-    """Our name of the config's activation. Raises ConfigError for an unsupported one."""
+    """The config's activation, as `MlpSpec.activation`. Raises ConfigError if it is unsupported."""
     expect(hf, name, *ACTIVATIONS)
     return ACTIVATIONS[getattr(hf, name)]
 
@@ -128,7 +131,10 @@ def common_window(hf: Any) -> int:
 
 
 def window_of(hf: Any, layer: int) -> int:
-    """As `common_window`, of a layer: in models that read `layer_types`, which others ignore."""
+    """Size of a layer's sliding window, in tokens; 0: none. For models that read `layer_types`.
+
+    Raises ConfigError for other layer types, and for a sliding layer without a window.
+    """
     kinds = hf.layer_types
     if kinds[layer] not in ("full_attention", "sliding_attention"):
         raise ConfigError(f"{hf.model_type}: layer_types has {kinds[layer]!r}: not supported")
@@ -152,7 +158,7 @@ def rope_from_hf(hf: Any, head_dim: int, kind: str | None = None) -> RopeSpec:
     rope = _rope_parameters(hf, kind)
     scaling, theta = rope.get("rope_type", "default"), rope["rope_theta"]
     share = rope.get("partial_rotary_factor", 1.0)
-    if share != 1.0 and hf.model_type not in PARTIAL:  # which transformers ignores, or fails at
+    if share != 1.0 and hf.model_type not in PARTIAL:  # transformers ignores the field or fails
         raise ConfigError(
             f"{hf.model_type}: partial_rotary_factor={share!r} is not supported (supported: 1.0)"
         )
@@ -184,7 +190,10 @@ def _check_factors(hf: Any, rope: dict[str, Any], count: int) -> None:
 
 
 def _rope_parameters(hf: Any, kind: str | None) -> dict[str, Any]:
-    """The parameters of a layer type, or of all layers. Raises ConfigError if some are not read."""
+    """The RoPE parameters of a layer type, or of all layers.
+
+    Raises ConfigError for parameters that transformers would not read.
+    """
     given = hf.rope_parameters
     rope = dict(given if kind is None else given[kind])
     if kind is not None:
@@ -194,7 +203,8 @@ def _rope_parameters(hf: Any, kind: str | None) -> dict[str, Any]:
                 f"{hf.model_type}: rope_parameters has {beside[0]}={given[beside[0]]!r} for all "
                 "layers, which is not supported; give the parameters of each layer type"
             )
-        rope.pop("truncate", None)  # transformers reads it only where all layers have the same ones
+        # transformers reads `truncate` only if all layers have the same parameters.
+        rope.pop("truncate", None)
     elif getattr(hf, "original_max_position_embeddings", None) is not None:
         rope["original_max_position_embeddings"] = hf.original_max_position_embeddings
     old, new = rope.get("type"), rope.get("rope_type", "default")

@@ -29,7 +29,7 @@ def spec_from_hf(hf: Any) -> ModelSpec:
 
 
 def _rope(hf: Any, head_dim: int) -> RopeSpec:
-    """ "dynamic" scaling with a fixed `alpha` stretches the base, whatever the length."""
+    """The rotation. "dynamic" scaling with a fixed `alpha` changes the base for every length."""
     rope = hf.rope_parameters
     alpha = rope.get("alpha")
     if rope.get("rope_type") != "dynamic" or not alpha:

@@ -80,7 +80,7 @@ def _experts(hf: Any) -> MoeSpec:
 
 
 def _intermediate_size(hf: Any) -> int:
-    """transformers' adjustment of the config's size."""
+    """The intermediate size, which transformers computes from the config's size."""
     size: int = hf.intermediate_size
     if not hf.block_auto_adjust_ff_dim:
         return size

@@ -28,7 +28,8 @@ NAMES = {
 def spec_from_hf(hf: Any, rope: RopeSpec | None = None) -> ModelSpec:
     """ModelSpec of a transformers LlamaConfig, or of a config with the same fields.
 
-    rope: of all layers; None: as the config says. Raises ConfigError for an unsupported variant.
+    rope: the rotation of all layers; None: that of the config. Raises ConfigError for an
+    unsupported variant.
     """
     has_bias = getattr(hf, "attention_bias", False)
     norm = NormSpec(hf.rms_norm_eps)
@@ -54,8 +55,8 @@ def adapted(
 ) -> ModelSpec:
     """The spec of a Llama-like config with changed layers.
 
-    adapt: (Llama's layer, layer index) -> the family's layer. rope: of Llama's layers, as in
-    `spec_from_hf`. changes: fields of the ModelSpec.
+    adapt: (Llama's layer, layer index) -> the family's layer. rope: see `spec_from_hf`. changes:
+    fields of the ModelSpec.
     """
     like_llama = spec_from_hf(hf, rope)
     layers = tuple(adapt(layer, index) for index, layer in enumerate(like_llama.layers))
@@ -63,4 +64,5 @@ def adapted(
 
 
 def with_attention(layer: LayerSpec, **changes: Any) -> LayerSpec:
+    """The layer with changed fields of its AttentionSpec."""
     return replace(layer, mixer=replace(layer.mixer, **changes))

@@ -1,7 +1,7 @@
 """Llama 4: the text model; attention in chunks, layers without positions, experts; no images.
 
-Layers with rotary embedding see their chunk of the context only. The others see everything, and
-their queries grow with the position.
+In layers with rotary embedding, a token sees its chunk of the context only. In the other layers it
+sees the whole context, and queries grow with the position (temperature tuning).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ IGNORED = (*TOWERS, "vision_model.**", "model.vision_model.**")
 def unpack(
     tensors: Iterable[tuple[str, Content]], spec: ModelSpec
 ) -> Iterator[tuple[str, Content]]:
-    """Yield each expert's matrices as [outputs, inputs], of tensors [experts, inputs, outputs]."""
+    """Yield each expert's matrix [outputs, inputs] of tensors [experts, inputs, outputs]."""
     turned = (
         (
             name,
@@ -64,7 +64,7 @@ def spec_from_hf(hf: Any) -> ModelSpec:
     """ModelSpec of a transformers Llama4Config or Llama4TextConfig."""
     if hf.get_text_config() is not hf:
         spec = make_text_spec(hf, spec_from_hf, "Llama4ForConditionalGeneration")
-        # The text model has the head.
+        # The head belongs to the text model, whose config says whether it is tied.
         return replace(spec, tie_word_embeddings=bool(hf.text_config.tie_word_embeddings))
     expect(hf, "hidden_act", "silu")
     norm = NormSpec(hf.rms_norm_eps)
@@ -95,7 +95,7 @@ def _attention(hf: Any, index: int) -> AttentionSpec:
         raise ConfigError(f"llama4: layer_types has {hf.layer_types[index]!r}: not supported")
     if hf.layer_types[index] == "chunked_attention" and hf.attention_chunk_size:
         attention = replace(attention, sliding_window=hf.attention_chunk_size, in_chunks=True)
-    if not of_layer(hf, "no_rope_layers", index):  # a list of the layers that do have positions
+    if not of_layer(hf, "no_rope_layers", index):  # despite its name, 1 for layers with rotation
         return replace(attention, rope=_unrotated(hf))
     norm = NormSpec(hf.rms_norm_eps, "rms_unscaled") if hf.use_qk_norm else None
     rope = replace(attention.rope, interleaved=True)
@@ -103,7 +103,7 @@ def _attention(hf: Any, index: int) -> AttentionSpec:
 
 
 def _unrotated(hf: Any) -> RopeSpec:
-    """No rotation, but perhaps queries that grow."""
+    """The RopeSpec of layers without rotation, whose queries may grow with the position."""
     if not hf.attn_temperature_tuning:
         return RopeSpec(())
     growth = float(hf.attn_scale), int(hf.floor_scale)

@@ -23,7 +23,7 @@ def spec_from_hf(hf: Any) -> ModelSpec:
     expect(hf, "use_qk_norm", None, True)
     expect(hf, "qk_norm_type", None, "per_layer")
     expect(hf, "shared_intermediate_size", None, 0)
-    # Checkpoints have the router in float32, and its dtype is that of the logits.
+    # Checkpoints store the router in float32, so transformers computes its logits in float32.
     router = RouterSpec(scores="sigmoid", has_bias=True, in_float32=True)
     moe = MoeSpec(hf.intermediate_size, hf.num_local_experts, hf.num_experts_per_tok, router)
 

@@ -1,6 +1,6 @@
 """Mistral and Ministral: Llama, with a sliding window on all layers, on some, or on none.
 
-Ministral 3 lets queries grow with their position, past the length that it was first trained on.
+In Ministral 3, queries grow with the position beyond the original context length.
 """
 
 from __future__ import annotations

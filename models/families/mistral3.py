@@ -20,6 +20,7 @@ def spec_from_hf(hf: Any) -> ModelSpec:
     if kind not in ("mistral", "ministral", "ministral3"):
         raise ConfigError(f"mistral3: text_config has model_type={kind!r}: not supported")
     spec = make_text_spec(hf, mistral.spec_from_hf, "Mistral3ForConditionalGeneration")
-    # Published configs leave the field to the text: the whole model's class ties by default.
+    # Published configs set tie_word_embeddings for the text only; the default of the whole model's
+    # config class is True.
     is_tied = spec.tie_word_embeddings and bool(hf.text_config.tie_word_embeddings)
     return replace(spec, tie_word_embeddings=is_tied)

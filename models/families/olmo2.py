@@ -40,7 +40,7 @@ def _rope(hf: Any, index: int) -> RopeSpec:
     head_dim, kind = head_dim_of(hf), hf.layer_types[index]
     if kind in hf.rope_parameters:
         return rope_from_hf(hf, head_dim, kind)
-    # Older versions of transformers have one set of parameters, which scales full attention.
+    # Older versions of transformers have one set of parameters, which scales full attention only.
     is_scaled = kind == "full_attention"
     base = hf.rope_parameters["rope_theta"]
     return rope_from_hf(hf, head_dim) if is_scaled else rope_from_base(base, head_dim)

@@ -27,7 +27,7 @@ _TEXT = (
     }
 )
 NAMES = wrapped(_TEXT)
-IGNORED = ("mtp.**", *TOWERS)  # prediction of further tokens, images
+IGNORED = ("mtp.**", *TOWERS)  # multi-token prediction, and images
 unpack = experts_one_by_one
 
 

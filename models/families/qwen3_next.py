@@ -33,7 +33,7 @@ NAMES = (
         "model.layers.*.linear_attn.in_proj_ba.*": "layers.*.attn.qkvzba.*:ba",
     }
 )
-IGNORED = ("mtp.**",)  # the head that predicts further tokens
+IGNORED = ("mtp.**",)  # multi-token prediction
 
 
 def spec_from_hf(hf: Any) -> ModelSpec:

@@ -15,7 +15,8 @@ EXPERTS = {
     "model.layers.*.mlp.experts.*.gate_proj.*": "layers.*.mlp.gate_up.*.*:gate",
     "model.layers.*.mlp.experts.*.up_proj.*": "layers.*.mlp.gate_up.*.*:up",
     "model.layers.*.mlp.experts.*.down_proj.*": "layers.*.mlp.down.*.*",
-    # Of checkpoints with one tensor for all experts, which the loader or `unpack` takes apart.
+    # Names in checkpoints with one tensor for all experts, after the loader or `unpack` has taken
+    # the tensor apart.
     "model.layers.*.mlp.experts.*.gate_up_proj.*": "layers.*.mlp.gate_up.*.*:gate,up",
 }
 NAMES = (

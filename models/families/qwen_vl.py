@@ -22,7 +22,7 @@ from compiledllm.models.spec import ModelSpec
 
 NAMES = wrapped(qwen_moe.NAMES)
 IGNORED = TOWERS
-# Type of the text's config -> what reads it, and the name of the whole model.
+# Model type of the text model -> the function that reads its config, and the whole model's name.
 _TEXTS = {
     "qwen2_5_vl_text": (qwen2.spec_from_hf, "Qwen2_5_VLForConditionalGeneration"),
     "qwen3_vl_text": (qwen3.spec_from_hf, "Qwen3VLForConditionalGeneration"),
@@ -33,10 +33,10 @@ _TEXTS = {
 def unpack(
     tensors: Iterable[tuple[str, Content]], spec: ModelSpec
 ) -> Iterator[tuple[str, Content]]:
-    """Yield each expert's matrices by themselves, as [outputs, inputs].
+    """Yield each expert's matrices one by one, as [outputs, inputs].
 
-    Published checkpoints hold all experts' in a tensor [experts, inputs, outputs]. transformers
-    writes [experts, outputs, inputs] as well.
+    Published checkpoints have one tensor [experts, inputs, outputs] for all experts. transformers
+    also writes [experts, outputs, inputs].
     """
     return experts_one_by_one(_outputs_first(tensors, spec.hidden_size), spec)
 
@@ -44,9 +44,10 @@ def unpack(
 def _outputs_first(
     tensors: Iterable[tuple[str, Content]], hidden_size: int
 ) -> Iterator[tuple[str, Content]]:
-    """Turn the experts' matrices if the checkpoint stores their inputs first.
+    """Transpose the experts' matrices if the checkpoint stores inputs first.
 
-    One of a layer's two matrices may be square, which does not tell; the other one does.
+    A square matrix does not show its order, so it is held back until a matrix that is not square
+    has shown the order.
     """
     is_turned: bool | None = None
     held: list[tuple[str, Tensor]] = []

@@ -26,7 +26,10 @@ NAMES = llama.NAMES | {
 def unpack(
     tensors: Iterable[tuple[str, Content]], _spec: ModelSpec
 ) -> Iterator[tuple[str, Content]]:
-    """Stack the norms of a layer's heads to [heads, head_dim]; yield other tensors unchanged."""
+    """Stack the norms of a layer's heads to [heads, head_dim]; yield other tensors unchanged.
+
+    The stacked norms come last, after all other tensors.
+    """
     heads: dict[str, dict[int, Tensor]] = {}
     for name, tensor in tensors:
         stem, _, rest = name.partition("_layernorm.norms.")

@@ -1,4 +1,4 @@
-"""The text model of a checkpoint that has further parts, for images or sound, which are not run."""
+"""The text model of a multimodal checkpoint. Its parts for images and sound (towers) do not run."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from compiledllm.models.formats.slicing import Content
 from compiledllm.models.spec import ModelSpec
 
 _TOWERS = ("visual", "vision_tower", "audio_tower", "multi_modal_projector")
-# Tensors of the further parts, as transformers stores them today and as it did before version 4.52.
+# Tensors of towers, as transformers stores them today and as it did before version 4.52.
 TOWERS = tuple(f"{prefix}{tower}.**" for prefix in ("model.", "") for tower in _TOWERS)
 
 
 def wrapped(names: dict[str, str]) -> dict[str, str]:
-    """The NAMES of a text model under each prefix that checkpoints with further parts give it."""
+    """The NAMES of a text model, also under each prefix that multimodal checkpoints use."""
     body = {name[6:]: target for name, target in names.items() if name.startswith("model.")}
     found = {f"model.language_model.{name}": target for name, target in body.items()}
     found |= {f"language_model.model.{name}": target for name, target in body.items()}
@@ -45,7 +45,7 @@ def make_text_spec(
 def experts_one_by_one(
     tensors: Iterable[tuple[str, Content]], _spec: ModelSpec
 ) -> Iterator[tuple[str, Content]]:
-    """Yield each expert's matrices by themselves where a tensor holds those of all experts.
+    """Yield each expert's matrices one by one if a tensor holds those of all experts.
 
     Tensors "X.experts.gate_up_proj" [experts, outputs, inputs] become
     "X.experts.0.gate_up_proj.weight" and so on.

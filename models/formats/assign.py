@@ -1,4 +1,4 @@
-"""Writes into a ModelSpec which of its matrices are quantised, and how they are kept."""
+"""Adds to a ModelSpec which of its matrices are quantised, and in which formats."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from compiledllm.models.spec import (
 )
 from compiledllm.models.state_specs import DeltaNetSpec, Mamba2Spec, StateSpec
 
-# Parts that `quantization` leaves in 16 bits: they are small, and exponents follow from them.
+# Parts that `quantization` leaves in 16 bits: they are small, and decays are exponentials of them.
 _NOT_ONLINE = {"attn.qkvzba": {"ba", "b", "a"}, "attn.zxbcdt": {"dt"}}
 HEAD = "lm_head"
 
@@ -73,8 +73,8 @@ def quantized_as_stored(
 ) -> ModelSpec:
     """The spec with the formats of the checkpoint's matrices.
 
-    names: names of the checkpoint's tensors; empty if they are not known. Raises ConfigError if the
-    experts of a layer have different formats.
+    names: names of the checkpoint's tensors; empty if they are not known, as without weight files.
+    Raises ConfigError if the experts of a layer have different formats.
     """
     known = {name.rpartition(".")[0] for name in names}
     for suffix in scheme.suffixes:
@@ -126,7 +126,7 @@ class _Reader:
         return self._stored(_slot_outside(path))[1]
 
     def has(self, path: str) -> bool:
-        """Whether the checkpoint is known to store a matrix outside the blocks, quantised."""
+        """Whether the checkpoint stores a certain matrix outside the blocks, and quantised."""
         name, format = self._stored(_slot_outside(path))
         return format is not None and name in self._known
 
@@ -164,9 +164,9 @@ def _slot(path: str, part: str) -> str:
 
 
 def parts_of(layer: LayerSpec) -> dict[str, dict[str, int]]:
-    """Path -> parts, with their outputs, of the matrices of a block that may be quantised.
+    """The matrices of a block that may be quantised: path -> part -> number of outputs.
 
-    Router and gate of a shared expert are left out: they are never quantised.
+    Routers, and the gates of shared experts, are left out because they are never quantised.
     """
     mlp, hidden = layer.mlp, layer.hidden_size
     if isinstance(mlp, OpaqueSpec):
@@ -190,7 +190,7 @@ def parts_of(layer: LayerSpec) -> dict[str, dict[str, int]]:
 
 
 def _paths_of_experts(layer: LayerSpec) -> dict[str, int]:
-    """Path -> number of experts, of the matrices gate_up and down of experts."""
+    """Paths of the experts' matrices, gate_up and down -> number of experts."""
     at = {"mlp": layer.mlp, EXPERTS: layer.experts}
     path, spec = next(((p, s) for p, s in at.items() if isinstance(s, MoeSpec)), ("", None))
     return (
@@ -223,7 +223,7 @@ def _check_experts(
     if any(format is not None and format.is_permuted for format in (gate_up, down)):
         raise ConfigError(
             f"layer {index}: desc_act (act order) is not supported for experts; use a checkpoint "
-            "without"
+            "without desc_act"
         )
 
 

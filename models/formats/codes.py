@@ -39,12 +39,12 @@ class QuantizedMatrix:
     scales: [N / rows, K / group], rounded up for blocks; float32, or bfloat16, float16 or
     float8_e8m0fnu where the file has these and they are exact.
     zeros: None, or the codes' integer dtype, of the shape of `scales`. None means 8 for int4
-    without minima, otherwise 0.
+    without minima, 32 for int6, otherwise 0.
     minima: None, or float32 or float16 of the shape of `scales` (GGUF: w = code * scale + minimum).
-    super_scales: None, or floating-point [N, S]: then `scales` are small numbers (float8_e4m3fn,
-    int8), and the scale of a group is their product, rounded to float32, with the factor of
-    the K / S columns it lies in (NVFP4, GGUF's K types). `super_minima` likewise.
-    `one_level` multiplies both in, for kernels that know no second level.
+    super_scales: None, or floating-point [N, S], a second level of scales (NVFP4, GGUF's K types).
+    `scales` are then float8_e4m3fn or int8. The scale of a group is the product, rounded to
+    float32, of its entry in `scales` and the super-scale of the K / S columns that contain it.
+    `super_minima` is the same for minima. `one_level` multiplies both levels.
     permutation: None, or int64 [K]: column k of the codes belongs to input permutation[k], so the
     product is `x[:, permutation] @ w.T` (GPTQ's act order).
     block: None, or the side of square blocks that share one scale (128). The last blocks may be
@@ -80,12 +80,12 @@ class QuantizedMatrix:
 
     @property
     def rows(self) -> int:
-        """Rows that share a scale."""
+        """Number of rows that share a scale."""
         return self.block or 1
 
     @property
     def group(self) -> int:
-        """Columns that share a scale."""
+        """Number of columns that share a scale."""
         return self.block or max(self.codes.shape[-1] // self.scales.shape[-1], 1)
 
 
@@ -119,7 +119,7 @@ def dequantize(matrix: QuantizedMatrix) -> Tensor:
 
 
 def one_level(matrix: QuantizedMatrix) -> QuantizedMatrix:
-    """The same matrix with float32 scales and minima, if it has `super_scales`."""
+    """The same matrix without `super_scales`: if it has any, scales and minima become float32."""
     if matrix.super_scales is None:
         return matrix
     return replace(
@@ -132,7 +132,10 @@ def one_level(matrix: QuantizedMatrix) -> QuantizedMatrix:
 
 
 def _product(part: Tensor, factors: Tensor | None) -> Tensor:
-    """[N, groups] times [N, S] for the groups of each of S spans, rounded to float32 once."""
+    """Scales or minima [N, groups], times the factor [N, S] of the span that contains the group.
+
+    The products are rounded to float32 once.
+    """
     assert factors is not None
     spans = part.to(torch.float64).view(*factors.shape, -1)  # [N, S, groups / S]
     return (spans * factors.to(torch.float64).unsqueeze(-1)).to(torch.float32).flatten(-2)
@@ -141,8 +144,8 @@ def _product(part: Tensor, factors: Tensor | None) -> Tensor:
 def with_row_scales(matrix: QuantizedMatrix) -> QuantizedMatrix:
     """The same matrix with scales for each row instead of each block.
 
-    A part of a fused matrix is converted if its rows are not whole blocks. Groups of columns
-    become smaller if the last block is partial (`even_groups`).
+    Used for a part of a fused matrix whose rows are not whole blocks. If the last block of columns
+    is partial, groups become smaller (`even_groups`).
     """
     if matrix.block is None:
         return matrix

@@ -61,7 +61,7 @@ def compressed_tensors(fields: Fields, scale_dtype: str) -> Scheme:
         value = fields.get(name)
         is_dense = isinstance(value, dict) and value.get("format") == "dense"
         if value and not (name == "sparsity_config" and is_dense):
-            raise fields.refusal(name, value, "use a checkpoint without")
+            raise fields.refusal(name, value, "use a checkpoint without this field")
     groups = [
         (tuple(group.names("targets")), _make_stored(group, fields, scale_dtype))
         for group in fields.section("config_groups").sections().values()
@@ -92,10 +92,10 @@ class _Groups:
 
     @functools.cached_property
     def _targets(self) -> tuple[dict[str, Stored], list[tuple[re.Pattern[str], Stored]]]:
-        """Formats by name or class, and by pattern, in alphabetical order.
+        """Names and classes -> formats, and (pattern, format) pairs in alphabetical order.
 
-        As in the library, names come before patterns and patterns before classes, whichever group
-        they are in; of several groups with the same target the last one counts.
+        As in the library, names take precedence over patterns and patterns over classes, whichever
+        groups they are in. If several groups have the same target, the last group counts.
         """
         found = {target: format for targets, format in self.groups for target in targets}
         patterns = ((expression_of(target), found[target]) for target in sorted(found))
@@ -134,7 +134,7 @@ def _group_of(weights: Fields) -> int:
 
 
 def _check_scales(strategy: str, scale: Tensor, weight: Tensor) -> None:
-    """Raise ValueError for scales that are not those of the config's strategy."""
+    """Raise ValueError for scales whose shape does not fit the config's strategy."""
     if strategy == "channel" and weight.ndim == 2:
         expect_shape("weight_scale", scale, (*weight.shape[:1], 1), weight.shape[:1])
     if strategy == "tensor":

@@ -1,8 +1,8 @@
 """The formats of the compressed-tensors library (llm-compressor), as of its version 0.19.
 
-The library dequantises in the dtype of the scales: the zero is subtracted and the scale multiplied
-there. `dequantize` computes the same product exactly in float32, so the library's result is
-`dequantize(matrix).to(scale.dtype)`, and equal in float32 if the scales are float32.
+The library dequantises in the dtype of the scales: it subtracts the zero and multiplies by the
+scale in this dtype. `dequantize` computes the same product exactly in float32, so the library's
+result is `dequantize(matrix).to(scale.dtype)`.
 """
 
 from __future__ import annotations
@@ -50,13 +50,14 @@ def from_pack_quantized(
     weight_g_idx: Tensor | None = None,
     is_symmetric: bool = False,
 ) -> QuantizedMatrix:
-    """`pack-quantized`: integers of 1 to 8 bits as one stream of bits a row.
+    """`pack-quantized`: integers of 1 to 8 bits, as one stream of bits per row.
 
     weight_packed: int32 [N, ceil(K * num_bits / 32)], value + 2^(num_bits - 1). weight_scale:
     [N, K / group_size], or [N, 1] or [1] without a group size. weight_shape: int64 [2], N and K.
     weight_zero_point: int32 [ceil(N * num_bits / 32), groups], packed along N with the same offset;
-    None if symmetric. weight_g_idx: int32 [K] of old files with activation order. is_symmetric:
-    any zero points must be neutral. Up to 4 bits become int4, more become int8.
+    None if symmetric. weight_g_idx: int32 [K], the group of each input, in old files with act
+    order. is_symmetric: zero points, if there are any, must be neutral. Integers of up to 4 bits
+    become int4, others int8.
     """
     if not 1 <= num_bits <= 8:
         raise ValueError(f"num_bits is {num_bits}, expected 1 to 8")
@@ -163,7 +164,10 @@ def from_mxfp4_pack_quantized(weight_packed: Tensor, weight_scale: Tensor) -> Qu
 def nvfp4_matrix(
     field: str, packed: Tensor, weight_scale: Tensor, factor: Tensor
 ) -> QuantizedMatrix:
-    """uint8 [N, K / 2], float8_e4m3fn [N, K / 16] and the factor of all scales."""
+    """A matrix from uint8 [N, K / 2], float8_e4m3fn [N, K / 16] and a factor for all scales.
+
+    field: the name of `packed` in errors. Raises ValueError for tensors that do not fit.
+    """
     expect_matrix(field, packed, torch.uint8)
     n, k = packed.shape[0], packed.shape[1] * 2
     _expect_groups(field, k, NVFP4_GROUP)
@@ -181,7 +185,7 @@ def nvfp4_matrix(
 
 
 def one_number(field: str, tensor: Tensor) -> Tensor:
-    """A positive, finite float32 scalar, of a tensor [] or [1]."""
+    """A tensor [] or [1] as a scalar. Raises ValueError unless it is positive, finite float32."""
     expect_dtype(field, tensor, torch.float32)
     expect_shape(field, tensor, (1,), ())
     expect_finite(field, tensor)
@@ -193,7 +197,7 @@ def one_number(field: str, tensor: Tensor) -> Tensor:
 def _expect_neutral(zero_point: Tensor, neutral: int) -> None:
     """Raise ValueError unless the zero points of a symmetric matrix are `neutral` or 0.
 
-    neutral: as an integer of 32 bits without a sign.
+    neutral: the neutral zero point as an unsigned integer of 32 bits.
     """
     zeros = zero_point.long() & 0xFFFFFFFF
     if bool(((zeros != neutral) & (zeros != 0)).any()):
@@ -226,7 +230,7 @@ def _expect_groups(field: str, k: int, group_size: int) -> None:
 def _from_offset(
     codes: Tensor, zeros: Tensor | None, num_bits: int
 ) -> tuple[str, Tensor, Tensor | None]:
-    """Code, codes and zeros of numbers stored with the offset 2^(num_bits - 1)."""
+    """Numbers stored with the offset 2^(num_bits - 1) -> code, codes and zeros of the matrix."""
     offset = 2 ** (num_bits - 1)
     if num_bits > 4:
         return "int8", signed(codes, offset), None if zeros is None else signed(zeros, offset)

@@ -17,7 +17,7 @@ from compiledllm.models.formats.codes import (
 )
 
 BLOCK = 128
-_NAN = 0x7F  # bits of a NaN, but for the sign
+_NAN = 0x7F  # bits of a NaN, without the sign bit
 
 
 def from_fp8(
@@ -62,10 +62,9 @@ def expect_e4m3(field: str, tensor: Tensor) -> None:
 
 
 def expect_scales(field: str, scale: Tensor) -> None:
-    """Raise ValueError naming the field for scales that no tool for FP8 makes.
+    """Raise ValueError naming the field for scales that are infinite, NaN or negative.
 
-    They are infinite, NaN or negative. One check finds all of these, because each check of a tensor
-    on a GPU waits for the GPU.
+    A single check finds all three, because each check of a tensor on a GPU waits for the GPU.
     """
     values = scale.float()
     if not bool((values.isfinite() & (values >= 0)).all()):

@@ -14,13 +14,13 @@ from compiledllm.config import ConfigError
 from compiledllm.models.formats.codes import QuantizedMatrix, dequantize
 from compiledllm.models.formats.stored import Scheme, Stored
 
-# Scales of a quantised KV cache are dropped here: `formats.kv_scales` reads them by themselves.
+# Scales of a quantised KV cache are dropped here; `formats.kv_scales` reads them from the files.
 _KV_SCALE = re.compile(
     r".+\.(self_attn|attn|attention)(\.attn)?\.(q|k|v|kv|prob)_(scale|zero_point)"
 )
 
 
-_WAY_OUT = "the file is damaged, or the quantization_config is of another one"
+_WAY_OUT = "the file is damaged, or the quantization_config belongs to another checkpoint"
 
 
 class Gatherer:
@@ -96,9 +96,9 @@ class Gatherer:
 
 
 def _expect_scales(matrix: QuantizedMatrix) -> None:
-    """Raise ValueError if scales of zero alone turn a matrix of other numbers into zeros."""
+    """Raise ValueError if all scales are zero although not all codes are."""
     if matrix.super_scales is not None or matrix.minima is not None:
-        return  # types in which matrices of zeros have any codes
+        return  # in these formats, a matrix of zeros may have any codes
     if not bool(matrix.scales.float().any()):
         numbers = dequantize(replace(matrix, scales=torch.ones_like(matrix.scales)))
         if bool(numbers.any()):

@@ -96,9 +96,10 @@ def _read_q6_k(blocks: Tensor) -> QuantizedMatrix:
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """A block format: bytes of a block, [N, blocks, bytes] -> matrix, and how that is kept.
+    """A block format of GGUF.
 
-    floats: ggml's name of each float16 number of a block -> at which byte it lies.
+    num_bytes: bytes per block. read: blocks [N, blocks, num_bytes] -> matrix. spec: how the matrix
+    is kept in memory. floats: ggml's name of each float16 number in a block -> its first byte.
     """
 
     num_bytes: int
@@ -146,21 +147,22 @@ def _halves(packed: Tensor) -> Tensor:
 
 
 def _nibbles(packed: Tensor, run: int) -> Tensor:
-    """[..., bytes] -> [..., 2 * bytes]: of each run of bytes the low, then the high nibbles."""
+    """[..., bytes] -> [..., 2 * bytes]: low, then high nibbles of each run of `run` bytes."""
     return _halves(packed.reshape(*packed.shape[:-1], -1, run)).flatten(-2)
 
 
 def _bits(packed: Tensor) -> Tensor:
-    """[..., 4] -> [..., 32]: the bits, the lowest of the first byte first."""
+    """[..., 4] -> [..., 32]: the bits, beginning with the lowest bit of the first byte."""
     return (packed.unsqueeze(-1) >> _shifts(packed, 1, 8).view(-1) & 1).flatten(-2)
 
 
 def _with_sub_scales(code: str, codes: Tensor, blocks: Tensor) -> QuantizedMatrix:
     """The matrix of Q4_K or Q5_K, whose blocks begin with d, dmin, and sc and mn in twelve bytes.
 
-    The twelve bytes hold eight 6-bit pairs: the first four sc in the low bits of bytes 0 to 3 and
-    the first four mn in those of bytes 4 to 7; the other four of each have their low four bits in
-    bytes 8 to 11 (sc low nibble, mn high nibble) and their high two bits on top of the first four.
+    The twelve bytes hold eight pairs of 6-bit numbers. The first four sc are the low six bits of
+    bytes 0 to 3, and the first four mn those of bytes 4 to 7. The other four sc and mn have their
+    low four bits in bytes 8 to 11 (sc in the low nibble, mn in the high nibble), and their high two
+    bits in the high two bits of bytes 0 to 3 (sc) and 4 to 7 (mn).
     """
     first_sc, first_mn, rest = blocks[..., 4:8], blocks[..., 8:12], blocks[..., 12:16]
     sc = torch.cat((first_sc & 0x3F, rest & 0x0F | first_sc >> 2 & 0x30), dim=-1)

@@ -18,10 +18,10 @@ BLOCKS = "_blocks"  # ends the name of a tensor of blocks, uint8 [N, bytes of a 
 
 
 def gguf(fields: Fields, _scale_dtype: str) -> GgufScheme:
-    """Matrices in their GGUF types.
+    """The scheme of a converted GGUF file, whose matrices are stored in GGUF types.
 
-    kinds: name of a matrix -> its type. dequantized: type -> how many tensors and numbers of that
-    type are not packed in memory, as the engine cannot multiply by them.
+    Fields: kinds, name of a matrix -> its type. dequantized, type -> how many tensors and numbers
+    of the type were dequantised, because the engine has no packed layout for them; for reports.
     """
     kinds = fields.section("kinds").texts()
     for name, kind in kinds.items():

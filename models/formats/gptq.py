@@ -17,8 +17,8 @@ from compiledllm.models.formats.codes import (
 )
 from compiledllm.models.formats.packing import input_order, num_words, signed, unpack_bits
 
-# Bits per number -> the constant that version 1 subtracted from each word of zeros, which is 1 from
-# each number.
+# Bits per number -> the constant that version 1 subtracted from each word of zeros: a 1 at each
+# number's lowest bit.
 _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 
 
@@ -68,7 +68,7 @@ def from_gptq(
     codes = unpack_bits(qweight.T, bits, k)
     codes = codes if order is None else codes[:, order]
     zeros = _zeros(qzeros, n, bits, is_symmetric, version)
-    if bits == 8:  # remove the offset of both
+    if bits == 8:  # codes and zeros are stored with an offset of 128
         codes = signed(codes, 128)
         zeros = None if zeros is None else signed(zeros, 128)
     elif zeros is None:

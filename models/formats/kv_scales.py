@@ -1,8 +1,9 @@
-"""Reads the KV cache's format from a checkpoint, and its scales under the names tools give them.
+"""Reads the KV cache's format and scales from a checkpoint. Tools give the scales different names.
 
-self_attn.k_scale, self_attn.attn.k_scale, k_proj.k_scale, k_proj.output_scale     keys
-the same with v                                                                    values
-self_attn.kv_scale                                                                 both
+keys               self_attn.k_scale, self_attn.attn.k_scale, k_proj.k_scale,
+                   k_proj.output_scale, qkv_proj.k_scale
+values             the same with v instead of k
+keys and values    self_attn.kv_scale, self_attn.attn.kv_scale
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def stored_kv_scales(checkpoint: Path) -> dict[int, Tensor]:
     """Layer -> float32 [2], scales of keys and values; only layers with positive scales of both.
 
     If a checkpoint has a scale for each head, the largest becomes the layer's. Scales of a cache
-    other than FP8 are not used. ConfigError for a tensor that holds no finite number.
+    other than FP8 are not used. Raises ConfigError for a scale that is empty, infinite or NaN.
     """
     if stored_kv_format(checkpoint) not in ("", "fp8"):
         return {}
@@ -65,9 +66,9 @@ def _largest(path: Path, name: str, scales: Tensor) -> float:
 
 
 def stored_kv_format(checkpoint: Path) -> str:
-    """The format in which the quantization_config wants the KV cache: "fp8", or "" for none.
+    """The format of the KV cache in the quantization_config: "fp8", or "" if there is none.
 
-    Other formats, which the engine does not have, are named as the config names them.
+    A format that the engine does not support is returned as the config names it.
     """
     fields = quantization_config(checkpoint) or {}
     nested = fields.get("quantization")  # where ModelOpt's own file has all fields

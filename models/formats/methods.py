@@ -78,7 +78,7 @@ class _Gptq:
     base: Stored
     overrides: tuple[tuple[re.Pattern[str], Stored | None], ...]
     has_head: bool
-    in_block: tuple[str, ...]  # modules of a block that are quantised; empty: all
+    in_block: tuple[str, ...]  # names of a block's modules that are quantised; empty: all
 
     @property
     def suffixes(self) -> tuple[str, ...]:
@@ -227,9 +227,10 @@ def make_scheme(fields: Mapping[str, object], scale_dtype: str) -> Scheme:
 
 
 def _all_but(ignored: list[str]) -> Callable[[str], bool]:
-    """Whether a matrix is quantised, by its name: all but the ignored ones, embedding and head.
+    """A function that says, by a matrix's name, whether the matrix is quantised.
 
-    Methods that use this function never quantise these two, whether the list names them or not.
+    All matrices are, except the ignored ones, the embedding and the head. Methods that use this
+    function never quantise embedding and head, whether the list of ignored modules has them or not.
     """
 
     def is_quantized(name: str) -> bool:
@@ -243,7 +244,7 @@ def _is_head(name: str) -> bool:
 
 
 def _flat(fields: Fields, name: str) -> list[str]:
-    """A field that lists names or lists of names; absent: empty."""
+    """The names in a field that lists names, or lists of names; [] if the field is absent."""
     value = fields.get(name, default=[])
     if not isinstance(value, list):
         raise fields.refusal(name, value, "it must be a list of names")

@@ -1,7 +1,7 @@
-"""The format of a fused matrix whose parts are kept differently: a product for each kind of part.
+"""The format of a fused matrix whose parts differ in format: one product for each run of parts.
 
-llama.cpp keeps some values' matrices in more bits than queries' and keys', and lists of modules
-that are not quantised may name one part only.
+llama.cpp stores the projections of some layers' values with more bits than those of queries and
+keys, and a list of modules that are not quantised may name one part only.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Mixed:
-    """A fused matrix of several runs. params: those of the first run's format, then the others'."""
+    """A fused matrix of several runs. params: the tensors of the runs' formats, run after run."""
 
     runs: tuple[Run, ...]
 

@@ -23,8 +23,8 @@ from compiledllm.models.formats.fp8 import BLOCK
 
 INT4_GROUP = 128
 _MIN_INT4_GROUP = 16
-# Numbers of the matrix per chunk. About five float32 copies of a chunk are alive at a time; they
-# fit into a CPU's cache, and a chunk keeps a GPU busy.
+# Numbers of the matrix per chunk. About five float32 copies of a chunk exist at a time. Those of a
+# CPU chunk fit into a CPU's cache, and a GPU chunk is large enough to keep a GPU busy.
 _CPU_CHUNK, _GPU_CHUNK = 2**18, 2**24
 # int4 tries these limits, as fractions of a group's largest absolute value. The scale is limit / 8
 # and the codes are -8..7, so that the limit 8/7 clips neither sign. Three times as many limits make
@@ -72,9 +72,9 @@ def quantize_fp8_block(weight: Tensor) -> QuantizedMatrix:
 def quantize_int4(weight: Tensor) -> QuantizedMatrix:
     """Integers -8..7 (stored + 8) in groups of 128 columns, with bfloat16 scales.
 
-    Each group takes the scale, of a grid of clipping limits, with the least squared error. Where K
-    is no multiple of 128, the groups have gcd(K, 128) columns. Raises ValueError if that is below
-    16: K must be a multiple of 16.
+    Each group gets the scale with the least squared error among those of a few clipping limits. If
+    K is not a multiple of 128, groups have gcd(K, 128) columns. Raises ValueError unless K is a
+    multiple of 16.
     """
     n, k = _shape(weight)
     group = math.gcd(k, INT4_GROUP)
@@ -132,7 +132,7 @@ def _int4(groups: Tensor, scale: Tensor) -> Tensor:
 
 
 def _scale(limits: Tensor, largest_code: float) -> Tensor:
-    """Scales by which `limits` become the largest code; 1 where everything is zero."""
+    """The scales that map `limits` to the largest code; 1 where the limit is zero."""
     scales = limits / largest_code
     smallest = torch.finfo(torch.float32).tiny  # smaller scales would round to zero somewhere
     return torch.where(limits == 0, 1.0, scales.clamp(min=smallest))
@@ -145,7 +145,7 @@ def _shape(weight: Tensor) -> tuple[int, int]:
 
 
 def _chunks(weight: Tensor, multiple: int = 1) -> Iterator[slice]:
-    """Slices of rows that make up a chunk each; their starts are multiples of `multiple`."""
+    """Slices of rows, one chunk each. Slices start at multiples of `multiple`."""
     n, k = weight.shape
     numbers = _CPU_CHUNK if weight.device.type == "cpu" else _GPU_CHUNK
     size = max(numbers // k // multiple, 1) * multiple
@@ -154,7 +154,7 @@ def _chunks(weight: Tensor, multiple: int = 1) -> Iterator[slice]:
 
 
 def _checked(matrix: QuantizedMatrix) -> QuantizedMatrix:
-    """Raise ValueError if a scale is an infinity or NaN, as it is if the weight holds one."""
+    """The matrix. Raises ValueError for infinite or NaN scales, which come from such weights."""
     if not bool(matrix.scales.isfinite().all()):
         raise ValueError("weight holds an infinity or NaN, which cannot be quantised")
     return matrix

@@ -26,7 +26,7 @@ from compiledllm.kernels.records import TILE
 from compiledllm.models.formats.weight_format import MatrixFormat, Params, in_input_order
 from compiledllm.models.matrices import QuantSpec
 
-_DTYPES = (torch.bfloat16, torch.float16)  # of the kernels' inputs
+_DTYPES = (torch.bfloat16, torch.float16)  # dtypes of x that the kernels support
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,8 @@ class PackedFormat:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Codes, scales and zeros of the rows from `first_row` on.
 
-        For 4-bit codes `first_row` must be a multiple of the tile; callers skip whole query heads.
+        For codes in records (4 and 6 bits), `first_row` must be a multiple of TILE, which it is, as
+        callers skip whole query heads.
         """
         first = first_row // self.layout.block_rows
         scales = None if scales is None else scales[first:]

@@ -1,4 +1,4 @@
-"""Unpacks the small integers and the orders of inputs that files store."""
+"""Unpacks integers of few bits, and permutations of inputs (act order), as files store them."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ def unpack_nibble_bytes(packed: Tensor) -> Tensor:
 
 
 def signed(stored: Tensor, offset: int) -> Tensor:
-    """uint8 stored with an offset -> int8. The difference wraps around to the right value."""
+    """uint8 numbers stored with an offset -> int8. The uint8 difference wraps to the right bits."""
     return torch.sub(stored, offset).view(torch.int8)
 
 
 def input_order(field: str, g_idx: Tensor, k: int, group: int) -> Tensor | None:
     """The permutation of inputs after which each group's columns are adjacent, in stable order.
 
-    g_idx: integers [K], the group of each input. None if the columns need no reordering: groups in
-    order, all zeros, or all -1, by which files say that there is no order. Raises ValueError
-    unless each of the ceil(K / group) groups has `group` inputs, the last one perhaps
-    fewer.
+    g_idx: integers [K], the group of each input. Returns None if the columns need no reordering: if
+    the groups are in order, or all entries are 0 or all are -1, which files use for "no order".
+    Raises ValueError unless each of the ceil(K / group) groups has `group` inputs; the last group
+    may have fewer.
     """
     expect_dtype(field, g_idx, torch.int32, torch.int64)
     expect_shape(field, g_idx, (k,))

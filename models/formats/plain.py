@@ -22,7 +22,7 @@ from compiledllm.models.formats.weight_format import (
 
 @dataclass(frozen=True, slots=True)
 class Plain:
-    """A matrix in the model's dtype. multiply: (x, weight, bias, out) -> y. params: the weight."""
+    """A matrix in the model's dtype. multiply: (x, weight, bias, out) -> y. params: [weight]."""
 
     multiply: Callable[..., Tensor] = linear
     products = ""

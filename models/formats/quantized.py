@@ -41,16 +41,21 @@ from compiledllm.models.formats.weight_format import (
 )
 from compiledllm.models.matrices import QuantSpec
 
-_UNSET = -1  # in a permutation that no part has set
-_ANY_ZERO = {"int4": INT4_ZERO, "int8": 0}  # the zero of a symmetric part beside asymmetric ones
+_UNSET = -1  # fills a permutation until the first part sets it
+# Zero of a symmetric part of a fused matrix in which other parts are asymmetric.
+_ANY_ZERO = {"int4": INT4_ZERO, "int8": 0}
 
-# Standard deviations of the values of random codes.
+# Standard deviations of the values that uniformly random codes stand for.
 _SPREADS = {"fp8": 0.6, "int8": 74.0, "int6": 18.5, "int4": 4.6, "fp4": 2.9}
 
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """A quantised matrix; params: codes, scales, zeros, permutation, minima, factors or None."""
+    """A quantised matrix.
+
+    params: codes, scales, zeros, permutation, minima and factors; all but the first two may be
+    None.
+    """
 
     spec: QuantSpec
     num_params = 6
@@ -109,7 +114,7 @@ class Quantized:
         return found
 
     def _rows(self, parts: Mapping[str, int]) -> int:
-        """Outputs that share a scale: blocks of rows if all parts but the last are whole blocks."""
+        """Number of outputs that share a scale: 1 if a part before the last is not whole blocks."""
         *others, _ = parts.values()
         return 1 if any(size % self.spec.rows for size in others) else self.spec.rows
 
@@ -119,7 +124,7 @@ class Quantized:
         assert codes is not None and scales is not None
         codes.view(torch.uint8).random_(0, 256, generator=generator)
         if self.spec.code == "fp8":
-            codes.view(torch.uint8).bitwise_and_(0xBF)  # below 2: neither NaN nor huge
+            codes.view(torch.uint8).bitwise_and_(0xBF)  # magnitudes below 2, and no NaN
         scale, zero = spread / _SPREADS[self.spec.code], _ANY_ZERO.get(self.spec.code, 0)
         if factors is not None:
             factors.fill_(scale)
@@ -206,11 +211,18 @@ class MatrixSlot:
         return torch.Size((self.codes.shape[0], self.num_inputs))
 
     def before_division(self, stored: Any, dim: int) -> Any:
-        """What a rank takes its rows (dim 0) or columns (dim 1) of: codes, if scales span ranks."""
+        """The content of which a rank takes its rows (dim 0) or columns (dim 1).
+
+        If a scale may span several ranks, a tensor is quantised before it is divided, so that the
+        codes are the same for any number of ranks.
+        """
         return self.prepared(stored) if dim == 1 or self.spec.rows > 1 else stored
 
     def prepared(self, stored: Any) -> QuantizedMatrix:
-        """The QuantizedMatrix itself, or a tensor quantised online. Raises ValueError."""
+        """`stored`, or the quantised matrix if `stored` is a tensor to be quantised while loading.
+
+        Raises ValueError for a tensor that should be quantised in the checkpoint.
+        """
         if isinstance(stored, Tensor):
             if not self.spec.online:
                 dtype = str(stored.dtype).removeprefix("torch.")
@@ -223,9 +235,9 @@ class MatrixSlot:
         return stored
 
     def put(self, stored: Any) -> None:
-        """Pack a QuantizedMatrix, or quantise a tensor online and pack it.
+        """Pack a QuantizedMatrix, or quantise a tensor and pack the result.
 
-        Raises ValueError if the matrix does not have the codes, zeros and order of the spec.
+        Raises ValueError if the matrix does not have the codes, zeros and permutation of the spec.
         """
         stored = self.prepared(stored)
         stored = stored if self.factors is not None else one_level(stored)
@@ -235,7 +247,7 @@ class MatrixSlot:
             stored = with_row_scales(stored)
         if self.spec.rows > 1 and not stored.block and not has_row_scales:
             raise ValueError(
-                "its part here is not whole blocks; use another checkpoint, or a smaller "
+                "a rank's part of it is not whole blocks; use another checkpoint, or a smaller "
                 "tensor_parallel_size"
             )
         self.codes.copy_(pack_codes(self.spec.code, stored.codes))

@@ -14,6 +14,7 @@ from torch import Tensor
 from compiledllm.models.formats.codes import QuantizedMatrix, dequantize, with_row_scales
 from compiledllm.models.shards import Shard
 
+# Fields of QuantizedMatrix that have a row for each output or each block of outputs.
 _OF_SCALES = ("scales", "zeros", "minima", "super_scales", "super_minima")
 _CHUNK = 2**22  # numbers of a matrix that are dequantised at a time
 Content = Tensor | QuantizedMatrix  # an entry of a checkpoint, after `gather`
@@ -58,7 +59,7 @@ def _take_rows(stored: QuantizedMatrix, shard: Shard) -> QuantizedMatrix:
 
 
 def _joined(tensor: Tensor, ranges: Sequence[tuple[int, int]], num_rows: int) -> Tensor:
-    """The ranges of rows, one behind the other, and zeros up to `num_rows`."""
+    """The ranges of rows, one after the other, and then zeros up to `num_rows` rows."""
     parts = [tensor[start:end] for start, end in ranges]
     if len(parts) == 1 and len(parts[0]) == num_rows:
         return parts[0]
@@ -72,7 +73,7 @@ def _joined(tensor: Tensor, ranges: Sequence[tuple[int, int]], num_rows: int) ->
 
 
 def _columns(matrix: QuantizedMatrix, start: int, end: int) -> QuantizedMatrix:
-    """The columns from `start` to `end`, which are borders of groups."""
+    """The columns from `start` to `end`, both of which must be borders of groups."""
     assert matrix.permutation is None, "sharded_spec refuses permutations"
     num_columns = matrix.codes.shape[-1]
 

@@ -17,7 +17,7 @@ from compiledllm.models.formats.stored import Scheme
 from compiledllm.models.spec import ModelSpec, MoeSpec
 
 _STACKED = re.compile(r"(.+\.experts)\.((?:gate_up|gate|up|down)_proj)(?:[._](\w+))?")
-# What follows the matrix's name in a stack's name -> what follows an expert's matrix.
+# Suffix of a stacked tensor's name -> suffix of the name of an expert's tensor.
 _LEAVES: dict[str | None, str] = {
     None: "weight",
     "scale": "weight_scale",
@@ -33,10 +33,10 @@ _CODES = ("weight", "weight_packed")
 
 
 class StackedExperts:
-    """Takes the stacks of one checkpoint apart: of experts that the scheme says are quantised.
+    """Takes apart the stacked tensors of quantised experts in one checkpoint.
 
-    names: names of all tensors of the checkpoint. spec: of the whole model. shape_of: name of a
-    tensor -> its shape; `names` alone does without.
+    names: names of all tensors of the checkpoint. spec: the spec of the whole model. shape_of: name
+    of a tensor -> its shape; not needed for the method `names`.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class StackedExperts:
         self._orders: dict[str, bool] = {}
 
     def names(self, names: Iterable[str]) -> list[str]:
-        """The names of all tensors, once stacks are taken apart."""
+        """The names of all tensors after stacks have been taken apart."""
         return [part for name in names for part in self._names_of(name) or (name,)]
 
     def one_by_one(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -95,7 +95,10 @@ class StackedExperts:
         return {"gate_up_proj": 2 * size, "down_proj": self._hidden_size}.get(matrix, size)
 
     def _are_inputs_first(self, prefix: str) -> bool:
-        """The order of dimensions in the stacks of a layer, which square ones do not tell."""
+        """Whether the stacks of a layer are [experts, inputs, outputs].
+
+        A square stack does not show its order; then the layer's other stack decides.
+        """
         if prefix not in self._orders:
             assert self._shape_of is not None
             stacks = (m for m in self._of_codes if m[1] == prefix)
@@ -106,7 +109,7 @@ class StackedExperts:
 
 
 def _outputs_first(part: Tensor, num_rows: int, is_turned: bool) -> Tensor:
-    """One expert's tensor. is_turned: whether inputs are first if the tensor is square."""
+    """One expert's tensor, outputs first. is_turned: whether a square tensor has inputs first."""
     if part.dim() != 2 or part.shape[0] == part.shape[1]:
         return part.t() if is_turned and part.dim() == 2 else part
     return part.t() if part.shape[0] != num_rows == part.shape[1] else part

@@ -51,7 +51,7 @@ class Stored:
         return [names[0] for names in self.required if not present.intersection(names)]
 
 
-# Last segments of the names that checkpoints give to embeddings and other tables of tokens.
+# Last segments of the names that checkpoints give to token embeddings, per-layer ones included.
 _EMBEDDINGS = (
     *("embed_tokens", "embed_tokens_per_layer", "word_embeddings", "wte", "embed_in"),
     *("tok_embeddings", "embeddings", "embedding"),
@@ -59,7 +59,7 @@ _EMBEDDINGS = (
 
 
 def is_embedding(name: str) -> bool:
-    """Whether a matrix, by its name in a checkpoint, is a table of tokens and no linear layer."""
+    """Whether a matrix is an embedding and not a linear layer, by its name in a checkpoint."""
     return name.rpartition(".")[2] in _EMBEDDINGS
 
 
@@ -107,7 +107,10 @@ class Fields:
         return self._named(names, default)[1]
 
     def _named(self, names: tuple[str, ...], default: Any) -> tuple[str, Any]:
-        """The name under which a field is there, and its value. ConfigError if two differ."""
+        """The name under which the config has a field, and the field's value or the default.
+
+        Raises ConfigError if the config has the field under two names with different values.
+        """
         first, *others = [n for n in names if self._fields.get(n) is not None] or [names[0]]
         for other in others:
             if self._fields[other] != self._fields[first]:
@@ -116,6 +119,7 @@ class Fields:
         return first, default if self._fields.get(first) is None else self._fields[first]
 
     def expect(self, names: str | tuple[str, ...], *allowed: Any, default: Any = None) -> Any:
+        """The field under one of `names`. Raises ConfigError for a value that is not allowed."""
         name, value = self._named((names,) if isinstance(names, str) else names, default)
         if value not in allowed:
             raise self.refusal(name, value, f"supported: {', '.join(map(repr, allowed))}")
@@ -228,7 +232,7 @@ def expression_of(pattern: str) -> re.Pattern[str] | None:
 
 @functools.lru_cache(maxsize=64)
 def _compiled(patterns: tuple[str, ...]) -> tuple[frozenset[str], tuple[re.Pattern[str], ...]]:
-    """Sequences of segments, and regular expressions. Lists have hundreds, for 30,000 names."""
+    """Plain names, and regular expressions. Cached, as models have up to 30,000 names to match."""
     found = {pattern: expression_of(pattern) for pattern in patterns}
     plain = {pattern.strip(".") for pattern, expression in found.items() if expression is None}
     return frozenset(plain - {""}), tuple(e for e in found.values() if e is not None)

@@ -38,7 +38,7 @@ class Slot(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TensorSlot:
-    """A slot for a tensor in a floating-point dtype, whatever it is in the checkpoint."""
+    """A slot for a floating-point tensor; quantised matrices of the checkpoint are dequantised."""
 
     tensor: Tensor
 
@@ -63,7 +63,7 @@ class ShardSlot:
 
     @property
     def shape(self) -> torch.Size:
-        """Of the whole: what the checkpoint has."""
+        """The shape of the whole tensor, as in the checkpoint."""
         shape = list(self.slot.shape)
         shape[self.dim] = self.shard.size
         return torch.Size(shape)
@@ -76,7 +76,7 @@ class ShardSlot:
 
 @dataclass(frozen=True, slots=True)
 class ZeroSlot:
-    """A slot that is zero whatever the checkpoint has: the summand of all ranks but the first."""
+    """A bias that only the first rank adds: on other ranks, the slot is filled with zeros."""
 
     slot: TensorSlot
 
@@ -93,11 +93,11 @@ class MatrixFormat(Protocol):
 
     @property
     def num_params(self) -> int:
-        """Number of `params`, with those that are None."""
+        """Number of `params`, including those that are None."""
 
     @property
     def products(self) -> str:
-        """For reports: which kernels multiply which numbers of rows; "": the matrix is 16-bit."""
+        """For reports: the kernels used for each number of rows; "" for unquantised matrices."""
 
     def product(
         self,
@@ -163,7 +163,7 @@ class WeightFormat(MatrixFormat, Protocol):
 
 
 def in_input_order(columns: Tensor, order: Tensor | None) -> Tensor:
-    """Columns [rows, inputs] that lie in the order of a permutation, put back."""
+    """Undo a permutation of columns [rows, inputs]. order: int64 [inputs], or None."""
     return columns if order is None else torch.empty_like(columns).index_copy_(1, order, columns)
 
 

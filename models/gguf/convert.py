@@ -59,9 +59,9 @@ def convert_gguf(gguf_path: Path, target_dir: Path, keep_packed: bool = False) -
     """Write the model of `gguf_path` into `target_dir` as config, safetensors and tokenizer files.
 
     Files with quantised weights become bfloat16; other files keep their dtype. keep_packed: the
-    matrices of the types of `gguf_blocks.KINDS` stay as they are, and so does what is not
-    quantised. One tensor is in memory at a time. Raises ConfigError for a damaged file and for a
-    file that cannot be converted exactly.
+    matrices whose types are in `gguf_blocks.KINDS` stay packed, and tensors that are not quantised
+    keep their dtypes. One tensor is in memory at a time. Raises ConfigError for a damaged file and
+    for a file that cannot be converted exactly.
     """
     try:
         file = read_gguf(gguf_path)
@@ -91,9 +91,10 @@ def convert_gguf(gguf_path: Path, target_dir: Path, keep_packed: bool = False) -
 
 
 def _architecture_of(file: GgufFile) -> ModuleType:
-    """The architecture's module: KEYS, `config`, `rules`, perhaps ROPE_TENSORS for the config,
-    and `unused(config)`, names of further tensors that a file may have.
+    """The module with the conversion rules of the file's architecture.
 
+    A module has KEYS (known metadata keys), `config` and `rules`. Optional: ROPE_TENSORS, tensors
+    that only `config` reads; `unused(config)`, names of tensors that the model does not need.
     Raises ValueError if the file is one part of a split model, or if its metadata has an unknown
     key, which might change the model's computation.
     """
@@ -113,7 +114,7 @@ def _architecture_of(file: GgufFile) -> ModuleType:
 
 
 def _generation_config(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
-    """generation_config.json. End-of-answer tokens: eos, end of turn, end of message."""
+    """generation_config.json. Its eos ids are the tokens eos, end of turn and end of message."""
     ids = dict.fromkeys(file.token_id(role) for role in ("eos", "eot", "eom"))
     eos = [i for i in ids if i is not None]
     return {
@@ -131,7 +132,10 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _check_tensors(file: GgufFile, rules: dict[str, Rule], others: Iterable[str]) -> None:
-    """Raise ValueError for a missing, unknown or misshapen tensor. others: known without a rule."""
+    """Raise ValueError for a missing, unknown or misshapen tensor.
+
+    others: names of tensors that the file may have and that no rule converts.
+    """
     present = file.tensors.keys() - set(others)
     for what, names in (("missing", rules.keys() - present), ("unknown", present - rules.keys())):
         if names:
@@ -147,7 +151,7 @@ def _stays_packed(file: GgufFile, name: str) -> bool:
 
 
 def _quantization_config(file: GgufFile, rules: dict[str, Rule]) -> dict[str, Any] | None:
-    """For config.json; None if the file has no quantised tensors."""
+    """The quantization_config for config.json; None if the file has no quantised tensors."""
     kinds: dict[str, str] = {}
     dequantized: dict[str, dict[str, int]] = {}
     for name, rule in rules.items():
@@ -165,7 +169,7 @@ def _quantization_config(file: GgufFile, rules: dict[str, Rule]) -> dict[str, An
 
 @dataclass(frozen=True, slots=True)
 class _Written:
-    """A tensor in the safetensors file. dtype: None for blocks."""
+    """A tensor of the safetensors file. dtype: a name in torch; None for blocks, as uint8."""
 
     name: str
     rule: Rule
@@ -179,7 +183,7 @@ class _Written:
 
 
 def _written(file: GgufFile, name: str, rule: Rule, dtype: str, keep_packed: bool) -> _Written:
-    """How a tensor is written. dtype: of those that are dequantised."""
+    """How a tensor is written. dtype: the dtype of dequantised tensors, a name in torch."""
     if not keep_packed:
         return _Written(rule.name, rule, dtype, rule.shape)
     if _stays_packed(file, name):
@@ -213,7 +217,7 @@ def _write_weights(
 
 
 def _content(file: GgufFile, name: str, tensor: _Written) -> memoryview:
-    """A converted tensor's bytes. The rows of blocks move whole."""
+    """A converted tensor's bytes. Rows of packed tensors are reordered as a whole."""
     rule = tensor.rule
     if tensor.dtype is None:
         blocks = np.array(file.raw(name))

@@ -37,7 +37,7 @@ class GgufTensor:
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
-    """The checked header, and the memory-mapped file behind the header (`data`)."""
+    """The checked header, and the memory-mapped tensor data after the header (`data`)."""
 
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
@@ -51,7 +51,7 @@ class GgufFile:
         return self.tensors["token_embd.weight"].shape[0]
 
     def raw(self, name: str) -> ByteArray:
-        """One tensor's bytes as they are in the file, by rows; read-only."""
+        """One tensor's bytes as in the file, uint8 [..., bytes of a row]; read-only."""
         tensor = self.tensors[name]
         raw = np.frombuffer(self.data, np.uint8, tensor.num_bytes, tensor.offset)
         return raw.reshape(*tensor.shape[:-1], -1)

@@ -104,7 +104,7 @@ def _shared(file: GgufFile) -> int:
 
 
 def _list(file: GgufFile, key: str, count: int) -> list[Any]:
-    """A value for each layer. One that all share may stand alone."""
+    """A list with one value for each layer. The file may have a single value for all layers."""
     value = file.metadata.get(f"gemma4.{key}")
     found = value if isinstance(value, list) else [value] * count
     if len(found) != count or not all(isinstance(item, int) for item in found):
@@ -167,7 +167,7 @@ def rules(config: dict[str, Any]) -> dict[str, Rule]:
 
 
 def unused(config: dict[str, Any]) -> list[str]:
-    """Tensors that a file may have and the model has not: of KV that layers share."""
+    """Tensors that a file may have and the model does not need: KV of layers that share KV."""
     layers = range(config["num_hidden_layers"])
     shared = (index for index in layers if _absent(config, index) == _OF_KV)
     return [f"blk.{index}.{name}.weight" for index in shared for name in _OF_KV]
@@ -182,7 +182,7 @@ def _absent(config: dict[str, Any], index: int) -> tuple[str, ...]:
 
 
 def _shapes(config: dict[str, Any], index: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors of a layer but those of norms over the hidden size."""
+    """Shapes of a layer's tensors, except for norms over the hidden size."""
     hidden, size = config["hidden_size"], config["hidden_size_per_layer_input"]
     is_full = config["layer_types"][index] == "full_attention"
     head_dim = config["global_head_dim" if is_full else "head_dim"]

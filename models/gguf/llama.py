@@ -45,7 +45,7 @@ def config(file: GgufFile) -> dict[str, Any]:
 def _rope_scaling(file: GgufFile, found: dict[str, Any]) -> dict[str, Any] | None:
     """The config entry for the file's RoPE scaling. Raises ValueError if no entry is equivalent.
 
-    found: the config without Llama 3's scaling, which only a tensor tells.
+    found: the config so far, without Llama 3's scaling, which the file stores only as a tensor.
     """
     scaling: dict[str, Any] | None = found["rope_scaling"]
     if "rope_freqs.weight" not in file.tensors:

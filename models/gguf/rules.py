@@ -20,7 +20,7 @@ COMMON_KEYS = (
 )
 YARN_KEYS = ("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow")
 
-# Tensors of a block that is like Llama's -> names in the checkpoint; both without ".weight".
+# Tensors of a Llama-like block in the file -> names in the checkpoint; both without ".weight".
 LLAMA_BLOCK = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -147,8 +147,9 @@ def make_rules(
 ) -> dict[str, Rule]:
     """Tensor name in the file -> rule, in the order of the written safetensors file.
 
-    block: tensors of a block, as `LLAMA_BLOCK`. biases: those of them that have one. interleaved:
-    those whose rows llama.cpp interleaves -> number of heads. norm_offset: added to all norms.
+    block: tensors of a block, as in `LLAMA_BLOCK`. biases: names of the tensors that have a bias.
+    interleaved: name of a tensor whose rows llama.cpp interleaves -> number of heads. norm_offset:
+    added to the weights of all norms.
     """
     found, shapes = ends_rules(config, norm_offset), shapes_of_block(config)
     for layer in range(config["num_hidden_layers"]):
@@ -167,7 +168,7 @@ def make_rules(
 
 
 def shapes_of_block(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors but those of norms over the hidden size."""
+    """Shapes of a block's tensors, except for norms over the hidden size."""
     hidden, ffn, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     q, kv = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
     return {

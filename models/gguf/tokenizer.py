@@ -17,7 +17,7 @@ from compiledllm.models.gguf.file import GgufFile
 
 _CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6  # values of tokenizer.ggml.token_type
 _SPACE = "▁"  # stands for a space in SentencePiece tokens
-# Phi-3's special tokens swallow the spaces behind them, but for these.
+# Phi-3's special tokens absorb the spaces after them, except for these tokens.
 _PHI3_UNSTRIPPED = ("<unk>", "<s>", "<|endoftext|>")
 # Regular expressions that split a text into words, as in the models' tokenizer.json.
 _ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -41,8 +41,9 @@ _TEKKEN = "|".join((*_CASES, r"\p{N}", _SIGNS_WITH_SLASH, _SPACES))
 class _Scheme:
     """A pre-tokenizer by its name in llama.cpp.
 
-    split: None is GPT-2's. takes_whole_words: a word that is a token becomes this token, without
-    applying merges. adds_bos: unless the file says otherwise. is_nfc: the text is normalised first.
+    split: regular expression of words; None: GPT-2's. single_digits: each digit is a word.
+    takes_whole_words: a word that is a token becomes this token without merges. adds_bos: whether
+    encoding adds bos if the file does not say. is_nfc: the text is first normalised to NFC.
     """
 
     split: str | None = None
@@ -141,9 +142,9 @@ def _byte_level(file: GgufFile, vocab: dict[str, int], _types: list[int]) -> Tok
 
 
 def _sentence_piece(file: GgufFile, vocab: dict[str, int], types: list[int]) -> Tokenizer:
-    """SentencePiece BPE as in Llama 2 and Gemma: spaces are letters, byte fallback.
+    """SentencePiece BPE with byte fallback, as in Llama 2 and Gemma; a space is an ordinary letter.
 
-    Llama's puts a space before the text, and before the text behind each special token.
+    Llama's tokenizer puts a space before the text, and before the text after each special token.
     """
     if file.metadata.get("tokenizer.ggml.remove_extra_whitespaces"):
         raise ValueError("tokenizer.ggml.remove_extra_whitespaces = True is not supported")
@@ -175,10 +176,10 @@ def _listed_merges(file: GgufFile) -> list[tuple[str, str]]:
 def _merges_by_score(
     file: GgufFile, vocab: dict[str, int], types: list[int]
 ) -> list[tuple[str, str]]:
-    """All merges that yield a token: by descending score of the token, then by length of the parts.
+    """All merges that yield a token, by descending score of the token, then by length of the parts.
 
-    SentencePiece merges the neighbours that make the token with the best score. User-defined tokens
-    have low scores in the file but are matched first, so their score counts as 0.
+    SentencePiece merges the neighbours that make the token with the best score. It matches
+    user-defined tokens first, whatever their scores in the file, so their scores count as 0.
     """
     scores = file.metadata.get("tokenizer.ggml.scores")
     if not isinstance(scores, list) or len(scores) != len(vocab):
