@@ -31,7 +31,7 @@ def test_quantised_checkpoint_gives_the_tokens_of_its_dequantised_weights_compil
 ) -> None:
     """Compiled for any number of tokens but one, which no step here has."""
     monkeypatch.setattr(model_runner, "variants_for", lambda *_: [Variant(2, 2**30, 2)])
-    packed, dense = save_quantized(tiny_model("llama", **CONFIG), tmp_path, "gptq in order")
+    packed, dense = save_quantized(tiny_model("llama", **CONFIG), tmp_path, "gptq permuted")
     expected, _ = tokens_of(dense, enforce_eager=True)
     assert tokens_of(packed, enforce_eager=True)[0] == expected
     tokens, engine = tokens_of(packed, compile_when="start")

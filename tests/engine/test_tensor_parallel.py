@@ -120,7 +120,7 @@ def test_families_that_cannot_be_divided_say_so(
 # -- formats and caches ---------------------------------------------------------------------------
 
 SIZES = {"hidden_size": 256, "intermediate_size": 512}  # a rank's inputs are whole blocks of 128
-FORMATS = [kind for kind in KINDS if kind != "gptq in order"]
+FORMATS = [kind for kind in KINDS if kind != "gptq permuted"]
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -350,7 +350,7 @@ def test_sizes_that_do_not_fit_are_refused_with_those_that_do(
     ("kind", "message"),
     [
         ("fp8 blocks", "256 inputs of attn.out in groups of 128 .* one of 1, 2$"),
-        ("gptq in order", "reordered groups .desc_act. of .* one of 1$"),
+        ("gptq permuted", "reordered groups .desc_act. of .* one of 1$"),
     ],
 )
 def test_groups_that_would_be_torn_are_refused(

@@ -89,9 +89,9 @@ def weights_of(**changes: Any) -> Change:
 
 
 TENSORS: dict[str, tuple[str, Change, str]] = {
-    "order is missing": ("gptq in order", lambda t: t.pop("g_idx"), r"missing tensors: .*\.g_idx"),
-    "no such group": ("gptq in order", put("g_idx", -1), "g_idx does not put 16 inputs into each"),
-    "group too large": ("gptq in order", put("g_idx", 9), "g_idx does not put 16 inputs into each"),
+    "order is missing": ("gptq permuted", lambda t: t.pop("g_idx"), r"missing tensors: .*\.g_idx"),
+    "no such group": ("gptq permuted", put("g_idx", -1), "g_idx does not put 16 inputs into each"),
+    "group too large": ("gptq permuted", put("g_idx", 9), "g_idx does not put 16 inputs into each"),
     "NaN in FP8": ("fp8 of channels", put("weight", float("nan")), "weight holds a NaN"),
     "NaN in blocks": ("float blocks", put("weight", float("nan")), "weight holds a NaN"),
     "one scale": ("float of channels", as_scalar("weight_scale"), r"weight_scale has shape \[\]"),
@@ -169,7 +169,7 @@ def test_configs_that_contradict_the_tensors_or_themselves_are_named(
     assert re.search(match, text), text
 
 
-KINDS_OF_CODE = ("fp8 blocks", "packed 4 bits, asymmetric", "int8", "nvfp4", "gptq in order", "awq")
+KINDS_OF_CODE = ("fp8 blocks", "packed 4 bits, asymmetric", "int8", "nvfp4", "gptq permuted", "awq")
 DAMAGES: dict[str, Callable[[Tensor], Tensor]] = {
     "truncated": lambda tensor: tensor[:-1] if len(tensor) > 1 else tensor[:0],
     "of another dtype": lambda tensor: tensor.to(torch.int16),

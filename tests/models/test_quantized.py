@@ -81,7 +81,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 # The families of today: each in a few formats, and each format in a few of them.
 OF_TODAY = {
     "gemma 4, shared": ("fp8 of channels", "packed 4 bits", "int8"),
-    "gemma 4, keys as values": ("fp8 of tensors", "gptq in order", "awq"),
+    "gemma 4, keys as values": ("fp8 of tensors", "gptq permuted", "awq"),
     "grouped experts": ("fp8 blocks", "packed 4 bits, asymmetric"),
     "sigmoid experts": ("fp8 of channels", "gptq"),
     "biased experts": ("float blocks", "awq"),
@@ -94,12 +94,12 @@ OF_TODAY = {
 CASES = [("llama", kind) for kind in KINDS] + [
     ("blocks", "fp8 blocks"),
     ("blocks", "float blocks"),
-    ("blocks", "gptq in order"),
+    ("blocks", "gptq permuted"),
     ("tied, biased", "awq"),
     ("tied, biased", "fp8 of tensors"),
     ("fused", "fp8 of tensors"),
     ("fused", "fp8 blocks"),
-    ("fused", "gptq in order"),
+    ("fused", "gptq permuted"),
     ("fused", "nvfp4"),
     ("experts", "fp8 of channels"),
     ("experts", "fp8 blocks"),
@@ -220,7 +220,7 @@ def test_a_module_is_quantised_or_not_by_the_config(
     [
         ("llama", "fp8 of channels", "k_proj"),  # the kernel with keys and values only starts in it
         ("tied, biased", "packed 4 bits", "v_proj"),
-        ("llama", "gptq in order", "up_proj"),
+        ("llama", "gptq permuted", "up_proj"),
         ("hybrid", "fp8 of channels", "in_proj_ba"),
         ("hybrid", "packed 4 bits", "in_proj_qkvz"),
     ],
@@ -353,7 +353,7 @@ DAMAGED: list[tuple[str, Edit, str]] = [
         rf"tensor '{Q_PROJ}.weight': g_idx reorders the inputs",
     ),
     (
-        "gptq in order",
+        "gptq permuted",
         lambda t: t.update({f"{Q_PROJ}.g_idx": torch.arange(64).flip(0).int() // 16}),
         "g_idx orders the inputs otherwise than in the other parts",
     ),
@@ -526,7 +526,7 @@ def test_the_method_of_a_checkpoint_may_be_named_and_no_other(
 def test_dummy_weights_of_a_quantised_model_are_finite(
     checkpoints: Callable[..., tuple[Path, Path]],
 ) -> None:
-    for kind in ("fp8 of channels", "gptq in order", "int8", "nvfp4", "mxfp4"):
+    for kind in ("fp8 of channels", "gptq permuted", "int8", "nvfp4", "mxfp4"):
         packed, _ = checkpoints("llama", kind)
         model = Decoder(load_spec(packed), make_backend("torch"))
         fill_with_random_weights(model, seed=1)

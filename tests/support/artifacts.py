@@ -1,4 +1,4 @@
-"""Artifacts that starts leave in threads."""
+"""The artifacts of starts, which threads write after each start."""
 
 from __future__ import annotations
 

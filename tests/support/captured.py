@@ -14,7 +14,7 @@ from compiledllm.runner.model_runner import ModelRunner
 
 @contextmanager
 def uninitialized_memory_is_nan() -> Iterator[None]:
-    """Within, torch fills the memory of new tensors with NaN, as results of padding may be."""
+    """A context in which torch fills new tensors with NaN, as results for padding may be NaN."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
@@ -23,7 +23,7 @@ def uninitialized_memory_is_nan() -> Iterator[None]:
 
 
 class Uncaptured:
-    """Runs what would be captured, step by step: there are no graphs on a CPU."""
+    """Has the interface of `StepGraphs`, but runs each step uncaptured: a CPU has no graphs."""
 
     def __init__(self, runner: ModelRunner, max_tokens: int) -> None:
         self._runner = runner
@@ -35,9 +35,6 @@ class Uncaptured:
 
     def shape_for(self, shape: StepShape) -> StepShape | None:
         return shape_for(shape, self._shapes)
-
-    def capture_wanted(self) -> None:
-        pass
 
     def replay(self, shape: StepShape, inputs: np.ndarray) -> torch.Tensor:
         self.replayed.add(shape)

@@ -27,9 +27,9 @@ from compiledllm.models.registry import FAMILIES
 
 MODELS = Path(__file__).parents[2] / "models"
 FILE = MODELS / "config_fields.json"
-# Types that share an architecture with a family's, but are written by other means.
+# Model types that share an architecture with a family, but are configured differently.
 _OTHERS = {"exaone", "glmga", "internlm3", "iquestcoder", "sarvam_moe", "shieldgemma2"}
-# Read by rules of `plain_config` and `plain_rope`, not by type and default.
+# Fields that `plain_config` and `plain_rope` read by rules of their own, not by type and default.
 _BY_RULE = {"dtype", "rope_parameters", "text_config", "vision_config", "audio_config"}
 _BY_RULE |= {"time_step_limit"}
 _READS = (
@@ -91,7 +91,7 @@ def _fields(cls: Any) -> Fields:
     )
     if "vocab_size" in hints or "text_config" in hints:
         found = {f.name: (hints[f.name], f.default) for f in dataclasses.fields(cls)}
-    else:  # of versions whose classes are no dataclasses, and say no types
+    else:  # in older versions, config classes are no dataclasses and have no types
         parameters = inspect.signature(cls.__init__).parameters.values()
         found = {p.name: (None, p.default) for p in parameters if p.kind is not p.VAR_KEYWORD}
     return {
@@ -163,7 +163,7 @@ def _fields_and_aliases(found: list[dict[str, Any]], read: list[str]) -> dict[st
 
 
 def _agreed(found: list[list[Any]]) -> list[Any]:
-    """The types that all versions allow which say some, and the default if it is the same."""
+    """The types that all versions with known types allow, and the default if all have the same."""
     allowed = [set(types.split("|")) for types, *_ in found if types != _UNKNOWN]
     names = set.intersection(*allowed) if allowed else set()
     defaults = {json.dumps(default) for _, *default in found}

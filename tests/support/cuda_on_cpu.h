@@ -1,7 +1,7 @@
-// Runs kernels of kernels/cuda/ on a CPU, in place of ptx.cuh: a thread is a fiber, which gives way to
-// the others only at barriers and at the instructions of a warp. One block runs after another, or all
-// together if they wait for each other. With a seed, threads take turns in random orders, warps rest now
-// and then while others go on, and copies arrive late.
+// Replaces ptx.cuh to run kernels of kernels/cuda/ on a CPU. A thread of a kernel is a fiber, which gives way
+// to other fibers only at barriers and at instructions of a whole warp. Blocks run one after another, or
+// together if they wait for each other. With a seed, threads take turns in random orders, warps pause now and
+// then while other warps go on, and copies arrive late.
 
 #include <algorithm>
 #include <cmath>
@@ -59,7 +59,7 @@ struct Thread : Fiber {
     std::unique_ptr<char[]> stack{new char[STACK]};
 };
 static Place threadIdx, blockIdx, blockDim, gridDim;
-static unsigned me, first_block;  // the fiber that runs, the first block of those that run
+static unsigned me, first_block;  // index of the running fiber; index of the first of the running blocks
 static std::vector<Thread> threads;
 static std::vector<Barrier> warp_barriers, block_barriers;
 static std::map<std::pair<unsigned, int>, Barrier> named_barriers;
@@ -195,7 +195,8 @@ inline uint4 load_once(const u8* p) {
     return v;
 }
 
-// Memory that another thread of this process, for a kernel another GPU, reads or writes meanwhile.
+// Loads and stores of memory that another thread of this process, which stands in for another GPU, may store
+// or load at the same time.
 inline void send(u8* to, const uint4& v) {
     const u32 words[4] = {v.x, v.y, v.z, v.w};
     for (int i = 0; i < 4; ++i) __atomic_store_n((u32*)to + i, words[i], __ATOMIC_RELAXED);
@@ -208,7 +209,8 @@ inline uint4 received(const u8* from) {
 }
 inline u32 now(const u32* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
 
-// A barrier's word: copies to come, copies of a round, parity of the round.
+// A barrier's word: arrivals still to come in bits 0 to 15, arrivals of a round in bits 16 to 31, parity of the
+// round in bit 32.
 inline void make_barrier(u64* barrier, u32 count) { *barrier = (u64)count << 16 | count; }
 inline void publish_barriers() {}
 inline void finish_reads() {}
@@ -239,7 +241,7 @@ inline void wait_for(u64* arrived, u32 parity) {
 template <class T> T load_from_l2(const T* p) { return *p; }
 inline void prefetch_to_l2(const void*) {}
 template <class T> T __ldg(const T* p) { return *p; }
-// A word that is loaded again and again must be written meanwhile by another thread.
+// A thread that polls a word must let the thread run that will store the word.
 template <class T> T load_now(const T* p) {
     bool is_late = false;
     wait_until([&] { return std::exchange(is_late, true); });

@@ -1,7 +1,7 @@
-"""Kernels of `kernels/cuda/` compiled for a CPU, in place of `CudaKernel`: values without a GPU.
+"""Runs kernels of `kernels/cuda/` on a CPU: a replacement for `CudaKernel`, to test their results.
 
-`ptx.cuh` is replaced by `cuda_on_cpu.h`, and `hopper.cuh` by `emulated_hopper.h`; all other code is
-the kernels' own. A g++ is needed.
+`cuda_on_cpu.h` replaces `ptx.cuh`, and `emulated_hopper.h` replaces `hopper.cuh`; all other code is
+the kernels' own. Needs g++.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _HEADERS = {
     "hopper.cuh": _HERE.parent / "kernels" / "emulated_hopper.h",
     "fibers.h": _HERE / "fibers.h",
 }
-_ONE_COMPILES = threading.Lock()
+_COMPILING = threading.Lock()
 _LAUNCH = """
 extern "C" bool launch(
     unsigned x, unsigned y, unsigned count, unsigned shared, bool together, unsigned seed,
@@ -43,15 +43,15 @@ extern "C" bool launch(
 
 
 class CpuKernel:
-    """As `cuda_kernel.CudaKernel`.
+    """Has the interface of `cuda_kernel.CudaKernel`.
 
-    With a seed other than 0, threads take turns in random orders, and copies arrive late.
+    seed: if not 0, threads take turns in random orders, and copies arrive late.
     """
 
     seed = 0
 
     def __init__(self, source: str, name: str, options: Mapping[str, int], shared_bytes: int = 0):
-        with _ONE_COMPILES:
+        with _COMPILING:
             library = _compiled(source, name, tuple(sorted(options.items())))
         self._launch = self._loaded(library)
         self._shared_bytes = shared_bytes
@@ -79,7 +79,8 @@ class LoneCpuKernel(CpuKernel):
     """A kernel that may run while the same kernel runs in another thread."""
 
     def _loaded(self, library: Path) -> Any:
-        with tempfile.NamedTemporaryFile(suffix=".so") as copy:  # a loader loads a file once
+        # The dynamic loader loads each file only once, and its global variables exist only once.
+        with tempfile.NamedTemporaryFile(suffix=".so") as copy:
             shutil.copyfile(library, copy.name)
             return super()._loaded(Path(copy.name))
 
@@ -92,17 +93,17 @@ def _compiled(source: str, name: str, options: tuple[tuple[str, int], ...]) -> P
 
 
 def text_of(source: str) -> str:
-    """A file of `kernels/cuda/` with its headers, or their replacements, in it."""
+    """The text of a file of `kernels/cuda/`, with its headers or their replacements inserted."""
     path = _HEADERS.get(source, SOURCES / source)
     text = path.read_text(encoding="utf-8").replace("#pragma once", "")
     return re.sub(r'(?m)^#include "([^"]+)"$', lambda found: text_of(found[1]), text)
 
 
 def library_of(text: str, options: Iterable[tuple[str, int]]) -> Path:
-    """The text, compiled with options as macros. What was compiled is kept between runs."""
+    """The library compiled from the text, with options as macros. Libraries are cached on disk."""
     macros = [f"-D{key}={int(value)}" for key, value in options]
     flags = ["-O1", "-std=c++17", "-shared", "-fPIC", "-w", "-fno-strict-aliasing", *macros]
-    flags.append("-fno-gnu-unique")  # each library has shared memory of its own
+    flags.append("-fno-gnu-unique")  # so that libraries do not share their static variables
     key = hashlib.sha256("\0".join([text, *flags]).encode()).hexdigest()[:32]
     library = writable_folder("cuda-on-cpu") / f"{key}.so"
     if not library.exists():

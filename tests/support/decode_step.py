@@ -1,4 +1,4 @@
-"""Engines on a CPU whose decode steps of few rows run in one call."""
+"""Lets engines on a CPU run their decode steps of few rows as a single `DecodeStep`."""
 
 from __future__ import annotations
 
@@ -52,7 +52,10 @@ def use_reference(engine: Engine, max_rows: int = MAX_ROWS) -> Reference:
 
 
 def emulate_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let g++ compile the CUDA kernel, for three multiprocessors and the rows that steps have."""
+    """Compile the CUDA kernel with g++, as on a GPU with three multiprocessors.
+
+    Variants are compiled when a step first needs them.
+    """
     if shutil.which("g++") is None or torch.cuda.is_available():
         pytest.skip("runs CUDA kernels on a CPU, with g++, where there is no GPU")
     monkeypatch.setattr(decode_step_cuda, "CudaKernel", CpuKernel)

@@ -42,7 +42,7 @@ class StepInputs:
 def make_layers(
     shape: DecodeShape, device: str, windows: Sequence[int]
 ) -> tuple[list[DecodeLayer], list[DecodeLayer]]:
-    """The layers, and the same in float32 with plain weights."""
+    """The layers, and the same layers in float32 with unquantised weights."""
 
     def randn(*size: int) -> Tensor:
         return torch.randn(*size, device=device).to(shape.dtype)
@@ -91,7 +91,7 @@ def make_layers(
 def make_weight(
     shape: DecodeShape, outputs: int, inputs: int, device: str
 ) -> tuple[Tensor | Packed, Tensor]:
-    """A random matrix in the shape's layout, and the same in float32."""
+    """A random matrix in the shape's layout, and the same matrix in float32."""
     layout, size = shape.layouts[0], 1 / inputs**0.5
     if layout is None:
         weight = (torch.randn(outputs, inputs, device=device) * size).to(shape.dtype)

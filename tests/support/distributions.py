@@ -1,4 +1,4 @@
-"""Compares two engines by the distributions that they draw from, where rounding differs."""
+"""Compares two engines whose rounding differs, by the distributions that they draw tokens from."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from compiledllm import Engine, SamplingParams
 
 VOCABULARY = 128
-# The largest difference of log probabilities, in standard deviations of the distribution's. Sums in
-# float64 instead of bfloat16's differ by up to 0.06 (4 layers of 64), and wrong ones by 0.4.
+# The largest allowed difference of log probabilities, in standard deviations of a step's log
+# probabilities. Sums in float64 instead of bfloat16 make differences of up to 0.06 (4 layers of
+# width 64), and wrong results differ by 0.4.
 MAX_DIFFERENCE = 0.15
 # A model of a size for which one kernel runs whole decode steps. With the larger weights of other
 # tiny models, its scores would have a standard deviation of 12, and right kernels in bfloat16 would
@@ -22,7 +23,8 @@ WIDE: dict[str, Any] = {
     "initializer_range": 0.05,
 }
 
-Steps = list[tuple[int, list[float]]]  # of a request: token and log probabilities of the vocabulary
+# For each step of a request: the drawn token, and the log probabilities of the whole vocabulary.
+Steps = list[tuple[int, list[float]]]
 
 
 def steps_of(engine: Engine, prompts: list[list[int]], max_tokens: int = 32) -> list[Steps]:
@@ -42,7 +44,7 @@ def steps_of(engine: Engine, prompts: list[list[int]], max_tokens: int = 32) -> 
 
 
 def assert_alike(found: list[Steps], expected: list[Steps]) -> None:
-    """Equal but for rounding, up to the first token that rounding has changed."""
+    """Assert that steps are equal up to rounding, until rounding has changed a token."""
     num_compared = 0
     for steps, wanted in zip(found, expected, strict=True):
         for index, ((token, row), (wanted_token, wanted_row)) in enumerate(

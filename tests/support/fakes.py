@@ -1,4 +1,4 @@
-"""Stand-ins for what a test does not want to be about."""
+"""Stand-ins for parts of the engine that a test is not about."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Variants of every family at a tiny size, for tests of models, of engines and of the README."""
+"""Variants of every family at a tiny size, for tests of models, engines and the README."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 
 def reads_clamp() -> bool:
-    """Whether transformers reads GPT-OSS's clamp from the config: older versions have constants.
+    """Whether transformers reads gpt-oss's clamp from the config; older versions have constants.
 
-    By its source, as importing transformers would take seconds of every collection of tests.
+    Looks into transformers' source, because importing it would add seconds to test collection.
     """
     spec = find_spec("transformers")
     assert spec is not None and spec.origin is not None

@@ -24,12 +24,12 @@ VOCAB = 288  # more rows than tokens, as in many checkpoints
 ARCHITECTURES = {
     "gemma3_text": "gemma3",
     "gemma4_text": "gemma4",
-}  # of a model_type, if not the same
-# Of Gemma 4's routers.
+}  # model_type -> the architecture's name in GGUF, if the two differ
+# Scales of Gemma 4's routers -> their names in GGUF.
 _SCALES = {"scale": "ffn_gate_inp", "per_expert_scale": "ffn_down_exps"}
 # Architectures whose q and k llama.cpp permutes. Its files of Mistral models name Llama.
 _INTERLEAVED = ("llama", "mistral")
-# Largest codes times largest small scales: by which blocks of a type exceed their float16 numbers.
+# Type -> largest code times largest small scale: a block's numbers divided by its float16 scale.
 _SIZES = {"Q4_0": 8, "Q4_1": 15, "Q5_0": 16, "Q5_1": 31, "Q8_0": 127}
 _SIZES |= {"Q4_K": 15 * 63, "Q5_K": 31 * 63, "Q6_K": 32 * 127}
 
@@ -106,9 +106,10 @@ def write_gguf(
     head_dim: int = 16,
     kinds: dict[str, str] | None = None,
 ) -> Path:
-    """A GGUF of 4 heads and 2 KV heads. `edit` may add metadata, `kind` is how matrices are stored.
+    """Write a GGUF file of a model with 4 heads and 2 KV heads. Returns `path`.
 
-    kinds: the types of tensors that are given as blocks.
+    kind: the type in which matrices are stored. edit: may add metadata to the writer. kinds: name
+    -> type, for tensors that are given as blocks.
     """
     writer = gguf.GGUFWriter(str(path), architecture)
     writer.add_context_length(16384)
@@ -153,7 +154,7 @@ def write_quantized(
     left_out: tuple[str, ...] = (),
     **options: Any,
 ) -> dict[str, Tensor]:
-    """A GGUF with random blocks in place of matrices; returns the state dict that it stands for.
+    """Write a GGUF file with random blocks as matrices; returns the dequantised state dict.
 
     kind_of: name of a matrix in the checkpoint -> its type in the file. left_out: tensors of the
     file that are not written. options: of `write_gguf`.

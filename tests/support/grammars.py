@@ -1,4 +1,4 @@
-"""A vocabulary of single bytes, and grammars and schemas as deep as a test asks for."""
+"""A vocabulary of single bytes, and grammars and JSON schemas of any depth."""
 
 from __future__ import annotations
 

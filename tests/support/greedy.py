@@ -1,4 +1,4 @@
-"""Greedy tokens of transformers, the reference of whole engines."""
+"""Greedy tokens of transformers' models, the reference for whole engines."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def load_reference(checkpoint: Path) -> Any:
 
 @torch.inference_mode()
 def logits_of_outputs(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
-    """[len(tokens), vocab]: what each of `tokens` is drawn from, in one forward without a cache."""
+    """The logits from which each of `tokens` is drawn, [len(tokens), vocab], without a KV cache."""
     logits: torch.Tensor = model(torch.tensor([[*prompt, *tokens]]), use_cache=False).logits[0]
     return logits[len(prompt) - 1 : -1]
 
 
 @torch.inference_mode()
 def greedy_tokens(model: Any, prompt: list[int], count: int) -> list[int]:
-    """Guessed with transformers' cache, and shown to be right by one forward without."""
+    """Generate with transformers' KV cache, and check all tokens by one forward without a cache."""
     guess, cache, fed = [], None, prompt
     for _ in range(count):
         out = model(torch.tensor([fed]), past_key_values=cache, use_cache=True)

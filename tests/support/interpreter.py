@@ -1,9 +1,9 @@
-"""Triton's interpreter, which runs the kernels where there is no GPU: less work for equal values.
+"""Makes Triton's interpreter, which runs kernels without a GPU, faster and as exact as a GPU.
 
-To run a kernel the interpreter replaces the functions of `triton.language`: at a launch, until its
-end, and again at every call of a `@triton.jit` function within, though nothing is left to replace.
-It checks every sum and product of 32-bit integers for overflow, which GPUs do not without `debug`.
-And it derives again, for each value, what depends on its dtype and its shape alone.
+To run a kernel, the interpreter replaces the functions of `triton.language` during the launch. It
+replaces them again at every call of a nested `@triton.jit` function, although they are already
+replaced. It checks every sum and product of 32-bit integers for overflow, which GPUs do only with
+`debug`. And for each value, it derives again the attributes that depend on dtype and shape only.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 
 
 def make_faster() -> None:
+    """Skip the interpreter's repeated work. Results stay equal."""
     _replace_the_language_once()
     _check_no_overflow()
     _remember_dtypes_and_shapes()
@@ -26,7 +27,7 @@ def make_faster() -> None:
 
 
 def _replace_the_language_once() -> None:
-    """At a launch, and at a function's first call for its own module."""
+    """Replace the language's functions at a function's first call only, not at every call."""
     from triton.runtime import InterpreterError, interpreter
 
     seen: set[Callable[..., Any]] = set()
@@ -61,7 +62,7 @@ def _remember_dtypes_and_shapes() -> None:
         return np.dtype(np.uint64) if is_pointer else dtype_of(dtype.scalar)
 
     interpreter._get_np_dtype = np_dtype
-    # The attributes that the constructors derive, by what they are derived from.
+    # Let constructors reuse the attributes that they derive from equal dtypes and shapes.
     _remember(
         tl.tensor,
         lambda handle, type: type.name,  # of a block with its shape
@@ -112,7 +113,7 @@ def _broadcast_no_equal_shapes() -> None:
 
 
 def _convert_no_equal_types() -> None:
-    """Leave operands of equal types as they are; an integer of Python takes the other's type."""
+    """Do not convert operands of equal types; a Python integer takes the other operand's type."""
     import triton.language as tl
     from triton.language.semantic import TritonSemantic
 
@@ -133,7 +134,8 @@ def _convert_no_equal_types() -> None:
 def make_conversions_exact() -> None:
     """Convert FP8 and bfloat16 as GPUs and torch do.
 
-    The interpreter cuts bfloat16 off, and for FP8 it rounds ties away and forgets the carry.
+    The interpreter truncates to bfloat16. For FP8, it rounds ties away from zero and loses the
+    carry.
     """
     import triton.language as tl
     from triton.runtime import interpreter

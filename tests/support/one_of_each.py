@@ -1,8 +1,8 @@
-"""A plugin of pytest that keeps one case of each test, for tools under which a case takes seconds.
+"""A pytest plugin that keeps one case of each test, for tools that make each case take seconds.
 
-Tests of captured calls are left out: their graphs need the allocator's cache, which hides accesses
-behind the end of a tensor. References are computed by torch's plain attention, since racecheck
-reports its fused kernels, which are not ours.
+Tests with CUDA graphs are left out: graphs need the allocator's cache, which hides accesses past
+the end of a tensor. References are computed by torch's plain attention, because racecheck reports
+hazards in torch's fused kernels.
 """
 
 from __future__ import annotations

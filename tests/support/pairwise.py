@@ -1,7 +1,8 @@
-"""A small part of a grid of cases in which every pair of values still meets.
+"""Pairwise testing: a small part of a grid of cases that contains every pair of values.
 
-Most faults of a kernel need one value or two together, not five: a cover of all pairs keeps what a
-full grid finds at a fraction of its cases (Kuhn, Wallace and Gallo, IEEE TSE 30(6), 2004).
+Most faults of a kernel need only one or two particular values, not five. A cover of all pairs
+therefore finds nearly all faults that the full grid finds, with a fraction of its cases (Kuhn,
+Wallace and Gallo, IEEE TSE 30(6), 2004).
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ Case = tuple[Hashable, ...]
 
 
 def pairwise_cover(cases: Sequence[Case]) -> list[int]:
-    """Indices, in order, of cases that hold every pair of values that the cases hold.
+    """Ascending indices of a subset of cases that contains every pair of values of all cases.
 
-    Greedy and deterministic: the case with the most pairs that are still missing, the first of
-    equals. `cases` need not be a full grid. Of cases with one value each, all differing are kept.
+    Greedy and deterministic: repeatedly takes the first case with the most missing pairs. `cases`
+    need not be a full grid. Of cases with a single value each, all distinct cases are kept.
     """
     pairs_of = [set(itertools.combinations(enumerate(case), min(2, len(case)))) for case in cases]
     missing = set().union(*pairs_of)

@@ -1,4 +1,4 @@
-"""Writers of quantised checkpoints: the file layouts as their public definitions put them.
+"""Writers of quantised checkpoints in the layouts that the formats' public definitions give.
 
 A writer draws random codes and scales for a matrix [N, K]. It returns the tensors of the file and
 the float32 matrix that they stand for, computed without the code under test.
@@ -37,7 +37,7 @@ def nibble_bytes(codes: Tensor) -> Tensor:
 
 
 def scales_of(*shape: int, spread: float = 0.03) -> Tensor:
-    """float32, exact in 16 bits."""
+    """Random float32 scales that are exact in 16 bits."""
     return ((torch.rand(shape) + 0.5) * spread).half().bfloat16().float()
 
 
@@ -80,13 +80,13 @@ def integers(
     return codes, zeros, scales, (codes - zeros[:, where]) * scales[:, where]
 
 
-def gptq(bits: int, is_symmetric: bool, version: int, group: int, is_ordered: bool) -> Writer:
+def gptq(bits: int, is_symmetric: bool, version: int, group: int, is_permuted: bool) -> Writer:
     order: dict[int, Tensor] = {}
 
     def write(n: int, k: int) -> tuple[dict[str, Tensor], Tensor]:
         codes, zeros, scales, matrix = integers(n, k, bits, group, is_symmetric)
         g_idx = torch.arange(k) // (k if group == -1 else group)
-        if is_ordered:  # all matrices of K inputs alike, as those of one input are
+        if is_permuted:  # one permutation for each K, as fused matrices must share theirs
             permutation = order.setdefault(k, torch.randperm(k))
             codes, matrix = codes[:, permutation], matrix[:, permutation]
             g_idx = g_idx[permutation]
@@ -234,7 +234,7 @@ KINDS: dict[str, tuple[dict[str, Any], Writer]] = {
         GPTQ | {"sym": False, "checkpoint_format": "gptq_v2"},
         gptq(4, False, 2, GROUP, False),
     ),
-    "gptq in order": (GPTQ | {"desc_act": True}, gptq(4, True, 1, GROUP, True)),
+    "gptq permuted": (GPTQ | {"desc_act": True}, gptq(4, True, 1, GROUP, True)),
     "gptq 8 bits of channels": (
         GPTQ | {"bits": 8, "group_size": -1},
         gptq(8, True, 1, -1, False),
@@ -249,7 +249,7 @@ KINDS: dict[str, tuple[dict[str, Any], Writer]] = {
 
 
 def is_quantized(name: str, tensor: Tensor) -> bool:
-    """Whether a tensor is a matrix of a block, but no router; or makes the blocks' own inputs."""
+    """Whether a tensor is a block's matrix (but no router) or projects per-layer token inputs."""
     is_router = name.endswith((".gate.weight", ".shared_expert_gate.weight", ".router.proj.weight"))
     is_of_block = ".layers." in name or "per_layer_model_projection" in name
     is_plain = is_router or ".altup." in name
@@ -263,7 +263,7 @@ def save_quantized(
     choose: Callable[[str, Tensor], bool] = is_quantized,
     **config: Any,
 ) -> tuple[Path, Path]:
-    """Two copies of a checkpoint with other, random weights: quantised, and the same in float32."""
+    """Two copies of a checkpoint with new random weights: quantised, and the same in float32."""
     packed_folder, dense_folder = folder / "packed", folder / "dense"
     quantization, write = KINDS[kind]
     tensors = load_file(source / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Processes of ranks that outlive engines, since a process takes seconds to import torch."""
+"""Rank processes that outlive an engine, since each process takes seconds to import torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FIXED: dict[str, Any] = {
 
 
 class LastingRanks(RankGroup):
-    """Ranks that build the model of one engine after the other, and that no engine ends."""
+    """Ranks that serve one engine after another. An engine cannot end them; `close` does."""
 
     def end(self) -> None:
         pass
@@ -37,7 +37,7 @@ class LastingRanks(RankGroup):
 def lasting_ranks(num_ranks: int, kind: str = "cpu") -> Iterator[LastingRanks]:
     """Inside the block, engines with tensor_parallel_size=num_ranks share the ranks.
 
-    kind: where the ranks run, all on the CPU or each on a GPU ("cuda").
+    kind: "cpu": all ranks run on the CPU; "cuda": each rank has a GPU.
     """
     ranks = LastingRanks(num_ranks, lambda rank: kind if kind == "cpu" else f"{kind}:{rank}")
     with pytest.MonkeyPatch.context() as patch:

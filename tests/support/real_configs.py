@@ -1,8 +1,8 @@
-"""The deciding fields of published models' config.json, with their billions of parameters.
+"""Fields of published models' config.json, and the models' billions of parameters.
 
-Without fields that no family reads, and without towers' fields. `MODELS`, read from
-real_configs.json, has a model or two of each row of the table in models/README.md that says "runs";
-`QUANTIZED` has the quantization_configs of published files of them.
+Fields that no family reads and fields of towers are left out. `MODELS`, read from
+real_configs.json, has one or two models of each row of the table in models/README.md that says
+"runs". `QUANTIZED` has the quantization_configs of published quantised files of these models.
 """
 
 from __future__ import annotations

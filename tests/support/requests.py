@@ -1,4 +1,4 @@
-"""Requests for the core, with defaults for what a test is not about."""
+"""Makes requests for the core, with defaults for fields that a test is not about."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def make_request(
     arrival_time: float | None = None,
     **more: Any,
 ) -> Request:
-    """A request that nothing has happened to. more: further fields of its RequestSpec."""
+    """A new request. more: further fields of its RequestSpec."""
     ids, params = list(prompt_token_ids), params or SamplingParams()
     spec = RequestSpec(request_id, ids, params, max_tokens, **more)
     given = {} if arrival_time is None else {"arrival_time": arrival_time}

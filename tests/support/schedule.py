@@ -1,7 +1,7 @@
-"""Which tests of a run on several workers stay together, and which of them start first.
+"""Groups tests that must run on one pytest-xdist worker, and starts long groups first.
 
-For pytest-xdist with `--dist loadscope --no-loadscope-reorder`. Its `loadgroup` takes groups from
-marks, but loses them with pytest 9.2, which does not let it write them into the names of tests.
+For pytest-xdist with `--dist loadscope --no-loadscope-reorder`. The mode `loadgroup`, which takes
+groups from marks, does not work with pytest 9.2, where it cannot write groups into test names.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import pytest
 
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 
-# The longest groups start first, so that no worker ends with one; of the others, those that mostly
-# wait stand beside those that compute. The longest start that fits a test counts.
+# Prefixes of node ids, in the order in which tests start. The longest groups start first, so that
+# no worker runs one at the end. Among the others, groups that mostly wait alternate with groups
+# that compute. The longest prefix of a test's node id counts.
 _FIRST_TO_LAST = (
     "tests/server/test_life.py",
     "tests/engine/test_parity.py",
@@ -41,7 +42,7 @@ _FIRST_TO_LAST = (
     "",
 )
 _SHARE_NOTHING = ("tests/kernels/", "tests/server/test_run_batch.py")
-# Each has servers of its own, or none.
+# These files do not use the shared server: each has servers of its own, or none.
 _WITHOUT_THE_SERVER = tuple(
     f"tests/server/test_{name}.py"
     for name in (
@@ -57,7 +58,10 @@ _WITHOUT_THE_SERVER = tuple(
 
 
 def group_of(node_id: str) -> str:
-    """The tests of a file share its fixtures, and most files of tests/server/ one server."""
+    """The group of a test: its file, or "server" for tests that share one server.
+
+    Tests that share no fixtures are groups of their own.
+    """
     if node_id.startswith(_SHARE_NOTHING):
         return node_id
     has_server = node_id.startswith("tests/server/") and not node_id.startswith(_WITHOUT_THE_SERVER)

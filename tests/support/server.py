@@ -1,4 +1,4 @@
-"""A real server in a process of its own, and what its tests wait with."""
+"""A real server in a process of its own, and helpers to wait for it and to inspect processes."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from typing import Any
 
 
 class Server:
-    """`python -m compiledllm.server` with options; its log is a file. module: instead of it.
+    """A process of `python -m compiledllm.server` with options. Its log goes to a file.
 
-    context: for a server that speaks TLS, with `url` changed.
+    module: a module to run instead of compiledllm.server. context: for servers with TLS, whose
+    tests also change `url`.
     """
 
     context: ssl.SSLContext | None = None
@@ -50,7 +51,7 @@ class Server:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **cache, **environment},
             )
-        if max_files is not None:  # before Python is there to look
+        if max_files is not None:  # set before the process's Python code reads the limit
             resource.prlimit(self.process.pid, resource.RLIMIT_NOFILE, (max_files, max_files))
 
     @property
@@ -142,12 +143,12 @@ def command_of(pid: int) -> bytes:
 
 
 def memory_mib(pid: int) -> float:
-    """The process's own resident memory: not of files, whose pages the kernel drops at any time."""
+    """Resident memory without pages of files, which the kernel may drop at any time."""
     return _status_mib(pid, "RssAnon") + _status_mib(pid, "RssShmem")
 
 
 def peak_memory_mib(pid: int) -> float:
-    """An estimate of the most that `memory_mib` was since 5 was written to `clear_refs`."""
+    """An estimate of the maximum of `memory_mib` since 5 was written to /proc/PID/clear_refs."""
     return _status_mib(pid, "VmHWM") - _status_mib(pid, "RssFile")
 
 
@@ -158,9 +159,10 @@ def _status_mib(pid: int, name: str) -> float:
 
 
 class OwnSeconds:
-    """Seconds that processes take themselves, from the construction on.
+    """Seconds that processes have taken since construction, on a machine shared with others.
 
-    Of the time in which they do not compute a tenth counts: in most of it others have the machine.
+    Time in which the processes do not compute counts a tenth, because other processes cause most of
+    it.
     """
 
     def __init__(self, *pids: int) -> None:
@@ -178,9 +180,9 @@ class OwnSeconds:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether any thread of the process is left, until which its sockets stay open.
+    """Whether any thread of the process is left. Until then, its sockets stay open.
 
-    A killed process's first thread may be a zombie before the others have ended.
+    The first thread of a killed process may be a zombie before the other threads have ended.
     """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

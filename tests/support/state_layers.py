@@ -1,4 +1,4 @@
-"""Ragged steps of state layers: which request row each batch row owns, and what went before."""
+"""Inputs of ragged steps for the ops of state layers, and comparisons with float64."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STEPS: dict[str, list[tuple[int, int]]] = {
     "one": [(200, 17)],
 }
 NUM_REQUEST_ROWS = 11
-# Steps in which the states of rows are kept as well, and the borders behind which.
+# Steps with snapshots: the step, and for each batch row the border of its snapshot (0: none).
 KEPT: dict[str, tuple[list[tuple[int, int]], list[int]]] = {
     "in chunks": ([(150, 6), (70, 0), (1, 4), (65, 9), (20, 3)], [130, 48, 0, 1, 16]),
     "between chunks": ([(130, 0), (0, 0), (192, 64), (65, 0)], [64, 0, 128, 64]),
@@ -38,7 +38,7 @@ class Rows(NamedTuple):
 
 
 def make_rows(step: list[tuple[int, int]], device: str) -> Rows:
-    """Every batch row owns another request row, in no order."""
+    """Every batch row owns a different request row, in random order."""
     counts = torch.tensor([0, *(count for count, _ in step), 0])
     lengths = torch.tensor([*(count + before for count, before in step), 0])
     owned = torch.randperm(NUM_REQUEST_ROWS)[: len(step)]
@@ -46,7 +46,7 @@ def make_rows(step: list[tuple[int, int]], device: str) -> Rows:
 
 
 def row_bound(step: list[tuple[int, int]], device: str) -> Tensor:
-    """At most one token, where that is so; otherwise any number."""
+    """The bound of tokens per row: 1 for a decode step, otherwise 0 (unknown)."""
     is_decode = max(count for count, _ in step) == 1
     return make_row_bound(1 if is_decode else 0, torch.device(device))
 
@@ -85,7 +85,7 @@ class DeltaInputs:
         dtype: torch.dtype = torch.float32,
         state_dtype: torch.dtype = torch.float32,
         device: str = "cpu",
-        borders: list[int] | None = None,  # of each batch row: where its state is kept as well
+        borders: list[int] | None = None,  # of each batch row: the border of its snapshot
     ) -> None:
         torch.manual_seed(sum(heads) + sum(dims))
         (num_keys, num_values), (key_dim, value_dim) = heads, dims
@@ -111,7 +111,7 @@ class DeltaInputs:
 
     @property
     def tokens(self) -> list[Tensor]:
-        """The arguments of which a token has a part."""
+        """The arguments with a first dimension of tokens."""
         return [self.query, self.key, self.value, self.a, self.b]
 
     @property

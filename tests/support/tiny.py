@@ -1,4 +1,4 @@
-"""Random models of a few thousand weights, as folders that the engine loads."""
+"""Random models of some thousand weights, saved as checkpoints that the engine loads."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ QWEN_VISION = {
 QWEN_VL_VISION = QWEN_VISION | {"deepstack_visual_indexes": [0]}
 PIXTRAL = VISION | {"model_type": "pixtral", "num_channels": 3}
 GLM_VISION = QWEN_VISION | {"image_size": 28, "patch_size": 14}
-# Model type of a model of two parts, of which the text's is looked at -> the other part's options.
+# Model type of a multimodal model, of which the engine runs the text -> options of its vision part.
 VISION_OF: dict[str, dict[str, Any]] = {
     "gemma3": VISION,
     "gemma4": VISION | {"head_dim": 16, "num_key_value_heads": 2},
@@ -72,7 +72,7 @@ def save_random_model(folder: Path, model_type: str, /, **changes: Any) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     key = repr((model_type, sorted(changes.items())))
-    torch.manual_seed(zlib.crc32(key.encode()))  # whichever tests came before
+    torch.manual_seed(zlib.crc32(key.encode()))  # so that earlier tests do not change the weights
     options = TINY | changes
     if model_type in VISION_OF:
         tied = TIED if model_type.startswith("gemma") else {"tie_word_embeddings": False}

@@ -1,4 +1,4 @@
-"""Tokenizers of every kind, of few words."""
+"""A small tokenizer of each kind: byte-level BPE, SentencePiece, Metaspace, WordPiece."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def byte_level() -> Backend:
 
 
 def sentencepiece(strips: bool) -> Backend:
-    """As Llama 2 has it, and, without `strips`, as Gemma."""
+    """SentencePiece BPE as in Llama 2 or, without `strips`, as in Gemma."""
     spelt = [*WORDS, *(SPACE + word for word in WORDS)]
     spelt_bytes = [f"<0x{byte:02X}>" for byte in range(256)]
     backend = Backend(bpe(spelt, [*spelt_bytes, SPACE], byte_fallback=True, unk_token="<s>"))
