@@ -88,8 +88,8 @@ def _grouped_kernel(
 ):  # fmt: skip
     """out[item] = x[item // ITEMS_PER_ROW] @ weight[expert].T + bias[expert].
 
-    IS_GATED: out is silu(gate) * up, where weight rows 0 to NUM_OUTPUTS - 1 of an expert give gate
-    and the NUM_OUTPUTS rows behind them give up. HAS_LIMIT, IS_GELU: other forms, see
+    IS_GATED: out is silu(gate) * up, where weight rows 0 to NUM_OUTPUTS - 1 of an expert are those
+    of gate, and the next NUM_OUTPUTS rows are those of up. HAS_LIMIT, IS_GELU: other forms, see
     `moe.moe_experts`. Without IS_SORTED, each item is a block and `block_experts` holds the items'
     experts.
     """

@@ -1,4 +1,4 @@
-"""Attention with its rotation and norms, as data: the mixer of most decoder blocks."""
+"""The spec of attention with its rotation and norms: the mixer of most decoder blocks."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ class Decoder(nn.Module):
         ranks = Ranks(rank, spec.num_ranks)
         self._vocab = ranks.shard_of_rows(spec.vocab_size, spec.vocab_rows)
         self.backend = backend
-        self.num_sampled_layers = _num_behind_last_stored(spec) + 1
+        self.num_sampled_layers = _num_after_last_stored(spec) + 1
         last_mixers = (layer.mixer for layer in spec.layers[-self.num_sampled_layers :])
         last_attend = all(isinstance(mixer, AttentionSpec) for mixer in last_mixers)
         self.takes_sampled_tokens = backend.takes_sampled_tokens and last_attend
@@ -100,7 +100,7 @@ class Decoder(nn.Module):
         self.streams = Streams(spec, make.within("streams")) if spec.num_streams > 1 else None
         ropes = list(dict.fromkeys(attention.rope for attention in spec.attentions))
         self.rotary = nn.ModuleList(RotaryTable(rope) for rope in ropes)
-        # Layers with a state get the first table, as all blocks are called alike, and ignore it.
+        # All blocks have the same arguments. Layers with a state get the first table and ignore it.
         self._rotary_index = [
             ropes.index(layer.mixer.rope) if isinstance(layer.mixer, AttentionSpec) else 0
             for layer in spec.layers
@@ -272,7 +272,7 @@ def _leave(decoder: Decoder, x: Tensor, update: Tensor) -> Tensor:
     return hidden
 
 
-def _num_behind_last_stored(spec: ModelSpec) -> int:
+def _num_after_last_stored(spec: ModelSpec) -> int:
     """Number of layers after the last layer with a cache of its own."""
     keeps = [not isinstance(cache, SharedKV) for cache in spec.layer_caches]
     return keeps[::-1].index(True)

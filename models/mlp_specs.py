@@ -1,4 +1,4 @@
-"""What follows the mixer in a decoder block, as data: an MLP, or a mixture of experts.
+"""Specs of the part of a decoder block after the mixer: an MLP, or a mixture of experts.
 
 Each spec says which weights the layer takes, and which of these weights one token uses.
 """

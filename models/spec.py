@@ -23,7 +23,7 @@ __all__ = [
     "EMBEDDING",
     "EXPERTS",
     "NORMS_BEFORE",
-    "NORMS_BEHIND",
+    "NORMS_AFTER",
     "AttentionSpec",
     "LayerSpec",
     "MlpSpec",
@@ -50,7 +50,7 @@ _VOCAB_MULTIPLE = 8  # a rank's head has a multiple of this, so that its logits 
 # x = norm(x + f(x)). parallel: attention and MLP read the same normalised input; parallel_2: each
 # has a norm of its own.
 NORMS_BEFORE = {"pre": 2, "post": 0, "sandwich": 2, "parallel": 1, "parallel_2": 2, "sums": 2}
-NORMS_BEHIND = {"pre": 0, "post": 2, "sandwich": 2, "parallel": 0, "parallel_2": 0, "sums": 0}
+NORMS_AFTER = {"pre": 0, "post": 2, "sandwich": 2, "parallel": 0, "parallel_2": 0, "sums": 0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ class LayerSpec:
 
     def _with_others(self, *mlps: Weights) -> Weights:
         hidden, size = self.hidden_size, self.token_size
-        num_norms = NORMS_BEFORE[self.residual] + NORMS_BEHIND[self.residual]
+        num_norms = NORMS_BEFORE[self.residual] + NORMS_AFTER[self.residual]
         num_norms += 4 * (self.experts is not None) + (size > 0)
         others = num_norms * self.norm.num_parameters(hidden) + self.has_scalar
         gate = MatrixSpec("token_input.gate", size, hidden)

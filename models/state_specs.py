@@ -19,9 +19,9 @@ class DeltaNetSpec:
     """Gated DeltaNet: linear attention whose state the gated delta rule updates.
 
     Queries, keys and values go through a causal convolution over the last `kernel_size` tokens.
-    Each of `num_value_heads` has a state [key_dim, value_dim]; consecutive value heads share a key
-    head. eps: of the gated RMSNorm on each head's output. is_grouped: the rows of the projections
-    are ordered by key head (Qwen3-Next), otherwise by part.
+    Each of `num_value_heads` heads has a state [key_dim, value_dim]; consecutive value heads share
+    a key head. eps: eps of the gated RMSNorm on each head's output. is_grouped: the rows of the
+    projections are ordered by key head (Qwen3-Next), otherwise by part.
     """
 
     num_key_heads: int
@@ -71,7 +71,7 @@ class DeltaNetSpec:
         return Weights(matrices, num_convolution + 2 * self.num_value_heads + self.value_dim)
 
     def flops_per_token(self) -> int:
-        """Of the delta rule: decay, prediction, update and output of each head's state."""
+        """FLOPs of the delta rule: decay, prediction, update and output of each head's state."""
         return 8 * self.num_value_heads * self.key_dim * self.value_dim
 
 
@@ -96,17 +96,18 @@ class ConvSpec:
         return Weights(matrices, self.width * self.kernel_size + self.bias * biases)
 
     def flops_per_token(self) -> int:
-        """Of the convolution."""
+        """FLOPs of the convolution."""
         return 2 * self.width * self.kernel_size
 
 
 @dataclass(frozen=True, slots=True)
 class Mamba2Spec:
-    """Mamba-2: a state space whose step sizes, inputs b and outputs c follow from the token.
+    """Mamba-2: a state space model whose step sizes, b and c depend on the token.
 
     Values, b and c go through a causal convolution over the last `kernel_size` tokens. Each of
-    `num_heads` has a state [state_dim, head_dim]; the consecutive heads of a group share b and c,
-    and the gated RMSNorm behind them, with `eps`, is over a group's channels. bias: of projections.
+    `num_heads` heads has a state [state_dim, head_dim]. The consecutive heads of a group share b
+    and c. A gated RMSNorm with `eps` normalises the outputs over each group's channels. bias:
+    whether the projections have biases.
     """
 
     num_heads: int
@@ -148,7 +149,7 @@ class Mamba2Spec:
         return Weights(matrices, num_others + self.bias * (num_inputs + hidden_size))
 
     def flops_per_token(self) -> int:
-        """Of the recurrence: decay, update and output of each head's state."""
+        """FLOPs of the recurrence: decay, update and output of each head's state."""
         return 5 * self.inner_size * self.state_dim
 
 

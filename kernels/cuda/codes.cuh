@@ -7,7 +7,7 @@ enum Code { FP8, INT8, INT4, FP4, INT6 };
 enum ScaleType { FLOAT32, BFLOAT16, FLOAT16, E8M0, E4M3, INTEGER8 };
 
 // Whether codes lie in records: INT4, FP4 and INT6. A record stores the lower four bits of INT6 codes like
-// INT4 codes, and the upper two bits behind them.
+// INT4 codes, and the upper two bits after them.
 #define NIBBLES (CODE == 2 || CODE == 3 || CODE == 4)
 constexpr int UNIT = 128;                              // inputs
 // Bytes of an output's codes in a unit; for INT6, of the lower four bits only.

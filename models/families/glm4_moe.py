@@ -25,8 +25,8 @@ def unpack(
     tensors: Iterable[tuple[str, Content]], spec: ModelSpec
 ) -> Iterator[tuple[str, Content]]:
     """Leave out the layer after the last one, which is for multi-token prediction."""
-    behind = re.compile(rf"(model\.)?(language_model\.)?layers\.{len(spec.layers)}\.")
-    return ((name, tensor) for name, tensor in tensors if not behind.match(name))
+    extra_layer = re.compile(rf"(model\.)?(language_model\.)?layers\.{len(spec.layers)}\.")
+    return ((name, tensor) for name, tensor in tensors if not extra_layer.match(name))
 
 
 def spec_from_hf(hf: Any) -> ModelSpec:

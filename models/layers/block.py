@@ -20,7 +20,7 @@ from compiledllm.models.layers.mixer import make_mixer
 from compiledllm.models.layers.moe import ExpertsBesideMlp, make_mlp
 from compiledllm.models.layers.norm import RMSNorm
 from compiledllm.models.layers.token_input import TokenInputGate
-from compiledllm.models.spec import NORMS_BEFORE, NORMS_BEHIND, LayerSpec
+from compiledllm.models.spec import NORMS_AFTER, NORMS_BEFORE, LayerSpec
 
 # A layer has either a KV cache with AttentionMetadata, or a list of states with StateMetadata.
 Cache = Tensor | list[Tensor]
@@ -43,14 +43,14 @@ class DecoderBlock(nn.Module):
 
         self.attn_norm = norm(NORMS_BEFORE[spec.residual] >= 1)
         self.attn = make_mixer(spec.hidden_size, spec.mixer, backend, make.within("attn"))
-        self.attn_out_norm = norm(NORMS_BEHIND[spec.residual] >= 1)
+        self.attn_out_norm = norm(NORMS_AFTER[spec.residual] >= 1)
         self.mlp_norm = norm(NORMS_BEFORE[spec.residual] >= 2)
         self.mlp = make_mlp(spec.hidden_size, spec.mlp, make.within("mlp"))
         self.experts = self.token_input = None
         if spec.experts is not None:
             make_experts = make.within("experts")
             self.experts = ExpertsBesideMlp(spec.hidden_size, spec.experts, spec.norm, make_experts)
-        self.mlp_out_norm = norm(NORMS_BEHIND[spec.residual] >= 2)
+        self.mlp_out_norm = norm(NORMS_AFTER[spec.residual] >= 2)
         if spec.token_size:
             self.token_input = TokenInputGate(spec, make.within("token_input"))
         self.scalar = empty_parameter(1) if spec.has_scalar else None

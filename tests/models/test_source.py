@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 
 from compiledllm.config import ConfigError
-from compiledllm.models import cache as cache_module
-from compiledllm.models import source
+from compiledllm.models import checkpoint_cache, source
 from compiledllm.models.source import resolve_checkpoint
 
 FILES = ("config.json", "tokenizer.json", "model.safetensors")
@@ -343,7 +342,7 @@ def test_an_entry_of_an_older_version_gets_its_checksums(
 ) -> None:
     converter.instead = fill_with_content
     found = resolve_checkpoint(str(some_gguf))
-    (found / cache_module.DIGESTS).unlink()
+    (found / checkpoint_cache.DIGESTS).unlink()
     resolve_checkpoint(str(some_gguf))
     damage_weights(found)
     resolve_checkpoint(str(some_gguf))
@@ -365,21 +364,21 @@ def test_a_damaged_default_model_that_cannot_be_had_again_is_named(
 def test_every_block_of_a_large_file_is_looked_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache_module, "_BLOCK", 8)
+    monkeypatch.setattr(checkpoint_cache, "_BLOCK", 8)
     path = tmp_path / "file"
     path.write_bytes(whole := bytes(range(100)))
-    cache_module.adopt(tmp_path)
-    assert cache_module.damage(tmp_path) is None
+    checkpoint_cache.adopt(tmp_path)
+    assert checkpoint_cache.damage(tmp_path) is None
     for n in range(1, 100):
         path.write_bytes(whole[:n] + b"\xff" + whole[n + 1 :])
         os.utime(path, ns=(n, n))
-        assert "file is damaged" in str(cache_module.damage(tmp_path))
+        assert "file is damaged" in str(checkpoint_cache.damage(tmp_path))
 
 
 MAKER = """
 import sys, time
 from pathlib import Path
-from compiledllm.models.cache import scratch
+from compiledllm.models.checkpoint_cache import scratch
 with scratch(Path(sys.argv[1]), "x") as folder:
     (folder / "half").touch()
     print(folder, flush=True)

@@ -73,7 +73,7 @@ def owned_by_nobody(rows: Rows, snapshots: Tensor | None = None) -> list[int]:
 class DeltaInputs:
     """The arguments of `gated_delta_rule`, in order, for a ragged step.
 
-    Query, key and value are parts of one tensor, as behind a convolution. States of new requests
+    Query, key and value are parts of one tensor, as after a convolution. States of new requests
     hold NaN, which must not be read.
     """
 
@@ -153,7 +153,8 @@ def _zero_keys(case: DeltaInputs) -> None:
     case.b[::4] = -1000
 
 
-# What makes the triangular system of a chunk hard to invert, or its decays to represent.
+# Changes of the inputs by which a chunk's triangular system is hard to invert, or by which decays
+# leave the range of floats.
 HARD_CASES: dict[str, Callable[[DeltaInputs], None]] = {
     "same keys": _same_keys,
     "similar keys": _similar_keys,

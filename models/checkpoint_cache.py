@@ -1,8 +1,8 @@
 """The cache of converted checkpoints: folders that appear complete or not at all.
 
-A folder is filled under a scratch name and then renamed. The process that fills it holds a file
-lock, by which other processes, also on other machines, tell a killed process from one at work. A
-finished folder has a list of checksums, because a crash of the machine may leave zeros in files.
+A folder is filled under a scratch name and then renamed. The process that fills the folder holds a
+file lock, so that other processes, also on other machines, notice if it has been killed. A finished
+folder has a list of checksums, because a crash of the machine may leave zeros in files.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _ABANDONED_S = 3600.0  # a scratch folder without a lock counts as abandoned aft
 
 
 def temporary_name(name: str) -> str:
-    """A hidden name that no other process makes, which `sweep` recognises."""
+    """A hidden file name that is unique to this call, and that `sweep` recognises."""
     return f".{name}.{os.getpid()}.{os.urandom(4).hex()}"
 
 
@@ -40,7 +40,7 @@ def temporary_name(name: str) -> str:
 
 @contextlib.contextmanager
 def scratch(parent: Path, name: str) -> Iterator[Path]:
-    """A new, locked folder to fill; removed at the end unless `publish` has renamed it."""
+    """A context with a new, locked folder, removed at the end unless `publish` has renamed it."""
     folder = parent / temporary_name(name)
     folder.mkdir(parents=True)
     lock = _hold_lock(folder)
@@ -92,7 +92,7 @@ def _try_lock(lock: int) -> bool:
 def _is_abandoned(path: Path) -> bool:
     try:
         lock = os.open(path / _LOCK, os.O_RDWR)
-    except OSError:  # no lock file: the file system of the maker's machine may have no locks
+    except OSError:  # no lock file: the file system may have no locks
         newest = max(p.lstat().st_mtime for p in (path, *path.glob("*")))
         return time.time() - newest > _ABANDONED_S
     try:
@@ -116,7 +116,7 @@ def _write_digests(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """Describe a file that differs from its checksums or is missing; None if all are as written.
+    """A description of a file that is missing or differs from its checksums; None if none does.
 
     A folder without checksums counts as undamaged. Each process checks a folder only once, unless
     the size or time of a file changes.
