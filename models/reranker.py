@@ -71,7 +71,9 @@ def _head(checkpoint: Path) -> np.ndarray:
                 )
             head: np.ndarray = found[0]
             return head
-    raise ConfigError(f"{checkpoint} has no tensor '{SCORE_HEAD}', which makes the scores")
+    raise ConfigError(
+        f"{checkpoint} has no tensor '{SCORE_HEAD}', which computes the scores; download it again"
+    )
 
 
 def _read_tensor(path: Path, name: str) -> np.ndarray | None:
@@ -84,7 +86,7 @@ def _read_tensor(path: Path, name: str) -> np.ndarray | None:
         if entry is None:
             return None
         if entry["dtype"] not in _DTYPES:
-            raise ConfigError(f"{path}: {name} has dtype {entry['dtype']}; use a 16-bit or float32")
+            raise ConfigError(f"{path}: {name} has dtype {entry['dtype']}; use a float dtype")
         start, end = entry["data_offsets"]
         file.seek(8 + size + start)
         stored = np.frombuffer(file.read(end - start), _DTYPES[entry["dtype"]])

@@ -67,10 +67,10 @@ def _meta_module(hf: Any, architecture: str) -> Any:
     if getattr(hf, "is_encoder_decoder", False):
         raise _CannotRun("it is an encoder-decoder")
     if hf.get_text_config() is not hf:
-        raise _CannotRun("it is not a language model alone")
+        raise _CannotRun("it has parts other than a language model")
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(hf.model_type)
     if known != architecture:
-        raise _CannotRun(f"a causal model of model_type={hf.model_type!r} is {known}")
+        raise _CannotRun(f"the causal model of model_type={hf.model_type!r} is {known}")
     _register(_PROBE, _record, _mark_mask)
     with torch.device("meta"):
         try:
@@ -78,7 +78,8 @@ def _meta_module(hf: Any, architecture: str) -> Any:
                 hf, attn_implementation=_PROBE, dtype=torch.bfloat16
             ).eval()
         except Exception as error:  # the model may raise anything for an unknown attention
-            raise _CannotRun(f"it takes no attention but its own ({_first_line(error)})") from error
+            reason = f"it does not use transformers' attention interface ({_first_line(error)})"
+            raise _CannotRun(reason) from error
 
 
 def _register(name: str, attention: Callable[..., Any], mask: Callable[..., Any] | None) -> None:
@@ -104,7 +105,7 @@ def _attention_calls(module: Any, hf: Any) -> list[AttentionSpec]:
     except _CannotRun:
         raise
     except Exception as error:  # e.g. an operator that needs values, or a cache
-        reason = f"its forward needs more than tensors' shapes ({_first_line(error)})"
+        reason = f"its forward fails on tensors without values ({_first_line(error)})"
         raise _CannotRun(reason) from error
     if out.logits.shape != (1, _NUM_TOKENS, hf.vocab_size):
         raise _CannotRun(f"its logits have the shape {list(out.logits.shape)}")
@@ -130,12 +131,12 @@ def _record(
 ) -> tuple[Tensor, None]:
     """Called in place of an attention function: append the layer's spec to `paged.specs`."""
     if paged is None:
-        raise _CannotRun("arguments do not reach its attention")
+        raise _CannotRun("it does not pass keyword arguments on to its attention")
     if getattr(module, "layer_idx", None) != len(paged.specs):
-        raise _CannotRun("its layers do not attend once each, in their order")
+        raise _CannotRun("its layers do not call attention once each, in the order of the layers")
     others = {name: value for name, value in others.items() if name not in _HARMLESS}
     if unknown := [name for name, value in others.items() if value is not None]:
-        raise _CannotRun(f"its attention asks for {', '.join(unknown)}")
+        raise _CannotRun(f"its attention uses {', '.join(unknown)}, which have no kernels here")
     if key.shape != value.shape or key.shape[2] != _NUM_TOKENS or query.shape[3] != key.shape[3]:
         sizes = ", ".join(str(list(t.shape)) for t in (query, key, value))
         raise _CannotRun(f"its queries, keys and values differ in size: {sizes}")
@@ -184,7 +185,7 @@ def _is_window(mask_function: Callable[..., Any], window: int) -> bool:
 def _window_of(mask: Tensor | None) -> int:
     window = getattr(mask, "window", None)
     if window is None:
-        raise _CannotRun("it makes an attention mask of its own, or one that is no sliding window")
+        raise _CannotRun("its attention mask is neither causal nor a sliding window")
     return int(window)
 
 

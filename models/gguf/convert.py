@@ -87,7 +87,8 @@ def convert_gguf(gguf_path: Path, target_dir: Path, keep_packed: bool = False) -
             (target_dir / "chat_template.jinja").write_text(template, encoding="utf-8")
         _write_weights(file, rules, config["dtype"], keep_packed, target_dir / "model.safetensors")
     except ValueError as error:
-        raise ConfigError(f"cannot convert {gguf_path}: {error}") from error
+        way_out = "" if ";" in str(error) else "; use the model's Hugging Face checkpoint"
+        raise ConfigError(f"cannot convert {gguf_path}: {error}{way_out}") from error
 
 
 def _architecture_of(file: GgufFile) -> ModuleType:

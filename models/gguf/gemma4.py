@@ -132,9 +132,11 @@ def _share_rotated(file: GgufFile, head_dim: int) -> float:
     rotated = factors == 1
     count = int(rotated.sum())
     if len(factors) != head_dim // 2 or not np.all(rotated | (factors > _NOT_ROTATED)):
-        raise ValueError(f"tensor '{_ROPE}' is not 1 for some pairs and huge for the others")
+        raise ValueError(
+            f"tensor '{_ROPE}' must have {head_dim // 2} values of 1 or above {_NOT_ROTATED:g}"
+        )
     if not rotated[:count].all():
-        raise ValueError(f"tensor '{_ROPE}' rotates other pairs than the first {count}")
+        raise ValueError(f"tensor '{_ROPE}' rotates {count} pairs that are not the first ones")
     return 2 * count / head_dim
 
 

@@ -60,7 +60,7 @@ def _rope_scaling(file: GgufFile, rotary_dim: int) -> dict[str, Any] | None:
     if not present:
         return None
     if len(present) != len(ROPE_TENSORS):
-        raise ValueError(f"of {' and '.join(ROPE_TENSORS)} only one is there")
+        raise ValueError(f"only {present[0]} of {' and '.join(ROPE_TENSORS)} is in the file")
     long, short = (file.load(name) for name in ROPE_TENSORS)
     for name, factors in zip(ROPE_TENSORS, (long, short), strict=True):
         if factors.shape != (rotary_dim // 2,):

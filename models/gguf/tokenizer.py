@@ -106,7 +106,7 @@ def build_tokenizer(file: GgufFile) -> Tokenizer:
         texts = [t.replace(" ", _SPACE) if kind == _USER_DEFINED else t for t, kind in kinds]
         vocab = {text: index for index, text in enumerate(texts)}
         if len(vocab) != len(types):
-            raise ValueError("two tokens differ by how they write a space only")
+            raise ValueError("two tokens differ only in how they write a space")
     try:
         tokenizer = makers[model](file, vocab, types)
     except ValueError:
@@ -151,7 +151,7 @@ def _sentence_piece(file: GgufFile, vocab: dict[str, int], types: list[int]) -> 
     if file.metadata.get("tokenizer.ggml.precompiled_charsmap"):
         raise ValueError("tokenizer.ggml.precompiled_charsmap is not supported")
     if types.count(_BYTE) != 256:
-        raise ValueError(f"{types.count(_BYTE)} of 256 bytes are tokens; others are not supported")
+        raise ValueError(f"{types.count(_BYTE)} byte tokens are in the vocabulary, expected 256")
     unknown = file.token("unknown")
     has_merges = file.metadata.get("tokenizer.ggml.model") == "gemma4"
     merges = _listed_merges(file) if has_merges else _merges_by_score(file, vocab, types)

@@ -215,7 +215,7 @@ REFUSED = [
     ({"model_type": "bloom", "architectures": ["BloomForCausalLM"]}, "0 of 2 layers attend"),
     (
         {"model_type": "gptj", "architectures": ["GPTJForCausalLM"], "n_layer": 2},
-        "no attention but its own",
+        "does not use transformers' attention interface",
     ),
     (
         {
@@ -229,7 +229,7 @@ REFUSED = [
     (
         {"model_type": "nemotron", "architectures": ["NemotronForCausalLM"]}
         | {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4},
-        "arguments do not reach its attention",
+        "it does not pass keyword arguments on to its attention",
     ),
     (
         {"model_type": "cwm", "architectures": ["CwmForSequenceClassification"]},
