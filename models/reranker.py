@@ -86,7 +86,9 @@ def _read_tensor(path: Path, name: str) -> np.ndarray | None:
         if entry is None:
             return None
         if entry["dtype"] not in _DTYPES:
-            raise ConfigError(f"{path}: {name} has dtype {entry['dtype']}; use a float dtype")
+            raise ConfigError(
+                f"{path}: {name} has dtype {entry['dtype']}; use float32, float16 or bfloat16"
+            )
         start, end = entry["data_offsets"]
         file.seek(8 + size + start)
         stored = np.frombuffer(file.read(end - start), _DTYPES[entry["dtype"]])

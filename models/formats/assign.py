@@ -126,7 +126,7 @@ class _Reader:
         return self._stored(_slot_outside(path))[1]
 
     def has(self, path: str) -> bool:
-        """Whether the checkpoint stores a certain matrix outside the blocks, and quantised."""
+        """Whether the checkpoint stores the matrix `path`, outside the blocks, quantised."""
         name, format = self._stored(_slot_outside(path))
         return format is not None and name in self._known
 

@@ -23,7 +23,7 @@ def uninitialized_memory_is_nan() -> Iterator[None]:
 
 
 class Uncaptured:
-    """Has the interface of `StepGraphs`, but runs each step uncaptured: a CPU has no graphs."""
+    """Stands in for `StepGraphs`, but runs each step uncaptured: a CPU has no CUDA graphs."""
 
     def __init__(self, runner: ModelRunner, max_tokens: int) -> None:
         self._runner = runner

@@ -131,7 +131,7 @@ def read_names() -> set[str]:
 
 
 def merged(versions: list[dict[str, Any]]) -> dict[str, Any]:
-    """The types and defaults on which all versions agree. Only fields that are read need one."""
+    """What all versions agree on. Defaults are kept only for fields that families read."""
     read = sorted(read_names())
     names = sorted({name for version in versions for name in version["types"]})
     found = {n: [v["types"][n] for v in versions if n in v["types"]] for n in names}
