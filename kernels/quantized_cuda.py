@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from compiledllm.kernels.cuda_kernel import CudaKernel
-from compiledllm.kernels.launch import launch_options
+from compiledllm.kernels.launch import launch_options, max_shared_memory
 from compiledllm.kernels.linear import linear
 from compiledllm.kernels.packed import MAX_FEW_ROWS, Layout
 from compiledllm.kernels.quantized import BLOCK_ROWS
 from compiledllm.kernels.records import TILE, UNIT
 from compiledllm.kernels.tables import quantized_tiling
 
-_MAX_SHARED = 227 * 1024  # bytes of shared memory of a thread block, on compute capability 9.0
 _MAX_DEQUANTIZED = 2**28  # weights of one matrix that are dequantised at a time
 # Values of the enums `Code` and `ScaleType` in `cuda/codes.cuh`.
 _CODES = {"fp8": 0, "int8": 1, "int4": 2, "fp4": 3, "int6": 4}
@@ -68,7 +67,7 @@ class Tiling:
         t, warps = self, self.n_warps * self.k_warps
         sums = self.k_warps * tokens * (16 * self.row_tiles * self.n_warps + 4) * 4
         others = sums + 8 * warps * self.depth
-        while t.chunk > 1 and t.ring_bytes(record_bytes) + others > _MAX_SHARED:
+        while t.chunk > 1 and t.ring_bytes(record_bytes) + others > max_shared_memory():
             t = replace(t, chunk=t.chunk // 2)
         return t
 
