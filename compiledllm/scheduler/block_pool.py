@@ -18,10 +18,10 @@ NULL_BLOCK = 0
 
 
 def hash_blocks(parent: bytes, token_ids: Sequence[int], block_size: int) -> list[bytes]:
-    """Hashes of full blocks that follow each other; a last part of a block is left out.
+    """Chained hashes of consecutive full blocks; a partial last block is left out.
 
-    A hash covers all tokens up to the end of its block, by way of the parent block's hash.
-    parent: for a request's first block a salt, or empty.
+    A block's hash covers all tokens up to the end of the block, because it includes the hash of the
+    block before it. parent: the hash of that block; for a request's first block the cache salt.
     """
     ids = array("q", token_ids)
     content, size = ids.tobytes(), block_size * ids.itemsize
@@ -81,7 +81,7 @@ class BlockPool:
         return found
 
     def is_known(self, block_hash: bytes) -> bool:
-        """Whether a block with this content can be found."""
+        """Whether the index has a block with this hash."""
         return block_hash in self._block_of_hash
 
     def num_free_among(self, block_ids: Iterable[int]) -> int:

@@ -55,7 +55,7 @@ class KVManager:
     block_size: tokens per block. windows: for each group of layers, the number of latest tokens
     that a token sees, itself included; 0: all. num_snapshots: for models that keep a state for each
     request, the number of snapshots that the device has room for; None: the model has no states.
-    states: decides which snapshots are taken; None: there is no room for snapshots.
+    Attribute: `states` (decides which snapshots are taken; None: no states, or no room for any).
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class KVManager:
     # -- room for a step's tokens --------------------------------------------------------------
 
     def max_chunk(self, num_computed: int, count: int) -> int:
-        """`count`, or the number of tokens after `num_computed` that the whole pool can hold.
+        """Reduce `count` to the number of tokens after `num_computed` that the whole pool can hold.
 
         Only windows reduce `count`: a prompt may fit in small chunks but not in a large one.
         """
@@ -115,10 +115,10 @@ class KVManager:
         return min(count, max_blocks * self.block_size - num_computed)
 
     def room_at_hand(self, request: Request) -> int:
-        """Number of tokens that the free blocks have room for; 0 if less than one block's.
+        """Number of tokens for which the free blocks have room; 0 if there is no whole block.
 
-        Without windows, 0: a smaller chunk would only postpone preemption. With windows, a smaller
-        chunk frees blocks for the next one.
+        Always 0 without windows: a smaller chunk would only postpone preemption. With windows, a
+        smaller chunk frees blocks for the next one.
         """
         if not self._windowed:
             return 0
@@ -152,7 +152,7 @@ class KVManager:
                 added.append(block_ids[group * per_group : (group + 1) * per_group])
                 table += added[group]
         request.next_kv_check = len(request.block_tables[0]) * self.block_size
-        if self._windowed and count > 1:  # after a chunk the next token has blocks to trim
+        if self._windowed and count > 1:  # after a chunk, blocks may have left the window
             request.next_kv_check = request.num_computed_tokens + count
         return added
 
@@ -164,10 +164,10 @@ class KVManager:
         request.num_registered_blocks = request.next_kv_check = 0
 
     def forget_blocks(self, request: Request) -> list[int]:
-        """Remove a request's blocks, which may hold NaN, from the prefix index, and all snapshots.
+        """Remove a request's blocks, which may hold NaN, from the prefix index; drop all snapshots.
 
-        Returns the blocks to zero: blocks that no other request holds. Blocks that the request has
-        already freed may hold NaN too and are included.
+        Returns the ids of the blocks to zero, which are those that no other request holds. Blocks
+        that the request has already freed may hold NaN, too, and are included.
         """
         if self.states is not None:
             self.states.snapshots.reset()
@@ -181,14 +181,14 @@ class KVManager:
     # -- prefixes ------------------------------------------------------------------------------
 
     def max_with_one_snapshot(self, request: Request, start: int, count: int) -> int:
-        """`count`, or as many tokens from `start` on as need no more than one snapshot."""
+        """Reduce `count` so that a step from `start` on needs at most one snapshot."""
         if self.states is None:
             return count
         self._extend_hashes(request, request.num_tokens)
         return self.states.max_with_one_point(request, start, count)
 
     def slot_to_save(self, request: Request, num_running: int) -> int | None:
-        """The slot to copy a request's state to before its next step; None: no copy."""
+        """The slot that receives the request's state before its next step; None: no copy."""
         if self.states is None or request.num_computed_tokens > request.num_tokens:
             return None
         self._extend_hashes(request, request.num_tokens)
@@ -223,7 +223,7 @@ class KVManager:
             found = self._lookup(request.block_hashes[:length])
             if len(found[0]) == length:
                 return found
-            length = len(found[0])  # blocks in windows have been evicted
+            length = len(found[0])  # some blocks in windows have been evicted
         return self._no_blocks()
 
     def seen_blocks(self, prefix: Tables) -> list[int]:
@@ -284,7 +284,7 @@ class KVManager:
     def _longest_in_windows(self, hashes: list[bytes]) -> int:
         """Length, in blocks, of the longest prefix whose seen blocks all windowed groups cache.
 
-        The search goes from right to left, so that each block is looked up at most once.
+        The search goes from the last block to the first, so each block is looked up at most once.
         """
         length, size = len(hashes), self.block_size
         keys = {group: self._keys(group, hashes) for group, _ in self._windowed}

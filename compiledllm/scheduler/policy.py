@@ -149,16 +149,16 @@ class Pace:
     computing takes no longer than reading: prompt tokens up to this balance are almost free, while
     a prompt in a step of its own pays for reading the weights again.
 
-    - Callers that wait for each token: a longer step delays every decoding request and saves every
-      waiting request some reading of weights. The sum of both is least, and a fixed number of
+    - Callers that wait for each token: a longer step delays every decoding request, and saves every
+      waiting request some reading of weights. The total delay is smallest, and a fixed number of
       clients is done soonest, if step sizes grow with the square root of the number of waiting
-      requests per running request. A step has at least eight tokens per running request, so that
-      prompts keep up with decoding, and otherwise at most eight times the balance, past which
+      requests per running request. A step has at least 8 tokens per running request, so that
+      prompts keep up with decoding, and otherwise at most 8 times the balance, beyond which
       computing gets no more efficient.
     - Callers that wait for a whole batch: prompts fill steps up to the balance, since the longest
       request takes as many steps as it has tokens, whatever the other requests do. Only a request
-      that would end last must not wait: it is exempt from the budget. max_tokens is the only
-      estimate of a request's length; once a request has ended earlier, no prompt waits any more.
+      that would end last must not wait: it is exempt from the budget. The only estimate of a
+      request's length is max_tokens, so once a request has ended earlier, no prompt waits any more.
 
     Attention makes a prompt token at a late position cost more: 1 + position / `parity` times as
     much. A step larger than the balance shrinks until it costs no more than at position 0.
@@ -191,7 +191,7 @@ class Pace:
         rows = len(running)
         growth = min(_GROWTH_AT_PARITY * math.sqrt(num_waiting / rows), _MAX_GROWTH)
         times = max(growth, _MIN_TOKENS_PER_RUNNING * rows / self.balanced_tokens, 1)
-        power = 2 ** math.ceil(math.log2(times))  # CUDA graphs exist for such step sizes
+        power = 2 ** math.ceil(math.log2(times))  # CUDA graphs exist for such sizes
         max_cost = max(power, _MAX_GROWTH)
         while power > 1 and power * (1 + prompt.num_computed_tokens / self.parity) > max_cost:
             power //= 2

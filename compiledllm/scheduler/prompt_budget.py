@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from compiledllm.types import Request, SchedulerOutput, StepTimes
 
 MIN_PROMPT_TOKENS = 32  # per step, so that prompts advance however low the target is
-_SHARE = 0.9  # of the target: the planned duration of a step; the rest is for variation
-# Weights of a step that is slower or faster than predicted in the moving mean of slowdowns.
+_PLANNED_SHARE = 0.9  # planned duration of a step / target; the margin absorbs variation
+# In the moving mean of slowdowns, the weight of a step that is slower (faster) than predicted.
 _LEARN_SLOWER, _LEARN_FASTER = 0.25, 0.05
 _MAX_CHANGE = 2.0  # a step counts as at most this many times slower or faster than the mean
 
@@ -47,9 +47,10 @@ class PromptBudget:
 class TimedBudget(PromptBudget):
     """As many prompt tokens as a step can compute in a given time.
 
-    num_tokens: the best-ranked prompt gets at least this many, so that it advances. step_tokens:
-    tokens of the step so far. left_s: seconds for a step of these tokens: the target, minus the
-    times of reading contexts and of the granted tokens' attention to earlier tokens.
+    num_tokens: minimum number of tokens for the best-ranked prompt, so that it advances; 0 for the
+    other prompts. step_tokens: number of tokens in the step so far. left_s: seconds that remain for
+    the part of a step's time that depends on its size alone: the planned duration, minus the times
+    of reading contexts and of the granted tokens' attention to earlier tokens.
     """
 
     times: StepTimes = field(kw_only=True)
@@ -99,7 +100,7 @@ class ItlTarget:
         """
         times = self._times
         read = [r.num_computed_tokens for r in running if len(r.token_ids) > r.num_prompt_tokens]
-        left_s = _SHARE * self._target_s / self.slowdown - sum(read) * times.read_s
+        left_s = _PLANNED_SHARE * self._target_s / self.slowdown - sum(read) * times.read_s
         return TimedBudget(MIN_PROMPT_TOKENS, times=times, step_tokens=len(running), left_s=left_s)
 
     def predict_s(self, step: SchedulerOutput) -> float:
@@ -118,7 +119,7 @@ class ItlTarget:
         return times.sizes[index][1] + num_read * times.read_s + num_pairs * times.pair_s
 
     def learn(self, step: SchedulerOutput, seconds: float) -> None:
-        """Correct the predictions by the time that a step took. Decode steps teach nothing."""
+        """Correct the predictions by the time that a step took; decode steps are ignored."""
         if step.num_scheduled_tokens == len(step.scheduled):
             return
         change = seconds / self.predict_s(step) / self.slowdown

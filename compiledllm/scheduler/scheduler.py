@@ -68,7 +68,7 @@ class Scheduler:
         self._held: dict[str, Request] = {}  # waiting requests that must not be scheduled
         self._is_sorted = True  # whether `running` is in order of rank
         self.num_prefix_queries = self.num_prefix_hits = 0  # prompt tokens looked up, tokens found
-        # Prompt tokens whose KV was found, but no snapshot of the state behind it.
+        # Prompt tokens whose KV was found without a snapshot of the state after them.
         self.num_prefix_misses_of_state = 0
         self.num_failed_rows = 0  # rows of logits from which no token could be drawn
         self._freed_request_ids: list[str] = []
@@ -175,7 +175,7 @@ class Scheduler:
         if states is not None:
             states.begin(request, num_cached)
             count = kv.max_with_one_snapshot(request, num_cached, count)
-        if count < 1:  # there was room, but not behind so long a prefix
+        if count < 1:  # the budget has room for the request, but not after so long a prefix
             return None
         missing = kv.num_missing_blocks(prefix, num_cached + count)
         if missing + pool.num_free_among(kv.seen_blocks(prefix)) > pool.num_free_blocks:
@@ -264,9 +264,11 @@ class Scheduler:
         news.updates.append(RequestUpdate.of(request, [], pooled=pooled))
 
     def _retry_or_fail(self, request: Request, error: str | None, news: StepNews) -> None:
-        """Start a request over that got no token; end it if it has a rule's error or fails again.
+        """Start a request that got no token over, or end it.
 
-        error: what failed in a rule of the request, such as a logits processor.
+        The request ends if it fails for the second time, or if one of its own rules failed.
+        error: the failure of a rule of the request, such as a logits processor; None: there was no
+        such failure.
         """
         if error is None:  # no rule of the request failed, so its KV may hold NaN
             self._spoilt_block_ids += self.kv.forget_blocks(request)
@@ -292,7 +294,7 @@ class Scheduler:
             self._preempt(request)
 
     def abandon_step(self, step: SchedulerOutput, failed: bool) -> None:
-        """Drop a step that was not executed, or only in part, and all tokens in flight.
+        """Drop a step that was not executed completely, and all tokens in flight.
 
         The runner has lost its rows, so every running request starts over from its known tokens;
         with `failed`, the requests of the step end with "error" instead. The prefix cache is
@@ -322,6 +324,7 @@ class Scheduler:
     def _end(
         self, request: Request, reason: FinishReason, stop_reason: int | str | None = None
     ) -> None:
+        """End a request. The caller removes a running request from `running`."""
         was_running = request.status is RequestStatus.RUNNING
         if not was_running:
             self.waiting.remove(request)

@@ -46,7 +46,7 @@ class Snapshots:
         return next((n for n in lengths if hashes[n - 1] in self._slot_of_hash), 0)
 
     def use(self, block_hash: bytes) -> int:
-        """The slot of the snapshot from which a request starts. Marks the snapshot as used."""
+        """The slot of an indexed snapshot from which a request starts; counts as a hit."""
         self.num_hits += 1
         self._slot_of_hash.move_to_end(block_hash)
         return self._slot_of_hash[block_hash]

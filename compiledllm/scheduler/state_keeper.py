@@ -16,11 +16,12 @@ from compiledllm.scheduler.snapshots import Snapshots
 from compiledllm.types import Request, RequestStatus
 
 MIN_TOKENS = 64  # a snapshot at a fixed point must save computing at least this many tokens
-# Copies take memory bandwidth from decoding, so with more requests the latest snapshots move in
-# larger strides. If running requests had more than half of the slots, they would evict each other's
-# snapshots, so then no latest snapshots are taken.
+# Copies take memory bandwidth from decoding, so with many running requests the snapshots at the
+# latest borders move by _STRIDE blocks instead of one.
 _MAX_REQUESTS_IN_SINGLE_STRIDES = 8
-_STRIDE = 4  # blocks, with more requests
+_STRIDE = 4  # blocks
+# With fewer slots per running request, requests would evict each other's snapshots, so no snapshots
+# at latest borders are taken.
 _SLOTS_PER_REQUEST = 2
 
 
@@ -68,7 +69,7 @@ class StateKeeper:
         return found
 
     def slot_to_save(self, request: Request, num_running: int) -> int | None:
-        """The slot to copy a running request's state to before its next step; None: no copy.
+        """The slot that receives a running request's state before its next step; None: no copy.
 
         The hashes of all blocks before the request's next token must be known.
         """
@@ -80,7 +81,8 @@ class StateKeeper:
             request.state_kept_at = computed
         elif computed - request.latest_state_at >= self._stride(num_running):
             self.snapshots.forget(request.latest_state)
-            # A snapshot that is there belongs to another request, which this one may overtake.
+            # A snapshot that exists was taken for another request, so this request must not forget
+            # the snapshot when its own latest border moves on.
             request.latest_state = b"" if key in self.snapshots else key
         else:
             return None

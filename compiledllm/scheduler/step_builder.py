@@ -27,7 +27,8 @@ class StepBuilder:
     """Grants tokens to requests until the step is full.
 
     running, waiting: the scheduler's requests. budget: number of tokens that the step can still
-    take. prompt_budget: how many of these prompts may take; None until the first prompt asks.
+    take. prompt_budget: how many of these tokens prompts may take; made for the first prompt.
+    lines: the step so far. saved_states, restored_states, kept_states: see `SchedulerOutput`.
     """
 
     kv: KVManager
@@ -43,9 +44,9 @@ class StepBuilder:
     kept_states: list[tuple[str, int, int]] = field(default_factory=list)
 
     def room_for(self, request: Request, position: int) -> int:
-        """Number of prompt tokens that the step can grant after `position` tokens.
+        """Number of prompt tokens that the step can grant to a request after `position` tokens.
 
-        The best-ranked prompt asks first.
+        Must be called for the best-ranked prompt first.
         """
         if self.prompt_budget is None:
             self.prompt_budget = self._prompt_budget(request)
@@ -58,7 +59,7 @@ class StepBuilder:
         self.prompt_budget.take(position, count)
 
     def _prompt_budget(self, prompt: Request) -> PromptBudget:
-        """The prompts' budget in this step: all its tokens if no request decodes."""
+        """The prompts' budget in this step; if no request decodes, the whole budget of the step."""
         if not any(map(_decodes, self.running)):
             return PromptBudget(self.budget)
         num_waiting = len(self.waiting) + (prompt.status is RequestStatus.RUNNING)
@@ -93,7 +94,7 @@ class StepBuilder:
         kv, wanted = self.kv, request.num_tokens_to_compute
         computed = request.num_computed_tokens
         count = min(wanted, self.budget if wanted <= 1 else self.room_for(request, computed))
-        if count == 0:  # it waits for a token in flight, or the prompt budget is used up
+        if count == 0:  # the request waits for a token in flight, or the prompt budget is used up
             return True
         kv.trim(request)
         count = kv.max_chunk(computed, count)
