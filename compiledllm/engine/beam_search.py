@@ -62,7 +62,10 @@ def _extend(
     params: BeamSearchParams,
     eos_token_ids: frozenset[int],
 ) -> None:
-    """Replace the beams by their best continuations; continuations that end are put aside."""
+    """Replace the beams by their best continuations; sequences that end move to `ended`.
+
+    nexts: per beam, the log probabilities of its next token.
+    """
     candidates: list[BeamSearchSequence] = []
     for beam, found in zip(search.beams, nexts, strict=True):
         for token_id, logprob in found.items():

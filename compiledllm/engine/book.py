@@ -19,10 +19,11 @@ from compiledllm.types import RequestUpdate, StepNews
 class Growth:
     """What the news of a step mean for requests.
 
-    grown: requests with new tokens or an end; one with several completions may be listed twice.
-    finished: requests whose last completion has ended; they have left the book. stopped: ids of the
-    core's requests that the core must end, because a stop string has completed their text. failed:
-    requests whose text cannot be made, with the error; their owner closes them.
+    grown: requests with new tokens or an end; a request with several completions may be listed
+    several times. finished: requests whose last completion has ended; they have left the book.
+    stopped: ids of the core's requests that the core must end, because a stop string has ended
+    their text. failed: requests whose tokens cannot be decoded, with the error; the book's owner
+    closes them.
     """
 
     grown: list[RequestState] = field(default_factory=list)
@@ -32,7 +33,7 @@ class Growth:
 
 
 class Book:
-    """states: live requests by the caller's id."""
+    """The live requests of one engine. states: by the caller's id."""
 
     def __init__(self) -> None:
         self.states: dict[str, RequestState] = {}
@@ -41,7 +42,7 @@ class Book:
 
     @property
     def core_ids(self) -> KeysView[str]:
-        """The ids of the core's requests behind all unfinished completions."""
+        """The ids of the core's requests, one for each unfinished completion."""
         return self._completions.keys()
 
     def open(self, state: RequestState) -> None:
@@ -53,7 +54,7 @@ class Book:
         self.expect(state)
 
     def expect(self, state: RequestState) -> None:
-        """Take news of all completions of a request, which starts or starts over."""
+        """Expect news of all completions of a request, which starts or starts over."""
         for completion in state.completions:
             self._completions[completion.spec.request_id] = state, completion
 

@@ -1,4 +1,7 @@
-"""`compiledllm build` and `compiledllm cache`: making, listing and explaining artifacts."""
+"""`compiledllm build` and `compiledllm cache`: makes, lists and explains artifacts.
+
+An artifact is a file with what a start compiles and measures, for later starts.
+"""
 
 from __future__ import annotations
 
@@ -44,13 +47,17 @@ def build(options: Mapping[str, Any], out: Path | None) -> Path:
         raise ConfigError(f"there is nothing to build with {reason}; leave it out")
     path, num_blocks = _write_artifact(planned, folder)
     _write_tokenizer(planned, out)
-    if out is not None:  # in the cache, starts keep the bytecode that they need
+    if out is not None:  # starts without `artifact_dir` keep bytecode in the cache themselves
         _write_bytecode({**options, "artifact_dir": str(out), "num_kv_blocks": num_blocks})
     return path
 
 
 def _write_artifact(planned: Plan, folder: Path) -> tuple[Path, int]:
-    """Returns the file, and the fewest KV blocks with which a start can use the artifact."""
+    """Write the artifact of a plan into a folder.
+
+    Returns the file, and the smallest number of KV blocks with which a start can use the artifact,
+    as its block tables then have the same width.
+    """
     from compiledllm.engine.core import EngineCore
 
     worker = EngineCore(planned).worker
@@ -81,7 +88,7 @@ def _write_tokenizer(planned: Plan, folder: Path | None) -> None:
 
 def _write_bytecode(options: Mapping[str, Any]) -> None:
     """Let a process start from the artifact, and keep the bytecode of what it imports."""
-    gc.collect()  # the engine that compiled: the process needs the memory
+    gc.collect()  # frees the memory of the engine that compiled, for the new process
     torch.cuda.empty_cache()
     program = "compiledllm.engine.recorded_start"
     done = subprocess.run(
@@ -105,7 +112,7 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def lines_of_list(named: str | None) -> Iterator[str]:
-    """One line for each kept file: its path, size, age, model and what else tells them apart."""
+    """One line per artifact and tokenizer: its path, size, age, model, dtype, device and torch."""
     for path, manifest in listed(folders_of(named, artifacts_dir())):
         if not isinstance(manifest, dict):
             yield f"{path}  cannot be used: {manifest}"

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class Calls:
     """Runs the requests of each call on a core that concurrent calls share.
 
-    forecasts: the first call with an answer of unlimited length says how long it may take.
+    forecasts: whether to log how long the first call with requests without max_tokens may take.
     """
 
     def __init__(self, requests: RequestFactory, shared: SharedCore, forecasts: bool) -> None:
@@ -62,7 +62,10 @@ class Calls:
         use_tqdm: bool | Callable[..., tqdm[Any]],
         is_batch: bool = False,
     ) -> list[RequestOutput]:
-        """Step until `states` are finished. is_batch: they arrive together, the longest first."""
+        """Step until `states` are finished.
+
+        is_batch: the requests count as arriving together, those with the largest max_tokens first.
+        """
         with self._aborting_on_exit(states), _progress_bar(len(states), use_tqdm) as progress:
             self._shared.add(_as_batch(states) if is_batch else states)
             with self._forecast(states):
@@ -105,9 +108,10 @@ def _as_batch(states: list[RequestState]) -> list[RequestState]:
 def _progress_bar(
     total: int, use_tqdm: bool | Callable[..., tqdm[Any]]
 ) -> contextlib.AbstractContextManager[Any]:
-    """A bar with `update`. A hidden one is not tqdm's, which would still take a lock.
+    """A progress bar; without a terminal, an object whose `update` does nothing.
 
-    A Ctrl-C while tqdm takes its lock leaves the lock taken, and every other thread then waits.
+    A hidden tqdm bar would still take tqdm's lock. Ctrl-C in the middle of that would leave the
+    lock taken, and every other thread would wait for it.
     """
     if not callable(use_tqdm) and not (use_tqdm and sys.stderr.isatty()):
         return contextlib.nullcontext(SimpleNamespace(update=lambda _: None))

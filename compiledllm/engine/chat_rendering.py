@@ -1,7 +1,7 @@
 """Renders chat templates by the rules of transformers' `apply_chat_template`, without transformers.
 
-Templates are others' code: they run in Jinja's sandbox, and see copies of the data, made of plain
-types only. Rendering needs no tokenizer.
+Templates are untrusted code: they run in Jinja's sandbox, on copies of the data that consist of
+plain types only. Rendering needs no tokenizer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 _MAX_COMPILED = 128  # templates
-# Names of an answer's reasoning, the best known first.
+# Names under which messages hold an answer's reasoning; the first one found is used.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -39,9 +39,10 @@ def render(
 ) -> str:
     """The prompt of a conversation.
 
-    variables: others that the template sees. continue_final_message: whether the prompt ends with
-    the last message's content, or the name of another field of that message. Raises ValueError for
-    what cannot be rendered, and whatever the template raises.
+    variables: further variables of the template. continue_final_message: True if the prompt must
+    end with the last message's content; or the name of another field of this message, with whose
+    text the prompt must end. Raises ValueError for arguments that cannot be rendered, and whatever
+    the template raises.
     """
     if not messages:
         raise ValueError("the conversation is empty; give at least one message")
@@ -56,9 +57,9 @@ def render(
     chat = [_message(message) for message in messages]
     mark = text_to_continue = ""
     if continue_final_message:
-        # Put behind the text to continue, to find the end of this text in what the template
-        # renders. The space at the end shows whether the template trims the text. No other text
-        # has the number.
+        # The mark is appended to the text to continue, so that the end of this text can be found in
+        # the rendered prompt. The space at the end of the mark shows whether the template trims the
+        # text. The random number makes the mark unique.
         mark = f"END_{secrets.token_hex(16)} "
         field = continue_final_message if isinstance(continue_final_message, str) else "content"
         text_to_continue = _mark_end(chat[-1], field, template, mark)
@@ -76,14 +77,14 @@ def render(
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A plain message without null fields, its reasoning under the names that templates read."""
+    """A plain copy without null fields, with the reasoning under all names that templates read."""
     plain = {name: value for name, value in _plain(message).items() if value is not None}
     found = next((plain[name] for name in _REASONING if name in plain), None)
     return plain if found is None else {"thinking": found, **plain, "reasoning_content": found}
 
 
 def _plain(value: Any) -> Any:
-    """A copy made of JSON's types; of any other object only the name of its type remains."""
+    """A copy made of JSON's types; any other object becomes the name of its type."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     for kind in (str, int, float):  # enums and the like, which have methods of their own
@@ -129,9 +130,9 @@ def _mark_end(message: dict[str, Any], field: str, template: str, mark: str) -> 
 
 
 def _up_to_end(text: str, text_to_continue: str, mark: str) -> str:
-    """What was rendered up to the mark, its end trimmed if the template trims the message.
+    """The rendered text up to the mark, trimmed at its end if the template trims the message.
 
-    A template that shows the message twice shows the mark twice, and the last one counts.
+    If the template shows the message several times, the last mark counts.
     """
     trimmed = mark.strip()
     if trimmed not in text or text_to_continue.strip() not in text:
@@ -147,7 +148,7 @@ def _up_to_end(text: str, text_to_continue: str, mark: str) -> str:
 
 
 class _GenerationBlock(Extension):
-    """{% generation %}...{% endgeneration %}, around what a model writes; of no effect here."""
+    """{% generation %}...{% endgeneration %}, which mark the model's own text; no effect here."""
 
     tags = {"generation"}
 
@@ -158,7 +159,7 @@ class _GenerationBlock(Extension):
 
 
 class _Namespace(Namespace):
-    """Jinja's namespace, without names through which a template could reach Python's internals."""
+    """Jinja's namespace, without names with "_", through which Python's internals are reached."""
 
     def __init__(*args: Any, **attributes: Any) -> None:  # a template may name an attribute "self"
         self, *others = args
@@ -178,7 +179,7 @@ def _check_name(name: Any) -> None:
 
 
 class _Dict:
-    """The function `dict` of templates, without the type's attributes."""
+    """The function `dict` of templates, without the attributes of Python's type `dict`."""
 
     def __call__(self, *args: Any, **items: Any) -> dict[Any, Any]:
         return dict(*args, **items)
@@ -194,7 +195,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Unlike Jinja's own filter, this one does not escape what is special in HTML."""
+    """The filter `tojson`. Unlike Jinja's own filter, it does not escape HTML's characters."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

@@ -46,9 +46,9 @@ IDLE_CHECK_INTERVAL_S = 10.0
 class EngineCore:
     """A scheduler, the worker that runs its steps, and the requests. Single-threaded.
 
-    ledger: of the start so far; None: the start begins here. Attributes: `plan`, `scheduler`,
-    `worker`, `report` (option -> value and reason), `startup_s` (phase -> seconds), `on_start`
-    (called with the ids of requests that begin to run, before the first step that has them).
+    ledger: the start-up phases that the caller has timed; None: start-up begins here. Attributes:
+    `plan`, `scheduler`, `worker`, `report` (option -> value and reason), `startup_s` (phase ->
+    seconds), `on_start` (called with the ids of requests before their first step is launched).
     """
 
     def __init__(self, plan: Plan, ledger: Ledger | None = None) -> None:
@@ -94,9 +94,10 @@ class EngineCore:
 
     @property
     def max_model_len(self) -> int:
-        """Tokens of a request, prompt and output together; with "auto" what the cache holds.
+        """Maximum number of tokens of a request, prompt and output; "auto": what the cache holds.
 
-        Requests are checked against this limit. The device is laid out for the model's context.
+        Requests are checked against this limit. With "auto", the plan is made for the model's whole
+        context.
         """
         limit, room = self.config.limits.max_model_len, self.scheduler.kv.max_request_tokens
         return min(limit, room) if self.config.requested.model.max_model_len == AUTO else limit
@@ -195,9 +196,9 @@ class EngineCore:
                 self.on_start(ids)
 
     def _note_time(self, step: SchedulerOutput, launched_s: float) -> None:
-        """Tell the target of ITL, if there is one, how long a step took that is now collected.
+        """Let the ITL target, if there is one, learn from the duration of a collected step.
 
-        The device begins a step when it is launched, or when the step before it is done.
+        The device begins a step when the step is launched, or when the step before it is done.
         """
         began_s = max(launched_s, self._collected_s)
         self._collected_s = time.perf_counter()
@@ -207,8 +208,8 @@ class EngineCore:
     def _recover(self, step: SchedulerOutput, error: BaseException) -> StepNews:
         """Abandon a failed step. With isolation, go on without the request to blame; else raise.
 
-        Without isolation every request of the step ends with an error, but after Ctrl-C the
-        requests are computed again.
+        Without isolation, or if the error is fatal, every request of the step ends with an error.
+        After Ctrl-C, the requests are computed again.
         """
         if not isinstance(error, Exception):
             self._abandon(step, failed=False)
@@ -226,7 +227,10 @@ class EngineCore:
         self.scheduler.kv.reset_prefixes()
 
     def isolate_failures(self) -> None:
-        """From now on a failing step ends only the request to blame, and `step` does not raise."""
+        """From now on, let a failing step end only the request that caused the failure.
+
+        `step` then raises only fatal errors, and errors that every request causes.
+        """
         self.isolation = Isolation(self.scheduler)
 
     def _abandon(self, step: SchedulerOutput, failed: bool) -> None:
@@ -235,7 +239,7 @@ class EngineCore:
         self.worker.reset()
 
     def check_when_idle(self) -> None:
-        """Without requests, verify that no block leaked, at most every IDLE_CHECK_INTERVAL_S."""
+        """If idle, check the scheduler's invariants, at most once per IDLE_CHECK_INTERVAL_S."""
         now = time.monotonic()
         if not self.has_unfinished() and now - self._last_idle_check > IDLE_CHECK_INTERVAL_S:
             self._last_idle_check = now
@@ -263,7 +267,7 @@ def _compiling_in_threads(plan: Plan) -> AbstractContextManager[None]:
 
 
 def _scheduler(plan: Plan, num_kv_blocks: int) -> Scheduler:
-    """The scheduler of a plan. Raises ConfigError if the blocks cannot hold a token per group."""
+    """The scheduler of a plan. Raises ConfigError if not every group of layers gets a block."""
     config, limits, windows = plan.config, plan.config.limits, plan.kv_layout.windows_of_tables
     requested = config.requested
     scheduler = Scheduler(

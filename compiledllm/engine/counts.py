@@ -1,4 +1,4 @@
-"""Counts what the requests of an `Engine` came to, and shows them by vLLM's names of metrics."""
+"""Counts the tokens and finish reasons of an `Engine`'s requests, as metrics with vLLM's names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PREFIX = "vllm:"
 
 
 class Counts:
-    """num_generated: tokens since the start."""
+    """Counts since the engine's start. num_generated: generated tokens."""
 
     def __init__(self) -> None:
         self.num_generated = 0
@@ -27,6 +27,7 @@ class Counts:
             self._endings.update(str(c.finish_reason) for c in state.completions)
 
     def metrics(self, model: str, scheduler: Scheduler) -> list[Metric]:
+        """The counts and the scheduler's state. model: value of the label `model_name`."""
         labels = {"model_name": model, "engine": "0"}
         gauges = {
             "num_requests_running": len(scheduler.running),

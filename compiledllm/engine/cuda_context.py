@@ -1,7 +1,7 @@
-"""Makes CUDA's context in a thread while torch is being imported, as either takes a while.
+"""Makes the CUDA context in a thread while torch is being imported, since both take long.
 
-Torch takes over the context, which is the device's primary one. Without a driver or with a device
-that does not exist nothing happens here; torch says later what is wrong.
+The context is the device's primary context, which torch uses as well. Without a driver, or if the
+device does not exist, nothing happens here, and torch reports the error later.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ import threading
 
 
 def make_in_thread(device: object) -> None:
-    """device: the engine's option, such as "auto", "cpu" or "cuda:1"."""
+    """Start the thread, unless the engine runs on a CPU.
+
+    device: the engine's option, such as "auto", "cpu" or "cuda:1".
+    """
     kind, _, number = str(device).partition(":")
     if kind in ("auto", "cuda") and (number or "0").isdecimal():
         threading.Thread(target=_make, args=(int(number or 0),), daemon=True).start()

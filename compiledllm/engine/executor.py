@@ -68,7 +68,7 @@ def _start_in_ray(num_ranks: int, is_cuda: bool) -> RankGroup:
 
 
 class FirstRank(Worker):
-    """The worker of rank 0, which tells the other ranks to do as it does.
+    """The worker of rank 0, which sends every call to the other ranks as well.
 
     is_broken: a step has failed in some process, so the ranks may have computed different steps and
     the engine must be started again.
@@ -82,8 +82,7 @@ class FirstRank(Worker):
         self._num_in_flight = 0
         self._end = weakref.finalize(self, group.end)
         try:
-            # The requested block size: each rank's plan enlarges the blocks by itself, if
-            # necessary.
+            # Each rank's plan enlarges the requested block size by itself, if necessary.
             asked: dict[str, Any] = {"block_size": plan.config.requested.cache.block_size}
             asked["device"] = plan.platform.device.type
             group.send(Build(plan.config.options() | asked))
@@ -121,12 +120,13 @@ class FirstRank(Worker):
         """Launch one step on all ranks. Raises RankError if one has ended."""
         from compiledllm.engine.rank_frames import Step
 
-        was_broken, self.is_broken = self.is_broken, True  # until rank 0 has launched the step, too
+        # The ranks may differ until rank 0 has launched the step, too.
+        was_broken, self.is_broken = self.is_broken, True
         self._group.send(Step.of(step, self._num_in_flight))
         try:
             pending = super().launch(step)
         except RuntimeError:
-            self._group.wait_for_failure()  # another rank's failure is the cause, if there is one
+            self._group.wait_for_failure()  # raises if the cause is another rank's failure
             raise
         self._num_in_flight += 1
         self.is_broken = was_broken
@@ -143,7 +143,7 @@ class FirstRank(Worker):
         return output
 
     def reset(self) -> None:
-        """Forget all requests after a failed step, or end the ranks if none can follow."""
+        """Forget all requests after a failed step; if `is_broken`, end all other ranks."""
         from compiledllm.engine.rank_frames import Reset
 
         if self.is_broken:

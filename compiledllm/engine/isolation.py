@@ -6,7 +6,7 @@ from compiledllm.log import log
 from compiledllm.scheduler.scheduler import Scheduler
 from compiledllm.types import RequestUpdate, StepNews
 
-MAX_FAILED = 8  # requests in a row that failed alone
+MAX_FAILED = 8  # requests ended in a row, without a successful step, before the engine gives up
 
 
 class Isolation:
@@ -25,7 +25,10 @@ class Isolation:
         self._num_failed = 0  # requests found to blame since the last successful step
 
     def after_failure(self, scheduled: list[str], error: Exception) -> StepNews:
-        """Split an abandoned step's suspects. The news end the request to blame, once known."""
+        """Halve the suspects of an abandoned step, or end the request to blame.
+
+        Returns the news of the ended request; empty news while there are several suspects.
+        """
         alive = self._scheduler.requests
         suspects = [i for i in scheduled if i in self._suspects] or scheduled
         suspects = [request_id for request_id in suspects if request_id in alive]

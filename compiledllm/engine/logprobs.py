@@ -1,4 +1,4 @@
-"""Log probabilities as callers get them, built on access.
+"""Log probabilities as callers get them: the dictionary of a position is built on access.
 
 A position's dictionary has one object per token; building the dictionaries of thousands of
 positions that the caller never reads would waste time.

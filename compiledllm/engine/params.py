@@ -1,4 +1,4 @@
-"""Sampling parameters as one model takes them: checked against its vocabulary, words as tokens."""
+"""Checks sampling parameters against a model's vocabulary, and turns bad words into token ids."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def check_some_token_is_allowed(request: RequestSpec) -> None:
 
 
 def params_for_core(params: SamplingParams) -> SamplingParams:
-    """The parameters that the core needs. Candidates are ranked by their log probabilities."""
+    """The parameters that the core needs: without texts, and with logprobs to rank candidates."""
     if params.num_candidates > params.n and not params.wants_logprobs:
         params = dataclasses.replace(params, logprobs=0)
     return params.without_text()

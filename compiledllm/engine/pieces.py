@@ -100,7 +100,10 @@ class Pieces:
         return bytes(letters) if is_spelt else text.encode()
 
     def _find_anchor(self) -> tuple[list[int], str]:
-        """An ordinary word whose text stays the same when a token follows; empty without one."""
+        """An ordinary word, as ids and text, whose text stays the same when a token follows.
+
+        Empty if there is none.
+        """
         for token_id in range(min(len(self._hf), _MAX_TRIED_IDS)):
             name = (self._name(token_id) or "").lstrip("\u2581\u0120")
             if not (name.isascii() and name.isalpha()):

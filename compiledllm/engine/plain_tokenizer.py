@@ -1,4 +1,4 @@
-"""A tokenizer of the `tokenizers` library with the few facts that transformers adds in Python."""
+"""A tokenizer of the `tokenizers` library, with the facts that transformers knows in addition."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class PlainTokenizer:
         return size
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        # A batch does not hold the GIL; a fast one does not compute where tokens begin.
+        # Unlike `encode`, a batch call releases the GIL; its fast variant computes no offsets.
         (encoding,) = self.backend_tokenizer.encode_batch_fast(
             [text], add_special_tokens=add_special_tokens
         )
@@ -122,9 +122,9 @@ class PlainTokenizer:
 
 
 def needs_transformers(options: Mapping[str, Any]) -> bool:
-    """Whether `PlainTokenizer.apply_chat_template` does without one of these options.
+    """Whether `PlainTokenizer.apply_chat_template` lacks one of these options.
 
-    These are functions as tools, whose descriptions transformers derives, and options that ask for
-    more than a text.
+    It lacks options that ask for more than a text, and tools that are Python functions, which
+    transformers turns into JSON schemas.
     """
     return bool(_RARE_OPTIONS & options.keys()) or any(map(callable, options.get("tools") or ()))

@@ -12,8 +12,8 @@ from compiledllm.runner.worker import Worker
 def facts(plan: Plan) -> dict[str, Any]:
     """Facts about a model on this machine, found without loading its weights.
 
-    `kv_tokens_that_fit` and `full_contexts_that_fit` do not count activations. Of a model that is
-    divided among GPUs, sizes in bytes are of each GPU.
+    `kv_tokens_that_fit` and `full_contexts_that_fit` ignore the memory that activations need. If
+    the model is divided among GPUs, sizes in bytes are those of one GPU.
     """
     spec, platform, layout, whole = plan.spec, plan.platform, plan.kv_layout, plan.spec.whole
     layer, attn, weight_bytes = whole.layers[0], whole.attentions[0], spec.num_bytes(spec.weights)
@@ -57,13 +57,13 @@ def facts(plan: Plan) -> dict[str, Any]:
 
 def _facts_of_ranks(plan: Plan) -> dict[str, Any]:
     """What each of several GPUs holds."""
-    attn, experts = plan.spec.attentions[0], plan.spec.layers[-1].mlp.intermediate_size
+    attn, mlp = plan.spec.attentions[0], plan.spec.layers[-1].mlp
     shared = f", each by {attn.kv_replicas} GPUs" if attn.kv_replicas > 1 else ""
     return {
         "tensor_parallel_size": plan.ranks.count,
         "attention_heads_of_a_gpu": attn.num_heads,
         "kv_heads_of_a_gpu": f"{attn.num_kv_heads}{shared}",
-        "intermediate_size_of_a_gpu": experts,
+        "intermediate_size_of_a_gpu": mlp.intermediate_size,
         "parameters_of_a_gpu": plan.spec.num_parameters,
     }
 
@@ -98,7 +98,7 @@ def size(num_bytes: int) -> str:
 
 
 def start_lines(plan: Plan, worker: Worker) -> dict[str, str]:
-    """What an engine is and why, by topic."""
+    """The lines that an engine logs at start, by topic: what was chosen, and why."""
     spec, limits, report = worker.spec, plan.config.limits, plan.report | worker.report
     num_layers, distinct = len(spec.layers), len(spec.distinct_layers)
     has_windows = any(attn.sliding_window for attn in spec.attentions)

@@ -61,7 +61,10 @@ class New(msgspec.Struct, array_like=True):
 
 
 class Step(msgspec.Struct, tag=True):
-    """Launch a step, after collecting all launched steps but the last `num_in_flight`."""
+    """Launch a step, after collecting all launched steps but the last `num_in_flight`.
+
+    The other fields are those of `SchedulerOutput`.
+    """
 
     num_in_flight: int
     new_requests: list[New]
@@ -106,7 +109,7 @@ class Reset(msgspec.Struct, tag=True):
 
 
 class Ready(msgspec.Struct, tag=True):
-    """A message has been carried out; steps are not answered.
+    """The answer to a message that was carried out; steps have no answer.
 
     agreement: what the rank planned (`Plan.agreement`), to compare with the first rank's plan.
     num_kv_blocks: the answer to `CountBlocks`.
@@ -132,7 +135,7 @@ _FROM_RANK: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(FromRank)
 
 
 def _new(request: NewRequest) -> New:
-    """The request as other ranks know it.
+    """The request as it is sent to the other ranks.
 
     Only the first rank has grammars and logits processors. An empty grammar tells the other ranks
     that the first rank draws this request's tokens.

@@ -81,7 +81,7 @@ class Rank:
             self._send(self._prepare(message))
 
     def _prepare(self, message: ToRank) -> Ready:
-        """Carry out a message of the start, or of a start over."""
+        """Carry out any message but a step. Returns the answer."""
         answer = Ready()
         if isinstance(message, Join):
             self._join(message)

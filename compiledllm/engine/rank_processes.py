@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from compiledllm.graphs.cuda_graphs import StepGraphs
 
 COMMAND = (sys.executable, "-m", "compiledllm.engine.rank_process")
-_NOTICE_S = 2.0  # for the reading thread to notice a rank's end
-_END_S = 5.0  # for a process to exit after its connection is closed
+_NOTICE_S = 2.0  # time limit for the reading threads to notice a rank's end
+_END_S = 5.0  # time limit for a process to exit after its connection is closed
 
 
 class RankError(RuntimeError):
@@ -188,12 +188,12 @@ class RankGroup:
         """End all other ranks and leave the group of ranks."""
         self._is_ended = True
         self.failure = self.failure or Failed("the ranks have been ended")
-        abandon()  # a step that waits for a rank would hold up the graphs' end
+        abandon()  # otherwise a step that waits for a rank would block the release of the graphs
         for process in self.ranks:
             process.end()
         self.ranks = []
         if self.graphs is not None:
-            self.graphs.forget()  # before NCCL ends, graphs with its kernels must be gone
+            self.graphs.forget()  # graphs that contain NCCL's kernels must be gone before NCCL ends
         with contextlib.suppress(Exception):
             leave()
 

@@ -20,15 +20,16 @@ from typing import Any
 from compiledllm.config import ConfigError
 from compiledllm.engine.rank_frames import read_exactly
 
-START_TIMEOUT_S = 600.0  # for Ray to find room, and for an actor to import torch and to connect
+# Time limit for Ray to find room, and for an actor to import torch and to connect.
+START_TIMEOUT_S = 600.0
 TOKEN_BYTES = 32
 # Environment variable with the placement group of this process's engine, if Ray has placed the
 # engine: "namespace/name".
 GROUP_VARIABLE = "COMPILEDLLM_RAY_GROUP"
-_TOKEN_TIMEOUT_S = 5.0  # for each part of the token that a connection sends
-_LOOK_S = 2.0  # between looks at the cluster's size, while there is no room
-_MAX_SILENCE_S = 30  # without an acknowledgement, after which a connection ends
-_PROBE_S = 10  # between TCP keep-alive probes of an idle connection
+_TOKEN_TIMEOUT_S = 5.0  # time limit for each part of the token that a connection sends
+_LOOK_S = 2.0  # interval of checks of the cluster's size, while Ray looks for room
+_MAX_SILENCE_S = 30  # a connection ends after this time without an acknowledgement
+_PROBE_S = 10  # interval of TCP keep-alive probes of an idle connection
 
 
 def load_ray(namespace: str | None = None) -> Any:

@@ -16,8 +16,8 @@ from compiledllm.types import Grammar, RequestSpec, RequestUpdate, TokenLogprobs
 class Completion:
     """One output of a request: its `RequestSpec`, and the tokens and text generated so far.
 
-    spec: the core's request. params: the caller's sampling parameters, of which the text's fields
-    matter here. Attributes: `token_ids`, `logprobs` (of the output), `prompt_logprobs`,
+    spec: the core's request. params: the caller's sampling parameters, of which only the fields
+    about text are used. Attributes: `token_ids`, `logprobs` (of the output), `prompt_logprobs`,
     `num_cached_tokens`, `finish_reason`, `stop_reason`, `first_token_time`, `last_token_time`,
     `pooled` (the vector of a request that pools, float32).
     """
@@ -50,7 +50,7 @@ class Completion:
             raise ValueError("stop strings need a tokenizer; use stop_token_ids instead")
         self._detokenizer = Detokenizer(stream, params)
         self._sum_of_logprobs, self._num_summed = 0.0, 0
-        self._num_shown = self._text_shown = 0  # tokens, characters shown by deltas
+        self._num_shown = self._num_chars_shown = 0  # tokens, characters shown by deltas
         self._end_shown = False
 
     # -- growing -------------------------------------------------------------------------------
@@ -63,7 +63,7 @@ class Completion:
             self.first_token_time = now
         is_hidden = self.finish_reason == "stop" and self._hides_end(token_id)
         stop = self._detokenizer.push(token_id, is_hidden)
-        if stop is not None:  # the string wins over an end by the same token
+        if stop is not None:  # a stop string wins over any other end by the same token
             self.end("stop", stop)
         return stop
 
@@ -72,7 +72,7 @@ class Completion:
         return is_stop_token and not self._params.include_stop_str_in_output
 
     def apply(self, update: RequestUpdate, now: float) -> None:
-        """Add what a step brought, up to a stop string."""
+        """Add an update's tokens and log probabilities, but none after a stop string."""
         self.num_cached_tokens = update.num_cached_tokens
         self.pooled = update.pooled
         self.logprobs += update.logprobs
@@ -123,7 +123,8 @@ class Completion:
             if shows_logprobs and not is_finished:
                 end = self._detokenizer.num_visible_tokens(length)
             first, self._num_shown = self._num_shown, end
-            text, text_start, self._text_shown = text[self._text_shown :], self._text_shown, length
+            text, text_start = text[self._num_chars_shown :], self._num_chars_shown
+            self._num_chars_shown = length
         logprobs = offsets = None
         if shows_logprobs and starts is not None:
             logprobs = LogprobList(self.logprobs[first:end], text_of(self._tokenizer))
@@ -143,8 +144,8 @@ class Completion:
 class RequestState:
     """A live request as its caller sees it: `params.num_candidates` completions of one prompt.
 
-    params: the caller's. prompt: the prompt's text, if known. grammar: compiled from
-    params.structured_outputs.
+    params: the caller's sampling parameters. prompt: the prompt's text, if known. Attributes:
+    `grammar` (compiled from params.structured_outputs), `is_over`, `is_for_step`.
     """
 
     def __init__(
@@ -170,7 +171,7 @@ class RequestState:
         self._shows_deltas = params.output_kind is RequestOutputKind.DELTA and not self._is_choosing
         self._interval = params.stream_interval or 1
         self._shows_logprobs = params.wants_logprobs
-        self._tokens_shown = 0
+        self._num_tokens_shown = 0
         self.is_over = False  # `next_output` has returned the last output
 
     @property
@@ -184,8 +185,8 @@ class RequestState:
     def is_due(self) -> bool:
         """Whether `output_kind` and `stream_interval` let a stream show an output now."""
         if not self._shows_end_only:
-            num_new = self._num_tokens() - self._tokens_shown
-            if num_new >= self._interval or (num_new and self._tokens_shown == 0):
+            num_new = self._num_tokens() - self._num_tokens_shown
+            if num_new >= self._interval or (num_new and self._num_tokens_shown == 0):
                 return True
         return self.is_finished and not self.is_over
 
@@ -194,7 +195,7 @@ class RequestState:
         if not self.is_due:
             return None
         self.is_over = self.is_finished
-        self._tokens_shown = self._num_tokens()
+        self._num_tokens_shown = self._num_tokens()
         return self.output(self._shows_deltas)
 
     def _num_tokens(self) -> int:
@@ -231,7 +232,7 @@ class RequestState:
         )
 
     def note_start(self, moment: float) -> None:
-        """A completion has got room in a step. Only the first start counts."""
+        """Note when a completion first got room in a step; later completions are ignored."""
         if self._first_scheduled_time is None:
             self._first_scheduled_time = moment
 

@@ -1,4 +1,4 @@
-"""Makes requests from a caller's prompt and parameters: tokenises, checks, fans out."""
+"""Makes requests from prompts and parameters: tokenises, checks, and makes `n` completions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from compiledllm.pooling_params import PoolingParams
 from compiledllm.sampling_params import RequestOutputKind, SamplingParams
 from compiledllm.types import RequestSpec
 
-MAX_TRUNCATED_TOKENS = 2**17  # of a text that is truncated to its end; takes some 50 MB
+MAX_TRUNCATED_TOKENS = 2**17  # tokens of a text before truncation; tokenising takes some 50 MB
 
 
 class RequestFactory:
@@ -45,7 +45,7 @@ class RequestFactory:
         self._num_slots = model.num_slots
         self._random = random.Random(model.config.model.seed)
         self.max_model_len = model.max_model_len
-        self._longer = ""  # a way out, for the error about a long prompt
+        self._longer = ""  # second way out in the error about a prompt that is too long
         if model.max_position > self.max_model_len:
             self._longer = f" or raise max_model_len (the model knows up to {model.max_position})"
         self.vocab_size = model.vocab_size
@@ -67,7 +67,7 @@ class RequestFactory:
     ) -> RequestState:
         """A request with all its completions. Raises ValueError if the request is impossible.
 
-        compiles: False leaves structured_outputs to `compile`, which waits for another process.
+        compiles: False: the caller calls `compile` itself, which blocks on a helper process.
         """
         if not isinstance(params, SamplingParams):
             raise ValueError(f"sampling_params must be SamplingParams, got {params!r}")
@@ -140,7 +140,7 @@ class RequestFactory:
 
     @cached_property
     def reranker(self) -> StoredReranker | None:
-        """How the model judges pairs; None if it is no reranker. Raises ConfigError."""
+        """How a reranker judges pairs; None for other models. Raises ConfigError."""
         return stored_reranker(self._model_path, self._config.model.model or "")
 
     def compile(self, state: RequestState) -> None:
@@ -205,7 +205,7 @@ class RequestFactory:
         return stop_ids if params.ignore_eos else stop_ids | self.eos_token_ids
 
     def _max_tokens(self, params: SamplingParams, num_prompt_tokens: int) -> int:
-        """`max_tokens` within the context; by default what the context and the KV cache hold."""
+        """`max_tokens`, limited by the context; by default what context and KV cache hold."""
         room = self.max_model_len - num_prompt_tokens
         if params.max_tokens is not None:
             return min(room, params.max_tokens)
@@ -226,9 +226,10 @@ class RequestFactory:
     def _read_prompt(
         self, prompt: Prompt, keep: int | None, num_new: int
     ) -> tuple[str | None, list[int]]:
-        """A prompt's text, unless unknown or cut, and its token ids, truncated and checked.
+        """A prompt's text and its token ids, truncated and checked.
 
-        keep: `truncate_prompt_tokens`. num_new: number of tokens to generate after the prompt.
+        The text is None if it is unknown or if token ids were cut off. keep:
+        `truncate_prompt_tokens`. num_new: number of tokens to generate after the prompt.
         """
         text, token_ids = self._tokenize(prompt, keep is not None, num_new)
         if keep == -1:
@@ -247,7 +248,10 @@ class RequestFactory:
             )
 
     def max_tokenized(self, is_truncated: bool, num_new: int = 1) -> int:
-        """Largest number of tokens that a prompt may have, or a text to truncate to a prompt."""
+        """Maximum number of tokens of a prompt; with `is_truncated`, of a text before truncation.
+
+        num_new: number of tokens to generate after the prompt, of which one must have room.
+        """
         max_tokens = self.max_model_len - min(num_new, 1)
         return max(max_tokens, MAX_TRUNCATED_TOKENS) if is_truncated else max_tokens
 
@@ -311,7 +315,7 @@ class RequestFactory:
 
 
 def make_sibling(first: RequestSpec, request_id: str, index: int) -> RequestSpec:
-    """Another request for the same prompt, with its own random stream; it shares prompt blocks.
+    """A further completion of the same prompt: it shares the prompt's blocks, but not the seed.
 
     Only the first request returns the log probabilities of the prompt.
     """

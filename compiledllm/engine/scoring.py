@@ -18,7 +18,7 @@ from compiledllm.pooling_params import PoolingParams
 from compiledllm.sampling_params import RequestOutputKind, SamplingParams
 
 Pair = tuple[str, str]  # query, document
-MAX_CHARACTERS = 2**24  # of all pairs at once, since each pair repeats its query
+MAX_CHARACTERS = 2**24  # in all prompts of a call, in which each pair repeats its query
 
 # Qwen3-Reranker's prompt, as its model card gives it.
 _BEGINNING = (
@@ -34,14 +34,19 @@ _INSTRUCTION = "Given a web search query, retrieve relevant passages that answer
 class Scorer(Protocol):
     """From pairs to prompts, and from the prompts' finished requests to the pairs' scores."""
 
-    def prompts(self, pairs: Sequence[Pair]) -> list[Prompt]: ...
+    def prompts(self, pairs: Sequence[Pair]) -> list[Prompt]:
+        """The prompts to compute, which may be more or fewer than the pairs."""
 
     def make(
         self, request_id: str, prompt: Prompt, priority: int = 0, cache_salt: str = ""
-    ) -> RequestState: ...
+    ) -> RequestState:
+        """The request for one of these prompts."""
 
     def scores(self, pairs: Sequence[Pair], states: Sequence[RequestState]) -> list[float]:
-        """One score per pair; higher is better. Raises RuntimeError for a failed request."""
+        """One score per pair; higher is better. Raises RuntimeError for a failed request.
+
+        states: the finished requests, in the order of `prompts`.
+        """
 
 
 def make_scorer(

@@ -1,6 +1,7 @@
-"""An `EngineCore` shared by concurrent calls: turns to step, outputs and failures of each call.
+"""An `EngineCore` that is shared by concurrent calls, which take turns to run steps.
 
-A step advances the requests of all calls; each call looks only at its own requests.
+A step advances the requests of all calls. Each call gets the outputs and the failures of its own
+requests.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class SharedCore:
         unfinished, seen = states, -1
         while unfinished:
             with self._turns.taken():
-                if self._num_ended == seen:  # else another call's step has ended requests
+                if self._num_ended == seen:  # otherwise another call's step has ended requests
                     self._advance()
                 has_ended, seen = self._num_ended != seen, self._num_ended
             if has_ended:
@@ -96,7 +97,7 @@ class SharedCore:
         unfinished, seen = states, -1
         while unfinished:
             with self._turns.taken():
-                if self._num_steps == seen:  # else another call has stepped meanwhile
+                if self._num_steps == seen:  # otherwise another call has run a step meanwhile
                     self._advance()
                 seen = self._num_steps
                 outputs = [state.next_output() for state in unfinished]
@@ -124,7 +125,7 @@ class SharedCore:
             self.core.reset_prefix_cache()
 
     def metrics(self, model: str) -> list[Metric]:
-        """What was counted since the start, and how much is going on."""
+        """The counts since the start, and the state of the scheduler."""
         with self._turns.taken():
             return self._counts.metrics(model, self.core.scheduler)
 
@@ -152,7 +153,10 @@ class SharedCore:
                 completion.end(reason)
 
     def _advance(self) -> None:
-        """One engine step with its texts. An error that ended requests is kept for their calls."""
+        """Run one step, and turn its tokens into text.
+
+        An error that ended requests is kept, and raised by the calls that wait for these requests.
+        """
         self._num_steps += 1
         try:
             news = self.core.step()
@@ -163,7 +167,7 @@ class SharedCore:
             ended = [RequestUpdate(request_id, [], "error") for request_id in lost]
             growth = self._book.take(StepNews(updates=ended))
             self._failures |= {state.request_id: error for state in growth.grown}
-            self._num_ended += 1  # so that calls look for failures, whatever else still runs
+            self._num_ended += 1  # makes waiting calls look for failures
         else:
             growth = self._book.take(news)
             self._counts.num_generated += news.num_tokens
@@ -171,7 +175,7 @@ class SharedCore:
         self.core.check_when_idle()
 
     def _note(self, growth: Growth) -> None:
-        """End what must end, and keep the requests that `step` has to show."""
+        """Finish stopped and failed requests in the core, and keep outputs for `step`."""
         for request_id in growth.stopped:
             self.core.finish(request_id, "stop")
         for state, failure in growth.failed:

@@ -1,4 +1,4 @@
-"""Decides what an engine will be: from options to a `Plan`, without touching weights."""
+"""Makes a `Plan` from options: all decisions about an engine that need no weights."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ from compiledllm.scheduler.kv_manager import max_blocks_in_use, num_blocks_neede
 def plan(config: EngineConfig, rank: int = 0, device: str | None = None) -> Plan:
     """Plan an engine for this machine. With load_format="dummy" no weight file need exist.
 
-    rank: which of `tensor_parallel_size` processes plans. device: the process's; None: the GPU of
-    its rank. Raises ConfigError for options that the model or the machine cannot have.
+    rank: index of this process among `tensor_parallel_size` processes. device: the device of this
+    process; None: the GPU with the rank's index. Raises ConfigError for options that the model or
+    the machine does not support.
     """
     model = config.model
     if model.chat_template is not None:

@@ -19,7 +19,7 @@ from compiledllm.engine.tokenizer_snapshot import open_tokenizer
 from compiledllm.models.source import resolve_checkpoint
 
 MAX_TEMPLATES = 64  # chat templates whose forms of content are cached
-_ABOUT_THE_END = {"add_generation_prompt", "continue_final_message"}
+_OPTIONS_ABOUT_END = {"add_generation_prompt", "continue_final_message"}  # of the prompt
 
 LONG_TOKEN_IDS = 2**13  # tokens, which take about 10 ms to decode
 LONG_TEXT = 2**14  # characters
@@ -105,9 +105,10 @@ class Tokenizer:
         return ids
 
     def _encode_long(self, text: str, add_special_tokens: bool) -> list[int]:
-        """The result of transformers' encode in half the time, without computing token offsets.
+        """Encode without computing token offsets, which takes half the time.
 
-        Some tokenizers do more in Python. The text's beginning, encoded both ways, shows which.
+        Some of transformers' tokenizers have Python code around the backend, which this way would
+        skip. They are detected by encoding the text's beginning both ways.
         """
 
         def encode(part: str) -> list[int]:
@@ -134,7 +135,7 @@ class Tokenizer:
             and backend is not None
             and not self.inner.clean_up_tokenization_spaces
         ):
-            # decode_batch releases the GIL; a million ids take a second.
+            # decode_batch releases the GIL, since a million ids take a second.
             texts: list[str] = backend.decode_batch([list(token_ids)], skip_special_tokens)
             return texts[0]
         text: str = self.inner.decode(token_ids, skip_special_tokens=skip_special_tokens)
@@ -252,7 +253,7 @@ class Tokenizer:
     def _forms(self, template: str, options: dict[str, Any]) -> TemplateForms:
         """The template's forms of content, found once per template.
 
-        The forms are found without the request's options, unless the template then shows no form.
+        They are found without the request's options, unless the template then shows no form.
         """
         forms = self._template_forms.get(template)
         if forms is None:
@@ -262,7 +263,7 @@ class Tokenizer:
             self._template_forms[template] = forms
         if not forms.of("user").shows_none:
             return forms
-        more = {name: value for name, value in options.items() if name not in _ABOUT_THE_END}
+        more = {name: value for name, value in options.items() if name not in _OPTIONS_ABOUT_END}
         return TemplateForms(lambda messages: self._render(template, messages, more))
 
     def stream(self, prompt_token_ids: Sequence[int], skip_special_tokens: bool) -> TokenStream:

@@ -1,6 +1,6 @@
-"""Loads transformers' tokenizer of a directory, without the class of the model's config.
+"""Loads transformers' tokenizer of a directory, without importing the model's config class.
 
-For many types of models, transformers imports torch's compiler with that class.
+For many types of models, importing that class also imports torch's compiler, which takes long.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import threading
 from pathlib import Path
 from typing import Any
 
-# transformers replaces its own module at the end of its import. A thread that meanwhile waits for
-# the same import gets the module from before, which has no tokenizers.
+# transformers replaces its own module at the end of its import. A thread that waits for the same
+# import meanwhile would get the replaced module, which has no tokenizers.
 _IMPORT = threading.Lock()
 
-# Attributes that classes of fast tokenizers set anew without changing what a tokenizer does.
+# Attributes that subclasses may override without changing how the tokenizer behaves.
 _HARMLESS = {"__init__", "model", "slow_tokenizer_class", "__annotate__", "__annotate_func__"}
 
 
@@ -53,7 +53,7 @@ def _config_of_tokenizer(directory: Path) -> Any:
 
 
 def _fields(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} if there is none, about which transformers says more."""
+    """The object in a JSON file; {} without one, which transformers reports."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -62,7 +62,7 @@ def _fields(path: Path) -> dict[str, Any]:
 
 
 def why_not_plain(tokenizer: Any) -> str:
-    """Why a tokenizer of transformers is more than its backend and some facts; "" if it is not."""
+    """Why a tokenizer of transformers cannot become a `PlainTokenizer`; "" if it can."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -82,9 +82,10 @@ def why_not_plain(tokenizer: Any) -> str:
 
 
 def _ignores_clean_up(tokenizer: Any) -> bool:
-    """Whether no spaces are removed although the tokenizer's files ask for that.
+    """Whether transformers ignores the tokenizer's `clean_up_tokenization_spaces`.
 
-    Versions that have this option ignore the files' wish for byte-pair encoding.
+    For byte-pair encoding it does, in versions that have the option below, unless the option is
+    set.
     """
     insists = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
     return (

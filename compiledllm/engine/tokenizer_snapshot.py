@@ -4,8 +4,8 @@
 
 The first start loads a tokenizer by transformers and keeps a snapshot: the tokenizer in the format
 of the `tokenizers` library, and the facts that transformers knows in addition. A snapshot's name is
-a digest of the files and versions that decide the tokenizer, so a snapshot that is found is right.
-A file that is missing, damaged or unwritable costs time only.
+a digest of all files and versions on which the tokenizer depends, so a snapshot is never stale. A
+snapshot that is missing, damaged or cannot be written costs time only.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SUFFIX = ".tokenizer"
 _FORMAT = b"compiledllm tokenizer 1\n"  # followed by a checksum, a line of JSON, and the tokenizer
 _CHECKSUM_BYTES = 32
 _MAX_FILES = 32  # per folder; beyond that, the least recently used files are removed
-_MAX_BYTES = 2**28  # of a file that decides a tokenizer; the largest known one has 2**25
+_MAX_BYTES = 2**28  # larger files are taken for weights; the largest tokenizer file has 2**25
 # Packages that read, convert or run a tokenizer.
 _PACKAGES = (
     "transformers",
@@ -50,7 +50,7 @@ _PACKAGES = (
     "mistral-common",
     "protobuf",
 )
-# Ends of the names of large files that decide no tokenizer.
+# Suffixes of the names of weight files, on which no tokenizer depends.
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".onnx", ".index.json")
 
 
@@ -60,7 +60,7 @@ class BadSnapshot(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What was made of a tokenizer.
+    """A tokenizer as it is kept in a file.
 
     key: as `key_of` makes it. label: the checkpoint's name, for people. backend: JSON. created:
     seconds since the epoch.
@@ -111,7 +111,7 @@ def copy_to(folder: Path, directory: Path) -> None:
 
 
 def warm_up(artifact_dir: str | None = None) -> None:
-    """Import what the first tokenizer will need; transformers only if no snapshots are kept."""
+    """Import the modules that `open_tokenizer` will need; transformers only without snapshots."""
     from compiledllm.engine import chat_rendering  # noqa: F401
 
     folders = [] if is_disabled() else _folders(artifact_dir)
@@ -123,11 +123,11 @@ def warm_up(artifact_dir: str | None = None) -> None:
 
 
 def key_of(directory: Path) -> str:
-    """A digest of all that decides the tokenizer. Raises OSError.
+    """A digest of everything on which the tokenizer depends. Raises OSError.
 
-    Any file but weights may decide: transformers' classes read files of many names.
+    All files but weights are included, since transformers' classes read files of many names.
     """
-    # Of a model's name, which a relative path is for transformers, some have rules of their own.
+    # transformers takes a relative path for a model's name, and has special rules for some names.
     name = "" if directory.is_absolute() else str(directory)
     versions = {package: version_of(package) for package in _PACKAGES}
     digest = hashlib.sha256(json.dumps([_FORMAT.decode(), name, versions]).encode())

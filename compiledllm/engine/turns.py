@@ -29,15 +29,15 @@ class Turns:
             finally:
                 try:
                     self._do_postponed()
-                finally:  # even after an error or a second Ctrl-C, as other threads wait
+                finally:  # also after an error or a second Ctrl-C, since other threads wait
                     self._turn.release()
                 self._try_postponed()
 
     def run_soon(self, work: Callable[[], None]) -> None:
         """Run `work` in a turn: now if no thread has the turn, else at the end of the current one.
 
-        Never waits, as finalizers need: the garbage collector may call a finalizer in the thread
-        that has the turn.
+        Never waits, so that finalizers may call it: the garbage collector may run a finalizer in
+        the thread that has the turn.
         """
         self._postponed.append(work)
         self._try_postponed()

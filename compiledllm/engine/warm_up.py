@@ -1,4 +1,4 @@
-"""Requests that use every kernel of a step once, so that no user waits for a compiler."""
+"""Runs requests that use every kernel of a step, so that no later request waits for a compiler."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PENALTIES: dict[str, Any] = {
     "frequency_penalty": 0.5,
     "repetition_penalty": 1.1,
 }
-# What a request may ask of a step besides a token. The last one runs steps without a graph.
+# The kinds of sampling that use different kernels. The last one runs steps without a CUDA graph.
 KINDS = (
     SamplingParams(temperature=0),
     SamplingParams(temperature=0.8),
@@ -34,7 +34,7 @@ _MAX_TOKENS = 3
 
 
 def warm_up(core: EngineCore) -> None:
-    """Run requests of all kinds, alone and together. A failure is logged, and the start goes on."""
+    """Run requests of each kind, and of all kinds at once. A failure is only logged."""
     try:
         for kind in KINDS:
             _run(core, [kind])
