@@ -1,4 +1,4 @@
-"""The key of a start's artifact: a list of all that decides what is compiled and measured."""
+"""The key of a start's artifact: all facts on which the compiled code and measurements depend."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from compiledllm.platform import Platform
 from compiledllm.runner.plan import Plan
 from compiledllm.version import version_of
 
-# Fields of the model's spec that decide the code of blocks and edges, or the size of a step.
+# Fields of the model's spec on which the compiled blocks and edges (`graphs.compile`), or a step's
+# memory, depend.
 _SPEC_FIELDS = (
     *("vocab_size", "hidden_size", "final_norm", "num_learned_positions", "first_position"),
     *("embedding_scale", "embedding_size", "token_vocab_size", "lm_head_bias"),
@@ -37,7 +38,7 @@ _MAX_SHOWN = 60  # characters of a value in the key; longer values are shown as 
 
 
 def key_of(plan: Plan) -> dict[str, str]:
-    """Name of a deciding fact -> its value."""
+    """Name of a fact on which the artifact depends -> its value, as text."""
     spec, limits = plan.spec, plan.config.limits
     layers = list(dict.fromkeys(spec.layers))
     facts: dict[str, Any] = {
@@ -82,7 +83,7 @@ def _gpu(platform: Platform) -> dict[str, Any]:
 
 
 def _cpu() -> dict[str, Any]:
-    """Inductor compiles for the very CPU, and divides loops by the number of threads."""
+    """Inductor compiles for the CPU's instruction sets and the number of threads."""
     return {
         "device": "cpu",
         "cpu": _cpu_flags(),
@@ -119,7 +120,7 @@ def own_tilings_digest(gpu: str) -> str:
 
 @functools.cache
 def source_digest() -> str:
-    """A digest of our code that decides what is compiled and measured."""
+    """A digest of our source code on which compiled code and measurements depend."""
     found = hashlib.sha256()
     for package in (
         compiledllm.graphs,

@@ -35,10 +35,10 @@ def decode_step_for(plan: Plan, model: Decoder) -> DecodeStep | str:
 
 
 def use_decode_step(runner: ModelRunner, found: DecodeStep | str) -> Choice:
-    """Run small decode steps by their kernel from now on, if there is one and it compiles.
+    """From now on, run small decode steps by their kernel, if there is one and it compiles.
 
-    found: from `decode_step_for`. Steps before have compiled the kernels of single layers, which
-    other small steps run.
+    found: from `decode_step_for`. Call this after a step has compiled the kernels of single layers,
+    which small steps with prompts run.
     """
     if isinstance(found, DecodeStep):
         try:

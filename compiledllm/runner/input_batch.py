@@ -37,13 +37,14 @@ class StepLayout:
     computed: np.ndarray  # int64, number of tokens whose KV is cached before the step
     counts: np.ndarray  # int64, number of tokens that the step computes
     samples: np.ndarray  # bool, whether the step draws the request's next token
-    # Of requests whose states are kept on the way: index in the step, number of tokens before that,
-    # and the row of the snapshot in the tensors of `StateCaches`.
+    # For each snapshot that the step takes while it computes: index of the request in the step,
+    # number of the request's tokens in the step before the snapshot, and the snapshot's row in the
+    # tensors of `StateCaches`.
     kept_states: tuple[tuple[int, int, int], ...] = ()
 
     @classmethod
     def of(cls, step: SchedulerOutput, table: RequestTable, first_slot: int = 0) -> StepLayout:
-        """first_slot: of `StateCaches`."""
+        """The layout of a step. first_slot: the row of the first snapshot in `StateCaches`."""
         request_ids, computed, counts, _, samples = zip(*step.scheduled, strict=True)
         kept_states = tuple(
             (request_ids.index(request_id), count, first_slot + slot)
@@ -65,7 +66,7 @@ class StepLayout:
 
     @property
     def max_row_tokens(self) -> int:
-        """1 if every request computes just its last drawn token and draws the next one; else 0."""
+        """1 if every request computes one token, its last one, and draws the next; otherwise 0."""
         return int(bool(self.samples.all()) and int(self.counts.max()) == 1)
 
     @property
@@ -104,6 +105,9 @@ class StepLayout:
     def pack(self, table: RequestTable, shape: StepShape) -> np.ndarray:
         """The array that `InputBatch.unpack` reads, int64 [packed_size(shape)].
 
+        Three lines of [tokens]: request row, position, token id (-1: on the device only). Then
+        eight lines of [rows]: request row, tokens computed after the step, end of the row's tokens;
+        index, row and position of the samples; tokens before the snapshot to keep, snapshot's row.
         Padding tokens belong to the padding row. Padding samples draw a token for the padding row
         at position 1, so that their query has one position, 0, to attend to.
         """

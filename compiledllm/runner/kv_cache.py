@@ -30,11 +30,10 @@ def plan_num_blocks(
     """Number of usable blocks (without the null block), and the reason for that number.
 
     per_block: bytes of a block. bytes_in_use: see `available_bytes`. max_useful: number of blocks
-    of all requests that can run at once. `max_useful` limits the cache on a CPU only, because a
-    GPU's share is reserved for the engine in any case. snapshot_share: memory of snapshots of
-    states, as a share of the blocks' memory; both are in the same room, unless the number of blocks
-    is given. Raises ConfigError if no block fits, or if an option asks for more than the device's
-    memory.
+    of all requests that can run at once; limits the cache on a CPU only, because a GPU's share is
+    reserved for the engine in any case. snapshot_share: memory for snapshots of states, as a share
+    of the blocks' memory; it is taken from the cache's memory, unless `num_kv_blocks` is given.
+    Raises ConfigError if no block fits, or if an option asks for more than the device's memory.
     """
     if cache.num_kv_blocks is not None:
         room, reason = (cache.num_kv_blocks + 1) * per_block, "num_kv_blocks"
@@ -123,9 +122,10 @@ def zero_blocks(kv_caches: Iterable[Tensor], block_ids: Sequence[int]) -> None:
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of zeros; on a CPU, pages take memory only once they are written."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    # numpy leaves zeroing to the operating system, page by page on first use. torch.zeros would
-    # write all pages now, which takes seconds for gigabytes that may never be used.
+    # numpy lets the operating system zero each page on first use. torch.zeros would write all pages
+    # now, which takes seconds for gigabytes that may never be used.
     num_bytes = math.prod(shape) * dtype.itemsize
     return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(dtype).view(shape)

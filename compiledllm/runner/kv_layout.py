@@ -5,9 +5,9 @@ to one group and holds `block_size` tokens of each layer of the group. The layer
 of the table below share a tensor. All blocks therefore have the same size, and one pool serves all
 groups.
 
-Layers whose KV is k times as large as others' are in groups of their own, whose blocks hold a k-th
-of the tokens. Such a group has k block tables, of which each has a block where another group's
-table has one: the scheduler knows tables only. Attention reads the k tables as one, alternately.
+Layers whose KV per token takes k times the bytes of the smallest layers' KV are in groups of their
+own, whose blocks hold a k-th of the tokens. Such a group has k block tables. To the scheduler these
+are k tables like all others; attention reads them as one table, whose entries alternate.
 
     column         0    1    2       one cache tensor per column
     group 0       L0   L1   L3       window of 1024 tokens: holds only the blocks in the window
@@ -44,7 +44,7 @@ class Place(NamedTuple):
     """The location of a layer's keys and values."""
 
     group: int  # index of the group
-    column: int  # index of the cache tensor
+    column: int  # index of the column
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +52,10 @@ class KVLayout:
     """How a model's layers are divided into groups and columns.
 
     windows: per group, the number of latest tokens that its layers see; 0: all. splits: per group,
-    the number of its block tables, by which a block holds fewer tokens. places, caches: one per
-    layer that has KV, and what the layer keeps. columns: per column, the bytes that a block has for
-    each of `block_size` tokens. states: by layer, for layers that keep a state instead.
+    the number of its block tables; its blocks hold `block_size` / split tokens. places, caches: one
+    per layer that has KV: where the layer's KV is, and what the layer keeps. columns: per column,
+    the bytes of a block, divided by `block_size`. states: by layer, for layers that keep a state
+    instead of KV.
     """
 
     windows: tuple[int, ...]
@@ -66,7 +67,7 @@ class KVLayout:
 
     @property
     def size(self) -> int:
-        """Number of cache tensors, which is the number of layers in a full group."""
+        """Number of columns, which is the number of layers in a full group."""
         return len(self.columns)
 
     @property
@@ -108,7 +109,7 @@ class KVLayout:
         return [next(state_items) if i in self.states else next(paged_items) for i in layers]
 
     def block_bytes(self, block_size: int) -> int:
-        """Bytes of one block. Of a group with one table, it holds `block_size` tokens."""
+        """Bytes of one block, which are the same for all groups."""
         return self.bytes_per_token * block_size
 
     def __str__(self) -> str:
@@ -120,11 +121,11 @@ class KVLayout:
 
 
 def kv_layout(caches: Caches, max_len: int) -> KVLayout:
-    """The fewest groups with which a request of `max_len` tokens takes nearly the least memory.
+    """The layout with the fewest groups that takes nearly the minimum memory.
 
-    All groups have the same size, so the last group of a window may have empty columns. A model
-    gets a single group, with the largest window of its layers, if all windows are equal or blocks
-    of the layers cannot be equally large.
+    Memory is that of a request of `max_len` tokens. All groups have the same size, so the last
+    group of a window may have empty columns. A model gets a single group, with the largest window
+    of its layers, if all windows are equal or if blocks of the layers cannot be equally large.
     """
     paged, splits = _paged(caches), _splits(caches)
     kinds: dict[tuple[int, int], list[int]] = {}  # window and split -> layers
@@ -173,7 +174,10 @@ def whole_contexts(caches: Caches) -> KVLayout:
 
 
 def _splits(caches: Caches) -> dict[int, int]:
-    """By layer with KV, how many times the smallest layer's bytes it takes; {} if no few times."""
+    """Per layer with KV, its bytes per token as a multiple of the smallest layer's.
+
+    Empty if a multiple is not one of _SPLITS, or if the layers' dtypes differ.
+    """
     paged = _paged(caches)
     smallest = min(cache.bytes_per_token for cache in paged.values())
     splits = {index: cache.bytes_per_token / smallest for index, cache in paged.items()}

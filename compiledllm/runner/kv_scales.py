@@ -1,7 +1,7 @@
 """Sets the scales of an FP8 KV cache: the checkpoint's, or measured on a built-in prompt.
 
-FP8 (e4m3) ends at 448, and larger values are clamped. Scales of 1 fit many models and ruin some,
-e.g. those whose keys have a large bias, so a layer without scales is always measured.
+The largest FP8 (e4m3) number is 448, and larger values are clamped. Scales of 1 fit many models and
+ruin some, e.g. those whose keys have a large bias, so a layer without scales is always measured.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ from compiledllm.runner.kv_layout import whole_contexts
 from compiledllm.runner.state_caches import StateCaches
 
 MAX_CLIPPED = 0.001  # fraction of a layer's keys or values that a checkpoint's scales may clamp
-_SMALLEST_FP8 = 2.0**-6  # smaller numbers have fewer bits
+_MIN_NORMAL_FP8 = 2.0**-6  # smaller numbers are subnormal: they have fewer bits
 _MAX_PROMPT = 512  # tokens
-# Headroom above the largest measured value, as a factor. In FP8 448 is 28672 times the smallest
-# normal number, so headroom costs precision only in values thousands of times below the largest.
-_ROOM = 4.0
+# FP8's largest number divided by the largest measured value, at least. 448 is 28672 times the
+# smallest normal number, so headroom costs precision only in values thousands of times smaller than
+# the largest.
+_HEADROOM = 4.0
 
 
 @torch.inference_mode()
 def set_kv_scales(model: Decoder, stored: Mapping[int, Tensor], limits: StepLimits) -> Choice:
     """Set `model.kv_scales`. Returns the source of the scales, with the reason.
 
-    stored: layer -> [2], the checkpoint's scales. A layer whose stored scales clamp more than
-    MAX_CLIPPED of the prompt's keys or values, or are too large for all of them, gets measured
-    scales, with a warning.
+    stored: layer -> [2], the checkpoint's scales. A layer gets measured scales instead, with a
+    warning, if its stored scales clamp more than MAX_CLIPPED of the prompt's keys or values, or are
+    so large that all keys or all values become subnormal.
     """
     num_stored, many = 0, model.spec.num_ranks > 1
     for layer, cache in _caches_of_prompt(model, limits).items():
@@ -80,7 +81,7 @@ def _caches_of_prompt(model: Decoder, limits: StepLimits) -> dict[int, Tensor]:
     ids = torch.randint(spec.vocab_size, (num_tokens,), generator=generator, device="cpu")
     positions = torch.arange(num_tokens, device=device)
     attn = AttentionMetadata(
-        slot_mapping=positions + size,  # behind the null block
+        slot_mapping=positions + size,  # after the null block
         block_tables=torch.arange(1, num_blocks + 1, dtype=torch.int32, device=device)[None],
         seq_lens=torch.tensor([num_tokens], dtype=torch.int32, device=device),
         query_start_loc=torch.tensor([0, num_tokens], dtype=torch.int32, device=device),
@@ -101,7 +102,7 @@ def _misfit(cache: Tensor, scales: Tensor, has_ranks: bool) -> str:
     if (clipped := _clipped_fraction(cache, scales, has_ranks)) > MAX_CLIPPED:
         return f"clamp {clipped * 100:.1f} % of the values"
     sizes = zip(_largest(cache, has_ranks), scales.tolist(), strict=True)
-    if any(0 < largest < scale * _SMALLEST_FP8 for largest, scale in sizes):
+    if any(0 < largest < scale * _MIN_NORMAL_FP8 for largest, scale in sizes):
         return "round off all values"
     return ""
 
@@ -128,4 +129,4 @@ def _measured_scales(cache: Tensor, has_ranks: bool) -> Tensor:
 def _power_of_two(largest: float) -> float:
     if not 0 < largest < math.inf:  # NaN or infinity is the model's fault and shows in its logits
         return 1.0
-    return 2.0 ** math.ceil(math.log2(largest * _ROOM / MAX_FP8))
+    return 2.0 ** math.ceil(math.log2(largest * _HEADROOM / MAX_FP8))

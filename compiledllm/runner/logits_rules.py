@@ -43,15 +43,15 @@ class LogitsRules:
         """Whether any row has rules."""
         return bool(self._rules_of)
 
-    def edit(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    def are_edited(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """bool [rows]: whether rules edit the logits for the token at each row's position."""
         is_early = self._min_tokens.is_early(rows, positions)
         edited: np.ndarray = self._edits_every_draw[rows] | is_early
         return edited
 
-    def read_last_tokens(self, rows: np.ndarray) -> bool:
+    def need_last_tokens(self, rows: np.ndarray) -> bool:
         """Whether any rule of these rows depends on the token before the one to be drawn."""
-        return self._bad_words.read_last_tokens(rows)
+        return self._bad_words.need_last_tokens(rows)
 
     def fill(self, row: int, request: NewRequest) -> None:
         """Take a request, with the tokens that it has so far, into a row."""
@@ -59,7 +59,7 @@ class LogitsRules:
         for rule in self._in_order:
             if rule.fill(row, request):
                 rules.append(rule)
-                self._rules_of[row] = rules  # now, so that `release` works if the next one fails
+                self._rules_of[row] = rules  # here, so that `release` works if the next rule raises
         self._edits_every_draw[row] = any(rule is not self._min_tokens for rule in rules)
         if followers := [rule for rule in rules if rule.follows_output]:
             self._followers_of[row] = followers
@@ -78,7 +78,7 @@ class LogitsRules:
     def apply(self, logits: Tensor, draw: Draw) -> dict[int, str]:
         """Edit the logits, float32 [rows, vocab], in place. Returns error messages by batch index.
 
-        The rows' last tokens must be given if `read_last_tokens` is true.
+        `draw` must have the rows' last tokens if `need_last_tokens` is true.
         """
         errors: dict[int, str] = {}
         for rule in self._in_order:

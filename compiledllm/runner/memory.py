@@ -27,9 +27,10 @@ _GIB = 2**30
 class MemoryBudget:
     """Bytes of GPU memory.
 
-    limit: the engine's share. held: weights and the process's other tensors. activations: measured
-    peak of the largest step. captures: the memory pool and the graphs of captured steps. sampling:
-    the maximum that penalties and log probabilities take. states: of layers without KV.
+    limit: the engine's share of the GPU. held: weights and the process's other tensors.
+    activations: measured peak of the largest step. captures: the memory pool and the graphs of
+    captured steps. sampling: maximum for penalties and log probabilities. states: the states of all
+    request rows, of layers without KV.
     """
 
     limit: int
@@ -67,7 +68,8 @@ def check_gpu_is_free(platform: Platform, share: float) -> None:
         fits = int((free + ours) / total * 100) / 100
         raise ConfigError(
             f"gpu_memory_utilization={share} asks for {total * share / _GIB:.1f} of "
-            f"{total / _GIB:.1f} GiB, but others hold {(total - free - ours) / _GIB:.1f} GiB "
+            f"{total / _GIB:.1f} GiB, but other processes hold "
+            f"{(total - free - ours) / _GIB:.1f} GiB "
             f"(nvidia-smi shows who); use gpu_memory_utilization={fits}, or num_kv_blocks"
         )
 
@@ -108,7 +110,7 @@ def measure_activations(
     probe.run_dummy(limits.max_num_batched_tokens, num_samples=limits.max_num_seqs)
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device)
-    del probe, kv_caches  # the probe is part of a cycle of references
+    del probe, kv_caches  # the collector must free the probe, which is in a reference cycle
     gc.collect()
     torch.cuda.empty_cache()
     retained = torch.cuda.memory_allocated(device) - base
@@ -131,9 +133,9 @@ def plan_memory(
 ) -> MemoryBudget:
     """The budget of an engine. share: its fraction of the GPU's memory, (0, 1].
 
-    activations, sampling: bytes, see `MemoryBudget`. workspaces: bytes that the process does not
-    hold yet, because another process has measured. Captured steps share one memory pool, as large
-    as the largest step.
+    activations, sampling: bytes, see `MemoryBudget`. workspaces: bytes of libraries' workspaces
+    that this process does not hold yet, because an earlier start has measured the activations.
+    Captured steps share one memory pool, which is as large as the largest step.
     """
     return MemoryBudget(
         limit=int(platform.memory_bytes * share),

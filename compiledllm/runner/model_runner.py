@@ -43,7 +43,7 @@ _MIN_TOKENS_FOR_SAMPLED_ONLY = 1024
 
 
 class StepResult(NamedTuple):
-    """The results of a step, besides the new state of the request rows."""
+    """The results of a step, apart from the new state of the request rows."""
 
     drawn: Tensor  # int64 [samples], token ids
     logits: Tensor  # [samples, vocab]
@@ -252,7 +252,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def rehearse(self, shapes: list[StepShape]) -> None:
-        """Ask for the kernels of a step of each shape; other threads compile them. CUDA only."""
+        """Request the kernels of a step of each shape, for other threads to compile. CUDA only."""
         with compile_ahead.asking():
             self._step_graphs(shapes).rehearse(self._rehearsed_step)
 
@@ -321,7 +321,7 @@ class ModelRunner:
     def _last_tokens(self, rows: np.ndarray) -> Tensor | None:
         """Last tokens before the step overwrites them, int64 [rows]; None if no rule reads them."""
         table = self.table
-        if not table.rules.read_last_tokens(rows):
+        if not table.rules.need_last_tokens(rows):
             return None
         return table.last_token_ids[to_device(rows, self.device)]
 

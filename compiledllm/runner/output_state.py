@@ -1,4 +1,7 @@
-"""Where an output stands: in its reasoning, which may be anything, or in its form."""
+"""Tracks whether an output is still in its reasoning, which is free text, or already in its form.
+
+The form is the part of a structured output that the grammar constrains.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,11 @@ _MAX_SPACES = 2  # tokens of white space between the reasoning and the form
 
 
 class OutputState:
-    """The state of an output that has a form. It follows from the output's tokens alone.
+    """The state of a structured output, which depends on the output's tokens alone.
 
-    reasoning: None if the form is the whole output. Attributes: `matcher`, llguidance's state of
-    the form, None while the reasoning is open; `others`, tokens that may follow besides those that
-    the grammar allows.
+    reasoning: None if the form is the whole output. Attributes: `matcher` (llguidance's state of
+    the form; None during the reasoning), `others` (tokens that may follow besides those that the
+    grammar allows).
     """
 
     def __init__(
@@ -53,13 +56,13 @@ class OutputState:
             self.matcher = self.grammar.matcher([token_id])
 
     def _leave_out(self, token_id: int) -> bool:
-        """Whether the token, one of `others`, is no part of the form."""
+        """Handle a token of `others`. Returns False if the token belongs to the form after all."""
         tokens = self._reasoning
         assert tokens is not None
         if token_id not in tokens.spaces:  # the token that begins the reasoning
             self.matcher, self.others = None, ()
             return True
-        if self.matcher.validate_tokens([token_id]):  # the form may begin with white space, too
+        if self.matcher.validate_tokens([token_id]):  # a form may begin with white space itself
             return False
         self._num_spaces += 1
         if self._num_spaces == _MAX_SPACES:

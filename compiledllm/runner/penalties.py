@@ -108,7 +108,7 @@ class Penalties(Rule):
             return None
         params = [self._params_of[row] for _, row in penalized]
         amounts = [
-            [max(p.repetition_penalty, 1e-6) for p in params],  # against overflow
+            [max(p.repetition_penalty, 1e-6) for p in params],  # bounded, as logits are divided
             [p.frequency_penalty for p in params],
             [p.presence_penalty for p in params],
         ]

@@ -19,7 +19,7 @@ class LogprobsBatch:
     """Log probabilities at positions of one request, or at one position each of several requests.
 
     num_best: number of columns for the most likely tokens. num_returned: per position, how many of
-    these columns to return, and how many of the columns behind them, which hold named tokens.
+    these columns to return, and how many of the columns after them, which hold named tokens.
     """
 
     logprobs: Logprobs

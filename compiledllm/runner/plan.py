@@ -29,10 +29,9 @@ class Plan:
     checkpoint: directory with config.json. spec: the model, in the dtypes in which it runs, or the
     part of it that each rank holds. ranks: which of the model's processes carries out the plan.
     stored_dtype: dtype of the checkpoint's weights, a name in torch. backend: the attention
-    backend, prepared to run the model.
-    blocks_per_context: number of KV blocks that a request of `max_model_len` tokens holds.
-    max_useful_blocks: number of KV blocks of all requests that can run at once; more would stay
-    idle. report: the choices, with reasons.
+    backend, prepared to run the model. blocks_per_context: number of KV blocks that a request of
+    `max_model_len` tokens holds. max_useful_blocks: number of KV blocks of all requests that can
+    run at once; more would stay idle. report: the choices, with reasons.
     """
 
     config: ResolvedConfig
@@ -49,7 +48,7 @@ class Plan:
 
     @property
     def agreement(self) -> str:
-        """What the ranks of a model must plan alike, in words."""
+        """The decisions that must be the same on all ranks of a model, as text to compare."""
         limits = self.config.limits
         return (
             f"{limits}, {self.kv_layout}, {self.backend.name}, {self.spec.dtype}, "
@@ -77,7 +76,7 @@ class Plan:
         return num_bytes // self.spec.bytes_per_request if num_bytes else 0
 
     def caches_prefixes(self, num_kv_blocks: int) -> Choice:
-        """Whether prefixes are cached. KV is of no use without the states behind it, if any."""
+        """Whether prefixes are cached; models with states need room for a snapshot, too."""
         is_wanted = self.config.requested.cache.enable_prefix_caching
         if not is_wanted or not self.spec.bytes_per_request:
             return Choice(is_wanted, "as asked" if not is_wanted else "the default")
@@ -110,7 +109,7 @@ class Plan:
         if self.config.requested.compile.enforce_eager:
             return "enforce_eager"
         if not self.backend.captures:
-            return f"attention_backend='{self.backend.name}' asks the host"
+            return f"attention_backend='{self.backend.name}' reads values on the host"
         return None
 
     def shapes_to_capture(self) -> list[StepShape]:

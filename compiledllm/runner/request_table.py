@@ -23,10 +23,10 @@ from compiledllm.types import NewRequest, SchedulerOutput
 class RequestTable:
     """Rows of request state, in tensors whose addresses never change.
 
-    On the device there are `max_num_seqs` + 1 rows; the last row is for padding. splits: of a
-    KVLayout. block_tables: per group of layers int32 [rows, split * max_blocks], in which the
-    group's tables take turns. last_token_ids,
-    num_computed_tokens: int64 [rows]. sampling: the sampling parameters, a tensor [rows] each.
+    On the device there are `max_num_seqs` + 1 rows; the last row is for padding. splits: per group
+    of layers, see `KVLayout`. block_tables: per group, int32 [rows, split * max_blocks], in which
+    the entries of the group's tables alternate. last_token_ids, num_computed_tokens: int64 [rows].
+    sampling: the sampling parameters, a tensor [rows] each.
     On the host, per row: the tokens known at admission, the log probabilities to return, the rules
     for logits, and how the row pools.
     """
@@ -50,7 +50,7 @@ class RequestTable:
             entries.view(num_rows, width)
             for entries, width in zip(torch.split(self._block_ids, sizes), widths, strict=True)
         ]
-        # By table: where its first entry is in `_block_ids`, the width of a row, and the split.
+        # Per block table: index of its first entry in `_block_ids`, width of a row, and the split.
         self._tables = [
             (sum(sizes[:group]) + turn, widths[group], split)
             for group, split in enumerate(splits)
@@ -111,29 +111,29 @@ class RequestTable:
         new = step.new_requests
         rows = [self._fill(request) for request in new]
         params = [request.spec.sampling_params for request in new]
-        whole = [
+        integers = [
             rows,
             [request.token_ids[-1] for request in new],
             [computed[request.spec.request_id] for request in new],
             [request.spec.seed for request in new],
             [min(max(p.top_k, 0), 2**31 - 1) for p in params],
         ]
-        # Floats travel as the bits of float64, so that one copy brings all parameters.
-        parts = [
+        # Floats are copied as the bits of float64, so that one copy has all parameters.
+        fractions = [
             [0.0 if p.is_greedy else p.temperature for p in params],
             [p.top_p for p in params],
             [p.min_p for p in params],
         ]
-        bits = np.array(parts, np.float64).view(np.int64)
-        packed = to_device(np.concatenate((np.array(whole, np.int64), bits)), self.device)
-        index, fractions = packed[0], packed[5:].view(torch.float64).float()
+        bits = np.array(fractions, np.float64).view(np.int64)
+        packed = to_device(np.concatenate((np.array(integers, np.int64), bits)), self.device)
+        index, floats = packed[0], packed[5:].view(torch.float64).float()
         self.last_token_ids[index] = packed[1]
         self.num_computed_tokens[index] = packed[2]
         self.sampling.seeds[index] = packed[3]
         self.sampling.top_k[index] = packed[4].int()
-        self.sampling.temperature[index] = fractions[0]
-        self.sampling.top_p[index] = fractions[1]
-        self.sampling.min_p[index] = fractions[2]
+        self.sampling.temperature[index] = floats[0]
+        self.sampling.top_p[index] = floats[1]
+        self.sampling.min_p[index] = floats[2]
 
     def _fill(self, request: NewRequest) -> int:
         row = self._free_rows.pop()

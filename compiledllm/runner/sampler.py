@@ -46,7 +46,7 @@ class Sampler:
         the padding row, which is greedy.
         """
         rules = self._table.rules
-        if not rules.are_used or not (with_rules := rules.edit(rows, positions)).any():
+        if not rules.are_used or not (with_rules := rules.are_edited(rows, positions)).any():
             return None
         chosen = np.where(with_rules, self._table.padding_row, rows)
         return to_device(chosen, self._table.device)
@@ -63,13 +63,12 @@ class Sampler:
         """Draw again for rows with rules. Returns log probabilities and errors, or None.
 
         drawn: int64 [rows], the step's draws. The draws of rows with rules are overwritten, and so
-        are these rows' last tokens in the request table.
-        logits: [at least rows, vocab]. rows, positions: int64 [rows], request rows and
-        the positions of the drawn tokens. last_tokens: int64 [rows], each sequence's last token
-        before the draw; None if no rule reads last tokens.
+        are these rows' last tokens in the request table. logits: [at least rows, vocab]. rows,
+        positions: int64 [rows], request rows and the positions of the drawn tokens. last_tokens:
+        int64 [rows], each sequence's last token before the draw; None if no rule reads last tokens.
         """
         extras = Extras()
-        with_rules = np.flatnonzero(self._table.rules.edit(rows, positions))
+        with_rules = np.flatnonzero(self._table.rules.are_edited(rows, positions))
         if len(with_rules):
             extras.errors = self._draw_for_all_rules(
                 drawn, logits, with_rules, rows, positions, last_tokens, request_ids
@@ -82,7 +81,7 @@ class Sampler:
         return extras if len(with_rules) or len(with_logprobs) else None
 
     def rehearse(self, logits: Tensor) -> None:
-        """Run the kernels of rows with rules and of log probabilities, but nothing that syncs.
+        """Run the kernels for rows with rules and for log probabilities, without waiting for them.
 
         logits: [rows, vocab]. A few rows are enough, as kernels do not depend on their number.
         """
@@ -228,7 +227,7 @@ def _logprobs_of(
     num_best: list[int],
     named: list[list[int]] | None = None,
 ) -> LogprobsBatch:
-    """Log probabilities of chosen tokens, and of other tokens in their place, per row.
+    """Per row, the log probabilities of a chosen token, the most likely tokens and named tokens.
 
     logits: [at least rows, vocab]. rows, chosen: int64 [rows], row indices of the logits and chosen
     tokens. num_best, named: per row, the number of most likely tokens, and further token ids.

@@ -1,10 +1,11 @@
-"""What a worker takes over from an earlier start, and what it leaves for the next one.
+"""Finds the artifact of an earlier start, and keeps an artifact for the next start.
 
     cache = StartCache(plan)      # begins to read in a thread
     artifact = cache.artifact()   # waits; None: this start must compile
     cache.keep(artifact)          # writes in a thread
 
-The engine runs without any of it: a file that is missing, damaged or unwritable costs time only.
+The engine runs without artifacts: one that is missing, damaged or cannot be written costs time
+only.
 """
 
 from __future__ import annotations
@@ -87,15 +88,16 @@ class StartCache:
         return self._plan.platform.is_cuda
 
     def artifact(self) -> Artifact | None:
-        """Wait for the artifact; its kernels' binaries are in their caches then."""
+        """Wait for the artifact, and until its binaries are in the kernels' caches."""
         if self._thread is not None:
             self._thread.join()
         return self._found if isinstance(self._found, Artifact) else None
 
     def _prepare(self) -> None:
-        """Import the compiler beside the start, if this start will need it.
+        """Import torch's compiler while the start goes on, if this start will need it.
 
-        Not beside transformers' imports, which replace modules while other threads may read them.
+        Not if transformers is imported, too, since its import replaces modules that other threads
+        may be reading.
         """
         options = self._plan.config.requested.compile
         compiles = not (options.enforce_eager or options.deterministic)
@@ -105,12 +107,12 @@ class StartCache:
                 import_compiler()
 
     def wait_for_compiler(self) -> None:
-        """Wait for the compiler's modules, as two threads must not import them at a time."""
+        """Wait for the compiler's import, since two threads must not import it at the same time."""
         self._preparation.join()
 
     @property
     def reason(self) -> str:
-        """Why there is no artifact, or that there is one."""
+        """Why there is no artifact; with an artifact, the name of its file."""
         found = self._found
         return found if isinstance(found, str) else files.file_name(found.key)
 
@@ -143,7 +145,7 @@ class StartCache:
                 triton_cache.provide(entries)
 
     def keep(self, artifact: Artifact) -> None:
-        """Write an artifact into the cache, in a thread which the process's end waits for."""
+        """Write an artifact into the cache, in a thread that finishes before the process exits."""
         threading.Thread(target=self._keep, args=(artifact,), name="keep").start()
 
     def _keep(self, artifact: Artifact) -> None:

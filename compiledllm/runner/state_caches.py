@@ -39,7 +39,8 @@ class StateCaches:
             for kind, count in kinds.items()
         }
         layers = {kind: iter(buffer) for kind, buffer in self._buffers.items()}
-        with torch.inference_mode():  # as for steps' tensors: compiled code has a guard on this
+        # Steps' tensors are inference tensors, and compiled code guards on that.
+        with torch.inference_mode():
             self._no_snapshots = torch.zeros(size, 2, dtype=torch.int64, device=device)
         self.tensors: list[list[Tensor]] = [
             [next(layers[kind]) for kind in _kinds(state)] for state in layout.states.values()

@@ -14,13 +14,13 @@ from compiledllm.platform import Platform
 from compiledllm.resolved_config import ResolvedConfig
 from compiledllm.runner.kv_cache import available_bytes
 
-MAX_SHARE = 0.5  # of the memory beside the weights, for the states of running requests
+MAX_SHARE = 0.5  # of the memory that weights leave, for the states of running requests
 
 
 def with_room_for_states(
     config: ResolvedConfig, spec: ModelSpec, platform: Platform, report: Report
 ) -> ResolvedConfig:
-    """The config with `max_num_seqs` lowered to the states that fit; the report says how many.
+    """The config with `max_num_seqs` lowered to the number of requests whose states fit.
 
     Raises ConfigError if the state of a single request does not fit, or if the GPU has no kernels
     for a layer's heads.

@@ -1,9 +1,9 @@
 """Structured output: the grammar state of request rows, and the masks of allowed next tokens.
 
-The host computes a bit mask over the vocabulary per row; the device applies the masks to all rows
-with a grammar at once, except those whose outputs are still in their reasoning. A row's state
-follows from the output tokens alone, and is rebuilt from them when the request enters the table
-again: after a preemption, a failed step or a restart.
+The host computes a bit mask over the vocabulary per row, and the device applies all masks at once.
+Rows whose outputs are still in their reasoning have no mask. A row's state depends on the output
+tokens alone, and is rebuilt from them when the request enters the table again: after a preemption,
+a failed step or a restart.
 """
 
 from __future__ import annotations

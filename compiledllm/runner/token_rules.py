@@ -1,4 +1,4 @@
-"""Rules that name tokens: logit bias, allowed tokens, stop tokens that come too early, bad words.
+"""Rules about given tokens: logit bias, allowed tokens, min_tokens, bad words.
 
 Each rule keeps its index tensors on the device as long as the same rows draw.
 """
@@ -147,10 +147,11 @@ class _Words:
     token_ids: list[int]
 
     def completions(self, position: int) -> list[tuple[int, int]]:
-        """The words of several tokens of which the output may already end with all but the last.
+        """The words of several tokens that the token at `position` may complete.
 
-        position: of the token to be drawn. Returns (last but one token, last token) of each word:
-        if the device finds the first in front of `position`, it must ban the second.
+        The host knows the output up to `position` - 2. Returns (last but one token, last token) of
+        each word that matches so far: if the token at `position` - 1, which only the device knows,
+        is the first of the pair, the device must ban the second.
         """
         known = self.token_ids[self.num_prompt_tokens : position - 1]
         return [
@@ -176,7 +177,7 @@ class BadWords(Rule):
         self._has_longer = np.zeros(num_rows, bool)
         self._kept = KeptTensors(self._make)
 
-    def read_last_tokens(self, rows: np.ndarray) -> bool:
+    def need_last_tokens(self, rows: np.ndarray) -> bool:
         """Whether a word of these rows has more than one token."""
         return bool(self._has_longer[rows].any())
 

@@ -48,15 +48,15 @@ from compiledllm.runner.start_cache import StartCache, label_of
 from compiledllm.runner.step_times import measure_step_times
 from compiledllm.types import SchedulerOutput, StepOutput, StepTimes
 
-# Seconds of work before compiling in the background. On two CPU cores, compiling takes 10 to 30 s,
-# during which the model has one core fewer, and makes a step up to 14 % faster (16 requests; one
-# request: no faster). A shorter run never regains the time.
+# Seconds of work before compiling in the background, since shorter runs never regain the time. On
+# two CPU cores, compiling takes 10 to 30 s, during which the model has one core fewer. Afterwards
+# steps of 16 requests are up to 14 % faster, and steps of one request are not.
 BUSY_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerStats:
-    """num_recompiles: compilations after the start, which hold up a step."""
+    """num_recompiles: number of compilations after the start, each of which delays a step."""
 
     num_recompiles: int
 
@@ -72,7 +72,7 @@ class Worker:
     do not fit the spec, or if other processes hold the GPU's memory.
     """
 
-    is_broken = False  # a worker of its own can always run another step
+    is_broken = False  # a single worker can always run another step, unlike `FirstRank`
 
     def __init__(self, plan: Plan, ledger: Ledger) -> None:
         self.plan = plan
@@ -91,7 +91,7 @@ class Worker:
         if plan.platform.is_cuda and not is_sized:
             check_gpu_is_free(plan.platform, cache.gpu_memory_utilization)
         if plan.spec.is_quantized:
-            self.cache.artifact()  # has the kernels that repack weights
+            self.cache.artifact()  # waits for its binaries: kernels that repack weights
         with ledger.phase("weights"):
             self._model = self._build_model()
         if plan.config.requested.model.load_format != "dummy":
@@ -105,7 +105,7 @@ class Worker:
         self._decode_step: DecodeStep | str | None = None  # str: why there is none
         if plan.platform.is_cuda:
             if plan.config.requested.compile.persistent_decode:
-                self.cache.artifact()  # may have the kernel
+                self.cache.artifact()  # waits for its binaries: the decode step's kernel
             self._decode_step = decode_step_for(plan, self._model)
 
     # -- steps ---------------------------------------------------------------------------------
@@ -251,17 +251,17 @@ class Worker:
         return "nothing, running eagerly", str(compiler.error)
 
     def use_idle_time(self) -> bool:
-        """Do a piece of a start's work that was put off. False if nothing is left to do."""
+        """Do a piece of postponed start-up work. False if there is none left."""
         graphs = self.runner.graphs
         return graphs is not None and graphs.capture_next()
 
     def finish_start(self) -> None:
-        """Leave an artifact, now or once the compiler is ready. To be called after a warm-up."""
+        """Keep an artifact, now or once the compiler is ready. To be called after a warm-up."""
         if not self.is_restored:
             self.runner.compiler.call_when_ready(self._keep)
 
     def _restore(self) -> bool:
-        """Take over the compiled functions of an earlier start, if there are any that load."""
+        """Load the compiled functions of an earlier start. False if there are none that fit."""
         artifact = self.cache.artifact()
         if artifact is None:
             return False
@@ -273,7 +273,7 @@ class Worker:
             return False
         try:
             self.runner.compiler.restore(artifact.graphs)
-        except Exception as error:  # foreign code may fail in any way; this start compiles
+        except Exception as error:  # stored code may fail to load in any way: compile instead
             reason = f"{type(error).__name__}: {error}"
             log.warning("%s cannot be loaded (%s): compiling", self.cache.reason, reason)
             return False
@@ -281,12 +281,12 @@ class Worker:
         return True
 
     def _keep(self) -> None:
-        """Leave what this start compiled for the next one."""
+        """Keep what this start compiled for the next start."""
         if (artifact := self.make_artifact()) is not None:
             self.cache.keep(artifact)
 
     def make_artifact(self) -> Artifact | None:
-        """What this start compiled or took over, for others; None if it did neither."""
+        """The compiled functions of this start, also if restored; None if there are none."""
         compiler = self.runner.compiler
         if not self.cache.key or not compiler.is_ready or compiler.why_not_saved:
             return None

@@ -95,7 +95,7 @@ class Batch:
         """The rows' logits by the rules, without drawing."""
         _, rows, positions = self.at()
         edited, rules = logits.clone(), self.table.rules
-        with_rules = np.flatnonzero(rules.edit(rows, positions))
+        with_rules = np.flatnonzero(rules.are_edited(rows, positions))
         if len(with_rules):
             index = torch.from_numpy(with_rules)
             chosen = edited[index]

@@ -21,7 +21,7 @@ def pretend(patch: pytest.MonkeyPatch, free: int, reserved: int = 0, allocated: 
 
 def test_memory_that_others_hold_is_said_with_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, free=50, reserved=10)
-    message = r"asks for 72\.0 of 80\.0 GiB, but others hold 20\.0 GiB .* use .*=0\.75"
+    message = r"asks for 72\.0 of 80\.0 GiB, but other processes hold 20\.0 GiB .* use .*=0\.75"
     with pytest.raises(ConfigError, match=message):
         check_gpu_is_free(GPU, 0.9)
     check_gpu_is_free(GPU, 0.75)
