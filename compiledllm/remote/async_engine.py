@@ -39,8 +39,8 @@ class AsyncEngine:
 
     AsyncEngine(model=None, **options) takes what `Engine` takes, and raises ConfigError at once for
     an unknown option. The engine's process starts with the first request, or with `start` or
-    `async with`; what only the loaded model can tell (an impossible configuration) raises then.
-    Needs the extra `server` (msgspec).
+    `async with`. A configuration that turns out to be impossible once the model is known raises
+    ConfigError then. Needs the extra `server` (msgspec).
 
     An engine that ends is started again. A request of which nothing was shown yet is given to the
     new engine; all others raise EngineError. An engine that cannot be started again is `errored`.
@@ -228,9 +228,9 @@ class AsyncEngine:
         factory = await self._factory()
         params = factory.defaults if params is None else params
         request_id = f"async-{next(self._request_ids)}" if request_id is None else request_id
-        # The engine knows a request by an id that is never used twice: news of an aborted request
-        # may still be under way when its caller uses the id again. The request is made in a
-        # thread, since long texts and grammars take long.
+        # The id in the engine is never used twice, because news of an aborted request may still be
+        # under way when the caller uses the request's id again. The request is made in a thread,
+        # since long texts and grammars take long.
         core_id = f"{next(self._request_ids)}-{request_id}"
         state = await asyncio.to_thread(_make, factory, prompt, params, core_id, priority)
         state.request_id = request_id
@@ -238,7 +238,7 @@ class AsyncEngine:
         return live
 
     async def _admit(self, states: list[RequestState]) -> list[LiveRequest]:
-        """Send requests to the engine, which may have ended since they were made."""
+        """Send requests to the engine. Raises EngineError if the engine has ended meanwhile."""
         await self.start()
         try:
             return self._client.admit(states)
@@ -248,7 +248,10 @@ class AsyncEngine:
     async def _finished(
         self, factory: RequestFactory, make: Callable[[], list[RequestState]]
     ) -> list[RequestState]:
-        """Requests that are made in a thread, once all are finished; leaving early aborts them."""
+        """Make requests in a thread, and return them once all are finished.
+
+        Cancelling aborts them.
+        """
         states = await asyncio.to_thread(make)
         for state in states:
             factory.check_room(state.completions[0].spec)

@@ -15,7 +15,7 @@ _Received = TypeVar("_Received")
 
 
 class Link(Generic[_Received]):
-    """One end of the connection. Sending never waits: what cannot be sent yet is kept."""
+    """One end of the connection. Sending never waits: messages that cannot be sent yet are kept."""
 
     decoder: ClassVar[msgspec.msgpack.Decoder[Any]]  # of the messages that this end receives
 
@@ -42,7 +42,7 @@ class Link(Generic[_Received]):
         return message
 
     def close(self) -> None:
-        """Close the connection at once, without what has not been sent."""
+        """Close the connection at once; messages that have not been sent are lost."""
         self._writer.transport.abort()
 
 

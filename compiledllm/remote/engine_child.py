@@ -15,8 +15,8 @@ from compiledllm.remote.running_log import RunningLog
 from compiledllm.remote.wire import FromEngine, ToEngine, frame, receive_async
 
 ENGINE_COMMAND = (sys.executable, "-m", "compiledllm.remote.engine_process")
-_LAST_WORDS_S = 1.0  # for reading what an ended process has already written
-_END_S = 5.0  # for a process to exit after its connection is closed
+_LAST_WORDS_S = 1.0  # time for reading the messages that an ended process has already written
+_END_S = 5.0  # time limit for a process to exit after its connection is closed
 
 
 class EngineProcess(Protocol):
@@ -103,7 +103,7 @@ class EngineChild:
         self.send_frame(frame(message))
 
     def send_frame(self, raw: bytes) -> None:
-        """Queue a message that is a frame already."""
+        """Queue a message that is already encoded as a frame."""
         if not self._writer.is_closing():
             self._writer.write(raw)
 

@@ -36,16 +36,17 @@ from compiledllm.remote.wire import (
 )
 from compiledllm.types import StepNews
 
-STOP_S = 5.0  # for a killed process to exit
+STOP_S = 5.0  # time limit for a killed process to exit
 
 
 class EngineLife(EngineState, ABC):
     """Starts the engine's process and watches it.
 
-    command: starts such a process; two file descriptors are appended as arguments. environment:
+    options: the engine's options by name. crash_folder: where crash records are written. command:
+    the command line of the process, to which two file descriptors are appended. environment:
     variables of the process besides this process's own. spawn: starts the process, on this machine
     or another one; see `EngineChild.spawn`. Attributes, besides those of `EngineState`: `signs`
-    (the signs of life), `observe` (called with each message).
+    (the signs of life), `observe` (called with `Ready` and `StepOutputs` messages).
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class EngineLife(EngineState, ABC):
     # -- life and death ------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the engine in the background; `state` tells the progress."""
+        """Start the engine in the background; `state` shows the progress."""
         tidy_crash_records(self._crash_folder)
         self._supervisor = asyncio.create_task(self._supervise())
 
@@ -144,6 +145,7 @@ class EngineLife(EngineState, ABC):
             self._end_all(EngineError(reason))
 
     def why_unhealthy(self) -> str | None:
+        """Why the engine cannot serve now; None: it can."""
         if self.state == "dead":
             return self.failure.error if self.failure else "the engine has ended"
         reason = self.signs.why_unhealthy()
@@ -188,7 +190,7 @@ class EngineLife(EngineState, ABC):
                 while (message := await child.receive()) is not None:
                     self.signs.hear(message)
                     if isinstance(message, Ready):
-                        self._has_loaded = True  # also if it ends before it is welcomed
+                        self._has_loaded = True  # even if the process ends before `_welcome` runs
                         self.observe(message)
                         beside.append(tasks.create_task(self._welcome(message)))
                     else:
@@ -218,14 +220,17 @@ class EngineLife(EngineState, ABC):
         child.kill()
 
     def _mourn(self, failure: Failed, started: set[str]) -> bool:
-        """Fail or keep the requests of an ended process; return whether to start another one."""
+        """Handle the end of a process: its requests, the crash record, and `failure`.
+
+        Returns whether to start another process.
+        """
         if self._num_finished > self._num_finished_before:
             self._restarts.note_success()
         self._num_finished_before = self._num_finished
         if self._has_loaded and not failure.is_recorded:
             self._write_record(failure, started)
         is_explained = self._on_engine_end(failure.error, started)
-        # An engine that has never loaded would fail again, unless it was killed for its silence.
+        # An engine that never got ready would fail again, unless it was killed for its silence.
         may_load = self._has_loaded or self._was_silent
         if not may_load or not self._restarts.note_crash(is_explained):
             self._give_up(failure)

@@ -1,4 +1,4 @@
-"""The requests of one process to an engine: whether they are admitted, and their way there.
+"""The requests of one process to an engine: admits them, sends them, and follows their outputs.
 
 Requests are `RequestState`s: this process makes text and checks stop strings, so that the engine's
 process only runs steps.
@@ -24,7 +24,7 @@ from compiledllm.remote.live_requests import LiveRequests
 from compiledllm.remote.served_text import load_vocabulary, make_request_factory
 from compiledllm.remote.wire import Ready, ResetPrefixCache, SetVocabulary, ToEngine
 
-MAX_UNREAD_BYTES = 2**24  # bytes the engine has not read; beyond this limit no request is admitted
+MAX_UNREAD_BYTES = 2**24  # if the engine leaves more bytes unread, no request is admitted
 
 
 class EngineRequests(EngineState, ABC):
@@ -33,7 +33,7 @@ class EngineRequests(EngineState, ABC):
     Attributes: `requests` (the request factory, once the engine is ready), `live` (the requests in
     progress), `on_loaded` (called once, when tokenizer and grammars have been loaded in this
     process), `on_loss` (called after the engine has ended, before its requests fail or wait for its
-    next start), `id_prefix` (stands in the ids of this process's requests).
+    next start), `id_prefix` (part of the ids of this process's requests, to make them unique).
     """
 
     id_prefix = ""
@@ -79,7 +79,7 @@ class EngineRequests(EngineState, ABC):
     # -- texts ---------------------------------------------------------------------------------
 
     async def _load_texts(self, message: Ready) -> None:
-        """Load tokenizer and grammars, unless they have been loaded."""
+        """Load the tokenizer and the grammars' vocabulary, unless they have been loaded."""
         if self.requests is None:
             requests = await asyncio.to_thread(make_request_factory, message)
             self._vocabulary = await asyncio.to_thread(load_vocabulary, requests)
@@ -109,7 +109,7 @@ class EngineRequests(EngineState, ABC):
         if reason := self.why_unhealthy():
             raise Unavailable(reason, 5)
         if self.num_unread_bytes > MAX_UNREAD_BYTES:
-            raise Unavailable("the engine does not take what it was sent", 5)
+            raise Unavailable("the engine does not read the requests that were sent to it", 5)
         return self.requests
 
     def admit(self, states: list[RequestState]) -> list[LiveRequest]:

@@ -1,4 +1,4 @@
-"""What an engine's users see of it, whichever process owns the engine's process."""
+"""The state of an engine in another process, as seen by the processes that use the engine."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ State = Literal["loading", "ready", "draining", "dead"]
 
 
 class EngineState:
-    """limits: of requests, and of the engine's silence.
+    """The state of one engine. limits: on requests, and on the engine's silence.
 
-    Attributes: `state`, `ready` (the engine's last `Ready` message), `stats` (after its last step),
-    `failure` (why it ended), `num_restarts`.
+    Attributes: `state`, `ready` (the engine's last `Ready` message), `stats` (after the engine's
+    last step), `failure` (why the engine ended), `num_restarts`.
     """
 
     def __init__(self, limits: Limits) -> None:

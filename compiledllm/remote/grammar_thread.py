@@ -28,9 +28,9 @@ class Compiled:
 class GrammarThread:
     """Calls `put` with each request once its grammar is compiled, and `on_start` before compiling.
 
-    on_start: called with the request's id. If the client leaves in the meantime, the loop calls
-    `forget`, and it calls `is_wanted` before it adds a request. An exception other than a grammar's
-    error ends the thread, and thereby the process (`Lifeline`).
+    on_start: called with the request's id. The engine's loop calls `forget` if the client aborts
+    the request meanwhile, and `is_wanted` before it adds the request. An exception other than a
+    grammar's error ends the thread, and thereby the process (`Lifeline`).
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class GrammarThread:
         self._wanted.discard(request_id)
 
     def is_wanted(self, message: Compiled) -> bool:
-        """Whether the request was not forgotten. Call once per request."""
+        """Whether the request has not been aborted. Call once per request."""
         is_wanted = message.spec.request_id in self._wanted
         self._wanted.discard(message.spec.request_id)
         return is_wanted
@@ -82,7 +82,7 @@ class GrammarThread:
         assert spec.grammar is not None
         try:
             if self._grammars is None:
-                raise ValueError("the vocabulary could not be taken over")
+                raise ValueError("llguidance could not read the vocabulary; see the log")
             compiled = Compiled(spec, self._grammars.remake(spec.grammar))
         except Exception as error:  # errors that the client's own compilation did not raise
             compiled = Compiled(spec, error=f"{type(error).__name__}: {error}")

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 
-_PERIOD_MS = 500  # between checks of the parent process, where there is no pidfd
+_PERIOD_MS = 500  # interval of checks of the parent process, which matter where pidfds are missing
 
 
 def start_guardian(connection: int) -> None:

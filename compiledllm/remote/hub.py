@@ -14,7 +14,7 @@ from compiledllm.remote.shared_wire import EndTurn, Relay, Routed
 
 
 class Hub:
-    """engines: engine number i is the i-th; they need not be started."""
+    """The engines of this process and their clients. engines: by number; need not be started."""
 
     def __init__(self, engines: Sequence[SharedEngineLife]) -> None:
         self.engines = engines

@@ -1,4 +1,4 @@
-"""The engine's end of the connection: a thread reads messages, and failures are reported."""
+"""The engine's end of the connection: reads messages in a thread, and reports failures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from compiledllm.remote.crash_records import write_crash_record
 from compiledllm.remote.wire import Alive, Failed, FromEngine, Ping, frame, receive
 
-_FAREWELL_S = 5  # for a failing process to report its failure
+_FAREWELL_S = 5  # time limit for a failing process to report its failure
 _MAX_ERROR_LENGTH = 2000
 
 
@@ -35,7 +35,8 @@ class Lifeline:
         self._connection = connection
         self._sending = threading.Lock()
         self._is_looping = False
-        self._first_ping_at: float | None = None  # monotonic s; since the loop's last turn
+        # Time of the first ping since the loop's last turn, in seconds of `time.monotonic`.
+        self._first_ping_at: float | None = None
 
     def start(self) -> None:
         threading.excepthook = self._on_thread_failure

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 class Limits:
     """Limits on requests, and timeouts in seconds.
 
-    queued_requests: requests that may wait beyond those that run. queued_tokens: prompt tokens of
-    all waiting and running requests. request_s: for a request to finish. stuck_s: without a sign of
-    life; after twice this time the engine is restarted. load_s: for the engine to load.
+    queued_requests: number of requests that may wait, in addition to `max_num_seqs` running ones.
+    queued_tokens: prompt tokens of all waiting and running requests. request_s: for a request to
+    finish. stuck_s: without a sign of life, after which the engine is unhealthy, and after twice
+    this time restarted. load_s: for the engine to load.
     """
 
     queued_requests: int

@@ -21,8 +21,8 @@ class LiveRequest:
     state: RequestState
     error: Exception | None = None  # raised by `take` after the last output
     was_shown: bool = False  # whether any output has been taken
-    ran_at_crash: bool = False  # running when an engine ended, and restarted since
-    has_moved: bool = False  # given to this engine after another one ended
+    ran_at_crash: bool = False  # was running when an engine ended, and started over since
+    has_moved: bool = False  # was given to this engine after another engine had ended
     num_tokens: int = field(init=False)  # prompt tokens, counted once per completion
     _waiter: asyncio.Future[None] | None = None
 

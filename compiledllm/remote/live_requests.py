@@ -1,4 +1,4 @@
-"""All requests that clients wait for: the book of outputs, and what the engine is told about them.
+"""All requests that clients wait for: sends them to the engine, and collects their outputs.
 
 A request is entered with `add`, grows with `take`, and leaves when it has finished, is aborted or
 fails. After an engine has ended, the requests start over in the next engine, if they can.
@@ -22,10 +22,10 @@ from compiledllm.types import StepNews
 
 
 class LiveRequests:
-    """send: sends a message to the engine.
+    """The requests that one process has in an engine. send: sends a message to the engine.
 
     Attributes: `num_tokens` (sum of all prompts' tokens), `on_change` (called when a request has
-    been entered or has left), `trial` (what a new engine is given, and when).
+    been entered or has left), `trial` (sends a new engine the requests of the ended one).
     """
 
     def __init__(self, send: Callable[[ToEngine], None]) -> None:
@@ -88,7 +88,7 @@ class LiveRequests:
     def _is_live(self, live: LiveRequest) -> bool:
         return self._live_requests.get(live.state.request_id) is live
 
-    # -- the engine's end ----------------------------------------------------------------------
+    # -- when the engine has ended ---------------------------------------------------------------
 
     def on_engine_end(self, cause: str, started: set[str]) -> bool:
         """Fail or restart the requests of an ended engine; return whether any of them was running.
@@ -117,8 +117,8 @@ class LiveRequests:
     def give_away(self) -> list[LiveRequest]:
         """Let go of the requests that another engine may compute instead of an ended one.
 
-        They are those that have shown nothing, did not run when an engine ended, and have not moved
-        before.
+        These are the requests that have shown no output, were not running when an engine ended, and
+        have not been moved before.
         """
         found = [live for live in self if not (live.was_shown or live.ran_at_crash)]
         found = [live for live in found if not live.has_moved]
@@ -132,7 +132,7 @@ class LiveRequests:
         self._enter(live)
 
     def replay(self) -> None:
-        """Give the unfinished requests to a new engine."""
+        """Send the unfinished requests to a new engine, suspects one by one (`Replay`)."""
         suspects = [live for live in self if live.ran_at_crash]
         self.trial.begin(suspects, [live for live in self if not live.ran_at_crash])
 

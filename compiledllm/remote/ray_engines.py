@@ -34,14 +34,14 @@ from compiledllm.engine.ray_ranks import (
 from compiledllm.remote.engine_child import EngineChild, how_it_ended
 from compiledllm.remote.running_log import RunningLog
 
-_WORKER_EXIT_S = 1.0  # for a Ray worker to exit after it has killed its child processes
+_WORKER_EXIT_S = 1.0  # time for a Ray worker to exit after it has killed its child processes
 
 
 class RayEngines:
     """Starts the processes of engines in a cluster.
 
-    num_engines: number of engines. num_ranks: GPUs (or CPUs) of each engine. device: the engines'
-    option. Raises ConfigError if the cluster has too few.
+    num_ranks: number of GPUs (or CPUs) of each engine. device: the engines' option of this name.
+    Raises ConfigError if the cluster has too few GPUs (or CPUs).
     """
 
     def __init__(self, num_engines: int, num_ranks: int, device: str) -> None:
@@ -150,8 +150,8 @@ class _EngineHost:
             )
         status = process.wait()
         if status == -signal.SIGKILL:
-            # A Ray worker whose machine is lost kills its child processes before it exits. This
-            # worker must not report that as the engine's own end, which would make suspects of all
-            # running requests and keep the requests from moving to another engine.
+            # If the machine is lost, the Ray worker kills its child processes before it exits. This
+            # actor must not report that as a crash of the engine: all running requests would become
+            # suspects, and could not move to another engine.
             time.sleep(_WORKER_EXIT_S)
         return status, sorted(running.read())

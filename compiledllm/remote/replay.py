@@ -15,15 +15,17 @@ from collections.abc import Callable, Iterable
 
 from compiledllm.remote.live_request import LiveRequest
 
-TOKENS = 3  # a request with this many tokens is harmless: the first follows from its prompt alone
+# A suspect with this many tokens is harmless. One is not enough: it shows that the prompt can be
+# computed, but not that the request can decode.
+TOKENS = 3
 
 
 class Replay:
-    """The trials of one client process.
+    """Sends the requests of one client process to a new engine.
 
     tell: sends a request to the engine. is_live: whether a client still waits for a request.
-
-    Attributes: `on_trial` (the suspect that was sent last, until it proves harmless).
+    Attributes: `on_trial` (the suspect that was sent last, until it proves harmless), `is_over`
+    (whether new requests may be sent at once).
     """
 
     def __init__(
@@ -38,14 +40,14 @@ class Replay:
         self._has_turn = True
 
     def take_turns(self, on_tried: Callable[[], None]) -> None:
-        """From now on, try suspects only between `begin_turn` and the call of `on_tried`.
+        """From now on, try suspects only after `begin_turn`, and call `on_tried` when done.
 
-        After that, other requests wait until somebody calls `finish`.
+        Other requests then wait until `finish` is called.
         """
         self._on_tried, self._has_turn = on_tried, False
 
     def begin(self, suspects: Iterable[LiveRequest], others: Iterable[LiveRequest]) -> None:
-        """Start with a new engine."""
+        """Start the trials with a new engine. others: requests that are not suspects."""
         self._suspects, self._others = deque(suspects), list(others)
         self.on_trial, self.is_over = None, False
         self.go_on()
@@ -56,7 +58,7 @@ class Replay:
         self.go_on()
 
     def stop(self) -> None:
-        """Stop, because the engine has ended."""
+        """Forget all requests that wait, because the engine has ended."""
         self._suspects.clear()
         self._others.clear()
         self.on_trial, self.is_over = None, True

@@ -24,15 +24,16 @@ from compiledllm.remote.routing import PrefixRouter, hashes
 from compiledllm.remote.wire import Failed, Ready, Stats
 
 _Result = TypeVar("_Result")
-# Expected work of the tokens that a request will generate, in prompt tokens.
+# Estimated load of the tokens that a request has yet to generate, in prompt tokens.
 OUTPUT_TOKENS = 256
 
 
 class Replicas:
-    """clients: one for each replica, not yet started.
+    """The clients of all replicas, with the methods of a single client.
 
-    Attributes, besides a client's: `on_route` (called with the keys of each prompt and the number
-    of its replica, for other processes with the same engines).
+    clients: one for each replica, not yet started. Attributes, besides a client's: `on_route`
+    (called with the router's keys of each prompt and the number of its replica, so that other
+    processes with the same engines learn the route).
     """
 
     def __init__(self, clients: list[EngineRequests]) -> None:
@@ -55,7 +56,7 @@ class Replicas:
 
     @property
     def state(self) -> State:
-        """The best state of any replica."""
+        """The best state of any replica: ready, draining, loading or dead, in this order."""
         states = [client.state for client in self.clients]
         order: tuple[State, ...] = ("ready", "draining", "loading", "dead")
         return next(state for state in order if state in states)
@@ -109,7 +110,7 @@ class Replicas:
     def id_prefix(self) -> str:
         return self.clients[0].id_prefix
 
-    # -- what the replicas have in common ------------------------------------------------------
+    # -- facts that are the same for all replicas ----------------------------------------------
 
     @property
     def requests(self) -> RequestFactory | None:
@@ -191,7 +192,7 @@ class Replicas:
         return self._router.choose(keys, self._outstanding())
 
     def _move_requests_of(self, ended: EngineRequests) -> None:
-        """Move requests of an ended engine to others, as its next start may take long or fail."""
+        """Move requests of an ended engine to ready ones, since its restart may take long."""
         if all(client.state != "ready" for client in self.clients):
             return
         for live in ended.live.give_away():
@@ -261,7 +262,7 @@ def clients_of(engine: ServedEngine) -> list[EngineRequests]:
 
 
 def _keys_of(state: RequestState) -> list[int]:
-    """The prompt as the router sees it. Prompts under different salts share nothing."""
+    """The router's keys of a prompt. Prompts with different cache salts share no key."""
     spec = state.completions[0].spec
     return hashes(spec.prompt_token_ids, spec.cache_salt)
 

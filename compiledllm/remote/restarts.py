@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 
-MAX_CRASHES = 5  # without a running request, within WINDOW_S; beyond this, restarts do not help
-MAX_EXPLAINED_CRASHES = 12  # with requests running, and none finished since
+MAX_CRASHES = 5  # crashes without running requests within WINDOW_S; after more, no restart
+MAX_EXPLAINED_CRASHES = 12  # crashes with running requests, since a request finished
 WINDOW_S = 600.0
 MAX_DELAY_S = 30.0
 _FIRST_DELAY_S = 0.5
@@ -14,8 +14,8 @@ _FIRST_DELAY_S = 0.5
 class Restarts:
     """Counts the crashes since the last request that finished.
 
-    A crash with requests running is attributed to one of them, which is found and ended. Such
-    requests therefore do not use up the restarts of an engine that works without them.
+    A crash with requests running is attributed to one of them, which is found and ended (`Replay`).
+    Such crashes therefore count separately, with a higher limit.
     """
 
     def __init__(self) -> None:

@@ -1,9 +1,9 @@
 """Chooses a replica for each prompt, by how much of the prompt it knows and how much waits there.
 
-The router remembers which beginnings of prompts each replica was given. A prompt's remembered
-beginnings end after every SPACING pieces of PIECE tokens, and after the prompt's last whole piece;
-each is found by a hash of all its tokens. A replica's own prefix cache may have evicted some of
-them; a wrong guess costs the computation of a prompt and nothing else.
+The router remembers prefixes ("beginnings") of the prompts that each replica was given. The
+remembered prefixes of a prompt end after every SPACING pieces of PIECE tokens, and after the last
+whole piece; each is found by a hash of all its tokens. A replica's own prefix cache may have
+evicted a prefix; such a wrong guess only means that the prompt is computed again.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def hashes(token_ids: Sequence[int], salt: str) -> list[int]:
 
 
 class PrefixRouter:
-    """num_replicas: replicas are numbered from 0."""
+    """The prefixes that each replica was given. Replicas are numbered from 0."""
 
     def __init__(self, num_replicas: int) -> None:
-        # Hash of a beginning -> the bits of the replicas that were given it, and the flag; the
-        # latest last. A replica has one bit at a time, and a new bit after `forget`.
+        # Hash of a beginning -> the bits of the replicas that were given the beginning, and the
+        # flag _SHARED; the latest last. A replica gets a new bit by `forget`.
         self._beginnings: OrderedDict[int, int] = OrderedDict()
         self._bits = [2 << index for index in range(num_replicas)]
         self._replicas = {bit: index for index, bit in enumerate(self._bits)}
@@ -52,8 +52,8 @@ class PrefixRouter:
     def choose(self, keys: Sequence[int], outstanding: Sequence[int | None]) -> list[int]:
         """The replicas that take requests, the best for this prompt first.
 
-        keys: the prompt's `hashes`. outstanding: by replica, the tokens it has yet to compute;
-        None: it takes no requests.
+        keys: the prompt's `hashes`. outstanding: per replica, the number of tokens that it has yet
+        to compute; None: the replica takes no requests.
         """
         known, home = self._known(keys)
         waiting = {i: tokens for i, tokens in enumerate(outstanding) if tokens is not None}
@@ -78,7 +78,7 @@ class PrefixRouter:
             beginnings.popitem(last=False)
 
     def forget(self, replica: int | None = None) -> None:
-        """Forget what a replica knew, or all replicas: a new engine's cache is empty."""
+        """Forget the beginnings of a replica, whose engine is new; None: of all replicas."""
         if replica is None:
             self._beginnings.clear()
             return
@@ -88,9 +88,9 @@ class PrefixRouter:
         self._next_bit <<= 1
 
     def _known(self, keys: Sequence[int]) -> tuple[dict[int, int], int | None]:
-        """For each replica, how many tokens of the prompt's beginning it has been given.
+        """The number of the prompt's tokens that each replica was given before, and the home.
 
-        Also the prompt's home: the replica that was given the longest known beginning, if only one
+        The home is the replica that was given the longest known beginning, if exactly one earlier
         prompt had this beginning; otherwise None.
         """
         found = [(n, at) for n, key in enumerate(keys, 1) if (at := self._beginnings.get(key))]

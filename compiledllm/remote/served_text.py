@@ -1,4 +1,4 @@
-"""Makes the request factory and the vocabulary from an engine's `Ready` message."""
+"""Makes the request factory and the grammars' vocabulary from an engine's `Ready` message."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def make_request_factory(message: Ready) -> RequestFactory:
 
 
 def make_served_model(message: Ready) -> ServedModel:
-    # The name of the backend in use need not be one that can be asked for.
+    # The resolved backend may be "fixed_order", which is not a value of the option.
     options = message.options | {"attention_backend": "auto"}
     return ServedModel(
         config=EngineConfig.from_options(**options),

@@ -32,10 +32,10 @@ MIN_QUIET_S = 5.0  # the owner reports every second, and may be silent for this 
 
 
 class SharedEngine(EngineRequests):
-    """number: the engine's number in the owner. row: this process's row in `table`.
+    """The requests that this process sends to the owner's engine `number`.
 
-    name: unique among all present and earlier clients. The ids of this process's requests begin
-    with it (`id_prefix`), so that they differ from the ids of all other clients.
+    row: this process's row in `table`. name: unique among all present and earlier clients; the ids
+    of this process's requests have it (`id_prefix`), so that no other client has the same ids.
     """
 
     def __init__(
@@ -48,13 +48,11 @@ class SharedEngine(EngineRequests):
         self.live.on_change = self._publish
         self.live.trial.take_turns(self._end_turn)
         self._generation = 0
-        self._welcome: EngineReady | None = (
-            None  # the last one; None: the engine's process has ended
-        )
-        self._is_loading = False
-        self._all_tried = False  # all clients have tried their suspects (`replay`)
-        self._report: EngineReport | None = None
-        self._num_quiet_s = 0  # since the owner's last report
+        self._welcome: EngineReady | None = None  # of the running process; None: it has ended
+        self._is_loading = False  # whether tokenizer and grammars are being loaded
+        self._all_tried = False  # whether all clients have tried their suspects (`replay`)
+        self._report: EngineReport | None = None  # the owner's last report
+        self._num_quiet_s = 0  # seconds since the owner's last report
 
     def start(self) -> None:
         """Do nothing: the owner starts the engine."""

@@ -53,7 +53,7 @@ class SharedEngineLife(EngineLife):
         self._turns: deque[ClientLink] = deque()  # first the client that tries its suspects now
         self._is_up = False  # between an engine's `Ready` message and its end
         self._has_vocabulary = False
-        self._num_ended_well = 0
+        self._num_ended_well = 0  # requests that finished without an error
         self._num_lost = 0  # requests that an engine's end left unfinished, until the next `Ready`
 
     # -- clients -------------------------------------------------------------------------------
@@ -124,8 +124,9 @@ class SharedEngineLife(EngineLife):
     # -- trials (`replay`) -----------------------------------------------------------------------
 
     def end_turn(self, link: ClientLink, message: EndTurn) -> None:
-        is_of_now = self._is_up and message.generation == self.num_restarts
-        if is_of_now and self._turns and self._turns[0] is link:
+        """Note that a client has tried its suspects, and give the turn to the next client."""
+        is_current = self._is_up and message.generation == self.num_restarts
+        if is_current and self._turns and self._turns[0] is link:
             self._suspects.pop(self._turns.popleft(), None)
             self._give_turn()
 
@@ -167,7 +168,8 @@ class SharedEngineLife(EngineLife):
             if update.finish_reason is not None:
                 self._owners.pop(update.request_id, None)
                 self._num_ended_well += update.finish_reason != "error"
-        if self._turns and self._turns[0] not in shares:  # the client that tries counts the steps
+        # The client whose turn it is needs a message after each step, even without news.
+        if self._turns and self._turns[0] not in shares:
             shares[self._turns[0]] = StepNews()
         for link, share in shares.items():
             link.send(EngineNews(self.number, share))

@@ -51,8 +51,8 @@ class EngineNews(msgspec.Struct, tag=True):
 class EngineReport(msgspec.Struct, tag=True):
     """The state of an engine; sent every second and with each change.
 
-    problem: why the engine is unhealthy; None: it is healthy. num_unread_bytes: how much the engine
-    has not read of what all clients have sent to it.
+    problem: why the engine is unhealthy; None: it is healthy. num_unread_bytes: bytes from all
+    clients that the engine has not read.
     """
 
     engine: int
@@ -87,7 +87,7 @@ class Drain(msgspec.Struct, tag=True):
 class AskMetrics(msgspec.Struct, tag=True):
     """Asks a client for its own metrics, or the owner for the metrics of all processes.
 
-    number: the answer carries the same number.
+    number: identifies the question; the answer has the same number.
     """
 
     number: int
@@ -144,7 +144,7 @@ class MetricFamily(msgspec.Struct, array_like=True):
 
 
 class MetricsReport(msgspec.Struct, tag=True):
-    """A client's metrics. number: of the `AskMetrics` message; 0: sent every second, unasked."""
+    """A client's metrics. number: of the `AskMetrics` message; 0: the report of every second."""
 
     number: int
     families: list[MetricFamily]

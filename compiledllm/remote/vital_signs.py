@@ -22,8 +22,7 @@ CPU_STEP_KILL_FACTOR = 10.0
 class VitalSigns:
     """Call `begin` when a process starts, `hear` with its messages, `tick` every `interval_s`.
 
-    limits: after `stuck_s` of silence the engine is unhealthy; loading may take
-    `load_s`.
+    limits: after `stuck_s` of silence the engine is unhealthy; loading may take `load_s`.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -32,13 +31,14 @@ class VitalSigns:
         self.begin()
 
     def begin(self) -> None:
+        # `_process` and `_loop` are the times of their last signs of life.
         self._now = self._process = self._loop = 0.0
         self._ticked = time.monotonic()
         self._is_loading = True
         self._loop_kill_factor = KILL_FACTOR
 
     def hear(self, message: FromEngine) -> None:
-        """Note a message: any is a sign of the process, all but `Alive` also of the loop."""
+        """Note a message, which shows that the process lives, and unless `Alive`, the loop, too."""
         self._process = self._now
         if isinstance(message, Alive):
             self._loop = max(self._loop, self._now - message.loop_silence_s)

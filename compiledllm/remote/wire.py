@@ -89,7 +89,7 @@ class Ready(msgspec.Struct, tag=True):
 
 
 class Stats(msgspec.Struct, array_like=True):
-    """Statistics of the engine after a step."""
+    """Statistics of the engine after a step; totals are since the start of the engine."""
 
     num_running: int
     num_waiting: int
@@ -99,15 +99,15 @@ class Stats(msgspec.Struct, array_like=True):
     num_recompiles: int
     step_s: float
     num_tokens: int  # computed in this step
-    prefix_queries: int  # prompt tokens looked up and found in the prefix cache since the start
-    prefix_hits: int
-    prefix_misses_of_state: int = 0  # prompt tokens whose KV was found, without a state behind it
+    prefix_queries: int  # prompt tokens looked up in the prefix cache since the start
+    prefix_hits: int  # of these, tokens that were found
+    prefix_misses_of_state: int = 0  # prompt tokens whose KV was found, but no state after them
     snapshot_hits: int = 0  # requests that started from a snapshot of a state
     snapshot_bytes: int = 0
 
 
 class StepOutputs(msgspec.Struct, tag=True):
-    """A step is done."""
+    """A step is done, or requests ended between steps."""
 
     news: StepNews
     stats: Stats

@@ -278,7 +278,7 @@ def test_more_than_the_context_is_refused_with_the_numbers(server: Any) -> None:
     assert error["param"] == "prompt" and error["message"].endswith("shorten it")
     assert ask(server, TEXT, False, prompt=[5] * 2040, max_tokens=...).status == 200
     many = ask(server, TEXT, False, prompt=[[5]] * 128, n=128).error
-    assert "16384 sequences, and 1088 may" in many["message"]
+    assert "16384 sequences, and at most 1088 may" in many["message"]
 
 
 def test_more_than_the_kv_cache_is_refused_with_the_numbers(start_server: Any) -> None:
