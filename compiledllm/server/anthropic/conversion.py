@@ -1,4 +1,4 @@
-"""Turns a body of the Messages API into the chat request that asks for the same."""
+"""Translates a body of the Messages API to a chat request."""
 
 from __future__ import annotations
 
@@ -168,7 +168,10 @@ def _tool(tool: InputTool, where: str) -> Tool:
 
 
 def _thinking(body: CountTokensRequest, chat_template: str, ignored: list[str]) -> dict[str, Any]:
-    """Switches reasoning on or off where the template has a switch. Its length has no bound."""
+    """Fields that switch reasoning on or off, if the template has a switch.
+
+    A budget for reasoning has no effect.
+    """
     if body.thinking is None:
         return {}
     if "enable_thinking" not in chat_template:

@@ -86,7 +86,7 @@ class MessagesAnswer(Answer[MessagesRequest]):
         return named_event(anthropic_error_body(error))
 
     def _start(self, output: RequestOutput) -> bytes:
-        """The first events. They wait for the first output, which tells the cached tokens."""
+        """The first events, sent with the first output, which has the number of cached tokens."""
         message = self._envelope() | {"content": [], "stop_reason": None, "stop_sequence": None}
         message["usage"] = self._usage(output, 0)
         return named_event({"type": "message_start", "message": message}) + named_event(
@@ -105,7 +105,7 @@ class MessagesAnswer(Answer[MessagesRequest]):
         }
 
     def _usage(self, output: RequestOutput, num_output_tokens: int) -> dict[str, int]:
-        """Anthropic's input_tokens leave out those that were found in the prefix cache."""
+        """Token counts. Anthropic's input_tokens do not include cached tokens."""
         cached = output.num_cached_tokens if self._context.settings.shows_cached_tokens else 0
         return {
             "input_tokens": len(output.prompt_token_ids) - cached,
@@ -143,7 +143,7 @@ def _blocks_of(deltas: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _input(arguments: str) -> dict[str, Any]:
-    """The arguments; a truncated or wrong text is kept, under the name in Anthropic's manual."""
+    """The arguments of a call; text that is not a JSON object is kept as INVALID_JSON."""
     try:
         value = json.loads(arguments or "{}")
     except (ValueError, RecursionError):

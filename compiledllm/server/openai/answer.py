@@ -1,4 +1,4 @@
-"""What an endpoint has to say about its answers, and the fields that OpenAI's answers share."""
+"""The base class of all endpoints' answers, and the fields that OpenAI's answers share."""
 
 from __future__ import annotations
 
@@ -26,9 +26,11 @@ BodyT = TypeVar("BodyT", bound=GenerationBase)
 
 @dataclass(frozen=True, slots=True)
 class AnswerSettings:
-    """The server's options about answers; the parsers are values of the command-line options.
+    """The server's options about answers.
 
-    response_store: what it keeps, later answers and requests can refer to.
+    tool_call_parser, reasoning_parser: values of the command-line options. shows_cached_tokens:
+    whether usage has the number of cached tokens. response_store: keeps responses that later
+    requests can refer to.
     """
 
     tool_call_parser: str = "auto"
@@ -44,7 +46,8 @@ DEFAULT_SETTINGS = AnswerSettings()
 class Context:
     """Everything that an answer knows besides the body.
 
-    model: the name that the answer shows. owner: stands for the API key; empty if there is one key.
+    model: the name that the answer shows. owner: identifies the client's API key; empty unless the
+    server has several keys.
     """
 
     request_id: str
@@ -57,14 +60,14 @@ class Context:
 class Answer(ABC, Generic[BodyT]):
     """One answer in the format of an endpoint, from the body to the last byte.
 
-    An endpoint is a subclass, its body and a route. First an answer tells the engine's part:
-    `params` and `prompts`. Then it shows the engine's outputs, either with `whole` or as a stream:
+    An endpoint is a subclass, its body and a route. First an answer makes `params` and `prompts`
+    for the engine. Then it shows the engine's outputs, either with `whole` or as a stream:
     `begin()`, `grow` for each completion of each output, `end()`, then `last_event`. An instance
     does not keep the body, which may be large.
 
     ignored: names of known fields that had no effect. keeps_prompt_text: the outputs must have the
-    prompt's text. prompt_index: the index in `prompts` of the prompt that an output continues.
-    streams: whether there can be events. takes_long_to_encode: `encoded` runs in a thread.
+    prompt's text. streams: whether the answer can be streamed. takes_long_to_encode: whether
+    `encoded` should run in a thread.
     """
 
     body_type: type[BodyT]
@@ -107,7 +110,10 @@ class Answer(ABC, Generic[BodyT]):
 
     @abstractmethod
     def grow(self, prompt_index: int, output: RequestOutput, completion: CompletionOutput) -> bytes:
-        """The events of what is new of a completion in `output.outputs`."""
+        """The events for the new part of a completion in `output.outputs`.
+
+        prompt_index: the index in `prompts` of the prompt that the output belongs to.
+        """
 
     def end(self) -> bytes:
         """The events after all outputs; may be empty."""
@@ -137,7 +143,8 @@ class PromptFields:
 class StreamUsage:
     """Counts a stream's tokens, if its client asked for usage.
 
-    at_end: in an event of its own. in_events: in every event, as far as the prompt has come.
+    at_end: whether usage is sent in an event at the end. in_events: whether every event has the
+    usage of its prompt so far.
     """
 
     def __init__(self, body: Generation, shows_cached: bool) -> None:

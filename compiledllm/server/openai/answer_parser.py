@@ -21,8 +21,8 @@ class AnswerParser:
     The parts of a truncated answer are a prefix of the parts of the complete answer.
 
     tool_format: None if there are no tools. names: the functions that may be called, with the
-    schemas of their arguments; a call of another name is content. max_calls: calls beyond this
-    number are dropped.
+    schemas of their arguments; a call of another function is content. max_calls: further calls are
+    dropped.
     """
 
     def __init__(

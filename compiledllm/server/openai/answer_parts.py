@@ -21,7 +21,7 @@ class CallPart:
 
 @dataclass(slots=True)
 class Step:
-    """Reasoning, content and calls, in this order; the rest of an earlier call comes first."""
+    """Reasoning, content and calls, in this order. The rest of an open call is `calls[0]`."""
 
     reasoning: str = ""
     content: str = ""
@@ -31,7 +31,8 @@ class Step:
 class Parts:
     """The parts that a piece of an answer's text adds to the answer.
 
-    steps: in the order of the text; what does not fit the order of a step begins another one.
+    steps: in the order of the text. A part that would break the order within a step begins a new
+    step.
     """
 
     __slots__ = ("steps",)

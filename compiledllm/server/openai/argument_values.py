@@ -1,4 +1,4 @@
-"""Values of arguments that a model writes without JSON's quotes, by the tool's schema."""
+"""Converts argument values that a model writes without JSON's quotes, by the tool's schema."""
 
 from __future__ import annotations
 
@@ -29,14 +29,15 @@ Memo = dict[int, frozenset[str]]
 
 
 def types_of(schema: Any, root: Any, memo: Memo | None = None) -> frozenset[str]:
-    """The JSON types that a schema allows, integers as "number". root: where references lead.
+    """The JSON types that a schema allows, integers as "number".
 
-    memo: the types of schemas by their ids, as each is looked at once.
+    root: the schema that references are relative to. memo: the types of the schemas that have been
+    visited, by `id`.
     """
     schema = resolved(schema, root) if isinstance(schema, Mapping) else {}
     memo = {} if memo is None else memo
     if id(schema) not in memo:
-        memo[id(schema)] = frozenset()  # while its own parts are looked at
+        memo[id(schema)] = frozenset()  # ends the recursion of a schema that contains itself
         memo[id(schema)] = _types_of(schema, root, memo) or TYPES
     return memo[id(schema)]
 
@@ -81,7 +82,7 @@ def list_of(schema: Mapping[str, Any], keyword: str) -> list[Any]:
 
 
 def resolved(schema: Mapping[str, Any], root: Any) -> Mapping[str, Any]:
-    """The schema that a chain of local references leads to; {} if to none."""
+    """The schema that a chain of local references leads to; {} if it leads nowhere."""
     for _ in range(_MAX_REFS):
         reference = schema.get("$ref")
         if not isinstance(reference, str):
@@ -100,9 +101,10 @@ def type_of(text: str) -> str:
 
 
 def json_of(text: str, types: Iterable[str] = TYPES) -> str:
-    """The JSON of a value that is written as it is if it is a string, and as JSON otherwise.
+    """The JSON of a value that a model writes without quotes if it is a string, else as JSON.
 
-    Python's spelling of JSON's values counts as well. What fits none of the types is a string.
+    Python's spelling of JSON's values counts as well. A text that fits none of the types is a
+    string.
     """
     if set(types) != STRING:
         found = as_json(text.strip())

@@ -163,7 +163,7 @@ def _leaf_reader(kind: Any, bare: Any) -> Reader:
 
     def read(data: Buffer, where: str, budget: Budget) -> Any:
         size = memoryview(data).nbytes
-        if size > max_bytes:  # the size alone shows that the value is too long: nothing is decoded
+        if size > max_bytes:  # refused by its size, without decoding
             if size > MAX_TEXT_BYTES:
                 raise ApiError(
                     400, f"{where} has {size} bytes; at most {max_bytes} are taken", where

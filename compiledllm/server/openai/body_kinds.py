@@ -1,4 +1,4 @@
-"""Takes the annotations of bodies' fields apart and describes them in words for errors."""
+"""Analyses the annotations of bodies' fields, and describes them in words for errors."""
 
 from __future__ import annotations
 

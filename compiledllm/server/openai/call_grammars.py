@@ -1,8 +1,8 @@
 """Lark grammars of tool calls in the formats of `tool_formats`, for llguidance.
 
-Names, the arguments' names and required arguments are bound in every format, and values by their
-schemas: JSON and Python literals wholly. In tags, a string is bound by its `enum` or its length,
-and a value that may be a string or something else is free text, as are free strings.
+In every format, the grammar fixes the functions' names, the parameters' names and which parameters
+are required. Values in JSON and Python literals follow their schemas completely. In tags, strings
+follow `enum` and length only, and a value that may be a string or of another type is free text.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def call_grammar(
     token_id: Callable[[str], int | None],
     max_calls: int | None,
 ) -> str:
-    """Rules of a grammar in which `calls` is one or more calls of OpenAI's tool objects.
+    """Rules of a grammar in which the rule `calls` is one or more calls of OpenAI's tool objects.
 
-    With channels, `final` is what stands before an answer without calls.
+    With channels, the rule `final` is the text before an answer without calls.
 
     token_id: the id of a marker that is a single token, else None. Raises ValueError if the rules
     are too long, and for a parameter that the format cannot write.
@@ -45,7 +45,7 @@ def call_grammar(
     grammar = make.get(form.syntax, CallRules)(form, token_id)
     calls = [grammar.call(tool) for tool in tools]
     grammar.rule("call", " | ".join(calls))
-    # The end of a call in gpt-oss's channels ends the answer, which may begin with reasoning.
+    # In gpt-oss's channels, the end of a call also ends the answer, so no second call follows.
     has_more = max_calls != 1 and form.syntax != "channels"
     more = f"({grammar.text(form.separator)} call)*" if has_more else ""
     before = grammar.text(form.begin)
@@ -102,7 +102,10 @@ class _TagGrammar(CallRules):
         return f"{self.text(before + key + behind)} {value}"
 
     def _values(self, schema: Any, types: frozenset[str]) -> list[tuple[str, bool]]:
-        """The texts of an enumeration's values that are read as these values, and if strings."""
+        """The texts of an enumeration's values, and whether each is a string.
+
+        A value is left out if its text would be read as another value.
+        """
         texts = []
         for value in self._enumerated(schema):
             is_string = isinstance(value, str)

@@ -21,12 +21,12 @@ Names = Mapping[str, Any]
 
 
 class CallReader(Protocol):
-    """What the readers have in common.
+    """The interface of all readers.
 
     state: "open" while the call continues, "done" after its end, "failed" if the text is not a
-    call. is_known: it is a call; after that, "failed" means that the call breaks off, and
-    missing_brackets would complete its arguments. is_tentative: what is read may turn out to be no
-    call at all.
+    call. is_known: whether the text is certainly a call; after that, "failed" means that the call
+    breaks off, and `missing_brackets` would complete its arguments. is_tentative: whether the text
+    that a new reader has been given may turn out to be no call at all.
     """
 
     state: State
@@ -41,20 +41,20 @@ class CallReader(Protocol):
         """Read on from `position`, and return the position of the first character not read."""
 
     def finish(self) -> None:
-        """The model ends the text here: complete the arguments if they can be."""
+        """End the text: complete the arguments, if possible."""
 
     def raw(self) -> str:
-        """All text that has been read, while the call is not known."""
+        """All text that has been read, as long as the call is not known."""
 
     def unread(self) -> str:
-        """Text of earlier pieces that turns out not to belong to the call."""
+        """Text from earlier `feed`s that turns out not to belong to the call."""
 
     def take_arguments(self) -> str:
         """The arguments' text since the last call of this method; "" before the call is known."""
 
 
 def reader_of(form: ToolFormat, names: Names, name: str) -> CallReader:
-    """A reader of a call of this function, whose first text is the character that ends the head."""
+    """A reader for a call of this function; its text begins with the character after the head."""
     if form.syntax == "tags":
         return TagReader(tags_of(form), name, names[name])
     if form.syntax == "gemma":

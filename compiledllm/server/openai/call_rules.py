@@ -1,4 +1,4 @@
-"""Writes the rules of a call in Lark, for formats with arguments in JSON; other syntaxes derive."""
+"""Writes the Lark rules of tool calls with JSON arguments; base class for other syntaxes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DEFINITION = re.compile(r"#/(\$defs|definitions)/([^/]+)")  # a reference that 
 
 
 class CallRules:
-    """Writes the rules of a format. This class is for arguments in JSON."""
+    """Writes the rules of one format, here with arguments in JSON; subclasses override that."""
 
     def __init__(self, form: ToolFormat, token_id: Callable[[str], int | None]) -> None:
         self.form = form
@@ -36,7 +36,9 @@ class CallRules:
         self.rules.append(f"{name}: {body}")
         self._size += len(self.rules[-1])
         if self._size > MAX_BYTES:
-            raise ValueError(f"they make a grammar of more than {MAX_BYTES} bytes; give fewer")
+            raise ValueError(
+                f"their grammar is larger than {MAX_BYTES} bytes; give fewer or simpler tools"
+            )
         return name
 
     def new_rule(self, body: str) -> str:
@@ -46,7 +48,7 @@ class CallRules:
         return self._known[body]
 
     def text(self, text: str) -> str:
-        """A fixed text, in which markers that are tokens are these tokens."""
+        """A fixed text, in which markers that are single tokens are written as token ids."""
         pieces, start = [], 0
         for match in MARKER.finditer(text):
             if (token_id := self._token_id(match.group())) is not None:
@@ -124,7 +126,7 @@ class CallRules:
         return f"({start} {thought} {self.text('<|start|>assistant')})?"
 
     def final(self) -> str:
-        """What stands before the text of a final message: reasoning, or none, and the header."""
+        """The text before a final message: optional reasoning, then the message's header."""
         constraint = f"({self.text(' <|constrain|>json')})?"
         header = f"{self.text('<|channel|>final')} {constraint} {self.text('<|message|>')}"
         return f"{self.analysis()} {header}"
@@ -132,7 +134,7 @@ class CallRules:
     # -- objects ---------------------------------------------------------------------------------
 
     def members(self, schema: Mapping[str, Any], separator: str) -> str:
-        """An object's members in the schema's order, with those that are required."""
+        """A rule for an object's members: in the schema's order, optional ones may be missing."""
         properties, required = properties_of(schema, self._schema)
         properties |= {name: {} for name in sorted(required) if name not in properties}
         properties = {name: one for name, one in self.ordered(properties) if one is not False}

@@ -27,7 +27,7 @@ class CallScanner:
 
     state: "open" while the call continues, "done" after its end, "failed" if the text is not a
     call. is_known: the name and the beginning of the arguments have been read; after that, "failed"
-    means that the call breaks off. is_tentative: what is read may turn out to be no call at all.
+    means that the call breaks off. is_tentative: whether the text may turn out to be no call.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class CallScanner:
         while position < len(text) and self.state == "open":
             self._feed(text[position])
             if self.is_known and self._is_broken():
-                break  # the character that breaks a call off is no part of the call
+                break  # this character, at which the call breaks off, does not belong to the call
             position += 1
         return position
 

@@ -2,7 +2,7 @@
 
     <|channel|>analysis<|message|>...<|end|><|start|>assistant<|channel|>final<|message|>...<|return|>
 
-The prompt ends inside a header, behind `<|start|>assistant`. A recipient in the header, such as
+The prompt ends inside a header, after `<|start|>assistant`. A recipient in the header, such as
 `to=functions.get_weather`, makes the message a tool call.
 """
 
@@ -26,7 +26,7 @@ _MAX_HEADER = 512  # characters
 class ChannelScanner:
     """Splits an answer in channels into reasoning, content and calls.
 
-    shows_reasoning: reasoning is told apart; otherwise it is content.
+    shows_reasoning: whether reasoning is separated; otherwise it is content.
     """
 
     def __init__(self, names: Names, max_calls: int | None, shows_reasoning: bool) -> None:
@@ -61,7 +61,7 @@ class ChannelScanner:
         elif self._step == self._behind_call and self._call is not None:
             self._add(None, self._call.missing_brackets, parts)
 
-    # -- states: each takes some of the text from `position` on and returns the position behind ----
+    # -- states: each reads some of the text from `position` on and returns the position after it --
 
     def _at_beginning(self, text: str, position: int, parts: Parts) -> int:
         """The rest of a header, or the text of an answer without channels."""
@@ -150,7 +150,10 @@ class ChannelScanner:
     # -- between states --------------------------------------------------------------------------
 
     def _up_to_end(self, text: str, position: int) -> tuple[str, int]:
-        """The text up to the message's end, or that is decided; and the position behind the end."""
+        """The text up to the message's end, and the position after the end.
+
+        Without an end: the text that cannot be part of one, and the end of the text.
+        """
         found = _END.search(text, position)
         if found is None:
             said, self._held = hold_back(text[position:], _ENDS)

@@ -76,7 +76,7 @@ class ChatAnswer(Answer[ChatRequest]):
         return [prompt]
 
     def _leave_reasoning_free(self) -> None:
-        """Let a structured answer begin behind its reasoning, or else have none."""
+        """Let the form of a structured answer begin after the reasoning, or else allow none."""
         outputs = self.params.structured_outputs
         if outputs is None:
             return
@@ -90,14 +90,17 @@ class ChatAnswer(Answer[ChatRequest]):
             self._reasoning = Reasoning()
 
     def _in_channels(self, outputs: StructuredOutputsParams) -> StructuredOutputsParams:
-        """The form with the channels around it: of JSON; calls have them, other forms none."""
+        """The form with gpt-oss's channels around it, if it is JSON.
+
+        The grammar of calls has its channels already; other forms have none.
+        """
         if self._tool_use is not None or (outputs.json is None and outputs.json_object is None):
             return outputs
         grammar = json_in_channels(json_schema_of(outputs), self._tokenizer.token_id)
         return StructuredOutputsParams(grammar=grammar)
 
     def _show_markers(self) -> None:
-        """Show special tokens if reasoning has some, and end where the model's calls end."""
+        """Keep special tokens in the text if reasoning needs them; stop at the format's `stops`."""
         marker = self.reasoning_end_id
         if marker is not None and not self._tokenizer.decode([marker]):
             self.params.skip_special_tokens = False
@@ -201,7 +204,7 @@ def _delta(index: Any, delta: dict[str, Any]) -> dict[str, Any]:
 
 
 def _finish_fields(completion: CompletionOutput, choice: Choice) -> dict[str, Any]:
-    """As for all answers, but an answer that calls tools and was not truncated says so."""
+    """The common fields, but with "tool_calls" for a complete answer that calls tools."""
     fields = finish_fields(completion)
     if choice.has_calls and completion.finish_reason == "stop":
         fields["finish_reason"] = "tool_calls"
@@ -230,5 +233,9 @@ def _schema_beside_calls(body: ChatRequest) -> dict[str, Any] | None:
     if outputs is None or not body.tools or body.tool_choice == "none":
         return None
     if outputs.json is None and outputs.json_object is None:
-        raise ApiError(400, "tools go with JSON only: leave structured_outputs out", "tools")
+        raise ApiError(
+            400,
+            "with tools, the form of an answer can only be JSON; leave one of them out",
+            "tools",
+        )
     return json_schema_of(outputs)

@@ -45,7 +45,7 @@ class Choice:
         return self._delta(self._parts(text, is_last, is_whole))
 
     def deltas(self, text: str, is_last: bool, is_whole: bool = False) -> list[dict[str, Any]]:
-        """As `delta`, but what follows calls, or is reasoning behind content, in further deltas."""
+        """As `delta`, but in several deltas if text follows calls or reasoning follows content."""
         return [self._delta(step) for step in self._parts(text, is_last, is_whole).steps]
 
     def _parts(self, text: str, is_last: bool, is_whole: bool) -> Parts:

@@ -10,7 +10,7 @@ from compiledllm.server.openai.errors import ApiError
 from compiledllm.server.openai.protocol import ChatRequest, Message, TokenizeRequest
 from compiledllm.server.openai.tools import ToolUse, plain_message
 
-# Template arguments that would change more than the rendered text.
+# Arguments of `encode_chat` and `apply_chat_template` that a request must not set.
 _RESERVED = {"tokenize", "chat_template", "add_generation_prompt", "continue_final_message"}
 _RESERVED |= {"conversation", "messages", "return_tensors", "return_dict", "padding", "truncation"}
 _RESERVED |= {"max_length", "tokenizer_kwargs", "return_assistant_tokens_mask", "tools"}

@@ -92,7 +92,7 @@ class CompletionAnswer(Answer[CompletionRequest]):
         return choice | {"text": completion.text, "logprobs": logprobs}
 
     def _echoed(self, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
-        """The text behind its prompt, with the log probabilities of both."""
+        """The prompt's text followed by the completion's, with the log probabilities of both."""
         prompt_text = self._prompt_text(output)
         text = prompt_text + completion.text
         if self._num_top is None:

@@ -1,4 +1,4 @@
-"""Names the field of a body that an error of the engine's checks is about."""
+"""Adds the name of the body's field to errors of the engine's checks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def as_structured_error(field: str, error: ValueError) -> ApiError:
 
 @contextlib.contextmanager
 def renamed_fields(names: dict[str, str]) -> Iterator[None]:
-    """Let errors name the fields of the client's body. names: from the chat request's fields."""
+    """Let errors name the fields of the client's body. names: chat request's field -> body's."""
     try:
         yield
     except ApiError as error:

@@ -1,4 +1,4 @@
-"""The markers of a format of tool calls, found in its row, for the scanners of answers."""
+"""Derives the markers of a tool-call format from its `ToolFormat`, for the scanners of answers."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _SPACE = " \t\n\r"
 class Markers:
     """The markers of a format.
 
-    openers may begin a call, closers end one or stand behind it; inner ones belong to calls only.
+    openers: may begin a call. closers: end a call, or follow it. inner: occur only within calls.
     separators: characters that may stand between markers and calls. junk: characters between a
-    call's arguments and its closer. head_ends: characters that end a head.
+    call's arguments and its closer. head: matches a head. head_ends: characters that end a head.
     """
 
     openers: tuple[str, ...]
@@ -51,7 +51,7 @@ def markers_of(form: ToolFormat) -> Markers:
 
 
 def _head_pattern(before: str) -> re.Pattern[str]:
-    """Matches what stands between opener and arguments, more generously than `head` says."""
+    """Matches the text between opener and arguments, more liberally than the format's `head`."""
     call_id = rf"(?P<id>(?:{re.escape(before)})?(?P<name>[\w.-]+?)(?::\d+)?)"
     return re.compile(rf"[\s,;:\[\]]*{call_id}(?:\s*[^\w\s.({{-]\S*)?\s*")
 
@@ -60,10 +60,10 @@ def _head_pattern(before: str) -> re.Pattern[str]:
 class Tags:
     """An argument in tags: key_open, key, key_close, value_open, value, value_close.
 
-    value_ends: texts that end a value, as models may forget value_close. markers: those that may
-    stand between arguments: key_open and what ends the call. marker, value_start, value_end: match
-    markers, value_open or markers, and value_ends. trims: a newline on either side of a value is
-    not part of the value.
+    value_ends: texts that end a value; besides value_close also markers, as models may forget
+    value_close. markers: key_open and the texts that end a call. marker, value_start, value_end:
+    patterns of markers, of value_open or markers, and of value_ends. trims: whether a newline on
+    either side of a value is not part of the value.
     """
 
     key_open: str

@@ -1,4 +1,4 @@
-"""What readers of a call's arguments in other syntaxes than JSON share."""
+"""The base class of readers of a call's arguments in other syntaxes than JSON."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ State = Literal["open", "done", "failed"]
 
 
 class HeldReader:
-    """What readers of other syntaxes than JSON share.
+    """Keeps undecided text between pieces; see `CallReader` for the interface.
 
-    A subclass takes some text in `_step(text, position)` and returns the position behind; text that
-    it cannot decide yet it puts into `_held`.
+    A subclass implements `_step(text, position)`, which reads some text and returns the position
+    after it. Text that cannot be decided yet goes into `_held`.
     """
 
     is_tentative = True
@@ -53,7 +53,7 @@ class HeldReader:
         return text
 
     def _begin(self) -> None:
-        """It is a call: show the beginning of the arguments."""
+        """Mark the call as known, and begin the arguments."""
         self.is_known = True
         self._raw.clear()
         self._fragments.append("{")

@@ -100,7 +100,7 @@ class JobMaker:
 
         Work that may take long runs in a thread. http_id: the HTTP request's id, from the client or
         generated. receive: reports that the client has left, which raises ClientLeft. salt: the API
-        key's cache salt, put in front of the body's cache_salt; the answer knows its key by it.
+        key's cache salt, put in front of the body's cache_salt; also the answer's `owner`.
         """
         number = next(self._numbers)  # makes ids unique, as clients may repeat theirs
 
@@ -179,6 +179,6 @@ def _check_context(body: GenerationBase, num_prompt_tokens: int, max_model_len: 
     name, requested = body.requested_max_tokens
     if requested is not None and num_prompt_tokens + requested > max_model_len:
         raise ValueError(
-            f"{name} must be at most {max_model_len - num_prompt_tokens} behind a prompt of "
+            f"{name} must be at most {max_model_len - num_prompt_tokens} after a prompt of "
             f"{num_prompt_tokens} tokens, as max_model_len={max_model_len}, got {requested}"
         )

@@ -11,7 +11,7 @@ MAX_HEADER_LENGTH = 1024
 
 
 class KnownFields:
-    """is_strict: an unknown field is an error."""
+    """Finds a body's unknown fields. is_strict: whether an unknown field is an error."""
 
     def __init__(self, is_strict: bool) -> None:
         self._is_strict = is_strict

@@ -96,7 +96,7 @@ class PythonReader(HeldReader):
             self._break_off()
 
     def _break_off(self) -> None:
-        """End a known call here; what is not known is no call."""
+        """End the call here if it is known; otherwise the text is no call."""
         if self.is_known:
             self._end()
         else:
@@ -122,7 +122,7 @@ class GemmaReader(HeldReader):
         self._brackets: list[str] = []  # closing brackets that the object still needs
         self._quote = ""  # what ends the present string
         self._is_escaped = False
-        self._awaits = ""  # in an object: "key", ":", "value" or "" behind a value
+        self._awaits = ""  # what follows next: "key", ":", "value", or "" after a value
         self._separator = ""
 
     def _step(self, text: str, position: int) -> int:
@@ -141,7 +141,7 @@ class GemmaReader(HeldReader):
             if GEMMA_QUOTE.startswith(text[position : position + len(GEMMA_QUOTE)]):
                 self._held = text[position:]
                 return len(text)
-            self.finish()  # a marker that can only stand behind the call
+            self.finish()  # a marker, which can only follow the call
             return position
         found = _GEMMA_TOKEN.match(text, position)
         assert found is not None
@@ -183,7 +183,7 @@ class GemmaReader(HeldReader):
         self._awaits = ":" if is_key else ""
 
     def _lead(self, is_key: bool) -> str:
-        """What has to stand before a key or a value here. Missing signs are made good."""
+        """The JSON between the last token and a key or value, missing signs included."""
         lead = {"": ", ", ":": ": ", "key": self._separator, "value": self._separator}[self._awaits]
         self._separator = ""
         no_key = self._brackets[-1] == "}" and self._awaits in ("key", "") and not is_key
@@ -219,7 +219,7 @@ class GemmaReader(HeldReader):
         self._awaits, self._separator = "key" if bracket == "{" else "value", ""
 
     def _fill(self) -> None:
-        """Give a key without a value one."""
+        """Give a key that has no value the value null."""
         if self._brackets[-1] == "}" and self._awaits in (":", "value"):
             self._fragments.append(": null" if self._awaits == ":" else "null")
 

@@ -16,7 +16,7 @@ MAX_INSTRUCTION = 10_000  # characters
 
 
 class PoolingBase(GenerationBase, kw_only=True):
-    """The common fields of bodies about texts to which nothing is added."""
+    """The common fields of bodies about texts after which no token is generated."""
 
     user: Annotated[str, Meta(max_length=1024)] | None = None
     truncate_prompt_tokens: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
@@ -67,9 +67,9 @@ Texts = str | Annotated[list[str], Meta(min_length=1, max_length=MAX_INPUTS)]
 
 
 class ScoreRequest(PairsBase, kw_only=True):
-    """`POST /score`: one text with each of the others, or as many as the others, pair by pair.
+    """`POST /score`: one query with each document, or as many queries as documents, pair by pair.
 
-    vLLM has both pairs of names; a body has one of them.
+    As in vLLM, a body has either queries and documents, or text_1 and text_2.
     """
 
     queries: Texts | None = None

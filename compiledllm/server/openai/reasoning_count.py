@@ -8,8 +8,8 @@ from typing import Any
 class ReasoningCount:
     """Counts the tokens of an answer up to the end of its reasoning.
 
-    end_id: the token that ends reasoning; None if the vocabulary has none, and then the tokens of
-    a piece with reasoning and other text are shared out by length.
+    end_id: the token that ends reasoning; None if the vocabulary has none. The tokens of a piece
+    with reasoning and other text are then divided in proportion to the lengths of both texts.
     """
 
     def __init__(self, end_id: int | None) -> None:

@@ -75,7 +75,7 @@ class Reasoning:
     mode: Mode = "off"
 
     def tokens(self, tokenizer: Tokenizer, begin_calls: str = "") -> ReasoningTokens | None:
-        """The tokens that tell the reasoning from a structured answer behind it.
+        """The tokens that separate the reasoning from the structured answer after it.
 
         begin_calls: as in `ReasoningScanner`. None if the answer has no reasoning of this kind, or
         if the vocabulary does not have its markers as single tokens.

@@ -27,7 +27,7 @@ class StoredResponse:
 class ResponseStore:
     """Keeps the responses that were used last, at most `capacity` of them; 0: none.
 
-    owner: stands for the API key that asked for the response; other keys do not find it. Several
+    owner: identifies the API key that asked for the response; other keys do not find it. Several
     threads may use a store.
     """
 

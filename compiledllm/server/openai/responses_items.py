@@ -21,7 +21,7 @@ class EventWriter:
         return self.fill(self.head(name, **fields), b"}\n\n")
 
     def head(self, name: str, /, **fields: Any) -> bytes:
-        """An event up to its sequence number; events that differ only behind it share a head."""
+        """An event up to its sequence number; events that differ only after it share a head."""
         name = f"response.{name}"
         data = _ENCODE({"type": name} | fields)[:-1]
         return b'event: %s\ndata: %s,"sequence_number":' % (name.encode(), data)
@@ -34,8 +34,9 @@ class EventWriter:
 class Item(ABC):
     """An item that grows.
 
-    text_event, part_event: what the names of the events of its text and of its part begin with.
-    pieces: of its text; the text of a call is its arguments. place: fields of all its events.
+    text_event, part_event: prefixes of the names of the events about its text and about its part.
+    pieces: its text so far, where the text of a call is its arguments. place: the fields that all
+    its events have.
     """
 
     prefix: ClassVar[str]
@@ -123,7 +124,7 @@ class CallItem(Item):
 
 
 class OutputItems:
-    """Makes items, one after the other, of the deltas of a chat.
+    """Turns the deltas of a chat into items, one after the other.
 
     reasoning_kind: the kind of item that shows reasoning. finished: the items that have ended, as
     an answer has them.
@@ -142,9 +143,10 @@ class OutputItems:
         return type(self._open) is TextItem
 
     def grow(self, deltas: list[dict[str, Any]], logprobs: list[Any]) -> bytes:
-        """The events of a chat's deltas. logprobs: of the tokens behind the reasoning.
+        """The events of a chat's deltas. logprobs: of the tokens after the reasoning.
 
-        Content and calls do not share out the tokens of one piece: the first content has them all.
+        If one piece has content and calls, the log probabilities of all its tokens go to the first
+        content.
         """
         deltas = deltas or [{}]
         first = next((delta for delta in deltas if delta.get("content")), deltas[0])

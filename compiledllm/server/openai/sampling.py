@@ -1,4 +1,4 @@
-"""Makes sampling parameters of the fields that all bodies of generation share."""
+"""Makes sampling parameters from the fields that all bodies of generation share."""
 
 from __future__ import annotations
 

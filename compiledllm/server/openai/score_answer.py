@@ -99,7 +99,7 @@ class RerankAnswer(PairsAnswer[RerankRequest]):
         return super().prompts(body)
 
     def _beginning(self, text: str, num_tokens: int) -> str:
-        """At most so many tokens of a document."""
+        """The text of a document's first `num_tokens` tokens."""
         requests = self._context.requests
         tokenizer = requests.require_tokenizer("max_tokens_per_doc")
         token_ids = tokenizer.encode(text, False, requests.max_tokenized(is_truncated=True))

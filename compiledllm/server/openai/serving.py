@@ -1,4 +1,4 @@
-"""Runs jobs: takes the engine's outputs of all prompts and has the job's answer show them."""
+"""Runs jobs: passes the engine's outputs of all prompts to the job's answer."""
 
 from __future__ import annotations
 

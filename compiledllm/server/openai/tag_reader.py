@@ -62,7 +62,7 @@ class TagReader(HeldReader):
         return position
 
     def _between(self, text: str, position: int) -> int:
-        """Between arguments. What is neither an argument nor the call's end is left out."""
+        """Between arguments. Text other than an argument or the call's end is dropped."""
         found = self._tags.marker.search(text, position)
         if found is None:
             self._held = hold_back(text[position:], self._tags.markers)[1]
@@ -97,7 +97,7 @@ class TagReader(HeldReader):
         return types_of(others, self._schema) if isinstance(others, Mapping) else STRING
 
     def _before_value(self, text: str, position: int) -> int:
-        """Behind a key whose value has a tag of its own."""
+        """After a key whose value has a tag of its own."""
         found = self._tags.value_start.search(text, position)
         if found is None:
             self._held = hold_back(text[position:], [self._tags.value_open, *self._tags.markers])[1]
@@ -144,7 +144,10 @@ class TagReader(HeldReader):
                 self._follow_quotes(piece)
 
     def _follow_quotes(self, piece: str) -> None:
-        """Tell strings, of JSON or Python, from quotation marks where no string can begin."""
+        """Track whether the value is inside a string, of JSON or Python.
+
+        A quotation mark begins a string only where a string can begin.
+        """
         for char in piece:
             if self._quote:
                 is_end = char == self._quote and not self._is_escaped

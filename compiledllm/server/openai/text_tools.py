@@ -14,7 +14,7 @@ from compiledllm.server.openai.protocol import DetokenizeRequest, TokenizeReques
 
 
 class TextTools:
-    """lanes: the threads in which the caller runs the methods."""
+    """Answers both routes. lanes: the threads in which the caller runs the methods."""
 
     def __init__(self, jobs: JobMaker) -> None:
         self.lanes = jobs.lanes

@@ -19,13 +19,13 @@ class ToolFormat:
 
     names: of `--tool-call-parser`, as in vLLM. syntax: "object" is a JSON object that has name and
     arguments, and its head and close are parts of the object; "json", "tags", "gemma" and "python"
-    are ways to write arguments behind a head; "channels" are gpt-oss's. marks: a chat template that
+    are ways to write arguments after a head; "channels" are gpt-oss's. marks: a chat template that
     contains one of them, and none of `other_marks`, uses this format. parameter: an argument of
-    "tags". extra_openers, extra_closers: markers that may also stand before and behind calls. bare:
-    the character with which an answer may begin a call without a marker. id_length: length of a
-    call's id, with "call_" in front if it is long; a few templates require nine letters and digits.
-    has_ids: the head begins with the call's id. stops: special tokens that end an answer, even if
-    the checkpoint does not say so.
+    "tags". extra_openers, extra_closers: further markers that may stand before and after calls.
+    bare: the character with which an answer may begin a call without a marker. id_length: length of
+    a call's id, to which "call_" is prepended unless the id is short; a few templates require nine
+    letters and digits. has_ids: whether the head begins with the call's id. stops: special tokens
+    that end an answer, even if the checkpoint does not declare them as end tokens.
     """
 
     names: tuple[str, ...]
@@ -48,9 +48,9 @@ class ToolFormat:
 
     @property
     def ends_reasoning(self) -> str:
-        """What begins the calls and nothing else, so that models leave out the reasoning's end.
+        """The text that begins a call and thereby also ends reasoning that the model did not end.
 
-        Models that write calls as JSON objects also think about such objects. "" for no text.
+        "" for formats whose calls are JSON objects, since such objects may occur in reasoning.
         """
         if self.begin or self.syntax in ("object", "channels"):
             return self.begin.rstrip("\n[")
@@ -180,7 +180,7 @@ _KIMI = ToolFormat(
     head="functions.{name}:{number}<|tool_call_argument_begin|>",
     close="<|tool_call_end|>",
     end="<|tool_calls_section_end|>",
-    has_ids=True,  # templates show the ids, which tell results apart
+    has_ids=True,  # templates show the ids, by which results refer to their calls
 )
 _GEMMA = ToolFormat(
     ("gemma4",),

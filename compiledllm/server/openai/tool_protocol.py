@@ -1,4 +1,4 @@
-"""Tools, the choice of a tool, and calls of tools, as chat bodies have them."""
+"""The parts of chat bodies about tools: tools, the choice of a tool, and calls of tools."""
 
 from __future__ import annotations
 

@@ -66,10 +66,10 @@ class ToolScanner:
         if not (self._has_begun or self._opened):
             parts.say("".join(self._space.held))
 
-    # -- states: each takes some of the text from `position` on and returns the position behind ----
+    # -- states: each reads some of the text from `position` on and returns the position after it --
 
     def _at_beginning(self, position: int, parts: Parts) -> int:
-        """Before the first word: an object here may be a call without a marker."""
+        """Before the first word, where the character `bare` may begin a call without a marker."""
         char = self._text[position]
         if char.isspace():
             self._skipped.append(char)
@@ -131,7 +131,7 @@ class ToolScanner:
             assert name is not None
             self._begin(reader_of(self._format, self._names, name), parts)
             return
-        if name and self._opened:  # a call of a function that there is not
+        if name and self._opened:  # a call of an unknown function: its markers are not content
             self._has_begun, self._skipped = True, [name]
         self._give_up(parts)
 
@@ -218,7 +218,10 @@ class ToolScanner:
         self._give_up(parts, marker)
 
     def _begin_empty(self, parts: Parts) -> bool:
-        """Whether only a name stands between the markers, which is a call without arguments."""
+        """Begin a call without arguments if only a name stands between the markers.
+
+        Returns whether that is so.
+        """
         name = self._named() if self._format.syntax in ("json", "tags") else None
         if name not in self._names:
             return False
@@ -235,7 +238,7 @@ class ToolScanner:
             self._claim(parts)
 
     def _claim(self, parts: Parts) -> None:
-        """It is a call: what stands between its markers is not content, text before them is."""
+        """Accept the held text as part of a call: only text outside of its markers is content."""
         self._skipped = []
         if self._opened:
             self._has_begun = True

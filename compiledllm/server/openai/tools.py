@@ -27,9 +27,9 @@ MAX_TOOLS_BYTES = 2**18  # of the JSON of all tools together
 class ToolUse:
     """The tools that an answer may or must call.
 
-    names: those of the functions, with the schemas of their arguments, if there are some. tools: as
-    the chat template gets them. structured_outputs: None for free text. max_calls: None
-    for any number.
+    names: the functions' names, each with the schema of its arguments or None. tools: as the chat
+    template gets them. structured_outputs: the grammar of the answer; None: free text. max_calls:
+    None: any number.
     """
 
     format: ToolFormat
@@ -128,8 +128,8 @@ def _find_format(parser: str, tokenizer: Tokenizer) -> ToolFormat:
     if found is None:
         raise ApiError(
             400,
-            "the format of this model's tool calls is not known; the server's option "
-            f"--tool-call-parser takes {', '.join(FORMATS)}",
+            "the format of this model's tool calls is not known; start the server with "
+            f"--tool-call-parser and one of {', '.join(FORMATS)}",
             "tools",
         )
     return found
