@@ -1,4 +1,4 @@
-"""The opt-in access log: a line when an answer ends, with what its requests came to, never text."""
+"""The opt-in access log: a line per answer with status, tokens and finish reasons, never text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 @dataclass(slots=True)
 class _Answer:
-    """What the answer to the current HTTP request consists of so far."""
+    """The status and the token counts of the answer to the current HTTP request so far."""
 
     status: int | None = None
     num_prompt_tokens: int = 0
@@ -28,7 +28,7 @@ _current: ContextVar[_Answer | None] = ContextVar("answer", default=None)
 
 
 class AccessLog:
-    """ASGI middleware around all others."""
+    """ASGI middleware that logs each answer; only `BelowRoot` is outside of it."""
 
     def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
         self._app = app

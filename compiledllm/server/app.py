@@ -56,7 +56,7 @@ _TEXT = {"schema": {"type": "string"}}
 
 
 def _state_of(model: Any) -> _Responses:
-    """Statuses of a route that says how the engine is. Connections too many get the other 503."""
+    """Responses of a route about the engine's state. Spare connections get an ErrorResponse."""
     return {200: {"model": model}, 503: {"model": model | ErrorResponse}}
 
 
@@ -72,7 +72,7 @@ class AppOptions:
     logs_requests: bool = False
     logs_access: bool = False
     has_docs: bool = True
-    root_path: str = ""  # where a proxy serves us, such as /llm
+    root_path: str = ""  # the path below which a proxy serves this server, such as /llm
     metrics_prefix: str = "compiledllm:"
     answers: AnswerSettings = DEFAULT_SETTINGS
 
@@ -91,7 +91,7 @@ def create_app(
 ) -> FastAPI:
     """Make the application; its `state.metrics` writes the periodic log line.
 
-    whole: all HTTP processes of the server; None: this one is the only one.
+    whole: all HTTP processes of the server; None: this is the only process.
     """
     app = _App(
         title="compiledllm",
@@ -212,13 +212,13 @@ def _add_state(app: FastAPI, engine: ServedEngine, whole: WholeServer) -> None:
         body = {"ready": is_ready, "engine": engine.state}
         return JSONResponse(body, 200 if is_ready else 503)
 
-    # SageMaker's name for it, whose checks may be POSTs.
+    # SageMaker's name of the health check, which may be a POST.
     app.add_api_route("/ping", health, responses=_state_of(EngineHealth))
     app.add_api_route("/ping", health, methods=["POST"], include_in_schema=False)
 
     @app.get("/load")
     async def load() -> dict[str, int]:
-        """The number of requests that are being answered or wait."""
+        """The number of requests that are being answered or are waiting."""
         return {"server_load": whole.num_live()}
 
     @app.get("/version")

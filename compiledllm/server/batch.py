@@ -1,6 +1,7 @@
-"""Answers the requests of a batch file: many at once, within bounds, an error a line.
+"""Answers the requests of a batch file, many at once, within bounds.
 
-Bodies, answers and errors are the server's own, without HTTP.
+Bodies, answers and errors are made as in the server, but without HTTP. A line that fails gets an
+error of its own.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ from compiledllm.server.openai.errors import RAISED, ApiError, as_api_error
 from compiledllm.server.openai.jobs import Job, JobMaker
 from compiledllm.server.openai.serving import Serving
 
-LINES_PER_SEQUENCE = 2  # lines in flight for each request that runs: the others are ready to follow
+LINES_PER_SEQUENCE = 2  # lines in flight / max_num_seqs, so that lines are ready when others end
 MAX_BYTES_IN_FLIGHT = 2**26  # of bodies, unless one alone is larger
 MAX_MAKING = 4  # bodies that are rendered and tokenised, or wait for room, at a time
-RETRY_S = 0.25  # until the engine is asked again whether it takes requests
+RETRY_S = 0.25  # interval of attempts while the engine takes no requests
 
 
 class Window:
@@ -65,8 +66,8 @@ class Window:
 class Batch:
     """One pass over a batch file.
 
-    model: stands in the fingerprint of each request, so that answers of another model are not
-    taken for this one's.
+    model: part of the fingerprint of each request, so that answers of another model are not taken
+    for this model's.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class Batch:
         self._engine, self._jobs, self._serving = engine, jobs, serving
         self._answers, self._progress = answers, progress
         self._model = model.encode()
-        self._custom_ids: set[bytes] = set()  # digests of those that the input had so far
+        self._custom_ids: set[bytes] = set()  # digests of the ids that the input had so far
         self._window = Window(MAX_BYTES_IN_FLIGHT)
         self._making = asyncio.Semaphore(MAX_MAKING)
         self._has_started = False
@@ -105,7 +106,7 @@ class Batch:
             raise _first(group) from None
 
     async def _accept(self, line: Line) -> tuple[BatchRequest, bytes] | None:
-        """A request to answer and its fingerprint; None if the line is settled."""
+        """The line's request and its fingerprint; None if the line needs no answer (any more)."""
         try:
             request = read_request(line)
             key = self._claim(request.custom_id)
@@ -128,7 +129,7 @@ class Batch:
         return None
 
     def _claim(self, custom_id: str) -> bytes:
-        """The digest of an id that no earlier line has. Raises LineError."""
+        """Reserve an id. Returns its digest. Raises LineError if an earlier line has the id."""
         key = digest(custom_id.encode())
         if key in self._custom_ids:
             message = f"custom_id '{custom_id[:80]}' was on an earlier line"
@@ -192,7 +193,7 @@ class Batch:
             return Response(known.status, name, Raw(body))
 
     async def _job(self, request: BatchRequest, name: str) -> Job:
-        """The request once the engine has taken it, however long it takes none."""
+        """The request's job. Waits for as long as the engine takes no requests."""
         kind = ENDPOINTS[request.url]
         while True:
             try:
@@ -203,7 +204,7 @@ class Batch:
 
 
 async def _stays() -> Any:
-    """What JobMaker hears of a client: that it never leaves."""
+    """The `receive` of a client that never leaves, for `JobMaker`."""
     await asyncio.Event().wait()
 
 

@@ -1,7 +1,7 @@
-"""The output file of a batch: a line an answer, in OpenAI's format, in the order of completion.
+"""The output file of a batch: one line per answer, in OpenAI's format, in the order of completion.
 
-Each line is written at once and as a whole, so that an interrupted batch can go on: what the file
-holds already is not computed again, and a torn last line is cut off.
+Each line is written at once and as a whole, so that an interrupted batch can go on: answers that
+the file holds already are not computed again, and an incomplete last line is cut off.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class _OldRefusal(msgspec.Struct):
 
 
 class _OldRecord(msgspec.Struct):
-    """What has to be known about a line that is there already."""
+    """The fields that are needed of a line that the output holds already."""
 
     id: str
     custom_id: str | None
@@ -78,9 +78,9 @@ def digest(*parts: bytes) -> bytes:
 class AnswerFile:
     """Appends records to a file, or to standard output.
 
-    earlier: the request ids of answers that the file held at first, by the digest of custom_id.
-    failed: the keys in `earlier` of those that are errors. refused: the numbers of lines that were
-    no requests.
+    Attributes: `earlier` (the request ids of answers that the file held at first, by the digest of
+    custom_id), `failed` (the keys in `earlier` of answers that are errors), `refused` (the numbers
+    of input lines that were no requests).
 
     Raises ConfigError if the file cannot be opened, is in use by another batch or holds anything
     but answers of a batch; such a file is not changed.
@@ -123,7 +123,7 @@ class AnswerFile:
         except OSError as error:  # not every file system has locks
             log.debug("%s has no lock: %s", self.path, error.strerror)
 
-    # -- what is there -------------------------------------------------------------------------
+    # -- earlier answers -----------------------------------------------------------------------
 
     def _read(self, fd: int) -> int:
         """Note the answers that the file holds; return where the last whole line ends."""
@@ -157,7 +157,7 @@ class AnswerFile:
                 self.failed.add(key)
 
     def _check_torn(self, line: bytes, number: int) -> None:
-        """Only a line that may be the beginning of a record may be cut off."""
+        """Raise ConfigError unless the incomplete line may be the beginning of a record."""
         if not (line.startswith(_START) or _START.startswith(line)):
             raise self._foreign(number)
 
@@ -167,10 +167,13 @@ class AnswerFile:
             "or --overwrite"
         )
 
-    # -- more ----------------------------------------------------------------------------------
+    # -- new answers ---------------------------------------------------------------------------
 
     async def write(self, record: Record) -> None:
-        """Append a record; return once the system has it. Raises OSError, and then ever after."""
+        """Append a record; return once the system has it.
+
+        Raises OSError; after an error, every later call raises the same error.
+        """
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._writer, self._write, record)
 
@@ -186,7 +189,7 @@ class AnswerFile:
             raise
 
     def close(self) -> None:
-        """Let the last line become whole, and the file reach the disk."""
+        """Wait until the last line is written, and until the file is on the disk."""
         self._writer.shutdown()
         if self._is_regular:
             with suppress(OSError):

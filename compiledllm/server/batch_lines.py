@@ -21,7 +21,7 @@ from compiledllm.server.openai.body_errors import shown
 from compiledllm.server.openai.body_objects import split_fields
 from compiledllm.server.openai.errors import ApiError
 
-MAX_LINE_BYTES = MAX_BODY_BYTES + 2**16  # a body as large as a server's, and what is around it
+MAX_LINE_BYTES = MAX_BODY_BYTES + 2**16  # the largest body of a server, and the other fields
 MAX_ID_LENGTH = 512  # characters
 _CHUNK_BYTES = 2**20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -82,7 +82,7 @@ class Lines:
         try:
             return self._file.read(_CHUNK_BYTES)
         except OSError as error:
-            raise ConfigError(f"the input cannot be read on: {error.strerror}") from None
+            raise ConfigError(f"the input cannot be read any further: {error.strerror}") from None
 
     def _split(self, chunk: bytes) -> Iterator[Line]:
         start = 0

@@ -1,4 +1,4 @@
-"""How far a batch is: counts, a progress bar in a terminal, log lines elsewhere."""
+"""The progress of a batch: counts, shown by a progress bar in a terminal or else by log lines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ LOG_LINE_INTERVAL_S = 10.0
 
 
 class BatchProgress:
-    """Counts lines. num_done: those that the output has. num_earlier: of those, from before."""
+    """Counts lines. num_done: lines with an answer. num_earlier: of these, those of an earlier run.
+
+    num_failed: lines whose answer is an error.
+    """
 
     def __init__(self) -> None:
         self.num_done = self.num_failed = self.num_earlier = 0
@@ -34,7 +37,7 @@ class BatchProgress:
         self._bar.update()
 
     async def log_lines(self, more: Callable[[], None]) -> None:
-        """Log now and then, if there is no bar. more: logs what else there is to say."""
+        """Log the progress every LOG_LINE_INTERVAL_S, if there is no bar; then call `more`."""
         while self._bar.disable:
             await asyncio.sleep(LOG_LINE_INTERVAL_S)
             log.info("%s", self)

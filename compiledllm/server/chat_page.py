@@ -1,7 +1,8 @@
 """The chat page at `/`: a document made of the files in `page/`, and the policy it is served with.
 
-`page/page.html` names its style sheet and scripts. They are put into the document, and the policy
-allows these by their hashes and no others; nothing is loaded, and no text becomes HTML.
+`page/page.html` names a style sheet and scripts. They are put into the document, and the content
+security policy allows these scripts and styles only, by their hashes. The page loads nothing else,
+and no text becomes HTML.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def chat_page() -> ChatPage:
         gzip.compress(document, mtime=0),
         {
             "content-security-policy": policy,
-            "cache-control": "no-cache",  # that is, ask whether it is still the same
+            "cache-control": "no-cache",  # browsers may keep the page, but must revalidate it
             "etag": f'W/"{hashlib.sha256(document).hexdigest()[:32]}"',
             "vary": "accept-encoding",
             "referrer-policy": "no-referrer",

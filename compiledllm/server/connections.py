@@ -39,11 +39,11 @@ class Deadlines:
 
 
 class Connection(Protocol):
-    """A connection as seen here."""
+    """The methods of a connection that `Connections` needs."""
 
     @property
     def since(self) -> float:
-        """When its stage began, in seconds of the event loop."""
+        """When the connection's stage began, in seconds of the event loop's clock."""
 
     def is_idle(self) -> bool:
         """Whether no part of a request has arrived and no answer is pending."""
@@ -66,7 +66,8 @@ class Connections:
         self._idle: deque[Connection] = deque()  # oldest first, as of the last sweep
         self._ended: Counter[str] = Counter()  # by cause, since the last log line
         self._num_refused = 0  # since the last log line
-        self._next_lines_at = [0.0, 0.0]  # for the lines on ended and on full, in loop seconds
+        # Earliest times of the next log lines about ended connections and about the limit.
+        self._next_lines_at = [0.0, 0.0]
 
     def add(self, connection: Connection) -> bool:
         """Register a connection; False if only health and metrics may be served on it.
@@ -138,8 +139,8 @@ class Connections:
 
     def _tell_full(self) -> None:
         log.warning(
-            "%d connections are open and %d may be (%d were beyond that); see --max-connections, "
-            "--client-timeout and `ulimit -n`",
+            "%d connections are open and %d may be (%d above the limit got health and metrics "
+            "only); see --max-connections, --client-timeout and `ulimit -n`",
             self.num_open,
             self._max,
             self._num_refused,

@@ -1,4 +1,4 @@
-"""The paths that answer a body by running the model, and who makes the answer of each."""
+"""The paths that answer a body by running the model, with the `Answer` class of each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prometheus metrics of what engines report: by replica, if a server has several."""
+"""Prometheus metrics of engines, from the statistics that each engine reports after a step."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ _GAUGES = {
     "num_requests_running": "Requests in the batch",
     "num_requests_waiting": "Requests that wait for room",
     "kv_cache_usage_perc": "Share of the KV blocks in use, 0 to 1",
-    "engine_ready": "1 if requests are taken",
-    "engine_seconds_without_step": "Since its last sign of life",
+    "engine_ready": "1 if the engine takes requests",
+    "engine_seconds_without_step": "Seconds since the engine's last sign of life",
     "state_snapshot_bytes": "Snapshots of states, in bytes",
 }
 _COUNTERS = {
     "generation_tokens": "Tokens generated",
-    "prefix_cache_queries": "Prompt tokens looked up",
-    "prefix_cache_hits": "Prompt tokens found",
+    "prefix_cache_queries": "Prompt tokens looked up in the prefix cache",
+    "prefix_cache_hits": "Prompt tokens found in the prefix cache",
     "prefix_cache_misses_of_state": "Prompt tokens whose KV was found, without a state",
     "state_snapshot_hits": "Requests that started from a snapshot",
     "num_preemptions": "Requests that had to be computed again",
     "corrupted_requests": "Requests whose logits were NaN or infinite",
     "engine_restarts": "Starts of the engine after its end",
-    "recompiles": "Compilations after warm-up: always 0",
+    "recompiles": "Compilations after the start, each of which delayed a step; 0 is normal",
 }
 
 

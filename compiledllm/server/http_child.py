@@ -13,15 +13,16 @@ from compiledllm.remote.wire import Failed
 from compiledllm.server.process_settings import ProcessSettings
 
 COMMAND = (sys.executable, "-m", "compiledllm.server.http_process")
-_END_S = 5.0  # for a process to exit after its connection is closed
-_LAST_WORDS_S = 1.0  # for reading what a process wrote before it ended
+_END_S = 5.0  # time limit for a process to exit after its connection is closed
+_LAST_WORDS_S = 1.0  # time for reading the messages that a process wrote before it ended
 
 
 class HttpChild:
     """An HTTP process from `spawn` to `end`.
 
-    num_silent_s: seconds since its last report; the owner counts them. has_reported: whether it has
-    reported at all. failure: why the process says that it must end; None: it has not said so.
+    Attributes: `num_silent_s` (seconds since its last report, counted by the owner), `has_reported`
+    (whether it has reported at all), `failure` (the error that the process sent before it ended, if
+    any).
     """
 
     def __init__(

@@ -20,7 +20,7 @@ _HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]+)(?::[0-
 
 
 class Refusal(Exception):
-    """The reason why a connection is not read any further."""
+    """The reason why a request is refused and its connection is not read any further."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -49,7 +49,7 @@ class Refusal(Exception):
 
 
 def check_head(headers: Sequence[tuple[bytes, bytes]], version: str, known_host: bytes) -> bytes:
-    """Check a head and return its host. known_host: needs no second check. Raises Refusal."""
+    """Check a head and return its host. known_host: a host that was checked. Raises Refusal."""
     fields = dict(headers)
     if len(fields) < len(headers):
         _check_repeated([name for name, _ in headers])

@@ -59,9 +59,9 @@ from compiledllm.server.process_settings import (
     state_column,
 )
 
-TICK_S = 1.0  # between reports
-METRICS_TIMEOUT_S = 5.0  # for the owner to answer with the metrics of all processes
-CLOSE_S = 5.0  # for connections to close at the end
+TICK_S = 1.0  # interval of reports
+METRICS_TIMEOUT_S = 5.0  # time limit for the owner to answer with the metrics of all processes
+CLOSE_S = 5.0  # time limit for connections to close at the end
 
 
 def main() -> int:
@@ -94,7 +94,7 @@ async def _run(connection: socket.socket, table_fd: int) -> int:
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
         is_config = isinstance(error, ConfigError)
-        if not is_config:  # the owner prints a wrong configuration
+        if not is_config:  # the owner prints the error of a wrong configuration
             log.error("an HTTP process cannot go on", exc_info=error)
         text = str(error) if is_config else f"{type(error).__name__}: {error}"
         link.send(Failed(text, is_config))
@@ -210,7 +210,7 @@ class HttpProcess:
 
 
 class Siblings:
-    """What this process knows of all HTTP processes (`whole_server.WholeServer`)."""
+    """All HTTP processes of the server, as seen from this one (`whole_server.WholeServer`)."""
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """The HTTP processes of a server, in their owner: starts, watches, restarts and drains them.
 
-The owner passes their messages for engines to the hub, and adds up their metrics here.
+Passes the processes' messages for engines to the hub, and adds up their metrics.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from compiledllm.server.owner_metrics import OwnerMetrics
 from compiledllm.server.process_settings import ProcessSettings, ProcessState, state_column
 
 MAX_UNREAD_BYTES = 2**28  # a process that leaves more of its messages unread is killed
-METRICS_TIMEOUT_S = 1.0  # for the processes to report their metrics when asked
-END_TIMEOUT_S = 10.0  # for a process to exit after the time to drain
+METRICS_TIMEOUT_S = 1.0  # time limit for the processes to report their metrics when asked
+END_TIMEOUT_S = 10.0  # time limit for a process to exit after the time to drain
 MIN_KILL_S = 10.0  # a process may be silent for this long, whatever --stuck-timeout says
-START_TIMEOUT_S = 300.0  # for a process to import its libraries on a busy machine
+START_TIMEOUT_S = 300.0  # time limit for a process to import its libraries on a busy machine
 
 
 @dataclass(eq=False, slots=True)
@@ -45,9 +45,10 @@ class _Question:
 
 
 class HttpProcesses:
-    """settings_of: the settings of a process, given its row in the table, its name and `is_late`.
+    """Starts and watches `count` HTTP processes.
 
-    failure: why one of the processes cannot run any more; None: all can.
+    settings_of: returns the settings of a process for its row in the table, its name and `is_late`.
+    Attribute: `failure` (why a process cannot be kept running; None: all can).
     """
 
     def __init__(
@@ -89,8 +90,8 @@ class HttpProcesses:
     async def _keep(self, row: int) -> None:
         """Run the process of a row, and start it again whenever it ends.
 
-        A wrong configuration is final if no process serves yet. Later, a file may just be about to
-        be replaced, so the process is started again.
+        A wrong configuration is final if no process serves yet. Later, the reason may be a file
+        that is just being replaced, so the process is started again.
         """
         restarts = Restarts()
         while True:

@@ -1,7 +1,7 @@
-"""How far the client of a connection has come, since when, and when that is too long.
+"""The stage of a connection: what its client sends next, since when, and whether that is too long.
 
-Times are in seconds of the event loop's clock. Nothing here sets a timer: a sweep asks
-(`connections.py`).
+Times are in seconds of the event loop's clock. Nothing here sets a timer, since `connections.py`
+sweeps over all connections.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from typing import Final
 
 from compiledllm.server.connections import Deadlines
 
-MIN_BODY_RATE = 32 * 1024  # bytes per second, on average, after twice the client timeout
+# Minimum average rate of a body, in bytes per second, on top of twice the client timeout.
+MIN_BODY_RATE = 32 * 1024
 # The stages of a connection, by what its client sends next.
 IDLE: Final = 0  # the beginning of a request
 HEAD: Final = 1  # the rest of a head
@@ -39,13 +40,14 @@ class Progress:
             self.num_body_bytes, self._body_mark = 0, (0, now)
 
     def wait_for_us(self, now: float) -> None:
-        """The server must act next, whatever the client does: the client's time starts anew."""
+        """Restart the client's time, because the server must act next, whatever the client does."""
         self.since, self._body_mark = now, (self.num_body_bytes, now)
 
     def why_overdue(self, now: float, deadlines: Deadlines, is_first: bool) -> str | None:
-        """What the client failed to do in time; None if it has time left. is_first: no request yet.
+        """What the client failed to do in time; None if it has time left.
 
-        A body that comes, but too slowly, is not overdue but slow.
+        is_first: whether the connection had no request yet. A body that arrives too slowly is not
+        overdue, but slow (`is_body_slow`).
         """
         waited_s = now - self.since
         if self.stage == IDLE:
@@ -59,6 +61,7 @@ class Progress:
         return "did not complete a body" if is_silent else None
 
     def is_body_slow(self, now: float, client_s: float) -> bool:
+        """Whether the body that is being received is slower than MIN_BODY_RATE."""
         if self.stage != BODY:
             return False
         return now - self.since > 2 * client_s + self.num_body_bytes / MIN_BODY_RATE
@@ -73,5 +76,5 @@ class Progress:
         return now - self._unread_mark[1] > client_s
 
     def note_read(self) -> None:
-        """No bytes of an answer wait, or more are being added."""
+        """Note that no bytes of an answer wait to be read, or that more are being added."""
         self._unread_mark = None

@@ -55,7 +55,7 @@ class LimitedHttp(HttpToolsProtocol):
         self._num_unread = 0  # bytes since the parser last completed a part
         self._held = b""  # unparsed input after requests that are not answered yet
 
-    # -- the transport's side ------------------------------------------------------------------
+    # -- called by the transport ---------------------------------------------------------------
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -149,7 +149,7 @@ class LimitedHttp(HttpToolsProtocol):
     def _pass_over_offer(self, rest: bytes) -> None:
         """Parse a request again without its upgrade offer, at which the parser stops."""
         if self._answering is not None:
-            self._refuse(Refusal(400, "an upgrade was offered behind an unanswered request"))
+            self._refuse(Refusal(400, "an upgrade was offered after an unanswered request"))
             return
         parser = self.parser
         head = head_without_offer(
@@ -165,7 +165,7 @@ class LimitedHttp(HttpToolsProtocol):
         self._parse(head)
         self.data_received(rest)
 
-    # -- the parser's side ---------------------------------------------------------------------
+    # -- called by the parser ------------------------------------------------------------------
 
     def _enter(self, stage: int) -> None:
         self.progress.enter(stage, self.loop.time())
@@ -328,7 +328,7 @@ class LimitedHttp(HttpToolsProtocol):
 
 
 class _LateClosing:
-    """The transport of an answer that closes its connection: closing calls `close_answered`."""
+    """The transport for an answer after which the connection ends: `close` is `close_answered`."""
 
     def __init__(self, connection: LimitedHttp) -> None:
         transport = connection.transport

@@ -1,4 +1,4 @@
-"""uvicorn with this server's settings, and a watch for standstills of the event loop."""
+"""uvicorn with this server's settings, and log lines about a blocked event loop."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from compiledllm.log import log
 from compiledllm.server.connections import Connections
 from compiledllm.server.http_protocol import LimitedHttp
 
-MAX_HANDSHAKE_S = 60.0  # for a client to finish its TLS handshake, whatever --client-timeout says
+MAX_HANDSHAKE_S = 60.0  # limit on a TLS handshake, even if --client-timeout is longer
 MAX_STANDSTILL_S = 0.5  # the event loop may block this long without a log line
 
 

@@ -38,7 +38,9 @@ class Lanes:
         """
         if self._num_bytes and self._num_bytes + num_bytes > MAX_WAITING_BYTES:
             raise Overloaded(
-                f"bodies of {self._num_bytes} bytes wait to be read, and {MAX_WAITING_BYTES} may", 5
+                f"bodies of {self._num_bytes} bytes are waiting to be read, and at most "
+                f"{MAX_WAITING_BYTES} bytes may; try again later",
+                5,
             )
         self._num_bytes += num_bytes
         try:

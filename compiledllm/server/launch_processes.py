@@ -31,7 +31,7 @@ from compiledllm.server.owner_metrics import OwnerMetrics
 from compiledllm.server.process import loop_factory, spare_collector
 from compiledllm.server.process_settings import ProcessSettings, ProcessState, num_columns
 
-TICK_S = 1.0  # between the owner's reports
+TICK_S = 1.0  # interval of the owner's reports
 
 
 def serve_in_processes(arguments: argparse.Namespace, is_tls: bool) -> int:

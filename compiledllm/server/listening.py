@@ -40,7 +40,7 @@ def reserve(host: str, port: int) -> socket.socket:
     address.
     """
     try:
-        with _bound(host, port) as alone:  # fails if another server listens, with peers or without
+        with _bound(host, port) as alone:  # fails if another server uses the address in any way
             port = alone.getsockname()[1]
         return _bound(host, port, has_peers=True)
     except OSError as error:
@@ -81,7 +81,7 @@ def is_local(listener: socket.socket) -> bool:
 
 
 def way_to_try(listener: socket.socket, is_tls: bool, root_path: str) -> str:
-    """The address, and a command that asks the server for its models."""
+    """Text for the log: the address, and a command that asks the server for its models."""
     if listener.family == socket.AF_UNIX:
         path = listener.getsockname()
         return f"{path}  (try: curl --unix-socket {path} http://localhost{root_path}/v1/models)"

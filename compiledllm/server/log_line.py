@@ -25,7 +25,7 @@ async def log_lines(metrics: HasLogLine) -> None:
 
 
 class LogLine:
-    """Adds up the steps of all engines, and logs rates since the last line."""
+    """Adds up the steps of all engines; `show` logs rates since its last call."""
 
     def __init__(self) -> None:
         self._since = time.monotonic()

@@ -24,7 +24,10 @@ _OUTPUTS = (1, 2, 5, 10, 20)
 
 @dataclass(slots=True)
 class _Timing:
-    """A request in progress; times in seconds of `time.monotonic`."""
+    """The times of a request in progress, in seconds of `time.monotonic`.
+
+    last: when the last output with tokens was shown; None before the first output.
+    """
 
     arrival: float
     params: SamplingParams
@@ -41,11 +44,15 @@ class Metrics:
         self._prefix = prefix
         counter, histogram = self._counter, self._histogram
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of finished requests")
-        self.cached_tokens = counter("prompt_tokens_cached", "Of those, found in the prefix cache")
-        self.rejections = counter("admission_rejections", "Requests refused: too many waited")
-        self.ttft = histogram("time_to_first_token_seconds", "Until the first token", _SECONDS)
+        self.cached_tokens = counter(
+            "prompt_tokens_cached", "Prompt tokens of finished requests found in the prefix cache"
+        )
+        self.rejections = counter(
+            "admission_rejections", "Requests refused because too many were waiting"
+        )
+        self.ttft = histogram("time_to_first_token_seconds", "Time to the first token", _SECONDS)
         self.itl = QuickHistogram(
-            f"{prefix}inter_token_latency_seconds", "Between tokens", model, _BETWEEN
+            f"{prefix}inter_token_latency_seconds", "Time between tokens", model, _BETWEEN
         )
         self.registry.register(self.itl)
         self.tpot = histogram(
@@ -53,7 +60,9 @@ class Metrics:
             "Mean time between a request's tokens",
             _BETWEEN,
         )
-        self.queued = histogram("request_queue_time_seconds", "Until a request's first step", _LONG)
+        self.queued = histogram(
+            "request_queue_time_seconds", "From a request's arrival to its first step", _LONG
+        )
         self.prefill = histogram(
             "request_prefill_time_seconds", "From the first step to the first token", _LONG
         )
@@ -67,7 +76,7 @@ class Metrics:
         self.params_max_tokens = histogram(
             "request_params_max_tokens", "max_tokens, where it was set", _TOKENS
         )
-        self.e2e = histogram("e2e_request_latency_seconds", "Of whole requests", _LONG)
+        self.e2e = histogram("e2e_request_latency_seconds", "Time of whole requests", _LONG)
         self.prompt_lengths = histogram("request_prompt_tokens", "Length of prompts", _TOKENS)
         self.output_lengths = histogram("request_generation_tokens", "Length of outputs", _TOKENS)
         self.success = Counter(
@@ -115,7 +124,7 @@ class Metrics:
             assert output.metrics is not None
             first_token_time = output.metrics.first_token_time or now
             self.ttft.observe(max(first_token_time - timing.arrival, 0.0))
-        elif count:  # tokens that arrive together share the gap
+        elif count:  # tokens that arrive together share the time since the last output
             self.itl.observe((now - timing.last) / count, times=count)
         if count or timing.last is None:
             timing.last = now

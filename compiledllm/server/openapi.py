@@ -14,7 +14,7 @@ Schema = dict[str, Any]
 
 
 def add_bodies(schema: Schema, kinds: tuple[type[Body], ...]) -> None:
-    """Completes FastAPI's schema: it has no bodies, and a status 422 that no route answers with."""
+    """Add the bodies to FastAPI's schema, and remove its status 422, which no route sends."""
     schemas = schema["components"]["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)

@@ -22,10 +22,15 @@ def add_server_options(group: argparse._ArgumentGroup) -> None:
     add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     add("--port", type=int, default=8000, help="port to listen on (8000)")
     add("--uds", metavar="PATH", help="listen on this Unix socket instead")
-    add("--root-path", type=root_path, default="", help="a proxy serves us below this path")
+    add(
+        "--root-path",
+        type=root_path,
+        default="",
+        help="path below which a proxy serves this server",
+    )
     add("--ssl-certfile", metavar="FILE", help="speak TLS: the certificate with its chain, PEM")
     add("--ssl-keyfile", metavar="FILE", help="the certificate's key, if it is in another file")
-    add("--ssl-ca-certs", metavar="FILE", help="who signs the certificates of clients")
+    add("--ssl-ca-certs", metavar="FILE", help="CA certificates that sign clients' certificates")
     ask = "clients' certificates: 0 not asked for, 1 optional, 2 required (0)"
     add("--ssl-cert-reqs", type=int, choices=(0, 1, 2), default=0, help=ask)
     add("--ssl-ciphers", help="OpenSSL's list of ciphers, for TLS 1.2")
@@ -33,14 +38,15 @@ def add_server_options(group: argparse._ArgumentGroup) -> None:
     add("--api-key-file", help="a file with keys, one a line; also $COMPILEDLLM_API_KEY")
     words: dict[str, Any] = {"nargs": "+", "action": Words}
     add("--allowed-origins", default=[], help="CORS: none unless given; * for all", **words)
-    add("--allowed-methods", default=["*"], help="CORS: of allowed origins (*)", **words)
-    add("--allowed-headers", default=["*"], help="CORS: of allowed origins (*)", **words)
-    _add_switch(group, "--allow-credentials", False, "CORS: cookies, browsers' passwords")
+    add("--allowed-methods", default=["*"], help="CORS: for allowed origins (*)", **words)
+    add("--allowed-headers", default=["*"], help="CORS: for allowed origins (*)", **words)
+    _add_switch(group, "--allow-credentials", False, "CORS: allow cookies and stored passwords")
     _add_switch(
-        group, "--access-log", False, "a line an answer: status, tokens, time, how it ended"
+        group, "--access-log", False, "log a line per answer: status, time, tokens, how it ended"
     )
     _add_switch(group, "--disable-fastapi-docs", False, "no /docs and no /openapi.json")
-    add("--metrics-prefix", default="compiledllm:", help="vllm: suits vLLM's dashboards")
+    prefix = "prefix of the metrics' names (compiledllm:); 'vllm:' suits vLLM's dashboards"
+    add("--metrics-prefix", default="compiledllm:", help=prefix)
     _add_answer_options(group)
     kept = "keep the last N answers of /v1/responses in memory, for previous_response_id (0)"
     add("--responses-store", type=count, default=0, metavar="N", help=kept)
@@ -48,8 +54,10 @@ def add_server_options(group: argparse._ArgumentGroup) -> None:
     add("--data-parallel-size", "-dp", type=positive, default=1, metavar="N", help=replicas)
     processes = "HTTP processes that share the port, in front of the same engines (1)"
     add("--api-server-count", "-asc", type=positive, default=1, metavar="N", help=processes)
-    add("--max-queued-requests", type=count, default=1024, help="beyond those that run (1024)")
-    add("--max-queued-tokens", type=count, default=4_000_000, help="of prompts (4000k)")
+    queued = "requests that may wait, besides those that run (1024)"
+    add("--max-queued-requests", type=count, default=1024, help=queued)
+    queued = "prompt tokens of all requests that wait or run (4000k)"
+    add("--max-queued-tokens", type=count, default=4_000_000, help=queued)
     add(
         "--request-timeout",
         type=non_negative_s,
@@ -57,8 +65,10 @@ def add_server_options(group: argparse._ArgumentGroup) -> None:
         help="seconds a request may take (1800)",
     )
     add("--shutdown-timeout", type=non_negative_s, default=30.0, help="seconds to drain for (30)")
-    idle = "seconds a client may take for its headers, or send no more of a body, or read nothing"
-    add("--client-timeout", type=non_negative_s, default=15.0, help=f"{idle} of its answer (15)")
+    idle = (
+        "seconds for a client to send its headers, or without progress in its body or answer (15)"
+    )
+    add("--client-timeout", type=non_negative_s, default=15.0, help=idle)
     idle = "seconds a connection may idle between requests; longer than a load balancer's (15)"
     add("--keep-alive-timeout", type=non_negative_s, default=15.0, help=idle)
     add("--max-connections", type=count, help="default: as many as the limit on open files allows")
@@ -69,8 +79,8 @@ def add_batch_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--config", metavar="FILE", help="YAML with these options; the command line wins")
     add("-i", "--input-file", metavar="FILE", help="requests, one a line; -: standard input")
-    add("-o", "--output-file", metavar="FILE", help="answers, added to those there; -: stdout")
-    _add_switch(group, "--overwrite", False, "begin again, without the answers that are there")
+    add("-o", "--output-file", metavar="FILE", help="answers, appended to earlier ones; -: stdout")
+    _add_switch(group, "--overwrite", False, "start over and discard the answers in the output")
     _add_switch(group, "--enable-metrics", False, "serve /metrics while the batch runs")
     add("--host", "--url", default="127.0.0.1", help="address of /metrics (127.0.0.1)")
     add("--port", type=int, default=8000, help="port of /metrics (8000)")
@@ -82,21 +92,22 @@ def _add_answer_options(group: argparse._ArgumentGroup) -> None:
     """Add the options about answers and about the engine's process."""
     add = group.add_argument
     add("--served-model-name", nargs="+", help="names in the API; default: the model as given")
-    _add_switch(group, "--strict-fields", False, "refuse unknown fields instead of naming them")
-    _add_switch(group, "--enable-log-requests", False, "ids and sizes, never prompts")
+    strict = "refuse unknown fields, instead of ignoring and naming them"
+    _add_switch(group, "--strict-fields", False, strict)
+    _add_switch(group, "--enable-log-requests", False, "log requests' ids and sizes, never prompts")
     levels: dict[str, Any] = {"type": str.lower, "choices": LOG_LEVELS, "default": "info"}
-    add("--log-level", help="least severe lines (info)", **levels)
-    details = "cached_tokens in usage; --no-...: not told"
+    add("--log-level", help="minimum severity of log lines (info)", **levels)
+    details = "show cached_tokens in usage"
     _add_switch(group, "--enable-prompt-tokens-details", True, details)
     parsers = ["auto", "none", *FORMATS]
     auto: dict[str, Any] = {"type": lambda name: name or "auto", "default": "auto"}
-    auto["help"] = "auto: by the chat template"
+    auto["help"] = "auto: the format that the chat template shows"
     add("--tool-call-parser", choices=parsers, **auto)
     parsers = ["auto", "none", *REASONING]
     add("--reasoning-parser", choices=parsers, **auto)
-    silence = "seconds without a sign of the engine's life: unhealthy; twice that: restarted (60)"
+    silence = "seconds of silence until the engine is unhealthy; restarted after twice that (60)"
     add("--stuck-timeout", type=positive_s, default=60.0, help=silence)
-    add("--load-timeout", type=positive_s, default=3600.0, help="seconds to load for (3600)")
+    add("--load-timeout", type=positive_s, default=3600.0, help="seconds loading may take (3600)")
 
 
 def served_names(arguments: argparse.Namespace, options: dict[str, Any]) -> list[str]:

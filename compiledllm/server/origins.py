@@ -27,7 +27,7 @@ EXPOSED_HEADERS = ["x-request-id", "retry-after", "x-ignored-fields", "request-i
 
 @dataclass(frozen=True, slots=True)
 class Cors:
-    """The permissions of pages of other origins. No origins: no permissions."""
+    """The CORS permissions of pages of other origins; without `origins`, they have none."""
 
     origins: tuple[str, ...] = ()
     methods: tuple[str, ...] = ("*",)

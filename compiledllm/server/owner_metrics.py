@@ -15,7 +15,7 @@ from compiledllm.server.process_settings import ProcessState
 class OwnerMetrics:
     """Metrics of engines, which the owner knows, and of requests, which HTTP processes report.
 
-    of_processes: the sums of the reports.
+    Attributes: `of_processes` (the sums of the reports), `restarts` (a counter).
     """
 
     def __init__(self, prefix: str, model: str, engines: Sequence[EngineLife]) -> None:

@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-THREADS_TIMEOUT_S = 2.0  # for working threads to finish at the end of the process
+THREADS_TIMEOUT_S = 2.0  # time limit for working threads to finish when the process ends
 YOUNG_OBJECTS = 20_000  # new objects between garbage collections; a request makes about a thousand
 LARGE_BLOCK_BYTES = 2**20  # allocations from this size on are returned to the system when freed
 

@@ -54,7 +54,7 @@ class ProcessMetrics(Collector):
 
 
 def added_up(reports: Iterable[list[MetricFamily]]) -> list[MetricFamily]:
-    """The sums of reports, as one report. The earliest time of a counter's creation counts."""
+    """The sums of reports, as one report; of creation times (`_created`), the earliest."""
     first: dict[str, MetricFamily] = {}
     sums: dict[str, dict[_Sample, float]] = {}
     for families in reports:

@@ -13,7 +13,11 @@ from compiledllm.remote.shared_engine import COLUMNS_PER_ENGINE
 
 
 class ProcessState(IntEnum):
-    """STARTING: takes no connections yet. LOADING: no requests yet. READY: takes both."""
+    """The state of an HTTP process.
+
+    STARTING: takes no connections yet. LOADING: takes connections, but no requests yet. READY:
+    takes both.
+    """
 
     STARTING = 0
     LOADING = 1

@@ -26,8 +26,8 @@ from compiledllm.server.launch import make_engine
 from compiledllm.server.options import add_server_options
 from compiledllm.server.process import spare_collector
 
-# Of a replica. The engine itself queues requests and refuses requests beyond its limits; Serve's
-# lower default would leave steps half empty.
+# Limit of Serve's on the requests of a replica. The engine itself queues requests, and refuses
+# requests beyond its own limits; Serve's lower default would leave steps half empty.
 MAX_ONGOING_REQUESTS = 100_000
 _SWITCHES = {"true": True, "false": False}
 # Options of Serve's proxy: see `http_options` and `graceful_shutdown_wait_loop_s` of Serve.

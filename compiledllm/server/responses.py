@@ -31,7 +31,10 @@ def response_to(error: Exception, path: str) -> JSONResponse:
 
 
 class EngineHealth(BaseModel):
-    """`GET /health`. reason: why it is unhealthy. replicas, http_processes: states, if several."""
+    """`GET /health`. reason: why the engine is unhealthy.
+
+    replicas, http_processes: the state of each, if there are several.
+    """
 
     status: Literal["ok", "unhealthy"]
     engine: str

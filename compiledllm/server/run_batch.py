@@ -38,9 +38,11 @@ from compiledllm.server.process import (
     spare_collector,
 )
 
-# Exit statuses; WRONG: an option or a file; 128 + N: signal N.
+# Exit statuses. STOPPED: an error ended the batch. WRONG: a wrong option or file. NO_READER: nobody
+# reads the output any more. After signal N: 128 + N.
 ALL_ANSWERED, STOPPED, WRONG, SOME_FAILED, NO_READER = 0, 1, 2, 3, 141
-# Beyond the batch's own bounds: lines with many prompts wait for room.
+# The engine's limits are far above the batch's own bounds, so only lines with many prompts reach
+# them, and wait.
 MAX_QUEUED_REQUESTS, MAX_QUEUED_TOKENS = 2**16, 2**24
 
 
@@ -105,7 +107,10 @@ def _job_maker(arguments: argparse.Namespace, engine: EngineClient, names: list[
 
 
 def _on_signals(work: asyncio.Task[None]) -> list[int]:
-    """Let the first signal cancel the work and a second one end the process; returns the signal."""
+    """Let the first signal cancel the work, and a second signal end the process.
+
+    Returns a list that will hold the first signal.
+    """
     told: list[int] = []
 
     def stop(number: int) -> None:

@@ -33,7 +33,9 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 OPEN_PATHS = frozenset({"/health", "/ready", "/ping"})
 MAX_UNFINISHED_BYTES = 512 * 2**20  # of all bodies that are being received
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
-REQUESTS_PER_PASS = 8  # per pass of the event loop: some ms, like one token of 256 streams
+# Requests that may begin in one pass of the event loop. They take some ms, about as long as one
+# token of 256 streams.
+REQUESTS_PER_PASS = 8
 _TOO_LARGE = f"the body must be at most {MAX_BODY_BYTES} bytes"
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 

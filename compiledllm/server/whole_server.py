@@ -1,4 +1,4 @@
-"""What a route tells about the whole server, whichever of its HTTP processes is asked."""
+"""Facts about the whole server, which every one of its HTTP processes can report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class WholeServer(Protocol):
         """All metrics in Prometheus's text format."""
 
     def num_live(self) -> int:
-        """The number of requests that are being answered or wait."""
+        """The number of requests that are being answered or are waiting."""
 
     def is_ready(self) -> bool:
         """Whether every process that takes connections takes requests, too."""

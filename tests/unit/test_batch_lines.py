@@ -88,7 +88,7 @@ def test_reading_that_fails_is_named() -> None:
         async for _ in Lines(file):
             pass
 
-    with pytest.raises(ConfigError, match="cannot be read on: Input/output error"):
+    with pytest.raises(ConfigError, match="cannot be read any further: Input/output error"):
         asyncio.run(read())
 
 
