@@ -1,5 +1,5 @@
-"""The words of a command line as argparse needs them: names of options with dashes, keys of JSON
-options joined, positionals last."""
+"""Rewrites the words of a command line for argparse: option names with dashes, the keys of a JSON
+option as one value, positional arguments last."""
 
 from __future__ import annotations
 
@@ -50,13 +50,14 @@ def with_joined_keys(arguments: Sequence[str], known: Container[str]) -> list[st
 def with_positionals_last(arguments: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
     """Arguments with all options in front, as argparse misreads positionals between options.
 
-    Commands with sub-commands stay as they are: what follows a sub-command is its own.
+    The arguments of commands with sub-commands stay as they are, since they belong to the
+    sub-command.
     """
     if any(action.nargs in (argparse.PARSER, argparse.REMAINDER) for action in parser._actions):
         return list(arguments)
     options: list[str] = []
     positionals: list[str] = []
-    num_values = 0.0  # that still belong to the last option
+    num_values = 0.0  # number of words that still belong to the last option
     for index, word in enumerate(arguments):
         if word == "--":
             positionals += arguments[index + 1 :]
@@ -81,8 +82,8 @@ def _is_option(word: str, parser: argparse.ArgumentParser) -> bool:
 
 
 def _num_values(option: argparse.Action | None) -> float:
-    """The most values that may follow an option."""
-    if option is None:  # unknown, or with its value behind an =
+    """The maximum number of values that may follow an option."""
+    if option is None:  # unknown, or with its value after an equals sign
         return 0
     if isinstance(option.nargs, int):
         return option.nargs

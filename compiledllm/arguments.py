@@ -29,8 +29,8 @@ MAX_SHOWN = 80  # characters of a value in an error
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that takes underscores in option names, no abbreviations, and says in one
-    line what is wrong and which option is nearest. vLLM calls such a class FlexibleArgumentParser.
+    """An ArgumentParser that accepts underscores in option names, but no abbreviations. Its errors
+    are one line, with the nearest known option. vLLM's counterpart: FlexibleArgumentParser.
     """
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
@@ -82,10 +82,11 @@ class Parser(argparse.ArgumentParser):
 
 
 class CommandParser(Parser):
-    """The parser of a sub-command, which leaves no argument to its parent.
+    """The parser of a sub-command, which reports unknown arguments itself.
 
     If the command has an option --config, its file sets options that the command line leaves out.
-    takes_vllm_options: accept vLLM's other options, too; they are added when the command runs.
+    takes_vllm_options: whether vLLM's other options are accepted, too; they are added when the
+    command is parsed.
     """
 
     takes_vllm_options = False
@@ -240,7 +241,7 @@ _OTHER_FLAGS = {
 
 
 def count(text: str) -> int:
-    """Parse an integer, which may be written as 8k (8000), 25.6k (25600) or 8K (8192); m, g, t."""
+    """Parse an integer. The suffixes k, m, g, t mean powers of 1000, and K, M, G, T of 1024."""
     match = re.fullmatch(r"(-?\d+(?:\.\d+)?)([kmgtKMGT]?)", text)
     if match is not None:
         from decimal import Decimal

@@ -1,4 +1,4 @@
-"""Keeps Python's bytecode of packages that have none, so that only one start compiles them.
+"""Caches the bytecode of packages that are installed without it, so that one start compiles them.
 
     with kept():
         import torch
@@ -59,7 +59,7 @@ def _found_in(artifact_dir: str | None) -> AbstractContextManager[bool]:
 
 @contextmanager
 def _kept_in(folder: str | None, compiles_ahead: bool) -> Iterator[None]:
-    """folder: None if Python itself keeps bytecode, or if nothing can be kept."""
+    """Let Python keep bytecode in `folder`; None: change nothing."""
     if folder is None:
         yield
         return
@@ -89,7 +89,8 @@ def _folder() -> str | None:
         return None
     if not sys.dont_write_bytecode and os.access(source.parent, os.W_OK):
         return None
-    # Python compares times and sizes of files, which images may set alike for all versions.
+    # Python takes bytecode for current if the source's time and size match. Images may set equal
+    # times for all versions of a package, so the folder's name depends on the versions.
     site = source.parent.parent
     versions = sorted(name for name in os.listdir(site) if name.endswith(".dist-info"))
     digest = hashlib.sha256("\n".join([str(site), *versions]).encode()).hexdigest()[:16]

@@ -3,11 +3,11 @@
     path = write(folder)          # in a process that has started as others will
     with found_in(folder): ...    # in the processes that start
 
-Python's own files of bytecode hold the time at which a source was changed, which is another one in
-every installation. This file holds hashes of the sources instead (PEP 552), and names of modules
-instead of paths, so that it fits any installation with equal sources. Modules with other sources
-are imported as if there were no file. Importing runs what the file holds, so a file that other
-users may write is not read.
+Python's own bytecode files hold the modification time of the source, which differs between
+installations. This file holds hashes of the sources instead (PEP 552), and names of modules instead
+of paths, so that it fits any installation with equal sources. Modules with other sources are
+imported as if there were no file. Importing runs the code in the file, so a file that other users
+may write is not read.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _imported(names: Collection[str]) -> Iterator[tuple[str, bytes]]:
 
 
 def _spec_of(name: str) -> ModuleSpec | None:
-    """The spec of a module that has put an object without one in its place in `sys.modules`."""
+    """The spec of a module that replaced itself in `sys.modules` by an object without a spec."""
     package = name.rpartition(".")[0]
     path = getattr(sys.modules.get(package), "__path__", None)
     return PathFinder.find_spec(name, path) if path or not package else None
@@ -119,7 +119,7 @@ def found_in(folder: Path) -> Iterator[bool]:
             log.warning("%s is not used: %s", path, error)
         yield False
         return
-    # Other threads may be importing, and go through the list that they found. It stays as it is.
+    # Replaces the list instead of changing it, since other threads may be iterating over it.
     place = sys.meta_path.index(PathFinder)
     sys.meta_path = [*sys.meta_path[:place], finder, *sys.meta_path[place:]]
     try:
@@ -129,7 +129,7 @@ def found_in(folder: Path) -> Iterator[bool]:
 
 
 class _Finder:
-    """Finds modules where Python does, and has those with known bytecode loaded from that."""
+    """Finds modules where Python does, and loads them from known bytecode if the source matches."""
 
     def __init__(self, entries: Mapping[str, bytes]) -> None:
         self._entries = entries
@@ -148,14 +148,14 @@ class _Finder:
 
 
 class _Loader(SourceFileLoader):
-    """Loads a module of known bytecode, which is then forgotten, because modules keep loaders."""
+    """Loads a module from known bytecode, and drops the bytecode, since modules keep loaders."""
 
     def __init__(self, name: str, path: str, entry: bytes) -> None:
         super().__init__(name, path)
         self._entry: bytes | None = entry
 
     def get_data(self, path: str) -> bytes:
-        """The bytecode, where Python asks for the file that would hold it; else the file."""
+        """The bytecode if Python asks for the module's .pyc file; otherwise the file's content."""
         if self._entry is None or not path.endswith(".pyc"):
             return super().get_data(path)
         entry, self._entry = self._entry, None

@@ -2,8 +2,8 @@
 
     python -I -S -X pycache_prefix=FOLDER bytecode_writer.py NUM_PROCESSES PACKAGE_FOLDER...
 
-Imports the standard library only. `compileall` would not do: its processes forget the option -X,
-and write beside the packages.
+Imports the standard library only. `compileall` cannot be used: its processes do not inherit -X
+pycache_prefix, and write beside the packages.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _modules_below(folder: str) -> Iterator[str]:
 
 
 def write(paths: list[str]) -> None:
-    """Write the bytecode of modules that have none. Errors are left to those who import them."""
+    """Write the bytecode of modules that have none. Errors are ignored: imports report them."""
     for path in paths:
         if not os.path.exists(cache_from_source(path)):
             compile(path, quiet=2, invalidation_mode=PycInvalidationMode.TIMESTAMP)

@@ -40,7 +40,7 @@ def compiled_dir() -> Path:
 
 
 def is_disabled() -> bool:
-    """Whether the user wants that starts neither use nor leave anything for other starts."""
+    """Whether the user has disabled caching: starts neither use nor keep files of other starts."""
     return os.environ.get("COMPILEDLLM_DISABLE_CACHE", "") not in ("", "0")
 
 
@@ -51,7 +51,7 @@ def use_compiler_caches() -> None:
     """
     for variable, name in COMPILERS.items():
         if not os.environ.get(variable):
-            with contextlib.suppress(OSError):  # the compilers say themselves that there is no room
+            with contextlib.suppress(OSError):  # the compilers themselves report a full disk
                 os.environ[variable] = str(writable_folder(name))
 
 
@@ -80,7 +80,7 @@ def temporary_folder(name: str) -> Path:
 
 
 def why_not_writable(folder: Path) -> str | None:
-    """Make a private folder, if it does not exist. The reason why it cannot be used, or None."""
+    """Make a private folder, if it does not exist. Returns why it cannot be used, or None."""
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if reason := why_not_trusted(folder):
@@ -96,8 +96,8 @@ def why_not_writable(folder: Path) -> str | None:
 def why_not_trusted(path: Path, any_owner: bool = False) -> str | None:
     """The reason why code in this file or folder may be another user's, or None.
 
-    Nobody but the owner may write. The owner must be this user or the administrator; any_owner:
-    or whoever owns the folder that this user has named. Raises OSError if there is no such path.
+    Only the owner may have write access, and must be this user or the administrator. any_owner: the
+    user has named the folder, so its owner may be anybody. Raises OSError if there is no such path.
     """
     found = path.stat()
     if not any_owner and found.st_uid not in (os.geteuid(), 0):
@@ -138,14 +138,17 @@ def replaced(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
-def remove_surplus(folder: Path, suffix: str, most: int) -> None:
-    """Remove all but the `most` files of this suffix that were used last, and abandoned ones."""
+def remove_surplus(folder: Path, suffix: str, max_files: int) -> None:
+    """Keep the `max_files` files of this suffix that were used last; remove all others.
+
+    Unfinished files are removed if they are abandoned.
+    """
     with contextlib.suppress(OSError):
         found = [(path.stat().st_mtime, path) for path in folder.glob(f"*{suffix}")]
         finished = sorted(pair for pair in found if not pair[1].name.startswith("."))
         old = time.time() - _ABANDONED_S
         left = [path for used, path in found if path.name.startswith(".") and used < old]
-        for path in [*left, *(path for _, path in finished[:-most])]:
+        for path in [*left, *(path for _, path in finished[:-max_files])]:
             path.unlink(missing_ok=True)
 
 

@@ -1,4 +1,4 @@
-"""Checks of what callers give: unknown names, with the nearest known one, and values of fields."""
+"""Checks callers' arguments: unknown names, with the nearest known one, and values of fields."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def strict_fields(
 ) -> Callable[[type[T]], type[T]]:
     """Class decorator: a keyword argument that is no field raises ValueError with its name.
 
-    known_elsewhere: takes the arguments and the names of fields, returns the arguments to use.
+    known_elsewhere: called with the arguments and the names of fields; returns the arguments to
+    use, without those that are accepted but are not fields.
     """
 
     def decorate(cls: type[T]) -> type[T]:
@@ -97,13 +98,13 @@ def _reader(cls: Any) -> attrgetter[tuple[Any, ...]]:
 
 
 def require(ok: bool, name: str, value: object, must: str) -> None:
-    """Raise ValueError, with the value of the field `name`, if it is not what it must be."""
+    """Raise ValueError unless `ok`. must: describes the values that the field `name` may have."""
     if not ok:
         raise ValueError(f"{name} must be {must}, got {value!r:.80}")
 
 
 def require_int(params: object, name: str, min_value: int, max_value: int) -> None:
-    """Raise ValueError if the field `name` of `params` is no integer of the range."""
+    """Raise ValueError unless the field `name` of `params` is an integer in this range."""
     value = getattr(params, name)
     ok = is_int(value) and min_value <= value <= max_value
     require(ok, name, value, f"an integer from {min_value} to {max_value}")

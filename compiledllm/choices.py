@@ -1,4 +1,4 @@
-"""What an engine chose at start, and why: `Report` is logged, and shown by `compiledllm info`."""
+"""The values an engine chose at start, with reasons; logged, and shown by `compiledllm info`."""
 
 from __future__ import annotations
 

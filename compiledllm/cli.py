@@ -141,7 +141,7 @@ def _run_batch(arguments: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _server_packages() -> Iterator[None]:
-    """For imports of what needs the extra `server`; raises ConfigError if a package is missing."""
+    """For imports that need the extra `server`. Raises ConfigError if a package is missing."""
     try:
         yield
     except ImportError as error:
@@ -165,7 +165,7 @@ def _info(arguments: argparse.Namespace) -> int:
     options = {name: getattr(arguments, name) for name in names.split()}
     if arguments.kernels is not None:
         return _info_kernels(arguments, options)
-    # As for random weights, no weight files are needed.
+    # With random weights, no weight files are needed.
     found = facts(plan(EngineConfig.from_options(**options, load_format="dummy")))
     if arguments.json:
         print(json.dumps(found))
@@ -250,7 +250,7 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="complete a prompt, streaming")
     _add_model(generate)
     generate.add_argument("prompt", help="the prompt; '-' reads it from standard input")
-    generate.add_argument("--chat", action="store_true", help="put it through the chat template")
+    generate.add_argument("--chat", action="store_true", help="apply the chat template")
     generate.add_argument("--json", action="store_true", help="print one JSON object at the end")
     generate.set_defaults(run=_generate)
 
@@ -300,11 +300,11 @@ def _add_info(commands: Any) -> None:
     info = commands.add_parser("info", help="what a model is and what fits on this machine")
     info.add_argument("model", nargs="?", help="local directory, .gguf file or Hugging Face id")
     info.add_argument("--revision", help="branch, tag or commit on the hub")
-    info.add_argument("--dtype", default="auto", choices=DTYPES, help="dtype to count bytes for")
-    info.add_argument("--model-impl", default="auto", choices=MODEL_IMPLS, help="who runs it")
+    info.add_argument("--dtype", default="auto", choices=DTYPES, help="dtype of the weights")
+    info.add_argument("--model-impl", default="auto", choices=MODEL_IMPLS, help="implementation")
     info.add_argument("--quantization", choices=QUANTIZATIONS, help="quantise while loading")
     info.add_argument(
-        "--kv-cache-dtype", default="auto", choices=KV_CACHE_DTYPES, help="of the cache"
+        "--kv-cache-dtype", default="auto", choices=KV_CACHE_DTYPES, help="dtype of the KV cache"
     )
     info.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     info.add_argument(
@@ -332,8 +332,8 @@ def _add_info(commands: Any) -> None:
 
 
 def _add_build(commands: Any) -> None:
-    """`build` and `cache`, which are about what starts leave."""
-    build = commands.add_parser("build", help="compile a model now, so that its starts need not")
+    """Add `build` and `cache`, which make and show the files that starts keep."""
+    build = commands.add_parser("build", help="compile a model now, so that starts need not")
     _add_model(build)
     build.add_argument(
         "--out", type=Path, metavar="DIR", help="where the artifact goes (the cache)"
@@ -342,15 +342,15 @@ def _add_build(commands: Any) -> None:
     build.takes_vllm_options = True
     build.set_defaults(run=_build)
 
-    cache = commands.add_parser("cache", help="what earlier starts left, and why a start misses it")
+    cache = commands.add_parser("cache", help="files that starts keep, and why a start uses none")
     actions = cache.add_subparsers(required=True, metavar="ACTION", parser_class=CommandParser)
     kept = actions.add_parser("list", help="the kept artifacts and tokenizers")
-    kept.add_argument("--artifact-dir", metavar="DIR", help="a folder of `compiledllm build`, too")
+    kept.add_argument("--artifact-dir", metavar="DIR", help="also this folder of `build --out`")
     explain = actions.add_parser("explain", help="whether a start would compile, and why")
     _add_model(explain)
     add_engine_options(explain.add_argument_group("engine"))
     explain.takes_vllm_options = True
-    clear = actions.add_parser("clear", help="remove all of these from the cache")
+    clear = actions.add_parser("clear", help="remove all compiled code from the cache")
     for name, action in (("list", kept), ("explain", explain), ("clear", clear)):
         action.set_defaults(run=_cache, action=name)
 
@@ -367,7 +367,7 @@ def _add_model(command: argparse.ArgumentParser) -> None:
 
 
 def _with_model(arguments: argparse.Namespace) -> argparse.Namespace:
-    """The arguments with MODEL as --model, over which it wins."""
+    """The arguments, in which a positional MODEL takes precedence over --model."""
     if arguments.model_name is not None:
         arguments.model = arguments.model_name
     return arguments

@@ -1,7 +1,7 @@
 """vLLM's `EngineArgs`: an engine's options as one object, for scripts that pass them around.
 
-Every option is a field, vLLM's other options too, so `Engine(**asdict(engine_args))` works; what
-asks for something that is not supported is refused when the engine is made.
+Every option is a field, vLLM's other options too, so `Engine(**asdict(engine_args))` works. Values
+that ask for something unsupported are refused when the engine is made.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from compiledllm.vllm_options import vllm_options
 
 
 class _FromCommandLine:
-    """What `EngineArgs` does beside holding its fields."""
+    """The methods of `EngineArgs`."""
 
     @staticmethod
     def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""`compiledllm env`: what a bug report needs to know about this machine. Never says a secret."""
+"""`compiledllm env`: the facts about this machine that a bug report needs. Never shows secrets."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _existing(path: os.PathLike[str]) -> str:
 
 
 def _variables() -> dict[str, str]:
-    """Environment variables that matter. Of those that may hold a secret only that they are set."""
+    """Environment variables that matter; for those that may hold a secret, only "(set)"."""
     found = {}
     for name, value in sorted(os.environ.items()):
         if name.startswith(_PREFIXES) or name in _NAMES:

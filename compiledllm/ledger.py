@@ -1,4 +1,4 @@
-"""The ledger of a start: which phase took how many seconds. Its parts sum up to the whole.
+"""The ledger of a start: the seconds of each phase, which add up to the whole start.
 
     ledger = Ledger()
     with ledger.phase("weights"):
@@ -48,7 +48,7 @@ class Ledger:
         return {**known, "rest": total - sum(known.values()), "total": total}
 
     def line(self) -> str:
-        """The table on one line."""
+        """The total and the phases on one line, for the log."""
         seconds = self.close()
         total = seconds.pop("total")
         parts = [f"{name} {phase_s:.1f}" for name, phase_s in seconds.items() if phase_s >= 0.05]

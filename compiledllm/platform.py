@@ -101,7 +101,7 @@ class Platform:
         return Choice("triton", "the GPU path")
 
     def why_not_compile(self) -> str | None:
-        """What torch.compile needs and this machine lacks, or None."""
+        """Why torch.compile cannot be used on this machine, or None."""
         if self.is_cuda or _cpp_compiler() is not None:
             return None
         return "no C++ compiler was found (looked for $CXX, g++, clang++); install g++ to compile"
@@ -117,7 +117,7 @@ def can_overlap_kernels() -> bool:
 
 
 def is_fatal(error: BaseException) -> bool:
-    """Whether the process must end: after a CUDA error it cannot use the device any more."""
+    """Whether this is a CUDA error, after which the process cannot use the device any more."""
     if isinstance(error, torch.OutOfMemoryError):
         return False
     accelerator = getattr(torch, "AcceleratorError", ())
@@ -126,7 +126,7 @@ def is_fatal(error: BaseException) -> bool:
 
 @contextmanager
 def single_row_products() -> Iterator[None]:
-    """Inside the block, ATen and not oneDNN computes one-row bfloat16 products on a CPU.
+    """Inside the block, ATen instead of oneDNN computes bfloat16 matmuls of one row on a CPU.
 
     ATen's kernel reads the weights at 31 instead of 12 GB/s (AMD EPYC Zen 4, 2 cores, torch 2.13),
     which halves the time of one-row decode steps. From two rows on, oneDNN is faster.

@@ -16,27 +16,29 @@ def add_sampling_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default 0.7)")
     group.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling, (0, 1]")
     group.add_argument("--top-k", type=int, default=0, help="0: all tokens")
-    group.add_argument("--min-p", type=float, default=0.0, help="least share of the likeliest")
-    penalty = "[-2, 2]; of tokens in the answer"
+    min_p = "least probability, relative to the likeliest token"
+    group.add_argument("--min-p", type=float, default=0.0, help=min_p)
+    penalty = "[-2, 2]; for tokens that the answer has"
     group.add_argument("--presence-penalty", type=float, default=0.0, metavar="X", help=penalty)
-    penalty = "[-2, 2]; times how often they are there"
+    penalty = "[-2, 2]; per occurrence of a token in the answer"
     group.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X", help=penalty)
-    penalty = "above 1: of all tokens so far (1)"
+    penalty = "for tokens of prompt and answer, if above 1 (1)"
     group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help=penalty)
     group.add_argument("--max-tokens", type=count, default=None, help="most tokens to generate")
     group.add_argument("--min-tokens", type=count, default=0, help="fewest tokens to generate")
     group.add_argument("--stop", action="append", help="stop at this text (repeatable)")
-    group.add_argument("--stop-token-ids", type=int, nargs="+", metavar="ID", help="stop at these")
-    group.add_argument("--bad-words", nargs="+", metavar="WORD", help="texts that never come")
+    stop_ids = "stop at these tokens"
+    group.add_argument("--stop-token-ids", type=int, nargs="+", metavar="ID", help=stop_ids)
+    group.add_argument("--bad-words", nargs="+", metavar="WORD", help="texts not to generate")
     group.add_argument("--ignore-eos", action="store_true", help="go on past end of sequence")
     forms = group.add_mutually_exclusive_group()
     forms.add_argument("--json-schema", metavar="FILE", help="answer in JSON of this schema")
-    forms.add_argument("--regex", metavar="PATTERN", help="answer a text that matches")
-    forms.add_argument("--choice", nargs="+", metavar="TEXT", help="answer one of these")
+    forms.add_argument("--regex", metavar="PATTERN", help="answer with a text that matches this")
+    forms.add_argument("--choice", nargs="+", metavar="TEXT", help="answer with one of these texts")
 
 
 def sampling_params_of(arguments: argparse.Namespace, max_tokens: int | None) -> SamplingParams:
-    """The parameters that the options ask for. max_tokens: unless --max-tokens is given.
+    """The parameters that the options ask for. max_tokens: the default of --max-tokens.
 
     Raises ValueError for a bad value, and ConfigError for a schema that cannot be read.
     """
@@ -53,7 +55,7 @@ def sampling_params_of(arguments: argparse.Namespace, max_tokens: int | None) ->
 
 
 def _form(arguments: argparse.Namespace) -> StructuredOutputsParams | None:
-    """What the answer must look like. Raises ConfigError for a schema that cannot be read."""
+    """The form that the answer must have. Raises ConfigError for a schema that cannot be read."""
     schema = arguments.json_schema
     if schema is not None:
         try:

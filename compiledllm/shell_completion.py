@@ -1,6 +1,6 @@
 """`compiledllm completion SHELL`: a script that completes commands, options and their values.
 
-The script is made of the parser itself, so that it knows what --help knows.
+The script is made from the parser itself, so it has all commands and options that --help shows.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _commands(
 
 
 def _words(parser: argparse.ArgumentParser) -> list[str]:
-    """What may follow a command: its own commands and its options."""
+    """The words that may follow a command: its sub-commands, choices and options."""
     found: list[str] = []
     for action in _shown(parser):
         if isinstance(action, argparse._SubParsersAction):

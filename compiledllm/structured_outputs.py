@@ -24,7 +24,7 @@ _FIELDS = _KINDS + _JSON_ONLY
 @strict_fields("reasoning tokens field")
 @dataclass(frozen=True, slots=True)
 class ReasoningTokens:
-    """Token ids by which an output's reasoning is told from the form that follows.
+    """The token ids that separate an output's reasoning from the form after it.
 
     end: ends the reasoning. start: may be the output's first token and then begins the reasoning;
         None: the prompt has begun the reasoning.

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 PROMPT, QUOTES = "> ", '"""'
 SHORT_HELP = '/help lists commands, """ begins a text of several lines, Ctrl-C stops an answer'
 HELP = '''/clear or /new    forget the conversation
-/system TEXT      set the system prompt; without a text, take it back
+/system TEXT      set the system prompt; without TEXT, remove it
 /exit or Ctrl-D   leave (also /quit, /bye)
 /help or /?       this list
 """               begin and end a text of several lines; Alt-Enter breaks a line, too
@@ -58,7 +58,7 @@ class Chat:
                 return
 
     def take(self, text: str) -> bool:
-        """Answer a question or obey a command; False if the command is to leave."""
+        """Answer a question or obey a command. False if the command ends the chat."""
         command = _COMMAND.match(text) if "\n" not in text else None
         if command is not None:
             return self._obey(command.group(), text[command.end() :].strip())
@@ -77,7 +77,7 @@ class Chat:
         elif command in ("/help", "/?"):
             print(HELP)
         else:
-            print(f"there is no command {command}; /help lists those there are")
+            print(f"there is no command {command}; /help lists the commands")
         return True
 
     def _ask(self, question: str) -> None:

@@ -46,7 +46,7 @@ class RequestSpec:
     A new field of a request is one line here and one where the field is used.
 
     sampling_params: without texts, which the caller's process deals with (`without_text`).
-    stop_token_ids: with end-of-sequence, unless ignored. bad_words: token ids of each word.
+    stop_token_ids: include the end-of-sequence ids, unless ignored. bad_words: their token ids.
     cache_salt: requests share cached prefixes only if their salts are equal. grammar: text of the
     compiled grammar of structured_outputs (`Grammar.text`). reasoning: comes before what the
     grammar describes. sibling_id: with n > 1, the id of the first request, whose prompt blocks the
@@ -134,8 +134,8 @@ class Request:
     def num_tokens_to_compute(self) -> int:
         """Number of tokens whose KV is missing and can be computed now.
 
-        0 if the token in flight will be the last one, or must be known on the host first. Without
-        tokens to draw, what is in flight is the result of the whole prompt.
+        0 if the token in flight will be the last one, or must be known on the host first. Also 0
+        once the whole prompt of a request that draws no token is in flight.
         """
         in_flight = self.num_tokens_in_flight
         num_tokens = len(self.token_ids) + in_flight
@@ -229,7 +229,7 @@ _NO_LOGPROBS: list[TokenLogprobs] = []  # shared, so it must never be modified
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What a step produced, by request id: a token for each request that sampled.
+    """The results of a step, by request id: a token for each request that sampled.
 
     token_ids: negative if no token could be drawn; `errors` may say why. prompt_logprobs: the
     position of a prompt token, and log probabilities from that token on. pooled: float32 vectors of

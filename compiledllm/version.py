@@ -1,4 +1,4 @@
-"""The version, in the one place that packaging, the CLI and the server read; those of packages."""
+"""The version of this package, from which packaging, CLI and server read it, and of others."""
 
 __version__ = "0.1.0"
 

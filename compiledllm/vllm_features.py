@@ -7,7 +7,7 @@ from typing import Any
 
 
 class _Zeros(dict[str, int]):
-    """Equals a mapping that allows none of anything."""
+    """Equals every mapping whose values are all 0, such as limits that allow no images."""
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -17,7 +17,7 @@ class _Zeros(dict[str, int]):
 
 @dataclass(frozen=True, slots=True)
 class OneOf:
-    """Several neutral values of an option, vLLM's default first; none: every value is neutral."""
+    """Several neutral values of an option, vLLM's default first. Empty: every value is neutral."""
 
     values: tuple[Any, ...]
 
@@ -29,9 +29,9 @@ def one_of(*values: Any) -> OneOf:
 ANY = OneOf(())
 EITHER = one_of(False, True)  # a switch that makes no difference
 
-# What is missing -> option -> its neutral value, or several of them.
+# Reason why a feature is missing -> option -> its neutral value, or several of them.
 MISSING: dict[str, dict[str, Any]] = {
-    "one device runs the model": {
+    "a model is divided by tensor_parallel_size only": {
         "pipeline_parallel_size": 1,
         "data_parallel_size_local": 1,
         "data_parallel_rank": 0,
@@ -75,7 +75,6 @@ MISSING: dict[str, dict[str, Any]] = {
         "eplb_config": None,
         "expert_placement_strategy": "linear",
         "max_parallel_loading_workers": None,
-        "worker_use_ray": False,
         "ray_workers_use_nsight": False,
         "enable_nccl_comm_suspend": False,
         "enable_shm_tensor_arena": False,
@@ -268,7 +267,7 @@ MISSING: dict[str, dict[str, Any]] = {
         "rope_theta": None,
         "disable_sliding_window": False,
     },
-    "nothing measures that": {
+    "there is no such measurement": {
         "disable_log_stats": EITHER,
         "aggregate_engine_logging": False,
         "kv_cache_metrics": False,
@@ -285,7 +284,7 @@ MISSING: dict[str, dict[str, Any]] = {
         "watchdog_config": None,
         "aux_output_config": None,
     },
-    "outputs do not have that": {
+    "outputs have no such field or form": {
         "logprobs_mode": "raw_logprobs",
         "enable_return_routed_experts": False,
         "return_sampling_mask": False,

@@ -1,8 +1,8 @@
-"""vLLM's options that are not options here: the values of each that ask for nothing.
+"""vLLM's options that are not options here, each with its neutral values, which ask for nothing.
 
-A script or a command line written for vLLM (0.6 to 0.33) may name any of these options, as long as
-the value is what happens here anyway; `check_vllm_option` refuses every other value. An option that
-both have is in `config` or `server.options` instead, and `SAME_VALUES` translates its values.
+A script or a command line written for vLLM (0.6 to 0.33) may name any of these options with a
+neutral value; `check_vllm_option` refuses every other value. Options that both engines have are in
+`config` or `server.options` instead, and `SAME_VALUES` translates their values.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from compiledllm.vllm_features import ANY, EITHER, MISSING, OneOf, one_of
 class VllmOption:
     """An option of vLLM's that does nothing here.
 
-    values: what is accepted beside None and empty collections, vLLM's default first; (): every
-    value, as none makes a difference. why_not: what is missing here, or does the same.
+    values: the values that are accepted besides None and empty collections, vLLM's default first;
+    (): every value. why_not: for the error: what is missing here, or what does the same.
     """
 
     values: tuple[Any, ...]
@@ -42,6 +42,7 @@ _INSTEAD: dict[str, tuple[Any, str]] = {
     "num_gpu_blocks_override": (None, "use num_kv_blocks"),
     "max_num_queued_reqs": (None, "use --max-queued-requests of `compiledllm serve`"),
     "max_num_queued_tokens": (None, "use --max-queued-tokens of `compiledllm serve`"),
+    "worker_use_ray": (False, "use distributed_executor_backend='ray'"),
     "max_context_len_to_capture": (ANY, ""),
     "max_seq_len_to_capture": (ANY, ""),
     "cudagraph_capture_sizes": (None, "use max_cudagraph_capture_size"),
@@ -137,8 +138,8 @@ _ARGUMENTS: dict[str, tuple[Any, str]] = {
     "prompt_text": (ANY, ""),
     "guided_options_request": (None, "use SamplingParams(structured_outputs=...)"),
     "chat_template_content_format": ("auto", "the template itself shows which form it takes"),
-    "data_parallel_rank": (None, "one device runs the model"),
-    "trace_headers": (None, "nothing traces requests"),
+    "data_parallel_rank": (None, "the server chooses a replica for each request"),
+    "trace_headers": (None, "there are no traces"),
     "concurrency_limit": (ANY, ""),
     "usage_context": (ANY, ""),
     "stat_loggers": (None, "use get_metrics()"),
@@ -157,7 +158,7 @@ _FIELDS: dict[str, tuple[Any, str]] = {
     "prompt_logprob_start": (one_of(0), "use prompt_logprobs"),
     "skip_clone": (EITHER, ""),
     "output_text_buffer_length": (ANY, ""),
-    "routed_experts_prompt_start": (0, "outputs do not tell experts"),
+    "routed_experts_prompt_start": (0, "outputs do not show routed experts"),
     "thinking_token_budget": (None, "use max_tokens"),
     "watermarking": (one_of(False), "there are no watermarks"),
     "trace_decode_token_ids": (None, "there are no traces"),
@@ -190,7 +191,7 @@ def check_vllm_option(name: str, value: object) -> None:
 
 
 def check_arguments(method: str, given: Mapping[str, object]) -> None:
-    """Raise ValueError for an argument of vLLM's method that asks for what is not supported here.
+    """Raise ValueError for an argument of vLLM's method that asks for something unsupported.
 
     Raises TypeError, as Python does, for a name that is not one of vLLM's arguments.
     """
@@ -201,7 +202,7 @@ def check_arguments(method: str, given: Mapping[str, object]) -> None:
 
 
 def without_vllm_fields(given: Mapping[str, Any], known: Container[str]) -> dict[str, Any]:
-    """Sampling fields without vLLM's others, which are checked. Raises ValueError."""
+    """Sampling fields without vLLM's other fields, which are checked. Raises ValueError."""
     others = [name for name in given if name in _FIELDS and name not in known]
     for name in others:
         _check("field", name, given[name], _option(*_FIELDS[name]))
@@ -216,10 +217,10 @@ def _check(what: str, name: str, value: object, option: VllmOption) -> None:
 
 
 def without_vllm_options(options: Mapping[str, Any], known: Container[str]) -> dict[str, Any]:
-    """The options without vLLM's others, which are checked, and without those that are None.
+    """Our options only: vLLM's other options are checked and dropped, and None for ours as well.
 
-    known: names of our options. Names that nobody knows stay. Raises ValueError for what is not
-    supported.
+    known: names of our options. Names that neither engine has stay. Raises ValueError for an option
+    of vLLM's that asks for something unsupported.
     """
     kept: dict[str, Any] = {}
     for name, value in options.items():

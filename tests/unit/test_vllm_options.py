@@ -47,7 +47,7 @@ DEFAULTS: dict[str, Any] = {
 # An option of vLLM's that asks for something -> what the error says besides.
 REFUSED: dict[str, tuple[Any, str]] = {
     "enable_lora": (True, "LoRA"),
-    "pipeline_parallel_size": (2, "one device"),
+    "pipeline_parallel_size": (2, "tensor_parallel_size only"),
     "data_parallel_size": (4, "of `compiledllm serve`"),
     "speculative_config": ({"method": "ngram"}, "speculative"),
     "limit_mm_per_prompt": ({"image": 2}, "text only"),
