@@ -15,7 +15,7 @@ import torch
 from compiledllm.benchmarks.floor import Ceilings
 from compiledllm.platform import Platform
 
-_MAX_RUNS, _MAX_RUNS_S = 6, 1.0  # whatever comes first, but at least two runs
+_MAX_RUNS, _MAX_RUNS_S = 6, 1.0  # runs end at whichever limit comes first; at least two are made
 _CUDA_BUFFER_BYTES = 4 * 2**30
 _CUDA_MATRIX_SIZE, _CPU_MATRIX_SIZE = 8192, 2048
 
@@ -69,7 +69,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _buffer_bytes(platform: Platform) -> int:
-    """Size of a test buffer: several times the last-level cache, max an eighth of free memory."""
+    """Size of a test buffer: several times the last-level cache, max an eighth of the memory."""
     if platform.is_cuda:
         free, _ = torch.cuda.mem_get_info(platform.device)
         return min(_CUDA_BUFFER_BYTES, free // 8)
@@ -77,7 +77,7 @@ def _buffer_bytes(platform: Platform) -> int:
 
 
 def last_level_cache_bytes() -> int:
-    """Bytes of the CPU's last-level cache; 0 if the system does not tell."""
+    """Bytes of the CPU's last-level cache; 0 if the system does not report its size."""
     units = {"K": 2**10, "M": 2**20, "G": 2**30}
     found = [0]
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):

@@ -36,7 +36,7 @@ def add_bench_command(commands: Any) -> None:
 
 
 def _add_latency(kinds: Any) -> None:
-    parser = kinds.add_parser("latency", help="a batch that starts together: TTFT, TPOT, ITL")
+    parser = kinds.add_parser("latency", help="TTFT, TPOT and ITL of a batch that starts together")
     parser.set_defaults(run=_runner("latency"))
     add = parser.add_argument
     add("--batch-size", type=positive, nargs="+", default=[1, 8], metavar="N", help="(1 8)")
@@ -44,7 +44,7 @@ def _add_latency(kinds: Any) -> None:
     add("--output-len", type=positive, default=129, metavar="N", help="tokens (129)")
     add(
         "--sampling", nargs="+", choices=SAMPLING, default=["greedy"],
-        help="what requests ask of their tokens: several take turns in one engine (greedy)",
+        help="kinds of sampling; several take turns in one engine (greedy)",
     )  # fmt: skip
     _add_repeats(parser)
     _add_other(parser)
@@ -52,7 +52,7 @@ def _add_latency(kinds: Any) -> None:
 
 
 def _add_throughput(kinds: Any) -> None:
-    parser = kinds.add_parser("throughput", help="offline: all requests are there at the start")
+    parser = kinds.add_parser("throughput", help="of requests that all start together, offline")
     parser.set_defaults(run=_runner("throughput"))
     _add_dataset(parser, "sharegpt-like")
     _add_repeats(parser, warmups=False)
@@ -63,7 +63,7 @@ def _add_throughput(kinds: Any) -> None:
 def _add_serve(kinds: Any) -> None:
     parser = kinds.add_parser("serve", help="a client for any OpenAI-compatible server")
     parser.set_defaults(run=_runner("serve"))
-    parser.add_argument("--base-url", default="http://127.0.0.1:8000", help="of the server")
+    parser.add_argument("--base-url", default="http://127.0.0.1:8000", help="the server's address")
     parser.add_argument(
         "--endpoint", default="/v1/completions", help="completions or chat/completions"
     )
@@ -80,17 +80,17 @@ def _add_serve(kinds: Any) -> None:
     parser.add_argument(
         "--burstiness", type=_rate, default=1.0, help="below 1: burstier than Poisson"
     )
-    parser.add_argument("--max-concurrency", type=positive, help="most requests in flight")
+    parser.add_argument("--max-concurrency", type=positive, help="max requests in flight")
     parser.add_argument(
         "--num-clients", type=positive, default=1, metavar="N",
         help="processes that share the requests, where one cannot keep up (1)",
     )  # fmt: skip
     parser.add_argument(
         "--goodput", nargs="+", type=_limit, default=[], metavar="METRIC:MS",
-        help=f"what a good request stays within; metrics: {', '.join(GOODPUT)}",
+        help=f"limits that a good request stays within; metrics: {', '.join(GOODPUT)}",
     )  # fmt: skip
     parser.add_argument("--timeout", type=_rate, default=600.0, help="seconds for one request")
-    parser.add_argument("--seed", type=count, help="of the requests")
+    parser.add_argument("--seed", type=count, help="seed of the requests")
     _add_dataset(parser, "random")
     _add_report(parser)
 
@@ -117,25 +117,25 @@ def _add_compare(kinds: Any) -> None:
     parser.set_defaults(run=_runner("compare"))
     parser.add_argument("a", type=Path, metavar="A.json")
     parser.add_argument("b", type=Path, metavar="B.json")
-    parser.add_argument("--force", action="store_true", help="even if hardware or work differ")
+    parser.add_argument("--force", action="store_true", help="even if the hardware or work differs")
     _add_plot(parser)
 
 
 def _add_tilings(kinds: Any) -> None:
-    parser = kinds.add_parser("tilings", help="products of few rows: tilings for this GPU")
+    parser = kinds.add_parser("tilings", help="find the fastest tilings of small matmuls")
     parser.set_defaults(run=_runner("tilings"))
     parser.add_argument(
-        "models", nargs="+", metavar="MODEL", help="whose products to measure; no weights are read"
+        "models", nargs="+", metavar="MODEL", help="whose matmuls to measure; no weights are read"
     )
     parser.add_argument(
         "--rows", type=_few_rows, nargs="+", default=[1, 8, 24], metavar="N",
-        help="of inputs: one for each of 1, 2 to 16 and 17 to 32 (1 8 24); of quantised products "
-        "one for each of 1, 2 to 8, 9 to 16, 17 to 32 and 33 to 64",
+        help="tokens per matmul: one number for each of 1, 2 to 16 and 17 to 32 (1 8 24); with "
+        "quantised matrices, one for each of 1, 2 to 8, 9 to 16, 17 to 32 and 33 to 64",
     )  # fmt: skip
     parser.add_argument(
         "--formats", nargs="+", choices=QUANTIZED_FORMATS, default=[], metavar="FORMAT",
-        help="measure products with quantised matrices of these shapes instead: "
-        f"{', '.join(QUANTIZED_FORMATS)} (the models' own)",
+        help="quantise the models' matrices in these formats: "
+        f"{', '.join(QUANTIZED_FORMATS)} (default: the models' own formats)",
     )  # fmt: skip
     parser.add_argument(
         "--output-json", type=Path, metavar="FILE",
@@ -163,7 +163,7 @@ def _add_engines(parser: CommandParser) -> None:
         help="several take turns on the same work; ratios are the first one's to the others'",
     )  # fmt: skip
     parser.add_argument(
-        "--hf-max-batch-size", type=positive, default=16, help="of transformers' generate"
+        "--hf-max-batch-size", type=positive, default=16, help="of transformers' generate (16)"
     )
     _add_report(parser)
     add_engine_options(parser.add_argument_group("engine"))
@@ -190,14 +190,15 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_plot(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="a picture; SVG, or by suffix")
+    plot = "a picture of the report; SVG unless FILE has another suffix"
+    parser.add_argument("--plot", type=Path, metavar="FILE", help=plot)
 
 
 def _add_repeats(parser: argparse.ArgumentParser, warmups: bool = True) -> None:
     parser.add_argument("--num-iters", type=positive, default=3, help="measurements of each row")
     if warmups:
         parser.add_argument(
-            "--num-iters-warmup", type=_non_negative, default=1, help="rounds before them"
+            "--num-iters-warmup", type=_non_negative, default=1, help="rounds before measuring"
         )
 
 
@@ -218,7 +219,7 @@ def _add_dataset(parser: argparse.ArgumentParser, default: str) -> None:
     )
     parser.add_argument(
         "--output-len", type=positive, default=128, metavar="N",
-        help="tokens out, where the dataset does not say",
+        help="output tokens of a request, unless the dataset says",
     )  # fmt: skip
 
 
@@ -243,7 +244,7 @@ def _at_least(minimum: int, text: str) -> int:
 def _few_rows(text: str) -> int:
     value = positive(text)
     if value > 64:
-        raise argparse.ArgumentTypeError(f"must be at most 64, got {value}: a library has the rest")
+        raise argparse.ArgumentTypeError(f"must be at most 64, got {value}; libraries compute more")
     return value
 
 

@@ -92,7 +92,7 @@ class Load:
 
 @dataclass(slots=True)
 class Outcome:
-    """What one request saw. Times: seconds of the monotonic clock. Tokens: as the server counts."""
+    """The outcome of one request. Times: seconds of the monotonic clock. Tokens: by the server."""
 
     sent: float = 0.0
     stamps: list[float] = field(default_factory=list)  # arrival of each piece of text

@@ -3,7 +3,7 @@
 The counts follow from a ModelSpec alone. A step reads all weights once (the output head once, tied
 or not; embedding rows are not counted) and the KV of every context once, as far back as a layer
 sees. Each parameter costs two FLOPs per token. A measured time below the floor means that the
-measurement is broken. The module knows specs and ceilings, no engine.
+measurement is broken. The module depends on specs and ceilings, but on no engine.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Ceilings:
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """The minimum work of a step, in bytes and FLOPs. kv_bytes: of KV and of states."""
+    """The minimum work of a step, in bytes and FLOPs. kv_bytes: of the KV cache and of states."""
 
     weight_bytes: int
     kv_bytes: int
@@ -66,12 +66,12 @@ def decode_cost(spec: ModelSpec, batch: int, context: int) -> StepCost:
         attention += 4 * seen * attn.q_size
     return StepCost(
         weight_bytes=spec.num_bytes(weights),
-        kv_bytes=batch * (kv_bytes + _moved_of_states(spec)),
+        kv_bytes=batch * (kv_bytes + _moved_state_bytes(spec)),
         flops=batch * (2 * weights.num_parameters + attention + spec.flops_of_states),
     )
 
 
-def _moved_of_states(spec: ModelSpec) -> int:
+def _moved_state_bytes(spec: ModelSpec) -> int:
     """Bytes that a decode step moves for a request's states: it reads and writes each once."""
     return 2 * spec.bytes_per_request
 
@@ -127,7 +127,7 @@ def offline_floor(spec: ModelSpec, ceilings: Ceilings, lengths: Sequence[tuple[i
     for input_len, output_len in lengths:
         flops += prefill_cost(spec, 1, input_len).flops
         flops += decode_cost(spec, output_len - 1, 0).flops
-        num_bytes += (output_len - 1) * _moved_of_states(spec)
+        num_bytes += (output_len - 1) * _moved_state_bytes(spec)
         for attn, count in Counter(spec.attentions).items():
             contexts = range(input_len + 1, input_len + output_len)
             seen = count * sum(map(attn.num_seen, contexts))

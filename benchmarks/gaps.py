@@ -4,9 +4,9 @@
 
 MODEL and all engine options are those of `compiledllm generate`. Two engines, one after the other:
 one without a target of the inter-token latency (ITL) and one with `--target-itl-ms`, 30 if it is
-not given. Each has `--num-streams` requests with a context of `--stream-len` tokens that decode,
-and computes a prompt of `--prompt-len` tokens beside them, `--num-iters` times after one that does
-not count. A gap is the time between two tokens of one stream, seen from Python.
+not given. Each decodes `--num-streams` requests with a context of `--stream-len` tokens, and
+computes a prompt of `--prompt-len` tokens beside them, `--num-iters` times after a first time that
+does not count. A gap is the time between two tokens of one stream, seen from Python.
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ class Gaps:
     prompt_s: list[float] = field(default_factory=list)
 
     def row(self, target_ms: float | None, bound_ms: float, slowdown: float | None) -> Row:
-        """bound_ms: the share of longer gaps is reported. slowdown: what the target has learnt."""
+        """A row of the report. bound_ms: the row has the share of gaps that are longer.
+
+        slowdown: the factor that the scheduler's ITL target has learnt; None without a target.
+        """
         beside, alone = percentiles(self.beside_ms), percentiles(self.alone_ms)
         longer = sum(gap > bound_ms for gap in self.beside_ms)
         return {
@@ -92,13 +95,13 @@ class Streams:
         return self._engine.add_request(prompt, params)
 
     def alone(self, num_steps: int, gaps: Gaps) -> None:
-        """Add the gaps of some steps of the streams alone."""
+        """Run `num_steps` steps without a prompt beside the streams, and add their gaps."""
         steps = iter(range(num_steps - 1))
         self._start_clock()
         gaps.alone_ms += self._gaps_ms(lambda _: next(steps, None) is None)
 
     def beside_prompt(self, length: int, gaps: Gaps) -> None:
-        """Compute a prompt of this length, and add the gaps until its token."""
+        """Compute a prompt of `length` tokens beside the streams; add the gaps until it is done."""
         (prompt,) = self._prompts(1, length, self._seed + 1)
         started = self._start_clock()
         request_id = self._add(prompt, 1)
@@ -111,7 +114,7 @@ class Streams:
         return now
 
     def _gaps_ms(self, is_over: Callable[[set[str]], bool]) -> Iterator[float]:
-        """The gaps until `is_over`, which is given the requests that a step has a token of."""
+        """The gaps until `is_over`, which is called with the ids of the requests of each step."""
         while True:
             request_ids = {output.request_id for output in self._engine.step()}
             now = time.perf_counter()
@@ -129,6 +132,7 @@ class Streams:
 
 
 def measure(options: Namespace, of_engine: dict[str, Any], target_ms: float | None) -> Row:
+    """Measure one engine. of_engine: its options, except that target_ms is its ITL target."""
     fixed = {"skip_tokenizer_init": True, "enable_prefix_caching": False}
     engine = Engine(**(of_engine | fixed | {"target_itl_ms": target_ms}))
     gaps = Gaps()
@@ -159,7 +163,7 @@ def main(arguments: list[str]) -> None:
     for target_ms in (None, of_engine["target_itl_ms"]):
         rows.append(measure(options, of_engine, target_ms))
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-        gc.collect()  # the engine's memory is the next one's
+        gc.collect()  # the next engine needs the memory of this one
         torch.cuda.empty_cache()
     report = {
         "benchmark": "gaps",

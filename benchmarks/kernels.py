@@ -1,8 +1,8 @@
 """The kernels of a decode step: their times, and the floors of the step's parts.
 
 The profiler reports the time of each kernel but not the bytes that it moves. Bytes and floors are
-therefore given for whole parts of the step, from the model's spec: products read the weights,
-attention reads the KV cache, and layers with states read and write their states.
+therefore given for whole parts of the step, from the model's spec: "products" (matmuls) read the
+weights, attention reads the KV cache, and layers with states read and write their states.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from compiledllm.models.spec import ModelSpec
 from compiledllm.platform import Platform
 
 PRODUCTS, ATTENTION, OTHER = "products", "attention and states", "other"
-LAYERS = "all of the layers"  # of a step of few rows, in one kernel
-# Parts of kernels' names (on a CPU of operators' names), in the order in which they are looked for.
+LAYERS = "all of the layers"  # one kernel that computes all layers of a step of few rows
+# (part of the step, pattern of the names of its kernels, or on a CPU of its operators). The first
+# pattern that is found counts.
 _KINDS = (
     (LAYERS, r"^decode_step"),
     (ATTENTION, r"attention|_decode_kernel|_prefill_kernel|_step_kernel|_ragged_kernel"),
@@ -133,7 +134,7 @@ def _measure(
 
 
 def kernels_of(events: Iterable[Event], num_steps: int) -> list[Kernel]:
-    """The kernels of `num_steps` steps' events, those that take longest first.
+    """The kernels among the events of `num_steps` steps, those that take longest first.
 
     events: sorted by start.
     """
@@ -151,7 +152,7 @@ def kernels_of(events: Iterable[Event], num_steps: int) -> list[Kernel]:
 
 
 def kind_of(name: str) -> str:
-    """The part of a step to which the kernel with this whole name belongs."""
+    """The part of a step to which a kernel belongs. name: its full name."""
     return next((kind for kind, pattern in _KINDS if re.search(pattern, name)), OTHER)
 
 

@@ -4,9 +4,10 @@
 
 -P keeps the modules beside the script, such as profile.py, from shadowing those of other packages.
 
-A script for an environment of its own, because llm-compressor pins the versions of transformers and
-compressed-tensors; it imports nothing of compiledllm. `compiledllm.benchmarks.quantised` reads the
-folder. benchmarks/README.md has the versions and the commands.
+The script runs in an environment of its own, because llm-compressor pins the versions of
+transformers and compressed-tensors; it imports nothing of compiledllm.
+`compiledllm.benchmarks.quantised` reads the folder. benchmarks/README.md has the versions and the
+commands.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-# Widths of small models are no multiples of the presets' groups of 128, so groups are given.
+# The presets have groups of 128, of which the widths of small models are no multiples.
 _GROUPS: dict[str, dict[str, Any]] = {
     "w4a16-g64": {"num_bits": 4, "strategy": "group", "group_size": 64},
     "w4a16-g32-asym": {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": False},
@@ -28,7 +29,8 @@ _GROUPS: dict[str, dict[str, Any]] = {
 _PRESETS = ("FP8_DYNAMIC", "FP8_BLOCK", "W8A8", "NVFP4A16", "MXFP4A16")
 _CALIBRATED = ("FP8", "NVFP4")
 SCHEMES = (*_GROUPS, *_PRESETS, *_CALIBRATED, "mixed")
-_NUM_SAMPLES, _SAMPLE_LEN = 4, 128  # random tokens: for the file's layout, not for quality
+# Calibration has few and random tokens: the checkpoints test the file's layout, not quality.
+_NUM_SAMPLES, _SAMPLE_LEN = 4, 128
 
 
 def recipe(scheme: str) -> Any:

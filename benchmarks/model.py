@@ -25,8 +25,9 @@ _FIELDS = ("model", "revision", "tokenizer", "device", "dtype")
 class Model:
     """The checkpoint that all engines load.
 
-    spec: in the dtypes of the run, the part of each GPU; None for an architecture that only the
-    peers know, which has no floors. options: all other engine options, as the user gave them.
+    spec: in the dtypes of the run; with tensor parallelism, the part of one GPU. None for an
+    architecture that only other engines support, which has no floors. options: all engine options
+    that are no fields of this class, as the user gave them.
     """
 
     path: Path
@@ -41,7 +42,7 @@ class Model:
         """Resolve engine options to a model. Raises ConfigError for options that are wrong."""
         EngineConfig.from_options(**options)
         dummy = options.get("load_format") == "dummy"
-        is_ours = set(engines) == {"compiledllm"}  # others do not read what stays packed
+        is_ours = set(engines) == {"compiledllm"}  # others cannot load matrices that stay quantised
         path = resolve_checkpoint(
             options.get("model"), options.get("revision"), not dummy, keep_packed=is_ours
         )

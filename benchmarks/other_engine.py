@@ -1,10 +1,10 @@
 """Runs the engine of another environment, for `other_environment.py`. Must run on Python 3.10.
 
-Arguments: "compiledllm" or "vllm", and the engine's options as JSON. Each line of the input has
-prompts (token ids) and output lengths. The answer is the seconds that all of them took, and the
-numbers of generated tokens. The first line of the output says that the engine is ready.
+Arguments: "compiledllm" or "vllm", and the engine's options as JSON. The first line of the output
+says that the engine is ready. Each line of the input is the JSON of [prompts (token ids), output
+lengths]; it is answered by a line [seconds that all prompts took, numbers of generated tokens].
 
-Uses only what vLLM and all versions of compiledllm have in common.
+The program uses only what vLLM and all versions of compiledllm have in common.
 """
 
 import json
@@ -16,7 +16,7 @@ import time
 def main() -> None:
     kind, options = sys.argv[1], json.loads(sys.argv[2])
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # engines print, too
+    os.dup2(2, 1)  # engines print to stdout, too, which is for the answers
     if kind == "vllm":
         from vllm import LLM as Engine
         from vllm import SamplingParams

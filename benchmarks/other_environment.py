@@ -1,7 +1,7 @@
 """An engine of another Python environment as a peer: an older compiledllm, or vLLM.
 
-The engine runs in a process of the environment's interpreter, which measures the time of the
-engine's own call, so that the requests' way to the process does not count.
+The engine runs in a process of the environment's interpreter (`other_engine.py`). That process
+measures the engine's own call, so that sending the requests to the process does not count.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from compiledllm.benchmarks.workload import SampleRequest, check_lengths, ids_of
 from compiledllm.config import ConfigError
 
 _PROGRAM = Path(__file__).with_name("other_engine.py")
-_MAX_END_S = 30.0  # for a process to end by itself
+_MAX_END_S = 30.0  # a process that has not ended by itself after that is killed
 
 
 class OtherEnvironment:
@@ -64,7 +64,7 @@ class OtherEnvironment:
         self.wait_until_ready()
         work = [ids_of(r) for r in requests], [r.output_len for r in requests]
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # the missing answer says so
+        with contextlib.suppress(BrokenPipeError):  # `_answer` raises the error
             self._process.stdin.write(json.dumps(work) + "\n")
             self._process.stdin.flush()
         seconds: float

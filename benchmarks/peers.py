@@ -1,7 +1,8 @@
 """The engines that can be measured, behind one interface: prompts in, a fixed number of tokens out.
 
-Every engine runs greedily, past end of sequence, without a prefix cache and without text, on the
-same checkpoint (or random weights of its shapes) in the same dtype.
+Every engine ignores the end of sequence and has no prefix cache and no detokenization. All engines
+load the same checkpoint (or random weights of its shapes) in the same dtype, and sample greedily,
+unless `CompiledLLM.sampling_as` says otherwise.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ SAMPLING: dict[str, dict[str, Any]] = {
     "one-penalised": {"temperature": 0, "frequency_penalty": 0.5, "repetition_penalty": 1.1},
     "logprobs": {"temperature": 0, "logprobs": 5},
 }
-_SHARED_MEMORY = 0.94  # fraction of the GPU's memory that all engines of a run share
+_SHARED_MEMORY = 0.94  # fraction of the GPU's memory for all engines of a run together
 
 
 class Peer(Protocol):
@@ -61,7 +62,7 @@ class Peer(Protocol):
         """Run all requests to their last token. Returns the seconds of the engine's own call."""
 
     def inter_token_times(self, requests: Sequence[SampleRequest]) -> list[float] | None:
-        """Seconds between consecutive tokens; None if the engine does not show single tokens."""
+        """Seconds between consecutive tokens; None if the engine returns whole outputs only."""
 
     def step_times(self, requests: Sequence[SampleRequest]) -> StepTimes | None:
         """Host and device seconds of a decode step; None if the engine cannot be profiled."""
@@ -195,9 +196,10 @@ class CompiledLLM:
     def while_decoding(
         self, requests: Sequence[SampleRequest], measure: Callable[[Callable[[], object]], T]
     ) -> T:
-        """What `measure` makes of a function that runs a decode step of all the requests.
+        """Call `measure` with a function that runs one decode step of all requests.
 
-        As in `generate`, no output is made before the requests are finished.
+        Returns the result of `measure`. As in `generate`, steps make no outputs before requests
+        finish.
         """
         engine, limit = self.engine, self.engine.config.limits.max_model_len
         assert limit is not None

@@ -20,7 +20,7 @@ from compiledllm.config import ConfigError
 
 
 def check_plot(path: Path | None, output_len: int = 2) -> None:
-    """Raise ConfigError for a plot that cannot be made, before hours of measuring."""
+    """Raise ConfigError for a plot that cannot be made, before anything is measured."""
     if path is None:
         return
     if find_spec("matplotlib") is None:

@@ -7,10 +7,10 @@ MODEL and all engine options are those of `compiledllm generate`. The report has
 - chat: the first turn is a prompt of `--chat-len` tokens and an answer; the second turn's prompt is
   both of these and `--turn-len` more tokens. Measures the second turn's time to first token, with
   the cache and without it.
-- shared: the time to first token of a prompt whose first `--shared-len` tokens two earlier prompts
-  had, too.
-- apart: the rate of `--num-prompts` prompts that share nothing, with the cache and without it,
-  taking turns.
+- shared: the time to first token of a prompt that shares its first `--shared-len` tokens with two
+  earlier prompts.
+- apart: output tokens per second of `--num-prompts` prompts that share nothing, with the cache and
+  without it, taking turns.
 
 Each row also counts the engine's steps and, for models with states, the snapshots that were saved,
 restored and kept.
@@ -41,11 +41,11 @@ from compiledllm.benchmarks.workload import random_requests
 from compiledllm.platform import Platform
 from compiledllm.types import SchedulerOutput
 
-_SHARE = 0.45  # of the GPU's memory, for each of two engines
+_MEMORY_PER_ENGINE = 0.45  # fraction of the GPU's memory for each of the two engines
 
 
 class Counted:
-    """An engine that counts its steps, and the states that the steps save, restore and keep."""
+    """An engine whose steps, and the states that they save, restore and keep, are counted."""
 
     def __init__(self, options: dict[str, Any], caches: bool) -> None:
         fixed = {"skip_tokenizer_init": True, "enable_prefix_caching": caches}
@@ -63,7 +63,7 @@ class Counted:
         self.engine.core.scheduler.schedule = counted  # type: ignore[method-assign]
 
     def generate(self, prompts: Sequence[list[int]], max_tokens: int) -> tuple[float, list[Any]]:
-        """Generate greedily from prompts of token ids: the duration in seconds, and the outputs."""
+        """Generate greedily from token ids. Returns the duration in seconds, and the outputs."""
         params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
         self.counts.update(dict.fromkeys(self.counts, 0))
         start = time.perf_counter()
@@ -72,6 +72,7 @@ class Counted:
 
 
 def measure(options: Namespace, on: Counted, off: Counted) -> Iterator[Row]:
+    """Yield the three rows. on, off: the engines with and without a prefix cache."""
     vocab_size = on.engine.core.spec.vocab_size
 
     def prompts(count: int, length: int, seed: int) -> list[list[int]]:
@@ -145,7 +146,7 @@ def main(arguments: list[str]) -> None:
     platform = Platform.detect()
     of_engine = engine_options(options)
     if platform.is_cuda:
-        of_engine = {"gpu_memory_utilization": _SHARE} | of_engine
+        of_engine = {"gpu_memory_utilization": _MEMORY_PER_ENGINE} | of_engine
     on, off = (Counted(of_engine, caches) for caches in (True, False))
     rows = []
     for row in measure(options, on, off):

@@ -12,8 +12,8 @@ import torch
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 
-# Device -> the numbers of steps that are timed, and that the profiler records. A CPU's steps are
-# long, and the profiler takes longer to read the operators of a step than the step takes.
+# Device -> (number of timed steps, number of steps that the profiler records). There are few on a
+# CPU: its steps are long, and the profiler takes longer to read a step's operators than the step.
 _NUM_STEPS = {"cuda": (32, 8), "cpu": (8, 2)}
 
 
@@ -68,7 +68,7 @@ class StepProfile:
 
 
 def num_steps(device: torch.device) -> int:
-    """All steps that `StepProfile.of` runs."""
+    """The number of steps that `StepProfile.of` runs, timed and recorded ones together."""
     return sum(_NUM_STEPS[device.type])
 
 

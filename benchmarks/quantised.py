@@ -53,7 +53,7 @@ def perplexity(logprobs: Tensor) -> float:
 
 
 def engine_logprobs(checkpoint: Path, token_ids: list[int]) -> Tensor:
-    """float32 [tokens - 1], by `prompt_logprobs`."""
+    """The engine's log probabilities of the tokens after the first: float32 [tokens - 1]."""
     length = len(token_ids) + 1
     engine = Engine(checkpoint, dtype="float32", max_model_len=length, skip_tokenizer_init=True)
     params = SamplingParams(max_tokens=1, prompt_logprobs=0)
@@ -64,7 +64,7 @@ def engine_logprobs(checkpoint: Path, token_ids: list[int]) -> Tensor:
 
 
 def transformers_logprobs(model: Any, token_ids: list[int]) -> Tensor:
-    """float32 [tokens - 1]."""
+    """transformers' log probabilities of the tokens after the first: float32 [tokens - 1]."""
     ids = torch.tensor([token_ids])
     with torch.inference_mode():
         logprobs: Tensor = model(ids).logits[0, :-1].float().log_softmax(-1)

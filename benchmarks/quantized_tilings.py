@@ -1,6 +1,6 @@
-"""Measures tilings of products of few rows with quantised matrices, for the table of tilings.
+"""Measures tilings of matmuls of few rows with quantised matrices, for the table of tilings.
 
-The layouts are those of a model's own matrices, or of formats given by name. As in `tilings`,
+The formats are those of a model's own matrices, or are given by name. As in `tilings`,
 caches are cold, calls are replayed from a CUDA graph, and several processes compile first. Every
 candidate is measured for a short time, and the fastest ones again for longer.
 """
@@ -38,13 +38,13 @@ FORMATS = (
     ONLINE | {"mxfp4": MXFP4, "nvfp4": NVFP4} | {kind: kinds.spec for kind, kinds in KINDS.items()}
 )
 Fields = tuple[int, ...]  # of a `quantized_cuda.Tiling`
-_SHORT_S, _LONG_S = 2e-3, 1e-2  # duration of a repeat: for every candidate, for the fastest
+_SHORT_S, _LONG_S = 2e-3, 1e-2  # duration of a repeat: for every candidate; for the fastest ones
 _NUM_FINALISTS = 3
 _DEVICE = "cuda"
 
 
 class Product(NamedTuple):
-    """A product of `rows` rows with a quantised matrix."""
+    """A matmul of an input of `rows` rows with a quantised matrix."""
 
     spec: QuantSpec
     num_outputs: int
@@ -56,7 +56,7 @@ class Product(NamedTuple):
 
 
 class Compiling(NamedTuple):
-    """A kernel to compile. num_inputs: any number of inputs with the same tail."""
+    """A kernel to compile. num_inputs: a number for which the same kernel is compiled (`_like`)."""
 
     spec: QuantSpec
     num_inputs: int
@@ -67,9 +67,10 @@ class Compiling(NamedTuple):
 def products_of(
     models: Iterable[str], formats: Sequence[str], row_counts: Sequence[int]
 ) -> list[Product]:
-    """The distinct products of these models' steps.
+    """The distinct matmuls of these models' steps that our kernel for few rows computes.
 
-    formats: keys of FORMATS; every matrix is measured in each of them. Empty: in the models' own.
+    formats: keys of FORMATS; every matrix is measured in each of them. Empty: each matrix is
+    measured in its own format, and not at all if it is not quantised.
     """
     found = dict[Product, None]()
     for model in models:
@@ -83,7 +84,7 @@ def products_of(
 
 
 def _formats_of(matrix: MatrixSpec, formats: Sequence[str]) -> Iterator[tuple[QuantSpec, int]]:
-    """The formats in which a matrix is measured, with numbers of outputs."""
+    """The formats in which a matrix is measured, each with its number of outputs."""
     own, num_outputs = matrix.format, matrix.num_outputs
     if matrix.num_experts > 1:
         return
@@ -117,9 +118,9 @@ def candidates(layout: Layout, num_rows: int) -> Iterator[Fields]:
 def measure_products(
     products: Sequence[Product], advance: Callable[[str], None]
 ) -> dict[QuantizedKey, dict[str, Any] | None]:
-    """An entry for each product that some tiling computes at least 3 % faster than the rule's.
+    """A table entry for each matmul that some tiling computes at least 3 % faster than the rule's.
 
-    None for other products. advance: called with a description of each product.
+    None for other matmuls. advance: called with a description of each measured matmul.
     """
     jobs = dict.fromkeys(
         Compiling(p.spec, _like(p.num_inputs), _tokens(p.rows), fields)
@@ -136,7 +137,7 @@ def measure_products(
 
 
 def _is_ours(product: Product) -> bool:
-    """Whether our kernel for few rows computes the product, and not the library with FP8 inputs."""
+    """Whether our kernel for few rows computes the matmul, and no library with FP8 inputs."""
     if product.num_inputs % (product.spec.span or 1) or product.rows > MAX_FEW_ROWS:
         return False
     layout = _layout(product.spec, _like(product.num_inputs))
@@ -200,7 +201,7 @@ def _packed(spec: QuantSpec, num_outputs: int, num_inputs: int) -> tuple[Layout,
 
 
 def _entry(product: Product) -> dict[str, Any]:
-    """An entry of the table: the fastest tiling for a product."""
+    """An entry of the table: the fastest tiling for a matmul."""
     packed = _packed(product.spec, product.num_outputs, product.num_inputs)
     assert packed is not None, product
     layout, parts = packed
@@ -239,7 +240,7 @@ def _measure(
     tilings: Iterable[Fields],
     **how: Any,
 ) -> dict[Fields, float]:
-    """Seconds of a product by each tiling for which the GPU has the resources."""
+    """Seconds of a matmul with each tiling for which the GPU has the resources."""
     from compiledllm.kernels.machine_code import CudaError
     from compiledllm.kernels.quantized_cuda import Tiling, quantized_product
 

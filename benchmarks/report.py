@@ -77,7 +77,7 @@ def load_report(path: Path) -> Report:
 
 
 def write_facts(facts: Mapping[str, Any], path: Path | None) -> None:
-    """Write what a benchmark without a table found as JSON, to standard output without a path."""
+    """Write a report without a table as JSON: to `path`, or to standard output if there is none."""
     text = json.dumps(facts, indent=1) + "\n"
     if path is None:
         print(text, end="")
@@ -151,7 +151,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """$GIT_COMMIT, else the commit of this checkout, with "+" appended if files are modified."""
+    """$GIT_COMMIT, or the commit of this checkout, with "+" appended if files are modified."""
     if given := os.environ.get("GIT_COMMIT"):
         return given
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
@@ -164,7 +164,7 @@ def commit() -> str | None:
 
 
 def command_line(arguments: Sequence[str]) -> str:
-    """The command line without this machine's folders, so that it runs on another machine."""
+    """The command line with paths shortened to their last part, so that it suits any machine."""
     return shlex.join(["compiledllm", *map(without_folder, arguments)])
 
 

@@ -1,4 +1,4 @@
-"""Simulates replicas behind the router: its cost, how even the load is, and prefixes found again.
+"""Simulates the router over replicas: its CPU time, the balance of the load, and cache hits.
 
     python -m compiledllm.benchmarks.routing --output-json FILE
 
@@ -43,7 +43,7 @@ Policy = Callable[[Chat, list[Replica]], int]
 
 
 class Routed:
-    """The server's router. Notes the seconds that it takes."""
+    """The server's router as a policy; measures the CPU seconds that the router takes."""
 
     def __init__(self, num_replicas: int) -> None:
         self._router = PrefixRouter(num_replicas)
@@ -124,9 +124,10 @@ class _Simulation:
         ]
         self._replicas = [Replica() for _ in range(num_replicas)]
         self._numbers = itertools.count()
-        # (seconds, number, replica or -1 for a message, the replica's version or the chat)
+        # A heap of (seconds, number, index of a replica, its version), when a replica finishes a
+        # request, or (seconds, number, -1, chat), when a client sends a message.
         self._events: list[tuple[float, int, int, Any]] = []
-        self._sent_s: dict[int, float] = {}  # by chat, when its last message was sent
+        self._sent_s: dict[int, float] = {}  # number of a chat -> when its last message was sent
         self._seen_systems: set[int] = set()
         self._now_s = 0.0
         self._hits = self._possible = self._prompt_tokens = self._answer_tokens = 0

@@ -191,13 +191,13 @@ def _local_model(name: str | None) -> Model | None:
 
 
 def _seed(arguments: Namespace) -> int:
-    """The seed of the work. --seed sets it for work and engine; both have their own default."""
+    """The seed of the requests. --seed sets this and the engine's seed; their defaults differ."""
     seed = getattr(arguments, "seed", None)
     return DEFAULT_SEED if seed is None else seed
 
 
 def _load(arguments: Namespace, model: Model) -> list[Peer]:
-    """Load the engines. compiledllm compiles before the first request, also on a CPU."""
+    """Load the engines. compiledllm compiles before the first request, even on a CPU."""
     model = replace(model, options={"compile_when": "start"} | dict(model.options))
     names, others = list(dict.fromkeys(arguments.engine)), arguments.other
     taken = set(names)
@@ -213,7 +213,7 @@ def _load(arguments: Namespace, model: Model) -> list[Peer]:
 
 
 def _by_sampling(peers: list[Peer], sampling: list[str]) -> list[Peer]:
-    """One peer of compiledllm for every kind of sampling; other engines run greedily only."""
+    """A peer for each kind of sampling, all of one compiledllm; other engines only run greedily."""
     if sampling == ["greedy"]:
         return peers
     ours = [peer for peer in peers if isinstance(peer, CompiledLLM)]
@@ -249,9 +249,6 @@ def _add_serving_floor(row: Row, local: Model | None, ceilings: Ceilings | None)
     row["tpot_floor_ms"] = tpot and against_floor(floor, tpot["p50"])
 
 
-# -- the report ------------------------------------------------------------------------------------
-
-
 def run_tilings(arguments: Namespace) -> int:
     """`compiledllm bench tilings`."""
     platform = Platform.detect()
@@ -269,12 +266,15 @@ def run_tilings(arguments: Namespace) -> int:
     tilings.write_table(path, entries, measured, platform, others)
     count = len(entries) + sum(entry is not None for entry in others.values())
     num_measured = len(measured) + len(products)
-    print(f"{path}: {count} of {num_measured} products are faster than by the rules")
+    print(f"{path}: tilings for {count} of {num_measured} matmuls are faster than the defaults")
     return 0
 
 
+# -- the report ------------------------------------------------------------------------------------
+
+
 def check_output(path: Path | None, option: str) -> None:
-    """Raise ConfigError for a file that cannot be written, before hours of measuring."""
+    """Raise ConfigError if the folder of the output file does not exist, before measuring."""
     if path is not None and not path.parent.is_dir():
         raise ConfigError(f"{option} {path}: the folder {path.parent} does not exist")
 

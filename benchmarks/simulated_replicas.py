@@ -19,8 +19,8 @@ CACHE_TOKENS = 400_000  # of a replica: Llama-3.1-8B in 16 bits on a GPU of 80 G
 class StepTimes:
     """Measured durations: Llama-3.1-8B on an H100, rows of 1024 tokens (benchmarks/README.md).
 
-    base_s: of a decode step of one row. row_s: added by each further row. prompt_s: of computing a
-    token of a prompt.
+    base_s: a decode step of one row. row_s: added by each further row. prompt_s: the computation of
+    one prompt token.
     """
 
     base_s: float = 5.52e-3
@@ -56,13 +56,14 @@ class Replica:
 
     def __init__(self) -> None:
         self.outstanding = 0  # tokens, as the server counts them
-        self.version = 0  # of the last answer of `next_end_s`; earlier answers are out of date
+        self.version = 0  # counts the calls of `next_end_s`: only the last result is up to date
         self._backlog_s = 0.0  # time to compute the waiting prompts
-        self._clock = 0.0  # number of tokens that a row has drawn that runs since the beginning
+        self._clock = 0.0  # decode steps so far; a running request gets a token in each
         self._at_s = 0.0  # the time up to which the replica is simulated
-        self._ends: list[tuple[float, int, Any]] = []  # (clock at its end, number, request)
-        self._cache: OrderedDict[Any, int] = OrderedDict()  # tokens by chat or system prompt
-        self._cached = 0
+        self._ends: list[tuple[float, int, Any]] = []  # heap of (clock at its end, number, request)
+        # Number of cached tokens of each chat and system prompt, the longest unused one first.
+        self._cache: OrderedDict[Any, int] = OrderedDict()
+        self._cached = 0  # sum of the cache's numbers
 
     def known(self, chat: Chat) -> int:
         """Tokens of the chat's beginning that the cache holds."""
@@ -78,6 +79,7 @@ class Replica:
         self._keep(chat.number, len(chat.tokens))
 
     def next_end_s(self) -> float:
+        """The time at which the next request finishes, unless another one is added before."""
         self.version += 1
         if not self._ends:
             return float("inf")
@@ -104,7 +106,10 @@ class Replica:
         self._at_s = now_s
 
     def _keep(self, key: Any, num_tokens: int) -> None:
-        """Note what the cache holds. A chat's tokens include those of its system prompt."""
+        """Cache `num_tokens` tokens of a chat or system prompt; evict the longest unused ones.
+
+        A chat's tokens include those of its system prompt.
+        """
         self._cached += num_tokens - self._cache.pop(key, 0)
         self._cache[key] = num_tokens
         while self._cached > CACHE_TOKENS:

@@ -41,7 +41,7 @@ with bytecode.kept():
 """
 _NO_COMPILER = {"CC": "/no/compiler", "CXX": "/no/compiler"}
 # "process" is the start of the interpreter. The phases of the engine's ledger follow. "rest" is the
-# time that no phase covers, which is most of a peer's time.
+# time that no phase covers. For other engines, "rest" is most of the time.
 PHASES = ("process", *ledger.PHASES, "first token")
 
 

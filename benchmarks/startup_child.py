@@ -1,6 +1,6 @@
-"""The fresh process of `bench startup`: loads an engine, generates a token, tells its phases.
+"""The fresh process of `bench startup`: loads an engine, generates a token, prints its phases.
 
-Imports what the engine imports and nothing else, as every import here would count.
+The module imports only what the engine imports, because the time of every import here counts.
 """
 
 import json

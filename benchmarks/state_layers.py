@@ -47,7 +47,7 @@ _MIN_S = 0.02  # duration of a repeat
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """dim: dimensions of a head. width: inputs per channel of the convolution."""
+    """Sizes of a layer. dim: dimensions of a head. width: inputs per channel of the convolution."""
 
     key_heads: int = 16
     value_heads: int = 32
@@ -179,11 +179,11 @@ def _synchronize(device: torch.device) -> None:
 
 
 def delta_rule_cost(shape: Shape, step: Step, state_dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes that must be moved, and FLOPs: of the recurrence, or of chunks of CHUNK tokens.
+    """Bytes that must be moved, and FLOPs: of the recurrence for a row of one token, or of chunks.
 
-    Per token and value head, a chunk has three products with the state, and four products with the
-    chunk's other tokens: keys with keys, queries with keys, the inverse with values, and the scores
-    with values. The inversion is not counted.
+    Per token and value head, a chunk of CHUNK tokens has three products with the state, and four
+    with the chunk's other tokens: keys with keys, queries with keys, the inverse with values, and
+    the scores with values. The inversion is not counted.
     """
     tokens, per_token = step.rows * step.count, (shape.channels + shape.value_heads * shape.dim) * 2
     num_bytes = 2 * step.rows * shape.state_bytes(state_dtype) + tokens * per_token
@@ -192,10 +192,10 @@ def delta_rule_cost(shape: Shape, step: Step, state_dtype: torch.dtype) -> tuple
 
 
 def state_space_cost(shape: Shape, step: Step, state_dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes that must be moved, and FLOPs: of the recurrence, or of chunks of CHUNK tokens.
+    """Bytes that must be moved, and FLOPs: of the recurrence for a row of one token, or of chunks.
 
-    Per token and head a chunk has two products with the state, and two with the chunk's other
-    tokens.
+    Per token and head, a chunk of CHUNK tokens has two products with the state, and two with the
+    chunk's other tokens.
     """
     tokens, inner = step.rows * step.count, shape.value_heads * shape.dim
     num_bytes = 2 * step.rows * shape.state_bytes(state_dtype)

@@ -1,7 +1,8 @@
-"""Measures tilings of products of few rows, and writes a table of tilings that beat the rules.
+"""Measures tilings of matmuls with few rows, and writes a table of those that beat the default.
 
-Caches are cold: each replay of a graph multiplies by more copies of a matrix than the last-level
-cache holds. Compilation takes most of the time, so several processes compile all tilings first.
+The default is the tiling that the kernel's rule (`rule_for`) gives. Caches are cold: each replay of
+a graph multiplies by more copies of a matrix than the last-level cache holds. Compilation takes
+most of the time, so several processes compile all tilings first.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ _BATCH = 64  # tilings that a process compiles in a row
 
 
 def own_table() -> Path:
-    """The file with this machine's own table of its GPU, which engines read."""
+    """The table of this machine's GPU in the cache folder, which engines read at start."""
     return cache_dir() / "tilings" / file_name(torch.cuda.get_device_name())
 
 
 def products_of(models: Iterable[str]) -> list[Shape]:
-    """The distinct shapes of 16-bit products in these models' steps. No weights are needed."""
+    """The distinct shapes of 16-bit matmuls in these models' steps. No weights are needed."""
     shapes = dict[Shape, None]()
     for model in models:
         spec = load_spec(resolve_checkpoint(model, weights=False))
@@ -75,9 +76,9 @@ def candidates(num_rows: int, num_inputs: int) -> Iterator[Fields]:
 def measure_products(
     shapes: Sequence[Shape], row_counts: Sequence[int], advance: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """An entry for each product that some tiling computes at least 3 % faster than the rule's.
+    """A table entry for each matmul that some tiling computes at least 3 % faster than the rule's.
 
-    advance: called with a description of each product that has been measured.
+    advance: called with a description of each matmul that has been measured.
     """
     from compiledllm.kernels.skinny_triton import rule_for
 
@@ -99,7 +100,7 @@ def measure_products(
 def entry_of(
     num_rows: int, shape: Shape, seconds: dict[Fields, float], rule: Fields
 ) -> dict[str, Any] | None:
-    """The table's entry for a product, or None where the rule's tiling is good enough."""
+    """The table's entry for a matmul, or None where the rule's tiling is good enough."""
     best = min(seconds, key=seconds.__getitem__)
     rule_s = seconds.get(rule)  # None: the GPU lacks the resources for this tiling
     if rule_s is not None and seconds[best] > (1 - MIN_GAIN) * rule_s:
@@ -115,7 +116,7 @@ def entry_of(
 
 
 def _measure(num_rows: int, shape: Shape, tilings: Iterable[Fields]) -> dict[Fields, float]:
-    """Seconds of a product by each tiling for which the GPU has the resources."""
+    """Seconds of a matmul with each tiling for which the GPU has the resources."""
     from compiledllm.kernels.skinny_triton import Tiling, skinny_linear
 
     device = torch.device("cuda")
