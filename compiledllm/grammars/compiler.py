@@ -1,9 +1,9 @@
 """Compiles untrusted grammars in a helper process before this process uses them.
 
 `Compiler(vocabulary).text_of(params)` may be called from any thread. A crash, too much memory and a
-compilation longer than COMPILE_LIMIT_S become a ValueError. There are two workers: the first gives
-up on a grammar soon, so that requests behind it do not wait long; the second retries what the first
-gave up on.
+compilation longer than COMPILE_LIMIT_S become a ValueError. There are two workers. The first gives
+up on a grammar after QUICK_LIMIT_S, so that later requests do not wait long; the second then
+compiles that grammar from the beginning.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from compiledllm.structured_outputs import StructuredOutputsParams
 COMPILE_LIMIT_S = 2.0
 QUICK_LIMIT_S = 0.3  # limit of the first worker
 MAX_WAITING = 32  # requests that wait for a worker or use one
-START_LIMIT_S = 120.0  # for the helper to start, with a vocabulary of any size
-_GRACE_S = 5.0  # for a killed worker to be replaced
-_MAX_NOTED = 200  # ignored keywords and formats that are logged
+START_LIMIT_S = 120.0  # until the helper has started, with a vocabulary of any size
+_GRACE_S = 5.0  # after a worker's time limit, until the helper must have reported its death
+_MAX_NOTED = 200  # after so many different ignored keywords and formats, no more are logged
 
 
 class CompilersBusy(RuntimeError):
-    """Other requests' grammars are being compiled; a later attempt may succeed."""
+    """Too many other requests' grammars are being compiled; a later attempt may succeed."""
 
 
 class HelperLost(RuntimeError):
@@ -61,11 +61,11 @@ class Helper:
             raise ValueError(answer["error"])
 
     def ask(self, worker: int, message: dict[str, Any], limit_s: float) -> dict[str, Any]:
-        """The worker's answer, or a note that the worker died. Raises HelperLost."""
+        """The worker's answer, or {"died": cause} from the helper. Raises HelperLost."""
         connection = self.connections[worker]
         connection.settimeout(limit_s + _GRACE_S)
         try:
-            frames.skip(connection)  # drop the note of a death that came after an answer
+            frames.skip(connection)  # a worker may have died after its last answer
             frames.send(connection, message)
             answer = frames.receive(connection)
         except OSError as error:
@@ -75,7 +75,7 @@ class Helper:
         return answer
 
     def close(self) -> None:
-        """End the process and its workers, and wait. In a fork of the owner, do nothing."""
+        """End the helper and its workers, and wait for them. In a fork of the owner, do nothing."""
         if os.getpid() != self.owner:
             return
         for connection in self.connections:
@@ -87,7 +87,7 @@ class Helper:
 
 
 class Compiler:
-    """Starts the helper when it is first needed, and again after it has died."""
+    """Compiles by means of a helper, which is started on first use and again when it is lost."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         require_llguidance()
@@ -100,7 +100,7 @@ class Compiler:
         self._noted: set[str] = set()
 
     def start(self) -> None:
-        """Start the helper. Raises ValueError if the vocabulary cannot have grammars."""
+        """Start the helper. Raises ValueError if llguidance does not support the vocabulary."""
         self._running()
 
     def close(self) -> None:
@@ -110,7 +110,10 @@ class Compiler:
                 self._helper = None
 
     def text_of(self, params: StructuredOutputsParams) -> str:
-        """llguidance's text, known to compile. Raises ValueError and CompilersBusy."""
+        """The grammar as a text for llguidance that is known to compile.
+
+        Raises ValueError if there is none, and CompilersBusy.
+        """
         if not self._slots.acquire(blocking=False):
             raise CompilersBusy("many requests' structured_outputs are being compiled; try again")
         try:
@@ -161,10 +164,10 @@ class Compiler:
         new = [text for text in ignored if text not in self._noted]
         if new and len(self._noted) < _MAX_NOTED:
             self._noted.update(new)
-            log.info("schemas: ignored, as it restricts nothing: %s", ", ".join(new))
+            log.info("schemas: unknown, therefore not enforced: %s", ", ".join(new))
 
 
-TOO_LATE = "too late"  # the helper's answer after it killed a worker at the time limit
+TOO_LATE = "too late"  # the helper's report of a worker that its own timer killed; see `helper`
 
 
 def _why_died(cause: str) -> str:

@@ -1,4 +1,4 @@
-"""Finds rules of a Lark grammar that match no finite text, as every alternative recurses."""
+"""Finds rules of a Lark grammar that match no finite text because every alternative recurses."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _tokens(lark: str) -> Iterator[str]:
 
 
 class _Body:
-    """Parses the body of a rule, the tokens after the colon."""
+    """Parses the body of a rule: the tokens after the colon. Texts and optional parts become ()."""
 
     def __init__(self, tokens: list[str]) -> None:
         self._tokens = tokens[::-1]

@@ -1,4 +1,4 @@
-"""JSON messages with a length prefix over a socket. Not pickle, since the input may be hostile."""
+"""JSON messages with a length prefix over a socket. No pickle, because the input may be hostile."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def receive(connection: socket.socket) -> dict[str, Any] | None:
 
 
 def skip(connection: socket.socket) -> None:
-    """Drop the messages that have already arrived. The connection has a timeout."""
+    """Drop the messages that have already arrived. The connection's timeout is kept."""
     limit_s = connection.gettimeout()
     with contextlib.suppress(BlockingIOError):
         while True:

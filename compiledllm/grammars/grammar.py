@@ -1,4 +1,4 @@
-"""Compiled grammars, which tell the tokens that may follow an output.
+"""Compiled grammars, which decide the tokens that may come next in an output.
 
 Grammars(vocabulary).compile(params) -> Grammar. A new grammar goes through the helper process
 (`compiler.py`) first. This module knows neither requests nor devices.
@@ -25,10 +25,10 @@ MAX_CACHED_BYTES = 2**23  # of the grammars' texts and of the keys
 
 
 class Grammar:
-    """A grammar for an output. text: llguidance's form of it, known to compile.
+    """A grammar for an output. text: the grammar in llguidance's syntax, known to compile.
 
-    The grammar is compiled in this process only when its first matcher is needed, and the process
-    that answers HTTP never needs one.
+    The grammar is compiled in this process only when its first matcher is needed. The process that
+    answers HTTP never needs a matcher.
     """
 
     def __init__(self, text: str, grammars: Grammars) -> None:
@@ -38,10 +38,11 @@ class Grammar:
 
     @property
     def num_mask_words(self) -> int:
+        """Length of a mask with a bit for each token, in words of 32 bits."""
         return -(-int(self._grammars.tokenizer.vocab_size) // 32)
 
     def matcher(self, output_token_ids: Sequence[int]) -> Any:
-        """llguidance's state after these tokens of an output."""
+        """llguidance's matcher after these first tokens of an output."""
         matcher = self.prepare()._start.deep_copy()
         if output_token_ids:
             matcher.consume_tokens(list(output_token_ids))
@@ -55,13 +56,13 @@ class Grammar:
         return self
 
     def fix_mask(self, matcher: Any, mask: np.ndarray) -> None:
-        """Spell out forced text that looks like a special token.
+        """Replace a mask that allows only a token which llguidance would then reject.
 
         mask: uint32 [words], changed in place, with at least one bit set.
 
-        Where only one text can follow, llguidance lets the tokenizer split that text, which may
-        turn "<tool_call>" into the special token of the same name; llguidance then rejects the
-        token.
+        Where only one text can follow, llguidance tokenizes that text, which may turn "<tool_call>"
+        into the special token of the same name; llguidance then rejects the token. The new mask
+        allows the first of the ordinary tokens that spell the text.
         """
         word_index = int(mask.argmax())
         bits = int(mask[word_index])
@@ -82,7 +83,7 @@ class Grammars:
         self.vocabulary = vocabulary
         self.compiler = Compiler(vocabulary)
         self._tokenizer: Any = None
-        # By params or text, oldest use first.
+        # Key: the params as JSON, or a grammar's text. The least recently used one comes first.
         self._cache: OrderedDict[str, Grammar] = OrderedDict()
         self._cached_bytes = 0
         self._lock = threading.Lock()
@@ -109,7 +110,7 @@ class Grammars:
         return known
 
     def remake(self, text: str) -> Grammar:
-        """The grammar of a `Grammar.text`: compiled without a time limit, as it compiled before."""
+        """The grammar of a `Grammar.text`. It has compiled before, so there is no time limit."""
         if (known := self._recall(text)) is None:
             known = Grammar(text, self).prepare()
             self._remember(text, known)

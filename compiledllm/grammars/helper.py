@@ -1,10 +1,10 @@
-"""The process that compiles untrusted grammars first. `compiler.Compiler` starts it.
+"""The helper process, which tries untrusted grammars. `compiler.Compiler` starts the process.
 
 `python -m compiledllm.grammars.helper FD...` gets one socket per worker. The first message on the
 first socket is the vocabulary, and the answer says whether llguidance supports it. Then this
 process forks a worker for each socket, and a new one whenever a worker dies; a fork takes
 milliseconds because the vocabulary's tables exist already. A worker that crashes or exceeds its
-memory or time affects no other. All processes end when the sockets are closed.
+memory or time does not affect the other workers. All processes end when the sockets are closed.
 """
 
 from __future__ import annotations
@@ -55,7 +55,10 @@ def main() -> None:
 
 
 def keep_workers(connections: list[socket.socket], tokenizer: Any) -> None:
-    """Replace workers that are killed; return when one exits because its socket is closed."""
+    """Fork a worker for each socket, report and replace workers that a signal has killed.
+
+    Returns when a worker exits, because then its socket is closed.
+    """
     workers = {fork_worker(connection, tokenizer): connection for connection in connections}
     while True:
         pid, status = os.wait()
@@ -77,7 +80,7 @@ def fork_worker(connection: socket.socket, tokenizer: Any) -> int:
 
 
 def work(connection: socket.socket, tokenizer: Any, parent: int) -> NoReturn:
-    """Compile the forms that arrive, until the socket is closed."""
+    """The life of a worker: set its limits, compile until the socket is closed, and exit."""
     try:
         with contextlib.suppress(OSError, AttributeError):  # Linux only: end with the parent
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -104,7 +107,7 @@ def answer_all(connection: socket.socket, tokenizer: Any) -> None:
 
 
 def compiled(fields: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """The text of a grammar, known to compile, or the error.
+    """The answer to a request: {"text", "ignored"}, {"error"} or {"died"}.
 
     fields: those of `StructuredOutputsParams`.
     """

@@ -1,4 +1,4 @@
-"""Loads llguidance, and makes its tokenizer of a model's vocabulary."""
+"""Loads llguidance, and makes llguidance's tokenizer from a model's vocabulary."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """tokenizer_json: in the format of the `tokenizers` library. size: the model's number of
-    tokens; tokens beyond the tokenizer's are never allowed. eos_token_ids: tokens that end an
-    output.
+    """A model's tokens, as JSON can carry them.
+
+    tokenizer_json: in the format of the `tokenizers` library. size: the model's number of tokens;
+    tokens beyond the tokenizer's are never allowed. eos_token_ids: tokens that end an output.
     """
 
     tokenizer_json: str
@@ -35,7 +36,10 @@ def require_llguidance() -> Any:
 
 
 def make_tokenizer(vocabulary: Vocabulary) -> Any:
-    """Takes 0.2 s for 49k tokens and some seconds for 262k, and holds the interpreter lock."""
+    """llguidance's tokenizer. Raises ValueError if llguidance does not support the vocabulary.
+
+    The call takes 0.2 s for 49k tokens and some seconds for 262k, and holds the GIL.
+    """
     make, eos = require_llguidance().LLTokenizer, list(vocabulary.eos_token_ids)
     try:
         return make(vocabulary.tokenizer_json, n_vocab=vocabulary.size, eos_token=eos)

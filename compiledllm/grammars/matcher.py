@@ -1,4 +1,4 @@
-"""Matchers of llguidance: made of grammar texts within limits, and their errors in plain words."""
+"""Makes llguidance's matchers from grammar texts, with limits, and explains their errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from compiledllm.grammars.library import require_llguidance
 
 T = TypeVar("T")
 
-_MAX_LEXER_STATES = 5_000  # of one output, 1 to 2 kB each
+_MAX_LEXER_STATES = 5_000  # for one output; each takes 1 to 2 kB
 _MAX_GRAMMAR_SIZE = 50_000  # symbols; time grows with the square of an object's properties
 
 # The library's names for the failures of an output, explained for users.
@@ -25,7 +25,8 @@ _CAUSES = {
 def initial_matcher(text: str, tokenizer: Any) -> Any:
     """The matcher at the beginning of an output. Raises ValueError.
 
-    The first mask is computed as well, since it is already too costly for some grammars.
+    The first mask is computed as a trial, because even this mask exceeds the limits of some
+    grammars.
     """
     library = require_llguidance()
     limits = library.LLParserLimits(
@@ -44,7 +45,7 @@ def initial_matcher(text: str, tokenizer: Any) -> Any:
 
 
 def checked(call: Callable[..., T], *arguments: Any, **options: Any) -> T:
-    """Call the library and turn its errors into ValueError, also panics, which are no Exception."""
+    """Call the library and turn its errors into ValueError, including panics (BaseException)."""
     try:
         return call(*arguments, **options)
     except BaseException as error:

@@ -16,15 +16,15 @@ from compiledllm.grammars.schemas.rewrite import rewrite
 from compiledllm.structured_outputs import StructuredOutputsParams
 
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"  # between JSON tokens: enough to indent, but bounded
-MAX_TEXT_BYTES = 2**21  # of a grammar with its schemas rewritten
+MAX_TEXT_BYTES = 2**21  # of a grammar whose schemas have been rewritten
 _CONTROL = re.compile(r"\\u00(?:0[^89acdACD]|1|7f)")
 _OPTIONS = ("whitespace_flexible", "whitespace_pattern", "item_separator", "key_separator")
-# A name with \u escapes could repeat another property's name.
+# Without \u escapes, in which a model could write the name of a property a second time.
 _ESCAPES = {"json_allowed_escapes": 'nrbtf"\\'}
 
 
 class Writer:
-    """Writes the grammar of an output. Attribute: `ignored`, the unenforced parts of schemas."""
+    """Writes the grammar of an output. ignored: the keywords and formats that are not enforced."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._library = require_llguidance()
@@ -36,7 +36,9 @@ class Writer:
         try:
             json.dumps(params.fields(), ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise ValueError("structured_outputs has half a surrogate pair: no text has") from None
+            raise ValueError(
+                "structured_outputs has half a surrogate pair, which is no character; remove it"
+            ) from None
         try:
             text = self._text_of(params)
         except SchemaRefused as error:
@@ -44,7 +46,10 @@ class Writer:
         except RecursionError:
             raise ValueError("structured_outputs cannot be compiled: nested too deep") from None
         if len(text) > MAX_TEXT_BYTES:
-            raise ValueError(f"structured_outputs makes a grammar of {len(text)} bytes")
+            raise ValueError(
+                f"structured_outputs makes a grammar of {len(text)} characters, more than "
+                f"{MAX_TEXT_BYTES}; make it simpler"
+            )
         return text
 
     def _text_of(self, params: StructuredOutputsParams) -> str:

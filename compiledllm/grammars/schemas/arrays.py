@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 KEYWORDS = {"items", "prefixItems", "additionalItems", "minItems", "maxItems", "uniqueItems"}
 KEYWORDS |= {"contains", "minContains", "maxContains", "unevaluatedItems"}
-MAX_ARRANGEMENTS = 400  # arrays that uniqueItems is written out as
+MAX_ARRANGEMENTS = 400  # constant arrays that may replace a uniqueItems
 
 
 def arrays(
@@ -28,6 +28,7 @@ def arrays(
     found: dict[str, Any],
     parts: list[Schema],
 ) -> None:
+    """Rewrite the keywords of arrays. See `rewrite.Rule`."""
     for name in ("minItems", "maxItems"):
         if name in schema:
             found[name] = size(schema, at, name)
@@ -81,7 +82,7 @@ def _unique(
     found: dict[str, Any],
     parts: list[Schema],
 ) -> None:
-    """Enforce uniqueItems: disjoint items need nothing, and a few constants are written out."""
+    """Enforce uniqueItems. Disjoint items need nothing; for a few constants, list all arrays."""
     first, rest = found.get("prefixItems", []), found.get("items", {})
     max_count = found.get("maxItems", math.inf)
     if max_count <= 1:
@@ -111,7 +112,10 @@ def _unique(
 
 
 def _arrangements(few: list[Any], found: dict[str, Any]) -> list[tuple[Any, ...]] | None:
-    """All permutations if they are few, else all combinations in the listed order, else None."""
+    """All permutations of the constants if they are few, or else all combinations in their order.
+
+    None if there are more than MAX_ARRANGEMENTS of both.
+    """
     min_count = found.get("minItems", 0)
     max_count = min(found.get("maxItems", len(few)), len(few))
     for ways, choose in ((math.perm, itertools.permutations), (math.comb, itertools.combinations)):

@@ -1,8 +1,8 @@
 """Converts regular expressions with look-ahead to finite automata, and back without look-ahead.
 
-A state is a boolean formula over places in the expression: those that must match the rest of the
-text, and those that must not. Reading a character turns the formula into another, so that a
-look-ahead is an "and" and a negative look-ahead a "not". All sizes are bounded; a larger automaton
+A state is a boolean formula over places in the expression, which says which places must match the
+rest of the text and which must not: a look-ahead is an "and", a negative look-ahead a "not".
+Reading a character turns the formula into another one. All sizes are bounded; a larger automaton
 raises TooComplex.
 """
 
@@ -72,17 +72,25 @@ def _negated(formula: Formula) -> Formula:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """A place: what to match, and what follows. kind: "chars", "fork", "look", "edge", "done"."""
+    """A place in an expression: what to match, and the places to go on from.
+
+    kind: "chars", a character of `ranges`; "fork", any of the next places; "look", a look-ahead to
+    nexts[0] before nexts[1]; "edge", the start or end of the text; "done", the end of the
+    expression. flag: whether a look-ahead is negative, or whether an edge is the start.
+    """
 
     kind: str
     nexts: tuple[int, ...]
     ranges: Ranges = ()
-    flag: bool = False  # of a look: negative; of an edge: the start
+    flag: bool = False
 
 
 @dataclass(slots=True)
 class Automaton:
-    """States are numbers from 0, the initial state. moves[state]: (characters, next state)."""
+    """A deterministic automaton. States are numbers; 0 is the initial state.
+
+    moves[state]: (characters, next state). accepts[state]: whether a text may end there.
+    """
 
     moves: list[list[tuple[Ranges, int]]] = field(default_factory=list)
     accepts: list[bool] = field(default_factory=list)
@@ -98,7 +106,7 @@ class Automaton:
 
 
 class _Builder:
-    """Builds the places of a tree from its end. Place 0 is the end of the expression."""
+    """Builds the places of a tree, from the end to the beginning. Place 0 is the end."""
 
     def __init__(self) -> None:
         self.places = [_Place("done", ())]
@@ -117,43 +125,46 @@ class _Builder:
         self.places[start] = _Place("fork", (entry, skip))
         return start
 
-    def build(self, node: Node, behind: int) -> int:
-        """The place that matches the node and then the place `behind`."""
+    def build(self, node: Node, following: int) -> int:
+        """The place that matches the node and then the place `following`."""
         match node:
             case Chars(ranges):
-                return self.add(_Place("chars", (behind,), ranges))
+                return self.add(_Place("chars", (following,), ranges))
             case Sequence(nodes):
                 for part in reversed(nodes):
-                    behind = self.build(part, behind)
-                return behind
+                    following = self.build(part, following)
+                return following
             case Choice(nodes):
-                return self.add(_Place("fork", tuple(self.build(n, behind) for n in nodes)))
+                return self.add(_Place("fork", tuple(self.build(n, following) for n in nodes)))
             case Repeat(inner, min_count, max_count):
-                return self._repeat(inner, min_count, max_count, behind)
+                return self._repeat(inner, min_count, max_count, following)
             case Look(inner, is_negative):
                 entry = self.build(inner, 0)
-                return self.add(_Place("look", (entry, behind), flag=is_negative))
+                return self.add(_Place("look", (entry, following), flag=is_negative))
             case Edge(is_start):
-                return self.add(_Place("edge", (behind,), flag=is_start))
+                return self.add(_Place("edge", (following,), flag=is_start))
             case Property(text):
                 raise UnreadablePattern(f"{text} beside a look-ahead")
 
-    def _repeat(self, inner: Node, min_count: int, max_count: int | None, behind: int) -> int:
+    def _repeat(self, inner: Node, min_count: int, max_count: int | None, following: int) -> int:
         if max_count is None:
             loop = self.add(_Place("fork", ()))
-            self.places[loop] = _Place("fork", (behind, self.build(inner, loop)))
+            self.places[loop] = _Place("fork", (following, self.build(inner, loop)))
             entry = loop
         else:
-            entry = behind
+            entry = following
             for _ in range(max_count - min_count):
-                entry = self.add(_Place("fork", (behind, self.build(inner, entry))))
+                entry = self.add(_Place("fork", (following, self.build(inner, entry))))
         for _ in range(min_count):
             entry = self.build(inner, entry)
         return entry
 
 
 class _Reader:
-    """Evaluates formulas over the places, and their successors after a character."""
+    """Evaluates formulas over the places.
+
+    Formulas: True, False, ("at", place), ("end",), ("not", formula), ("and" or "or", formulas).
+    """
 
     def __init__(self, places: list[_Place]) -> None:
         self._places = places
@@ -180,6 +191,7 @@ class _Reader:
         return _both([("end",), nexts[0]])
 
     def after(self, formula: Formula, char: int) -> Formula:
+        """The condition on the text after `char` under which the formula holds before it."""
         if isinstance(formula, bool):
             return formula
         kind, *rest = formula
@@ -207,7 +219,7 @@ class _Reader:
 
 
 def automaton(finds: Iterable[Node], misses: Iterable[Node] = ()) -> Automaton:
-    """The automaton of texts in which every one of `finds` matches and none of `misses`.
+    """The automaton of the texts in which all of `finds` match and none of `misses` does.
 
     Raises TooComplex, and UnreadablePattern for Unicode classes.
     """
@@ -221,7 +233,7 @@ def automaton(finds: Iterable[Node], misses: Iterable[Node] = ()) -> Automaton:
 
 
 def _alphabet(places: list[_Place]) -> list[tuple[int, Ranges]]:
-    """Sets of characters that all places treat alike, each with one of its characters."""
+    """(character, set) for each set of characters that no place tells apart."""
     cuts = {0} | {edge for p in places for low, high in p.ranges for edge in (low, high + 1)}
     starts = sorted(cut for cut in cuts if cut <= LAST)
     sets = sorted({place.ranges for place in places if place.ranges})
@@ -233,6 +245,7 @@ def _alphabet(places: list[_Place]) -> list[tuple[int, Ranges]]:
 
 
 def _explore(reader: _Reader, start: Formula, alphabet: list[tuple[int, Ranges]]) -> Automaton:
+    """The automaton whose states are the formulas that can be reached from `start`."""
     numbers: dict[Formula, int] = {start: 0}
     found, todo = Automaton(), [start]
     for formula in todo:
@@ -253,7 +266,7 @@ def _explore(reader: _Reader, start: Formula, alphabet: list[tuple[int, Ranges]]
 
 
 def _smallest(given: Automaton) -> Automaton:
-    """Remove states from which no text matches, and merge equivalent states."""
+    """The automaton without states that lead to no match, and with equivalent states merged."""
     alive = {i for i, accepts in enumerate(given.accepts) if accepts}
     while more := {
         i
@@ -289,10 +302,11 @@ def _grouped(moves: list[tuple[Ranges, int]], group: list[int]) -> tuple[tuple[i
 
 
 class _Elimination:
-    """Removes states one by one and writes the paths through them on the neighbours' edges.
+    """Turns an automaton into an expression by state elimination.
 
-    Edges are expressions; "" is the empty text. State -1 precedes the first state, and state -2
-    follows the accepting states.
+    States are removed one by one; the paths through a removed state become edges between its
+    neighbours. Edges are expressions; "" matches the empty text. State -1 comes before the first
+    state, and state -2 after the accepting states.
     """
 
     def __init__(self, automaton: Automaton) -> None:

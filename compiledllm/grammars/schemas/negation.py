@@ -1,4 +1,4 @@
-"""Negates a rewritten schema: the result fits exactly the values that the schema does not."""
+"""Negates a rewritten schema: a value fits the result if and only if it does not fit the schema."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from compiledllm.grammars.schemas.shapes import MAX_DEPTH, Deref, all_of, any_of
 
 
 class NoNegation(ValueError):
-    """A keyword whose negation no other keyword can express."""
+    """The schema has a keyword whose negation no other keyword can express."""
 
 
 def negated(schema: Schema, deref: Deref, depth: int = 0) -> Schema:

@@ -1,4 +1,4 @@
-"""Number keywords, and numbers in other keywords, within llguidance's 64-bit floats."""
+"""Keywords of numbers, and numbers in other keywords, within llguidance's 64-bit floats."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ from compiledllm.grammars.schemas.refusal import refuse
 
 KEYWORDS = frozenset(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"))
 MAX_SIZE = 2**31
-_OTHER = {"exclusiveMinimum": "minimum", "exclusiveMaximum": "maximum"}
+_INCLUSIVE = {"exclusiveMinimum": "minimum", "exclusiveMaximum": "maximum"}
 
 
 def bounds(
     _: Any, schema: Mapping[str, Any], at: str, found: dict[str, Any], parts: list[Schema]
 ) -> None:
-    """Rewrite the bounds; draft 4's boolean exclusive bounds become numbers as in later drafts."""
+    """Rewrite the keywords of numbers. See `rewrite.Rule`.
+
+    Draft 4's boolean exclusive bounds become numbers, as in later drafts.
+    """
     for name in ("minimum", "maximum"):
         if name in schema and schema.get(_exclusive(name)) is not True:
             found[name] = _bound(schema[name], at, name)
-    for name, plain in _OTHER.items():
+    for name, inclusive in _INCLUSIVE.items():
         value = schema.get(name, False)
         if value is True:
-            value = schema.get(plain, False)
+            value = schema.get(inclusive, False)
         if value is not False:
             found[name] = _bound(value, at, name)
     if "multipleOf" in schema:
@@ -44,7 +47,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _bound(value: Any, at: str, name: str) -> int | float:
-    """The nearest bound inside the given one that is exact in llguidance."""
+    """The nearest bound that llguidance represents exactly and that allows nothing more."""
     if not _is_number(value):
         refuse(at, name, value, "must be a number")
     if isinstance(value, float) and not value.is_integer():
@@ -63,7 +66,7 @@ def _bound(value: Any, at: str, name: str) -> int | float:
 
 
 def exact(value: Any, at: str, name: str) -> Any:
-    """A constant. Refused if llguidance would write another number."""
+    """A constant, whole floats as integers. Refuses numbers that llguidance would change."""
     if isinstance(value, list):
         return [exact(inner, at, name) for inner in value]
     if isinstance(value, dict):
@@ -76,7 +79,7 @@ def exact(value: Any, at: str, name: str) -> Any:
 
 
 def size(schema: Mapping[str, Any], at: str, name: str) -> int:
-    """A length of a text, an array or an object."""
+    """The bound that keyword `name` sets on the length of a text, an array or an object."""
     value = schema[name]
     if not _is_number(value) or value != int(value) or not 0 <= value <= MAX_SIZE:
         refuse(at, name, value, f"must be an integer from 0 to {MAX_SIZE}")

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 KEYWORDS = {"properties", "required", "additionalProperties", "patternProperties", "propertyNames"}
 KEYWORDS |= {"minProperties", "maxProperties", "dependentRequired", "dependentSchemas"}
 KEYWORDS |= {"dependencies", "unevaluatedProperties"}
-MAX_OPTIONAL = 6  # optional properties whose subsets are written out to count them
-MAX_PATTERNS = 4  # overlapping patterns
+MAX_OPTIONAL = 6  # optional properties whose subsets may be listed to enforce their number
+MAX_PATTERNS = 4  # patterns of names, if some overlap
 _APPLICATORS = {"allOf", "anyOf", "oneOf", "if", "$ref", "dependentSchemas"}
 
 
@@ -31,13 +31,14 @@ def objects(
     found: dict[str, Any],
     parts: list[Schema],
 ) -> None:
+    """Rewrite the keywords of objects. See `rewrite.Rule`."""
     if not KEYWORDS & set(schema):
         return
     shape = _Shape(rewriter, schema, at)
     shape.close_unevaluated()
     shape.merge_patterns()
     shape.restrict_names()
-    shape.part_patterns()
+    shape.separate_patterns()
     counted = shape.counted()
     if len(counted) == 1:
         found |= counted[0]
@@ -48,7 +49,7 @@ def objects(
 
 
 class _Shape:
-    """The properties of one object schema. Attributes: the keywords' values, rewritten."""
+    """The properties of one object schema. Attributes: the rewritten values of its keywords."""
 
     def __init__(self, rewriter: Rewriter, schema: Mapping[str, Any], at: str) -> None:
         self._rewriter, self._schema, self._at = rewriter, schema, at
@@ -72,6 +73,7 @@ class _Shape:
         }
 
     def close_unevaluated(self) -> None:
+        """Enforce unevaluatedProperties, where it means the same as additionalProperties."""
         value = self._schema.get("unevaluatedProperties", True)
         if value in (True, {}) or "additionalProperties" in self._schema:
             return
@@ -149,12 +151,12 @@ class _Shape:
         return found
 
     def _beside_patterns(self, name: str) -> Schema:
-        """The schema of an unlisted name: its patterns' schemas, or else additionalProperties."""
+        """The schema of an unlisted name: those of its patterns, or else additionalProperties."""
         fitting = [schema for p, schema in self.patterns.items() if self._fits(p, name)]
         return all_of(fitting) if fitting else self.additional
 
     def merge_patterns(self) -> None:
-        """Apply the patterns to the listed names as well."""
+        """Apply the patterns to the names in `properties` and `required` as well."""
         if not self.patterns:
             return
         for name, schema in self.properties.items():
@@ -164,8 +166,8 @@ class _Shape:
             if name not in self.properties:
                 self.properties[name] = self._beside_patterns(name)
 
-    def part_patterns(self) -> None:
-        """Make the patterns exclude each other and drop patterns that only match listed names."""
+    def separate_patterns(self) -> None:
+        """Make the patterns exclude each other, and drop those that only match listed names."""
         if not self.patterns:
             return
         listed = list(map(literal, self.properties))
@@ -200,7 +202,7 @@ class _Shape:
         return found
 
     def counted(self) -> list[dict[str, Any]]:
-        """The rewritten keywords; several alternatives if properties must be counted."""
+        """The rewritten keywords; alternatives if the number of properties is restricted."""
         possible = [name for name, schema in self.properties.items() if schema is not False]
         optional = [name for name in possible if name not in self.required]
         is_free = bool(self.patterns) or self.additional is not False

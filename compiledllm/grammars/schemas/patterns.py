@@ -1,6 +1,6 @@
 """Rewrites a schema's patterns for llguidance, and answers questions about several patterns.
 
-A pattern has ECMAScript's syntax and may match anywhere in the text.
+A pattern has ECMAScript's syntax and may match anywhere in the text, unless it has ^ and $.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def single(pattern: str) -> str:
 
 
 def _parts(tree: Node) -> list[Node]:
-    """Split look-aheads at the very beginning off as patterns of their own."""
+    """Make patterns of their own of the look-aheads at the very beginning."""
     nodes = tree.nodes if isinstance(tree, Sequence) else (tree,)
     if not nodes or nodes[0] != START:
         return [tree]
@@ -77,7 +77,7 @@ def literal(text: str) -> str:
 
 
 def can_match(finds: Iterable[str], misses: Iterable[str] = ()) -> bool:
-    """Whether a text can match all of `finds` and none of `misses`; True if undecided."""
+    """Whether some text matches all of `finds` and none of `misses`; True if undecided."""
     try:
         return not automaton(map(parse, finds), map(parse, misses)).is_empty
     except (UnreadablePattern, TooComplex, RecursionError):

@@ -10,17 +10,17 @@ from compiledllm.grammars.schemas.refusal import refuse
 
 
 def step(at: str, *names: str) -> str:
-    """The JSON pointer of a part inside another."""
+    """The JSON pointer of a part inside the part at `at`. names: the keys on the way to it."""
     return at + "".join("/" + name.replace("~", "~0").replace("/", "~1") for name in names)
 
 
 class References:
-    """The references of one schema. A pointer is one of JSON, from the root: "#/$defs/a"."""
+    """The references of one schema. Pointers are JSON pointers from the root, as "#/$defs/a"."""
 
     def __init__(self, root: Any) -> None:
         self._root = root
-        self._pointers: dict[str, str] | None = None  # by address; made on first use
-        self._bases: dict[str, str] = {}  # by pointer, for pointers with an address of their own
+        self._pointers: dict[str, str] | None = None  # address -> pointer; made on first use
+        self._bases: dict[str, str] = {}  # pointer -> address, of schemas with an $id
 
     def at(self, pointer: str) -> Any:
         """The schema at a pointer."""
@@ -31,7 +31,10 @@ class References:
         return found
 
     def pointer(self, schema: Mapping[str, Any], at: str) -> str:
-        """The pointer of a schema's reference. A dynamic reference leads to its only target."""
+        """The pointer to the target of a schema's reference. `at`: the schema's own pointer.
+
+        A dynamic reference is resolved like any other one.
+        """
         keyword = next(k for k in ("$ref", "$dynamicRef", "$recursiveRef") if k in schema)
         text = schema[keyword]
         if not isinstance(text, str):

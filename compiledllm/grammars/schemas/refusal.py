@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 
 class SchemaRefused(ValueError):
-    """The schema asks for something that cannot be enforced."""
+    """The schema is invalid or asks for something that cannot be enforced."""
 
 
 def refuse(at: str, keyword: str, value: Any, *why: str) -> NoReturn:

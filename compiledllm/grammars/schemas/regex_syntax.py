@@ -29,7 +29,7 @@ _CONTROLS = {"n": "\n", "r": "\r", "t": "\t", "f": "\f", "v": "\v", "0": "\0"}
 
 
 def parse(pattern: str) -> Node:
-    """The tree of a pattern. Look-behind, back references and \\b are refused."""
+    """The tree of a pattern. Raises UnreadablePattern, also for look-behind, \\1 and \\b."""
     parser = _Parser(pattern)
     node = parser.choice()
     if not parser.is_over:
@@ -65,7 +65,7 @@ class _Parser:
         stop = self._text.find(end, self._position)
         if stop < 0:
             raise UnreadablePattern(
-                f"no {end} behind {self._text[self._position : self._position + 9]}"
+                f"no {end} after {self._text[self._position : self._position + 9]}"
             )
         found, self._position = self._text[self._position : stop], stop + len(end)
         return found

@@ -10,7 +10,10 @@ LAST = 0x10FFFF
 
 
 class UnreadablePattern(ValueError):
-    """The pattern is not ECMAScript's syntax, or uses a feature that is not supported."""
+    """The pattern has not ECMAScript's syntax, or uses a feature that is not supported.
+
+    The message completes "it has ...".
+    """
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Writes a tree in the syntax of Rust's regex crate.
 
-There a bracket or an ampersand inside a class, `\\d` and the dot mean something else than in
-ECMAScript's expressions.
+In that syntax, a bracket or an ampersand inside a class, `\\d` and the dot differ in meaning from
+ECMAScript's.
 """
 
 from __future__ import annotations

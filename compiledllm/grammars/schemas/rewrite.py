@@ -28,9 +28,9 @@ from compiledllm.grammars.schemas.refusal import refuse
 from compiledllm.grammars.schemas.shapes import all_of, any_of
 from compiledllm.grammars.schemas.viability import without_dead_ends
 
-MAX_SCHEMAS = 20_000  # schemas, including those that rewriting adds
+MAX_SCHEMAS = 20_000  # inside one schema, including those that rewriting adds
 MAX_DEPTH = 200  # of nested references
-_PLAIN = ("minLength", "maxLength")
+_LENGTHS = ("minLength", "maxLength")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +53,18 @@ def rewrite(schema: Any) -> Rewritten:
 
 
 class Rewriter:
-    """Rewrites one schema. Attributes: `definitions` by name, and the `pointers` they come from."""
+    """Rewrites one schema.
+
+    definitions: name -> rewritten schema, for "$defs". pointers: name -> the pointer of the
+    original. ignored: unknown keywords and formats that were left out.
+    """
 
     def __init__(self, root: Any) -> None:
         self._references = References(root)
-        self._names: dict[str, str] = {}  # by pointer
-        self._waiting: list[str] = []
-        self._open: set[str] = set()
-        self._choices: list[tuple[dict[str, Any], str]] = []
+        self._names: dict[str, str] = {}  # pointer -> name of the definition
+        self._waiting: list[str] = []  # names of definitions to rewrite
+        self._open: set[str] = set()  # names of definitions that are being rewritten
+        self._choices: list[tuple[dict[str, Any], str]] = []  # (schema with a oneOf, its pointer)
         self._count = 0
         self.definitions: dict[str, Schema] = {}
         self.pointers: dict[str, str] = {}
@@ -97,6 +101,7 @@ class Rewriter:
         return any_of([whole, {"type": "null"}]) if schema.get("nullable") is True else whole
 
     def count(self, at: str, number: int = 1) -> None:
+        """Count schemas that rewriting makes; refuse a schema that makes too many."""
         self._count += number
         if self._count > MAX_SCHEMAS:
             refuse(at, "makes", f"more than {MAX_SCHEMAS} schemas", "make it simpler")
@@ -116,7 +121,7 @@ class Rewriter:
             choice |= found if isinstance(found, dict) else {} if found else {"anyOf": []}
 
     def deref(self, schema: Schema) -> Schema:
-        """The definition that a reference names; any other schema unchanged."""
+        """The definition that a reference names, {} if unknown; any other schema unchanged."""
         for _ in range(MAX_DEPTH):
             if not isinstance(schema, dict) or set(schema) != {"$ref"}:
                 return schema
@@ -167,7 +172,7 @@ class Rewriter:
         found: dict[str, Any],
         parts: list[Schema],
     ) -> None:
-        for name in _PLAIN:
+        for name in _LENGTHS:
             if name in schema:
                 found[name] = numbers.size(schema, at, name)
         if "pattern" in schema:
@@ -185,7 +190,7 @@ class Rewriter:
             refuse(at, name, pattern, str(error), "write it without")
 
     def _format(self, name: Any, at: str, parts: list[Schema]) -> None:
-        """Unknown formats are annotations (JSON Schema 2020-12, Validation, 7.2.1)."""
+        """Keep a known format. Others are annotations (JSON Schema 2020-12, Validation, 7.2.1)."""
         if name in FORMATS or name in FORMAT_PATTERNS:
             parts.append({"format": name})
         else:
@@ -202,6 +207,8 @@ KNOWN |= {"minLength", "maxLength", "pattern", "format"}
 for _module in (numbers, arrays, objects, unions):
     KNOWN |= _module.KEYWORDS
 
+# (rewriter, schema, at, found, parts): rewrites the keywords for one type of values. Adds rewritten
+# keywords to `found`, and further schemas that must hold to `parts`. at: the schema's pointer.
 Rule = Callable[[Rewriter, Mapping[str, Any], str, dict[str, Any], list[Schema]], None]
 
 

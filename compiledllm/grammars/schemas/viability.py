@@ -29,7 +29,7 @@ def without_dead_ends(
 
 
 class _Alive:
-    """The definitions that have finite values, as far as the keywords tell."""
+    """The names of the definitions that some finite value fits, as far as the keywords show."""
 
     def __init__(self, definitions: dict[str, Schema]) -> None:
         self.names: set[str] = set()
