@@ -176,13 +176,13 @@ class EngineLife(EngineState, ABC):
                 self.signs.begin()
                 level = log.level or logging.INFO
                 child.send(Start(self._options, str(self._crash_folder), level))
-                await self._attend(child)
+                await self._read_messages(child)
                 how = await child.end()
                 self.failure = self.failure or Failed(how)
                 started = set(self.failure.blamed) or child.take_started()
-            goes_on = self._mourn(self.failure, started)
+            goes_on = self._handle_end(self.failure, started)
 
-    async def _attend(self, child: EngineChild) -> None:
+    async def _read_messages(self, child: EngineChild) -> None:
         """Read the process's messages until it ends, and kill the process if it hangs."""
         async with asyncio.TaskGroup() as tasks:
             beside = [tasks.create_task(self._watch(child))]
@@ -219,7 +219,7 @@ class EngineLife(EngineState, ABC):
         self.failure = Failed(reason)
         child.kill()
 
-    def _mourn(self, failure: Failed, started: set[str]) -> bool:
+    def _handle_end(self, failure: Failed, started: set[str]) -> bool:
         """Handle the end of a process: its requests, the crash record, and `failure`.
 
         Returns whether to start another process.

@@ -33,7 +33,7 @@ class LiveRequests:
         self.on_change: Callable[[], None] | None = None
         self.num_tokens = 0
         self.num_finished = 0  # requests that finished since the start
-        self.trial = Replay(self._tell, self._is_live)
+        self.trial = Replay(self._send_request, self._is_live)
         self._book = Book()
         self._live_requests: dict[str, LiveRequest] = {}  # by the caller's id
 
@@ -66,7 +66,7 @@ class LiveRequests:
         self._put(live)
         try:
             if self.trial.is_over:
-                self._tell(live)
+                self._send_request(live)
             else:
                 self.trial.hold(live)
         except BaseException:
@@ -80,7 +80,7 @@ class LiveRequests:
         if self.on_change is not None:
             self.on_change()
 
-    def _tell(self, live: LiveRequest) -> None:
+    def _send_request(self, live: LiveRequest) -> None:
         """Send a request to the engine."""
         for completion in live.state.completions:
             self._send(Add(completion.spec))

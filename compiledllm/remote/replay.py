@@ -23,15 +23,15 @@ TOKENS = 3
 class Replay:
     """Sends the requests of one client process to a new engine.
 
-    tell: sends a request to the engine. is_live: whether a client still waits for a request.
+    send: sends a request to the engine. is_live: whether a client still waits for a request.
     Attributes: `on_trial` (the suspect that was sent last, until it proves harmless), `is_over`
     (whether new requests may be sent at once).
     """
 
     def __init__(
-        self, tell: Callable[[LiveRequest], None], is_live: Callable[[LiveRequest], bool]
+        self, send: Callable[[LiveRequest], None], is_live: Callable[[LiveRequest], bool]
     ) -> None:
-        self._tell, self._is_live = tell, is_live
+        self._send, self._is_live = send, is_live
         self._suspects: deque[LiveRequest] = deque()
         self._others: list[LiveRequest] = []
         self.on_trial: LiveRequest | None = None
@@ -79,7 +79,7 @@ class Replay:
             suspect = self._suspects.popleft()
             if self._is_live(suspect):
                 self.on_trial = suspect
-                self._tell(suspect)
+                self._send(suspect)
         if self.on_trial is None:
             self._end_turn()
 
@@ -96,7 +96,7 @@ class Replay:
         self.stop()
         for live in waiting:
             if self._is_live(live):
-                self._tell(live)
+                self._send(live)
 
     def _is_suspect(self, live: LiveRequest) -> bool:
         return self._is_live(live) and any(

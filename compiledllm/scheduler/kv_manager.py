@@ -20,7 +20,7 @@ from compiledllm.scheduler.block_pool import NULL_BLOCK, BlockPool, hash_blocks
 from compiledllm.scheduler.state_keeper import StateKeeper
 from compiledllm.types import Request, RequestStatus
 
-ANY_NUMBER = 2**40  # tokens, more than any context: stands for "no limit"
+NO_LIMIT = 2**40  # tokens, more than any context
 
 Tables = list[list[int]]  # block ids, one list per group of layers
 
@@ -81,8 +81,8 @@ class KVManager:
             return num_blocks_needed(self.windows, self.block_size, num_tokens)
 
         max_blocks = self.pool.num_blocks
-        if needed(ANY_NUMBER) <= max_blocks:
-            return ANY_NUMBER
+        if needed(NO_LIMIT) <= max_blocks:
+            return NO_LIMIT
         lengths = range(self.block_size, (max_blocks + 1) * self.block_size, self.block_size)
         return bisect_right(lengths, max_blocks, key=needed) * self.block_size
 

@@ -122,7 +122,7 @@ class HttpProcesses:
         if self._is_ending:
             child.kill()
         try:
-            await self._attend(child)
+            await self._read_messages(child)
             status = await child.end()
         finally:
             self._children.remove(child)
@@ -134,7 +134,7 @@ class HttpProcesses:
             self._table.clear(row)
         return child.failure or Failed(how_it_ended(status)), was_ready
 
-    async def _attend(self, child: HttpChild) -> None:
+    async def _read_messages(self, child: HttpChild) -> None:
         """Take the process's messages until it ends."""
         try:
             while (message := await child.link.receive()) is not None:

@@ -325,7 +325,7 @@ def test_frames_that_have_come_are_all_read_before_anything_is_shown() -> None:
         client.observe = seen.append
         reader = await started(live)
         child = SimpleNamespace(receive=receive, send=lambda message: None)
-        attending = asyncio.create_task(client._attend(cast(Any, child)))
+        attending = asyncio.create_task(client._read_messages(cast(Any, child)))
         assert only(await reader).text == "abc"
         assert seen == steps[:3]
         reader = await started(live)
@@ -365,7 +365,7 @@ def test_prompts_are_let_in_up_to_so_many_tokens_at_once(monkeypatch: pytest.Mon
     client = EngineClient({}, Limits(9, 20, request_s=9, stuck_s=9), Path())
     client.state, client.requests = "ready", cast(Any, object())
     client.ready = cast(Any, SimpleNamespace(options={"max_num_seqs": 4}))
-    monkeypatch.setattr(client.live, "_tell", lambda live: None)
+    monkeypatch.setattr(client.live, "_send_request", lambda live: None)
     monkeypatch.setattr(client.live, "_send", lambda message: None)
     first, second, third = (_state_of(name, num_completions=2) for name in "abc")
     for _ in range(3):  # as often as one likes: what is over does not count

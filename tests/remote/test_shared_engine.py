@@ -108,7 +108,7 @@ class Bench:
         self.pass_on()
 
     def crash(self, *started: str) -> None:
-        self.life._mourn(Failed("it broke", is_recorded=True), set(started))
+        self.life._handle_end(Failed("it broke", is_recorded=True), set(started))
         self.pass_on()
 
     def added(self) -> list[str]:
@@ -177,7 +177,7 @@ def test_messages_for_an_ended_engine_do_not_reach_the_next_one() -> None:
     bench = Bench()
     bench.begin()
     bench.clients[0].live.add(live_request("late").state)  # while the engine ends
-    bench.life._mourn(Failed("it broke", is_recorded=True), set())
+    bench.life._handle_end(Failed("it broke", is_recorded=True), set())
     asyncio.run(bench.life._welcome(READY))
     bench.pass_on()
     assert bench.added() == ["late"], "once, by the client that has read of the end"
@@ -205,13 +205,13 @@ def test_an_engine_that_ends_while_it_drains_is_started_again_for_its_requests()
     bench.begin()
     bench.add(0, live_request("a", output_kind=WHOLE))
     bench.life.begin_draining()
-    assert bench.life._mourn(Failed("it broke", is_recorded=True), {"a"})
+    assert bench.life._handle_end(Failed("it broke", is_recorded=True), {"a"})
     bench.pass_on()
     bench.added()
     bench.begin()
     assert bench.added() == ["a"]
     bench.step({}, RequestUpdate("a", [1], "length"))
-    assert not bench.life._mourn(Failed("it broke", is_recorded=True), set())
+    assert not bench.life._handle_end(Failed("it broke", is_recorded=True), set())
 
 
 def on_trial() -> Bench:

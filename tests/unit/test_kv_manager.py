@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from compiledllm.scheduler.block_pool import NULL_BLOCK, BlockPool, hash_blocks
 from compiledllm.scheduler.kv_manager import (
-    ANY_NUMBER,
+    NO_LIMIT,
     KVManager,
     first_seen_block,
     num_blocks_needed,
@@ -52,7 +52,7 @@ def test_the_longest_request_fits_and_one_more_does_not(
 ) -> None:
     longest = KVManager(BlockPool(num_blocks), block_size, windows).max_request_tokens
     assert longest == 0 or num_blocks_needed(windows, block_size, longest) <= num_blocks
-    if longest < ANY_NUMBER:
+    if longest < NO_LIMIT:
         assert num_blocks_needed(windows, block_size, longest + 1) > num_blocks
     else:
         assert 0 not in windows
