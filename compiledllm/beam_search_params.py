@@ -14,9 +14,9 @@ class BeamSearchParams:
     """A search for the likeliest continuations. Names are vLLM's.
 
     beam_width: number of sequences kept in each round, 1 to 64. max_tokens: largest number of
-    tokens to generate, >= 1. ignore_eos: go on past the end-of-sequence token. temperature: 0 to 2;
-    0 ranks by the model's own probabilities. length_penalty: a sequence's score is its cumulative
-    logprob divided by its length (without the end-of-sequence token) to this power.
+    tokens to generate, >= 1. ignore_eos: continue after the end-of-sequence token. temperature: 0
+    to 2; 0 ranks by the model's own probabilities. length_penalty: a sequence's score is its
+    cumulative logprob divided by its length (without the end-of-sequence token) to this power.
     include_stop_str_in_output: keep the end-of-sequence token in the text.
     """
 

@@ -30,7 +30,7 @@ def add_sampling_options(group: argparse._ArgumentGroup) -> None:
     stop_ids = "stop at these tokens"
     group.add_argument("--stop-token-ids", type=int, nargs="+", metavar="ID", help=stop_ids)
     group.add_argument("--bad-words", nargs="+", metavar="WORD", help="texts not to generate")
-    group.add_argument("--ignore-eos", action="store_true", help="go on past end of sequence")
+    group.add_argument("--ignore-eos", action="store_true", help="do not stop at end of sequence")
     forms = group.add_mutually_exclusive_group()
     forms.add_argument("--json-schema", metavar="FILE", help="answer in JSON of this schema")
     forms.add_argument("--regex", metavar="PATTERN", help="answer with a text that matches this")

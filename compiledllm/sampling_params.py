@@ -104,7 +104,7 @@ class SamplingParams(Rechecked):
     stop: string or up to 128 strings that end the text (matched on detokenised text, not included
         in the output unless `include_stop_str_in_output`).
     stop_token_ids: up to 128 token ids that end the request.
-    ignore_eos: go on past the end-of-sequence token.
+    ignore_eos: continue after the end-of-sequence token.
     logprobs: number of most likely tokens whose log probabilities are returned with each token,
         beside the token's own; -1: the whole vocabulary; None: no log probabilities. The values
         are the model's, before penalties, temperature and filters.

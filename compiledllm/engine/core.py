@@ -206,7 +206,7 @@ class EngineCore:
             self.scheduler.pace.target.learn(step, self._collected_s - began_s)
 
     def _recover(self, step: SchedulerOutput, error: BaseException) -> StepNews:
-        """Abandon a failed step. With isolation, go on without the request to blame; else raise.
+        """Abandon a failed step. With isolation, only the request to blame ends; otherwise raise.
 
         Without isolation, or if the error is fatal, every request of the step ends with an error.
         After Ctrl-C, the requests are computed again.

@@ -163,7 +163,7 @@ class LiveRequests:
 
     def _give_up(self, live: LiveRequest, error: Exception) -> None:
         """End a request whose tokens cannot be turned into text, so that all others go on."""
-        log.error("request %s cannot go on", live.state.request_id, exc_info=error)
+        log.error("request %s has failed", live.state.request_id, exc_info=error)
         self.expire(live, EngineError(f"{type(error).__name__}: {error}"))
 
     # -- ends ----------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ async def _run(connection: socket.socket, table_fd: int) -> int:
             error = error.exceptions[0]
         is_config = isinstance(error, ConfigError)
         if not is_config:  # the owner prints the error of a wrong configuration
-            log.error("an HTTP process cannot go on", exc_info=error)
+            log.error("an HTTP process has failed", exc_info=error)
         text = str(error) if is_config else f"{type(error).__name__}: {error}"
         link.send(Failed(text, is_config))
         await asyncio.sleep(0.1)  # for the message to be sent

@@ -178,4 +178,4 @@ def _status_of(error: BaseException, progress: BatchProgress, path: str) -> int:
 
 
 def _go_on(progress: BatchProgress) -> str:
-    return f"{progress}; the same command goes on from there"
+    return f"{progress}; the same command continues from there"

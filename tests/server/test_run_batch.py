@@ -329,7 +329,7 @@ def test_an_engine_that_does_not_start_leaves_the_lines_open(
         status, records = run([b"nonsense", completion("a")])
     assert status == expected
     assert [record["custom_id"] for record in records] == [None]
-    assert ("the same command goes on from there" in capsys.readouterr().err) == (deed == "raise")
+    assert ("the same command continues from there" in capsys.readouterr().err) == (deed == "raise")
     status, records = run([b"nonsense", completion("a")])
     assert status == SOME_FAILED and [record["custom_id"] for record in records] == [None, "a"]
 

@@ -86,9 +86,9 @@ class _TagGrammar(CallRules):
             return [self._form(key, False, f"{self.json(schema)} {self.text(ends)}")]
         length = _length(resolved(schema, self._schema)) if types == STRING else "*"
         tags = tags_of(self.form)
-        before, _, behind = ends.partition(tags.value_close)
+        before, _, after = ends.partition(tags.value_close)
         value = self.free_text(before, tags.value_close, tags.value_ends, length)
-        forms = [self._form(key, True, f"{value} {self.text(behind)}")]
+        forms = [self._form(key, True, f"{value} {self.text(after)}")]
         if "{is_string}" in self.form.parameter and types != STRING and can_be_copied(schema):
             forms.append(self._form(key, False, f"{self.json(schema)} {self.text(ends)}"))
         return forms
@@ -96,10 +96,10 @@ class _TagGrammar(CallRules):
     def _form(self, key: str | None, is_string: bool, value: str) -> str:
         start = self.form.parameter.partition("{value}")[0]
         start = start.replace("{is_string}", "true" if is_string else "false")
-        before, _, behind = start.partition("{key}")
+        before, _, after = start.partition("{key}")
         if key is None:
-            return f"{self.text(before)} {_ANY_KEY} {self.text(behind)} {value}"
-        return f"{self.text(before + key + behind)} {value}"
+            return f"{self.text(before)} {_ANY_KEY} {self.text(after)} {value}"
+        return f"{self.text(before + key + after)} {value}"
 
     def _values(self, schema: Any, types: frozenset[str]) -> list[tuple[str, bool]]:
         """The texts of an enumeration's values, and whether each is a string.

@@ -107,8 +107,8 @@ class CallRules:
     def call(self, tool: dict[str, Any]) -> str:
         """The name of a rule of a call of this tool."""
         self._schema = tool.get("parameters") or {"type": "object"}
-        before, _, behind = self.form.head.partition("{name}")
-        before, _, number = (before + "{name}" + behind).partition("{number}")
+        before, _, after = self.form.head.partition("{name}")
+        before, _, number = (before + "{name}" + after).partition("{number}")
         name = json.dumps(tool["name"])[1:-1]
         head = self.text(self.form.open + before.replace("{name}", name))
         if number:

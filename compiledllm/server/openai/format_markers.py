@@ -81,9 +81,9 @@ class Tags:
 @functools.cache
 def tags_of(form: ToolFormat) -> Tags:
     key_open, _, rest = form.parameter.partition("{key}")
-    between, _, behind = rest.partition("{value}")
+    between, _, after = rest.partition("{value}")
     key_close, value_open = MARKER.findall(between) or (">", "")
-    (value_close,) = MARKER.findall(behind)
+    (value_close,) = MARKER.findall(after)
     trims, markers = between.endswith("\n"), (key_open, *markers_of(form).closers)
     value_ends = [("\n" if trims else "") + text for text in (value_close, *markers)]
     value_ends += [value_close] if trims else []

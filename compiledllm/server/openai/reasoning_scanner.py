@@ -54,7 +54,7 @@ class ReasoningScanner:
                 parts.think(self._space.push(text))
                 return ""
             parts.think(self._space.push(text[: found.start()]))
-            self._state = "behind"
+            self._state = "after"
             text = text[found.start() :].removeprefix(self._end)
         text = text.lstrip()  # white space between the marker and the first word is dropped
         if text:
