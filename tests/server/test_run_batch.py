@@ -344,7 +344,7 @@ def test_a_full_disk_ends_the_batch(
     assert cli.main([*words, "--model", "fake", "--skip-tokenizer-init"]) == STOPPED
     shown = capsys.readouterr().err
     assert "out.jsonl cannot be written: No space left on device" in shown
-    assert "the same command goes on" in shown and "Traceback" not in shown
+    assert "the same command continues" in shown and "Traceback" not in shown
 
 
 # -- a process of its own --------------------------------------------------------------------------
@@ -416,7 +416,7 @@ def test_a_batch_that_is_stopped_goes_on(number: signal.Signals, run: Run, tmp_p
     shown = process.stderr.read().decode()
     if number != signal.SIGKILL:
         assert status == 128 + number and "Traceback" not in shown
-        assert f"stopped by {number.name}" in shown and "the same command goes on" in shown
+        assert f"stopped by {number.name}" in shown and "the same command continues" in shown
     before = output.read_bytes()
     assert 8 <= before.count(b"\n") < 60
     status, records = run(lines)
