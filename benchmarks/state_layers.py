@@ -221,7 +221,7 @@ def make_row(
         **facts,
         "us": round(seconds * 1e6, 2),
         "bytes": num_bytes,
-        "share_of_copy_rate": round(num_bytes / seconds / ceilings.copy_bytes_per_s, 3),
+        "share_of_copy_rate": float(f"{num_bytes / seconds / ceilings.copy_bytes_per_s:.3g}"),
         "flops": flops,
         "tflops_per_s": round(flops / seconds / 1e12, 2),
     }
