@@ -113,9 +113,10 @@ def _vllm_options(model: Model) -> dict[str, Any]:
     shared = {name: model.options[name] for name in _VLLM_OPTIONS if name in model.options}
     if model.has_random_weights:
         shared["load_format"] = "dummy"
+    raw_config = model.raw_config
     if method := model.options.get("quantization"):
-        shared |= _vllm_quantization(method, model.raw_config)
-    if "text_config" in model.raw_config:
+        shared |= _vllm_quantization(method, raw_config)
+    if "text_config" in raw_config:
         shared["language_model_only"] = True  # as here: a wrapper's towers are not loaded
     return shared | {
         "model": str(model.path.resolve()),

@@ -20,7 +20,7 @@ from compiledllm.server.openai.argument_values import (
     types_of,
     values_of,
 )
-from compiledllm.server.openai.call_rules import CallRules, can_be_copied
+from compiledllm.server.openai.call_rules import CallRules, MemberRules, can_be_copied
 from compiledllm.server.openai.format_markers import tags_of
 from compiledllm.server.openai.literal_readers import GEMMA_QUOTE, GEMMA_WORD
 from compiledllm.server.openai.tool_formats import FORMATS, ToolFormat
@@ -68,7 +68,7 @@ def answer_rule(schema: Mapping[str, Any]) -> str:
     return f"answer: %json {json.dumps(schema)}"
 
 
-class _TagGrammar(CallRules):
+class _TagGrammar(MemberRules):
     def arguments(self) -> str:
         return self.members(resolved(self._schema, self._schema), "")
 
@@ -131,7 +131,7 @@ class _TagGrammar(CallRules):
         return values
 
 
-class _PythonGrammar(CallRules):
+class _PythonGrammar(MemberRules):
     def arguments(self) -> str:
         return f'"(" {self.members(resolved(self._schema, self._schema), ", ")} ")"'
 
@@ -150,7 +150,7 @@ def _check_name(name: str | None, forbidden: str) -> None:
         )
 
 
-class _GemmaGrammar(CallRules):
+class _GemmaGrammar(MemberRules):
     def arguments(self) -> str:
         return self._object(resolved(self._schema, self._schema))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -131,7 +132,12 @@ class CallRules:
         header = f"{self.text('<|channel|>final')} {constraint} {self.text('<|message|>')}"
         return f"{self.analysis()} {header}"
 
-    # -- objects ---------------------------------------------------------------------------------
+
+class MemberRules(CallRules, ABC):
+    """Writes the rules of arguments member by member, for a syntax other than JSON."""
+
+    @abstractmethod
+    def arguments(self) -> str: ...
 
     def members(self, schema: Mapping[str, Any], separator: str) -> str:
         """A rule for an object's members: in the schema's order, optional ones may be missing."""
@@ -161,9 +167,9 @@ class CallRules:
             return f"{member}*"
         return f"({member} ({quoted(separator)} {member})*)?"
 
+    @abstractmethod
     def member(self, key: str | None, schema: Any) -> str:
         """A rule of a member with this key; None: any key."""
-        raise NotImplementedError
 
 
 def _references(schema: Any) -> frozenset[str]:
