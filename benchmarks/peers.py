@@ -50,6 +50,9 @@ SAMPLING: dict[str, dict[str, Any]] = {
     "logprobs": {"temperature": 0, "logprobs": 5},
 }
 _SHARED_MEMORY = 0.94  # fraction of the GPU's memory for all engines of a run together
+# vLLM refuses to start if less than `gpu_memory_utilization` of the GPU's memory is free, even if
+# `kv_cache_memory_bytes` sets the size of its cache, which then does not depend on the fraction.
+_UNUSED_UTILIZATION = 0.05
 
 
 class Peer(Protocol):
@@ -92,7 +95,9 @@ def make_other_peer(label: str, python: str, model: Model, shared_by: int) -> Ot
 
 
 def _sharing(model: Model, shared_by: int) -> Model:
-    if shared_by == 1 or not model.platform.is_cuda:
+    """The model with its share of the memory, unless `kv_cache_memory_bytes` sizes its cache."""
+    is_sized = "kv_cache_memory_bytes" in model.options
+    if shared_by == 1 or is_sized or not model.platform.is_cuda:
         return model
     share = {"gpu_memory_utilization": round(_SHARED_MEMORY / shared_by, 3)}
     return replace(model, options=share | dict(model.options))
@@ -111,6 +116,8 @@ def _own_options(model: Model) -> dict[str, Any]:
 
 def _vllm_options(model: Model) -> dict[str, Any]:
     shared = {name: model.options[name] for name in _VLLM_OPTIONS if name in model.options}
+    if "kv_cache_memory_bytes" in shared:
+        shared.setdefault("gpu_memory_utilization", _UNUSED_UTILIZATION)
     if model.has_random_weights:
         shared["load_format"] = "dummy"
     raw_config = model.raw_config

@@ -6,15 +6,17 @@ import gc
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from compiledllm import cli
 from compiledllm.benchmarks.model import Model
 from compiledllm.benchmarks.other_environment import OtherEnvironment
-from compiledllm.benchmarks.peers import _vllm_options, make_other_peer
+from compiledllm.benchmarks.peers import _sharing, _vllm_options, make_other_peer
 from compiledllm.benchmarks.report import load_report
 from compiledllm.benchmarks.workload import SampleRequest
 from compiledllm.config import ConfigError
@@ -121,6 +123,30 @@ def test_vllm_is_asked_for_the_same_work(
     asked = _vllm_options(a_model(tmp_path, options, raw))
     assert asked.get("language_model_only", False) == ("text_config" in raw)
     assert {name: asked[name] for name in asked if name in options} == expected
+
+
+SIZED = {"kv_cache_memory_bytes": 2**30}
+
+
+@pytest.mark.parametrize(
+    ("options", "shared_by", "expected"),
+    [
+        ({}, 1, None),
+        ({}, 2, 0.47),
+        ({"gpu_memory_utilization": 0.3}, 2, 0.3),
+        (SIZED, 1, 0.05),
+        (SIZED, 2, 0.05),
+        (SIZED | {"gpu_memory_utilization": 0.3}, 2, 0.3),
+    ],
+)
+def test_vllm_asks_for_no_free_memory_where_its_cache_is_sized(
+    options: dict[str, Any], shared_by: int, expected: float | None, tmp_path: Path
+) -> None:
+    gpu = Platform(torch.device("cuda"), "pretended", 2**37)
+    model = replace(a_model(tmp_path, options, {}), platform=gpu)
+    asked = _vllm_options(_sharing(model, shared_by))
+    assert asked.get("gpu_memory_utilization") == expected
+    assert asked.get("kv_cache_memory_bytes") == options.get("kv_cache_memory_bytes")
 
 
 def test_work_that_vllm_cannot_do_is_refused(tmp_path: Path) -> None:
