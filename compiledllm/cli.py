@@ -312,8 +312,9 @@ def _add_info(commands: Any) -> None:
     )
     info.add_argument(
         "--persistent-decode",
-        action="store_true",
-        help="with --kernels: all layers of a small step in one kernel",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="with --kernels: all layers of a small step in one kernel, where that is faster",
     )
     info.add_argument(
         "--kernels",

@@ -217,9 +217,9 @@ class CompileConfig:
         kind="path",
     )
     persistent_decode: bool = option(
-        False,
-        "one kernel for all layers of a decode step of one or two requests, if the model is small "
-        "or quantised; needs a Hopper GPU",
+        True,
+        "one kernel for all layers of a decode step of few requests, for the sizes of models and "
+        "batches where that is faster; needs a Hopper GPU",
         kind="bool",
     )
     deterministic: bool = option(

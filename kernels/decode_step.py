@@ -25,6 +25,7 @@ from compiledllm.kernels.backend import AttentionMetadata, StateMetadata
 from compiledllm.kernels.packed import Layout, Packed
 
 MAX_ROWS = 8
+ALL_ROWS = range(1, MAX_ROWS + 1)
 
 Layouts = tuple[Layout | None, ...]  # of the matrices of a block, see `DecodeLayer.matrices`
 
@@ -164,16 +165,16 @@ class Kernel(Protocol):
     def why_not(self, shape: DecodeShape, device: torch.device) -> str | None:
         """Why the implementation cannot run blocks of this shape; None if it can."""
 
-    def max_faster_rows(self, shape: DecodeShape) -> int:
-        """Rows up to which one call was measured to be faster than separate kernels; 0: never."""
+    def faster_rows(self, shape: DecodeShape) -> range:
+        """Numbers of rows for which one call was measured to be faster than separate kernels."""
 
     def workspace_bytes(self, shape: DecodeShape) -> int:
         """Bytes of a workspace for up to MAX_ROWS rows, which is zeroed once, when it is made."""
 
-    def compile(self, shape: DecodeShape, max_rows: int) -> None:
-        """Compile all that steps of 1 to `max_rows` rows need, in any thread. Raises CudaError."""
+    def compile(self, shape: DecodeShape, rows: range) -> None:
+        """Compile all that steps of so many rows need, in any thread. Raises CudaError."""
 
-    def load(self, shape: DecodeShape, max_rows: int) -> None:
+    def load(self, shape: DecodeShape, rows: range) -> None:
         """Load what `compile` has compiled, on the current device. Raises CudaError."""
 
     def run(
@@ -183,10 +184,11 @@ class Kernel(Protocol):
 
 
 class DecodeStep:
-    """A model's blocks on one device, for steps of up to `max_rows` rows.
+    """A model's blocks on one device.
 
-    Attributes for the kernel: `shape`; `layers`; `kv_caches`, one per layer; `table`, int64 on the
-    device, see `FIELDS`; `workspace`, uint8 on the device, which belongs to one step at a time.
+    rows: the numbers of rows, at least one of `ALL_ROWS`, of the steps that run here. Attributes
+    for the kernel: `shape`; `layers`; `kv_caches`, one per layer; `table`, int64 on the device, see
+    `FIELDS`; `workspace`, uint8 on the device, which belongs to one step at a time.
     """
 
     def __init__(
@@ -194,10 +196,10 @@ class DecodeStep:
         shape: DecodeShape,
         layers: Sequence[DecodeLayer],
         kernel: Kernel,
-        max_rows: int = MAX_ROWS,
+        rows: range = ALL_ROWS,
     ) -> None:
-        assert len(layers) == shape.num_layers and 1 <= max_rows <= MAX_ROWS
-        self.max_rows = max_rows
+        assert len(layers) == shape.num_layers and rows and set(rows) <= set(ALL_ROWS)
+        self.rows = rows
         device = layers[0].attn_norm.device
         self.shape = shape
         self.layers = list(layers)
@@ -207,7 +209,7 @@ class DecodeStep:
         self.workspace = torch.zeros(size, dtype=torch.uint8, device=device)
         self._kernel = kernel
         thread = ThreadPoolExecutor(1, thread_name_prefix="decode_step")
-        self._compiled = thread.submit(kernel.compile, shape, max_rows)
+        self._compiled = thread.submit(kernel.compile, shape, rows)
         thread.shutdown(wait=False)
 
     def bind(self, kv_caches: Sequence[Tensor]) -> None:
@@ -216,16 +218,16 @@ class DecodeStep:
         Waits for the kernel. Raises CudaError if there is none.
         """
         self._compiled.result()
-        self._kernel.load(self.shape, self.max_rows)
+        self._kernel.load(self.shape, self.rows)
         self.kv_caches = list(kv_caches)
         rows = [table_row(*pair) for pair in zip(self.layers, self.kv_caches, strict=True)]
         self.table.copy_(torch.tensor(rows, dtype=torch.int64))
 
     def takes(self, attn: AttentionMetadata | StateMetadata) -> TypeGuard[AttentionMetadata]:
-        """Whether a step runs here: a decode step of few rows."""
+        """Whether a step runs here: a decode step of one of the numbers of rows in `rows`."""
         if not isinstance(attn, AttentionMetadata) or attn.max_row_tokens != 1:
             return False
-        return len(attn.slot_mapping) <= self.max_rows
+        return len(attn.slot_mapping) in self.rows
 
     def __call__(
         self, x: Tensor, cos: Tensor, sin: Tensor, attn: AttentionMetadata

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compiledllm.kernels.backend import AttentionMetadata
 from compiledllm.kernels.cuda_kernel import CudaKernel, compile_together
-from compiledllm.kernels.decode_step import MAX_ROWS, DecodeShape, DecodeStep, Layouts
+from compiledllm.kernels.decode_step import ALL_ROWS, MAX_ROWS, DecodeShape, DecodeStep, Layouts
 from compiledllm.kernels.launch import num_multiprocessors
 from compiledllm.kernels.packed import Layout, record_bytes
 from compiledllm.kernels.quantized import PACKED_BITS
@@ -19,12 +19,14 @@ from compiledllm.kernels.quantized_cuda import options_of
 from compiledllm.kernels.records import TILE, UNIT
 
 _SOURCE = "decode_step.cu"
-# By the form of the weights: the most weights of a layer, and the most rows, with which one launch
-# was faster than separate kernels on an H200. README.md has the measurements.
+# By the form of the weights: for layers of at most so many weights, the numbers of rows with which
+# one launch was faster than separate kernels on an H200; the first entry that is large enough
+# counts. Llama-3.2-1B has 61 million weights per layer, Llama-3.1-8B 218 million. README.md has the
+# measurements.
 _FASTER = {
-    "16 bits": (70_000_000, 2),  # Llama-3.2-1B has 61 million
-    "fp8, 0 groups": (220_000_000, 1),  # Llama-3.1-8B has 218 million
-    "int4, 1 groups": (220_000_000, 1),
+    "16 bits": ((70_000_000, ALL_ROWS), (220_000_000, range(2, 5))),
+    "fp8, 0 groups": ((220_000_000, range(1, 2)),),
+    "int4, 1 groups": ((220_000_000, range(1, 2)),),
 }
 _ROW_COUNTS = (1, 2, 4, MAX_ROWS)  # of the variants of the kernel
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
@@ -172,12 +174,14 @@ def _rounded_up(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def max_faster_rows(shape: DecodeShape) -> int:
+def faster_rows(shape: DecodeShape) -> range:
     """See `decode_step.Kernel`."""
     layout = shape.layouts[0]
     form = "16 bits" if layout is None else f"{layout.code}, {layout.groups} groups"
-    max_weights, max_rows = _FASTER.get(form, (0, 0))
-    return max_rows if shape.num_weights <= max_weights else 0
+    for max_weights, rows in _FASTER.get(form, ()):
+        if shape.num_weights <= max_weights:
+            return rows
+    return range(0)
 
 
 def workspace_bytes(shape: DecodeShape) -> int:
@@ -265,21 +269,21 @@ def _max_rows(num_rows: int) -> int:
     return next(n for n in _ROW_COUNTS if num_rows <= n)
 
 
-def compile(shape: DecodeShape, max_rows: int) -> None:
+def compile(shape: DecodeShape, rows: range) -> None:
     """See `decode_step.Kernel`."""
-    variants = [_options(shape, rows, num_multiprocessors()) for rows in _variants(max_rows)]
+    variants = [_options(shape, max_rows, num_multiprocessors()) for max_rows in _variants(rows)]
     compile_together(_SOURCE, variants)
 
 
-def load(shape: DecodeShape, max_rows: int) -> None:
+def load(shape: DecodeShape, rows: range) -> None:
     """See `decode_step.Kernel`."""
-    for num_rows in _variants(max_rows):
-        _kernel_for(shape, num_rows)
+    for max_rows in _variants(rows):
+        _kernel_for(shape, max_rows)
 
 
-def _variants(max_rows: int) -> list[int]:
-    """The row counts of the variants that steps of up to `max_rows` rows run."""
-    return [rows for rows in _ROW_COUNTS if rows < 2 * max_rows]
+def _variants(rows: range) -> list[int]:
+    """The row counts of the variants that steps of so many rows run."""
+    return sorted(set(map(_max_rows, rows)))
 
 
 def run(

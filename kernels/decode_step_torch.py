@@ -15,7 +15,7 @@ from torch import Tensor
 from compiledllm.kernels import paged_attention_torch as paged
 from compiledllm.kernels.backend import AttentionMetadata, ScoreOptions
 from compiledllm.kernels.decode_step import (
-    MAX_ROWS,
+    ALL_ROWS,
     DecodeLayer,
     DecodeMatrix,
     DecodeShape,
@@ -35,20 +35,20 @@ def why_not(shape: DecodeShape, device: torch.device) -> str | None:
     return None
 
 
-def max_faster_rows(shape: DecodeShape) -> int:
+def faster_rows(shape: DecodeShape) -> range:
     """See `decode_step.Kernel`."""
-    return MAX_ROWS
+    return ALL_ROWS
 
 
 def workspace_bytes(shape: DecodeShape) -> int:
     return 0
 
 
-def compile(shape: DecodeShape, max_rows: int) -> None:
+def compile(shape: DecodeShape, rows: range) -> None:
     pass
 
 
-def load(shape: DecodeShape, max_rows: int) -> None:
+def load(shape: DecodeShape, rows: range) -> None:
     pass
 
 

@@ -28,10 +28,11 @@ def decode_step_for(plan: Plan, model: Decoder) -> DecodeStep | str:
     shape, layers = found
     if reason := decode_step_cuda.why_not(shape, plan.platform.device):
         return reason
-    max_rows = min(decode_step_cuda.max_faster_rows(shape), plan.config.limits.max_num_seqs)
-    if max_rows == 0:
-        return "separate kernels are faster for layers of this size"
-    return DecodeStep(shape, layers, decode_step_cuda, max_rows)
+    faster = decode_step_cuda.faster_rows(shape)
+    rows = range(faster.start, min(faster.stop, plan.config.limits.max_num_seqs + 1))
+    if not rows:
+        return "separate kernels are faster for layers and batches of this size"
+    return DecodeStep(shape, layers, decode_step_cuda, rows)
 
 
 def use_decode_step(runner: ModelRunner, found: DecodeStep | str) -> Choice:
@@ -46,10 +47,16 @@ def use_decode_step(runner: ModelRunner, found: DecodeStep | str) -> Choice:
         except CudaError as error:
             log.warning("the layers of small decode steps run one by one: %s", error)
             return Choice(_SINGLE, str(error))
-        rows = f"up to {found.max_rows} row{'s' * (found.max_rows > 1)}"
         weights = f"{found.shape.num_weights / 1e6:.1f} M weights a layer"
-        return Choice(f"all layers in one kernel {rows}", weights)
+        return Choice(f"all layers in one kernel at {_in_words(found.rows)}", weights)
     return Choice(_SINGLE, found)
+
+
+def _in_words(rows: range) -> str:
+    least, most = rows[0], rows[-1]
+    if least == most:
+        return f"{most} row{'s' * (most > 1)}"
+    return f"up to {most} rows" if least == 1 else f"{least} to {most} rows"
 
 
 def why_not(plan: Plan) -> str | None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from compiledllm import Engine, SamplingParams
 from compiledllm.config import EngineConfig
 from compiledllm.engine.startup import plan
-from compiledllm.kernels.decode_step import FIELDS, MAX_ROWS, DecodeShape
+from compiledllm.kernels.decode_step import ALL_ROWS, FIELDS, MAX_ROWS, DecodeShape
 from compiledllm.kernels.machine_code import CudaError
 from compiledllm.runner.decode_step import use_decode_step, why_not
 from tests.support.cuda_on_cpu import use_cuda_kernels_on_cpu
@@ -111,11 +111,16 @@ def test_larger_steps_run_block_by_block(tiny_llama: Callable[..., Path]) -> Non
     assert not reference.rows
     assert greedy(engine, prompts[:MAX_ROWS]) == expected[:MAX_ROWS]
     assert set(reference.rows) == {MAX_ROWS}
-    reference = use_reference(engine, max_rows=2)
-    assert greedy(engine, prompts[:3]) == expected[:3]
-    assert not reference.rows
-    assert greedy(engine, prompts[:2]) == expected[:2]
-    assert set(reference.rows) == {2}
+
+
+def test_steps_of_other_numbers_of_rows_run_block_by_block(tiny_llama: Callable[..., Path]) -> None:
+    engine = make(tiny_llama())
+    expected = greedy(engine)
+    reference = use_reference(engine, range(2, 5))
+    for num_rows, is_taken in ((1, False), (2, True), (4, True), (5, False)):
+        reference.rows.clear()
+        assert greedy(engine, PROMPTS[:num_rows]) == expected[:num_rows]
+        assert set(reference.rows) == ({num_rows} if is_taken else set())
 
 
 @pytest.mark.parametrize(
@@ -214,7 +219,7 @@ def test_the_table_has_the_address_of_every_tensor(tiny_model: Callable[..., Pat
 
 
 class Broken(Reference):
-    def compile(self, shape: DecodeShape, max_rows: int) -> None:
+    def compile(self, shape: DecodeShape, rows: range) -> None:
         raise CudaError("no compiler")
 
 
@@ -224,8 +229,24 @@ def test_a_kernel_that_does_not_compile_is_done_without(tiny_llama: Callable[...
     choice = use_decode_step(runner, decode_step_of(engine, Broken()))
     assert str(choice) == "layer by layer (no compiler)"
     assert runner.model.decode_step is None
-    choice = use_decode_step(runner, decode_step_of(engine, Reference()))
-    assert choice.value == f"all layers in one kernel up to {MAX_ROWS} rows"
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (ALL_ROWS, f"up to {MAX_ROWS} rows"),
+        (range(1, 2), "1 row"),
+        (range(2, 5), "2 to 4 rows"),
+        (range(2, 3), "2 rows"),
+    ],
+)
+def test_the_report_says_which_steps_one_kernel_runs(
+    rows: range, words: str, tiny_llama: Callable[..., Path]
+) -> None:
+    engine = make(tiny_llama())
+    runner = engine.core.runner
+    choice = use_decode_step(runner, decode_step_of(engine, Reference(), rows))
+    assert choice.value == f"all layers in one kernel at {words}"
     assert runner.model.decode_step is not None
 
 
@@ -244,6 +265,6 @@ def test_what_is_known_before_the_weights(
     kinds = ["full_attention", "sliding_attention", "sliding_attention"]
     windows = {"sliding_window": 33, "head_dim": 16, "layer_types": kinds}
     checkpoint = tiny_model(model_type, **(windows if model_type == "ministral" else {}))
-    asked = {"device": "cpu", "persistent_decode": True, "load_format": "dummy"} | options
+    asked = {"device": "cpu", "load_format": "dummy"} | options
     found = why_not(plan(EngineConfig.from_options(model=checkpoint, **asked)))
     assert reason in str(found)

@@ -1,7 +1,7 @@
 """Captured decode steps whose layers one kernel computes, against the kernels of single layers.
 
 The kernel has 16-bit dtypes only, in which sums of another order round differently, so the tests
-compare distributions. One request waits for activations by their tags, two at grid barriers.
+compare distributions. One request waits for activations by their tags, more at grid barriers.
 """
 
 from __future__ import annotations
@@ -83,17 +83,17 @@ def test_distributions_are_those_of_single_layers(
     """Alone and together, cold and warm, from the prefix cache, and in larger steps."""
     model_type, config, options = MODELS[name]
     checkpoint = tiny_model(model_type, **(WIDE | config))
-    plain = start(checkpoint, **options)
+    plain = start(checkpoint, persistent_decode=False, **options)
     expected = steps_of(plain, prompts)
     assert plain.core.runner.model.decode_step is None
     stop(plain)
     for is_restored in (False, True):
-        engine = start(checkpoint, persistent_decode=True, **options)
+        engine = start(checkpoint, **options)
         worker = engine.core.worker
         assert worker.is_restored == is_restored
         decode_step = engine.core.runner.model.decode_step
         assert decode_step is not None, engine.core.report["decode_step"]
-        assert decode_step.max_rows == decode_step_cuda.max_faster_rows(decode_step.shape)
+        assert decode_step.rows == decode_step_cuda.faster_rows(decode_step.shape)
         assert_alike(steps_of(engine, prompts), expected)
         assert_alike(steps_of(engine, prompts), expected)  # from the prefix cache
         for index in (0, 5):
@@ -109,13 +109,15 @@ def test_distributions_are_those_of_single_layers(
 def test_small_models_give_the_same_bits_again(
     tiny_llama: Callable[..., Path], prompts: list[list[int]]
 ) -> None:
-    options = {"persistent_decode": True, "enable_prefix_caching": False}
-    engine = start(tiny_llama(**WIDE, head_dim=64), **options)
-    assert "in one kernel up to 2 rows" in str(engine.core.report["decode_step"])
+    engine = start(tiny_llama(**WIDE, head_dim=64), enable_prefix_caching=False)
+    assert "in one kernel at up to 8 rows" in str(engine.core.report["decode_step"])
     shape = engine.core.runner.model.decode_step.shape
     assert decode_step_cuda._is_tagged(shape, 1) and not decode_step_cuda._is_tagged(shape, 2)
-    alone = [[prompt] for prompt in prompts]
-    groups = alone + [prompts[index : index + 2] for index in range(0, len(prompts), 2)]
+    groups = [
+        prompts[index : index + size]
+        for size in (1, 2, 4, 8)
+        for index in range(0, len(prompts), size)
+    ]
     first = [steps_of(engine, group) for group in groups]
     for _ in range(5):
         assert [steps_of(engine, group) for group in groups] == first
@@ -125,17 +127,17 @@ def test_preempted_requests_get_the_same_distributions(
     tiny_llama: Callable[..., Path], prompts: list[list[int]]
 ) -> None:
     checkpoint = tiny_llama(**WIDE, head_dim=64)
-    plain = start(checkpoint)
+    plain = start(checkpoint, persistent_decode=False)
     expected = steps_of(plain, prompts)
     stop(plain)
     options = {"num_kv_blocks": 26, "enable_prefix_caching": False, "max_num_seqs": 2}
-    engine = start(checkpoint, persistent_decode=True, **options)
+    engine = start(checkpoint, **options)
     assert_alike(steps_of(engine, prompts), expected)
     assert engine.core.scheduler.num_preemptions > 0
 
 
 def test_a_kernel_that_cannot_run_the_model_says_why(tiny_llama: Callable[..., Path]) -> None:
-    engine = start(tiny_llama(**WIDE, head_dim=64), persistent_decode=True, dtype="float32")
+    engine = start(tiny_llama(**WIDE, head_dim=64), dtype="float32")
     assert engine.core.runner.model.decode_step is None
     assert "float32" in str(engine.core.report["decode_step"])
     assert math.isfinite(steps_of(engine, [[5, 6]])[0][-1][1][0])

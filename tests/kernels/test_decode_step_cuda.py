@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from compiledllm.kernels import decode_step_cuda
-from compiledllm.kernels.decode_step import DecodeShape
+from compiledllm.kernels.decode_step import ALL_ROWS, DecodeShape
 from compiledllm.kernels.packed import Layout
 from tests.support import decode_steps
 from tests.support.cuda_on_cpu import CpuKernel
@@ -145,21 +145,30 @@ FP8, INT4 = Layout("fp8", 0, "float32", False), Layout("int4", 1, "bfloat16", Fa
 
 
 @pytest.mark.parametrize(
-    ("hidden_size", "intermediate_size", "head_dim", "layout", "max_rows"),
+    ("hidden_size", "intermediate_size", "head_dim", "layout", "rows"),
     [
-        (2048, 8192, 64, None, 2),  # Llama-3.2-1B
-        (4096, 14336, 128, None, 0),  # Llama-3.1-8B
-        (4096, 14336, 128, FP8, 1),
-        (4096, 14336, 128, INT4, 1),
-        (8192, 28672, 128, INT4, 0),
-        (2048, 8192, 64, replace(INT4, groups=4), 0),  # not measured
+        (2048, 8192, 64, None, ALL_ROWS),  # Llama-3.2-1B
+        (4096, 14336, 128, None, range(2, 5)),  # Llama-3.1-8B
+        (8192, 28672, 128, None, range(0)),
+        (4096, 14336, 128, FP8, range(1, 2)),
+        (4096, 14336, 128, INT4, range(1, 2)),
+        (8192, 28672, 128, INT4, range(0)),
+        (2048, 8192, 64, replace(INT4, groups=4), range(0)),  # not measured
     ],
 )
-def test_rows_up_to_which_the_kernel_is_the_default(
-    hidden_size: int, intermediate_size: int, head_dim: int, layout: Layout | None, max_rows: int
+def test_rows_for_which_the_kernel_is_the_default(
+    hidden_size: int, intermediate_size: int, head_dim: int, layout: Layout | None, rows: range
 ) -> None:
     shape = replace(
         TINY, hidden_size=hidden_size, intermediate_size=intermediate_size, num_heads=32,
         num_kv_heads=8, head_dim=head_dim, layouts=(layout,) * 4,
     )  # fmt: skip
-    assert decode_step_cuda.max_faster_rows(shape) == max_rows
+    assert decode_step_cuda.faster_rows(shape) == rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [(ALL_ROWS, [1, 2, 4, 8]), (range(1, 2), [1]), (range(2, 5), [2, 4]), (range(2, 4), [2, 4])],
+)
+def test_only_variants_that_steps_run_are_compiled(rows: range, expected: list[int]) -> None:
+    assert decode_step_cuda._variants(rows) == expected

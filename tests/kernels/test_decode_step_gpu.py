@@ -61,12 +61,12 @@ SHAPES = {
     "fp8": replace(LLAMA_8B, layouts=(FP8,) * 4),
     "int4": replace(QWEN3_600M, layouts=(INT4,) * 4),
 }
-LENGTHS = ([1], [5000], [17, 1024], [300, 0])
+LENGTHS = ([1], [5000], [17, 1024], [300, 0], [900, 20, 1, 5], [40, 2000, 1, 16, 17, 5, 6, 0])
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_values(name: str) -> None:
-    """In steps of one and two rows, one after another in one workspace; 0: padding, at the end."""
+    """In steps of one to eight rows, one after another in one workspace; 0: padding, at the end."""
     case = case_of(SHAPES[name], (100, 0) if SHAPES[name].has_windows else ())
     for lengths in LENGTHS:
         inputs = make_inputs(case.step.shape, lengths, NUM_BLOCKS, "cuda")

@@ -11,7 +11,7 @@ from torch import Tensor
 from compiledllm import Engine
 from compiledllm.kernels import decode_step_cuda, decode_step_torch
 from compiledllm.kernels.backend import AttentionMetadata
-from compiledllm.kernels.decode_step import MAX_ROWS, DecodeShape, DecodeStep, Kernel
+from compiledllm.kernels.decode_step import ALL_ROWS, DecodeShape, DecodeStep, Kernel
 from compiledllm.models.decode_blocks import describe, why_not
 from tests.support.cuda_on_cpu import CpuKernel
 
@@ -25,17 +25,17 @@ class Reference:
     def why_not(self, shape: DecodeShape, device: torch.device) -> str | None:
         return decode_step_torch.why_not(shape, device)
 
-    def max_faster_rows(self, shape: DecodeShape) -> int:
-        return decode_step_torch.max_faster_rows(shape)
+    def faster_rows(self, shape: DecodeShape) -> range:
+        return decode_step_torch.faster_rows(shape)
 
     def workspace_bytes(self, shape: DecodeShape) -> int:
         return decode_step_torch.workspace_bytes(shape)
 
-    def compile(self, shape: DecodeShape, max_rows: int) -> None:
-        decode_step_torch.compile(shape, max_rows)
+    def compile(self, shape: DecodeShape, rows: range) -> None:
+        decode_step_torch.compile(shape, rows)
 
-    def load(self, shape: DecodeShape, max_rows: int) -> None:
-        decode_step_torch.load(shape, max_rows)
+    def load(self, shape: DecodeShape, rows: range) -> None:
+        decode_step_torch.load(shape, rows)
 
     def run(
         self, step: DecodeStep, x: Tensor, cos: Tensor, sin: Tensor, attn: AttentionMetadata
@@ -44,10 +44,10 @@ class Reference:
         return decode_step_torch.run(step, x, cos, sin, attn)
 
 
-def use_reference(engine: Engine, max_rows: int = MAX_ROWS) -> Reference:
+def use_reference(engine: Engine, rows: range = ALL_ROWS) -> Reference:
     """From now on, the engine's decode steps of few rows run by the reference."""
     reference = Reference()
-    engine.core.runner.use_decode_step(decode_step_of(engine, reference, max_rows))
+    engine.core.runner.use_decode_step(decode_step_of(engine, reference, rows))
     return reference
 
 
@@ -61,7 +61,7 @@ def emulate_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode_step_cuda, "CudaKernel", CpuKernel)
     monkeypatch.setattr(decode_step_cuda, "num_multiprocessors", lambda: 3)
     for name in ("compile", "load"):
-        monkeypatch.setattr(decode_step_cuda, name, lambda shape, max_rows: None)
+        monkeypatch.setattr(decode_step_cuda, name, lambda shape, rows: None)
     decode_step_cuda._kernel.cache_clear()
 
 
@@ -72,9 +72,9 @@ def use_kernel(engine: Engine) -> None:
     engine.core.runner.use_decode_step(step)
 
 
-def decode_step_of(engine: Engine, kernel: Kernel, max_rows: int = MAX_ROWS) -> DecodeStep:
+def decode_step_of(engine: Engine, kernel: Kernel, rows: range = ALL_ROWS) -> DecodeStep:
     core = engine.core
     assert why_not(core.spec) is None
     found = describe(core.runner.model, core.plan.config.limits.block_size)
     assert not isinstance(found, str), found
-    return DecodeStep(*found, kernel, max_rows)
+    return DecodeStep(*found, kernel, rows)
