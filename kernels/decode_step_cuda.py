@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from compiledllm.kernels.backend import AttentionMetadata
+from compiledllm.kernels.code_macros import options_of
 from compiledllm.kernels.cuda_kernel import CudaKernel, compile_together
 from compiledllm.kernels.decode_step import ALL_ROWS, MAX_ROWS, DecodeShape, DecodeStep, Layouts
 from compiledllm.kernels.launch import num_multiprocessors
 from compiledllm.kernels.packed import Layout, record_bytes
 from compiledllm.kernels.quantized import PACKED_BITS
-from compiledllm.kernels.quantized_cuda import options_of
 from compiledllm.kernels.records import TILE, UNIT
 
 _SOURCE = "decode_step.cu"

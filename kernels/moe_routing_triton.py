@@ -9,6 +9,8 @@ one program per expert. The host reads no results, so a captured call serves any
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -20,6 +22,24 @@ from compiledllm.kernels.launch import launch_options
 # Items. `_sort_kernel` reads all items twice per expert, so torch sorts more items than this.
 _MAX_SORTED_BY_COUNTING = 16384
 _MIN_BINS = 32  # tl.histogram needs at least as many bins as a warp has threads
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """Which items each block of the grid multiplies. An item is a pair of a token and an expert.
+
+    block_experts: int32 [blocks], the expert of each block; num_experts or more: the block is
+    empty. items: int32 [blocks * rows], indices of each block's items, where num_items or more
+    means no item; None: block i has only item i, and `rows` is 1. rows: maximum number of items per
+    block.
+    """
+
+    block_experts: Tensor
+    items: Tensor | None
+    rows: int
+    num_items: int
+    num_experts: int
+    items_per_row: int  # items that share a row of x: top_k if rows are tokens, 1 if rows are items
 
 
 @triton.jit

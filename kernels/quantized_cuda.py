@@ -1,7 +1,8 @@
 """Launches the CUDA kernels that multiply by a `Packed` matrix, on compute capability 9.0 or later.
 
-For up to `MAX_FEW_ROWS` rows of x, `cuda/linear.cu` multiplies and reads each code once. For more
-rows, `cuda/dequantize.cu` writes the matrix in 16 bits and `kernels.linear` multiplies.
+For few rows of x, `cuda/linear.cu` multiplies and reads each code once. For more rows
+`warpgroup_linear_cuda` multiplies, where it is faster. Otherwise `cuda/dequantize.cu` writes the
+matrix in 16 bits and `kernels.linear` multiplies.
 """
 
 from __future__ import annotations
@@ -14,26 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compiledllm.kernels import warpgroup_linear_cuda
+from compiledllm.kernels.code_macros import options_of
 from compiledllm.kernels.cuda_kernel import CudaKernel
 from compiledllm.kernels.launch import launch_options, max_shared_memory
 from compiledllm.kernels.linear import linear
+from compiledllm.kernels.moe_routing_triton import Routing
 from compiledllm.kernels.packed import MAX_FEW_ROWS, Layout
 from compiledllm.kernels.quantized import BLOCK_ROWS
 from compiledllm.kernels.records import TILE, UNIT
 from compiledllm.kernels.tables import quantized_tiling
 
 _MAX_DEQUANTIZED = 2**28  # weights of one matrix that are dequantised at a time
-# Values of the enums `Code` and `ScaleType` in `cuda/codes.cuh`.
-_CODES = {"fp8": 0, "int8": 1, "int4": 2, "fp4": 3, "int6": 4}
-_SCALES = {
-    torch.float32: 0,
-    torch.bfloat16: 1,
-    torch.float16: 2,
-    torch.float8_e8m0fnu: 3,
-    torch.uint8: 3,  # the bits of float8_e8m0fnu
-    torch.float8_e4m3fn: 4,
-    torch.int8: 5,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,19 +63,6 @@ class Tiling:
         while t.chunk > 1 and t.ring_bytes(record_bytes) + others > max_shared_memory():
             t = replace(t, chunk=t.chunk // 2)
         return t
-
-
-def options_of(layout: Layout) -> dict[str, int]:
-    """The macros of `cuda/codes.cuh` for a layout."""
-    scale = getattr(torch, layout.scale_dtype)
-    return {
-        "CODE": _CODES[layout.code],
-        "GROUPS": layout.groups,
-        "SCALE": _SCALES[scale] if layout.groups else 0,
-        "HAS_ZEROS": layout.has_zeros,
-        "HAS_MINIMA": layout.has_minima,
-        "HAS_FACTORS": layout.has_factors,
-    }
 
 
 def tiling_for(layout: Layout, num_rows: int, num_outputs: int, num_inputs: int) -> Tiling:
@@ -147,24 +127,6 @@ def _linear_kernel(
     return CudaKernel("linear.cu", "quantized_linear", options, shared_bytes)
 
 
-@dataclass(frozen=True, slots=True)
-class Routing:
-    """Which items each block of the grid multiplies. An item is a pair of a token and an expert.
-
-    block_experts: int32 [blocks], the expert of each block; num_experts or more: the block is
-    empty. items: int32 [blocks * rows], indices of each block's items, where num_items or more
-    means no item; None: block i has only item i, and `rows` is 1. rows: maximum number of items per
-    block.
-    """
-
-    block_experts: Tensor
-    items: Tensor | None
-    rows: int
-    num_items: int
-    num_experts: int
-    items_per_row: int  # items that share a row of x: top_k if rows are tokens, 1 if rows are items
-
-
 def quantized_product(
     x: Tensor,
     codes: Tensor,
@@ -182,6 +144,8 @@ def quantized_product(
     out: [rows, num_outputs], filled and returned; None: a new tensor.
     """
     num_rows, num_inputs = x.shape
+    if tiling is None and warpgroup_linear_cuda.is_faster(layout, x, num_outputs):
+        return warpgroup_linear_cuda.linear(x, codes, row_scales, bias, layout, num_outputs, out)
     if num_rows > MAX_FEW_ROWS:
         matrix = codes, scales, zeros, row_scales
         return _dequantized_product(x, matrix, bias, layout, num_outputs, out)

@@ -1,8 +1,9 @@
 """Expert MLPs with quantised matrices on a GPU.
 
-An item is a pair of a token and one of its experts, as in `moe_triton`. With few items per expert,
-`quantized_cuda` multiplies them in blocks, each of which has items of one expert. With many items
-per expert, all experts are dequantised to 16 bits and `moe_triton` multiplies.
+An item is a pair of a token and one of its experts, as in `moe_triton`. Products have blocks of
+items of one expert. Where codes lie in records and the GPU can run `warpgroup_linear_cuda`, that
+module multiplies all but few items. Elsewhere `quantized_cuda` multiplies few items per expert, and
+with many items per expert all experts are dequantised to 16 bits and `moe_triton` multiplies.
 """
 
 from __future__ import annotations
@@ -13,17 +14,15 @@ import torch
 import triton
 from torch import Tensor
 
-from compiledllm.kernels import moe_triton
+from compiledllm.kernels import moe_triton, warpgroup_linear_cuda
+from compiledllm.kernels.arrange_triton import Gate, arranged
 from compiledllm.kernels.gate_triton import gate
-from compiledllm.kernels.moe_routing_triton import sort_items
+from compiledllm.kernels.moe_routing_triton import Routing, sort_items
 from compiledllm.kernels.packed import Layout
-from compiledllm.kernels.quantized_cuda import (
-    Routing,
-    Tiling,
-    dequantized,
-    launch_product,
-)
+from compiledllm.kernels.quantized_cuda import Tiling, dequantized, launch_product
 
+_MIN_ITEMS_OF_EXPERT = 2  # on average over all experts, for `warpgroup_linear_cuda`
+_MAX_ROWS = 64  # of a block of `quantized_cuda`
 _MAX_ITEMS_OF_EXPERT = 32  # on average over all experts; with more, all experts are dequantised
 
 
@@ -84,11 +83,15 @@ def experts(
     (num_tokens, hidden), (_, top_k) = x.shape, expert_ids.shape
     num_items, num_experts = expert_ids.numel(), len(gate_up.codes)
     size = gate_up.num_outputs // 2
+    has_many = num_items >= _MIN_ITEMS_OF_EXPERT * num_experts
+    if has_many and all(warpgroup_linear_cuda.can_read(m.layout, x) for m in (gate_up, down)):
+        gate_of = Gate(alpha, limit, activation)
+        return _experts_of_warpgroups(x, expert_ids, gate_up, down, gate_of)
     if num_items > _MAX_ITEMS_OF_EXPERT * num_experts:
         weights = gate_up.dequantized(hidden, x.dtype), down.dequantized(size, x.dtype)
         biases = gate_up.bias, down.bias
         return moe_triton.experts(x, expert_ids, *weights, *biases, alpha, limit, activation)
-    routing = _route(expert_ids, num_experts)
+    routing = _route(expert_ids, num_experts, _MAX_ROWS)
     both = gate_up.times(x, x.new_empty((num_items, 2 * size)), routing)
     inner = gate(both, alpha, limit, activation)
     out = x.new_empty((num_items, hidden), dtype=torch.float32)
@@ -96,13 +99,39 @@ def experts(
     return out.view(num_tokens, top_k, hidden)
 
 
-def _route(expert_ids: Tensor, num_experts: int) -> Routing:
+def _experts_of_warpgroups(
+    x: Tensor,
+    expert_ids: Tensor,
+    gate_up: ExpertMatrix,
+    down: ExpertMatrix,
+    gate_of: Gate,
+) -> Tensor:
+    routing = _route(expert_ids, len(gate_up.codes), warpgroup_linear_cuda.MAX_TOKENS)
+    (num_tokens, hidden), (_, top_k) = x.shape, expert_ids.shape
+    both = x.new_empty((routing.num_items, gate_up.num_outputs))
+    out = x.new_empty((routing.num_items, hidden), dtype=torch.float32)
+    t = warpgroup_linear_cuda.tiling_of_blocks(routing.rows)
+    rows = arranged(x, hidden, gate_up.layout, t.tokens, routing, None)
+    up = gate_up.codes, gate_up.row_scales, gate_up.bias, gate_up.layout
+    warpgroup_linear_cuda.product(rows, *up, both, t, routing)
+    by_item, size = replace(routing, items_per_row=1), gate_up.num_outputs // 2
+    inner = arranged(both, size, down.layout, t.tokens, by_item, gate_of)
+    last = down.codes, down.row_scales, down.bias, down.layout
+    warpgroup_linear_cuda.product(inner, *last, out, t, routing)
+    return out.view(num_tokens, top_k, hidden)
+
+
+def _route(expert_ids: Tensor, num_experts: int, max_rows: int) -> Routing:
+    """Sort the items into blocks, of which the average expert fills half of one, or several.
+
+    max_rows: the most items of a block.
+    """
     num_tokens, top_k = expert_ids.shape
     num_items = num_tokens * top_k
     if not moe_triton.needs_sorting(num_tokens, top_k, num_experts):
         ids = expert_ids.reshape(-1)
         return Routing(ids, None, 1, num_items, num_experts, top_k)
     average = triton.cdiv(2 * num_items, num_experts)
-    rows = next((n for n in (8, 16, 32) if average <= n), 64)
+    rows = min(max(triton.next_power_of_2(average), 8), max_rows)
     items, block_experts = sort_items(expert_ids, num_experts, rows)
     return Routing(block_experts, items, rows, num_items, num_experts, top_k)

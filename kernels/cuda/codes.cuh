@@ -104,14 +104,15 @@ __device__ __forceinline__ void unpack_sixes(u32 lower, u32 upper, int quarter, 
 // one code of every pair. INT4 codes lie at bits 0, 4, 8 and 12. E2M1 codes lie where few instructions move
 // them to their places in a bfloat16: the first three codes have their magnitude (three bits) from bit 6, 0
 // and 3 on, and their sign nine bits above the magnitude's first bit; the last code has its magnitude in bits
-// 10, 11 and 13, and its sign in bit 14. RAISED: INT4 codes stay larger by 128 or 1024, and by their zero.
-template <bool RAISED = false>
+// 10, 11 and 13, and its sign in bit 14. RAW: INT4 codes stay larger by 128 or 1024, and by their zero; E2M1 codes
+// stay smaller by 2^126 or 2^14.
+template <bool RAW = false>
 __device__ __forceinline__ void unpack_nibbles(u32 codes, u32 zero, u32 (&pair)[4]) {
 #pragma unroll
     for (int p = 0; p < 4; ++p) {
         if constexpr (CODE == INT4) {  // the code becomes the lowest bits of a float of 128 or 1024
             pair[p] = ((codes >> (4 * p)) & 0x000F000Fu) | (BF16 ? 0x43004300u : 0x64006400u);
-            if (!RAISED) pair[p] = subtract(pair[p], zero);
+            if (!RAW) pair[p] = subtract(pair[p], zero);
         } else {  // the bias of the 16-bit float's exponent is larger than E2M1's by 126 or 14
             constexpr u32 SIGN = 0x80008000u, POWER = BF16 ? 0x7E807E80u : 0x74007400u;
             constexpr u32 ONE = 0x00010001u;
@@ -122,7 +123,7 @@ __device__ __forceinline__ void unpack_nibbles(u32 codes, u32 zero, u32 (&pair)[
             else
                 pair[p] = (shifted(codes, TO - 10) & ONE * (3u << TO)) | (shifted(codes, TO - 11) & ONE * (4u << TO))
                           | (codes << 1 & SIGN);
-            if constexpr (!IS_NVFP4) pair[p] = times(pair[p], POWER);
+            if constexpr (!IS_NVFP4 && !RAW) pair[p] = times(pair[p], POWER);
         }
     }
 }

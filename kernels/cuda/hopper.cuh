@@ -11,11 +11,7 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef long long i64;
 
-#if BF16
-#define TYPES "bf16"
-#else
-#define TYPES "f16"
-#endif
+#include "wgmma.cuh"
 
 #define INFINITE __int_as_float(0x7f800000)
 
@@ -158,40 +154,10 @@ __device__ __forceinline__ float exp2(float x) {
 
 // -- products ------------------------------------------------------------------------------------------
 
-// Products are asynchronous: they run while the thread goes on. Call `begin_products` after the last change
-// of a register that the products use, and `commit_products` at the end of a group of products.
-__device__ __forceinline__ void begin_products() {
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void commit_products() {
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-// Wait until at most PENDING groups run.
-template <int PENDING> __device__ __forceinline__ void wait_products() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
-}
-// Keep the compiler from moving uses of these registers across this point, since running products read or
-// write them.
-template <int N> __device__ __forceinline__ void settle(float (&x)[N]) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) asm volatile("" : "+f"(x[i])::"memory");
-}
-template <int N> __device__ __forceinline__ void settle(u32 (&x)[N]) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) asm volatile("" : "+r"(x[i])::"memory");
-}
 // Make the compiler compute x before this point. The store never happens, as x is never negative, but the
 // compiler does not know that.
 __device__ __forceinline__ void compute_now(float x, u32 anywhere) {
     if (x < 0.f) asm volatile("st.shared.b32 [%0], %1;" ::"r"(anywhere), "f"(x) : "memory");
-}
-
-// The wgmma descriptor of a matrix in shared memory with the 128-byte swizzle: rows of 64 numbers (128 bytes),
-// whose 16-byte pieces are permuted by XOR with the row's number modulo 8. at: the matrix's address, which is
-// a multiple of 1024, plus the offset of the first of 16 columns or rows. stride: bytes between parts of 64
-// columns; used only for b of the `multiply` that takes a from registers.
-__device__ __forceinline__ u64 matrix(u32 at, u32 stride) {
-    return (u64)((at & 0x3FFFF) >> 4) | (u64)(stride >> 4) << 16 | (u64)(1024 >> 4) << 32 | 1ull << 62;
 }
 
 // sum += a * b. sum: 64 rows of 64, 128 or 176 columns. Thread t holds parts of two rows: t / 32 * 16 +
@@ -200,9 +166,6 @@ __device__ __forceinline__ u64 matrix(u32 at, u32 stride) {
 // With a and b in shared memory, 16 columns each: sum[i, j] += a[i, :] * b[j, :]; without `add`, sum = a * b.
 // With a in registers, in the layout of a sum and packed in pairs, and b in shared memory, 16 rows:
 // sum[i, j] += a[i, :] * b[:, j].
-#define SUMS4(x, i) "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3])
-#define SUMS8(x, i) SUMS4(x, i), SUMS4(x, i + 4)
-
 __device__ __forceinline__ void multiply(float (&sum)[32], u64 a, u64 b, int add) {
     asm volatile(
         "{.reg .pred p; setp.ne.b32 p, %34, 0;"

@@ -35,9 +35,28 @@ __device__ __forceinline__ uint4 inputs_of_quarter(const u16* p) {
     return *(const uint4*)p;
 }
 
+// A lane's eight codes of a quarter as four pairs of floats, not scaled. half: 1 for the output that is 8 further.
+// group: the group of the lane's zero. RAW: see `unpack_nibbles`.
+template <bool RAW>
+__device__ __forceinline__ void unpack_quarter(
+    const Unit& unit, int r, int half, int q, int group, u32 (&pair)[4]) {
+    u32 zero = NO_ZERO;
+    if constexpr (HAS_ZEROS) zero = zero_of(unit.zeros[r][half], group);
+    const uint4& c = unit.codes[r][half][NIBBLES ? 0 : q / 2];
+    if constexpr (CODE == INT6) {
+        const uint2& upper = unit.upper[r][half];
+        unpack_sixes(q == 0 ? c.x : q == 1 ? c.y : q == 2 ? c.z : c.w, q < 2 ? upper.x : upper.y, q % 2, pair);
+    } else if constexpr (NIBBLES) {
+        unpack_nibbles<RAW>(q == 0 ? c.x : q == 1 ? c.y : q == 2 ? c.z : c.w, zero, pair);
+    } else {
+        unpack_bytes(q % 2 ? c.z : c.x, zero, pair[0], pair[1]);
+        unpack_bytes(q % 2 ? c.w : c.y, zero, pair[2], pair[3]);
+    }
+}
+
 // total += the products of a quarter (32 inputs). b: the 8 of these inputs that belong to the lane. sum: sums over
-// a group's inputs, zero before the first quarter. RAISED: see `unpack_nibbles`.
-template <bool RAISED = false>
+// a group's inputs, zero before the first quarter. RAW: see `unpack_nibbles`.
+template <bool RAW = false>
 __device__ __forceinline__ void multiply_quarter(
     float (&total)[ROW_TILES][TOKEN_TILES][4], float (&sum)[ROW_TILES][TOKEN_TILES][4], const Unit& unit, int q,
     const uint4 (&b)[TOKEN_TILES]) {
@@ -62,19 +81,7 @@ __device__ __forceinline__ void multiply_quarter(
         u32 pair[2][4];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            u32 zero = NO_ZERO;
-            if constexpr (HAS_ZEROS) zero = zero_of(unit.zeros[r][half], group);
-            const uint4& c = unit.codes[r][half][NIBBLES ? 0 : q / 2];
-            if constexpr (CODE == INT6) {
-                const uint2& upper = unit.upper[r][half];
-                unpack_sixes(q == 0 ? c.x : q == 1 ? c.y : q == 2 ? c.z : c.w, q < 2 ? upper.x : upper.y,
-                             q % 2, pair[half]);
-            } else if constexpr (NIBBLES) {
-                unpack_nibbles<RAISED>(q == 0 ? c.x : q == 1 ? c.y : q == 2 ? c.z : c.w, zero, pair[half]);
-            } else {
-                unpack_bytes(q % 2 ? c.z : c.x, zero, pair[half][0], pair[half][1]);
-                unpack_bytes(q % 2 ? c.w : c.y, zero, pair[half][2], pair[half][3]);
-            }
+            unpack_quarter<RAW>(unit, r, half, q, group, pair[half]);
             if constexpr (SCALES_CODES) {
                 const float scale = scale_of(unit.scales[r][half], group);
 #pragma unroll

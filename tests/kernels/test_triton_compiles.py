@@ -22,6 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from compiledllm.kernels import arrange_triton as arrange
 from compiledllm.kernels import chunked_delta_rule_triton as chunks
 from compiledllm.kernels import delta_rule_triton as delta
 from compiledllm.kernels import fixed_order_triton as fixed_order
@@ -65,7 +66,7 @@ TYPES = {
     "num_tokens": "i32", "kv_scales": "*fp32", "log_decay_rate": "*fp32",
     "step_bias": "*fp32", "a_stride": "i32", "b_stride": "i32", "gate_stride": "i32",
     "num_heads": "i32", "factors": "*fp32", "state_stride": "i32", "channels": "i32",
-    "snapshots": "*i64", "skip": "*fp32", "step_stride": "i32",
+    "num_inputs": "i32", "snapshots": "*i64", "skip": "*fp32", "step_stride": "i32",
 }
 FLOATS = {
     "query", "key", "value", "kv_cache", "out", "logits", "qkv", "q_weight", "k_weight", "cos",
@@ -153,6 +154,12 @@ for dtype, of_torch in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
             NUM_INPUTS=2880 if clamped else 2048, ITEMS_PER_ROW=8, IS_SORTED=items > 8,
             IS_GATED=gated, HAS_BIAS=clamped, HAS_LIMIT=clamped and gated,
             IS_GELU=gated and not clamped,
+        )
+    for rows, gated, by_halves in ((8, True, False), (256, False, True)) if dtype == "bf16" else ():
+        check(
+            arrange._arrange_kernel, dtype, ITEMS_PER_ROW=1 if gated else 4, HAS_EXPERTS=gated,
+            BY_HALVES=by_halves, IS_GATED=gated, HAS_LIMIT=gated, IS_GELU=False, UNITS=23,
+            ROWS=rows, COLUMNS=arrange._COLUMNS,
         )
     check(fixed_order._rms_norm_kernel, dtype, SIZE=576, PADDED=1024)
     for rows, outputs in ((8, 1024), (8, 6144), (500, 1024)):

@@ -26,6 +26,9 @@ struct uint4 {
 struct float2 {
     float x, y;
 };
+struct float4 {
+    float x, y, z, w;
+};
 inline float2 make_float2(float x, float y) { return {x, y}; }
 struct Place {
     unsigned x, y, z;
@@ -345,8 +348,8 @@ template <class Body> bool run_grid(
     random_numbers.reset(seed ? new std::mt19937(seed) : nullptr);
     const unsigned num_blocks = together ? x : 1;
     memory_size = (shared_bytes + 127) / 128 * 128;
-    std::vector<u8> memory(size_t(memory_size) * num_blocks + 128, 0xFF);  // NaN
-    memory_of_blocks = memory.data() + (128 - (uintptr_t)memory.data() % 128) % 128;
+    std::vector<u8> memory(size_t(memory_size) * num_blocks + 1024, 0xFF);  // NaN
+    memory_of_blocks = memory.data() + (1024 - (uintptr_t)memory.data() % 1024) % 1024;
     blockDim = {count, 1, 1}, gridDim = {x, y, 1};
     threads.resize(count * num_blocks), operands.resize(count * num_blocks);
     bool has_ended = true;

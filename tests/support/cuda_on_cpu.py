@@ -29,6 +29,7 @@ from compiledllm.kernels.cuda_kernel import SOURCES, _value_of
 _HERE = Path(__file__).parent
 _HEADERS = {
     "ptx.cuh": _HERE / "cuda_on_cpu.h",
+    "wgmma.cuh": _HERE / "wgmma_on_cpu.h",
     "hopper.cuh": _HERE.parent / "kernels" / "emulated_hopper.h",
     "fibers.h": _HERE / "fibers.h",
 }
