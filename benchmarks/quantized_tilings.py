@@ -137,7 +137,10 @@ def measure_products(
 
 
 def _is_ours(product: Product) -> bool:
-    """Whether our kernel for few rows computes the matmul, and no library with FP8 inputs."""
+    """Whether `cuda/linear.cu` may compute the matmul, and no library with FP8 inputs.
+
+    On GPUs with products of warpgroups, these take over some matmuls of more than 16 rows.
+    """
     if product.num_inputs % (product.spec.span or 1) or product.rows > MAX_FEW_ROWS:
         return False
     layout = _layout(product.spec, _like(product.num_inputs))

@@ -21,11 +21,11 @@ from compiledllm.kernels.records import UNIT
 _COLUMNS = 512  # of a program
 
 
-@triton.jit(do_not_specialize=["num_items", "num_rows"])
+@triton.jit(do_not_specialize=["num_items", "num_rows", "num_units"])
 def _arrange_kernel(
-    x, out, items, block_experts, num_items, num_rows, num_experts, num_inputs, x_stride, alpha,
-    limit, ITEMS_PER_ROW: tl.constexpr, HAS_EXPERTS: tl.constexpr, BY_HALVES: tl.constexpr,
-    IS_GATED: tl.constexpr, HAS_LIMIT: tl.constexpr, IS_GELU: tl.constexpr, UNITS: tl.constexpr,
+    x, out, items, block_experts, num_items, num_rows, num_experts, num_inputs, num_units, x_stride,
+    alpha, limit, ITEMS_PER_ROW: tl.constexpr, HAS_EXPERTS: tl.constexpr, BY_HALVES: tl.constexpr,
+    IS_GATED: tl.constexpr, HAS_LIMIT: tl.constexpr, IS_GELU: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Each program writes some columns of eight rows. items: the rows' items, with HAS_EXPERTS."""
@@ -64,10 +64,10 @@ def _arrange_kernel(
         parts = tl.permute(parts, [0, 1, 3, 4, 2, 5])
     value = tl.reshape(parts, [8, COLUMNS])
     unit, part, piece = column // 128, column // 64 % 2, column // 8 % 8
-    start = (((block * UNITS + unit) * (ROWS // 8) + eight_of_block) * 2 + part) * 512
+    start = (((block * num_units + unit) * (ROWS // 8) + eight_of_block) * 2 + part) * 512
     swizzled = within[:, None] * 64 + (piece[None, :] ^ within[:, None]) * 8 + column[None, :] % 8
     target = tl.max_contiguous(tl.multiple_of(start[None, :] + swizzled, [1, 8]), [1, 8])
-    tl.store(out + target, value, (unit < UNITS)[None, :])
+    tl.store(out + target, value, (unit < num_units)[None, :])
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +103,11 @@ def arranged(
         x, out, x if routing is None else routing.items,
         x if routing is None else routing.block_experts,
         0 if routing is None else routing.num_items, len(x),
-        0 if routing is None else routing.num_experts, num_inputs, x.stride(0), g.alpha, g.limit,
+        0 if routing is None else routing.num_experts, num_inputs, num_units, x.stride(0),
+        g.alpha, g.limit,
         ITEMS_PER_ROW=1 if routing is None else routing.items_per_row,
         HAS_EXPERTS=routing is not None, BY_HALVES=layout.code == "int6",
         IS_GATED=gate is not None, HAS_LIMIT=g.limit != 0, IS_GELU=g.activation == "gelu_tanh",
-        UNITS=num_units, ROWS=rows, COLUMNS=_COLUMNS, **launch_options(),
+        ROWS=rows, COLUMNS=_COLUMNS, **launch_options(),
     )  # fmt: skip
     return out

@@ -23,7 +23,7 @@ from compiledllm.kernels.records import TILE, UNIT, pack_bytes, pack_records, wi
 
 # With more rows of x, bfloat16 inputs of FP8 matrices are quantised to FP8 (`takes_fp8_inputs`).
 MAX_ROWS_OF_16_BITS = 16
-MAX_FEW_ROWS = 64  # of `cuda/linear.cu`
+MAX_FEW_ROWS = 64  # the most rows of x that `cuda/linear.cu` multiplies
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,10 +285,12 @@ def products_of(layout: Layout) -> str:
     """A phrase for the start's report: which kernels multiply, depending on the number of rows."""
     if _may_take_fp8_inputs(layout):
         return f"our kernel up to {MAX_ROWS_OF_16_BITS} rows, FP8 inputs for more in bfloat16"
-    from compiledllm.kernels.warpgroup_linear_cuda import max_rows
+    from compiledllm.kernels import warpgroup_linear_cuda
 
-    most = max(max_rows(layout), MAX_FEW_ROWS)
-    return f"our kernel{'s' * (most > MAX_FEW_ROWS)} up to {most} rows, dequantised for more"
+    if warpgroup_linear_cuda.can_read(layout):
+        most = warpgroup_linear_cuda.MAX_ROWS
+        return f"our kernels up to {most} rows, dequantised for more"
+    return f"our kernel up to {MAX_FEW_ROWS} rows, dequantised for more"
 
 
 def _may_take_fp8_inputs(layout: Layout) -> bool:

@@ -1,8 +1,9 @@
 """Launches the CUDA kernels that multiply by a `Packed` matrix, on compute capability 9.0 or later.
 
-For few rows of x, `cuda/linear.cu` multiplies and reads each code once. For more rows
-`warpgroup_linear_cuda` multiplies, where it is faster. Otherwise `cuda/dequantize.cu` writes the
-matrix in 16 bits and `kernels.linear` multiplies.
+For few rows of x, `cuda/linear.cu` multiplies and reads each code once. More rows of 4- and 6-bit
+codes are multiplied by `warpgroup_linear_cuda`, where the GPU can run it and `is_faster` says so.
+For more than MAX_FEW_ROWS rows of other codes or on other GPUs, and for very many rows,
+`cuda/dequantize.cu` writes the matrix in 16 bits and `kernels.linear` multiplies.
 """
 
 from __future__ import annotations
@@ -139,12 +140,12 @@ def quantized_product(
     tiling: Tiling | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """See `packed.packed_linear`. tiling: None: `tiling_for` chooses.
+    """See `packed.packed_linear`. tiling: of `cuda/linear.cu`; None: the fastest way multiplies.
 
     out: [rows, num_outputs], filled and returned; None: a new tensor.
     """
     num_rows, num_inputs = x.shape
-    if tiling is None and warpgroup_linear_cuda.is_faster(layout, x, num_outputs):
+    if tiling is None and warpgroup_linear_cuda.is_faster(layout, num_rows, num_outputs):
         return warpgroup_linear_cuda.linear(x, codes, row_scales, bias, layout, num_outputs, out)
     if num_rows > MAX_FEW_ROWS:
         matrix = codes, scales, zeros, row_scales

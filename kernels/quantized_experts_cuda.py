@@ -2,8 +2,9 @@
 
 An item is a pair of a token and one of its experts, as in `moe_triton`. Products have blocks of
 items of one expert. Where codes lie in records and the GPU can run `warpgroup_linear_cuda`, that
-module multiplies all but few items. Elsewhere `quantized_cuda` multiplies few items per expert, and
-with many items per expert all experts are dequantised to 16 bits and `moe_triton` multiplies.
+module multiplies, if experts have two items or more on average. Otherwise `quantized_cuda`
+multiplies up to 32 items per expert on average, and for more items all experts are dequantised to
+16 bits and `moe_triton` multiplies.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def experts(
     num_items, num_experts = expert_ids.numel(), len(gate_up.codes)
     size = gate_up.num_outputs // 2
     has_many = num_items >= _MIN_ITEMS_OF_EXPERT * num_experts
-    if has_many and all(warpgroup_linear_cuda.can_read(m.layout, x) for m in (gate_up, down)):
+    if has_many and all(warpgroup_linear_cuda.can_read(m.layout) for m in (gate_up, down)):
         gate_of = Gate(alpha, limit, activation)
         return _experts_of_warpgroups(x, expert_ids, gate_up, down, gate_of)
     if num_items > _MAX_ITEMS_OF_EXPERT * num_experts:
@@ -108,14 +109,16 @@ def _experts_of_warpgroups(
 ) -> Tensor:
     routing = _route(expert_ids, len(gate_up.codes), warpgroup_linear_cuda.MAX_TOKENS)
     (num_tokens, hidden), (_, top_k) = x.shape, expert_ids.shape
-    both = x.new_empty((routing.num_items, gate_up.num_outputs))
-    out = x.new_empty((routing.num_items, hidden), dtype=torch.float32)
     t = warpgroup_linear_cuda.tiling_of_blocks(routing.rows)
     rows = arranged(x, hidden, gate_up.layout, t.tokens, routing, None)
+    both = x.new_empty((routing.num_items, gate_up.num_outputs))
     up = gate_up.codes, gate_up.row_scales, gate_up.bias, gate_up.layout
     warpgroup_linear_cuda.product(rows, *up, both, t, routing)
+    del rows  # tensors are freed as soon as possible, as their memory is taken from the KV cache
     by_item, size = replace(routing, items_per_row=1), gate_up.num_outputs // 2
     inner = arranged(both, size, down.layout, t.tokens, by_item, gate_of)
+    del both
+    out = x.new_empty((routing.num_items, hidden), dtype=torch.float32)
     last = down.codes, down.row_scales, down.bias, down.layout
     warpgroup_linear_cuda.product(inner, *last, out, t, routing)
     return out.view(num_tokens, top_k, hidden)

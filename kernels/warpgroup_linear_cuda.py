@@ -27,8 +27,8 @@ MAX_TOKENS = 256  # rows of x of a thread block
 _WARPS = 8  # that multiply; further warps copy
 _SHARED = 227 * 1024  # bytes of shared memory of a multiprocessor that thread blocks can have
 _RESERVED = 1024  # bytes of these that each thread block takes for itself
-_MIN_ROWS, _MAX_ROWS = 17, 2048  # of `linear`
-_MIN_SUMS = 64 * 6144  # of up to 64 rows
+_MIN_ROWS, MAX_ROWS = 17, 2048  # of x in `linear`
+_MIN_RESULTS = 64 * 6144  # rows times outputs; `linear.cu` is faster for fewer of up to 64 rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +77,16 @@ _TILINGS = {
     128: Tiling(128, 2, 1, 1),
     256: Tiling(256, 1, 1, 1),
 }
-# Relative times of a block's unit of inputs, with as many blocks as run at once (one H200).
+# Microseconds of a block on a multiprocessor (one H200): for each unit of inputs, and for the rest.
 _TIMES = {
-    _TILINGS[64]: 1.2,
-    Tiling(128, 1, 1, 1): 0.92,
-    _TILINGS[128]: 1.6,
-    _TILINGS[256]: 1.44,
+    _TILINGS[32]: (0.45, 3.5),
+    _TILINGS[64]: (0.57, 4.5),
+    Tiling(128, 1, 1, 1): (0.8, 5.0),
+    _TILINGS[128]: (1.4, 7.3),
+    _TILINGS[256]: (1.25, 7.4),
 }
+_TIME_OF_SPLIT = 2.5  # microseconds, for the sums of a cluster
+_SPLITS = (1, 2, 4)  # a cluster of more blocks leaves more multiprocessors of its group unused
 
 
 def tiling_of_blocks(rows: int) -> Tiling:
@@ -91,45 +94,46 @@ def tiling_of_blocks(rows: int) -> Tiling:
     return next(tiling for most, tiling in _TILINGS.items() if rows <= most)
 
 
-def tiling_of_matrix(num_rows: int, num_outputs: int) -> Tiling:
-    """The tiling for a whole product: the one whose blocks are done first."""
-    if num_rows <= 32:
-        return _TILINGS[32]
-    candidates = [t for t in _TIMES if t.tokens < 2 * num_rows]
+def tiling_of_matrix(num_rows: int, num_outputs: int, num_inputs: int) -> tuple[Tiling, int]:
+    """The tiling and the number of splits for a whole product: those that are done first.
 
-    def time_of(t: Tiling) -> float:
-        blocks = -(-num_outputs // t.outputs) * -(-num_rows // t.tokens)
-        return -(-blocks // (t.blocks * num_multiprocessors())) * _TIMES[t]
+    The number of rows is rounded up to a power of two. Steps of these sizes are captured when an
+    engine starts, so that no step of another size needs a kernel that is not compiled yet.
+    """
+    num_rows = max(1 << (num_rows - 1).bit_length(), 32)
 
-    return min(candidates, key=time_of)
+    def time_of(tiling: Tiling, splits: int) -> float:
+        blocks = -(-num_outputs // tiling.outputs) * -(-num_rows // tiling.tokens) * splits
+        turns = -(-blocks // num_multiprocessors())
+        of_unit, of_block = _TIMES[tiling]
+        units = turns * -(-num_inputs // (UNIT * splits))
+        rest = -(-turns // tiling.blocks) * of_block + (splits > 1) * _TIME_OF_SPLIT
+        return units * of_unit + rest
+
+    fitting = [t for t in _TIMES if t.tokens < 2 * num_rows]
+    return min(((t, s) for t in fitting for s in _SPLITS), key=lambda pair: time_of(*pair))
 
 
-def can_read(layout: Layout, x: Tensor) -> bool:
-    """Whether `product` multiplies x, of a 16-bit type, by codes of this layout."""
-    return layout.code in PACKED_BITS and has_warpgroups(x.device)
+def can_read(layout: Layout) -> bool:
+    """Whether `product` multiplies by codes of this layout on the current device."""
+    return layout.code in PACKED_BITS and has_warpgroups()
 
 
 @functools.cache
-def has_warpgroups(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+def has_warpgroups() -> bool:
+    """Whether the current device has products of warpgroups."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
-def max_rows(layout: Layout) -> int:
-    """The most rows of `linear` on the current device; 0 if it has no warpgroup products."""
-    can_read = layout.code in PACKED_BITS and has_warpgroups(torch.device("cuda"))
-    return _MAX_ROWS if can_read else 0
-
-
-def is_faster(layout: Layout, x: Tensor, num_outputs: int) -> bool:
-    """Whether `linear` was measured to be faster than `quantized_cuda`'s other ways (one H200).
+def is_faster(layout: Layout, num_rows: int, num_outputs: int) -> bool:
+    """Whether `linear` is used; over the matrices of a layer it was faster (one H200).
 
     Few rows need many outputs to keep all multiprocessors busy. For very many rows the time of
     dequantising a matrix does not matter, and the library multiplies faster.
     """
-    num_rows = len(x)
-    if not _MIN_ROWS <= num_rows <= _MAX_ROWS or not can_read(layout, x):
+    if not _MIN_ROWS <= num_rows <= MAX_ROWS or not can_read(layout):
         return False
-    return num_rows > 64 or num_rows * num_outputs >= _MIN_SUMS
+    return num_rows > 64 or num_rows * num_outputs >= _MIN_RESULTS
 
 
 @functools.cache
@@ -162,11 +166,13 @@ def product(
     out: Tensor,
     t: Tiling,
     routing: Routing | None = None,
+    splits: int = 1,
 ) -> Tensor:
     """Fill and return `out`, [rows or items, outputs] in x's dtype or float32.
 
     x: a result of `arranged` with `t.tokens` rows. codes: records, uint8 [tiles, units, bytes].
-    With `routing`, codes, row_scales and bias have a first dimension of experts.
+    With `routing`, codes, row_scales and bias have a first dimension of experts. splits: thread
+    blocks of a cluster that share the inputs.
     """
     record_bytes = codes.shape[-1]
     kernel = _kernel(
@@ -175,7 +181,7 @@ def product(
     )  # fmt: skip
     num_rows, num_outputs = out.shape
     kernel.launch(
-        (-(-num_outputs // t.outputs), len(x)),
+        (-(-num_outputs // t.outputs) * splits, len(x)),
         t.threads,
         (
             x, codes, row_scales, bias, out, c_int(num_rows), c_int(num_outputs), c_int(x.shape[1]),
@@ -185,6 +191,7 @@ def product(
             c_int(0 if routing is None else routing.num_experts),
             c_longlong(0 if routing is None else codes.stride(0)),
         ),
+        cluster=splits,
     )  # fmt: skip
     return out
 
@@ -203,8 +210,10 @@ def linear(
     out: contiguous, filled and returned; None: a new tensor of x's dtype.
     """
     num_rows, num_inputs = x.shape
-    t = tiling_of_matrix(num_rows, num_outputs)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    t, splits = tiling_of_matrix(num_rows, num_outputs, num_inputs)
     if out is None:
         out = x.new_empty((num_rows, num_outputs))
     rows = arranged(x, num_inputs, layout, t.tokens, None, None)
-    return product(rows, codes, row_scales, bias, layout, out, t)
+    return product(rows, codes, row_scales, bias, layout, out, t, splits=splits)

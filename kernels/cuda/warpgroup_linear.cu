@@ -7,17 +7,20 @@
 // of codes, so x must lie in the same order (`kernels/arrange_triton.py`).
 //
 // Two warpgroups compute 64 * ROW_TILES outputs each, and further warps copy UNITS units of the block's records
-// and of x at a time to one of STAGES slots of shared memory: a thread takes some 44 ns to ask for a copy, so that
-// one warp would be too slow. While one warpgroup decodes, the tensor cores work for the other. A block with few
-// rows multiplies fewer columns.
+// and of x at a time to one of STAGES slots of shared memory: the lanes of a warp ask for copies one after another,
+// some 44 ns each, so that one warp would be too slow. The tensor cores work for one warpgroup while the other
+// decodes, and while each decodes its next operands. A row of x is a column of a product; a block with few rows
+// multiplies only the columns that it needs, in steps of STEP. The blocks of a cluster compute the same sums, each
+// over a part of the inputs.
 //
 // With EXPERTS, a block multiplies up to TOKENS items of one expert; linear.cu explains items.
 //
-// Defined by the compiler's options: TOKENS (8, 16, 32, 64, 128 or 256), ROW_TILES, UNITS, STAGES, BLOCKS (that share a
-// multiprocessor), and CODE, BF16, GROUPS, SCALE, HAS_ZEROS, HAS_MINIMA, HAS_FACTORS, HAS_BIAS, EXPERTS, OUT32 and
+// Defined by the compiler's options: TOKENS (8, 16, 32, 64, 128 or 256), ROW_TILES, UNITS, STAGES, BLOCKS (that
+// share a multiprocessor), and CODE, BF16, GROUPS, SCALE, HAS_ZEROS, HAS_MINIMA, HAS_FACTORS, HAS_BIAS, EXPERTS, OUT32 and
 // OVERLAP as in linear.cu.
 
 #include "ptx.cuh"
+#include "cluster.cuh"
 #include "wgmma.cuh"
 #include "codes.cuh"
 #define TOKEN_TILES (TOKENS / 8)
@@ -32,7 +35,7 @@ constexpr int OUTPUTS = 16 * TILES;
 constexpr int X_ROW = 2 * UNIT;               // bytes of a row of x in a unit
 constexpr int X_UNIT = TOKENS * X_ROW;
 constexpr int X_SLOT = UNITS * X_UNIT, RECORDS = UNITS * RECORD, SLOT = X_SLOT + TILES * RECORDS;
-constexpr int STEP = TOKENS >= 256 ? 64 : TOKENS >= 16 ? TOKENS / 2 : TOKENS;  // a block computes a multiple of so many rows
+constexpr int STEP = TOKENS >= 256 ? 64 : TOKENS >= 16 ? TOKENS / 2 : TOKENS;
 constexpr int PITCH = OUTPUTS + 4;            // numbers between the sums of two rows
 
 #if OUT32
@@ -45,14 +48,15 @@ typedef u16 OUT;
 constexpr bool IS_OF_X = SCALE == (BF16 ? BFLOAT16 : FLOAT16);
 constexpr bool SCALES_PAIRS =
     (IS_OF_X || SCALE == E4M3 || (SCALE == E8M0 && BF16)) && !HAS_MINIMA && !HAS_FACTORS && CODE != INT6;
-// MXFP4 codes stay smaller by 2^126. Their scales, up to 2^64, become larger by 2^63, and the sums lack 2^63.
+// MXFP4 codes stay smaller by 2^126, and their scales become larger by 2^63, so that sums lack a factor of 2^63.
+// Scales above 2^64, which no real weights have, become infinite.
 constexpr bool IS_MXFP4 = CODE == FP4 && SCALE == E8M0 && SCALES_PAIRS;
 constexpr float SUM_FACTOR = IS_MXFP4 ? 9223372036854775808.f : FACTOR;
 
 // A scale twice, for a pair of weights.
 __device__ __forceinline__ u32 pair_of_scale(const Scales& scales, int group) {
     if constexpr (IS_OF_X) return scales.get<2>(group) * 0x00010001u;
-    if constexpr (IS_MXFP4) return min(scales.get<1>(group) + 63, 254u) * 0x00800080u;
+    if constexpr (IS_MXFP4) return min(scales.get<1>(group) + 63, 255u) * 0x00800080u;
     const float scale = scale_of(scales, group);
     return pair_of(scale, scale);
 }
@@ -81,8 +85,8 @@ __device__ __forceinline__ void decode_quarter(const Unit& unit, int r, int q, u
     }
 }
 
-// The left operands of the descriptor are 16 of a unit's inputs of all rows; x lies in parts of 8 rows and 64
-// inputs, two of which are a unit.
+// The descriptor of a right operand: 16 of a unit's inputs, of all rows. x lies in parts of 8 rows and 64 inputs,
+// two of which are a unit.
 __device__ __forceinline__ u64 columns_of_unit(u32 at, int first_input) {
     return matrix(at + first_input / 64 * 1024 + first_input % 64 * 2, 0, 2048);
 }
@@ -101,19 +105,25 @@ __device__ __forceinline__ void store_four(u16* to, const float4& x) {
     *(uint2*)to = make_uint2(pair_of(x.x, x.y), pair_of(x.z, x.w));
 }
 
-// Copies the block's stages. COLUMNS: of x, that the block multiplies.
+struct Stages {  // of the inputs: from `first` to `end`, those of a block
+    int first, end;
+};
+
+// Copies the block's stages. columns: the number of rows of x that the block multiplies.
 __device__ __forceinline__ void copy_stages(
-    u8* memory, const u8* x, const u8* codes, int num_outputs, int num_units, int columns) {
+    u8* memory, const u8* x, const u8* codes, int tile_block, int num_outputs, int num_units, Stages stages,
+    int columns) {
     u8* const records = memory + STAGES * X_SLOT;
     u64 *const full = (u64*)(memory + STAGES * SLOT), *const empty = full + STAGES;
     const int lane = threadIdx.x % 32, copying_warp = threadIdx.x / 32 - WARPS;
-    const int num_tiles = (num_outputs + 15) / 16, num_stages = (num_units + UNITS - 1) / UNITS;
+    const int num_tiles = (num_outputs + 15) / 16;
     const int piece = lane * COPYING_WARPS + copying_warp;  // the tiles' records, then units of x
-    const long long tile = min((int)blockIdx.x * TILES + piece, num_tiles - 1);
+    const long long tile = min(tile_block * TILES + piece, num_tiles - 1);
     if (piece >= TILES + UNITS) return;
-    for (int stage = 0; stage < num_stages; ++stage) {
-        const int slot = stage % STAGES, first = stage * UNITS, count = min(UNITS, num_units - first);
-        wait_for(empty + slot, stage / STAGES % 2 ^ 1);
+    for (int stage = stages.first; stage < stages.end; ++stage) {
+        const int index = stage - stages.first, slot = index % STAGES;
+        const int first = stage * UNITS, count = min(UNITS, num_units - first);
+        wait_for(empty + slot, index / STAGES % 2 ^ 1);
         if (piece < TILES) {
             copy_to_shared(records + (slot * TILES + piece) * RECORDS, codes + (tile * num_units + first) * RECORD,
                            count * RECORD, full + slot);
@@ -127,17 +137,16 @@ __device__ __forceinline__ void copy_stages(
     }
 }
 
-// Multiplies COLUMNS rows of x, and leaves the sums [COLUMNS, PITCH] in shared memory.
-template <int COLUMNS> __device__ __forceinline__ void multiply_stages(u8* memory, int num_units) {
+// Multiplies the first COLUMNS rows of x. Leaves the sums [COLUMNS, PITCH] in shared memory.
+template <int COLUMNS> __device__ __forceinline__ void multiply_stages(u8* memory, int num_units, Stages stages) {
     u8* const records = memory + STAGES * X_SLOT;
     u64 *const full = (u64*)(memory + STAGES * SLOT), *const empty = full + STAGES;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int num_stages = (num_units + UNITS - 1) / UNITS;
     const int first_tile = warp / 4 * 4 * ROW_TILES + warp % 4;  // the warp's other tiles are 4 further each
     float total[ROW_TILES][COLUMNS / 2] = {};
-    for (int stage = 0; stage < num_stages; ++stage) {
-        const int slot = stage % STAGES, count = min(UNITS, num_units - stage * UNITS);
-        wait_for(full + slot, stage / STAGES % 2);
+    for (int stage = stages.first; stage < stages.end; ++stage) {
+        const int index = stage - stages.first, slot = index % STAGES, count = min(UNITS, num_units - stage * UNITS);
+        wait_for(full + slot, index / STAGES % 2);
         const u8* const here = records + (slot * TILES + first_tile) * RECORDS;
         const u32 x_here = address(memory) + slot * X_SLOT;
 #pragma unroll
@@ -180,11 +189,23 @@ template <int COLUMNS> __device__ __forceinline__ void multiply_stages(u8* memor
     meet_at(1, 32 * WARPS);
 }
 
-// `columns` is a multiple of STEP, at most COLUMNS.
-template <int COLUMNS> __device__ __forceinline__ void multiply_columns(u8* memory, int num_units, int columns) {
+// Multiplies the first `columns` rows of x: a multiple of STEP, at most COLUMNS.
+template <int COLUMNS>
+__device__ __forceinline__ void multiply_columns(u8* memory, int num_units, Stages stages, int columns) {
     if constexpr (COLUMNS > STEP)
-        if (columns < COLUMNS) return multiply_columns<COLUMNS - STEP>(memory, num_units, columns);
-    multiply_stages<COLUMNS>(memory, num_units);
+        if (columns < COLUMNS) return multiply_columns<COLUMNS - STEP>(memory, num_units, stages, columns);
+    multiply_stages<COLUMNS>(memory, num_units, stages);
+}
+
+// Four sums, added over the blocks of the cluster in a fixed order.
+__device__ __forceinline__ float4 sums_of_cluster(const float* sums, int splits) {
+    if (splits == 1) return *(const float4*)sums;
+    float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
+    for (int rank = 0; rank < splits; ++rank) {
+        const float4 part = load_of_rank(rank, address(sums));
+        total.x += part.x, total.y += part.y, total.z += part.z, total.w += part.w;
+    }
+    return total;
 }
 
 // x [blocks of rows, num_units, TOKENS / 8, 2, 8, 64], each part of 64 inputs with the 128-byte swizzle. codes:
@@ -217,20 +238,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) warpgroup_linear(
 #else
     auto has_row = [&](int row) { return first_row + row < num_rows; };
 #endif
+    const int split = rank_in_cluster(), splits = cluster_size(), tile_block = blockIdx.x / splits;
+    const int num_stages = (num_units + UNITS - 1) / UNITS;
+    const Stages stages = {num_stages * split / splits, num_stages * (split + 1) / splits};
     int columns = TOKENS;
     while (columns > STEP && !has_row(columns - STEP)) columns -= STEP;
 
     if (threadIdx.x >= 32 * WARPS) {
         if (IS_ALONE) shrink_registers<24>();
-        copy_stages(memory, x, codes, num_outputs, num_units, columns);
+        copy_stages(memory, x, codes, tile_block, num_outputs, num_units, stages, columns);
         return;
     }
     if (IS_ALONE) grow_registers<240>();
-    multiply_columns<TOKENS>(memory, num_units, columns);
+    multiply_columns<TOKENS>(memory, num_units, stages, columns);
+    if (splits > 1) meet_cluster();
 
     const float* const sums = (const float*)memory;
-    for (int i = threadIdx.x; i < OUTPUTS / 4 * columns; i += 32 * WARPS) {
-        const int row = i / (OUTPUTS / 4), within = i % (OUTPUTS / 4) * 4, output = blockIdx.x * OUTPUTS + within;
+    for (int i = threadIdx.x + 32 * WARPS * split; i < OUTPUTS / 4 * columns; i += 32 * WARPS * splits) {
+        const int row = i / (OUTPUTS / 4), within = i % (OUTPUTS / 4) * 4, output = tile_block * OUTPUTS + within;
         if (!has_row(row)) break;
         if (output >= num_outputs) continue;
 #if EXPERTS
@@ -238,7 +263,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) warpgroup_linear(
 #else
         OUT* const to = out + (long long)(first_row + row) * num_outputs + output;
 #endif
-        float4 four = *(const float4*)(sums + row * PITCH + within);
+        float4 four = sums_of_cluster(sums + row * PITCH + within, splits);
         float* const each = (float*)&four;
 #pragma unroll
         for (int j = 0; j < 4; ++j)
@@ -247,4 +272,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) warpgroup_linear(
         else
             for (int j = 0; j < 4 && output + j < num_outputs; ++j) store(to + j, each[j]);
     }
+    if (splits > 1) meet_cluster();  // other blocks read this block's shared memory until here
 }

@@ -66,7 +66,8 @@ TYPES = {
     "num_tokens": "i32", "kv_scales": "*fp32", "log_decay_rate": "*fp32",
     "step_bias": "*fp32", "a_stride": "i32", "b_stride": "i32", "gate_stride": "i32",
     "num_heads": "i32", "factors": "*fp32", "state_stride": "i32", "channels": "i32",
-    "num_inputs": "i32", "snapshots": "*i64", "skip": "*fp32", "step_stride": "i32",
+    "num_inputs": "i32", "num_units": "i32", "snapshots": "*i64", "skip": "*fp32",
+    "step_stride": "i32",
 }
 FLOATS = {
     "query", "key", "value", "kv_cache", "out", "logits", "qkv", "q_weight", "k_weight", "cos",
@@ -158,7 +159,7 @@ for dtype, of_torch in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
     for rows, gated, by_halves in ((8, True, False), (256, False, True)) if dtype == "bf16" else ():
         check(
             arrange._arrange_kernel, dtype, ITEMS_PER_ROW=1 if gated else 4, HAS_EXPERTS=gated,
-            BY_HALVES=by_halves, IS_GATED=gated, HAS_LIMIT=gated, IS_GELU=False, UNITS=23,
+            BY_HALVES=by_halves, IS_GATED=gated, HAS_LIMIT=gated, IS_GELU=False,
             ROWS=rows, COLUMNS=arrange._COLUMNS,
         )
     check(fixed_order._rms_norm_kernel, dtype, SIZE=576, PADDED=1024)

@@ -23,7 +23,7 @@ def kernels_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads take turns in random orders, and copies arrive late."""
     use_cuda_kernels_on_cpu(monkeypatch)
     monkeypatch.setattr(warpgroup_linear_cuda, "CudaKernel", CpuKernel)
-    monkeypatch.setattr(warpgroup_linear_cuda, "has_warpgroups", lambda device: True)
+    monkeypatch.setattr(warpgroup_linear_cuda, "has_warpgroups", lambda: True)
     monkeypatch.setattr(CpuKernel, "seed", 5)
     warpgroup_linear_cuda._kernel.cache_clear()
 
@@ -57,10 +57,11 @@ def test_products_equal_those_of_the_dequantised_matrix(
         out = torch.empty(num_rows, len(bias), dtype=dtype)
         rows = arranged(x, num_inputs, format.layout, tiling.tokens, None, None)
         parts = codes, row_scales, bias.to(dtype), format.layout
-        found = warpgroup_linear_cuda.product(rows, *parts, out, tiling).double()
         expected = x.double() @ dequantize(matrix).double().T + bias.to(dtype).double()
         bound = 2**-8 if dtype == torch.bfloat16 else 2**-11
-        assert (found - expected).abs().max() < bound * expected.abs().max()
+        for splits in (1, 2):
+            found = warpgroup_linear_cuda.product(rows, *parts, out, tiling, splits=splits)
+            assert (found.double() - expected).abs().max() < bound * expected.abs().max()
 
 
 def _experts_of(num_experts: int, num_outputs: int, num_inputs: int) -> tuple[ExpertMatrix, Tensor]:
@@ -99,14 +100,16 @@ def test_wide_and_narrow_matrices_have_tilings_that_fill_the_gpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(warpgroup_linear_cuda, "num_multiprocessors", lambda: 132)
-    assert tiling_of_matrix(64, 28672) == _TILINGS[64]
-    assert tiling_of_matrix(128, 28672) == _TILINGS[128]
-    assert tiling_of_matrix(2048, 28672) == _TILINGS[256]
-    assert tiling_of_matrix(512, 4096) == Tiling(128, 1, 1, 1)
+    assert tiling_of_matrix(50, 28672, 4096) == tiling_of_matrix(64, 28672, 4096)
+    assert tiling_of_matrix(64, 28672, 4096) == (_TILINGS[64], 1)
+    assert tiling_of_matrix(64, 4096, 14336) == (_TILINGS[64], 4)
+    assert tiling_of_matrix(128, 28672, 4096) == (_TILINGS[128], 1)
+    assert tiling_of_matrix(2048, 28672, 4096) == (_TILINGS[256], 1)
+    assert tiling_of_matrix(512, 4096, 14336) == (_TILINGS[256], 2)
 
 
 @pytest.mark.parametrize("tiling", [*_TILINGS.values(), Tiling(128, 1, 1, 1)], ids=str)
 def test_copies_of_the_largest_records_fit_into_shared_memory(tiling: Tiling) -> None:
-    record_bytes = 16 * (96 + 12)  # Q6_K: codes of 6 bits, eight scales and two factors
+    record_bytes = 16 * (96 + 8 * 4)  # codes of 6 bits, and eight scales in float32
     assert tiling.stages(record_bytes) >= 2
     assert tiling.blocks * (tiling.shared_bytes(record_bytes) + 1024) <= 228 * 1024

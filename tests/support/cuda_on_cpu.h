@@ -30,6 +30,7 @@ struct float4 {
     float x, y, z, w;
 };
 inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 struct Place {
     unsigned x, y, z;
 };
@@ -342,11 +343,10 @@ template <class Body> bool run_blocks(const Body& body, unsigned num_blocks) {
     return true;
 }
 
-// together: blocks run at the same time, in one row. seed: 0 for the order of the threads' numbers.
+// num_blocks: the number of neighbouring blocks that run at the same time. seed: 0 for the order of the threads' numbers.
 template <class Body> bool run_grid(
-    Body body, unsigned x, unsigned y, unsigned count, unsigned shared_bytes, bool together, unsigned seed) {
+    Body body, unsigned x, unsigned y, unsigned count, unsigned shared_bytes, unsigned num_blocks, unsigned seed) {
     random_numbers.reset(seed ? new std::mt19937(seed) : nullptr);
-    const unsigned num_blocks = together ? x : 1;
     memory_size = (shared_bytes + 127) / 128 * 128;
     std::vector<u8> memory(size_t(memory_size) * num_blocks + 1024, 0xFF);  // NaN
     memory_of_blocks = memory.data() + (1024 - (uintptr_t)memory.data() % 1024) % 1024;

@@ -29,6 +29,7 @@ from compiledllm.kernels.cuda_kernel import SOURCES, _value_of
 _HERE = Path(__file__).parent
 _HEADERS = {
     "ptx.cuh": _HERE / "cuda_on_cpu.h",
+    "cluster.cuh": _HERE / "cluster_on_cpu.h",
     "wgmma.cuh": _HERE / "wgmma_on_cpu.h",
     "hopper.cuh": _HERE.parent / "kernels" / "emulated_hopper.h",
     "fibers.h": _HERE / "fibers.h",
@@ -36,9 +37,9 @@ _HEADERS = {
 _COMPILING = threading.Lock()
 _LAUNCH = """
 extern "C" bool launch(
-    unsigned x, unsigned y, unsigned count, unsigned shared, bool together, unsigned seed,
+    unsigned x, unsigned y, unsigned count, unsigned shared, unsigned at_once, unsigned seed,
     void** arguments) {
-    return run_grid(call(%s, arguments), x, y, count, shared, together, seed);
+    return run_grid(call(%s, arguments), x, y, count, shared, at_once, seed);
 }
 """
 
@@ -67,12 +68,14 @@ class CpuKernel:
         grid: Sequence[int],
         num_threads: int,
         arguments: Sequence[Any],
+        cluster: int = 1,
         is_cooperative: bool = False,
     ) -> None:
         values = [_value_of(argument) for argument in arguments]
         addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
         x, y = (*grid, 1)[:2]
-        how = x, y, num_threads, self._shared_bytes, is_cooperative, self.seed
+        at_once = x if is_cooperative else cluster
+        how = x, y, num_threads, self._shared_bytes, at_once, self.seed
         assert self._launch(*how, addresses), "the threads wait for ever"
 
 
