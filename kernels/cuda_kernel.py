@@ -39,6 +39,7 @@ from compiledllm.kernels.machine_code import (
 from compiledllm.platform import can_overlap_kernels
 
 SOURCES = Path(__file__).parent / "cuda"
+_INCLUDE = re.compile(r'^#include "([^"]+)"$', re.MULTILINE)
 # File name in the cache -> machine code that this process has used, or has read from an artifact.
 known_code: dict[str, bytes] = {}
 _locks: dict[str, threading.Lock] = {}  # file name -> lock of the thread that compiles the code
@@ -193,12 +194,20 @@ def _keep(code: bytes, path: Path) -> None:
 
 
 def _with_includes(text: str) -> str:
-    """The source with `#include "x"` replaced by the file's text."""
+    """The source with each `#include "x"` replaced by the text of x, which may include files, too.
+
+    A file that several others include is inserted once.
+    """
+    included: set[str] = set()
 
     def insert(match: re.Match[str]) -> str:
-        return (SOURCES / match[1]).read_text(encoding="utf-8").replace("#pragma once\n", "")
+        if match[1] in included:
+            return ""
+        included.add(match[1])
+        header = (SOURCES / match[1]).read_text(encoding="utf-8").replace("#pragma once\n", "")
+        return _INCLUDE.sub(insert, header)
 
-    return re.sub(r'^#include "([^"]+)"$', insert, text, flags=re.MULTILINE)
+    return _INCLUDE.sub(insert, text)
 
 
 def _compile(text: str, name: str, flags: Sequence[str]) -> bytes:
