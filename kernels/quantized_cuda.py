@@ -145,7 +145,8 @@ def quantized_product(
     out: [rows, num_outputs], filled and returned; None: a new tensor.
     """
     num_rows, num_inputs = x.shape
-    if tiling is None and warpgroup_linear_cuda.is_faster(layout, num_rows, num_outputs):
+    shape = num_rows, num_outputs, num_inputs
+    if tiling is None and warpgroup_linear_cuda.is_faster(layout, *shape):
         return warpgroup_linear_cuda.linear(x, codes, row_scales, bias, layout, num_outputs, out)
     if num_rows > MAX_FEW_ROWS:
         matrix = codes, scales, zeros, row_scales
@@ -153,7 +154,7 @@ def quantized_product(
     if out is None:
         out = x.new_empty((num_rows, num_outputs))
     parts = codes, scales, zeros, row_scales, bias
-    t = tiling or tiling_for(layout, num_rows, num_outputs, num_inputs)
+    t = tiling or tiling_for(layout, *shape)
     return launch_product(_aligned(x), *parts, layout, out, t)
 
 

@@ -107,7 +107,7 @@ def _experts_of_warpgroups(
     down: ExpertMatrix,
     gate_of: Gate,
 ) -> Tensor:
-    routing = _route(expert_ids, len(gate_up.codes), warpgroup_linear_cuda.MAX_TOKENS)
+    routing = _route(expert_ids, len(gate_up.codes), warpgroup_linear_cuda.MAX_ITEMS)
     (num_tokens, hidden), (_, top_k) = x.shape, expert_ids.shape
     t = warpgroup_linear_cuda.tiling_of_blocks(routing.rows)
     rows = arranged(x, hidden, gate_up.layout, t.tokens, routing, None)

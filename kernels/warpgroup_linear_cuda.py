@@ -23,12 +23,12 @@ from compiledllm.kernels.packed import Layout
 from compiledllm.kernels.quantized import PACKED_BITS
 from compiledllm.kernels.records import TILE, UNIT
 
-MAX_TOKENS = 256  # rows of x of a thread block
+MAX_ITEMS = 128  # of a block of experts; more rows were no faster
 _WARPS = 8  # that multiply; further warps copy
 _SHARED = 227 * 1024  # bytes of shared memory of a multiprocessor that thread blocks can have
 _RESERVED = 1024  # bytes of these that each thread block takes for itself
-_MIN_ROWS, MAX_ROWS = 17, 2048  # of x in `linear`
-_MIN_RESULTS = 64 * 6144  # rows times outputs; `linear.cu` is faster for fewer of up to 64 rows
+_MIN_ROWS, MAX_ROWS = 17, 1024  # of x in `linear`
+_MIN_WEIGHTS = 20_000_000  # of a matrix for up to 64 rows; `linear.cu` is faster for fewer
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ _TIMES = {
     _TILINGS[256]: (1.25, 7.4),
 }
 _TIME_OF_SPLIT = 2.5  # microseconds, for the sums of a cluster
-_SPLITS = (1, 2, 4)  # a cluster of more blocks leaves more multiprocessors of its group unused
+_SPLITS = (1, 2, 4, 6)
 
 
 def tiling_of_blocks(rows: int) -> Tiling:
@@ -104,14 +104,25 @@ def tiling_of_matrix(num_rows: int, num_outputs: int, num_inputs: int) -> tuple[
 
     def time_of(tiling: Tiling, splits: int) -> float:
         blocks = -(-num_outputs // tiling.outputs) * -(-num_rows // tiling.tokens) * splits
-        turns = -(-blocks // num_multiprocessors())
+        turns = -(-blocks // _blocks_at_once(tiling, splits))
         of_unit, of_block = _TIMES[tiling]
         units = turns * -(-num_inputs // (UNIT * splits))
         rest = -(-turns // tiling.blocks) * of_block + (splits > 1) * _TIME_OF_SPLIT
         return units * of_unit + rest
 
     fitting = [t for t in _TIMES if t.tokens < 2 * num_rows]
-    return min(((t, s) for t in fitting for s in _SPLITS), key=lambda pair: time_of(*pair))
+    pairs = [(t, s) for t in fitting for s in _SPLITS if s <= 4 or t.blocks > 1]
+    return min(pairs, key=lambda pair: time_of(*pair))
+
+
+def _blocks_at_once(tiling: Tiling, splits: int) -> int:
+    """Blocks that run at once, each on a multiprocessor of its own, as measured on one H200.
+
+    Large clusters leave some multiprocessors of their groups unused. Blocks that may share a
+    multiprocessor do so before all others are busy.
+    """
+    count = num_multiprocessors()
+    return count if tiling.blocks == 1 and splits <= 2 else max(count * 10 // 11, 1)
 
 
 def can_read(layout: Layout) -> bool:
@@ -125,15 +136,15 @@ def has_warpgroups() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
-def is_faster(layout: Layout, num_rows: int, num_outputs: int) -> bool:
-    """Whether `linear` is used; over the matrices of a layer it was faster (one H200).
+def is_faster(layout: Layout, num_rows: int, num_outputs: int, num_inputs: int) -> bool:
+    """Whether `linear` multiplies: it was faster for the matrices of a layer together (one H200).
 
-    Few rows need many outputs to keep all multiprocessors busy. For very many rows the time of
-    dequantising a matrix does not matter, and the library multiplies faster.
+    With few rows and few weights, arranging x and the sums of clusters take too long. For very many
+    rows the time of dequantising a matrix does not matter, and the library multiplies faster.
     """
     if not _MIN_ROWS <= num_rows <= MAX_ROWS or not can_read(layout):
         return False
-    return num_rows > 64 or num_rows * num_outputs >= _MIN_RESULTS
+    return num_rows > 64 or num_outputs * num_inputs >= _MIN_WEIGHTS
 
 
 @functools.cache

@@ -148,7 +148,7 @@ FP8, INT4 = Layout("fp8", 0, "float32", False), Layout("int4", 1, "bfloat16", Fa
     ("hidden_size", "intermediate_size", "head_dim", "layout", "rows"),
     [
         (2048, 8192, 64, None, ALL_ROWS),  # Llama-3.2-1B
-        (4096, 14336, 128, None, range(2, 5)),  # Llama-3.1-8B
+        (4096, 14336, 128, None, range(2, 4)),  # Llama-3.1-8B
         (8192, 28672, 128, None, range(0)),
         (4096, 14336, 128, FP8, range(1, 2)),
         (4096, 14336, 128, INT4, range(1, 2)),
