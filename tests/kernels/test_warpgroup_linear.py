@@ -59,7 +59,8 @@ def test_products_equal_those_of_the_dequantised_matrix(
         parts = codes, row_scales, bias.to(dtype), format.layout
         expected = x.double() @ dequantize(matrix).double().T + bias.to(dtype).double()
         bound = 2**-8 if dtype == torch.bfloat16 else 2**-11
-        for splits in (1, 2):
+        # Of six blocks with this tiling, four find no inputs.
+        for splits in (1, 2, 6) if tiling.tokens == 32 else (1, 2):
             found = warpgroup_linear_cuda.product(rows, *parts, out, tiling, splits=splits)
             assert (found.double() - expected).abs().max() < bound * expected.abs().max()
 
