@@ -40,99 +40,39 @@ __device__ __forceinline__ u64 matrix(u32 at, u32 stride, u32 pitch = 1024) {
     return (u64)((at & 0x3FFFF) >> 4) | (u64)(stride >> 4) << 16 | (u64)(pitch >> 4) << 32 | 1ull << 62;
 }
 
-// sum[i, j] += a[i, :] * b[j, :]. sum: 64 rows of 8, 16, 32, 64, 128, 192 or 256 columns, of which thread t holds parts of
-// two rows: t / 32 * 16 + t % 32 / 4 (half 0), and the row 8 further (half 1). sum[4 * j + 2 * half + {0, 1}] has
-// the columns 8 * j + 2 * (t % 4) + {0, 1}. a: 16 columns in registers, in the layout of a sum and packed in pairs.
-// b: 16 columns in shared memory.
+// Operands of inline assembler: the sums, and their numbers.
 #define SUMS4(x, i) "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3])
 #define SUMS8(x, i) SUMS4(x, i), SUMS4(x, i + 4)
+#define SUMS16(x, i) SUMS8(x, i), SUMS8(x, i + 8)
+#define SUMS32(x, i) SUMS16(x, i), SUMS16(x, i + 16)
+#define TO_4 "%0, %1, %2, %3"
+#define TO_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define TO_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define TO_32 TO_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define TO_48 TO_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define TO_64 TO_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define TO_80 TO_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define TO_96 TO_80 ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define TO_112 TO_96 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"
+#define TO_128 TO_112 ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
-__device__ __forceinline__ void multiply_rows(float (&sum)[4], const u32 (&a)[4], u64 b) {
-    asm volatile(
-        "{.reg .pred p; setp.eq.b32 p, 0, 0;"
-        "wgmma.mma_async.sync.aligned.m64n8k16.f32." TYPES "." TYPES " "
-        "{%0, %1, %2, %3}, "
-        "{%4, %5, %6, %7}, %8, p, 1, 1, 0;}"
-        : SUMS4(sum, 0)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-
-__device__ __forceinline__ void multiply_rows(float (&sum)[8], const u32 (&a)[4], u64 b) {
-    asm volatile(
-        "{.reg .pred p; setp.eq.b32 p, 0, 0;"
-        "wgmma.mma_async.sync.aligned.m64n16k16.f32." TYPES "." TYPES " "
-        "{%0, %1, %2, %3, %4, %5, %6, %7}, "
-        "{%8, %9, %10, %11}, %12, p, 1, 1, 0;}"
-        : SUMS8(sum, 0)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-
-__device__ __forceinline__ void multiply_rows(float (&sum)[16], const u32 (&a)[4], u64 b) {
-    asm volatile(
-        "{.reg .pred p; setp.eq.b32 p, 0, 0;"
-        "wgmma.mma_async.sync.aligned.m64n32k16.f32." TYPES "." TYPES " "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-        "{%16, %17, %18, %19}, %20, p, 1, 1, 0;}"
-        : SUMS8(sum, 0), SUMS8(sum, 8)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-
-__device__ __forceinline__ void multiply_rows(float (&sum)[32], const u32 (&a)[4], u64 b) {
-    asm volatile(
-        "{.reg .pred p; setp.eq.b32 p, 0, 0;"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPES "." TYPES " "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15,"
-        " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-        "{%32, %33, %34, %35}, %36, p, 1, 1, 0;}"
-        : SUMS8(sum, 0), SUMS8(sum, 8), SUMS8(sum, 16), SUMS8(sum, 24)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-
-__device__ __forceinline__ void multiply_rows(float (&sum)[64], const u32 (&a)[4], u64 b) {
-    asm volatile(
-        "{.reg .pred p; setp.eq.b32 p, 0, 0;"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPES "." TYPES " "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15,"
-        " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31,"
-        " %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47,"
-        " %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-        "{%64, %65, %66, %67}, %68, p, 1, 1, 0;}"
-        : SUMS8(sum, 0), SUMS8(sum, 8), SUMS8(sum, 16), SUMS8(sum, 24), SUMS8(sum, 32), SUMS8(sum, 40),
-          SUMS8(sum, 48), SUMS8(sum, 56)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-
-__device__ __forceinline__ void multiply_rows(float (&sum)[96], const u32 (&a)[4], u64 b) {
-    asm volatile(
-        "{.reg .pred p; setp.eq.b32 p, 0, 0;"
-        "wgmma.mma_async.sync.aligned.m64n192k16.f32." TYPES "." TYPES " "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15,"
-        " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31,"
-        " %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47,"
-        " %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63,"
-        " %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79,"
-        " %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95}, "
-        "{%96, %97, %98, %99}, %100, p, 1, 1, 0;}"
-        : SUMS8(sum, 0), SUMS8(sum, 8), SUMS8(sum, 16), SUMS8(sum, 24), SUMS8(sum, 32), SUMS8(sum, 40),
-          SUMS8(sum, 48), SUMS8(sum, 56), SUMS8(sum, 64), SUMS8(sum, 72), SUMS8(sum, 80), SUMS8(sum, 88)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-
-__device__ __forceinline__ void multiply_rows(float (&sum)[128], const u32 (&a)[4], u64 b) {
-    asm volatile(
-        "{.reg .pred p; setp.eq.b32 p, 0, 0;"
-        "wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPES "." TYPES " "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15,"
-        " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31,"
-        " %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47,"
-        " %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63,"
-        " %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79,"
-        " %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95,"
-        " %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111,"
-        " %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
-        "{%128, %129, %130, %131}, %132, p, 1, 1, 0;}"
-        : SUMS8(sum, 0), SUMS8(sum, 8), SUMS8(sum, 16), SUMS8(sum, 24), SUMS8(sum, 32), SUMS8(sum, 40),
-          SUMS8(sum, 48), SUMS8(sum, 56), SUMS8(sum, 64), SUMS8(sum, 72), SUMS8(sum, 80), SUMS8(sum, 88),
-          SUMS8(sum, 96), SUMS8(sum, 104), SUMS8(sum, 112), SUMS8(sum, 120)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
+// sum[i, j] += a[i, :] * b[j, :]. sum: 64 rows of COLUMNS columns, of which thread t holds parts of two rows: t / 32 *
+// 16 + t % 32 / 4 (half 0), and the row 8 further (half 1). sum[4 * j + 2 * half + {0, 1}] has the columns 8 * j + 2 *
+// (t % 4) + {0, 1}. a: 16 columns in registers, in the layout of a sum and packed in pairs. b: 16 columns in shared
+// memory. A0 to B: the numbers of the operands that follow the sums.
+#define MULTIPLY_ROWS(COLUMNS, NUMBERS, A0, A1, A2, A3, B, ...)                                                      \
+    __device__ __forceinline__ void multiply_rows(float (&sum)[COLUMNS / 2], const u32 (&a)[4], u64 b) {             \
+        asm volatile(                                                                                                \
+            "{.reg .pred p; setp.eq.b32 p, 0, 0;"                                                                    \
+            "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." TYPES "." TYPES                                  \
+            " {" NUMBERS "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", p, 1, 1, 0;}"                        \
+            : __VA_ARGS__                                                                                            \
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                                   \
+    }
+MULTIPLY_ROWS(8, TO_4, 4, 5, 6, 7, 8, SUMS4(sum, 0))
+MULTIPLY_ROWS(16, TO_8, 8, 9, 10, 11, 12, SUMS8(sum, 0))
+MULTIPLY_ROWS(32, TO_16, 16, 17, 18, 19, 20, SUMS16(sum, 0))
+MULTIPLY_ROWS(64, TO_32, 32, 33, 34, 35, 36, SUMS32(sum, 0))
+MULTIPLY_ROWS(128, TO_64, 64, 65, 66, 67, 68, SUMS32(sum, 0), SUMS32(sum, 32))
+MULTIPLY_ROWS(192, TO_96, 96, 97, 98, 99, 100, SUMS32(sum, 0), SUMS32(sum, 32), SUMS32(sum, 64))
+MULTIPLY_ROWS(256, TO_128, 128, 129, 130, 131, 132, SUMS32(sum, 0), SUMS32(sum, 32), SUMS32(sum, 64), SUMS32(sum, 96))
