@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from compiledllm.kernels import paged_attention_torch as oracle
+from compiledllm.kernels import prefill_attention_cuda
 from compiledllm.kernels.backend import AttentionMetadata, ScoreOptions, make_row_bound
 from compiledllm.kernels.decode_attention_triton import MAX_TOGETHER
 from compiledllm.kernels.paged_attention_triton import paged_attention
@@ -135,6 +136,17 @@ def test_more_pieces_of_prompts_than_thread_blocks(head_dim: int, heads: str) ->
     first = paged_attention(*step, FORM)
     for _ in range(20):
         assert torch.equal(paged_attention(*step, FORM), first)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9,
+    reason="needs compute capability 9.0",
+)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_hopper_has_a_kernel_of_its_own_for_prompts(head_dim: int) -> None:
+    """A kernel that does not compile is replaced by Triton's, with a warning only."""
+    query, kv_cache, _ = make_step([(300, 300)], head_dim, "gqa", 16, torch.bfloat16)
+    assert prefill_attention_cuda.kernel_for(query, kv_cache, FORM) is not None
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
