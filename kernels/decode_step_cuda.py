@@ -13,7 +13,7 @@ from compiledllm.kernels.backend import AttentionMetadata
 from compiledllm.kernels.code_macros import options_of
 from compiledllm.kernels.cuda_kernel import CudaKernel, compile_together
 from compiledllm.kernels.decode_step import ALL_ROWS, MAX_ROWS, DecodeShape, DecodeStep, Layouts
-from compiledllm.kernels.launch import num_multiprocessors
+from compiledllm.kernels.launch import HOPPER_SHARED_MEMORY, num_multiprocessors
 from compiledllm.kernels.packed import Layout, record_bytes
 from compiledllm.kernels.quantized import PACKED_BITS
 from compiledllm.kernels.records import TILE, UNIT
@@ -32,7 +32,6 @@ _ROW_COUNTS = (1, 2, 4, MAX_ROWS)  # of the variants of the kernel
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 _WARPS = 8  # that compute; another warpgroup copies weights
 _THREADS = 32 * _WARPS + 128
-_MAX_SHARED = 227 * 1024  # bytes of shared memory of a thread block, on compute capability 9.0
 _MIN_STAGES = 3
 _IN_FLIGHT = 136 * 1024  # bytes of slots that are on their way at once
 _IN_FLIGHT_OF_LARGE = 208 * 1024  # of 16-bit weights of at least _LARGE_HIDDEN
@@ -138,7 +137,7 @@ def _scratch_bytes(shape: DecodeShape, max_rows: int) -> int:
 
 def _stages(shape: DecodeShape, max_rows: int) -> int:
     """The number of slots for weights that fit into shared memory beside the scratch memory."""
-    left = _MAX_SHARED - _scratch_bytes(shape, max_rows) - _SMALL
+    left = HOPPER_SHARED_MEMORY - _scratch_bytes(shape, max_rows) - _SMALL
     return left // (_slot_bytes(shape) + 16)
 
 

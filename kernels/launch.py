@@ -1,4 +1,4 @@
-"""Launch options of Triton kernels that depend on the GPU."""
+"""Facts about the GPU, and the launch options that depend on them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ import torch
 from torch import Tensor
 
 from compiledllm.platform import can_overlap_kernels
+
+HOPPER_SHARED_MEMORY = 227 * 1024  # bytes that a thread block may use, on compute capability 9.0
+
+
+@functools.cache
+def is_hopper() -> bool:
+    """Whether the current device has compute capability 9.0, for which some kernels are made."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
 @functools.cache

@@ -9,7 +9,9 @@ one program per expert. The host reads no results, so a captured call serves any
 
 from __future__ import annotations
 
+from ctypes import c_int, c_longlong
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -40,6 +42,18 @@ class Routing:
     num_items: int
     num_experts: int
     items_per_row: int  # items that share a row of x: top_k if rows are tokens, 1 if rows are items
+
+
+def arguments_of(routing: Routing | None, codes: Tensor) -> tuple[Any, ...]:
+    """The last arguments of CUDA kernels whose rows may be items: `routing`, and bytes per expert.
+
+    codes: of the matrix, with a first dimension of experts if there is a routing.
+    """
+    if routing is None:
+        return None, None, c_int(0), c_int(0), c_longlong(0)
+    expert_bytes = c_longlong(codes.stride(0) * codes.itemsize)
+    counts = c_int(routing.num_items), c_int(routing.num_experts)
+    return routing.items, routing.block_experts, *counts, expert_bytes
 
 
 @triton.jit

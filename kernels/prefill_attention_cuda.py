@@ -15,7 +15,7 @@ from torch import Tensor
 from compiledllm.kernels import compile_ahead, counters
 from compiledllm.kernels.backend import AttentionMetadata, ScoreOptions
 from compiledllm.kernels.cuda_kernel import CudaKernel, compile_together
-from compiledllm.kernels.launch import launch_options
+from compiledllm.kernels.launch import is_hopper, launch_options
 from compiledllm.kernels.machine_code import CudaError, check, driver
 
 log = logging.getLogger("compiledllm")
@@ -89,7 +89,7 @@ def kernel_for(query: Tensor, kv_cache: Tensor, options: ScoreOptions) -> CudaKe
     """The kernel for these queries and this cache on the current device; None: there is none."""
     block_size, num_kv_heads, head_dim = kv_cache.shape[2:]
     sink_bytes = 0 if options.sinks is None else options.sinks.itemsize
-    if not _is_hopper() or query.dtype != kv_cache.dtype or query.dtype.itemsize != 2:
+    if not is_hopper() or query.dtype != kv_cache.dtype or query.dtype.itemsize != 2:
         return None
     if options.in_chunks:
         return None
@@ -101,11 +101,6 @@ def kernel_for(query: Tensor, kv_cache: Tensor, options: ScoreOptions) -> CudaKe
         options.sliding_window > 0, options.soft_cap > 0, sink_bytes, compile_ahead.is_asking(),
     )  # fmt: skip
     return None if kernels is None else kernels[len(query) >= _long_step(head_dim)]
-
-
-@functools.cache
-def _is_hopper() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
 @functools.cache

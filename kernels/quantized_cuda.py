@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 from ctypes import c_int, c_longlong
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from compiledllm.kernels.code_macros import options_of
 from compiledllm.kernels.cuda_kernel import CudaKernel
 from compiledllm.kernels.launch import launch_options, max_shared_memory
 from compiledllm.kernels.linear import linear
-from compiledllm.kernels.moe_routing_triton import Routing
+from compiledllm.kernels.moe_routing_triton import Routing, arguments_of
 from compiledllm.kernels.packed import MAX_FEW_ROWS, Layout
 from compiledllm.kernels.quantized import BLOCK_ROWS
 from compiledllm.kernels.records import TILE, UNIT
@@ -235,23 +234,10 @@ def launch_product(
             c_longlong(0 if is_record else codes.stride(-2)),
             c_int(layout.block_rows.bit_length() - 1),
             c_int(0 if scales is None else scales.shape[-1]),
-            *_routing_arguments(codes, routing),
+            c_int(1 if routing is None else routing.items_per_row), *arguments_of(routing, codes),
         ),
     )  # fmt: skip
     return out
-
-
-def _routing_arguments(codes: Tensor, routing: Routing | None) -> tuple[Any, ...]:
-    if routing is None:
-        return None, None, c_int(0), c_int(0), c_int(1), c_longlong(0)
-    return (
-        routing.items,
-        routing.block_experts,
-        c_int(routing.num_items),
-        c_int(routing.num_experts),
-        c_int(routing.items_per_row),
-        c_longlong(codes.stride(0) * codes.itemsize),
-    )
 
 
 def _aligned(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ cores read.
 from __future__ import annotations
 
 import functools
-from ctypes import c_int, c_longlong
+from ctypes import c_int
 from dataclasses import dataclass
 
 import torch
@@ -17,18 +17,22 @@ from torch import Tensor
 from compiledllm.kernels.arrange_triton import arranged
 from compiledllm.kernels.code_macros import options_of
 from compiledllm.kernels.cuda_kernel import CudaKernel
-from compiledllm.kernels.launch import launch_options, num_multiprocessors
-from compiledllm.kernels.moe_routing_triton import Routing
-from compiledllm.kernels.packed import Layout
+from compiledllm.kernels.launch import (
+    HOPPER_SHARED_MEMORY,
+    is_hopper,
+    launch_options,
+    num_multiprocessors,
+)
+from compiledllm.kernels.moe_routing_triton import Routing, arguments_of
+from compiledllm.kernels.packed import MAX_FEW_ROWS, Layout
 from compiledllm.kernels.quantized import PACKED_BITS
 from compiledllm.kernels.records import TILE, UNIT
 
 MAX_ITEMS = 128  # of a block of experts; more rows were no faster
 _WARPS = 8  # that multiply; further warps copy
-_SHARED = 227 * 1024  # bytes of shared memory of a multiprocessor that thread blocks can have
-_RESERVED = 1024  # bytes of these that each thread block takes for itself
+_RESERVED = 1024  # bytes of shared memory that each thread block takes for itself
 _MIN_ROWS, MAX_ROWS = 17, 1024  # of x in `linear`
-_MIN_WEIGHTS = 20_000_000  # of a matrix for up to 64 rows; `linear.cu` is faster for fewer
+_MIN_WEIGHTS = 20_000_000  # of a matrix, for rows that `linear.cu` multiplies, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +60,7 @@ class Tiling:
 
     def stages(self, record_bytes: int) -> int:
         """The number of copies that fit into shared memory."""
-        free = _SHARED // self.blocks - _RESERVED
+        free = HOPPER_SHARED_MEMORY // self.blocks - _RESERVED
         return free // (self._slot_bytes(record_bytes) + 16)
 
     def shared_bytes(self, record_bytes: int) -> int:
@@ -127,13 +131,7 @@ def _blocks_at_once(tiling: Tiling, splits: int) -> int:
 
 def can_read(layout: Layout) -> bool:
     """Whether `product` multiplies by codes of this layout on the current device."""
-    return layout.code in PACKED_BITS and has_warpgroups()
-
-
-@functools.cache
-def has_warpgroups() -> bool:
-    """Whether the current device has products of warpgroups."""
-    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+    return layout.code in PACKED_BITS and is_hopper()
 
 
 def is_faster(layout: Layout, num_rows: int, num_outputs: int, num_inputs: int) -> bool:
@@ -144,7 +142,7 @@ def is_faster(layout: Layout, num_rows: int, num_outputs: int, num_inputs: int) 
     """
     if not _MIN_ROWS <= num_rows <= MAX_ROWS or not can_read(layout):
         return False
-    return num_rows > 64 or num_outputs * num_inputs >= _MIN_WEIGHTS
+    return num_rows > MAX_FEW_ROWS or num_outputs * num_inputs >= _MIN_WEIGHTS
 
 
 @functools.cache
@@ -196,11 +194,7 @@ def product(
         t.threads,
         (
             x, codes, row_scales, bias, out, c_int(num_rows), c_int(num_outputs), c_int(x.shape[1]),
-            None if routing is None else routing.items,
-            None if routing is None else routing.block_experts,
-            c_int(0 if routing is None else routing.num_items),
-            c_int(0 if routing is None else routing.num_experts),
-            c_longlong(0 if routing is None else codes.stride(0)),
+            *arguments_of(routing, codes),
         ),
         cluster=splits,
     )  # fmt: skip

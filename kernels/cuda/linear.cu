@@ -53,8 +53,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantized_linear(
     const u16* x, const u8* __restrict__ codes, const u8* __restrict__ scales, const u8* __restrict__ zeros,
     const float* __restrict__ row_scales, const u16* __restrict__ bias, OUT* __restrict__ out,
     int num_rows, int num_outputs, int num_inputs, long long x_stride, long long row_bytes, int scale_shift,
-    int scale_stride, const int* item_of_row, const int* expert_of_block, int num_items, int num_experts,
-    int items_per_row, long long expert_bytes) {
+    int scale_stride, int items_per_row, const int* item_of_row, const int* expert_of_block, int num_items,
+    int num_experts, long long expert_bytes) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int n_warp = warp % N_WARPS, k_warp = warp / N_WARPS;
     const int g = lane / 4, l = lane % 4;

@@ -16,8 +16,8 @@
 // With EXPERTS, a block multiplies up to TOKENS items of one expert; linear.cu explains items.
 //
 // Defined by the compiler's options: TOKENS (8, 16, 32, 64, 128 or 256), ROW_TILES, UNITS, STAGES, BLOCKS (that
-// share a multiprocessor), and CODE, BF16, GROUPS, SCALE, HAS_ZEROS, HAS_MINIMA, HAS_FACTORS, HAS_BIAS, EXPERTS, OUT32 and
-// OVERLAP as in linear.cu.
+// share a multiprocessor), and CODE, BF16, GROUPS, SCALE, HAS_ZEROS, HAS_MINIMA, HAS_FACTORS, HAS_BIAS, EXPERTS,
+// OUT32 and OVERLAP as in linear.cu.
 
 #include "ptx.cuh"
 #include "cluster.cuh"

@@ -40,7 +40,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("needs a C++ compiler")
     monkeypatch.setattr(prefill_attention_cuda, "CudaKernel", EmulatedKernel)
     monkeypatch.setattr(prefill_attention_cuda, "compile_together", lambda *_: None)
-    monkeypatch.setattr(prefill_attention_cuda, "_is_hopper", lambda: True)
+    monkeypatch.setattr(prefill_attention_cuda, "is_hopper", lambda: True)
     monkeypatch.setattr(prefill_attention_cuda, "driver", Driver)
     for cached in (prefill_attention_cuda._kernels, prefill_attention_cuda._encode):
         cached.cache_clear()
@@ -270,7 +270,7 @@ def test_what_the_kernel_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernel_for(query[..., :60], narrow, ScoreOptions(0.1)) is None
     odd = torch.zeros(query.numel() + 8, dtype=query.dtype)[1 : query.numel() + 1].view_as(query)
     assert kernel_for(odd, kv_cache, ScoreOptions(0.1)) is None
-    monkeypatch.setattr(prefill_attention_cuda, "_is_hopper", lambda: False)
+    monkeypatch.setattr(prefill_attention_cuda, "is_hopper", lambda: False)
     assert kernel_for(query, kv_cache, ScoreOptions(0.1)) is None
 
 

@@ -23,7 +23,7 @@ def kernels_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads take turns in random orders, and copies arrive late."""
     use_cuda_kernels_on_cpu(monkeypatch)
     monkeypatch.setattr(warpgroup_linear_cuda, "CudaKernel", CpuKernel)
-    monkeypatch.setattr(warpgroup_linear_cuda, "has_warpgroups", lambda: True)
+    monkeypatch.setattr(warpgroup_linear_cuda, "is_hopper", lambda: True)
     monkeypatch.setattr(CpuKernel, "seed", 5)
     warpgroup_linear_cuda._kernel.cache_clear()
 
