@@ -98,6 +98,7 @@ def tiling_of_blocks(rows: int) -> Tiling:
     return next(tiling for most, tiling in _TILINGS.items() if rows <= most)
 
 
+@functools.cache  # steps that are not captured ask for every product
 def tiling_of_matrix(num_rows: int, num_outputs: int, num_inputs: int) -> tuple[Tiling, int]:
     """The tiling and the number of splits for a whole product: those that are done first.
 

@@ -26,6 +26,7 @@ def kernels_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(warpgroup_linear_cuda, "is_hopper", lambda: True)
     monkeypatch.setattr(CpuKernel, "seed", 5)
     warpgroup_linear_cuda._kernel.cache_clear()
+    tiling_of_matrix.cache_clear()
 
 
 @pytest.mark.parametrize(
