@@ -107,13 +107,13 @@ def test_an_async_engine_in_a_deployment_of_ones_own(client: OpenAI, tiny_chat_m
             self.engine = AsyncEngine(model, **options)
 
         async def __call__(self, prompt: str) -> AsyncIterator[str]:
-            params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+            params = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
             async for output in self.engine.generate(prompt, params):
                 yield output.outputs[0].text
 
     handle = serve.run(Continuation.bind(tiny_chat_model), name="own", route_prefix=None)
     texts = list(handle.options(stream=True).remote("Once"))
-    whole = client.completions.create(model="tiny", prompt="Once", max_tokens=5, temperature=0)
+    whole = client.completions.create(**ENDLESS | {"max_tokens": 100}, temperature=0)
     assert texts[-1] == whole.choices[0].text and len(texts) > 1
     serve.delete("own")
 
