@@ -128,7 +128,7 @@ class Compiler:
     def _answer(self, fields: dict[str, Any]) -> dict[str, Any]:
         for worker, limit_s in enumerate(self._limits_s):
             answer = self._ask(worker, fields, limit_s)
-            if answer.get("died") != TOO_LATE:
+            if answer.get("died") != frames.TOO_LATE:
                 break
         return answer
 
@@ -167,10 +167,7 @@ class Compiler:
             log.info("schemas: unknown, therefore not enforced: %s", ", ".join(new))
 
 
-TOO_LATE = "too late"  # the helper's report of a worker that its own timer killed; see `helper`
-
-
 def _why_died(cause: str) -> str:
-    if cause == TOO_LATE:
+    if cause == frames.TOO_LATE:
         return f"structured_outputs did not compile within {COMPILE_LIMIT_S:g} s; make it simpler"
     return f"structured_outputs cannot be compiled: {cause}; make it simpler"

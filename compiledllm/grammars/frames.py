@@ -8,6 +8,7 @@ import socket
 import struct
 from typing import Any
 
+TOO_LATE = "too late"  # the helper's report of a worker that its own timer killed
 _HEAD = struct.Struct(">I")
 
 

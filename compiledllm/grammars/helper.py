@@ -18,7 +18,7 @@ import sys
 import traceback
 from typing import Any, NoReturn
 
-from compiledllm.grammars.frames import receive, send
+from compiledllm.grammars.frames import TOO_LATE, receive, send
 from compiledllm.grammars.library import Vocabulary, make_tokenizer
 from compiledllm.grammars.matcher import initial_matcher
 from compiledllm.grammars.stack import TRIAL_BYTES, call_with_stack
@@ -26,7 +26,6 @@ from compiledllm.grammars.text import Writer
 from compiledllm.grammars.walk import find_dead_end
 from compiledllm.structured_outputs import StructuredOutputsParams
 
-TOO_LATE = "too late"  # the cause of a worker's death by its timer
 _MAX_EXTRA_BYTES = 2**30  # of address space, for the grammars of one worker
 _CAUSES = {
     signal.SIGALRM: TOO_LATE,
