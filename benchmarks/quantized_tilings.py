@@ -175,7 +175,7 @@ def _layout_of(product: Product) -> Layout:
 @functools.cache
 def _layout(spec: QuantSpec, num_inputs: int) -> Layout | None:
     """The layout of matrices with this number of inputs; None: the kernels have none."""
-    packed = _packed(spec, _few_outputs(spec), num_inputs)
+    packed = packed_matrix(spec, _few_outputs(spec), num_inputs)
     return None if packed is None else packed[0]
 
 
@@ -183,7 +183,9 @@ def _few_outputs(spec: QuantSpec) -> int:
     return 16 * spec.rows
 
 
-def _packed(spec: QuantSpec, num_outputs: int, num_inputs: int) -> tuple[Layout, list[Any]] | None:
+def packed_matrix(
+    spec: QuantSpec, num_outputs: int, num_inputs: int
+) -> tuple[Layout, list[Any]] | None:
     """A random matrix in the kernels' layout: the layout; codes, scales, zeros and row scales."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
@@ -205,7 +207,7 @@ def _packed(spec: QuantSpec, num_outputs: int, num_inputs: int) -> tuple[Layout,
 
 def _entry(product: Product) -> dict[str, Any]:
     """An entry of the table: the fastest tiling for a matmul."""
-    packed = _packed(product.spec, product.num_outputs, product.num_inputs)
+    packed = packed_matrix(product.spec, product.num_outputs, product.num_inputs)
     assert packed is not None, product
     layout, parts = packed
     copies = [parts] + [
@@ -270,7 +272,7 @@ def _compile(jobs: Sequence[Compiling]) -> None:
 
     for spec, num_inputs, rows, fields in jobs:
         num_outputs = _few_outputs(spec)
-        packed = _packed(spec, num_outputs, num_inputs)
+        packed = packed_matrix(spec, num_outputs, num_inputs)
         assert packed is not None, spec
         x = torch.zeros(rows, num_inputs, device=_DEVICE, dtype=torch.bfloat16)
         layout, (codes, scales, zeros, row_scales) = packed

@@ -11,6 +11,7 @@ from typing import Any
 
 from compiledllm.arguments import engine_options
 from compiledllm.benchmarks import (
+    expert_tilings,
     latency,
     quantized_tilings,
     serve,
@@ -260,12 +261,15 @@ def run_tilings(arguments: Namespace) -> int:
     few_rows = [rows for rows in arguments.rows if rows <= MAX_SKINNY_ROWS]
     measured = [(rows, shape) for rows in few_rows for shape in shapes]
     products = quantized_tilings.products_of(models, formats, arguments.rows)
-    with progress(len(measured) + len(products)) as advance:
+    of_experts = expert_tilings.products_of(models, formats, arguments.rows)
+    num_measured = len(measured) + len(products) + len(of_experts)
+    with progress(num_measured) as advance:
         entries = tilings.measure_products(shapes, few_rows, advance) if measured else []
         others = quantized_tilings.measure_products(products, advance) if products else {}
-    tilings.write_table(path, entries, measured, platform, others)
-    count = len(entries) + sum(entry is not None for entry in others.values())
-    num_measured = len(measured) + len(products)
+        experts = expert_tilings.measure_products(of_experts, advance) if of_experts else {}
+    tilings.write_table(path, entries, measured, platform, others, experts)
+    found = *others.values(), *experts.values()
+    count = len(entries) + sum(entry is not None for entry in found)
     print(f"{path}: tilings for {count} of {num_measured} matmuls are faster than the defaults")
     return 0
 

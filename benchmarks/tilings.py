@@ -24,7 +24,13 @@ from compiledllm.benchmarks.state_layers import seconds_per_call
 from compiledllm.caches import cache_dir
 from compiledllm.config import ConfigError
 from compiledllm.kernels.launch import out_of_resources
-from compiledllm.kernels.tables import file_name, padded_rows, padded_rows_of_quantized
+from compiledllm.kernels.tables import (
+    ExpertProduct,
+    expert_key,
+    file_name,
+    padded_rows,
+    padded_rows_of_quantized,
+)
 from compiledllm.models.registry import load_spec
 from compiledllm.models.source import resolve_checkpoint
 from compiledllm.platform import Platform
@@ -174,11 +180,13 @@ def write_table(
     measured: Iterable[tuple[int, Shape]],
     platform: Platform,
     quantized: Mapping[QuantizedKey, dict[str, Any] | None] | None = None,
+    experts: Mapping[ExpertProduct, dict[str, Any] | None] | None = None,
 ) -> None:
     """Write a table. Entries of the file stay, except for the products that were measured again.
 
-    measured: (rows, shape) of each 16-bit product that was measured. quantized: an entry for each
-    product with a quantised matrix that was measured; None: the rule is good enough.
+    measured: (rows, shape) of each 16-bit product that was measured. quantized, experts: an entry
+    for each product with a quantised matrix, or of experts, that was measured; None: the rule is
+    good enough.
     """
     old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     kept = {_key(e): e for e in old.get("products", ())}
@@ -186,18 +194,19 @@ def write_table(
         kept.pop((padded_rows(num_rows), num_inputs, num_outputs), None)
     kept |= {_key(e): e for e in entries}
     others = {quantized_key(e): e for e in old.get("quantized", ())} | dict(quantized or {})
-    kept_others = {key: entry for key, entry in others.items() if entry is not None}
+    of_experts = {expert_key(e): e for e in old.get("experts", ())} | dict(experts or {})
     facts = {"gpu": platform.name, "versions": platform.versions()}
     parts = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in facts.items()]
-    parts += [_list("products", kept), _list("quantized", kept_others)]
+    parts += [_list("products", kept), _list("quantized", others), _list("experts", of_experts)]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("{\n" + ",\n".join(filter(None, parts)) + "\n}\n", encoding="utf-8")
 
 
-def _list(name: str, entries: Mapping[Any, dict[str, Any]]) -> str:
+def _list(name: str, entries: Mapping[Any, dict[str, Any] | None]) -> str:
     """A list of the table, one entry per line. Only the list "products" may be empty."""
-    lines = ",\n".join(f"    {json.dumps(entries[key])}" for key in sorted(entries))
-    return f'  "{name}": [\n{lines}\n  ]' if entries or name == "products" else ""
+    found = (entries[key] for key in sorted(entries))
+    lines = ",\n".join(f"    {json.dumps(entry)}" for entry in found if entry is not None)
+    return f'  "{name}": [\n{lines}\n  ]' if lines or name == "products" else ""
 
 
 def _key(entry: dict[str, Any]) -> tuple[int, int, int]:

@@ -11,7 +11,7 @@ and nothing is sorted.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -22,6 +22,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from compiledllm.kernels.gate_triton import gated
 from compiledllm.kernels.launch import launch_options
 from compiledllm.kernels.moe_routing_triton import sort_items
+from compiledllm.kernels.tables import SIXTEEN_BITS, ExpertProduct, expert_tiling
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,22 @@ class Tiling:
     group: int = 8
 
 
-def tiling_for(num_items: int, num_experts: int, dtype: torch.dtype) -> Tiling:
+def tiling_for(num_items: int, weight: Tensor) -> Tiling:
+    """The tiling in the GPU's table, or else by the rules. weight: see `grouped_product`."""
+    rule = rule_for(num_items, len(weight), weight.dtype)
+    if weight.dtype == torch.float32:
+        return rule
+    num_experts, num_outputs, num_inputs = weight.shape
+    sizes = num_experts, rule.rows, num_outputs, num_inputs, num_items
+    measured = expert_tiling(ExpertProduct(SIXTEEN_BITS, *sizes))
+    return replace(rule, **dict(zip(_MEASURED, measured, strict=True))) if measured else rule
+
+
+# The fields of a tiling that the GPU's table has.
+_MEASURED = ("outputs", "columns", "num_warps", "num_stages")
+
+
+def rule_for(num_items: int, num_experts: int, dtype: torch.dtype) -> Tiling:
     """Choose rows for twice the average number of items per expert, or the next power of two.
 
     An expert with more items needs a second block, which reads the expert's weights again. With few
@@ -217,9 +233,9 @@ def experts(
     if num_tokens == 0:
         return out
     num_items = num_tokens * top_k
-    t = tiling_for(num_items, num_experts, x.dtype)
-    plan = Plan.of(expert_ids, num_experts, t.rows)
+    first, second = tiling_for(num_items, gate_up), tiling_for(num_items, down)
+    plan = Plan.of(expert_ids, num_experts, first.rows)
     inner = x.new_empty((num_items, size))
-    grouped_product(x, gate_up, gate_up_bias, inner, plan, t, True, alpha, limit, activation)
-    grouped_product(inner, down, down_bias, out.view(num_items, hidden), plan, t)
+    grouped_product(x, gate_up, gate_up_bias, inner, plan, first, True, alpha, limit, activation)
+    grouped_product(inner, down, down_bias, out.view(num_items, hidden), plan, second)
     return out

@@ -21,6 +21,7 @@ from compiledllm.kernels.gate_triton import gate
 from compiledllm.kernels.moe_routing_triton import Routing, sort_items
 from compiledllm.kernels.packed import Layout
 from compiledllm.kernels.quantized_cuda import Tiling, dequantized, launch_product
+from compiledllm.kernels.tables import ExpertProduct, expert_tiling
 
 _MIN_ITEMS_OF_EXPERT = 2  # on average over all experts, for `warpgroup_linear_cuda`
 _MAX_ROWS = 64  # of a block of `quantized_cuda`
@@ -42,11 +43,16 @@ class ExpertMatrix:
     def num_outputs(self) -> int:
         return self.row_scales.shape[1]
 
-    def times(self, x: Tensor, out: Tensor, routing: Routing) -> Tensor:
-        """Fill and return `out` [items, N]: each item's row of x times its expert's matrix."""
+    def times(
+        self, x: Tensor, out: Tensor, routing: Routing, tiling: Tiling | None = None
+    ) -> Tensor:
+        """Fill and return `out` [items, N]: each item's row of x times its expert's matrix.
+
+        tiling: of `cuda/linear.cu`; None: the one in the GPU's table, or else by the rule.
+        """
         parts = self.codes, self.scales, self.zeros, self.row_scales, self.bias
-        tiling = _tiling_for(self.layout.code, routing.rows)
-        return launch_product(x, *parts, self.layout, out, tiling, routing)
+        t = tiling or tiling_for(self.layout, routing, self.num_outputs, x.shape[1])
+        return launch_product(x, *parts, self.layout, out, t, routing)
 
     def dequantized(self, num_inputs: int, dtype: torch.dtype) -> Tensor:
         """All matrices in a 16-bit dtype, [experts, N, num_inputs]."""
@@ -65,7 +71,15 @@ class ExpertMatrix:
         return out
 
 
-def _tiling_for(code: str, rows: int) -> Tiling:
+def tiling_for(layout: Layout, routing: Routing, num_outputs: int, num_inputs: int) -> Tiling:
+    """The tiling in the GPU's table, or else by the rule."""
+    sizes = routing.num_experts, routing.rows, num_outputs, num_inputs, routing.num_items
+    measured = expert_tiling(ExpertProduct(str(layout), *sizes))
+    return Tiling(*measured) if measured else rule_for(layout.code, routing.rows)
+
+
+def rule_for(code: str, rows: int) -> Tiling:
+    """rows: the most items of a block."""
     if code in ("fp8", "int8"):
         return Tiling(1, 1, 4, 1)
     return Tiling(1, 1, 4, 2, 2) if rows <= 8 else Tiling(1, 1, 4, 2, 1)
@@ -84,15 +98,14 @@ def experts(
     (num_tokens, hidden), (_, top_k) = x.shape, expert_ids.shape
     num_items, num_experts = expert_ids.numel(), len(gate_up.codes)
     size = gate_up.num_outputs // 2
-    has_many = num_items >= _MIN_ITEMS_OF_EXPERT * num_experts
-    if has_many and all(warpgroup_linear_cuda.can_read(m.layout) for m in (gate_up, down)):
+    if has_many_items(num_items, num_experts, gate_up.layout, down.layout):
         gate_of = Gate(alpha, limit, activation)
         return _experts_of_warpgroups(x, expert_ids, gate_up, down, gate_of)
     if num_items > _MAX_ITEMS_OF_EXPERT * num_experts:
         weights = gate_up.dequantized(hidden, x.dtype), down.dequantized(size, x.dtype)
         biases = gate_up.bias, down.bias
         return moe_triton.experts(x, expert_ids, *weights, *biases, alpha, limit, activation)
-    routing = _route(expert_ids, num_experts, _MAX_ROWS)
+    routing = route(expert_ids, num_experts)
     both = gate_up.times(x, x.new_empty((num_items, 2 * size)), routing)
     inner = gate(both, alpha, limit, activation)
     out = x.new_empty((num_items, hidden), dtype=torch.float32)
@@ -107,7 +120,7 @@ def _experts_of_warpgroups(
     down: ExpertMatrix,
     gate_of: Gate,
 ) -> Tensor:
-    routing = _route(expert_ids, len(gate_up.codes), warpgroup_linear_cuda.MAX_ITEMS)
+    routing = route(expert_ids, len(gate_up.codes), warpgroup_linear_cuda.MAX_ITEMS)
     (num_tokens, hidden), (_, top_k) = x.shape, expert_ids.shape
     t = warpgroup_linear_cuda.tiling_of_blocks(routing.rows)
     rows = arranged(x, hidden, gate_up.layout, t.tokens, routing, None)
@@ -124,7 +137,19 @@ def _experts_of_warpgroups(
     return out.view(num_tokens, top_k, hidden)
 
 
-def _route(expert_ids: Tensor, num_experts: int, max_rows: int) -> Routing:
+def has_many_items(num_items: int, num_experts: int, *layouts: Layout) -> bool:
+    """Whether `warpgroup_linear_cuda` multiplies by experts of these layouts."""
+    has_many = num_items >= _MIN_ITEMS_OF_EXPERT * num_experts
+    return has_many and all(map(warpgroup_linear_cuda.can_read, layouts))
+
+
+def uses_few_rows(num_items: int, num_experts: int, layout: Layout) -> bool:
+    """Whether `quantized_cuda` multiplies by experts that are all of this layout."""
+    has_few = num_items <= _MAX_ITEMS_OF_EXPERT * num_experts
+    return has_few and not has_many_items(num_items, num_experts, layout)
+
+
+def route(expert_ids: Tensor, num_experts: int, max_rows: int = _MAX_ROWS) -> Routing:
     """Sort the items into blocks, of which the average expert fills half of one, or several.
 
     max_rows: the most items of a block.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,17 @@ import pytest
 import torch
 
 from compiledllm import cli
-from compiledllm.benchmarks import quantized_tilings, tilings
+from compiledllm.benchmarks import expert_tilings, quantized_tilings, tilings
 from compiledllm.benchmarks.cli import QUANTIZED_FORMATS
 from compiledllm.kernels.packed import Layout
 from compiledllm.kernels.quantized_cuda import Tiling
-from compiledllm.kernels.tables import parse_products, parse_quantized
+from compiledllm.kernels.tables import (
+    SIXTEEN_BITS,
+    ExpertProduct,
+    parse_experts,
+    parse_products,
+    parse_quantized,
+)
 from compiledllm.models.formats.assign import ONLINE
 from compiledllm.platform import Platform
 from tests.support.cuda_on_cpu import use_cuda_kernels_on_cpu
@@ -151,3 +158,86 @@ def test_every_candidate_is_measured_and_the_best_becomes_an_entry(
     entry |= {"tiling": list(fast), "us": 1.0, "rule_us": 2.0}
     assert found == {("int4 1 bfloat16 000 1", 8, 256, 32): entry}
     assert shown == ["3 x 32 x 256 in int4"]
+
+
+# -- products of experts ---------------------------------------------------------------------------
+
+
+def test_products_of_experts_are_those_of_the_models_layers(
+    tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = [str(tiny_model("mixtral"))]
+    monkeypatch.setattr(expert_tilings, "_has_table", lambda product: True)
+    found = expert_tilings.products_of(model, [], [1, 8])
+    sizes = {(p.num_outputs, p.num_inputs, p.is_first) for p in found}
+    (hidden,) = {p.num_inputs for p in found if p.is_first}
+    (size,) = {p.num_inputs for p in found if not p.is_first}
+    assert sizes == {(2 * size, hidden, True), (hidden, size, False)}
+    assert {(p.spec, p.tokens) for p in found} == {(None, 1), (None, 8)} and len(found) == 4
+    in_formats = expert_tilings.products_of(model, ["int4", "mxfp4"], [1])
+    assert {p.spec for p in in_formats} == {
+        quantized_tilings.FORMATS[name] for name in ("int4", "mxfp4")
+    }
+
+
+@pytest.mark.parametrize("rows", [16, 32, 64, 128])
+def test_candidates_of_experts_may_be_in_a_table(rows: int) -> None:
+    found = list(expert_tilings.candidates(rows))
+    assert 6 <= len(found) == len(set(found))
+    entries = [
+        {"weights": SIXTEEN_BITS, "experts": 8, "rows": rows, "items": i + 1}
+        | {"outputs": 64, "inputs": 64, "tiling": fields}
+        for i, fields in enumerate(found)
+    ]
+    assert list(parse_experts({"experts": entries}).values()) == found
+
+
+def of_experts(format: str | None, is_first: bool, tokens: int) -> expert_tilings.Product:
+    spec = quantized_tilings.FORMATS[format] if format else None
+    return expert_tilings.Product(spec, 6, 2, 64, 256, is_first, tokens)
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize("format", [None, "int4"])
+def test_every_tiling_of_experts_gives_the_same_product(
+    format: str | None, is_first: bool, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the kernels compiled for a CPU, or in Triton's interpreter; times are made up."""
+    use_cuda_kernels_on_cpu(monkeypatch)
+    for module in (expert_tilings, quantized_tilings):
+        monkeypatch.setattr(module, "_DEVICE", "cpu")
+    monkeypatch.setattr(expert_tilings, "num_copies", lambda num_bytes: 2)
+    monkeypatch.setattr(
+        expert_tilings, "compile_in_processes", lambda function, jobs: function(jobs[:1])
+    )
+    fast, slow = ((1, 1, 2, 2, 1), (1, 1, 4, 2, 1)) if format else ((32, 64, 4, 3), (64, 32, 4, 2))
+    for name in ("candidates", "candidates_of_codes"):
+        monkeypatch.setattr(expert_tilings, name, lambda *_: [slow, fast])
+    results = list[list[torch.Tensor]]()
+
+    def seconds(calls: list[Any], device: Any) -> float:
+        results.append([call().float().clone() for call in calls])
+        return 1e-6 if len(results) == 3 else 2e-6
+
+    monkeypatch.setattr(expert_tilings, "seconds_per_call", seconds)
+    product = of_experts(format, is_first, tokens)
+    shown: list[str] = []
+    ((key, entry),) = expert_tilings.measure_products([product], shown.append).items()
+    assert len(results) == 3 and entry is not None
+    assert (entry["tiling"], entry["us"], entry["rule_us"]) == (list(fast), 1.0, 2.0)
+    name = "int4 1 bfloat16 000 1" if format else SIXTEEN_BITS
+    rows = (1 if tokens == 1 else 8) if format else 16
+    assert key == ExpertProduct(name, 6, rows, 64, 256, 2 * tokens)
+    assert parse_experts({"experts": [entry]}) == {key: fast}
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], atol=1e-3, rtol=0.01)
+
+
+def test_a_tokens_experts_are_others_than_those_of_the_call_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(expert_tilings, "_DEVICE", "cpu")
+    calls = [set(ids[0].tolist()) for ids in expert_tilings._choices(of_experts(None, True, 1))]
+    assert all(len(experts) == 2 for experts in calls) and len(calls) > 3
+    assert not any(before & after for before, after in itertools.pairwise(calls))

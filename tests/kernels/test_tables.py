@@ -15,10 +15,13 @@ import torch
 from compiledllm.kernels import (
     decode_attention_triton,
     launch,
+    moe_triton,
     quantized_cuda,
+    quantized_experts_cuda,
     skinny_triton,
     tables,
 )
+from compiledllm.kernels.moe_routing_triton import Routing
 from compiledllm.kernels.packed import Layout
 from compiledllm.kernels.skinny_triton import Tiling, rule_for, tiling_for
 
@@ -47,9 +50,10 @@ def test_shipped_tables_are_worth_their_entries(path: Path) -> None:
         rule = rule_for(entry["rows"], entry["outputs"], entry["inputs"])
         fields = [rule.outputs, rule.columns, rule.num_warps, rule.num_stages]
         assert entry["tiling"] != fields, f"the rule has caught up with {entry}"
-    quantized = table.get("quantized", [])
+    quantized, experts = table.get("quantized", []), table.get("experts", [])
     assert len(tables.parse_quantized(table)) == len(quantized)
-    for entry in quantized:
+    assert len(tables.parse_experts(table)) == len(experts)
+    for entry in quantized + experts:
         assert entry["rule_us"] is None or entry["us"] < 0.97 * entry["rule_us"], entry
 
 
@@ -163,6 +167,31 @@ def test_measured_quantised_products_have_their_tilings(h200: Path) -> None:
     assert tiling_for(1, 2048, 8192) == Tiling(2, 4096, 8)  # as shipped
 
 
+def test_measured_products_of_experts_have_their_tilings(h200: Path) -> None:
+    """Also with half and twice the number of items, if the blocks have equally many rows."""
+    layout, weight = Layout("fp4", 4, "uint8", False), torch.empty(32, 96, 64, dtype=torch.bfloat16)
+    sizes = {"experts": 32, "outputs": 96, "inputs": 64, "us": 1.0, "rule_us": 2.0}
+    entries = [
+        {"weights": tables.SIXTEEN_BITS, "rows": 16, "items": 100, "tiling": [32, 256, 4, 6]},
+        {"weights": tables.SIXTEEN_BITS, "rows": 16, "items": 10, "tiling": [64, 64, 4, 3]},
+        {"weights": str(layout), "rows": 1, "items": 4, "tiling": [2, 1, 4, 2, 1]},
+    ]
+    table = {"products": [], "experts": [sizes | entry for entry in entries]}
+    (h200 / "nvidia-h200.json").write_text(json.dumps(table))
+    for items, expected in ((50, (32, 256, 4, 6)), (128, (32, 256, 4, 6)), (19, (64, 64, 4, 3))):
+        t = moe_triton.tiling_for(items, weight)
+        assert (t.rows, t.outputs, t.columns, t.num_warps, t.num_stages) == (16, *expected)
+    for items, other in ((201, weight), (24, weight), (100, weight.half()[:16]), (4, weight)):
+        rule = moe_triton.rule_for(items, len(other), other.dtype)
+        assert moe_triton.tiling_for(items, other) == rule
+    ids = torch.zeros(4, dtype=torch.int32)
+    for items, tiling in ((4, (2, 1, 4, 2, 1)), (8, (2, 1, 4, 2, 1)), (9, None)):
+        routing = Routing(ids, None, 1, items, 32, 4)
+        found = quantized_experts_cuda.tiling_for(layout, routing, 96, 64)
+        rule = quantized_experts_cuda.rule_for("fp4", 1)
+        assert found == (quantized_cuda.Tiling(*tiling) if tiling else rule)
+
+
 @pytest.mark.parametrize("kib", [227, 99], ids=["9.0", "12.0"])
 @pytest.mark.parametrize("record_bytes", [0, 1088, 1344, 1664, 1728])
 def test_rules_fit_into_the_shared_memory_of_a_block(
@@ -188,3 +217,7 @@ def test_a_quantised_entry_that_no_kernel_takes_is_no_table(tiling: object) -> N
     entry = {"layout": "x", "rows": 1, "outputs": 1, "inputs": 1, "tiling": tiling}
     with pytest.raises((ValueError, TypeError)):
         tables.parse_quantized({"quantized": [entry]})
+    of_experts = entry | {"experts": 2, "items": 2}
+    for weights in ("x", tables.SIXTEEN_BITS):
+        with pytest.raises((ValueError, TypeError)):
+            tables.parse_experts({"experts": [of_experts | {"weights": weights}]})

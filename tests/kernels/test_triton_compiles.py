@@ -148,7 +148,7 @@ for dtype, of_torch in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         )
     # Every tiling for every dtype and GPU, of which each takes another turn of the gates.
     for index, items in enumerate((8, 512, 1500, 4000, 60000)):
-        tiling = moe.tiling_for(items, 128, of_torch)
+        tiling = moe.rule_for(items, 128, of_torch)
         gated, clamped = GATES[(index + turn) % len(GATES)]
         check(
             moe._grouped_kernel, dtype, tiling, NUM_OUTPUTS=768,
