@@ -122,7 +122,9 @@ def _add_compare(kinds: Any) -> None:
 
 
 def _add_tilings(kinds: Any) -> None:
-    parser = kinds.add_parser("tilings", help="find the fastest tilings of small matmuls and experts")
+    parser = kinds.add_parser(
+        "tilings", help="find the fastest tilings of small matmuls and experts"
+    )
     parser.set_defaults(run=_runner("tilings"))
     parser.add_argument(
         "models", nargs="+", metavar="MODEL", help="whose matmuls to measure; no weights are read"
@@ -130,8 +132,8 @@ def _add_tilings(kinds: Any) -> None:
     parser.add_argument(
         "--rows", type=_few_rows, nargs="+", default=[1, 8, 24], metavar="N",
         help="tokens per matmul: one number for each of 1, 2 to 16 and 17 to 32 (1 8 24); with "
-        "quantised matrices, one for each of 1, 2 to 8, 9 to 16, 17 to 32 and 33 to 64; of experts, "
-        "a number also serves steps of half to twice as many tokens",
+        "quantised matrices, one for each of 1, 2 to 8, 9 to 16, 17 to 32 and 33 to 64; with "
+        "experts, a number also serves half to twice as many tokens",
     )  # fmt: skip
     parser.add_argument(
         "--formats", nargs="+", choices=QUANTIZED_FORMATS, default=[], metavar="FORMAT",

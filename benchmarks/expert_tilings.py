@@ -19,7 +19,12 @@ from torch import Tensor
 from compiledllm.benchmarks.quantized_tilings import FORMATS, packed_matrix
 from compiledllm.benchmarks.quantized_tilings import candidates as candidates_of_codes
 from compiledllm.benchmarks.state_layers import seconds_per_call
-from compiledllm.benchmarks.tilings import MIN_GAIN, compile_in_processes, num_copies
+from compiledllm.benchmarks.tilings import (
+    MIN_GAIN,
+    compile_in_processes,
+    num_copies,
+    of_the_fastest,
+)
 from compiledllm.kernels.launch import out_of_resources
 from compiledllm.kernels.tables import SIXTEEN_BITS, ExpertProduct
 from compiledllm.models.matrices import MixedSpec, QuantSpec
@@ -131,13 +136,19 @@ def measure_products(
     return found
 
 
-def _entry(work: _Work) -> dict[str, Any] | None:
-    seconds = {}
-    for fields in work.tilings():
+def _measure(work: _Work, tilings: Iterable[Fields], **how: Any) -> dict[Fields, float]:
+    """Seconds of the product with each tiling for which the GPU has the resources."""
+    found = {}
+    for fields in tilings:
         try:
-            seconds[fields] = seconds_per_call(work.calls(fields), torch.device(_DEVICE))
+            found[fields] = seconds_per_call(work.calls(fields), torch.device(_DEVICE), **how)
         except (out_of_resources(), _cuda_error()):
             continue
+    return found
+
+
+def _entry(work: _Work) -> dict[str, Any] | None:
+    seconds = of_the_fastest(work.tilings(), functools.partial(_measure, work))
     best, rule_s = min(seconds, key=seconds.__getitem__), seconds.get(work.rule)
     if rule_s is not None and seconds[best] > (1 - MIN_GAIN) * rule_s:
         return None

@@ -1,8 +1,7 @@
 """Measures tilings of matmuls of few rows with quantised matrices, for the table of tilings.
 
 The formats are those of a model's own matrices, or are given by name. As in `tilings`,
-caches are cold, calls are replayed from a CUDA graph, and several processes compile first. Every
-candidate is measured for a short time, and the fastest ones again for longer.
+caches are cold, calls are replayed from a CUDA graph, and several processes compile first.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from compiledllm.benchmarks.tilings import (
     QuantizedKey,
     compile_in_processes,
     num_copies,
+    of_the_fastest,
     quantized_key,
 )
 from compiledllm.kernels.packed import MAX_FEW_ROWS, Layout, takes_fp8_inputs
@@ -38,8 +38,6 @@ FORMATS = (
     ONLINE | {"mxfp4": MXFP4, "nvfp4": NVFP4} | {kind: kinds.spec for kind, kinds in KINDS.items()}
 )
 Fields = tuple[int, ...]  # of a `quantized_cuda.Tiling`
-_SHORT_S, _LONG_S = 2e-3, 1e-2  # duration of a repeat: for every candidate; for the fastest ones
-_NUM_FINALISTS = 3
 _DEVICE = "cuda"
 
 
@@ -216,10 +214,7 @@ def _entry(product: Product) -> dict[str, Any]:
     ]
     x = torch.randn(product.rows, product.num_inputs, device=_DEVICE, dtype=torch.bfloat16)
     tilings = _tilings(layout, product)
-    short = _measure(x, layout, product, copies, tilings, num_repeats=2, min_s=_SHORT_S)
-    best = sorted(short, key=short.__getitem__)[:_NUM_FINALISTS]
-    best = list(dict.fromkeys([tilings[0], *best]))
-    seconds = _measure(x, layout, product, copies, best, num_repeats=3, min_s=_LONG_S)
+    seconds = of_the_fastest(tilings, functools.partial(_measure, x, layout, product, copies))
     fastest, rule_s = min(seconds, key=seconds.__getitem__), seconds.get(tilings[0])
     return {
         "layout": str(layout),

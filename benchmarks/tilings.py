@@ -39,11 +39,14 @@ Shape = tuple[int, int]  # outputs, inputs
 Fields = tuple[int, int, int, int]  # of a tiling: outputs, columns, num_warps, num_stages
 QuantizedKey = tuple[str, int, int, int]  # layout, padded rows, inputs, outputs
 _Job = TypeVar("_Job")
+_Fields = TypeVar("_Fields", bound=tuple[int, ...])
 
 MIN_GAIN = 0.03  # share of the rule's time that an entry of the table saves at least
 _COLD_BYTES = 4e8  # total size of the copies of a matrix; several times any last-level cache
 _MAX_COPIES = 40
 _BATCH = 64  # tilings that a process compiles in a row
+_SHORT_S, _LONG_S = 2e-3, 1e-2  # duration of a repeat: for every candidate; for the fastest ones
+_NUM_FINALISTS = 3
 
 
 def own_table() -> Path:
@@ -141,6 +144,20 @@ def _measure(num_rows: int, shape: Shape, tilings: Iterable[Fields]) -> dict[Fie
         except out_of_resources():
             continue
     return found
+
+
+def of_the_fastest(
+    tilings: Sequence[_Fields], measure: Callable[..., dict[_Fields, float]]
+) -> dict[_Fields, float]:
+    """Seconds with the fastest tilings and with the first one, the rule's.
+
+    `measure(tilings, num_repeats=..., min_s=...)` returns the seconds with each tiling for which
+    the GPU has the resources. All tilings are measured for a short time, and these again for
+    longer.
+    """
+    short = measure(tilings, num_repeats=2, min_s=_SHORT_S)
+    best = sorted(short, key=short.__getitem__)[:_NUM_FINALISTS]
+    return measure(list(dict.fromkeys([tilings[0], *best])), num_repeats=3, min_s=_LONG_S)
 
 
 def num_copies(num_bytes: int) -> int:
