@@ -76,7 +76,9 @@ class Rig:
     """A client with a fake engine, and the HTTP application in front of it."""
 
     def __init__(self, folder: Path, limits: Limits, command: list[str]) -> None:
-        self.client = EngineClient(OPTIONS, limits, folder / "crashes", command)
+        self._hold = folder / "hold"
+        environment = {"FAKE_HOLD": str(self._hold)}
+        self.client = EngineClient(OPTIONS, limits, folder / "crashes", command, environment)
         self.app = create_app(self.client, AppOptions(model_names=["fake"], api_keys=[]))
 
     @property
@@ -87,6 +89,7 @@ class Rig:
 
     def signal(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
+        self._hold.unlink(missing_ok=True)
 
     async def until(self, condition: Callable[[], Any], seconds: float = 30) -> None:
         deadline = time.monotonic() + seconds
@@ -123,7 +126,8 @@ class Rig:
         return asyncio.create_task(self.post(body))
 
     async def asked(self, *arguments: Any, **more: Any) -> asyncio.Task[Answer]:
-        """`ask`, once the engine runs it."""
+        """`ask`, once the engine runs it; it does not end before the next signal."""
+        self._hold.touch()
         task, tokens = self.ask(*arguments, **more), self.client.stats
         await self.until(lambda: self.client.stats is not tokens and self.client.live)
         return task
@@ -600,13 +604,19 @@ class FakeServer:
             return None
 
     def send(self, first: int, max_tokens: int = 50) -> socket.socket:
-        """A request that is not waited for."""
+        """A request whose answer is not waited for."""
         connection = socket.create_connection(("127.0.0.1", self.port))
         raw = json.dumps({"prompt": [first], "max_tokens": max_tokens}).encode()
         head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n"
         head += "content-type: application/json\r\n"
         connection.sendall(f"{head}content-length: {len(raw)}\r\n\r\n".encode() + raw)
         return connection
+
+    def is_busy(self) -> bool:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        running = [x for x in lines if x.startswith("compiledllm:num_requests_running")]
+        return any(float(line.split()[-1]) > 0 for line in running)
 
     def engine(self) -> int | None:
         for pid in family(self.process.pid)[1:]:
@@ -669,7 +679,7 @@ def test_told_to_end_it_finishes_what_it_has_and_told_twice_it_ends_at_once(
         wait_for(lambda server=server: server.get("/ready") == 200)
         answers[server] = server.send(5, max_tokens)
         members += family(server.process.pid)
-        time.sleep(0.3)
+        wait_for(server.is_busy)
         server.process.send_signal(signal.SIGTERM)
     # A signal sent while an equal one is still pending is lost.
     wait_for(lambda: second.get("/ready") == 503)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ class Rig:
 
     def __init__(self, folder: Path) -> None:
         limits = Limits(99, 10**6, request_s=30, stuck_s=5)
+        self._hold = folder / "hold"
+        environment = {"FAKE_HOLD": str(self._hold)}
         self.clients = [
-            EngineClient(OPTIONS, limits, folder / "crashes", FAKE, {"REPLICA": str(index)})
-            for index in range(2)
+            EngineClient(OPTIONS, limits, folder / "crashes", FAKE, environment) for _ in range(2)
         ]
         self.engine = Replicas(self.clients)
         self.app = create_app(self.engine, AppOptions(model_names=["fake"], api_keys=[]))
@@ -37,6 +39,15 @@ class Rig:
         async with asyncio.timeout(30):
             while not condition():
                 await asyncio.sleep(0.01)
+
+    @contextlib.contextmanager
+    def holding(self) -> Iterator[None]:
+        """Meanwhile no request for more than 9 tokens ends, however long the machine takes."""
+        self._hold.touch()
+        try:
+            yield
+        finally:
+            self._hold.unlink()
 
     async def ask(self, prompt: list[int], max_tokens: int = 5) -> Answer:
         body = {"prompt": prompt, "max_tokens": max_tokens}
@@ -97,12 +108,14 @@ def test_requests_are_spread_and_chats_stay(play: Callable[..., None]) -> None:
 
 def test_a_killed_replica_leaves_the_others_requests_alone(play: Callable[..., None]) -> None:
     async def scene(rig: Rig) -> None:
-        tasks = [asyncio.create_task(rig.ask([5 + i], 60)) for i in range(8)]
-        await rig.until(lambda: all(len(c.live) == 4 and c.stats for c in rig.clients))
-        rig.kill(0)
-        await rig.until(lambda: rig.clients[0].state == "loading")
-        assert rig.engine.state == "ready" and rig.engine.why_unhealthy() is None
-        assert len(rig.clients[1].live) >= 4  # its own, and those that only waited for the lost one
+        with rig.holding():
+            tasks = [asyncio.create_task(rig.ask([5 + i], 60)) for i in range(8)]
+            await rig.until(lambda: all(len(c.live) == 4 and c.stats for c in rig.clients))
+            rig.kill(0)
+            await rig.until(lambda: rig.clients[0].state == "loading")
+            assert rig.engine.state == "ready" and rig.engine.why_unhealthy() is None
+            # Its own requests, and those that only waited for the lost one.
+            assert len(rig.clients[1].live) >= 4
         assert is_ok(await rig.ask([50]))  # by the other one
         assert all(is_ok(answer, 60) for answer in await asyncio.gather(*tasks))
         assert await rig.metrics("engine_restarts_total") == [1, 0]
@@ -116,17 +129,18 @@ def test_requests_that_only_waited_for_an_ended_replica_go_to_another(
 ) -> None:
     async def scene(rig: Rig) -> None:
         lost, other = rig.clients
-        tasks = [asyncio.create_task(rig.ask([5 + i], 60)) for i in range(16)]
-        await rig.until(lambda: all(len(c.live) == 8 and c.stats for c in rig.clients))
-        rig.kill(0)
-        await rig.until(lambda: lost.state == "loading")
-        assert (len(lost.live), len(other.live)) == (4, 12), "four ran there"
-        moved = [live for live in other.live if live.has_moved]
-        assert len(moved) == 4
-        with rig.engine.following(moved[0]):
-            pass  # its client leaves
-        assert len(other.live) == 11 and moved[0] not in other.live
-        moved[0].fail(EngineError("left"))
+        with rig.holding():
+            tasks = [asyncio.create_task(rig.ask([5 + i], 60)) for i in range(16)]
+            await rig.until(lambda: all(len(c.live) == 8 and c.stats for c in rig.clients))
+            rig.kill(0)
+            await rig.until(lambda: lost.state == "loading")
+            assert (len(lost.live), len(other.live)) == (4, 12), "four ran there"
+            moved = [live for live in other.live if live.has_moved]
+            assert len(moved) == 4
+            with rig.engine.following(moved[0]):
+                pass  # its client leaves
+            assert len(other.live) == 11 and moved[0] not in other.live
+            moved[0].fail(EngineError("left"))
         answers = await asyncio.gather(*tasks)
         assert sorted(is_ok(answer, 60) for answer in answers) == [False] + [True] * 15
 
@@ -135,9 +149,11 @@ def test_requests_that_only_waited_for_an_ended_replica_go_to_another(
 
 def test_draining_waits_for_all_replicas(play: Callable[..., None]) -> None:
     async def scene(rig: Rig) -> None:
-        tasks = [asyncio.create_task(rig.ask([5 + i], 30)) for i in range(4)]
-        await rig.until(lambda: len(rig.engine.live) == 4)
-        await rig.engine.drain(20)
+        with rig.holding():
+            tasks = [asyncio.create_task(rig.ask([5 + i], 30)) for i in range(4)]
+            await rig.until(lambda: len(rig.engine.live) == 4)
+            drained = asyncio.create_task(rig.engine.drain(20))
+        await drained
         assert all(is_ok(answer, 30) for answer in await asyncio.gather(*tasks))
         refused = await rig.ask([5])
         assert refused.status == 503 and "draining" in refused.text
