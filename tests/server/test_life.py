@@ -671,13 +671,15 @@ def test_told_to_end_it_ends_whatever_its_engine_does(serve: Callable[..., FakeS
 
 
 def test_told_to_end_it_finishes_what_it_has_and_told_twice_it_ends_at_once(
-    serve: Callable[..., FakeServer],
+    serve: Callable[..., FakeServer], tmp_path: Path
 ) -> None:
-    first, second = serve(), serve()
+    hold = tmp_path / "hold"
+    hold.touch()  # no answer ends
+    first, second = serve(FAKE_HOLD=str(hold)), serve(FAKE_HOLD=str(hold))
     answers, members = {}, family(second.process.pid)
-    for server, max_tokens in ((first, 400), (second, 2000)):  # which takes longer
+    for server in (first, second):
         wait_for(lambda server=server: server.get("/ready") == 200)
-        answers[server] = server.send(5, max_tokens)
+        answers[server] = server.send(5, 40)
         members += family(server.process.pid)
         wait_for(server.is_busy)
         server.process.send_signal(signal.SIGTERM)
@@ -685,8 +687,9 @@ def test_told_to_end_it_finishes_what_it_has_and_told_twice_it_ends_at_once(
     wait_for(lambda: second.get("/ready") == 503)
     second.process.send_signal(signal.SIGTERM)
     assert second.process.wait(5) == 130
+    hold.unlink()
     with answers[first], answers[second]:
-        assert b'"completion_tokens":400' in answers[first].makefile("rb").read()
+        assert b'"completion_tokens":40' in answers[first].makefile("rb").read()
     assert first.process.wait(20) == 0
     wait_for(lambda: not any(map(is_alive, members)), 5)
 
