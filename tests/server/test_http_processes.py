@@ -200,7 +200,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Fl
         pids = fleet.all_pids()
         fleet.process.kill()
         fleet.process.wait()
-        wait_for(lambda pids=pids: not any(map(is_alive, pids)), 10)
+        wait_for(lambda pids=pids: not any(map(is_alive, pids)))
 
 
 @pytest.fixture(scope="module")
@@ -360,8 +360,8 @@ def test_told_twice_it_ends_at_once(pair: Fleet) -> None:
     pair.process.send_signal(signal.SIGTERM)
     wait_for(lambda: "draining" in pair.log)
     pair.process.send_signal(signal.SIGTERM)
-    assert pair.process.wait(5) == 130
-    wait_for(lambda: not any(map(is_alive, pids)), 10)
+    assert pair.process.wait(30) == 130
+    wait_for(lambda: not any(map(is_alive, pids)))
 
 
 def test_told_to_end_all_processes_finish_what_they_have(fleet: Fleet) -> None:
@@ -375,7 +375,7 @@ def test_told_to_end_all_processes_finish_what_they_have(fleet: Fleet) -> None:
         wait_for(lambda: "draining" in fleet.log)
     assert in_threads([stream.rest for stream in streams]) == [(60, 0, True)] * 4
     assert fleet.process.wait(30) == 0, fleet.log
-    wait_for(lambda: not any(map(is_alive, pids)), 10)
+    wait_for(lambda: not any(map(is_alive, pids)))
     assert "Traceback" not in fleet.log.rpartition("draining")[2]
 
 
