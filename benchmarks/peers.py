@@ -20,7 +20,8 @@ from compiledllm.benchmarks.model import Model
 from compiledllm.benchmarks.other_environment import OtherEnvironment
 from compiledllm.benchmarks.profile import StepProfile, StepTimes
 from compiledllm.benchmarks.workload import SampleRequest, check_lengths, ids_of
-from compiledllm.config import ONLINE, ConfigError
+from compiledllm.config import ConfigError
+from compiledllm.engine_options import ONLINE
 
 T = TypeVar("T")
 # Engine options that vLLM shares under the same name and meaning.

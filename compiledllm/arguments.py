@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from compiledllm.argument_words import with_dashes, with_joined_keys, with_positionals_last
-from compiledllm.config import AUTO, KINDS, all_options
+from compiledllm.config import all_options
+from compiledllm.engine_options import AUTO, KINDS
 from compiledllm.vllm_options import (
     SAME_VALUES,
     SHORT_FLAGS,

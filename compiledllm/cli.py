@@ -22,14 +22,8 @@ from compiledllm.arguments import (
     engine_options,
 )
 from compiledllm.benchmarks.cli import add_bench_command, positive
-from compiledllm.config import (
-    DTYPES,
-    KV_CACHE_DTYPES,
-    MODEL_IMPLS,
-    QUANTIZATIONS,
-    ConfigError,
-    EngineConfig,
-)
+from compiledllm.config import ConfigError, EngineConfig
+from compiledllm.engine_options import DTYPES, KV_CACHE_DTYPES, MODEL_IMPLS, QUANTIZATIONS
 from compiledllm.outputs import RequestOutput
 from compiledllm.sampling_options import add_sampling_options, sampling_params_of
 from compiledllm.server.options import add_batch_options, add_server_options

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from compiledllm.choices import Choice, Report
-from compiledllm.config import AUTO, ConfigError, EngineConfig
+from compiledllm.config import ConfigError, EngineConfig
+from compiledllm.engine_options import AUTO
 
 _LARGE_GPU = 64 * 2**30  # bytes; GPUs with this much memory get larger steps and more requests
 _MAX_CAPTURED = 512  # requests; larger decode steps take longer than the host's launches

@@ -12,7 +12,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from compiledllm.config import ONLINE, STORED, ConfigError
+from compiledllm.config import ConfigError
+from compiledllm.engine_options import ONLINE, STORED
 from compiledllm.models.checkpoint import files_by_tensor, opened, weight_files
 from compiledllm.models.formats.assign import quantized_as_stored, quantized_online
 from compiledllm.models.formats.methods import make_scheme

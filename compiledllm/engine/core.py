@@ -18,12 +18,13 @@ from typing import Any
 
 from compiledllm.caches import use_compiler_caches
 from compiledllm.choices import Choice, Report
-from compiledllm.config import AUTO, ConfigError
+from compiledllm.config import ConfigError
 from compiledllm.engine.executor import make_executor
 from compiledllm.engine.isolation import Isolation
 from compiledllm.engine.plan_views import start_lines
 from compiledllm.engine.served_model import ServedModel
 from compiledllm.engine.warm_up import warm_up
+from compiledllm.engine_options import AUTO
 from compiledllm.kernels import late_compiles
 from compiledllm.ledger import Ledger
 from compiledllm.log import log

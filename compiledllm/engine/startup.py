@@ -6,8 +6,9 @@ import dataclasses
 from pathlib import Path
 
 from compiledllm.choices import Choice, Report
-from compiledllm.config import CacheConfig, ConfigError, EngineConfig
+from compiledllm.config import ConfigError, EngineConfig
 from compiledllm.engine.tokenizer import read_template
+from compiledllm.engine_options import CacheConfig
 from compiledllm.kernels.backend import AttentionBackend
 from compiledllm.log import log
 from compiledllm.models.formats.kv_scales import stored_kv_format

@@ -9,13 +9,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from compiledllm.config import ConfigError, EngineConfig, ModelConfig
+from compiledllm.config import ConfigError, EngineConfig
 from compiledllm.engine.conversation import Message, TemplateForms, plain_messages
 from compiledllm.engine.pieces import Pieces
 from compiledllm.engine.plain_tokenizer import PlainTokenizer, needs_transformers
 from compiledllm.engine.token_stream import TokenStream
 from compiledllm.engine.tokenizer_class import load_tokenizer
 from compiledllm.engine.tokenizer_snapshot import open_tokenizer
+from compiledllm.engine_options import ModelConfig
 from compiledllm.models.source import resolve_checkpoint
 
 MAX_TEMPLATES = 64  # chat templates whose forms of content are cached

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from compiledllm.choices import Choice
-from compiledllm.config import CacheConfig, ConfigError
+from compiledllm.config import ConfigError
+from compiledllm.engine_options import CacheConfig
 from compiledllm.kernels import counters
 from compiledllm.platform import Platform
 from compiledllm.runner.device import to_device

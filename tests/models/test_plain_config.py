@@ -216,7 +216,8 @@ def test_fields_are_those_of_the_installed_transformers() -> None:
 PLAN = """
 import json, sys
 from pathlib import Path
-from compiledllm.config import EngineConfig, ModelConfig
+from compiledllm.config import EngineConfig
+from compiledllm.engine_options import ModelConfig
 from compiledllm.engine.startup import plan
 from tests.support.real_configs import MODELS
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compiledllm import ConfigError, cli
-from compiledllm.config import STORED
+from compiledllm.engine_options import STORED
 from compiledllm.kernels.attention import make_backend
 from compiledllm.models.decoder import Decoder
 from compiledllm.models.formats.codes import dequantize

@@ -21,6 +21,7 @@ MAY_NAME = {
     "compiledllm/vllm_features.py",
     "compiledllm/vllm_options.py",
     "compiledllm/config.py",
+    "compiledllm/engine_options.py",
     "compiledllm/platform.py",
     "kernels/attention.py",
 }

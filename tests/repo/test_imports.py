@@ -24,7 +24,7 @@ FOLDERS = ("compiledllm", "graphs", "kernels", "models", "benchmarks")
 LEAVES = {"checks", "structured_outputs", "sampling_params", "outputs", "types", "config"}
 LEAVES |= {"platform", "log", "version", "resolved_config", "vllm_options", "engine_args"}
 LEAVES |= {"pooling_params", "beam_search_params", "choices", "vllm_features", "caches", "ledger"}
-LEAVES |= {"bytecode", "bytecode_file", "bytecode_writer"}
+LEAVES |= {"bytecode", "bytecode_file", "bytecode_writer", "engine_options"}
 BELOW_ENGINE = {"scheduler", "grammars", "runner", "graphs", "models", "kernels", *LEAVES}
 # Layer -> layers it may import, itself aside. "root" is compiledllm/__init__; a name with a dot is
 # that module only. "benchmarks" is where `compiledllm bench` ends up.
@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "shell_completion": set(),
     "terminal_chat": {"engine.engine", "sampling_params", "outputs"},
     "sampling_options": {"arguments", "config", "sampling_params", "structured_outputs"},
-    "arguments": {"argument_words", "config", "vllm_options"},
+    "arguments": {"argument_words", "config", "engine_options", "vllm_options"},
     "argument_words": {"vllm_options"},
     "engine_args": {"arguments", "checks", "config", "vllm_options"},
     "vllm_options": {"vllm_features"},
@@ -75,8 +75,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         *LEAVES,
     },
     "platform": {"choices", "config", "types", "log"},
-    "config": {"checks", "vllm_options"},
-    "resolved_config": {"choices", "config"},
+    "config": {"checks", "engine_options", "vllm_options"},
+    "engine_options": set(),
+    "resolved_config": {"choices", "config", "engine_options"},
     "choices": set(),
     "types": {"sampling_params", "pooling_params", "structured_outputs", "outputs"},
     "beam_search_params": {"checks", "vllm_options"},

@@ -14,16 +14,13 @@ import pytest
 from compiledllm.arguments import add_option
 from compiledllm.choices import Choice
 from compiledllm.config import (
-    CacheConfig,
     ConfigError,
     EngineConfig,
-    ModelConfig,
-    SchedulerConfig,
     all_options,
     check_types_and_choices,
-    option,
     option_groups,
 )
+from compiledllm.engine_options import CacheConfig, ModelConfig, SchedulerConfig, option
 from compiledllm.resolved_config import StepLimits, resolve
 
 OPTIONS = [f for _, f in all_options()]
