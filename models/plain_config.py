@@ -135,13 +135,14 @@ def _fields(raw: Raw, model_type: str) -> Raw:
     certain(not refused & raw.keys(), "names with meanings of their own")
     certain(raw.get("is_encoder_decoder", False) is False, "an encoder")
     fields = _without_aliases(raw, declared["aliases"])
+    needed = {*_table()["read"], *declared["aliases"].values()}  # families may read the alias
     for name, (types, *default) in declared["fields"].items():
         if name in fields:
             certain(_is_of(types, fields[name]), f"{name} of another type")
         elif default:
             fields[name] = default[0]
         else:
-            certain(name not in _table()["read"], f"no {name}")
+            certain(name not in needed, f"no {name}")
     fields |= {alias: fields[name] for alias, name in declared["aliases"].items() if name in fields}
     fields |= {"model_type": model_type, "dtype": _dtype(raw)}
     certain(0 <= fields.get("initializer_range", 0) <= 1, "initializer_range")

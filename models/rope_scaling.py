@@ -77,8 +77,9 @@ def yarn(rotation: Rotation) -> Scaled:
     low, high = max(low, 0), min(high, size - 1)
     if low == high:
         high += 0.001  # avoids a division by zero
-    ramp = torch.clamp((torch.arange(size // 2, dtype=torch.float32) - low) / (high - low), 0, 1)
-    kept, powers = 1 - ramp, rotation.powers()
+    powers = rotation.powers()
+    ramp = torch.clamp((torch.arange(len(powers), dtype=torch.float32) - low) / (high - low), 0, 1)
+    kept = 1 - ramp
     frequencies = 1.0 / (factor * powers) * (1 - kept) + 1.0 / powers * kept
     return Scaled(frequencies, _yarn_scale(rope, factor))
 

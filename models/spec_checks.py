@@ -46,6 +46,12 @@ def _of_attention(attention: AttentionSpec) -> Iterator[Requirement]:
     window = attention.sliding_window
     is_size = isinstance(window, int) and window >= 0
     yield is_size, f"sliding_window={window} must be a number of tokens"
+    head_dim = attention.head_dim
+    yield (
+        attention.rope.rotary_dim <= head_dim,
+        f"heads have {head_dim} dimensions, and rotary embedding needs an even number; check "
+        "head_dim, or hidden_size and num_attention_heads",
+    )
 
 
 def _of_state(state: DeltaNetSpec | ConvSpec | Mamba2Spec) -> Iterator[Requirement]:
@@ -82,7 +88,8 @@ def _divides(divisor: tuple[str, int], number: tuple[str, int]) -> Requirement:
 
 
 def _within(name: str, number: int, limit: int, meaning: str) -> Requirement:
-    return 1 <= number <= limit, f"{name} must be in [1, {limit}], {meaning}, got {number}"
+    is_within = isinstance(number, int) and 1 <= number <= limit
+    return is_within, f"{name} must be in [1, {limit}], {meaning}, got {number}"
 
 
 def _is_number(name: str, value: object) -> Requirement:

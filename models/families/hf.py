@@ -83,7 +83,7 @@ def model_spec(
 def head_dim_of(hf: Any) -> int:
     """The config's `head_dim`, which most classes take even if they declare no such field."""
     if getattr(hf, "head_dim", None) is None:
-        return int(hf.hidden_size // hf.num_attention_heads)
+        return int(hf.hidden_size // positive(hf, "num_attention_heads"))
     head_dim: int = positive(hf, "head_dim")
     return head_dim
 
@@ -110,6 +110,7 @@ def attention_of(
 
 ACTIVATIONS = {
     "silu": "silu",
+    "swish": "silu",
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",

@@ -186,6 +186,15 @@ def test_config_of_uncertain_meaning_is_left_to_transformers(changes: dict[str, 
     assert plain_config(raw_config("qwen2", changes)) is None
 
 
+@pytest.mark.parametrize("name", ["n_embd", "n_head", "n_layer", "n_positions"])
+def test_size_that_the_file_does_not_name_is_left_to_transformers(name: str) -> None:
+    sizes = {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 512}
+    raw = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+    assert plain_config(raw | sizes) is not None
+    del sizes[name]
+    assert plain_config(raw | sizes) is None
+
+
 def test_original_length_beside_the_rope_parameters_is_the_one_that_counts(tmp_path: Path) -> None:
     def spec(length: int, beside: dict[str, int]) -> Any:
         rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": length}

@@ -302,7 +302,7 @@ VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
     ("cohere", "plain"): {"pad_token_id": 0},
     ("cohere", "qk_norm"): {"pad_token_id": 0, "use_qk_norm": True, "logit_scale": 0.3}
     | {"head_dim": 24},
-    ("phi", "mha"): {"num_key_value_heads": 4},
+    ("phi", "mha"): {"num_key_value_heads": 4, "hidden_act": "swish"},
     ("phi", "gqa"): {},
     ("phi", "qk norms"): {"qk_layernorm": True},
     ("gpt_neox", "parallel"): {},
