@@ -27,6 +27,7 @@ from compiledllm.models.families.wrapper import (
     TOWERS,
     experts_one_by_one,
     make_text_spec,
+    tensors_of,
     wrapped,
 )
 from compiledllm.models.formats.slicing import Content
@@ -65,8 +66,7 @@ NAMES = wrapped(
         f"{_LAYER}.experts.*.gate_up_proj.*": f"{_MOE}.gate_up.*.*:gate,up",
     }
 )
-_TOWERS = ("embed_vision", "embed_audio", "vision_embedder")
-IGNORED = (*TOWERS, *(f"model.{tower}.**" for tower in _TOWERS))
+IGNORED = (*TOWERS, *tensors_of("embed_vision", "embed_audio", "vision_embedder"))
 _UNUSED = re.compile(r".*\.layers\.(\d+)\.self_attn\.[kv]_(proj|norm)\..*")
 
 

@@ -25,6 +25,7 @@ from compiledllm.models.families.wrapper import (
     TOWERS,
     experts_one_by_one,
     make_text_spec,
+    tensors_of,
     wrapped,
 )
 from compiledllm.models.formats.slicing import Content
@@ -43,7 +44,7 @@ _ROUTER = {"model.layers.*.feed_forward.router.*": "layers.*.mlp.router.*"}
 NAMES = wrapped(
     _ROUTER | {name.replace(".mlp.", ".feed_forward."): to for name, to in qwen_moe.NAMES.items()}
 )
-IGNORED = (*TOWERS, "vision_model.**", "model.vision_model.**")
+IGNORED = (*TOWERS, *tensors_of("vision_model"))
 
 
 def unpack(

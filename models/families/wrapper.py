@@ -12,9 +12,13 @@ from compiledllm.models.families.hf import dtype_of, eos_token_ids
 from compiledllm.models.formats.slicing import Content
 from compiledllm.models.spec import ModelSpec
 
-_TOWERS = ("visual", "vision_tower", "audio_tower", "multi_modal_projector")
-# Tensors of towers, as transformers stores them today and as it did before version 4.52.
-TOWERS = tuple(f"{prefix}{tower}.**" for prefix in ("model.", "") for tower in _TOWERS)
+
+def tensors_of(*towers: str) -> tuple[str, ...]:
+    """The tensors of towers, as transformers stores them today and as before version 4.52."""
+    return tuple(f"{prefix}{tower}.**" for prefix in ("model.", "") for tower in towers)
+
+
+TOWERS = tensors_of("visual", "vision_tower", "audio_tower", "multi_modal_projector")
 
 
 def wrapped(names: dict[str, str]) -> dict[str, str]:
