@@ -102,7 +102,8 @@ def family_of(architecture: str) -> ModuleType:
     """The family module of an architecture. Raises ConfigError if there is none.
 
     Every module has `spec_from_hf` and NAMES. Optional: `prepare`, `unpack`; IGNORED, the names of
-    tensors that the engine does not use.
+    tensors that the engine does not use; TIES_MISSING_HEAD, whether a head that the files do not
+    store is the embedding if the whole model's config says so, whatever the text's config says.
     """
     if architecture not in FAMILIES:
         raise ConfigError(
@@ -132,10 +133,11 @@ def load_spec(
         return _spec_by_probing(checkpoint, raw, architecture)
     family = family_of(architecture)
     with _as_config_errors(checkpoint):
-        spec: ModelSpec = family.spec_from_hf(_config(checkpoint, raw))
+        hf = _config(checkpoint, raw)
+        spec: ModelSpec = family.spec_from_hf(hf)
         check_spec(spec)
-        if architecture != stored:  # the checkpoint stores no output head
-            spec = replace(spec, tie_word_embeddings=True)
+        if architecture != stored or _lacks_tied_head(family, hf, checkpoint):
+            spec = replace(spec, tie_word_embeddings=True)  # the checkpoint stores no output head
         return _with_formats(spec, family, checkpoint, quantization)
 
 
@@ -175,6 +177,14 @@ def _refuse_looking_ahead(raw: dict[str, Any], architecture: str) -> None:
                 f"config.json has {field}={value}: each token of this {architecture:.80} attends "
                 "to later tokens, which is not supported; use a model with causal attention"
             )
+
+
+def _lacks_tied_head(family: ModuleType, hf: Any, checkpoint: Path) -> bool:
+    """Whether the weight files store no head and TIES_MISSING_HEAD lets the config tie it."""
+    if not getattr(family, "TIES_MISSING_HEAD", False) or not hf.tie_word_embeddings:
+        return False
+    names = _names_of_tensors(checkpoint)
+    return bool(names) and not any("lm_head." in name for name in names)
 
 
 def _with_formats(

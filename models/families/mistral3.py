@@ -12,6 +12,7 @@ from compiledllm.models.spec import ModelSpec
 
 NAMES = wrapped(mistral.NAMES)
 IGNORED = TOWERS
+TIES_MISSING_HEAD = True
 
 
 def spec_from_hf(hf: Any) -> ModelSpec:
@@ -21,6 +22,6 @@ def spec_from_hf(hf: Any) -> ModelSpec:
         raise ConfigError(f"mistral3: text_config has model_type={kind!r}: not supported")
     spec = make_text_spec(hf, mistral.spec_from_hf, "Mistral3ForConditionalGeneration")
     # Published configs set tie_word_embeddings for the text only; the default of the whole model's
-    # config class is True.
+    # config class is True, which counts in files without a head (TIES_MISSING_HEAD).
     is_tied = spec.tie_word_embeddings and bool(hf.text_config.tie_word_embeddings)
     return replace(spec, tie_word_embeddings=is_tied)

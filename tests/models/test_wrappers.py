@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from compiledllm.config import ConfigError
 from tests.models.test_families import load, logits_in_chunks
 from tests.support.families import IN_ENGINE, VARIANTS
+from tests.support.greedy import load_reference
 
 Tensors = dict[str, torch.Tensor]
 TOKEN_IDS = list(range(3, 23))
@@ -84,6 +85,30 @@ def test_other_forms_load_and_unknown_tensors_are_refused(
     save_file(other, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"unexpected tensors: model\.audio\.weight"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("is_tied", [True, None])
+def test_head_that_only_the_whole_models_config_ties(
+    is_tied: bool | None, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """In published Mistral files the head is stored, and the text's config decides."""
+    source = tiny_model("mistral3", **VARIANTS["mistral3", "text of a multimodal model"])
+    config = json.loads((source / "config.json").read_text())
+    config |= {"tie_word_embeddings": is_tied}
+    if is_tied is None:
+        del config["tie_word_embeddings"]  # True by default
+    config["text_config"]["tie_word_embeddings"] = False
+    tensors = load_file(source / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert not load(tmp_path).spec.tie_word_embeddings
+    del tensors["language_model.lm_head.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model = load(tmp_path)
+    assert model.spec.tie_word_embeddings
+    with torch.inference_mode():
+        expected = load_reference(tmp_path)(torch.tensor([TOKEN_IDS])).logits[0]
+    torch.testing.assert_close(logits_in_chunks(model, TOKEN_IDS, [20]), expected)
 
 
 # Wrappers whose towers need packages that are not here: the text's tensors under their names.
