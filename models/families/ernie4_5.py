@@ -8,21 +8,28 @@ from typing import Any
 
 from torch import Tensor
 
-from compiledllm.models.families import glm4_moe
+from compiledllm.models.families import glm4_moe, qwen_moe
 from compiledllm.models.families.hf import activation_of, attention_of, expect, model_spec, positive
 from compiledllm.models.formats.slicing import Content
 from compiledllm.models.spec import LayerSpec, MlpSpec, ModelSpec, MoeSpec, NormSpec, RouterSpec
 
-_SCORE_BIAS = "mlp.moe_statics.e_score_correction_bias"
-NAMES = glm4_moe.NAMES | {f"model.layers.*.{_SCORE_BIAS}": "layers.*.mlp.score_bias"}
+_SCORE_BIAS = "moe_statics.e_score_correction_bias"
+NAMES = glm4_moe.NAMES | {
+    # The second name is that of transformers 5 in memory.
+    f"model.layers.*.mlp.{prefix}{_SCORE_BIAS}": "layers.*.mlp.score_bias"
+    for prefix in ("", "gate.")
+}
 IGNORED = ("mtp.**", "model.mtp_*.**")  # multi-token prediction
 
 
 def unpack(
-    tensors: Iterable[tuple[str, Content]], _spec: ModelSpec
+    tensors: Iterable[tuple[str, Content]], spec: ModelSpec
 ) -> Iterator[tuple[str, Content]]:
-    """Yield the biases that choose experts as [experts]; they are stored as [1, experts]."""
-    for name, tensor in tensors:
+    """Yield each expert's matrices one by one, and the biases that choose experts as [experts].
+
+    The biases are stored as [1, experts].
+    """
+    for name, tensor in qwen_moe.unpack(tensors, spec):
         if name.endswith(_SCORE_BIAS) and isinstance(tensor, Tensor):
             tensor = tensor.flatten()
         yield name, tensor

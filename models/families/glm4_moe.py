@@ -24,9 +24,13 @@ NAMES |= {
 def unpack(
     tensors: Iterable[tuple[str, Content]], spec: ModelSpec
 ) -> Iterator[tuple[str, Content]]:
-    """Leave out the layer after the last one, which is for multi-token prediction."""
+    """Yield each expert's matrices one by one.
+
+    The layer after the last one, which is for multi-token prediction, is left out.
+    """
     extra_layer = re.compile(rf"(model\.)?(language_model\.)?layers\.{len(spec.layers)}\.")
-    return ((name, tensor) for name, tensor in tensors if not extra_layer.match(name))
+    used = ((name, tensor) for name, tensor in tensors if not extra_layer.match(name))
+    return qwen_moe.unpack(used, spec)
 
 
 def spec_from_hf(hf: Any) -> ModelSpec:

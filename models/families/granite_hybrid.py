@@ -30,6 +30,7 @@ NAMES = llama.NAMES | {
     "model.layers.*.mamba.in_proj.*": "layers.*.attn.zxbcdt.*:zxbc,dt",
     "model.layers.*.mamba.out_proj.*": "layers.*.attn.out.*",
     "model.layers.*.block_sparse_moe.router.layer.*": "layers.*.mlp.router.*",
+    "model.layers.*.block_sparse_moe.router.*": "layers.*.mlp.router.*",
     "model.layers.*.shared_mlp.input_linear.*": "layers.*.mlp.gate_up.*:gate,up",
     "model.layers.*.shared_mlp.output_linear.*": "layers.*.mlp.down.*",
     # Names that `unpack` yields for models with experts.
@@ -37,6 +38,15 @@ NAMES = llama.NAMES | {
     "model.layers.*.shared_expert.output_linear.*": "layers.*.mlp.shared.down.*",
     "model.layers.*.expert.*.input_linear.*": "layers.*.mlp.gate_up.*.*:gate,up",
     "model.layers.*.expert.*.output_linear.*": "layers.*.mlp.down.*.*",
+}
+
+# Experts of a layer in one tensor, by the names in published files and those of transformers 5 in
+# memory -> the names that `unpack` yields.
+_STACKED = {
+    "input_linear.weight": "input_linear.weight",
+    "output_linear.weight": "output_linear.weight",
+    "experts.gate_up_proj": "input_linear.weight",
+    "experts.down_proj": "output_linear.weight",
 }
 
 
@@ -93,9 +103,9 @@ def unpack(
     has_experts = isinstance(spec.layers[0].mlp, MoeSpec)
     for name, tensor in tensors:
         layer, _, matrix = name.rpartition(".block_sparse_moe.")
-        if layer and matrix.endswith("_linear.weight") and isinstance(tensor, Tensor):
+        if layer and matrix in _STACKED and isinstance(tensor, Tensor):
             for index, expert in enumerate(tensor):
-                yield f"{layer}.expert.{index}.{matrix}", expert
+                yield f"{layer}.expert.{index}.{_STACKED[matrix]}", expert
         elif has_experts:
             yield name.replace(".shared_mlp.", ".shared_expert."), tensor
         else:

@@ -6,6 +6,7 @@ from typing import Any
 
 from compiledllm.config import ConfigError
 from compiledllm.models.families.hf import attention_of, model_spec
+from compiledllm.models.families.wrapper import experts_one_by_one
 from compiledllm.models.spec import (
     AttentionSpec,
     LayerSpec,
@@ -41,7 +42,11 @@ NAMES = {
     f"{_EXPERT}.w1.*": "layers.*.mlp.gate_up.*.*:gate",
     f"{_EXPERT}.w3.*": "layers.*.mlp.gate_up.*.*:up",
     f"{_EXPERT}.w2.*": "layers.*.mlp.down.*.*",
+    # Names that `unpack` yields.
+    f"{_EXPERT}.gate_up_proj.*": "layers.*.mlp.gate_up.*.*:gate,up",
+    f"{_EXPERT}.down_proj.*": "layers.*.mlp.down.*.*",
 }
+unpack = experts_one_by_one
 
 
 def spec_from_hf(hf: Any) -> ModelSpec:

@@ -12,6 +12,8 @@ from compiledllm.models.spec import LayerSpec, ModelSpec, MoeSpec, RouterSpec
 
 _SCORE_BIAS = "model.layers.*.block_sparse_moe.e_score_correction_bias"
 NAMES = mixtral.NAMES | qwen3.NAMES | {_SCORE_BIAS: "layers.*.mlp.score_bias"}
+NAMES[_SCORE_BIAS.replace("block_sparse_moe", "mlp")] = NAMES[_SCORE_BIAS]
+unpack = mixtral.unpack
 
 
 def spec_from_hf(hf: Any) -> ModelSpec:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from compiledllm.models.families import llama
+from compiledllm.models.families import llama, qwen_moe
 from compiledllm.models.families.hf import common_window, expect
 from compiledllm.models.families.llama import with_attention
 from compiledllm.models.spec import LayerSpec, ModelSpec, MoeSpec
@@ -17,6 +17,8 @@ NAMES = llama.NAMES | {
     f"{_EXPERT}.w3.*": "layers.*.mlp.gate_up.*.*:up",
     f"{_EXPERT}.w2.*": "layers.*.mlp.down.*.*",
 }
+NAMES |= qwen_moe.EXPERTS  # as transformers 5 names the experts in memory
+unpack = qwen_moe.unpack
 
 
 def spec_from_hf(hf: Any) -> ModelSpec:

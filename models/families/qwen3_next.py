@@ -34,6 +34,7 @@ NAMES = (
     }
 )
 IGNORED = ("mtp.**",)  # multi-token prediction
+unpack = qwen_moe.unpack
 
 
 def spec_from_hf(hf: Any) -> ModelSpec:

@@ -8,6 +8,7 @@ from typing import Any
 from compiledllm.models.families import llama, qwen3
 from compiledllm.models.families.hf import common_window, expect, positive, window_of
 from compiledllm.models.families.llama import with_attention
+from compiledllm.models.families.wrapper import experts_one_by_one
 from compiledllm.models.spec import LayerSpec, ModelSpec, MoeSpec, RouterSpec
 
 EXPERTS = {
@@ -29,6 +30,9 @@ NAMES = (
         "model.layers.*.mlp.shared_expert_gate.*": "layers.*.mlp.shared_gate.*",
     }
 )
+
+
+unpack = experts_one_by_one
 
 
 def spec_from_hf(hf: Any) -> ModelSpec:

@@ -111,6 +111,24 @@ def test_head_that_only_the_whole_models_config_ties(
     torch.testing.assert_close(logits_in_chunks(model, TOKEN_IDS, [20]), expected)
 
 
+STACKED = ["qwen3_moe", "mixtral", "minimax_m2", "glm4_moe", "ernie4_5_moe"]
+STACKED += ["qwen3_next", "lfm2_moe", "granitemoehybrid"]
+
+
+@pytest.mark.parametrize("family", STACKED)
+def test_experts_load_under_the_names_that_transformers_has_in_memory(
+    family: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = tiny_model(family, **VARIANTS[family, IN_ENGINE[family]])
+    load_reference(source).save_pretrained(tmp_path, save_original_format=False)
+    names, others = (set(load_file(p / "model.safetensors")) for p in (source, tmp_path))
+    assert any(name.endswith("experts.gate_up_proj") for name in others - names)
+    expected, actual = (
+        logits_in_chunks(load(path), TOKEN_IDS, [20]) for path in (source, tmp_path)
+    )
+    torch.testing.assert_close(actual, expected)
+
+
 # Wrappers whose towers need packages that are not here: the text's tensors under their names.
 TOWERS_OF = {
     "gemma3n_text": ("gemma3n", ("model.vision_tower", "model.audio_tower", "model.embed_audio")),
