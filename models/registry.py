@@ -126,7 +126,7 @@ def load_spec(
     raw = read_json(checkpoint / "config.json")
     stored = _architecture_in(checkpoint, raw)
     _refuse_looking_ahead(raw, stored)
-    architecture = _with_head(stored)
+    architecture = _with_head(stored, is_wrapper="text_config" in raw)
     has_family = architecture in FAMILIES
     if model_impl == "transformers" or (model_impl == "auto" and not has_family):
         _refuse_quantized(checkpoint, architecture, quantization)
@@ -151,12 +151,13 @@ def _architecture_in(checkpoint: Path, raw: dict[str, Any]) -> str:
     return name
 
 
-def _with_head(architecture: str) -> str:
+def _with_head(architecture: str, is_wrapper: bool) -> str:
     """The architecture that a family implements, if `architecture` only lacks its output head."""
+    heads = ("ForConditionalGeneration",) if is_wrapper else ("ForCausalLM", "LMHeadModel")
     for ending in _HEADLESS:
         if architecture.endswith(ending):
             stem = architecture.removesuffix(ending).removesuffix("Text")
-            known = (f"{stem}{head}" for head in ("ForCausalLM", "LMHeadModel"))
+            known = (f"{stem}{head}" for head in heads)
             return next((name for name in known if name in FAMILIES), architecture)
     return architecture
 

@@ -111,6 +111,22 @@ def test_head_that_only_the_whole_models_config_ties(
     torch.testing.assert_close(logits_in_chunks(model, TOKEN_IDS, [20]), expected)
 
 
+def test_wrapper_without_its_head_runs_as_its_text(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = tiny_model("gemma3", **VARIANTS["gemma3", IN_ENGINE["gemma3"]])
+    config = json.loads((source / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["Gemma3Model"]}))
+    tensors = load_file(source / "model.safetensors")
+    bare = renamed(tensors, (r"language_model\.model\.", "language_model."))
+    assert bare.keys() != tensors.keys()
+    save_file(bare, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    expected, actual = (
+        logits_in_chunks(load(path), TOKEN_IDS, [20]) for path in (source, tmp_path)
+    )
+    torch.testing.assert_close(actual, expected)
+
+
 STACKED = ["qwen3_moe", "mixtral", "minimax_m2", "glm4_moe", "ernie4_5_moe"]
 STACKED += ["qwen3_next", "lfm2_moe", "granitemoehybrid"]
 
