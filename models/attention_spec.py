@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -21,7 +21,8 @@ class RopeSpec:
     apart. growth: (factor, length): queries at position p are multiplied by 1 + factor * log(1 +
     floor(p / length)), the temperature tuning of Llama 4 for long contexts; None: they are not.
     With `growth`, all dimensions of a head must be rotated, perhaps by frequencies of zero.
-    first_position: the p of the first token.
+    first_position: the p of the first token. short_frequencies: the inverse_frequencies of engines
+    for contexts of up to `original_length` tokens; (): the same for all contexts.
     """
 
     inverse_frequencies: tuple[float, ...]
@@ -29,6 +30,14 @@ class RopeSpec:
     interleaved: bool = False
     growth: tuple[float, int] | None = None
     first_position: int = 0
+    short_frequencies: tuple[float, ...] = ()
+    original_length: int = 0
+
+    def for_context(self, length: int) -> RopeSpec:
+        """The rotation for contexts of up to `length` tokens."""
+        if not self.short_frequencies or length > self.original_length:
+            return self
+        return replace(self, inverse_frequencies=self.short_frequencies, short_frequencies=())
 
     @property
     def rotary_dim(self) -> int:

@@ -182,6 +182,16 @@ class ModelSpec:
         """The spec of the model as it runs: in these dtypes, which determine its sizes in bytes."""
         return replace(self, dtype=dtype, kv_dtype=kv_dtype, state_dtype=state_dtype)
 
+    def for_context(self, length: int) -> ModelSpec:
+        """The spec of the model for contexts of up to `length` tokens."""
+        layers = tuple(
+            replace(layer, mixer=replace(mixer, rope=mixer.rope.for_context(length)))
+            if isinstance(mixer := layer.mixer, AttentionSpec)
+            else layer
+            for layer in self.layers
+        )
+        return replace(self, layers=layers)
+
     @property
     def torch_dtype(self) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, self.dtype)

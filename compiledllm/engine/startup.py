@@ -50,7 +50,7 @@ def plan(config: EngineConfig, rank: int = 0, device: str | None = None) -> Plan
     report.note("dtype", dtype)
     kv_dtype = _kv_dtype(config.cache, str(dtype.value), checkpoint, platform)
     report.note("kv_cache_dtype", kv_dtype)
-    spec = stored.with_dtypes(
+    spec = stored.for_context(resolved.limits.max_model_len).with_dtypes(
         str(dtype.value),
         "float8_e4m3fn" if kv_dtype.value == "fp8" else "",
         config.cache.state_dtype,

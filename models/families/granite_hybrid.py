@@ -40,11 +40,7 @@ NAMES = llama.NAMES | {
     "model.layers.*.expert.*.output_linear.*": "layers.*.mlp.down.*.*",
 }
 
-# Experts of a layer in one tensor, by the names in published files and those of transformers 5 in
-# memory -> the names that `unpack` yields.
-_STACKED = {
-    "input_linear.weight": "input_linear.weight",
-    "output_linear.weight": "output_linear.weight",
+_IN_MEMORY = {  # names of experts in transformers 5's modules -> those in published files
     "experts.gate_up_proj": "input_linear.weight",
     "experts.down_proj": "output_linear.weight",
 }
@@ -103,9 +99,10 @@ def unpack(
     has_experts = isinstance(spec.layers[0].mlp, MoeSpec)
     for name, tensor in tensors:
         layer, _, matrix = name.rpartition(".block_sparse_moe.")
-        if layer and matrix in _STACKED and isinstance(tensor, Tensor):
+        matrix = _IN_MEMORY.get(matrix, matrix)
+        if layer and matrix.endswith("_linear.weight") and isinstance(tensor, Tensor):
             for index, expert in enumerate(tensor):
-                yield f"{layer}.expert.{index}.{_STACKED[matrix]}", expert
+                yield f"{layer}.expert.{index}.{matrix}", expert
         elif has_experts:
             yield name.replace(".shared_mlp.", ".shared_expert."), tensor
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -154,7 +155,7 @@ def rope_from_hf(hf: Any, head_dim: int, kind: str | None = None) -> RopeSpec:
     """RopeSpec of a config. kind: the layer type, in configs with RoPE parameters per layer type.
 
     "dynamic" scaling has no effect within the context length. "longrope" has two sets of
-    frequencies; the long set is used if the context is longer than the original one.
+    frequencies: the long set for contexts longer than the original one, the short set for others.
     """
     rope = _rope_parameters(hf, kind)
     scaling, theta = rope.get("rope_type", "default"), rope["rope_theta"]
@@ -178,7 +179,12 @@ def rope_from_hf(hf: Any, head_dim: int, kind: str | None = None) -> RopeSpec:
         _check_factors(hf, rope, rotary_dim // 2)
     rotation = Rotation(theta, rotary_dim, hf.max_position_embeddings, rope)
     scaled = ROPE_SCALINGS[scaling](rotation)
-    return RopeSpec(tuple(scaled.frequencies.tolist()), scaled.scale)
+    spec = RopeSpec(tuple(scaled.frequencies.tolist()), scaled.scale)
+    if scaling != "longrope":
+        return spec
+    length = rotation.original_length
+    short = longrope(replace(rotation, max_position=length)).frequencies
+    return replace(spec, short_frequencies=tuple(short.tolist()), original_length=length)
 
 
 def _check_factors(hf: Any, rope: dict[str, Any], count: int) -> None:

@@ -84,8 +84,7 @@ def spec_from_hf(hf: Any) -> ModelSpec:
         mlp = experts if index in hf.moe_layers else dense
         return LayerSpec(hf.hidden_size, _attention(hf, index), mlp, norm)
 
-    layers = map(layer, range(hf.num_hidden_layers))
-    return model_spec(hf, "Llama4ForCausalLM", layers, norm)
+    return model_spec(hf, "Llama4ForCausalLM", map(layer, range(hf.num_hidden_layers)), norm)
 
 
 def _attention(hf: Any, index: int) -> AttentionSpec:

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from compiledllm import cli
-from compiledllm.config import ConfigError
+from compiledllm.config import ConfigError, EngineConfig
+from compiledllm.engine.startup import plan
 from compiledllm.kernels.attention import make_backend
 from compiledllm.kernels.backend import AttentionMetadata
 from compiledllm.kernels.step_inputs import with_empty_row
@@ -120,6 +121,22 @@ def test_logits_equal_transformers(
     ends = [0, 70, NUM_TOKENS - 1]
     actual = logits_of_ends(model, token_ids, ends)
     torch.testing.assert_close(actual, expected[ends], atol=2e-4, rtol=1e-4)
+
+
+def test_longrope_has_short_factors_where_no_request_is_longer(
+    tiny_model: Callable[..., Path],
+) -> None:
+    checkpoint = tiny_model("phi3", **VARIANTS["phi3", "longrope"])
+    options = {"device": "cpu", "dtype": "float32", "skip_tokenizer_init": True}
+    token_ids = torch.randint(0, 128, (60,)).tolist()
+    with torch.inference_mode():
+        expected = load_reference(checkpoint)(torch.tensor([token_ids])).logits[0]
+    for max_model_len, is_short in ((64, True), (65, False)):
+        config = EngineConfig.from_options(model=checkpoint, max_model_len=max_model_len, **options)
+        model = Decoder(plan(config).spec, make_backend("torch"))
+        load_weights(model, checkpoint)
+        actual = logits_in_chunks(model, token_ids, [60])
+        assert torch.allclose(actual, expected, atol=2e-4, rtol=1e-4) == is_short
 
 
 def test_parameter_count_follows_from_the_spec(tiny_model: Callable[..., Path]) -> None:
