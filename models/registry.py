@@ -90,9 +90,11 @@ FAMILIES = {
 }
 
 
-# Names of encoders, whose tokens attend to later tokens; the engine runs decoders only.
+# Names of encoders, whose tokens attend to later tokens; the engine runs decoders only. (Ettin's
+# ModernBertDecoder is a decoder.)
 _ENCODERS = re.compile(
-    r"(?i).*(bert|electra|mpnet|deberta|t5encoder|erniem?model|newmodel|gtemodel)"
+    r"(?i)(?!modernbertdecoder)"
+    r".*(bert|electra|mpnet|deberta|t5encoder|erniem?model|newmodel|gtemodel)"
 )
 # Endings of architectures that are a decoder without its output head.
 _HEADLESS = ("Model", "ForSequenceClassification")

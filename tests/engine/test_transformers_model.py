@@ -84,6 +84,13 @@ def test_greedy_tokens_are_those_of_transformers(
     assert engine.core.scheduler.num_prefix_hits > 0
 
 
+def test_decoder_with_the_name_of_an_encoder_runs(
+    tiny_model: Callable[..., Path], expected: Expected
+) -> None:
+    checkpoint = tiny_model("modernbert-decoder", pad_token_id=0, local_attention=32)
+    assert greedy(make(checkpoint, **STEPS["chunks"])) == expected(checkpoint)
+
+
 def test_preempted_requests_get_the_same_tokens(tiny_model: Callable[..., Path]) -> None:
     checkpoint = tiny_model("cwm", **MODELS["cwm"])
     long = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
