@@ -51,6 +51,7 @@ class Stored:
         return [names[0] for names in self.required if not present.intersection(names)]
 
 
+_MAX_GROUP = 2**31  # no matrix has as many inputs, and torch's integers end at 2^63
 # Last segments of the names that checkpoints give to token embeddings, per-layer ones included.
 _EMBEDDINGS = (
     *("embed_tokens", "embed_tokens_per_layer", "word_embeddings", "wte", "embed_in"),
@@ -160,9 +161,10 @@ class Fields:
     def group(self, *names: str, default: int) -> int:
         """Number of inputs that share a scale; 0: all inputs."""
         value = self.integer(*names, default=default)
-        if value != -1 and value < 1:
+        if value != -1 and not 1 <= value < _MAX_GROUP:
             name, _ = self._named(names, default)
-            raise self.refusal(name, value, "it must be positive, or -1 for all inputs")
+            way_out = "it must be positive and less than 2^31, or -1 for all inputs"
+            raise self.refusal(name, value, way_out)
         return max(value, 0)
 
     def section(self, name: str) -> Fields:

@@ -194,15 +194,32 @@ def read_gguf(path: Path) -> GgufFile:
     if not isinstance(alignment, int) or alignment < 1:
         raise ValueError(f"general.alignment must be a positive integer, got {brief(alignment)}")
     start = -(-header.position // alignment) * alignment
-    for name, tensor in tensors.items():
+    _check_places(tensors, start, len(data), alignment)
+    return GgufFile(metadata, tensors, memoryview(data)[start:])
+
+
+def _check_places(
+    tensors: dict[str, GgufTensor], start: int, file_size: int, alignment: int
+) -> None:
+    """Raise ValueError for tensors that are not aligned, overlap or end after the file.
+
+    start: the byte of the file at which the data begin.
+    """
+    last, last_end = "", 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
         if tensor.offset % alignment:
             raise ValueError(
                 f"the header is damaged: tensor '{name}' begins at byte {tensor.offset}, which is "
                 f"no multiple of {alignment}; download it again"
             )
-        if (end := start + tensor.offset + tensor.num_bytes) > len(data):
+        if tensor.offset < last_end:
+            raise ValueError(
+                f"the header is damaged: tensor '{name}' begins at byte {tensor.offset}, inside of "
+                f"tensor '{last}'; download it again"
+            )
+        last, last_end = name, tensor.offset + tensor.num_bytes
+        if (end := start + last_end) > file_size:
             raise ValueError(
                 f"the file is truncated or damaged: tensor '{name}' ends at byte {end}, the file "
-                f"has {len(data)}; download it again"
+                f"has {file_size}; download it again"
             )
-    return GgufFile(metadata, tensors, memoryview(data)[start:])

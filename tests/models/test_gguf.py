@@ -381,6 +381,14 @@ def test_a_truncated_gguf_is_refused(tiny_gguf: Path, tmp_path: Path, share: flo
     refused(tmp_path / "x.gguf", "truncated or damaged.*download it again")
 
 
+def test_a_tensor_inside_of_another_is_refused_by_name(tiny_gguf: Path, tmp_path: Path) -> None:
+    content = tiny_gguf.read_bytes()
+    name = b"blk.0.ffn_norm.weight"
+    end = content.index(name) + len(name) + 4 + 8 + 4  # dimensions, shape, type
+    (tmp_path / "x.gguf").write_bytes(content[:end] + bytes(8) + content[end + 8 :])
+    refused(tmp_path / "x.gguf", "'.*' begins at byte 0, inside of tensor '.*'; download it again")
+
+
 @pytest.mark.parametrize("num_items", [2**63, 2**60, 2**24, 17])
 def test_an_array_longer_than_the_file_ends_at_once(tmp_path: Path, num_items: int) -> None:
     """gguf.GGUFReader goes through 2^60 items here."""

@@ -408,6 +408,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"quant_method": "gptq"}, "bits=None"),
     ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "checkpoint_format='mar"),
     ({"quant_method": "gptq", "bits": 4, "group_size": "all"}, "group_size='all'"),
+    ({"quant_method": "gptq", "bits": 4, "group_size": 2**70}, "group_size=1180.* less than 2"),
     ({"quant_method": "awq", "version": "gemv"}, "version='gemv' .*gemm"),
     ({"quant_method": "awq", "format": "gemv_fast"}, "format='gemv_fast' .*gemm"),
     ({"quant_method": "awq", "bits": 4, "w_bit": 8}, "w_bit=8 .*contradicts bits=4"),
