@@ -155,15 +155,16 @@ def _match(target: str, missing: dict[str, Slot]) -> list[Slot] | None:
 
 
 def _check(checkpoint: Path, name: str, stored: Content, slots: list[Slot]) -> None:
-    """Raise ConfigError unless the tensor is floating-point and has the shape of the slots.
+    """Raise ConfigError unless the tensor is in 16 bits or more and has the shape of the slots.
 
     The expected shape has the rows of all slots, one slot after the other.
     """
-    if isinstance(stored, Tensor) and not stored.is_floating_point():
+    is_number = isinstance(stored, Tensor) and stored.is_floating_point() and stored.itemsize > 1
+    if isinstance(stored, Tensor) and not is_number:
         dtype = str(stored.dtype).removeprefix("torch.")
         raise ConfigError(
-            f"{checkpoint}: tensor '{name}' has dtype {dtype}, expected a floating-point dtype; "
-            f"{_OTHER_CHECKPOINT}"
+            f"{checkpoint}: tensor '{name}' has dtype {dtype}, expected a floating-point dtype of "
+            f"16 bits or more, as the config gives it no scales; {_OTHER_CHECKPOINT}"
         )
     expected = [sum(slot.shape[0] for slot in slots), *slots[0].shape[1:]]
     if shape_of(stored) != expected:

@@ -54,6 +54,7 @@ _FORMATS = (
 def compressed_tensors(fields: Fields, scale_dtype: str) -> Scheme:
     """The scheme of the config's groups; modules in no group are not quantised.
 
+    Groups without weights say how activations were quantised, such as those of attention.
     scale_dtype: a name in torch, for formats in which files store scales in any floating dtype.
     """
     fields.expect("quantization_status", "compressed", "frozen", default="compressed")
@@ -65,6 +66,7 @@ def compressed_tensors(fields: Fields, scale_dtype: str) -> Scheme:
     groups = [
         (tuple(group.names("targets")), _make_stored(group, fields, scale_dtype))
         for group in fields.section("config_groups").sections().values()
+        if group.get("weights") is not None or group.get("format") not in (None, "dense")
     ]
     titles = dict.fromkeys(f"{format.spec.code}" for _, format in groups)
     title = f"compressed-tensors {', '.join(titles)}"

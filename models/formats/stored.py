@@ -190,8 +190,17 @@ class Fields:
 
 
 def quantization_config(checkpoint: Path) -> dict[str, Any] | None:
-    """The quantization_config, from wherever tools store it; None if the checkpoint has none."""
+    """The quantization_config, from wherever tools store it; None if the checkpoint has none.
+
+    Raises ConfigError for checkpoints in MLX's format, whose field is named differently.
+    """
     raw = read_json(checkpoint / "config.json")
+    of_mlx = raw.get("quantization")
+    if isinstance(of_mlx, dict) and {"bits", "group_size"} <= of_mlx.keys():
+        raise ConfigError(
+            f"{checkpoint}: the weights are quantised for MLX (quantization={of_mlx!r:.60}), whose "
+            "format is not supported; use the unquantised model and quantization='int4' or another"
+        )
     text = raw.get("text_config")
     for config in (raw, text if isinstance(text, dict) else {}):
         for name in ("quantization_config", "compression_config"):

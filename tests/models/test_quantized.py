@@ -277,6 +277,24 @@ def test_a_target_by_name_comes_before_patterns_and_classes(
     torch.testing.assert_close(actual, expected, atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("format", [None, "dense"])
+def test_a_group_without_weights_quantises_no_matrix(
+    format: str | None, checkpoints: Callable[..., tuple[Path, Path]]
+) -> None:
+    """As of attention, whose queries a tool has quantised; their scales are not needed."""
+    packed, dense = checkpoints("llama", "packed 4 bits")
+    config, _ = KINDS["packed 4 bits"]
+    attention = {"targets": ["LlamaAttention"], "weights": None, "input_activations": FLOAT}
+    groups = config["config_groups"] | {"attention": attention | {"format": format}}
+    edit_config(packed, quantization_config=config | {"config_groups": groups})
+    path = packed / "model.safetensors"
+    scales = {f"model.layers.{i}.self_attn.q_scale": torch.ones(1) for i in range(3)}
+    save_file(load_file(path) | scales, path, metadata={"format": "pt"})
+    expected = logits_in_chunks(load(dense), [5, 6, 7], [3])
+    actual = logits_in_chunks(load(packed), [5, 6, 7], [3])
+    torch.testing.assert_close(actual, expected, atol=2e-4, rtol=1e-4)
+
+
 def test_experts_that_differ_are_refused_by_name(
     checkpoints: Callable[..., tuple[Path, Path]],
 ) -> None:
@@ -366,6 +384,11 @@ DAMAGED: list[tuple[str, Edit, str]] = [
         "fp8 of channels",
         lambda t: t.update({f"{Q_PROJ}.weight_scale": torch.full((64, 1), torch.nan)}),
         rf"matrix '{Q_PROJ}': weight_scale holds an infinity or NaN",
+    ),
+    (
+        "fp8 of channels",
+        lambda t: t.update({"lm_head.weight": torch.zeros(128, 64).to(torch.float8_e4m3fn)}),
+        "'lm_head.weight' has dtype float8_e4m3fn, expected .* as the config gives it no scales",
     ),
     (
         "packed 4 bits",
@@ -501,6 +524,13 @@ def test_modelopt_is_found_in_a_file_of_its_own(
     quantization = {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}
     (packed / "hf_quant_config.json").write_text(json.dumps({"quantization": quantization}))
     assert load(packed).spec.quantization == "modelopt FP8"
+
+
+def test_files_for_mlx_are_refused_by_name(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_llama(), tmp_path / "copy"))
+    edit_config(folder, quantization={"group_size": 64, "bits": 4, "mode": "affine"})
+    with pytest.raises(ConfigError, match="quantised for MLX .*'bits': 4.* use the unquantised"):
+        load_spec(folder)
 
 
 def test_quantising_twice_is_refused(checkpoints: Callable[..., tuple[Path, Path]]) -> None:
