@@ -148,8 +148,9 @@ class AttentionSpec:
         return PagedKV(self.num_kv_heads, self.head_dim, self.sliding_window, dtype)
 
     def weights(self, hidden_size: int) -> Weights:
-        num_qkv = sum(self.qkv_parts.values())
-        qkv = MatrixSpec("attn.qkv", num_qkv, hidden_size)
+        parts = tuple(self.qkv_parts.values())
+        num_qkv = sum(parts)
+        qkv = MatrixSpec("attn.qkv", num_qkv, hidden_size, parts=parts)
         out = MatrixSpec("attn.out", hidden_size, self.q_size)
         biases = self.qkv_bias * num_qkv + self.output_bias * hidden_size
         sinks = self.has_sinks * self.num_heads

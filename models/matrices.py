@@ -5,7 +5,9 @@ A storage format applies to a matrix; all other parameters have the model's dtyp
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -68,10 +70,20 @@ class QuantSpec:
     def factor_dtype(self) -> torch.dtype:
         return torch.float64 if self.has_row_factor else torch.float16
 
-    def num_bytes(self, num_outputs: int, num_inputs: int) -> int:
-        """Bytes of a matrix in memory, with its scales, zeros, minima, factors and permutation."""
-        width = self.num_inputs_in_memory(num_inputs)
-        num_groups = -(-num_outputs // self.rows) * width // self.group_in_memory(num_inputs)
+    def rows_in_memory(self, parts: Sequence[int]) -> int:
+        """Number of outputs that share a scale in a matrix fused of parts with these outputs.
+
+        It is 1 if a part before the last is not whole blocks of `rows` outputs.
+        """
+        return 1 if any(size % self.rows for size in parts[:-1]) else self.rows
+
+    def num_bytes(self, num_outputs: int, num_inputs: int, parts: Sequence[int] = ()) -> int:
+        """Bytes of a matrix in memory, with its scales, zeros, minima, factors and permutation.
+
+        parts: number of outputs of each part of a fused matrix.
+        """
+        width, rows = self.num_inputs_in_memory(num_inputs), self.rows_in_memory(parts)
+        num_groups = -(-num_outputs // rows) * width // self.group_in_memory(num_inputs)
         scale_dtype: torch.dtype = getattr(torch, self.scale_dtype)
         group_bytes = scale_dtype.itemsize * (1 + self.has_minima) + self.has_zeros
         codes = num_outputs * width * PACKED_BITS.get(self.code, 8) // 8
@@ -100,7 +112,8 @@ class MatrixSpec(NamedTuple):
     """A weight matrix, or the `num_experts` matrices of the same shape in a layer.
 
     name: the module's path within a block ("attn.qkv") or within the model ("lm_head"). format:
-    None: the model's dtype, or float32 if `is_float32`.
+    None: the model's dtype, or float32 if `is_float32`. parts: number of outputs of each part of a
+    fused matrix; empty: it is one part.
     """
 
     name: str
@@ -109,6 +122,7 @@ class MatrixSpec(NamedTuple):
     num_experts: int = 1
     format: QuantSpec | MixedSpec | None = None
     is_float32: bool = False
+    parts: tuple[int, ...] = ()
 
     @property
     def num_parameters(self) -> int:
@@ -119,9 +133,16 @@ class MatrixSpec(NamedTuple):
         if self.format is None:
             return self.num_parameters * (4 if self.is_float32 else element_bytes)
         if isinstance(self.format, MixedSpec):
-            runs = (self._replace(num_outputs=n, format=f) for _, n, f in self.format.runs)
-            return sum(run.num_bytes(element_bytes) for run in runs)
-        return self.num_experts * self.format.num_bytes(self.num_outputs, self.num_inputs)
+            return sum(run.num_bytes(element_bytes) for run in self._runs(self.format))
+        shape = self.num_outputs, self.num_inputs
+        return self.num_experts * self.format.num_bytes(*shape, self.parts)
+
+    def _runs(self, format: MixedSpec) -> Iterator[MatrixSpec]:
+        """The matrix of each run of parts that have one format."""
+        sizes = iter(self.parts)
+        for names, num_outputs, of_run in format.runs:
+            parts = tuple(itertools.islice(sizes, len(names)))
+            yield self._replace(num_outputs=num_outputs, format=of_run, parts=parts)
 
 
 class Weights(NamedTuple):

@@ -26,8 +26,9 @@ class MlpSpec:
     sparsity: float = 0.0
 
     def weights(self, hidden_size: int, path: str = "mlp") -> Weights:
-        num_up = (1 + self.gated) * self.intermediate_size
-        up = MatrixSpec(f"{path}.gate_up" if self.gated else f"{path}.up", num_up, hidden_size)
+        parts = (self.intermediate_size,) * (1 + self.gated)
+        num_up, name = sum(parts), f"{path}.gate_up" if self.gated else f"{path}.up"
+        up = MatrixSpec(name, num_up, hidden_size, parts=parts)
         down = MatrixSpec(f"{path}.down", hidden_size, self.intermediate_size)
         num_of_activation = 4 * (self.activation == "xielu")
         return Weights((up, down), self.bias * (num_up + hidden_size) + num_of_activation)
@@ -97,7 +98,7 @@ class MoeSpec:
             MatrixSpec(
                 f"{path}.router", self.num_experts, hidden_size, is_float32=router.in_float32
             ),
-            MatrixSpec(f"{path}.gate_up", 2 * size, hidden_size, num_experts),
+            MatrixSpec(f"{path}.gate_up", 2 * size, hidden_size, num_experts, parts=(size, size)),
             MatrixSpec(f"{path}.down", hidden_size, size, num_experts),
         )
         biases = self.num_experts + num_experts * (2 * size + hidden_size)

@@ -187,7 +187,6 @@ def _check_outputs(path: str, format: QuantSpec, parts: Mapping[str, int]) -> No
 
     If a part other than the last is not whole blocks, each output gets scales of its own anyway.
     """
-    *others, last = parts.values()
-    has_row_scales = any(size % format.rows for size in others)
-    if not has_row_scales and last % format.rows:
+    sizes = [*parts.values()]
+    if sizes[-1] % format.rows_in_memory(sizes):
         raise _Indivisible(f"{path} in blocks of {format.rows} outputs")

@@ -63,8 +63,9 @@ class DeltaNetSpec:
         return State(((columns, dtype), (heads, state_dtype)))
 
     def weights(self, hidden_size: int) -> Weights:
+        parts = tuple(self.input_parts.values())
         matrices = (
-            MatrixSpec("attn.qkvzba", sum(self.input_parts.values()), hidden_size),
+            MatrixSpec("attn.qkvzba", sum(parts), hidden_size, parts=parts),
             MatrixSpec("attn.out", hidden_size, self.value_size),
         )
         num_convolution = self.qkv_size * self.kernel_size
@@ -139,9 +140,10 @@ class Mamba2Spec:
         return State((((self.conv_size, self.kernel_size - 1), dtype), (heads, state_dtype)))
 
     def weights(self, hidden_size: int) -> Weights:
-        num_inputs = sum(self.input_parts.values())
+        parts = tuple(self.input_parts.values())
+        num_inputs = sum(parts)
         matrices = (
-            MatrixSpec("attn.zxbcdt", num_inputs, hidden_size),
+            MatrixSpec("attn.zxbcdt", num_inputs, hidden_size, parts=parts),
             MatrixSpec("attn.out", hidden_size, self.inner_size),
         )
         num_convolution = self.conv_size * (self.kernel_size + self.conv_bias)

@@ -69,7 +69,7 @@ class Quantized:
     ) -> dict[str, nn.Parameter | None]:
         spec, num_outputs = self.spec, sum(parts.values())
         num_inputs = spec.num_inputs_in_memory(in_features)
-        rows = num_outputs if self._rows(parts) == 1 else math.ceil(num_outputs / BLOCK_ROWS)
+        rows = math.ceil(num_outputs / spec.rows_in_memory([*parts.values()]))
         shape = *lead, rows, num_inputs // spec.group_in_memory(in_features)
         width, dtype = num_inputs, CODES[spec.code]
         if spec.code == "int6":
@@ -95,7 +95,7 @@ class Quantized:
     def slots(self, parts: Mapping[str, int], in_features: int, params: Params) -> dict[str, Slot]:
         codes, scales, zeros, order, minima, factors = params
         assert codes is not None and scales is not None
-        rows, start = self._rows(parts), 0
+        rows, start = self.spec.rows_in_memory([*parts.values()]), 0
         found: dict[str, Slot] = {}
         for part, size in parts.items():
             end = start + size
@@ -112,11 +112,6 @@ class Quantized:
             )
             start = end
         return found
-
-    def _rows(self, parts: Mapping[str, int]) -> int:
-        """Number of outputs that share a scale: 1 if a part before the last is not whole blocks."""
-        *others, _ = parts.values()
-        return 1 if any(size % self.spec.rows for size in others) else self.spec.rows
 
     def randomize(self, params: Params, spread: float, generator: torch.Generator) -> None:
         """Random codes, with the scale that makes them deviate from zero by about `spread`."""

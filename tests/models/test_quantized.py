@@ -221,6 +221,7 @@ def test_a_module_is_quantised_or_not_by_the_config(
         ("llama", "fp8 of channels", "k_proj"),  # the kernel with keys and values only starts in it
         ("tied, biased", "packed 4 bits", "v_proj"),
         ("llama", "gptq permuted", "up_proj"),
+        ("llama", "fp8 blocks", "v_proj"),  # of q and k, neither is whole blocks
         ("hybrid", "fp8 of channels", "in_proj_ba"),
         ("hybrid", "packed 4 bits", "in_proj_qkvz"),
     ],
