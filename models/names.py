@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from types import ModuleType
 
 from compiledllm.models.checkpoint import is_derived
 from compiledllm.models.reranker import SCORE_HEAD
+from compiledllm.models.spec import ModelSpec
 
 
 class NameRules:
@@ -15,6 +17,12 @@ class NameRules:
     the model without its head. Look-ups are cached without the numbers of layers and experts, since
     a model with experts has tens of thousands of names.
     """
+
+    @classmethod
+    def of(cls, family: ModuleType, spec: ModelSpec) -> NameRules:
+        """The rules of a family's module for a model."""
+        names = family.names(spec) if hasattr(family, "names") else family.NAMES
+        return cls(names, getattr(family, "IGNORED", ()))
 
     def __init__(self, names: dict[str, str], ignored: tuple[str, ...]) -> None:
         names = names | {_without_prefix(source): names[source] for source in names}

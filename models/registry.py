@@ -103,9 +103,10 @@ _HEADLESS = ("Model", "ForSequenceClassification")
 def family_of(architecture: str) -> ModuleType:
     """The family module of an architecture. Raises ConfigError if there is none.
 
-    Every module has `spec_from_hf` and NAMES. Optional: `prepare`, `unpack`; IGNORED, the names of
-    tensors that the engine does not use; TIES_MISSING_HEAD, whether a head that the files do not
-    store is the embedding if the whole model's config says so, whatever the text's config says.
+    Every module has `spec_from_hf` and NAMES. Optional: `prepare`, `unpack`; `names(spec)`, instead
+    of NAMES; IGNORED, the names of tensors that the engine does not use; TIES_MISSING_HEAD, whether
+    a head that the files do not store is the embedding if the whole model's config says so,
+    whatever the text's config says.
     """
     if architecture not in FAMILIES:
         raise ConfigError(
@@ -211,7 +212,7 @@ def _with_formats(
             f"{checkpoint}: quantised checkpoints ({scheme.title}) of {spec.architecture} are not "
             "supported, as it stores matrices in an order of its own; use the unquantised model"
         )
-    rules = NameRules(family.NAMES, getattr(family, "IGNORED", ()))
+    rules = NameRules.of(family, spec)
     names = _names_of_tensors(checkpoint)
     return quantized_as_stored(
         spec, scheme, rules, StackedExperts(names, scheme, spec).names(names)

@@ -54,7 +54,7 @@ def load_weights(model: Decoder, checkpoint: Path) -> None:
     the embedding. Raises ConfigError for missing, unexpected or misshapen tensors.
     """
     family = family_of(model.spec.architecture)
-    rules = NameRules(family.NAMES, getattr(family, "IGNORED", ()))
+    rules = NameRules.of(family, model.spec)
     files = weight_files(checkpoint)
     if model.spec.tie_word_embeddings:
         _settle_head(model, rules, files)

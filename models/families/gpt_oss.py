@@ -12,16 +12,13 @@ from compiledllm.models.formats.codes import QuantizedMatrix
 from compiledllm.models.formats.slicing import Content, even_then_odd_rows, experts_of
 from compiledllm.models.spec import LayerSpec, ModelSpec, MoeSpec, NormSpec
 
-_EXPERT = "model.layers.*.mlp.experts.*"
+_EXPERTS = "model.layers.*.mlp.experts"
 NAMES = llama.NAMES | {
     "model.layers.*.self_attn.sinks": "layers.*.attn.sinks",
     "model.layers.*.mlp.router.*": "layers.*.mlp.router.*",
-    # Names in files that tools have quantised expert by expert.
-    f"{_EXPERT}.gate_proj.*": "layers.*.mlp.gate_up.*.*:gate",
-    f"{_EXPERT}.up_proj.*": "layers.*.mlp.gate_up.*.*:up",
-    # Names that `unpack` yields.
-    f"{_EXPERT}.gate_up_proj.*": "layers.*.mlp.gate_up.*.*:gate,up",
-    f"{_EXPERT}.down_proj.*": "layers.*.mlp.down.*.*",
+    **llama.names_of_experts(_EXPERTS),
+    # As `unpack` yields it.
+    f"{_EXPERTS}.*.gate_up_proj.*": "layers.*.mlp.gate_up.*.*:gate,up",
 }
 
 

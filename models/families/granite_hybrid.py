@@ -33,9 +33,13 @@ NAMES = llama.NAMES | {
     "model.layers.*.block_sparse_moe.router.*": "layers.*.mlp.router.*",
     "model.layers.*.shared_mlp.input_linear.*": "layers.*.mlp.gate_up.*:gate,up",
     "model.layers.*.shared_mlp.output_linear.*": "layers.*.mlp.down.*",
-    # Names that `unpack` yields for models with experts.
-    "model.layers.*.shared_expert.input_linear.*": "layers.*.mlp.shared.gate_up.*:gate,up",
-    "model.layers.*.shared_expert.output_linear.*": "layers.*.mlp.shared.down.*",
+}
+# In models with experts, the MLP that others have alone is a shared expert.
+_NAMES_WITH_EXPERTS = NAMES | {
+    "model.layers.*.shared_mlp.input_linear.*": "layers.*.mlp.shared.gate_up.*:gate,up",
+    "model.layers.*.shared_mlp.output_linear.*": "layers.*.mlp.shared.down.*",
+    **llama.names_of_experts("model.layers.*.block_sparse_moe.experts"),
+    # As `unpack` yields them.
     "model.layers.*.expert.*.input_linear.*": "layers.*.mlp.gate_up.*.*:gate,up",
     "model.layers.*.expert.*.output_linear.*": "layers.*.mlp.down.*.*",
 }
@@ -44,6 +48,10 @@ _IN_MEMORY = {  # names of experts in transformers 5's modules -> those in publi
     "experts.gate_up_proj": "input_linear.weight",
     "experts.down_proj": "output_linear.weight",
 }
+
+
+def names(spec: ModelSpec) -> dict[str, str]:
+    return _NAMES_WITH_EXPERTS if isinstance(spec.layers[0].mlp, MoeSpec) else NAMES
 
 
 def spec_from_hf(hf: Any) -> ModelSpec:
@@ -88,22 +96,18 @@ def spec_from_hf(hf: Any) -> ModelSpec:
 
 
 def unpack(
-    tensors: Iterable[tuple[str, Content]], spec: ModelSpec
+    tensors: Iterable[tuple[str, Content]], _spec: ModelSpec
 ) -> Iterator[tuple[str, Content]]:
-    """Yield each expert's matrices one by one, and rename the shared expert of models with experts.
+    """Yield each expert's matrices one by one.
 
     Tensors "X.block_sparse_moe.input_linear.weight" [experts, outputs, inputs] become
-    "X.expert.0.input_linear.weight" and so on. "X.shared_mlp" is the dense MLP in models without
-    experts, and becomes "X.shared_expert" in models with experts.
+    "X.expert.0.input_linear.weight" and so on.
     """
-    has_experts = isinstance(spec.layers[0].mlp, MoeSpec)
     for name, tensor in tensors:
         layer, _, matrix = name.rpartition(".block_sparse_moe.")
         matrix = _IN_MEMORY.get(matrix, matrix)
         if layer and matrix.endswith("_linear.weight") and isinstance(tensor, Tensor):
             for index, expert in enumerate(tensor):
                 yield f"{layer}.expert.{index}.{matrix}", expert
-        elif has_experts:
-            yield name.replace(".shared_mlp.", ".shared_expert."), tensor
         else:
             yield name, tensor

@@ -6,6 +6,7 @@ from typing import Any
 
 from compiledllm.config import ConfigError
 from compiledllm.models.families.hf import attention_of, model_spec
+from compiledllm.models.families.llama import names_of_experts
 from compiledllm.models.families.wrapper import experts_one_by_one
 from compiledllm.models.spec import (
     AttentionSpec,
@@ -18,7 +19,7 @@ from compiledllm.models.spec import (
 )
 from compiledllm.models.state_specs import ConvSpec, StateSpec
 
-_EXPERT = "model.layers.*.feed_forward.experts.*"
+_EXPERTS = "model.layers.*.feed_forward.experts"
 NAMES = {
     "model.embed_tokens.weight": "embedding",
     "model.embedding_norm.weight": "final_norm.weight",
@@ -39,12 +40,12 @@ NAMES = {
     "model.layers.*.feed_forward.w2.*": "layers.*.mlp.down.*",
     "model.layers.*.feed_forward.gate.*": "layers.*.mlp.router.*",
     "model.layers.*.feed_forward.expert_bias": "layers.*.mlp.score_bias",
-    f"{_EXPERT}.w1.*": "layers.*.mlp.gate_up.*.*:gate",
-    f"{_EXPERT}.w3.*": "layers.*.mlp.gate_up.*.*:up",
-    f"{_EXPERT}.w2.*": "layers.*.mlp.down.*.*",
-    # Names that `unpack` yields.
-    f"{_EXPERT}.gate_up_proj.*": "layers.*.mlp.gate_up.*.*:gate,up",
-    f"{_EXPERT}.down_proj.*": "layers.*.mlp.down.*.*",
+    f"{_EXPERTS}.*.w1.*": "layers.*.mlp.gate_up.*.*:gate",
+    f"{_EXPERTS}.*.w3.*": "layers.*.mlp.gate_up.*.*:up",
+    f"{_EXPERTS}.*.w2.*": "layers.*.mlp.down.*.*",
+    **names_of_experts(_EXPERTS),
+    # As `unpack` yields it.
+    f"{_EXPERTS}.*.gate_up_proj.*": "layers.*.mlp.gate_up.*.*:gate,up",
 }
 unpack = experts_one_by_one
 

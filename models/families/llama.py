@@ -25,6 +25,18 @@ NAMES = {
 }
 
 
+def names_of_experts(path: str) -> dict[str, str]:
+    """NAMES of experts with three matrices each, as tools name them that quantise linear layers.
+
+    path: the experts' path in a checkpoint, such as "model.layers.*.mlp.experts".
+    """
+    return {
+        f"{path}.*.gate_proj.*": "layers.*.mlp.gate_up.*.*:gate",
+        f"{path}.*.up_proj.*": "layers.*.mlp.gate_up.*.*:up",
+        f"{path}.*.down_proj.*": "layers.*.mlp.down.*.*",
+    }
+
+
 def spec_from_hf(hf: Any, rope: RopeSpec | None = None) -> ModelSpec:
     """ModelSpec of a transformers LlamaConfig, or of a config with the same fields.
 

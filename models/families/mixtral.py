@@ -7,15 +7,16 @@ from typing import Any
 
 from compiledllm.models.families import llama, qwen_moe
 from compiledllm.models.families.hf import common_window, expect
-from compiledllm.models.families.llama import with_attention
+from compiledllm.models.families.llama import names_of_experts, with_attention
 from compiledllm.models.spec import LayerSpec, ModelSpec, MoeSpec
 
-_EXPERT = "model.layers.*.block_sparse_moe.experts.*"
+_EXPERTS = "model.layers.*.block_sparse_moe.experts"
 NAMES = llama.NAMES | {
     "model.layers.*.block_sparse_moe.gate.*": "layers.*.mlp.router.*",
-    f"{_EXPERT}.w1.*": "layers.*.mlp.gate_up.*.*:gate",
-    f"{_EXPERT}.w3.*": "layers.*.mlp.gate_up.*.*:up",
-    f"{_EXPERT}.w2.*": "layers.*.mlp.down.*.*",
+    f"{_EXPERTS}.*.w1.*": "layers.*.mlp.gate_up.*.*:gate",
+    f"{_EXPERTS}.*.w3.*": "layers.*.mlp.gate_up.*.*:up",
+    f"{_EXPERTS}.*.w2.*": "layers.*.mlp.down.*.*",
+    **names_of_experts(_EXPERTS),
 }
 NAMES |= qwen_moe.EXPERTS  # as transformers 5 names the experts in memory
 unpack = qwen_moe.unpack

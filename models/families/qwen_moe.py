@@ -13,9 +13,7 @@ from compiledllm.models.spec import LayerSpec, ModelSpec, MoeSpec, RouterSpec
 
 EXPERTS = {
     "model.layers.*.mlp.gate.*": "layers.*.mlp.router.*",
-    "model.layers.*.mlp.experts.*.gate_proj.*": "layers.*.mlp.gate_up.*.*:gate",
-    "model.layers.*.mlp.experts.*.up_proj.*": "layers.*.mlp.gate_up.*.*:up",
-    "model.layers.*.mlp.experts.*.down_proj.*": "layers.*.mlp.down.*.*",
+    **llama.names_of_experts("model.layers.*.mlp.experts"),
     # Names in checkpoints with one tensor for all experts, after the loader or `unpack` has taken
     # the tensor apart.
     "model.layers.*.mlp.experts.*.gate_up_proj.*": "layers.*.mlp.gate_up.*.*:gate,up",

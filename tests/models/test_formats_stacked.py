@@ -16,7 +16,17 @@ from torch import Tensor
 from compiledllm.config import ConfigError
 from compiledllm.models.registry import load_spec
 from tests.models.test_families import load, logits_in_chunks
-from tests.support.families import DELTA_NET, GEMMA4, GEMMA4_DENSE, GPT_OSS, LLAMA4, MROPE
+from tests.support.families import (
+    DELTA_NET,
+    EXPERTS_OF_GRANITE,
+    GEMMA4,
+    GEMMA4_DENSE,
+    GPT_OSS,
+    LFM2,
+    LLAMA4,
+    MAMBA2,
+    MROPE,
+)
 from tests.support.greedy import load_reference
 from tests.support.quantized import KINDS, Writer, edit_config
 
@@ -236,6 +246,59 @@ def test_experts_of_gpt_oss_that_a_tool_has_quantised_one_by_one(
     torch.testing.assert_close(
         logits_in_chunks(model, token_ids, [24]), expected, atol=3e-4, rtol=1e-4
     )
+
+
+def linear_layers(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """The linear layers that tools make of a family's own experts, as views of the tensor."""
+    if match := re.fullmatch(r"(.*\.experts\.\d+)\.(w[123])\.weight", name):
+        part = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}[match[2]]
+        return {f"{match[1]}.{part}": tensor}
+    if match := re.fullmatch(r"(.*\.block_sparse_moe)\.(in|out)put_linear\.weight", name):
+        names = ("gate_proj", "up_proj") if match[2] == "in" else ("down_proj",)
+        parts = [expert.chunk(len(names)) for expert in tensor]
+        experts = (f"{match[1]}.experts.{index}" for index in range(len(tensor)))
+        return {
+            f"{expert}.{part}": rows
+            for expert, of_expert in zip(experts, parts, strict=True)
+            for part, rows in zip(names, of_expert, strict=True)
+        }
+    return {name.removesuffix(".weight"): tensor} if ".shared_mlp." in name else {}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+        ("lfm2_moe", LFM2 | EXPERTS | {"num_dense_layers": 1}),
+        ("granitemoehybrid", MAMBA2 | EXPERTS_OF_GRANITE),
+    ],
+)
+def test_experts_that_llm_compressor_has_made_linear_layers(
+    family: str, changes: dict[str, Any], tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """It names gate, up and down alike in all families. Granite's shared MLP is quantised, too."""
+    source = tiny_model(family, **changes)
+    config, write = KINDS["float of channels"]
+    dense, packed, skipped = load_file(source / FILE), {}, ["lm_head"]
+    for name, tensor in dense.items():
+        layers = linear_layers(name, tensor)
+        for layer, rows in layers.items():
+            tensors, values = write(*rows.shape)
+            rows.copy_(values)
+            packed |= {f"{layer}.{field}": part for field, part in tensors.items()}
+        if not layers:
+            packed[name] = tensor
+            skipped.append(name.removesuffix(".weight"))
+    assert any(".experts.3.up_proj.weight_scale" in name for name in packed)
+    for path, tensors in ((tmp_path / "packed", packed), (tmp_path / "dense", dense)):
+        shutil.copytree(source, path)
+        save_file(tensors, path / FILE, metadata={"format": "pt"})
+    edit_config(tmp_path / "packed", quantization_config=config | {"ignore": skipped})
+    token_ids = torch.randint(0, 128, (24,)).tolist()
+    with torch.inference_mode():
+        expected = load_reference(tmp_path / "dense")(torch.tensor([token_ids])).logits[0]
+    actual = logits_in_chunks(load(tmp_path / "packed"), token_ids, [24])
+    torch.testing.assert_close(actual, expected, atol=3e-4, rtol=1e-4)
 
 
 def test_stacked_fp8_experts_of_gpt_oss(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
