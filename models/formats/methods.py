@@ -18,7 +18,7 @@ from compiledllm.models.formats.compressed_config import NVFP4, compressed_tenso
 from compiledllm.models.formats.fp8 import BLOCK, from_fp8
 from compiledllm.models.formats.gguf_config import METHOD, gguf
 from compiledllm.models.formats.gptq import from_gptq
-from compiledllm.models.formats.modelopt import from_modelopt_fp8, from_modelopt_nvfp4
+from compiledllm.models.formats.modelopt import from_modelopt_fp8_blocks, from_modelopt_nvfp4
 from compiledllm.models.formats.mxfp4 import from_mxfp4_blocks
 from compiledllm.models.formats.stored import Fields, Scheme, Stored, Uniform, is_embedding, matches
 from compiledllm.models.matrices import QuantSpec
@@ -167,21 +167,33 @@ def _from_mxfp4(tensors: Mapping[str, Tensor]) -> QuantizedMatrix:
 def modelopt(fields: Fields, _scale_dtype: str) -> Scheme:
     """FP8 and NVFP4 of NVIDIA's ModelOpt."""
     fields = fields.section("quantization") if fields.get("quantization") else fields
-    algorithm = fields.expect("quant_algo", *_MODELOPT)
+    algorithm = _algorithm_of(fields)
     ignored = fields.names("ignore", "exclude_modules")
     spec, suffixes, read = _MODELOPT[algorithm]
     stored = Stored(spec, tuple((suffix,) for suffix in suffixes), read, (), FP8_UNUSED)
     return Uniform(f"modelopt {algorithm}", stored, _all_but(ignored))
 
 
+def _algorithm_of(fields: Fields) -> str:
+    """A key of `_MODELOPT`. ModelOpt itself writes "fp8_pb_wo" in lower case."""
+    name = fields.get("quant_algo")
+    if isinstance(name, str) and name.upper() in _MODELOPT:
+        return name.upper()
+    raise fields.refusal("quant_algo", name, f"supported: {', '.join(_MODELOPT)}")
+
+
 def _modelopt_fp8(tensors: Mapping[str, Tensor]) -> QuantizedMatrix:
-    return from_modelopt_fp8(tensors["weight"], tensors["weight_scale"])
+    return from_fp8(tensors["weight"], tensors["weight_scale"])
+
+
+def _modelopt_fp8_of_blocks(tensors: Mapping[str, Tensor]) -> QuantizedMatrix:
+    return from_modelopt_fp8_blocks(tensors["weight"], tensors["weight_scale"])
 
 
 def _modelopt_fp8_of_channels(tensors: Mapping[str, Tensor]) -> QuantizedMatrix:
     weight, scale = tensors["weight"], tensors["weight_scale"]
     expect_shape("weight_scale", scale, weight.shape[:1], (*weight.shape[:1], 1))
-    return from_modelopt_fp8(weight, scale)
+    return from_fp8(weight, scale)
 
 
 def _modelopt_nvfp4(tensors: Mapping[str, Tensor]) -> QuantizedMatrix:
@@ -194,7 +206,7 @@ _SCALED = (".weight", ".weight_scale")
 _MODELOPT = {
     "FP8": (QuantSpec("fp8"), _SCALED, _modelopt_fp8),
     "FP8_PER_CHANNEL_PER_TOKEN": (QuantSpec("fp8"), _SCALED, _modelopt_fp8_of_channels),
-    "FP8_PB_WO": (QuantSpec("fp8", BLOCK, BLOCK), _SCALED, _modelopt_fp8),
+    "FP8_PB_WO": (QuantSpec("fp8", BLOCK, BLOCK), _SCALED, _modelopt_fp8_of_blocks),
     "NVFP4": (NVFP4, (*_SCALED, ".weight_scale_2"), _modelopt_nvfp4),
 }
 

@@ -9,15 +9,17 @@ from compiledllm.models.formats.compressed_tensors import nvfp4_matrix, one_numb
 from compiledllm.models.formats.fp8 import BLOCK, from_fp8
 
 
-def from_modelopt_fp8(weight: Tensor, weight_scale: Tensor) -> QuantizedMatrix:
-    """FP8: w = weight * weight_scale in float32.
+def from_modelopt_fp8_blocks(weight: Tensor, weight_scale: Tensor) -> QuantizedMatrix:
+    """FP8 in blocks of 128x128 (FP8_PB_WO): w = weight * weight_scale in float32.
 
-    weight: float8_e4m3fn [N, K]. weight_scale: [] or [1] for the tensor, [N] for channels, or
-    [N / 128, 1, K / 128, 1] for blocks (FP8_PB_WO). Activations' `input_scale` is not needed.
+    weight: float8_e4m3fn [N, K]. weight_scale: [N / 128, 1, K / 128, 1], rounded up, or [] for a
+    matrix of a single block.
     """
     if weight_scale.ndim == 4 and weight_scale.shape[1] == weight_scale.shape[3] == 1:
-        return from_fp8(weight, weight_scale[:, 0, :, 0].contiguous(), (BLOCK, BLOCK))
-    return from_fp8(weight, weight_scale)
+        weight_scale = weight_scale[:, 0, :, 0].contiguous()
+    elif weight_scale.ndim == 0:
+        weight_scale = weight_scale.reshape(1, 1)
+    return from_fp8(weight, weight_scale, (BLOCK, BLOCK))
 
 
 def from_modelopt_nvfp4(

@@ -242,8 +242,8 @@ class MatrixSlot:
             stored = with_row_scales(stored)
         if self.spec.rows > 1 and not stored.block and not has_row_scales:
             raise ValueError(
-                "a rank's part of it is not whole blocks; use another checkpoint, or a smaller "
-                "tensor_parallel_size"
+                f"its outputs, or a rank's part of them, are not whole blocks of {BLOCK_ROWS} that "
+                "share scales; use another checkpoint, or a smaller tensor_parallel_size"
             )
         self.codes.copy_(pack_codes(self.spec.code, stored.codes))
         self._spread(stored.scales, stored, self.scales)

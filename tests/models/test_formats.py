@@ -17,7 +17,7 @@ from compiledllm.models.formats.codes import (
     with_row_scales,
 )
 from compiledllm.models.formats.fp8 import from_fp8
-from compiledllm.models.formats.modelopt import from_modelopt_fp8, from_modelopt_nvfp4
+from compiledllm.models.formats.modelopt import from_modelopt_fp8_blocks, from_modelopt_nvfp4
 from compiledllm.models.formats.mxfp4 import from_mxfp4_blocks
 
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
@@ -184,16 +184,15 @@ def test_fp8_refuses_inconsistent_tensors_by_name(
 # ModelOpt
 
 
-@pytest.mark.parametrize(
-    ("shape", "rows", "columns"),
-    [((), 256, 384), ((1,), 256, 384), ((256,), 1, 384), ((2, 1, 3, 1), 128, 128)],
-    ids=str,
-)
-def test_modelopt_fp8(shape: tuple[int, ...], rows: int, columns: int) -> None:
-    weight, scale = fp8_codes(256, 384), torch.rand(shape)
-    spread = scale.reshape(256 // rows, -1).repeat_interleave(rows, 0)
-    expected = weight.float() * spread.repeat_interleave(columns, 1)
-    assert torch.equal(dequantize(from_modelopt_fp8(weight, scale)), expected)
+@pytest.mark.parametrize(("n", "k", "shape"), [(256, 384, (2, 1, 3, 1)), (100, 128, ())])
+def test_modelopt_fp8_blocks(n: int, k: int, shape: tuple[int, ...]) -> None:
+    weight, scale = fp8_codes(n, k), torch.rand(shape)
+    spread = scale.reshape(-(-n // 128), -1).repeat_interleave(128, 0)[:n]
+    expected = weight.float() * spread.repeat_interleave(128, 1)
+    matrix = from_modelopt_fp8_blocks(weight, scale)
+    assert torch.equal(dequantize(matrix), expected) and matrix.block == 128
+    with pytest.raises(ValueError, match=r"weight_scale has shape \[1, 1\], expected \[2, 1\]"):
+        from_modelopt_fp8_blocks(fp8_codes(256, 128), torch.rand(()))
 
 
 def test_modelopt_nvfp4_global_scale_multiplies() -> None:

@@ -266,17 +266,21 @@ def linear_layers(name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("family", "changes"),
+    ("family", "changes", "mlp"),
     [
-        ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
-        ("lfm2_moe", LFM2 | EXPERTS | {"num_dense_layers": 1}),
-        ("granitemoehybrid", MAMBA2 | EXPERTS_OF_GRANITE),
+        ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, "block_sparse_moe"),
+        ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, "mlp"),  # ModelOpt's
+        ("lfm2_moe", LFM2 | EXPERTS | {"num_dense_layers": 1}, "feed_forward"),
+        ("granitemoehybrid", MAMBA2 | EXPERTS_OF_GRANITE, "block_sparse_moe"),
     ],
 )
-def test_experts_that_llm_compressor_has_made_linear_layers(
-    family: str, changes: dict[str, Any], tiny_model: Callable[..., Path], tmp_path: Path
+def test_experts_that_a_tool_has_made_linear_layers(
+    family: str, changes: dict[str, Any], mlp: str, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """It names gate, up and down alike in all families. Granite's shared MLP is quantised, too."""
+    """Tools name gate, up and down alike in all families. Granite's shared MLP is quantised, too.
+
+    mlp: the tool's name of the layers' MLPs.
+    """
     source = tiny_model(family, **changes)
     config, write = KINDS["float of channels"]
     dense, packed, skipped = load_file(source / FILE), {}, ["lm_head"]
@@ -289,6 +293,7 @@ def test_experts_that_llm_compressor_has_made_linear_layers(
         if not layers:
             packed[name] = tensor
             skipped.append(name.removesuffix(".weight"))
+    packed = {name.replace(".block_sparse_moe.", f".{mlp}."): t for name, t in packed.items()}
     assert any(".experts.3.up_proj.weight_scale" in name for name in packed)
     for path, tensors in ((tmp_path / "packed", packed), (tmp_path / "dense", dense)):
         shutil.copytree(source, path)

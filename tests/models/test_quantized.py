@@ -517,6 +517,16 @@ def test_biases_of_zeros_for_layers_without_one_are_let_pass(
         load(packed)
 
 
+def test_modelopt_writes_some_algorithms_in_lower_case(
+    checkpoints: Callable[..., tuple[Path, Path]],
+) -> None:
+    packed, _ = checkpoints("llama", "modelopt fp8")
+    edit_config(packed, quantization_config={"quant_method": "modelopt", "quant_algo": "fp8_pb_wo"})
+    spec = load_spec(packed)
+    assert spec.quantization == "modelopt FP8_PB_WO"
+    assert {format.rows for _, format in spec.layers[0].formats} == {128}
+
+
 def test_modelopt_is_found_in_a_file_of_its_own(
     checkpoints: Callable[..., tuple[Path, Path]],
 ) -> None:
