@@ -10,9 +10,9 @@ from compiledllm.models.families.hf import expect
 from compiledllm.models.families.llama import with_attention
 from compiledllm.models.spec import LayerSpec, ModelSpec, MoeSpec, RouterSpec
 
-_SCORE_BIAS = "model.layers.*.block_sparse_moe.e_score_correction_bias"
-NAMES = mixtral.NAMES | qwen3.NAMES | {_SCORE_BIAS: "layers.*.mlp.score_bias"}
-NAMES[_SCORE_BIAS.replace("block_sparse_moe", "mlp")] = NAMES[_SCORE_BIAS]
+_MLPS = ("block_sparse_moe", "mlp")  # in checkpoints, and by transformers' modules
+_SCORE_BIASES = (f"model.layers.*.{mlp}.e_score_correction_bias" for mlp in _MLPS)
+NAMES = mixtral.NAMES | qwen3.NAMES | dict.fromkeys(_SCORE_BIASES, "layers.*.mlp.score_bias")
 unpack = mixtral.unpack
 
 

@@ -45,6 +45,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"moe_intermediate_size": 96},
     ),
 }
+LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
+ERNIE = {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 96}
 FP8 = {"quant_method": "fp8", "activation_scheme": "static"}
 BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 MODELOPT = {"quant_method": "modelopt"}
@@ -253,6 +255,8 @@ def linear_layers(name: str, tensor: Tensor) -> dict[str, Tensor]:
     if match := re.fullmatch(r"(.*\.experts\.\d+)\.(w[123])\.weight", name):
         part = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}[match[2]]
         return {f"{match[1]}.{part}": tensor}
+    if re.fullmatch(r".*\.experts\.\d+\.(gate|up|down)_proj\.weight", name):
+        return {name.removesuffix(".weight"): tensor}
     if match := re.fullmatch(r"(.*\.block_sparse_moe)\.(in|out)put_linear\.weight", name):
         names = ("gate_proj", "up_proj") if match[2] == "in" else ("down_proj",)
         parts = [expert.chunk(len(names)) for expert in tensor]
@@ -266,35 +270,42 @@ def linear_layers(name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("family", "changes", "mlp"),
+    ("family", "changes", "name", "theirs"),
     [
-        ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, "block_sparse_moe"),
-        ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, "mlp"),  # ModelOpt's
-        ("lfm2_moe", LFM2 | EXPERTS | {"num_dense_layers": 1}, "feed_forward"),
-        ("granitemoehybrid", MAMBA2 | EXPERTS_OF_GRANITE, "block_sparse_moe"),
+        ("mixtral", LOCAL, "", ""),
+        ("mixtral", LOCAL, ".block_sparse_moe.", ".mlp."),
+        ("minimax_m2", LOCAL, ".block_sparse_moe.", ".mlp."),
+        ("ernie4_5_moe", ERNIE, ".moe_statics.", ".gate.moe_statics."),
+        ("lfm2_moe", LFM2 | EXPERTS | {"num_dense_layers": 1}, "", ""),
+        ("granitemoehybrid", MAMBA2 | EXPERTS_OF_GRANITE, "", ""),
     ],
 )
 def test_experts_that_a_tool_has_made_linear_layers(
-    family: str, changes: dict[str, Any], mlp: str, tiny_model: Callable[..., Path], tmp_path: Path
+    family: str,
+    changes: dict[str, Any],
+    name: str,
+    theirs: str,
+    tiny_model: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
     """Tools name gate, up and down alike in all families. Granite's shared MLP is quantised, too.
 
-    mlp: the tool's name of the layers' MLPs.
+    theirs: what stands instead of `name` in files with the names of transformers' modules.
     """
     source = tiny_model(family, **changes)
     config, write = KINDS["float of channels"]
     dense, packed, skipped = load_file(source / FILE), {}, ["lm_head"]
-    for name, tensor in dense.items():
-        layers = linear_layers(name, tensor)
+    for own, tensor in dense.items():
+        layers = linear_layers(own, tensor)
         for layer, rows in layers.items():
             tensors, values = write(*rows.shape)
             rows.copy_(values)
             packed |= {f"{layer}.{field}": part for field, part in tensors.items()}
         if not layers:
-            packed[name] = tensor
-            skipped.append(name.removesuffix(".weight"))
-    packed = {name.replace(".block_sparse_moe.", f".{mlp}."): t for name, t in packed.items()}
-    assert any(".experts.3.up_proj.weight_scale" in name for name in packed)
+            packed[own] = tensor
+            skipped.append(own.removesuffix(".weight"))
+    packed = {own.replace(name, theirs): tensor for own, tensor in packed.items()}
+    assert any(".experts.3.up_proj.weight_scale" in own for own in packed)
     for path, tensors in ((tmp_path / "packed", packed), (tmp_path / "dense", dense)):
         shutil.copytree(source, path)
         save_file(tensors, path / FILE, metadata={"format": "pt"})
