@@ -120,10 +120,17 @@ def _make_stored(group: Fields, fields: Fields, scale_dtype: str) -> Stored:
     if format == "pack-quantized":
         return _pack_quantized(weights, scale_dtype)
     is_float = format == "float-quantized" or (format == "naive-quantized" and kind == "float")
-    weights.expect("num_bits", 8)
-    return _float_quantized(weights, scale_dtype) if is_float else _int_quantized(
-        weights, scale_dtype
-    )  # fmt: skip
+    if is_float:
+        weights.expect("num_bits", 8)
+        return _float_quantized(weights, scale_dtype)
+    return _int_quantized(weights, scale_dtype)
+
+
+def _bits_of_integers(weights: Fields, default: int) -> int:
+    num_bits = weights.integer("num_bits", default=default)
+    if not 1 <= num_bits <= 8:
+        raise weights.refusal("num_bits", num_bits, "supported: 1 to 8")
+    return num_bits
 
 
 def _group_of(weights: Fields) -> int:
@@ -144,9 +151,7 @@ def _check_scales(strategy: str, scale: Tensor, weight: Tensor) -> None:
 
 
 def _pack_quantized(weights: Fields, scale_dtype: str) -> Stored:
-    num_bits = weights.integer("num_bits", default=4)
-    if not 1 <= num_bits <= 8:
-        raise weights.refusal("num_bits", num_bits, "supported: 1 to 8")
+    num_bits = _bits_of_integers(weights, default=4)
     weights.expect("type", "int", default="int")
     group, strategy = _group_of(weights), weights.get("strategy")
     is_symmetric = weights.flag("symmetric", default=True)
@@ -175,6 +180,8 @@ def _pack_quantized(weights: Fields, scale_dtype: str) -> Stored:
 
 
 def _int_quantized(weights: Fields, scale_dtype: str) -> Stored:
+    """Integers with a byte each; files of W4A8 have four bits in it."""
+    _bits_of_integers(weights, default=8)
     group, strategy = _group_of(weights), weights.get("strategy")
     is_symmetric = weights.flag("symmetric", default=True)
     spec = QuantSpec("int8", group, has_zeros=not is_symmetric, scale_dtype=scale_dtype)

@@ -278,6 +278,25 @@ def test_a_target_by_name_comes_before_patterns_and_classes(
     torch.testing.assert_close(actual, expected, atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("num_bits", [4, 9])
+def test_integers_of_a_byte_each_may_have_fewer_bits(
+    num_bits: int, checkpoints: Callable[..., tuple[Path, Path]]
+) -> None:
+    """As in files of W4A8."""
+    packed, dense = checkpoints("llama", "int8")
+    config, _ = KINDS["int8"]
+    group = config["config_groups"]["group_0"]
+    groups = {"a": group | {"weights": group["weights"] | {"num_bits": num_bits}}}
+    edit_config(packed, quantization_config=config | {"config_groups": groups})
+    if num_bits > 8:
+        with pytest.raises(ConfigError, match=r"groups.a.weights: num_bits=9 .*supported: 1 to 8"):
+            load(packed)
+        return
+    expected = logits_in_chunks(load(dense), [5, 6, 7], [3])
+    actual = logits_in_chunks(load(packed), [5, 6, 7], [3])
+    torch.testing.assert_close(actual, expected, atol=2e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("format", [None, "dense"])
 def test_a_group_without_weights_quantises_no_matrix(
     format: str | None, checkpoints: Callable[..., tuple[Path, Path]]
