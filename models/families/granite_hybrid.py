@@ -98,11 +98,7 @@ def spec_from_hf(hf: Any) -> ModelSpec:
 def unpack(
     tensors: Iterable[tuple[str, Content]], _spec: ModelSpec
 ) -> Iterator[tuple[str, Content]]:
-    """Yield each expert's matrices one by one.
-
-    Tensors "X.block_sparse_moe.input_linear.weight" [experts, outputs, inputs] become
-    "X.expert.0.input_linear.weight" and so on.
-    """
+    """Yield "X.expert.0.input_linear.weight" and so on for the stack of all experts."""
     for name, tensor in tensors:
         layer, _, matrix = name.rpartition(".block_sparse_moe.")
         matrix = _IN_MEMORY.get(matrix, matrix)

@@ -17,11 +17,9 @@ NAMES = llama.NAMES | {
     f"{_EXPERTS}.*.w3.*": "layers.*.mlp.gate_up.*.*:up",
     f"{_EXPERTS}.*.w2.*": "layers.*.mlp.down.*.*",
     **names_of_experts(_EXPERTS),
-    # Names of tools that take them from transformers' modules, and not from its checkpoints.
-    "model.layers.*.mlp.gate.*": "layers.*.mlp.router.*",
-    **names_of_experts("model.layers.*.mlp.experts"),
+    # As transformers 5's modules, and tools that quantise these modules, name router and experts.
+    **qwen_moe.EXPERTS,
 }
-NAMES |= qwen_moe.EXPERTS  # as transformers 5 names the experts in memory
 unpack = qwen_moe.unpack
 
 
