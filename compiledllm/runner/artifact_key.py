@@ -48,6 +48,7 @@ def key_of(plan: Plan) -> dict[str, str]:
         "architecture": spec.architecture,
         "layers": layers,
         **{name: getattr(spec, name) for name in _SPEC_FIELDS},
+        **_across_layers(plan),
         "attention_backend": plan.backend.name,
         "persistent_decode": plan.config.requested.compile.persistent_decode,
         "kv_groups": (plan.kv_layout.windows, plan.kv_layout.splits),
@@ -58,6 +59,19 @@ def key_of(plan: Plan) -> dict[str, str]:
         "captured": plan.shapes_to_capture(),
     }
     return {name: _shown(value) for name, value in facts.items()}
+
+
+def _across_layers(plan: Plan) -> dict[str, Any]:
+    """What decides compiled functions that compute something for several layers at once.
+
+    transformers' body is one function of all layers, with constants of the config that no spec has.
+    A decoder's per-layer inputs of a token come from one function, too.
+    """
+    if plan.spec.implementation == "transformers":
+        config = (plan.checkpoint / "config.json").read_text(encoding="utf-8")
+        return {"config": config, "transformers": version_of("transformers")}
+    has_token_inputs = any(layer.token_size for layer in plan.spec.layers)
+    return {"num_layers": len(plan.spec.layers)} if has_token_inputs else {}
 
 
 def _software() -> dict[str, Any]:

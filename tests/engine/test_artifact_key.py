@@ -18,6 +18,7 @@ from compiledllm.graphs.artifact import differences
 from compiledllm.models.spec import ModelSpec
 from compiledllm.runner import artifact_key
 from compiledllm.runner.artifact_key import key_of
+from tests.support.families import GEMMA4
 
 PROGRAM = """
 import json, sys
@@ -73,6 +74,28 @@ def test_deciding_fact_of_the_model_changes_the_key(
 ) -> None:
     found = fields_that_differ(key(model), key(tiny_llama(**changes)))
     assert found & {"layers", "vocab_size", "hidden_size", "final_norm"}
+
+
+@pytest.mark.parametrize("changes", [{"num_hidden_layers": 2}, {"rms_norm_eps": 1e-3}])
+def test_a_fact_of_transformers_module_changes_the_key(
+    changes: dict[str, Any], model: Path, tiny_llama: Callable[..., Path]
+) -> None:
+    """The compiled body has all layers, and constants that the spec lacks."""
+    one, other = (key(m, model_impl="transformers") for m in (model, tiny_llama(**changes)))
+    assert "config" in fields_that_differ(one, other)
+
+
+def test_number_of_layers_with_token_inputs_changes_the_key(
+    tiny_model: Callable[..., Path],
+) -> None:
+    """All layers' token inputs come from one compiled function."""
+    kinds = ["sliding_attention", "full_attention"]
+    sizes = GEMMA4 | {"hidden_size_per_layer_input": 16}
+    one, other = (
+        key(tiny_model("gemma4_text", **sizes, num_hidden_layers=2 * n, layer_types=kinds * n))
+        for n in (1, 2)
+    )
+    assert fields_that_differ(one, other) == {"num_layers"}
 
 
 def test_quantisation_changes_the_key(tiny_llama: Callable[..., Path]) -> None:
