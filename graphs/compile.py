@@ -43,6 +43,7 @@ class Decoder(Protocol):
     """A model to compile. `block_forward(block, *tensors, cache, metadata)` runs one block.
 
     tensors: each [tokens, ...], or None. cache: a tensor or a list of tensors. metadata: its
+    `cache_dim` is the dimension of the cache whose size differs between engines; its
     `token_tensors` are tensors [tokens, ...]; the first dimensions of its `row_tensors` follow the
     number of rows, and the lengths of its `bound_tensors` are bounds. Blocks with equal `spec`
     share a compilation. edges: names of further attributes to compile, each called once per step as

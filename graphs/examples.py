@@ -30,23 +30,22 @@ class Example:
 
 
 BLOCK = "block_forward"
-_BLOCKS_DIM = 1  # the dimension of a KV cache that counts blocks
 
 
 def mark_dynamic_sizes(example: Example) -> None:
-    """Tell Dynamo which sizes differ between calls of a variant: tokens, rows, bounds and blocks.
+    """Tell Dynamo which sizes differ between calls of a variant: tokens, rows, bounds and caches.
 
     Numbers of tokens and rows are first dimensions; in the variant for one token they are static.
     The bound on tokens per row is dynamic in every variant, since a single token may also be the
-    end of a prompt. The number of blocks in a KV cache follows from free memory and options, so
-    saved code must run with any number.
+    end of a prompt. The numbers of a KV cache's blocks and of states' snapshots follow from free
+    memory and options, so saved code must run with any number.
     """
     variant, tensors = example.variant, list(example.args)
     if example.name == BLOCK:
         *tensors, cache, metadata = tensors
         tensors = [tensor for tensor in tensors if tensor is not None]
-        if isinstance(cache, Tensor):
-            torch._dynamo.mark_dynamic(cache, _BLOCKS_DIM)
+        for part in [cache] if isinstance(cache, Tensor) else cache:
+            torch._dynamo.mark_dynamic(part, metadata.cache_dim)
         for tensor in metadata.bound_tensors:
             torch._dynamo.mark_dynamic(tensor, 0)
     if variant.max_tokens == 1:

@@ -54,6 +54,11 @@ class AttentionMetadata(NamedTuple):
     row_bound: Tensor = make_row_bound(0)  # carries `max_row_tokens` in its length; never read
 
     @property
+    def cache_dim(self) -> int:
+        """The dimension of a KV cache that counts blocks."""
+        return 1
+
+    @property
     def max_row_tokens(self) -> int:
         """The maximum number of tokens of a row; 0: no maximum is known."""
         return max_row_tokens(self.row_bound)
@@ -87,6 +92,11 @@ class StateMetadata(NamedTuple):
     seq_lens: Tensor  # int32 [rows], context lengths including this step's tokens
     row_bound: Tensor  # see `make_row_bound`
     snapshots: Tensor  # int64 [rows, 2], see `short_convolution.short_convolution`
+
+    @property
+    def cache_dim(self) -> int:
+        """The dimension of a state tensor that counts request rows and snapshots."""
+        return 0
 
     @property
     def token_tensors(self) -> tuple[Tensor, ...]:

@@ -14,6 +14,7 @@ from compiledllm import Engine, SamplingParams
 from compiledllm.graphs.few_blocks import few_blocks
 from compiledllm.graphs.variants import Variant
 from compiledllm.runner import model_runner
+from tests.support.artifacts import keep_artifacts_in, wait_until_kept
 from tests.support.families import IN_ENGINE, VARIANTS
 
 LENGTHS, NUM_TOKENS = [1, 5, 17, 40, 100, 170], 10
@@ -22,7 +23,7 @@ PROMPTS = [[random.Random(n).randrange(3, 128) for _ in range(n)] for n in LENGT
 
 def make(checkpoint: Path, **options: Any) -> Engine:
     fixed = {"device": "cpu", "dtype": "float32", "skip_tokenizer_init": True}
-    return Engine(checkpoint, num_kv_blocks=100, **fixed, **options)
+    return Engine(checkpoint, **{"num_kv_blocks": 100} | fixed | options)
 
 
 def greedy(engine: Engine) -> list[list[int]]:
@@ -51,6 +52,7 @@ def test_greedy_tokens_are_those_of_transformers(
 
 # Each has layers that no other has. tests/engine/test_windows.py compiles Gemma's.
 COMPILED = ["cohere", "gpt_neox", "gpt_oss", "opt", "lfm2", "qwen3_next", "gemma3n_text"]
+TRANSFORMERS = {"model_impl": "transformers"}
 # A graph for each kind of layer: with a window and without, sparse and not, with KV of its own and
 # with another's.
 FEWER_LAYERS = {
@@ -78,3 +80,23 @@ def test_compiled_blocks_give_the_same_tokens(
     monkeypatch.setattr(model_runner, "_MIN_TOKENS_FOR_SAMPLED_ONLY", 30)
     assert greedy(engine) == wanted
     assert engine.core.runner.compiler.num_recompiles == 0
+
+
+@pytest.mark.parametrize("family, options", [("lfm2", {}), ("qwen3", TRANSFORMERS)])
+def test_an_artifact_serves_starts_with_caches_of_other_sizes(
+    family: str,
+    options: dict[str, Any],
+    tiny_model: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Blocks with a list of caches: states beside snapshots, and the KV of all layers."""
+    monkeypatch.setattr(model_runner, "variants_for", lambda *_: [Variant(2, 2**30, 2)])
+    keep_artifacts_in(tmp_path, monkeypatch)
+    checkpoint = tiny_model(family, **VARIANTS[family, IN_ENGINE[family]])
+    assert make(checkpoint, compile_when="start", **options).core.runner.compiler.is_ready
+    wait_until_kept()
+    others = {"num_kv_blocks": 70, "enable_prefix_caching": False}
+    engine = make(checkpoint, compile_when="start", **options, **others)
+    assert engine.core.runner.compiler.num_compiles == 0
+    assert greedy(engine) == greedy(make(checkpoint, enforce_eager=True))
