@@ -63,3 +63,12 @@ def test_gloo_is_told_the_interface_that_leads_to_the_first_rank() -> None:
 
     assert interface_to("127.0.0.1") == ("lo" if sys.platform == "linux" else None)
     assert interface_to("no such host") is None
+
+
+def test_ranks_without_ray_say_how_to_get_it(
+    tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    options = {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"}
+    with pytest.raises(ConfigError, match=r"pip install 'compiledllm\[ray\]', or use 'mp'"):
+        Engine(tiny_model("llama"), **FIXED | options)
