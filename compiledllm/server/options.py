@@ -20,7 +20,7 @@ def add_server_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--config", metavar="FILE", help="YAML with these options; the command line wins")
     add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
-    add("--port", type=int, default=8000, help="port to listen on (8000)")
+    add("--port", type=_port, default=8000, help="port to listen on (8000)")
     add("--uds", metavar="PATH", help="listen on this Unix socket instead")
     add(
         "--root-path",
@@ -83,7 +83,7 @@ def add_batch_options(group: argparse._ArgumentGroup) -> None:
     _add_switch(group, "--overwrite", False, "start over and discard the answers in the output")
     _add_switch(group, "--enable-metrics", False, "serve /metrics while the batch runs")
     add("--host", "--url", default="127.0.0.1", help="address of /metrics (127.0.0.1)")
-    add("--port", type=int, default=8000, help="port of /metrics (8000)")
+    add("--port", type=_port, default=8000, help="port of /metrics (8000)")
     add("--output-tmp-dir", help=argparse.SUPPRESS)  # vLLM's, for uploads
     _add_answer_options(group)
 
@@ -139,6 +139,13 @@ def positive(text: str) -> int:
     """Parse a number of at least 1."""
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got '{text}'")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    """Parse the number of a port; 0: any free one."""
+    if not text.isascii() or not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"must be an integer from 0 to 65535, got '{text}'")
     return int(text)
 
 

@@ -62,7 +62,7 @@ def test_the_command_line_wins_wherever_it_stands(parse: Parse) -> None:
     [
         ("prot: 9", "unknown option 'prot'; did you mean --port?"),
         ("config: other.yaml", "unknown option 'config'"),
-        ("port: nine", "argument --port: invalid int value: 'nine'"),
+        ("port: nine", "argument --port: must be an integer from 0 to 65535, got 'nine'"),
         ("enforce-eager: maybe", "enforce-eager must be true or false, got 'maybe'"),
         ("- port", "must be options with values, such as 'port: 8000', one a line"),
         ("a: [", "cannot be read (while parsing"),
@@ -171,6 +171,14 @@ def test_a_root_path_is_a_path(text: str, capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit):
         arguments("--root-path", text)
     assert f"must be a path such as /llm, got '{text}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["65536", "-1", "x", "8e3"])
+def test_a_port_is_one(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert [arguments("--port", port).port for port in ("0", "65535")] == [0, 65535]
+    with pytest.raises(SystemExit):
+        arguments("--port", text)
+    assert f"must be an integer from 0 to 65535, got '{text}'" in capsys.readouterr().err
 
 
 def test_origins_may_be_words_or_vllms_json() -> None:
