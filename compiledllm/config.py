@@ -89,8 +89,6 @@ class EngineConfig:
         if model.tensor_parallel_size > 1:
             self._check_parallel(model.tensor_parallel_size)
         self._check_target()
-        if not -(2**63) <= model.seed < 2**63:
-            raise ConfigError(f"seed must be a 64-bit integer, got {model.seed}")
         if model.max_logprobs < -1:
             raise ConfigError(
                 f"max_logprobs must be at least 0, or -1 for no limit, got {model.max_logprobs}"
@@ -201,3 +199,5 @@ def check_types_and_choices(group: object) -> None:
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
             words += " or None" * (f.default is None)
             raise ConfigError(f"{f.name} must be {words}, got {value!r}")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ConfigError(f"{f.name} must be a 64-bit integer, got {value}")

@@ -69,6 +69,12 @@ def test_count_below_one_is_refused(name: str, value: int) -> None:
     assert refusal(**{name: value}) == f"{name} must be an integer >= 1{or_auto}, got {value}"
 
 
+@pytest.mark.parametrize("name", [*COUNTS, "seed", "block_size", "max_logprobs"])
+def test_integer_that_no_message_can_carry_is_refused(name: str) -> None:
+    for value in (2**63, 10**30):
+        assert refusal(**{name: value}) == f"{name} must be a 64-bit integer, got {value}"
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [(name, value) for name in CHOSEN_FROM for value in ("bogus", 1)],
