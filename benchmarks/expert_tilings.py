@@ -11,7 +11,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +20,9 @@ from compiledllm.benchmarks.quantized_tilings import FORMATS, packed_matrix
 from compiledllm.benchmarks.quantized_tilings import candidates as candidates_of_codes
 from compiledllm.benchmarks.state_layers import seconds_per_call
 from compiledllm.benchmarks.tilings import (
-    MIN_GAIN,
     compile_in_processes,
+    figures,
+    is_worth,
     num_copies,
     of_the_fastest,
 )
@@ -31,6 +32,10 @@ from compiledllm.models.matrices import MixedSpec, QuantSpec
 from compiledllm.models.registry import load_spec
 from compiledllm.models.source import resolve_checkpoint
 from compiledllm.models.spec import EXPERTS, LayerSpec, MoeSpec
+
+if TYPE_CHECKING:
+    from compiledllm.kernels.moe_routing_triton import Routing
+    from compiledllm.kernels.moe_triton import Plan
 
 Fields = tuple[int, ...]  # see `tables.ExpertProducts`
 _SHARED_BYTES = 200 * 1024  # most bytes of tiles of a program; more does not leave room for sums
@@ -149,21 +154,17 @@ def _measure(work: _Work, tilings: Iterable[Fields], **how: Any) -> dict[Fields,
 
 def _entry(work: _Work) -> dict[str, Any] | None:
     seconds = of_the_fastest(work.tilings(), functools.partial(_measure, work))
-    best, rule_s = min(seconds, key=seconds.__getitem__), seconds.get(work.rule)
-    if rule_s is not None and seconds[best] > (1 - MIN_GAIN) * rule_s:
-        return None
     key = work.key
-    return {
+    entry = {
         "weights": key.weights,
         "experts": key.num_experts,
         "rows": key.rows,
         "items": key.num_items,
         "outputs": key.num_outputs,
         "inputs": key.num_inputs,
-        "tiling": list(best),
-        "us": round(seconds[best] * 1e6, 2),
-        "rule_us": None if rule_s is None else round(rule_s * 1e6, 2),
+        **figures(seconds, work.rule),
     }
+    return entry if is_worth(entry) else None
 
 
 def _compile(jobs: Sequence[tuple[Product, Fields]]) -> None:
@@ -199,21 +200,19 @@ class _Work:
         from compiledllm.kernels import moe_triton, quantized_experts_cuda
 
         if isinstance(self._weights, Tensor):
-            t = moe_triton.rule_for(*self._counts, self._weights.dtype)
-            return t.outputs, t.columns, t.num_warps, t.num_stages
+            return moe_triton.rule_for(*self._counts, self._weights.dtype).measured
         own = quantized_experts_cuda.rule_for(self._weights.layout.code, self.key.rows)
         return own.row_tiles, own.n_warps, own.k_warps, own.depth, own.chunk
 
     @functools.cached_property
     def key(self) -> ExpertProduct:
-        from compiledllm.kernels import moe_triton, quantized_experts_cuda
+        from compiledllm.kernels import moe_triton
 
         p = self._product
         if isinstance(self._weights, Tensor):
             name, rows = SIXTEEN_BITS, moe_triton.rule_for(*self._counts, self._x.dtype).rows
         else:
-            routing = quantized_experts_cuda.route(self._ids[0], p.num_experts)
-            name, rows = str(self._weights.layout), routing.rows
+            name, rows = str(self._weights.layout), self._routings[0].rows
         return ExpertProduct(name, p.num_experts, rows, p.num_outputs, p.num_inputs, p.num_items)
 
     @property
@@ -234,28 +233,39 @@ class _Work:
         return list(of_weights(fields))
 
     def _calls_of_16_bits(self, fields: Fields) -> Iterator[Callable[[], Tensor]]:
-        from compiledllm.kernels.moe_triton import Plan, grouped_product, rule_for
+        from compiledllm.kernels.moe_triton import grouped_product, rule_for
 
         p, weight = self._product, self._weights
         assert isinstance(weight, Tensor)
-        names = "outputs", "columns", "num_warps", "num_stages"
-        t = replace(rule_for(*self._counts, weight.dtype), **dict(zip(names, fields, strict=True)))
+        t = rule_for(*self._counts, weight.dtype).with_measured(fields)
         out = self._out(p.num_outputs // 2 if p.is_first else p.num_outputs)
-        for ids in self._ids:
-            plan = Plan.of(ids, p.num_experts, t.rows)
+        for plan in self._plans:
             yield functools.partial(
                 grouped_product, self._x, weight, None, out, plan, t, is_gated=p.is_first
             )
 
     def _of_codes(self, fields: Fields) -> Iterator[Callable[[], Tensor]]:
         from compiledllm.kernels.quantized_cuda import Tiling
+
+        out = self._out(self._product.num_outputs)
+        for routing in self._routings:
+            yield functools.partial(self._weights.times, self._x, out, routing, Tiling(*fields))
+
+    @functools.cached_property
+    def _plans(self) -> list[Plan]:
+        """The choices of experts, for 16-bit weights."""
+        from compiledllm.kernels.moe_triton import Plan
+
+        return [Plan.of(ids, self._product.num_experts, self.key.rows) for ids in self._ids]
+
+    @functools.cached_property
+    def _routings(self) -> list[Routing]:
+        """The choices of experts, for quantised weights."""
         from compiledllm.kernels.quantized_experts_cuda import route
 
-        p, matrix = self._product, self._weights
-        out, per_row = self._out(p.num_outputs), p.top_k if p.is_first else 1
-        for ids in self._ids:
-            routing = replace(route(ids, p.num_experts), items_per_row=per_row)
-            yield functools.partial(matrix.times, self._x, out, routing, Tiling(*fields))
+        p = self._product
+        per_row = p.top_k if p.is_first else 1
+        return [replace(route(ids, p.num_experts), items_per_row=per_row) for ids in self._ids]
 
     def _out(self, num_outputs: int) -> Tensor:
         dtype = torch.bfloat16 if self._product.is_first else torch.float32

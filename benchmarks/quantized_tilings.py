@@ -16,9 +16,10 @@ from torch import Tensor
 
 from compiledllm.benchmarks.state_layers import seconds_per_call
 from compiledllm.benchmarks.tilings import (
-    MIN_GAIN,
     QuantizedKey,
     compile_in_processes,
+    figures,
+    is_worth,
     num_copies,
     of_the_fastest,
     quantized_key,
@@ -129,7 +130,7 @@ def measure_products(
     found: dict[QuantizedKey, dict[str, Any] | None] = {}
     for product in products:
         entry = _entry(product)
-        found[quantized_key(entry)] = entry if _is_worth(entry) else None
+        found[quantized_key(entry)] = entry if is_worth(entry) else None
         advance(str(product))
     return found
 
@@ -215,21 +216,8 @@ def _entry(product: Product) -> dict[str, Any]:
     x = torch.randn(product.rows, product.num_inputs, device=_DEVICE, dtype=torch.bfloat16)
     tilings = _tilings(layout, product)
     seconds = of_the_fastest(tilings, functools.partial(_measure, x, layout, product, copies))
-    fastest, rule_s = min(seconds, key=seconds.__getitem__), seconds.get(tilings[0])
-    return {
-        "layout": str(layout),
-        "rows": product.rows,
-        "outputs": product.num_outputs,
-        "inputs": product.num_inputs,
-        "tiling": list(fastest),
-        "us": round(seconds[fastest] * 1e6, 2),
-        "rule_us": None if rule_s is None else round(rule_s * 1e6, 2),
-    }
-
-
-def _is_worth(entry: dict[str, Any]) -> bool:
-    """Whether the fastest tiling is clearly faster than the rule's."""
-    return entry["rule_us"] is None or entry["us"] < (1 - MIN_GAIN) * entry["rule_us"]
+    sizes = {"rows": product.rows, "outputs": product.num_outputs, "inputs": product.num_inputs}
+    return {"layout": str(layout)} | sizes | figures(seconds, tilings[0])
 
 
 def _measure(

@@ -110,18 +110,26 @@ def entry_of(
     num_rows: int, shape: Shape, seconds: dict[Fields, float], rule: Fields
 ) -> dict[str, Any] | None:
     """The table's entry for a matmul, or None where the rule's tiling is good enough."""
-    best = min(seconds, key=seconds.__getitem__)
-    rule_s = seconds.get(rule)  # None: the GPU lacks the resources for this tiling
-    if rule_s is not None and seconds[best] > (1 - MIN_GAIN) * rule_s:
-        return None
+    entry = {"rows": num_rows, "outputs": shape[0], "inputs": shape[1]} | figures(seconds, rule)
+    return entry if is_worth(entry) else None
+
+
+def figures(seconds: Mapping[_Fields, float], rule: _Fields) -> dict[str, Any]:
+    """What an entry says of its tiling: the fastest one, its time, and the time of the rule's.
+
+    seconds: with each tiling for which the GPU has the resources, which the rule's may lack.
+    """
+    best, rule_s = min(seconds, key=seconds.__getitem__), seconds.get(rule)
     return {
-        "rows": num_rows,
-        "outputs": shape[0],
-        "inputs": shape[1],
         "tiling": list(best),
         "us": round(seconds[best] * 1e6, 2),
         "rule_us": None if rule_s is None else round(rule_s * 1e6, 2),
     }
+
+
+def is_worth(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry's tiling is clearly faster than the rule's."""
+    return entry["rule_us"] is None or entry["us"] < (1 - MIN_GAIN) * entry["rule_us"]
 
 
 def _measure(num_rows: int, shape: Shape, tilings: Iterable[Fields]) -> dict[Fields, float]:

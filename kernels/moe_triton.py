@@ -11,7 +11,8 @@ and nothing is sorted.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -42,6 +43,16 @@ class Tiling:
     num_stages: int
     group: int = 8
 
+    @property
+    def measured(self) -> tuple[int, ...]:
+        """The fields that the GPU's table has."""
+        return self.outputs, self.columns, self.num_warps, self.num_stages
+
+    def with_measured(self, fields: Sequence[int]) -> Tiling:
+        """This tiling with other values of `measured`."""
+        outputs, columns, num_warps, num_stages = fields
+        return Tiling(self.rows, outputs, columns, num_warps, num_stages, self.group)
+
 
 def tiling_for(num_items: int, weight: Tensor) -> Tiling:
     """The tiling in the GPU's table, or else by the rules. weight: see `grouped_product`."""
@@ -51,11 +62,7 @@ def tiling_for(num_items: int, weight: Tensor) -> Tiling:
     num_experts, num_outputs, num_inputs = weight.shape
     sizes = num_experts, rule.rows, num_outputs, num_inputs, num_items
     measured = expert_tiling(ExpertProduct(SIXTEEN_BITS, *sizes))
-    return replace(rule, **dict(zip(_MEASURED, measured, strict=True))) if measured else rule
-
-
-# The fields of a tiling that the GPU's table has.
-_MEASURED = ("outputs", "columns", "num_warps", "num_stages")
+    return rule.with_measured(measured) if measured else rule
 
 
 def rule_for(num_items: int, num_experts: int, dtype: torch.dtype) -> Tiling:
