@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.server import wait_for
+from tests.support.server import metric_of, wait_for
 
 pytestmark = pytest.mark.real_model  # its tokenizer
 
@@ -67,9 +67,7 @@ def health(server: Any) -> tuple[int | None, float]:
 
 
 def metric(server: Any, name: str) -> float:
-    lines = str(server.get("/metrics")[1]).splitlines()
-    found = next(line for line in lines if line.startswith(f"compiledllm:{name}{{"))
-    return float(found.split()[-1])
+    return metric_of(str(server.get("/metrics")[1]), name)
 
 
 def test_used_up_descriptors_leave_room_for_health(small: Any) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.server import free_port, is_alive, wait_for
+from tests.support.server import free_port, is_alive, metric_of, wait_for
 
 pytestmark = pytest.mark.real_model  # its tokenizer
 
@@ -47,10 +47,7 @@ class Stream:
 
 
 def metric(server: Any, name: str) -> float:
-    lines = str(server.get("/metrics")[1]).splitlines()
-    return float(
-        next(line for line in lines if line.startswith(f"compiledllm:{name}{{")).split()[-1]
-    )
+    return metric_of(str(server.get("/metrics")[1]), name)
 
 
 @pytest.fixture(scope="module")

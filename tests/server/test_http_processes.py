@@ -16,13 +16,14 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.server.test_life import FAKE
-from tests.support.server import command_of, free_port, is_alive, parent_of, wait_for
+from tests.support.server import command_of, free_port, holding, is_alive, parent_of, wait_for
 
 CODE = (
     "import sys, functools; from compiledllm.server import launch_processes; "
@@ -98,14 +99,8 @@ class Fleet:
                 of_process.append(client)
         return found
 
-    @contextlib.contextmanager
-    def holding(self) -> Iterator[None]:
-        """Meanwhile no request for more than 9 tokens ends, however long the machine takes."""
-        self._hold.touch()
-        try:
-            yield
-        finally:
-            self._hold.unlink()
+    def holding(self) -> AbstractContextManager[None]:
+        return holding(self._hold)
 
     def settle(self, restarts: int) -> None:
         """Wait for all processes to serve again, the HTTP processes having been restarted."""

@@ -31,7 +31,7 @@ from compiledllm.remote.engine_requests import MAX_UNREAD_BYTES
 from compiledllm.remote.limits import Limits
 from compiledllm.remote.wire import Ready
 from compiledllm.server.app import AppOptions, create_app
-from tests.support.server import free_port, is_alive, wait_for
+from tests.support.server import free_port, is_alive, metric_of, wait_for
 
 FAKE = [sys.executable, str(Path(__file__).with_name("fake_engine.py"))]
 OPTIONS = {"model": "fake", "skip_tokenizer_init": True, "max_num_seqs": 4, "block_size": 16}
@@ -141,8 +141,7 @@ class Rig:
         return answer.status, answer.json().get("reason", "")
 
     async def metric(self, name: str) -> float:
-        lines = (await self.get("/metrics")).text.splitlines()
-        return float(next(x for x in lines if x.startswith(f"compiledllm:{name}{{")).split()[-1])
+        return metric_of((await self.get("/metrics")).text, name)
 
 
 @pytest.fixture
@@ -614,9 +613,7 @@ class FakeServer:
 
     def is_busy(self) -> bool:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=10) as answer:
-            lines = answer.read().decode().splitlines()
-        running = [x for x in lines if x.startswith("compiledllm:num_requests_running")]
-        return any(float(line.split()[-1]) > 0 for line in running)
+            return metric_of(answer.read().decode(), "num_requests_running") > 0
 
     def engine(self) -> int | None:
         for pid in family(self.process.pid)[1:]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import signal
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from compiledllm.remote.limits import Limits
 from compiledllm.remote.replicas import Replicas
 from compiledllm.server.app import AppOptions, create_app
 from tests.server.test_life import FAKE, OPTIONS, Answer, call, is_ok
+from tests.support.server import holding
 
 WORD = 64  # tokens of a prompt's piece, many times a router's
 
@@ -40,14 +41,8 @@ class Rig:
             while not condition():
                 await asyncio.sleep(0.01)
 
-    @contextlib.contextmanager
-    def holding(self) -> Iterator[None]:
-        """Meanwhile no request for more than 9 tokens ends, however long the machine takes."""
-        self._hold.touch()
-        try:
-            yield
-        finally:
-            self._hold.unlink()
+    def holding(self) -> AbstractContextManager[None]:
+        return holding(self._hold)
 
     async def ask(self, prompt: list[int], max_tokens: int = 5) -> Answer:
         body = {"prompt": prompt, "max_tokens": max_tokens}

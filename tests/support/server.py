@@ -14,7 +14,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,25 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def metric_of(text: str, name: str) -> float:
+    """The first value of a metric in the text of /metrics."""
+    found = next(line for line in text.splitlines() if line.startswith(f"compiledllm:{name}{{"))
+    return float(found.split()[-1])
+
+
+@contextlib.contextmanager
+def holding(hold: Path) -> Iterator[None]:
+    """Meanwhile no request for more than 9 tokens ends, however long the machine takes.
+
+    hold: the file FAKE_HOLD of fake engines.
+    """
+    hold.touch()
+    try:
+        yield
+    finally:
+        hold.unlink()
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 30) -> None:
