@@ -17,6 +17,7 @@ log = logging.getLogger("compiledllm")
 
 num_kernels = 0  # number of kernels that Triton or NVRTC compiled late, in this process
 _num_starting = 0  # number of engines of this process that are starting
+_has_started = False  # whether this process has started an engine
 
 
 class LateCompile(RuntimeError):
@@ -26,18 +27,19 @@ class LateCompile(RuntimeError):
 @contextmanager
 def starting() -> Iterator[None]:
     """A context in which an engine of this process starts, so that no compilation is late."""
-    global _num_starting
+    global _num_starting, _has_started
     _num_starting += 1
     try:
         yield
     finally:
         _num_starting -= 1
+        _has_started = True
 
 
 def note(kernel: str) -> None:
     """Note that a kernel is being compiled. Counts and reports the kernel if that is late."""
     global num_kernels
-    if not _num_starting:
+    if _has_started and not _num_starting:
         num_kernels += 1
         report(f"the kernel {kernel}")
 
